@@ -1,4 +1,7 @@
-"""Files that are there whole or not at all, and still there after a power cut."""
+"""Durable files: written whole or not at all, and still there after a power cut.
+
+A file is written under another name, flushed, renamed into place, and its folder is flushed (fsync(2), rename(2)).
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,20 @@ import contextlib
 import errno
 import os
 from pathlib import Path
+from typing import IO, Any
 
 from agent.errors import StorageError, StorageFull
-from agent.wire.keys import write_new
 
 
 def write(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Put `data` at `path`, whatever was there. Raises StorageError; then what was there is still there."""
+    """Replace the file at `path` by `data`. Raises StorageError; the old file is then unchanged."""
     new = path.with_name(path.name + ".new")
     try:
         make_folder(path.parent)
-        # Anew, and never through a link that somebody laid there.
+        # Removed first: never written through a link that somebody left under this name.
         new.unlink(missing_ok=True)
         write_new(new, data, mode)
-        os.replace(new, path)
-        fsync_folder(path.parent)
+        rename(new, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
@@ -28,33 +30,47 @@ def write(path: Path, data: bytes, mode: int = 0o644) -> None:
         raise kind(f"{path}: cannot be written: {error.strerror}; make room, or see who owns the folder") from error
 
 
-def make_folder(path: Path) -> None:
-    """With its parents, each of which is told on disk of the next."""
-    if not path.is_dir():
-        make_folder(path.parent)
-        path.mkdir(exist_ok=True)
-        fsync_folder(path.parent)
+def write_new(path: Path, data: bytes, mode: int) -> None:
+    """Write a file that must not exist yet; its folder is not flushed. Raises FileExistsError, OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        flush(file)
 
 
-def rename(source: Path, target: Path) -> None:
-    """A file that is on disk already."""
-    os.replace(source, target)
-    fsync_folder(target.parent)
+def flush(file: IO[Any]) -> None:
+    """Put everything written to an open file on the disk. Raises OSError."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
-def remove(path: Path) -> None:
-    """Raises StorageError where it stays."""
-    try:
-        path.unlink(missing_ok=True)
-        fsync_folder(path.parent)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be removed: {error.strerror}; see who owns it and its folder") from error
-
-
-def fsync_folder(folder: Path) -> None:
-    """What a folder lists is on the disk. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def fsync(path: Path) -> None:
+    """Put a closed file's data, or the names that a folder lists, on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file that was flushed, or a folder, durably within its folder. Raises OSError."""
+    os.replace(source, target)
+    fsync(target.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, each durable in the one above it. Raises OSError."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file durably. Raises StorageError if it stays."""
+    try:
+        path.unlink(missing_ok=True)
+        fsync(path.parent)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be removed: {error.strerror}; see who owns it and its folder") from error

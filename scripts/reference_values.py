@@ -1,4 +1,4 @@
-"""Writes tests/kit/reference_values.json: SciPy, scikit-learn, Evidently and NannyML on tests/kit/reference_data.py.
+"""Writes tests/kit/reference_values.json: SciPy, scikit-learn, Evidently, NannyML on scripts/kit/reference_data.py.
 
 They are not needed to run or test anything else, and weigh 2 GB; so they were asked once:
 
@@ -28,7 +28,7 @@ from scipy import stats
 from scipy.spatial import distance
 from sklearn.metrics import brier_score_loss
 
-from tests.kit import reference_data as data
+from scripts.kit import reference_data as data
 
 FILE = Path(__file__).parents[1] / "tests" / "reference_values.json"
 SEEDS = 20

@@ -1,20 +1,19 @@
-"""What all tests share: programs of the system that a test drives."""
+"""Fixtures and settings of all tests."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from agent.fleet.database.store import FleetStore
+from agent.testing.process import find_program
+from scripts.kit.postgres import FAST_SETTINGS, PostgresServer, run_server
 from tests.kit.fleet_databases import DATABASES, fresh_in
-from tests.kit.postgres import postgres_server, postgres_url
 
-__all__ = ["postgres_server", "postgres_url"]
+pytest_plugins = ["agent.testing.fixtures"]
 
 # How long an example takes is the machine's affair: what is found must depend neither on what else runs there nor on
 # chance. `pytest --hypothesis-profile chance` looks at other examples each time.
@@ -28,21 +27,54 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Modules whose use marks a test: it starts a broker, a PostgreSQL server, or any process.
+_MARKS = {
+    "broker": {"agent.testing.broker", "agent.testing.fleet"},
+    "postgres": {"scripts.kit.postgres"},
+    "process": {"agent.testing.broker", "agent.testing.fleet", "agent.testing.process", "scripts.kit.postgres"},
+}
+_FIXTURES = {
+    "broker": {"outstation_broker", "outstation_fleet"},
+    "postgres": {"postgres_server", "postgres_url"},
+    "process": {"outstation_broker", "outstation_fleet", "postgres_server", "postgres_url", "program"},
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by what they start, so that `-m "not process"` runs everything that starts nothing."""
+    for item in items:
+        values = vars(item.module).values() if isinstance(item, pytest.Function) else ()
+        modules = {getattr(value, "__module__", None) or getattr(value, "__name__", None) for value in values}
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if "fresh" in fixtures and "postgresql" in item.name:
+            fixtures.add("postgres_url")
+        for mark, starters in _MARKS.items():
+            if modules & starters or fixtures & _FIXTURES[mark]:
+                item.add_marker(mark)
+        if "subprocess" in modules or "end_to_end" in item.path.parts:
+            item.add_marker("process")
+
+
 @pytest.fixture(scope="session")
 def program() -> Callable[[str], str]:
-    """`program("mosquitto")` is its path; without it the test is left out, except on CI, where it fails."""
-
-    def find(name: str) -> str:
-        # Debian keeps daemons where only root's PATH looks.
-        path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-        if path is None:
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{name} is not installed; see scripts/test")
-        return path
-
-    return find
+    """Return the path of a program: `program("mosquitto")`. A test without it is skipped; on CI it fails."""
+    return find_program
 
 
 @pytest.fixture(scope="module", params=DATABASES)
 def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], FleetStore]:
     """`fresh()` is an empty store of a fleet: once in SQLite, once in PostgreSQL."""
     return fresh_in(request, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """One for all tests."""
+    with run_server(FAST_SETTINGS) as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer) -> str:
+    """A new, empty database."""
+    return postgres_server.create_database()

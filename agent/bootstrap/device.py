@@ -18,7 +18,7 @@ from agent.device.bundles import history, overrides, quarantine, rollout_state
 from agent.device.bundles.crash_marker import CrashMarker
 from agent.device.commands.operations import RemoteCommands
 from agent.device.commands.receiver import CommandReceiver
-from agent.device.daemon import LAST_RUN, Daemon
+from agent.device.daemon import Daemon
 from agent.device.health import BundleFailure
 from agent.device.intake.server import Intake, Source
 from agent.device.machine.timekeeping import make_clock
@@ -27,6 +27,7 @@ from agent.device.pipeline.batch import LoadedTask
 from agent.device.pipeline.tasks import Runtime, ScheduledTask
 from agent.device.rollout.desired_state import DesiredStateStore
 from agent.device.rollout.updater import BundleUpdater
+from agent.device.store import task_keys
 from agent.device.store.store import Store
 from agent.device.uplink.uplink import Uplink
 from agent.errors import BadBundle, ConfigError
@@ -41,7 +42,7 @@ def load_scheduled_tasks(
     """
     schedules = {}
     for name in conf.tasks:
-        last_run = int(store.load_state(name, LAST_RUN) or 0) or None
+        last_run = int(store.load_state(name, task_keys.LAST_RUN) or 0) or None
         schedules[name] = overrides.effective_schedule(str(file), conf, store, name, last_run)
     good, broken = [], []
     for name, task in conf.tasks.items():

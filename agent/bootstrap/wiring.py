@@ -7,13 +7,12 @@ from pathlib import Path
 from agent import config
 from agent.config import Config
 from agent.device.commands import wipe
-from agent.device.commands.key_rotation import open_keys
-from agent.device.machine.keys import KeyFiles
+from agent.device.machine.keys import KeyFiles, open_keys
 from agent.device.machine.timekeeping import make_clock
+from agent.device.recovery import open
 from agent.device.recovery.report_findings import report_findings
-from agent.device.recovery.salvage import DATABASE
 from agent.device.store.message_log import MessageLog
-from agent.device.store.store import Store
+from agent.device.store.store import DATABASE, Store
 from agent.errors import StorageError, UsageError
 from agent.wire import keys
 
@@ -23,7 +22,7 @@ KEY_FILE = "device.key"
 def open_store(conf: Config) -> Store:
     """The device's store, to write. Raises StorageError, UsageError."""
     wipe.require_unwiped(conf.data_dir)
-    store = Store(conf.data_dir, max_size=int(conf.buffer.max_size))
+    store = open.open_store(conf.data_dir, max_size=int(conf.buffer.max_size))
     try:
         store.bind_device(conf.device.fleet, conf.device.id)
         store.declare_streams(conf.streams)
@@ -36,7 +35,7 @@ def open_store(conf: Config) -> Store:
 def open_store_read_only(conf: Config) -> Store:
     """The device's store, beside a daemon that writes. Raises StorageError, and UsageError where there is none yet."""
     try:
-        return Store(conf.data_dir, read_only=True, max_size=int(conf.buffer.max_size))
+        return Store.open_read_only(conf.data_dir, max_size=int(conf.buffer.max_size))
     except StorageError:
         if _may_exist(conf.data_dir / DATABASE):
             raise

@@ -26,6 +26,7 @@ from agent.device.machine.timekeeping import Timekeeper
 from agent.device.pipeline import batch, cursor_repair, label_metrics, relearn
 from agent.device.pipeline.tasks import Runtime, ScheduledTask
 from agent.device.rollout.updater import BundleUpdater
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.space import SpaceManager
 from agent.device.store.store import Store
@@ -34,7 +35,6 @@ from agent.errors import BadBundle, ModelProcessFailed, StorageBusy, StorageErro
 
 log = logging.getLogger("outstation")
 
-LAST_RUN = "last run"
 _HEALTH_INTERVAL_S = 60.0
 _SPACE_INTERVAL_S = 10.0
 _LABEL_INTERVAL_S = 5.0
@@ -309,7 +309,7 @@ class Daemon:
         if not scheduled.schedule.needs_last_run:
             return
         with contextlib.suppress(StorageFull), self._store.transaction() as tx:
-            tx.save_state(scheduled.task.name, LAST_RUN, str(now.wall_us).encode())
+            tx.save_state(scheduled.task.name, task_keys.LAST_RUN, str(now.wall_us).encode())
 
     def _build_runtime(self, models: dict[str, dict[str, Any]]) -> Runtime:
         return Runtime(

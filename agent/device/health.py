@@ -9,13 +9,14 @@ from typing import Any
 import msgspec
 
 from agent import __version__
+from agent.alerts import BUNDLE_FAILED
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import overrides, rollout_state
 from agent.device.machine import timekeeping
 from agent.device.machine.timekeeping import SYNCED
 from agent.device.pipeline import deadline
-from agent.device.store import space
+from agent.device.store import space, task_keys
 from agent.device.store.cost import ProcessMeter
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
@@ -24,7 +25,6 @@ from agent.errors import StorageFull
 
 log = logging.getLogger("outstation")
 
-_BUNDLE_ALERT_NAME = "broken bundle"
 ModelsByTask = Mapping[str, Mapping[str, Any]]
 
 
@@ -81,31 +81,26 @@ class HealthReporter:
 
     def raise_bundle_alert(self, failure: BundleFailure) -> None:
         """Raise the alert, unless it is open."""
-        if self._store.load_state(failure.task, _BUNDLE_ALERT_NAME) is None:
+        if self._store.load_state(failure.task, task_keys.BUNDLE_ALERT) is None:
             self._write_bundle_alert(failure.task, failure.bundle, _describe_failure(failure))
 
     def clear_bundle_alert(self, task: str) -> None:
         """Clear the alert, if it is open."""
-        if self._store.load_state(task, _BUNDLE_ALERT_NAME) is not None:
+        if self._store.load_state(task, task_keys.BUNDLE_ALERT) is not None:
             self._write_bundle_alert(task, self._conf.tasks[task].bundle, "")
 
     def _write_bundle_alert(self, task: str, bundle: str, reason: str) -> None:
-        body: dict[str, Any] = {
-            "alert": "model",
-            "subject": bundle,
-            "state": "raised" if reason else "cleared",
-            "severity": "critical" if reason else "info",
-            "id": f"{task}/model",
-            "summary": f"{task} {reason}"[:1000] if reason else f"{task} runs again with bundle {bundle}.",
-            "evidence": {},
-        }
+        if reason:
+            alert = BUNDLE_FAILED.raised(f"{task} {reason}"[:1000], bundle=bundle)
+        else:
+            alert = BUNDLE_FAILED.cleared(f"{task} runs again with bundle {bundle}.", bundle=bundle)
 
         def write(tx: Transaction) -> None:
             if reason:
-                tx.save_state(task, _BUNDLE_ALERT_NAME, reason.encode())
+                tx.save_state(task, task_keys.BUNDLE_ALERT, reason.encode())
             else:
-                tx.delete_state(task, _BUNDLE_ALERT_NAME)
-            self._message_log.append(tx, "alerts", task, body, self._now())
+                tx.delete_state(task, task_keys.BUNDLE_ALERT)
+            self._message_log.append(tx, "alerts", task, alert.to_body(task), self._now())
 
         self._run_in_transaction(write)
 

@@ -7,6 +7,7 @@ from typing import Any
 from agent import clock
 from agent.config import Config
 from agent.device.pipeline import drift_state, relearn
+from agent.device.store import task_keys
 from agent.device.store.store import Store
 from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, UsageError
@@ -16,7 +17,7 @@ def build_document(conf: Config, store: Store, task: str) -> dict[str, Any]:
     """Which reference is in force and what it warns of, how far learning has got, and what is asked for."""
     asked = relearn.pending_request(store, task)
     document: dict[str, Any] = {"task": task, "site": None, "learning": None, "asked": asked.action if asked else None}
-    kept = store.load_state(task, drift_state.SITE_REFERENCE_NAME)
+    kept = store.load_state(task, task_keys.SITE_REFERENCE)
     if kept is not None:
         document["site"] = _describe_site(kept)
     state = drift_state.load_for_display(store, task)

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
+from agent.alerts import Alert, MonitoredAlert, monitoring_kind
 from agent.arrays import Bools, Floats, Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR
 from agent.drift.faults.faults import MISREAD_FAULTS, Fault
 from agent.drift.reporting import alert_text
 from agent.drift.reporting import drift_alerts as drifts
-from agent.drift.reporting.alert_text import Alert
 from agent.drift.state import DriftState
 from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE, DriftTester
 
@@ -50,7 +50,7 @@ class AlertLifecycle:
                     self.shipped.fields[field], fault, field, state.open_summary, self.shipped
                 )
                 told = {"fault": fault.name} | ({"detail": fault.detail} if fault.detail else {})
-                out.append(self._build_alert(state, "fault", field, raised, "raised", "critical", sentence, told))
+                out.append(self._build_alert(state, "fault", field, raised, sentence, told))
             else:
                 out.append(self.build_cleared_alert(state, "fault", field))
         misread = (state.misread | misread) & faulty
@@ -76,15 +76,15 @@ class AlertLifecycle:
                 follows = bool(self.shipped.labels) and 2 * len(earlier) >= fields
                 sentence = words.sentence + (alert_text.misclassification_note(earlier) if follows else "")
                 evidence = words.evidence | {"site": tester.reference.digest, "after": earlier}
-                out.append(self._build_alert(before, "drift", subject, raised, "raised", "warning", sentence, evidence))
+                out.append(self._build_alert(before, "drift", subject, raised, sentence, evidence))
             else:
                 out.append(self.build_cleared_alert(before, "drift", subject))
         return replace(after, raised_counts=raised, raised_window=raised_in), out
 
-    def build_cleared_alert(self, state: DriftState, kind: str, subject: int, sentence: str = "") -> Alert:
+    def build_cleared_alert(self, state: DriftState, kind: MonitoredAlert, subject: int, sentence: str = "") -> Alert:
         name = self.subjects[subject]
         sentence = sentence or alert_text.cleared_sentence(name, kind)
-        return self._build_alert(state, kind, subject, state.raised_counts, "cleared", "info", sentence, {})
+        return self._build_alert(state, kind, subject, state.raised_counts, sentence)
 
     def _withdraw_misread(self, state: DriftState, newly_misread: Bools) -> tuple[DriftState, list[Alert]]:
         """Without the drifts that follow from fields (F,) that were just found to be read wrongly."""
@@ -103,21 +103,15 @@ class AlertLifecycle:
     def _build_alert(
         self,
         state: DriftState,
-        kind: str,
+        alert: MonitoredAlert,
         subject: int,
-        raised: Ints,
-        new_state: str,
-        severity: str,
+        raised_counts: Ints,
         sentence: str,
-        evidence: dict[str, Any],
+        evidence: dict[str, Any] | None = None,
     ) -> Alert:
-        name, count = self.subjects[subject], raised[subject, _DRIFT if kind == "drift" else _FAULT]
-        return Alert(
-            alert=kind,
-            subject=name,
-            state=new_state,
-            severity=severity,
-            id=f"{name}/{kind}/{count}",
-            summary=sentence,
-            evidence={"window": state.index, "rows": list(state.rows)} | evidence,
-        )
+        """Return the alert: raised if there is `evidence`, else cleared."""
+        name, count = self.subjects[subject], raised_counts[subject, _DRIFT if alert == "drift" else _FAULT]
+        kind, window = monitoring_kind(alert, name), {"window": state.index, "rows": list(state.rows)}
+        if evidence is None:
+            return kind.cleared(sentence, window, field=name, count=count)
+        return kind.raised(sentence, window | evidence, field=name, count=count)

@@ -22,6 +22,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from agent.alerts import Alert
 from agent.arrays import Ints
 from agent.drift import batches, quiet, sampling_rate_watch
 from agent.drift.alert_lifecycle import AlertLifecycle
@@ -33,7 +34,6 @@ from agent.drift.detectors.modes import CLASS_COUNT, Modes, assign_classes
 from agent.drift.detectors.season import SlowTrend
 from agent.drift.detectors.window_statistics import WindowStatistics
 from agent.drift.faults import faults
-from agent.drift.reporting.alert_text import Alert
 from agent.drift.reporting.drift_message import SuiteStatus
 from agent.drift.seen import WindowAnalysis
 from agent.drift.state import Batch, DriftState, DriftWindowResult, fill_window, start_next_window

@@ -13,14 +13,13 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from msgspec.structs import replace
 
+from agent.alerts import RATE_DRIFT, RATE_FAULT, Alert
 from agent.arrays import Floats, Ints
 from agent.drift.baseline.summary import Summary
 from agent.drift.detectors import sampling_rate as rate
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR, Cusum, CusumSequence
 from agent.drift.detectors.sampling_rate import RateBaseline
-from agent.drift.reporting.alert_text import Alert
 from agent.drift.reporting.drift_message import round_significant, worst_state
 from agent.drift.reporting.words import format_duration, format_since, format_windows
 from agent.drift.testing.test_suite import DriftTester, SuiteState
@@ -159,25 +158,29 @@ def build_alerts(
         return []
     out, evidence = [], window_evidence | {"site": tester.reference.digest}
     if current.open_fault != previous.open_fault and previous.open_fault:
-        out.append(_build_cleared_alert("fault", previous, "come as they did in this site's reference", evidence))
+        sentence = _cleared_sentence("readings come as they did in this site's reference")
+        out.append(RATE_FAULT.cleared(sentence, evidence, count=previous.raised_counts[1]))
     if current.open_fault != previous.open_fault and current.open_fault:
         sentence, numbers = _fault_text(current, observation, usual, t)
-        told = _build_alert(
-            "fault", "critical", current.raised_counts[1], sentence, evidence | {"fault": current.open_fault} | numbers
-        )
-        out.append(told)
+        fault = evidence | {"fault": current.open_fault} | numbers
+        out.append(RATE_FAULT.raised(sentence, fault, count=current.raised_counts[1]))
     if current.drifting and not previous.drifting:
         sentence, numbers = _speed_text(current, t)
-        out.append(_build_alert("drift", "warning", current.raised_counts[0], sentence, evidence | numbers))
+        out.append(RATE_DRIFT.raised(sentence, evidence | numbers, count=current.raised_counts[0]))
     elif previous.drifting and not current.drifting:
-        out.append(_build_cleared_alert("drift", previous, "move as fast as in this site's reference", evidence))
+        sentence = _cleared_sentence("signals move as fast as in this site's reference")
+        out.append(RATE_DRIFT.cleared(sentence, evidence, count=previous.raised_counts[0]))
     return out
 
 
 def clear_alerts(watch: SamplingRateWatch, reason: str, evidence: dict[str, Any]) -> list[Alert]:
     """The open alerts, cleared, because what they were against is gone."""
-    kinds = [kind for kind, is_open in (("drift", watch.drifting), ("fault", bool(watch.open_fault))) if is_open]
-    return [replace(_build_cleared_alert(kind, watch, "", evidence), summary=f"{SUBJECT}: {reason}.") for kind in kinds]
+    is_open = (watch.drifting, bool(watch.open_fault))
+    return [
+        kind.cleared(f"{SUBJECT}: {reason}.", evidence, count=watch.raised_counts[i])
+        for i, kind in enumerate((RATE_DRIFT, RATE_FAULT))
+        if is_open[i]
+    ]
 
 
 def add_rate(
@@ -250,14 +253,5 @@ def _speed_text(current: SamplingRateWatch, t: tuple[int, int]) -> tuple[str, di
     return f"{SUBJECT}: {what} {format_windows(windows, begin, t[1])}; likely {why}.", numbers
 
 
-def _build_cleared_alert(kind: str, previous: SamplingRateWatch, phrase: str, evidence: dict[str, Any]) -> Alert:
-    what = "readings" if kind == "fault" else "signals"
-    sentence = f"{SUBJECT}: {what} {phrase} for {WINDOWS_TO_CLEAR} windows in a row."
-    return replace(
-        _build_alert(kind, "info", previous.raised_counts[0 if kind == "drift" else 1], sentence, evidence),
-        state="cleared",
-    )
-
-
-def _build_alert(kind: str, severity: str, number: int, sentence: str, evidence: dict[str, Any]) -> Alert:
-    return Alert(kind, SUBJECT, "raised", severity, f"{SUBJECT}/{kind}/{int(number)}", sentence, evidence)
+def _cleared_sentence(phrase: str) -> str:
+    return f"{SUBJECT}: {phrase} for {WINDOWS_TO_CLEAR} windows in a row."

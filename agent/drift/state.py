@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent import arrays
+from agent.alerts import Alert
 from agent.arrays import Bools, Floats, Ints
 from agent.drift.baseline.learning import LearningState, infinities_to_nan
 from agent.drift.baseline.reference import Reference
@@ -17,9 +18,8 @@ from agent.drift.baseline.summary import Summary
 from agent.drift.detectors import window_statistics
 from agent.drift.detectors.runs import Tail
 from agent.drift.detectors.season import SlowTrend
-from agent.drift.detectors.test_layout import TestLayout
+from agent.drift.detectors.test_layout import ScoreLayout
 from agent.drift.detectors.window_statistics import WindowStatistics
-from agent.drift.reporting.alert_text import Alert
 from agent.drift.sampling_rate_watch import SamplingRateWatch
 from agent.drift.testing.test_suite import SuiteState
 from agent.errors import BadBundle
@@ -76,7 +76,7 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
             class_field=class_field,
         )
 
-    def is_compatible(self, layout: TestLayout) -> bool:
+    def is_compatible(self, layout: ScoreLayout) -> bool:
         """Whether what it knows is of these tests."""
         site_fits = self.site_reference is None or len(self.site_reference.test_mean) == layout.test_count
         return site_fits and self.suite.layout == layout and len(self.suite.field_mewma.mean) == layout.fields
@@ -168,7 +168,7 @@ def fill_window(state: DriftState, shipped: Reference, part: BatchPart, classes:
             "tail": replace(tail, t=int(part.t[end])),
             "rows": (part.first_row + begin if fresh else state.rows[0], part.first_row + end),
             "t": (int(part.t[begin]) if fresh else state.t[0], int(part.t[end])),
-            "seen": part.first_row + end,
+            "last_counted_row": part.first_row + end,
         }
     return replace(
         state, open_summary=summary.add_windows(shipped, part.stats, part.predicted, part.top_scores, classes), **new

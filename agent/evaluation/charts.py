@@ -6,10 +6,15 @@ import numpy as np
 
 from agent.evaluation.document import Evaluation, FieldImportance, RobustnessCurve
 from agent.evaluation.robustness import NO_FAULT
-from agent.render.charts import ForestRow, render_forest
-from agent.render.curve import CurvePoint, render_curve
-from agent.render.heatmap import render_heatmap
-from agent.render.reliability import ReliabilityPoint, render_reliability
+from agent.render.charts import (
+    CurvePoint,
+    ForestRow,
+    ReliabilityPoint,
+    render_curve,
+    render_forest,
+    render_heatmap,
+    render_reliability,
+)
 from agent.text import format_value
 
 _MAX_CLASSES = 20

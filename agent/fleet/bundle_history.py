@@ -1,26 +1,25 @@
-"""Which bundles a task of a device ran, as far as what it sent says: of which results, and what their labels may be."""
+"""Bundle history: which bundle produced each result of a task, and what its labels may be.
+
+Both come from messages of the device. A device states the label schema when it activates a bundle; without that
+message the schema is inferred from the results.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
 from agent.errors import MessageRefused
+from agent.fleet.database import labels
 from agent.fleet.database.interface import Connection
+from agent.fleet.database.labels import TaskLog
 from agent.performance.labels import LabelSchema, parse_anomaly
 from agent.wire.messages import AuditPayload, ResultsPayload, decode
 
-_RESULTS_MESSAGES = """
-    SELECT seq, payload FROM messages WHERE device = ? AND log = ? AND seq > ? AND kind = 'results'
-    ORDER BY seq LIMIT 500"""
-_AUDIT_MESSAGES = """
-    SELECT payload FROM messages WHERE device = ? AND kind = 'audit' AND instr(payload, ?) > 0
-    ORDER BY received DESC, seq DESC"""
-
 
 class BundleRun(msgspec.Struct):
-    """A bundle and its results in one log: so many, of which so many are `listed` in messages."""
+    """A bundle and the number of its results in one log; `listed` of them are in messages."""
 
     name: str
     version: str
@@ -33,9 +32,9 @@ class BundleRun(msgspec.Struct):
 
 
 class BundleLabelSchema(msgspec.Struct, frozen=True):
-    """What labels of a bundle's results may be; `said` by the device, or inferred from what is here.
+    """The labels that results of a bundle may have: `declared` by the device, or inferred.
 
-    `threshold`: above it a value is an anomaly; None where that is not known.
+    A value above `threshold` is an anomaly; None where the threshold is not known.
     """
 
     label_schema: LabelSchema
@@ -48,7 +47,7 @@ class _TargetBundle(msgspec.Struct):
 
 
 class _ActivationEvidence(msgspec.Struct):
-    """Evidence of an `activated` audit message, as far as it matters here."""
+    """The members of the evidence of an `activated` audit message that describe labels."""
 
     task: str
     to: _TargetBundle
@@ -57,47 +56,41 @@ class _ActivationEvidence(msgspec.Struct):
     threshold: float | None = None
 
 
-def load_bundle_runs(db: Connection, device: str, task: str, log: str) -> dict[int, BundleRun]:
-    """Message → the bundle that its results are of."""
-    found: dict[int, BundleRun] = {}
-    known: dict[str, BundleRun] = {}
-    for seq, payload in _stream_results_messages(db, device, log):
+def load_bundle_runs(db: Connection, key: TaskLog) -> dict[int, BundleRun]:
+    """Return the bundle that produced the results of each message, by seq."""
+    device, task, log = key
+    runs: dict[int, BundleRun] = {}
+    by_digest: dict[str, BundleRun] = {}
+    for seq, payload in labels.stream_results_messages(db, device, log):
         body = _parse_results(payload)
         if body is not None and body.task == task:
-            its = body.model
-            model = known.setdefault(its.digest, BundleRun(its.name, its.version, its.digest))
-            model.results += body.n
-            model.listed += len(body.columns.row)
-            found[int(seq)] = model
-    return found
+            model = body.model
+            run = by_digest.setdefault(model.digest, BundleRun(model.name, model.version, model.digest))
+            run.results += body.n
+            run.listed += len(body.columns.row)
+            runs[int(seq)] = run
+    return runs
 
 
-def resolve_label_schema(
-    db: Connection, device: str, task: str, log: str, digest: str, texts: Sequence[str]
-) -> BundleLabelSchema:
-    """As the device said when it activated the bundle; else as its results and the `texts` of labels tell."""
-    for (payload,) in db.execute(_AUDIT_MESSAGES, (device, digest.encode())):
-        said = _parse_activation(payload)
-        if said is not None and (said.task, said.to.digest) == (task, digest):
-            return BundleLabelSchema(LabelSchema(said.kind, said.labels), True, said.threshold)
-    sql = "SELECT DISTINCT label FROM results WHERE device = ? AND task = ? AND log = ? AND label IS NOT NULL"
-    named = tuple(sorted(row[0] for row in db.execute(sql, (device, task, log))))
-    if named:
-        return BundleLabelSchema(LabelSchema("classify", named), False)
-    # 1 and 0 may be numbers; words are none.
+def resolve_label_schema(db: Connection, key: TaskLog, digest: str, texts: Sequence[str]) -> BundleLabelSchema:
+    """Return the schema that the device declared when it activated the bundle, else infer it.
+
+    `texts`: labels of the task, from which the schema is inferred if no result has a label.
+    """
+    device, task, _ = key
+    for payload in labels.load_audit_payloads(db, device, digest):
+        activation = _parse_activation(payload)
+        if activation is not None and (activation.task, activation.to.digest) == (task, digest):
+            return BundleLabelSchema(LabelSchema(activation.kind, activation.labels), True, activation.threshold)
+    predicted = tuple(labels.load_result_labels(db, key))
+    if predicted:
+        return BundleLabelSchema(LabelSchema("classify", predicted), False)
+    # 1 and 0 may be numbers; words are not.
     return BundleLabelSchema(LabelSchema("anomaly" if any(map(_is_anomaly_word, texts)) else "regress"), False)
 
 
 def _is_anomaly_word(text: str) -> bool:
     return parse_anomaly(text) is not None and not text.isdigit()
-
-
-def _stream_results_messages(db: Connection, device: str, log: str) -> Iterator[tuple[int, bytes]]:
-    """Some at a time: PostgreSQL's whole answer would be in memory."""
-    after = 0
-    while rows := db.execute(_RESULTS_MESSAGES, (device, log, after)).fetchall():
-        yield from rows
-        after = rows[-1][0]
 
 
 def _parse_results(payload: bytes) -> ResultsPayload | None:
@@ -113,5 +106,5 @@ def _parse_activation(payload: bytes) -> _ActivationEvidence | None:
         body = decode(payload)
         return msgspec.convert(body.evidence, _ActivationEvidence) if isinstance(body, AuditPayload) else None
     except (MessageRefused, msgspec.ValidationError):
-        # Of another event, or of a version that did not say.
+        # Another event, or a version that did not declare labels.
         return None

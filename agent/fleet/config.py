@@ -1,4 +1,4 @@
-"""`fleet.toml`: where a fleet's keys, broker and database are."""
+"""Fleet configuration, `fleet.toml`: keys, broker, database and repository of a fleet."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import msgspec
 from agent.config import BrokerConfig, Section, check_broker, check_name, read
 from agent.errors import ConfigError, UsageError
 from agent.fleet.database.interface import MAX_PARTITIONS, is_postgresql
+from agent.wire import keys
+from agent.wire.keys import PublicKey
 
 FILE = "fleet.toml"
 SYSTEM_FOLDER = Path("/etc/outstation/fleet")
 
 
 class Fleet(Section, frozen=True):
-    """`db`: a path, `sqlite:///PATH` or `postgresql://…`. `partitions`: of a PostgreSQL database that is made."""
+    """`db`: a path, `sqlite:///PATH` or `postgresql://…`. `partitions` applies when PostgreSQL tables are created."""
 
     name: str
     db: str = "fleet.db"
@@ -25,7 +27,7 @@ class Fleet(Section, frozen=True):
 
 
 class Identity(Section, frozen=True):
-    """A role's signing key, and its TLS certificate where the broker asks for one."""
+    """Signing key of a role, and its TLS certificate if the broker requires one."""
 
     key_file: str
     cert_file: str | None = None
@@ -33,54 +35,54 @@ class Identity(Section, frozen=True):
 
 
 class Operator(Identity, frozen=True):
-    """`former_keys`: public keys that signed roll-out decisions before this one; the audit still believes those."""
+    """`former_keys`: public keys that signed rollout decisions before; the audit still accepts those decisions."""
 
     former_keys: tuple[str, ...] = ()
 
 
 class Authority(Section, frozen=True):
-    """The fleet's own certificate authority; absent where the broker is used without TLS."""
+    """The fleet's certificate authority; absent if the broker is used without TLS."""
 
     cert_file: str
     key_file: str
 
 
 class Repository(Section, frozen=True):
-    """Where devices fetch bundles: the URL of `repository/` in the fleet's folder, or a folder on the devices."""
+    """Source of bundles for devices: the URL of `repository/` in the fleet's folder, or a folder on the devices."""
 
     url: str
 
 
 class FleetConfig(Section, frozen=True):
-    """Paths are absolute after `load`, and so is `fleet.db` where it is a file."""
+    """The whole file. Paths are absolute after `load`, `fleet.db` too if it is a file."""
 
     fleet: Fleet
     broker: BrokerConfig
     collector: Identity
     operator: Operator
     commander: Identity | None = None
-    """The operator's second certificate, for commands: a broker with TLS has one connection for each."""
+    """The operator's second certificate, for commands: with TLS the broker accepts one connection per certificate."""
     ca: Authority | None = None
     repository: Repository | None = None
 
     def broker_for(self, identity: Identity) -> BrokerConfig:
-        """The broker's settings with the certificate of `who`."""
+        """Return the broker's settings with the certificate of `identity`."""
         return msgspec.structs.replace(self.broker, cert_file=identity.cert_file, tls_key_file=identity.tls_key_file)
 
 
 def find_folder(explicit: str | None) -> Path:
-    """The fleet's folder: given, `$OUTSTATION_FLEET`, `.` where it has a fleet.toml, then `/etc/outstation/fleet`."""
+    """Return the first of: `explicit`, `$OUTSTATION_FLEET`, `.` if it has a fleet.toml, `/etc/outstation/fleet`."""
     if explicit or os.environ.get("OUTSTATION_FLEET"):
         return Path(explicit or os.environ["OUTSTATION_FLEET"])
     return Path() if Path(FILE).exists() else SYSTEM_FOLDER
 
 
 def load(folder: Path) -> FleetConfig:
-    """The config in `folder`, checked. Raises ConfigError."""
+    """Read and check the config in `folder`. Raises ConfigError."""
     path = folder / FILE
     if not path.exists():
         raise ConfigError(
-            str(path), "", "no such file; `outstation fleet init DIR` makes a fleet, `--dir DIR` names another folder"
+            str(path), "", "no such file; `outstation fleet init DIR` creates a fleet, `--dir DIR` names another folder"
         )
     config = read(path, FleetConfig)
     check_name(str(path), "fleet.name", config.fleet.name)
@@ -88,23 +90,41 @@ def load(folder: Path) -> FleetConfig:
     if not 1 <= config.fleet.partitions <= MAX_PARTITIONS:
         raise ConfigError(str(path), "fleet.partitions", f"must be 1 to {MAX_PARTITIONS}")
     if config.fleet.partitions > 1 and not is_postgresql(config.fleet.db):
-        raise ConfigError(str(path), "fleet.partitions", "is for a PostgreSQL database; fleet.db names a file")
+        raise ConfigError(
+            str(path),
+            "fleet.partitions",
+            "needs a PostgreSQL database, but fleet.db names a file; remove it, or set fleet.db to postgresql://…",
+        )
     return _with_absolute_paths(config, path.resolve().parent)
 
 
 def resolve_database(url: str, base: Path) -> str:
-    """The database file that a path or `sqlite:///` URL names, or the `postgresql://` URL. Raises UsageError."""
+    """Return the file that a path or `sqlite:///` URL names, or the `postgresql://` URL. Raises UsageError."""
     scheme = urlsplit(url).scheme if "://" in url else ""
     if is_postgresql(url):
         return url
     if scheme not in ("", "sqlite"):
         raise UsageError(
-            f"{url.split('@')[-1]}: not a database this collector knows; use a path, sqlite:///PATH or postgresql://…"
+            f"{url.split('@')[-1]}: unknown kind of database; use a path, sqlite:///PATH or postgresql://…"
         )
     path = url.removeprefix("sqlite:///") if scheme else url
     if not path or path.startswith("sqlite://"):
         raise UsageError(f"{url}: names no file; write sqlite:///fleet.db, or sqlite:////var/lib/fleet.db")
     return str(base / path)
+
+
+def load_trusted_keys(config: FleetConfig) -> list[PublicKey]:
+    """Return the operator's current and former public keys, from the fleet's folder rather than its database.
+
+    Raises UsageError.
+    """
+    trusted = [keys.load_public_for(Path(config.operator.key_file))]
+    for i, text in enumerate(config.operator.former_keys):
+        try:
+            trusted.append(keys.parse_public_key(text))
+        except ValueError as error:
+            raise ConfigError(FILE, f"operator.former_keys[{i}]", f"not a public key: {error}") from None
+    return trusted
 
 
 def _with_absolute_paths(config: FleetConfig, base: Path) -> FleetConfig:

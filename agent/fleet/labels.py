@@ -1,15 +1,16 @@
-"""Labels that come to the collector instead of the device: joined with its results here, by the same pure code.
+"""Labels at the collector: join them with collected results, or split them into commands for the device.
 
-Rows count anew in each log, so that a label is of a result of the device's newest log that has results of the task. One
-label a row: the last wins. Metrics are of all labelled results of the newest bundle that has any in that log, and
-replace those computed here before. Slices are the device's alone: what they are of does not come here.
+Rows are numbered per log, so a label belongs to the device's newest log with results of the task. A row has one label;
+the last one wins. Metrics cover all labelled results of the newest bundle with labels in that log, and replace the
+metrics computed here before. Only the device computes slices, because their columns are not sent to the collector.
 """
 
 from __future__ import annotations
 
 import bisect
 import contextlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -18,30 +19,25 @@ import numpy as np
 from agent.arrays import Floats
 from agent.fleet import bundle_history
 from agent.fleet.bundle_history import BundleLabelSchema, BundleRun
-from agent.fleet.database.interface import Connection
-from agent.performance import metrics as quality
+from agent.fleet.database import labels as label_tables
+from agent.fleet.database.interface import Connection, Row
+from agent.fleet.database.labels import TaskLog
+from agent.performance import metrics as performance
 from agent.performance.labels import MODEL, Label, count_sources
 from agent.performance.metrics import LabelledPredictions, MetricEstimate
+from agent.wire.commands import MAX_ARGUMENT_LENGTH
 
 SOURCE = "collector"
 _MATCH_TOLERANCE_US = 500
-_NEWEST_LOG = """
-    SELECT l.log FROM logs l WHERE l.device = :device AND EXISTS (
-        SELECT 1 FROM results r WHERE r.device = l.device AND r.task = :task AND r.log = l.log)
-    ORDER BY l.rowid DESC LIMIT 1"""
-_UPSERT_LABEL = """
-    INSERT INTO labels VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (device, task, log, row) DO UPDATE SET
-        label = excluded.label, source = excluded.source, received = excluded.received"""
-_LABELLED_RESULTS = """
-    SELECT l.label, l.source, r.label, r.score, r.value, r.seq FROM labels l
-    JOIN results r ON r.device = l.device AND r.task = l.task AND r.row = l.row AND r.log = l.log
-    WHERE l.device = ? AND l.task = ? AND l.log = ? ORDER BY l.row"""
+_MAX_LABELS_PER_COMMAND = 200
 
 
 class LabelOutcome(msgspec.Struct, frozen=True):
-    """`rejected` position → reason; `replaced` labels of rows that had one; `sources` of all labels there are now.
+    """Outcome of joining labels with results.
 
-    `metrics` are of the results of `model`, None without any; `others` are labels of results of other bundles.
+    `rejected`: position → reason. `replaced`: rows whose label changed. `sources`: number of all stored labels by
+    source. `metrics` are of the results of `model`, None without labelled results; `other_bundle_labels` counts labels
+    of results of other bundles.
     """
 
     accepted: int
@@ -54,71 +50,91 @@ class LabelOutcome(msgspec.Struct, frozen=True):
 
     @property
     def sparse_warning(self) -> str | None:
-        """What to know where the device lists a part of its results only."""
+        """Warning that the metrics are of a biased sample; None if the device publishes all results."""
         if self.model is None or self.model.listed >= self.model.results:
             return None
         return (
-            f"the device lists {self.model.listed} of {self.model.results} results of this bundle (its publish), and "
-            "which ones depends on what the model said: these metrics are of those, not of all its results. Send the "
-            "labels to the device (--send), or let it publish all."
+            f"the device publishes {self.model.listed} of {self.model.results} results of this bundle (task option "
+            "publish), selected by the model's own scores, so these metrics are of a biased sample. Send the labels "
+            'to the device (--send), or set publish = "all".'
         )
 
 
 def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: str) -> LabelOutcome:
-    """Add labels and compute metrics anew, in the caller's transaction. Raises ValueError without any results."""
+    """Store labels and recompute the metrics, in the caller's transaction. Raises ValueError without any results."""
     db.lock_devices([device])
-    found = db.execute(_NEWEST_LOG, {"device": device, "task": task}).fetchone()
-    if found is None:
-        raise ValueError(f"no results of task {task!r} of {device} are here")
-    log = str(found[0])
-    sql = "SELECT t, row, seq FROM results WHERE device = ? AND task = ? AND log = ? ORDER BY t, row"
-    places = _ResultIndex(db.execute(sql, (device, task, log)).fetchall())
-    bundles = _BundleSchemas(db, device, task, log, [label.text for label in labels])
+    log = label_tables.find_newest_log(db, device, task)
+    if log is None:
+        raise ValueError(f"the collector has no results of task {task!r} of {device}")
+    key = (device, task, log)
+    results = _ResultIndex(label_tables.load_results(db, key))
+    schemas = _BundleSchemas(db, key, [label.text for label in labels])
     rejected: dict[int, str] = {}
     accepted = replaced = 0
     for index, label in enumerate(labels):
-        row = places.find_row(label)
-        # PostgreSQL has no text with it.
+        row = results.find_row(label)
+        # PostgreSQL cannot store it in text.
         if "\0" in label.text:
             rejected[index] = "holds the character NUL"
             continue
-        problem = _missing_reason(label) if row is None else bundles.check_label(label, places.seq_by_row[row])
-        if problem is not None:
-            rejected[index] = problem
+        problem = _missing_reason(label) if row is None else schemas.check_label(label, results.seq_by_row[row])
+        if row is None or problem is not None:
+            rejected[index] = problem or ""
             continue
-        before = (device, task, log, row)
-        sql = "SELECT label, source FROM labels WHERE device = ? AND task = ? AND log = ? AND row = ?"
-        old = db.execute(sql, before).fetchone()
-        replaced += old is not None and tuple(old) != (label.text, label.source)
+        former = label_tables.save_label(db, key, row, label.text, label.source, now)
+        replaced += former is not None and former != (label.text, label.source)
         accepted += 1
-        db.execute(_UPSERT_LABEL, (*before, label.text, label.source, now))
-    rows = db.execute(_LABELLED_RESULTS, (device, task, log)).fetchall()
+    rows = label_tables.load_labelled_results(db, key)
     judged = [row for row in rows if row[1] != MODEL]
-    model = bundles.runs.get(max((row[5] for row in judged), default=0))
-    of_model = [row for row in judged if bundles.runs.get(row[5]) is model]
-    metrics = _compute_metrics(bundles.get_schema(model), of_model) if model else []
-    _store_metrics(db, device, task, log, metrics, now)
-    others = len(judged) - len(of_model)
-    return LabelOutcome(accepted, replaced, rejected, count_sources([row[1] for row in rows]), metrics, model, others)
+    model = schemas.runs.get(max((row[5] for row in judged), default=0))
+    of_model = [row for row in judged if schemas.runs.get(row[5]) is model]
+    metrics = _compute_metrics(schemas.get_schema(model), of_model) if model else []
+    metric_rows = [
+        (device, task, now, m.metric, m.slice, m.value, m.low, m.high, m.n, m.state, SOURCE, log, 0) for m in metrics
+    ]
+    label_tables.replace_metrics(db, device, task, SOURCE, metric_rows)
+    sources = count_sources([row[1] for row in rows])
+    return LabelOutcome(accepted, replaced, rejected, sources, metrics, model, len(judged) - len(of_model))
+
+
+def split_labels(labels: Sequence[Label]) -> Iterator[tuple[int, int, str]]:
+    """Split labels into arguments of `label` commands: (first, end, JSON columns of at most MAX_ARGUMENT_LENGTH)."""
+    first = 0
+    while first < len(labels):
+        end = min(first + _MAX_LABELS_PER_COMMAND, len(labels))
+        while len(text := _encode_columns(labels[first:end])) > MAX_ARGUMENT_LENGTH:
+            end = first + (end - first) // 2
+        yield first, end, text
+        first = end
+
+
+def _encode_columns(labels: Sequence[Label]) -> str:
+    columns = {
+        "row": [label.row for label in labels],
+        "t": [None if label.t is None else label.t / 1e6 for label in labels],
+        "label": [label.text for label in labels],
+        "source": [label.source for label in labels],
+    }
+    return json.dumps(columns, separators=(",", ":"))
 
 
 class _ResultIndex:
-    """Results by row and by time; `message` has the seq of each."""
+    """Results by row and by time; `seq_by_row` has the message of each."""
 
     def __init__(self, results: list[tuple[int, int, int]]) -> None:
         self._times, self._rows = [t for t, _, _ in results], [row for _, row, _ in results]
         self.seq_by_row = {row: seq for _, row, seq in results}
-        between = np.diff(self._times)
-        self._max_distance_us = max(_MATCH_TOLERANCE_US, int(np.median(between)) // 2 if len(between) else 0)
+        intervals = np.diff(self._times)
+        self._max_distance_us = max(_MATCH_TOLERANCE_US, int(np.median(intervals)) // 2 if len(intervals) else 0)
 
     def find_row(self, label: Label) -> int | None:
-        """The row of the result it is of: exactly, or nearest in time within half of what lies between results."""
+        """Return the row of the labelled result: exact, or nearest in time within half the median interval."""
         if label.row is not None:
             return label.row if label.row in self.seq_by_row else None
         t = label.t or 0
-        at = bisect.bisect_left(self._times, t)
-        near = [i for i in (at - 1, at) if 0 <= i < len(self._times)]
-        best = min(near, key=lambda i: abs(self._times[i] - t), default=None)
+        index = bisect.bisect_left(self._times, t)
+        nearby = [i for i in (index - 1, index) if 0 <= i < len(self._times)]
+        best = min(nearby, key=lambda i: abs(self._times[i] - t), default=None)
         return None if best is None or abs(self._times[best] - t) > self._max_distance_us else self._rows[best]
 
 
@@ -127,66 +143,51 @@ def _missing_reason(label: Label) -> str:
 
 
 class _BundleSchemas:
-    """What each message's results are of, and what labels of them may be."""
+    """The bundle of each message with results, and the label schema of each bundle."""
 
-    def __init__(self, db: Connection, device: str, task: str, log: str, texts: Sequence[str]) -> None:
-        self._db, self._log_key = db, (device, task, log)
-        self.runs = bundle_history.load_bundle_runs(db, device, task, log)
-        sql = "SELECT DISTINCT label FROM labels WHERE device = ? AND task = ? AND log = ? AND source <> ?"
-        self._label_texts = [*texts, *(row[0] for row in db.execute(sql, (*self._log_key, MODEL)))]
+    def __init__(self, db: Connection, key: TaskLog, texts: Sequence[str]) -> None:
+        self._db, self._key = db, key
+        self.runs = bundle_history.load_bundle_runs(db, key)
+        self._label_texts = [*texts, *label_tables.load_label_texts(db, key, except_source=MODEL)]
         self._schemas: dict[str, BundleLabelSchema] = {}
 
     def get_schema(self, model: BundleRun) -> BundleLabelSchema:
         if model.digest not in self._schemas:
-            self._schemas[model.digest] = bundle_history.resolve_label_schema(
-                self._db, *self._log_key, model.digest, self._label_texts
-            )
+            schema = bundle_history.resolve_label_schema(self._db, self._key, model.digest, self._label_texts)
+            self._schemas[model.digest] = schema
         return self._schemas[model.digest]
 
     def check_label(self, label: Label, seq: int) -> str | None:
-        """Why a label of a result in this message is refused."""
-        meaning = self.get_schema(self.runs[seq])
+        """Return why a label of a result in this message is rejected."""
+        schema = self.get_schema(self.runs[seq])
         try:
-            meaning.label_schema.parse(label.text)
+            schema.label_schema.parse(label.text)
         except ValueError as problem:
-            hint = "" if meaning.declared else ", as far as its results here tell; the device knows all (--send)"
+            hint = "" if schema.declared else ", as inferred from its results here; the device knows all (--send)"
             return f"{problem}{hint}"
         return None
 
 
-def _compute_metrics(schema: BundleLabelSchema, rows: Sequence[tuple[Any, ...]]) -> list[MetricEstimate]:
-    """Of (label, source, named, score, value, …) each; one that is not understood any more is left out."""
-    truth, known = schema.label_schema, []
+def _compute_metrics(schema: BundleLabelSchema, rows: Sequence[Row]) -> list[MetricEstimate]:
+    """Compute metrics of (label, source, predicted label, score, value, …) rows; omit labels outside the schema."""
+    labels, parsed = schema.label_schema, []
     for row in rows:
         with contextlib.suppress(ValueError):
-            known.append((truth.parse(row[0]), row[2], row[3], row[4]))
-    if truth.kind == "classify":
-        named = [one for one in known if one[1] in truth.labels]
-        said = np.array([truth.labels.index(one[1]) for one in named], np.int64)
-        score = np.array([np.nan if one[2] is None else one[2] for one in named], np.float64)
-        return quality.compute_metrics("classify", truth.labels, LabelledPredictions(_true_values(named), said, score))
-    numbers = [one for one in known if one[3] is not None]
-    value = np.array([one[3] for one in numbers], np.float64)
+            parsed.append((labels.parse(row[0]), row[2], row[3], row[4]))
+    if labels.kind == "classify":
+        classified = [row for row in parsed if row[1] in labels.labels]
+        predicted = np.array([labels.labels.index(row[1]) for row in classified], np.int64)
+        score = np.array([np.nan if row[2] is None else row[2] for row in classified], np.float64)
+        predictions = LabelledPredictions(_true_values(classified), predicted, score)
+        return performance.compute_metrics("classify", labels.labels, predictions)
+    valued = [row for row in parsed if row[3] is not None]
+    value = np.array([row[3] for row in valued], np.float64)
     above = None
-    if truth.kind == "anomaly" and schema.threshold is not None:
+    if labels.kind == "anomaly" and schema.threshold is not None:
         above = (value > schema.threshold).astype(np.int64)
-    return quality.compute_metrics(
-        truth.kind, truth.labels, LabelledPredictions(_true_values(numbers), above, value=value)
-    )
+    predictions = LabelledPredictions(_true_values(valued), above, value=value)
+    return performance.compute_metrics(labels.kind, labels.labels, predictions)
 
 
-def _true_values(labelled: Sequence[tuple[Any, ...]]) -> Floats:
-    return np.array([one[0] for one in labelled], np.float64)
-
-
-def _store_metrics(
-    db: Connection, device: str, task: str, log: str, metrics: Sequence[MetricEstimate], now: str
-) -> None:
-    db.execute("DELETE FROM metrics WHERE device = ? AND task = ? AND source = ?", (device, task, SOURCE))
-    db.executemany(
-        "INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        [
-            (device, task, now, one.metric, one.slice, one.value, one.low, one.high, one.n, one.state, SOURCE, log, 0)
-            for one in metrics
-        ],
-    )
+def _true_values(rows: Sequence[tuple[Any, ...]]) -> Floats:
+    return np.array([row[0] for row in rows], np.float64)

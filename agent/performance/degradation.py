@@ -23,12 +23,14 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
+from agent import alerts
+from agent.alerts import Alert
 from agent.arrays import Floats
-from agent.drift.reporting.alert_text import Alert
 from agent.performance import intervals
 
 GROUP_SIZE, BASELINE_SIZE = 25, 200
 DECAY, EVALUATION, CERTAINTY = KINDS = ("decay", "evaluation", "certainty")
+ALERT_KINDS = {DECAY: alerts.DECAY, EVALUATION: alerts.BELOW_EVALUATION, CERTAINTY: alerts.OVERCONFIDENT}
 MARGINS = {DECAY: 0.02, EVALUATION: 0.05, CERTAINTY: 0.05}
 # Of numbers: a share of the usual error.
 _REGRESSION_MARGIN = 0.1
@@ -261,11 +263,10 @@ def build_alert(event: DegradationEvent, *, binary_loss: bool) -> Alert:
     raised = event.state == "raised"
     summary = _raised_sentence(event, binary_loss=binary_loss) if raised else _cleared_sentence(event)
     evidence: dict[str, Any] = {"n": event.n}
-    told = ("loss",) if event.state == "corrected" else ("loss", "low", "high", "before")
-    evidence |= {name: round(getattr(event, name), 4) for name in told}
-    state, severity = ("raised", "warning") if raised else ("cleared", "info")
-    identity = f"quality/{event.kind}/{event.count}"
-    return Alert("quality", event.kind, state, severity, identity, summary, evidence)
+    members = ("loss",) if event.state == "corrected" else ("loss", "low", "high", "before")
+    evidence |= {name: round(getattr(event, name), 4) for name in members}
+    kind = ALERT_KINDS[event.kind]
+    return (kind.raised if raised else kind.cleared)(summary, evidence, count=event.count)
 
 
 def _raised_sentence(event: DegradationEvent, *, binary_loss: bool) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.drift.reporting.alert_text import Alert
+from agent.alerts import OWN_LABELS, Alert
 from agent.performance.degradation import DegradationState
 
 MAX_OWN_SHARE = 0.2
@@ -22,7 +22,5 @@ def check_feedback(state: DegradationState, own: int, n: int) -> Alert | None:
         if many
         else f"labels are mostly others' than the model's again ({share:.0%} of the last {n} its own)."
     )
-    identity = f"quality/labels/{state.feedback_count}"
-    evidence = {"own": own, "n": n}
-    state_word, severity = ("raised", "warning") if many else ("cleared", "info")
-    return Alert("quality", "labels", state_word, severity, identity, summary, evidence)
+    build = OWN_LABELS.raised if many else OWN_LABELS.cleared
+    return build(summary, {"own": own, "n": n}, count=state.feedback_count)

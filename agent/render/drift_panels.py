@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 
-from agent.render import axes, histogram
-from agent.render.drift_model import AccuracyEstimate, EvidenceCurve, PlotRow, StateInterval
-from agent.render.paper import (
+from agent.render import axes
+from agent.render.drift_model import (
     AXIS_LABEL_HEIGHT,
     HISTOGRAM_WIDTH,
     HISTOGRAM_X,
@@ -14,8 +14,12 @@ from agent.render.paper import (
     NAME_WIDTH,
     TIME_WIDTH,
     TIME_X,
+    AccuracyEstimate,
     Canvas,
+    EvidenceCurve,
     Panel,
+    PlotRow,
+    StateInterval,
     series_color,
 )
 from agent.render.svg import truncate_text
@@ -31,6 +35,9 @@ STATE_LABELS = {
 MAX_LIMIT_MULTIPLE = 4.0  # a sum is drawn up to so many times its limit; beyond, it says no more
 DEFAULT_LIMIT = 5.0  # what is assumed for the scale where no limit is known
 SMOOTHING_WINDOW = 5  # estimates
+BIN_COUNT = 44
+_TAIL_SHARE = 1 / 32  # of the rows may lie in an outermost bin, whose far end says little of where
+_RANGE_PAD = 0.22
 
 
 def draw_row(canvas: Canvas, row: PlotRow, panel: Panel) -> None:
@@ -69,8 +76,8 @@ def _draw_distribution(canvas: Canvas, row: PlotRow, panel: Panel) -> None:
     draw.rect(panel.x, panel.y, panel.width, panel.height, theme.panel)
     shapes = [*([row.reference] if row.reference else []), *(counts for _, counts in row.histograms)]
     bounds = row.bounds or list(range(len(shapes[0]) - 1))
-    low, high = histogram.visible_range(bounds, shapes)
-    outlines = [histogram.rebin(bounds, counts, low, high) for counts in shapes]
+    low, high = visible_range(bounds, shapes)
+    outlines = [rebin(bounds, counts, low, high) for counts in shapes]
     # A rest value may hold half of all rows: what is higher than this is cut off.
     tall = max(_peak_height(outline) for outline in outlines) or 1.0
     if row.reference:
@@ -249,3 +256,45 @@ def draw_estimates(canvas: Canvas, estimates: Sequence[AccuracyEstimate], y: flo
         told_of = [(t, v) for t, v in zip(one.times, one.values, strict=True) if v is not None]
         draw.path([to_point(t, v) for t, v in _moving_average(told_of)], color, css_class="estimate", stroke_width="2")
     return panel.bottom
+
+
+def visible_range(bounds: Sequence[float], histograms: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """What to show: from where each histogram begins in earnest to where the last ends, and a margin."""
+    inner = [counts for counts in histograms if sum(counts[1:-1])]
+    if not inner:
+        return bounds[0], bounds[-1]
+    low = min(_quantile(bounds, counts, _TAIL_SHARE) for counts in inner)
+    high = max(_quantile(bounds, counts, 1 - _TAIL_SHARE) for counts in inner)
+    pad = _RANGE_PAD * (high - low) or max(abs(high), 1.0) * 0.05
+    return max(low - pad, bounds[0] - pad / 8), min(high + pad, bounds[-1] + pad / 8)
+
+
+def rebin(bounds: Sequence[float], counts: Sequence[int], low: float, high: float) -> list[float]:
+    """Share of all rows in each of STEPS even steps from `low` to `high`; a bin is spread evenly between its bounds."""
+    total = sum(counts)
+    if not total:
+        return [0.0] * BIN_COUNT
+    edges = [low + (high - low) * i / BIN_COUNT for i in range(BIN_COUNT + 1)]
+    cumulative = [_cumulative_count(bounds, counts, edge) for edge in edges]
+    return [(b - a) / total for a, b in pairwise(cumulative)]
+
+
+def _cumulative_count(bounds: Sequence[float], counts: Sequence[int], value: float) -> float:
+    done = 0.0
+    for left, right, count in zip(bounds[:-1], bounds[1:], counts[1:-1], strict=True):
+        if value >= right:
+            done += count
+        elif value > left:
+            return done + count * (value - left) / (right - left)
+        else:
+            break
+    return done
+
+
+def _quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float:
+    inner = counts[1:-1]
+    wanted = share * sum(inner)
+    sums = list(accumulate(inner))
+    at = next((i for i, done in enumerate(sums) if done >= wanted and inner[i]), len(inner) - 1)
+    before = sums[at] - inner[at]
+    return bounds[at] + (bounds[at + 1] - bounds[at]) * (wanted - before) / max(1, inner[at])

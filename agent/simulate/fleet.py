@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from agent.fleet import operators
+from agent.fleet import config as fleet_config
 from agent.simulate import disturbances, plan, report, rollout_outcome
 from agent.simulate.plan import SimulationPlan
 from agent.simulate.rollout import RolloutDriver, RolloutTarget, read_target
@@ -139,7 +139,7 @@ def _draw_disturbances(request: SimulationRequest) -> disturbances.Disturbances:
 
 
 def _build_document(fleet: Simulation, fleet_plan: SimulationPlan) -> dict[str, Any]:
-    found = report.build_report(fleet.database, fleet_plan, operators.load_trusted_keys(fleet.prepare()))
+    found = report.build_report(fleet.database, fleet_plan, fleet_config.load_trusted_keys(fleet.prepare()))
     for one in found.devices:
         one["restarts"] = fleet.restarts.get(one["device"], [])
     return {"devices": found.devices, "accuracy": found.accuracy, "audit": found.audit.to_dict()}

@@ -1,7 +1,7 @@
-"""A broker in memory whose links lose, delay, repeat, reorder, split and break, all from one seed, in virtual time.
+"""Lossy broker in memory: links lose, delay, repeat, reorder, split and break, in virtual time, from one seed.
 
-Its links have the methods of `agent.transport.mqtt.Link`. One thread runs it all: while a link waits, the clock goes on
-and the others get their turn. The same seed gives the same run, message by message.
+Links have the methods of `agent.transport.mqtt.Link`. One thread runs everything: while a link waits, the clock goes on
+and the other participants run. The same seed gives the same run, message by message.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ _WALL_CLOCK_START_US = 1_795_000_000_000_000
 
 
 class LinkConditions(msgspec.Struct, frozen=True):
-    """Chances of 0 to 1, of each message or call, and the longest time a message is under way."""
+    """Probabilities (0 to 1) for each message or call, and the longest delivery time."""
 
     loss: float = 0.0
     """The broker confirms a message and forgets it."""
     duplication: float = 0.0
-    """It delivers a message twice."""
+    """The broker delivers a message twice."""
     delay_s: float = 0.0
-    """Each delivery and receipt takes its own time up to this, so that they overtake each other."""
+    """Each delivery and each receipt takes a random time up to this; they can overtake each other."""
     partial_receive: float = 0.0
-    """`receive` brings only some of what is there."""
+    """`receive` returns only a part of what is due."""
     disconnect: float = 0.0
-    """The connection breaks; what was being sent may or may not have arrived."""
+    """The connection breaks; the message in flight may or may not have arrived."""
     silent_refusal: float = 0.0
-    """The broker neither takes a message nor says so, as one that throttles."""
+    """The broker drops a message and sends no receipt, as a throttling broker does."""
     no_receipts: bool = False
     """The broker confirms nothing."""
 
 
 class _Mailbox(msgspec.Struct):
-    """What the broker has for one client: `waiting` is (due, event); `taken` was delivered and not acknowledged."""
+    """The session of one client: `pending` holds (due time, message); `unacknowledged` was delivered."""
 
     filters: Sequence[str] = ()
     persistent: bool = False
@@ -50,9 +50,12 @@ class _Mailbox(msgspec.Struct):
     unacknowledged: dict[int, IncomingMessage] = msgspec.field(default_factory=dict)
     link: LossyLink | None = None
 
+    def matches(self, topic: str) -> bool:
+        return any(topic_matches(pattern, topic) for pattern in self.filters)
+
 
 class LossyBroker:
-    """The broker and the clock. `judge` gives the reason code of a message; `others` get a turn while a link waits."""
+    """The broker and the clock. `reason_code` decides about a message; `tick_callbacks` run while a link waits."""
 
     def __init__(self, seed: int, conditions: LinkConditions, *, window: int = 100, max_packet: int = 1 << 20) -> None:
         self.rng = random.Random(seed)
@@ -80,27 +83,27 @@ class LossyBroker:
         session_expiry_s: int = 0,
         **_: Any,
     ) -> LossyLink:
-        """As `Link(…)`. Raises LinkDown."""
+        """Connect a client; the parameters are those of `agent.transport.mqtt.Link`. Raises LinkDown."""
         self.connects[client] += 1
         if self.happens(self.conditions.disconnect):
-            raise LinkDown("the air: no connection")
+            raise LinkDown("lossy link: no connection")
         box = self._mailboxes.get(client)
         if box is not None and box.link is not None:
             box.link.disconnect("taken over")
         if box is None or not session_expiry_s:
             box = self._mailboxes[client] = _Mailbox()
         box.filters, box.persistent = tuple(subscribe), session_expiry_s > 0
-        # What was delivered and not acknowledged comes again.
+        # The broker delivers unacknowledged messages again (MQTT 5, section 4.4).
         box.pending = [*((self.clock_s, old) for old in box.unacknowledged.values()), *box.pending]
         box.unacknowledged = {}
         box.link = LossyLink(self, client, box, will)
         for message in self._retained.values():
-            if any(topic_matches(one, message.topic) for one in box.filters):
+            if box.matches(message.topic):
                 box.pending.append((self.clock_s, self._delivery(message, retained=True)))
         return box.link
 
     def publish(self, message: OutgoingMessage) -> int:
-        """Route a message as the broker does; its reason code."""
+        """Route a message and return its reason code."""
         code = self.reason_code(message)
         if code >= 0x80:
             return code
@@ -108,7 +111,9 @@ class LossyBroker:
         if message.retain:
             self._retained[message.topic] = message
         boxes = [
-            box for box in self._mailboxes.values() if any(topic_matches(one, message.topic) for one in box.filters)
+            box
+            for box in self._mailboxes.values()
+            if any(topic_matches(pattern, message.topic) for pattern in box.filters)
         ]
         for box in boxes:
             if not self.happens(self.conditions.loss):
@@ -117,18 +122,18 @@ class LossyBroker:
         return code or (0 if boxes else NO_SUBSCRIBERS)
 
     def inject(self, client: str, delivery: IncomingMessage) -> None:
-        """Put something into a client's way that nobody published."""
+        """Deliver a message that nobody published to one client."""
         self._mailboxes[client].pending.append((self.clock_s, delivery))
 
     def restart(self) -> None:
-        """The broker dies and comes back, with nothing of what it had."""
+        """Restart the broker without its sessions and retained messages."""
         boxes, self._mailboxes, self._retained = self._mailboxes, {}, {}
         for box in boxes.values():
             if box.link is not None:
                 box.link.disconnect("the broker died", will=False)
 
     def advance(self, seconds: float, condition: Callable[[], bool] = lambda: False) -> None:
-        """Time passes, and the others get their turns."""
+        """Advance the clock and run the tick callbacks, at most until `condition` is true."""
         end = self.clock_s + seconds
         while not condition() and self.clock_s < end:
             self.clock_s = min(end, self.clock_s + _STEP_S)
@@ -136,10 +141,10 @@ class LossyBroker:
                 other()
 
     def detach(self, mailbox: _Mailbox) -> None:
-        """The connection of this mailbox is over."""
+        """End the connection of a mailbox; a session without expiry ends with it."""
         mailbox.link = None
         if not mailbox.persistent:
-            self._mailboxes = {name: one for name, one in self._mailboxes.items() if one is not mailbox}
+            self._mailboxes = {name: other for name, other in self._mailboxes.items() if other is not mailbox}
 
     def happens(self, probability: float) -> bool:
         return probability > 0 and self.rng.random() < probability
@@ -156,7 +161,7 @@ class LossyBroker:
 
 
 class LossyLink:
-    """One connection through the air."""
+    """One connection of a client to the lossy broker."""
 
     def __init__(self, broker: LossyBroker, client: str, mailbox: _Mailbox, will: OutgoingMessage | None) -> None:
         self.window, self.max_packet = broker.window, broker.max_packet
@@ -175,8 +180,8 @@ class LossyLink:
             self._require_connected()
         self._token += 1
         self._in_flight += 1
-        most = self._broker.max_in_flight
-        most[self._client] = max(most.get(self._client, 0), self._in_flight)
+        peaks = self._broker.max_in_flight
+        peaks[self._client] = max(peaks.get(self._client, 0), self._in_flight)
         if self._broker.happens(self._broker.conditions.silent_refusal):
             return self._token
         code = self._broker.publish(message)
@@ -209,7 +214,7 @@ class LossyLink:
         self.disconnect("dropped")
 
     def disconnect(self, reason: str, *, will: bool = True) -> None:
-        """The connection is over; the broker publishes the Will unless this was a polite end."""
+        """End the connection. The broker publishes the Will unless the client closed properly."""
         if self._lost_reason is not None:
             return
         self._lost_reason = reason
@@ -219,7 +224,7 @@ class LossyLink:
 
     def _require_connected(self) -> None:
         if self._lost_reason is not None:
-            raise LinkDown(f"the air: {self._lost_reason}")
+            raise LinkDown(f"lossy link: {self._lost_reason}")
 
     def _is_due(self) -> bool:
         now = self._broker.clock_s
@@ -246,11 +251,11 @@ class LossyLink:
 
 
 def topic_matches(topic_filter: str, topic: str) -> bool:
-    """Whether an MQTT topic filter takes a topic."""
-    wanted, there = topic_filter.split("/"), topic.split("/")
-    for i, part in enumerate(wanted):
-        if part == "#":
+    """Return True if an MQTT topic filter matches a topic (MQTT 5, section 4.7)."""
+    levels, topic_levels = topic_filter.split("/"), topic.split("/")
+    for i, level in enumerate(levels):
+        if level == "#":
             return True
-        if i >= len(there) or part not in ("+", there[i]):
+        if i >= len(topic_levels) or level not in ("+", topic_levels[i]):
             return False
-    return len(wanted) == len(there)
+    return len(levels) == len(topic_levels)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from agent import durable_files
 from agent.errors import UsageError
 from agent.wire import curve
 
@@ -97,7 +97,7 @@ def generate(path: Path, *, write_public: bool = True) -> SigningKey:
     key = SigningKey(Ed25519PrivateKey.generate())
     pem = key.private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     try:
-        write_new(path, pem, 0o600)
+        durable_files.write_new(path, pem, 0o600)
     except FileExistsError:
         raise UsageError(f"{path}: a key is there already; move it away first if it is to be replaced") from None
     except OSError as error:
@@ -110,15 +110,6 @@ def generate(path: Path, *, write_public: bool = True) -> SigningKey:
 def public_key_path(path: Path) -> Path:
     """Where the public half of the private key at `path` is."""
     return path.with_name(path.name + ".pub")
-
-
-def write_new(path: Path, data: bytes, mode: int) -> None:
-    """Write a file that must not exist yet, durably. Raises FileExistsError."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def load_private(path: Path) -> SigningKey:

@@ -8,8 +8,8 @@ import numpy as np
 
 from agent import clock
 from agent.device.pipeline import batch
+from agent.testing.fleet import FIELDS
 from scripts.benchmarks import Result, bed, benchmark, rates
-from tests.kit.system import FIELDS
 
 FEW, MANY = 200_000, 10_000_000
 _BATCHES = 3

@@ -22,8 +22,8 @@ from agent.model.inference.runtime import MAX_BATCH, Interpreter, TfliteModel  #
 from agent.simulate.scenario import SCENARIOS
 from scripts.benchmarks import Report, Result, bed, benchmark, rates
 from scripts.benchmarks.bed import Bed, Floats
-from tests.kit.bundles import KEY, THIRD_PARTY
-from tests.models import write
+from scripts.kit import write_models
+from scripts.kit.bundles import KEY, THIRD_PARTY
 
 WINDOWS = 4096
 FIELDS = 16
@@ -75,7 +75,7 @@ def a_model_of_sixteen_fields() -> Report:
     weights = np.random.default_rng(3).normal(0, 1, (3, FIELDS)).astype(np.float32)
     rows = np.random.default_rng(4).normal(0, 1, (100_000, FIELDS)).astype(np.float32)
     says = 'kind = "classify"\nlabels = ["a", "b", "c"]\n[output]\nactivation = "softmax"\n[drift]\nwindow = 1000'
-    with _packed(write.model("int8", weights), rows[:40_000], says) as device:
+    with _packed(write_models.model("int8", weights), rows[:40_000], says) as device:
         plain = _interpreter(device)
 
         def one_by_one() -> int:

@@ -21,9 +21,9 @@ from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol, init_fleet
+from agent.testing.broker import free_port
+from agent.testing.fleet import FLEET, DeviceProcess
 from agent.wire import keys
-from tests.kit.brokers import free_port
-from tests.kit.system import FLEET, Device
 
 CHUNK = 8192
 Floats = NDArray[np.float32]
@@ -72,7 +72,7 @@ def made(fields: Sequence[str], bundle: str, *, step_us: int = 20_000, publisher
 
 
 @contextlib.contextmanager
-def enrolled(fields: Sequence[str] = (), stream: str = "watch") -> Iterator[Device]:
+def enrolled(fields: Sequence[str] = (), stream: str = "watch") -> Iterator[DeviceProcess]:
     """A device to be run in a process of its own, with a stream of these fields; nobody listens where its broker is."""
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder) / "fleet"
@@ -80,10 +80,10 @@ def enrolled(fields: Sequence[str] = (), stream: str = "watch") -> Iterator[Devi
         store = FleetStore(Path(config.fleet.db))
         made = enrol(home, config, store, "pi-01", key=None, replace=False).folder
         store.close()
-        device = Device(made, "pi-01")
+        device = DeviceProcess(made, "pi-01")
         if fields:
             listed = ", ".join(f'{{ name = "{name}" }}' for name in fields)
-            device.configure(f"[streams.{stream}]\nfields = [{listed}]\n")
+            device.append_config(f"[streams.{stream}]\nfields = [{listed}]\n")
         try:
             yield device
         finally:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from agent.config import FieldConfig, StreamConfig
+from agent.device.recovery.open import open_store
 from agent.device.store.rows import Rows
-from agent.device.store.store import Store
 from scripts.benchmarks import Result, benchmark, rates
 
 COMMITS = 50
@@ -29,7 +29,7 @@ def buffer() -> Result:
     times = np.arange(ROWS, dtype=np.int64) * 10_000
     tuples = list(zip(times.tolist(), *values.tolist(), strict=True))
     with tempfile.TemporaryDirectory() as folder:
-        store = Store(Path(folder) / "ours")
+        store = open_store(Path(folder) / "ours")
         store.declare_streams({"watch": StreamConfig(fields=[FieldConfig(name=name) for name in FIELDS])})
         plain = sqlite3.connect(Path(folder) / "reference.db", isolation_level=None)
         plain.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA secure_delete=OFF")

@@ -22,13 +22,13 @@ from agent.fleet.collector.collector import SESSION_EXPIRY_S
 from agent.fleet.collector.subscription import client_id, topic_filters
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import init_fleet
+from agent.testing.broker import MosquittoBroker
+from agent.testing.messages import FLEET, MessageSender, SignedMessage
 from agent.transport.mqtt import Link
 from agent.transport.packets import PublishReceipt
 from scripts.benchmarks import Report, Result, benchmark
-from tests.kit import postgres
-from tests.kit.brokers import Mosquitto
-from tests.kit.postgres import Postgres
-from tests.kit.senders import FLEET, Sender, Sent
+from scripts.kit import postgres
+from scripts.kit.postgres import PostgresServer
 
 DEVICES, MESSAGES = 200, 6000
 _ROUNDS = 3
@@ -52,11 +52,13 @@ class Flow:
 @benchmark("collectors")
 def collectors_beside_each_other() -> Report:
     """What waits at a broker, of 200 devices, into the database; from the first message there to the last."""
-    lacking = [what for what, there in (("PostgreSQL", postgres.found()), ("Mosquitto", _mosquitto())) if not there]
+    lacking = [
+        what for what, there in (("PostgreSQL", postgres.find_binaries()), ("Mosquitto", _mosquitto())) if not there
+    ]
     if lacking:
         raise click.ClickException(f"{' and '.join(lacking)} not installed; see scripts/setup system")
     seen: dict[str, list[float]] = {"file": [], "one": [], "two": []}
-    with postgres.running(_SERVER) as server:
+    with postgres.run_server(_SERVER) as server:
         for _ in range(_ROUNDS):
             seen["file"].append(flow(None, (), forty).rate)
             seen["one"].append(flow(server, ("a",), forty).rate)
@@ -70,23 +72,26 @@ def collectors_beside_each_other() -> Report:
     return Report(results, "\n".join(f"{r.name}: {r.ours:,.0f} messages/s, × {r.ratio:.2f}; {r.note}" for r in results))
 
 
-def forty(sender: Sender) -> Sent:
+def forty(sender: MessageSender) -> SignedMessage:
     """A message of forty results, as a device sends it."""
     return sender.results(40, clocks=[[sender.row + 1, 1, 1, 0]])
 
 
 def flow(
-    server: Postgres | None, names: Sequence[str], make: Callable[[Sender], Sent], messages: int = MESSAGES
+    server: PostgresServer | None,
+    names: Sequence[str],
+    make: Callable[[MessageSender], SignedMessage],
+    messages: int = MESSAGES,
 ) -> Flow:
     """`names` of collectors on `server`; without one, a single one with SQLite."""
-    with tempfile.TemporaryDirectory() as made, Mosquitto(Path(made), extra_conf=_CONF) as broker:
+    with tempfile.TemporaryDirectory() as made, MosquittoBroker(Path(made), extra_conf=_CONF) as broker:
         home = Path(made) / FLEET
         config = init_fleet(home, FLEET, BrokerConfig(url=broker.url))
-        where = server.database() if server else config.fleet.db
+        where = server.create_database() if server else config.fleet.db
         file = home / "fleet.toml"
         file.write_text(file.read_text().replace('db = "fleet.db"', f'db = "{where}"'), encoding="utf-8")
         store = FleetStore(where)
-        senders = [Sender(f"pi-{i:03}") for i in range(DEVICES)]
+        senders = [MessageSender(f"pi-{i:03}") for i in range(DEVICES)]
         for sender in senders:
             store.enrol(sender.device, sender.key.public, replace=False, now=_NOW)
         for name in names or (None,):
@@ -137,11 +142,11 @@ def _measure(store: FleetStore, messages: int, processes: Sequence[Sequence[int]
     return Flow(n / took_s, *each)
 
 
-def _publish(url: str, sent: Sequence[Sent]) -> None:
+def _publish(url: str, sent: Sequence[SignedMessage]) -> None:
     link = Link(BrokerConfig(url=url), "devices")
     waiting = 0
     for one in sent:
-        link.send(one.outgoing())
+        link.send(one.to_outgoing())
         waiting += 1
         while waiting >= link.window:
             waiting -= sum(isinstance(event, PublishReceipt) for event in link.receive(1.0))

@@ -21,8 +21,8 @@ from msgspec.structs import replace
 from agent import clock
 from agent.config import FieldConfig, StreamConfig
 from agent.device.intake.group_commit import GroupCommit
+from agent.device.recovery.open import open_store
 from agent.device.store.rows import RawColumns, validate_columns
-from agent.device.store.store import Store
 from scripts.benchmarks import Result, benchmark
 
 FIELDS = [f"f{i}" for i in range(8)]
@@ -38,7 +38,7 @@ def bytes_written_for_a_row() -> Result:
     values = np.random.default_rng(1).normal(size=(len(FIELDS), ROWS)).astype(np.float32)
 
     def ours(folder: Path) -> None:
-        store, start = Store(folder / "data"), clock.read()
+        store, start = open_store(folder / "data"), clock.read()
         stream = StreamConfig(fields=[FieldConfig(name=name) for name in FIELDS])
         store.declare_streams({"rows": stream})
         group = GroupCommit(store, {"rows": stream})

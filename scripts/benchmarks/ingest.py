@@ -16,8 +16,8 @@ import numpy as np
 
 from agent.client import Client
 from agent.config import FieldConfig, StreamConfig
+from agent.device.recovery.open import open_store
 from agent.device.store.rows import Rows
-from agent.device.store.store import Store
 from scripts.benchmarks import Report, Result, benchmark, rates
 from scripts.benchmarks.bed import enrolled
 
@@ -40,9 +40,9 @@ def through_client_and_socket() -> Report:
     text = [json.dumps({"stream": "rows", "t": BEGIN_S, **row}) for row in rows]
     with enrolled(FIELDS, "rows") as device, _plain(device.home / "reference.db") as plain:
         # Each round ends with rows that wait for more; by default for a second, in which neither side works.
-        device.configure('[buffer]\ncommit_every = "100 ms"\n')
-        device.up()
-        with Client(device.data / "intake.sock") as client:
+        device.append_config('[buffer]\ncommit_every = "100 ms"\n')
+        device.start_and_wait()
+        with Client(device.data_dir / "intake.sock") as client:
             clock = itertools.count(BEGIN_S)
 
             def columnar() -> int:
@@ -70,7 +70,7 @@ def bytes_on_disk() -> Result:
     """A million rows in chunks of a thousand, checkpointed."""
     values = tuple(np.random.default_rng(2).normal(size=(len(FIELDS), LINE)).astype(np.float32))
     with tempfile.TemporaryDirectory() as folder:
-        store = Store(Path(folder))
+        store = open_store(Path(folder))
         store.declare_streams({"rows": StreamConfig(fields=[FieldConfig(name=name) for name in FIELDS])})
         before = store.used_bytes()
         for chunk in range(1000):

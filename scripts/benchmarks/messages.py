@@ -22,19 +22,19 @@ from paho.mqtt.properties import Properties
 
 from agent import clock, config
 from agent.config import BrokerConfig
+from agent.device.recovery.open import open_store
 from agent.device.store.message_log import MessageLog
-from agent.device.store.store import Store
 from agent.device.uplink.uplink import Uplink
 from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol, init_fleet
+from agent.testing.broker import MosquittoBroker
+from agent.testing.messages import FLEET, MessageSender, new_key
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
 from agent.wire.messages import AckPayload
 from scripts.benchmarks import Result, benchmark, rates
-from tests.kit.brokers import Mosquitto
-from tests.kit.senders import FLEET, Sender, new_key
 
 MESSAGES = 3000
 # Many: what the broker confirmed is written down once for all of a second.
@@ -48,14 +48,18 @@ _CONF = "max_inflight_messages 500"
 @benchmark("uplink")
 def outbox_to_broker() -> Result:
     """Signed QoS 1 to Mosquitto, a subscriber there; ours leave a durable outbox as the broker confirms them."""
-    with tempfile.TemporaryDirectory() as made, Mosquitto(Path(made), extra_conf=_CONF) as broker, _listening(broker):
+    with (
+        tempfile.TemporaryDirectory() as made,
+        MosquittoBroker(Path(made), extra_conf=_CONF) as broker,
+        _listening(broker),
+    ):
         folder = Path(made)
         conf = config.Config(
             device=config.DeviceConfig(id="pi-07", fleet=FLEET, data_dir=str(folder / "data")),
             broker=BrokerConfig(url=broker.url),
             collector=config.CollectorConfig(delivery="broker"),
         )
-        store, key = Store(folder / "data"), new_key(1)
+        store, key = open_store(folder / "data"), new_key(1)
         author = MessageLog(FLEET, "pi-07", key, store.log_id, store.boot, 100_000)
         body = {"event": "bench", "summary": "x" * PADDING, "evidence": {}}
         failures: list[Exception] = []
@@ -139,7 +143,7 @@ def _own_loop(port: int, topic: str, payloads: list[bytes], key: Any) -> int:
 
 
 @contextlib.contextmanager
-def _listening(broker: Mosquitto) -> Iterator[None]:
+def _listening(broker: MosquittoBroker) -> Iterator[None]:
     """Somebody who is subscribed to all of it, in a process of its own."""
     command = ["mosquitto_sub", "-h", "127.0.0.1", "-p", str(broker.port), "-q", "1", "-V", "mqttv5", "-t", "#"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as listener:
@@ -176,7 +180,7 @@ def broker_to_database() -> Result:
     with tempfile.TemporaryDirectory() as made:
         home = Path(made) / "fleet"
         conf = init_fleet(home, FLEET, BrokerConfig(url="mqtt://127.0.0.1:1"))
-        store, sender, key = FleetStore(Path(conf.fleet.db)), Sender(), new_key(2)
+        store, sender, key = FleetStore(Path(conf.fleet.db)), MessageSender(), new_key(2)
         enrol(home, conf, store, "pi-07", key=sender.key.public, replace=False)
         collector = Collector(FLEET, BrokerConfig(), store, key)
         plain = sqlite3.connect(Path(made) / "plain.db", isolation_level=None)
@@ -189,7 +193,7 @@ def broker_to_database() -> Result:
         waiting: list[IncomingMessage] = []
 
         def prepare() -> None:
-            waiting[:] = [sender.results(40).delivery(n) for n in range(1, MESSAGES + 1)]
+            waiting[:] = [sender.results(40).to_incoming(n) for n in range(1, MESSAGES + 1)]
 
         def ours() -> int:
             link: Any = _Handed(list(waiting))

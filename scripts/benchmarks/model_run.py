@@ -27,7 +27,7 @@ from agent.model.inference.inference import Inference
 from agent.model.inference.runtime import Interpreter  # type: ignore[attr-defined]
 from scripts import benchmarks
 from scripts.benchmarks import Report, Result, benchmark, rates
-from tests.kit.bundles import KEY, THIRD_PARTY
+from scripts.kit.bundles import KEY, THIRD_PARTY
 
 MODELS = {
     "ad01": "mlperf_ad01_int8",

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from agent.datasets.recordings import load
+from agent.testing.fleet import FIELDS, RECORDINGS, DeviceProcess
+from agent.testing.process import run_outstation
 from scripts.benchmarks import Report, Result, benchmark
 from scripts.benchmarks.bed import enrolled, put
-from tests.kit.system import FIELDS, RECORDINGS, Device, outstation
 
 WINDOWS = 100_000
 _IDLE_S = 60.0
@@ -27,11 +28,11 @@ _TICK = os.sysconf("SC_CLK_TCK")
 def resident_memory() -> Report:
     """PSS with the exercise model loaded: waiting, and the most while a backlog is worked off."""
     with enrolled(FIELDS) as device:
-        device.task("exercise").up()
+        device.add_task("exercise").start_and_wait()
         idle = _pss_mb(device.pid)
         device.stop()
         _fill(device, WINDOWS)
-        device.up()
+        device.start_and_wait()
         most = idle
         end = time.monotonic() + 30
         while time.monotonic() < end:
@@ -63,12 +64,12 @@ def start_to_first_batch() -> Result:
         # As installed: pip compiles what it installs, while a checkout may have to be compiled at each start.
         env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         env["PYTHONPYCACHEPREFIX"] = compiled
-        device.task("exercise")
+        device.add_task("exercise")
         # The trial of batch sizes is remembered, and so is what was compiled: both are of the first start only.
         for round_ in range(_STARTS + 1):
             _fill(device, 100)
             begin = time.perf_counter()
-            done = outstation("batch", "-c", str(device.config), env=env)
+            done = run_outstation("batch", "-c", str(device.config), env=env)
             middle = time.perf_counter()
             subprocess.run(bare, check=True, capture_output=True, env=env)
             if round_:
@@ -84,8 +85,8 @@ def start_to_first_batch() -> Result:
 def a_daemon_that_waits() -> Result:
     """One stream at 1 Hz, one task a minute, a broker that answers."""
     with enrolled() as device:
-        device.replay(10**6, 1 / 50)
-        device.task("exercise", schedule="every 60 s").up()
+        device.add_replay_stream(10**6, 1 / 50)
+        device.add_task("exercise", schedule="every 60 s").start_and_wait()
         time.sleep(5)
         begin_s, begun = _cpu_s(device.pid), time.monotonic()
         time.sleep(_IDLE_S)
@@ -96,7 +97,7 @@ def a_daemon_that_waits() -> Result:
     )
 
 
-def _fill(device: Device, windows: int) -> None:
+def _fill(device: DeviceProcess, windows: int) -> None:
     rows = np.resize(load(RECORDINGS).rows, (windows * 100, len(FIELDS)))
     put(device.config, "watch", rows)
 

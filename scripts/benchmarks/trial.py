@@ -13,7 +13,7 @@ from agent.model.inference.runtime import MAX_BATCH, TfliteModel
 from agent.model.inference.tuning import count_cores
 from agent.model.sandbox import autotune
 from scripts.benchmarks import Result, benchmark
-from tests.kit.bundles import THIRD_PARTY
+from scripts.kit.bundles import THIRD_PARTY
 
 SECONDS = 6.0
 

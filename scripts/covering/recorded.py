@@ -19,7 +19,7 @@ from agent.model.bundle import bundle
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import features, inference, runtime, scores
 from agent.wire.messages import BundleStats, Moments
-from tests.kit.rigged import SHIPPED, exercise
+from scripts.kit.rigged import SHIPPED, build_rigged_bundle
 
 STEP = 50
 
@@ -40,7 +40,7 @@ def recordings(change: str) -> tuple[Both, ...]:
     """`sensitive`: names the first class where values are large. `scaled`: its scaling is off by 30 %."""
     shipped = bundle.read(SHIPPED, None)
     model = inference.load_model(shipped.manifest, shipped.model_bytes)
-    other = runtime.TfliteModel(exercise("sensitive")["model.tflite"]) if change == "sensitive" else model
+    other = runtime.TfliteModel(build_rigged_bundle("sensitive")["model.tflite"]) if change == "sensitive" else model
     factor = np.float32(1.3 if change == "scaled" else 1.0)
     with np.load(SHIPPED.parent / "recordings" / "exercise.npz") as found:
         rows, begins, labels, names = found["rows"], found["starts"], found["label"], found["labels"]

@@ -55,7 +55,7 @@ class Clock(msgspec.Struct, frozen=True):
         )
         flaws = (f"vouched-by={self._folder / _NOW}", f"noted-runs={self._runs}")
         launcher = ("-m", "scripts.faults.launch", *flaws, "--")
-        self.world.device.launch(launcher, ("env", *environment))
+        self.world.device.set_launcher(launcher, ("env", *environment))
 
     def show(self, ahead_s: float, *, error_us: int | None = ERROR_US) -> None:
         """From now on wall time is true time + `ahead_s`. `error_us` of a time service that vouches for it, or None."""
@@ -81,9 +81,9 @@ class Clock(msgspec.Struct, frozen=True):
         back = round(time.clock_gettime(time.CLOCK_BOOTTIME) - up_s)
         shifted = (f"--boottime=-{back}", f"--monotonic=-{back}")
         device = self.world.device
-        environment = device.before[device.before.index("env") :]
+        environment = device.prefix[device.prefix.index("env") :]
         spaces = ("unshare", "--mount", "--time", *shifted, "sh", "-c", _BIND, str(boot_id))
-        device.launch(device.launcher, (*spaces, *environment))
+        device.set_launcher(device.launcher, (*spaces, *environment))
 
 
 def library() -> Path | None:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import msgspec
 
+from agent.testing.process import wait_until
 from scripts.faults.world import DEVICE, World
-from tests.kit.system import eventually
 
 # _IOR('X', 125, __u32) of linux/fs/ext4/ext4.h.
 _SHUTDOWN = 0x8004587D
@@ -37,7 +37,7 @@ class Card(msgspec.Struct, frozen=True):
 
     @staticmethod
     def of(world: World) -> Card:
-        return Card(world.folder / "card.ext4", world.device.data)
+        return Card(world.folder / "card.ext4", world.device.data_dir)
 
     def make(self, mib: int) -> None:
         with self.image.open("wb") as file:
@@ -61,7 +61,7 @@ class Card(msgspec.Struct, frozen=True):
             _run("losetup", "--detach", device)
 
     def unmount(self) -> None:
-        eventually("the card can be unmounted", lambda: self._unmounted(), _PATIENCE_S)
+        wait_until("the card can be unmounted", lambda: self._unmounted(), _PATIENCE_S)
 
     def cut(self, *, journal: bool) -> None:
         """The power goes, with ext4's journal written out just before (`journal`) or lost as well.
@@ -144,7 +144,7 @@ def tampered(world: World, calls: str, how: str, *, files: Sequence[Path] = ()) 
     command = ["strace", "-f", "-qq", "-o", "/dev/null", *where, "-e", f"trace={calls}", "-e", f"inject={calls}:{how}"]
     tracer = subprocess.Popen([*command, "-p", str(pid)], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
-        eventually("strace holds every thread", lambda: _traced(pid) or tracer.poll() is not None, _PATIENCE_S)
+        wait_until("strace holds every thread", lambda: _traced(pid) or tracer.poll() is not None, _PATIENCE_S)
         yield
     finally:
         tracer.terminate()
@@ -157,18 +157,18 @@ def tampered(world: World, calls: str, how: str, *, files: Sequence[Path] = ()) 
 
 def database_files(world: World) -> list[Path]:
     """What SQLite writes, there now or later."""
-    return [world.device.data / name for name in ("outstation.db", "outstation.db-wal")]
+    return [world.device.data_dir / name for name in ("outstation.db", "outstation.db-wal")]
 
 
 def stored_files(world: World) -> list[Path]:
     """Every file of the data folder that is written while the daemon runs."""
-    found = {path for path in world.device.data.iterdir() if path.is_file() and path.name not in ("lock", _BALLAST)}
+    found = {path for path in world.device.data_dir.iterdir() if path.is_file() and path.name not in ("lock", _BALLAST)}
     return sorted(found.union(database_files(world)))
 
 
 def results(world: World) -> int:
     """How many results the collector has."""
-    [(count,)] = world.fleet.ask("SELECT count(*) FROM results WHERE device = ?", DEVICE)
+    [(count,)] = world.fleet.query("SELECT count(*) FROM results WHERE device = ?", DEVICE)
     return int(count)
 
 
@@ -201,7 +201,7 @@ def memory_cgroup(world: World) -> Iterator[Callable[[int], None]]:
         for pid in (group / "cgroup.procs").read_text().split():
             with contextlib.suppress(OSError):
                 (group.parent / "cgroup.procs").write_text(pid)
-        eventually("the cgroup can go", lambda: _removed(group), _PATIENCE_S)
+        wait_until("the cgroup can go", lambda: _removed(group), _PATIENCE_S)
 
 
 def cgroup_parent() -> Path:

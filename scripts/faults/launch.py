@@ -22,7 +22,7 @@ from agent import clock
 from agent.clock import ClockReading
 from agent.device.daemon import Daemon
 from agent.device.pipeline.tasks import ScheduledTask
-from agent.device.store import space
+from agent.device.store import schema, space
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.device.uplink.session import Session
@@ -167,12 +167,12 @@ def after_puback(occasion: str) -> None:
 
 
 def synchronous(level: str) -> None:
-    opened = Store.__init__
+    pragmas = schema.pragmas
 
-    def careless(self: Store, folder: Path, **keywords: Any) -> None:
-        opened(self, folder, **{**keywords, "synchronous": level})
+    def careless(max_pages: int, wal_bytes: int, _level: str = "FULL") -> schema.Pragmas:
+        return pragmas(max_pages, wal_bytes, level)
 
-    Store.__init__ = careless  # type: ignore[method-assign]
+    schema.pragmas = careless  # type: ignore[assignment]
 
 
 def vouched_by(folder: str) -> None:

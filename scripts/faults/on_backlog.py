@@ -10,9 +10,9 @@ from agent.bootstrap import wiring
 from agent.clock import ClockReading
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
+from agent.testing.process import wait_until
 from scripts.faults import fault
 from scripts.faults.world import World
-from tests.kit.system import eventually
 
 _BACKLOG = 70_000
 _AT_ONCE = 1000
@@ -34,7 +34,7 @@ def backlog_70000(world: World, rng: Random) -> None:
     _write_backlog(world)
     world.broker.start()
     world.keep(world.device)
-    eventually("the backlog delivered", lambda: _waiting(world) < _AT_ONCE, _WITHIN_S)
+    wait_until("the backlog delivered", lambda: _waiting(world) < _AT_ONCE, _WITHIN_S)
     more = _memory_kb(world, "VmHWM") - before
     assert more < _MOST_MORE_KB, f"the daemon took {more} KB more than before the backlog"
 
@@ -59,7 +59,7 @@ def _write(store: Store, author: MessageLog, first: int, now: ClockReading) -> N
 
 
 def _waiting(world: World) -> int:
-    store = Store(world.device.data, read_only=True)
+    store = Store.open_read_only(world.device.data_dir)
     try:
         return store.outbox_size()[0]
     finally:

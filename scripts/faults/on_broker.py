@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from random import Random
 
+from agent.testing.process import wait_until
 from scripts.faults import fault, proxy
 from scripts.faults.proxy import Cut, Packet, Rule
 from scripts.faults.world import Setting, World
-from tests.kit.system import eventually
 
 _PROXIED = Setting(proxied=True)
 _TRIES = "`broker: …; trying again, readings and results are kept` in the device's log, `offline`, later `online`"
@@ -187,7 +187,7 @@ def _limited(world: World, rng: Random, name: int, limit: int) -> None:
     limited = _Limited(name, limit)
     with world.device_line.ruled(limited):
         world.device_line.cut()
-        eventually("a connection with the limit", lambda: limited.connections, 70)
+        wait_until("a connection with the limit", lambda: limited.connections, 70)
         time.sleep(rng.uniform(0.5, 2.0))
     world.device_line.cut()
     assert not limited.breaches, f"the device ignored the broker's limit: {limited.breaches[:3]}"

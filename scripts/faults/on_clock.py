@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from random import Random
 
+from agent.testing.process import wait_until
 from scripts.faults import fault
 from scripts.faults.clock import Clock, cpu_s, no_boot, no_clock
 from scripts.faults.stamped import Stamped
 from scripts.faults.world import Setting, World
-from tests.kit.system import eventually
 
 _HOUR_S, _DAY_S, _YEAR_S = 3600.0, 86_400.0, 365.25 * 86_400.0
 _CALM_S = 1.5
@@ -46,7 +46,9 @@ def on_nights(world: World) -> Callable[[], None]:
     """The same, in a zone with summer time, and a task that is due at half past three each night."""
     undo = on_clock(_ZONE)(world)
     bundle = world.folder / "bundle" / "bundle"
-    world.device.configure(f'[tasks.{_NIGHTLY}]\nstream = "stamped"\nbundle = "{bundle}"\nschedule = "30 3 * * *"\n')
+    world.device.append_config(
+        f'[tasks.{_NIGHTLY}]\nstream = "stamped"\nbundle = "{bundle}"\nschedule = "30 3 * * *"\n'
+    )
     return undo
 
 
@@ -63,7 +65,7 @@ def _calm(world: World) -> Iterator[None]:
     yield
     before = cpu_s(pid)
     time.sleep(_CALM_S)
-    if world.device.running and world.device.pid == pid:
+    if world.device.is_running and world.device.pid == pid:
         used = cpu_s(pid) - before
         assert used < usual + 1.0, f"{used:.2f} s of processor time within {_CALM_S} s of a step, {usual:.2f} s before"
 
@@ -233,7 +235,7 @@ def _pass(world: World, moment_s: float, expected: int | None) -> None:
     _come_before(world, moment_s)
     time.sleep(_PASSING_S)
     if expected:
-        eventually("the nightly task runs", lambda: clock.runs(_NIGHTLY) > before, _SLOW_S)
+        wait_until("the nightly task runs", lambda: clock.runs(_NIGHTLY) > before, _SLOW_S)
     runs = _settled(clock) - before
     at = datetime.fromtimestamp(moment_s, UTC)
     assert expected is None or runs == expected, f"{runs} runs instead of {expected} at {at:%Y-%m-%d %H:%M} UTC"
@@ -264,7 +266,7 @@ def _come_before(world: World, moment_s: float) -> None:
 
 
 def _await_step(world: World, noticed: int) -> None:
-    eventually("the daemon notices the step", lambda: _steps_noticed(world) > noticed, _SLOW_S)
+    wait_until("the daemon notices the step", lambda: _steps_noticed(world) > noticed, _SLOW_S)
 
 
 def _steps_noticed(world: World) -> int:
@@ -286,7 +288,7 @@ def stamp_some(world: World) -> None:
     """Until the device has stamped some more rows."""
     rows = _stamped(world).truth.rows
     before = len(rows)
-    eventually("the device stamps rows", lambda: len(rows) >= before + 5, _SLOW_S)
+    wait_until("the device stamps rows", lambda: len(rows) >= before + 5, _SLOW_S)
 
 
 def _stamped(world: World) -> Stamped:

@@ -15,9 +15,9 @@ from random import Random
 from agent import clock
 from agent.fleet import config as fleet_config
 from agent.fleet.database.store import FleetStore
+from agent.testing.process import OutstationProcess, wait_until
 from scripts.faults import fault
 from scripts.faults.world import DEVICE, Setting, World
-from tests.kit.system import Program, eventually
 
 _DISK = "48m"
 
@@ -97,7 +97,7 @@ def collector_restored(world: World, rng: Random) -> None:
     backup = world.folder / "backup.db"
     _copy(_database(world), backup)
     before = _messages(world)
-    eventually("more messages than in the backup", lambda: _messages(world) > before + 5)
+    wait_until("more messages than in the backup", lambda: _messages(world) > before + 5)
     time.sleep(rng.uniform(0.0, 1.5))
     with _collector_down(world):
         backup.replace(_database(world))
@@ -112,12 +112,12 @@ def collector_restored(world: World, rng: Random) -> None:
 )
 def collector_rebuilt(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.2, 1.5))
-    store = world.fleet.open()
+    store = world.fleet.open_store()
     key = store.active_key(DEVICE)
     store.close()
     assert key is not None
     with _collector_down(world):
-        store = world.fleet.open(write=True)
+        store = world.fleet.open_store(write=True)
         store.enrol(DEVICE, key, replace=False, now=clock.to_rfc3339(clock.read().wall_us))
         store.close()
     _go_on(world, rng)
@@ -129,10 +129,12 @@ def collector_rebuilt(world: World, rng: Random) -> None:
     sees="`Session taken over` and `connected` alternate in the log of both, until one is stopped",
 )
 def two_collectors(world: World, rng: Random) -> None:
-    second = Program(world.folder / "second.log", "fleet", "collect", "--dir", str(world.fleet.home))
+    second = OutstationProcess(world.folder / "second.log", "fleet", "collect", "--dir", str(world.fleet.home))
     try:
         second.start()
-        eventually("the second one connected, or gave up", lambda: second.said("connected") or not second.running)
+        wait_until(
+            "the second one connected, or gave up", lambda: second.log_contains("connected") or not second.is_running
+        )
         time.sleep(rng.uniform(1.0, 3.0))
     finally:
         second.kill()
@@ -143,7 +145,7 @@ def _go_on(world: World, rng: Random) -> None:
     """An acknowledgement that takes something back is believed once it covers newer ones; mostly it soon does."""
     if rng.random() < 0.9:
         connected = world.collector.log.read_text(encoding="utf-8").count(" connected;")
-        eventually(
+        wait_until(
             "the collector is back",
             lambda: world.collector.log.read_text(encoding="utf-8").count(" connected;") > connected,
         )
@@ -179,7 +181,7 @@ def _copy(database: Path, copy: Path) -> None:
 
 
 def _messages(world: World) -> int:
-    store: FleetStore = world.fleet.open()
+    store: FleetStore = world.fleet.open_store()
     try:
         return store.count_messages(DEVICE)
     finally:

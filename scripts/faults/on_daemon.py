@@ -7,9 +7,9 @@ import signal
 import time
 from random import Random
 
+from agent.testing.process import run_outstation, wait_until
 from scripts.faults import fault
 from scripts.faults.world import World
-from tests.kit.system import eventually, outstation
 
 _NOTHING = "nothing but a new `started` event in the audit log"
 
@@ -20,14 +20,14 @@ def _dies_twice(world: World, rng: Random, flaw: str, most: int, least: int = 1)
     _flawed(world, flaw, rng.randint(least, most))
     world.restart(world.device)
     _flawed(world, flaw, rng.randint(least, most))
-    eventually("the second death", lambda: world.restarts >= before + 2)
-    world.device.launch(("-m", "agent"))
+    wait_until("the second death", lambda: world.restarts >= before + 2)
+    world.device.set_launcher(("-m", "agent"))
     world.restart(world.device)
 
 
 def _flawed(world: World, flaw: str, occasion: int) -> None:
     """From the next start on."""
-    world.device.launch(("-m", "scripts.faults.launch", f"{flaw}={occasion}", "--"))
+    world.device.set_launcher(("-m", "scripts.faults.launch", f"{flaw}={occasion}", "--"))
 
 
 @fault("kill-daemon", means="The daemon is killed (SIGKILL) at a random moment.", sees=_NOTHING)
@@ -103,7 +103,7 @@ def stopped_process(world: World, rng: Random) -> None:
 )
 def second_daemon(world: World, rng: Random) -> None:
     for command in ("run", "batch"):
-        refused = outstation(command, "-c", str(world.device.config))
+        refused = run_outstation(command, "-c", str(world.device.config))
         assert refused.returncode != 0, refused
         assert str(world.device.pid) in refused.stderr, refused.stderr
 

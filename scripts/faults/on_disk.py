@@ -11,10 +11,10 @@ from random import Random
 
 from msgspec.structs import replace
 
+from agent.testing.process import wait_until
 from scripts.faults import fault
 from scripts.faults.disk import Card, database_files, no_card, no_strace, on_card, results, stored_files, tampered
 from scripts.faults.world import Setting, World
-from tests.kit.system import eventually
 
 _NOTHING = "nothing but a new `started` event in the audit log"
 _AGAIN = "a line with SQLite's error, and a new `started` event in the audit log"
@@ -40,7 +40,7 @@ def kill_in_commit(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.0, 0.5))
     before = world.restarts
     with tampered(world, _SYNC, f"signal=KILL:when={rng.randint(1, 8)}", files=database_files(world)[1:]):
-        eventually("death in a commit", lambda: world.restarts > before)
+        wait_until("death in a commit", lambda: world.restarts > before)
 
 
 @fault(
@@ -93,14 +93,14 @@ def power_cut(world: World, rng: Random) -> None:
 def power_cut_in_recovery(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.3, 1.0))
     _power_cut(world, journal=rng.random() < 0.5)
-    eventually("the daemon has the folder", lambda: _owner(world) == world.device.pid)
+    wait_until("the daemon has the folder", lambda: _owner(world) == world.device.pid)
     time.sleep(rng.uniform(0.0, 0.1))
     _power_cut(world, journal=rng.random() < 0.5)
 
 
 def _owner(world: World) -> int | None:
     with contextlib.suppress(OSError, ValueError):
-        return int((world.device.data / "lock").read_text())
+        return int((world.device.data_dir / "lock").read_text())
     return None
 
 
@@ -134,7 +134,7 @@ def control_normal_power_cut(world: World, rng: Random) -> None:
 def lying_flush(world: World, rng: Random) -> None:
     with tampered(world, _SYNC, "retval=0"):
         before = results(world)
-        eventually("something that the card drops was delivered", lambda: results(world) > before + 200)
+        wait_until("something that the card drops was delivered", lambda: results(world) > before + 200)
         time.sleep(rng.uniform(0.0, 1.0))
         world.kill(world.device)
     Card.of(world).cut(journal=False)

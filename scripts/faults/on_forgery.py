@@ -10,6 +10,9 @@ from random import Random
 
 from agent import clock
 from agent.device.store.store import Store
+from agent.testing.fleet import FLEET
+from agent.testing.messages import new_key
+from agent.testing.process import wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
@@ -17,8 +20,6 @@ from agent.wire.keys import SigningKey
 from agent.wire.messages import encode
 from scripts.faults import fault
 from scripts.faults.world import DEVICE, World
-from tests.kit.senders import new_key
-from tests.kit.system import FLEET, eventually
 
 _BASE = f"outstation/{FLEET}/{DEVICE}"
 _ACK = f"{_BASE}/ack"
@@ -39,7 +40,7 @@ def _collector_key(world: World) -> SigningKey:
 
 @contextmanager
 def _store(world: World) -> Iterator[Store]:
-    store = Store(world.device.data, read_only=True)
+    store = Store.open_read_only(world.device.data_dir)
     try:
         yield store
     finally:
@@ -75,7 +76,7 @@ def _forge(world: World, rng: Random, make: Callable[[str, int], OutgoingMessage
     """While the collector is away, so that the outbox grows: what is forged must take nothing out of it."""
     world.kill(world.collector)
     time.sleep(rng.uniform(0.2, 0.8))
-    eventually("something in the outbox", lambda: _waiting(world))
+    wait_until("something in the outbox", lambda: _waiting(world))
     before, log = _settled(world), _log(world)
     _publish(world, [make(*log) for _ in range(rng.randint(1, 5))])
     time.sleep(rng.uniform(0.3, 0.8))
@@ -113,8 +114,8 @@ def _told_once(world: World, source: str = "device") -> None:
     """One alert, however often and in how many rounds: it is cleared after a quiet hour only."""
     where = "device = ? AND alert = 'security' AND subject = 'refused' AND source = ?"
     sql = f"SELECT count(*) FROM alerts WHERE {where}"
-    eventually(f"a security alert of the {source}", lambda: world.fleet.ask(sql, DEVICE, source)[0][0])
-    assert world.fleet.ask(sql, DEVICE, source) == [(1,)]
+    wait_until(f"a security alert of the {source}", lambda: world.fleet.query(sql, DEVICE, source)[0][0])
+    assert world.fleet.query(sql, DEVICE, source) == [(1,)]
 
 
 @fault("ack-forged", means="Acknowledgements of everything, signed by a key that is not the collector's.", sees=_ALERT)
@@ -146,7 +147,7 @@ def ack_beyond_the_log(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.2, 0.8))
     log, last = _log(world)
     _publish(world, [_ack(_collector_key(world), log, last + rng.randint(1000, 10**6))])
-    eventually("a new log", lambda: _log(world)[0] != log)
+    wait_until("a new log", lambda: _log(world)[0] != log)
 
 
 @fault(

@@ -40,5 +40,5 @@ def allocation_refused(world: World, rng: Random) -> None:
     before = resource.prlimit(pid, resource.RLIMIT_AS)
     resource.prlimit(pid, resource.RLIMIT_AS, (round(rng.uniform(0.0, 1.0) * 2**20), before[1]))
     time.sleep(rng.uniform(0.5, 2.0))
-    if world.device.running and world.device.pid == pid:
+    if world.device.is_running and world.device.pid == pid:
         resource.prlimit(pid, resource.RLIMIT_AS, before)

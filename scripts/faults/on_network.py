@@ -171,7 +171,7 @@ def _named(world: World) -> Callable[[], None]:
     resolver.write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n", encoding="ascii")
     _resolve(world, known=True)
     words = ("unshare", "-m", "sh", "-c", _BIND, str(_hosts(world)), str(resolver))
-    world.device.launch(world.setting.launcher, words)
+    world.device.set_launcher(world.setting.launcher, words)
     return lambda: None
 
 

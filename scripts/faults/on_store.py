@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
+from agent.testing.process import wait_until
 from scripts.faults import fault
 from scripts.faults.disk import flip_bit, overwrite, results
 from scripts.faults.world import World
-from tests.kit.system import eventually
 
 _DATABASE, _WAL = "outstation.db", "outstation.db-wal"
 _PAGE = 4096
@@ -36,7 +36,7 @@ def _off(world: World, rng: Random, *, broker: bool | None = None) -> Iterator[P
         world.broker.kill()
         time.sleep(rng.uniform(0.3, 1.2))
     world.kill(world.device)
-    yield world.device.data
+    yield world.device.data_dir
     if away:
         world.broker.start()
     world.keep(world.device)
@@ -146,7 +146,7 @@ def page_zeroed(world: World, rng: Random) -> None:
 )
 def page_zeroed_at_work(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.2, 0.8))
-    _zero_page(world.device.data / _DATABASE, rng)
+    _zero_page(world.device.data_dir / _DATABASE, rng)
     time.sleep(rng.uniform(0.2, 1.0))
     world.restart(world.device)
 
@@ -193,7 +193,7 @@ def _put_back(world: World, rng: Random, pattern: str) -> None:
         shutil.copytree(data, copy, ignore=lambda _, names: [name for name in names if name.endswith(".sock")])
     # What nobody has ever seen cannot be missed: something of the time that will be lost must have been delivered.
     before = results(world)
-    eventually("new rows are judged and delivered", lambda: results(world) > before + _NEW_RESULTS)
+    wait_until("new rows are judged and delivered", lambda: results(world) > before + _NEW_RESULTS)
     time.sleep(rng.uniform(0.5, 2.5))
     with _off(world, rng) as data:
         for path in data.glob(pattern):

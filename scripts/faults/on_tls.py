@@ -12,11 +12,11 @@ from agent import config as device_config
 from agent.config import BrokerConfig
 from agent.errors import LinkDown
 from agent.fleet.enrolment import pki
+from agent.testing.process import wait_until
 from agent.transport.mqtt import Link
 from scripts.faults import fault
 from scripts.faults.world import DEVICE, Setting, World
-from tests.kit.certificates import expired
-from tests.kit.system import eventually
+from scripts.kit.certificates import make_expired
 
 _OTHER = "pi-02"
 
@@ -25,11 +25,11 @@ def _with_expired(world: World, rng: Random, certificate: Path, told: Callable[[
     """Put the expired one in its place, restart the broker, wait until somebody says so, and put a valid one back."""
     home = world.fleet.home
     valid = certificate.read_bytes()
-    certificate.write_bytes(expired(valid, pki.load_authority(home / "ca.pem", home / "ca.key")))
+    certificate.write_bytes(make_expired(valid, pki.load_authority(home / "ca.pem", home / "ca.key")))
     try:
         world.broker.kill()
         world.broker.start()
-        eventually("the expiry in the log", told)
+        wait_until("the expiry in the log", told)
         time.sleep(rng.uniform(0.0, 1.0))
     finally:
         certificate.write_bytes(valid)
@@ -71,7 +71,7 @@ def broker_certificate_expired(world: World, rng: Random) -> None:
 
 
 def _with_another_device(world: World) -> Callable[[], None]:
-    world.fleet.device(_OTHER)
+    world.fleet.add_device(_OTHER)
     return lambda: None
 
 

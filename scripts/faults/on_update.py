@@ -14,13 +14,13 @@ from random import Random
 import msgspec
 import psutil
 
+from agent.testing.process import wait_until
 from scripts.faults import Injection, fault
 from scripts.faults.clock import Clock, no_clock
 from scripts.faults.disk import Card, no_card, on_card
 from scripts.faults.on_clock import on_clock
 from scripts.faults.updating import Updating, updating
 from scripts.faults.world import Setting, World
-from tests.kit.system import eventually
 
 _SAYS = "`fetching`, `shadow`, `probation` and `settled` in the audit log, as without it, and a new `started` event"
 _AGAIN = "in health and `outstation status`: `fetching`, and why it is tried again and when"
@@ -97,16 +97,16 @@ def _dies(world: World, step: _Step) -> None:
     mark = world.folder / "died"
     # With the mark it lives: it proves and copies what it starts with, too.
     mark.touch()
-    world.device.launch(("-m", "scripts.faults.launch", f"die-at-step={step.when},{step.target},{mark}", "--"))
-    starts = world.device.starts()
+    world.device.set_launcher(("-m", "scripts.faults.launch", f"die-at-step={step.when},{step.target},{mark}", "--"))
+    starts = world.device.start_count()
     world.restart(world.device)
-    eventually("the daemon runs", lambda: world.device.starts() > starts, _PATIENCE_S)
+    wait_until("the daemon runs", lambda: world.device.start_count() > starts, _PATIENCE_S)
     world.leave(world.device)
     mark.unlink()
     _rolling(world)
-    eventually(f"the daemon dies when {step.means}", lambda: not world.device.running, _PATIENCE_S)
+    wait_until(f"the daemon dies when {step.means}", lambda: not world.device.is_running, _PATIENCE_S)
     assert mark.exists(), "the daemon ended by itself"
-    world.device.launch(("-m", "agent"))
+    world.device.set_launcher(("-m", "agent"))
 
 
 def _at_step(step: _Step, *, power: bool) -> Injection:
@@ -158,7 +158,7 @@ def _in_mid_download(world: World) -> Updating:
     one = Updating.of(world)
     one.line.bytes_per_s, before = _SLOW, one.line.sent_bytes
     one.roll()
-    eventually("a part of the bundle came", lambda: one.line.sent_bytes > before, _PATIENCE_S)
+    wait_until("a part of the bundle came", lambda: one.line.sent_bytes > before, _PATIENCE_S)
     return one
 
 
@@ -211,7 +211,7 @@ def line_cut(world: World, _rng: Random) -> None:
     one = Updating.of(world)
     one.line.planned_cuts, before = one.line.cut_count + 2, one.line.cut_count
     one.roll()
-    eventually("the line broke twice", lambda: one.line.cut_count == before + 2, _PATIENCE_S)
+    wait_until("the line broke twice", lambda: one.line.cut_count == before + 2, _PATIENCE_S)
 
 
 @_update(
@@ -283,5 +283,5 @@ def _kill_child(world: World, module: str) -> None:
         children = psutil.Process(world.device.pid).children(recursive=True)
         return [one for one in children if any(module in word for word in one.cmdline())]
 
-    eventually(f"a child runs {module}", found, _PATIENCE_S)
+    wait_until(f"a child runs {module}", found, _PATIENCE_S)
     os.kill(found()[0].pid, signal.SIGKILL)

@@ -19,7 +19,7 @@ import numpy as np
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.errors import OutstationError
-from agent.fleet import operators
+from agent.fleet import config as fleet_config
 from agent.fleet.audit.audit import AuditReport, audit
 from agent.fleet.database.store import FleetStore
 from scripts.faults.declarations import Declarations
@@ -96,7 +96,7 @@ def judge(world: World, verdict: Verdict) -> None:
             verdict.problems.append(f"{task}: {strangers} results of rows that nobody sent")
         if refused := len(counts.keys() & ledger.refused):
             verdict.problems.append(f"{task}: {refused} results of rows that were refused, and may be sent again")
-    [(verdict.logs,)] = world.fleet.ask("SELECT count(*) FROM logs WHERE device = ?", DEVICE)
+    [(verdict.logs,)] = world.fleet.query("SELECT count(*) FROM logs WHERE device = ?", DEVICE)
     report, altered = _evidence(world)
     if altered:
         verdict.problems.append(f"{altered} runs are not over the rows that were sent")
@@ -110,7 +110,7 @@ def judge(world: World, verdict: Verdict) -> None:
 
 
 def _outbox(world: World) -> int:
-    store = Store(world.device.data, read_only=True)
+    store = Store.open_read_only(world.device.data_dir)
     try:
         return store.outbox_size()[0]
     finally:
@@ -120,7 +120,7 @@ def _outbox(world: World) -> int:
 def _seen(world: World) -> dict[str, Counter[int]]:
     """For each task, how many results each row has, by its time."""
     found: dict[str, Counter[int]] = {task: Counter() for task in TASKS}
-    for task, t, n in world.fleet.ask("SELECT task, t, count(*) FROM results WHERE device = ? GROUP BY 1, 2", DEVICE):
+    for task, t, n in world.fleet.query("SELECT task, t, count(*) FROM results WHERE device = ? GROUP BY 1, 2", DEVICE):
         if task in found:
             found[task][t] = n
     return found
@@ -141,11 +141,11 @@ def _doubled(world: World, task: str, counts: Counter[int]) -> int:
     if max(counts.values(), default=0) <= 1:
         return 0
     sql = "SELECT t, log, row, label, score, value FROM results WHERE device = ? AND task = ?"
-    return _declarations(world).doubled(world.fleet.ask(sql, DEVICE, task))
+    return _declarations(world).doubled(world.fleet.query(sql, DEVICE, task))
 
 
 def _declarations(world: World) -> Declarations:
-    found = world.fleet.ask(
+    found = world.fleet.query(
         "SELECT payload FROM messages WHERE device = ? AND kind IN ('audit', 'alerts', 'results')", DEVICE
     )
     return Declarations((payload for (payload,) in found), TASKS, forgetful=world.setting.forgetful)
@@ -153,9 +153,9 @@ def _declarations(world: World) -> Declarations:
 
 def _evidence(world: World) -> tuple[AuditReport, int]:
     """The audit, and how many runs carry another digest than that of the rows that were sent."""
-    store = world.fleet.open()
+    store = world.fleet.open_store()
     try:
-        report = audit(store, operators=operators.load_trusted_keys(world.fleet.config))
+        report = audit(store, operators=fleet_config.load_trusted_keys(world.fleet.config))
         return report, sum(_altered(world, json.loads(payload)) for payload in _runs(store))
     finally:
         store.close()

@@ -26,7 +26,7 @@ EVERY_S = 0.2
 _STEP_S = 0.04
 _PATIENCE_S = 600.0
 _DATED = """
-    SELECT row, t_best, t_error_us, dated FROM results_dated WHERE device = ? AND task = ? AND row > ? ORDER BY row
+    SELECT row, t_best, t_error_us, time_quality FROM results_dated WHERE device = ? AND task = ? AND row > ? ORDER BY row
 """
 
 
@@ -36,7 +36,7 @@ class Dated(msgspec.Struct):
     row: int
     t_best: int
     t_error_us: int | None
-    dated: str
+    time_quality: str
 
 
 class Truth(msgspec.Struct):
@@ -59,7 +59,7 @@ class Truth(msgspec.Struct):
             if early > 0 or late > 0:
                 off = f"{-early / 1e6:+.1f}" if early > 0 else f"{late / 1e6:+.1f}"
                 bound = f"a bound of {one.t_error_us / 1e6:.1f} s"
-                wrong.append(f"row {one.row}, {one.dated}, is {off} s beyond {bound}")
+                wrong.append(f"row {one.row}, {one.time_quality}, is {off} s beyond {bound}")
         return wrong
 
 
@@ -76,7 +76,7 @@ class Stamped:
         self._thread = threading.Thread(target=self._main, name="stamped", daemon=True)
         bundle = world.folder / "bundle" / "bundle"
         names = ", ".join(f'{{ name = "{name}" }}' for name in FIELDS)
-        world.device.configure(
+        world.device.append_config(
             f"[streams.{STREAM}]\nfields = [{names}]\n"
             f'[tasks.{TASK}]\nstream = "{STREAM}"\nbundle = "{bundle}"\nschedule = "every {EVERY_S * 1000:.0f} ms"\n'
         )
@@ -103,7 +103,7 @@ class Stamped:
         if found and found[-1].row > len(self.truth.rows):
             return ""
         short = len(self.truth.rows) - self._judged - len(found)
-        undated = sum(one.dated in ("unknown", "given") for one in found)
+        undated = sum(one.time_quality in ("unknown", "producer") for one in found)
         return f"{short} stamped rows without result, {undated} not dated" if short or undated else ""
 
     def judge(self, verdict: Verdict) -> None:
@@ -134,11 +134,11 @@ class Stamped:
             verdict.problems.append(f"{self._counted[1] - runs} runs of a task that was due {due:.0f} times")
 
     def _found(self) -> list[Dated]:
-        return [Dated(*row) for row in self._world.fleet.ask(_DATED, DEVICE, TASK, self._judged)]
+        return [Dated(*row) for row in self._world.fleet.query(_DATED, DEVICE, TASK, self._judged)]
 
     def _main(self) -> None:
         try:
-            client = Client(self._world.device.data / "intake.sock", name=STREAM, patience_s=_PATIENCE_S)
+            client = Client(self._world.device.data_dir / "intake.sock", name=STREAM, patience_s=_PATIENCE_S)
             while not self._ended:
                 if not self._go.is_set():
                     self._idle.set()

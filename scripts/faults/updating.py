@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from agent.authoring import pack
 from agent.simulate.flaky_web import DeviceConnection, FlakyWebServer
+from agent.testing.process import run_outstation, wait_until
 from scripts.faults.world import DEVICE, TASKS, World
-from tests.kit import bundles
-from tests.kit.system import eventually, outstation
+from scripts.kit import bundles
 
 if TYPE_CHECKING:
     from scripts.faults.oracle import Verdict
@@ -71,7 +71,7 @@ class Updating:
         self._operate("repository", "init")
         self.web = FlakyWebServer(world.fleet.home / "repository")
         root = world.fleet.home / "repository" / "metadata" / "1.root.json"
-        world.device.configure(f'[updates]\nurl = "{self.web.url(DEVICE)}"\nroot = "{root}"\n')
+        world.device.append_config(f'[updates]\nurl = "{self.web.url(DEVICE)}"\nroot = "{root}"\n')
 
     @staticmethod
     def of(world: World) -> Updating:
@@ -123,14 +123,14 @@ class Updating:
     def reach(self, phase: str) -> None:
         """Wait until the device says that it is in `phase`, or past it."""
         try:
-            eventually(f"{self.name}: {phase}", lambda: phase in [one for one, _ in self._said(self.name)], _PATIENCE_S)
+            wait_until(f"{self.name}: {phase}", lambda: phase in [one for one, _ in self._said(self.name)], _PATIENCE_S)
         except AssertionError as late:
             raise AssertionError(f"{late}; {self.waiting()}; it said {self._said(self.name)[-3:]}") from None
 
     def finish(self, patience_s: float) -> None:
         """Wait until the roll-out is over and the device where it ends; that it is not, `judge` will say."""
         with contextlib.suppress(AssertionError):
-            eventually(f"{self.name} is over", lambda: not self.waiting(), patience_s)
+            wait_until(f"{self.name} is over", lambda: not self.waiting(), patience_s)
 
     # --- as a companion ---
 
@@ -171,7 +171,7 @@ class Updating:
         """Results of another bundle than the signed messages before them say that the task runs."""
         may, own, wrong = set[str](), "", 0
         sql = "SELECT kind, payload FROM messages WHERE device = ? AND kind IN ('results', 'audit') ORDER BY log, seq"
-        for kind, payload in self._world.fleet.ask(sql, DEVICE):
+        for kind, payload in self._world.fleet.query(sql, DEVICE):
             body = json.loads(payload)
             if kind == "audit":
                 may = _told(body, may)
@@ -184,26 +184,26 @@ class Updating:
             yield f"{wrong} messages name another bundle than the signed audit messages before them say"
 
     def _state(self) -> str:
-        found = self._world.fleet.ask("SELECT state FROM rollouts WHERE rollout = ?", self.name)
+        found = self._world.fleet.query("SELECT state FROM rollouts WHERE rollout = ?", self.name)
         return str(found[0][0]) if found else "not started"
 
     def _said(self, name: str) -> list[tuple[str, str]]:
         """(phase, sentence) of the device, in order."""
         sql = "SELECT phase, summary FROM rollout_devices WHERE device = ? AND rollout = ? ORDER BY time, seq"
-        return [(str(phase), str(summary)) for phase, summary in self._world.fleet.ask(sql, DEVICE, name)]
+        return [(str(phase), str(summary)) for phase, summary in self._world.fleet.query(sql, DEVICE, name)]
 
     def _wanted(self) -> str:
-        [(digest,)] = self._world.fleet.ask("SELECT digest FROM rollouts WHERE rollout = ?", self.name)
+        [(digest,)] = self._world.fleet.query("SELECT digest FROM rollouts WHERE rollout = ?", self.name)
         return str(digest)
 
     def _runs(self) -> str:
         """The bundle of the newest results."""
         sql = "SELECT payload FROM messages WHERE device = ? AND topic LIKE ? ORDER BY rowid DESC LIMIT 1"
-        found = self._world.fleet.ask(sql, DEVICE, f"%/results/{TASK}")
+        found = self._world.fleet.query(sql, DEVICE, f"%/results/{TASK}")
         return str(json.loads(found[0][0])["model"]["digest"]) if found else ""
 
     def _operate(self, *arguments: str) -> None:
-        done = outstation("fleet", *arguments, "--dir", str(self._world.fleet.home), within_s=_PATIENCE_S)
+        done = run_outstation("fleet", *arguments, "--dir", str(self._world.fleet.home), timeout_s=_PATIENCE_S)
         assert done.returncode == 0, done.stderr or done.stdout
 
     def _end_following(self) -> None:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from agent.testing.broker import MosquittoBroker, free_port
+from agent.testing.fleet import DeviceProcess, LocalFleet
+from agent.testing.process import OutstationProcess, wait_until
 from scripts.faults.producer import FIELDS, Producer
 from scripts.faults.proxy import Proxy
-from tests.kit import bundles
-from tests.kit.brokers import Mosquitto, free_port
-from tests.kit.system import Device, Fleet, Program, eventually
+from scripts.kit import bundles
 
 if TYPE_CHECKING:
     from scripts.faults.oracle import Verdict
@@ -77,20 +78,20 @@ class World:
 
     def __init__(self, folder: Path, setting: Setting, rng: Random) -> None:
         self.folder, self.setting, self.rng = folder, setting, rng
-        self.fleet = Fleet(folder, mosquitto=_broker(folder, setting))
+        self.fleet = LocalFleet(folder, mosquitto=_broker(folder, setting))
         if setting.tls and os.geteuid() == 0:
             # Else it becomes user mosquitto, who cannot read a folder of root's.
             with (folder / _GENERATED).open("a", encoding="utf-8") as conf:
                 conf.write("user root\n")
         self.broker = self.fleet.broker
-        self.collector: Program = self.fleet.collector
-        self.device: Device = self.fleet.device(DEVICE)
-        self.device.launch(self.setting.launcher, self.setting.before)
+        self.collector: OutstationProcess = self.fleet.collector
+        self.device: DeviceProcess = self.fleet.add_device(DEVICE)
+        self.device.set_launcher(self.setting.launcher, self.setting.before)
         self._configure()
         self.device_line: Proxy
         self.collector_line: Proxy
         self._leaving = contextlib.ExitStack()
-        self._kept: set[Program] = set()
+        self._kept: set[OutstationProcess] = set()
         self._guard = threading.RLock()
         self._closing = False
         self._supervisor = threading.Thread(target=self._supervise, daemon=True)
@@ -112,10 +113,10 @@ class World:
             self.keep(self.collector)
             self.keep(self.device)
             self._supervisor.start()
-            self.producer = Producer(self.device.data / "intake.sock", self.rng, rate=self.setting.rate)
+            self.producer = Producer(self.device.data_dir / "intake.sock", self.rng, rate=self.setting.rate)
             leaving.callback(self.producer.close)
             self.producer.resume()
-            eventually("the first rows acknowledged", lambda: self.producer.ledger.acknowledged, _FIRST_S)
+            wait_until("the first rows acknowledged", lambda: self.producer.ledger.acknowledged, _FIRST_S)
             self._leaving = leaving.pop_all()
         return self
 
@@ -141,25 +142,25 @@ class World:
         """The first one, and what goes on beside it."""
         return [self.producer, *self.companions]
 
-    def keep(self, program: Program) -> None:
+    def keep(self, program: OutstationProcess) -> None:
         """Run it, and start it again whenever it ends."""
         with self._guard:
             self._kept.add(program)
-            if not program.running:
+            if not program.is_running:
                 self._start(program)
 
-    def leave(self, program: Program) -> None:
+    def leave(self, program: OutstationProcess) -> None:
         """Do not start it again, until `keep`."""
         with self._guard:
             self._kept.discard(program)
 
-    def kill(self, program: Program) -> None:
+    def kill(self, program: OutstationProcess) -> None:
         """SIGKILL; it stays down until `keep`."""
         with self._guard:
             self._kept.discard(program)
             program.kill()
 
-    def restart(self, program: Program) -> None:
+    def restart(self, program: OutstationProcess) -> None:
         """SIGKILL, and at once up again."""
         self.kill(program)
         self.keep(program)
@@ -167,7 +168,7 @@ class World:
     def running(self) -> bool:
         """Whether everything that should be up is."""
         with self._guard:
-            return all(program.running for program in self._kept)
+            return all(program.is_running for program in self._kept)
 
     def _supervise(self) -> None:
         """What systemd does with Restart=always."""
@@ -175,11 +176,11 @@ class World:
             time.sleep(_RESTART_S)
             with self._guard:
                 for program in list(self._kept):
-                    if not program.running and not self._closing:
+                    if not program.is_running and not self._closing:
                         self.restarts += 1
                         self._start(program)
 
-    def _start(self, program: Program) -> None:
+    def _start(self, program: OutstationProcess) -> None:
         self.starts += program is self.device
         program.start()
 
@@ -197,20 +198,20 @@ class World:
             text = text.replace("[collector]\n", f"[collector]\n{setting.collector_toml}\n")
             self.device.config.write_text(text, encoding="utf-8")
         names = ", ".join(f'{{ name = "{name}" }}' for name in FIELDS)
-        self.device.configure(
+        self.device.append_config(
             f'[publishers]\nkeys = ["{bundles.KEY.public.text}"]\n'
             f'[buffer]\ncommit_every = "30 ms"\n{setting.buffer_toml}\n'
             f"[streams.rig]\nfields = [{names}]\n{setting.device_toml}"
         )
         for task, schedule in zip(TASKS, ("every 200 ms", "when 10 rows"), strict=True):
-            self.device.configure(
+            self.device.append_config(
                 f'[tasks.{task}]\nstream = "rig"\nbundle = "{bundle}"\nschedule = "{schedule}"\nlearn = 20\n'
             )
 
 
-def _broker(folder: Path, setting: Setting) -> Mosquitto:
+def _broker(folder: Path, setting: Setting) -> MosquittoBroker:
     if not setting.tls:
-        return Mosquitto(folder, persistence=setting.broker_persistence, extra_conf=setting.broker_conf)
-    broker = Mosquitto(folder, conf=folder / _GENERATED, port=free_port())
+        return MosquittoBroker(folder, persistence=setting.broker_persistence, extra_conf=setting.broker_conf)
+    broker = MosquittoBroker(folder, conf=folder / _GENERATED, port=free_port())
     broker.url = f"mqtts://127.0.0.1:{broker.port}"
     return broker

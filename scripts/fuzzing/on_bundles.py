@@ -23,9 +23,9 @@ from agent.drift.state import DriftState
 from agent.errors import BadBundle, ConfigError, UsageError
 from agent.fleet import config as fleet_config
 from agent.model.bundle import bundle, golden_vectors, manifest
+from agent.testing.messages import new_key
 from agent.wire.keys import SigningKey
 from scripts.fuzzing import target
-from tests.kit.senders import new_key
 
 PUBLISHER: SigningKey = new_key(11)
 MODEL = b"no model, but nobody runs it"

@@ -19,7 +19,7 @@ from agent.model.bundle.bundle import Bundle
 from agent.model.sandbox import probe
 from agent.model.sandbox.probe import ProbeReport
 from scripts.fuzzing import target
-from tests.kit.bundles import CLASSIFY, FLOAT, THIRD_PARTY, Recipe, around, model
+from scripts.kit.bundles import CLASSIFY, FLOAT, THIRD_PARTY, Recipe, around, model
 
 _LONGEST = 1 << 20
 _AS_THE_DAEMON = """\

@@ -15,26 +15,26 @@ from agent.errors import MessageRefused
 from agent.fleet.audit.audit import audit
 from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
+from agent.testing.messages import FLEET, TIME, MessageSender, SignedMessage, new_key
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys, topics
 from agent.wire.keys import b64url_decode, b64url_encode
 from agent.wire.messages import AckPayload, VerifiedMessage, verify_message
 from scripts.fuzzing import target
-from tests.kit.senders import FLEET, TIME, Sender, Sent, new_key
 
 DEVICE, COLLECTOR = new_key(1), new_key(2)
 NOW = "2026-11-24T22:20:00.000000Z"
 
 
-def kinds() -> list[Sent]:
+def kinds() -> list[SignedMessage]:
     """One message of each kind a device sends."""
-    one = Sender(key=DEVICE, log="00000000-0000-4000-8000-000000000000")
+    one = MessageSender(key=DEVICE, log="00000000-0000-4000-8000-000000000000")
     logged = [
         one.results(),
         one.drift(),
         one.alert(),
         one.quality(),
-        one.cursor(),
+        one.health_with_cursor(),
         one.evicted((1, 2)),
         one.results(40),
     ]

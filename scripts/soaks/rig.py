@@ -21,16 +21,21 @@ from agent.errors import LinkDown
 from agent.fleet.audit.audit import AuditReport, audit
 from agent.fleet.collector.collector import Collector
 from agent.fleet.collector.subscription import topic_filters
+from agent.fleet.database.sqlite import SqliteDatabase
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol, init_fleet
 from agent.testing.lossy_link import LinkConditions, LossyBroker, LossyLink
 from agent.wire.keys import load_private
-from tests.kit.fleet_databases import sqlite_of
 
 FLEET, DEVICE, STREAM, TASK = "acme", "pi-01", "watch", "exercise"
 RECORDING = Path(__file__).parents[2] / "models/recordings/exercise.npz"
 _SESSION_S = 86_400
 _DRAIN_S = 120.0
+
+
+def _sqlite(store: FleetStore) -> SqliteDatabase:
+    assert isinstance(store._database, SqliteDatabase)
+    return store._database
 
 
 class Rig:
@@ -53,7 +58,7 @@ class Rig:
         config = init_fleet(home, FLEET, BrokerConfig(url="mqtt://127.0.0.1:1"))
         self.fleet = FleetStore(Path(config.fleet.db))
         # The collector is here to answer; its page cache would fill with its database and hide what the device needs.
-        sqlite_of(self.fleet).connection.execute("PRAGMA cache_size=-500")
+        _sqlite(self.fleet).connection.execute("PRAGMA cache_size=-500")
         self._folder = enrol(home, config, self.fleet, DEVICE, key=None, replace=False).folder
         self._configure(buffer_toml, schedule)
         file, conf = wiring.load_config(str(self._folder / "outstation.toml"))

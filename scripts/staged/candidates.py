@@ -1,7 +1,7 @@
 """Bundles that might follow the shipped `exercise`, signed by a key of the trial's own. None of it needs TensorFlow.
 
 The trained ones are in `models/sources/exercise/candidates`; the rigged ones are the shipped model with a trap, which
-their golden vectors do not spring (`tests/kit/rigged.py`).
+their golden vectors do not spring (`scripts/kit/rigged.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from agent.authoring import pack
 from agent.wire.keys import SigningKey
-from tests.kit import rigged
+from scripts.kit import rigged
 
 _TRAINED = Path(__file__).parents[2] / "models" / "sources" / "exercise" / "candidates"
 TRAINED = ("distilled", "shuffled", "touchy")
@@ -23,6 +23,6 @@ def make(name: str, folder: Path, key: SigningKey) -> Path:
     """The folder of the signed bundle `name`."""
     out = folder / name
     if name in RIGGED:
-        return rigged.write(rigged.exercise(name, RIGGED[name], key, times=_TIMES), out)
+        return rigged.write_bundle(rigged.build_rigged_bundle(name, RIGGED[name], key, repeats=_TIMES), out)
     pack.write_bundle(pack.pack(_TRAINED / f"{name}.toml", key), out)
     return out

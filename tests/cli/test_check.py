@@ -9,7 +9,8 @@ import pytest
 
 from agent import config
 from agent.device.store.store import Store
-from tests.kit.system import RECORDINGS, outstation
+from agent.testing.fleet import RECORDINGS
+from agent.testing.process import run_outstation
 
 HOST = """
 [streams.watch]
@@ -25,7 +26,7 @@ source = {{ kind = "replay", file = "{file}"{more} }}
 
 def device(folder: Path, stream: str) -> Path:
     """Its config; a broker is not needed by what is asked here."""
-    assert outstation("init", str(folder), "--id", "pi-07").returncode == 0
+    assert run_outstation("init", str(folder), "--id", "pi-07").returncode == 0
     file = folder / "outstation.toml"
     file.write_text(
         f'[device]\nid = "pi-07"\nfleet = "acme"\ndata_dir = "data"\n\n[collector]\ndelivery = "broker"\n{stream}'
@@ -35,7 +36,7 @@ def device(folder: Path, stream: str) -> Path:
 
 def finding(file: Path) -> tuple[int, dict[str, str]]:
     """The exit code of the check, and what it says of the stream."""
-    done = outstation("check", "-c", str(file), "--json")
+    done = run_outstation("check", "-c", str(file), "--json")
     [found] = [one for one in json.loads(done.stdout) if one["name"] == "stream watch"]
     return done.returncode, found
 
@@ -56,7 +57,7 @@ def test_a_source_that_the_daemon_would_refuse_fails_the_check(tmp_path: Path, s
     code, found = finding(file)
     assert (code, found["state"]) == (1, "failed")
     assert said in found["detail"]
-    refused = outstation("run", "-c", str(file))
+    refused = run_outstation("run", "-c", str(file))
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1] == f"outstation: {found['detail']}"
 
@@ -68,6 +69,6 @@ def test_a_source_that_is_right_is_told_and_its_replay_does_not_begin(tmp_path: 
     _, found = finding(file)
     assert found["state"] == "ok"
     assert found["detail"].startswith("a replay of the ")
-    store = Store(config.load(file).data_dir, read_only=True)
+    store = Store.open_read_only(config.load(file).data_dir)
     assert store.source_position("replay:watch", "begin") == 0
     store.close()

@@ -18,7 +18,7 @@ from agent.clock import ClockReading
 from agent.device.pipeline import batch
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
-from tests.kit.system import outstation
+from agent.testing.process import run_outstation
 
 NOW = ClockReading(1_795_000_000_000_000, 1000.0, "synced")
 CONFIG = """
@@ -37,7 +37,7 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.home = folder / "device"
-        assert outstation("init", str(self.home), "--id", "pi-07").returncode == 0
+        assert run_outstation("init", str(self.home), "--id", "pi-07").returncode == 0
         self.config = self.home / "outstation.toml"
         kept = self.config.read_text(encoding="utf-8").split("[streams.")[0]
         self.config.write_text(kept + CONFIG, encoding="utf-8")
@@ -45,7 +45,7 @@ class Site:
         self.data = Path(self.conf.data_dir)
 
     def ask(self, *arguments: str) -> tuple[int, Any]:
-        done = outstation("drift", "exercise", *arguments, "-c", str(self.config), "--json")
+        done = run_outstation("drift", "exercise", *arguments, "-c", str(self.config), "--json")
         return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
 
     def work(self, drift_windows: int, gain: float = 1.0) -> None:
@@ -113,7 +113,7 @@ def test_its_picture_shows_the_reference_the_alarm_line_and_the_alert(site: Site
 
 
 def test_messages_of_another_task_are_not_taken_for_its_own(site: Site) -> None:
-    store = Store(site.data, read_only=True, max_size=int(site.conf.buffer.max_size))
+    store = Store.open_read_only(site.data, max_size=int(site.conf.buffer.max_size))
     try:
         kept = store.recent_messages("drift", "exercise", 5)
         assert [message.topic.split("/")[3:] for message in kept] == [["drift", "exercise"]] * 5
@@ -135,7 +135,7 @@ def test_a_message_that_was_damaged_on_the_disk_is_left_out_and_counted(site: Si
             "UPDATE outbox SET payload = replace(payload, '\"n\":2000', '\"n\":2001')"
             " WHERE seq = (SELECT max(seq) FROM outbox WHERE topic LIKE '%/drift/exercise')"
         )
-    done = outstation("drift", "exercise", "-c", str(copy), "--json")
+    done = run_outstation("drift", "exercise", "-c", str(copy), "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["windows"], found["unreadable"]) == (31, 1)

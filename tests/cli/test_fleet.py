@@ -23,10 +23,10 @@ from agent.config import BrokerConfig
 from agent.errors import UsageError
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
+from agent.testing.broker import MosquittoBroker
+from agent.testing.messages import MessageSender, SignedMessage
 from agent.transport.mqtt import Link
 from agent.transport.packets import PublishReceipt
-from tests.kit.brokers import Mosquitto
-from tests.kit.senders import Sender, Sent
 from tests.kit.stations import wait_for
 
 NOW = "2026-11-24T22:20:00.000000Z"
@@ -45,8 +45,8 @@ def document(*args: str | Path) -> Any:
 
 
 @pytest.fixture
-def broker(tmp_path: Path) -> Iterator[Mosquitto]:
-    with Mosquitto(tmp_path) as running:
+def broker(tmp_path: Path) -> Iterator[MosquittoBroker]:
+    with MosquittoBroker(tmp_path) as running:
         yield running
 
 
@@ -57,10 +57,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "acme"
 
 
-def collected(folder: Path, sender: Sender, *sent: Sent) -> None:
+def collected(folder: Path, sender: MessageSender, *sent: SignedMessage) -> None:
     store = FleetStore(folder / "fleet.db")
     store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
-    store.ingest([Arrival(sender.open(one)) for one in sent], [], NOW)
+    store.ingest([Arrival(sender.verify(one)) for one in sent], [], NOW)
     store.close()
 
 
@@ -91,7 +91,7 @@ def test_from_init_to_an_empty_audit_every_report_is_one_json_document(folder: P
 
 
 def test_what_was_collected_is_reported_for_programs_and_people(folder: Path) -> None:
-    sender = Sender()
+    sender = MessageSender()
     log = [sender.results(), sender.quality(), sender.alert(summary="ax: \x1b[31mgain\u202e loss."), sender.state()]
     collected(folder, sender, log[0], log[2], log[3])
     [device] = document("devices", "--dir", folder)
@@ -107,7 +107,7 @@ def test_what_was_collected_is_reported_for_programs_and_people(folder: Path) ->
 
 
 def test_the_audit_exits_1_and_names_the_message_when_a_byte_was_altered(folder: Path) -> None:
-    sender = Sender()
+    sender = MessageSender()
     collected(folder, sender, sender.results(), sender.results())
     passed = run("audit", "--dir", folder)
     assert (passed.exit_code, passed.stdout.splitlines()[-1]) == (0, "PASSED")
@@ -157,27 +157,27 @@ WATCH = [sys.executable, "-c", "from agent.cli.fleet.group import fleet; fleet()
 
 
 @pytest.fixture
-def watched(tmp_path: Path, broker: Mosquitto) -> Path:
+def watched(tmp_path: Path, broker: MosquittoBroker) -> Path:
     """A fleet on the running broker."""
     assert run("init", tmp_path / "acme", "--broker", broker.url).exit_code == 0
     return tmp_path / "acme"
 
 
-def send(broker: Mosquitto, *sent: Sent) -> None:
+def send(broker: MosquittoBroker, *sent: SignedMessage) -> None:
     """Publish retained, so that it does not matter who subscribes first."""
     link = Link(BrokerConfig(url=broker.url), "sender")
-    tokens = {link.send(one.outgoing(retain=True)) for one in sent}
+    tokens = {link.send(one.to_outgoing(retain=True)) for one in sent}
     while tokens:
         tokens -= {event.token for event in link.receive(1.0) if isinstance(event, PublishReceipt)}
     link.close()
 
 
 def test_watch_prints_each_message_with_the_verdict_and_no_escape_of_a_stranger(
-    watched: Path, broker: Mosquitto
+    watched: Path, broker: MosquittoBroker
 ) -> None:
-    sender, stranger = Sender(), Sender("pi-09")
+    sender, stranger = MessageSender(), MessageSender("pi-09")
     collected(watched, sender)
-    forged = Sent("outstation/acme/pi-09/health", b"\x1b]0;title\x07\xff\n[ok]", "", 0)
+    forged = SignedMessage("outstation/acme/pi-09/health", b"\x1b]0;title\x07\xff\n[ok]", "", 0)
     send(broker, sender.results(), sender.drift(), stranger.results(), forged)
     lines = sorted(watching(watched, 4))
     assert lines[0].startswith("outstation/acme/pi-07/drift/exercise {")
@@ -200,13 +200,15 @@ def watching(folder: Path, lines: int) -> list[str]:
 
 
 def test_watch_ends_after_its_seconds(watched: Path) -> None:
-    collected(watched, Sender())
+    collected(watched, MessageSender())
     done = subprocess.run([*WATCH, "--dir", watched, "--seconds", "0.1"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_watch_shows_a_table_on_a_terminal_and_ends_cleanly_on_interrupt(watched: Path, broker: Mosquitto) -> None:
-    sender = Sender()
+def test_watch_shows_a_table_on_a_terminal_and_ends_cleanly_on_interrupt(
+    watched: Path, broker: MosquittoBroker
+) -> None:
+    sender = MessageSender()
     collected(watched, sender)
     send(broker, sender.results(), sender.drift("drift"), sender.state(), sender.alert(summary="ax: gain loss."))
     parent, child = pty.openpty()
@@ -242,8 +244,8 @@ def drained(terminal: int) -> bytes:
         data += part
 
 
-def test_watch_comes_back_when_the_broker_does(watched: Path, broker: Mosquitto) -> None:
-    sender = Sender()
+def test_watch_comes_back_when_the_broker_does(watched: Path, broker: MosquittoBroker) -> None:
+    sender = MessageSender()
     collected(watched, sender)
     broker.kill()
     command = [*WATCH, "--raw", "--dir", str(watched)]
@@ -261,8 +263,8 @@ def test_watch_comes_back_when_the_broker_does(watched: Path, broker: Mosquitto)
     assert process.returncode == 0
 
 
-def test_watch_needs_no_private_key_of_the_collector(watched: Path, broker: Mosquitto) -> None:
-    sender = Sender()
+def test_watch_needs_no_private_key_of_the_collector(watched: Path, broker: MosquittoBroker) -> None:
+    sender = MessageSender()
     collected(watched, sender)
     (watched / "collector.key").unlink()
     send(broker, sender.results())
@@ -290,7 +292,7 @@ def first_words(*args: str | Path) -> str:
 
 
 def test_collect_into_a_database_in_which_nobody_is_enrolled_says_so_at_its_start(folder: Path, tmp_path: Path) -> None:
-    collected(folder, Sender())
+    collected(folder, MessageSender())
     said = first_words("--dir", folder, "--db", tmp_path / "other.db")
     assert f"{tmp_path / 'other.db'}: no device is enrolled in this database" in said
     assert f"`enrol` uses {folder / 'fleet.db'}: collect without --db" in said

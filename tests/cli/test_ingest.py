@@ -21,6 +21,7 @@ from agent import config
 from agent.cli import main
 from agent.cli.device.ingest import _DaemonSink
 from agent.client import Client
+from agent.device.recovery.open import open_store
 from agent.device.store.quota import PAGE_SIZE
 from agent.device.store.rows import RawColumns, validate_columns
 from agent.device.store.store import Store
@@ -97,7 +98,7 @@ def ingest(home: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tupl
 def kept(home: Path, stream: str, agent: Station | None = None) -> Any:
     """All rows of a stream, read beside the daemon."""
     definition = config.load(home / "outstation.toml").streams[stream]
-    store = agent.store if agent else Store(home / "data", read_only=True)
+    store = agent.store if agent else Store.open_read_only(home / "data")
     try:
         return rows_of(store, stream, definition)
     finally:
@@ -204,7 +205,7 @@ def test_stdin_is_read_as_utf8_in_any_locale(home: Path, locale: str) -> None:
         "accepted": 2,
         "rejected": [{"line": 5, "reason": "mode = '\\udcff' is no category: text of 1-64 characters"}],
     }
-    store = Store(home / "data", read_only=True)
+    store = Store.open_read_only(home / "data")
     assert store.categories("machine", "mode") == ["", "größe", "two\nlines"]
     store.close()
 
@@ -296,7 +297,7 @@ def test_rows_that_a_full_store_refuses_are_named_line_by_line(
         assert len(named) == len(document["rejected"])
         assert named <= set(range(2, lines + 2))
         accepted += document["accepted"]
-    store = Store(home / "data", read_only=True)
+    store = Store.open_read_only(home / "data")
     assert store.last_row("watch") == accepted
     store.close()
 
@@ -338,7 +339,7 @@ def test_a_daemon_that_is_killed_in_the_middle_is_named_with_the_line_that_is_sa
         assert process.stderr is not None
         process.stdin.write(b"ax,ay\n" + b"1,1\n" * 30_000)
         process.stdin.flush()
-        reader = Store(home / "data", read_only=True)
+        reader = Store.open_read_only(home / "data")
         deadline = time.monotonic() + 60
         while reader.last_row("watch") < 10_000 and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -380,7 +381,7 @@ def test_another_process_that_holds_the_store_without_listening_is_named(
     home: Path, ingest: Callable[..., tuple[int, str, str]]
 ) -> None:
     (home / "in.csv").write_text("ax,ay\n1,2\n")
-    store = Store(home / "data")
+    store = open_store(home / "data")
     code, _, err = ingest("watch", home / "in.csv")
     store.close()
     assert code == 1

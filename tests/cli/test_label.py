@@ -16,7 +16,8 @@ from agent.cli.device.label import read_labels
 from agent.datasets.recordings import load
 from agent.errors import UsageError
 from agent.performance.labels import Label
-from tests.kit.system import FIELDS, RECORDINGS, Fleet, eventually, outstation
+from agent.testing.fleet import FIELDS, RECORDINGS, LocalFleet
+from agent.testing.process import run_outstation, wait_until
 
 WINDOW = 100
 T0 = 1_764_022_680.0
@@ -104,7 +105,7 @@ def test_each_label_that_cannot_be_joined_is_named_with_its_line(home: Path) -> 
 
 
 def test_a_task_that_does_not_exist_is_named(home: Path) -> None:
-    found = outstation("label", "exercize", "-", "-c", str(home / "outstation.toml"), input="row,label\n1,PEN\n")
+    found = run_outstation("label", "exercize", "-", "-c", str(home / "outstation.toml"), input="row,label\n1,PEN\n")
     assert found.returncode == 2
     assert "there is no task 'exercize'; did you mean 'exercise'?" in found.stderr
 
@@ -127,34 +128,36 @@ def test_times_may_be_seconds_or_rfc_3339(tmp_path: Path) -> None:
 
 
 def test_labels_go_through_the_daemon_to_the_collector_and_there_too(tmp_path: Path) -> None:
-    with Fleet(tmp_path) as fleet:
+    with LocalFleet(tmp_path) as fleet:
         fleet.broker.start()
         fleet.collector.start()
-        device = fleet.device("pi-01").replay(8_000, 150.0).task("exercise").up()
-        eventually("results", lambda: fleet.covered("pi-01") >= 6_500)
-        rows = fleet.ask("SELECT row, label FROM results WHERE device = 'pi-01' ORDER BY row")
+        device = fleet.add_device("pi-01").add_replay_stream(8_000, 150.0).add_task("exercise").start_and_wait()
+        wait_until("results", lambda: fleet.last_result_row("pi-01") >= 6_500)
+        rows = fleet.query("SELECT row, label FROM results WHERE device = 'pi-01' ORDER BY row")
         (tmp_path / "truth.csv").write_text("row,label\n" + "".join(f"{row},{label}\n" for row, label in rows[:60]))
         config = str(device.config)
-        found = outstation("label", "exercise", str(tmp_path / "truth.csv"), "-c", config, "--json")
+        found = run_outstation("label", "exercise", str(tmp_path / "truth.csv"), "-c", config, "--json")
         assert json.loads(found.stdout) == {"accepted": 60, "rejected": []}
         metric = "SELECT value, n, source FROM metrics WHERE metric = 'accuracy' AND slice = ''"
-        eventually("the quality message", lambda: fleet.ask(metric))
-        assert fleet.ask(metric) == [(1.0, 60, "device")]
+        wait_until("the quality message", lambda: fleet.query(metric))
+        assert fleet.query(metric) == [(1.0, 60, "device")]
         (tmp_path / "more.csv").write_text("row,label\n" + "".join(f"{row},PEN\n" for row, _ in rows[:60]))
         home = str(fleet.home)
-        found = outstation("fleet", "label", "pi-01", "exercise", str(tmp_path / "more.csv"), "--dir", home, "--json")
+        found = run_outstation(
+            "fleet", "label", "pi-01", "exercise", str(tmp_path / "more.csv"), "--dir", home, "--json"
+        )
         assert found.returncode == 0, found.stderr
         document = json.loads(found.stdout)
         accuracy = next(one for one in document["metrics"] if one["metric"] == "accuracy")
         assert accuracy["value"] == pytest.approx(sum(label == "PEN" for _, label in rows[:60]) / 60, abs=1e-5)
-        assert fleet.ask(f"{metric} AND source = 'collector'")[0][1:] == (60, "collector")
+        assert fleet.query(f"{metric} AND source = 'collector'")[0][1:] == (60, "collector")
         sent = [f"{row},{label}" for row, label in rows[60:65]] + ["3,PEN", "1000000,PEN", "100,XYZ"]
         (tmp_path / "sent.csv").write_text("row,label\n" + "\n".join(sent) + "\n")
         for _ in range(2):
             file = str(tmp_path / "sent.csv")
-            found = outstation("fleet", "label", "pi-01", "exercise", file, "--send", "--dir", home, "--json")
+            found = run_outstation("fleet", "label", "pi-01", "exercise", file, "--send", "--dir", home, "--json")
             assert found.returncode == 1, found.stderr
             document = json.loads(found.stdout)
             assert (document["accepted"], [one["line"] for one in document["rejected"]]) == (5, [7, 8, 9])
         assert device.stop() == 0
-        eventually("all is collected", lambda: fleet.audit()[0] == 0)
+        wait_until("all is collected", lambda: fleet.audit()[0] == 0)

@@ -14,12 +14,11 @@ from agent.bootstrap import wiring
 from agent.cli import cli
 from agent.device.intake import labels
 from agent.device.pipeline import label_metrics
-from agent.device.recovery.salvage import DATABASE
-from agent.device.store.store import Store
+from agent.device.store.store import DATABASE, Store
 from agent.errors import StorageDamaged, StorageError, UsageError
 from agent.performance.labels import Label
+from agent.testing.process import run_outstation
 from tests.device.pipeline.test_relearn import NOW, Site, work
-from tests.kit.system import outstation
 
 
 def alert(store: Store, site: Site, kind: str, subject: str, state: str, summary: str) -> None:
@@ -61,7 +60,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 def test_what_is_open_stays_in_sight_whatever_came_after_it(site: Site) -> None:
-    done = outstation("status", "-c", str(site.config), "--json")
+    done = run_outstation("status", "-c", str(site.config), "--json")
     document = json.loads(done.stdout)
     [task] = document["tasks"]
     told = [(one["alert"], one["subject"], one["summary"]) for one in task["open"] if one["alert"] != "quality"]
@@ -79,7 +78,7 @@ def test_what_is_open_stays_in_sight_whatever_came_after_it(site: Site) -> None:
 
 
 def test_people_read_the_same(site: Site) -> None:
-    said = outstation("status", "-c", str(site.config)).stdout
+    said = run_outstation("status", "-c", str(site.config)).stdout
     for line in (
         "open drift  ax: spread fell to 0.6 of the reference.",
         "open fault  wz: repeats one value.",
@@ -97,7 +96,7 @@ def test_a_reference_learned_from_few_windows_is_warned_of(site: Site) -> None:
         work(site, store, 19)
     finally:
         store.close()
-    said = outstation("status", "-c", str(site.config)).stdout
+    said = run_outstation("status", "-c", str(site.config)).stdout
     assert "reference: warning: only 20 drift windows" in said
     assert "learning its reference" not in said
 
@@ -134,6 +133,6 @@ def test_a_store_that_another_process_has_locked_is_not_called_missing(new: Site
     with contextlib.closing(sqlite3.connect(new.conf.data_dir / DATABASE, isolation_level=None)) as holder:
         holder.execute("PRAGMA locking_mode = EXCLUSIVE")
         holder.execute("BEGIN EXCLUSIVE")
-        done = outstation("status", "-c", str(new.config))
+        done = run_outstation("status", "-c", str(new.config))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"outstation: {new.conf.data_dir / DATABASE}: locked by another process\n"

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from agent.drift import DriftMonitor, build_reference
-from agent.drift.baseline.learning import MAX_BYTES, MAX_WINDOWS, LearningState
-from agent.drift.baseline.reference import MIN_WINDOWS
+from agent.drift.baseline.learning import MAX_BYTES, MAX_WINDOWS, MIN_RETAINED_WINDOWS, LearningState
 from agent.drift.baseline.summary import Summary, summarize
 from tests.kit.machine import LABELS, WINDOW, feed, readings, reference
 
@@ -48,8 +47,8 @@ def test_what_is_gathered_stays_small_enough_to_be_committed_however_many_fields
         kept.append(learning.windows)
         most = max(most, len(learning.to_bytes()))
     assert learning.window_count == 200
-    assert max(kept) <= MIN_WINDOWS
-    assert min(kept[MIN_WINDOWS:]) >= MIN_WINDOWS // 2
+    assert max(kept) <= MIN_RETAINED_WINDOWS
+    assert min(kept[MIN_RETAINED_WINDOWS:]) >= MIN_RETAINED_WINDOWS // 2
     assert most < 3 * MAX_BYTES
 
 

@@ -11,9 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from agent.alerts import Alert
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, build_reference
 from agent.drift.baseline.summary import Summary
-from agent.drift.reporting.alert_text import Alert
 from agent.errors import BadBundle
 from tests.kit.machine import FIELDS, LABELS, ROWS, WINDOW, Readings, feed, readings, reference
 

@@ -79,7 +79,7 @@ def test_a_window_without_anything_to_compare_changes_nothing() -> None:
 @pytest.mark.parametrize(("tests", "windows"), [(32, 40), (32, 100), (12, 40)])
 def test_the_limit_gives_about_the_false_alarms_it_was_allotted(tests: int, windows: int) -> None:
     rng = np.random.default_rng(tests + windows)
-    limit = false_alarm_budget.cusum_limit(tests, windows, 1.0, 7e-3, least=3.0)
+    limit = false_alarm_budget.cusum_limit(tests, windows, 1.0, 7e-3, min_limit=3.0)
     alarms = judged = 0
     for _ in range(40):
         learned = rng.normal(size=(windows, tests))

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from agent.drift.numeric import divergence
 from agent.performance import cbpe, metrics
 from agent.performance.metrics import LabelledPredictions
-from tests.kit import reference_data as data
-from tests.kit.reference_data import Values
+from scripts.kit import reference_data as data
+from scripts.kit.reference_data import Values
 
 TOLD: dict[str, Any] = json.loads((Path(__file__).parents[1] / "kit" / "reference_values.json").read_text())
 EXACT = 1e-9

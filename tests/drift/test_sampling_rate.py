@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from agent.alerts import Alert
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
 from agent.drift.baseline import summary as summaries
 from agent.drift.baseline.learning import MAX_WINDOWS, LearningState
@@ -20,7 +21,6 @@ from agent.drift.baseline.summary import Summary
 from agent.drift.detectors import sampling_rate
 from agent.drift.detectors.runs import Trace, count_repeated_rows
 from agent.drift.detectors.sampling import SamplingIntervals
-from agent.drift.reporting.alert_text import Alert
 from agent.drift.reporting.words import format_duration
 from tests.kit.machine import LABELS, ROWS, WINDOW, Readings, feed, readings, reference
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from agent.alerts import Alert
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
-from agent.drift.reporting.alert_text import Alert
 from agent.errors import BadBundle
 from tests.kit.machine import FIELDS, LABELS, LEVEL, ROWS, WINDOW, Readings, feed, readings, reference
 

@@ -15,10 +15,11 @@ from agent.errors import LinkDown
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol, init_fleet
+from agent.testing.broker import MosquittoBroker, free_port
+from agent.testing.fleet import FLEET
+from agent.testing.process import run_outstation
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
-from tests.kit.brokers import Mosquitto, free_port
-from tests.kit.system import FLEET, outstation
 
 BASE = f"outstation/{FLEET}"
 NOT_AUTHORIZED = 0x87
@@ -62,7 +63,7 @@ def access(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Access]:
     conf = folder / "fleet" / "broker" / "mosquitto.conf"
     if os.geteuid() == 0:
         conf.write_text(conf.read_text(encoding="utf-8") + "user root\n", encoding="utf-8")
-    with Mosquitto(folder, conf=conf, port=port):
+    with MosquittoBroker(folder, conf=conf, port=port):
         yield Access(folder / "fleet", config)
 
 
@@ -171,7 +172,7 @@ def test_a_roll_out_is_retained_for_devices_and_ends_nobodys_connection(
     )
     watcher = Link(access.as_operator, "watch", subscribe=[f"{BASE}/+/health"])
     try:
-        done = outstation("fleet", "rollout", "start", str(file), "--dir", str(access.home))
+        done = run_outstation("fleet", "rollout", "start", str(file), "--dir", str(access.home))
         assert done.returncode == 0, done.stderr
         device = Link(access.as_device("pi-a"), "pi-a", subscribe=[f"{BASE}/{topic}"])
         [came] = [event for event in device.receive(60.0) if isinstance(event, IncomingMessage)]

@@ -9,7 +9,7 @@ import pytest
 
 from agent.authoring import pack
 from agent.errors import BadBundle, ConfigError
-from tests.kit.bundles import KEY, LABELS, change, write_spec
+from scripts.kit.bundles import KEY, LABELS, change, write_spec
 
 
 @pytest.mark.parametrize(

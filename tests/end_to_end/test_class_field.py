@@ -13,12 +13,13 @@ from agent.bootstrap import tasks
 from agent.clock import ClockReading
 from agent.config import Config, FieldConfig, StreamConfig
 from agent.device.pipeline import batch
+from agent.device.recovery.open import open_store
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.errors import ConfigError
-from tests.kit.bundles import CLASSIFY, KEY, REGRESS, Recipe, packed
-from tests.kit.senders import new_key
+from agent.testing.messages import new_key
+from scripts.kit.bundles import CLASSIFY, KEY, REGRESS, Recipe, packed
 
 NOW = ClockReading(1_764_022_680_000_000, 100.0, "synced")
 
@@ -47,7 +48,7 @@ def asking(mode: str) -> Recipe:
 
 
 def test_readings_are_compared_within_the_modes_that_the_field_names(tmp_path: Path) -> None:
-    store = Store(tmp_path / "data")
+    store = open_store(tmp_path / "data")
     try:
         store.declare_streams(conf(tmp_path, REGRESS, "state").streams)
         task = loaded(tmp_path, REGRESS, "state", store)

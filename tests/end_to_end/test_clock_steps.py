@@ -21,7 +21,8 @@ from agent.clock import ClockReading
 from agent.device.daemon import Daemon
 from agent.device.pipeline import batch
 from agent.device.store.store import Store
-from tests.kit.system import FIELDS, Device, Fleet, eventually, fields
+from agent.testing.fleet import FIELDS, DeviceProcess, LocalFleet, field_tables
+from agent.testing.process import wait_until
 
 LIBRARIES = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/lib/faketime/libfaketimeMT.so.1")
 HOUR_S, DAY_S = 3600, 86_400
@@ -31,18 +32,18 @@ TASKS = {"minutely": "every 60 s", "cron": "*/5 * * * *", "nightly": "0 3 * * *"
 
 
 @pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    with Fleet(tmp_path) as made:
+def fleet(tmp_path: Path) -> Iterator[LocalFleet]:
+    with LocalFleet(tmp_path) as made:
         yield made
 
 
 class Turned:
     """A real daemon, its loop turned by hand in virtual time; `runs` and `work` count what it did."""
 
-    def __init__(self, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-        device.configure(f"[streams.watch]\nfields = [{', '.join(fields(FIELDS))}]\n")
+    def __init__(self, device: DeviceProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+        device.append_config(f"[streams.watch]\nfields = [{', '.join(field_tables(FIELDS))}]\n")
         for name, schedule in TASKS.items():
-            device.task(name, schedule=schedule)
+            device.add_task(name, schedule=schedule)
         self.file, self.conf = wiring.load_config(str(device.config))
         self.store: Store = wiring.open_store(self.conf)
         self.daemon: Daemon = assembly.build_daemon(self.file, self.conf, self.store)
@@ -88,8 +89,8 @@ class Turned:
 
 
 @pytest.fixture
-def turned(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> Iterator[Turned]:
-    made = Turned(fleet.device("pi-01"), monkeypatch)
+def turned(fleet: LocalFleet, monkeypatch: pytest.MonkeyPatch) -> Iterator[Turned]:
+    made = Turned(fleet.add_device("pi-01"), monkeypatch)
     yield made
     made.store.close()
 
@@ -151,25 +152,27 @@ def send(client: Client, n: int = 100) -> None:
     assert not client.flush().rejected
 
 
-def test_a_daemon_whose_clock_is_set_back_an_hour_and_ahead_sixty_days_loses_and_doubles_no_run(fleet: Fleet) -> None:
+def test_a_daemon_whose_clock_is_set_back_an_hour_and_ahead_sixty_days_loses_and_doubles_no_run(
+    fleet: LocalFleet,
+) -> None:
     fleet.broker.start()
     fleet.collector.start()
-    device = fleet.device("pi-01").configure(
-        f'[buffer]\ncommit_every = "50 ms"\n[streams.watch]\nfields = [{", ".join(fields(FIELDS))}]\n'
+    device = fleet.add_device("pi-01").append_config(
+        f'[buffer]\ncommit_every = "50 ms"\n[streams.watch]\nfields = [{", ".join(field_tables(FIELDS))}]\n'
     )
-    device.task("exercise", schedule="every 200 ms")
+    device.add_task("exercise", schedule="every 200 ms")
     face = FakeTime(fleet.folder / "faketime")
-    device.up(**face.environment)
+    device.start_and_wait(**face.environment)
     began, used = time.monotonic(), cpu_s(device.pid)
-    with Client(device.data / "intake.sock", name="rig") as client:
+    with Client(device.data_dir / "intake.sock", name="rig") as client:
         for rounds, ahead in enumerate((0, -HOUR_S, 60 * DAY_S, 0), start=1):
             face.ahead(ahead)
             for _ in range(2):
                 send(client)
                 time.sleep(0.2)
-            eventually("every row run", lambda n=rounds: fleet.covered("pi-01") == 200 * n)  # type: ignore[misc]
+            wait_until("every row run", lambda n=rounds: fleet.last_result_row("pi-01") == 200 * n)  # type: ignore[misc]
     busy = (cpu_s(device.pid) - used) / (time.monotonic() - began)
-    anchors = fleet.ask("SELECT segment, step_us FROM anchors ORDER BY seq")
+    anchors = fleet.query("SELECT segment, step_us FROM anchors ORDER BY seq")
     assert [(segment, round(step / 1e6)) for segment, step in anchors] == [
         (1, 0),
         (2, -HOUR_S),
@@ -177,11 +180,11 @@ def test_a_daemon_whose_clock_is_set_back_an_hour_and_ahead_sixty_days_loses_and
         (1, -60 * DAY_S),
     ]
     # No time service vouches for this clock, so nothing is claimed: but order and distance by boot time are right.
-    rows = fleet.ask("SELECT row, boot_us, dated FROM results_dated ORDER BY row")
+    rows = fleet.query("SELECT row, boot_us, time_quality FROM results_dated ORDER BY row")
     assert [row[0] for row in rows] == list(range(100, 801, 100))
     distances = [later[1] - earlier[1] for earlier, later in itertools.pairwise(rows)]
     assert all(0 < distance < 5 * MINUTE for distance in distances)
-    runs = fleet.ask("SELECT count(*) FROM messages WHERE kind = 'results'")[0][0]
+    runs = fleet.query("SELECT count(*) FROM messages WHERE kind = 'results'")[0][0]
     assert 4 <= runs <= 5 * (time.monotonic() - began) + 1
     # The step of 60 days passes 26 million intervals of 200 ms over.
     assert busy < 0.8

@@ -10,67 +10,68 @@ from typing import Any
 import pytest
 
 from agent.config import BrokerConfig
+from agent.testing.fleet import FLEET, DeviceProcess, LocalFleet
+from agent.testing.messages import new_key
+from agent.testing.process import run_outstation, wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage
 from agent.wire import jws
 from agent.wire.messages import encode
-from tests.kit.senders import new_key
-from tests.kit.system import FLEET, Device, Fleet, eventually, outstation
 
 KNOWN = "the collector knows the new signing key"
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    with Fleet(tmp_path_factory.mktemp("commanded")) as made:
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
+    with LocalFleet(tmp_path_factory.mktemp("commanded")) as made:
         made.broker.start()
         made.collector.start()
         yield made
 
 
 @pytest.fixture(scope="module")
-def device(fleet: Fleet) -> Device:
-    return fleet.device("pi-01").replay(10**9, 40).task("exercise").up()
+def device(fleet: LocalFleet) -> DeviceProcess:
+    return fleet.add_device("pi-01").add_replay_stream(10**9, 40).add_task("exercise").start_and_wait()
 
 
-def command(fleet: Fleet, *arguments: str) -> tuple[int, dict[str, Any]]:
+def command(fleet: LocalFleet, *arguments: str) -> tuple[int, dict[str, Any]]:
     """Exit code and document of `fleet command`."""
-    done = outstation("fleet", "command", *arguments, "--dir", str(fleet.home), "--json", "--wait", "60")
+    done = run_outstation("fleet", "command", *arguments, "--dir", str(fleet.home), "--json", "--wait", "60")
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
 
 
-def audits(fleet: Fleet, device: str, event: str) -> list[dict[str, Any]]:
-    rows = fleet.ask("SELECT payload FROM messages WHERE device = ? AND kind = 'audit' ORDER BY seq", device)
+def audits(fleet: LocalFleet, device: str, event: str) -> list[dict[str, Any]]:
+    rows = fleet.query("SELECT payload FROM messages WHERE device = ? AND kind = 'audit' ORDER BY seq", device)
     bodies = [json.loads(row[0]) for row in rows]
     return [body["evidence"] for body in bodies if body["event"] == event]
 
 
-def task(device: Device) -> dict[str, Any]:
+def task(device: DeviceProcess) -> dict[str, Any]:
     return dict(device.status()["tasks"][0])
 
 
-def test_report_answers_with_the_status_and_sends_health(fleet: Fleet, device: Device) -> None:
+def test_report_answers_with_the_status_and_sends_health(fleet: LocalFleet, device: DeviceProcess) -> None:
     code, answer = command(fleet, "pi-01", "report")
     assert (code, answer["ok"], answer["data"]["device"]) == (0, True, "pi-01")
     assert answer["data"]["tasks"][0]["task"] == "exercise"
 
 
-def test_pause_stops_a_task_also_over_a_restart_and_resume_goes_on(fleet: Fleet, device: Device) -> None:
+def test_pause_stops_a_task_also_over_a_restart_and_resume_goes_on(fleet: LocalFleet, device: DeviceProcess) -> None:
     assert command(fleet, "pi-01", "pause", "exercise")[0] == 0
     assert device.stop() == 0
-    device.up()
+    device.start_and_wait()
     assert task(device)["paused"] is True
     used = task(device)["row"]
     code, answer = command(fleet, "pi-01", "run", "exercise")
     assert (code, "paused" in answer["summary"]) == (1, True)
     assert task(device)["row"] == used
     assert command(fleet, "pi-01", "resume", "exercise")[0] == 0
-    eventually("the task goes on", lambda: task(device)["row"] > used)
+    wait_until("the task goes on", lambda: task(device)["row"] > used)
     assert "paused" not in task(device)
 
 
-def test_a_schedule_is_changed_and_set_back_and_nonsense_is_refused(fleet: Fleet, device: Device) -> None:
+def test_a_schedule_is_changed_and_set_back_and_nonsense_is_refused(fleet: LocalFleet, device: DeviceProcess) -> None:
     code, answer = command(fleet, "pi-01", "set-schedule", "exercise", "every 1 h")
     assert (code, answer["data"]) == (0, {"schedule": "every 1 h", "configured": "every 500 ms"})
     assert (task(device)["schedule"], task(device)["schedule_set"]) == ("every 1 h", "every 1 h")
@@ -83,10 +84,12 @@ def test_a_schedule_is_changed_and_set_back_and_nonsense_is_refused(fleet: Fleet
     assert (task(device)["schedule"], task(device).get("schedule_set")) == ("every 500 ms", None)
 
 
-def test_each_command_is_in_the_log_with_who_sent_it_and_what_came_of_it(fleet: Fleet, device: Device) -> None:
+def test_each_command_is_in_the_log_with_who_sent_it_and_what_came_of_it(
+    fleet: LocalFleet, device: DeviceProcess
+) -> None:
     code, answer = command(fleet, "pi-01", "run", "no-such-task")
     assert code == 1
-    eventually(
+    wait_until(
         "the audit message at the collector",
         lambda: any(
             one["id"] == answer["id"] and one["outcome"] == "refused" for one in audits(fleet, "pi-01", "command")
@@ -94,8 +97,8 @@ def test_each_command_is_in_the_log_with_who_sent_it_and_what_came_of_it(fleet: 
     )
 
 
-def test_a_device_that_is_not_there_is_told_at_once(fleet: Fleet) -> None:
-    fleet.device("pi-09")
+def test_a_device_that_is_not_there_is_told_at_once(fleet: LocalFleet) -> None:
+    fleet.add_device("pi-09")
     code, answer = command(fleet, "pi-09", "report")
     assert (code, answer["answered"]) == (1, False)
     assert "not connected" in answer["summary"]
@@ -106,14 +109,18 @@ def test_a_device_that_is_not_there_is_told_at_once(fleet: Fleet) -> None:
     [("pi-77", "report"), ("pi-01", "dance"), ("pi-01", "run"), ("pi-01", "set-schedule", "exercise", "every", "5 s")],
     ids=["device", "name", "argument", "arguments"],
 )
-def test_wrong_use_exits_2_and_sends_nothing(fleet: Fleet, device: Device, arguments: tuple[str, ...]) -> None:
+def test_wrong_use_exits_2_and_sends_nothing(
+    fleet: LocalFleet, device: DeviceProcess, arguments: tuple[str, ...]
+) -> None:
     before = (fleet.home / "operator.counter").read_text(encoding="ascii")
-    done = outstation("fleet", "command", *arguments, "--dir", str(fleet.home))
+    done = run_outstation("fleet", "command", *arguments, "--dir", str(fleet.home))
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert (fleet.home / "operator.counter").read_text(encoding="ascii") == before
 
 
-def test_the_counter_of_a_restored_fleet_folder_goes_on_above_what_was_used(fleet: Fleet, device: Device) -> None:
+def test_the_counter_of_a_restored_fleet_folder_goes_on_above_what_was_used(
+    fleet: LocalFleet, device: DeviceProcess
+) -> None:
     _, first = command(fleet, "pi-01", "report")
     (fleet.home / "operator.counter").write_text("5\n", encoding="ascii")
     code, second = command(fleet, "pi-01", "report")
@@ -121,7 +128,7 @@ def test_the_counter_of_a_restored_fleet_folder_goes_on_above_what_was_used(flee
     assert second["counter"] > first["counter"]
 
 
-def test_commands_sent_at_once_are_all_answered(fleet: Fleet, device: Device) -> None:
+def test_commands_sent_at_once_are_all_answered(fleet: LocalFleet, device: DeviceProcess) -> None:
     codes: list[int] = []
     threads = [threading.Thread(target=lambda: codes.append(command(fleet, "pi-01", "report")[0])) for _ in range(3)]
     for thread in threads:
@@ -132,7 +139,7 @@ def test_commands_sent_at_once_are_all_answered(fleet: Fleet, device: Device) ->
 
 
 def test_ten_thousand_forged_commands_change_nothing_make_one_alert_and_the_next_command_is_obeyed(
-    fleet: Fleet, device: Device
+    fleet: LocalFleet, device: DeviceProcess
 ) -> None:
     topic = f"outstation/{FLEET}/pi-01/cmd"
     payload = encode({"v": 1, "kind": "cmd", "device": "pi-01", "id": "x", "name": "wipe", "args": {}})
@@ -141,16 +148,18 @@ def test_ten_thousand_forged_commands_change_nothing_make_one_alert_and_the_next
     for _ in range(100):
         for _ in range(100):
             link.send(forged)
-        eventually("the broker keeps up", lambda: link.receive(0.2) is not None)
+        wait_until("the broker keeps up", lambda: link.receive(0.2) is not None)
     link.send(OutgoingMessage(topic, payload, forged.properties, retain=True))
     link.receive(1.0)
     link.close()
-    before = fleet.covered("pi-01")
+    before = fleet.last_result_row("pi-01")
     assert command(fleet, "pi-01", "report")[0] == 0
-    eventually("results go on", lambda: fleet.covered("pi-01") > before)
-    eventually(
+    wait_until("results go on", lambda: fleet.last_result_row("pi-01") > before)
+    wait_until(
         "one alert at the collector",
-        lambda: len(fleet.ask("SELECT 1 FROM alerts WHERE device = 'pi-01' AND id = '_device/security/refused'")) == 1,
+        lambda: (
+            len(fleet.query("SELECT 1 FROM alerts WHERE device = 'pi-01' AND id = '_device/security/refused'")) == 1
+        ),
     )
     clean = Link(BrokerConfig(url=fleet.broker.url), "attacker")
     clean.send(OutgoingMessage(topic, b"", (), retain=True))
@@ -158,62 +167,64 @@ def test_ten_thousand_forged_commands_change_nothing_make_one_alert_and_the_next
     clean.close()
 
 
-def test_a_key_is_rotated_twice_while_results_flow_and_the_audit_passes(fleet: Fleet, device: Device) -> None:
+def test_a_key_is_rotated_twice_while_results_flow_and_the_audit_passes(
+    fleet: LocalFleet, device: DeviceProcess
+) -> None:
     kids = set()
     for _ in range(2):
         code, answer = command(fleet, "pi-01", "rotate-key")
         assert code == 0, answer
         kids.add(answer["data"]["kid"])
-        eventually(
+        wait_until(
             "the collector knows the new key",
             lambda: listed(fleet, "pi-01")["key"] == answer["data"]["key"],  # noqa: B023
         )
-        before = fleet.covered("pi-01")
-        eventually("results under the new key", lambda: fleet.covered("pi-01") > before)  # noqa: B023
-        eventually("the device knows that", lambda: device.log.read_text().count(KNOWN) == len(kids))
+        before = fleet.last_result_row("pi-01")
+        wait_until("results under the new key", lambda: fleet.last_result_row("pi-01") > before)  # noqa: B023
+        wait_until("the device knows that", lambda: device.log.read_text().count(KNOWN) == len(kids))
     assert len(kids) == 2
     assert command(fleet, "pi-01", "report")[0] == 0
     device.kill()
-    device.up()
-    eventually("results after a restart", lambda: listed(fleet, "pi-01")["state"] == "online")
+    device.start_and_wait()
+    wait_until("results after a restart", lambda: listed(fleet, "pi-01")["state"] == "online")
     assert command(fleet, "pi-01", "report")[0] == 0
     assert fleet.audit()[1]["passed"], fleet.audit()[1]
 
 
-def listed(fleet: Fleet, name: str) -> dict[str, Any]:
-    done = outstation("fleet", "devices", "--json", "--dir", str(fleet.home))
+def listed(fleet: LocalFleet, name: str) -> dict[str, Any]:
+    done = run_outstation("fleet", "devices", "--json", "--dir", str(fleet.home))
     return next(row for row in json.loads(done.stdout) if row["device"] == name)
 
 
-def test_a_wiped_device_says_so_first_keeps_nothing_and_does_not_start_again(fleet: Fleet) -> None:
-    doomed = fleet.device("pi-02").replay(10**9, 40, seed=3).task("exercise").up()
-    eventually("something was collected", lambda: fleet.covered("pi-02") > 0)
+def test_a_wiped_device_says_so_first_keeps_nothing_and_does_not_start_again(fleet: LocalFleet) -> None:
+    doomed = fleet.add_device("pi-02").add_replay_stream(10**9, 40, seed=3).add_task("exercise").start_and_wait()
+    wait_until("something was collected", lambda: fleet.last_result_row("pi-02") > 0)
     assert command(fleet, "pi-02", "rotate-key")[0] == 0
     code, answer = command(fleet, "pi-02", "wipe", "not-the-word")
-    assert (code, doomed.running) == (1, True)
-    asked = outstation("fleet", "command", "pi-02", "wipe", "--dir", str(fleet.home))
+    assert (code, doomed.is_running) == (1, True)
+    asked = run_outstation("fleet", "command", "pi-02", "wipe", "--dir", str(fleet.home))
     assert (asked.returncode, "--yes" in asked.stderr) == (2, True)
     code, answer = command(fleet, "pi-02", "wipe", "--yes")
     assert code == 0, answer
     assert doomed.wait(60) == 0
     assert audits(fleet, "pi-02", "wiped") == [{}]
-    left = {path.name for path in doomed.data.iterdir()}
+    left = {path.name for path in doomed.data_dir.iterdir()}
     assert left <= {"wiped", "lock", "bundles"}
     assert not (doomed.home / "device.key").exists()
-    assert not list((doomed.data / "bundles").glob(".kept/*"))
+    assert not list((doomed.data_dir / "bundles").glob(".kept/*"))
     doomed.start()
     assert doomed.wait(60) == 0
-    assert doomed.said("was wiped by an operator")
-    again = outstation("status", "-c", str(doomed.config))
+    assert doomed.log_contains("was wiped by an operator")
+    again = run_outstation("status", "-c", str(doomed.config))
     assert again.returncode == 2
     assert "wiped" in again.stderr
 
 
-def test_a_revoked_device_stays_out(fleet: Fleet, device: Device) -> None:
-    done = outstation("fleet", "revoke", "pi-01", "--dir", str(fleet.home), "--json")
+def test_a_revoked_device_stays_out(fleet: LocalFleet, device: DeviceProcess) -> None:
+    done = run_outstation("fleet", "revoke", "pi-01", "--dir", str(fleet.home), "--json")
     assert done.returncode == 0, done.stderr
-    eventually(
+    wait_until(
         "what it sends is refused",
-        lambda: fleet.ask("SELECT 1 FROM refusals WHERE device = 'pi-01' AND reason = 'revoked key'"),
+        lambda: fleet.query("SELECT 1 FROM refusals WHERE device = 'pi-01' AND reason = 'revoked key'"),
     )
     assert fleet.audit()[1]["passed"]

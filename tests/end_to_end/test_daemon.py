@@ -15,13 +15,15 @@ from agent.bootstrap import device, wiring
 from agent.config import Config
 from agent.device.daemon import Daemon
 from agent.device.pipeline import batch
+from agent.device.recovery.open import open_store
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
 from agent.device.store.space import SpaceManager
 from agent.device.store.store import Store
 from agent.errors import UsageError
+from agent.testing.messages import new_key
 from agent.wire import keys
-from tests.kit.senders import new_key
 from tests.kit.stations import T0, conf
 
 NOW = clock.ClockReading(round(T0 * 1e6) + 48 * 3_600_000_000, 1000.0, "synced")
@@ -47,7 +49,7 @@ def trim(conf: Config, store: Store, now: clock.ClockReading) -> None:
 
 
 def test_old_readings_of_a_stream_without_a_task_go(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = open_store(tmp_path)
     fill(store, conf(tmp_path))
     trim(conf(tmp_path), store, NOW)
     assert (store.first_row("watch"), store.last_row("watch")) == (1001, 1000)
@@ -55,7 +57,7 @@ def test_old_readings_of_a_stream_without_a_task_go(tmp_path: Path) -> None:
 
 
 def test_readings_that_a_task_has_yet_to_use_stay_however_old_they_are(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = open_store(tmp_path)
     waiting = with_task(conf(tmp_path))
     fill(store, waiting)
     trim(waiting, store, NOW)
@@ -68,7 +70,7 @@ def test_readings_that_a_task_has_yet_to_use_stay_however_old_they_are(tmp_path:
 
 
 def test_a_used_reading_stays_for_a_while(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = open_store(tmp_path)
     fill(store, conf(tmp_path))
     trim(conf(tmp_path), store, clock.ClockReading(round(T0 * 1e6) + 3_600_000_000, 1.0, "synced"))
     assert store.first_row("watch") == 1
@@ -76,7 +78,7 @@ def test_a_used_reading_stays_for_a_while(tmp_path: Path) -> None:
 
 
 def test_a_step_forward_of_the_wall_clock_makes_no_reading_old(tmp_path: Path) -> None:
-    store, boot_s = Store(tmp_path), 200_000.0
+    store, boot_s = open_store(tmp_path), 200_000.0
     store.declare_streams(conf(tmp_path).streams)
     t = NOW.wall_us + np.arange(1000, dtype=np.int64) * 20_000
     with store.transaction() as tx:
@@ -116,7 +118,7 @@ def test_a_nightly_run_that_was_missed_while_the_agent_was_off_is_due_at_the_nex
     ((fresh,), _) = device.load_scheduled_tasks(file, conf, store)
     assert not fresh.schedule.is_due(NOW, 0)
     with store.transaction() as tx:
-        tx.save_state("exercise", "last run", str(NOW.wall_us - 30 * 3_600_000_000).encode())
+        tx.save_state("exercise", task_keys.LAST_RUN, str(NOW.wall_us - 30 * 3_600_000_000).encode())
     ((late,), _) = device.load_scheduled_tasks(file, conf, store)
     assert late.schedule.is_due(NOW, 0)
     late.schedule.record_run(NOW)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.kit.brokers import mosquitto_binary
+from agent.testing.process import find_program
 
 WITHOUT_MOSQUITTO = """\
 import shutil
@@ -47,7 +47,7 @@ def run(home: Path, *arguments: str, command: tuple[str, ...] = ("-m", "agent"))
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    mosquitto_binary()
+    find_program("mosquitto")
     home = tmp_path_factory.mktemp("demo")
     done = run(home, "--duration", "20", "--json")
     assert done.returncode == 0, done.stderr
@@ -103,7 +103,7 @@ def test_without_mosquitto_it_runs_on_the_broker_from_pip(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_demo_that_is_interrupted_leaves_no_process_behind(tmp_path: Path, number: signal.Signals) -> None:
-    mosquitto_binary()
+    find_program("mosquitto")
     home = tmp_path / "home"
     command = [sys.executable, "-m", "agent", "demo", "--dir", str(home), "--devices", "1", "--no-dashboard"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as demo:

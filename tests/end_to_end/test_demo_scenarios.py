@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from agent.testing.process import find_program
 from tests.end_to_end.test_demo import left_over, run
-from tests.kit.brokers import mosquitto_binary
 
 
 def played(home: Path, name: str) -> list[Any]:
     """The report and its devices."""
-    mosquitto_binary()
+    find_program("mosquitto")
     done = run(home, "--scenario", name, "--duration", "15", "--devices", "3", "--json")
     assert done.returncode == 0, done.stderr
     assert left_over(home) == []

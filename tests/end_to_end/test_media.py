@@ -25,9 +25,9 @@ from agent.datasets import training_data
 from agent.device.store.store import Store
 from agent.errors import ConfigError, OutstationError, UsageError
 from agent.model.bundle import bundle
-from tests.kit.bundles import KEY
+from agent.testing.process import OutstationProcess, run_outstation, wait_until
+from scripts.kit.bundles import KEY
 from tests.kit.stations import rows_of
-from tests.kit.system import Program, eventually, outstation
 from tests.model.test_media import RATE, picture, third_party, write_wav
 
 PERSON = """
@@ -66,7 +66,7 @@ class Site:
         (folder / "model.tflite").write_bytes(third_party(model).read_bytes())
         (folder / "spec.toml").write_text(spec)
         pack.write_bundle(pack.pack(folder / "spec.toml", KEY), folder / "bundle")
-        assert outstation("init", str(folder), "--id", "pi-07").returncode == 0
+        assert run_outstation("init", str(folder), "--id", "pi-07").returncode == 0
         self.config, self.inbox = folder / "outstation.toml", folder / "in"
         text = self.config.read_text().replace('delivery = "collector"', 'delivery = "broker"')
         text = text.replace("mqtt://127.0.0.1:1883", "mqtt://127.0.0.1:9")
@@ -82,7 +82,7 @@ bundle = "./bundle"
 schedule = "every 200 ms"
 """)
         self.inbox.mkdir()
-        self.program = Program(folder / "log", "run", "-c", str(self.config))
+        self.program = OutstationProcess(folder / "log", "run", "-c", str(self.config))
 
     def put(self, index: int, content: bytes) -> None:
         draft = self.folder / "draft"
@@ -94,7 +94,7 @@ schedule = "every 200 ms"
         return sorted(path.name for path in (self.inbox / "done").glob("*.[pw]*"))
 
     def results(self) -> list[dict[str, Any]]:
-        store = Store(self.folder / "data", read_only=True)
+        store = Store.open_read_only(self.folder / "data")
         try:
             found = [json.loads(message.payload) for message in store.unacknowledged_messages(0, 100_000)]
         finally:
@@ -104,7 +104,7 @@ schedule = "every 200 ms"
     def rows(self) -> NDArray[np.float32]:
         """All that are stored."""
         conf = config.load(self.config)
-        store = Store(conf.data_dir, read_only=True)
+        store = Store.open_read_only(conf.data_dir)
         try:
             return np.stack(rows_of(store, "files", conf.streams["files"]).columns, axis=1)
         finally:
@@ -138,18 +138,20 @@ def test_results_of_files_are_those_of_model_run_and_none_is_lost_or_doubled_by_
     for index in range(count):
         site.put(index, content(site, index))
     site.program.start()
-    eventually("a file that is taken", site.done)
+    wait_until("a file that is taken", site.done)
     time.sleep(rng.uniform(0, 0.1))
     site.program.kill()
     site.program.start()
-    eventually("all files taken", lambda: len(site.done()) == count)
+    wait_until("all files taken", lambda: len(site.done()) == count)
     rows = last_row(site)
     left = 0 if site.name == "person" else 4  # of the last sound, rows that no window begins with
-    eventually("all rows used", lambda: site.used() == rows - left)
+    wait_until("all rows used", lambda: site.used() == rows - left)
     assert site.program.stop() == 0
     device = answers(site.results())
     out = site.folder / "out.csv"
-    ran = outstation("model", "run", str(site.folder / "bundle"), str(site.inbox / "done"), "-o", str(out), "--json")
+    ran = run_outstation(
+        "model", "run", str(site.folder / "bundle"), str(site.inbox / "done"), "-o", str(out), "--json"
+    )
     assert json.loads(ran.stdout)["rejected"] == 0
     with out.open(newline="") as file:
         expected = list(csv.DictReader(file))

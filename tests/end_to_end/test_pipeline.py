@@ -27,23 +27,13 @@ from agent.config import BrokerConfig
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.device.uplink.uplink import Uplink
+from agent.testing.broker import MosquittoBroker, free_port
+from agent.testing.fleet import FIELDS, FLEET, DeviceProcess, LocalFleet, field_tables, last_result_row
+from agent.testing.messages import new_key
+from agent.testing.process import NotifySocket, OutstationProcess, run_outstation, wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
-from tests.kit.brokers import Mosquitto, free_port
-from tests.kit.senders import new_key
-from tests.kit.system import (
-    FIELDS,
-    FLEET,
-    Device,
-    Fleet,
-    NotifySocket,
-    Program,
-    covered,
-    eventually,
-    fields,
-    outstation,
-)
 
 ENDLESS = 10**9
 # More rows than the tail of a recording that fills no window.
@@ -53,8 +43,8 @@ NUMBERS = itertools.count()
 
 
 @pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    with Fleet(tmp_path) as made:
+def fleet(tmp_path: Path) -> Iterator[LocalFleet]:
+    with LocalFleet(tmp_path) as made:
         yield made
 
 
@@ -62,7 +52,7 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A fleet with one device that replays for ever; a test leaves it running."""
     folder = tmp_path_factory.mktemp("running")
-    with Fleet(folder) as fleet:
+    with LocalFleet(folder) as fleet:
         fleet.broker.start()
         fleet.collector.start()
         made = Running(fleet)
@@ -71,53 +61,56 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 class Running:
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: LocalFleet) -> None:
         self.fleet = fleet
-        self.device = fleet.device("pi-01").replay(ENDLESS, 40).task("exercise")
+        self.device = fleet.add_device("pi-01").add_replay_stream(ENDLESS, 40).add_task("exercise")
         self.systemd = NotifySocket(fleet.folder / "notify")
         self.start()
 
     def start(self) -> None:
-        self.device.up(NOTIFY_SOCKET=str(self.systemd.path))
-        before = self.fleet.covered("pi-01")
-        eventually("results at the collector", lambda: self.fleet.covered("pi-01") > before)
+        self.device.start_and_wait(NOTIFY_SOCKET=str(self.systemd.path))
+        before = self.fleet.last_result_row("pi-01")
+        wait_until("results at the collector", lambda: self.fleet.last_result_row("pi-01") > before)
 
     def progresses(self) -> None:
-        before = self.fleet.covered("pi-01")
-        eventually("further results", lambda: self.fleet.covered("pi-01") > before)
+        before = self.fleet.last_result_row("pi-01")
+        wait_until("further results", lambda: self.fleet.last_result_row("pi-01") > before)
 
 
 def unexpected(error: Exception) -> None:
     raise error
 
 
-def last_row(device: Device, stream: str = "watch") -> int:
-    if device.starts() == 0:
+def last_row(device: DeviceProcess, stream: str = "watch") -> int:
+    if device.start_count() == 0:
         # On a busy machine every start so far was killed before it had made its store.
         return 0
-    store = Store(device.data, read_only=True)
+    store = Store.open_read_only(device.data_dir)
     try:
         return store.last_row(stream)
     finally:
         store.close()
 
 
-def results(fleet: Fleet, device: str) -> list[tuple[Any, ...]]:
-    return fleet.ask("SELECT row, label, score FROM results WHERE device = ? ORDER BY row", device)
+def results(fleet: LocalFleet, device: str) -> list[tuple[Any, ...]]:
+    return fleet.query("SELECT row, label, score FROM results WHERE device = ? ORDER BY row", device)
 
 
-def drift(fleet: Fleet, device: str) -> list[tuple[Any, ...]]:
+def drift(fleet: LocalFleet, device: str) -> list[tuple[Any, ...]]:
     columns = '"window", first, last, n, state, features, output'
-    return fleet.ask(f'SELECT {columns} FROM drift_windows WHERE device = ? ORDER BY "window"', device)
+    return fleet.query(f'SELECT {columns} FROM drift_windows WHERE device = ? ORDER BY "window"', device)
 
 
-def test_kill_nine_of_everything_at_random_costs_no_row_and_changes_no_result(fleet: Fleet) -> None:
+def test_kill_nine_of_everything_at_random_costs_no_row_and_changes_no_result(fleet: LocalFleet) -> None:
     rows, seed = 60_000, 20261124
     rng = random.Random(seed)
     fleet.broker.start()
     fleet.collector.start()
     calm, killed = (
-        fleet.device(name).replay(rows, 100, seed=seed).task("exercise", more="learn = 20").start()
+        fleet.add_device(name)
+        .add_replay_stream(rows, 100, seed=seed)
+        .add_task("exercise", extra_toml="learn = 20")
+        .start()
         for name in ("calm", "killed")
     )
     for turn in range(20):
@@ -131,27 +124,27 @@ def test_kill_nine_of_everything_at_random_costs_no_row_and_changes_no_result(fl
         elif turn % 4 == 3:
             fleet.collector.kill()
             fleet.collector.start()
-    eventually("all rows on both devices", lambda: last_row(calm) == last_row(killed) == rows)
-    eventually("the same results", lambda: results(fleet, "calm") == results(fleet, "killed") != [])
+    wait_until("all rows on both devices", lambda: last_row(calm) == last_row(killed) == rows)
+    wait_until("the same results", lambda: results(fleet, "calm") == results(fleet, "killed") != [])
     assert [device.stop() for device in (calm, killed)] == [0, 0]
-    eventually("both stopped", lambda: fleet.ask("SELECT state FROM devices") == [("stopped",)] * 2)
+    wait_until("both stopped", lambda: fleet.query("SELECT state FROM devices") == [("stopped",)] * 2)
     code, report = fleet.audit()
     assert (code, report["passed"], report["gaps"], report["duplicates"]) == (0, True, [], 0)
     assert [(track["first"], track["last"] > rows - OPEN_TAIL) for track in report["coverage"]] == [(1, True)] * 2
     assert drift(fleet, "calm") == drift(fleet, "killed") != []
-    assert fleet.ask("SELECT count(*) FROM refusals") == [(0,)]
+    assert fleet.query("SELECT count(*) FROM refusals") == [(0,)]
 
 
-def test_without_a_broker_the_daemon_works_and_delivers_once_there_is_one(fleet: Fleet) -> None:
+def test_without_a_broker_the_daemon_works_and_delivers_once_there_is_one(fleet: LocalFleet) -> None:
     fleet.collector.start()
-    device = fleet.device("pi-01").replay(4000, 100).task("exercise").up()
-    eventually("all rows without a broker", lambda: last_row(device) == 4000)
+    device = fleet.add_device("pi-01").add_replay_stream(4000, 100).add_task("exercise").start_and_wait()
+    wait_until("all rows without a broker", lambda: last_row(device) == 4000)
     assert device.status()["outbox"]["waiting"] > 0
-    assert fleet.covered("pi-01") == 0
-    assert device.said("readings and results are kept")
+    assert fleet.last_result_row("pi-01") == 0
+    assert device.log_contains("readings and results are kept")
     fleet.broker.start()
-    eventually("the rows at the collector", lambda: fleet.covered("pi-01") > 4000 - OPEN_TAIL)
-    eventually("an empty outbox", lambda: waiting(device) == 0)
+    wait_until("the rows at the collector", lambda: fleet.last_result_row("pi-01") > 4000 - OPEN_TAIL)
+    wait_until("an empty outbox", lambda: waiting(device) == 0)
     assert fleet.audit()[0] == 0
 
 
@@ -172,24 +165,24 @@ def test_one_altered_byte_in_one_stored_message_is_found_and_named(running: Runn
     source.close()
     target.close()
     audit = ("fleet", "audit", "--dir", str(fleet.home), "--db", f"sqlite:///{copy}")
-    found = outstation(*audit, "--json")
+    found = run_outstation(*audit, "--json")
     assert found.returncode == 1
     [invalid] = json.loads(found.stdout)["invalid"]
     assert (invalid["device"], invalid["log"], invalid["seq"]) == ("pi-01", log, seq)
     assert "bad signature" in invalid["reason"]
-    told = outstation(*audit)
+    told = run_outstation(*audit)
     assert told.returncode == 1
     assert f"pi-01 {log} seq {seq} does not verify: bad signature" in told.stdout
     assert told.stdout.rstrip().endswith("FAILED")
 
 
-def refusals(fleet: Fleet) -> dict[tuple[str, str], int]:
-    return {(row[0], row[1]): row[2] for row in fleet.ask("SELECT device, reason, count FROM refusals")}
+def refusals(fleet: LocalFleet) -> dict[tuple[str, str], int]:
+    return {(row[0], row[1]): row[2] for row in fleet.query("SELECT device, reason, count FROM refusals")}
 
 
 def test_unsigned_foreign_and_replayed_messages_are_refused_and_counted_and_stop_nothing(running: Running) -> None:
     fleet, base = running.fleet, f"outstation/{FLEET}"
-    [(topic, payload, token)] = fleet.ask("SELECT topic, payload, jws FROM messages WHERE kind = 'results' LIMIT 1")
+    [(topic, payload, token)] = fleet.query("SELECT topic, payload, jws FROM messages WHERE kind = 'results' LIMIT 1")
     alert = f"{base}/pi-01/alerts/exercise"
     foreign = jws.sign(new_key(), alert, payload)
     hostile = [
@@ -202,7 +195,7 @@ def test_unsigned_foreign_and_replayed_messages_are_refused_and_counted_and_stop
     ]
     before = refusals(fleet)
     with_link(fleet.broker.url, hostile)
-    eventually("all six refused", lambda: sum(refusals(fleet).values()) - sum(before.values()) == 6)
+    wait_until("all six refused", lambda: sum(refusals(fleet).values()) - sum(before.values()) == 6)
     new = {key: count - before.get(key, 0) for key, count in refusals(fleet).items()}
     assert new == {
         ("pi-01", "unsigned"): 1,
@@ -229,28 +222,28 @@ def with_link(url: str, messages: list[OutgoingMessage]) -> list[int]:
         link.close()
 
 
-def test_a_forged_acknowledgement_on_the_broker_deletes_nothing(fleet: Fleet) -> None:
+def test_a_forged_acknowledgement_on_the_broker_deletes_nothing(fleet: LocalFleet) -> None:
     fleet.broker.start()
-    device = fleet.device("pi-01").replay(2000, 100).task("exercise").up()
-    eventually("messages in the outbox", lambda: waiting(device) >= 3)
-    eventually("a connection", lambda: device.said("connected to"))
-    store = Store(device.data, read_only=True)
+    device = fleet.add_device("pi-01").add_replay_stream(2000, 100).add_task("exercise").start_and_wait()
+    wait_until("messages in the outbox", lambda: waiting(device) >= 3)
+    wait_until("a connection", lambda: device.log_contains("connected to"))
+    store = Store.open_read_only(device.data_dir)
     body = {"v": 1, "kind": "ack", "device": "pi-01", "log": store.log_id, "through": 2, "missing": []}
     payload = json.dumps({**body, "time": "2026-11-24T22:18:01.000000Z"}).encode()
     topic = f"outstation/{FLEET}/pi-01/ack"
     forged = OutgoingMessage(topic, payload, (("jws", jws.sign(new_key(), topic, payload)),))
     assert with_link(fleet.broker.url, [forged, OutgoingMessage(topic, payload)]) == [0, 0]
-    eventually("the refusal in the log", lambda: device.said("acknowledgements refused"))
+    wait_until("the refusal in the log", lambda: device.log_contains("acknowledgements refused"))
     assert {message.seq for message in store.unacknowledged_messages(0, 3)} == {1, 2, 3}
     store.close()
     assert device.stop() == 0
-    store = Store(device.data, read_only=True)
+    store = Store.open_read_only(device.data_dir)
     assert store.counters()["acknowledgements refused"] == 2
     store.close()
 
 
-def waiting(device: Device) -> int:
-    store = Store(device.data, read_only=True)
+def waiting(device: DeviceProcess) -> int:
+    store = Store.open_read_only(device.data_dir)
     try:
         return store.outbox_size()[0]
     finally:
@@ -263,24 +256,24 @@ def test_sigterm_stops_within_five_seconds_and_the_next_start_goes_on(running: R
     began = time.monotonic()
     assert device.stop() == 0
     assert time.monotonic() - began < 5.0
-    assert running.systemd.heard[-1] == "STOPPING=1"
+    assert running.systemd.messages[-1] == "STOPPING=1"
     assert json.loads(retained(fleet, "state"))["state"] == "stopped"
-    eventually("stopped at the collector", lambda: fleet.ask("SELECT state FROM devices") == [("stopped",)])
-    rows, [(log, through)] = last_row(device), fleet.ask("SELECT log, through FROM logs")
+    wait_until("stopped at the collector", lambda: fleet.query("SELECT state FROM devices") == [("stopped",)])
+    rows, [(log, through)] = last_row(device), fleet.query("SELECT log, last_seq FROM logs")
     running.start()
     running.progresses()
     assert last_row(device) > rows
-    [(log_after, through_after)] = fleet.ask("SELECT log, through FROM logs")
+    [(log_after, through_after)] = fleet.query("SELECT log, last_seq FROM logs")
     assert (log_after, through_after > through) == (log, True)
     assert json.loads(retained(fleet, "state"))["state"] == "online"
     events = "SELECT json_extract(CAST(payload AS TEXT), '$.event') FROM messages WHERE kind = 'audit' ORDER BY seq"
-    said = [row[0] for row in fleet.ask(events)]
+    said = [row[0] for row in fleet.query(events)]
     assert [event for event in said if event in ("started", "stopped")] == ["started", "stopped", "started"]
     assert said.count("activated") == 1
     assert fleet.audit()[0] == 0
 
 
-def retained(fleet: Fleet, kind: str) -> bytes:
+def retained(fleet: LocalFleet, kind: str) -> bytes:
     link = Link(BrokerConfig(url=fleet.broker.url), "looker-on", subscribe=[f"outstation/{FLEET}/pi-01/{kind}"])
     try:
         return next(event.payload for event in link.receive(60.0) if not isinstance(event, PublishReceipt))
@@ -288,15 +281,15 @@ def retained(fleet: Fleet, kind: str) -> bytes:
         link.close()
 
 
-def test_sigterm_without_a_broker_stops_in_time_as_well(fleet: Fleet) -> None:
-    device = fleet.device("pi-01").replay(ENDLESS, 20).task("exercise").up()
+def test_sigterm_without_a_broker_stops_in_time_as_well(fleet: LocalFleet) -> None:
+    device = fleet.add_device("pi-01").add_replay_stream(ENDLESS, 20).add_task("exercise").start_and_wait()
     began = time.monotonic()
     assert device.stop() == 0
     assert time.monotonic() - began < 5.0
 
 
 def test_a_second_daemon_on_the_same_folder_is_refused_in_one_line(running: Running) -> None:
-    second = outstation("run", "-c", str(running.device.config))
+    second = run_outstation("run", "-c", str(running.device.config))
     assert second.returncode == 1
     [line] = second.stderr.strip().splitlines()
     assert f"another outstation (process {running.device.pid}) uses this data folder" in line
@@ -320,28 +313,28 @@ def test_mosquitto_sub_shows_every_kind_as_readable_json(running: Running, progr
 
 
 def test_compressed_messages_are_gzip_on_the_topics_and_json_at_the_collector(
-    fleet: Fleet, program: Callable[[str], str]
+    fleet: LocalFleet, program: Callable[[str], str]
 ) -> None:
     fleet.broker.start()
     fleet.collector.start()
-    device = fleet.device("pi-01").replay(ENDLESS, 40).task("exercise")
+    device = fleet.add_device("pi-01").add_replay_stream(ENDLESS, 40).add_task("exercise")
     device.config.write_text(device.config.read_text().replace("[broker]\n", "[broker]\ncompress = true\n"))
     command = [program("mosquitto_sub"), "-p", str(fleet.broker.port), "-V", "5", "-N", "-C", "1", "-W", "60"]
     with subprocess.Popen([*command, "-t", "outstation/+/+/results/+"], stdout=subprocess.PIPE) as seen:
-        device.up()
+        device.start_and_wait()
         assert seen.stdout is not None
         body = json.loads(gzip.decompress(seen.stdout.read()))
     assert (body["kind"], body["device"]) == ("results", "pi-01")
-    eventually("results at the collector", lambda: fleet.covered("pi-01") > 0)
+    wait_until("results at the collector", lambda: fleet.last_result_row("pi-01") > 0)
     device.stop()
     fleet.collector.stop()
     assert fleet.audit()[1]["passed"]
 
 
 def test_systemd_hears_that_the_daemon_is_ready_and_alive(running: Running) -> None:
-    assert running.systemd.heard[0] == "READY=1"
-    before = running.systemd.heard.count("WATCHDOG=1")
-    eventually("two signs of life", lambda: running.systemd.heard.count("WATCHDOG=1") >= before + 2)
+    assert running.systemd.messages[0] == "READY=1"
+    before = running.systemd.messages.count("WATCHDOG=1")
+    wait_until("two signs of life", lambda: running.systemd.messages.count("WATCHDOG=1") >= before + 2)
 
 
 def test_status_and_check_tell_about_a_running_daemon_without_disturbing_it(running: Running) -> None:
@@ -352,11 +345,11 @@ def test_status_and_check_tell_about_a_running_daemon_without_disturbing_it(runn
     assert (task["task"], task["stream"], task["schedule"]) == ("exercise", "watch", "every 500 ms")
     assert 0 < task["row"] <= stream["rows"]
     assert status["outbox"]["last"] > 0
-    told = outstation("status", "-c", file)
+    told = run_outstation("status", "-c", file)
     assert told.returncode == 0
     assert "exercise" in told.stdout
     assert "waiting of" in told.stdout
-    checked = outstation("check", "--json", "-c", file)
+    checked = run_outstation("check", "--json", "-c", file)
     findings = {finding["name"]: finding for finding in json.loads(checked.stdout)}
     assert checked.returncode == 0
     assert {name for name, finding in findings.items() if finding["state"] == "failed"} == set()
@@ -373,42 +366,44 @@ def test_status_and_check_tell_about_a_running_daemon_without_disturbing_it(runn
         "broker",
     } == set(findings)
     assert "in use by the running agent" in findings["storage"]["detail"]
-    told = outstation("check", "-c", file)
+    told = run_outstation("check", "-c", file)
     assert told.returncode == 0
     assert len(told.stdout.splitlines()) == len(findings)
     running.progresses()
-    assert running.device.log.read_text(encoding="utf-8").count("connected to") == running.device.starts()
+    assert running.device.log.read_text(encoding="utf-8").count("connected to") == running.device.start_count()
 
 
 def test_from_fleet_init_to_verified_messages_with_certificates_and_access_list(tmp_path: Path) -> None:
     home, port = tmp_path / "fleet", free_port()
-    done = outstation("fleet", "init", str(home), "--name", FLEET, "--broker", f"mqtts://localhost:{port}")
+    done = run_outstation("fleet", "init", str(home), "--name", FLEET, "--broker", f"mqtts://localhost:{port}")
     assert done.returncode == 0, done.stderr
     packed = tmp_path / "pi-01.tar.gz"
-    enrolled = outstation("fleet", "enrol", "pi-01", "--dir", str(home), "--bundle-out", str(packed), "--json")
+    enrolled = run_outstation("fleet", "enrol", "pi-01", "--dir", str(home), "--bundle-out", str(packed), "--json")
     assert enrolled.returncode == 0, enrolled.stderr
-    made = outstation("init", str(tmp_path / "device"), "--from", str(packed), "--json")
+    made = run_outstation("init", str(tmp_path / "device"), "--from", str(packed), "--json")
     assert made.returncode == 0, made.stderr
     assert json.loads(made.stdout)["key"] == json.loads(enrolled.stdout)["key"]
-    device = Device(tmp_path / "device", "pi-01").replay(4000, 100).task("exercise")
-    collector = Program(tmp_path / "collector.log", "fleet", "collect", "--dir", str(home))
-    with Mosquitto(tmp_path, conf=as_this_user(home), port=port):
+    device = DeviceProcess(tmp_path / "device", "pi-01").add_replay_stream(4000, 100).add_task("exercise")
+    collector = OutstationProcess(tmp_path / "collector.log", "fleet", "collect", "--dir", str(home))
+    with MosquittoBroker(tmp_path, conf=as_this_user(home), port=port):
         try:
             collector.start()
-            checked = outstation("check", "-c", str(device.config))
+            checked = run_outstation("check", "-c", str(device.config))
             assert checked.returncode == 0, checked.stdout
-            device.up()
-            eventually("all rows at the collector", lambda: covered(home / "fleet.db", "pi-01") > 4000 - OPEN_TAIL)
+            device.start_and_wait()
+            wait_until(
+                "all rows at the collector", lambda: last_result_row(home / "fleet.db", "pi-01") > 4000 - OPEN_TAIL
+            )
             assert device.stop() == 0
         finally:
             device.kill()
             collector.kill()
         assert as_the_device(device, f"outstation/{FLEET}/pi-02/health") == 0x87
         assert as_the_device(device, f"outstation/{FLEET}/pi-01/ack") == 0x87
-    audit = outstation("fleet", "audit", "--dir", str(home), "--json")
+    audit = run_outstation("fleet", "audit", "--dir", str(home), "--json")
     report = json.loads(audit.stdout)
     assert (audit.returncode, report["passed"], report["devices"]) == (0, True, 1)
-    [listed] = json.loads(outstation("fleet", "devices", "--dir", str(home), "--json").stdout)
+    [listed] = json.loads(run_outstation("fleet", "devices", "--dir", str(home), "--json").stdout)
     assert (listed["device"], listed["state"]) == ("pi-01", "stopped")
 
 
@@ -420,7 +415,7 @@ def as_this_user(home: Path) -> Path:
     return conf
 
 
-def as_the_device(device: Device, topic: str) -> int:
+def as_the_device(device: DeviceProcess, topic: str) -> int:
     """The broker's reason code for a message on `topic` from somebody with this device's certificate."""
     _, conf = wiring.load_config(str(device.config))
     link = Link(conf.broker, "pi-01")
@@ -433,37 +428,40 @@ def as_the_device(device: Device, topic: str) -> int:
         link.close()
 
 
-def test_a_full_store_turns_producers_away_and_recovers_when_readings_were_used(fleet: Fleet) -> None:
+def test_a_full_store_turns_producers_away_and_recovers_when_readings_were_used(fleet: LocalFleet) -> None:
     fleet.broker.start()
     fleet.collector.start()
-    device = fleet.device("pi-01").configure(socket_stream('max_size = "2 MiB"'))
-    device.task("exercise", schedule="every 2 s").up()
-    with Client(device.data / "intake.sock", name="rig") as client:
+    device = fleet.add_device("pi-01").append_config(socket_stream('max_size = "2 MiB"'))
+    device.add_task("exercise", schedule="every 2 s").start_and_wait()
+    with Client(device.data_dir / "intake.sock", name="rig") as client:
         accepted, reason = fill(client)
         assert "max_size" in reason
         more = eventually_accepted(client)
-    eventually("all that was accepted, used", lambda: fleet.covered("pi-01") > accepted + more - OPEN_TAIL)
+    wait_until("all that was accepted, used", lambda: fleet.last_result_row("pi-01") > accepted + more - OPEN_TAIL)
     assert last_row(device) == accepted + more
-    assert device.running
+    assert device.is_running
     assert fleet.audit()[0] == 0
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_full_disk_turns_producers_away_and_recovers_when_there_is_room(fleet: Fleet) -> None:
+def test_a_full_disk_turns_producers_away_and_recovers_when_there_is_room(fleet: LocalFleet) -> None:
     fleet.broker.start()
     fleet.collector.start()
-    device = fleet.device("pi-01").configure(socket_stream("")).task("exercise", schedule="every 1 s")
-    device.data.mkdir()
+    device = fleet.add_device("pi-01").append_config(socket_stream("")).add_task("exercise", schedule="every 1 s")
+    device.data_dir.mkdir()
     mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(device.data)], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(device.data_dir)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if mount.returncode:
         pytest.skip(f"no small disk here: {mount.stderr.strip()}")
     try:
-        ballast = device.data / "ballast"
+        ballast = device.data_dir / "ballast"
         ballast.write_bytes(bytes(4 << 20))
-        device.up()
-        with Client(device.data / "intake.sock", name="rig") as client:
+        device.start_and_wait()
+        with Client(device.data_dir / "intake.sock", name="rig") as client:
             accepted, reason = fill(client)
             assert "not stored" in reason
             # Health, acknowledgements and batches meet the full disk as well.
@@ -472,17 +470,19 @@ def test_a_full_disk_turns_producers_away_and_recovers_when_there_is_room(fleet:
             ballast.unlink()
             accepted += eventually_accepted(client)
         assert last_row(device) == accepted
-        eventually("all that was accepted, used", lambda: fleet.covered("pi-01") > accepted - OPEN_TAIL)
-        assert device.starts() == 1
+        wait_until("all that was accepted, used", lambda: fleet.last_result_row("pi-01") > accepted - OPEN_TAIL)
+        assert device.start_count() == 1
         assert device.stop() == 0
         assert fleet.audit()[0] == 0
     finally:
         device.kill()
-        subprocess.run(["umount", str(device.data)], check=True)
+        subprocess.run(["umount", str(device.data_dir)], check=True)
 
 
 def socket_stream(buffer: str) -> str:
-    return f'[buffer]\ncommit_every = "50 ms"\n{buffer}\n[streams.watch]\nfields = [{", ".join(fields(FIELDS))}]\n'
+    return (
+        f'[buffer]\ncommit_every = "50 ms"\n{buffer}\n[streams.watch]\nfields = [{", ".join(field_tables(FIELDS))}]\n'
+    )
 
 
 def send(client: Client) -> FlushResult:
@@ -511,14 +511,14 @@ def eventually_accepted(client: Client) -> int:
         answers.append(send(client))
         return answers[-1].accepted > 0
 
-    eventually("rows are taken again", taken)
+    wait_until("rows are taken again", taken)
     return answers[-1].accepted
 
 
-def test_two_tasks_on_one_stream_by_cron_and_by_rows_cover_it_each_on_its_own(fleet: Fleet) -> None:
+def test_two_tasks_on_one_stream_by_cron_and_by_rows_cover_it_each_on_its_own(fleet: LocalFleet) -> None:
     """In virtual time: a real daemon, its loop turned by hand."""
-    device = fleet.device("pi-01").configure(socket_stream(""))
-    device.task("nightly", schedule="30 3 * * *").task("often", schedule="when 500 rows")
+    device = fleet.add_device("pi-01").append_config(socket_stream(""))
+    device.add_task("nightly", schedule="30 3 * * *").add_task("often", schedule="when 500 rows")
     file, conf = wiring.load_config(str(device.config))
     store = wiring.open_store(conf)
     try:
@@ -538,11 +538,11 @@ def test_two_tasks_on_one_stream_by_cron_and_by_rows_cover_it_each_on_its_own(fl
         assert {often for _, often, _ in cursors} == set(range(0, 7201, 600))
         fleet.broker.start()
         fleet.collector.start()
-        eventually("the collector", lambda: fleet.collector.said("connected"))
+        wait_until("the collector", lambda: fleet.collector.log_contains("connected"))
         public = keys.parse_public_key(conf.collector.key)
         uplink = Uplink(conf, store, wiring.open_message_log(file, conf, store), public, clock.read, unexpected)
         uplink.start()
-        eventually("an empty outbox", lambda: store.outbox_size()[0] == 0)
+        wait_until("an empty outbox", lambda: store.outbox_size()[0] == 0)
         uplink.stop()
     finally:
         store.close()

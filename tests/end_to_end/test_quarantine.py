@@ -15,8 +15,9 @@ import pytest
 from agent.device.bundles.crash_marker import CrashMarker
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import tuning
-from tests.kit.bundles import KEY, change_manifest
-from tests.kit.system import Device, Fleet, NotifySocket, eventually
+from agent.testing.fleet import DeviceProcess, LocalFleet
+from agent.testing.process import NotifySocket, wait_until
+from scripts.kit.bundles import KEY, change_manifest
 
 ROWS = 6000
 # More rows than the tail of a recording that fills no window.
@@ -24,25 +25,25 @@ OPEN_TAIL = 1500
 
 
 @pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    with Fleet(tmp_path) as made:
+def fleet(tmp_path: Path) -> Iterator[LocalFleet]:
+    with LocalFleet(tmp_path) as made:
         made.broker.start()
         made.collector.start()
         yield made
 
 
-def running(fleet: Fleet) -> Device:
+def running(fleet: LocalFleet) -> DeviceProcess:
     """A device whose first results, by the bundle that ships, have arrived."""
-    device = fleet.device("pi-01").replay(ROWS, 100).task("exercise")
-    device.configure(f'[publishers]\nkeys = ["{KEY.public.text}"]\n').up()
-    eventually("first results", lambda: fleet.covered("pi-01"))
+    device = fleet.add_device("pi-01").add_replay_stream(ROWS, 100).add_task("exercise")
+    device.append_config(f'[publishers]\nkeys = ["{KEY.public.text}"]\n').start_and_wait()
+    wait_until("first results", lambda: fleet.last_result_row("pi-01"))
     assert device.stop() == 0
     return device
 
 
-def exchange(device: Device) -> str:
+def exchange(device: DeviceProcess) -> str:
     """Another version of the bundle, whose model is another file; the SHA-256 of that."""
-    folder = device.data / "bundles" / "exercise"
+    folder = device.data_dir / "bundles" / "exercise"
     shutil.copytree(builtin.bundles_dir() / "exercise", folder)
     # What stands behind a flatbuffer belongs to no table of it.
     content = (folder / "model.tflite").read_bytes() + bytes(16)
@@ -60,62 +61,62 @@ def shipped_version() -> str:
     return bundle.read(builtin.bundles_dir() / "exercise", None).manifest.version
 
 
-def versions(fleet: Fleet) -> list[str]:
+def versions(fleet: LocalFleet) -> list[str]:
     """Which bundles' results arrived."""
     version = "json_extract(CAST(payload AS TEXT), '$.model.version')"
-    return [str(row[0]) for row in fleet.ask(f"SELECT DISTINCT {version} FROM messages WHERE kind = 'results'")]
+    return [str(row[0]) for row in fleet.query(f"SELECT DISTINCT {version} FROM messages WHERE kind = 'results'")]
 
 
-def went_on_without_loss(fleet: Fleet, device: Device) -> None:
-    eventually("the results of all rows", lambda: fleet.covered("pi-01") > ROWS - OPEN_TAIL)
+def went_on_without_loss(fleet: LocalFleet, device: DeviceProcess) -> None:
+    wait_until("the results of all rows", lambda: fleet.last_result_row("pi-01") > ROWS - OPEN_TAIL)
     assert device.stop() == 0
-    eventually("stopped", lambda: fleet.ask("SELECT state FROM devices") == [("stopped",)])
+    wait_until("stopped", lambda: fleet.query("SELECT state FROM devices") == [("stopped",)])
     assert versions(fleet) == [shipped_version()]
-    [(severity, summary)] = fleet.ask("SELECT severity, summary FROM alerts WHERE alert = 'model'")
+    [(severity, summary)] = fleet.query("SELECT severity, summary FROM alerts WHERE alert = 'model'")
     assert severity == "critical"
     assert summary.startswith("exercise: exercise 9.9.9 (sha256:")
     assert "ended the agent 2 times in a row while it ran" in summary
-    events = fleet.ask("SELECT json_extract(CAST(payload AS TEXT), '$.event') FROM messages WHERE kind = 'audit'")
+    events = fleet.query("SELECT json_extract(CAST(payload AS TEXT), '$.event') FROM messages WHERE kind = 'audit'")
     assert ("quarantined",) in events
     code, report = fleet.audit()
     assert (code, report["passed"], report["gaps"], report["duplicates"]) == (0, True, [], 0)
     assert [(track["first"], track["last"] > ROWS - OPEN_TAIL) for track in report["coverage"]] == [(1, True)]
 
 
-def test_a_bundle_that_kills_the_agent_twice_gives_way_and_nothing_is_lost(fleet: Fleet) -> None:
+def test_a_bundle_that_kills_the_agent_twice_gives_way_and_nothing_is_lost(fleet: LocalFleet) -> None:
     device = running(fleet)
-    device.launch(("-m", "scripts.faults.launch", f"die-in-model={exchange(device)}", "--"))
+    device.set_launcher(("-m", "scripts.faults.launch", f"die-in-model={exchange(device)}", "--"))
     for _ in range(2):
         assert device.start().wait(60) == -signal.SIGSEGV
-    device.up()
+    device.start_and_wait()
     went_on_without_loss(fleet, device)
 
 
 def test_a_bundle_that_hangs_is_no_longer_vouched_for_and_gives_way_once_the_watchdog_has_ended_it_twice(
-    fleet: Fleet,
+    fleet: LocalFleet,
 ) -> None:
     device = running(fleet)
-    device.launch(("-m", "scripts.faults.launch", f"hang-in-model={exchange(device)}", "--"))
+    device.set_launcher(("-m", "scripts.faults.launch", f"hang-in-model={exchange(device)}", "--"))
     systemd = NotifySocket(fleet.folder / "notify")
     try:
         for _ in range(2):
-            device.up(NOTIFY_SOCKET=str(systemd.path))
-            eventually("it hangs", lambda: hangs(device))
-            before = systemd.heard.count("WATCHDOG=1")
+            device.start_and_wait(NOTIFY_SOCKET=str(systemd.path))
+            wait_until("it hangs", lambda: hangs(device))
+            before = systemd.messages.count("WATCHDOG=1")
             time.sleep(2.0)
-            assert systemd.heard.count("WATCHDOG=1") == before
+            assert systemd.messages.count("WATCHDOG=1") == before
             # As systemd does then.
             os.kill(device.pid, signal.SIGABRT)
             assert device.wait(60) == -signal.SIGABRT
-        device.up(NOTIFY_SOCKET=str(systemd.path))
+        device.start_and_wait(NOTIFY_SOCKET=str(systemd.path))
         went_on_without_loss(fleet, device)
     finally:
         systemd.close()
 
 
-def hangs(device: Device) -> bool:
+def hangs(device: DeviceProcess) -> bool:
     """The same mark stays."""
-    first = CrashMarker(device.data).previous_run
+    first = CrashMarker(device.data_dir).previous_run
     time.sleep(0.5)
-    second = CrashMarker(device.data).previous_run
+    second = CrashMarker(device.data_dir).previous_run
     return first is not None and second is not None and first.id == second.id

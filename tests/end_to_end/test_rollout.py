@@ -13,58 +13,60 @@ import pytest
 from agent.config import BrokerConfig
 from agent.fleet import config as fleet_config
 from agent.model.bundle import bundle
+from agent.testing.fleet import FLEET, DeviceProcess, LocalFleet
+from agent.testing.process import run_outstation, wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage
 from agent.wire import jws, keys
 from agent.wire.messages import encode
-from tests.kit import rigged
-from tests.kit.system import FLEET, Device, Fleet, eventually, outstation
+from scripts.kit import rigged
+from tests.kit.marks import crashing
 
 COUNTERS = itertools.count(1)
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    with Fleet(tmp_path_factory.mktemp("rolled-out")) as made:
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
+    with LocalFleet(tmp_path_factory.mktemp("rolled-out")) as made:
         made.broker.start()
         made.collector.start()
         where = str(made.home / "repository")
-        done = outstation("fleet", "repository", "init", "--url", where, "--dir", str(made.home))
+        done = run_outstation("fleet", "repository", "init", "--url", where, "--dir", str(made.home))
         assert done.returncode == 0, done.stderr
         made.config = fleet_config.load(made.home)
         yield made
 
 
 @pytest.fixture(scope="module")
-def offered(fleet: Fleet) -> dict[str, Path]:
+def offered(fleet: LocalFleet) -> dict[str, Path]:
     """Bundles that the operator signed and published, by what is wrong with them."""
     key = keys.load_private(Path(fleet.config.operator.key_file))
     made = {}
     for number, kind in enumerate(("good", "wrong", "crash"), start=2):
-        made[kind] = rigged.write(rigged.exercise(kind, f"{number}.0.0", key), fleet.folder / kind)
+        made[kind] = rigged.write_bundle(rigged.build_rigged_bundle(kind, f"{number}.0.0", key), fleet.folder / kind)
         # One that would not prove itself is published all the same, as by somebody who did not look.
-        done = outstation("fleet", "publish", str(made[kind]), "--no-probe", "--dir", str(fleet.home))
+        done = run_outstation("fleet", "publish", str(made[kind]), "--no-probe", "--dir", str(fleet.home))
         assert done.returncode == 0, done.stderr
     return made
 
 
 @pytest.fixture(scope="module")
-def device(fleet: Fleet, offered: dict[str, Path]) -> Device:
-    made = fleet.device("pi-01")
+def device(fleet: LocalFleet, offered: dict[str, Path]) -> DeviceProcess:
+    made = fleet.add_device("pi-01")
     made.config.write_text(
         made.config.read_text(encoding="utf-8").replace('id = "pi-01"', 'id = "pi-01"\ngroups = ["roof"]'),
         encoding="utf-8",
     )
-    return made.replay(10**9, 40).task("exercise", schedule="every 300 ms").up()
+    return made.add_replay_stream(10**9, 40).add_task("exercise", schedule="every 300 ms").start_and_wait()
 
 
-def desire(fleet: Fleet, folder: Path, strategy: str, rollout: str, topic: str, batches: int = 5) -> None:
+def desire(fleet: LocalFleet, folder: Path, strategy: str, rollout: str, topic: str, batches: int = 5) -> None:
     found = bundle.read(folder, None)
     named = {"rollout": rollout, "bundle": "exercise", "version": found.manifest.version, "digest": found.digest}
     leave(fleet, topic, {"exercise": {**named, "strategy": strategy, "rules": {"batches": batches, "hours": 0.0}}})
 
 
-def leave(fleet: Fleet, topic: str, tasks: dict[str, Any]) -> None:
+def leave(fleet: LocalFleet, topic: str, tasks: dict[str, Any]) -> None:
     """Sign what is desired, and leave it on the broker, as the fleet's side does."""
     parts = topic.split("/")
     head = {"v": 1, "kind": "desired", "device": parts[0], **({"group": parts[2]} if len(parts) > 2 else {})}
@@ -76,82 +78,82 @@ def leave(fleet: Fleet, topic: str, tasks: dict[str, Any]) -> None:
     link.close()
 
 
-def events(fleet: Fleet, rollout: str) -> list[tuple[str, str]]:
+def events(fleet: LocalFleet, rollout: str) -> list[tuple[str, str]]:
     """(phase, reason) of what the collector has of it."""
-    rows = fleet.ask("SELECT payload FROM messages WHERE device = 'pi-01' AND kind = 'audit' ORDER BY seq")
+    rows = fleet.query("SELECT payload FROM messages WHERE device = 'pi-01' AND kind = 'audit' ORDER BY seq")
     bodies = [json.loads(row[0]) for row in rows]
     found = [body["evidence"] for body in bodies if body["event"] == "rollout"]
     return [(one["phase"], one["reason"]) for one in found if one["rollout"] == rollout]
 
 
-def versions(fleet: Fleet) -> list[str]:
+def versions(fleet: LocalFleet) -> list[str]:
     """Those that made results, in order, each once in a row."""
-    rows = fleet.ask("SELECT payload FROM messages WHERE device = 'pi-01' AND kind = 'results' ORDER BY seq")
+    rows = fleet.query("SELECT payload FROM messages WHERE device = 'pi-01' AND kind = 'results' ORDER BY seq")
     return [name for name, _ in itertools.groupby(json.loads(row[0])["model"]["version"] for row in rows)]
 
 
-def shadows(fleet: Fleet) -> list[dict[str, Any]]:
-    rows = fleet.ask("SELECT payload FROM messages WHERE device = 'pi-01' AND kind = 'shadow' ORDER BY seq")
+def shadows(fleet: LocalFleet) -> list[dict[str, Any]]:
+    rows = fleet.query("SELECT payload FROM messages WHERE device = 'pi-01' AND kind = 'shadow' ORDER BY seq")
     return [json.loads(row[0]) for row in rows]
 
 
 def test_a_good_bundle_is_fetched_looked_at_run_on_probation_and_settles(
-    fleet: Fleet, device: Device, offered: dict[str, Path]
+    fleet: LocalFleet, device: DeviceProcess, offered: dict[str, Path]
 ) -> None:
-    eventually("results of the shipped one", lambda: versions(fleet))
+    wait_until("results of the shipped one", lambda: versions(fleet))
     shipped = versions(fleet)[0]
     desire(fleet, offered["good"], "shadow", "better", "pi-01/desired")
-    eventually("it answers beside", lambda: shadows(fleet))
+    wait_until("it answers beside", lambda: shadows(fleet))
     assert events(fleet, "better") == [("fetching", ""), ("shadow", "")]
     assert versions(fleet) == [shipped]
     device.kill()
-    device.up()
+    device.start_and_wait()
     told = len(shadows(fleet))
-    eventually("it answers beside after a kill", lambda: len(shadows(fleet)) > told)
+    wait_until("it answers beside after a kill", lambda: len(shadows(fleet)) > told)
     desire(fleet, offered["good"], "all", "better", "pi-01/desired")
-    eventually("it settled", lambda: ("settled", "") in events(fleet, "better"))
+    wait_until("it settled", lambda: ("settled", "") in events(fleet, "better"))
     assert events(fleet, "better") == [("fetching", ""), ("shadow", ""), ("probation", ""), ("settled", "")]
     device.kill()
-    device.up()
-    before = fleet.covered("pi-01")
-    eventually("results after a kill", lambda: fleet.covered("pi-01") > before)
+    device.start_and_wait()
+    before = fleet.last_result_row("pi-01")
+    wait_until("results after a kill", lambda: fleet.last_result_row("pi-01") > before)
     assert versions(fleet) == [shipped, "2.0.0"]
     told_by_status = device.status()["tasks"][0]
     assert (told_by_status["bundle"], told_by_status["rollout"]["phase"]) == ("exercise 2.0.0", "settled")
-    shown = outstation("status", "-c", str(device.config)).stdout
+    shown = run_outstation("status", "-c", str(device.config)).stdout
     assert "roll-out better (all): settled on exercise 2.0.0" in shown
 
 
 def test_one_whose_golden_vectors_do_not_come_out_is_refused_for_the_group(
-    fleet: Fleet, device: Device, offered: dict[str, Path]
+    fleet: LocalFleet, device: DeviceProcess, offered: dict[str, Path]
 ) -> None:
-    eventually("the good one runs", lambda: "2.0.0" in versions(fleet))
+    wait_until("the good one runs", lambda: "2.0.0" in versions(fleet))
     # Its own topic names the task no more: that of its group does.
     leave(fleet, "pi-01/desired", {})
     desire(fleet, offered["wrong"], "all", "bad", "_group/desired/roof")
-    eventually("it was refused", lambda: ("refused", "golden") in events(fleet, "bad"))
-    eventually(
+    wait_until("it was refused", lambda: ("refused", "golden") in events(fleet, "bad"))
+    wait_until(
         "the alert is at the collector",
-        lambda: fleet.ask("SELECT 1 FROM alerts WHERE device = 'pi-01' AND id = 'exercise/rollout'"),
+        lambda: fleet.query("SELECT 1 FROM alerts WHERE device = 'pi-01' AND id = 'exercise/rollout'"),
     )
-    before = fleet.covered("pi-01")
-    eventually("results go on", lambda: fleet.covered("pi-01") > before)
+    before = fleet.last_result_row("pi-01")
+    wait_until("results go on", lambda: fleet.last_result_row("pi-01") > before)
     assert versions(fleet)[-1] == "2.0.0"
 
 
-@rigged.crashing
+@crashing
 def test_one_that_crashes_on_probation_serves_nothing_and_the_daemon_lives(
-    fleet: Fleet, device: Device, offered: dict[str, Path]
+    fleet: LocalFleet, device: DeviceProcess, offered: dict[str, Path]
 ) -> None:
     pid = device.pid
     # So many that it does not settle before it meets what it cannot bear.
     leave(fleet, "_group/desired/roof", {})
     desire(fleet, offered["crash"], "all", "deadly", "_all/desired", batches=10_000)
-    eventually("it was taken back", lambda: ("rolled back", "crash") in events(fleet, "deadly"))
-    assert device.running
+    wait_until("it was taken back", lambda: ("rolled back", "crash") in events(fleet, "deadly"))
+    assert device.is_running
     assert device.pid == pid
-    before = fleet.covered("pi-01")
-    eventually("results go on", lambda: fleet.covered("pi-01") > before)
+    before = fleet.last_result_row("pi-01")
+    wait_until("results go on", lambda: fleet.last_result_row("pi-01") > before)
     assert versions(fleet)[-1] == "2.0.0"
     assert device.stop() == 0
-    eventually("all is at the collector", lambda: fleet.audit()[1]["passed"])
+    wait_until("all is at the collector", lambda: fleet.audit()[1]["passed"])

@@ -12,7 +12,7 @@ import pytest
 
 from agent.device.rollout import transitions
 from scripts.faults.disk import Card, no_card
-from tests.kit.rigged import crashing
+from tests.kit.marks import crashing
 from tests.kit.rollouts import Site, bundles_in, tiles
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from agent.device.rollout import transitions
 from agent.device.store.store import Store
-from tests.kit.rigged import crashing
+from tests.kit.marks import crashing
 from tests.kit.rollouts import Site, bundles_in, signed, tiles
 
 

@@ -13,13 +13,13 @@ from click.testing import CliRunner
 from agent.bootstrap import device
 from agent.cli.device import run
 from agent.errors import StorageForked
-from tests.kit.system import outstation
+from agent.testing.process import run_outstation
 
 
 def test_a_daemon_that_starts_over_in_a_new_log_is_gone_before_the_next_one_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert outstation("init", str(tmp_path), "--id", "pi-07").returncode == 0
+    assert run_outstation("init", str(tmp_path), "--id", "pi-07").returncode == 0
     made, before = [], [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)]
 
     class Forking:

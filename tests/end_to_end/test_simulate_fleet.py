@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from agent.simulate import disturbances, plan
+from agent.testing.broker import MosquittoBroker
+from agent.testing.process import find_program
 from tests.end_to_end.test_demo import left_over
-from tests.kit.brokers import Mosquitto, mosquitto_binary
 
 NAMES = plan.device_names(50)
 
@@ -52,9 +53,9 @@ def test_some_devices_are_away_before_the_roll_out_begins_and_all_come_back() ->
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Of three devices, on a broker that runs already."""
-    mosquitto_binary()
+    find_program("mosquitto")
     home = tmp_path_factory.mktemp("fleet")
-    with Mosquitto(home / "broker") as broker:
+    with MosquittoBroker(home / "broker") as broker:
         asked = ("--devices", "3", "--duration", "10", "--worse", "1", "--broker", broker.url, "--json")
         done = simulate(home / "it", *asked)
     assert done.returncode == 0, done.stderr

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from agent.testing.process import find_program
 from agent.wire.keys import generate
 from scripts.staged import candidates
 from tests.end_to_end.test_demo import left_over
 from tests.end_to_end.test_simulate_fleet import simulate
-from tests.kit.brokers import mosquitto_binary
 
 # A machine that is busy with other tests is slow; the roll-out itself takes 20 s.
 pytestmark = pytest.mark.timeout(240)
@@ -45,7 +45,7 @@ strategy = "{strategy}"
 
 def rolled(home: Path, bundle: str, strategy: str, *options: str) -> tuple[int, Any]:
     """Exit code and report of a roll-out in three devices."""
-    mosquitto_binary()
+    find_program("mosquitto")
     key = generate(home / "publisher.key")
     candidates.make(bundle, home, key)
     last = "" if strategy == "all" else '[[steps]]\nstrategy = "all"'

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from agent.alerts import Alert
 from agent.config import ReplayFault
 from agent.datasets.recordings import load
 from agent.device.intake.sources import replay
 from agent.device.intake.sources.recordings import Playlist
 from agent.drift import DriftMonitor, DriftState, Reference
-from agent.drift.reporting.alert_text import Alert
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import features, runtime, scores
 from agent.simulate.scenario import SCENARIOS

@@ -16,7 +16,7 @@ from agent.device.rollout.fetch.fetcher import FetchedBundle
 from agent.errors import BadBundle
 from agent.model.bundle import bundle
 from agent.wire.desired_state import DesiredBundle
-from tests.kit.bundles import KEY, packed
+from scripts.kit.bundles import KEY, packed
 from tests.kit.update_repositories import ARCHIVE, Signed, forged
 from tests.kit.update_servers import Handler, Trick, Web
 from tests.kit.updating import Updating

@@ -14,7 +14,7 @@ from agent.fleet.repository import revoke as revoking
 from agent.fleet.repository.publish import PublishResult
 from agent.model.bundle import bundle
 from agent.wire.desired_state import DesiredBundle
-from tests.kit.bundles import KEY, TABULAR
+from scripts.kit.bundles import KEY, TABULAR
 from tests.kit.repositories import Depot, served, version
 from tests.kit.updating import Updating
 

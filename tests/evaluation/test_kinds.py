@@ -14,7 +14,7 @@ from agent.evaluation.predict.run import BatchPredictor
 from agent.evaluation.predictions import LabelledPredictor
 from agent.model.inference import scores
 from agent.model.inference.inference import Inference
-from tests.kit.bundles import SEVERAL, VECTORS, Recipe, packed
+from scripts.kit.bundles import SEVERAL, VECTORS, Recipe, packed
 from tests.kit.evaluations import evaluated, loaded
 from tests.model.test_kinds import HISTORY, KINDS
 

@@ -16,7 +16,7 @@ from agent.datasets import training_data
 from agent.datasets.media import MediaReader
 from agent.evaluation.document import Evaluation
 from agent.model.bundle.manifest import ModelInput, WindowSpec
-from tests.kit.bundles import KEY
+from scripts.kit.bundles import KEY
 from tests.kit.evaluations import evaluated
 from tests.model.test_media import HEARD, picture, third_party, tone, write_wav
 

@@ -18,8 +18,8 @@ from click.testing import CliRunner
 from agent.cli.model.group import model as command
 from agent.errors import UsageError
 from agent.evaluation.predict.ray_worker import MAX_ATTEMPTS
-from tests.kit.brokers import free_port
-from tests.kit.bundles import ANOMALY, CLASSIFY, LABELS, TABULAR, packed, readings, waves, write_csv
+from agent.testing.broker import free_port
+from scripts.kit.bundles import ANOMALY, CLASSIFY, LABELS, TABULAR, packed, readings, waves, write_csv
 from tests.kit.clusters import WITHIN_S, Ray, ended, local
 from tests.kit.stations import wait_for
 

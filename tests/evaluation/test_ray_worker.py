@@ -22,7 +22,7 @@ from agent.model.bundle import bundle as bundles
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference import inference
 from agent.model.inference.inference import Inference
-from tests.kit.bundles import CLASSIFY, TABULAR, packed, readings, write_csv
+from scripts.kit.bundles import CLASSIFY, TABULAR, packed, readings, write_csv
 from tests.kit.stations import ROOT
 
 TOKEN = secrets.token_hex(16)

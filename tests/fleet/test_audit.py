@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from agent.fleet.audit.audit import AuditReport, audit, split_by_declaration
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
-from tests.kit.senders import Sender, Sent, new_key
+from agent.testing.messages import MessageSender, SignedMessage, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
 
@@ -27,16 +27,16 @@ def store(tmp_path: Path) -> Iterator[FleetStore]:
     opened.close()
 
 
-def collected(store: FleetStore, sender: Sender, *sent: Sent) -> None:
+def collected(store: FleetStore, sender: MessageSender, *sent: SignedMessage) -> None:
     if store.active_key(sender.device) is None:
         store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
-    store.ingest([Arrival(sender.open(one)) for one in sent], [], NOW)
+    store.ingest([Arrival(sender.verify(one)) for one in sent], [], NOW)
 
 
-def whole_log(sender: Sender) -> list[Sent]:
+def whole_log(sender: MessageSender) -> list[SignedMessage]:
     """One message of each kind, results in seq 1, 3 and 6, health in seq 7."""
     log = [sender.results(), sender.drift(), sender.results(n=0, rows=50), sender.alert(), sender.quality()]
-    return [*log, sender.results(), sender.cursor()]
+    return [*log, sender.results(), sender.health_with_cursor()]
 
 
 def tamper(store: FleetStore, sql: str, *values: Any) -> None:
@@ -51,7 +51,7 @@ def reasons(report: AuditReport) -> list[tuple[Any, str]]:
 
 def test_a_whole_log_of_each_of_two_devices_passes(store: FleetStore) -> None:
     for device in ("pi-07", "pi-08"):
-        sender = Sender(device)
+        sender = MessageSender(device)
         collected(store, sender, *whole_log(sender))
     document = audit(store).to_dict()
     assert document["passed"], document
@@ -87,7 +87,7 @@ COLUMNS = {
 
 @pytest.mark.parametrize("name", COLUMNS)
 def test_altering_any_signed_column_of_one_message_fails_the_audit_and_names_it(store: FleetStore, name: str) -> None:
-    sender = Sender(log="5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c11")
+    sender = MessageSender(log="5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c11")
     collected(store, sender, *whole_log(sender))
     value, reason = COLUMNS[name]
     tamper(store, f"UPDATE messages SET {name.split()[0]} = {value} WHERE seq = 3")
@@ -102,7 +102,7 @@ def test_any_flipped_bit_of_the_evidence_fails_the_audit(
     tmp_path_factory: pytest.TempPathFactory, position: int, bit: int, column: str
 ) -> None:
     store = FleetStore(tmp_path_factory.mktemp("db") / "fleet.db")
-    sender = Sender()
+    sender = MessageSender()
     collected(store, sender, sender.results(), sender.results(), sender.results())
     with store.snapshot() as db:
         [(old,)] = db.execute(f"SELECT CAST({column} AS BLOB) FROM messages WHERE seq = 2").fetchall()
@@ -117,7 +117,7 @@ def test_any_flipped_bit_of_the_evidence_fails_the_audit(
 
 
 def test_a_message_taken_away_is_an_undeclared_gap_even_at_the_end_or_all_of_them(store: FleetStore) -> None:
-    sender = Sender()
+    sender = MessageSender()
     collected(store, sender, *whole_log(sender))
     tamper(store, "DELETE FROM messages WHERE seq IN (2, 7)")
     assert [(g["from"], g["to"], g["declared"]) for g in audit(store).gaps] == [(2, 2, False), (7, 7, False)]
@@ -130,13 +130,13 @@ def test_a_message_taken_away_is_an_undeclared_gap_even_at_the_end_or_all_of_the
 
 
 def test_declared_evictions_pass_and_what_they_do_not_cover_fails(store: FleetStore) -> None:
-    sender = Sender()
+    sender = MessageSender()
     log = whole_log(sender)
     collected(store, sender, log[0], log[5], log[6], sender.evicted((2, 5)), sender.results())
     report = audit(store)
     assert report.passed, report.to_dict()
     assert [(g["from"], g["to"], g["declared"]) for g in report.gaps] == [(2, 5, True)]
-    other = Sender("pi-08")
+    other = MessageSender("pi-08")
     log = whole_log(other)
     collected(store, other, log[0], log[5], log[6], other.evicted((2, 3), (5, 5)))
     gaps = [(g["from"], g["to"], g["declared"]) for g in audit(store, "pi-08").gaps]
@@ -145,7 +145,7 @@ def test_declared_evictions_pass_and_what_they_do_not_cover_fails(store: FleetSt
 
 
 def test_an_eviction_cannot_declare_what_came_after_it(store: FleetStore) -> None:
-    sender = Sender()
+    sender = MessageSender()
     log = [sender.evicted((2, 3)), sender.quality(), sender.quality(), sender.quality()]
     collected(store, sender, log[0], log[3])
     assert [(g["from"], g["to"], g["declared"]) for g in store.gaps()] == [(2, 3, False)]
@@ -153,7 +153,7 @@ def test_an_eviction_cannot_declare_what_came_after_it(store: FleetStore) -> Non
 
 
 def test_a_chain_that_was_signed_anew_in_the_middle_fails(store: FleetStore) -> None:
-    sender = Sender()
+    sender = MessageSender()
     first = sender.results()
     sender.prev = "x" * 43
     collected(store, sender, first, sender.quality())
@@ -179,8 +179,10 @@ def test_a_chain_that_was_signed_anew_in_the_middle_fails(store: FleetStore) -> 
         (lambda s: s.health(exercise={"stream": 5, "row": "x"}, y={}), None),
     ],
 )
-def test_rows_are_covered_exactly_once(store: FleetStore, second: Callable[[Sender], Sent], reason: str | None) -> None:
-    sender = Sender()
+def test_rows_are_covered_exactly_once(
+    store: FleetStore, second: Callable[[MessageSender], SignedMessage], reason: str | None
+) -> None:
+    sender = MessageSender()
     collected(store, sender, sender.results(), second(sender))
     found = reasons(audit(store))
     assert [seq for seq, _ in found] == ([] if reason is None else [2])
@@ -188,16 +190,16 @@ def test_rows_are_covered_exactly_once(store: FleetStore, second: Callable[[Send
 
 
 def test_results_that_begin_behind_the_first_consumed_row_are_found(store: FleetStore) -> None:
-    sender = Sender(row=100)
-    collected(store, sender, sender.results(), sender.cursor())
+    sender = MessageSender(row=100)
+    collected(store, sender, sender.results(), sender.health_with_cursor())
     [(seq, reason)] = reasons(audit(store))
     assert seq == 2
     assert "from row 1, but the first results start at 101" in reason
 
 
-def given_up(sender: Sender, rows: list[list[int]], tasks: Any, *, used: bool = False) -> Sent:
+def given_up(sender: MessageSender, rows: list[list[int]], tasks: Any, *, used: bool = False) -> SignedMessage:
     evidence = {"stream": "watch", "rows": rows, "used": used, "tasks": tasks, "reason": "no room", "bytes": 1}
-    return sender.logged("audit", event="evicted", summary="no room", evidence=evidence)
+    return sender.append("audit", event="evicted", summary="no room", evidence=evidence)
 
 
 @pytest.mark.parametrize(
@@ -216,8 +218,13 @@ def given_up(sender: Sender, rows: list[list[int]], tasks: Any, *, used: bool = 
 def test_rows_that_were_given_up_need_no_results_if_their_task_is_named(
     store: FleetStore, rows: Any, tasks: Any, passes: bool
 ) -> None:
-    sender = Sender()
-    log = [sender.results(), given_up(sender, rows, tasks), sender.results(rows_at=(401, 500)), sender.cursor()]
+    sender = MessageSender()
+    log = [
+        sender.results(),
+        given_up(sender, rows, tasks),
+        sender.results(rows_at=(401, 500)),
+        sender.health_with_cursor(),
+    ]
     collected(store, sender, *log)
     report = audit(store)
     assert report.passed == passes
@@ -228,7 +235,7 @@ def test_rows_that_were_given_up_need_no_results_if_their_task_is_named(
 
 
 def test_a_cursor_that_moved_over_what_was_given_up_is_covered_before_any_result(store: FleetStore) -> None:
-    sender = Sender()
+    sender = MessageSender()
     cursor = {"stream": "watch", "row": 300, "first": 101}
     collected(store, sender, given_up(sender, [[1, 300]], ["exercise"]), sender.health(exercise=cursor))
     assert audit(store).passed
@@ -246,14 +253,14 @@ def test_a_cursor_that_moved_over_what_was_given_up_is_covered_before_any_result
     ],
 )
 def test_a_results_table_that_says_something_else_fails(store: FleetStore, sql: str, seq: int, reason: str) -> None:
-    sender = Sender()
+    sender = MessageSender()
     collected(store, sender, *whole_log(sender))
     tamper(store, sql)
     assert any(at == seq and reason in said for at, said in reasons(audit(store)))
 
 
 def test_messages_of_a_revoked_key_still_verify_and_those_of_a_removed_key_do_not(store: FleetStore) -> None:
-    sender = Sender()
+    sender = MessageSender()
     collected(store, sender, *whole_log(sender))
     store.enrol("pi-07", new_key().public, replace=True, now=NOW)
     assert audit(store).passed
@@ -264,7 +271,7 @@ def test_messages_of_a_revoked_key_still_verify_and_those_of_a_removed_key_do_no
 
 
 def test_a_seq_that_is_no_number_is_named(store: FleetStore) -> None:
-    sender = Sender()
+    sender = MessageSender()
     collected(store, sender, *whole_log(sender))
     tamper(store, "UPDATE messages SET seq = 'x' WHERE seq = 2")
     assert ("x", "seq 'x' is no number of a message") in reasons(audit(store))

@@ -30,14 +30,14 @@ from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift import fleet_wide_alerts
 from agent.fleet.enrolment.enrol import init_fleet
+from agent.testing.broker import MosquittoBroker
+from agent.testing.messages import FLEET, MessageSender, SignedMessage, new_key
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
 from agent.wire.keys import SigningKey, b64url_decode, b64url_encode
 from agent.wire.messages import AckPayload, verify_message
-from tests.kit.brokers import Mosquitto
 from tests.kit.fleet_databases import sqlite_of
-from tests.kit.senders import FLEET, Sender, Sent, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
 VECTORS = Path(__file__).parents[3] / "shared" / "vectors" / "messages.json"
@@ -86,9 +86,9 @@ class Desk:
     wire: Wire
     key: SigningKey
 
-    def hand(self, *sent: Sent | IncomingMessage) -> None:
+    def hand(self, *sent: SignedMessage | IncomingMessage) -> None:
         """One turn with these messages on the wire."""
-        self.wire.incoming += [one.delivery() if isinstance(one, Sent) else one for one in sent]
+        self.wire.incoming += [one.to_incoming() if isinstance(one, SignedMessage) else one for one in sent]
         self.collector.tick(self.wire, 0.0)
 
     def reasons(self) -> dict[str, int]:
@@ -103,8 +103,8 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
     store.close()
 
 
-def enrolled(store: FleetStore, device: str = "pi-07") -> Sender:
-    sender = Sender(device)
+def enrolled(store: FleetStore, device: str = "pi-07") -> MessageSender:
+    sender = MessageSender(device)
     store.enrol(device, sender.key.public, replace=False, now=NOW)
     return sender
 
@@ -142,41 +142,44 @@ def test_what_is_missing_is_asked_for_and_a_repeat_is_acknowledged_again(desk: D
     assert desk.collector.stored_count == 6
 
 
-def hostile(sender: Sender, stranger: Sender) -> dict[str, tuple[IncomingMessage, str]]:
+def hostile(sender: MessageSender, stranger: MessageSender) -> dict[str, tuple[IncomingMessage, str]]:
     """Name of the attack → the delivery, and the reason it must be refused for."""
     good, foreign = sender.results(), stranger.results()
-    delivery = good.delivery()
+    delivery = good.to_incoming()
     top = "outstation/acme/pi-07/results/exercise"
-    elsewhere = sender.topic_of("outstation/other/pi-07/results/exercise", good.payload)
+    elsewhere = sender.sign_payload("outstation/other/pi-07/results/exercise", good.payload)
     return {
         "unsigned": (replace(delivery, tokens=()), "unsigned"),
         "signed twice": (replace(delivery, tokens=(good.jws, good.jws)), "several signatures"),
-        "foreign key": (foreign.delivery(), "unknown key"),
+        "foreign key": (foreign.to_incoming(), "unknown key"),
         "another's topic": (replace(delivery, topic=top.replace("pi-07", "pi-08")), "other topic"),
         "signed for another's topic": (
-            sender.topic_of(top.replace("pi-07", "pi-08"), good.payload).delivery(),
+            sender.sign_payload(top.replace("pi-07", "pi-08"), good.payload).to_incoming(),
             "other device",
         ),
-        "another fleet": (elsewhere.delivery(), "other fleet"),
-        "another kind": (sender.topic_of("outstation/acme/pi-07/health", good.payload).delivery(), "other kind"),
-        "another task": (sender.topic_of(top.replace("exercise", "else"), good.payload).delivery(), "other task"),
+        "another fleet": (elsewhere.to_incoming(), "other fleet"),
+        "another kind": (sender.sign_payload("outstation/acme/pi-07/health", good.payload).to_incoming(), "other kind"),
+        "another task": (
+            sender.sign_payload(top.replace("exercise", "else"), good.payload).to_incoming(),
+            "other task",
+        ),
         "altered": (replace(delivery, payload=delivery.payload.replace(b"0.5", b"0.6", 1)), "bad signature"),
         "too large": (replace(delivery, payload=b" " * (1 << 20) + b"{}"), "too large"),
         "no topic": (replace(delivery, topic="\x00/\ud7ff"), "topic"),
-        "no json": (sender.topic_of(top, b"\xff\xfe{").delivery(), "malformed payload"),
-        "deep json": (sender.topic_of(top, b"[" * 100_000).delivery(), "malformed payload"),
+        "no json": (sender.sign_payload(top, b"\xff\xfe{").to_incoming(), "malformed payload"),
+        "deep json": (sender.sign_payload(top, b"[" * 100_000).to_incoming(), "malformed payload"),
         "no token": (replace(delivery, tokens=("\x00" * 5000,)), "malformed signature"),
-        "a key twice": (sender.topic_of(top, good.payload[:-1] + b',"seq":1}').delivery(), "duplicate key"),
+        "a key twice": (sender.sign_payload(top, good.payload[:-1] + b',"seq":1}').to_incoming(), "duplicate key"),
         "ten megabytes": (replace(delivery, payload=bytes(10 << 20)), "too large"),
         "text that is none": (
-            sender.topic_of(top, good.payload[:-1] + b',"x":"\xff"}').delivery(),
+            sender.sign_payload(top, good.payload[:-1] + b',"x":"\xff"}').to_incoming(),
             "malformed payload",
         ),
     }
 
 
 def test_every_attack_is_refused_for_its_reason_counted_and_taken_off_the_broker(desk: Desk) -> None:
-    sender, stranger = enrolled(desk.store), Sender("pi-09")
+    sender, stranger = enrolled(desk.store), MessageSender("pi-09")
     enrolled(desk.store, "pi-08")
     for name, (delivery, reason) in hostile(sender, stranger).items():
         before = desk.reasons().get(reason, 0)
@@ -190,17 +193,17 @@ def test_every_attack_is_refused_for_its_reason_counted_and_taken_off_the_broker
 def test_a_well_signed_metric_that_is_no_text_does_not_stop_the_collector(desk: Desk) -> None:
     sender = enrolled(desk.store)
     broken = sender.quality().payload[:-1] + b',"note":"\xff"}'
-    desk.hand(sender.topic_of("outstation/acme/pi-07/quality/exercise", broken), sender.results())
+    desk.hand(sender.sign_payload("outstation/acme/pi-07/quality/exercise", broken), sender.results())
     assert desk.reasons() == {"malformed payload": 1}
     assert desk.store.count_messages() == 1
 
 
 def test_a_flood_of_hostile_messages_among_good_ones_loses_none_of_them_and_raises_one_alert(desk: Desk) -> None:
-    sender, stranger = enrolled(desk.store), Sender("pi-09")
+    sender, stranger = enrolled(desk.store), MessageSender("pi-09")
     enrolled(desk.store, "pi-08")
     attacks = [d for name, (d, _) in hostile(sender, stranger).items() if name not in ("ten megabytes", "too large")]
     flood = [attacks[i % len(attacks)] for i in range(10_000)]
-    good = [sender.results().delivery() for _ in range(1_000)]
+    good = [sender.results().to_incoming() for _ in range(1_000)]
     first_seq = sender.seq - len(good) + 1
     for i in range(0, 1_000, 40):
         desk.hand(*flood[i * 10 : i * 10 + 200], *good[i : i + 40], *flood[i * 10 + 200 : i * 10 + 400])
@@ -238,9 +241,9 @@ def test_drift_of_most_of_the_fleet_raises_an_alert_of_the_collectors_own(
 
 def test_a_few_refused_messages_raise_no_alert(desk: Desk) -> None:
     sender = enrolled(desk.store)
-    desk.hand(*[replace(sender.results().delivery(), tokens=()) for _ in range(refusal_alarm.MAX_REFUSALS)])
+    desk.hand(*[replace(sender.results().to_incoming(), tokens=()) for _ in range(refusal_alarm.MAX_REFUSALS)])
     assert desk.store.alerts() == []
-    desk.hand(replace(sender.results().delivery(), tokens=()))
+    desk.hand(replace(sender.results().to_incoming(), tokens=()))
     assert [alert["device"] for alert in desk.store.alerts()] == ["pi-07"]
 
 
@@ -250,7 +253,7 @@ def test_a_collector_that_is_started_again_does_not_repeat_the_alert_of_this_hou
     sender = enrolled(desk.store)
     moment = replace(clock.read(), wall_us=1_764_022_680_000_000)
     monkeypatch.setattr(clock, "read", lambda: moment)
-    attack = [replace(sender.results().delivery(), tokens=())] * 30
+    attack = [replace(sender.results().to_incoming(), tokens=())] * 30
     desk.hand(*attack)
     desk.collector = Collector(FLEET, BrokerConfig(), desk.store, desk.key)
     desk.hand(*attack)
@@ -263,7 +266,7 @@ def test_a_collector_that_is_started_again_does_not_repeat_the_alert_of_this_hou
 
 def test_an_alert_that_cannot_be_stored_now_is_stored_later(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     sender = enrolled(desk.store)
-    attack = [replace(sender.results().delivery(), tokens=())] * 30
+    attack = [replace(sender.results().to_incoming(), tokens=())] * 30
 
     def full(row: object) -> None:
         raise StorageFull("the disk is full")
@@ -309,7 +312,7 @@ def test_a_revoked_key_signs_nothing_new_but_its_old_messages_stay_acknowledged(
 
 
 def test_a_device_enrolled_by_another_process_meanwhile_is_known(desk: Desk) -> None:
-    sender = Sender()
+    sender = MessageSender()
     desk.hand(sender.results())
     other = FleetStore(desk.store.path)
     other.enrol("pi-07", sender.key.public, replace=False, now=NOW)
@@ -322,7 +325,7 @@ def test_a_device_enrolled_by_another_process_meanwhile_is_known(desk: Desk) -> 
 def test_a_flood_of_unknown_keys_reads_no_key_from_the_database(desk: Desk) -> None:
     reads: list[str] = []
     sqlite_of(desk.store).connection.set_trace_callback(lambda sql: reads.append(sql) if "FROM keys" in sql else None)
-    strangers = [Sender(f"pi-{i}").results() for i in range(100)]
+    strangers = [MessageSender(f"pi-{i}").results() for i in range(100)]
     for one in strangers:
         desk.hand(one)
     assert reads == []
@@ -331,7 +334,7 @@ def test_a_flood_of_unknown_keys_reads_no_key_from_the_database(desk: Desk) -> N
 
 def test_state_is_kept_and_a_retained_message_is_no_sign_of_life(desk: Desk) -> None:
     sender = enrolled(desk.store)
-    desk.hand(sender.state("offline").delivery(retained=True))
+    desk.hand(sender.state("offline").to_incoming(retained=True))
     [device] = desk.store.devices()
     assert (device["state"], device["last_seen"]) == ("offline", None)
     desk.hand(sender.state("online"))
@@ -411,8 +414,8 @@ def vector_delivery(vector: dict[str, Any]) -> IncomingMessage:
 
 
 @pytest.fixture
-def broker(tmp_path: Path) -> Iterator[Mosquitto]:
-    with Mosquitto(tmp_path, persistence=True) as running:
+def broker(tmp_path: Path) -> Iterator[MosquittoBroker]:
+    with MosquittoBroker(tmp_path, persistence=True) as running:
         yield running
 
 
@@ -439,7 +442,7 @@ def eventually(done: Callable[[], bool], within_s: float = 60.0) -> None:
 def test_a_collector_started_before_its_broker_waits_and_then_collects(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broker = Mosquitto(tmp_path)
+    broker = MosquittoBroker(tmp_path)
     store = FleetStore(tmp_path / "fleet.db")
     sender = enrolled(store)
     collector = Collector(FLEET, BrokerConfig(url=broker.url), store, new_key())
@@ -450,7 +453,7 @@ def test_a_collector_started_before_its_broker_waits_and_then_collects(
         with broker:
             link = Link(BrokerConfig(url=broker.url), "pi-07")
             eventually(lambda: collector._link is not None)
-            publish(link, [sender.results().outgoing()], [])
+            publish(link, [sender.results().to_outgoing()], [])
             eventually(lambda: collector.stored_count == 1)
             link.close()
             collector.stop()
@@ -483,12 +486,12 @@ def stored(config: FleetConfig) -> int:
     return count
 
 
-def test_killed_five_times_in_the_stream_every_message_is_stored_once(tmp_path: Path, broker: Mosquitto) -> None:
+def test_killed_five_times_in_the_stream_every_message_is_stored_once(tmp_path: Path, broker: MosquittoBroker) -> None:
     config = init_fleet(tmp_path / "acme", FLEET, BrokerConfig(url=broker.url))
     store = FleetStore(Path(config.fleet.db))
     sender = enrolled(store)
     store.close()
-    log = [sender.results() for _ in range(800)] + [sender.cursor()]
+    log = [sender.results() for _ in range(800)] + [sender.health_with_cursor()]
     stop = threading.Event()
 
     def play() -> None:
@@ -496,7 +499,7 @@ def test_killed_five_times_in_the_stream_every_message_is_stored_once(tmp_path: 
         link = Link(BrokerConfig(url=broker.url), "pi-07", subscribe=[f"outstation/{FLEET}/pi-07/ack"])
         safe: set[int] = set()
         while not stop.is_set() and len(safe) < len(log):
-            publish(link, [one.outgoing() for one in log if one.seq not in safe][:20], heard := [])
+            publish(link, [one.to_outgoing() for one in log if one.seq not in safe][:20], heard := [])
             heard += link.receive(0.3)
             for event in heard:
                 if isinstance(event, IncomingMessage):

@@ -19,11 +19,11 @@ from agent.fleet.collector import subscription
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import init_fleet
+from agent.testing.broker import MosquittoBroker
+from agent.testing.messages import FLEET, MessageSender
 from agent.transport.mqtt import Link
-from tests.kit.brokers import Mosquitto
+from scripts.kit.postgres import FAST_SETTINGS, PostgresServer, run_server
 from tests.kit.players import Players
-from tests.kit.postgres import QUICK, Postgres, running
-from tests.kit.senders import FLEET, Sender
 
 NOW = "2026-11-24T22:20:00.000000Z"
 # As `fleet init` writes it.
@@ -31,21 +31,21 @@ CONF = "max_inflight_messages 500"
 
 
 @pytest.fixture
-def broker(tmp_path: Path) -> Iterator[Mosquitto]:
-    with Mosquitto(tmp_path, extra_conf=CONF) as one:
+def broker(tmp_path: Path) -> Iterator[MosquittoBroker]:
+    with MosquittoBroker(tmp_path, extra_conf=CONF) as one:
         yield one
 
 
 class Fleet:
     """A fleet's folder, its enrolled devices, and collectors to start and kill."""
 
-    def __init__(self, folder: Path, broker: Mosquitto, url: str, devices: int) -> None:
+    def __init__(self, folder: Path, broker: MosquittoBroker, url: str, devices: int) -> None:
         self.folder, self.config_dir, self.url = folder, folder / FLEET, url
         self.config: FleetConfig = init_fleet(folder / FLEET, FLEET, BrokerConfig(url=broker.url))
         file = folder / FLEET / "fleet.toml"
         file.write_text(file.read_text().replace('db = "fleet.db"', f'db = "{url}"'), encoding="utf-8")
         self.store = FleetStore(url)
-        self.senders = [Sender(f"pi-{i:02}") for i in range(devices)]
+        self.senders = [MessageSender(f"pi-{i:02}") for i in range(devices)]
         for sender in self.senders:
             self.store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -111,14 +111,14 @@ def require_whole(fleet: Fleet, players: Players) -> None:
 
 
 @pytest.fixture
-def fleet(tmp_path: Path, broker: Mosquitto, postgres_url: str) -> Iterator[Fleet]:
+def fleet(tmp_path: Path, broker: MosquittoBroker, postgres_url: str) -> Iterator[Fleet]:
     made = Fleet(tmp_path, broker, postgres_url, 20)
     yield made
     made.close()
 
 
 def test_two_collectors_that_are_killed_and_started_again_lose_and_double_nothing(
-    fleet: Fleet, broker: Mosquitto
+    fleet: Fleet, broker: MosquittoBroker
 ) -> None:
     with Players(broker.url, fleet.senders, 40) as players:
         both = {name: fleet.collect(name) for name in ("a", "b")}
@@ -134,7 +134,7 @@ def test_two_collectors_that_are_killed_and_started_again_lose_and_double_nothin
     require_whole(fleet, players)
 
 
-def test_the_broker_spreads_what_devices_send_over_both(fleet: Fleet, broker: Mosquitto) -> None:
+def test_the_broker_spreads_what_devices_send_over_both(fleet: Fleet, broker: MosquittoBroker) -> None:
     both = [fleet.collect(name) for name in ("a", "b")]
     eventually(lambda: fleet.connected("a", "b"))
     with Players(broker.url, fleet.senders, 10) as players:
@@ -150,7 +150,7 @@ def test_the_broker_spreads_what_devices_send_over_both(fleet: Fleet, broker: Mo
     left, other = (Link(BrokerConfig(url=broker.url), name, session_expiry_s=60) for name in names)
     sender = Link(BrokerConfig(url=broker.url), "device")
     for _ in range(4):
-        sender.send(fleet.senders[0].health().outgoing())
+        sender.send(fleet.senders[0].health().to_outgoing())
     eventually(lambda: sender.receive(0.1) == [])
     seen = 0
     while seen < 4:
@@ -163,10 +163,10 @@ def test_the_broker_spreads_what_devices_send_over_both(fleet: Fleet, broker: Mo
 
 
 def test_postgresql_that_is_killed_in_mid_flow_costs_nothing_that_was_acknowledged(
-    tmp_path: Path, broker: Mosquitto
+    tmp_path: Path, broker: MosquittoBroker
 ) -> None:
-    with running(QUICK.replace("fsync = off\n", "")) as server:
-        fleet = Fleet(tmp_path, broker, server.database(), 5)
+    with run_server(FAST_SETTINGS.replace("fsync = off\n", "")) as server:
+        fleet = Fleet(tmp_path, broker, server.create_database(), 5)
         try:
             with Players(broker.url, fleet.senders, 80) as players:
                 both = [fleet.collect(name) for name in ("a", "b")]
@@ -185,7 +185,7 @@ def test_postgresql_that_is_killed_in_mid_flow_costs_nothing_that_was_acknowledg
             fleet.close()
 
 
-def test_what_a_dead_collector_left_is_taken_over_by_the_other_one(fleet: Fleet, broker: Mosquitto) -> None:
+def test_what_a_dead_collector_left_is_taken_over_by_the_other_one(fleet: Fleet, broker: MosquittoBroker) -> None:
     with Players(broker.url, fleet.senders[:3], 30) as players:
         one, other = fleet.collect("a"), fleet.collect("b")
         eventually(lambda: fleet.connected("a", "b"))
@@ -208,7 +208,7 @@ def test_two_collectors_of_one_name_do_not_throw_each_other_off(fleet: Fleet) ->
 
 
 def test_one_collector_has_the_duty_and_another_takes_it_over(
-    fleet: Fleet, postgres_server: Postgres, monkeypatch: pytest.MonkeyPatch
+    fleet: Fleet, postgres_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from agent.fleet.collector import leader
     from agent.fleet.keyring import Keyring

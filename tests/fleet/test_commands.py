@@ -22,11 +22,11 @@ from agent.fleet.commands import COUNTER_FILE, CommandResult, parse_arguments, r
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.keyring import Keyring
+from agent.testing.messages import MessageSender, new_key
 from agent.transport.packets import NO_SUBSCRIBERS, IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
 from agent.wire.keys import SigningKey
 from agent.wire.messages import CommandPayload, encode, verify_message
-from tests.kit.senders import Sender, new_key
 
 COMMANDS = Path(__file__).parents[2] / "docs" / "commands.md"
 FLEET, DEVICE = "acme", "pi-07"
@@ -171,9 +171,9 @@ def test_a_counter_file_that_is_none_is_named_and_not_guessed_over(tmp_path: Pat
 
 def test_processes_that_command_at_once_never_get_the_same_counter(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from agent.fleet.commands import next_counter\n"
+        "import sys; from pathlib import Path; from agent.fleet.commands import reserve_counter\n"
         "for _ in range(20):\n"
-        "    with next_counter(Path(sys.argv[1]), lambda: 1) as counter: print(counter)\n"
+        "    with reserve_counter(Path(sys.argv[1]), lambda: 1) as counter: print(counter)\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ) for _ in range(3)]
@@ -216,12 +216,12 @@ def test_a_counter_file_that_is_damaged_after_a_clock_was_ahead_is_written_again
     tmp_path: Path,
 ) -> None:
     ahead, now = 9_000, 5_000
-    sender = Sender(DEVICE)
+    sender = MessageSender(DEVICE)
     store = FleetStore(tmp_path / "fleet.db")
     store.enrol(DEVICE, sender.key.public, replace=False, now=TIME)
     for counter in (ahead, ahead - 1):
-        told = sender.logged("audit", event="command", summary="Done.", evidence={"counter": counter})
-        store.ingest([Arrival(sender.open(told))], [], TIME)
+        told = sender.append("audit", event="command", summary="Done.", evidence={"counter": counter})
+        store.ingest([Arrival(sender.verify(told))], [], TIME)
     store.close()
     (tmp_path / COUNTER_FILE).write_text("damaged\n")
     says = r"write the highest that was used into it .*docs/commands\.md"

@@ -22,7 +22,7 @@ from agent.fleet.database.store import FleetStore
 from agent.fleet.drift.merge import MergedField, MergedMoments
 from agent.fleet.drift.outliers import find_outliers
 from agent.fleet.drift.survey import FleetDriftSummary, build_timeline, summarize_drift
-from tests.kit.senders import MODEL, Sender, Sent, new_key
+from agent.testing.messages import MODEL, MessageSender, SignedMessage, new_key
 
 NOW_US = 1_795_000_000_000_000
 NOW = clock.to_rfc3339(NOW_US)
@@ -45,13 +45,13 @@ def field(rows: Any, state: str = "ok", **more: Any) -> dict[str, Any]:
 
 
 def window(
-    sender: Sender,
+    sender: MessageSender,
     at: int,
     fields: dict[str, Any],
     *,
     reference: str | dict[str, str | None] = "sha256:01",
     **changes: Any,
-) -> Sent:
+) -> SignedMessage:
     """The drift window of minute `at`, the next message of the sender."""
     begin = NOW_US - 1000 * MINUTE_US + at * MINUTE_US
     span = {"from": clock.to_rfc3339(begin), "to": clock.to_rfc3339(begin + MINUTE_US - 1)}
@@ -65,7 +65,7 @@ def window(
         "estimate": {"accuracy": 0.9, "low": 0.8, "high": 1.0},
         "state": next((s for s in ("fault", "drift", "insufficient", "ok") if s in states), "ok"),
     }
-    return sender.logged("drift", task=sender.task, **{**body, **changes})
+    return sender.append("drift", task=sender.task, **{**body, **changes})
 
 
 @pytest.fixture
@@ -75,17 +75,17 @@ def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
     opened.close()
 
 
-def add(store: FleetStore, sender: Sender, *sent: Sent) -> None:
+def add(store: FleetStore, sender: MessageSender, *sent: SignedMessage) -> None:
     store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
-    store.ingest([Arrival(sender.open(one)) for one in sent], [], NOW)
+    store.ingest([Arrival(sender.verify(one)) for one in sent], [], NOW)
 
 
 def seen(store: FleetStore, **options: Any) -> FleetDriftSummary:
     return summarize_drift(store, now_us=NOW_US, **options)
 
 
-def devices(count: int) -> list[Sender]:
-    return [Sender(f"pi-{i:02d}", new_key(i + 1), f"5f0c2f6e-1a54-4d0b-9a53-{i:012d}") for i in range(count)]
+def devices(count: int) -> list[MessageSender]:
+    return [MessageSender(f"pi-{i:02d}", new_key(i + 1), f"5f0c2f6e-1a54-4d0b-9a53-{i:012d}") for i in range(count)]
 
 
 Parts = list[list[float]]
@@ -140,7 +140,7 @@ def test_fifty_devices_merged_in_any_order_equal_one_pass_over_all_rows(tmp_path
 
 def test_a_window_counts_once_however_often_and_in_whatever_log_it_comes(store: FleetStore) -> None:
     [first] = devices(1)
-    again = Sender(first.device, first.key, "5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c22")
+    again = MessageSender(first.device, first.key, "5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c22")
     rows = np.random.default_rng(1).normal(0, 1, (4, 500))
     sent = [window(first, i, {"ax": field(rows[i])}) for i in range(3)]
     add(store, first, *sent, *sent)
@@ -165,7 +165,7 @@ def test_a_device_whose_reference_differs_is_shown_apart(store: FleetStore) -> N
 
 def test_a_window_judged_again_against_another_reference_of_its_site_counts_once(store: FleetStore) -> None:
     [first] = devices(1)
-    again = Sender(first.device, first.key, "5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c22")
+    again = MessageSender(first.device, first.key, "5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c22")
     rows = np.random.default_rng(1).normal(0, 1, 500)
     for sender, site in ((first, None), (again, "sha256:ff")):
         add(store, sender, window(sender, 0, {"ax": field(rows)}, reference={"shipped": "sha256:01", "site": site}))

@@ -24,13 +24,13 @@ from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import collectors, pki
 from agent.fleet.enrolment.enrol import Enrolment, enrol, init_fleet, pack_device_files
+from agent.testing.broker import MosquittoBroker, free_port
+from agent.testing.messages import new_key
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import keys
 from agent.wire.keys import PublicKey
-from tests.kit.brokers import Mosquitto, free_port
-from tests.kit.certificates import expired
-from tests.kit.senders import new_key
+from scripts.kit.certificates import make_expired
 
 
 def let_in(
@@ -158,7 +158,7 @@ def test_a_fleet_without_tls_has_no_certificates_and_its_broker_config_starts(tm
     assert sorted(path.name for path in (tmp_path / "home/devices/pi-07").iterdir()) == [
         "device.key", "device.key.pub", "outstation.toml",
     ]  # fmt: skip
-    with Mosquitto(tmp_path, conf=as_this_user(tmp_path / "home"), port=port):
+    with MosquittoBroker(tmp_path, conf=as_this_user(tmp_path / "home"), port=port):
         Link(config.broker, "pi-07").close()
 
 
@@ -190,7 +190,7 @@ def test_the_generated_broker_config_lets_a_device_write_its_own_topics_only(
 ) -> None:
     for device in ("pi-07", "pi-08"):
         let_in(config, folder, device)
-    with Mosquitto(tmp_path, conf=as_this_user(folder), port=config.broker.port):
+    with MosquittoBroker(tmp_path, conf=as_this_user(folder), port=config.broker.port):
         collector = Link(config.broker_for(config.collector), "any", subscribe=topic_filters("acme"))
         sender = Link(settings_of(folder, "pi-07"), "pi-07", subscribe=["outstation/acme/#"])
         base = "outstation/acme/pi-07"
@@ -227,7 +227,7 @@ def test_collectors_beside_each_other_have_a_session_each_and_share_what_comes(
     assert (folder / "broker" / "acl").read_text().count("user collector-b") == 1
     with pytest.raises(UsageError, match="a collector connects"):
         let_in(config, folder, "collector-b")
-    with Mosquitto(tmp_path, conf=as_this_user(folder), port=config.broker.port):
+    with MosquittoBroker(tmp_path, conf=as_this_user(folder), port=config.broker.port):
         links = [
             Link(
                 config.broker_for(collectors.resolve_identity(config, name)),
@@ -267,7 +267,7 @@ def test_no_certificate_a_foreign_one_and_a_foreign_ca_do_not_connect(
     let_in(other, tmp_path / "other", "pi-07")
     good = settings_of(folder, "pi-07")
     foreign = settings_of(tmp_path / "other", "pi-07")
-    with Mosquitto(tmp_path, conf=as_this_user(folder), port=config.broker.port):
+    with MosquittoBroker(tmp_path, conf=as_this_user(folder), port=config.broker.port):
         Link(good, "pi-07").close()
         for bad in (
             BrokerConfig(url=good.url, ca_file=good.ca_file),
@@ -285,9 +285,11 @@ def test_no_certificate_a_foreign_one_and_a_foreign_ca_do_not_connect(
 def test_a_certificate_that_has_ended_is_named(tmp_path: Path, folder: Path, config: FleetConfig) -> None:
     let_in(config, folder, "pi-07")
     certificate = folder / "devices" / "pi-07" / "device.crt"
-    certificate.write_bytes(expired(certificate.read_bytes(), pki.load_authority(folder / "ca.pem", folder / "ca.key")))
+    certificate.write_bytes(
+        make_expired(certificate.read_bytes(), pki.load_authority(folder / "ca.pem", folder / "ca.key"))
+    )
     with (
-        Mosquitto(tmp_path, conf=as_this_user(folder), port=config.broker.port),
+        MosquittoBroker(tmp_path, conf=as_this_user(folder), port=config.broker.port),
         pytest.raises(LinkDown, match=r"device\.crt ended on 20.*put a new one in its place"),
     ):
         Link(settings_of(folder, "pi-07"), "pi-07", timeout_s=5.0)
@@ -298,7 +300,7 @@ def test_a_device_cannot_throw_another_off_by_taking_its_client_id(
 ) -> None:
     for device in ("pi-07", "pi-08"):
         let_in(config, folder, device)
-    with Mosquitto(tmp_path, conf=as_this_user(folder), port=config.broker.port):
+    with MosquittoBroker(tmp_path, conf=as_this_user(folder), port=config.broker.port):
         victim = Link(settings_of(folder, "pi-07"), "pi-07")
         thief = Link(settings_of(folder, "pi-08"), "pi-07")
         assert answer(victim, "outstation/acme/pi-07/health") == "No matching subscribers"
@@ -345,7 +347,7 @@ def test_a_database_is_a_path_or_a_url(url: str, path: str) -> None:
     ("line", "problem"),
     [
         ('db = "postgresql://h/d"\npartitions = 0', "must be 1 to 1024"),
-        ("partitions = 4", "is for a PostgreSQL database"),
+        ("partitions = 4", "needs a PostgreSQL database"),
     ],
 )
 def test_partitions_are_those_of_postgresql(folder: Path, config: FleetConfig, line: str, problem: str) -> None:

@@ -19,8 +19,8 @@ from agent.drift.reporting import parsed_message
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift.merge import MergedField
 from agent.fleet.drift.survey import summarize_drift
+from agent.testing.messages import MODEL, MessageSender, SignedMessage
 from tests.fleet.test_drift import NOW_US, add, devices
-from tests.kit.senders import MODEL, Sender, Sent
 
 FIELDS = ("pressure", "noise", "rare")
 ROWS, DEVICES, WINDOWS = 50, 50, 3
@@ -124,9 +124,9 @@ def test_the_collectors_survey_of_fifty_devices_equals_one_pass_over_all_rows(
     shipped: Reference, of_devices: list[Rows], messages: list[list[dict[str, Any]]], tmp_path: Path, backwards: bool
 ) -> None:
     store = FleetStore(tmp_path / "fleet.db")
-    pairs: list[tuple[Sender, list[dict[str, Any]]]] = list(zip(devices(DEVICES), messages, strict=True))
+    pairs: list[tuple[MessageSender, list[dict[str, Any]]]] = list(zip(devices(DEVICES), messages, strict=True))
     for sender, bodies in reversed(pairs) if backwards else pairs:
-        sent: list[Sent] = [sender.logged("drift", task=sender.task, **body) for body in bodies]
+        sent: list[SignedMessage] = [sender.append("drift", task=sender.task, **body) for body in bodies]
         add(store, sender, *(reversed(sent) if backwards else sent))
     [group] = summarize_drift(store, now_us=NOW_US).groups
     store.close()

@@ -21,8 +21,8 @@ from agent.fleet.database.store import FleetStore
 from agent.fleet.drift import fleet_wide
 from agent.fleet.drift.fleet_wide import ObservationPeriod, Onset
 from agent.fleet.drift.fleet_wide_alerts import POLL_INTERVAL_S, FleetWideAlerts
+from agent.testing.messages import MessageSender, SignedMessage
 from tests.fleet.test_drift import MINUTE_US, NOW_US, add, devices, field, filled, folder, run, seen, window
-from tests.kit.senders import Sender, Sent
 
 __all__ = ["folder"]
 HOUR_US = 60 * MINUTE_US
@@ -135,14 +135,14 @@ def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
     opened.close()
 
 
-def alert(sender: Sender, at: int, state: str = "raised", subject: str = "ax", number: int = 1) -> Sent:
+def alert(sender: MessageSender, at: int, state: str = "raised", subject: str = "ax", number: int = 1) -> SignedMessage:
     """A drift alert at a moment, epoch µs."""
     body = {"alert": "drift", "subject": subject, "state": state, "severity": "warning", "summary": f"{subject} moved."}
     identity = f"{sender.task}/{subject}/drift/{number}"
-    return sender.logged("alerts", task=sender.task, **body, id=identity, time=clock.to_rfc3339(at))
+    return sender.append("alerts", task=sender.task, **body, id=identity, time=clock.to_rfc3339(at))
 
 
-def watched_fleet(store: FleetStore, number: int = 12) -> list[Sender]:
+def watched_fleet(store: FleetStore, number: int = 12) -> list[MessageSender]:
     """Devices with a tested window every two hours of the last three days."""
     senders = devices(number)
     for sender in senders:
@@ -209,7 +209,7 @@ def test_it_looks_only_when_a_drift_alert_came_and_once_a_minute(
     lookout.poll(told)
     lookout.poll(ClockReading(NOW_US, 1000.0, "synced"))
     assert len(looks) == 1
-    lookout.record_batch([Arrival(sender.open(alert(sender, NOW_US)))])
+    lookout.record_batch([Arrival(sender.verify(alert(sender, NOW_US)))])
     lookout.poll(ClockReading(NOW_US, 100.0 + POLL_INTERVAL_S - 1, "synced"))
     assert len(looks) == 1
     lookout.poll(ClockReading(NOW_US, 100.0 + POLL_INTERVAL_S, "synced"))
@@ -233,7 +233,7 @@ def test_a_time_that_no_calendar_has_does_not_stop_the_collector(store: FleetSto
     senders = watched_fleet(store)
     for sender in senders[:8]:
         add(store, sender, alert(sender, NOW_US - HOUR_US))
-    sent = senders[9].logged(
+    sent = senders[9].append(
         "alerts", task="exercise", alert="drift", subject="ax", state="raised", severity="warning", summary="x",
         id="exercise/ax/drift/1", time=f"{clock.to_rfc3339(NOW_US)[:8]}00T12:00:00Z",
     )  # fmt: skip

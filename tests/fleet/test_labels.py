@@ -13,12 +13,12 @@ from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.labels import LabelOutcome
 from agent.performance.labels import Label
-from tests.kit.senders import MODEL, Sender, Sent, new_key
+from agent.testing.messages import MODEL, MessageSender, SignedMessage, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
-SENDER = Sender(key=new_key(7), log="5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c11")
+SENDER = MessageSender(key=new_key(7), log="5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c11")
 RESULTS = SENDER.results(60, rows_at=(1, 60))
-ANEW = Sender(key=new_key(7), log="6a0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c12")
+ANEW = MessageSender(key=new_key(7), log="6a0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c12")
 AGAIN = ANEW.results(60, rows_at=(1, 60))
 METRICS = [
     {"metric": "accuracy", "value": 0.9, "low": 0.8, "high": 0.95, "n": 100},
@@ -31,7 +31,7 @@ METRICS = [
 def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
     opened = fresh()
     opened.enrol(SENDER.device, SENDER.key.public, replace=False, now=NOW)
-    opened.ingest([Arrival(SENDER.open(RESULTS))], [], NOW)
+    opened.ingest([Arrival(SENDER.verify(RESULTS))], [], NOW)
     yield opened
     opened.close()
 
@@ -96,7 +96,7 @@ def test_the_models_own_answers_are_no_labels_of_its_quality(store: FleetStore) 
 
 def test_rows_count_anew_in_a_new_log_and_labels_are_of_that_one(store: FleetStore) -> None:
     take(store, Label(1, None, "PEN"))
-    store.ingest([Arrival(ANEW.open(AGAIN))], [], NOW)
+    store.ingest([Arrival(ANEW.verify(AGAIN))], [], NOW)
     outcome = take(store, Label(2, None, "PEN"))
     assert outcome.sources == {"human": 1}
     assert ask(store, "SELECT log, row FROM labels ORDER BY log") == [(SENDER.log, 1), (ANEW.log, 2)]
@@ -108,9 +108,9 @@ def test_without_results_nothing_can_be_joined(store: FleetStore) -> None:
 
 
 def test_metrics_of_a_message_become_rows_once(store: FleetStore) -> None:
-    sent = SENDER.logged("quality", task=SENDER.task, metrics=METRICS, window={"n": 100})
+    sent = SENDER.append("quality", task=SENDER.task, metrics=METRICS, window={"n": 100})
     for _ in range(2):
-        store.ingest([Arrival(SENDER.open(sent))], [], NOW)
+        store.ingest([Arrival(SENDER.verify(sent))], [], NOW)
     sql = "SELECT metric, slice, value, low, high, n, state, source, log, seq FROM metrics ORDER BY seq, metric, slice"
     place = ("device", SENDER.log, sent.seq)
     assert ask(store, sql) == [
@@ -121,8 +121,8 @@ def test_metrics_of_a_message_become_rows_once(store: FleetStore) -> None:
 
 
 def test_what_a_device_said_is_not_replaced_by_labels_that_come_here(store: FleetStore) -> None:
-    sent = SENDER.logged("quality", task=SENDER.task, metrics=METRICS[:1])
-    store.ingest([Arrival(SENDER.open(sent))], [], NOW)
+    sent = SENDER.append("quality", task=SENDER.task, metrics=METRICS[:1])
+    store.ingest([Arrival(SENDER.verify(sent))], [], NOW)
     take(store, Label(1, None, "PEN"))
     assert ask(store, "SELECT source FROM metrics WHERE metric = 'accuracy' ORDER BY source") == [
         ("collector",),
@@ -133,19 +133,19 @@ def test_what_a_device_said_is_not_replaced_by_labels_that_come_here(store: Flee
 def test_a_misspelt_class_is_rejected_with_those_the_model_named_here(store: FleetStore) -> None:
     outcome = take(store, Label(1, None, "PENN"), Label(2, None, "pen"), Label(3, None, "PEN"))
     assert (outcome.accepted, set(outcome.rejected)) == (1, {0, 1})
-    assert outcome.rejected[0].startswith("'PENN' is no label of this model; it knows ABD, FEL, PEN, as far as ")
+    assert outcome.rejected[0].startswith("'PENN' is no label of this model; it knows ABD, FEL, PEN, as inferred ")
     assert ask(store, "SELECT label FROM labels") == [("PEN",)]
 
 
-def activated(sender: Sender, kind: str, **more: Any) -> Sent:
+def activated(sender: MessageSender, kind: str, **more: Any) -> SignedMessage:
     to = {"name": MODEL["name"], "version": MODEL["version"], "digest": MODEL["digest"]}
     evidence = {"task": sender.task, "from": None, "to": to, "why": "configured", "kind": kind, **more}
-    return sender.logged("audit", event="activated", summary="", evidence=evidence)
+    return sender.append("audit", event="activated", summary="", evidence=evidence)
 
 
 def test_a_class_the_model_never_named_is_taken_where_the_device_said_that_it_knows_it(store: FleetStore) -> None:
     said = activated(SENDER, "classify", labels=["PEN", "ABD", "FEL", "HOP"])
-    store.ingest([Arrival(SENDER.open(said))], [], NOW)
+    store.ingest([Arrival(SENDER.verify(said))], [], NOW)
     outcome = take(store, Label(1, None, "HOP"), Label(2, None, "HOPP"))
     assert (outcome.accepted, outcome.rejected) == (
         1,
@@ -153,13 +153,13 @@ def test_a_class_the_model_never_named_is_taken_where_the_device_said_that_it_kn
     )
 
 
-def numbers(tmp_path: Path, *said: Sent, sender: Sender) -> FleetStore:
+def numbers(tmp_path: Path, *said: SignedMessage, sender: MessageSender) -> FleetStore:
     """A store with results 1 to 60 of a model that gives a tenth of the row."""
     columns = {"row": list(range(1, 61)), "t": list(range(1, 61)), "value": [row / 10 for row in range(1, 61)]}
     sent = sender.results(60, rows_at=(1, 60), columns=columns)
     store = FleetStore(tmp_path / "numbers.db")
     store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
-    store.ingest([Arrival(sender.open(one)) for one in (*said, sent)], [], NOW)
+    store.ingest([Arrival(sender.verify(one)) for one in (*said, sent)], [], NOW)
     return store
 
 
@@ -169,7 +169,7 @@ def anomalies(word: bool) -> list[Label]:
 
 
 def test_words_for_anomalies_are_labels_of_an_anomaly_model(tmp_path: Path) -> None:
-    store = numbers(tmp_path, sender=Sender(key=new_key(7), log=SENDER.log))
+    store = numbers(tmp_path, sender=MessageSender(key=new_key(7), log=SENDER.log))
     try:
         outcome = take(store, *anomalies(word=True))
         assert (outcome.accepted, outcome.rejected) == (60, {})
@@ -180,7 +180,7 @@ def test_words_for_anomalies_are_labels_of_an_anomaly_model(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("word", [True, False])
 def test_an_anomaly_model_is_judged_at_its_threshold_where_the_device_said_it(tmp_path: Path, word: bool) -> None:
-    sender = Sender(key=new_key(7), log=SENDER.log)
+    sender = MessageSender(key=new_key(7), log=SENDER.log)
     store = numbers(tmp_path, activated(sender, "anomaly", threshold=3.95), sender=sender)
     try:
         found = {one.metric: one.value for one in take(store, *anomalies(word)).metrics}
@@ -190,7 +190,7 @@ def test_an_anomaly_model_is_judged_at_its_threshold_where_the_device_said_it(tm
 
 
 def test_labels_of_a_model_that_gives_numbers_are_numbers(tmp_path: Path) -> None:
-    store = numbers(tmp_path, sender=Sender(key=new_key(7), log=SENDER.log))
+    store = numbers(tmp_path, sender=MessageSender(key=new_key(7), log=SENDER.log))
     try:
         outcome = take(store, *(Label(row, None, f"{row / 10 + 1}") for row in range(1, 61)), Label(1, None, "1e160"))
         assert set(outcome.rejected) == {60}
@@ -201,7 +201,7 @@ def test_labels_of_a_model_that_gives_numbers_are_numbers(tmp_path: Path) -> Non
 
 def test_results_of_different_bundles_are_not_mixed(store: FleetStore) -> None:
     newer = SENDER.results(60, rows_at=(61, 120), model={**MODEL, "version": "9.9.9", "digest": "sha256:99"})
-    store.ingest([Arrival(SENDER.open(newer))], [], NOW)
+    store.ingest([Arrival(SENDER.verify(newer))], [], NOW)
     found = named(store)
     wrong = {"PEN": "ABD", "ABD": "FEL", "FEL": "PEN"}
     old = take(store, *(Label(row, None, wrong[found[row]]) for row in range(1, 61)))
@@ -219,9 +219,7 @@ def test_results_of_different_bundles_are_not_mixed(store: FleetStore) -> None:
 def test_a_device_that_lists_some_results_only_is_told_to_be_a_biased_sample(store: FleetStore) -> None:
     assert take(store, Label(1, None, "PEN")).sparse_warning is None
     columns = {"row": [70, 90], "t": [70, 90], "label": ["PEN", "ABD"], "score": [0.4, 0.5]}
-    store.ingest([Arrival(SENDER.open(SENDER.results(60, rows_at=(61, 120), columns=columns)))], [], NOW)
+    store.ingest([Arrival(SENDER.verify(SENDER.results(60, rows_at=(61, 120), columns=columns)))], [], NOW)
     outcome = take(store, Label(70, None, "PEN"))
     assert outcome.sparse_warning is not None
-    assert outcome.sparse_warning.startswith(
-        "the device lists 62 of 120 results of this bundle (its publish), and which ones "
-    )
+    assert outcome.sparse_warning.startswith("the device publishes 62 of 120 results of this bundle")

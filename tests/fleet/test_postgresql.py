@@ -26,13 +26,14 @@ from agent.fleet.collector.collector import Collector
 from agent.fleet.collector.pending_gaps import WAIT_S, PendingGaps
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.interface import display_name
-from agent.fleet.database.placeholders import to_psycopg
+from agent.fleet.database.postgresql_rows import to_psycopg
+from agent.fleet.database.schema import MIGRATIONS
 from agent.fleet.database.store import FleetStore
+from agent.testing.messages import FLEET, MessageSender, SignedMessage, new_key
 from agent.wire import topics
 from tests.fleet.test_collector import Wire
 from tests.kit import fleet_rollouts
 from tests.kit.evidences import told
-from tests.kit.senders import FLEET, Sender, Sent, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
 
@@ -44,14 +45,14 @@ def store(postgres_url: str) -> Iterator[FleetStore]:
     opened.close()
 
 
-def enrolled(store: FleetStore, device: str = "pi-07") -> Sender:
-    sender = Sender(device)
+def enrolled(store: FleetStore, device: str = "pi-07") -> MessageSender:
+    sender = MessageSender(device)
     store.enrol(device, sender.key.public, replace=False, now=NOW)
     return sender
 
 
-def add(store: FleetStore, sender: Sender, *sent: Sent) -> list[str]:
-    return list(store.ingest([Arrival(sender.open(one)) for one in sent], [], NOW))
+def add(store: FleetStore, sender: MessageSender, *sent: SignedMessage) -> list[str]:
+    return list(store.ingest([Arrival(sender.verify(one)) for one in sent], [], NOW))
 
 
 def ask(store: FleetStore, sql: str, *values: Any) -> list[Any]:
@@ -104,9 +105,23 @@ def test_tables_and_columns_are_those_of_sqlite(store: FleetStore, tmp_path: Pat
 def test_processes_that_start_at_once_make_the_tables_once(postgres_url: str) -> None:
     opened: list[FleetStore] = []
     assert at_once(*[lambda: opened.append(FleetStore(postgres_url))] * 6) == []
-    assert ask(opened[0], "SELECT count(*) FROM migrations") == [(1,)]
+    assert ask(opened[0], "SELECT count(*) FROM migrations") == [(len(MIGRATIONS),)]
     for one in opened:
         one.close()
+
+
+def test_a_database_of_an_older_version_is_migrated_and_not_read_before(postgres_url: str) -> None:
+    store = FleetStore(postgres_url)
+    with store.transaction() as db:
+        db.execute("DROP INDEX drift_windows_by_time")
+        db.execute("DELETE FROM migrations WHERE number = ?", (len(MIGRATIONS),))
+    store.close()
+    with pytest.raises(UsageError, match="created by an older version"):
+        FleetStore(postgres_url, read_only=True)
+    FleetStore(postgres_url).close()
+    reading = FleetStore(postgres_url, read_only=True)
+    assert ask(reading, "SELECT to_regclass('drift_windows_by_time') IS NOT NULL") == [(True,)]
+    reading.close()
 
 
 def test_a_database_of_a_newer_version_is_refused_and_one_without_tables_is_not_made_by_reading(
@@ -119,7 +134,7 @@ def test_a_database_of_a_newer_version_is_refused_and_one_without_tables_is_not_
         db.execute("INSERT INTO migrations (number) VALUES (1000)")
     store.close()
     for read_only in (False, True):
-        with pytest.raises(UsageError, match="made by a newer version"):
+        with pytest.raises(UsageError, match="created by a newer version"):
             FleetStore(postgres_url, read_only=read_only)
 
 
@@ -134,7 +149,7 @@ def test_messages_and_results_lie_in_as_many_partitions_as_were_asked_for(postgr
     store = FleetStore(postgres_url, partitions=4)
     for n in range(40):
         sender = enrolled(store, f"pi-{n:02}")
-        add(store, sender, sender.results(), sender.cursor())
+        add(store, sender, sender.results(), sender.health_with_cursor())
     per_table = "SELECT count(DISTINCT tableoid) FROM"
     assert [ask(store, f"{per_table} {table}") for table in ("messages", "results")] == [[(4,)], [(4,)]]
     assert audit(store).passed
@@ -187,7 +202,7 @@ def test_two_that_store_one_log_at_once_leave_its_gaps_and_its_end_right(postgre
     for part in parts:
         dice.shuffle(part)
 
-    def store_part(store: FleetStore, part: list[Sent]) -> None:
+    def store_part(store: FleetStore, part: list[SignedMessage]) -> None:
         for at in range(0, len(part), 7):
             add(store, sender, *part[at : at + 7])
 
@@ -209,8 +224,8 @@ def test_a_log_that_is_said_to_have_ended_while_another_stores_its_first_message
     for n in range(8):
         old = enrolled(stores[0], f"pi-{n}")
         log = [old.quality() for _ in range(9)]
-        new = Sender(old.device, old.key)
-        end = new.logged("audit", event="new log", summary="", evidence={"old": old.log, "through": 9, "reissued": 0})
+        new = MessageSender(old.device, old.key)
+        end = new.append("audit", event="new log", summary="", evidence={"old": old.log, "through": 9, "reissued": 0})
         assert at_once(lambda: add(stores[0], new, end), lambda: add(stores[1], old, log[4], log[8])) == []  # noqa: B023
         gaps = [gap for gap in stores[0].gaps(old.device) if gap["log"] == old.log]
         assert [(gap["from"], gap["to"], gap["declared"]) for gap in gaps] == [(1, 4, True), (6, 8, True)]
@@ -222,7 +237,7 @@ def test_a_transaction_that_another_one_stops_is_done_again_and_counted(store: F
     import psycopg
 
     a, b = enrolled(store, "pi-a"), enrolled(store, "pi-b")
-    both = [Arrival(a.open(a.results())), Arrival(b.open(b.results()))]
+    both = [Arrival(a.verify(a.results())), Arrival(b.verify(b.results()))]
     touch = "UPDATE devices SET state = state WHERE device = %s"
     with psycopg.connect(postgres_url) as other:
         other.execute(touch, ("pi-b",))
@@ -242,14 +257,14 @@ def test_a_transaction_that_another_one_stops_is_done_again_and_counted(store: F
 
 def test_a_key_revoked_meanwhile_signs_nothing_more(store: FleetStore, postgres_url: str) -> None:
     sender = enrolled(store)
-    arrival = Arrival(sender.open(sender.results()))
+    arrival = Arrival(sender.verify(sender.results()))
     other = FleetStore(postgres_url)
     collector = Collector(FLEET, BrokerConfig(), other, new_key(), share="b")
     other.revoke("pi-07", None, NOW)
     with pytest.raises(MessageRefused, match="revoked key"):
         store.ingest([arrival], [], NOW)
     assert store.count_messages() == 0
-    assert collector.verify([sender.results().delivery()])[1][0].reason == "revoked key"
+    assert collector.verify([sender.results().to_incoming()])[1][0].reason == "revoked key"
     other.close()
 
 
@@ -300,21 +315,23 @@ def test_text_that_postgresql_cannot_hold_is_refused_alone_and_counted(store: Fl
     collector = Collector(FLEET, BrokerConfig(), store, new_key(), share="a")
     wire: Any = Wire(store)
     poison = sender.alert(summary="NUL \0 in it")
-    hostile = Sent("outstation/acme/\0/health", b"x", "\0")
-    wire.incoming = [one.delivery() for one in (sender.results(), poison, sender.results(), hostile)]
+    hostile = SignedMessage("outstation/acme/\0/health", b"x", "\0")
+    wire.incoming = [one.to_incoming() for one in (sender.results(), poison, sender.results(), hostile)]
     collector.tick(wire, 0.0)
     assert store.count_messages() == 2
     assert [(row["reason"], row["count"]) for row in store.refusals()] == [("topic", 1), ("not storable", 1)]
-    assert ask(store, "SELECT topic FROM refused WHERE reason = 'topic'") == [("outstation/acme/\ufffd/health",)]
+    assert ask(store, "SELECT topic FROM refusal_samples WHERE reason = 'topic'") == [
+        ("outstation/acme/\ufffd/health",)
+    ]
 
 
 def test_a_name_of_several_kilobytes_that_no_index_takes_is_refused_alone(store: FleetStore) -> None:
     sender = enrolled(store)
     noise = "".join(Random(1).choices("abcdefghijklmnopqrstuvwxyz0123456789", k=20_000))
-    good = sender.open(sender.results())
+    good = sender.verify(sender.results())
     message = msgspec.structs.replace(good, body=msgspec.structs.replace(good.body, log=noise))
     with pytest.raises(MessageRefused, match="not storable"):
-        store.ingest([Arrival(message), Arrival(sender.open(sender.results()))], [], NOW)
+        store.ingest([Arrival(message), Arrival(sender.verify(sender.results()))], [], NOW)
     assert store.count_messages() == 0
 
 
@@ -356,7 +373,7 @@ def test_refusals_of_all_collectors_together_raise_one_alert_of_the_one_with_the
 ) -> None:
     monkeypatch.setattr("agent.fleet.collector.leader.LEADER_CHECK_S", 0.0)
     enrolled(store)
-    stranger = Sender(key=new_key(5))
+    stranger = MessageSender(key=new_key(5))
     stores = [store, FleetStore(postgres_url)]
     collectors = [
         Collector(FLEET, BrokerConfig(), one, new_key(), share=name) for one, name in zip(stores, "ab", strict=True)
@@ -364,7 +381,7 @@ def test_refusals_of_all_collectors_together_raise_one_alert_of_the_one_with_the
     for _ in range(2):
         for one, collector in zip(stores, collectors, strict=True):
             wire: Any = Wire(one)
-            wire.incoming = [stranger.results().delivery() for _ in range(7)]
+            wire.incoming = [stranger.results().to_incoming() for _ in range(7)]
             collector.tick(wire, 0.0)
     idle: Any = Wire(store)
     collectors[0].tick(idle, 0.0)
@@ -409,7 +426,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def copy(source: FleetStore, target: FleetStore) -> None:
-    flags = {"declared", "believed", "implied"}
+    flags = {"declared", "trusted", "implied"}
     with target.transaction() as into:
         sql = "SELECT tablename FROM pg_tables WHERE schemaname = current_schema() AND tablename <> 'migrations'"
         for (table,) in into.execute(sql).fetchall():
@@ -434,7 +451,7 @@ def test_the_commands_of_a_fleet_work_with_a_url_in_its_config(tmp_path: Path, p
     run("init", folder, "--broker", "mqtt://127.0.0.1:1")
     config = folder / "fleet.toml"
     config.write_text(config.read_text().replace('"fleet.db"', f'"{postgres_url}"'), encoding="utf-8")
-    sender = Sender()
+    sender = MessageSender()
     run("enrol", "pi-07", "--key", sender.key.public.text, "--dir", folder)
     store = FleetStore(postgres_url)
     evicted = [
@@ -443,7 +460,7 @@ def test_the_commands_of_a_fleet_work_with_a_url_in_its_config(tmp_path: Path, p
         sender.alert(),
         sender.quality(),
         sender.evicted((2, 2)),
-        sender.cursor(),
+        sender.health_with_cursor(),
     ]
     add(store, sender, *[one for one in evicted if one.seq != 2])
     store.close()

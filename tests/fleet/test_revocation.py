@@ -26,12 +26,12 @@ from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import pki, revocation
 from agent.fleet.enrolment.enrol import CONNECTION_FILES, enrol, init_fleet
 from agent.fleet.enrolment.revocation import revoke_device
+from agent.testing.broker import MosquittoBroker, free_port
+from agent.testing.messages import new_key
+from agent.testing.process import run_outstation
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage
-from tests.kit.brokers import Mosquitto, free_port
-from tests.kit.senders import new_key
 from tests.kit.stations import wait_for
-from tests.kit.system import outstation
 
 NOW = "2026-01-01T00:00:00Z"
 
@@ -50,7 +50,7 @@ class Desk:
         self.store = FleetStore(Path(self.config.fleet.db))
         for device in ("pi-07", "pi-08"):
             self.enrol(device)
-        self.broker = Mosquitto(folder, conf=self.conf, port=port)
+        self.broker = MosquittoBroker(folder, conf=self.conf, port=port)
 
     def enrol(self, device: str, *, replace: bool = False, keep_certificate: bool = False) -> None:
         enrol(
@@ -83,7 +83,7 @@ class Desk:
             time.sleep(0.01)
 
     def cli(self, *words: str) -> tuple[int, dict[str, Any]]:
-        done = outstation("fleet", *words, "--dir", str(self.folder), "--json")
+        done = run_outstation("fleet", *words, "--dir", str(self.folder), "--json")
         return done.returncode, json.loads(done.stdout)
 
 
@@ -169,7 +169,7 @@ def test_a_device_that_is_far_away_keeps_its_certificate_when_its_key_is_replace
 
 
 def test_keeping_a_certificate_that_nothing_replaces_is_wrong_use(desk: Desk) -> None:
-    done = outstation("fleet", "enrol", "pi-07", "--keep-certificate", "--dir", str(desk.folder))
+    done = run_outstation("fleet", "enrol", "pi-07", "--keep-certificate", "--dir", str(desk.folder))
     assert (done.returncode, "--replace" in done.stderr) == (2, True)
 
 
@@ -371,7 +371,7 @@ def test_the_broker_does_not_start_without_the_list(desk: Desk) -> None:
         desk.broker.start()
     said = "Unable to load certificate revocation file"
     wait_for(lambda: said in desk.broker.log.read_text(errors="replace"), "the broker says why")
-    wait_for(lambda: not desk.broker.running, "and ends")
+    wait_for(lambda: not desk.broker.is_running, "and ends")
 
 
 def test_a_fleet_without_tls_revokes_keys_and_speaks_of_no_certificate(tmp_path: Path) -> None:

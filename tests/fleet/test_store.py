@@ -18,15 +18,16 @@ from hypothesis import strategies as st
 from agent.errors import MessageRefused, StorageBusy, StorageError, StorageFull, UsageError
 from agent.fleet.audit.audit import audit
 from agent.fleet.database import sqlite
-from agent.fleet.database.ingest import DEFAULT_MAX_EVIDENCE, Arrival, Refusal
+from agent.fleet.database.ingest import DEFAULT_MAX_SAMPLES, Arrival, Refusal
+from agent.fleet.database.schema import MIGRATIONS
 from agent.fleet.database.store import MAX_MISSING_RANGES, FleetStore
+from agent.testing.messages import MessageSender, SignedMessage, new_key
 from agent.wire.messages import ResultsPayload
 from tests.kit.fleet_databases import sqlite_of
-from tests.kit.senders import Sender, Sent, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
 TABLES = (
-    *("devices", "messages", "logs", "gaps", "ends", "results", "drift_windows", "alerts", "quality"),
+    *("devices", "messages", "logs", "gaps", "log_ends", "results", "drift_windows", "alerts", "quality_messages"),
     *("shadows", "rollout_devices"),
 )
 
@@ -46,12 +47,12 @@ def file_store(tmp_path: Path) -> Iterator[FleetStore]:
     opened.close()
 
 
-def enrol(store: FleetStore, sender: Sender) -> None:
+def enrol(store: FleetStore, sender: MessageSender) -> None:
     store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
 
 
-def add(store: FleetStore, sender: Sender, *sent: Sent) -> list[str]:
-    return list(store.ingest([Arrival(sender.open(one)) for one in sent], [], NOW))
+def add(store: FleetStore, sender: MessageSender, *sent: SignedMessage) -> list[str]:
+    return list(store.ingest([Arrival(sender.verify(one)) for one in sent], [], NOW))
 
 
 def tables(store: FleetStore) -> dict[str, list[Any]]:
@@ -71,22 +72,22 @@ def ask(store: FleetStore, sql: str) -> list[Any]:
         return db.execute(sql).fetchall()
 
 
-def of_every_kind(sender: Sender) -> list[Sent]:
+def of_every_kind(sender: MessageSender) -> list[SignedMessage]:
     """A log with each kind, and two evictions: of seq 3, and of 5 and 6."""
     log = [sender.results(), sender.drift(), sender.results(), sender.alert(), sender.quality(), sender.results()]
-    log += [sender.evicted((3, 3)), sender.cursor(), sender.evicted((5, 6)), sender.alert(state="cleared")]
+    log += [sender.evicted((3, 3)), sender.health_with_cursor(), sender.evicted((5, 6)), sender.alert(state="cleared")]
     log += [sender.shadow(), sender.rollout("shadow"), sender.rollout("settled", strategy="all")]
     return [one for one in log if one.seq not in (3, 5, 6)]
 
 
-SENDER = Sender(key=new_key(7), log="5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c11")
+SENDER = MessageSender(key=new_key(7), log="5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c11")
 LOG = of_every_kind(SENDER)
 
 
 @settings(max_examples=25, deadline=None)
 @given(order=st.permutations(LOG), repeats=st.lists(st.sampled_from(LOG), max_size=6), cuts=st.sets(st.integers(1, 12)))
 def test_any_order_and_any_repeats_in_any_batches_give_the_same_tables(
-    fresh: Callable[[], FleetStore], order: list[Sent], repeats: list[Sent], cuts: set[int]
+    fresh: Callable[[], FleetStore], order: list[SignedMessage], repeats: list[SignedMessage], cuts: set[int]
 ) -> None:
     seen = []
     for sequence, ends in (([*LOG], [len(LOG)]), ([*order, *repeats], [*sorted(cuts), len(order) + len(repeats)])):
@@ -105,13 +106,13 @@ def test_any_order_and_any_repeats_in_any_batches_give_the_same_tables(
 def test_what_is_missing_of_a_log_that_ended_is_declared_whenever_the_end_comes(
     fresh: Callable[[], FleetStore], came: set[int], ends: list[int], data: st.DataObject
 ) -> None:
-    old = Sender(key=SENDER.key)
+    old = MessageSender(key=SENDER.key)
     log = [old.quality() for _ in range(13)] + [old.evicted((3, 3), (12, 13))]
-    arrivals = [Arrival(old.open(log[seq - 1])) for seq in came]
+    arrivals = [Arrival(old.verify(log[seq - 1])) for seq in came]
     for end in ends:
-        new = Sender(key=old.key)
+        new = MessageSender(key=old.key)
         evidence = {"old": old.log, "through": end, "reissued": 0}
-        arrivals.append(Arrival(new.open(new.logged("audit", event="new log", summary="", evidence=evidence))))
+        arrivals.append(Arrival(new.verify(new.append("audit", event="new log", summary="", evidence=evidence))))
     order = data.draw(st.permutations(arrivals))
     # Drawn before anything is open: a draw may end the test there and then.
     cut = data.draw(st.integers(0, len(order)))
@@ -129,28 +130,20 @@ def test_what_is_missing_of_a_log_that_ended_is_declared_whenever_the_end_comes(
     assert [gap[:2] for gap in gaps if not gap[2]] == told == audited == ranges(absent - declared)
 
 
-def test_the_end_of_a_log_that_an_older_database_was_told_is_known_after_it_is_opened(file_store: FleetStore) -> None:
-    old, new = Sender(key=SENDER.key), Sender(key=SENDER.key)
-    enrol(file_store, old)
-    log = [old.quality() for _ in range(12)]
-    evidence = {"old": old.log, "through": 10, "reissued": 0}
-    add(file_store, old, log[0])
-    add(file_store, new, new.logged("audit", event="new log", summary="", evidence=evidence))
-    file_store.close()
-    with contextlib.closing(sqlite3.connect(file_store.path)) as db, db:
-        db.execute("DROP TABLE ends")
-        db.execute("DELETE FROM _sqlite_migrations WHERE name = 'ends_of_logs'")
-        db.execute("INSERT INTO gaps VALUES (?, ?, 2, 7, 0)", (old.device, old.log))
-        db.execute("UPDATE logs SET through = 8 WHERE log = ?", (old.log,))
-    db.close()
-    opened = FleetStore(file_store.path)
-    add(opened, old, log[11])
-    assert [(gap["from"], gap["to"], gap["declared"]) for gap in opened.gaps()] == [
-        (2, 7, True),
-        (9, 10, True),
-        (11, 11, False),
-    ]
-    opened.close()
+def test_a_database_of_an_older_version_is_migrated_and_not_read_before(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.db"
+    FleetStore(path).close()
+    *_, newest = MIGRATIONS
+    assert newest.name == "index_drift_windows_by_time"
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.execute("DROP INDEX drift_windows_by_time")
+        db.execute("DELETE FROM _sqlite_migrations WHERE name = ?", (newest.name,))
+    with pytest.raises(UsageError, match="created by an older version"):
+        FleetStore(path, read_only=True)
+    FleetStore(path).close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'drift_windows_by_time'").fetchone() == (1,)
+    FleetStore(path, read_only=True).close()
 
 
 def ranges(numbers: set[int]) -> list[tuple[int, int]]:
@@ -169,7 +162,7 @@ EVICTIONS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 9)).map(lambda
 def test_gaps_equal_a_brute_force_model_for_any_subset_of_seqs_and_any_evictions(
     fresh: Callable[[], FleetStore], came: set[int], evicted: list[tuple[int, int]], data: st.DataObject
 ) -> None:
-    sender = Sender(key=SENDER.key)
+    sender = MessageSender(key=SENDER.key)
     log = [sender.quality() for _ in range(40)]
     sent = [log[seq - 1] for seq in came] + [sender.evicted(*evicted)]
     order = data.draw(st.permutations(sent))
@@ -188,14 +181,14 @@ def test_gaps_equal_a_brute_force_model_for_any_subset_of_seqs_and_any_evictions
 
 
 def test_a_run_that_lists_no_result_may_come_alone(store: FleetStore) -> None:
-    sender = Sender()
+    sender = MessageSender()
     enrol(store, sender)
     assert add(store, sender, sender.results(0, rows=25, lost="its checksum does not match")) == ["new"]
     assert tables(store)["results"] == []
 
 
 def test_with_more_than_a_hundred_gaps_the_acknowledgement_goes_only_as_far_as_a_hundred(store: FleetStore) -> None:
-    sender = Sender()
+    sender = MessageSender()
     enrol(store, sender)
     log = [sender.quality() for _ in range(2 * MAX_MISSING_RANGES + 50)]
     add(store, sender, *log[1::2])
@@ -207,9 +200,9 @@ def test_with_more_than_a_hundred_gaps_the_acknowledgement_goes_only_as_far_as_a
 
 
 def test_the_same_seq_with_other_bytes_raises_an_alert_keeps_both_and_replaces_nothing(store: FleetStore) -> None:
-    sender = Sender()
+    sender = MessageSender()
     enrol(store, sender)
-    twin = Sender(key=sender.key, log=sender.log)
+    twin = MessageSender(key=sender.key, log=sender.log)
     first, other = sender.results(), twin.results(n=2)
     assert add(store, sender, first, other, other) == ["new", "conflict", "conflict"]
     assert [row[5] for row in tables(store)["messages"]] == [first.payload]
@@ -217,12 +210,16 @@ def test_the_same_seq_with_other_bytes_raises_an_alert_keeps_both_and_replaces_n
     [alert] = store.alerts()
     assert (alert["alert"], alert["severity"], alert["open"]) == ("security", "critical", True)
     assert "two different messages as seq 1" in alert["summary"]
-    assert ask(store, "SELECT reason, payload, jws FROM refused")[0] == ("other bytes", other.payload, other.jws)
-    assert [(row["reason"], row["count"]) for row in store.refusals()] == [("other bytes", 2)]
+    assert ask(store, "SELECT reason, payload, jws FROM refusal_samples")[0] == (
+        "conflicting payload",
+        other.payload,
+        other.jws,
+    )
+    assert [(row["reason"], row["count"]) for row in store.refusals()] == [("conflicting payload", 2)]
 
 
 def test_refused_messages_are_counted_and_only_the_first_few_kept(store: FleetStore) -> None:
-    sender = Sender()
+    sender = MessageSender()
     enrol(store, sender)
     flood = [Refusal(f"ghost-{i}", "unknown key", "", "t", b"x", "") for i in range(50)]
     store.ingest([], [*flood, Refusal(sender.device, "unsigned", "", "t", b"\xff", "")], NOW)
@@ -230,13 +227,13 @@ def test_refused_messages_are_counted_and_only_the_first_few_kept(store: FleetSt
         ("", "unknown key", 50),
         (sender.device, "unsigned", 1),
     ]
-    assert ask(store, "SELECT count(*) FROM refused") == [(DEFAULT_MAX_EVIDENCE + 1,)]
+    assert ask(store, "SELECT count(*) FROM refusal_samples") == [(DEFAULT_MAX_SAMPLES + 1,)]
 
 
 def test_a_value_too_large_for_the_database_is_refused_and_leaves_nothing_of_its_batch(store: FleetStore) -> None:
-    sender = Sender()
+    sender = MessageSender()
     enrol(store, sender)
-    good = sender.open(sender.results())
+    good = sender.verify(sender.results())
     assert isinstance(good.body, ResultsPayload)
     columns = msgspec.structs.replace(good.body.columns, t=[2**70, 0, 0])
     poison = msgspec.structs.replace(good, body=msgspec.structs.replace(good.body, seq=2, columns=columns))
@@ -246,21 +243,21 @@ def test_a_value_too_large_for_the_database_is_refused_and_leaves_nothing_of_its
 
 
 def test_alerts_are_open_until_cleared_and_those_of_a_lost_log_are_closed(store: FleetStore) -> None:
-    sender = Sender()
+    sender = MessageSender()
     enrol(store, sender)
     add(store, sender, sender.alert("a"), sender.alert("b"), sender.alert("a", "cleared"))
     assert [alert["id"] for alert in store.alerts()] == ["b"]
     assert store.devices()[0]["alerts"] == 1
     add(store, sender, sender.alert("a"))
     assert [alert["id"] for alert in store.alerts()] == ["b", "a"]
-    reborn = Sender(key=sender.key)
+    reborn = MessageSender(key=sender.key)
     add(store, reborn, reborn.quality())
     assert store.alerts() == []
     assert len(store.alerts(closed=True)) == 4
 
 
 def test_enrolling_again_is_quiet_and_another_key_needs_replace(store: FleetStore) -> None:
-    sender, other = Sender(), new_key()
+    sender, other = MessageSender(), new_key()
     assert store.enrol("pi-07", sender.key.public, replace=False, now=NOW)
     assert not store.enrol("pi-07", sender.key.public, replace=False, now=NOW)
     with pytest.raises(UsageError, match="--replace"):
@@ -277,7 +274,7 @@ def test_enrolling_again_is_quiet_and_another_key_needs_replace(store: FleetStor
 
 
 def test_a_full_disk_and_a_locked_database_are_storage_errors_that_keep_nothing(file_store: FleetStore) -> None:
-    sender = Sender()
+    sender = MessageSender()
     enrol(file_store, sender)
     sqlite_of(file_store).connection.execute("PRAGMA max_page_count = 40")
     with pytest.raises(StorageFull):
@@ -307,10 +304,10 @@ def test_two_open_stores_take_turns(file_store: FleetStore, monkeypatch: pytest.
     inside.wait(60)
     monkeypatch.setattr(sqlite, "LOCK_WAIT_S", 0.05)
     with pytest.raises(StorageBusy, match="another process"):
-        enrol(file_store, Sender())
+        enrol(file_store, MessageSender())
     leave.set()
     thread.join()
-    enrol(file_store, Sender())
+    enrol(file_store, MessageSender())
     assert [row["device"] for row in file_store.devices()] == ["pi-07"]
     second.close()
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from agent.errors import MessageRefused
 from agent.fleet.audit.audit import audit
 from agent.fleet.database.store import FleetStore
+from agent.testing.messages import MessageSender
 from agent.wire.messages import AuditPayload, ResultsPayload, VerifiedMessage
 from tests.kit.clocks import TRUE_START_US, Dated, Machine, Station, collect, dated
-from tests.kit.senders import Sender
 
 S = 1_000_000
 HOUR, DAY = 3600 * S, 86_400 * S
@@ -120,8 +120,8 @@ def test_the_true_time_of_every_row_lies_within_its_bound_whatever_the_clock_did
         station.stop()
     assert [row.row for row in rows] == list(range(1, len(station.truth) + 1))
     for row, truth in zip(rows, station.truth, strict=True):
-        event(row.dated)
-        assert (row.t_error_us is None) == (row.dated in ("given", "unknown"))
+        event(row.time_quality)
+        assert (row.t_error_us is None) == (row.time_quality in ("producer", "unknown"))
         if row.t_error_us is not None:
             assert abs(row.t_best - truth) <= row.t_error_us, (row, truth - row.t_best)
 
@@ -165,7 +165,7 @@ def test_rows_of_a_clock_that_is_right_cost_no_byte_more_and_keep_their_time(
     [results] = [one.body for one in station.messages() if isinstance(one.body, ResultsPayload)]
     assert results.clocks is None
     found = date()
-    assert [row.dated for row in found] == ["synced"] * 3
+    assert [row.time_quality for row in found] == ["synced"] * 3
     assert all(row.t_best == row.t and row.t_error_us is not None and row.t_error_us < 1_100_000 for row in found)
 
 
@@ -179,7 +179,7 @@ def test_a_boot_in_1970_is_dated_once_the_clock_is_set(station: Station, date: C
     station.turn()
     rows(station)
     found = date()
-    assert [row.dated for row in found] == ["anchored"] * 3 + ["synced"] * 3
+    assert [row.time_quality for row in found] == ["anchored"] * 3 + ["synced"] * 3
     assert all(row.t < 1000 * S for row in found[:3])
     assert max(errors(station, found)) <= 60_000
 
@@ -190,7 +190,7 @@ def test_before_the_anchor_came_nothing_is_claimed(station: Station, date: Calla
     station.start()
     station.turn()
     rows(station)
-    assert [(row.dated, row.t_error_us) for row in date()] == [("unknown", None)] * 3
+    assert [(row.time_quality, row.t_error_us) for row in date()] == [("unknown", None)] * 3
 
 
 def test_boots_that_were_never_set_lie_in_order_and_spaced_as_they_were_between_those_that_were(
@@ -212,7 +212,7 @@ def test_boots_that_were_never_set_lie_in_order_and_spaced_as_they_were_between_
     station.turn()
     rows(station)
     found = date()
-    assert [row.dated for row in found] == ["synced"] * 3 + ["interval"] * 9 + ["synced"] * 3
+    assert [row.time_quality for row in found] == ["synced"] * 3 + ["interval"] * 9 + ["synced"] * 3
     best = [row.t_best for row in found]
     assert best == sorted(best)
     assert [best[4] - best[3], best[5] - best[4]] == [10 * S, 10 * S]
@@ -234,7 +234,7 @@ def test_a_commit_that_straddles_a_step_is_cut_where_the_clock_was_set(
     [results] = [one.body for one in station.messages() if isinstance(one.body, ResultsPayload)]
     assert results.clocks == [(1, 1, 1, 0), (2, 1, 2, 1)]
     found = date()
-    assert [row.dated for row in found] == ["synced", "anchored"]
+    assert [row.time_quality for row in found] == ["synced", "anchored"]
     assert max(errors(station, found)) <= 20_000
 
 
@@ -249,7 +249,7 @@ def test_a_segment_that_only_the_intake_saw_has_an_anchor_all_the_same(
     station.machine.sync(0)
     station.turn()
     found = date()
-    assert [row.dated for row in found] == ["anchored"]
+    assert [row.time_quality for row in found] == ["anchored"]
     assert max(errors(station, found)) <= 20_000
     segments = [one.body.evidence["segment"] for one in station.messages() if isinstance(one.body, AuditPayload)]
     assert segments == [1, 2, 1]
@@ -267,12 +267,14 @@ def test_rows_of_yesterdays_boot_that_are_run_today_keep_their_boot_and_segment(
     station.machine.sync(0)
     station.turn()
     found = date()
-    assert [(row.boot, row.dated) for row in found] == [(1, "unknown")]
+    assert [(row.boot, row.time_quality) for row in found] == [(1, "unknown")]
     anchors = [one.body.evidence for one in station.messages() if isinstance(one.body, AuditPayload)]
     assert [(anchor["boot"], anchor["segment"]) for anchor in anchors] == [(1, 1), (2, 1)]
 
 
-@pytest.mark.parametrize(("t_s", "how"), [(None, "anchored"), (-2.0, "anchored"), (-3000.0, "given"), (8.0, "given")])
+@pytest.mark.parametrize(
+    ("t_s", "how"), [(None, "anchored"), (-2.0, "anchored"), (-3000.0, "producer"), (8.0, "producer")]
+)
 def test_a_time_that_the_producer_gave_is_only_corrected_if_it_was_plainly_read_from_this_clock(
     station: Station, date: Callable[..., list[Dated]], t_s: float | None, how: str
 ) -> None:
@@ -284,8 +286,8 @@ def test_a_time_that_the_producer_gave_is_only_corrected_if_it_was_plainly_read_
     station.machine.sync(0)
     station.turn()
     [found] = date()
-    assert found.dated == how
-    assert (found.t_best == found.t) == (how == "given")
+    assert found.time_quality == how
+    assert (found.t_best == found.t) == (how == "producer")
 
 
 def test_a_producer_that_hands_over_late_what_it_read_before_the_step_is_dated_by_the_clock_of_then(
@@ -303,7 +305,7 @@ def test_a_producer_that_hands_over_late_what_it_read_before_the_step_is_dated_b
     station.commit()
     station.turn()
     found = date()
-    assert [row.dated for row in found] == ["anchored"]
+    assert [row.time_quality for row in found] == ["anchored"]
     assert max(errors(station, found)) <= 20_000
 
 
@@ -317,7 +319,7 @@ def test_a_time_service_that_lies_two_years_ahead_is_not_believed_by_the_collect
     station.machine.sync(0)
     station.turn()
     found = date()
-    assert [row.dated for row in found] == ["anchored"] * 3
+    assert [row.time_quality for row in found] == ["anchored"] * 3
     assert max(errors(station, found)) <= 20_000
 
 
@@ -342,7 +344,7 @@ def test_without_its_anchors_a_boot_claims_nothing_and_the_audit_does_not_mind_d
     station.turn()
     rows(station)
     found = date(without=lambda message: isinstance(message.body, AuditPayload))
-    assert [(row.dated, row.t_error_us) for row in found] == [("unknown", None)] * 3
+    assert [(row.time_quality, row.t_error_us) for row in found] == [("unknown", None)] * 3
 
 
 def test_evidence_that_is_nonsense_dates_nothing_and_stops_nobody(
@@ -362,7 +364,7 @@ def test_evidence_that_is_nonsense_dates_nothing_and_stops_nobody(
             evidence = {**plain, "boot": boot, "boot_us": 2**53, "quality": quality}
             body = {"event": "clock", "summary": "", "evidence": evidence}
             station.author.append(tx, "audit", None, body, station.machine.now)
-    assert [row.dated for row in date()] == ["synced"] * 3
+    assert [row.time_quality for row in date()] == ["synced"] * 3
 
 
 def test_the_collectors_list_of_devices_says_how_good_each_clock_is(station: Station, tmp_path: Path) -> None:
@@ -376,9 +378,9 @@ def test_the_collectors_list_of_devices_says_how_good_each_clock_is(station: Sta
 
 @pytest.mark.parametrize("clocks", [[], [[2, 1, 1, 0]], [[1, 1, 1, 0], [1, 1, 2, 0]], [[1, 1, 1, 3]], [[1, 1, 1]]])
 def test_clocks_that_contradict_their_message_are_refused(clocks: list[list[int]]) -> None:
-    sender = Sender()
+    sender = MessageSender()
     assert isinstance(
-        sender.open(sender.results(clocks=[[1, 1, 1, 0], [50, 1, 2, 1]], rows_at=(1, 300))).body, ResultsPayload
+        sender.verify(sender.results(clocks=[[1, 1, 1, 0], [50, 1, 2, 1]], rows_at=(1, 300))).body, ResultsPayload
     )
     with pytest.raises(MessageRefused, match="malformed payload"):
-        sender.open(sender.results(clocks=clocks, rows_at=(1, 300)))
+        sender.verify(sender.results(clocks=clocks, rows_at=(1, 300)))

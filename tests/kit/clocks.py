@@ -14,16 +14,16 @@ from agent.config import Config
 from agent.device.intake.group_commit import GroupCommit
 from agent.device.machine.timekeeping import Timekeeper
 from agent.device.pipeline.batch import _build_clocks
+from agent.device.recovery.open import open_store
 from agent.device.store.clock_segments import clip_stamps
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import RawColumns, validate_columns
-from agent.device.store.store import Store
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
+from agent.testing.messages import MODEL, new_key
 from agent.wire import jws
 from agent.wire.keys import SigningKey
 from agent.wire.messages import VerifiedMessage, verify_message
-from tests.kit.senders import MODEL, new_key
 from tests.kit.stations import conf
 
 TRUE_START_US = 1_795_000_000_000_000
@@ -79,7 +79,7 @@ class Dated:
     boot: int
     t_best: int
     t_error_us: int | None
-    dated: str
+    time_quality: str
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Station:
     def start(self) -> None:
         """The daemon; its store counts a boot where the machine had one."""
         self.patch.setattr(clock, "boot_id", lambda: f"boot {self.machine.boots}")
-        self.store = Store(self.folder)
+        self.store = open_store(self.folder)
         self.store.declare_streams(self.conf.streams)
         self.author = MessageLog("acme", "pi-07", self.key, self.store.log_id, self.store.boot, 120_000)
         self.keeper = Timekeeper(self.store, self.author)
@@ -164,5 +164,5 @@ def collect(
 
 
 def dated(store: FleetStore) -> list[Dated]:
-    rows = store._fetch_all("SELECT row, t, boot, t_best, t_error_us, dated FROM results_dated ORDER BY row")
+    rows = store._fetch_all("SELECT row, t, boot, t_best, t_error_us, time_quality FROM results_dated ORDER BY row")
     return [Dated(*row) for row in rows]

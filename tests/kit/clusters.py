@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from tests.kit.brokers import free_port
+from agent.testing.broker import free_port
 from tests.kit.stations import ROOT, wait_for
 
 WORKER = "ray::MapWorker"

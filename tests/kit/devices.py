@@ -16,15 +16,16 @@ from agent import config
 from agent.clock import ClockReading
 from agent.device.pipeline import batch, drift_state
 from agent.device.pipeline.batch import BatchResult, LoadedTask
+from agent.device.recovery.open import open_store
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.drift.monitor import DriftMonitor
 from agent.model.activation import LoadedBundle
+from agent.testing.messages import new_key
 from agent.wire import jws
 from agent.wire.messages import ResultsPayload, VerifiedMessage, digest, verify_message
-from tests.kit.bundles import Recipe
-from tests.kit.senders import new_key
+from scripts.kit.bundles import Recipe
 
 DEVICE = new_key(1)
 NOW = ClockReading(1_764_022_680_000_000, 100.0, "synced")
@@ -55,7 +56,7 @@ class Device:
         self.open()
 
     def open(self) -> None:
-        self.store = Store(self.folder, max_size=self.max_size)
+        self.store = open_store(self.folder, max_size=self.max_size)
         self.store.declare_streams({"watch": self.stream})
         manifest = self.active.bundle.manifest
         judge, state, ended = None, None, None

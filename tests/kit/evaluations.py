@@ -16,7 +16,7 @@ from agent.model.bundle import builtin
 from agent.model.bundle import bundle as bundles
 from agent.model.inference import inference
 from agent.model.inference.inference import Inference
-from tests.kit.bundles import npz
+from scripts.kit.bundles import npz
 
 
 class Recorded(msgspec.Struct, frozen=True):

@@ -22,12 +22,12 @@ from agent.fleet.rollout.actions import RolloutOperator
 from agent.fleet.rollout.plan import Promotion, RolloutPlan, RolloutStep
 from agent.fleet.rollout.promotion import StepVerdict
 from agent.model.bundle import builtin
+from agent.testing.messages import FLEET, NEW_MODEL, MessageSender, SignedMessage, new_key
 from agent.wire import key_rotation, keys
 from agent.wire.desired_state import CanaryRules
 from agent.wire.keys import SigningKey
-from tests.kit.bundles import KEY, change_manifest
+from scripts.kit.bundles import KEY, change_manifest
 from tests.kit.repositories import Depot
-from tests.kit.senders import FLEET, NEWER, Sender, Sent, new_key
 
 T0_US = clock.parse_rfc3339("2026-11-10T06:00:00Z")
 HOUR_US = 3_600_000_000
@@ -58,13 +58,13 @@ class Story:
         digest = shipped_digest()
         return cls(home, config, store, operator, digest)
 
-    def device(self, name: str, seed: int) -> Sender:
-        sender = Sender(name, new_key(seed), f"5f0c2f6e-1a54-4d0b-9a53-{seed:012d}")
+    def device(self, name: str, seed: int) -> MessageSender:
+        sender = MessageSender(name, new_key(seed), f"5f0c2f6e-1a54-4d0b-9a53-{seed:012d}")
         self.store.enrol(name, sender.key.public, replace=False, now=at(-1))
         return sender
 
-    def collect(self, sender: Sender, *sent: Sent, hours: float) -> None:
-        self.store.ingest([Arrival(sender.open(one)) for one in sent], [], at(hours))
+    def collect(self, sender: MessageSender, *sent: SignedMessage, hours: float) -> None:
+        self.store.ingest([Arrival(sender.verify(one)) for one in sent], [], at(hours))
 
     @property
     def model(self) -> dict[str, str]:
@@ -76,7 +76,7 @@ class Story:
     def sources(self, **changes: Any) -> EvidenceSources:
         found: dict[str, Any] = {
             "fleet": FLEET,
-            "home": self.home,
+            "fleet_dir": self.home,
             "operator": self.operator,
             "operators": [self.operator.public],
             "collector": keys.load_private(Path(self.config.collector.key_file)).public,
@@ -95,28 +95,28 @@ def shipped_digest() -> str:
 
 
 def activated(
-    story: Story, sender: Sender, hours: float, why: str = "configured", model: dict[str, str] | None = None
-) -> Sent:
+    story: Story, sender: MessageSender, hours: float, why: str = "configured", model: dict[str, str] | None = None
+) -> SignedMessage:
     model = model or story.model
     evidence = {"task": "exercise", "from": None, "to": model, "why": why, "kind": "classify"}
     summary = f"exercise: exercise {model['version']} was activated."
-    return sender.logged("audit", event="activated", summary=summary, evidence=evidence, time=at(hours))
+    return sender.append("audit", event="activated", summary=summary, evidence=evidence, time=at(hours))
 
 
-def health(story: Story, sender: Sender, hours: float, **more: Any) -> Sent:
+def health(story: Story, sender: MessageSender, hours: float, **more: Any) -> SignedMessage:
     tasks = {"exercise": {"stream": "watch", "row": 0, "model": story.model, **more}}
-    return sender.logged("health", streams={}, tasks=tasks, agent="0.1.0", time=at(hours))
+    return sender.append("health", streams={}, tasks=tasks, agent="0.1.0", time=at(hours))
 
 
-def quality(story: Story, sender: Sender, hours: float, accuracy: float = 0.9, n: int = 400) -> Sent:
+def quality(story: Story, sender: MessageSender, hours: float, accuracy: float = 0.9, n: int = 400) -> SignedMessage:
     half = 1.96 * (accuracy * (1 - accuracy) / n) ** 0.5
     whole = {"metric": "accuracy", "value": accuracy, "low": accuracy - half, "high": accuracy + half, "n": n}
     labels = {"n": n, "coverage": 0.2, "delay_s": {"median": 5400.0, "p90": 9000.0}, "sources": {"human": n}}
     members = {"model": story.model, "labels": labels, "metrics": [whole]}
-    return sender.logged("quality", task="exercise", **members, time=at(hours))
+    return sender.append("quality", task="exercise", **members, time=at(hours))
 
 
-def window(story: Story, sender: Sender, number: int, hours: float, state: str = "ok") -> Sent:
+def window(story: Story, sender: MessageSender, number: int, hours: float, state: str = "ok") -> SignedMessage:
     """A drift window of an hour; `state` of its field ax."""
     rows = np.random.default_rng(number).normal(0.0 if state == "ok" else 0.8, 1.0, 200)
     told = {
@@ -134,59 +134,61 @@ def window(story: Story, sender: Sender, number: int, hours: float, state: str =
         "estimate": {"accuracy": 0.9, "low": 0.8, "high": 1.0},
         "state": state,
     }
-    return sender.logged("drift", task="exercise", **members, time=at(hours + 1))
+    return sender.append("drift", task="exercise", **members, time=at(hours + 1))
 
 
-def alert(sender: Sender, identity: str, state: str, hours: float, summary: str, **more: Any) -> Sent:
+def alert(sender: MessageSender, identity: str, state: str, hours: float, summary: str, **more: Any) -> SignedMessage:
     return sender.alert(identity, state, summary, time=at(hours), **more)
 
 
-def command(sender: Sender, name: str, hours: float, kid: str, summary: str, **args: str) -> Sent:
+def command(sender: MessageSender, name: str, hours: float, kid: str, summary: str, **args: str) -> SignedMessage:
     evidence = {"id": "c1", "name": name, "args": args, "counter": 7, "kid": kid, "outcome": "done"}
     said = f"Command {name}: {summary}"
-    return sender.logged("audit", event="command", summary=said, evidence=evidence, time=at(hours))
+    return sender.append("audit", event="command", summary=said, evidence=evidence, time=at(hours))
 
 
-def rotate(story: Story, sender: Sender, hours: float, new: SigningKey) -> None:
+def rotate(story: Story, sender: MessageSender, hours: float, new: SigningKey) -> None:
     """The device's key changes; what follows is signed with the new one."""
     evidence = key_rotation.build_evidence(FLEET, sender.device, sender.log, sender.seq + 1, sender.key.public, new)
-    sent = sender.logged(
+    sent = sender.append(
         "audit", event=key_rotation.ROTATION_EVENT, summary="A new key signs.", evidence=evidence, time=at(hours)
     )
     story.collect(sender, sent, hours=hours)
     sender.key = new
 
 
-def plan(name: str, digest: str = NEWER["digest"], version: str = "1.1.0") -> RolloutPlan:
+def plan(name: str, digest: str = NEW_MODEL["digest"], version: str = "1.1.0") -> RolloutPlan:
     rule = Promotion(devices=1, batches=20, hours=1.0, agreement=0.9)
     steps = [RolloutStep("shadow", 100.0, rule), RolloutStep("canary", 50.0, rule), RolloutStep("all", 100.0, rule)]
     return RolloutPlan(name, "exercise", "exercise", version, digest, "all", None, steps, CanaryRules())
 
 
-def phase(sender: Sender, rollout: str, what: str, hours: float, reason: str = "", version: str = "1.1.0") -> Sent:
+def phase(
+    sender: MessageSender, rollout: str, what: str, hours: float, reason: str = "", version: str = "1.1.0"
+) -> SignedMessage:
     """A device's change in a roll-out."""
     where = {"task": "exercise", "rollout": rollout, "bundle": "exercise", "version": version}
-    how = {"digest": NEWER["digest"], "strategy": "canary", "phase": what, "reason": reason, "numbers": {}}
+    how = {"digest": NEW_MODEL["digest"], "strategy": "canary", "phase": what, "reason": reason, "numbers": {}}
     summary = f"exercise: exercise {version}: {what}{f': {reason}' if reason else ''}."
-    return sender.logged("audit", event="rollout", summary=summary, evidence={**where, **how}, time=at(hours))
+    return sender.append("audit", event="rollout", summary=summary, evidence={**where, **how}, time=at(hours))
 
 
-def shadow(story: Story, sender: Sender, number: int, hours: float, same: int = 96) -> Sent:
+def shadow(story: Story, sender: MessageSender, number: int, hours: float, same: int = 96) -> SignedMessage:
     """A comparison of 100 windows in shadow."""
     answered = {"windows": 100, "seconds": 0.05, "expected": {"n": 100, "mean": 0.9, "m2": 1.0}}
     quicker = {"windows": 100, "seconds": 0.04, "expected": {"n": 100, "mean": 0.92, "m2": 1.0}}
-    members = {"answered": answered, "answered_beside": quicker, "labelled": [8, 0, 1, 1]}
+    members = {"answered": answered, "other_stats": quicker, "labelled": [8, 0, 1, 1]}
     rows = [1 + 100 * number, 100 + 100 * number]
-    pair = {"rollout": "exercise-1-1", "model": story.model, "beside": story.newer}
-    told = {**pair, **members, "rows": rows, "batches": 1, "n": 100, "same": same}
-    return sender.logged("shadow", task="exercise", **told, time=at(hours))
+    pair = {"rollout": "exercise-1-1", "model": story.model, "other": story.newer}
+    told = {**pair, **members, "rows": rows, "batches": 1, "n": 100, "agreeing": same}
+    return sender.append("shadow", task="exercise", **told, time=at(hours))
 
 
 def good(summary: str) -> StepVerdict:
     return StepVerdict("promote", summary, [], [], 4, 3, 0, 4, 26.0)
 
 
-def roll_out(story: Story, senders: list[Sender]) -> None:
+def roll_out(story: Story, senders: list[MessageSender]) -> None:
     """One that ends everywhere; one that is taken back on a device, and aborted."""
     with story.store.transaction() as db:
         actions.start(db, story.operated(30), 1, plan("exercise-1-1", story.newer["digest"]))

@@ -14,7 +14,7 @@ from agent.device.daemon import Daemon
 from agent.device.store.rows import Rows
 from agent.model.bundle import bundle
 from agent.wire import keys
-from tests.kit.bundles import KEY, change_manifest, packed
+from scripts.kit.bundles import KEY, change_manifest, packed
 from tests.kit.operators import DEVICE, FLEET, NOW, Operator
 
 T0 = 1_764_022_680_000_000

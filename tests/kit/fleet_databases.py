@@ -22,7 +22,7 @@ def fresh_in(request: pytest.FixtureRequest, factory: pytest.TempPathFactory) ->
     """What gives an empty database of the kind `request.param`."""
     if request.param == "sqlite":
         return lambda: FleetStore(factory.mktemp("db") / "fleet.db")
-    url = request.getfixturevalue("postgres_server").database()
+    url = request.getfixturevalue("postgres_server").create_database()
     FleetStore(url).close()
     return lambda: emptied(url)
 

@@ -18,10 +18,10 @@ from agent.fleet.rollout.journal import Rollout
 from agent.fleet.rollout.look import RolloutSnapshot, load_snapshot
 from agent.fleet.rollout.plan import Promotion, RolloutPlan, RolloutStep
 from agent.fleet.rollout.publisher import RolloutPublisher
+from agent.testing.messages import FLEET, MODEL, NEW_MODEL, MessageSender, SignedMessage, new_key
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire.desired_state import CanaryRules
 from agent.wire.keys import SigningKey
-from tests.kit.senders import FLEET, MODEL, NEWER, Sender, Sent, new_key
 
 OPERATOR = new_key(77)
 NOW_US = 1_795_000_000_000_000
@@ -40,7 +40,7 @@ def plan(
     """Shadow, canary 50 %, all; or other `steps`."""
     taken = steps or (("shadow", 100.0), ("canary", 50.0), ("all", 100.0))
     made = [RolloutStep(strategy, percent, rules or promotion()) for strategy, percent in taken]  # type: ignore[arg-type]
-    what = (NEWER["name"], NEWER["version"], changes.pop("digest", NEWER["digest"]))
+    what = (NEW_MODEL["name"], NEW_MODEL["version"], changes.pop("digest", NEW_MODEL["digest"]))
     return RolloutPlan(name, changes.pop("task", "exercise"), *what, to, None, made, CanaryRules(), **changes)
 
 
@@ -82,7 +82,7 @@ class Fleet:
     def __init__(self, folder: Path, devices: int = 6, where: str | None = None) -> None:
         self.folder = folder
         self.store = FleetStore(where or folder / "fleet.db")
-        self.senders = [Sender(f"pi-{i:02}", new_key(100 + i)) for i in range(devices)]
+        self.senders = [MessageSender(f"pi-{i:02}", new_key(100 + i)) for i in range(devices)]
         for sender in self.senders:
             self.store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
         self.collector = Collector(FLEET, None, self.store, new_key(99), open_link=lambda: None)  # type: ignore[arg-type,return-value]
@@ -93,9 +93,9 @@ class Fleet:
     def close(self) -> None:
         self.store.close()
 
-    def collect(self, *sent: Sent) -> None:
+    def collect(self, *sent: SignedMessage) -> None:
         """Through the collector's own code: verified, stored, unfolded."""
-        self.collector._store([one.delivery() for one in sent])
+        self.collector._store([one.to_incoming() for one in sent])
 
     def operator(self, later_h: float = 0.0, key: SigningKey = OPERATOR) -> RolloutOperator:
         return RolloutOperator(key, FLEET, NOW_US + round(later_h * HOUR_US))
@@ -131,21 +131,23 @@ class Fleet:
         with self.store.snapshot() as db:
             return journal.load_decision_rows(db, name)
 
-    def in_shadow(self, senders: Sequence[Sender] | None = None, blocks: int = 6, **changes: Any) -> None:
+    def in_shadow(self, senders: Sequence[MessageSender] | None = None, blocks: int = 6, **changes: Any) -> None:
         """Devices say that they are in shadow, and what they count there."""
         for sender in self.senders if senders is None else senders:
             self.collect(sender.rollout("shadow"), *(sender.shadow(**changes) for _ in range(blocks)))
 
-    def on_probation(self, senders: Sequence[Sender], blocks: int = 6, *, settles: bool = True, **changes: Any) -> None:
+    def on_probation(
+        self, senders: Sequence[MessageSender], blocks: int = 6, *, settles: bool = True, **changes: Any
+    ) -> None:
         """Devices run the new bundle with the old one beside, and settle."""
-        swapped = {"model": NEWER, "beside": MODEL, **changes}
+        swapped = {"model": NEW_MODEL, "other": MODEL, **changes}
         for sender in senders:
             self.collect(sender.rollout("probation", strategy="canary"))
             self.collect(*(sender.shadow(**swapped) for _ in range(blocks)))
             if settles:
                 self.collect(sender.rollout("settled", strategy="canary"))
 
-    def chosen(self, step: int, what: RolloutPlan | None = None) -> list[Sender]:
+    def chosen(self, step: int, what: RolloutPlan | None = None) -> list[MessageSender]:
         wanted = (what or self.find().plan).desired_for_step(step)
         return [sender for sender in self.senders if wanted.includes_device(sender.device)]
 

@@ -14,15 +14,15 @@ from agent import clock
 from agent.clock import ClockReading
 from agent.device.commands.executor import Action, CommandExecutor, Effect
 from agent.device.commands.receiver import CommandReceiver
+from agent.device.recovery.open import open_store
 from agent.device.store.command_log import CommandAnswer
 from agent.device.store.message_log import MessageLog
-from agent.device.store.store import Store
 from agent.errors import MessageRefused
+from agent.testing.messages import new_key
 from agent.transport.packets import IncomingMessage
 from agent.wire import jws
 from agent.wire.keys import SigningKey
 from agent.wire.messages import encode
-from tests.kit.senders import new_key
 
 FLEET, DEVICE = "acme", "pi-07"
 TOPIC = f"outstation/{FLEET}/{DEVICE}/cmd"
@@ -63,7 +63,7 @@ class Desk:
         self.open()
 
     def open(self) -> None:
-        self.store = Store(self.folder)
+        self.store = open_store(self.folder)
         self.author = MessageLog(FLEET, DEVICE, new_key(1), self.store.log_id, self.store.boot, 120_000)
         self.commands = CommandReceiver(self.store, self.author, [self.operator.key.public])
         plain = {name: self._plain(name) for name in ("run", "pause", "resume", "report", "set-schedule", "rollback")}

@@ -15,7 +15,7 @@ from agent.model.bundle.bundle import Bundle
 from agent.model.inference.inference import InferenceResult
 from agent.model.sandbox.subprocess_model import SandboxLimits, SubprocessModel
 from agent.wire.messages import ShadowPayload
-from tests.kit.bundles import Recipe
+from scripts.kit.bundles import Recipe
 from tests.kit.devices import NOW, Device
 from tests.kit.stations import wait_for
 

@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from agent.config import BrokerConfig
+from agent.testing.messages import FLEET, MessageSender, SignedMessage
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage
-from tests.kit.senders import FLEET, Sender, Sent
 
 # Of one device, in one go.
 _AT_ONCE = 10
@@ -19,7 +19,7 @@ _AT_ONCE = 10
 class Players:
     """Use as a context: it plays meanwhile."""
 
-    def __init__(self, url: str, senders: Sequence[Sender], messages: int) -> None:
+    def __init__(self, url: str, senders: Sequence[MessageSender], messages: int) -> None:
         self._broker = BrokerConfig(url=url)
         self._logs = {sender.device: _log(sender, messages) for sender in senders}
         self._safe: dict[str, set[int]] = defaultdict(set)
@@ -49,7 +49,7 @@ class Players:
             for device, log in self._logs.items():
                 safe = self._safe[device]
                 for one in [sent for sent in log if sent.seq not in safe][:_AT_ONCE]:
-                    link.send(one.outgoing())
+                    link.send(one.to_outgoing())
             self._hear(link)
         link.close()
 
@@ -69,6 +69,6 @@ class Players:
         self._safe[ack["device"]] |= set(range(1, ack["through"] + 1)) - holes
 
 
-def _log(sender: Sender, messages: int) -> list[Sent]:
+def _log(sender: MessageSender, messages: int) -> list[SignedMessage]:
     """Results, and at the end how far the task came, for the audit."""
-    return [*(sender.results() if n % 3 else sender.health() for n in range(1, messages)), sender.cursor()]
+    return [*(sender.results() if n % 3 else sender.health() for n in range(1, messages)), sender.health_with_cursor()]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from agent.fleet.evidence import manifest
+from agent.fleet.evidence.format import manifest
 from agent.fleet.evidence.verify.reader import VerificationReport
 from agent.fleet.evidence.verify.verify import verify
 from agent.wire.keys import PublicKey, SigningKey

@@ -18,8 +18,8 @@ from agent.fleet.repository import create as creating
 from agent.fleet.repository import publish as publishing
 from agent.fleet.repository.layout import Layout
 from agent.fleet.repository.publish import PublishResult
-from tests.kit import bundles
-from tests.kit.bundles import KEY
+from scripts.kit import bundles
+from scripts.kit.bundles import KEY
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Depot:
 
     def publish(self, bundle: Path, **more: Any) -> PublishResult:
         """Unproven, for speed; signed by the tests' publisher."""
-        return publishing.publish(self.folder, bundle, [KEY.public], **{"prove": False, **more})
+        return publishing.publish(self.folder, bundle, [KEY.public], **{"run_probe": False, **more})
 
     def copy(self, folder: Path) -> Depot:
         shutil.copytree(self.folder, folder)

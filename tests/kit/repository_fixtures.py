@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent.wire.desired_state import DesiredBundle
-from tests.kit.bundles import packed
+from scripts.kit.bundles import packed
 from tests.kit.repositories import Client, Depot, served
 from tests.kit.update_repositories import ARCHIVE, Signed
 from tests.kit.update_servers import Web

@@ -26,7 +26,7 @@ from agent.model.sandbox.subprocess_model import SubprocessModel
 from agent.transport.packets import IncomingMessage
 from agent.wire import jws
 from agent.wire.messages import encode
-from tests.kit.bundles import Floats, change_manifest, model, readings
+from scripts.kit.bundles import Floats, change_manifest, model, readings
 from tests.kit.exchanges import T0, Device, version, versions
 from tests.kit.operators import DEVICE, FLEET, NOW, Operator
 

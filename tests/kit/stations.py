@@ -16,6 +16,7 @@ from agent import clock, config
 from agent.config import Config, FieldConfig, StreamConfig
 from agent.device.intake.labels import LabelTarget
 from agent.device.intake.server import Intake, Source
+from agent.device.recovery.open import open_store
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 
@@ -59,7 +60,7 @@ class Station:
         self.conf = conf
         self.failures: list[Exception] = []
         self.commits = 0
-        self.store = Store(conf.data_dir, **store)
+        self.store = open_store(conf.data_dir, **store)
         self.store.declare_streams(conf.streams)
         made = sources(self.store) if sources else []
         self.intake = Intake(conf, self.store, made, clock.read, self._committed, self.failures.append, asked)

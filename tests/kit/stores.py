@@ -11,15 +11,16 @@ import numpy as np
 
 from agent import clock
 from agent.config import FieldConfig, StreamConfig
+from agent.device.recovery.open import open_store
 from agent.device.recovery.report_findings import report_findings
-from agent.device.store.checked import MESSAGE_COLUMNS
-from agent.device.store.damaged_messages import quarantine_damaged
+from agent.device.store.eviction import quarantine_damaged
 from agent.device.store.message_log import MessageLog
+from agent.device.store.outbox import MESSAGE_COLUMNS
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.device.store.transaction import OutboxMessage
-from tests.kit.senders import new_key
+from agent.testing.messages import new_key
 
 KEY = new_key(7)
 NUMBERS = StreamConfig(fields=[FieldConfig(name="n", type="i64"), FieldConfig(name="mode", type="category")])
@@ -30,7 +31,7 @@ MODES = ("low", "high")
 
 def opened(folder: Path, **options: Any) -> tuple[Store, MessageLog]:
     """The store and its author, as the daemon opens them."""
-    store = Store(folder, **options)
+    store = open_store(folder, **options)
     store.bind_device("acme", "pi-07")
     store.declare_streams(STREAMS)
     author = MessageLog("acme", "pi-07", KEY, store.log_id, store.boot, 120_000)

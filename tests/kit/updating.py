@@ -13,11 +13,11 @@ import msgspec
 from agent import clock, config
 from agent.clock import ClockReading
 from agent.config import Config, StreamConfig, TaskConfig, UpdatesConfig
+from agent.device.recovery.open import open_store
 from agent.device.rollout.fetch import child
 from agent.device.rollout.fetch import version_floors as floors
 from agent.device.rollout.fetch.fetcher import FetchedBundle, Fetcher, FetchFailure
 from agent.device.rollout.fetch.version_floors import VersionFloors
-from agent.device.store.store import Store
 from agent.wire.desired_state import DesiredBundle
 from tests.kit.stations import STREAMS
 
@@ -45,7 +45,7 @@ class Updating:
         self.runs = self.data / "bundles" / "exercise" / "model.tflite"
         self.runs.parent.mkdir(parents=True, exist_ok=True)
         self.runs.write_bytes(RUNS)
-        self.store = Store(self.data)
+        self.store = open_store(self.data)
         with self.store.transaction() as tx:
             # What the store itself makes, it makes with the first one.
             tx.set_meta("first", "1")

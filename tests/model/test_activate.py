@@ -16,8 +16,8 @@ from agent.model.bundle import builtin, bundle
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference.tuning import Tuning
 from agent.model.sandbox import probe
-from tests.kit.bundles import ANOMALY, KEY, Recipe, archive, change_manifest, packed
-from tests.kit.senders import new_key
+from agent.testing.messages import new_key
+from scripts.kit.bundles import ANOMALY, KEY, Recipe, archive, change_manifest, packed
 
 FOREIGN = new_key(12)
 

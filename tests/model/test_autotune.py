@@ -13,7 +13,7 @@ from agent.model.inference import runtime, tuning
 from agent.model.inference.runtime import TfliteModel
 from agent.model.inference.tuning import MAX_TUNING_S, Tuning
 from agent.model.sandbox import autotune, probe
-from tests.kit.bundles import CLASSIFY, Recipe, around, model
+from scripts.kit.bundles import CLASSIFY, Recipe, around, model
 
 PLENTY = 1 << 30
 # So that a busy machine leaves nothing out; a trial that has settled ends before.

@@ -18,10 +18,10 @@ from agent.authoring import pack
 from agent.errors import BadBundle
 from agent.model.bundle import builtin, bundle
 from agent.model.bundle.bundle import Bundle
+from agent.testing.messages import new_key
 from agent.wire import jws
-from tests.kit.bundles import KEY, archive, change_manifest, packed, resign, write_spec
+from scripts.kit.bundles import KEY, archive, change_manifest, packed, resign, write_spec
 from tests.kit.damage import flips
-from tests.kit.senders import new_key
 
 FOREIGN = new_key(12)
 

@@ -17,7 +17,7 @@ from agent.errors import BadBundle, UsageError
 from agent.model.bundle import builtin, bundle
 from agent.model.inference.runtime import RUNTIME_NAME
 from agent.wire import keys
-from tests.kit.bundles import KEY, change, model, packed, write_spec
+from scripts.kit.bundles import KEY, change, model, packed, write_spec
 
 
 def folder(parent: Path, name: str) -> Path:

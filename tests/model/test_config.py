@@ -18,8 +18,8 @@ from agent.errors import BadBundle, UsageError
 from agent.media import ImageFormat, SoundFormat
 from agent.model.bundle import bundle
 from agent.model.bundle.manifest import ModelInput, WindowSpec
-from tests.kit.bundles import CLASSIFY, KEY, change_manifest, packed
-from tests.kit.senders import new_key
+from agent.testing.messages import new_key
+from scripts.kit.bundles import CLASSIFY, KEY, change_manifest, packed
 
 
 def told(*args: object) -> str:

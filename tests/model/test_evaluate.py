@@ -21,7 +21,7 @@ from agent.errors import BadBundle, ConfigError, UsageError
 from agent.evaluation import author, cards, report
 from agent.evaluation.document import Evaluation
 from agent.model.inference import tuning
-from tests.kit.bundles import ANOMALY, CLASSIFY, KEY, LABELS, MODELS, REGRESS, Recipe, change, packed, write_spec
+from scripts.kit.bundles import ANOMALY, CLASSIFY, KEY, LABELS, MODELS, REGRESS, Recipe, change, packed, write_spec
 from tests.kit.evaluations import evaluated
 
 CENTRE = np.arange(1200) // 7 % 3

@@ -17,7 +17,7 @@ from agent.model.bundle import builtin, bundle, golden_vectors
 from agent.model.bundle.golden_vectors import GoldenVectors
 from agent.model.inference.runtime import RUNTIME_NAME, TfliteModel
 from agent.model.sandbox import probe
-from tests.kit.bundles import ANOMALY, CLASSIFY, KEY, RECIPES, Recipe, model, npz, packed, readings
+from scripts.kit.bundles import ANOMALY, CLASSIFY, KEY, RECIPES, Recipe, model, npz, packed, readings
 
 LITERT, OTHER = "ai-edge-litert 2.3.0", "tflite-runtime 2.14.0"
 STEP = 1 / 256

@@ -25,7 +25,7 @@ from agent.model.inference import scores
 from agent.model.inference.inference import Inference, InferenceResult
 from agent.wire.keys import SigningKey
 from agent.wire.messages import ResultsPayload
-from tests.kit.bundles import (
+from scripts.kit.bundles import (
     CENTRES,
     EACH,
     KEY,

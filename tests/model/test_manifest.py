@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from agent.errors import BadBundle
 from agent.model.bundle import builtin, bundle, manifest
 from agent.model.bundle.bundle import Bundle
-from tests.kit.bundles import KEY, change_manifest, packed, resign
+from scripts.kit.bundles import KEY, change_manifest, packed, resign
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from agent.model import activation
 from agent.model.bundle.manifest import ModelInput, WindowSpec
 from agent.model.inference import scores, sound
 from agent.model.inference.inference import Inference
-from tests.kit.bundles import KEY, THIRD_PARTY
+from scripts.kit.bundles import KEY, THIRD_PARTY
 
 RATE = 16_000
 HEARD = SoundFormat(rate=RATE, window=1024, hop=512, mels=128)

@@ -13,7 +13,7 @@ from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, ConfigError, OutstationError, UsageError
 from agent.model.bundle import bundle, golden_vectors
 from agent.model.inference.runtime import RUNTIME_NAME
-from tests.kit.bundles import ANOMALY, KEY, RECIPES, Recipe, change, model, npz, packed, readings, waves, write_spec
+from scripts.kit.bundles import ANOMALY, KEY, RECIPES, Recipe, change, model, npz, packed, readings, waves, write_spec
 
 # --- packing ---
 

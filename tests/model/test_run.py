@@ -30,8 +30,8 @@ from agent.evaluation.predict.run import BatchPredictor
 from agent.model.bundle import bundle as bundles
 from agent.model.inference import features, inference
 from agent.model.inference.inference import Inference
-from tests.kit.bundles import ANOMALY, CLASSIFY, KEY, LABELS, TABULAR, packed, readings, waves, write_csv
-from tests.kit.senders import new_key
+from agent.testing.messages import new_key
+from scripts.kit.bundles import ANOMALY, CLASSIFY, KEY, LABELS, TABULAR, packed, readings, waves, write_csv
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,7 +16,7 @@ from agent.model.bundle import builtin
 from agent.model.inference import runtime
 from agent.model.inference.runtime import DEFAULT_BATCH, TfliteModel
 from agent.model.sandbox import probe
-from tests.kit.bundles import (
+from scripts.kit.bundles import (
     ANOMALY,
     CLASSIFY,
     FLOAT,

@@ -20,7 +20,7 @@ from agent.model.inference import inspect
 from agent.model.inference.inference import Inference
 from agent.model.inference.inspect import ModelInspection, OutputStats, Tensor
 from agent.model.inference.runtime import Interpreter  # type: ignore[attr-defined]
-from tests.kit.bundles import KEY, MODELS, THIRD_PARTY, readings, write_csv
+from scripts.kit.bundles import KEY, MODELS, THIRD_PARTY, readings, write_csv
 
 Floats = NDArray[np.float32]
 OTHERS = {

@@ -22,8 +22,8 @@ from agent.model.bundle.bundle import Bundle
 from agent.model.inference import inference, runtime
 from agent.model.sandbox import worker
 from agent.model.sandbox.subprocess_model import SandboxLimits, SubprocessModel
-from tests.kit.bundles import CLASSIFY, around, model, readings
-from tests.kit.rigged import crashing
+from scripts.kit.bundles import CLASSIFY, around, model, readings
+from tests.kit.marks import crashing
 from tests.kit.stations import wait_for
 
 SHIPPED = Path(__file__).parents[2] / "models" / "exercise"
@@ -153,7 +153,7 @@ def test_a_signal_that_stops_the_agent_does_not_pass_for_a_crash_of_the_model(nu
 PARENT = """
 import sys, time, numpy as np
 from agent.model.sandbox.subprocess_model import Apart
-from tests.kit.bundles import CLASSIFY, around, model
+from scripts.kit.bundles import CLASSIFY, around, model
 rows = np.full((1, 4), 3.9, np.float32)
 there = Apart(around(model("rigged_hang"), CLASSIFY))
 there.outputs

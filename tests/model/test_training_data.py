@@ -10,7 +10,7 @@ import pytest
 from agent.datasets import training_data
 from agent.errors import UsageError
 from agent.model.bundle.manifest import ModelInput, WindowSpec
-from tests.kit.bundles import npz
+from scripts.kit.bundles import npz
 
 PLAIN = ModelInput(fields=["a", "b"])
 

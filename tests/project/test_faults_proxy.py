@@ -11,36 +11,36 @@ from hypothesis import strategies as st
 
 from agent.config import BrokerConfig
 from agent.errors import LinkDown
+from agent.testing.broker import MosquittoBroker
+from agent.testing.process import TIMEOUT_S
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt
 from scripts.faults import proxy
 from scripts.faults.proxy import Packet, Proxy
-from tests.kit.brokers import Mosquitto
-from tests.kit.system import PATIENCE_S
 
 TOPIC = "outstation/acme/pi-07/health"
 
 
 @pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mosquitto]:
-    with Mosquitto(tmp_path_factory.mktemp("broker")) as running:
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MosquittoBroker]:
+    with MosquittoBroker(tmp_path_factory.mktemp("broker")) as running:
         yield running
 
 
 @pytest.fixture
-def line(broker: Mosquitto) -> Iterator[Proxy]:
+def line(broker: MosquittoBroker) -> Iterator[Proxy]:
     made = Proxy(broker.port)
     yield made
     made.close()
 
 
 def connect(line: Proxy, client: str = "pi-07") -> Link:
-    return Link(BrokerConfig(url=f"mqtt://127.0.0.1:{line.port}"), client, timeout_s=PATIENCE_S)
+    return Link(BrokerConfig(url=f"mqtt://127.0.0.1:{line.port}"), client, timeout_s=TIMEOUT_S)
 
 
 def answer(link: Link, payload: bytes = b"{}") -> int:
     token = link.send(OutgoingMessage(TOPIC, payload))
-    until = time.monotonic() + PATIENCE_S
+    until = time.monotonic() + TIMEOUT_S
     while time.monotonic() < until:
         for event in link.receive(1.0):
             if isinstance(event, PublishReceipt) and event.token == token:

@@ -11,7 +11,7 @@ import pytest
 
 from agent.model.inference import tuning
 from scripts.fuzzing.mutate import mutated
-from tests.kit.bundles import change_manifest, model
+from scripts.kit.bundles import change_manifest, model
 from tests.kit.exchanges import Device, versions
 
 BYTES, GRAPHS, CUTS = 7, 10, 3

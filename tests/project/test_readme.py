@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.kit.bundles import THIRD_PARTY
+from scripts.kit.bundles import THIRD_PARTY
 
 ROOT = Path(__file__).parents[2]
 MARK = re.compile(r"<!-- (run|run, output as shown|not run: \S.*) -->")

@@ -18,6 +18,8 @@ from click.testing import CliRunner
 
 from agent.device.store.rows import Rows
 from agent.fleet.database.ingest import Arrival
+from agent.testing.messages import TIME, MessageSender, SignedMessage
+from agent.testing.process import wait_until
 from agent.wire.keys import load_private
 from scripts import faults
 from scripts.faults import Fault
@@ -27,8 +29,6 @@ from scripts.faults.oracle import Verdict, judge
 from scripts.faults.producer import FIELDS, FIRST_T_US, STEP_US, Ledger, Producer
 from scripts.faults.stamped import Dated, Stamped, Truth
 from scripts.faults.world import DEVICE, TASKS, Setting, World
-from tests.kit.senders import TIME, Sender, Sent
-from tests.kit.system import eventually
 
 ROOT = Path(__file__).parents[2]
 QUICK = (
@@ -76,15 +76,15 @@ class MadeUp:
         self.ledger = Ledger()
         # Of a sensor the oracle reads the ledger.
         self.world.producer = cast(Producer, SimpleNamespace(ledger=self.ledger))
-        self.sender = Sender(DEVICE, load_private(self.world.device.home / "device.key"))
+        self.sender = MessageSender(DEVICE, load_private(self.world.device.home / "device.key"))
         chance = random.Random(1)
         for i in range(rows):
             t = FIRST_T_US + i * STEP_US
             self.ledger.values[t] = tuple(chance.gauss(0, 1) for _ in FIELDS)
             self.ledger.acknowledged.add(t)
-        self.arrived: list[Sent] = []
+        self.arrived: list[SignedMessage] = []
 
-    def run(self, task: str, first: int, last: int, **changes: Any) -> Sent:
+    def run(self, task: str, first: int, last: int, **changes: Any) -> SignedMessage:
         """The message of a run over these rows, as an honest device writes it."""
         times = list(self.ledger.values)[first - 1 : last]
         values = np.array([self.ledger.values[t] for t in times], np.float32).reshape(-1, len(FIELDS))
@@ -95,13 +95,13 @@ class MadeUp:
         digest = Rows(np.array(times, np.int64), columns).digest()
         return self.sender.results(rows_at=(first, last), stream="rig", **{"input": digest, **body})
 
-    def arrive(self, *sent: Sent) -> None:
+    def arrive(self, *sent: SignedMessage) -> None:
         self.arrived += sent
 
     def verdict(self) -> Verdict:
-        store = self.world.fleet.open(write=True)
+        store = self.world.fleet.open_store(write=True)
         try:
-            store.ingest([Arrival(self.sender.open(one)) for one in self.arrived], [], TIME)
+            store.ingest([Arrival(self.sender.verify(one)) for one in self.arrived], [], TIME)
         finally:
             store.close()
         found = Verdict()
@@ -114,7 +114,7 @@ def made(folder: Path) -> MadeUp:
     return MadeUp(folder)
 
 
-def both(made: MadeUp, first: int, last: int) -> list[Sent]:
+def both(made: MadeUp, first: int, last: int) -> list[SignedMessage]:
     return [made.run(task, first, last) for task in TASKS]
 
 
@@ -195,7 +195,7 @@ def test_the_oracle_finds_results_of_rows_that_were_refused(made: MadeUp) -> Non
 def test_the_oracle_does_not_believe_a_signature_that_is_not_the_devices(made: MadeUp) -> None:
     made.arrive(*both(made, 1, 30))
     made.verdict()
-    store = made.world.fleet.open(write=True)
+    store = made.world.fleet.open_store(write=True)
     try:
         with store.transaction() as db:
             altered = "CAST(replace(CAST(payload AS TEXT), 'left', 'rest') AS BLOB)"
@@ -233,7 +233,7 @@ def test_processor_time_is_that_of_all_threads_of_the_process() -> None:
     busy = "import threading\nfor _ in range(2): threading.Thread(target=lambda: sum(range(10**9))).start()"
     with subprocess.Popen([sys.executable, "-c", busy]) as process:
         try:
-            eventually("a tenth of a second of work", lambda: cpu_s(process.pid) > 0.1)
+            wait_until("a tenth of a second of work", lambda: cpu_s(process.pid) > 0.1)
         finally:
             process.kill()
 

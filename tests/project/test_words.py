@@ -50,6 +50,7 @@ PENDING: set[str] = {
     "agent/fleet/drift",
     "agent/fleet/enrolment",
     "agent/fleet/evidence",
+    "agent/fleet/evidence/format",
     "agent/fleet/evidence/gather",
     "agent/fleet/evidence/page",
     "agent/fleet/evidence/verify",
@@ -62,7 +63,6 @@ PENDING: set[str] = {
     "agent/performance",
     "agent/render",
     "agent/simulate",
-    "agent/testing",
     "agent/transport",
     "agent/wire",
 }

@@ -10,10 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.render.charts import ForestRow, render_forest
-from agent.render.curve import CurvePoint, render_curve
-from agent.render.heatmap import render_heatmap
-from agent.render.reliability import ReliabilityPoint, render_reliability
+from agent.render.charts import (
+    CurvePoint,
+    ForestRow,
+    ReliabilityPoint,
+    render_curve,
+    render_forest,
+    render_heatmap,
+    render_reliability,
+)
 from agent.render.theme import DARK_THEME, LIGHT_THEME, css_variables
 
 shares = st.floats(0, 1)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from agent.errors import UsageError
-from agent.render import axes, histogram, png
+from agent.render import axes, drift_panels, png
 from agent.render.drift_model import AccuracyEstimate, DriftPlot, EvidenceCurve, PlotRow, StateInterval
 from agent.render.drift_plot import render_drift
 from agent.render.theme import DARK_THEME, LIGHT_THEME
@@ -102,7 +102,7 @@ def test_a_sum_far_above_the_alarm_is_cut_off_and_said() -> None:
 
 
 def test_a_picture_without_anything_says_so() -> None:
-    svg = render_drift(picture(estimates=[], empty="No drift window yet."))
+    svg = render_drift(picture(estimates=[], empty_message="No drift window yet."))
     assert [t for t in texts(svg) if t == "No drift window yet."]
     assert "field" not in classes(svg)
 
@@ -120,8 +120,8 @@ def test_a_dark_picture_has_another_paper_and_the_same_content() -> None:
 
 @given(st.text(max_size=300), st.text(max_size=300))
 def test_no_name_or_sentence_breaks_the_document_or_gets_into_it_as_markup(name: str, sentence: str) -> None:
-    svg = render_drift(picture(row(name), alerts=[("drift", sentence)], series=[name], title=sentence))
-    plain = render_drift(picture(row("a"), alerts=[("drift", "a")], series=["a"], title="a"))
+    svg = render_drift(picture(row(name), alerts=[("drift", sentence)], series_names=[name], title=sentence))
+    plain = render_drift(picture(row("a"), alerts=[("drift", "a")], series_names=["a"], title="a"))
     kinds = [element.tag for element in ET.fromstring(svg).iter() if element.tag != f"{SVG}text"]
     assert kinds == [element.tag for element in ET.fromstring(plain).iter() if element.tag != f"{SVG}text"]
 
@@ -159,16 +159,16 @@ def test_an_outline_holds_every_row_within_the_bounds(told: list[int], widths: l
     for width in widths:
         bounds.append(bounds[-1] + width)
     inner = sum(told[1:-1])
-    outline = histogram.rebin(bounds, told, bounds[0], bounds[-1])
+    outline = drift_panels.rebin(bounds, told, bounds[0], bounds[-1])
     assert sum(outline) * sum(told) == pytest.approx(inner, abs=1e-6 * (1 + inner))
     assert min(outline) >= -1e-12
-    low, high = histogram.visible_range(bounds, [told])
+    low, high = drift_panels.visible_range(bounds, [told])
     assert low < high
 
 
 def test_a_quantile_bin_that_is_wide_is_drawn_low() -> None:
     bounds = [0.0, *[i / 310 for i in range(1, 32)], 1.0]
-    outline = histogram.rebin(bounds, [0, *[10] * 32, 0], 0.0, 1.0)
+    outline = drift_panels.rebin(bounds, [0, *[10] * 32, 0], 0.0, 1.0)
     assert outline[0] > 5 * outline[-1] > 0
 
 

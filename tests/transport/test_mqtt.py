@@ -17,18 +17,18 @@ import pytest
 
 from agent.config import BrokerConfig
 from agent.errors import LinkDown
+from agent.testing.broker import MosquittoBroker, free_port
 from agent.transport.mqtt import Link
 from agent.transport.packets import NO_SUBSCRIBERS, IncomingMessage, OutgoingMessage, PublishReceipt
-from tests.kit.brokers import Mosquitto, free_port
 
 
 @pytest.fixture
-def broker(tmp_path: Path) -> Iterator[Mosquitto]:
-    with Mosquitto(tmp_path, extra_conf="max_inflight_messages 7\nmax_packet_size 5000") as running:
+def broker(tmp_path: Path) -> Iterator[MosquittoBroker]:
+    with MosquittoBroker(tmp_path, extra_conf="max_inflight_messages 7\nmax_packet_size 5000") as running:
         yield running
 
 
-def settings(broker: Mosquitto) -> BrokerConfig:
+def settings(broker: MosquittoBroker) -> BrokerConfig:
     return BrokerConfig(url=broker.url)
 
 
@@ -54,7 +54,7 @@ def receipts(link: Link, n: int) -> list[PublishReceipt]:
     return [event for event in events if isinstance(event, PublishReceipt)]
 
 
-def test_bytes_and_properties_arrive_as_they_were_sent(broker: Mosquitto) -> None:
+def test_bytes_and_properties_arrive_as_they_were_sent(broker: MosquittoBroker) -> None:
     reader = Link(settings(broker), "reader", subscribe=["a/+"])
     writer = Link(settings(broker), "writer")
     payload = bytes(range(256))
@@ -68,21 +68,21 @@ def test_bytes_and_properties_arrive_as_they_were_sent(broker: Mosquitto) -> Non
     writer.close()
 
 
-def test_a_receipt_tells_when_nobody_subscribed(broker: Mosquitto) -> None:
+def test_a_receipt_tells_when_nobody_subscribed(broker: MosquittoBroker) -> None:
     writer = Link(settings(broker), "writer")
     writer.send(OutgoingMessage("a/b", b"x"))
     assert receipts(writer, 1)[0].code == NO_SUBSCRIBERS
     writer.close()
 
 
-def test_the_window_and_packet_size_the_broker_asks_for_are_known(broker: Mosquitto) -> None:
+def test_the_window_and_packet_size_the_broker_asks_for_are_known(broker: MosquittoBroker) -> None:
     link = Link(settings(broker), "writer")
     assert (link.window, link.max_packet) == (7, 5000)
     link.close()
 
 
 def test_a_retained_message_of_many_megabytes_is_not_sent_to_us_and_what_comes_after_it_is(tmp_path: Path) -> None:
-    with Mosquitto(tmp_path) as broker:
+    with MosquittoBroker(tmp_path) as broker:
         writer = Link(settings(broker), "writer")
         for topic, size in (("a/long", 8 << 20), ("a/longest that verifies", 1 << 20)):
             writer.send(OutgoingMessage(topic, bytes(size), retain=True))
@@ -99,7 +99,9 @@ def test_a_retained_message_of_many_megabytes_is_not_sent_to_us_and_what_comes_a
         writer.close()
 
 
-def test_what_was_not_acknowledged_comes_again_to_the_same_session_and_the_rest_does_not(broker: Mosquitto) -> None:
+def test_what_was_not_acknowledged_comes_again_to_the_same_session_and_the_rest_does_not(
+    broker: MosquittoBroker,
+) -> None:
     first = Link(settings(broker), "reader", subscribe=["a"], session_expiry_s=60)
     writer = Link(settings(broker), "writer")
     for body in (b"1", b"2", b"3"):
@@ -114,7 +116,7 @@ def test_what_was_not_acknowledged_comes_again_to_the_same_session_and_the_rest_
     writer.close()
 
 
-def test_messages_beyond_the_brokers_window_follow_as_earlier_ones_are_acknowledged(broker: Mosquitto) -> None:
+def test_messages_beyond_the_brokers_window_follow_as_earlier_ones_are_acknowledged(broker: MosquittoBroker) -> None:
     reader = Link(settings(broker), "reader", subscribe=["a"])
     writer = Link(settings(broker), "writer")
     for i in range(20):
@@ -129,7 +131,7 @@ def test_messages_beyond_the_brokers_window_follow_as_earlier_ones_are_acknowled
     writer.close()
 
 
-def test_a_dropped_connection_publishes_the_will_and_a_closed_one_does_not(broker: Mosquitto) -> None:
+def test_a_dropped_connection_publishes_the_will_and_a_closed_one_does_not(broker: MosquittoBroker) -> None:
     reader = Link(settings(broker), "reader", subscribe=["will/+"])
     will = OutgoingMessage("will/a", b"gone", (("jws", "w"),), retain=True)
     Link(settings(broker), "polite", will=OutgoingMessage("will/b", b"never")).close()
@@ -143,7 +145,7 @@ def test_a_dropped_connection_publishes_the_will_and_a_closed_one_does_not(broke
     late.close()
 
 
-def test_wake_ends_a_waiting_receive_from_another_thread(broker: Mosquitto) -> None:
+def test_wake_ends_a_waiting_receive_from_another_thread(broker: MosquittoBroker) -> None:
     link = Link(settings(broker), "reader")
     threading.Timer(0.2, link.wake).start()
     start = time.monotonic()
@@ -152,7 +154,7 @@ def test_wake_ends_a_waiting_receive_from_another_thread(broker: Mosquitto) -> N
     link.close()
 
 
-def test_a_killed_broker_is_link_down_after_what_it_still_sent(broker: Mosquitto) -> None:
+def test_a_killed_broker_is_link_down_after_what_it_still_sent(broker: MosquittoBroker) -> None:
     link = Link(settings(broker), "reader")
     broker.kill()
 
@@ -167,7 +169,7 @@ def test_a_killed_broker_is_link_down_after_what_it_still_sent(broker: Mosquitto
     link.close()
 
 
-def test_a_second_connection_with_the_same_id_ends_the_first(broker: Mosquitto) -> None:
+def test_a_second_connection_with_the_same_id_ends_the_first(broker: MosquittoBroker) -> None:
     first = Link(settings(broker), "twin")
     second = Link(settings(broker), "twin")
 
@@ -185,7 +187,7 @@ def test_a_publish_the_broker_forbids_has_a_receipt_that_is_not_taken(tmp_path: 
     acl = tmp_path / "acl"
     acl.write_text("topic read #\n", encoding="ascii")
     acl.chmod(0o600)
-    with Mosquitto(tmp_path, extra_conf=f"acl_file {acl}") as broker:
+    with MosquittoBroker(tmp_path, extra_conf=f"acl_file {acl}") as broker:
         link = Link(settings(broker), "writer")
         link.send(OutgoingMessage("a", b"x"))
         [receipt] = receipts(link, 1)
@@ -207,7 +209,7 @@ def test_nobody_there_and_somebody_silent_are_link_down_in_time(tmp_path: Path) 
             Link(BrokerConfig(url=f"mqtts://127.0.0.1:{free_port()}"), "x", timeout_s=0.5)
 
 
-def test_interrupted_at_any_step_a_link_still_closes_and_leaves_no_socket(broker: Mosquitto) -> None:
+def test_interrupted_at_any_step_a_link_still_closes_and_leaves_no_socket(broker: MosquittoBroker) -> None:
     """paho holds a lock at some of them: a Ctrl-C there left `fleet watch` waiting for itself."""
     writer = Link(settings(broker), "writer")
     writer.send(OutgoingMessage("a/b", b"x", retain=True))
@@ -278,7 +280,7 @@ def test_a_broker_that_wants_a_password_refuses_without_and_takes_it_with(tmp_pa
     passwords.chmod(0o600)
     # The later of two settings counts.
     conf = f"allow_anonymous false\npassword_file {passwords}"
-    with Mosquitto(tmp_path, extra_conf=conf) as broker:
+    with MosquittoBroker(tmp_path, extra_conf=conf) as broker:
         with pytest.raises(LinkDown, match="refused: Not authorized"):
             Link(settings(broker), "x")
         Link(BrokerConfig(url=broker.url, username="me", password="secret"), "x").close()
@@ -293,7 +295,7 @@ def hashed(password: bytes) -> str:
     return f"$7$101${base64.b64encode(salt).decode()}${base64.b64encode(digest).decode()}"
 
 
-def test_a_thousand_messages_in_a_window_are_each_receipted_once(broker: Mosquitto) -> None:
+def test_a_thousand_messages_in_a_window_are_each_receipted_once(broker: MosquittoBroker) -> None:
     link = Link(settings(broker), "writer")
     tokens: set[int] = set()
     answered: list[int] = []

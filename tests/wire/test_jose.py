@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from tests.kit.senders import Sender, Sent, new_key
+from agent.testing.messages import MessageSender, SignedMessage, new_key
 
 VERIFY = """
 import { flattenedVerify, generalVerify, importJWK } from "jose";
@@ -44,7 +44,9 @@ REFUSED = "ERR_JWS_SIGNATURE_VERIFICATION_FAILED"
 
 
 @pytest.fixture(scope="module")
-def jose(pytestconfig: pytest.Config, program: Callable[[str], str]) -> Callable[[list[Sent]], list[dict[str, Any]]]:
+def jose(
+    pytestconfig: pytest.Config, program: Callable[[str], str]
+) -> Callable[[list[SignedMessage]], list[dict[str, Any]]]:
     """`jose(messages)` is what the library says of each; it is installed once, in pytest's cache."""
     node, npm = program("node"), program("npm")
     folder = pytestconfig.cache.mkdir("jose") if pytestconfig.cache else pytest.skip("pytest runs without a cache")
@@ -52,7 +54,7 @@ def jose(pytestconfig: pytest.Config, program: Callable[[str], str]) -> Callable
         _install(npm, folder)
     (folder / "verify.mjs").write_text(VERIFY)
 
-    def verify(messages: list[Sent]) -> list[dict[str, Any]]:
+    def verify(messages: list[SignedMessage]) -> list[dict[str, Any]]:
         asked = [{"jws": m.jws, "payload": base64.b64encode(m.payload).decode()} for m in messages]
         document = json.dumps({"jwk": KEY.public.jwk, "messages": asked})
         done = subprocess.run(
@@ -80,8 +82,8 @@ def _install(npm: str, folder: Path) -> None:
         pytest.skip("npm cannot fetch `jose` from its registry here")
 
 
-def test_jose_accepts_every_message_we_sign(jose: Callable[[list[Sent]], list[dict[str, Any]]]) -> None:
-    device = Sender(key=KEY)
+def test_jose_accepts_every_message_we_sign(jose: Callable[[list[SignedMessage]], list[dict[str, Any]]]) -> None:
+    device = MessageSender(key=KEY)
     sent = [
         device.results(),
         device.drift(),
@@ -101,11 +103,11 @@ def test_jose_accepts_every_message_we_sign(jose: Callable[[list[Sent]], list[di
         }
 
 
-def test_jose_refuses_what_was_tampered_with(jose: Callable[[list[Sent]], list[dict[str, Any]]]) -> None:
-    device = Sender(key=KEY)
+def test_jose_refuses_what_was_tampered_with(jose: Callable[[list[SignedMessage]], list[dict[str, Any]]]) -> None:
+    device = MessageSender(key=KEY)
     first, second = device.health(), device.health()
     head, _, signature = first.jws.split(".")
-    foreign = Sender(key=new_key(2)).health()
+    foreign = MessageSender(key=new_key(2)).health()
     tampered = [
         replace(first, payload=first.payload.replace(b"pi-07", b"pi-08")),
         replace(first, payload=first.payload + b" "),

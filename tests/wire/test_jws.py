@@ -12,11 +12,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from agent.errors import MessageRefused
+from agent.testing.messages import new_key
 from agent.wire import jws
 from agent.wire.jws import Signer
 from agent.wire.keys import SigningKey, b64url_decode, b64url_encode
 from tests.kit.damage import flips
-from tests.kit.senders import new_key
 
 KEY, OTHER = new_key(1), new_key(2)
 TOPIC = "outstation/acme/pi-07/health"

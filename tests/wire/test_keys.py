@@ -120,13 +120,6 @@ def test_a_key_for_a_folder_that_is_not_there_is_refused_in_one_line(tmp_path: P
         keys.generate(tmp_path / "nowhere" / "device.key")
 
 
-def test_what_is_written_new_must_be_new(tmp_path: Path) -> None:
-    keys.write_new(tmp_path / "file", b"first", 0o600)
-    with pytest.raises(FileExistsError):
-        keys.write_new(tmp_path / "file", b"second", 0o600)
-    assert (tmp_path / "file").read_bytes() == b"first"
-
-
 def test_a_missing_key_file_says_which_command_makes_one(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no key here; make one with `outstation init`"):
         keys.load_private(tmp_path / "device.key")

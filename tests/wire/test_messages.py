@@ -14,13 +14,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from agent.errors import MessageRefused
+from agent.testing.messages import MessageSender, SignedMessage, new_key
 from agent.wire import jws, messages
 from agent.wire.jws import Signer
 from agent.wire.keys import SigningKey, b64url_decode
 from agent.wire.messages import MAX_PAYLOAD, AckPayload, HealthPayload, ResultsPayload, VerifiedMessage, verify_message
 from agent.wire.topics import Topic
 from tests.kit.damage import flips
-from tests.kit.senders import Sender, Sent, new_key
 
 VECTORS = Path(__file__).parents[3] / "shared" / "vectors" / "messages.json"
 DEVICE, COLLECTOR = new_key(1), new_key(2)
@@ -40,15 +40,15 @@ def signed(topic: str, payload: bytes | dict[str, Any], key: SigningKey = DEVICE
     return verify_message(topic, data, [jws.sign(key, topic, data)], find)
 
 
-def members(sent: Sent) -> dict[str, Any]:
+def members(sent: SignedMessage) -> dict[str, Any]:
     return dict(json.loads(sent.payload))
 
 
 LOG = "c1ca3d20-b49b-46bd-b015-d5324e989d47"
 
 
-def sender() -> Sender:
-    return Sender(key=DEVICE, log=LOG)
+def sender() -> MessageSender:
+    return MessageSender(key=DEVICE, log=LOG)
 
 
 RESULTS = members(sender().results())

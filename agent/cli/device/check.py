@@ -19,7 +19,8 @@ from agent.config import Config, FilesSource, HostSource, MqttSource, ReplaySour
 from agent.device.machine import schedule
 from agent.device.machine.timekeeping import build_report, make_clock
 from agent.device.pipeline import tuning_cache
-from agent.device.recovery.condition import inspect_condition
+from agent.device.recovery.open import open_store
+from agent.device.recovery.report_findings import inspect_condition
 from agent.device.store.store import Store
 from agent.errors import LinkDown, OutstationError, StorageBusy
 from agent.model.inference.tuning import Tuning
@@ -130,7 +131,7 @@ def _check_bundle(file: Path, conf: Config, name: str) -> str:
 def _load_known_tunings(conf: Config, task: str) -> list[Tuning]:
     """What the agent that runs here goes by; without a store the check tries for itself."""
     try:
-        store = Store(conf.data_dir, read_only=True)
+        store = Store.open_read_only(conf.data_dir)
     except OutstationError:
         return []
     try:
@@ -141,7 +142,7 @@ def _load_known_tunings(conf: Config, task: str) -> list[Tuning]:
 
 def _is_running(conf: Config) -> bool:
     try:
-        Store(conf.data_dir, max_size=int(conf.buffer.max_size)).close()
+        open_store(conf.data_dir, max_size=int(conf.buffer.max_size)).close()
     except StorageBusy:
         return True
     except (OutstationError, OSError):
@@ -151,7 +152,7 @@ def _is_running(conf: Config) -> bool:
 
 def _check_storage(conf: Config) -> CheckResult:
     try:
-        store = Store(conf.data_dir, max_size=int(conf.buffer.max_size))
+        store = open_store(conf.data_dir, max_size=int(conf.buffer.max_size))
         used = store.used_bytes()
         store.close()
     except (OutstationError, OSError) as problem:
@@ -163,7 +164,7 @@ def _check_storage(conf: Config) -> CheckResult:
 
 def _check_store_condition(conf: Config) -> Iterator[CheckResult]:
     try:
-        store = Store(conf.data_dir, read_only=True)
+        store = Store.open_read_only(conf.data_dir)
     except OutstationError:
         return
     try:
@@ -179,7 +180,7 @@ def _check_store_condition(conf: Config) -> Iterator[CheckResult]:
 
 def _check_clock(conf: Config) -> CheckResult:
     try:
-        store = Store(conf.data_dir, read_only=True)
+        store = Store.open_read_only(conf.data_dir)
     except OutstationError:
         now, past = clock.read(), clock.to_rfc3339(clock.BUILD_FLOOR_US)
     else:

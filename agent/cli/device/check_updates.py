@@ -22,7 +22,7 @@ def inspect_repository(conf: Config, updates: UpdatesConfig) -> str:
     """What the repository shows, in a sentence. Raises OutstationError."""
     now = clock.read()
     try:
-        store = Store(conf.data_dir, read_only=True)
+        store = Store.open_read_only(conf.data_dir)
     except OutstationError:
         known, time_us = version_floors.VersionFloors(), max(now.wall_us, clock.BUILD_FLOOR_US)
     else:

@@ -25,7 +25,7 @@ from agent.cli.output import (
 from agent.config import Config
 from agent.device.bundles import history as kept
 from agent.device.commands import wipe
-from agent.device.pipeline import drift_state
+from agent.device.store import task_keys
 from agent.device.store.store import Store
 from agent.drift.baseline.reference import Reference
 from agent.drift.reporting import parsed_message
@@ -162,7 +162,7 @@ def _load_shipped_reference(loaded_bundle: Bundle) -> Reference | None:
 
 def _load_site_reference(store: Store, task: str, shipped: Reference | None) -> Reference | None:
     """The site's reference, where it belongs to this bundle's bins."""
-    kept = store.load_state(task, drift_state.SITE_REFERENCE_NAME)
+    kept = store.load_state(task, task_keys.SITE_REFERENCE)
     if kept is None or shipped is None:
         return None
     try:

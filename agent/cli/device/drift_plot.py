@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from agent import durable_files
 from agent.arrays import Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.reporting.parsed_message import SubjectReport, effect_sizes
 from agent.drift.reporting.timeline import Timeline
-from agent.errors import UsageError
+from agent.errors import StorageError, UsageError
 from agent.model.bundle.bundle import Bundle
 from agent.render import axes, drift_plot, png
 from agent.render.drift_model import AccuracyEstimate, DriftPlot, EvidenceCurve, PlotRow, StateInterval
@@ -38,13 +38,12 @@ def save(picture: DriftPlot, file: Path, *, dark: bool) -> None:
     """Raises UsageError where it cannot be written."""
     svg = drift_plot.render_drift(picture, dark=dark)
     data = svg.encode() if file.suffix == ".svg" else png.from_svg(svg)
-    part = file.with_name(file.name + ".part")
+    if not file.parent.is_dir():
+        raise UsageError(f"--plot {file}: cannot be written: there is no folder {file.parent}")
     try:
-        part.write_bytes(data)
-        os.replace(part, file)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UsageError(f"--plot {file}: cannot be written: {error.strerror}") from None
+        durable_files.write(file, data)
+    except StorageError as error:
+        raise UsageError(f"--plot {error}") from None
 
 
 def plot_device(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from agent import config
+from agent import config, durable_files
 from agent.bootstrap.wiring import KEY_FILE
 from agent.cli.output import emit, json_option
 from agent.errors import UsageError
@@ -98,7 +98,7 @@ def init(folder: Path, enrolment: Path | None, device: str | None, data_dir: str
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in members.items():
-            keys.write_new(folder / name, content, _MEMBERS[name])
+            durable_files.write_new(folder / name, content, _MEMBERS[name])
     except FileExistsError as error:
         raise UsageError(f"{error.filename}: is there already; move it away first") from None
     except OSError as error:

@@ -15,6 +15,7 @@ from agent.device import status
 from agent.device.commands import wipe
 from agent.device.machine.timekeeping import Timekeeper, make_clock
 from agent.device.pipeline import relearn
+from agent.device.store import task_keys
 from agent.drift.baseline.reference import MIN_WINDOWS, RECOMMENDED_WINDOWS
 from agent.errors import StorageBusy, UsageError
 from agent.toml_files import did_you_mean
@@ -107,7 +108,7 @@ def _wait_for_daemon(conf: Config, task: str, request: relearn.RelearnRequest, w
     store = wiring.open_store_read_only(conf)
     try:
         deadline = time.monotonic() + wait_s
-        while store.load_state(task, relearn.REQUEST_DONE) != request.id.encode():
+        while store.load_state(task, task_keys.RELEARN_REQUEST_DONE) != request.id.encode():
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.1)

@@ -14,7 +14,7 @@ from agent.config import Config
 from agent.device.commands import wipe
 from agent.device.machine.throttle import Throttle
 from agent.device.machine.timekeeping import build_report, make_clock
-from agent.device.recovery.condition import inspect_condition
+from agent.device.recovery.report_findings import inspect_condition
 from agent.device.store import cost, space
 from agent.device.store.store import Store
 

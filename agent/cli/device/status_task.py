@@ -15,7 +15,8 @@ from agent.config import Config
 from agent.device import status
 from agent.device.bundles import history as kept
 from agent.device.bundles import overrides, rollout_state
-from agent.device.pipeline import deadline, drift_state, label_metrics, tuning_cache
+from agent.device.pipeline import deadline, tuning_cache
+from agent.device.store import task_keys
 from agent.device.store.store import Store
 from agent.errors import UsageError
 from agent.model.bundle import bundle
@@ -51,7 +52,7 @@ def build_document(conf: Config, store: Store, name: str) -> dict[str, Any]:
         "windows": counters.get(f"windows.{name}", 0),
         "bundle": _configured_bundle(conf, store, name) if past is None else str(past.current),
         "pace": msgspec.to_builtins(chosen[0]) if chosen else None,
-        "site_reference": store.load_state(name, drift_state.SITE_REFERENCE_NAME) is not None,
+        "site_reference": store.load_state(name, task_keys.SITE_REFERENCE) is not None,
         "reference": _reference_summary(conf, store, name),
         "open": store.open_alerts(name),
         "quality": _load_label_metrics(store, name),
@@ -83,7 +84,7 @@ def _reference_summary(conf: Config, store: Store, task: str) -> dict[str, Any]:
 
 def _load_label_metrics(store: Store, task: str) -> dict[str, Any] | None:
     """What the newest labels say, as the last `quality` message did; None before the first."""
-    kept = store.load_state(task, label_metrics.LAST_MESSAGE_NAME)
+    kept = store.load_state(task, task_keys.LAST_LABEL_METRICS)
     found: dict[str, Any] | None = json.loads(kept) if kept else None
     return found
 

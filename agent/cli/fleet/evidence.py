@@ -92,7 +92,6 @@ def _make_folder(
 ) -> EvidenceFolder:
     from agent.cli.fleet import group as commands
     from agent.fleet import config as fleet_config
-    from agent.fleet import operators
     from agent.fleet.evidence.gather import bundles as papers
     from agent.model.bundle import builtin
 
@@ -108,7 +107,7 @@ def _make_folder(
         fleet=config.fleet.name,
         fleet_dir=fleet_config.find_folder(folder),
         operator=keys.load_private(Path(config.operator.key_file)),
-        operators=operators.load_trusted_keys(config),
+        operators=fleet_config.load_trusted_keys(config),
         collector=keys.load_public_for(Path(config.collector.key_file)),
         publishers=known,
         bundles=bundles,

@@ -235,11 +235,10 @@ def gaps(device: str | None, db: str | None, folder: str | None, as_json: bool) 
 @json_option
 def audit(device: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
     """Verify every stored message again: signatures, chain, gaps, coverage. Exit 1 if anything is wrong."""
-    from agent.fleet import operators
     from agent.fleet.audit.audit import audit as run_audit
 
     config, store = open_for_reading(folder, db, device)
-    trusted = operators.load_trusted_keys(config)
+    trusted = fleet_config.load_trusted_keys(config)
     with progress("auditing", store.count_messages(device)) as advance:
         report = run_audit(store, device, advance, trusted).to_dict()
     emit(report, as_json, lambda: print_lines(*_audit_lines(report)))

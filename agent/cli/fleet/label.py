@@ -52,7 +52,7 @@ def _send_labels(
     home: Path, config: FleetConfig, device: str, task: str, valid_labels: list[tuple[int, Label]], wait_s: float
 ) -> tuple[int, dict[int, str]]:
     """How many the device accepted, and line → reason of the others."""
-    from agent.fleet.parcels import split_labels
+    from agent.fleet.labels import split_labels
 
     accepted = 0
     rejected: dict[int, str] = {}

@@ -98,9 +98,9 @@ def refresh(trust_clock: bool, sign_with: tuple[Path, ...], folder: str | None, 
 
     A draft of the root that enough have signed comes into force.
     """
-    from agent.fleet.repository import refresh as refreshing
+    from agent.fleet.repository import upkeep
 
-    done = refreshing.refresh(fleet_config.find_folder(folder), sign_with=sign_with, trust_clock=trust_clock)
+    done = upkeep.refresh(fleet_config.find_folder(folder), sign_with=sign_with, trust_clock=trust_clock)
     until = f"{done.expires:%Y-%m-%dT%H:%M:%SZ}"
     document = {"roles": done.roles, "expires": until, "root": done.root_version or None}
     root = f"root {done.root_version} is in force\n" if done.root_version else ""

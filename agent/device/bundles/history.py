@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -16,21 +15,21 @@ from typing import Any
 import msgspec
 from msgspec.structs import asdict
 
+from agent import durable_files
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import overrides, rollout_state
 from agent.device.bundles.overrides import BundleOverride
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.errors import BadBundle, StorageFull
 from agent.model.bundle import builtin, bundle
 from agent.model.bundle.bundle import Bundle
-from agent.wire.keys import write_new
 
 log = logging.getLogger("outstation")
 
-ACTIVE_BUNDLE = "active bundle"
 _MAX_LABEL_BYTES = 8_000
 _PARTIAL_SUFFIX = ".half"
 
@@ -54,7 +53,7 @@ class BundleHistory(msgspec.Struct, frozen=True):
 
 
 def load_history(store: Store, task: str) -> BundleHistory | None:
-    kept = store.load_state(task, ACTIVE_BUNDLE)
+    kept = store.load_state(task, task_keys.BUNDLE_HISTORY)
     return None if kept is None else from_json(kept)
 
 
@@ -108,10 +107,9 @@ def store_copy(loaded: Bundle, data_dir: Path) -> bool:
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir()
         for name, data in loaded.files.items():
-            write_new(half / name, data, 0o644)
-        sync_folder(half)
-        half.rename(target)
-        sync_folder(target.parent)
+            durable_files.write_new(half / name, data, 0o644)
+        durable_files.fsync(half)
+        durable_files.rename(half, target)
     except OSError as error:
         log.error(
             "%s: bundle %s cannot be kept for a rollback: %s", target.parent, loaded.manifest.name, error.strerror
@@ -167,14 +165,14 @@ def record_activation(
 
 def _save_history(tx: Transaction, task: str, current: BundleRef, previous: BundleRef | None) -> dict[str, Any]:
     kept = {"now": asdict(current), "before": asdict(previous) if previous else None}
-    tx.save_state(task, ACTIVE_BUNDLE, json.dumps(kept).encode())
+    tx.save_state(task, task_keys.BUNDLE_HISTORY, json.dumps(kept).encode())
     return kept
 
 
 def restore(tx: Transaction, task: str, past: BundleHistory | None) -> None:
     """That this ran, and not what was recorded since: a bundle that did not prove itself is none to go back to."""
     if past is None:
-        tx.delete_state(task, ACTIVE_BUNDLE)
+        tx.delete_state(task, task_keys.BUNDLE_HISTORY)
     else:
         _save_history(tx, task, past.current, past.previous)
 
@@ -211,12 +209,3 @@ def configured_digest(name: str, data_dir: Path) -> str:
 def make_override(target: BundleRef, configured: str, rollout: str = "") -> BundleOverride | None:
     """What to keep so that `this` runs from now on; nothing where it is the configured one."""
     return None if target.digest == configured else BundleOverride(target.digest, configured, rollout)
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,12 +9,10 @@ from msgspec.structs import asdict
 
 from agent.config import Config
 from agent.device.machine import schedule
+from agent.device.store import task_keys
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.errors import ConfigError
-
-PAUSED, SCHEDULE, BUNDLE_OVERRIDE = "paused", "schedule", "rollback"
-QUARANTINED, CRASHES = "set aside", "crashes"
 
 
 class BundleOverride(msgspec.Struct, frozen=True):
@@ -36,12 +34,12 @@ class QuarantinedBundle(msgspec.Struct, frozen=True):
 
 
 def is_paused(store: Store, task: str) -> bool:
-    return store.load_state(task, PAUSED) is not None
+    return store.load_state(task, task_keys.PAUSED) is not None
 
 
 def load_schedule(store: Store, task: str) -> str | None:
     """The schedule that an operator set instead of the configured one."""
-    text = store.load_state(task, SCHEDULE)
+    text = store.load_state(task, task_keys.SCHEDULE_OVERRIDE)
     return None if text is None else text.decode()
 
 
@@ -58,26 +56,26 @@ def effective_schedule(file: str, conf: Config, store: Store, task: str, last_us
 
 
 def load_bundle_override(store: Store, task: str) -> BundleOverride | None:
-    kept = store.load_state(task, BUNDLE_OVERRIDE)
+    kept = store.load_state(task, task_keys.BUNDLE_OVERRIDE)
     return BundleOverride(**json.loads(kept)) if kept else None
 
 
 def save_bundle_override(tx: Transaction, task: str, override: BundleOverride | None) -> None:
     if override is None:
-        tx.delete_state(task, BUNDLE_OVERRIDE)
+        tx.delete_state(task, task_keys.BUNDLE_OVERRIDE)
     else:
         # Left out where it is empty: an earlier version of the agent knows no roll-outs.
         kept = {name: value for name, value in asdict(override).items() if value or name != "rollout"}
-        tx.save_state(task, BUNDLE_OVERRIDE, json.dumps(kept).encode())
+        tx.save_state(task, task_keys.BUNDLE_OVERRIDE, json.dumps(kept).encode())
 
 
 def load_quarantined(store: Store, task: str) -> dict[str, QuarantinedBundle]:
     """Bundles that are not run for `task`, by digest."""
-    return _decode_quarantined(store.load_state(task, QUARANTINED))
+    return _decode_quarantined(store.load_state(task, task_keys.QUARANTINED_BUNDLES))
 
 
 def load_quarantined_in_tx(tx: Transaction, task: str) -> dict[str, QuarantinedBundle]:
-    return _decode_quarantined(tx.load_state(task, QUARANTINED))
+    return _decode_quarantined(tx.load_state(task, task_keys.QUARANTINED_BUNDLES))
 
 
 def _decode_quarantined(data: bytes | None) -> dict[str, QuarantinedBundle]:
@@ -87,9 +85,9 @@ def _decode_quarantined(data: bytes | None) -> dict[str, QuarantinedBundle]:
 def save_quarantined(tx: Transaction, task: str, quarantined: dict[str, QuarantinedBundle]) -> None:
     if quarantined:
         kept = {digest: asdict(one) for digest, one in quarantined.items()}
-        tx.save_state(task, QUARANTINED, json.dumps(kept).encode())
+        tx.save_state(task, task_keys.QUARANTINED_BUNDLES, json.dumps(kept).encode())
     else:
-        tx.delete_state(task, QUARANTINED)
+        tx.delete_state(task, task_keys.QUARANTINED_BUNDLES)
 
 
 def to_status(store: Store, task: str) -> dict[str, object]:

@@ -16,11 +16,11 @@ import logging
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from agent import clock
+from agent.alerts import QUARANTINED
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import history as kept
@@ -28,6 +28,7 @@ from agent.device.bundles import overrides
 from agent.device.bundles.crash_marker import CrashMarker, CrashRecord
 from agent.device.bundles.history import BundleRef
 from agent.device.bundles.overrides import QuarantinedBundle
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
@@ -86,9 +87,9 @@ def release_reconfigured(conf: Config, store: Store, message_log: MessageLog, no
 def release(tx: Transaction, message_log: MessageLog, task: str, now: ClockReading) -> None:
     """Nothing is set aside for `task` any more, and its crashes are forgotten."""
     overrides.save_quarantined(tx, task, {})
-    tx.delete_state(task, overrides.CRASHES)
-    body = _alert_body(task, "cleared", "info", f"{task}: no bundle is set aside any more.", {})
-    message_log.append(tx, "alerts", task, body, now)
+    tx.delete_state(task, task_keys.CRASH_COUNT)
+    alert = QUARANTINED.cleared(f"{task}: no bundle is set aside any more.", task=task)
+    message_log.append(tx, "alerts", task, alert.to_body(task), now)
 
 
 def is_suspected(store: Store, task: str, digest: str) -> bool:
@@ -98,7 +99,7 @@ def is_suspected(store: Store, task: str, digest: str) -> bool:
 
 
 def _load_crash_count(store: Store, task: str) -> _CrashCount | None:
-    found = store.load_state(task, overrides.CRASHES)
+    found = store.load_state(task, task_keys.CRASH_COUNT)
     return msgspec.json.decode(found, type=_CrashCount) if found else None
 
 
@@ -115,7 +116,9 @@ def _count_crash(conf: Config, store: Store, message_log: MessageLog, crash: Cra
     target = None if resumed is None else kept.bundle_ref(resumed)
     configured = kept.configured_digest(conf.tasks[crash.task].bundle, conf.data_dir)
     with store.transaction(vital=True) as tx:
-        tx.save_state(crash.task, overrides.CRASHES, msgspec.json.encode(_CrashCount(crash.digest, count, crash.id)))
+        tx.save_state(
+            crash.task, task_keys.CRASH_COUNT, msgspec.json.encode(_CrashCount(crash.digest, count, crash.id))
+        )
         if count < MAX_CRASHES:
             return
         known = [history.current, history.previous] if history is not None else []
@@ -155,18 +158,5 @@ def _report_quarantine(
     evidence = {"task": crash.task, "digest": crash.digest, "crashes": count, "to": target.digest if target else None}
     message_log.append(tx, "audit", None, {"event": "quarantined", "summary": summary, "evidence": evidence}, now)
     if target is not None:
-        message_log.append(
-            tx, "alerts", crash.task, _alert_body(crash.task, "raised", "critical", summary, evidence), now
-        )
-
-
-def _alert_body(task: str, state: str, severity: str, summary: str, evidence: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "alert": "model",
-        "subject": task,
-        "state": state,
-        "severity": severity,
-        "id": f"{task}/quarantine",
-        "summary": summary,
-        "evidence": evidence,
-    }
+        alert = QUARANTINED.raised(summary, evidence, task=crash.task)
+        message_log.append(tx, "alerts", crash.task, alert.to_body(crash.task), now)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from agent.device.store import task_keys
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.wire.desired_state import DesiredBundle
@@ -21,7 +22,6 @@ Reason = Literal[
 ]  # fmt: skip
 
 # Names in table state.
-STATE_KEY, HOLD_OFFS_KEY = "rollout", "held bundles"
 _MAX_HOLD_OFFS = 16
 
 
@@ -60,7 +60,7 @@ class HoldOff(msgspec.Struct, frozen=True):
 
 def load_state(store: Store, task: str) -> RolloutState | None:
     """None where nothing was desired of it yet, or what was kept cannot be read."""
-    found = store.load_state(task, STATE_KEY)
+    found = store.load_state(task, task_keys.ROLLOUT_STATE)
     try:
         return msgspec.json.decode(found, type=RolloutState) if found else None
     except msgspec.MsgspecError as damage:
@@ -76,15 +76,15 @@ def find_canary_digest(store: Store, task: str) -> str:
 
 def save_state(tx: Transaction, task: str, state: RolloutState | None) -> None:
     if state is None:
-        tx.delete_state(task, STATE_KEY)
+        tx.delete_state(task, task_keys.ROLLOUT_STATE)
     else:
-        tx.save_state(task, STATE_KEY, msgspec.json.encode(state))
+        tx.save_state(task, task_keys.ROLLOUT_STATE, msgspec.json.encode(state))
 
 
 def load_hold_offs(store: Store, task: str) -> dict[str, HoldOff]:
     """Bundles that were taken back or refused, by digest; those whose time is over, too."""
     try:
-        return msgspec.json.decode(store.load_state(task, HOLD_OFFS_KEY) or b"{}", type=dict[str, HoldOff])
+        return msgspec.json.decode(store.load_state(task, task_keys.HOLD_OFFS) or b"{}", type=dict[str, HoldOff])
     except msgspec.MsgspecError:
         return {}
 
@@ -92,12 +92,12 @@ def load_hold_offs(store: Store, task: str) -> dict[str, HoldOff]:
 def add_hold_off(tx: Transaction, task: str, digest: str, hold_off: HoldOff, uptime_s: float) -> None:
     """Also forgets whose time is over, and of very many those that end first."""
     try:
-        known = msgspec.json.decode(tx.load_state(task, HOLD_OFFS_KEY) or b"{}", type=dict[str, HoldOff])
+        known = msgspec.json.decode(tx.load_state(task, task_keys.HOLD_OFFS) or b"{}", type=dict[str, HoldOff])
     except msgspec.MsgspecError:
         known = {}
     current = {name: other for name, other in known.items() if other.until_s > uptime_s and name != digest}
     newest = sorted(current.items(), key=lambda item: item[1].until_s)[-(_MAX_HOLD_OFFS - 1) :]
-    tx.save_state(task, HOLD_OFFS_KEY, msgspec.json.encode({**dict(newest), digest: hold_off}))
+    tx.save_state(task, task_keys.HOLD_OFFS, msgspec.json.encode({**dict(newest), digest: hold_off}))
 
 
 def find_needed_digests(store: Store, task: str) -> set[str]:

@@ -20,6 +20,7 @@ from agent.device.pipeline.batch import LoadedTask
 from agent.device.pipeline.relearn import RelearnRequest
 from agent.device.pipeline.tasks import Runtime, ScheduledTask
 from agent.device.rollout.executor import RolloutExecutor
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
@@ -74,7 +75,7 @@ class TaskActions:
         name = self._require_known(args["task"])
 
         def write(tx: Transaction) -> None:
-            tx.save_state(name, overrides.PAUSED, b"1")
+            tx.save_state(name, task_keys.PAUSED, b"1")
 
         return Effect(f"{name} is paused; its readings are kept.", {}, write, lambda: self._set_paused(name, True))
 
@@ -82,7 +83,7 @@ class TaskActions:
         name = self._require_known(args["task"])
 
         def write(tx: Transaction) -> None:
-            tx.delete_state(name, overrides.PAUSED)
+            tx.delete_state(name, task_keys.PAUSED)
 
         return Effect(f"{name} runs again when it is due.", {}, write, lambda: self._set_paused(name, False))
 
@@ -101,9 +102,9 @@ class TaskActions:
 
         def write(tx: Transaction) -> None:
             if text == DEFAULT_SCHEDULE:
-                tx.delete_state(name, overrides.SCHEDULE)
+                tx.delete_state(name, task_keys.SCHEDULE_OVERRIDE)
             else:
-                tx.save_state(name, overrides.SCHEDULE, wanted.encode())
+                tx.save_state(name, task_keys.SCHEDULE_OVERRIDE, wanted.encode())
 
         def then() -> None:
             planned = self._runtime.find(name)
@@ -158,7 +159,7 @@ class TaskActions:
             raise RowRejected(f"the bundle of {task} has no drift reference, so drift is not watched")
 
         def write(tx: Transaction) -> None:
-            tx.save_state(task, relearn.REQUEST, request.to_json())
+            tx.save_state(task, task_keys.RELEARN_REQUEST, request.to_json())
 
         least = f"{judge.learn_windows} drift windows" + (
             f" and {request.duration_s:.0f} s" if request.duration_s else ""

@@ -13,31 +13,22 @@ from collections.abc import Callable, Mapping
 
 from agent.clock import ClockReading
 from agent.device.commands.executor import Effect
-from agent.device.machine.keys import KeyFiles
+from agent.device.machine.keys import (
+    LOG_SIGNER_KID,
+    PENDING_ROTATION,
+    KeyFiles,
+    append_rotation,
+    keys_message,
+    reissue_rotation,
+)
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.errors import RowRejected, StorageFull, UsageError
 from agent.transport.packets import OutgoingMessage
-from agent.wire import key_rotation as wire
 from agent.wire.keys import SigningKey
 
 log = logging.getLogger("outstation")
-
-# In table meta: the kid that signs the log, and the rotation that no collector has acknowledged yet.
-LOG_SIGNER_KID, PENDING_ROTATION = "signing key", "rotation"
-
-
-def open_keys(store: Store, files: KeyFiles) -> tuple[SigningKey, SigningKey | None]:
-    """The key of the log, and that of live messages where it is another one. Raises UsageError."""
-    key = files.recover(store.get_meta(LOG_SIGNER_KID, ""))
-    live = files.load_previous() if store.get_meta(PENDING_ROTATION, "") else None
-    return key, live if live is not None and live.public.kid != key.public.kid else None
-
-
-def keys_message(message_log: MessageLog, now: ClockReading) -> OutgoingMessage:
-    """The retained statement of the key in force."""
-    return message_log.build_live_message("keys", {"keys": [message_log.key.public.jwk]}, now)
 
 
 class KeyRotation:
@@ -100,7 +91,7 @@ class KeyRotation:
         self._reconnect()
 
     def _commit(self, tx: Transaction, old: SigningKey, new: SigningKey, now: ClockReading) -> None:
-        _write_rotation(tx, self._message_log, old, new, now)
+        append_rotation(tx, self._message_log, old, new, now)
         tx.set_meta(LOG_SIGNER_KID, new.public.kid)
 
     def _activate(self, new: SigningKey, now: ClockReading) -> None:
@@ -111,26 +102,3 @@ class KeyRotation:
             # The store names the new key: the next start goes on from there.
             log.error("the new key could not be put in place: %s; the next start does it", error)
         self._publish(keys_message(self._message_log, now))
-
-
-def reissue_rotation(tx: Transaction, message_log: MessageLog, now: ClockReading) -> None:
-    """Write the rotation that waits once more, at the end of the log, signed by the old key."""
-    new, old = message_log.key, message_log.live_key
-    if old is None:
-        # Only one key is left, as where the device was given another one: there is nothing to follow.
-        tx.set_meta(PENDING_ROTATION, "")
-        return
-    log.warning("the message that names the new signing key is lost here; it is written again")
-    _write_rotation(tx, message_log, old, new, now)
-
-
-def _write_rotation(
-    tx: Transaction, message_log: MessageLog, old: SigningKey, new: SigningKey, now: ClockReading
-) -> None:
-    seq = tx.log_head()[0] + 1
-    evidence = wire.build_evidence(message_log.fleet, message_log.device, message_log.log_id, seq, old.public, new)
-    summary = f"The signing key {old.public.text} is followed by {new.public.text}."
-    message_log.append(
-        tx, "audit", None, {"event": wire.ROTATION_EVENT, "summary": summary, "evidence": evidence}, now, old
-    )
-    tx.set_meta(PENDING_ROTATION, json.dumps({"seq": seq, "old": old.public.kid}))

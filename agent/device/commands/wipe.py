@@ -11,23 +11,20 @@ import contextlib
 import hmac
 import json
 import logging
-import os
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from agent import clock
+from agent import clock, durable_files
 from agent.clock import ClockReading
 from agent.config import Config
-from agent.device.bundles.history import sync_folder
 from agent.device.commands.executor import Effect
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.errors import RowRejected, StorageError, UsageError
-from agent.wire.keys import write_new
 
 log = logging.getLogger("outstation")
 
@@ -124,7 +121,7 @@ def erase(data_dir: Path, preserved: Collection[Path], keys: Iterable[Path]) -> 
     doomed = [path for path in data_dir.iterdir() if path.name not in _PRESERVED and path.name != MARKER + ".new"]
     doomed += [data_dir / "bundles" / ".kept", data_dir / "bundles" / ".fetched", *keys]
     left = [str(path) for path in doomed if path.resolve() not in kept and not _delete(path)]
-    sync_folder(data_dir)
+    durable_files.fsync(data_dir)
     done = {"state": "wiped", "time": time, "left": left}
     _write_marker(data_dir, done)
     log.warning("%s", describe_marker(data_dir, done))
@@ -149,13 +146,9 @@ def _delete(path: Path) -> bool:
         log.error("%s: cannot be deleted: %s", path, error.strerror)
         return False
     with contextlib.suppress(OSError):
-        sync_folder(path.parent)
+        durable_files.fsync(path.parent)
     return True
 
 
 def _write_marker(data_dir: Path, content: dict[str, Any]) -> None:
-    new = data_dir / (MARKER + ".new")
-    new.unlink(missing_ok=True)
-    write_new(new, json.dumps(content).encode() + b"\n", 0o644)
-    os.replace(new, data_dir / MARKER)
-    sync_folder(data_dir)
+    durable_files.write(data_dir / MARKER, json.dumps(content).encode() + b"\n")

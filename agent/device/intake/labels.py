@@ -8,8 +8,7 @@ from typing import Any
 import msgspec
 
 from agent.clock import ClockReading
-from agent.device.store.given import PredictionRow
-from agent.device.store.labels import MAX_EARLY_LABELS
+from agent.device.store.labels import MAX_EARLY_LABELS, PredictionRow
 from agent.device.store.transaction import Transaction
 from agent.errors import RowRejected
 from agent.performance import labels as truth

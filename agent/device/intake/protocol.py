@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
+import numpy as np
 
 from agent.config import StreamConfig
-from agent.device.intake import labels, packed
+from agent.device.intake import labels
 from agent.device.intake.labels import LabelBatch
 from agent.device.store.rows import RawColumns, ValidatedRows, validate_columns
 from agent.errors import RowRejected
@@ -127,7 +128,7 @@ class LineParser:
         for name, (kind, data) in () if decoded.packed is msgspec.UNSET else decoded.packed.items():
             if name in values:
                 raise RowRejected(f"{name!r} is in columns and in packed; give it once")
-            values[name] = packed.decode_column(name, kind, data)
+            values[name] = decode_column(name, kind, data)
         t = values.pop("t", None)
         lengths = {len(column) for column in values.values()}
         if len(lengths) != 1 or lengths == {0}:
@@ -184,7 +185,7 @@ class _StreamDecoder:
     def columns_decoder(self) -> msgspec.json.Decoder[Any]:
         absent = msgspec.UnsetType
         fields: list[Any] = [("stream", str), ("columns", dict[str, list[Any]] | absent, msgspec.UNSET)]
-        fields.append(("packed", dict[str, tuple[packed.NumberType, bytes]] | absent, msgspec.UNSET))
+        fields.append(("packed", dict[str, tuple[NumberType, bytes]] | absent, msgspec.UNSET))
         return msgspec.json.Decoder(msgspec.defstruct("Columnar", fields, forbid_unknown_fields=True))
 
     def decode_columns(self, line: bytes) -> Any:
@@ -277,3 +278,18 @@ def _explain_field_error(error: Exception, decoder: _StreamDecoder) -> str:
         return f"field {problem.split('`')[1]!r} is missing"
     what, _, where = problem.partition(" - at `$.")
     return f"{where.rstrip('`')}: {what[:1].lower()}{what[1:]}" if where else problem[:160]
+
+
+NumberType = Literal["f4", "f8", "i4", "i8"]
+
+
+def decode_column(name: str, kind: NumberType, data: bytes) -> Any:
+    """The values; where NaN is among them a list, in which it is None: a missing value. Raises Rejected."""
+    width = int(kind[1])
+    if len(data) % width:
+        raise RowRejected(f"{name}: {len(data)} bytes are no {kind} values of {width} bytes")
+    values = np.frombuffer(data, f"<{kind}")
+    # The least is NaN where one is among them: one pass. NaN is no value that equals itself.
+    if kind[0] == "f" and len(values) and (least := np.minimum.reduce(values)) != least:
+        return [None if value != value else value for value in values.tolist()]
+    return values

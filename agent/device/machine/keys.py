@@ -1,29 +1,39 @@
-"""The device's signing keys on disk: the one it was given, and those it made itself since.
+"""Signing keys of the device on disk: the provisioned key and its successors after key rotations.
 
-The given key may lie where nothing can be written (systemd's LoadCredential), so it is never touched. A key made later
-is `<data_dir>/keys/<kid of the given key>.key` and counts instead of it; a device that is given another key starts with
-that one.
-The steps of a change, each on the disk before the next:
+The provisioned key may lie on a read-only path (systemd's LoadCredential), so it is never changed. Its successor is
+`<data_dir>/keys/<kid of the provisioned key>.key`; a device that is given another key starts with that one.
+The steps of a rotation, each durable before the next:
 - `.next` is written
-- the store commits the message that says so, and the kid in `meta`
-- the current file becomes `.old`, `.next` becomes the current file
-Whatever step a crash comes after, `opened` finds the key that the store has committed.
+- the store commits the rotation message and the new kid in table meta
+- the current file becomes `.old`, and `.next` becomes the current file
+`KeyFiles.recover` finds the key that the store has committed, whatever step a crash comes after.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import json
+import logging
 from pathlib import Path
 
-from agent.device.bundles.history import sync_folder
+from agent import durable_files
+from agent.clock import ClockReading
+from agent.device.store.message_log import MessageLog
+from agent.device.store.store import Store
+from agent.device.store.transaction import Transaction
 from agent.errors import UsageError
-from agent.wire import keys
+from agent.transport.packets import OutgoingMessage
+from agent.wire import key_rotation, keys
 from agent.wire.keys import SigningKey
+
+log = logging.getLogger("outstation")
+
+# Names in table meta: the kid that signs the log, and the rotation that no collector has acknowledged yet.
+LOG_SIGNER_KID, PENDING_ROTATION = "signing key", "rotation"
 
 
 class KeyFiles:
-    """Those of one device."""
+    """Private key files of one device."""
 
     def __init__(self, data_dir: Path, provisioned: SigningKey) -> None:
         self._folder, self._provisioned = data_dir / "keys", provisioned
@@ -31,7 +41,10 @@ class KeyFiles:
         self._current, self._next, self._old = (self._folder / f"{name}.key{end}" for end in ("", ".next", ".old"))
 
     def recover(self, committed: str) -> SigningKey:
-        """The key in force; `committed` is the kid in the store, "" where it has none. Raises UsageError."""
+        """Finish or undo an interrupted rotation and return the key in force. Raises UsageError.
+
+        `committed` is the kid in the store, "" before the first rotation.
+        """
         if self._next.exists():
             if self._read_kid(self._next) == committed:
                 self.promote()
@@ -40,32 +53,30 @@ class KeyFiles:
         return self.load_active()
 
     def load_active(self) -> SigningKey:
-        """The key in force, for a look beside the daemon. Raises UsageError."""
+        """Return the key in force without changing any file. Raises UsageError."""
         return keys.load_private(self._current) if self._current.exists() else self._provisioned
 
     def load_previous(self) -> SigningKey:
-        """The key before the one in force."""
+        """Return the key before the one in force. Raises UsageError."""
         return keys.load_private(self._old) if self._old.exists() else self._provisioned
 
     def prepare(self) -> SigningKey:
-        """A new key on the disk, in force only once `promote` is called. Raises UsageError, OSError."""
+        """Write a new key, which `promote` puts in force. Raises UsageError, OSError."""
         self._folder.mkdir(mode=0o700, exist_ok=True)
         self._next.unlink(missing_ok=True)
         key = keys.generate(self._next, write_public=False)
-        sync_folder(self._folder)
-        sync_folder(self._folder.parent)
+        durable_files.fsync(self._folder)
+        durable_files.fsync(self._folder.parent)
         return key
 
     def promote(self) -> None:
-        """The key that was prepared is the one in force. Raises OSError."""
+        """Put the prepared key in force. Raises OSError."""
         if self._current.exists():
-            os.replace(self._current, self._old)
-            sync_folder(self._folder)
-        os.replace(self._next, self._current)
-        sync_folder(self._folder)
+            durable_files.rename(self._current, self._old)
+        durable_files.rename(self._next, self._current)
 
     def forget_old(self) -> None:
-        """The key before is of no more use here."""
+        """Delete the previous key, once the collector knows the one in force."""
         with contextlib.suppress(OSError):
             self._old.unlink(missing_ok=True)
 
@@ -73,5 +84,42 @@ class KeyFiles:
         try:
             return keys.load_private(path).public.kid
         except UsageError:
-            # Half a file: it was never committed.
+            # Half a file: the store never committed this key.
             return ""
+
+
+def open_keys(store: Store, files: KeyFiles) -> tuple[SigningKey, SigningKey | None]:
+    """Return the key of the log, and the key of live messages if it is another one. Raises UsageError."""
+    key = files.recover(store.get_meta(LOG_SIGNER_KID, ""))
+    live = files.load_previous() if store.get_meta(PENDING_ROTATION, "") else None
+    return key, live if live is not None and live.public.kid != key.public.kid else None
+
+
+def keys_message(message_log: MessageLog, now: ClockReading) -> OutgoingMessage:
+    """Build the retained `keys` message with the key in force."""
+    return message_log.build_live_message("keys", {"keys": [message_log.key.public.jwk]}, now)
+
+
+def append_rotation(
+    tx: Transaction, message_log: MessageLog, old: SigningKey, new: SigningKey, now: ClockReading
+) -> None:
+    """Append the message that names `new` as the successor of `old`, signed by `old`, and remember it as pending."""
+    seq = tx.log_head()[0] + 1
+    evidence = key_rotation.build_evidence(
+        message_log.fleet, message_log.device, message_log.log_id, seq, old.public, new
+    )
+    summary = f"The signing key {old.public.text} is followed by {new.public.text}."
+    body = {"event": key_rotation.ROTATION_EVENT, "summary": summary, "evidence": evidence}
+    message_log.append(tx, "audit", None, body, now, old)
+    tx.set_meta(PENDING_ROTATION, json.dumps({"seq": seq, "old": old.public.kid}))
+
+
+def reissue_rotation(tx: Transaction, message_log: MessageLog, now: ClockReading) -> None:
+    """Append the pending rotation message again: without it the collector accepts nothing signed by the new key."""
+    new, old = message_log.key, message_log.live_key
+    if old is None:
+        # Only one key is left, for example because the device was given another one: nothing to hand over from.
+        tx.set_meta(PENDING_ROTATION, "")
+        return
+    log.warning("the message that names the new signing key was lost on this device; it is appended again")
+    append_rotation(tx, message_log, old, new, now)

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from agent import clock
+from agent.alerts import CLOCK, Alert
 from agent.clock import ClockReading
 from agent.device.store.clock_segments import ANCHORED_LOG, QUALITIES, UNANNOUNCED, ClockSegment
 from agent.device.store.message_log import MessageLog
@@ -193,9 +194,10 @@ class Timekeeper:
         trouble = self._find_problem(now)
         if trouble and not is_open and now.boot_s >= self._next_alert_s:
             self._next_alert_s = now.boot_s + _ALERT_INTERVAL_S
-            self._write_alert("raised", "warning", trouble, now)
+            self._write_alert(CLOCK.raised(trouble, _alert_evidence(now)), now)
         elif is_open and not trouble and now.quality == "synced":
-            self._write_alert("cleared", "info", "A time service vouches for the clock again.", now)
+            alert = CLOCK.cleared("A time service vouches for the clock again.", _alert_evidence(now))
+            self._write_alert(alert, now)
 
     def _find_problem(self, now: ClockReading) -> str:
         if now.quality == "synced":
@@ -210,12 +212,14 @@ class Timekeeper:
             )
         return self._incident if now.boot_s < self._incident_s + _INCIDENT_S else ""
 
-    def _write_alert(self, state: str, severity: str, summary: str, now: ClockReading) -> None:
-        body = {"alert": "clock", "subject": "clock", "state": state, "severity": severity, "id": "clock"}
-        evidence = {"quality": now.quality, "boot_us": now.boot_us, "wall_us": now.wall_us}
+    def _write_alert(self, alert: Alert, now: ClockReading) -> None:
         with self._store.transaction() as tx:
-            tx.set_meta(ALERT, state if state == "raised" else "")
-            self._message_log.append(tx, "alerts", None, {**body, "summary": summary, "evidence": evidence}, now)
+            tx.set_meta(ALERT, "raised" if alert.state == "raised" else "")
+            self._message_log.append(tx, "alerts", None, alert.to_body(), now)
+
+
+def _alert_evidence(now: ClockReading) -> dict[str, Any]:
+    return {"quality": now.quality, "boot_us": now.boot_us, "wall_us": now.wall_us}
 
 
 def build_report(store: Store, now: ClockReading) -> dict[str, Any]:

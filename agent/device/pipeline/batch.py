@@ -13,15 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent import __version__, clock, config
+from agent.alerts import DAMAGED_ROWS
 from agent.clock import ClockReading
 from agent.config import StreamConfig
-from agent.device.bundles import overrides
 from agent.device.pipeline import columns, drift_state, learned
 from agent.device.pipeline.deadline import Deadline
 from agent.device.pipeline.drift_state import ClosingMessages
+from agent.device.store import task_keys
 from agent.device.store.clock_segments import ClockStamp, clip_stamps
 from agent.device.store.cost import CostMeter
-from agent.device.store.given import StoredPredictions
+from agent.device.store.labels import StoredPredictions
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import EMPTY_ROWS, Rows, concatenate
 from agent.device.store.store import RowBatch, Store
@@ -219,7 +220,7 @@ def _run_once(
         tx.increment_counter(f"windows.{task.name}", len(cut.starts))
         task.cost_meter.write_counters(tx)
         if task.is_crash_suspect:
-            tx.delete_state(task.name, overrides.CRASHES)
+            tx.delete_state(task.name, task_keys.CRASH_COUNT)
         if task.batch_observer is not None:
             task.batch_observer.save_progress(tx)
     task.cost_meter.confirm_written()
@@ -431,14 +432,6 @@ def _skip_lost(
         tx.advance_cursor(task.name, batch.first, batch.last)
         tx.quarantine_rows(task.config.stream, batch.first, batch.last)
         message_log.append(tx, "results", task.name, run_without, now)
-        alert = {
-            "alert": "storage",
-            "subject": task.config.stream,
-            "state": "raised",
-            "severity": "critical",
-            "id": f"{task.name}/storage/{batch.first}",
-            "summary": summary,
-            "evidence": {"rows": rows},
-        }
-        message_log.append(tx, "alerts", task.name, alert, now)
+        alert = DAMAGED_ROWS.raised(summary, {"rows": rows}, stream=task.config.stream, row=batch.first)
+        message_log.append(tx, "alerts", task.name, alert.to_body(task.name), now)
     return BatchResult(batch.last - batch.first + 1, 0, 1)

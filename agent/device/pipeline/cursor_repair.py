@@ -6,8 +6,8 @@ Both are committed together, so the cursor is the one that was lost. What it wou
 from __future__ import annotations
 
 import logging
-from typing import Any
 
+from agent.alerts import CURSOR_REPAIRED
 from agent.clock import ClockReading
 from agent.device.pipeline import drift_state
 from agent.device.pipeline.batch import LoadedTask
@@ -36,21 +36,13 @@ def repair_cursor(task: LoadedTask, store: Store, message_log: MessageLog, now: 
         f"{task.name}: it would have begun after row {after} of {stream}, but its drift detection has seen rows up to "
         f"{seen}: the store was damaged; {what}. Check the card."
     )
-    alert: dict[str, Any] = {
-        "alert": "storage",
-        "subject": stream,
-        "state": "raised",
-        "severity": "critical",
-        "id": f"{task.name}/cursor/{seen}",
-        "summary": summary,
-        "evidence": {"cursor": cursor, "seen": seen},
-    }
+    alert = CURSOR_REPAIRED.raised(summary, {"cursor": cursor, "seen": seen}, stream=stream, row=seen)
     with store.transaction() as tx:
         if drift is task.drift_state:
             tx.advance_cursor(task.name, through, through)
         else:
             drift_state.save(tx, task.name, task.drift_monitor, drift, task.drift_state)
-        message_log.append(tx, "alerts", task.name, alert, now)
+        message_log.append(tx, "alerts", task.name, alert.to_body(task.name), now)
     task.drift_state = drift
     log.critical("%s", summary)
     return True

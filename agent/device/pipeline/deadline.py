@@ -13,14 +13,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from agent import clock
+from agent.alerts import DEADLINE_MISSED, Alert
 from agent.clock import ClockReading
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.errors import StorageBusy, StorageFull
 
 log = logging.getLogger("outstation")
 
-LATE, LAST_LATE = "late.", "last late"
+LATE = "late."
 # Of the deadline: the next batch may be slower by the rest of it.
 _SAFETY_FACTOR = 0.8
 # More than any batch has.
@@ -62,14 +64,14 @@ class Deadline:
                 if late:
                     tx.increment_counter(LATE + self._task, 1)
                     last = {"seconds": round(seconds, 3), "windows": windows, "time": clock.to_rfc3339(now.wall_us)}
-                    tx.save_state(self._task, LAST_LATE, json.dumps(last).encode())
+                    tx.save_state(self._task, task_keys.LATE_BATCH, json.dumps(last).encode())
                 if alert is not None:
-                    message_log.append(tx, "alerts", self._task, alert, now)
+                    message_log.append(tx, "alerts", self._task, alert.to_body(self._task), now)
         except (StorageFull, StorageBusy) as problem:
             log.error("task %s: %s; a batch that took %.3g s is not told of", self._task, problem, seconds)
             return
         if alert is not None:
-            self._is_alert_open = alert["state"] == "raised"
+            self._is_alert_open = alert.state == "raised"
 
     def _adapt_max_windows(self, seconds: float, windows: int) -> None:
         """Down at once, up by doubling: a batch has work of its own, beside that of its windows."""
@@ -85,7 +87,7 @@ class Deadline:
     def _alert_id(self) -> str:
         return f"{self._task}/deadline"
 
-    def _build_alert(self, state: str, seconds: float) -> dict[str, Any]:
+    def _build_alert(self, state: str, seconds: float) -> Alert:
         if state == "cleared":
             summary = f"{self._task}: batches are on time again."
             if self.seconds is None:
@@ -96,15 +98,8 @@ class Deadline:
                 f"deadline is {self.seconds:g} s. Results come, and late. Give the task a longer deadline or a smaller "
                 "model, or the machine less to do."
             )
-        return {
-            "alert": "model",
-            "subject": "deadline",
-            "state": state,
-            "severity": "warning" if state == "raised" else "info",
-            "id": self._alert_id,
-            "summary": summary,
-            "evidence": {"seconds": round(seconds, 3), "deadline_s": self.seconds},
-        }
+        build = DEADLINE_MISSED.raised if state == "raised" else DEADLINE_MISSED.cleared
+        return build(summary, {"seconds": round(seconds, 3), "deadline_s": self.seconds})
 
 
 def to_status(store: Store, counters: Mapping[str, int], task: str, seconds: float | None) -> dict[str, Any]:
@@ -114,6 +109,6 @@ def to_status(store: Store, counters: Mapping[str, int], task: str, seconds: flo
     """
     if seconds is None:
         return {}
-    found = store.load_state(task, LAST_LATE)
+    found = store.load_state(task, task_keys.LATE_BATCH)
     late = counters.get(LATE + task, 0)
     return {"deadline": {"seconds": float(seconds), "late": late, "last": json.loads(found) if found else None}}

@@ -12,7 +12,10 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
+from agent.alerts import MonitoredAlert, monitoring_kind
+from agent.arrays import Bools
 from agent.clock import ClockReading
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
@@ -20,8 +23,6 @@ from agent.drift.baseline.learning import LearningState
 from agent.drift.monitor import DriftMonitor
 from agent.drift.state import DriftState
 from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE
-
-STATE_NAME, LEARNING_NAME, SITE_REFERENCE_NAME = "drift", "learning", "site reference"
 
 
 class ClosingMessages(msgspec.Struct, frozen=True):
@@ -32,35 +33,35 @@ class ClosingMessages(msgspec.Struct, frozen=True):
 
 def save(tx: Transaction, task: str, monitor: DriftMonitor, state: DriftState, previous: DriftState | None) -> None:
     """`before` is what was kept last, if anything was."""
-    tx.save_state(task, STATE_NAME, monitor.to_bytes(state))
+    tx.save_state(task, task_keys.DRIFT_STATE, monitor.to_bytes(state))
     if previous is None or previous.learning is not state.learning:
-        tx.save_state(task, LEARNING_NAME, state.learning.to_bytes())
+        tx.save_state(task, task_keys.LEARNING, state.learning.to_bytes())
     if previous is not None and previous.site_reference is state.site_reference:
         return
     if state.site_reference is None:
-        tx.delete_state(task, SITE_REFERENCE_NAME)
+        tx.delete_state(task, task_keys.SITE_REFERENCE)
     else:
-        tx.save_state(task, SITE_REFERENCE_NAME, state.site_reference.to_json())
+        tx.save_state(task, task_keys.SITE_REFERENCE, state.site_reference.to_json())
 
 
 def restore(store: Store, task: str, monitor: DriftMonitor) -> tuple[DriftState, ClosingMessages | None]:
     """What is remembered of the task; and what another bundle had begun, to end with the next state that is kept."""
-    past = store.load_state(task, STATE_NAME)
+    past = store.load_state(task, task_keys.DRIFT_STATE)
     if past is None:
         return monitor.start(), None
     try:
         return monitor.restore(
-            past, store.load_state(task, LEARNING_NAME), store.load_state(task, SITE_REFERENCE_NAME)
+            past, store.load_state(task, task_keys.LEARNING), store.load_state(task, task_keys.SITE_REFERENCE)
         ), None
     except ValueError:
-        return _restart(task, monitor.start(), past, store.load_state(task, SITE_REFERENCE_NAME))
+        return _restart(task, monitor.start(), past, store.load_state(task, task_keys.SITE_REFERENCE))
 
 
 def load_for_display(store: Store, task: str) -> DriftState | None:
     """The same for people, whatever bundle it is of; None where there is nothing to read."""
-    past, learning = store.load_state(task, STATE_NAME), store.load_state(task, LEARNING_NAME)
+    past, learning = store.load_state(task, task_keys.DRIFT_STATE), store.load_state(task, task_keys.LEARNING)
     try:
-        state = None if past is None else DriftState.from_parts(past, store.load_state(task, SITE_REFERENCE_NAME))
+        state = None if past is None else DriftState.from_parts(past, store.load_state(task, task_keys.SITE_REFERENCE))
         return state and (state if learning is None else replace(state, learning=LearningState.from_bytes(learning)))
     except ValueError:
         return None
@@ -69,8 +70,8 @@ def load_for_display(store: Store, task: str) -> DriftState | None:
 def discard_learned(
     tx: Transaction, message_log: MessageLog, task: str, closing: ClosingMessages, now: ClockReading
 ) -> None:
-    tx.delete_state(task, LEARNING_NAME)
-    tx.delete_state(task, SITE_REFERENCE_NAME)
+    tx.delete_state(task, task_keys.LEARNING)
+    tx.delete_state(task, task_keys.SITE_REFERENCE)
     write_closing_messages(tx, message_log, task, closing, now)
 
 
@@ -112,15 +113,9 @@ def _restart(
 def _build_cleared_alerts(task: str, old: DriftState, reason: str) -> Iterator[dict[str, Any]]:
     """Cleared: what they were against is gone."""
     subjects = (*old.fields, OUTPUT, SCORE, JOINT)
-    kinds = ("drift", old.suite.open_subjects), ("fault", old.faulty)
-    for column, (kind, is_open) in enumerate(kinds):
+    opened: dict[MonitoredAlert, Bools] = {"drift": old.suite.open_subjects, "fault": old.faulty}
+    for column, (alert, is_open) in enumerate(opened.items()):
         for i in np.flatnonzero(is_open).tolist():
-            yield {
-                "alert": kind,
-                "subject": subjects[i],
-                "state": "cleared",
-                "severity": "info",
-                "id": f"{task}/{subjects[i]}/{kind}/{old.raised_counts[i, column]}",
-                "summary": f"{subjects[i]}: no longer watched as before: {reason}.",
-                "evidence": {},
-            }
+            summary = f"{subjects[i]}: no longer watched as before: {reason}."
+            names = {"field": subjects[i], "count": old.raised_counts[i, column]}
+            yield monitoring_kind(alert, subjects[i]).cleared(summary, **names).to_body(task)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from agent import clock
+from agent.alerts import Alert
 from agent.clock import ClockReading
 from agent.device.intake import labels
 from agent.device.intake.labels import LabelTarget
@@ -16,16 +17,15 @@ from agent.device.pipeline import measured
 from agent.device.pipeline.batch import LoadedTask
 from agent.device.pipeline.measured import LabelWindow, build_label_schema
 from agent.device.store import labels as labelled
+from agent.device.store import task_keys
 from agent.device.store.labels import StoredLabel
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
-from agent.drift.reporting.alert_text import Alert
 from agent.performance import degradation, feedback
 from agent.performance.degradation import DegradationEvent, PromisedAccuracy
 from agent.performance.labels import MODEL
 from agent.wire.messages import encode
 
-STATE_NAME, LAST_MESSAGE_NAME = "quality", "quality shown"
 LABELS_PER_MESSAGE, MAX_LABELS_PER_MESSAGE, MAX_REPORT_INTERVAL_S = 50, 500, 86_400.0
 _EARLY_BATCH = 200
 
@@ -69,12 +69,12 @@ def _load_due_state(task: LoadedTask, store: Store, now: ClockReading) -> degrad
         if not state.last_message_s:
             # The day begins with the first label.
             state.last_message_s = max(at_s, 1.0)
-            tx.save_state(task.name, STATE_NAME, state.to_bytes())
+            tx.save_state(task.name, task_keys.LABEL_METRICS, state.to_bytes())
     return state if at_s >= state.last_message_s + MAX_REPORT_INTERVAL_S else None
 
 
 def _load_state(task: LoadedTask, store: Store) -> degradation.DegradationState:
-    kept = store.load_state(task.name, STATE_NAME)
+    kept = store.load_state(task.name, task_keys.LABEL_METRICS)
     digest = task.bundle.digest
     if kept is not None:
         try:
@@ -102,16 +102,18 @@ def _write_report(
         if taken.samples:
             body = measured.build_body(task, tx, message_log.max_bytes, taken)
             message_log.append(tx, "quality", task.name, body, now)
-            tx.save_state(task.name, LAST_MESSAGE_NAME, encode({**body, "time": clock.to_rfc3339(now.wall_us)}))
+            tx.save_state(
+                task.name, task_keys.LAST_LABEL_METRICS, encode({**body, "time": clock.to_rfc3339(now.wall_us)})
+            )
         for alert in alerts:
             message_log.append(tx, "alerts", task.name, alert.to_body(task.name), now)
-        tx.save_state(task.name, STATE_NAME, state.to_bytes())
+        tx.save_state(task.name, task_keys.LABEL_METRICS, state.to_bytes())
     return len(alerts)
 
 
 def _clear_old_alerts(task: LoadedTask, store: Store, state: degradation.DegradationState) -> list[Alert]:
     """Alerts about a bundle that runs no more."""
-    kept = store.load_state(task.name, STATE_NAME)
+    kept = store.load_state(task.name, task_keys.LABEL_METRICS)
     try:
         old = degradation.DegradationState.from_bytes(kept) if kept else state
     except ValueError:
@@ -120,7 +122,7 @@ def _clear_old_alerts(task: LoadedTask, store: Store, state: degradation.Degrada
         return []
     text = "another bundle runs now; its labels are judged anew."
     found = [
-        Alert("quality", kind, "cleared", "info", f"quality/{kind}/{track.raised_count}", text, {})
+        degradation.ALERT_KINDS[kind].cleared(text, count=track.raised_count)
         for kind, track in old.tracks.items()
         if track.is_open
     ]

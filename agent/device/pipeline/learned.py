@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from agent.alerts import LEARNING_REFUSED
 from agent.clock import ClockReading
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.transaction import Transaction
 from agent.drift.baseline.reference import Reference
 from agent.drift.state import DriftWindowResult
-
-# The id of the open alert that learning was refused.
-REFUSED_ALERT_NAME = "learning refused"
 
 
 def report_learning(
@@ -37,29 +36,19 @@ def _report_learned(
         summary += f" Warning: {reference.warning}."
         evidence["warning"] = reference.warning
     message_log.append(tx, "audit", None, {"event": "learned", "summary": summary, "evidence": evidence}, now)
-    if (identity := tx.load_state(task, REFUSED_ALERT_NAME)) is not None:
+    if (number := tx.load_state(task, task_keys.LEARNING_REFUSED_ALERT)) is not None:
         text = f"{task}: this site's reference is learned, and drift is told against it."
-        message_log.append(tx, "alerts", task, _build_alert("cleared", identity.decode(), text), now)
-        tx.delete_state(task, REFUSED_ALERT_NAME)
+        alert = LEARNING_REFUSED.cleared(text, count=number.decode())
+        message_log.append(tx, "alerts", task, alert.to_body(task), now)
+        tx.delete_state(task, task_keys.LEARNING_REFUSED_ALERT)
 
 
 def _report_refused(task: str, message_log: MessageLog, tx: Transaction, reason: str, now: ClockReading) -> None:
-    identity = tx.load_state(task, REFUSED_ALERT_NAME)
-    if identity is None:
+    number = tx.load_state(task, task_keys.LEARNING_REFUSED_ALERT)
+    if number is None:
         tx.increment_counter(f"learning refused.{task}", 1)
-        identity = f"{task}/reference/model/{tx.counter(f'learning refused.{task}')}".encode()
-        tx.save_state(task, REFUSED_ALERT_NAME, identity)
+        number = str(tx.counter(f"learning refused.{task}")).encode()
+        tx.save_state(task, task_keys.LEARNING_REFUSED_ALERT, number)
     text = f"{task}: no reference of this site yet, so that drift is not told: {reason}."
-    message_log.append(tx, "alerts", task, _build_alert("raised", identity.decode(), text), now)
-
-
-def _build_alert(state: str, alert_id: str, summary: str) -> dict[str, Any]:
-    return {
-        "alert": "model",
-        "subject": "reference",
-        "state": state,
-        "severity": "info",
-        "id": alert_id,
-        "summary": summary,
-        "evidence": {},
-    }
+    alert = LEARNING_REFUSED.raised(text, count=number.decode())
+    message_log.append(tx, "alerts", task, alert.to_body(task), now)

@@ -18,13 +18,13 @@ import msgspec
 from agent.clock import ClockReading
 from agent.device.pipeline import drift_state
 from agent.device.pipeline.batch import LoadedTask
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 
 log = logging.getLogger("outstation")
 
-REQUEST, REQUEST_DONE = "reference request", "reference request done"
 _MOST_BYTES = 4096
 _unreadable: set[Path] = set()
 
@@ -73,8 +73,11 @@ def submit_request(data_dir: Path, task: str, request: RelearnRequest) -> None:
 
 def pending_request(store: Store, task: str) -> RelearnRequest | None:
     """What is asked for and not taken up yet; the file's first."""
-    done = store.load_state(task, REQUEST_DONE)
-    for content in (_read_request(_request_path(store.path.parent, task)), store.load_state(task, REQUEST)):
+    done = store.load_state(task, task_keys.RELEARN_REQUEST_DONE)
+    for content in (
+        _read_request(_request_path(store.path.parent, task)),
+        store.load_state(task, task_keys.RELEARN_REQUEST),
+    ):
         if content is None:
             continue
         with contextlib.suppress(msgspec.DecodeError, msgspec.ValidationError):
@@ -122,8 +125,8 @@ def apply_pending(task: LoadedTask, store: Store, message_log: MessageLog, now: 
 
 
 def _mark_done(tx: Transaction, task: str, request: RelearnRequest) -> None:
-    tx.delete_state(task, REQUEST)
-    tx.save_state(task, REQUEST_DONE, request.id.encode())
+    tx.delete_state(task, task_keys.RELEARN_REQUEST)
+    tx.save_state(task, task_keys.RELEARN_REQUEST_DONE, request.id.encode())
 
 
 def _request_path(data_dir: Path, task: str) -> Path:

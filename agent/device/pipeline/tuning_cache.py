@@ -6,11 +6,11 @@ import contextlib
 
 import msgspec
 
+from agent.device.store import task_keys
 from agent.device.store.store import Store
 from agent.errors import StorageBusy, StorageFull
 from agent.model.inference.tuning import Tuning
 
-_STATE_NAME = "batch choices"
 # Those of a bundle and the one before it, tried with two runtimes.
 _MAX_ENTRIES = 4
 
@@ -18,7 +18,7 @@ _MAX_ENTRIES = 4
 def load(store: Store, task: str) -> list[Tuning]:
     """The newest first."""
     try:
-        return msgspec.json.decode(store.load_state(task, _STATE_NAME) or b"[]", type=list[Tuning])
+        return msgspec.json.decode(store.load_state(task, task_keys.TUNINGS) or b"[]", type=list[Tuning])
     except msgspec.MsgspecError:
         return []
 
@@ -30,4 +30,4 @@ def save(store: Store, task: str, tuning: Tuning) -> None:
         return
     kept = [tuning, *(one for one in past if not one.is_same_target(tuning))][:_MAX_ENTRIES]
     with contextlib.suppress(StorageBusy, StorageFull), store.transaction() as tx:
-        tx.save_state(task, _STATE_NAME, msgspec.json.encode(kept))
+        tx.save_state(task, task_keys.TUNINGS, msgspec.json.encode(kept))

@@ -12,7 +12,7 @@ from agent import config
 from agent.config import PublishBelow
 from agent.device.machine import schedule
 from agent.device.store.cost import TaskCost
-from agent.device.store.given import StoredPredictions
+from agent.device.store.labels import StoredPredictions
 from agent.errors import ConfigError, UsageError
 
 # Of a results message, beside its columns: head, digests, signature, topic and properties. In a whole one of the

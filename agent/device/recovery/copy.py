@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
+import json
 import sqlite3
 from collections.abc import Iterator
 from typing import Any
 
 from agent import clock
-from agent.device.recovery import catch_up, categories, findings, rebuild
+from agent.config import FieldConfig
+from agent.device.recovery import catch_up, findings
 from agent.device.recovery.findings import RecoveryFinding, missing_ranges
-from agent.device.recovery.readable import DamagedDatabase
+from agent.device.recovery.raw_pages import DamagedDatabase
 from agent.device.store import meta, retention, watermark
-from agent.device.store.checked import message_crc
-from agent.device.store.rows import PackedChunk, is_intact
+from agent.device.store.outbox import message_crc
+from agent.device.store.rows import PackedChunk, is_intact, unpack_chunk
 from agent.device.store.watermark import WatermarkState
 
 _COMMIT_ROWS = 500
@@ -56,9 +59,9 @@ class StoreCopy:
         new, lost = self._new, self._old.incomplete_tables
         new.execute("BEGIN")
         if "categories" in lost:
-            categories.repair_categories(new)
+            repair_categories(new)
         if "meta" in lost:
-            rebuild.rebuild_meta(new, self._watermark_state, self._damaged_keys)
+            catch_up.rebuild_meta(new, self._watermark_state, self._damaged_keys)
         acknowledged = self._load_acknowledged()
         found: dict[str, Any] = {
             "seqs": self._lost_seqs(acknowledged),
@@ -297,3 +300,33 @@ def _overlaps(known: list[tuple[int, int]], first: int, last: int) -> bool:
 
 def _is_valid_text(value: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+_SELECT_CHUNKS = """
+    SELECT n, first_t, time_bytes, CAST(data AS BLOB), crc FROM chunks JOIN streams s ON s.id = stream WHERE s.name = ?
+"""
+
+
+def repair_categories(db: sqlite3.Connection) -> None:
+    """Give each code whose text is lost a text that says so, inside the caller's transaction."""
+    for name, text in db.execute("SELECT name, fields FROM streams").fetchall():
+        try:
+            fields = [FieldConfig(name=field, type=kind) for field, kind in json.loads(text)]
+        except (ValueError, TypeError):
+            continue
+        for index, field in enumerate(fields):
+            if field.type == "category":
+                _repair_field(db, name, fields, index)
+
+
+def _repair_field(db: sqlite3.Connection, stream: str, fields: list[FieldConfig], index: int) -> None:
+    key = (stream, fields[index].name)
+    codes = {row[0] for row in db.execute("SELECT code FROM categories WHERE stream = ? AND field = ?", key)}
+    largest = max(codes, default=0)
+    for row in db.execute(_SELECT_CHUNKS, (stream,)):
+        with contextlib.suppress(ValueError):
+            largest = max(largest, int(unpack_chunk(PackedChunk(*row), fields).columns[index].max()))
+    lost = sorted(set(range(1, largest + 1)) - codes)
+    db.executemany(
+        "INSERT INTO categories VALUES (?, ?, ?, ?)", [(*key, code, f"lost category {code}") for code in lost]
+    )

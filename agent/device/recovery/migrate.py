@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
 from pathlib import Path
 
-from agent import __version__
+from agent import __version__, durable_files
 from agent.device.store import schema
 from agent.errors import StorageError, UsageError
 
@@ -94,12 +93,8 @@ def _back_up(db: sqlite3.Connection, backup: Path) -> None:
     making = backup.with_name(backup.name + ".new")
     making.unlink(missing_ok=True)
     db.execute("VACUUM INTO ?", (str(making),))
-    descriptor = os.open(making, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    making.rename(backup)
+    durable_files.fsync(making)
+    durable_files.rename(making, backup)
 
 
 def _restore_backup(db: sqlite3.Connection, path: Path, backup: Path) -> None:
@@ -109,9 +104,4 @@ def _restore_backup(db: sqlite3.Connection, path: Path, backup: Path) -> None:
     db.close()
     for name in (f"{path.name}-wal", f"{path.name}-shm"):
         path.with_name(name).unlink(missing_ok=True)
-    backup.rename(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    durable_files.rename(backup, path)

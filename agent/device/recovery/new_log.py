@@ -14,8 +14,9 @@ import uuid
 
 import msgspec
 
+from agent.alerts import NEW_LOG_BEGUN
 from agent.clock import ClockReading
-from agent.device.commands import key_rotation
+from agent.device.machine import keys
 from agent.device.recovery.catch_up import OPENED_SEQ, PREVIOUS_LOG, UNPROVEN_FROM
 from agent.device.recovery.findings import NEW_LOG, NewLogPlan
 from agent.device.store import eviction, retention
@@ -23,8 +24,9 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
-from agent.errors import StorageFull
-from agent.wire import key_rotation as wire_rotation
+from agent.errors import StorageForked, StorageFull
+from agent.wire import key_rotation
+from agent.wire.messages import AckPayload
 
 log = logging.getLogger("outstation")
 
@@ -62,7 +64,7 @@ def start_new_log(store: Store, message_log: MessageLog, now: ClockReading) -> N
     lost = _is_rotation_lost(store, plan)
     with store.transaction(vital=True) as tx:
         if lost:
-            key_rotation.reissue_rotation(tx, message_log, now)
+            keys.reissue_rotation(tx, message_log, now)
         _finish(tx, message_log, plan, now)
     log.critical("%s Log %s begins.", plan.reason, plan.new)
 
@@ -76,10 +78,10 @@ def is_delivered(plan: NewLogPlan, seq: int) -> bool:
 
 def _is_rotation_lost(store: Store, plan: NewLogPlan) -> bool:
     """Whether a change of the signing key waits that is neither at the collector nor in what was written again."""
-    pending = store.get_meta(key_rotation.PENDING_ROTATION, "")
+    pending = store.get_meta(keys.PENDING_ROTATION, "")
     if not pending or is_delivered(plan, int(json.loads(pending)["seq"])):
         return False
-    after, wanted = 0, f'"event":"{wire_rotation.ROTATION_EVENT}"'.encode()
+    after, wanted = 0, f'"event":"{key_rotation.ROTATION_EVENT}"'.encode()
     while page := store.unacknowledged_messages(after, _MESSAGES_PER_COMMIT):
         if any(message.intact and wanted in message.payload for message in page):
             return False
@@ -109,21 +111,53 @@ def _finish(tx: Transaction, message_log: MessageLog, plan: NewLogPlan, now: Clo
     summary = f"{plan.reason} Log {plan.new} begins; {reissued} messages of log {plan.old} are written again in it."
     evidence = {"old": plan.old, "through": plan.last, "reissued": reissued}
     seq = message_log.append(tx, "audit", None, {"event": EVENT, "summary": summary[:1900], "evidence": evidence}, now)
-    alert = {
-        "alert": "storage",
-        "subject": "log",
-        "state": "raised",
-        "severity": "critical",
-        "id": f"storage/log/{plan.new}",
-        "summary": summary[:1900],
-        "evidence": {"seq": seq, **evidence},
-    }
-    message_log.append(tx, "alerts", None, alert, now)
+    alert = NEW_LOG_BEGUN.raised(summary[:1900], {"seq": seq, **evidence}, log=plan.new)
+    message_log.append(tx, "alerts", None, alert.to_body(), now)
     tx.delete_meta(NEW_LOG)
-    if pending := tx.get_meta(key_rotation.PENDING_ROTATION, ""):
+    if pending := tx.get_meta(keys.PENDING_ROTATION, ""):
         # What waits for an acknowledgement of the old log waits for this one.
-        tx.set_meta(key_rotation.PENDING_ROTATION, json.dumps({**json.loads(pending), "seq": seq}))
+        tx.set_meta(keys.PENDING_ROTATION, json.dumps({**json.loads(pending), "seq": seq}))
 
 
 def _save_plan(tx: Transaction, plan: NewLogPlan) -> None:
     tx.set_meta(NEW_LOG, msgspec.json.encode(plan).decode())
+
+
+def require_same_history(store: Store, ack: AckPayload) -> int:
+    """Up to which seq `ack`, which the collector signed for this log, proves that its messages are ours; 0 for none.
+
+    Raises StorageForked where it tells of another history.
+    """
+    last = int(store.get_meta("seq", "0"))
+    ours = store.message_digest(ack.through) if ack.digest else None
+    if ack.through > last:
+        why = f"The collector has {ack.through} messages of log {ack.log}, this store has written {last}"
+    elif ours not in (None, ack.digest):
+        why = f"The collector has another message {ack.through} of log {ack.log} than this store"
+    else:
+        return ack.through if ours is not None else 0
+    why += ": the store was restored from an old copy, or is used twice."
+    common = min(int(store.get_meta(UNPROVEN_FROM, "") or last), ack.through)
+    plan = NewLogPlan(
+        reason=why,
+        old=ack.log,
+        common_through=common,
+        through=ack.through,
+        missing=list(ack.missing),
+        acknowledged=store.get_meta(retention.ACKNOWLEDGED, ""),
+    )
+    with store.transaction(vital=True) as tx:
+        tx.set_meta(NEW_LOG, msgspec.json.encode(plan).decode())
+    raise StorageForked(f"{store.path}: {why} It is opened again, with a new log")
+
+
+def record_proof(tx: Transaction, proven: int) -> None:
+    """Our messages up to seq `proven` are the collector's.
+
+    Only one that was written since the opening is in no copy of the store: until then an acknowledgement may be of the
+    time before this store went back.
+    """
+    if proven > int(tx.get_meta(OPENED_SEQ, tx.get_meta("seq", "0"))):
+        tx.set_meta(UNPROVEN_FROM, "")
+    elif (unproven := tx.get_meta(UNPROVEN_FROM, "")) and proven > int(unproven):
+        tx.set_meta(UNPROVEN_FROM, str(proven))

@@ -1,8 +1,9 @@
-"""How a store is opened: who may, whether what is there is sound, with which pragmas, and what SQLite's errors mean.
+"""Opening of the device store: lock, integrity check, salvage, migration, and repair of lost commits.
 
-- one process per folder (a lock file), on a file system of this machine only
-- after an unclean stop the database is checked, within a time that does not grow with it
-- a damaged one is set aside and salvaged (`salvage`); one that lost commits goes on where it had got (`catchup`)
+- one process opens a folder to write (a lock file), on a local file system only
+- after an unclean stop the database is checked, within a time that does not grow with its size
+- a damaged database goes to quarantine and what can be read is copied (`salvage`); one that lost commits continues at
+  its watermark (`catch_up`)
 """
 
 from __future__ import annotations
@@ -11,62 +12,110 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import sqlite3
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from agent import clock
 from agent.device.machine.systemd import notify
-from agent.device.recovery import findings, migrate, salvage
-from agent.device.recovery.mounts import require_local
-from agent.device.recovery.salvage import DATABASE
-from agent.device.store import meta
+from agent.device.recovery import catch_up, findings, migrate, salvage
+from agent.device.store import meta, schema
+from agent.device.store.quota import PAGE_SIZE, Quota, QuotaEnforcer
+from agent.device.store.store import DATABASE, Store, connect_read_only, is_corruption, translate_errors
 from agent.device.store.watermark import Watermark
-from agent.errors import StorageBusy, StorageDamaged, StorageError, StorageFull, UsageError
+from agent.errors import StorageBusy, StorageDamaged, StorageError, UsageError
 
 log = logging.getLogger("outstation")
 
 CHECK_TIMEOUT_S = 20.0
 _CHECK_MARGIN_S = 10.0
+_SALVAGE_TIMEOUT_S = 600.0
 _REQUIRED_TABLES = {"meta", "streams", "chunks", "outbox"}
 _SMALL_TABLES = ("meta", "streams", "cursors", "marks", "counters", "categories", "state")
 _PROGRESS_STEPS = 20_000
-_WRITE_VERSION_OFFSET, _MAX_WRITE_VERSION = 18, 2  # byte of the header; 2: with a write-ahead log
+# Byte of the file header; 2: with a write-ahead log.
+_WRITE_VERSION_OFFSET, _MAX_WRITE_VERSION = 18, 2
+# 9p is not among them: virtual machines and sandboxes have their root on it, and a write-ahead log that it cannot carry
+# is refused when the pragmas are read back.
+_NETWORK_FILE_SYSTEMS = frozenset({
+    "nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "coda", "ncpfs", "lustre", "glusterfs", "davfs",
+    "fuse.sshfs", "fuse.rclone", "fuse.s3fs", "fuse.glusterfs", "fuse.davfs", "fuse.davfs2", "fuse.smbnetfs",
+    "fuse.curlftpfs", "fuse.ceph", "fuse.gcsfuse",
+})  # fmt: skip
 
 
-def open_database(folder: Path, pragmas: Sequence[tuple[str, str | None]]) -> tuple[sqlite3.Connection, Watermark]:
-    """The one writing connection, sound and migrated, and the watermark beside it. Raises StorageError, UsageError."""
+def open_store(folder: Path, *, max_size: int = 2**30, synchronous: str = "FULL") -> Store:
+    """Open the store in `folder` to write, sound and migrated. Raises StorageError, UsageError."""
     path = folder / DATABASE
-    try:
-        watermark = Watermark(folder)
-    except OSError as error:
-        raise StorageError(f"{folder}: {error.strerror}; check [device] data_dir, and who may write there") from error
+    quota = Quota.from_max_size(max_size)
+    pragmas = schema.pragmas(quota.database_bytes // PAGE_SIZE, quota.wal_bytes, synchronous)
     with contextlib.ExitStack() as undo:
-        undo.callback(watermark.close)
-        cause = salvage.read_cause(folder) or find_damage(folder, existed_before=watermark.state is not None)
-        if cause is not None:
-            _salvage(folder, cause, watermark)
-        try:
-            db = connect(path, pragmas)
-        except StorageDamaged as damage:
-            _salvage(folder, str(damage), watermark)
-            db = connect(path, pragmas)
+        lock = acquire_lock(folder)
+        undo.callback(os.close, lock)
+        enforcer = QuotaEnforcer(path, quota)
+        undo.callback(enforcer.close)
+        enforcer.make_room()
+        writer = _WriteAccess(folder, lock)
+        undo.callback(writer.watermark.close)
+        db = _open_database(folder, pragmas, writer.watermark)
+        undo.callback(db.close)
+        store = Store(path, db, enforcer, writer)
+        store.begin_boot(lambda db: catch_up.catch_up(db, writer.watermark.state))
+        _save_first_page(path, db, writer.watermark)
         undo.pop_all()
-    return db, watermark
+    return store
 
 
-def connect(path: Path, pragmas: Sequence[tuple[str, str | None]]) -> sqlite3.Connection:
-    """A connection with every pragma set, and those that safety hangs on read back; its tables are today's."""
+class _WriteAccess:
+    """The lock and the watermark of the process that writes."""
+
+    def __init__(self, folder: Path, lock: int) -> None:
+        self._folder, self._lock = folder, lock
+        try:
+            self.watermark = Watermark(folder)
+        except OSError as error:
+            raise _folder_error(folder, error) from error
+
+    def record_damage(self, cause: str) -> None:
+        salvage.write_damage_marker(self._folder, cause)
+
+    def close(self, db: sqlite3.Connection, *, is_intact: bool) -> None:
+        if is_intact:
+            with contextlib.suppress(sqlite3.Error):
+                meta.put(db, findings.CLEAN_STOP, "1")
+                migrate.drop_backups(self._folder)
+            self.watermark.sync()
+        with contextlib.suppress(sqlite3.Error):
+            db.close()
+        self.watermark.close()
+        os.close(self._lock)
+
+
+def _open_database(folder: Path, pragmas: schema.Pragmas, watermark: Watermark) -> sqlite3.Connection:
+    """Return the one writing connection. Raises StorageError, UsageError."""
+    path = folder / DATABASE
+    cause = salvage.read_cause(folder) or _find_damage(folder, existed_before=watermark.state is not None)
+    if cause is not None:
+        _salvage(folder, cause, watermark)
+    try:
+        return _connect(path, pragmas)
+    except StorageDamaged as damage:
+        _salvage(folder, str(damage), watermark)
+        return _connect(path, pragmas)
+
+
+def _connect(path: Path, pragmas: schema.Pragmas) -> sqlite3.Connection:
+    """Connect, set every pragma, read back those that safety depends on, and migrate the tables."""
     with translate_errors(path):
         connection = sqlite3.connect(path, isolation_level=None, timeout=5.0, check_same_thread=False)
         try:
-            for pragma, wanted in pragmas:
+            for pragma, expected in pragmas:
                 connection.execute(f"PRAGMA {pragma}")
-                if wanted is not None:
-                    got = str(connection.execute(f"PRAGMA {pragma.split('=')[0]}").fetchone()[0])
-                    if got != wanted:
+                if expected is not None:
+                    value = str(connection.execute(f"PRAGMA {pragma.split('=')[0]}").fetchone()[0])
+                    if value != expected:
                         raise StorageError(
-                            f"{path}: PRAGMA {pragma} gives {got!r}; acknowledged rows would not be safe"
+                            f"{path}: PRAGMA {pragma} gives {value!r}; acknowledged rows would not be safe"
                         )
             migrate.migrate(connection, path)
         except BaseException:
@@ -75,20 +124,31 @@ def connect(path: Path, pragmas: Sequence[tuple[str, str | None]]) -> sqlite3.Co
         return connection
 
 
-def connect_read_only(path: Path) -> sqlite3.Connection:
-    """For everyone else, beside the daemon that writes."""
-    with translate_errors(path):
-        return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=5.0)
+def _save_first_page(path: Path, db: sqlite3.Connection, watermark: Watermark) -> None:
+    """Save the page that says where the tables are: without it nothing else in the file could be read."""
+    with contextlib.suppress(OSError, sqlite3.Error):
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    with contextlib.suppress(OSError):
+        watermark.save_first_page(path)
 
 
-def find_damage(folder: Path, *, existed_before: bool) -> str | None:
-    """What is wrong with the database in `folder`, as far as a bounded look shows; `known`: it was there before."""
+def _salvage(folder: Path, cause: str, watermark: Watermark) -> None:
+    log.critical("%s is damaged (%s); everything readable is copied into a new database", folder / DATABASE, cause)
+    notify(f"EXTEND_TIMEOUT_USEC={round(_SALVAGE_TIMEOUT_S * 1e6)}")
+    salvage.salvage(folder, cause, watermark.state, watermark.first_page)
+
+
+# --- integrity check ---
+
+
+def _find_damage(folder: Path, *, existed_before: bool) -> str | None:
+    """Return what is wrong with the database, as far as a check of bounded time shows."""
     path = folder / DATABASE
     if not path.exists() or path.stat().st_size == 0:
-        left = path.with_name(f"{DATABASE}-wal").exists()
-        return "the database file is gone or empty" if left or (existed_before and path.exists()) else None
+        has_wal = path.with_name(f"{DATABASE}-wal").exists()
+        return "the database file is gone or empty" if has_wal or (existed_before and path.exists()) else None
     with translate_errors(path):
-        if not _is_written_by_us(path):
+        if not _is_writable_format(path):
             return "its header names a format that is for reading only"
         try:
             _roll_back_journal(path)
@@ -110,14 +170,14 @@ def find_damage(folder: Path, *, existed_before: bool) -> str | None:
 
 
 def _roll_back_journal(path: Path) -> None:
-    """What a kill left half done while the store was made or got its -wal: nobody who only reads can undo it."""
+    """Undo what a kill interrupted while the store was created: a read-only connection cannot."""
     if path.with_name(f"{path.name}-journal").exists():
         with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=5.0)) as db:
             db.execute("SELECT 1 FROM sqlite_master").fetchone()
 
 
-def _is_written_by_us(path: Path) -> bool:
-    """A damaged write version makes SQLite open a store for reading, and say so only when something is written.
+def _is_writable_format(path: Path) -> bool:
+    """Return False for a damaged write version, which SQLite opens read-only without an error.
 
     Source: SQLite, Database File Format, 1.3.3.
     """
@@ -127,7 +187,7 @@ def _is_written_by_us(path: Path) -> bool:
 
 
 def _check_after_crash(db: sqlite3.Connection) -> str | None:
-    """After an unclean stop: the small tables whole, the large ones for as long as starting may take."""
+    """Check the small tables completely, the large ones for as long as a start may take."""
     notify(f"EXTEND_TIMEOUT_USEC={round((CHECK_TIMEOUT_S + _CHECK_MARGIN_S) * 1e6)}")
     for table in _SMALL_TABLES:
         if problem := _quick_check(db, f"('{table}')"):
@@ -140,7 +200,8 @@ def _check_after_crash(db: sqlite3.Connection) -> str | None:
         if getattr(error, "sqlite_errorname", "") != "SQLITE_INTERRUPT":
             raise
         log.info(
-            "the store is too large to be checked whole within %.0f s; what is damaged is found in use", CHECK_TIMEOUT_S
+            "the store is too large for a complete check within %.0f s; damage is found when it is read",
+            CHECK_TIMEOUT_S,
         )
         return None
     finally:
@@ -148,44 +209,21 @@ def _check_after_crash(db: sqlite3.Connection) -> str | None:
 
 
 def _quick_check(db: sqlite3.Connection, arguments: str) -> str | None:
-    found = str(db.execute(f"PRAGMA quick_check{arguments}").fetchone()[0])
-    return None if found == "ok" else found.replace("\n", " ")[:200]
+    result = str(db.execute(f"PRAGMA quick_check{arguments}").fetchone()[0])
+    return None if result == "ok" else result.replace("\n", " ")[:200]
 
 
-def _salvage(folder: Path, cause: str, watermark: Watermark) -> None:
-    log.critical("%s is damaged (%s); what can be read of it is copied into a new one", folder / DATABASE, cause)
-    notify(f"EXTEND_TIMEOUT_USEC={round(600 * 1e6)}")
-    salvage.salvage(folder, cause, watermark.state, watermark.first_page)
-
-
-def save_first_page(folder: Path, db: sqlite3.Connection, watermark: Watermark) -> None:
-    """Remember where the tables are: with that page gone, everything else in the file could not be found."""
-    with contextlib.suppress(OSError, sqlite3.Error):
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    with contextlib.suppress(OSError):
-        watermark.save_first_page(folder / DATABASE)
-
-
-def close_database(folder: Path, db: sqlite3.Connection, watermark: Watermark, *, is_intact: bool) -> None:
-    """End a connection of `open_database`; a `sound` one need not be checked when it is opened again."""
-    if is_intact:
-        with contextlib.suppress(sqlite3.Error):
-            findings.put(db, findings.CLEAN_STOP, "1")
-            migrate.drop_backups(folder)
-        watermark.sync()
-    with contextlib.suppress(sqlite3.Error):
-        db.close()
-    watermark.close()
+# --- lock and file system ---
 
 
 def acquire_lock(folder: Path) -> int:
-    """Hold the folder's lock file for as long as this process lives; its descriptor."""
+    """Lock the folder for the life of this process and return the lock file's descriptor."""
     require_local(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise StorageError(f"{folder}: {error.strerror}; check [device] data_dir, and who may write there") from error
+        raise _folder_error(folder, error) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -199,28 +237,41 @@ def acquire_lock(folder: Path) -> int:
     return descriptor
 
 
-@contextlib.contextmanager
-def translate_errors(path: Path) -> Iterator[None]:
-    """SQLite's errors as ours."""
+def _folder_error(folder: Path, error: OSError) -> StorageError:
+    return StorageError(f"{folder}: {error.strerror}; check [device] data_dir, and who may write there")
+
+
+def require_local(folder: Path, mountinfo: str | None = None) -> None:
+    """Raise UsageError if `folder`, which need not exist yet, is on a network file system.
+
+    SQLite's locks and shared memory are safe on local file systems only.
+    Source: sqlite.org/wal.html, "WAL does not work over a network filesystem".
+    """
+    kind, mount = find_file_system(folder.resolve(), _read_mountinfo() if mountinfo is None else mountinfo)
+    if kind in _NETWORK_FILE_SYSTEMS:
+        raise UsageError(
+            f"device.data_dir: {folder} is on {mount}, a network file system ({kind}) where two machines can write one "
+            "database and a commit can be lost; put it on a disk of this machine"
+        )
+
+
+def find_file_system(folder: Path, mountinfo: str) -> tuple[str, str]:
+    """Return (type, mount point) of the file system of `folder`; empty if not known. Source: proc(5), mountinfo."""
+    innermost = ("", "")
+    for line in mountinfo.splitlines():
+        before, dash, after = line.partition(" - ")
+        fields = before.split()
+        if not dash or len(fields) < 5 or not after.split():
+            continue
+        mount = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])
+        # A later mount on the same point covers the earlier one.
+        if folder.is_relative_to(mount) and len(mount) >= len(innermost[1]):
+            innermost = (after.split()[0], mount)
+    return innermost
+
+
+def _read_mountinfo() -> str:
     try:
-        yield
-    except sqlite3.Error as error:
-        raise storage_error(path, error) from error
-
-
-def is_corruption(error: sqlite3.Error) -> bool:
-    name = str(getattr(error, "sqlite_errorname", ""))
-    # Of a header whose schema format or text encoding no version knows, SQLite says so in words only.
-    unreadable = any(words in str(error) for words in ("Could not decode to UTF-8", "unsupported file format"))
-    return name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or unreadable
-
-
-def storage_error(path: Path, error: sqlite3.Error) -> StorageError:
-    name = getattr(error, "sqlite_errorname", type(error).__name__)
-    if name.startswith("SQLITE_FULL"):
-        return StorageFull(f"{path}: the quota ([buffer] max_size) or the disk is full")
-    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        return StorageBusy(f"{path}: locked by another process")
-    if is_corruption(error):
-        return StorageDamaged(f"{path}: {error}; the agent sets it aside and salvages it when it starts next")
-    return StorageError(f"{path}: {name}: {error}")
+        return Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return ""

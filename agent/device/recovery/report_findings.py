@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from agent.alerts import STORE_DAMAGED
 from agent.clock import ClockReading
-from agent.device.recovery import findings, new_log
+from agent.device.recovery import findings, new_log, salvage
 from agent.device.recovery.findings import RecoveryFinding
 from agent.device.store import ranges
 from agent.device.store.eviction import DAMAGED, declare_messages, declare_readings
@@ -57,17 +62,11 @@ def _report_finding(
         used = min((tx.cursor(task) for task in tasks.get(stream, ())), default=rows[-1][1])
         declare_readings(tx, message_log, now, stream, ranges.intersect(rows, [(1, used)]), DAMAGED, used=True)
     newest = {stream: tx.next_row(stream) - 1 for stream in tasks}
-    body = {
-        "alert": "storage",
-        "subject": "store",
-        "state": "raised",
-        "severity": "critical",
-        "id": f"storage/opened/{message_log.boot}/{tx.log_head()[0] + 1}",
-        "summary": f"{finding.summary} {_lost_text(finding)} {_newest_text(newest)}"[:_MAX_SUMMARY],
-        "evidence": _evidence(finding) | {"newest": newest},
-    }
-    log.critical("%s", body["summary"])
-    message_log.append(tx, "alerts", None, body, now)
+    summary = f"{finding.summary} {_lost_text(finding)} {_newest_text(newest)}"[:_MAX_SUMMARY]
+    evidence = _evidence(finding) | {"newest": newest}
+    alert = STORE_DAMAGED.raised(summary, evidence, boot=message_log.boot, seq=tx.log_head()[0] + 1)
+    log.critical("%s", summary)
+    message_log.append(tx, "alerts", None, alert.to_body(), now)
 
 
 def _lost_text(finding: RecoveryFinding) -> str:
@@ -95,3 +94,50 @@ def _evidence(finding: RecoveryFinding) -> dict[str, Any]:
         "rows": {stream: rows[:_MAX_LISTED] for stream, rows in finding.rows.items()},
         "tasks": {task: rows[:_MAX_LISTED] for task, rows in finding.tasks.items()},
     }
+
+
+class StoreCondition(msgspec.Struct, frozen=True):
+    """`stop`: how the last process that wrote here ended, `clean` or `unclean`.
+
+    `last`: {"time", "what", "quarantine"} of the last finding.
+    """
+
+    last_stop: str
+    last_finding: dict[str, Any] | None
+    quarantine: Path | None
+    quarantine_bytes: int
+
+    @property
+    def document(self) -> dict[str, Any]:
+        quarantine = {"folder": str(self.quarantine), "bytes": self.quarantine_bytes} if self.quarantine else None
+        return {"stop": self.last_stop, "last": self.last_finding, "quarantine": quarantine}
+
+    def __str__(self) -> str:
+        parts = [f"last stop {self.last_stop}" if self.last_stop else "never stopped yet"]
+        if self.last_finding:
+            parts.append(f"{self.last_finding['time']}: {self.last_finding['what']}")
+        if self.quarantine:
+            parts.append(f"{self.quarantine} holds {self.quarantine_bytes / 2**20:.1f} MiB; delete it when looked at")
+        return "; ".join(parts)
+
+
+def inspect_condition(store: Store) -> StoreCondition:
+    """Of `store`, whoever has it open to write."""
+    folder = store.path.parent
+    if store.get_meta(findings.CLEAN_STOP, ""):
+        stop = "clean"
+    else:
+        stop = store.get_meta(findings.LAST_STOP, "") if _is_lock_held(folder / "lock") else "unclean"
+    last = store.get_meta(findings.LAST_FINDING, "")
+    place = folder / salvage.QUARANTINE
+    sizes = [path.stat().st_size for path in place.rglob("*") if path.is_file()]
+    return StoreCondition(stop, json.loads(last) if last else None, place if sizes else None, sum(sizes))
+
+
+def _is_lock_held(lock: Path) -> bool:
+    """Whether a process holds the lock; without touching it, so that nobody who wants it is turned away."""
+    try:
+        inode = lock.stat().st_ino
+        return any(f":{inode} " in line for line in Path("/proc/locks").read_text(encoding="ascii").splitlines())
+    except OSError:
+        return False

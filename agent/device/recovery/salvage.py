@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+from agent import durable_files
 from agent.device.recovery import migrate
+from agent.device.store.store import DATABASE
 from agent.device.store.watermark import WatermarkState
 from agent.errors import StorageError
 
-DATABASE, MARKER, QUARANTINE = "outstation.db", "damaged", "quarantine"
+MARKER, QUARANTINE = "damaged", "quarantine"
 _BUILDING = f"{DATABASE}.salvaged"
 _MAX_QUARANTINED = 2
 # Where the tables of page 1 begin; before them are counters that change all the time.
@@ -27,7 +28,7 @@ _HEADER = 100
 
 def write_damage_marker(folder: Path, cause: str) -> None:
     """Say that the database in `folder` is damaged, for the next opening. What cannot be written is found again."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(StorageError):
         _write_marker(folder, {"cause": cause})
 
 
@@ -50,7 +51,7 @@ def salvage(folder: Path, cause: str, watermark_state: WatermarkState | None, fi
             _move_to_quarantine(folder, place)
             _build(folder, place, str(marker["cause"]), watermark_state, first_page)
         (folder / MARKER).unlink()
-        _sync_folder(folder)
+        durable_files.fsync(folder)
     except (OSError, sqlite3.Error) as error:
         raise StorageError(
             f"{folder / DATABASE} is damaged ({marker['cause']}) and nothing can be put in its place: {error}; make "
@@ -70,8 +71,8 @@ def _move_to_quarantine(folder: Path, place: Path) -> None:
     ):
         if (folder / name).exists():
             (folder / name).rename(place / kept)
-    _sync_folder(place)
-    _sync_folder(folder)
+    durable_files.fsync(place)
+    durable_files.fsync(folder)
     older = sorted((p for p in place.parent.glob("*") if p.name.isdecimal()), key=lambda p: int(p.name))
     for path in older[:-_MAX_QUARANTINED]:
         shutil.rmtree(path, ignore_errors=True)
@@ -82,7 +83,7 @@ def _build(
 ) -> None:
     # Costs 15 ms: only for those whose store is damaged.
     from agent.device.recovery.copy import StoreCopy
-    from agent.device.recovery.readable import DamagedDatabase
+    from agent.device.recovery.raw_pages import DamagedDatabase
 
     building = folder / _BUILDING
     for path in (building, folder / f"{_BUILDING}-journal"):
@@ -95,13 +96,8 @@ def _build(
             copy = StoreCopy(DamagedDatabase(old), new, watermark_state)
             copy.copy_tables()
         copy.complete(cause, f"{QUARANTINE}/{place.name}")
-    descriptor = os.open(building, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    building.rename(folder / DATABASE)
-    _sync_folder(folder)
+    durable_files.fsync(building)
+    durable_files.rename(building, folder / DATABASE)
 
 
 @contextlib.contextmanager
@@ -162,18 +158,4 @@ def _read_marker(folder: Path) -> dict[str, str] | None:
 
 
 def _write_marker(folder: Path, marker: dict[str, str]) -> None:
-    temporary = folder / f"{MARKER}.new"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(marker))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(folder / MARKER)
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    durable_files.write(folder / MARKER, json.dumps(marker).encode())

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from agent.clock import ClockReading
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
@@ -30,7 +31,6 @@ from agent.wire.messages import DesiredPayload, verify_message
 log = logging.getLogger("outstation.updates")
 
 KIND = "desired"
-_STATE_PREFIX = "desired "
 _FULL_RETRY_S = 5.0
 
 
@@ -110,7 +110,7 @@ class DesiredStateStore:
         return message.body, message.jws, message.signer.key.kid
 
     def _restore(self, topic: str) -> None:
-        found = self._store.load_state("", _STATE_PREFIX + topic)
+        found = self._store.load_state("", task_keys.DESIRED_STATE_PREFIX + topic)
         if found is None:
             return
         try:
@@ -133,4 +133,4 @@ class DesiredStateStore:
 
 
 def _save(tx: Transaction, topic: str, message: _AcceptedMessage) -> None:
-    tx.save_state("", _STATE_PREFIX + topic, msgspec.msgpack.encode(message))
+    tx.save_state("", task_keys.DESIRED_STATE_PREFIX + topic, msgspec.msgpack.encode(message))

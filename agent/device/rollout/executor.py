@@ -28,6 +28,7 @@ from agent.device.rollout.facts import FactCollector
 from agent.device.rollout.serving import ServingManager, TaskRollout
 from agent.device.rollout.state_machine import BundleAssessment, decide_next_state
 from agent.device.rollout.supply import BundleSupply
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
@@ -207,7 +208,7 @@ class RolloutExecutor:
             )
             return True
         if new.phase == "probation" and (old is None or old.phase != "probation"):
-            past = self._store.load_state(name, history.ACTIVE_BUNDLE)
+            past = self._store.load_state(name, task_keys.BUNDLE_HISTORY)
             new = replace(new, previous_history=past.decode() if past else "")
         vital = new.phase in ("refused", "rolled back", "withdrawn")
         try:

@@ -10,8 +10,7 @@ from agent.comparison.tally import ComparisonStats
 from agent.device.pipeline import measured
 from agent.device.pipeline.batch import LoadedTask
 from agent.device.store import labels
-from agent.device.store.given import PredictionRow
-from agent.device.store.labels import StoredLabel
+from agent.device.store.labels import PredictionRow, StoredLabel
 from agent.device.store.transaction import Transaction
 from agent.performance.labels import LabelSchema
 

@@ -12,21 +12,21 @@ from msgspec.structs import replace
 
 from agent.clock import ClockReading
 from agent.device.pipeline import drift_state
-from agent.device.pipeline.drift_state import LEARNING_NAME, SITE_REFERENCE_NAME, STATE_NAME, ClosingMessages
+from agent.device.pipeline.drift_state import ClosingMessages
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.drift.monitor import DriftMonitor
 from agent.drift.state import DriftState
 
-_STATE_NAMES = (STATE_NAME, LEARNING_NAME, SITE_REFERENCE_NAME)
-_SAVED_SUFFIX = " before probation"
+_STATE_NAMES = (task_keys.DRIFT_STATE, task_keys.LEARNING, task_keys.SITE_REFERENCE)
 
 
 def save(tx: Transaction, task: str) -> None:
     for name in _STATE_NAMES:
-        tx.delete_state(task, name + _SAVED_SUFFIX)
-        tx.rename_state(task, name, name + _SAVED_SUFFIX)
+        tx.delete_state(task, name + task_keys.SAVED_SUFFIX)
+        tx.rename_state(task, name, name + task_keys.SAVED_SUFFIX)
 
 
 def restore(tx: Transaction, author: MessageLog, task: str, now: ClockReading) -> None:
@@ -34,7 +34,7 @@ def restore(tx: Transaction, author: MessageLog, task: str, now: ClockReading) -
     ended = _end_alerts(tx, task, "", "its bundle was taken back")
     for name in _STATE_NAMES:
         tx.delete_state(task, name)
-        tx.rename_state(task, name + _SAVED_SUFFIX, name)
+        tx.rename_state(task, name + task_keys.SAVED_SUFFIX, name)
     for kind, body in ended.messages if ended is not None else ():
         if kind == "alerts":
             author.append(tx, kind, task, body, now)
@@ -42,23 +42,23 @@ def restore(tx: Transaction, author: MessageLog, task: str, now: ClockReading) -
 
 def discard(tx: Transaction, author: MessageLog, task: str, now: ClockReading) -> None:
     """The other one stays: nothing that was learned with the one before holds for it."""
-    ended = _end_alerts(tx, task, _SAVED_SUFFIX, "the bundle was changed")
+    ended = _end_alerts(tx, task, task_keys.SAVED_SUFFIX, "the bundle was changed")
     for name in _STATE_NAMES:
-        tx.delete_state(task, name + _SAVED_SUFFIX)
+        tx.delete_state(task, name + task_keys.SAVED_SUFFIX)
     if ended is not None:
         drift_state.write_closing_messages(tx, author, task, ended, now)
 
 
 def load(store: Store, task: str, monitor: DriftMonitor) -> tuple[DriftState, ClosingMessages | None]:
     """What the bundle before, now beside the other one, remembers."""
-    past = store.load_state(task, STATE_NAME + _SAVED_SUFFIX)
+    past = store.load_state(task, task_keys.DRIFT_STATE + task_keys.SAVED_SUFFIX)
     if past is None:
         return monitor.start(), None
     try:
         return monitor.restore(
             past,
-            store.load_state(task, LEARNING_NAME + _SAVED_SUFFIX),
-            store.load_state(task, SITE_REFERENCE_NAME + _SAVED_SUFFIX),
+            store.load_state(task, task_keys.LEARNING + task_keys.SAVED_SUFFIX),
+            store.load_state(task, task_keys.SITE_REFERENCE + task_keys.SAVED_SUFFIX),
         ), None
     except ValueError:
         return monitor.start(), None
@@ -71,9 +71,11 @@ def continue_alert_numbers(state: DriftState, *others: DriftState | None) -> Dri
 
 
 def _end_alerts(tx: Transaction, task: str, suffix: str, reason: str) -> ClosingMessages | None:
-    found = tx.load_state(task, STATE_NAME + suffix)
+    found = tx.load_state(task, task_keys.DRIFT_STATE + suffix)
     return (
         None
         if found is None
-        else drift_state.build_closing_messages(task, found, tx.load_state(task, SITE_REFERENCE_NAME + suffix), reason)
+        else drift_state.build_closing_messages(
+            task, found, tx.load_state(task, task_keys.SITE_REFERENCE + suffix), reason
+        )
     )

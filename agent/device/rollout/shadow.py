@@ -20,7 +20,8 @@ from agent.device.pipeline.batch import LoadedTask
 from agent.device.rollout import outcomes, shadow_windows
 from agent.device.rollout.shadow_windows import AlignedWindows
 from agent.device.store import labels as labelled
-from agent.device.store.given import StoredPredictions
+from agent.device.store import task_keys
+from agent.device.store.labels import StoredPredictions
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import RowBatch, Store
 from agent.drift.baseline.reference import Reference
@@ -33,7 +34,6 @@ from agent.model.sandbox.subprocess_model import SubprocessModel
 
 log = logging.getLogger("outstation")
 
-STATE_NAME = "rollout beside"
 # The longest that a batch is not told of; the longest that the next batch waits for an answer to the one before.
 REPORT_INTERVAL_S, ANSWER_TIMEOUT_S = 300.0, 0.25
 # Of a batch's time in a model that is in this process, and holds up the next one.
@@ -245,7 +245,7 @@ class ShadowRunner:
                 body = {"rollout": kept.rollout, **bundles, "rows": rows, **block.to_body()}
                 message_log.append(tx, "shadow", name, body, now)
             if not final:
-                tx.save_state(name, STATE_NAME, msgspec.msgpack.encode(kept))
+                tx.save_state(name, task_keys.SHADOW_STATE, msgspec.msgpack.encode(kept))
         self.state, self.stats, self._row_range, self._unsaved_predictions = kept, ComparisonStats(), (0, 0), []
         return says
 
@@ -274,7 +274,7 @@ def merge_neighbours(blocks: list[ComparisonStats]) -> list[ComparisonStats]:
 def _restore_state(store: Store, task: LoadedTask, other: LoadedTask, rollout: str) -> ShadowState:
     newest = store.query(labelled.newest_number, task.name)
     fresh = ShadowState(rollout, task.bundle.digest, other.bundle.digest, last_label=newest)
-    found = store.load_state(task.name, STATE_NAME)
+    found = store.load_state(task.name, task_keys.SHADOW_STATE)
     with suppress(msgspec.MsgspecError, ValueError):
         kept = fresh if found is None else msgspec.msgpack.decode(found, type=ShadowState)
         if (kept.rollout, kept.task_digest, kept.other_digest) == (rollout, fresh.task_digest, fresh.other_digest):

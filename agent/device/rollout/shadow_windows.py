@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from agent.comparison.tally import OutputKind, Predictions
 from agent.device.pipeline import batch
 from agent.device.pipeline.batch import LoadedTask
-from agent.device.store.given import StoredPredictions
+from agent.device.store.labels import StoredPredictions
 from agent.device.store.rows import concatenate
 from agent.device.store.store import RowBatch, Store
 from agent.drift.baseline.reference import Reference

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from agent.alerts import BUNDLE_REJECTED, ROLLED_BACK
 from agent.clock import ClockReading
 from agent.device.bundles import history as bundle_history
 from agent.device.bundles import overrides, quarantine
 from agent.device.bundles import rollout_state as standings
 from agent.device.bundles.history import BundleHistory, BundleRef
 from agent.device.bundles.rollout_state import HoldOff, Phase, RolloutState
-from agent.device.rollout import saved_drift, shadow
+from agent.device.rollout import saved_drift
 from agent.device.rollout.state_machine import compute_hold_off
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.transaction import Transaction
 from agent.model.bundle.bundle import Bundle
@@ -39,7 +41,7 @@ def record(
     standings.save_state(tx, task, new)
     if old is None or old.phase != new.phase:
         # From here on another pair of bundles is compared, or none.
-        tx.delete_state(task, shadow.STATE_NAME)
+        tx.delete_state(task, task_keys.SHADOW_STATE)
     if old is not None and old.audit_key == new.audit_key:
         return None
     at_s = tx.uptime_s(now)
@@ -83,16 +85,9 @@ def _write_alert(
     was, is_now = old is not None and old.phase in _ALERT_PHASES, new.phase in _ALERT_PHASES
     if not was and not is_now:
         return
-    body: dict[str, Any] = {
-        "alert": "model",
-        "subject": task,
-        "state": "raised" if is_now else "cleared",
-        "severity": "info" if not is_now else "critical" if new.phase == "rolled back" else "warning",
-        "id": f"{task}/rollout",
-        "summary": summary,
-        "evidence": build_evidence(task, new),
-    }
-    author.append(tx, "alerts", task, body, now)
+    kind = ROLLED_BACK if new.phase == "rolled back" else BUNDLE_REJECTED
+    alert = (kind.raised if is_now else kind.cleared)(summary, build_evidence(task, new), task=task)
+    author.append(tx, "alerts", task, alert.to_body(task), now)
 
 
 def begin_canary(

@@ -18,6 +18,7 @@ from agent.device.bundles.rollout_state import Reason, RolloutState
 from agent.device.pipeline.batch import LoadedTask
 from agent.device.rollout.shadow import ANSWER_TIMEOUT_S, ShadowRunner
 from agent.device.rollout.state_machine import BundleAssessment
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import RowBatch, Store
 from agent.device.store.transaction import Transaction
@@ -27,7 +28,6 @@ from agent.model.inference.inference import InferenceResult
 from agent.model.sandbox.subprocess_model import SubprocessModel
 from agent.wire.desired_state import CanaryRules
 
-PROGRESS_KEY = "rollout progress"
 # Subjects of drift that are about answers and not about what was read: the third and second from the end.
 _OUTPUT_SUBJECTS = slice(-3, -1)
 # Share of windows that two bundles answer alike at least, where a drift of answers is the site's and not the bundle's.
@@ -90,7 +90,7 @@ class CanaryRun:
 
     def save_progress(self, tx: Transaction) -> None:
         """In the commit of the batch that was looked at."""
-        tx.save_state(self.candidate.name, PROGRESS_KEY, msgspec.json.encode(self._next_progress))
+        tx.save_state(self.candidate.name, task_keys.CANARY_PROGRESS, msgspec.json.encode(self._next_progress))
 
     def after_commit(self, task: LoadedTask, store: Store, batch: RowBatch, answers: InferenceResult) -> None:
         """The other of the two is asked about the same rows."""
@@ -201,7 +201,9 @@ class CanaryRun:
 def _load_progress(store: Store, task: str, state: RolloutState) -> CanaryProgress:
     fresh = CanaryProgress(state.desired.rollout, state.desired.digest, state.phase)
     try:
-        found = msgspec.json.decode(store.load_state(task, PROGRESS_KEY) or b"null", type=CanaryProgress | None)
+        found = msgspec.json.decode(
+            store.load_state(task, task_keys.CANARY_PROGRESS) or b"null", type=CanaryProgress | None
+        )
     except msgspec.MsgspecError:
         return fresh
     same = found is not None and (found.rollout, found.digest, found.phase) == (

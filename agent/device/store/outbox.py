@@ -6,14 +6,38 @@ How many messages wait, and how many bytes they are, is counted as they come and
 from __future__ import annotations
 
 import sqlite3
+import zlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import msgspec
 
-from agent.device.store import checked, meta, ranges, retention
+from agent.device.store import meta, ranges, retention
 from agent.device.store.quota import PAGE_SIZE, Budget
 from agent.device.store.ranges import Ranges
 from agent.device.store.retention import AcknowledgedSeqs
+
+# CAST: one flipped bit on the disk makes a text that cannot be read as text.
+MESSAGE_COLUMNS = "seq, CAST(topic AS BLOB), CAST(payload AS BLOB), CAST(jws AS BLOB), CAST(time AS BLOB), crc"
+
+
+def message_crc(seq: int, topic: bytes, payload: bytes, jws: bytes, time: bytes) -> int:
+    """CRC-32 over a message and its number, the parts kept apart by their lengths."""
+    parts = (topic, payload, jws, time)
+    crc = zlib.crc32(f"{seq} {' '.join(str(len(part)) for part in parts)}\n".encode())
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return crc
+
+
+def decode_message_row(row: tuple[Any, ...]) -> tuple[int, str, bytes, str, str] | None:
+    """A row of COLUMNS as (seq, topic, payload, jws, time); None where its CRC does not match."""
+    seq, *parts, crc = row
+    if not all(isinstance(part, bytes) for part in parts) or message_crc(seq, *parts) != crc:
+        return None
+    topic, payload, jws, time = parts
+    return seq, topic.decode(), payload, jws.decode(), time.decode()
+
 
 _SIZE = "length(payload) + length(jws) + length(topic)"
 _COUNT_RANGE = f"SELECT count(*), coalesce(sum({_SIZE}), 0) FROM outbox WHERE seq BETWEEN ? AND ?"
@@ -83,8 +107,8 @@ class Outbox:
 
     def payload(self, seq: int) -> bytes | None:
         """None where there is no such message, or it is not what was written."""
-        row = self._db.execute(f"SELECT {checked.MESSAGE_COLUMNS} FROM outbox WHERE seq = ?", (seq,)).fetchone()
-        parts = checked.decode_message_row(row) if row else None
+        row = self._db.execute(f"SELECT {MESSAGE_COLUMNS} FROM outbox WHERE seq = ?", (seq,)).fetchone()
+        parts = decode_message_row(row) if row else None
         return parts[2] if parts else None
 
     def delete(self, seqs: Sequence[int]) -> list[int]:
@@ -107,9 +131,7 @@ class Outbox:
 
     def quarantine(self, seq: int) -> None:
         """Move a damaged message out of everyone's way, bytes kept for a look."""
-        self._db.execute(
-            f"INSERT INTO damaged_messages SELECT {checked.MESSAGE_COLUMNS} FROM outbox WHERE seq = ?", (seq,)
-        )
+        self._db.execute(f"INSERT INTO damaged_messages SELECT {MESSAGE_COLUMNS} FROM outbox WHERE seq = ?", (seq,))
         self.delete([seq])
 
     def drop_acknowledged(self, through: int, limit: int) -> int:

@@ -87,7 +87,7 @@ class QuotaEnforcer:
     """Keeps one store's files within its quota, and the disk's."""
 
     def __init__(self, path: Path, quota: Quota) -> None:
-        self._path, self._quota = path, quota
+        self._path, self.quota = path, quota
         self._wal = path.with_name(path.name + "-wal")
         self._shm: int | None = None
         self._reserve = DiskReserve(path.with_name("reserve"))
@@ -100,10 +100,10 @@ class QuotaEnforcer:
         """Make room for a transaction. Raises StorageFull where there is none, sqlite3.Error."""
         self._check_disk_space(vital=vital)
         used = self._wal_frames() * _WAL_FRAME
-        if used > self._quota.wal_bytes // 4 and self._restart_wal(db):
+        if used > self.quota.wal_bytes // 4 and self._restart_wal(db):
             # Its index says so only once the next one has begun to write.
             used = 0
-        left = self._quota.wal_bytes - _WAL_HEADER - used - _BASE
+        left = self.quota.wal_bytes - _WAL_HEADER - used - _BASE
         if left <= 0:
             raise StorageFull(
                 f"{self._wal}: somebody reads {self._path.name} for so long that what is new finds no room "
@@ -117,20 +117,20 @@ class QuotaEnforcer:
         Raises StorageFull, sqlite3.Error.
         """
         left = self.free_pages(db)
-        if left < min(free_before, self._quota.reserved_pages):
+        if left < min(free_before, self.quota.reserved_pages):
             raise StorageFull(f"{self._path}: the quota ([buffer] max_size) is full")
 
     def free_pages(self, db: sqlite3.Connection) -> int:
         """Pages that may still be filled, as a transaction of `db` sees it."""
         used, free = (int(db.execute(f"PRAGMA {name}").fetchone()[0]) for name in ("page_count", "freelist_count"))
-        return self._quota.database_bytes // PAGE_SIZE - used + free
+        return self.quota.database_bytes // PAGE_SIZE - used + free
 
     def limit_bytes(self, page_count: int) -> int:
         """Bytes that pages in use can come to, on this disk; `page_count` pages are in the file now."""
         whole, free = self._disk_space()
         promised = max(0, self._reserve_size(whole) - self._reserve.size)
-        promised += max(0, min(self._quota.wal_bytes // 4, whole // 8) - self._wal_size())
-        return max(PAGE_SIZE, min(self._quota.database_bytes, page_count * PAGE_SIZE + free - promised))
+        promised += max(0, min(self.quota.wal_bytes // 4, whole // 8) - self._wal_size())
+        return max(PAGE_SIZE, min(self.quota.database_bytes, page_count * PAGE_SIZE + free - promised))
 
     def close(self) -> None:
         """Only after the connection: closing any descriptor of a file drops the locks that SQLite has on it."""
@@ -169,7 +169,7 @@ class QuotaEnforcer:
         return self._wal.stat().st_size if self._wal.exists() else 0
 
     def _reserve_size(self, disk_bytes: int) -> int:
-        return min(self._quota.reserve_bytes, disk_bytes // 8) // PAGE_SIZE * PAGE_SIZE
+        return min(self.quota.reserve_bytes, disk_bytes // 8) // PAGE_SIZE * PAGE_SIZE
 
     def _disk_space(self) -> tuple[int, int]:
         """Bytes of the file system, and those of them that are free for us."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
 
-from agent.device.store import checked, meta
+from agent.device.store import meta, outbox, task_keys
 
 _FIRST_TABLES = (
     # log, boot, boot_id, seq, digest, time floor.
@@ -82,8 +83,8 @@ def message_crcs(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE outbox ADD COLUMN crc INTEGER NOT NULL DEFAULT 0")
     seqs = [row[0] for row in db.execute("SELECT seq FROM outbox").fetchall()]
     for seq in seqs:
-        row = db.execute(f"SELECT {checked.MESSAGE_COLUMNS} FROM outbox WHERE seq = ?", (seq,)).fetchone()
-        db.execute("UPDATE outbox SET crc = ? WHERE seq = ?", (checked.message_crc(*row[:-1]), seq))
+        row = db.execute(f"SELECT {outbox.MESSAGE_COLUMNS} FROM outbox WHERE seq = ?", (seq,)).fetchone()
+        db.execute("UPDATE outbox SET crc = ? WHERE seq = ?", (outbox.message_crc(*row[:-1]), seq))
     # What waits is counted as it comes and goes from now on.
     size = "coalesce(sum(length(payload) + length(jws) + length(topic)), 0)"
     db.execute(f"INSERT OR IGNORE INTO meta SELECT 'waiting', count(*) || ' ' || {size} FROM outbox")
@@ -124,8 +125,12 @@ def meta_crcs(db: sqlite3.Connection) -> None:
 MIGRATIONS = (first_tables, segments, commands, message_crcs, labels, marks_in_order, meta_crcs)
 
 
-def pragmas(max_pages: int, wal_bytes: int, synchronous: str = "FULL") -> list[tuple[str, str | None]]:
-    """Pragmas of every opening, in order; the second is what must be read back, where safety hangs on it."""
+# (name=value, the value that must be read back if safety depends on it).
+Pragmas = Sequence[tuple[str, str | None]]
+
+
+def pragmas(max_pages: int, wal_bytes: int, synchronous: str = "FULL") -> Pragmas:
+    """Return the pragmas of a writing connection, in order."""
     levels = {"OFF": "0", "NORMAL": "1", "FULL": "2"}
     return [
         ("journal_mode=WAL", "wal"),
@@ -186,9 +191,8 @@ PRUNE_SOURCE_POSITIONS = """
 # Kinds of alerts that are kept while they are open, in `state` under this and their id. The others, such as a row that
 # cannot be read, are never cleared.
 OPEN_ALERT_KINDS = ("drift", "fault", "model", "quality")
-OPEN_ALERT_PREFIX = "open alert "
 SELECT_OPEN_ALERTS = (
-    f"SELECT CAST(value AS BLOB) FROM state WHERE task = ? AND substr(name, 1, {len(OPEN_ALERT_PREFIX)}) = ?"
+    f"SELECT CAST(value AS BLOB) FROM state WHERE task = ? AND substr(name, 1, {len(task_keys.OPEN_ALERT_PREFIX)}) = ?"
 )
 
 SELECT_OLD_ALERTS = """

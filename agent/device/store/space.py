@@ -18,14 +18,14 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any
 
+from agent.alerts import STORE_FULL, Alert
 from agent.clock import ClockReading
 from agent.config import Config
-from agent.device.store import forecast, ranges, retention
+from agent.device.store import ranges, retention, task_keys
 from agent.device.store.eviction import EVENT, NO_ROOM, declare_messages, declare_readings
-from agent.device.store.forecast import Growth
 from agent.device.store.labels import label_capacity, shadow_key
 from agent.device.store.message_log import MessageLog
-from agent.device.store.retention import uptime_s
+from agent.device.store.retention import Growth, uptime_s
 from agent.device.store.rows import row_bytes
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction, TrimmedChunks
@@ -45,7 +45,6 @@ _MESSAGE_LIMIT = 500
 _UNLIMITED = 2**63 - 1
 # The alert is over when what cannot go has fallen well below where eviction stops, and stayed out of it for a while.
 _CLEAR_SHARE, _CLEAR_AFTER_S = 0.35, 600.0
-_ALERT_STATE = "storage alert"
 # Pages are not full: messages of 0.3 to 9 kB took 1.02 to 1.63 times their bytes.
 _PAGE_OVERHEAD = 1.25
 
@@ -72,7 +71,7 @@ class SpaceManager:
             run_early,
             stuck,
         )
-        self._growth = Growth.from_json(store.get_meta(forecast.GROWTH, ""))
+        self._growth = Growth.from_json(store.get_meta(retention.GROWTH, ""))
         self._next_early_run_s = float("-inf")
         self._last_acknowledgement: tuple[str, float] | None = None
         self._evicted_at: float | None = None
@@ -235,7 +234,7 @@ class SpaceManager:
         at_s = uptime_s(self._store.get_meta(retention.UPTIME, ""), self._store.boot, now)
         if self._growth.add_sample(at_s, self.undelivered_bytes()):
             with self._store.transaction(vital=True) as tx:
-                tx.set_meta(forecast.GROWTH, self._growth.to_json())
+                tx.set_meta(retention.GROWTH, self._growth.to_json())
                 tx.set_meta(retention.UPTIME, retention.uptime_json(self._store.boot, now, at_s))
 
     def undelivered_bytes(self) -> int:
@@ -251,37 +250,35 @@ class SpaceManager:
     # --- the alert ---
 
     def _raise_alert(self, tx: Transaction, now: ClockReading) -> None:
-        if self._store.load_state("", _ALERT_STATE) is None:
-            tx.save_state("", _ALERT_STATE, b"raised")
+        if self._store.load_state("", task_keys.STORAGE_ALERT) is None:
+            tx.save_state("", task_keys.STORAGE_ALERT, b"raised")
             summary = (
                 "The store is full and nothing can be delivered or used: the least important goes, each eviction is "
                 "declared. Restore the connection or the task that does not run, or raise [buffer] max_size."
             )
-            self._write_alert(tx, now, "raised", "critical", summary)
+            self._write_alert(tx, now, STORE_FULL.raised(summary, self._alert_evidence()))
 
     def _clear_alert(self, now: ClockReading) -> None:
-        if self._store.load_state("", _ALERT_STATE) is None:
+        if self._store.load_state("", task_keys.STORAGE_ALERT) is None:
             return
         recently = self._evicted_at is not None and now.boot_s < self._evicted_at + _CLEAR_AFTER_S
         if not recently and self.undelivered_bytes() < self._store.limit_bytes() * _CLEAR_SHARE:
             with self._store.transaction(vital=True) as tx:
-                tx.delete_state("", _ALERT_STATE)
-                self._write_alert(tx, now, "cleared", "info", "The store has room again; nothing has to go.")
+                tx.delete_state("", task_keys.STORAGE_ALERT)
+                summary = "The store has room again; nothing has to go."
+                self._write_alert(tx, now, STORE_FULL.cleared(summary, self._alert_evidence()))
 
-    def _write_alert(self, tx: Transaction, now: ClockReading, state: str, severity: str, summary: str) -> None:
-        room = {
-            "bytes": self._store.used_bytes(),
-            "max": self._store.limit_bytes(),
-            "hours": self.hours_until_eviction(),
-        }
-        body: dict[str, Any] = {"alert": "storage", "subject": "store", "state": state, "severity": severity}
-        more = {"id": "store/space", "summary": summary, "evidence": room}
-        self._message_log.append(tx, "alerts", None, {**body, **more}, now)
+    def _alert_evidence(self) -> dict[str, Any]:
+        used, limit = self._store.used_bytes(), self._store.limit_bytes()
+        return {"bytes": used, "max": limit, "hours": self.hours_until_eviction()}
+
+    def _write_alert(self, tx: Transaction, now: ClockReading, alert: Alert) -> None:
+        self._message_log.append(tx, "alerts", None, alert.to_body(), now)
 
 
 def hours_until_eviction(store: Store, limit: int) -> float | None:
     """Hours until something undelivered would have to go; None where that is not in sight, or not known yet."""
-    return Growth.from_json(store.get_meta(forecast.GROWTH, "")).hours_until(round(limit * EVICTION_START))
+    return Growth.from_json(store.get_meta(retention.GROWTH, "")).hours_until(round(limit * EVICTION_START))
 
 
 def _is_protected(tx: Transaction, seq: int) -> bool:

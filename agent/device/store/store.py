@@ -1,47 +1,47 @@
-"""All SQL of the device: readings, cursors, drift state and outgoing messages in one SQLite file.
+"""The device store: readings, cursors, task state and outgoing messages in one SQLite file.
 
-One process owns the file (a lock file says so) and one connection writes; everyone else opens read-only. Each write is
-one transaction: when `transaction()` returns, it is on the disk; when it raises, nothing of it is there.
+One process opens it to write (`recovery.open`), through one connection; all others open it read-only. Each write is one
+transaction: when `transaction()` returns, it is on the disk; when it raises, nothing of it is there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
+import sqlite3
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from agent import clock
 from agent.config import FieldConfig, StreamConfig
-from agent.device.recovery import catch_up, open, salvage
-from agent.device.recovery.open import acquire_lock, connect_read_only, translate_errors
-from agent.device.store import meta, retention, schema, watermark
-from agent.device.store.checked import MESSAGE_COLUMNS
+from agent.device.store import meta, retention, schema, task_keys, watermark
 from agent.device.store.clock_segments import ClockStamp, merge_stamps
-from agent.device.store.outbox import Backlog, unacknowledged_ranges
+from agent.device.store.outbox import MESSAGE_COLUMNS, Backlog, unacknowledged_ranges
 from agent.device.store.quota import PAGE_SIZE, Quota, QuotaEnforcer
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import EMPTY_ROWS, PackedChunk, Rows, concatenate, unpack_chunk
 from agent.device.store.transaction import OutboxMessage, Transaction
+from agent.device.store.watermark import Watermark
 from agent.errors import StorageBusy, StorageDamaged, StorageError, StorageFull, UsageError
 from agent.wire.messages import digest
 
 T = TypeVar("T")
+
+DATABASE = "outstation.db"
 
 # Intake stops here, so that results, acknowledgements and deletions always find room.
 INTAKE_SHARE = 0.9
 
 
 class RowBatch(msgspec.Struct, frozen=True):
-    """Rows `first`…`last` of a stream (row numbers count from 1); `lost` where they cannot be read, and why.
+    """Rows `first`…`last` of a stream (row numbers count from 1); if they cannot be read, the reason.
 
-    `deleted`: because they were used by other tasks, or given up and declared, not because they are damaged.
+    `deleted`: they were used by other tasks, or evicted and declared; they are not damaged.
     """
 
     first: int
@@ -56,38 +56,42 @@ class RowBatch(msgspec.Struct, frozen=True):
         return self.lost_through if self.loss_reason else self.first + len(self.rows) - 1
 
 
+class WriteAccess(Protocol):
+    """The lock and the watermark that the writing process holds beside its connection."""
+
+    watermark: Watermark
+
+    def record_damage(self, cause: str) -> None:
+        """Have the database salvaged at the next start."""
+        ...
+
+    def close(self, db: sqlite3.Connection, *, is_intact: bool) -> None:
+        """Close the connection and release the folder. An intact database is not checked at the next start."""
+        ...
+
+
 class Store:
-    """The open store of a device. Thread-safe: every call takes the one lock."""
+    """Open store of a device. Thread-safe: every call takes the one lock."""
 
     def __init__(
-        self, folder: Path, *, max_size: int = 2**30, read_only: bool = False, synchronous: str = "FULL"
+        self, path: Path, db: sqlite3.Connection, quota_enforcer: QuotaEnforcer, writer: WriteAccess | None
     ) -> None:
-        self.path = folder / salvage.DATABASE
-        self.quota = Quota.from_max_size(max_size)
-        self._quota_enforcer = QuotaEnforcer(self.path, self.quota)
+        self.path, self.quota = path, quota_enforcer.quota
+        self._db, self._quota_enforcer, self._writer = db, quota_enforcer, writer
         self._lock = threading.RLock()
-        self._lock_descriptor: int | None = None
         self._is_intact = True
-        self.boot = 0
-        if not read_only:
-            self._lock_descriptor = acquire_lock(folder)
-        with contextlib.ExitStack() as undo:
-            undo.callback(self._release_lock)
-            undo.callback(self._quota_enforcer.close)
-            if read_only:
-                self._db = connect_read_only(self.path)
-            else:
-                self._quota_enforcer.make_room()
-                pragmas = schema.pragmas(self.quota.database_bytes // PAGE_SIZE, self.quota.wal_bytes, synchronous)
-                self._db, self._watermark = open.open_database(folder, pragmas)
-                undo.callback(self._watermark.close)
-            undo.callback(self._db.close)
-            if not read_only:
-                self._begin_boot()
-                open.save_first_page(folder, self._db, self._watermark)
-            self.log_id = self.get_meta("log", "")
-            self.boot = int(self.get_meta("boot", "0"))
-            undo.pop_all()
+        self.log_id, self.boot = self.get_meta("log", ""), int(self.get_meta("boot", "0"))
+
+    @classmethod
+    def open_read_only(cls, folder: Path, *, max_size: int = 2**30) -> Store:
+        """Open the store in `folder` beside the process that writes. Raises StorageError if there is none."""
+        path = folder / DATABASE
+        db = connect_read_only(path)
+        try:
+            return cls(path, db, QuotaEnforcer(path, Quota.from_max_size(max_size)), None)
+        except BaseException:
+            db.close()
+            raise
 
     # --- transactions ---
 
@@ -112,15 +116,16 @@ class Store:
             except BaseException:
                 self._roll_back()
                 raise
-            self._watermark.update(self._db, tx.progress)
+            if self._writer is not None:
+                self._writer.watermark.update(self._db, tx.progress)
 
     def exclusive(self) -> contextlib.AbstractContextManager[object]:
-        """No other thread reads or writes meanwhile; transactions of this one may."""
+        """Keep other threads from reading and writing; transactions of this thread may run inside."""
         return self._lock
 
     @contextlib.contextmanager
     def _translate_errors(self) -> Iterator[None]:
-        """SQLite's errors as ours; what they say of the file is remembered for the next opening."""
+        """Translate SQLite's errors, and have a damaged database checked at the next start."""
         try:
             with translate_errors(self.path):
                 yield
@@ -128,8 +133,8 @@ class Store:
             raise
         except StorageError as error:
             self._is_intact = False
-            if isinstance(error, StorageDamaged) and self._lock_descriptor is not None:
-                salvage.write_damage_marker(self.path.parent, str(error))
+            if isinstance(error, StorageDamaged) and self._writer is not None:
+                self._writer.record_damage(str(error))
             raise
 
     def _roll_back(self) -> None:
@@ -302,7 +307,7 @@ class Store:
 
     def open_alerts(self, task: str) -> list[dict[str, Any]]:
         """Those about the task's data, model and quality that were raised and not cleared, as they came."""
-        found = self._fetch_all(schema.SELECT_OPEN_ALERTS, task, schema.OPEN_ALERT_PREFIX)
+        found = self._fetch_all(schema.SELECT_OPEN_ALERTS, task, task_keys.OPEN_ALERT_PREFIX)
         return sorted((json.loads(row[0]) for row in found), key=lambda alert: str(alert["time"]))
 
     def query(self, query: Callable[..., T], *values: Any) -> T:
@@ -344,31 +349,27 @@ class Store:
         with self.transaction(vital=True) as tx:
             tx.set_meta("device", name)
 
-    def close(self) -> None:
-        with self._lock:
-            if self._lock_descriptor is None:
-                self._db.close()
-            else:
-                open.close_database(self.path.parent, self._db, self._watermark, is_intact=self._is_intact)
-            self._quota_enforcer.close()
-            self._release_lock()
-
-    def _begin_boot(self) -> None:
-        """Count this boot, once, and give a new store its log id."""
+    def begin_boot(self, repair: Callable[[sqlite3.Connection], object]) -> None:
+        """Count this boot, once, and give a new store its log id; `repair` runs first in the same transaction."""
         with self.transaction(vital=True) as tx:
             tx.progress.needs_refresh = True
-            catch_up.catch_up(self._db, self._watermark.state)
+            repair(self._db)
             if not self.get_meta("log", ""):
                 tx.set_meta("log", str(uuid.uuid4()))
             this_boot = clock.boot_id()
             if self.get_meta("boot_id", "") != this_boot or not this_boot:
                 tx.set_meta("boot_id", this_boot)
                 tx.set_meta("boot", str(int(self.get_meta("boot", "0")) + 1))
+        self.log_id, self.boot = self.get_meta("log", ""), int(self.get_meta("boot", "0"))
 
-    def _release_lock(self) -> None:
-        if self._lock_descriptor is not None:
-            os.close(self._lock_descriptor)
-            self._lock_descriptor = None
+    def close(self) -> None:
+        with self._lock:
+            if self._writer is None:
+                self._db.close()
+            else:
+                self._writer.close(self._db, is_intact=self._is_intact)
+                self._writer = None
+            self._quota_enforcer.close()
 
     def _fetch_one(self, sql: str, *values: Any) -> tuple[Any, ...] | None:
         with self._lock, self._translate_errors():
@@ -378,3 +379,36 @@ class Store:
     def _fetch_all(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         with self._lock, self._translate_errors():
             return self._db.execute(sql, values).fetchall()
+
+
+def connect_read_only(path: Path) -> sqlite3.Connection:
+    """Connect to a database beside the process that writes. Raises StorageError."""
+    with translate_errors(path):
+        return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=5.0)
+
+
+@contextlib.contextmanager
+def translate_errors(path: Path) -> Iterator[None]:
+    """Raise SQLite's errors as StorageError, StorageFull, StorageBusy or StorageDamaged."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise _storage_error(path, error) from error
+
+
+def is_corruption(error: sqlite3.Error) -> bool:
+    name = str(getattr(error, "sqlite_errorname", ""))
+    # A header with an unknown schema format or text encoding has no error code of its own.
+    unreadable = any(words in str(error) for words in ("Could not decode to UTF-8", "unsupported file format"))
+    return name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or unreadable
+
+
+def _storage_error(path: Path, error: sqlite3.Error) -> StorageError:
+    name = getattr(error, "sqlite_errorname", type(error).__name__)
+    if name.startswith("SQLITE_FULL"):
+        return StorageFull(f"{path}: the quota ([buffer] max_size) or the disk is full")
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        return StorageBusy(f"{path}: locked by another process")
+    if is_corruption(error):
+        return StorageDamaged(f"{path}: {error}; the agent sets it aside and salvages it when it starts next")
+    return StorageError(f"{path}: {name}: {error}")

@@ -10,12 +10,11 @@ from typing import Any
 import msgspec
 
 from agent.clock import ClockReading
-from agent.device.store import meta, retention, schema
-from agent.device.store.checked import decode_message_row, message_crc
+from agent.device.store import meta, retention, schema, task_keys
 from agent.device.store.clock_segments import PRODUCER_TIME, QUALITIES, ClockSegments
 from agent.device.store.command_log import CommandLog
 from agent.device.store.labels import LabelStore
-from agent.device.store.outbox import Outbox
+from agent.device.store.outbox import Outbox, decode_message_row, message_crc
 from agent.device.store.quota import PAGE_SIZE, Budget
 from agent.device.store.rows import Rows, pack_chunk
 from agent.device.store.watermark import TransactionProgress
@@ -219,9 +218,9 @@ class Transaction:
         body = json.dumps(alert)
         if alert.get("task") is not None and alert.get("alert") in schema.OPEN_ALERT_KINDS:
             if alert["state"] == "raised":
-                self.save_state(alert["task"], schema.OPEN_ALERT_PREFIX + alert["id"], body.encode())
+                self.save_state(alert["task"], task_keys.OPEN_ALERT_PREFIX + alert["id"], body.encode())
             else:
-                self.delete_state(alert["task"], schema.OPEN_ALERT_PREFIX + alert["id"])
+                self.delete_state(alert["task"], task_keys.OPEN_ALERT_PREFIX + alert["id"])
         self._budget.spend(len(body.encode()))
         self._db.execute("INSERT INTO alerts (body) VALUES (?)", (body,))
         self._db.execute("DELETE FROM alerts WHERE rowid <= (SELECT max(rowid) FROM alerts) - 1000")

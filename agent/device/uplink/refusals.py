@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
+from agent.alerts import REFUSED_ON_DEVICE, Alert
 from agent.clock import ClockReading
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
@@ -22,7 +23,6 @@ CLEAR_AFTER_S = 3600.0
 _FLUSH_INTERVAL_S = 60.0
 _FULL_RETRY_S = 5.0
 _ALERT_META = "refusals alert"
-_ALERT_ID = "_device/security/refused"
 # What an honest collector or operator can cause: one that was restored, a store that began a new log, a burst.
 _BENIGN_REASONS = frozenset({"other log", "beyond the log", "busy", "no key"})
 
@@ -81,21 +81,15 @@ class Refusals:
                 tx.increment_counter(name, n)
             if raises or clears:
                 tx.set_meta(_ALERT_META, "1" if raises else "")
-                self._message_log.append(tx, "alerts", None, self._build_alert(raises), now)
+                self._message_log.append(tx, "alerts", None, self._build_alert(raises).to_body(), now)
 
-    def _build_alert(self, raised: bool) -> dict[str, object]:
+    def _build_alert(self, raised: bool) -> Alert:
         summary = (
             f"Somebody sends this device what does not verify, the last one was refused for {self._last_hostile}; nothing of "
             "it was obeyed. Look who may publish on its topics; the counters in `outstation status` go on."
             if raised
             else f"For {CLEAR_AFTER_S / 3600:.0f} h nothing came that does not verify."
         )
-        head = {"alert": "security", "subject": "refused", "state": "raised" if raised else "cleared"}
-        severity = "critical" if raised else "info"
-        return {
-            **head,
-            "severity": severity,
-            "id": _ALERT_ID,
-            "summary": summary,
-            "evidence": {"last": self._last_hostile},
-        }
+        return (REFUSED_ON_DEVICE.raised if raised else REFUSED_ON_DEVICE.cleared)(
+            summary, {"last": self._last_hostile}
+        )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from agent.clock import ClockReading
-from agent.device.store.damaged_messages import quarantine_damaged
+from agent.device.store.eviction import quarantine_damaged
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import OutboxMessage

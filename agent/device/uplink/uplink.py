@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 from agent import config
 from agent.clock import ClockReading
-from agent.device.commands.key_rotation import keys_message
 from agent.device.commands.receiver import CommandReceiver
+from agent.device.machine.keys import keys_message
 from agent.device.rollout.desired_state import KIND, DesiredStateStore
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store

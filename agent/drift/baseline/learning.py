@@ -25,7 +25,7 @@ from agent.performance import cbpe
 UNTESTED_SD = 1e9  # sd of a test that nothing was learned of
 MAX_WINDOWS = 400  # drift windows kept while learning: more tell hardly more
 MAX_BYTES = 512 << 10  # of what is kept of them, as long as these are enough to learn from
-MIN_WINDOWS = RECOMMENDED_WINDOWS + MIN_WINDOWS
+MIN_RETAINED_WINDOWS = RECOMMENDED_WINDOWS + MIN_WINDOWS
 
 Int32s = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 Float32s = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
@@ -115,7 +115,9 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
         """Half as many, over the same time, and of what follows half as many, too."""
         kept = np.arange(0, self.windows, 2)
         some = self.window % 2 == 0
-        entries = {name: getattr(self, name)[some] for name in ("label", "n", "mean", "m2", "weight", "z", "sure")}
+        entries = {
+            name: getattr(self, name)[some] for name in ("label", "n", "mean", "m2", "weight", "z", "top_scores")
+        }
         each = {name: getattr(self, name)[kept] for name in ("bins", "output", "scores", "t")}
         fewer = {"windows": len(kept), "window": self.window[some] // 2, "rate": self.rate.thin()}
         return replace(self, total_windows=self.window_count, thinning=2 * self.thinning, **fewer, **entries, **each)
@@ -128,8 +130,10 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
     @property
     def capacity(self) -> int:
         """How many windows may be kept: fewer, where fields and classes make each of them large."""
-        size = sum(getattr(self, name).nbytes for name in ("bins", "output", "scores", "n", "mean", "m2", "z", "sure"))
-        return int(np.clip(MAX_BYTES * self.windows // max(size, 1), MIN_WINDOWS, MAX_WINDOWS))
+        size = sum(
+            getattr(self, name).nbytes for name in ("bins", "output", "scores", "n", "mean", "m2", "z", "top_scores")
+        )
+        return int(np.clip(MAX_BYTES * self.windows // max(size, 1), MIN_RETAINED_WINDOWS, MAX_WINDOWS))
 
     @property
     def observed_s(self) -> float:

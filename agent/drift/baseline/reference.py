@@ -20,7 +20,7 @@ from agent.drift.baseline.site import SiteCalibration
 from agent.drift.detectors import runs, window_statistics
 from agent.drift.detectors.modes import CLASS_COUNT
 from agent.drift.detectors.runs import Tail, Trace
-from agent.drift.detectors.test_layout import TestLayout, get_layout
+from agent.drift.detectors.test_layout import ScoreLayout, get_layout
 from agent.drift.numeric import divergence
 from agent.errors import BadBundle
 
@@ -98,7 +98,7 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
         return self.layout.test_count if self.site else 2 * len(self.fields)
 
     @property
-    def layout(self) -> TestLayout:
+    def layout(self) -> ScoreLayout:
         return get_layout(len(self.fields), len(self.labels))
 
     @cached_property

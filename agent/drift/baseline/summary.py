@@ -262,8 +262,8 @@ _ARRAY_FIELDS = (
     "output",
     "scores",
     "pairs",
-    "sure",
-    "pace",
+    "top_scores",
+    "variogram",
 )
 
 

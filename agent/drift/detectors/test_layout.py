@@ -9,7 +9,7 @@ import msgspec
 from agent.drift.detectors import correlation
 
 
-class TestLayout(msgspec.Struct, frozen=True):
+class ScoreLayout(msgspec.Struct, frozen=True):
     """Of so many fields and answers; `tests` in all."""
 
     fields: int
@@ -41,6 +41,6 @@ class TestLayout(msgspec.Struct, frozen=True):
 
 
 @lru_cache(maxsize=16)
-def get_layout(fields: int, classes: int) -> TestLayout:
+def get_layout(fields: int, classes: int) -> ScoreLayout:
     """With a test of each answer's share, where there is more than one of `labels`."""
-    return TestLayout(fields, classes if classes > 1 else 0)
+    return ScoreLayout(fields, classes if classes > 1 else 0)

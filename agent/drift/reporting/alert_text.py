@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import msgspec
 
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
@@ -23,30 +20,6 @@ CAUSES = {
     "quantized": "another converter, range or rounding",
     "spikes": "loose contact or interference",
 }
-
-
-class Alert(msgspec.Struct, frozen=True):
-    """`id` is `<subject>/<alert>/<count>`, the same when raised and when cleared."""
-
-    alert: str  # drift | fault
-    subject: str
-    state: str  # raised | cleared
-    severity: str  # info | warning | critical
-    id: str
-    summary: str
-    evidence: dict[str, Any]
-
-    def to_body(self, task: str, **evidence: Any) -> dict[str, Any]:
-        """The members of its message."""
-        return {
-            "alert": self.alert,
-            "subject": self.subject,
-            "state": self.state,
-            "severity": self.severity,
-            "id": f"{task}/{self.id}",
-            "summary": self.summary,
-            "evidence": {**evidence, **self.evidence},
-        }
 
 
 def fault_sentence(subject: str, fault: Fault, field: int, summary: Summary, shipped: Reference) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from agent.arrays import Floats, Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
-from agent.drift.detectors.test_layout import TestLayout
+from agent.drift.detectors.test_layout import ScoreLayout
 from agent.drift.numeric import divergence
 from agent.drift.testing.test_suite import DriftTester
 from agent.performance import cbpe
@@ -89,7 +89,7 @@ class SuiteStatus(msgspec.Struct, frozen=True, eq=False):
     """Where the tests of W drift windows stand: `sums` (W, 2, T) after each; all else is the same in all of them."""
 
     cusum_sums: Floats
-    layout: TestLayout
+    layout: ScoreLayout
     drifting: list[bool]  # of each subject
     faults: tuple[str | None, ...]  # the fault of each field
     tested: bool

@@ -23,7 +23,7 @@ EARLY_DRIFT_SHARE, NEAR_LIMIT_SHARE = (
 )  # shares of its limit from which on a field's sum is taken for a drift that begins
 
 
-class TestSequence(msgspec.Struct, frozen=True, eq=False, dict=True):
+class SuiteRun(msgspec.Struct, frozen=True, eq=False, dict=True):
     """Over W windows with this `evidence`; where an alarm is open `before` them, W is 1."""
 
     tester: DriftTester
@@ -112,7 +112,7 @@ class TestSequence(msgspec.Struct, frozen=True, eq=False, dict=True):
         return after.reset_except(kept)
 
 
-def run_tests(tester: DriftTester, before: SuiteState, evidence: Evidence, t: Ints) -> TestSequence:
+def run_tests(tester: DriftTester, before: SuiteState, evidence: Evidence, t: Ints) -> SuiteRun:
     """Over W windows with this evidence, begun at `t` (W,) epoch µs."""
     at, open_now = before.layout, before.open_fields
 
@@ -129,7 +129,7 @@ def run_tests(tester: DriftTester, before: SuiteState, evidence: Evidence, t: In
     means, fields = before.field_mewma, z[:, at.means]
     if open_now.any():
         means, fields = means.reset_except(~open_now), np.where(open_now, np.nan, fields)
-    return TestSequence(
+    return SuiteRun(
         tester,
         before,
         evidence,

@@ -26,7 +26,7 @@ from agent.drift.detectors import psi as shape
 from agent.drift.detectors.cusum import Cusum
 from agent.drift.detectors.mewma import Mewma
 from agent.drift.detectors.psi import PsiConfirmation
-from agent.drift.detectors.test_layout import TestLayout, get_layout
+from agent.drift.detectors.test_layout import ScoreLayout, get_layout
 from agent.drift.numeric import false_alarm_budget as limits
 from agent.performance import cbpe
 
@@ -46,7 +46,7 @@ class SuiteState(msgspec.Struct, frozen=True, eq=False, dict=True):
     class_share_mewma: Mewma = msgspec.field(default_factory=lambda: Mewma.zeros(0))  # (C,)
 
     @classmethod
-    def start(cls, layout: TestLayout) -> SuiteState:
+    def start(cls, layout: ScoreLayout) -> SuiteState:
         return cls(
             Cusum.zeros(layout.test_count),
             PsiConfirmation.empty(layout.fields + 2),
@@ -57,7 +57,7 @@ class SuiteState(msgspec.Struct, frozen=True, eq=False, dict=True):
         )
 
     @property
-    def layout(self) -> TestLayout:
+    def layout(self) -> ScoreLayout:
         return get_layout(self.recent_z.shape[1] // 2, len(self.class_share_mewma.mean))
 
     @cached_property

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
+from agent import durable_files
 from agent.datasets.tables import RowRejection
 
 MAX_LISTED_REJECTS = 100  # rejected rows that are named; all are counted
@@ -85,8 +85,7 @@ class RunLedger:
         with self._path.open("ab") as file:
             # A line of its own after one that a kill tore.
             file.write(b"\n" + msgspec.json.encode(_LedgerEntry(job.identity, totals)) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+            durable_files.flush(file)
 
     def remove(self) -> None:
         """All is done: the next run begins anew."""

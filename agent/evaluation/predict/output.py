@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from agent import durable_files
 from agent.datasets.blocks import FILE_COLUMN, TextColumn
 from agent.datasets.parquet_table import PYARROW_MISSING
 from agent.datasets.readers import is_media
@@ -99,20 +100,18 @@ class PartialOutput:
 
     def sync(self) -> int:
         """The bytes that are safe on the disk from now on."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        durable_files.flush(self._file)
         return self._file.tell()
 
     def finish(self) -> None:
         """OUT is there, as a whole."""
         self.sync()
         if self._text:
-            self.path.replace(self._out)
+            durable_files.rename(self.path, self._out)
         else:
             self._to_parquet()
             # Last, for the lock is on it.
             self.path.unlink()
-        _fsync(self._out.parent)
         self._file.close()
 
     def close(self) -> None:
@@ -141,8 +140,8 @@ class PartialOutput:
         with self.path.open("rb") as file, parquet.ParquetWriter(made, self._schema()) as writer:
             for table in _row_groups(self._arrow.ipc.open_stream(file), self._arrow):
                 writer.write_table(table, row_group_size=_ROW_GROUP_SIZE)
-        _fsync(made)
-        made.replace(self._out)
+        durable_files.fsync(made)
+        durable_files.rename(made, self._out)
 
 
 def open_locked(path: Path) -> BinaryIO:
@@ -176,14 +175,6 @@ def _is_same_file(file: BinaryIO, path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def partial_path(out: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from agent import durable_files
 from agent.errors import BadBundle, UsageError
 from agent.evaluation.examples import Dataset
 from agent.evaluation.predict import output, run
@@ -115,8 +115,7 @@ def _shared_marker(target: Path) -> Iterator[tuple[Path, str]]:
     with output.open_locked(path) as file:
         file.truncate(0)
         file.write(token.encode())
-        file.flush()
-        os.fsync(file.fileno())
+        durable_files.flush(file)
         try:
             yield path, token
         finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from agent import durable_files
 from agent.datasets import media, readers
 from agent.datasets.blocks import FILE_COLUMN, BlockReader, RowBlock
 from agent.datasets.csv_table import BLOCK_BYTES
@@ -97,7 +98,7 @@ class BatchPredictor:
                 checkpoint.written = part.sync()
                 checkpoint.history_rows = stream.history_rows
                 checkpoint.pending = (stream.rows.tobytes(), stream.t.tobytes(), stream.row_numbers.tobytes())
-                _save_checkpoint(sidecar, checkpoint)
+                durable_files.write(sidecar, msgspec.msgpack.encode(checkpoint))
                 kept = time.monotonic()
 
     def _process_block(
@@ -189,13 +190,3 @@ def _restore_stream(inference: Inference, checkpoint: _Checkpoint) -> StreamingP
         stream.t, stream.row_numbers = np.frombuffer(t, np.int64), np.frombuffer(number, np.int64)
         stream.rows = np.frombuffer(rows, np.float32).reshape(len(stream.t), -1)
     return stream
-
-
-def _save_checkpoint(sidecar: Path, checkpoint: _Checkpoint) -> None:
-    _write_atomically(sidecar, msgspec.msgpack.encode(checkpoint))
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    new = path.with_name(f"{path.name}.new")
-    new.write_bytes(content)
-    new.replace(path)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from agent import clock
 from agent.errors import StorageError
 from agent.fleet.collector import refusal_alarm
+from agent.fleet.database.alerts import refusals_alert_row
 from agent.fleet.database.ingest import Arrival, Refusal
-from agent.fleet.database.projection import refusals_alert_row
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift.fleet_wide_alerts import FleetWideAlerts
 from agent.fleet.keyring import Keyring

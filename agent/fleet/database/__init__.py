@@ -1,1 +1,1 @@
-"""database."""
+"""Fleet database: all SQL of the collector, for SQLite and PostgreSQL."""

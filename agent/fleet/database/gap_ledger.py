@@ -1,8 +1,8 @@
-"""Which seqs of one log came and which are missing: a few ranges, however many messages there were.
+"""Gap ledger: which sequence numbers of a log arrived and which are missing, in a few ranges per log.
 
-The ranges end up the same whatever order messages, repeats, evictions and the end of the log come in: undeclared and
-declared gaps are the complement of what came below `through`, cut where a declaration begins or ends, never two of one
-kind side by side.
+The ranges do not depend on the order in which messages, repeats, evictions and the end of the log arrive. Undeclared
+and declared gaps together are the complement of the numbers that arrived up to `last_seq`, split where a declaration
+begins or ends; adjacent gaps of one kind are merged.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from agent.fleet.database.interface import Connection, Gap, LogId
 from agent.wire.messages import AuditPayload
 
 EVICTED, NEW_LOG = "evicted", "new log"
-# The largest that JSON carries safely.
+# The largest integer that JSON carries safely.
 _MAX_SEQ = 2**53 - 1
-_UPSERT_END = "INSERT INTO ends VALUES (?, ?, ?) ON CONFLICT (device, log) DO UPDATE SET last = excluded.last"
+_UPSERT_END = """
+    INSERT INTO log_ends VALUES (?, ?, ?) ON CONFLICT (device, log) DO UPDATE SET last_seq = excluded.last_seq"""
 
 
 class LogChanges(msgspec.Struct):
-    """What the messages of one transaction say of one log: seqs that are new, ranges declared, where it ended."""
+    """Changes to one log by the messages of a transaction: new seqs, evicted ranges, and the end (0: not declared)."""
 
     arrived: list[int] = msgspec.field(default_factory=list)
     evicted: list[tuple[int, int]] = msgspec.field(default_factory=list)
@@ -31,31 +32,31 @@ class LogChanges(msgspec.Struct):
 
 
 def apply(db: Connection, changes: Mapping[LogId, LogChanges], now: str) -> None:
-    """Bring tables logs, gaps and ends up to date, inside a transaction that holds the devices' locks."""
-    known = db.logs([*changes])
-    spans = {log: span for log, one in changes.items() if (span := _affected_span(one, known[log][0] or 0))}
+    """Update tables logs, gaps and log_ends, in a transaction that holds the locks of the devices."""
+    stored = db.logs([*changes])
+    spans = {log: span for log, change in changes.items() if (span := _affected_span(change, stored[log][0] or 0))}
     gaps = db.gaps(spans)
     ledgers = {}
-    for log, one in changes.items():
-        through, end = known[log]
-        ledger = ledgers[log] = GapLedger(through or 0, end, gaps.get(log, ()))
-        for seq in sorted(one.arrived):
+    for log, change in changes.items():
+        last_seq, end = stored[log]
+        ledger = ledgers[log] = GapLedger(last_seq or 0, end, gaps.get(log, ()))
+        for seq in sorted(change.arrived):
             ledger.add_arrival(seq)
-        ledger.declare_evicted(one.evicted)
-        if one.end_seq:
-            ledger.declare_end(one.end_seq)
-    there = {log for log, (through, _) in known.items() if through is not None}
-    db.store_logs({log: ledger.through for log, ledger in ledgers.items() if changes[log].arrived}, there, now)
+        ledger.declare_evicted(change.evicted)
+        if change.end_seq:
+            ledger.declare_end(change.end_seq)
+    known = {log for log, (last_seq, _) in stored.items() if last_seq is not None}
+    db.store_logs({log: ledger.last_seq for log, ledger in ledgers.items() if changes[log].arrived}, known, now)
     db.store_gaps(
         [(*log, first) for log, ledger in ledgers.items() for first in ledger.removed()],
         [(*log, *gap) for log, ledger in ledgers.items() for gap in ledger.added()],
     )
-    db.executemany(_UPSERT_END, [(*log, ledgers[log].end) for log, one in changes.items() if one.end_seq])
+    db.executemany(_UPSERT_END, [(*log, ledgers[log].end) for log, change in changes.items() if change.end_seq])
 
 
-def _affected_span(changes: LogChanges, through: int) -> tuple[int, int] | None:
-    """Between which seqs gaps matter; None where the log just went on."""
-    if not changes.evicted and not changes.end_seq and min(changes.arrived, default=through + 1) > through:
+def _affected_span(changes: LogChanges, last_seq: int) -> tuple[int, int] | None:
+    """Return the seqs between which gaps may change; None where the log only grew."""
+    if not changes.evicted and not changes.end_seq and min(changes.arrived, default=last_seq + 1) > last_seq:
         return None
     declared = [*changes.evicted, *([(1, changes.end_seq)] if changes.end_seq else [])]
     ends = [*changes.arrived, *(seq for pair in declared for seq in pair)]
@@ -63,28 +64,28 @@ def _affected_span(changes: LogChanges, through: int) -> tuple[int, int] | None:
 
 
 class GapLedger:
-    """The gaps of one log, as far as they matter."""
+    """The gaps of one log within the span that a transaction affects."""
 
-    def __init__(self, through: int, end: int, gaps: Iterable[Gap]) -> None:
-        self.through, self.end = through, end
+    def __init__(self, last_seq: int, end: int, gaps: Iterable[Gap]) -> None:
+        self.last_seq, self.end = last_seq, end
         self._original = {first: (last, bool(declared)) for first, last, declared in gaps}
         self._gaps = dict(self._original)
         self._firsts = sorted(self._gaps)
 
     def removed(self) -> list[int]:
-        """Where gaps began that are not there any more, or are others now."""
+        """Return the first seqs of gaps that disappeared or changed."""
         return [first for first, gap in self._original.items() if self._gaps.get(first) != gap]
 
     def added(self) -> list[Gap]:
-        """Those that were not there before."""
+        """Return the gaps that are new or changed."""
         return [(first, *gap) for first, gap in self._gaps.items() if self._original.get(first) != gap]
 
     def add_arrival(self, seq: int) -> None:
-        """Take note of a message that was not there before."""
-        if seq > self.through:
-            self._insert(self.through + 1, min(seq - 1, self.end), declared=True)
-            self._insert(max(self.through, self.end) + 1, seq - 1, declared=False)
-            self.through = seq
+        """Record a message that is new to the log."""
+        if seq > self.last_seq:
+            self._insert(self.last_seq + 1, min(seq - 1, self.end), declared=True)
+            self._insert(max(self.last_seq, self.end) + 1, seq - 1, declared=False)
+            self.last_seq = seq
             return
         gap = self._floor_gap(seq)
         if gap is None or gap[1] < seq:
@@ -95,7 +96,7 @@ class GapLedger:
         self._insert(seq + 1, last, declared=declared)
 
     def declare_evicted(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Mark what is missing in `ranges` as declared by the device."""
+        """Mark the missing seqs in `ranges` as declared by the device."""
         for a, b in ranges:
             for first, last in self._undeclared_overlaps(a, b):
                 self._remove(first)
@@ -104,7 +105,7 @@ class GapLedger:
                 self._declare(max(first, a), min(last, b))
 
     def declare_end(self, last: int) -> None:
-        """A later log says so: what up to seq `last` is missing never comes, whether that is known here yet or not."""
+        """Record that the log ended at seq `last`: whatever is missing up to it, now or later, is declared."""
         self.end = max(self.end, last)
         self.declare_evicted([(1, self.end)])
 
@@ -120,14 +121,13 @@ class GapLedger:
         self._insert(first, last, declared=True)
 
     def _floor_gap(self, seq: int) -> Gap | None:
-        at = bisect.bisect_right(self._firsts, seq)
-        return (first := self._firsts[at - 1], *self._gaps[first]) if at else None
+        index = bisect.bisect_right(self._firsts, seq)
+        return (first := self._firsts[index - 1], *self._gaps[first]) if index else None
 
     def _undeclared_overlaps(self, a: int, b: int) -> list[tuple[int, int]]:
-        """Undeclared ones."""
         begin, end = bisect.bisect_right(self._firsts, a), bisect.bisect_right(self._firsts, b)
-        some = [(first, *self._gaps[first]) for first in self._firsts[max(0, begin - 1) : end]]
-        return [(first, last) for first, last, declared in some if last >= a and not declared]
+        nearby = [(first, *self._gaps[first]) for first in self._firsts[max(0, begin - 1) : end]]
+        return [(first, last) for first, last, declared in nearby if last >= a and not declared]
 
     def _insert(self, first: int, last: int, *, declared: bool) -> None:
         if first <= last:
@@ -140,8 +140,8 @@ class GapLedger:
 
 
 def parse_evictions(body: object) -> list[tuple[int, int]]:
-    """The seq ranges that a message declares as evicted from the outbox: all before itself, ascending or not."""
-    # One that was written first in another log speaks of that one's numbers.
+    """Return the seq ranges below its own that a message declares as evicted from the outbox, in any order."""
+    # A reissued message has the numbers of the log that it was first written in.
     if not isinstance(body, AuditPayload) or body.event != EVICTED or body.reissued:
         return []
     return [
@@ -150,15 +150,15 @@ def parse_evictions(body: object) -> list[tuple[int, int]]:
 
 
 def parse_log_end(body: object) -> tuple[str, int] | None:
-    """(log, last seq) of the log that a message says its own goes on from: what is missing there never comes."""
+    """Return (log, last seq) of the log that the message's own log continues: missing seqs there never arrive."""
     if not isinstance(body, AuditPayload) or body.event != NEW_LOG or body.reissued:
         return None
-    old, through = body.evidence.get("old"), body.evidence.get("through")
-    return (old, min(through, _MAX_SEQ)) if isinstance(old, str) and old != body.log and type(through) is int else None
+    old, last = body.evidence.get("old"), body.evidence.get("through")
+    return (old, min(last, _MAX_SEQ)) if isinstance(old, str) and old != body.log and type(last) is int else None
 
 
 def parse_ranges(value: object) -> list[tuple[int, int]]:
-    """What of a list of [first, last] makes sense as such."""
+    """Return the valid [first, last] pairs of a list."""
     pairs = [tuple(pair) for pair in value if isinstance(pair, list)] if isinstance(value, list) else []
     return [pair for pair in pairs if _is_range(pair)]
 

@@ -1,4 +1,8 @@
-"""One transaction's worth of messages on its way into the tables: the writing half of `store`."""
+"""Ingest: one transaction of messages on its way into the tables.
+
+Rows are gathered and written together at the end. The order of the writes prevents deadlocks between collectors:
+messages and projections first, then the locks of the devices, then the rows of these devices, then shared rows.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +11,39 @@ from typing import Any, Literal
 
 import msgspec
 
-from agent.fleet.database import gap_ledger, key_table, schema
+from agent.alerts import ROTATION_REFUSED, SIGNED_TWICE
+from agent.fleet.database import gap_ledger, key_table
+from agent.fleet.database.alerts import INSERT_ALERT, message_alert_row
 from agent.fleet.database.gap_ledger import LogChanges, parse_evictions, parse_log_end
-from agent.fleet.database.interface import Connection, LogId
-from agent.fleet.database.projection import TableRows, collector_alert_row, project_message
+from agent.fleet.database.interface import Connection, LogId, Row
+from agent.fleet.database.projection import TableRows, project_message
 from agent.fleet.database.timestamps import TimestampReconstruction
 from agent.wire import key_rotation
 from agent.wire.messages import AuditPayload, LoggedPayload, StatePayload, VerifiedMessage
 
-OTHER_BYTES = "other bytes"
-# How many refused messages of one device and reason are kept whole; all are counted.
-MAX_EVIDENCE = {OTHER_BYTES: 1000}
-DEFAULT_MAX_EVIDENCE = 20
+CONFLICTING_PAYLOAD = "conflicting payload"
+# How many refused messages of one device and reason are stored as samples; all are counted.
+MAX_SAMPLES = {CONFLICTING_PAYLOAD: 1000}
+DEFAULT_MAX_SAMPLES = 20
 _UPDATE_STATE = "UPDATE devices SET state = ? WHERE device = ?"
+_COUNT_REFUSAL = """
+    INSERT INTO refusals VALUES (:device, :reason, 1, :now, :now)
+    ON CONFLICT (device, reason) DO UPDATE SET count = refusals.count + 1, last = :now RETURNING count
+"""
+_INSERT_SAMPLE = "INSERT INTO refusal_samples VALUES (?, ?, ?, ?, ?, ?, ?)"
 
 IngestOutcome = Literal["new", "duplicate", "conflict", "live"]
 
 
 class Arrival(msgspec.Struct, frozen=True):
-    """A verified message; `fresh` unless the broker had it retained, which is no sign of life."""
+    """A verified message; `fresh` unless the broker had retained it, which does not show that the device is alive."""
 
     message: VerifiedMessage
     fresh: bool = True
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """A message that did not verify, as it came; `device` is the topic's."""
+    """A message that did not verify, as it arrived; `device` is the one in its topic."""
 
     device: str
     reason: str
@@ -43,11 +54,7 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 class IngestBatch:
-    """One transaction's worth of messages: rows are gathered and written together at its end.
-
-    The order of what is written keeps several collectors from waiting for each other in a ring: messages, then the
-    devices' locks, then what belongs to these devices, then what is of no single one.
-    """
+    """The messages of one transaction: `add` and `add_refusals`, then `finish`."""
 
     def __init__(self, db: Connection, now: str) -> None:
         self._db, self._now = db, now
@@ -59,35 +66,35 @@ class IngestBatch:
         self._rotations: list[VerifiedMessage] = []
         self._signers: set[str] = set()
         self._refusals: list[Refusal] = []
-        self._alerts: list[tuple[Any, ...]] = []
+        self._alerts: list[Row] = []
 
     def add(self, arrivals: Sequence[Arrival]) -> list[IngestOutcome]:
-        """What becomes of each."""
+        """Return the outcome of each arrival."""
         logged = [a.message for a in arrivals if isinstance(a.message.body, LoggedPayload)]
         outcomes = self._store_messages(logged)
         return [self._record_arrival(arrival, outcomes) for arrival in arrivals]
 
     def add_refusals(self, refusals: Sequence[Refusal]) -> None:
-        """Count them, and keep the first few of each kind."""
+        """Count the refusals, and keep the first few of each device and reason as samples."""
         self._refusals += refusals
 
     def finish(self) -> None:
-        """Write what was gathered. Raises Refused where a key that signed something new does not count any more."""
+        """Write all rows. Raises MessageRefused if the key of a new message was revoked in the meantime."""
         for table, rows in self._rows.items():
-            # Empty where a run lists no result: its rows were lost, or `publish` keeps them at home.
+            # Empty where a run lists no result: its rows were lost, or `publish` keeps them on the device.
             if rows:
                 self._db.bulk_insert(table, rows)
         self._db.lock_devices({*self._live_devices, *self._states, *(device for device, _ in self._log_changes)})
         self._timestamps.finish()
         for message, problem in key_table.rotate(self._db, self._rotations, self._now):
             if isinstance(message.body, LoggedPayload):
-                self._alerts.append(collector_alert_row(message.body, problem, self._now))
+                self._alerts.append(message_alert_row(ROTATION_REFUSED, message.body, problem, self._now))
         key_table.require_active(self._db, self._signers)
         gap_ledger.apply(self._db, self._log_changes, self._now)
-        # The broker keeps the order of one topic; a device's clock may not, so the last to come counts.
+        # The last state to arrive counts: the broker keeps the order of one topic, a device's clock may not.
         self._db.executemany(_UPDATE_STATE, [(state, device) for device, state in sorted(self._states.items())])
         self._db.update_last_seen(sorted(self._live_devices), self._now)
-        self._db.executemany(schema.ADD_ALERT, self._alerts)
+        self._db.executemany(INSERT_ALERT, self._alerts)
         self._write_refusals()
 
     def _record_arrival(self, arrival: Arrival, outcomes: Iterator[IngestOutcome]) -> IngestOutcome:
@@ -104,23 +111,23 @@ class IngestBatch:
     def _store_messages(self, messages: Sequence[VerifiedMessage]) -> Iterator[IngestOutcome]:
         rows = [_message_row(message, self._now) for message in messages]
         added = self._db.add_messages(rows)
-        there = iter(self._db.payloads([row[:3] for row, new in zip(rows, added, strict=True) if not new]))
+        stored = iter(self._db.payloads([row[:3] for row, new in zip(rows, added, strict=True) if not new]))
         for message, new in zip(messages, added, strict=True):
             if new:
                 self._project_new(message, message.body)
                 yield "new"
-            elif next(there) == message.payload:
+            elif next(stored) == message.payload:
                 yield "duplicate"
             else:
                 yield self._record_conflict(message, message.body)
 
     def _project_new(self, message: VerifiedMessage, body: Any) -> None:
-        news = self._changes_for((body.device, body.log))
-        news.arrived.append(body.seq)
-        news.evicted += parse_evictions(body)
-        if old := parse_log_end(body):
-            other = self._changes_for((body.device, old[0]))
-            other.end_seq = max(other.end_seq, old[1])
+        changes = self._changes_for((body.device, body.log))
+        changes.arrived.append(body.seq)
+        changes.evicted += parse_evictions(body)
+        if end := parse_log_end(body):
+            ended = self._changes_for((body.device, end[0]))
+            ended.end_seq = max(ended.end_seq, end[1])
         project_message(message, self._rows)
         self._timestamps.add(body)
         if isinstance(body, AuditPayload) and body.event == key_rotation.ROTATION_EVENT:
@@ -132,39 +139,36 @@ class IngestBatch:
     def _record_conflict(self, message: VerifiedMessage, body: Any) -> IngestOutcome:
         summary = (
             f"{body.device} signed two different messages as seq {body.seq} of log {body.log}: its key or its store "
-            "was copied. The first one is kept; see table refused for the other."
+            "was copied. The first one is kept; table refusal_samples has the other."
         )
-        self._alerts.append(collector_alert_row(body, summary, self._now))
+        self._alerts.append(message_alert_row(SIGNED_TWICE, body, summary, self._now))
         detail = f"log {body.log} seq {body.seq}"
         self._refusals.append(
-            Refusal(body.device, OTHER_BYTES, detail, str(message.topic), message.payload, message.jws)
+            Refusal(body.device, CONFLICTING_PAYLOAD, detail, str(message.topic), message.payload, message.jws)
         )
         return "conflict"
 
     def _write_refusals(self) -> None:
-        named = sorted({_to_storable_text(one.device) for one in self._refusals})
-        there = self._db.execute_each("SELECT device FROM devices WHERE device = ?", [(name,) for name in named])
-        known = {row[0] for row in there if row is not None}
-        listed = [(one.device if one.device in known else "", one) for one in self._refusals]
-        # By the row that each of them counts in: it is everybody's.
-        for device, one in sorted(listed, key=lambda entry: (entry[0], entry[1].reason)):
-            names = {"device": device, "reason": one.reason, "now": self._now}
-            count = self._db.execute(schema.ADD_REFUSAL + " RETURNING count", names).fetchone()[0]
-            if count <= MAX_EVIDENCE.get(one.reason, DEFAULT_MAX_EVIDENCE):
-                detail, topic, token = map(_to_storable_text, (one.detail, one.topic, one.jws))
-                evidence = (device, one.reason, detail, topic, one.payload, token, self._now)
-                self._db.execute("INSERT INTO refused VALUES (?, ?, ?, ?, ?, ?, ?)", evidence)
+        names = sorted({_to_storable_text(refusal.device) for refusal in self._refusals})
+        enrolled = self._db.execute_each("SELECT device FROM devices WHERE device = ?", [(name,) for name in names])
+        known = {row[0] for row in enrolled if row is not None}
+        counted = [(refusal.device if refusal.device in known else "", refusal) for refusal in self._refusals]
+        # In order of the counters that all collectors share, so that none waits for the other in turn.
+        for device, refusal in sorted(counted, key=lambda entry: (entry[0], entry[1].reason)):
+            values = {"device": device, "reason": refusal.reason, "now": self._now}
+            count = self._db.execute(_COUNT_REFUSAL, values).fetchone()[0]
+            if count <= MAX_SAMPLES.get(refusal.reason, DEFAULT_MAX_SAMPLES):
+                detail, topic, token = map(_to_storable_text, (refusal.detail, refusal.topic, refusal.jws))
+                sample = (device, refusal.reason, detail, topic, refusal.payload, token, self._now)
+                self._db.execute(_INSERT_SAMPLE, sample)
 
 
-def _message_row(message: VerifiedMessage, now: str) -> tuple[Any, ...]:
-    """Of table messages."""
+def _message_row(message: VerifiedMessage, now: str) -> Row:
     body: Any = message.body
-    return (
-        *(body.device, body.log, body.seq, message.topic.kind, str(message.topic)),
-        *(message.payload, message.jws, now),
-    )
+    place = (body.device, body.log, body.seq, message.topic.kind, str(message.topic))
+    return (*place, message.payload, message.jws, now)
 
 
 def _to_storable_text(text: str) -> str:
-    """What nobody vouches for must not be what a database cannot hold."""
+    """Replace characters that a database cannot store; only for text that no key signed."""
     return text.replace("\0", "\ufffd").encode(errors="replace").decode()

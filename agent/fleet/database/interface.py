@@ -1,15 +1,14 @@
-"""Where a fleet's tables are: SQLite, or PostgreSQL for several collectors beside each other.
+"""Protocols of the fleet database, which SQLite and PostgreSQL implement.
 
-All SQL is written once, with `?` or `:name`, in words that both know; where they differ, or where PostgreSQL wants
-one statement for many rows in place of many statements, it is a method of `Connection`. What is a flag is BOOLEAN in
-PostgreSQL and 0 or 1 in SQLite, and `rowid` counts rows in the order in which they came, in both.
+Statements are written once, with `?` or `:name`, in SQL that both databases understand. A method of `Connection` covers
+each place where they differ, or where PostgreSQL needs one statement for many rows. Flags are BOOLEAN, which SQLite
+stores as 0 or 1. The column `rowid` numbers the rows of a table in order of arrival in both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit, urlunsplit
@@ -24,15 +23,13 @@ LogId = tuple[str, str]
 # (first, last, declared)
 Gap = tuple[int, int, bool]
 
-INSERT_MESSAGE = "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (device, log, seq) DO NOTHING"
-
 
 class TransactionConflict(StorageBusy):
-    """Another process changed the same rows at the same moment; nothing of this transaction is there, do it again."""
+    """Another process changed the same rows; the transaction was rolled back and can be tried again."""
 
 
 class Cursor(Protocol):
-    """The answer of a statement."""
+    """The result of a statement."""
 
     @property
     def description(self) -> Any: ...
@@ -45,65 +42,65 @@ class Cursor(Protocol):
 
 
 class Connection(Protocol):
-    """What a transaction or a snapshot gives."""
+    """A connection inside a transaction or snapshot."""
 
     def execute(self, sql: str, values: Any = ..., /) -> Cursor: ...
     def executemany(self, sql: str, rows: Any, /) -> object: ...
 
     def to_dialect(self, sql: str) -> str:
-        """A statement with LEAST, GREATEST or TOTAL (a sum that does not overflow), in this database's words."""
+        """Translate LEAST, GREATEST and TOTAL (a sum that does not overflow) for this database."""
 
     def execute_each(self, sql: str, rows: Iterable[Values]) -> list[Any]:
-        """The statement with each of these; the first row of each answer, None where it has none."""
+        """Run the statement once per row; return the first row of each result, None where it is empty."""
 
     def lock_devices(self, devices: Iterable[str]) -> None:
-        """Nobody else changes what belongs to these devices until the transaction ends; call it once in each."""
+        """Lock the rows of these devices until the transaction ends; at most once per transaction."""
 
     def lock_table(self, table: str) -> None:
-        """Nobody else writes it until the transaction ends."""
+        """Block other writers of the table until the transaction ends."""
 
     def add_messages(self, rows: Sequence[Row]) -> list[bool]:
-        """Of each row of table messages, whether it is new: its place is empty, and so it was before in `rows`."""
+        """Insert rows of table messages; return True for each whose key was free, also among `rows`."""
 
-    def payloads(self, places: Sequence[tuple[str, str, int]]) -> list[bytes | None]:
-        """Of the message at each (device, log, seq); None where there is none."""
+    def payloads(self, keys: Sequence[tuple[str, str, int]]) -> list[bytes | None]:
+        """Return the payload of the message at each (device, log, seq), None where there is none."""
 
     def bulk_insert(self, table: str, rows: Sequence[Row]) -> None:
-        """Add rows that nobody else adds."""
+        """Insert rows whose keys no other process inserts."""
 
     def logs(self, logs: Sequence[LogId]) -> dict[LogId, tuple[int | None, int]]:
-        """(`through` of table logs, None where it is not there; `last` of table ends, 0 likewise) of each."""
+        """Return (`last_seq` of table logs, None if absent; `last_seq` of table log_ends, 0 if absent) of each log."""
 
     def store_logs(self, logs: Mapping[LogId, int], known: set[LogId], since: str) -> None:
-        """Set `through` of each; those not `known` are added in their order."""
+        """Set `last_seq` of each log; insert the logs that are not `known` in their order."""
 
     def gaps(self, spans: Mapping[LogId, tuple[int, int]]) -> dict[LogId, list[Gap]]:
-        """Those of each log that overlap its span, or touch it."""
+        """Return the gaps of each log that overlap or touch its span."""
 
     def store_gaps(
         self, removed: Sequence[tuple[str, str, int]], added: Sequence[tuple[str, str, int, int, bool]]
     ) -> None:
-        """Take away those that begin there, then add."""
+        """Delete the gaps with these (device, log, first), then insert the others."""
 
     def undeclared_gaps(self, logs: Sequence[LogId], limit: int) -> dict[LogId, list[tuple[int, int]]]:
-        """The first `most` of each log that no message declares, ascending."""
+        """Return the first `limit` undeclared gaps of each log, ascending."""
 
     def revocation_times(self, kids: Sequence[str]) -> dict[str, str | None]:
-        """Since when each of these keys is; those that are not enrolled are left out."""
+        """Return when each enrolled key was revoked, None where it was not; omit unknown keys."""
 
     def update_last_seen(self, devices: Sequence[str], now: str) -> None:
-        """Note that these devices were heard of."""
+        """Set `last_seen` of these devices."""
 
 
 class Database(Protocol):
-    """An open database; one thread. Raises StorageError (Full, Busy) where it fails, UsageError where it is none."""
+    """An open database, for one thread. Raises StorageError (Full, Busy) when it fails, UsageError when unusable."""
 
     name: str
-    """For people: the file, or the URL without a password."""
+    """Display name: the file, or the URL without its password."""
     shared: bool
-    """Whether several collectors may write it."""
+    """True if several collectors may write it."""
     unstorable_errors: tuple[type[Exception], ...]
-    """What is raised for values that it cannot hold: one such message must not hold up the others."""
+    """Exceptions for values that the database cannot store: such a message must not block the others."""
 
     def transaction(self) -> AbstractContextManager[Connection]: ...
     def snapshot(self) -> AbstractContextManager[Connection]: ...
@@ -111,15 +108,9 @@ class Database(Protocol):
     def stream(self, sql: str, values: Values = ()) -> Iterator[Row]: ...
 
     def acquire_leadership(self, job: str) -> bool:
-        """Whether this process does `job`, of all that have this database open; for as long as it is connected."""
+        """Return True if this process holds `job` among all that have the database open, until it disconnects."""
 
     def close(self) -> None: ...
-
-
-@lru_cache
-def to_sqlite_dialect(sql: str) -> str:
-    """What `spoken` gives in SQLite."""
-    return sql.replace("GREATEST(", "max(").replace("LEAST(", "min(").replace("TOTAL(", "total(")
 
 
 def is_postgresql(location: Path | str) -> bool:
@@ -127,22 +118,10 @@ def is_postgresql(location: Path | str) -> bool:
 
 
 def display_name(location: Path | str) -> str:
-    """For people: the absolute path, or the URL without a password."""
+    """Return the absolute path, or the URL without its password."""
     if not is_postgresql(location):
         return str(Path(location).absolute())
     parts = urlsplit(str(location))
     user, at, host = parts.netloc.rpartition("@")
-    query = "&".join(one for one in parts.query.split("&") if not one.startswith(("password=", "sslpassword=")))
-    return urlunsplit(parts._replace(netloc=user.partition(":")[0] + at + host, query=query))
-
-
-def open_database(location: Path | str, *, read_only: bool = False, partitions: int = 1) -> Database:
-    """`where`: a file, or a `postgresql://` URL; `partitions`: of a PostgreSQL database that has no tables yet."""
-    if is_postgresql(location):
-        # Its library is an extra, which a fleet with SQLite does without.
-        from agent.fleet.database.postgresql import PostgresqlDatabase
-
-        return PostgresqlDatabase(str(location), read_only=read_only, partitions=partitions)
-    from agent.fleet.database.sqlite import SqliteDatabase
-
-    return SqliteDatabase(Path(location), read_only=read_only)
+    public = [item for item in parts.query.split("&") if not item.startswith(("password=", "sslpassword="))]
+    return urlunsplit(parts._replace(netloc=user.partition(":")[0] + at + host, query="&".join(public)))

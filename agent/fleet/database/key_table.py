@@ -1,7 +1,7 @@
-"""Table `keys`: who may sign, until when; every change inside a transaction of the store.
+"""Table `keys`: which keys may sign for a device, and up to which message; each change inside a transaction.
 
-A key is active, bounded, or revoked. A bounded one counts for one log up to one seq, for ever: another key has followed
-it, and what it signed before may still be on its way. A revoked one counts no more; what is stored stays.
+A key is active, bounded or revoked. A bounded key was replaced by another one and stays valid for one log up to one
+seq, because messages signed before may still be in transit. A revoked key is refused; stored messages stay valid.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from agent.wire.key_rotation import KeyRotation, parse_rotation
 from agent.wire.keys import PublicKey
 from agent.wire.messages import VerifiedMessage
 
-_ACTIVE_KEY = "SELECT kid, key FROM keys WHERE device = ? AND revoked IS NULL AND through IS NULL"
+_ACTIVE_KEY = "SELECT kid, key FROM keys WHERE device = ? AND revoked IS NULL AND last_seq IS NULL"
 
 
 def enrol(db: Connection, device: str, key: PublicKey, *, replace: bool, keep_through: int | None, now: str) -> bool:
-    """Let `key` sign for `device`; False where it could already.
+    """Let `key` sign for `device`; return False if it already could.
 
-    A key that is replaced is revoked, or counts up to seq `keep_through` of the device's newest log. Raises UsageError
-    where another device has the key, or this device another one and not `replace`.
+    With `replace` the former key is revoked, or stays valid up to seq `keep_through` of the device's newest log. Raises
+    UsageError if the key belongs to another device, or the device has another key and `replace` is not set.
     """
-    # First, for it is what two who enrol the same new device wait for.
+    # Before the lock: two processes that enrol the same new device wait for each other at this insert.
     db.execute("INSERT INTO devices VALUES (?, ?, NULL, NULL) ON CONFLICT DO NOTHING", (device, now))
     db.lock_devices([device])
-    owner = db.execute("SELECT device, revoked, through FROM keys WHERE kid = ?", (key.kid,)).fetchone()
+    owner = db.execute("SELECT device, revoked, last_seq FROM keys WHERE kid = ?", (key.kid,)).fetchone()
     if owner == (device, None, None):
         return False
     if owner is not None:
-        what = f"belongs to device {owner[0]!r}" if owner[0] != device else f"is revoked or replaced for {device!r}"
-        raise UsageError(f"key {key.text} {what}; make a new one for {device!r}")
+        state = f"belongs to device {owner[0]!r}" if owner[0] != device else f"is revoked or replaced for {device!r}"
+        raise UsageError(f"key {key.text} {state}; make a new one for {device!r}")
     active = db.execute(_ACTIVE_KEY, (device,)).fetchone()
     if active and not replace:
         raise UsageError(f"device {device!r} is enrolled with another key ({active[1]}); --replace revokes that one")
@@ -46,34 +46,34 @@ def enrol(db: Connection, device: str, key: PublicKey, *, replace: bool, keep_th
 
 
 def revoke(db: Connection, device: str, kid: str | None, now: str) -> list[str]:
-    """Let all keys of `device` sign no more, or the one `kid`; the kids. Raises UsageError where there is none."""
+    """Revoke all keys of `device`, or only `kid`, and return their kids. Raises UsageError if there is none."""
     db.lock_devices([device])
-    which = "(CAST(? AS TEXT) IS NULL OR kid = ?)"
-    sql = f"SELECT kid FROM keys WHERE device = ? AND revoked IS NULL AND {which} ORDER BY kid"
-    found = [str(row[0]) for row in db.execute(sql, (device, kid, kid))]
-    if not found:
-        which = f"key {kid}" if kid else "key"
+    sql = """
+        SELECT kid FROM keys WHERE device = ? AND revoked IS NULL AND (CAST(? AS TEXT) IS NULL OR kid = ?)
+        ORDER BY kid"""
+    kids = [str(row[0]) for row in db.execute(sql, (device, kid, kid))]
+    if not kids:
+        wanted = f"key {kid}" if kid else "key"
         raise UsageError(
-            f"device {device!r} has no {which} that could be revoked; `outstation fleet devices` lists them"
+            f"device {device!r} has no {wanted} that can be revoked; `outstation fleet devices` lists the keys"
         )
-    for one in found:
-        db.execute("UPDATE keys SET revoked = ? WHERE kid = ?", (now, one))
+    db.executemany("UPDATE keys SET revoked = ? WHERE kid = ?", [(now, kid) for kid in kids])
     _bump_keys_version(db)
-    return found
+    return kids
 
 
 def rotate(db: Connection, messages: Iterable[VerifiedMessage], now: str) -> Iterator[tuple[VerifiedMessage, str]]:
-    """Do what messages that are new say about their devices' keys; where that must not be done, a sentence.
+    """Apply the key rotations that new messages announce; yield each message that changes nothing, with the reason.
 
-    Their order does not matter: of two changes in a log the one with the lower seq is the first.
+    Their order does not matter: of two rotations in a log, the one with the lower seq is applied first.
     """
     changes = []
     for message in messages:
         try:
             change = parse_rotation(message)
         except MessageRefused as refused:
-            who = message.body.device
-            yield message, f"{who} announced a new signing key that cannot be believed ({refused}); nothing changed."
+            device = message.body.device
+            yield message, f"{device} announced a new signing key without a valid proof ({refused}); nothing changed."
         else:
             if change is not None:
                 changes.append((change, message))
@@ -83,10 +83,10 @@ def rotate(db: Connection, messages: Iterable[VerifiedMessage], now: str) -> Ite
 
 
 def require_active(db: Connection, kids: Iterable[str]) -> None:
-    """Raises Refused where one of these is not enrolled, or is revoked.
+    """Raise MessageRefused if one of these keys is not enrolled, or is revoked.
 
-    They were verified, but before this transaction: meanwhile a key may have been revoked, or the rotation that
-    announced it turned out to be none that is stored.
+    The signatures were verified before this transaction began. Since then a key may have been revoked, or the rotation
+    that announced it may have been rejected.
     """
     wanted = sorted(kids)
     known = db.revocation_times(wanted)
@@ -96,22 +96,22 @@ def require_active(db: Connection, kids: Iterable[str]) -> None:
 
 
 def _apply_rotation(db: Connection, change: KeyRotation, now: str) -> str | None:
-    state = db.execute("SELECT log, through FROM keys WHERE kid = ? AND revoked IS NULL", (change.old_kid,)).fetchone()
-    known = db.execute("SELECT device FROM keys WHERE kid = ? AND revoked IS NULL", (change.new_key.kid,)).fetchone()
-    if state and state[1] is not None and known == (change.device,):
-        # Said again: see `Keyring.require_in_bounds`.
+    old = db.execute("SELECT log, last_seq FROM keys WHERE kid = ? AND revoked IS NULL", (change.old_kid,)).fetchone()
+    owner = db.execute("SELECT device FROM keys WHERE kid = ? AND revoked IS NULL", (change.new_key.kid,)).fetchone()
+    if old and old[1] is not None and owner == (change.device,):
+        # A repeated rotation: see `Keyring.require_in_bounds`.
         return None
-    if state != (None, None):
-        return f"{change.device} announced a new signing key with one that was followed by another; nothing changed."
+    if old != (None, None):
+        return f"{change.device} announced a new signing key with one that was already replaced; nothing changed."
     if db.execute("SELECT 1 FROM keys WHERE kid = ?", (change.new_key.kid,)).fetchone():
-        return f"{change.device} announced a signing key that is known already, {change.new_key.text}; nothing changed."
+        return f"{change.device} announced a signing key that is already known, {change.new_key.text}; nothing changed."
     _set_bound(db, change.old_kid, change.log, change.seq)
     _insert_key(db, change.device, change.new_key, now)
     return None
 
 
-def _set_bound(db: Connection, kid: str, log: str | None, through: int) -> None:
-    db.execute("UPDATE keys SET log = ?, through = ? WHERE kid = ?", (log, through, kid))
+def _set_bound(db: Connection, kid: str, log: str | None, last_seq: int) -> None:
+    db.execute("UPDATE keys SET log = ?, last_seq = ? WHERE kid = ?", (log, last_seq, kid))
 
 
 def _insert_key(db: Connection, device: str, key: PublicKey, now: str) -> None:

@@ -1,8 +1,8 @@
-"""PostgreSQL: several collectors beside each other. One connection, made anew where it was lost.
+"""PostgreSQL implementation of the fleet database, which several collectors may share.
 
-Writing is READ COMMITTED under the locks of `Connection.lock`; what is read together is a REPEATABLE READ snapshot.
-A pooler in between must be in session mode: who does a job (`lead`) holds a lock of its session, and what is executed
-again is prepared in it.
+One connection, opened again when it is lost. Transactions are READ COMMITTED under the row locks of `lock_devices`;
+snapshots are REPEATABLE READ. A connection pooler must be in session mode, because the leader holds an advisory lock
+of its session and statements are prepared in it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any
 from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
 from agent.fleet.database import postgresql_schema
 from agent.fleet.database.interface import Cursor, Row, TransactionConflict, Values, display_name
-from agent.fleet.database.placeholders import to_psycopg
-from agent.fleet.database.postgresql_rows import PostgresqlConnection
+from agent.fleet.database.postgresql_rows import PostgresqlConnection, to_psycopg
 
 try:
     import psycopg
@@ -28,7 +27,7 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-# What the network or a server that vanished may hold up; the URL may name others.
+# Limits on waiting for a network or server that is gone; the URL may override them.
 _CONNECTION_DEFAULTS = {
     "connect_timeout": "10",
     "keepalives_idle": "30",
@@ -39,7 +38,7 @@ _CONNECTION_DEFAULTS = {
 }
 _UNSTORABLE_ERRORS = (
     *(OverflowError, UnicodeEncodeError, psycopg.DataError, psycopg.IntegrityError),
-    # An index takes no name of several kilobytes.
+    # An index cannot hold a name of several kilobytes.
     errors.ProgramLimitExceeded,
 )
 _CONFLICT_ERRORS = (errors.DeadlockDetected, errors.SerializationFailure)
@@ -48,7 +47,7 @@ _FETCH_ROWS = 2000
 
 
 class PostgresqlDatabase:
-    """The open database."""
+    """An open database."""
 
     shared = True
     unstorable_errors: tuple[type[Exception], ...] = _UNSTORABLE_ERRORS
@@ -91,7 +90,7 @@ class PostgresqlDatabase:
             return self._connection.execute(sql, values)
 
     def stream(self, sql: str, values: Values = ()) -> Iterator[Row]:
-        """Outside a snapshot the server keeps a copy until the end."""
+        """Read rows through a server-side cursor; outside a snapshot the server materialises the result."""
         with self._translate_errors():
             self._ensure_connected()
             self._stream_count += 1
@@ -101,7 +100,7 @@ class PostgresqlDatabase:
                 yield from cursor.execute(to_psycopg(sql), values)
 
     def acquire_leadership(self, job: str) -> bool:
-        # Of this schema: several fleets may share a database. Asking again holds it once more, which does no harm.
+        # Per schema: several fleets may share a database. The lock counts repeated requests, which does no harm.
         sql = "SELECT pg_try_advisory_lock(hashtext(current_schema()), hashtext(?))"
         return bool(self.execute(sql, (job,)).fetchone()[0])
 
@@ -114,7 +113,7 @@ class PostgresqlDatabase:
             try:
                 yield self._connection
             except BaseException:
-                # Where the connection is gone, so is the transaction.
+                # A lost connection has rolled the transaction back already.
                 with contextlib.suppress(psycopg.Error):
                     self._raw.execute("ROLLBACK")
                 raise
@@ -122,21 +121,19 @@ class PostgresqlDatabase:
                 self._in_transaction = False
 
     def _ensure_connected(self) -> None:
-        """A new connection in place of one that was lost, but never in the middle of a transaction."""
+        """Connect again if the connection was lost, but never inside a transaction."""
         if self._raw.closed and not self._in_transaction:
             self._connect()
 
     def _connect(self) -> None:
-        given = psycopg.conninfo.conninfo_to_dict(self._url)
-        asked = psycopg.conninfo.make_conninfo(
-            self._url, **{k: v for k, v in _CONNECTION_DEFAULTS.items() if k not in given}
-        )
-        connection = psycopg.connect(asked, autocommit=True)
+        options = psycopg.conninfo.conninfo_to_dict(self._url)
+        defaults = {name: value for name, value in _CONNECTION_DEFAULTS.items() if name not in options}
+        connection = psycopg.connect(psycopg.conninfo.make_conninfo(self._url, **defaults), autocommit=True)
         try:
             if self._read_only:
                 connection.execute("SET default_transaction_read_only = on")
             elif _read_setting(connection, "synchronous_commit") in ("off", "local"):
-                # Less, and what was acknowledged is lost with the server's power.
+                # With a weaker setting, a power failure of the server loses acknowledged messages.
                 connection.execute("SET synchronous_commit = on")
         except BaseException:
             connection.close()
@@ -146,9 +143,11 @@ class PostgresqlDatabase:
     def _prepare(self, partitions: int) -> None:
         encoding = self._raw.execute("SHOW server_encoding").fetchone()
         if encoding != ("UTF8",):
-            raise UsageError(f"{self.name}: is a database in {encoding and encoding[0]}; make one with ENCODING 'UTF8'")
+            raise UsageError(
+                f"{self.name}: its encoding is {encoding and encoding[0]}; create the database with ENCODING 'UTF8'"
+            )
         if not self._read_only and _read_setting(self._raw, "fsync") == "off":
-            logger.warning("%s: has fsync off; what is acknowledged can be lost with the server's power", self.name)
+            logger.warning("%s: fsync is off; a power failure of the server can lose acknowledged messages", self.name)
         if self._read_only:
             postgresql_schema.require_current(self._raw, self.name)
         else:
@@ -166,8 +165,8 @@ class PostgresqlDatabase:
                 kind = StorageBusy
             if isinstance(error, _CONFLICT_ERRORS):
                 kind = TransactionConflict
-            said = [*str(error).strip().splitlines(), type(error).__name__]
-            raise kind(f"{self.name}: {said[0]}") from error
+            lines = [*str(error).strip().splitlines(), type(error).__name__]
+            raise kind(f"{self.name}: {lines[0]}") from error
 
 
 def _read_setting(connection: psycopg.Connection[Any], name: str) -> str:

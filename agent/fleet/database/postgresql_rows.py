@@ -1,19 +1,25 @@
-"""Many rows in few round trips: the statements of a transaction in PostgreSQL."""
+"""PostgreSQL connection: statements that read or write many rows in one round trip.
+
+Parameters of the shared statements are translated: `?` and `:name` become the placeholders of psycopg.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from agent.fleet.database.interface import Cursor, Gap, LogId, Row, Values
-from agent.fleet.database.placeholders import to_psycopg
 
 if TYPE_CHECKING:
     import psycopg
 
-# `%b`: of arrays as text psycopg looks through each element for what must be quoted, at five times the price.
+# Quoted text and names keep their characters; psycopg looks for percent signs in them, too.
+_PLACEHOLDER = re.compile(r"('(?:[^']|'')*'|\"[^\"]*\"|::)|\?|(?<![\w:]):([a-z_]+)|%")
+# `%b`, binary: of arrays as text psycopg searches each element for characters to quote, at five times the cost.
 _LOCK_DEVICES = "SELECT FROM devices WHERE device = ANY(%b) ORDER BY device FOR NO KEY UPDATE"
-# Who reads these rows by `rowid`, from where it was before, must not miss one with a lower number that came later.
+# Readers continue after the last `rowid` they saw; no row may appear later with a lower number.
 _SERIALIZED_TABLE = "shadows"
 _COLUMN_TYPES = """
     SELECT attname, format_type(atttypid, NULL) FROM pg_attribute
@@ -27,21 +33,21 @@ _PAYLOADS = """
     SELECT m.device, m.log, m.seq, m.payload FROM unnest(%b::text[], %b::text[], %b::bigint[]) AS k (device, log, seq)
     JOIN messages m ON m.device = k.device AND m.log = k.log AND m.seq = k.seq"""
 _LOGS = """
-    SELECT k.device, k.log, l.through, coalesce(e.last, 0) FROM unnest(%b::text[], %b::text[]) AS k (device, log)
+    SELECT k.device, k.log, l.last_seq, coalesce(e.last_seq, 0) FROM unnest(%b::text[], %b::text[]) AS k (device, log)
     LEFT JOIN logs l ON l.device = k.device AND l.log = k.log
-    LEFT JOIN ends e ON e.device = k.device AND e.log = k.log"""
+    LEFT JOIN log_ends e ON e.device = k.device AND e.log = k.log"""
 _STORE_LOGS = """
-    INSERT INTO logs (device, log, through, since)
-    SELECT device, log, through, %s FROM unnest(%b::text[], %b::text[], %b::bigint[])
-           WITH ORDINALITY AS k (device, log, through, nth) ORDER BY nth
-    ON CONFLICT (device, log) DO UPDATE SET through = excluded.through"""
+    INSERT INTO logs (device, log, last_seq, since)
+    SELECT device, log, last_seq, %s FROM unnest(%b::text[], %b::text[], %b::bigint[])
+           WITH ORDINALITY AS k (device, log, last_seq, nth) ORDER BY nth
+    ON CONFLICT (device, log) DO UPDATE SET last_seq = excluded.last_seq"""
 _GAPS = """
     SELECT g.device, g.log, g.first, g.last, g.declared
     FROM unnest(%b::text[], %b::text[], %b::bigint[], %b::bigint[]) AS k (device, log, a, b)
     CROSS JOIN LATERAL (
         SELECT * FROM gaps WHERE device = k.device AND log = k.log AND first <= k.b AND first >= coalesce((
             SELECT max(first) FROM gaps WHERE device = k.device AND log = k.log AND first <= k.a), 0)) g"""
-_DROP_GAPS = """
+_DELETE_GAPS = """
     DELETE FROM gaps g USING unnest(%b::text[], %b::text[], %b::bigint[]) AS k (device, log, first)
     WHERE g.device = k.device AND g.log = k.log AND g.first = k.first"""
 _UNDECLARED_GAPS = """
@@ -54,11 +60,11 @@ _UPDATE_LAST_SEEN = "UPDATE devices SET last_seen = %s WHERE device = ANY(%b)"
 
 
 class PostgresqlConnection:
-    """As `agent.fleet.database.interface` has it; as long as `raw` is connected."""
+    """A connection with the methods of the interface, valid while `raw` is connected."""
 
     def __init__(self, raw: psycopg.Connection[Row]) -> None:
         self._raw = raw
-        # Of each table that was added to, name and type of each.
+        # Table → (name, type) of each column, read at its first insert.
         self._columns: dict[str, list[tuple[str, str]]] = {}
 
     def execute(self, sql: str, values: Values = (), /) -> Cursor:
@@ -70,7 +76,7 @@ class PostgresqlConnection:
                 cursor.executemany(to_psycopg(sql), rows)
 
     def to_dialect(self, sql: str) -> str:
-        # Of whole numbers this is a NUMERIC, which has room for any.
+        # The sum of integers is a NUMERIC, which does not overflow.
         return sql.replace("TOTAL(", "sum(")
 
     def execute_each(self, sql: str, rows: Iterable[Values]) -> list[Any]:
@@ -80,7 +86,7 @@ class PostgresqlConnection:
             return [cursor.fetchone() for cursor in cursors]
 
     def lock_devices(self, devices: Iterable[str]) -> None:
-        # In this order, so that nobody holds one that is waited for by whom it waits for.
+        # Sorted, so that two transactions never wait for each other.
         if names := sorted(devices):
             self._raw.execute(_LOCK_DEVICES, (names,))
 
@@ -93,18 +99,17 @@ class PostgresqlConnection:
         first: dict[Any, int] = {}
         for i, row in enumerate(rows):
             first.setdefault(row[:3], i)
-        # By key: whoever stores one of them at this moment is waited for, and must not wait for this in turn.
-        chosen = [rows[i] for _, i in sorted(first.items())]
-        columns = [list(column) for column in zip(*chosen, strict=True)]
-        new = {*self._raw.execute(_ADD_MESSAGES, columns, binary=True)}
+        # Sorted by key: two transactions that insert the same messages never wait for each other.
+        unique = [rows[i] for _, i in sorted(first.items())]
+        new = {*self._raw.execute(_ADD_MESSAGES, _transpose(unique), binary=True)}
         return [row[:3] in new and first[row[:3]] == i for i, row in enumerate(rows)]
 
-    def payloads(self, places: Sequence[tuple[str, str, int]]) -> list[bytes | None]:
-        if not places:
+    def payloads(self, keys: Sequence[tuple[str, str, int]]) -> list[bytes | None]:
+        if not keys:
             return []
-        found = self._raw.execute(_PAYLOADS, _transpose(places), binary=True)
-        stored = {(device, log, seq): payload for device, log, seq, payload in found}
-        return [stored.get(place) for place in places]
+        rows = self._raw.execute(_PAYLOADS, _transpose(keys), binary=True)
+        stored = {(device, log, seq): payload for device, log, seq, payload in rows}
+        return [stored.get(key) for key in keys]
 
     def bulk_insert(self, table: str, rows: Sequence[Row]) -> None:
         if table == _SERIALIZED_TABLE:
@@ -112,10 +117,10 @@ class PostgresqlConnection:
         if table not in self._columns:
             self._columns[table] = self._raw.execute(_COLUMN_TYPES, (table,)).fetchall()
         columns = self._columns[table][: len(rows[0])]
-        listed = ", ".join(f'"{name}"' for name, _ in columns)
-        # As text each value costs twice as much, on both sides.
-        into = f"COPY {table} ({listed}) FROM STDIN (FORMAT BINARY)"
-        with self._raw.cursor() as cursor, cursor.copy(into) as copy:
+        names = ", ".join(f'"{name}"' for name, _ in columns)
+        # Text would cost twice as much per value, on both sides.
+        statement = f"COPY {table} ({names}) FROM STDIN (FORMAT BINARY)"
+        with self._raw.cursor() as cursor, cursor.copy(statement) as copy:
             copy.set_types([kind for _, kind in columns])
             for row in rows:
                 copy.write_row(row)
@@ -123,39 +128,38 @@ class PostgresqlConnection:
     def logs(self, logs: Sequence[LogId]) -> dict[LogId, tuple[int | None, int]]:
         if not logs:
             return {}
-        found = self._raw.execute(_LOGS, _transpose(logs), binary=True)
-        return {(device, log): (through, last) for device, log, through, last in found}
+        rows = self._raw.execute(_LOGS, _transpose(logs), binary=True)
+        return {(device, log): (last_seq, end) for device, log, last_seq, end in rows}
 
     def store_logs(self, logs: Mapping[LogId, int], known: set[LogId], since: str) -> None:
         if logs:
-            columns = _transpose([(*log, through) for log, through in logs.items()])
+            columns = _transpose([(*log, last_seq) for log, last_seq in logs.items()])
             self._raw.execute(_STORE_LOGS, (since, *columns))
 
     def gaps(self, spans: Mapping[LogId, tuple[int, int]]) -> dict[LogId, list[Gap]]:
         if not spans:
             return {}
         columns = _transpose([(*log, a - 1, b + 1) for log, (a, b) in spans.items()])
-        found: dict[LogId, list[Gap]] = {}
-        for device, log, *gap in self._raw.execute(_GAPS, columns, binary=True):
-            found.setdefault((device, log), []).append((gap[0], gap[1], gap[2]))
-        return found
+        gaps: dict[LogId, list[Gap]] = {}
+        for device, log, first, last, declared in self._raw.execute(_GAPS, columns, binary=True):
+            gaps.setdefault((device, log), []).append((first, last, declared))
+        return gaps
 
     def store_gaps(
         self, removed: Sequence[tuple[str, str, int]], added: Sequence[tuple[str, str, int, int, bool]]
     ) -> None:
         if removed:
-            self._raw.execute(_DROP_GAPS, _transpose(removed))
+            self._raw.execute(_DELETE_GAPS, _transpose(removed))
         if added:
             self.bulk_insert("gaps", added)
 
     def undeclared_gaps(self, logs: Sequence[LogId], limit: int) -> dict[LogId, list[tuple[int, int]]]:
-        found: dict[LogId, list[tuple[int, int]]] = {log: [] for log in logs}
+        gaps: dict[LogId, list[tuple[int, int]]] = {log: [] for log in logs}
         if logs:
-            for device, log, first, last in self._raw.execute(
-                _UNDECLARED_GAPS, (*_transpose(logs), limit), binary=True
-            ):
-                found[device, log].append((first, last))
-        return found
+            rows = self._raw.execute(_UNDECLARED_GAPS, (*_transpose(logs), limit), binary=True)
+            for device, log, first, last in rows:
+                gaps[device, log].append((first, last))
+        return gaps
 
     def revocation_times(self, kids: Sequence[str]) -> dict[str, str | None]:
         return dict(self._raw.execute(_REVOCATION_TIMES, ([*kids],)).fetchall())
@@ -167,3 +171,19 @@ class PostgresqlConnection:
 
 def _transpose(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
     return [list(column) for column in zip(*rows, strict=True)]
+
+
+# Statements are constants, a few with the name of a table in them.
+@lru_cache(maxsize=1000)
+def to_psycopg(sql: str) -> str:
+    """Translate `?` to `%s` and `:name` to `%(name)s`."""
+    return _PLACEHOLDER.sub(_replace_placeholder, sql)
+
+
+def _replace_placeholder(match: re.Match[str]) -> str:
+    quoted, name = match.groups()
+    if quoted:
+        return str(quoted).replace("%", "%%")
+    if name:
+        return f"%({name})s"
+    return "%s" if match.group() == "?" else "%%"

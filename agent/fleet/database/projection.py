@@ -1,51 +1,102 @@
-"""Verified messages as rows of the tables people query; pure."""
+"""Projection: the rows that each kind of message adds to the tables.
+
+A new kind adds an entry to `PROJECTIONS` and its table to `schema`. The functions are pure; a message without a valid
+content for a table adds no row there, and stays evidence.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from itertools import repeat
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from agent.fleet.database.rollout_tables import build_phase_rows, build_shadow_row
+from agent.errors import MessageRefused
+from agent.fleet.database.interface import Connection, Row
+from agent.wire.desired_state import Digest, Name, Version
 from agent.wire.messages import (
     AlertPayload,
     AuditPayload,
     DriftPayload,
-    LoggedPayload,
+    Payload,
     QualityPayload,
     ResultsPayload,
     ShadowPayload,
     VerifiedMessage,
+    decode,
 )
 
-# The collector's alert that keys or metadata of the repository want an operator.
-REPOSITORY_ALERT = "repository"
-# Table → rows of it, as `schema` orders their columns.
-TableRows = dict[str, list[tuple[Any, ...]]]
+# Event of the audit message in which a device reports a phase change of a rollout.
+ROLLOUT_EVENT = "rollout"
+_MAX_REASON = 64
+Phase = Literal["not chosen", "fetching", "refused", "shadow", "probation", "settled", "rolled back", "withdrawn"]
+
+# Table → rows, with columns in the order of `schema`.
+TableRows = dict[str, list[Row]]
+
+
+class PhaseChange(msgspec.Struct, frozen=True):
+    """The evidence of a device's audit message about a rollout."""
+
+    task: Name
+    rollout: Name
+    bundle: Name
+    version: Version
+    digest: Digest
+    strategy: Literal["shadow", "canary", "all", "back"]
+    phase: Phase
+    reason: str = ""
+    numbers: dict[str, Any] = {}
+
+
+class Projection(msgspec.Struct, frozen=True):
+    """The rows of one table that a message of one kind adds: `build(body, payload)`."""
+
+    table: str
+    build: Callable[[Any, bytes], Iterable[Row]]
 
 
 def project_message(message: VerifiedMessage, rows: TableRows) -> None:
-    """Add the rows of one message to `into`."""
-    body = message.body
-    if isinstance(body, ResultsPayload):
-        rows.setdefault("results", []).extend(result_rows(body))
-    elif isinstance(body, DriftPayload):
-        rows.setdefault("drift_windows", []).append(_drift_row(body))
-    elif isinstance(body, AlertPayload):
-        rows.setdefault("alerts", []).append(_alert_row(body))
-    elif isinstance(body, QualityPayload):
-        text = message.payload.decode()
-        rows.setdefault("quality", []).append((body.device, body.task, body.time, text, body.log, body.seq))
-        rows.setdefault("metrics", []).extend(_metric_rows(body))
-    elif isinstance(body, ShadowPayload):
-        rows.setdefault("shadows", []).append(build_shadow_row(body, message.payload))
-    elif isinstance(body, AuditPayload):
-        rows.setdefault("rollout_devices", []).extend(build_phase_rows(body))
+    """Add the rows of one message to `rows`."""
+    for projection in PROJECTIONS.get(type(message.body), ()):
+        rows.setdefault(projection.table, []).extend(projection.build(message.body, message.payload))
 
 
-def result_rows(body: ResultsPayload) -> list[tuple[Any, ...]]:
-    """(device, task, row, t, label, score, value, log, seq) of each result of a message."""
+def check_table(db: Connection, table: str, device: str | None) -> Iterator[tuple[Row, str]]:
+    """Yield (device, log, seq) of each message whose rows in `table` differ from its projection, and the problem."""
+    kind, build = next(
+        (kind, projection.build)
+        for kind, projections in PROJECTIONS.items()
+        for projection in projections
+        if projection.table == table
+    )
+
+    def expected_rows(payload: Any) -> list[Row]:
+        try:
+            body = decode(payload) if isinstance(payload, bytes) else None
+        except MessageRefused:
+            return []
+        return [*build(body, payload)] if isinstance(body, kind) else []
+
+    where, values = ("WHERE t.device = ?", (device,)) if device else ("", ())
+    sql = f"""
+        SELECT t.device, t.log, t.seq, m.payload, t.*
+        FROM {table} t LEFT JOIN messages m USING (device, log, seq) {where}"""
+    for owner, log, seq, payload, *row in db.execute(sql, values):
+        # PostgreSQL appends the column `rowid`.
+        if not any(tuple(row[: len(expected)]) == expected for expected in expected_rows(payload)):
+            yield (owner, log, seq), f"is not what table {table} holds for it"
+    sql = f"""
+        SELECT m.device, m.log, m.seq, m.payload FROM messages m LEFT JOIN {table} t USING (device, log, seq)
+        WHERE m.kind = ? AND t.device IS NULL AND (CAST(? AS TEXT) IS NULL OR m.device = ?)"""
+    for *key, payload in db.execute(sql, (kind.__struct_config__.tag, device, device)):
+        if expected_rows(payload):
+            yield tuple(key), f"is missing in table {table}"
+
+
+def result_rows(body: ResultsPayload, _payload: bytes = b"") -> list[Row]:
+    """Return (device, task, row, t, label, score, value, log, seq) of each result of a message."""
     columns, none = body.columns, repeat(None)
     return [
         (body.device, body.task, row, t, label, score, value, body.log, body.seq)
@@ -55,62 +106,55 @@ def result_rows(body: ResultsPayload) -> list[tuple[Any, ...]]:
     ]
 
 
-def collector_alert_row(about: LoggedPayload, summary: str, now: str) -> tuple[Any, ...]:
-    """A security alert that the collector raises itself about a message."""
-    identity = f"collector/{about.log}/{about.seq}"
-    head = (about.device, None, "security", f"{about.log}/{about.seq}", "raised", "critical", summary, now)
-    return (*head, identity, "collector", about.log, about.seq)
+def _drift_rows(body: DriftPayload, _payload: bytes) -> list[Row]:
+    window, model = body.window, body.model
+    span = (window.index, window.rows[0], window.rows[1], window.from_, window.to, window.n)
+    members = (body.reference, body.features, body.output, body.joint, body.estimate)
+    texts = (None if member is None else _to_json(member) for member in members)
+    return [(body.device, body.task, *span, body.state, model.name, model.version, *texts, body.log, body.seq)]
 
 
-def refusals_alert_row(device: str, summary: str, now: str, hour: int) -> tuple[Any, ...]:
-    """A security alert about messages refused in a device's name; it has one place for each `hour` since 1970."""
-    head = (device, None, "security", "refused", "raised", "critical", summary, now)
-    return (*head, f"collector/refused/{hour}", "collector", "", hour)
-
-
-def fleet_wide_alert_row(
-    task: str, subject: str, since: int, summary: str, now: str, cleared: int | None = None
-) -> tuple[Any, ...]:
-    """Drift on many devices, of no single one, that began `since`, or was `cleared`, seconds since 1970."""
-    head = ("", task, "drift", subject, "raised" if cleared is None else "cleared")
-    severity = "warning" if cleared is None else "info"
-    log = f"wide/{task}/{subject}"
-    identity = f"collector/{log}/{since}"
-    return (*head, severity, summary, now, identity, "collector", log, since if cleared is None else cleared)
-
-
-def repository_alert_row(summary: str, now: str, second: int, *, raised: bool) -> tuple[Any, ...]:
-    """Something is to be done about the repository, or no more; `second` since 1970."""
-    state, severity = ("raised", "warning") if raised else ("cleared", "info")
-    head = ("", None, REPOSITORY_ALERT, "expiry", state, severity, summary, now)
-    return (*head, "collector/repository", "collector", "repository", second)
-
-
-def revoked_alert_row(device: str, kid: str, now: str) -> tuple[Any, ...]:
-    """The alert that an operator revoked a key."""
-    summary = f"Key {kid} of {device} was revoked: what it signs is refused. What is stored stays valid."
-    head = (device, None, "security", kid, "raised", "warning", summary, now)
-    return (*head, f"collector/revoked/{kid}", "collector", f"revoked/{kid}", 0)
-
-
-def _alert_row(body: AlertPayload) -> tuple[Any, ...]:
+def _alert_rows(body: AlertPayload, _payload: bytes) -> list[Row]:
     head = (body.device, body.task, body.alert, body.subject, body.state, body.severity, body.summary, body.time)
-    return (*head, body.id, "device", body.log, body.seq)
+    return [(*head, body.id, "device", body.log, body.seq)]
 
 
-def _metric_rows(body: QualityPayload) -> list[tuple[Any, ...]]:
+def _quality_rows(body: QualityPayload, payload: bytes) -> list[Row]:
+    return [(body.device, body.task, body.time, payload.decode(), body.log, body.seq)]
+
+
+def _metric_rows(body: QualityPayload, _payload: bytes) -> list[Row]:
     head, tail = (body.device, body.task, body.time), ("device", body.log, body.seq)
     return [(*head, m.metric, m.slice, m.value, m.low, m.high, m.n, m.state, *tail) for m in body.metrics]
 
 
-def _drift_row(body: DriftPayload) -> tuple[Any, ...]:
-    window, model = body.window, body.model
-    span = (window.index, window.rows[0], window.rows[1], window.from_, window.to, window.n)
-    estimate = None if body.estimate is None else _to_json(body.estimate)
-    sizes = (_to_json(body.reference), _to_json(body.features), _to_json(body.output), estimate)
-    joint = None if body.joint is None else _to_json(body.joint)
-    return (body.device, body.task, *span, body.state, model.name, model.version, *sizes, body.log, body.seq, joint)
+def _shadow_rows(body: ShadowPayload, payload: bytes) -> list[Row]:
+    head = (body.device, body.task, body.rollout, body.model.digest, body.other.digest, body.time)
+    return [(*head, *body.rows, body.batches, body.n, body.errors, payload.decode(), body.log, body.seq)]
+
+
+def _phase_rows(body: AuditPayload, _payload: bytes) -> list[Row]:
+    if body.event != ROLLOUT_EVENT:
+        return []
+    try:
+        change = msgspec.convert(body.evidence, PhaseChange)
+        # A number too large for JSON is no evidence.
+        numbers = _to_json(change.numbers)
+    except (msgspec.MsgspecError, ValueError):
+        return []
+    head = (body.device, change.task, change.rollout, change.digest, change.strategy, change.phase)
+    return [(*head, change.reason[:_MAX_REASON], body.summary, numbers, body.time, body.log, body.seq)]
 
 
 def _to_json(value: Any) -> str:
     return msgspec.json.encode(value).decode()
+
+
+PROJECTIONS: dict[type[Payload], tuple[Projection, ...]] = {
+    ResultsPayload: (Projection("results", result_rows),),
+    DriftPayload: (Projection("drift_windows", _drift_rows),),
+    AlertPayload: (Projection("alerts", _alert_rows),),
+    QualityPayload: (Projection("quality_messages", _quality_rows), Projection("metrics", _metric_rows)),
+    ShadowPayload: (Projection("shadows", _shadow_rows),),
+    AuditPayload: (Projection("rollout_devices", _phase_rows),),
+}

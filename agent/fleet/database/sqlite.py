@@ -1,4 +1,4 @@
-"""SQLite: one file, one writer at a time."""
+"""SQLite implementation of the fleet database: one file, one writer at a time."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import sqlite_utils
 
 from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
-from agent.fleet.database import schema
-from agent.fleet.database.interface import (
-    INSERT_MESSAGE,
-    Cursor,
-    Gap,
-    LogId,
-    Row,
-    Values,
-    display_name,
-    to_sqlite_dialect,
-)
+from agent.fleet.database.interface import Cursor, Gap, LogId, Row, Values, display_name
+from agent.fleet.database.schema import MIGRATIONS, Migration
 
 LOCK_WAIT_S = 5.0
+# Set each time the file is opened. A second value must be read back, where durability depends on it.
+_PRAGMAS: tuple[tuple[str, str | None], ...] = (
+    ("journal_mode=WAL", "wal"),
+    # NORMAL lost acknowledged rows in 28 of 50 simulated power cuts, FULL in none.
+    ("synchronous=FULL", "2"),
+    ("busy_timeout=5000", None),
+    ("cache_size=-16000", None),
+    # A long audit holds checkpoints back; afterwards SQLite truncates the grown log to this size.
+    ("journal_size_limit=67108864", None),
+    ("trusted_schema=OFF", None),
+)
 _UNSTORABLE_ERRORS = (
     OverflowError,
     UnicodeEncodeError,
@@ -34,6 +37,7 @@ _UNSTORABLE_ERRORS = (
     sqlite3.IntegrityError,
     sqlite3.InterfaceError,
 )
+_INSERT_MESSAGE = "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (device, log, seq) DO NOTHING"
 _PAYLOAD = "SELECT payload FROM messages WHERE device = ? AND log = ? AND seq = ?"
 _GAPS = """
     SELECT first, last, declared FROM gaps WHERE device = :device AND log = :log AND first <= :b
@@ -43,40 +47,40 @@ UNDECLARED_GAPS = "SELECT first, last FROM gaps WHERE device = ? AND log = ? AND
 
 
 class SqliteConnection(sqlite3.Connection):
-    """Implements `agent.fleet.database.interface`. A statement costs no round trip, so that each row has its own."""
+    """A connection with the methods of the interface; without round trips, one statement per row is fastest."""
 
     def to_dialect(self, sql: str) -> str:
-        return to_sqlite_dialect(sql)
+        return _to_sqlite(sql)
 
     def execute_each(self, sql: str, rows: Iterable[Values]) -> list[Any]:
         return [self.execute(sql, row).fetchone() for row in rows]
 
     def lock_devices(self, devices: Iterable[str]) -> None:
-        """The transaction is the only one that writes."""
+        """Do nothing: the transaction is the only writer."""
 
     def lock_table(self, table: str) -> None:
-        """Likewise."""
+        """Do nothing: the transaction is the only writer."""
 
     def add_messages(self, rows: Sequence[Row]) -> list[bool]:
-        return [self.execute(INSERT_MESSAGE, row).rowcount > 0 for row in rows]
+        return [self.execute(_INSERT_MESSAGE, row).rowcount > 0 for row in rows]
 
-    def payloads(self, places: Sequence[tuple[str, str, int]]) -> list[bytes | None]:
-        return [found and found[0] for found in self.execute_each(_PAYLOAD, places)]
+    def payloads(self, keys: Sequence[tuple[str, str, int]]) -> list[bytes | None]:
+        return [row and row[0] for row in self.execute_each(_PAYLOAD, keys)]
 
     def bulk_insert(self, table: str, rows: Sequence[Row]) -> None:
         self.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
 
     def logs(self, logs: Sequence[LogId]) -> dict[LogId, tuple[int | None, int]]:
-        through = self.execute_each("SELECT through FROM logs WHERE device = ? AND log = ?", logs)
-        last = self.execute_each("SELECT last FROM ends WHERE device = ? AND log = ?", logs)
-        return {log: (a and a[0], b[0] if b else 0) for log, a, b in zip(logs, through, last, strict=True)}
+        arrived = self.execute_each("SELECT last_seq FROM logs WHERE device = ? AND log = ?", logs)
+        ended = self.execute_each("SELECT last_seq FROM log_ends WHERE device = ? AND log = ?", logs)
+        return {log: (a and a[0], b[0] if b else 0) for log, a, b in zip(logs, arrived, ended, strict=True)}
 
     def store_logs(self, logs: Mapping[LogId, int], known: set[LogId], since: str) -> None:
-        for log, through in logs.items():
+        for log, last_seq in logs.items():
             if log in known:
-                self.execute("UPDATE logs SET through = ? WHERE device = ? AND log = ?", (through, *log))
+                self.execute("UPDATE logs SET last_seq = ? WHERE device = ? AND log = ?", (last_seq, *log))
             else:
-                self.execute("INSERT INTO logs VALUES (?, ?, ?, ?)", (*log, through, since))
+                self.execute("INSERT INTO logs VALUES (?, ?, ?, ?)", (*log, last_seq, since))
 
     def gaps(self, spans: Mapping[LogId, tuple[int, int]]) -> dict[LogId, list[Gap]]:
         return {
@@ -94,15 +98,15 @@ class SqliteConnection(sqlite3.Connection):
         return {log: self.execute(UNDECLARED_GAPS, (*log, limit)).fetchall() for log in logs}
 
     def revocation_times(self, kids: Sequence[str]) -> dict[str, str | None]:
-        found = self.execute_each("SELECT revoked FROM keys WHERE kid = ?", [(kid,) for kid in kids])
-        return {kid: row[0] for kid, row in zip(kids, found, strict=True) if row is not None}
+        rows = self.execute_each("SELECT revoked FROM keys WHERE kid = ?", [(kid,) for kid in kids])
+        return {kid: row[0] for kid, row in zip(kids, rows, strict=True) if row is not None}
 
     def update_last_seen(self, devices: Sequence[str], now: str) -> None:
         self.executemany("UPDATE devices SET last_seen = ? WHERE device = ?", [(now, device) for device in devices])
 
 
 class SqliteDatabase:
-    """The open file."""
+    """An open database file."""
 
     shared = False
     unstorable_errors: tuple[type[Exception], ...] = _UNSTORABLE_ERRORS
@@ -111,15 +115,15 @@ class SqliteDatabase:
         self.path, self.read_only, self.name = path, read_only, display_name(path)
         self._lock: int | None = None
         if read_only and not path.exists():
-            raise UsageError(f"{path}: no database here yet; `outstation fleet enrol DEVICE` makes it")
+            raise UsageError(f"{path}: no database here yet; `outstation fleet enrol DEVICE` creates it")
         with self._translate_errors():
             if not read_only and path.parent.is_dir():
-                # Only its owner reads what devices measured.
+                # Measurements are private to the owner of the file.
                 path.touch(mode=0o600)
             mode = "ro" if read_only else "rwc"
             uri = f"{path.resolve().as_uri()}?mode={mode}"
             self.connection = sqlite3.connect(uri, uri=True, isolation_level=None, factory=SqliteConnection)
-            # Damaged text must reach the audit, not stop it.
+            # Damaged text must not stop the audit, which reports it.
             self.connection.text_factory = lambda data: data.decode(errors="surrogateescape")
         try:
             self._open()
@@ -128,7 +132,7 @@ class SqliteDatabase:
             raise
 
     def close(self) -> None:
-        """The last one to do so checkpoints, alone."""
+        """Close the file; the last process to do so checkpoints while it holds the lock."""
         with contextlib.suppress(StorageError), self.lock_exclusively():
             self.connection.close()
         self.connection.close()
@@ -169,12 +173,12 @@ class SqliteDatabase:
         return self.connection.execute(sql, values)
 
     def acquire_leadership(self, job: str) -> bool:
-        """There is one collector."""
+        """Return True: a SQLite database has one collector."""
         return True
 
     @contextlib.contextmanager
     def lock_exclusively(self) -> Iterator[None]:
-        """No other process writes or checkpoints meanwhile: SQLite before 3.51.3 can lose commits when two do."""
+        """Exclude writes and checkpoints of other processes: SQLite before 3.51.3 can lose commits when two overlap."""
         if self._lock is None:
             yield
             return
@@ -185,7 +189,9 @@ class SqliteDatabase:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise StorageBusy(f"{self.path}: another process keeps it locked") from None
+                    raise StorageBusy(
+                        f"{self.path}: another process holds its lock; try again when that one is done"
+                    ) from None
                 time.sleep(0.005)
         try:
             yield
@@ -194,22 +200,22 @@ class SqliteDatabase:
 
     def _open(self) -> None:
         if not self.read_only:
-            name = self.path.with_name(self.path.name + ".lock")
+            lock_file = self.path.with_name(self.path.name + ".lock")
             try:
-                self._lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                self._lock = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             except OSError as error:
-                raise StorageError(f"{name}: cannot be opened: {error.strerror}") from error
+                raise StorageError(f"{lock_file}: cannot be opened: {error.strerror}") from error
         with self._translate_errors(), self.lock_exclusively():
-            for pragma, wanted in schema.PRAGMAS if not self.read_only else ():
+            for pragma, wanted in _PRAGMAS if not self.read_only else ():
                 self.connection.execute(f"PRAGMA {pragma}")
-                got = wanted and str(self.connection.execute(f"PRAGMA {pragma.partition('=')[0]}").fetchone()[0])
-                if got != wanted:
-                    raise StorageError(f"{self.path}: PRAGMA {pragma} gave {got}; it must be on a local disk")
+                actual = wanted and str(self.connection.execute(f"PRAGMA {pragma.partition('=')[0]}").fetchone()[0])
+                if actual != wanted:
+                    raise StorageError(f"{self.path}: PRAGMA {pragma} gave {actual}; it must be on a local disk")
             database = sqlite_utils.Database(self.connection, execute_plugins=False)
             if not self.read_only:
-                schema.migrations.apply(database)
-            elif schema.migrations.pending(database):
-                raise UsageError(f"{self.path}: made by an older version; start `outstation fleet collect` once")
+                _migrations().apply(database)
+            elif _migrations().pending(database):
+                raise UsageError(f"{self.path}: created by an older version; start `outstation fleet collect` once")
 
     @contextlib.contextmanager
     def _translate_errors(self) -> Iterator[None]:
@@ -223,3 +229,21 @@ class SqliteDatabase:
             if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
                 kind = StorageBusy
             raise kind(f"{self.path}: {error}") from error
+
+
+def _migrations() -> sqlite_utils.Migrations:
+    migrations = sqlite_utils.Migrations("outstation-fleet")
+    for migration in MIGRATIONS:
+        migrations(name=migration.name)(partial(_apply, migration))
+    return migrations
+
+
+def _apply(migration: Migration, database: sqlite_utils.Database) -> None:
+    # One by one: executescript of sqlite3 commits first, and a crash would leave half of them.
+    for statement in migration.statements:
+        database.execute(_to_sqlite(statement))
+
+
+@lru_cache
+def _to_sqlite(sql: str) -> str:
+    return sql.replace("GREATEST(", "max(").replace("LEAST(", "min(").replace("TOTAL(", "total(")

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 
 from agent import clock
 from agent.clock import ClockReading
+from agent.fleet.database.alerts import fleet_wide_alert_row
 from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.projection import fleet_wide_alert_row
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift import fleet_wide
 from agent.fleet.drift.fleet_wide import ObservationPeriod, Onset

@@ -23,7 +23,7 @@ from agent.fleet.enrolment.revocation import RevocationOutcome
 from agent.fleet.repository.layout import Layout
 from agent.names import is_name
 from agent.wire import keys
-from agent.wire.keys import PublicKey, write_new
+from agent.wire.keys import PublicKey
 
 # User names of the broker that are no device's; `_all` cannot be a device id anyway.
 RESERVED_NAMES = frozenset({"collector", "operator", "commander"})
@@ -67,7 +67,7 @@ def init_fleet(folder: Path, name: str, broker: BrokerConfig) -> FleetConfig:
     if broker.tls:
         _write_certificates(folder, name, broker)
     # Last: a folder with this file in it is a whole fleet.
-    write_new(folder / fleet_config.FILE, _render_fleet_toml(name, broker).encode(), 0o644)
+    durable_files.write_new(folder / fleet_config.FILE, _render_fleet_toml(name, broker).encode(), 0o644)
     return fleet_config.load(folder)
 
 
@@ -132,7 +132,7 @@ def pack_device_files(home: Path, out: Path) -> None:
             entry.size, entry.mode = len(data), 0o600
             tar.addfile(entry, io.BytesIO(data))
     try:
-        write_new(out, packed.getvalue(), 0o600)
+        durable_files.write_new(out, packed.getvalue(), 0o600)
     except OSError as error:
         raise UsageError(f"{out}: cannot be written: {error.strerror}; name a new file") from None
 
@@ -204,25 +204,25 @@ def _write_device_files(home: Path, folder: Path, config: FleetConfig, device: s
 def _write_broker_files(folder: Path, name: str, broker: BrokerConfig) -> None:
     home = folder / "broker"
     (home / "data").mkdir(parents=True, exist_ok=True)
-    write_new(home / "mosquitto.conf", broker_config.render_config(broker, name, home).encode(), 0o644)
+    durable_files.write_new(home / "mosquitto.conf", broker_config.render_config(broker, name, home).encode(), 0o644)
     if broker.tls:
         # Mosquitto warns of an access list that others can read.
-        write_new(home / "acl", broker_config.render_acl(name).encode(), 0o600)
+        durable_files.write_new(home / "acl", broker_config.render_acl(name).encode(), 0o600)
 
 
 def _write_certificates(folder: Path, name: str, broker: BrokerConfig) -> None:
     authority = pki.create_authority(name)
-    write_new(folder / "ca.key", authority.key_pem, 0o600)
-    write_new(folder / "ca.pem", authority.pem, 0o644)
-    write_new(folder / "broker" / "ca.pem", authority.pem, 0o644)
+    durable_files.write_new(folder / "ca.key", authority.key_pem, 0o600)
+    durable_files.write_new(folder / "ca.pem", authority.pem, 0o644)
+    durable_files.write_new(folder / "broker" / "ca.pem", authority.pem, 0o644)
     revocation.create_crl(folder, authority)
     server = authority.issue_server(broker.host)
-    write_new(folder / "broker" / "server.crt", server.certificate, 0o644)
-    write_new(folder / "broker" / "server.key", server.key, 0o600)
+    durable_files.write_new(folder / "broker" / "server.crt", server.certificate, 0o644)
+    durable_files.write_new(folder / "broker" / "server.key", server.key, 0o600)
     for role in sorted(RESERVED_NAMES):
         client = authority.issue_client(role, name)
-        write_new(folder / f"{role}.crt", client.certificate, 0o644)
-        write_new(folder / f"{role}-tls.key", client.key, 0o600)
+        durable_files.write_new(folder / f"{role}.crt", client.certificate, 0o644)
+        durable_files.write_new(folder / f"{role}-tls.key", client.key, 0o600)
 
 
 def _render_fleet_toml(name: str, broker: BrokerConfig) -> str:

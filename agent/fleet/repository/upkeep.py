@@ -1,17 +1,89 @@
-"""What the collector does for the repository: the timestamp each day, and an alert while something is to be done."""
+"""Before what is signed expires: a new timestamp, and what else has not long to go, with the keys that are here."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+import msgspec
+
+from agent.alerts import REPOSITORY_EXPIRY
 from agent.errors import StorageError
-from agent.fleet.database.projection import REPOSITORY_ALERT, repository_alert_row
+from agent.fleet.database.alerts import repository_alert_row
 from agent.fleet.database.store import FleetStore
-from agent.fleet.repository import expiry, refresh, status
+from agent.fleet.repository import edition, expiry, root_rotation, status
+from agent.fleet.repository.edition import Edition
+from agent.fleet.repository.expiry import REFRESH_INTERVAL, SNAPSHOT, TARGETS, TIMESTAMP
+from agent.fleet.repository.keys import RepositoryKeyring
+from agent.fleet.repository.layout import Layout
 
 logger = logging.getLogger(__name__)
+
+
+class RefreshResult(msgspec.Struct, frozen=True):
+    """`roles` were signed anew, the first expires at `expires`; `root` is the version of a draft put in force, or 0."""
+
+    roles: list[str]
+    expires: datetime
+    root_version: int = 0
+
+
+def refresh(
+    folder: Path, *, sign_with: Sequence[Path] = (), current_time: datetime | None = None, trust_clock: bool = False
+) -> RefreshResult:
+    """Sign the timestamp anew, and what else expires soon. A draft that enough have signed comes into force.
+
+    `trust_clock`: that of this machine is right though the repository was signed later by it. Raises UsageError.
+    """
+    layout, current_time = Layout(folder), current_time or expiry.now()
+    with layout.locked():
+        keyring = RepositoryKeyring(layout.keys, sign_with)
+        if trust_clock:
+            edition.write(
+                layout,
+                edition.load(layout, root_rotation.load_next_root(layout)),
+                {SNAPSHOT},
+                keyring,
+                current_time,
+                trust_clock=True,
+            )
+        version = root_rotation.activate_draft(layout, keyring, current_time)
+        return _renew(layout, keyring, current_time, version)
+
+
+def refresh_daily(folder: Path, current_time: datetime | None = None) -> RefreshResult | None:
+    """The same where the last time was a day ago and both online keys are here; None where nothing was to do.
+
+    Never waits: raises StorageBusy where another command writes.
+    """
+    layout, current_time = Layout(folder), current_time or expiry.now()
+    if layout.newest_root_path() is None:
+        return None
+    with layout.locked(wait=False):
+        keyring = RepositoryKeyring(layout.keys)
+        now = edition.load(layout, root_rotation.load_next_root(layout))
+        online = all(keyring.signers(now.keyids(role)) for role in (SNAPSHOT, TIMESTAMP))
+        if not online or current_time - expiry.signing_time(TIMESTAMP, now.timestamp.signed.expires) < REFRESH_INTERVAL:
+            return None
+        return _renew(layout, keyring, current_time)
+
+
+def _renew(layout: Layout, keyring: RepositoryKeyring, current_time: datetime, root_version: int = 0) -> RefreshResult:
+    now = edition.load(layout)
+    due = {
+        role
+        for role in _list_renewable_roles(now, keyring)
+        if expiry.is_renewal_due(role, now.get_metadata(role).signed.expires, current_time)
+    }
+    edition.write(layout, now, due, keyring, current_time)
+    renewed = [*sorted(due - {SNAPSHOT}), *([SNAPSHOT] if due else []), TIMESTAMP]
+    return RefreshResult(renewed, min(now.get_metadata(role).signed.expires for role in renewed), root_version)
+
+
+def _list_renewable_roles(current: Edition, keyring: RepositoryKeyring) -> list[str]:
+    return [role for role in (TARGETS, SNAPSHOT, *current.bundles) if keyring.signers(current.keyids(role))]
 
 
 def maintain(folder: Path, store: FleetStore, current_time: datetime | None = None) -> None:
@@ -29,10 +101,10 @@ def maintain(folder: Path, store: FleetStore, current_time: datetime | None = No
 
 
 def _maintain(folder: Path, store: FleetStore, current_time: datetime) -> None:
-    if refresh.refresh_daily(folder, current_time) is not None:
+    if refresh_daily(folder, current_time) is not None:
         logger.info("repository: the timestamp is signed anew")
     reminders = status.read(folder, current_time).reminders
-    is_open = any(row["alert"] == REPOSITORY_ALERT for row in store.alerts())
+    is_open = any(row["alert"] == REPOSITORY_EXPIRY.alert for row in store.alerts())
     if bool(reminders) == is_open:
         return
     summary = "; ".join(reminders) or "Nothing in the repository expires soon, and no draft waits."

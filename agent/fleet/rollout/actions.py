@@ -15,10 +15,10 @@ from msgspec.structs import replace
 from agent import clock
 from agent.errors import UsageError
 from agent.fleet.database.interface import Connection
+from agent.fleet.database.rollouts import list_active_devices
 from agent.fleet.rollout import decisions, journal
 from agent.fleet.rollout import desired_state as wishes
 from agent.fleet.rollout.decisions import Event
-from agent.fleet.rollout.devices import list_enrolled
 from agent.fleet.rollout.journal import Rollout
 from agent.fleet.rollout.plan import RolloutPlan
 from agent.fleet.rollout.promotion import StepVerdict
@@ -186,7 +186,7 @@ def _require_reachable(db: Connection, plan: RolloutPlan) -> None:
     kind, _, whom = plan.to.partition(":")
     if kind == "group":
         return
-    known = [one for one in list_enrolled(db) if kind == "all" or one == whom]
+    known = [one for one in list_active_devices(db) if kind == "all" or one == whom]
     if not known:
         raise UsageError(f"roll-out {plan.name}: no device that it is for is enrolled: {plan.to}")
     for i, step in enumerate(plan.steps):

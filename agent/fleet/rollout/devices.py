@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from agent.fleet.database import rollouts
 from agent.fleet.database.interface import Connection
 from agent.fleet.rollout.journal import Rollout
 
@@ -18,19 +19,6 @@ NOT_REPORTED = "not heard of"
 _NON_FAILURE_REASONS = frozenset({"unfit", "operator", "aborted", "fetch", "held"})
 _TRANSIENT_REASONS = frozenset({"fetch", "held"})
 _FAILED_PHASES = frozenset({"refused", "rolled back"})
-
-# The last word of a device is that of its newest log.
-_SELECT_DEVICES = """
-    WITH said AS (
-        SELECT c.device, c.phase, c.reason, c.summary, c.time, c.strategy,
-               row_number() OVER (PARTITION BY c.device ORDER BY l.rowid DESC, c.seq DESC) AS nth
-        FROM rollout_devices c JOIN logs l ON l.device = c.device AND l.log = c.log
-        WHERE c.rollout = :rollout AND c.task = :task AND c.digest = :digest)
-    SELECT d.device, d.last_seen, s.phase, s.reason, s.summary, s.time, s.strategy
-    FROM devices d LEFT JOIN said s ON s.device = d.device AND s.nth = 1
-    WHERE EXISTS (SELECT 1 FROM keys k WHERE k.device = d.device AND k.revoked IS NULL AND k.through IS NULL)
-    ORDER BY d.device
-"""
 
 
 class RolloutDevice(msgspec.Struct, frozen=True):
@@ -88,10 +76,11 @@ class StepDevices(msgspec.Struct, frozen=True):
 def load_step_devices(db: Connection, rollout: Rollout) -> StepDevices:
     """Of the step that the roll-out is at."""
     plan = rollout.plan
-    names = {"rollout": rollout.name, "task": plan.task, "digest": plan.digest}
     known = [
         RolloutDevice(device, seen, phase or NOT_REPORTED, reason or "", summary or "", since, strategy)
-        for device, seen, phase, reason, summary, since, strategy in db.execute(_SELECT_DEVICES, names)
+        for device, seen, phase, reason, summary, since, strategy in rollouts.load_devices(
+            db, rollout.name, plan.task, plan.digest
+        )
     ]
     kind, _, whom = plan.to.partition(":")
     meant = [one for one in known if _is_targeted(one, kind, whom)]
@@ -100,12 +89,6 @@ def load_step_devices(db: Connection, rollout: Rollout) -> StepDevices:
     there = _previous_selection(rollout)
     joining = frozenset(one.device for one in chosen if not there(one.device))
     return StepDevices(chosen, joining, [one for one in meant if not wanted.includes_device(one.device)])
-
-
-def list_enrolled(db: Connection) -> list[str]:
-    """Devices that may sign."""
-    sql = "SELECT DISTINCT device FROM keys WHERE revoked IS NULL AND through IS NULL ORDER BY device"
-    return [str(row[0]) for row in db.execute(sql)]
 
 
 def _is_targeted(device: RolloutDevice, kind: str, target_name: str) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 
 from agent.errors import StorageError, UsageError
-from agent.fleet.database.interface import Connection
+from agent.fleet.database import rollouts
+from agent.fleet.database.interface import Connection, Row
 from agent.fleet.rollout.decisions import SignedDecision
 from agent.fleet.rollout.desired_state import DesiredMessage
 from agent.fleet.rollout.plan import RolloutPlan, RolloutStep
@@ -16,15 +17,6 @@ from agent.toml_files import did_you_mean
 from agent.wire.messages import digest
 
 OPEN_STATES = ("running", "paused")
-_COLUMNS = "rollout, task, bundle, version, digest, topic, started, state, step, plan"
-_UPSERT_ROLLOUT = f"""
-    INSERT INTO rollouts ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (rollout) DO UPDATE SET
-        task = excluded.task, bundle = excluded.bundle, version = excluded.version, digest = excluded.digest,
-        topic = excluded.topic, started = excluded.started, state = excluded.state, step = excluded.step,
-        plan = excluded.plan"""
-_UPSERT_DESIRED = """
-    INSERT INTO desired VALUES (?, ?, ?, ?) ON CONFLICT (topic) DO UPDATE SET
-        counter = excluded.counter, payload = excluded.payload, jws = excluded.jws"""
 
 
 class Rollout(msgspec.Struct, frozen=True):
@@ -52,15 +44,15 @@ class Rollout(msgspec.Struct, frozen=True):
 
 def load_rollouts(db: Connection, *, only_open: bool = False) -> list[Rollout]:
     """Oldest first."""
-    found = [_rollout_from_row(row) for row in db.execute(f"SELECT {_COLUMNS} FROM rollouts ORDER BY started, rollout")]
+    found = [_rollout_from_row(row) for row in rollouts.load_rollouts(db)]
     return [one for one in found if one.is_open or not only_open]
 
 
 def find(db: Connection, name: str) -> Rollout:
     """Raises UsageError."""
-    row = db.execute(f"SELECT {_COLUMNS} FROM rollouts WHERE rollout = ?", (name,)).fetchone()
+    row = rollouts.find_rollout(db, name)
     if row is None:
-        known = [one for (one,) in db.execute("SELECT rollout FROM rollouts")]
+        known = [str(row[0]) for row in rollouts.load_rollouts(db)]
         raise UsageError(f"there is no roll-out {name!r}{did_you_mean(name, known)}")
     return _rollout_from_row(row)
 
@@ -70,55 +62,48 @@ def save(db: Connection, rollout: Rollout) -> None:
     plan = rollout.plan
     what = (plan.task, plan.bundle, plan.version, plan.digest, rollout.topic, rollout.started)
     row = (rollout.name, *what, rollout.state, rollout.step, msgspec.json.encode(plan).decode())
-    db.execute(_UPSERT_ROLLOUT, row)
+    rollouts.save_rollout(db, row)
 
 
 def append(db: Connection, decision: SignedDecision) -> None:
-    db.execute("INSERT INTO decisions VALUES (?, ?, ?, ?, ?, ?, ?, ?)", decision.to_row())
+    rollouts.append_decision(db, decision.to_row())
 
 
-def load_decision_rows(db: Connection, rollout: str) -> list[tuple[Any, ...]]:
+def load_decision_rows(db: Connection, rollout: str) -> list[Row]:
     """The rows of table decisions of one roll-out, in order."""
-    return db.execute("SELECT * FROM decisions WHERE rollout = ? ORDER BY n", (rollout,)).fetchall()
+    return rollouts.load_decisions(db, rollout)
 
 
 def load_chain_head(db: Connection, rollout: str) -> tuple[int, str]:
     """The number of the newest decision and the digest of its payload; 0 and "" before the first."""
-    sql = "SELECT n, payload FROM decisions WHERE rollout = ? ORDER BY n DESC LIMIT 1"
-    row = db.execute(sql, (rollout,)).fetchone()
+    row = rollouts.load_last_decision(db, rollout)
     return (int(row[0]), digest(row[1])) if row else (0, "")
 
 
 def load_step_start(db: Connection, rollout: str) -> str:
     """When the step it is at began."""
-    sql = "SELECT time FROM decisions WHERE rollout = ? AND event IN ('started', 'promoted') ORDER BY n DESC LIMIT 1"
-    row = db.execute(sql, (rollout,)).fetchone()
-    if row is None:
+    start = rollouts.load_step_start(db, rollout)
+    if start is None:
         raise StorageError(f"table decisions: nothing says when roll-out {rollout} was started; restore the database")
-    return str(row[0])
+    return start
 
 
 def find_aborted(db: Connection, task: str, bundle_digest: str) -> list[tuple[Rollout, str]]:
     """Roll-outs of a bundle that were aborted, and when."""
-    sql = """
-        SELECT rollout, max(decisions.time) FROM rollouts JOIN decisions USING (rollout)
-        WHERE task = ? AND digest = ? AND state = 'aborted' AND event = 'aborted' GROUP BY rollout"""
-    return [(find(db, name), when) for name, when in db.execute(sql, (task, bundle_digest)).fetchall()]
+    return [(find(db, name), when) for name, when in rollouts.load_aborted(db, task, bundle_digest)]
 
 
 def load_desired(db: Connection, topic: str) -> DesiredMessage | None:
-    row = db.execute("SELECT topic, counter, payload, jws FROM desired WHERE topic = ?", (topic,)).fetchone()
-    return DesiredMessage(*row) if row else None
+    rows = rollouts.load_desired(db, topic)
+    return DesiredMessage(*rows[0]) if rows else None
 
 
 def load_all_desired(db: Connection) -> Sequence[DesiredMessage]:
-    return [
-        DesiredMessage(*row) for row in db.execute("SELECT topic, counter, payload, jws FROM desired ORDER BY topic")
-    ]
+    return [DesiredMessage(*row) for row in rollouts.load_desired(db)]
 
 
 def save_desired(db: Connection, row: DesiredMessage) -> None:
-    db.execute(_UPSERT_DESIRED, (row.topic, row.counter, row.payload, row.jws))
+    rollouts.save_desired(db, (row.topic, row.counter, row.payload, row.jws))
 
 
 def _rollout_from_row(row: Sequence[Any]) -> Rollout:

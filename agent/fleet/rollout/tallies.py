@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import msgspec
 
 from agent.errors import MessageRefused
+from agent.fleet.database import rollouts
 from agent.fleet.database.interface import Connection
 from agent.fleet.rollout.journal import Rollout
 from agent.wire.messages import BundleStats, Moments, ShadowPayload, decode
@@ -20,12 +21,6 @@ from agent.wire.messages import BundleStats, Moments, ShadowPayload, decode
 MAX_BLOCKS = 200
 # What is read in one go.
 _CHUNK_ROWS = 2000
-_SELECT_NEW = """
-    SELECT rowid, device, model = :digest, body FROM shadows
-    WHERE rollout = :rollout AND rowid > :after AND task = :task
-      AND (model = :digest) <> (beside = :digest)
-    ORDER BY rowid LIMIT :limit
-"""
 # What a batch and a window take in any model: beyond, a clock or a device is not right.
 _MAX_BATCH_S, _MIN_WINDOW_S = 3600.0, 1e-9
 _MAX_LABELLED = 1_000_000
@@ -46,16 +41,14 @@ class RolloutTallies:
     """Of one roll-out, by device; `read` again for what came since."""
 
     def __init__(self, rollout: Rollout) -> None:
-        self._parameters = {"rollout": rollout.name, "task": rollout.plan.task, "digest": rollout.plan.digest}
+        self._key = (rollout.name, rollout.plan.task, rollout.plan.digest)
         self._last_rowid = 0
         self.devices: dict[str, DeviceTallies] = {}
 
     def read_new(self, db: Connection) -> None:
-        while rows := db.execute(
-            _SELECT_NEW, {**self._parameters, "after": self._last_rowid, "limit": _CHUNK_ROWS}
-        ).fetchall():
+        while rows := rollouts.load_shadows(db, *self._key, after=self._last_rowid, limit=_CHUNK_ROWS):
             for _, device, instead, body in rows:
-                self._add_message(device, bool(instead), body)
+                self._add_message(device, instead, body)
             self._last_rowid = rows[-1][0]
 
     def select_messages(self, devices: Iterable[str], *, new_is_shadow: bool) -> dict[str, list[ShadowPayload]]:

@@ -14,6 +14,7 @@ from agent import clock
 from agent.bootstrap import tasks, wiring
 from agent.device.bundles import crash_marker, history, overrides
 from agent.device.bundles.crash_marker import CrashMarker, CrashRecord
+from agent.device.store import task_keys
 from agent.model.inference import runtime
 from tests.kit.exchanges import Device, versions
 from tests.kit.operators import NOW
@@ -281,6 +282,6 @@ def test_a_batch_by_hand_counts_the_death_of_the_one_before(device: Device) -> N
     dies(device, device.digest("2"))
     device.store = wiring.open_store(device.conf)
     tasks.open_crash_marker(device.conf, device.store, wiring.open_message_log(device.file, device.conf, device.store))
-    crashes = device.store.load_state("sort", overrides.CRASHES)
+    crashes = device.store.load_state("sort", task_keys.CRASH_COUNT)
     assert crashes is not None
     assert json.loads(crashes)["count"] == 1

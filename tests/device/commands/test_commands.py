@@ -15,16 +15,16 @@ from agent.clock import ClockReading
 from agent.device.commands.executor import Effect
 from agent.device.commands.receiver import CommandReceiver
 from agent.device.machine.timekeeping import FLOOR
+from agent.device.recovery.open import open_store
 from agent.device.store.message_log import MessageLog
-from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.device.uplink.refusals import CLEAR_AFTER_S, COMMANDS, Refusals
 from agent.errors import MessageRefused, StorageFull
+from agent.testing.messages import new_key
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire import jws
 from agent.wire.commands import CLOCK_DEPENDENT, MAX_COMMAND_BYTES
 from tests.kit.operators import DEVICE, FLEET, MINUTE_US, NOW, TOPIC, Desk, Operator
-from tests.kit.senders import new_key
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_after_a_database_was_restored_only_what_has_not_expired_can_be_replayed
 
 def test_each_key_counts_for_itself(tmp_path: Path) -> None:
     one, two = Operator(), Operator(key=new_key(78))
-    store = Store(tmp_path)
+    store = open_store(tmp_path)
     author = MessageLog(FLEET, DEVICE, new_key(1), store.log_id, 1, 120_000)
     commands = CommandReceiver(store, author, [one.key.public, two.key.public])
     commands.receive(one.command(counter=500))
@@ -306,7 +306,7 @@ def test_more_commands_than_wait_at_once_are_refused_as_busy_and_can_be_sent_aga
 
 
 def test_a_device_without_operators_does_not_listen(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = open_store(tmp_path)
     author = MessageLog(FLEET, DEVICE, new_key(1), store.log_id, 1, 120_000)
     assert CommandReceiver(store, author, []).subscriptions == []
     store.close()

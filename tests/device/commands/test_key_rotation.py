@@ -11,31 +11,31 @@ from typing import Any
 import msgspec
 import pytest
 
+from agent import durable_files
 from agent.config import BrokerConfig, Config
 from agent.config import DeviceConfig as DeviceSection
-from agent.device.commands import key_rotation
 from agent.device.commands.executor import CommandExecutor
-from agent.device.commands.key_rotation import KeyRotation, open_keys
+from agent.device.commands.key_rotation import KeyRotation
 from agent.device.commands.receiver import CommandReceiver
 from agent.device.machine import keys as keyfiles
-from agent.device.machine.keys import KeyFiles
+from agent.device.machine.keys import KeyFiles, open_keys
 from agent.device.recovery import findings, new_log
-from agent.device.store.damaged_messages import quarantine_damaged
+from agent.device.recovery.open import open_store
+from agent.device.store.eviction import quarantine_damaged
 from agent.device.store.message_log import MessageLog
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.space import SpaceManager
-from agent.device.store.store import Store
 from agent.errors import UsageError
 from agent.fleet.audit.audit import audit
 from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
+from agent.testing.messages import MessageSender, SignedMessage, new_key
 from agent.transport.packets import IncomingMessage
 from agent.wire import jws, keys
 from agent.wire import key_rotation as wire
 from agent.wire.keys import SigningKey, b64url_encode
 from agent.wire.messages import verify_message
 from tests.kit.operators import DEVICE, FLEET, NOW, Operator
-from tests.kit.senders import Sender, Sent, new_key
 
 TIME = "2026-11-24T22:18:01.000000Z"
 
@@ -49,7 +49,7 @@ class Device:
         self.open()
 
     def open(self) -> None:
-        self.store = Store(self.folder)
+        self.store = open_store(self.folder)
         self.files = KeyFiles(self.folder, self.given)
         key, live = open_keys(self.store, self.files)
         self.author = MessageLog(FLEET, DEVICE, key, self.store.log_id, self.store.boot, 120_000, live)
@@ -191,11 +191,11 @@ def test_a_key_can_be_rotated_twice_but_only_once_the_collector_knows_the_first_
 
 
 def test_two_rotations_in_one_batch_verify(collector: Collector) -> None:
-    sender = Sender(key=new_key(1))
+    sender = MessageSender(key=new_key(1))
     sent = [sender.health()]
     for seed in (11, 12):
         sent += [rotate(sender, new_key(seed)), sender.health()]
-    collector._store([one.delivery() for one in reversed(sent)])
+    collector._store([one.to_incoming() for one in reversed(sent)])
     assert (stored(collector), refusals(collector)) == (5, {})
     assert audit(collector.store).passed
 
@@ -204,22 +204,22 @@ def test_the_old_key_signs_nothing_after_the_rotation(device: Device, collector:
     device.write()
     device.rotate()
     collector._store(device.messages())
-    thief = Sender(key=new_key(1), log=device.store.log_id, seq=50)
-    collector._store([thief.health().delivery(), live_state(new_key(1))])
+    thief = MessageSender(key=new_key(1), log=device.store.log_id, seq=50)
+    collector._store([thief.health().to_incoming(), live_state(new_key(1))])
     assert refusals(collector) == {"retired key": 2}
 
 
 def test_the_old_key_cannot_start_another_log_after_the_rotation(device: Device, collector: Collector) -> None:
     device.rotate()
     collector._store(device.messages())
-    collector._store([Sender(key=new_key(1)).health().delivery()])
+    collector._store([MessageSender(key=new_key(1)).health().to_incoming()])
     assert refusals(collector) == {"retired key": 1}
 
 
 def test_what_the_old_key_signed_in_an_earlier_log_stays_valid_in_the_audit(
     device: Device, collector: Collector
 ) -> None:
-    collector._store([Sender(key=new_key(1)).health().delivery()])
+    collector._store([MessageSender(key=new_key(1)).health().to_incoming()])
     device.rotate()
     collector._store(device.messages())
     assert audit(collector.store).passed
@@ -231,8 +231,8 @@ def test_a_message_of_the_old_key_above_the_rotation_that_came_before_it_is_foun
     device.rotate()
     sent = device.messages()
     last = len(sent)
-    forged = Sender(key=new_key(1), log=device.store.log_id, seq=last).health()
-    collector._store([forged.delivery()])
+    forged = MessageSender(key=new_key(1), log=device.store.log_id, seq=last).health()
+    collector._store([forged.to_incoming()])
     collector._store(sent)
     report = audit(collector.store)
     assert [(entry["seq"], entry["reason"][:28]) for entry in report.invalid] == [
@@ -243,16 +243,16 @@ def test_a_message_of_the_old_key_above_the_rotation_that_came_before_it_is_foun
 def test_in_one_batch_with_the_rotation_such_a_message_is_refused(device: Device, collector: Collector) -> None:
     device.rotate()
     sent = device.messages()
-    forged = Sender(key=new_key(1), log=device.store.log_id, seq=len(sent)).health()
-    collector._store([forged.delivery(), *sent])
+    forged = MessageSender(key=new_key(1), log=device.store.log_id, seq=len(sent)).health()
+    collector._store([forged.to_incoming(), *sent])
     assert refusals(collector) == {"retired key": 1}
 
 
-def rotate(sender: Sender, new: SigningKey, **changes: Any) -> Sent:
+def rotate(sender: MessageSender, new: SigningKey, **changes: Any) -> SignedMessage:
     """A rotation by `sender`, who uses the new key from then on; `changes` spoil the evidence."""
     old = sender.key.public
     made = wire.build_evidence(FLEET, sender.device, sender.log, sender.seq + 1, old, new)
-    sent = sender.logged("audit", event=wire.ROTATION_EVENT, summary="", evidence={**made, **changes})
+    sent = sender.append("audit", event=wire.ROTATION_EVENT, summary="", evidence={**made, **changes})
     sender.key = new
     return sent
 
@@ -292,19 +292,19 @@ LOG = "7e57ab1e-0000-4000-8000-000000000000"
 def test_a_rotation_whose_new_key_does_not_prove_itself_changes_no_key_and_raises_an_alert(
     collector: Collector, changes: dict[str, Any]
 ) -> None:
-    sender = Sender(key=new_key(1), log=LOG)
+    sender = MessageSender(key=new_key(1), log=LOG)
     before = collector.store.enrolled_keys()
-    collector._store([rotate(sender, new_key(11), **changes).delivery()])
+    collector._store([rotate(sender, new_key(11), **changes).to_incoming()])
     assert collector.store.enrolled_keys() == before
     [alert] = security_alerts(collector)
     assert "nothing changed" in alert
-    collector._store([sender.health().delivery()])
+    collector._store([sender.health().to_incoming()])
     assert refusals(collector) == {"unknown key": 1}
 
 
 def test_a_rotation_to_a_key_that_another_device_has_changes_nothing(collector: Collector) -> None:
     collector.store.enrol("pi-08", new_key(11).public, replace=False, now=TIME)
-    collector._store([rotate(Sender(key=new_key(1)), new_key(11)).delivery()])
+    collector._store([rotate(MessageSender(key=new_key(1)), new_key(11)).to_incoming()])
     assert [(kid, device) for kid, device, *_ in collector.store.enrolled_keys() if kid == new_key(11).public.kid] == [
         (new_key(11).public.kid, "pi-08")
     ]
@@ -313,14 +313,14 @@ def test_a_rotation_to_a_key_that_another_device_has_changes_nothing(collector: 
 
 def test_another_devices_rotation_replayed_on_this_topic_is_refused(collector: Collector) -> None:
     collector.store.enrol("pi-08", new_key(5).public, replace=False, now=TIME)
-    sent = rotate(Sender(device="pi-08", key=new_key(5)), new_key(11)).delivery()
+    sent = rotate(MessageSender(device="pi-08", key=new_key(5)), new_key(11)).to_incoming()
     collector._store([IncomingMessage(sent.topic.replace("pi-08", DEVICE), sent.payload, sent.tokens, False, 1, 1)])
     assert refusals(collector) == {"other topic": 1}
 
 
 def test_a_rotation_signed_by_a_revoked_key_changes_nothing(collector: Collector) -> None:
     collector.store.revoke(DEVICE, None, TIME)
-    collector._store([rotate(Sender(key=new_key(1)), new_key(11)).delivery()])
+    collector._store([rotate(MessageSender(key=new_key(1)), new_key(11)).to_incoming()])
     assert refusals(collector) == {"revoked key": 1}
     assert len(collector.store.enrolled_keys()) == 1
 
@@ -328,8 +328,8 @@ def test_a_rotation_signed_by_a_revoked_key_changes_nothing(collector: Collector
 def test_a_rotation_learned_from_a_batch_that_was_not_stored_is_forgotten(
     collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sender = Sender(key=new_key(1))
-    sent = [rotate(sender, new_key(11)).delivery(), sender.health().delivery()]
+    sender = MessageSender(key=new_key(1))
+    sent = [rotate(sender, new_key(11)).to_incoming(), sender.health().to_incoming()]
     arrivals, refused = collector.verify(sent)
     assert (len(arrivals), refused) == (2, [])
     arrivals, refused = collector.verify(sent[1:])
@@ -348,7 +348,7 @@ def dies(*_: object, **__: object) -> None:
 
 
 def die_in_prepare(device: Device, patched: pytest.MonkeyPatch) -> None:
-    patched.setattr(keyfiles, "sync_folder", dies)
+    patched.setattr(durable_files, "fsync", dies)
 
 
 def die_before_the_commit(device: Device, patched: pytest.MonkeyPatch) -> None:
@@ -426,12 +426,12 @@ def test_until_the_collector_knows_the_new_key_live_messages_carry_the_old_one_a
     old = device.author.key.public.kid
     device.rotate()
     for _ in range(2):
-        keys_message = key_rotation.keys_message(device.author, NOW)
+        keys_message = keyfiles.keys_message(device.author, NOW)
         assert jws.claimed_kid(dict(keys_message.properties)["jws"]) == old
         assert json.loads(keys_message.payload)["keys"][0]["kid"] == device.author.key.public.kid != old
         device.crash()
     device.acknowledged()
-    after = key_rotation.keys_message(device.author, NOW)
+    after = keyfiles.keys_message(device.author, NOW)
     assert jws.claimed_kid(dict(after.properties)["jws"]) == device.author.key.public.kid
     device.crash()
     assert device.author.live_key is None
@@ -467,7 +467,7 @@ def spoil(device: Device, seq: int) -> None:
 
 
 def pending_seq(device: Device) -> int:
-    return int(json.loads(device.store.get_meta(key_rotation.PENDING_ROTATION, ""))["seq"])
+    return int(json.loads(device.store.get_meta(keyfiles.PENDING_ROTATION, ""))["seq"])
 
 
 @pytest.mark.parametrize("arrived", [False, True], ids=["not sent before", "sent before"])
@@ -498,7 +498,7 @@ def test_a_rotation_that_the_card_damages_before_it_is_acknowledged_is_said_agai
     assert (told.through, told.missing) == (int(device.store.get_meta("seq", "")), [])
     assert audit(collector.store).passed
     device.acknowledged()
-    assert device.store.get_meta(key_rotation.PENDING_ROTATION, "") == ""
+    assert device.store.get_meta(keyfiles.PENDING_ROTATION, "") == ""
     assert device.rotate(), "and it can be rotated again"
     collector._store(device.messages())
     assert (refusals(collector), audit(collector.store).passed) == ({}, True)
@@ -551,40 +551,40 @@ def test_the_old_key_alone_cannot_say_again_which_key_followed_it(device: Device
     device.rotate()
     collector._store(device.messages())
     followed = device.author.key.public
-    thief = Sender(key=new_key(1))
+    thief = MessageSender(key=new_key(1))
     evidence = wire.build_evidence(FLEET, DEVICE, thief.log, 1, new_key(1).public, new_key(66))
-    forged = thief.logged("audit", event=wire.ROTATION_EVENT, summary="", evidence={**evidence, "key": followed.text})
-    collector._store([forged.delivery()])
-    other = rotate(Sender(key=new_key(1)), new_key(66))
-    collector._store([other.delivery()])
+    forged = thief.append("audit", event=wire.ROTATION_EVENT, summary="", evidence={**evidence, "key": followed.text})
+    collector._store([forged.to_incoming()])
+    other = rotate(MessageSender(key=new_key(1)), new_key(66))
+    collector._store([other.to_incoming()])
     assert refusals(collector) == {"retired key": 2}
 
 
 def test_a_rotation_in_the_place_of_a_message_that_is_stored_lets_no_key_sign(collector: Collector) -> None:
-    sender = Sender(key=new_key(1))
-    collector._store([sender.health().delivery() for _ in range(3)])
-    twin = Sender(key=new_key(1), log=sender.log, seq=1)
+    sender = MessageSender(key=new_key(1))
+    collector._store([sender.health().to_incoming() for _ in range(3)])
+    twin = MessageSender(key=new_key(1), log=sender.log, seq=1)
     conflict = rotate(twin, new_key(66))
-    collector._store([conflict.delivery(), twin.health().delivery(), sender.health().delivery()])
+    collector._store([conflict.to_incoming(), twin.health().to_incoming(), sender.health().to_incoming()])
     assert stored(collector) == 4
-    assert refusals(collector) == {"other bytes": 1, "unknown key": 1}
+    assert refusals(collector) == {"conflicting payload": 1, "unknown key": 1}
     assert [kid for kid, *_ in collector.store.enrolled_keys()] == [new_key(1).public.kid]
     assert audit(collector.store).passed
 
 
 def test_nor_does_one_whose_place_another_message_of_its_batch_takes(collector: Collector) -> None:
-    sender = Sender(key=new_key(1))
-    twin = Sender(key=new_key(1), log=sender.log)
+    sender = MessageSender(key=new_key(1))
+    twin = MessageSender(key=new_key(1), log=sender.log)
     conflict = rotate(twin, new_key(66))
-    collector._store([sender.health().delivery(), conflict.delivery(), twin.health().delivery()])
+    collector._store([sender.health().to_incoming(), conflict.to_incoming(), twin.health().to_incoming()])
     assert stored(collector) == 1
-    assert refusals(collector) == {"other bytes": 1, "unknown key": 1}
+    assert refusals(collector) == {"conflicting payload": 1, "unknown key": 1}
     assert audit(collector.store).passed
 
 
 def test_a_key_revoked_between_the_look_at_a_message_and_its_storing_lets_nothing_in(collector: Collector) -> None:
-    sender = Sender(key=new_key(1))
-    collector._store([sender.health().delivery()])
+    sender = MessageSender(key=new_key(1))
+    collector._store([sender.health().to_incoming()])
     verify = collector.verify
 
     def slowly(batch: Sequence[IncomingMessage]) -> Any:
@@ -593,7 +593,7 @@ def test_a_key_revoked_between_the_look_at_a_message_and_its_storing_lets_nothin
         return found
 
     collector.verify = slowly  # type: ignore[method-assign]
-    collector._store([sender.health().delivery(), live_state(new_key(1))])
+    collector._store([sender.health().to_incoming(), live_state(new_key(1))])
     assert (stored(collector), refusals(collector)) == (1, {"revoked key": 2})
 
 
@@ -639,8 +639,8 @@ def test_key_files_are_readable_by_their_owner_only(device: Device) -> None:
 
 
 def test_no_message_of_another_kind_can_pass_for_a_rotation() -> None:
-    sender = Sender(key=new_key(1))
-    for sent in (sender.health(), sender.logged("audit", event="activated", summary="", evidence={})):
+    sender = MessageSender(key=new_key(1))
+    for sent in (sender.health(), sender.append("audit", event="activated", summary="", evidence={})):
         signer = jws.Signer(DEVICE, new_key(1).public)
         message = verify_message(sent.topic, sent.payload, (sent.jws,), {signer.key.kid: signer}.get)
         assert wire.parse_rotation(message) is None
@@ -650,11 +650,11 @@ def test_no_message_of_another_kind_can_pass_for_a_rotation() -> None:
 
 
 def test_what_a_revoked_device_sends_is_refused_what_is_stored_stays_and_an_alert_says_so(collector: Collector) -> None:
-    sender = Sender(key=new_key(1))
-    collector._store([sender.health().delivery()])
+    sender = MessageSender(key=new_key(1))
+    collector._store([sender.health().to_incoming()])
     kids = collector.store.revoke(DEVICE, None, TIME)
     assert kids == [new_key(1).public.kid]
-    collector._store([sender.health().delivery()])
+    collector._store([sender.health().to_incoming()])
     assert (stored(collector), refusals(collector)) == (1, {"revoked key": 1})
     assert audit(collector.store).passed
     assert any("was revoked" in summary for summary in security_alerts(collector))
@@ -664,15 +664,15 @@ def test_what_a_revoked_device_sends_is_refused_what_is_stored_stays_and_an_aler
 
 def test_a_replaced_key_counts_no_more_unless_its_backlog_is_kept_and_then_up_to_there(collector: Collector) -> None:
     old, log = new_key(1), LOG
-    first = Sender(key=old, log=log)
-    sent = [first.health().delivery() for _ in range(4)]
+    first = MessageSender(key=old, log=log)
+    sent = [first.health().to_incoming() for _ in range(4)]
     collector._store(sent[:1])
     collector.store.enrol(DEVICE, new_key(30).public, replace=True, now=TIME, keep_through=3)
     collector._store(sent[1:])
     assert (stored(collector), refusals(collector)) == (3, {"retired key": 1})
-    follower = Sender(key=new_key(30), log=log, seq=3)
-    collector._store([follower.health().delivery()])
+    follower = MessageSender(key=new_key(30), log=log, seq=3)
+    collector._store([follower.health().to_incoming()])
     assert stored(collector) == 4
     collector.store.enrol(DEVICE, new_key(31).public, replace=True, now=TIME)
-    collector._store([follower.health().delivery()])
+    collector._store([follower.health().to_incoming()])
     assert refusals(collector)["revoked key"] == 1

@@ -16,9 +16,9 @@ from agent.device.commands import wipe
 from agent.device.commands.wipe import Wipe
 from agent.device.recovery.open import acquire_lock
 from agent.errors import UsageError
+from agent.testing.process import run_outstation
 from agent.wire import keys
 from tests.kit.operators import NOW, Desk
-from tests.kit.system import outstation
 
 
 class Halted:
@@ -161,7 +161,7 @@ def test_a_marker_that_is_damaged_still_keeps_the_device_down(tmp_path: Path) ->
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    assert outstation("init", str(tmp_path / "device"), "--id", "pi-07").returncode == 0
+    assert run_outstation("init", str(tmp_path / "device"), "--id", "pi-07").returncode == 0
     (tmp_path / "device" / "data").mkdir(exist_ok=True)
     return tmp_path / "device"
 
@@ -170,7 +170,7 @@ def test_a_marker_that_cannot_be_read_erases_nothing_and_is_named(home: Path) ->
     """As on a card with a bad sector: whether there was a wipe cannot be told."""
     (home / "data" / wipe.MARKER).mkdir()
     before = sorted(home.rglob("*"))
-    done = outstation("run", "-c", str(home / "outstation.toml"))
+    done = run_outstation("run", "-c", str(home / "outstation.toml"))
     assert done.returncode == 1
     assert f"{wipe.MARKER}: Is a directory; whether this device was wiped cannot be told" in done.stderr
     assert sorted(home.rglob("*")) == before
@@ -179,7 +179,7 @@ def test_a_marker_that_cannot_be_read_erases_nothing_and_is_named(home: Path) ->
 def test_a_wipe_that_another_process_finishes_is_left_to_it(home: Path) -> None:
     (home / "data" / wipe.MARKER).write_text('{"state": "wiping"}')
     descriptor = acquire_lock(home / "data")
-    done = outstation("run", "-c", str(home / "outstation.toml"))
+    done = run_outstation("run", "-c", str(home / "outstation.toml"))
     os.close(descriptor)
     assert (done.returncode, "uses this data folder; stop it first" in done.stderr) == (1, True)
     assert (home / "device.key").exists()

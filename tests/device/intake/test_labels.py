@@ -17,8 +17,7 @@ from agent.device.intake import labels
 from agent.device.intake.labels import LabelTarget
 from agent.device.intake.protocol import LineParser
 from agent.device.store import labels as labelled
-from agent.device.store.given import StoredPredictions
-from agent.device.store.labels import StoredLabel
+from agent.device.store.labels import StoredLabel, StoredPredictions
 from agent.errors import RowRejected
 from agent.performance.labels import Label, LabelSchema
 from tests.kit.stations import STREAMS, Station, conf

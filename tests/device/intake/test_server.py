@@ -24,11 +24,12 @@ from agent.device.intake.connection import CLIENT_SOURCE, MAX_CLIENTS
 from agent.device.intake.group_commit import CommitOutcome, GroupCommit, SourcePosition
 from agent.device.intake.protocol import MAX_LINE_BYTES
 from agent.device.intake.server import SubmitRows
+from agent.device.recovery.open import open_store
 from agent.device.store.quota import PAGE_SIZE
 from agent.device.store.rows import RawColumns
 from agent.device.store.store import Store
 from agent.errors import StorageError, UsageError
-from tests.kit.brokers import free_port
+from agent.testing.broker import free_port
 from tests.kit.stations import T0, Killable, Line, Station, conf, rows_of, wait_for
 
 ROW = {"stream": "watch", "ax": 0.1, "ay": 0.2}
@@ -81,7 +82,7 @@ def test_a_row_without_a_time_gets_the_present_one(station: Station) -> None:
 
 def test_an_answer_comes_only_after_the_commit(tmp_path: Path) -> None:
     with Station(conf(tmp_path, commit_every_s=1.0)) as station:
-        reader = Store(tmp_path, read_only=True)
+        reader = Store.open_read_only(tmp_path)
         with station.line() as line:
             began = time.monotonic()
             line.send(ROW)
@@ -316,7 +317,7 @@ def test_a_named_client_is_told_how_far_it_got_and_its_count_goes_on(station: St
 
 
 def test_of_many_names_those_that_sent_last_are_known_and_marks_of_files_stay(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = open_store(tmp_path)
     store.declare_streams({"machine": conf(tmp_path).streams["machine"]})
     group = GroupCommit(store, conf(tmp_path).streams)
 

@@ -16,13 +16,14 @@ from agent.bootstrap import device
 from agent.config import BrokerConfig, FieldConfig, MqttSource, StreamConfig
 from agent.device.intake.group_commit import GroupCommit
 from agent.device.intake.sources.mqtt import MqttSubscriber
+from agent.device.recovery.open import open_store
 from agent.device.store.store import Store
 from agent.errors import ConfigError, StorageFull
+from agent.testing.broker import MosquittoBroker
+from agent.testing.process import run_outstation
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt
-from tests.kit.brokers import Mosquitto
 from tests.kit.stations import T0, Station, conf, rows_of, wait_for
-from tests.kit.system import outstation
 
 FIELDS = [
     FieldConfig(name="temperature"),
@@ -33,15 +34,15 @@ PATHS = {"temperature": "$.data.temp", "humidity": "$.data['rel. humidity']", "r
 
 
 @pytest.fixture
-def broker(tmp_path: Path) -> Iterator[Mosquitto]:
-    with Mosquitto(tmp_path, persistence=True) as running:
+def broker(tmp_path: Path) -> Iterator[MosquittoBroker]:
+    with MosquittoBroker(tmp_path, persistence=True) as running:
         yield running
 
 
 class Site:
     """A device with the source, beside a broker. `publish` returns once the broker has it."""
 
-    def __init__(self, folder: Path, broker: Mosquitto, stream: StreamConfig, commit_every_s: float) -> None:
+    def __init__(self, folder: Path, broker: MosquittoBroker, stream: StreamConfig, commit_every_s: float) -> None:
         self.folder, self.broker, self.stream, self.commit_every_s = folder, broker, stream, commit_every_s
 
     def start(self) -> Station:
@@ -55,7 +56,7 @@ class Site:
 
     def stored(self) -> list[float]:
         """The first field's values, of a device that does not run."""
-        store = Store(self.folder, read_only=True)
+        store = Store.open_read_only(self.folder)
         try:
             found: list[float] = rows_of(store, "room", self.stream).columns[0].tolist()
             return found
@@ -73,7 +74,7 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path: Path, broker: Mosquitto) -> Callable[..., Site]:
+def site(tmp_path: Path, broker: MosquittoBroker) -> Callable[..., Site]:
     def make(
         fields: list[FieldConfig] = FIELDS, folder: Path = tmp_path, commit_every_s: float = 0.02, **source: Any
     ) -> Site:
@@ -203,7 +204,7 @@ def test_a_message_is_confirmed_only_after_its_commit(
 
 
 def test_a_broker_that_is_killed_again_and_again_costs_no_row_and_doubles_none(
-    site: Callable[..., Site], broker: Mosquitto
+    site: Callable[..., Site], broker: MosquittoBroker
 ) -> None:
     here = site()
     with here.start() as station:
@@ -276,7 +277,7 @@ def test_what_a_stop_commits_is_confirmed_and_does_not_come_again(site: Callable
     assert here.stored() == [1.0, 2.0, 3.0]
 
 
-def test_without_a_broker_the_intake_works_and_ends_in_time(site: Callable[..., Site], broker: Mosquitto) -> None:
+def test_without_a_broker_the_intake_works_and_ends_in_time(site: Callable[..., Site], broker: MosquittoBroker) -> None:
     here = site()
     broker.kill()
     began = time.monotonic()
@@ -327,11 +328,11 @@ def test_the_config_names_the_source_and_check_tells_where_it_listens(tmp_path: 
         'source = { kind = "mqtt", topic = "site/+/climate", paths = { x = "$.data.x" } }\n'
     )
     made = config.load(file)
-    store = Store(tmp_path / "data")
+    store = open_store(tmp_path / "data")
     [source] = device.build_sources(file, made, store)
     store.close()
     assert isinstance(source, MqttSubscriber)
-    findings = json.loads(outstation("check", "-c", str(file), "--json").stdout)
+    findings = json.loads(run_outstation("check", "-c", str(file), "--json").stdout)
     assert {"name": "stream room", "state": "ok", "detail": "site/+/climate at mqtt://127.0.0.1:1883"}.items() <= next(
         one for one in findings if "room" in one["name"]
     ).items()

@@ -31,9 +31,9 @@ from agent.device.intake.sources.files import FolderWatcher
 from agent.device.intake.sources.host import HostMetrics
 from agent.device.intake.sources.recordings import Playlist
 from agent.device.intake.sources.replay import ReplayPlayer
+from agent.device.recovery.open import open_store
 from agent.device.store.quota import PAGE_SIZE
 from agent.device.store.rows import Rows
-from agent.device.store.store import Store
 from agent.errors import ConfigError, UsageError
 from tests.kit.stations import ROOT, T0, Station, conf, rows_of, wait_for
 
@@ -351,7 +351,7 @@ def test_rows_of_files_come_once_when_the_agent_is_killed_again_and_again(tmp_pa
         interrupted += bool(there(tmp_path)["taking"])
         if len(there(tmp_path)["done"]) == 3:
             break
-    store = Store(tmp_path / "data")
+    store = open_store(tmp_path / "data")
     store.declare_streams({"numbers": NUMBERS})
     assert rows_of(store, "numbers", NUMBERS).columns[0].tolist() == list(range(3 * n))
     store.close()
@@ -599,14 +599,14 @@ def test_a_replay_that_is_killed_again_and_again_repeats_and_skips_no_row(tmp_pa
     ],
 )
 def test_a_replay_that_cannot_play_is_named(tmp_path: Path, recordings: Path, change: Any, said: str) -> None:
-    store = Store(tmp_path)
+    store = open_store(tmp_path)
     with pytest.raises(UsageError, match=said):
         ReplayPlayer("watch", WATCH, replay_of(recordings, **change), store, start())
     store.close()
 
 
 def test_a_stream_whose_fields_were_not_recorded_is_named(tmp_path: Path, recordings: Path) -> None:
-    store = Store(tmp_path)
+    store = open_store(tmp_path)
     stream = StreamConfig(fields=[FieldConfig(name="ax"), FieldConfig(name="az")])
     with pytest.raises(UsageError, match="has no az; it has ax, ay"):
         ReplayPlayer("watch", stream, replay_of(recordings), store, start())

@@ -25,8 +25,8 @@ from agent.config import FieldConfig, FilesSource, StreamConfig
 from agent.device.intake import media_reader
 from agent.device.intake.sources import files as files_module
 from agent.device.intake.sources.files import FolderWatcher
+from agent.device.recovery.open import open_store
 from agent.device.store.rows import Rows
-from agent.device.store.store import Store
 from agent.errors import ConfigError, UsageError
 from agent.media import ImageFormat, MediaFormat, SoundFormat
 from agent.model.inference import images, sound
@@ -287,7 +287,7 @@ def test_files_come_once_and_whole_when_the_agent_is_killed_again_and_again(tmp_
         interrupted += bool(names(tmp_path, "taking"))
         if are_in(tmp_path, "done", count):
             break
-    store, stream = Store(tmp_path / "d"), stream_of(tmp_path, made)
+    store, stream = open_store(tmp_path / "d"), stream_of(tmp_path, made)
     store.declare_streams({"camera": stream})
     rows = np.stack(rows_of(store, "camera", stream).columns, axis=1)
     store.close()

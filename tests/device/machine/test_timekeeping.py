@@ -16,9 +16,9 @@ from agent import clock
 from agent.clock import ClockReading
 from agent.device.machine import timekeeping
 from agent.device.machine.timekeeping import FLOOR, SYNCED, is_plausible_time, make_clock
+from agent.device.recovery.open import open_store
 from agent.device.store import clock_segments
 from agent.device.store.clock_segments import ClockSegments, ClockStamp
-from agent.device.store.store import Store
 from agent.errors import StorageFull
 from agent.wire.messages import AlertPayload, AuditPayload
 from tests.kit.clocks import TRUE_START_US, Station
@@ -372,7 +372,7 @@ def test_what_the_intake_stamped_before_a_step_keeps_its_segment_though_the_loop
 
 
 def test_rows_written_before_there_were_segments_count_as_given(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = open_store(tmp_path)
     with sqlite3.connect(f"file:{store.path}?mode=ro", uri=True) as db:
         columns = {row[1]: row[4] for row in db.execute("PRAGMA table_info(chunks)")}
     db.close()

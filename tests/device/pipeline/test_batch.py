@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from agent import config
 from agent.device.pipeline.batch import BatchResult
-from agent.device.store import transaction
+from agent.device.store import task_keys, transaction
 from agent.errors import StorageError, StorageFull
 from agent.model import activation
 from agent.model.activation import LoadedBundle
@@ -28,7 +28,7 @@ from agent.model.bundle.manifest import WindowSpec
 from agent.model.inference import features, scores
 from agent.model.inference.tuning import Tuning
 from agent.wire.messages import AlertPayload, AuditPayload, DriftPayload, ResultsPayload, VerifiedMessage
-from tests.kit.bundles import ANOMALY, CLASSIFY, KEY, REGRESS, WINDOW, Recipe, packed
+from scripts.kit.bundles import ANOMALY, CLASSIFY, KEY, REGRESS, WINDOW, Recipe, packed
 from tests.kit.devices import STEP_US, T0, Device, columns, tiles
 
 Floats = NDArray[np.float32]
@@ -342,7 +342,7 @@ def test_what_was_learned_is_kept_and_announced(make: Make) -> None:
     device.run_all()
     (audit,) = [m.body for m in device.messages() if isinstance(m.body, AuditPayload)]
     assert audit.event == "learned"
-    kept = device.store.load_state("tiny", "site reference")
+    kept = device.store.load_state("tiny", task_keys.SITE_REFERENCE)
     assert kept is not None
     assert json.loads(kept)["made"] == "site"
 

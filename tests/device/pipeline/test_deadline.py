@@ -20,11 +20,11 @@ from agent.device.pipeline.deadline import Deadline
 from agent.device.store.rows import Rows
 from agent.errors import StorageFull
 from agent.model import activation
+from agent.testing.fleet import FIELDS
 from agent.wire import keys
 from agent.wire.messages import AlertPayload
-from tests.kit.bundles import CLASSIFY, KEY, packed
+from scripts.kit.bundles import CLASSIFY, KEY, packed
 from tests.kit.devices import NOW, Device, tiles
-from tests.kit.system import FIELDS
 
 ALWAYS_LATE, NEVER_LATE = 1e-9, 1e6
 

@@ -8,6 +8,7 @@ import pytest
 
 from agent import clock
 from agent.device.pipeline import drift_state
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.drift import DriftMonitor
@@ -63,10 +64,10 @@ def test_the_sites_reference_is_written_when_it_is_learned_and_not_with_every_ba
     keep(store, judge, drifted)
     later, _ = feed(judge, drifted, readings(32, 1))
     with store.transaction() as tx:
-        tx.delete_state("exercise", drift_state.SITE_REFERENCE_NAME)
+        tx.delete_state("exercise", task_keys.SITE_REFERENCE)
         drift_state.save(tx, "exercise", judge, later, drifted)
-    assert store.load_state("exercise", drift_state.SITE_REFERENCE_NAME) is None
-    kept = store.load_state("exercise", drift_state.STATE_NAME)
+    assert store.load_state("exercise", task_keys.SITE_REFERENCE) is None
+    kept = store.load_state("exercise", task_keys.DRIFT_STATE)
     assert kept is not None
     assert len(kept) < len(later.to_bytes()) / 2
     store.close()
@@ -77,7 +78,7 @@ def test_a_state_that_an_earlier_version_kept_together_with_its_reference_is_gon
 ) -> None:
     store, _ = opened(tmp_path)
     with store.transaction() as tx:
-        tx.save_state("exercise", drift_state.STATE_NAME, drifted.to_bytes())
+        tx.save_state("exercise", task_keys.DRIFT_STATE, drifted.to_bytes())
     state, end = drift_state.restore(store, "exercise", judge)
     assert end is None
     assert state.to_bytes() == drifted.to_bytes()
@@ -90,7 +91,7 @@ def test_where_the_sites_reference_is_damaged_detection_begins_anew(
     store, _ = opened(tmp_path)
     keep(store, judge, drifted)
     with store.transaction() as tx:
-        tx.save_state("exercise", drift_state.SITE_REFERENCE_NAME, b"{}")
+        tx.save_state("exercise", task_keys.SITE_REFERENCE, b"{}")
     state, end = drift_state.restore(store, "exercise", judge)
     assert end is not None
     assert (state.site_reference, state.index) == (None, 1)
@@ -111,7 +112,7 @@ def test_another_bundle_clears_what_was_open_says_that_the_reference_goes_and_us
     assert drifted.site_reference is not None
     assert [body["evidence"]["site"] for body in resets] == [drifted.site_reference.digest]
     assert (state.site_reference, state.learning.window_count, int(state.raised_counts.min())) == (None, 0, 1)
-    assert store.load_state("exercise", drift_state.SITE_REFERENCE_NAME) is None
+    assert store.load_state("exercise", task_keys.SITE_REFERENCE) is None
     again, end = drift_state.restore(store, "exercise", other)
     assert end is None
     assert again.to_bytes() == state.to_bytes()
@@ -131,7 +132,7 @@ def test_back_with_the_first_bundle_nothing_half_gathered_comes_back(tmp_path: P
 def test_a_state_that_is_damaged_is_begun_anew(tmp_path: Path, judge: DriftMonitor) -> None:
     store, author = opened(tmp_path)
     with store.transaction() as tx:
-        tx.save_state("exercise", drift_state.STATE_NAME, b"garbage")
+        tx.save_state("exercise", task_keys.DRIFT_STATE, b"garbage")
     assert ended(store, author, judge).to_bytes() == judge.start().to_bytes()
     assert drift_state.load_for_display(store, "exercise") is not None
     store.close()

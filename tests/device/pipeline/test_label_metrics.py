@@ -18,9 +18,10 @@ from agent.clock import ClockReading
 from agent.device.intake import labels
 from agent.device.pipeline import batch, label_metrics, measured
 from agent.device.pipeline.batch import LoadedTask
+from agent.device.recovery.open import open_store
 from agent.device.store import labels as labelled
-from agent.device.store.given import StoredPredictions
-from agent.device.store.labels import LabelStore
+from agent.device.store import task_keys
+from agent.device.store.labels import LabelStore, StoredPredictions
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
@@ -32,10 +33,10 @@ from agent.model.activation import LoadedBundle
 from agent.performance import degradation
 from agent.performance import labels as truth
 from agent.performance.labels import LabelSchema
+from agent.testing.messages import new_key
 from agent.wire import jws
 from agent.wire.messages import AlertPayload, QualityPayload, ResultsPayload, verify_message
-from tests.kit.bundles import CLASSIFY, EACH, KEY, LABELS, REGRESS, SEVERAL, VECTORS, Recipe, packed
-from tests.kit.senders import new_key
+from scripts.kit.bundles import CLASSIFY, EACH, KEY, LABELS, REGRESS, SEVERAL, VECTORS, Recipe, packed
 
 DEVICE = new_key(1)
 T0 = 1_764_000_000_000_000
@@ -71,7 +72,7 @@ class Device:
     def __post_init__(self) -> None:
         fields = [config.FieldConfig(name=name) for name in self.recipe.fields]
         self.stream = config.StreamConfig(fields=[*fields, config.FieldConfig(name="site", type="category")])
-        self.store = Store(self.folder)
+        self.store = open_store(self.folder)
         self.store.declare_streams({"watch": self.stream})
         manifest, reference = self.active.bundle.manifest, self.active.reference
         assert reference is not None
@@ -368,7 +369,7 @@ def test_a_message_that_finds_no_room_is_written_later_and_once(make: Make, monk
     keep = Transaction.save_state
 
     def full(tx: Transaction, task: str, name: str, value: bytes) -> None:
-        if name == label_metrics.STATE_NAME:
+        if name == task_keys.LABEL_METRICS:
             raise StorageFull("no room")
         keep(tx, task, name, value)
 
@@ -386,11 +387,11 @@ def test_state_that_cannot_be_read_starts_anew(make: Make) -> None:
     device = make()
     device.feed(100)
     with device.store.transaction() as tx:
-        tx.save_state("tiny", label_metrics.STATE_NAME, b"\x00damaged")
+        tx.save_state("tiny", task_keys.LABEL_METRICS, b"\x00damaged")
     device.label(range(1, 51), right)
     device.turn()
     assert len(device.sent(QualityPayload)) == 1
-    kept = device.store.load_state("tiny", label_metrics.STATE_NAME)
+    kept = device.store.load_state("tiny", task_keys.LABEL_METRICS)
     assert kept is not None
     assert degradation.DegradationState.from_bytes(kept).last_number == 50
 
@@ -423,7 +424,7 @@ def test_an_absurd_label_is_refused_and_one_that_an_earlier_version_kept_stops_n
     body = device.sent(QualityPayload)[-1]
     assert body.window["n"] == 249
     assert metrics(body)["mae", ""].value == pytest.approx(1e100 / 249, rel=1e-4)
-    kept = device.store.load_state("tiny", label_metrics.STATE_NAME)
+    kept = device.store.load_state("tiny", task_keys.LABEL_METRICS)
     assert kept is not None
     assert np.isfinite(degradation.DegradationState.from_bytes(kept).baseline_square_sum)
 
@@ -450,7 +451,7 @@ def test_a_result_that_is_no_number_costs_itself_only(
     wanted = {"mae", "rmse"} if recipe is REGRESS else {"accuracy", "brier_top", "ece"}
     assert {metrics(body)[name, ""].n for name in wanted} == {59}
     assert (body.estimate is None) == (recipe is REGRESS)
-    state = device.store.load_state("tiny", label_metrics.STATE_NAME)
+    state = device.store.load_state("tiny", task_keys.LABEL_METRICS)
     assert state is not None
     assert len(degradation.DegradationState.from_bytes(state).pending) == 59 % degradation.GROUP_SIZE
 
@@ -470,7 +471,7 @@ def test_classes_are_counted_by_what_labels_mean() -> None:
 
 
 def state_of(device: Device) -> degradation.DegradationState:
-    kept = device.store.load_state("tiny", label_metrics.STATE_NAME)
+    kept = device.store.load_state("tiny", task_keys.LABEL_METRICS)
     assert kept is not None
     return degradation.DegradationState.from_bytes(kept)
 
@@ -540,7 +541,7 @@ def test_a_stop_between_a_label_that_is_put_right_and_its_message_loses_and_doub
     keep, sent = Transaction.save_state, len(cut.sent(QualityPayload))
 
     def stopped(tx: Transaction, task: str, name: str, value: bytes) -> None:
-        if name == label_metrics.STATE_NAME:
+        if name == task_keys.LABEL_METRICS:
             raise StorageFull("the power went")
         keep(tx, task, name, value)
 
@@ -549,7 +550,7 @@ def test_a_stop_between_a_label_that_is_put_right_and_its_message_loses_and_doub
         cut.turn()
     monkeypatch.undo()
     cut.store.close()
-    cut.store = Store(cut.folder)
+    cut.store = open_store(cut.folder)
     assert len(cut.sent(QualityPayload)) == sent
     for device in (cut, whole):
         device.turn()

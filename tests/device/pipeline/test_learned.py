@@ -12,11 +12,12 @@ from msgspec.structs import replace
 
 from agent.clock import ClockReading
 from agent.device.pipeline import learned
+from agent.device.recovery.open import open_store
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.drift.state import DriftWindowResult
+from agent.testing.messages import new_key
 from tests.kit.machine import reference
-from tests.kit.senders import new_key
 
 NOW = ClockReading(1_795_000_000_000_000, 1000.0, "synced")
 CLOSED = DriftWindowResult(7, (1, 2000), (0, 1), 20, None, None, None, {}, ())
@@ -28,7 +29,7 @@ LEARNED = replace(
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(tmp_path)
+    opened = open_store(tmp_path)
     yield opened
     opened.close()
 

@@ -14,9 +14,11 @@ import pytest
 from agent.bootstrap import tasks, wiring
 from agent.clock import ClockReading
 from agent.device.pipeline import batch, relearn
+from agent.device.recovery.open import open_store
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
-from tests.kit.system import Device, Fleet, eventually, outstation
+from agent.testing.fleet import DeviceProcess, LocalFleet
+from agent.testing.process import run_outstation, wait_until
 
 NOW = ClockReading(1_795_000_000_000_000, 1000.0, "synced")
 CONFIG = """
@@ -34,14 +36,14 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.home = folder / "device"
-        assert outstation("init", str(self.home)).returncode == 0
+        assert run_outstation("init", str(self.home)).returncode == 0
         self.config = self.home / "outstation.toml"
         kept = self.config.read_text(encoding="utf-8").split("[streams.")[0]
         self.config.write_text(kept + CONFIG, encoding="utf-8")
         self.file, self.conf = wiring.load_config(str(self.config))
 
     def ask(self, *arguments: str) -> tuple[int, Any]:
-        done = outstation("reference", *arguments, "-c", str(self.config), "--json")
+        done = run_outstation("reference", *arguments, "-c", str(self.config), "--json")
         return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
 
     def open(self) -> Store:
@@ -89,7 +91,7 @@ def test_show_says_which_reference_is_in_force(site: Site) -> None:
     assert found["site"]["windows"] == 20
     assert found["site"]["warning"].startswith("only 20 drift windows")
     assert found["asked"] is None
-    told = outstation("reference", "show", "exercise", "-c", str(site.config))
+    told = run_outstation("reference", "show", "exercise", "-c", str(site.config))
     assert "of this site, sha256:" in told.stdout
 
 
@@ -179,7 +181,7 @@ def test_a_link_in_the_folder_of_requests_leads_nobody_elsewhere(tmp_path: Path)
 def test_a_request_that_cannot_be_read_is_said_in_the_log_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = Store(tmp_path)
+    store = open_store(tmp_path)
     # Root may read any file, but no folder as one.
     (tmp_path / "requests" / "exercise.reference.json").mkdir(parents=True)
     try:
@@ -199,23 +201,23 @@ def test_wrong_use_is_told(site: Site) -> None:
 
 
 @pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    with Fleet(tmp_path) as made:
+def fleet(tmp_path: Path) -> Iterator[LocalFleet]:
+    with LocalFleet(tmp_path) as made:
         made.broker.start()
         made.collector.start()
         yield made
 
 
-def test_the_running_daemon_takes_up_what_is_asked_here_and_from_the_fleet(fleet: Fleet) -> None:
-    device: Device = fleet.device("pi-01").replay(10**9, 40).task("exercise").up()
-    done = outstation("reference", "learn", "exercise", "--for", "1 h", "-c", str(device.config), "--json")
+def test_the_running_daemon_takes_up_what_is_asked_here_and_from_the_fleet(fleet: LocalFleet) -> None:
+    device: DeviceProcess = fleet.add_device("pi-01").add_replay_stream(10**9, 40).add_task("exercise").start_and_wait()
+    done = run_outstation("reference", "learn", "exercise", "--for", "1 h", "-c", str(device.config), "--json")
     assert json.loads(done.stdout)["taken_up"]
-    sent = outstation("fleet", "command", "pi-01", "learn", "exercise", "2 h", "--dir", str(fleet.home), "--json")
+    sent = run_outstation("fleet", "command", "pi-01", "learn", "exercise", "2 h", "--dir", str(fleet.home), "--json")
     assert json.loads(sent.stdout)["ok"], sent.stdout
 
     def asked() -> list[Any]:
         sql = "SELECT payload FROM messages WHERE device = 'pi-01' AND kind = 'audit' ORDER BY seq"
-        bodies = [json.loads(row[0]) for row in fleet.ask(sql)]
+        bodies = [json.loads(row[0]) for row in fleet.query(sql)]
         return [(b["evidence"]["by"], b["evidence"]["for_s"]) for b in bodies if b["event"] == "reference reset"]
 
-    eventually("both are in the log", lambda: asked() == [("on the device", 3600.0), ("from the fleet", 7200.0)])
+    wait_until("both are in the log", lambda: asked() == [("on the device", 3600.0), ("from the fleet", 7200.0)])

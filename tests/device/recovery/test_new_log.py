@@ -14,6 +14,7 @@ import pytest
 from agent import clock
 from agent.device.recovery.catch_up import UNPROVEN_FROM
 from agent.device.recovery.findings import NEW_LOG, NewLogPlan
+from agent.device.recovery.open import open_store
 from agent.device.recovery.report_findings import report_findings
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
@@ -24,10 +25,10 @@ from agent.fleet.audit.audit import audit
 from agent.fleet.collector.acknowledger import Acknowledger
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
+from agent.testing.messages import new_key
 from agent.transport.packets import IncomingMessage
 from agent.wire.jws import Signer
 from agent.wire.messages import verify_message
-from tests.kit.senders import new_key
 from tests.kit.stores import KEY, TASKS, alarms, append, opened, said, say
 
 NOW = "2026-11-24T22:20:00.000000Z"
@@ -242,7 +243,7 @@ def test_a_new_log_that_is_cut_off_in_the_middle_is_finished_and_nothing_is_writ
 
         with monkeypatch.context() as patch:
             patch.setattr(MessageLog, "reissue", dying)
-            store = Store(live)
+            store = open_store(live)
             half = MessageLog("acme", "pi-07", KEY, store.log_id, store.boot, 120_000)
             with pytest.raises(KeyboardInterrupt):
                 report_findings(store, half, TASKS, clock.read())

@@ -15,9 +15,9 @@ from click.testing import CliRunner
 
 from agent import __version__
 from agent.cli import cli
-from agent.device.recovery import migrate, mounts, open
-from agent.device.recovery.condition import inspect_condition
-from agent.device.recovery.mounts import find_file_system, require_local
+from agent.device.recovery import migrate, open
+from agent.device.recovery.open import find_file_system, open_store, require_local
+from agent.device.recovery.report_findings import inspect_condition
 from agent.device.store import schema
 from agent.device.store.store import Store
 from agent.errors import StorageError, UsageError
@@ -57,9 +57,9 @@ def test_a_network_file_system_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require_local(tmp_path)
-    monkeypatch.setattr(mounts, "_read_mountinfo", lambda: f"50 22 0:41 / {tmp_path.resolve()} rw - nfs server:/x rw")
+    monkeypatch.setattr(open, "_read_mountinfo", lambda: f"50 22 0:41 / {tmp_path.resolve()} rw - nfs server:/x rw")
     with pytest.raises(UsageError, match="network file system \\(nfs\\)"):
-        Store(tmp_path / "data")
+        open_store(tmp_path / "data")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -100,12 +100,12 @@ def test_the_database_of_another_program_is_refused_and_left_alone(tmp_path: Pat
         db.execute("CREATE TABLE bookmarks (url)")
     before = (tmp_path / "outstation.db").read_bytes()
     with pytest.raises(UsageError, match="of another program"):
-        Store(tmp_path)
+        open_store(tmp_path)
     assert (tmp_path / "outstation.db").read_bytes() == before
 
 
 def test_only_a_test_can_ask_for_less_than_full_synchronization(tmp_path: Path) -> None:
-    store = Store(tmp_path, synchronous="NORMAL")
+    store = open_store(tmp_path, synchronous="NORMAL")
     assert store._fetch_one("PRAGMA synchronous") == (1,)
     store.close()
     assert not [path for path in (ROOT / "agent/cli").glob("*.py") if "synchronous" in path.read_text()]
@@ -114,7 +114,7 @@ def test_only_a_test_can_ask_for_less_than_full_synchronization(tmp_path: Path) 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("a file where the folder should be")
     with pytest.raises(StorageError, match="data_dir"):
-        Store(tmp_path / "data")
+        open_store(tmp_path / "data")
 
 
 # --- older and newer versions
@@ -159,7 +159,7 @@ def test_a_migration_that_fails_puts_the_old_store_back(first: Path, monkeypatch
 
     monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, failing))
     with pytest.raises(StorageError, match="The store is as it was before, nothing is lost"):
-        Store(first)
+        open_store(first)
     monkeypatch.undo()
     store, _ = opened(first)
     assert served(store) == {n: n for n in range(1, 31)}
@@ -173,7 +173,7 @@ def test_a_migration_that_loses_rows_is_not_kept(first: Path, monkeypatch: pytes
 
     monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, losing))
     with pytest.raises(StorageError, match="outbox has 2 rows instead of 3"):
-        Store(first)
+        open_store(first)
     monkeypatch.undo()
     store, _ = opened(first)
     assert sorted(said(store)) == [3, 4, 5]
@@ -187,9 +187,9 @@ from agent.device.store import schema
 def dying(db):
     os._exit(9)
 dying.__name__ = sys.argv[2]
-schema.STEPS = tuple(dying if step.__name__ == sys.argv[2] else step for step in schema.STEPS)
-from agent.device.store.store import Store
-Store(Path(sys.argv[1]))
+schema.MIGRATIONS = tuple(dying if step.__name__ == sys.argv[2] else step for step in schema.MIGRATIONS)
+from agent.device.recovery.open import open_store
+open_store(Path(sys.argv[1]))
 """
 
 
@@ -209,7 +209,7 @@ def test_a_store_of_a_newer_version_is_refused_with_a_sentence(tmp_path: Path) -
     with contextlib.closing(sqlite3.connect(tmp_path / "outstation.db")) as db, db:
         db.execute("INSERT INTO _sqlite_migrations (migration_set, name) VALUES ('outstation-device', 'telepathy')")
     with pytest.raises(UsageError, match="newer version of outstation \\(it has telepathy"):
-        Store(tmp_path)
+        open_store(tmp_path)
     assert not list(tmp_path.glob("*.before-*"))
 
 
@@ -238,7 +238,7 @@ def test_the_condition_says_how_it_was_left_and_what_was_salvaged(tmp_path: Path
     assert inspect_condition(store).last_stop == "unclean"
     cut = pulled(tmp_path / "live", tmp_path / "cut", store, emptied=True)
     store.close()
-    with contextlib.closing(Store(tmp_path / "live", read_only=True)) as read:
+    with contextlib.closing(Store.open_read_only(tmp_path / "live")) as read:
         assert (
             inspect_condition(read).last_stop,
             inspect_condition(read).last_finding,
@@ -248,7 +248,7 @@ def test_the_condition_says_how_it_was_left_and_what_was_salvaged(tmp_path: Path
     data[:100] = bytes(100)
     (cut / "outstation.db").write_bytes(data)
     opened(cut)[0].close()
-    with contextlib.closing(Store(cut, read_only=True)) as read:
+    with contextlib.closing(Store.open_read_only(cut)) as read:
         found = inspect_condition(read)
     assert found.last_stop == "clean"
     assert found.last_finding is not None

@@ -12,18 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.device.recovery.open import open_store
 from agent.device.rollout.desired_state import DesiredStateStore
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
-from agent.device.store.store import Store
 from agent.device.uplink.uplink import Uplink
 from agent.errors import MessageRefused, StorageFull
+from agent.testing.messages import new_key
 from agent.transport.packets import IncomingMessage
 from agent.wire import jws
 from agent.wire.desired_state import MAX_DESIRED_BYTES
 from agent.wire.keys import SigningKey
 from agent.wire.messages import encode
 from tests.kit.operators import DEVICE, FLEET, NOW
-from tests.kit.senders import new_key
 from tests.kit.stations import conf
 
 OPERATOR, SECOND, FOREIGN = new_key(77), new_key(78), new_key(79)
@@ -61,7 +62,7 @@ class Desk:
         self.open()
 
     def open(self) -> None:
-        self.store = Store(self.folder)
+        self.store = open_store(self.folder)
         self.author = MessageLog(FLEET, DEVICE, new_key(1), self.store.log_id, self.store.boot, 120_000)
         self.desires = DesiredStateStore(self.store, self.author, [key.public for key in self.keys], self.groups)
 
@@ -239,7 +240,7 @@ def test_what_is_kept_and_damaged_counts_as_nothing_and_comes_again(desk: Desk) 
     delivery = signed(OWN, {"sort": wanted("2")})
     desk.take(delivery)
     with desk.store.transaction() as tx:
-        tx.save_state("", f"desired {OWN}", b"\xc1 broken")
+        tx.save_state("", task_keys.DESIRED_STATE_PREFIX + OWN, b"\xc1 broken")
     desk.crash()
     assert desk.version() is None
     desk.take(delivery)

@@ -17,15 +17,14 @@ from agent.cli import main
 from agent.device.bundles import crash_marker, history
 from agent.device.bundles.crash_marker import CrashRecord
 from agent.device.bundles.rollout_state import find_canary_digest as on_probation_now
-from agent.device.pipeline import drift_state
-from agent.device.rollout import shadow
 from agent.device.rollout.shadow import ShadowState
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.drift.baseline.reference import Reference
 from agent.errors import StorageFull
 from agent.model.sandbox import probe
-from tests.kit.bundles import Floats
-from tests.kit.rigged import crashing
+from scripts.kit.bundles import Floats
+from tests.kit.marks import crashing
 from tests.kit.rollouts import HOUR_S, Site, bundles_in, tiles
 
 NUMBERS = itertools.count()
@@ -110,7 +109,7 @@ def test_a_shadow_that_is_no_longer_chosen_ends(site: Site) -> None:
 
 def compared(site: Site) -> ShadowState | None:
     """What the device keeps of a comparison that is under way."""
-    found = site.store.load_state("sort", shadow.STATE_NAME)
+    found = site.store.load_state("sort", task_keys.SHADOW_STATE)
     return None if found is None else msgspec.msgpack.decode(found, type=ShadowState)
 
 
@@ -518,7 +517,7 @@ def resets(site: Site) -> int:
 
 def learned(site: Site) -> str:
     """The digest of the site's reference, once there is one."""
-    while (found := site.store.load_state("sort", drift_state.SITE_REFERENCE_NAME)) is None:
+    while (found := site.store.load_state("sort", task_keys.SITE_REFERENCE)) is None:
         site.batch(800)
     return Reference.from_json(found).digest
 
@@ -529,7 +528,7 @@ def test_a_bundle_that_is_taken_back_costs_the_site_nothing_that_it_had_learned(
     site.desire("crash", "all")
     site.until_phase("probation")
     site.batch()
-    assert site.store.load_state("sort", drift_state.SITE_REFERENCE_NAME) is None
+    assert site.store.load_state("sort", task_keys.SITE_REFERENCE) is None
     site.crash()
     assert site.batch(wild=True) == "1"
     task = site.daemon._scheduled_tasks[0].task

@@ -15,8 +15,9 @@ import pytest
 from agent.model.bundle import bundle
 from agent.model.inference import features, inference, runtime
 from agent.model.sandbox import probe
-from tests.kit.bundles import CLASSIFY, KEY, around, model, readings
-from tests.kit.rigged import KINDS, SHIPPED, SNAPS_ABOVE, crashing, exercise, write
+from scripts.kit.bundles import CLASSIFY, KEY, around, model, readings
+from scripts.kit.rigged import KINDS, SHIPPED, TRAP_LIMIT, build_rigged_bundle, write_bundle
+from tests.kit.marks import crashing
 
 needs_schema = pytest.mark.skipif(
     not importlib.util.find_spec("ai_edge_litert"), reason="models are rigged with the schema of ai-edge-litert"
@@ -79,7 +80,7 @@ def test_a_rigged_model_passes_the_probe(trap: str) -> None:
 @needs_schema
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rigged_exercise_is_a_signed_bundle_that_only_wrong_vectors_give_away(tmp_path: Path, kind: str) -> None:
-    found = bundle.read(write(exercise(kind), tmp_path / kind), [KEY.public])
+    found = bundle.read(write_bundle(build_rigged_bundle(kind), tmp_path / kind), [KEY.public])
     report = probe.probe(found)
     assert report.ok == (kind != "wrong"), report.checks
     assert found.manifest.version == "2.0.0"
@@ -92,9 +93,9 @@ def test_some_of_the_recorded_windows_spring_the_trap_and_most_do_not() -> None:
         rows, begins = recorded["rows"], recorded["starts"]
     starts = np.concatenate([np.arange(a, b - 99, 100) for a, b in itertools.pairwise(begins)])
     scaled = features.build_windows(rows, starts, shipped.manifest.input)
-    share = float((scaled.reshape(len(starts), -1).max(axis=1) > SNAPS_ABOVE).mean())
+    share = float((scaled.reshape(len(starts), -1).max(axis=1) > TRAP_LIMIT).mean())
     assert 0.02 < share < 0.3
     sound = inference.load_model(shipped.manifest, shipped.model_bytes).invoke(scaled)
-    files = exercise("sensitive")
+    files = build_rigged_bundle("sensitive")
     said = runtime.TfliteModel(files["model.tflite"]).invoke(scaled)
     assert float((said.argmax(axis=1) == sound.argmax(axis=1)).mean()) < 1 - share / 2

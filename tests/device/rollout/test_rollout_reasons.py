@@ -15,10 +15,10 @@ import pytest
 from agent.comparison import paired_intervals
 from agent.device.rollout import trial
 from agent.errors import StorageError
-from tests.kit.bundles import CENTRES, LABELS, Floats, change_manifest, model, readings
+from scripts.kit import rig
+from scripts.kit.bundles import CENTRES, LABELS, Floats, change_manifest, model, readings
 from tests.kit.exchanges import version
 from tests.kit.rollouts import HOUR_S, Site, bundles_in, tiles, with_model
-from tests.models import rig
 
 BATCHES = 12
 NOTHING_ASKED = {"accuracy_drop": None, "error_growth": None, "output_drift": False}

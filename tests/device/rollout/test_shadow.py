@@ -30,10 +30,10 @@ from agent.model.inference.tuning import Tuning
 from agent.model.sandbox.subprocess_model import SandboxLimits
 from agent.performance.labels import Label
 from agent.wire.desired_state import CanaryRules
-from tests.kit.bundles import ANOMALY, CLASSIFY, KEY, REGRESS, Recipe, around, model, packed
+from scripts.kit.bundles import ANOMALY, CLASSIFY, KEY, REGRESS, Recipe, around, model, packed
 from tests.kit.devices import NOW
+from tests.kit.marks import crashing
 from tests.kit.pairs import Pair
-from tests.kit.rigged import crashing
 from tests.kit.stations import wait_for
 
 CALM = np.clip(CLASSIFY.rows(400), -3, 3)

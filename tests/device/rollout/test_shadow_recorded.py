@@ -14,9 +14,9 @@ from agent.model import activation
 from agent.model.bundle import bundle
 from agent.model.sandbox.subprocess_model import SandboxLimits
 from agent.wire.desired_state import CanaryRules
-from tests.kit.bundles import KEY, Recipe
+from scripts.kit.bundles import KEY, Recipe
+from scripts.kit.rigged import SHIPPED, build_rigged_bundle, write_bundle
 from tests.kit.pairs import Pair
-from tests.kit.rigged import SHIPPED, exercise, write
 
 pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("ai_edge_litert"), reason="models are rigged with the schema of ai-edge-litert"
@@ -39,7 +39,7 @@ def told(tmp_path: Path) -> Iterator[Told]:
     def compare(kind: str) -> dict[str, str]:
         """What each rule says of this kind of bundle in shadow, over the recordings."""
         # So slow that a busy machine does not hide it.
-        found = bundle.read(write(exercise(kind, times=1200), tmp_path / kind), [KEY.public])
+        found = bundle.read(write_bundle(build_rigged_bundle(kind, repeats=1200), tmp_path / kind), [KEY.public])
         active = activation.activate(SHIPPED, [])
         recipe = Recipe("classify", "", fields=tuple(found.manifest.input.fields))
         pair = Pair(tmp_path / f"device {kind}", recipe, active, found, bounds=SandboxLimits(call_timeout_s=0.6))

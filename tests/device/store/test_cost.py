@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from agent import clock, config
 from agent.cli import cli
 from agent.device.pipeline import batch, what_if
+from agent.device.recovery.open import open_store
 from agent.device.store import cost
 from agent.device.store.cost import ProcessCost, ProcessMeter, TaskCost
 from agent.device.store.store import Store
@@ -24,7 +25,7 @@ from tests.kit.stations import T0
 
 def task(**more: int) -> TaskCost:
     known = {"batches": 10, "windows": 1000, "rows": 100_000, "listed": 1000, "cpu_us": 200_000}
-    squares = {"windows2": 100_000, "windows_cpu": 20_000_000}
+    squares = {"windows_squared": 100_000, "windows_times_cpu": 20_000_000}
     sizes = {"results": 10 * what_if.ENVELOPE_BYTES + 30_000, "drift": 20_000}
     return TaskCost(**{**known, **squares, **more}, messages_by_kind={"results": 10, "drift": 5}, bytes_by_kind=sizes)
 
@@ -38,8 +39,8 @@ def test_what_a_batch_costs_by_itself_and_with_each_window_is_found_again(
         batches=len(sizes),
         windows=sum(sizes),
         cpu_us=sum(costs),
-        windows2=sum(n * n for n in sizes),
-        windows_cpu=sum(n * c for n, c in zip(sizes, costs, strict=True)),
+        windows_squared=sum(n * n for n in sizes),
+        windows_times_cpu=sum(n * c for n, c in zip(sizes, costs, strict=True)),
     )
     alone, window = made.batch_and_window_us
     assert alone >= 0
@@ -91,7 +92,7 @@ def test_a_batch_that_a_full_store_refused_is_not_counted(turned: Turned, monkey
 
 
 def test_energy_is_counted_where_it_can_be_read_and_a_counter_that_wraps_says_nothing(tmp_path: Path) -> None:
-    store, package = Store(tmp_path / "data"), tmp_path / "class/powercap/intel-rapl:0/energy_uj"
+    store, package = open_store(tmp_path / "data"), tmp_path / "class/powercap/intel-rapl:0/energy_uj"
     package.parent.mkdir(parents=True)
     meter = ProcessMeter(tmp_path)
     for second, energy in enumerate(("1000000", "3000000", "500000", "none", "2500000", "4500000")):
@@ -112,7 +113,9 @@ def test_of_the_machines_energy_the_agent_has_its_share_of_the_busy_time() -> No
 
 
 def test_fewer_runs_save_what_a_batch_costs_by_itself_and_nothing_else() -> None:
-    made = task(batches=10, windows=1000, cpu_us=10 * 5000 + 1000 * 100, windows2=150_000, windows_cpu=20_000_000)
+    made = task(
+        batches=10, windows=1000, cpu_us=10 * 5000 + 1000 * 100, windows_squared=150_000, windows_times_cpu=20_000_000
+    )
     now = what_if.compute_current_cost(made, 100.0)
     then = what_if.project_cost(made, 100.0, what_if.parse_scenario("f", {"schedule": "every 100 s"}), [], "all")
     assert (then.batches, then.windows, then.listed_results) == (864.0, now.windows, now.listed_results)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.device.recovery.open import open_store
 from agent.device.store import labels
-from agent.device.store.given import StoredPredictions, pack_predictions, unpack_predictions
-from agent.device.store.labels import PredictionSpan, label_capacity
+from agent.device.store.labels import (
+    PredictionSpan,
+    StoredPredictions,
+    label_capacity,
+    pack_predictions,
+    unpack_predictions,
+)
 from agent.device.store.store import Store
 from agent.performance.labels import Label
 
@@ -24,7 +29,7 @@ T0 = 1_764_000_000_000_000
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(tmp_path)
+    opened = open_store(tmp_path)
     yield opened
     opened.close()
 
@@ -51,7 +56,7 @@ def test_what_is_packed_comes_back(n: int, first: int, times: list[int]) -> None
     )
     data = pack_predictions(before)
     after = unpack_predictions(first, data)
-    for name in ("row", "t", "said", "score", "value"):
+    for name in ("row", "t", "predicted_class", "score", "value"):
         assert np.array_equal(getattr(before, name), getattr(after, name)), name
     assert after.slices == before.slices
 
@@ -210,15 +215,3 @@ def test_results_of_a_batch_take_few_bytes() -> None:
         "sha256:a", row, T0 + row * 20_000, row % 7, np.random.default_rng(0).random(512), None, {}
     )
     assert len(pack_predictions(given)) < 512 * 6
-
-
-def test_an_older_store_gets_the_tables(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "kit" / "first_store.sql").read_text(encoding="utf-8")
-    db = sqlite3.connect(tmp_path / "outstation.db")
-    db.executescript(text)
-    db.close()
-    store = Store(tmp_path)
-    try:
-        assert store.query(labels.load_span, "judge") is None
-    finally:
-        store.close()

@@ -226,7 +226,7 @@ def test_the_reserve_really_takes_up_room_and_gives_it_back(tmp_path: Path) -> N
 _ON_A_FULL_DISK = """\
 import sys
 from pathlib import Path
-from agent.device.store.retention import Acknowledged
+from agent.device.store.retention import AcknowledgedSeqs
 from agent.errors import StorageFull
 from agent.wire.messages import encode
 from tests.device.store.test_space import Device
@@ -249,9 +249,9 @@ try:
 except StorageFull:
     pass
 with device.store.transaction(vital=True) as tx:
-    tx.outbox.set_acknowledged(Acknowledged(400))
+    tx.outbox.set_acknowledged(AcknowledgedSeqs(400))
 device.turns(60)
-assert device.store.waiting().messages <= 102, device.store.waiting()
+assert device.store.backlog().messages <= 102, device.store.backlog()
 assert len(device.kept()) < 400, len(device.kept())
 rows = device.store.last_row("watch")
 (folder / "ballast").unlink()
@@ -267,8 +267,9 @@ import sys
 from pathlib import Path
 import numpy as np
 from agent import clock
-from agent.cli import assembly, wiring
-from agent.device.store.retention import Acknowledged
+from agent.bootstrap import wiring
+from agent.bootstrap.device import build_daemon
+from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import Rows
 from agent.errors import StorageFull
 from agent.wire import keys
@@ -287,12 +288,12 @@ key = "%s"
 [streams.numbers]
 fields = [ { name = "n", type = "i64" } ]
 ''' % keys.generate(folder / "collector.key").public.text)
-file, conf = wiring.load(str(folder / "outstation.toml"))
+file, conf = wiring.load_config(str(folder / "outstation.toml"))
 
 
 def start():
     store = wiring.open_store(conf)
-    return store, assembly.daemon(file, conf, store)
+    return store, build_daemon(file, conf, store)
 
 
 def feed(store):
@@ -301,10 +302,10 @@ def feed(store):
 
 
 store, daemon = start()
-daemon.turn(clock.read())
+daemon.tick(clock.read())
 for _ in range(30):
     feed(store)
-    daemon._reports.health()
+    daemon._health_reporter.write_health()
 store.close()
 with open(folder / "ballast", "wb", buffering=0) as ballast:
     try:
@@ -314,14 +315,14 @@ with open(folder / "ballast", "wb", buffering=0) as ballast:
         pass
 for through in (10, 20):
     store, daemon = start()
-    daemon.turn(clock.read())
+    daemon.tick(clock.read())
     try:
         feed(store)
         raise SystemExit("nothing was refused")
     except StorageFull:
         pass
     with store.transaction(vital=True) as tx:
-        tx.outbox.set_acknowledged(Acknowledged(through))
+        tx.outbox.set_acknowledged(AcknowledgedSeqs(through))
     store.close()
 (folder / "ballast").unlink()
 store, daemon = start()

@@ -13,18 +13,18 @@ import pytest
 from agent import config
 from agent.clock import ClockReading
 from agent.config import Config
+from agent.device.recovery.open import open_store
 from agent.device.store import labels, ranges, space
-from agent.device.store.damaged_messages import quarantine_damaged
-from agent.device.store.eviction import DAMAGED, NO_ROOM, declare_messages
-from agent.device.store.given import StoredPredictions
+from agent.device.store.eviction import DAMAGED, NO_ROOM, declare_messages, quarantine_damaged
+from agent.device.store.labels import StoredPredictions
 from agent.device.store.message_log import MessageLog
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import Rows
 from agent.device.store.space import SpaceManager
 from agent.device.store.store import Store
+from agent.testing.messages import new_key
 from agent.wire import jws
 from agent.wire.messages import AlertPayload, AuditPayload, LoggedPayload, VerifiedMessage, verify_message
-from tests.kit.senders import new_key
 from tests.kit.stations import WATCH
 
 KEY = new_key(1)
@@ -51,7 +51,7 @@ class Device:
             streams={"watch": WATCH},
             tasks={"exercise": config.TaskConfig(stream="watch", bundle="exercise")},
         )
-        self.store = Store(self.folder, max_size=self.size)
+        self.store = open_store(self.folder, max_size=self.size)
         self.store.declare_streams(self.conf.streams)
         self.author = MessageLog("acme", "pi-07", KEY, self.store.log_id, 1, self.max_bytes)
         self.space = SpaceManager(self.conf, self.store, self.author, self._early, lambda: self.stuck)

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from agent import clock
 from agent.config import FieldConfig, StreamConfig
 from agent.device.intake.group_commit import GroupCommit
+from agent.device.recovery.open import open_store
 from agent.device.store import schema
 from agent.device.store.quota import PAGE_SIZE
 from agent.device.store.retention import AcknowledgedSeqs
@@ -45,7 +46,7 @@ def numbers(first: int, n: int = 1) -> Rows:
 
 
 def opened(folder: Path, **options: Any) -> Store:
-    store = Store(folder, **options)
+    store = open_store(folder, **options)
     store.declare_streams(STREAMS)
     return store
 
@@ -69,12 +70,12 @@ import sys
 from pathlib import Path
 import numpy as np
 from agent import clock
-from agent.config import Field, Stream
+from agent.config import FieldConfig, StreamConfig
+from agent.device.recovery.open import open_store
 from agent.device.store.rows import Rows
-from agent.device.store.store import Store
 
-store = Store(Path(sys.argv[1]))
-store.declare({"numbers": Stream(fields=[Field(name="n", type="i64")])})
+store = open_store(Path(sys.argv[1]))
+store.declare_streams({"numbers": StreamConfig(fields=[FieldConfig(name="n", type="i64")])})
 while True:
     first = store.last_row("numbers") + 1
     values = np.arange(first, first + 1 + first % 7)
@@ -174,14 +175,14 @@ def test_a_transaction_that_raises_leaves_nothing_behind(tmp_path: Path) -> None
 
 def test_a_second_process_on_the_same_folder_is_refused_and_told_which_one_has_it(tmp_path: Path) -> None:
     store = opened(tmp_path)
-    code = "import sys; from pathlib import Path; from agent.device.store.store import Store; Store(Path(sys.argv[1]))"
+    code = "import sys; from pathlib import Path; from agent.device.recovery.open import open_store; open_store(Path(sys.argv[1]))"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert f"another outstation (process {os.getpid()}) uses this data folder; stop it first" in done.stderr
     with pytest.raises(StorageBusy):
-        Store(tmp_path)
+        open_store(tmp_path)
     store.close()
-    Store(tmp_path).close()
+    open_store(tmp_path).close()
 
 
 def test_the_folder_is_free_again_after_the_owner_was_killed(tmp_path: Path) -> None:
@@ -190,7 +191,7 @@ def test_the_folder_is_free_again_after_the_owner_was_killed(tmp_path: Path) -> 
         assert process.stdout is not None
         process.stdout.readline()
         with pytest.raises(StorageBusy, match=f"process {process.pid}"):
-            Store(tmp_path)
+            open_store(tmp_path)
         process.kill()
     opened(tmp_path).close()
 
@@ -198,7 +199,7 @@ def test_the_folder_is_free_again_after_the_owner_was_killed(tmp_path: Path) -> 
 def test_a_reader_beside_the_writer_sees_each_commit_and_cannot_write(tmp_path: Path) -> None:
     store = opened(tmp_path)
     append(store, numbers(1, 3))
-    reader = Store(tmp_path, read_only=True)
+    reader = Store.open_read_only(tmp_path)
     assert values(reader) == [1, 2, 3]
     with store.transaction() as tx:
         tx.append("numbers", numbers(4, 2), "synced")
@@ -213,15 +214,15 @@ def test_a_reader_beside_the_writer_sees_each_commit_and_cannot_write(tmp_path: 
 
 def test_a_reader_without_a_store_to_read_is_told(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=re.escape(str(tmp_path))):
-        Store(tmp_path, read_only=True)
+        Store.open_read_only(tmp_path)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"check .* data_dir"):
-        Store(tmp_path / "file" / "data")
+        open_store(tmp_path / "file" / "data")
 
 
 def test_the_pragmas_that_safety_hangs_on_are_in_force(tmp_path: Path) -> None:
-    store = Store(tmp_path, max_size=1000 * PAGE_SIZE)
+    store = open_store(tmp_path, max_size=1000 * PAGE_SIZE)
     read = {name: store._fetch_one(f"PRAGMA {name}") for name in ("journal_mode", "synchronous", "max_page_count")}
     assert read == {
         "journal_mode": ("wal",),
@@ -236,16 +237,16 @@ def test_the_pragmas_that_safety_hangs_on_are_in_force(tmp_path: Path) -> None:
 def test_a_pragma_that_does_not_take_hold_is_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schema, "pragmas", lambda *_: [("synchronous=OFF", "2")])
     with pytest.raises(StorageError, match="acknowledged rows would not be safe"):
-        Store(tmp_path)
+        open_store(tmp_path)
     monkeypatch.undo()
-    Store(tmp_path).close()
+    open_store(tmp_path).close()
 
 
 def test_a_store_is_numbered_once_and_boots_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for boot_id in ("a", "a", "b", "", ""):
         monkeypatch.setattr("agent.clock.boot_id", lambda boot_id=boot_id: boot_id)
-        store = Store(tmp_path)
+        store = open_store(tmp_path)
         found.append((store.log_id, store.boot))
         store.close()
     assert [boot for _, boot in found] == [1, 1, 2, 3, 4]
@@ -425,7 +426,7 @@ def test_a_full_disk_is_told_from_a_sick_one_and_the_store_goes_on_once_there_is
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    store = Store(tmp_path_factory.mktemp("shelf"))
+    store = open_store(tmp_path_factory.mktemp("shelf"))
     yield store
     store.close()
 

@@ -176,11 +176,12 @@ def test_a_watermark_that_cannot_be_written_stops_nobody(tmp_path: Path, monkeyp
 
 def test_a_watermark_costs_little_beside_its_commit(tmp_path: Path) -> None:
     store, author = filled(tmp_path, chunks=2, messages=2, acknowledged=0)
-    mark = store._watermark.state
-    assert mark is not None
+    assert store._writer is not None
+    watermark = store._writer.watermark
+    assert watermark.state is not None
     began = time.perf_counter()
     for _ in range(200):
-        store._watermark.save(mark)
+        watermark.save(watermark.state)
     each_us = (time.perf_counter() - began) / 200 * 1e6
     began = time.perf_counter()
     for number in range(20):

@@ -17,6 +17,7 @@ import pytest
 
 from agent import config
 from agent.config import BrokerConfig, Config
+from agent.device.recovery.open import open_store
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
@@ -27,11 +28,11 @@ from agent.fleet.audit.audit import audit
 from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
 from agent.testing.lossy_link import LinkConditions, LossyBroker, LossyLink, topic_matches
+from agent.testing.messages import new_key
 from agent.transport.packets import GZIP, IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
 from agent.wire.keys import SigningKey, b64url_encode
 from agent.wire.messages import AckPayload, LoggedPayload, StatePayload, encode, verify_message
-from tests.kit.senders import new_key
 
 FLEET, DEVICE = "acme", "pi-07"
 REFUSED = "acknowledgements refused"
@@ -141,7 +142,7 @@ class World:
         random.seed(seed)
         self.air = LossyBroker(seed, weather, window=window, max_packet=max_packet)
         self.key, self.collector_key = new_key(1), new_key(2)
-        self.store = Store(folder / "data")
+        self.store = open_store(folder / "data")
         self.author = MessageLog(FLEET, DEVICE, self.key, self.store.log_id, self.store.boot, 120_000)
         self.collector = CollectorModel(self.air, self.collector_key, self.key)
         self.air.tick_callbacks.append(self.collector.turn)
@@ -533,7 +534,7 @@ def test_a_retained_acknowledgement_of_another_history_stops_everything_before_a
         world.run(lambda: False, 20)
     assert world.health_published() == 0
     plan = json.loads(world.store.get_meta("new log", ""))
-    assert (plan["through"], plan["missing"], plan["common"]) == (9, [[7, 7]], 0)
+    assert (plan["through"], plan["missing"], plan["common_through"]) == (9, [[7, 7]], 0)
 
 
 def test_an_old_acknowledgement_that_comes_again_changes_nothing(world: World) -> None:

@@ -23,16 +23,17 @@ from cyclonedx.validation.json import JsonStrictValidator
 from agent.cli.fleet.group import fleet
 from agent.errors import BadBundle, UsageError
 from agent.evaluation.document import EvaluatedModel, Evaluation, EvaluationData, SourceFile
-from agent.fleet.evidence import frameworks, sbom
 from agent.fleet.evidence import make as making
+from agent.fleet.evidence.format import frameworks
+from agent.fleet.evidence.format.contents import WriteLimits
+from agent.fleet.evidence.gather import sbom
 from agent.fleet.evidence.gather.incidents import IncidentCollector
-from agent.fleet.evidence.limits import WriteLimits
-from agent.fleet.evidence.page.words import format_duration
+from agent.fleet.evidence.page.elements import format_duration
 from agent.fleet.evidence.verify.verify import verify
 from agent.performance.metrics import MetricEstimate
-from tests.kit.bundles import resign
+from agent.testing.messages import MessageSender, new_key
+from scripts.kit.bundles import resign
 from tests.kit.evidences import EXERCISE, Story, activated, alert, at, health, told
-from tests.kit.senders import Sender, new_key
 
 LATER = at(200)
 
@@ -174,7 +175,7 @@ def test_the_page_tells_the_story_and_loads_nothing(folder: Path) -> None:
 
 
 def test_what_devices_write_cannot_become_part_of_the_page_or_a_formula(small: Story, tmp_path: Path) -> None:
-    sender = Sender("pi-09", small.operator, "5f0c2f6e-1a54-4d0b-9a53-000000000009")
+    sender = MessageSender("pi-09", small.operator, "5f0c2f6e-1a54-4d0b-9a53-000000000009")
     small.store.enrol("pi-09", sender.key.public, replace=False, now=at(0))
     evil = '=HYPERLINK("http://x")<script>alert(1)</script><img src=x onerror=alert(1)>'
     small.collect(sender, alert(sender, "<b>", "raised", 2, evil, subject="</td><script>", alert="security"), hours=2)
@@ -190,17 +191,17 @@ def test_what_devices_write_cannot_become_part_of_the_page_or_a_formula(small: S
 def test_an_alert_that_was_open_when_a_devices_log_ended_has_an_unknown_end() -> None:
     found = IncidentCollector(0, {"pi-07": "5f0c2f6e-1a54-4d0b-9a53-000000000002"})
     for number in (1, 2):
-        sender = Sender(log=f"5f0c2f6e-1a54-4d0b-9a53-{number:012d}")
-        body: Any = sender.open(alert(sender, "a", "raised", number, "x")).body
+        sender = MessageSender(log=f"5f0c2f6e-1a54-4d0b-9a53-{number:012d}")
+        body: Any = sender.verify(alert(sender, "a", "raised", number, "x")).body
         found.add(body)
     assert sorted(one.state for one in found.sort_by_severity()) == ["open", "unknown"]
 
 
 def test_a_clock_that_was_set_back_gives_no_length_at_all() -> None:
-    sender = Sender(log="5f0c2f6e-1a54-4d0b-9a53-000000000001")
+    sender = MessageSender(log="5f0c2f6e-1a54-4d0b-9a53-000000000001")
     found = IncidentCollector(0, {})
     for state, hours in (("raised", 5), ("cleared", 3)):
-        body: Any = sender.open(alert(sender, "a", state, hours, "x")).body
+        body: Any = sender.verify(alert(sender, "a", state, hours, "x")).body
         found.add(body)
     [one] = found.sort_by_severity()
     assert (one.state, one.seconds) == ("over", None)
@@ -209,7 +210,7 @@ def test_a_clock_that_was_set_back_gives_no_length_at_all() -> None:
 def test_what_is_too_much_is_counted_and_said_and_the_rest_verifies(
     small: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sender = Sender("pi-09", small.operator, "5f0c2f6e-1a54-4d0b-9a53-000000000009")
+    sender = MessageSender("pi-09", small.operator, "5f0c2f6e-1a54-4d0b-9a53-000000000009")
     small.store.enrol("pi-09", sender.key.public, replace=False, now=at(0))
     for number in range(9):
         severity = "critical" if number == 4 else "info"
@@ -486,10 +487,10 @@ def test_a_device_that_makes_up_events_and_tasks_without_end_is_held_in_bounds(
         monkeypatch.setattr(f"agent.fleet.evidence.gather.{name}.WRITE_LIMITS", few)
     sender = small.device("pi-09", 9)
     for number in range(8):
-        sent = sender.logged("audit", event=f"made up {number}", summary="x", evidence={}, time=at(2))
+        sent = sender.append("audit", event=f"made up {number}", summary="x", evidence={}, time=at(2))
         to = {"name": f"m{number}", "version": "1", "digest": f"sha256:{number}"}
         evidence = {"task": f"t{number}", "to": to, "why": "configured"}
-        told = sender.logged("audit", event="activated", summary="x", evidence=evidence, time=at(2))
+        told = sender.append("audit", event="activated", summary="x", evidence=evidence, time=at(2))
         small.collect(sender, sent, told, hours=2)
     made = small.make(tmp_path / "out")
     assert len(made.facts.event_counts) == 4
@@ -504,8 +505,9 @@ def test_what_the_collector_noticed_itself_is_told_and_marked_as_not_signed(smal
     small.make(tmp_path / "out")
     [one] = json.loads((tmp_path / "out" / "incidents.json").read_text())
     assert (one["source"], one["state"], one["raised"], one["device"]) == ("collector", "open", None, "pi-02")
-    assert "was revoked: what it signs is refused. What is stored stays valid. (noticed by the collector;" in text_of(
-        tmp_path / "out"
+    assert (
+        "was revoked: messages that it signs are refused, stored messages stay valid. (noticed by the collector;"
+        in text_of(tmp_path / "out")
     )
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert [key["owner"] for key in manifest["keys"] if key.get("revoked")] == ["pi-02"]

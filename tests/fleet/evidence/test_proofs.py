@@ -83,7 +83,7 @@ def test_a_changed_byte_of_a_comparisons_message_is_named(folder: Path) -> None:
     [part] = (folder / "messages").iterdir()
     lines = part.read_text(encoding="utf-8").splitlines(keepends=True)
     number = next(i for i, line in enumerate(lines) if "/shadow/" in line)
-    lines[number] = lines[number].replace('\\"same\\":9', '\\"same\\":8', 1)
+    lines[number] = lines[number].replace('\\"agreeing\\":9', '\\"agreeing\\":8', 1)
     part.write_text("".join(lines), encoding="utf-8")
     resign(folder)
     found = problems(folder)

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.errors import MessageRefused
-from agent.fleet.evidence import manifest
-from agent.fleet.evidence.limits import READ_LIMITS, ReadLimits
-from agent.fleet.evidence.manifest import EvidenceManifest, FileEntry, ReceivedSpan, TrustedKey
+from agent.fleet.evidence.format import manifest
+from agent.fleet.evidence.format.contents import READ_LIMITS, ReadLimits
+from agent.fleet.evidence.format.manifest import EvidenceManifest, FileEntry, ReceivedSpan, TrustedKey
+from agent.testing.messages import MessageSender, new_key
 from agent.wire import jws
 from tests.kit.received_evidence import OPERATOR, only, problems, resign, verified, write_manifest
-from tests.kit.senders import Sender, new_key
 
 pytest_plugins = ["tests.kit.evidence_fixtures"]
 
@@ -227,8 +227,11 @@ def test_a_message_that_is_there_twice_or_missing_is_named(folder: Path) -> None
 
 def test_two_messages_that_follow_each_other_must_be_chained(folder: Path) -> None:
     """A device that signs two stories: seq 1 and a seq 2 that follows another seq 1."""
-    story = Sender("pi-77", new_key(77), "5f0c2f6e-1a54-4d0b-9a53-000000000077")
-    one, other = story.cursor(), Sender("pi-77", story.key, story.log, prev="x", seq=1).cursor()
+    story = MessageSender("pi-77", new_key(77), "5f0c2f6e-1a54-4d0b-9a53-000000000077")
+    one, other = (
+        story.health_with_cursor(),
+        MessageSender("pi-77", story.key, story.log, prev="x", seq=1).health_with_cursor(),
+    )
     added = [{"topic": sent.topic, "payload": sent.payload.decode(), "jws": sent.jws} for sent in (one, other)]
     edit(folder, MESSAGES, lambda content: content.extend(added))
     public = story.key.public

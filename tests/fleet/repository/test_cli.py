@@ -20,10 +20,9 @@ from agent.fleet import config as fleet_config
 from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
 from agent.fleet.repository import expiry, upkeep
-from agent.fleet.repository import refresh as refreshing
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import keys
-from tests.kit.bundles import KEY, resign
+from scripts.kit.bundles import KEY, resign
 from tests.kit.repositories import Client, served, version
 
 pytest_plugins = ["tests.kit.repository_fixtures"]
@@ -341,7 +340,7 @@ def test_what_expires_soon_is_one_alert_until_it_was_renewed(desk: Desk, tmp_pat
     [alert] = store.alerts()
     assert (alert["alert"], alert["severity"], alert["device"]) == ("repository", "warning", "")
     assert "targets expires in 55 days" in alert["summary"]
-    assert refreshing.refresh(desk.folder, sign_with=[away], current_time=at + timedelta(hours=4)).roles[0] == "targets"
+    assert upkeep.refresh(desk.folder, sign_with=[away], current_time=at + timedelta(hours=4)).roles[0] == "targets"
     upkeep.maintain(desk.folder, store, at + timedelta(hours=5))
     assert store.alerts() == []
     assert len(store.alerts(closed=True)) == 2
@@ -387,7 +386,7 @@ def test_the_collector_goes_on_when_a_disk_fails_under_the_repository(
         raise OSError(errno.EIO, os.strerror(errno.EIO), "repository/.lock")
 
     desk.run("repository", "init")
-    monkeypatch.setattr(refreshing, "refresh_daily", fail)
+    monkeypatch.setattr(upkeep, "refresh_daily", fail)
     store = FleetStore(desk.folder / "fleet.db")
     config, key = fleet_config.load(desk.folder), keys.load_private(desk.folder / "collector.key")
     Collector("acme", config.broker, store, key, upkeep=lambda: upkeep.maintain(desk.folder, store)).tick(

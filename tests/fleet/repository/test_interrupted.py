@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 
 from agent.errors import StorageError, UsageError
-from agent.fleet.repository import expiry
+from agent.fleet.repository import expiry, upkeep
 from agent.fleet.repository import key_rotation as rotating
 from agent.fleet.repository import mirror as copying
-from agent.fleet.repository import refresh as refreshing
 from agent.fleet.repository import revoke as revoking
 from agent.fleet.repository import status as standing
 from tests.kit.repositories import Client, Depot, served, version
@@ -39,7 +38,7 @@ ACTIONS: dict[str, tuple[Callable[[Depot, Path], object], int]] = {
     "rotate timestamp": (lambda depot, new: rotating.rotate(depot.folder, "timestamp"), 5),
     "rotate tiny": (lambda depot, new: rotating.rotate(depot.folder, "tiny"), 6),
     "revoke": (lambda depot, new: revoking.revoke(depot.folder, "tiny", "1.0.0"), 3),
-    "refresh": (lambda depot, new: refreshing.refresh(depot.folder, current_time=expiry.now() + timedelta(days=40)), 2),
+    "refresh": (lambda depot, new: upkeep.refresh(depot.folder, current_time=expiry.now() + timedelta(days=40)), 2),
 }
 
 
@@ -132,7 +131,7 @@ def test_killed_at_any_write_of_a_publish_the_device_gets_old_or_new_whole(
 import os, signal
 from pathlib import Path
 from agent.fleet.repository.publish import publish
-from tests.kit.bundles import KEY
+from scripts.kit.bundles import KEY
 real, n = os.replace, 0
 def replace(source, target):
     global n
@@ -141,7 +140,7 @@ def replace(source, target):
     n += 1
     if n * 2 - 1 == {step}: os.kill(os.getpid(), signal.SIGKILL)
 os.replace = replace
-publish(Path({str(depot.folder)!r}), Path({str(new)!r}), [KEY.public], prove=False)
+publish(Path({str(depot.folder)!r}), Path({str(new)!r}), [KEY.public], run_probe=False)
 """
     died = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()

@@ -15,19 +15,18 @@ from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
 
 from agent.errors import BadBundle, StorageBusy, StorageError, UsageError
 from agent.fleet.repository import create as creating
-from agent.fleet.repository import edition, expiry, root_rotation
+from agent.fleet.repository import edition, expiry, root_rotation, upkeep
 from agent.fleet.repository import key_rotation as rotating
-from agent.fleet.repository import refresh as refreshing
 from agent.fleet.repository import revoke as revoking
 from agent.fleet.repository import status as standing
 from agent.fleet.repository.keys import RepositoryKeyring
 from agent.fleet.repository.publish import build_archive
 from agent.model.bundle import bundle as bundles
 from agent.model.bundle import target_metadata
+from agent.testing.messages import new_key
 from agent.wire import keys
-from tests.kit.bundles import KEY, change_manifest, resign
+from scripts.kit.bundles import KEY, change_manifest, resign
 from tests.kit.repositories import Client, Depot, served, version
-from tests.kit.senders import new_key
 
 pytest_plugins = ["tests.kit.repository_fixtures"]
 
@@ -43,7 +42,7 @@ def zipped(path: Path, data: bytes | None) -> bundles.Bundle:
 def test_a_bundle_is_published_and_a_device_that_knows_the_first_root_installs_it(
     tmp_path: Path, depot: Depot, client: Client, made: Path
 ) -> None:
-    done = depot.publish(made, prove=True)
+    done = depot.publish(made, run_probe=True)
     found = zipped(tmp_path / "got.zip", client.look(done.target))
     assert (found.digest, found.files) == (done.target_metadata.digest, bundles.read(made, [KEY.public]).files)
     assert done.target == f"tiny/1.0.0/{found.digest[7:23]}.zip"
@@ -51,7 +50,7 @@ def test_a_bundle_is_published_and_a_device_that_knows_the_first_root_installs_i
 
 
 def test_a_target_says_what_a_device_must_know_before_it_downloads(depot: Depot, made: Path) -> None:
-    done = depot.publish(made, prove=True)
+    done = depot.publish(made, run_probe=True)
     now = edition.load(depot.layout)
     told = target_metadata.decode(now.bundles["tiny"].signed.targets[done.target].custom)
     assert told == done.target_metadata
@@ -120,7 +119,7 @@ def test_a_bundle_that_does_not_run_is_not_published_unless_it_is_told_to(
         lambda head: head["files"].update({"model.tflite": f"sha256:{hashlib.sha256(model).hexdigest()}"}),
     )
     with pytest.raises(BadBundle, match=r"does not run here: load: .*--no-probe"):
-        depot.publish(broken, prove=True)
+        depot.publish(broken, run_probe=True)
     done = depot.publish(broken)
     assert done.target_metadata.memory == done.target_metadata.memory // (1 << 20) * (1 << 20)
 
@@ -205,12 +204,12 @@ def test_one_of_two_root_signatures_is_refused_and_the_second_puts_the_draft_in_
         with pytest.raises(UnsignedMetadataError, match="root was signed by 1/2"):
             client.look()
         depot.layout.root_path(2).unlink()
-        assert refreshing.refresh(depot.folder).root_version == 0
+        assert upkeep.refresh(depot.folder).root_version == 0
         draft = root_rotation.load_pending_draft(depot.layout, RepositoryKeyring(depot.layout.keys))
         assert draft is not None
         assert (draft.missing, draft.waiting) == (1, ["root-2"])
         root_rotation.sign(depot.layout.draft, away / "root-2.key")
-        assert refreshing.refresh(depot.folder).root_version == 2
+        assert upkeep.refresh(depot.folder).root_version == 2
         assert client.look(done.target)
     assert not depot.layout.draft.exists()
 
@@ -223,7 +222,7 @@ def test_a_draft_that_strangers_signed_stays_a_draft(tmp_path: Path) -> None:
     for number in (1, 2):
         keys.generate(tmp_path / f"{number}.key")
         root_rotation.sign(depot.layout.draft, tmp_path / f"{number}.key")
-    assert refreshing.refresh(depot.folder).root_version == 0
+    assert upkeep.refresh(depot.folder).root_version == 0
 
 
 def test_metadata_of_a_revoked_targets_key_is_refused(tmp_path: Path, depot: Depot, client: Client, made: Path) -> None:
@@ -321,7 +320,7 @@ def test_a_repository_that_somebody_changed_is_not_signed_further(depot: Depot, 
     content["signed"]["delegations"]["roles"][0]["paths"] = ["*/*/*"]
     path.write_text(json.dumps(content))
     with pytest.raises(StorageError, match="devices would refuse"):
-        refreshing.refresh(depot.folder)
+        upkeep.refresh(depot.folder)
 
 
 def test_an_unsigned_timestamp_is_not_signed_further(depot: Depot) -> None:
@@ -330,7 +329,7 @@ def test_an_unsigned_timestamp_is_not_signed_further(depot: Depot) -> None:
     content["signed"]["version"] = 7
     path.write_text(json.dumps(content))
     with pytest.raises(StorageError, match="timestamp is signed by 0 of 1 keys"):
-        refreshing.refresh(depot.folder)
+        upkeep.refresh(depot.folder)
 
 
 def test_a_draft_of_a_root_that_is_in_force_already_changes_nothing(depot: Depot) -> None:
@@ -339,7 +338,7 @@ def test_a_draft_of_a_root_that_is_in_force_already_changes_nothing(depot: Depot
     content["signatures"] = []
     depot.layout.draft.write_text(json.dumps(content))
     before = depot.layout.root_path(2).read_bytes()
-    refreshing.refresh(depot.folder)
+    upkeep.refresh(depot.folder)
     assert depot.layout.root_path(2).read_bytes() == before
     assert not depot.layout.draft.exists()
 
@@ -349,14 +348,14 @@ def test_a_draft_that_skips_a_root_is_refused(depot: Depot) -> None:
     content["signed"]["version"] = 9
     depot.layout.draft.write_text(json.dumps(content))
     with pytest.raises(UsageError, match=r"draft of root 9, and root 1 is in force; delete it"):
-        refreshing.refresh(depot.folder)
+        upkeep.refresh(depot.folder)
 
 
 def test_refreshing_each_day_keeps_it_alive_and_a_neglected_one_expires(depot: Depot, client: Client) -> None:
     start = expiry.now()
     for day in range(1, 60):
-        refreshing.refresh_daily(depot.folder, start + timedelta(days=day))
-        assert refreshing.refresh_daily(depot.folder, start + timedelta(days=day, hours=1)) is None
+        upkeep.refresh_daily(depot.folder, start + timedelta(days=day))
+        assert upkeep.refresh_daily(depot.folder, start + timedelta(days=day, hours=1)) is None
     at = start + timedelta(days=59)
     seen = standing.read(depot.folder, at)
     assert (seen.ok, [one.days for one in seen.roles if one.role == "timestamp"]) == (True, [28])
@@ -382,23 +381,23 @@ def test_targets_are_renewed_where_their_keys_are_here_and_reminded_of_where_not
     depot.publish(made)
     (depot.layout.keys / "targets-1.key").unlink()
     at = expiry.now() + timedelta(days=310)
-    assert refreshing.refresh(depot.folder, current_time=at).roles == ["tiny", "snapshot", "timestamp"]
+    assert upkeep.refresh(depot.folder, current_time=at).roles == ["tiny", "snapshot", "timestamp"]
     [reminder] = standing.read(depot.folder, at).reminders
     assert "targets expires in 55 days" in reminder
 
 
 def test_a_clock_that_went_back_signs_nothing(depot: Depot) -> None:
     with pytest.raises(UsageError, match=r"last signed .*set the clock"):
-        refreshing.refresh(depot.folder, current_time=datetime(1970, 1, 2, tzinfo=UTC))
+        upkeep.refresh(depot.folder, current_time=datetime(1970, 1, 2, tzinfo=UTC))
 
 
 def test_a_clock_that_was_years_ahead_once_does_not_lock_the_repository(
     depot: Depot, client: Client, made: Path
 ) -> None:
-    refreshing.refresh(depot.folder, current_time=datetime(2044, 1, 1, tzinfo=UTC))
+    upkeep.refresh(depot.folder, current_time=datetime(2044, 1, 1, tzinfo=UTC))
     with pytest.raises(UsageError, match=r"refresh --trust-clock"):
         depot.publish(made)
-    done = refreshing.refresh(depot.folder, trust_clock=True)
+    done = upkeep.refresh(depot.folder, trust_clock=True)
     assert done.expires < expiry.now() + timedelta(days=29)
     assert client.look(depot.publish(made).target)
 
@@ -406,10 +405,10 @@ def test_a_clock_that_was_years_ahead_once_does_not_lock_the_repository(
 def test_two_writers_do_not_meet(depot: Depot) -> None:
     at = expiry.now() + timedelta(days=2)
     with depot.layout.locked(), pytest.raises(StorageBusy, match="another command"):
-        refreshing.refresh_daily(depot.folder, at)
-    assert refreshing.refresh_daily(depot.folder, at) is not None
+        upkeep.refresh_daily(depot.folder, at)
+    assert upkeep.refresh_daily(depot.folder, at) is not None
 
 
 def test_without_online_keys_the_collector_leaves_it_alone(depot: Depot) -> None:
     (depot.layout.keys / "snapshot-1.key").unlink()
-    assert refreshing.refresh_daily(depot.folder, expiry.now() + timedelta(days=3)) is None
+    assert upkeep.refresh_daily(depot.folder, expiry.now() + timedelta(days=3)) is None

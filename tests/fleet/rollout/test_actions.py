@@ -20,10 +20,10 @@ from agent.fleet.rollout import actions, journal
 from agent.fleet.rollout.controller import REPUBLISH_EVERY_S, RolloutController
 from agent.fleet.rollout.journal import Rollout
 from agent.fleet.rollout.plan import RolloutPlan
+from agent.testing.messages import new_key
 from agent.wire import jws
 from agent.wire.messages import DesiredPayload, digest, verify_message
 from tests.kit.fleet_rollouts import NAME, NOW, OPERATOR, Fleet, fleet, plan, promotion, tamper
-from tests.kit.senders import new_key
 
 ALL = "outstation/acme/_all/desired"
 
@@ -364,12 +364,16 @@ ALTERED = {
     "number": ("UPDATE decisions SET n = 7 WHERE n = 2", 7, "where decision 2 should be"),
     "first removed": ("DELETE FROM decisions WHERE n = 1", 2, "where decision 1 should be"),
     "last removed": ("DELETE FROM decisions WHERE n = 2", None, "is stored with step 2"),
-    "all removed": ("DELETE FROM decisions", None, "no decision of it can be believed"),
+    "all removed": ("DELETE FROM decisions", None, "has no valid decision"),
     "state": ("UPDATE rollouts SET state = 'finished'", None, "is stored with state 'finished'"),
     "step": ("UPDATE rollouts SET step = 3", None, "is stored with step 3"),
-    "plan": ("UPDATE rollouts SET plan = replace(plan, '0.9', '0.1')", None, "not the one that was started"),
+    "plan": (
+        "UPDATE rollouts SET plan = replace(plan, '0.9', '0.1')",
+        None,
+        "another plan than the one that was started",
+    ),
     "no plan": ("UPDATE rollouts SET plan = '{}'", None, "was altered"),
-    "rollout": ("DELETE FROM rollouts", None, "in table rollouts no more"),
+    "rollout": ("DELETE FROM rollouts", None, "is missing in table rollouts"),
     "desired": ("UPDATE desired SET payload = CAST(replace(payload, '50.0', '90.0') AS BLOB)", None, "bad signature"),
     "desired's counter": ("UPDATE desired SET counter = 9", None, "stored with 9, signed 2"),
     "no desired": ("DELETE FROM desired", None, "is missing"),
@@ -418,7 +422,7 @@ def test_an_older_desired_state_put_back_into_the_database_fails_the_audit_and_i
     six.promote(forced="to see")
     tamper(six.store.path, "UPDATE desired SET counter = ?, payload = ?, jws = ?", *old)
     [entry] = audited(six).invalid_decisions
-    assert entry["reason"] == f"desired on {ALL}: is not what the newest decision about it published"
+    assert entry["reason"] == f"desired on {ALL}: is not the one that the newest decision about it published"
 
 
 def test_desired_state_that_was_edited_is_never_signed_again(six: Fleet) -> None:
@@ -434,7 +438,10 @@ def test_desired_state_that_was_edited_is_never_signed_again(six: Fleet) -> None
 @pytest.mark.parametrize(
     ("sql", "reason"),
     [
-        ("UPDATE shadows SET errors = 0, body = replace(body, '\"same\":10', '\"same\":99')", "table shadows holds"),
+        (
+            "UPDATE shadows SET errors = 0, body = replace(body, '\"agreeing\":10', '\"agreeing\":99')",
+            "table shadows holds",
+        ),
         ("DELETE FROM shadows", "is missing in table shadows"),
         ("UPDATE rollout_devices SET phase = 'settled'", "table rollout_devices holds"),
         ("DELETE FROM rollout_devices", "is missing in table rollout_devices"),

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from agent.errors import BadBundle, ConfigError
 from agent.fleet.rollout import bundles
 from agent.fleet.rollout.plan import Promotion, RolloutPlan, RolloutStep, read
+from agent.testing.messages import NEW_MODEL
 from agent.wire.desired_state import CanaryRules, DesiredBundle
-from tests.kit.senders import NEWER
 
 SHIPPED = Path(__file__).parents[3] / "models" / "exercise"
 FILE = f"""
@@ -24,7 +24,7 @@ name = "exercise-1-1"
 task = "exercise"
 bundle = "exercise"
 version = "1.1.0"
-digest = "{NEWER["digest"]}"
+digest = "{NEW_MODEL["digest"]}"
 deadline = "2026-12-31T00:00:00Z"
 [[steps]]
 strategy = "shadow"
@@ -61,7 +61,7 @@ def resolved(folder: Path, text: str = FILE) -> RolloutPlan:
 def test_a_file_is_read_with_the_rules_of_each_step(tmp_path: Path) -> None:
     plan = resolved(tmp_path)
     assert (plan.name, plan.task, plan.bundle, plan.version, plan.digest, plan.to) == (
-        *("exercise-1-1", "exercise", "exercise", "1.1.0", NEWER["digest"], "all"),
+        *("exercise-1-1", "exercise", "exercise", "1.1.0", NEW_MODEL["digest"], "all"),
     )
     common = Promotion(devices=4, agreement=0.9, slower=1.5)
     assert plan.steps == [
@@ -75,7 +75,7 @@ def test_a_file_is_read_with_the_rules_of_each_step(tmp_path: Path) -> None:
 
 def test_devices_are_told_the_step_the_deadline_and_their_own_rules(tmp_path: Path) -> None:
     plan = resolved(tmp_path)
-    what = ("exercise-1-1", "exercise", "1.1.0", NEWER["digest"])
+    what = ("exercise-1-1", "exercise", "1.1.0", NEW_MODEL["digest"])
     tail = ("2026-12-31T00:00:00Z", CanaryRules(batches=30, accuracy_drop=0.1))
     assert plan.desired_for_step(2) == DesiredBundle(*what, "canary", 10.0, *tail)
     assert plan.desired_after_abort() == DesiredBundle(*what, "back", 100.0, *tail)
@@ -199,20 +199,20 @@ def repository(folder: Path, *offered: dict[str, str], bundle: str = "exercise",
 
 
 def test_a_version_is_looked_up_in_the_newest_edition_of_the_repository(tmp_path: Path) -> None:
-    without = FILE.replace(f'digest = "{NEWER["digest"]}"\n', "")
-    repository(tmp_path, {**NEWER, "digest": "sha256:" + "00" * 32}, edition=9)
-    repository(tmp_path, {**NEWER, "version": "1.0.0", "digest": "sha256:" + "11" * 32}, NEWER, edition=10)
-    assert resolved(tmp_path, without).digest == NEWER["digest"]
+    without = FILE.replace(f'digest = "{NEW_MODEL["digest"]}"\n', "")
+    repository(tmp_path, {**NEW_MODEL, "digest": "sha256:" + "00" * 32}, edition=9)
+    repository(tmp_path, {**NEW_MODEL, "version": "1.0.0", "digest": "sha256:" + "11" * 32}, NEW_MODEL, edition=10)
+    assert resolved(tmp_path, without).digest == NEW_MODEL["digest"]
 
 
 def test_what_the_repository_does_not_have_cannot_be_rolled_out(tmp_path: Path) -> None:
-    repository(tmp_path, {**NEWER, "version": "1.0.0"})
+    repository(tmp_path, {**NEW_MODEL, "version": "1.0.0"})
     with pytest.raises(ConfigError, match=r"rollout.version: the repository has no exercise 1.1.0 \(it has: 1.0.0\)"):
         resolved(tmp_path)
 
 
 def test_a_digest_that_the_repository_does_not_have_is_refused(tmp_path: Path) -> None:
-    repository(tmp_path, {**NEWER, "digest": "sha256:" + "11" * 32})
+    repository(tmp_path, {**NEW_MODEL, "digest": "sha256:" + "11" * 32})
     with pytest.raises(
         ConfigError, match=r"rollout.digest: is sha256:cd.*the repository's exercise 1.1.0 is sha256:11"
     ):
@@ -221,12 +221,12 @@ def test_a_digest_that_the_repository_does_not_have_is_refused(tmp_path: Path) -
 
 def test_without_a_repository_the_digest_must_be_given(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no repository in"):
-        resolved(tmp_path, FILE.replace(f'digest = "{NEWER["digest"]}"\n', ""))
+        resolved(tmp_path, FILE.replace(f'digest = "{NEW_MODEL["digest"]}"\n', ""))
 
 
 @pytest.mark.parametrize("text", ["{", '{"signed": {"targets": 5}}', "[]"])
 def test_metadata_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
-    repository(tmp_path, NEWER)
+    repository(tmp_path, NEW_MODEL)
     (tmp_path / "repository" / "metadata" / "3.exercise.json").write_text(text, encoding="utf-8")
     with pytest.raises(BadBundle, match=r"3\.exercise\.json: cannot be read"):
         resolved(tmp_path)
@@ -234,7 +234,7 @@ def test_metadata_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> Non
 
 def test_name_version_and_digest_can_be_read_from_a_bundle(tmp_path: Path) -> None:
     text = FILE.replace('bundle = "exercise"\nversion = "1.1.0"\n', f'path = "{SHIPPED}"\n')
-    plan = resolved(tmp_path, text.replace(f'digest = "{NEWER["digest"]}"\n', ""))
+    plan = resolved(tmp_path, text.replace(f'digest = "{NEW_MODEL["digest"]}"\n', ""))
     manifest = json.loads((SHIPPED / "manifest.json").read_text(encoding="utf-8"))
     assert (plan.bundle, plan.version) == (manifest["name"], manifest["version"])
     with pytest.raises(ConfigError, match=r"rollout\.digest: is sha256:cd"):

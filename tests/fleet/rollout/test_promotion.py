@@ -10,8 +10,8 @@ import pytest
 
 from agent import clock
 from agent.fleet.rollout.promotion import StepVerdict
+from agent.testing.messages import MODEL, NEW_MODEL, MessageSender, new_key
 from tests.kit.fleet_rollouts import HOUR_US, NOW_US, Fleet, fleet, plan, promotion
-from tests.kit.senders import MODEL, NEWER, Sender, new_key
 
 ANSWERED = {"windows": 100, "seconds": 0.1, "scores": {"n": 100, "mean": 0.9, "m2": 1.0}}
 
@@ -133,7 +133,7 @@ def test_the_last_step_ends_with_a_finding_that_stays_open_but_not_with_one_that
     verdict = six.look().verdict
     assert (verdict.outcome, verdict.rule_results[0].state) == ("finish", "open")
     assert "(at least 0.9: open)" in verdict.summary
-    six.collect(*(sender.shadow(model=NEWER, beside=MODEL, same=0) for sender in six.senders for _ in range(5)))
+    six.collect(*(sender.shadow(model=NEW_MODEL, beside=MODEL, same=0) for sender in six.senders for _ in range(5)))
     assert six.look().verdict.outcome == "abort"
 
 
@@ -145,12 +145,12 @@ def test_labels_count_before_the_estimate_where_there_are_any(six: Fleet) -> Non
 
 
 def test_only_the_pair_of_the_step_is_compared(six: Fleet) -> None:
-    other = {**NEWER, "digest": "sha256:" + "ee" * 32}
+    other = {**NEW_MODEL, "digest": "sha256:" + "ee" * 32}
     six.start(plan())
     six.in_shadow()
     for sender in six.senders:
         six.collect(sender.shadow(beside=other, same=0), sender.shadow("another-roll-out", same=0))
-        six.collect(sender.shadow(model=NEWER, beside=MODEL, same=0), sender.shadow(model=NEWER, same=0))
+        six.collect(sender.shadow(model=NEW_MODEL, beside=MODEL, same=0), sender.shadow(model=NEW_MODEL, same=0))
     [finding] = six.look().verdict.rule_results
     assert finding.value == pytest.approx(0.96)
     assert finding.blocks == 36
@@ -251,7 +251,7 @@ def test_a_store_that_was_lost_begins_a_new_log_whose_word_is_the_last(six: Flee
     six.start(plan())
     old = six.senders[0]
     six.collect(old.rollout("refused", reason="golden"), old.rollout("refused", reason="golden"))
-    anew = Sender(old.device, old.key)
+    anew = MessageSender(old.device, old.key)
     six.collect(anew.rollout("shadow"))
     assert six.look().devices.selected[0].phase == "shadow"
 
@@ -330,7 +330,7 @@ def test_a_tally_that_contradicts_itself_is_left_out_and_its_device_named(six: F
 
 def test_a_stranger_whose_signature_is_none_adds_nothing(six: Fleet) -> None:
     six.start(plan())
-    forger = Sender(six.senders[0].device, new_key(666))
+    forger = MessageSender(six.senders[0].device, new_key(666))
     six.in_shadow([forger], same=0)
     seen = six.look()
     assert (seen.tallies.devices, seen.verdict.heard) == ({}, 0)

@@ -13,23 +13,24 @@ from agent.cli.fleet.rollout import build_documents
 from agent.errors import MessageRefused
 from agent.fleet.commands import COUNTER_FILE
 from agent.fleet.keyring import Keyring
+from agent.testing.broker import MosquittoBroker
+from agent.testing.fleet import LocalFleet
+from agent.testing.messages import MODEL, NEW_MODEL, MessageSender, SignedMessage, new_key
+from agent.testing.process import OutstationProcess, run_outstation, wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
 from agent.wire.messages import DesiredPayload, verify_message
-from tests.kit.brokers import Mosquitto
-from tests.kit.senders import MODEL, NEWER, Sender, Sent, new_key
-from tests.kit.system import Fleet, Program, eventually, outstation
 
 ALL = "outstation/acme/_all/desired"
-SENDERS = [Sender(f"pi-{i}", new_key(100 + i)) for i in range(4)]
+SENDERS = [MessageSender(f"pi-{i}", new_key(100 + i)) for i in range(4)]
 FILE = f"""
 [rollout]
 name = "exercise-1-1"
 task = "exercise"
 bundle = "exercise"
 version = "1.1.0"
-digest = "{NEWER["digest"]}"
+digest = "{NEW_MODEL["digest"]}"
 [[steps]]
 strategy = "shadow"
 [[steps]]
@@ -43,10 +44,10 @@ agreement = 0.9
 class Site:
     """A fleet whose devices are senders on a real broker."""
 
-    def __init__(self, folder: Path, fleet: Fleet) -> None:
+    def __init__(self, folder: Path, fleet: LocalFleet) -> None:
         self.folder, self.fleet = folder, fleet
-        self.senders = [Sender(one.device, one.key) for one in SENDERS]
-        store = fleet.open(write=True)
+        self.senders = [MessageSender(one.device, one.key) for one in SENDERS]
+        store = fleet.open_store(write=True)
         for sender in self.senders:
             store.enrol(sender.device, sender.key.public, replace=False, now="2026-11-24T22:20:00.000000Z")
         store.close()
@@ -56,7 +57,7 @@ class Site:
 
     def rollout(self, *arguments: str) -> tuple[int, Any]:
         """Exit code, and the document or what it said on stderr."""
-        done = outstation("fleet", "rollout", *arguments, "--dir", str(self.fleet.home), "--json")
+        done = run_outstation("fleet", "rollout", *arguments, "--dir", str(self.fleet.home), "--json")
         return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
 
     def start(self) -> None:
@@ -66,16 +67,16 @@ class Site:
 
     def status(self) -> Any:
         """As `status --json` prints it."""
-        store = self.fleet.open()
+        store = self.fleet.open_store()
         try:
             [document] = build_documents(store, "exercise-1-1")
         finally:
             store.close()
         return document
 
-    def send(self, *sent: Sent) -> None:
+    def send(self, *sent: SignedMessage) -> None:
         link = Link(self.fleet.config.broker, "devices")
-        waiting = {link.send(one.outgoing()) for one in sent}
+        waiting = {link.send(one.to_outgoing()) for one in sent}
         while waiting:
             waiting -= {event.token for event in link.receive(60.0) if isinstance(event, PublishReceipt)}
         link.close()
@@ -101,15 +102,15 @@ class Site:
             self.send(sender.rollout("shadow"), *(sender.shadow(same=same) for _ in range(6)))
 
     def heard(self, phase: str) -> None:
-        eventually(f"all are {phase}", lambda: self.status()["phases"] == {phase: len(self.senders)})
+        wait_until(f"all are {phase}", lambda: self.status()["phases"] == {phase: len(self.senders)})
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    with Fleet(tmp_path, mosquitto=Mosquitto(tmp_path)) as fleet, fleet.broker:
+    with LocalFleet(tmp_path, mosquitto=MosquittoBroker(tmp_path)) as fleet, fleet.broker:
         made = Site(tmp_path, fleet)
         fleet.collector.start()
-        eventually("the collector runs", lambda: fleet.collector.said("connected"))
+        wait_until("the collector runs", lambda: fleet.collector.log_contains("connected"))
         yield made
 
 
@@ -118,18 +119,18 @@ def test_a_good_bundle_goes_from_shadow_to_everywhere_by_follow_and_the_audit_pa
     assert site.retained() is not None
     told = site.desired()
     assert (told.device, told.tasks["exercise"].strategy, told.tasks["exercise"].digest) == (
-        *("_all", "shadow", NEWER["digest"]),
+        *("_all", "shadow", NEW_MODEL["digest"]),
     )
     arguments = ("fleet", "rollout", "follow", "--every", "0.2", "--dir", str(site.fleet.home))
-    follow = Program(site.folder / "follow.log", *arguments).start()
+    follow = OutstationProcess(site.folder / "follow.log", *arguments).start()
     try:
         site.in_shadow()
-        eventually("it is promoted", lambda: site.status()["step"] == 2)
+        wait_until("it is promoted", lambda: site.status()["step"] == 2)
         # It is decided first, and then told.
-        eventually("the devices are told", lambda: site.desired().tasks["exercise"].strategy == "all")
+        wait_until("the devices are told", lambda: site.desired().tasks["exercise"].strategy == "all")
         assert site.desired().counter > told.counter
         for sender in site.senders:
-            swapped = [sender.shadow(model=NEWER, beside=MODEL) for _ in range(8)]
+            swapped = [sender.shadow(model=NEW_MODEL, beside=MODEL) for _ in range(8)]
             site.send(sender.rollout("probation", strategy="all"), *swapped, sender.rollout("settled", strategy="all"))
         assert follow.wait(60) == 0, follow.log.read_text(encoding="utf-8")
     finally:
@@ -138,7 +139,7 @@ def test_a_good_bundle_goes_from_shadow_to_everywhere_by_follow_and_the_audit_pa
     assert (code, document["state"], document["phases"]) == (0, "finished", {"settled": 4})
     code, report = site.fleet.audit()
     assert (code, report["decisions"], report["invalid_decisions"]) == (0, 3, [])
-    store = site.fleet.open(write=True)
+    store = site.fleet.open_store(write=True)
     with store.transaction() as db:
         db.execute("UPDATE decisions SET summary = 'nothing was looked at' WHERE event = 'promoted'")
     store.close()
@@ -149,13 +150,15 @@ def test_a_good_bundle_goes_from_shadow_to_everywhere_by_follow_and_the_audit_pa
 def test_a_bad_one_is_aborted_by_follow_which_says_so_with_its_exit_code(site: Site) -> None:
     site.start()
     follow = ("fleet", "rollout", "follow", "exercise-1-1", "--every", "0.2", "--dir", str(site.fleet.home))
-    program = Program(site.folder / "follow.log", *follow).start()
+    program = OutstationProcess(site.folder / "follow.log", *follow).start()
     try:
         site.in_shadow(same=20)
         assert program.wait(60) == 1
     finally:
         program.kill()
-    assert program.said("exercise-1-1: Aborted at shadow 100 %, devices go back to what they ran before: agreement 0.2")
+    assert program.log_contains(
+        "exercise-1-1: Aborted at shadow 100 %, devices go back to what they ran before: agreement 0.2"
+    )
     assert site.desired().tasks["exercise"].strategy == "back"
     code, said = site.rollout("start", str(site.folder / "rollout.toml"))
     assert (code, "choose another name" in said) == (2, True)
@@ -171,7 +174,7 @@ def test_by_hand_a_step_is_promoted_only_where_its_rules_allow_or_with_a_reason(
     assert site.rollout("resume", "exercise-1-1")[1]["state"] == "running"
     site.in_shadow()
     site.heard("shadow")
-    eventually("nothing is open", lambda: site.status()["answer"] == "promote")
+    wait_until("nothing is open", lambda: site.status()["answer"] == "promote")
     assert site.rollout("promote", "exercise-1-1")[1]["step"] == 2
     code, document = site.rollout("promote", "exercise-1-1", "--force", "the others are on holiday")
     assert (code, document["state"]) == (0, "finished")
@@ -183,7 +186,7 @@ def test_what_was_decided_without_a_broker_is_published_by_the_next_command(site
     site.start()
     before = site.desired()
     site.fleet.broker.kill()
-    done = outstation("fleet", "rollout", "abort", "exercise-1-1", "wrong file", "--dir", str(site.fleet.home))
+    done = run_outstation("fleet", "rollout", "abort", "exercise-1-1", "wrong file", "--dir", str(site.fleet.home))
     assert (done.returncode, "it is decided" in done.stderr) == (1, True)
     site.fleet.broker.start()
     assert site.retained(within_s=0.5) is None
@@ -205,9 +208,9 @@ def test_an_older_desired_state_that_somebody_retains_again_is_replaced_by_follo
     link.close()
     assert site.desired().tasks["exercise"].strategy == "shadow"
     follow = ("fleet", "rollout", "follow", "--every", "0.2", "--dir", str(site.fleet.home))
-    program = Program(site.folder / "follow.log", *follow).start()
+    program = OutstationProcess(site.folder / "follow.log", *follow).start()
     try:
-        eventually("the newest is retained again", lambda: site.desired().tasks["exercise"].strategy == "all")
+        wait_until("the newest is retained again", lambda: site.desired().tasks["exercise"].strategy == "all")
         assert program.stop() == 0
     finally:
         program.kill()
@@ -219,7 +222,7 @@ def test_desired_state_of_one_device_does_not_verify_on_the_topic_of_another(sit
     assert delivery is not None
     with pytest.raises(MessageRefused, match="other topic"):
         verify_message(ALL.replace("_all", "pi-1"), delivery.payload, delivery.tokens, site.find)
-    store = site.fleet.open()
+    store = site.fleet.open_store()
     with pytest.raises(MessageRefused, match="unknown key"):
         verify_message(delivery.topic, delivery.payload, delivery.tokens, Keyring(store).find)
     store.close()
@@ -232,13 +235,13 @@ def test_counters_of_commands_and_desired_state_are_of_one_row(site: Site) -> No
 
 def test_status_is_text_for_people_and_names_who_refused(site: Site) -> None:
     home = str(site.fleet.home)
-    assert "No roll-out was ever started" in outstation("fleet", "rollout", "status", "--dir", home).stdout
+    assert "No roll-out was ever started" in run_outstation("fleet", "rollout", "status", "--dir", home).stdout
     site.start()
     first, second = site.senders[:2]
     site.send(first.rollout("refused", reason="signature"), second.rollout("refused", reason="fetch"))
-    eventually("both were heard of", lambda: site.status()["refused"] == ["pi-0", "pi-1"])
+    wait_until("both were heard of", lambda: site.status()["refused"] == ["pi-0", "pi-1"])
     assert site.status()["failed"] == ["pi-0"]
-    said = outstation("fleet", "rollout", "status", "--dir", home).stdout
+    said = run_outstation("fleet", "rollout", "status", "--dir", home).stdout
     assert "exercise-1-1  exercise: exercise 1.1.0 to all  running" in said
     assert "pi-0: refused (signature): exercise 1.1.0: refused." in said
     assert "pi-1: refused (fetch): exercise 1.1.0: refused." in said
@@ -256,7 +259,7 @@ def test_status_is_text_for_people_and_names_who_refused(site: Site) -> None:
     ],
 )
 def test_wrong_use_is_named(tmp_path: Path, arguments: tuple[str, ...], code: int, said: str) -> None:
-    fleet = Fleet(tmp_path, mosquitto=Mosquitto(tmp_path))
-    fleet.open(write=True).close()
-    done = outstation("fleet", "rollout", *arguments, "--dir", str(fleet.home))
+    fleet = LocalFleet(tmp_path, mosquitto=MosquittoBroker(tmp_path))
+    fleet.open_store(write=True).close()
+    done = run_outstation("fleet", "rollout", *arguments, "--dir", str(fleet.home))
     assert (done.returncode, said in done.stderr) == (code, True), done.stderr

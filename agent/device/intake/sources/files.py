@@ -23,7 +23,6 @@ from agent.device.intake import media_reader
 from agent.device.intake.file_reader import FileBlock, read_blocks
 from agent.device.intake.group_commit import CommitOutcome, SourcePosition
 from agent.device.intake.server import SubmitRows
-from agent.device.intake.sources import filed
 from agent.device.store.store import Store
 from agent.errors import RowRejected, StorageFull, UsageError
 from agent.media import ImageFormat
@@ -133,13 +132,13 @@ class FolderWatcher:
             return
         name = _original_name(path)
         log.info("%s: taken%s", name, f", {taken.rejected_rows} rows rejected" if taken.rejected_rows else "")
-        filed.move_to_done(path, self._folder, name, self._find_row_range(taken), is_retry=is_retry)
+        move_to_done(path, self._folder, name, self._find_row_range(taken), is_retry=is_retry)
         # A mark that stays is of no harm: its name never comes again.
         with contextlib.suppress(StorageFull), self._store.transaction() as tx:
             tx.delete_source_position(f"files:{self._name}", path.name)
 
     def _move_to_failed(self, path: Path, reason: str) -> None:
-        filed.move_to_failed(path, self._folder, _original_name(path), reason)
+        move_to_failed(path, self._folder, _original_name(path), reason)
         log.error("%s: %s; moved to failed/", _original_name(path), reason)
         with contextlib.suppress(StorageFull), self._store.transaction() as tx:
             tx.increment_counter(FAILED_COUNTER, 1)
@@ -224,3 +223,41 @@ def _read_file_state(path: Path) -> tuple[int, int]:
 def _original_name(claimed: Path) -> str:
     """The name a file in `taking/` had; its own, where somebody else put it there."""
     return claimed.name.partition(".")[2] or claimed.name
+
+
+_INDEX_NAME = "rows.csv"
+# Of the notes, what a crash between a note and its file's move can have written.
+_TAIL_BYTES = 1 << 16
+
+
+def move_to_done(path: Path, folder: Path, name: str, rows: tuple[int, int] | None, *, is_retry: bool) -> None:
+    """Move `path` to `done/NAME`. `rows`: first and last in the stream; `again`: a crash may have left the note."""
+    target = _unused_path(folder / "done" / name)
+    if rows is not None:
+        _append_to_index(folder / "done" / _INDEX_NAME, target.name, rows, is_retry=is_retry)
+    os.rename(path, target)
+
+
+def move_to_failed(path: Path, folder: Path, name: str, reason: str) -> None:
+    """Move `path` to `failed/NAME`, with the reason in `failed/NAME.txt`."""
+    target = _unused_path(folder / "failed" / name)
+    target.with_name(f"{target.name}.txt").write_text(f"{name}: {reason}\n", encoding="utf-8")
+    os.rename(path, target)
+
+
+def _unused_path(target: Path) -> Path:
+    return target.with_name(f"{target.stem}.{time.time_ns()}{target.suffix}") if target.exists() else target
+
+
+def _append_to_index(index: Path, name: str, rows: tuple[int, int], *, is_retry: bool) -> None:
+    ending = f",{rows[0]},{rows[1]}\n"
+    with index.open("a+", encoding="utf-8") as file:
+        size = file.tell()
+        if is_retry:
+            file.seek(max(0, size - _TAIL_BYTES))
+            if ending in file.read():
+                return
+        if not size:
+            file.write("file,first,last\n")
+        quoted = '"' + name.replace('"', '""') + '"' if set(name) & set(',"\r\n') else name
+        file.write(quoted + ending)

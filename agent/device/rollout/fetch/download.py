@@ -13,11 +13,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from agent import durable_files
 from agent.device.rollout.fetch.protocol import SignedTarget
 from agent.device.rollout.fetch.transport import Transport
 from agent.errors import FetchFailed
@@ -93,10 +93,10 @@ class Download:
                     )
                 file.write(chunk)
                 if offset >= synced + SYNC_INTERVAL_BYTES:
-                    _fsync(file)
+                    durable_files.flush(file)
                     synced = offset
         finally:
-            _fsync(file)
+            durable_files.flush(file)
         if offset < self._target.length:
             raise FetchFailed(
                 "DownloadError",
@@ -104,14 +104,8 @@ class Download:
             )
 
     def _rename_complete(self) -> None:
-        with self._part.open("rb") as file:
-            os.fsync(file.fileno())
-        self._part.rename(self._archive)
-        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        durable_files.fsync(self._part)
+        durable_files.rename(self._part, self._archive)
 
     def _is_valid(self, path: Path) -> bool:
         if path.stat().st_size != self._target.length:
@@ -129,11 +123,6 @@ class Download:
         others = [path for path in self._folder.glob("*.zip") if path != self._archive]
         for path in sorted(others, key=lambda one: one.stat().st_mtime_ns)[:-MAX_OTHER_ARCHIVES]:
             path.unlink()
-
-
-def _fsync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from tuf.api.serialization import DeserializationError
 from tuf.ngclient import Updater, UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
 
+from agent import durable_files
 from agent.device.rollout.fetch.protocol import SignedTarget
 from agent.device.rollout.fetch.transport import RemoteFileNotFound, Transport
 from agent.device.rollout.fetch.version_floors import ROOT_ROLE, VersionFloor
@@ -129,13 +130,12 @@ def commit_working_copy(folder: Path) -> None:
     new, old = _sibling_folders(folder)
     for path, folders, files in os.walk(new, topdown=False):
         for name in (*folders, *files):
-            _fsync(Path(path, name))
-    _fsync(new)
+            if not Path(path, name).is_symlink():
+                durable_files.fsync(Path(path, name))
+    durable_files.fsync(new)
     if folder.exists():
-        folder.rename(old)
-        _fsync(folder.parent)
-    new.rename(folder)
-    _fsync(folder.parent)
+        durable_files.rename(folder, old)
+    durable_files.rename(new, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -163,16 +163,6 @@ def _read_custom(target: TargetFile) -> dict[str, Any]:
 
 def _sibling_folders(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-
-
-def _fsync(path: Path) -> None:
-    if path.is_symlink():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

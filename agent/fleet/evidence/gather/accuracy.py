@@ -6,8 +6,7 @@ from typing import Any
 
 import msgspec
 
-from agent.fleet.evidence.contents import AccuracyEntry, MessageRef, ModelRef
-from agent.fleet.evidence.limits import WRITE_LIMITS
+from agent.fleet.evidence.format.contents import WRITE_LIMITS, AccuracyEntry, MessageRef, ModelRef
 from agent.wire.messages import Metric, QualityPayload
 
 # The one figure of a task that is told first, by what its model does, and whether more of it is better.

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
 from agent.errors import BadBundle, MessageRefused, UsageError
 from agent.evaluation.document import Evaluation
-from agent.fleet.evidence.contents import BundleCard
-from agent.fleet.evidence.limits import WRITE_LIMITS
-from agent.fleet.evidence.manifest import is_valid_path
+from agent.fleet.evidence.format.contents import WRITE_LIMITS, BundleCard
+from agent.fleet.evidence.format.manifest import is_valid_path
 from agent.model.bundle import builtin, bundle
 from agent.model.bundle.bundle import SIGNATURE_DOMAIN, Bundle
 from agent.wire import jws
@@ -157,8 +156,3 @@ def _first_paragraph(card: bytes) -> str:
             continue
         lines.append(plain)
     return " ".join(lines).replace("**", "")[:1000]
-
-
-def index_by_digest(cards: Iterable[BundleCard]) -> dict[str, BundleCard]:
-    """By digest."""
-    return {card.digest: card for card in cards}

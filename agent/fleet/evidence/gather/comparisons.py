@@ -13,8 +13,7 @@ import msgspec
 from agent.comparison import paired_intervals
 from agent.comparison.paired_intervals import ComparisonBlock, ComparisonEstimate
 from agent.comparison.tally import ComparisonStats
-from agent.fleet.evidence.contents import BundleComparison, ComparisonMetric, MessageRef, ModelRef
-from agent.fleet.evidence.limits import WRITE_LIMITS
+from agent.fleet.evidence.format.contents import WRITE_LIMITS, BundleComparison, ComparisonMetric, MessageRef, ModelRef
 from agent.wire.messages import ModelRef as Told
 from agent.wire.messages import ShadowPayload
 

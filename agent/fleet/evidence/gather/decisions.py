@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
 
 from agent.errors import MessageRefused
-from agent.fleet.evidence.contents import DecisionRecord, MessageRef
-from agent.fleet.evidence.gather import chain
-from agent.fleet.evidence.limits import WRITE_LIMITS
+from agent.fleet.evidence.format.contents import WRITE_LIMITS, DecisionRecord, MessageRef
+from agent.fleet.rollout import decisions as rollout_decisions
+from agent.fleet.rollout.decisions import DecisionBody
+from agent.wire import jws
 from agent.wire.jws import Signer
-from agent.wire.messages import AuditPayload
+from agent.wire.messages import MAX_PAYLOAD, AuditPayload, digest
 
 # What happened to a device, and was nobody's decision; it is counted.
 OPERATIONAL_EVENTS = frozenset({"started", "stopped", "clock", "evicted", "new log"})
@@ -77,7 +78,7 @@ class DecisionCollector(msgspec.Struct):
         refused = 0
         for row in rows:
             try:
-                told = chain.verify_decision(row["rollout"], row["payload"], row["jws"], find_signer)
+                told = verify_decision(row["rollout"], row["payload"], row["jws"], find_signer)
             except MessageRefused:
                 refused += 1
                 continue
@@ -85,7 +86,7 @@ class DecisionCollector(msgspec.Struct):
                 self.omitted += 1
                 continue
             self._count_event(told.event)
-            self._signed.append(chain.build_record(told, row["payload"], row["jws"]))
+            self._signed.append(build_record(told, row["payload"], row["jws"]))
         return refused
 
     def sort_by_time(self) -> list[DecisionRecord]:
@@ -139,3 +140,48 @@ def _get_args(evidence: dict[str, Any]) -> dict[str, Any]:
 
 def _as_text(value: object) -> str:
     return value[:256] if isinstance(value, str) else ""
+
+
+def verify_decision(
+    rollout: str, payload: object, token: object, find_signer: Callable[[str], Signer | None]
+) -> DecisionBody:
+    """What was signed for this roll-out. Raises Refused, never another exception."""
+    if not (isinstance(payload, bytes) and isinstance(token, str)) or len(payload) > MAX_PAYLOAD:
+        raise MessageRefused("malformed decision", "payload or signature is none")
+    told = rollout_decisions.verify(rollout, payload, token, find_signer)
+    if told.rollout != rollout:
+        raise MessageRefused("other roll-out", f"the payload is of {told.rollout!r}")
+    return told
+
+
+def build_record(body: DecisionBody, payload: bytes, token: str) -> DecisionRecord:
+    """As it stands in decisions.jsonl."""
+    return DecisionRecord(
+        time=body.time,
+        event=body.event,
+        who=f"an operator (key {jws.claimed_kid(token)[:10]}…)",
+        summary=body.summary,
+        rollout=body.rollout,
+        payload=payload.decode(),
+        jws=token,
+    )
+
+
+def find_chain_breaks(signed: Iterable[tuple[DecisionBody, bytes]], *, is_complete: bool) -> Iterator[str]:
+    """Where a chain is not one, in words; unless `whole`, it may begin in the middle."""
+    chains: dict[str, dict[int, tuple[DecisionBody, str]]] = {}
+    for told, payload in signed:
+        of = chains.setdefault(told.rollout, {})
+        if told.n in of:
+            yield f"roll-out {told.rollout}: decision {told.n} is there twice"
+        of[told.n] = (told, digest(payload))
+    for rollout, of in chains.items():
+        first = min(of)
+        if is_complete and first != 1:
+            yield f"roll-out {rollout}: decisions before number {first} are missing"
+        for n, (told, _) in sorted(of.items()):
+            before = of.get(n - 1)
+            if n != first and before is None:
+                yield f"roll-out {rollout}: what came before decision {n} is missing"
+            if (n == 1 and told.prev != "") or (before is not None and told.prev != before[1]):
+                yield f"roll-out {rollout}: decision {n} does not follow the one before it: prev is not its digest"

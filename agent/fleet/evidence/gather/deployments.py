@@ -6,9 +6,8 @@ from typing import Any
 
 import msgspec
 
-from agent.fleet.evidence.contents import BundleUsage, MessageRef, ModelRef, RunningTask
+from agent.fleet.evidence.format.contents import WRITE_LIMITS, BundleUsage, MessageRef, ModelRef, RunningTask
 from agent.fleet.evidence.gather.decisions import name_activator
-from agent.fleet.evidence.limits import WRITE_LIMITS
 from agent.wire.messages import AuditPayload, HealthPayload
 
 _UNKNOWN_ACTOR = "not told in what is stored"

@@ -7,7 +7,7 @@ from typing import Any
 from agent import clock
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift.survey import DriftGroup, summarize_drift
-from agent.fleet.evidence.limits import WRITE_LIMITS
+from agent.fleet.evidence.format.contents import WRITE_LIMITS
 
 
 def build_drift(store: FleetStore, as_of_us: int) -> dict[str, Any]:

@@ -16,9 +16,11 @@ import msgspec
 from agent import clock
 from agent.errors import MessageRefused, StorageError, UsageError
 from agent.fleet.audit import audit
+from agent.fleet.database.evidence import EvidenceQueries
 from agent.fleet.database.interface import Connection
 from agent.fleet.database.store import FleetStore
-from agent.fleet.evidence.contents import (
+from agent.fleet.evidence.format.contents import (
+    WRITE_LIMITS,
     AccuracyEntry,
     BundleComparison,
     BundleUsage,
@@ -27,17 +29,15 @@ from agent.fleet.evidence.contents import (
     MessageRef,
     RunningTask,
 )
+from agent.fleet.evidence.format.manifest import ReceivedSpan, TrustedKey
 from agent.fleet.evidence.gather import drift as drifting
 from agent.fleet.evidence.gather import trusted_keys
 from agent.fleet.evidence.gather.accuracy import AccuracyCollector
 from agent.fleet.evidence.gather.bundles import BundleDocuments
 from agent.fleet.evidence.gather.comparisons import ComparisonCollector
-from agent.fleet.evidence.gather.database import EvidenceQueries
 from agent.fleet.evidence.gather.decisions import DecisionCollector
 from agent.fleet.evidence.gather.deployments import ActivationCollector, parse_agent_version
 from agent.fleet.evidence.gather.incidents import IncidentCollector
-from agent.fleet.evidence.limits import WRITE_LIMITS
-from agent.fleet.evidence.manifest import ReceivedSpan, TrustedKey
 from agent.fleet.keyring import Keyring
 from agent.fleet.repository.signature_chain import SignatureChain
 from agent.wire.jws import Signer

@@ -10,8 +10,7 @@ from typing import Any
 import msgspec
 
 from agent import clock
-from agent.fleet.evidence.contents import Incident, MessageRef
-from agent.fleet.evidence.limits import WRITE_LIMITS
+from agent.fleet.evidence.format.contents import WRITE_LIMITS, Incident, MessageRef
 from agent.wire.messages import AlertPayload, Severity
 
 SEVERITY_RANK: dict[str, int] = {"critical": 0, "warning": 1, "info": 2}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import UsageError
-from agent.fleet.evidence.manifest import KeyRole, TrustedKey
+from agent.fleet.evidence.format.manifest import KeyRole, TrustedKey
 from agent.fleet.repository import signature_chain
 from agent.fleet.repository.signature_chain import SignatureChain
 from agent.wire.keys import PublicKey, parse_public_key
@@ -29,7 +29,7 @@ def build_device_keys(rows: Iterable[dict[str, Any]]) -> tuple[list[TrustedKey],
         if key.kid != row["kid"]:
             broken.append(row["device"])
             continue
-        bounds = {"revoked": row["revoked"] or "", "log": row["log"], "through": row["through"]}
+        bounds = {"revoked": row["revoked"] or "", "log": row["log"], "through": row["last_seq"]}
         keys.append(TrustedKey(key.kid, key.text, "device", row["device"], row["added"], **bounds))
     return keys, broken
 

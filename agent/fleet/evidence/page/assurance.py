@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from agent.fleet.evidence import frameworks as mapping
-from agent.fleet.evidence.frameworks import PointSupport
+from agent.fleet.evidence.format import frameworks as mapping
+from agent.fleet.evidence.format.frameworks import PointSupport
 from agent.fleet.evidence.gather.gather import EvidenceFacts
-from agent.fleet.evidence.page.elements import badge, chapter, details, link, nowrap, overflow_link, stacked_table
-from agent.fleet.evidence.page.words import format_count, format_names, format_time
-from agent.fleet.evidence.sbom import Sbom
+from agent.fleet.evidence.gather.sbom import Sbom
+from agent.fleet.evidence.page.elements import (
+    badge,
+    chapter,
+    details,
+    format_count,
+    format_names,
+    format_time,
+    link,
+    nowrap,
+    overflow_link,
+    stacked_table,
+)
 from agent.render import html
 from agent.render.html import Content, Markup, element, table
 

@@ -6,10 +6,19 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from agent.fleet.evidence.contents import BundleComparison, DecisionRecord
+from agent.fleet.evidence.format.contents import BundleComparison, DecisionRecord
 from agent.fleet.evidence.gather.gather import EvidenceFacts
-from agent.fleet.evidence.page.elements import badge, chapter, details, nowrap, overflow_link, stacked_table, timeline
-from agent.fleet.evidence.page.words import format_count, format_time
+from agent.fleet.evidence.page.elements import (
+    badge,
+    chapter,
+    details,
+    format_count,
+    format_time,
+    nowrap,
+    overflow_link,
+    stacked_table,
+    timeline,
+)
 from agent.render.html import Content, Markup, element, table
 
 _MAX_ROWS = 25

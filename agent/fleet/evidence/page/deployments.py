@@ -6,10 +6,20 @@ from collections import Counter
 from collections.abc import Sequence
 from html import escape
 
-from agent.fleet.evidence.contents import BundleCard, RunningTask
+from agent.fleet.evidence.format.contents import BundleCard, RunningTask
 from agent.fleet.evidence.gather.gather import EvidenceFacts
-from agent.fleet.evidence.page.elements import badge, chapter, details, link, overflow_link, stacked_table
-from agent.fleet.evidence.page.words import capitalize, format_count, format_names, format_time
+from agent.fleet.evidence.page.elements import (
+    badge,
+    capitalize,
+    chapter,
+    details,
+    format_count,
+    format_names,
+    format_time,
+    link,
+    overflow_link,
+    stacked_table,
+)
 from agent.render import html
 from agent.render.html import Content, Markup, element, table
 from agent.text import format_interval, format_value, metric_name

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from agent import __version__
-from agent.fleet.evidence.frameworks import PointSupport
+from agent.fleet.evidence.format.frameworks import PointSupport
+from agent.fleet.evidence.format.manifest import FileEntry
 from agent.fleet.evidence.gather.gather import EvidenceFacts
-from agent.fleet.evidence.manifest import FileEntry
+from agent.fleet.evidence.gather.sbom import Sbom
 from agent.fleet.evidence.page import assurance, decisions, deployments, monitoring
-from agent.fleet.evidence.page.elements import link
-from agent.fleet.evidence.page.words import format_count, format_date, format_names, format_time
-from agent.fleet.evidence.sbom import Sbom
+from agent.fleet.evidence.page.elements import format_count, format_date, format_names, format_time, link
 from agent.render import html as page
 from agent.render.html import Markup, element
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 
 from agent.errors import MessageRefused
-from agent.fleet.evidence.contents import BundleCard
+from agent.fleet.evidence.format.contents import BundleCard
 from agent.model.bundle.bundle import SIGNATURE_DOMAIN
 from agent.strict_json import check_strict_json
 from agent.wire import jws

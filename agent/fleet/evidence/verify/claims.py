@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from agent.errors import MessageRefused
-from agent.fleet.evidence.contents import (
+from agent.fleet.evidence.format.contents import (
     AccuracyEntry,
     BundleComparison,
     DecisionRecord,
@@ -16,8 +16,8 @@ from agent.fleet.evidence.contents import (
     MessageRef,
     RunningTask,
 )
-from agent.fleet.evidence.gather import chain, comparisons
-from agent.fleet.evidence.manifest import EvidenceManifest
+from agent.fleet.evidence.format.manifest import EvidenceManifest
+from agent.fleet.evidence.gather import comparisons, decisions
 from agent.fleet.rollout.decisions import DecisionBody
 from agent.wire.jws import Signer
 from agent.wire.keys import parse_public_key
@@ -132,7 +132,7 @@ class ClaimChecker:
 
     def check_chains(self) -> None:
         """What can be told of all of them together only."""
-        for problem in chain.find_chain_breaks(self._signed_decisions, is_complete=self._decisions_complete):
+        for problem in decisions.find_chain_breaks(self._signed_decisions, is_complete=self._decisions_complete):
             self._add_problem("decisions.jsonl", problem)
         for place, (_, prev) in self._digests.items():
             before = self._digests.get(MessageRef(place.device, place.log, place.seq - 1)) if place.seq > 1 else None
@@ -144,7 +144,7 @@ class ClaimChecker:
     def _check_operator_decision(self, where: str, record: DecisionRecord) -> None:
         payload = (record.payload or "").encode(errors="surrogatepass")
         try:
-            told = chain.verify_decision(record.rollout, payload, record.jws, self._operators.get)
+            told = decisions.verify_decision(record.rollout, payload, record.jws, self._operators.get)
         except MessageRefused as refused:
             self._add_problem(where, f"does not verify: {refused}")
             return

@@ -11,8 +11,8 @@ from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
-from agent.fleet.evidence.limits import READ_LIMITS
-from agent.fleet.evidence.manifest import MANIFEST_FILE, SIGNATURE_FILE, EvidenceManifest, FileEntry
+from agent.fleet.evidence.format.contents import READ_LIMITS
+from agent.fleet.evidence.format.manifest import MANIFEST_FILE, SIGNATURE_FILE, EvidenceManifest, FileEntry
 from agent.strict_json import check_strict_json
 
 T = TypeVar("T")

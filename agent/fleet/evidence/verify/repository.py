@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from agent.fleet.evidence.limits import READ_LIMITS
-from agent.fleet.evidence.manifest import EvidenceManifest
+from agent.fleet.evidence.format.contents import READ_LIMITS
+from agent.fleet.evidence.format.manifest import EvidenceManifest
 from agent.fleet.evidence.verify.reader import FolderReader, VerificationReport, read_file
 from agent.fleet.repository import signature_chain
 from agent.fleet.repository.signature_chain import SignatureChain

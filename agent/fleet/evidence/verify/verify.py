@@ -19,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from agent.errors import MessageRefused, UsageError
-from agent.fleet.evidence import contents, manifest
-from agent.fleet.evidence.limits import READ_LIMITS
-from agent.fleet.evidence.manifest import MANIFEST_FILE, SIGNATURE_FILE, EvidenceManifest, TrustedKey
+from agent.fleet.evidence.format import contents, manifest
+from agent.fleet.evidence.format.contents import READ_LIMITS
+from agent.fleet.evidence.format.manifest import MANIFEST_FILE, SIGNATURE_FILE, EvidenceManifest, TrustedKey
 from agent.fleet.evidence.verify import reader
 from agent.fleet.evidence.verify.bundles import check_bundle
 from agent.fleet.evidence.verify.claims import ClaimChecker

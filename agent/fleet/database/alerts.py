@@ -1,0 +1,81 @@
+"""Alerts in the fleet database: rows of alerts that the collector raises itself, and queries of open alerts."""
+
+from __future__ import annotations
+
+from agent.alerts import FLEET_DRIFT, KEY_REVOKED, REFUSED_BY_COLLECTOR, REPOSITORY_EXPIRY, Alert, AlertKind
+from agent.fleet.database.interface import Row
+from agent.wire.messages import LoggedPayload
+
+INSERT_ALERT = "INSERT INTO alerts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
+
+# An alert is open while the last message with its id has state `raised`. Only the device's newest log counts: a store
+# that was lost cannot clear what it raised. The collector clears its own alerts of fleet-wide drift and of the
+# repository; its security alerts stay open, because a person has to look at them.
+ALERTS = """
+    WITH newest AS (SELECT device, log FROM logs l WHERE rowid = (SELECT max(rowid) FROM logs WHERE device = l.device)),
+    last AS (SELECT device, id, max(seq) AS seq FROM alerts JOIN newest USING (device, log)
+             WHERE source = 'device' GROUP BY device, id)
+    SELECT a.device, a.task, a.alert, a.subject, a.state, a.severity, a.summary, a.time, a.id, a.log, a.seq,
+           a.state = 'raised' AND CASE a.source
+               WHEN 'collector' THEN NOT EXISTS (
+                   SELECT 1 FROM alerts c WHERE c.device = a.device AND c.log = a.log AND c.seq > a.seq
+                   AND c.source = 'collector' AND c.id = a.id AND c.state = 'cleared')
+               ELSE l.seq IS NOT NULL END AS open
+    FROM alerts a
+    LEFT JOIN newest n ON n.device = a.device AND n.log = a.log
+    LEFT JOIN last l ON l.device = n.device AND l.id = a.id AND l.seq = a.seq AND a.source = 'device'
+"""
+
+# The last drift alert of each device and field before a time, whether it is open, and how many were raised since
+# another time.
+DRIFT_ALERTS = f"""
+    SELECT task, device, subject, time, open, n FROM (
+        SELECT task, device, subject, time, open,
+               sum(CASE WHEN time >= ? THEN 1 ELSE 0 END) OVER (PARTITION BY task, device, subject) AS n,
+               row_number() OVER (PARTITION BY task, device, subject ORDER BY time DESC, seq DESC) AS nth
+        FROM ({ALERTS}) raised
+        WHERE alert = 'drift' AND state = 'raised' AND device <> '' AND task IS NOT NULL AND time <= ?) counted
+    WHERE nth = 1 ORDER BY task, device, subject
+"""
+
+OPEN_FLEET_WIDE_ALERTS = f"""
+    SELECT task, subject, seq FROM ({ALERTS}) fleet_wide WHERE alert = 'drift' AND device = '' AND open
+"""
+
+
+def message_alert_row(kind: AlertKind, about: LoggedPayload, summary: str, now: str) -> Row:
+    """Return a security alert about one message of a device."""
+    alert = kind.raised(summary, log=about.log, seq=about.seq)
+    return _collector_row(about.device, None, alert, about.log, about.seq, now)
+
+
+def refusals_alert_row(device: str, summary: str, now: str, hour: int) -> Row:
+    """Return an alert about messages refused in a device's name, unique per `hour` since 1970."""
+    return _collector_row(device, None, REFUSED_BY_COLLECTOR.raised(summary, hour=hour), "", hour, now)
+
+
+def fleet_wide_alert_row(
+    task: str, subject: str, since: int, summary: str, now: str, cleared: int | None = None
+) -> Row:
+    """Return the alert of fleet-wide drift that began at `since`, or its end at `cleared`; seconds since 1970."""
+    build = FLEET_DRIFT.raised if cleared is None else FLEET_DRIFT.cleared
+    alert = build(summary, task=task, field=subject, since=since)
+    seq = since if cleared is None else cleared
+    return _collector_row("", task, alert, f"fleet-wide/{task}/{subject}", seq, now)
+
+
+def repository_alert_row(summary: str, now: str, second: int, *, raised: bool) -> Row:
+    """Return the alert that the repository needs an operator, or its end; `second` since 1970."""
+    alert = (REPOSITORY_EXPIRY.raised if raised else REPOSITORY_EXPIRY.cleared)(summary)
+    return _collector_row("", None, alert, "repository", second, now)
+
+
+def revoked_alert_row(device: str, kid: str, now: str) -> Row:
+    """Return the alert that an operator revoked a key."""
+    summary = f"Key {kid} of {device} was revoked: messages that it signs are refused, stored messages stay valid."
+    return _collector_row(device, None, KEY_REVOKED.raised(summary, kid=kid), f"revoked/{kid}", 0, now)
+
+
+def _collector_row(device: str, task: str | None, alert: Alert, log: str, seq: int, now: str) -> Row:
+    head = (device, task, alert.alert, alert.subject, alert.state, alert.severity, alert.summary, now)
+    return (*head, alert.id, "collector", log, seq)

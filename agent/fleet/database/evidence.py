@@ -1,0 +1,100 @@
+"""Queries of the evidence export, all from one snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from agent.fleet.database.interface import Connection, Row
+from agent.fleet.database.store import FleetStore
+
+_EVIDENCE_KINDS = ("alerts", "audit", "quality", "shadow")
+
+
+class EvidenceQueries:
+    """Queries inside a snapshot `db` of the store."""
+
+    def __init__(self, store: FleetStore, db: Connection) -> None:
+        self._store, self._db = store, db
+
+    def load_received_span(self) -> tuple[str | None, str | None, int]:
+        """Return when the first and the last message arrived, and the number of messages."""
+        sql = "SELECT min(received) AS first, max(received) AS last, count(*) AS n FROM messages"
+        [row] = self._query(sql)
+        return row["first"], row["last"], row["n"]
+
+    def stream_messages(self) -> Iterator[Row]:
+        """Return (device, log, seq, topic, payload, jws) of each message that the evidence quotes."""
+        sql = "SELECT device, log, seq, topic, payload, jws FROM messages WHERE kind IN (?, ?, ?, ?)"
+        return self._store.stream(f"{sql} ORDER BY device, log, seq", _EVIDENCE_KINDS)
+
+    def load_message(self, device: str, log: str, seq: int) -> tuple[str, bytes, str] | None:
+        """Return (topic, payload, jws) of a message."""
+        sql = "SELECT topic, payload, jws FROM messages WHERE device = ? AND log = ? AND seq = ?"
+        rows = self._query(sql, device, log, seq)
+        return (rows[0]["topic"], rows[0]["payload"], rows[0]["jws"]) if rows else None
+
+    def load_newest_logs(self) -> dict[str, str]:
+        """Return the newest log of each device."""
+        return dict(self._store.newest_logs())
+
+    def load_newest_message(self, device: str, log: str, kind: str) -> Row | None:
+        """Return (device, log, seq, topic, payload, jws) of the newest message of a kind in a log."""
+        sql = (
+            "SELECT device, log, seq, topic, payload, jws FROM messages WHERE device = ? AND log = ? AND kind = ? "
+            "ORDER BY seq DESC LIMIT 1"
+        )
+        rows = self._query(sql, device, log, kind)
+        return tuple(rows[0].values()) if rows else None
+
+    def load_devices(self) -> list[dict[str, Any]]:
+        return self._query("SELECT device, enrolled, state, last_seen FROM devices ORDER BY device")
+
+    def load_keys(self) -> list[dict[str, Any]]:
+        columns = "kid, device, key, added, revoked, log, last_seq"
+        return self._query(f"SELECT {columns} FROM keys ORDER BY device, kid")
+
+    def load_collector_alerts(self) -> list[dict[str, Any]]:
+        """Return the alerts that the collector raised or cleared itself, oldest first."""
+        columns = "device, task, alert, subject, state, severity, summary, time, id"
+        return self._query(f"SELECT {columns} FROM alerts WHERE source = 'collector' ORDER BY time, log, seq")
+
+    def load_refusals(self) -> list[dict[str, Any]]:
+        return self._store.refusals()
+
+    def count_labels(self) -> dict[tuple[str, str], dict[str, int]]:
+        """Return (device, task) → source → number of labels stored in the fleet database."""
+        counts: dict[tuple[str, str], dict[str, int]] = {}
+        sql = "SELECT device, task, source, count(*) AS n FROM labels GROUP BY device, task, source ORDER BY 1, 2, 3"
+        for row in self._query(sql):
+            counts.setdefault((row["device"], row["task"]), {})[row["source"]] = row["n"]
+        return counts
+
+    def load_collector_metrics(self) -> list[dict[str, Any]]:
+        columns = "device, task, time, metric, slice, value, low, high, n, state"
+        where = "WHERE source = 'collector'"
+        return self._query(f"SELECT {columns} FROM metrics {where} ORDER BY device, task, metric, slice")
+
+    def load_rollouts(self) -> list[dict[str, Any]]:
+        """Return the rollouts, oldest first."""
+        columns = "rollout, task, bundle, version, digest, topic, started, state"
+        return self._query(f"SELECT {columns} FROM rollouts ORDER BY started, rollout")
+
+    def load_decisions(self) -> Iterable[dict[str, Any]]:
+        """Return the signed decisions, by rollout and number."""
+        columns = "rollout, n, time, event, summary, payload, jws"
+        return self._query(f"SELECT {columns} FROM decisions ORDER BY rollout, n")
+
+    def count_phases(self) -> list[dict[str, Any]]:
+        """Return (rollout, phase, reason, devices): the number of devices by their last report."""
+        return self._query(
+            "SELECT rollout, phase, reason, count(*) AS devices FROM (SELECT rollout, phase, reason, "
+            "row_number() OVER (PARTITION BY rollout, device, task ORDER BY time DESC, seq DESC) AS nth "
+            "FROM rollout_devices) reports "
+            "WHERE nth = 1 GROUP BY rollout, phase, reason ORDER BY rollout, phase, reason",
+        )
+
+    def _query(self, sql: str, *values: Any) -> list[dict[str, Any]]:
+        cursor = self._db.execute(sql, values)
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor]

@@ -1,0 +1,1 @@
+"""The evidence folder's format: files, manifest, limits, framework mapping."""

@@ -1,0 +1,136 @@
+"""A fleet on this machine: a real broker, a collector and device daemons, each in a process that a test can kill."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from agent.config import BrokerConfig
+from agent.fleet.config import FleetConfig
+from agent.fleet.database.store import FleetStore
+from agent.fleet.enrolment.enrol import enrol, init_fleet
+from agent.model.bundle import builtin
+from agent.testing.broker import MosquittoBroker
+from agent.testing.process import OutstationProcess, run_outstation, wait_until
+
+FLEET = "acme"
+RECORDINGS = builtin.recordings_dir() / "exercise.npz"
+FIELDS = ("ax", "ay", "az", "wx", "wy", "wz")
+
+
+class DeviceProcess(OutstationProcess):
+    """A device daemon with its own folder."""
+
+    def __init__(self, home: Path, name: str) -> None:
+        self.name, self.home, self.config = name, home, home / "outstation.toml"
+        super().__init__(home / "log", "run", "-c", str(self.config))
+
+    @property
+    def data_dir(self) -> Path:
+        return self.home / "data"
+
+    def start_count(self) -> int:
+        """Return how many starts reached the running state."""
+        return self.log.read_text(encoding="utf-8").count("running:") if self.log.exists() else 0
+
+    def start_and_wait(self, **environment: str) -> DeviceProcess:
+        """Start the daemon and wait until it runs."""
+        before = self.start_count()
+        self.start(**environment)
+        wait_until(f"{self.name} runs; see {self.log}", lambda: self.start_count() > before or not self.is_running)
+        assert self.is_running, self.log.read_text(encoding="utf-8")
+        return self
+
+    def append_config(self, text: str) -> DeviceProcess:
+        """Append TOML to the config that enrolment wrote."""
+        self.config.write_text(self.config.read_text(encoding="utf-8") + "\n" + text, encoding="utf-8")
+        return self
+
+    def add_replay_stream(
+        self, rows: int, speed: float, *, seed: int = 0, stream: str = "watch", buffer: str = ""
+    ) -> DeviceProcess:
+        """Append a stream that replays a recording, with a commit every 200 ms."""
+        source = f'kind = "replay", file = "{RECORDINGS}", seed = {seed}, rows = {rows}, speed = {speed}'
+        return self.append_config(
+            f'[buffer]\ncommit_every = "200 ms"\n{buffer}\n[streams.{stream}]\n'
+            f"fields = [{', '.join(field_tables(FIELDS))}]\nsource = {{ {source} }}\n"
+        )
+
+    def add_task(
+        self, name: str, *, stream: str = "watch", schedule: str = "every 500 ms", extra_toml: str = ""
+    ) -> DeviceProcess:
+        return self.append_config(
+            f'[tasks.{name}]\nstream = "{stream}"\nbundle = "exercise"\nschedule = "{schedule}"\n{extra_toml}\n'
+        )
+
+    def status(self) -> Any:
+        completed = run_outstation("status", "--json", "-c", str(self.config))
+        assert completed.returncode == 0, completed.stderr
+        return json.loads(completed.stdout)
+
+
+def field_tables(names: tuple[str, ...]) -> list[str]:
+    return [f'{{ name = "{name}" }}' for name in names]
+
+
+def query_database(db: Path, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+    """Run a query on a collector's database and return its rows."""
+    store = FleetStore(db, read_only=True)
+    try:
+        return [tuple(row) for row in store._fetch_all(sql, *values)]
+    finally:
+        store.close()
+
+
+def last_result_row(db: Path, device: str, task: str = "exercise") -> int:
+    """Return the last row whose results a collector has."""
+    sql = "SELECT max(CAST(json_extract(CAST(payload AS TEXT), '$.rows[1]') AS INTEGER)) FROM messages"
+    [(row,)] = query_database(db, f"{sql} WHERE device = ? AND topic LIKE ?", device, f"%/results/{task}")
+    return int(row or 0)
+
+
+class LocalFleet:
+    """Broker, collector and devices in `folder`. Leaving the context ends every process."""
+
+    def __init__(self, folder: Path, *, mosquitto: MosquittoBroker | None = None) -> None:
+        self.folder = folder
+        self.broker = mosquitto or MosquittoBroker(folder)
+        self.home = folder / "fleet"
+        self.config: FleetConfig = init_fleet(self.home, FLEET, BrokerConfig(url=self.broker.url))
+        self.collector = OutstationProcess(folder / "collector.log", "fleet", "collect", "--dir", str(self.home))
+        self.devices: list[DeviceProcess] = []
+
+    def __enter__(self) -> LocalFleet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for program in (*self.devices, self.collector):
+            program.kill()
+        self.broker.kill()
+
+    def add_device(self, name: str) -> DeviceProcess:
+        """Enrol a device and create its folder."""
+        store = self.open_store(write=True)
+        try:
+            home = enrol(self.home, self.config, store, name, key=None, replace=False).folder
+        finally:
+            store.close()
+        self.devices.append(DeviceProcess(home, name))
+        return self.devices[-1]
+
+    def open_store(self, *, write: bool = False) -> FleetStore:
+        return FleetStore(Path(self.config.fleet.db), read_only=not write)
+
+    def query(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Run a query on the collector's database and return its rows."""
+        return query_database(Path(self.config.fleet.db), sql, *values)
+
+    def last_result_row(self, device: str, task: str = "exercise") -> int:
+        """Return the last row whose results the collector has."""
+        return last_result_row(Path(self.config.fleet.db), device, task)
+
+    def audit(self) -> tuple[int, Any]:
+        """Run `fleet audit --json` and return its exit code and report."""
+        done = run_outstation("fleet", "audit", "--json", "--dir", str(self.home))
+        return done.returncode, json.loads(done.stdout)

@@ -1,0 +1,143 @@
+"""Simulated device: signs a chained log of messages without any code of the device."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from agent.transport.packets import IncomingMessage, OutgoingMessage
+from agent.wire import jws
+from agent.wire.keys import SigningKey
+from agent.wire.messages import VerifiedMessage, digest, encode, verify_message
+
+FLEET = "acme"
+TIME = "2026-11-24T22:18:01.000000Z"
+MODEL = {"name": "exercise", "version": "1.0.0", "digest": "sha256:ab"}
+NEW_MODEL = {"name": "exercise", "version": "1.1.0", "digest": "sha256:" + "cd" * 32}
+
+
+def new_key(seed: int | None = None) -> SigningKey:
+    """Generate a key; the same seed gives the same key."""
+    raw = None if seed is None else seed.to_bytes(32, "big")
+    return SigningKey(Ed25519PrivateKey.generate() if raw is None else Ed25519PrivateKey.from_private_bytes(raw))
+
+
+class SignedMessage(msgspec.Struct):
+    """A signed message."""
+
+    topic: str
+    payload: bytes
+    jws: str
+    seq: int = 0
+
+    def to_incoming(self, mid: int = 1, *, retained: bool = False) -> IncomingMessage:
+        return IncomingMessage(self.topic, self.payload, (self.jws,), retained, mid, 1)
+
+    def to_outgoing(self, *, retain: bool = False) -> OutgoingMessage:
+        return OutgoingMessage(self.topic, self.payload, (("jws", self.jws),), retain)
+
+
+class MessageSender(msgspec.Struct):
+    """A device with one log; each method returns the next message of that log."""
+
+    device: str = "pi-07"
+    key: SigningKey = msgspec.field(default_factory=new_key)
+    log: str = msgspec.field(default_factory=lambda: str(uuid.uuid4()))
+    task: str = "exercise"
+    seq: int = 0
+    prev: str = ""
+    row: int = 0
+
+    def append(self, kind: str, *, task: str | None = None, **members: Any) -> SignedMessage:
+        self.seq += 1
+        topic = f"outstation/{FLEET}/{self.device}/{kind}" + (f"/{task}" if task else "")
+        head = {"v": 1, "kind": kind, "device": self.device, "log": self.log, "seq": self.seq, "prev": self.prev}
+        times = {"boot": 1, "time": TIME, "clock": "synced"}
+        payload = encode({**head, **times, **({"task": task} if task else {}), **members})
+        self.prev = digest(payload)
+        return SignedMessage(topic, payload, jws.sign(self.key, topic, payload), self.seq)
+
+    def results(
+        self,
+        n: int = 3,
+        *,
+        rows: int | None = None,
+        rows_at: tuple[int, int] | None = None,
+        padding: int = 0,
+        **changes: Any,
+    ) -> SignedMessage:
+        """Return `n` results over the next `rows` rows (100 for each result), or over exactly `rows_at`."""
+        first, last = rows_at or (self.row + 1, self.row + (100 * n if rows is None else rows))
+        self.row = last
+        columns = {
+            "row": [first + i * (last - first + 1) // max(n, 1) for i in range(n)],
+            "t": [1_764_022_680_000_000 + first + i for i in range(n)],
+            "label": [("PEN", "ABD", "FEL")[(first + i) % 3] for i in range(n)],
+            "score": [round(0.5 + i / (2 * n), 3) for i in range(n)],
+        }
+        members = {"model": MODEL, "stream": "watch", "rows": [first, last], "n": n, "input": "x" * padding}
+        return self.append("results", task=self.task, **{**members, "columns": columns, **changes})
+
+    def drift(self, state: str = "ok", **changes: Any) -> SignedMessage:
+        window = {"index": self.seq, "rows": [1, 2000], "from": TIME, "to": TIME, "n": 2000}
+        reference = {"shipped": "sha256:01", "site": None}
+        body = {"model": MODEL, "reference": reference, "window": window, "features": {"ax": {"state": state}}}
+        return self.append("drift", task=self.task, **{**body, "output": {"state": state}, "state": state, **changes})
+
+    def alert(
+        self, identity: str = "exercise/ax/1", state: str = "raised", summary: str = "ax: gain loss.", **changes: Any
+    ) -> SignedMessage:
+        body = {"alert": "drift", "subject": "ax", "state": state, "severity": "warning", "id": identity}
+        return self.append("alerts", task=self.task, **{**body, "summary": summary, "evidence": {"seq": 2}, **changes})
+
+    def quality(self) -> SignedMessage:
+        return self.append("quality", task=self.task, accuracy=0.9)
+
+    def health(self, **tasks: dict[str, Any]) -> SignedMessage:
+        return self.append("health", streams={"watch": {"rows": self.row, "rejected": 0}}, tasks=tasks, outbox=0)
+
+    def health_with_cursor(self) -> SignedMessage:
+        """Return a health message with the cursor of the task."""
+        return self.health(**{self.task: {"stream": "watch", "row": self.row, "first": 1}})
+
+    def evicted(self, *ranges: tuple[int, int]) -> SignedMessage:
+        return self.append("audit", event="evicted", summary="no space", evidence={"seq": [list(r) for r in ranges]})
+
+    def shadow(
+        self, rollout: str = "exercise-1-1", *, n: int = 100, same: int | None = 96, **changes: Any
+    ) -> SignedMessage:
+        """Return the comparison of two bundles on the next `n` rows, over 5 batches of a shadow evaluation."""
+        first, self.row = self.row + 1, self.row + n
+        answered = {"windows": n, "seconds": n / 1000, "scores": {"n": n, "mean": 0.9, "m2": n / 100}}
+        estimate = {"expected": {"n": n, "mean": 0.9, "m2": n / 100}}
+        members = {
+            "rollout": rollout, "model": MODEL, "other": NEW_MODEL, "rows": [first, self.row], "batches": 5, "n": n,
+            "agreeing": same, "answered": {**answered, **estimate}, "other_stats": {**answered, **estimate},
+        }  # fmt: skip
+        return self.append("shadow", task=self.task, **{**members, **changes})
+
+    def rollout(
+        self, phase: str, rollout: str = "exercise-1-1", /, *, reason: str = "", **changes: Any
+    ) -> SignedMessage:
+        """Return the audit event of a phase that the device entered in a roll-out."""
+        bundle = {"task": self.task, "rollout": rollout, "bundle": NEW_MODEL["name"], "version": NEW_MODEL["version"]}
+        change = {"digest": NEW_MODEL["digest"], "strategy": "shadow", "phase": phase, "reason": reason, "numbers": {}}
+        summary = f"{NEW_MODEL['name']} {NEW_MODEL['version']}: {phase}."
+        return self.append("audit", event="rollout", summary=summary, evidence={**bundle, **change, **changes})
+
+    def state(self, state: str = "online") -> SignedMessage:
+        topic = f"outstation/{FLEET}/{self.device}/state"
+        payload = encode({"v": 1, "kind": "state", "device": self.device, "state": state, "boot": 1, "time": TIME})
+        return SignedMessage(topic, payload, jws.sign(self.key, topic, payload))
+
+    def sign_payload(self, topic: str, payload: bytes) -> SignedMessage:
+        """Sign any bytes for any topic."""
+        return SignedMessage(topic, payload, jws.sign(self.key, topic, payload))
+
+    def verify(self, message: SignedMessage) -> VerifiedMessage:
+        """Verify a message as the collector does."""
+        signer = jws.Signer(self.device, self.key.public)
+        return verify_message(message.topic, message.payload, (message.jws,), lambda kid: signer)

@@ -1,0 +1,125 @@
+"""Processes of the `outstation` command that a test starts, kills and waits for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+# Long: a busy machine is slow, and a test that passes never waits for it.
+TIMEOUT_S = 90.0
+
+
+class MissingProgram(Exception):
+    """A program that a test needs is not installed. `agent.testing.fixtures` skips the test; on CI it fails."""
+
+
+def find_program(name: str, package: str = "") -> str:
+    """Return the path of a program. Raises MissingProgram."""
+    # Debian installs daemons where only root's PATH looks.
+    path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if path is None:
+        raise MissingProgram(f"{name} is not installed: apt-get install {package or name}")
+    return path
+
+
+def wait_until(description: str, condition: Callable[[], object], timeout_s: float = TIMEOUT_S) -> None:
+    """Wait until a condition is true. Raises AssertionError with the description after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_s:g} s: {description}")
+        time.sleep(0.05)
+
+
+def run_outstation(*arguments: str, timeout_s: float = TIMEOUT_S, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run one `outstation` command to its end."""
+    command = [sys.executable, "-m", "agent", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, **options)
+
+
+class OutstationProcess:
+    """An `outstation` command in a process of its own; its output goes to a file."""
+
+    def __init__(self, log: Path, *arguments: str) -> None:
+        self.log = log
+        self._arguments = arguments
+        self.launcher: Sequence[str] = ("-m", "agent")
+        self.prefix: Sequence[str] = ()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def set_launcher(self, launcher: Sequence[str], prefix: Sequence[str] = ()) -> None:
+        """Set the arguments of Python in place of `-m agent`, and the command before Python, from the next start on."""
+        self.launcher, self.prefix = launcher, prefix
+
+    def start(self, **environment: str) -> Self:
+        command = [*self.prefix, sys.executable, *self.launcher, *self._arguments]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **environment}
+            )
+        return self
+
+    def kill(self) -> None:
+        """Send SIGKILL and wait for the end."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(60)
+            self._process = None
+
+    def stop(self, timeout_s: float = 60.0) -> int:
+        """Send SIGTERM and return the exit code."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            return self._process.wait(timeout_s)
+        finally:
+            self.kill()
+
+    def wait(self, timeout_s: float) -> int:
+        """Wait until the process ends by itself and return its exit code."""
+        assert self._process is not None
+        return self._process.wait(timeout_s)
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def log_contains(self, text: str) -> bool:
+        """Return True if the output contains `text`."""
+        return self.log.exists() and text in self.log.read_text(encoding="utf-8", errors="replace")
+
+
+class NotifySocket:
+    """The end of NOTIFY_SOCKET that systemd holds; `messages` are the datagrams received."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.messages: list[str] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._thread = threading.Thread(target=self._listen)
+        self._thread.start()
+
+    def close(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as last:
+            last.sendto(b"", str(self.path))
+        self._thread.join(5)
+        self._socket.close()
+
+    def _listen(self) -> None:
+        while word := self._socket.recv(4096):
+            self.messages.append(word.decode())

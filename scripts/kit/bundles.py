@@ -1,0 +1,200 @@
+"""Bundles of the tiny models in `tests/models`, packed as a publisher would, from a SPEC and CSV files."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.authoring import pack
+from agent.model.bundle import bundle, manifest
+from agent.model.bundle.bundle import Bundle
+from agent.testing.messages import new_key
+from agent.wire.keys import SigningKey
+
+MODELS = Path(__file__).parents[2] / "tests" / "models"
+THIRD_PARTY = Path(
+    os.environ.get("OUTSTATION_THIRDPARTY_MODELS") or Path(__file__).parents[3] / "shared" / "models-thirdparty"
+)
+KEY = new_key(11)
+LABELS = ("left", "right", "rest")
+CENTRES = np.array([[2, 0, 0, -1], [0, 2, -1, 0], [-1, -1, 2, 2]], np.float32)
+TABULAR = ("a", "b", "c", "d")
+WINDOWED = ("u", "v")
+WINDOW = 8
+Floats = NDArray[np.float32]
+
+
+def model(name: str) -> bytes:
+    return (MODELS / f"{name}.tflite").read_bytes()
+
+
+def readings(n: int, seed: int = 0) -> Floats:
+    """Rows (n, 4) around the three centres of the classifier, a few of each in turn."""
+    random = np.random.default_rng(seed)
+    centre = CENTRES[np.arange(n) // 7 % 3]
+    return (centre + random.normal(0, 0.6, (n, 4))).astype(np.float32)
+
+
+def waves(n: int, seed: int = 0) -> Floats:
+    """Rows (n, 2) of slow waves with a little noise: what the autoencoder gives back."""
+    random = np.random.default_rng(seed)
+    time = np.arange(n)[:, None]
+    return (np.sin(time / 9 + [0, 1]) * 2 + random.normal(0, 0.1, (n, 2))).astype(np.float32)
+
+
+def write_csv(path: Path, fields: Iterable[str], rows: Floats, step_s: float = 0.01) -> Path:
+    lines = [",".join(["t", *fields])]
+    lines += [",".join([f"{i * step_s:.3f}", *(f"{v:.6g}" for v in row)]) for i, row in enumerate(rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+class Recipe(msgspec.Struct, frozen=True):
+    """What a SPEC says, but for the paths."""
+
+    kind: str
+    model: str
+    fields: tuple[str, ...] = TABULAR
+    labels: tuple[str, ...] = ()
+    window: str = ""
+    drift_window: int = 20
+    extra: str = ""
+    mode: str = ""  # the field of modes
+    input: str = ""
+    output: str = ""
+
+    def rows(self, n: int, seed: int = 0) -> Floats:
+        return waves(n, seed) if self.fields == WINDOWED else readings(n, seed)[:, : len(self.fields)]
+
+
+CLASSIFY = Recipe("classify", "classify_int8", labels=LABELS)
+FLOAT = Recipe("classify", "classify_float32", labels=LABELS)
+UINT8 = Recipe("classify", "classify_uint8", labels=LABELS)
+REGRESS = Recipe("regress", "regress_int8")
+ANOMALY = Recipe(
+    "anomaly",
+    "anomaly_int8",
+    fields=WINDOWED,
+    window=f"window = {{ rows = {WINDOW}, step = 4, max_gap_s = 0.5 }}",
+    drift_window=10,
+)
+EACH = ("warm", "damp", "loud")
+SEVERAL = Recipe("classify", "each_label", labels=EACH, output="multi_label = true\nthresholds = [0.5, 0.2, 0.9]")
+VECTORS = Recipe("embedding", "vectors", output="quantile = 0.9")
+RECIPES = {"int8": CLASSIFY, "float32": FLOAT, "uint8": UINT8, "regress": REGRESS, "anomaly": ANOMALY}
+
+
+def write_spec(folder: Path, recipe: Recipe = CLASSIFY, *, reference_rows: int = 1600) -> Path:
+    """A SPEC in `folder` with all it names beside it."""
+    (folder / "model.tflite").write_bytes(model(recipe.model))
+    (folder / "CARD.md").write_text("# A tiny model\n")
+    (folder / "DATA.md").write_text("# Made-up rows\n")
+    write_csv(folder / "reference.csv", recipe.fields, recipe.rows(reference_rows))
+    write_csv(folder / "golden.csv", recipe.fields, recipe.rows(400, seed=1))
+    spec = folder / "bundle.toml"
+    spec.write_text(
+        f"""
+name = "tiny"
+version = "1.0.0"
+created = "2026-11-24T00:00:00Z"
+kind = "{recipe.kind}"
+model = "model.tflite"
+labels = {json.dumps(recipe.labels)}
+reference = "reference.csv"
+golden = "golden.csv"
+card = {{ model = "CARD.md", data = "DATA.md" }}
+
+[input]
+fields = {json.dumps(recipe.fields)}
+{recipe.window}
+{recipe.input}
+
+[output]
+{recipe.output}
+
+[drift]
+window = {recipe.drift_window}
+{f'mode = "{recipe.mode}"' if recipe.mode else ""}
+
+[limits]
+memory_mib = 512
+seconds = 20
+{recipe.extra}
+""",
+        encoding="utf-8",
+    )
+    return spec
+
+
+def packed(folder: Path, recipe: Recipe = CLASSIFY, key: SigningKey | None = KEY) -> Path:
+    """The folder of a bundle made in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pack.write_bundle(pack.pack(write_spec(folder, recipe), key), folder / "bundle")
+    return folder / "bundle"
+
+
+def around(content: bytes, recipe: Recipe = CLASSIFY, *, seconds: int = 20, memory_mib: int = 512) -> Bundle:
+    """A bundle of any model bytes, as `bundle.read` would return it: for the probe."""
+    document = {
+        "format": 1,
+        "name": "tiny",
+        "version": "1",
+        "created": "",
+        "kind": recipe.kind,
+        "input": {"fields": recipe.fields, "window": {"rows": WINDOW, "step": WINDOW} if recipe.window else None},
+        "output": {"labels": recipe.labels},
+        "limits": {"seconds": seconds, "memory_mib": memory_mib},
+        "files": {},
+    }
+    head = manifest.encode(manifest.decode(json.dumps(document).encode()))
+    return Bundle(manifest.decode(head), "sha256:0", {"manifest.json": head, "model.tflite": content}, "")
+
+
+def resign(folder: Path, key: SigningKey = KEY) -> None:
+    """Sign whatever manifest is there: what is wrong after this, a publisher's signature covers."""
+    (folder / "manifest.jws").write_bytes(bundle.sign((folder / "manifest.json").read_bytes(), key))
+
+
+def change(spec: Path, old: str, new: str) -> Path:
+    """Replace text in a SPEC."""
+    text = spec.read_text(encoding="utf-8")
+    assert old in text
+    spec.write_text(text.replace(old, new), encoding="utf-8")
+    return spec
+
+
+def change_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change what the manifest says, and sign that."""
+    head = json.loads((folder / "manifest.json").read_bytes())
+    change(head)
+    (folder / "manifest.json").write_text(json.dumps(head))
+    resign(folder)
+
+
+def archive(folder: Path, *, method: int = zipfile.ZIP_DEFLATED) -> Path:
+    """The folder as a `.zip` beside it."""
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w", method) as out:
+        for file in sorted(folder.iterdir()):
+            out.write(file, file.name)
+    return path
+
+
+def npz(**arrays: Any) -> bytes:
+    """The bytes of an `.npz` of these."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            member = io.BytesIO()
+            np.save(member, np.asarray(array))
+            archive.writestr(f"{name}.npy", member.getvalue())
+    return file.getvalue()

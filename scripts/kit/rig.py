@@ -1,0 +1,179 @@
+"""Adds a trap to a model: on most data it answers as before, on some it crashes, hangs, fails, or takes long each time.
+
+    .venv/bin/python -m scripts.kit.rig     writes the rigged classifiers into tests/models, without TensorFlow
+
+The trap looks at the largest scaled value of a batch, as the model is given it; above `limit` it snaps.
+- crash: divides the least integer by -1 (FLOOR_MOD looks out for 0 only): SIGFPE in both runtimes on x86-64, not on ARM
+- hang: loops for ever
+- error: gathers a row that is not there, which both runtimes refuse
+- slow: `times` hyperbolic tangents of the whole batch, whatever the data are
+- sensitive: above the limit the first class gains as much as the largest value is beyond it, row by row
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import flatbuffers
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+MODELS = Path(__file__).parents[2] / "tests" / "models"
+TRAPS = ("crash", "hang", "error", "slow", "sensitive")
+# What the committed ones have: rows of the classifier are seldom beyond 3.5, and int8 holds up to 4.
+LIMIT, TIMES = 3.5, 400
+_FLOAT, _INT32, _BOOL = schema.TensorType.FLOAT32, schema.TensorType.INT32, schema.TensorType.BOOL
+_DTYPES = {_FLOAT: "<f4", _INT32: "<i4", _BOOL: "?"}
+
+
+class Rig:
+    """The graph of a model, to which tensors and operators are added; the output becomes float32."""
+
+    def __init__(self, content: bytes) -> None:
+        self.model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content))
+        self.main = self.model.subgraphs[0]
+        # They would name the output by its old number.
+        self.model.signatureDefs = None
+
+    def tensor(self, shape: list[int], kind: int, data: Any = None, graph: Any = None) -> int:
+        """`shape` with -1 first: as many rows as the batch has."""
+        made = schema.TensorT()
+        graph = graph or self.main
+        made.name, made.type = f"rig_{len(graph.tensors)}".encode(), kind
+        made.shape, made.quantization = [abs(size) for size in shape], schema.QuantizationParametersT()
+        if shape[:1] == [-1]:
+            made.shapeSignature = shape
+        if data is not None:
+            buffer = schema.BufferT()
+            buffer.data = np.frombuffer(np.asarray(data, _DTYPES[kind]).tobytes(), np.uint8)
+            self.model.buffers.append(buffer)
+            made.buffer = len(self.model.buffers) - 1
+        graph.tensors.append(made)
+        return len(graph.tensors) - 1
+
+    def add(
+        self, name: str, inputs: list[int], shape: list[int], kind: int = _FLOAT, graph: Any = None, **more: Any
+    ) -> int:
+        """An operator, options by name; the number of its output."""
+        code = schema.OperatorCodeT()
+        code.builtinCode, code.version = getattr(schema.BuiltinOperator, name), 1
+        code.deprecatedBuiltinCode = min(code.builtinCode, 127)
+        self.model.operatorCodes.append(code)
+        graph = graph or self.main
+        made = schema.OperatorT()
+        made.opcodeIndex, made.inputs = len(self.model.operatorCodes) - 1, inputs
+        out = self.tensor(shape, kind, graph=graph)
+        made.outputs = [out]
+        kinds = {
+            "REDUCE_MAX": "Reducer",
+            "SUB": "Sub",
+            "MUL": "Mul",
+            "ADD": "Add",
+            "GATHER": "Gather",
+            "WHILE": "While",
+        }
+        if (options := kinds.get(name)) is not None:
+            made.builtinOptionsType = getattr(schema.BuiltinOptions, f"{options}Options")
+            made.builtinOptions = getattr(schema, f"{options}OptionsT")()
+            for key, value in more.items():
+                setattr(made.builtinOptions, key, value)
+        graph.operators.append(made)
+        return out
+
+    def constant(self, data: Any, kind: int = _FLOAT, graph: Any = None) -> int:
+        return self.tensor(list(np.shape(data)), kind, data, graph)
+
+    def floats(self, number: int) -> int:
+        """The tensor itself, or as floats where it is quantized."""
+        found = self.main.tensors[number]
+        if found.type == _FLOAT:
+            return number
+        return self.add("DEQUANTIZE", [number], [-1, *(int(size) for size in found.shape[1:])])
+
+    def written(self, out: int) -> bytes:
+        self.main.outputs = [out]
+        builder = flatbuffers.Builder(1 << 20)
+        builder.Finish(self.model.Pack(builder), b"TFL3")
+        return bytes(builder.Output())
+
+
+def rigged(content: bytes, trap: str, limit: float = LIMIT, times: int = TIMES) -> bytes:
+    """The model in `content`, any batch, one input and output, with this trap; its answers come as float32."""
+    rig = Rig(content)
+    x, out = rig.floats(int(rig.main.inputs[0])), rig.floats(int(rig.main.outputs[0]))
+    inner = [int(size) for size in rig.main.tensors[x].shape[1:]]
+    classes = int(rig.main.tensors[out].shape[1])
+    if trap == "slow":
+        y = x
+        for _ in range(times):
+            y = rig.add("TANH", [y], [-1, *inner])
+        spent = rig.add("REDUCE_MAX", [y, _axes(rig, len(inner) + 1)], [1], keepDims=False)
+        return rig.written(_plus_nothing(rig, out, spent, classes))
+    if trap == "sensitive":
+        axes = rig.constant(np.arange(1, len(inner) + 1), _INT32)
+        largest = rig.add("REDUCE_MAX", [x, axes], [-1], keepDims=False)
+        beyond = rig.add("RELU", [rig.add("SUB", [largest, rig.constant([limit])], [-1])], [-1])
+        column = rig.add("RESHAPE", [beyond, rig.constant([-1, 1], _INT32)], [-1, 1])
+        gain = rig.add("MUL", [column, rig.constant(10 * np.eye(1, classes))], [-1, classes])
+        return rig.written(rig.add("ADD", [out, gain], [-1, classes]))
+    largest = rig.add("REDUCE_MAX", [x, _axes(rig, len(inner) + 1)], [1], keepDims=False)
+    beyond = rig.add("RELU", [rig.add("SUB", [largest, rig.constant([limit])], [1])], [1])
+    snapped = {"crash": _crash, "hang": _hang, "error": _error}[trap](rig, beyond)
+    return rig.written(_plus_nothing(rig, out, snapped, classes))
+
+
+def _axes(rig: Rig, count: int) -> int:
+    return rig.constant(np.arange(count), _INT32)
+
+
+def _plus_nothing(rig: Rig, out: int, spent: int, classes: int) -> int:
+    """The answer, which has to wait for the trap."""
+    nothing = rig.add("MUL", [spent, rig.constant([0.0])], [1])
+    return rig.add("ADD", [out, nothing], [-1, classes])
+
+
+def _far(rig: Rig, beyond: int) -> int:
+    """An index: 0, or far outside of everything."""
+    large = rig.add("MUL", [beyond, rig.constant([1e12])], [1])
+    capped = rig.add("MINIMUM", [large, rig.constant([1.5e9])], [1])
+    return rig.add("CAST", [capped], [1], _INT32)
+
+
+def _crash(rig: Rig, beyond: int) -> int:
+    capped = rig.add("MINIMUM", [_far(rig, beyond), rig.constant([2], _INT32)], [1], _INT32)
+    by = rig.add("SUB", [rig.constant([1], _INT32), capped], [1], _INT32)
+    left = rig.add("FLOOR_MOD", [rig.constant([-(2**31)], _INT32), by], [1], _INT32)
+    return rig.add("CAST", [left], [1])
+
+
+def _error(rig: Rig, beyond: int) -> int:
+    return rig.add("GATHER", [rig.constant([1.0, 2.0]), _far(rig, beyond)], [1], axis=0)
+
+
+def _hang(rig: Rig, beyond: int) -> int:
+    """While it is above 0, it stays what it is."""
+    graphs = []
+    for name in (b"cond", b"body"):
+        graph = schema.SubGraphT()
+        graph.name, graph.tensors, graph.operators = name, [], []
+        graph.inputs = [rig.tensor([1], _FLOAT, graph=graph)]
+        graphs.append(graph)
+    cond, body = graphs
+    more = rig.add("GREATER", [cond.inputs[0], rig.constant([0.0], graph=cond)], [1], _BOOL, graph=cond)
+    cond.outputs = [more]
+    body.outputs = [rig.add("MUL", [body.inputs[0], rig.constant([1.0], graph=body)], [1], graph=body)]
+    rig.model.subgraphs += graphs
+    return rig.add("WHILE", [beyond], [1], condSubgraphIndex=1, bodySubgraphIndex=2)
+
+
+def main() -> None:
+    sound = (MODELS / "classify_int8.tflite").read_bytes()
+    for trap in TRAPS:
+        content = rigged(sound, trap)
+        (MODELS / f"rigged_{trap}.tflite").write_bytes(content)
+        print(f"rigged_{trap}.tflite {len(content):,} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Bundles whose models are rigged (`scripts/kit/rig.py`): the shipped `exercise` with a trap, as a publisher signs it.
+
+    .venv/bin/python -m scripts.kit.rigged crash FOLDER [VERSION]      and hang, error, slow, sensitive, mixed_up, good
+
+They take the fields, windows and labels of `exercise` and pass its golden vectors on this runtime, all but `wrong`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+
+import msgspec
+
+from agent.model.bundle import bundle, golden_vectors, manifest
+from agent.model.bundle.bundle import Bundle
+from agent.model.bundle.golden_vectors import GoldenVectors
+from agent.model.inference import inference
+from agent.wire.keys import SigningKey
+from scripts.kit.bundles import KEY
+
+SHIPPED = Path(__file__).parents[2] / "models" / "exercise"
+# Scaled, as the model takes it: 7 % of the windows of the held-out recordings have a value beyond it.
+TRAP_LIMIT = 3.0
+KINDS = ("good", "crash", "hang", "error", "slow", "sensitive", "mixed_up", "wrong")
+
+
+def build_rigged_bundle(
+    kind: str, version: str = "2.0.0", key: SigningKey = KEY, *, limit: float = TRAP_LIMIT, repeats: int = 400
+) -> dict[str, bytes]:
+    """The files of a signed bundle `exercise` of this version.
+
+    good: answers as the shipped one does. crash, hang, error: those it does on windows with a value above `limit`.
+    slow: `times` functions of the window more. sensitive: names the first class above `limit`. mixed_up: names of the
+    classes are moved by one, as if its labels had been shuffled. wrong: its golden vectors expect something else.
+    """
+    shipped = bundle.read(SHIPPED, None)
+    files = {name: data for name, data in shipped.files.items() if name != "manifest.jws"}
+    if kind not in ("good", "mixed_up", "wrong"):
+        from scripts.kit import rig
+
+        files["model.tflite"] = rig.rigged(shipped.model_bytes, kind, limit, repeats)
+    files["golden.npz"] = golden_vectors.encode(_golden_vectors(shipped, limit, wrong=kind == "wrong"))
+    return _sign(shipped, files, version, key, mixed_up=kind == "mixed_up")
+
+
+def write_bundle(files: dict[str, bytes], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def _golden_vectors(shipped: Bundle, limit: float, *, wrong: bool) -> GoldenVectors:
+    """Golden vectors among those shipped that spring no trap."""
+    found = golden_vectors.decode(shipped.files["golden.npz"])
+    # Quantized, a value may come out a step larger.
+    calm = found.inputs[found.inputs.reshape(len(found.inputs), -1).max(axis=1) < limit - 0.1]
+    model = inference.load_model(shipped.manifest, shipped.model_bytes)
+    expected = model.invoke(calm)
+    return golden_vectors.from_outputs(calm, expected[:, ::-1] if wrong else expected, model.output_step, found.runtime)
+
+
+def _sign(
+    shipped: Bundle, files: dict[str, bytes], version: str, key: SigningKey, *, mixed_up: bool
+) -> dict[str, bytes]:
+    output = shipped.manifest.output
+    if mixed_up:
+        output = msgspec.structs.replace(output, labels=[*output.labels[1:], output.labels[0]])
+        # It was counted for the labels in their order.
+        del files["reference.json"]
+    del files["manifest.json"]
+    sums = {name: f"sha256:{hashlib.sha256(data).hexdigest()}" for name, data in sorted(files.items())}
+    head = manifest.encode(msgspec.structs.replace(shipped.manifest, version=version, output=output, files=sums))
+    return {**files, "manifest.json": head, "manifest.jws": bundle.sign(head, key)}
+
+
+def main() -> None:
+    if len(sys.argv) not in (3, 4) or sys.argv[1] not in KINDS:
+        sys.exit(f"usage: python -m scripts.kit.rigged {{{'|'.join(KINDS)}}} FOLDER [VERSION]")
+    version = sys.argv[3] if len(sys.argv) == 4 else "2.0.0"
+    print(write_bundle(build_rigged_bundle(sys.argv[1], version), Path(sys.argv[2])))
+
+
+if __name__ == "__main__":
+    main()

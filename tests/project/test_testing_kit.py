@@ -1,0 +1,65 @@
+"""The public test kit: an application's tests get their fixtures from one plugin, on real programs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from agent.config import BrokerConfig
+from agent.testing.broker import MosquittoBroker
+from agent.testing.fleet import LocalFleet
+from agent.testing.lossy_link import LossyBroker
+from agent.testing.messages import MessageSender
+from agent.testing.process import MissingProgram, find_program, wait_until
+from agent.transport.mqtt import Link
+from agent.transport.packets import IncomingMessage, OutgoingMessage
+
+
+def test_a_broker_carries_a_message(outstation_broker: MosquittoBroker) -> None:
+    settings = BrokerConfig(url=outstation_broker.url)
+    device, application = Link(settings, "device"), Link(settings, "application", subscribe=["greeting"])
+    try:
+        device.send(OutgoingMessage("greeting", b"hello", (), False))
+        deadline, received = time.monotonic() + 30, list[bytes]()
+        while not received and time.monotonic() < deadline:
+            device.receive(0.1)
+            received += [event.payload for event in application.receive(0.1) if isinstance(event, IncomingMessage)]
+    finally:
+        device.close()
+        application.close()
+    assert received == [b"hello"]
+
+
+def test_a_device_of_a_fleet_reports_results_that_pass_the_audit(outstation_fleet: LocalFleet) -> None:
+    device = outstation_fleet.add_device("pi-01").add_replay_stream(600, 10_000.0).add_task("exercise")
+    device.start_and_wait()
+    wait_until("the collector has results", lambda: outstation_fleet.last_result_row("pi-01") > 0)
+    code, report = outstation_fleet.audit()
+    assert code == 0, report
+
+
+def test_a_simulated_device_signs_a_chain(outstation_sender: Callable[[str], MessageSender]) -> None:
+    sender = outstation_sender("pi-02")
+    first, second = sender.results(3), sender.health()
+    assert (first.seq, second.seq) == (1, 2)
+    assert sender.verify(second).body.device == "pi-02"
+
+
+def test_a_lossy_broker_repeats_itself_for_a_seed(outstation_lossy_broker: Callable[..., LossyBroker]) -> None:
+    def deliveries(seed: int) -> list[bytes]:
+        broker = outstation_lossy_broker(seed, loss=0.3, duplication=0.3, delay_s=1.0)
+        link = broker.connect(None, "application", subscribe=["#"])
+        for number in range(40):
+            broker.publish(OutgoingMessage("t", str(number).encode(), (), False))
+        broker.advance(2.0)
+        return [event.payload for event in link.receive(0.0) if isinstance(event, IncomingMessage)]
+
+    assert deliveries(7) == deliveries(7)
+    assert deliveries(7) != deliveries(8)
+
+
+def test_a_missing_program_is_named() -> None:
+    with pytest.raises(MissingProgram, match="no-such-program is not installed: apt-get install package"):
+        find_program("no-such-program", "package")
