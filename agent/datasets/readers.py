@@ -24,14 +24,22 @@ SUFFIXES = (*formats.TABLE_SUFFIXES, ".npz")
 
 
 def open_reader(
-    path: Path, spec: ModelInput, text_columns: Sequence[str] = (), block_bytes: int = BLOCK_BYTES
+    path: Path,
+    spec: ModelInput,
+    text_columns: Sequence[str] = (),
+    block_bytes: int = BLOCK_BYTES,
+    *,
+    require_times: bool = False,
 ) -> BlockReader:
-    """Return the reader for `path`; a table of text is read `block_bytes` at a time. Raises UsageError."""
+    """Return the reader for `path`; tables of text are read `block_bytes` at a time. Raises UsageError.
+
+    A row of a table without a time has that of the row before it; with `require_times` it is an error.
+    """
     if path.suffix == ".npz":
         return RecordingsReader(path, spec, text_columns)
     if is_media(spec):
         return MediaReader(path, spec, text_columns)
-    return TableReader(path, spec.fields, text_columns, block_bytes)
+    return TableReader(path, spec.fields, text_columns, block_bytes, require_times=require_times)
 
 
 @contextmanager
@@ -81,7 +89,7 @@ class TableReader:
         *,
         require_times: bool = False,
     ) -> None:
-        """Raises UsageError. With `require_times` a row without a time is an error, else it has that of the row before."""
+        """Raises UsageError."""
         self.path, self._fields, self._text_columns = path, list(fields), list(text_columns)
         self._block_bytes, self._require_times = block_bytes, require_times
         with open_table(self.path, self._block_bytes) as table:

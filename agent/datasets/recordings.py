@@ -1,13 +1,12 @@
 """Recordings: an `.npz` of rows, cut into recordings, with what is known of each recording or row.
 
-Arrays: `rows` (n, F) and `fields` (F), and if there are several recordings `starts`, the first row of each and n at the
-end. Optional: `t` (n,) epoch seconds, or `rate` in rows a second; `scale`, which rows are multiplied by; codes `label` and
+Arrays: `rows` (n, F) and `fields` (F); of several recordings also `starts`, the first row of each and n at the end.
+Optional: `t` (n,) epoch seconds, or `rate` in rows a second; `scale`, which rows are multiplied by; codes `label` and
 `subject` of each recording; `labels`, the names of label codes; further arrays (n,), or with an entry a recording.
 """
 
 from __future__ import annotations
 
-import csv
 import tokenize
 import zipfile
 import zlib
@@ -28,22 +27,8 @@ from agent.model.inference.features import Floats, Ints
 
 # numpy answers damaged archives with all of these.
 _UNREADABLE_ERRORS = (
-    OSError,
-    ValueError,
-    LookupError,
-    EOFError,
-    TypeError,
-    AttributeError,
-    SyntaxError,
-    OverflowError,
-    Warning,
-    tokenize.TokenError,
-    MemoryError,
-    RuntimeError,
-    NotImplementedError,
-    zipfile.BadZipFile,
-    zlib.error,
-    csv.Error,
+    *(ValueError, LookupError, EOFError, TypeError, AttributeError, SyntaxError, OverflowError, Warning),
+    *(MemoryError, RuntimeError, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
 )
 _PAUSE_S = 10.0
 _BLOCK_ROWS = 1 << 16
@@ -194,6 +179,7 @@ def _open_arrays(path: Path, noun: str) -> Iterator[Any]:
         # numpy leaves a file open that it was given by name and could not read.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             yield arrays
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
     except _UNREADABLE_ERRORS as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UsageError(f"{path}: not readable as {noun}: {reason}") from None
+        raise UsageError(f"{path}: not readable as {noun}: {error}") from None

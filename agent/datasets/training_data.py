@@ -5,7 +5,6 @@ Every row must be readable: a rejected row is an error, unlike for readers of da
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.datasets import readers, recordings
-from agent.datasets.blocks import LABEL_COLUMN, TIME_COLUMN, BlockReader
+from agent.datasets.blocks import LABEL_COLUMN, TIME_COLUMN
 from agent.datasets.parquet_table import ParquetTable
 from agent.datasets.tables import ColumnType
 from agent.errors import UsageError
@@ -70,33 +69,27 @@ def read(path: Path, spec: ModelInput, labels: LabelParser | None = None) -> Tra
     """Read all rows, with column `label` if `labels` are wanted. Raises UsageError that names the file and the line."""
     if path.suffix == ".npz":
         return _read_recordings(path, spec)
-    reader = _open_reader(path, spec, ())
-    if labels is not None and LABEL_COLUMN in reader.columns:
-        reader = _open_reader(path, spec, (LABEL_COLUMN,))
-    blocks = []
+    reader = readers.open_reader(path, spec, require_times=True)
+    labelled = labels is not None and LABEL_COLUMN in reader.columns
+    if labelled:
+        reader = readers.open_reader(path, spec, [LABEL_COLUMN], require_times=True)
+    rows, t, texts = [np.empty((0, len(spec.fields)), np.float32)], [np.empty(0, np.int64)], [np.empty(0, np.str_)]
     for block in reader.blocks():
         for rejection in block.rejected:
-            raise UsageError(
-                rejection.reason if rejection.file else f"{path}: line {rejection.line}: {rejection.reason}"
-            )
-        blocks.append(block)
-    rows = [block.rows for block in blocks] or [np.empty((0, len(spec.fields)), np.float32)]
-    t = [block.t for block in blocks] or [np.empty(0, np.int64)]
-    texts = [block.text_columns[LABEL_COLUMN] for block in blocks if LABEL_COLUMN in block.text_columns]
-    label = None
+            where = "" if rejection.file else f"{path}: line {rejection.line}: "
+            raise UsageError(where + rejection.reason)
+        rows.append(block.rows)
+        t.append(block.t)
+        if labelled:
+            texts.append(block.text_columns[LABEL_COLUMN])
+    label, column = None, np.concatenate(texts)
     # Images that lie in no subfolder have no label.
-    if labels is not None and texts and (not readers.is_media(spec) or any(column.any() for column in texts)):
+    if labels is not None and labelled and (not readers.is_media(spec) or (column != "").any()):
         try:
-            label = labels.parse_column(np.concatenate(texts))
+            label = labels.parse_column(column)
         except ValueError as problem:
             raise UsageError(f"{path}: column {LABEL_COLUMN}: {problem}") from None
     return TrainingData(np.concatenate(rows), np.concatenate(t), label)
-
-
-def _open_reader(path: Path, spec: ModelInput, text_columns: Sequence[str]) -> BlockReader:
-    if readers.is_media(spec):
-        return readers.open_reader(path, spec, text_columns)
-    return readers.TableReader(path, spec.fields, text_columns, require_times=True)
 
 
 def _read_recordings(path: Path, spec: ModelInput) -> TrainingData:

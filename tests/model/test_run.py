@@ -269,7 +269,7 @@ print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
     [
         ("a,b,c\n1,2,3\n", "out.csv", "no column d; there is a, b, c"),
         ("a,b,c,d,a\n1,2,3,4,5\n", "out.csv", "column a is there twice"),
-        ("", "out.csv", "the first line must name the columns"),
+        ("", "out.csv", "its first line must name the columns"),
         ("a,b,c,d\n1,2,3,4\n", "out.txt", "name a file that ends in .csv or .parquet"),
         ("a,b,c,d\n1,2,3,4\n", "rows.csv", "is the data itself"),
     ],

@@ -595,7 +595,7 @@ def test_a_replay_that_is_killed_again_and_again_repeats_and_skips_no_row(tmp_pa
     ("change", "said"),
     [
         ({"subject": 9}, "the recordings have no subject 9"),
-        ({"file": "/nowhere.npz"}, "/nowhere.npz: not readable as recordings"),
+        ({"file": "/nowhere.npz"}, "/nowhere.npz: cannot be read: No such file or directory"),
     ],
 )
 def test_a_replay_that_cannot_play_is_named(tmp_path: Path, recordings: Path, change: Any, said: str) -> None:
