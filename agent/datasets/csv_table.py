@@ -79,8 +79,11 @@ class CsvTable:
         for content, well_quoted in self._read_chunks(pending, max_rows):
             block = self._parse_chunk(content, columns, position, well_quoted=well_quoted, keep_invalid=keep_invalid)
             position = block.next_position
-            if position.line > last_skipped_line:
-                yield block.after_line(last_skipped_line)
+            blocks = [block.after_line(last_skipped_line)] if position.line > last_skipped_line else []
+            # Nothing here keeps a block in memory while its rows are worked on.
+            del content, block
+            while blocks:
+                yield blocks.pop()
 
     def _read_chunks(self, pending: bytes, max_rows: int | None) -> Iterator[tuple[bytes, bool]]:
         """Yield whole lines, and whether all quotation marks enclose whole cells.

@@ -117,8 +117,9 @@ class TableReader:
                     else row_numbers
                 )
                 position = replace(block.next_position, t=int(t[-1]) if len(t) else position.t)
-                texts = {name: block.columns[name] for name in self._text_columns}
-                yield RowBlock(rows, t, row_numbers, position, texts, block.rejected)
+                texts, rejected = {name: block.columns[name] for name in self._text_columns}, block.rejected
+                del block
+                yield RowBlock(rows, t, row_numbers, position, texts, rejected)
 
     def _row_times(self, seconds: NDArray[np.float64], row_numbers: Ints, previous_us: int) -> Ints:
         """Return epoch µs of rows; a row without a time has that of the row before."""
