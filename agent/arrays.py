@@ -19,7 +19,10 @@ MAX_BYTES = 64 << 20
 
 T = TypeVar("T")
 Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
+Float16s = NDArray[np.float16]
+Float32s = NDArray[np.float32]
+Float64s = NDArray[np.float64]
+Int32s = NDArray[np.int32]
 Bools = NDArray[np.bool_]
 
 

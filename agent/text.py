@@ -1,6 +1,8 @@
-"""Text for people: figures, metric names, and foreign text made safe to print."""
+"""Text for people: figures, times, metric names, and foreign text made safe to print."""
 
 from __future__ import annotations
+
+from datetime import UTC, datetime
 
 _METRIC_NAMES = {
     "accuracy": "accuracy",
@@ -8,6 +10,7 @@ _METRIC_NAMES = {
     "f1_micro": "F1 of all decisions",
     "f1": "F1",
     "brier": "Brier score",
+    "brier_top": "Brier score of the top class",
     "ece": "calibration error (ECE)",
     "mae": "mean absolute error",
     "rmse": "root mean square error",
@@ -44,3 +47,23 @@ def format_value(value: float | None) -> str:
 def format_interval(low: float | None, high: float | None) -> str:
     """Format an interval; empty without both ends."""
     return "" if low is None or high is None else f"[{format_value(low)}, {format_value(high)}]"
+
+
+def format_since(t: int, last: int) -> str:
+    """Format `t` (epoch µs) in UTC: the time of day if `last` is on the same day, else with the date."""
+    start, end = (datetime.fromtimestamp(us / 1e6, UTC) for us in (t, last))
+    return f"{start:%H:%M}" if start.date() == end.date() else f"{start:%Y-%m-%d %H:%M}"
+
+
+def format_windows(windows: int, t: int, last: int) -> str:
+    """Format a number of drift windows of which the first begins at `t` and the last ends at `last`, epoch µs."""
+    counted = "in one window" if windows == 1 else f"over {windows} windows"
+    return f"{counted} (since {format_since(t, last)})"
+
+
+def format_duration(us: float) -> str:
+    """Format microseconds with three digits, in the largest unit that keeps the number above one."""
+    for size, unit in ((3_600e6, "h"), (60e6, "min"), (1e6, "s"), (1e3, "ms")):
+        if us >= size:
+            return f"{us / size:.3g} {unit}"
+    return f"{us:.3g} µs"

@@ -165,12 +165,14 @@ def _resolve_class_field(
     file: str, name: str, task: config.TaskConfig, stream: config.StreamConfig, manifest: Manifest
 ) -> str:
     """The field whose values are modes, or "". Raises ConfigError."""
-    key, asked = f"tasks.{name}.mode", manifest.drift.class_field or ""
+    key, asked = f"tasks.{name}.class_field", manifest.drift.class_field or ""
     if task.class_field and manifest.output.labels:
         raise ConfigError(
             file, key, f"bundle {manifest.name} names classes itself, and these are its modes: remove mode"
         )
     if task.class_field is None and asked:
         # The config's own was checked when it was read.
-        config.check_class_field(file, f'{key} (as bundle {manifest.name} says; mode = "" for none)', asked, stream)
+        config.check_class_field(
+            file, f'{key} (as bundle {manifest.name} says; class_field = "" for none)', asked, stream
+        )
     return asked if task.class_field is None else task.class_field

@@ -111,7 +111,7 @@ class StreamConfig(Section, frozen=True):
 
 
 class PublishBelow(Section, frozen=True):
-    below: float
+    below_score: float
 
 
 class BinnedField(Section, frozen=True):
@@ -145,7 +145,7 @@ class Config(Section, frozen=True):
     publishers: PublishersConfig = msgspec.field(default_factory=PublishersConfig)
     buffer: BufferConfig = msgspec.field(default_factory=BufferConfig)
     intake: IntakeConfig = msgspec.field(default_factory=IntakeConfig)
-    care: ThrottleConfig = msgspec.field(default_factory=ThrottleConfig)
+    throttle: ThrottleConfig = msgspec.field(default_factory=ThrottleConfig)
     updates: UpdatesConfig | None = None
     streams: dict[str, StreamConfig] = msgspec.field(default_factory=dict)
     tasks: dict[str, TaskConfig] = msgspec.field(default_factory=dict)
@@ -192,7 +192,7 @@ def load(path: Path) -> Config:
             raise ConfigError(file, f"tasks.{name}.deadline", "must be longer than nothing; leave it out for none")
         _check_slices(file, name, task, config.streams[task.stream])
         if task.class_field:
-            check_class_field(file, f"tasks.{name}.mode", task.class_field, config.streams[task.stream])
+            check_class_field(file, f"tasks.{name}.class_field", task.class_field, config.streams[task.stream])
     return _with_absolute_paths(config, path.resolve().parent)
 
 

@@ -26,7 +26,7 @@ class FilesSource(Section, frozen=True, tag_field="kind", tag="files"):
     """Tables of the stream's fields; or images, or sounds, which its fields follow from."""
 
     folder: str
-    every: Duration = Duration(2.0)
+    poll_interval: Duration = Duration(2.0)
     image: ImageFormat | None = None
     sound: SoundFormat | None = None
 
@@ -36,7 +36,7 @@ class FilesSource(Section, frozen=True, tag_field="kind", tag="files"):
 
 
 class HostSource(Section, frozen=True, tag_field="kind", tag="host"):
-    every: Duration = Duration(10.0)
+    poll_interval: Duration = Duration(10.0)
 
 
 class ReplayFault(Section, frozen=True):
@@ -76,14 +76,14 @@ class ReplaySource(Section, frozen=True, tag_field="kind", tag="replay"):
 class MqttSource(Section, frozen=True, tag_field="kind", tag="mqtt"):
     """`paths`: field → JSONPath of its value in a message, or `topic[N]`; `t`: that of its time in epoch seconds.
 
-    `keep`: how long the broker holds messages for this device while it is away.
+    `session_expiry`: how long the broker holds messages for this device while it is away.
     """
 
     topic: str
     broker: BrokerConfig = msgspec.field(default_factory=BrokerConfig)
     paths: dict[str, str] = msgspec.field(default_factory=dict)
     t: str | None = None
-    keep: Duration = Duration(7 * 86_400.0)
+    session_expiry: Duration = Duration(7 * 86_400.0)
 
 
 SourceConfig = SocketSource | FilesSource | HostSource | ReplaySource | MqttSource
@@ -91,8 +91,8 @@ SourceConfig = SocketSource | FilesSource | HostSource | ReplaySource | MqttSour
 
 def check(file: str, key: str, source: SourceConfig, fields: Collection[str]) -> None:
     """Raises ConfigError; `fields` are those of its stream."""
-    if isinstance(source, FilesSource | HostSource) and source.every < _MIN_INTERVAL_S:
-        raise ConfigError(file, f"{key}.every", f"must be at least {_MIN_INTERVAL_S * 1000:g} ms")
+    if isinstance(source, FilesSource | HostSource) and source.poll_interval < _MIN_INTERVAL_S:
+        raise ConfigError(file, f"{key}.poll_interval", f"must be at least {_MIN_INTERVAL_S * 1000:g} ms")
     if isinstance(source, MqttSource):
         check_broker(file, source.broker, f"{key}.broker")
     if isinstance(source, ReplaySource):

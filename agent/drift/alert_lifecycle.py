@@ -14,7 +14,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.alerts import Alert, MonitoredAlert, monitoring_kind
-from agent.arrays import Bools, Floats, Ints
+from agent.arrays import Bools, Float64s, Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR
 from agent.drift.faults.faults import MISREAD_FAULTS, Fault
@@ -57,7 +57,7 @@ class AlertLifecycle:
         return replace(after, faulty=faulty, misread=misread, clear_count=calm, raised_counts=raised), out
 
     def update_drifts(
-        self, before: DriftState, after: DriftState, effects: Floats, tester: DriftTester
+        self, before: DriftState, after: DriftState, effects: Float64s, tester: DriftTester
     ) -> tuple[DriftState, list[Alert]]:
         """`after` the window; `effects` (T,) of its tests."""
         fields = len(self.shipped.fields)

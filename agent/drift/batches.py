@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.arrays import Floats, Ints
+from agent.arrays import Float64s, Ints
 from agent.drift.baseline import summary
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
@@ -70,7 +70,7 @@ class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
             shipped, rows, spans, part.stats, named, part.top_scores, assign_classes(part.stats, named)
         )
 
-    def _gather_rows(self, values: Floats, begin: Ints) -> Floats:
+    def _gather_rows(self, values: Float64s, begin: Ints) -> Float64s:
         """(W, n, F)"""
         windows, fields = len(begin), values.shape[1]
         if (begin[1:] - begin[:-1] == self.n).all():

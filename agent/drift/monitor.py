@@ -4,7 +4,7 @@ Pure: state and batch in, new state and verdicts out, and the same whatever the 
 
 - A drift window is exactly `window` model windows. Rows that lie in no model window are not counted; a row in several
   overlapping model windows is counted once, in the first drift window that has it.
-- Until `learn` drift windows without a fault are gathered and agree, the site has no reference: faults are raised
+- Until `learn_windows` drift windows without a fault are gathered and agree, the site has no reference: faults are raised
   (limits are the shipped reference's), drift is "insufficient".
 - A drift window in which any field has a fault is kept out of drift tests and learning for all fields, because the
   class the model named cannot be trusted then.
@@ -20,10 +20,9 @@ from functools import partial
 
 import numpy as np
 from msgspec.structs import replace
-from numpy.typing import NDArray
 
 from agent.alerts import Alert
-from agent.arrays import Ints
+from agent.arrays import Float32s, Ints
 from agent.drift import batches, quiet, sampling_rate_watch
 from agent.drift.alert_lifecycle import AlertLifecycle
 from agent.drift.baseline.learning import LearningState, calibrate_reference
@@ -145,11 +144,11 @@ class DriftMonitor:
     def process_batch(
         self,
         state: DriftState,
-        features: NDArray[np.float32],
+        features: Float32s,
         starts: Ints,
         window_rows: int,
         predicted: Ints,
-        scores: NDArray[np.float32] | None,
+        scores: Float32s | None,
         *,
         rows: tuple[int, int],
         t: Ints,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from agent.arrays import Bools, Floats, Ints
+from agent.arrays import Bools, Float64s, Ints
 from agent.drift import sampling_rate_watch as watch
 from agent.drift.detectors.season import SlowTrend
 from agent.drift.sampling_rate_watch import RateObservation, SamplingRateWatch
@@ -22,8 +22,8 @@ class QuietWindows(msgspec.Struct, frozen=True, eq=False):
     suite: SuiteState
     slow_trend: SlowTrend
     rate_watch: SamplingRateWatch
-    cusum_sums: Floats  # (W, 2, T)
-    speed_sums: Floats  # (W, 2)
+    cusum_sums: Float64s  # (W, 2, T)
+    speed_sums: Float64s  # (W, 2)
 
     @property
     def windows(self) -> int:

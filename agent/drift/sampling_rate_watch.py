@@ -15,14 +15,14 @@ import msgspec
 import numpy as np
 
 from agent.alerts import RATE_DRIFT, RATE_FAULT, Alert
-from agent.arrays import Floats, Ints
+from agent.arrays import Float64s, Ints
 from agent.drift.baseline.summary import Summary
 from agent.drift.detectors import sampling_rate as rate
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR, Cusum, CusumSequence
 from agent.drift.detectors.sampling_rate import RateBaseline
 from agent.drift.reporting.drift_message import round_significant, worst_state
-from agent.drift.reporting.words import format_duration, format_since, format_windows
 from agent.drift.testing.test_suite import DriftTester, SuiteState
+from agent.text import format_duration, format_since, format_windows
 
 SUBJECT = "rate"
 CAUSES = {
@@ -59,11 +59,13 @@ class RateObservation(msgspec.Struct, frozen=True):
 
 def observe_rate(windows: Summary, midpoints: Ints, tester: DriftTester | None) -> list[RateObservation]:
     """Of stacked windows in the `middle` of times (W,), epoch µs."""
-    steps, repeated = windows.sampling.mean_step_us().tolist(), rate.repeated_share(windows).tolist()
+    steps, repeated = windows.sampling.mean_step_us().tolist(), windows.repeated_share.tolist()
     usual = tester.calibration.rate if tester else None
     if tester is None or usual is None:
         return [RateObservation("", math.nan, math.nan, *both) for both in zip(steps, repeated, strict=True)]
-    scores = (found.tolist() for found in usual.score_speeds(windows, midpoints, tester.reference.drift_windows))
+    scores = (
+        found.tolist() for found in usual.score_speeds(windows.variogram, midpoints, tester.reference.drift_windows)
+    )
     return [
         RateObservation(rate.detect_fault(step, share, usual), z, speed, step, share)
         for step, share, z, speed in zip(steps, repeated, *scores, strict=True)
@@ -186,7 +188,7 @@ def clear_alerts(watch: SamplingRateWatch, reason: str, evidence: dict[str, Any]
 def add_rate(
     members: Sequence[dict[str, Any]],
     current: SamplingRateWatch,
-    speed_sums: Floats,
+    speed_sums: Float64s,
     observations: Sequence[RateObservation],
     tester: DriftTester | None,
 ) -> list[dict[str, Any]]:

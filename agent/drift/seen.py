@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from agent.arrays import Floats, Ints
+from agent.arrays import Float64s, Ints
 from agent.drift import sampling_rate_watch
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
@@ -49,7 +49,7 @@ class WindowAnalysis(msgspec.Struct, frozen=True):
         index: slice,
         status: SuiteStatus,
         rate_watch: SamplingRateWatch,
-        speed_sums: Floats,
+        speed_sums: Float64s,
         tester: DriftTester | None,
     ) -> list[dict[str, Any]]:
         """The members of these windows' messages: see `describe.with_states` and `watch.with_rate`."""

@@ -7,11 +7,10 @@ from typing import Any
 import msgspec
 import numpy as np
 from msgspec.structs import replace
-from numpy.typing import NDArray
 
 from agent import arrays
 from agent.alerts import Alert
-from agent.arrays import Bools, Floats, Ints
+from agent.arrays import Bools, Float32s, Float64s, Ints
 from agent.drift.baseline.learning import LearningState, infinities_to_nan
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
@@ -119,10 +118,10 @@ class DriftWindowResult(msgspec.Struct, frozen=True):
 class Batch(msgspec.Struct, frozen=True):
     """What a step was given."""
 
-    features: NDArray[np.float32]  # (n, F)
+    features: Float32s  # (n, F)
     starts: Ints  # (w,)
     predicted: Ints  # (w,)
-    top_scores: Floats | None  # (w,)
+    top_scores: Float64s | None  # (w,)
     first_row: int  # row
     t: Ints  # (n,) epoch µs
 
@@ -145,11 +144,11 @@ class Batch(msgspec.Struct, frozen=True):
 class BatchPart(msgspec.Struct, frozen=True):
     """Of a batch, with the statistics of its model windows; where rows count, from `begin` on."""
 
-    values: Floats  # (n, F)
+    values: Float64s  # (n, F)
     starts: Ints  # (w,)
     stats: WindowStatistics
     predicted: Ints  # (w,)
-    top_scores: Floats | None  # (w,)
+    top_scores: Float64s | None  # (w,)
     begin: int
     first_row: int  # row
     t: Ints  # (n,) epoch µs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from agent.arrays import Floats as Numbers
+from agent.arrays import Float64s as Numbers
 from agent.evaluation import metrics
 from agent.evaluation.bootstrap import BootstrapUnits
 from agent.evaluation.examples import LabelledWindows

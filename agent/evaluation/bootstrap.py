@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.arrays import Floats, Ints
+from agent.arrays import Float64s, Ints
 from agent.datasets.blocks import TextColumn
 from agent.errors import UsageError
 from agent.evaluation.document import IntervalEstimate
@@ -22,19 +22,19 @@ class BootstrapUnits(msgspec.Struct, frozen=True, eq=False):
     """`code` (n,) which unit a result is of; `weights` (REPLICATES, units); `alike` results count as one."""
 
     unit_index: Ints
-    weights: Floats
+    weights: Float64s
     design_effect: float
     group_count: int | None
     description: str
 
-    def weighted_sums(self, values: NDArray[np.generic]) -> Floats:
+    def weighted_sums(self, values: NDArray[np.generic]) -> Float64s:
         """(1 + REPLICATES, S) sums of (n, S), or (n,), values: all results first, then each replicate."""
         columns = np.asarray(values, np.float64).reshape(len(self.unit_index), -1)
         units = self.weights.shape[1]
         each = np.stack([np.bincount(self.unit_index, column, units) for column in columns.T], axis=1)
         return np.concatenate([each.sum(axis=0)[None], self.weights @ each])
 
-    def weighted_counts(self, category: Ints, category_count: int, mask: NDArray[np.bool_] | None = None) -> Floats:
+    def weighted_counts(self, category: Ints, category_count: int, mask: NDArray[np.bool_] | None = None) -> Float64s:
         """(1 + REPLICATES, size) how many results have each `place` (n,), of those `where` says."""
         code = self.unit_index if mask is None else self.unit_index[mask]
         category = category if mask is None else category[mask]
@@ -53,7 +53,7 @@ class BootstrapUnits(msgspec.Struct, frozen=True, eq=False):
         )
 
 
-def build_units(losses: Floats, group: TextColumn | None, column: str | None, seed: int) -> BootstrapUnits:
+def build_units(losses: Float64s, group: TextColumn | None, column: str | None, seed: int) -> BootstrapUnits:
     """Groups of results where a column names them; else neighbours, as many as are alike in `off` (n,).
 
     Raises UsageError.
@@ -75,7 +75,7 @@ def build_units(losses: Floats, group: TextColumn | None, column: str | None, se
     return BootstrapUnits(code, _bootstrap_weights(int(code[-1]) + 1, seed), alike, None, told)
 
 
-def cluster_design_effect(values: Floats, group: Ints) -> float:
+def cluster_design_effect(values: Float64s, group: Ints) -> float:
     """How many results count as one, where (n,) results of one `group` are alike: 1 + (m - 1) ρ (Kish 1965).
 
     ρ is the intraclass correlation, from the variances within and between groups (Donner 1986).
@@ -94,7 +94,7 @@ def cluster_design_effect(values: Floats, group: Ints) -> float:
     return float(1 + ((sizes**2).sum() / n - 1) * alike)
 
 
-def percentile_interval(replicated: Floats) -> IntervalEstimate:
+def percentile_interval(replicated: Float64s) -> IntervalEstimate:
     """Of (1 + REPLICATES,) figures: the value of all results first."""
     value, replicates = float(replicated[0]), replicated[1:]
     known = replicates[np.isfinite(replicates)]
@@ -104,7 +104,7 @@ def percentile_interval(replicated: Floats) -> IntervalEstimate:
     return IntervalEstimate(value=round_or_none(value), low=round_or_none(float(low)), high=round_or_none(float(high)))
 
 
-def proportion_interval(replicated: Floats, n: float, units: BootstrapUnits) -> IntervalEstimate:
+def proportion_interval(replicated: Float64s, n: float, units: BootstrapUnits) -> IntervalEstimate:
     """Of a share of n results. Where all or none are so, replicates cannot differ: then Wilson's interval."""
     found = percentile_interval(replicated)
     if found.value is None or n <= 0 or found.low != found.high:
@@ -113,7 +113,7 @@ def proportion_interval(replicated: Floats, n: float, units: BootstrapUnits) -> 
     return IntervalEstimate(value=found.value, low=round_or_none(low), high=round_or_none(high))
 
 
-def _bootstrap_weights(count: int, seed: int) -> Floats:
+def _bootstrap_weights(count: int, seed: int) -> Float64s:
     """(REPLICATES, count) with mean 1: how often each unit counts (Rubin 1981)."""
     weights = np.random.default_rng(seed).standard_exponential((REPLICATES, count))
     return np.asarray(weights / weights.mean(axis=1, keepdims=True))

@@ -11,7 +11,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.arrays import Floats as Numbers
+from agent.arrays import Float64s as Numbers
 from agent.datasets import readers
 from agent.datasets.blocks import FILE_COLUMN, TIME_COLUMN, TextColumn
 from agent.errors import UsageError

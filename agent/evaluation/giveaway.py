@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from agent.arrays import Floats as Numbers
+from agent.arrays import Float64s as Numbers
 from agent.evaluation.bench import WindowSample
 from agent.evaluation.document import CheckResult
 from agent.performance import metrics

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from agent.arrays import Floats, Ints
+from agent.arrays import Float64s, Ints
 from agent.evaluation.bootstrap import REPLICATES, BootstrapUnits, percentile_interval, proportion_interval
 from agent.evaluation.document import ClassMetrics, IntervalEstimate, ReliabilityBin
 from agent.performance import metrics as quality
@@ -31,7 +31,7 @@ def compute(kind: str, labels: list[str], pairs: LabelledPredictions, units: Boo
     return MetricReport(metrics, [], _confusion_matrix(pairs, 2) if pairs.predicted is not None else [], [])
 
 
-def primary_metric(kind: str, pairs: LabelledPredictions, units: BootstrapUnits) -> Floats:
+def primary_metric(kind: str, pairs: LabelledPredictions, units: BootstrapUnits) -> Float64s:
     """(1 + REPLICATES,) accuracy, MAE or AUC."""
     n = units.weighted_sums(np.ones(len(pairs)))[:, 0]
     if kind == "classify":
@@ -48,7 +48,7 @@ def primary_interval(kind: str, pairs: LabelledPredictions, units: BootstrapUnit
     return proportion_interval(found, len(pairs), units) if kind == "classify" else percentile_interval(found)
 
 
-def _rank_metric(metric: quality.RankMetric, pairs: LabelledPredictions, units: BootstrapUnits) -> Floats:
+def _rank_metric(metric: quality.RankMetric, pairs: LabelledPredictions, units: BootstrapUnits) -> Float64s:
     """(1 + replicates,) of a metric that looks at the order of all values."""
     assert pairs.value is not None
     yes, found = pairs.truth > 0, [metric(pairs.value, pairs.truth > 0, np.ones(len(pairs)))]
@@ -94,9 +94,9 @@ def _anomaly_metrics(pairs: LabelledPredictions, units: BootstrapUnits) -> list[
 class _ClassCounts(msgspec.Struct, frozen=True, eq=False):
     """(1 + REPLICATES, C) results of each class that were right, meant, and named."""
 
-    true_positives: Floats
-    actual: Floats
-    predicted: Floats
+    true_positives: Float64s
+    actual: Float64s
+    predicted: Float64s
 
 
 def _class_counts(pairs: LabelledPredictions, class_count: int, units: BootstrapUnits) -> _ClassCounts:
@@ -162,7 +162,7 @@ def _classification_metrics(labels: list[str], pairs: LabelledPredictions, units
     return MetricReport(metrics, classes, _confusion_matrix(pairs, len(labels)), reliability)
 
 
-def _top_k_accuracy(full: Floats, truth: Ints, total: Floats, units: BootstrapUnits) -> list[MetricEstimate]:
+def _top_k_accuracy(full: Float64s, truth: Ints, total: Float64s, units: BootstrapUnits) -> list[MetricEstimate]:
     """How often the true class is among the k most probable; of equals, the first named come first."""
     own = full[np.arange(len(truth)), truth][:, None]
     before = np.arange(full.shape[1])[None] < truth[:, None]
@@ -176,11 +176,11 @@ def _top_k_accuracy(full: Floats, truth: Ints, total: Floats, units: BootstrapUn
     ]
 
 
-def _bin_sums(bin_index: Ints, values: Floats, units: BootstrapUnits) -> Floats:
+def _bin_sums(bin_index: Ints, values: Float64s, units: BootstrapUnits) -> Float64s:
     return units.weighted_sums(values[:, None] * (bin_index[:, None] == np.arange(int(bin_index.max()) + 1)))
 
 
-def _reliability_bins(bin_index: Ints, score: Floats, right: Floats, units: BootstrapUnits) -> list[ReliabilityBin]:
+def _reliability_bins(bin_index: Ints, score: Float64s, right: Float64s, units: BootstrapUnits) -> list[ReliabilityBin]:
     n, scores, rights = (_bin_sums(bin_index, values, units) for values in (np.ones(len(score)), score, right))
     found = []
     for i in np.flatnonzero(n[0]):

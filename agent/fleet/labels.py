@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from agent.arrays import Floats
+from agent.arrays import Float64s
 from agent.fleet import bundle_history
 from agent.fleet.bundle_history import BundleLabelSchema, BundleRun
 from agent.fleet.database import labels as label_tables
@@ -189,5 +189,5 @@ def _compute_metrics(schema: BundleLabelSchema, rows: Sequence[Row]) -> list[Met
     return performance.compute_metrics(labels.kind, labels.labels, predictions)
 
 
-def _true_values(rows: Sequence[tuple[Any, ...]]) -> Floats:
+def _true_values(rows: Sequence[tuple[Any, ...]]) -> Float64s:
     return np.array([row[0] for row in rows], np.float64)

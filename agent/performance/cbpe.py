@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from agent.arrays import Floats, Ints
+from agent.arrays import Float64s, Ints
 
 ASSUMES = "scores mean what they meant on the reference data; no concept drift"
 PRIOR = 2.0  # pseudo-counts of the overall accuracy in each bin, for how sure the table itself is
@@ -33,7 +33,7 @@ def expected_accuracy_spread(n: Ints, correct: Ints | None, scores: Ints) -> tup
     return float(expected.mean()), float(expected.std(ddof=1))
 
 
-def estimate_bin_accuracy(n: Ints, correct: Ints) -> Floats:
+def estimate_bin_accuracy(n: Ints, correct: Ints) -> Float64s:
     """(32,) how often an answer in each bin is right, of reference answers `n`, more than none, how many were
     `correct`."""
     weight = np.asarray(n + EMPTY_BIN_WEIGHT, np.float64)
@@ -41,7 +41,7 @@ def estimate_bin_accuracy(n: Ints, correct: Ints) -> Floats:
 
 
 def estimate_accuracy(
-    n: Ints, correct: Ints, current: Ints, bin_accuracy: Floats | None = None
+    n: Ints, correct: Ints, current: Ints, bin_accuracy: Float64s | None = None
 ) -> dict[str, Any] | None:
     """Accuracy with a 95 % interval from reference answers `n`, how many were `correct`, and `current` ones per bin.
 
@@ -70,13 +70,13 @@ def estimate_accuracy(
     }
 
 
-def correctness_probabilities(n: Ints, correct: Ints, edges: Floats, scores: Floats) -> Floats:
+def correctness_probabilities(n: Ints, correct: Ints, edges: Float64s, scores: Float64s) -> Float64s:
     """How often answers with `scores` (w,) are right by the reference's table, whose bins lie between `edges`."""
     often = (correct + PRIOR * float(correct.sum()) / max(1, int(n.sum()))) / (n + PRIOR)
     return np.asarray(often[np.searchsorted(edges, scores, side="right")], np.float64)
 
 
-def isotonic_regression(values: Floats, weights: Floats) -> Floats:
+def isotonic_regression(values: Float64s, weights: Float64s) -> Float64s:
     """The never falling sequence that is nearest to `values` by weighted squares.
 
     Source: Ayer et al. (1955), An empirical distribution function for sampling with incomplete information: pools

@@ -25,7 +25,7 @@ from msgspec.structs import replace
 
 from agent import alerts
 from agent.alerts import Alert
-from agent.arrays import Floats
+from agent.arrays import Float64s
 from agent.performance import intervals
 
 GROUP_SIZE, BASELINE_SIZE = 25, 200
@@ -184,7 +184,7 @@ def _add_group(state: DegradationState, promise: PromisedAccuracy, *, binary_los
 
 
 def _reference_loss(
-    kind: str, state: DegradationState, promise: PromisedAccuracy, losses: Floats, *, binary_loss: bool
+    kind: str, state: DegradationState, promise: PromisedAccuracy, losses: Float64s, *, binary_loss: bool
 ) -> tuple[float, float, float] | None:
     """(loss that is compared with, variance of one loss, variance of the first); None where it is not known."""
     if kind == DECAY:
@@ -216,7 +216,7 @@ def _baseline_loss(state: DegradationState, *, binary_loss: bool) -> tuple[float
 def _update_track(
     track: CusumTrack,
     kind: str,
-    losses: Floats,
+    losses: Float64s,
     reference_loss: float,
     variance: float,
     reference_variance: float,

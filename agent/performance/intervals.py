@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from agent.arrays import Floats
+from agent.arrays import Float64s
 
 Uint64s = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 Z = 1.959964
@@ -34,7 +34,7 @@ def wilson(share: float, n: float) -> tuple[float, float]:
     return 0.0 if share <= 0 else max(0.0, centre - half), 1.0 if share >= 1 else min(1.0, centre + half)
 
 
-def estimate_design_effect(values: Floats) -> float:
+def estimate_design_effect(values: Float64s) -> float:
     """How many results count as one, from (n,) values in order: neighbours that are alike tell less than n do.
 
     From their correlation with the one before, as far as chance does not explain it; as of an AR(1) process.
@@ -53,7 +53,7 @@ def estimate_design_effect(values: Floats) -> float:
     return (1 + r) / (1 - r)
 
 
-def bootstrap_weights(n: int, design_effect: float) -> Iterator[Floats]:
+def bootstrap_weights(n: int, design_effect: float) -> Iterator[Float64s]:
     """REPLICATES times (n,) with mean 1, the same for neighbours in a block; `alike` from `design`."""
     block = max(1, min(round(2 * design_effect), n // _MIN_BLOCKS))
     blocks = -(-n // block)
@@ -64,7 +64,9 @@ def bootstrap_weights(n: int, design_effect: float) -> Iterator[Floats]:
         yield np.asarray(drawn / drawn.mean())
 
 
-def bootstrap(statistics: Callable[[Floats], Sequence[float]], weights: Iterable[Floats]) -> list[tuple[float, float]]:
+def bootstrap(
+    statistics: Callable[[Float64s], Sequence[float]], weights: Iterable[Float64s]
+) -> list[tuple[float, float]]:
     """Percentiles of each of some statistics of weights (n,) over replicates.
 
     NaN for one without a value in most, and for one that is the same in all: what never varied here says nothing of

@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.arrays import Floats, Ints
+from agent.arrays import Float64s, Ints
 from agent.performance import intervals
 
 ECE_BINS = 10
@@ -31,10 +31,10 @@ _MIN_RESULTS_PER_BIN = 10
 # Classes told one by one, those with most labels first.
 _MAX_CLASSES = 40
 # Values from weights (n,).
-WeightedStatistics = Callable[[Floats], list[float]]
+WeightedStatistics = Callable[[Float64s], list[float]]
 Booleans = np.ndarray[Any, np.dtype[np.bool_]]
 # A metric of values, which of them are anomalies, and weights.
-RankMetric = Callable[[Floats, Booleans, Floats], float]
+RankMetric = Callable[[Float64s, Booleans, Float64s], float]
 
 
 class MetricEstimate(msgspec.Struct, frozen=True):
@@ -62,11 +62,11 @@ class LabelledPredictions(msgspec.Struct, frozen=True, eq=False):
     probability of it, NaN where not known; `full` (n, C) of every class. `value` of a model that gives numbers.
     """
 
-    truth: Floats
+    truth: Float64s
     predicted: Ints | None = None
-    score: Floats | None = None
-    value: Floats | None = None
-    probabilities: Floats | None = None
+    score: Float64s | None = None
+    value: Float64s | None = None
+    probabilities: Float64s | None = None
 
     def __len__(self) -> int:
         return len(self.truth)
@@ -76,13 +76,13 @@ class LabelledPredictions(msgspec.Struct, frozen=True, eq=False):
         return LabelledPredictions(self.truth[index], *(None if column is None else column[index] for column in picked))
 
     @property
-    def zero_one_losses(self) -> Floats | None:
+    def zero_one_losses(self) -> Float64s | None:
         """(n,) 1 where the answer was wrong, or how far off the number was; None for scores without a threshold."""
         if self.predicted is not None:
             return np.asarray(self.predicted != self.truth, np.float64)
         return None
 
-    def task_losses(self, kind: str) -> Floats | None:
+    def task_losses(self, kind: str) -> Float64s | None:
         """What `decay` and slices look at."""
         if kind == "regress" and self.value is not None:
             return np.abs(self.value - self.truth)
@@ -125,7 +125,7 @@ def compute_metrics(kind: str, labels: Sequence[str], predictions: LabelledPredi
     parts = list(_metric_groups(kind, labels, predictions))
     named = [one for names, _ in parts for one in names]
 
-    def compute_statistics(w: Floats) -> list[float]:
+    def compute_statistics(w: Float64s) -> list[float]:
         return [value for _, part in parts for value in part(w)]
 
     with np.errstate(over="ignore", invalid="ignore"):
@@ -203,7 +203,7 @@ def _class_metrics(labels: Sequence[str], truth: Ints, predicted: Ints) -> _Metr
     shown = [int(i) for i in np.argsort(-support, kind="stable")[:_MAX_CLASSES] if support[i] and i < len(labels)]
     fewest = int(support[support > 0].min())
 
-    def scores(w: Floats) -> list[float]:
+    def scores(w: Float64s) -> list[float]:
         found = f1(truth, predicted, count, w)
         return [macro_mean(found), *found[shown].tolist()]
 
@@ -220,7 +220,7 @@ def _multilabel_metrics(labels: Sequence[str], truth: Ints, predicted: Ints) -> 
     meant, told = [[codes >> i & 1 for i in range(len(labels))] for codes in (truth, predicted)]
     true = [int(one.sum()) for one in meant]
 
-    def scores(w: Floats) -> list[float]:
+    def scores(w: Float64s) -> list[float]:
         each = np.array([f1(one, other, 2, w)[1] for one, other in zip(meant, told, strict=True)])
         return [macro_mean(each), *each.tolist()]
 
@@ -233,32 +233,32 @@ def _multilabel_metrics(labels: Sequence[str], truth: Ints, predicted: Ints) -> 
     return [whole, *named], scores
 
 
-def f1(truth: Ints, predicted: Ints, count: int, w: Floats) -> Floats:
+def f1(truth: Ints, predicted: Ints, count: int, w: Float64s) -> Float64s:
     """(count,) F1 of each class; NaN of those neither meant nor named."""
     hit = np.asarray(np.bincount(truth, w * (truth == predicted), count), np.float64)
     both = np.asarray(np.bincount(truth, w, count) + np.bincount(predicted, w, count), np.float64)
     return f1_from_counts(hit, both)
 
 
-def f1_from_counts(hits: Floats, support_sum: Floats) -> Floats:
+def f1_from_counts(hits: Float64s, support_sum: Float64s) -> Float64s:
     """F1 (…) of how many were right, and how many were meant plus how many were named; NaN without any."""
     with np.errstate(invalid="ignore"):
         return np.asarray(2 * hits / support_sum)
 
 
-def macro_mean(each: Floats) -> float:
+def macro_mean(each: Float64s) -> float:
     """Mean over the classes that were meant or named."""
     known = each[~np.isnan(each)]
     return float(known.sum() / len(known)) if len(known) else math.nan
 
 
-def brier(probabilities: Floats, truth: Ints) -> Floats:
+def brier(probabilities: Float64s, truth: Ints) -> Float64s:
     """(n,) squared distance of probabilities (n, C) from certainty of the true class."""
     squares = np.square(probabilities).sum(axis=1) - 2 * probabilities[np.arange(len(truth)), truth] + 1
     return np.asarray(squares)
 
 
-def equal_mass_bins(score: Floats, bins: int = ECE_BINS) -> Ints:
+def equal_mass_bins(score: Float64s, bins: int = ECE_BINS) -> Ints:
     """(n,) bin of each result: as many in each as ties allow, and fewer bins where there are few results."""
     bins = max(1, min(bins, len(score) // _MIN_RESULTS_PER_BIN))
     ordered = np.sort(score)
@@ -266,12 +266,12 @@ def equal_mass_bins(score: Floats, bins: int = ECE_BINS) -> Ints:
     return np.searchsorted(cuts, score, side="right")
 
 
-def ece(score: Floats, right: Floats, bin_index: Ints, w: Floats) -> float:
+def ece(score: Float64s, right: Float64s, bin_index: Ints, w: Float64s) -> float:
     """Σ share of a bin × |mean score - share right|, from bins as `equal_mass` has them."""
     return float(ece_from_gaps(np.asarray(np.bincount(bin_index, w * (score - right)), np.float64), w.sum()))
 
 
-def chance_ece(score: Floats, bin_index: Ints, design_effect: float) -> tuple[float, float]:
+def chance_ece(score: Float64s, bin_index: Ints, design_effect: float) -> tuple[float, float]:
     """Mean and standard deviation of the ECE where each answer is right with the probability that its score says.
 
     The gap of a bin is near normal with mean 0 then, and its size half-normal; `alike` from `intervals.design`.
@@ -281,12 +281,12 @@ def chance_ece(score: Floats, bin_index: Ints, design_effect: float) -> tuple[fl
     return mean, math.sqrt((1 - 2 / math.pi) * float(variance.sum())) / len(score)
 
 
-def ece_from_gaps(gap_sums: Floats, total: Any) -> Floats:
+def ece_from_gaps(gap_sums: Float64s, total: Any) -> Float64s:
     """ECE (…) from sums of score - right in each bin (…, bins), of so many results in all."""
     return np.asarray(np.abs(gap_sums).sum(axis=-1) / total)
 
 
-def auc(value: Floats, is_anomaly: Booleans, w: Floats) -> float:
+def auc(value: Float64s, is_anomaly: Booleans, w: Float64s) -> float:
     """P(value of an anomaly > value of none), ties counting half; NaN where there is only one of the two."""
     _, at = np.unique(value, return_inverse=True)
     good, bad = np.bincount(at, w * is_anomaly), np.bincount(at, w * ~is_anomaly)
@@ -296,7 +296,7 @@ def auc(value: Floats, is_anomaly: Booleans, w: Floats) -> float:
     return float((good * (below + bad / 2)).sum() / (good.sum() * bad.sum()))
 
 
-def average_precision(value: Floats, is_anomaly: Booleans, w: Floats) -> float:
+def average_precision(value: Float64s, is_anomaly: Booleans, w: Float64s) -> float:
     """Σ precision × growth of recall, from the largest value down, ties together; NaN without an anomaly."""
     _, at = np.unique(-value, return_inverse=True)
     good = np.cumsum(np.bincount(at, w * is_anomaly))
@@ -308,13 +308,13 @@ def average_precision(value: Floats, is_anomaly: Booleans, w: Floats) -> float:
         return float(np.nansum(grown * good / every))
 
 
-def r2(truth: Floats, errors: Floats, w: Floats) -> float:
+def r2(truth: Float64s, errors: Float64s, w: Float64s) -> float:
     """1 - squared error / variance of the truth; NaN where that is 0."""
     spread = _weighted_mean((truth - _weighted_mean(truth, w)) ** 2, w)
     return 1 - _weighted_mean(errors**2, w) / spread if spread > 0 else math.nan
 
 
-def _weighted_mean(values: Any, w: Floats) -> float:
+def _weighted_mean(values: Any, w: Float64s) -> float:
     return float((values * w).sum() / w.sum())
 
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 from msgspec.structs import replace
 
-from agent.arrays import Floats
+from agent.arrays import Float64s
 from agent.performance import intervals, metrics
 from agent.performance.metrics import LabelledPredictions, MetricEstimate, round_or_none
 
@@ -67,7 +67,11 @@ def holm_correction(p_values: Sequence[float]) -> list[bool]:
 
 
 def _slice_metric(
-    kind: str, name: str, losses: Floats, inside: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], design_effect: float
+    kind: str,
+    name: str,
+    losses: Float64s,
+    inside: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
+    design_effect: float,
 ) -> tuple[MetricEstimate, float]:
     n, mean = int(inside.sum()), float(losses[inside].mean())
     if kind == "regress":
@@ -96,7 +100,7 @@ def _mark_worse(metric: MetricEstimate, worse: bool) -> MetricEstimate:
     return replace(metric, state=WORSE) if worse else metric
 
 
-def _p_value(kind: str, inside: Floats, outside: Floats, design_effect: float) -> float:
+def _p_value(kind: str, inside: Float64s, outside: Float64s, design_effect: float) -> float:
     """That chance makes `inside` this much worse; NaN where too few results are in or out of it."""
     a, b = len(inside) / design_effect, len(outside) / design_effect
     if min(a, b) < (_MIN_RESULTS if kind != "regress" else _MIN_REGRESSION_RESULTS):
@@ -132,7 +136,7 @@ def _merge_rare_values(values: Sequence[str]) -> list[str]:
     return [value if value in kept else OTHER for value in values]
 
 
-def name_bins(values: Floats, edges: Sequence[float]) -> list[str]:
+def name_bins(values: Float64s, edges: Sequence[float]) -> list[str]:
     """Names of the bins that ascending `edges` make of (n,) values."""
     below = f"below {edges[0]:g}"
     between = [f"{low:g} to {high:g}" for low, high in pairwise(edges)]

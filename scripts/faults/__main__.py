@@ -143,12 +143,20 @@ def _one(fault: Fault, rounds: int, seed: int, keep: bool) -> Outcome:
 def row(outcome: Outcome) -> str:
     if outcome.skipped is not None:
         return f"{outcome.fault.name:32} skipped: {outcome.skipped}"
-    found = outcome.document()
-    numbers = (found["rounds"], found["acknowledged"], found["lost"], found["declared"], found["doubled"])
+    document = outcome.document()
+    numbers = (
+        document["rounds"],
+        document["acknowledged"],
+        document["lost"],
+        document["declared"],
+        document["doubled"],
+    )
     text = "{:6} rounds {:8} acknowledged {:5} lost {:5} declared {:3} doubled".format(*numbers)
     verdict = "ok" if outcome.passed else "FAILED"
-    told = "".join(f"\n    {line}" for problem in found["problems"] for line in problem.splitlines())
-    return f"{outcome.fault.name:32}{text} {found['recovery_s']:7.1f} s  {verdict}{'' if outcome.passed else told}"
+    details = "".join(f"\n    {line}" for problem in document["problems"] for line in problem.splitlines())
+    return (
+        f"{outcome.fault.name:32}{text} {document['recovery_s']:7.1f} s  {verdict}{'' if outcome.passed else details}"
+    )
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:

@@ -40,11 +40,11 @@ def lines() -> list[bytes]:
     machine = [{"stream": "machine", "power": 1.5, "count": i, "mode": "a:b", "heat": None} for i in range(3)]
     columns = {"stream": "watch", "columns": {"t": [T0 + 9, T0 + 10], "ax": [1, 2.5], "ay": [0, -0.0]}}
     plain = [{"stream": "watch", "ax": 1, "ay": 2}] * 3
-    found = ["\n".join(map(json.dumps, rows)).encode() for rows in (watch, machine, [columns], plain)]
+    seeds = ["\n".join(map(json.dumps, rows)).encode() for rows in (watch, machine, [columns], plain)]
     labels = [{"labels": "judge", "row": 7, "label": "up"}, {"labels": "judge", "t": T0, "label": 2, "source": "model"}]
     labels.append({"labels": "judge", "columns": {"row": [1, 2], "label": ["up", "down"]}})
-    found.append("\n".join(map(json.dumps, labels)).encode())
-    return [*found, found[0] + b"\n" + found[1] + b"\n" + found[2] + b"\n" + found[-1]]
+    seeds.append("\n".join(map(json.dumps, labels)).encode())
+    return [*seeds, seeds[0] + b"\n" + seeds[1] + b"\n" + seeds[2] + b"\n" + seeds[-1]]
 
 
 @target("lines", "each line of a producer is taken or named, and as if it had come alone", lines)
@@ -71,9 +71,9 @@ def outcome(calls: list[list[bytes]]) -> tuple[list[int], dict[int, str], dict[s
                 numbers += taken.lines
             if taken.checked is not None and len(taken.checked.rows):
                 numbers += sorted(set(taken.lines))
-                kept = taken.checked.rows
-                for i in range(len(kept)):
-                    row = b"".join(column[i].tobytes() for column in (kept.t, *kept.columns))
+                accepted = taken.checked.rows
+                for i in range(len(accepted)):
+                    row = b"".join(column[i].tobytes() for column in (accepted.t, *accepted.columns))
                     rows[taken.stream] = rows.get(taken.stream, b"") + row
         first += len(call)
     return sorted(set(numbers)), bad, rows
@@ -118,13 +118,13 @@ def parquet_files() -> list[bytes]:
     import pyarrow
     import pyarrow.parquet
 
-    found = []
+    files = []
     for compression in ("none", "snappy"):
         out = io.BytesIO()
         table = pyarrow.table({"t": [1.0 * T0, T0 + 1.0], "ax": [1.0, None], "ay": [3, 4]})
         pyarrow.parquet.write_table(table, out, compression=compression)
-        found.append(out.getvalue())
-    return found
+        files.append(out.getvalue())
+    return files
 
 
 @target("parquet", "a Parquet file is read or rejected as a whole", parquet_files, 8192)

@@ -18,7 +18,6 @@ from agent.drift import DriftMonitor, DriftState, build_reference
 from agent.drift.baseline import summary as summaries
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary, stack_one
-from agent.drift.detectors import resolution
 from agent.drift.detectors.extremes import Extremes
 from agent.drift.detectors.runs import Tail
 from agent.drift.faults import faults
@@ -228,7 +227,7 @@ def test_rest_and_faster_moves_are_no_coarser_converter(shipped: Reference, lear
     for factor in (0.0, 0.25, 1.5, 3.0):
         rows = factor * readings(33, 1).features.astype(np.float64)
         summary, _ = Summary.empty(shipped).add_rows(shipped, rows, Tail.empty(3))
-        assert resolution.detect_coarsening(summary, learned.site_reference).tolist() == [0, 0, 0]
+        assert faults.detect_coarsening(summary, learned.site_reference).tolist() == [0, 0, 0]
 
 
 def test_a_reference_learned_before_steps_were_counted_still_serves(shipped: Reference, learned: DriftState) -> None:
@@ -239,8 +238,8 @@ def test_a_reference_learned_before_steps_were_counted_still_serves(shipped: Ref
     del old["site"]["steps"]
     known = Reference.from_json(json.dumps(old).encode())
     summary, _ = Summary.empty(shipped).add_rows(shipped, np.round(readings(20, 1).features), Tail.empty(3))
-    assert resolution.detect_coarsening(summary, known).tolist() == [0, 0, 0]
-    assert (resolution.detect_coarsening(summary, site) > 0).any()
+    assert faults.detect_coarsening(summary, known).tolist() == [0, 0, 0]
+    assert (faults.detect_coarsening(summary, site) > 0).any()
 
 
 @given(st.lists(st.integers(0, 40), max_size=5))

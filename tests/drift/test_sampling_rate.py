@@ -21,7 +21,7 @@ from agent.drift.baseline.summary import Summary
 from agent.drift.detectors import sampling_rate
 from agent.drift.detectors.runs import Trace, count_repeated_rows
 from agent.drift.detectors.sampling import SamplingIntervals
-from agent.drift.reporting.words import format_duration
+from agent.text import format_duration
 from tests.kit.machine import LABELS, ROWS, WINDOW, Readings, feed, readings, reference
 
 LEARN, STEP_US = 40, 10_000

@@ -84,7 +84,7 @@ def test_a_bundle_says_which_field_names_modes_and_a_task_may_say_otherwise(tmp_
 def test_a_field_of_modes_that_a_stream_has_not_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         loaded(tmp_path, asking("stat"), None)
-    for words in ("tasks.tiny.mode", 'mode = "" for none', "did you mean 'state'"):
+    for words in ("tasks.tiny.class_field", 'class_field = "" for none', "did you mean 'state'"):
         assert words in str(refused.value)
 
 

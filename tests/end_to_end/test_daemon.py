@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from agent import clock, config
-from agent.bootstrap import device, wiring
+from agent.bootstrap.daemon import build_daemon, load_scheduled_tasks
+from agent.bootstrap.device import load_config, open_store
 from agent.config import Config
 from agent.device.daemon import Daemon
 from agent.device.pipeline import batch
-from agent.device.recovery.open import open_store
+from agent.device.recovery import open as recovery
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
@@ -49,7 +50,7 @@ def trim(conf: Config, store: Store, now: clock.ClockReading) -> None:
 
 
 def test_old_readings_of_a_stream_without_a_task_go(tmp_path: Path) -> None:
-    store = open_store(tmp_path)
+    store = recovery.open_store(tmp_path)
     fill(store, conf(tmp_path))
     trim(conf(tmp_path), store, NOW)
     assert (store.first_row("watch"), store.last_row("watch")) == (1001, 1000)
@@ -57,7 +58,7 @@ def test_old_readings_of_a_stream_without_a_task_go(tmp_path: Path) -> None:
 
 
 def test_readings_that_a_task_has_yet_to_use_stay_however_old_they_are(tmp_path: Path) -> None:
-    store = open_store(tmp_path)
+    store = recovery.open_store(tmp_path)
     waiting = with_task(conf(tmp_path))
     fill(store, waiting)
     trim(waiting, store, NOW)
@@ -70,7 +71,7 @@ def test_readings_that_a_task_has_yet_to_use_stay_however_old_they_are(tmp_path:
 
 
 def test_a_used_reading_stays_for_a_while(tmp_path: Path) -> None:
-    store = open_store(tmp_path)
+    store = recovery.open_store(tmp_path)
     fill(store, conf(tmp_path))
     trim(conf(tmp_path), store, clock.ClockReading(round(T0 * 1e6) + 3_600_000_000, 1.0, "synced"))
     assert store.first_row("watch") == 1
@@ -78,7 +79,7 @@ def test_a_used_reading_stays_for_a_while(tmp_path: Path) -> None:
 
 
 def test_a_step_forward_of_the_wall_clock_makes_no_reading_old(tmp_path: Path) -> None:
-    store, boot_s = open_store(tmp_path), 200_000.0
+    store, boot_s = recovery.open_store(tmp_path), 200_000.0
     store.declare_streams(conf(tmp_path).streams)
     t = NOW.wall_us + np.arange(1000, dtype=np.int64) * 20_000
     with store.transaction() as tx:
@@ -113,13 +114,13 @@ schedule = "0 3 * * *"
 def test_a_nightly_run_that_was_missed_while_the_agent_was_off_is_due_at_the_next_start(tmp_path: Path) -> None:
     file = tmp_path / "outstation.toml"
     file.write_text(CRON, encoding="utf-8")
-    _, conf = wiring.load_config(str(file))
-    store = wiring.open_store(conf)
-    ((fresh,), _) = device.load_scheduled_tasks(file, conf, store)
+    _, conf = load_config(str(file))
+    store = open_store(conf)
+    ((fresh,), _) = load_scheduled_tasks(file, conf, store)
     assert not fresh.schedule.is_due(NOW, 0)
     with store.transaction() as tx:
         tx.save_state("exercise", task_keys.LAST_RUN, str(NOW.wall_us - 30 * 3_600_000_000).encode())
-    ((late,), _) = device.load_scheduled_tasks(file, conf, store)
+    ((late,), _) = load_scheduled_tasks(file, conf, store)
     assert late.schedule.is_due(NOW, 0)
     late.schedule.record_run(NOW)
     assert not late.schedule.is_due(NOW, 0)
@@ -129,12 +130,12 @@ def test_a_nightly_run_that_was_missed_while_the_agent_was_off_is_due_at_the_nex
 def test_a_store_that_holds_another_devices_messages_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "outstation.toml"
     file.write_text(CRON, encoding="utf-8")
-    wiring.open_store(wiring.load_config(str(file))[1]).close()
+    open_store(load_config(str(file))[1]).close()
     file.write_text(CRON.replace('"pi-07"', '"pi-08"'), encoding="utf-8")
     with pytest.raises(UsageError, match=r"of acme/pi-07.*data_dir of its own"):
-        wiring.open_store(wiring.load_config(str(file))[1])
+        open_store(load_config(str(file))[1])
     file.write_text(CRON, encoding="utf-8")
-    wiring.open_store(wiring.load_config(str(file))[1]).close()
+    open_store(load_config(str(file))[1]).close()
 
 
 # --- one task must not stop the others, nor a backlog everything else ---
@@ -160,10 +161,10 @@ class Turned:
         self.file = folder / "outstation.toml"
         self.file.write_text(TWO, encoding="utf-8")
         keys.generate(folder / "device.key")
-        _, self.conf = wiring.load_config(str(self.file))
-        self.store = wiring.open_store(self.conf)
+        _, self.conf = load_config(str(self.file))
+        self.store = open_store(self.conf)
         self.boot_s, self.look_s = 1000.0, 0.0
-        self.daemon: Daemon = device.build_daemon(self.file, self.conf, self.store, now=self.now)
+        self.daemon: Daemon = build_daemon(self.file, self.conf, self.store, now=self.now)
 
     def now(self) -> clock.ClockReading:
         self.boot_s += self.look_s
@@ -232,7 +233,7 @@ def test_while_a_backlog_is_worked_off_commands_the_clock_health_and_other_tasks
 
     monkeypatch.setattr(batch, "run", run)
     monkeypatch.setattr(batch, "_MAX_WINDOWS", 4)
-    monkeypatch.setattr(turned.daemon._operations, "tick", lambda now: done.append("commands"))
+    monkeypatch.setattr(turned.daemon._remote_commands, "tick", lambda now: done.append("commands"))
     monkeypatch.setattr(turned.daemon._health_reporter, "write_health", lambda: done.append("health"))
     turned.feed(32_000)
     assert turned.turn() == 0.0
@@ -257,9 +258,9 @@ def test_while_the_machine_is_too_hot_tasks_wait_health_says_so_and_what_waited_
     told = [
         json.loads(m.payload) for m in turned.store.unacknowledged_messages(0, 10_000) if m.topic.endswith("/health")
     ]
-    assert told[-1]["care"] == {
+    assert told[-1]["throttle"] == {
         "temperature": 91.0,
-        "resting": "91 °C; more than 80 °C ([care] max_temperature), until 75 °C",
+        "resting": "91 °C; more than 80 °C ([throttle] max_temperature), until 75 °C",
     }
     heat[0] = 60.0
     turned.turn(after_s=10.0)

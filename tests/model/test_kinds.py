@@ -39,7 +39,7 @@ from scripts.kit.bundles import (
     write_csv,
     write_spec,
 )
-from tests.kit.devices import STEP_US, T0, Device, columns, tiles
+from tests.kit.devices import STEP_US, T0, Device, columns, expand_columns, tiles
 
 Floats = NDArray[np.float32]
 BIAS = -np.square(CENTRES).sum(axis=1) / 2
@@ -217,10 +217,11 @@ def raw_columns(device: Device) -> dict[str, list[Any]]:
         if not isinstance(message.body, ResultsPayload):
             continue
         body = json.loads(message.payload)
-        for name, values in body["columns"].items():
+        expanded = expand_columns(body["columns"])
+        for name, values in expanded.items():
             joined.setdefault(name, []).extend(values)
-        if "missing" not in body["columns"]:
-            joined.setdefault("missing", []).extend([0.0] * len(body["columns"]["row"]))
+        if "missing" not in expanded:
+            joined.setdefault("missing", []).extend([0.0] * len(expanded["row"]))
     return joined
 
 

@@ -24,7 +24,7 @@ SECTIONS: dict[str, Any] = {
     "[publishers]": config.PublishersConfig,
     "[buffer]": config.BufferConfig,
     "[intake]": config.IntakeConfig,
-    "[care]": config.ThrottleConfig,
+    "[throttle]": config.ThrottleConfig,
     "[updates]": UpdatesConfig,
     "[streams.NAME]": config.StreamConfig,
     "fields": config.FieldConfig,

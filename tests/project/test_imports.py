@@ -23,7 +23,7 @@ FLOORS = {
     "errors": 0,
     "quantities": 0,
     "alerts": 1,
-    "arrays": 1,
+    "arrays": 2,
     "clock": 1,
     "jsonpath": 1,
     "media": 1,
@@ -58,30 +58,14 @@ FILE_CYCLES: set[str] = {
     "agent.cli.fleet.drift",
     "agent.cli.fleet.evidence",
     "agent.cli.fleet.group",
-    "agent.drift.baseline.reference",
-    "agent.drift.baseline.row_counts",
-    "agent.drift.baseline.site",
-    "agent.drift.baseline.summary",
-    "agent.drift.detectors.extremes",
-    "agent.drift.detectors.resolution",
-    "agent.drift.detectors.sampling_rate",
     "agent.model.inference.inspect",
     "agent.model.inference.runtime",
 }
 FOLDER_CYCLES: set[str] = {
-    "agent.bootstrap",
-    "agent.cli.device",
-    "agent.device.commands",
-    "agent.device.rollout",
-    "agent.drift.baseline",
-    "agent.drift.detectors",
     "agent.fleet",
     "agent.fleet.collector",
 }
-CLIMBING: set[str] = {
-    "agent.arrays",
-    "agent.bootstrap.commands",
-}
+CLIMBING: set[str] = set()
 CROWDED: set[str] = {
     "agent/evaluation",
 }

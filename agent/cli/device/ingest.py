@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import click
 
 from agent import clock
-from agent.bootstrap import wiring
+from agent.bootstrap import device
 from agent.cli.output import config_option, emit, json_option
 from agent.client import Client, FlushResult
 from agent.config import Config, FilesSource, StreamConfig
@@ -55,7 +55,7 @@ def ingest(stream: str, file: str, config_file: str | None, as_json: bool) -> No
     Goes through the running daemon, or straight into the store when none runs. The first line of a CSV names its
     columns: the stream's fields and, if there is one, t (epoch seconds or RFC 3339). Exit 1 where a row was rejected.
     """
-    conf_file, conf = wiring.load_config(config_file)
+    conf_file, conf = device.load_config(config_file)
     if stream not in conf.streams:
         raise ConfigError(
             str(conf_file), "streams", f"there is no stream {stream!r}{did_you_mean(stream, conf.streams)}"
@@ -171,7 +171,7 @@ class _StoreSink:
     """Straight into the store: no daemon runs."""
 
     def __init__(self, conf: Config, stream: str) -> None:
-        self._store = wiring.open_store(conf)
+        self._store = device.open_store(conf)
         self._group, self._stream = GroupCommit(self._store, conf.streams), stream
         self._now = make_clock(self._store)
         self._accepted = 0

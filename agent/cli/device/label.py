@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from agent.bootstrap import wiring
+from agent.bootstrap import device
 from agent.cli.output import config_option, emit, json_option
 from agent.client import Client
 from agent.config import Config
@@ -48,7 +48,7 @@ def label(task: str, file: str, config_file: str | None, as_json: bool) -> None:
     a result's row, for windows the last one; t means the result nearest to it. Goes through the running daemon, or
     straight into the store when none runs. Exit 1 where a label was rejected.
     """
-    _, conf = wiring.load_config(config_file)
+    _, conf = device.load_config(config_file)
     if task not in conf.tasks:
         raise UsageError(f"there is no task {task!r}{did_you_mean(task, conf.tasks)}")
     found = list(read_labels(file))
@@ -139,7 +139,7 @@ def _submit(conf: Config, task: str, labels: list[tuple[int, Label]]) -> tuple[i
 
 
 def _write_to_store(conf: Config, task: str, labels: list[tuple[int, Label]]) -> tuple[int, dict[int, str]]:
-    store = wiring.open_store(conf)
+    store = device.open_store(conf)
     try:
         manifest = bundle.read(history.locate_bundle(conf, store, task), None).manifest
         asked = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from agent.bootstrap import tasks, wiring
+from agent.bootstrap import device, tasks
 from agent.cli.output import config_option, emit, json_option
 from agent.config import Config, parse_duration
 from agent.device import status
@@ -59,11 +59,11 @@ def reset(task: str, wait_s: float, config_file: str | None, as_json: bool) -> N
 @json_option
 def show(task: str, config_file: str | None, as_json: bool) -> None:
     """TASK's reference: its number, when and from how many windows it was learned, or how far learning has got."""
-    _, conf = wiring.load_config(config_file)
+    _, conf = device.load_config(config_file)
     _require_task(conf, task)
-    store = wiring.open_store_read_only(conf)
+    store = device.open_store_read_only(conf)
     try:
-        document = status.build_document(conf, store, task)
+        document = status.build_reference_document(conf, store, task)
     finally:
         store.close()
     emit(document, as_json, lambda: click.echo(_format_reference(document)))
@@ -72,7 +72,7 @@ def show(task: str, config_file: str | None, as_json: bool) -> None:
 def _submit_request(
     config_file: str | None, task: str, request: relearn.RelearnRequest, wait_s: float, as_json: bool
 ) -> None:
-    file, conf = wiring.load_config(config_file)
+    file, conf = device.load_config(config_file)
     wipe.require_unwiped(conf.data_dir)
     _require_task(conf, task)
     try:
@@ -93,11 +93,11 @@ def _submit_request(
 def _apply_or_wait(file: Path, conf: Config, task: str, request: relearn.RelearnRequest, wait_s: float) -> bool:
     """By the daemon, which owns the store; or here, where none runs."""
     try:
-        store = wiring.open_store(conf)
+        store = device.open_store(conf)
     except StorageBusy:
         return _wait_for_daemon(conf, task, request, wait_s)
     try:
-        writer, now = wiring.open_message_log(file, conf, store), make_clock(store)
+        writer, now = device.open_message_log(file, conf, store), make_clock(store)
         Timekeeper(store, writer).tick(now())
         return relearn.apply_pending(tasks.load_task(file, conf, store, task), store, writer, now())
     finally:
@@ -105,7 +105,7 @@ def _apply_or_wait(file: Path, conf: Config, task: str, request: relearn.Relearn
 
 
 def _wait_for_daemon(conf: Config, task: str, request: relearn.RelearnRequest, wait_s: float) -> bool:
-    store = wiring.open_store_read_only(conf)
+    store = device.open_store_read_only(conf)
     try:
         deadline = time.monotonic() + wait_s
         while store.load_state(task, task_keys.RELEARN_REQUEST_DONE) != request.id.encode():

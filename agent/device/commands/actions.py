@@ -11,14 +11,13 @@ import msgspec
 from agent.clock import ClockReading
 from agent.config import Config, parse_duration
 from agent.device.bundles import history, overrides, quarantine
-from agent.device.bundles.planning import make_scheduled_task
-from agent.device.commands.executor import Action, Effect
+from agent.device.commands.executor import Action
 from agent.device.intake import labels
 from agent.device.machine import schedule
 from agent.device.pipeline import label_metrics, relearn
 from agent.device.pipeline.batch import LoadedTask
 from agent.device.pipeline.relearn import RelearnRequest
-from agent.device.pipeline.tasks import Runtime, ScheduledTask
+from agent.device.pipeline.tasks import Effect, Runtime, ScheduledTask, make_scheduled_task
 from agent.device.rollout.executor import RolloutExecutor
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog

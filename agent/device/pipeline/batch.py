@@ -142,12 +142,11 @@ class LoadedTask:
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """What one batch did; `listed` results are in its messages."""
+    """What one batch did."""
 
     rows: int
     windows: int
     alerts: int
-    listed_results: int = field(default=0, compare=False)
 
 
 class _DriftUpdate(msgspec.Struct, frozen=True):
@@ -174,9 +173,7 @@ def run(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockReadi
         else:
             task.batch_divisor = max(1, task.batch_divisor // 2)
             if done is not None:
-                task.cost_meter.record_batch(
-                    done.windows, done.rows, done.listed_results, (time.thread_time_ns() - began) // 1000
-                )
+                task.cost_meter.record_batch(done.windows, done.rows, (time.thread_time_ns() - began) // 1000)
                 task.deadline.record_batch(time.monotonic() - began_s, done.windows, store, message_log, now)
             return done
 
@@ -209,10 +206,8 @@ def _run_once(
             drift_state.discard_learned(tx, message_log, task.name, task.closing_messages, now)
         if task.drift_monitor is not None and judged.state is not None:
             drift_state.save(tx, task.name, task.drift_monitor, judged.state, task.drift_state)
-        listed = 0
         for body in _build_result_bodies(task, message_log, batch, answers, names, tx.segments.last_announced_key()):
             message_log.append(tx, "results", task.name, body, now)
-            listed += len(body["columns"]["row"])
         for verdict in judged.verdicts:
             _write_drift_messages(task, message_log, tx, verdict, now)
         if given is not None:
@@ -229,7 +224,7 @@ def _run_once(
         task.last_label = names[-1]
     if task.batch_observer is not None:
         task.batch_observer.after_commit(task, store, batch, answers)
-    return BatchResult(cut.consumed, len(cut.starts), sum(len(v.alerts) for v in judged.verdicts), listed)
+    return BatchResult(cut.consumed, len(cut.starts), sum(len(v.alerts) for v in judged.verdicts))
 
 
 def _is_followed_by_lost_rows(task: LoadedTask, store: Store, batch: RowBatch) -> bool:
@@ -316,17 +311,14 @@ def _build_result_bodies(
         stop = min(count, done + most)
         through = cut.consumed if stop == count else int(cut.starts[stop - 1]) + task.step
         picked = np.flatnonzero(listed[done:stop]) + done
-        listing: dict[str, Any] = {
-            "row": (ends[picked] + batch.first).tolist(),
-            "t": batch.rows.t[ends[picked]].tolist(),
-        }
-        listing |= columns.build(found, labels, missing, picked)
+        listed_rows = ends[picked] + batch.first
+        listing = columns.build(found, labels, missing, picked, listed_rows, batch.rows.t[ends[picked]])
         rows = [batch.first + first_row, batch.first + through - 1]
         body = _build_result_body(task, rows, stop - done, batch.rows.slice(first_row, through), listing)
         if incomplete := int(np.count_nonzero(missing[done:stop])):
             body["incomplete"] = incomplete
         # Where model windows overlap, the last result's row comes after the last row that is used up.
-        last = max([rows[1], *listing["row"][-1:]])
+        last = max([rows[1], *listed_rows[-1:].tolist()])
         yield body | _build_clocks(clip_stamps(batch.stamps, rows[0], last), message_log, announced)
         first_row, done = through, stop
         if done == count:
@@ -387,7 +379,7 @@ def _select_published(task: LoadedTask, model_scores: Scores, labels: list[str] 
     if publish == "summary":
         return np.zeros(count, bool)
     if isinstance(publish, config.PublishBelow) and model_scores.score is not None:
-        return np.asarray(model_scores.score < publish.below)
+        return np.asarray(model_scores.score < publish.below_score)
     if publish == "changes" and labels is not None:
         return np.array([a != b for a, b in zip(labels, [task.last_label, *labels[:-1]], strict=True)], bool)
     return np.ones(count, bool)

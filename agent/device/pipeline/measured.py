@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from agent import clock
-from agent.arrays import Floats
+from agent.arrays import Float64s
 from agent.device.pipeline.batch import LoadedTask
 from agent.device.store import labels
 from agent.device.store.labels import StoredLabel
@@ -104,7 +104,7 @@ def estimate_error_chances(task: LoadedTask, samples: Sequence[StoredLabel]) -> 
     return [None if score is None else 1 - float(chance) for score, chance in zip(scores, found, strict=True)]
 
 
-def _find_score_bins(shipped: Reference, scores: Floats) -> Any:
+def _find_score_bins(shipped: Reference, scores: Float64s) -> Any:
     return np.searchsorted(shipped.score_edges, scores, side="right")
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent import arrays
-from agent.arrays import Bools, Floats, Ints
+from agent.arrays import Bools, Float16s, Float32s, Float64s, Int32s, Ints
 from agent.drift.baseline.reference import BINS, MIN_WINDOWS, RECOMMENDED_WINDOWS, Reference, draft_reference
 from agent.drift.baseline.row_counts import SCORE_SCALE
 from agent.drift.baseline.site import SiteCalibration
@@ -26,10 +26,6 @@ UNTESTED_SD = 1e9  # sd of a test that nothing was learned of
 MAX_WINDOWS = 400  # drift windows kept while learning: more tell hardly more
 MAX_BYTES = 512 << 10  # of what is kept of them, as long as these are enough to learn from
 MIN_RETAINED_WINDOWS = RECOMMENDED_WINDOWS + MIN_WINDOWS
-
-Int32s = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
-Float32s = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
-Float16s = np.ndarray[tuple[int, ...], np.dtype[np.float16]]
 
 
 class LearningState(msgspec.Struct, frozen=True, eq=False):
@@ -106,7 +102,13 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
             ),
             z=np.concatenate([self.z, np.where(pairs.weight > 0, pairs.mean, np.nan)[seen].astype(np.float16)]),
             top_scores=np.concatenate([self.top_scores, drift_window.top_scores[seen]]),
-            rate=self.rate.add(drift_window, t),
+            rate=self.rate.add(
+                float(drift_window.sampling.mean_step_us()),
+                float(drift_window.repeated_share),
+                drift_window.missing_share,
+                drift_window.variogram,
+                t,
+            ),
             total_windows=passed,
             thinning=self.thinning,
         )
@@ -182,19 +184,19 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
         """Raises ValueError."""
         return arrays.from_compressed_bytes(data, cls)
 
-    def _expand(self, shipped: Reference, entries: np.ndarray) -> Floats:
+    def _expand(self, shipped: Reference, entries: np.ndarray) -> Float64s:
         out = np.zeros((self.windows, shipped.class_count, entries.shape[1]))
         out[self.window, self.label] = entries
         return out
 
 
-def mean_top_scores(sums: Ints | Floats) -> WeightedMeans:
+def mean_top_scores(sums: Ints | Float64s) -> WeightedMeans:
     """Number and mean score (..., C, 1) of a summary's `sure` (..., C, 2)."""
     n, total = sums[..., :1].astype(np.float64), sums[..., 1:] / SCORE_SCALE
     return WeightedMeans(n, total / np.maximum(n, 1))
 
 
-def class_shares(counts: Ints | Int32s, classes: int) -> Floats:
+def class_shares(counts: Ints | Int32s, classes: int) -> Float64s:
     """(..., `told`) shares of all answers, of a summary's `output` (..., C); NaN where there is none."""
     total = counts.sum(-1, keepdims=True)
     return np.where(total > 0, counts / np.maximum(total, 1), np.nan)[..., :classes]
@@ -263,7 +265,7 @@ def calibrate_reference(
 def _add_site_calibration(
     reference: Reference,
     learning: LearningState,
-    values: Floats,
+    values: Float64s,
     seasonality: str,
     number: int,
     accuracy: tuple[float, float] | None,
@@ -315,15 +317,15 @@ def _add_site_calibration(
 class _TestCalibration(msgspec.Struct, frozen=True, eq=False):
     """Of all T tests over K drift windows."""
 
-    mean: Floats  # (T,)
-    sd: Floats
+    mean: Float64s  # (T,)
+    sd: Float64s
     tested: Bools  # in enough windows
-    residuals: Floats  # (K, T) without mean and cycle
+    residuals: Float64s  # (K, T) without mean and cycle
     cycle: daily_cycle.Cycle
 
 
 def _calibrate_tests(
-    reference: Reference, learning: LearningState, values: Floats, seasonality: str
+    reference: Reference, learning: LearningState, values: Float64s, seasonality: str
 ) -> _TestCalibration:
     """`values` (K, 2F) are those of the fields."""
     few, answers = _min_class_weight(reference), reference.layout.class_shares
@@ -358,11 +360,11 @@ def _min_class_weight(reference: Reference) -> float:
 
 
 def build_reference(
-    features: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
+    features: Float32s,
     starts: Ints,
     window_rows: int,
     predicted: Ints,
-    scores: np.ndarray[tuple[int, ...], np.dtype[np.float32]] | None,
+    scores: Float32s | None,
     window: int,
     *,
     fields: tuple[str, ...],
@@ -394,7 +396,7 @@ def build_reference(
     return replace(settled, score_correct=np.bincount(places, minlength=BINS))
 
 
-def infinities_to_nan(features: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> Floats:
+def infinities_to_nan(features: Float32s) -> Float64s:
     """As float64, infinities taken for missing values."""
     rows = np.asarray(features, dtype=np.float64)
     return rows if np.isfinite(rows).all() else np.where(np.isfinite(rows), rows, np.nan)

@@ -15,7 +15,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent import arrays
-from agent.arrays import Floats, Ints
+from agent.arrays import Float32s, Float64s, Ints
 from agent.drift.baseline.site import SiteCalibration
 from agent.drift.detectors import runs, window_statistics
 from agent.drift.detectors.modes import CLASS_COUNT
@@ -43,29 +43,29 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
     drift_windows: int
     warning: str | None
     # rows
-    edges: Floats  # (F, 31) inner quantiles
-    low: Floats  # (F,) limits
-    high: Floats
+    edges: Float64s  # (F, 31) inner quantiles
+    low: Float64s  # (F,) limits
+    high: Float64s
     counts: Ints  # (F, 34) below, 32 bins, above
     missing: Ints  # (F,)
     n: Ints
-    mean: Floats
-    m2: Floats
+    mean: Float64s
+    m2: Float64s
     longest: Ints  # longest run of one value, rest values excepted
-    jump: Floats  # robust sd of first differences; 0: not known
+    jump: Float64s  # robust sd of first differences; 0: not known
     rest: tuple[tuple[float, ...], ...]
     # model windows
-    origin: Floats  # (D,) what sums are measured from
-    floor: Floats  # (F,) least variance that a logarithm is taken of
+    origin: Float64s  # (D,) what sums are measured from
+    floor: Float64s  # (F,) least variance that a logarithm is taken of
     class_n: Ints  # (C, D)
-    class_mean: Floats
-    class_sd: Floats
+    class_mean: Float64s
+    class_sd: Float64s
     # drift windows
-    test_mean: Floats  # (2F,)
-    test_sd: Floats
+    test_mean: Float64s  # (2F,)
+    test_sd: Float64s
     # answers
     output: Ints  # (C,)
-    score_edges: Floats  # (31,), or empty without scores
+    score_edges: Float64s  # (31,), or empty without scores
     score_n: Ints  # (32,) answers
     score_correct: Ints | None  # (32,) how many of them were right, when that was known
     site: SiteCalibration | None = None
@@ -108,32 +108,32 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
         return "sha256:" + hashlib.sha256(self.to_json()).hexdigest()
 
     @cached_property
-    def bounds(self) -> Floats:
+    def bounds(self) -> Float64s:
         """(F, 33): what separates the 34 counts."""
         return np.concatenate([self.low[:, None], self.edges, self.high[:, None]], axis=1)
 
     @cached_property
-    def bin_cuts(self) -> Floats:
+    def bin_cuts(self) -> Float64s:
         """(F, 33): a value belongs above as many of these as are not greater than it. The upper limit is within."""
         return np.concatenate([self.bounds[:, :-1], np.nextafter(self.high, np.inf)[:, None]], axis=1)
 
     @cached_property
-    def bin_cuts_float32(self) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    def bin_cuts_float32(self) -> Float32s:
         """The same for values that are float32: each cut is the least such number that is not smaller."""
         cuts = self.bin_cuts.astype(np.float32)
         return np.where(cuts < self.bin_cuts, np.nextafter(cuts, np.float32(np.inf)), cuts)
 
     @cached_property
-    def bin_shares(self) -> Floats:
+    def bin_shares(self) -> Float64s:
         """(F, 32) of the reference's rows in each bin, those outside counted to the outermost."""
         return divergence.shares(divergence.fold_outer_bins(self.counts))
 
     @cached_property
-    def sd(self) -> Floats:
+    def sd(self) -> Float64s:
         """(F,) of the rows."""
         return np.asarray(np.sqrt(self.m2 / np.maximum(self.n, 1)))
 
-    def scale_scores(self, top_scores: Floats) -> Floats:
+    def scale_scores(self, top_scores: Float64s) -> Float64s:
         """Scores (w,) as they are; other answers, in the spread of the reference's and from their middle."""
         if self.labels:
             return top_scores
@@ -158,14 +158,14 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
 
 
 def draft_reference(
-    rows: Floats,
+    rows: Float64s,
     starts: Ints,
     window_rows: int,
     *,
     window: int,
     fields: Sequence[str],
     labels: Sequence[str],
-    scores: Floats | None,
+    scores: Float64s | None,
 ) -> Reference:
     """Bins, limits and origins from reference rows (n, F) and top scores (w,); nothing counted or learned yet."""
     _reject_empty(rows, fields)
@@ -213,18 +213,18 @@ def draft_reference(
     )
 
 
-def _reject_empty(values: Floats, fields: Sequence[str]) -> None:
+def _reject_empty(values: Float64s, fields: Sequence[str]) -> None:
     empty = [name for name, column in zip(fields, values.T, strict=True) if np.isnan(column).all()]
     if empty:
         raise BadBundle(f"no drift reference: {', '.join(empty)} has (almost) no values in the reference data")
 
 
-def _rest_values(column: Floats) -> tuple[float, ...]:
+def _rest_values(column: Float64s) -> tuple[float, ...]:
     values, counts = np.unique(column[~np.isnan(column)], return_counts=True)
     return tuple(values[counts > REST_SHARE * len(column)].tolist())
 
 
-def _robust_step_sd(column: Floats) -> float:
+def _robust_step_sd(column: Float64s) -> float:
     """Sd of first differences as their median and their 99th percentile tell it: the same for normal ones, the
     larger for sensors that move in bursts, whose fastest real moves are no spikes."""
     step = np.abs(np.diff(column[~np.isnan(column)]))
@@ -267,5 +267,5 @@ def _validate(r: Reference) -> None:
         raise BadBundle(f"reference.json does not hold together ({', '.join(wrong)}): build it again")
 
 
-def _is_ascending(values: Floats) -> bool:
+def _is_ascending(values: Float64s) -> bool:
     return bool((np.diff(values, axis=-1) >= 0).all())

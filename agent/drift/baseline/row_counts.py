@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from agent.arrays import Floats, Ints
+from agent.arrays import Float64s, Ints
 from agent.drift.baseline.reference import BINS, Reference
 from agent.drift.detectors import correlation, runs
 from agent.drift.detectors import resolution as steps
@@ -41,7 +41,7 @@ class PredictionCounts(msgspec.Struct, frozen=True, eq=False):
     variogram: Ints  # (W, C, …)
 
 
-def count_rows(reference: Reference, rows: Floats, tail: Tail) -> tuple[RowCounts, Tail]:
+def count_rows(reference: Reference, rows: Float64s, tail: Tail) -> tuple[RowCounts, Tail]:
     """Of `rows` (W, n, F), n > 0, in physical units, NaN missing; the first follow on from `tail`, where W is 1."""
     trace = Trace.from_rows(rows, tail.rows)
     longest, run = runs.longest_runs(trace, tail.run, reference.rest)
@@ -66,7 +66,7 @@ def count_predictions(
     windows: int,
     stats: WindowStatistics,
     predicted: Ints,
-    top_scores: Floats | None,
+    top_scores: Float64s | None,
     classes: Ints,
     groups: Groups,
 ) -> PredictionCounts:
@@ -102,7 +102,7 @@ def group_by_class(reference: Reference, windows: int, classes: Ints) -> Groups:
     return Groups.from_ids(first + classes, windows * count)
 
 
-def _sort_columns(rows: Floats) -> tuple[np.ndarray, bool]:
+def _sort_columns(rows: Float64s) -> tuple[np.ndarray, bool]:
     """Each field's values (W, F, n) in ascending order, NaN last; and whether they are float32, which readings are.
 
     Sorting the rows and looking up 33 cuts costs half of looking up every row; as float32, less.

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from agent.arrays import Floats, Ints
+from agent.arrays import Float64s, Ints
 from agent.drift.detectors import correlation, daily_cycle
 from agent.drift.detectors import mewma as together
 from agent.drift.detectors import resolution as steps
@@ -23,11 +23,11 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
     A site's `test_mean` and `test_sd` are of all tests, in the order of `places`.
     """
 
-    pair_mean: Floats  # (C, P) Fisher's z; of all classes together where one was too rare
-    score_mean: Floats  # (C,) of the top score, likewise
-    psi_limits: Floats  # (F + 2,) of the fields, the answers, the certainty
+    pair_mean: Float64s  # (C, P) Fisher's z; of all classes together where one was too rare
+    score_mean: Float64s  # (C,) of the top score, likewise
+    psi_limits: Float64s  # (F + 2,) of the fields, the answers, the certainty
     stretch: float  # of the limits, because neighbouring windows are alike
-    waves: Floats  # (6, T) of a day, added to test_mean by the hour; zeros where there is no cycle
+    waves: Float64s  # (6, T) of a day, added to test_mean by the hour; zeros where there is no cycle
     hours: Ints  # (24,) windows learned in each hour of the day, UTC
     learned: tuple[int, int]  # when the first began and the last ended, epoch µs
     number: int  # 1 for the first reference that this device learned for the task
@@ -36,7 +36,7 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
     steps: Ints | None = None  # (F, 64) from row to row, by size
     rate: RateBaseline | None = None
     # Days of rest, see `daily`: what is added to test_mean then, (7, T); None where they are as the others.
-    rest: Floats | None = None
+    rest: Float64s | None = None
     rest_begins: int = 0  # µs into the epoch week
     rest_lasts: int = 0
     # Limits of what fields' means, and answers' shares, come to together; and what answers of windows in a row have in
@@ -80,6 +80,6 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
         wrong = [f"site.{name}" for name, holds in rules.items() if not holds]
         return wrong + ([] if np.isfinite(self.waves).all() else ["site.waves"])
 
-    def _is_valid_rest(self, rest: Floats, tests: int) -> bool:
+    def _is_valid_rest(self, rest: Float64s, tests: int) -> bool:
         within = 0 <= self.rest_begins < daily_cycle.WEEK_US and 0 < self.rest_lasts < daily_cycle.WEEK_US
         return within and rest.shape == (1 + 2 * daily_cycle.HARMONICS, tests) and bool(np.isfinite(rest).all())

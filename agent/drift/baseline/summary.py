@@ -10,7 +10,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent import arrays
-from agent.arrays import Floats, Ints
+from agent.arrays import Float64s, Ints
 from agent.drift.baseline import row_counts
 from agent.drift.baseline.reference import BINS, Reference
 from agent.drift.detectors import correlation, window_statistics
@@ -86,11 +86,22 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
         return np.asarray(self.counts[:, 0].sum(-1) + self.missing[:, 0])
 
     @property
+    def repeated_share(self) -> Float64s:
+        """(...,) of rows, each window's where this is a stack."""
+        rows = self.counts[..., 0, :].sum(-1) + self.missing[..., 0]
+        return np.asarray(self.sampling.repeated[..., 0] / np.maximum(1, rows))
+
+    @property
+    def missing_share(self) -> Float64s:
+        """(F,) of rows."""
+        return np.asarray(self.missing / max(1, self.rows))
+
+    @property
     def model_windows(self) -> int:
         """Model windows."""
         return int(self.output.sum())
 
-    def add_rows(self, reference: Reference, rows: Floats, tail: Tail) -> tuple[Summary, Tail]:
+    def add_rows(self, reference: Reference, rows: Float64s, tail: Tail) -> tuple[Summary, Tail]:
         """With `rows` (n, F), physical units, NaN missing, that follow on from `tail`."""
         if not len(rows):
             return self, tail
@@ -124,7 +135,7 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
         reference: Reference,
         stats: WindowStatistics,
         predicted: Ints,
-        top_scores: Floats | None,
+        top_scores: Float64s | None,
         classes: Ints | None = None,
     ) -> Summary:
         """With model windows: what was found in them, the class `named` for each (w,) and its score (w,).
@@ -188,11 +199,11 @@ def select_window(stack: Summary, number: int) -> Summary:
 
 def summarize_windows(
     reference: Reference,
-    rows: Floats,
+    rows: Float64s,
     spans: Ints,
     stats: WindowStatistics,
     predicted: Ints,
-    top_scores: Floats | None,
+    top_scores: Float64s | None,
     classes: Ints,
 ) -> Summary:
     """A stack of W drift windows: of `rows` (W, n, F), times between them `spans` (W, …) and model windows (W · w).
@@ -267,7 +278,9 @@ _ARRAY_FIELDS = (
 )
 
 
-def summarize(reference: Reference, rows: Floats, starts: Ints, predicted: Ints, top_scores: Floats | None) -> Summary:
+def summarize(
+    reference: Reference, rows: Float64s, starts: Ints, predicted: Ints, top_scores: Float64s | None
+) -> Summary:
     """The summary of model windows and the rows (n, F) that they cover, all at once."""
     found = window_statistics.compute_statistics(rows, starts, reference.window_rows, reference.floor)
     covered = rows[window_statistics.covered_rows(starts, reference.window_rows, 0)]

@@ -16,7 +16,7 @@ from functools import lru_cache
 import msgspec
 import numpy as np
 
-from agent.arrays import Floats, Ints
+from agent.arrays import Float64s, Ints
 from agent.drift.numeric.groups import Groups
 
 MAX_PAIRS = 276  # all pairs of 24 fields; of more fields, the pairs that stand closest in the bundle's order
@@ -32,8 +32,8 @@ MIN_ROWS = 30  # rows of a class that tell no correlation
 class WeightedMeans(msgspec.Struct, frozen=True, eq=False):
     """What drift windows say of their pairs: `weight` and mean Fisher `z`, each (..., C, P); z is 0 without weight."""
 
-    weight: Floats
-    mean: Floats
+    weight: Float64s
+    mean: Float64s
 
 
 @lru_cache(maxsize=16)
@@ -56,7 +56,7 @@ def sums_width(fields: int, *, windowed: bool) -> int:
     return 2 * count if windowed else 1 + 2 * fields + count
 
 
-def correlate_windows(centred: Floats, mean_square: Floats, floor: Floats) -> Floats:
+def correlate_windows(centred: Float64s, mean_square: Float64s, floor: Float64s) -> Float64s:
     """Fisher's z (w, P) of each pair in model windows (w, rows, F) of values less their mean, missing ones 0.
 
     `square` (w, F) mean squares; NaN where a field does not move more than `floor` (F,).
@@ -74,7 +74,7 @@ def correlate_windows(centred: Floats, mean_square: Floats, floor: Floats) -> Fl
     return np.asarray(np.arctanh(np.minimum(np.maximum(correlation, -MAX_CORRELATION), MAX_CORRELATION)))
 
 
-def quantize_residuals(residuals: Floats) -> Floats:
+def quantize_residuals(residuals: Float64s) -> Float64s:
     """Residuals (n, F) in class sd, missing ones NaN, made whole numbers of steps in their place; missing ones 0."""
     whole = np.maximum(residuals, -RESIDUAL_CLIP, out=residuals)
     np.minimum(whole, RESIDUAL_CLIP, out=whole)
@@ -86,7 +86,7 @@ def quantize_residuals(residuals: Floats) -> Floats:
     return whole
 
 
-def sum_products(residuals: Floats, groups: Groups) -> Ints:
+def sum_products(residuals: Float64s, groups: Groups) -> Ints:
     """(count, 1 + 2F + P) of residuals (n, F), in steps, in their `groups`."""
     fields = residuals.shape[1]
     products = np.zeros((len(groups.n), 1 + fields, 1 + fields))
@@ -107,7 +107,7 @@ def _product_cells(fields: int) -> Ints:
     return np.concatenate([[0], each, each * (2 + fields), (1 + left) * (1 + fields) + 1 + right])
 
 
-def sum_correlations(z: Floats, groups: Groups) -> Ints:
+def sum_correlations(z: Float64s, groups: Groups) -> Ints:
     """(count, 2P) of z (w, P) of model windows in these groups."""
     out = np.zeros((len(groups.n), 2 * z.shape[1]), np.int64)
     if not z.size:
@@ -139,7 +139,7 @@ def from_sums(sums: Ints, fields: int, *, windowed: bool) -> WeightedMeans:
     return WeightedMeans(weight, np.where(weight > 0, z, 0.0))
 
 
-def compute_deviations(measured: WeightedMeans, expected: Floats) -> Floats:
+def compute_deviations(measured: WeightedMeans, expected: Float64s) -> Float64s:
     """(..., P): how far z lies from what is `usual` (..., C, P) for the class, averaged; NaN where nothing tells."""
     total = measured.weight.sum(-2)
     apart = (measured.weight * (measured.mean - expected)).sum(-2)
@@ -147,17 +147,17 @@ def compute_deviations(measured: WeightedMeans, expected: Floats) -> Floats:
     return np.asarray(np.where(told, apart / np.where(told, total, 1.0), np.nan))
 
 
-def pooled_mean(measured: WeightedMeans, min_weight: float) -> Floats:
+def pooled_mean(measured: WeightedMeans, min_weight: float) -> Float64s:
     """(C, P) mean z over drift windows (K, C, P); of all classes together where less weight than `least` tells it."""
     return _mean_or_overall(measured.weight.sum(0), (measured.weight * measured.mean).sum(0), min_weight)
 
 
-def leave_one_out_mean(measured: WeightedMeans, min_weight: float) -> Floats:
+def leave_one_out_mean(measured: WeightedMeans, min_weight: float) -> Float64s:
     """(K, C, P): the same without the drift window that it is compared with."""
     weight, total = measured.weight, measured.weight * measured.mean
     return _mean_or_overall(weight.sum(0) - weight, total.sum(0) - total, min_weight)
 
 
-def _mean_or_overall(weight: Floats, total: Floats, min_weight: float) -> Floats:
+def _mean_or_overall(weight: Float64s, total: Float64s, min_weight: float) -> Float64s:
     overall = total.sum(-2, keepdims=True) / np.maximum(weight.sum(-2, keepdims=True), 1e-9)
     return np.asarray(np.where(weight >= min_weight, total / np.maximum(weight, 1e-9), overall))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from agent.arrays import Bools, Floats, Ints
+from agent.arrays import Bools, Float64s, Ints
 
 K = 1.0  # slack: half the shift that should be found fast
 H = 5.0  # alarm limit
@@ -25,9 +25,9 @@ class Cusum(msgspec.Struct, frozen=True, eq=False):
     CALM windows in a row whose z does not exceed the slack on its side.
     """
 
-    value: Floats
+    value: Float64s
     windows: Ints
-    effect: Floats
+    effect: Float64s
     since: Ints
     alarm: Bools
     clear_count: Ints
@@ -39,7 +39,7 @@ class Cusum(msgspec.Struct, frozen=True, eq=False):
         return cls(none, whole, none, whole, np.zeros(shape, np.bool_), whole)
 
     def update(
-        self, z: Floats, effect: Floats, *, slack: Floats | float = K, limit: Floats | float = H, t: int = 0
+        self, z: Float64s, effect: Float64s, *, slack: Float64s | float = K, limit: Float64s | float = H, t: int = 0
     ) -> Cusum:
         """After one more window, begun at `t`, with scores `z` (T,), NaN where there was nothing to test, and effects.
 
@@ -48,7 +48,7 @@ class Cusum(msgspec.Struct, frozen=True, eq=False):
         return self.run_windows(z[None], effect[None], slack=slack, limit=limit, t=np.array([t])).state_after(1)
 
     def run_windows(
-        self, z: Floats, effects: Floats, *, slack: Floats | float = K, limit: Floats | float = H, t: Ints
+        self, z: Float64s, effects: Float64s, *, slack: Float64s | float = K, limit: Float64s | float = H, t: Ints
     ) -> CusumSequence:
         """Over W windows in a row, begun at `t` (W,), with scores and effects (W, T)."""
         tested = np.isfinite(z)
@@ -82,9 +82,9 @@ class CusumSequence(msgspec.Struct, frozen=True, eq=False):
     before: Cusum
     tested: Bools  # (W, T)
     within_slack: Bools  # (W, 2, T) within the slack
-    values: Floats  # (W, 2, T) after each
-    effects: Floats  # (W, T)
-    limit: Floats | float
+    values: Float64s  # (W, 2, T) after each
+    effects: Float64s  # (W, T)
+    limit: Float64s | float
     t: Ints  # (W,)
 
     @property
@@ -113,6 +113,6 @@ class CusumSequence(msgspec.Struct, frozen=True, eq=False):
         return Cusum(values[-1], windows, effect, since, on, np.where(on, calm, 0))
 
 
-def standardize(value: Floats, mean: Floats, sd: Floats, windows: int) -> Floats:
+def standardize(value: Float64s, mean: Float64s, sd: Float64s, windows: int) -> Float64s:
     """z of a new window's `value` when mean and sd were themselves estimated from that many reference windows."""
     return np.asarray((value - mean) / (sd * np.sqrt(1 + 1 / windows)), dtype=np.float64)

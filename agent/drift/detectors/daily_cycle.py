@@ -11,7 +11,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from agent.arrays import Bools, Floats, Ints
+from agent.arrays import Bools, Float64s, Ints
 from agent.drift.numeric.middle import median
 
 DAY_US = 86_400_000_000
@@ -30,8 +30,8 @@ MIN_WEEK_AGREEMENT = 0.5  # of the difference that all weeks show together, each
 class Cycle(msgspec.Struct, frozen=True, eq=False):
     """Of T tests: what to add to their means. Zeros where there is no cycle."""
 
-    waves: Floats  # (2W, T) of a day
-    rest: Floats  # (1 + 2W, T) a constant and waves, on days of rest
+    waves: Float64s  # (2W, T) of a day
+    rest: Float64s  # (1 + 2W, T) a constant and waves, on days of rest
     rest_begins: int  # µs after Thursday 00:00 UTC, when an epoch week begins
     rest_lasts: int  # µs; 0: there are none
 
@@ -46,7 +46,7 @@ class Cycle(msgspec.Struct, frozen=True, eq=False):
     def has_rest_days(self) -> bool:
         return bool(self.rest_lasts and self.rest.any())
 
-    def evaluate(self, t: Ints) -> Floats:
+    def evaluate(self, t: Ints) -> Float64s:
         """(n, T) at times (n,) epoch µs."""
         found = compute_harmonics(t) @ self.waves
         if self.has_rest_days:
@@ -59,12 +59,12 @@ class Cycle(msgspec.Struct, frozen=True, eq=False):
 class CycleFit(msgspec.Struct, frozen=True, eq=False):
     """Of values (K, T): `mean` (T,), the `cycle` around it, and what is `left` (K, T)."""
 
-    mean: Floats
+    mean: Float64s
     cycle: Cycle
-    residuals: Floats
+    residuals: Float64s
 
     @property
-    def waves(self) -> Floats:
+    def waves(self) -> Float64s:
         return self.cycle.waves
 
 
@@ -87,7 +87,7 @@ def can_fit_weekly(t: Ints, seasonality: str) -> bool:
     return len(t) >= WINDOWS_PER_COEFFICIENT * 7 and days >= (7 if seasonality == "week" else 7 * MIN_WEEKS) - 0.1
 
 
-def fit(values: Floats, t: Ints, seasonality: str = "auto") -> CycleFit:
+def fit(values: Float64s, t: Ints, seasonality: str = "auto") -> CycleFit:
     """Of tests' values (K, T) of windows in the middle of `t` (K,) epoch µs."""
     mean, none = values.mean(0), Cycle.empty(values.shape[1])
     plain = CycleFit(mean, none, values - mean)
@@ -99,7 +99,7 @@ def fit(values: Floats, t: Ints, seasonality: str = "auto") -> CycleFit:
     return _select_better_fit(_fit_weekly(values, t), best, values) if can_fit_weekly(t, seasonality) else best
 
 
-def _fit_weekly(values: Floats, t: Ints) -> CycleFit:
+def _fit_weekly(values: Float64s, t: Ints) -> CycleFit:
     """With the days of rest that explain most of all tests together; none of a test that the weeks disagree on."""
     begins, lasts = _find_rest_days(values, t)
     resting = _is_rest_day(t, begins, lasts)
@@ -115,7 +115,7 @@ def _fit_weekly(values: Floats, t: Ints) -> CycleFit:
     return CycleFit(found[0], Cycle(found[1 : by_hour.shape[1]], rest, begins, lasts), left)
 
 
-def _find_rest_days(values: Floats, t: Ints) -> tuple[int, int]:
+def _find_rest_days(values: Float64s, t: Ints) -> tuple[int, int]:
     """When in the week they begin and how long they last, µs."""
     scale = np.maximum(values.std(0), 1e-12)
     apart = (values - values.mean(0)) / scale
@@ -133,7 +133,7 @@ def _find_rest_days(values: Floats, t: Ints) -> tuple[int, int]:
     return found
 
 
-def _weeks_agree(values: Floats, t: Ints, resting: Bools, begins: int) -> Bools:
+def _weeks_agree(values: Float64s, t: Ints, resting: Bools, begins: int) -> Bools:
     """(T,) whether each week's days of rest are off to the same side, by a good part of what all are."""
     week = (t - begins) // WEEK_US
     usual = values[~resting].mean(0) if (~resting).any() else values.mean(0)
@@ -146,7 +146,7 @@ def _weeks_agree(values: Floats, t: Ints, resting: Bools, begins: int) -> Bools:
     return agreed
 
 
-def _select_better_fit(new: CycleFit, old: CycleFit, values: Floats) -> CycleFit:
+def _select_better_fit(new: CycleFit, old: CycleFit, values: Float64s) -> CycleFit:
     """Test by test the new one, where it explains enough of what the old one leaves."""
     spread = np.maximum((old.residuals**2).mean(0), 1e-24)
     chosen = 1 - (new.residuals**2).mean(0) / spread > MIN_EXPLAINED_SHARE
@@ -158,7 +158,7 @@ def _select_better_fit(new: CycleFit, old: CycleFit, values: Floats) -> CycleFit
     return CycleFit(np.where(chosen, new.mean, old.mean), cycle, np.where(chosen, new.residuals, old.residuals))
 
 
-def _fit_least_squares(design: Floats, values: Floats) -> tuple[Floats, Floats]:
+def _fit_least_squares(design: Float64s, values: Float64s) -> tuple[Float64s, Float64s]:
     """Coefficients (n, T), and what each window differs from a fit without it (K, T)."""
     middle = median(values)
     reach = OUTLIER_SDS * 1.4826 * median(np.abs(values - middle)) + 1e-12
@@ -173,11 +173,11 @@ def _is_rest_day(t: Ints, begins: int, lasts: int) -> Bools:
     return np.asarray((np.asarray(t) - begins) % WEEK_US < lasts)
 
 
-def _add_intercept(columns: Floats) -> Floats:
+def _add_intercept(columns: Float64s) -> Float64s:
     return np.concatenate([np.ones((len(columns), 1)), columns], axis=1)
 
 
-def compute_harmonics(t: Ints) -> Floats:
+def compute_harmonics(t: Ints) -> Float64s:
     """(n, 2W) of times (n,) epoch µs."""
     phase = 2 * np.pi * (np.asarray(t)[:, None] % DAY_US) / DAY_US * np.arange(1, HARMONICS + 1)
     return np.concatenate([np.cos(phase), np.sin(phase)], axis=1)

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import msgspec
 import numpy as np
 
-from agent.arrays import Bools, Floats, Ints
+from agent.arrays import Float64s, Ints
 
-if TYPE_CHECKING:
-    from agent.drift.baseline.reference import Reference
-
-CLIPPING_SHARE, CLIPPING_RATIO = 0.05, 4  # share of rows at the limit; how many times more than on the next value
-MIN_LEVELS = 20  # values less finely told apart often pile up on the outermost
 LOW, HIGH = 0, 1
 
 
@@ -23,7 +16,7 @@ class Extremes(msgspec.Struct, frozen=True, eq=False):
     Low ones are kept negated, so that the outermost is the greatest on both sides. Where there is none: -inf, 0.
     """
 
-    values: Floats  # (F, 2, 2)
+    values: Float64s  # (F, 2, 2)
     rows: Ints  # (F, 2, 2)
 
     @classmethod
@@ -63,12 +56,12 @@ class Extremes(msgspec.Struct, frozen=True, eq=False):
         return Extremes(np.concatenate([first, second], axis=-1), np.stack(held, axis=-1))
 
     @property
-    def low(self) -> Floats:
+    def low(self) -> Float64s:
         """(..., F) the lowest value."""
         return np.asarray(-self.values[..., LOW, 0])
 
     @property
-    def high(self) -> Floats:
+    def high(self) -> Float64s:
         return np.asarray(self.values[..., HIGH, 0])
 
 
@@ -84,7 +77,7 @@ def _end_values(ordered: np.ndarray, count: Ints) -> np.ndarray:
     return np.take_along_axis(ordered[:, None], at, axis=-1)
 
 
-def _count_outermost(ordered: np.ndarray, count: Ints, value: Floats, side: int) -> tuple[Floats, Ints]:
+def _count_outermost(ordered: np.ndarray, count: Ints, value: Float64s, side: int) -> tuple[Float64s, Ints]:
     """The outermost `value` and the next one to it, NaN for none, and how many rows hold them: (n, 2) each."""
     columns, last = np.arange(len(ordered)), np.maximum(count - 1, 0)
     if not ordered.shape[1]:
@@ -96,32 +89,3 @@ def _count_outermost(ordered: np.ndarray, count: Ints, value: Floats, side: int)
     following = np.where(another, ordered[columns, at].astype(np.float64), np.nan)
     rows = np.stack([held, (ordered == following[:, None]).sum(1)], axis=1)
     return np.stack([value, following], axis=1), rows
-
-
-def detect_clipping(extremes: Extremes, reference: Reference, rows: Ints) -> Bools:
-    """(..., F, 2) whether the lowest and the highest value are ones that a sensor cannot get past, of so many `rows`
-    (...,).
-
-    Not where the reference's readings pile up there, too, nor where a sensor tells so few values apart that the
-    outermost is often one of the commonest.
-    """
-    values, held = extremes.values, extremes.rows
-    steep = (held[..., 0] > CLIPPING_SHARE * rows[..., None, None]) & (
-        held[..., 0] > CLIPPING_RATIO * (held[..., 1] + 1)
-    )
-    if not steep.any():
-        return np.asarray(steep)
-    fine = np.isfinite(values[..., 1])
-    gap = np.where(fine, values[..., 0] - np.where(fine, values[..., 1], 0.0), np.inf)
-    span = np.where(np.isfinite(extremes.high), extremes.high - extremes.low, 0.0)
-    return np.asarray(steep & (span[..., None] >= MIN_LEVELS * gap) & ~_occurs_in_reference(extremes, reference))
-
-
-def _occurs_in_reference(extremes: Extremes, reference: Reference) -> Bools:
-    at = np.stack([extremes.low, extremes.high], axis=-1)
-    # A value that is a limit of two bins of the reference holds the rows of a whole one.
-    usual = (reference.bounds[:, None, :] == at[..., None]).sum(-1) > 1
-    for field, known in enumerate(reference.rest):
-        if known:
-            usual[..., field, :] |= np.isin(at[..., field, :], known)
-    return np.asarray(usual)

@@ -16,7 +16,7 @@ from functools import cached_property
 import msgspec
 import numpy as np
 
-from agent.arrays import Bools, Floats, Ints
+from agent.arrays import Bools, Float64s, Ints
 from agent.drift.detectors.psi import gamma_quantile
 from agent.drift.numeric import false_alarm_budget
 
@@ -35,9 +35,9 @@ class Mewma(msgspec.Struct, frozen=True, eq=False):
     change-point estimation, Quality and Reliability Engineering International 8.
     """
 
-    mean: Floats
+    mean: Float64s
     windows: Ints
-    effect: Floats
+    effect: Float64s
     since: Ints
 
     @classmethod
@@ -45,11 +45,11 @@ class Mewma(msgspec.Struct, frozen=True, eq=False):
         whole = np.zeros(scores, np.int64)
         return cls(np.zeros(scores), whole, np.zeros(scores), whole)
 
-    def update(self, z: Floats, effect: Floats, t: int) -> Mewma:
+    def update(self, z: Float64s, effect: Float64s, t: int) -> Mewma:
         """After one more window, begun at `t`, with scores `z` (S,), NaN where there was nothing to test."""
         return self.run_windows(z[None], effect[None], np.array([t])).state_after(1)
 
-    def run_windows(self, z: Floats, effects: Floats, t: Ints) -> MewmaSequence:
+    def run_windows(self, z: Float64s, effects: Float64s, t: Ints) -> MewmaSequence:
         """Over W windows in a row, begun at `t` (W,), with scores and effects (W, S)."""
         told, drawn = np.isfinite(z), np.minimum(np.maximum(z, -CLIP), CLIP)
         every, means, mean = bool(told.all()), np.empty_like(drawn), self.mean
@@ -71,7 +71,7 @@ class Mewma(msgspec.Struct, frozen=True, eq=False):
         """With all but the scores `which` (S,) begun anew."""
         return Mewma(*(np.where(scores, part, part.dtype.type(0)) for part in self._arrays()))
 
-    def _arrays(self) -> tuple[Floats, Ints, Floats, Ints]:
+    def _arrays(self) -> tuple[Float64s, Ints, Float64s, Ints]:
         return self.mean, self.windows, self.effect, self.since
 
 
@@ -80,8 +80,8 @@ class MewmaSequence(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     before: Mewma
     tested: Bools  # (W, S)
-    means: Floats  # (W, S) after each
-    effects: Floats  # (W, S)
+    means: Float64s  # (W, S) after each
+    effects: Float64s  # (W, S)
     t: Ints  # (W,)
 
     @cached_property
@@ -103,11 +103,11 @@ class MewmaSequence(msgspec.Struct, frozen=True, eq=False, dict=True):
         return Mewma(self.means[count - 1], windows, total, since)
 
 
-def _statistics(means: Floats) -> list[float]:
+def _statistics(means: Float64s) -> list[float]:
     return [float(beyond @ beyond) for beyond in np.maximum(np.abs(means) - SLACK, 0.0)]
 
 
-def fit_limit(scores: Floats, autocorrelation: float, budget: float) -> float:
+def fit_limit(scores: Float64s, autocorrelation: float, budget: float) -> float:
     """Of the squares' sum, from scores (K, S) of learned windows in their order; `allotted` false alarms per window.
 
     Neighbouring windows are `alike` by that correlation.
@@ -128,7 +128,7 @@ def fit_limit(scores: Floats, autocorrelation: float, budget: float) -> float:
     return max(theory, _max_statistic(scores))
 
 
-def _eigenvalues(scores: Floats) -> Floats:
+def _eigenvalues(scores: Float64s) -> Float64s:
     """Of the scores' correlations, drawn together by what K windows show of them by chance."""
     windows, count = scores.shape
     unit = scores / np.maximum(np.sqrt((scores**2).sum(0)), 1e-12)
@@ -141,7 +141,7 @@ def _eigenvalues(scores: Floats) -> Floats:
     return np.asarray(1 + np.sqrt(true / apart) * (found - 1))
 
 
-def _quadratic_form_quantile(weights: Floats, sd: float, share: float) -> float:
+def _quadratic_form_quantile(weights: Float64s, sd: float, share: float) -> float:
     """What the sum of squares beyond the slack exceeds in that share, of normal numbers with this sd whose correlations
     have these eigenvalues."""
     at = np.linspace(-8, 8, 1601)
@@ -156,7 +156,7 @@ def _quadratic_form_quantile(weights: Floats, sd: float, share: float) -> float:
     return mean * len(weights) + float(np.sqrt(variance * freedom)) * (quantile - 1)
 
 
-def _max_statistic(scores: Floats) -> float:
+def _max_statistic(scores: Float64s) -> float:
     after, most = Mewma.zeros(scores.shape[1]), 0.0
     for z in scores:
         after = after.update(z, z, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from agent.arrays import Floats
+from agent.arrays import Bools, Float64s
 from agent.drift.detectors import window_statistics
 from agent.drift.numeric.middle import median
 from agent.drift.numeric.sums import GroupMoments
@@ -23,7 +23,7 @@ STEP_STANDARD_ERRORS, STEP_VARIANCE_SHARE = (
 )  # standard errors of a step while learning, and its share of the variance, that are told
 
 
-def winsorize(values: Floats, center: Floats, min_sd: Floats | float) -> tuple[Floats, Floats]:
+def winsorize(values: Float64s, center: Float64s, min_sd: Float64s | float) -> tuple[Float64s, Float64s]:
     """Mean, and what is left of values (K, T), with odd windows drawn in: a few spoil nothing, many are how it is."""
     reach = OUTLIER_SDS * np.maximum(1.4826 * median(np.abs(values - center)), min_sd)
     within = np.clip(values, center - reach, center + reach)
@@ -31,7 +31,7 @@ def winsorize(values: Floats, center: Floats, min_sd: Floats | float) -> tuple[F
     return mean, within - mean
 
 
-def leave_one_out_mean(moments: GroupMoments, pooled: GroupMoments) -> Floats:
+def leave_one_out_mean(moments: GroupMoments, pooled: GroupMoments) -> Float64s:
     """Class means (K, C, D) without the drift window they are compared with.
 
     A window judged against means that contain it looks steadier than the next, unseen one will.
@@ -43,7 +43,7 @@ def leave_one_out_mean(moments: GroupMoments, pooled: GroupMoments) -> Floats:
     return np.asarray(np.where(n < window_statistics.MIN_CLASS_WINDOWS, overall, mean))
 
 
-def calibrate(values: Floats, fields: tuple[str, ...]) -> tuple[Floats, Floats]:
+def calibrate(values: Float64s, fields: tuple[str, ...]) -> tuple[Float64s, Float64s]:
     """Mean and sd of each test over drift windows (K, 2F). Raises BadBundle."""
     middle = median(values)
     scale = np.maximum(1.4826 * median(np.abs(values - middle)), MIN_SD)
@@ -62,7 +62,7 @@ def calibrate(values: Floats, fields: tuple[str, ...]) -> tuple[Floats, Floats]:
     return np.nanmean(kept, axis=0), np.maximum(np.nanstd(kept, axis=0, ddof=1), MIN_SD)
 
 
-def detect_step_change(values: Floats, fields: tuple[str, ...]) -> list[str]:
+def detect_step_change(values: Float64s, fields: tuple[str, ...]) -> list[str]:
     """A warning where one step explains most of what a test did while it was learned (K, 2F)."""
     windows = len(values)
     before = np.arange(1, windows)[:, None]
@@ -81,9 +81,7 @@ def detect_step_change(values: Floats, fields: tuple[str, ...]) -> list[str]:
     return [f"{name} changed from window {at} of {windows} on while it was learned; learn it again once it is steady"]
 
 
-def _require_agreement(
-    passed: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], fields: tuple[str, ...], reason: str
-) -> None:
+def _require_agreement(passed: Bools, fields: tuple[str, ...], reason: str) -> None:
     names = [f"{name} {kind}" for kind in ("mean", "spread") for name in fields]
     wrong = [name for name, fine in zip(names, passed, strict=True) if not fine]
     if wrong:

@@ -15,7 +15,7 @@ from statistics import NormalDist
 import msgspec
 import numpy as np
 
-from agent.arrays import Bools, Floats, Ints
+from agent.arrays import Bools, Float64s, Ints
 from agent.drift.numeric.divergence import fold_outer_bins
 from agent.drift.numeric.middle import median
 
@@ -77,18 +77,18 @@ def coarsen_bins(counts: Ints) -> Ints:
     return np.asarray(inner.reshape(*inner.shape[:-1], -1, 2).sum(-1))
 
 
-def compute_psi(reference_shares: Floats, counts: Ints) -> Floats:
+def compute_psi(reference_shares: Float64s, counts: Ints) -> Float64s:
     """PSI along the last axis, of counts against what `shares` tells of the usual ones."""
     q = smoothed_shares(counts)
     return np.asarray(((reference_shares - q) * np.log(reference_shares / q)).sum(-1))
 
 
-def leave_one_out_psi(counts: Ints) -> Floats:
+def leave_one_out_psi(counts: Ints) -> Float64s:
     """(K, ...): each of K windows' counts (K, ..., bins) against all others together."""
     return compute_psi(smoothed_shares(counts.sum(0) - counts), counts)
 
 
-def fit_limits(values: Floats, level: float, budget: float) -> Floats:
+def fit_limits(values: Float64s, level: float, budget: float) -> Float64s:
     """(S,): PSI limits from K windows in a row (K, S), with one shape of the gamma for all S that are not wilder.
 
     One window is beyond it in a share `level`; and two of three are, taken as they come (neighbours may be alike), in a
@@ -98,7 +98,7 @@ def fit_limits(values: Floats, level: float, budget: float) -> Floats:
     return np.maximum(MIN_PSI, np.maximum(_gamma_limit(values, level), _gamma_limit(second, budget)))
 
 
-def _gamma_limit(values: Floats, level: float) -> Floats:
+def _gamma_limit(values: Float64s, level: float) -> Float64s:
     kept = np.minimum(values, _outlier_cap(values))
     mean, variance = kept.mean(0), kept.var(0, ddof=1)
     told = mean > 0
@@ -111,19 +111,19 @@ def _gamma_limit(values: Floats, level: float) -> Floats:
     return np.asarray(mean * unsure * gamma_quantile(shape, 1 - level))
 
 
-def gamma_quantile(shape: Floats, p: float) -> Floats:
+def gamma_quantile(shape: Float64s, p: float) -> Float64s:
     """Of gamma distributions with mean 1. Source: Wilson & Hilferty (1931), The distribution of chi-square, PNAS."""
     spread = 1 / (9 * shape)
     return np.asarray((1 - spread + NormalDist().inv_cdf(p) * np.sqrt(spread)) ** 3)
 
 
-def _outlier_cap(values: Floats) -> Floats:
+def _outlier_cap(values: Float64s) -> Float64s:
     """Windows beyond this were not like the others: left out."""
     middle = median(values)
     return np.asarray(middle + 10 * median(np.abs(values - middle)) + 1e-9)
 
 
-def smoothed_shares(counts: Ints) -> Floats:
+def smoothed_shares(counts: Ints) -> Float64s:
     """Along the last axis, of counts that have half a row in each bin to begin with."""
     filled = counts + BIN_PRIOR
     return np.asarray(filled / filled.sum(-1, keepdims=True))

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import msgspec
 import numpy as np
 
-from agent.arrays import Bools, Floats, Ints
-
-if TYPE_CHECKING:
-    from agent.drift.baseline.reference import Reference
-    from agent.drift.baseline.summary import Summary
+from agent.arrays import Bools, Float64s, Ints
 
 SIZE_BINS, MIN_EXPONENT = 64, -40  # sizes below 2**-40 and from 2**23 on are counted to the outermost
 FINEST_SHARE, MIN_COARSER_OCTAVES = (
     0.05,
     2,
 )  # share of steps that the finest usual size is found by; powers of two that are too coarse
-MAX_FINE_SHARE, MIN_FINE_STEPS, MIN_STEPS = (
-    0.05,
-    25,
-    20,
-)  # share that is left of fine steps; how many of these, and of any, tell something
-MIN_REPEAT_RATIO = 0.25  # steps of 0 for each of the finest others: half as many are expected where values are rounded
 
 
-def count_sizes(step: Floats, zero_steps: Bools) -> Ints:
+def count_sizes(step: Float64s, zero_steps: Bools) -> Ints:
     """(W, F, SIZES) by size, first those of 0, of steps (W, n, F) from row to row; NaN has none.
 
     `still` (W, n, F) says which are 0.
@@ -54,37 +42,17 @@ class Resolution(msgspec.Struct, frozen=True, eq=False):
 
     finest: Ints
     sizes: Bools
-    share: Floats
+    share: Float64s
 
     @classmethod
     def from_steps(cls, steps: Ints) -> Resolution:
         """Of a site's steps (F, SIZES), by size."""
-        finest, size = _find_finest(steps), np.arange(SIZE_BINS)
+        finest, size = find_finest(steps), np.arange(SIZE_BINS)
         sizes = (size > 0) & (size < (finest + MIN_COARSER_OCTAVES)[:, None])
         return cls(finest, sizes, np.where(sizes, steps, 0).sum(1) / np.maximum(steps.sum(1), 1))
 
 
-def detect_coarsening(summary: Summary, site: Reference) -> Ints:
-    """(W, F) how many times as coarse as at the site before values are told apart; 0 where not at least four times."""
-    usual = None if site.site is None else site.site.resolution
-    if usual is None:
-        return np.zeros(summary.missing.shape, np.int64)
-    now = summary.steps
-    steps = now.sum(-1)
-    expected, moved = usual.share * steps, steps - now[..., 0]
-    # A sensor that rests for long has few steps, but fine ones.
-    left = (now * usual.sizes).sum(-1)
-    lost = (expected >= MIN_FINE_STEPS) & (moved >= MIN_STEPS) & (left < MAX_FINE_SHARE * np.minimum(expected, moved))
-    if not lost.any():
-        return np.zeros(lost.shape, np.int64)
-    finest_now = _find_finest(now)
-    of_these = np.take_along_axis(now, finest_now[..., None], -1)[..., 0]
-    # One that moves faster has no fine steps either, but hardly repeats a value; a row that repeats as a whole is none.
-    repeats = now[..., 0] - summary.sampling.repeated >= MIN_REPEAT_RATIO * of_these
-    return np.where(lost & repeats, 2 ** np.maximum(finest_now - usual.finest, 0), 0)
-
-
-def _find_finest(steps: Ints) -> Ints:
+def find_finest(steps: Ints) -> Ints:
     moved = steps[..., 1:]
     enough = FINEST_SHARE * np.maximum(moved.sum(-1, keepdims=True), 1)
     return np.asarray((np.cumsum(moved, axis=-1) >= enough).argmax(-1) + 1)

@@ -7,7 +7,7 @@ from functools import cached_property
 import msgspec
 import numpy as np
 
-from agent.arrays import Bools, Floats, Ints
+from agent.arrays import Bools, Float64s, Ints
 
 SPIKE_SDS, NEIGHBOUR_SDS = 10.0, 5.0  # robust sd of first differences
 
@@ -17,7 +17,7 @@ RestValues = tuple[tuple[float, ...], ...]  # of each field, values that it may 
 class Tail(msgspec.Struct, frozen=True, eq=False):
     """What the next rows need of those before: the last two rows (up to 2, F), and how long each last value has run."""
 
-    rows: Floats
+    rows: Float64s
     run: Ints
     t: int = 0  # epoch µs of the last one
 
@@ -29,18 +29,18 @@ class Tail(msgspec.Struct, frozen=True, eq=False):
 class Trace(msgspec.Struct, frozen=True, eq=False, dict=True):
     """The last `n` of `rows` (W, m, F), which follow on from the others, if any; NaN missing."""
 
-    rows: Floats
-    step: Floats  # (W, m - 1, F)
+    rows: Float64s
+    step: Float64s  # (W, m - 1, F)
     n: int
 
     @classmethod
-    def from_rows(cls, rows: Floats, before: Floats | None = None) -> Trace:
+    def from_rows(cls, rows: Float64s, before: Float64s | None = None) -> Trace:
         """Of `rows` (W, n, F); where W is 1, those `before` them (up to 2, F) may be known."""
         joined = rows if before is None or not len(before) else np.concatenate([before[None], rows], axis=1)
         return cls(joined, joined[:, 1:] - joined[:, :-1], rows.shape[1])
 
     @cached_property
-    def steps_into(self) -> Floats:
+    def steps_into(self) -> Float64s:
         """(W, n or n - 1, F) steps that lead to one of the n rows."""
         return self.step[:, -self.n :] if self.n else self.step[:, :0]
 
@@ -86,7 +86,7 @@ def _find_repeats(trace: Trace, rest: RestValues) -> Ints:
     return np.sort(place)
 
 
-def count_spikes(trace: Trace, jump: Floats, span: Floats | None = None) -> Ints:
+def count_spikes(trace: Trace, jump: Float64s, span: Float64s | None = None) -> Ints:
     """(W, F) rows that lie far from both neighbours, which agree.
 
     `jump` (F,) is the robust sd of first differences; 0 switches this off. A row's jump is judged once the row after it

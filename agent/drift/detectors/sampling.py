@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from agent.arrays import Floats, Ints
+from agent.arrays import Float64s, Ints
 
 OCTAVES = 48  # of µs: up to nine years
 MIN_STEPS = 10  # steps that tell a mean
@@ -56,7 +56,7 @@ class SamplingIntervals(msgspec.Struct, frozen=True, eq=False):
         """With as many `rows` (..., 1) that repeat the one before."""
         return SamplingIntervals(self.steps, self.total_us, self.repeated + rows)
 
-    def mean_step_us(self) -> Floats:
+    def mean_step_us(self) -> Float64s:
         """(...,) mean of the usual steps; NaN where too few tell it."""
         count = self.steps.sum(-1, keepdims=True)
         middle = (np.cumsum(self.steps, axis=-1) >= count / 2).argmax(-1)

@@ -10,22 +10,18 @@ A fault counts from the second window in a row on: a backlog that arrives at onc
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.arrays import Floats, Ints
+from agent.arrays import Float32s, Float64s, Int32s, Ints
 from agent.drift.detectors import correlation, cusum, daily_cycle, outliers, variogram
 from agent.drift.detectors.correlation import leave_one_out_mean, pooled_mean
 from agent.drift.detectors.variogram import Variograms
 from agent.drift.detectors.window_statistics import MIN_CLASS_WINDOWS
 from agent.drift.numeric import false_alarm_budget
 from agent.drift.numeric.middle import median
-
-if TYPE_CHECKING:
-    from agent.drift.baseline.summary import Summary
 
 MIN_STEP_CHANGE, STEP_CHANGE_SDS, STEP_CHANGE_FACTOR = (
     0.05,
@@ -37,14 +33,11 @@ REPEATED_MARGIN, REPEATED_FACTOR = 0.1, 1.5  # share of rows; times the most of 
 MIN_STEP_SD, MIN_SPEED_SD = 0.002, 0.01
 MIN_WINDOWS = 20  # learned windows
 
-Int32s = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
-Float32s = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
-
 
 class RateHistory(msgspec.Struct, frozen=True, eq=False):
     """Of K drift windows, and of m classes that occurred in one of them."""
 
-    windows: Floats  # (K, 2 + F) mean step in µs (NaN: not known); shares of rows repeated, of each field's missing
+    windows: Float64s  # (K, 2 + F) mean step in µs (NaN: not known); shares of rows repeated, of each field's missing
     t: Ints  # (K,) middle of each, epoch µs
     window: Ints = msgspec.field(default_factory=lambda: np.empty(0, np.int64))  # (m,) 0, 1, …
     label: Ints = msgspec.field(default_factory=lambda: np.empty(0, np.int64))
@@ -56,10 +49,12 @@ class RateHistory(msgspec.Struct, frozen=True, eq=False):
     def empty(cls) -> RateHistory:
         return cls(np.empty((0, 0)), np.empty(0, np.int64))
 
-    def add(self, window: Summary, t: tuple[int, int]) -> RateHistory:
-        found = variogram.from_sums(window.variogram)
+    def add(
+        self, step_us: float, repeated: float, missing: Float64s, variogram_sums: Ints, t: tuple[int, int]
+    ) -> RateHistory:
+        found = variogram.from_sums(variogram_sums)
         seen = np.flatnonzero(found.n.any(1))
-        one = np.concatenate([[window.sampling.mean_step_us(), repeated_share(window)], missing_share(window)])
+        one = np.concatenate([[step_us, repeated], missing])
         return RateHistory(
             windows=np.concatenate([self.windows.reshape(-1, len(one)), one[None]]),
             t=np.append(self.t, t[0] + (t[1] - t[0]) // 2),
@@ -84,7 +79,7 @@ class RateHistory(msgspec.Struct, frozen=True, eq=False):
         return Variograms(*out)
 
 
-def _append(before: np.ndarray, more: Floats, dtype: type) -> np.ndarray:
+def _append(before: np.ndarray, more: Float64s, dtype: type) -> np.ndarray:
     return (np.concatenate([before, more]) if len(before) else more).astype(dtype)
 
 
@@ -94,10 +89,10 @@ class RateBaseline(msgspec.Struct, frozen=True, eq=False):
     step_us: float  # 0: readings come irregularly
     step_off: float  # logarithm of how far a window's mean step may be off
     repeated: float  # share of rows in the learned window that had most
-    missing: Floats  # (F,) likewise
-    level: Floats  # (C, F) of classes, see `pace`; F is 0 where model windows are too short for it
-    slope: Floats  # (F,)
-    weight: Floats  # (F,)
+    missing: Float64s  # (F,) likewise
+    level: Float64s  # (C, F) of classes, see `pace`; F is 0 where model windows are too short for it
+    slope: Float64s  # (F,)
+    weight: Float64s  # (F,)
     speed_mean: float  # logarithm, of windows
     speed_sd: float  # 0: nothing is known of it
     cycle: daily_cycle.Cycle  # of the speed
@@ -122,14 +117,14 @@ class RateBaseline(msgspec.Struct, frozen=True, eq=False):
             shapes == right and paced in (0, fields) and positive and all(bool(np.isfinite(one).all()) for one in known)
         )
 
-    def score_speeds(self, windows: Summary, t: Ints, learned: int) -> tuple[Floats, Floats]:
+    def score_speeds(self, variogram_sums: Ints, t: Ints, learned: int) -> tuple[Float64s, Float64s]:
         """Scores (W,) of the speeds of stacked windows in the middle of `t` (W,) epoch µs, and their logarithms; NaN:
         nothing tells. `learned` windows told what is usual."""
         if self.speed_sd <= 0:
             unknown = np.full(len(t), math.nan)
             return unknown, unknown
         expected = self.speed_mean + self.cycle.evaluate(t)[:, 0]
-        apart = correlation.compute_deviations(variogram.from_sums(windows.variogram).weighted_levels(), self.level)
+        apart = correlation.compute_deviations(variogram.from_sums(variogram_sums).weighted_levels(), self.level)
         found = variogram.estimate_log_speed(apart, self.slope, self.weight) - expected
         return cusum.standardize(found, np.zeros(1), np.full(1, self.speed_sd), learned), found
 
@@ -179,7 +174,7 @@ def speed_cusum_limit(windows: int, stretch_factor: float) -> float:
     )
 
 
-def _fit_step(steps: Floats) -> tuple[float, float]:
+def _fit_step(steps: Float64s) -> tuple[float, float]:
     """The usual one, and the logarithm of how far one may be off; 0 where there is none."""
     told = np.log(steps[~np.isnan(steps)])
     if len(told) < MIN_WINDOWS:
@@ -201,14 +196,3 @@ def detect_fault(step_us: float, repeated: float, baseline: RateBaseline) -> str
     if repeated > max(baseline.repeated + REPEATED_MARGIN, REPEATED_FACTOR * baseline.repeated):
         return "repeated"
     return ""
-
-
-def repeated_share(windows: Summary) -> Floats:
-    """(...,) of one summary, or of stacked ones."""
-    rows = windows.counts[..., 0, :].sum(-1) + windows.missing[..., 0]
-    return np.asarray(windows.sampling.repeated[..., 0] / np.maximum(1, rows))
-
-
-def missing_share(window: Summary) -> Floats:
-    """(F,)"""
-    return np.asarray(window.missing / max(1, window.rows))

@@ -11,7 +11,7 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 
-from agent.arrays import Floats, Ints
+from agent.arrays import Float32s, Float64s, Ints
 from agent.drift.detectors.ramp import MIN_RAMP_WINDOWS, is_ramp
 
 HALF_DAY_US = 43_200_000_000
@@ -19,8 +19,6 @@ MAX_HALF_DAYS = 14  # half days
 MIN_HALF_DAYS = MIN_RAMP_WINDOWS + 2  # half days that tell a slope
 MIN_RISE_SD, MIN_STANDARD_ERRORS = 0.75, 5.0  # sd of a window: a smaller rise is none; its standard errors
 MIN_FIELDS = 2
-
-Float32s = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
 
 class SlowTrend(msgspec.Struct, frozen=True, eq=False):
@@ -30,7 +28,7 @@ class SlowTrend(msgspec.Struct, frozen=True, eq=False):
     n: Ints = msgspec.field(default_factory=lambda: np.empty((0, 0), np.int64))  # (H, F) windows
     mean: Float32s = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))  # of their scores
 
-    def add(self, z: Floats, t: Ints) -> SlowTrend:
+    def add(self, z: Float64s, t: Ints) -> SlowTrend:
         """With scores `z` (W, F) of windows at `t` (W,), epoch µs; NaN for none. A clock set back begins anew."""
         half_days, season = t // HALF_DAY_US, self
         begins = [0, *(np.flatnonzero(half_days[1:] != half_days[:-1]) + 1).tolist(), len(t)]
@@ -38,7 +36,7 @@ class SlowTrend(msgspec.Struct, frozen=True, eq=False):
             season = season._add_half_day(int(half_days[begin]), z[begin:end])
         return season
 
-    def _add_half_day(self, half_day_number: int, z: Floats) -> SlowTrend:
+    def _add_half_day(self, half_day_number: int, z: Float64s) -> SlowTrend:
         """With scores (W, F) of windows in half day `now`."""
         told = ~np.isnan(z)
         known = np.where(told, z, 0.0)

@@ -16,7 +16,7 @@ import math
 import msgspec
 import numpy as np
 
-from agent.arrays import Floats, Ints
+from agent.arrays import Float64s, Ints
 from agent.drift.detectors import correlation
 from agent.drift.detectors.correlation import WeightedMeans
 
@@ -36,7 +36,7 @@ def values_width(fields: int, window_rows: int) -> int:
     return 2 * fields if window_rows >= MIN_WINDOW_ROWS else 0
 
 
-def compute_log_variogram(windows: Floats, mean_square: Floats, floor: Floats) -> Floats:
+def compute_log_variogram(windows: Float64s, mean_square: Float64s, floor: Float64s) -> Float64s:
     """(w, `width`) logarithms in model windows (w, rows, F), at the short lag, then at the long one; NaN where a field
     is not known or does not move.
 
@@ -52,7 +52,7 @@ def compute_log_variogram(windows: Floats, mean_square: Floats, floor: Floats) -
     )
 
 
-def _mean_square_differences(windows: Floats, lag: int) -> Floats:
+def _mean_square_differences(windows: Float64s, lag: int) -> Float64s:
     """(w, F) mean squares of differences; NaN for none."""
     step = windows[:, lag:] - windows[:, :-lag]
     squares = np.einsum("wrf,wrf->wf", step, step) / step.shape[1]
@@ -66,9 +66,9 @@ def _mean_square_differences(windows: Floats, lag: int) -> Floats:
 class Variograms(msgspec.Struct, frozen=True, eq=False):
     """Of classes (..., C) and fields: model windows `n`, the mean `level` of both lags and the `slope` between them."""
 
-    n: Floats  # (..., C, F)
-    level: Floats
-    slope: Floats
+    n: Float64s  # (..., C, F)
+    level: Float64s
+    slope: Float64s
 
     def weighted_levels(self) -> WeightedMeans:
         return WeightedMeans(self.n, self.level)
@@ -82,14 +82,14 @@ def from_sums(sums: Ints) -> Variograms:
     return Variograms(found.weight[..., :count], (short + long) / 2, long - short)
 
 
-def fit_slopes(variograms: Variograms, window_rows: int) -> Floats:
+def fit_slopes(variograms: Variograms, window_rows: int) -> Float64s:
     """(F,) of drift windows (K, C, F): how much the level rises with the logarithm of speed."""
     short, long = lags(window_rows)
     rise = (variograms.n * variograms.slope).sum((0, 1)) / np.maximum(variograms.n.sum((0, 1)), 1)
     return np.asarray(rise / math.log(long / short))
 
 
-def compute_field_weights(deviations: Floats, slope: Floats) -> Floats:
+def compute_field_weights(deviations: Float64s, slope: Float64s) -> Float64s:
     """(F,) how surely each field tells speed, of learned windows (K, F): together 1, or nothing where none does."""
     told = ~np.isnan(deviations)
     n = np.maximum(told.sum(0), 1)
@@ -99,7 +99,7 @@ def compute_field_weights(deviations: Floats, slope: Floats) -> Floats:
     return np.asarray(found / max(float(found.sum()), 1e-12))
 
 
-def estimate_log_speed(deviations: Floats, slope: Floats, weight: Floats) -> Floats:
+def estimate_log_speed(deviations: Float64s, slope: Float64s, weight: Float64s) -> Float64s:
     """(...,) logarithm of how much faster signals move, from the fields' levels less the usual ones (..., F); NaN where
     half of what tells it is unknown."""
     each = np.where(np.isnan(deviations), 0.0, deviations) / np.maximum(slope, MIN_SLOPE)

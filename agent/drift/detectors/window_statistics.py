@@ -14,7 +14,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from agent.arrays import Floats, Ints
+from agent.arrays import Float64s, Ints
 from agent.drift.detectors import correlation
 from agent.drift.detectors import variogram as pace
 from agent.drift.numeric.sums import GroupMoments, sum_sequentially
@@ -34,8 +34,8 @@ class ClassStatistics(msgspec.Struct, frozen=True, eq=False):
     """
 
     n: Ints
-    mean: Floats
-    sd: Floats
+    mean: Float64s
+    sd: Float64s
 
 
 class WindowStatistics(msgspec.Struct, frozen=True, eq=False):
@@ -45,15 +45,15 @@ class WindowStatistics(msgspec.Struct, frozen=True, eq=False):
     For single rows there is neither `z` (P = 0), as their residuals are multiplied where they are counted, nor `pace`.
     """
 
-    values: Floats
-    fisher_z: Floats
-    log_variogram: Floats
+    values: Float64s
+    fisher_z: Float64s
+    log_variogram: Float64s
 
     def __getitem__(self, index: slice) -> WindowStatistics:
         return WindowStatistics(self.values[index], self.fisher_z[index], self.log_variogram[index])
 
 
-def compute_statistics(rows: Floats, starts: Ints, window_rows: int, floor: Floats) -> WindowStatistics:
+def compute_statistics(rows: Float64s, starts: Ints, window_rows: int, floor: Float64s) -> WindowStatistics:
     """Of model windows; NaN where half of a window's values are missing.
 
     `rows` (n, F) in physical units, NaN missing; `starts` (w,) offsets into them; `floor` (F,) the least variance.
@@ -89,7 +89,7 @@ def compute_statistics(rows: Floats, starts: Ints, window_rows: int, floor: Floa
     )
 
 
-def _center_windows(windows: Floats) -> tuple[Floats, Floats, Floats]:
+def _center_windows(windows: Float64s) -> tuple[Float64s, Float64s, Float64s]:
     """Of model windows (w, rows, F) without missing values: means (w, F), values less these, and squares' sums."""
     rows = windows.shape[1]
     if windows.shape[2] == 1 or not windows.flags.c_contiguous:
@@ -105,7 +105,7 @@ def _center_windows(windows: Floats) -> tuple[Floats, Floats, Floats]:
     return mean, windows - mean[:, None, :], sum_sequentially(side_by_side)
 
 
-def _gather_windows(rows: Floats, starts: Ints, window_rows: int) -> Floats:
+def _gather_windows(rows: Float64s, starts: Ints, window_rows: int) -> Float64s:
     """(w, `window_rows`, F) of model windows."""
     if len(starts) and rows.flags.c_contiguous and bool((starts[1:] - starts[:-1] == window_rows).all()):
         # One after another: no copy.
@@ -137,7 +137,9 @@ def fit_class_statistics(moments: GroupMoments, min_sd_share: float = MIN_SD_SHA
     return ClassStatistics(moments.n, np.where(rare, overall.mean, moments.mean), np.where(rare, overall_sd, sd))
 
 
-def compute_test_values(moments: GroupMoments, mean: Floats, sd: Floats, *, windowed: bool) -> tuple[Floats, Floats]:
+def compute_test_values(
+    moments: GroupMoments, mean: Float64s, sd: Float64s, *, windowed: bool
+) -> tuple[Float64s, Float64s]:
     """Test values and effects (..., 2F) of drift windows with moments (..., C, D), against class means and sds.
 
     A value is a mean residual in class sd (for single rows, the spread's is the log-variance of residuals). An effect

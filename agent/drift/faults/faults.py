@@ -17,26 +17,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
-from agent.arrays import Bools, Floats, Ints
-from agent.drift.detectors import resolution
-from agent.drift.detectors.extremes import detect_clipping
+from agent.arrays import Bools, Float64s, Ints
+from agent.drift.baseline.reference import Reference
+from agent.drift.baseline.summary import Summary
+from agent.drift.detectors.extremes import Extremes
+from agent.drift.detectors.resolution import find_finest
 from agent.drift.faults import swapped_channels
 from agent.drift.faults import units as other_units
-
-if TYPE_CHECKING:
-    from agent.drift.baseline.reference import Reference
-    from agent.drift.baseline.summary import Summary
 
 MISSING_SHARE, MISSING_FACTOR = 0.05, 2
 SITE_MISSING_SHARE, MIN_MISSING_ROWS = 0.01, 10  # share, and rows, at a site that has learned how many are missing
 MIN_STUCK_RUN, STUCK_RUN_FACTOR = 10, 5
 OUTSIDE_SHARE = 0.01
 MIN_SPIKES, SPIKE_SHARE = 2, 0.001
+CLIPPING_SHARE, CLIPPING_RATIO = 0.05, 4  # share of rows at the limit; how many times more than on the next value
+MIN_LEVELS = 20  # values less finely told apart often pile up on the outermost
+MAX_FINE_SHARE = 0.05  # of the usual fine steps that may be left
+MIN_FINE_STEPS, MIN_STEPS = 25, 20  # fine steps that are expected, and steps of any size, before either tells anything
+MIN_REPEAT_RATIO = 0.25  # steps of 0 for each of the finest others: half as many are expected where values are rounded
 # What is read is another quantity than it was: nothing that follows from it is drift.
 MISREAD_FAULTS = frozenset({"swapped", "reversed", "unit"})
 
@@ -64,7 +66,7 @@ class FaultIndicators(msgspec.Struct, frozen=True, eq=False, dict=True):
     out_of_range: Bools
     high_spread: Bools  # far louder than the reference
     spikes: Bools
-    misfit: Floats  # to the site's own statistics
+    misfit: Float64s  # to the site's own statistics
 
     @cached_property
     def has_indication(self) -> Bools:
@@ -91,8 +93,8 @@ def compute_indicators(windows: Summary, reference: Reference, site: Reference |
     return FaultIndicators(
         missing=_has_too_many_missing(windows, reference, site, rows[:, None]),
         minor_missing=windows.missing <= MISSING_SHARE * rows[:, None],
-        saturated=np.asarray(detect_clipping(windows.extremes, reference, rows).any(-1)),
-        coarseness=none if site is None else resolution.detect_coarsening(windows, site),
+        saturated=np.asarray(_detect_clipping(windows.extremes, reference, rows).any(-1)),
+        coarseness=none if site is None else detect_coarsening(windows, site),
         stuck=windows.longest > max_normal_run(reference, rows),
         low_spread=calm,
         out_of_range=outside,
@@ -174,3 +176,52 @@ def max_normal_run(reference: Reference, rows: Ints) -> Ints:
     could not show a longer one, except where the reference itself held one value that long."""
     allowed = np.minimum(STUCK_RUN_FACTOR * reference.longest, rows[:, None] - 1)
     return np.maximum(np.maximum(MIN_STUCK_RUN, allowed), reference.longest)
+
+
+def _detect_clipping(extremes: Extremes, reference: Reference, rows: Ints) -> Bools:
+    """(..., F, 2) whether the lowest and the highest value are ones that a sensor cannot get past, of so many `rows`
+    (...,).
+
+    Not where the reference's readings pile up there, too, nor where a sensor tells so few values apart that the
+    outermost is often one of the commonest.
+    """
+    values, held = extremes.values, extremes.rows
+    steep = (held[..., 0] > CLIPPING_SHARE * rows[..., None, None]) & (
+        held[..., 0] > CLIPPING_RATIO * (held[..., 1] + 1)
+    )
+    if not steep.any():
+        return np.asarray(steep)
+    fine = np.isfinite(values[..., 1])
+    gap = np.where(fine, values[..., 0] - np.where(fine, values[..., 1], 0.0), np.inf)
+    span = np.where(np.isfinite(extremes.high), extremes.high - extremes.low, 0.0)
+    return np.asarray(steep & (span[..., None] >= MIN_LEVELS * gap) & ~_occurs_in_reference(extremes, reference))
+
+
+def _occurs_in_reference(extremes: Extremes, reference: Reference) -> Bools:
+    at = np.stack([extremes.low, extremes.high], axis=-1)
+    # A value that is a limit of two bins of the reference holds the rows of a whole one.
+    usual = (reference.bounds[:, None, :] == at[..., None]).sum(-1) > 1
+    for field, known in enumerate(reference.rest):
+        if known:
+            usual[..., field, :] |= np.isin(at[..., field, :], known)
+    return np.asarray(usual)
+
+
+def detect_coarsening(summary: Summary, site: Reference) -> Ints:
+    """(W, F) how many times as coarse as at the site before values are told apart; 0 where not at least four times."""
+    usual = None if site.site is None else site.site.resolution
+    if usual is None:
+        return np.zeros(summary.missing.shape, np.int64)
+    now = summary.steps
+    steps = now.sum(-1)
+    expected, moved = usual.share * steps, steps - now[..., 0]
+    # A sensor that rests for long has few steps, but fine ones.
+    left = (now * usual.sizes).sum(-1)
+    lost = (expected >= MIN_FINE_STEPS) & (moved >= MIN_STEPS) & (left < MAX_FINE_SHARE * np.minimum(expected, moved))
+    if not lost.any():
+        return np.zeros(lost.shape, np.int64)
+    finest_now = find_finest(now)
+    of_these = np.take_along_axis(now, finest_now[..., None], -1)[..., 0]
+    # One that moves faster has no fine steps either, but hardly repeats a value; a row that repeats as a whole is none.
+    repeats = now[..., 0] - summary.sampling.repeated >= MIN_REPEAT_RATIO * of_these
+    return np.where(lost & repeats, 2 ** np.maximum(finest_now - usual.finest, 0), 0)

@@ -6,16 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from agent.arrays import Bools, Floats
-
-if TYPE_CHECKING:
-    from agent.drift.baseline.reference import Reference
-    from agent.drift.baseline.summary import Summary
-    from agent.drift.numeric.sums import GroupMoments
+from agent.arrays import Bools, Float64s
+from agent.drift.baseline.reference import Reference
+from agent.drift.baseline.summary import Summary
+from agent.drift.numeric.sums import GroupMoments
 
 # Minus logarithms of likelihood per model window and statistic: by how much another fit must be better, and by how much
 # worse than is usual it may be.
@@ -26,7 +23,7 @@ MISFIT_THRESHOLD = (
 )  # nothing fits better by more than its own misfit and a half (of two fields: than both and one)
 
 
-def compute_misfit(windows: Summary, site: Reference) -> Floats:
+def compute_misfit(windows: Summary, site: Reference) -> Float64s:
     """(W, F) of stacked summaries: how badly fields fit their own places. Where none is more than OFF, none moved."""
     return _compute_misfit(windows.class_sums.moments(site.origin), site, np.arange(len(site.fields)))
 
@@ -68,7 +65,7 @@ def detect_swaps(
 
 def _compute_misfit(
     moments: GroupMoments, site: Reference, permutation: np.ndarray, *, mirrored: bool = False
-) -> Floats:
+) -> Float64s:
     """(..., F) minus the logarithm of how likely each field's statistics are as those of field `fields` (F,), per model
     window and statistic; about 0 where they are."""
     count = len(permutation)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import msgspec
 import numpy as np
 
-from agent.arrays import Bools, Floats
+from agent.arrays import Bools, Float64s
+from agent.drift.baseline.reference import Reference
+from agent.drift.baseline.summary import Summary
 from agent.drift.detectors import window_statistics
-
-if TYPE_CHECKING:
-    from agent.drift.baseline.reference import Reference
-    from agent.drift.baseline.summary import Summary
 
 RANGE_MARGIN = 0.1  # of the span of the reference, by which readings that are brought back may lie outside its limits
 MAX_SPREAD_RATIO, MAX_SPREAD_RATIO_CALM = (
@@ -110,14 +106,14 @@ def recognise_units(
     return tuple(out)
 
 
-def _row_mean_sd(summary: Summary, reference: Reference) -> tuple[Floats, Floats]:
+def _row_mean_sd(summary: Summary, reference: Reference) -> tuple[Float64s, Float64s]:
     """(..., F) mean and sd of rows."""
     rows = summary.row_sums.moments(reference.origin[: len(reference.fields)])
     return rows.mean[..., 0, :], np.sqrt(rows.m2 / np.maximum(rows.n, 1))[..., 0, :]
 
 
 def _compute_misfit(
-    conversion: UnitConversion, mean: float, sd: float, span: Floats, reference: Reference, field: int
+    conversion: UnitConversion, mean: float, sd: float, span: Float64s, reference: Reference, field: int
 ) -> float:
     """How many times the reference's spread (or the inverse) what is brought back has; infinite where it lies apart."""
     low, high, usual = reference.low[field], reference.high[field], reference.sd[field]
@@ -128,7 +124,7 @@ def _compute_misfit(
     return float(np.exp(abs(np.log(sd / abs(conversion.factor) / usual))))
 
 
-def _spread_z(summary: Summary, reference: Reference) -> Floats:
+def _spread_z(summary: Summary, reference: Reference) -> Float64s:
     fields = len(reference.fields)
     found = summary.class_sums.moments(reference.origin)
     values, _ = window_statistics.compute_test_values(

@@ -8,28 +8,28 @@ from __future__ import annotations
 
 import numpy as np
 
-from agent.arrays import Floats, Ints
+from agent.arrays import Float64s, Ints
 
 MIN_SHARE = 1e-4  # share given to an empty bin, so that PSI stays finite
 TINY = 1e-300
 
 
-def psi(reference: Ints, current: Ints) -> Floats:
+def psi(reference: Ints, current: Ints) -> Float64s:
     """Population stability index: sum of (p - q) ln(p / q). Symmetric Kullback-Leibler; Kullback & Leibler (1951)."""
     return _psi(shares(reference), shares(current))
 
 
-def js(reference: Ints, current: Ints) -> Floats:
+def js(reference: Ints, current: Ints) -> Float64s:
     """Jensen-Shannon distance, base 2: 0 for equal, 1 for disjoint. Endres & Schindelin (2003)."""
     return _js(shares(reference), shares(current))
 
 
-def ks(reference: Ints, current: Ints) -> Floats:
+def ks(reference: Ints, current: Ints) -> Float64s:
     """Largest gap between the cumulative shares: Kolmogorov-Smirnov D, never above the exact one on the raw rows."""
     return np.asarray(np.abs(np.cumsum(shares(reference) - shares(current), axis=-1)).max(-1))
 
 
-def w1(reference: Ints, current: Ints, bounds: Floats, sd: Floats) -> Floats:
+def w1(reference: Ints, current: Ints, bounds: Float64s, sd: Float64s) -> Float64s:
     """Wasserstein-1 distance in units of `sd`, each bin spread evenly between its two of the (bins + 1) `bounds`.
 
     Source: Vallender (1974); the area between the two piecewise linear cumulative curves.
@@ -37,24 +37,24 @@ def w1(reference: Ints, current: Ints, bounds: Floats, sd: Floats) -> Floats:
     return _w1(np.cumsum(shares(current) - shares(reference), axis=-1), bounds, sd)
 
 
-def compute_all(p: Floats, q: Floats, bounds: Floats, sd: Floats) -> Floats:
+def compute_all(p: Float64s, q: Float64s, bounds: Float64s, sd: Float64s) -> Float64s:
     """(4, ...): PSI, JS, KS and W1 of shares."""
     apart = np.cumsum(q - p, axis=-1)
     return np.stack([_psi(p, q), _js(p, q), np.abs(apart).max(-1), _w1(apart, bounds, sd)])
 
 
-def _psi(p: Floats, q: Floats) -> Floats:
+def _psi(p: Float64s, q: Float64s) -> Float64s:
     p, q = np.maximum(p, MIN_SHARE), np.maximum(q, MIN_SHARE)
     return _sum((p - q) * np.log(p / q))
 
 
-def _js(p: Floats, q: Floats) -> Floats:
+def _js(p: Float64s, q: Float64s) -> Float64s:
     middle = np.maximum((p + q) / 2, TINY)
     surprise = p * np.log2(np.maximum(p, TINY) / middle) + q * np.log2(np.maximum(q, TINY) / middle)
     return np.asarray(np.sqrt(np.maximum(0.0, _sum(surprise) / 2)))
 
 
-def _w1(right: Floats, bounds: Floats, sd: Floats) -> Floats:
+def _w1(right: Float64s, bounds: Float64s, sd: Float64s) -> Float64s:
     left = np.zeros_like(right)
     left[..., 1:] = right[..., :-1]
     height = np.abs(left + right) / 2
@@ -73,10 +73,10 @@ def fold_outer_bins(counts: Ints) -> Ints:
     return inner
 
 
-def shares(counts: Ints) -> Floats:
+def shares(counts: Ints) -> Float64s:
     """Of counts along the last axis; none where there are no rows."""
     return np.asarray(counts / np.maximum(1, counts.sum(-1, keepdims=True)), dtype=np.float64)
 
 
-def _sum(values: Floats) -> Floats:
+def _sum(values: Float64s) -> Float64s:
     return np.asarray(values.sum(-1), dtype=np.float64)

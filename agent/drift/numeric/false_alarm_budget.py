@@ -14,7 +14,7 @@ from functools import cache, lru_cache
 
 import numpy as np
 
-from agent.arrays import Floats
+from agent.arrays import Float64s
 
 # False alarms per window, of all tests of a kind together.
 FIELD_BUDGET, PAIR_BUDGET, SCORE_BUDGET, CLASS_SHARE_BUDGET = 1.5e-3, 3e-4, 3e-4, 3e-4
@@ -50,7 +50,7 @@ def mewma_budget(fields: int) -> float:
     return FIELD_MEWMA_BUDGET * min(fields, MAX_MEWMA_FIELDS)
 
 
-def autocorrelation(values: Floats) -> float:
+def autocorrelation(values: Float64s) -> float:
     """What tests of K learned windows (K, T) have in common with the window before: their correlation, as far as chance
     does not explain it."""
     if not values.size:
@@ -87,7 +87,7 @@ def _false_alarm_rate(limit: float, slack: float, windows: int) -> float:
 
 
 @cache
-def _normal_quadrature() -> tuple[Floats, Floats]:
+def _normal_quadrature() -> tuple[Float64s, Float64s]:
     """15 places of the standard normal, and the share of each: Golub and Welsch (1969), Calculation of Gauss Quadrature
     Rules."""
     beside = np.sqrt(np.arange(1.0, 15.0))
@@ -95,7 +95,7 @@ def _normal_quadrature() -> tuple[Floats, Floats]:
     return nodes, vectors[0] ** 2
 
 
-def _siegmund(drift: Floats, limit: Floats) -> Floats:
+def _siegmund(drift: Float64s, limit: Float64s) -> Float64s:
     """One over the windows to a false alarm, where each adds -`drift` on average and 1 sd of chance."""
     reach = limit + 1.166
     # Towards none at all it becomes 1 / reach².

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from agent.arrays import Floats, Ints
+from agent.arrays import Float64s, Ints
 
 
-def median(values: Floats | Ints) -> Floats:
+def median(values: Float64s | Ints) -> Float64s:
     """Along the first axis, of one value at least; NaN where one is."""
     ordered = np.sort(values, axis=0)
     found = (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
     return np.asarray(np.where(np.isnan(ordered[-1]), np.nan, found))
 
 
-def nanmedian(values: Floats) -> Floats:
+def nanmedian(values: Float64s) -> Float64s:
     """(T,) of values (K, T), NaN left out."""
     ordered, n = np.sort(values, axis=0), (~np.isnan(values)).sum(0)
     either = np.stack([np.maximum(n - 1, 0) // 2, n // 2])

@@ -7,7 +7,7 @@ from functools import cached_property
 import msgspec
 import numpy as np
 
-from agent.arrays import Floats, Ints
+from agent.arrays import Float64s, Ints
 from agent.drift.numeric.groups import Groups
 
 MIN_ROWS_PER_GROUP = 20  # rows in a group, from which on to add up each by itself is the faster way
@@ -17,8 +17,8 @@ class GroupMoments(msgspec.Struct, frozen=True, eq=False):
     """Count, mean and sum of squared deviations per group; arrays of one shape. An empty group has mean 0."""
 
     n: Ints
-    mean: Floats
-    m2: Floats
+    mean: Float64s
+    m2: Float64s
 
     def pooled(self, axis: int) -> GroupMoments:
         """All groups along `axis` as one.
@@ -38,15 +38,15 @@ class GroupSums(msgspec.Struct, frozen=True, eq=False, dict=True):
     """
 
     n: Ints
-    total: Floats
-    squares: Floats
+    total: Float64s
+    squares: Float64s
 
     @classmethod
     def zeros(cls, groups: int, values: int) -> GroupSums:
         shape = (groups, values)
         return cls(np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape))
 
-    def add(self, groups: Groups, values: Floats) -> GroupSums:
+    def add(self, groups: Groups, values: Float64s) -> GroupSums:
         """With `values` (m, D) added to their `groups`.
 
         Each cell is summed strictly in row order, beginning with the sum so far, so the result has the same bits
@@ -64,7 +64,7 @@ class GroupSums(msgspec.Struct, frozen=True, eq=False, dict=True):
         return GroupSums(n, both[:, :width], both[:, width:])
 
     @classmethod
-    def from_rows(cls, rows: Floats, origin: Floats | float = 0.0) -> GroupSums:
+    def from_rows(cls, rows: Float64s, origin: Float64s | float = 0.0) -> GroupSums:
         """Of W times one group, (W, 1, D), with `rows` (W, n, D) from their `origin`: the same bits as `add` gives."""
         windows, count, width = rows.shape
         # Side by side: the wider the rows that are added, the fewer they are.
@@ -82,19 +82,19 @@ class GroupSums(msgspec.Struct, frozen=True, eq=False, dict=True):
     def __add__(self, other: GroupSums) -> GroupSums:
         return GroupSums(self.n + other.n, self.total + other.total, self.squares + other.squares)
 
-    def moments(self, origin: Floats) -> GroupMoments:
+    def moments(self, origin: Float64s) -> GroupMoments:
         return GroupMoments(self.n, np.where(self.n > 0, self._shift + origin, 0.0), self._m2)
 
     @cached_property
-    def _shift(self) -> Floats:
+    def _shift(self) -> Float64s:
         return self.total / np.maximum(self.n, 1)
 
     @cached_property
-    def _m2(self) -> Floats:
+    def _m2(self) -> Float64s:
         return np.maximum(self.squares - self._shift * self.total, 0.0)
 
 
-def sum_sequentially(values: Floats) -> Floats:
+def sum_sequentially(values: Float64s) -> Float64s:
     """(...,) sums of `values` (m, ...) in the order they come."""
     rows = values.reshape(len(values), -1)
     if rows.shape[1] == 1:
@@ -103,7 +103,7 @@ def sum_sequentially(values: Floats) -> Floats:
     return np.asarray(np.add.reduce(rows, axis=0)[: values[0].size]).reshape(values.shape[1:])
 
 
-def _sum_by_group(before: Floats, groups: Groups, values: Floats) -> Floats:
+def _sum_by_group(before: Float64s, groups: Groups, values: Float64s) -> Float64s:
     """Sums and squares (count, 2D) of `values` (m, D) added to those `before`."""
     out, width = before.copy(), values.shape[1]
     for group, some in groups.iter_groups():
@@ -114,7 +114,7 @@ def _sum_by_group(before: Floats, groups: Groups, values: Floats) -> Floats:
     return out
 
 
-def _sum_by_cell(before: Floats, groups: Groups, values: Floats) -> Floats:
+def _sum_by_cell(before: Float64s, groups: Groups, values: Float64s) -> Float64s:
     """The same, where hardly any values are in a group."""
     count, width = before.shape
     rows = np.concatenate([before, np.concatenate([values, values * values], axis=1)])

@@ -8,13 +8,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from agent.arrays import Floats
+from agent import text
+from agent.arrays import Float64s
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
 from agent.drift.detectors import correlation, daily_cycle, season
 from agent.drift.detectors.ramp import MIN_RAMP_WINDOWS, is_ramp
 from agent.drift.detectors.season import SlowTrend
-from agent.drift.reporting import words
 from agent.drift.reporting.drift_message import round_significant
 from agent.drift.testing.sequence import EARLY_DRIFT_SHARE
 from agent.drift.testing.test_suite import DriftTester, SuiteState
@@ -38,12 +38,12 @@ class AlarmContext(msgspec.Struct, frozen=True):
     suite: SuiteState
     tester: DriftTester
     window: Summary
-    effects: Floats  # (T,)
+    effects: Float64s  # (T,)
     t: tuple[int, int]  # when it began and ended, epoch µs
     slow_trend: SlowTrend = msgspec.field(default_factory=SlowTrend)
 
     def format_windows(self, windows: int, since: int) -> str:
-        return words.format_windows(windows, since, self.t[1])
+        return text.format_windows(windows, since, self.t[1])
 
 
 def build_text(subject: int, context: AlarmContext, units: Sequence[str], shipped: Reference) -> AlertText:

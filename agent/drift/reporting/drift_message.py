@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from agent.arrays import Floats, Ints
+from agent.arrays import Float64s, Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
 from agent.drift.detectors.test_layout import ScoreLayout
@@ -88,7 +88,7 @@ def build_estimates(windows: Summary, shipped: Reference) -> list[dict[str, Any]
 class SuiteStatus(msgspec.Struct, frozen=True, eq=False):
     """Where the tests of W drift windows stand: `sums` (W, 2, T) after each; all else is the same in all of them."""
 
-    cusum_sums: Floats
+    cusum_sums: Float64s
     layout: ScoreLayout
     drifting: list[bool]  # of each subject
     faults: tuple[str | None, ...]  # the fault of each field
@@ -141,7 +141,7 @@ def round_significant(value: float, digits: int = 6) -> float:
     return float(f"{float(value):.{digits}g}")
 
 
-def round_effect_size(size: Floats) -> Floats:
+def round_effect_size(size: Float64s) -> Float64s:
     """Sizes to 3 digits and no more than 4 decimals."""
     out = size.round(4)
     for least, decimals in ((0.1, 3), (1.0, 2), (10.0, 1)):
@@ -157,7 +157,7 @@ def to_compact_number(value: float) -> float:
     return int(value) if -1e6 < value < 1e6 and value == int(value) else float(value)
 
 
-def _to_compact_numbers(values: Floats) -> list[Any]:
+def _to_compact_numbers(values: Float64s) -> list[Any]:
     """`whole` of each of `values`, as lists."""
     near = (values == np.rint(values)) & (np.abs(values) < 1e6)
     if not near.any():

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.arrays import Bools, Floats, Ints
+from agent.arrays import Bools, Float64s, Ints
 from agent.drift.detectors import correlation, cusum, mewma
 from agent.drift.detectors.mewma import Mewma
 from agent.drift.detectors.psi import PsiConfirmation
@@ -83,7 +83,7 @@ class SuiteRun(msgspec.Struct, frozen=True, eq=False, dict=True):
         return after
 
     def _open_mewma_alarms(
-        self, after: SuiteState, z: Floats, field_statistic: float, class_share_statistic: float
+        self, after: SuiteState, z: Float64s, field_statistic: float, class_share_statistic: float
     ) -> SuiteState:
         """With an alarm of what moved most, where fields or answers come to too much together; they begin anew then."""
         at, (most_means, most_answers) = after.layout, self.tester.calibration.together
@@ -95,7 +95,7 @@ class SuiteRun(msgspec.Struct, frozen=True, eq=False, dict=True):
             after = replace(after, cusum=moved, class_share_mewma=Mewma.zeros(at.tested_classes))
         return after
 
-    def _keep_lead_field(self, after: SuiteState, z: Floats) -> SuiteState:
+    def _keep_lead_field(self, after: SuiteState, z: Float64s) -> SuiteState:
         """Where several fields are open at once, only the one that is furthest off, and no other has gathered anything.
 
         Up to here all were compared with the classes that the model named, and one field may have made these wrong. If
@@ -116,7 +116,7 @@ def run_tests(tester: DriftTester, before: SuiteState, evidence: Evidence, t: In
     """Over W windows with this evidence, begun at `t` (W,) epoch µs."""
     at, open_now = before.layout, before.open_fields
 
-    def run_cusums(z: Floats) -> cusum.CusumSequence:
+    def run_cusums(z: Float64s) -> cusum.CusumSequence:
         slack, limit = tester.limits.slack, tester.limits.limit
         return before.cusum.run_windows(z, evidence.effects, slack=slack, limit=limit, t=t)
 
@@ -161,7 +161,7 @@ def _find_suspended_tests(tester: DriftTester, sequence: cusum.CusumSequence, op
     return held
 
 
-def _open_lead_alarm(sums: cusum.Cusum, mewma: Mewma, test_slice: slice, z: Floats) -> cusum.Cusum:
+def _open_lead_alarm(sums: cusum.Cusum, mewma: Mewma, test_slice: slice, z: Float64s) -> cusum.Cusum:
     """With an alarm of the test that `moved` most, at `place` among all.
 
     Of those that moved much, that is the one that is furthest off now: how far is cut off in the means.

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.arrays import Bools, Floats, Ints
+from agent.arrays import Bools, Float32s, Float64s, Ints
 from agent.drift.baseline.learning import class_shares, mean_top_scores
 from agent.drift.baseline.reference import BINS, Reference
 from agent.drift.baseline.site import SiteCalibration
@@ -40,7 +40,7 @@ class SuiteState(msgspec.Struct, frozen=True, eq=False, dict=True):
     cusum: Cusum
     psi: PsiConfirmation
     recent_scores: Ints  # (OVER, 32) answers by certainty of the last windows
-    recent_z: np.ndarray[tuple[int, ...], np.dtype[np.float32]]  # (16, 2F) z of the last windows, NaN for none
+    recent_z: Float32s  # (16, 2F) z of the last windows, NaN for none
     # None in a state saved before these were told.
     field_mewma: Mewma = msgspec.field(default_factory=lambda: Mewma.zeros(0))  # (F,)
     class_share_mewma: Mewma = msgspec.field(default_factory=lambda: Mewma.zeros(0))  # (C,)
@@ -106,8 +106,8 @@ class SuiteState(msgspec.Struct, frozen=True, eq=False, dict=True):
 class CusumLimits(msgspec.Struct, frozen=True, eq=False):
     """Slack and limit of each CUSUM (T,), as the number of tests and of learned windows asks for."""
 
-    slack: Floats
-    limit: Floats
+    slack: Float64s
+    limit: Float64s
 
     @classmethod
     def from_reference(cls, reference: Reference) -> CusumLimits:
@@ -133,8 +133,8 @@ class CusumLimits(msgspec.Struct, frozen=True, eq=False):
 class Evidence(msgspec.Struct, frozen=True, eq=False):
     """What W drift windows say."""
 
-    z: Floats  # (W, T), NaN for nothing
-    effects: Floats  # (W, T)
+    z: Float64s  # (W, T), NaN for nothing
+    effects: Float64s  # (W, T)
     psi_exceeded: Bools  # (W, F + 2) shapes
     psi_tested: Bools  # (W, F + 2) where there was something to compare
     scores: Ints  # (W, 32)
@@ -164,15 +164,15 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
         return self.calibration.cycle.is_nonzero()
 
     @cached_property
-    def reference_bin_shares(self) -> Floats:
+    def reference_bin_shares(self) -> Float64s:
         return shape.smoothed_shares(shape.coarsen_bins(self.reference.counts))
 
     @cached_property
-    def reference_class_shares(self) -> Floats:
+    def reference_class_shares(self) -> Float64s:
         return shape.smoothed_shares(self.reference.output)
 
     @cached_property
-    def reference_score_shares(self) -> Floats:
+    def reference_score_shares(self) -> Float64s:
         return shape.smoothed_shares(self.reference.score_n)
 
     def compute_evidence(self, windows: Summary, t: Ints) -> Evidence:
@@ -205,7 +205,7 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
             windows.scores,
         )
 
-    def _cycle_effects(self, waves: Floats) -> Floats:
+    def _cycle_effects(self, waves: Float64s) -> Float64s:
         """(W, 2F): what the hour of the day does to effects."""
         fields, site = len(self.reference.fields), self.reference
         weight = site.class_n / np.maximum(site.class_n.sum(0), 1)
@@ -228,7 +228,7 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
         told[:, -1] = windows.scores.any(-1)
         return values > self.calibration.psi_limits, told
 
-    def assign_classes(self, state: SuiteState, values: Floats, predicted: Ints) -> Ints:
+    def assign_classes(self, state: SuiteState, values: Float64s, predicted: Ints) -> Ints:
         """The class (w,) that each model window with statistics (w, D) is compared with.
 
         The one the model named; but while a field drifts, the one that the other fields say is likeliest: the model

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from agent import config
-from agent.bootstrap import device
+from agent.bootstrap.daemon import build_sources
 from agent.config import BrokerConfig, FieldConfig, MqttSource, StreamConfig
 from agent.device.intake.group_commit import GroupCommit
 from agent.device.intake.sources.mqtt import MqttSubscriber
@@ -329,7 +329,7 @@ def test_the_config_names_the_source_and_check_tells_where_it_listens(tmp_path: 
     )
     made = config.load(file)
     store = open_store(tmp_path / "data")
-    [source] = device.build_sources(file, made, store)
+    [source] = build_sources(file, made, store)
     store.close()
     assert isinstance(source, MqttSubscriber)
     findings = json.loads(run_outstation("check", "-c", str(file), "--json").stdout)

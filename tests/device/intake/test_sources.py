@@ -51,7 +51,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def watching(folder: Path, **store: Any) -> Iterator[Station]:
-    source = FilesSource(folder=str(folder / "in"), every=config.Duration(0.02))
+    source = FilesSource(folder=str(folder / "in"), poll_interval=config.Duration(0.02))
     made = conf(folder / "data", numbers=NUMBERS)
     with Station(made, sources=lambda s: [FolderWatcher("numbers", NUMBERS, source, s)], **store) as station:
         wait_for(lambda: (folder / "in" / "failed").exists(), "the folders")
@@ -325,7 +325,7 @@ from tests.kit.stations import Station, conf
 
 files._SETTLED_S = 0.0
 folder, stream = Path(sys.argv[1]), Stream(fields=[Field(name="n", type="i64")])
-source = FilesSource(folder=str(folder / "in"), every=Duration(0.01))
+source = FilesSource(folder=str(folder / "in"), poll_interval=Duration(0.01))
 made = conf(folder / "data", 0.001, numbers=stream)
 with Station(made, sources=lambda store: [files.Files("numbers", stream, source, store)]):
     print("ready", flush=True)
@@ -362,7 +362,7 @@ def test_rows_of_files_come_once_when_the_agent_is_killed_again_and_again(tmp_pa
 
 
 def host(*fields: FieldConfig, every_s: float = 0.05) -> StreamConfig:
-    return StreamConfig(fields=list(fields), source=HostSource(every=config.Duration(every_s)))
+    return StreamConfig(fields=list(fields), source=HostSource(poll_interval=config.Duration(every_s)))
 
 
 @contextmanager

@@ -40,7 +40,7 @@ HEARD = SoundFormat(rate=RATE, window=1024, hop=512, mels=16)
 def stream_of(folder: Path, made: MediaFormat, every_s: float = 0.02) -> StreamConfig:
     """As `config.load` makes it."""
     kind = {"image": made} if isinstance(made, ImageFormat) else {"sound": made}
-    source = FilesSource(folder=str(folder / "in"), every=config.Duration(every_s), **kind)
+    source = FilesSource(folder=str(folder / "in"), poll_interval=config.Duration(every_s), **kind)
     return StreamConfig(fields=[FieldConfig(name=name) for name in made.columns], source=source)
 
 

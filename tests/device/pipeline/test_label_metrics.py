@@ -315,7 +315,7 @@ def test_labels_of_a_model_that_says_several_are_each_judged(make: Make) -> None
     bodies = device.sent(QualityPayload)
     found = metrics(bodies[0])
     assert {("accuracy", ""), ("f1_macro", ""), *(("f1", f"class={name}") for name in EACH)} <= set(found)
-    said = device.sent(ResultsPayload)[0].columns.label
+    said = device.sent(ResultsPayload)[0].columns.expand_labels()
     assert said is not None
     meant = [
         {*("warm", "damp", "loud", "-", "damp|warm")[row % 5].split("|")}

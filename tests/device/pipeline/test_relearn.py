@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.bootstrap import tasks, wiring
+from agent.bootstrap import tasks
+from agent.bootstrap.device import load_config, open_message_log, open_store
 from agent.clock import ClockReading
 from agent.device.pipeline import batch, relearn
-from agent.device.recovery.open import open_store
+from agent.device.recovery import open as recovery
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.testing.fleet import DeviceProcess, LocalFleet
@@ -27,7 +28,7 @@ fields = [{ name = "ax" }, { name = "ay" }, { name = "az" }, { name = "wx" }, { 
 [tasks.exercise]
 stream = "watch"
 bundle = "exercise"
-learn = 20
+learn_windows = 20
 """
 
 
@@ -40,14 +41,14 @@ class Site:
         self.config = self.home / "outstation.toml"
         kept = self.config.read_text(encoding="utf-8").split("[streams.")[0]
         self.config.write_text(kept + CONFIG, encoding="utf-8")
-        self.file, self.conf = wiring.load_config(str(self.config))
+        self.file, self.conf = load_config(str(self.config))
 
     def ask(self, *arguments: str) -> tuple[int, Any]:
         done = run_outstation("reference", *arguments, "-c", str(self.config), "--json")
         return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
 
     def open(self) -> Store:
-        return wiring.open_store(self.conf)
+        return open_store(self.conf)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def work(site: Site, store: Store, drift_windows: int) -> batch.LoadedTask:
     with store.transaction() as tx:
         tx.append("watch", Rows(t, tuple(rng.normal(0, 0.2, n).astype("<f4") for _ in range(6))), "synced")
     author, task = (
-        wiring.open_message_log(site.file, site.conf, store),
+        open_message_log(site.file, site.conf, store),
         tasks.load_task(site.file, site.conf, store, "exercise"),
     )
     relearn.apply_pending(task, store, author, NOW)
@@ -181,7 +182,7 @@ def test_a_link_in_the_folder_of_requests_leads_nobody_elsewhere(tmp_path: Path)
 def test_a_request_that_cannot_be_read_is_said_in_the_log_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = open_store(tmp_path)
+    store = recovery.open_store(tmp_path)
     # Root may read any file, but no folder as one.
     (tmp_path / "requests" / "exercise.reference.json").mkdir(parents=True)
     try:

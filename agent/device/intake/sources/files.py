@@ -72,8 +72,8 @@ class FolderWatcher:
                 # The folder may be on a medium that comes back; said once, not at every look.
                 if self._last_error != str(error):
                     self._last_error = str(error)
-                    log.error("%s: %s; looking again every %g s", self._folder, error, self._source.every)
-            await asyncio.sleep(self._source.every)
+                    log.error("%s: %s; looking again every %g s", self._folder, error, self._source.poll_interval)
+            await asyncio.sleep(self._source.poll_interval)
 
     async def _tick(self, submit_rows: SubmitRows) -> None:
         """Take what a crash left half taken, then what waits."""
@@ -163,7 +163,7 @@ class FolderWatcher:
         position = None if isinstance(self._stream.media_format, ImageFormat) else block.lines[-1]
         mark = SourcePosition(f"files:{self._name}", path.name, position)
         while (outcome := await submit_rows(self._name, block.raw, mark, block.lines)).is_store_full:
-            await asyncio.sleep(self._source.every)
+            await asyncio.sleep(self._source.poll_interval)
         return outcome
 
     async def _read_blocks(self, path: Path, progress: _FileProgress) -> AsyncGenerator[FileBlock]:

@@ -51,7 +51,7 @@ class HostMetrics:
     def __init__(self, file: str, name: str, stream: StreamConfig, source: HostSource, data_dir: Path) -> None:
         """Raises ConfigError."""
         check_config(file, name, stream)
-        self._name, self._stream, self._interval_s = name, stream, float(source.every)
+        self._name, self._stream, self._interval_s = name, stream, float(source.poll_interval)
         self._data_dir = data_dir
         self._last_warning = ""
         # It counts from one call to the next: the first one would say 0.

@@ -110,7 +110,7 @@ class MqttSubscriber:
                     self._source.broker,
                     self._client_id,
                     subscribe=[self._source.topic],
-                    session_expiry_s=int(self._source.keep),
+                    session_expiry_s=int(self._source.session_expiry),
                 )
                 self._link, delay = link, _RECONNECT_S[0]
                 log.info("%s: subscribed to %s at %s", self._name, self._source.topic, self._source.broker.url)
