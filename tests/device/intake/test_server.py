@@ -336,7 +336,7 @@ def test_of_many_names_those_that_sent_last_are_known_and_marks_of_files_stay(tm
     for number in range(3):
         sent(CLIENT_SOURCE, f"another-{number}", 1)
     group.commit(clock.read())
-    assert store._fetch_one("SELECT count(*) FROM marks WHERE source = ?", CLIENT_SOURCE) == (MAX_CLIENTS,)
+    assert store._fetch_one("SELECT count(*) FROM source_positions WHERE source = ?", CLIENT_SOURCE) == (MAX_CLIENTS,)
     assert [store.source_position(CLIENT_SOURCE, f"sensor-{number}") for number in range(5)] == [0, 0, 0, 1, 1]
     assert store.source_position(CLIENT_SOURCE, "gateway") == 2
     assert [store.source_position("files:machine", f"{number}.csv") for number in range(5)] == [9] * 5

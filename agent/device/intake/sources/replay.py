@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from agent.clock import ClockReading
 from agent.config import ReplayFault, ReplaySource, StreamConfig
+from agent.datasets.recordings import load
 from agent.device.intake.group_commit import MAX_GROUP_ROWS, SourcePosition
 from agent.device.intake.server import SubmitRows
-from agent.device.intake.sources.recordings import Playlist, PlaylistItem, load
+from agent.device.intake.sources.recordings import Playlist, PlaylistItem
 from agent.device.store.rows import RawColumns, row_bytes
 from agent.device.store.store import Store
 from agent.errors import UsageError
