@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,13 +25,14 @@ from agent import clock, config
 from agent.clock import ClockReading
 from agent.config import FieldConfig, StreamConfig
 from agent.config.sources import FilesSource, HostSource, ReplayFault, ReplaySource
-from agent.device.intake.file_reader import open_text
+from agent.datasets.formats import open_file
+from agent.datasets.recordings import load
 from agent.device.intake.source import SourceContext
 from agent.device.intake.sources import files as files_module
 from agent.device.intake.sources import host as host_source
 from agent.device.intake.sources.files import FolderWatcher
 from agent.device.intake.sources.host import HostMetrics
-from agent.device.intake.sources.recordings import Playlist, load
+from agent.device.intake.sources.recordings import Playlist
 from agent.device.intake.sources.replay import ReplayPlayer
 from agent.device.recovery.open import open_store
 from agent.device.store.quota import PAGE_SIZE
@@ -233,27 +234,27 @@ def test_a_folder_somebody_put_into_taking_goes_to_failed_and_the_files_after_it
     )
 
 
-class _BadSector(io.TextIOWrapper):
-    """A file that cannot be read beyond line 5000."""
+class _BadSector(io.FileIO):
+    """File that cannot be read beyond its first 24 KiB, which end within a line."""
 
-    def __next__(self) -> str:  # type: ignore[override]
-        self.lines = getattr(self, "lines", 1) + 1
-        if self.lines > 5000:
+    def readinto(self, buffer: Any) -> int:
+        room = (24 << 10) - self.tell()
+        if room <= 0:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return super().__next__()
+        return super().readinto(memoryview(buffer)[:room])
 
 
 def fail_to_open(monkeypatch: pytest.MonkeyPatch, name: str, error: int, times: int) -> list[Path]:
     """So many times file `name` is not opened; each is in the list."""
     tried: list[Path] = []
 
-    def unreliable(path: Path) -> IO[str]:
+    def unreliable(path: Path) -> io.BufferedReader:
         if path.name.endswith(name) and len(tried) < times:
             tried.append(path)
             raise OSError(error, os.strerror(error), str(path))
-        return open_text(path)
+        return open_file(path)
 
-    monkeypatch.setattr(files_module, "open_text", unreliable)
+    monkeypatch.setattr(files_module, "open_file", unreliable)
     return tried
 
 
@@ -279,18 +280,18 @@ def test_a_file_that_may_not_be_read_goes_to_failed_and_the_files_after_it_are_t
 def test_a_file_with_a_bad_sector_goes_to_failed_with_the_lines_that_were_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def worn(path: Path) -> IO[str]:
-        return _BadSector(path.open("rb")) if path.name.endswith("a.csv") else open_text(path)
+    def worn(path: Path) -> io.BufferedReader:
+        return io.BufferedReader(_BadSector(path)) if path.name.endswith("a.csv") else open_file(path)
 
-    monkeypatch.setattr(files_module, "open_text", worn)
+    monkeypatch.setattr(files_module, "open_file", worn)
     put(tmp_path, "a.csv", range(10_000))
     put(tmp_path, "b.csv", [9])
     with watching(tmp_path) as station:
         wait_for(lambda: there(tmp_path)["done"] == ["b.csv"], "b.csv in done/")
-        assert taken(station) == [*range(4096), 9]
+        assert taken(station) == [*range(5136), 9]
     assert (tmp_path / "in" / "failed" / "a.csv.txt").read_text() == (
         "a.csv: cannot be read: Input/output error; mend that, and put it into the folder again; its lines up to "
-        "4097 are in the stream already\n"
+        "5137 are in the stream already\n"
     )
 
 
@@ -599,7 +600,7 @@ def test_a_replay_that_is_killed_again_and_again_repeats_and_skips_no_row(tmp_pa
     ("change", "said"),
     [
         ({"subject": 9}, "the recordings have no subject 9"),
-        ({"file": "/nowhere.npz"}, "/nowhere.npz: not readable as recordings"),
+        ({"file": "/nowhere.npz"}, "/nowhere.npz: cannot be read: No such file or directory"),
     ],
 )
 def test_a_replay_that_cannot_play_is_named(tmp_path: Path, recordings: Path, change: Any, said: str) -> None:

@@ -18,9 +18,10 @@ from agent import clock
 from agent.clock import ClockReading
 from agent.config import StreamConfig
 from agent.config.sources import ReplayFault, ReplaySource
+from agent.datasets.recordings import load
 from agent.device.intake.group_commit import MAX_GROUP_ROWS, SourcePosition
 from agent.device.intake.source import SourceContext, SubmitRows
-from agent.device.intake.sources.recordings import Playlist, PlaylistItem, load
+from agent.device.intake.sources.recordings import Playlist, PlaylistItem
 from agent.device.store.rows import RawColumns, row_bytes
 from agent.device.store.store import Store
 from agent.errors import UsageError
