@@ -26,7 +26,7 @@ from agent.device.health import BundleFailure
 from agent.device.intake.server import Intake, Source
 from agent.device.machine.timekeeping import make_clock
 from agent.device.pipeline import label_metrics
-from agent.device.pipeline.batch import LoadedTask
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.tasks import Runtime, ScheduledTask
 from agent.device.rollout.desired_state import DesiredStateStore
 from agent.device.rollout.updater import BundleUpdater

@@ -22,11 +22,11 @@ from agent import config
 from agent.clock import ClockReading
 from agent.device.intake.connection import CLIENT_SOURCE, ProducerConnection
 from agent.device.intake.group_commit import CommitOutcome, GroupCommit, SourcePosition
-from agent.device.intake.labels import LabelTarget
 from agent.device.intake.protocol import LineParser
 from agent.device.store.rows import RawColumns, validate_columns
 from agent.device.store.store import Store
 from agent.errors import StorageError, UsageError
+from agent.performance.labels import LabelTarget
 
 log = logging.getLogger("outstation.intake")
 

@@ -329,6 +329,11 @@ def next_numbers(db: sqlite3.Connection, task: str, number: int, limit: int) -> 
     return [int(row[0]) for row in db.execute(sql, (task, max(0, number), limit))]
 
 
+def outcome_counter(task: str, outcome: str) -> str:
+    """Return the name of the counter of labels with this outcome of `store_label`, or "unmatched"."""
+    return {"new": f"labels.{task}", "same": f"labels replaced.{task}"}.get(outcome, f"labels {outcome}.{task}")
+
+
 def count_predictions(db: sqlite3.Connection, task: str, first: int, last: int) -> int:
     """Count the stored predictions of batches that overlap rows `first` … `last`."""
     sql = "SELECT coalesce(sum(n), 0) FROM predictions WHERE task = ? AND first_row <= ? AND last_row >= ?"
