@@ -10,6 +10,7 @@ _METRIC_NAMES = {
     "f1_micro": "F1 of all decisions",
     "f1": "F1",
     "brier": "Brier score",
+    "brier_top": "Brier score of the top class",
     "ece": "calibration error (ECE)",
     "mae": "mean absolute error",
     "rmse": "root mean square error",

@@ -1,7 +1,7 @@
-"""The daemon: intake and uplink on their threads, batches on this one, until it is told to stop.
+"""Daemon: the main loop. It runs batches on this thread, beside the threads of intake and uplink, until it is stopped.
 
-A signal only sets a flag. Stopping finishes the commit in hand. A crash at any instruction is a normal way to stop:
-start-up reads the store and goes on.
+A signal only sets a flag, and stopping finishes the current commit. A crash at any instruction is a normal way to stop:
+the next start continues from the store.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import msgspec
 
 from agent.clock import ClockReading
 from agent.config import Config
-from agent.device.commands.operations import RemoteCommands
+from agent.device.commands.executor import RemoteCommands
 from agent.device.health import BundleFailure, HealthReporter
 from agent.device.intake.server import Intake
 from agent.device.machine.systemd import notify
 from agent.device.machine.throttle import Throttle, lower_priority
 from agent.device.machine.timekeeping import Timekeeper
 from agent.device.pipeline import batch, cursor_repair, label_metrics, relearn
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.tasks import Runtime, ScheduledTask
 from agent.device.rollout.updater import BundleUpdater
 from agent.device.store import task_keys
@@ -39,18 +40,18 @@ _HEALTH_INTERVAL_S = 60.0
 _SPACE_INTERVAL_S = 10.0
 _LABEL_INTERVAL_S = 5.0
 _MAX_WAIT_S = 5.0
-# So long a task works off its backlog before commands, health, the clock and the other tasks have their turn.
+# A task processes its backlog for this long before commands, health, the clock and the other tasks get their turn.
 _TIME_SLICE_S = 1.0
-_LABELS_SUFFIX = " (of its labels)"
+_LABELS_SUFFIX = " (evaluating its labels)"
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 3600.0
 
 
 class Signals(msgspec.Struct):
-    """What other threads and signal handlers tell the main loop."""
+    """Flags that other threads and signal handlers set for the main loop."""
 
     is_stopping: bool = False
     failure: Exception | None = None
-    # No Event: a handler that runs while its own thread is inside one can deadlock on the Event's lock.
+    # Not a threading.Event: a signal handler that runs inside Event.wait can deadlock on the Event's lock.
     _wake_queue: queue.SimpleQueue[None] = msgspec.field(default_factory=queue.SimpleQueue)
 
     def wake(self) -> None:
@@ -58,7 +59,7 @@ class Signals(msgspec.Struct):
             self._wake_queue.put(None)
 
     def wait(self, timeout_s: float) -> None:
-        """Until the next `wake`, or one since the last `wait`; at most `timeout_s`."""
+        """Return at the next `wake`, at once after one since the last `wait`, or after `timeout_s`."""
         with contextlib.suppress(queue.Empty):
             self._wake_queue.get(timeout=max(0.0, timeout_s))
 
@@ -72,63 +73,67 @@ class Signals(msgspec.Struct):
 
 
 class _StopRequested(Exception):
-    """The agent is to stop, and a model that runs apart is not waited for."""
+    """Raised to stop waiting for a subprocess model while the daemon stops."""
 
 
 class _Backoff(msgspec.Struct, frozen=True):
-    """Of a task that met an error nobody foresaw: how long, and until when on the boot-time clock."""
+    """Back-off after an unexpected error: its length, and its end on the boot-time clock."""
 
     wait_s: float
     until_s: float
 
 
 class Daemon:
-    """Owns the loop. Everything it works with is handed in."""
+    """Main loop of a device. Its parts are built by `agent.bootstrap.daemon`.
+
+    `make_updater` and `make_commands` build what acts on the daemon itself. The list of scheduled tasks is shared: tasks
+    that rollouts or operators add appear in it.
+    """
 
     def __init__(
         self,
         conf: Config,
         store: Store,
         message_log: MessageLog,
-        scheduled_tasks: Sequence[ScheduledTask],
+        scheduled_tasks: list[ScheduledTask],
         bundle_failures: Sequence[BundleFailure],
-        make_intake: Callable[[Callable[[], None], Callable[[Exception], None]], Intake],
-        make_uplink: Callable[[Callable[[Exception], None]], Uplink],
-        make_rollout: Callable[[Runtime, Callable[[], None], Callable[[], None]], BundleUpdater],
-        make_operations: Callable[[Runtime, BundleUpdater], RemoteCommands],
+        intake: Intake,
+        uplink: Uplink,
+        make_updater: Callable[[Runtime, Callable[[], None]], BundleUpdater],
+        make_commands: Callable[[Runtime, BundleUpdater], RemoteCommands],
+        signals: Signals,
         now: Callable[[], ClockReading],
     ) -> None:
-        self.signals = Signals()
+        self.signals = signals
         self._conf, self._store, self._message_log, self._now = conf, store, message_log, now
-        self._scheduled_tasks, self._bundle_failures = list(scheduled_tasks), bundle_failures
-        models = {p.task.name: p.task.bundle_ref for p in scheduled_tasks}
+        self._scheduled_tasks, self._bundle_failures = scheduled_tasks, bundle_failures
+        models = {scheduled.task.name: scheduled.task.bundle_ref for scheduled in scheduled_tasks}
         self._health_reporter = HealthReporter(conf, store, message_log, models, now)
         self._timekeeper = Timekeeper(store, message_log)
-        self._throttle = Throttle(conf.care)
-        self._intake = make_intake(self.signals.wake, self.signals.fail)
-        self._uplink = make_uplink(self.signals.fail)
-        self._stuck = {one.task for one in bundle_failures if not one.fallback}
+        self._throttle = Throttle(conf.throttle)
+        self._intake, self._uplink = intake, uplink
+        self._stuck = {failure.task for failure in bundle_failures if not failure.fallback}
         self._unfinished: set[str] = set()
         self._backoffs: dict[str, _Backoff] = {}
         self._space = SpaceManager(conf, store, message_log, self._run_early, self._list_stalled_tasks)
-        machine = self._build_runtime(models)
-        self._rollout = make_rollout(machine, self.signals.wake, self._on_model_wait)
-        self._operations = make_operations(machine, self._rollout)
+        runtime = self._build_runtime(models)
+        self._rollout = make_updater(runtime, self._on_model_wait)
+        self._remote_commands = make_commands(runtime, self._rollout)
         self._health_reporter.extra_members = lambda now: {
-            "care": self._throttle.status.to_dict(),
+            "throttle": self._throttle.status.to_dict(),
             **self._rollout.report(now),
         }
         self._next_health = self._next_space_check = self._next_label_check = 0.0
 
     def run(self) -> None:
-        """Until stopped. Raises what made going on impossible."""
-        self._health_reporter.write_event("started", "The agent started.")
+        """Run until stopped. Raises the error that stopped intake or uplink, or StorageError."""
+        self._health_reporter.write_event("started", "The daemon started.")
         self._health_reporter.report_bundles(self._bundle_failures)
-        self._operations.start(self._now(), self.signals.wake)
+        self._remote_commands.start(self._now(), self.signals.wake)
         self._intake.start()
         self._uplink.start()
-        # Threads that start later inherit it.
-        lower_priority(self._conf.care)
+        # After intake and uplink have started: threads inherit the priority.
+        lower_priority(self._conf.throttle)
         if not self.signals.is_stopping:
             notify("READY=1")
             log.info("running: %d streams, %d tasks", len(self._conf.streams), len(self._scheduled_tasks))
@@ -140,36 +145,36 @@ class Daemon:
             raise self.signals.failure
 
     def tick(self, now: ClockReading) -> float:
-        """Do what is due at `now`; how many seconds until something may be again."""
+        """Do the work that is due at `now`; return the seconds until more may be due."""
         self._timekeeper.tick(now)
-        if self._operations.tick(now):
+        if self._remote_commands.tick(now):
             self._uplink.wake()
         if self._rollout.tick(now):
             self._uplink.wake()
         wait = min(_MAX_WAIT_S, self._rollout.wait_s(now))
-        resting = self._throttle.tick(now).pause_reason
-        for planned in self._scheduled_tasks:
+        is_throttled = bool(self._throttle.tick(now).pause_reason)
+        for scheduled in self._scheduled_tasks:
             if self.signals.is_stopping:
                 return 0.0
-            name = planned.task.name
-            if planned.paused:
+            name = scheduled.task.name
+            if scheduled.paused:
                 self._unfinished.discard(name)
                 continue
-            if resting:
-                # What was due runs when the machine has recovered; where the store gets short, at once.
+            if is_throttled:
+                # Due tasks run once the machine has recovered, or at once if the store gets short of space.
                 continue
             if self._rollout.is_resuming(name):
                 continue
             if self._is_backing_off(name, now):
                 wait = min(wait, self._backoffs[name].until_s - now.boot_s)
                 continue
-            if planned.schedule.is_due(now, self._count_backlog(planned)):
-                planned.schedule.record_run(now)
-                self._save_last_run(planned, now)
+            if scheduled.schedule.is_due(now, self._count_backlog(scheduled)):
+                scheduled.schedule.record_run(now)
+                self._save_last_run(scheduled, now)
                 self._unfinished.add(name)
             if name in self._unfinished:
-                self._run_batches(planned, now)
-            wait = 0.0 if name in self._unfinished else min(wait, planned.schedule.wait_s(now))
+                self._run_batches(scheduled, now)
+            wait = 0.0 if name in self._unfinished else min(wait, scheduled.schedule.wait_s(now))
         if now.boot_s >= self._next_label_check:
             self._next_label_check = now.boot_s + _LABEL_INTERVAL_S
             self._process_labels()
@@ -177,7 +182,7 @@ class Daemon:
             self._next_health = now.boot_s + _HEALTH_INTERVAL_S
             self._health_reporter.write_health()
             self._uplink.wake()
-        # Where it is short, producers are turned away meanwhile.
+        # While space is short, intake rejects rows.
         if now.boot_s >= self._next_space_check or (not self._space.is_evicting and self._space.is_short()):
             more = self._space.tick(now)
             self._next_space_check = now.boot_s + (0.0 if more else _SPACE_INTERVAL_S)
@@ -186,52 +191,52 @@ class Daemon:
         return wait
 
     def _feed_watchdog(self) -> None:
-        """Called where the batches have just proved that they get on; intake and uplink must have as well."""
+        """Feed the watchdog of systemd if intake and uplink are alive; called when batches have just made progress."""
         now = self._now()
         if self._intake.is_alive(now) and self._uplink.is_alive(now):
             notify("WATCHDOG=1")
 
     def _on_model_wait(self) -> None:
-        """About once a second while one that runs apart is at work: that is no reason for the watchdog."""
+        """Feed the watchdog about once a second while a subprocess model runs. Raises _StopRequested."""
         if self.signals.is_stopping:
             raise _StopRequested
         self._feed_watchdog()
 
     def _run_batches(self, scheduled: ScheduledTask, now: ClockReading) -> None:
-        """Batches until nothing more can be consumed, or for a while: then the next turns go on."""
+        """Run batches until the backlog is done or the time slice is over; the next ticks continue."""
         name = scheduled.task.name
         self._unfinished.discard(name)
         if self._rollout.is_resuming(name):
             self._unfinished.add(name)
             return
         end_s = self._now().boot_s + _TIME_SLICE_S
-        instead: batch.LoadedTask | None = None
+        substitute: LoadedTask | None = None
         while not self.signals.is_stopping:
-            # Another bundle may have come to run since the last batch.
-            task, instead = instead or scheduled.task, None
+            # A rollout may have replaced the task since the last batch.
+            task, substitute = substitute or scheduled.task, None
             try:
                 if task is scheduled.task:
                     cursor_repair.repair_cursor(task, self._store, self._message_log, self._now())
                     relearn.apply_pending(task, self._store, self._message_log, self._now())
-                done = batch.run(task, self._store, self._message_log, self._now())
+                result = batch.run(task, self._store, self._message_log, self._now())
             except _StopRequested:
                 return
-            except ModelProcessFailed as died:
-                # One that runs apart: the same rows are answered by another bundle, at once.
-                instead = self._rollout.on_canary_failure(name, died, self._now())
+            except ModelProcessFailed as failure:
+                # The subprocess of a canary failed: the incumbent processes the same rows at once.
+                substitute = self._rollout.on_canary_failure(name, failure, self._now())
                 self._feed_watchdog()
-                if instead is None:
+                if substitute is None:
                     return
                 continue
             except BadBundle as problem:
-                log.error("task %s: %s; its rows are kept and it is tried again when next due", task.name, problem)
+                log.error("task %s: %s; its rows are kept, and it is retried when next due", task.name, problem)
                 self._stuck.add(task.name)
                 return
             except StorageBusy as busy:
-                log.error("task %s: %s; tried again when next due", task.name, busy)
+                log.error("task %s: %s; it is retried when next due", task.name, busy)
                 return
             except StorageFull as full:
-                log.error("task %s: %s; tried again when next due", task.name, full)
+                log.error("task %s: %s; it is retried when next due", task.name, full)
                 self._next_space_check = now.boot_s
                 return
             except StorageError:
@@ -243,13 +248,13 @@ class Daemon:
                 return
             self._stuck.discard(task.name)
             self._clear_backoff(task.name, "")
-            if done is None:
+            if result is None:
                 return
             self._rollout.on_batch_committed(name, self._now())
             self._uplink.wake()
             self._feed_watchdog()
-            if done.alerts:
-                log.warning("task %s: %d alerts; see `outstation status`", task.name, done.alerts)
+            if result.alerts:
+                log.warning("task %s: %d alerts; see `outstation status`", task.name, result.alerts)
             if self._now().boot_s >= end_s:
                 self._unfinished.add(task.name)
                 return
@@ -257,12 +262,12 @@ class Daemon:
     def _is_backing_off(self, name: str, now: ClockReading) -> bool:
         return name in self._backoffs and now.boot_s < self._backoffs[name].until_s
 
-    def _back_off(self, task: batch.LoadedTask, suffix: str, error: Exception) -> None:
-        """Leave the task alone for a while, longer each time: it must not take the daemon and the others down."""
+    def _back_off(self, task: LoadedTask, suffix: str, error: Exception) -> None:
+        """Pause the task for a while, longer each time, so that its error does not stop the daemon and the other tasks."""
         earlier = self._backoffs.get(task.name + suffix)
         wait_s = min(2 * earlier.wait_s, _MAX_BACKOFF_S) if earlier else _MIN_BACKOFF_S
         self._backoffs[task.name + suffix] = _Backoff(wait_s, self._now().boot_s + wait_s)
-        reason = f"{type(error).__name__}: {error}{suffix}; its readings are kept and it is tried again"
+        reason = f"{type(error).__name__}: {error}{suffix}; its readings are kept, and it is retried"
         log.error("task %s: %s in %g s", task.name, reason, wait_s, exc_info=error)
         self._health_reporter.raise_bundle_alert(BundleFailure(task.name, task.config.bundle, reason))
 
@@ -272,31 +277,34 @@ class Daemon:
 
     def _process_labels(self) -> None:
         keep_s = float(self._conf.buffer.keep_results)
-        for planned in self._scheduled_tasks:
-            name = planned.task.name
+        for scheduled in self._scheduled_tasks:
+            name = scheduled.task.name
             if self._is_backing_off(name + _LABELS_SUFFIX, self._now()):
                 continue
             try:
-                label_metrics.tick(planned.task, self._store, self._message_log, self._now(), keep_s)
+                label_metrics.tick(scheduled.task, self._store, self._message_log, self._now(), keep_s)
                 self._clear_backoff(name, _LABELS_SUFFIX)
             except (StorageBusy, StorageFull) as problem:
-                log.error("task %s: %s; its labels are looked at again soon", name, problem)
+                log.error("task %s: %s; its labels are evaluated again soon", name, problem)
             except StorageError:
                 raise
             except Exception as error:
-                self._back_off(planned.task, _LABELS_SUFFIX, error)
+                self._back_off(scheduled.task, _LABELS_SUFFIX, error)
 
     def _run_early(self, now: ClockReading) -> bool:
+        """Run all tasks out of schedule to make room; return True if any has more to do."""
         ready = [
-            one for one in self._scheduled_tasks if not one.paused and not self._is_backing_off(one.task.name, now)
+            scheduled
+            for scheduled in self._scheduled_tasks
+            if not scheduled.paused and not self._is_backing_off(scheduled.task.name, now)
         ]
-        names = [one.task.name for one in ready if not self._rollout.is_resuming(one.task.name)]
-        for one in ready:
-            self._run_batches(one, now)
+        names = [scheduled.task.name for scheduled in ready if not self._rollout.is_resuming(scheduled.task.name)]
+        for scheduled in ready:
+            self._run_batches(scheduled, now)
         return any(name in self._unfinished and not self._is_backing_off(name, self._now()) for name in names)
 
     def _list_stalled_tasks(self) -> set[str]:
-        return self._stuck | {planned.task.name for planned in self._scheduled_tasks if planned.paused}
+        return self._stuck | {scheduled.task.name for scheduled in self._scheduled_tasks if scheduled.paused}
 
     def _count_backlog(self, scheduled: ScheduledTask) -> int:
         stream = scheduled.task.config.stream
@@ -305,7 +313,7 @@ class Daemon:
         return self._store.last_row(stream) - used
 
     def _save_last_run(self, scheduled: ScheduledTask, now: ClockReading) -> None:
-        """So that a cron time missed while the agent was off is caught up with, once."""
+        """Save the time of the run, so that the next start catches up once with a cron time that it missed."""
         if not scheduled.schedule.needs_last_run:
             return
         with contextlib.suppress(StorageFull), self._store.transaction() as tx:
@@ -330,11 +338,11 @@ class Daemon:
             return
         self._rollout.stop(self._now())
         self._health_reporter.write_health()
-        self._health_reporter.write_event("stopped", "The agent was stopped.")
-        if self._operations.is_wipe_requested:
+        self._health_reporter.write_event("stopped", "The daemon was stopped.")
+        if self._remote_commands.is_wipe_requested:
             self._uplink.wake()
-            self._operations.wait_for_wipe(self._now, time.sleep)
+            self._remote_commands.wait_for_wipe(self._now, time.sleep)
         self._uplink.stop()
-        if self._operations.is_wipe_requested:
+        if self._remote_commands.is_wipe_requested:
             self._store.close()
-            self._operations.erase()
+            self._remote_commands.erase()

@@ -1,25 +1,95 @@
-"""What a task's drift is told against on this device: a reference, or how far learning one has got."""
+"""Status documents: the state of the device, of each task and of each site reference, as JSON members.
+
+`outstation status`, `outstation reference show` and the remote command `report` return them.
+"""
 
 from __future__ import annotations
 
+import json
 from typing import Any
+
+import msgspec
 
 from agent import clock
 from agent.config import Config
-from agent.device.pipeline import drift_state, relearn
-from agent.device.store import task_keys
+from agent.device.bundles import history, overrides, rollout_state
+from agent.device.machine.throttle import Throttle
+from agent.device.machine.timekeeping import build_report, make_clock
+from agent.device.pipeline import deadline, drift_state, relearn, tuning_cache
+from agent.device.recovery.report_findings import inspect_condition
+from agent.device.store import cost, space, task_keys
 from agent.device.store.store import Store
 from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, UsageError
+from agent.model.bundle import bundle
+
+_MAX_ALERTS = 5
 
 
-def build_document(conf: Config, store: Store, task: str) -> dict[str, Any]:
-    """Which reference is in force and what it warns of, how far learning has got, and what is asked for."""
-    asked = relearn.pending_request(store, task)
-    document: dict[str, Any] = {"task": task, "site": None, "learning": None, "asked": asked.action if asked else None}
-    kept = store.load_state(task, task_keys.SITE_REFERENCE)
-    if kept is not None:
-        document["site"] = _describe_site(kept)
+def build_document(conf: Config, store: Store) -> dict[str, Any]:
+    """Return what `outstation status --json` prints."""
+    waiting, last = store.outbox_size()
+    now, counters = make_clock(store)(), store.counters()
+    return {
+        "device": conf.device.id,
+        "fleet": conf.device.fleet,
+        "log": store.log_id,
+        "clock": {"time": clock.to_rfc3339(now.wall_us), "quality": now.quality, **build_report(store, now)},
+        "streams": [
+            {"stream": name, "rows": store.last_row(name), "kept_from": store.first_row(name)} for name in conf.streams
+        ],
+        "tasks": [build_task_document(conf, store, name) for name in conf.tasks],
+        "outbox": {"waiting": waiting, "last": last},
+        "store": _build_storage_document(conf, store),
+        "condition": inspect_condition(store).document,
+        "throttle": Throttle(conf.throttle).tick(now).to_dict(),
+        "rejected": counters.get("lines rejected", 0),
+        "failed_files": counters.get("files failed", 0),
+        "alerts": store.recent_alerts(_MAX_ALERTS),
+    }
+
+
+def build_task_document(conf: Config, store: Store, name: str) -> dict[str, Any]:
+    """Return one of the `tasks` of the status document."""
+    task, counters = conf.tasks[name], store.counters()
+    cursor = store.cursor(name) or 0
+    bundles = history.load_history(store, name)
+    tunings = tuning_cache.load(store, name)
+    label_metrics = store.load_state(name, task_keys.LAST_LABEL_METRICS)
+    return {
+        "task": name,
+        "stream": task.stream,
+        "schedule": overrides.load_schedule(store, name) or task.schedule,
+        "row": cursor,
+        "backlog": store.last_row(task.stream) - cursor,
+        "windows": counters.get(f"windows.{name}", 0),
+        "bundle": _describe_configured(conf, store, name) if bundles is None else str(bundles.current),
+        "pace": msgspec.to_builtins(tunings[0]) if tunings else None,
+        "site_reference": store.load_state(name, task_keys.SITE_REFERENCE) is not None,
+        "reference": _summarize_reference(conf, store, name),
+        "open": store.open_alerts(name),
+        "quality": json.loads(label_metrics) if label_metrics else None,
+        **deadline.to_status(store, counters, name, task.deadline),
+        **overrides.to_status(store, name),
+        **rollout_state.build_status(store, name, conf.device.id),
+    }
+
+
+def build_reference_document(conf: Config, store: Store, task: str) -> dict[str, Any]:
+    """Return the site reference in force, the progress of learning, and the pending request.
+
+    Raises UsageError for a damaged reference.
+    """
+    request = relearn.pending_request(store, task)
+    document: dict[str, Any] = {
+        "task": task,
+        "site": None,
+        "learning": None,
+        "asked": request.action if request else None,
+    }
+    stored = store.load_state(task, task_keys.SITE_REFERENCE)
+    if stored is not None:
+        document["site"] = _describe_site(stored)
     state = drift_state.load_for_display(store, task)
     if document["site"] is None and state is not None:
         document["learning"] = {
@@ -30,25 +100,55 @@ def build_document(conf: Config, store: Store, task: str) -> dict[str, Any]:
     return document
 
 
-def _describe_site(stored: bytes) -> dict[str, Any] | None:
-    """None for one that an earlier version learned: it is not in force any more."""
+def _build_storage_document(conf: Config, store: Store) -> dict[str, Any]:
+    """Return bytes used, and hours until undelivered data must be evicted (None if unknown or not in sight).
+
+    `written_per_day` counts what the kernel wrote to the medium for the daemon, without the file system's journal.
+    """
+    hours, spent = space.hours_until_eviction(store, store.limit_bytes()), cost.read_process_cost(store.counters())
+    written = round(spent.written_bytes / spent.seconds * 86_400) if spent.seconds else None
+    return {"written_per_day": written, "bytes": store.used_bytes(), "max": int(conf.buffer.max_size), "hours": hours}
+
+
+def _describe_configured(conf: Config, store: Store, name: str) -> str:
+    """Return name and version of the bundle of a task that never ran."""
+    manifest = bundle.read(history.locate_bundle(conf, store, name), None).manifest
+    return f"{manifest.name} {manifest.version}"
+
+
+def _summarize_reference(conf: Config, store: Store, task: str) -> dict[str, Any]:
+    """Return `site`, `learning` and `warning`; a reference that cannot be read becomes a warning."""
     try:
-        found = Reference.from_json(stored)
+        document = build_reference_document(conf, store, task)
+    except UsageError as problem:
+        return {"site": None, "learning": None, "warning": str(problem)}
+    site = document["site"]
+    return {
+        "site": {name: site[name] for name in ("number", "windows")} if site else None,
+        "learning": document["learning"],
+        "warning": site["warning"] if site else None,
+    }
+
+
+def _describe_site(stored: bytes) -> dict[str, Any] | None:
+    """Return the members of a stored site reference; None for a format of an earlier version, which is not in force."""
+    try:
+        reference = Reference.from_json(stored)
     except BadBundle as problem:
         raise UsageError(
-            f"the site's reference in the store is damaged ({problem}); `outstation reference reset`"
+            f"the site reference in the store is damaged ({problem}); drop it with `outstation reference reset`"
         ) from None
-    extra = found.site
-    if extra is None:
+    site = reference.site
+    if site is None:
         return None
-    begin, end = (clock.to_rfc3339(t) for t in extra.learned)
+    begin, end = (clock.to_rfc3339(t) for t in site.learned)
     return {
-        "number": extra.number,
-        "digest": found.digest,
-        "windows": found.drift_windows,
+        "number": site.number,
+        "digest": reference.digest,
+        "windows": reference.drift_windows,
         "from": begin,
         "to": end,
-        "hours": [int(hour) for hour in extra.hours.nonzero()[0]],
-        "daily": bool(extra.waves.any()),
-        "warning": found.warning,
+        "hours": [int(hour) for hour in site.hours.nonzero()[0]],
+        "daily": bool(site.waves.any()),
+        "warning": reference.warning,
     }

@@ -4,7 +4,7 @@ Pure: state and batch in, new state and verdicts out, and the same whatever the 
 
 - A drift window is exactly `window` model windows. Rows that lie in no model window are not counted; a row in several
   overlapping model windows is counted once, in the first drift window that has it.
-- Until `learn` drift windows without a fault are gathered and agree, the site has no reference: faults are raised
+- Until `learn_windows` drift windows without a fault are gathered and agree, the site has no reference: faults are raised
   (limits are the shipped reference's), drift is "insufficient".
 - A drift window in which any field has a fault is kept out of drift tests and learning for all fields, because the
   class the model named cannot be trusted then.

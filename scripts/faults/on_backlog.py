@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 
 from agent import clock
-from agent.bootstrap import wiring
+from agent.bootstrap.device import load_config, open_message_log, open_store
 from agent.clock import ClockReading
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
@@ -41,10 +41,10 @@ def backlog_70000(world: World, rng: Random) -> None:
 
 def _write_backlog(world: World) -> None:
     """Signed and chained by the device's own code, as if it had run for weeks."""
-    file, conf = wiring.load_config(str(world.device.config))
-    store = wiring.open_store(conf)
+    file, conf = load_config(str(world.device.config))
+    store = open_store(conf)
     try:
-        author = wiring.open_message_log(file, conf, store)
+        author = open_message_log(file, conf, store)
         for first in range(0, _BACKLOG, _AT_ONCE):
             _write(store, author, first, clock.read())
     finally:

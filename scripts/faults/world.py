@@ -130,8 +130,8 @@ class World:
             for program in (self.device, self.collector):
                 program.kill()
         self.broker.kill()
-        for one in self.companions:
-            one.close()
+        for companion in self.companions:
+            companion.close()
 
     def resume(self) -> None:
         """Have the sensors send."""
@@ -205,7 +205,7 @@ class World:
         )
         for task, schedule in zip(TASKS, ("every 200 ms", "when 10 rows"), strict=True):
             self.device.append_config(
-                f'[tasks.{task}]\nstream = "rig"\nbundle = "{bundle}"\nschedule = "{schedule}"\nlearn = 20\n'
+                f'[tasks.{task}]\nstream = "rig"\nbundle = "{bundle}"\nschedule = "{schedule}"\nlearn_windows = 20\n'
             )
 
 

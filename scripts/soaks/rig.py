@@ -13,7 +13,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.bootstrap import device, wiring
+from agent.bootstrap.daemon import build_daemon
+from agent.bootstrap.device import load_config, open_store
 from agent.config import BrokerConfig
 from agent.device.intake.group_commit import GroupCommit
 from agent.device.intake.protocol import LineParser
@@ -61,9 +62,9 @@ class Rig:
         _sqlite(self.fleet).connection.execute("PRAGMA cache_size=-500")
         self._folder = enrol(home, config, self.fleet, DEVICE, key=None, replace=False).folder
         self._configure(buffer_toml, schedule)
-        file, conf = wiring.load_config(str(self._folder / "outstation.toml"))
-        self.store = wiring.open_store(conf)
-        self.daemon = device.build_daemon(
+        file, conf = load_config(str(self._folder / "outstation.toml"))
+        self.store = open_store(conf)
+        self.daemon = build_daemon(
             file, conf, self.store, now=self.air.now, open_link=self.air.connect, pause=self.air.advance
         )
         self._uplink = self.daemon._uplink
@@ -76,7 +77,7 @@ class Rig:
     def run(self, seconds: float) -> None:
         """Let so many simulated seconds pass, then send what waits. Raises what the daemon could not survive."""
         end = self.air.clock_s + seconds
-        self.daemon._operations.start(self.air.now(), self.daemon.signals.wake)
+        self.daemon._remote_commands.start(self.air.now(), self.daemon.signals.wake)
 
         def watch() -> None:
             if self.air.clock_s >= end and not self.sensor.ended:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.bootstrap import tasks, wiring
+from agent.bootstrap import tasks
+from agent.bootstrap.device import load_config, open_message_log, open_store
 from agent.clock import ClockReading
 from agent.device.pipeline import batch
 from agent.device.store.rows import Rows
@@ -27,7 +28,7 @@ fields = [{ name = "ax" }, { name = "ay" }, { name = "az" }, { name = "wx" }, { 
 [tasks.exercise]
 stream = "watch"
 bundle = "exercise"
-learn = 20
+learn_windows = 20
 """
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -41,7 +42,7 @@ class Site:
         self.config = self.home / "outstation.toml"
         kept = self.config.read_text(encoding="utf-8").split("[streams.")[0]
         self.config.write_text(kept + CONFIG, encoding="utf-8")
-        self.file, self.conf = wiring.load_config(str(self.config))
+        self.file, self.conf = load_config(str(self.config))
         self.data = Path(self.conf.data_dir)
 
     def ask(self, *arguments: str) -> tuple[int, Any]:
@@ -50,7 +51,7 @@ class Site:
 
     def work(self, drift_windows: int, gain: float = 1.0) -> None:
         """Readings for so many drift windows, noise, of which `ax` is multiplied."""
-        store = wiring.open_store(self.conf)
+        store = open_store(self.conf)
         try:
             first, n = store.last_row("watch"), drift_windows * 2000
             rng = np.random.default_rng(first)
@@ -58,7 +59,7 @@ class Site:
             columns = [rng.normal(0, 0.2 * (gain if i == 0 else 1), n).astype("<f4") for i in range(6)]
             with store.transaction() as tx:
                 tx.append("watch", Rows(t, tuple(columns)), "synced")
-            author = wiring.open_message_log(self.file, self.conf, store)
+            author = open_message_log(self.file, self.conf, store)
             task = tasks.load_task(self.file, self.conf, store, "exercise")
             while batch.run(task, store, author, NOW) is not None:
                 pass
@@ -78,7 +79,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 def test_a_device_that_has_no_drift_window_yet_says_so(tmp_path: Path) -> None:
     new = Site(tmp_path)
     assert new.ask() == (2, f"outstation: {new.data}: no store here yet; start `outstation run`, or ingest something\n")
-    wiring.open_store(new.conf).close()
+    open_store(new.conf).close()
     code, found = new.ask("--plot", str(tmp_path / "drift.svg"))
     assert (code, found["windows"], found["subjects"], found["estimate"]) == (0, 0, [], None)
     text = [element.text for element in ET.parse(tmp_path / "drift.svg").iter(f"{SVG}text")]

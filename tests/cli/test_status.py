@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from agent.bootstrap import wiring
+from agent.bootstrap.device import open_message_log
 from agent.cli import cli
 from agent.device.intake import labels
 from agent.device.pipeline import label_metrics
@@ -22,7 +22,7 @@ from tests.device.pipeline.test_relearn import NOW, Site, work
 
 
 def alert(store: Store, site: Site, kind: str, subject: str, state: str, summary: str) -> None:
-    author = wiring.open_message_log(site.file, site.conf, store)
+    author = open_message_log(site.file, site.conf, store)
     body: dict[str, Any] = {
         "alert": kind,
         "subject": subject,
@@ -53,7 +53,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
             for row in range(100, 6100, 100):
                 asked = label_metrics.build_label_targets([task])["exercise"]
                 assert labels.store_label(tx, "exercise", asked, Label(row, None, "PEN"), NOW) is None
-        label_metrics.tick(task, store, wiring.open_message_log(made.file, made.conf, store), NOW, 86_400.0)
+        label_metrics.tick(task, store, open_message_log(made.file, made.conf, store), NOW, 86_400.0)
     finally:
         store.close()
     return made

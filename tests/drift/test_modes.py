@@ -117,8 +117,8 @@ def test_a_model_that_names_classes_has_no_other_modes() -> None:
 )
 def test_a_mode_that_is_no_category_field_is_refused_with_a_suggestion(mode: str, message: str) -> None:
     stream = StreamConfig(fields=[FieldConfig(name="ax"), FieldConfig(name="state", type="category")])
-    check_class_field("outstation.toml", "tasks.t.mode", "state", stream)
+    check_class_field("outstation.toml", "tasks.t.class_field", "state", stream)
     with pytest.raises(ConfigError) as refused:
-        check_class_field("outstation.toml", "tasks.t.mode", mode, stream)
+        check_class_field("outstation.toml", "tasks.t.class_field", mode, stream)
     assert message in str(refused.value)
-    assert "tasks.t.mode" in str(refused.value)
+    assert "tasks.t.class_field" in str(refused.value)

@@ -14,8 +14,8 @@ import pytest
 from apscheduler.triggers.cron import CronTrigger
 
 from agent import clock
-from agent.bootstrap import device as assembly
-from agent.bootstrap import wiring
+from agent.bootstrap.daemon import build_daemon
+from agent.bootstrap.device import load_config, open_store
 from agent.client import Client
 from agent.clock import ClockReading
 from agent.device.daemon import Daemon
@@ -44,9 +44,9 @@ class Turned:
         device.append_config(f"[streams.watch]\nfields = [{', '.join(field_tables(FIELDS))}]\n")
         for name, schedule in TASKS.items():
             device.add_task(name, schedule=schedule)
-        self.file, self.conf = wiring.load_config(str(device.config))
-        self.store: Store = wiring.open_store(self.conf)
-        self.daemon: Daemon = assembly.build_daemon(self.file, self.conf, self.store)
+        self.file, self.conf = load_config(str(device.config))
+        self.store: Store = open_store(self.conf)
+        self.daemon: Daemon = build_daemon(self.file, self.conf, self.store)
         self.runs: Counter[str] = Counter()
         self.work: Counter[str] = Counter()
         self.most: Counter[str] = Counter()

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from agent import clock, config
-from agent.bootstrap import device, wiring
+from agent.bootstrap.daemon import build_daemon, load_scheduled_tasks
+from agent.bootstrap.device import load_config, open_store
 from agent.config import Config
 from agent.device.daemon import Daemon
-from agent.device.pipeline import batch
-from agent.device.recovery.open import open_store
+from agent.device.pipeline import batch, loaded_task
+from agent.device.pipeline.loaded_task import LoadedTask
+from agent.device.recovery import open as recovery
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
@@ -49,7 +51,7 @@ def trim(conf: Config, store: Store, now: clock.ClockReading) -> None:
 
 
 def test_old_readings_of_a_stream_without_a_task_go(tmp_path: Path) -> None:
-    store = open_store(tmp_path)
+    store = recovery.open_store(tmp_path)
     fill(store, conf(tmp_path))
     trim(conf(tmp_path), store, NOW)
     assert (store.first_row("watch"), store.last_row("watch")) == (1001, 1000)
@@ -57,7 +59,7 @@ def test_old_readings_of_a_stream_without_a_task_go(tmp_path: Path) -> None:
 
 
 def test_readings_that_a_task_has_yet_to_use_stay_however_old_they_are(tmp_path: Path) -> None:
-    store = open_store(tmp_path)
+    store = recovery.open_store(tmp_path)
     waiting = with_task(conf(tmp_path))
     fill(store, waiting)
     trim(waiting, store, NOW)
@@ -70,7 +72,7 @@ def test_readings_that_a_task_has_yet_to_use_stay_however_old_they_are(tmp_path:
 
 
 def test_a_used_reading_stays_for_a_while(tmp_path: Path) -> None:
-    store = open_store(tmp_path)
+    store = recovery.open_store(tmp_path)
     fill(store, conf(tmp_path))
     trim(conf(tmp_path), store, clock.ClockReading(round(T0 * 1e6) + 3_600_000_000, 1.0, "synced"))
     assert store.first_row("watch") == 1
@@ -78,7 +80,7 @@ def test_a_used_reading_stays_for_a_while(tmp_path: Path) -> None:
 
 
 def test_a_step_forward_of_the_wall_clock_makes_no_reading_old(tmp_path: Path) -> None:
-    store, boot_s = open_store(tmp_path), 200_000.0
+    store, boot_s = recovery.open_store(tmp_path), 200_000.0
     store.declare_streams(conf(tmp_path).streams)
     t = NOW.wall_us + np.arange(1000, dtype=np.int64) * 20_000
     with store.transaction() as tx:
@@ -113,13 +115,13 @@ schedule = "0 3 * * *"
 def test_a_nightly_run_that_was_missed_while_the_agent_was_off_is_due_at_the_next_start(tmp_path: Path) -> None:
     file = tmp_path / "outstation.toml"
     file.write_text(CRON, encoding="utf-8")
-    _, conf = wiring.load_config(str(file))
-    store = wiring.open_store(conf)
-    ((fresh,), _) = device.load_scheduled_tasks(file, conf, store)
+    _, conf = load_config(str(file))
+    store = open_store(conf)
+    ((fresh,), _) = load_scheduled_tasks(file, conf, store)
     assert not fresh.schedule.is_due(NOW, 0)
     with store.transaction() as tx:
         tx.save_state("exercise", task_keys.LAST_RUN, str(NOW.wall_us - 30 * 3_600_000_000).encode())
-    ((late,), _) = device.load_scheduled_tasks(file, conf, store)
+    ((late,), _) = load_scheduled_tasks(file, conf, store)
     assert late.schedule.is_due(NOW, 0)
     late.schedule.record_run(NOW)
     assert not late.schedule.is_due(NOW, 0)
@@ -129,12 +131,12 @@ def test_a_nightly_run_that_was_missed_while_the_agent_was_off_is_due_at_the_nex
 def test_a_store_that_holds_another_devices_messages_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "outstation.toml"
     file.write_text(CRON, encoding="utf-8")
-    wiring.open_store(wiring.load_config(str(file))[1]).close()
+    open_store(load_config(str(file))[1]).close()
     file.write_text(CRON.replace('"pi-07"', '"pi-08"'), encoding="utf-8")
     with pytest.raises(UsageError, match=r"of acme/pi-07.*data_dir of its own"):
-        wiring.open_store(wiring.load_config(str(file))[1])
+        open_store(load_config(str(file))[1])
     file.write_text(CRON, encoding="utf-8")
-    wiring.open_store(wiring.load_config(str(file))[1]).close()
+    open_store(load_config(str(file))[1]).close()
 
 
 # --- one task must not stop the others, nor a backlog everything else ---
@@ -160,10 +162,10 @@ class Turned:
         self.file = folder / "outstation.toml"
         self.file.write_text(TWO, encoding="utf-8")
         keys.generate(folder / "device.key")
-        _, self.conf = wiring.load_config(str(self.file))
-        self.store = wiring.open_store(self.conf)
+        _, self.conf = load_config(str(self.file))
+        self.store = open_store(self.conf)
         self.boot_s, self.look_s = 1000.0, 0.0
-        self.daemon: Daemon = device.build_daemon(self.file, self.conf, self.store, now=self.now)
+        self.daemon: Daemon = build_daemon(self.file, self.conf, self.store, now=self.now)
 
     def now(self) -> clock.ClockReading:
         self.boot_s += self.look_s
@@ -195,7 +197,7 @@ def test_a_task_whose_batch_fails_in_a_way_nobody_foresaw_rests_longer_and_longe
 ) -> None:
     real, tried, broken = batch.run, [], [True]
 
-    def run(task: batch.LoadedTask, *rest: Any) -> batch.BatchResult | None:
+    def run(task: LoadedTask, *rest: Any) -> batch.BatchResult | None:
         if task.name == "exercise":
             tried.append(turned.boot_s)
             if broken[0]:
@@ -225,14 +227,14 @@ def test_while_a_backlog_is_worked_off_commands_the_clock_health_and_other_tasks
     done: list[str] = []
     real = batch.run
 
-    def run(task: batch.LoadedTask, *rest: Any) -> batch.BatchResult | None:
+    def run(task: LoadedTask, *rest: Any) -> batch.BatchResult | None:
         done.append(task.name)
         turned.boot_s += 0.6
         return real(task, *rest)
 
     monkeypatch.setattr(batch, "run", run)
-    monkeypatch.setattr(batch, "_MAX_WINDOWS", 4)
-    monkeypatch.setattr(turned.daemon._operations, "tick", lambda now: done.append("commands"))
+    monkeypatch.setattr(loaded_task, "_MAX_WINDOWS", 4)
+    monkeypatch.setattr(turned.daemon._remote_commands, "tick", lambda now: done.append("commands"))
     monkeypatch.setattr(turned.daemon._health_reporter, "write_health", lambda: done.append("health"))
     turned.feed(32_000)
     assert turned.turn() == 0.0
@@ -257,9 +259,9 @@ def test_while_the_machine_is_too_hot_tasks_wait_health_says_so_and_what_waited_
     told = [
         json.loads(m.payload) for m in turned.store.unacknowledged_messages(0, 10_000) if m.topic.endswith("/health")
     ]
-    assert told[-1]["care"] == {
+    assert told[-1]["throttle"] == {
         "temperature": 91.0,
-        "resting": "91 °C; more than 80 °C ([care] max_temperature), until 75 °C",
+        "resting": "91 °C; more than 80 °C ([throttle] max_temperature), until 75 °C",
     }
     heat[0] = 60.0
     turned.turn(after_s=10.0)
@@ -268,7 +270,7 @@ def test_while_the_machine_is_too_hot_tasks_wait_health_says_so_and_what_waited_
 
 
 def test_a_paused_task_does_not_go_on_with_its_backlog(turned: Turned, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "_MAX_WINDOWS", 4)
+    monkeypatch.setattr(loaded_task, "_MAX_WINDOWS", 4)
     turned.feed(8000)
     turned.look_s = 0.5
     assert turned.turn() == 0.0

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from agent import clock
-from agent.bootstrap import device as assembly
-from agent.bootstrap import wiring
+from agent.bootstrap.daemon import build_daemon
+from agent.bootstrap.device import load_config, open_message_log, open_store
 from agent.client import Client, FlushResult
 from agent.clock import ClockReading
 from agent.config import BrokerConfig
@@ -109,7 +109,7 @@ def test_kill_nine_of_everything_at_random_costs_no_row_and_changes_no_result(fl
     calm, killed = (
         fleet.add_device(name)
         .add_replay_stream(rows, 100, seed=seed)
-        .add_task("exercise", extra_toml="learn = 20")
+        .add_task("exercise", extra_toml="learn_windows = 20")
         .start()
         for name in ("calm", "killed")
     )
@@ -365,7 +365,7 @@ def test_status_and_check_tell_about_a_running_daemon_without_disturbing_it(runn
         "clock",
         "broker",
     } == set(findings)
-    assert "in use by the running agent" in findings["storage"]["detail"]
+    assert "in use by the running daemon" in findings["storage"]["detail"]
     told = run_outstation("check", "-c", file)
     assert told.returncode == 0
     assert len(told.stdout.splitlines()) == len(findings)
@@ -417,7 +417,7 @@ def as_this_user(home: Path) -> Path:
 
 def as_the_device(device: DeviceProcess, topic: str) -> int:
     """The broker's reason code for a message on `topic` from somebody with this device's certificate."""
-    _, conf = wiring.load_config(str(device.config))
+    _, conf = load_config(str(device.config))
     link = Link(conf.broker, "pi-01")
     try:
         token = link.send(OutgoingMessage(topic, b"{}"))
@@ -519,10 +519,10 @@ def test_two_tasks_on_one_stream_by_cron_and_by_rows_cover_it_each_on_its_own(fl
     """In virtual time: a real daemon, its loop turned by hand."""
     device = fleet.add_device("pi-01").append_config(socket_stream(""))
     device.add_task("nightly", schedule="30 3 * * *").add_task("often", schedule="when 500 rows")
-    file, conf = wiring.load_config(str(device.config))
-    store = wiring.open_store(conf)
+    file, conf = load_config(str(device.config))
+    store = open_store(conf)
     try:
-        daemon = assembly.build_daemon(file, conf, store)
+        daemon = build_daemon(file, conf, store)
         start = clock.parse_rfc3339("2026-11-24T23:00:00Z")
         cursors = []
         for minute in range(0, 360, 10):
@@ -540,7 +540,7 @@ def test_two_tasks_on_one_stream_by_cron_and_by_rows_cover_it_each_on_its_own(fl
         fleet.collector.start()
         wait_until("the collector", lambda: fleet.collector.log_contains("connected"))
         public = keys.parse_public_key(conf.collector.key)
-        uplink = Uplink(conf, store, wiring.open_message_log(file, conf, store), public, clock.read, unexpected)
+        uplink = Uplink(conf, store, open_message_log(file, conf, store), public, clock.read, unexpected)
         uplink.start()
         wait_until("an empty outbox", lambda: store.outbox_size()[0] == 0)
         uplink.stop()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from agent import durable_files
 from agent.device.bundles import history
 from agent.errors import StorageFull
 from tests.kit.exchanges import Device, versions
@@ -158,7 +159,7 @@ def test_half_a_copy_is_no_copy_and_is_made_anew(device: Device, monkeypatch: py
         path.write_bytes(data)
 
     with monkeypatch.context() as patched:
-        patched.setattr(history, "write_new", die_later)
+        patched.setattr(durable_files, "write_new", die_later)
         with pytest.raises(KeyboardInterrupt):
             device.start()
     device.daemon._store.close()
@@ -173,7 +174,7 @@ def test_a_disk_that_takes_no_copy_keeps_no_task_from_running(device: Device, mo
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(history, "write_new", full)
+        patched.setattr(durable_files, "write_new", full)
         device.crash("2")
     assert device.runs() == "2"
     device.crash()
@@ -203,7 +204,7 @@ def test_pause_schedule_and_rollback_are_shown_by_health(device: Device) -> None
     assert ok
     health = [body for body in device.messages() if body["kind"] == "health"][-1]["tasks"]["sort"]
     expected = (True, "when 7 rows", device.digest("1"))
-    assert (health["paused"], health["schedule_set"], health["rolled_back_to"]) == expected
+    assert (health["paused"], health["schedule_override"], health["rolled_back_to"]) == expected
     shown = status["tasks"][0]
     assert (shown["paused"], shown["schedule"], shown["rolled_back_to"]) == expected
     assert shown["bundle"] == "tiny 1"

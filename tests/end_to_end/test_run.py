@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from agent.bootstrap import device
 from agent.cli.device import run
 from agent.errors import StorageForked
 from agent.testing.process import run_outstation
@@ -33,6 +32,6 @@ def test_a_daemon_that_starts_over_in_a_new_log_is_gone_before_the_next_one_is_m
         assert [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)] == before
         return Forking()
 
-    monkeypatch.setattr(device, "build_daemon", daemon)
+    monkeypatch.setattr(run, "build_daemon", daemon)
     done = CliRunner().invoke(run.run, ["-c", str(tmp_path / "outstation.toml")], catch_exceptions=False)
     assert (done.exit_code, len(made)) == (0, 2)

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from agent.bootstrap import device, wiring
+from agent.bootstrap.daemon import build_daemon
+from agent.bootstrap.device import load_config, open_store
 from agent.device.daemon import Daemon
 from agent.device.store.rows import Rows
 from agent.model.bundle import bundle
@@ -72,10 +73,10 @@ schedule = "every 60 s"
         shutil.copytree(self.bundles[text], target)
 
     def start(self) -> None:
-        self.file, self.conf = wiring.load_config(str(self.home / "outstation.toml"))
-        self.store = wiring.open_store(self.conf)
-        self.daemon: Daemon = device.build_daemon(self.file, self.conf, self.store)
-        self.daemon._operations.start(NOW, lambda: None)
+        self.file, self.conf = load_config(str(self.home / "outstation.toml"))
+        self.store = open_store(self.conf)
+        self.daemon: Daemon = build_daemon(self.file, self.conf, self.store)
+        self.daemon._remote_commands.start(NOW, lambda: None)
 
     def crash(self, configured: str | None = None) -> None:
         self.store.close()
@@ -84,8 +85,8 @@ schedule = "every 60 s"
         self.start()
 
     def obey(self, name: str, **args: str) -> tuple[bool, str, dict[str, Any]]:
-        self.daemon._operations._commands.receive(self.operator.command(name, args=args))
-        self.daemon._operations.tick(NOW)
+        self.daemon._remote_commands._receiver.receive(self.operator.command(name, args=args))
+        self.daemon._remote_commands.tick(NOW)
         with self.store.transaction() as tx:
             answer = tx.commands.unsent(0)[-1]
         return answer.ok, answer.summary, answer.data

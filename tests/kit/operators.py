@@ -12,8 +12,9 @@ import msgspec
 
 from agent import clock
 from agent.clock import ClockReading
-from agent.device.commands.executor import Action, CommandExecutor, Effect
+from agent.device.commands.executor import Action, CommandExecutor
 from agent.device.commands.receiver import CommandReceiver
+from agent.device.pipeline.tasks import Effect
 from agent.device.recovery.open import open_store
 from agent.device.store.command_log import CommandAnswer
 from agent.device.store.message_log import MessageLog

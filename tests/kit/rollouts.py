@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from agent.bootstrap import device, wiring
+from agent.bootstrap.daemon import build_daemon
+from agent.bootstrap.device import load_config, open_store
 from agent.clock import ClockReading
 from agent.device.bundles.rollout_state import RolloutState, load_state
 from agent.device.daemon import Daemon
@@ -125,10 +126,10 @@ class Site(Device):
             target = self.home / "data" / "bundles" / f"offered-{text}"
             if not target.exists():
                 shutil.copytree(self.bundles[text], target)
-        self.file, self.conf = wiring.load_config(str(self.home / "outstation.toml"))
-        self.store = wiring.open_store(self.conf)
-        self.daemon: Daemon = device.build_daemon(self.file, self.conf, self.store, now=lambda: self.now)
-        self.daemon._operations.start(self.now, lambda: None)
+        self.file, self.conf = load_config(str(self.home / "outstation.toml"))
+        self.store = open_store(self.conf)
+        self.daemon: Daemon = build_daemon(self.file, self.conf, self.store, now=lambda: self.now)
+        self.daemon._remote_commands.start(self.now, lambda: None)
 
     def stop(self) -> None:
         """As a process that was killed: nothing is written any more."""

@@ -62,16 +62,10 @@ FILE_CYCLES: set[str] = {
     "agent.model.inference.runtime",
 }
 FOLDER_CYCLES: set[str] = {
-    "agent.bootstrap",
-    "agent.cli.device",
-    "agent.device.commands",
-    "agent.device.rollout",
     "agent.fleet",
     "agent.fleet.collector",
 }
-CLIMBING: set[str] = {
-    "agent.bootstrap.commands",
-}
+CLIMBING: set[str] = set()
 CROWDED: set[str] = {
     "agent/evaluation",
 }

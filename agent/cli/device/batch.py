@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from agent.bootstrap import tasks, wiring
+from agent.bootstrap import device, tasks
 from agent.cli.output import config_option, emit, json_option, print_table
 from agent.device.machine.timekeeping import Timekeeper, make_clock
 from agent.device.pipeline import batch as batches
@@ -21,13 +21,13 @@ from agent.toml_files import did_you_mean
 @json_option
 def batch(task: str | None, config_file: str | None, as_json: bool) -> None:
     """Run what waits for TASK (for all tasks) once, and stop. Messages stay in the outbox for `run` to send."""
-    file, conf = wiring.load_config(config_file)
+    file, conf = device.load_config(config_file)
     if task is not None and task not in conf.tasks:
         raise ConfigError(str(file), "tasks", f"there is no task {task!r}{did_you_mean(task, conf.tasks)}")
-    store = wiring.open_store(conf)
+    store = device.open_store(conf)
     done: list[dict[str, Any]] = []
     try:
-        writer, now = wiring.open_message_log(file, conf, store), make_clock(store)
+        writer, now = device.open_message_log(file, conf, store), make_clock(store)
         Timekeeper(store, writer).tick(now())
         marker = tasks.open_crash_marker(conf, store, writer)
         for name in [task] if task else list(conf.tasks):

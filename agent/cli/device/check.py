@@ -1,34 +1,44 @@
-"""`outstation check`: one line for each thing that must be right, with the fix where it is not."""
+"""Command `outstation check`: check each part of an installation, and name the fix for each failure."""
 
 from __future__ import annotations
 
 import socket
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import click
 import msgspec
 from msgspec.structs import asdict
 
-from agent import clock, media
-from agent.bootstrap import tasks, wiring
-from agent.cli.device import check_updates
+from agent import clock
+from agent.bootstrap import device, tasks
 from agent.cli.output import config_option, emit, json_option
-from agent.config import Config, FilesSource, HostSource, MqttSource, ReplaySource
+from agent.config import Config, UpdatesConfig
+from agent.device.intake.source import SourceContext
+from agent.device.intake.sources.registry import source_module
 from agent.device.machine import schedule
 from agent.device.machine.timekeeping import build_report, make_clock
 from agent.device.pipeline import tuning_cache
 from agent.device.recovery.open import open_store
 from agent.device.recovery.report_findings import inspect_condition
+from agent.device.rollout.fetch import request as fetch_request
+from agent.device.rollout.fetch import version_floors
+from agent.device.rollout.fetch.child import FetchProcess
 from agent.device.store.store import Store
-from agent.errors import LinkDown, OutstationError, StorageBusy
+from agent.errors import FetchFailed, LinkDown, OutstationError, StorageBusy
 from agent.model.inference.tuning import Tuning
 
+_FETCH_TIMEOUT_S = 20.0
 _STATE_COLORS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
 class CheckResult(msgspec.Struct, frozen=True):
+    """One line of the report; `state` is ok, warning or failed."""
+
     name: str
     state: str
     detail: str
@@ -38,38 +48,39 @@ class CheckResult(msgspec.Struct, frozen=True):
 @config_option
 @json_option
 def check(config_file: str | None, as_json: bool) -> None:
-    """Config, keys, bundles on this CPU, storage, clock and broker."""
-    file, conf = wiring.load_config(config_file)
-    findings = [CheckResult("config", "ok", str(file)), *_run_checks(file, conf)]
-    emit([asdict(f) for f in findings], as_json, lambda: _print(findings))
-    if any(f.state == "failed" for f in findings):
+    """Check config, keys, bundles on this processor, storage, clock, update repository and broker."""
+    file, conf = device.load_config(config_file)
+    results = [CheckResult("config", "ok", str(file)), *_run_checks(file, conf)]
+    emit([asdict(result) for result in results], as_json, lambda: _print(results))
+    if any(result.state == "failed" for result in results):
         sys.exit(1)
 
 
 def _run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
-    yield _run_check("key", lambda: f"thumbprint {wiring.load_key_files(file, conf).load_active().public.kid}")
+    yield _run_check("key", lambda: f"thumbprint {device.load_key_files(file, conf).load_active().public.kid}")
     yield _check_collector(file, conf)
     if not conf.streams:
-        yield CheckResult("streams", "warning", "none: nothing comes in; add a [streams.NAME] section")
+        yield CheckResult("streams", "warning", "none: no readings come in; add a [streams.NAME] section")
     if not conf.tasks:
         yield CheckResult("tasks", "warning", "none: no model runs; add a [tasks.NAME] section")
     for name, stream in conf.streams.items():
-        if stream.media_format is not None or isinstance(stream.source, HostSource | MqttSource | ReplaySource):
-            yield _run_check(f"stream {name}", lambda n=name: _check_source(file, conf, n))  # type: ignore[misc]
+        if (module := source_module(stream.source)) is not None:
+            context = SourceContext(str(file), conf, name)
+            yield _run_check(f"stream {name}", partial(module.check, context, stream.source))
     for name, task in conf.tasks.items():
         yield _run_check(f"schedule {name}", lambda n=name, t=task: _check_schedule(file, n, t.schedule))  # type: ignore[misc]
         yield _run_check(f"bundle {name}", lambda n=name: _check_bundle(file, conf, n))  # type: ignore[misc]
-    # Before the store is opened to write, which ends what it tells.
+    # Before the store is opened for writing: that resets how the last process stopped.
     yield from _check_store_condition(conf)
     running = _is_running(conf)
     yield (
-        CheckResult("storage", "ok", f"{conf.data_dir}, in use by the running agent")
+        CheckResult("storage", "ok", f"{conf.data_dir}, in use by the running daemon")
         if running
         else _check_storage(conf)
     )
     yield _check_clock(conf)
     if conf.updates is not None:
-        yield _run_check("updates", lambda u=conf.updates: check_updates.inspect_repository(conf, u))  # type: ignore[misc]
+        yield _run_check("updates", lambda u=conf.updates: inspect_repository(conf, u))  # type: ignore[misc]
     yield _run_check("broker", lambda: _check_broker_reachable(conf) if running else _check_broker_login(conf))
 
 
@@ -93,43 +104,16 @@ def _check_schedule(file: Path, name: str, text: str) -> str:
     return text
 
 
-def _check_source(file: Path, conf: Config, name: str) -> str:
-    """What `assembly.sources` would refuse, without a store."""
-    stream = conf.streams[name]
-    source = stream.source
-    if isinstance(source, HostSource):
-        from agent.device.intake.sources import host
-
-        host.check_config(str(file), name, stream)
-        return f"{', '.join(field.name for field in stream.fields)} of this machine"
-    if isinstance(source, MqttSource):
-        from agent.device.intake.sources import mqtt
-
-        mqtt.check_config(str(file), name, stream, source)
-        return f"{source.topic} at {source.broker.url}"
-    if isinstance(source, ReplaySource):
-        from agent.device.intake.sources import replay
-
-        recordings = replay.load_playlist(stream, source).recordings
-        return f"a replay of the {len(recordings.rows):,} rows in {source.file}"
-    from agent.device.intake import media_reader
-
-    media_reader.check_config(str(file), name, stream, int(conf.buffer.max_size))
-    assert isinstance(source, FilesSource)
-    assert stream.media_format is not None
-    return f"{media.to_toml(stream.media_format)}, of the files in {source.folder}"
-
-
 def _check_bundle(file: Path, conf: Config, name: str) -> str:
     task = tasks.load_task(file, conf, None, name, known_tunings=_load_known_tunings(conf, name))
-    drift = "with drift reference" if task.drift_monitor else "without drift reference: drift is not watched"
+    drift = "with drift reference" if task.drift_monitor else "without drift reference: drift is not tested"
     manifest = task.bundle.manifest
     pace = f", {task.tuning}" if task.tuning else ""
     return f"{manifest.name} {manifest.version}, golden vectors right on this CPU{pace}, {drift}"
 
 
 def _load_known_tunings(conf: Config, task: str) -> list[Tuning]:
-    """What the agent that runs here goes by; without a store the check tries for itself."""
+    """Return the tunings of the daemon that runs here; without a store, the check tunes the model itself."""
     try:
         store = Store.open_read_only(conf.data_dir)
     except OutstationError:
@@ -168,42 +152,42 @@ def _check_store_condition(conf: Config) -> Iterator[CheckResult]:
     except OutstationError:
         return
     try:
-        found = inspect_condition(store)
+        condition = inspect_condition(store)
     except OutstationError as problem:
         yield CheckResult("store", "warning", f"{problem}")
         return
     finally:
         store.close()
-    doubtful = found.last_stop == "unclean" or found.last_finding or found.quarantine
-    yield CheckResult("store", "warning" if doubtful else "ok", str(found))
+    has_problem = condition.last_stop == "unclean" or condition.last_finding or condition.quarantine
+    yield CheckResult("store", "warning" if has_problem else "ok", str(condition))
 
 
 def _check_clock(conf: Config) -> CheckResult:
     try:
         store = Store.open_read_only(conf.data_dir)
     except OutstationError:
-        now, past = clock.read(), clock.to_rfc3339(clock.BUILD_FLOOR_US)
+        now, floor = clock.read(), clock.to_rfc3339(clock.BUILD_FLOOR_US)
     else:
         try:
             now = make_clock(store)()
-            past = build_report(store, now)["floor"]
+            floor = build_report(store, now)["floor"]
         finally:
             store.close()
-    time = clock.to_rfc3339(now.wall_us)
+    shown = clock.to_rfc3339(now.wall_us)
     if now.error_us is not None and now.quality == "synced":
-        return CheckResult("clock", "ok", f"{time}, synchronized to {now.error_us / 1e6:.3f} s")
-    earlier = f" and earlier than {past}, which has passed" if now.quality == "unsynced" else ""
+        return CheckResult("clock", "ok", f"{shown}, synchronized to {now.error_us / 1e6:.3f} s")
+    earlier = f" and earlier than {floor}, which has passed" if now.quality == "unsynced" else ""
     fix = "rows are dated afterwards, once a time service (systemd-timesyncd, chrony) has set it"
-    return CheckResult("clock", "warning", f"{time}, {now.quality}{earlier}: {fix}")
+    return CheckResult("clock", "warning", f"{shown}, {now.quality}{earlier}: {fix}")
 
 
 def _check_broker_reachable(conf: Config) -> str:
-    """Without a login: the broker would throw the running agent off."""
+    """Connect without a login, for which the broker would disconnect the running daemon."""
     try:
         socket.create_connection((conf.broker.host, conf.broker.port), 5).close()
     except OSError as error:
         raise LinkDown(f"{conf.broker.url}: {error}; is the broker running and reachable?") from None
-    return f"{conf.broker.url} answers; the running agent is logged in, see its log"
+    return f"{conf.broker.url} answers; see the log of the running daemon for its login"
 
 
 def _check_broker_login(conf: Config) -> str:
@@ -217,7 +201,36 @@ def _check_broker_login(conf: Config) -> str:
     return f"{conf.broker.url}, messages up to {min(link.max_packet, conf.broker.max_message_bytes)} bytes"
 
 
+def inspect_repository(conf: Config, updates: UpdatesConfig) -> str:
+    """Fetch the repository's metadata without storing it, and return a summary. Raises OutstationError."""
+    now = clock.read()
+    try:
+        store = Store.open_read_only(conf.data_dir)
+    except OutstationError:
+        floors, time_us = version_floors.VersionFloors(), max(now.wall_us, clock.BUILD_FLOOR_US)
+    else:
+        floors, time_us = version_floors.load(store), fetch_request.trusted_time_us(store, now)
+        store.close()
+    with tempfile.TemporaryDirectory(prefix="outstation-") as folder:
+        request = fetch_request.build_metadata_request(conf, updates, floors, time_us)
+        request = msgspec.structs.replace(request, metadata_dir=folder, timeout_s=_FETCH_TIMEOUT_S)
+        process = FetchProcess(request, clock.boot_seconds())
+        try:
+            while not process.has_ended(clock.boot_seconds()):
+                time.sleep(0.02)
+        except BaseException:
+            process.kill_and_wait()
+            raise
+        response = process.read_response()
+    if response.error:
+        raise FetchFailed(response.error, response.detail)
+    versions = {role: floor.version for role, floor in response.floors.roles.items()}
+    expires = clock.to_rfc3339(round((response.floors.expires_s or 0.0) * 1e6))[:10]
+    return f"{updates.url}, root {versions['root']}, timestamp {versions['timestamp']}, valid until {expires}"
+
+
 def _print(results: list[CheckResult]) -> None:
-    width = max(len(f.name) for f in results)
-    for f in results:
-        click.echo(f"{click.style(f.state.ljust(7), fg=_STATE_COLORS[f.state])}  {f.name.ljust(width)}  {f.detail}")
+    width = max(len(result.name) for result in results)
+    for result in results:
+        state = click.style(result.state.ljust(7), fg=_STATE_COLORS[result.state])
+        click.echo(f"{state}  {result.name.ljust(width)}  {result.detail}")

@@ -10,7 +10,7 @@ import click
 
 from agent import clock
 from agent.arrays import Ints
-from agent.bootstrap import wiring
+from agent.bootstrap import device
 from agent.cli.device import drift_plot
 from agent.cli.device.drift_plot import FieldScale
 from agent.cli.output import (
@@ -50,11 +50,11 @@ MAX_WINDOWS = 5000
 def drift(task: str, plot: Path | None, dark: bool, config_file: str | None, as_json: bool) -> None:
     """How TASK's readings moved from this site's reference: the windows of which messages are still kept here."""
     require_plot_format(plot)
-    _, conf = wiring.load_config(config_file)
+    _, conf = device.load_config(config_file)
     wipe.require_unwiped(conf.data_dir)
     if task not in conf.tasks:
         raise UsageError(f"there is no task {task!r}{did_you_mean(task, conf.tasks)}")
-    store = wiring.open_store_read_only(conf)
+    store = device.open_store_read_only(conf)
     try:
         found = _TaskDrift(conf, store, task)
     finally:

@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from agent.bootstrap import commands, device, wiring
+from agent.bootstrap import device
+from agent.bootstrap.daemon import build_daemon
 from agent.cli.output import config_option
 from agent.config import Config
 from agent.device.commands import wipe
@@ -30,7 +31,7 @@ def run(config_file: str | None, verbose: bool) -> None:
     )
     # Its debug lines are about timers of ours.
     logging.getLogger("asyncio").setLevel(logging.WARNING)
-    file, conf = wiring.load_config(config_file)
+    file, conf = device.load_config(config_file)
     if (wiped := wipe.read_marker(conf.data_dir)) is not None:
         # Exit 0: a service manager need not try again.
         logging.getLogger("outstation").warning(
@@ -47,14 +48,14 @@ def run(config_file: str | None, verbose: bool) -> None:
 
 
 def _run(file: Path, conf: Config) -> None:
-    store = wiring.open_store(conf)
+    store = device.open_store(conf)
     if wipe.is_pending(store):
         store.close()
-        commands.erase_device(file, conf, wiring.device_key_path(file, conf))
+        device.erase(file, conf, device.device_key_path(file, conf))
         return
     before: dict[int, Any] = {}
     try:
-        daemon = device.build_daemon(file, conf, store)
+        daemon = build_daemon(file, conf, store)
         for signum in (signal.SIGTERM, signal.SIGINT):
             before[signum] = signal.signal(signum, lambda *_: daemon.signals.request_stop())
         daemon.run()
@@ -69,4 +70,4 @@ def _finish_wipe(file: Path, conf: Config, marker: dict[str, Any]) -> dict[str, 
     if marker.get("state") == "wiped":
         return marker
     acquire_lock(conf.data_dir)
-    return commands.erase_device(file, conf, file.resolve().parent / wiring.KEY_FILE)
+    return device.erase(file, conf, file.resolve().parent / device.KEY_FILE)

@@ -1,107 +1,179 @@
-"""`outstation status`: how the device is doing, read from its store beside the running daemon."""
+"""Command `outstation status`: the device's state, read from its store beside the running daemon."""
 
 from __future__ import annotations
 
+import datetime
+from collections.abc import Sequence
 from typing import Any
 
 import click
+import msgspec
 
-from agent import clock
-from agent.bootstrap import wiring
-from agent.cli.device import status_task
-from agent.cli.output import config_option, emit, json_option
-from agent.config import Config
+from agent.bootstrap import device
+from agent.cli.output import config_option, emit, json_option, print_table
+from agent.device import status as documents
 from agent.device.commands import wipe
-from agent.device.machine.throttle import Throttle
-from agent.device.machine.timekeeping import build_report, make_clock
-from agent.device.recovery.report_findings import inspect_condition
-from agent.device.store import cost, space
-from agent.device.store.store import Store
+from agent.model.inference.tuning import Tuning
+from agent.text import metric_name
 
-_MAX_ALERTS = 5
+_HEADLINE_METRICS = frozenset({"accuracy", "f1_macro", "f1", "brier", "brier_top", "ece", "mae", "rmse", "r2", "auc"})
+_MAX_WORSE_SLICES = 3
 
 
 @click.command(epilog="Example: outstation status --json")
 @config_option
 @json_option
 def status(config_file: str | None, as_json: bool) -> None:
-    """Backlog, tasks and what is open of each, bundles, outbox, hours of buffer left, clock, last alerts."""
-    _, conf = wiring.load_config(config_file)
+    """Show streams, tasks, open alerts, bundles, outbox, storage, clock and the last alerts."""
+    _, conf = device.load_config(config_file)
     wipe.require_unwiped(conf.data_dir)
-    store = wiring.open_store_read_only(conf)
+    store = device.open_store_read_only(conf)
     try:
-        found = build_document(conf, store)
+        document = documents.build_document(conf, store)
     finally:
         store.close()
-    emit(found, as_json, lambda: _print(found))
-
-
-def build_document(conf: Config, store: Store) -> dict[str, Any]:
-    """What `status --json` prints."""
-    waiting, last = store.outbox_size()
-    now = make_clock(store)()
-    return {
-        "device": conf.device.id,
-        "fleet": conf.device.fleet,
-        "log": store.log_id,
-        "clock": {"time": clock.to_rfc3339(now.wall_us), "quality": now.quality, **build_report(store, now)},
-        "streams": [
-            {"stream": name, "rows": store.last_row(name), "kept_from": store.first_row(name)} for name in conf.streams
-        ],
-        "tasks": [status_task.build_document(conf, store, name) for name in conf.tasks],
-        "outbox": {"waiting": waiting, "last": last},
-        "store": _storage_usage(conf, store),
-        "condition": inspect_condition(store).document,
-        "care": Throttle(conf.care).tick(now).to_dict(),
-        "rejected": store.counters().get("lines rejected", 0),
-        "failed_files": store.counters().get("files failed", 0),
-        "alerts": store.recent_alerts(_MAX_ALERTS),
-    }
-
-
-def _storage_usage(conf: Config, store: Store) -> dict[str, Any]:
-    """Bytes, and hours until something undelivered would have to go; None where that is not in sight or not known.
-
-    `written_per_day` is what the kernel wrote to the medium for the agent; a file system's journal comes on top.
-    """
-    hours, spent = space.hours_until_eviction(store, store.limit_bytes()), cost.read_process_cost(store.counters())
-    written = round(spent.written_bytes / spent.seconds * 86_400) if spent.seconds else None
-    return {"written_per_day": written, "bytes": store.used_bytes(), "max": int(conf.buffer.max_size), "hours": hours}
-
-
-def _format_clock(clock: dict[str, Any]) -> str:
-    right = f", to {clock['error_us'] / 1e6:.3f} s" if clock["error_us"] is not None else ""
-    vouched = f"last vouched for {clock['synced']}" if clock["synced"] else "never vouched for by a time service"
-    behind = f"; the time floor is {clock['floor']}" if clock["quality"] == "unsynced" else ""
-    return f"clock {clock['time']}, {clock['quality']}{right}; {vouched}; set {clock['steps']} times this boot{behind}"
+    emit(document, as_json, lambda: _print(document))
 
 
 def _print(document: dict[str, Any]) -> None:
     click.echo(f"{document['device']} in fleet {document['fleet']}, boot {document['clock']['boot']}")
     click.echo(_format_clock(document["clock"]))
-    room, outbox = document["store"], document["outbox"]
-    left = f", full in about {room['hours']:g} h at this pace" if room["hours"] is not None else ""
-    wear = f"; {room['written_per_day'] / 1e6:,.1f} MB a day written" if room["written_per_day"] is not None else ""
-    click.echo(f"store {room['bytes'] / 2**20:.1f} of {room['max'] / 2**20:.0f} MiB{left}{wear}")
+    storage, outbox = document["store"], document["outbox"]
+    left = f", full in about {storage['hours']:g} h at this rate" if storage["hours"] is not None else ""
+    written = storage["written_per_day"]
+    wear = f"; {written / 1e6:,.1f} MB written a day" if written is not None else ""
+    click.echo(f"store {storage['bytes'] / 2**20:.1f} of {storage['max'] / 2**20:.0f} MiB{left}{wear}")
     files = f", {document['failed_files']} files failed" if document["failed_files"] else ""
-    refused = f"{document['rejected']} lines rejected{files}"
-    click.echo(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {refused}\n")
-    if shown := _format_condition(document["condition"]):
-        click.echo(f"{shown}\n")
-    if resting := document["care"].get("resting"):
-        click.echo(f"tasks wait: {resting}\n")
-    status_task.print_tasks(document["tasks"])
+    rejected = f"{document['rejected']} lines rejected{files}"
+    click.echo(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {rejected}\n")
+    if condition := _format_condition(document["condition"]):
+        click.echo(f"{condition}\n")
+    if pause_reason := document["throttle"].get("resting"):
+        click.echo(f"tasks are paused: {pause_reason}\n")
+    _print_tasks(document["tasks"])
     click.echo("")
     for alert in document["alerts"]:
-        click.echo(status_task.format_alert(alert, alert["state"]))
+        click.echo(_format_alert(alert, alert["state"]))
     if not document["alerts"]:
         click.echo("No alerts.")
 
 
-def _format_condition(state: dict[str, Any]) -> str:
-    """One line where there is something to look at."""
-    last, quarantine = state["last"], state["quarantine"]
-    parts = ["last stop unclean"] if state["stop"] == "unclean" else []
-    parts += [f"{last['time']}: {last['what']}"] if last else []
+def _format_clock(clock: dict[str, Any]) -> str:
+    error = f", to {clock['error_us'] / 1e6:.3f} s" if clock["error_us"] is not None else ""
+    synced = f"last synchronized {clock['synced']}" if clock["synced"] else "never synchronized by a time service"
+    floor = f"; the time floor is {clock['floor']}" if clock["quality"] == "unsynced" else ""
+    return f"clock {clock['time']}, {clock['quality']}{error}; {synced}; set {clock['steps']} times this boot{floor}"
+
+
+def _format_condition(condition: dict[str, Any]) -> str:
+    """Return one line if the store was repaired or not closed cleanly."""
+    last, quarantine = condition["last_finding"], condition["quarantine"]
+    parts = ["last stop unclean"] if condition["last_stop"] == "unclean" else []
+    parts += [f"{last['time']}: {last['summary']}"] if last else []
     parts += [f"{quarantine['bytes'] / 2**20:.1f} MiB in {quarantine['folder']}"] if quarantine else []
     return "; ".join(parts)
+
+
+def _print_tasks(tasks: Sequence[dict[str, Any]]) -> None:
+    """Print a table of all tasks, then details of each."""
+    print_table(
+        ["task", "bundle", "schedule", "rows used", "waiting", "windows", "reference", "open"],
+        [
+            [
+                *(task["task"], _format_bundle(task), "paused" if task.get("paused") else task["schedule"]),
+                *(task[name] for name in ("row", "backlog", "windows")),
+                _format_reference_state(task["reference"]),
+                len(task["open"]) or "nothing",
+            ]
+            for task in tasks
+        ],
+        "No tasks: add a [tasks.NAME] section to run a model.",
+    )
+    for task in tasks:
+        lines = [
+            f"model runs: {msgspec.convert(task['pace'], Tuning) if task['pace'] else 'not tuned yet'}",
+            *_format_deadline(task.get("deadline")),
+            *_format_rollout(task.get("rollout")),
+            *_format_reference(task["reference"]),
+            *_format_label_metrics(task["quality"]),
+        ]
+        lines += [_format_alert(alert, f"open {alert['alert']}") for alert in task["open"]]
+        click.echo(f"\n{task['task']}")
+        for line in lines:
+            click.echo(f"  {line}")
+
+
+def _format_alert(alert: dict[str, Any], heading: str) -> str:
+    moment = datetime.datetime.fromisoformat(alert["time"])
+    color = {"critical": "red", "warning": "yellow"}.get(alert["severity"])
+    return f"{moment:%Y-%m-%d %H:%M}  {click.style(heading, fg=color)}  {alert['summary']}"
+
+
+def _format_bundle(task: dict[str, Any]) -> str:
+    note = (
+        "another is quarantined" if "quarantined_bundles" in task else "rolled back" if "rolled_back_to" in task else ""
+    )
+    return f"{task['bundle']} ({note})" if note else str(task["bundle"])
+
+
+def _format_deadline(deadline: dict[str, Any] | None) -> list[str]:
+    if deadline is None:
+        return []
+    line, last = f"deadline {deadline['seconds']:g} s: ", deadline["last"]
+    if not deadline["late"] or last is None:
+        return [line + "no batch was late"]
+    batches = "1 batch was" if deadline["late"] == 1 else f"{deadline['late']:,} batches were"
+    moment = datetime.datetime.fromisoformat(last["time"])
+    duration = f"{last['seconds']:g} s for {last['windows']:,} windows"
+    return [line + click.style(f"{batches} late, the last at {moment:%Y-%m-%d %H:%M}: {duration}", fg="yellow")]
+
+
+def _format_rollout(rollout: dict[str, Any] | None) -> list[str]:
+    if rollout is None:
+        return []
+    wanted, phase = rollout["wants"], rollout["phase"]
+    color = {"refused": "yellow", "rolled back": "red"}.get(phase)
+    state = click.style(phase, fg=color) + (f" ({rollout['reason']})" if rollout["reason"] else "")
+    late = click.style(" LATE", fg="yellow") if rollout["late"] else ""
+    detail = f": {rollout['why']}" if rollout["why"] else ""
+    target = f"{wanted['name']} {wanted['version']}"
+    return [
+        f"rollout {rollout['id']} ({rollout['strategy']}) of {target}: {state} since {rollout['since']}{late}{detail}"
+    ]
+
+
+def _format_reference_state(reference: dict[str, Any]) -> str:
+    return "site's own" if reference["site"] else "learning" if reference["learning"] else "shipped"
+
+
+def _format_reference(reference: dict[str, Any]) -> list[str]:
+    lines = []
+    if (learning := reference["learning"]) is not None:
+        span = f" over at least {learning['for_s']:.0f} s" if learning["for_s"] else ""
+        lines.append(f"learning its reference: {learning['windows']} of {learning['of']} drift windows{span}")
+    if reference["warning"] is not None:
+        lines.append(f"reference: {click.style('warning', fg='yellow')}: {reference['warning']}")
+    return lines
+
+
+def _format_label_metrics(report: dict[str, Any] | None) -> list[str]:
+    """Return the newest metrics with their intervals, and the slices that are worse than the rest."""
+    if report is None:
+        return ["by labels: none yet"]
+    metrics = report["metrics"]
+    overall = [m for m in metrics if not m.get("slice") and m["metric"] in _HEADLINE_METRICS and m["value"] is not None]
+    chance = [m["value"] for m in metrics if m["metric"] == "ece_chance"]
+    notes = {"ece": f" where chance alone makes {chance[0]:.2g}"} if chance else {}
+    text = ", ".join(f"{metric_name(m['metric'])} {_format_interval(m)}{notes.get(m['metric'], '')}" for m in overall)
+    worse = [m for m in metrics if m.get("state") == "worse"]
+    more = f" and {len(worse) - _MAX_WORSE_SLICES} more" if len(worse) > _MAX_WORSE_SLICES else ""
+    slices = ", ".join(f"{m['slice']} {_format_interval(m)}" for m in worse[:_MAX_WORSE_SLICES])
+    day = datetime.datetime.fromisoformat(report["time"])
+    n = report.get("window", {}).get("n")
+    lines = [f"by labels of {n} results ({day:%Y-%m-%d %H:%M}): {text}"] if text else []
+    return lines + ([f"worse than elsewhere: {slices}{more}"] if slices else [])
+
+
+def _format_interval(metric: dict[str, Any]) -> str:
+    interval = "" if metric["low"] is None else f" ({metric['low']:.3g} to {metric['high']:.3g})"
+    return f"{metric['value']:.3g}{interval}"

@@ -16,16 +16,16 @@ import queue
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import msgspec
-
 from agent import clock
 from agent.clock import ClockReading, parse_rfc3339
+from agent.device.commands.key_rotation import KeyRotation
 from agent.device.commands.receiver import CommandReceiver, ReceivedCommand
+from agent.device.commands.wipe import DELIVERY_TIMEOUT_S, Wipe
 from agent.device.machine.timekeeping import FLOOR
+from agent.device.pipeline.tasks import Effect
 from agent.device.store.command_log import ClaimedCommand, CommandAnswer
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
-from agent.device.store.transaction import Transaction
 from agent.errors import OutstationError, RowRejected, StorageError, StorageFull
 from agent.wire.commands import CLOCK_DEPENDENT, MAX_LIFETIME_S, check_args
 from agent.wire.messages import CommandPayload, encode
@@ -34,15 +34,6 @@ log = logging.getLogger("outstation.commands")
 
 _REPLY_OVERHEAD = 1500
 _MAX_ARG_CHARS = 256
-
-
-class Effect(msgspec.Struct, frozen=True):
-    """What a command came to: `write` is committed with the answer, `then` follows before anybody else writes."""
-
-    summary: str
-    data: dict[str, Any] = msgspec.field(default_factory=dict)
-    write: Callable[[Transaction], object] = lambda tx: None
-    after_commit: Callable[[], object] = lambda: None
 
 
 Action = Callable[[Mapping[str, str], ClockReading], Effect]
@@ -150,3 +141,42 @@ def _audit_body(claimed: ClaimedCommand, outcome: str, effect: Effect) -> dict[s
     evidence = {"id": claimed.id, "name": claimed.name[:64], "args": args, "counter": claimed.counter}
     summary = f"Command {claimed.name}: {effect.summary}"[:2000]
     return {"event": "command", "summary": summary, "evidence": {**evidence, "kid": claimed.kid, "outcome": outcome}}
+
+
+class RemoteCommands:
+    """Remote commands as the main loop drives them. `erase` deletes the device's data, with the store closed."""
+
+    def __init__(
+        self,
+        executor: CommandExecutor,
+        receiver: CommandReceiver,
+        rotation: KeyRotation,
+        wipe: Wipe,
+        erase: Callable[[], object],
+    ) -> None:
+        self._executor, self._receiver, self._rotation = executor, receiver, rotation
+        self._wipe, self._erase = wipe, erase
+
+    def start(self, now: ClockReading, wake: Callable[[], None]) -> None:
+        """Answer the commands that a crash interrupted; call `wake` when a command arrives."""
+        self._receiver.on_received = wake
+        self._executor.recover(now)
+
+    def tick(self, now: ClockReading) -> bool:
+        """Execute the commands that arrived; return True if there were any."""
+        self._rotation.tick(now)
+        return self._executor.tick(now) > 0
+
+    @property
+    def is_wipe_requested(self) -> bool:
+        """True if the device must be erased once the daemon has stopped."""
+        return self._wipe.is_confirmed
+
+    def wait_for_wipe(self, now: Callable[[], ClockReading], pause: Callable[[float], object]) -> None:
+        """Wait until the collector has the audit message and the answer, or until the time for that is over."""
+        end = now().boot_s + DELIVERY_TIMEOUT_S
+        while now().boot_s < end and not (self._wipe.is_delivered() and self._receiver.is_idle()):
+            pause(0.1)
+
+    def erase(self) -> None:
+        self._erase()

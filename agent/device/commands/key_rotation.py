@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Mapping
 
 from agent.clock import ClockReading
-from agent.device.commands.executor import Effect
 from agent.device.machine.keys import (
     LOG_SIGNER_KID,
     PENDING_ROTATION,
@@ -21,6 +20,7 @@ from agent.device.machine.keys import (
     keys_message,
     reissue_rotation,
 )
+from agent.device.pipeline.tasks import Effect
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction

@@ -20,7 +20,7 @@ from typing import Any
 from agent import clock, durable_files
 from agent.clock import ClockReading
 from agent.config import Config
-from agent.device.commands.executor import Effect
+from agent.device.pipeline.tasks import Effect
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction

@@ -1,4 +1,4 @@
-"""The running device as its operators' commands see it: what the daemon hands over to be changed."""
+"""Scheduled tasks, and the runtime: what the daemon lets remote commands and rollouts change while it runs."""
 
 from __future__ import annotations
 
@@ -8,47 +8,70 @@ from typing import Any
 import msgspec
 
 from agent.clock import ClockReading
+from agent.config import Config
+from agent.device.bundles import overrides
 from agent.device.machine.schedule import Schedule
-from agent.device.pipeline.batch import LoadedTask
+from agent.device.pipeline.loaded_task import LoadedTask
+from agent.device.store.store import Store
+from agent.device.store.transaction import Transaction
 
 
 class ScheduledTask(msgspec.Struct):
-    """A task and when it is due. Paused, it is not, until an operator resumes it."""
+    """A task and its schedule. A paused task is never due."""
 
     task: LoadedTask
     schedule: Schedule
     paused: bool = False
 
 
+class Effect(msgspec.Struct, frozen=True):
+    """Outcome of a remote command: `write` joins the commit of the answer; `after_commit` runs before any other write."""
+
+    summary: str
+    data: dict[str, Any] = msgspec.field(default_factory=dict)
+    write: Callable[[Transaction], object] = lambda tx: None
+    after_commit: Callable[[], object] = lambda: None
+
+
 class Runtime(msgspec.Struct, frozen=True):
-    """`planned` and `models` (task → its model) are the daemon's own, and may be changed on the main loop."""
+    """The running daemon, as remote commands and rollouts see it; used on the main loop only.
+
+    `models` maps a task to the reference of its bundle.
+    """
 
     scheduled_tasks: list[ScheduledTask]
     models: dict[str, dict[str, Any]]
     run: Callable[[ScheduledTask, ClockReading], object]
-    """Work a task off."""
+    """Process the backlog of a task."""
     report: Callable[[], object]
     """Write a health message."""
     clear_not_running_alerts: Callable[[], object]
     """Clear the alerts of tasks that did not run."""
     halt: Callable[[], object]
+    """Stop the daemon."""
     reconnect: Callable[[], object]
-    """Connect to the broker anew."""
+    """Open a new connection for the outbox."""
 
     def replace_task(self, task: LoadedTask, schedule_task: Callable[[LoadedTask], ScheduledTask]) -> None:
-        """Run `task` from now on; `plan` says when, of one that did not run."""
-        planned = self.find(task.name)
-        if planned is None:
+        """Run `task` from now on; `schedule_task` is called if no task of this name ran."""
+        scheduled = self.find(task.name)
+        if scheduled is None:
             self.scheduled_tasks.append(schedule_task(task))
         else:
-            planned.task = task
+            scheduled.task = task
         self.models[task.name] = task.bundle_ref
         self.clear_not_running_alerts()
 
     def remove(self, task: str) -> None:
-        """It does not run any more; its readings wait."""
-        self.scheduled_tasks[:] = [one for one in self.scheduled_tasks if one.task.name != task]
+        """Stop running a task; its readings wait."""
+        self.scheduled_tasks[:] = [scheduled for scheduled in self.scheduled_tasks if scheduled.task.name != task]
         self.models.pop(task, None)
 
     def find(self, task: str) -> ScheduledTask | None:
-        return next((one for one in self.scheduled_tasks if one.task.name == task), None)
+        return next((scheduled for scheduled in self.scheduled_tasks if scheduled.task.name == task), None)
+
+
+def make_scheduled_task(file: str, conf: Config, store: Store, task: LoadedTask) -> ScheduledTask:
+    """Return a task that did not run before, with the operator's schedule or the one in the config `file`."""
+    schedule = overrides.effective_schedule(file, conf, store, task.name, None)
+    return ScheduledTask(task, schedule, overrides.is_paused(store, task.name))

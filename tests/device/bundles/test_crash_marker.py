@@ -18,9 +18,9 @@ from agent.device.bundles.crash_marker import FILE, CrashMarker, CrashRecord
 _DIES = """\
 import os, sys
 from pathlib import Path
-from agent.device.bundles.crash_marker import Marker
+from agent.device.bundles.crash_marker import CrashMarker
 
-with Marker(Path(sys.argv[1])).running("sort", "sha256:bad"):
+with CrashMarker(Path(sys.argv[1])).guard_run("sort", "sha256:bad"):
     os.kill(os.getpid(), int(sys.argv[2]))
 """
 

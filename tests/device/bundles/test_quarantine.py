@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from agent import clock
-from agent.bootstrap import tasks, wiring
+from agent.bootstrap import tasks
+from agent.bootstrap.device import open_message_log, open_store
 from agent.device.bundles import crash_marker, history, overrides
 from agent.device.bundles.crash_marker import CrashMarker, CrashRecord
 from agent.device.store import task_keys
@@ -95,7 +96,7 @@ def test_it_stays_aside_over_restarts_and_status_says_so(device: Device) -> None
     assert device.runs() == "1"
     assert len(audits(device, "quarantined")) == 1
     [task] = device.obey("report")[2]["tasks"]
-    assert (task["set_aside"], task["rolled_back_to"]) == ([bad], device.digest("1"))
+    assert (task["quarantined_bundles"], task["rolled_back_to"]) == ([bad], device.digest("1"))
 
 
 def test_a_healthy_model_that_is_killed_while_it_runs_is_not_set_aside_however_often(device: Device) -> None:
@@ -280,8 +281,8 @@ def test_the_model_runs_and_is_loaded_within_the_mark(device: Device, monkeypatc
 def test_a_batch_by_hand_counts_the_death_of_the_one_before(device: Device) -> None:
     device.crash("2")
     dies(device, device.digest("2"))
-    device.store = wiring.open_store(device.conf)
-    tasks.open_crash_marker(device.conf, device.store, wiring.open_message_log(device.file, device.conf, device.store))
+    device.store = open_store(device.conf)
+    tasks.open_crash_marker(device.conf, device.store, open_message_log(device.file, device.conf, device.store))
     crashes = device.store.load_state("sort", task_keys.CRASH_COUNT)
     assert crashes is not None
     assert json.loads(crashes)["count"] == 1

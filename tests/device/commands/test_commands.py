@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from agent import clock
 from agent.clock import ClockReading
-from agent.device.commands.executor import Effect
 from agent.device.commands.receiver import CommandReceiver
 from agent.device.machine.timekeeping import FLOOR
+from agent.device.pipeline.tasks import Effect
 from agent.device.recovery.open import open_store
 from agent.device.store.message_log import MessageLog
 from agent.device.store.transaction import Transaction

@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
-from agent.bootstrap import device, tasks, wiring
+from agent.bootstrap import tasks
+from agent.bootstrap.daemon import build_daemon
+from agent.bootstrap.device import load_config, open_message_log
 from agent.device.daemon import Daemon
-from agent.device.pipeline import batch, cursor_repair
+from agent.device.pipeline import cursor_repair
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.store.store import Store
 from tests.device.pipeline.test_relearn import NOW, Site, work
 
@@ -35,7 +38,7 @@ def rows_run(store: Store) -> list[int]:
     return [row for body in bodies(store, "results") for row in range(body["rows"][0], body["rows"][1] + 1)]
 
 
-def loaded(site: Site, store: Store) -> batch.LoadedTask:
+def loaded(site: Site, store: Store) -> LoadedTask:
     return tasks.load_task(site.file, site.conf, store, "exercise")
 
 
@@ -47,7 +50,7 @@ def test_a_cursor_behind_what_was_judged_is_raised_once_and_an_alert_says_it(sit
     assert true is not None
     with store.transaction() as tx:
         tx.advance_cursor("exercise", 1, 700)
-    task, author = loaded(site, store), wiring.open_message_log(site.file, site.conf, store)
+    task, author = loaded(site, store), open_message_log(site.file, site.conf, store)
     assert cursor_repair.repair_cursor(task, store, author, NOW)
     assert not cursor_repair.repair_cursor(task, store, author, NOW)
     assert store.cursor("exercise") == true
@@ -61,7 +64,7 @@ def test_a_cursor_behind_what_was_judged_is_raised_once_and_an_alert_says_it(sit
 
 def test_a_cursor_where_batches_leave_it_is_left_alone(site: Site) -> None:
     store = site.open()
-    author = wiring.open_message_log(site.file, site.conf, store)
+    author = open_message_log(site.file, site.conf, store)
     for n in range(1, 4):
         work(site, store, n)
         assert not cursor_repair.repair_cursor(loaded(site, store), store, author, NOW)
@@ -77,7 +80,7 @@ def test_where_rows_are_numbered_from_anew_the_judge_takes_them(site: Site) -> N
         tx.connection.execute("UPDATE streams SET next_row = 1")
         tx.connection.execute("DELETE FROM chunks")
         tx.connection.execute("DELETE FROM cursors")
-    task, author = loaded(site, store), wiring.open_message_log(site.file, site.conf, store)
+    task, author = loaded(site, store), open_message_log(site.file, site.conf, store)
     assert cursor_repair.repair_cursor(task, store, author, NOW)
     assert task.drift_state is not None
     assert (task.drift_state.last_counted_row, task.drift_state.index) == (-1, seen.index)
@@ -116,5 +119,5 @@ def test_a_daemon_whose_cursors_are_lost_with_an_old_watermark_beside_runs_on(si
 def made(site: Site, store: Store) -> Daemon:
     text = site.config.read_text(encoding="utf-8")
     site.config.write_text(text.replace('delivery = "collector"', 'delivery = "broker"'), encoding="utf-8")
-    site.file, site.conf = wiring.load_config(str(site.config))
-    return device.build_daemon(site.file, site.conf, store, now=lambda: NOW)
+    site.file, site.conf = load_config(str(site.config))
+    return build_daemon(site.file, site.conf, store, now=lambda: NOW)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from agent.bootstrap import wiring
+from agent.bootstrap.device import KEY_FILE, load_config, open_message_log, open_store
 from agent.bootstrap.tasks import load_task
 from agent.cli import cli
 from agent.device.health import build_body
@@ -162,15 +162,15 @@ def test_health_and_status_tell_of_a_deadline_that_was_missed(tmp_path: Path) ->
         '[tasks.exercise]\nstream = "watch"\nbundle = "exercise"\ndeadline = "0.001 ms"\n',
         encoding="utf-8",
     )
-    keys.generate(tmp_path / wiring.KEY_FILE)
-    path, conf = wiring.load_config(str(file))
-    store = wiring.open_store(conf)
+    keys.generate(tmp_path / KEY_FILE)
+    path, conf = load_config(str(file))
+    store = open_store(conf)
     try:
         t = NOW.wall_us + 20_000 * np.arange(300, dtype=np.int64)
         with store.transaction() as tx:
             tx.append("watch", Rows(t, tuple(np.zeros(300, "<f4") for _ in range(6))), "synced")
         task = load_task(path, conf, store, "exercise")
-        assert batch.run(task, store, wiring.open_message_log(path, conf, store), NOW) is not None
+        assert batch.run(task, store, open_message_log(path, conf, store), NOW) is not None
         said: dict[str, Any] = build_body(conf, store, {})["tasks"]["exercise"]["deadline"]
     finally:
         store.close()

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.bootstrap import tasks, wiring
+from agent.bootstrap import tasks
+from agent.bootstrap.device import load_config, open_message_log, open_store
 from agent.clock import ClockReading
 from agent.device.pipeline import batch, relearn
-from agent.device.recovery.open import open_store
+from agent.device.pipeline.loaded_task import LoadedTask
+from agent.device.recovery import open as recovery
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.testing.fleet import DeviceProcess, LocalFleet
@@ -27,7 +29,7 @@ fields = [{ name = "ax" }, { name = "ay" }, { name = "az" }, { name = "wx" }, { 
 [tasks.exercise]
 stream = "watch"
 bundle = "exercise"
-learn = 20
+learn_windows = 20
 """
 
 
@@ -40,14 +42,14 @@ class Site:
         self.config = self.home / "outstation.toml"
         kept = self.config.read_text(encoding="utf-8").split("[streams.")[0]
         self.config.write_text(kept + CONFIG, encoding="utf-8")
-        self.file, self.conf = wiring.load_config(str(self.config))
+        self.file, self.conf = load_config(str(self.config))
 
     def ask(self, *arguments: str) -> tuple[int, Any]:
         done = run_outstation("reference", *arguments, "-c", str(self.config), "--json")
         return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
 
     def open(self) -> Store:
-        return wiring.open_store(self.conf)
+        return open_store(self.conf)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     return made
 
 
-def work(site: Site, store: Store, drift_windows: int) -> batch.LoadedTask:
+def work(site: Site, store: Store, drift_windows: int) -> LoadedTask:
     """Readings for so many drift windows, and the task over them."""
     n = drift_windows * 2000
     rng = np.random.default_rng(store.last_row("watch"))
@@ -70,7 +72,7 @@ def work(site: Site, store: Store, drift_windows: int) -> batch.LoadedTask:
     with store.transaction() as tx:
         tx.append("watch", Rows(t, tuple(rng.normal(0, 0.2, n).astype("<f4") for _ in range(6))), "synced")
     author, task = (
-        wiring.open_message_log(site.file, site.conf, store),
+        open_message_log(site.file, site.conf, store),
         tasks.load_task(site.file, site.conf, store, "exercise"),
     )
     relearn.apply_pending(task, store, author, NOW)
@@ -96,7 +98,7 @@ def test_show_says_which_reference_is_in_force(site: Site) -> None:
 
 
 def test_learning_anew_is_audited_and_gives_the_next_number(site: Site) -> None:
-    code, answer = site.ask("learn", "exercise", "--for", "14 min")
+    code, answer = site.ask("relearn", "exercise", "--for", "14 min")
     assert (code, answer["taken_up"]) == (0, True)
     assert site.ask("show", "exercise")[1]["learning"] == {"windows": 0, "of": 20, "for_s": 840.0}
     store = site.open()
@@ -107,7 +109,7 @@ def test_learning_anew_is_audited_and_gives_the_next_number(site: Site) -> None:
         after = audits(store, "learned")
     finally:
         store.close()
-    assert reset["evidence"]["asked"] == "learn"
+    assert reset["evidence"]["asked"] == "relearn"
     assert reset["evidence"]["site"] == before[-1]["evidence"]["site"]
     assert after[-1]["evidence"]["number"] == before[-1]["evidence"]["number"] + 1
     assert site.ask("show", "exercise")[1]["site"]["windows"] == 22
@@ -133,7 +135,7 @@ def test_a_request_that_was_taken_up_does_nothing_when_its_file_is_still_there(s
         store.close()
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"id":7}', b"\xff" * 9000, b'{"id":"a","what":"reset","more":1}'])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"id":7}', b"\xff" * 9000, b'{"id":"a","action":"reset","more":1}'])
 def test_a_file_that_is_no_request_is_cleared_away_and_changes_nothing(site: Site, content: bytes) -> None:
     relearn.submit_request(site.conf.data_dir, "exercise", relearn.make_request("reset"))
     file = site.conf.data_dir / "requests" / "exercise.reference.json"
@@ -158,7 +160,7 @@ def test_what_root_asks_for_is_the_daemons_to_read_and_its_own_user_can_ask_afte
     if earlier:
         # As an earlier version left it.
         folder.mkdir(mode=0o700)
-    relearn.submit_request(tmp_path, "exercise", relearn.make_request("learn", 3600.0))
+    relearn.submit_request(tmp_path, "exercise", relearn.make_request("relearn", 3600.0))
     for path in (folder, folder / "exercise.reference.json"):
         assert (path.stat().st_uid, path.stat().st_gid) == (65534, 65534)
         assert path.stat().st_mode & 0o077 == 0
@@ -181,7 +183,7 @@ def test_a_link_in_the_folder_of_requests_leads_nobody_elsewhere(tmp_path: Path)
 def test_a_request_that_cannot_be_read_is_said_in_the_log_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = open_store(tmp_path)
+    store = recovery.open_store(tmp_path)
     # Root may read any file, but no folder as one.
     (tmp_path / "requests" / "exercise.reference.json").mkdir(parents=True)
     try:
@@ -190,12 +192,12 @@ def test_a_request_that_cannot_be_read_is_said_in_the_log_once(
     finally:
         store.close()
     [said] = [record.getMessage() for record in caplog.records]
-    assert "exercise.reference.json: what is asked for there cannot be read: Is a directory" in said
+    assert "exercise.reference.json: the request cannot be read: Is a directory" in said
 
 
 def test_wrong_use_is_told(site: Site) -> None:
-    assert site.ask("learn", "exercize")[0] == 2
-    code, told = site.ask("learn", "exercise", "--for", "a while")
+    assert site.ask("relearn", "exercize")[0] == 2
+    code, told = site.ask("relearn", "exercise", "--for", "a while")
     assert code == 2
     assert "--for" in told
 
@@ -210,9 +212,9 @@ def fleet(tmp_path: Path) -> Iterator[LocalFleet]:
 
 def test_the_running_daemon_takes_up_what_is_asked_here_and_from_the_fleet(fleet: LocalFleet) -> None:
     device: DeviceProcess = fleet.add_device("pi-01").add_replay_stream(10**9, 40).add_task("exercise").start_and_wait()
-    done = run_outstation("reference", "learn", "exercise", "--for", "1 h", "-c", str(device.config), "--json")
+    done = run_outstation("reference", "relearn", "exercise", "--for", "1 h", "-c", str(device.config), "--json")
     assert json.loads(done.stdout)["taken_up"]
-    sent = run_outstation("fleet", "command", "pi-01", "learn", "exercise", "2 h", "--dir", str(fleet.home), "--json")
+    sent = run_outstation("fleet", "command", "pi-01", "relearn", "exercise", "2 h", "--dir", str(fleet.home), "--json")
     assert json.loads(sent.stdout)["ok"], sent.stdout
 
     def asked() -> list[Any]:

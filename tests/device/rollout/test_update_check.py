@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from agent.cli import main
-from agent.cli.device import check_updates
+from agent.cli.device import check
 from agent.errors import FetchFailed
 from tests.kit.update_repositories import Signed
 from tests.kit.update_servers import Web
@@ -44,7 +44,7 @@ def test_the_check_names_the_repository_and_until_when_it_holds(
         (folder / "root.json").write_bytes(repository.files["1.root.json"])
         found = finding(folder, web.url, capsys)
         assert found["state"] == "ok", found
-        assert f"{web.url}, root 1, timestamp 1, holds until " in found["detail"]
+        assert f"{web.url}, root 1, timestamp 1, valid until " in found["detail"]
         assert list(folder.rglob("timestamp.json")) == []
 
 
@@ -65,7 +65,7 @@ def test_the_check_goes_by_the_floors_of_the_store(tmp_path: Path) -> None:
             device.must_fetch(wanted)
             conf = device.conf
         assert conf.updates is not None
-        assert "timestamp 2" in check_updates.inspect_repository(conf, conf.updates)
+        assert "timestamp 2" in check.inspect_repository(conf, conf.updates)
         older.write(web.folder)
         with pytest.raises(FetchFailed, match="BadVersionNumberError: timestamp is of version 1"):
-            check_updates.inspect_repository(conf, conf.updates)
+            check.inspect_repository(conf, conf.updates)

@@ -171,7 +171,7 @@ def test_a_reader_that_never_ends_has_writers_refused_and_the_quota_kept(tmp_pat
     try:
         mix.device.write("health", 5)
         mix.pin(0)
-        with pytest.raises(StorageFull, match="somebody reads"):  # noqa: PT012
+        with pytest.raises(StorageFull, match="another program has been reading"):  # noqa: PT012
             while True:
                 mix.device.write("health", 1)
                 mix.weigh()
@@ -267,8 +267,8 @@ import sys
 from pathlib import Path
 import numpy as np
 from agent import clock
-from agent.bootstrap import wiring
-from agent.bootstrap.device import build_daemon
+from agent.bootstrap.device import load_config, open_store
+from agent.bootstrap.daemon import build_daemon
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import Rows
 from agent.errors import StorageFull
@@ -288,11 +288,11 @@ key = "%s"
 [streams.numbers]
 fields = [ { name = "n", type = "i64" } ]
 ''' % keys.generate(folder / "collector.key").public.text)
-file, conf = wiring.load_config(str(folder / "outstation.toml"))
+file, conf = load_config(str(folder / "outstation.toml"))
 
 
 def start():
-    store = wiring.open_store(conf)
+    store = open_store(conf)
     return store, build_daemon(file, conf, store)
 
 

@@ -1,0 +1,141 @@
+"""Composition root of the daemon: every object that a running device consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from agent.bootstrap import device, rollout
+from agent.bootstrap.tasks import load_task, open_crash_marker, parse_public_keys, trusted_publishers
+from agent.clock import ClockReading
+from agent.config import Config
+from agent.device import status
+from agent.device.bundles import history, overrides, quarantine, rollout_state
+from agent.device.bundles.crash_marker import CrashMarker
+from agent.device.commands.actions import TaskActions
+from agent.device.commands.executor import CommandExecutor, RemoteCommands
+from agent.device.commands.key_rotation import KeyRotation
+from agent.device.commands.receiver import CommandReceiver
+from agent.device.commands.wipe import Wipe
+from agent.device.daemon import Daemon, Signals
+from agent.device.health import BundleFailure
+from agent.device.intake.server import Intake
+from agent.device.intake.source import Source, SourceContext
+from agent.device.intake.sources.registry import source_module
+from agent.device.machine.timekeeping import make_clock
+from agent.device.pipeline import label_metrics
+from agent.device.pipeline.loaded_task import LoadedTask
+from agent.device.pipeline.tasks import Runtime, ScheduledTask
+from agent.device.rollout.desired_state import DesiredStateStore
+from agent.device.rollout.updater import BundleUpdater
+from agent.device.store import task_keys
+from agent.device.store.store import Store
+from agent.device.uplink.uplink import Uplink
+from agent.errors import BadBundle, ConfigError
+
+
+def load_scheduled_tasks(
+    file: Path, conf: Config, store: Store, marker: CrashMarker | None = None
+) -> tuple[list[ScheduledTask], list[BundleFailure]]:
+    """Load all tasks; return those that run, and the failures of bundles that do not. Raises ConfigError.
+
+    A bundle that fails is replaced by the newest one that ran for its task, if there is one. It stops no other task.
+    """
+    schedules = {}
+    for name in conf.tasks:
+        last_run = int(store.load_state(name, task_keys.LAST_RUN) or 0) or None
+        schedules[name] = overrides.effective_schedule(str(file), conf, store, name, last_run)
+    scheduled, failures = [], []
+    for name, task in conf.tasks.items():
+        loaded: LoadedTask | None
+        try:
+            loaded = load_task(file, conf, store, name, marker=marker)
+        except BadBundle as problem:
+            loaded = _load_previous_bundle(file, conf, store, name, marker)
+            fallback = "" if loaded is None else str(history.bundle_ref(loaded.bundle))
+            failures.append(BundleFailure(name, task.bundle, str(problem), fallback))
+        if loaded is not None:
+            scheduled.append(ScheduledTask(loaded, schedules[name], overrides.is_paused(store, name)))
+    return scheduled, failures
+
+
+def _load_previous_bundle(
+    file: Path, conf: Config, store: Store, name: str, marker: CrashMarker | None
+) -> LoadedTask | None:
+    """Load the task with the newest bundle that ran for it before and still loads."""
+    excluded = {history.configured_digest(conf.tasks[name].bundle, conf.data_dir)}
+    excluded |= set(overrides.load_quarantined(store, name))
+    for ref in history.available_bundles(store, name, conf.data_dir, excluded):
+        with suppress(BadBundle, ConfigError):
+            return load_task(file, conf, store, name, history.copy_folder(conf.data_dir, ref.digest), marker=marker)
+    return None
+
+
+def build_sources(file: Path, conf: Config, store: Store) -> list[Source]:
+    """Build the sources that the daemon itself reads."""
+    sources: list[Source] = []
+    for name, stream in conf.streams.items():
+        if (module := source_module(stream.source)) is not None:
+            sources.append(module.build(SourceContext(str(file), conf, name), stream.source, store))
+    return sources
+
+
+def build_daemon(
+    file: Path, conf: Config, store: Store, *, now: Callable[[], ClockReading] | None = None, **uplink_options: Any
+) -> Daemon:
+    """Build the daemon. `now` and `uplink_options` (see `Uplink`) are for simulations. Raises UsageError, ConfigError."""
+    message_log = device.open_message_log(file, conf, store)
+    now = now or make_clock(store)
+    collector = parse_public_keys(file, "collector.key", [conf.collector.key])[0] if conf.collector.key else None
+    if collector is None and conf.collector.delivery == "collector":
+        raise ConfigError(
+            str(file), "collector.key", 'empty: without it no acknowledgement counts; set it, or delivery = "broker"'
+        )
+    operators = parse_public_keys(file, "operators.keys", conf.operators.keys)
+    receiver = CommandReceiver(store, message_log, operators)
+    desired_states = DesiredStateStore(store, message_log, operators, conf.device.groups)
+    marker = open_crash_marker(conf, store, message_log)
+    scheduled, failures = load_scheduled_tasks(file, conf, store, marker)
+    for loaded in (one.task for one in scheduled):
+        if not rollout_state.find_canary_digest(store, loaded.name):
+            history.record_configured(store, message_log, loaded.name, loaded.bundle, conf.data_dir, now())
+    quarantine.release_reconfigured(conf, store, message_log, now())
+    history.prune(store, conf.tasks, conf.data_dir)
+    signals = Signals()
+    intake = Intake(
+        *(conf, store, build_sources(file, conf, store), now, signals.wake, signals.fail),
+        lambda: label_metrics.build_label_targets([one.task for one in scheduled]),
+    )
+    uplink = Uplink(
+        *(conf, store, message_log, collector, now, signals.fail),
+        commands=receiver,
+        desired_states=desired_states,
+        **uplink_options,
+    )
+
+    def make_updater(runtime: Runtime, on_wait: Callable[[], None]) -> BundleUpdater:
+        publishers = trusted_publishers(file, conf)
+        return rollout.build_updater(
+            *(file, conf, store, message_log, desired_states, publishers, marker, runtime, signals.wake, on_wait)
+        )
+
+    def make_commands(runtime: Runtime, updater: BundleUpdater) -> RemoteCommands:
+        key_files, key_path = device.load_key_files(file, conf), device.device_key_path(file, conf)
+        rotation = KeyRotation(store, message_log, key_files, receiver.post, runtime.reconnect)
+        wipe = Wipe(store, message_log, runtime.halt)
+        tasks = TaskActions(
+            *(str(file), conf, store, message_log, runtime),
+            partial(load_task, file, conf, store, marker=marker),
+            lambda: status.build_document(conf, store),
+            updater.rollouts,
+        )
+        actions = {**tasks.by_name(), "rotate-key": rotation.rotate, "wipe": wipe.request}
+        executor = CommandExecutor(store, message_log, receiver, actions)
+        return RemoteCommands(executor, receiver, rotation, wipe, partial(device.erase, file, conf, key_path))
+
+    return Daemon(
+        *(conf, store, message_log, scheduled, failures, intake, uplink, make_updater, make_commands, signals, now)
+    )
