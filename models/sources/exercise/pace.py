@@ -51,9 +51,9 @@ def loaded(file: Path) -> Inference:
 def measure(models: list[Inference]) -> Paces:
     source = examples.read(HELD_OUT, models[0], [])
     starts, _ = examples.cut_windows(source, models[0])
-    cut = WindowCut(starts, len(source.rows))
+    cut = WindowCut(starts, len(source.values))
     spec = models[0].manifest.input
-    windows = features.build_windows(derived_features.compute(source.rows, source.t, spec, 0), starts, spec)
+    windows = features.build_windows(derived_features.compute(source.values, source.t, spec, 0), starts, spec)
     wall = np.empty((ROUNDS, len(models), len(BATCH_SIZES)))
     cpu = np.empty_like(wall)
     for turn in range(ROUNDS):
@@ -114,7 +114,7 @@ def _moment(model: Inference, windows: NDArray[np.float32], batch: int) -> tuple
 def _whole(model: Inference, source: examples.Dataset, cut: WindowCut) -> float:
     """CPU seconds a window takes from readings to scores."""
     begun = time.process_time()
-    model.run_windows(source.rows, source.t, cut)
+    model.run_windows(source.values, source.t, cut)
     return (time.process_time() - begun) / len(cut.starts)
 
 
