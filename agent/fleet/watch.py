@@ -69,7 +69,7 @@ class FleetWatcher:
             message = verify_message(delivery.topic, delivery.payload, delivery.tokens, self._keyring.find)
             self._keyring.require_in_bounds(message)
             # An acknowledgement is the collector's alone: another device's key must not pass for it.
-            if message.topic.kind in topics.TO_DEVICE and message.signer.owner != "collector":
+            if topics.KINDS[message.topic.kind].to_device and message.signer.owner != "collector":
                 raise MessageRefused("other signer", message.signer.owner)
         except MessageRefused as refused:
             self.refused += 1

@@ -1,9 +1,10 @@
-"""Payloads: one flat UTF-8 JSON object per message (contract section 6), and the checks around them.
+"""Message payloads: one struct per kind, and the verification of a received message.
 
-Rules of `open_message`, after the topic and before anything is stored:
+`docs/reference/wire-format.md` is the published contract. Rules of `verify_message`, in this order:
+- the topic is in the topic tree, and the payload is at most `MAX_PAYLOAD` bytes
 - the signature verifies (see `jws`)
-- the payload is an object of version 1 whose `kind` is the topic's, and no object in it has a key twice
-- its `device` is the topic's device and the key's owner; its `task`, if any, is the topic's
+- the payload is a JSON object of version 1 in which no object has a key twice
+- its `kind`, `device` and `task` are those of the topic, and the key belongs to that device
 - a logged kind carries `log`, `seq` ≥ 1 and `prev`; rows, counts and columns agree with each other
 """
 
@@ -31,7 +32,9 @@ Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)]
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
 ShortText = Annotated[str, msgspec.Meta(max_length=256)]
 Uuid = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
-Rfc3339 = Annotated[str, msgspec.Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z\Z")]
+Rfc3339 = Annotated[
+    str, msgspec.Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?Z\Z")
+]
 Severity = Literal["info", "warning", "critical"]
 
 
@@ -47,7 +50,7 @@ class LoggedPayload(Payload, frozen=True, kw_only=True):
     boot: Natural
     time: Rfc3339
     clock: Literal["synced", "restored", "unsynced"]
-    # Where a message of a new log was written first: {"log", "seq"}.
+    # {"log", "seq"} of the original, where a new log repeats a message of an old one.
     reissued: dict[str, Any] | None = None
 
 
@@ -58,15 +61,15 @@ class ModelRef(msgspec.Struct, frozen=True):
 
 
 class ResultColumns(msgspec.Struct, frozen=True):
-    """Columns of one length, as they were sent: `row`, `t` and `label` may hold runs (see `runs`)."""
+    """Columns of one length. Entries of `row`, `t` and `label` may be runs."""
 
     row: list[Row | RowRun]
     t: list[EpochMicroseconds | TimeRun] | JitteredTimes
-    # A multi-label model's labels stand in one text, with | between them.
+    # A multi-label model joins its labels with "|".
     label: list[Label | LabelRun] | None = None
     score: list[float | None] | None = None
     value: list[float | None] | None = None
-    # The share of a result's input that was missing, where that is too much; elsewhere 0.
+    # Share of a result's input that was missing, where it exceeds the bundle's limit; 0 elsewhere.
     missing: list[float] | None = None
 
     def __post_init__(self) -> None:
@@ -112,9 +115,10 @@ class ResultsPayload(LoggedPayload, frozen=True, kw_only=True, tag="results"):
     n: Natural
     input: ShortText
     columns: ResultColumns
-    # How many results were made from input of which too much was missing.
+    # Results whose missing share exceeds the bundle's limit.
     incomplete: Natural = 0
-    # First row, boot, segment of the wall clock (0: its producer's), quality (0 synced, 1 restored, 2 unsynced).
+    # Runs of rows stamped by one clock: first row, boot, clock segment (0: the producer's clock), and quality
+    # (0 synced, 1 restored, 2 unsynced).
     clocks: list[tuple[Positive, Natural, Natural, Annotated[int, msgspec.Meta(ge=0, le=2)]]] | None = None
 
     def __post_init__(self) -> None:
@@ -165,7 +169,7 @@ class AlertPayload(LoggedPayload, frozen=True, kw_only=True, tag="alerts"):
 
 
 class Metric(msgspec.Struct, frozen=True):
-    """`slice` is empty for all of it; `state` of a slice: ok, worse or small."""
+    """A metric with its confidence interval. `slice` is empty for all results; a slice's `state`: ok, worse or small."""
 
     metric: ShortText
     value: float | None
@@ -186,7 +190,7 @@ class QualityPayload(LoggedPayload, frozen=True, kw_only=True, tag="quality"):
 
 
 class Moments(msgspec.Struct, frozen=True):
-    """Of n numbers: their mean, and the sum of squares around it; they merge as Chan et al. (1979) do."""
+    """Count, mean and sum of squared deviations of a sample. They merge by Chan et al. (1979)."""
 
     n: Natural = 0
     mean: float = 0.0
@@ -194,10 +198,10 @@ class Moments(msgspec.Struct, frozen=True):
 
 
 class BundleStats(msgspec.Struct, frozen=True):
-    """What one of two bundles made of the same windows.
+    """Statistics of one bundle over the compared windows.
 
-    `seconds` in the model; `scores` of its own answers, or their values; `expected` accuracy by its scores, of so many
-    windows as there are in it; `right`: labelled windows it answered as they were, or `off`: by how much not.
+    `seconds`: inference time. `scores`: its scores, or its values. `expected`: accuracy estimated from its scores.
+    `right`: labelled windows predicted correctly. `abs_error`: absolute error of its values on labelled windows.
     """
 
     windows: Natural
@@ -209,11 +213,11 @@ class BundleStats(msgspec.Struct, frozen=True):
 
 
 class ShadowPayload(LoggedPayload, frozen=True, kw_only=True, tag="shadow"):
-    """Two bundles over the same rows: `model` whose results count, and `beside`, whose do not. Adds up over messages.
+    """Comparison of two bundles over the same rows: `model` is active, `other` is evaluated. Adds up over messages.
 
-    `same`: windows of `n` that both answered alike; `apart`: how far values or scores were from each other (beside less
-    model); `labelled` windows both were right in, one, the other, or none, [both, model only, beside only, neither].
-    `errors`: batches in which `beside` failed, the last time for the reason `why`.
+    `agreeing`: windows of `n` with equal predictions. `difference`: other minus model, of values or scores. `labelled`:
+    labelled windows that were right in [both, model only, other only, neither]. `errors`: batches in which `other`
+    failed; `error`: the last reason.
     """
 
     task: ShortText
@@ -235,7 +239,7 @@ class ShadowPayload(LoggedPayload, frozen=True, kw_only=True, tag="shadow"):
         if self.rows[0] > self.rows[1]:
             raise ValueError(f"rows {list(self.rows)} run backwards")
         if self.agreeing is not None and self.agreeing > self.n:
-            raise ValueError(f"{self.agreeing} windows answered alike, n says {self.n}")
+            raise ValueError(f"{self.agreeing} windows agree, n says {self.n}")
 
 
 class HealthPayload(LoggedPayload, frozen=True, kw_only=True, tag="health"):
@@ -275,7 +279,7 @@ class AckPayload(Payload, frozen=True, kw_only=True, tag="ack"):
     through: Natural
     missing: list[tuple[Positive, Positive]]
     time: Rfc3339
-    # Of the payload of message `through`, as the next one's `prev`; None where that message is not stored.
+    # Digest of the payload of message `through`, as in the next message's `prev`; None where it is not stored.
     digest: Annotated[str, msgspec.Meta(max_length=64)] | None = None
 
     def __post_init__(self) -> None:
@@ -285,7 +289,7 @@ class AckPayload(Payload, frozen=True, kw_only=True, tag="ack"):
 
 
 class CommandPayload(Payload, frozen=True, kw_only=True, tag="cmd", forbid_unknown_fields=True):
-    """A member that this version does not know could be a condition: such a command is refused as a whole."""
+    """A command. An unknown member could be a condition, so a device refuses the whole command."""
 
     id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
     name: Annotated[str, msgspec.Meta(max_length=64)]
@@ -298,9 +302,9 @@ class CommandPayload(Payload, frozen=True, kw_only=True, tag="cmd", forbid_unkno
 
 
 class DesiredPayload(Payload, frozen=True, kw_only=True, tag="desired", forbid_unknown_fields=True):
-    """Retained: for a device, for all (`_all`), or for a `group` (`_group`). Refused whole where a member is unknown.
+    """Desired state of a device, of the fleet (`_all`) or of a `group` (`_group`). Refused if a member is unknown.
 
-    `counter` strictly grows for each topic and operator key; `tasks` are all that is desired by this topic.
+    `counter` strictly grows per topic and operator key. `tasks` replaces everything this topic desired before.
     """
 
     group: Name | None = None
@@ -328,7 +332,7 @@ _DECODER = msgspec.json.Decoder(Body)
 
 
 class VerifiedMessage(msgspec.Struct, frozen=True):
-    """A message that verified: where it came, its exact bytes, and what it says."""
+    """A message that passed verification: topic, exact payload bytes, signature, parsed payload and signer."""
 
     topic: topics.Topic
     payload: bytes
@@ -340,7 +344,7 @@ class VerifiedMessage(msgspec.Struct, frozen=True):
 def verify_message(
     topic_text: str, payload: bytes, tokens: Sequence[str], find_signer: Callable[[str], Signer | None]
 ) -> VerifiedMessage:
-    """Verify, then parse. Raises Refused with the rule that failed; never another exception."""
+    """Verify, then parse. Raises MessageRefused that names the failed rule, and no other exception."""
     topic = topics.parse(topic_text)
     if len(payload) > MAX_PAYLOAD:
         raise MessageRefused("too large", f"{len(payload)} bytes, the limit is {MAX_PAYLOAD}")
@@ -350,7 +354,7 @@ def verify_message(
         raise MessageRefused("other kind", f"payload is {body.__struct_config__.tag}, topic is {topic.kind}")
     if body.device != topic.device:
         raise MessageRefused("other device", f"payload names {body.device!r}, topic {topic.device!r}")
-    owner = topic.device if topic.kind not in topics.TO_DEVICE else signer.owner
+    owner = signer.owner if topics.KINDS[topic.kind].to_device else topic.device
     if signer.owner != owner:
         raise MessageRefused("other device", f"key of {signer.owner!r} on a topic of {topic.device!r}")
     task = body.group if isinstance(body, DesiredPayload) else getattr(body, "task", None)
@@ -360,7 +364,7 @@ def verify_message(
 
 
 def decode(payload: bytes) -> Body:
-    """The typed payload. Raises Refused."""
+    """Parse a payload. Raises MessageRefused."""
     try:
         body: Body = _DECODER.decode(payload)
         check_strict_json(payload)
@@ -372,17 +376,17 @@ def decode(payload: bytes) -> Body:
 
 
 def encode(members: Mapping[str, Any]) -> bytes:
-    """The payload bytes of `members`, in their order."""
+    """Return the payload bytes of `members`, in their order."""
     return msgspec.json.encode(members)
 
 
 def digest(payload: bytes) -> str:
-    """What the next message of the log carries in `prev`."""
+    """Return the hash that the next message of the log carries in `prev`."""
     return b64url_encode(hashlib.sha256(payload).digest())
 
 
 def cloudevent_properties(topic: topics.Topic, event_id: str, time: str) -> tuple[tuple[str, str], ...]:
-    """CloudEvents 1.0 attributes in binary mode, as MQTT user properties."""
+    """Return the CloudEvents 1.0 attributes of binary mode, as MQTT user properties."""
     return (
         ("specversion", "1.0"),
         ("id", event_id),

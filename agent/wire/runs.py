@@ -25,7 +25,7 @@ Label = Annotated[str, msgspec.Meta(max_length=4096)]
 # Runs are arrays in JSON. They are structs and no tuples, because msgspec 0.22 reads past the end of its own type
 # information where a union has both a number with limits and a tuple of fixed length.
 class RowRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Rows `first`, `first + step`, …: `count` of them."""
+    """Arithmetic run of `count` rows: `first`, `first + step`, …"""
 
     first: Row
     step: Step
@@ -33,7 +33,7 @@ class RowRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 
 
 class TimeRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Times `first`, `first + step`, …, epoch µs: `count` of them."""
+    """Arithmetic run of `count` times: `first`, `first + step`, …, epoch µs."""
 
     first: EpochMicroseconds
     step: Step
@@ -41,14 +41,14 @@ class TimeRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 
 class LabelRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The same label `count` times."""
+    """A label repeated `count` times."""
 
     label: Label
     count: RunLength
 
 
 class JitteredTimes(msgspec.Struct, frozen=True):
-    """Times (epoch µs) near a regular grid: entry i is `first + i * step + offsets[i]`."""
+    """Times near a regular grid, epoch µs: entry i is `first + i * step + offsets[i]`."""
 
     first: EpochMicroseconds
     step: Step

@@ -7,7 +7,8 @@ import math
 
 import msgspec
 
-from agent.device.intake.sources import recordings
+from agent.datasets.recordings import load
+from agent.device.intake.sources.recordings import Playlist
 from agent.device.uplink.session import _packet_size
 from agent.simulate.scenario import SCENARIOS
 from agent.wire.messages import ResultColumns
@@ -22,9 +23,9 @@ _HEADERS, _SEGMENT, _PUBACK = 52, 1448, 4
 @benchmark("air", quick=True)
 def bytes_of_a_thousand_results() -> Report:
     """Of the exercise model on one person's recordings: whole packets both ways, confirmations included."""
-    recorded = recordings.load(SCENARIOS["exercise"].file)
+    recorded = load(SCENARIOS["exercise"].file)
     names = [name for name, _ in SCENARIOS["exercise"].fields]
-    places = recordings.Playlist(recorded, int(recorded.subject[0]), 0).source_rows(RESULTS * 100)
+    places = Playlist(recorded, int(recorded.subject[0]), 0).source_rows(RESULTS * 100)
     with device_task.made(names, "exercise") as device:
         device.fill(recorded.rows[places])
         device.work_off()

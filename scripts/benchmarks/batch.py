@@ -16,7 +16,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from agent.authoring import pack
-from agent.device.intake.sources import recordings
+from agent.datasets.recordings import load
 from agent.model.inference import features
 from agent.model.inference.runtime import MAX_BATCH, Interpreter, TfliteModel  # type: ignore[attr-defined]
 from agent.simulate.scenario import SCENARIOS
@@ -46,7 +46,7 @@ TINY = {
 
 @benchmark("batch", quick=True)
 def exercise_from_store_to_results() -> Result:
-    recorded = recordings.load(SCENARIOS["exercise"].file).rows
+    recorded = load(SCENARIOS["exercise"].file).rows
     names = [name for name, _ in SCENARIOS["exercise"].fields]
     with device_task.made(names, "exercise") as device:
         rows = np.resize(recorded, (WINDOWS * device.task.window_rows, len(names)))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from agent.device.intake.sources import recordings
+from agent.datasets.recordings import load
 from agent.testing.fleet import FIELDS, RECORDINGS, DeviceProcess
 from agent.testing.process import run_outstation
 from scripts.benchmarks import Report, Result, benchmark
@@ -98,7 +98,7 @@ def a_daemon_that_waits() -> Result:
 
 
 def _fill(device: DeviceProcess, windows: int) -> None:
-    rows = np.resize(recordings.load(RECORDINGS).rows, (windows * 100, len(FIELDS)))
+    rows = np.resize(load(RECORDINGS).rows, (windows * 100, len(FIELDS)))
     put(device.config, "watch", rows)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from agent import config
 from agent.datasets import training_data as data
-from agent.device.intake.sources import recordings as playlist
+from agent.datasets.recordings import load, load_windows
 from agent.drift.baseline.reference import Reference, draft_reference
 from agent.drift.monitor import DriftMonitor
 from agent.drift.state import DriftState
@@ -174,7 +174,7 @@ def replay_npz(content: bytes) -> None:
         file.write(content)
         file.flush()
         with contextlib.suppress(UsageError):
-            playlist.load(Path(file.name))
+            load(Path(file.name))
 
 
 @target("data-csv", "data for a bundle are read or named", lambda: [b"t,x,y\n1,2,3\n2,,4\n", b"y,x\r\n1,2\r\n"])
@@ -189,7 +189,7 @@ def _data(content: bytes, suffix: str) -> None:
         file.flush()
         try:
             decoded = data.read(Path(file.name), spec)
-            data.read_windows(Path(file.name), spec)
+            load_windows(Path(file.name), spec)
         except UsageError:
             return
     assert decoded.features.shape == (len(decoded.t), len(FIELDS))

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from agent.config import FieldConfig, StreamConfig
-from agent.device.intake.file_reader import open_text, read_blocks
+from agent.datasets.formats import open_file
+from agent.device.intake.file_reader import read_blocks
 from agent.device.intake.protocol import LineParser
 from agent.device.store.rows import PackedChunk, Rows, pack_chunk, unpack_chunk, validate_columns
 from agent.errors import RowRejected
@@ -84,13 +85,13 @@ def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def read_text(name: str, data: bytes, stream: StreamConfig) -> None:
-    text = io.TextIOWrapper(io.BytesIO(data), "utf-8", errors="surrogateescape", newline="")
+    file = io.BufferedReader(io.BytesIO(data))
     numbers: list[int] = []
     try:
-        for block in read_blocks(Path(name), text, "watch", stream):
+        for block in read_blocks(Path(name), file, "watch", stream):
             checked = validate_columns(block.raw, stream, NOW_US, None)
             assert len(checked.rows) + len(checked.rejected) == block.raw.n == len(block.lines)
-            numbers += [*block.lines, *block.bad]
+            numbers += [*block.lines, *block.rejected]
     except RowRejected:
         return
     assert len(numbers) == len(set(numbers)), "a line was read twice"
@@ -132,8 +133,8 @@ def parquet(data: bytes) -> None:
         file.write(data)
         file.flush()
         try:
-            with open_text(Path(file.name)) as text:
-                for block in read_blocks(Path(file.name), text, "watch", WATCH):
+            with open_file(Path(file.name)) as opened:
+                for block in read_blocks(Path(file.name), opened, "watch", WATCH):
                     validate_columns(block.raw, WATCH, NOW_US, None)
         except RowRejected:
             return

@@ -154,7 +154,7 @@ def test_rows_of_overlapping_model_windows_are_counted_once(shipped: Reference) 
     assert got.rows == 110
 
 
-def test_the_message_has_the_contracts_members_and_stays_small(shipped: Reference) -> None:
+def test_the_message_has_the_documented_members_and_stays_small(shipped: Reference) -> None:
     r = readings(5, 1)
     one = of(shipped, r.features.astype(np.float64), r.labels)
     got, output = described(one, shipped), drift_message.build_output(stack_one(one), shipped)[0]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from agent.authoring import pack
 from agent.datasets import training_data
+from agent.datasets.training_data import LabelParser
 from agent.errors import BadBundle, ConfigError, UsageError
 from agent.model import activation
 from agent.model.activation import LoadedBundle
@@ -514,7 +515,7 @@ def test_parquet_says_what_csv_says(tmp_path: Path) -> None:
     parquet.write_table(table.set_column(0, "t", stamps), tmp_path / "stamps.parquet")
     spec = bundle.read(packed(tmp_path / "b", SUMS["float32"]), None).manifest
     one, *others = (
-        training_data.read(tmp_path / name, spec.input, training_data.make_label_parser(spec))
+        training_data.read(tmp_path / name, spec.input, LabelParser.from_manifest(spec))
         for name in ("d.csv", "d.parquet", "stamps.parquet")
     )
     for other in others:
@@ -542,7 +543,7 @@ def test_parquet_that_does_not_fit_is_refused_in_one_sentence(tmp_path: Path, da
     why = {
         "a text column": "column b holds string, not numbers",
         "no column": "no column b; there is a, c, d",
-        "no parquet": "no Parquet that can be read",
+        "no parquet": "not readable as Parquet",
         "no rows": "no rows in it, so nothing to run the model on",
     }[damage]
     with pytest.raises(UsageError) as problem:

@@ -49,8 +49,8 @@ def command(
     pause TASK, resume TASK      until further notice
     set-schedule TASK SCHEDULE   "every 5 s", "when 500 rows", a cron expression, or default
     rollback TASK                to the bundle that ran before
-    learn TASK [TIME]            the site's drift reference anew, "24 h" of readings at least
-    reset-reference TASK         the same, as the config says
+    relearn TASK [TIME]          learn the site reference again, from "24 h" of readings at least
+    reset-reference TASK         discard the site reference, and learn another as configured
     label TASK COLUMNS           what was true, as JSON columns; `fleet label --send` makes them of a file
     report                       its status, and a health message now
     rotate-key                   a new signing key, made by the device

@@ -16,10 +16,10 @@ def topic_filters(fleet: str, *, shared: bool = False) -> list[str]:
     What is retained goes to each collector: a shared subscription is sent nothing retained, and of two states of a
     device the later one could be stored first.
     """
-    logged = [f"{topics.ROOT}/{fleet}/+/{kind}/+" for kind in sorted(topics.PER_TASK)]
-    logged += [f"{topics.ROOT}/{fleet}/+/{kind}" for kind in ("audit", "health")]
-    spread = [f"$share/{SHARE_GROUP}/{one}" for one in logged] if shared else logged
-    return spread + [f"{topics.ROOT}/{fleet}/+/{kind}" for kind in ("keys", "state")]
+    base, kinds = f"{topics.ROOT}/{fleet}/+", [kind for kind in topics.KINDS.values() if not kind.to_device]
+    logged = [f"{base}/{kind.name}" + ("/+" if kind.per_task else "") for kind in kinds if kind.logged]
+    spread = [f"$share/{SHARE_GROUP}/{topic}" for topic in logged] if shared else logged
+    return spread + [f"{base}/{kind.name}" for kind in kinds if kind.retained]
 
 
 def end_session(broker: BrokerConfig, fleet: str, share: str) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.device.intake.sources.recordings import Playlist, PlaylistItem, ReplayRecordings, load
+from agent.datasets.recordings import Recordings, load
+from agent.device.intake.sources.recordings import Playlist, PlaylistItem
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference
 from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE
 from agent.model.bundle import builtin, bundle
@@ -88,7 +89,7 @@ class Stream(msgspec.Struct, frozen=True):
 
     @classmethod
     def from_recording(
-        cls, recordings: ReplayRecordings, parts: Iterator[PlaylistItem], windows: int, change: Change | None = None
+        cls, recordings: Recordings, parts: Iterator[PlaylistItem], windows: int, change: Change | None = None
     ) -> Stream:
         """The next so many drift windows; what is left of the last recording is dropped."""
         rows, t, count = [], [], 0
@@ -143,9 +144,7 @@ def row(name: str, seeds: int = SEEDS, *, halves: bool = False, quiet: int = QUI
     return row
 
 
-def site(
-    watch: Watch, row: Row, played: tuple[ReplayRecordings, ReplayRecordings], person: int, seed: int, quiet: int
-) -> None:
+def site(watch: Watch, row: Row, played: tuple[Recordings, Recordings], person: int, seed: int, quiet: int) -> None:
     seen, unseen = played
     learning = Stream.from_recording(seen, Playlist(seen, person, seed).iter_items(), LEARN)
     learned, _ = watch.step(watch.judge.start(), learning)
@@ -163,7 +162,7 @@ def site(
         )
 
 
-def half(recordings: ReplayRecordings, which: int) -> ReplayRecordings:
+def half(recordings: Recordings, which: int) -> Recordings:
     """The first or the second half of each recording."""
     begin, end = recordings.starts[:-1], recordings.starts[1:]
     middle = (begin + end) // 2

@@ -43,7 +43,8 @@ def ended(store: Store, author: MessageLog, judge: DriftMonitor) -> DriftState:
     state, end = drift_state.restore(store, "exercise", judge)
     assert end is not None
     with store.transaction() as tx:
-        drift_state.discard_learned(tx, author, "exercise", end, clock.read())
+        drift_state.discard_learned(tx, "exercise")
+        author.append_all(tx, end, clock.read())
         drift_state.save(tx, "exercise", judge, state, None)
     return state
 

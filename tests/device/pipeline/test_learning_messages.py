@@ -1,4 +1,4 @@
-"""A site's reference that could not be learned is an alert, open until it is."""
+"""Learning: a refusal raises an alert that is open until a site reference is learned."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from agent.clock import ClockReading
-from agent.device.pipeline import learned
+from agent.device.pipeline import drift_state
 from agent.device.recovery.open import open_store
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
@@ -35,11 +35,14 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def tell(store: Store, *verdicts: DriftWindowResult) -> list[dict[str, Any]]:
-    """What was sent of it."""
+    """Commit the messages of drift windows, and return what was sent."""
     author, before = MessageLog("acme", "pi-07", new_key(1), store.log_id, 1, 120_000), store.outbox_size()[1]
     for verdict in verdicts:
+        refusals = drift_state.load_refusals(store, "exercise")
+        messages, refusals = drift_state.build_learning_messages("exercise", verdict, refusals)
         with store.transaction() as tx:
-            learned.report_learning("exercise", author, tx, verdict, NOW)
+            author.append_all(tx, messages, NOW)
+            drift_state.save_refusals(tx, "exercise", refusals)
     return [json.loads(message.payload) for message in store.unacknowledged_messages(before, 100)]
 
 

@@ -1,4 +1,4 @@
-"""The order in which a replay plays recordings: their own times, scenes, and which row is which."""
+"""Order of recordings in a replay: their own times, scenes, and row numbers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.config import FieldConfig, RecordingFilter, ReplaySource, StreamConfig, load
-from agent.device.intake.sources import recordings as playlist
-from agent.device.intake.sources.recordings import Playlist, ReplayRecordings
+from agent import config
+from agent.config import FieldConfig, StreamConfig
+from agent.config.sources import RecordingFilter, ReplaySource
+from agent.datasets.recordings import Recordings, load
+from agent.device.intake.sources.recordings import Playlist
 from agent.device.intake.sources.replay import ReplayPlayer
 from agent.errors import ConfigError, UsageError
 from tests.device.intake.test_sources import start
@@ -22,31 +24,30 @@ DAY, WEEK = 86_400, 7 * 86_400
 MAY = 1_367_391_600.0
 
 
-def timed(n: int = 200, step_s: float = 900.0) -> ReplayRecordings:
-    """A quarter of an hour a row, which counts the rows; with a gap of a day in the middle."""
+def timed(n: int = 200, step_s: float = 900.0) -> Recordings:
+    """Rows that count themselves, a quarter of an hour apart, with a gap of a day in the middle."""
     t = MAY + np.arange(n) * step_s + (np.arange(n) >= n // 2) * DAY
     rows = np.arange(n, dtype=np.float32)[:, None]
-    return of(rows, [0, n], t=t, rate=(n - 1) / float(t[-1] - t[0]))
+    return make_recordings(rows, [0, n], t=t, rate=(n - 1) / float(t[-1] - t[0]))
 
 
-def of(rows: Any, starts: list[int], **more: Any) -> ReplayRecordings:
-    r = len(starts) - 1
-    nothing = np.zeros(r, np.int64)
-    said: dict[str, Any] = {"rate": 100.0, "more": {}, "label": nothing, "subject": nothing} | more
-    return ReplayRecordings(rows=rows, starts=np.array(starts), labels=[], fields=["n"], **said)
+def make_recordings(rows: Any, starts: list[int], **members: Any) -> Recordings:
+    zeros = np.zeros(len(starts) - 1, np.int64)
+    members = {"rate": 100.0, "label": zeros, "subject": zeros, **members}
+    return Recordings(rows=rows, starts=np.array(starts), labels=[], fields=["n"], **members)
 
 
 def scenes(*turns: tuple[str, int]) -> list[RecordingFilter]:
     return [RecordingFilter(column="fault", value=value, from_row=row) for value, row in turns]
 
 
-def several(lengths: list[int], faults: list[str]) -> ReplayRecordings:
+def several(lengths: list[int], faults: list[str]) -> Recordings:
     starts = [0, *np.cumsum(lengths).tolist()]
     rows = np.arange(starts[-1], dtype=np.float32)[:, None]
-    return of(rows, starts, more={"fault": np.array(faults)})
+    return make_recordings(rows, starts, columns={"fault": np.array(faults)})
 
 
-def saved(path: Path, recordings: ReplayRecordings) -> Path:
+def saved(path: Path, recordings: Recordings) -> Path:
     assert recordings.t is not None
     np.savez(path, rows=recordings.rows, fields=np.array(["n"]), t=recordings.t, power=recordings.rows[:, 0] * 2)
     return path
@@ -83,16 +84,16 @@ def test_rows_that_are_skipped_are_there_in_the_next_pass() -> None:
 
 
 def test_a_pace_is_that_of_the_times_on_average(tmp_path: Path) -> None:
-    known = playlist.load(saved(tmp_path / "r.npz", timed()))
+    known = load(saved(tmp_path / "r.npz", timed()))
     assert known.rate == pytest.approx(199 / (199 * 900 + DAY))
-    assert known.extra_columns["power"].tolist() == (np.arange(200) * 2).tolist()
+    assert known.columns["power"].tolist() == (np.arange(200) * 2).tolist()
 
 
 def test_a_scene_begins_at_its_row_whatever_was_playing() -> None:
     known = several([100, 120, 140], ["none", "none", "bearing"])
     order = Playlist(known, None, 3, scenes(("none", 1), ("bearing", 501), ("none", 701)))
     of_row = np.searchsorted(known.starts, order.source_rows(1000), side="right") - 1
-    heard = known.extra_columns["fault"][of_row]
+    heard = known.columns["fault"][of_row]
     assert set(heard[:500]) == set(heard[700:]) == {"none"}
     assert set(heard[500:700]) == {"bearing"}
 
@@ -150,7 +151,7 @@ def test_a_scene_that_no_recording_shows_is_named(wrong: Any, said: str) -> None
 def test_times_that_run_backwards_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "r.npz", rows=np.zeros((3, 1)), fields=np.array(["n"]), t=np.array([1.0, 3.0, 2.0]))
     with pytest.raises(UsageError, match="t must ascend, a time for each of 3 rows"):
-        playlist.load(tmp_path / "r.npz")
+        Playlist(load(tmp_path / "r.npz"), None, 0)
 
 
 def test_scenes_out_of_order_are_an_error_of_the_config(tmp_path: Path) -> None:
@@ -159,5 +160,5 @@ def test_scenes_out_of_order_are_an_error_of_the_config(tmp_path: Path) -> None:
         '[device]\nid = "pi-1"\nfleet = "a"\ndata_dir = "d"\n[streams.s]\nfields = [{ name = "n" }]\n'
         'source = { kind = "replay", file = "r.npz", scenes = [{ column = "fault", value = "none", from_row = 9 }] }\n'
     )
-    with pytest.raises(ConfigError, match=r"streams\.s\.source\.scenes: from_row must be 1 of the first"):
-        load(file)
+    with pytest.raises(ConfigError, match=r"streams\.s\.source\.scenes: from_row must be 1 for the first"):
+        config.load(file)
