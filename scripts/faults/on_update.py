@@ -40,10 +40,18 @@ class _Step(msgspec.Struct, frozen=True):
 
 
 _STEPS = (
-    _Step("fetched", "before", "agent.device.rollout.supply:BundleSupply.on_fetched", "a bundle was fetched and not yet verified"),
+    _Step(
+        "fetched",
+        "before",
+        "agent.device.rollout.supply:BundleSupply.on_fetched",
+        "a bundle was fetched and not yet verified",
+    ),
     _Step("in-probe", "in", "agent.model.sandbox.probe:probe", "a child process proves the bundle"),
     _Step(
-        "before-copy", "before", "agent.device.bundles.history:store_copy", "the bundle proved itself and was not yet copied"
+        "before-copy",
+        "before",
+        "agent.device.bundles.history:store_copy",
+        "the bundle proved itself and was not yet copied",
     ),
     _Step("copied", "after", "agent.device.bundles.history:store_copy", "the copy is made and nothing was committed"),
     _Step(
@@ -64,7 +72,12 @@ _STEPS = (
         "agent.device.rollout.transitions:promote_canary",
         "the commit by which the bundle stays is not yet done",
     ),
-    _Step("settled", "committed", "agent.device.rollout.transitions:promote_canary", "it is committed that the bundle stays"),
+    _Step(
+        "settled",
+        "committed",
+        "agent.device.rollout.transitions:promote_canary",
+        "it is committed that the bundle stays",
+    ),
 )
 _PHASES = {"shadow": "the bundle answers beside the one that runs", "probation": "the bundle is on probation"}
 

@@ -40,7 +40,15 @@ def picture(found: dict[str, Any]) -> str:
     _heads(draw, found)
     y = HEAD
     for network, some in groups:
-        draw.text(MARGIN, y + 23, network[:1].upper() + network[1:], PAGE_THEME.ink, size=12.5, weight=600, css_class="network")
+        draw.text(
+            MARGIN,
+            y + 23,
+            network[:1].upper() + network[1:],
+            PAGE_THEME.ink,
+            size=12.5,
+            weight=600,
+            css_class="network",
+        )
         draw.text(PANELS[0], y + 23, f"{some[0]['parameters']:,} parameters", PAGE_THEME.muted, size=11.5)
         if any("seeds" in one for one in some):
             draw.text(PANELS[1], y + 23, "small dots: each seed, as float", PAGE_THEME.muted, size=11.5)
@@ -54,7 +62,9 @@ def picture(found: dict[str, Any]) -> str:
     for axis in (size, accuracy, pace):
         for value, label in axis.ticks:
             draw.text(axis.at(value), bottom + 11, label, PAGE_THEME.muted, size=11, anchor="middle", css_class="tick")
-    draw.text(MARGIN, bottom + 42, f"Times: {found['machine']}; {found['runtime']}, one thread", PAGE_THEME.muted, size=11)
+    draw.text(
+        MARGIN, bottom + 42, f"Times: {found['machine']}; {found['runtime']}, one thread", PAGE_THEME.muted, size=11
+    )
     return draw.to_svg_document(bottom + UNDER, PAGE_THEME.paper, adaptive_css())
 
 

@@ -54,7 +54,9 @@ def take(machine: int, number: int, fault: str = "none", severity: float = 1.0) 
     from agent.model.inference import sound
 
     heard = SoundFormat(**tomllib.loads(SPEC.read_text(encoding="utf-8"))["input"]["sound"])
-    return Take(sound.compute_mel_rows(sounds.record(machine, number, fault, severity), heard), machine, fault, severity)
+    return Take(
+        sound.compute_mel_rows(sounds.record(machine, number, fault, severity), heard), machine, fault, severity
+    )
 
 
 def save(path: Path, takes: list[Take], rate: float) -> None:
