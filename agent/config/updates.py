@@ -27,7 +27,7 @@ class UpdatesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     url: str
     ca_file: str | None = None
     root: str = "root.json"
-    every: Duration = Duration(6 * 3600.0)
+    poll_interval: Duration = Duration(6 * 3600.0)
     window: str | None = None
     max_rate: Size | None = None
     max_size: Size = Size(64 << 20)
@@ -61,8 +61,8 @@ def check(file: str, updates: UpdatesConfig) -> None:
         raise ConfigError(
             file, "updates.window", f'{updates.window!r} is no time of day, as "01:00-05:00"; omit it for always'
         )
-    if not _MIN_INTERVAL_S <= updates.every <= _MAX_INTERVAL_S:
-        raise ConfigError(file, "updates.every", "must be between 60 s and 30 d")
+    if not _MIN_INTERVAL_S <= updates.poll_interval <= _MAX_INTERVAL_S:
+        raise ConfigError(file, "updates.poll_interval", "must be between 60 s and 30 d")
     if updates.max_rate is not None and updates.max_rate < _MIN_RATE:
         raise ConfigError(file, "updates.max_rate", f"must be at least {_MIN_RATE} B; omit it for no limit")
     if not 0 < updates.max_size <= _MAX_BUNDLE_BYTES:

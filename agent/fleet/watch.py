@@ -76,7 +76,7 @@ class FleetWatcher:
             message = verify_message(delivery.topic, delivery.payload, delivery.tokens, self._keyring.find)
             self._keyring.require_in_bounds(message)
             # Only the collector signs acknowledgements: the key of another device must not pass for it.
-            if message.topic.kind in topics.TO_DEVICE and message.signer.owner != "collector":
+            if topics.KINDS[message.topic.kind].to_device and message.signer.owner != "collector":
                 raise MessageRefused("other signer", message.signer.owner)
         except MessageRefused as refused:
             self.refused += 1
@@ -94,7 +94,7 @@ class FleetWatcher:
         if isinstance(body, ResultsPayload):
             view.rows[body.stream] = max(view.rows.get(body.stream, 0), body.rows[1])
             view.windows += body.n
-            view.results += len(body.columns.row)
+            view.results += len(body.columns)
         elif isinstance(body, DriftPayload):
             view.drift[body.task] = body.state
         elif isinstance(body, AlertPayload) and body.state == "raised":

@@ -26,7 +26,7 @@ COMMANDS: dict[str, CommandArguments] = {
     "report": CommandArguments(),
     "set-schedule": CommandArguments(("task", "schedule")),
     "rollback": CommandArguments(("task",)),
-    "learn": CommandArguments(("task",), ("for",)),
+    "relearn": CommandArguments(("task",), ("for",)),
     "reset-reference": CommandArguments(("task",)),
     # `labels`: JSON, as the columns of a line at the intake.
     "label": CommandArguments(("task", "labels")),

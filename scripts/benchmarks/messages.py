@@ -33,7 +33,7 @@ from agent.testing.messages import FLEET, MessageSender, new_key
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
-from agent.wire.messages import AckPayload
+from agent.wire.messages import AckPayload, ResultColumns
 from scripts.benchmarks import Result, benchmark, rates
 
 MESSAGES = 3000
@@ -97,8 +97,8 @@ def outbox_to_broker() -> Result:
             ours()
             pace = rates(ours, lambda: _own_loop(broker.port, topic, payloads, key), rounds=3, prepare=prepare)
         finally:
-            for one in running:
-                one.stop()
+            for process in running:
+                process.stop()
             store.close()
     note = f"{len(payloads[0])} bytes, window {WINDOW}; reference: paho, own loop, signed as it goes, nothing stored"
     return Result("uplink", *pace, "messages/s", 0.85, note)
@@ -163,8 +163,8 @@ class _Handed:
         self._deliveries = deliveries
 
     def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]:
-        some, self._deliveries = self._deliveries[:500], self._deliveries[500:]
-        return list(some)
+        batch, self._deliveries = self._deliveries[:500], self._deliveries[500:]
+        return list(batch)
 
     def acknowledge(self, delivery: IncomingMessage) -> None: ...
     def send(self, message: OutgoingMessage) -> int:
@@ -226,10 +226,16 @@ def _by_hand(plain: sqlite3.Connection, public: Any, key: Any, batch: list[Incom
         last = json.loads(delivery.payload)
         place = (last["device"], last["log"], last["seq"])
         rows.append((*place, last["kind"], delivery.topic, delivery.payload, delivery.tokens[0], "now"))
-        columns = last["columns"]
+        columns = msgspec.convert(last["columns"], ResultColumns)
         results += [
-            (last["device"], last["task"], *one)
-            for one in zip(*(columns[name] for name in ("row", "t", "label", "score")), strict=True)
+            (last["device"], last["task"], *row)
+            for row in zip(
+                columns.expand_rows(),
+                columns.expand_times(),
+                columns.expand_labels() or [],
+                columns.score or [],
+                strict=True,
+            )
         ]
     plain.execute("BEGIN")
     plain.executemany("INSERT OR IGNORE INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)

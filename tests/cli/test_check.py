@@ -15,7 +15,7 @@ from agent.testing.process import run_outstation
 HOST = """
 [streams.watch]
 fields = [{{ name = "{field}" }}]
-source = {{ kind = "host", every = "1 s" }}
+source = {{ kind = "host", poll_interval = "1 s" }}
 """
 REPLAY = """
 [streams.watch]

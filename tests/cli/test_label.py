@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from agent.cli import cli
 from agent.cli.device.label import read_labels
-from agent.device.intake.sources import recordings
+from agent.datasets.recordings import load
 from agent.errors import UsageError
 from agent.performance.labels import Label
 from agent.testing.fleet import FIELDS, RECORDINGS, LocalFleet
@@ -39,7 +39,7 @@ def run(*arguments: object) -> tuple[int, str]:
 
 def played(rows: int) -> tuple[Any, list[str]]:
     """Recorded rows (rows, 6), one recording after the other, and the exercise of each."""
-    found = recordings.load(RECORDINGS)
+    found = load(RECORDINGS)
     parts = list(zip(found.starts[:-1], found.starts[1:], found.label, strict=True))
     truth = np.concatenate([np.full(end - start, label) for start, end, label in parts])
     return found.rows[:rows], [found.labels[label] for label in truth[:rows]]

@@ -1,4 +1,4 @@
-"""`outstation.toml`: every key of the contract is understood, and a mistake is named with its file, key and fix."""
+"""`outstation.toml`: every key is understood, and a mistake is named with its file, key and fix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from agent import config
 from agent.bootstrap.tasks import trusted_publishers
 from agent.cli import main
-from agent.config import Config, FilesSource, HostSource, ReplaySource, SocketSource, UpdatesConfig
+from agent.config import Config, UpdatesConfig, sources
+from agent.config.sources import FilesSource, HostSource, ReplaySource, SocketSource
 from agent.errors import ConfigError
 from agent.wire.keys import b64url_encode
 
@@ -51,7 +52,7 @@ source = {{ kind = "socket" }} # socket | mqtt | files | host | replay
 stream = "watch"
 bundle = "exercise"          # name in the bundle store, or a path
 schedule = "every 60 s"      # "every …", a cron expression, or "when 500 rows"
-publish = "all"              # all | changes | summary, or {{ below = 0.6 }}
+publish = "all"              # all | changes | summary, or {{ below_score = 0.6 }}
 """
 DEVICE = '[device]\nid = "pi-07"\nfleet = "acme"\n'
 MADE = "[streams.a]\nsource = {{ kind = 'files', folder = 'in', {} }}\n"
@@ -74,7 +75,7 @@ def mistake(folder: Path, text: str) -> ConfigError:
     return caught.value
 
 
-def test_the_example_of_the_contract_means_what_its_comments_say(tmp_path: Path) -> None:
+def test_the_example_means_what_its_comments_say(tmp_path: Path) -> None:
     conf = load(tmp_path, EXAMPLE)
     assert conf.device == config.DeviceConfig(id="pi-07", fleet="acme", data_dir="/var/lib/outstation")
     assert conf.data_dir == Path("/var/lib/outstation")
@@ -96,7 +97,7 @@ def test_the_example_of_the_contract_means_what_its_comments_say(tmp_path: Path)
     assert (task.stream, task.bundle, task.schedule, task.publish) == ("watch", "exercise", "every 60 s", "all")
 
 
-def test_what_may_be_left_out_has_the_contracts_defaults(tmp_path: Path) -> None:
+def test_keys_left_out_have_their_defaults(tmp_path: Path) -> None:
     conf, example = load(tmp_path, DEVICE + STREAM + TASK), load(tmp_path, EXAMPLE)
     assert conf.buffer == example.buffer
     assert conf.collector.delivery == "collector"
@@ -110,8 +111,11 @@ def test_what_may_be_left_out_has_the_contracts_defaults(tmp_path: Path) -> None
     [
         ('{ kind = "socket" }', SocketSource()),
         ('{ kind = "files", folder = "in" }', FilesSource(folder="{base}/in")),
-        ('{ kind = "files", folder = "/in", every = "500 ms" }', FilesSource(folder="/in", every=config.Duration(0.5))),
-        ('{ kind = "host", every = "1 min" }', HostSource(every=config.Duration(60))),
+        (
+            '{ kind = "files", folder = "/in", poll_interval = "500 ms" }',
+            FilesSource(folder="/in", poll_interval=config.Duration(0.5)),
+        ),
+        ('{ kind = "host", poll_interval = "1 min" }', HostSource(poll_interval=config.Duration(60))),
         (
             '{ kind = "replay", file = "x.npz", subject = 3, speed = 2.5, seed = 7, rows = 9, '
             'faults = [{ kind = "gain", fields = ["ax"], from_row = 5, amount = 0.5 }] }',
@@ -121,7 +125,7 @@ def test_what_may_be_left_out_has_the_contracts_defaults(tmp_path: Path) -> None
                 speed=2.5,
                 seed=7,
                 rows=9,
-                faults=[config.ReplayFault(kind="gain", fields=["ax"], from_row=5, amount=0.5)],
+                faults=[sources.ReplayFault(kind="gain", fields=["ax"], from_row=5, amount=0.5)],
             ),
         ),
     ],
@@ -134,11 +138,11 @@ def test_every_source_is_understood_and_its_paths_are_beside_the_config(
 
 
 @pytest.mark.parametrize("schedule", ["every 60 s", "*/5 * * * *", "when 500 rows"])
-@pytest.mark.parametrize("publish", ['"all"', '"changes"', '"summary"', "{ below = 0.6 }"])
+@pytest.mark.parametrize("publish", ['"all"', '"changes"', '"summary"', "{ below_score = 0.6 }"])
 def test_every_way_to_run_and_publish_is_understood(tmp_path: Path, schedule: str, publish: str) -> None:
     task = load(tmp_path, DEVICE + STREAM + TASK + f'schedule = "{schedule}"\npublish = {publish}\n').tasks["exercise"]
     assert task.schedule == schedule
-    assert task.publish == (config.PublishBelow(below=0.6) if "below" in publish else publish.strip('"'))
+    assert task.publish == (config.PublishBelow(below_score=0.6) if "below" in publish else publish.strip('"'))
 
 
 def test_a_bundle_with_a_slash_is_a_path_beside_the_config_and_without_one_a_name(tmp_path: Path) -> None:
@@ -161,14 +165,18 @@ def test_a_bundle_with_a_slash_is_a_path_beside_the_config_and_without_one_a_nam
         (STREAM + "[streams.b]\nfields = [{ nmae = 'x' }]", "streams.b.fields[0].nmae", "did you mean 'name'?"),
         (STREAM + "[streams.b]\nfields = [{ name = 'x', unti = 'g' }]", "streams.b.fields[0].unti", "mean 'unit'?"),
         (STREAM + 'source = { kind = "files", foldr = "x" }', "streams.watch.source.foldr", "did you mean 'folder'?"),
-        (STREAM + 'source = { kind = "host", evry = "1 s" }', "streams.watch.source.evry", "did you mean 'every'?"),
+        (
+            STREAM + 'source = { kind = "host", pol_interval = "1 s" }',
+            "streams.watch.source.pol_interval",
+            "did you mean 'poll_interval'?",
+        ),
         (
             STREAM + 'source = { kind = "replay", file = "x", faults = [{ kidn = "gain" }] }',
             "streams.watch.source.faults[0].kidn",
             "did you mean 'kind'?",
         ),
         (STREAM + TASK + 'shedule = "every 1 s"', "tasks.exercise.shedule", "did you mean 'schedule'?"),
-        (STREAM + TASK + "publish = { bellow = 1 }", "tasks.exercise.publish.bellow", "did you mean 'below'?"),
+        (STREAM + TASK + "publish = { bellow = 1 }", "tasks.exercise.publish.bellow", "did you mean 'below_score'?"),
         ("[task.exercise]\nstream = 'x'", "task", "unknown key; did you mean 'tasks'?"),
     ],
 )
@@ -252,8 +260,16 @@ def test_an_unknown_key_is_named_in_full_with_what_may_be_meant(tmp_path: Path, 
         ),
         (STREAM + "source = { folder = 'x' }", "streams.watch.source.kind", "this key is required; add it"),
         (STREAM + "source = { kind = 'files' }", "streams.watch.source.folder", "this key is required; add it"),
-        (STREAM + "source = { kind = 'host', every = '0 s' }", "streams.watch.source.every", "at least 10 ms"),
-        (STREAM + "source = { kind = 'host', every = '5' }", "streams.watch.source.every", "a number with a unit"),
+        (
+            STREAM + "source = { kind = 'host', poll_interval = '0 s' }",
+            "streams.watch.source.poll_interval",
+            "at least 10 ms",
+        ),
+        (
+            STREAM + "source = { kind = 'host', poll_interval = '5' }",
+            "streams.watch.source.poll_interval",
+            "a number with a unit",
+        ),
         (
             STREAM
             + "source = { kind = 'replay', file = 'x', faults = [{ kind = 'gain', fields = ['az'], from_row = 1 }] }",
@@ -280,7 +296,7 @@ def test_an_unknown_key_is_named_in_full_with_what_may_be_meant(tmp_path: Path, 
         (STREAM + TASK + "publish = 'al'", "tasks.exercise.publish", "'al' is no choice here; did you mean 'all'?"),
         (STREAM + TASK + 'deadline = "0 s"', "tasks.exercise.deadline", "must be longer than nothing"),
         (STREAM + TASK + "deadline = 2", "tasks.exercise.deadline", "must be a number with a unit"),
-        (STREAM + TASK + "learn = 5", "tasks.exercise.learn", "expected `int` >= 20"),
+        (STREAM + TASK + "learn_windows = 5", "tasks.exercise.learn_windows", "expected `int` >= 20"),
     ],
 )
 def test_a_mistake_is_named_with_its_key_and_the_fix(tmp_path: Path, text: str, key: str, said: str) -> None:
@@ -379,7 +395,7 @@ def test_the_digest_names_what_decides_results_and_not_the_brokers_password(tmp_
     assert digest.startswith("sha256:")
     assert config.digest(load(tmp_path, base + "# a comment\n")) == digest
     assert config.digest(load(tmp_path, base + '[broker]\npassword = "secret"\n')) == digest
-    assert config.digest(load(tmp_path, base + "learn = 50\n")) != digest
+    assert config.digest(load(tmp_path, base + "learn_windows = 50\n")) != digest
 
 
 TOML = st.lists(
@@ -431,14 +447,16 @@ def test_updates_come_from_a_server_or_a_folder_with_paths_beside_the_config(tmp
     assert load(tmp_path, base).updates is None
     plain = load(tmp_path, base + UPDATES.replace("acme", "acme/")).updates
     assert plain == UpdatesConfig(url="https://updates.example.org/acme", root=str(tmp_path / "root.json"))
-    assert (float(plain.every), int(plain.max_size)) == (6 * 3600, 64 << 20)
+    assert (float(plain.poll_interval), int(plain.max_size)) == (6 * 3600, 64 << 20)
     assert plain.window_minutes is None
-    every = 'ca_file = "ca.pem"\nroot = "/r.json"\nevery = "1 h"\nwindow = "22:30-05:00"\nmax_rate = "512 KiB"\n'
+    every = (
+        'ca_file = "ca.pem"\nroot = "/r.json"\npoll_interval = "1 h"\nwindow = "22:30-05:00"\nmax_rate = "512 KiB"\n'
+    )
     found = load(tmp_path, base + UPDATES + every + 'max_size = "8 MiB"\n').updates
     assert found is not None
     assert (found.ca_file, found.root) == (str(tmp_path / "ca.pem"), "/r.json")
     assert found.window_minutes == (22 * 60 + 30, 5 * 60)
-    assert (float(found.every), found.max_rate, int(found.max_size)) == (3600, config.Size(512 << 10), 8 << 20)
+    assert (float(found.poll_interval), found.max_rate, int(found.max_size)) == (3600, config.Size(512 << 10), 8 << 20)
     folder = load(tmp_path, base + '[updates]\nurl = "stick/acme"\n').updates
     assert folder is not None
     assert folder.is_folder
@@ -458,7 +476,7 @@ def test_updates_come_from_a_server_or_a_folder_with_paths_beside_the_config(tmp
         ('url = "https://h"\nwindow = "1:00-5:00"', "window", "is no time of day"),
         ('url = "https://h"\nwindow = "01:00-24:00"', "window", "is no time of day"),
         ('url = "https://h"\nwindow = "01:00-01:00"', "window", "is no time of day"),
-        ('url = "https://h"\nevery = "1 s"', "every", "between 60 s and 30 d"),
+        ('url = "https://h"\npoll_interval = "1 s"', "poll_interval", "between 60 s and 30 d"),
         ('url = "https://h"\nmax_rate = "1 B"', "max_rate", "must be at least 1024 B"),
         ('url = "https://h"\nmax_size = "0 B"', "max_size", "at most 256 MiB"),
         ('url = "https://h"\nmax_size = "1 GiB"', "max_size", "at most 256 MiB"),

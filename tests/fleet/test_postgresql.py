@@ -33,7 +33,7 @@ from agent.testing.messages import FLEET, MessageSender, SignedMessage, new_key
 from agent.wire import topics
 from tests.fleet.test_collector import Wire
 from tests.kit import fleet_rollouts
-from tests.kit.evidences import told
+from tests.kit.evidences import build_story
 
 NOW = "2026-11-24T22:20:00.000000Z"
 
@@ -409,7 +409,7 @@ def test_a_roll_out_is_decided_followed_and_audited(tmp_path: Path, postgres_url
 
 
 def test_evidence_of_the_same_fleet_is_the_same_byte_by_byte(tmp_path: Path, postgres_url: str) -> None:
-    story = told(tmp_path / "acme")
+    story = build_story(tmp_path / "acme")
     copied = FleetStore(postgres_url)
     copy(story.store, copied)
     of_file = story.make(tmp_path / "file")

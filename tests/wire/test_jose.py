@@ -49,7 +49,8 @@ def jose(
 ) -> Callable[[list[SignedMessage]], list[dict[str, Any]]]:
     """`jose(messages)` is what the library says of each; it is installed once, in pytest's cache."""
     node, npm = program("node"), program("npm")
-    folder = pytestconfig.cache.mkdir("jose") if pytestconfig.cache else pytest.skip("pytest runs without a cache")
+    cache = getattr(pytestconfig, "cache", None)
+    folder = cache.mkdir("jose") if cache else pytest.skip("pytest runs without a cache")
     if not (folder / "node_modules" / "jose").exists():
         _install(npm, folder)
     (folder / "verify.mjs").write_text(VERIFY)

@@ -11,8 +11,8 @@ from agent.wire import topics
 from agent.wire.topics import Topic
 
 NAMES = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,63}", fullmatch=True)
-PLAIN = st.sampled_from(sorted((topics.LOGGED | topics.UNLOGGED | topics.TO_DEVICE) - topics.PER_TASK))
-PER_TASK = st.sampled_from(sorted(topics.PER_TASK))
+PLAIN = st.sampled_from([kind.name for kind in topics.KINDS.values() if not kind.per_task])
+PER_TASK = st.sampled_from([kind.name for kind in topics.KINDS.values() if kind.per_task])
 
 
 @given(NAMES, NAMES, PLAIN)

@@ -55,8 +55,8 @@ def command(
     pause TASK, resume TASK      stop and restart the task's schedule
     set-schedule TASK SCHEDULE   "every 5 s", "when 500 rows", a cron expression, or default
     rollback TASK                activate the bundle that ran before
-    learn TASK [TIME]            learn the site's drift reference again, from at least TIME ("24 h") of readings
-    reset-reference TASK         learn it again as the config says
+    relearn TASK [TIME]          learn the site's drift reference again, from at least TIME ("24 h") of readings
+    reset-reference TASK         discard it, and learn another as the config says
     label TASK COLUMNS           add labels in JSON columns; `fleet label --send` reads them from a file
     report                       return its status, and send a health message now
     rotate-key                   let the device create a new signing key

@@ -64,14 +64,14 @@ def evidence(
     document = {
         "out": str(out),
         "fleet": facts.fleet,
-        "at": facts.as_of,
+        "as_of": facts.as_of,
         "passed": facts.audit["passed"],
         "files": len(made.files) + 2,
         "messages": facts.message_count,
         "incidents": sum(facts.incident_counts.values()),
         "decisions": sum(facts.event_counts.values()),
         "bundles": len(facts.bundles.cards),
-        "left_out": {name: n for name, n in sorted(facts.omitted.items()) if n},
+        "omitted": {name: n for name, n in sorted(facts.omitted.items()) if n},
         "unverified": facts.unverified,
         "signer": next(key.kid for key in facts.keys if key.role == "operator"),
     }
@@ -90,7 +90,7 @@ def _make_folder(
     folder: str | None,
 ) -> EvidenceFolder:
     from agent.fleet import config as fleet_config
-    from agent.fleet.evidence.gather import bundles as papers
+    from agent.fleet.evidence.gather.bundles import read_evaluation
     from agent.model.bundle import builtin
 
     try:
@@ -99,7 +99,7 @@ def _make_folder(
         raise UsageError(f"{error}; the bill of materials needs: pip install 'outstation[fleet]'") from None
     at = None if at is None else _parse_time(at)
     known = [*builtin.publisher_keys(), *(keys.load_public(text) for text in publishers)]
-    evaluated = [papers.read_evaluation(path) for path in evaluations]
+    evaluated = [read_evaluation(path) for path in evaluations]
     config, store = open_for_reading(folder, db)
     sources = EvidenceSources(
         fleet=config.fleet.name,
@@ -125,10 +125,10 @@ def _parse_time(text: str) -> str:
 def _summary_lines(document: dict[str, Any]) -> Iterable[str]:
     yield (
         f"{document['out']}: {document['files']} files, of {document['messages']} messages, {document['incidents']} "
-        f"incidents, {document['decisions']} decisions and {document['bundles']} bundles up to {document['at']}"
+        f"incidents, {document['decisions']} decisions and {document['bundles']} bundles as of {document['as_of']}"
     )
-    for name, n in document["left_out"].items():
-        yield f"  left out: {n} {name} that were too many"
+    for name, n in document["omitted"].items():
+        yield f"  omitted: {n} {name} above the limit of a folder"
     if document["unverified"]:
         yield f"  {document['unverified']} stored messages do not verify; nothing they say is told"
     if not document["passed"]:
@@ -161,7 +161,7 @@ def _verification_lines(report: dict[str, Any]) -> Iterable[str]:
         yield f"signed by {report['signer']}"
     if report["fleet"]:
         yield (
-            f"fleet {report['fleet']} as of {report['at']}: {report['files']} files, {report['messages']} messages, "
+            f"fleet {report['fleet']} as of {report['as_of']}: {report['files']} files, {report['messages']} messages, "
             f"{report['decisions']} decisions, {report['comparisons']} comparisons, {report['bundles']} bundles, "
             f"{report['signatures']} signatures in the repository's metadata"
         )

@@ -15,7 +15,7 @@ from agent.device.commands.executor import Action
 from agent.device.intake import labels
 from agent.device.machine import schedule
 from agent.device.pipeline import label_metrics, relearn
-from agent.device.pipeline.batch import LoadedTask
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.relearn import RelearnRequest
 from agent.device.pipeline.tasks import Effect, Runtime, ScheduledTask, make_scheduled_task
 from agent.device.rollout.executor import RolloutExecutor
@@ -53,7 +53,7 @@ class TaskActions:
             "report": self.report,
             "set-schedule": self.set_schedule,
             "rollback": self.rollback,
-            "learn": self.relearn,
+            "relearn": self.relearn,
             "reset-reference": self.reset_reference,
             "label": self.label,
         }
@@ -147,7 +147,7 @@ class TaskActions:
             for_s = float(parse_duration(text))
         except ValueError as error:
             raise RowRejected(f"for: {error}") from None
-        return self._request_relearn(args["task"], relearn.make_request("learn", for_s, "from the fleet"))
+        return self._request_relearn(args["task"], relearn.make_request("relearn", for_s, "from the fleet"))
 
     def reset_reference(self, args: Mapping[str, str], now: ClockReading) -> Effect:
         return self._request_relearn(args["task"], relearn.make_request("reset", 0.0, "from the fleet"))

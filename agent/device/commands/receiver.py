@@ -132,9 +132,7 @@ class CommandReceiver:
         answers = self._store.query(lambda db: CommandLog(db).unsent(self._sent_through))
         for answer in answers:
             session.enqueue_live(
-                self._message_log.build_live_message(
-                    "reply", answer.to_body(), now, retain=False, correlation=answer.correlation
-                )
+                self._message_log.build_live_message("reply", answer.to_body(), now, correlation=answer.correlation)
             )
             self._sent_through = answer.number
             self._has_unsent.set()
@@ -151,8 +149,4 @@ class CommandReceiver:
 
     def post_answer(self, answer: CommandAnswer, now: ClockReading) -> None:
         """An answer for which there was no room in the book."""
-        self.post(
-            self._message_log.build_live_message(
-                "reply", answer.to_body(), now, retain=False, correlation=answer.correlation
-            )
-        )
+        self.post(self._message_log.build_live_message("reply", answer.to_body(), now, correlation=answer.correlation))

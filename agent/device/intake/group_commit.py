@@ -13,12 +13,13 @@ import numpy as np
 from agent.clock import ClockQuality, ClockReading
 from agent.config import StreamConfig
 from agent.device.intake import labels
-from agent.device.intake.labels import LabelBatch, LabelTarget
+from agent.device.intake.labels import LabelBatch
 from agent.device.store.clock_segments import PRODUCER_TIME, QUALITIES
 from agent.device.store.rows import Rows, ValidatedRows, concatenate
 from agent.device.store.store import INTAKE_SHARE, Store
 from agent.device.store.transaction import Transaction
 from agent.errors import StorageFull
+from agent.performance.labels import LabelTarget
 
 MAX_GROUP_ROWS = 16_384
 # Beside so many what a commit itself writes is little.

@@ -8,22 +8,15 @@ from typing import Any
 import msgspec
 
 from agent.clock import ClockReading
-from agent.device.store.labels import MAX_EARLY_LABELS, PredictionRow
+from agent.device.store.labels import MAX_EARLY_LABELS, outcome_counter
 from agent.device.store.transaction import Transaction
 from agent.errors import RowRejected
 from agent.performance import labels as truth
-from agent.performance.labels import Label, LabelSchema
+from agent.performance.labels import Label, LabelTarget
 from agent.strict_json import check_key_count
 from agent.toml_files import did_you_mean
 
 _COLUMNS = ("row", "t", "label", "source")
-
-
-class LabelTarget(msgspec.Struct, frozen=True):
-    """What the intake knows of a task whose results may be labelled."""
-
-    stream: str
-    label_schema: LabelSchema
 
 
 class _Line(msgspec.Struct, forbid_unknown_fields=True):
@@ -116,7 +109,7 @@ def store_label(tx: Transaction, task: str, target: LabelTarget | None, label: L
         tx.labels.find_by_row(task, label.row) if label.row is not None else tx.labels.find_nearest(task, label.t or 0)
     )
     if result is not None:
-        _store_joined(tx, task, label, result, now.wall_us)
+        tx.increment_counter(outcome_counter(task, tx.labels.store_label(task, label, result, now.wall_us)), 1)
         return None
     if label.row is not None and label.row >= tx.next_row(target.stream):
         return f"row {label.row} is not here yet; the stream has {tx.next_row(target.stream) - 1}"
@@ -133,22 +126,3 @@ def store_label(tx: Transaction, task: str, target: LabelTarget | None, label: L
     tx.increment_counter(f"labels unmatched.{task}", 1)
     what = f"row {label.row} has no result of its own; a window's is at its last row" if label.row is not None else ""
     return what or "no result is that near to this time, or it is no longer kept ([buffer] keep_results)"
-
-
-def join_early_labels(tx: Transaction, task: str, early: list[tuple[int, Label, int]]) -> None:
-    """Labels that waited: with their results now, or counted as without one."""
-    for _, label, received_us in early:
-        result = (
-            tx.labels.find_by_row(task, label.row)
-            if label.row is not None
-            else tx.labels.find_nearest(task, label.t or 0)
-        )
-        _store_joined(tx, task, label, result, received_us)
-    tx.labels.delete_early_labels(task, [number for number, _, _ in early])
-
-
-def _store_joined(tx: Transaction, task: str, label: Label, result: PredictionRow | None, received_us: int) -> None:
-    became = "unmatched" if result is None else tx.labels.store_label(task, label, result, received_us)
-    tx.increment_counter(
-        {"new": f"labels.{task}", "same": f"labels replaced.{task}"}.get(became, f"labels {became}.{task}"), 1
-    )

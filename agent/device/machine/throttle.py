@@ -75,12 +75,12 @@ class Throttle:
         hottest = self._conf.max_temperature - (_TEMPERATURE_HYSTERESIS if is_paused else 0.0)
         if measured.temperature is not None and measured.temperature > hottest:
             most = self._conf.max_temperature
-            limits = f"more than {most:g} °C ([care] max_temperature), until {most - _TEMPERATURE_HYSTERESIS:g} °C"
+            limits = f"more than {most:g} °C ([throttle] max_temperature), until {most - _TEMPERATURE_HYSTERESIS:g} °C"
             return f"{measured.temperature:.0f} °C; {limits}"
         emptiest = self._conf.min_battery + (_BATTERY_HYSTERESIS if is_paused else 0.0)
         if measured.battery is not None and measured.battery < emptiest:
             least = self._conf.min_battery
-            limits = f"less than {least:g} % ([care] min_battery), until {least + _BATTERY_HYSTERESIS:g} %"
+            limits = f"less than {least:g} % ([throttle] min_battery), until {least + _BATTERY_HYSTERESIS:g} %"
             return f"battery at {measured.battery:.0f} %; {limits}"
         return self._describe_throttling() if self._conf.throttled == "wait" else ""
 
@@ -131,4 +131,4 @@ def lower_priority(conf: config.ThrottleConfig) -> None:
         if psutil.Process().ionice() != lowest:
             psutil.Process().ionice(*lowest)
     except (OSError, psutil.Error) as error:
-        log.warning("[care] nice: %s; models keep the priority they have: set Nice= of the service instead", error)
+        log.warning("[throttle] nice: %s; models keep the priority they have: set Nice= of the service instead", error)

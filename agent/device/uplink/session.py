@@ -18,8 +18,8 @@ from typing import Protocol
 from agent.clock import ClockReading
 from agent.device.store.eviction import quarantine_damaged
 from agent.device.store.message_log import MessageLog
+from agent.device.store.outbox import OutboxMessage
 from agent.device.store.store import Store
-from agent.device.store.transaction import OutboxMessage
 from agent.device.uplink.acknowledgements import Acknowledgements
 from agent.errors import LinkDown
 from agent.transport.packets import NO_SUBSCRIBERS, PACKET_TOO_LARGE, IncomingMessage, OutgoingMessage, PublishReceipt

@@ -42,7 +42,7 @@ class RowCoverage:
         first, last = body.rows
         track = self.tracks.get((body.task, body.stream))
         if track is None:
-            self.tracks[body.task, body.stream] = TaskCoverage(first, last, body.seq, results=len(body.columns.row))
+            self.tracks[body.task, body.stream] = TaskCoverage(first, last, body.seq, results=len(body.columns))
             return None
         problem = self._check_next_rows(track, body)
         if body.reissued and body.rows[0] > track.last:
@@ -50,7 +50,7 @@ class RowCoverage:
             problem = None
         track.last, track.seq = max(track.last, last), body.seq
         track.messages += 1
-        track.results += len(body.columns.row)
+        track.results += len(body.columns)
         return problem
 
     def add_evictions(self, body: AuditPayload) -> None:

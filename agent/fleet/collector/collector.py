@@ -46,10 +46,10 @@ def topic_filters(fleet: str, *, shared: bool = False) -> list[str]:
     Retained topics are never shared: the broker sends nothing retained to a shared subscription, and two collectors
     could store the states of a device in the wrong order.
     """
-    logged = [f"{topics.ROOT}/{fleet}/+/{kind}/+" for kind in sorted(topics.PER_TASK)]
-    logged += [f"{topics.ROOT}/{fleet}/+/{kind}" for kind in ("audit", "health")]
-    spread = [f"$share/{SHARE_GROUP}/{name}" for name in logged] if shared else logged
-    return spread + [f"{topics.ROOT}/{fleet}/+/{kind}" for kind in ("keys", "state")]
+    base, kinds = f"{topics.ROOT}/{fleet}/+", [kind for kind in topics.KINDS.values() if not kind.to_device]
+    logged = [f"{base}/{kind.name}" + ("/+" if kind.per_task else "") for kind in kinds if kind.logged]
+    spread = [f"$share/{SHARE_GROUP}/{topic}" for topic in logged] if shared else logged
+    return spread + [f"{base}/{kind.name}" for kind in kinds if kind.retained]
 
 
 def client_id(fleet: str, share: str | None) -> str:

@@ -5,14 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from agent.config import BrokerConfig
-from agent.wire.topics import ROOT
-
-# What a device may publish and read of its own subtree. `ack`, `cmd` and `desired` are not among the first.
-DEVICE_WRITES = (
-    *("results/+", "drift/+", "quality/+", "shadow/+", "alerts/+"),
-    *("health", "audit", "state", "keys", "reply"),
-)
-DEVICE_READS = ("ack", "cmd", "desired")
+from agent.wire.topics import KINDS, ROOT
 
 _COMMON = """\
 # Mosquitto 2 for the fleet {fleet}. Start with: mosquitto -c {folder}/mosquitto.conf
@@ -100,8 +93,9 @@ def has_crl_setting(conf: str) -> bool:
 def render_acl(fleet: str) -> str:
     """The text of the ACL file: devices by pattern, then the roles."""
     base = f"{ROOT}/{fleet}"
-    lines = [f"pattern write {base}/%u/{kind}" for kind in DEVICE_WRITES]
-    lines += [f"pattern read {base}/%u/{kind}" for kind in DEVICE_READS]
+    subtree = {kind: f"{base}/%u/{kind.name}" + ("/+" if kind.per_task else "") for kind in KINDS.values()}
+    lines = [f"pattern write {topic}" for kind, topic in subtree.items() if not kind.to_device]
+    lines += [f"pattern read {topic}" for kind, topic in subtree.items() if kind.to_device]
     lines += ["# For all devices, and for groups of them. Mosquitto warns that there is no %u; none is needed.",
               f"pattern read {base}/_all/desired", f"pattern read {base}/_group/desired/+"]  # fmt: skip
     lines += ["", *collector_acl(fleet, "collector")]

@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 
 from agent.client import Client
 from agent.device.intake import labels
-from agent.device.intake.labels import LabelTarget
 from agent.device.intake.protocol import LineParser
 from agent.device.store import labels as labelled
 from agent.device.store.labels import StoredLabel, StoredPredictions
 from agent.errors import RowRejected
-from agent.performance.labels import Label, LabelSchema
+from agent.performance.labels import Label, LabelSchema, LabelTarget
 from tests.kit.stations import STREAMS, Station, conf
 
 T0 = 1_764_000_000_000_000

@@ -17,6 +17,7 @@ import pytest
 
 from agent import config
 from agent.config import BrokerConfig, Config
+from agent.device.recovery.findings import NEW_LOG
 from agent.device.recovery.open import open_store
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
@@ -62,7 +63,7 @@ def ack_body(log: str, through: int, missing: list[tuple[int, int]], device: str
 
 @dataclass
 class CollectorModel:
-    """The contract's collector in thirty lines: stores by (log, seq), answers each group of messages with one ack."""
+    """A collector in thirty lines: stores by (log, seq), answers each group of messages with one ack."""
 
     air: LossyBroker
     key: SigningKey
@@ -515,7 +516,7 @@ def test_a_message_that_the_disk_has_changed_is_not_sent_and_the_others_are(worl
     world.run(lambda: {1, 3, 5, 6} <= world.collector.seqs(), 60)
     # 6 declares them; 7 is an alert, which this collector does not listen to.
     assert world.collector.seqs() == {1, 3, 5, 6}
-    assert world.store._fetch_all("SELECT seq FROM damaged_messages") == [(2,), (4,)]
+    assert world.store._fetch_all("SELECT seq FROM quarantined_messages") == [(2,), (4,)]
     bodies = [json.loads(world.collector.stored[key]) for key in sorted(world.collector.stored)]
     [declared] = [body["evidence"]["seq"] for body in bodies if body.get("event") == "evicted"]
     assert declared == [[2, 2], [4, 4]]
@@ -533,7 +534,7 @@ def test_a_retained_acknowledgement_of_another_history_stops_everything_before_a
     with pytest.raises(StorageForked, match=r"has 9 messages of log .*, this store has written 5"):
         world.run(lambda: False, 20)
     assert world.health_published() == 0
-    plan = json.loads(world.store.get_meta("new log", ""))
+    plan = json.loads(world.store.get_meta(NEW_LOG, ""))
     assert (plan["through"], plan["missing"], plan["common_through"]) == (9, [[7, 7]], 0)
 
 

@@ -236,7 +236,7 @@ class Fetcher:
         """Each child looks at the metadata; one that then fails over a bundle has looked all the same."""
         look = self._metadata_check
         if response.error in ("", _UNPUBLISHED_ERROR) or response.target is not None:
-            every_s = self._conf.updates.every if self._conf.updates else 0.0
+            every_s = self._conf.updates.poll_interval if self._conf.updates else 0.0
             again_s = every_s * self._rng.uniform(1.0, 1.25)
             self._metadata_check = _MetadataCheck(now.boot_s + again_s, checked_at=clock.to_rfc3339(now.wall_us))
             return
