@@ -1,4 +1,4 @@
-"""Where the rows of a stream come from."""
+"""Sources of a stream: socket, files, host, replay, MQTT."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SocketSource(Section, frozen=True, tag_field="kind", tag="socket"):
 
 
 class FilesSource(Section, frozen=True, tag_field="kind", tag="files"):
-    """Tables of the stream's fields; or images, or sounds, which its fields follow from."""
+    """Watched folder of tables, or of images or sounds, which define the stream's fields."""
 
     folder: str
     poll_interval: Duration = Duration(2.0)
@@ -40,10 +40,11 @@ class HostSource(Section, frozen=True, tag_field="kind", tag="host"):
 
 
 class ReplayFault(Section, frozen=True):
-    """What a replay does to its recordings from row `from_row` on.
+    """Fault injected into a replay from row `from_row` on.
 
-    `amount` is a factor (gain, scale), what is added (offset), the value (stuck), the limit of sizes (saturate), the sd
-    (noise), the size of steps (quantize), or how high spikes are, one in a hundred rows. swap exchanges two fields.
+    `amount` is the factor (gain, scale), the summand (offset), the value (stuck), the limit of magnitudes (saturate), the
+    standard deviation (noise), the step (quantize), or the height of spikes, one in a hundred rows. swap exchanges two
+    fields.
     """
 
     kind: Literal["gain", "offset", "stuck", "missing", "spikes", "saturate", "scale", "swap", "noise", "quantize"]
@@ -53,7 +54,7 @@ class ReplayFault(Section, frozen=True):
 
 
 class RecordingFilter(Section, frozen=True):
-    """From row `from_row` on, a replay plays recordings of which `column` says `value`."""
+    """From row `from_row` on, replay the recordings whose `column` is `value`."""
 
     column: str
     value: str
@@ -61,7 +62,7 @@ class RecordingFilter(Section, frozen=True):
 
 
 class ReplaySource(Section, frozen=True, tag_field="kind", tag="replay"):
-    """`skip` rows of recordings that have times; `scenes`, in the order of their rows, of such as have none."""
+    """Replay of recordings. `skip` applies to recordings with times, `scenes` (in order of rows) to those without."""
 
     file: str
     subject: int | None = None
@@ -74,9 +75,9 @@ class ReplaySource(Section, frozen=True, tag_field="kind", tag="replay"):
 
 
 class MqttSource(Section, frozen=True, tag_field="kind", tag="mqtt"):
-    """`paths`: field → JSONPath of its value in a message, or `topic[N]`; `t`: that of its time in epoch seconds.
+    """MQTT subscription. `paths`: field → JSONPath of its value, or `topic[N]`; `t`: JSONPath of the time, epoch seconds.
 
-    `session_expiry`: how long the broker holds messages for this device while it is away.
+    `session_expiry`: how long the broker keeps messages while the device is away.
     """
 
     topic: str
@@ -90,7 +91,7 @@ SourceConfig = SocketSource | FilesSource | HostSource | ReplaySource | MqttSour
 
 
 def check(file: str, key: str, source: SourceConfig, fields: Collection[str]) -> None:
-    """Raises ConfigError; `fields` are those of its stream."""
+    """Check a source; `fields` are those of its stream. Raises ConfigError."""
     if isinstance(source, FilesSource | HostSource) and source.poll_interval < _MIN_INTERVAL_S:
         raise ConfigError(file, f"{key}.poll_interval", f"must be at least {_MIN_INTERVAL_S * 1000:g} ms")
     if isinstance(source, MqttSource):
@@ -98,12 +99,10 @@ def check(file: str, key: str, source: SourceConfig, fields: Collection[str]) ->
     if isinstance(source, ReplaySource):
         begins = [scene.from_row for scene in source.scenes]
         if begins and (begins[0] != 1 or sorted(set(begins)) != begins):
-            raise ConfigError(file, f"{key}.scenes", "from_row must be 1 of the first, and ascend")
+            raise ConfigError(file, f"{key}.scenes", "from_row must start at 1 and ascend")
         for fault in source.faults:
             if fault.kind == "swap" and len(set(fault.fields)) != 2:
-                raise ConfigError(
-                    file, f"{key}.faults", f"swap exchanges two fields, not {len(set(fault.fields))}; name two"
-                )
+                raise ConfigError(file, f"{key}.faults", f"swap needs two fields, not {len(set(fault.fields))}")
             if fault.kind in ("quantize", "saturate") and not fault.amount > 0:
                 raise ConfigError(file, f"{key}.faults", f"{fault.kind} needs an amount above 0")
             for field_name in fault.fields:
@@ -113,7 +112,7 @@ def check(file: str, key: str, source: SourceConfig, fields: Collection[str]) ->
 
 
 def with_absolute_paths(source: SourceConfig, base: Path) -> SourceConfig:
-    """With its files as they are seen from everywhere, where they are given from `base`."""
+    """Return the source with its file paths resolved against `base`."""
     if isinstance(source, FilesSource):
         return msgspec.structs.replace(source, folder=str(base / source.folder))
     if isinstance(source, ReplaySource):
