@@ -79,16 +79,16 @@ def _run_simulation(
             for _ in views:
                 pass
         fleet.stop()
-    found = reporting.build_report(fleet.database, plan)
+    report = reporting.build_report(fleet.database, plan)
     measured = plan.scenario.delayed_labels
     return {
         "scenario": scenario_name,
-        "devices": found.devices,
-        "accuracy": found.accuracy,
-        "mae": found.mae,
+        "devices": report.devices,
+        "accuracy": report.accuracy,
+        "mae": report.mae,
         "unit": measured.unit if measured else None,
         "seconds": round(time.monotonic() - started_s, 1),
-        "audit": found.audit.to_dict(),
+        "audit": report.audit.to_dict(),
     }
 
 

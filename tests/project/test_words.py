@@ -15,12 +15,10 @@ PENDING: set[str] = {
     "agent",
     "agent/authoring",
     "agent/bootstrap",
-    "agent/cli",
     "agent/cli/device",
     "agent/cli/fleet",
     "agent/cli/model",
     "agent/comparison",
-    "agent/config",
     "agent/datasets",
     "agent/device",
     "agent/device/bundles",
@@ -55,7 +53,6 @@ PENDING: set[str] = {
     "agent/performance",
     "agent/render",
     "agent/simulate",
-    "agent/transport",
     "agent/wire",
 }
 
