@@ -51,7 +51,6 @@ PENDING: set[str] = {
     "agent/model/inference",
     "agent/model/sandbox",
     "agent/performance",
-    "agent/render",
     "agent/simulate",
     "agent/wire",
 }
