@@ -97,13 +97,8 @@ class StreamConfig(Section, frozen=True):
 
     @property
     def media_format(self) -> MediaFormat | None:
-<<<<<<< HEAD
         """Format of the images or sounds that become rows; None for other sources."""
-        return self.source.media_format if isinstance(self.source, FilesSource) else None
-=======
-        """What its rows are made of, where that is images or sounds."""
         return self.source.media_format
->>>>>>> main
 
 
 class PublishBelow(Section, frozen=True):
@@ -225,15 +220,8 @@ def _check_device(file: str, config: Config) -> None:
 
 
 def _with_media_fields(file: str, name: str, stream: StreamConfig) -> StreamConfig:
-<<<<<<< HEAD
     """Return the stream with the fields of its image or sound source. Raises ConfigError."""
-    source, key = stream.source, f"streams.{name}"
-    if isinstance(source, FilesSource) and source.image is not None and source.sound is not None:
-        raise ConfigError(file, f"{key}.source", "has both image and sound; remove one")
-=======
-    """A stream whose rows are made of files has the fields that follow from that. Raises ConfigError."""
     key = f"streams.{name}"
->>>>>>> main
     if stream.media_format is None:
         if not stream.fields:
             raise ConfigError(file, f"{key}.fields", "this key is required; add it")
@@ -264,13 +252,8 @@ def _check_stream(file: str, name: str, stream: StreamConfig) -> None:
         if column.type == "category" and (column.min is not None or column.max is not None):
             raise ConfigError(file, key, f"field {column.name!r}: a category has no min and max; remove them")
         if column.optional and column.type == "i64":
-<<<<<<< HEAD
             raise ConfigError(file, key, f"field {column.name!r}: type i64 cannot be optional; use f64 or f32")
-    check_source(file, f"streams.{name}.source", stream.source, seen)
-=======
-            raise ConfigError(file, key, f"field {column.name!r}: an i64 cannot be missing; use type f64 or f32")
     stream.source.check(file, f"streams.{name}.source", seen)
->>>>>>> main
 
 
 def check_class_field(file: str, key: str, class_field: str, stream: StreamConfig) -> None:

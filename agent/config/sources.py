@@ -1,11 +1,7 @@
-<<<<<<< HEAD
-"""Sources of a stream: socket, files, host, replay, MQTT."""
-=======
 """Sources of a stream's rows: one section for each `kind`, with its own checks.
 
 The module of the same kind in `agent/device/intake/sources/` reads it.
 """
->>>>>>> main
 
 from __future__ import annotations
 
@@ -41,17 +37,12 @@ class SourceSection(Section, frozen=True):
         return self
 
 
-<<<<<<< HEAD
-class FilesSource(Section, frozen=True, tag_field="kind", tag="files"):
-    """Watched folder of tables, or of images or sounds, which define the stream's fields."""
-=======
 class SocketSource(SourceSection, frozen=True, tag_field="kind", tag="socket"):
     """Producers that connect to the intake."""
 
 
 class FilesSource(SourceSection, frozen=True, tag_field="kind", tag="files"):
     """Watched folder of tables with the stream's fields, or of images or sounds, which determine the fields."""
->>>>>>> main
 
     folder: str
     poll_interval: Duration = Duration(2.0)
@@ -65,7 +56,7 @@ class FilesSource(SourceSection, frozen=True, tag_field="kind", tag="files"):
     def check(self, file: str, key: str, fields: Collection[str]) -> None:
         _check_poll_interval(file, key, self.poll_interval)
         if self.image is not None and self.sound is not None:
-            raise ConfigError(file, key, "image and sound: rows are made of one of them; remove the other")
+            raise ConfigError(file, key, "has both image and sound; remove one")
 
     def with_absolute_paths(self, base: Path) -> Self:
         return msgspec.structs.replace(self, folder=str(base / self.folder))
@@ -81,19 +72,11 @@ class HostSource(SourceSection, frozen=True, tag_field="kind", tag="host"):
 
 
 class ReplayFault(Section, frozen=True):
-<<<<<<< HEAD
-    """Fault injected into a replay from row `from_row` on.
-
-    `amount` is the factor (gain, scale), the summand (offset), the value (stuck), the limit of magnitudes (saturate), the
-    standard deviation (noise), the step (quantize), or the height of spikes, one in a hundred rows. swap exchanges two
-    fields.
-=======
     """Fault that a replay injects into its recordings from row `from_row` on.
 
     `amount` is a factor (gain, scale), an addend (offset), the value (stuck), the limit of magnitudes (saturate), the
     standard deviation (noise), the step size (quantize), or the height of spikes, one in a hundred rows. swap exchanges
     two fields.
->>>>>>> main
     """
 
     kind: Literal["gain", "offset", "stuck", "missing", "spikes", "saturate", "scale", "swap", "noise", "quantize"]
@@ -103,24 +86,15 @@ class ReplayFault(Section, frozen=True):
 
 
 class RecordingFilter(Section, frozen=True):
-<<<<<<< HEAD
-    """From row `from_row` on, replay the recordings whose `column` is `value`."""
-=======
     """Scene: from row `from_row` on, a replay plays recordings whose `column` is `value`."""
->>>>>>> main
 
     column: str
     value: str
     from_row: Annotated[int, msgspec.Meta(ge=1)] = 1
 
 
-<<<<<<< HEAD
-class ReplaySource(Section, frozen=True, tag_field="kind", tag="replay"):
-    """Replay of recordings. `skip` applies to recordings with times, `scenes` (in order of rows) to those without."""
-=======
 class ReplaySource(SourceSection, frozen=True, tag_field="kind", tag="replay"):
     """Replay of recordings; `skip` rows if they have times; `scenes`, in order of `from_row`, if they have none."""
->>>>>>> main
 
     file: str
     subject: int | None = None
@@ -131,42 +105,11 @@ class ReplaySource(SourceSection, frozen=True, tag_field="kind", tag="replay"):
     scenes: list[RecordingFilter] = msgspec.field(default_factory=list)
     skip: Annotated[int, msgspec.Meta(ge=0)] = 0
 
-<<<<<<< HEAD
-
-class MqttSource(Section, frozen=True, tag_field="kind", tag="mqtt"):
-    """MQTT subscription. `paths`: field → JSONPath of its value, or `topic[N]`; `t`: JSONPath of the time, epoch seconds.
-
-    `session_expiry`: how long the broker keeps messages while the device is away.
-    """
-
-    topic: str
-    broker: BrokerConfig = msgspec.field(default_factory=BrokerConfig)
-    paths: dict[str, str] = msgspec.field(default_factory=dict)
-    t: str | None = None
-    session_expiry: Duration = Duration(7 * 86_400.0)
-
-
-SourceConfig = SocketSource | FilesSource | HostSource | ReplaySource | MqttSource
-
-
-def check(file: str, key: str, source: SourceConfig, fields: Collection[str]) -> None:
-    """Check a source; `fields` are those of its stream. Raises ConfigError."""
-    if isinstance(source, FilesSource | HostSource) and source.poll_interval < _MIN_INTERVAL_S:
-        raise ConfigError(file, f"{key}.poll_interval", f"must be at least {_MIN_INTERVAL_S * 1000:g} ms")
-    if isinstance(source, MqttSource):
-        check_broker(file, source.broker, f"{key}.broker")
-    if isinstance(source, ReplaySource):
-        begins = [scene.from_row for scene in source.scenes]
-        if begins and (begins[0] != 1 or sorted(set(begins)) != begins):
-            raise ConfigError(file, f"{key}.scenes", "from_row must start at 1 and ascend")
-        for fault in source.faults:
-=======
     def check(self, file: str, key: str, fields: Collection[str]) -> None:
         begins = [scene.from_row for scene in self.scenes]
         if begins and (begins[0] != 1 or sorted(set(begins)) != begins):
             raise ConfigError(file, f"{key}.scenes", "from_row must be 1 for the first scene, and ascend")
         for fault in self.faults:
->>>>>>> main
             if fault.kind == "swap" and len(set(fault.fields)) != 2:
                 raise ConfigError(file, f"{key}.faults", f"swap needs two fields, not {len(set(fault.fields))}")
             if fault.kind in ("quantize", "saturate") and not fault.amount > 0:
@@ -179,17 +122,6 @@ def check(file: str, key: str, source: SourceConfig, fields: Collection[str]) ->
     def with_absolute_paths(self, base: Path) -> Self:
         return msgspec.structs.replace(self, file=str(base / self.file))
 
-<<<<<<< HEAD
-def with_absolute_paths(source: SourceConfig, base: Path) -> SourceConfig:
-    """Return the source with its file paths resolved against `base`."""
-    if isinstance(source, FilesSource):
-        return msgspec.structs.replace(source, folder=str(base / source.folder))
-    if isinstance(source, ReplaySource):
-        return msgspec.structs.replace(source, file=str(base / source.file))
-    if isinstance(source, MqttSource):
-        return msgspec.structs.replace(source, broker=source.broker.with_absolute_paths(base))
-    return source
-=======
 
 class MqttSource(SourceSection, frozen=True, tag_field="kind", tag="mqtt"):
     """MQTT subscription; `paths`: field → JSONPath of its value in a message, or `topic[N]`; `t`: that of its time.
@@ -216,4 +148,3 @@ SourceConfig = SocketSource | FilesSource | HostSource | ReplaySource | MqttSour
 def _check_poll_interval(file: str, key: str, interval: Duration) -> None:
     if interval < _MIN_INTERVAL_S:
         raise ConfigError(file, f"{key}.poll_interval", f"must be at least {_MIN_INTERVAL_S * 1000:g} ms")
->>>>>>> main
