@@ -290,7 +290,7 @@ def test_a_certificate_that_has_ended_is_named(tmp_path: Path, folder: Path, con
     )
     with (
         MosquittoBroker(tmp_path, conf=as_this_user(folder), port=config.broker.port),
-        pytest.raises(LinkDown, match=r"device\.crt ended on 20.*put a new one in its place"),
+        pytest.raises(LinkDown, match=r"device\.crt expired on 20.*replace it"),
     ):
         Link(settings_of(folder, "pi-07"), "pi-07", timeout_s=5.0)
 
