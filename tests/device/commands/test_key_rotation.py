@@ -64,7 +64,7 @@ class Device:
 
     def rotate(self) -> bool:
         """Whether it says that it did."""
-        self.commands.receive(self.operator.command("rotate-key"))
+        self.commands.accept(self.operator.command("rotate-key"))
         self.control.tick(NOW)
         with self.store.transaction() as tx:
             return tx.commands.unsent(0)[-1].ok
