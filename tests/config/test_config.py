@@ -1,4 +1,4 @@
-"""`outstation.toml`: every key of the contract is understood, and a mistake is named with its file, key and fix."""
+"""`outstation.toml`: every key is understood, and a mistake is named with its file, key and fix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from agent import config
 from agent.bootstrap.tasks import trusted_publishers
 from agent.cli import main
-from agent.config import Config, FilesSource, HostSource, ReplaySource, SocketSource, UpdatesConfig
+from agent.config import Config, UpdatesConfig, sources
+from agent.config.sources import FilesSource, HostSource, ReplaySource, SocketSource
 from agent.errors import ConfigError
 from agent.wire.keys import b64url_encode
 
@@ -74,7 +75,7 @@ def mistake(folder: Path, text: str) -> ConfigError:
     return caught.value
 
 
-def test_the_example_of_the_contract_means_what_its_comments_say(tmp_path: Path) -> None:
+def test_the_example_means_what_its_comments_say(tmp_path: Path) -> None:
     conf = load(tmp_path, EXAMPLE)
     assert conf.device == config.DeviceConfig(id="pi-07", fleet="acme", data_dir="/var/lib/outstation")
     assert conf.data_dir == Path("/var/lib/outstation")
@@ -96,7 +97,7 @@ def test_the_example_of_the_contract_means_what_its_comments_say(tmp_path: Path)
     assert (task.stream, task.bundle, task.schedule, task.publish) == ("watch", "exercise", "every 60 s", "all")
 
 
-def test_what_may_be_left_out_has_the_contracts_defaults(tmp_path: Path) -> None:
+def test_keys_left_out_have_their_defaults(tmp_path: Path) -> None:
     conf, example = load(tmp_path, DEVICE + STREAM + TASK), load(tmp_path, EXAMPLE)
     assert conf.buffer == example.buffer
     assert conf.collector.delivery == "collector"
@@ -124,7 +125,7 @@ def test_what_may_be_left_out_has_the_contracts_defaults(tmp_path: Path) -> None
                 speed=2.5,
                 seed=7,
                 rows=9,
-                faults=[config.ReplayFault(kind="gain", fields=["ax"], from_row=5, amount=0.5)],
+                faults=[sources.ReplayFault(kind="gain", fields=["ax"], from_row=5, amount=0.5)],
             ),
         ),
     ],

@@ -53,7 +53,6 @@ PENDING: set[str] = {
     "agent/model/inference",
     "agent/model/sandbox",
     "agent/performance",
-    "agent/render",
     "agent/simulate",
     "agent/transport",
     "agent/wire",

@@ -54,7 +54,7 @@ def test_what_was_signed_verifies(payload: bytes, topic: str) -> None:
     assert jws.verify([jws.sign(KEY, topic, payload)], topic, payload, find).owner == "pi-07"
 
 
-def test_the_header_has_exactly_the_members_of_the_contract() -> None:
+def test_the_header_has_exactly_the_documented_members() -> None:
     protected, middle, signature = TOKEN.split(".")
     assert json.loads(b64url_decode(protected)) == HEADER
     assert middle == ""

@@ -1,4 +1,4 @@
-"""The audit: every stored message verified again, from the evidence alone (contract section 9).
+"""Audit: verify every stored message again, from the stored evidence alone.
 
 For each device and log, in one pass and in constant memory:
 - each stored payload and token verify with a key of that device, a revoked one too; one that another key followed

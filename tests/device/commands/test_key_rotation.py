@@ -658,7 +658,7 @@ def test_what_a_revoked_device_sends_is_refused_what_is_stored_stays_and_an_aler
     assert (stored(collector), refusals(collector)) == (1, {"revoked key": 1})
     assert audit(collector.store).passed
     assert any("was revoked" in summary for summary in security_alerts(collector))
-    with pytest.raises(UsageError, match="no key that could be revoked"):
+    with pytest.raises(UsageError, match="no key that can be revoked"):
         collector.store.revoke(DEVICE, None, TIME)
 
 

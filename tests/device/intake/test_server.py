@@ -23,7 +23,7 @@ from agent.config import FieldConfig, StreamConfig
 from agent.device.intake.connection import CLIENT_SOURCE, MAX_CLIENTS
 from agent.device.intake.group_commit import CommitOutcome, GroupCommit, SourcePosition
 from agent.device.intake.protocol import MAX_LINE_BYTES
-from agent.device.intake.server import SubmitRows
+from agent.device.intake.source import SubmitRows
 from agent.device.recovery.open import open_store
 from agent.device.store.quota import PAGE_SIZE
 from agent.device.store.rows import RawColumns
@@ -52,10 +52,10 @@ def counts(station: Station) -> list[int]:
     return found
 
 
-# --- the contract's lines and answers
+# --- lines and answers of the protocol
 
 
-def test_the_lines_of_the_contract_are_answered_as_it_says(station: Station) -> None:
+def test_lines_of_rows_are_answered_with_counts(station: Station) -> None:
     with station.line() as line:
         line.send(b'{"stream":"watch","t":1764022680.123,"ax":0.1,"ay":-0.2}')
         assert line.answer() == {"through": 1, "accepted": 1, "rejected": []}

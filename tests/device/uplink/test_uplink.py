@@ -64,7 +64,7 @@ def ack_body(log: str, through: int, missing: list[tuple[int, int]], device: str
 
 @dataclass
 class CollectorModel:
-    """The contract's collector in thirty lines: stores by (log, seq), answers each group of messages with one ack."""
+    """A collector in thirty lines: stores by (log, seq), answers each group of messages with one ack."""
 
     air: LossyBroker
     key: SigningKey

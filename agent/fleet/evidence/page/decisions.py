@@ -100,11 +100,11 @@ def _comparison_table(comparisons: list[BundleComparison]) -> list[Markup]:
         ]
         for pair in comparisons[:_MAX_ROWS]
     ]
-    head = ["Device", "New model", "Windows", "Agreement", "Latency ratio", "Accuracy gain", "Estimated gain"]
+    head = ["Device", "New model", "Windows", "Agreement", "Latency ratio", "Accuracy gain", "Expected gain"]
     lead = (
         "Computed from signed messages in this folder, with 95 % intervals; “–” means too few messages. Agreement is "
         "the share of windows with the same answer. Latency ratio is the new model's time per window divided by the "
-        "old one's. Accuracy gain compares both with labels; estimated gain uses the models' own scores."
+        "old one's. Accuracy gain compares both with labels; expected gain uses the models' own scores."
     )
     shown = stacked_table(table(head, rows, (2,)), "compared")
     rest = overflow_link(len(comparisons) - _MAX_ROWS, "comparisons.json")

@@ -126,7 +126,7 @@ def _drift_card(task: dict[str, Any]) -> Markup:
         f"In drift by the latest summary: {format_names(drifting)}." if drifting else "No device is in drift now.",
     ]
     if task["expected_accuracy"] is not None:
-        notes.append(f"Accuracy estimated from the models' own scores: {task['expected_accuracy']:.3f}.")
+        notes.append(f"Expected accuracy without labels: {task['expected_accuracy']:.3f}.")
     notes += [change["summary"] for change in task["fleet_wide"][:3]]
     rows: list[Sequence[Content]] = [
         [

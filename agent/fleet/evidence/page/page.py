@@ -29,7 +29,7 @@ _STACKED_LABELS = {
         4: "Agreement: ",
         5: "Latency ratio: ",
         6: "Accuracy gain: ",
-        7: "Estimated gain: ",
+        7: "Expected gain: ",
     },
     "labelled": {4: "95 %: ", 5: "Labels: ", 6: "Coverage: ", 7: "As of: "},
     "signatures": {2: "Signed by: ", 3: "Keys: ", 4: "Expires: "},

@@ -6,6 +6,7 @@ python -m scripts.asyncapi            # writes docs/reference/asyncapi.json
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +15,8 @@ import msgspec
 from agent.wire import messages, topics
 from agent.wire.topics import ALL_DEVICES, DEVICE_ALERTS, DEVICE_GROUP, KINDS, MessageKind
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "reference" / "asyncapi.json"
+REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
+ASYNCAPI, WIRE_FORMAT = REFERENCE / "asyncapi.json", REFERENCE / "wire-format.md"
 _REF = "#/components/schemas/{name}"
 _NAME = "a-z 0-9 . _ -, 1 to 64 characters, first a letter or digit"
 _PARAMETERS = {
@@ -119,10 +121,95 @@ def _to_draft_7(schema: Any) -> Any:
     }
 
 
-def render() -> str:
-    """Return the text of the document."""
+def render_asyncapi() -> str:
+    """Return the text of asyncapi.json."""
     return json.dumps(build_document(), indent=1, ensure_ascii=False) + "\n"
 
 
+# --- the member tables of wire-format.md ---
+
+_TABLE = re.compile(r"<!-- members: (\w+) -->\n\n(?:\|.*\n)*")
+_ROW = re.compile(r"^\| `(\w+)` \| [^|]*(?:\\\|[^|]*)* \| (.*) \|$", re.MULTILINE)
+_LIMITS = {
+    (0, 2**53 - 1): "natural",
+    (1, 2**53 - 1): "positive",
+    (-(2**53) + 1, 2**53 - 1): "integer",
+    (-(2**63), 2**63 - 1): "int64",
+}
+_PATTERNS = {
+    "^[0-9a-f]{8}": "UUID",
+    "^[0-9]{4}": "time",
+    "^[a-z0-9]": "name",
+    "^sha256:": "digest",
+    "^[A-Za-z0-9": "id",
+}
+
+
+def update_tables(text: str) -> str:
+    """Return wire-format.md with the members and types of the structs in its tables; meanings stay."""
+    _, schemas = msgspec.json.schema_components(get_args(messages.Body), ref_template=_REF)
+    _, common = msgspec.json.schema_components([messages.LoggedPayload], ref_template=_REF)
+    schemas |= common
+
+    def table(match: re.Match[str]) -> str:
+        schema, meanings = schemas[match[1]], dict(_ROW.findall(match[0]))
+        inherited = {"kind"}
+        if match[1].endswith("Payload") and match[1] not in common:
+            inherited |= (
+                common["LoggedPayload"]["properties"].keys() if "seq" in schema["properties"] else {"v", "device"}
+            )
+        members = {name: member for name, member in schema["properties"].items() if name not in inherited}
+        rows = ["| member | type | meaning |", "|---|---|---|"]
+        for name, member in members.items():
+            optional = "" if name in schema.get("required", ()) else ", optional"
+            rows.append(f"| `{name}` | {_describe(member, schemas)}{optional} | {meanings.get(name, '')} |")
+        return "\n".join([f"<!-- members: {match[1]} -->", "", *rows, ""])
+
+    return _TABLE.sub(table, text)
+
+
+def _describe(schema: dict[str, Any], schemas: dict[str, Any]) -> str:
+    """Return the type of a member in the words of wire-format.md."""
+    if "anyOf" in schema:
+        return " or ".join(_describe(member, schemas) for member in schema["anyOf"])
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return _describe(schemas[name], schemas) if "prefixItems" in schemas[name] else f"`{name}`"
+    if "enum" in schema:
+        return " or ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
+    if "prefixItems" in schema:
+        return "[" + ", ".join(_describe(item, schemas) for item in schema["prefixItems"]) + "]"
+    kind = schema.get("type", "any")
+    if kind == "array":
+        most = f", ≤ {schema['maxItems']} entries" if "maxItems" in schema else ""
+        return f"list of ({_describe(schema['items'], schemas)}){most}"
+    if kind == "object":
+        values = schema.get("additionalProperties")
+        return f"object of ({_describe(values, schemas)})" if isinstance(values, dict) and values else "object"
+    if kind == "string":
+        return _describe_text(schema)
+    if kind in ("integer", "number"):
+        return _describe_number(schema)
+    return str(kind)
+
+
+def _describe_text(schema: dict[str, Any]) -> str:
+    for beginning, name in _PATTERNS.items():
+        if schema.get("pattern", "").startswith(beginning):
+            return name
+    return f"text ≤ {schema['maxLength']}" if "maxLength" in schema else "text"
+
+
+def _describe_number(schema: dict[str, Any]) -> str:
+    low, high = schema.get("minimum"), schema.get("maximum")
+    if schema["type"] == "integer" and (known := _LIMITS.get((low or 0, high or 0))):
+        return known
+    bounds = [f"≥ {low}"] if low is not None else []
+    bounds += [f"> {schema['exclusiveMinimum']}"] if "exclusiveMinimum" in schema else []
+    bounds += [f"≤ {high}"] if high is not None else []
+    return " ".join([schema["type"], *bounds])
+
+
 if __name__ == "__main__":
-    DOCUMENT.write_text(render(), encoding="utf-8")
+    ASYNCAPI.write_text(render_asyncapi(), encoding="utf-8")
+    WIRE_FORMAT.write_text(update_tables(WIRE_FORMAT.read_text(encoding="utf-8")), encoding="utf-8")
