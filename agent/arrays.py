@@ -24,6 +24,7 @@ Float32s = NDArray[np.float32]
 Float64s = NDArray[np.float64]
 Int32s = NDArray[np.int32]
 Bools = NDArray[np.bool_]
+AnyArray = NDArray[Any]  # stored with its dtype
 
 
 def to_json(value: Any, *, omit: tuple[str, ...] = ()) -> bytes:
@@ -96,10 +97,15 @@ def _from_list(kind: Any, value: Any) -> Any:
 
 def _to_raw(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        return [list(value.shape), value.astype(value.dtype.newbyteorder("<")).tobytes()]
+        little = value.astype(value.dtype.newbyteorder("<"))
+        return [list(value.shape), little.tobytes(), little.dtype.str]
     return _to_list(value)
 
 
 def _from_raw(kind: Any, value: Any) -> Any:
-    shape, raw = value
-    return np.frombuffer(raw, dtype=_dtype(kind)).reshape(shape)
+    shape, raw, name = value
+    dtype, stored = _dtype(kind), np.dtype(name)
+    # NDArray[Any] declares objects, which are never stored.
+    if stored.kind not in "bif" or (stored != dtype and dtype != np.dtype(object)):
+        raise ValueError(f"expected an array of {dtype.name}")
+    return np.frombuffer(raw, dtype=stored).reshape(shape)

@@ -8,11 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agent import clock
 from agent.bootstrap import device, rollout
 from agent.bootstrap.tasks import load_task, open_crash_marker, parse_public_keys, trusted_publishers
 from agent.clock import ClockReading
-from agent.config import Config, FilesSource, HostSource, MqttSource, ReplaySource
+from agent.config import Config
 from agent.device import status
 from agent.device.bundles import history, overrides, quarantine, rollout_state
 from agent.device.bundles.crash_marker import CrashMarker
@@ -23,7 +22,9 @@ from agent.device.commands.receiver import CommandReceiver
 from agent.device.commands.wipe import Wipe
 from agent.device.daemon import Daemon, Signals
 from agent.device.health import BundleFailure
-from agent.device.intake.server import Intake, Source
+from agent.device.intake.server import Intake
+from agent.device.intake.source import Source, SourceContext
+from agent.device.intake.sources.registry import source_module
 from agent.device.machine.timekeeping import make_clock
 from agent.device.pipeline import label_metrics
 from agent.device.pipeline.loaded_task import LoadedTask
@@ -77,25 +78,8 @@ def build_sources(file: Path, conf: Config, store: Store) -> list[Source]:
     """Build the sources that the daemon itself reads."""
     sources: list[Source] = []
     for name, stream in conf.streams.items():
-        source = stream.source
-        if isinstance(source, FilesSource):
-            from agent.device.intake import media_reader
-            from agent.device.intake.sources.files import FolderWatcher
-
-            media_reader.check_config(str(file), name, stream, int(conf.buffer.max_size))
-            sources.append(FolderWatcher(name, stream, source, store))
-        elif isinstance(source, HostSource):
-            from agent.device.intake.sources.host import HostMetrics
-
-            sources.append(HostMetrics(str(file), name, stream, source, conf.data_dir))
-        elif isinstance(source, MqttSource):
-            from agent.device.intake.sources.mqtt import MqttSubscriber
-
-            sources.append(MqttSubscriber(str(file), name, stream, source, f"{conf.device.id}-{name}"))
-        elif isinstance(source, ReplaySource):
-            from agent.device.intake.sources.replay import ReplayPlayer
-
-            sources.append(ReplayPlayer(name, stream, source, store, clock.read()))
+        if (module := source_module(stream.source)) is not None:
+            sources.append(module.build(SourceContext(str(file), conf, name), stream.source, store))
     return sources
 
 

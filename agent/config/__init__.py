@@ -17,16 +17,7 @@ from agent.config.broker import BrokerConfig as BrokerConfig
 from agent.config.broker import check_broker as check_broker
 from agent.config.broker import parse_loopback as parse_loopback
 from agent.config.section import Section as Section
-from agent.config.sources import FilesSource as FilesSource
-from agent.config.sources import HostSource as HostSource
-from agent.config.sources import MqttSource as MqttSource
-from agent.config.sources import RecordingFilter as RecordingFilter
-from agent.config.sources import ReplayFault as ReplayFault
-from agent.config.sources import ReplaySource as ReplaySource
-from agent.config.sources import SocketSource as SocketSource
-from agent.config.sources import SourceConfig
-from agent.config.sources import check as check_source
-from agent.config.sources import with_absolute_paths as absolute_source
+from agent.config.sources import SocketSource, SourceConfig
 from agent.config.updates import UpdatesConfig as UpdatesConfig
 from agent.errors import ConfigError
 from agent.media import MediaFormat
@@ -107,7 +98,7 @@ class StreamConfig(Section, frozen=True):
     @property
     def media_format(self) -> MediaFormat | None:
         """What its rows are made of, where that is images or sounds."""
-        return self.source.media_format if isinstance(self.source, FilesSource) else None
+        return self.source.media_format
 
 
 class PublishBelow(Section, frozen=True):
@@ -230,9 +221,7 @@ def _check_device(file: str, config: Config) -> None:
 
 def _with_media_fields(file: str, name: str, stream: StreamConfig) -> StreamConfig:
     """A stream whose rows are made of files has the fields that follow from that. Raises ConfigError."""
-    source, key = stream.source, f"streams.{name}"
-    if isinstance(source, FilesSource) and source.image is not None and source.sound is not None:
-        raise ConfigError(file, f"{key}.source", "image and sound: rows are made of one of them; remove the other")
+    key = f"streams.{name}"
     if stream.media_format is None:
         if not stream.fields:
             raise ConfigError(file, f"{key}.fields", "this key is required; add it")
@@ -264,7 +253,7 @@ def _check_stream(file: str, name: str, stream: StreamConfig) -> None:
             raise ConfigError(file, key, f"field {column.name!r}: a category has no min and max; remove them")
         if column.optional and column.type == "i64":
             raise ConfigError(file, key, f"field {column.name!r}: an i64 cannot be missing; use type f64 or f32")
-    check_source(file, f"streams.{name}.source", stream.source, seen)
+    stream.source.check(file, f"streams.{name}.source", seen)
 
 
 def check_class_field(file: str, key: str, class_field: str, stream: StreamConfig) -> None:
@@ -305,7 +294,7 @@ def _encode_quantity(value: Any) -> Any:
 def _with_absolute_paths(config: Config, base: Path) -> Config:
     broker = config.broker.with_absolute_paths(base)
     streams = {
-        name: msgspec.structs.replace(stream, source=absolute_source(stream.source, base))
+        name: msgspec.structs.replace(stream, source=stream.source.with_absolute_paths(base))
         for name, stream in config.streams.items()
     }
     tasks = {

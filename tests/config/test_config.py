@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from agent import config
 from agent.bootstrap.tasks import trusted_publishers
 from agent.cli import main
-from agent.config import Config, FilesSource, HostSource, ReplaySource, SocketSource, UpdatesConfig
+from agent.config import Config, UpdatesConfig, sources
+from agent.config.sources import FilesSource, HostSource, ReplaySource, SocketSource
 from agent.errors import ConfigError
 from agent.wire.keys import b64url_encode
 
@@ -124,7 +125,7 @@ def test_keys_left_out_have_their_defaults(tmp_path: Path) -> None:
                 speed=2.5,
                 seed=7,
                 rows=9,
-                faults=[config.ReplayFault(kind="gain", fields=["ax"], from_row=5, amount=0.5)],
+                faults=[sources.ReplayFault(kind="gain", fields=["ax"], from_row=5, amount=0.5)],
             ),
         ),
     ],

@@ -14,7 +14,8 @@ import msgspec
 
 from agent import clock, config
 from agent.config import Config, FieldConfig, StreamConfig
-from agent.device.intake.server import Intake, Source
+from agent.device.intake.server import Intake
+from agent.device.intake.source import Source
 from agent.device.recovery.open import open_store
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store

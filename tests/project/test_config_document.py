@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
 
 from agent import config
+from agent.config.sources import SocketSource, SourceConfig
 from agent.config.updates import UpdatesConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "config.md"
@@ -28,10 +29,7 @@ SECTIONS: dict[str, Any] = {
     "[updates]": UpdatesConfig,
     "[streams.NAME]": config.StreamConfig,
     "fields": config.FieldConfig,
-    "source files": config.FilesSource,
-    "source host": config.HostSource,
-    "source mqtt": config.MqttSource,
-    "source replay": config.ReplaySource,
+    **{f"source {kind.__struct_config__.tag}": kind for kind in get_args(SourceConfig) if kind is not SocketSource},
     "[tasks.NAME]": config.TaskConfig,
 }
 

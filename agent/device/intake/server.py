@@ -12,17 +12,17 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
 
 from agent import config
 from agent.clock import ClockReading
 from agent.device.intake.connection import CLIENT_SOURCE, ProducerConnection
 from agent.device.intake.group_commit import CommitOutcome, GroupCommit, SourcePosition
 from agent.device.intake.protocol import LineParser
+from agent.device.intake.source import Source
 from agent.device.store.rows import RawColumns, validate_columns
 from agent.device.store.store import Store
 from agent.errors import StorageError, UsageError
@@ -42,29 +42,6 @@ _HEARTBEAT_TIMEOUT_S = 120.0
 _SHUTDOWN_S = 3.0
 # Where it is used up, a producer that connects with a time limit is turned away at once.
 _BACKLOG = 1024
-
-
-class SubmitRows(Protocol):
-    def __call__(
-        self,
-        stream: str,
-        raw: RawColumns,
-        position: SourcePosition | None,
-        lines: Sequence[int] = (),
-        refused: Mapping[int, str] = ...,
-    ) -> Awaitable[CommitOutcome]:
-        """Hand over rows; the outcome comes after their commit. Raises Rejected where none can be taken.
-
-        `mark`: how far its source has got then, where it comes back to that; `refused`: lines that hold none, with the
-        reason.
-        """
-        ...
-
-
-class Source(Protocol):
-    """Something that makes rows for one stream, run beside the socket."""
-
-    async def run(self, submit_rows: SubmitRows) -> None: ...
 
 
 class Intake:

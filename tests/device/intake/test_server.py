@@ -23,7 +23,7 @@ from agent.config import FieldConfig, StreamConfig
 from agent.device.intake.connection import CLIENT_SOURCE, MAX_CLIENTS
 from agent.device.intake.group_commit import CommitOutcome, GroupCommit, SourcePosition
 from agent.device.intake.protocol import MAX_LINE_BYTES
-from agent.device.intake.server import SubmitRows
+from agent.device.intake.source import SubmitRows
 from agent.device.recovery.open import open_store
 from agent.device.store.quota import PAGE_SIZE
 from agent.device.store.rows import RawColumns

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import msgspec
 
-from agent.config import FilesSource, StreamConfig
+from agent import media
+from agent.config import StreamConfig
+from agent.config.sources import FilesSource
 from agent.datasets.formats import TABLE_SUFFIXES, open_file
 from agent.device.intake import media_reader
 from agent.device.intake.file_reader import FileBlock, read_blocks
 from agent.device.intake.group_commit import CommitOutcome, SourcePosition
-from agent.device.intake.server import SubmitRows
+from agent.device.intake.source import SourceContext, SubmitRows
 from agent.device.store.store import Store
 from agent.errors import RowRejected, StorageFull, UsageError
 from agent.media import ImageFormat
@@ -48,6 +50,18 @@ class _FileProgress(msgspec.Struct):
     last_line: int
     last_row: int = 0
     rejected_rows: int = 0
+
+
+def check(context: SourceContext, source: FilesSource) -> str:
+    """Describe the source. Raises ConfigError."""
+    media_reader.check_config(context.file, context.name, context.stream, int(context.conf.buffer.max_size))
+    made = source.media_format
+    return f"{media.to_toml(made) if made else 'tables'}, of the files in {source.folder}"
+
+
+def build(context: SourceContext, source: FilesSource, store: Store) -> FolderWatcher:
+    check(context, source)
+    return FolderWatcher(context.name, context.stream, source, store)
 
 
 class FolderWatcher:

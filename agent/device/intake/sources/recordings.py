@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.config import RecordingFilter
+from agent.config.sources import RecordingFilter
 from agent.datasets.recordings import Recordings
 from agent.errors import UsageError
 

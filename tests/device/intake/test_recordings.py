@@ -1,4 +1,4 @@
-"""The order in which a replay plays recordings: their own times, scenes, and which row is which."""
+"""Order of recordings in a replay: their own times, scenes, and row numbers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.config import FieldConfig, RecordingFilter, ReplaySource, StreamConfig
-from agent.config import load as load_config
+from agent import config
+from agent.config import FieldConfig, StreamConfig
+from agent.config.sources import RecordingFilter, ReplaySource
 from agent.datasets.recordings import Recordings, load
 from agent.device.intake.sources.recordings import Playlist
 from agent.device.intake.sources.replay import ReplayPlayer
@@ -24,17 +25,16 @@ MAY = 1_367_391_600.0
 
 
 def timed(n: int = 200, step_s: float = 900.0) -> Recordings:
-    """A quarter of an hour a row, which counts the rows; with a gap of a day in the middle."""
+    """Rows that count themselves, a quarter of an hour apart, with a gap of a day in the middle."""
     t = MAY + np.arange(n) * step_s + (np.arange(n) >= n // 2) * DAY
     rows = np.arange(n, dtype=np.float32)[:, None]
-    return of(rows, [0, n], t=t, rate=(n - 1) / float(t[-1] - t[0]))
+    return make_recordings(rows, [0, n], t=t, rate=(n - 1) / float(t[-1] - t[0]))
 
 
-def of(rows: Any, starts: list[int], **more: Any) -> Recordings:
-    r = len(starts) - 1
-    nothing = np.zeros(r, np.int64)
-    said: dict[str, Any] = {"rate": 100.0, "columns": {}, "label": nothing, "subject": nothing} | more
-    return Recordings(rows=rows, starts=np.array(starts), labels=[], fields=["n"], **said)
+def make_recordings(rows: Any, starts: list[int], **members: Any) -> Recordings:
+    zeros = np.zeros(len(starts) - 1, np.int64)
+    members = {"rate": 100.0, "label": zeros, "subject": zeros, **members}
+    return Recordings(rows=rows, starts=np.array(starts), labels=[], fields=["n"], **members)
 
 
 def scenes(*turns: tuple[str, int]) -> list[RecordingFilter]:
@@ -44,7 +44,7 @@ def scenes(*turns: tuple[str, int]) -> list[RecordingFilter]:
 def several(lengths: list[int], faults: list[str]) -> Recordings:
     starts = [0, *np.cumsum(lengths).tolist()]
     rows = np.arange(starts[-1], dtype=np.float32)[:, None]
-    return of(rows, starts, columns={"fault": np.array(faults)})
+    return make_recordings(rows, starts, columns={"fault": np.array(faults)})
 
 
 def saved(path: Path, recordings: Recordings) -> Path:
@@ -160,5 +160,5 @@ def test_scenes_out_of_order_are_an_error_of_the_config(tmp_path: Path) -> None:
         '[device]\nid = "pi-1"\nfleet = "a"\ndata_dir = "d"\n[streams.s]\nfields = [{ name = "n" }]\n'
         'source = { kind = "replay", file = "r.npz", scenes = [{ column = "fault", value = "none", from_row = 9 }] }\n'
     )
-    with pytest.raises(ConfigError, match=r"streams\.s\.source\.scenes: from_row must be 1 of the first"):
-        load_config(file)
+    with pytest.raises(ConfigError, match=r"streams\.s\.source\.scenes: from_row must be 1 for the first"):
+        config.load(file)
