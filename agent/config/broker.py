@@ -1,4 +1,4 @@
-"""Where a broker is, and who we are there."""
+"""Section [broker]: address, TLS files and credentials of an MQTT broker."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class BrokerConfig(Section, frozen=True):
         return urlsplit(self.url).port or (8883 if self.tls else 1883)
 
     def with_absolute_paths(self, base: Path) -> BrokerConfig:
-        """With its files as they are seen from everywhere, where they are given from `base`."""
+        """Return the section with its file paths resolved against `base`."""
         given = {name: getattr(self, name) for name in ("ca_file", "cert_file", "tls_key_file")}
         files = {name: str(base / value) for name, value in given.items() if value is not None}
         return msgspec.structs.replace(self, **files)
 
 
 def check_broker(file: str, broker: BrokerConfig, key: str = "broker") -> None:
-    """Raises ConfigError for a URL that cannot work or would send in the clear."""
+    """Check the URL and certificates. Raises ConfigError, also for unencrypted remote connections."""
     try:
         parts = urlsplit(broker.url)
         usable = parts.scheme in ("mqtt", "mqtts") and parts.hostname and (parts.port or 1) > 0
@@ -56,16 +56,16 @@ def check_broker(file: str, broker: BrokerConfig, key: str = "broker") -> None:
         raise ConfigError(file, f"{key}.url", f"{broker.url!r} is not mqtt://HOST[:PORT] or mqtts://HOST[:PORT]")
     if not broker.tls and broker.host not in _LOOPBACK and not broker.allow_plaintext:
         raise ConfigError(
-            file, f"{key}.url", f"{broker.url} would send in the clear; use mqtts://, or set allow_plaintext = true"
+            file, f"{key}.url", f"{broker.url} is not encrypted; use mqtts://, or set allow_plaintext = true"
         )
     if (broker.cert_file is None) != (broker.tls_key_file is None):
-        raise ConfigError(file, f"{key}.cert_file", "cert_file and tls_key_file come together; give both or neither")
+        raise ConfigError(file, f"{key}.cert_file", "cert_file and tls_key_file belong together; set both or neither")
 
 
 def parse_loopback(address: str) -> tuple[str, int]:
-    """Host and port of `"127.0.0.1:7071"`. Raises ValueError for another machine's, or none."""
+    """Parse a loopback address like `"127.0.0.1:7071"` to host and port. Raises ValueError for any other."""
     host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if host not in _LOOPBACK or not re.fullmatch(r"\d{1,5}", port, re.ASCII) or int(port) > 0xFFFF:
-        raise ValueError(f'{address!r} must be on loopback, as "127.0.0.1:7071"')
+        raise ValueError(f'{address!r} must be a loopback address like "127.0.0.1:7071"')
     return host, int(port)

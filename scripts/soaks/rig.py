@@ -20,8 +20,7 @@ from agent.device.intake.group_commit import GroupCommit
 from agent.device.intake.protocol import LineParser
 from agent.errors import LinkDown
 from agent.fleet.audit.audit import AuditReport, audit
-from agent.fleet.collector.collector import Collector
-from agent.fleet.collector.subscription import topic_filters
+from agent.fleet.collector.collector import Collector, topic_filters
 from agent.fleet.database.sqlite import SqliteDatabase
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol, init_fleet

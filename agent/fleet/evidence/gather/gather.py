@@ -18,6 +18,7 @@ from agent.errors import MessageRefused, StorageError, UsageError
 from agent.fleet.audit import audit
 from agent.fleet.database.evidence import EvidenceQueries
 from agent.fleet.database.interface import Connection
+from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import FleetStore
 from agent.fleet.evidence.format.contents import (
     WRITE_LIMITS,
@@ -38,7 +39,6 @@ from agent.fleet.evidence.gather.comparisons import ComparisonCollector
 from agent.fleet.evidence.gather.decisions import DecisionCollector
 from agent.fleet.evidence.gather.deployments import ActivationCollector, parse_agent_version
 from agent.fleet.evidence.gather.incidents import IncidentCollector
-from agent.fleet.keyring import Keyring
 from agent.fleet.repository.signature_chain import SignatureChain
 from agent.wire.jws import Signer
 from agent.wire.keys import PublicKey, parse_public_key
