@@ -19,7 +19,7 @@ from agent import config as device_config
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, StorageBusy, UsageError
 from agent.fleet import config as fleet_config
-from agent.fleet.collector.subscription import topic_filters
+from agent.fleet.collector.collector import topic_filters
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import collectors, pki
