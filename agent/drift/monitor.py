@@ -26,12 +26,12 @@ from agent.arrays import Float32s, Ints
 from agent.drift import batches, quiet, sampling_rate_watch
 from agent.drift.alert_lifecycle import AlertLifecycle
 from agent.drift.baseline.learning import LearningState, calibrate_reference
+from agent.drift.baseline.modes import CLASS_COUNT, Modes, assign_classes
 from agent.drift.baseline.reference import MIN_WINDOWS, Reference
 from agent.drift.baseline.summary import Summary
+from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.batches import FullWindows
-from agent.drift.detectors.modes import CLASS_COUNT, Modes, assign_classes
 from agent.drift.detectors.season import SlowTrend
-from agent.drift.detectors.window_statistics import WindowStatistics
 from agent.drift.faults import faults
 from agent.drift.reporting.drift_message import SuiteStatus
 from agent.drift.seen import WindowAnalysis
@@ -99,7 +99,7 @@ class DriftMonitor:
             self.class_field,
         ):
             raise ValueError("this drift state was made for another reference, window length or field of modes")
-        if not state.is_compatible(self.shipped.layout):
+        if not state.is_compatible(self.shipped.task):
             raise ValueError("this drift state was made by a version with other tests")
         if learning is not None:
             with contextlib.suppress(ValueError):
@@ -133,7 +133,7 @@ class DriftMonitor:
             state,
             site_reference=None,
             learning=self._empty_learning,
-            suite=SuiteState.start(self.shipped.layout),
+            suite=SuiteState.start(self.shipped.task),
             rate_watch=sampling_rate_watch.reset_for_relearning(state.rate_watch),
             slow_trend=SlowTrend(),
             requested_learn_s=duration_s,
@@ -354,8 +354,8 @@ class DriftMonitor:
         return after, verdict
 
     def _gather_window(self, state: DriftState) -> tuple[DriftState, Reference | None, str | None]:
-        learning = state.learning.add(state.open_summary, windowed=self.shipped.windowed, t=state.t)
-        if learning.window_count < self.learn_windows or learning.observed_s < max(
+        learning = state.learning.add(state.open_summary, self.shipped.task, t=state.t)
+        if learning.total_windows < self.learn_windows or learning.observed_s < max(
             self.min_learn_s, state.requested_learn_s
         ):
             return replace(state, learning=learning), None, None

@@ -18,10 +18,10 @@ from agent.bootstrap.device import load_config, open_store
 from agent.config import BrokerConfig
 from agent.device.intake.group_commit import GroupCommit
 from agent.device.intake.protocol import LineParser
+from agent.device.uplink.mqtt_sink import MqttSink
 from agent.errors import LinkDown
 from agent.fleet.audit.audit import AuditReport, audit
-from agent.fleet.collector.collector import Collector
-from agent.fleet.collector.subscription import topic_filters
+from agent.fleet.collector.collector import Collector, topic_filters
 from agent.fleet.database.sqlite import SqliteDatabase
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol, init_fleet
@@ -65,7 +65,10 @@ class Rig:
         file, conf = load_config(str(self._folder / "outstation.toml"))
         self.store = open_store(conf)
         self.daemon = build_daemon(
-            file, conf, self.store, now=self.air.now, open_link=self.air.connect, pause=self.air.advance
+            *(file, conf, self.store),
+            now=self.air.now,
+            open_sink=lambda topics, will: MqttSink(self.air.connect(None, DEVICE, subscribe=topics, will=will)),
+            pause=self.air.advance,
         )
         self._uplink = self.daemon._uplink
         self.sensor = Sensor(GroupCommit(self.store, conf.streams), LineParser(conf.streams), self.air, rate, commit_s)

@@ -120,7 +120,7 @@ def test_without_a_name_a_broken_connection_is_an_error_that_says_how_much_is_no
     for n in range(7):
         number(client, n)
     killable.kill()
-    with pytest.raises(ConnectionError, match="7 lines are not acknowledged and may be sent again"):
+    with pytest.raises(ConnectionError, match="7 lines are not acknowledged; send them again"):
         client.flush()
     with pytest.raises(ConnectionError, match="8 lines are not acknowledged"):
         number(client, 7)
@@ -177,7 +177,7 @@ def test_patience_ends(tmp_path: Path) -> None:
     client = Client(killable.socket, name="g", patience_s=0.4)
     number(client, 1)
     killable.kill()
-    with pytest.raises(ConnectionError, match="1 lines are not acknowledged and may be sent again"):
+    with pytest.raises(ConnectionError, match="1 lines are not acknowledged; send them again"):
         client.flush()
     killable.start()
     killable.kill()
@@ -233,14 +233,14 @@ def test_an_agent_that_lost_count_is_followed(tmp_path: Path) -> None:
         client.close()
 
 
-def test_what_was_refused_is_sent_again_where_nobody_read_that_and_told_once_where_somebody_did(
+def test_rejected_lines_are_resent_only_if_the_rejection_was_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full, limit = [True], Store.limit_bytes
     monkeypatch.setattr(Store, "limit_bytes", lambda store: 4096 if full[0] else limit(store))
     with Station(conf(tmp_path)) as station, Client(station.socket, name="g") as client:
         with monkeypatch.context() as deaf:
-            deaf.setattr(client, "_read", lambda: None)
+            deaf.setattr(client, "_read_replies", lambda: None)
             number(client, 1)
             wait_for(lambda: station.commits > 0, "the first line is refused")
             full[0] = False

@@ -36,7 +36,7 @@ def test_a_path_leads_to_one_value_or_to_none(text: str, value: object) -> None:
 
 @pytest.mark.parametrize("text", ["", "$.", "$..a", "a.", "$.a[*]", "$[01]", "$[-0]", "$['a]", "a b", "$.a[1:2]", "$?"])
 def test_what_is_no_path_to_one_value_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no path to a value"):
+    with pytest.raises(ValueError, match="is not a path to a value"):
         parse(text)
 
 

@@ -19,7 +19,7 @@ from agent import config as device_config
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, StorageBusy, UsageError
 from agent.fleet import config as fleet_config
-from agent.fleet.collector.subscription import topic_filters
+from agent.fleet.collector.collector import topic_filters
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import collectors, pki
@@ -290,7 +290,7 @@ def test_a_certificate_that_has_ended_is_named(tmp_path: Path, folder: Path, con
     )
     with (
         MosquittoBroker(tmp_path, conf=as_this_user(folder), port=config.broker.port),
-        pytest.raises(LinkDown, match=r"device\.crt ended on 20.*put a new one in its place"),
+        pytest.raises(LinkDown, match=r"device\.crt expired on 20.*replace it"),
     ):
         Link(settings_of(folder, "pi-07"), "pi-07", timeout_s=5.0)
 

@@ -15,12 +15,10 @@ PENDING: set[str] = {
     "agent",
     "agent/authoring",
     "agent/bootstrap",
-    "agent/cli",
     "agent/cli/device",
     "agent/cli/fleet",
     "agent/cli/model",
     "agent/comparison",
-    "agent/config",
     "agent/datasets",
     "agent/device",
     "agent/device/bundles",
@@ -53,7 +51,6 @@ PENDING: set[str] = {
     "agent/model/sandbox",
     "agent/performance",
     "agent/simulate",
-    "agent/transport",
     "agent/wire",
 }
 

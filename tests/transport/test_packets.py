@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.transport.compressed import compress, decompress
-from agent.transport.packets import GZIP, JSON, OutgoingMessage
+from agent.transport.packets import GZIP, JSON, OutgoingMessage, compress, decompress
 from agent.wire.messages import MAX_PAYLOAD
 
 

@@ -23,8 +23,8 @@ from agent.device.store.labels import StoredPredictions
 from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.rows import EMPTY_ROWS, Rows, concatenate
 from agent.device.store.store import RowBatch, Store
-from agent.drift.detectors import modes
-from agent.drift.detectors.modes import Modes
+from agent.drift.baseline import modes
+from agent.drift.baseline.modes import Modes
 from agent.drift.state import DriftState, DriftWindowResult
 from agent.errors import StorageFull
 from agent.model.inference import features, scores

@@ -20,9 +20,9 @@ from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.drift.baseline.learning import LearningState
 from agent.drift.baseline.reference import Reference
+from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE
 from agent.drift.monitor import DriftMonitor
 from agent.drift.state import DriftState, DriftWindowResult
-from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE
 
 
 class LearningRefusals(msgspec.Struct, frozen=True):

@@ -26,9 +26,9 @@ from agent.errors import MessageRefused
 from agent.fleet.audit import rollouts
 from agent.fleet.audit.coverage import RowCoverage
 from agent.fleet.database.gap_ledger import NEW_LOG, parse_evictions, parse_log_end
+from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.projection import result_rows
 from agent.fleet.database.store import FleetStore
-from agent.fleet.keyring import Keyring
 from agent.wire.keys import PublicKey
 from agent.wire.messages import AuditPayload, Body, HealthPayload, LoggedPayload, ResultsPayload, digest, verify_message
 

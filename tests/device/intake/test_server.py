@@ -584,7 +584,7 @@ def test_tcp_on_loopback_is_served_too_when_asked_for(tmp_path: Path, host: str)
 
 def test_tcp_beyond_loopback_is_refused(tmp_path: Path) -> None:
     with Station(conf(tmp_path, tcp="0.0.0.0:7071")) as station:
-        assert "must be on loopback" in str(station.failures[0])
+        assert "must be a loopback address" in str(station.failures[0])
 
 
 def test_a_tcp_port_that_is_taken_is_named(tmp_path: Path) -> None:
