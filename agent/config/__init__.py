@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -13,6 +14,7 @@ import msgspec
 
 from agent import toml_files
 from agent.config import updates as config_updates
+from agent.config.broker import MQTT_SCHEMES
 from agent.config.broker import BrokerConfig as BrokerConfig
 from agent.config.broker import check_broker as check_broker
 from agent.config.broker import parse_loopback as parse_loopback
@@ -157,15 +159,15 @@ def find(explicit: str | None) -> Path:
     return here if here.exists() else Path("/etc/outstation/outstation.toml")
 
 
-def load(path: Path) -> Config:
-    """Load and check a device config. Raises ConfigError."""
+def load(path: Path, schemes: Collection[str] = MQTT_SCHEMES) -> Config:
+    """Load and check a device config; `[broker] url` has one of the `schemes`. Raises ConfigError."""
     config = read(path, Config)
     file = str(path)
     check_name(file, "device.id", config.device.id)
     check_name(file, "device.fleet", config.device.fleet)
     for group in config.device.groups:
         check_name(file, "device.groups", group)
-    check_broker(file, config.broker)
+    check_broker(file, config.broker, schemes=schemes)
     if config.updates is not None:
         config_updates.check(file, config.updates)
     _check_device(file, config)
@@ -193,7 +195,7 @@ def read(path: Path, section: type[C]) -> C:
 
 
 def digest(config: Config) -> str:
-    """Return `sha256:…` of the parsed config without the broker's password and [updates], which do not affect results."""
+    """Return `sha256:…` of the parsed config, without the broker's password and [updates]."""
     broker = msgspec.structs.replace(config.broker, password=None)
     shown = msgspec.structs.replace(config, broker=broker, updates=None)
     data = msgspec.json.encode(msgspec.to_builtins(shown, enc_hook=_encode_quantity, order="deterministic"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -12,6 +13,8 @@ import msgspec
 from agent.config.section import Section
 from agent.errors import ConfigError
 
+# Schemes of MQTT. A device may have other sinks, see `agent.bootstrap.sinks`.
+MQTT_SCHEMES = ("mqtt", "mqtts")
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -25,6 +28,10 @@ class BrokerConfig(Section, frozen=True):
     allow_plaintext: bool = False
     max_message_bytes: Annotated[int, msgspec.Meta(ge=2_000, le=1_000_000)] = 120_000
     compress: bool = False
+
+    @property
+    def scheme(self) -> str:
+        return self.url.partition(":")[0]
 
     @property
     def tls(self) -> bool:
@@ -45,11 +52,18 @@ class BrokerConfig(Section, frozen=True):
         return msgspec.structs.replace(self, **files)
 
 
-def check_broker(file: str, broker: BrokerConfig, key: str = "broker") -> None:
-    """Check the URL and certificates. Raises ConfigError, also for unencrypted remote connections."""
+def check_broker(
+    file: str, broker: BrokerConfig, key: str = "broker", *, schemes: Collection[str] = MQTT_SCHEMES
+) -> None:
+    """Check the URL and certificates. Raises ConfigError, also for unencrypted remote connections.
+
+    A sink with another scheme among `schemes` checks the rest of its URL itself.
+    """
+    if broker.scheme in schemes and broker.scheme not in MQTT_SCHEMES:
+        return
     try:
         parts = urlsplit(broker.url)
-        usable = parts.scheme in ("mqtt", "mqtts") and parts.hostname and (parts.port or 1) > 0
+        usable = parts.scheme in MQTT_SCHEMES and parts.hostname and (parts.port or 1) > 0
     except ValueError:
         usable = False
     if not usable:

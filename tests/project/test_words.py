@@ -25,7 +25,6 @@ PENDING: set[str] = {
     "agent/device/commands",
     "agent/device/intake",
     "agent/device/intake/sources",
-    "agent/device/machine",
     "agent/device/pipeline",
     "agent/device/rollout",
     "agent/device/rollout/fetch",

@@ -147,11 +147,13 @@ def gather(
     as_of = _resolve_as_of(as_of, last, store.name)
     as_of_us = clock.parse_rfc3339(as_of)
     newest_logs = queries.load_newest_logs()
-    operators = {key.kid: key.owner for key in roles if key.role == "operator"}
     verifier = MessageVerifier(store)
-    incidents, decisions = IncidentCollector(as_of_us, newest_logs), DecisionCollector(operators)
+    incidents, decisions, comparisons = (
+        IncidentCollector(as_of_us, newest_logs),
+        DecisionCollector(),
+        ComparisonCollector(),
+    )
     activations, accuracy = ActivationCollector(newest_logs), AccuracyCollector(newest_logs)
-    comparisons = ComparisonCollector()
     signers = {key.kid: Signer(key.role, parse_public_key(key.key)) for key in roles if key.role == "operator"}
     audit_report = _run_audit(store, [signer.key for signer in signers.values()], advance)
     for row in queries.stream_messages():
