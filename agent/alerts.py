@@ -348,7 +348,7 @@ STORE_DAMAGED = AlertKind(
     "Store repaired",
     "storage",
     "store",
-    "storage/opened/{boot}/{seq}",
+    "storage/recovery/{boot}/{seq}",
     "critical",
     "device",
     "When the daemon opened the store, it was damaged or older than it should be. The evidence lists what is lost.",
@@ -375,7 +375,7 @@ DAMAGED_MESSAGES = AlertKind(
     "storage/outbox/{log}/{seq}",
     "critical",
     "device",
-    "Messages in the outbox failed their checksum. They are not sent, are kept in table `damaged_messages`, and are "
+    "Messages in the outbox failed their checksum. They are not sent, are kept in table `quarantined_messages`, and are "
     "declared as lost.",
     "A failing card.",
     "Replace the card.",
@@ -388,7 +388,7 @@ DAMAGED_ROWS = AlertKind(
     "storage/{row}",
     "critical",
     "task",
-    "Stored readings failed their checksum. They have no results and are kept in table `damaged`.",
+    "Stored readings failed their checksum. They have no results and are kept in table `quarantined_rows`.",
     "A failing card.",
     "Replace the card.",
     _ONE_EVENT,

@@ -32,7 +32,7 @@ from scripts.kit import reference_data as data
 
 FILE = Path(__file__).parents[1] / "tests" / "reference_values.json"
 SEEDS = 20
-ASKED = ("scipy", "scikit-learn", "evidently", "nannyml", "numpy", "pandas")
+LIBRARIES = ("scipy", "scikit-learn", "evidently", "nannyml", "numpy", "pandas")
 
 
 def sizes() -> dict[str, Any]:
@@ -40,13 +40,13 @@ def sizes() -> dict[str, Any]:
     edges = data.edges(reference)
     bins = data.binned(reference, edges)
     p = np.bincount(bins, minlength=data.BINS) / len(bins)
-    found = {}
+    sizes_by_name = {}
     for name, values in others.items():
         its = data.binned(values, edges)
         q = np.bincount(its, minlength=data.BINS) / len(its)
         # A category for each bin: then Evidently has the same bins.
         pair = (pd.Series(bins).astype(str), pd.Series(its).astype(str), ColumnType.Categorical)
-        found[name] = {
+        sizes_by_name[name] = {
             "psi_evidently": evidently_psi._psi(*pair, 0.1)[0],
             "js_scipy": distance.jensenshannon(p, q, base=2),
             "js_evidently_base_e": evidently_js._jensenshannon(*pair, 0.1)[0],
@@ -56,12 +56,12 @@ def sizes() -> dict[str, Any]:
                 pd.Series(reference), pd.Series(values), ColumnType.Numerical, 0.1
             )[0],
         }
-    return found
+    return sizes_by_name
 
 
 def calibration() -> dict[str, Any]:
     few = data.answers(7, 1000)
-    scores, truth = data.of_exercise("crossval")
+    scores, truth = data.read_exercise("crossval")
     edges = _get_bin_index_edges(1000, 10)
     return {
         "ece_nannyml": _calculate_expected_calibration_error(few.right.astype(float), few.top, edges),
@@ -84,7 +84,7 @@ def cbpe_named(known: data.Answers, current: data.Answers) -> float:
 def cbpe_exercise() -> float:
     frames = []
     for name in ("crossval", "leave_one_out"):
-        scores, truth = data.of_exercise(name)
+        scores, truth = data.read_exercise(name)
         frame = pd.DataFrame({f"p{i}": column for i, column in enumerate(scores.T)})
         frames.append(frame.assign(y=[f"c{i}" for i in scores.argmax(1)], t=[f"c{i}" for i in truth]))
     return _cbpe(frames, {f"c{i}": f"p{i}" for i in range(7)}, "classification_multiclass")
@@ -95,8 +95,8 @@ def _cbpe(frames: list[Any], proba: Any, kind: str) -> float:
     how = {"y_pred": "y", "y_true": "t", "y_pred_proba": proba, "metrics": ["accuracy"], "problem_type": kind}
     estimator = nannyml.CBPE(**how, chunk_number=1)
     estimator.fit(pd.concat([reference, reference.iloc[:0]]))
-    told = estimator.estimate(analysis.drop(columns="t")).filter(period="analysis").to_df()
-    return float(told[("accuracy", "value")].iloc[0])
+    frame = estimator.estimate(analysis.drop(columns="t")).filter(period="analysis").to_df()
+    return float(frame[("accuracy", "value")].iloc[0])
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ from agent.authoring import calibration, pack_calibration
 from agent.authoring import spec as specs
 from agent.authoring.pack_calibration import PackJob
 from agent.authoring.spec import Spec, SpecCard
-from agent.datasets import training_data
+from agent.datasets import recordings, training_data
+from agent.datasets.training_data import LabelParser, TrainingData
 from agent.drift.baseline import learning
 from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, ConfigError, UsageError
@@ -149,7 +150,7 @@ def _add_golden_vectors(job: PackJob, files: dict[str, bytes]) -> list[str]:
 
 def _select_golden_windows(path: Path, spec: manifest.ModelInput) -> features.Floats:
     """Scaled input windows: given as `windows` (g, rows, F) in physical units, or cut from rows."""
-    given = training_data.read_windows(path, spec)
+    given = recordings.load_windows(path, spec) if path.suffix == ".npz" else None
     if given is not None:
         return features.build_windows(given, np.arange(0, len(given), spec.rows), spec)
     found = training_data.read(path, spec)
@@ -164,7 +165,7 @@ def build_reference(path: Path, model: TfliteModel, draft: Manifest, *, held_out
     `held_out` data, which it was not trained on, also tell how often a score is right, by their labels. Raises
     UsageError, BadBundle.
     """
-    found = training_data.read(path, draft.input, training_data.make_label_parser(draft) if held_out else None)
+    found = training_data.read(path, draft.input, LabelParser.from_manifest(draft) if held_out else None)
     if held_out and found.label is None:
         raise UsageError(f"{path}: holds no labels, so nobody can tell which answers are right; leave --held-out away")
     return _build_from_data(path, found, model, draft, held_out=held_out)
@@ -184,7 +185,7 @@ def _add_reference(job: PackJob, files: dict[str, bytes]) -> list[str]:
 
 
 def _build_from_data(
-    path: Path, dataset: training_data.Dataset, model: TfliteModel, draft: Manifest, *, held_out: bool
+    path: Path, dataset: TrainingData, model: TfliteModel, draft: Manifest, *, held_out: bool
 ) -> Reference:
     starts = pack_calibration.find_window_starts(path, dataset, draft.input)
     answers = Inference(draft, model).run(dataset.features, dataset.t).scores
@@ -204,7 +205,7 @@ def _build_from_data(
     )
 
 
-def _window_classes(dataset: training_data.Dataset, starts: features.Ints, draft: Manifest) -> features.Ints:
+def _window_classes(dataset: TrainingData, starts: features.Ints, draft: Manifest) -> features.Ints:
     """The class of each window: that of its last row."""
     assert dataset.label is not None
     return np.asarray(calibration.select_window_labels(dataset.label, starts, draft.input.rows), dtype=np.int64)

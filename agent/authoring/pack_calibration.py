@@ -10,6 +10,8 @@ from agent.authoring import calibration
 from agent.authoring.calibration import CalibrationResult
 from agent.authoring.spec import Spec
 from agent.datasets import training_data
+from agent.datasets.blocks import LABEL_COLUMN
+from agent.datasets.training_data import LabelParser, TrainingData
 from agent.errors import BadBundle, ConfigError, UsageError
 from agent.model.bundle.manifest import Manifest, ModelInput
 from agent.model.inference import features, scores
@@ -51,9 +53,9 @@ def _calibrate_scores(job: PackJob) -> CalibrationResult:
         raise UsageError("kind regress gives values, which have no probability to calibrate; leave calibrate away")
     path = job.path(job.spec.output.calibrate)
     _require_held_out(job, path)
-    found = training_data.read(path, job.draft.input, training_data.make_label_parser(job.draft))
+    found = training_data.read(path, job.draft.input, LabelParser.from_manifest(job.draft))
     if found.label is None:
-        raise UsageError(f"{path}: no column {training_data.LABEL_COLUMN} in it, which says what was true")
+        raise UsageError(f"{path}: no column {LABEL_COLUMN} in it, which says what was true")
     answers = Inference(job.draft, job.model).run(found.features, found.t, with_outputs=True)
     assert answers.outputs is not None
     truth = calibration.select_window_labels(found.label, answers.cut.starts, job.draft.input.rows)
@@ -86,7 +88,7 @@ def _fit_anomaly_output(job: PackJob) -> CalibrationResult:
         )
     path = job.path(name)
     found = training_data.read(
-        path, draft.input, training_data.make_label_parser(draft) if job.spec.output.calibrate else None
+        path, draft.input, LabelParser.from_manifest(draft) if job.spec.output.calibrate else None
     )
     begins = find_window_starts(path, found, draft.input)
     vectors = draft.kind == "embedding"
@@ -111,7 +113,7 @@ def _fit_anomaly_output(job: PackJob) -> CalibrationResult:
     return calibration.fit_threshold(values, job.spec.output.quantile, draft)
 
 
-def find_window_starts(path: Path, dataset: training_data.Dataset, spec: ModelInput) -> features.Ints:
+def find_window_starts(path: Path, dataset: TrainingData, spec: ModelInput) -> features.Ints:
     """Where windows begin, at least one. Raises UsageError."""
     begins = features.cut_windows(dataset.t, spec.window).starts
     if not len(begins):

@@ -13,10 +13,9 @@ from agent.device.bundles import history, quarantine, rollout_state
 from agent.device.bundles.crash_marker import CrashMarker
 from agent.device.machine.timekeeping import make_clock
 from agent.device.pipeline import drift_state, tuning_cache
-from agent.device.pipeline.batch import LoadedTask
-from agent.device.pipeline.drift_state import ClosingMessages
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout import saved_drift, transitions
-from agent.device.store.message_log import MessageLog
+from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.store import Store
 from agent.drift.monitor import DriftMonitor
 from agent.drift.state import DriftState
@@ -109,7 +108,7 @@ def build_task(
 
 def _restore_drift_state(
     store: Store, name: str, digest: str, monitor: DriftMonitor
-) -> tuple[DriftState, ClosingMessages | None]:
+) -> tuple[DriftState, list[PendingMessage] | None]:
     """What is remembered of drift; of a bundle beside which another is on probation, what was laid by."""
     if rollout_state.find_canary_digest(store, name) not in ("", digest):
         return saved_drift.load(store, name, monitor)
@@ -165,12 +164,14 @@ def _resolve_class_field(
     file: str, name: str, task: config.TaskConfig, stream: config.StreamConfig, manifest: Manifest
 ) -> str:
     """The field whose values are modes, or "". Raises ConfigError."""
-    key, asked = f"tasks.{name}.mode", manifest.drift.class_field or ""
+    key, asked = f"tasks.{name}.class_field", manifest.drift.class_field or ""
     if task.class_field and manifest.output.labels:
         raise ConfigError(
             file, key, f"bundle {manifest.name} names classes itself, and these are its modes: remove mode"
         )
     if task.class_field is None and asked:
         # The config's own was checked when it was read.
-        config.check_class_field(file, f'{key} (as bundle {manifest.name} says; mode = "" for none)', asked, stream)
+        config.check_class_field(
+            file, f'{key} (as bundle {manifest.name} says; class_field = "" for none)', asked, stream
+        )
     return asked if task.class_field is None else task.class_field

@@ -1,155 +1,208 @@
-"""Parquet, a row group at a time, and recordings (`.npz`), as blocks of rows."""
+"""Tables: rows of a data file as columns, a block at a time, with row numbers and rejected rows.
+
+A table knows columns by name and their types. It knows neither streams nor models.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from io import BufferedReader
+from typing import Any, Protocol
 
+import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from agent.datasets import training_data
-from agent.datasets.blocks import BlockReader, FilePosition, RowBlock, TextColumn, is_media, require_columns, row_times
-from agent.datasets.csv_file import BLOCK_BYTES, CsvReader
-from agent.datasets.media_files import MediaReader
-from agent.errors import UsageError
-from agent.model.bundle.manifest import ModelInput
-from agent.model.inference.features import Floats
+from agent.clock import parse_rfc3339
+from agent.errors import RowRejected
 
-BLOCK_ROWS = 1 << 16
-_MAX_BLOCK_VALUES = 4_000_000  # of a block, so that many columns need no more memory than few
-NO_PYARROW = "Parquet needs pyarrow: pip install 'outstation[parquet]', or give CSV"
+MISSING_VALUES = ("", "NaN", "nan", "NA", "N/A", "null", "NULL", "None")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_MAX_FIRST_LINE_BYTES = 1 << 17
 
 
-def open_reader(
-    path: Path, spec: ModelInput, text_columns: Sequence[str] = (), block_bytes: int | None = None
-) -> BlockReader:
-    """The reader for `path`, by its suffix; CSV is read `block` bytes at a time. Raises UsageError."""
-    if is_media(spec) and path.suffix != ".npz":
-        return MediaReader(path, spec, text_columns)
-    if path.suffix == ".parquet":
-        return ParquetReader(path, spec.fields, text_columns)
-    if path.suffix == ".npz":
-        return RecordingsReader(path, spec, text_columns)
-    return CsvReader(path, spec.fields, text_columns, block_bytes or BLOCK_BYTES)
+class ColumnType(Enum):
+    """Type of a column; TIME is seconds since 1970: a number, RFC 3339, or a Parquet timestamp."""
+
+    FLOAT = "float"
+    INTEGER = "integer"
+    TIME = "time"
+    TEXT = "text"
 
 
-class ParquetReader:
-    """Columns of numbers; `t`, if there, is epoch seconds or a timestamp; null is a missing value."""
+class FilePosition(msgspec.Struct, frozen=True):
+    """Place to resume reading at: bytes, lines and rows read so far, and `t` of the last row, epoch µs."""
 
-    def __init__(self, path: Path, fields: Sequence[str], text_columns: Sequence[str] = ()) -> None:
-        """Raises UsageError."""
+    offset: int = 0
+    line: int = 0
+    row: int = 0
+    t: int = 0
+
+
+START = FilePosition()
+
+
+class RowRejection(msgspec.Struct, frozen=True):
+    """Rejected row; `file` names the member of a folder that is read as one source."""
+
+    line: int
+    reason: str
+    file: str = ""
+
+
+class TableBlock(msgspec.Struct, frozen=True):
+    """Consecutive rows; the next block begins at `next_position`.
+
+    `columns`: name → (n,) array, or, of a table that keeps invalid values, n Python values with None for missing.
+    `row_numbers` count the rows of the file from 1, rejected rows included. `lines` are the lines the rows begin on,
+    empty if pyarrow parsed the block.
+    """
+
+    columns: dict[str, Any]
+    row_numbers: Sequence[int]
+    lines: Sequence[int]
+    rejected: list[RowRejection]
+    next_position: FilePosition
+
+    def after_line(self, line: int) -> TableBlock:
+        """Return the part that begins after `line`."""
+        start = bisect_right(self.lines, line)
+        if not start and (self.lines or not line):
+            return self
+        columns = {name: column[start:] for name, column in self.columns.items()}
+        rejected = [rejection for rejection in self.rejected if rejection.line > line]
+        return TableBlock(columns, self.row_numbers[start:], self.lines[start:], rejected, self.next_position)
+
+
+class Table(Protocol):
+    """Open data file; `size` is in the unit of `progress`."""
+
+    columns: list[str]
+    size: int
+
+    def read(
+        self,
+        columns: Mapping[str, ColumnType],
+        position: FilePosition = START,
+        *,
+        max_rows: int | None = None,
+        keep_invalid: bool = False,
+    ) -> Iterator[TableBlock]:
+        """Yield blocks of the named columns from `position` on.
+
+        A row with a value of another type is rejected; with `keep_invalid` it stays, with the value as the file has it.
+        Without an offset, `position` says which lines to leave out. Raises RowRejected if the file is damaged.
+        """
+        ...
+
+    def progress(self, position: FilePosition) -> int: ...
+
+
+def read_first_line(file: BufferedReader[Any]) -> bytes:
+    """Return the first line. Raises RowRejected if it never ends, OSError."""
+    line = file.readline(_MAX_FIRST_LINE_BYTES)
+    if len(line) >= _MAX_FIRST_LINE_BYTES and b"\r" not in line and not line.endswith(b"\n"):
+        raise RowRejected(f"the first line has no end within {_MAX_FIRST_LINE_BYTES} bytes")
+    return line
+
+
+def convert_block(block: TableBlock, types: Mapping[str, ColumnType]) -> TableBlock:
+    """Convert cell texts or JSON values to arrays of numbers and texts; reject rows with values of another type."""
+    row_count = len(block.row_numbers)
+    columns: dict[str, np.ndarray[Any, Any]] = {}
+    invalid: dict[int, str] = {}
+    for name, column_type in types.items():
+        if column_type is ColumnType.TEXT:
+            texts = ["" if value is None else _printable(value) for value in block.columns[name]]
+            columns[name] = np.array(texts, np.str_)
+            continue
+        parse, noun = (_parse_time, "time") if column_type is ColumnType.TIME else (_parse_number, "number")
+        numbers = columns[name] = np.empty(row_count)
+        for i, value in enumerate(block.columns[name]):
+            try:
+                numbers[i] = parse(value)
+            except (ValueError, OverflowError):
+                shown = value.strip()[:40] if isinstance(value, str) else str(value)[:40]
+                invalid.setdefault(i, f"{name}: {shown!r} is no {noun}")
+    valid = np.ones(row_count, bool)
+    valid[list(invalid)] = False
+    rejected = [*block.rejected, *(RowRejection(block.lines[i], reason) for i, reason in invalid.items())]
+    return TableBlock(
+        {name: column[valid] for name, column in columns.items()} if invalid else columns,
+        [number for i, number in enumerate(block.row_numbers) if i not in invalid],
+        [line for i, line in enumerate(block.lines) if i not in invalid],
+        sorted(rejected, key=lambda rejection: rejection.line),
+        block.next_position,
+    )
+
+
+def keep_invalid_values(cells: Sequence[str], column_type: ColumnType) -> list[Any]:
+    """Convert the cell texts that can be converted; leave the others, and return None for empty ones."""
+    if column_type is ColumnType.TEXT:
+        return [cell or None for cell in cells]
+    if column_type is ColumnType.TIME:
+        return [time_or_value(cell) for cell in cells]
+    number: type[int] | type[float] = int if column_type is ColumnType.INTEGER else float
+    joined = "".join(cells)
+    # Python reads 1_000 as a number; nobody who writes it into a CSV means one.
+    if joined.isascii() and "_" not in joined:
         try:
-            import pyarrow as pa
-            from pyarrow import parquet
-        except ImportError:
-            raise UsageError(f"{path}: {NO_PYARROW}") from None
-        self.path, self._fields, self._text_columns, self._pa = path, list(fields), list(text_columns), pa
-        try:
-            self._file: Any = parquet.ParquetFile(path)
-        except (OSError, pa.ArrowException) as error:
-            raise UsageError(f"{path}: cannot be read as Parquet: {error}") from None
-        schema = self._file.schema_arrow
-        self.columns = list(schema.names)
-        require_columns(path, self.columns, [*self._fields, *self._text_columns])
-        self._has_time = "t" in self.columns
-        for name in [*self._fields, *(["t"] if self._has_time else [])]:
-            kind = schema.field(name).type
-            fits = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-            if not (fits or pa.types.is_decimal(kind) or (name == "t" and pa.types.is_timestamp(kind))):
-                raise UsageError(f"{path}: column {name} holds {kind}; the model needs numbers there")
-        self.size = self._file.metadata.num_rows
-
-    def progress(self, position: FilePosition) -> int:
-        return position.row
-
-    def blocks(self, position: FilePosition) -> Iterator[RowBlock]:
-        wanted = list(dict.fromkeys([*self._fields, *self._text_columns, *(["t"] if self._has_time else [])]))
-        through, rows = 0, max(1, min(BLOCK_ROWS, _MAX_BLOCK_VALUES // len(wanted)))
-        try:
-            for group in range(self._file.metadata.num_row_groups):
-                size = self._file.metadata.row_group(group).num_rows
-                if through + size <= position.row:
-                    through += size
-                    continue
-                for batch in self._file.iter_batches(rows, row_groups=[group], columns=wanted):
-                    through += batch.num_rows
-                    if through > position.row:
-                        block = self._to_block(batch, position)
-                        position = block.next_position
-                        yield block
-        except (OSError, self._pa.ArrowException) as error:
-            raise UsageError(f"{self.path}: damaged after row {position.row}: {error}") from None
-
-    def _to_block(self, batch: Any, position: FilePosition) -> RowBlock:
-        n = batch.num_rows
-        rows: Floats = np.empty((n, len(self._fields)), np.float32)
-        with np.errstate(over="ignore"):
-            for i, name in enumerate(self._fields):
-                rows[:, i] = self._to_numbers(batch.column(name))
-        number = np.arange(position.row + 1, position.row + n + 1, dtype=np.int64)
-        t = row_times(self._to_seconds(batch.column("t")) if self._has_time else None, number, position.t)
-        texts = {name: self._to_text(batch.column(name)) for name in self._text_columns}
-        return RowBlock(rows, t, number, FilePosition(0, 0, position.row + n, int(t[-1])), texts)
-
-    def _to_numbers(self, column: Any) -> NDArray[Any]:
-        if not self._pa.types.is_floating(column.type):
-            column = column.cast(self._pa.float64())
-        return np.asarray(column.to_numpy(zero_copy_only=False))
-
-    def _to_seconds(self, column: Any) -> NDArray[np.float64]:
-        if self._pa.types.is_timestamp(column.type):
-            us = column.cast(self._pa.timestamp("us", column.type.tz), safe=False).cast(self._pa.int64())
-            return np.asarray(self._to_numbers(us) / 1e6, np.float64)
-        return self._to_numbers(column).astype(np.float64)
-
-    def _to_text(self, column: Any) -> TextColumn:
-        return np.array(["" if v is None else str(v) for v in column.to_pylist()], np.str_)
+            return list(map(number, cells))
+        except (ValueError, OverflowError):
+            pass
+    return [_number_or_text(cell, number) for cell in cells]
 
 
-class RecordingsReader:
-    """`.npz` as `data.read` takes it; arrays with an entry a recording, or a row, are further columns; NaN is empty."""
-
-    def __init__(self, path: Path, spec: ModelInput, text_columns: Sequence[str] = ()) -> None:
-        """Raises UsageError."""
-        found = training_data.read(path, spec)
-        self.path = path
-        self._rows, self._t, self._text_columns = found.features, found.t, list(text_columns)
-        self.size = len(self._rows)
-        self._text_values = _read_text_columns(path, self.size)
-        self.columns = list(self._text_values)
-        require_columns(path, self.columns, self._text_columns)
-
-    def progress(self, position: FilePosition) -> int:
-        return position.row
-
-    def blocks(self, position: FilePosition) -> Iterator[RowBlock]:
-        for first in range(position.row, self.size, BLOCK_ROWS):
-            end = min(first + BLOCK_ROWS, self.size)
-            number = np.arange(first + 1, end + 1, dtype=np.int64)
-            texts = {name: self._text_values[name][first:end] for name in self._text_columns}
-            after = FilePosition(0, 0, end, int(self._t[end - 1]))
-            yield RowBlock(self._rows[first:end], self._t[first:end], number, after, texts)
+def _number_or_text(cell: str, number: type[int] | type[float]) -> Any:
+    if not cell.strip():
+        return None
+    if cell.isascii() and "_" not in cell:
+        for convert in (number, float):
+            try:
+                return convert(cell)
+            except ValueError:
+                continue
+    return cell
 
 
-def _read_text_columns(path: Path, row_count: int) -> dict[str, TextColumn]:
-    """Texts (n,) of each array that says something of every row or recording. Raises UsageError."""
+def time_or_value(value: Any) -> Any:
+    """Return seconds since 1970 if `value` is a text that gives them, else `value`."""
+    if not isinstance(value, str):
+        return value
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            starts = arrays["starts"].astype(np.int64) if "starts" in arrays else np.array([0, row_count])
-            which = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-            found: dict[str, TextColumn] = {"recording": np.char.add(f"{path.stem}/", which.astype(np.str_))}
-            names = arrays["labels"].astype(np.str_) if "labels" in arrays else None
-            for key in arrays:
-                array = arrays[key]
-                if array.ndim != 1 or array.dtype.kind not in "biufU" or key in ("starts", "fields", "units", "labels"):
-                    continue
-                if key == "label" and names is not None and array.dtype.kind in "iu":
-                    array = names[array]
-                if len(array) in (len(starts) - 1, row_count):
-                    each = array if len(array) == row_count else array[which]
-                    found[key] = np.where(each == each, each.astype(np.str_), "")
-            return found
-    except training_data.UNREADABLE_ERRORS as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from None
+        return _parse_time(value) if value.strip() else value
+    except ValueError:
+        return value
+
+
+def _parse_number(value: Any) -> float:
+    """Return a number, NaN if missing. Raises ValueError, OverflowError."""
+    if isinstance(value, str):
+        value = value.strip()
+        if value in MISSING_VALUES:
+            return np.nan
+        if not value.isascii() or "_" in value:
+            raise ValueError(value)
+        return float(value)
+    if value is None:
+        return np.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(value)
+    return float(value)
+
+
+def _parse_time(value: Any) -> float:
+    """Return seconds since 1970, NaN if missing. Raises ValueError, OverflowError."""
+    try:
+        return _parse_number(value)
+    except ValueError:
+        if not isinstance(value, str):
+            raise
+        return parse_rfc3339(value.strip()) / 1e6
+
+
+def _printable(value: Any) -> str:
+    """Return the text with bytes that are not UTF-8 replaced: they came as surrogates, which cannot be written."""
+    text = str(value)
+    return text if text.isascii() else text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

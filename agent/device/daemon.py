@@ -24,6 +24,7 @@ from agent.device.machine.systemd import notify
 from agent.device.machine.throttle import Throttle, lower_priority
 from agent.device.machine.timekeeping import Timekeeper
 from agent.device.pipeline import batch, cursor_repair, label_metrics, relearn
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.tasks import Runtime, ScheduledTask
 from agent.device.rollout.updater import BundleUpdater
 from agent.device.store import task_keys
@@ -109,7 +110,7 @@ class Daemon:
         models = {scheduled.task.name: scheduled.task.bundle_ref for scheduled in scheduled_tasks}
         self._health_reporter = HealthReporter(conf, store, message_log, models, now)
         self._timekeeper = Timekeeper(store, message_log)
-        self._throttle = Throttle(conf.care)
+        self._throttle = Throttle(conf.throttle)
         self._intake, self._uplink = intake, uplink
         self._stuck = {failure.task for failure in bundle_failures if not failure.fallback}
         self._unfinished: set[str] = set()
@@ -119,7 +120,7 @@ class Daemon:
         self._rollout = make_updater(runtime, self._on_model_wait)
         self._remote_commands = make_commands(runtime, self._rollout)
         self._health_reporter.extra_members = lambda now: {
-            "care": self._throttle.status.to_dict(),
+            "throttle": self._throttle.status.to_dict(),
             **self._rollout.report(now),
         }
         self._next_health = self._next_space_check = self._next_label_check = 0.0
@@ -132,7 +133,7 @@ class Daemon:
         self._intake.start()
         self._uplink.start()
         # After intake and uplink have started: threads inherit the priority.
-        lower_priority(self._conf.care)
+        lower_priority(self._conf.throttle)
         if not self.signals.is_stopping:
             notify("READY=1")
             log.info("running: %d streams, %d tasks", len(self._conf.streams), len(self._scheduled_tasks))
@@ -209,7 +210,7 @@ class Daemon:
             self._unfinished.add(name)
             return
         end_s = self._now().boot_s + _TIME_SLICE_S
-        substitute: batch.LoadedTask | None = None
+        substitute: LoadedTask | None = None
         while not self.signals.is_stopping:
             # A rollout may have replaced the task since the last batch.
             task, substitute = substitute or scheduled.task, None
@@ -261,7 +262,7 @@ class Daemon:
     def _is_backing_off(self, name: str, now: ClockReading) -> bool:
         return name in self._backoffs and now.boot_s < self._backoffs[name].until_s
 
-    def _back_off(self, task: batch.LoadedTask, suffix: str, error: Exception) -> None:
+    def _back_off(self, task: LoadedTask, suffix: str, error: Exception) -> None:
         """Pause the task for a while, longer each time, so that its error does not stop the daemon and the other tasks."""
         earlier = self._backoffs.get(task.name + suffix)
         wait_s = min(2 * earlier.wait_s, _MAX_BACKOFF_S) if earlier else _MIN_BACKOFF_S

@@ -42,7 +42,7 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
         "outbox": {"waiting": waiting, "last": last},
         "store": _build_storage_document(conf, store),
         "condition": inspect_condition(store).document,
-        "care": Throttle(conf.care).tick(now).to_dict(),
+        "throttle": Throttle(conf.throttle).tick(now).to_dict(),
         "rejected": counters.get("lines rejected", 0),
         "failed_files": counters.get("files failed", 0),
         "alerts": store.recent_alerts(_MAX_ALERTS),
@@ -93,7 +93,7 @@ def build_reference_document(conf: Config, store: Store, task: str) -> dict[str,
     state = drift_state.load_for_display(store, task)
     if document["site"] is None and state is not None:
         document["learning"] = {
-            "windows": state.learning.window_count,
+            "windows": state.learning.total_windows,
             "of": conf.tasks[task].learn_windows,
             "for_s": max(state.requested_learn_s, float(conf.tasks[task].learn_duration)),
         }

@@ -17,11 +17,12 @@ from agent.alerts import Alert, MonitoredAlert, monitoring_kind
 from agent.arrays import Bools, Float64s, Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR
+from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE
 from agent.drift.faults.faults import MISREAD_FAULTS, Fault
 from agent.drift.reporting import alert_text
 from agent.drift.reporting import drift_alerts as drifts
 from agent.drift.state import DriftState
-from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE, DriftTester
+from agent.drift.testing.test_suite import DriftTester
 
 _DRIFT, _FAULT = 0, 1
 

@@ -13,7 +13,7 @@ from agent.arrays import Float64s, Ints
 from agent.drift.baseline import summary
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
-from agent.drift.detectors.window_statistics import WindowStatistics
+from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.state import Batch, DriftState
 
 MAX_FIELDS_PER_PASS = 256  # of drift windows that are looked at together

@@ -4,7 +4,7 @@ Pure: state and batch in, new state and verdicts out, and the same whatever the 
 
 - A drift window is exactly `window` model windows. Rows that lie in no model window are not counted; a row in several
   overlapping model windows is counted once, in the first drift window that has it.
-- Until `learn` drift windows without a fault are gathered and agree, the site has no reference: faults are raised
+- Until `learn_windows` drift windows without a fault are gathered and agree, the site has no reference: faults are raised
   (limits are the shipped reference's), drift is "insufficient".
 - A drift window in which any field has a fault is kept out of drift tests and learning for all fields, because the
   class the model named cannot be trusted then.
@@ -26,12 +26,12 @@ from agent.arrays import Float32s, Ints
 from agent.drift import batches, quiet, sampling_rate_watch
 from agent.drift.alert_lifecycle import AlertLifecycle
 from agent.drift.baseline.learning import LearningState, calibrate_reference
+from agent.drift.baseline.modes import CLASS_COUNT, Modes, assign_classes
 from agent.drift.baseline.reference import MIN_WINDOWS, Reference
 from agent.drift.baseline.summary import Summary
+from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.batches import FullWindows
-from agent.drift.detectors.modes import CLASS_COUNT, Modes, assign_classes
 from agent.drift.detectors.season import SlowTrend
-from agent.drift.detectors.window_statistics import WindowStatistics
 from agent.drift.faults import faults
 from agent.drift.reporting.drift_message import SuiteStatus
 from agent.drift.seen import WindowAnalysis
@@ -99,7 +99,7 @@ class DriftMonitor:
             self.class_field,
         ):
             raise ValueError("this drift state was made for another reference, window length or field of modes")
-        if not state.is_compatible(self.shipped.layout):
+        if not state.is_compatible(self.shipped.task):
             raise ValueError("this drift state was made by a version with other tests")
         if learning is not None:
             with contextlib.suppress(ValueError):
@@ -133,7 +133,7 @@ class DriftMonitor:
             state,
             site_reference=None,
             learning=self._empty_learning,
-            suite=SuiteState.start(self.shipped.layout),
+            suite=SuiteState.start(self.shipped.task),
             rate_watch=sampling_rate_watch.reset_for_relearning(state.rate_watch),
             slow_trend=SlowTrend(),
             requested_learn_s=duration_s,
@@ -354,8 +354,8 @@ class DriftMonitor:
         return after, verdict
 
     def _gather_window(self, state: DriftState) -> tuple[DriftState, Reference | None, str | None]:
-        learning = state.learning.add(state.open_summary, windowed=self.shipped.windowed, t=state.t)
-        if learning.window_count < self.learn_windows or learning.observed_s < max(
+        learning = state.learning.add(state.open_summary, self.shipped.task, t=state.t)
+        if learning.total_windows < self.learn_windows or learning.observed_s < max(
             self.min_learn_s, state.requested_learn_s
         ):
             return replace(state, learning=learning), None, None

@@ -19,8 +19,10 @@ from agent.arrays import Float64s, Ints
 from agent.drift.baseline.summary import Summary
 from agent.drift.detectors import sampling_rate as rate
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR, Cusum, CusumSequence
+from agent.drift.detectors.detector import round_significant
+from agent.drift.detectors.registry import SPEED
 from agent.drift.detectors.sampling_rate import RateBaseline
-from agent.drift.reporting.drift_message import round_significant, worst_state
+from agent.drift.reporting.drift_message import worst_state
 from agent.drift.testing.test_suite import DriftTester, SuiteState
 from agent.text import format_duration, format_since, format_windows
 
@@ -64,7 +66,8 @@ def observe_rate(windows: Summary, midpoints: Ints, tester: DriftTester | None) 
     if tester is None or usual is None:
         return [RateObservation("", math.nan, math.nan, *both) for both in zip(steps, repeated, strict=True)]
     scores = (
-        found.tolist() for found in usual.score_speeds(windows.variogram, midpoints, tester.reference.drift_windows)
+        found.tolist()
+        for found in usual.score_speeds(windows.detectors[SPEED.name], midpoints, tester.reference.drift_windows)
     )
     return [
         RateObservation(rate.detect_fault(step, share, usual), z, speed, step, share)

@@ -11,14 +11,15 @@ from msgspec.structs import replace
 from agent import arrays
 from agent.alerts import Alert
 from agent.arrays import Bools, Float32s, Float64s, Ints
+from agent.drift.baseline import window_statistics
 from agent.drift.baseline.learning import LearningState, infinities_to_nan
 from agent.drift.baseline.reference import Reference
+from agent.drift.baseline.runs import Tail
 from agent.drift.baseline.summary import Summary
-from agent.drift.detectors import window_statistics
-from agent.drift.detectors.runs import Tail
+from agent.drift.baseline.window_statistics import WindowStatistics
+from agent.drift.detectors.detector import Task
+from agent.drift.detectors.registry import get_layout
 from agent.drift.detectors.season import SlowTrend
-from agent.drift.detectors.test_layout import ScoreLayout
-from agent.drift.detectors.window_statistics import WindowStatistics
 from agent.drift.sampling_rate_watch import SamplingRateWatch
 from agent.drift.testing.test_suite import SuiteState
 from agent.errors import BadBundle
@@ -66,7 +67,7 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
             site_reference=None,
             learned_count=0,
             requested_learn_s=0.0,
-            suite=SuiteState.start(shipped.layout),
+            suite=SuiteState.start(shipped.task),
             faulty=np.zeros(fields, np.bool_),
             misread=np.zeros(fields, np.bool_),
             clear_count=np.zeros(fields, np.int64),
@@ -75,10 +76,11 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
             class_field=class_field,
         )
 
-    def is_compatible(self, layout: ScoreLayout) -> bool:
+    def is_compatible(self, task: Task) -> bool:
         """Whether what it knows is of these tests."""
-        site_fits = self.site_reference is None or len(self.site_reference.test_mean) == layout.test_count
-        return site_fits and self.suite.layout == layout and len(self.suite.field_mewma.mean) == layout.fields
+        tests = get_layout(task).test_count
+        site_fits = self.site_reference is None or len(self.site_reference.test_mean) == tests
+        return site_fits and self.suite.task == task and len(self.suite.cusum.alarm[0]) == tests
 
     def to_bytes(self) -> bytes:
         return arrays.to_compressed_bytes(self)

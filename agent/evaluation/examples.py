@@ -12,8 +12,8 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent.arrays import Float64s as Numbers
-from agent.datasets import blocks, tables
-from agent.datasets.blocks import FILE_COLUMN, TextColumn
+from agent.datasets import readers
+from agent.datasets.blocks import FILE_COLUMN, TIME_COLUMN, TextColumn
 from agent.errors import UsageError
 from agent.evaluation.predictions import evaluation_kind
 from agent.model.bundle.manifest import Manifest
@@ -72,16 +72,16 @@ class LabelledWindows(msgspec.Struct, frozen=True, eq=False):
 def read(path: Path, inference: Inference, text_columns: Sequence[str]) -> Dataset:
     """All rows at `path`, a file or a folder, with further columns as text. Raises UsageError."""
     spec = inference.manifest.input
-    files = blocks.list_sources(path, spec)
+    files = readers.list_sources(path, spec)
     found, parts, rejected = [], [], 0
     timed = True
     columns: dict[str, list[TextColumn]] = {name: [] for name in text_columns}
     own = {name: i for i, name in enumerate(spec.fields) if name in columns}
     asked = [name for name in text_columns if name != FILE_COLUMN and name not in own]
     for i, file in enumerate(files):
-        reader = tables.open_reader(file, spec, asked)
-        timed = timed and "t" in reader.columns
-        for block in reader.blocks(blocks.FilePosition()):
+        reader = readers.open_reader(file, spec, asked)
+        timed = timed and TIME_COLUMN in reader.columns
+        for block in reader.blocks():
             found.append(block)
             parts.append(np.full(len(block.rows), i, np.int64))
             rejected += len(block.rejected)

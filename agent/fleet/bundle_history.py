@@ -67,7 +67,7 @@ def load_bundle_runs(db: Connection, key: TaskLog) -> dict[int, BundleRun]:
             model = body.model
             run = by_digest.setdefault(model.digest, BundleRun(model.name, model.version, model.digest))
             run.results += body.n
-            run.listed += len(body.columns.row)
+            run.listed += len(body.columns)
             runs[int(seq)] = run
     return runs
 

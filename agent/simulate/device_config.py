@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from agent.config import ReplaySource
+from agent.config.sources import ReplaySource
 from agent.simulate.plan import SimulatedSite, SimulationPlan
 
 
@@ -29,7 +29,7 @@ def stream_and_task_toml(plan: SimulationPlan, site: SimulatedSite) -> str:
         f"\n[streams.{scenario.stream}]\nfields = [{fields}]\n"
         f"source = {toml_value(msgspec.to_builtins(source))}\n"
         f'\n[tasks.{scenario.name}]\nstream = "{scenario.stream}"\nbundle = "{scenario.bundle}"\n'
-        f'schedule = "every 1 s"\nlearn = {scenario.learn_windows}\n'
+        f'schedule = "every 1 s"\nlearn_windows = {scenario.learn_windows}\n'
     )
 
 

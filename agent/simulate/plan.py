@@ -8,7 +8,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.device.intake.sources.recordings import Playlist, ReplayRecordings, load
+from agent.datasets.recordings import Recordings, load
+from agent.device.intake.sources.recordings import Playlist
 from agent.simulate.scenario import SCENARIOS, Scenario, SiteFaults
 
 _MIN_REPLAY_S = 6.0
@@ -37,21 +38,21 @@ class SimulationPlan(msgspec.Struct, frozen=True):
         """The first row at which something is wrong there."""
         return site.fate.first_fault_row(default=self.rows + 1)
 
-    def row_labels(self, recordings: ReplayRecordings, site: SimulatedSite) -> NDArray[np.str_]:
+    def row_labels(self, recordings: Recordings, site: SimulatedSite) -> NDArray[np.str_]:
         """(rows,) the label of each row of the replay."""
         each = np.repeat(np.array(recordings.labels)[recordings.label], np.diff(recordings.starts))
         return np.asarray(each[self._source_rows(recordings, site)])
 
-    def measured_values(self, recordings: ReplayRecordings, site: SimulatedSite) -> NDArray[np.float64]:
+    def measured_values(self, recordings: Recordings, site: SimulatedSite) -> NDArray[np.float64]:
         """(rows,) what was measured there at each row of the replay, with what it lost; NaN unknown."""
         assert self.scenario.delayed_labels is not None
-        values = recordings.extra_columns[self.scenario.delayed_labels.column][
-            self._source_rows(recordings, site)
-        ].astype(np.float64)
+        values = recordings.columns[self.scenario.delayed_labels.column][self._source_rows(recordings, site)].astype(
+            np.float64
+        )
         loss = site.fate.loss
         return values if loss is None else values * loss.remaining(np.arange(1, self.rows + 1))
 
-    def metered_labels(self, recordings: ReplayRecordings, site: SimulatedSite) -> NDArray[np.float64]:
+    def metered_labels(self, recordings: Recordings, site: SimulatedSite) -> NDArray[np.float64]:
         """The same where it is worth a label; else NaN."""
         assert self.scenario.delayed_labels is not None
         shown = recordings.rows[
@@ -61,7 +62,7 @@ class SimulationPlan(msgspec.Struct, frozen=True):
             shown >= self.scenario.delayed_labels.filter_min, self.measured_values(recordings, site), np.nan
         )
 
-    def _source_rows(self, recordings: ReplayRecordings, site: SimulatedSite) -> NDArray[np.int64]:
+    def _source_rows(self, recordings: Recordings, site: SimulatedSite) -> NDArray[np.int64]:
         order = Playlist(recordings, site.subject, site.seed, site.fate.scenes, self.scenario.skip_rows)
         return order.source_rows(self.rows)
 
@@ -107,7 +108,7 @@ def demo_plan(
     )
 
 
-def _subjects(recordings: ReplayRecordings) -> list[int | None]:
+def _subjects(recordings: Recordings) -> list[int | None]:
     """Whose recordings the sites play in turn; None: those of all."""
     people: list[int | None] = [*sorted({int(s) for s in recordings.subject})]
     return people if recordings.t is None else [None]

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from agent.device.intake.sources.recordings import ReplayRecordings, load
+from agent.datasets.recordings import Recordings, load
 from agent.fleet.audit.audit import AuditReport, audit
 from agent.fleet.database.store import FleetStore
 from agent.model.inference.scores import ANOMALY
@@ -77,9 +77,7 @@ def _device_entry(store: FleetStore, site: SimulatedSite, progress: dict[str, An
     }
 
 
-def _accuracy_score(
-    store: FleetStore, plan: SimulationPlan, recordings: ReplayRecordings, site: SimulatedSite
-) -> Score:
+def _accuracy_score(store: FleetStore, plan: SimulationPlan, recordings: Recordings, site: SimulatedSite) -> Score:
     if plan.scenario.kind != "classify":
         return Score()
     truth = plan.row_labels(recordings, site)
@@ -96,7 +94,7 @@ def _anomaly_rates(store: FleetStore, plan: SimulationPlan, site: SimulatedSite)
     return [round(part.count(ANOMALY) / len(part), 4) if part else None for part in parts]
 
 
-def _error_score(store: FleetStore, plan: SimulationPlan, recordings: ReplayRecordings, site: SimulatedSite) -> Score:
+def _error_score(store: FleetStore, plan: SimulationPlan, recordings: Recordings, site: SimulatedSite) -> Score:
     if plan.scenario.delayed_labels is None:
         return Score()
     truth = plan.metered_labels(recordings, site)

@@ -73,7 +73,7 @@ class RolloutDriver(msgspec.Struct):
         """Of a device: whose bundles it takes, and from where."""
         assert self.web is not None
         root = self.fleet.home / "repository" / "metadata" / "1.root.json"
-        updates = {"url": self.web.url(site.device), "root": str(root.resolve()), "every": "60 s"}
+        updates = {"url": self.web.url(site.device), "root": str(root.resolve()), "poll_interval": "60 s"}
         keys = [key.text for key in self.trusted_keys]
         sections: dict[str, dict[str, Any]] = {"publishers": {"keys": keys}, "updates": updates}
         return "".join(f"\n[{name}]\n{_toml_lines(section)}" for name, section in sections.items())

@@ -18,7 +18,7 @@ import msgspec
 
 from agent.config import BrokerConfig
 from agent.config import load as load_config
-from agent.device.intake.sources.recordings import load
+from agent.datasets.recordings import load
 from agent.errors import OutstationError
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore

@@ -6,8 +6,10 @@ import uuid
 from typing import Any
 
 import msgspec
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from agent.device.pipeline.columns import encode_labels, encode_runs, encode_times
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire import jws
 from agent.wire.keys import SigningKey
@@ -73,9 +75,9 @@ class MessageSender(msgspec.Struct):
         first, last = rows_at or (self.row + 1, self.row + (100 * n if rows is None else rows))
         self.row = last
         columns = {
-            "row": [first + i * (last - first + 1) // max(n, 1) for i in range(n)],
-            "t": [1_764_022_680_000_000 + first + i for i in range(n)],
-            "label": [("PEN", "ABD", "FEL")[(first + i) % 3] for i in range(n)],
+            "row": encode_runs(np.array([first + i * (last - first + 1) // max(n, 1) for i in range(n)], np.int64)),
+            "t": encode_times(1_764_022_680_000_000 + first + np.arange(n)),
+            "label": encode_labels([("PEN", "ABD", "FEL")[(first + i) % 3] for i in range(n)]),
             "score": [round(0.5 + i / (2 * n), 3) for i in range(n)],
         }
         members = {"model": MODEL, "stream": "watch", "rows": [first, last], "n": n, "input": "x" * padding}

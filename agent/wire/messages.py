@@ -1,9 +1,10 @@
-"""Payloads: one flat UTF-8 JSON object per message (contract section 6), and the checks around them.
+"""Message payloads: one struct per kind, and the verification of a received message.
 
-Rules of `open_message`, after the topic and before anything is stored:
+`docs/reference/wire-format.md` is the published contract. Rules of `verify_message`, in this order:
+- the topic is in the topic tree, and the payload is at most `MAX_PAYLOAD` bytes
 - the signature verifies (see `jws`)
-- the payload is an object of version 1 whose `kind` is the topic's, and no object in it has a key twice
-- its `device` is the topic's device and the key's owner; its `task`, if any, is the topic's
+- the payload is a JSON object of version 1 in which no object has a key twice
+- its `kind`, `device` and `task` are those of the topic, and the key belongs to that device
 - a logged kind carries `log`, `seq` ≥ 1 and `prev`; rows, counts and columns agree with each other
 """
 
@@ -17,21 +18,23 @@ import msgspec
 
 from agent.errors import MessageRefused
 from agent.strict_json import DuplicateKey, check_strict_json
-from agent.wire import jws, topics
+from agent.wire import jws, runs, topics
 from agent.wire.commands import MAX_ARGUMENT_LENGTH
 from agent.wire.desired_state import DesiredBundle, Name
 from agent.wire.jws import Signer
 from agent.wire.keys import b64url_encode
+from agent.wire.runs import MAX_RESULTS, EpochMicroseconds, JitteredTimes, Label, LabelRun, Row, RowRun, TimeRun
 
 MAX_PAYLOAD = 1 << 20
 FIRST_PREV = ""
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)]
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
-EpochMicroseconds = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 ShortText = Annotated[str, msgspec.Meta(max_length=256)]
 Uuid = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
-Rfc3339 = Annotated[str, msgspec.Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z\Z")]
+Rfc3339 = Annotated[
+    str, msgspec.Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?Z\Z")
+]
 Severity = Literal["info", "warning", "critical"]
 
 
@@ -47,7 +50,7 @@ class LoggedPayload(Payload, frozen=True, kw_only=True):
     boot: Natural
     time: Rfc3339
     clock: Literal["synced", "restored", "unsynced"]
-    # Where a message of a new log was written first: {"log", "seq"}.
+    # {"log", "seq"} of the original, where a new log repeats a message of an old one.
     reissued: dict[str, Any] | None = None
 
 
@@ -58,20 +61,50 @@ class ModelRef(msgspec.Struct, frozen=True):
 
 
 class ResultColumns(msgspec.Struct, frozen=True):
-    row: list[Positive]
-    t: list[EpochMicroseconds]
-    # Of a model that says any number of labels: all of them, with | between.
-    label: list[Annotated[str, msgspec.Meta(max_length=4096)]] | None = None
+    """Columns of one length. Entries of `row`, `t` and `label` may be runs."""
+
+    row: list[Row | RowRun]
+    t: list[EpochMicroseconds | TimeRun] | JitteredTimes
+    # A multi-label model joins its labels with "|".
+    label: list[Label | LabelRun] | None = None
     score: list[float | None] | None = None
     value: list[float | None] | None = None
-    # The share of a result's input that was missing, where that is too much; elsewhere 0.
+    # Share of a result's input that was missing, where it exceeds the bundle's limit; 0 elsewhere.
     missing: list[float] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("t", "label", "score", "value", "missing"):
-            column = getattr(self, name)
-            if column is not None and len(column) != len(self.row):
-                raise ValueError(f"column {name} has {len(column)} entries, row has {len(self.row)}")
+        count = len(self)
+        if count > MAX_RESULTS:
+            raise ValueError(f"{count} results in one message, the limit is {MAX_RESULTS}")
+        lengths = {
+            "t": runs.count_entries(self.t),
+            "label": count if self.label is None else runs.count_entries(self.label),
+            "score": count if self.score is None else len(self.score),
+            "value": count if self.value is None else len(self.value),
+            "missing": count if self.missing is None else len(self.missing),
+        }
+        for name, length in lengths.items():
+            if length != count:
+                raise ValueError(f"column {name} has {length} entries, row has {count}")
+        # A run's first entry is in range by its type; its last one need not be.
+        rows, times = runs.bounds(self.row), runs.bounds(self.t)
+        if rows is not None and not (rows[0] >= 1 and rows[1] < 2**53):
+            raise ValueError(f"column row reaches from {rows[0]} to {rows[1]}, beyond row numbers")
+        if times is not None and not (times[0] >= -(2**63) and times[1] < 2**63):
+            raise ValueError(f"column t reaches from {times[0]} to {times[1]}, beyond 64 bits")
+
+    def __len__(self) -> int:
+        return runs.count_entries(self.row)
+
+    def expand_rows(self) -> list[int]:
+        return runs.expand_integers(self.row)
+
+    def expand_times(self) -> list[int]:
+        """Return the times (n,), epoch µs."""
+        return runs.expand_integers(self.t)
+
+    def expand_labels(self) -> list[str] | None:
+        return None if self.label is None else runs.expand_labels(self.label)
 
 
 class ResultsPayload(LoggedPayload, frozen=True, kw_only=True, tag="results"):
@@ -82,18 +115,20 @@ class ResultsPayload(LoggedPayload, frozen=True, kw_only=True, tag="results"):
     n: Natural
     input: ShortText
     columns: ResultColumns
-    # How many results were made from input of which too much was missing.
+    # Results whose missing share exceeds the bundle's limit.
     incomplete: Natural = 0
-    # First row, boot, segment of the wall clock (0: its producer's), quality (0 synced, 1 restored, 2 unsynced).
+    # Runs of rows stamped by one clock: first row, boot, clock segment (0: the producer's clock), and quality
+    # (0 synced, 1 restored, 2 unsynced).
     clocks: list[tuple[Positive, Natural, Natural, Annotated[int, msgspec.Meta(ge=0, le=2)]]] | None = None
 
     def __post_init__(self) -> None:
         first, last = self.rows
         if first > last:
             raise ValueError(f"rows [{first},{last}] run backwards")
-        if len(self.columns.row) > self.n:
-            raise ValueError(f"{len(self.columns.row)} results listed, n says {self.n}")
-        if not all(first <= row for row in self.columns.row):
+        if len(self.columns) > self.n:
+            raise ValueError(f"{len(self.columns)} results listed, n says {self.n}")
+        listed = runs.bounds(self.columns.row)
+        if listed is not None and listed[0] < first:
             raise ValueError("a result's row lies before the rows of its message")
         if self.clocks is not None:
             begins = [clock[0] for clock in self.clocks]
@@ -123,7 +158,7 @@ class DriftPayload(LoggedPayload, frozen=True, kw_only=True, tag="drift"):
 
 
 class AlertPayload(LoggedPayload, frozen=True, kw_only=True, tag="alerts"):
-    alert: Literal["drift", "fault", "result", "model", "quality", "storage", "clock", "security"]
+    alert: Literal["drift", "fault", "model", "quality", "storage", "clock", "security"]
     subject: ShortText
     state: Literal["raised", "cleared"]
     severity: Severity
@@ -134,7 +169,7 @@ class AlertPayload(LoggedPayload, frozen=True, kw_only=True, tag="alerts"):
 
 
 class Metric(msgspec.Struct, frozen=True):
-    """`slice` is empty for all of it; `state` of a slice: ok, worse or small."""
+    """Metric with its confidence interval. `slice` is empty for all results; `state` of a slice: ok, worse, small."""
 
     metric: ShortText
     value: float | None
@@ -155,7 +190,7 @@ class QualityPayload(LoggedPayload, frozen=True, kw_only=True, tag="quality"):
 
 
 class Moments(msgspec.Struct, frozen=True):
-    """Of n numbers: their mean, and the sum of squares around it; they merge as Chan et al. (1979) do."""
+    """Count, mean and sum of squared deviations of a sample. They merge by Chan et al. (1979)."""
 
     n: Natural = 0
     mean: float = 0.0
@@ -163,10 +198,10 @@ class Moments(msgspec.Struct, frozen=True):
 
 
 class BundleStats(msgspec.Struct, frozen=True):
-    """What one of two bundles made of the same windows.
+    """Statistics of one bundle over the compared windows.
 
-    `seconds` in the model; `scores` of its own answers, or their values; `expected` accuracy by its scores, of so many
-    windows as there are in it; `right`: labelled windows it answered as they were, or `off`: by how much not.
+    `seconds`: inference time. `scores`: its scores, or its values. `expected`: accuracy estimated from its scores.
+    `right`: labelled windows predicted correctly. `abs_error`: absolute error of its values on labelled windows.
     """
 
     windows: Natural
@@ -178,11 +213,11 @@ class BundleStats(msgspec.Struct, frozen=True):
 
 
 class ShadowPayload(LoggedPayload, frozen=True, kw_only=True, tag="shadow"):
-    """Two bundles over the same rows: `model` whose results count, and `beside`, whose do not. Adds up over messages.
+    """Comparison of two bundles over the same rows: `model` is active, `other` is evaluated. Adds up over messages.
 
-    `same`: windows of `n` that both answered alike; `apart`: how far values or scores were from each other (beside less
-    model); `labelled` windows both were right in, one, the other, or none, [both, model only, beside only, neither].
-    `errors`: batches in which `beside` failed, the last time for the reason `why`.
+    `agreeing`: windows of `n` with equal predictions. `difference`: other minus model, of values or scores. `labelled`:
+    labelled windows that were right in [both, model only, other only, neither]. `errors`: batches in which `other`
+    failed; `error`: the last reason.
     """
 
     task: ShortText
@@ -204,7 +239,7 @@ class ShadowPayload(LoggedPayload, frozen=True, kw_only=True, tag="shadow"):
         if self.rows[0] > self.rows[1]:
             raise ValueError(f"rows {list(self.rows)} run backwards")
         if self.agreeing is not None and self.agreeing > self.n:
-            raise ValueError(f"{self.agreeing} windows answered alike, n says {self.n}")
+            raise ValueError(f"{self.agreeing} windows agree, n says {self.n}")
 
 
 class HealthPayload(LoggedPayload, frozen=True, kw_only=True, tag="health"):
@@ -244,7 +279,7 @@ class AckPayload(Payload, frozen=True, kw_only=True, tag="ack"):
     through: Natural
     missing: list[tuple[Positive, Positive]]
     time: Rfc3339
-    # Of the payload of message `through`, as the next one's `prev`; None where that message is not stored.
+    # Digest of the payload of message `through`, as in the next message's `prev`; None where it is not stored.
     digest: Annotated[str, msgspec.Meta(max_length=64)] | None = None
 
     def __post_init__(self) -> None:
@@ -254,7 +289,7 @@ class AckPayload(Payload, frozen=True, kw_only=True, tag="ack"):
 
 
 class CommandPayload(Payload, frozen=True, kw_only=True, tag="cmd", forbid_unknown_fields=True):
-    """A member that this version does not know could be a condition: such a command is refused as a whole."""
+    """A command. An unknown member could be a condition, so a device refuses the whole command."""
 
     id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
     name: Annotated[str, msgspec.Meta(max_length=64)]
@@ -267,9 +302,9 @@ class CommandPayload(Payload, frozen=True, kw_only=True, tag="cmd", forbid_unkno
 
 
 class DesiredPayload(Payload, frozen=True, kw_only=True, tag="desired", forbid_unknown_fields=True):
-    """Retained: for a device, for all (`_all`), or for a `group` (`_group`). Refused whole where a member is unknown.
+    """Desired state of a device, of the fleet (`_all`) or of a `group` (`_group`). Refused if a member is unknown.
 
-    `counter` strictly grows for each topic and operator key; `tasks` are all that is desired by this topic.
+    `counter` strictly grows per topic and operator key. `tasks` replaces everything this topic desired before.
     """
 
     group: Name | None = None
@@ -297,7 +332,7 @@ _DECODER = msgspec.json.Decoder(Body)
 
 
 class VerifiedMessage(msgspec.Struct, frozen=True):
-    """A message that verified: where it came, its exact bytes, and what it says."""
+    """A message that passed verification: topic, exact payload bytes, signature, parsed payload and signer."""
 
     topic: topics.Topic
     payload: bytes
@@ -309,7 +344,7 @@ class VerifiedMessage(msgspec.Struct, frozen=True):
 def verify_message(
     topic_text: str, payload: bytes, tokens: Sequence[str], find_signer: Callable[[str], Signer | None]
 ) -> VerifiedMessage:
-    """Verify, then parse. Raises Refused with the rule that failed; never another exception."""
+    """Verify, then parse. Raises MessageRefused that names the failed rule, and no other exception."""
     topic = topics.parse(topic_text)
     if len(payload) > MAX_PAYLOAD:
         raise MessageRefused("too large", f"{len(payload)} bytes, the limit is {MAX_PAYLOAD}")
@@ -319,7 +354,7 @@ def verify_message(
         raise MessageRefused("other kind", f"payload is {body.__struct_config__.tag}, topic is {topic.kind}")
     if body.device != topic.device:
         raise MessageRefused("other device", f"payload names {body.device!r}, topic {topic.device!r}")
-    owner = topic.device if topic.kind not in topics.TO_DEVICE else signer.owner
+    owner = signer.owner if topics.KINDS[topic.kind].to_device else topic.device
     if signer.owner != owner:
         raise MessageRefused("other device", f"key of {signer.owner!r} on a topic of {topic.device!r}")
     task = body.group if isinstance(body, DesiredPayload) else getattr(body, "task", None)
@@ -329,7 +364,7 @@ def verify_message(
 
 
 def decode(payload: bytes) -> Body:
-    """The typed payload. Raises Refused."""
+    """Parse a payload. Raises MessageRefused."""
     try:
         body: Body = _DECODER.decode(payload)
         check_strict_json(payload)
@@ -341,17 +376,17 @@ def decode(payload: bytes) -> Body:
 
 
 def encode(members: Mapping[str, Any]) -> bytes:
-    """The payload bytes of `members`, in their order."""
+    """Return the payload bytes of `members`, in their order."""
     return msgspec.json.encode(members)
 
 
 def digest(payload: bytes) -> str:
-    """What the next message of the log carries in `prev`."""
+    """Return the hash that the next message of the log carries in `prev`."""
     return b64url_encode(hashlib.sha256(payload).digest())
 
 
 def cloudevent_properties(topic: topics.Topic, event_id: str, time: str) -> tuple[tuple[str, str], ...]:
-    """CloudEvents 1.0 attributes in binary mode, as MQTT user properties."""
+    """Return the CloudEvents 1.0 attributes of binary mode, as MQTT user properties."""
     return (
         ("specversion", "1.0"),
         ("id", event_id),

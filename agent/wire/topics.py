@@ -1,4 +1,8 @@
-"""The topic tree: `outstation/<fleet>/<device>/<kind>[/<task>]`."""
+"""Topic tree `outstation/<fleet>/<device>/<kind>[/<task>]` and the table of message kinds.
+
+The table is the only declaration of a kind's direction and delivery. Its payload is the struct of `messages` with the
+same tag; the broker's access list, the collector's subscriptions and the eviction order follow from the table.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,49 @@ from agent.names import is_name
 
 ROOT = "outstation"
 
-PER_TASK = frozenset({"results", "drift", "quality", "alerts", "shadow"})
-LOGGED = PER_TASK | {"health", "audit"}
-UNLOGGED = frozenset({"state", "keys", "reply"})
-TO_DEVICE = frozenset({"ack", "cmd", "desired"})
-# Stands where a task stands for alerts that belong to none; where a device stands for all of a fleet, or for a group of
-# it, whose name then stands where a task does.
+# In place of a task: alerts that belong to no task. In place of a device: the whole fleet, or a group of it, whose name
+# then stands in place of the task.
 DEVICE_ALERTS = "_device"
 ALL_DEVICES = "_all"
 DEVICE_GROUP = "_group"
+
+
+class MessageKind(msgspec.Struct, frozen=True):
+    """A kind of message, named as in its topic and its payload.
+
+    A logged kind is numbered and chained in the device's log; any other is live. `eviction_rank` orders the logged
+    kinds by importance: a full device gives up the lowest first.
+    """
+
+    name: str
+    to_device: bool = False
+    per_task: bool = False
+    retained: bool = False
+    eviction_rank: int | None = None
+
+    @property
+    def logged(self) -> bool:
+        return self.eviction_rank is not None
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        MessageKind("results", per_task=True, eviction_rank=1),
+        MessageKind("drift", per_task=True, eviction_rank=2),
+        MessageKind("quality", per_task=True, eviction_rank=2),
+        MessageKind("shadow", per_task=True, eviction_rank=0),
+        MessageKind("alerts", per_task=True, eviction_rank=3),
+        MessageKind("health", eviction_rank=1),
+        MessageKind("audit", eviction_rank=4),
+        MessageKind("state", retained=True),
+        MessageKind("keys", retained=True),
+        MessageKind("reply"),
+        MessageKind("ack", to_device=True, retained=True),
+        MessageKind("cmd", to_device=True),
+        MessageKind("desired", to_device=True, retained=True),
+    )
+}
 
 
 class Topic(msgspec.Struct, frozen=True):
@@ -34,17 +72,17 @@ class Topic(msgspec.Struct, frozen=True):
 
 
 def parse(text: str) -> Topic:
-    """The parts of a topic. Raises Refused for one that is not in the tree."""
+    """Return the parts of a topic. Raises MessageRefused for one outside the tree."""
     parts = text.split("/")
     if len(parts) not in (4, 5) or parts[0] != ROOT or not is_name(parts[1]):
         raise MessageRefused("topic", f"{text[:120]!r} is not {ROOT}/<fleet>/<device>/<kind>[/<task>]")
     device, kind, task = parts[2], parts[3], parts[4] if len(parts) == 5 else None
-    if kind not in LOGGED | UNLOGGED | TO_DEVICE:
+    if kind not in KINDS:
         raise MessageRefused("topic", f"unknown kind {kind[:40]!r}")
     if not is_name(device) and (device not in (ALL_DEVICES, DEVICE_GROUP) or kind != "desired"):
         raise MessageRefused("topic", f"{device[:80]!r} cannot name a device")
-    if (kind in PER_TASK or device == DEVICE_GROUP) != (task is not None):
-        raise MessageRefused("topic", f"{text[:120]!r}: {kind} {'needs' if kind in PER_TASK else 'takes no'} task")
+    if (KINDS[kind].per_task or device == DEVICE_GROUP) != (task is not None):
+        raise MessageRefused("topic", f"{text[:120]!r}: {kind} {'takes no' if task else 'needs a'} task")
     if task is not None and not is_name(task) and (kind, task) != ("alerts", DEVICE_ALERTS):
         raise MessageRefused("topic", f"{task[:80]!r} cannot name a task of {kind}")
     return Topic(parts[1], device, kind, task)

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from scripts import benchmarks
-from scripts.benchmarks import BENCHMARKS, QUICK, Report, Result, written
+from scripts.benchmarks import BENCHMARKS, QUICK, Report, Result, page
 
 _MORE_TRIES = 2
 # Of what is held against later runs, which ratio is usual is not enough to know.
@@ -39,30 +39,30 @@ def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: 
     worst: list[Result] = []
     for one in names or sorted(QUICK if quick else BENCHMARKS):
         try:
-            found = measured(one)
+            report = measured(one)
             # What another process did to this one is not measured a second and a third time.
             for _ in range(_MORE_TRIES if quick else 0):
-                if not written.fallen(found.results):
+                if not page.find_regressions(report.results):
                     break
-                found = measured(one)
+                report = measured(one)
         except click.ClickException as lacking:
             if names:
                 raise
             click.echo(f"{one}: left out: {lacking.message}", err=True)
             continue
-        runs = [found.results]
+        runs = [report.results]
         if write and one in QUICK:
             runs += [measured(one).results for _ in range(_WRITTEN_RUNS - 1)]
-            worst += written.worst(runs)
-        results += written.middle(runs)
+            worst += page.worst(runs)
+        results += page.middle(runs)
         if not as_json:
-            click.echo(found.text)
+            click.echo(report.text)
     if as_json:
         click.echo(json.dumps([document(result) for result in results], indent=2))
     if write:
-        written.write(results, worst)
+        page.write(results, worst)
     if quick:
-        lost = written.fallen(results)
+        lost = page.find_regressions(results)
         for sentence in lost:
             click.echo(sentence, err=True)
         sys.exit(1 if lost else 0)
@@ -71,8 +71,8 @@ def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: 
 
 def measured(name: str) -> Report:
     """Raises ClickException where something that it needs is not there."""
-    found = BENCHMARKS[name]()
-    return found if isinstance(found, Report) else Report((found,), line(found))
+    report = BENCHMARKS[name]()
+    return report if isinstance(report, Report) else Report((report,), line(report))
 
 
 def line(result: Result) -> str:

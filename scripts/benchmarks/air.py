@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import math
 
-from agent.device.intake.sources import recordings
-from agent.device.uplink.session import _packet_size
+import msgspec
+
+from agent.datasets.recordings import load
+from agent.device.intake.sources.recordings import Playlist
+from agent.device.uplink.mqtt_sink import packet_size
 from agent.simulate.scenario import SCENARIOS
-from scripts.benchmarks import Report, Result, bed, benchmark
+from agent.wire.messages import ResultColumns
+from scripts.benchmarks import Report, Result, benchmark, device_task
 
 RESULTS = 1000
 _COLUMNS = ("row", "t", "label", "score")
@@ -19,31 +23,35 @@ _HEADERS, _SEGMENT, _PUBACK = 52, 1448, 4
 @benchmark("air", quick=True)
 def bytes_of_a_thousand_results() -> Report:
     """Of the exercise model on one person's recordings: whole packets both ways, confirmations included."""
-    recorded = recordings.load(SCENARIOS["exercise"].file)
+    recorded = load(SCENARIOS["exercise"].file)
     names = [name for name, _ in SCENARIOS["exercise"].fields]
-    places = recordings.Playlist(recorded, int(recorded.subject[0]), 0).source_rows(RESULTS * 100)
-    with bed.made(names, "exercise") as device:
+    places = Playlist(recorded, int(recorded.subject[0]), 0).source_rows(RESULTS * 100)
+    with device_task.made(names, "exercise") as device:
         device.fill(recorded.rows[places])
         device.work_off()
         sent = [message for message in device.store.unacknowledged_messages(0, 10_000) if "/results/" in message.topic]
         ours = []
         for device.author.compress in (False, True):
-            ours.append(sum(_carried(_packet_size(device.author.to_outgoing(message))) for message in sent))
+            ours.append(sum(_carried(packet_size(device.author.to_outgoing(message))) for message in sent))
         plain = sum(_carried(size) for message in sent for size in _singly(message.payload, message.topic))
     note = f"{len(sent)} signed messages; reference: unsigned JSON for each; both with TCP headers and PUBACK"
     kinds = (("air", note), ("air, compressed", f"with `[broker] compress = true`; {note}"))
     report = tuple(
-        Result(name, size, plain, "bytes", 1 / 15, said, less=True)
-        for size, (name, said) in zip(ours, kinds, strict=True)
+        Result(name, size, plain, "bytes", 1 / 15, kind, less=True)
+        for size, (name, kind) in zip(ours, kinds, strict=True)
     )
-    return Report(report, "\n".join(f"{one.name:15} {one.ours:,.0f} bytes, × {one.ratio:.3f}" for one in report))
+    return Report(
+        report, "\n".join(f"{result.name:15} {result.ours:,.0f} bytes, × {result.ratio:.3f}" for result in report)
+    )
 
 
 def _singly(payload: bytes, topic: str) -> list[int]:
     """Bytes of a PUBLISH for each result of a message, as short as JSON that says the same can be."""
     body = json.loads(payload)
     head = {"device": body["device"], "task": body["task"], "model": body["model"]["version"]}
-    rows = zip(*(body["columns"][name] for name in _COLUMNS), strict=True)
+    columns = msgspec.convert(body["columns"], ResultColumns)
+    expanded = (columns.expand_rows(), columns.expand_times(), columns.expand_labels() or [], columns.score or [])
+    rows = zip(*expanded, strict=True)
     plain = [json.dumps(head | dict(zip(_COLUMNS, row, strict=True)), separators=(",", ":")) for row in rows]
     return [len(text) + len(topic) + 7 for text in plain]
 

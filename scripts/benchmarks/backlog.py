@@ -9,7 +9,7 @@ import numpy as np
 from agent import clock
 from agent.device.pipeline import batch
 from agent.testing.fleet import FIELDS
-from scripts.benchmarks import Result, bed, benchmark, rates
+from scripts.benchmarks import Result, benchmark, device_task, rates
 
 FEW, MANY = 200_000, 10_000_000
 _BATCHES = 3
@@ -19,7 +19,7 @@ _BATCHES = 3
 def a_batch_among_ten_million_rows() -> Result:
     """Whole batches of the exercise model, from the store to committed results, by the clock on the wall."""
     rows = np.random.default_rng(0).normal(0, 1, (FEW, len(FIELDS))).astype(np.float32)
-    with bed.made(FIELDS, "exercise") as few, bed.made(FIELDS, "exercise") as many:
+    with device_task.made(FIELDS, "exercise") as few, device_task.made(FIELDS, "exercise") as many:
         for _ in range(MANY // FEW):
             many.fill(rows)
         # The kernel would write all of that to the disk while it is measured.
@@ -35,7 +35,7 @@ def a_batch_among_ten_million_rows() -> Result:
     return Result("backlog", ours, reference, "ms/batch", 1.2, note, less=True)
 
 
-def _some(device: bed.Bed) -> int:
+def _some(device: device_task.Bed) -> int:
     for _ in range(_BATCHES):
         assert batch.run(device.task, device.store, device.author, clock.read()) is not None
     return _BATCHES

@@ -16,12 +16,12 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from agent.authoring import pack
-from agent.device.intake.sources import recordings
+from agent.datasets.recordings import load
 from agent.model.inference import features
 from agent.model.inference.runtime import MAX_BATCH, Interpreter, TfliteModel  # type: ignore[attr-defined]
 from agent.simulate.scenario import SCENARIOS
-from scripts.benchmarks import Report, Result, bed, benchmark, rates
-from scripts.benchmarks.bed import Bed, Floats
+from scripts.benchmarks import Report, Result, benchmark, device_task, rates
+from scripts.benchmarks.device_task import Bed, Floats
 from scripts.kit import write_models
 from scripts.kit.bundles import KEY, THIRD_PARTY
 
@@ -46,11 +46,11 @@ TINY = {
 
 @benchmark("batch", quick=True)
 def exercise_from_store_to_results() -> Result:
-    recorded = recordings.load(SCENARIOS["exercise"].file).rows
+    recorded = load(SCENARIOS["exercise"].file).rows
     names = [name for name, _ in SCENARIOS["exercise"].fields]
-    with bed.made(names, "exercise") as device:
+    with device_task.made(names, "exercise") as device:
         rows = np.resize(recorded, (WINDOWS * device.task.window_rows, len(names)))
-        return _beside(device, rows, "batch", "exercise model")
+        return _compare_with_interpreter(device, rows, "batch", "exercise model")
 
 
 @benchmark("tiny")
@@ -58,15 +58,17 @@ def models_of_others_from_store_to_results() -> Report:
     """MLPerf Tiny: a window of noise each, as wide as the model's input."""
     if not THIRD_PARTY.exists():
         raise click.ClickException(f"{THIRD_PARTY}: not there; OUTSTATION_THIRDPARTY_MODELS says where the models are")
-    found = []
+    results = []
     for name, tiny in TINY.items():
         content = (THIRD_PARTY / f"{tiny.file}.tflite").read_bytes()
         low, high = TfliteModel(content).input_range
         noise = np.random.default_rng(0).uniform(low, high, (WINDOWS // 4 * tiny.frames, tiny.bands))
         rows = noise.astype(np.float32)
         with _packed(content, rows[: 1000 * tiny.frames], tiny.says, tiny.frames) as device:
-            found.append(_beside(device, rows, name, f"MLPerf Tiny {name}", target=0.85))
-    return Report(tuple(found), "\n".join(f"{one.name:12} × {one.ratio:.2f}; {one.note}" for one in found))
+            results.append(_compare_with_interpreter(device, rows, name, f"MLPerf Tiny {name}", target=0.85))
+    return Report(
+        tuple(results), "\n".join(f"{result.name:12} × {result.ratio:.2f}; {result.note}" for result in results)
+    )
 
 
 @benchmark("tabular", quick=True)
@@ -93,13 +95,13 @@ def a_model_of_sixteen_fields() -> Report:
         less=True,
         limit=True,
     )
-    beside = Result(
+    comparison = Result(
         "one by one", pace, single, "rows/s", 20.0, "reference: quantize and invoke a row at a time, nothing else"
     )
-    return Report((each, beside), f"tabular {us:.2f} µs a row (target 3), × {beside.ratio:.1f} of one by one")
+    return Report((each, comparison), f"tabular {us:.2f} µs a row (target 3), × {comparison.ratio:.1f} of one by one")
 
 
-def _beside(device: Bed, rows: Floats, name: str, what: str, target: float = 0.75) -> Result:
+def _compare_with_interpreter(device: Bed, rows: Floats, name: str, description: str, target: float = 0.75) -> Result:
     spec = device.task.bundle.manifest.input
     count = len(rows) // device.task.window_rows
     ready = features.build_windows(rows, np.arange(count, dtype=np.int64) * device.task.window_rows, spec)
@@ -114,7 +116,7 @@ def _beside(device: Bed, rows: Floats, name: str, what: str, target: float = 0.7
         return count // batch * batch
 
     pace = rates(device.work_off, bare, time.process_time, rounds=5, prepare=lambda: device.fill(rows))
-    note = f"{what}, {count:,} windows waiting, drift and signature included; reference: set, invoke, get of ready int8"
+    note = f"{description}, {count:,} windows waiting, drift and signature included; reference: set, invoke, get of ready int8"
     return Result(name, *pace, "windows/s", target, note)
 
 
@@ -158,5 +160,5 @@ def _packed(model: bytes, rows: Floats, says: str, frames: int = 1) -> Iterator[
             encoding="utf-8",
         )
         pack.write_bundle(pack.pack(folder / "spec.toml", KEY), folder / "bundle")
-        with bed.made(fields, str(folder / "bundle"), step_us=1000, publisher=KEY.public.text) as device:
+        with device_task.made(fields, str(folder / "bundle"), step_us=1000, publisher=KEY.public.text) as device:
             yield device

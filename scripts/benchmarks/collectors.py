@@ -18,8 +18,7 @@ import click
 import psutil
 
 from agent.config import BrokerConfig
-from agent.fleet.collector.collector import SESSION_EXPIRY_S
-from agent.fleet.collector.subscription import client_id, topic_filters
+from agent.fleet.collector.collector import SESSION_EXPIRY_S, client_id, topic_filters
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.testing.broker import MosquittoBroker
@@ -50,10 +49,12 @@ class Flow:
 
 
 @benchmark("collectors")
-def collectors_beside_each_other() -> Report:
+def measure_parallel_collectors() -> Report:
     """What waits at a broker, of 200 devices, into the database; from the first message there to the last."""
     lacking = [
-        what for what, there in (("PostgreSQL", postgres.find_binaries()), ("Mosquitto", _mosquitto())) if not there
+        program
+        for program, there in (("PostgreSQL", postgres.find_binaries()), ("Mosquitto", _mosquitto()))
+        if not there
     ]
     if lacking:
         raise click.ClickException(f"{' and '.join(lacking)} not installed; see scripts/setup system")
@@ -63,11 +64,11 @@ def collectors_beside_each_other() -> Report:
             seen["file"].append(flow(None, (), forty).rate)
             seen["one"].append(flow(server, ("a",), forty).rate)
             seen["two"].append(flow(server, ("a", "b"), forty).rate)
-    of_file, one, two = (statistics.median(seen[name]) for name in ("file", "one", "two"))
+    of_file, single, two = (statistics.median(seen[name]) for name in ("file", "one", "two"))
     where = f"{os.cpu_count()} cores run broker, database and collectors, load {os.getloadavg()[0]:.1f}"
     results = (
-        Result("collector, postgresql", one, of_file, "messages/s", 0.5, f"reference: SQLite; {where}"),
-        Result("collector, two processes", two, one, "messages/s", 1.8, f"reference: one, both PostgreSQL; {where}"),
+        Result("collector, postgresql", single, of_file, "messages/s", 0.5, f"reference: SQLite; {where}"),
+        Result("collector, two processes", two, single, "messages/s", 1.8, f"reference: one, both PostgreSQL; {where}"),
     )
     return Report(results, "\n".join(f"{r.name}: {r.ours:,.0f} messages/s, × {r.ratio:.2f}; {r.note}" for r in results))
 
@@ -145,8 +146,8 @@ def _measure(store: FleetStore, messages: int, processes: Sequence[Sequence[int]
 def _publish(url: str, sent: Sequence[SignedMessage]) -> None:
     link = Link(BrokerConfig(url=url), "devices")
     waiting = 0
-    for one in sent:
-        link.send(one.to_outgoing())
+    for message in sent:
+        link.send(message.to_outgoing())
         waiting += 1
         while waiting >= link.window:
             waiting -= sum(isinstance(event, PublishReceipt) for event in link.receive(1.0))

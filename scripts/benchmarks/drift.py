@@ -10,15 +10,15 @@ from pathlib import Path
 import click
 
 from scripts.benchmarks import Report, Result, benchmark
-from scripts.benchmarks.drifting import cost, made, ours, peers, recordings, shuttle, tables, targets
-from scripts.benchmarks.drifting.cost import Cost
-from scripts.benchmarks.drifting.counting import Row
-from scripts.benchmarks.drifting.made import KINDS, Kind
-from scripts.benchmarks.drifting.peers import KITS, Peer
+from scripts.benchmarks.drift_peers import cost, ours, peers, recordings, shuttle, synthetic, tables, targets
+from scripts.benchmarks.drift_peers.cost import Cost
+from scripts.benchmarks.drift_peers.counting import Row
+from scripts.benchmarks.drift_peers.peers import KITS, Peer
+from scripts.benchmarks.drift_peers.synthetic import KINDS, Kind
 
 # How many times what ours costs each of them is to cost at least.
-BESIDE = ((peers.RIVER, 2.0), (peers.WHYLOGS, 10.0), (peers.EVIDENTLY, 20.0))
-MANY, ONE = made.changes(4), made.changes(1)
+PEER_TARGETS = ((peers.RIVER, 2.0), (peers.WHYLOGS, 10.0), (peers.EVIDENTLY, 20.0))
+MANY, ONE = synthetic.changes(4), synthetic.changes(1)
 SITES, QUIET, TRIALS = 40, 100, 3  # windows of each site, trials of each site and change
 
 
@@ -50,7 +50,7 @@ def drift_cost() -> Report:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.npz"
         peers.write(data, KINDS[0], [], sites=1)
-        for kit, target in BESIDE:
+        for kit, target in PEER_TARGETS:
             try:
                 with peers.started(kit, data) as peer:
                     us = cost.in_turns({"ours": ours_once, "theirs": peer.seconds_per_row})
@@ -61,7 +61,8 @@ def drift_cost() -> Report:
             pace = 1e6 / us["ours"], 1e6 / us["theirs"]
             results.append(Result(f"drift beside {kit.name}", *pace, "rows/s", target, note))
     return Report(
-        tuple(results), "\n".join(f"{one.name:24} × {one.ratio:.1f} (target {one.target:g})" for one in results)
+        tuple(results),
+        "\n".join(f"{result.name:24} × {result.ratio:.1f} (target {result.target:g})" for result in results),
     )
 
 
@@ -89,8 +90,8 @@ def of_others(folder: Path, running: ExitStack, others: list[Peer]) -> dict[str,
 
 def report(rows: dict[str, list[Row]], watches: list[Row], sensors: list[Row], costs: dict[str, Cost]) -> Report:
     results: list[Result] = []
-    for kind, found in rows.items():
-        results += targets.of_made(kind, found)
+    for kind, row in rows.items():
+        results += targets.of_made(kind, row)
     results += targets.of_recordings(watches[0])
     results += targets.of_cost(costs)
     text = tables.everything(rows, watches, sensors, costs, results)

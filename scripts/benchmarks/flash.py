@@ -85,8 +85,8 @@ def _mounted(folder: Path) -> Iterator[tuple[str, Path]]:
     # later, on its own, are written now.
     lazy = "lazy_itable_init=0,lazy_journal_init=0"
     subprocess.run(["mkfs.ext4", "-qF", "-b", "4096", "-E", lazy, str(image)], check=True)
-    told = subprocess.run(["losetup", "--find", "--show", str(image)], check=True, capture_output=True, text=True)
-    device = told.stdout.strip()
+    completed = subprocess.run(["losetup", "--find", "--show", str(image)], check=True, capture_output=True, text=True)
+    device = completed.stdout.strip()
     try:
         subprocess.run(["mount", "-o", "noatime", device, str(point)], check=True)
         try:

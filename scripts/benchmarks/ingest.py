@@ -19,7 +19,7 @@ from agent.config import FieldConfig, StreamConfig
 from agent.device.recovery.open import open_store
 from agent.device.store.rows import Rows
 from scripts.benchmarks import Report, Result, benchmark, rates
-from scripts.benchmarks.bed import enrolled
+from scripts.benchmarks.device_task import enrolled
 
 FIELDS = [f"f{i}" for i in range(8)]
 ROWS, LINE = 1_000_000, 1000
@@ -62,7 +62,9 @@ def through_client_and_socket() -> Report:
         Result("ingest", *chunks, "rows/s", 0.5, _COLUMNS),
         Result("ingest json", *lines, "rows/s", 1.0, _LINES),
     )
-    return Report(report, "\n".join(f"{one.name:12} {one.ours:,.0f} rows/s, × {one.ratio:.2f}" for one in report))
+    return Report(
+        report, "\n".join(f"{result.name:12} {result.ours:,.0f} rows/s, × {result.ratio:.2f}" for result in report)
+    )
 
 
 @benchmark("stored", quick=True)

@@ -10,7 +10,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from agent import clock, config
 from agent.config import BrokerConfig
 from agent.device.recovery.open import open_store
 from agent.device.store.message_log import MessageLog
+from agent.device.uplink.mqtt_sink import MqttSink
 from agent.device.uplink.uplink import Uplink
 from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
@@ -33,7 +33,7 @@ from agent.testing.messages import FLEET, MessageSender, new_key
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
-from agent.wire.messages import AckPayload
+from agent.wire.messages import AckPayload, ResultColumns
 from scripts.benchmarks import Result, benchmark, rates
 
 MESSAGES = 3000
@@ -74,7 +74,9 @@ def outbox_to_broker() -> Result:
             confirmed = threading.Event()
             uplink = Uplink(
                 *(conf, store, author, None, clock.read, failures.append),
-                open_link=partial(_Counted, sent=SENT, confirmed=confirmed),
+                lambda topics, will: MqttSink(
+                    _Counted(conf.broker, "pi-07", subscribe=topics, will=will, sent=SENT, confirmed=confirmed)
+                ),
             )
             running.append(uplink)
             uplink.start()
@@ -97,8 +99,8 @@ def outbox_to_broker() -> Result:
             ours()
             pace = rates(ours, lambda: _own_loop(broker.port, topic, payloads, key), rounds=3, prepare=prepare)
         finally:
-            for one in running:
-                one.stop()
+            for process in running:
+                process.stop()
             store.close()
     note = f"{len(payloads[0])} bytes, window {WINDOW}; reference: paho, own loop, signed as it goes, nothing stored"
     return Result("uplink", *pace, "messages/s", 0.85, note)
@@ -163,8 +165,8 @@ class _Handed:
         self._deliveries = deliveries
 
     def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]:
-        some, self._deliveries = self._deliveries[:500], self._deliveries[500:]
-        return list(some)
+        batch, self._deliveries = self._deliveries[:500], self._deliveries[500:]
+        return list(batch)
 
     def acknowledge(self, delivery: IncomingMessage) -> None: ...
     def send(self, message: OutgoingMessage) -> int:
@@ -226,10 +228,16 @@ def _by_hand(plain: sqlite3.Connection, public: Any, key: Any, batch: list[Incom
         last = json.loads(delivery.payload)
         place = (last["device"], last["log"], last["seq"])
         rows.append((*place, last["kind"], delivery.topic, delivery.payload, delivery.tokens[0], "now"))
-        columns = last["columns"]
+        columns = msgspec.convert(last["columns"], ResultColumns)
         results += [
-            (last["device"], last["task"], *one)
-            for one in zip(*(columns[name] for name in ("row", "t", "label", "score")), strict=True)
+            (last["device"], last["task"], *row)
+            for row in zip(
+                columns.expand_rows(),
+                columns.expand_times(),
+                columns.expand_labels() or [],
+                columns.score or [],
+                strict=True,
+            )
         ]
     plain.execute("BEGIN")
     plain.executemany("INSERT OR IGNORE INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)

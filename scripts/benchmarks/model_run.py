@@ -44,7 +44,7 @@ Floats = NDArray[np.float32]
 
 
 @benchmark("model-run")
-def files_beside_a_plain_loop() -> Report:
+def compare_with_plain_loop() -> Report:
     """Of each model that others made and that is beside this repository."""
     if not THIRD_PARTY.exists():
         raise click.ClickException(f"{THIRD_PARTY}: not there; OUTSTATION_THIRDPARTY_MODELS says where the models are")
@@ -52,7 +52,10 @@ def files_beside_a_plain_loop() -> Report:
     for name, model in MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
             results.append(measured(name, Case.made(Path(folder), THIRD_PARTY / f"{model}.tflite")))
-    lines = [f"{one.name:20} {one.ours:9,.0f} rows/s, × {one.ratio:.2f} of the loop; {one.note}" for one in results]
+    lines = [
+        f"{result.name:20} {result.ours:9,.0f} rows/s, × {result.ratio:.2f} of the loop; {result.note}"
+        for result in results
+    ]
     return Report(tuple(results), "\n".join(lines))
 
 
@@ -147,8 +150,8 @@ class Plain:
     def quantized(self, row: Floats) -> NDArray[Any]:
         (scale, zero), limits = self._into["quantization"], np.iinfo(self._into["dtype"])
         whole = np.rint(row.reshape(self._into["shape"]) / np.float32(scale)) + zero
-        found: NDArray[Any] = np.clip(whole, limits.min, limits.max).astype(self._into["dtype"])
-        return found
+        quantized: NDArray[Any] = np.clip(whole, limits.min, limits.max).astype(self._into["dtype"])
+        return quantized
 
     def invoke(self, row: NDArray[Any]) -> NDArray[Any]:
         self._interpreter.set_tensor(self._into["index"], row)
@@ -158,14 +161,14 @@ class Plain:
 
     def values(self, out: NDArray[Any]) -> Floats:
         scale, zero = self._out["quantization"]
-        found: Floats = (out.astype(np.float32) - zero) * np.float32(scale)
-        return found
+        values: Floats = (out.astype(np.float32) - zero) * np.float32(scale)
+        return values
 
 
 def measured(name: str, case: Case) -> Result:
     plain = Plain(case)
-    told = parquet.read_table(case.run(case.raw))
-    ours = np.stack([told[f"raw_{i}"].to_numpy() for i in range(case.inference.model.outputs)], axis=1)
+    table = parquet.read_table(case.run(case.raw))
+    ours = np.stack([table[f"raw_{i}"].to_numpy() for i in range(case.inference.model.outputs)], axis=1)
     different = sum(
         ours[index].tobytes() != plain.values(plain.invoke(plain.quantized(row))).tobytes()
         for index, row in enumerate(plain.rows())
@@ -186,7 +189,7 @@ def bare(plain: Plain) -> float:
     plain.ready = [plain.quantized(row) for row, _ in zip(plain.rows(), range(ROWS), strict=False)]
     seconds = []
     for _ in range(ROUNDS):
-        begun = time.perf_counter()
+        started_s = time.perf_counter()
         plain.bare()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - started_s)
     return len(plain.ready) / statistics.median(seconds)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from agent.device.intake.sources import recordings
+from agent.datasets.recordings import load
 from agent.testing.fleet import FIELDS, RECORDINGS, DeviceProcess
 from agent.testing.process import run_outstation
 from scripts.benchmarks import Report, Result, benchmark
-from scripts.benchmarks.bed import enrolled, put
+from scripts.benchmarks.device_task import enrolled, put
 
 WINDOWS = 100_000
 _IDLE_S = 60.0
@@ -88,9 +88,9 @@ def a_daemon_that_waits() -> Result:
         device.add_replay_stream(10**6, 1 / 50)
         device.add_task("exercise", schedule="every 60 s").start_and_wait()
         time.sleep(5)
-        begin_s, begun = _cpu_s(device.pid), time.monotonic()
+        begin_s, started_s = _cpu_s(device.pid), time.monotonic()
         time.sleep(_IDLE_S)
-        share = 100 * (_cpu_s(device.pid) - begin_s) / (time.monotonic() - begun)
+        share = 100 * (_cpu_s(device.pid) - begin_s) / (time.monotonic() - started_s)
         device.stop()
     return Result(
         "idle", share, 0.5, "% of a core", 1.0, f"over {_IDLE_S:.0f} s, no broker in reach", less=True, limit=True
@@ -98,7 +98,7 @@ def a_daemon_that_waits() -> Result:
 
 
 def _fill(device: DeviceProcess, windows: int) -> None:
-    rows = np.resize(recordings.load(RECORDINGS).rows, (windows * 100, len(FIELDS)))
+    rows = np.resize(load(RECORDINGS).rows, (windows * 100, len(FIELDS)))
     put(device.config, "watch", rows)
 
 

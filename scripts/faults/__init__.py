@@ -55,8 +55,8 @@ def fault(
     """Register a fault under `name`."""
 
     def register(inject: Injection) -> Injection:
-        found = Fault(name, inject, means, sees, setting or Setting(), missing, damages, control, patience_s)
-        assert FAULTS.setdefault(name, found) is found, f"two faults are called {name}"
+        declared = Fault(name, inject, means, sees, setting or Setting(), missing, damages, control, patience_s)
+        assert FAULTS.setdefault(name, declared) is declared, f"two faults are called {name}"
         return inject
 
     return register

@@ -46,7 +46,7 @@ class Outcome(msgspec.Struct):
         return verdict.lost + (verdict.declared if self.fault.control else 0)
 
     def document(self) -> dict[str, Any]:
-        """As contract section 11 has it, and a little more."""
+        """Return the report of `scripts/torture --json`."""
         last = self.verdicts[-1] if self.verdicts else Verdict()
         return {
             "fault": self.fault.name,
@@ -143,12 +143,20 @@ def _one(fault: Fault, rounds: int, seed: int, keep: bool) -> Outcome:
 def row(outcome: Outcome) -> str:
     if outcome.skipped is not None:
         return f"{outcome.fault.name:32} skipped: {outcome.skipped}"
-    found = outcome.document()
-    numbers = (found["rounds"], found["acknowledged"], found["lost"], found["declared"], found["doubled"])
+    document = outcome.document()
+    numbers = (
+        document["rounds"],
+        document["acknowledged"],
+        document["lost"],
+        document["declared"],
+        document["doubled"],
+    )
     text = "{:6} rounds {:8} acknowledged {:5} lost {:5} declared {:3} doubled".format(*numbers)
     verdict = "ok" if outcome.passed else "FAILED"
-    told = "".join(f"\n    {line}" for problem in found["problems"] for line in problem.splitlines())
-    return f"{outcome.fault.name:32}{text} {found['recovery_s']:7.1f} s  {verdict}{'' if outcome.passed else told}"
+    details = "".join(f"\n    {line}" for problem in document["problems"] for line in problem.splitlines())
+    return (
+        f"{outcome.fault.name:32}{text} {document['recovery_s']:7.1f} s  {verdict}{'' if outcome.passed else details}"
+    )
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:

@@ -32,7 +32,7 @@ class Clock(msgspec.Struct, frozen=True):
     world: World
 
     @staticmethod
-    def of(world: World) -> Clock:
+    def in_world(world: World) -> Clock:
         return Clock(world)
 
     @property
@@ -88,8 +88,8 @@ class Clock(msgspec.Struct, frozen=True):
 
 def library() -> Path | None:
     """Where libfaketime is."""
-    found = [path for pattern in _LIBRARIES for path in sorted(Path("/").glob(pattern[1:]))]
-    return found[0] if found else None
+    libraries = [path for pattern in _LIBRARIES for path in sorted(Path("/").glob(pattern[1:]))]
+    return libraries[0] if libraries else None
 
 
 def no_clock() -> str | None:

@@ -23,6 +23,7 @@ import msgspec
 
 from agent.device.store import ranges
 from agent.device.store.ranges import Ranges
+from agent.wire.messages import ResultColumns
 
 NEW_LOG = "new log"
 _END = 2**62
@@ -38,7 +39,7 @@ class _Log(msgspec.Struct):
     newest: list[int] = msgspec.field(default_factory=list)
     follows: str = ""  # the log before it, which ended without saying so
 
-    def gone(self, task: str) -> list[tuple[int, int]]:
+    def missing_rows(self, task: str) -> list[tuple[int, int]]:
         """Row ranges that are declared for `task`."""
         runs = sorted(self.runs.get(task, []))
         edges = [(0, 0, 0), *runs, (_END, _END, _END)]
@@ -112,8 +113,8 @@ class Declarations:
         if left is not None and any(log.follows == left[0] for log in self._logs.values()):
             return _END
         # A run of a log may be over rows that are gone, and have no results.
-        told = {log for log, _ in self._places[task].values()}
-        later = [name for name in self._logs if name not in told]
+        declared = {log for log, _ in self._places[task].values()}
+        later = [name for name in self._logs if name not in declared]
         if left is not None and any(self._logs[name].follows for name in later):
             return _END
         if left is not None and self._forgot(left, _END):
@@ -122,7 +123,7 @@ class Declarations:
         return more + (self._declared(task, left[0], (left[1] + 1, _END)) if left else 0)
 
     def _declared(self, task: str, log: str, span: tuple[int, int]) -> int:
-        within: Ranges = ranges.intersect(self._logs[log].gone(task), [span]) if span[0] <= span[1] else []
+        within: Ranges = ranges.intersect(self._logs[log].missing_rows(task), [span]) if span[0] <= span[1] else []
         return ranges.count(within)
 
     def _before(self, name: str) -> int:
@@ -140,7 +141,8 @@ class Declarations:
         log.runs.setdefault(body["task"], []).append((body["seq"], first, last))
         if body.get("lost"):
             log.rows.setdefault(body["task"], []).append((first, last))
-        for row, t in zip(body["columns"]["row"], body["columns"]["t"], strict=True):
+        columns = msgspec.convert(body["columns"], ResultColumns)
+        for row, t in zip(columns.expand_rows(), columns.expand_times(), strict=True):
             self._places[body["task"]].setdefault(t, (body["log"], row))
 
     def _event(self, log: _Log, body: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ class Card(msgspec.Struct, frozen=True):
     mount_point: Path
 
     @staticmethod
-    def of(world: World) -> Card:
+    def in_world(world: World) -> Card:
         return Card(world.folder / "card.ext4", world.device.data_dir)
 
     def make(self, mib: int) -> None:
@@ -95,8 +95,8 @@ class Card(msgspec.Struct, frozen=True):
         (self.mount_point / _BALLAST).unlink(missing_ok=True)
 
     def _room(self) -> int:
-        found = os.statvfs(self.mount_point)
-        return found.f_bavail * found.f_frsize
+        usage = os.statvfs(self.mount_point)
+        return usage.f_bavail * usage.f_frsize
 
     def _unmounted(self) -> bool:
         if self._mounted():
@@ -112,7 +112,7 @@ def on_card(mib: int = 64) -> Callable[[World], Callable[[], None]]:
     """For `Setting.prepare`: the device's data folder is a card of its own."""
 
     def prepare(world: World) -> Callable[[], None]:
-        card = Card.of(world)
+        card = Card.in_world(world)
         card.make(mib)
         return card.unmount
 
@@ -162,8 +162,8 @@ def database_files(world: World) -> list[Path]:
 
 def stored_files(world: World) -> list[Path]:
     """Every file of the data folder that is written while the daemon runs."""
-    found = {path for path in world.device.data_dir.iterdir() if path.is_file() and path.name not in ("lock", _BALLAST)}
-    return sorted(found.union(database_files(world)))
+    files = {path for path in world.device.data_dir.iterdir() if path.is_file() and path.name not in ("lock", _BALLAST)}
+    return sorted(files.union(database_files(world)))
 
 
 def results(world: World) -> int:

@@ -108,7 +108,7 @@ def at_step(value: str) -> None:
     before: at the call. in: a moment into it. after: when it returns. committed: after the commit that it is part of.
     """
     when, target, file = value.split(",", 2)
-    owner, last, called = found(target)
+    owner, last, called = resolve_target(target)
     mark = Path(file)
     reached = threading.Event()
 
@@ -134,7 +134,7 @@ def at_step(value: str) -> None:
         _after_each_commit(lambda: die() if reached.is_set() else None)
 
 
-def found(target: str) -> tuple[Any, str, Any]:
+def resolve_target(target: str) -> tuple[Any, str, Any]:
     """What `MODULE:NAME` is in, the last part of its name, and it."""
     module, name = target.split(":")
     owner: Any = importlib.import_module(module)
@@ -185,10 +185,10 @@ def vouched_by(folder: str) -> None:
     def together() -> tuple[int, float]:
         while True:
             face = os.readlink(link)
-            found = both()
+            readings = both()
             if os.readlink(link) == face:
                 seen.face = link.parent / face
-                return found
+                return readings
 
     def error_us() -> int | None:
         vouched = getattr(seen, "face", link) / "vouched"

@@ -36,7 +36,7 @@ def on_clock(zone: str = "UTC") -> Callable[[World], Callable[[], None]]:
 
     def prepare(world: World) -> Callable[[], None]:
         world.companions.append(Stamped(world, world.rng))
-        Clock.of(world).make(zone)
+        Clock.in_world(world).make(zone)
         return lambda: None
 
     return prepare
@@ -71,7 +71,7 @@ def _calm(world: World) -> Iterator[None]:
 
 
 def _step(world: World, rng: Random, ahead_s: float) -> None:
-    clock = Clock.of(world)
+    clock = Clock.in_world(world)
     with _calm(world):
         clock.show(ahead_s, error_us=None)
     time.sleep(rng.uniform(0.0, 0.5))
@@ -119,7 +119,7 @@ def plus_2_years(world: World, rng: Random) -> None:
     missing=no_clock,
 )
 def steps_all_the_time(world: World, rng: Random) -> None:
-    clock = Clock.of(world)
+    clock = Clock.in_world(world)
     for _ in range(30):
         ahead_s = rng.choice((-_HOUR_S, -90.0, -2.0, 0.0, 2.0, 300.0, 60 * _DAY_S, rng.uniform(-1e4, 1e4)))
         clock.show(ahead_s, error_us=None)
@@ -135,7 +135,7 @@ def steps_all_the_time(world: World, rng: Random) -> None:
     missing=no_boot,
 )
 def starts_in_1970(world: World, rng: Random) -> None:
-    clock = Clock.of(world)
+    clock = Clock.in_world(world)
     time.sleep(rng.uniform(0.1, 0.5))
     switch_off(world)
     clock.show(rng.uniform(0.0, 60.0) - time.time(), error_us=None)
@@ -152,7 +152,7 @@ def starts_in_1970(world: World, rng: Random) -> None:
     missing=no_boot,
 )
 def restored_after_power_cut(world: World, rng: Random) -> None:
-    clock = Clock.of(world)
+    clock = Clock.in_world(world)
     time.sleep(rng.uniform(0.1, 0.5))
     switch_off(world)
     clock.show(-rng.uniform(1.0, _HOUR_S), error_us=None)
@@ -169,7 +169,7 @@ def restored_after_power_cut(world: World, rng: Random) -> None:
     missing=no_boot,
 )
 def two_boots_without_sync(world: World, rng: Random) -> None:
-    clock = Clock.of(world)
+    clock = Clock.in_world(world)
     for _ in range(2):
         switch_off(world)
         clock.show(-rng.uniform(1.0, _HOUR_S), error_us=None)
@@ -188,7 +188,7 @@ def two_boots_without_sync(world: World, rng: Random) -> None:
     missing=no_clock,
 )
 def time_service_lies(world: World, rng: Random) -> None:
-    clock = Clock.of(world)
+    clock = Clock.in_world(world)
     time.sleep(rng.uniform(0.1, 0.5))
     clock.show(rng.choice((200.0, -200.0, _HOUR_S, -_HOUR_S, 2 * _YEAR_S)))
     time.sleep(rng.uniform(0.5, 1.5))
@@ -205,7 +205,7 @@ def time_service_lies(world: World, rng: Random) -> None:
 )
 def wrong_for_a_boot(world: World, rng: Random) -> None:
     switch_off(world)
-    Clock.of(world).show(180.0 + rng.uniform(0.0, 20.0))
+    Clock.in_world(world).show(180.0 + rng.uniform(0.0, 20.0))
     switch_on(world)
     stamp_some(world)
 
@@ -225,12 +225,12 @@ def night_of_summer_time(world: World, rng: Random) -> None:
     _pass(world, midnight.timestamp(), None)
     for minutes, expected in runs:
         _pass(world, midnight.timestamp() + minutes * 60.0, expected)
-    Clock.of(world).show(0.0)
+    Clock.in_world(world).show(0.0)
 
 
 def _pass(world: World, moment_s: float, expected: int | None) -> None:
     """Let the clock pass a moment, and see how often the nightly task runs."""
-    clock = Clock.of(world)
+    clock = Clock.in_world(world)
     before = clock.runs(_NIGHTLY)
     _come_before(world, moment_s)
     time.sleep(_PASSING_S)
@@ -253,7 +253,7 @@ def _settled(clock: Clock) -> int:
 
 def _come_before(world: World, moment_s: float) -> None:
     """Set the clock to just before a moment, so that the daemon sees that before it has passed."""
-    clock, lead_s = Clock.of(world), 1.0
+    clock, lead_s = Clock.in_world(world), 1.0
     while True:
         noticed, shown_s = _steps_noticed(world), time.time()
         clock.show(moment_s - lead_s - shown_s, error_us=None)
@@ -280,7 +280,7 @@ def switch_off(world: World) -> None:
 
 def switch_on(world: World) -> None:
     """Another boot."""
-    Clock.of(world).boot()
+    Clock.in_world(world).boot()
     world.keep(world.device)
 
 
@@ -292,5 +292,5 @@ def stamp_some(world: World) -> None:
 
 
 def _stamped(world: World) -> Stamped:
-    [found] = [one for one in world.companions if isinstance(one, Stamped)]
-    return found
+    [stamped] = [companion for companion in world.companions if isinstance(companion, Stamped)]
+    return stamped

@@ -66,7 +66,7 @@ def kill_in_checkpoint(world: World, rng: Random) -> None:
 def _power_cut(world: World, *, journal: bool) -> None:
     """Everything stops at once; then power comes back and the machine boots."""
     world.kill(world.device)
-    Card.of(world).cut(journal=journal)
+    Card.in_world(world).cut(journal=journal)
     world.keep(world.device)
 
 
@@ -137,7 +137,7 @@ def lying_flush(world: World, rng: Random) -> None:
         wait_until("something that the card drops was delivered", lambda: results(world) > before + 200)
         time.sleep(rng.uniform(0.0, 1.0))
         world.kill(world.device)
-    Card.of(world).cut(journal=False)
+    Card.in_world(world).cut(journal=False)
     world.keep(world.device)
 
 
@@ -202,7 +202,7 @@ def slow_card(world: World, rng: Random) -> None:
     missing=no_card,
 )
 def read_only_card(world: World, rng: Random) -> None:
-    card = Card.of(world)
+    card = Card.in_world(world)
     time.sleep(rng.uniform(0.2, 0.8))
     card.fail()
     time.sleep(rng.uniform(0.5, 3.0))
@@ -217,7 +217,7 @@ def read_only_card(world: World, rng: Random) -> None:
     missing=no_card,
 )
 def disk_full(world: World, rng: Random) -> None:
-    card, greedy = Card.of(world), rng.random() < 0.5
+    card, greedy = Card.in_world(world), rng.random() < 0.5
     time.sleep(rng.uniform(0.2, 0.8))
     card.fill()
     until = time.monotonic() + rng.uniform(2.0, 4.0)
@@ -236,7 +236,7 @@ def disk_full(world: World, rng: Random) -> None:
     missing=no_card,
 )
 def disk_full_restart(world: World, rng: Random) -> None:
-    card = Card.of(world)
+    card = Card.in_world(world)
     time.sleep(rng.uniform(0.2, 0.8))
     card.fill()
     time.sleep(rng.uniform(0.2, 0.8))

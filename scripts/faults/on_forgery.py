@@ -110,7 +110,7 @@ def _counted(world: World, before: int) -> None:
     assert _refused(world) > before, "what was refused is not counted"
 
 
-def _told_once(world: World, source: str = "device") -> None:
+def _alerted_once(world: World, source: str = "device") -> None:
     """One alert, however often and in how many rounds: it is cleared after a quiet hour only."""
     where = "device = ? AND alert = 'security' AND subject = 'refused' AND source = ?"
     sql = f"SELECT count(*) FROM alerts WHERE {where}"
@@ -123,7 +123,7 @@ def ack_forged(world: World, rng: Random) -> None:
     before = _refused(world)
     _forge(world, rng, lambda log, last: _ack(new_key(), log, last))
     _counted(world, before)
-    _told_once(world)
+    _alerted_once(world)
 
 
 @fault(
@@ -165,7 +165,7 @@ def ack_unsigned(world: World, rng: Random) -> None:
 
     _forge(world, rng, make)
     _counted(world, before)
-    _told_once(world)
+    _alerted_once(world)
 
 
 @fault(
@@ -199,7 +199,7 @@ def ack_garbage(world: World, rng: Random) -> None:
         world, rng, lambda log, last: OutgoingMessage(_ACK, rng.randbytes(1_000_000), (("jws", "a..b"),), retain=True)
     )
     _counted(world, before)
-    _told_once(world)
+    _alerted_once(world)
 
 
 @fault(
@@ -224,5 +224,5 @@ def flood(world: World, rng: Random) -> None:
     ]
     _publish(world, hostile)
     _counted(world, before)
-    _told_once(world)
-    _told_once(world, "collector")
+    _alerted_once(world)
+    _alerted_once(world, "collector")

@@ -70,11 +70,11 @@ def _on_card_and_clock(world: World) -> Callable[[], None]:
     missing=_no_card_or_boot,
 )
 def mix_clock_and_power(world: World, rng: Random) -> None:
-    clock = Clock.of(world)
+    clock = Clock.in_world(world)
     for _ in range(2):
         time.sleep(rng.uniform(0.2, 0.8))
         switch_off(world)
-        Card.of(world).cut(journal=rng.random() < 0.5)
+        Card.in_world(world).cut(journal=rng.random() < 0.5)
         clock.show(-rng.uniform(1.0, 3600.0), error_us=None)
         switch_on(world)
         if rng.random() < 0.7:

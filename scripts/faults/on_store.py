@@ -52,11 +52,11 @@ def _settle(database: Path) -> sqlite3.Connection:
 def _flip_in_blob(database: Path, rng: Random, sql: str) -> bool:
     """Turn one bit of a blob that `sql` lists, where it lies in the file; False where there is none."""
     with contextlib.closing(_settle(database)) as connection:
-        found = [bytes(row[0]) for row in connection.execute(sql)]
-    if not found:
+        blobs = [bytes(row[0]) for row in connection.execute(sql)]
+    if not blobs:
         return False
     # So much of a blob is always on one page; pages that SQLite has left may hold it too.
-    part = rng.choice(found)[:_ON_ONE_PAGE]
+    part = rng.choice(blobs)[:_ON_ONE_PAGE]
     content, bit, at = database.read_bytes(), rng.randrange(8 * len(part)), -1
     while (at := content.find(part, at + 1)) >= 0:
         flip_bit(database, 8 * at + bit)

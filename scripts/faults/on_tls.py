@@ -21,7 +21,7 @@ from scripts.kit.certificates import make_expired
 _OTHER = "pi-02"
 
 
-def _with_expired(world: World, rng: Random, certificate: Path, told: Callable[[], bool]) -> None:
+def _with_expired(world: World, rng: Random, certificate: Path, reported: Callable[[], bool]) -> None:
     """Put the expired one in its place, restart the broker, wait until somebody says so, and put a valid one back."""
     home = world.fleet.home
     valid = certificate.read_bytes()
@@ -29,7 +29,7 @@ def _with_expired(world: World, rng: Random, certificate: Path, told: Callable[[
     try:
         world.broker.kill()
         world.broker.start()
-        wait_until("the expiry in the log", told)
+        wait_until("the expiry in the log", reported)
         time.sleep(rng.uniform(0.0, 1.0))
     finally:
         certificate.write_bytes(valid)
@@ -48,12 +48,12 @@ def _counting(log: Path, words: str) -> Callable[[], bool]:
 @fault(
     "device-certificate-expired",
     means="The device's TLS certificate ends; somebody puts a new one in its place. The daemon is not restarted.",
-    sees="`the certificate … ended on …, put a new one in its place` in the device's log, `offline`, later `online`",
+    sees="`the certificate … expired on …; replace it` in the device's log, `offline`, later `online`",
     setting=Setting(tls=True),
     patience_s=90.0,
 )
 def device_certificate_expired(world: World, rng: Random) -> None:
-    _with_expired(world, rng, world.device.home / "device.crt", _counting(world.device.log, "device.crt ended on"))
+    _with_expired(world, rng, world.device.home / "device.crt", _counting(world.device.log, "device.crt expired on"))
 
 
 @fault(
@@ -64,8 +64,8 @@ def device_certificate_expired(world: World, rng: Random) -> None:
     patience_s=90.0,
 )
 def broker_certificate_expired(world: World, rng: Random) -> None:
-    told = _counting(world.device.log, "certificate has expired")
-    _with_expired(world, rng, world.fleet.home / "broker" / "server.crt", told)
+    reported = _counting(world.device.log, "certificate has expired")
+    _with_expired(world, rng, world.fleet.home / "broker" / "server.crt", reported)
     world.broker.kill()
     world.broker.start()
 

@@ -90,7 +90,7 @@ def _update(
     def register(inject: Injection) -> Injection:
         def whole(world: World, rng: Random) -> None:
             inject(world, rng)
-            Updating.of(world).finish(_PATIENCE_S)
+            Updating.in_world(world).finish(_PATIENCE_S)
 
         fault(name, means=means, sees=sees, setting=setting, missing=missing)(whole)
         return inject
@@ -100,9 +100,9 @@ def _update(
 
 def _rolling(world: World) -> Updating:
     """The next roll-out has begun."""
-    one = Updating.of(world)
-    one.roll()
-    return one
+    update = Updating.in_world(world)
+    update.roll()
+    return update
 
 
 def _dies(world: World, step: _Step) -> None:
@@ -126,7 +126,7 @@ def _at_step(step: _Step, *, power: bool) -> Injection:
     def inject(world: World, rng: Random) -> None:
         _dies(world, step)
         if power:
-            Card.of(world).cut(journal=rng.random() < 0.5)
+            Card.in_world(world).cut(journal=rng.random() < 0.5)
         world.keep(world.device)
 
     return inject
@@ -138,7 +138,7 @@ def _in_phase(phase: str, *, power: bool) -> Injection:
         time.sleep(rng.uniform(0.0, 1.0))
         world.kill(world.device)
         if power:
-            Card.of(world).cut(journal=rng.random() < 0.5)
+            Card.in_world(world).cut(journal=rng.random() < 0.5)
         world.keep(world.device)
 
     return inject
@@ -168,11 +168,11 @@ for _phase, _what in _PHASES.items():
 
 def _in_mid_download(world: World) -> Updating:
     """Some of the bundle has come, and it goes on slowly."""
-    one = Updating.of(world)
-    one.line.bytes_per_s, before = _SLOW, one.line.sent_bytes
-    one.roll()
-    wait_until("a part of the bundle came", lambda: one.line.sent_bytes > before, _PATIENCE_S)
-    return one
+    update = Updating.in_world(world)
+    update.line.bytes_per_s, before = _SLOW, update.line.sent_bytes
+    update.roll()
+    wait_until("a part of the bundle came", lambda: update.line.sent_bytes > before, _PATIENCE_S)
+    return update
 
 
 @_update(
@@ -181,10 +181,10 @@ def _in_mid_download(world: World) -> Updating:
     sees=_SAYS,
 )
 def killed_in_download(world: World, rng: Random) -> None:
-    one = _in_mid_download(world)
+    update = _in_mid_download(world)
     time.sleep(rng.uniform(0.0, 0.3))
     world.restart(world.device)
-    one.line.bytes_per_s = None
+    update.line.bytes_per_s = None
 
 
 @_update(
@@ -195,10 +195,10 @@ def killed_in_download(world: World, rng: Random) -> None:
     missing=no_card,
 )
 def power_cut_in_download(world: World, rng: Random) -> None:
-    one = _in_mid_download(world)
+    update = _in_mid_download(world)
     world.kill(world.device)
-    Card.of(world).cut(journal=rng.random() < 0.5)
-    one.line.bytes_per_s = None
+    Card.in_world(world).cut(journal=rng.random() < 0.5)
+    update.line.bytes_per_s = None
     world.keep(world.device)
 
 
@@ -208,11 +208,11 @@ def power_cut_in_download(world: World, rng: Random) -> None:
     sees=_AGAIN,
 )
 def repository_killed(world: World, rng: Random) -> None:
-    one = _in_mid_download(world)
-    one.web.offline = True
+    update = _in_mid_download(world)
+    update.web.offline = True
     time.sleep(rng.uniform(1.0, 3.0))
-    one.line.bytes_per_s = None
-    one.web.offline = False
+    update.line.bytes_per_s = None
+    update.web.offline = False
 
 
 @_update(
@@ -221,10 +221,10 @@ def repository_killed(world: World, rng: Random) -> None:
     sees=_AGAIN,
 )
 def line_cut(world: World, _rng: Random) -> None:
-    one = Updating.of(world)
-    one.line.planned_cuts, before = one.line.cut_count + 2, one.line.cut_count
-    one.roll()
-    wait_until("the line broke twice", lambda: one.line.cut_count == before + 2, _PATIENCE_S)
+    update = Updating.in_world(world)
+    update.line.planned_cuts, before = update.line.cut_count + 2, update.line.cut_count
+    update.roll()
+    wait_until("the line broke twice", lambda: update.line.cut_count == before + 2, _PATIENCE_S)
 
 
 @_update(
@@ -233,9 +233,9 @@ def line_cut(world: World, _rng: Random) -> None:
     sees=_AGAIN,
 )
 def fetch_killed(world: World, _rng: Random) -> None:
-    one = _in_mid_download(world)
+    update = _in_mid_download(world)
     _kill_child(world, "updates.fetch")
-    one.line.bytes_per_s = None
+    update.line.bytes_per_s = None
 
 
 @_update(
@@ -246,9 +246,9 @@ def fetch_killed(world: World, _rng: Random) -> None:
     missing=no_card,
 )
 def disk_full(world: World, rng: Random) -> None:
-    one, card = _in_mid_download(world), Card.of(world)
+    update, card = _in_mid_download(world), Card.in_world(world)
     card.fill()
-    one.line.bytes_per_s = None
+    update.line.bytes_per_s = None
     time.sleep(rng.uniform(1.0, 3.0))
     card.free()
 
@@ -267,10 +267,10 @@ def _on_clock_and_updating(world: World) -> Callable[[], None]:
     missing=no_clock,
 )
 def clock_jumps(world: World, rng: Random) -> None:
-    one, clock = _in_mid_download(world), Clock.of(world)
+    update, clock = _in_mid_download(world), Clock.in_world(world)
     clock.show(-3600.0)
     time.sleep(rng.uniform(0.5, 2.0))
-    one.line.bytes_per_s = None
+    update.line.bytes_per_s = None
     clock.show(0.0)
 
 
@@ -283,18 +283,18 @@ def clock_jumps(world: World, rng: Random) -> None:
     sees="nothing, where it waited for a batch; else `rolled_back`, an alert, and the roll-out is aborted",
 )
 def model_killed(world: World, _rng: Random) -> None:
-    one = _rolling(world)
-    one.may_abort()
-    one.reach("shadow")
+    update = _rolling(world)
+    update.may_abort()
+    update.reach("shadow")
     _kill_child(world, "model.apart_child")
 
 
 def _kill_child(world: World, module: str) -> None:
     """The daemon's child process that runs this module."""
 
-    def found() -> list[psutil.Process]:
+    def matching_children() -> list[psutil.Process]:
         children = psutil.Process(world.device.pid).children(recursive=True)
-        return [one for one in children if any(module in word for word in one.cmdline())]
+        return [process for process in children if any(module in word for word in process.cmdline())]
 
-    wait_until(f"a child runs {module}", found, _PATIENCE_S)
-    os.kill(found()[0].pid, signal.SIGKILL)
+    wait_until(f"a child runs {module}", matching_children, _PATIENCE_S)
+    os.kill(matching_children()[0].pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What must hold after every fault: contract section 9, and the sensor's own ledger.
+"""Oracle: the promises that must hold after every fault, checked against the sensor's own ledger.
 
 - every row that was acknowledged has one result per task at the collector, or a signed message says that it is gone
 - no row has two results of a task; none comes that was not sent or was refused
@@ -22,6 +22,7 @@ from agent.errors import OutstationError
 from agent.fleet import config as fleet_config
 from agent.fleet.audit.audit import AuditReport, audit
 from agent.fleet.database.store import FleetStore
+from agent.wire.messages import ResultColumns
 from scripts.faults.declarations import Declarations
 from scripts.faults.world import DEVICE, TASKS, World
 
@@ -70,7 +71,7 @@ def _waiting(world: World) -> str:
     try:
         outbox = _outbox(world)
         seen = _seen(world)
-        others = [text for one in world.companions if (text := one.waiting())]
+        others = [text for companion in world.companions if (text := companion.waiting())]
     except OutstationError as error:
         return str(error)
     if outbox:
@@ -119,11 +120,11 @@ def _outbox(world: World) -> int:
 
 def _seen(world: World) -> dict[str, Counter[int]]:
     """For each task, how many results each row has, by its time."""
-    found: dict[str, Counter[int]] = {task: Counter() for task in TASKS}
+    seen: dict[str, Counter[int]] = {task: Counter() for task in TASKS}
     for task, t, n in world.fleet.query("SELECT task, t, count(*) FROM results WHERE device = ? GROUP BY 1, 2", DEVICE):
-        if task in found:
-            found[task][t] = n
-    return found
+        if task in seen:
+            seen[task][t] = n
+    return seen
 
 
 def _undeclared(world: World, seen: dict[str, Counter[int]]) -> dict[str, int]:
@@ -145,10 +146,10 @@ def _doubled(world: World, task: str, counts: Counter[int]) -> int:
 
 
 def _declarations(world: World) -> Declarations:
-    found = world.fleet.query(
+    declarations = world.fleet.query(
         "SELECT payload FROM messages WHERE device = ? AND kind IN ('audit', 'alerts', 'results')", DEVICE
     )
-    return Declarations((payload for (payload,) in found), TASKS, forgetful=world.setting.forgetful)
+    return Declarations((payload for (payload,) in declarations), TASKS, forgetful=world.setting.forgetful)
 
 
 def _evidence(world: World) -> tuple[AuditReport, int]:
@@ -168,7 +169,7 @@ def _runs(store: FleetStore) -> list[bytes]:
 
 def _altered(world: World, body: dict[str, Any]) -> bool:
     first, last = body["rows"]
-    times = body["columns"]["t"]
+    times = msgspec.convert(body["columns"], ResultColumns).expand_times()
     if len(times) != last - first + 1 or not all(t in world.producer.ledger.values for t in times):
         return False
     values = np.array([world.producer.ledger.values[t] for t in times], np.float32)

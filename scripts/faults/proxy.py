@@ -72,8 +72,8 @@ def with_limit(connack: bytes, name: int, value: int) -> bytes:
     """The CONNACK with this limit instead of the broker's own."""
     at = _varint(connack, 1)[1]
     flags, (size, at) = connack[at : at + 2], _varint(connack, at + 2)
-    kept = b"".join(prop for prop in _properties(connack[at : at + size]) if prop[0] != name)
-    properties = kept + bytes([name]) + value.to_bytes(_WIDTHS[name], "big")
+    retained = b"".join(prop for prop in _properties(connack[at : at + size]) if prop[0] != name)
+    properties = retained + bytes([name]) + value.to_bytes(_WIDTHS[name], "big")
     body = flags + _encoded(len(properties)) + properties
     return bytes([CONNACK << 4]) + _encoded(len(body)) + body
 

@@ -48,18 +48,18 @@ class Truth(msgspec.Struct):
     def now_us(self) -> int:
         return self.offset_us + time.monotonic_ns() // 1000
 
-    def misdated(self, found: list[Dated]) -> list[str]:
+    def misdated(self, dated_rows: list[Dated]) -> list[str]:
         """Those whose true time is not within the bound, in words."""
         wrong = []
-        for one in found:
-            if one.t_error_us is None:
+        for dated in dated_rows:
+            if dated.t_error_us is None:
                 continue
-            sent, answered = self.rows[one.row - 1]
-            early, late = sent - one.t_best - one.t_error_us, one.t_best - one.t_error_us - answered
+            sent, answered = self.rows[dated.row - 1]
+            early, late = sent - dated.t_best - dated.t_error_us, dated.t_best - dated.t_error_us - answered
             if early > 0 or late > 0:
                 off = f"{-early / 1e6:+.1f}" if early > 0 else f"{late / 1e6:+.1f}"
-                bound = f"a bound of {one.t_error_us / 1e6:.1f} s"
-                wrong.append(f"row {one.row}, {one.time_quality}, is {off} s beyond {bound}")
+                bound = f"a bound of {dated.t_error_us / 1e6:.1f} s"
+                wrong.append(f"row {dated.row}, {dated.time_quality}, is {off} s beyond {bound}")
         return wrong
 
 
@@ -99,25 +99,25 @@ class Stamped:
 
     def waiting(self) -> str:
         """What is still to come; empty when nothing is."""
-        found = self._found()
-        if found and found[-1].row > len(self.truth.rows):
+        dated_rows = self._dated_rows()
+        if dated_rows and dated_rows[-1].row > len(self.truth.rows):
             return ""
-        short = len(self.truth.rows) - self._judged - len(found)
-        undated = sum(one.time_quality in ("unknown", "producer") for one in found)
+        short = len(self.truth.rows) - self._judged - len(dated_rows)
+        undated = sum(dated.time_quality in ("unknown", "producer") for dated in dated_rows)
         return f"{short} stamped rows without result, {undated} not dated" if short or undated else ""
 
     def judge(self, verdict: Verdict) -> None:
         """Each row once, dated, its true time within the bound; no run more often than due."""
-        found = self._found()
-        rows = [one.row for one in found]
+        dated_rows = self._dated_rows()
+        rows = [dated.row for dated in dated_rows]
         if rows != list(range(self._judged + 1, len(self.truth.rows) + 1)):
             verdict.problems.append(f"stamped rows {self._judged + 1} to {len(self.truth.rows)} have results {rows}")
             return
-        wrong = self.truth.misdated(found)
+        wrong = self.truth.misdated(dated_rows)
         verdict.misdated = len(wrong)
         if wrong:
             verdict.problems.append(f"{len(wrong)} rows are misdated: {'; '.join(wrong[:3])}")
-        undated = [one.row for one in found if one.t_error_us is None]
+        undated = [dated.row for dated in dated_rows if dated.t_error_us is None]
         if undated:
             verdict.problems.append(f"{len(undated)} rows are not dated: {undated[:3]} …")
         if self.failure is not None:
@@ -127,13 +127,13 @@ class Stamped:
 
     def _count_runs(self, verdict: Verdict) -> None:
         (began, runs, starts), now = self._counted, time.monotonic()
-        self._counted = now, Clock.of(self._world).runs(TASK), self._world.starts
+        self._counted = now, Clock.in_world(self._world).runs(TASK), self._world.starts
         # One more at each start, and one at each end of the time between.
         due = (now - began) / EVERY_S + 2 + self._counted[2] - starts
         if self._counted[1] - runs > due:
             verdict.problems.append(f"{self._counted[1] - runs} runs of a task that was due {due:.0f} times")
 
-    def _found(self) -> list[Dated]:
+    def _dated_rows(self) -> list[Dated]:
         return [Dated(*row) for row in self._world.fleet.query(_DATED, DEVICE, TASK, self._judged)]
 
     def _main(self) -> None:

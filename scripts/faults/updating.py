@@ -74,9 +74,9 @@ class Updating:
         world.device.append_config(f'[updates]\nurl = "{self.web.url(DEVICE)}"\nroot = "{root}"\n')
 
     @staticmethod
-    def of(world: World) -> Updating:
-        [found] = [one for one in world.companions if isinstance(one, Updating)]
-        return found
+    def in_world(world: World) -> Updating:
+        [update] = [companion for companion in world.companions if isinstance(companion, Updating)]
+        return update
 
     @property
     def line(self) -> DeviceConnection:
@@ -85,7 +85,7 @@ class Updating:
     @property
     def phase(self) -> str:
         """What the device said last of this round's roll-out, as the collector has it."""
-        return next((phase for phase, _ in reversed(self._said(self.name))), "")
+        return next((phase for phase, _ in reversed(self._reported_phases(self.name))), "")
 
     @property
     def name(self) -> str:
@@ -123,9 +123,13 @@ class Updating:
     def reach(self, phase: str) -> None:
         """Wait until the device says that it is in `phase`, or past it."""
         try:
-            wait_until(f"{self.name}: {phase}", lambda: phase in [one for one, _ in self._said(self.name)], _PATIENCE_S)
+            wait_until(
+                f"{self.name}: {phase}",
+                lambda: phase in [reached for reached, _ in self._reported_phases(self.name)],
+                _PATIENCE_S,
+            )
         except AssertionError as late:
-            raise AssertionError(f"{late}; {self.waiting()}; it said {self._said(self.name)[-3:]}") from None
+            raise AssertionError(f"{late}; {self.waiting()}; it said {self._reported_phases(self.name)[-3:]}") from None
 
     def finish(self, patience_s: float) -> None:
         """Wait until the roll-out is over and the device where it ends; that it is not, `judge` will say."""
@@ -160,7 +164,9 @@ class Updating:
             return
         if (state := self._state()) not in self._ends:
             should = " or ".join(sorted(self._ends))
-            verdict.problems.append(f"{self.name} is {state}, and should be {should}: {self._said(self.name)[-3:]}")
+            verdict.problems.append(
+                f"{self.name} is {state}, and should be {should}: {self._reported_phases(self.name)[-3:]}"
+            )
         elif (self._runs() == self._wanted()) != (state == "finished"):
             verdict.problems.append(f"{TASK} runs {self._runs()}, and {self.name} of {self._wanted()} is {state}")
         verdict.problems += self._unsaid()
@@ -174,7 +180,7 @@ class Updating:
         for kind, payload in self._world.fleet.query(sql, DEVICE):
             body = json.loads(payload)
             if kind == "audit":
-                may = _told(body, may)
+                may = _allowed_bundles_after(body, may)
             elif body["task"] == TASK:
                 wrong += body["model"]["digest"] not in may
             elif body["task"] == OTHER:
@@ -184,10 +190,10 @@ class Updating:
             yield f"{wrong} messages name another bundle than the signed audit messages before them say"
 
     def _state(self) -> str:
-        found = self._world.fleet.query("SELECT state FROM rollouts WHERE rollout = ?", self.name)
-        return str(found[0][0]) if found else "not started"
+        states = self._world.fleet.query("SELECT state FROM rollouts WHERE rollout = ?", self.name)
+        return str(states[0][0]) if states else "not started"
 
-    def _said(self, name: str) -> list[tuple[str, str]]:
+    def _reported_phases(self, name: str) -> list[tuple[str, str]]:
         """(phase, sentence) of the device, in order."""
         sql = "SELECT phase, summary FROM rollout_devices WHERE device = ? AND rollout = ? ORDER BY time, seq"
         return [(str(phase), str(summary)) for phase, summary in self._world.fleet.query(sql, DEVICE, name)]
@@ -199,8 +205,8 @@ class Updating:
     def _runs(self) -> str:
         """The bundle of the newest results."""
         sql = "SELECT payload FROM messages WHERE device = ? AND topic LIKE ? ORDER BY rowid DESC LIMIT 1"
-        found = self._world.fleet.query(sql, DEVICE, f"%/results/{TASK}")
-        return str(json.loads(found[0][0])["model"]["digest"]) if found else ""
+        runs = self._world.fleet.query(sql, DEVICE, f"%/results/{TASK}")
+        return str(json.loads(runs[0][0])["model"]["digest"]) if runs else ""
 
     def _operate(self, *arguments: str) -> None:
         done = run_outstation("fleet", *arguments, "--dir", str(self._world.fleet.home), timeout_s=_PATIENCE_S)
@@ -213,7 +219,7 @@ class Updating:
             self._follower = None
 
 
-def _told(body: dict[str, Any], may: set[str]) -> set[str]:
+def _allowed_bundles_after(body: dict[str, Any], may: set[str]) -> set[str]:
     """Digests of the bundles that may answer for the task after this audit message.
 
     One, but on probation: then the one before answers what the other cannot.
@@ -233,8 +239,8 @@ def updating() -> Callable[[World], Callable[[], None]]:
     """For `Setting.prepare`: a repository, and a device that knows it."""
 
     def prepare(world: World) -> Callable[[], None]:
-        one = Updating(world)
-        world.companions.append(one)
+        update = Updating(world)
+        world.companions.append(update)
         return lambda: None
 
     return prepare

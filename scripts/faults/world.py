@@ -130,8 +130,8 @@ class World:
             for program in (self.device, self.collector):
                 program.kill()
         self.broker.kill()
-        for one in self.companions:
-            one.close()
+        for companion in self.companions:
+            companion.close()
 
     def resume(self) -> None:
         """Have the sensors send."""

@@ -33,13 +33,13 @@ def main(name: str | None, listing: bool, seconds: int, seed: int, file: Path | 
         raise click.UsageError(f"there is no target {name!r}; there is {', '.join(targets)}")
     chosen = [targets[name]] if name else list(targets.values())
     if listing:
-        for one in chosen:
-            click.echo(f"{one.name:14} {one.says}")
+        for target in chosen:
+            click.echo(f"{target.name:14} {target.says}")
         return
     if file is not None:
         sys.exit(again(chosen, file))
     guided = not plain and importlib.util.find_spec("atheris") is not None
-    crashes = [crash for one in chosen for crash in (with_atheris if guided else without)(one, seconds, seed)]
+    crashes = [crash for target in chosen for crash in (with_atheris if guided else without)(target, seconds, seed)]
     for crash in crashes:
         click.echo(f"{crash.target}: {crash.place}\n  {crash.write(FOLDER / 'crashes')}")
     sys.exit(1 if crashes else 0)
@@ -55,9 +55,11 @@ def again(chosen: list[Target], file: Path) -> int:
 
 
 def without(target: Target, seconds: int, seed: int) -> list[Crash]:
-    found = explore(target, seed, seconds)
-    click.echo(f"{target.name:14} {found.runs:8} inputs, {len(found.lines):4} lines, {len(found.crashes)} crashes")
-    return list(found.crashes.values())
+    findings = explore(target, seed, seconds)
+    click.echo(
+        f"{target.name:14} {findings.runs:8} inputs, {len(findings.lines):4} lines, {len(findings.crashes)} crashes"
+    )
+    return list(findings.crashes.values())
 
 
 def with_atheris(target: Target, seconds: int, seed: int) -> list[Crash]:
@@ -83,9 +85,9 @@ def with_atheris(target: Target, seconds: int, seed: int) -> list[Crash]:
     return crashes
 
 
-def _only_there(target: Target, path: Path, said: str) -> Crash:
+def _only_there(target: Target, path: Path, line: str) -> Crash:
     """What does not happen again in this process: memory, time, or a fault in C."""
-    return Crash(target.name, path.read_bytes(), f"{path.name}: under atheris only", said[-10_000:])
+    return Crash(target.name, path.read_bytes(), f"{path.name}: under atheris only", line[-10_000:])
 
 
 if __name__ == "__main__":

@@ -58,20 +58,20 @@ class Found:
 
 def explore(target: Target, seed: int, seconds: float = float("inf"), runs: int = sys.maxsize) -> Found:
     """Seeds first, then mutations of them, until `seconds` or `runs` are over. The same seed gives the same inputs."""
-    random, seeds, found = Random(f"{target.name} {seed}"), target.seeds(), Found()
+    random, seeds, findings = Random(f"{target.name} {seed}"), target.seeds(), Found()
     end = time.monotonic() + seconds
     waiting = list(seeds)
-    while waiting or (found.runs < runs and time.monotonic() < end):
+    while waiting or (findings.runs < runs and time.monotonic() < end):
         sound = bool(waiting)
         data = waiting.pop() if sound else mutated(seeds, random, target.longest)
-        before = len(found.lines)
-        crash = attempt(target, data, found.lines if sound or found.runs % _TRACED == 0 else None)
-        found.runs += 1
+        before = len(findings.lines)
+        crash = attempt(target, data, findings.lines if sound or findings.runs % _TRACED == 0 else None)
+        findings.runs += 1
         if crash is not None:
-            found.crashes.setdefault(crash.place, crash)
-        elif not sound and len(found.lines) > before:
+            findings.crashes.setdefault(crash.place, crash)
+        elif not sound and len(findings.lines) > before:
             seeds.append(data)
-    return found
+    return findings
 
 
 def attempt(target: Target, data: bytes, lines: set[tuple[str, int]] | None = None) -> Crash | None:

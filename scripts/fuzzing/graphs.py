@@ -39,30 +39,30 @@ def _some(graph: Any, random: Random) -> int:
 
 
 def _replaced(values: Any, random: Random, new: int) -> list[int]:
-    found = [int(value) for value in values]
-    if found:
-        found[random.randrange(len(found))] = new
-    return found
+    numbers = [int(value) for value in values]
+    if numbers:
+        numbers[random.randrange(len(numbers))] = new
+    return numbers
 
 
 def _drop_input(model: Any, graph: Any, random: Random) -> None:
-    one = _operator(graph, random)
-    one.inputs = [int(value) for value in one.inputs][:-1]
+    operator = _operator(graph, random)
+    operator.inputs = [int(value) for value in operator.inputs][:-1]
 
 
 def _rewire_input(model: Any, graph: Any, random: Random) -> None:
-    one = _operator(graph, random)
-    one.inputs = _replaced(one.inputs, random, _some(graph, random))
+    operator = _operator(graph, random)
+    operator.inputs = _replaced(operator.inputs, random, _some(graph, random))
 
 
 def _rewire_output(model: Any, graph: Any, random: Random) -> None:
-    one = _operator(graph, random)
-    one.outputs = _replaced(one.outputs, random, _some(graph, random))
+    operator = _operator(graph, random)
+    operator.outputs = _replaced(operator.outputs, random, _some(graph, random))
 
 
 def _loop(model: Any, graph: Any, random: Random) -> None:
-    one = _operator(graph, random)
-    one.inputs = _replaced(one.inputs, random, int(one.outputs[0]))
+    operator = _operator(graph, random)
+    operator.inputs = _replaced(operator.inputs, random, int(operator.outputs[0]))
 
 
 def _other_operator(model: Any, graph: Any, random: Random) -> None:
@@ -103,20 +103,20 @@ def _options(model: Any, graph: Any, random: Random) -> None:
 
 
 def _shape(model: Any, graph: Any, random: Random) -> None:
-    one = _tensor(graph, random)
-    one.shape = _replaced(one.shape if one.shape is not None else [], random, random.choice(_NUMBERS))
+    tensor = _tensor(graph, random)
+    tensor.shape = _replaced(tensor.shape if tensor.shape is not None else [], random, random.choice(_NUMBERS))
 
 
 def _signature(model: Any, graph: Any, random: Random) -> None:
-    one = _tensor(graph, random)
-    shape = one.shapeSignature if one.shapeSignature is not None else one.shape
-    one.shapeSignature = _replaced(shape if shape is not None else [], random, random.choice((-1, 0, 2, 2**31 - 1)))
+    tensor = _tensor(graph, random)
+    shape = tensor.shapeSignature if tensor.shapeSignature is not None else tensor.shape
+    tensor.shapeSignature = _replaced(shape if shape is not None else [], random, random.choice((-1, 0, 2, 2**31 - 1)))
 
 
 def _rank(model: Any, graph: Any, random: Random) -> None:
-    one = _tensor(graph, random)
-    shape = [int(value) for value in one.shape] if one.shape is not None else []
-    one.shape = random.choice((shape[:-1], [*shape, 2], [1, *shape], []))
+    tensor = _tensor(graph, random)
+    shape = [int(value) for value in tensor.shape] if tensor.shape is not None else []
+    tensor.shape = random.choice((shape[:-1], [*shape, 2], [1, *shape], []))
 
 
 def _type(model: Any, graph: Any, random: Random) -> None:
@@ -128,18 +128,18 @@ def _buffer(model: Any, graph: Any, random: Random) -> None:
 
 
 def _cut_buffer(model: Any, graph: Any, random: Random) -> None:
-    full = [one for one in model.buffers if one.data is not None and len(one.data)]
+    full = [buffer for buffer in model.buffers if buffer.data is not None and len(buffer.data)]
     if full:
-        one = random.choice(full)
-        one.data = one.data[: random.randrange(len(one.data))]
+        buffer = random.choice(full)
+        buffer.data = buffer.data[: random.randrange(len(buffer.data))]
 
 
 def _quantization(model: Any, graph: Any, random: Random) -> None:
-    found = [one.quantization for one in graph.tensors if one.quantization is not None]
-    if found:
-        one = random.choice(found)
-        one.scale = random.choice(([], [0.0], [-1.0], [1e-30], [1e30], [float("nan")], [1.0] * 3))
-        one.zeroPoint = random.choice(([], [0], [1 << 40], [-129]))
+    quantizations = [tensor.quantization for tensor in graph.tensors if tensor.quantization is not None]
+    if quantizations:
+        tensor = random.choice(quantizations)
+        tensor.scale = random.choice(([], [0.0], [-1.0], [1e-30], [1e30], [float("nan")], [1.0] * 3))
+        tensor.zeroPoint = random.choice(([], [0], [1 << 40], [-129]))
 
 
 def _entry(model: Any, graph: Any, random: Random) -> None:

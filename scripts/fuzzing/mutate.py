@@ -85,22 +85,22 @@ def _splice(data: bytes, seeds: Sequence[bytes], random: Random) -> bytes:
 
 
 def _replace_value(data: bytes, seeds: Sequence[bytes], random: Random) -> bytes:
-    found = list(_VALUE.finditer(data))
-    if not found:
+    matches = list(_VALUE.finditer(data))
+    if not matches:
         return _insert(data, seeds, random)
-    place = random.choice(found)
+    place = random.choice(matches)
     other = random.choice(
-        (random.choice(found)[0], random.choice(_WORDS), str(random.getrandbits(70) - 2**69).encode())
+        (random.choice(matches)[0], random.choice(_WORDS), str(random.getrandbits(70) - 2**69).encode())
     )
     return data[: place.start()] + other + data[place.end() :]
 
 
 def _repeat_member(data: bytes, seeds: Sequence[bytes], random: Random) -> bytes:
-    found = list(_MEMBER.finditer(data))
-    if not found:
+    matches = list(_MEMBER.finditer(data))
+    if not matches:
         return _repeat(data, seeds, random)
-    place = random.choice(found)
-    member = random.choice(found)[0] + random.choice((b"null", b"1", b'":"', b"[]"))
+    place = random.choice(matches)
+    member = random.choice(matches)[0] + random.choice((b"null", b"1", b'":"', b"[]"))
     return data[: place.start()] + member + b"," + data[place.start() :]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from agent import config
 from agent.datasets import training_data as data
-from agent.device.intake.sources import recordings as playlist
+from agent.datasets.recordings import load, load_windows
 from agent.drift.baseline.reference import Reference, draft_reference
 from agent.drift.monitor import DriftMonitor
 from agent.drift.state import DriftState
@@ -44,10 +44,10 @@ def head(**more: object) -> bytes:
 @target("manifest", "a manifest that is taken is written and read again as the same", lambda: [head()])
 def manifest_json(data: bytes) -> None:
     try:
-        found = manifest.decode(data)
+        decoded = manifest.decode(data)
     except BadBundle:
         return
-    assert manifest.decode(manifest.encode(found)) == found
+    assert manifest.decode(manifest.encode(decoded)) == decoded
 
 
 def contents() -> dict[str, bytes]:
@@ -56,14 +56,14 @@ def contents() -> dict[str, bytes]:
 
 
 def archives() -> list[bytes]:
-    found = []
+    seeds = []
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         out = io.BytesIO()
         with zipfile.ZipFile(out, "w", method) as archive:
             for name, content in contents().items():
                 archive.writestr(zipfile.ZipInfo(name), content, method)
-        found.append(out.getvalue())
-    return found
+        seeds.append(out.getvalue())
+    return seeds
 
 
 @target("bundle", "a bundle that is taken has the files its publisher signed", archives, 8192)
@@ -74,10 +74,10 @@ def archive(data: bytes) -> None:
         with contextlib.suppress(BadBundle):
             bundle.read(Path(file.name), None)
         try:
-            found = bundle.read(Path(file.name), [PUBLISHER.public])
+            loaded = bundle.read(Path(file.name), [PUBLISHER.public])
         except BadBundle:
             return
-    assert {**found.files, "manifest.jws": b""} == {**contents(), "manifest.jws": b""}
+    assert {**loaded.files, "manifest.jws": b""} == {**contents(), "manifest.jws": b""}
 
 
 def reference() -> Reference:
@@ -90,11 +90,11 @@ def reference() -> Reference:
 @target("reference", "a drift reference that is taken holds together", lambda: [reference().to_json()], 16_384)
 def reference_json(data: bytes) -> None:
     try:
-        found = Reference.from_json(data)
+        decoded = Reference.from_json(data)
     except BadBundle:
         return
-    assert Reference.from_json(found.to_json()).digest == found.digest
-    DriftMonitor(found, labels=found.labels, window=5).start()
+    assert Reference.from_json(decoded.to_json()).digest == decoded.digest
+    DriftMonitor(decoded, labels=decoded.labels, window=5).start()
 
 
 def states() -> list[bytes]:
@@ -104,11 +104,11 @@ def states() -> list[bytes]:
 @target("drift-state", "a drift state that is taken is written and read again as the same", states, 8192)
 def drift_state(data: bytes) -> None:
     try:
-        found = DriftState.from_bytes(data)
+        decoded = DriftState.from_bytes(data)
     except ValueError:
         return
-    again = DriftState.from_bytes(found.to_bytes())
-    assert again.to_bytes() == found.to_bytes()
+    again = DriftState.from_bytes(decoded.to_bytes())
+    assert again.to_bytes() == decoded.to_bytes()
 
 
 def vectors() -> list[bytes]:
@@ -123,10 +123,10 @@ def vectors() -> list[bytes]:
 @target("golden", "golden vectors that are taken compare with something", vectors, 8192)
 def golden_npz(data: bytes) -> None:
     try:
-        found = golden_vectors.decode(data)
+        decoded = golden_vectors.decode(data)
     except BadBundle:
         return
-    assert golden_vectors.decode(golden_vectors.encode(found)).expected.shape == found.expected.shape
+    assert golden_vectors.decode(golden_vectors.encode(decoded)).expected.shape == decoded.expected.shape
 
 
 ARRAYS = ("inputs", "expected", "runtime", "tolerance")
@@ -174,7 +174,7 @@ def replay_npz(content: bytes) -> None:
         file.write(content)
         file.flush()
         with contextlib.suppress(UsageError):
-            playlist.load(Path(file.name))
+            load(Path(file.name))
 
 
 @target("data-csv", "data for a bundle are read or named", lambda: [b"t,x,y\n1,2,3\n2,,4\n", b"y,x\r\n1,2\r\n"])
@@ -188,12 +188,12 @@ def _data(content: bytes, suffix: str) -> None:
         file.write(content)
         file.flush()
         try:
-            found = data.read(Path(file.name), spec)
-            data.read_windows(Path(file.name), spec)
+            decoded = data.read(Path(file.name), spec)
+            load_windows(Path(file.name), spec)
         except UsageError:
             return
-    assert found.features.shape == (len(found.t), len(FIELDS))
-    assert found.label is None or len(found.label) == len(found.t)
+    assert decoded.features.shape == (len(decoded.t), len(FIELDS))
+    assert decoded.label is None or len(decoded.label) == len(decoded.t)
 
 
 DEVICE = b"""
@@ -207,12 +207,12 @@ max_message_bytes = 120_000
 max_size = "1 GiB"
 [streams.watch]
 fields = [{ name = "ax", unit = "g", min = -16, max = 16 }, { name = "mode", type = "category", optional = true }]
-source = { kind = "files", folder = "in", every = "2 s" }
+source = { kind = "files", folder = "in", poll_interval = "2 s" }
 [tasks.exercise]
 stream = "watch"
 bundle = "exercise"
 schedule = "every 60 s"
-publish = { below = 0.6 }
+publish = { below_score = 0.6 }
 """
 FLEET = b"""
 [fleet]

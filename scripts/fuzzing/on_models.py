@@ -26,10 +26,10 @@ _AS_THE_DAEMON = """\
 import sys
 import numpy as np
 from agent.errors import BadBundle
-from agent.model.inference.runtime import Model
+from agent.model.inference.runtime import TfliteModel
 batch, threads = int(sys.argv[1]), int(sys.argv[2])
 try:
-    loaded = Model(sys.stdin.buffer.read(), batch, threads)
+    loaded = TfliteModel(sys.stdin.buffer.read(), batch, threads)
     low, high = loaded.input_range
     for count in (1, 3, batch, 500):
         loaded.invoke(np.random.default_rng(count).uniform(low, high, (count, *loaded.input_shape)).astype(np.float32))
@@ -45,14 +45,14 @@ class Died(Exception):
 @functools.cache
 def sound() -> list[Bundle]:
     """The bundle that ships, with its golden vectors, and models that have none: of those less is found out."""
-    found = [bundle.read(builtin.bundles_dir() / "exercise", None)]
+    bundles = [bundle.read(builtin.bundles_dir() / "exercise", None)]
     for recipe in (CLASSIFY, FLOAT):
-        found.append(around(model(recipe.model), recipe))
+        bundles.append(around(model(recipe.model), recipe))
     for name, recipe in (("ad01", Recipe("anomaly", "", _inputs(640))), ("kws", _words())):
         path = THIRD_PARTY / f"mlperf_{name}_int8.tflite"
         if path.exists():
-            found.append(around(path.read_bytes(), recipe))
-    return [_soon_over(one) for one in found]
+            bundles.append(around(path.read_bytes(), recipe))
+    return [_soon_over(sound_bundle) for sound_bundle in bundles]
 
 
 def _inputs(count: int) -> tuple[str, ...]:
@@ -63,15 +63,17 @@ def _words() -> Recipe:
     return Recipe("classify", "", _inputs(490), tuple(f"word {i}" for i in range(12)))
 
 
-def _soon_over(one: Bundle) -> Bundle:
+def _soon_over(sound_bundle: Bundle) -> Bundle:
     """With little time and memory: what hangs or wants more and more is ended soon."""
-    content = msgspec.structs.replace(one.manifest, limits=manifest.ResourceLimits(memory_mib=512, seconds=2))
-    return replace(one, manifest=content, files={**one.files, "manifest.json": manifest.encode(content)})
+    content = msgspec.structs.replace(sound_bundle.manifest, limits=manifest.ResourceLimits(memory_mib=512, seconds=2))
+    return replace(
+        sound_bundle, manifest=content, files={**sound_bundle.files, "manifest.json": manifest.encode(content)}
+    )
 
 
-def judge(one: Bundle, content: bytes) -> ProbeReport:
+def judge(sound_bundle: Bundle, content: bytes) -> ProbeReport:
     """What the probe says of `content` in place of the bundle's model. Raises Died."""
-    report = probe.probe(replace(one, files={**one.files, "model.tflite": content}), [])
+    report = probe.probe(replace(sound_bundle, files={**sound_bundle.files, "model.tflite": content}), [])
     assert report.checks
     assert all(detail for _, _, detail in report.checks)
     if report.ok:
@@ -86,7 +88,7 @@ def judge(one: Bundle, content: bytes) -> ProbeReport:
 
 def _numbered() -> list[bytes]:
     """Each model, and before it which of the bundles it is for."""
-    return [bytes([number]) + one.model_bytes for number, one in enumerate(sound())]
+    return [bytes([number]) + sound_bundle.model_bytes for number, sound_bundle in enumerate(sound())]
 
 
 @target("model", "a model with damaged bytes ends nothing but the probe's child", _numbered, _LONGEST, costly=True)
@@ -100,8 +102,8 @@ def changed(data: bytes) -> tuple[Bundle, bytes]:
     from scripts.fuzzing import graphs
 
     random = Random(data)
-    one = random.choice(sound())
-    return one, graphs.mutated(one.model_bytes, random)
+    sound_bundle = random.choice(sound())
+    return sound_bundle, graphs.mutated(sound_bundle.model_bytes, random)
 
 
 if all(importlib.util.find_spec(name) for name in ("ai_edge_litert", "flatbuffers")):

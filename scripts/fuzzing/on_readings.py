@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from agent.config import FieldConfig, StreamConfig
-from agent.device.intake.file_reader import open_text, read_blocks
+from agent.datasets.formats import open_file
+from agent.device.intake.file_reader import read_blocks
 from agent.device.intake.protocol import LineParser
 from agent.device.store.rows import PackedChunk, Rows, pack_chunk, unpack_chunk, validate_columns
 from agent.errors import RowRejected
@@ -39,11 +40,11 @@ def lines() -> list[bytes]:
     machine = [{"stream": "machine", "power": 1.5, "count": i, "mode": "a:b", "heat": None} for i in range(3)]
     columns = {"stream": "watch", "columns": {"t": [T0 + 9, T0 + 10], "ax": [1, 2.5], "ay": [0, -0.0]}}
     plain = [{"stream": "watch", "ax": 1, "ay": 2}] * 3
-    found = ["\n".join(map(json.dumps, rows)).encode() for rows in (watch, machine, [columns], plain)]
+    seeds = ["\n".join(map(json.dumps, rows)).encode() for rows in (watch, machine, [columns], plain)]
     labels = [{"labels": "judge", "row": 7, "label": "up"}, {"labels": "judge", "t": T0, "label": 2, "source": "model"}]
     labels.append({"labels": "judge", "columns": {"row": [1, 2], "label": ["up", "down"]}})
-    found.append("\n".join(map(json.dumps, labels)).encode())
-    return [*found, found[0] + b"\n" + found[1] + b"\n" + found[2] + b"\n" + found[-1]]
+    seeds.append("\n".join(map(json.dumps, labels)).encode())
+    return [*seeds, seeds[0] + b"\n" + seeds[1] + b"\n" + seeds[2] + b"\n" + seeds[-1]]
 
 
 @target("lines", "each line of a producer is taken or named, and as if it had come alone", lines)
@@ -65,14 +66,14 @@ def outcome(calls: list[list[bytes]]) -> tuple[list[int], dict[int, str], dict[s
     rows: dict[str, bytes] = {}
     for call in calls:
         for taken in reader.parse(call, first, NOW_US):
-            bad |= taken.bad
+            bad |= taken.rejected
             if taken.label_batch is not None:
                 numbers += taken.lines
-            if taken.checked is not None and len(taken.checked.rows):
+            if taken.validated is not None and len(taken.validated.rows):
                 numbers += sorted(set(taken.lines))
-                kept = taken.checked.rows
-                for i in range(len(kept)):
-                    row = b"".join(column[i].tobytes() for column in (kept.t, *kept.columns))
+                accepted = taken.validated.rows
+                for i in range(len(accepted)):
+                    row = b"".join(column[i].tobytes() for column in (accepted.t, *accepted.columns))
                     rows[taken.stream] = rows.get(taken.stream, b"") + row
         first += len(call)
     return sorted(set(numbers)), bad, rows
@@ -84,13 +85,13 @@ def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def read_text(name: str, data: bytes, stream: StreamConfig) -> None:
-    text = io.TextIOWrapper(io.BytesIO(data), "utf-8", errors="surrogateescape", newline="")
+    file = io.BufferedReader(io.BytesIO(data))
     numbers: list[int] = []
     try:
-        for block in read_blocks(Path(name), text, "watch", stream):
+        for block in read_blocks(Path(name), file, "watch", stream):
             checked = validate_columns(block.raw, stream, NOW_US, None)
             assert len(checked.rows) + len(checked.rejected) == block.raw.n == len(block.lines)
-            numbers += [*block.lines, *block.bad]
+            numbers += [*block.lines, *block.rejected]
     except RowRejected:
         return
     assert len(numbers) == len(set(numbers)), "a line was read twice"
@@ -117,13 +118,13 @@ def parquet_files() -> list[bytes]:
     import pyarrow
     import pyarrow.parquet
 
-    found = []
+    files = []
     for compression in ("none", "snappy"):
         out = io.BytesIO()
         table = pyarrow.table({"t": [1.0 * T0, T0 + 1.0], "ax": [1.0, None], "ay": [3, 4]})
         pyarrow.parquet.write_table(table, out, compression=compression)
-        found.append(out.getvalue())
-    return found
+        files.append(out.getvalue())
+    return files
 
 
 @target("parquet", "a Parquet file is read or rejected as a whole", parquet_files, 8192)
@@ -132,8 +133,8 @@ def parquet(data: bytes) -> None:
         file.write(data)
         file.flush()
         try:
-            with open_text(Path(file.name)) as text:
-                for block in read_blocks(Path(file.name), text, "watch", WATCH):
+            with open_file(Path(file.name)) as opened:
+                for block in read_blocks(Path(file.name), opened, "watch", WATCH):
                     validate_columns(block.raw, WATCH, NOW_US, None)
         except RowRejected:
             return

@@ -28,17 +28,17 @@ NOW = "2026-11-24T22:20:00.000000Z"
 
 def kinds() -> list[SignedMessage]:
     """One message of each kind a device sends."""
-    one = MessageSender(key=DEVICE, log="00000000-0000-4000-8000-000000000000")
+    sender = MessageSender(key=DEVICE, log="00000000-0000-4000-8000-000000000000")
     logged = [
-        one.results(),
-        one.drift(),
-        one.alert(),
-        one.quality(),
-        one.health_with_cursor(),
-        one.evicted((1, 2)),
-        one.results(40),
+        sender.results(),
+        sender.drift(),
+        sender.alert(),
+        sender.quality(),
+        sender.health_with_cursor(),
+        sender.evicted((1, 2)),
+        sender.results(40),
     ]
-    return [*logged, one.state()]
+    return [*logged, sender.state()]
 
 
 TOPICS = sorted({sent.topic for sent in kinds()})
@@ -63,10 +63,10 @@ def opened(topic: str, payload: bytes, key: keys.SigningKey, owner: str) -> Veri
 def topic(data: bytes) -> None:
     text = data.decode("utf-8", "surrogateescape")
     try:
-        found = topics.parse(text)
+        parsed = topics.parse(text)
     except MessageRefused:
         return
-    assert str(found) == text
+    assert str(parsed) == text
 
 
 @target("token", "a signature under any header", lambda: [b"{}", b64url_decode(kinds()[0].jws.split("..")[0])])
@@ -86,10 +86,10 @@ def token(data: bytes) -> None:
 @target("message", "a signed payload that is taken says one thing to every reader", addressed)
 def message(data: bytes) -> None:
     name = TOPICS[data[0] % len(TOPICS)] if data else TOPICS[0]
-    found = opened(name, data[1:], DEVICE, "pi-07")
-    if found is not None:
+    verified = opened(name, data[1:], DEVICE, "pi-07")
+    if verified is not None:
         read = json.loads(data[1:].decode("utf-8"), object_pairs_hook=once, parse_int=str)
-        assert (read["kind"], read["device"]) == (found.topic.kind, found.body.device)
+        assert (read["kind"], read["device"]) == (verified.topic.kind, verified.body.device)
 
 
 def acknowledgements() -> list[bytes]:
@@ -99,13 +99,13 @@ def acknowledgements() -> list[bytes]:
 
 @target("ack", "an acknowledgement signed by the collector deletes nothing beyond its end", acknowledgements)
 def ack(data: bytes) -> None:
-    found = opened("outstation/acme/pi-07/ack", data, COLLECTOR, "collector")
-    if found is None:
+    verified = opened("outstation/acme/pi-07/ack", data, COLLECTOR, "collector")
+    if verified is None:
         return
-    assert isinstance(found.body, AckPayload)
-    assert all(1 <= first <= last <= found.body.through for first, last in found.body.missing)
+    assert isinstance(verified.body, AckPayload)
+    assert all(1 <= first <= last <= verified.body.through for first, last in verified.body.missing)
     try:
-        parse_rfc3339(found.body.time)
+        parse_rfc3339(verified.body.time)
     except ValueError:
         return
 
@@ -114,10 +114,10 @@ def ack(data: bytes) -> None:
 def key(data: bytes) -> None:
     for text in (b64url_encode(data), data.decode("latin-1")):
         try:
-            found = keys.parse_public_key(text)
+            parsed = keys.parse_public_key(text)
         except ValueError:
             continue
-        assert found.text == text.strip()
+        assert parsed.text == text.strip()
 
 
 class Wire:
@@ -172,7 +172,7 @@ class Desk:
         assert self.known() - before in (0, 1)
         self.turns += 1
         if self.turns % 500 == 0:
-            wrong = [found for found in audit(self.store).invalid if "does not verify" in found["reason"]]
+            wrong = [problem for problem in audit(self.store).invalid if "does not verify" in problem["reason"]]
             assert not wrong, wrong
 
 

@@ -123,7 +123,7 @@ fields = {json.dumps(recipe.fields)}
 
 [drift]
 window = {recipe.drift_window}
-{f'mode = "{recipe.mode}"' if recipe.mode else ""}
+{f'class_field = "{recipe.mode}"' if recipe.mode else ""}
 
 [limits]
 memory_mib = 512

@@ -26,7 +26,7 @@ def find_binaries() -> Path | None:
     on_path = shutil.which("initdb")
     places = [Path(on_path).resolve().parent] if on_path else []
     places += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: -int(path.parent.name.split(".")[0]))
-    return next((one for one in places if (one / "initdb").exists() and (one / "postgres").exists()), None)
+    return next((folder for folder in places if (folder / "initdb").exists() and (folder / "postgres").exists()), None)
 
 
 class PostgresServer:

@@ -74,9 +74,9 @@ def _logistic(z: Values) -> Values:
     return np.asarray(1 / (1 + np.exp(-z)))
 
 
-def of_exercise(name: str) -> tuple[Values, NDArray[np.int64]]:
+def read_exercise(name: str) -> tuple[Values, NDArray[np.int64]]:
     """(n, 7) scores and (n,) truth of the shipped model: "crossval", its score table's 1620; or "leave_one_out"."""
     with np.load(EXERCISE / f"{name}.npz") as held:
-        found: dict[str, Any] = {key: held[key] for key in ("probability", "label")}
-    scores = found["probability"].astype(np.float64)
-    return scores / scores.sum(axis=1, keepdims=True), found["label"].astype(np.int64)
+        columns: dict[str, Any] = {key: held[key] for key in ("probability", "label")}
+    scores = columns["probability"].astype(np.float64)
+    return scores / scores.sum(axis=1, keepdims=True), columns["label"].astype(np.int64)

@@ -86,10 +86,10 @@ class Rig:
 
     def floats(self, number: int) -> int:
         """The tensor itself, or as floats where it is quantized."""
-        found = self.main.tensors[number]
-        if found.type == _FLOAT:
+        tensor = self.main.tensors[number]
+        if tensor.type == _FLOAT:
             return number
-        return self.add("DEQUANTIZE", [number], [-1, *(int(size) for size in found.shape[1:])])
+        return self.add("DEQUANTIZE", [number], [-1, *(int(size) for size in tensor.shape[1:])])
 
     def written(self, out: int) -> bytes:
         self.main.outputs = [out]

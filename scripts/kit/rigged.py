@@ -54,12 +54,14 @@ def write_bundle(files: dict[str, bytes], folder: Path) -> Path:
 
 def _golden_vectors(shipped: Bundle, limit: float, *, wrong: bool) -> GoldenVectors:
     """Golden vectors among those shipped that spring no trap."""
-    found = golden_vectors.decode(shipped.files["golden.npz"])
+    vectors = golden_vectors.decode(shipped.files["golden.npz"])
     # Quantized, a value may come out a step larger.
-    calm = found.inputs[found.inputs.reshape(len(found.inputs), -1).max(axis=1) < limit - 0.1]
+    calm = vectors.inputs[vectors.inputs.reshape(len(vectors.inputs), -1).max(axis=1) < limit - 0.1]
     model = inference.load_model(shipped.manifest, shipped.model_bytes)
     expected = model.invoke(calm)
-    return golden_vectors.from_outputs(calm, expected[:, ::-1] if wrong else expected, model.output_step, found.runtime)
+    return golden_vectors.from_outputs(
+        calm, expected[:, ::-1] if wrong else expected, model.output_step, vectors.runtime
+    )
 
 
 def _sign(

@@ -100,9 +100,9 @@ def dense(graph: Graph, x: int, kind: str, weights: NDArray[np.float32], bias: N
         stored = np.rint(weights / scale) if held == "int8" else weights
         w = graph.tensor("weights", [many, width], held, (scale, 0) if held == "int8" else None, stored)
         if held == "float16":
-            wide = graph.tensor("weights_wide", [many, width], "float32")
-            graph.operator("DEQUANTIZE", 3, [w], [wide], "DequantizeOptions")
-            w = wide
+            expanded = graph.tensor("weights_wide", [many, width], "float32")
+            graph.operator("DEQUANTIZE", 3, [w], [expanded], "DequantizeOptions")
+            w = expanded
         b = graph.tensor("bias", [many], "float32", None, bias)
         graph.operator("FULLY_CONNECTED", 3 if held == "int8" else 1, [x, w, b], [sums], "FullyConnectedOptions")
         return sums

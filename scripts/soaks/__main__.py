@@ -32,11 +32,11 @@ def main(name: str | None, hours: float | None, seed: int, as_json: bool) -> Non
     # Connections that break are what these runs are made of.
     logging.getLogger("outstation").setLevel(logging.ERROR)
     results: dict[str, Result] = {}
-    for one in [name] if name else sorted(SOAKS):
-        results[one] = _run(one, hours, seed, as_json)
+    for soak in [name] if name else sorted(SOAKS):
+        results[soak] = _run(soak, hours, seed, as_json)
     if as_json:
         documents = [
-            {"name": one, "passed": r.passed, "problems": r.problems, **r.figures} for one, r in results.items()
+            {"name": soak, "passed": r.passed, "problems": r.problems, **r.figures} for soak, r in results.items()
         ]
         click.echo(json.dumps(documents, indent=2))
     sys.exit(0 if all(result.passed for result in results.values()) else 1)

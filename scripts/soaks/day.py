@@ -43,14 +43,14 @@ class Sample:
 
 
 @soak("day", hours=24)
-def day(folder: Path, seed: int, hours: float, say: Callable[[str], None]) -> Result:
+def day(folder: Path, seed: int, hours: float, announce: Callable[[str], None]) -> Result:
     """Ten rows a second with the exercise model, and a broker that loses, repeats, breaks, and is restarted."""
     rig = Rig(folder, seed, _WEATHER)
     samples: list[Sample] = []
 
     def look() -> None:
         samples.append(Sample.take((len(samples) + 1) * every / 3600))
-        say(line(rig, samples[-1]))
+        announce(line(rig, samples[-1]))
 
     every = max(hours * 3600 / 24, 300.0)
     rig.each(every, look)

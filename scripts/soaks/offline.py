@@ -22,7 +22,7 @@ _UNUSED = 4_000
 
 
 @soak("offline", hours=72)
-def offline(folder: Path, seed: int, hours: float, say: Callable[[str], None]) -> Result:
+def offline(folder: Path, seed: int, hours: float, announce: Callable[[str], None]) -> Result:
     """Fifty rows a second with the exercise model: what goes is declared, exactly, and everything else arrives."""
     mib = max(_LEAST_MIB, round(hours * _MIB_AN_HOUR))
     rig = Rig(folder, seed, _OFFLINE, rate=_RATE, buffer_toml=f'max_size = "{mib} MiB"')
@@ -41,7 +41,7 @@ def offline(folder: Path, seed: int, hours: float, say: Callable[[str], None]) -
         left = rig.daemon._space.hours_until_eviction()
         used = f"{rig.store.used_bytes() / 2**20:.1f} of {mib} MiB in use"
         used += f", room for {left:g} h more" if left is not None else ""
-        say(f"hour {hour:5.1f}: {rig.sensor.accepted:9} rows, {waiting.messages:6} messages wait, {used}")
+        announce(f"hour {hour:5.1f}: {rig.sensor.accepted:9} rows, {waiting.messages:6} messages wait, {used}")
 
     rig.each(10.0, look)
     rig.each(max(hours * 3600 / 24, 600.0), tell)
@@ -52,7 +52,7 @@ def offline(folder: Path, seed: int, hours: float, say: Callable[[str], None]) -
         if most > mib << 20:
             result.problems.append(f"the store took {most} bytes of the {mib << 20} it may")
         for line in lines(result.figures):
-            say(line)
+            announce(line)
     finally:
         rig.close()
     return result
@@ -106,7 +106,7 @@ def declarations(rig: Rig) -> tuple[set[int], int, Counter[str]]:
 
 
 def payloads(rig: Rig, kind: str) -> list[dict[str, Any]]:
-    return [json.loads(payload) for _, _, _, found, _, payload, _ in rig.fleet.evidence() if found == kind]
+    return [json.loads(payload) for _, _, _, row_kind, _, payload, _ in rig.fleet.evidence() if row_kind == kind]
 
 
 def kinds(rig: Rig) -> dict[str, int]:

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from agent.drift import DriftMonitor, DriftState, build_reference
 from agent.drift.baseline import summary as summaries
+from agent.drift.baseline.extremes import Extremes
 from agent.drift.baseline.reference import Reference
+from agent.drift.baseline.runs import Tail
 from agent.drift.baseline.summary import Summary, stack_one
-from agent.drift.detectors.extremes import Extremes
-from agent.drift.detectors.runs import Tail
 from agent.drift.faults import faults
 from agent.drift.faults.faults import Fault
 from tests.kit.machine import FIELDS, LABELS, ROWS, WINDOW, Readings, feed, readings, reference

@@ -123,7 +123,7 @@ def test_ece_is_nannymls_and_brier_scikit_learns() -> None:
     where = metrics.equal_mass_bins(few.top)
     exact = metrics.ece(few.top, few.right.astype(float), where, np.ones(1000))
     assert exact == pytest.approx(told["ece_nannyml"], rel=EXACT)
-    scores, truth = data.of_exercise("crossval")
+    scores, truth = data.read_exercise("crossval")
     seven = LabelledPredictions(truth.astype(float), scores.argmax(1), scores.max(1), probabilities=scores)
     assert _metrics(tuple("abcdefg"), seven)["brier"] == pytest.approx(told["brier_sklearn"], abs=1e-6)
 
@@ -171,8 +171,8 @@ def test_where_nannyml_calibrates_both_answers_apart_it_differs_by_less_than_a_h
 
 def test_expected_accuracy_of_the_shipped_model_is_as_near_to_the_truth_as_nannymls() -> None:
     """NannyML calibrates each of the seven scores of each answer; we have its top score only."""
-    scores, truth = data.of_exercise("crossval")
-    later, true = data.of_exercise("leave_one_out")
+    scores, truth = data.read_exercise("crossval")
+    later, true = data.read_exercise("leave_one_out")
     found, share = ours(scores.max(1), scores.argmax(1) == truth, later.max(1)), (later.argmax(1) == true).mean()
     assert found == pytest.approx(share, abs=0.01)
     assert TOLD["cbpe"]["exercise"] == pytest.approx(share, abs=0.01)

@@ -13,6 +13,7 @@ from agent.bootstrap import tasks
 from agent.clock import ClockReading
 from agent.config import Config, FieldConfig, StreamConfig
 from agent.device.pipeline import batch
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.recovery.open import open_store
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
@@ -37,7 +38,7 @@ def conf(folder: Path, recipe: Recipe, mode: str | None) -> Config:
     )
 
 
-def loaded(folder: Path, recipe: Recipe, mode: str | None, store: Store | None = None) -> batch.LoadedTask:
+def loaded(folder: Path, recipe: Recipe, mode: str | None, store: Store | None = None) -> LoadedTask:
     path = folder / "bundle" if (folder / "bundle").exists() else packed(folder, recipe)
     return tasks.load_task(folder / "outstation.toml", conf(folder, recipe, mode), store, "tiny", path)
 
@@ -84,7 +85,7 @@ def test_a_bundle_says_which_field_names_modes_and_a_task_may_say_otherwise(tmp_
 def test_a_field_of_modes_that_a_stream_has_not_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         loaded(tmp_path, asking("stat"), None)
-    for words in ("tasks.tiny.mode", 'mode = "" for none', "did you mean 'state'"):
+    for words in ("tasks.tiny.class_field", 'class_field = "" for none', "did you mean 'state'"):
         assert words in str(refused.value)
 
 

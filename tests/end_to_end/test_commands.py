@@ -74,14 +74,14 @@ def test_pause_stops_a_task_also_over_a_restart_and_resume_goes_on(fleet: LocalF
 def test_a_schedule_is_changed_and_set_back_and_nonsense_is_refused(fleet: LocalFleet, device: DeviceProcess) -> None:
     code, answer = command(fleet, "pi-01", "set-schedule", "exercise", "every 1 h")
     assert (code, answer["data"]) == (0, {"schedule": "every 1 h", "configured": "every 500 ms"})
-    assert (task(device)["schedule"], task(device)["schedule_set"]) == ("every 1 h", "every 1 h")
+    assert (task(device)["schedule"], task(device)["schedule_override"]) == ("every 1 h", "every 1 h")
     code, answer = command(fleet, "pi-01", "run", "exercise")
     assert code == 0
     assert answer["data"]["used"] >= 0
     code, answer = command(fleet, "pi-01", "set-schedule", "exercise", "each moon")
     assert (code, answer["ok"]) == (1, False)
     assert command(fleet, "pi-01", "set-schedule", "exercise", "default")[0] == 0
-    assert (task(device)["schedule"], task(device).get("schedule_set")) == ("every 500 ms", None)
+    assert (task(device)["schedule"], task(device).get("schedule_override")) == ("every 500 ms", None)
 
 
 def test_each_command_is_in_the_log_with_who_sent_it_and_what_came_of_it(

@@ -27,6 +27,7 @@ from agent.errors import ConfigError, OutstationError, UsageError
 from agent.model.bundle import bundle
 from agent.testing.process import OutstationProcess, run_outstation, wait_until
 from scripts.kit.bundles import KEY
+from tests.kit.devices import expand_columns
 from tests.kit.stations import rows_of
 from tests.model.test_media import RATE, picture, third_party, write_wav
 
@@ -75,7 +76,7 @@ class Site:
 [publishers]
 keys = ["{KEY.public.text}"]
 [streams.files]
-source = {{ kind = "files", folder = "in", every = "50 ms", {MADE[name]} }}
+source = {{ kind = "files", folder = "in", poll_interval = "50 ms", {MADE[name]} }}
 [tasks.{name}]
 stream = "files"
 bundle = "./bundle"
@@ -182,7 +183,7 @@ def answers(results: list[dict[str, Any]]) -> list[tuple[int, str, float]]:
     for before, after in zip([{"rows": [0, 0]}, *results], results, strict=False):
         assert after["rows"][0] == before["rows"][1] + 1
     for body in results:
-        columns = body["columns"]
+        columns = expand_columns(body["columns"])
         told = columns.get("score") or columns.get("value") or []
         found += zip(columns["row"], columns.get("label") or [], told, strict=True)
     return found

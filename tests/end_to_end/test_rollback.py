@@ -204,7 +204,7 @@ def test_pause_schedule_and_rollback_are_shown_by_health(device: Device) -> None
     assert ok
     health = [body for body in device.messages() if body["kind"] == "health"][-1]["tasks"]["sort"]
     expected = (True, "when 7 rows", device.digest("1"))
-    assert (health["paused"], health["schedule_set"], health["rolled_back_to"]) == expected
+    assert (health["paused"], health["schedule_override"], health["rolled_back_to"]) == expected
     shown = status["tasks"][0]
     assert (shown["paused"], shown["schedule"], shown["rolled_back_to"]) == expected
     assert shown["bundle"] == "tiny 1"

@@ -10,7 +10,7 @@ import pytest
 
 from agent.testing.process import find_program
 from agent.wire.keys import generate
-from scripts.staged import candidates
+from scripts.rollout_trials import candidates
 from tests.end_to_end.test_demo import left_over
 from tests.end_to_end.test_simulate_fleet import simulate
 

@@ -9,9 +9,10 @@ import pytest
 from numpy.typing import NDArray
 
 from agent.alerts import Alert
-from agent.config import ReplayFault
-from agent.device.intake.sources import recordings as playlist
+from agent.config.sources import ReplayFault
+from agent.datasets.recordings import load
 from agent.device.intake.sources import replay
+from agent.device.intake.sources.recordings import Playlist
 from agent.drift import DriftMonitor, DriftState, Reference
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import features, runtime, scores
@@ -58,9 +59,9 @@ class Watch:
 
 @pytest.fixture(scope="module")
 def watch() -> Watch:
-    recordings = playlist.load(SCENARIOS["exercise"].file)
+    recordings = load(SCENARIOS["exercise"].file)
     parts, count = [], 0
-    for part in playlist.Playlist(recordings, 8, 0).iter_items():
+    for part in Playlist(recordings, 8, 0).iter_items():
         n = part.n // ROWS * ROWS
         parts.append(recordings.rows[part.start : part.start + n])
         count += n

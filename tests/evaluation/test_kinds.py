@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agent.datasets.csv_table import BLOCK_BYTES
 from agent.evaluation import bench, bootstrap, examples, metrics, predictions, report
 from agent.evaluation.predict.run import BatchPredictor
 from agent.evaluation.predictions import LabelledPredictor
@@ -46,7 +47,7 @@ def test_blocks_change_nothing_and_the_models_own_answers_are_right(kind: str, t
     bundle = packed(tmp_path / "b", ALL[kind])
     found, inference = loaded(bundle)
     data = write(tmp_path / "rows.csv", ALL[kind], inference)
-    for name, block in (("whole.csv", None), ("pieces.csv", 1500)):
+    for name, block in (("whole.csv", BLOCK_BYTES), ("pieces.csv", 1500)):
         BatchPredictor(found, inference, raw=True, block_bytes=block).predict_file(
             data, tmp_path / name, lambda *_: None
         )

@@ -13,8 +13,7 @@ from click.testing import CliRunner, Result
 from agent.authoring import pack
 from agent.cli.model.group import model as command
 from agent.datasets import training_data
-from agent.datasets.blocks import FilePosition
-from agent.datasets.media_files import MediaReader
+from agent.datasets.media import MediaReader
 from agent.evaluation.document import Evaluation
 from agent.model.bundle.manifest import ModelInput, WindowSpec
 from scripts.kit.bundles import KEY
@@ -42,7 +41,7 @@ def test_sounds_are_read_a_file_at_a_time_with_their_folder_as_label(tmp_path: P
     for i, label in enumerate(("fan", "fan", "pump")):
         write_wav(tmp_path / label / f"{i}.wav", tone(440 * (i + 1)))
     (tmp_path / "fan" / "1.wav").write_bytes(b"RIFF is not enough")
-    blocks = list(MediaReader(tmp_path, SOUND, ["label"]).blocks(FilePosition()))
+    blocks = list(MediaReader(tmp_path, SOUND, ["label"]).blocks())
     assert [set(block.text_columns["file"].tolist()) for block in blocks] == [{"fan/0.wav"}, set(), {"pump/2.wav"}]
     assert [set(block.text_columns["label"].tolist()) for block in blocks] == [{"fan"}, set(), {"pump"}]
     [one] = blocks[1].rejected

@@ -51,11 +51,11 @@ def work(found: Bundle) -> BatchPredictor:
 
 def order(found: Bundle, beside: Path, **changed: object) -> WorkerConfig:
     sent = {
-        "bundle": "tiny 1.0.0",
+        "bundle_name": "tiny 1.0.0",
         "files": found.files,
         "digest": found.digest,
         "raw": False,
-        "mark": beside / "mark",
+        "marker": beside / "mark",
         "token": TOKEN,
     }
     return WorkerConfig(**(sent | changed))  # type: ignore[arg-type]
@@ -128,13 +128,13 @@ def test_a_file_that_ends_every_worker_is_left_at_last(folder: Path, job: FileJo
     code = """
 import os, sys
 from pathlib import Path
-from agent.evaluation import worker
-from agent.evaluation.predict.ledger import Job
+from agent.evaluation.predict import ray_worker
+from agent.evaluation.predict.ledger import FileJob
 from tests.evaluation.test_ray_worker import answer, bundles
-worker.MOST_TRIES = 2
-worker.Work.file = lambda *_: os._exit(9)
+ray_worker.MAX_ATTEMPTS = 2
+ray_worker.BatchPredictor.predict_file = lambda *_: os._exit(9)
 bundle, source, target, identity, token = sys.argv[1:]
-print(answer(bundles.read(Path(bundle), None), Job(Path(source), Path(target), identity), token=token).problem)
+print(answer(bundles.read(Path(bundle), None), FileJob(Path(source), Path(target), identity), token=token).error)
 """
     command = [sys.executable, "-c", code, str(folder), *(str(one) for one in job), TOKEN]
     ends = [subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT) for _ in range(3)]

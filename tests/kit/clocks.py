@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from agent import clock
@@ -13,7 +14,8 @@ from agent.clock import ClockQuality, ClockReading
 from agent.config import Config
 from agent.device.intake.group_commit import GroupCommit
 from agent.device.machine.timekeeping import Timekeeper
-from agent.device.pipeline.batch import _build_clocks
+from agent.device.pipeline.batch_messages import _clock_members
+from agent.device.pipeline.columns import encode_runs, encode_times
 from agent.device.recovery.open import open_store
 from agent.device.store.clock_segments import clip_stamps
 from agent.device.store.message_log import MessageLog
@@ -130,11 +132,13 @@ class Station:
         if batch is None:
             return
         assert batch.loss_reason is None
-        columns = {"row": list(range(batch.first, batch.last + 1)), "t": batch.rows.t.tolist()}
+        rows = np.arange(batch.first, batch.last + 1)
+        columns = {"row": encode_runs(rows), "t": encode_times(batch.rows.t)}
         head = {"model": MODEL, "stream": "watch", "rows": [batch.first, batch.last], "n": len(batch.rows)}
         with self.store.transaction() as tx:
             stamps = clip_stamps(batch.stamps, batch.first, batch.last)
-            clocks = _build_clocks(stamps, self.author, tx.segments.last_announced_key())
+            announced = tx.segments.last_announced_key()
+            clocks = _clock_members(stamps, announced if announced[0] == self.author.boot else None)
             body: dict[str, Any] = {**head, "input": "", "columns": columns, **clocks}
             self.author.append(tx, "results", "exercise", body, now)
         self.used = batch.last

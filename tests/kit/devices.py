@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from agent import config
 from agent.clock import ClockReading
 from agent.device.pipeline import batch, drift_state
-from agent.device.pipeline.batch import BatchResult, LoadedTask
+from agent.device.pipeline.batch import BatchResult
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.recovery.open import open_store
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
@@ -24,7 +25,7 @@ from agent.drift.monitor import DriftMonitor
 from agent.model.activation import LoadedBundle
 from agent.testing.messages import new_key
 from agent.wire import jws
-from agent.wire.messages import ResultsPayload, VerifiedMessage, digest, verify_message
+from agent.wire.messages import ResultColumns, ResultsPayload, VerifiedMessage, digest, verify_message
 from scripts.kit.bundles import Recipe
 
 DEVICE = new_key(1)
@@ -114,10 +115,17 @@ def tiles(results: Sequence[ResultsPayload]) -> tuple[int, int]:
     return results[0].rows[0], results[-1].rows[1]
 
 
+def expand_columns(columns: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns of a results message, read from JSON, with their runs expanded."""
+    read = msgspec.convert(columns, ResultColumns)
+    expanded = {"row": read.expand_rows(), "t": read.expand_times(), "label": read.expand_labels()}
+    return columns | {name: values for name, values in expanded.items() if name in columns}
+
+
 def columns(results: Sequence[ResultsPayload]) -> dict[str, list[Any]]:
     """All results one after the other, whatever messages they came in."""
     joined: dict[str, list[Any]] = {}
     for one in results:
-        for name, values in msgspec.to_builtins(one.columns).items():
+        for name, values in expand_columns(msgspec.to_builtins(one.columns)).items():
             joined.setdefault(name, []).extend(values or [])
     return joined

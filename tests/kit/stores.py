@@ -15,11 +15,10 @@ from agent.device.recovery.open import open_store
 from agent.device.recovery.report_findings import report_findings
 from agent.device.store.eviction import quarantine_damaged
 from agent.device.store.message_log import MessageLog
-from agent.device.store.outbox import MESSAGE_COLUMNS
+from agent.device.store.outbox import MESSAGE_COLUMNS, OutboxMessage
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
-from agent.device.store.transaction import OutboxMessage
 from agent.testing.messages import new_key
 
 KEY = new_key(7)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from agent.authoring import pack
 from agent.datasets import training_data
+from agent.datasets.training_data import LabelParser
 from agent.errors import BadBundle, ConfigError, UsageError
 from agent.model import activation
 from agent.model.activation import LoadedBundle
@@ -38,7 +39,7 @@ from scripts.kit.bundles import (
     write_csv,
     write_spec,
 )
-from tests.kit.devices import STEP_US, T0, Device, columns, tiles
+from tests.kit.devices import STEP_US, T0, Device, columns, expand_columns, tiles
 
 Floats = NDArray[np.float32]
 BIAS = -np.square(CENTRES).sum(axis=1) / 2
@@ -216,10 +217,11 @@ def raw_columns(device: Device) -> dict[str, list[Any]]:
         if not isinstance(message.body, ResultsPayload):
             continue
         body = json.loads(message.payload)
-        for name, values in body["columns"].items():
+        expanded = expand_columns(body["columns"])
+        for name, values in expanded.items():
             joined.setdefault(name, []).extend(values)
-        if "missing" not in body["columns"]:
-            joined.setdefault("missing", []).extend([0.0] * len(body["columns"]["row"]))
+        if "missing" not in expanded:
+            joined.setdefault("missing", []).extend([0.0] * len(expanded["row"]))
     return joined
 
 
@@ -513,7 +515,7 @@ def test_parquet_says_what_csv_says(tmp_path: Path) -> None:
     parquet.write_table(table.set_column(0, "t", stamps), tmp_path / "stamps.parquet")
     spec = bundle.read(packed(tmp_path / "b", SUMS["float32"]), None).manifest
     one, *others = (
-        training_data.read(tmp_path / name, spec.input, training_data.make_label_parser(spec))
+        training_data.read(tmp_path / name, spec.input, LabelParser.from_manifest(spec))
         for name in ("d.csv", "d.parquet", "stamps.parquet")
     )
     for other in others:
@@ -541,7 +543,7 @@ def test_parquet_that_does_not_fit_is_refused_in_one_sentence(tmp_path: Path, da
     why = {
         "a text column": "column b holds string, not numbers",
         "no column": "no column b; there is a, c, d",
-        "no parquet": "no Parquet that can be read",
+        "no parquet": "not readable as Parquet",
         "no rows": "no rows in it, so nothing to run the model on",
     }[damage]
     with pytest.raises(UsageError) as problem:

@@ -227,7 +227,7 @@ calibrate = "images"
     found = activation.activate(tmp_path / "out", [KEY.public])
     spec = found.bundle.manifest
     assert len(spec.input.fields) == 288
-    seen = data.read(tmp_path / "images", spec.input, data.make_label_parser(spec))
+    seen = data.read(tmp_path / "images", spec.input, data.LabelParser.from_manifest(spec))
     assert seen.label is not None
     assert seen.label[::96].tolist() == [0] * 20 + [1] * 40
     answers = Inference(spec, found.model).run(seen.features, seen.t)

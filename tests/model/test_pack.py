@@ -184,7 +184,7 @@ def mistake(spec: Path, kind: type[OutstationError] = ConfigError) -> str:
         ('model = "CARD.md"', 'model = "NO.md"', "NO.md: No such file or directory; give a path relative to this file"),
         ('golden = "golden.csv"', 'golden = "no.csv"', "no.csv: cannot be read: No such file or directory"),
         ('golden = "golden.csv"', 'golden = "no.npz"', "no.npz: cannot be read: No such file or directory"),
-        ('reference = "reference.csv"', 'reference = "CARD.md"', "CARD.md: not data for fields a, b, c, d"),
+        ('reference = "reference.csv"', 'reference = "CARD.md"', "CARD.md: .md is not read; use one of .csv"),
         ('reference = "reference.csv"', 'reference = "."', "cannot be read: Is a directory"),
     ],
 )  # fmt: skip

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from agent.cli import main
 from agent.cli.model.group import model as command
-from agent.datasets.blocks import FilePosition
-from agent.datasets.csv_file import CsvReader
+from agent.datasets import csv_table
+from agent.datasets.readers import TableReader
 from agent.errors import BadBundle, UsageError
 from agent.evaluation.predict import output
 from agent.evaluation.predict import run as running
@@ -50,13 +50,13 @@ def run(*args: object) -> Result:
     return CliRunner().invoke(command, ["run", *(str(arg) for arg in args)])
 
 
-def work(bundle: Path, block: int | None = None, *, raw: bool = True) -> BatchPredictor:
+def work(bundle: Path, block: int = csv_table.BLOCK_BYTES, *, raw: bool = True) -> BatchPredictor:
     found = bundles.read(bundle, None)
     loaded = Inference(found.manifest, inference.load_model(found.manifest, found.model_bytes))
     return BatchPredictor(found, loaded, raw=raw, block_bytes=block)
 
 
-def over(bundle: Path, source: Path, out: Path, block: int | None = None) -> RunTotals:
+def over(bundle: Path, source: Path, out: Path, block: int = csv_table.BLOCK_BYTES) -> RunTotals:
     return work(bundle, block).predict_file(source, out, lambda *_: None)
 
 
@@ -137,7 +137,7 @@ def test_rows_that_cannot_be_read_are_named_and_left_out(tabular: Path, tmp_path
     document = json.loads(result.stdout)
     assert (result.exit_code, document["rows"], document["rejected"]) == (1, 3, 3)
     assert [(one["line"], one["reason"]) for one in document["rejects"]] == [
-        (3, "3 cells, the first line names 4"),
+        (3, "3 values, the header names 4"),
         (5, "b: 'x' is no number"),
         (8, "b: '1_0' is no number"),
     ]
@@ -174,18 +174,17 @@ def killed_after(turns: int, bundle: Path, source: Path, out: Path) -> int:
     code = f"""
 import os, signal, sys
 from pathlib import Path
-from agent.evaluation import output
-from agent.evaluation import run as running
+from agent.evaluation.predict import run as running
 from tests.model.test_run import work
-running.KEEP_EVERY_S = 0.0
-turn, done = running.Work._turn, []
+running.CHECKPOINT_INTERVAL_S = 0.0
+process, done = running.BatchPredictor._process_block, []
 def until(self, *args):
-    turn(self, *args)
+    process(self, *args)
     done.append(1)
     if len(done) == {turns}:
         os.kill(os.getpid(), signal.SIGKILL)
-running.Work._turn = until
-work(Path({str(bundle)!r}), 4096).file(Path({str(source)!r}), Path({str(out)!r}), lambda *_: None)
+running.BatchPredictor._process_block = until
+work(Path({str(bundle)!r}), 4096).predict_file(Path({str(source)!r}), Path({str(out)!r}), lambda *_: None)
 """
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True).returncode
 
@@ -238,14 +237,8 @@ def test_what_was_done_of_a_folder_is_not_done_again_after_a_kill(
 
 def test_memory_does_not_grow_with_the_file(tabular: Path, tmp_path: Path) -> None:
     small, large = (write_rows(tmp_path / f"{n}.csv", n) for n in (100_000, 1_500_000))
-    assert large.stat().st_size > 10 * running_block() > 10 * 2**20
+    assert large.stat().st_size > 10 * csv_table.BLOCK_BYTES > 10 * 2**20
     assert peak_mib(tabular, large) < peak_mib(tabular, small) + 30
-
-
-def running_block() -> int:
-    from agent.datasets import csv_file
-
-    return csv_file.BLOCK_BYTES
 
 
 def write_rows(path: Path, n: int) -> Path:
@@ -264,7 +257,7 @@ import re
 from pathlib import Path
 from tests.model.test_run import work
 source = Path({str(source)!r})
-work(Path({str(bundle)!r}), None, raw=False).file(source, source.with_suffix(".out.csv"), lambda *_: None)
+work(Path({str(bundle)!r}), raw=False).predict_file(source, source.with_suffix(".out.csv"), lambda *_: None)
 print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
@@ -276,7 +269,7 @@ print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
     [
         ("a,b,c\n1,2,3\n", "out.csv", "no column d; there is a, b, c"),
         ("a,b,c,d,a\n1,2,3,4,5\n", "out.csv", "column a is there twice"),
-        ("", "out.csv", "the first line must name the columns"),
+        ("", "out.csv", "its first line must name the columns"),
         ("a,b,c,d\n1,2,3,4\n", "out.txt", "name a file that ends in .csv or .parquet"),
         ("a,b,c,d\n1,2,3,4\n", "rows.csv", "is the data itself"),
     ],
@@ -383,7 +376,7 @@ def test_blocks_of_any_size_give_the_rows_and_rejects_of_the_whole(
 def read_all(path: Path, block: int) -> tuple[bytes, list[int], list[tuple[int, str]], list[str]]:
     """(values, numbers, rejects, texts) of a file read in such blocks, each from the place the last one left."""
     values, numbers, rejects, texts = b"", [], [], []
-    for one in CsvReader(path, ["a", "b"], ["b"], block).blocks(FilePosition()):
+    for one in TableReader(path, ["a"], ["b"], block).blocks():
         values += one.rows.tobytes()
         numbers += one.row_numbers.tolist()
         rejects += [(r.line, r.reason) for r in one.rejected]
@@ -393,15 +386,15 @@ def read_all(path: Path, block: int) -> tuple[bytes, list[int], list[tuple[int, 
 
 def test_reading_goes_on_from_any_place(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "rows.csv", ("a", "b"), waves(500))
-    file = CsvReader(path, ["a", "b"], block_bytes=1000)
-    whole = list(file.blocks(FilePosition()))
+    file = TableReader(path, ["a", "b"], block_bytes=1000)
+    whole = list(file.blocks())
     for i, one in enumerate(whole[:-1]):
         assert next(iter(file.blocks(one.next_position))).rows.tobytes() == whole[i + 1].rows.tobytes()
 
 
 def test_times_that_are_missing_are_those_of_the_row_before(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("t,a\n,1\n5,2\n,3\n7.5,4\n")
-    blocks = list(CsvReader(tmp_path / "rows.csv", ["a"], block_bytes=64).blocks(FilePosition()))
+    blocks = list(TableReader(tmp_path / "rows.csv", ["a"], block_bytes=64).blocks())
     assert np.concatenate([one.t for one in blocks]).tolist() == [0, 5_000_000, 5_000_000, 7_500_000]
 
 

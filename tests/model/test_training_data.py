@@ -15,7 +15,7 @@ from scripts.kit.bundles import npz
 PLAIN = ModelInput(fields=["a", "b"])
 
 
-def csv(folder: Path, text: str) -> training_data.Dataset:
+def csv(folder: Path, text: str) -> training_data.TrainingData:
     (folder / "data.csv").write_text(text, encoding="utf-8")
     return training_data.read(folder / "data.csv", PLAIN)
 
@@ -23,7 +23,7 @@ def csv(folder: Path, text: str) -> training_data.Dataset:
 def test_csv_columns_are_found_by_name_and_empty_cells_are_missing(tmp_path: Path) -> None:
     found = csv(tmp_path, '\ufeffb , note,a\r\n1.5,"x, y",2\r\n\r\n,z,"3"\r\n')
     np.testing.assert_array_equal(found.features, np.array([[2, 1.5], [3, np.nan]], np.float32))
-    assert found.t.tolist() == [0, 1]
+    assert found.t.tolist() == [1, 2]
 
 
 def test_csv_times_are_epoch_seconds(tmp_path: Path) -> None:
@@ -42,18 +42,18 @@ def test_csv_of_one_column_or_one_row_keeps_its_shape(tmp_path: Path) -> None:
     [
         ("", "the file is empty"),
         ("a,c\n1,2\n", "no column b; there is a, c"),
-        ("a,b\n1,2\n1,two\n", "line 3, b: 'two' is no number"),
-        ("a,b\n1,2,3\n", "line 2 has 3 cells, the first line names 2"),
-        ("a,b\n1\n", "line 2 has 1 cells, the first line names 2"),
+        ("a,b\n1,2\n1,two\n", "line 3: b: 'two' is no number"),
+        ("a,b\n1,2,3\n", "line 2: 3 values, the header names 2"),
+        ("a,b\n1\n", "line 2: 1 values, the header names 2"),
         ("t,a,b\n1,1,1\n,1,1\n", "row 2 has no time in column t"),
         ("t,a,b\n1,1,1\n1e13,1,1\n", "row 2 has no time in column t, in seconds since 1970"),
-        ("t,a,b\n2026-11-24T00:00:00Z,1,1\n", "line 2, t: '2026-11-24T00:00:00Z' is no number"),
+        ("t,a,b\n2026-11-24 noon,1,1\n", "line 2: t: '2026-11-24 noon' is no time"),
     ],
 )
 def test_csv_that_is_no_data_is_refused_with_its_line(tmp_path: Path, text: str, why: str) -> None:
     with pytest.raises(UsageError) as problem:
         csv(tmp_path, text)
-    assert str(problem.value).startswith(f"{tmp_path / 'data.csv'}: not data for fields a, b: {why}")
+    assert str(problem.value).startswith(f"{tmp_path / 'data.csv'}: {why}")
 
 
 def damaged_zip(at: int, value: int) -> bytes:
@@ -67,21 +67,21 @@ def damaged_zip(at: int, value: int) -> bytes:
     ("content", "why"),
     [
         (b"", "No data left in file"),
-        (b"no archive", "not data for fields"),
+        (b"no archive", "not readable as recordings"),
         (npz(rows=np.zeros((3, 2)), fields=["a", "c"]), "no column b; there is a, c"),
         (npz(fields=["a", "b"]), "rows"),
         (npz(rows=np.zeros((3, 2)), fields=["a", "b"], starts=[0, 4]), "starts must ascend from 0 to the number"),
         (npz(rows=np.zeros((3, 2)), fields=["a", "b"], starts=[0, 2, 1, 3]), "starts must ascend from 0"),
-        (npz(rows=np.zeros(3), fields=["a", "b"]), "not data for fields"),
+        (npz(rows=np.zeros(3), fields=["a", "b"]), "not readable as recordings"),
         (npz(rows=np.array([{}]), fields=["a", "b"]), "allow_pickle=False"),
-        (npz(rows=np.zeros((3, 2)), fields=["a", "b"], starts=[]), "not data for fields"),
+        (npz(rows=np.zeros((3, 2)), fields=["a", "b"], starts=[]), "not readable as recordings"),
         (npz(rows=np.zeros((3, 2)), fields=["a", "b"], rate=0.0), "rate is 0; give rows per second"),
         (
             npz(rows=np.zeros((3, 2)), fields=["a", "b"], starts=[0, 1, 3], label=[1]),
             "label has shape (1,), there are 2",
         ),
         (damaged_zip(10, 99), "compression"),
-        (damaged_zip(6, 99), "not data for fields"),
+        (damaged_zip(6, 99), "not readable as recordings"),
     ],
 )
 def test_recordings_that_are_no_data_are_refused(tmp_path: Path, content: bytes, why: str) -> None:

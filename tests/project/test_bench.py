@@ -12,12 +12,12 @@ import pytest
 from click.testing import CliRunner
 from msgspec.structs import replace
 
-from scripts.benchmarks import Report, Result, written
+from scripts.benchmarks import Report, Result, page
 from scripts.benchmarks.__main__ import document, main
-from scripts.benchmarks.drifting import made, ours, peers, recordings, tables, targets
-from scripts.benchmarks.drifting.counting import Found, Row
-from scripts.benchmarks.drifting.made import KINDS
-from scripts.benchmarks.drifting.peers import Kit
+from scripts.benchmarks.drift_peers import ours, peers, recordings, synthetic, tables, targets
+from scripts.benchmarks.drift_peers.counting import DetectionDelays, Row
+from scripts.benchmarks.drift_peers.peers import Kit
+from scripts.benchmarks.drift_peers.synthetic import KINDS
 
 MORE = Result("rate", 30.0, 20.0, "rows/s", 1.0, "more is better")
 LESS = Result("cost", 3.0, 2.0, "µs", 1.0, "less is better", less=True)
@@ -40,22 +40,22 @@ def test_a_benchmark_of_several_results_is_one_text_and_an_item_each(monkeypatch
 def test_a_ratio_that_is_worse_by_a_third_is_named_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(written, "PAGE", tmp_path / "page.md")
-    monkeypatch.setattr(written, "RATIOS", tmp_path / "ratios.json")
-    written.write([MORE, LESS], [MORE, LESS])
+    monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(page, "RATIOS", tmp_path / "ratios.json")
+    page.write([MORE, LESS], [MORE, LESS])
     (tmp_path / "page.md").write_text((tmp_path / "page.md").read_text() + "\n## What limits\n\nNothing.\n")
-    assert written.fallen([MORE, LESS]) == []
+    assert page.find_regressions([MORE, LESS]) == []
     slower, dearer = replace(MORE, ours=19.0), replace(LESS, ours=4.6)
-    assert [sentence.split(":")[0] for sentence in written.fallen([slower, dearer])] == ["rate", "cost"]
-    assert written.fallen([replace(MORE, ours=21.0), replace(LESS, ours=4.4), replace(MORE, name="new")]) == []
-    written.write([MORE], [MORE])
-    page = (tmp_path / "page.md").read_text()
-    assert "| rate | 30 | 20 | rows/s | 1.5 | ≥ 1 | met |" in page
-    assert page.endswith("\n## What limits\n\nNothing.\n"), "what a person wrote is kept"
+    assert [sentence.split(":")[0] for sentence in page.find_regressions([slower, dearer])] == ["rate", "cost"]
+    assert page.find_regressions([replace(MORE, ours=21.0), replace(LESS, ours=4.4), replace(MORE, name="new")]) == []
+    page.write([MORE], [MORE])
+    text = (tmp_path / "page.md").read_text()
+    assert "| rate | 30 | 20 | rows/s | 1.5 | ≥ 1 | met |" in text
+    assert text.endswith("\n## What limits\n\nNothing.\n"), "what a person wrote is kept"
 
 
 def test_quick_ends_with_1_only_where_a_ratio_has_fallen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(written, "RATIOS", tmp_path / "ratios.json")
+    monkeypatch.setattr(page, "RATIOS", tmp_path / "ratios.json")
     monkeypatch.setattr("scripts.benchmarks.__main__.BENCHMARKS", {"rate": lambda: MORE, "cost": lambda: LESS})
     monkeypatch.setattr("scripts.benchmarks.__main__.QUICK", {"cost"})
     for before, code in ((1.5, 0), (0.9, 1)):
@@ -68,8 +68,8 @@ def test_quick_ends_with_1_only_where_a_ratio_has_fallen(tmp_path: Path, monkeyp
 def test_of_several_runs_the_page_has_the_middle_and_later_runs_are_held_against_the_worst(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(written, "PAGE", tmp_path / "page.md")
-    monkeypatch.setattr(written, "RATIOS", tmp_path / "ratios.json")
+    monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(page, "RATIOS", tmp_path / "ratios.json")
     monkeypatch.setattr("scripts.benchmarks.__main__.QUICK", {"both"})
     more, less, limit = (5.0, 40.0, 30.0), (3.0, 1.0, 8.0), replace(LESS, name="limit", limit=True)
     turns = iter(
@@ -77,17 +77,17 @@ def test_of_several_runs_the_page_has_the_middle_and_later_runs_are_held_against
     )
     monkeypatch.setattr("scripts.benchmarks.__main__.BENCHMARKS", {"both": lambda: next(turns)})
     CliRunner().invoke(main, ["--write"])
-    page, kept = (tmp_path / "page.md").read_text(), json.loads((tmp_path / "ratios.json").read_text())
-    assert "| rate | 30 | 20 |" in page
-    assert "| cost | 3 | 2 |" in page
-    assert kept == {"rate": 0.25, "cost": 4.0}
-    assert written.fallen([replace(limit, ours=1000.0)]) == []
+    text, ratios = (tmp_path / "page.md").read_text(), json.loads((tmp_path / "ratios.json").read_text())
+    assert "| rate | 30 | 20 |" in text
+    assert "| cost | 3 | 2 |" in text
+    assert ratios == {"rate": 0.25, "cost": 4.0}
+    assert page.find_regressions([replace(limit, ours=1000.0)]) == []
 
 
 def test_a_ratio_that_fell_once_is_measured_again_and_has_fallen_only_if_it_does_so_each_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(written, "RATIOS", tmp_path / "ratios.json")
+    monkeypatch.setattr(page, "RATIOS", tmp_path / "ratios.json")
     (tmp_path / "ratios.json").write_text(json.dumps({"rate": 1.5}))
     monkeypatch.setattr("scripts.benchmarks.__main__.QUICK", {"rate"})
     slow = replace(MORE, ours=10.0)
@@ -99,44 +99,44 @@ def test_a_ratio_that_fell_once_is_measured_again_and_has_fallen_only_if_it_does
 
 
 def test_what_was_never_found_counts_as_missed_and_late() -> None:
-    found, flags = Found(), np.zeros((4, 3), np.bool_)
+    found, flags = DetectionDelays(), np.zeros((4, 3), np.bool_)
     flags[2, 1] = True
     for subjects in ([0, 1], [1], [0]):
         found.add(flags, subjects)
     assert found.delays == [3, 3, None]
     assert (found.median, round(found.missed)) == (3, 33)
-    assert Found([None, None, 2]).median == float("inf")
+    assert DetectionDelays([None, None, 2]).median == float("inf")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind.name))
-def test_made_rows_are_as_steady_as_they_should_be_and_of_unit_variance(kind: made.Kind) -> None:
-    rows = made.table(kind, (1,), 100)[:, : made.FIELDS]
+def test_made_rows_are_as_steady_as_they_should_be_and_of_unit_variance(kind: synthetic.Kind) -> None:
+    rows = synthetic.table(kind, (1,), 100)[:, : synthetic.FIELDS]
     assert rows.var(0) == pytest.approx(1, abs=0.15)
     assert np.mean(rows[1:] * rows[:-1]) == pytest.approx(kind.steady, abs=0.02)
 
 
 def test_fewer_made_rows_are_the_first_of_more() -> None:
-    assert (made.quiet(KINDS[1], 3, 4)[: 2 * made.ROWS] == made.quiet(KINDS[1], 3, 2)).all()
+    assert (synthetic.quiet(KINDS[1], 3, 4)[: 2 * synthetic.ROWS] == synthetic.quiet(KINDS[1], 3, 2)).all()
 
 
 def test_changes_are_what_they_are_called() -> None:
-    by_name = {change.name: made.table(KINDS[0], (1,), 200, change) for change in made.changes(4)}
-    assert by_name[made.QUARTER].mean(0)[:5] == pytest.approx([0.25] * 4 + [0], abs=0.02)
-    assert by_name[made.HALF].mean(0)[:5] == pytest.approx([0.5] * 4 + [0], abs=0.02)
-    assert by_name[made.WIDER].var(0)[:5] == pytest.approx([1.5] * 4 + [1], abs=0.03)
-    assert by_name[made.RAMPED][: made.ROWS].mean(0)[0] == pytest.approx(0.025, abs=0.1)
-    assert by_name[made.RAMPED][-made.ROWS :].mean(0)[0] == pytest.approx(0.5, abs=0.1)
-    first, *others = by_name[made.TOGETHER][:, :5].T
+    by_name = {change.name: synthetic.table(KINDS[0], (1,), 200, change) for change in synthetic.changes(4)}
+    assert by_name[synthetic.QUARTER].mean(0)[:5] == pytest.approx([0.25] * 4 + [0], abs=0.02)
+    assert by_name[synthetic.HALF].mean(0)[:5] == pytest.approx([0.5] * 4 + [0], abs=0.02)
+    assert by_name[synthetic.WIDER].var(0)[:5] == pytest.approx([1.5] * 4 + [1], abs=0.03)
+    assert by_name[synthetic.RAMPED][: synthetic.ROWS].mean(0)[0] == pytest.approx(0.025, abs=0.1)
+    assert by_name[synthetic.RAMPED][-synthetic.ROWS :].mean(0)[0] == pytest.approx(0.5, abs=0.1)
+    first, *others = by_name[synthetic.TOGETHER][:, :5].T
     together = [np.mean(first * other) for other in others]
     assert together == pytest.approx([0.5, 0.5, 0.5, 0], abs=0.02)
-    shares = np.bincount(by_name[made.ANSWERS][:, made.ANSWER].astype(int)) / len(by_name[made.ANSWERS])
-    assert shares == pytest.approx(made.OTHER_SHARES, abs=0.01)
+    shares = np.bincount(by_name[synthetic.ANSWERS][:, synthetic.ANSWER].astype(int)) / len(by_name[synthetic.ANSWERS])
+    assert shares == pytest.approx(synthetic.OTHER_SHARES, abs=0.01)
 
 
 @pytest.mark.parametrize("model_rows", [1, 100])
 def test_a_site_that_learned_sees_a_shift_of_half_a_sd(model_rows: int) -> None:
-    row = ours.row("ours", KINDS[0], [made.changes(4)[1]], sites=1, quiet=5, trials=1, model_rows=model_rows)
-    (delay,) = row.found[made.HALF].delays
+    row = ours.row("ours", KINDS[0], [synthetic.changes(4)[1]], sites=1, quiet=5, trials=1, model_rows=model_rows)
+    (delay,) = row.found[synthetic.HALF].delays
     assert row.quiet == 5
     assert delay is not None
     assert delay <= 3
@@ -145,14 +145,14 @@ def test_a_site_that_learned_sees_a_shift_of_half_a_sd(model_rows: int) -> None:
 def test_a_peer_in_a_process_of_its_own_sees_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PSI needs nothing but numpy, so it runs in any environment."""
     monkeypatch.setattr(Kit, "python", Path(sys.executable))
-    data, changes = tmp_path / "data.npz", [made.changes(4)[1]]
+    data, changes = tmp_path / "data.npz", [synthetic.changes(4)[1]]
     peers.write(data, KINDS[0], changes, sites=1)
     with peers.started(Kit("psi", "PSI", quiet=3, trials=1, timed=2), data) as peer:
         row = peer.row(data, changes)
         assert peer.seconds_per_row() > 0
         assert peer.memory["work_mb"] >= 0
     assert (row.quiet, row.alarmed) == (3, 0)
-    assert row.found[made.HALF].delays == [1]
+    assert row.found[synthetic.HALF].delays == [1]
 
 
 def test_a_peer_that_fails_is_told_with_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,11 +180,14 @@ def test_a_slower_clock_reads_the_same_movement_in_fewer_rows() -> None:
 
 
 def test_results_are_finite_where_something_was_never_found() -> None:
-    changes = {name: Found([None, None]) for name in (made.QUARTER, made.HALF, made.WIDER, made.ANSWERS)}
+    changes = {
+        name: DetectionDelays([None, None])
+        for name in (synthetic.QUARTER, synthetic.HALF, synthetic.WIDER, synthetic.ANSWERS)
+    }
     rows = [Row("ours, an answer per row", 10, 1, changes), Row("PSI", 10, 10, changes)]
     results = list(targets.of_made("independent", rows))
     assert "Infinity" not in json.dumps([document(one) for one in results])
     assert [one.met for one in results] == [False] * 6
     assert "PSI: 1000" in results[0].note
     assert "; PSI: > 20 / 100 %" in results[1].note
-    assert "> 20 / 100 %" in tables.found("title", rows, made.WATCHED)
+    assert "> 20 / 100 %" in tables.render_detections("title", rows, synthetic.WATCHED)

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from agent.comparison.paired_intervals import ComparisonBlock
-from scripts.covering import looks, made, recorded
-from scripts.covering.__main__ import held
-from scripts.covering.made import ESTIMATES, STRAIN, TRUTHS
+from scripts.interval_coverage import looks, recorded, synthetic
+from scripts.interval_coverage.__main__ import held
+from scripts.interval_coverage.synthetic import ESTIMATES, STRAIN, TRUTHS
 
-CASES = {case.name: case for case in made.cases()}
+CASES = {case.name: case for case in synthetic.cases()}
 REPEATS = 100
 
 
@@ -32,7 +32,7 @@ def counted(name: str, repeats: int = REPEATS) -> dict[str, dict[str, float]]:
 
 def test_what_is_said_of_the_strain_is_what_the_blocks_show_in_the_long_run() -> None:
     random = np.random.default_rng(3)
-    blocks = made.told(random, made.bursts(random, 2.0, STRAIN, 40_000))
+    blocks = synthetic.comparison_blocks(random, synthetic.bursts(random, 2.0, STRAIN, 40_000))
     for name, estimate in ESTIMATES.items():
         found = estimate(blocks)
         assert found is not None
@@ -81,7 +81,18 @@ def test_over_the_recordings_agreement_is_held_as_often_as_the_documentation_say
 
 def test_the_script_says_what_it_counted_and_the_same_seed_says_the_same() -> None:
     name = "5 devices, 10 messages each"
-    command = [sys.executable, "-m", "scripts.covering", "--repeats", "3", "--seed", "11", "--only", name, "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.interval_coverage",
+        "--repeats",
+        "3",
+        "--seed",
+        "11",
+        "--only",
+        name,
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     [case] = json.loads(done.stdout)["covered"]
     assert case == {"case": name, **counted(name, 3)}

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scripts.faults.declarations import Declarations
+from tests.kit.devices import expand_columns
 
 TASK, OTHER = "often", "in-tens"
 T0 = 1_000
@@ -46,7 +47,8 @@ def undeclared(last: int, *logs: Log, task: str = TASK, forgetful: bool = False)
     payloads = [payload for log in logs for payload in log.sent]
     sent = [T0 + row for row in range(1, last + 1)]
     bodies = [json.loads(payload) for payload in payloads]
-    came = {t for body in bodies if body["kind"] == "results" and body["task"] == task for t in body["columns"]["t"]}
+    results = [body for body in bodies if body["kind"] == "results" and body["task"] == task]
+    came = {t for body in results for t in expand_columns(body["columns"])["t"]}
     return Declarations(payloads, (TASK, OTHER), forgetful=forgetful).undeclared(task, set(sent) - came, sent)
 
 

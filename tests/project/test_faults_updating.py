@@ -6,7 +6,7 @@ from typing import Any
 
 from scripts.faults import launch
 from scripts.faults.on_update import _STEPS
-from scripts.faults.updating import OTHER, TASK, _told
+from scripts.faults.updating import OTHER, TASK, _allowed_bundles_after
 
 OLD, NEW = "sha256:old", "sha256:new"
 
@@ -23,7 +23,7 @@ def rollout(phase: str) -> dict[str, Any]:
 def after(*bodies: dict[str, Any]) -> set[str]:
     may = set[str]()
     for body in bodies:
-        may = _told(body, may)
+        may = _allowed_bundles_after(body, may)
     return may
 
 
@@ -54,4 +54,4 @@ def test_what_another_task_does_changes_nothing() -> None:
 
 def test_every_step_at_which_a_daemon_is_to_die_is_there() -> None:
     for step in _STEPS:
-        assert callable(launch.found(step.target)[2]), step
+        assert callable(launch.resolve_target(step.target)[2]), step

@@ -13,9 +13,9 @@ from agent.fleet.rollout import plan
 from agent.model.bundle import bundle
 from agent.model.sandbox import probe
 from agent.wire.keys import generate
-from scripts.staged import candidates
-from scripts.staged.judging import problems
-from scripts.staged.trials import TRIALS, Trial
+from scripts.rollout_trials import candidates
+from scripts.rollout_trials.trials import TRIALS, Trial
+from scripts.rollout_trials.verdict import problems
 
 NEW, OLD = "sha256:new", "sha256:old"
 KNOWN = {trial.name: trial for trial in TRIALS}

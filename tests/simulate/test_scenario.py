@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from agent.client import Client
-from agent.device.intake.sources import recordings as playlist
+from agent.datasets.recordings import load
 from agent.errors import UsageError
 from agent.model.bundle import builtin, bundle
 from agent.simulate import scenario
@@ -37,7 +37,7 @@ class Book(Client):
 @pytest.mark.parametrize("one", SCENARIOS.values(), ids=list(SCENARIOS))
 def test_a_scenario_has_the_fields_that_its_bundle_takes_and_its_file_holds(one: Scenario) -> None:
     manifest = bundle.read(builtin.bundles_dir() / one.bundle, builtin.publisher_keys()).manifest
-    recordings = playlist.load(one.file)
+    recordings = load(one.file)
     assert [name for name, _ in one.fields] == manifest.input.fields
     assert set(manifest.input.fields) <= set(recordings.fields)
     assert manifest.kind == one.kind
@@ -54,10 +54,10 @@ def test_the_first_two_sites_have_something_wrong_after_they_have_learned_and_th
 
 def test_measured_values_are_the_recordings_with_what_the_site_lost() -> None:
     solar = SCENARIOS["solar"]
-    made, recordings = demo_plan(2, 30.0, scenario=solar), playlist.load(solar.file)
+    made, recordings = demo_plan(2, 30.0, scenario=solar), load(solar.file)
     dusty, other = (made.measured_values(recordings, site) for site in made.sites)
     assert other.tolist() == pytest.approx(
-        recordings.extra_columns["power"][solar.skip_rows :][: solar.total_rows].tolist(), nan_ok=True
+        recordings.columns["power"][solar.skip_rows :][: solar.total_rows].tolist(), nan_ok=True
     )
     first = made.first_faulty_row(made.sites[0])
     assert dusty[:first].tolist() == pytest.approx(other[:first].tolist(), nan_ok=True)
@@ -72,7 +72,7 @@ def test_a_loss_grows_evenly_and_then_stays() -> None:
 
 def test_only_what_was_measured_by_day_is_worth_a_label() -> None:
     solar = SCENARIOS["solar"]
-    made, recordings = demo_plan(1, 30.0, scenario=solar), playlist.load(solar.file)
+    made, recordings = demo_plan(1, 30.0, scenario=solar), load(solar.file)
     told = made.metered_labels(recordings, made.sites[0])
     clear = recordings.rows[solar.skip_rows :][: solar.total_rows, recordings.fields.index("ghi_clear")]
     assert np.isnan(told[clear < 20]).all()

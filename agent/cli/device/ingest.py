@@ -6,8 +6,9 @@ import contextlib
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import click
 
@@ -15,8 +16,10 @@ from agent import clock
 from agent.bootstrap import device
 from agent.cli.output import config_option, emit, json_option
 from agent.client import Client, FlushResult
-from agent.config import Config, FilesSource, StreamConfig
-from agent.device.intake.file_reader import FileBlock, open_text, read_blocks
+from agent.config import Config, StreamConfig
+from agent.config.sources import FilesSource
+from agent.datasets.formats import open_file
+from agent.device.intake.file_reader import FileBlock, read_blocks
 from agent.device.intake.group_commit import NOT_STORED, GroupCommit
 from agent.device.machine.timekeeping import make_clock
 from agent.device.store.rows import ValidatedRows, validate_columns
@@ -72,12 +75,12 @@ def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str
     rejected: dict[int, str] = {}
     stream = conf.streams[name]
     with contextlib.ExitStack() as open_files:
-        text = open_files.enter_context(_open_input(path))
+        source = open_files.enter_context(_open_input(path))
         target = open_files.enter_context(contextlib.closing(_open_sink(conf, name)))
         bar = open_files.enter_context(_ProgressLine(path))
         problem = None
         try:
-            for checked, lines, bad, through in _check_blocks(read_blocks(path, text, name, stream), stream):
+            for checked, lines, bad, through in _check_blocks(read_blocks(path, source, name, stream), stream):
                 rejected |= bad
                 if len(checked.rows):
                     target.put(checked, lines)
@@ -100,9 +103,9 @@ def _check_blocks(
     for block in blocks:
         checked = validate_columns(block.raw, stream, clock.read().wall_us, latest)
         latest = checked.latest_us
-        bad = block.bad | {block.lines[i]: reason for i, reason in checked.rejected.items()}
+        bad = block.rejected | {block.lines[i]: reason for i, reason in checked.rejected.items()}
         lines = [n for i, n in enumerate(block.lines) if i not in checked.rejected]
-        yield checked, lines, bad, max([*block.lines[-1:], *block.bad])
+        yield checked, lines, bad, max([*block.lines[-1:], *block.rejected])
 
 
 class _DaemonSink:
@@ -210,10 +213,9 @@ def _open_sink(conf: Config, stream: str) -> RowSink:
             raise OutstationError(f"{busy}; it takes nothing in now: {error}") from None
 
 
-def _open_input(path: Path | None) -> IO[str]:
+def _open_input(path: Path | None) -> BufferedReader[Any]:
     try:
-        # Not sys.stdin, whose encoding hangs on the locale.
-        return open_text(path if path is not None else 0)
+        return open_file(path if path is not None else 0)
     except OSError as error:
         raise UsageError(f"{path or 'stdin'}: {error.strerror}") from None
 

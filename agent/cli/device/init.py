@@ -67,7 +67,7 @@ fields = [
   {{ name = "memory", unit = "%", min = 0, max = 100 }},
   {{ name = "disk", unit = "%", min = 0, max = 100 }},
 ]
-source = {{ kind = "host", every = "10 s" }}  # socket | files | host | replay
+source = {{ kind = "host", poll_interval = "10 s" }}  # socket | files | host | replay
 
 # A task runs a bundle over a stream.
 # [tasks.exercise]
@@ -75,7 +75,7 @@ source = {{ kind = "host", every = "10 s" }}  # socket | files | host | replay
 # bundle = "exercise"          # name in the bundle store, or a path
 # schedule = "every 60 s"      # "every ...", a cron expression, or "when 500 rows"
 # deadline = "2 s"             # how long a batch may take; after a late one the next are smaller
-# publish = "all"              # all | changes | summary, or {{ below = 0.6 }}
+# publish = "all"              # all | changes | summary, or {{ below_score = 0.6 }}
 """
 
 

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-import csv
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
-import msgspec
 
 from agent.bootstrap import device
 from agent.cli.output import config_option, emit, json_option
 from agent.client import Client
-from agent.clock import parse_rfc3339
 from agent.config import Config
+from agent.datasets import formats
+from agent.datasets.csv_table import CsvTable
+from agent.datasets.tables import ColumnType
 from agent.device.bundles import history
 from agent.device.intake.group_commit import GroupCommit
-from agent.device.intake.labels import LabelBatch, LabelTarget
+from agent.device.intake.labels import LabelBatch
 from agent.device.machine.timekeeping import make_clock
-from agent.errors import OutstationError, StorageBusy, UsageError
+from agent.errors import OutstationError, RowRejected, StorageBusy, UsageError
 from agent.model.bundle import bundle
 from agent.performance import labels
-from agent.performance.labels import Label, LabelSchema
+from agent.performance.labels import Label, LabelSchema, LabelTarget
 from agent.toml_files import did_you_mean
 
 _MAX_SHOWN = 20
-_COLUMNS = ("row", "t", "label", "source")
+_COLUMNS = {
+    "row": ColumnType.INTEGER,
+    "t": ColumnType.TIME,
+    "label": ColumnType.TEXT,
+    "source": ColumnType.TEXT,
+}
 ParsedLabel = tuple[int, Label | str]
 
 
@@ -71,72 +76,45 @@ def _print(accepted: int, rejected: Mapping[int, str]) -> None:
 
 
 def read_labels(file: str) -> Iterator[ParsedLabel]:
-    """Each line's number with its label, or the reason why it has none. Raises UsageError."""
+    """Yield each line's number with its label, or the reason why it has none. Raises UsageError."""
     try:
-        # Not sys.stdin, whose encoding hangs on the locale.
-        source: Path | int = 0 if file == "-" else Path(file)
-        with open(source, encoding="utf-8", errors="replace", newline="", closefd=file != "-") as text:
-            first = text.readline().removeprefix("\ufeff")
-            yield from _read_json_lines(first, text) if first.lstrip().startswith("{") else _read_csv(file, first, text)
+        with formats.open_file(0 if file == "-" else Path(file)) as source:
+            table = formats.open_table(None, source, check_row=_find_foreign_member)
+            if isinstance(table, CsvTable):
+                _check_columns(file, table.columns)
+            names = table.columns if isinstance(table, CsvTable) else list(_COLUMNS)
+            for block in table.read({name: _COLUMNS[name] for name in names}, keep_invalid=True):
+                yield from ((rejection.line, rejection.reason) for rejection in block.rejected)
+                for line, *values in zip(block.lines, *(block.columns[name] for name in names), strict=True):
+                    yield line, _parse_label(dict(zip(names, values, strict=True)))
+    except RowRejected as problem:
+        raise UsageError(f"{file}: {problem}") from None
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror}") from None
 
 
-def _read_csv(file: str, first_line: str, text: IO[str]) -> Iterator[ParsedLabel]:
-    header = [name.strip() for name in next(csv.reader([first_line]), [])]
-    for name in header:
-        if name not in _COLUMNS or header.count(name) > 1:
+def _check_columns(file: str, columns: Sequence[str]) -> None:
+    for name in columns:
+        if name not in _COLUMNS or columns.count(name) > 1:
             raise UsageError(f"{file}: column {name[:40]!r}: the first line names row or t, label, and perhaps source")
-    if "label" not in header or not {"row", "t"} & set(header):
+    if "label" not in columns or not {"row", "t"} & set(columns):
         raise UsageError(f"{file}: the first line must name the columns: row,label or t,label")
-    reader = csv.reader(text)
-    while True:
-        number = reader.line_num + 2
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield number, f"not readable as CSV: {error}"
-            continue
-        if not cells:
-            continue
-        if len(cells) != len(header):
-            yield number, f"{len(cells)} values, the header names {len(header)}"
-            continue
-        yield number, _parse_label({name: cell.strip() or None for name, cell in zip(header, cells, strict=True)})
 
 
-def _read_json_lines(first_line: str, text: IO[str]) -> Iterator[ParsedLabel]:
-    for number, line in enumerate((first_line, *text), 1):
-        if not line.strip():
-            continue
-        try:
-            found = msgspec.json.decode(line, type=dict[str, Any])
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            yield number, f"not one JSON object on one line: {str(error)[:120]}"
-            continue
-        extra = next((name for name in found if name not in _COLUMNS), None)
-        yield number, _parse_label(found) if extra is None else f"{extra[:40]!r} says nothing about a label"
+def _find_foreign_member(values: Mapping[str, Any]) -> str | None:
+    extra = next((name for name in values if name not in _COLUMNS), None)
+    return None if extra is None else f"{extra[:40]!r} says nothing about a label"
 
 
 def _parse_label(values: Mapping[str, Any]) -> Label | str:
-    row, t = values.get("row"), values.get("t")
+    text, source = (
+        (value.strip() or None) if isinstance(value, str) else value
+        for value in (values.get("label"), values.get("source"))
+    )
     try:
-        if isinstance(row, str) and row.isascii() and row.isdigit():
-            row = int(row)
-        return labels.parse_label(row, _parse_time(t), values.get("label"), values.get("source"))
+        return labels.parse_label(values.get("row"), values.get("t"), text, source)
     except ValueError as problem:
         return str(problem)
-
-
-def _parse_time(t: Any) -> Any:
-    if not isinstance(t, str):
-        return t
-    try:
-        return float(t)
-    except ValueError:
-        return parse_rfc3339(t) / 1e6
 
 
 def _submit(conf: Config, task: str, labels: list[tuple[int, Label]]) -> tuple[int, dict[int, str]]:

@@ -48,7 +48,7 @@ def _print(document: dict[str, Any]) -> None:
     click.echo(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {rejected}\n")
     if condition := _format_condition(document["condition"]):
         click.echo(f"{condition}\n")
-    if pause_reason := document["care"].get("resting"):
+    if pause_reason := document["throttle"].get("resting"):
         click.echo(f"tasks are paused: {pause_reason}\n")
     _print_tasks(document["tasks"])
     click.echo("")
@@ -67,9 +67,9 @@ def _format_clock(clock: dict[str, Any]) -> str:
 
 def _format_condition(condition: dict[str, Any]) -> str:
     """Return one line if the store was repaired or not closed cleanly."""
-    last, quarantine = condition["last"], condition["quarantine"]
-    parts = ["last stop unclean"] if condition["stop"] == "unclean" else []
-    parts += [f"{last['time']}: {last['what']}"] if last else []
+    last, quarantine = condition["last_finding"], condition["quarantine"]
+    parts = ["last stop unclean"] if condition["last_stop"] == "unclean" else []
+    parts += [f"{last['time']}: {last['summary']}"] if last else []
     parts += [f"{quarantine['bytes'] / 2**20:.1f} MiB in {quarantine['folder']}"] if quarantine else []
     return "; ".join(parts)
 
@@ -110,7 +110,9 @@ def _format_alert(alert: dict[str, Any], heading: str) -> str:
 
 
 def _format_bundle(task: dict[str, Any]) -> str:
-    note = "another is quarantined" if "set_aside" in task else "rolled back" if "rolled_back_to" in task else ""
+    note = (
+        "another is quarantined" if "quarantined_bundles" in task else "rolled back" if "rolled_back_to" in task else ""
+    )
     return f"{task['bundle']} ({note})" if note else str(task["bundle"])
 
 

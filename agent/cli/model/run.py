@@ -53,7 +53,7 @@ def run(
     BUNDLE is a folder, a .zip, or the name of one that ships. A run that was killed goes on where it was when it is
     started again with the same arguments. Rows that cannot be read are named; then the exit code is 1.
     """
-    from agent.datasets import blocks
+    from agent.datasets import readers
     from agent.evaluation.predict import output
     from agent.evaluation.predict import run as running
 
@@ -62,7 +62,7 @@ def run(
     place = open_cluster(engine, address)
     found, loaded, said = load_bundle(bundle, public)
     # A folder of images or sounds is one stream: its answers are one file.
-    many = data.is_dir() and not blocks.is_media(loaded.manifest.input)
+    many = data.is_dir() and not readers.is_media(loaded.manifest.input)
     if not many and out.suffix not in output.OUTPUT_SUFFIXES:
         raise UsageError(f"-o {out}: name a file that ends in {' or '.join(output.OUTPUT_SUFFIXES)}")
     work = running.BatchPredictor(found, loaded, raw=raw)

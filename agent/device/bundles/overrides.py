@@ -96,9 +96,9 @@ def to_status(store: Store, task: str) -> dict[str, object]:
     if is_paused(store, task):
         members["paused"] = True
     if (text := load_schedule(store, task)) is not None:
-        members["schedule_set"] = text
+        members["schedule_override"] = text
     if (rolled := load_bundle_override(store, task)) is not None:
         members["rolled_out" if rolled.rollout else "rolled_back_to"] = rolled.digest
     if aside := load_quarantined(store, task):
-        members["set_aside"] = sorted(aside)
+        members["quarantined_bundles"] = sorted(aside)
     return members

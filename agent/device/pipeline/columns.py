@@ -1,23 +1,37 @@
-"""Scores as the columns of a results message."""
+"""Columns of a results message, written in the run-length form of `agent.wire.runs`."""
 
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from agent.model.inference.scores import Scores
+from agent.wire.runs import MAX_RESULTS, JitteredTimes, LabelRun, TimeRun
+
+# Beyond 53 bits a step is no exact number for every reader of JSON.
+_MAX_SPAN = 2**53 - 1
 
 
 def build(
-    model_scores: Scores, labels: list[str] | None, missing: NDArray[np.float32], indices: NDArray[np.int64]
+    model_scores: Scores,
+    labels: list[str] | None,
+    missing: NDArray[np.float32],
+    indices: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    times: NDArray[np.int64],
 ) -> dict[str, Any]:
-    """Label, score, value and what more there is of the results at `picked`; `missing` where any of it is not 0."""
-    columns: dict[str, Any] = {}
+    """Return the columns of the results at `indices`, whose `rows` and `times` (epoch µs) are (len(indices),).
+
+    `missing` is left out where all of it is 0.
+    """
+    columns: dict[str, Any] = {"row": encode_runs(rows), "t": encode_times(times)}
     if labels is not None:
-        columns["label"] = [labels[i] for i in indices]
+        columns["label"] = encode_labels([labels[i] for i in indices.tolist()])
     if model_scores.score is not None:
         columns["score"] = _round(model_scores.score[indices], 4)
     if model_scores.value is not None:
@@ -36,7 +50,47 @@ def max_results(max_bytes: int, model_scores: Scores, labels: list[str] | None) 
     """
     longest = max((_json_size(name) for name in set(labels or ())), default=0)
     heads = sum(_json_size(name) + 4 for name in model_scores.extra_columns)
-    return max(1, (max_bytes - heads) // (56 + longest + 16 * len(model_scores.extra_columns)))
+    return min(MAX_RESULTS, max(1, (max_bytes - heads) // (56 + longest + 16 * len(model_scores.extra_columns))))
+
+
+def encode_runs(values: NDArray[np.int64]) -> list[int | TimeRun]:
+    """Return `values` (n,) with each arithmetic run of three or more, from the left, as a run."""
+    numbers: list[int] = values.tolist()
+    if len(numbers) < 3 or max(numbers) - min(numbers) > _MAX_SPAN:
+        return [*numbers]
+    steps = np.diff(values)
+    regular = steps[1:] == steps[:-1]
+    if regular.all():
+        return [TimeRun(numbers[0], int(steps[0]), len(numbers))]
+    edges = np.flatnonzero(np.diff(regular, prepend=False, append=False))
+    items: list[int | TimeRun] = []
+    done = 0
+    for start, stop in edges.reshape(-1, 2).tolist():
+        # Two runs that meet share an entry: the first run keeps it, and the second may then be too short.
+        start, end = max(start, done), stop + 2
+        if end - start >= 3:
+            items += numbers[done:start]
+            items.append(TimeRun(numbers[start], numbers[start + 1] - numbers[start], end - start))
+            done = end
+    return [*items, *numbers[done:]]
+
+
+def encode_times(times: NDArray[np.int64]) -> list[int | TimeRun] | JitteredTimes:
+    """Return `times` (n,), epoch µs, as runs, or as offsets from a regular grid where that takes fewer bytes."""
+    items = encode_runs(times)
+    n = len(times)
+    if n < 3 or len(items) == 1 or int(times.max()) - int(times.min()) > _MAX_SPAN:
+        return items
+    first = int(times[0])
+    step = (int(times[-1]) - first) // (n - 1)
+    jittered = JitteredTimes(first, step, (times - (first + step * np.arange(n))).tolist())
+    return jittered if len(msgspec.json.encode(jittered)) < len(msgspec.json.encode(items)) else items
+
+
+def encode_labels(labels: list[str]) -> list[str | LabelRun]:
+    """Return `labels` (n,) with each label that repeats as a run."""
+    groups = ((label, sum(1 for _ in same)) for label, same in groupby(labels))
+    return [label if count == 1 else LabelRun(label, count) for label, count in groups]
 
 
 def _json_size(text: str) -> int:

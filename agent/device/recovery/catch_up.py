@@ -1,4 +1,7 @@
-"""A database that is behind its watermark goes on where it had got: no row number and no seq is ever given twice."""
+"""Repair of lost commits: a database behind its watermark continues where it was, and lost meta values are rebuilt.
+
+No row number and no seq is ever assigned twice: if nothing says how far the log had come, a new log begins.
+"""
 
 from __future__ import annotations
 
@@ -21,35 +24,49 @@ from agent.wire.messages import digest
 
 log = logging.getLogger("outstation")
 
+# Names in table meta: the log before this one; the seq behind which no acknowledgement has confirmed our messages; the
+# last seq when the store was opened, above which no message can be in a copy of the store.
+PREVIOUS_LOG, UNPROVEN_FROM, OPENED_SEQ = "previous log", "unproven from", "opened seq"
+_LOG_HEAD_LOST = "The store was damaged where it records its log and the last message of it."
+
 
 class _ResultsMessage(msgspec.Struct):
-    """What a `results` message says of the rows it is about."""
+    """Members of a `results` message that name its rows."""
 
     kind: str
     task: str
     rows: tuple[int, int]
 
 
-# In table meta: the log before this one; the seq behind which nobody has confirmed that messages are ours; the last seq
-# when the store was opened: what is above was written since, in no copy of the store.
-PREVIOUS_LOG, UNPROVEN_FROM, OPENED_SEQ = "previous log", "unproven from", "opened at"
+class SkippedNumbers(msgspec.Struct, frozen=True):
+    """Skipped numbers: rows by stream, consumed rows by task, and whether seqs."""
+
+    rows: dict[str, list[tuple[int, int]]]
+    cursors: dict[str, list[tuple[int, int]]]
+    seqs: bool
+
+    def __bool__(self) -> bool:
+        return bool(self.rows or self.cursors or self.seqs)
+
+
+# --- behind the watermark ---
 
 
 def catch_up(db: sqlite3.Connection, saved: WatermarkState | None) -> bool:
-    """Compare with the watermark and go on from whichever is ahead; whether the watermark was.
+    """Compare with the watermark and continue from whichever is ahead. Return True if the watermark was.
 
-    Inside the transaction that begins the opening. What is missing becomes a finding, to be said in the log.
+    Runs inside the first transaction of an opening. Losses become a finding, which the log reports.
     """
-    findings.put(db, findings.LAST_STOP, "clean" if meta.get(db, findings.CLEAN_STOP, "") else "unclean")
-    meta.drop(db, findings.CLEAN_STOP)
-    here = watermark.from_database(db)
+    meta.put(db, findings.LAST_STOP, "clean" if meta.get(db, findings.CLEAN_STOP, "") else "unclean")
+    meta.delete(db, findings.CLEAN_STOP)
+    current = watermark.from_database(db)
     changed = False
-    if saved is not None and saved.log and saved != here:
-        changed = _compare(db, here, saved)
+    if saved is not None and saved.log and saved != current:
+        changed = _compare(db, current, saved)
     seq = str(watermark.from_database(db).seq)
     if not meta.get(db, UNPROVEN_FROM, ""):
-        findings.put(db, UNPROVEN_FROM, seq)
-    findings.put(db, OPENED_SEQ, seq)
+        meta.put(db, UNPROVEN_FROM, seq)
+    meta.put(db, OPENED_SEQ, seq)
     return changed
 
 
@@ -61,60 +78,59 @@ def _compare(db: sqlite3.Connection, current: WatermarkState, saved: WatermarkSt
     if current.log != saved.log:
         if meta.get(db, PREVIOUS_LOG, "") == saved.log:
             return False
-        why = f"The store was replaced: log {saved.log} was written in this folder last, the database is of {current.log}."
+        reason = (
+            f"The store was replaced: the last log of this folder was {saved.log}, the database belongs to log "
+            f"{current.log}."
+        )
     elif current.seq == saved.seq and current.digest != saved.digest:
-        why = f"The store was replaced by another one that went on from the same beginning, to message {saved.seq} too."
+        reason = (
+            "The store was replaced by another one that continued from the same beginning and also has message "
+            f"{saved.seq}."
+        )
     else:
         return _recover_rollback(db, current, saved)
     _advance_numbers(db, current, saved)
-    # In the log that was written last nothing more will come either.
-    plan_new_log(db, current.log, why)
+    # Nothing more will be written to the last log of this folder either.
+    plan_new_log(db, current.log, reason)
     return True
 
 
 def _recover_rollback(db: sqlite3.Connection, current: WatermarkState, saved: WatermarkState) -> bool:
-    moved = adopt_watermark(db, saved)
-    if not moved:
+    skipped = adopt_watermark(db, saved)
+    if not skipped:
         return False
-    kept = ranges.from_numbers(row[0] for row in db.execute("SELECT seq FROM outbox WHERE seq > ?", (current.seq,)))
-    seqs = findings.missing_ranges(kept, current.seq + 1, saved.seq)
-    what = (
-        "The store went back in time: commits that were made are gone (a log that was cut, an old copy of the "
-        "database, or a disk that says it has written what it has not)."
+    stored = ranges.from_numbers(row[0] for row in db.execute("SELECT seq FROM outbox WHERE seq > ?", (current.seq,)))
+    summary = (
+        "The store went back in time: it has lost commits (a truncated write-ahead log, an old copy of the database, or "
+        "a disk that reports writes it has not done)."
     )
-    log.critical("%s", what)
-    time = clock.to_rfc3339(clock.read().wall_us)
-    findings.add(
-        db, RecoveryFinding(summary=what, time=time, log=saved.log, seqs=seqs, rows=moved.rows, tasks=moved.cursors)
+    log.critical("%s", summary)
+    finding = RecoveryFinding(
+        summary=summary,
+        time=clock.to_rfc3339(clock.read().wall_us),
+        log=saved.log,
+        seqs=findings.missing_ranges(stored, current.seq + 1, saved.seq),
+        rows=skipped.rows,
+        tasks=skipped.cursors,
     )
+    findings.add(db, finding)
     return True
 
 
-class SkippedNumbers(msgspec.Struct, frozen=True):
-    """Numbers that were skipped: rows by stream, rows judged by task, whether seqs."""
-
-    rows: dict[str, list[tuple[int, int]]]
-    cursors: dict[str, list[tuple[int, int]]]
-    seqs: bool
-
-    def __bool__(self) -> bool:
-        return bool(self.rows or self.cursors or self.seqs)
-
-
 def adopt_watermark(db: sqlite3.Connection, saved: WatermarkState) -> SkippedNumbers:
-    """Take over every number that is ahead in the watermark; what was skipped."""
-    here = watermark.from_database(db)
-    rows, cursors = _advance_numbers(db, here, saved)
-    seqs = saved.seq > here.seq or not here.log
+    """Adopt every number that is ahead in the watermark, and return what was skipped."""
+    current = watermark.from_database(db)
+    rows, cursors = _advance_numbers(db, current, saved)
+    seqs = saved.seq > current.seq or not current.log
     if seqs:
         for key, value in (("log", saved.log), ("seq", str(saved.seq)), ("digest", saved.digest)):
-            findings.put(db, key, value)
-    if not here.device and saved.device:
-        findings.put(db, "device", saved.device)
-    if rows or cursors or seqs or saved.boot > here.boot:
-        # A boot of its own for what comes: the lost commits may have had the number of this one.
-        findings.put(db, "boot", str(max(here.boot, saved.boot)))
-        findings.put(db, "boot_id", "")
+            meta.put(db, key, value)
+    if not current.device and saved.device:
+        meta.put(db, "device", saved.device)
+    if rows or cursors or seqs or saved.boot > current.boot:
+        # A boot of its own for what follows: the lost commits may have had the number of this one.
+        meta.put(db, "boot", str(max(current.boot, saved.boot)))
+        meta.put(db, "boot_id", "")
     return SkippedNumbers(rows, cursors, seqs)
 
 
@@ -136,45 +152,49 @@ def _advance_numbers(
         if next_row > first:
             rows[name] = [(first, next_row - 1)]
     for task, row in saved.cursors.items():
-        had = current.cursors.get(task, 0)
-        if row > had:
-            # Judged already: that nothing is judged twice is worth more than results that may have arrived.
+        before = current.cursors.get(task, 0)
+        if row > before:
+            # These rows were consumed: never consuming a row twice is worth more than results that may have arrived.
             sql = "INSERT INTO cursors VALUES (?, ?, ?) ON CONFLICT (task) DO UPDATE SET row = excluded.row"
             db.execute(sql, (task, row, row))
-            cursors[task] = [(had + 1, row)]
+            cursors[task] = [(before + 1, row)]
     for kid, counter in saved.commands.items():
-        # A command that was obeyed must not be obeyed again when somebody repeats it.
+        # A command that ran must not run again when somebody repeats it.
         if counter > current.commands.get(kid, 0):
-            db.execute("INSERT OR REPLACE INTO commands VALUES (?, ?)", (kid, counter))
+            db.execute("INSERT OR REPLACE INTO command_counters VALUES (?, ?)", (kid, counter))
     return rows, cursors
 
 
 def raise_cursors(db: sqlite3.Connection) -> None:
-    """Where a cursor is behind the results that are kept: what they tell of was judged."""
-    used: dict[str, tuple[int, int]] = {}
+    """Raise cursors that are behind the stored results: the rows of these were consumed."""
+    consumed: dict[str, tuple[int, int]] = {}
     for (payload,) in db.execute("SELECT payload FROM outbox WHERE topic LIKE '%/results/%'"):
         with contextlib.suppress(msgspec.MsgspecError, ValueError, TypeError):
-            told = msgspec.json.decode(payload, type=_ResultsMessage)
-            if told.kind == "results":
-                first, last = used.get(told.task, told.rows)
-                used[told.task] = min(first, told.rows[0]), max(last, told.rows[1])
+            message = msgspec.json.decode(payload, type=_ResultsMessage)
+            if message.kind == "results":
+                first, last = consumed.get(message.task, message.rows)
+                consumed[message.task] = min(first, message.rows[0]), max(last, message.rows[1])
     sql = (
         "INSERT INTO cursors VALUES (?, ?, ?) "
         "ON CONFLICT (task) DO UPDATE SET row = excluded.row WHERE excluded.row > row"
     )
-    db.executemany(sql, ((task, last, first) for task, (first, last) in used.items()))
+    db.executemany(sql, ((task, last, first) for task, (first, last) in consumed.items()))
 
 
 def plan_new_log(db: sqlite3.Connection, old_log: str, reason: str) -> None:
-    """Plan a new log after `old`, inside the caller's transaction."""
+    """Plan a new log after `old_log`, inside the caller's transaction."""
     log.critical("%s A new log begins.", reason)
-    common = int(meta.get(db, UNPROVEN_FROM, "") or 0)
-    plan = NewLogPlan(reason=reason, old=old_log, common_through=common, acknowledged=meta.get(db, "acknowledged", ""))
-    findings.put(db, NEW_LOG, msgspec.json.encode(plan).decode())
+    plan = NewLogPlan(
+        reason=reason,
+        old=old_log,
+        common_through=int(meta.get(db, UNPROVEN_FROM, "") or 0),
+        acknowledged=meta.get(db, retention.ACKNOWLEDGED, ""),
+    )
+    meta.put(db, NEW_LOG, msgspec.json.encode(plan).decode())
 
 
 def abandon_unknown_log(db: sqlite3.Connection) -> None:
-    """Where nobody knows any more how far the log had got, its messages that are left go into a new one."""
+    """Plan a new log for the messages that are left of a log whose id and last seq are lost."""
     row = db.execute("SELECT payload FROM outbox ORDER BY seq DESC LIMIT 1").fetchone()
     if row is None:
         return
@@ -182,62 +202,67 @@ def abandon_unknown_log(db: sqlite3.Connection) -> None:
         old = str(json.loads(row[0])["log"])
     except (ValueError, KeyError, TypeError):
         old = ""
-    findings.put(db, "log", old or str(uuid.uuid4()))
-    plan_new_log(db, old, "The store was damaged where it says which log it writes and how far that had got.")
+    meta.put(db, "log", old or str(uuid.uuid4()))
+    plan_new_log(db, old, _LOG_HEAD_LOST)
 
 
-_REASON = "The store was damaged where it says which log it writes and how far that had got."
+# --- damaged table meta ---
 
 
 def rebuild_meta(db: sqlite3.Connection, watermark_state: WatermarkState | None, damaged: Collection[str]) -> None:
-    """Inside the caller's transaction; `damaged`: names of values that were there, but not as written."""
+    """Rebuild lost values of table meta from the watermark, the outbox, the readings and the clock segments.
+
+    Runs inside the caller's transaction; `damaged`: names of values that were there, but not as written.
+    """
     if not meta.get(db, "boot", ""):
         boots = [
             _max_value(db, "chunks", "boot"),
-            _max_value(db, "segments", "boot"),
+            _max_value(db, "clock_segments", "boot"),
             watermark_state.boot if watermark_state else 0,
         ]
         meta.put(db, "boot", str(max(boots)))
-        meta.drop(db, "boot_id")
+        meta.delete(db, "boot_id")
     if not meta.get(db, retention.UPTIME, ""):
-        # Both count in uptime, which begins anew.
-        meta.drop(db, retention.ACKNOWLEDGED_HISTORY)
-        meta.drop(db, retention.GROWTH)
+        # Both are in uptime, which begins anew.
+        meta.delete(db, retention.ACKNOWLEDGED_HISTORY)
+        meta.delete(db, retention.GROWTH)
     if db.execute("SELECT 1 FROM meta WHERE key = ?", (UNPROVEN_FROM,)).fetchone() is None:
-        # As far as is known nobody has confirmed any message.
+        # Nobody is known to have confirmed any message.
         meta.put(db, UNPROVEN_FROM, "0")
     _rebuild_log_head(db, watermark_state, is_plan_lost=NEW_LOG in damaged)
 
 
 def _rebuild_log_head(db: sqlite3.Connection, watermark_state: WatermarkState | None, *, is_plan_lost: bool) -> None:
     newest = _newest_message(db)
-    known = meta.get(db, "log", "")
-    log = known or (watermark_state.log if watermark_state else "") or newest.get("log", "")
-    if not log:
-        # As in a new store: nothing is left that a number could be given again to.
+    stored_log = meta.get(db, "log", "")
+    log_id = stored_log or (watermark_state.log if watermark_state else "") or newest.get("log", "")
+    if not log_id:
+        # As in a new store: nothing is left whose number could be assigned again.
         for key in ("seq", "digest"):
-            meta.drop(db, key)
+            meta.delete(db, key)
         return
-    meta.put(db, "log", log)
-    seq, last = meta.get(db, "seq", ""), meta.get(db, "digest", "")
-    told = {int(seq): last} if seq.isdecimal() else {0: ""}
-    if watermark_state is not None and watermark_state.log == log:
-        told[watermark_state.seq] = watermark_state.digest
-    if newest.get("log") == log:
-        told[newest["seq"]] = newest["digest"]
-    most = max(told)
+    meta.put(db, "log", log_id)
+    seq, last_digest = meta.get(db, "seq", ""), meta.get(db, "digest", "")
+    digests = {int(seq): last_digest} if seq.isdecimal() else {0: ""}
+    if watermark_state is not None and watermark_state.log == log_id:
+        digests[watermark_state.seq] = watermark_state.digest
+    if newest.get("log") == log_id:
+        digests[newest["seq"]] = newest["digest"]
+    last = max(digests)
     acknowledged = retention.AcknowledgedSeqs.from_json(meta.get(db, retention.ACKNOWLEDGED, "")).through
-    # The newest message that is left need not be the last one that was written.
-    is_told = bool(known and seq.isdecimal()) or (watermark_state is not None and watermark_state.log == log)
-    is_known = is_told and most >= acknowledged and bool(told[most] or most == 0)
-    meta.put(db, "seq", str(max(most, acknowledged)))
-    meta.put(db, "digest", told[most])
+    # The newest stored message need not be the last one that was written.
+    is_recorded = bool(stored_log and seq.isdecimal()) or (
+        watermark_state is not None and watermark_state.log == log_id
+    )
+    is_known = is_recorded and last >= acknowledged and bool(digests[last] or last == 0)
+    meta.put(db, "seq", str(max(last, acknowledged)))
+    meta.put(db, "digest", digests[last])
     if not is_known or is_plan_lost:
-        plan_new_log(db, log, _REASON)
+        plan_new_log(db, log_id, _LOG_HEAD_LOST)
 
 
 def _newest_message(db: sqlite3.Connection) -> dict[str, Any]:
-    """seq, log and digest of the newest message that is left; nothing where it says none."""
+    """Return seq, log and digest of the newest readable message in the outbox; {} if there is none."""
     row = db.execute("SELECT seq, CAST(payload AS BLOB) FROM outbox ORDER BY seq DESC LIMIT 1").fetchone()
     if row is None:
         return {}
@@ -248,5 +273,5 @@ def _newest_message(db: sqlite3.Connection) -> dict[str, Any]:
 
 
 def _max_value(db: sqlite3.Connection, table: str, column: str) -> int:
-    found = db.execute(f"SELECT max({column}) FROM {table} WHERE typeof({column}) = 'integer'").fetchone()[0]
-    return int(found or 0)
+    value = db.execute(f"SELECT max({column}) FROM {table} WHERE typeof({column}) = 'integer'").fetchone()[0]
+    return int(value or 0)

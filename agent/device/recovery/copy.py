@@ -1,4 +1,4 @@
-"""Copies what can be read of a damaged store into a new one, and finds out exactly what is missing there."""
+"""Copy of a damaged store: everything readable goes into a new database, and what is missing is determined exactly."""
 
 from __future__ import annotations
 
@@ -20,17 +20,21 @@ from agent.device.store.rows import PackedChunk, is_intact, unpack_chunk
 from agent.device.store.watermark import WatermarkState
 
 _COMMIT_ROWS = 500
-# In this order; every other table, of whatever name, comes behind them by the same rules.
+# Copied first and last; every other table is copied between them by the same rules.
 _FIRST_TABLES = ("meta", "streams")
 _LAST_TABLES = ("chunks", "outbox")
 _CHUNK_COLUMNS = ("id", "stream", "first_row", "n", "first_t", "time_bytes", "data", "crc")
-_MESSAGE_COLUMNS = ("seq", "topic", "payload", "jws", "time")
+_MESSAGE_COLUMNS = ("seq", "topic", "payload", "jws", "time", "crc")
+_INSERT_MESSAGE = f"INSERT INTO outbox ({', '.join(_MESSAGE_COLUMNS)}) VALUES (?, ?, ?, ?, ?, ?)"
 _COUNT_INDEXED = "SELECT count(*) FROM chunks INDEXED BY chunk_rows WHERE stream = ? AND first_row = ? AND id = ?"
 _FIRST_INDEXED = "SELECT stream, min(first_row) FROM chunks INDEXED BY chunk_rows GROUP BY stream"
+_SELECT_PACKED = """
+    SELECT n, first_t, time_bytes, CAST(data AS BLOB), crc FROM chunks JOIN streams s ON s.id = stream WHERE s.name = ?
+"""
 
 
 class StoreCopy:
-    """One copying, in pieces, so that memory stays small: `all`, then `settle`. `mark` is what the watermark knows."""
+    """Copy in pieces, so that memory stays small: `copy_tables`, then `complete`."""
 
     def __init__(self, old: DamagedDatabase, new: sqlite3.Connection, watermark_state: WatermarkState | None) -> None:
         self._old, self._new, self._watermark_state = old, new, watermark_state
@@ -42,7 +46,7 @@ class StoreCopy:
         self._damaged_keys: set[str] = set()
 
     def copy_tables(self) -> None:
-        """Every table, as far as it can be read."""
+        """Copy every table as far as it can be read."""
         names = self._new.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE '%sqlite_%'")
         others = sorted({str(row[0]) for row in names.fetchall()} - {*_FIRST_TABLES, *_LAST_TABLES})
         self._copy_meta()
@@ -55,46 +59,40 @@ class StoreCopy:
             self._copy_orphaned_rows()
 
     def complete(self, cause: str, quarantine: str) -> None:
-        """Counts that hang on what is left, and the finding of what is not, in one transaction."""
-        new, lost = self._new, self._old.incomplete_tables
+        """Repair what depends on lost rows, and add the finding, in one transaction."""
+        new, incomplete = self._new, self._old.incomplete_tables
         new.execute("BEGIN")
-        if "categories" in lost:
-            repair_categories(new)
-        if "meta" in lost:
+        if "categories" in incomplete:
+            _repair_categories(new)
+        if "meta" in incomplete:
             catch_up.rebuild_meta(new, self._watermark_state, self._damaged_keys)
         acknowledged = self._load_acknowledged()
-        found: dict[str, Any] = {
+        lost: dict[str, Any] = {
             "seqs": self._lost_seqs(acknowledged),
             "rows": {name: missing for name, missing in self._lost_rows() if missing},
         }
-        if "cursors" in lost:
+        if "cursors" in incomplete:
             # The watermark may be older than the last batch.
             catch_up.raise_cursors(new)
         if self._watermark_state and self._get_meta("log") in ("", self._watermark_state.log):
-            found["tasks"] = catch_up.adopt_watermark(new, self._watermark_state).cursors
+            lost["tasks"] = catch_up.adopt_watermark(new, self._watermark_state).cursors
         elif not self._get_meta("log"):
             catch_up.abandon_unknown_log(new)
-        recount_backlog(new, acknowledged)
-        what = (
-            f"The store was damaged ({cause}): what could be read of it was copied into a new one, the damaged files are "
-            f"in {quarantine} of the data folder."
+        _recount_backlog(new, acknowledged)
+        finding = RecoveryFinding(
+            summary=_summary(cause, quarantine, incomplete),
+            time=clock.to_rfc3339(clock.read().wall_us),
+            log=self._get_meta("log"),
+            quarantine=quarantine,
+            **lost,
         )
-        if "meta" in lost:
-            what += " Some of what it knew of itself is lost, or worked out again from the rest."
-        if "marks" in lost:
-            what += " How far each source had got is partly lost: some may be read again."
-        if lost & {"state", "cursors"}:
-            what += " Some of what tasks had learned is lost."
-        time = clock.to_rfc3339(clock.read().wall_us)
-        findings.add(
-            new, RecoveryFinding(summary=what, time=time, log=self._get_meta("log"), quarantine=quarantine, **found)
-        )
+        findings.add(new, finding)
         new.execute("COMMIT")
 
     # --- tables ---
 
     def _columns(self, table: str) -> list[str]:
-        """Columns that both have: an older store is copied into today's tables."""
+        """Return the columns that both databases have: the old one may be from before a migration."""
         theirs = self._old.columns(table)
         return [str(row[1]) for row in self._new.execute(f"PRAGMA table_info({table})") if row[1] in theirs]
 
@@ -104,8 +102,8 @@ class StoreCopy:
         if not columns or not set(key) <= set(columns):
             self._old.incomplete_tables.add(table)
             return
-        made = self._new.execute("SELECT sql FROM sqlite_master WHERE name = ?", (table,)).fetchone()[0]
-        if "WITHOUT ROWID" in made:
+        definition = self._new.execute("SELECT sql FROM sqlite_master WHERE name = ?", (table,)).fetchone()[0]
+        if "WITHOUT ROWID" in definition:
             rest = [name for name in columns if name not in key]
             self._insert(table, [*key, *rest], self._old.read_by_key(table, key, rest))
         else:
@@ -128,42 +126,40 @@ class StoreCopy:
         self._new.execute("COMMIT")
 
     def _copy_meta(self) -> None:
-        """Values of table meta that are what was written."""
-        columns = self._old.columns("meta")
-        if not {"key", "value"} <= set(columns):
+        """Copy the values of table meta whose CRC is right."""
+        columns = ["key", "value", "crc"]
+        if not set(columns) <= set(self._old.columns("meta")):
             self._old.incomplete_tables.add("meta")
             return
-        rest: list[str] = [name for name in ("value", "crc") if name in columns]
-        self._insert(
-            "meta", ["key", "value", "crc"], self._intact_meta_rows(self._old.read_by_key("meta", ["key"], rest))
-        )
+        self._insert("meta", columns, self._intact_meta_rows(self._old.read_by_key("meta", columns[:1], columns[1:])))
 
     def _intact_meta_rows(self, rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
         for row in rows:
             if meta.is_intact(row):
-                yield *row[:2], meta.row_crc(*row[:2])
+                yield row
             else:
                 self._old.incomplete_tables.add("meta")
                 self._damaged_keys.add(str(row[0]))
 
     def _copy_streams(self) -> None:
-        """Names, fields and numbers; where they are gone, as far as the watermark knows them."""
+        """Copy names, fields and numbers; lost ones are taken from the watermark."""
         self._copy_table("streams")
         sql = "SELECT name, id, fields FROM streams"
-        known = {name: (number, watermark.fields_crc(fields)) for name, number, fields in self._new.execute(sql)}
-        for name, (number, crc, next_row) in (self._watermark_state.streams if self._watermark_state else {}).items():
-            if known.get(name) != (number, crc):
-                # The watermark has a CRC of its own, the row of the table has none.
+        copied = {name: (number, watermark.fields_crc(fields)) for name, number, fields in self._new.execute(sql)}
+        saved = self._watermark_state.streams if self._watermark_state else {}
+        for name, (number, crc, next_row) in saved.items():
+            if copied.get(name) != (number, crc):
+                # The watermark has a CRC, the row of the table has none.
                 self._new.execute("DELETE FROM streams WHERE name = ? OR id = ?", (name, number))
                 row = (number, name, watermark.fields_placeholder(crc), next_row)
                 self._new.execute("INSERT INTO streams (id, name, fields, next_row) VALUES (?, ?, ?, ?)", row)
         for number, next_row in self._new.execute("SELECT id, next_row FROM streams"):
             self._next_rows[number] = next_row if type(next_row) is int else 1
-        for number, _, next_row in (self._watermark_state.streams if self._watermark_state else {}).values():
+        for number, _, next_row in saved.values():
             self._next_rows[number] = max(next_row, self._next_rows.get(number, 1))
 
     def _copy_chunks(self) -> None:
-        """Chunks whose CRC is right, that belong where they say, and whose rows no other chunk has."""
+        """Copy chunks whose CRC is right, that are where the index says, and whose rows no other chunk has."""
         for stream, first in self._old.try_query(_FIRST_INDEXED) or []:
             if type(stream) is int and type(first) is int:
                 self._first_rows[stream] = first
@@ -180,16 +176,16 @@ class StoreCopy:
         number, stream, first, n, first_t, time_bytes, data, crc = row[:8]
         if not all(type(value) is int for value in (stream, first, n, first_t, time_bytes, crc)):
             return False
-        kept, last = self._rows.setdefault(stream, []), first + n - 1
+        copied, last = self._rows.setdefault(stream, []), first + n - 1
         if stream not in self._next_rows or n < 1 or first < 1 or last >= self._next_rows[stream]:
             return False
-        if _overlaps(kept, first, last) or not is_intact(PackedChunk(n, first_t, time_bytes, data, crc)):
+        if _overlaps(copied, first, last) or not is_intact(PackedChunk(n, first_t, time_bytes, data, crc)):
             return False
-        # The CRC does not say which rows they are; the index does, in another part of the file.
+        # The CRC does not cover the row numbers; the index, in another part of the file, has them too.
         indexed = self._old.try_query(_COUNT_INDEXED, stream, first, number)
         if indexed is not None and indexed[0][0] != 1:
             return False
-        _insert_range(kept, first, last)
+        _insert_range(copied, first, last)
         return True
 
     def _copy_outbox(self) -> None:
@@ -198,19 +194,14 @@ class StoreCopy:
             self._old.incomplete_tables.add("outbox")
             self._seq_gaps = [(1, last)]
             return
-        has_crc = "crc" in columns
-        selected = [f"CAST({name} AS BLOB)" for name in _MESSAGE_COLUMNS[1:]] + (["crc"] if has_crc else [])
+        selected = [*(f"CAST({name} AS BLOB)" for name in _MESSAGE_COLUMNS[1:5]), "crc"]
         rows = self._old.read_by_rowid("outbox", selected, self._seq_gaps, last)
-        self._insert(
-            "outbox",
-            [*_MESSAGE_COLUMNS, "crc"],
-            (found for row in rows if (found := self._accept_message(row, has_crc=has_crc))),
-        )
+        messages = (message for row in rows if (message := self._accept_message(row)))
+        self._insert("outbox", list(_MESSAGE_COLUMNS), messages)
 
-    def _accept_message(self, row: tuple[Any, ...], *, has_crc: bool) -> tuple[Any, ...] | None:
-        seq, parts = row[0], [bytes(part or b"") for part in row[1:5]]
-        crc = message_crc(seq, *parts)
-        if has_crc and row[5] != crc:
+    def _accept_message(self, row: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        seq, parts, crc = row[0], [bytes(part or b"") for part in row[1:5]], row[5]
+        if message_crc(seq, *parts) != crc:
             self._seq_gaps.append((seq, seq))
             return None
         topic, token, time = (part.decode("utf-8", "surrogateescape") for part in (parts[0], parts[2], parts[3]))
@@ -218,48 +209,46 @@ class StoreCopy:
         return seq, topic, parts[1], token, time, crc
 
     def _copy_orphaned_rows(self) -> None:
-        """Chunks and messages that their trees do not lead to any more, but whose pages are there."""
+        """Copy chunks and messages that no tree leads to any more, but whose pages are intact."""
         names = [str(row[1]) for row in self._new.execute("PRAGMA table_info(chunks)")]
         self._new.execute("BEGIN")
         for rowid, values in self._old.read_orphaned_rows():
             if len(values) >= 10 and isinstance(values[6], bytes):
                 row = (rowid, *values[1:])
-                if self._accept_chunk(row):
-                    named = names[: len(row)]
-                    sql = f"INSERT OR IGNORE INTO chunks ({', '.join(named)}) VALUES ({', '.join('?' * len(named))})"
-                    self._new.execute(sql, row[: len(named)])
+                if len(row) == len(names) and self._accept_chunk(row):
+                    sql = f"INSERT OR IGNORE INTO chunks ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
+                    self._new.execute(sql, row)
             elif len(values) == 6 and all(isinstance(part, bytes) for part in values[1:5]):
                 self._copy_orphaned_message(rowid, values)
         self._new.execute("COMMIT")
 
     def _copy_orphaned_message(self, seq: int, values: list[Any]) -> None:
-        if not _overlaps(self._seqs, seq, seq) and (found := self._accept_message((seq, *values[1:]), has_crc=True)):
-            sql = f"INSERT INTO outbox ({', '.join(_MESSAGE_COLUMNS)}, crc) VALUES (?, ?, ?, ?, ?, ?)"
-            self._new.execute(sql, found)
+        if not _overlaps(self._seqs, seq, seq) and (message := self._accept_message((seq, *values[1:]))):
+            self._new.execute(_INSERT_MESSAGE, message)
 
-    # --- what is missing ---
+    # --- losses ---
 
     def _lost_seqs(self, acknowledged: retention.AcknowledgedSeqs) -> list[tuple[int, int]]:
-        last = self._last_seq()
-        known = "meta" not in self._old.incomplete_tables or bool(self._get_meta(retention.ACKNOWLEDGED))
-        # Where nobody knows what was acknowledged, what lies before the first that is left may have been.
-        first = 1 if known else min((pair[0] for pair in [*self._seqs, *self._seq_gaps]), default=1)
-        return missing_ranges([*self._seqs, *acknowledged.ranges], first, last)
+        is_known = "meta" not in self._old.incomplete_tables or bool(self._get_meta(retention.ACKNOWLEDGED))
+        # Messages before the first stored one may have been acknowledged, if the acknowledged seqs are lost.
+        first = 1 if is_known else min((pair[0] for pair in [*self._seqs, *self._seq_gaps]), default=1)
+        return missing_ranges([*self._seqs, *acknowledged.ranges], first, self._last_seq())
 
     def _lost_rows(self) -> Iterator[tuple[str, list[tuple[int, int]]]]:
-        set_aside: dict[int, list[tuple[int, int]]] = {}
-        for stream, first, n in self._new.execute("SELECT stream, first_row, n FROM damaged").fetchall():
+        quarantined: dict[int, list[tuple[int, int]]] = {}
+        for stream, first, n in self._new.execute("SELECT stream, first_row, n FROM quarantined_rows").fetchall():
             if type(first) is int and type(n) is int and n > 0:
-                set_aside.setdefault(stream, []).append((first, first + n - 1))
+                quarantined.setdefault(stream, []).append((first, first + n - 1))
         for number, name in self._new.execute("SELECT id, name FROM streams").fetchall():
-            kept = self._rows.get(number, [])
+            copied = self._rows.get(number, [])
             last = self._next_rows.get(number, 1) - 1
-            # What was there before the first that is known may have been used and deleted.
-            firsts = [pair[0] for pair in kept[:1]]
+            # Rows before the first known one may have been used and deleted.
+            firsts = [pair[0] for pair in copied[:1]]
             if number in self._first_rows:
                 firsts.append(self._first_rows[number])
             unknown = 1 if "chunks" in self._old.incomplete_tables else last + 1
-            yield str(name), missing_ranges([*kept, *set_aside.get(number, [])], min(firsts, default=unknown), last)
+            present = [*copied, *quarantined.get(number, [])]
+            yield str(name), missing_ranges(present, min(firsts, default=unknown), last)
 
     def _load_acknowledged(self) -> retention.AcknowledgedSeqs:
         try:
@@ -275,40 +264,30 @@ class StoreCopy:
         return meta.get(self._new, key, "")
 
 
-def recount_backlog(db: sqlite3.Connection, acknowledged: retention.AcknowledgedSeqs) -> None:
-    """Count again what waits in the outbox, inside the caller's transaction."""
+def _summary(cause: str, quarantine: str, incomplete: set[str]) -> str:
+    text = (
+        f"The store was damaged ({cause}). Everything readable was copied into a new one; the damaged files are in "
+        f"{quarantine} of the data folder."
+    )
+    if "meta" in incomplete:
+        text += " Some values of its table meta are lost, or rebuilt from the rest."
+    if "source_positions" in incomplete:
+        text += " Some source positions are lost: these sources may be read again."
+    if incomplete & {"task_state", "cursors"}:
+        text += " Some state of tasks is lost."
+    return text
+
+
+def _recount_backlog(db: sqlite3.Connection, acknowledged: retention.AcknowledgedSeqs) -> None:
     messages = size = 0
     for seq, n in db.execute("SELECT seq, length(payload) + length(jws) + length(topic) FROM outbox"):
         if seq not in acknowledged:
             messages, size = messages + 1, size + int(n or 0)
-    findings.put(db, retention.BACKLOG, f"{messages} {size}")
+    meta.put(db, retention.BACKLOG, f"{messages} {size}")
 
 
-def _insert_range(known: list[tuple[int, int]], first: int, last: int) -> None:
-    """Add `first` … `last`, which no range of `known` holds yet; they stay in order."""
-    at = bisect.bisect(known, (first, last))
-    if at and known[at - 1][1] + 1 == first:
-        known[at - 1] = known[at - 1][0], last
-    else:
-        known.insert(at, (first, last))
-
-
-def _overlaps(known: list[tuple[int, int]], first: int, last: int) -> bool:
-    at = bisect.bisect(known, (first, last))
-    return (at > 0 and known[at - 1][1] >= first) or (at < len(known) and known[at][0] <= last)
-
-
-def _is_valid_text(value: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in value)
-
-
-_SELECT_CHUNKS = """
-    SELECT n, first_t, time_bytes, CAST(data AS BLOB), crc FROM chunks JOIN streams s ON s.id = stream WHERE s.name = ?
-"""
-
-
-def repair_categories(db: sqlite3.Connection) -> None:
-    """Give each code whose text is lost a text that says so, inside the caller's transaction."""
+def _repair_categories(db: sqlite3.Connection) -> None:
+    """Give each used code without a text a placeholder, so that it never comes to mean another text."""
     for name, text in db.execute("SELECT name, fields FROM streams").fetchall():
         try:
             fields = [FieldConfig(name=field, type=kind) for field, kind in json.loads(text)]
@@ -316,17 +295,35 @@ def repair_categories(db: sqlite3.Connection) -> None:
             continue
         for index, field in enumerate(fields):
             if field.type == "category":
-                _repair_field(db, name, fields, index)
+                _repair_category_field(db, name, fields, index)
 
 
-def _repair_field(db: sqlite3.Connection, stream: str, fields: list[FieldConfig], index: int) -> None:
+def _repair_category_field(db: sqlite3.Connection, stream: str, fields: list[FieldConfig], index: int) -> None:
     key = (stream, fields[index].name)
     codes = {row[0] for row in db.execute("SELECT code FROM categories WHERE stream = ? AND field = ?", key)}
     largest = max(codes, default=0)
-    for row in db.execute(_SELECT_CHUNKS, (stream,)):
+    for row in db.execute(_SELECT_PACKED, (stream,)):
         with contextlib.suppress(ValueError):
             largest = max(largest, int(unpack_chunk(PackedChunk(*row), fields).columns[index].max()))
     lost = sorted(set(range(1, largest + 1)) - codes)
     db.executemany(
         "INSERT INTO categories VALUES (?, ?, ?, ?)", [(*key, code, f"lost category {code}") for code in lost]
     )
+
+
+def _insert_range(ranges: list[tuple[int, int]], first: int, last: int) -> None:
+    """Insert `first` … `last`, which no range holds yet, in order."""
+    at = bisect.bisect(ranges, (first, last))
+    if at and ranges[at - 1][1] + 1 == first:
+        ranges[at - 1] = ranges[at - 1][0], last
+    else:
+        ranges.insert(at, (first, last))
+
+
+def _overlaps(ranges: list[tuple[int, int]], first: int, last: int) -> bool:
+    at = bisect.bisect(ranges, (first, last))
+    return (at > 0 and ranges[at - 1][1] >= first) or (at < len(ranges) and ranges[at][0] <= last)
+
+
+def _is_valid_text(value: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in value)

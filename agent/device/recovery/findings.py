@@ -1,4 +1,4 @@
-"""What an opening found wrong, kept in the store until it is said in the log: nothing lost goes unmentioned."""
+"""Recovery findings: what an opening found wrong, stored until the log reports it, so that no loss goes unreported."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import msgspec
 
 from agent.device.store import meta, ranges
 
-# Names in table meta.
-FINDINGS, LAST_FINDING, CLEAN_STOP, LAST_STOP = "findings", "last finding", "clean", "last stop"
+# Names in table meta: unreported findings, the last finding, how the store was closed, and the `NewLogPlan`.
+FINDINGS, LAST_FINDING, CLEAN_STOP, LAST_STOP = "findings", "last finding", "clean stop", "last stop"
+NEW_LOG = "new log plan"
 
 
 class RecoveryFinding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """`what` happened, in words for people, and what is missing since.
+    """Damage or loss with a summary for people.
 
-    `seqs`: messages of log `log` that are gone; `rows`: readings by stream; `tasks`: rows whose results went with them.
+    `seqs`: lost messages of log `log`; `rows`: lost readings by stream; `tasks`: rows whose results were lost with them.
     """
 
     summary: str
@@ -29,12 +30,12 @@ class RecoveryFinding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
 
 class NewLogPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """Why the log `old` cannot go on in this store, and which of its messages the collector has.
+    """Reason why log `old` cannot continue in this store, and which of its messages the collector has.
 
-    - `acknowledged`: those that it was known to have, as in table meta
-    - up to `common`, those up to `through` but for `missing`
-    Behind `common` the collector's messages are not the ones in this store. `last`: no message
-    of the old log is above it. `done`: the last old seq that was seen to.
+    - `acknowledged`: seqs that it was known to have, as in table meta
+    - up to `common_through`: all up to `through` except `missing`
+    Behind `common_through` the collector's messages differ from those of this store. `last`: no message of the old log
+    is above it. `done`: the last old seq that was processed.
     """
 
     reason: str
@@ -48,7 +49,6 @@ class NewLogPlan(msgspec.Struct, frozen=True, kw_only=True):
     done: int = 0
 
 
-NEW_LOG = "new log"
 _FINDINGS_DECODER = msgspec.json.Decoder(list[RecoveryFinding])
 
 
@@ -57,16 +57,12 @@ def decode(text: str) -> list[RecoveryFinding]:
 
 
 def add(db: sqlite3.Connection, finding: RecoveryFinding) -> None:
-    """Keep it, inside the caller's transaction."""
-    put(db, FINDINGS, msgspec.json.encode([*decode(meta.get(db, FINDINGS, "")), finding]).decode())
-    said = {"time": finding.time, "what": finding.summary, "quarantine": finding.quarantine}
-    put(db, LAST_FINDING, msgspec.json.encode(said).decode())
-
-
-def put(db: sqlite3.Connection, key: str, value: str) -> None:
-    meta.put(db, key, value)
+    """Store a finding inside the caller's transaction."""
+    meta.put(db, FINDINGS, msgspec.json.encode([*decode(meta.get(db, FINDINGS, "")), finding]).decode())
+    last = {"time": finding.time, "summary": finding.summary, "quarantine": finding.quarantine}
+    meta.put(db, LAST_FINDING, msgspec.json.encode(last).decode())
 
 
 def missing_ranges(present: Sequence[tuple[int, int]], first: int, last: int) -> list[tuple[int, int]]:
-    """What of `first` … `last` is not in `kept`, in whatever order and overlap."""
+    """Return the numbers in `first` … `last` that are not in `present`, which may be in any order and overlap."""
     return ranges.subtract([(first, last)] if first <= last else [], ranges.union(present))

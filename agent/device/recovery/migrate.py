@@ -1,4 +1,4 @@
-"""Older stores get today's tables, with a copy of the old one kept until the new one was closed cleanly once."""
+"""Migration of an older store's tables, with a backup that is kept until the new version has closed the store cleanly."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _MIGRATION_SET = "outstation-device"
 
 
 def migrate(db: sqlite3.Connection, path: Path) -> None:
-    """Bring the tables of `db`, the file `path`, up to date.
+    """Migrate the tables of `db`, the file `path`, to the current schema.
 
-    Raises UsageError for the store of a newer version, StorageError where a migration fails: then the file is as it
-    was, and `db` is closed.
+    Raises UsageError for the store of a newer version, StorageError if a migration fails: the file is then as it was,
+    and `db` is closed.
     """
     applied = _applied_steps(db)
     known = [step.__name__ for step in schema.MIGRATIONS]
@@ -49,14 +49,14 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
     except Exception as error:
         _restore_backup(db, path, backup)
         raise StorageError(
-            f"{path}: it could not be changed for version {__version__} ({', '.join(pending)}): {error}. The store is "
-            "as it was before, nothing is lost; go back to the version that made it, and report this"
+            f"{path}: migration to version {__version__} failed ({', '.join(pending)}): {error}. The store is as it was "
+            "before, nothing is lost; go back to the version that made it, and report this"
         ) from error
 
 
 def apply(db: sqlite3.Connection) -> None:
-    """The steps that `db` has not been through yet, each in a transaction of its own."""
-    # Costs 40 ms and several MB: only for a store that is made or changed, which few starts find.
+    """Apply the pending steps, each in its own transaction."""
+    # Imported here, 40 ms and several MB: only a new or older store needs it.
     from sqlite_utils import Database, Migrations
 
     migrations = Migrations(_MIGRATION_SET)
@@ -66,39 +66,39 @@ def apply(db: sqlite3.Connection) -> None:
 
 
 def drop_backups(folder: Path) -> None:
-    """The copies of before a migration are needed no more."""
+    """Delete the backups of earlier migrations."""
     for path in folder.glob("*.db.before-*"):
         with contextlib.suppress(OSError):
             path.unlink()
 
 
 def _applied_steps(db: sqlite3.Connection) -> list[str]:
-    """Names of the steps that `db` has been through, in their order, from where sqlite-utils keeps them."""
+    """Return the names of the applied steps, in order, from the table of sqlite-utils."""
     if db.execute("SELECT 1 FROM sqlite_master WHERE name = '_sqlite_migrations'").fetchone() is None:
         return []
-    found = db.execute("SELECT name FROM _sqlite_migrations WHERE migration_set = ? ORDER BY rowid", (_MIGRATION_SET,))
-    return [str(name) for (name,) in found.fetchall()]
+    sql = "SELECT name FROM _sqlite_migrations WHERE migration_set = ? ORDER BY rowid"
+    return [str(name) for (name,) in db.execute(sql, (_MIGRATION_SET,)).fetchall()]
 
 
 def _counts(db: sqlite3.Connection) -> dict[str, int]:
-    """Rows of every table of ours."""
+    """Return the number of rows of each of our tables."""
     names = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE '%sqlite_%'").fetchall()
     return {str(name): int(db.execute(f'SELECT count(*) FROM "{name}"').fetchone()[0]) for (name,) in names}
 
 
 def _back_up(db: sqlite3.Connection, backup: Path) -> None:
     if backup.exists():
-        # Of a migration that was killed; each step is one transaction, so this is the older of the two.
+        # From a migration that was killed: that backup is the older state.
         return
-    making = backup.with_name(backup.name + ".new")
-    making.unlink(missing_ok=True)
-    db.execute("VACUUM INTO ?", (str(making),))
-    durable_files.fsync(making)
-    durable_files.rename(making, backup)
+    copy = backup.with_name(backup.name + ".new")
+    copy.unlink(missing_ok=True)
+    db.execute("VACUUM INTO ?", (str(copy),))
+    durable_files.fsync(copy)
+    durable_files.rename(copy, backup)
 
 
 def _restore_backup(db: sqlite3.Connection, path: Path, backup: Path) -> None:
-    # With its log emptied into it, nothing of the changed database can come to lie over the copy.
+    # The write-ahead log is emptied first, so that no page of the changed database can be applied to the backup.
     with contextlib.suppress(sqlite3.Error):
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     db.close()

@@ -1,9 +1,13 @@
-"""A new log in a store whose old one cannot go on: what the collector does not have is written again there.
+"""New log in a store whose old one cannot continue: messages that the collector does not have are written again.
 
-A store that went back in time would give numbers a second meaning, and its collector would take it for a copied key. So
-the messages it still holds move into a new log: those the collector has are dropped, the others get a new seq, `prev`
-and signature, everything else as it was, and say where they come from (`reissued`). In pieces, each a transaction: a
-new number is never above the old one, so what lies behind the last old message that was seen to is still as it was.
+A store that went back in time would assign numbers twice, and its collector would take it for a copied key. So a new
+log begins: messages that the collector has are dropped, and the others get a new seq, `prev` and signature, with a
+reference to their origin (`reissued`). This runs in pieces, each a transaction. A new seq is never above the old one,
+so the old messages behind the last processed one are still unchanged.
+
+A store whose whole folder was restored from a copy learns of it from the collector: its signed acknowledgement names a
+message that this store never wrote, or another digest. Then nothing more is sent in this log, and the next opening
+begins a new one.
 """
 
 from __future__ import annotations
@@ -32,10 +36,56 @@ log = logging.getLogger("outstation")
 
 EVENT = "new log"
 _MESSAGES_PER_COMMIT = 32
+_MAX_SUMMARY = 1900
+
+
+# --- fork detection ---
+
+
+def require_same_history(store: Store, ack: AckPayload) -> int:
+    """Return the seq up to which a signed acknowledgement of this log proves that its messages are ours; 0 for none.
+
+    Raises StorageForked if it belongs to another history, after planning a new log.
+    """
+    last = int(store.get_meta("seq", "0"))
+    ours = store.message_digest(ack.through) if ack.digest else None
+    if ack.through > last:
+        reason = f"The collector has {ack.through} messages of log {ack.log}, this store has written {last}"
+    elif ours not in (None, ack.digest):
+        reason = f"The collector has another message {ack.through} of log {ack.log} than this store"
+    else:
+        return ack.through if ours is not None else 0
+    reason += ": the store was restored from an old copy, or is used twice."
+    plan = NewLogPlan(
+        reason=reason,
+        old=ack.log,
+        common_through=min(int(store.get_meta(UNPROVEN_FROM, "") or last), ack.through),
+        through=ack.through,
+        missing=list(ack.missing),
+        acknowledged=store.get_meta(retention.ACKNOWLEDGED, ""),
+    )
+    with store.transaction(vital=True) as tx:
+        _save_plan(tx, plan)
+    raise StorageForked(f"{store.path}: {reason} It is opened again, with a new log")
+
+
+def record_proof(tx: Transaction, proven: int) -> None:
+    """Record that our messages up to seq `proven` are the collector's.
+
+    Only a message written since the opening is in no copy of the store. An acknowledgement of earlier messages only may
+    be from before this store went back in time.
+    """
+    if proven > int(tx.get_meta(OPENED_SEQ, tx.get_meta("seq", "0"))):
+        tx.set_meta(UNPROVEN_FROM, "")
+    elif (unproven := tx.get_meta(UNPROVEN_FROM, "")) and proven > int(unproven):
+        tx.set_meta(UNPROVEN_FROM, str(proven))
+
+
+# --- new log ---
 
 
 def start_new_log(store: Store, message_log: MessageLog, now: ClockReading) -> None:
-    """Do what is planned in table meta, if anything is; `author` and `store` are in the new log afterwards."""
+    """Carry out the plan in table meta, if there is one; `store` and `message_log` then use the new log."""
     text = store.get_meta(NEW_LOG, "")
     if not text:
         return
@@ -52,7 +102,7 @@ def start_new_log(store: Store, message_log: MessageLog, now: ClockReading) -> N
                         tx.outbox.quarantine(message.seq)
                         continue
                     tx.outbox.delete([message.seq])
-                    if not is_delivered(plan, message.seq):
+                    if not _is_delivered(plan, message.seq):
                         message_log.reissue(tx, message, plan.old)
                 further = msgspec.structs.replace(plan, done=page[-1].seq)
                 _save_plan(tx, further)
@@ -61,29 +111,29 @@ def start_new_log(store: Store, message_log: MessageLog, now: ClockReading) -> N
             if size == 1:
                 raise
             size //= 2
-    lost = _is_rotation_lost(store, plan)
+    is_lost = _is_rotation_lost(store, plan)
     with store.transaction(vital=True) as tx:
-        if lost:
+        if is_lost:
             keys.reissue_rotation(tx, message_log, now)
         _finish(tx, message_log, plan, now)
     log.critical("%s Log %s begins.", plan.reason, plan.new)
 
 
-def is_delivered(plan: NewLogPlan, seq: int) -> bool:
-    """Whether the collector has the message that this store has as `seq` of the old log."""
+def _is_delivered(plan: NewLogPlan, seq: int) -> bool:
+    """Return True if the collector has the message that this store has as `seq` of the old log."""
     if seq in AcknowledgedSeqs.from_json(plan.acknowledged):
         return True
     return seq <= min(plan.common_through, plan.through) and not any(a <= seq <= b for a, b in plan.missing)
 
 
 def _is_rotation_lost(store: Store, plan: NewLogPlan) -> bool:
-    """Whether a change of the signing key waits that is neither at the collector nor in what was written again."""
+    """Return True if a pending key rotation is neither at the collector nor among the reissued messages."""
     pending = store.get_meta(keys.PENDING_ROTATION, "")
-    if not pending or is_delivered(plan, int(json.loads(pending)["seq"])):
+    if not pending or _is_delivered(plan, int(json.loads(pending)["seq"])):
         return False
-    after, wanted = 0, f'"event":"{key_rotation.ROTATION_EVENT}"'.encode()
+    after, event = 0, f'"event":"{key_rotation.ROTATION_EVENT}"'.encode()
     while page := store.unacknowledged_messages(after, _MESSAGES_PER_COMMIT):
-        if any(message.intact and wanted in message.payload for message in page):
+        if any(message.intact and event in message.payload for message in page):
             return False
         after = page[-1].seq
     return True
@@ -93,10 +143,10 @@ def _create_log(store: Store, plan: NewLogPlan) -> NewLogPlan:
     last = int(store.get_meta("seq", "0"))
     plan = msgspec.structs.replace(plan, new=str(uuid.uuid4()), last=max(plan.last, plan.through, last))
     with store.transaction(vital=True) as tx:
-        # Each kept message waits until it is seen to.
+        # Each stored message waits until it is processed.
         tx.outbox.set_acknowledged(AcknowledgedSeqs())
-        anew = {"log": plan.new, "seq": "0", "digest": "", PREVIOUS_LOG: plan.old, UNPROVEN_FROM: "", OPENED_SEQ: "0"}
-        for key, value in anew.items():
+        values = {"log": plan.new, "seq": "0", "digest": "", PREVIOUS_LOG: plan.old, UNPROVEN_FROM: "", OPENED_SEQ: "0"}
+        for key, value in values.items():
             tx.set_meta(key, value)
         for key in (retention.ACKNOWLEDGED_HISTORY, retention.ACKNOWLEDGEMENT, eviction.OPEN_DECLARATIONS):
             tx.delete_meta(key)
@@ -109,55 +159,16 @@ def _create_log(store: Store, plan: NewLogPlan) -> NewLogPlan:
 def _finish(tx: Transaction, message_log: MessageLog, plan: NewLogPlan, now: ClockReading) -> None:
     reissued = tx.log_head()[0]
     summary = f"{plan.reason} Log {plan.new} begins; {reissued} messages of log {plan.old} are written again in it."
+    summary = summary[:_MAX_SUMMARY]
     evidence = {"old": plan.old, "through": plan.last, "reissued": reissued}
-    seq = message_log.append(tx, "audit", None, {"event": EVENT, "summary": summary[:1900], "evidence": evidence}, now)
-    alert = NEW_LOG_BEGUN.raised(summary[:1900], {"seq": seq, **evidence}, log=plan.new)
+    seq = message_log.append(tx, "audit", None, {"event": EVENT, "summary": summary, "evidence": evidence}, now)
+    alert = NEW_LOG_BEGUN.raised(summary, {"seq": seq, **evidence}, log=plan.new)
     message_log.append(tx, "alerts", None, alert.to_body(), now)
     tx.delete_meta(NEW_LOG)
     if pending := tx.get_meta(keys.PENDING_ROTATION, ""):
-        # What waits for an acknowledgement of the old log waits for this one.
+        # It waited for an acknowledgement of the old log, and now waits for one of the new log.
         tx.set_meta(keys.PENDING_ROTATION, json.dumps({**json.loads(pending), "seq": seq}))
 
 
 def _save_plan(tx: Transaction, plan: NewLogPlan) -> None:
     tx.set_meta(NEW_LOG, msgspec.json.encode(plan).decode())
-
-
-def require_same_history(store: Store, ack: AckPayload) -> int:
-    """Up to which seq `ack`, which the collector signed for this log, proves that its messages are ours; 0 for none.
-
-    Raises StorageForked where it tells of another history.
-    """
-    last = int(store.get_meta("seq", "0"))
-    ours = store.message_digest(ack.through) if ack.digest else None
-    if ack.through > last:
-        why = f"The collector has {ack.through} messages of log {ack.log}, this store has written {last}"
-    elif ours not in (None, ack.digest):
-        why = f"The collector has another message {ack.through} of log {ack.log} than this store"
-    else:
-        return ack.through if ours is not None else 0
-    why += ": the store was restored from an old copy, or is used twice."
-    common = min(int(store.get_meta(UNPROVEN_FROM, "") or last), ack.through)
-    plan = NewLogPlan(
-        reason=why,
-        old=ack.log,
-        common_through=common,
-        through=ack.through,
-        missing=list(ack.missing),
-        acknowledged=store.get_meta(retention.ACKNOWLEDGED, ""),
-    )
-    with store.transaction(vital=True) as tx:
-        tx.set_meta(NEW_LOG, msgspec.json.encode(plan).decode())
-    raise StorageForked(f"{store.path}: {why} It is opened again, with a new log")
-
-
-def record_proof(tx: Transaction, proven: int) -> None:
-    """Our messages up to seq `proven` are the collector's.
-
-    Only one that was written since the opening is in no copy of the store: until then an acknowledgement may be of the
-    time before this store went back.
-    """
-    if proven > int(tx.get_meta(OPENED_SEQ, tx.get_meta("seq", "0"))):
-        tx.set_meta(UNPROVEN_FROM, "")
-    elif (unproven := tx.get_meta(UNPROVEN_FROM, "")) and proven > int(unproven):
-        tx.set_meta(UNPROVEN_FROM, str(proven))

@@ -31,7 +31,7 @@ CHECK_TIMEOUT_S = 20.0
 _CHECK_MARGIN_S = 10.0
 _SALVAGE_TIMEOUT_S = 600.0
 _REQUIRED_TABLES = {"meta", "streams", "chunks", "outbox"}
-_SMALL_TABLES = ("meta", "streams", "cursors", "marks", "counters", "categories", "state")
+_SMALL_TABLES = ("meta", "streams", "cursors", "source_positions", "counters", "categories", "task_state")
 _PROGRESS_STEPS = 20_000
 # Byte of the file header; 2: with a write-ahead log.
 _WRITE_VERSION_OFFSET, _MAX_WRITE_VERSION = 18, 2

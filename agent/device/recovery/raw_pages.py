@@ -1,6 +1,6 @@
-"""Rows that a damaged tree does not lead to any more: every page of the file is looked at for table leaves.
+"""Readers of a damaged database: row by row around bad pages, and raw b-tree leaves that no tree leads to any more.
 
-What is found may be a row that was deleted; who uses it must know a good one by its contents.
+Raw leaves also hold deleted rows: the caller must recognize a valid row by its contents.
 Source: sqlite.org/fileformat2.html, sections 1.6 (b-tree pages), 2.1 (records) and 4.1 (the write-ahead log).
 """
 
@@ -22,7 +22,7 @@ _MAX_LOCAL, _MIN_LOCAL = PAGE_SIZE - 35, (PAGE_SIZE - 12) * 32 // 255 - 23
 
 
 class DatabasePages:
-    """Pages of a database file of 4096-byte pages, the newer ones from the committed part of its write-ahead log."""
+    """Pages of a database with 4096-byte pages, including the committed part of its write-ahead log."""
 
     def __init__(self, database: BinaryIO, log: BinaryIO | None) -> None:
         self._database, self._log = database, log
@@ -31,7 +31,7 @@ class DatabasePages:
         self.count = max([self.count, *self._wal_offsets])
 
     def __getitem__(self, number: int) -> bytes:
-        """Page `number`, counted from 1; empty where there is none."""
+        """Return page `number`, counted from 1; empty if there is none."""
         if self._log is not None and number in self._wal_offsets:
             self._log.seek(self._wal_offsets[number])
             return self._log.read(PAGE_SIZE)
@@ -40,7 +40,7 @@ class DatabasePages:
 
 
 def read_leaf_rows(path: Path) -> Iterator[tuple[int, list[Any]]]:
-    """(rowid, values) of every record in a table leaf of the database at `path`, in the order of the file."""
+    """Yield (rowid, values) of every record in a table leaf of the database, in the order of the file."""
     with path.open("rb") as database:
         log_path = path.with_name(path.name + "-wal")
         log = log_path.open("rb") if log_path.exists() else None
@@ -85,7 +85,7 @@ def _read_payload(page: bytes, offset: int, size: int, pages: DatabasePages) -> 
 
 
 def _decode_record(payload: bytes) -> list[Any]:
-    """The values of a record. Raises ValueError, IndexError where it is none."""
+    """Decode a record. Raises ValueError, IndexError if it is malformed."""
     end, at = _read_varint(payload, 0)
     kinds = []
     while at < end:
@@ -109,7 +109,7 @@ def _decode_value(serial_type: int, part: bytes) -> Any:
         return serial_type - 8
     if serial_type == 7:
         return struct.unpack(">d", part)[0]
-    # Texts as bytes: whether they are texts is not said here.
+    # Texts stay bytes: they may be damaged.
     return part if serial_type >= 12 else None
 
 
@@ -124,38 +124,38 @@ def _read_varint(data: bytes, offset: int) -> tuple[int, int]:
 
 
 def _committed_frames(log: BinaryIO) -> dict[int, int]:
-    """Page number → where its newest committed image is in the write-ahead log."""
+    """Return page number → offset of its newest committed image in the write-ahead log."""
     salts = log.read(32)[16:24]
     newest: dict[int, int] = {}
-    waiting: dict[int, int] = {}
+    uncommitted: dict[int, int] = {}
     while len(head := log.read(_FRAME_HEADER.size)) == _FRAME_HEADER.size:
         number, commit, salt = _FRAME_HEADER.unpack(head)
         at = log.tell()
         if salt != salts or len(log.read(PAGE_SIZE)) < PAGE_SIZE:
             break
-        waiting[number] = at
+        uncommitted[number] = at
         if commit:
-            newest |= waiting
-            waiting = {}
+            newest |= uncommitted
+            uncommitted = {}
     return newest
 
 
-# Rows that fail one after the other before the rest of a table counts as lost: more than hang on one page of an index.
+# The rest of a table counts as lost after this many consecutive failures: more rows than one page of an index holds.
 _MAX_FAILURES = 50_000
-# Behind so many failures the steps get longer.
+# Steps grow after this many failures.
 _SINGLE_STEP_FAILURES = 2_000
 _MAX_ROWID = 2**63 - 1
 
 
 class DamagedDatabase:
-    """The tables of a database that may be damaged anywhere. `lost`: whether anything of a table could not be read."""
+    """Database that may be damaged anywhere; `incomplete_tables`: tables of which something could not be read."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
         self.incomplete_tables: set[str] = set()
 
     def columns(self, table: str) -> list[str]:
-        """Those of `table`; none where it is not there or cannot be read."""
+        """Return the columns of a table; none if it is missing or unreadable."""
         try:
             return [str(row[1]) for row in self._db.execute(f"PRAGMA table_info({table})")]
         except sqlite3.Error:
@@ -165,11 +165,11 @@ class DamagedDatabase:
     def read_by_rowid(
         self, table: str, columns: list[str], gaps: list[tuple[int, int]], last: int = _MAX_ROWID
     ) -> Iterator[tuple[Any, ...]]:
-        """(rowid, columns …) of every row that can be read, ascending; to `gaps` the rowids where none could."""
+        """Yield (rowid, columns …) of every readable row, ascending; unreadable ranges of rowids go to `gaps`."""
         sql = f"SELECT rowid, {', '.join(columns)} FROM {table} WHERE rowid >= ? ORDER BY rowid"
         at, failures, gap = -_MAX_ROWID, 0, 0
         while at <= last:
-            got = False
+            has_read = False
             try:
                 for row in self._db.execute(sql, (at,)):
                     if type(row[0]) is not int or row[0] < at:
@@ -178,13 +178,13 @@ class DamagedDatabase:
                         gaps.append((gap, row[0] - 1))
                         failures = 0
                     yield row
-                    at, got = row[0] + 1, True
+                    at, has_read = row[0] + 1, True
                 if failures:
                     gaps.append((gap, last))
                 return
             except sqlite3.Error:
                 self.incomplete_tables.add(table)
-            if got or not failures:
+            if has_read or not failures:
                 gap, failures = max(at, 1), 0
             at = max(at, 0) + 1 + max(0, failures - _SINGLE_STEP_FAILURES)
             failures += 1
@@ -193,7 +193,7 @@ class DamagedDatabase:
         gaps.append((gap, last))
 
     def read_by_key(self, table: str, key: list[str], columns: list[str]) -> Iterator[tuple[Any, ...]]:
-        """Rows of a table WITHOUT ROWID: from its beginning to the damage, and from its end to the damage."""
+        """Yield the rows of a table WITHOUT ROWID, from its beginning to the damage and from its end to the damage."""
         seen = set()
         width = len(key)
         for direction in ("", " DESC"):
@@ -208,12 +208,12 @@ class DamagedDatabase:
                 self.incomplete_tables.add(table)
 
     def read_orphaned_rows(self) -> Iterator[tuple[int, list[Any]]]:
-        """(rowid, values) of every row of whatever table, deleted ones too, wherever a page of it is left."""
+        """Yield (rowid, values) of every row of any table, deleted ones too, in any page that is left."""
         path = str(self._db.execute("PRAGMA database_list").fetchone()[2])
         return read_leaf_rows(Path(path))
 
     def try_query(self, sql: str, *values: int) -> list[tuple[Any, ...]] | None:
-        """All rows of a statement; None where one of them cannot be read."""
+        """Return all rows of a statement; None if one of them cannot be read."""
         try:
             return self._db.execute(sql, values).fetchall()
         except sqlite3.Error:

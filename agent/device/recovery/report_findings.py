@@ -1,4 +1,4 @@
-"""What an opening found is said in the log, before anything else is written there or sent."""
+"""Report of recovery findings: in the log, before anything else is written or sent, and on the command line."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ _MAX_SUMMARY = 1900
 def report_findings(
     store: Store, message_log: MessageLog, tasks: Mapping[str, Sequence[str]], now: ClockReading
 ) -> None:
-    """Begin a new log where the old one cannot go on; then declare what is lost, all in one transaction.
+    """Begin a new log if one is planned, then declare all losses in one transaction.
 
-    `tasks`: those of each stream. Raises StorageError; with no room it is tried again at the next opening.
+    `tasks`: those of each stream. Raises StorageError. A full store delays the report to the next opening.
     """
     new_log.start_new_log(store, message_log, now)
-    found = findings.decode(store.get_meta(findings.FINDINGS, ""))
-    if not found:
+    pending = findings.decode(store.get_meta(findings.FINDINGS, ""))
+    if not pending:
         return
     try:
         with store.transaction(vital=True) as tx:
-            for finding in found:
+            for finding in pending:
                 _report_finding(tx, message_log, finding, tasks, now)
             tx.set_meta(findings.FINDINGS, "")
     except StorageFull as full:
-        log.error("%s; what the opening found is said when there is room", full)
+        log.error("%s; findings of the opening are reported when there is room", full)
 
 
 def _report_finding(
@@ -54,11 +54,10 @@ def _report_finding(
     tasks: Mapping[str, Sequence[str]],
     now: ClockReading,
 ) -> None:
-    mine = finding.log == message_log.log_id
-    if mine:
+    if finding.log == message_log.log_id:
         declare_messages(tx, message_log, now, finding.seqs, DAMAGED)
     for stream, rows in finding.rows.items():
-        # What a task has still to use it meets as a hole, and reports as a run without results.
+        # A task meets lost rows that it has not used as a gap, and reports a run without results.
         used = min((tx.cursor(task) for task in tasks.get(stream, ())), default=rows[-1][1])
         declare_readings(tx, message_log, now, stream, ranges.intersect(rows, [(1, used)]), DAMAGED, used=True)
     newest = {stream: tx.next_row(stream) - 1 for stream in tasks}
@@ -82,7 +81,7 @@ def _newest_text(newest: Mapping[str, int]) -> str:
     if not newest:
         return ""
     numbers = ", ".join(f"{row} of {stream}" for stream, row in newest.items())
-    return f"The newest readings are {numbers}: what was acknowledged later the card had not kept."
+    return f"The newest readings are {numbers}: later ones were acknowledged, but the card did not keep them."
 
 
 def _evidence(finding: RecoveryFinding) -> dict[str, Any]:
@@ -96,10 +95,14 @@ def _evidence(finding: RecoveryFinding) -> dict[str, Any]:
     }
 
 
-class StoreCondition(msgspec.Struct, frozen=True):
-    """`stop`: how the last process that wrote here ended, `clean` or `unclean`.
+# --- on the command line ---
 
-    `last`: {"time", "what", "quarantine"} of the last finding.
+
+class StoreCondition(msgspec.Struct, frozen=True):
+    """Condition of a store for people.
+
+    `last_stop`: how the last writing process ended, `clean` or `unclean`; `last_finding`: {"time", "summary",
+    "quarantine"}; `quarantine`: the folder with damaged files.
     """
 
     last_stop: str
@@ -110,32 +113,33 @@ class StoreCondition(msgspec.Struct, frozen=True):
     @property
     def document(self) -> dict[str, Any]:
         quarantine = {"folder": str(self.quarantine), "bytes": self.quarantine_bytes} if self.quarantine else None
-        return {"stop": self.last_stop, "last": self.last_finding, "quarantine": quarantine}
+        return {"last_stop": self.last_stop, "last_finding": self.last_finding, "quarantine": quarantine}
 
     def __str__(self) -> str:
         parts = [f"last stop {self.last_stop}" if self.last_stop else "never stopped yet"]
         if self.last_finding:
-            parts.append(f"{self.last_finding['time']}: {self.last_finding['what']}")
+            parts.append(f"{self.last_finding['time']}: {self.last_finding['summary']}")
         if self.quarantine:
-            parts.append(f"{self.quarantine} holds {self.quarantine_bytes / 2**20:.1f} MiB; delete it when looked at")
+            mib = self.quarantine_bytes / 2**20
+            parts.append(f"{self.quarantine} holds {mib:.1f} MiB of damaged files; delete it after inspection")
         return "; ".join(parts)
 
 
 def inspect_condition(store: Store) -> StoreCondition:
-    """Of `store`, whoever has it open to write."""
+    """Return the condition of `store`, whichever process has it open to write."""
     folder = store.path.parent
     if store.get_meta(findings.CLEAN_STOP, ""):
         stop = "clean"
     else:
         stop = store.get_meta(findings.LAST_STOP, "") if _is_lock_held(folder / "lock") else "unclean"
     last = store.get_meta(findings.LAST_FINDING, "")
-    place = folder / salvage.QUARANTINE
-    sizes = [path.stat().st_size for path in place.rglob("*") if path.is_file()]
-    return StoreCondition(stop, json.loads(last) if last else None, place if sizes else None, sum(sizes))
+    quarantine = folder / salvage.QUARANTINE
+    sizes = [path.stat().st_size for path in quarantine.rglob("*") if path.is_file()]
+    return StoreCondition(stop, json.loads(last) if last else None, quarantine if sizes else None, sum(sizes))
 
 
 def _is_lock_held(lock: Path) -> bool:
-    """Whether a process holds the lock; without touching it, so that nobody who wants it is turned away."""
+    """Return True if a process holds the lock. Does not try it, so that nobody who needs it is refused."""
     try:
         inode = lock.stat().st_ino
         return any(f":{inode} " in line for line in Path("/proc/locks").read_text(encoding="ascii").splitlines())

@@ -1,7 +1,7 @@
-"""A damaged store is set aside whole, and what can be read of it is copied into a new one.
+"""Salvage of a damaged store: its files go to quarantine, and everything readable is copied into a new database.
 
-Killed anywhere, it is taken up again at the next opening: the marker file `damaged` stands until the new database,
-built under another name, has taken the old one's place. The damaged files stay in `quarantine/`, the newest two.
+A salvage that is killed anywhere continues at the next opening: the marker file `damaged` stays until the new database,
+built under another name, has taken the place of the old one. The newest two damaged databases stay in `quarantine/`.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ from agent.errors import StorageError
 MARKER, QUARANTINE = "damaged", "quarantine"
 _BUILDING = f"{DATABASE}.salvaged"
 _MAX_QUARANTINED = 2
-# Where the tables of page 1 begin; before them are counters that change all the time.
+# Length of the file header on page 1, with counters that change all the time.
 _HEADER = 100
+_PATCHED = "patched.db"
 
 
 def write_damage_marker(folder: Path, cause: str) -> None:
-    """Say that the database in `folder` is damaged, for the next opening. What cannot be written is found again."""
+    """Have the database salvaged at the next opening. If this fails, the damage will be detected again."""
     with contextlib.suppress(StorageError):
         _write_marker(folder, {"cause": cause})
 
 
 def read_cause(folder: Path) -> str | None:
-    """Why the database in `folder` has to be salvaged; None where it need not be, as far as was seen."""
-    text = _read_marker(folder)
-    return str(text.get("cause", "unknown")) if text is not None else None
+    """Return the recorded cause of a pending salvage, or None."""
+    marker = _read_marker(folder)
+    return str(marker.get("cause", "unknown")) if marker is not None else None
 
 
 def salvage(folder: Path, cause: str, watermark_state: WatermarkState | None, first_page: bytes | None) -> None:
-    """Put a sound database in the place of the damaged one. Raises StorageError where not even that is possible."""
+    """Replace the damaged database by an intact one. Raises StorageError if not even that is possible."""
     marker = _read_marker(folder) or {"cause": cause}
     if "quarantine" not in marker:
         numbers = [int(path.name) for path in (folder / QUARANTINE).glob("*") if path.name.isdecimal()]
@@ -54,23 +55,23 @@ def salvage(folder: Path, cause: str, watermark_state: WatermarkState | None, fi
         durable_files.fsync(folder)
     except (OSError, sqlite3.Error) as error:
         raise StorageError(
-            f"{folder / DATABASE} is damaged ({marker['cause']}) and nothing can be put in its place: {error}; make "
-            f"room on the disk, or replace it. The damaged files are in {place} or still in {folder}"
+            f"{folder / DATABASE} is damaged ({marker['cause']}) and cannot be replaced: {error}; make room on the disk, "
+            f"or replace it. The damaged files are in {place} or still in {folder}"
         ) from error
 
 
 def _move_to_quarantine(folder: Path, place: Path) -> None:
     place.mkdir(parents=True, exist_ok=True)
-    # An index of the -wal, made again from it; the database goes last, so that a kill here is seen.
+    # The -shm is an index of the -wal and can be rebuilt. The database goes last, so that a kill here is detected.
     (folder / f"{DATABASE}-shm").unlink(missing_ok=True)
-    # Beside the new database, what could not be rolled back would be rolled back into it.
-    for name, kept in (
+    # A journal beside the new database would be rolled back into it.
+    for name, target in (
         (f"{DATABASE}-journal", "journal"),
         (f"{DATABASE}-wal", f"{DATABASE}-wal"),
         (DATABASE, DATABASE),
     ):
         if (folder / name).exists():
-            (folder / name).rename(place / kept)
+            (folder / name).rename(place / target)
     durable_files.fsync(place)
     durable_files.fsync(folder)
     older = sorted((p for p in place.parent.glob("*") if p.name.isdecimal()), key=lambda p: int(p.name))
@@ -81,7 +82,7 @@ def _move_to_quarantine(folder: Path, place: Path) -> None:
 def _build(
     folder: Path, place: Path, cause: str, watermark_state: WatermarkState | None, first_page: bytes | None
 ) -> None:
-    # Costs 15 ms: only for those whose store is damaged.
+    # Imported here, 15 ms: few starts need it.
     from agent.device.recovery.copy import StoreCopy
     from agent.device.recovery.raw_pages import DamagedDatabase
 
@@ -89,7 +90,7 @@ def _build(
     for path in (building, folder / f"{_BUILDING}-journal"):
         path.unlink(missing_ok=True)
     with contextlib.closing(sqlite3.connect(building, isolation_level=None)) as new:
-        # Nothing here is promised to anybody before it is renamed.
+        # Nobody relies on it before it is renamed.
         new.execute("PRAGMA synchronous=OFF")
         migrate.apply(new)
         with _open_damaged(place, first_page) as old:
@@ -102,24 +103,24 @@ def _build(
 
 @contextlib.contextmanager
 def _open_damaged(place: Path, first_page: bytes | None) -> Iterator[sqlite3.Connection]:
-    """The damaged database to read, with its first page put right where that is known."""
-    path, patched = place / DATABASE, place / "mended.db"
+    """Open the damaged database read-only, with its first page restored if that is known."""
+    path, patched = place / DATABASE, place / _PATCHED
     try:
         if first_page is not None and _first_page_differs(path, first_page):
             if path.exists():
                 shutil.copyfile(path, patched)
             _restore_first_page(patched, first_page)
             if (place / f"{DATABASE}-wal").exists():
-                shutil.copyfile(place / f"{DATABASE}-wal", place / "mended.db-wal")
+                shutil.copyfile(place / f"{DATABASE}-wal", place / f"{_PATCHED}-wal")
             path = patched
         if not path.exists():
             path.touch()
-        # Read-only, so that what was set aside stays as it is.
+        # Read-only, so that the quarantined file stays unchanged.
         with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)) as old:
             old.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
             yield old
     finally:
-        for rest in (*place.glob("mended.db*"), place / f"{DATABASE}-shm"):
+        for rest in (*place.glob(f"{_PATCHED}*"), place / f"{DATABASE}-shm"):
             rest.unlink(missing_ok=True)
 
 
@@ -136,7 +137,7 @@ def _restore_first_page(path: Path, first_page: bytes) -> None:
     page = bytearray(first_page)
     path.touch()
     pages = max(1, -(-path.stat().st_size // len(page)))
-    # Size in pages, with the counter that says it is right; no list of free pages.
+    # Size in pages, with the counter that marks it as valid; no list of free pages.
     page[28:32] = pages.to_bytes(4, "big")
     page[92:96] = page[24:28]
     page[32:40] = bytes(8)
@@ -150,10 +151,10 @@ def _read_marker(folder: Path) -> dict[str, str] | None:
     except FileNotFoundError:
         return None
     with contextlib.suppress(ValueError):
-        found = json.loads(text)
-        if isinstance(found, dict):
-            return found
-    # Torn by the crash it was to survive.
+        marker = json.loads(text)
+        if isinstance(marker, dict):
+            return marker
+    # Torn by a crash.
     return {"cause": "unknown"}
 
 

@@ -42,7 +42,9 @@ class _AcceptedMessage(msgspec.Struct, frozen=True):
 
 
 class DesiredStateStore:
-    """Desired state of one device. The uplink calls `accept` and `apply_pending`, the main loop `find_desired`."""
+    """Desired state of one device. The uplink calls `accept` and `tick`, the main loop `find_desired`."""
+
+    refusal_name = "desired states"
 
     def __init__(
         self, store: Store, message_log: MessageLog, operators: Sequence[PublicKey], groups: Sequence[str]
@@ -64,6 +66,16 @@ class DesiredStateStore:
     def subscriptions(self) -> list[str]:
         """Topics to subscribe to; none without [operators] keys, as no message could be accepted."""
         return list(self._topics) if self._operators else []
+
+    def owns(self, topic: str) -> bool:
+        """Return True for topics of desired states, also those of other devices."""
+        return topic.split("/")[3:4] == [KIND]
+
+    def on_connected(self) -> None:
+        """Do nothing: the broker sends the retained messages again."""
+
+    def tick(self, _session: object, now: ClockReading) -> None:
+        self.apply_pending(now)
 
     def find_desired(self, task: str) -> DesiredBundle | None:
         """Return the desired bundle from the most specific topic that names `task`."""

@@ -19,7 +19,7 @@ from agent.config import Config
 from agent.device.bundles import history, rollout_state
 from agent.device.bundles.rollout_state import HoldOff, RolloutState
 from agent.device.pipeline import drift_state
-from agent.device.pipeline.batch import LoadedTask
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.tasks import Effect
 from agent.device.rollout import saved_drift, transitions
 from agent.device.rollout.desired_state import DesiredStateStore

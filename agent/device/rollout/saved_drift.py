@@ -11,9 +11,8 @@ from msgspec.structs import replace
 
 from agent.clock import ClockReading
 from agent.device.pipeline import drift_state
-from agent.device.pipeline.drift_state import ClosingMessages
 from agent.device.store import task_keys
-from agent.device.store.message_log import MessageLog
+from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.drift.monitor import DriftMonitor
@@ -35,9 +34,7 @@ def restore(tx: Transaction, message_log: MessageLog, task: str, now: ClockReadi
     for name in _STATE_NAMES:
         tx.delete_state(task, name)
         tx.rename_state(task, name + task_keys.SAVED_SUFFIX, name)
-    for kind, body in closing.messages if closing is not None else ():
-        if kind == "alerts":
-            message_log.append(tx, kind, task, body, now)
+    message_log.append_all(tx, [message for message in closing if message.kind == "alerts"], now)
 
 
 def discard(tx: Transaction, message_log: MessageLog, task: str, now: ClockReading) -> None:
@@ -45,11 +42,10 @@ def discard(tx: Transaction, message_log: MessageLog, task: str, now: ClockReadi
     closing = _build_closing_messages(tx, task, task_keys.SAVED_SUFFIX, "the bundle was changed")
     for name in _STATE_NAMES:
         tx.delete_state(task, name + task_keys.SAVED_SUFFIX)
-    if closing is not None:
-        drift_state.write_closing_messages(tx, message_log, task, closing, now)
+    message_log.append_all(tx, closing, now)
 
 
-def load(store: Store, task: str, monitor: DriftMonitor) -> tuple[DriftState, ClosingMessages | None]:
+def load(store: Store, task: str, monitor: DriftMonitor) -> tuple[DriftState, list[PendingMessage] | None]:
     """Load the saved state, for the previous bundle that runs as the canary's shadow."""
     saved = store.load_state(task, task_keys.DRIFT_STATE + task_keys.SAVED_SUFFIX)
     if saved is None:
@@ -70,9 +66,9 @@ def continue_alert_numbers(state: DriftState, *others: DriftState | None) -> Dri
     return replace(state, raised_counts=np.maximum(state.raised_counts, highest))
 
 
-def _build_closing_messages(tx: Transaction, task: str, suffix: str, reason: str) -> ClosingMessages | None:
+def _build_closing_messages(tx: Transaction, task: str, suffix: str, reason: str) -> list[PendingMessage]:
     state = tx.load_state(task, task_keys.DRIFT_STATE + suffix)
     if state is None:
-        return None
+        return []
     site = tx.load_state(task, task_keys.SITE_REFERENCE + suffix)
     return drift_state.build_closing_messages(task, state, site, reason)

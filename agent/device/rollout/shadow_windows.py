@@ -11,8 +11,8 @@ from msgspec.structs import replace
 
 from agent.comparison import tally
 from agent.comparison.tally import ComparisonStats, OutputKind, Predictions
-from agent.device.pipeline import batch, measured
-from agent.device.pipeline.batch import LoadedTask
+from agent.device.pipeline import batch, label_metrics
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.store import labels
 from agent.device.store.labels import PredictionRow, StoredLabel, StoredPredictions
 from agent.device.store.rows import concatenate
@@ -138,12 +138,12 @@ def count_outcomes(
     labelled = labels.load_labelled(tx.connection, task.name, task.bundle.digest, numbers[-1], MAX_LABELS)
     pairs = [
         (sample, prediction)
-        for sample in measured.filter_evaluable(task, labelled)
+        for sample in label_metrics.filter_evaluable(task, labelled)
         if sample.number > after_number
         and sample.first_number > after_number
         and (prediction := _find_other_prediction(tx, task, other, sample)) is not None
     ]
-    stats = _build_outcome_stats(measured.build_label_schema(task), measured.build_label_schema(other), pairs)
+    stats = _build_outcome_stats(label_metrics.build_label_schema(task), label_metrics.build_label_schema(other), pairs)
     return stats, numbers[-1]
 
 

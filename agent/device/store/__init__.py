@@ -1,10 +1,8 @@
-"""The store: one SQLite file, one connection that writes, one transaction at a time.
+"""Device store: one SQLite file, one writing connection, one transaction at a time. Imports no other device package.
 
-store        open, read, `transaction()`                 schema     tables, pragmas, longer statements
-transaction  what can be written in one                  rows       columns of readings, packing, validation
-outbox       messages that wait or are kept a while      retention  which are acknowledged, and for how long they stay
-segments     of the wall clock, where rows were stamped  ranges     sets of numbers as ranges
-quota        who may take how much                       space      what goes when it runs short
-eviction     what goes is declared                       forecast   how long until something must go
-checked, setaside  messages that the disk has changed    categories  category texts after damage
+store, transaction   reading; writing               schema, meta, task_keys  tables; single values; names of task state
+rows                 validation, packed chunks      clock_segments           wall clock of the rows' times
+outbox, message_log  messages; seq and signature    retention, ranges        acknowledged seqs, growth; integer sets
+eviction, space      declarations; what is evicted  quota, watermark         bytes; detection of lost commits
+labels, command_log  predictions and labels; commands of operators           cost  accounting
 """

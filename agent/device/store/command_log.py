@@ -1,7 +1,7 @@
-"""Commands inside a transaction: the last counter of each key, and what was answered.
+"""Command log: the last counter of each operator key, and the answers to commands.
 
-A command is claimed before anything of it is done, in a commit of its own, so that whatever happens then it is never
-done twice; its answer is committed with its effect. One that was claimed and has no answer was cut off by a crash.
+A command is claimed in a commit of its own before it runs, so that it never runs twice, whatever happens. Its answer is
+committed together with its effect: a claimed command without an answer was interrupted by a crash.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 import msgspec
 
-# Answers are kept for a look, and to tell an id that comes twice.
+# Sent answers are kept for inspection, and to recognize an id that comes twice.
 _RETAINED_ANSWERS = 200
 
 
 class ClaimedCommand(msgspec.Struct, frozen=True):
-    """A command that was taken up; `number` is its place in the book."""
+    """Command that is about to run; `number` is its place in the log."""
 
     number: int
     kid: str
@@ -28,7 +28,7 @@ class ClaimedCommand(msgspec.Struct, frozen=True):
 
 
 class CommandAnswer(msgspec.Struct, frozen=True):
-    """What a command came to, on its way to the operator."""
+    """Outcome of a command, on its way to the operator."""
 
     number: int
     id: str
@@ -39,58 +39,57 @@ class CommandAnswer(msgspec.Struct, frozen=True):
     correlation: bytes | None
 
     def to_body(self) -> dict[str, Any]:
-        """As a `reply` carries it."""
+        """Return the members of a `reply` message."""
         return {"id": self.id, "name": self.name, "ok": self.ok, "summary": self.summary, "data": self.data}
 
 
 class CommandLog:
-    """Lives inside a `Transaction`."""
+    """Command log inside a `Transaction`."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
-        # Whether a counter moved.
         self.has_new_counter = False
 
     def counters(self) -> dict[str, int]:
-        """The last counter obeyed or refused of each operator key, by kid."""
-        return {str(kid): int(n) for kid, n in self._db.execute("SELECT kid, counter FROM commands")}
+        """Return the last counter of each operator key, by kid, whether its command was executed or refused."""
+        return {str(kid): int(n) for kid, n in self._db.execute("SELECT kid, counter FROM command_counters")}
 
     def claim(
         self, kid: str, id: str, name: str, args: dict[str, str], counter: int, correlation: bytes | None
     ) -> ClaimedCommand | None:
-        """Take a command up; None where this key's counter was used, or its id."""
-        used = self._db.execute("SELECT 1 FROM answers WHERE kid = ? AND id = ?", (kid, id)).fetchone()
+        """Claim a command; None if its id or this key's counter was used."""
+        used = self._db.execute("SELECT 1 FROM command_answers WHERE kid = ? AND id = ?", (kid, id)).fetchone()
         if used or counter <= self.counters().get(kid, 0):
             return None
-        self._db.execute("INSERT OR REPLACE INTO commands VALUES (?, ?)", (kid, counter))
+        self._db.execute("INSERT OR REPLACE INTO command_counters VALUES (?, ?)", (kid, counter))
         self.has_new_counter = True
         number = self._db.execute(
-            "INSERT INTO answers (kid, id, name, args, counter, correlation) VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT INTO command_answers (kid, id, name, args, counter, correlation) VALUES (?, ?, ?, ?, ?, ?)",
             (kid, id, name, json.dumps(args), counter, correlation),
         ).lastrowid
-        self._db.execute("DELETE FROM answers WHERE number <= ? AND sent = 1", ((number or 0) - _RETAINED_ANSWERS,))
+        oldest = (number or 0) - _RETAINED_ANSWERS
+        self._db.execute("DELETE FROM command_answers WHERE number <= ? AND sent = 1", (oldest,))
         return ClaimedCommand(number or 0, kid, id, name, args, counter)
 
     def unanswered(self) -> list[ClaimedCommand]:
-        found = self._db.execute(
-            "SELECT number, kid, id, name, args, counter FROM answers WHERE body IS NULL ORDER BY number"
+        rows = self._db.execute(
+            "SELECT number, kid, id, name, args, counter FROM command_answers WHERE body IS NULL ORDER BY number"
         )
-        return [
-            ClaimedCommand(n, kid, id, name, json.loads(args), counter) for n, kid, id, name, args, counter in found
-        ]
+        return [ClaimedCommand(n, kid, id, name, json.loads(args), counter) for n, kid, id, name, args, counter in rows]
 
     def record_answer(self, claimed: ClaimedCommand, ok: bool, summary: str, data: dict[str, Any]) -> None:
         body = json.dumps({"ok": ok, "summary": summary, "data": data})
-        self._db.execute("UPDATE answers SET body = ? WHERE number = ?", (body, claimed.number))
+        self._db.execute("UPDATE command_answers SET body = ? WHERE number = ?", (body, claimed.number))
 
     def unsent(self, after: int) -> list[CommandAnswer]:
-        """Answers behind place `after` that no broker has confirmed."""
-        found = self._db.execute(
-            "SELECT number, id, name, body, correlation FROM answers "
+        """Return answers behind place `after` that no broker has confirmed."""
+        rows = self._db.execute(
+            "SELECT number, id, name, body, correlation FROM command_answers "
             "WHERE sent = 0 AND body IS NOT NULL AND number > ? ORDER BY number LIMIT 50",
             (after,),
         )
-        return [CommandAnswer(n, id, name, **json.loads(body), correlation=c) for n, id, name, body, c in found]
+        return [CommandAnswer(n, id, name, **json.loads(body), correlation=c) for n, id, name, body, c in rows]
 
     def mark_sent(self, through: int) -> None:
-        self._db.execute("UPDATE answers SET sent = 1 WHERE number <= ? AND body IS NOT NULL", (through,))
+        sql = "UPDATE command_answers SET sent = 1 WHERE number <= ? AND body IS NOT NULL"
+        self._db.execute(sql, (through,))

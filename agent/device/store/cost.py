@@ -1,7 +1,7 @@
-"""What a device's work costs, counted while it works: processor time, bytes on the air, on flash, and energy.
+"""Cost accounting: processor time, bytes sent, bytes written to flash, and energy.
 
-Counters in the store, named `cost.…`: of each task in the transactions of its batches (what the commit itself takes
-comes with the next one), of the process and the machine once a minute. What a crash cuts off is not counted.
+Counters in the store, named `cost.…`. Each task's counters are written with its batches (the time of a commit counts
+with the next batch), those of the process and the machine once a minute. Work that a crash interrupts is not counted.
 
 Sources: proc(5) for `write_bytes`; Linux Documentation/power/powercap for energy.
 """
@@ -20,33 +20,33 @@ from agent.device.store.transaction import Transaction
 
 PREFIX = "cost."
 _PROCESS_PREFIX, _TASK_PREFIX = f"{PREFIX}process.", f"{PREFIX}task."
-# Beside payload, signature and topic: CloudEvents properties and the packet's own.
+# Bytes of a message beyond payload, signature and topic: CloudEvents properties and the packet header.
 _ENVELOPE_BYTES = 330
 
 
 class CostMeter:
-    """Counts the batches of one task."""
+    """Cost counters of one task."""
 
     def __init__(self, task: str) -> None:
         self._task, self._uncounted_batches = task, list[tuple[int, int, int]]()
 
     def record_batch(self, windows: int, rows: int, cpu_us: int) -> None:
-        """A batch that was committed."""
+        """Record a committed batch."""
         self._uncounted_batches.append((windows, rows, cpu_us))
 
     def write_counters(self, tx: Transaction) -> None:
-        """Of earlier batches. Those of a transaction that fails are counted by the next."""
+        """Write the counters of recorded batches; `confirm_written` follows once `tx` is committed."""
         for windows, rows, cpu_us in self._uncounted_batches:
             for name, n in {"batches": 1, "windows": windows, "rows": rows, "cpu_us": cpu_us}.items():
                 tx.increment_counter(f"{_TASK_PREFIX}{self._task}.{name}", n)
 
     def confirm_written(self) -> None:
-        """What `keep` counted is committed."""
+        """Forget the recorded batches."""
         self._uncounted_batches.clear()
 
 
 def count_message(tx: Transaction, task: str | None, kind: str, size: int) -> None:
-    """A message of `size` bytes of payload, signature and topic was written."""
+    """Count a message of `size` bytes of payload, signature and topic."""
     if task is not None:
         tx.increment_counter(f"{_TASK_PREFIX}{task}.{kind}.messages", 1)
         tx.increment_counter(f"{_TASK_PREFIX}{task}.{kind}.bytes", size + _ENVELOPE_BYTES)
@@ -55,7 +55,7 @@ def count_message(tx: Transaction, task: str | None, kind: str, size: int) -> No
 
 
 class _Counters(msgspec.Struct, frozen=True):
-    """Counters of the process and of the machine, as they stand; `energy_uj` None where it cannot be read."""
+    """Current counters of the process and the machine; `energy_uj` None if it cannot be read."""
 
     boot_s: float
     cpu_s: float
@@ -65,14 +65,14 @@ class _Counters(msgspec.Struct, frozen=True):
 
 
 class ProcessMeter:
-    """Of the whole agent; `root` is where sysfs is."""
+    """Cost counters of the whole agent; `root` is the sysfs mount."""
 
     def __init__(self, root: Path = Path("/sys")) -> None:
         self._root = root
         self._last: _Counters | None = None
 
     def tick(self, tx: Transaction, now: ClockReading) -> None:
-        """What was spent since the last call."""
+        """Count what was spent since the last call."""
         this, last = self._read_counters(now), self._last
         self._last = this
         if last is None or this.boot_s <= last.boot_s:
@@ -84,14 +84,14 @@ class ProcessMeter:
             "busy_us": round((this.busy_s - last.busy_s) * 1e6),
         }
         if this.energy_uj is not None and last.energy_uj is not None and this.energy_uj >= last.energy_uj:
-            # A counter that wrapped says nothing of this minute.
+            # A counter that wrapped gives no energy for this minute.
             spent["energy_uj"] = this.energy_uj - last.energy_uj
             spent["energy_ms"] = spent["ms"]
         for name, n in spent.items():
             tx.increment_counter(f"{_PROCESS_PREFIX}{name}", max(0, n))
 
     def _read_counters(self, now: ClockReading) -> _Counters:
-        # Costs 10 ms: of no use to those who only run batches.
+        # Imported here, 10 ms: `outstation batch` does not need it.
         import psutil
 
         children = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -101,18 +101,18 @@ class ProcessMeter:
         return _Counters(now.boot_s, cpu_s, _read_written_bytes(), busy_s, self._read_energy_uj())
 
     def _read_energy_uj(self) -> int | None:
-        """Of all processor packages, where the kernel counts it and we may read it."""
-        found = []
+        """Return the energy of all processor packages; None if the kernel does not count it or denies access."""
+        packages = []
         for package in sorted(self._root.glob("class/powercap/intel-rapl:?")):
             try:
-                found.append(int((package / "energy_uj").read_text(encoding="ascii")))
+                packages.append(int((package / "energy_uj").read_text(encoding="ascii")))
             except (OSError, ValueError):
                 return None
-        return sum(found) if found else None
+        return sum(packages) if packages else None
 
 
 def _read_written_bytes() -> int:
-    """Bytes this process had the kernel write to a medium."""
+    """Return the bytes that the kernel wrote to a medium for this process."""
     try:
         lines = Path(f"/proc/{os.getpid()}/io").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -121,7 +121,7 @@ def _read_written_bytes() -> int:
 
 
 class TaskCost(msgspec.Struct, frozen=True):
-    """What is counted of one task; bytes and messages by kind."""
+    """Counted cost of one task; bytes and messages by kind."""
 
     batches: int
     windows: int
@@ -136,7 +136,7 @@ class TaskCost(msgspec.Struct, frozen=True):
 
 
 class ProcessCost(msgspec.Struct, frozen=True):
-    """What is counted of the process: seconds it was watched for, and in them. `energy_j`: the machine's, or None."""
+    """Counted cost of the process within `seconds`; `energy_j` is of the whole machine, or None."""
 
     seconds: float
     cpu_s: float
@@ -147,14 +147,14 @@ class ProcessCost(msgspec.Struct, frozen=True):
 
     @property
     def own_energy_j(self) -> float | None:
-        """The part of the machine's energy that the agent's share of its busy time comes to."""
+        """Energy in proportion to the agent's share of the machine's busy time (J)."""
         if self.energy_j is None or self.busy_s <= 0:
             return None
         return self.energy_j * min(1.0, self.cpu_s / self.busy_s)
 
 
 def read_task_cost(counters: dict[str, int], task: str) -> TaskCost:
-    """From the store's counters."""
+    """Select a task's cost from the store's counters."""
     head = f"{_TASK_PREFIX}{task}."
     own = {name.removeprefix(head): n for name, n in counters.items() if name.startswith(head)}
     return TaskCost(
@@ -171,7 +171,7 @@ def read_process_cost(counters: dict[str, int]) -> ProcessCost:
     own = {name.removeprefix(_PROCESS_PREFIX): n for name, n in counters.items() if name.startswith(_PROCESS_PREFIX)}
     energy = own["energy_uj"] / 1e6 if own.get("energy_ms") else None
     if energy is not None and own["energy_ms"] < own["ms"]:
-        # It could be read for a part of the time only.
+        # It was readable for part of the time only.
         energy *= own["ms"] / own["energy_ms"]
     seconds, cpu_s, busy_s = own.get("ms", 0) / 1e3, own.get("cpu_us", 0) / 1e6, own.get("busy_us", 0) / 1e6
     return ProcessCost(seconds, cpu_s, own.get("written", 0), busy_s, own.get("sent", 0), energy)

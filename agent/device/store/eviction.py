@@ -1,8 +1,9 @@
-"""What is given up is declared by the transaction that gives it up: a signed `audit` message, event "evicted".
+"""Eviction declarations: signed `audit` messages, event "evicted", for messages and readings that were given up.
 
-Its evidence names messages, {"seq": [[first, last], …]}, or readings, {"stream", "rows": [[first, last], …], "used",
-"tasks"}, with "reason" and "bytes". A declaration that is not acknowledged yet is folded into the next one of its kind,
-which then lists its seq too: weeks of evictions make one message. One that would be too large for the broker is split.
+The transaction that deletes something also declares it. The evidence names messages, {"seq": [[first, last], …]}, or
+readings, {"stream", "rows": [[first, last], …], "used", "tasks"}, with "reason" and "bytes". A declaration that is not
+acknowledged yet is merged into the next one of its kind, which then lists its seq too: weeks of evictions make one
+message. A declaration that would be too large for the broker is split.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from agent.wire.messages import encode
 
 EVENT = "evicted"
 NO_ROOM, ACKNOWLEDGED_EARLIER, DAMAGED = "no room", "acknowledged earlier", "damaged"
-# In table meta: the newest declaration of each kind.
-OPEN_DECLARATIONS = "evicted"
+# Name in table meta: the newest declaration of each kind.
+OPEN_DECLARATIONS = "open declarations"
 # The members that every message carries, and the event, at their longest.
 _HEADER_BYTES = 700
 _RANGE_BYTES = len("[9007199254740991,9007199254740991],")
+_MAX_SUMMARY = 2000
+_MAX_LISTED = 50
 _REASON_TEXTS = {
     NO_ROOM: "the store is full; give it more room ([buffer] max_size) or see why nothing is delivered",
     ACKNOWLEDGED_EARLIER: "the collector asks for them again, but acknowledged them earlier; they are no longer kept",
@@ -43,7 +46,7 @@ def declare_messages(
     size: int = 0,
     acknowledgement: Mapping[str, Any] | None = None,
 ) -> None:
-    """Declare messages that are in the outbox no more; `proof` is the earlier acknowledgement, where there was one."""
+    """Declare messages that are no longer in the outbox; `acknowledgement` is an earlier one that covered them."""
     more = {"acknowledgement": acknowledgement} if acknowledgement else {}
     _declare(tx, message_log, now, f"messages, {reason}", "seq", seqs, {"reason": reason, "bytes": size, **more})
 
@@ -60,17 +63,35 @@ def declare_readings(
     used: bool,
     tasks: Sequence[str] = (),
 ) -> None:
-    """Declare readings that are in the store no more; `tasks` have not used them and never will."""
+    """Declare readings that are no longer in the store; `tasks` have not used them and never will."""
     members = {"stream": stream, "used": used, "tasks": list(tasks), "reason": reason, "bytes": size}
     kind = json.dumps([stream, used, list(tasks), reason])
     _declare(tx, message_log, now, kind, "rows", rows, members)
 
 
 def declared_seqs(tx: Transaction) -> list[tuple[int, int]]:
-    """The messages that the newest declaration of each kind lists, as far as it is still what was written."""
+    """Return the messages that the newest declaration of each kind lists, if its CRC is right."""
     payloads = (tx.outbox.payload(seq) for seq in json.loads(tx.get_meta(OPEN_DECLARATIONS, "{}")).values())
     listed = (json.loads(payload)["evidence"].get("seq", []) for payload in payloads if payload is not None)
     return ranges.union((first, last) for pairs in listed for first, last in pairs)
+
+
+def quarantine_damaged(store: Store, message_log: MessageLog, seqs: Sequence[int], now: ClockReading) -> None:
+    """Quarantine messages whose CRC is wrong and declare them, so that the others can be sent. Raises StorageError."""
+    with store.transaction(vital=True) as tx:
+        for seq in seqs:
+            tx.outbox.quarantine(seq)
+        # The seq itself may be damaged, or the message may have declared others: everything that is neither stored nor
+        # declared counts.
+        missing = ranges.subtract(tx.outbox.missing_seqs(tx.log_head()[0]), declared_seqs(tx))
+        declare_messages(tx, message_log, now, missing, DAMAGED)
+        summary = (
+            f"{len(seqs)} messages in the outbox do not have their CRC and are not sent; they are in the store's table "
+            "`quarantined_messages`. Check the card."
+        )
+        evidence = {"messages": missing[:_MAX_LISTED]}
+        alert = DAMAGED_MESSAGES.raised(summary, evidence, log=message_log.log_id, seq=seqs[0])
+        message_log.append(tx, "alerts", None, alert.to_body(), now)
 
 
 def _declare(
@@ -79,48 +100,48 @@ def _declare(
     now: ClockReading,
     kind: str,
     name: str,
-    given_up: Ranges,
+    evicted: Ranges,
     members: dict[str, Any],
 ) -> None:
-    if not given_up:
+    if not evicted:
         return
     newest = json.loads(tx.get_meta(OPEN_DECLARATIONS, "{}"))
-    # In a small store a transaction cannot hold the old one and a new one of any length.
-    most = min(message_log.max_bytes, tx.remaining_bytes // 4) - _HEADER_BYTES
-    folded = _fold_into_earlier(tx, newest.get(kind), name, given_up, members)
-    if folded is not None and _fits(folded, most):
+    # In a small store a transaction cannot hold the old declaration and a new one of any length.
+    max_bytes = min(message_log.max_bytes, tx.remaining_bytes // 4) - _HEADER_BYTES
+    merged = _merge_with_earlier(tx, newest.get(kind), name, evicted, members)
+    if merged is not None and _fits(merged, max_bytes):
         tx.outbox.delete([newest[kind]])
-        parts = [folded]
+        parts = [merged]
     else:
-        parts = _split(name, given_up, members, most)
+        parts = _split(name, evicted, members, max_bytes)
     for evidence in parts:
         body = {"event": EVENT, "summary": _summary(evidence, name), "evidence": evidence}
         newest[kind] = message_log.append(tx, "audit", None, body, now)
     tx.set_meta(OPEN_DECLARATIONS, json.dumps(newest))
 
 
-def _fold_into_earlier(
-    tx: Transaction, earlier: int | None, name: str, given_up: Ranges, members: dict[str, Any]
+def _merge_with_earlier(
+    tx: Transaction, earlier: int | None, name: str, evicted: Ranges, members: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """One evidence for what the `earlier` message declares and for `given_up`; None where it is too late for that."""
+    """Return one evidence for message `earlier` and `evicted`; None if the earlier one was acknowledged or is gone."""
     if earlier is None or earlier in tx.outbox.acknowledged or (payload := tx.outbox.payload(earlier)) is None:
         return None
     old = json.loads(payload)["evidence"]
     listed = {key: [(first, last) for first, last in old.get(key, [])] for key in ("seq", "rows")}
-    listed[name] += given_up
+    listed[name] += evicted
     listed["seq"].append((earlier, earlier))
-    both = {key: ranges.union(found) for key, found in listed.items() if found}
+    both = {key: ranges.union(pairs) for key, pairs in listed.items() if pairs}
     return {**old, **members, **both, "bytes": old["bytes"] + members["bytes"]}
 
 
-def _split(name: str, given_up: Ranges, members: dict[str, Any], max_bytes: int) -> list[dict[str, Any]]:
+def _split(name: str, evicted: Ranges, members: dict[str, Any], max_bytes: int) -> list[dict[str, Any]]:
     if not _fits({**members, name: [[2**53, 2**53]]}, max_bytes):
-        # Only an acknowledgement is that long; its digest is in the collector's own hands.
+        # Only an acknowledgement is that long, and the collector has its own copy.
         members = {key: value for key, value in members.items() if key != "acknowledgement"}
     count = max(1, (max_bytes - len(encode(members))) // _RANGE_BYTES)
     parts = []
-    for start in range(0, len(given_up), count):
-        parts.append({**members, name: [list(pair) for pair in given_up[start : start + count]]})
+    for start in range(0, len(evicted), count):
+        parts.append({**members, name: [list(pair) for pair in evicted[start : start + count]]})
         members = {**members, "bytes": 0}
     return parts
 
@@ -135,24 +156,5 @@ def _summary(evidence: dict[str, Any], name: str) -> str:
     if name == "seq":
         return f"Gave up {count} messages, {first} to {last}{size}: {why}."
     fate = "used" if evidence["used"] else "not used by " + ", ".join(evidence["tasks"])
-    return f"Gave up {count} readings of {evidence['stream']}, rows {first} to {last}{size}, {fate}: {why}."[:2000]
-
-
-_MAX_LISTED = 50
-
-
-def quarantine_damaged(store: Store, message_log: MessageLog, seqs: Sequence[int], now: ClockReading) -> None:
-    """Set messages aside that do not have their CRC, and say so in the log. Raises StorageError."""
-    with store.transaction(vital=True) as tx:
-        for seq in seqs:
-            tx.outbox.quarantine(seq)
-        # One may have had another number, or have declared others: whatever is neither here nor declared counts.
-        gone = ranges.subtract(tx.outbox.missing_seqs(tx.log_head()[0]), declared_seqs(tx))
-        declare_messages(tx, message_log, now, gone, DAMAGED)
-        summary = (
-            f"{len(seqs)} messages in the outbox were not what was written and are not sent; they are in the store's "
-            "table `damaged_messages`. Check the card."
-        )
-        evidence = {"messages": gone[:_MAX_LISTED]}
-        alert = DAMAGED_MESSAGES.raised(summary, evidence, log=message_log.log_id, seq=seqs[0])
-        message_log.append(tx, "alerts", None, alert.to_body(), now)
+    text = f"Gave up {count} readings of {evidence['stream']}, rows {first} to {last}{size}, {fate}: {why}."
+    return text[:_MAX_SUMMARY]

@@ -1,7 +1,8 @@
-"""Results kept for the labels that come later, and the labels: all SQL of both.
+"""Label store: predictions kept for labels that arrive later, and the labels, with all SQL of both.
 
-A batch's results are one row of `results`, packed; a label is one row of `labels`, with the result it is of, so that it
-stays whole when that is trimmed. Labels of rows that their task has not used yet wait there too, below number 0.
+The predictions of a batch are one packed row of table `predictions`. A label is one row of table `labels` with a copy
+of its prediction, so that it outlives the packed row. Labels of rows that their task has not consumed yet wait in the
+same table under negative numbers.
 """
 
 from __future__ import annotations
@@ -19,13 +20,20 @@ from numpy.typing import NDArray
 from agent.device.store.quota import PAGE_SIZE, Budget
 from agent.performance.labels import Label
 
+MAX_EARLY_LABELS = 5_000
+_LABEL_BYTES = 300
+# Seconds as floating-point numbers come back a little off.
+_MIN_TOLERANCE_US = 500
+# Labels of a task may take 1/20 of the quota, within these limits.
+_LABEL_SHARE, _MIN_LABELS, MAX_LABELS = 20, 100, 5_000
+_MAX_CACHED_BATCHES = 8
 _CRC = struct.Struct("<I")
 
 
 class StoredPredictions(msgspec.Struct, frozen=True):
-    """Results of one batch, in order of their rows, at least one.
+    """Predictions of one batch, at least one, in order of their rows.
 
-    `row` (n,), `t` (n,) epoch µs, `said` (n,) class index, `score`, `value`; `slices`: name → (n,) texts.
+    `row` (n,), `t` (n,) epoch µs, `predicted_class` (n,) class index, `score`, `value`; `slices`: name → (n,) texts.
     """
 
     bundle: str
@@ -38,7 +46,7 @@ class StoredPredictions(msgspec.Struct, frozen=True):
 
 
 class PredictionRow(msgspec.Struct, frozen=True):
-    """One of them."""
+    """One prediction."""
 
     bundle: str
     row: int
@@ -60,8 +68,287 @@ class _PackedPredictions(msgspec.Struct, array_like=True):
     slices: dict[str, tuple[list[str], bytes]]
 
 
+class PredictionSpan(msgspec.Struct, frozen=True):
+    """First and last row of a task's stored predictions, and the time of the last."""
+
+    first: int
+    last: int
+    last_t: int
+
+
+class StoredLabel(msgspec.Struct, frozen=True):
+    """Label with its prediction; `received` epoch µs.
+
+    `number` counts labels of the task in order of arrival. A label that replaces another one gets a new number, so
+    that a reader who had seen the old one sees it; `first_number` is that of the first label of its prediction.
+    """
+
+    number: int
+    label: str
+    source: str
+    received: int
+    prediction: PredictionRow
+    first_number: int
+
+
+class _LabelRecord(msgspec.Struct, array_like=True):
+    """Label as stored; while it waits, `prediction` is None and `row` or `t` is set."""
+
+    label: str
+    source: str
+    received: int
+    prediction: PredictionRow | None
+    row: int | None = None
+    t: int | None = None
+    uptime_s: float = 0.0
+    first_number: int = 0  # 0 for the first label of its prediction
+
+
+class LabelStore:
+    """Predictions and labels inside a `Transaction`."""
+
+    def __init__(self, db: sqlite3.Connection, budget: Budget) -> None:
+        self._db, self._budget = db, budget
+        self._batch_cache: dict[tuple[str, int], StoredPredictions | None] = {}
+
+    # --- predictions ---
+
+    def store_predictions(self, task: str, predictions: StoredPredictions, uptime_s: float) -> None:
+        """Store the predictions of a batch that ran at this uptime."""
+        data = pack_predictions(predictions)
+        self._budget.spend(len(data) + len(task) + 60)
+        values = (
+            task,
+            int(predictions.row[0]),
+            int(predictions.row[-1]),
+            len(predictions.row),
+            int(predictions.t[-1]),
+            round(uptime_s),
+            data,
+        )
+        self._db.execute("INSERT OR REPLACE INTO predictions VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+
+    def load_span(self, task: str) -> PredictionSpan | None:
+        return load_span(self._db, task)
+
+    def find(self, task: str, label: Label) -> PredictionRow | None:
+        """Return the stored prediction that a label belongs to, by its row or else by its time."""
+        return self.find_nearest(task, label.t or 0) if label.row is None else self.find_by_row(task, label.row)
+
+    def find_by_row(self, task: str, row: int) -> PredictionRow | None:
+        """Return the prediction at exactly this row, if it is stored and readable."""
+        sql = "SELECT first_row FROM predictions WHERE task = ? AND first_row <= ? ORDER BY first_row DESC LIMIT 1"
+        first = self._db.execute(sql, (task, row)).fetchone()
+        batch = self._load_batch(task, first[0]) if first else None
+        if batch is None:
+            return None
+        index = int(np.searchsorted(batch.row, row))
+        return _select_row(batch, index) if index < len(batch.row) and batch.row[index] == row else None
+
+    def find_nearest(self, task: str, t: int) -> PredictionRow | None:
+        """Return the prediction nearest to this time, at most half the time between predictions away.
+
+        Times are taken to ascend. After the clock was set back, the result is the nearest among its neighbours only.
+        """
+        # Mostly the batch of the label before.
+        cached = [batch for (name, _), batch in self._batch_cache.items() if name == task and batch is not None]
+        batches = [batch for batch in cached if batch.t[0] <= t <= batch.t[-1]][:1]
+        if not batches:
+            loaded = [self._load_batch(task, first) for first in self._neighbouring_batches(task, t)]
+            batches = [batch for batch in loaded if batch is not None]
+        if not batches:
+            return None
+        times = np.concatenate([batch.t for batch in batches])
+        index = int(np.abs(times - t).argmin())
+        between = np.diff(np.sort(times))
+        tolerance = max(_MIN_TOLERANCE_US, int(np.median(between)) // 2 if len(between) else 0)
+        if abs(int(times[index]) - t) > tolerance:
+            return None
+        for batch in batches:
+            if index < len(batch.t):
+                return _select_row(batch, index)
+            index -= len(batch.t)
+        return None
+
+    def _neighbouring_batches(self, task: str, t: int) -> list[int]:
+        """Return the first rows of the batch that ends at or after `t` and of its neighbours, by bisection."""
+        span = load_span(self._db, task)
+        if span is None:
+            return []
+        sql = "SELECT first_row, last_t FROM predictions WHERE task = ? AND first_row >= ? ORDER BY first_row LIMIT 1"
+        low, high = span.first, span.last
+        while low < high:
+            middle = (low + high) // 2
+            batch = self._db.execute(sql, (task, middle)).fetchone()
+            if batch is None or batch[1] >= t:
+                high = middle
+            else:
+                low = int(batch[0]) + 1
+        before = "SELECT first_row FROM predictions WHERE task = ? AND first_row < ? ORDER BY first_row DESC LIMIT 2"
+        after = "SELECT first_row FROM predictions WHERE task = ? AND first_row >= ? ORDER BY first_row LIMIT 2"
+        return [row[0] for sql in (before, after) for row in self._db.execute(sql, (task, low)).fetchall()]
+
+    def _load_batch(self, task: str, first: int) -> StoredPredictions | None:
+        """Unpack a batch; a few are cached, because labels mostly come in order."""
+        if (task, first) not in self._batch_cache:
+            sql = "SELECT CAST(data AS BLOB) FROM predictions WHERE task = ? AND first_row = ?"
+            try:
+                batch: StoredPredictions | None = unpack_predictions(
+                    first, self._db.execute(sql, (task, first)).fetchone()[0]
+                )
+            except ValueError:
+                batch = None
+            if len(self._batch_cache) >= _MAX_CACHED_BATCHES:
+                del self._batch_cache[next(iter(self._batch_cache))]
+            self._batch_cache[task, first] = batch
+        return self._batch_cache[task, first]
+
+    def trim_predictions(self, task: str, before_uptime_s: float, limit: int) -> int:
+        """Delete up to `limit` of the oldest batches from before this uptime, and return how many."""
+        sql = "SELECT first_row, length(data), uptime_s FROM predictions WHERE task = ? ORDER BY first_row LIMIT ?"
+        rows = self._db.execute(sql, (task, limit)).fetchall()
+        old = [(first, size) for first, size, uptime_s in rows if uptime_s < before_uptime_s]
+        count = self._budget.spend_affordable(min(size, PAGE_SIZE) + 128 for _, size in old)
+        sql = "DELETE FROM predictions WHERE task = ? AND first_row = ?"
+        self._db.executemany(sql, ((task, first) for first, _ in old[:count]))
+        self._batch_cache.clear()
+        return count
+
+    # --- labels ---
+
+    def store_label(self, task: str, label: Label, prediction: PredictionRow, received: int) -> str:
+        """Store a label of a prediction: "new", "replaced" if there was another one, or "same"."""
+        sql = "SELECT number, CAST(data AS BLOB) FROM labels WHERE task = ? AND row = ?"
+        before = self._db.execute(sql, (task, prediction.row)).fetchone()
+        old = _decode_record(before[1]) if before else None
+        if old is not None and (old.label, old.source) == (label.text, label.source):
+            return "same"
+        first = (old.first_number if old else 0) or before[0] if before else 0
+        data = msgspec.msgpack.encode(_LabelRecord(label.text, label.source, received, prediction, first_number=first))
+        self._budget.spend(len(data) + (2 if before else 1) * _LABEL_BYTES)
+        number = self.newest_number(task) + 1
+        if before:
+            self._db.execute("DELETE FROM labels WHERE task = ? AND number = ?", (task, before[0]))
+        self._db.execute("INSERT INTO labels VALUES (?, ?, ?, ?)", (task, number, prediction.row, data))
+        return "replaced" if before else "new"
+
+    def newest_number(self, task: str) -> int:
+        return newest_number(self._db, task)
+
+    def store_early_label(self, task: str, label: Label, received: int, uptime_s: float) -> bool:
+        """Store a label until its prediction is there. Return False if too many wait already."""
+        sql = "SELECT count(*), min(number) FROM labels WHERE task = ? AND number < 0"
+        waiting, lowest = self._db.execute(sql, (task,)).fetchone()
+        if waiting >= MAX_EARLY_LABELS:
+            return False
+        record = _LabelRecord(label.text, label.source, received, None, label.row, label.t, round(uptime_s))
+        data = msgspec.msgpack.encode(record)
+        self._budget.spend(len(data) + _LABEL_BYTES)
+        self._db.execute("INSERT INTO labels VALUES (?, ?, NULL, ?)", (task, (lowest or 0) - 1, data))
+        return True
+
+    def delete_early_labels(self, task: str, numbers: Sequence[int]) -> None:
+        self._budget.spend(64 * len(numbers))
+        sql = "DELETE FROM labels WHERE task = ? AND number = ?"
+        self._db.executemany(sql, ((task, number) for number in numbers))
+
+    def trim_labels(self, task: str, retain: int, limit: int) -> None:
+        """Delete up to `limit` of the oldest labels beyond the newest `retain`."""
+        sql = "SELECT number FROM labels WHERE task = ? AND number > 0 ORDER BY number LIMIT 1"
+        oldest = self._db.execute(sql, (task,)).fetchone()
+        if oldest is None or self.newest_number(task) - oldest[0] < retain:
+            return
+        # Numbers have gaps where a label was replaced.
+        sql = "SELECT number FROM labels WHERE task = ? AND number > 0 ORDER BY number DESC LIMIT 1 OFFSET ?"
+        last = self._db.execute(sql, (task, retain)).fetchone()
+        sql = "SELECT number FROM labels WHERE task = ? AND number BETWEEN 1 AND ? ORDER BY number LIMIT ?"
+        old = self._db.execute(sql, (task, last[0] if last else 0, limit)).fetchall()
+        count = self._budget.spend_affordable(_LABEL_BYTES for _ in old)
+        sql = "DELETE FROM labels WHERE task = ? AND number = ?"
+        self._db.executemany(sql, ((task, number) for (number,) in old[:count]))
+
+
+def label_capacity(database_bytes: int) -> int:
+    """Return how many labels of a task a store of this size holds."""
+    return max(_MIN_LABELS, min(MAX_LABELS, database_bytes // _LABEL_SHARE // _LABEL_BYTES))
+
+
+def shadow_key(task: str) -> str:
+    """Return the key under which predictions of a shadow bundle are stored: no task can have this name."""
+    return f"{task} shadow"
+
+
+# --- queries, also of a read-only store (`Store.query`) ---
+
+
+def newest_number(db: sqlite3.Connection, task: str) -> int:
+    """Return the number of the newest label; 0 before the first."""
+    sql = "SELECT max(number) FROM labels WHERE task = ?"
+    return max(0, int(db.execute(sql, (task,)).fetchone()[0] or 0))
+
+
+def load_span(db: sqlite3.Connection, task: str) -> PredictionSpan | None:
+    sql = """
+        SELECT (SELECT first_row FROM predictions WHERE task = :task ORDER BY first_row LIMIT 1), last_row, last_t
+        FROM predictions WHERE task = :task ORDER BY first_row DESC LIMIT 1"""
+    row = db.execute(sql, {"task": task}).fetchone()
+    return PredictionSpan(*map(int, row)) if row else None
+
+
+def load_early(
+    db: sqlite3.Connection, task: str, span: PredictionSpan, before_uptime_s: float, limit: int
+) -> list[tuple[int, Label, int]]:
+    """Return (number, label, received) of early labels within the span, or from before this uptime."""
+    sql = "SELECT number, CAST(data AS BLOB) FROM labels WHERE task = ? AND number < 0 ORDER BY number DESC"
+    early: list[tuple[int, Label, int]] = []
+    for number, data in db.execute(sql, (task,)):
+        record = _decode_record(data) or _LabelRecord("", "", 0, None)
+        is_covered = (record.row is None or record.row <= span.last) and (record.t is None or record.t <= span.last_t)
+        if is_covered or record.uptime_s < before_uptime_s:
+            early.append((number, Label(record.row, record.t, record.label, record.source), record.received))
+            if len(early) == limit:
+                break
+    return early
+
+
+def load_labelled(db: sqlite3.Connection, task: str, bundle: str, through: int, limit: int) -> list[StoredLabel]:
+    """Return the labels of this bundle's predictions among the newest `limit` up to number `through`, oldest first."""
+    sql = """
+        SELECT number, CAST(data AS BLOB) FROM labels WHERE task = ? AND number BETWEEN 1 AND ?
+        ORDER BY number DESC LIMIT ?"""
+    labels = []
+    for number, data in db.execute(sql, (task, through, limit)).fetchall():
+        record = _decode_record(data)
+        if record is not None and record.prediction is not None and record.prediction.bundle == bundle:
+            first_number = record.first_number or number
+            labels.append(
+                StoredLabel(number, record.label, record.source, record.received, record.prediction, first_number)
+            )
+    return labels[::-1]
+
+
+def next_numbers(db: sqlite3.Connection, task: str, number: int, limit: int) -> list[int]:
+    """Return the numbers of the next labels, of any bundle."""
+    sql = "SELECT number FROM labels WHERE task = ? AND number > ? ORDER BY number LIMIT ?"
+    return [int(row[0]) for row in db.execute(sql, (task, max(0, number), limit))]
+
+
+def outcome_counter(task: str, outcome: str) -> str:
+    """Return the name of the counter of labels with this outcome of `store_label`, or "unmatched"."""
+    return {"new": f"labels.{task}", "same": f"labels replaced.{task}"}.get(outcome, f"labels {outcome}.{task}")
+
+
+def count_predictions(db: sqlite3.Connection, task: str, first: int, last: int) -> int:
+    """Count the stored predictions of batches that overlap rows `first` … `last`."""
+    sql = "SELECT coalesce(sum(n), 0) FROM predictions WHERE task = ? AND first_row <= ? AND last_row >= ?"
+    return int(db.execute(sql, (task, last, first)).fetchone()[0])
+
+
+# --- packing ---
+
+
 def pack_predictions(predictions: StoredPredictions) -> bytes:
-    """With a CRC, compressed; NaN where a score or value is not known."""
+    """Compress predictions behind a CRC; unknown scores and values are NaN."""
     slices = {}
     for name, texts in predictions.slices.items():
         known = sorted(set(texts))
@@ -82,7 +369,7 @@ def pack_predictions(predictions: StoredPredictions) -> bytes:
 
 
 def unpack_predictions(first: int, data: bytes) -> StoredPredictions:
-    """Inverse of `pack`; `first` is the first result's row. Raises ValueError where it is not what was packed."""
+    """Invert `pack_predictions`; `first` is the first row. Raises ValueError if the bytes were changed."""
     body = data[_CRC.size :]
     if data[: _CRC.size] != _CRC.pack(zlib.crc32(body, first & 0xFFFFFFFF)):
         raise ValueError("CRC does not match")
@@ -104,11 +391,7 @@ def unpack_predictions(first: int, data: bytes) -> StoredPredictions:
     )
 
 
-def covers_time(predictions: StoredPredictions, t: int) -> bool:
-    return bool(predictions.t[0] <= t <= predictions.t[-1])
-
-
-def select_row(predictions: StoredPredictions, index: int) -> PredictionRow:
+def _select_row(predictions: StoredPredictions, index: int) -> PredictionRow:
     return PredictionRow(
         predictions.bundle,
         int(predictions.row[index]),
@@ -124,282 +407,8 @@ def _finite_or_none(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-MAX_EARLY_LABELS = 5_000
-_LABEL_BYTES = 300
-# Seconds as floating-point numbers come back a little off.
-_MIN_TOLERANCE_US = 500
-# Of the quota, for labels; a task keeps so many at least, and no more than so many.
-_LABEL_SHARE, _MIN_LABELS, MAX_LABELS = 20, 100, 5_000
-_MAX_CACHED_BATCHES = 8
-
-
-class PredictionSpan(msgspec.Struct, frozen=True):
-    """What is kept of a task's results: rows and times of the first and the last."""
-
-    first: int
-    last: int
-    last_t: int
-
-
-class StoredLabel(msgspec.Struct, frozen=True):
-    """A label with its result; `received` epoch µs.
-
-    `number` counts labels of the task in the order they came. One that another label took the place of counts anew, so
-    that whoever had taken the other one sees it; `first` is the number of the first label of its result.
-    """
-
-    number: int
-    label: str
-    source: str
-    received: int
-    prediction: PredictionRow
-    first_number: int
-
-
-class _LabelRecord(msgspec.Struct, array_like=True):
-    """A label as stored; `result` is None, and `row` or `t` is set, where it waits."""
-
-    label: str
-    source: str
-    received: int
-    prediction: PredictionRow | None
-    row: int | None = None
-    t: int | None = None
-    uptime_s: float = 0.0
-    first_number: int = 0  # 0 where it is the first of its result
-
-
-class LabelStore:
-    """Of one transaction."""
-
-    def __init__(self, db: sqlite3.Connection, budget: Budget) -> None:
-        self._db, self._budget = db, budget
-        self._batch_cache: dict[tuple[str, int], StoredPredictions | None] = {}
-
-    # --- results ---
-
-    def store_predictions(self, task: str, predictions: StoredPredictions, uptime_s: float) -> None:
-        """Results of a batch, at this uptime."""
-        data = pack_predictions(predictions)
-        self._budget.spend(len(data) + len(task) + 60)
-        values = (
-            task,
-            int(predictions.row[0]),
-            int(predictions.row[-1]),
-            len(predictions.row),
-            int(predictions.t[-1]),
-            round(uptime_s),
-            data,
-        )
-        self._db.execute("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?)", values)
-
-    def load_span(self, task: str) -> PredictionSpan | None:
-        """Of what is kept; None where nothing is."""
-        return load_span(self._db, task)
-
-    def find_by_row(self, task: str, row: int) -> PredictionRow | None:
-        """The result at exactly this row, if it is kept and readable."""
-        sql = "SELECT first FROM results WHERE task = ? AND first <= ? ORDER BY first DESC LIMIT 1"
-        found = self._db.execute(sql, (task, row)).fetchone()
-        given = self._load_batch(task, found[0]) if found else None
-        if given is None:
-            return None
-        index = int(np.searchsorted(given.row, row))
-        return select_row(given, index) if index < len(given.row) and given.row[index] == row else None
-
-    def find_nearest(self, task: str, t: int) -> PredictionRow | None:
-        """The result nearest to this time, no further than half of what lies between results there.
-
-        Times are taken to ascend; where the clock was set back, the one that is found is nearest among its neighbours.
-        """
-        # The one that the label before was of, mostly.
-        batches = [
-            given for (name, _), given in self._batch_cache.items() if name == task and given and covers_time(given, t)
-        ][:1]
-        batches = batches or [
-            one for first in self._neighbouring_batches(task, t) if (one := self._load_batch(task, first)) is not None
-        ]
-        if not batches:
-            return None
-        times = np.concatenate([given.t for given in batches])
-        index = int(np.abs(times - t).argmin())
-        between = np.diff(np.sort(times))
-        most = max(_MIN_TOLERANCE_US, int(np.median(between)) // 2 if len(between) else 0)
-        if abs(int(times[index]) - t) > most:
-            return None
-        for given in batches:
-            if index < len(given.t):
-                return select_row(given, index)
-            index -= len(given.t)
-        return None
-
-    def _neighbouring_batches(self, task: str, t: int) -> list[int]:
-        """First rows of the batch that ends at or after `t`, and of its neighbours: by halves, as times ascend."""
-        known = load_span(self._db, task)
-        if known is None:
-            return []
-        sql = "SELECT first, t FROM results WHERE task = ? AND first >= ? ORDER BY first LIMIT 1"
-        low, high = known.first, known.last
-        while low < high:
-            middle = (low + high) // 2
-            found = self._db.execute(sql, (task, middle)).fetchone()
-            if found is None or found[1] >= t:
-                high = middle
-            else:
-                low = int(found[0]) + 1
-        before = "SELECT first FROM results WHERE task = ? AND first < ? ORDER BY first DESC LIMIT 2"
-        after = "SELECT first FROM results WHERE task = ? AND first >= ? ORDER BY first LIMIT 2"
-        return [row[0] for sql in (before, after) for row in self._db.execute(sql, (task, low)).fetchall()]
-
-    def _load_batch(self, task: str, first: int) -> StoredPredictions | None:
-        """Unpacked, a few at a time: labels mostly come in order."""
-        if (task, first) not in self._batch_cache:
-            sql = "SELECT CAST(data AS BLOB) FROM results WHERE task = ? AND first = ?"
-            try:
-                given: StoredPredictions | None = unpack_predictions(
-                    first, self._db.execute(sql, (task, first)).fetchone()[0]
-                )
-            except ValueError:
-                given = None
-            if len(self._batch_cache) >= _MAX_CACHED_BATCHES:
-                del self._batch_cache[next(iter(self._batch_cache))]
-            self._batch_cache[task, first] = given
-        return self._batch_cache[task, first]
-
-    def trim_predictions(self, task: str, before_uptime_s: float, limit: int) -> int:
-        """Delete up to `limit` of the oldest batches' results from before this uptime; how many."""
-        sql = "SELECT first, length(data), at FROM results WHERE task = ? ORDER BY first LIMIT ?"
-        found = self._db.execute(sql, (task, limit)).fetchall()
-        old = [(first, size) for first, size, at_s in found if at_s < before_uptime_s]
-        count = self._budget.spend_affordable(min(size, PAGE_SIZE) + 128 for _, size in old)
-        sql = "DELETE FROM results WHERE task = ? AND first = ?"
-        self._db.executemany(sql, ((task, first) for first, _ in old[:count]))
-        self._batch_cache.clear()
-        return count
-
-    # --- labels ---
-
-    def store_label(self, task: str, label: Label, prediction: PredictionRow, received: int) -> str:
-        """Keep a label of `result`: "new", "replaced" where another one was there, or "same"."""
-        sql = "SELECT number, CAST(data AS BLOB) FROM labels WHERE task = ? AND row = ?"
-        before = self._db.execute(sql, (task, prediction.row)).fetchone()
-        old = _decode_record(before[1]) if before else None
-        if old is not None and (old.label, old.source) == (label.text, label.source):
-            return "same"
-        first = (old.first_number if old else 0) or before[0] if before else 0
-        data = msgspec.msgpack.encode(_LabelRecord(label.text, label.source, received, prediction, first_number=first))
-        self._budget.spend(len(data) + (2 if before else 1) * _LABEL_BYTES)
-        number = self.newest_number(task) + 1
-        if before:
-            self._db.execute("DELETE FROM labels WHERE task = ? AND number = ?", (task, before[0]))
-        self._db.execute("INSERT INTO labels VALUES (?, ?, ?, ?)", (task, number, prediction.row, data))
-        return "replaced" if before else "new"
-
-    def newest_number(self, task: str) -> int:
-        return newest_number(self._db, task)
-
-    def store_early_label(self, task: str, label: Label, received: int, uptime_s: float) -> bool:
-        """Keep a label until its result is there; False where too many wait already."""
-        sql = "SELECT count(*), min(number) FROM labels WHERE task = ? AND number < 0"
-        waiting, lowest = self._db.execute(sql, (task,)).fetchone()
-        if waiting >= MAX_EARLY_LABELS:
-            return False
-        kept = _LabelRecord(label.text, label.source, received, None, label.row, label.t, round(uptime_s))
-        data = msgspec.msgpack.encode(kept)
-        self._budget.spend(len(data) + _LABEL_BYTES)
-        self._db.execute("INSERT INTO labels VALUES (?, ?, NULL, ?)", (task, (lowest or 0) - 1, data))
-        return True
-
-    def delete_early_labels(self, task: str, numbers: Sequence[int]) -> None:
-        self._budget.spend(64 * len(numbers))
-        sql = "DELETE FROM labels WHERE task = ? AND number = ?"
-        self._db.executemany(sql, ((task, number) for number in numbers))
-
-    def trim_labels(self, task: str, retain: int, limit: int) -> None:
-        """Delete up to `limit` of the oldest beyond the newest `keep`."""
-        sql = "SELECT number FROM labels WHERE task = ? AND number > 0 ORDER BY number LIMIT 1"
-        oldest = self._db.execute(sql, (task,)).fetchone()
-        if oldest is None or self.newest_number(task) - oldest[0] < retain:
-            return
-        # Numbers have gaps, where another label took the place of one.
-        sql = "SELECT number FROM labels WHERE task = ? AND number > 0 ORDER BY number DESC LIMIT 1 OFFSET ?"
-        last = self._db.execute(sql, (task, retain)).fetchone()
-        sql = "SELECT number FROM labels WHERE task = ? AND number BETWEEN 1 AND ? ORDER BY number LIMIT ?"
-        old = self._db.execute(sql, (task, last[0] if last else 0, limit)).fetchall()
-        count = self._budget.spend_affordable(_LABEL_BYTES for _ in old)
-        sql = "DELETE FROM labels WHERE task = ? AND number = ?"
-        self._db.executemany(sql, ((task, *one) for one in old[:count]))
-
-
-def label_capacity(database_bytes: int) -> int:
-    """How many labels of a task a store of so many bytes keeps."""
-    return max(_MIN_LABELS, min(MAX_LABELS, database_bytes // _LABEL_SHARE // _LABEL_BYTES))
-
-
-def shadow_key(task: str) -> str:
-    """What stands for the task's name where answers of another bundle beside its own are kept: no task's name."""
-    return f"{task} beside"
-
-
-def newest_number(db: sqlite3.Connection, task: str) -> int:
-    """The number of the label that came last; 0 before the first."""
-    sql = "SELECT max(number) FROM labels WHERE task = ?"
-    return max(0, int(db.execute(sql, (task,)).fetchone()[0] or 0))
-
-
-def load_span(db: sqlite3.Connection, task: str) -> PredictionSpan | None:
-    sql = """
-        SELECT (SELECT first FROM results WHERE task = :task ORDER BY first LIMIT 1), last, t
-        FROM results WHERE task = :task ORDER BY first DESC LIMIT 1"""
-    found = db.execute(sql, {"task": task}).fetchone()
-    return PredictionSpan(*map(int, found)) if found else None
-
-
-def load_early(
-    db: sqlite3.Connection, task: str, span: PredictionSpan, before_uptime_s: float, limit: int
-) -> list[tuple[int, Label, int]]:
-    """(number, label, received) of those whose result may be there now, or that came before this uptime."""
-    sql = "SELECT number, CAST(data AS BLOB) FROM labels WHERE task = ? AND number < 0 ORDER BY number DESC"
-    found: list[tuple[int, Label, int]] = []
-    for number, data in db.execute(sql, (task,)):
-        one = _decode_record(data) or _LabelRecord("", "", 0, None)
-        here = one.row is None or one.row <= span.last
-        if (here and (one.t is None or one.t <= span.last_t)) or one.uptime_s < before_uptime_s:
-            found.append((number, Label(one.row, one.t, one.label, one.source), one.received))
-            if len(found) == limit:
-                break
-    return found
-
-
-def load_labelled(db: sqlite3.Connection, task: str, bundle: str, through: int, limit: int) -> list[StoredLabel]:
-    """Labels of results of this bundle among the newest `limit` up to number `through`, oldest first."""
-    sql = """
-        SELECT number, CAST(data AS BLOB) FROM labels WHERE task = ? AND number BETWEEN 1 AND ?
-        ORDER BY number DESC LIMIT ?"""
-    found = []
-    for number, data in db.execute(sql, (task, through, limit)).fetchall():
-        one = _decode_record(data)
-        if one is not None and one.prediction is not None and one.prediction.bundle == bundle:
-            found.append(
-                StoredLabel(number, one.label, one.source, one.received, one.prediction, one.first_number or number)
-            )
-    return found[::-1]
-
-
-def next_numbers(db: sqlite3.Connection, task: str, number: int, limit: int) -> list[int]:
-    """Numbers of the next labels, of any bundle."""
-    sql = "SELECT number FROM labels WHERE task = ? AND number > ? ORDER BY number LIMIT ?"
-    return [int(row[0]) for row in db.execute(sql, (task, max(0, number), limit))]
-
-
-def count_predictions(db: sqlite3.Connection, task: str, first: int, last: int) -> int:
-    """Results kept of rows in batches that `first` … `last` reach into."""
-    sql = "SELECT coalesce(sum(n), 0) FROM results WHERE task = ? AND first <= ? AND last >= ?"
-    return int(db.execute(sql, (task, last, first)).fetchone()[0])
-
-
 def _decode_record(data: bytes) -> _LabelRecord | None:
-    """None where the disk has changed it."""
+    """Decode a label; None if the disk has changed it."""
     try:
         return msgspec.msgpack.decode(data, type=_LabelRecord)
     except (msgspec.MsgspecError, ValueError):

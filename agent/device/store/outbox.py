@@ -1,6 +1,7 @@
-"""The outbox inside a transaction: what waits, what is acknowledged and kept for a while, what goes.
+"""Outbox: messages that wait for delivery, and delivered ones until their retention ends.
 
-How many messages wait, and how many bytes they are, is counted as they come and go: no query looks at all of them.
+Waiting messages and their bytes are counted as messages come and go, so that no query has to read all of them. Each
+message has a CRC: what the disk has changed must not be sent as if the device had signed it.
 """
 
 from __future__ import annotations
@@ -19,29 +20,11 @@ from agent.device.store.retention import AcknowledgedSeqs
 
 # CAST: one flipped bit on the disk makes a text that cannot be read as text.
 MESSAGE_COLUMNS = "seq, CAST(topic AS BLOB), CAST(payload AS BLOB), CAST(jws AS BLOB), CAST(time AS BLOB), crc"
-
-
-def message_crc(seq: int, topic: bytes, payload: bytes, jws: bytes, time: bytes) -> int:
-    """CRC-32 over a message and its number, the parts kept apart by their lengths."""
-    parts = (topic, payload, jws, time)
-    crc = zlib.crc32(f"{seq} {' '.join(str(len(part)) for part in parts)}\n".encode())
-    for part in parts:
-        crc = zlib.crc32(part, crc)
-    return crc
-
-
-def decode_message_row(row: tuple[Any, ...]) -> tuple[int, str, bytes, str, str] | None:
-    """A row of COLUMNS as (seq, topic, payload, jws, time); None where its CRC does not match."""
-    seq, *parts, crc = row
-    if not all(isinstance(part, bytes) for part in parts) or message_crc(seq, *parts) != crc:
-        return None
-    topic, payload, jws, time = parts
-    return seq, topic.decode(), payload, jws.decode(), time.decode()
-
-
 _SIZE = "length(payload) + length(jws) + length(topic)"
 _COUNT_RANGE = f"SELECT count(*), coalesce(sum({_SIZE}), 0) FROM outbox WHERE seq BETWEEN ? AND ?"
 _LIST_ENTRIES = f"SELECT seq, topic, {_SIZE} FROM outbox WHERE seq BETWEEN ? AND ? ORDER BY seq LIMIT ?"
+_INSERT = "INSERT INTO outbox (seq, topic, payload, jws, time, crc) VALUES (?, ?, ?, ?, ?, ?)"
+_QUARANTINE = f"INSERT INTO quarantined_messages SELECT {MESSAGE_COLUMNS} FROM outbox WHERE seq = ?"
 # Neighbours have the same distance to their place in the order.
 _STORED_RANGES = """
     SELECT min(seq), max(seq) FROM (
@@ -51,8 +34,33 @@ _STORED_RANGES = """
 _MAX_SEQ = 2**63 - 1
 
 
+class OutboxMessage(msgspec.Struct, frozen=True):
+    """Message of the outbox; one that is not what was written is empty and not `intact`."""
+
+    seq: int
+    topic: str
+    payload: bytes
+    jws: str
+    time: str
+    intact: bool = True
+
+    @classmethod
+    def from_row(cls, row: tuple[Any, ...]) -> OutboxMessage:
+        """Decode a row of MESSAGE_COLUMNS."""
+        seq, *parts, crc = row
+        if not all(isinstance(part, bytes) for part in parts) or message_crc(seq, *parts) != crc:
+            return cls(int(seq), "", b"", "", "", intact=False)
+        topic, payload, jws, time = parts
+        return cls(seq, topic.decode(), payload, jws.decode(), time.decode())
+
+    @property
+    def size(self) -> int:
+        """Bytes of payload, signature and topic."""
+        return len(self.payload) + len(self.jws) + len(self.topic)
+
+
 class Backlog(msgspec.Struct, frozen=True):
-    """Messages that are not acknowledged, and their bytes: payload, signature and topic."""
+    """Number of unacknowledged messages, and their bytes: payload, signature and topic."""
 
     messages: int = 0
     bytes: int = 0
@@ -63,7 +71,7 @@ class Backlog(msgspec.Struct, frozen=True):
 
 
 class OutboxEntry(msgspec.Struct, frozen=True):
-    """What a message is and takes, without its content."""
+    """Kind and size of a message, without its content."""
 
     seq: int
     kind: str
@@ -71,7 +79,7 @@ class OutboxEntry(msgspec.Struct, frozen=True):
 
 
 class Outbox:
-    """Lives inside a `Transaction`."""
+    """Outbox inside a `Transaction`."""
 
     def __init__(self, db: sqlite3.Connection, budget: Budget) -> None:
         self._db, self._budget = db, budget
@@ -79,16 +87,21 @@ class Outbox:
 
     @property
     def acknowledged(self) -> AcknowledgedSeqs:
-        return AcknowledgedSeqs.from_json(self._get_meta(retention.ACKNOWLEDGED))
+        return AcknowledgedSeqs.from_json(meta.get(self._db, retention.ACKNOWLEDGED, ""))
 
-    def record_added(self, size: int) -> None:
-        self._budget.spend(size + 64)
-        self._adjust_backlog(1, size)
+    def add(self, message: OutboxMessage) -> None:
+        """Add a message with its CRC."""
+        crc = message_crc(
+            message.seq, message.topic.encode(), message.payload, message.jws.encode(), message.time.encode()
+        )
+        self._db.execute(_INSERT, (message.seq, message.topic, message.payload, message.jws, message.time, crc))
+        self._budget.spend(message.size + 64)
+        self._adjust_backlog(1, message.size)
 
     def set_acknowledged(self, new: AcknowledgedSeqs) -> list[tuple[int, int]]:
-        """From now on exactly these are acknowledged.
+        """Make exactly these messages the acknowledged ones.
 
-        What was and is no more waits again; the ranges of that which are no longer kept.
+        Messages that are no longer acknowledged wait again. Returns the ranges of those that are no longer stored.
         """
         old = self.acknowledged
         if new == old:
@@ -102,19 +115,19 @@ class Outbox:
         return ranges.subtract(again, ranges.from_numbers(entry.seq for entry in self._entries(again, 0, _MAX_SEQ)))
 
     def unacknowledged(self, after: int, limit: int) -> Iterator[OutboxEntry]:
-        """What waits behind seq `after`, at most `limit`, in order."""
+        """Yield waiting messages behind seq `after`, at most `limit`, in order."""
         return self._entries(unacknowledged_ranges(self.acknowledged), after, limit)
 
     def payload(self, seq: int) -> bytes | None:
-        """None where there is no such message, or it is not what was written."""
+        """Return the payload of a message; None if it is missing or damaged."""
         row = self._db.execute(f"SELECT {MESSAGE_COLUMNS} FROM outbox WHERE seq = ?", (seq,)).fetchone()
-        parts = decode_message_row(row) if row else None
-        return parts[2] if parts else None
+        message = OutboxMessage.from_row(row) if row else None
+        return message.payload if message is not None and message.intact else None
 
     def delete(self, seqs: Sequence[int]) -> list[int]:
-        """Delete of these messages, acknowledged or not, the first ones that one transaction may; which."""
+        """Delete the first of these messages, as many as one transaction may, and return their seqs."""
         entries = list(self._entries(ranges.from_numbers(seqs), 0, _MAX_SEQ))
-        # Only the page of its tree is written, not those that a payload runs over to.
+        # Only the page of its tree is written, not the overflow pages of a payload.
         count = self._budget.spend_affordable(min(entry.size, PAGE_SIZE) + 64 for entry in entries)
         acknowledged = self.acknowledged
         for entry in entries[:count]:
@@ -125,38 +138,38 @@ class Outbox:
         return [seq for seq in seqs if count == len(entries) or seq < entries[count].seq]
 
     def missing_seqs(self, through: int) -> list[tuple[int, int]]:
-        """What of seq 1 to `through` is neither in the outbox nor acknowledged."""
-        wanted = ranges.subtract([(1, through)] if through else [], self.acknowledged.ranges)
-        return ranges.subtract(wanted, [pair for first, last in wanted for pair in self._stored_ranges(first, last)])
+        """Return the seqs from 1 to `through` that are neither in the outbox nor acknowledged."""
+        expected = ranges.subtract([(1, through)] if through else [], self.acknowledged.ranges)
+        stored = [
+            pair for first, last in expected for pair in self._db.execute(_STORED_RANGES, (first, last)).fetchall()
+        ]
+        return ranges.subtract(expected, stored)
 
     def quarantine(self, seq: int) -> None:
-        """Move a damaged message out of everyone's way, bytes kept for a look."""
-        self._db.execute(f"INSERT INTO damaged_messages SELECT {MESSAGE_COLUMNS} FROM outbox WHERE seq = ?", (seq,))
+        """Move a damaged message to table `quarantined_messages`, for inspection."""
+        self._db.execute(_QUARANTINE, (seq,))
         self.delete([seq])
 
     def drop_acknowledged(self, through: int, limit: int) -> int:
-        """Delete the oldest acknowledged messages up to seq `through`, at most `limit`; how many."""
+        """Delete up to `limit` of the oldest acknowledged messages up to seq `through`, and return how many."""
         covered = ranges.intersect(self.acknowledged.ranges, [(1, through)])
         return len(self.delete([entry.seq for entry in self._entries(covered, 0, limit)]))
 
     def finish(self) -> None:
-        """Write the counts."""
+        """Write the size of the backlog."""
         if any(self._backlog_change):
-            now = Backlog.from_text(self._get_meta(retention.BACKLOG))
+            now = Backlog.from_text(meta.get(self._db, retention.BACKLOG, ""))
             text = f"{max(0, now.messages + self._backlog_change[0])} {max(0, now.bytes + self._backlog_change[1])}"
             meta.put(self._db, retention.BACKLOG, text)
             self._backlog_change = [0, 0]
-
-    def _stored_ranges(self, first: int, last: int) -> list[tuple[int, int]]:
-        return self._db.execute(_STORED_RANGES, (first, last)).fetchall()
 
     def _entries(self, seqs: Ranges, after: int, limit: int) -> Iterator[OutboxEntry]:
         for first, last in seqs:
             if last <= after or limit <= 0:
                 continue
-            found = self._db.execute(_LIST_ENTRIES, (max(first, after + 1), last, limit)).fetchall()
-            limit -= len(found)
-            for seq, topic, size in found:
+            rows = self._db.execute(_LIST_ENTRIES, (max(first, after + 1), last, limit)).fetchall()
+            limit -= len(rows)
+            for seq, topic, size in rows:
                 parts = str(topic).split("/")
                 yield OutboxEntry(int(seq), parts[3] if len(parts) > 3 else "", int(size or 0))
 
@@ -168,10 +181,16 @@ class Outbox:
         self._backlog_change[0] += messages
         self._backlog_change[1] += size
 
-    def _get_meta(self, key: str) -> str:
-        return meta.get(self._db, key, "")
+
+def message_crc(seq: int, topic: bytes, payload: bytes, jws: bytes, time: bytes) -> int:
+    """Return the CRC-32 of a message and its number, the parts separated by their lengths."""
+    parts = (topic, payload, jws, time)
+    crc = zlib.crc32(f"{seq} {' '.join(str(len(part)) for part in parts)}\n".encode())
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return crc
 
 
 def unacknowledged_ranges(acknowledged: AcknowledgedSeqs) -> list[tuple[int, int]]:
-    """Where unacknowledged messages can be."""
+    """Return the ranges in which unacknowledged messages can be."""
     return [*acknowledged.missing, (acknowledged.through + 1, _MAX_SEQ)]

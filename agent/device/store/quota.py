@@ -1,12 +1,13 @@
-"""How `[buffer] max_size` is shared out, and kept to the byte: pages, write-ahead log, its index, and a reserve.
+"""Storage quota: `[buffer] max_size` divided between database pages, write-ahead log, its index and a disk reserve.
 
-- outstation.db grows to `pages` bytes and no further (max_page_count); the last of them, `kept_back`, are for vital
-  transactions: what makes room needs some
-- outstation.db-wal: before a transaction it is emptied into the database where less than the most of it is free; a
-  transaction counts what it writes and is refused before it would go beyond `wal`
+The quota holds to the byte:
+- outstation.db grows to `database_bytes` and no further (max_page_count); the last `reserved_pages` are for vital
+  transactions, because deleting needs pages, too
+- outstation.db-wal is checkpointed before a transaction if more than a quarter of it is used; a transaction counts what
+  it writes and is refused before it would exceed `wal_bytes`
 - outstation.db-shm is one piece of 32 KiB for a log of up to 16 MiB
-- `reserve` is a file that takes up room on the disk, so that a disk filled by others still lets us record what is
-  acknowledged and delete what is not needed: it is given up for that, and taken back when there is room
+- `reserve` is a file that occupies disk space: if others fill the disk, it is released to record acknowledgements and
+  delete data, and allocated again when there is space
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ _WAL_HEADER = 32
 _SHM = 32_768
 _MAX_WAL, _MAX_RESERVE = 4 << 20, 2 << 20
 _RESERVED_PAGES = 32
-# Small tables, index pages and the inner pages of trees that any transaction may touch.
+# Pages of small tables, indexes and inner nodes that any transaction may touch.
 _BASE = 10 * _WAL_FRAME
-# Offset and form of mxFrame in the wal-index (https://www.sqlite.org/walformat.html).
+# Offset and format of mxFrame in the wal-index (https://www.sqlite.org/walformat.html).
 _MX_FRAME_OFFSET, _MX_FRAME = 16, struct.Struct("=I")
 
 
 class Quota(msgspec.Struct, frozen=True):
-    """Bytes of each part; together `max_size`."""
+    """Bytes of each part; together with the index they make `max_size`."""
 
     database_bytes: int
     wal_bytes: int
@@ -49,7 +50,7 @@ class Quota(msgspec.Struct, frozen=True):
 
     @property
     def reserved_pages(self) -> int:
-        """Pages that only a vital transaction uses up."""
+        """Pages that only a vital transaction may fill."""
         return min(_RESERVED_PAGES, self.database_bytes // PAGE_SIZE // 20)
 
     @property
@@ -59,21 +60,21 @@ class Quota(msgspec.Struct, frozen=True):
 
 
 class Budget:
-    """What one transaction may still write."""
+    """Bytes that one transaction may still write."""
 
     def __init__(self, remaining: int) -> None:
         self.remaining = remaining
 
     def spend(self, size: int) -> None:
-        """Count a row of `size` bytes that is to be written or deleted. Raises StorageFull where it is too much."""
-        # Small rows may leave half of their page empty; large ones fill pages of their own.
+        """Count a row of `size` bytes to write or delete. Raises StorageFull if it exceeds the transaction."""
+        # A small row may leave half of its page empty; a large one fills overflow pages.
         cost = 2 * size if size < PAGE_SIZE else size + size // 64 + 3 * _WAL_FRAME
         if cost > self.remaining:
-            raise StorageFull(f"{size} bytes more are too much for one transaction; raise [buffer] max_size")
+            raise StorageFull(f"{size} more bytes are too much for one transaction; raise [buffer] max_size")
         self.remaining -= cost
 
     def spend_affordable(self, costs: Iterable[int]) -> int:
-        """How many of the first `costs` half of what is left pays for; they are counted."""
+        """Count and return how many of the first `costs` fit into half of the remaining bytes."""
         room, count = self.remaining // 2, 0
         for cost in costs:
             if cost > room:
@@ -84,7 +85,7 @@ class Budget:
 
 
 class QuotaEnforcer:
-    """Keeps one store's files within its quota, and the disk's."""
+    """Keeper of one store's files within the quota and the disk."""
 
     def __init__(self, path: Path, quota: Quota) -> None:
         self._path, self.quota = path, quota
@@ -93,47 +94,47 @@ class QuotaEnforcer:
         self._reserve = DiskReserve(path.with_name("reserve"))
 
     def make_room(self) -> None:
-        """Before the database is opened: SQLite needs room for that too. What follows is vital."""
+        """Make room to open the database: SQLite needs disk space for that, too."""
         self._check_disk_space(vital=True)
 
     def prepare_transaction(self, db: sqlite3.Connection, *, vital: bool) -> Budget:
-        """Make room for a transaction. Raises StorageFull where there is none, sqlite3.Error."""
+        """Make room for a transaction. Raises StorageFull, sqlite3.Error."""
         self._check_disk_space(vital=vital)
         used = self._wal_frames() * _WAL_FRAME
         if used > self.quota.wal_bytes // 4 and self._restart_wal(db):
-            # Its index says so only once the next one has begun to write.
+            # The index shows it only after the next transaction has begun to write.
             used = 0
         left = self.quota.wal_bytes - _WAL_HEADER - used - _BASE
         if left <= 0:
             raise StorageFull(
-                f"{self._wal}: somebody reads {self._path.name} for so long that what is new finds no room "
-                "([buffer] max_size); end that program"
+                f"{self._wal}: another program has been reading {self._path.name} for so long that the write-ahead log "
+                "is full ([buffer] max_size); end that program"
             )
         return Budget(left)
 
     def require_reserved_pages(self, db: sqlite3.Connection, free_before: int) -> None:
-        """Refuse what a transaction has written of the pages that are kept back; `before`: `free_pages` at its start.
+        """Raise StorageFull if a transaction has filled reserved pages; `free_before`: `free_pages` at its start.
 
-        Raises StorageFull, sqlite3.Error.
+        Raises sqlite3.Error, too.
         """
         left = self.free_pages(db)
         if left < min(free_before, self.quota.reserved_pages):
             raise StorageFull(f"{self._path}: the quota ([buffer] max_size) is full")
 
     def free_pages(self, db: sqlite3.Connection) -> int:
-        """Pages that may still be filled, as a transaction of `db` sees it."""
+        """Return the pages that may still be filled, as a transaction of `db` sees them."""
         used, free = (int(db.execute(f"PRAGMA {name}").fetchone()[0]) for name in ("page_count", "freelist_count"))
         return self.quota.database_bytes // PAGE_SIZE - used + free
 
     def limit_bytes(self, page_count: int) -> int:
-        """Bytes that pages in use can come to, on this disk; `page_count` pages are in the file now."""
+        """Return how many bytes pages can use on this disk; `page_count` pages are in the file now."""
         whole, free = self._disk_space()
         promised = max(0, self._reserve_size(whole) - self._reserve.size)
         promised += max(0, min(self.quota.wal_bytes // 4, whole // 8) - self._wal_size())
         return max(PAGE_SIZE, min(self.quota.database_bytes, page_count * PAGE_SIZE + free - promised))
 
     def close(self) -> None:
-        """Only after the connection: closing any descriptor of a file drops the locks that SQLite has on it."""
+        """Close only after the connection: closing any descriptor of a file drops SQLite's locks on it."""
         if self._shm is not None:
             os.close(self._shm)
             self._shm = None
@@ -148,9 +149,9 @@ class QuotaEnforcer:
             raise StorageFull(f"{self._path.parent}: the disk is full; make room on it")
 
     def _restart_wal(self, db: sqlite3.Connection) -> bool:
-        """Whether all of the log is in the database and nobody reads it: it is written from its start again."""
+        """Checkpoint the write-ahead log. Return True if it restarts from its beginning: nobody reads it."""
         timeout = db.execute("PRAGMA busy_timeout").fetchone()[0]
-        # A reader in the way is not waited for: it may stay for hours.
+        # A reader may stay for hours: do not wait for it.
         db.execute("PRAGMA busy_timeout=0")
         try:
             busy, frames, moved = db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
@@ -172,27 +173,27 @@ class QuotaEnforcer:
         return min(self.quota.reserve_bytes, disk_bytes // 8) // PAGE_SIZE * PAGE_SIZE
 
     def _disk_space(self) -> tuple[int, int]:
-        """Bytes of the file system, and those of them that are free for us."""
+        """Return the bytes of the file system, and those that are available to us."""
         disk = os.statvfs(self._path.parent)
         return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
 
 
 class DiskReserve:
-    """A file that holds room on the disk. Crash-safe: whatever is there is looked at, not remembered."""
+    """File that occupies disk space. Crash-safe: its size is read from the disk, not remembered."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     @property
     def size(self) -> int:
-        """Bytes it really takes up."""
+        """Bytes that it occupies on the disk."""
         try:
             return self._path.stat().st_blocks * 512
         except FileNotFoundError:
             return 0
 
     def allocate(self, size: int) -> bool:
-        """Allocate it; False where the disk has no room."""
+        """Allocate the file. Return False if the disk has no room."""
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:

@@ -1,8 +1,7 @@
-"""Which messages are acknowledged, and how long they are kept all the same.
+"""Retention: which messages are acknowledged, how long they stay, and how soon undelivered data must go.
 
-A message that the collector has stays in the outbox for `[buffer] keep_messages`, for a collector that is restored from
-a backup and asks for it again. How long that is, is measured in time that passed while the device was on: a clock that
-is set by years deletes nothing.
+An acknowledged message stays in the outbox for `[buffer] keep_messages`, for a collector that is restored from a backup
+and asks for it again. That time is counted in uptime, over all boots: a clock that is set by years deletes nothing.
 """
 
 from __future__ import annotations
@@ -17,20 +16,22 @@ from agent.clock import ClockReading
 from agent.device.store import ranges
 from agent.device.store.ranges import Ranges
 
-# Names in table meta.
-ACKNOWLEDGED, ACKNOWLEDGEMENT, BACKLOG, ACKNOWLEDGED_HISTORY, UPTIME = (
-    "acknowledged",
-    "acknowledgement",
-    "waiting",
-    "acknowledged when",
-    "uptime",
-)
-# A message is kept up to one part longer than it must be, for a list of so many entries.
+# Names in table meta: acknowledged seqs, the last acknowledgement, unacknowledged messages and bytes, (uptime, seq) of
+# past acknowledgements, uptime at a moment, samples of `Growth`.
+ACKNOWLEDGED, ACKNOWLEDGEMENT, BACKLOG = "acknowledged", "acknowledgement", "backlog"
+ACKNOWLEDGED_HISTORY, UPTIME, GROWTH = "acknowledged history", "uptime", "growth"
+# A message stays up to 1/48 longer than it must; the history has at most twice as many entries.
 _HISTORY_PARTS = 48
+_SLOT_S = 600.0
+_RECENT_SLOTS, _MAX_SLOTS, _MIN_SLOTS = 7, 145, 3
+# Beyond that it is no forecast.
+_MAX_HORIZON_H = 10 * 365 * 24.0
+
+Sample = tuple[float, int]
 
 
 class AcknowledgedSeqs(msgspec.Struct, frozen=True):
-    """Every seq up to `through` but those in `missing`, which ascend and end before `through`."""
+    """Every seq up to `through` except those in `missing`, which ascend and end before `through`."""
 
     through: int = 0
     missing: tuple[tuple[int, int], ...] = ()
@@ -65,7 +66,7 @@ class AcknowledgedSeqs(msgspec.Struct, frozen=True):
 
 
 def uptime_s(saved: str, boot: int, now: ClockReading) -> float:
-    """Seconds that the device was on, all its boots together; `kept` is what was written of it last."""
+    """Return the seconds that the device was on, over all boots; `saved` is the last `uptime_json`."""
     if not saved:
         return now.boot_s
     then_boot, then_s, total_s = json.loads(saved)
@@ -73,36 +74,31 @@ def uptime_s(saved: str, boot: int, now: ClockReading) -> float:
 
 
 def uptime_json(boot: int, now: ClockReading, total_s: float) -> str:
-    """What `uptime_s` goes on from."""
+    """Encode the uptime at `now`, from which `uptime_s` continues."""
     return json.dumps([boot, now.boot_s, total_s])
 
 
 def append_history(history: str, now_s: float, through: int, keep_s: float) -> str | None:
-    """The list of (uptime in s, acknowledged through) with one more entry; None where the last one is young enough."""
-    listed = json.loads(history) if history else []
-    if listed and (now_s < listed[-1][0] + keep_s / _HISTORY_PARTS or through <= listed[-1][1]):
+    """Append to the list of (uptime in s, acknowledged through); None if the last entry is recent enough."""
+    entries = json.loads(history) if history else []
+    if entries and (now_s < entries[-1][0] + keep_s / _HISTORY_PARTS or through <= entries[-1][1]):
         return None
-    return json.dumps([*listed[-2 * _HISTORY_PARTS :], [round(now_s), through]])
+    return json.dumps([*entries[-2 * _HISTORY_PARTS :], [round(now_s), through]])
 
 
 def expired_through(history: str, now_s: float, keep_s: float) -> int:
-    """The last seq that was acknowledged `keep_s` ago; 0 where there is none."""
-    listed = json.loads(history) if history else []
-    return max((through for then_s, through in listed if then_s + keep_s <= now_s), default=0)
-
-
-GROWTH = "growth"
-_SLOT_S = 600.0
-_RECENT_SLOTS, _MAX_SLOTS = 7, 145
-_MIN_SLOTS = 3
-# Beyond that it is no forecast.
-_MAX_HORIZON_H = 10 * 365 * 24.0
-
-Sample = tuple[float, int]
+    """Return the last seq that was acknowledged `keep_s` ago; 0 if there is none."""
+    entries = json.loads(history) if history else []
+    return max((through for then_s, through in entries if then_s + keep_s <= now_s), default=0)
 
 
 class Growth(msgspec.Struct):
-    """(uptime in s, bytes that cannot go) at the low point of each past slot, and of the one that runs."""
+    """Growth of the data that cannot be deleted: (uptime in s, bytes) at the minimum of each past slot.
+
+    These bytes rise and fall with every batch and acknowledgement, so of each ten minutes only the minimum counts. The
+    pace is the median of the slopes between minima (Theil 1950, Sen 1968), of the last hour or of the last day,
+    whichever is steeper. Uptime continues after a restart and leaves out the time that the device was off.
+    """
 
     samples: list[Sample] = msgspec.field(default_factory=list)
     _slot_start_s: float | None = None
@@ -116,7 +112,7 @@ class Growth(msgspec.Struct):
         return json.dumps([[round(at_s), size] for at_s, size in self.samples])
 
     def add_sample(self, uptime_s: float, size: int) -> bool:
-        """Note what cannot go now; whether a slot ended, so that it is time to write this down."""
+        """Add a sample. Return True if a slot ended, so that the samples should be saved."""
         if self._slot_start_s is None:
             self._slot_start_s = uptime_s
         ended = uptime_s >= self._slot_start_s + _SLOT_S
@@ -128,7 +124,7 @@ class Growth(msgspec.Struct):
         return ended
 
     def hours_until(self, limit: int) -> float | None:
-        """Until `limit` bytes are reached; None where that does not come, or is not known yet."""
+        """Return the hours until `limit` bytes are reached; None if that is not in sight, or not known yet."""
         pace = max(_theil_sen_slope(self.samples[-_RECENT_SLOTS:]), _theil_sen_slope(self.samples))
         if pace <= 0.0:
             return None
@@ -137,7 +133,7 @@ class Growth(msgspec.Struct):
 
 
 def _theil_sen_slope(samples: list[Sample]) -> float:
-    """Bytes per second; 0 where there are too few to tell."""
+    """Return bytes per second; 0 for too few samples."""
     if len(samples) < _MIN_SLOTS:
         return 0.0
     thinned = samples[:: max(1, len(samples) // 24)]

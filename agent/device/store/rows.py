@@ -1,4 +1,4 @@
-"""Readings of one stream as packed columns: validated on the way in, never one object per row."""
+"""Rows of a stream as packed columns: validation of input, and the format of stored chunks. No object per row."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _TIME_FIELD = FieldConfig(name="t", type="f64", optional=True)
 
 
 def row_bytes(stream: StreamConfig) -> int:
-    """What a row of `stream` takes: its time, and each field as stored."""
+    """Return the bytes of a stored row: its time and its fields."""
     return 8 + sum(np.dtype(_DTYPES[field.type]).itemsize for field in stream.fields)
 
 
 class Rows(msgspec.Struct, frozen=True):
-    """`t` epoch µs (n,) int64; `columns` one array (n,) a field, in the stream's order and dtype."""
+    """Rows by column: `t` (n,) int64 epoch µs; `columns` one array (n,) per field, in the stream's order and dtype."""
 
     t: NDArray[np.int64]
     columns: tuple[NDArray[Any], ...]
@@ -46,7 +46,7 @@ class Rows(msgspec.Struct, frozen=True):
         return Rows(self.t[start:stop], tuple(c[start:stop] for c in self.columns))
 
     def digest(self) -> str:
-        """`sha256:…` over the little-endian bytes of t, then of each column: the same for any chunking."""
+        """Return `sha256:…` over the little-endian bytes of t, then of each column: the same for any chunking."""
         sha = hashlib.sha256(_little_endian(self.t))
         for column in self.columns:
             sha.update(_little_endian(column))
@@ -57,7 +57,7 @@ EMPTY_ROWS = Rows(np.zeros(0, np.int64), ())
 
 
 def concatenate(parts: Sequence[Rows]) -> Rows:
-    """All rows of `parts`, in order."""
+    """Concatenate rows in order."""
     if len(parts) == 1:
         return parts[0]
     return Rows(
@@ -67,7 +67,7 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
 
 
 class PackedChunk(msgspec.Struct, frozen=True):
-    """A chunk as stored: times as offsets from `first_t`, 4 bytes each where the span allows, else 8."""
+    """Chunk as stored: times are offsets from `first_t`, of 4 bytes if the span allows, else 8."""
 
     n: int
     first_t: int
@@ -77,7 +77,7 @@ class PackedChunk(msgspec.Struct, frozen=True):
 
 
 def pack_chunk(rows: Rows) -> PackedChunk:
-    """`rows`, at least one, as one blob with its CRC-32."""
+    """Pack rows, at least one, into one blob with its CRC-32."""
     first = int(rows.t[0])
     offsets = rows.t - first
     short = int(np.min(offsets)) >= 0 and int(np.max(offsets)) <= _MAX_SHORT_OFFSET
@@ -87,12 +87,12 @@ def pack_chunk(rows: Rows) -> PackedChunk:
 
 
 def _chunk_crc(n: int, first_t: int, time_bytes: int, data: bytes) -> int:
-    """Over what the blob means, too: a wrong first time would move every row of the chunk."""
+    """Return the CRC-32 of the blob and its description: a wrong first time would move every row of the chunk."""
     return zlib.crc32(data, zlib.crc32(_HEADER.pack(n, first_t, time_bytes)))
 
 
 def is_intact(chunk: PackedChunk) -> bool:
-    """Whether the bytes are those that were packed."""
+    """Return True if the bytes are those that were packed."""
     try:
         return _chunk_crc(chunk.n, chunk.first_t, chunk.time_bytes, chunk.data) == chunk.crc
     except (struct.error, TypeError):
@@ -100,7 +100,7 @@ def is_intact(chunk: PackedChunk) -> bool:
 
 
 def unpack_chunk(chunk: PackedChunk, fields: Sequence[FieldConfig]) -> Rows:
-    """Inverse of `pack`. Raises ValueError where the bytes are not what was packed."""
+    """Invert `pack_chunk`. Raises ValueError if the bytes are not what was packed."""
     if not is_intact(chunk):
         raise ValueError("CRC does not match")
     dtypes = [np.dtype(_DTYPES[f.type]) for f in fields]
@@ -115,9 +115,9 @@ def unpack_chunk(chunk: PackedChunk, fields: Sequence[FieldConfig]) -> Rows:
 
 
 class RawColumns(msgspec.Struct, frozen=True):
-    """Columns as a producer gave them, of `n` values each, by field name; None is a missing value.
+    """Columns as a producer gave them, `n` values each, by field name; None is a missing value.
 
-    `t` epoch seconds, where None (the whole, or one value) means now.
+    `t` epoch seconds; None, for all rows or for one, means now.
     """
 
     n: int
@@ -126,9 +126,9 @@ class RawColumns(msgspec.Struct, frozen=True):
 
 
 class ValidatedRows(msgspec.Struct, frozen=True):
-    """What came of a Raw: `rows` are good; `categories` holds text of category columns; `bad` index → reason.
+    """Valid rows of `RawColumns`; `categories`: text of category columns by field index; `rejected`: index → reason.
 
-    `latest` is the producer's latest time so far, epoch µs, for its next `check`.
+    `latest_us` is the producer's latest time so far, epoch µs, for the next validation.
     """
 
     rows: Rows
@@ -140,13 +140,13 @@ class ValidatedRows(msgspec.Struct, frozen=True):
 def validate_columns(raw: RawColumns, stream: StreamConfig, now_us: int, after_us: int | None) -> ValidatedRows:
     """Validate columns against the stream's fields.
 
-    `now_us` stamps rows without a time; `after_us` is the producer's latest time so far: its time may not run
-    backwards within one connection or file. Raises Rejected where the columns as a whole cannot be taken.
+    `now_us` stamps rows without a time. `after_us` is the producer's latest time so far: its time may not run backwards
+    within one connection or file. Raises RowRejected if the columns as a whole are invalid.
     """
     names = [f.name for f in stream.fields]
     for extra in raw.values.keys() - set(names):
         raise RowRejected(f"{extra!r} is not a field of this stream{did_you_mean(extra, names)}")
-    bad: dict[int, str] = {}
+    rejected: dict[int, str] = {}
     arrays: list[NDArray[Any]] = []
     categories: dict[int, list[str]] = {}
     for index, field in enumerate(stream.fields):
@@ -158,34 +158,34 @@ def validate_columns(raw: RawColumns, stream: StreamConfig, now_us: int, after_u
         if len(values) != raw.n:
             raise RowRejected(f"field {field.name!r} has {len(values)} values, {raw.n} are needed")
         if field.type == "category":
-            categories[index] = _validate_categories(values, field, bad)
+            categories[index] = _validate_categories(values, field, rejected)
             arrays.append(np.zeros(raw.n, "<u2"))
         else:
-            arrays.append(_validate_numbers(values, field, bad))
-    t, latest = _validate_times(raw, now_us, after_us, bad)
-    if not bad:
-        return ValidatedRows(Rows(t, tuple(arrays)), categories, bad, latest)
-    good = np.setdiff1d(np.arange(raw.n), np.fromiter(bad, np.int64, len(bad)))
-    kept = {index: [texts[i] for i in good] for index, texts in categories.items()}
-    return ValidatedRows(Rows(t[good], tuple(a[good] for a in arrays)), kept, bad, latest)
+            arrays.append(_validate_numbers(values, field, rejected))
+    t, latest = _validate_times(raw, now_us, after_us, rejected)
+    if not rejected:
+        return ValidatedRows(Rows(t, tuple(arrays)), categories, rejected, latest)
+    valid = np.setdiff1d(np.arange(raw.n), np.fromiter(rejected, np.int64, len(rejected)))
+    categories = {index: [texts[i] for i in valid] for index, texts in categories.items()}
+    return ValidatedRows(Rows(t[valid], tuple(a[valid] for a in arrays)), categories, rejected, latest)
 
 
 def _validate_numbers(values: Any, field: FieldConfig, rejected: dict[int, str]) -> NDArray[Any]:
     numbers = _convert_exactly(values, field.type)
-    if numbers is not None and (good := _validate_fast(numbers, field)) is not None:
-        return good
+    if numbers is not None and (valid := _validate_fast(numbers, field)) is not None:
+        return valid
     missing = np.zeros(len(values), bool)
     if numbers is None:
         whole = field.type == "i64"
-        found = [_parse_number(value, field, whole, index, rejected) for index, value in enumerate(values)]
+        parsed = [_parse_number(value, field, whole, index, rejected) for index, value in enumerate(values)]
         missing = np.array([value is None for value in values], bool) & field.optional
-        numbers = np.array(found, np.int64 if whole else np.float64)
+        numbers = np.array(parsed, np.int64 if whole else np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         typed = numbers.astype(_DTYPES[field.type])
         if typed.dtype.kind == "f":
             _reject_where(rejected, ~np.isfinite(numbers) & ~missing, field, numbers, "is no finite number")
             _reject_where(rejected, np.isinf(typed), field, numbers, f"is too large for {field.type}")
-        # Limits in the column's own precision: what was taken once is taken again when it comes back as f32.
+        # Limits in the column's own precision: a stored f32 value that is ingested again must pass again.
         kind = typed.dtype.type if typed.dtype.kind == "f" else float
         if field.min is not None:
             _reject_where(rejected, typed < kind(field.min), field, numbers, f"is below min {field.min:.9g}")
@@ -195,7 +195,7 @@ def _validate_numbers(values: Any, field: FieldConfig, rejected: dict[int, str])
 
 
 def _validate_fast(numbers: NDArray[Any], field: FieldConfig) -> NDArray[Any] | None:
-    """The column as stored where no value needs a second look, else None: two passes, where finding one takes eight."""
+    """Return the stored column if every value is valid, else None: two passes instead of eight."""
     if not len(numbers):
         return None
     typed = numbers
@@ -211,7 +211,7 @@ def _validate_fast(numbers: NDArray[Any], field: FieldConfig) -> NDArray[Any] | 
 
 
 def _convert_exactly(values: Any, kind: str) -> NDArray[Any] | None:
-    """The values as one array where all are numbers that it can hold exactly; else None, for a look at each."""
+    """Return the values as one array if it holds all of them exactly, else None: each needs its own check."""
     if isinstance(values, np.ndarray):
         fits = values.dtype.kind == "i" if kind == "i64" else values.dtype.kind in "iuf"
         return values if fits and values.ndim == 1 else None
@@ -225,7 +225,7 @@ def _convert_exactly(values: Any, kind: str) -> NDArray[Any] | None:
 
 
 def _parse_number(value: Any, field: FieldConfig, is_integer: bool, index: int, rejected: dict[int, str]) -> float:
-    """One value of a column that is not plainly numeric: NaN (0 where `whole`) and a reason in `bad` if it is none."""
+    """Parse one value of a mixed column; an invalid one gives NaN (0 for integers) and a reason in `rejected`."""
     if value is None:
         if not field.optional:
             rejected.setdefault(index, f"{field.name} is missing")
@@ -258,7 +258,7 @@ def _validate_categories(values: Any, field: FieldConfig, rejected: dict[int, st
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether no byte of a file that is not UTF-8 hides in it."""
+    """Return False for text with surrogates, which stand for bytes that are not UTF-8."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -292,7 +292,7 @@ def _validate_times(
 
 
 def _convert_times(seconds: NDArray[Any], after_us: int | None) -> NDArray[np.int64] | None:
-    """Epoch µs where all are given, within limits and in order; else None, for a look at each."""
+    """Return epoch µs if all times are within limits and ascend, else None: each needs its own check."""
     if not (np.minimum.reduce(seconds) >= 0 and np.maximum.reduce(seconds) <= T_MAX_S):
         return None
     t = np.rint(seconds * 1e6).astype(np.int64)

@@ -1,14 +1,13 @@
-"""What goes when space runs short, least important first, and what is only kept for a while.
+"""Space management: expiry of what was kept long enough, and eviction by importance when the store is nearly full.
 
-From `START` of the room that quota and disk leave, until no more than `STOP` of it is in use:
-1. messages that are acknowledged, old alerts kept for local eyes, readings that all their tasks have used, and results
-   kept for labels
-2. what waits is run before its time: results take less room than readings
-3. readings that wait for a task that does not get on
-4. messages of the outbox, by `RANKS`; only while nothing is being acknowledged: what is on its way is not given up
-   because a producer is fast, that one is turned away (`INTAKE_SHARE` in store.py)
-Whatever is given up before it was delivered, used, or kept as long as it should be is declared in the same transaction
-(see `eviction`). With `[buffer] when_full = "refuse"` steps 3 and 4 are left out.
+Eviction starts when `EVICTION_START` of the room that quota and disk leave is in use, and ends at `EVICTION_STOP`:
+1. delete acknowledged messages, old stored alerts, readings that all their tasks have used, and stored predictions
+2. run batches early: results take less room than readings
+3. evict readings that wait for a task that makes no progress
+4. evict messages of the outbox by `EVICTION_ORDER`, but only while nothing is acknowledged: if messages are being
+   delivered and a producer is too fast, the intake refuses its rows instead (`INTAKE_SHARE` in store.py)
+Whatever goes before it was delivered, used or kept as long as configured is declared in the same transaction (see
+`eviction`). `[buffer] when_full = "refuse"` leaves out steps 3 and 4.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from agent.alerts import STORE_FULL, Alert
@@ -31,29 +32,33 @@ from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction, TrimmedChunks
 from agent.errors import StorageFull
 from agent.wire import key_rotation
+from agent.wire.topics import KINDS
 
 log = logging.getLogger("outstation")
 
 EVICTION_START, EVICTION_STOP = 0.85, 0.7
-EVICTION_ORDER = (("shadow",), ("results", "health"), ("drift", "quality"), ("alerts",), ("audit",))
-# Without an acknowledgement for so long, delivery counts as stalled.
+_BY_RANK = groupby(
+    sorted((k.eviction_rank, k.name) for k in KINDS.values() if k.eviction_rank is not None), itemgetter(0)
+)
+EVICTION_ORDER = tuple(tuple(name for _, name in kinds) for _, kinds in _BY_RANK)
+# Delivery counts as stalled after this time without an acknowledgement.
 STALLED_S = 60.0
 _EARLY_RUN_INTERVAL_S = 60.0
 _MAX_STEPS = 20
 _CHUNK_LIMIT = 500
 _MESSAGE_LIMIT = 500
 _UNLIMITED = 2**63 - 1
-# The alert is over when what cannot go has fallen well below where eviction stops, and stayed out of it for a while.
+# The alert clears when the undelivered bytes are well below where eviction stops, some time after the last eviction.
 _CLEAR_SHARE, _CLEAR_AFTER_S = 0.35, 600.0
-# Pages are not full: messages of 0.3 to 9 kB took 1.02 to 1.63 times their bytes.
+# Pages are not full: messages of 0.3 to 9 kB took up 1.02 to 1.63 times their bytes.
 _PAGE_OVERHEAD = 1.25
 
 
 class SpaceManager:
-    """Used by the main loop.
+    """Space management of the main loop.
 
-    `run_early` runs all tasks out of schedule, for a while, and says whether they are not through; `stuck` names those
-    that do not get on.
+    `run_early` runs all tasks out of schedule for a while and returns True if rows still wait; `stuck` names the tasks
+    that make no progress.
     """
 
     def __init__(
@@ -64,13 +69,8 @@ class SpaceManager:
         run_early: Callable[[ClockReading], bool | None],
         stuck: Callable[[], Collection[str]],
     ) -> None:
-        self._conf, self._store, self._message_log, self._run_early, self._stuck = (
-            conf,
-            store,
-            message_log,
-            run_early,
-            stuck,
-        )
+        self._conf, self._store, self._message_log = conf, store, message_log
+        self._run_early, self._stuck = run_early, stuck
         self._growth = Growth.from_json(store.get_meta(retention.GROWTH, ""))
         self._next_early_run_s = float("-inf")
         self._last_acknowledgement: tuple[str, float] | None = None
@@ -82,7 +82,7 @@ class SpaceManager:
         return self._store.used_bytes() > self._store.limit_bytes() * EVICTION_START
 
     def tick(self, now: ClockReading) -> bool:
-        """Let go of what is due, and of more where space is short; whether there is more to do at once."""
+        """Delete what has expired, and evict if space is short. Return True to be called again at once."""
         self._watch_acknowledgements(now)
         try:
             self._sample_growth(now)
@@ -92,45 +92,42 @@ class SpaceManager:
                 self.is_evicting, self._scanned_through = True, dict.fromkeys(EVICTION_ORDER, 0)
             return self.is_evicting and self._evict(now)
         except StorageFull as full:
-            log.error("%s; even deleting needs a little room", full)
+            log.error("%s; deleting needs a little room, too", full)
             return False
 
     def hours_until_eviction(self) -> float | None:
-        """Until something undelivered would have to go, at the pace of the past hours."""
+        """Return the hours until undelivered data must go, at the pace of the past hours."""
         return hours_until_eviction(self._store, self._store.limit_bytes())
 
-    # --- what is kept for a while ---
+    # --- expiry ---
 
     def _expire(self, now: ClockReading) -> None:
         keep_us = round(self._conf.buffer.keep_readings * 1e6)
-        # By the boot-time clock as well: a step of the wall clock makes no reading old.
-        before, came_by = now.wall_us - keep_us, now.boot_us - keep_us
+        # By the boot-time clock as well: a step of the wall clock must not expire a reading.
+        before_us, received_by_us = now.wall_us - keep_us, now.boot_us - keep_us
         at_s = uptime_s(self._store.get_meta(retention.UPTIME, ""), self._store.boot, now)
-        steps = self._store.get_meta(retention.ACKNOWLEDGED_HISTORY, "")
-        through = retention.expired_through(steps, at_s, self._conf.buffer.keep_messages)
+        history = self._store.get_meta(retention.ACKNOWLEDGED_HISTORY, "")
+        through = retention.expired_through(history, at_s, self._conf.buffer.keep_messages)
         for name in self._conf.streams:
             with self._store.transaction(vital=True) as tx:
-                tx.trim_rows(name, self._used_through(name), before, self._chunk_limit(), came_by)
+                tx.trim_rows(name, self._used_through(name), before_us, _CHUNK_LIMIT, received_by_us)
         if through:
             with self._store.transaction(vital=True) as tx:
                 tx.outbox.drop_acknowledged(through, _MESSAGE_LIMIT)
         for task in self._conf.tasks:
             with self._store.transaction(vital=True) as tx:
                 for name in (task, shadow_key(task)):
-                    tx.labels.trim_predictions(name, at_s - self._conf.buffer.keep_results, self._chunk_limit())
-                tx.labels.trim_labels(task, label_capacity(self._store.quota.database_bytes), self._chunk_limit())
+                    tx.labels.trim_predictions(name, at_s - self._conf.buffer.keep_results, _CHUNK_LIMIT)
+                tx.labels.trim_labels(task, label_capacity(self._store.quota.database_bytes), _CHUNK_LIMIT)
 
     def _used_through(self, stream: str) -> int:
-        # Nobody waits for the rows of a stream without a task.
+        # Rows of a stream without a task count as used.
         return min(self._cursors(stream).values(), default=self._store.last_row(stream))
 
     def _cursors(self, stream: str) -> dict[str, int]:
         return {name: self._store.cursor(name) or 0 for name, task in self._conf.tasks.items() if task.stream == stream}
 
-    def _chunk_limit(self) -> int:
-        return _CHUNK_LIMIT
-
-    # --- what goes when space is short ---
+    # --- eviction ---
 
     def _evict(self, now: ClockReading) -> bool:
         for _ in range(_MAX_STEPS):
@@ -142,7 +139,7 @@ class SpaceManager:
         return True
 
     def _evict_step(self, now: ClockReading) -> bool:
-        """Give up a little of the least important there is; False where nothing may go."""
+        """Delete or evict a little of the least important data. Return False if nothing may go."""
         if self._delete_delivered() or any(self._delete_used_rows(name, now) for name in self._conf.streams):
             return True
         if any(self._delete_predictions(task) for task in self._conf.tasks):
@@ -154,8 +151,8 @@ class SpaceManager:
         if self._conf.buffer.when_full == "refuse":
             return False
         stuck = self._stuck()
-        waited_for = {self._conf.tasks[name].stream for name in stuck if name in self._conf.tasks}
-        if any(self._evict_unused_rows(name, now) for name in sorted(waited_for)):
+        streams = {self._conf.tasks[name].stream for name in stuck if name in self._conf.tasks}
+        if any(self._evict_unused_rows(name, now) for name in sorted(streams)):
             return True
         return self._is_stalled(now) and any(self._evict_messages(kinds, now) for kinds in EVICTION_ORDER)
 
@@ -165,42 +162,43 @@ class SpaceManager:
 
     def _delete_used_rows(self, stream: str, now: ClockReading) -> bool:
         with self._store.transaction(vital=True) as tx:
-            # Whatever time the rows carry: a clock that was wrong may have dated them far ahead.
-            gone = tx.trim_rows(stream, self._used_through(stream), _UNLIMITED, self._chunk_limit())
-            if gone is not None:
-                self._declare_used(tx, stream, gone, gone.last, now)
-        return gone is not None
+            # Whatever time the rows carry: a wrong clock may have dated them far ahead.
+            chunks = tx.trim_rows(stream, self._used_through(stream), _UNLIMITED, _CHUNK_LIMIT)
+            if chunks is not None:
+                self._declare_used(tx, stream, chunks, chunks.last, now)
+        return chunks is not None
 
     def _delete_predictions(self, task: str) -> bool:
         with self._store.transaction(vital=True) as tx:
             return any(
-                tx.labels.trim_predictions(name, math.inf, self._chunk_limit()) > 0 for name in (shadow_key(task), task)
+                tx.labels.trim_predictions(name, math.inf, _CHUNK_LIMIT) > 0 for name in (shadow_key(task), task)
             )
 
     def _evict_unused_rows(self, stream: str, now: ClockReading) -> bool:
         with self._store.transaction(vital=True) as tx:
             cursors = self._cursors(stream)
-            gone = tx.trim_rows(stream, _UNLIMITED, _UNLIMITED, self._chunk_limit())
-            if gone is None:
+            chunks = tx.trim_rows(stream, _UNLIMITED, _UNLIMITED, _CHUNK_LIMIT)
+            if chunks is None:
                 return False
-            behind = {task: row for task, row in cursors.items() if row < gone.last}
+            behind = {task: row for task, row in cursors.items() if row < chunks.last}
             for task in behind:
-                # What goes counts as consumed, so that no batch ever meets the hole.
-                tx.advance_cursor(task, gone.last + 1, gone.last)
-            used = min(behind.values(), default=gone.last)
-            if gone.first <= used:
-                self._declare_used(tx, stream, gone, used, now)
+                # Evicted rows count as consumed, so that no batch meets the gap.
+                tx.advance_cursor(task, chunks.last + 1, chunks.last)
+            used = min(behind.values(), default=chunks.last)
+            if chunks.first <= used:
+                self._declare_used(tx, stream, chunks, used, now)
             if behind:
-                rows = [(max(gone.first, used + 1), gone.last)]
-                names = sorted(behind)
-                declare_readings(tx, self._message_log, now, stream, rows, NO_ROOM, gone.bytes, used=False, tasks=names)
+                rows, size, tasks = [(max(chunks.first, used + 1), chunks.last)], chunks.bytes, sorted(behind)
+                declare_readings(tx, self._message_log, now, stream, rows, NO_ROOM, size, used=False, tasks=tasks)
                 self._raise_alert(tx, now)
         self._evicted_at = now.boot_s
         return True
 
-    def _declare_used(self, tx: Transaction, stream: str, gone: TrimmedChunks, through: int, now: ClockReading) -> None:
-        rows = [(gone.first, through)]
-        declare_readings(tx, self._message_log, now, stream, rows, NO_ROOM, gone.bytes, used=True)
+    def _declare_used(
+        self, tx: Transaction, stream: str, chunks: TrimmedChunks, through: int, now: ClockReading
+    ) -> None:
+        rows = [(chunks.first, through)]
+        declare_readings(tx, self._message_log, now, stream, rows, NO_ROOM, chunks.bytes, used=True)
 
     def _evict_messages(self, kinds: tuple[str, ...], now: ClockReading) -> bool:
         chosen, last = [], 0
@@ -209,18 +207,18 @@ class SpaceManager:
                 last = entry.seq
                 if entry.kind in kinds and not (entry.kind == "audit" and _is_protected(tx, entry.seq)):
                     chosen.append(entry)
-            if gone := tx.outbox.delete([entry.seq for entry in chosen]):
-                size = sum(entry.size for entry in chosen[: len(gone)])
-                declare_messages(tx, self._message_log, now, ranges.from_numbers(gone), NO_ROOM, size)
+            if deleted := tx.outbox.delete([entry.seq for entry in chosen]):
+                size = sum(entry.size for entry in chosen[: len(deleted)])
+                declare_messages(tx, self._message_log, now, ranges.from_numbers(deleted), NO_ROOM, size)
                 self._raise_alert(tx, now)
-        if not last or (chosen and not gone):
+        if not last or (chosen and not deleted):
             return False
-        self._scanned_through[kinds] = last if len(gone) == len(chosen) else gone[-1]
-        if gone:
+        self._scanned_through[kinds] = last if len(deleted) == len(chosen) else deleted[-1]
+        if deleted:
             self._evicted_at = now.boot_s
         return True
 
-    # --- whether anything gets through, and how fast it fills ---
+    # --- delivery and growth ---
 
     def _watch_acknowledgements(self, now: ClockReading) -> None:
         known = self._store.get_meta(retention.ACKNOWLEDGED, "")
@@ -238,7 +236,7 @@ class SpaceManager:
                 tx.set_meta(retention.UPTIME, retention.uptime_json(self._store.boot, now, at_s))
 
     def undelivered_bytes(self) -> int:
-        """Bytes that could only go undelivered or unused: of waiting messages, and of readings nobody gets on with."""
+        """Return the bytes of waiting messages and of readings that wait for stuck tasks."""
         unused = 0
         for name in self._stuck():
             if name in self._conf.tasks:
@@ -253,8 +251,8 @@ class SpaceManager:
         if self._store.load_state("", task_keys.STORAGE_ALERT) is None:
             tx.save_state("", task_keys.STORAGE_ALERT, b"raised")
             summary = (
-                "The store is full and nothing can be delivered or used: the least important goes, each eviction is "
-                "declared. Restore the connection or the task that does not run, or raise [buffer] max_size."
+                "The store is full and nothing can be delivered or used: the least important data is evicted, and each "
+                "eviction is declared. Restore the connection or the task that does not run, or raise [buffer] max_size."
             )
             self._write_alert(tx, now, STORE_FULL.raised(summary, self._alert_evidence()))
 
@@ -265,7 +263,7 @@ class SpaceManager:
         if not recently and self.undelivered_bytes() < self._store.limit_bytes() * _CLEAR_SHARE:
             with self._store.transaction(vital=True) as tx:
                 tx.delete_state("", task_keys.STORAGE_ALERT)
-                summary = "The store has room again; nothing has to go."
+                summary = "The store has room again; eviction has ended."
                 self._write_alert(tx, now, STORE_FULL.cleared(summary, self._alert_evidence()))
 
     def _alert_evidence(self) -> dict[str, Any]:
@@ -277,15 +275,15 @@ class SpaceManager:
 
 
 def hours_until_eviction(store: Store, limit: int) -> float | None:
-    """Hours until something undelivered would have to go; None where that is not in sight, or not known yet."""
+    """Return the hours until undelivered data must go; None if that is not in sight, or not known yet."""
     return Growth.from_json(store.get_meta(retention.GROWTH, "")).hours_until(round(limit * EVICTION_START))
 
 
 def _is_protected(tx: Transaction, seq: int) -> bool:
-    """Whether an audit message is never given up.
+    """Return True for an audit message that is never evicted.
 
-    Those that declare an eviction are folded; without the one that names a new signing key nothing after it verifies. A
-    damaged one may be either: it is set aside when its turn to be sent comes.
+    Declarations of evictions are merged instead. Without the message that names a new signing key no later message
+    verifies. A damaged message may be either; it is quarantined when its turn to be sent comes.
     """
     payload = tx.outbox.payload(seq)
     return payload is None or any(

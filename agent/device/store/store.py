@@ -21,11 +21,11 @@ from agent import clock
 from agent.config import FieldConfig, StreamConfig
 from agent.device.store import meta, retention, schema, task_keys, watermark
 from agent.device.store.clock_segments import ClockStamp, merge_stamps
-from agent.device.store.outbox import MESSAGE_COLUMNS, Backlog, unacknowledged_ranges
+from agent.device.store.outbox import MESSAGE_COLUMNS, Backlog, OutboxMessage, unacknowledged_ranges
 from agent.device.store.quota import PAGE_SIZE, Quota, QuotaEnforcer
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import EMPTY_ROWS, PackedChunk, Rows, concatenate, unpack_chunk
-from agent.device.store.transaction import OutboxMessage, Transaction
+from agent.device.store.transaction import Transaction
 from agent.device.store.watermark import Watermark
 from agent.errors import StorageBusy, StorageDamaged, StorageError, StorageFull, UsageError
 from agent.wire.messages import digest
@@ -97,21 +97,21 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self, *, vital: bool = False) -> Iterator[Transaction]:
-        """One transaction: committed when the block ends, rolled back when it raises.
+        """Run one transaction: commit when the block ends, roll back when it raises.
 
-        A `vital` one, which makes room or records a delivery, may use up the reserve on a full disk. Raises
+        A `vital` transaction, which makes room or records a delivery, may use the reserve on a full disk. Raises
         StorageFull, StorageBusy or StorageError.
         """
         with self._lock, self._translate_errors():
             try:
                 budget = self._quota_enforcer.prepare_transaction(self._db, vital=vital)
                 self._db.execute("BEGIN IMMEDIATE")
-                free = self._quota_enforcer.free_pages(self._db)
+                free_pages = self._quota_enforcer.free_pages(self._db)
                 tx = Transaction(self._db, self.boot, budget)
                 yield tx
                 tx.finish()
                 if not vital:
-                    self._quota_enforcer.require_reserved_pages(self._db, free)
+                    self._quota_enforcer.require_reserved_pages(self._db, free_pages)
                 self._db.execute("COMMIT")
             except BaseException:
                 self._roll_back()
@@ -147,56 +147,54 @@ class Store:
         return self.query(meta.get, key, default)
 
     def last_row(self, stream: str) -> int:
-        """The number of the newest row of `stream`; 0 where there is none."""
+        """Return the number of the newest row of `stream`; 0 if there is none."""
         row = self._fetch_one("SELECT next_row - 1 FROM streams WHERE name = ?", stream)
         return int(row[0]) if row else 0
 
     def first_row(self, stream: str) -> int:
-        """The number of the oldest row still kept, or of the next row to come."""
+        """Return the number of the oldest stored row, or of the next row to come."""
         row = self._fetch_one(
             "SELECT min(first_row) FROM chunks JOIN streams s ON s.id = stream WHERE s.name = ?", stream
         )
         return int(row[0]) if row and row[0] is not None else self.last_row(stream) + 1
 
     def cursor(self, task: str) -> int | None:
-        """The last row `task` consumed; None before its first batch."""
+        """Return the last row that `task` consumed; None before its first batch."""
         row = self._fetch_one("SELECT row FROM cursors WHERE task = ?", task)
         return int(row[0]) if row else None
 
     def first_consumed(self, task: str) -> int | None:
-        row = self._fetch_one("SELECT first FROM cursors WHERE task = ?", task)
+        row = self._fetch_one("SELECT first_row FROM cursors WHERE task = ?", task)
         return int(row[0]) if row else None
 
     def load_state(self, task: str, name: str) -> bytes | None:
-        row = self._fetch_one("SELECT value FROM state WHERE task = ? AND name = ?", task, name)
+        row = self._fetch_one("SELECT value FROM task_state WHERE task = ? AND name = ?", task, name)
         return bytes(row[0]) if row else None
 
     def counters(self) -> dict[str, int]:
         return {str(name): int(n) for name, n in self._fetch_all("SELECT name, n FROM counters")}
 
     def source_position(self, source: str, item: str) -> int:
-        """How far `source` has got with `item` (a file, a client), as committed with its rows; 0 at first."""
-        row = self._fetch_one("SELECT position FROM marks WHERE source = ? AND item = ?", source, item)
+        """Return how far `source` has read `item` (a file, a client), as committed with its rows; 0 at first."""
+        row = self._fetch_one("SELECT position FROM source_positions WHERE source = ? AND item = ?", source, item)
         return int(row[0]) if row else 0
 
     def categories(self, stream: str, field: str) -> list[str]:
-        """Category texts by code; code 0 is missing."""
-        found = self._fetch_all(
-            "SELECT value FROM categories WHERE stream = ? AND field = ? ORDER BY code", stream, field
-        )
-        return ["", *(str(row[0]) for row in found)]
+        """Return category texts by code; code 0 is a missing value."""
+        sql = "SELECT value FROM categories WHERE stream = ? AND field = ? ORDER BY code"
+        return ["", *(str(row[0]) for row in self._fetch_all(sql, stream, field))]
 
     def read_rows(self, stream: str, fields: Sequence[FieldConfig], after: int, limit: int) -> RowBatch | None:
-        """Up to about `limit` rows after row `after`, as contiguous packed columns; None where there are none.
+        """Read up to about `limit` rows after row `after`, as contiguous columns; None if there are none.
 
-        Cost depends on the rows taken, not on the backlog. A chunk that is damaged comes alone, with `lost` set.
+        The cost depends on the rows read, not on the backlog. A damaged chunk is returned alone, with `loss_reason`.
         """
         parts: list[Rows] = []
         stamps: list[ClockStamp] = []
         first, count = after + 1, 0
-        asked = schema.SELECT_CHUNKS, {"stream": stream, "after": after}
-        # Closed with the lock still held: while a query is not read to its end, no other thread's commit can make room.
-        with self._lock, self._translate_errors(), contextlib.closing(self._db.execute(*asked)) as chunks:
+        query = schema.SELECT_CHUNKS, {"stream": stream, "after": after}
+        # Closed with the lock held: an open query would keep another thread's transaction from restarting the log.
+        with self._lock, self._translate_errors(), contextlib.closing(self._db.execute(*query)) as chunks:
             for first_row, *packed, boot, segment, quality in chunks:
                 try:
                     rows = unpack_chunk(PackedChunk(*packed), fields)
@@ -215,27 +213,27 @@ class Store:
                 if count >= limit:
                     break
             if not parts:
-                # What another task found damaged may have been the last there is.
+                # The last rows may be in quarantine because another task found them damaged.
                 last = self.last_row(stream)
                 return self._missing_rows(stream, first, last) if last > after else None
         return RowBatch(first, concatenate(parts), stamps=merge_stamps(stamps))
 
     def _missing_rows(self, stream: str, first: int, last: int) -> RowBatch:
-        """Rows `first` to `last`, which are not there, or the first of them whose fate is the same.
+        """Describe rows `first` to `last`, which are not stored, or the first of them with the same fate.
 
-        Of rows that were damaged, or lost in another way, nobody knows more than that they cannot be read.
+        Rows that are neither deleted nor in quarantine were lost, and count as damaged.
         """
         deleted = int(self.get_meta(schema.TRIMMED_THROUGH + stream, "0"))
-        names = {"stream": stream, "first": first, "last": last}
-        aside = self._db.execute(schema.FIRST_DAMAGED_RANGE, names).fetchone()
-        if first <= deleted and (aside is None or aside[0] > first):
-            end = min(last, deleted, aside[0] - 1 if aside else last)
-            return RowBatch(first, EMPTY_ROWS, "rows were deleted before this task came to them", end, deleted=True)
-        end = min(last, aside[1]) if aside and aside[1] < deleted else last
-        return RowBatch(first, EMPTY_ROWS, "rows were set aside as damaged", end)
+        values = {"stream": stream, "first": first, "last": last}
+        damaged = self._db.execute(schema.FIRST_QUARANTINED_RANGE, values).fetchone()
+        if first <= deleted and (damaged is None or damaged[0] > first):
+            end = min(last, deleted, damaged[0] - 1 if damaged else last)
+            return RowBatch(first, EMPTY_ROWS, "rows were deleted before this task read them", end, deleted=True)
+        end = min(last, damaged[1]) if damaged and damaged[1] < deleted else last
+        return RowBatch(first, EMPTY_ROWS, "rows were quarantined as damaged", end)
 
     def _chunk_end(self, stream: str, first_row: int) -> int:
-        """The last row of the chunk at `first_row`, by what comes after it: its own count may be damaged too."""
+        """Return the last row of the chunk at `first_row`, from the chunk after it: its own count may be damaged."""
         row = self._fetch_one(
             "SELECT min(first_row) - 1 FROM chunks JOIN streams s ON s.id = stream WHERE s.name = ? AND first_row > ?",
             stream,
@@ -244,31 +242,29 @@ class Store:
         return int(row[0]) if row and row[0] is not None else self.last_row(stream)
 
     def unacknowledged_messages(self, after: int, limit: int) -> list[OutboxMessage]:
-        """Messages of the outbox with seq > `after` that are not acknowledged, in order."""
-        found: list[tuple[Any, ...]] = []
+        """Return unacknowledged messages with seq > `after`, in order."""
+        sql = f"SELECT {MESSAGE_COLUMNS} FROM outbox WHERE seq BETWEEN ? AND ? ORDER BY seq LIMIT ?"
+        rows: list[tuple[Any, ...]] = []
         for first, last in unacknowledged_ranges(self.acknowledged()):
-            if last > after and len(found) < limit:
-                sql = f"SELECT {MESSAGE_COLUMNS} FROM outbox WHERE seq BETWEEN ? AND ? ORDER BY seq LIMIT ?"
-                found += self._fetch_all(sql, max(first, after + 1), last, limit - len(found))
-        return [OutboxMessage.from_row(row) for row in found]
+            if last > after and len(rows) < limit:
+                rows += self._fetch_all(sql, max(first, after + 1), last, limit - len(rows))
+        return [OutboxMessage.from_row(row) for row in rows]
 
     def recent_messages(self, kind: str, task: str, limit: int) -> list[OutboxMessage]:
-        """The newest messages of a task that are kept, delivered or not, in order; damaged ones too."""
+        """Return the newest stored messages of a task, delivered or not, damaged ones too, in order."""
         sql = f"SELECT {MESSAGE_COLUMNS} FROM outbox WHERE substr(topic, -length(?1)) = ?1 ORDER BY seq DESC LIMIT ?2"
-        found = self._fetch_all(sql, f"/{kind}/{task}", limit)
-        return [OutboxMessage.from_row(row) for row in reversed(found)]
+        return [OutboxMessage.from_row(row) for row in reversed(self._fetch_all(sql, f"/{kind}/{task}", limit))]
 
     def pending_messages(self, seqs: Sequence[int]) -> list[OutboxMessage]:
-        """Those of `seqs` that are in the outbox and not acknowledged."""
+        """Return the messages among `seqs` that are in the outbox and not acknowledged."""
         acknowledged = self.acknowledged()
         seqs = [seq for seq in seqs if seq not in acknowledged]
-        marks = ",".join("?" * len(seqs))
-        found = self._fetch_all(f"SELECT {MESSAGE_COLUMNS} FROM outbox WHERE seq IN ({marks}) ORDER BY seq", *seqs)
-        return [OutboxMessage.from_row(row) for row in found]
+        sql = f"SELECT {MESSAGE_COLUMNS} FROM outbox WHERE seq IN ({','.join('?' * len(seqs))}) ORDER BY seq"
+        return [OutboxMessage.from_row(row) for row in self._fetch_all(sql, *seqs)]
 
     def message_digest(self, seq: int) -> str | None:
-        """The digest of message `seq` as far as it is known here; None where it is not."""
-        # Together: a message committed in between would have its digest taken for this one's.
+        """Return the digest of message `seq`; None if it is not known here."""
+        # Under one lock: a message committed in between would have its digest returned for this one.
         with self._lock:
             if seq == int(self.get_meta("seq", "0")):
                 return self.get_meta("digest", "")
@@ -279,58 +275,58 @@ class Store:
         return None
 
     def outbox_size(self) -> tuple[int, int]:
-        """Messages waiting, and the last seq ever given."""
+        """Return the number of waiting messages, and the last seq."""
         return self.backlog().messages, int(self.get_meta("seq", "0"))
 
     def backlog(self) -> Backlog:
-        """What is in the outbox and not acknowledged."""
+        """Return the number and bytes of unacknowledged messages."""
         return Backlog.from_text(self.get_meta(retention.BACKLOG, ""))
 
     def acknowledged(self) -> AcknowledgedSeqs:
-        """The seqs that the collector, or with delivery = "broker" the broker, is known to have."""
+        """Return the seqs that the collector, or with delivery = "broker" the broker, is known to have."""
         return AcknowledgedSeqs.from_json(self.get_meta(retention.ACKNOWLEDGED, ""))
 
     def used_bytes(self) -> int:
-        """Bytes of pages in use, free ones not counted."""
+        """Return the bytes of pages in use, without free ones."""
         pages = int((self._fetch_one("PRAGMA page_count") or (0,))[0])
         free = int((self._fetch_one("PRAGMA freelist_count") or (0,))[0])
         return (pages - free) * PAGE_SIZE
 
     def limit_bytes(self) -> int:
-        """Bytes that pages in use can come to: what the quota leaves for them, or what the disk has room for."""
+        """Return how many bytes the pages can use: the quota, or the room on the disk if that is less."""
         return self._quota_enforcer.limit_bytes(int((self._fetch_one("PRAGMA page_count") or (0,))[0]))
 
     def recent_alerts(self, limit: int) -> list[dict[str, Any]]:
-        """The newest alerts, newest first."""
-        found = self._fetch_all("SELECT body FROM alerts ORDER BY rowid DESC LIMIT ?", limit)
-        return [json.loads(row[0]) for row in found]
+        """Return the newest alerts, newest first."""
+        rows = self._fetch_all("SELECT body FROM alerts ORDER BY rowid DESC LIMIT ?", limit)
+        return [json.loads(row[0]) for row in rows]
 
     def open_alerts(self, task: str) -> list[dict[str, Any]]:
-        """Those about the task's data, model and quality that were raised and not cleared, as they came."""
-        found = self._fetch_all(schema.SELECT_OPEN_ALERTS, task, task_keys.OPEN_ALERT_PREFIX)
-        return sorted((json.loads(row[0]) for row in found), key=lambda alert: str(alert["time"]))
+        """Return the open alerts about a task's data, model and quality, in order of time."""
+        rows = self._fetch_all(schema.SELECT_OPEN_ALERTS, task, task_keys.OPEN_ALERT_PREFIX)
+        return sorted((json.loads(row[0]) for row in rows), key=lambda alert: str(alert["time"]))
 
     def query(self, query: Callable[..., T], *values: Any) -> T:
-        """What a query of `labelled`, which takes the connection first, finds."""
+        """Run a query of `labels`, which takes the connection first."""
         with self._lock, self._translate_errors():
             return query(self._db, *values)
 
     # --- opening and closing ---
 
     def declare_streams(self, streams: dict[str, StreamConfig]) -> None:
-        """Make the streams known. Raises UsageError where stored rows have other fields than the config says."""
+        """Declare the streams of the config. Raises UsageError if stored rows have other fields."""
         for name, stream in streams.items():
-            wanted = [[f.name, f.type] for f in stream.fields]
+            fields = [[f.name, f.type] for f in stream.fields]
             row = self._fetch_one("SELECT fields, next_row FROM streams WHERE name = ?", name)
-            if row is not None and watermark.matches_fields(row[0], wanted):
+            if row is not None and watermark.matches_fields(row[0], fields):
                 if watermark.is_placeholder(row[0]):
-                    self._declare_stream(name, wanted)
+                    self._declare_stream(name, fields)
             elif row is None or row[1] == 1 or (watermark.is_placeholder(row[0]) and self.first_row(name) == row[1]):
-                self._declare_stream(name, wanted)
+                self._declare_stream(name, fields)
             else:
                 raise UsageError(
                     f"streams.{name}.fields: the store at {self.path} holds rows with fields {row[0]}; "
-                    "give the changed stream a new name, so that no row is read as something else"
+                    "give the changed stream a new name, so that no row is read with the wrong fields"
                 )
 
     def _declare_stream(self, name: str, fields: object) -> None:
@@ -338,12 +334,12 @@ class Store:
             tx.declare_stream(name, json.dumps(fields))
 
     def bind_device(self, fleet: str, device: str) -> None:
-        """Bind the store to a device. Raises UsageError where it is another's: its messages are signed for that one."""
+        """Bind the store to a device. Raises UsageError if its messages are signed for another one."""
         name = f"{fleet}/{device}"
         owner = self.get_meta("device", name)
         if owner != name:
             raise UsageError(
-                f"device.id: the store at {self.path} is of {owner}, whose signed messages wait in it; "
+                f"device.id: the store at {self.path} belongs to {owner}, whose signed messages wait in it; "
                 "give the new device a data_dir of its own"
             )
         with self.transaction(vital=True) as tx:

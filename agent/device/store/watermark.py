@@ -1,10 +1,10 @@
-"""How far the store had got, in a small file beside it: so a store that lost commits knows that it did.
+"""Watermark: the progress of the store in a small file beside it, by which a store detects lost commits.
 
-A database whose log was cut, whose file was put back from a copy, or whose disk lied about a flush opens without a word
-of complaint, only earlier. This file is written after each commit and never waited for, so after a power cut it may be
-behind the database; it is never ahead of one that kept its promise.
+A database whose write-ahead log was cut, whose file was restored from a copy, or whose disk lied about a flush opens
+without an error, but in an earlier state. The watermark is written after each commit without fsync, so after a power
+cut it may be behind the database; it is ahead of it only if commits were lost.
 
-Two slots are written in turn, each with a number and a CRC: one torn by a crash leaves the other.
+Two slots are written in turn, each with a number and a CRC: if a crash tears one, the other is whole.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ log = logging.getLogger("outstation")
 
 FILE_NAME = "watermark"
 _MAGIC = b"outmark1"
-# magic, number of the write, length, CRC-32 of number, length and body.
+# Magic, number of the write, length, CRC-32 of number, length and body.
 _HEADER = struct.Struct("<8sQII")
 _SLOT = 64 << 10
 _FIRST_PAGE_OFFSET = 2 * _SLOT
 _FIRST_PAGE = 4096
+# Stands for a stream's fields of which only the CRC-32 is known.
+_CRC_PREFIX = "crc32:"
 
 
 class WatermarkState(msgspec.Struct):
-    """The last seq of `log` with its digest, the next row of each stream, the cursor of each task, the
-    counter of each operator's key.
+    """Last seq of the log with its digest, next rows of streams, cursors of tasks, counters of operator keys.
 
     `streams`: name → (id, CRC-32 of its fields, next row).
     """
@@ -51,7 +52,7 @@ class WatermarkState(msgspec.Struct):
 
 
 class TransactionProgress(msgspec.Struct):
-    """What one transaction moved; `anew` where it changed more than that."""
+    """Progress of one transaction; `needs_refresh` if it changed more than these members."""
 
     rows: dict[str, int] = msgspec.field(default_factory=dict)
     cursors: dict[str, int] = msgspec.field(default_factory=dict)
@@ -63,7 +64,7 @@ _ENCODER, _DECODER = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Watermar
 
 
 class Watermark:
-    """The open file. What it cannot write it does without: it promises nothing, it only notices."""
+    """Open watermark file. A failed write is logged and otherwise ignored: the watermark only detects."""
 
     def __init__(self, folder: Path) -> None:
         self._file = os.open(folder / FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -77,7 +78,7 @@ class Watermark:
                     self.state, self._write_number = _DECODER.decode(body), number
 
     def update(self, db: sqlite3.Connection, progress: TransactionProgress) -> None:
-        """Note what was just committed."""
+        """Record the transaction that was just committed."""
         if self.state is None or progress.needs_refresh:
             self.save(from_database(db))
             return
@@ -97,12 +98,15 @@ class Watermark:
 
     @property
     def first_page(self) -> bytes | None:
-        """The database's first page as it was when last opened whole: where its tables are. None if not known."""
+        """First page of the database when it was last opened intact, which locates the tables; None if not known."""
         number, body = _unframe(os.pread(self._file, _SLOT, _FIRST_PAGE_OFFSET))
         return body if number else None
 
     def save_first_page(self, database: Path) -> None:
-        """Of a database that SQLite has open: closing any descriptor of it drops the locks, so `close` does that."""
+        """Save the first page of an open database.
+
+        Closing any descriptor of it would drop SQLite's locks, so the descriptor stays open until `close`.
+        """
         if self._database is None:
             self._database = os.open(database, os.O_RDONLY | os.O_CLOEXEC)
         page = os.pread(self._database, _FIRST_PAGE, 0)
@@ -115,7 +119,7 @@ class Watermark:
             os.fsync(self._file)
 
     def close(self) -> None:
-        """Only after the connection."""
+        """Close only after the connection."""
         os.close(self._file)
         if self._database is not None:
             os.close(self._database)
@@ -127,56 +131,51 @@ class Watermark:
             os.pwrite(self._file, _frame(number, body), offset)
         except OSError as error:
             if not self._is_warned:
-                log.error(
-                    "file %s in the data folder: %s; a store that goes back in time is noticed late", FILE_NAME, error
-                )
+                log.error("file %s in the data folder: %s; lost commits will be detected late", FILE_NAME, error)
             self._is_warned = True
 
 
 def from_database(db: sqlite3.Connection) -> WatermarkState:
-    """How far the database itself says that it got."""
-    known = {key: meta.get(db, key, "") for key in ("log", "seq", "digest", "boot", "device")}
+    """Read the progress from the database itself."""
+    values = {key: meta.get(db, key, "") for key in ("log", "seq", "digest", "boot", "device")}
     streams = {
         str(name): (int(number), fields_crc(str(fields)), int(next_row))
         for number, name, fields, next_row in db.execute("SELECT id, name, fields, next_row FROM streams")
     }
     cursors = {str(task): int(row) for task, row in db.execute("SELECT task, row FROM cursors")}
-    # What is no number was damaged, and says nothing.
-    commands = {str(kid): int(n) for kid, n in db.execute("SELECT kid, counter FROM commands")}
-    seq, boot = (int(known[key]) if known[key].isdecimal() else 0 for key in ("seq", "boot"))
-    return WatermarkState(known["log"], seq, known["digest"], boot, known["device"], streams, cursors, commands)
+    commands = {str(kid): int(n) for kid, n in db.execute("SELECT kid, counter FROM command_counters")}
+    # A value that is no number was damaged.
+    seq, boot = (int(values[key]) if values[key].isdecimal() else 0 for key in ("seq", "boot"))
+    return WatermarkState(values["log"], seq, values["digest"], boot, values["device"], streams, cursors, commands)
 
 
 def load(folder: Path) -> WatermarkState | None:
-    """What the file in `folder` says; None where there is none that is whole."""
+    """Load the watermark in `folder`; None if there is no intact one."""
     if not (folder / FILE_NAME).exists():
         return None
     with contextlib.closing(Watermark(folder)) as watermark:
         return watermark.state
 
 
-_CRC_PREFIX = "crc32:"
-
-
 def fields_crc(fields: str) -> int:
-    """A stream's fields as a number; of fields known only by that number, the same."""
+    """Return the CRC-32 of a stream's fields, also of their placeholder."""
     if is_placeholder(fields):
         return int(fields.removeprefix(_CRC_PREFIX), 16)
     return zlib.crc32(fields.encode())
 
 
 def fields_placeholder(crc: int) -> str:
-    """In the place of a stream's fields where only their CRC survived."""
+    """Return a placeholder for a stream's fields if only their CRC survived."""
     return f"{_CRC_PREFIX}{crc:08x}"
 
 
 def is_placeholder(fields: str) -> bool:
-    """Whether these fields are only known by their CRC."""
+    """Return True if only the CRC of these fields is known."""
     return fields.startswith(_CRC_PREFIX)
 
 
 def matches_fields(stored: str, expected: object) -> bool:
-    """Whether `stored` fields of a stream are the `wanted` ones, or may be."""
+    """Return True if a stream's stored fields are, or may be, the expected ones."""
     if is_placeholder(stored):
         return fields_crc(stored) == fields_crc(json.dumps(expected))
     return bool(json.loads(stored) == expected)
@@ -187,7 +186,7 @@ def _frame(number: int, body: bytes) -> bytes:
 
 
 def _unframe(data: bytes) -> tuple[int, bytes]:
-    """(number, body); number 0 where it is not whole."""
+    """Return (number, body); number 0 if the slot is torn."""
     if len(data) < _HEADER.size:
         return 0, b""
     magic, number, length, crc = _HEADER.unpack_from(data)

@@ -16,11 +16,12 @@ from msgspec.structs import replace
 
 from agent import arrays
 from agent.arrays import Float32s, Float64s, Ints
+from agent.drift.baseline import runs, window_statistics
+from agent.drift.baseline.modes import CLASS_COUNT
+from agent.drift.baseline.runs import Tail, Trace
 from agent.drift.baseline.site import SiteCalibration
-from agent.drift.detectors import runs, window_statistics
-from agent.drift.detectors.modes import CLASS_COUNT
-from agent.drift.detectors.runs import Tail, Trace
-from agent.drift.detectors.test_layout import ScoreLayout, get_layout
+from agent.drift.detectors.detector import Task
+from agent.drift.detectors.registry import ScoreLayout, get_layout
 from agent.drift.numeric import divergence
 from agent.errors import BadBundle
 
@@ -99,7 +100,11 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @property
     def layout(self) -> ScoreLayout:
-        return get_layout(len(self.fields), len(self.labels))
+        return get_layout(self.task)
+
+    @cached_property
+    def task(self) -> Task:
+        return Task(len(self.fields), len(self.labels), self.class_count, self.window_rows, self.window)
 
     @cached_property
     def digest(self) -> str:
@@ -258,7 +263,7 @@ def _validate(r: Reference) -> None:
         or (r.score_correct.shape == r.score_n.shape and bool((r.score_correct <= r.score_n).all())),
     }
     wrong += [name for name, holds in rules.items() if not holds]
-    wrong += [] if r.site is None else r.site.find_invalid(r.class_count, len(r.fields), r.test_count)
+    wrong += [] if r.site is None else r.site.find_invalid(r.task, r.test_count)
     if not wrong:
         wrong = [] if _is_ascending(r.bounds) else ["edges"]
         wrong += [name for name in ("class_sd", "test_sd", "floor") if not (getattr(r, name) > 0).all()]

@@ -9,11 +9,13 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Float64s, Ints
-from agent.drift.detectors import correlation, daily_cycle
+from agent.drift.baseline import resolution as steps
+from agent.drift.baseline.resolution import Resolution
+from agent.drift.detectors import daily_cycle
 from agent.drift.detectors import mewma as together
-from agent.drift.detectors import resolution as steps
 from agent.drift.detectors.daily_cycle import Cycle
-from agent.drift.detectors.resolution import Resolution
+from agent.drift.detectors.detector import Counter, Task
+from agent.drift.detectors.registry import DETECTORS
 from agent.drift.detectors.sampling_rate import RateBaseline
 
 
@@ -23,8 +25,7 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
     A site's `test_mean` and `test_sd` are of all tests, in the order of `places`.
     """
 
-    pair_mean: Float64s  # (C, P) Fisher's z; of all classes together where one was too rare
-    score_mean: Float64s  # (C,) of the top score, likewise
+    class_means: dict[str, Float64s]  # (C, X) by detector; of all classes together where one was too rare
     psi_limits: Float64s  # (F + 2,) of the fields, the answers, the certainty
     stretch: float  # of the limits, because neighbouring windows are alike
     waves: Float64s  # (6, T) of a day, added to test_mean by the hour; zeros where there is no cycle
@@ -60,16 +61,19 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
         followed = {"daily": bool(self.waves.any()), "weekly": self.cycle.has_rest_days}
         return {"number": self.number, "learned": list(self.learned)} | followed
 
-    def find_invalid(self, classes: int, fields: int, tests: int) -> list[str]:
+    def find_invalid(self, task: Task, tests: int) -> list[str]:
         """Members that are none of a site's reference of so many."""
+        classes, fields = task.classes, task.fields
+        widths = {
+            detector.name: (classes, detector.width(task)) for detector in DETECTORS if isinstance(detector, Counter)
+        }
         shapes = {
-            "pair_mean": (classes, len(correlation.field_pairs(fields))),
-            "score_mean": (classes,),
             "psi_limits": (fields + 2,),
             "hours": (24,),
             "waves": (2 * daily_cycle.HARMONICS, tests),
         }
         rules = {name: getattr(self, name).shape == shape for name, shape in shapes.items()} | {
+            "class_means": {name: means.shape for name, means in self.class_means.items()} == widths,
             "stretch": 1 <= self.stretch <= 3,
             "together": min(self.together) > 0,
             "alike": 0 <= self.alike < 1,

@@ -11,18 +11,17 @@ from msgspec.structs import replace
 
 from agent import arrays
 from agent.arrays import Float64s, Ints
-from agent.drift.baseline import row_counts
+from agent.drift.baseline import row_counts, window_statistics
+from agent.drift.baseline import sampling as ticks
+from agent.drift.baseline.extremes import Extremes
 from agent.drift.baseline.reference import BINS, Reference
-from agent.drift.detectors import correlation, window_statistics
-from agent.drift.detectors import sampling as ticks
-from agent.drift.detectors import variogram as pace
-from agent.drift.detectors.extremes import Extremes
-from agent.drift.detectors.resolution import SIZE_BINS
-from agent.drift.detectors.runs import Tail
-from agent.drift.detectors.sampling import SamplingIntervals
-from agent.drift.detectors.window_statistics import WindowStatistics
-from agent.drift.numeric.groups import Groups
-from agent.drift.numeric.sums import GroupSums
+from agent.drift.baseline.resolution import SIZE_BINS
+from agent.drift.baseline.runs import Tail
+from agent.drift.baseline.sampling import SamplingIntervals
+from agent.drift.baseline.window_statistics import WindowStatistics
+from agent.drift.detectors.detector import DriftWindows
+from agent.drift.detectors.registry import COUNTERS
+from agent.drift.numeric.sums import Groups, GroupSums
 
 
 class Summary(msgspec.Struct, frozen=True, eq=False):
@@ -44,13 +43,8 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
     class_sums: GroupSums  # (C, D) statistics of model windows
     output: Ints  # (C,) answers, as the model named them
     scores: Ints  # (32,) answers by top score
-    pairs: Ints  # (C, …) whole numbers about pairs of fields, see `joint`
-    top_scores: Ints  # (C, 2) answers with a score, and the sum of their top scores in 1/SURE
-    # In a state saved before these were counted: none, which adds to whatever follows.
-    sampling: SamplingIntervals = msgspec.field(default_factory=SamplingIntervals)
-    variogram: Ints = msgspec.field(
-        default_factory=lambda: np.zeros((1, 1), np.int64)
-    )  # (C, …) whole numbers, see `pace`
+    detectors: dict[str, Ints]  # (C, …) whole numbers that each detector counts
+    sampling: SamplingIntervals
 
     @classmethod
     def empty(cls, reference: Reference) -> Summary:
@@ -69,12 +63,16 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
             class_sums=GroupSums.zeros(reference.class_count, len(reference.origin)),
             output=np.zeros(reference.class_count, np.int64),
             scores=np.zeros(BINS, np.int64),
-            pairs=np.zeros(
-                (reference.class_count, correlation.sums_width(count, windowed=reference.windowed)), np.int64
-            ),
-            top_scores=np.zeros((reference.class_count, 2), np.int64),
-            variogram=np.zeros((reference.class_count, 2 * pace.values_width(count, reference.window_rows)), np.int64),
+            detectors={
+                counter.name: np.zeros((reference.class_count, counter.count_width(reference.task)), np.int64)
+                for counter in COUNTERS
+            },
+            sampling=SamplingIntervals(),
         )
+
+    def drift_windows(self, origin: Float64s) -> DriftWindows:
+        """Return what detectors score of a stack; `origin` is what the reference measures sums from."""
+        return DriftWindows(self.class_sums.moments(origin), self.output, self.detectors)
 
     @property
     def rows(self) -> int:
@@ -150,9 +148,7 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
             class_sums=self.class_sums.add(groups, stats.values - reference.origin),
             output=self.output + more.output[0],
             scores=self.scores + more.scores[0],
-            pairs=self.pairs + more.pairs[0],
-            top_scores=self.top_scores + more.top_scores[0],
-            variogram=self.variogram + more.variogram[0],
+            detectors={name: counts + more.detectors[name][0] for name, counts in self.detectors.items()},
         )
 
     def merge(self, other: Summary) -> Summary:
@@ -172,10 +168,8 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
             class_sums=self.class_sums + other.class_sums,
             output=self.output + other.output,
             scores=self.scores + other.scores,
-            pairs=self.pairs + other.pairs,
-            top_scores=self.top_scores + other.top_scores,
+            detectors={name: counts + other.detectors[name] for name, counts in self.detectors.items()},
             sampling=self.sampling + other.sampling,
-            variogram=self.variogram + other.variogram,
         )
 
     def to_bytes(self) -> bytes:
@@ -230,12 +224,10 @@ def summarize_windows(
         class_sums=GroupSums(summed.n.reshape(shape), summed.total.reshape(shape), summed.squares.reshape(shape)),
         output=answers.output,
         scores=answers.scores,
-        pairs=answers.pairs,
-        top_scores=answers.top_scores,
+        detectors=answers.detectors,
         sampling=SamplingIntervals()
         .add_spans(spans, max(1, reference.window_rows - 1))
         .add_repeated(of_rows.repeated[:, None]),
-        variogram=answers.variogram,
     )
 
 
@@ -257,6 +249,7 @@ def _combine(summaries: Sequence[Summary], combine: Callable[[Sequence[np.ndarra
         reference=summaries[0].reference,
         row_sums=GroupSums(*combine_fields(*(one.row_sums for one in summaries))),
         class_sums=GroupSums(*combine_fields(*(one.class_sums for one in summaries))),
+        detectors={name: combine([one.detectors[name] for one in summaries]) for name in summaries[0].detectors},
         extremes=Extremes(*combine_fields(*(one.extremes for one in summaries))),
         sampling=SamplingIntervals(*combine_fields(*(one.sampling for one in summaries))),
         **plain,
@@ -272,9 +265,6 @@ _ARRAY_FIELDS = (
     "steps",
     "output",
     "scores",
-    "pairs",
-    "top_scores",
-    "variogram",
 )
 
 

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
-from agent.drift.numeric.middle import median
+from agent.drift.numeric.sums import median
 
 DAY_US = 86_400_000_000
 HOUR_US = DAY_US // 24

@@ -5,18 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from agent.arrays import Bools, Float64s
-from agent.drift.detectors import window_statistics
-from agent.drift.numeric.middle import median
-from agent.drift.numeric.sums import GroupMoments
+from agent.drift.numeric.sums import median
 from agent.errors import BadBundle
 
 OUTLIER_SDS = 6.0  # robust sd from the middle: left out of the calibration
 MAX_OUTLIER_SHARE = 1 / 3  # more odd windows than this, and nothing is learned
 STEP_SDS = 4.0  # sd between the means of the first and the second half: something changed meanwhile
-# Least sd of tests: smaller shifts never matter, however steady a site is. Of fields in class sd; then of pairs in
-# Fisher's z, of the certainty in scores, and of answers in shares.
-MIN_SD = 0.05
-MIN_SDS = (MIN_SD, 0.05, 0.005, 0.02)
+MIN_SD = 0.05  # class sd: smaller shifts of a field never matter, however steady a site is
 STEP_STANDARD_ERRORS, STEP_VARIANCE_SHARE = (
     10.0,
     0.7,
@@ -29,18 +24,6 @@ def winsorize(values: Float64s, center: Float64s, min_sd: Float64s | float) -> t
     within = np.clip(values, center - reach, center + reach)
     mean = within.mean(0)
     return mean, within - mean
-
-
-def leave_one_out_mean(moments: GroupMoments, pooled: GroupMoments) -> Float64s:
-    """Class means (K, C, D) without the drift window they are compared with.
-
-    A window judged against means that contain it looks steadier than the next, unseen one will.
-    """
-    n = pooled.n - moments.n
-    total = pooled.n * pooled.mean - moments.n * moments.mean
-    mean = total / np.maximum(n, 1)
-    overall = total.sum(-2, keepdims=True) / np.maximum(n.sum(-2, keepdims=True), 1)
-    return np.asarray(np.where(n < window_statistics.MIN_CLASS_WINDOWS, overall, mean))
 
 
 def calibrate(values: Float64s, fields: tuple[str, ...]) -> tuple[Float64s, Float64s]:

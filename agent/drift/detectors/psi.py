@@ -17,7 +17,7 @@ import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
 from agent.drift.numeric.divergence import fold_outer_bins
-from agent.drift.numeric.middle import median
+from agent.drift.numeric.sums import median
 
 WINDOWS_TO_CLEAR = 3  # windows in a row below the limit that clear an alarm
 MIN_PSI = 0.02  # smaller PSI never matters

@@ -16,12 +16,12 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.arrays import Float32s, Float64s, Int32s, Ints
-from agent.drift.detectors import correlation, cusum, daily_cycle, outliers, variogram
-from agent.drift.detectors.correlation import leave_one_out_mean, pooled_mean
+from agent.drift.detectors import class_means, cusum, daily_cycle, outliers, variogram
+from agent.drift.detectors.class_means import leave_one_out_mean, pooled_mean
+from agent.drift.detectors.moments import MIN_CLASS_WINDOWS
 from agent.drift.detectors.variogram import Variograms
-from agent.drift.detectors.window_statistics import MIN_CLASS_WINDOWS
 from agent.drift.numeric import false_alarm_budget
-from agent.drift.numeric.middle import median
+from agent.drift.numeric.sums import median
 
 MIN_STEP_CHANGE, STEP_CHANGE_SDS, STEP_CHANGE_FACTOR = (
     0.05,
@@ -124,7 +124,7 @@ class RateBaseline(msgspec.Struct, frozen=True, eq=False):
             unknown = np.full(len(t), math.nan)
             return unknown, unknown
         expected = self.speed_mean + self.cycle.evaluate(t)[:, 0]
-        apart = correlation.compute_deviations(variogram.from_sums(variogram_sums).weighted_levels(), self.level)
+        apart = class_means.compute_deviations(variogram.from_sums(variogram_sums).weighted_levels(), self.level)
         found = variogram.estimate_log_speed(apart, self.slope, self.weight) - expected
         return cusum.standardize(found, np.zeros(1), np.full(1, self.speed_sd), learned), found
 
@@ -147,7 +147,7 @@ def learn_baseline(history: RateHistory, classes: int, window_rows: int, seasona
         speed_sd=0.0,
         cycle=daily_cycle.Cycle.empty(1),
     )
-    apart = correlation.compute_deviations(
+    apart = class_means.compute_deviations(
         found.weighted_levels(), leave_one_out_mean(found.weighted_levels(), float(MIN_CLASS_WINDOWS))
     )
     weight = variogram.compute_field_weights(apart, nothing.slope)

@@ -16,9 +16,10 @@ import math
 import msgspec
 import numpy as np
 
-from agent.arrays import Float64s, Ints
-from agent.drift.detectors import correlation
-from agent.drift.detectors.correlation import WeightedMeans
+from agent.arrays import AnyArray, Float64s, Ints
+from agent.drift.detectors import class_means
+from agent.drift.detectors.class_means import WeightedMeans
+from agent.drift.detectors.detector import ClassifiedWindows, ModelWindows, Task
 
 MIN_WINDOW_ROWS = 4  # rows of a model window
 MIN_SLOPE = 0.1  # of the logarithms: a field with less, as noise has, tells no speed
@@ -76,7 +77,7 @@ class Variograms(msgspec.Struct, frozen=True, eq=False):
 
 def from_sums(sums: Ints) -> Variograms:
     """Of sums (..., C, 2 `width`)."""
-    found = correlation.from_sums(sums, sums.shape[-1] // 2, windowed=True)
+    found = class_means.means_from_sums(sums)
     count = found.mean.shape[-1] // 2
     short, long = found.mean[..., :count], found.mean[..., count:]
     return Variograms(found.weight[..., :count], (short + long) / 2, long - short)
@@ -112,3 +113,23 @@ def estimate_log_speed(deviations: Float64s, slope: Float64s, weight: Float64s) 
     drawn = np.clip(each, middle - SPEED_CLIP, middle + SPEED_CLIP)
     known = total > 0.5
     return np.asarray(np.where(known, (share * drawn).sum(-1) / np.where(known, total, 1.0), np.nan))
+
+
+class SpeedCounter:
+    """Counter of log variograms at two lags, within each class."""
+
+    name = "speed"
+
+    def count_width(self, task: Task) -> int:
+        return 2 * values_width(task.fields, task.window_rows)
+
+    def measure(self, windows: ModelWindows) -> Float64s | None:
+        return compute_log_variogram(windows.rows, windows.mean_square, windows.floor)
+
+    def count(self, task: Task, windows: ClassifiedWindows) -> Ints:
+        if self.name not in windows.measures:
+            return np.zeros((len(windows.groups.n), self.count_width(task)), np.int64)
+        return class_means.sum_by_group(windows.measures[self.name], windows.groups)
+
+    def retain(self, task: Task, counts: Ints) -> dict[str, AnyArray]:
+        return {}

@@ -22,10 +22,10 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
+from agent.drift.baseline.extremes import Extremes
 from agent.drift.baseline.reference import Reference
+from agent.drift.baseline.resolution import find_finest
 from agent.drift.baseline.summary import Summary
-from agent.drift.detectors.extremes import Extremes
-from agent.drift.detectors.resolution import find_finest
 from agent.drift.faults import swapped_channels
 from agent.drift.faults import units as other_units
 

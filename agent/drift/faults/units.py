@@ -8,7 +8,7 @@ import numpy as np
 from agent.arrays import Bools, Float64s
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
-from agent.drift.detectors import window_statistics
+from agent.drift.detectors import moments
 
 RANGE_MARGIN = 0.1  # of the span of the reference, by which readings that are brought back may lie outside its limits
 MAX_SPREAD_RATIO, MAX_SPREAD_RATIO_CALM = (
@@ -127,7 +127,7 @@ def _compute_misfit(
 def _spread_z(summary: Summary, reference: Reference) -> Float64s:
     fields = len(reference.fields)
     found = summary.class_sums.moments(reference.origin)
-    values, _ = window_statistics.compute_test_values(
+    values, _ = moments.compute_test_values(
         found, reference.class_mean, reference.class_sd, windowed=reference.windowed
     )
     return np.asarray(((values - reference.test_mean[: 2 * fields]) / reference.test_sd[: 2 * fields])[..., fields:])

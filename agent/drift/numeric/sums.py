@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import msgspec
 import numpy as np
 
 from agent.arrays import Float64s, Ints
-from agent.drift.numeric.groups import Groups
 
 MIN_ROWS_PER_GROUP = 20  # rows in a group, from which on to add up each by itself is the faster way
+
+
+class Groups(msgspec.Struct, frozen=True, eq=False):
+    group_ids: Ints  # (m,) the group of each
+    order: Ints  # (m,) places by group, in each of them as they came
+    n: Ints  # (count,) how many are in each
+
+    @classmethod
+    def from_ids(cls, group_ids: Ints, count: int) -> Groups:
+        """Of the group of each, one of `count`."""
+        # Few groups are few bits, which are sorted many times faster.
+        order = np.argsort(group_ids.astype(np.min_scalar_type(count)), kind="stable")
+        return cls(group_ids, order, np.bincount(group_ids, minlength=count))
+
+    def iter_groups(self) -> Iterator[tuple[int, Ints]]:
+        """Each group in which there is something, and the places of what is."""
+        begin = 0
+        for group, n in enumerate(self.n.tolist()):
+            if n:
+                yield group, self.order[begin : begin + n]
+            begin += n
 
 
 class GroupMoments(msgspec.Struct, frozen=True, eq=False):
@@ -120,3 +141,17 @@ def _sum_by_cell(before: Float64s, groups: Groups, values: Float64s) -> Float64s
     rows = np.concatenate([before, np.concatenate([values, values * values], axis=1)])
     cells = (np.concatenate([np.arange(count), groups.group_ids]) * width)[:, None] + np.arange(width)
     return np.asarray(np.bincount(cells.ravel(), rows.ravel(), count * width), np.float64).reshape(count, width)
+
+
+def median(values: Float64s | Ints) -> Float64s:
+    """Along the first axis, of one value at least; NaN where one is."""
+    ordered = np.sort(values, axis=0)
+    found = (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
+    return np.asarray(np.where(np.isnan(ordered[-1]), np.nan, found))
+
+
+def nanmedian(values: Float64s) -> Float64s:
+    """(T,) of values (K, T), NaN left out."""
+    ordered, n = np.sort(values, axis=0), (~np.isnan(values)).sum(0)
+    either = np.stack([np.maximum(n - 1, 0) // 2, n // 2])
+    return np.asarray(np.take_along_axis(ordered, either, axis=0).sum(0) / 2)

@@ -16,7 +16,7 @@ import numpy as np
 from agent.arrays import Float64s, Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
-from agent.drift.detectors.test_layout import ScoreLayout
+from agent.drift.detectors.registry import CERTAINTY, CORRELATION, ScoreLayout
 from agent.drift.numeric import divergence
 from agent.drift.testing.test_suite import DriftTester
 from agent.performance import cbpe
@@ -99,13 +99,14 @@ def add_states(
     members: Sequence[dict[str, Any]], status: SuiteStatus, tester: DriftTester | None
 ) -> list[dict[str, Any]]:
     """The members of W messages with sums, limits and states, of each field and of all."""
-    at, found, fields = status.layout, status.faults, len(status.faults)
-    named = [*range(2 * fields), at.certainty]
+    layout, found, fields = status.layout, status.faults, len(status.faults)
+    certainty, pairs = layout[CERTAINTY.name].start, layout[CORRELATION.name]
+    named = [*range(2 * fields), certainty]
     sums = _to_compact_numbers(np.round(status.cusum_sums[:, :, named].transpose(0, 2, 1), 2))
-    highest = status.cusum_sums[:, :, at.pairs].max((1, 2), initial=0.0).tolist()
+    highest = status.cusum_sums[:, :, pairs].max((1, 2), initial=0.0).tolist()
     # Fields have one limit, whatever the field; pairs have one, too.
     limit, pairs_limit, certainty_limit = (
-        round(float(tester.limits.limit[place]), 2) if tester else None for place in (0, at.certainty - 1, at.certainty)
+        round(float(tester.limits.limit[place]), 2) if tester else None for place in (0, certainty - 1, certainty)
     )
     quiet = "ok" if status.tested else "insufficient"
     states = [
@@ -135,10 +136,6 @@ def add_states(
 
 def worst_state(states: Set[str]) -> str:
     return next(state for state in STATES_BY_SEVERITY if state in states)
-
-
-def round_significant(value: float, digits: int = 6) -> float:
-    return float(f"{float(value):.{digits}g}")
 
 
 def round_effect_size(size: Float64s) -> Float64s:

@@ -12,15 +12,12 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.arrays import Bools, Float64s, Ints
-from agent.drift.detectors import correlation, cusum, mewma
+from agent.drift.detectors import cusum, mewma
+from agent.drift.detectors.detector import EARLY_DRIFT_SHARE, NEAR_LIMIT_SHARE
 from agent.drift.detectors.mewma import Mewma
 from agent.drift.detectors.psi import PsiConfirmation
+from agent.drift.detectors.registry import CLASS_SHARE, DETECTORS
 from agent.drift.testing.test_suite import DriftTester, Evidence, SuiteState
-
-EARLY_DRIFT_SHARE, NEAR_LIMIT_SHARE = (
-    0.5,
-    0.8,
-)  # shares of its limit from which on a field's sum is taken for a drift that begins
 
 
 class SuiteRun(msgspec.Struct, frozen=True, eq=False, dict=True):
@@ -68,6 +65,7 @@ class SuiteRun(msgspec.Struct, frozen=True, eq=False, dict=True):
         before, evidence, fields = self.before, self.evidence[:windows], len(self.tester.reference.fields)
         z = evidence.z[-1]
         after = SuiteState(
+            before.task,
             self.cusum.state_after(windows),
             self.psi_states[windows - 1],
             np.concatenate([before.recent_scores, evidence.scores])[windows:],
@@ -91,8 +89,8 @@ class SuiteRun(msgspec.Struct, frozen=True, eq=False, dict=True):
             moved = _open_lead_alarm(after.cusum, after.field_mewma, at.means, z)
             after = replace(after, cusum=moved, field_mewma=Mewma.zeros(at.fields))
         if class_share_statistic > most_answers:
-            moved = _open_lead_alarm(after.cusum, after.class_share_mewma, at.class_shares, z)
-            after = replace(after, cusum=moved, class_share_mewma=Mewma.zeros(at.tested_classes))
+            moved = _open_lead_alarm(after.cusum, after.class_share_mewma, at[CLASS_SHARE.name], z)
+            after = replace(after, cusum=moved, class_share_mewma=Mewma.zeros(len(after.class_share_mewma.mean)))
         return after
 
     def _keep_lead_field(self, after: SuiteState, z: Float64s) -> SuiteState:
@@ -135,7 +133,7 @@ def run_tests(tester: DriftTester, before: SuiteState, evidence: Evidence, t: In
         evidence,
         ahead,
         means.run_windows(fields, evidence.effects[:, at.means], t),
-        before.class_share_mewma.run_windows(z[:, at.class_shares], evidence.effects[:, at.class_shares], t),
+        before.class_share_mewma.run_windows(z[:, at[CLASS_SHARE.name]], evidence.effects[:, at[CLASS_SHARE.name]], t),
         t,
     )
 
@@ -150,14 +148,12 @@ def _find_suspended_tests(tester: DriftTester, sequence: cusum.CusumSequence, op
     moving = open_now | (begins > EARLY_DRIFT_SHARE)
     if not moving.any():
         return None
-    at, held = tester.reference.layout, np.zeros(sequence.tested.shape, np.bool_)
-    left, right = correlation.pair_members(count)
-    held[:, at.pairs] = moving[:, left] | moving[:, right]
+    layout, held = tester.reference.layout, np.zeros(sequence.tested.shape, np.bool_)
     near = open_now.any() | (begins.max(1) > NEAR_LIMIT_SHARE)
-    held[near, at.certainty] = True
-    held[near, at.class_shares] = True
-    if tester.reference.labels:
-        held[near, at.pairs] = True
+    for detector in DETECTORS:
+        waiting = detector.suspended(tester.reference.task, moving, near)
+        if waiting is not None:
+            held[:, layout[detector.name]] = waiting
     return held
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import msgspec
 
 from agent import durable_files
-from agent.datasets.blocks import RowRejection
+from agent.datasets.tables import RowRejection
 
 MAX_LISTED_REJECTS = 100  # rejected rows that are named; all are counted
 LEDGER_NAME = ".outstation-run.part"

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent import durable_files
-from agent.datasets.blocks import FILE_COLUMN, TextColumn, is_media
-from agent.datasets.tables import NO_PYARROW
+from agent.datasets.blocks import FILE_COLUMN, TextColumn
+from agent.datasets.parquet_table import PYARROW_MISSING
+from agent.datasets.readers import is_media
 from agent.errors import FileBusy, UsageError
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import scores
@@ -201,7 +202,7 @@ def _import_pyarrow(out: Path, *, needed: bool) -> Any:
         import pyarrow
     except ImportError:
         if needed:
-            raise UsageError(f"{out}: {NO_PYARROW}") from None
+            raise UsageError(f"{out}: {PYARROW_MISSING}") from None
         return None
     return pyarrow
 

@@ -12,8 +12,10 @@ import msgspec
 import numpy as np
 
 from agent import durable_files
-from agent.datasets import blocks, media_folders, tables
-from agent.datasets.blocks import FILE_COLUMN, BlockReader, FilePosition, RowBlock
+from agent.datasets import media, readers
+from agent.datasets.blocks import FILE_COLUMN, BlockReader, RowBlock
+from agent.datasets.csv_table import BLOCK_BYTES
+from agent.datasets.tables import FilePosition
 from agent.errors import UsageError
 from agent.evaluation.predict import output
 from agent.evaluation.predict.ledger import FileJob, RunLedger, RunTotals
@@ -44,18 +46,18 @@ class BatchPredictor:
     """A bundle to run over files, with the columns that are wanted."""
 
     def __init__(
-        self, bundle: Bundle, inference: Inference, *, raw: bool = False, block_bytes: int | None = None
+        self, bundle: Bundle, inference: Inference, *, raw: bool = False, block_bytes: int = BLOCK_BYTES
     ) -> None:
-        self.inference, self._digest, self.raw, self._block = inference, bundle.digest, raw, block_bytes
+        self.inference, self._digest, self.raw, self._block_bytes = inference, bundle.digest, raw, block_bytes
         self._columns = OutputColumns(inference.manifest, inference.model.outputs, raw=raw)
 
     def identity(self, source: Path, out: Path) -> str:
         """Changes with anything the result depends on."""
         spec = self.inference.manifest.input
-        read = media_folders.list_files(source, spec) if blocks.is_media(spec) and source.is_dir() else [source]
+        read = media.list_files(source, spec) if readers.is_media(spec) and source.is_dir() else [source]
         stats = [(str(path), found.st_size, found.st_mtime_ns) for path in read for found in [path.stat()]]
         told = [str(source.resolve()), stats, self._digest, runtime.RUNTIME_NAME, self.raw]
-        return hashlib.sha256(json.dumps([*told, out.suffix, self._block]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([*told, out.suffix, self._block_bytes]).encode()).hexdigest()
 
     def make_job(self, source: Path, out: Path) -> FileJob:
         return FileJob(source, out, self.identity(source, out))
@@ -64,7 +66,7 @@ class BatchPredictor:
         """All of `source`, answered in `out`. Raises UsageError."""
         if out.exists() and out.samefile(source):
             raise UsageError(f"{out}: is the data itself, which would be overwritten; name another file with -o")
-        reader = tables.open_reader(source, self.inference.manifest.input, block_bytes=self._block)
+        reader = readers.open_reader(source, self.inference.manifest.input, block_bytes=self._block_bytes)
         sidecar = checkpoint_path(out)
         part = PartialOutput(out, self._columns)
         try:
@@ -141,7 +143,7 @@ def list_inputs(source: Path, out: Path) -> list[Path]:
     """The files of the folder `source`, once the folder `out` is there for their answers. Raises UsageError."""
     if out.exists() and (not out.is_dir() or out.samefile(source)):
         raise UsageError(f"{out}: DATA is a folder, so name another folder with -o")
-    found = blocks.list_files(source, output.OUTPUT_SUFFIXES)
+    found = readers.list_files(source, output.OUTPUT_SUFFIXES)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -97,10 +97,11 @@ def check_table(db: Connection, table: str, device: str | None) -> Iterator[tupl
 def result_rows(body: ResultsPayload, _payload: bytes = b"") -> list[Row]:
     """Return (device, task, row, t, label, score, value, log, seq) of each result of a message."""
     columns, none = body.columns, repeat(None)
+    rows, times, labels = columns.expand_rows(), columns.expand_times(), columns.expand_labels()
     return [
         (body.device, body.task, row, t, label, score, value, body.log, body.seq)
         for row, t, label, score, value in zip(
-            columns.row, columns.t, columns.label or none, columns.score or none, columns.value or none, strict=False
+            rows, times, labels or none, columns.score or none, columns.value or none, strict=False
         )
     ]
 

@@ -215,7 +215,7 @@ class TimestampReconstruction:
 
 
 def _stamp_rows(body: ResultsPayload) -> Iterator[tuple[Any, ...]]:
-    if not body.columns.row:
+    if not len(body.columns):
         return
     key = (body.device, body.log, body.seq)
     if body.clocks is None:

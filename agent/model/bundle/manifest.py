@@ -187,8 +187,8 @@ class ResourceLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class DriftSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`window`: how many model windows (rows, for a tabular model) make one drift window.
 
-    `min_count`: no bin in a message tells of fewer rows; `strata`: whether a site's reference follows the hour of
-    day and the days of rest; `mode`: the category field of a stream that names modes, where the model names no classes.
+    `min_count`: no bin in a message tells of fewer rows; `seasonality`: whether a site's reference follows the hour of
+    day and the days of rest; `class_field`: the category field of a stream that names modes, where the model names no classes.
     """
 
     window: Annotated[int, msgspec.Meta(ge=2, le=1_000_000)] = 20
@@ -211,7 +211,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def __post_init__(self) -> None:
         if self.drift.class_field and self.output.labels:
-            raise ValueError("drift.mode is for a model without labels; this one names classes itself")
+            raise ValueError("drift.class_field is for a model without labels; this one names classes itself")
         if not is_name(self.name):
             raise ValueError(f"name {self.name!r} must be 1-64 of a-z 0-9 . _ -")
         if self.kind == "classify" and len(self.output.labels) < (1 if self.output.multi_label else 2):

@@ -96,7 +96,7 @@ def test_it_stays_aside_over_restarts_and_status_says_so(device: Device) -> None
     assert device.runs() == "1"
     assert len(audits(device, "quarantined")) == 1
     [task] = device.obey("report")[2]["tasks"]
-    assert (task["set_aside"], task["rolled_back_to"]) == ([bad], device.digest("1"))
+    assert (task["quarantined_bundles"], task["rolled_back_to"]) == ([bad], device.digest("1"))
 
 
 def test_a_healthy_model_that_is_killed_while_it_runs_is_not_set_aside_however_often(device: Device) -> None:

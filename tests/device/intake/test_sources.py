@@ -16,19 +16,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pytest
 
 from agent import clock, config
 from agent.clock import ClockReading
-from agent.config import FieldConfig, FilesSource, HostSource, ReplayFault, ReplaySource, StreamConfig
-from agent.device.intake.file_reader import open_text
+from agent.config import FieldConfig, StreamConfig
+from agent.config.sources import FilesSource, HostSource, ReplayFault, ReplaySource
+from agent.datasets.formats import open_file
+from agent.datasets.recordings import load
+from agent.device.intake.source import SourceContext
 from agent.device.intake.sources import files as files_module
+from agent.device.intake.sources import host as host_source
 from agent.device.intake.sources.files import FolderWatcher
 from agent.device.intake.sources.host import HostMetrics
-from agent.device.intake.sources.recordings import Playlist, load
+from agent.device.intake.sources.recordings import Playlist
 from agent.device.intake.sources.replay import ReplayPlayer
 from agent.device.recovery.open import open_store
 from agent.device.store.quota import PAGE_SIZE
@@ -50,7 +54,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def watching(folder: Path, **store: Any) -> Iterator[Station]:
-    source = FilesSource(folder=str(folder / "in"), every=config.Duration(0.02))
+    source = FilesSource(folder=str(folder / "in"), poll_interval=config.Duration(0.02))
     made = conf(folder / "data", numbers=NUMBERS)
     with Station(made, sources=lambda s: [FolderWatcher("numbers", NUMBERS, source, s)], **store) as station:
         wait_for(lambda: (folder / "in" / "failed").exists(), "the folders")
@@ -230,27 +234,27 @@ def test_a_folder_somebody_put_into_taking_goes_to_failed_and_the_files_after_it
     )
 
 
-class _BadSector(io.TextIOWrapper):
-    """A file that cannot be read beyond line 5000."""
+class _BadSector(io.FileIO):
+    """File that cannot be read beyond its first 24 KiB, which end within a line."""
 
-    def __next__(self) -> str:  # type: ignore[override]
-        self.lines = getattr(self, "lines", 1) + 1
-        if self.lines > 5000:
+    def readinto(self, buffer: Any) -> int:
+        room = (24 << 10) - self.tell()
+        if room <= 0:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return super().__next__()
+        return super().readinto(memoryview(buffer)[:room])
 
 
 def fail_to_open(monkeypatch: pytest.MonkeyPatch, name: str, error: int, times: int) -> list[Path]:
     """So many times file `name` is not opened; each is in the list."""
     tried: list[Path] = []
 
-    def unreliable(path: Path) -> IO[str]:
+    def unreliable(path: Path) -> io.BufferedReader:
         if path.name.endswith(name) and len(tried) < times:
             tried.append(path)
             raise OSError(error, os.strerror(error), str(path))
-        return open_text(path)
+        return open_file(path)
 
-    monkeypatch.setattr(files_module, "open_text", unreliable)
+    monkeypatch.setattr(files_module, "open_file", unreliable)
     return tried
 
 
@@ -276,18 +280,18 @@ def test_a_file_that_may_not_be_read_goes_to_failed_and_the_files_after_it_are_t
 def test_a_file_with_a_bad_sector_goes_to_failed_with_the_lines_that_were_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def worn(path: Path) -> IO[str]:
-        return _BadSector(path.open("rb")) if path.name.endswith("a.csv") else open_text(path)
+    def worn(path: Path) -> io.BufferedReader:
+        return io.BufferedReader(_BadSector(path)) if path.name.endswith("a.csv") else open_file(path)
 
-    monkeypatch.setattr(files_module, "open_text", worn)
+    monkeypatch.setattr(files_module, "open_file", worn)
     put(tmp_path, "a.csv", range(10_000))
     put(tmp_path, "b.csv", [9])
     with watching(tmp_path) as station:
         wait_for(lambda: there(tmp_path)["done"] == ["b.csv"], "b.csv in done/")
-        assert taken(station) == [*range(4096), 9]
+        assert taken(station) == [*range(5136), 9]
     assert (tmp_path / "in" / "failed" / "a.csv.txt").read_text() == (
         "a.csv: cannot be read: Input/output error; mend that, and put it into the folder again; its lines up to "
-        "4097 are in the stream already\n"
+        "5137 are in the stream already\n"
     )
 
 
@@ -318,15 +322,16 @@ def gone(folder: Path) -> bool:
 _WATCHER = """\
 import sys, time
 from pathlib import Path
-from agent.config import Duration, Field, FilesSource, Stream
+from agent.config import Duration, FieldConfig, StreamConfig
+from agent.config.sources import FilesSource
 from agent.device.intake.sources import files
 from tests.kit.stations import Station, conf
 
 files._SETTLED_S = 0.0
-folder, stream = Path(sys.argv[1]), Stream(fields=[Field(name="n", type="i64")])
-source = FilesSource(folder=str(folder / "in"), every=Duration(0.01))
+folder, stream = Path(sys.argv[1]), StreamConfig(fields=[FieldConfig(name="n", type="i64")])
+source = FilesSource(folder=str(folder / "in"), poll_interval=Duration(0.01))
 made = conf(folder / "data", 0.001, numbers=stream)
-with Station(made, sources=lambda store: [files.Files("numbers", stream, source, store)]):
+with Station(made, sources=lambda store: [files.FolderWatcher("numbers", stream, source, store)]):
     print("ready", flush=True)
     time.sleep(60)
 """
@@ -342,7 +347,7 @@ def test_rows_of_files_come_once_when_the_agent_is_killed_again_and_again(tmp_pa
         command = [sys.executable, "-c", _WATCHER, str(tmp_path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
             assert process.stdout is not None
-            process.stdout.readline()
+            assert process.stdout.readline() == b"ready\n"
             # The first ones die young, most with a file in hand; the later ones live long enough to finish.
             time.sleep(rng.uniform(0.02, 0.12) if life < 8 else rng.random() * 0.04 * life)
             process.kill()
@@ -361,7 +366,7 @@ def test_rows_of_files_come_once_when_the_agent_is_killed_again_and_again(tmp_pa
 
 
 def host(*fields: FieldConfig, every_s: float = 0.05) -> StreamConfig:
-    return StreamConfig(fields=list(fields), source=HostSource(every=config.Duration(every_s)))
+    return StreamConfig(fields=list(fields), source=HostSource(poll_interval=config.Duration(every_s)))
 
 
 @contextmanager
@@ -369,7 +374,7 @@ def hosting(folder: Path, stream: StreamConfig) -> Iterator[Station]:
     source = stream.source
     assert isinstance(source, HostSource)
     made = conf(folder, host=stream)
-    with Station(made, sources=lambda _: [HostMetrics("outstation.toml", "host", stream, source, folder)]) as station:
+    with Station(made, sources=lambda _: [HostMetrics("host", stream, source, folder)]) as station:
         yield station
         assert station.failures == []
 
@@ -393,7 +398,7 @@ def test_the_hosts_condition_comes_again_and_again(tmp_path: Path) -> None:
 def test_a_field_that_no_host_has_is_named_with_those_there_are(tmp_path: Path) -> None:
     stream = host(FieldConfig(name="memroy"))
     with pytest.raises(ConfigError, match=r"streams\.host\.fields: the host has no 'memroy'; did you mean 'memory'"):
-        HostMetrics("outstation.toml", "host", stream, HostSource(), tmp_path)
+        host_source.check(SourceContext("outstation.toml", conf(tmp_path, host=stream), "host"), HostSource())
 
 
 def test_a_value_that_this_host_cannot_read_is_missing_and_is_said_once_where_it_must_not_be(
@@ -562,16 +567,17 @@ def test_a_full_store_holds_a_replay_up_and_skips_nothing(
 _PLAYER = """\
 import sys, time
 from pathlib import Path
-from agent.clock import Now
-from agent.config import Field, ReplaySource, Stream
-from agent.device.intake.sources.replay import Replay
+from agent.clock import ClockReading
+from agent.config import FieldConfig, StreamConfig
+from agent.config.sources import ReplaySource
+from agent.device.intake.sources.replay import ReplayPlayer
 from tests.kit.stations import Station, conf
 
-stream = Stream(fields=[Field(name="ax"), Field(name="ay", optional=True)])
+stream = StreamConfig(fields=[FieldConfig(name="ax"), FieldConfig(name="ay", optional=True)])
 source = ReplaySource(file=sys.argv[2], subject=1, seed=5, rows=3000, speed=40.0)
 made = conf(Path(sys.argv[1]), watch=stream)
-begin = Now(1_764_022_680_000_000, 0.0, "synced")
-with Station(made, sources=lambda store: [Replay("watch", stream, source, store, begin)]):
+begin = ClockReading(1_764_022_680_000_000, 0.0, "synced")
+with Station(made, sources=lambda store: [ReplayPlayer("watch", stream, source, store, begin)]):
     print("ready", flush=True)
     time.sleep(60)
 """
@@ -583,7 +589,7 @@ def test_a_replay_that_is_killed_again_and_again_repeats_and_skips_no_row(tmp_pa
         command = [sys.executable, "-c", _PLAYER, str(tmp_path / "b"), str(recordings)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
             assert process.stdout is not None
-            process.stdout.readline()
+            assert process.stdout.readline() == b"ready\n"
             time.sleep(0.25 + rng.random() * 0.2)
             process.kill()
     parts = played(tmp_path / "b", replay_of(recordings))
@@ -594,7 +600,7 @@ def test_a_replay_that_is_killed_again_and_again_repeats_and_skips_no_row(tmp_pa
     ("change", "said"),
     [
         ({"subject": 9}, "the recordings have no subject 9"),
-        ({"file": "/nowhere.npz"}, "/nowhere.npz: not readable as recordings"),
+        ({"file": "/nowhere.npz"}, "/nowhere.npz: cannot be read: No such file or directory"),
     ],
 )
 def test_a_replay_that_cannot_play_is_named(tmp_path: Path, recordings: Path, change: Any, said: str) -> None:

@@ -48,8 +48,8 @@ def test_the_hottest_sensor_counts_and_a_rest_ends_only_well_below_where_it_bega
     machine = Machine(tmp_path).put("class/thermal/thermal_zone0/temp", "45000")
     heat = "class/thermal/thermal_zone1/temp"
     assert machine.put(heat, "80000").resting() == ""
-    assert machine.put(heat, "80500").resting() == "80 °C; more than 80 °C ([care] max_temperature), until 75 °C"
-    assert machine.put(heat, "76000").resting() == "76 °C; more than 80 °C ([care] max_temperature), until 75 °C"
+    assert machine.put(heat, "80500").resting() == "80 °C; more than 80 °C ([throttle] max_temperature), until 75 °C"
+    assert machine.put(heat, "76000").resting() == "76 °C; more than 80 °C ([throttle] max_temperature), until 75 °C"
     assert machine.put(heat, "75000").resting() == ""
     assert machine.put(heat, "79000").resting() == ""
 
@@ -59,7 +59,7 @@ def test_a_battery_counts_while_it_is_being_emptied(tmp_path: Path) -> None:
     assert machine.battery("19", "Charging").resting() == ""
     assert "battery at 19 %; less than 20 %" in machine.battery("19", "Discharging").resting()
     assert (
-        "battery at 24 %; less than 20 % ([care] min_battery), until 25 %"
+        "battery at 24 %; less than 20 % ([throttle] min_battery), until 25 %"
         in machine.battery("24", "Discharging").resting()
     )
     assert machine.battery("24", "Charging").resting() == ""
@@ -70,7 +70,7 @@ def test_the_firmware_of_a_raspberry_pi_tells_what_is_now_and_not_what_once_was(
     machine = Machine(tmp_path)
     assert machine.put(bits, "50000").resting() == ""
     assert machine.put(bits, "50005").resting() == (
-        "the firmware holds the processor back: its supply voltage is too low, it is throttled"
+        "the firmware throttles the processor: its supply voltage is too low, it is throttled"
     )
     assert Machine(tmp_path, throttled="ignore").resting() == ""
 
@@ -124,4 +124,4 @@ def test_a_priority_that_is_low_already_is_not_set_again_as_a_service_may_not(
     throttle.lower_priority(config.ThrottleConfig(nice=5))
     assert caplog.messages == []
     throttle.lower_priority(config.ThrottleConfig(nice=6))
-    assert [message.startswith("[care] nice: ") for message in caplog.messages] == [True]
+    assert [message.startswith("[throttle] nice: ") for message in caplog.messages] == [True]

@@ -86,9 +86,9 @@ def test_a_tabular_batch_names_each_row_with_its_time_label_and_score(make: Make
     expected = by_hand(device, values)
     assert expected.label is not None
     assert expected.score is not None
-    assert result.columns.row == list(range(1, 51))
-    assert result.columns.t == [T0 + i * STEP_US for i in range(50)]
-    assert result.columns.label == [CLASSIFY.labels[i] for i in expected.label]
+    assert result.columns.expand_rows() == list(range(1, 51))
+    assert result.columns.expand_times() == [T0 + i * STEP_US for i in range(50)]
+    assert result.columns.expand_labels() == [CLASSIFY.labels[i] for i in expected.label]
     assert result.columns.score == np.round(expected.score, 4).tolist()
     assert (result.rows, result.n, result.stream, result.task) == ((1, 50), 50, "watch", "tiny")
     assert result.model.digest == device.active.bundle.digest
@@ -100,11 +100,11 @@ def test_a_windowed_batch_names_the_last_row_of_each_window(make: Make) -> None:
     device.feed(values)
     assert device.run() == BatchResult(44, 11, 0)
     (result,) = device.results()
-    assert result.columns.row == list(range(8, 49, 4))
-    assert result.columns.t == [T0 + (row - 1) * STEP_US for row in result.columns.row]
+    assert result.columns.expand_rows() == list(range(8, 49, 4))
+    assert result.columns.expand_times() == [T0 + (row - 1) * STEP_US for row in result.columns.expand_rows()]
     assert result.columns.value == pytest.approx(by_hand(device, values).value, rel=1e-5)
     # A smooth wave is what the threshold was learned from.
-    assert (result.columns.label, result.columns.score) == (["normal"] * 11, None)
+    assert (result.columns.expand_labels(), result.columns.score) == (["normal"] * 11, None)
     assert result.rows == (1, 44)
     assert device.run() is None
 
@@ -155,7 +155,7 @@ def test_publish_summary_counts_and_lists_nothing(make: Make) -> None:
     device.feed(CLASSIFY.rows(70))
     device.run_all()
     (result,) = device.results()
-    assert (result.n, result.rows, result.columns.row) == (70, (1, 70), [])
+    assert (result.n, result.rows, result.columns.expand_rows()) == (70, (1, 70), [])
 
 
 def test_publish_changes_lists_a_label_only_when_it_is_another_whatever_the_batches(make: Make) -> None:
@@ -172,7 +172,7 @@ def test_publish_changes_lists_a_label_only_when_it_is_another_whatever_the_batc
 
 
 def test_publish_below_lists_what_is_uncertain(make: Make) -> None:
-    device = make(publish=config.PublishBelow(below=0.9))
+    device = make(publish=config.PublishBelow(below_score=0.9))
     values = CLASSIFY.rows(300)
     device.feed(values)
     device.run_all()
@@ -258,7 +258,7 @@ def test_a_run_without_any_window_still_covers_its_rows(make: Make) -> None:
         device.feed(ANOMALY.rows(5), pause_s=2)
     assert device.run() == BatchResult(10, 0, 0)
     (result,) = device.results()
-    assert (result.rows, result.n, result.columns.row, result.columns.t) == ((1, 10), 0, [], [])
+    assert (result.rows, result.n, result.columns.expand_rows(), result.columns.expand_times()) == ((1, 10), 0, [], [])
     device.feed(ANOMALY.rows(20), pause_s=2)
     device.run_all()
     assert tiles(device.results()) == (1, 31)
@@ -432,7 +432,9 @@ def test_a_damaged_chunk_is_covered_declared_set_aside_and_passed(make: Make, re
     results = device.results()
     last = 150 if recipe is CLASSIFY else device.store.cursor("tiny")
     assert tiles(results) == (1, last)
-    (lost,) = [r for r in results if which in range(r.rows[0], r.rows[1] + 1) and r.n == 0 and not r.columns.row]
+    (lost,) = [
+        r for r in results if which in range(r.rows[0], r.rows[1] + 1) and r.n == 0 and not r.columns.expand_rows()
+    ]
     assert lost.rows[1] == which + 29
     gone = set(range(which, which + 30))
     assert gone.isdisjoint(columns(results)["row"])
@@ -441,7 +443,7 @@ def test_a_damaged_chunk_is_covered_declared_set_aside_and_passed(make: Make, re
     (alert,) = [m.body for m in device.messages() if isinstance(m.body, AlertPayload)]
     assert (alert.alert, alert.severity, alert.evidence["rows"]) == ("storage", "critical", list(lost.rows))
     assert "Check the card" in alert.summary
-    assert len(snapshot(device)["damaged"]) == 1
+    assert len(snapshot(device)["quarantined_rows"]) == 1
 
 
 def test_rows_that_wait_for_a_window_do_not_wait_for_a_damaged_chunk(make: Make) -> None:
@@ -485,7 +487,7 @@ def test_rows_that_were_used_and_deleted_while_a_task_was_away_are_passed_over_a
     assert ["deleted" in lost for lost in told] == [True, False, True, False]
     (alert,) = [m.body for m in device.messages() if isinstance(m.body, AlertPayload)]
     assert alert.evidence["rows"] == [61, 90]
-    assert len(snapshot(device)["damaged"]) == 1
+    assert len(snapshot(device)["quarantined_rows"]) == 1
 
 
 def test_rows_that_went_from_the_front_without_being_deleted_are_called_damaged(make: Make) -> None:

@@ -12,8 +12,7 @@ import pytest
 
 from agent import clock
 from agent.device.recovery.findings import NEW_LOG, NewLogPlan
-from agent.device.recovery.open import open_store
-from agent.device.store import meta, retention
+from agent.device.store import retention
 from agent.errors import StorageDamaged
 from tests.kit.stores import alarms, append, filled, opened, pulled, said, say, served
 
@@ -127,15 +126,4 @@ def test_a_value_that_is_damaged_while_the_agent_runs_is_not_believed(whole: Pat
     store, author = opened(folder)
     assert MESSAGES < say(store, author, "next") < 71
     append(store, "numbers", 10)
-    store.close()
-
-
-def test_an_older_store_is_looked_at_and_gets_its_crcs(tmp_path: Path) -> None:
-    with contextlib.closing(sqlite3.connect(":memory:")) as db:
-        db.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
-        db.execute("INSERT INTO meta VALUES ('seq', '7')")
-        assert meta.find_damage(db) is None
-        assert meta.get(db, "seq", "0") == "7"
-    store = open_store(tmp_path)
-    assert meta.find_damage(store._db) is None
     store.close()

@@ -200,7 +200,7 @@ def test_a_forged_acknowledgement_begins_no_new_log_and_is_counted(tmp_path: Pat
     refusals = Refusals(store, author)
     acks = Acknowledgements(store, author, COLLECTOR.public, 1e6, refusals)
     assert acks.receive(forged, clock.read()) is None
-    assert store.get_meta("new log", "") == ""
+    assert store.get_meta(NEW_LOG, "") == ""
     assert refusals._counts["acknowledgements refused"] == 1
     store.close()
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -18,13 +19,14 @@ from agent.cli import cli
 from agent.device.recovery import migrate, open
 from agent.device.recovery.open import find_file_system, open_store, require_local
 from agent.device.recovery.report_findings import inspect_condition
-from agent.device.store import schema
+from agent.device.store import labels, schema
+from agent.device.store.labels import StoredPredictions
 from agent.device.store.store import Store
 from agent.errors import StorageError, UsageError
+from agent.performance.labels import Label
 from tests.kit.stations import ROOT
-from tests.kit.stores import append, filled, opened, pulled, put_aside, said, say, served
+from tests.kit.stores import append, filled, opened, pulled, put_aside, say, served
 
-FIRST = Path(__file__).parents[2] / "kit" / "first_store.sql"
 MOUNTS = """\
 22 1 179:2 / / rw,noatime shared:1 - ext4 /dev/mmcblk0p2 rw
 40 22 0:35 / /mnt/share rw,relatime shared:9 - nfs4 server:/export rw,vers=4.2
@@ -121,87 +123,117 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def first(tmp_path: Path) -> Path:
-    folder = tmp_path / "first"
-    folder.mkdir()
-    with contextlib.closing(sqlite3.connect(folder / "outstation.db")) as db:
-        db.executescript(FIRST.read_text())
-        db.execute("PRAGMA journal_mode=WAL")
+def older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store made by a version that knew the first migration only, with labels in it."""
+    folder = tmp_path / "older"
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:1])
+        store, _ = filled(folder, chunks=3, messages=5, acknowledged=2)
+    row = np.arange(1, 4, dtype=np.int64)
+    with store.transaction() as tx:
+        tx.labels.store_predictions("judge", StoredPredictions("sha256:a", row, row, row % 2, None, None, {}), 0.0)
+        prediction = tx.labels.find_by_row("judge", 2)
+        assert prediction is not None
+        tx.labels.store_label("judge", Label(2, None, "high"), prediction, 7)
+    store.close()
+    assert indexes(folder) == []
     return folder
 
 
-def test_a_store_of_the_first_version_opens_with_everything_in_it(first: Path) -> None:
-    store, author = opened(first)
+def indexes(folder: Path) -> list[str]:
+    with contextlib.closing(sqlite3.connect(folder / "outstation.db")) as db:
+        return [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE name = 'label_rows'")]
+
+
+def backup_of(folder: Path) -> Path:
+    return folder / f"outstation.db.before-{__version__}"
+
+
+def check_content(store: Store) -> None:
     assert served(store) == {n: n for n in range(1, 31)}
     assert [message.seq for message in store.unacknowledged_messages(0, 10)] == [3, 4, 5]
+    assert (store.backlog().messages, store.cursor("judge"), store.source_position("files", "a.csv")) == (3, 25, 17)
+    [label] = store.query(labels.load_labelled, "judge", "sha256:a", 1, 10)
+    assert (label.label, label.prediction.row) == ("high", 2)
+
+
+def test_an_older_store_is_migrated_with_everything_in_it(older: Path) -> None:
+    store, author = opened(older)
+    check_content(store)
     assert put_aside(store, author) == []
-    assert store.backlog().messages == 3
-    assert store.cursor("judge") == 25
-    assert store.source_position("files", "a.csv") == 17
-    assert store.log_id == "ff14e571-56a0-4056-897f-1f4b16f11467"
-    backup = first / f"outstation.db.before-{__version__}"
-    with contextlib.closing(sqlite3.connect(backup)) as db:
-        assert db.execute("SELECT count(*) FROM chunks").fetchone() == (3,)
+    assert indexes(older) == ["label_rows"]
+    with contextlib.closing(sqlite3.connect(backup_of(older))) as db:
+        assert db.execute("SELECT count(*) FROM chunks").fetchone() == (4,)
+        assert db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'label_rows'").fetchone() == (0,)
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     assert say(store, author, "in the new version") == 6
     append(store, "numbers", 10)
     store.close()
-    assert not backup.exists()
-    store, author = opened(first)
+    assert not backup_of(older).exists()
+    store, author = opened(older)
     assert len(served(store)) == 40
     store.close()
 
 
-def test_a_migration_that_fails_puts_the_old_store_back(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_migration_that_fails_restores_the_old_store(older: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(db: sqlite3.Connection) -> None:
         db.execute("DELETE FROM outbox")
         raise sqlite3.OperationalError("no such thing")
 
-    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, failing))
-    with pytest.raises(StorageError, match="The store is as it was before, nothing is lost"):
-        open_store(first)
-    monkeypatch.undo()
-    store, _ = opened(first)
-    assert served(store) == {n: n for n in range(1, 31)}
-    assert sorted(said(store)) == [3, 4, 5]
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, failing))
+        with pytest.raises(StorageError, match="The store is as it was before, nothing is lost"):
+            open_store(older)
+    assert indexes(older) == []
+    store, _ = opened(older)
+    check_content(store)
     store.close()
 
 
-def test_a_migration_that_loses_rows_is_not_kept(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_migration_that_loses_rows_is_undone(older: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def losing(db: sqlite3.Connection) -> None:
         db.execute("DELETE FROM outbox WHERE seq = 4")
 
-    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, losing))
-    with pytest.raises(StorageError, match="outbox has 2 rows instead of 3"):
-        open_store(first)
-    monkeypatch.undo()
-    store, _ = opened(first)
-    assert sorted(said(store)) == [3, 4, 5]
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, losing))
+        with pytest.raises(StorageError, match="outbox has 4 rows instead of 5"):
+            open_store(older)
+    store, _ = opened(older)
+    check_content(store)
     store.close()
 
 
 _MIGRATES = """\
 import os, sys
 from pathlib import Path
-from agent.device.store import schema
-def dying(db):
-    os._exit(9)
-dying.__name__ = sys.argv[2]
-schema.MIGRATIONS = tuple(dying if step.__name__ == sys.argv[2] else step for step in schema.MIGRATIONS)
 from agent.device.recovery.open import open_store
+from agent.device.store import schema
+
+def dying(db):
+    migration(db)
+    os._exit(9)
+
+migration = schema.MIGRATIONS[-1]
+dying.__name__ = migration.__name__
+schema.MIGRATIONS = (*schema.MIGRATIONS[:-1], dying)
 open_store(Path(sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize("step", ["segments", "message_crcs"])
-def test_a_migration_that_was_killed_goes_on(first: Path, step: str) -> None:
-    command = [sys.executable, "-c", _MIGRATES, str(first), step]
+def test_a_migration_that_was_killed_is_repeated(older: Path) -> None:
+    command = [sys.executable, "-c", _MIGRATES, str(older)]
     assert subprocess.run(command, cwd=ROOT, stderr=subprocess.DEVNULL).returncode == 9
-    store, author = opened(first)
-    assert served(store) == {n: n for n in range(1, 31)}
-    assert put_aside(store, author) == []
-    assert sorted(said(store)) == [3, 4, 5]
+    assert backup_of(older).exists()
+    store, _ = opened(older)
+    check_content(store)
+    assert indexes(older) == ["label_rows"]
     store.close()
+
+
+def test_a_new_store_is_made_in_one_go_without_a_backup(tmp_path: Path) -> None:
+    opened(tmp_path)[0].close()
+    assert indexes(tmp_path) == ["label_rows"]
+    assert not backup_of(tmp_path).exists()
 
 
 def test_a_store_of_a_newer_version_is_refused_with_a_sentence(tmp_path: Path) -> None:
@@ -213,20 +245,17 @@ def test_a_store_of_a_newer_version_is_refused_with_a_sentence(tmp_path: Path) -
     assert not list(tmp_path.glob("*.before-*"))
 
 
-def test_a_backup_is_whole_before_it_has_its_name(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backup_is_whole_before_it_has_its_name(older: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def dying(_: int) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", dying)
-        with (
-            contextlib.closing(sqlite3.connect(first / "outstation.db")) as db,
-            pytest.raises(KeyboardInterrupt),
-        ):
-            migrate.migrate(db, first / "outstation.db")
-    assert not (first / f"outstation.db.before-{__version__}").exists()
-    store, _ = opened(first)
-    assert len(served(store)) == 30
+        with contextlib.closing(sqlite3.connect(older / "outstation.db")) as db, pytest.raises(KeyboardInterrupt):
+            migrate.migrate(db, older / "outstation.db")
+    assert not backup_of(older).exists()
+    store, _ = opened(older)
+    check_content(store)
     store.close()
 
 
@@ -252,7 +281,7 @@ def test_the_condition_says_how_it_was_left_and_what_was_salvaged(tmp_path: Path
         found = inspect_condition(read)
     assert found.last_stop == "clean"
     assert found.last_finding is not None
-    assert "file is not a database" in found.last_finding["what"]
+    assert "file is not a database" in found.last_finding["summary"]
     assert found.quarantine == cut / "quarantine"
     assert found.quarantine_bytes >= len(data)
 
@@ -272,7 +301,7 @@ def test_check_and_status_show_it(tmp_path: Path) -> None:
     assert f"{data}/quarantine holds" in line["detail"]
     ran = CliRunner().invoke(cli, ["status", "-c", str(config), "--json"])
     told = json.loads(ran.stdout)["condition"]
-    assert told["stop"] == "clean"
+    assert told["last_stop"] == "clean"
     assert told["quarantine"]["folder"] == str(data / "quarantine")
     text = CliRunner().invoke(cli, ["status", "-c", str(config)]).stdout
     assert "The store was damaged" in text

@@ -59,7 +59,7 @@ def test_metadata_are_looked_at_at_the_start_and_then_now_and_then(
     first = len(web.asked)
     assert first > 0
     assert report(device)["error"] == ""
-    every_s = device.conf.updates.every if device.conf.updates else 0.0
+    every_s = device.conf.updates.poll_interval if device.conf.updates else 0.0
     assert every_s - 60 <= device.fetcher.wait_s(device.now()) <= 1.25 * every_s
     device.later_s += 1.25 * every_s
     settle(device)
@@ -322,7 +322,7 @@ def test_devices_that_are_told_at_one_moment_do_not_come_at_that_moment(
 
 
 def test_every_device_looks_at_a_time_of_its_own(device: Updating) -> None:
-    device.configure(every=Duration(3600.0))
+    device.configure(poll_interval=Duration(3600.0))
     dues = set()
     for seed in range(3):
         fetcher = Fetcher(device.conf, device.store, command=("/nowhere/python",), rng=random.Random(seed))

@@ -449,5 +449,5 @@ def test_what_a_model_apart_answers_is_what_it_answers_here(
     pair.device.feed(CALM)
     pair.device.run_all()
     here = active(CLASSIFY).model.invoke(CALM).argmax(axis=1)
-    said = [text for one in pair.device.results() for text in one.columns.label or []]
+    said = [text for one in pair.device.results() for text in one.columns.expand_labels() or []]
     assert said == [CLASSIFY.labels[i] for i in here]

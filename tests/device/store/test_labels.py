@@ -110,7 +110,9 @@ def test_single_results_are_found_by_time_too(store: Store) -> None:
 
 def test_a_damaged_batch_of_results_is_as_if_it_were_not_there(store: Store) -> None:
     keep(store, given_rows(5), given_rows(55))
-    store._db.execute("UPDATE results SET data = substr(data, 1, 10) || x'00' || substr(data, 12) WHERE first = 5")
+    store._db.execute(
+        "UPDATE predictions SET data = substr(data, 1, 10) || x'00' || substr(data, 12) WHERE first_row = 5"
+    )
     with store.transaction() as tx:
         assert tx.labels.find_by_row("judge", 15) is None
         assert tx.labels.find_by_row("judge", 60) is not None
@@ -191,7 +193,7 @@ def test_too_many_early_labels_are_turned_away(store: Store, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("query", "values"),
     [
-        ("SELECT first FROM results WHERE task = ? AND first <= ? ORDER BY first DESC LIMIT 1", ("judge", 5)),
+        ("SELECT n FROM predictions WHERE task = ? AND first_row <= ? ORDER BY first_row DESC LIMIT 1", ("judge", 5)),
         ("SELECT data FROM labels WHERE task = ? AND row = ?", ("judge", 5)),
         ("SELECT number FROM labels WHERE task = ? AND number > ? ORDER BY number LIMIT ?", ("judge", 5, 5)),
     ],

@@ -171,7 +171,7 @@ def test_a_reader_that_never_ends_has_writers_refused_and_the_quota_kept(tmp_pat
     try:
         mix.device.write("health", 5)
         mix.pin(0)
-        with pytest.raises(StorageFull, match="somebody reads"):  # noqa: PT012
+        with pytest.raises(StorageFull, match="another program has been reading"):  # noqa: PT012
             while True:
                 mix.device.write("health", 1)
                 mix.weigh()

@@ -14,7 +14,7 @@ from agent import config
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.recovery.open import open_store
-from agent.device.store import labels, ranges, space
+from agent.device.store import labels, ranges, retention, space
 from agent.device.store.eviction import DAMAGED, NO_ROOM, declare_messages, quarantine_damaged
 from agent.device.store.labels import StoredPredictions
 from agent.device.store.message_log import MessageLog
@@ -381,7 +381,7 @@ def test_a_declaration_that_the_disk_has_changed_is_not_folded_into_the_next_and
     evict(device, [(6, 6)])
     assert device.store.pending_messages([9]) != []
     quarantine_damaged(device.store, device.author, [9], device.now())
-    assert device.store._fetch_all("SELECT seq FROM damaged_messages") == [(9,)]
+    assert device.store._fetch_all("SELECT seq FROM quarantined_messages") == [(9,)]
     assert device.declared() == device.gone() == {2, 3, 6, 9}
     reasons = [(body.evidence["reason"], body.evidence["seq"]) for body in device.evictions()]
     assert reasons == [(NO_ROOM, [[6, 6]]), (DAMAGED, [[2, 3], [9, 9]])]
@@ -416,7 +416,7 @@ def test_what_is_kept_for_a_while_goes_after_it_and_a_clock_set_far_ahead_delete
     device.write("health", 10, size=10)
     with device.store.transaction() as tx:
         tx.outbox.set_acknowledged(AcknowledgedSeqs(8, ((3, 4),)))
-        tx.set_meta("acknowledged when", "[[1000, 8]]")
+        tx.set_meta(retention.ACKNOWLEDGED_HISTORY, "[[1000, 8]]")
     for boot_s, left in ((1000 + 47 * 3600.0, 10), (1000 + 49 * 3600.0, 4)):
         device.boot_s = boot_s
         device.space.tick(ClockReading(WALL_US + 10**15, boot_s, "synced"))

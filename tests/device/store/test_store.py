@@ -26,11 +26,12 @@ from agent.config import FieldConfig, StreamConfig
 from agent.device.intake.group_commit import GroupCommit
 from agent.device.recovery.open import open_store
 from agent.device.store import schema
+from agent.device.store.outbox import OutboxMessage
 from agent.device.store.quota import PAGE_SIZE
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import RawColumns, Rows, concatenate, validate_columns
 from agent.device.store.store import RowBatch, Store
-from agent.device.store.transaction import OutboxMessage, TrimmedChunks
+from agent.device.store.transaction import TrimmedChunks
 from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
 from tests.kit.stations import ROOT, rows_of
 from tests.kit.stores import filled, say
@@ -590,7 +591,7 @@ def test_a_damaged_chunk_that_was_set_aside_is_lost_to_every_task_and_kept_for_a
         assert (batch.first, batch.last, batch.loss_reason is not None) == (first, last, lost)
     store.close()
     db = raw_database(tmp_path)
-    assert db.execute("SELECT first_row, n, length(data) FROM damaged").fetchall() == [(11, 10, 120)]
+    assert db.execute("SELECT first_row, n, length(data) FROM quarantined_rows").fetchall() == [(11, 10, 120)]
     db.close()
 
 

@@ -17,11 +17,13 @@ import pytest
 
 from agent import config
 from agent.config import BrokerConfig, Config
+from agent.device.recovery.findings import NEW_LOG
 from agent.device.recovery.open import open_store
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.device.uplink import session, uplink
+from agent.device.uplink.mqtt_sink import MqttSink, packet_size
 from agent.device.uplink.uplink import Uplink, backoff
 from agent.errors import LinkDown, StorageForked, StorageFull
 from agent.fleet.audit.audit import audit
@@ -62,7 +64,7 @@ def ack_body(log: str, through: int, missing: list[tuple[int, int]], device: str
 
 @dataclass
 class CollectorModel:
-    """The contract's collector in thirty lines: stores by (log, seq), answers each group of messages with one ack."""
+    """A collector in thirty lines: stores by (log, seq), answers each group of messages with one ack."""
 
     air: LossyBroker
     key: SigningKey
@@ -162,7 +164,7 @@ class World:
             self.collector_key.public,
             self.air.now,
             unexpected,
-            open_link=self.air.connect,
+            lambda topics, will: MqttSink(self.air.connect(None, DEVICE, subscribe=topics, will=will)),
             pause=self._pause,
         )
 
@@ -515,7 +517,7 @@ def test_a_message_that_the_disk_has_changed_is_not_sent_and_the_others_are(worl
     world.run(lambda: {1, 3, 5, 6} <= world.collector.seqs(), 60)
     # 6 declares them; 7 is an alert, which this collector does not listen to.
     assert world.collector.seqs() == {1, 3, 5, 6}
-    assert world.store._fetch_all("SELECT seq FROM damaged_messages") == [(2,), (4,)]
+    assert world.store._fetch_all("SELECT seq FROM quarantined_messages") == [(2,), (4,)]
     bodies = [json.loads(world.collector.stored[key]) for key in sorted(world.collector.stored)]
     [declared] = [body["evidence"]["seq"] for body in bodies if body.get("event") == "evicted"]
     assert declared == [[2, 2], [4, 4]]
@@ -533,7 +535,7 @@ def test_a_retained_acknowledgement_of_another_history_stops_everything_before_a
     with pytest.raises(StorageForked, match=r"has 9 messages of log .*, this store has written 5"):
         world.run(lambda: False, 20)
     assert world.health_published() == 0
-    plan = json.loads(world.store.get_meta("new log", ""))
+    plan = json.loads(world.store.get_meta(NEW_LOG, ""))
     assert (plan["through"], plan["missing"], plan["common_through"]) == (9, [[7, 7]], 0)
 
 
@@ -638,7 +640,7 @@ def test_a_message_that_just_fits_is_sent_and_one_byte_more_is_not(make: Callabl
     world = make()
     world.write(1)
     [message] = world.store.unacknowledged_messages(0, 1)
-    size = session._packet_size(world.author.to_outgoing(message))
+    size = packet_size(world.author.to_outgoing(message))
     for limit, left in ((size, set()), (size - 1, {1})):
         other = make(max_packet=limit)
         other.write(1)

@@ -17,11 +17,14 @@ from pathlib import Path
 
 import msgspec
 
-from agent.config import FilesSource, StreamConfig
+from agent import media
+from agent.config import StreamConfig
+from agent.config.sources import FilesSource
+from agent.datasets.formats import TABLE_SUFFIXES, open_file
 from agent.device.intake import media_reader
-from agent.device.intake.file_reader import SUFFIXES, FileBlock, open_text, read_blocks
+from agent.device.intake.file_reader import FileBlock, read_blocks
 from agent.device.intake.group_commit import CommitOutcome, SourcePosition
-from agent.device.intake.server import SubmitRows
+from agent.device.intake.source import SourceContext, SubmitRows
 from agent.device.store.store import Store
 from agent.errors import RowRejected, StorageFull, UsageError
 from agent.media import ImageFormat
@@ -49,6 +52,18 @@ class _FileProgress(msgspec.Struct):
     rejected_rows: int = 0
 
 
+def check(context: SourceContext, source: FilesSource) -> str:
+    """Describe the source. Raises ConfigError."""
+    media_reader.check_config(context.file, context.name, context.stream, int(context.conf.buffer.max_size))
+    made = source.media_format
+    return f"{media.to_toml(made) if made else 'tables'}, of the files in {source.folder}"
+
+
+def build(context: SourceContext, source: FilesSource, store: Store) -> FolderWatcher:
+    check(context, source)
+    return FolderWatcher(context.name, context.stream, source, store)
+
+
 class FolderWatcher:
     """Takes what is put into `folder`. A file that appears under its final name by rename is never seen half."""
 
@@ -58,7 +73,7 @@ class FolderWatcher:
         self._claimed_folder = self._folder / "taking"
         self._file_states: dict[Path, tuple[tuple[int, int], float]] = {}
         self._last_error = ""
-        self._suffixes = media_reader.suffixes(stream.media_format) if stream.media_format else SUFFIXES
+        self._suffixes = media_reader.suffixes(stream.media_format) if stream.media_format else TABLE_SUFFIXES
         self._decode_lock = asyncio.Lock()
         self._last_us: int | None = None
 
@@ -71,8 +86,8 @@ class FolderWatcher:
                 # The folder may be on a medium that comes back; said once, not at every look.
                 if self._last_error != str(error):
                     self._last_error = str(error)
-                    log.error("%s: %s; looking again every %g s", self._folder, error, self._source.every)
-            await asyncio.sleep(self._source.every)
+                    log.error("%s: %s; looking again every %g s", self._folder, error, self._source.poll_interval)
+            await asyncio.sleep(self._source.poll_interval)
 
     async def _tick(self, submit_rows: SubmitRows) -> None:
         """Take what a crash left half taken, then what waits."""
@@ -147,7 +162,7 @@ class FolderWatcher:
         """Offer what was not taken yet."""
         async with contextlib.aclosing(self._read_blocks(path, progress)) as found:
             async for block in found:
-                rejected = dict(block.bad)
+                rejected = dict(block.rejected)
                 if block.lines:
                     outcome = await self._submit_block(path, submit_rows, block)
                     progress.last_line, progress.last_row = block.lines[-1], outcome.last_row or progress.last_row
@@ -162,7 +177,7 @@ class FolderWatcher:
         position = None if isinstance(self._stream.media_format, ImageFormat) else block.lines[-1]
         mark = SourcePosition(f"files:{self._name}", path.name, position)
         while (outcome := await submit_rows(self._name, block.raw, mark, block.lines)).is_store_full:
-            await asyncio.sleep(self._source.every)
+            await asyncio.sleep(self._source.poll_interval)
         return outcome
 
     async def _read_blocks(self, path: Path, progress: _FileProgress) -> AsyncGenerator[FileBlock]:
@@ -180,8 +195,8 @@ class FolderWatcher:
 
     async def _decode_blocks(self, path: Path, skip: int) -> AsyncGenerator[FileBlock]:
         if self._stream.media_format is None:
-            with open_text(path) as text:
-                for block in read_blocks(path, text, self._name, self._stream, skip):
+            with open_file(path) as file:
+                for block in read_blocks(path, file, self._name, self._stream, skip):
                     yield block
             return
         # Decoded beside the loop, which other producers wait for, and in turn, so that rows come in the files' order.

@@ -1,8 +1,8 @@
-"""What others publish on a broker of this site as a stream: a message is confirmed once its rows are committed.
+"""MQTT subscription as a stream: messages on a broker of this site, acknowledged once their rows are committed.
 
-The broker keeps what comes meanwhile, and all while this device is away, in a session of its own. A message that was
-committed but whose confirmation was lost with the connection is known again and not taken twice; after the death of
-the process it is taken again.
+The broker queues messages in a persistent session while this device is busy or away. If the connection breaks between
+commit and acknowledgement, the repeated message is recognized and ignored; after a crash of the process it is stored
+again.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from typing import Any
 import msgspec
 
 from agent import jsonpath
-from agent.config import MqttSource, StreamConfig
+from agent.config import StreamConfig
+from agent.config.sources import MqttSource
 from agent.device.intake.group_commit import CommitOutcome
-from agent.device.intake.server import SubmitRows
+from agent.device.intake.source import SourceContext, SubmitRows
 from agent.device.store.rows import RawColumns
+from agent.device.store.store import Store
 from agent.errors import ConfigError, LinkDown
 from agent.toml_files import did_you_mean
 from agent.transport.mqtt import Link
@@ -35,22 +37,22 @@ _RECONNECT_S = (1.0, 60.0)
 # Often enough for the broker's keep-alive.
 _RECEIVE_TIMEOUT_S = 5.0
 _SHUTDOWN_S = 2.0
-# (packet identifier, topic, digest of the payload): of a message that comes again all three are the same.
+# (packet identifier, topic, digest of the payload): all three are the same when a message is repeated.
 _MessageKey = tuple[int, str, bytes]
-# More than a broker has under way at once, and fewer than it has packet identifiers.
+# More than a broker has in flight, and fewer than it has packet identifiers.
 _MAX_COMMITTED_KEYS = 10_000
 
 
-def check_config(file: str, name: str, stream: StreamConfig, source: MqttSource) -> None:
-    """Raises ConfigError where `source` names what is not there, or nothing that can be subscribed to."""
-    key = f"streams.{name}.source"
-    fields = [field.name for field in stream.fields]
-    for given in source.paths:
-        if given not in fields:
-            unknown = f"{given!r} is not a field of this stream{did_you_mean(given, fields)}"
+def check(context: SourceContext, source: MqttSource) -> str:
+    """Describe the source. Raises ConfigError for an unknown field, a malformed path or topic filter."""
+    file, key = context.file, f"streams.{context.name}.source"
+    fields = [field.name for field in context.stream.fields]
+    for name in source.paths:
+        if name not in fields:
+            unknown = f"{name!r} is not a field of this stream{did_you_mean(name, fields)}"
             raise ConfigError(file, f"{key}.paths", unknown)
     try:
-        _parse_paths(stream, source)
+        _parse_paths(context.stream, source)
     except ValueError as problem:
         raise ConfigError(file, f"{key}.paths", str(problem)) from None
     levels = source.topic.split("/")
@@ -58,14 +60,19 @@ def check_config(file: str, name: str, stream: StreamConfig, source: MqttSource)
     if not source.topic or wild or "\0" in source.topic or source.topic.startswith("$share/"):
         no_filter = f"{source.topic!r} is no topic filter; + stands for one level, # for all that follow"
         raise ConfigError(file, f"{key}.topic", no_filter)
+    return f"{source.topic} at {source.broker.url}"
+
+
+def build(context: SourceContext, source: MqttSource, store: Store) -> MqttSubscriber:
+    check(context, source)
+    client_id = f"{context.conf.device.id}-{context.name}"
+    return MqttSubscriber(context.name, context.stream, source, client_id)
 
 
 class MqttSubscriber:
-    """Subscribed as `client_id`, on a thread of its own."""
+    """Subscriber with its own thread and client id."""
 
-    def __init__(self, file: str, name: str, stream: StreamConfig, source: MqttSource, client_id: str) -> None:
-        """Raises ConfigError."""
-        check_config(file, name, stream, source)
+    def __init__(self, name: str, stream: StreamConfig, source: MqttSource, client_id: str) -> None:
         self._name, self._stream, self._source, self._client_id = name, stream, source, client_id
         self._paths, self._time_path = _parse_paths(stream, source)
         self._stopping = threading.Event()
@@ -110,7 +117,7 @@ class MqttSubscriber:
                     self._source.broker,
                     self._client_id,
                     subscribe=[self._source.topic],
-                    session_expiry_s=int(self._source.keep),
+                    session_expiry_s=int(self._source.session_expiry),
                 )
                 self._link, delay = link, _RECONNECT_S[0]
                 log.info("%s: subscribed to %s at %s", self._name, self._source.topic, self._source.broker.url)

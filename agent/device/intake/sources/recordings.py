@@ -10,69 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.config import RecordingFilter
-from agent.datasets.training_data import UNREADABLE_ERRORS
+from agent.config.sources import RecordingFilter
+from agent.datasets.recordings import Recordings
 from agent.errors import UsageError
 
 _PAUSE_S = 5.0
 _MAX_SKIP_ROWS = 100
 _WEEK_S = 7 * 86_400
-
-
-class ReplayRecordings(msgspec.Struct, frozen=True):
-    """`rows` (N, F) float32; recording r is rows `starts[r]` to `starts[r + 1]`, of `label[r]` and `subject[r]`.
-
-    `t` (N,) epoch seconds, where the file has times; `rate` in rows a second, on average. `more` has what else the file
-    says of each recording, or of each row.
-    """
-
-    rows: NDArray[np.float32]
-    starts: NDArray[np.int64]
-    label: NDArray[np.int64]
-    labels: list[str]
-    subject: NDArray[np.int64]
-    fields: list[str]
-    rate: float
-    t: NDArray[np.float64] | None = None
-    extra_columns: dict[str, NDArray[Any]] = field(default_factory=dict)
-
-
-def load(path: Path) -> ReplayRecordings:
-    """Recordings of an `.npz`. Raises UsageError."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as z:
-            return _parse_recordings(z)
-    except UNREADABLE_ERRORS as error:
-        raise UsageError(f"{path}: not readable as recordings: {error}") from None
-
-
-def _parse_recordings(z: Any) -> ReplayRecordings:
-    """Raises what numpy does, and ValueError."""
-    scale = np.asarray(z["scale"], np.float32) if "scale" in z else np.float32(1)
-    rows = z["rows"].astype(np.float32) * scale
-    starts = z["starts"].astype(np.int64) if "starts" in z else np.array([0, len(rows)])
-    t = z["t"].astype(np.float64) if "t" in z else None
-    if t is not None and (t.shape != (len(rows),) or len(t) < 2 or not (np.diff(t) > 0).all()):
-        raise ValueError(f"t must ascend, a time for each of {len(rows)} rows")
-    unsaid = np.zeros(len(starts) - 1, np.int64)
-    return ReplayRecordings(
-        rows=rows,
-        starts=starts,
-        label=z["label"].astype(np.int64) if "label" in z else unsaid,
-        labels=[str(name) for name in z["labels"]] if "labels" in z else [],
-        subject=z["subject"].astype(np.int64) if "subject" in z else unsaid,
-        fields=[str(name) for name in z["fields"]],
-        rate=float(z["rate"]) if t is None else (len(t) - 1) / float(t[-1] - t[0]),
-        t=t,
-        extra_columns={key: z[key] for key in z.files if z[key].shape in ((len(rows),), (len(starts) - 1,))},
-    )
 
 
 class PlaylistItem(msgspec.Struct, frozen=True):
@@ -100,7 +49,7 @@ class Playlist:
     Raises UsageError where nothing is left.
     """
 
-    recordings: ReplayRecordings
+    recordings: Recordings
     subject: int | None
     seed: int
     scenes: Sequence[RecordingFilter] = ()
@@ -113,6 +62,8 @@ class Playlist:
         if not len(mine):
             raise UsageError(f"the recordings have no subject {self.subject}")
         timed = self.recordings.t is not None
+        if self.recordings.t is not None and not (np.diff(self.recordings.t) > 0).all():
+            raise UsageError(f"t must ascend, a time for each of {len(self.recordings.rows)} rows")
         if self.scenes and timed:
             raise UsageError("scenes are for recordings without times; these are played in the order of theirs")
         if self.skip >= (len(self.recordings.rows) if timed else 1):
@@ -123,7 +74,7 @@ class Playlist:
         ] or [(1, mine)]
 
     def _select_recordings(self, scene: RecordingFilter, candidates: NDArray[np.int64]) -> NDArray[np.int64]:
-        said = self.recordings.extra_columns.get(scene.column)
+        said = self.recordings.columns.get(scene.column)
         if said is None or len(said) != len(self.recordings.label):
             raise UsageError(f"the recordings have no column {scene.column!r}, which the scenes choose by")
         found: NDArray[np.int64] = candidates[said[candidates].astype(np.str_) == scene.value]

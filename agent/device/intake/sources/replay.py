@@ -14,11 +14,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from agent import clock
 from agent.clock import ClockReading
-from agent.config import ReplayFault, ReplaySource, StreamConfig
+from agent.config import StreamConfig
+from agent.config.sources import ReplayFault, ReplaySource
+from agent.datasets.recordings import load
 from agent.device.intake.group_commit import MAX_GROUP_ROWS, SourcePosition
-from agent.device.intake.server import SubmitRows
-from agent.device.intake.sources.recordings import Playlist, PlaylistItem, load
+from agent.device.intake.source import SourceContext, SubmitRows
+from agent.device.intake.sources.recordings import Playlist, PlaylistItem
 from agent.device.store.rows import RawColumns, row_bytes
 from agent.device.store.store import Store
 from agent.errors import UsageError
@@ -27,6 +30,17 @@ _TICK_S = 0.2
 _FULL_RETRY_S = 1.0
 _SPIKE_INTERVAL_ROWS = 100
 _NOISE_ROWS = 1000
+
+
+def check(context: SourceContext, source: ReplaySource) -> str:
+    """Describe the source. Raises UsageError."""
+    recordings = load_playlist(context.stream, source).recordings
+    return f"a replay of the {len(recordings.rows):,} rows in {source.file}"
+
+
+def build(context: SourceContext, source: ReplaySource, store: Store) -> ReplayPlayer:
+    """Build the source. Raises UsageError."""
+    return ReplayPlayer(context.name, context.stream, source, store, clock.read())
 
 
 def load_playlist(stream: StreamConfig, source: ReplaySource) -> Playlist:

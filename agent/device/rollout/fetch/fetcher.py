@@ -309,7 +309,7 @@ class Fetcher:
         """Record the refresh. Every worker refreshes the metadata, even one that then fails to get a bundle."""
         last = self._metadata_check
         if response.error in ("", _UNPUBLISHED_ERROR) or response.target is not None:
-            every_s = self._conf.updates.every if self._conf.updates else 0.0
+            every_s = self._conf.updates.poll_interval if self._conf.updates else 0.0
             due_s = now.boot_s + every_s * self._rng.uniform(1.0, 1.25)
             self._metadata_check = _MetadataCheck(due_s, checked_at=clock.to_rfc3339(now.wall_us))
             return

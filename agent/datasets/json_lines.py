@@ -1,0 +1,105 @@
+"""JSON Lines files: an object on each line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from io import BufferedReader
+from itertools import chain, islice
+from typing import Any
+
+import msgspec
+
+from agent.datasets.tables import (
+    BYTE_ORDER_MARK,
+    START,
+    ColumnType,
+    FilePosition,
+    RowRejection,
+    TableBlock,
+    convert_block,
+    read_first_line,
+    time_or_value,
+)
+from agent.strict_json import DuplicateKey, check_key_count
+
+_BLOCK_ROWS = 4096
+RowCheck = Callable[[dict[str, Any]], str | None]
+
+
+class JsonLinesTable:
+    """JSON Lines; a member that an object lacks is a missing value.
+
+    `check_row` returns the reason to reject an object. The columns are the members of the first object.
+    """
+
+    def __init__(self, file: BufferedReader[Any], size: int = 0, check_row: RowCheck = lambda _: None) -> None:
+        """Raises RowRejected if the first line never ends, OSError."""
+        self.size, self._file, self._check_row = size, file, check_row
+        self._decoder = msgspec.json.Decoder(dict[str, Any])
+        first = read_first_line(file)
+        self._first_line = first.removeprefix(BYTE_ORDER_MARK)
+        self._mark_bytes = len(first) - len(self._first_line)
+        first_row = self._decode(self._first_line)
+        self.columns = [] if isinstance(first_row, str) else list(first_row)
+
+    def progress(self, position: FilePosition) -> int:
+        return position.offset
+
+    def read(
+        self,
+        columns: Mapping[str, ColumnType],
+        position: FilePosition = START,
+        *,
+        max_rows: int | None = None,
+        keep_invalid: bool = False,
+    ) -> Iterator[TableBlock]:
+        last_skipped_line = position.line
+        if position.offset:
+            self._file.seek(position.offset)
+            lines, last_skipped_line = iter(self._file), 0
+        else:
+            lines, position = chain([self._first_line], self._file), FilePosition(self._mark_bytes)
+        while chunk := list(islice(lines, max_rows or _BLOCK_ROWS)):
+            block = self._parse_lines(chunk, columns, position, keep_invalid=keep_invalid)
+            position = block.next_position
+            yield block.after_line(last_skipped_line)
+
+    def _parse_lines(
+        self, chunk: list[bytes], types: Mapping[str, ColumnType], position: FilePosition, *, keep_invalid: bool
+    ) -> TableBlock:
+        objects: list[dict[str, Any]] = []
+        rows: list[int] = []
+        lines: list[int] = []
+        rejected: list[RowRejection] = []
+        row = position.row
+        for number, line in enumerate(chunk, position.line + 1):
+            if not line.strip():
+                continue
+            row += 1
+            found = self._decode(line)
+            if isinstance(found, str):
+                rejected.append(RowRejection(number, found))
+            else:
+                objects.append(found)
+                rows.append(row)
+                lines.append(number)
+        columns: dict[str, list[Any]] = {name: [found.get(name) for found in objects] for name in types}
+        end = FilePosition(position.offset + sum(map(len, chunk)), position.line + len(chunk), row)
+        if not keep_invalid:
+            return convert_block(TableBlock(columns, rows, lines, rejected, end), types)
+        for name, column_type in types.items():
+            if column_type is ColumnType.TIME:
+                columns[name] = [time_or_value(value) for value in columns[name]]
+        return TableBlock(columns, rows, lines, rejected, end)
+
+    def _decode(self, line: bytes) -> dict[str, Any] | str:
+        """Return the object, or the reason to reject it."""
+        try:
+            row = self._decoder.decode(line)
+            if line.count(b":") != len(row):
+                check_key_count(line, len(row), row.values())
+        except DuplicateKey as error:
+            return str(error)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            return f"not one JSON object on one line: {str(error)[:120]}"
+        return self._check_row(row) or row

@@ -1,0 +1,124 @@
+"""Parquet files, read a row group at a time by pyarrow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agent.datasets.tables import START, ColumnType, FilePosition, TableBlock
+from agent.errors import RowRejected, UsageError
+
+PYARROW_MISSING = "Parquet needs pyarrow: pip install 'outstation[parquet]', or give CSV"
+_BLOCK_ROWS = 1 << 16
+# Values of a block, so that many columns need no more memory than few.
+_MAX_BLOCK_VALUES = 4_000_000
+
+
+class ParquetTable:
+    """Parquet; null is a missing value, and the lines of a block are its rows."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises RowRejected if it is not Parquet, UsageError without pyarrow."""
+        try:
+            import pyarrow as pa
+            from pyarrow import parquet
+        except ImportError:
+            raise UsageError(f"{path}: {PYARROW_MISSING}") from None
+        self._pa: Any = pa
+        with self._reject_damage("not readable as Parquet"):
+            self._file: Any = parquet.ParquetFile(path)
+            self._schema: Any = self._file.schema_arrow
+            self.columns: list[str] = list(self._schema.names)
+        self.size: int = self._file.metadata.num_rows
+
+    @property
+    def number_columns(self) -> list[str]:
+        return [name for name in self.columns if self._is_number(self._schema.field(name).type)]
+
+    def has_naive_times(self, name: str) -> bool:
+        """Return True if a column holds timestamps without a time zone."""
+        column_type = self._schema.field(name).type
+        return self._pa.types.is_timestamp(column_type) and column_type.tz is None
+
+    def progress(self, position: FilePosition) -> int:
+        return position.row
+
+    def read(
+        self,
+        columns: Mapping[str, ColumnType],
+        position: FilePosition = START,
+        *,
+        max_rows: int | None = None,
+        keep_invalid: bool = False,
+    ) -> Iterator[TableBlock]:
+        """Yield blocks. Raises RowRejected also for a column of another type, unless `keep_invalid`."""
+        if not keep_invalid:
+            self._check_types(columns)
+        convert = self._to_values if keep_invalid else self._to_array
+        row = 0
+        for group in range(self._file.metadata.num_row_groups):
+            row_count = self._file.metadata.row_group(group).num_rows
+            if row + row_count <= position.row:
+                row += row_count
+                continue
+            most = max_rows or max(1, min(_BLOCK_ROWS, _MAX_BLOCK_VALUES // max(1, len(columns))))
+            batches = self._file.iter_batches(most, row_groups=[group], columns=list(columns))
+            while True:
+                with self._reject_damage(f"damaged after row {row}"):
+                    batch = next(batches, None)
+                    if batch is None:
+                        break
+                    values = {name: convert(batch.column(name), kind) for name, kind in columns.items()}
+                rows = range(row + 1, row + batch.num_rows + 1)
+                row += batch.num_rows
+                if row > position.row:
+                    yield TableBlock(values, rows, rows, [], FilePosition(0, row, row)).after_line(position.row)
+
+    def _check_types(self, columns: Mapping[str, ColumnType]) -> None:
+        for name, column_type in columns.items():
+            stored = self._schema.field(name).type
+            is_time = column_type is ColumnType.TIME and self._pa.types.is_timestamp(stored)
+            if column_type is not ColumnType.TEXT and not self._is_number(stored) and not is_time:
+                raise RowRejected(f"column {name} holds {stored}, not numbers")
+
+    def _is_number(self, stored: Any) -> bool:
+        types = self._pa.types
+        return any(test(stored) for test in (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal))
+
+    def _to_array(self, column: Any, column_type: ColumnType) -> np.ndarray[Any, Any]:
+        """Return an array of numbers, NaN where missing, or of texts, "" where missing."""
+        if column_type is ColumnType.TEXT:
+            return np.array(["" if value is None else str(value) for value in column.to_pylist()], np.str_)
+        if self._pa.types.is_timestamp(column.type):
+            return self._to_array(self._to_epoch_us(column), ColumnType.FLOAT) / 1e6
+        if not self._pa.types.is_floating(column.type):
+            column = column.cast(self._pa.float64())
+        return np.asarray(column.to_numpy(zero_copy_only=False))
+
+    def _to_values(self, column: Any, column_type: ColumnType) -> Any:
+        """Return an array where every value is there and of the type, else Python values."""
+        if column_type is ColumnType.TIME:
+            # A missing time is no time; None would mean now.
+            if self._pa.types.is_timestamp(column.type):
+                return self._to_array(column, column_type)
+            return [np.nan if value is None else value for value in column.to_pylist()]
+        types, fits = self._pa.types, column.null_count == 0
+        if fits and column_type is not ColumnType.TEXT and types.is_signed_integer(column.type):
+            return column.to_numpy()
+        if fits and column_type is ColumnType.FLOAT and types.is_floating(column.type):
+            return column.to_numpy()
+        return column.to_pylist()
+
+    def _to_epoch_us(self, column: Any) -> Any:
+        return column.cast(self._pa.timestamp("us", column.type.tz), safe=False).cast(self._pa.int64())
+
+    @contextmanager
+    def _reject_damage(self, problem: str) -> Iterator[None]:
+        try:
+            yield
+        except (self._pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
+            raise RowRejected(f"{problem}: {error}") from None

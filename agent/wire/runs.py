@@ -1,0 +1,99 @@
+"""Run-length encoding of result columns: arithmetic runs of integers, jittered times, repeated labels.
+
+`docs/reference/wire-format.md` describes the forms. This module reads them; `agent.device.pipeline.columns` writes
+them. Every bound is checked before a run is expanded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import msgspec
+
+# Results of one message, whatever their encoding: a message of a few bytes must not fill a reader's memory.
+MAX_RESULTS = 1 << 14
+
+_MAX_INT = 2**53 - 1
+RunLength = Annotated[int, msgspec.Meta(ge=1, le=MAX_RESULTS)]
+Step = Annotated[int, msgspec.Meta(ge=-_MAX_INT, le=_MAX_INT)]
+Row = Annotated[int, msgspec.Meta(ge=1, le=_MAX_INT)]
+EpochMicroseconds = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+Label = Annotated[str, msgspec.Meta(max_length=4096)]
+
+
+# Runs are arrays in JSON. They are structs and no tuples, because msgspec 0.22 reads past the end of its own type
+# information where a union has both a number with limits and a tuple of fixed length.
+class RowRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Arithmetic run of `count` rows that begins at `first`."""
+
+    first: Row
+    step: Step
+    count: RunLength
+
+
+class TimeRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Arithmetic run of `count` times that begins at `first`, epoch µs."""
+
+    first: EpochMicroseconds
+    step: Step
+    count: RunLength
+
+
+class LabelRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A label repeated `count` times."""
+
+    label: Label
+    count: RunLength
+
+
+class JitteredTimes(msgspec.Struct, frozen=True):
+    """Times near a regular grid, epoch µs: entry i is `first + i * step + offsets[i]`."""
+
+    first: EpochMicroseconds
+    step: Step
+    offsets: Annotated[list[Step], msgspec.Meta(max_length=MAX_RESULTS)]
+
+
+Integers = Sequence[int | RowRun] | Sequence[int | TimeRun] | JitteredTimes
+
+
+def count_entries(column: Integers | Sequence[Label | LabelRun]) -> int:
+    """Return how many entries a column has, without expanding it."""
+    if isinstance(column, JitteredTimes):
+        return len(column.offsets)
+    return sum(1 if isinstance(item, int | str) else item.count for item in column)
+
+
+def bounds(column: Integers) -> tuple[int, int] | None:
+    """Return the smallest and the largest entry, without expanding runs; None where there is none."""
+    ends: list[int] = []
+    for item in expand_integers(column) if isinstance(column, JitteredTimes) else column:
+        ends += (item,) if isinstance(item, int) else (item.first, item.first + item.step * (item.count - 1))
+    return (min(ends), max(ends)) if ends else None
+
+
+def expand_integers(column: Integers) -> list[int]:
+    """Return the entries (n,) of a column of rows or times."""
+    if isinstance(column, JitteredTimes):
+        return [column.first + i * column.step + offset for i, offset in enumerate(column.offsets)]
+    entries: list[int] = []
+    for item in column:
+        if isinstance(item, int):
+            entries.append(item)
+        elif item.step:
+            entries.extend(range(item.first, item.first + item.step * item.count, item.step))
+        else:
+            entries.extend([item.first] * item.count)
+    return entries
+
+
+def expand_labels(column: Sequence[Label | LabelRun]) -> list[str]:
+    """Return the labels (n,)."""
+    entries: list[str] = []
+    for item in column:
+        if isinstance(item, str):
+            entries.append(item)
+        else:
+            entries.extend([item.label] * item.count)
+    return entries

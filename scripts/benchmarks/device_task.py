@@ -1,0 +1,110 @@
+"""A device to measure on: a store, a task with its bundle, and rows to fill it with; no broker, no threads."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from agent import clock
+from agent.bootstrap import tasks
+from agent.bootstrap.device import KEY_FILE, load_config, open_message_log, open_store
+from agent.config import BrokerConfig
+from agent.device.pipeline import batch
+from agent.device.pipeline.loaded_task import LoadedTask
+from agent.device.store.message_log import MessageLog
+from agent.device.store.rows import Rows
+from agent.device.store.store import Store
+from agent.fleet.database.store import FleetStore
+from agent.fleet.enrolment.enrol import enrol, init_fleet
+from agent.testing.broker import free_port
+from agent.testing.fleet import FLEET, DeviceProcess
+from agent.wire import keys
+
+CHUNK = 8192
+Floats = NDArray[np.float32]
+
+
+class Bed(msgspec.Struct):
+    """`fill` puts rows (n, F) behind those that are there, `work_off` runs batches until nothing waits."""
+
+    store: Store
+    task: LoadedTask
+    author: MessageLog
+    step_us: int
+
+    def fill(self, rows: Floats) -> None:
+        _append(self.store, self.task.config.stream, rows, self.step_us)
+
+    def work_off(self) -> int:
+        """How many model windows there were."""
+        done = 0
+        while (step := batch.run(self.task, self.store, self.author, clock.read())) is not None:
+            done += step.windows
+        return done
+
+
+@contextlib.contextmanager
+def made(fields: Sequence[str], bundle: str, *, step_us: int = 20_000, publisher: str = "") -> Iterator[Bed]:
+    """With a task on a stream of these fields; `bundle` is a name or a path, `publisher` whose key it is signed by."""
+    listed = ", ".join(f'{{ name = "{name}" }}' for name in fields)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "outstation.toml"
+        file.write_text(
+            f'[device]\nid = "bench"\nfleet = "bench"\ndata_dir = "data"\n[publishers]\nkeys = ["{publisher}"]\n'
+            f'[streams.rows]\nfields = [{listed}]\n[tasks.task]\nstream = "rows"\nbundle = "{bundle}"\n'.replace(
+                'keys = [""]', "keys = []"
+            ),
+            encoding="utf-8",
+        )
+        _, conf = load_config(str(file))
+        keys.generate(Path(folder) / KEY_FILE)
+        store = open_store(conf)
+        try:
+            task = tasks.load_task(file, conf, store, "task")
+            yield Bed(store, task, open_message_log(file, conf, store), step_us)
+        finally:
+            store.close()
+
+
+@contextlib.contextmanager
+def enrolled(fields: Sequence[str] = (), stream: str = "watch") -> Iterator[DeviceProcess]:
+    """A device to be run in a process of its own, with a stream of these fields; nobody listens where its broker is."""
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder) / "fleet"
+        config = init_fleet(home, FLEET, BrokerConfig(url=f"mqtt://127.0.0.1:{free_port()}"))
+        store = FleetStore(Path(config.fleet.db))
+        made = enrol(home, config, store, "pi-01", key=None, replace=False).folder
+        store.close()
+        device = DeviceProcess(made, "pi-01")
+        if fields:
+            listed = ", ".join(f'{{ name = "{name}" }}' for name in fields)
+            device.append_config(f"[streams.{stream}]\nfields = [{listed}]\n")
+        try:
+            yield device
+        finally:
+            device.kill()
+
+
+def put(config: Path, stream: str, rows: Floats, step_us: int = 20_000) -> None:
+    """Into the store of a device that does not run."""
+    _, conf = load_config(str(config))
+    store = open_store(conf)
+    try:
+        _append(store, stream, rows, step_us)
+    finally:
+        store.close()
+
+
+def _append(store: Store, stream: str, rows: Floats, step_us: int) -> None:
+    stored = store.last_row(stream)
+    for start in range(0, len(rows), CHUNK):
+        part = rows[start : start + CHUNK]
+        t = (np.arange(len(part), dtype=np.int64) + stored + start) * step_us
+        with store.transaction() as tx:
+            tx.append(stream, Rows(t, tuple(np.ascontiguousarray(c) for c in part.T)), "synced")

@@ -1,0 +1,113 @@
+"""Processor time per row of 16 floats, and memory, of ours and of other detectors.
+
+Ours and the others work in turns, so that a busy machine slows all of them; processor time of the whole process counts,
+the median of some rounds. The reference is learned before.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from scripts.benchmarks.drift_peers import memory, ours, synthetic
+from scripts.benchmarks.drift_peers.peers import Peer
+from scripts.benchmarks.drift_peers.synthetic import ROWS
+
+ROUNDS = 7
+YARDSTICK = "ten bins, NumPy"
+
+
+class Case(msgspec.Struct, frozen=True):
+    """A model that answers every `model_rows` rows, judged in batches of so many `rows`."""
+
+    called: str
+    model_rows: int
+    rows: int
+    window: int = ROWS  # rows
+
+
+# As a device judges a backlog, at most 4096 answers of single rows or 512 of more at once; and as readings come.
+CASES = (
+    Case("an answer per row", 1, 4000),
+    Case("an answer per 100 rows", 100, 51_000),
+    Case("an answer per row, 500 rows at a time", 1, ROWS),
+    Case("an answer per 100 rows, 500 rows at a time", 100, ROWS),
+    Case("an answer per 100 rows, windows of 2,000 and one at a time", 100, 2000, window=2000),
+)
+
+
+class Cost(msgspec.Struct, frozen=True):
+    us_per_row: float
+    import_mb: float | None = None
+    work_mb: float | None = None
+
+
+def judged(case: Case) -> Callable[[], float]:
+    """What judges the same rows, again and again, and says the seconds per row."""
+    kind = synthetic.KINDS[0]
+    watch = ours.MonitorRun.from_kind(kind, case.model_rows, case.window)
+    learned, _ = watch.step(watch.judge.start(), synthetic.quiet(kind, 1, synthetic.LEARN * case.window // ROWS))
+    assert learned.site_reference is not None
+    rows = synthetic.quiet(kind, 0, 102)
+    batches = [rows[at : at + case.rows] for at in range(0, len(rows) - case.window + 1, case.rows)]
+    count = sum(map(len, batches))
+
+    def once() -> float:
+        state, begin = learned, time.process_time()
+        for batch in batches:
+            state, _ = watch.step(state, batch)
+        return (time.process_time() - begin) / count
+
+    return once
+
+
+def yardstick() -> Callable[[], float]:
+    """Ten bins of each field by NumPy alone: about 0.4 µs per row on the machine of shared research when it is idle."""
+    rows = synthetic.quiet(synthetic.KINDS[0], 0, 100)[:, : synthetic.FIELDS]
+    edges = np.quantile(rows, np.arange(1, 10) / 10, axis=0).T
+
+    def once() -> float:
+        begin = time.process_time()
+        for at in range(0, len(rows), ROWS):
+            for field, column in enumerate(rows[at : at + ROWS].T):
+                np.bincount(np.searchsorted(edges[field], column), minlength=10)
+        return (time.process_time() - begin) / len(rows)
+
+    return once
+
+
+def in_turns(sides: dict[str, Callable[[], float]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Median µs per row of each."""
+    seen: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, once in sides.items():
+            seen[name].append(1e6 * once())
+    return {name: statistics.median(all_of) for name, all_of in seen.items()}
+
+
+def memories(folder: Path) -> dict[str, dict[str, float]]:
+    memory_by_kind = {}
+    for case in (case for case in CASES if case.window == ROWS):
+        file = folder / f"memory{case.model_rows}.npz"
+        if not file.exists():
+            memory.write(file, case.model_rows)
+        memory_by_kind[case.called] = memory.measured(file, case.model_rows, case.rows)
+    return memory_by_kind
+
+
+def costs(others: Sequence[Peer], rounds: int = ROUNDS) -> dict[str, Cost]:
+    """By what each is called."""
+    with tempfile.TemporaryDirectory() as folder:
+        memory_of = memories(Path(folder))
+    sides = {case.called: judged(case) for case in CASES}
+    sides[YARDSTICK] = yardstick()
+    for peer in others:
+        memory_of[peer.kit.called] = peer.memory
+        sides[peer.kit.called] = peer.seconds_per_row
+    return {name: Cost(us, **memory_of.get(name, {})) for name, us in in_turns(sides, rounds).items()}

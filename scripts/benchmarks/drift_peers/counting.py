@@ -1,0 +1,70 @@
+"""Alarms by window and subject, and what they come to."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.drift import DriftWindowResult
+
+Flags = NDArray[np.bool_]  # (windows, subjects)
+
+
+class DetectionDelays(msgspec.Struct):
+    """Of trials in which something changes: windows until an alarm named it (1: in the first), None for never."""
+
+    delays: list[int | None] = msgspec.field(default_factory=list)
+
+    def add(self, raised: Flags, subjects: Sequence[int]) -> None:
+        hits = np.flatnonzero(raised[:, subjects].any(1))
+        self.delays.append(int(hits[0]) + 1 if len(hits) else None)
+
+    @property
+    def median(self) -> float:
+        """Infinite where half of them were never found."""
+        return statistics.median(float("inf") if delay is None else delay for delay in self.delays)
+
+    def summarize(self, within: int) -> str:
+        """Median and misses, where so many windows were watched."""
+        median = f"{self.median:g}" if math.isfinite(self.median) else f"> {within}"
+        return median + (f" / {self.missed:.0f} %" if self.missed else "")
+
+    @property
+    def missed(self) -> float:
+        """Per cent."""
+        return 100 * sum(delay is None for delay in self.delays) / len(self.delays)
+
+
+class Row(msgspec.Struct):
+    """What one detector did: windows without a change, how many of them raised an alarm, and changes by name."""
+
+    name: str
+    quiet: int = 0
+    alarmed: int = 0
+    found: dict[str, DetectionDelays] = msgspec.field(default_factory=dict)
+
+    def add_quiet(self, raised: Flags) -> None:
+        self.quiet += len(raised)
+        self.alarmed += int(raised.any(1).sum())
+
+    def add(self, change: str, raised: Flags, subjects: Collection[int]) -> None:
+        self.found.setdefault(change, DetectionDelays()).add(raised, list(subjects))
+
+    @property
+    def per_1000(self) -> float:
+        return 1000 * self.alarmed / max(1, self.quiet)
+
+
+def raised(verdicts: Sequence[DriftWindowResult], subjects: Mapping[str, int], kinds: str = "drift fault") -> Flags:
+    """(windows, subjects + 1) where an alert of one of these kinds was raised; the last is of any other subject."""
+    out = np.zeros((len(verdicts), len(subjects) + 1), np.bool_)
+    for window, verdict in enumerate(verdicts):
+        for alert in verdict.alerts:
+            if alert.state == "raised" and alert.alert in kinds:
+                out[window, subjects.get(alert.subject, len(subjects))] = True
+    return out

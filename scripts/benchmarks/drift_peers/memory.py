@@ -1,0 +1,60 @@
+"""How much memory the judge needs, in a process of its own.
+
+    python -m scripts.benchmarks.drift_peers.memory FILE ROWS BATCH
+
+Prints JSON, in MB of resident memory: what importing it took, and how far beyond that the work went at its peak, from
+parsing the bundle's reference to the last window. FILE is what `write` wrote; it is read before. A model answers every
+ROWS rows, and BATCH rows are judged at once.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from scripts.benchmarks.drift_peers.peer import peak, status
+
+WATCHED = 110  # windows, for one batch of the largest kind
+
+
+def write(file: Path, model_rows: int) -> None:
+    from scripts.benchmarks.drift_peers import ours, synthetic
+
+    kind = synthetic.KINDS[0]
+    shipped = np.frombuffer(ours.MonitorRun.from_kind(kind, model_rows).judge.shipped.to_json(), np.uint8)
+    np.savez(file, shipped=shipped, learning=synthetic.learning(kind, 0), quiet=synthetic.quiet(kind, 0, WATCHED))
+
+
+def measured(file: Path, model_rows: int, batch: int) -> dict[str, float]:
+    command = [sys.executable, "-m", __name__, str(file), str(model_rows), str(batch)]
+    figures: dict[str, float] = json.loads(subprocess.check_output(command))
+    return figures
+
+
+def main() -> None:
+    file, model_rows, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    with np.load(file, allow_pickle=False) as data:
+        shipped, tables = data["shipped"].tobytes(), [data["learning"], data["quiet"]]
+    before = status("VmRSS")
+    from agent.drift import DriftMonitor, Reference
+    from scripts.benchmarks.drift_peers import ours
+
+    imported = status("VmRSS") - before
+    with peak() as grown:
+        judge = DriftMonitor(
+            Reference.from_json(shipped), labels=ours.LABELS, window=500 // model_rows, learn_windows=40
+        )
+        watch, state = ours.MonitorRun(judge, model_rows), judge.start()
+        for table in tables:
+            for at in range(0, len(table), batch):
+                state, _ = watch.step(state, table[at : at + batch])
+    assert state.site_reference is not None
+    print(json.dumps({"import_mb": imported / 1024, "work_mb": grown[0] / 1024}))
+
+
+if __name__ == "__main__":
+    main()

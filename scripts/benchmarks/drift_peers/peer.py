@@ -1,0 +1,296 @@
+"""One other drift detector, in the environment of `scripts/setup peers`: requests on stdin, answers on stdout, JSON.
+
+    python -P peer.py NAME      {"do": "flags", "data": FILE, "out": FILE, "quiet": N, "trials": N}
+                             {"do": "cost", "data": FILE, "windows": N}     {"do": "memory", "data": FILE}
+
+`data` is what `peers.write` wrote: tables (n, 18) of 16 fields, the answer's number, its certainty. Each detector
+learns from all rows of a table, and flags columns of windows of 500 rows by its own defaults. Nothing here is ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROWS = 500
+FIELDS, ANSWER, CERTAINTY = 16, 16, 17
+COLUMNS = [f"f{i}" for i in range(FIELDS)] + ["answer", "certainty"]
+NUMERIC = [i for i in range(len(COLUMNS)) if i != ANSWER]
+KS_ROWS = 10_000  # of the reference: up to here SciPy's p-value is exact by default
+
+
+class Detector:
+    """Learns from `reference` (n, 18), then says of each window (500, 18) which columns drifted (18,)."""
+
+    remembers = False  # windows that it saw before
+
+    def __init__(self, reference: Any) -> None:
+        self.reference = reference
+
+    def window(self, rows: Any) -> Any:
+        raise NotImplementedError
+
+    def flags(self, rows: Any, until: list[int] | None = None) -> Any:
+        """(windows, 18) of rows; those after one of the columns `until` was flagged are left out."""
+        out = []
+        for at in range(0, len(rows), ROWS):
+            out.append(self.window(rows[at : at + ROWS]))
+            if until and out[-1][until].any():
+                break
+        return np.array(out)
+
+
+class Ks(Detector):
+    """Two-sample KS of each number, chi-square of the answers, p below 0.05 shared among the columns (Bonferroni)."""
+
+    stats: Any = None
+
+    @classmethod
+    def load(cls) -> None:
+        cls.stats = import_module("scipy.stats")
+
+    def __init__(self, reference: Any) -> None:
+        super().__init__(reference[:: max(1, len(reference) // KS_ROWS)])
+
+    def window(self, rows: Any) -> Any:
+        p = np.ones(len(COLUMNS))
+        for i in NUMERIC:
+            p[i] = self.stats.ks_2samp(self.reference[:, i], rows[:, i]).pvalue
+        both = [np.bincount(x[:, ANSWER].astype(int), minlength=4) for x in (self.reference, rows)]
+        p[ANSWER] = self.stats.chi2_contingency(both).pvalue
+        return p < 0.05 / len(COLUMNS)
+
+
+class Psi(Detector):
+    """PSI of at least 0.1 in ten bins of equal share, empty ones taken for 0.0001: the rule of thumb."""
+
+    @classmethod
+    def load(cls) -> None:
+        pass
+
+    def __init__(self, reference: Any) -> None:
+        super().__init__(reference)
+        self.edges = [np.quantile(column, np.arange(1, 10) / 10) for column in reference.T]
+        self.edges[ANSWER] = np.arange(3) + 0.5
+        self.usual = self.shares(reference)
+
+    def shares(self, rows: Any) -> Any:
+        shares = [
+            np.bincount(np.searchsorted(edges, column), minlength=len(edges) + 1) / len(rows)
+            for edges, column in zip(self.edges, rows.T, strict=True)
+        ]
+        return [np.maximum(share, 1e-4) for share in shares]
+
+    def window(self, rows: Any) -> Any:
+        pairs = zip(self.shares(rows), self.usual, strict=True)
+        return np.array([((now - usual) * np.log(now / usual)).sum() >= 0.1 for now, usual in pairs])
+
+
+class Adwin(Detector):
+    """River's ADWIN of each number and of each answer's indicator, value by value."""
+
+    remembers = True
+    made: Any = None
+
+    @classmethod
+    def load(cls) -> None:
+        cls.made = import_module("river.drift").ADWIN
+
+    def __init__(self, reference: Any) -> None:
+        super().__init__(reference)
+        self.numbers = [(i, self.made()) for i in NUMERIC]
+        self.shares = [self.made() for _ in range(4)]
+        self.window(reference)
+
+    def window(self, rows: Any) -> Any:
+        out = np.zeros(len(COLUMNS), bool)
+        for column, detector in self.numbers:
+            out[column] = self.is_drifting(detector, rows[:, column])
+        answers = [self.is_drifting(detector, rows[:, ANSWER] == k) for k, detector in enumerate(self.shares)]
+        out[ANSWER] = any(answers)
+        return out
+
+    def is_drifting(self, detector: Any, values: Any) -> bool:
+        detected = False
+        for value in values.astype(float).tolist():
+            detector.update(value)
+            detected |= detector.drift_detected
+        return detected
+
+
+class Evidently(Detector):
+    """What Evidently chooses by itself for each column, with its own threshold (here: W1 / sd and JS of 0.1)."""
+
+    frame: Any = None
+    chosen: Any = None
+    types: Any = None
+
+    @classmethod
+    def load(cls) -> None:
+        cls.frame = import_module("pandas").DataFrame
+        cls.chosen = staticmethod(import_module("evidently.legacy.calculations.stattests.registry").get_stattest)
+        cls.types = import_module("evidently.legacy.core").ColumnType
+
+    def __init__(self, reference: Any) -> None:
+        super().__init__(self.frame(reference, columns=COLUMNS))
+
+    def window(self, rows: Any) -> Any:
+        now, out = self.frame(rows, columns=COLUMNS), []
+        for name in COLUMNS:
+            kind = self.types.Categorical if name == "answer" else self.types.Numerical
+            test = self.chosen(self.reference[name], now[name], kind, None)
+            out.append(bool(test(self.reference[name], now[name], kind, None).drifted))
+        return np.array(out)
+
+
+class Nannyml(Detector):
+    """NannyML's univariate drift in chunks of a window: JS, its limits from the reference's chunks."""
+
+    frame: Any = None
+    made: Any = None
+
+    @classmethod
+    def load(cls) -> None:
+        os.environ["NML_DISABLE_USAGE_LOGGING"] = "1"  # before the import: otherwise it calls home
+        cls.frame = import_module("pandas").DataFrame
+        cls.made = import_module("nannyml").UnivariateDriftCalculator
+
+    def __init__(self, reference: Any) -> None:
+        super().__init__(reference)
+        self.fitted = self.made(column_names=COLUMNS, chunk_size=ROWS).fit(self.table(reference))
+
+    def table(self, rows: Any) -> Any:
+        out = self.frame(rows, columns=COLUMNS)
+        out["answer"] = out["answer"].astype(int).astype(str)
+        return out
+
+    def window(self, rows: Any) -> Any:
+        return self.flags(rows)[0]
+
+    def flags(self, rows: Any, until: list[int] | None = None) -> Any:
+        frame = self.fitted.calculate(self.table(rows)).filter(period="analysis").to_df()
+        return np.stack([frame[name, "jensen_shannon", "alert"].to_numpy(bool) for name in COLUMNS], axis=1)
+
+
+class Whylogs(Detector):
+    """A profile of each window by whylogs. It says nothing of drift by itself, so it flags nothing."""
+
+    frame: Any = None
+    log: Any = None
+
+    @classmethod
+    def load(cls) -> None:
+        os.environ["WHYLOGS_NO_ANALYTICS"] = "True"  # before the import: otherwise it calls home
+        cls.frame = import_module("pandas").DataFrame
+        cls.log = staticmethod(import_module("whylogs").log)
+
+    def window(self, rows: Any) -> Any:
+        self.log(self.frame(rows, columns=COLUMNS)).profile()
+        return np.zeros(len(COLUMNS), bool)
+
+
+DETECTORS: dict[str, Any] = {
+    "ks": Ks,
+    "psi": Psi,
+    "adwin": Adwin,
+    "evidently": Evidently,
+    "nannyml": Nannyml,
+    "whylogs": Whylogs,
+}
+
+
+def flags(made: Any, data: Any, ask: dict[str, Any]) -> dict[str, Any]:
+    """Writes `quiet` and, by the number of each change, `change0`… into the file `out`, windows end to end."""
+    changes = json.loads(str(data["changes"]))
+    parts: dict[str, list[Any]] = {f"change{i}": [] for i in range(len(changes))}
+    quiet = []
+    for site in range(int(data["sites"])):
+        reference = data[f"{site}/reference"]
+        learned = made(reference)
+        quiet.append(learned.flags(data[f"{site}/quiet"][: ask["quiet"] * ROWS]))
+        for i, change in enumerate(changes):
+            for trial in range(ask["trials"]):
+                rows, until = data[f"{site}/{i}/{trial}"], [s for s in change["subjects"] if s < len(COLUMNS)]
+                detector = made(reference) if made.remembers else learned
+                parts[f"change{i}"].append(detector.flags(rows, until))
+    longest = max((len(column) for part in parts.values() for column in part), default=0)
+    padded: dict[str, Any] = {
+        name: np.array([_padded(column, longest) for column in part]) for name, part in parts.items()
+    }
+    np.savez(ask["out"], **padded | {"quiet": np.concatenate(quiet)})
+    return {}
+
+
+def _padded(flags: Any, length: int) -> Any:
+    return np.concatenate([flags, np.zeros((length - len(flags), flags.shape[1]), bool)])
+
+
+def cost(made: Any, data: Any, ask: dict[str, Any]) -> dict[str, Any]:
+    detector, rows = made(data["0/reference"]), data["0/quiet"][: ask["windows"] * ROWS]
+    detector.flags(rows[:ROWS])
+    begin = time.process_time()
+    detector.flags(rows)
+    return {"rows": len(rows), "cpu_s": time.process_time() - begin}
+
+
+def memory(made: Any, data: Any, loaded_kb: int) -> dict[str, Any]:
+    """MB that the import took, and by how much the work went beyond it at its peak; the data are read before."""
+    reference, rows = data["0/reference"], data["0/quiet"]
+    with peak() as grown:
+        made(reference).flags(rows[: 10 * ROWS])
+    return {"import_mb": loaded_kb / 1024, "work_mb": grown[0] / 1024}
+
+
+@contextlib.contextmanager
+def peak() -> Iterator[list[int]]:
+    """By how many kB resident memory went beyond what it was, at its peak, as the only item afterwards."""
+    grown: list[int] = []
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the peak so far
+    yield grown
+    grown.append(status("VmHWM") - before)
+
+
+def status(member: str) -> int:
+    """kB."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(member + ":"))
+
+
+def answers(made: Any, requests: Iterator[str]) -> Iterator[dict[str, Any]]:
+    before = status("VmRSS")
+    made.load()
+    loaded = status("VmRSS") - before
+    yield {"loaded_kb": loaded}
+    for line in requests:
+        ask = json.loads(line)
+        with np.load(ask["data"], allow_pickle=False) as data:
+            match ask["do"]:
+                case "flags":
+                    yield flags(made, data, ask)
+                case "cost":
+                    yield cost(made, data, ask)
+                case "memory":
+                    yield memory(made, data, loaded)
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    out = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # some of them print
+        for answer in answers(DETECTORS[sys.argv[1]], iter(sys.stdin)):
+            print(json.dumps(answer), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Other drift detectors over the same rows as ours, each in a process of its own with an environment of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import click
+import msgspec
+import numpy as np
+
+from scripts.benchmarks.drift_peers import synthetic
+from scripts.benchmarks.drift_peers.counting import Row
+from scripts.benchmarks.drift_peers.synthetic import Change, Kind
+
+ROOT = Path(__file__).parents[3]
+VENV = os.environ.get("OUTSTATION_VENV", str(ROOT / ".venv"))
+
+
+class Kit(msgspec.Struct, frozen=True):
+    """A detector, what to call it, and how much of the data it is given: slow ones get less."""
+
+    name: str
+    called: str
+    quiet: int = 50  # windows of each site
+    trials: int = 2  # of each site and change
+    timed: int = 20  # windows
+    home: str = "peers"  # its environment
+
+    @property
+    def python(self) -> Path:
+        return environment(self.home) / "bin" / "python"
+
+
+def environment(name: str = "peers") -> Path:
+    return Path(f"{VENV}-{name}")
+
+
+# What it costs to sum up a window and to say whether it drifted; whylogs only sums up.
+RIVER = Kit("adwin", "ADWIN (river)")
+WHYLOGS = Kit("whylogs", "whylogs, profiles", timed=4, home="peers-whylogs")
+EVIDENTLY = Kit("evidently", "Evidently's default", quiet=25, trials=1, timed=2)
+KITS = (
+    Kit("ks", "KS, Bonferroni (SciPy)", timed=4),
+    Kit("psi", "PSI ≥ 0.1 (NumPy)"),
+    RIVER,
+    EVIDENTLY,
+    Kit("nannyml", "NannyML's default"),
+)
+SITES = 8
+
+
+def installed() -> bool:
+    """Makes the environment where that is possible; what there is to say about it goes to stderr."""
+    subprocess.run([ROOT / "scripts" / "setup", "peers"], check=True)
+    return (environment() / "peers.txt").exists()
+
+
+def write(file: Path, kind: Kind, changes: Sequence[Change], sites: int = SITES) -> None:
+    """What the detectors are given of this kind."""
+    most, trials = max(kit.quiet for kit in KITS), max(kit.trials for kit in KITS)
+    text = json.dumps([{"name": change.name, "subjects": change.subjects} for change in changes])
+    tables: dict[str, Any] = {"sites": np.int64(sites), "changes": np.str_(text)}
+    for site in range(sites):
+        tables[f"{site}/reference"] = synthetic.learning(kind, site)
+        tables[f"{site}/quiet"] = synthetic.quiet(kind, site, most)
+        for i, change in enumerate(changes):
+            for trial in range(trials):
+                tables[f"{site}/{i}/{trial}"] = synthetic.trial(kind, site, trial, change)
+    np.savez(file, **tables)
+
+
+@contextmanager
+def started(kit: Kit, data: Path) -> Iterator[Peer]:
+    """A detector that runs until the context is left; where it is timed, it judges `data`."""
+    if not kit.python.exists():
+        raise click.ClickException(f"{kit.called}: {kit.python.parents[1]} was not made: scripts/setup peers")
+    command = [str(kit.python), "-P", str(Path(__file__).with_name("peer.py")), kit.name]
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True) as process,
+    ):
+        try:
+            yield Peer(kit, data, process, output)
+        finally:
+            process.kill()
+
+
+class Peer:
+    """`memory` is what the detector's import and judging some data took, in MB."""
+
+    def __init__(self, kit: Kit, data: Path, process: subprocess.Popen[str], output: IO[str]) -> None:
+        """Raises ClickException, as all here does, with what it said last where it fails."""
+        self.kit, self.data = kit, data
+        self._process, self._said = process, output
+        self._answer()
+        self.memory: dict[str, float] = self.ask("memory", data)
+
+    def ask(self, request: str, data: Path, **more: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps({"do": request, "data": str(data), **more}) + "\n")
+            self._process.stdin.flush()
+        return self._answer()
+
+    def row(self, data: Path, changes: Sequence[Change]) -> Row:
+        """Over what was written of these changes."""
+        row, out = Row(self.kit.called), data.with_name(f"{self.kit.name}.npz")
+        self.ask("flags", data, out=str(out), quiet=self.kit.quiet, trials=self.kit.trials)
+        with np.load(out, allow_pickle=False) as flags:
+            row.add_quiet(flags["quiet"])
+            for i, change in enumerate(changes):
+                for trial in flags[f"change{i}"]:
+                    row.add(change.name, trial, [s for s in change.subjects if s < synthetic.COLUMNS])
+        return row
+
+    def seconds_per_row(self) -> float:
+        reply = self.ask("cost", self.data, windows=self.kit.timed)
+        return float(reply["cpu_s"] / reply["rows"])
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._said.seek(0)
+            last = self._said.read().strip()[-500:]
+            raise click.ClickException(f"{self.kit.called} failed; what it said last:\n{last}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer

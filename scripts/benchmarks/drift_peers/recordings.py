@@ -1,0 +1,173 @@
+"""The smartwatch recordings of the three people whom the shipped model was not trained on, under the shipped model.
+
+A person was recorded for eight minutes and a site learns for 27, so that recordings are played again and again, each
+time in another order and from another row: what a site is watched on it has seen. `halves` asks for more: a site learns
+from the first half of each recording and is watched on the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import msgspec
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from agent.datasets.recordings import Recordings, load
+from agent.device.intake.sources.recordings import Playlist, PlaylistItem
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference
+from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE
+from agent.model.bundle import builtin, bundle
+from agent.model.inference import features, runtime, scores
+from agent.simulate.scenario import SCENARIOS
+from scripts.benchmarks.drift_peers.counting import Flags, Row, raised
+
+PEOPLE = (8, 9, 10)
+SEEDS = 12
+LEARN, QUIET, WATCHED = 40, 60, 20  # drift windows
+ROWS, WINDOW = 100, 20  # of a model window, and such windows of a drift window
+PART = WINDOW * ROWS
+FIELDS = 6
+SLOWER = 0.8  # of the sensor's rate
+UNITS = ("g", "g", "g", "rad/s", "rad/s", "rad/s")
+
+Floats = NDArray[np.float32]
+
+
+class Change(msgspec.Struct, frozen=True):
+    """`of` makes changed rows of a recording's; an alarm has to name one of `subjects`."""
+
+    name: str
+    subjects: tuple[int, ...]
+    of: Callable[[Floats], Floats]
+    rate: float = 1.0  # times the rate of the recordings
+
+
+def changes(axis: int, sd: Floats) -> tuple[Change, ...]:
+    """Of field `axis`, by `sd` (F,) of what the site learned from."""
+    other = axis // 3 * 3 + (axis + 1) % 3
+    noise = np.random.default_rng(axis)
+
+    def gain(rows: Floats) -> Floats:
+        return np.where(np.arange(FIELDS) == axis, 0.6 * rows, rows)
+
+    def bias(rows: Floats) -> Floats:
+        return np.where(np.arange(FIELDS) == axis, rows + 0.5 * sd, rows)
+
+    def swap(rows: Floats) -> Floats:
+        order = np.arange(FIELDS)
+        order[[axis, other]] = other, axis
+        return rows[:, order]
+
+    def noisy(rows: Floats) -> Floats:
+        return np.where(np.arange(FIELDS) == axis, rows + 0.5 * sd * noise.normal(size=rows.shape), rows)
+
+    everything = tuple(range(FIELDS + 4))  # whatever is told of it, the rate among others
+    return (
+        Change("gain × 0.6", (axis,), gain),
+        Change("bias 0.5 sd", (axis,), bias),
+        Change("swapped axes", (axis, other), swap),
+        Change("noise 0.5 sd", (axis,), noisy),
+        Change("clock × 0.8", everything, slower, SLOWER),
+    )
+
+
+def slower(rows: Floats) -> Floats:
+    """What a sensor reads at SLOWER times the rate."""
+    at = np.arange(0, len(rows) - 1, 1 / SLOWER)
+    below = at.astype(np.int64)
+    share = (at - below)[:, None].astype(np.float32)
+    return (1 - share) * rows[below] + share * rows[below + 1]
+
+
+class Stream(msgspec.Struct, frozen=True):
+    """Rows (n, F), whole model windows of one recording after another, at `t` (n,) epoch µs."""
+
+    rows: Floats
+    t: NDArray[np.int64]
+
+    @classmethod
+    def from_recording(
+        cls, recordings: Recordings, parts: Iterator[PlaylistItem], windows: int, change: Change | None = None
+    ) -> Stream:
+        """The next so many drift windows; what is left of the last recording is dropped."""
+        rows, t, count = [], [], 0
+        every = 1 / recordings.rate / (1.0 if change is None else change.rate)
+        while count < windows * PART:
+            part = next(parts)
+            read = recordings.rows[part.start : part.start + part.n]
+            read = read if change is None else change.of(read)
+            whole = len(read) // ROWS * ROWS
+            rows.append(read[:whole])
+            t.append((1e6 * (part.offset_s + every * np.arange(whole))).astype(np.int64))
+            count += whole
+        return cls(np.concatenate(rows)[: windows * PART].astype(np.float32), np.concatenate(t)[: windows * PART])
+
+
+class Watch:
+    """The shipped bundle and its judge."""
+
+    def __init__(self) -> None:
+        self._found = bundle.read(builtin.bundles_dir() / "exercise", builtin.publisher_keys())
+        self._model = runtime.TfliteModel(self._found.model_bytes)
+        self.judge = DriftMonitor(
+            Reference.from_json(self._found.files["reference.json"]),
+            labels=self._found.manifest.output.labels, window=WINDOW, learn_windows=LEARN, units=UNITS,
+        )  # fmt: skip
+        self.subjects = {name: i for i, name in enumerate((*self.judge.shipped.fields, OUTPUT, SCORE, JOINT))}
+
+    def step(self, state: DriftState, stream: Stream) -> tuple[DriftState, list[DriftWindowResult]]:
+        spec, starts = self._found.manifest, np.arange(0, len(stream.rows), ROWS)
+        windows = features.build_windows(stream.rows, starts, spec.input)
+        predictions = scores.from_outputs(self._model.invoke(windows), spec, windows)
+        assert predictions.label is not None
+        assert predictions.score is not None
+        first = max(0, state.last_counted_row) + 1
+        return self.judge.process_batch(
+            state, stream.rows, starts, ROWS, predictions.label, predictions.score[:, None].astype(np.float32),
+            rows=(first, first + len(stream.rows) - 1), t=stream.t,
+        )  # fmt: skip
+
+    def flags(self, state: DriftState, stream: Stream) -> Flags:
+        return raised(self.step(state, stream)[1], self.subjects)
+
+
+def row(name: str, seeds: int = SEEDS, *, halves: bool = False, quiet: int = QUIET) -> Row:
+    """Each of the PEOPLE is a site of their own, so many times; which field changes goes round."""
+    watch, row = Watch(), Row(name)
+    everyone = load(SCENARIOS["exercise"].file)
+    seen, unseen = (half(everyone, 0), half(everyone, 1)) if halves else (everyone, everyone)
+    for seed in range(seeds):
+        for person in PEOPLE:
+            site(watch, row, (seen, unseen), person, seed, quiet)
+    return row
+
+
+def site(watch: Watch, row: Row, played: tuple[Recordings, Recordings], person: int, seed: int, quiet: int) -> None:
+    seen, unseen = played
+    learning = Stream.from_recording(seen, Playlist(seen, person, seed).iter_items(), LEARN)
+    learned, _ = watch.step(watch.judge.start(), learning)
+    assert learned.site_reference is not None, "it did not learn"
+
+    def after() -> Iterator[PlaylistItem]:
+        later = Playlist(unseen, person, seed if unseen is seen else seed + SEEDS).iter_items(len(learning.rows) + PART)
+        next(later)  # begun
+        return later
+
+    row.add_quiet(watch.flags(learned, Stream.from_recording(unseen, after(), quiet)))
+    for change in changes((seed + person) % FIELDS, learning.rows.std(0)):
+        row.add(
+            change.name, watch.flags(learned, Stream.from_recording(unseen, after(), WATCHED, change)), change.subjects
+        )
+
+
+def half(recordings: Recordings, which: int) -> Recordings:
+    """The first or the second half of each recording."""
+    begin, end = recordings.starts[:-1], recordings.starts[1:]
+    middle = (begin + end) // 2
+    spans = zip(*((begin, middle) if which == 0 else (middle, end)), strict=True)
+    parts = [recordings.rows[a:b] for a, b in spans]
+    return replace(
+        recordings, rows=np.concatenate(parts), starts=np.concatenate([[0], np.cumsum([len(part) for part in parts])])
+    )

@@ -1,0 +1,130 @@
+"""Rows of a stream in which nothing happens, and the same with a change: 16 fields, the model's answer, its certainty.
+
+All columns are of unit normal series that do not depend on each other. Rows are independent, or hang together by 0.9
+with the row before, as readings of real sensors do. Any part of a site's rows is the same each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import NormalDist
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Table = NDArray[np.float32]  # (n, COLUMNS): fields, the answer's number, its certainty
+
+FIELDS = 16
+# The other columns of a table, and a subject that is no column.
+ANSWER, CERTAINTY, JOINT = FIELDS, FIELDS + 1, FIELDS + 2
+COLUMNS = FIELDS + 2
+ROWS = 500  # of a window
+LEARN = 40  # windows
+WATCHED = 20  # windows within which a change has to be found
+RAMP = 10  # windows
+SHARES = (0.4, 0.3, 0.2, 0.1)  # of the answers
+OTHER_SHARES = (0.25, 0.45, 0.2, 0.1)
+BLOCK = 125  # rows that are made at once
+
+
+class Kind(msgspec.Struct, frozen=True):
+    """How rows hang together: each by `steady` with the one before."""
+
+    name: str
+    steady: float
+
+
+KINDS = (Kind("independent", 0.0), Kind("AR(0.9)", 0.9))
+
+
+class Change(msgspec.Struct, frozen=True):
+    """`of` makes changed series (n, FIELDS) of unchanged ones; an alarm has to name one of `subjects`."""
+
+    name: str
+    subjects: tuple[int, ...]
+    of: Callable[[Floats], Floats]
+    shares: tuple[float, ...] = SHARES
+
+
+QUARTER, HALF, WIDER, RAMPED, TOGETHER, ANSWERS = (
+    "+0.25 sd", "+0.5 sd", "variance × 1.5", "ramp to 0.5 sd", "correlation 0.5", "answers",
+)  # fmt: skip
+
+
+def changes(fields: int) -> tuple[Change, ...]:
+    """Of the first `fields` fields, or of how these go together; of two where it is only one. And of the answers."""
+    first_fields, several = tuple(range(fields)), tuple(range(max(2, fields)))
+    return (
+        Change(QUARTER, first_fields, _first(fields, lambda series: series + 0.25)),
+        Change(HALF, first_fields, _first(fields, lambda series: series + 0.5)),
+        Change(WIDER, first_fields, _first(fields, lambda series: series * np.sqrt(1.5))),
+        Change(RAMPED, first_fields, _first(fields, _ramped)),
+        Change(TOGETHER, (*several, JOINT), _first(len(several), _correlated)),
+        Change(ANSWERS, (ANSWER,), lambda series: series, OTHER_SHARES),
+    )
+
+
+def training(kind: Kind) -> Table:
+    """What a bundle's reference is made from."""
+    return table(kind, (0,), LEARN)
+
+
+def learning(kind: Kind, site: int) -> Table:
+    """What a site learns its own reference from."""
+    return table(kind, (1, site), LEARN)
+
+
+def quiet(kind: Kind, site: int, windows: int) -> Table:
+    return table(kind, (2, site), windows)
+
+
+def trial(kind: Kind, site: int, number: int, change: Change) -> Table:
+    return table(kind, (3, site, number), WATCHED, change)
+
+
+def table(kind: Kind, seed: tuple[int, ...], windows: int, change: Change | None = None) -> Table:
+    """Rows of so many windows, the same as the first ones of more of them."""
+    made = series(np.random.default_rng(seed), windows * ROWS, kind.steady)
+    fields, answer, certainty = made[:, :FIELDS], made[:, ANSWER], made[:, CERTAINTY]
+    shares = SHARES if change is None else change.shares
+    columns = [
+        fields if change is None else change.of(fields),
+        np.searchsorted(_normal_quantiles(shares), answer)[:, None],
+        (0.5 + 0.5 / (1 + np.exp(-1.5 * certainty - 1)))[:, None],
+    ]
+    return np.concatenate(columns, axis=1).astype(np.float32)
+
+
+def series(rng: np.random.Generator, rows: int, steady: float) -> Floats:
+    """(rows, COLUMNS) of mean 0 and variance 1."""
+    before = rng.normal(size=COLUMNS)
+    noise = rng.normal(size=(-(-rows // BLOCK), BLOCK, COLUMNS))
+    if not steady:
+        return noise.reshape(-1, COLUMNS)[:rows]
+    back = np.subtract.outer(np.arange(BLOCK), np.arange(BLOCK))
+    within = np.where(back >= 0, np.sqrt(1 - steady**2) * steady ** np.abs(back), 0.0) @ noise
+    fading = steady ** np.arange(1, BLOCK + 1)[:, None]
+    for block in within:
+        block += fading * before
+        before = block[-1]
+    return np.asarray(within.reshape(-1, COLUMNS)[:rows])
+
+
+def _first(count: int, change: Callable[[Floats], Floats]) -> Callable[[Floats], Floats]:
+    return lambda series: np.concatenate([change(series[:, :count]), series[:, count:]], axis=1)
+
+
+def _ramped(series: Floats) -> Floats:
+    return series + 0.5 * np.minimum(1, np.arange(len(series)) / (RAMP * ROWS))[:, None]
+
+
+def _correlated(series: Floats) -> Floats:
+    """Each pair by 0.5; each still of variance 1."""
+    count = series.shape[1]
+    return np.asarray(series @ np.linalg.cholesky(np.full((count, count), 0.5) + 0.5 * np.eye(count)).T)
+
+
+def _normal_quantiles(shares: tuple[float, ...]) -> Floats:
+    return np.array([NormalDist().inv_cdf(p) for p in np.cumsum(shares[:-1])])

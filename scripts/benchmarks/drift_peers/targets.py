@@ -1,0 +1,92 @@
+"""What has to hold of what was found, as results: the limits are those that the detectors were asked to keep.
+
+`reference` is the limit. A delay that is not known, because a change was not found within the windows watched, counts
+as one window more than these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from scripts.benchmarks import Result
+from scripts.benchmarks.drift_peers import recordings, synthetic
+from scripts.benchmarks.drift_peers.cost import CASES, Cost
+from scripts.benchmarks.drift_peers.counting import Row
+from scripts.benchmarks.drift_peers.synthetic import ANSWERS, HALF, QUARTER, WIDER
+
+ALONE = "ours, one field only"  # shown beside the others
+
+FALSE, FALSE_REAL = 10.0, 3.0  # alarms per 1000 quiet windows
+DELAYS = {QUARTER: 5.0, HALF: 3.0, WIDER: 5.0}  # windows, median
+TARGET_DETECTION_PERCENT = 98.0  # per cent
+DELAY_REAL = 3.0
+US_PER_ROW, MB = 2.0, 5.0
+
+
+def of_made(kind: str, rows: Sequence[Row]) -> Iterator[Result]:
+    """Of `rows` of one kind: ours that have quiet windows, each beside the others."""
+    others = [row for row in rows if not row.name.startswith("ours")]
+    alone = [row for row in rows if row.name == ALONE]
+    for row in rows:
+        if row in others or not row.quiet:
+            continue
+        name = f"drift, {kind}, {row.name.removeprefix('ours, ')}"
+        note = f"{row.alarmed} of {row.quiet:,} windows" + format_peers(
+            {result.name: f"{result.per_1000:.0f}" for result in others}
+        )
+        yield Result(f"{name}: false alarms", row.per_1000, FALSE, "per 1000 windows", 1.0, note, less=True)
+        for change, limit in DELAYS.items():
+            note = f"{len(row.found[change].delays)} trials, four of 16 fields change"
+            note += format_peers(
+                {result.name: result.found[change].summarize(synthetic.WATCHED) for result in (*alone, *others)}
+            )
+            yield Result(f"{name}: {change}", _delay(row, change), limit, "windows", 1.0, note, less=True)
+        yield _worst(f"{name}: changes found", row, [change for change in row.found if change != ANSWERS])
+        if ANSWERS in row.found:
+            yield _worst(f"{name}: other answers found", row, [ANSWERS])
+
+
+def of_recordings(row: Row) -> Iterator[Result]:
+    people = ", ".join(map(str, recordings.PEOPLE))
+    note = (
+        f"{row.alarmed} of {row.quiet:,} windows; people {people} under the shipped model, which was not trained on "
+        f"them, {recordings.SEEDS} seeds"
+    )
+    yield Result("drift, smartwatch: false alarms", row.per_1000, FALSE_REAL, "per 1000 windows", 1.0, note, less=True)
+    for change, detection in row.found.items():
+        note = f"{len(detection.delays)} trials, {sum(delay is None for delay in detection.delays)} not found within 20 windows"
+        name = f"drift, smartwatch: {change}"
+        yield Result(name, _delay(row, change), DELAY_REAL, "windows", 1.0, note, less=True)
+        yield Result(f"{name} found", 100 - detection.missed, 100.0, "per cent", 1.0, note)
+
+
+def of_cost(costs: dict[str, Cost]) -> Iterator[Result]:
+    ours = {case.called: costs[case.called] for case in CASES}
+    others = {name: cost for name, cost in costs.items() if name not in ours}
+    note_text = format_peers({name: f"{cost.us_per_row:.2f}" for name, cost in others.items()})
+    for name, cost in ours.items():
+        note = f"processor time of rows of 16 floats{note_text}"
+        yield Result(f"drift, {name}: cost", cost.us_per_row, US_PER_ROW, "µs per row", 1.0, note, less=True)
+    note_text = format_peers({name: f"{cost.work_mb:.1f}" for name, cost in others.items() if cost.work_mb is not None})
+    for name, cost in ours.items():
+        if cost.work_mb is not None and cost.import_mb is not None:
+            note = f"peak beyond the {cost.import_mb:.1f} MB of its import, learning included{note_text}"
+            yield Result(f"drift, {name}: memory", cost.work_mb, MB, "MB", 1.0, note, less=True)
+
+
+def _worst(name: str, row: Row, changes: Sequence[str]) -> Result:
+    """Of the change that is missed most."""
+    note_text = format_peers({change: row.found[change].summarize(synthetic.WATCHED) for change in changes})
+    trials = len(row.found[changes[0]].delays)
+    note = f"found within {synthetic.WATCHED} windows, {trials} trials each; median windows and misses{note_text}"
+    return Result(
+        name, 100 - max(row.found[change].missed for change in changes), TARGET_DETECTION_PERCENT, "per cent", 1.0, note
+    )
+
+
+def _delay(row: Row, change: str) -> float:
+    return min(row.found[change].median, synthetic.WATCHED + 1.0)
+
+
+def format_peers(others: dict[str, str]) -> str:
+    return "".join(f"; {name}: {value}" for name, value in others.items())

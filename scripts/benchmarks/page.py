@@ -1,0 +1,107 @@
+"""Measurements as they are committed: a page for people, and the ratios that later runs are held against."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sqlite3
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from agent.model.inference import runtime, tuning
+from scripts.benchmarks import Result
+
+ROOT = Path(__file__).parents[2]
+PAGE, RATIOS = ROOT / "BENCHMARKS.md", Path(__file__).with_name("ratios.json")
+# A ratio that is worse by a third has fallen, whatever the machine.
+FALLEN = 2 / 3
+
+_HEAD = """\
+# Benchmarks
+
+What `scripts/bench --write` measured on {day}, commit {commit}. Each figure stands beside what it is measured
+against, in the same run, in turns, the median of several; absolute figures are of this machine and this hour.
+
+{machine}
+
+| figure | ours | beside | unit | ratio | to reach | |
+|---|---:|---:|---|---:|---:|---|
+"""
+
+
+def write(results: Sequence[Result], worst: Sequence[Result]) -> None:
+    """The page, and the `worst` of each that was seen now as what later runs are held against."""
+    head = _HEAD.format(day=datetime.now(UTC).date(), commit=_commit(), machine=_machine())
+    notes = "\n".join(f"- **{result.name}**: {result.note}." for result in results)
+    PAGE.write_text(head + "\n".join(map(_row, results)) + f"\n\n{notes}\n{_limits()}", encoding="utf-8")
+    committed_ratios = {result.name: round(result.ratio, 4) for result in worst if not result.limit}
+    RATIOS.write_text(json.dumps(committed_ratios, indent=2) + "\n", encoding="utf-8")
+
+
+def find_regressions(results: Sequence[Result]) -> list[str]:
+    """A sentence for each ratio that is worse by a third than the one that was committed."""
+    known = json.loads(RATIOS.read_text(encoding="utf-8"))
+    lines = []
+    for result in results:
+        before = known.get(result.name)
+        if before is None:
+            continue
+        retained_share = before / result.ratio if result.less else result.ratio / before
+        if retained_share < FALLEN:
+            lines.append(
+                f"{result.name}: the ratio is {result.ratio:.3g}, it was {before:.3g}; worse by more than a third"
+            )
+    return lines
+
+
+def middle(runs: Sequence[Sequence[Result]]) -> list[Result]:
+    """Of each figure of several runs of a benchmark the one with the median ratio."""
+    return [sorted(same, key=lambda one: one.ratio)[len(same) // 2] for same in zip(*runs, strict=True)]
+
+
+def worst(runs: Sequence[Sequence[Result]]) -> list[Result]:
+    return [max(same, key=lambda one: one.ratio if one.less else -one.ratio) for same in zip(*runs, strict=True)]
+
+
+def _row(result: Result) -> str:
+    sign, verdict = ("≤", "met") if result.less else ("≥", "met")
+    if not result.met:
+        verdict = "**missed**"
+    cells = (
+        result.name,
+        _number(result.ours),
+        _number(result.reference),
+        result.unit,
+        f"{result.ratio:.3g}",
+        f"{sign} {result.target:.3g}",
+    )
+    return f"| {' | '.join(cells)} | {verdict} |"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _limits() -> str:
+    """What a person wrote of figures that are missed: kept from one run to the next."""
+    text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    _, mark, rest = text.partition("\n## What limits")
+    return mark + rest
+
+
+def _machine() -> str:
+    load = os.getloadavg()[0]
+    return (
+        f"{tuning.describe_machine()}; {platform.system()}; Python {platform.python_version()}; "
+        f"{runtime.RUNTIME_NAME}; SQLite {sqlite3.sqlite_version}; load {load:.1f} at the end."
+    )
+
+
+def _commit() -> str:
+    completed = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return completed.stdout.strip() or "unknown"

@@ -1,0 +1,66 @@
+"""A model in a process of its own, beside the same one in this process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from agent.model.bundle import builtin, bundle
+from agent.model.inference import inference
+from agent.model.inference.features import Floats
+from agent.model.sandbox.subprocess_model import SubprocessModel
+from scripts.benchmarks import Report, Result, benchmark
+
+# A batch of a device that keeps up with its readings, and one of a device that works off what waited.
+FEW, MANY = 30, 512
+ROUNDS = 60
+_PSS = "Pss:"
+# What a process of its own may hold: Python, numpy, the runtime and the model, shared pages counted in part.
+MOST_MIB = 60.0
+
+
+@benchmark("apart")
+def in_a_process_of_its_own() -> Report:
+    """Windows of `exercise`; medians, both in turns. And the memory that the process takes (PSS)."""
+    shipped = bundle.read(builtin.bundles_dir() / "exercise", None)
+    here = inference.load_model(shipped.manifest, shipped.model_bytes)
+    windows = np.random.default_rng(0).normal(0, 1, (MANY, *here.input_shape)).astype(np.float32)
+    with SubprocessModel(shipped) as there:
+        there.invoke(windows)
+        results = []
+        for count in (FEW, MANY):
+            ours, reference = _median(there.invoke, here.invoke, windows[:count])
+            note = f"{count} windows, {1e6 * (ours - reference):.0f} µs more"
+            results.append(Result(f"apart, {count} windows", ours * 1e6, reference * 1e6, "µs", 2.0, note, less=True))
+        memory = _mib(there.pid)
+    results.append(
+        Result("apart, memory", memory, MOST_MIB, "MiB", 1.0, "PSS of the child process", less=True, limit=True)
+    )
+    lines = [
+        f"{result.name}: {result.ours:,.0f} {result.unit}, {result.reference:,.0f}, {result.ratio:.2f}"
+        for result in results
+    ]
+    return Report(tuple(results), "\n".join(lines))
+
+
+def _median(
+    ours: Callable[[Floats], object], reference: Callable[[Floats], object], windows: Floats
+) -> tuple[float, float]:
+    took: tuple[list[float], list[float]] = ([], [])
+    for _ in range(ROUNDS):
+        for invoke, times in ((ours, took[0]), (reference, took[1])):
+            began = time.perf_counter()
+            invoke(windows)
+            times.append(time.perf_counter() - began)
+    return statistics.median(took[0]), statistics.median(took[1])
+
+
+def _mib(pid: int | None) -> float:
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
+        if line.startswith(_PSS):
+            return int(line.split()[1]) / 1024
+    return float("nan")
