@@ -104,7 +104,7 @@ def test_a_deadline_may_be_a_text_or_a_moment_of_toml_in_any_zone(tmp_path: Path
 WRONG = {
     "unknown key": ("[promote]", "[promote]\nmin_agreemnt = 1", "promote.min_agreemnt", "did you mean 'min_agreement'"),
     "no strategy": ('strategy = "canary"', 'strategy = "canry"', "steps[1].strategy", "did you mean 'canary'"),
-    "rollback": ('strategy = "canary"', 'strategy = "rollback"', "steps[1].strategy", "no choice here"),
+    "rollback": ('strategy = "canary"', 'strategy = "rollback"', "steps[1].strategy", "not a valid choice"),
     "percent": ("percent = 10", "percent = 110", "steps[1].percent", "<= 100"),
     "nobody": ("percent = 10", "percent = 0", "steps[1].percent", "> 0"),
     "fewer": ("percent = 10", "percent = 60", "steps[2].percent", "no more than the previous step has"),
