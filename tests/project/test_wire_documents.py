@@ -88,7 +88,7 @@ def validate(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict[st
 
 def test_the_official_parser_accepts_the_document(validate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
     # 0 is an error and 1 a warning; hints such as "there is no contact" stay.
-    assert [one for one in validate([])["diagnostics"] if one["severity"] <= 1] == []
+    assert [diagnostic for diagnostic in validate([])["diagnostics"] if diagnostic["severity"] <= 1] == []
 
 
 @pytest.fixture(scope="module")
