@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.arrays import Float64s, Ints
+from agent.arrays import Bools, Float64s, Ints
+from agent.drift import sampling_rate_watch
 from agent.drift.baseline import summary
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
 from agent.drift.baseline.window_statistics import WindowStatistics
+from agent.drift.detectors.season import SlowTrend
+from agent.drift.faults import faults
+from agent.drift.faults.faults import FaultIndicators
+from agent.drift.reporting import drift_message
+from agent.drift.reporting.drift_message import SuiteStatus
+from agent.drift.sampling_rate_watch import RateObservation, SamplingRateWatch
 from agent.drift.state import Batch, DriftState
+from agent.drift.testing import sequence
+from agent.drift.testing.test_suite import DriftTester, Evidence, SuiteState
 
 MAX_FIELDS_PER_PASS = 256  # of drift windows that are looked at together
 MAX_VALUES_PER_PASS = 1 << 15  # about: more are slower, as they do not stay near the processor, and need more memory
@@ -151,3 +161,101 @@ def find_complete_windows(
 
 def max_rows_per_pass(batch: Batch) -> int:
     return max(1, MAX_VALUES_PER_PASS // int(batch.features.shape[1]))
+
+
+class WindowAnalysis(msgspec.Struct, frozen=True):
+    """Of W drift windows."""
+
+    summaries: Summary
+    features: list[dict[str, Any]]
+    output: list[dict[str, Any]]
+    accuracy: list[dict[str, Any] | None]
+    indicators: FaultIndicators
+    rate_observations: list[RateObservation]
+    evidence: Evidence | None  # against the site's reference
+
+    @classmethod
+    def from_summaries(
+        cls, summaries: Summary, midpoints: Ints, shipped: Reference, tester: DriftTester | None, min_bin_rows: int
+    ) -> WindowAnalysis:
+        """Of stacked summaries in the `middle` of times (W,), epoch µs; `tester` is that of the site's reference."""
+        return cls(
+            summaries,
+            drift_message.build_features(summaries, shipped, min_bin_rows),
+            drift_message.build_output(summaries, shipped, min_bin_rows),
+            drift_message.build_estimates(summaries, shipped),
+            faults.compute_indicators(summaries, shipped, tester.reference if tester else None),
+            sampling_rate_watch.observe_rate(summaries, midpoints, tester),
+            tester.compute_evidence(summaries, midpoints) if tester else None,
+        )
+
+    def build_members(
+        self,
+        index: slice,
+        status: SuiteStatus,
+        rate_watch: SamplingRateWatch,
+        speed_sums: Float64s,
+        tester: DriftTester | None,
+    ) -> list[dict[str, Any]]:
+        """The members of these windows' messages: see `describe.with_states` and `watch.with_rate`."""
+        numbers = [
+            {"features": features, "output": output, "estimate": accuracy}
+            for features, output, accuracy in zip(
+                self.features[index], self.output[index], self.accuracy[index], strict=True
+            )
+        ]
+        return sampling_rate_watch.add_rate(
+            drift_message.add_states(numbers, status, tester),
+            rate_watch,
+            speed_sums,
+            self.rate_observations[index],
+            tester,
+        )
+
+
+class QuietWindows(msgspec.Struct, frozen=True, eq=False):
+    """The next W drift windows: what is remembered after the last, and sums after each."""
+
+    suite: SuiteState
+    slow_trend: SlowTrend
+    rate_watch: SamplingRateWatch
+    cusum_sums: Float64s  # (W, 2, T)
+    speed_sums: Float64s  # (W, 2)
+
+    @property
+    def windows(self) -> int:
+        return len(self.cusum_sums)
+
+
+def find_quiet_windows(
+    state: DriftState,
+    tester: DriftTester,
+    signs: Bools,
+    observations: Sequence[RateObservation],
+    evidence: Evidence,
+    t: Ints,
+) -> QuietWindows | None:
+    """Of W windows, begun at `t` (W,), those before the first that has `signs` (W,) of a fault or raises anything; None
+    where that is the first one, or something is open."""
+    is_open = state.faulty.any() or state.misread.any() or state.rate_watch.open_fault or state.rate_watch.drifting
+    if is_open or state.suite.open_subjects.any():
+        return None
+    faulty = [bool(sign or tick.fault) for sign, tick in zip(signs.tolist(), observations, strict=True)]
+    windows = faulty.index(True) if True in faulty else len(faulty)
+    if not windows:
+        return None
+    tests = sequence.run_tests(tester, state.suite, evidence[:windows], t[:windows])
+    paces = sampling_rate_watch.run_speed_cusum(state.rate_watch, observations[:windows], tester, t[:windows])
+    windows = tests.windows_before_alarm
+    if paces is not None and paces.exceeds_limit[:windows].any():
+        windows = int(paces.exceeds_limit.argmax())
+    if not windows:
+        return None
+    now, before = state.slow_trend, state.rate_watch.cusum.value[:, 0]
+    return QuietWindows(
+        suite=tests.state_after(windows),
+        slow_trend=now.add(evidence.z[:windows, : len(state.fields)], t[:windows]),
+        rate_watch=sampling_rate_watch.apply_quiet_windows(state.rate_watch, paces, windows),
+        cusum_sums=tests.cusum.values[:windows],
+        speed_sums=np.tile(before, (windows, 1)) if paces is None else paces.values[:windows, :, 0],
+    )

@@ -23,18 +23,17 @@ from msgspec.structs import replace
 
 from agent.alerts import Alert
 from agent.arrays import Float32s, Ints
-from agent.drift import batches, quiet, sampling_rate_watch
+from agent.drift import batches, sampling_rate_watch
 from agent.drift.alert_lifecycle import AlertLifecycle
 from agent.drift.baseline.learning import LearningState, calibrate_reference
 from agent.drift.baseline.modes import CLASS_COUNT, Modes, assign_classes
 from agent.drift.baseline.reference import MIN_WINDOWS, Reference
 from agent.drift.baseline.summary import Summary
 from agent.drift.baseline.window_statistics import WindowStatistics
-from agent.drift.batches import FullWindows
+from agent.drift.batches import FullWindows, WindowAnalysis
 from agent.drift.detectors.season import SlowTrend
 from agent.drift.faults import faults
 from agent.drift.reporting.drift_message import SuiteStatus
-from agent.drift.seen import WindowAnalysis
 from agent.drift.state import Batch, DriftState, DriftWindowResult, fill_window, start_next_window
 from agent.drift.testing import sequence
 from agent.drift.testing.test_suite import DriftTester, SuiteState
@@ -233,7 +232,7 @@ class DriftMonitor:
         if state.site_reference is None or analysis.evidence is None:
             return state, []
         tester, rest = self._get_tester(state.site_reference), slice(first, None)
-        found = quiet.find_quiet_windows(
+        found = batches.find_quiet_windows(
             state,
             tester,
             analysis.indicators.has_indication[rest],

@@ -1,4 +1,4 @@
-"""How finely a sensor tells values apart: sizes of the steps from row to row, counted by powers of two."""
+"""Sensor resolution: sizes of the steps from row to row, counted by powers of two."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ FINEST_SHARE, MIN_COARSER_OCTAVES = (
 
 
 def count_sizes(step: Float64s, zero_steps: Bools) -> Ints:
-    """(W, F, SIZES) by size, first those of 0, of steps (W, n, F) from row to row; NaN has none.
-
-    `still` (W, n, F) says which are 0.
+    """Count steps (W, n, F) from row to row by size (W, F, SIZE_BINS), first those of 0; NaN is left out. `zero_steps`
+    (W, n, F) are 0.
     """
     windows, _, fields = step.shape
     if not step.size:
@@ -37,8 +36,9 @@ def count_sizes(step: Float64s, zero_steps: Bools) -> Ints:
 
 
 class Resolution(msgspec.Struct, frozen=True, eq=False):
-    """What is usual at a site: which size is the `finest` (F,) that is found often, the `sizes` (F, SIZES) that are
-    hardly coarser, and which `share` (F,) of steps these are."""
+    """Resolution at a site: the `finest` common step size (F,), the `sizes` (F, SIZE_BINS) hardly coarser, and their
+    `share` (F,) of all steps.
+    """
 
     finest: Ints
     sizes: Bools
@@ -46,13 +46,14 @@ class Resolution(msgspec.Struct, frozen=True, eq=False):
 
     @classmethod
     def from_steps(cls, steps: Ints) -> Resolution:
-        """Of a site's steps (F, SIZES), by size."""
+        """Derive the resolution from step counts (F, SIZE_BINS)."""
         finest, size = find_finest(steps), np.arange(SIZE_BINS)
         sizes = (size > 0) & (size < (finest + MIN_COARSER_OCTAVES)[:, None])
         return cls(finest, sizes, np.where(sizes, steps, 0).sum(1) / np.maximum(steps.sum(1), 1))
 
 
 def find_finest(steps: Ints) -> Ints:
+    """Return the finest common step size (..., F) of step counts (..., F, SIZE_BINS)."""
     moved = steps[..., 1:]
     enough = FINEST_SHARE * np.maximum(moved.sum(-1, keepdims=True), 1)
     return np.asarray((np.cumsum(moved, axis=-1) >= enough).argmax(-1) + 1)

@@ -1,4 +1,4 @@
-"""From row to row: the steps, runs of one value, and lone jumps, of W drift windows of as many rows at once."""
+"""Steps from row to row, runs of one value, and spikes, of W drift windows with equally many rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RestValues = tuple[tuple[float, ...], ...]  # of each field, values that it may 
 
 
 class Tail(msgspec.Struct, frozen=True, eq=False):
-    """What the next rows need of those before: the last two rows (up to 2, F), and how long each last value has run."""
+    """End of the rows so far: the last two rows (up to 2, F), and how long each last value has run."""
 
     rows: Float64s
     run: Ints
@@ -27,7 +27,7 @@ class Tail(msgspec.Struct, frozen=True, eq=False):
 
 
 class Trace(msgspec.Struct, frozen=True, eq=False, dict=True):
-    """The last `n` of `rows` (W, m, F), which follow on from the others, if any; NaN missing."""
+    """Rows (W, m, F) of which the last `n` are new; the others came before them. NaN is missing."""
 
     rows: Float64s
     step: Float64s  # (W, m - 1, F)
@@ -35,7 +35,7 @@ class Trace(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @classmethod
     def from_rows(cls, rows: Float64s, before: Float64s | None = None) -> Trace:
-        """Of `rows` (W, n, F); where W is 1, those `before` them (up to 2, F) may be known."""
+        """Trace `rows` (W, n, F); if W is 1, up to two rows `before` them (2, F) may be known."""
         joined = rows if before is None or not len(before) else np.concatenate([before[None], rows], axis=1)
         return cls(joined, joined[:, 1:] - joined[:, :-1], rows.shape[1])
 
@@ -46,14 +46,14 @@ class Trace(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @cached_property
     def zero_steps(self) -> Bools:
-        """Which of these are 0."""
+        """(W, n or n - 1, F) True for steps of 0."""
         return np.asarray(self.steps_into == 0)
 
 
 def longest_runs(trace: Trace, run_before: Ints, rest: RestValues) -> tuple[Ints, Ints]:
-    """Longest run of one value, and the run of the last one, (W, F), where the value before has run so long (F,).
+    """Return the longest run of one value and the run of the last value, (W, F) each.
 
-    A value in `rest` has no runs.
+    `run_before` (F,) is how long the value before has run. A rest value has no runs.
     """
     windows, rows, fields = trace.rows.shape
     most, last = np.ones((windows, fields), np.int64), np.ones((windows, fields), np.int64)
@@ -75,7 +75,7 @@ def longest_runs(trace: Trace, run_before: Ints, rest: RestValues) -> tuple[Ints
 
 
 def _find_repeats(trace: Trace, rest: RestValues) -> Ints:
-    """Places among (W, F, m), ascending, of rows that say what the row before said; most say something else."""
+    """Return places among (W, F, m), ascending, of rows that repeat the row before; most rows do not."""
     (_, rows, fields), count = trace.rows.shape, trace.steps_into.shape[1]
     at, field = np.divmod(np.flatnonzero(trace.zero_steps), fields)
     window, at = np.divmod(at, max(1, count))
@@ -87,11 +87,11 @@ def _find_repeats(trace: Trace, rest: RestValues) -> Ints:
 
 
 def count_spikes(trace: Trace, jump: Float64s, span: Float64s | None = None) -> Ints:
-    """(W, F) rows that lie far from both neighbours, which agree.
+    """Count rows (W, F) that lie far from both neighbors while these agree.
 
-    `jump` (F,) is the robust sd of first differences; 0 switches this off. A row's jump is judged once the row after it
-    is there, so the counts are the same however the rows were cut. Where the `span` (W, F) of all values is known,
-    fields without room for a jump are not looked at.
+    `jump` (F,) is the robust sd of first differences; 0 switches the count off. A row is judged once the row after it
+    is there, so the counts do not depend on how the rows were cut. With the `span` (W, F) of all values, fields without
+    room for a spike are skipped.
     """
     out = np.zeros((len(trace.rows), len(jump)), np.int64)
     some = np.flatnonzero((jump > 0) & (True if span is None else ~(span <= SPIKE_SDS * jump).all(0)))
@@ -108,7 +108,7 @@ def count_spikes(trace: Trace, jump: Float64s, span: Float64s | None = None) -> 
 
 
 def count_repeated_rows(trace: Trace, rest: RestValues) -> Ints:
-    """(W,) rows equal to the one before in all fields, unless all of them rest. A missing value equals none."""
+    """Count rows (W,) equal to the row before in all fields, unless all of them rest. A missing value equals none."""
     # Most rows differ in the first field already.
     window, at = np.nonzero(trace.zero_steps[:, :, 0])
     same = trace.zero_steps[window, at].all(1)

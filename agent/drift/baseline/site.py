@@ -1,4 +1,4 @@
-"""What only a site's own reference has: how its windows differ among themselves, and what is usual there."""
+"""Site calibration: what only a site's own reference has."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from agent.drift.detectors.sampling_rate import RateBaseline
 
 
 class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
-    """What only a site's own reference has: how its windows differ among themselves. P pairs of fields.
+    """Calibration of a site: how its windows differ among themselves.
 
-    A site's `test_mean` and `test_sd` are of all tests, in the order of `places`.
+    A site's `test_mean` and `test_sd` cover the T scores of all detectors, in the order of the registry.
     """
 
     class_means: dict[str, Float64s]  # (C, X) by detector; of all classes together where one was too rare
@@ -57,12 +57,12 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
         return Cycle(self.waves, self.rest, self.rest_begins, self.rest_lasts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Which it is, for people."""
+        """Return its number, period and cycles, for people."""
         followed = {"daily": bool(self.waves.any()), "weekly": self.cycle.has_rest_days}
         return {"number": self.number, "learned": list(self.learned)} | followed
 
     def find_invalid(self, task: Task, tests: int) -> list[str]:
-        """Members that are none of a site's reference of so many."""
+        """Return the members that do not fit the task."""
         classes, fields = task.classes, task.fields
         widths = {
             detector.name: (classes, detector.width(task)) for detector in DETECTORS if isinstance(detector, Counter)

@@ -1,9 +1,8 @@
-"""What a site's statistics do in the course of a day and of a week, so that no night and no weekend alarms.
+"""Daily and weekly cycles of a site's statistics, so that no night and no weekend alarms.
 
-Each test's values over the learned windows are fitted with a few waves of a day, by least squares, and with other ones
-on the days of rest: those one or two days in a row, wherever they are in the week and whatever the time zone, that are
-most unlike the others. Either is kept only where it explains a good part of the values; days of rest only where each
-week that was learned says the same.
+Harmonics of a day are fitted to each test's learned values by least squares, and other ones to days of rest: the one or
+two consecutive days, anywhere in the week and in any time zone, that differ most from the others. A cycle is kept only
+if it explains a good part of the values; days of rest only if each learned week agrees.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ MIN_WEEK_AGREEMENT = 0.5  # of the difference that all weeks show together, each
 
 
 class Cycle(msgspec.Struct, frozen=True, eq=False):
-    """Of T tests: what to add to their means. Zeros where there is no cycle."""
+    """Cycle of T tests: what to add to their means. Zeros where there is none."""
 
     waves: Float64s  # (2W, T) of a day
     rest: Float64s  # (1 + 2W, T) a constant and waves, on days of rest
@@ -57,7 +56,7 @@ class Cycle(msgspec.Struct, frozen=True, eq=False):
 
 
 class CycleFit(msgspec.Struct, frozen=True, eq=False):
-    """Of values (K, T): `mean` (T,), the `cycle` around it, and what is `left` (K, T)."""
+    """Fit to values (K, T): `mean` (T,), the `cycle` around it, and `residuals` (K, T)."""
 
     mean: Float64s
     cycle: Cycle
@@ -69,7 +68,7 @@ class CycleFit(msgspec.Struct, frozen=True, eq=False):
 
 
 def can_fit_daily(t: Ints, seasonality: str) -> bool:
-    """Whether windows at `t` (K,) can tell a daily cycle, or are asked to (`strata` hour, week)."""
+    """Return True if windows at `t` (K,) cover enough of the day to fit a daily cycle."""
     if seasonality == "none" or len(t) < 2:
         return False
     days = (int(t.max()) - int(t.min())) / DAY_US
@@ -88,7 +87,7 @@ def can_fit_weekly(t: Ints, seasonality: str) -> bool:
 
 
 def fit(values: Float64s, t: Ints, seasonality: str = "auto") -> CycleFit:
-    """Of tests' values (K, T) of windows in the middle of `t` (K,) epoch µs."""
+    """Fit cycles to tests' values (K, T) of windows at `t` (K,) epoch µs."""
     mean, none = values.mean(0), Cycle.empty(values.shape[1])
     plain = CycleFit(mean, none, values - mean)
     if not can_fit_daily(t, seasonality):
@@ -116,7 +115,7 @@ def _fit_weekly(values: Float64s, t: Ints) -> CycleFit:
 
 
 def _find_rest_days(values: Float64s, t: Ints) -> tuple[int, int]:
-    """When in the week they begin and how long they last, µs."""
+    """Return when in the week they begin and how long they last, µs."""
     scale = np.maximum(values.std(0), 1e-12)
     apart = (values - values.mean(0)) / scale
     best, found = -1.0, (0, 0)
@@ -134,7 +133,7 @@ def _find_rest_days(values: Float64s, t: Ints) -> tuple[int, int]:
 
 
 def _weeks_agree(values: Float64s, t: Ints, resting: Bools, begins: int) -> Bools:
-    """(T,) whether each week's days of rest are off to the same side, by a good part of what all are."""
+    """(T,) True if each week's days of rest deviate to the same side, by a good part of the overall deviation."""
     week = (t - begins) // WEEK_US
     usual = values[~resting].mean(0) if (~resting).any() else values.mean(0)
     all_weeks = values[resting].mean(0) - usual
@@ -147,7 +146,7 @@ def _weeks_agree(values: Float64s, t: Ints, resting: Bools, begins: int) -> Bool
 
 
 def _select_better_fit(new: CycleFit, old: CycleFit, values: Float64s) -> CycleFit:
-    """Test by test the new one, where it explains enough of what the old one leaves."""
+    """Choose the new fit test by test, where it explains enough of what the old one leaves."""
     spread = np.maximum((old.residuals**2).mean(0), 1e-24)
     chosen = 1 - (new.residuals**2).mean(0) / spread > MIN_EXPLAINED_SHARE
     cycle = Cycle(
@@ -159,7 +158,7 @@ def _select_better_fit(new: CycleFit, old: CycleFit, values: Float64s) -> CycleF
 
 
 def _fit_least_squares(design: Float64s, values: Float64s) -> tuple[Float64s, Float64s]:
-    """Coefficients (n, T), and what each window differs from a fit without it (K, T)."""
+    """Return coefficients (n, T), and each window's residual from a fit without it (K, T)."""
     middle = median(values)
     reach = OUTLIER_SDS * 1.4826 * median(np.abs(values - middle)) + 1e-12
     drawn = np.clip(values, middle - reach, middle + reach)
@@ -178,11 +177,11 @@ def _add_intercept(columns: Float64s) -> Float64s:
 
 
 def compute_harmonics(t: Ints) -> Float64s:
-    """(n, 2W) of times (n,) epoch µs."""
+    """(n, 2 HARMONICS) at times (n,) epoch µs."""
     phase = 2 * np.pi * (np.asarray(t)[:, None] % DAY_US) / DAY_US * np.arange(1, HARMONICS + 1)
     return np.concatenate([np.cos(phase), np.sin(phase)], axis=1)
 
 
 def count_hours(t: Ints) -> Ints:
-    """(24,) how many windows were in each hour of the day, UTC."""
+    """(24,) windows in each hour of the day, UTC."""
     return np.bincount(np.asarray(t) // HOUR_US % 24, minlength=24)

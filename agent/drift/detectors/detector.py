@@ -89,7 +89,7 @@ class Learned(msgspec.Struct, frozen=True):
 
 
 class Baseline(msgspec.Struct, frozen=True):
-    """What is usual at a site: statistics of its classes, its own numbers of this detector, mean values of its tests."""
+    """Baseline of one detector at a site: class statistics, its own learned numbers, and its tests' mean values."""
 
     class_n: Ints  # (C, D)
     class_mean: Float64s

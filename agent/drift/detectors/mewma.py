@@ -1,8 +1,7 @@
-"""Whether many small shifts add up to one: exponentially weighted means of a kind's scores, and their squares' sum.
+"""MEWMA chart: many small shifts that add up, by exponentially weighted means of scores and the sum of their squares.
 
-A field that shifts by half a window's sd is found late by its own sum, four of them together soon. Scores hang
-together, so the limit is a quantile of a weighted sum of chi-squares; and it lies above what the learned windows
-reached in their order.
+A field that shifts by half a window's sd is found late by its own CUSUM; four of them together are found soon. Scores
+correlate, so the limit is a quantile of a weighted sum of chi-squares, and lies above what the learned windows reached.
 
 Sources: Lowry, Woodall, Champ & Rigdon (1992), A multivariate exponentially weighted moving average control chart,
 Technometrics 34. Buckley & Eagleson (1988), An approximation to the distribution of quadratic forms in normal random
@@ -28,11 +27,13 @@ WINDOWS_PER_ALARM = 2.5  # windows beyond the limit, of every alarm by chance: o
 
 
 class Mewma(msgspec.Struct, frozen=True, eq=False):
-    """Of S scores: their weighted `mean`, and what is known since it last changed its sign.
+    """Weighted `mean` of S scores, and the period since each last changed its sign.
 
-    That is when a change began, as far as it can tell: so many `windows`, the sum of their effects, and `since` (epoch
-    µs). Source: Nishina (1992), A comparison of control charts from the viewpoint of
-    change-point estimation, Quality and Reliability Engineering International 8.
+    That is the best estimate of when a change began: so many `windows`, the sum of their effects, and `since` (epoch
+    µs).
+
+    Source: Nishina (1992), A comparison of control charts from the viewpoint of change-point estimation, Quality and
+    Reliability Engineering International 8.
     """
 
     mean: Float64s
@@ -46,11 +47,11 @@ class Mewma(msgspec.Struct, frozen=True, eq=False):
         return cls(np.zeros(scores), whole, np.zeros(scores), whole)
 
     def update(self, z: Float64s, effect: Float64s, t: int) -> Mewma:
-        """After one more window, begun at `t`, with scores `z` (S,), NaN where there was nothing to test."""
+        """Add a window that began at `t`, with scores `z` (S,), NaN where there was nothing to test."""
         return self.run_windows(z[None], effect[None], np.array([t])).state_after(1)
 
     def run_windows(self, z: Float64s, effects: Float64s, t: Ints) -> MewmaSequence:
-        """Over W windows in a row, begun at `t` (W,), with scores and effects (W, S)."""
+        """Run over W consecutive windows that began at `t` (W,), with scores and effects (W, S)."""
         told, drawn = np.isfinite(z), np.minimum(np.maximum(z, -CLIP), CLIP)
         every, means, mean = bool(told.all()), np.empty_like(drawn), self.mean
         for after, one, known in zip(means, drawn, told, strict=True):
@@ -64,11 +65,11 @@ class Mewma(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def statistic(self) -> float:
-        """Of the means beyond the slack, the sum."""
+        """Sum of squares of the means beyond the slack."""
         return _statistics(self.mean[None])[0]
 
     def reset_except(self, scores: Bools) -> Mewma:
-        """With all but the scores `which` (S,) begun anew."""
+        """Reset all scores but these (S,)."""
         return Mewma(*(np.where(scores, part, part.dtype.type(0)) for part in self._arrays()))
 
     def _arrays(self) -> tuple[Float64s, Ints, Float64s, Ints]:
@@ -76,7 +77,7 @@ class Mewma(msgspec.Struct, frozen=True, eq=False):
 
 
 class MewmaSequence(msgspec.Struct, frozen=True, eq=False, dict=True):
-    """Means over W windows in a row."""
+    """Means over W consecutive windows."""
 
     before: Mewma
     tested: Bools  # (W, S)
@@ -86,11 +87,11 @@ class MewmaSequence(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @cached_property
     def statistics(self) -> list[float]:
-        """After each of them: see `Together.square`."""
+        """Statistic after each window; see `Mewma.statistic`."""
         return _statistics(self.means)
 
     def state_after(self, count: int) -> Mewma:
-        """After so many of them."""
+        """Return the state after `count` windows."""
         before, told = self.before, self.tested[:count]
         windows, total, since, was = before.windows, before.effect, before.since, before.mean > 0
         effects = np.where(told, self.effects[:count], 0.0)
@@ -108,9 +109,9 @@ def _statistics(means: Float64s) -> list[float]:
 
 
 def fit_limit(scores: Float64s, autocorrelation: float, budget: float) -> float:
-    """Of the squares' sum, from scores (K, S) of learned windows in their order; `allotted` false alarms per window.
+    """Return the limit of the statistic, from scores (K, S) of learned windows in their order.
 
-    Neighbouring windows are `alike` by that correlation.
+    `autocorrelation` is how alike neighboring windows are; `budget` the false alarms per window.
     """
     windows, count = scores.shape
     if not count or windows < 4:
@@ -129,7 +130,7 @@ def fit_limit(scores: Float64s, autocorrelation: float, budget: float) -> float:
 
 
 def _eigenvalues(scores: Float64s) -> Float64s:
-    """Of the scores' correlations, drawn together by what K windows show of them by chance."""
+    """Return the eigenvalues of the scores' correlations, shrunk by what K windows show by chance."""
     windows, count = scores.shape
     unit = scores / np.maximum(np.sqrt((scores**2).sum(0)), 1e-12)
     alike = unit.T @ unit
@@ -142,8 +143,10 @@ def _eigenvalues(scores: Float64s) -> Float64s:
 
 
 def _quadratic_form_quantile(weights: Float64s, sd: float, share: float) -> float:
-    """What the sum of squares beyond the slack exceeds in that share, of normal numbers with this sd whose correlations
-    have these eigenvalues."""
+    """Return what the sum of squares beyond the slack exceeds in a share of windows.
+
+    It is the quantile for normal numbers with this sd, whose correlations have these eigenvalues.
+    """
     at = np.linspace(-8, 8, 1601)
     likely = np.exp(-(at**2) / 2)
     likely /= likely.sum()

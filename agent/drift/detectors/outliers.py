@@ -1,4 +1,4 @@
-"""How a test varies over the drift windows that a reference is made from, whatever odd windows are among them."""
+"""Outliers among learned windows: how a test varies over them, whatever odd windows are among them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEP_STANDARD_ERRORS, STEP_VARIANCE_SHARE = (
 
 
 def winsorize(values: Float64s, center: Float64s, min_sd: Float64s | float) -> tuple[Float64s, Float64s]:
-    """Mean, and what is left of values (K, T), with odd windows drawn in: a few spoil nothing, many are how it is."""
+    """Return mean and residuals of values (K, T), with odd windows drawn in: a few spoil nothing, many are normal."""
     reach = OUTLIER_SDS * np.maximum(1.4826 * median(np.abs(values - center)), min_sd)
     within = np.clip(values, center - reach, center + reach)
     mean = within.mean(0)
@@ -27,7 +27,7 @@ def winsorize(values: Float64s, center: Float64s, min_sd: Float64s | float) -> t
 
 
 def calibrate(values: Float64s, fields: tuple[str, ...]) -> tuple[Float64s, Float64s]:
-    """Mean and sd of each test over drift windows (K, 2F). Raises BadBundle."""
+    """Return mean and sd of each test over drift windows (K, 2F). Raises BadBundle."""
     middle = median(values)
     scale = np.maximum(1.4826 * median(np.abs(values - middle)), MIN_SD)
     plain = np.abs(values - middle) <= OUTLIER_SDS * scale
@@ -46,7 +46,7 @@ def calibrate(values: Float64s, fields: tuple[str, ...]) -> tuple[Float64s, Floa
 
 
 def detect_step_change(values: Float64s, fields: tuple[str, ...]) -> list[str]:
-    """A warning where one step explains most of what a test did while it was learned (K, 2F)."""
+    """Return a warning if one step explains most of what a test did while it was learned (K, 2F)."""
     windows = len(values)
     before = np.arange(1, windows)[:, None]
     total = np.cumsum(values, axis=0)

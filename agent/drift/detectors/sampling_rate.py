@@ -35,7 +35,7 @@ MIN_WINDOWS = 20  # learned windows
 
 
 class RateHistory(msgspec.Struct, frozen=True, eq=False):
-    """Of K drift windows, and of m classes that occurred in one of them."""
+    """Learned windows: K drift windows, and m entries, one per class that occurred in a window."""
 
     windows: Float64s  # (K, 2 + F) mean step in µs (NaN: not known); shares of rows repeated, of each field's missing
     t: Ints  # (K,) middle of each, epoch µs
@@ -66,13 +66,13 @@ class RateHistory(msgspec.Struct, frozen=True, eq=False):
         )
 
     def thin(self) -> RateHistory:
-        """Every other one."""
+        """Drop every other window."""
         some = self.window % 2 == 0
         entries = {name: getattr(self, name)[some] for name in ("label", "n", "level", "slope")}
         return replace(self, windows=self.windows[::2], t=self.t[::2], window=self.window[some] // 2, **entries)
 
     def variograms(self, classes: int) -> Variograms:
-        """Per drift window, class and field, (K, C, F)."""
+        """(K, C, F) per drift window, class and field."""
         out = np.zeros((3, len(self.t), classes, self.n.shape[1]))
         for one, entries in zip(out, (self.n, self.level, self.slope), strict=True):
             one[self.window, self.label] = entries
@@ -84,7 +84,7 @@ def _append(before: np.ndarray, more: Float64s, dtype: type) -> np.ndarray:
 
 
 class RateBaseline(msgspec.Struct, frozen=True, eq=False):
-    """What is usual at a site."""
+    """Sampling rate and speed of signals that are usual at a site."""
 
     step_us: float  # 0: readings come irregularly
     step_off: float  # logarithm of how far a window's mean step may be off
@@ -98,7 +98,7 @@ class RateBaseline(msgspec.Struct, frozen=True, eq=False):
     cycle: daily_cycle.Cycle  # of the speed
 
     def is_valid(self, classes: int, fields: int) -> bool:
-        """Whether it is of so many classes and fields, and holds together."""
+        """Return True if it has the shapes of so many classes and fields, and its numbers are finite."""
         cycle = self.cycle
         shapes = [one.shape for one in (self.missing, self.level, self.slope, self.weight, cycle.waves, cycle.rest)]
         paced = len(self.slope)
@@ -118,8 +118,10 @@ class RateBaseline(msgspec.Struct, frozen=True, eq=False):
         )
 
     def score_speeds(self, variogram_sums: Ints, t: Ints, learned: int) -> tuple[Float64s, Float64s]:
-        """Scores (W,) of the speeds of stacked windows in the middle of `t` (W,) epoch µs, and their logarithms; NaN:
-        nothing tells. `learned` windows told what is usual."""
+        """Return scores (W,) of the speeds of stacked windows at `t` (W,) epoch µs, and their logarithms.
+
+        NaN if unknown. `learned` is the number of windows that the baseline was learned from.
+        """
         if self.speed_sd <= 0:
             unknown = np.full(len(t), math.nan)
             return unknown, unknown
@@ -130,7 +132,7 @@ class RateBaseline(msgspec.Struct, frozen=True, eq=False):
 
 
 def learn_baseline(history: RateHistory, classes: int, window_rows: int, seasonality: str) -> RateBaseline | None:
-    """None where too few windows were gathered, as in a state that an older version saved."""
+    """Learn from gathered windows; None if there are too few."""
     if len(history.t) < MIN_WINDOWS:
         return None
     found = history.variograms(classes)
@@ -167,7 +169,7 @@ def learn_baseline(history: RateHistory, classes: int, window_rows: int, seasona
 
 
 def speed_cusum_limit(windows: int, stretch_factor: float) -> float:
-    """Of the sums of the speed's scores."""
+    """Return the CUSUM limit of the speed."""
     return (
         false_alarm_budget.cusum_limit(1, windows, false_alarm_budget.FIELD_SLACK, false_alarm_budget.SPEED_BUDGET)
         * stretch_factor
@@ -175,7 +177,7 @@ def speed_cusum_limit(windows: int, stretch_factor: float) -> float:
 
 
 def _fit_step(steps: Float64s) -> tuple[float, float]:
-    """The usual one, and the logarithm of how far one may be off; 0 where there is none."""
+    """Return the usual interval, and the logarithm of its tolerance; 0 if there is none."""
     told = np.log(steps[~np.isnan(steps)])
     if len(told) < MIN_WINDOWS:
         return 0.0, 0.0
@@ -190,7 +192,7 @@ def _fit_step(steps: Float64s) -> tuple[float, float]:
 
 
 def detect_fault(step_us: float, repeated: float, baseline: RateBaseline) -> str:
-    """rate, repeated or nothing, of a window's mean step and its share of repeated rows."""
+    """Return "rate", "repeated" or "" for a window's mean interval and its share of repeated rows."""
     if baseline.step_us and step_us > 0 and abs(math.log(step_us / baseline.step_us)) > baseline.step_off:
         return "rate"
     if repeated > max(baseline.repeated + REPEATED_MARGIN, REPEATED_FACTOR * baseline.repeated):
