@@ -1,4 +1,6 @@
-"""Drift windows that a batch holds from their first row to their last, all of one size: summarized at once."""
+"""Batches of drift windows: windows that a batch holds whole are summarized, analyzed and, while quiet, tested
+together.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,10 @@ class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
     def summarize(
         self, shipped: Reference, batch: Batch, first: int, assign_classes: Callable[[WindowStatistics, Ints], Ints]
     ) -> FullWindows:
-        """Summarized. `first` is the number of the first model window; `classes` tells of what was found in model
-        windows, and of those that were named, with which they are compared."""
+        """Summarize them; `first` is the number of the first model window.
+
+        `assign_classes` maps statistics of model windows and the named classes to the classes they are compared with.
+        """
         each = max(1, MAX_VALUES_PER_PASS // (self.n * batch.features.shape[1]))
         parts = [
             self._summarize_part(shipped, batch, first, slice(at, min(at + each, self.windows)), assign_classes)
@@ -81,7 +85,7 @@ class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
         )
 
     def _gather_rows(self, values: Float64s, begin: Ints) -> Float64s:
-        """(W, n, F)"""
+        """Return the rows (W, n, F)."""
         windows, fields = len(begin), values.shape[1]
         if (begin[1:] - begin[:-1] == self.n).all():
             # One after another, as they are where readings come without a pause: no copy.
@@ -90,7 +94,7 @@ class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
 
 
 class FullWindows(msgspec.Struct, frozen=True, eq=False, dict=True):
-    """W drift windows in a row that are full."""
+    """W consecutive drift windows that are full."""
 
     summaries: Summary
     rows: list[tuple[int, int]]  # of each the first and the last one
@@ -99,11 +103,11 @@ class FullWindows(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @classmethod
     def from_state(cls, state: DriftState, end: int) -> FullWindows:
-        """The open one of `state`."""
+        """Return the open window of `state`."""
         return cls(summary.stack_one(state.open_summary), [state.rows], [state.t], [end])
 
     def extend(self, more: FullWindows) -> FullWindows:
-        """Followed by others."""
+        """Append others."""
         stack = summary.concatenate([self.summaries, more.summaries])
         return FullWindows(stack, self.rows + more.rows, self.t + more.t, self.ends + more.ends)
 
@@ -113,16 +117,16 @@ class FullWindows(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @cached_property
     def start_times(self) -> Ints:
-        """(W,)"""
+        """(W,) begin of each, epoch µs."""
         return np.array([begin for begin, _ in self.t])
 
     @property
     def midpoints(self) -> Ints:
-        """(W,) of their times."""
+        """(W,) middle of each, epoch µs."""
         return np.array([sum(both) // 2 for both in self.t])
 
     def open_window(self, state: DriftState, number: int) -> DriftState:
-        """`state`, which is that after the window before, with window `number` as the open one."""
+        """Return `state`, which is that after the window before, with window `number` as the open one."""
         rows, index = self.rows[number], state.index + 1 if number else state.index
         seen = max(state.last_counted_row, rows[1])
         return replace(
@@ -138,8 +142,10 @@ class FullWindows(msgspec.Struct, frozen=True, eq=False, dict=True):
 def find_complete_windows(
     shipped: Reference, batch: Batch, first: int, window: int, last_counted_row: int
 ) -> CompleteWindows | None:
-    """Drift windows of `window` model windows, from number `first` on, of rows that were not `seen`; None where the
-    next one ends later, has gaps or is too large."""
+    """Find drift windows of `window` model windows, from model window `first` on, of rows not counted before.
+
+    None if the next one ends later, has gaps or is too large.
+    """
     most = max(1, MAX_FIELDS_PER_PASS // batch.features.shape[1])
     count = min((len(batch.starts) - first) // window, most)
     if count == 0:
@@ -164,7 +170,7 @@ def max_rows_per_pass(batch: Batch) -> int:
 
 
 class WindowAnalysis(msgspec.Struct, frozen=True):
-    """Of W drift windows."""
+    """Analysis of W drift windows, which does not depend on earlier windows."""
 
     summaries: Summary
     features: list[dict[str, Any]]
@@ -178,7 +184,7 @@ class WindowAnalysis(msgspec.Struct, frozen=True):
     def from_summaries(
         cls, summaries: Summary, midpoints: Ints, shipped: Reference, tester: DriftTester | None, min_bin_rows: int
     ) -> WindowAnalysis:
-        """Of stacked summaries in the `middle` of times (W,), epoch µs; `tester` is that of the site's reference."""
+        """Analyze stacked summaries in the middle of times (W,), epoch µs; `tester` is that of the site's reference."""
         return cls(
             summaries,
             drift_message.build_features(summaries, shipped, min_bin_rows),
@@ -197,7 +203,7 @@ class WindowAnalysis(msgspec.Struct, frozen=True):
         speed_sums: Float64s,
         tester: DriftTester | None,
     ) -> list[dict[str, Any]]:
-        """The members of these windows' messages: see `describe.with_states` and `watch.with_rate`."""
+        """Build the members of these windows' messages."""
         numbers = [
             {"features": features, "output": output, "estimate": accuracy}
             for features, output, accuracy in zip(
@@ -214,7 +220,7 @@ class WindowAnalysis(msgspec.Struct, frozen=True):
 
 
 class QuietWindows(msgspec.Struct, frozen=True, eq=False):
-    """The next W drift windows: what is remembered after the last, and sums after each."""
+    """W drift windows in which nothing happens: the state after the last, and sums after each."""
 
     suite: SuiteState
     slow_trend: SlowTrend
@@ -235,8 +241,10 @@ def find_quiet_windows(
     evidence: Evidence,
     t: Ints,
 ) -> QuietWindows | None:
-    """Of W windows, begun at `t` (W,), those before the first that has `signs` (W,) of a fault or raises anything; None
-    where that is the first one, or something is open."""
+    """Return the windows before the first that may have a fault or raises an alert; None if that is the first one.
+
+    `signs` (W,) say which may have a fault; they began at `t` (W,). None also while an alert is open.
+    """
     is_open = state.faulty.any() or state.misread.any() or state.rate_watch.open_fault or state.rate_watch.drifting
     if is_open or state.suite.open_subjects.any():
         return None

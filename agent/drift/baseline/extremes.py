@@ -25,18 +25,18 @@ class Extremes(msgspec.Struct, frozen=True, eq=False):
 
     @classmethod
     def from_sorted(cls, ordered: np.ndarray, count: Ints) -> Extremes:
-        """Find the extremes of columns (..., F, n) in ascending order; the first `count` (..., F) entries are values."""
-        columns, held = ordered.reshape(count.size, ordered.shape[-1]), count.ravel()
-        ends = _end_values(columns, held).astype(np.float64)
+        """Find the extremes of ascending columns (..., F, n), whose first `count` (..., F) entries are values."""
+        columns, lengths = ordered.reshape(count.size, ordered.shape[-1]), count.ravel()
+        ends = _end_values(columns, lengths).astype(np.float64)
         first, second, third = ends[..., 0], ends[..., 1], ends[..., 2]
         rows = np.ones((len(columns), 2, 2), np.int64)
-        # In most columns each of them is there once.
-        several = (first == second) | (second == third) | (held < 3)[:, None]
+        # In most columns each occurs once.
+        several = (first == second) | (second == third) | (lengths < 3)[:, None]
         for side in (LOW, HIGH):
-            some = np.flatnonzero(several[:, side])
-            if len(some):
-                ends[some, side, :2], rows[some, side] = _count_outermost(
-                    columns[some], held[some], first[some, side], side
+            columns_left = np.flatnonzero(several[:, side])
+            if len(columns_left):
+                ends[columns_left, side, :2], rows[columns_left, side] = _count_outermost(
+                    columns[columns_left], lengths[columns_left], first[columns_left, side], side
                 )
         values = ends[..., :2]
         values[:, LOW] *= -1
@@ -67,7 +67,7 @@ class Extremes(msgspec.Struct, frozen=True, eq=False):
 
 
 def _end_values(ordered: np.ndarray, count: Ints) -> np.ndarray:
-    """Return the first three values of each column and the last three backwards (n, 2, 3); any where there are fewer."""
+    """Return the first three values of each column and the last three backwards (n, 2, 3); any if there are fewer."""
     rows = ordered.shape[1]
     if rows >= 3 and (count == rows).all():
         return ordered[:, np.array([[0, 1, 2], [-1, -2, -3]])]
@@ -84,9 +84,9 @@ def _count_outermost(ordered: np.ndarray, count: Ints, value: Float64s, side: in
     if not ordered.shape[1]:
         return np.full((len(ordered), 2), np.nan), np.zeros((len(ordered), 2), np.int64)
     value = np.where(count > 0, value, np.nan)
-    held = (ordered == value[:, None]).sum(1)
-    another = count > held
-    at = np.where(another, last - held if side == HIGH else held, 0)
-    following = np.where(another, ordered[columns, at].astype(np.float64), np.nan)
-    rows = np.stack([held, (ordered == following[:, None]).sum(1)], axis=1)
+    occurrences = (ordered == value[:, None]).sum(1)
+    another = count > occurrences
+    place = np.where(another, last - occurrences if side == HIGH else occurrences, 0)
+    following = np.where(another, ordered[columns, place].astype(np.float64), np.nan)
+    rows = np.stack([occurrences, (ordered == following[:, None]).sum(1)], axis=1)
     return np.stack([value, following], axis=1), rows

@@ -28,7 +28,7 @@ from agent.errors import BadBundle
 VERSION = 1
 BINS = 32  # quantile bins; `counts` has two more: below the first, above the last
 MIN_WINDOWS, RECOMMENDED_WINDOWS = 20, 40  # drift windows: refused below the first, warned below the second
-SCORE_CLIP = 1000.0  # spreads: an answer further away says no more
+SCORE_CLIP = 1000.0  # in spreads of the reference
 REST_SHARE = 0.2  # a value in more than this share of rows is a rest value and may repeat
 
 
@@ -55,25 +55,25 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
     mean: Float64s
     m2: Float64s
     longest: Ints  # longest run of one value, rest values excepted
-    jump: Float64s  # robust sd of first differences; 0: not known
+    jump: Float64s  # robust sd of first differences; 0 if unknown
     rest: tuple[tuple[float, ...], ...]
     # model windows
-    origin: Float64s  # (D,) what sums are measured from
-    floor: Float64s  # (F,) least variance that a logarithm is taken of
+    origin: Float64s  # (D,) origin of sums
+    floor: Float64s  # (F,) least variance before its logarithm
     class_n: Ints  # (C, D)
     class_mean: Float64s
     class_sd: Float64s
     # drift windows
     test_mean: Float64s  # (2F,)
     test_sd: Float64s
-    # answers
+    # predictions
     output: Ints  # (C,)
     score_edges: Float64s  # (31,), or empty without scores
-    score_n: Ints  # (32,) answers
-    score_correct: Ints | None  # (32,) how many of them were right, when that was known
+    score_n: Ints  # (32,) predictions
+    score_correct: Ints | None  # (32,) how many of them were right, if known
     site: SiteCalibration | None = None
-    modes: int = 0  # classes of a model without labels, where a field of the stream names them
-    known_as: str = ""  # digest of the shipped one that this is with modes: bins and limits are the same
+    modes: int = 0  # classes of a model without labels, if a field of the stream names them
+    known_as: str = ""  # digest of the same reference without modes: bins and limits are equal
 
     @property
     def windowed(self) -> bool:
@@ -179,8 +179,8 @@ def draft_reference(
     quantiles = np.arange(1, BINS) / BINS
     mean, variance = np.nanmean(rows, axis=0), np.nanvar(rows, axis=0)
     floor = np.maximum(1e-4 * variance, 1e-12 * (np.abs(mean) + 1e-6) ** 2)
-    found = window_statistics.compute_statistics(rows, starts, window_rows, floor).values
-    _reject_empty(found[:, : len(fields)], fields)
+    statistics = window_statistics.compute_statistics(rows, starts, window_rows, floor).values
+    _reject_empty(statistics[:, : len(fields)], fields)
     count = len(fields)
     classes, tests = max(1, len(labels)), 2 * count
     rest = tuple(_rest_values(column) for column in rows.T)
@@ -206,11 +206,11 @@ def draft_reference(
         longest=longest[0],
         jump=jump,
         rest=rest,
-        origin=np.nanmean(found, axis=0),
+        origin=np.nanmean(statistics, axis=0),
         floor=floor,
-        class_n=np.zeros((classes, found.shape[1]), np.int64),
-        class_mean=np.zeros((classes, found.shape[1])),
-        class_sd=np.ones((classes, found.shape[1])),
+        class_n=np.zeros((classes, statistics.shape[1]), np.int64),
+        class_mean=np.zeros((classes, statistics.shape[1])),
+        class_sd=np.ones((classes, statistics.shape[1])),
         test_mean=np.zeros(tests),
         test_sd=np.ones(tests),
         output=np.zeros(classes, np.int64),

@@ -7,11 +7,9 @@ import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
 
-SIZE_BINS, MIN_EXPONENT = 64, -40  # sizes below 2**-40 and from 2**23 on are counted to the outermost
-FINEST_SHARE, MIN_COARSER_OCTAVES = (
-    0.05,
-    2,
-)  # share of steps that the finest usual size is found by; powers of two that are too coarse
+SIZE_BINS, MIN_EXPONENT = 64, -40  # sizes below 2**-40 and from 2**23 on count to the outermost
+FINEST_SHARE = 0.05  # of steps: the finest size that so many reach
+MIN_COARSER_OCTAVES = 2  # powers of two that are too coarse
 
 
 def count_sizes(step: Float64s, zero_steps: Bools) -> Ints:
@@ -21,7 +19,7 @@ def count_sizes(step: Float64s, zero_steps: Bools) -> Ints:
     windows, _, fields = step.shape
     if not step.size:
         return np.zeros((windows, fields, SIZE_BINS), np.int64)
-    # The exponent as it stands in a float64, below which all bits are the fraction's: several times as fast as frexp.
+    # The exponent bits of a float64 stand above its fraction: several times as fast as frexp.
     size = (np.ascontiguousarray(step, np.float64).view(np.int64) >> 52).astype(np.intp, copy=False)
     size &= 0x7FF
     size -= 1022 + MIN_EXPONENT
@@ -30,9 +28,9 @@ def count_sizes(step: Float64s, zero_steps: Bools) -> Ints:
     if zero_steps.any():
         size[zero_steps] = 0
     size += SIZE_BINS * np.arange(windows * fields).reshape(windows, 1, fields)
-    told = ~np.isnan(step)
-    found = size.ravel() if told.all() else size[told]
-    return np.bincount(found, minlength=windows * fields * SIZE_BINS).reshape(windows, fields, SIZE_BINS)
+    known = ~np.isnan(step)
+    cells = size.ravel() if known.all() else size[known]
+    return np.bincount(cells, minlength=windows * fields * SIZE_BINS).reshape(windows, fields, SIZE_BINS)
 
 
 class Resolution(msgspec.Struct, frozen=True, eq=False):

@@ -16,7 +16,7 @@ from agent.drift.detectors.detector import ClassifiedWindows
 from agent.drift.detectors.registry import COUNTERS
 from agent.drift.numeric.sums import Groups
 
-OUTSIDE_MARGIN = 0.5  # of the span of the reference, beyond which rows are far outside its limits
+OUTSIDE_MARGIN = 0.5  # of the reference's span: rows further beyond its limits are far outside
 
 
 class RowCounts(msgspec.Struct, frozen=True, eq=False):

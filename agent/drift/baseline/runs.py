@@ -11,7 +11,7 @@ from agent.arrays import Bools, Float64s, Ints
 
 SPIKE_SDS, NEIGHBOUR_SDS = 10.0, 5.0  # robust sd of first differences
 
-RestValues = tuple[tuple[float, ...], ...]  # of each field, values that it may hold for long
+RestValues = tuple[tuple[float, ...], ...]  # values that each field may hold for long
 
 
 class Tail(msgspec.Struct, frozen=True, eq=False):
@@ -56,33 +56,33 @@ def longest_runs(trace: Trace, run_before: Ints, rest: RestValues) -> tuple[Ints
     `run_before` (F,) is how long the value before has run. A rest value has no runs.
     """
     windows, rows, fields = trace.rows.shape
-    most, last = np.ones((windows, fields), np.int64), np.ones((windows, fields), np.int64)
+    longest, last = np.ones((windows, fields), np.int64), np.ones((windows, fields), np.int64)
     place = _find_repeats(trace, rest)
     if not len(place):
-        return most, last
+        return longest, last
     count = trace.steps_into.shape[1]
     begins = np.flatnonzero(np.diff(place, prepend=-2) != 1)
     ends = np.append(begins[1:], len(place)) - 1
     column, at = np.divmod(place[begins], rows)
-    of = np.divmod(column, fields)
-    # The first row of a run is not counted yet; of one that goes on from the rows before, they are.
-    earlier = np.where((at == 0) & (trace.n < rows), run_before[of[1]], 1)
+    owner = np.divmod(column, fields)
+    # The first row of a run is not counted yet, unless the run goes on from the rows before.
+    earlier = np.where((at == 0) & (trace.n < rows), run_before[owner[1]], 1)
     length = ends - begins + 1 + earlier
-    np.maximum.at(most, of, length)
+    np.maximum.at(longest, owner, length)
     open_end = place[ends] % rows == count - 1
-    last[of[0][open_end], of[1][open_end]] = length[open_end]
-    return most, last
+    last[owner[0][open_end], owner[1][open_end]] = length[open_end]
+    return longest, last
 
 
 def _find_repeats(trace: Trace, rest: RestValues) -> Ints:
     """Return places among (W, F, m), ascending, of rows that repeat the row before; most rows do not."""
     (_, rows, fields), count = trace.rows.shape, trace.steps_into.shape[1]
-    at, field = np.divmod(np.flatnonzero(trace.zero_steps), fields)
-    window, at = np.divmod(at, max(1, count))
-    place = (window * fields + field) * rows + at
-    for one in (one for one, values in enumerate(rest) if values):
-        goes_on = (field != one) | ~np.isin(trace.rows[window, at + rows - count, field], rest[one])
-        window, field, at, place = window[goes_on], field[goes_on], at[goes_on], place[goes_on]
+    row, field = np.divmod(np.flatnonzero(trace.zero_steps), fields)
+    window, row = np.divmod(row, max(1, count))
+    place = (window * fields + field) * rows + row
+    for resting in (resting for resting, values in enumerate(rest) if values):
+        goes_on = (field != resting) | ~np.isin(trace.rows[window, row + rows - count, field], rest[resting])
+        window, field, row, place = window[goes_on], field[goes_on], row[goes_on], place[goes_on]
     return np.sort(place)
 
 
@@ -94,16 +94,16 @@ def count_spikes(trace: Trace, jump: Float64s, span: Float64s | None = None) -> 
     room for a spike are skipped.
     """
     out = np.zeros((len(trace.rows), len(jump)), np.int64)
-    some = np.flatnonzero((jump > 0) & (True if span is None else ~(span <= SPIKE_SDS * jump).all(0)))
-    if not len(some):
+    fields = np.flatnonzero((jump > 0) & (True if span is None else ~(span <= SPIKE_SDS * jump).all(0)))
+    if not len(fields):
         return out
-    step, limit = trace.step[:, :, some], jump[some]
+    step, limit = trace.step[:, :, fields], jump[fields]
     far = np.abs(step) > SPIKE_SDS * limit
     lone = far[:, 1:] & far[:, :-1]
     if lone.any():
-        rows = trace.rows[:, :, some]
+        rows = trace.rows[:, :, fields]
         lone &= np.abs(rows[:, 2:] - rows[:, :-2]) <= NEIGHBOUR_SDS * limit
-        out[:, some] = lone.sum(1)
+        out[:, fields] = lone.sum(1)
     return out
 
 

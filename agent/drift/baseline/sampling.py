@@ -12,7 +12,7 @@ import numpy as np
 from agent.arrays import Float64s, Ints
 
 OCTAVES = 48  # of µs: up to nine years
-MIN_STEPS = 10  # steps that tell a mean
+MIN_STEPS = 10  # for a mean
 
 
 class SamplingIntervals(msgspec.Struct, frozen=True, eq=False):
@@ -33,19 +33,19 @@ class SamplingIntervals(msgspec.Struct, frozen=True, eq=False):
         if size:
             least, most = _octave(spans_us.min(-1), steps_per_span), _octave(spans_us.max(-1), steps_per_span)
             if (least == most).all() and (least >= 0).all() and (most < OCTAVES).all():
-                # As steps are where a clock is steady.
+                # Where the clock is steady, all are in one octave.
                 here = np.arange(OCTAVES) == least[..., None]
                 return self._add(
                     np.where(here, size * steps_per_span, 0), np.where(here, spans_us.sum(-1)[..., None], 0)
                 )
         octave = _octave(spans_us, steps_per_span)
-        some = (octave >= 0) & (octave < OCTAVES)
+        counted = (octave >= 0) & (octave < OCTAVES)
         windows = int(np.prod(spans_us.shape[:-1]))
-        place = (octave + OCTAVES * np.arange(windows).reshape(*spans_us.shape[:-1], 1))[some]
+        place = (octave + OCTAVES * np.arange(windows).reshape(*spans_us.shape[:-1], 1))[counted]
         steps = np.bincount(place, minlength=windows * OCTAVES) * steps_per_span
-        # Not by bincount, too: its sums are floats, which a year in µs is too much for.
+        # Not by bincount: its sums are floats, too small for a year in µs.
         total = np.zeros(windows * OCTAVES, np.int64)
-        np.add.at(total, place, spans_us[some])
+        np.add.at(total, place, spans_us[counted])
         shape = (*spans_us.shape[:-1], OCTAVES)
         return self._add(steps.reshape(shape), total.reshape(shape))
 
@@ -62,8 +62,8 @@ class SamplingIntervals(msgspec.Struct, frozen=True, eq=False):
         middle = (np.cumsum(self.steps, axis=-1) >= count / 2).argmax(-1)
         near = np.abs(np.arange(OCTAVES) - middle[..., None]) <= 1
         steps = np.where(near, self.steps, 0).sum(-1)
-        told = np.where(near, self.total_us, 0).sum(-1) / np.maximum(steps, 1)
-        return np.asarray(np.where(count[..., 0] >= MIN_STEPS, told, np.nan))
+        mean = np.where(near, self.total_us, 0).sum(-1) / np.maximum(steps, 1)
+        return np.asarray(np.where(count[..., 0] >= MIN_STEPS, mean, np.nan))
 
 
 def _octave(spans_us: Ints, steps_per_span: int) -> Ints:

@@ -41,8 +41,8 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
     steps: Ints  # (F, 64) from row to row, by size
     row_sums: GroupSums  # (1, F) values of rows
     class_sums: GroupSums  # (C, D) statistics of model windows
-    output: Ints  # (C,) answers, as the model named them
-    scores: Ints  # (32,) answers by top score
+    output: Ints  # (C,) predictions, as the model named them
+    scores: Ints  # (32,) predictions by top score
     detectors: dict[str, Ints]  # (C, …) whole numbers that each detector counts
     sampling: SamplingIntervals
 
@@ -241,16 +241,16 @@ def _map_arrays(summary: Summary, transform: Callable[[np.ndarray], np.ndarray])
 
 def _combine(summaries: Sequence[Summary], combine: Callable[[Sequence[np.ndarray]], np.ndarray]) -> Summary:
     def combine_fields(*structs: Any) -> list[np.ndarray]:
-        return [combine([getattr(one, name) for one in structs]) for name in structs[0].__struct_fields__]
+        return [combine([getattr(part, name) for part in structs]) for name in structs[0].__struct_fields__]
 
-    plain = {name: combine([getattr(one, name) for one in summaries]) for name in _ARRAY_FIELDS}
+    plain = {name: combine([getattr(part, name) for part in summaries]) for name in _ARRAY_FIELDS}
     return Summary(
         reference=summaries[0].reference,
-        row_sums=GroupSums(*combine_fields(*(one.row_sums for one in summaries))),
-        class_sums=GroupSums(*combine_fields(*(one.class_sums for one in summaries))),
-        detectors={name: combine([one.detectors[name] for one in summaries]) for name in summaries[0].detectors},
-        extremes=Extremes(*combine_fields(*(one.extremes for one in summaries))),
-        sampling=SamplingIntervals(*combine_fields(*(one.sampling for one in summaries))),
+        row_sums=GroupSums(*combine_fields(*(part.row_sums for part in summaries))),
+        class_sums=GroupSums(*combine_fields(*(part.class_sums for part in summaries))),
+        detectors={name: combine([part.detectors[name] for part in summaries]) for name in summaries[0].detectors},
+        extremes=Extremes(*combine_fields(*(part.extremes for part in summaries))),
+        sampling=SamplingIntervals(*combine_fields(*(part.sampling for part in summaries))),
         **plain,
     )
 
@@ -271,7 +271,7 @@ def summarize(
     reference: Reference, rows: Float64s, starts: Ints, predicted: Ints, top_scores: Float64s | None
 ) -> Summary:
     """Summarize model windows and the rows (n, F) that they cover, all at once."""
-    found = window_statistics.compute_statistics(rows, starts, reference.window_rows, reference.floor)
+    statistics = window_statistics.compute_statistics(rows, starts, reference.window_rows, reference.floor)
     covered = rows[window_statistics.covered_rows(starts, reference.window_rows, 0)]
     summary, _ = Summary.empty(reference).add_rows(reference, covered, Tail.empty(rows.shape[1]))
-    return summary.add_windows(reference, found, predicted, top_scores)
+    return summary.add_windows(reference, statistics, predicted, top_scores)

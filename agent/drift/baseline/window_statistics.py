@@ -55,11 +55,11 @@ def _center_windows(windows: Float64s) -> tuple[Float64s, Float64s, Float64s]:
     """Return means (w, F), centered values and sums of squares of model windows (w, rows, F) without missing values."""
     rows = windows.shape[1]
     if windows.shape[2] == 1 or not windows.flags.c_contiguous:
-        # numpy adds up a column that lies in one piece in pairs.
+        # numpy adds up a contiguous column pairwise.
         mean = windows.sum(1) / rows
         centred = windows - mean[:, None, :]
         return mean, centred, (centred**2).sum(1)
-    # The same bits, several times as fast: windows side by side are few long rows to add up.
+    # The same bits, several times as fast: windows side by side are few long rows.
     side_by_side = windows.transpose(1, 0, 2).copy()
     mean = sum_sequentially(side_by_side) / rows
     side_by_side -= mean
@@ -70,7 +70,7 @@ def _center_windows(windows: Float64s) -> tuple[Float64s, Float64s, Float64s]:
 def _gather_windows(rows: Float64s, starts: Ints, window_rows: int) -> Float64s:
     """Return the rows (w, `window_rows`, F) of model windows."""
     if len(starts) and rows.flags.c_contiguous and bool((starts[1:] - starts[:-1] == window_rows).all()):
-        # One after another: no copy.
+        # Back to back: no copy.
         begin = int(starts[0])
         return rows[begin : begin + len(starts) * window_rows].reshape(len(starts), window_rows, rows.shape[1])
     return np.asarray(rows[starts[:, None] + np.arange(window_rows)])

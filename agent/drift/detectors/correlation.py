@@ -29,8 +29,8 @@ from agent.drift.detectors.detector import (
 from agent.drift.numeric import false_alarm_budget
 from agent.drift.numeric.sums import Groups
 
-MAX_PAIRS = 276  # all pairs of 24 fields; of more fields, the pairs that stand closest in the bundle's order
-MAX_CORRELATION = 0.9999  # correlations are told apart up to here
+MAX_PAIRS = 276  # all pairs of 24 fields; of more fields, those closest in the bundle's order
+MAX_CORRELATION = 0.9999  # larger ones count as this
 RESIDUAL_SCALE, RESIDUAL_CLIP = (
     2.0**10,
     16.0,
@@ -43,8 +43,8 @@ _WEIGHT = "correlation.weight"
 @lru_cache(maxsize=16)
 def field_pairs(fields: int) -> Ints:
     """(P, 2) fields that are compared."""
-    found = [(i, i + apart) for apart in range(1, fields) for i in range(fields - apart)]
-    return np.array(found[:MAX_PAIRS], np.int64).reshape(-1, 2)
+    pairs = [(i, i + distance) for distance in range(1, fields) for i in range(fields - distance)]
+    return np.array(pairs[:MAX_PAIRS], np.int64).reshape(-1, 2)
 
 
 @lru_cache(maxsize=16)
@@ -88,10 +88,10 @@ def sum_products(residuals: Float64s, groups: Groups) -> Ints:
     """Sum the products of residuals (n, F), in steps, per group: (G, 1 + 2F + P)."""
     fields = residuals.shape[1]
     products = np.zeros((len(groups.n), 1 + fields, 1 + fields))
-    for group, some in groups.iter_groups():
+    for group, members in groups.iter_groups():
         # Products with a field that is always 1 are numbers and sums.
-        part = np.ones((len(some), 1 + fields))
-        part[:, 1:] = residuals.take(some, axis=0)
+        part = np.ones((len(members), 1 + fields))
+        part[:, 1:] = residuals.take(members, axis=0)
         # Exact: products are whole and at most 2**28, and fewer than 2**25 of them are added at once.
         np.matmul(part.T, part, out=products[group])
     return products.reshape(len(groups.n), -1).take(_product_cells(fields), axis=1).astype(np.int64)

@@ -10,10 +10,10 @@ import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
 
-K = 1.0  # slack: half the shift that should be found fast
+K = 1.0  # slack: half the shift to find fast
 H = 5.0  # alarm limit
-Z_CLIP = 4.0  # the most that one window may say, so that one odd window alone never alarms
-WINDOWS_TO_CLEAR = 3  # windows in a row without evidence that clear an alarm
+Z_CLIP = 4.0  # largest score of one window, so that one odd window alone never alarms
+WINDOWS_TO_CLEAR = 3  # consecutive windows without evidence
 _SIDES = np.array([[1.0], [-1.0]])
 
 
@@ -53,7 +53,7 @@ class Cusum(msgspec.Struct, frozen=True, eq=False):
         """Run over W consecutive windows that began at `t` (W,), with scores and effects (W, T)."""
         tested = np.isfinite(z)
         sided = np.where(tested, np.minimum(np.maximum(z, -Z_CLIP), Z_CLIP), 0.0)[:, None] * _SIDES
-        # What is not tested goes on by nothing.
+        # A test that is left out stays as it is.
         less = np.where(tested, slack, 0.0)[:, None]
         values, value = np.empty_like(sided), self.value
         for after, more, allowed in zip(values, sided, less, strict=True):
@@ -83,7 +83,7 @@ class CusumSequence(msgspec.Struct, frozen=True, eq=False):
 
     before: Cusum
     tested: Bools  # (W, T)
-    within_slack: Bools  # (W, 2, T) within the slack
+    within_slack: Bools  # (W, 2, T)
     values: Float64s  # (W, 2, T) after each
     effects: Float64s  # (W, T)
     limit: Float64s | float
@@ -99,20 +99,20 @@ class CusumSequence(msgspec.Struct, frozen=True, eq=False):
         before, tested, values = self.before, self.tested[:count], self.values[:count]
         if not tested.any():
             return before
-        on, calm = before.alarm, before.clear_count
-        if on.any():
-            calm = np.where(tested[0], np.where(on & self.within_slack[0], calm + 1, 0), calm)
-            cleared = on & (calm >= WINDOWS_TO_CLEAR)
-            values, on = np.where(cleared, 0.0, values), on & ~cleared
-        windows, effect, since, went = before.windows, before.effect, before.since, before.value > 0
+        alarm, clear_count = before.alarm, before.clear_count
+        if alarm.any():
+            clear_count = np.where(tested[0], np.where(alarm & self.within_slack[0], clear_count + 1, 0), clear_count)
+            cleared = alarm & (clear_count >= WINDOWS_TO_CLEAR)
+            values, alarm = np.where(cleared, 0.0, values), alarm & ~cleared
+        windows, effect, since, was_going = before.windows, before.effect, before.since, before.value > 0
         effects = np.where(tested, self.effects[:count], 0.0)
-        for going, one, more, t in zip(values > 0, tested, effects, self.t.tolist(), strict=False):
-            windows = np.where(going, windows + one, 0)
+        for going, counted, more, t in zip(values > 0, tested, effects, self.t.tolist(), strict=False):
+            windows = np.where(going, windows + counted, 0)
             effect = np.where(going, effect + more, 0.0)
-            since = np.where(going, np.where(went, since, t), 0)
-            went = going
-        on = on | (values[-1] > self.limit)
-        return Cusum(values[-1], windows, effect, since, on, np.where(on, calm, 0))
+            since = np.where(going, np.where(was_going, since, t), 0)
+            was_going = going
+        alarm = alarm | (values[-1] > self.limit)
+        return Cusum(values[-1], windows, effect, since, alarm, np.where(alarm, clear_count, 0))
 
 
 def standardize(value: Float64s, mean: Float64s, sd: Float64s, windows: int) -> Float64s:

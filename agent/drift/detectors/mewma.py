@@ -20,10 +20,10 @@ from agent.drift.detectors.psi import gamma_quantile
 from agent.drift.numeric import false_alarm_budget
 
 WEIGHT = 0.3  # of the newest window
-SLACK = 0.2  # sd that a mean may be off for long: K windows tell it only so well
-CLIP = 2.5  # the most that one window may say of one score: that it is odd is no shift
-UNREACHABLE_LIMIT = 1e9  # limit where nothing was learned
-WINDOWS_PER_ALARM = 2.5  # windows beyond the limit, of every alarm by chance: one comes seldom alone
+SLACK = 0.2  # sd that a mean may be off for long: K windows give no better estimate
+CLIP = 2.5  # largest score of one window: an odd window is no shift
+UNREACHABLE_LIMIT = 1e9  # without learned windows
+WINDOWS_PER_ALARM = 2.5  # beyond the limit, per false alarm: one comes seldom alone
 
 
 class Mewma(msgspec.Struct, frozen=True, eq=False):
@@ -52,16 +52,16 @@ class Mewma(msgspec.Struct, frozen=True, eq=False):
 
     def run_windows(self, z: Float64s, effects: Float64s, t: Ints) -> MewmaSequence:
         """Run over W consecutive windows that began at `t` (W,), with scores and effects (W, S)."""
-        told, drawn = np.isfinite(z), np.minimum(np.maximum(z, -CLIP), CLIP)
-        every, means, mean = bool(told.all()), np.empty_like(drawn), self.mean
-        for after, one, known in zip(means, drawn, told, strict=True):
-            np.subtract(one, mean, out=after)
+        tested, clipped = np.isfinite(z), np.minimum(np.maximum(z, -CLIP), CLIP)
+        every, means, mean = bool(tested.all()), np.empty_like(clipped), self.mean
+        for after, scores, known in zip(means, clipped, tested, strict=True):
+            np.subtract(scores, mean, out=after)
             np.multiply(WEIGHT, after, out=after)
             np.add(mean, after, out=after)
             if not every:
                 after[:] = np.where(known, after, mean)
             mean = after
-        return MewmaSequence(self, told, means, effects, t)
+        return MewmaSequence(self, tested, means, effects, t)
 
     @property
     def statistic(self) -> float:
@@ -92,13 +92,13 @@ class MewmaSequence(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     def state_after(self, count: int) -> Mewma:
         """Return the state after `count` windows."""
-        before, told = self.before, self.tested[:count]
+        before, tested = self.before, self.tested[:count]
         windows, total, since, was = before.windows, before.effect, before.since, before.mean > 0
-        effects = np.where(told, self.effects[:count], 0.0)
-        for now, one, more, t in zip(self.means > 0, told, effects, self.t.tolist(), strict=False):
+        effects = np.where(tested, self.effects[:count], 0.0)
+        for now, counted, more, t in zip(self.means > 0, tested, effects, self.t.tolist(), strict=False):
             goes_on = now == was
             since = np.where(goes_on & (windows > 0), since, t)
-            windows = np.where(goes_on, windows, 0) + one
+            windows = np.where(goes_on, windows, 0) + counted
             total = np.where(goes_on, total, 0.0) + more
             was = now
         return Mewma(self.means[count - 1], windows, total, since)
@@ -118,7 +118,7 @@ def fit_limit(scores: Float64s, autocorrelation: float, budget: float) -> float:
         return UNREACHABLE_LIMIT
     slow = (1 - WEIGHT) * autocorrelation
     variance = WEIGHT / (2 - WEIGHT) * (1 + slow) / (1 - slow)
-    # K windows tell mean and sd only so well.
+    # Mean and sd are estimated from K windows only.
     variance = (
         (variance + 1 / false_alarm_budget.effective_sample_size(windows, autocorrelation))
         / (1 + 1 / windows)
@@ -134,12 +134,12 @@ def _eigenvalues(scores: Float64s) -> Float64s:
     windows, count = scores.shape
     unit = scores / np.maximum(np.sqrt((scores**2).sum(0)), 1e-12)
     alike = unit.T @ unit
-    # One that never moved was like no other.
+    # A score that never moved correlates with none.
     np.fill_diagonal(alike, 1.0)
-    found = np.linalg.eigvalsh(alike)
-    apart = max(float(((found - 1) ** 2).sum()), 1e-12)
-    true = max(apart - count * (count - 1) / (windows - 1), 0.0)
-    return np.asarray(1 + np.sqrt(true / apart) * (found - 1))
+    observed = np.linalg.eigvalsh(alike)
+    spread = max(float(((observed - 1) ** 2).sum()), 1e-12)
+    true = max(spread - count * (count - 1) / (windows - 1), 0.0)
+    return np.asarray(1 + np.sqrt(true / spread) * (observed - 1))
 
 
 def _quadratic_form_quantile(weights: Float64s, sd: float, share: float) -> float:

@@ -1,8 +1,8 @@
 """Moments detector: mean and spread of each field, within the class that the model names.
 
-A machine has modes, and their mixture changes all day. So statistics of each model window are compared with those of the
-class that the model named, and only the residual is averaged over a drift window. On smartwatch recordings a gain of 0.6
-on one axis is then found in two drift windows instead of never.
+A machine has modes, and their mixture changes all day. So statistics of each model window are compared with those of
+the class that the model named, and only the residual is averaged over a drift window. On smartwatch recordings a gain
+of 0.6 on one axis is then found in two drift windows instead of never.
 
 For a model over windows of rows, the D = 2F statistics are each field's mean and log variance; for a model that answers
 each row, they are the D = F values. Either way there are 2F tests: F of the mean, then F of the spread.
@@ -34,11 +34,11 @@ from agent.drift.detectors.season import MIN_RAMP_WINDOWS, is_ramp
 from agent.drift.numeric import false_alarm_budget
 from agent.drift.numeric.sums import GroupMoments
 
-MIN_CLASS_WINDOWS = 8  # model windows: a class seen less often has no reference of its own
-# No class is taken to be tighter than this share of the overall spread. At a site, where one misnamed window in a tight
-# class would outweigh all others, it is more.
+MIN_CLASS_WINDOWS = 8  # model windows: a rarer class has no statistics of its own
+# Least sd of a class, as a share of the overall sd. It is more at a site, where one misnamed window in a tight class
+# would outweigh all others.
 MIN_SD_SHARE, MIN_SITE_SD_SHARE = 0.1, 0.15
-MIN_VARIANCE = 1e-4  # smallest variance of residuals told apart, in squared class sd
+MIN_VARIANCE = 1e-4  # of residuals, in squared class sd
 
 
 class ClassStatistics(msgspec.Struct, frozen=True, eq=False):
@@ -55,7 +55,7 @@ class ClassStatistics(msgspec.Struct, frozen=True, eq=False):
 def fit_class_statistics(moments: GroupMoments, min_sd_share: float = MIN_SD_SHARE) -> ClassStatistics:
     """Fit statistics to the moments of each class (C, D)."""
     overall = moments.pooled(0)
-    least = 1e-6 * (np.abs(overall.mean) + 1e-6)  # float32 readings tell no more
+    least = 1e-6 * (np.abs(overall.mean) + 1e-6)  # the resolution of float32 readings
     overall_sd = np.maximum(np.sqrt(overall.m2 / np.maximum(overall.n, 1)), least)
     rare = moments.n < MIN_CLASS_WINDOWS
     sd = np.maximum(np.sqrt(moments.m2 / np.maximum(moments.n, 1)), min_sd_share * overall_sd)

@@ -18,17 +18,17 @@ from agent.arrays import Bools, Float64s, Ints
 from agent.drift.numeric.divergence import fold_outer_bins
 from agent.drift.numeric.sums import median
 
-WINDOWS_TO_CLEAR = 3  # windows in a row below the limit that clear an alarm
-MIN_PSI = 0.02  # smaller PSI never matters
-BIN_PRIOR = 0.5  # added to each bin, so that an empty one says no more than its rows can
-MIN_GAMMA_SHAPE = 0.3  # of the gamma: the heaviest tail that is believed
+WINDOWS_TO_CLEAR = 3  # consecutive windows below the limit
+MIN_PSI = 0.02  # a smaller PSI never matters
+BIN_PRIOR = 0.5  # rows added to each bin, so that an empty one is no proof
+MIN_GAMMA_SHAPE = 0.3  # heaviest credible tail
 MAX_GAMMA_SHAPE = 200.0
 
 
 class PsiConfirmation(msgspec.Struct, frozen=True, eq=False):
     """Alarms of S subjects. `windows` and `since` (epoch µs) begin with the first window that raised one."""
 
-    exceeded_at: Ints  # (2, S) when the last two windows began that were beyond the limit; 0 for one that was not
+    exceeded_at: Ints  # (2, S) begin of the last two windows; 0 for one within the limit
     alarm: Bools  # (S,)
     clear_count: Ints
     windows: Ints
@@ -98,16 +98,16 @@ def fit_limits(values: Float64s, level: float, budget: float) -> Float64s:
 
 
 def _gamma_limit(values: Float64s, level: float) -> Float64s:
-    kept = np.minimum(values, _outlier_cap(values))
-    mean, variance = kept.mean(0), kept.var(0, ddof=1)
-    told = mean > 0
-    each = np.where(told, mean, 1.0) ** 2 / np.maximum(variance, 1e-12)
-    common = float(median(each[told])) if told.any() else MAX_GAMMA_SHAPE
-    # K windows tell mean and shape only so well: one standard error to the safe side.
-    sure = 1 - np.sqrt(2 / len(values))
-    shape = np.clip(sure * np.minimum(each, common), MIN_GAMMA_SHAPE, MAX_GAMMA_SHAPE)
-    unsure = 1 + 1 / np.sqrt(shape * len(values))
-    return np.asarray(mean * unsure * gamma_quantile(shape, 1 - level))
+    clipped = np.minimum(values, _outlier_cap(values))
+    mean, variance = clipped.mean(0), clipped.var(0, ddof=1)
+    positive = mean > 0
+    each = np.where(positive, mean, 1.0) ** 2 / np.maximum(variance, 1e-12)
+    common = float(median(each[positive])) if positive.any() else MAX_GAMMA_SHAPE
+    # Mean and shape are estimated from K windows: one standard error to the safe side.
+    margin = 1 - np.sqrt(2 / len(values))
+    shape = np.clip(margin * np.minimum(each, common), MIN_GAMMA_SHAPE, MAX_GAMMA_SHAPE)
+    mean_margin = 1 + 1 / np.sqrt(shape * len(values))
+    return np.asarray(mean * mean_margin * gamma_quantile(shape, 1 - level))
 
 
 def gamma_quantile(shape: Float64s, p: float) -> Float64s:

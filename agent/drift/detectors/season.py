@@ -40,12 +40,12 @@ class SlowTrend(msgspec.Struct, frozen=True, eq=False):
 
     def _add_half_day(self, half_day_number: int, z: Float64s) -> SlowTrend:
         """Add scores (W, F) of windows in one half day."""
-        told = ~np.isnan(z)
-        known = np.where(told, z, 0.0)
+        tested = ~np.isnan(z)
+        known = np.where(tested, z, 0.0)
         half_day, n, mean = self._open_half_day(half_day_number, z.shape[1])
-        counts, last = n[-1] + np.cumsum(told, axis=0), mean[-1]
-        for count, some, score in zip(counts, told, known, strict=True):
-            last += np.where(some, (score - last) / np.maximum(count, 1), 0.0)
+        counts, last = n[-1] + np.cumsum(tested, axis=0), mean[-1]
+        for count, counted, score in zip(counts, tested, known, strict=True):
+            last += np.where(counted, (score - last) / np.maximum(count, 1), 0.0)
         n[-1] = counts[-1]
         return SlowTrend(half_day, n, mean)
 
@@ -53,12 +53,12 @@ class SlowTrend(msgspec.Struct, frozen=True, eq=False):
         """Return copies of the members, whose last entry is that of this half day."""
         if len(self.half_day) and half_day_number == self.half_day[-1]:
             return self.half_day, self.n.copy(), self.mean.copy()
-        one = np.array([half_day_number]), np.zeros((1, fields), np.int64), np.zeros((1, fields), np.float32)
+        fresh = np.array([half_day_number]), np.zeros((1, fields), np.int64), np.zeros((1, fields), np.float32)
         if not len(self.half_day) or half_day_number < self.half_day[-1]:
-            return one
-        kept = slice(1 - MAX_HALF_DAYS, None)
-        before = self.half_day[kept], self.n[kept], self.mean[kept]
-        half_day, n, mean = (np.concatenate([old, new]) for old, new in zip(before, one, strict=True))
+            return fresh
+        recent = slice(1 - MAX_HALF_DAYS, None)
+        before = self.half_day[recent], self.n[recent], self.mean[recent]
+        half_day, n, mean = (np.concatenate([old, new]) for old, new in zip(before, fresh, strict=True))
         return half_day, n, mean
 
     def find_slow_fields(self) -> Ints:
@@ -66,11 +66,11 @@ class SlowTrend(msgspec.Struct, frozen=True, eq=False):
         return np.array([i for i in range(self.n.shape[1]) if self._is_slow(i)], np.int64)
 
     def _is_slow(self, field: int) -> bool:
-        some = self.n[:, field] > 0
-        mean, each = self.mean[some, field].astype(np.float64), float(np.sqrt(np.median(self.n[some, field])))
+        seen = self.n[:, field] > 0
+        mean, each = self.mean[seen, field].astype(np.float64), float(np.sqrt(np.median(self.n[seen, field])))
         if len(mean) < MIN_HALF_DAYS:
             return False
-        place = self.half_day[some] - self.half_day[some].mean()
+        place = self.half_day[seen] - self.half_day[seen].mean()
         slope = float(place @ mean) / float(place @ place)
         left = float((mean - mean.mean() - slope * place).std()) / float(np.sqrt(place @ place))
         rise = abs(slope) * float(place[-1] - place[0])

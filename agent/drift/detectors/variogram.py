@@ -20,10 +20,10 @@ from agent.drift.detectors import class_means
 from agent.drift.detectors.class_means import WeightedMeans
 from agent.drift.detectors.detector import ClassifiedWindows, ModelWindows, Task
 
-MIN_WINDOW_ROWS = 4  # rows of a model window
-MIN_SLOPE = 0.1  # of the logarithms: a field with less, as noise has, tells no speed
+MIN_WINDOW_ROWS = 4  # of a model window
+MIN_SLOPE = 0.1  # of the logarithms: a field with less, such as noise, does not show speed
 MIN_SD = 0.02
-SPEED_CLIP = 0.25  # logarithm of speed, from the middle: no field says more
+SPEED_CLIP = 0.25  # logarithm of speed, from the median: no field counts for more
 
 
 def lags(window_rows: int) -> tuple[int, int]:
@@ -56,9 +56,9 @@ def _mean_square_differences(windows: Float64s, lag: int) -> Float64s:
     step = windows[:, lag:] - windows[:, :-lag]
     squares = np.einsum("wrf,wrf->wf", step, step) / step.shape[1]
     if np.isnan(squares).any():
-        told = ~np.isnan(step)
-        known = np.where(told, step, 0.0)
-        squares = np.einsum("wrf,wrf->wf", known, known) / np.maximum(told.sum(1), 1)
+        known = ~np.isnan(step)
+        filled = np.where(known, step, 0.0)
+        squares = np.einsum("wrf,wrf->wf", filled, filled) / np.maximum(known.sum(1), 1)
     return np.where(squares > 0, squares, np.nan)
 
 
@@ -77,10 +77,10 @@ class Variograms(msgspec.Struct, frozen=True, eq=False):
 
 def from_sums(sums: Ints) -> Variograms:
     """Return the variograms of counts (..., C, 2 `values_width`)."""
-    found = class_means.means_from_sums(sums)
-    count = found.mean.shape[-1] // 2
-    short, long = found.mean[..., :count], found.mean[..., count:]
-    return Variograms(found.weight[..., :count], (short + long) / 2, long - short)
+    means = class_means.means_from_sums(sums)
+    count = means.mean.shape[-1] // 2
+    short, long = means.mean[..., :count], means.mean[..., count:]
+    return Variograms(means.weight[..., :count], (short + long) / 2, long - short)
 
 
 def fit_slopes(variograms: Variograms, window_rows: int) -> Float64s:
@@ -92,12 +92,12 @@ def fit_slopes(variograms: Variograms, window_rows: int) -> Float64s:
 
 def compute_field_weights(deviations: Float64s, slope: Float64s) -> Float64s:
     """(F,) how surely each field shows speed, over learned windows (K, F): 1 in sum, or zeros."""
-    told = ~np.isnan(deviations)
-    n = np.maximum(told.sum(0), 1)
-    left = np.where(told, deviations, 0.0)
+    known = ~np.isnan(deviations)
+    n = np.maximum(known.sum(0), 1)
+    left = np.where(known, deviations, 0.0)
     spread = np.maximum((left**2).sum(0) / n - (left.sum(0) / n) ** 2, MIN_SD**2)
-    found = np.where((slope >= MIN_SLOPE) & (2 * told.sum(0) > len(deviations)), slope**2 / spread, 0.0)
-    return np.asarray(found / max(float(found.sum()), 1e-12))
+    weights = np.where((slope >= MIN_SLOPE) & (2 * known.sum(0) > len(deviations)), slope**2 / spread, 0.0)
+    return np.asarray(weights / max(float(weights.sum()), 1e-12))
 
 
 def estimate_log_speed(deviations: Float64s, slope: Float64s, weight: Float64s) -> Float64s:
