@@ -35,10 +35,10 @@ def to_json(value: Any, *, omit: tuple[str, ...] = ()) -> bytes:
 
 
 def from_json(data: bytes, kind: type[T]) -> T:
-    """Raises ValueError that names the member that is wrong."""
-    found = _decode_checked(msgspec.json.Decoder(kind, dec_hook=_from_list).decode, data)
+    """Decode JSON. Raises ValueError that names the invalid member."""
+    value = _decode_checked(msgspec.json.Decoder(kind, dec_hook=_from_list).decode, data)
     _decode_checked(check_strict_json, data)
-    return found
+    return value
 
 
 def to_bytes(value: object) -> bytes:
@@ -46,17 +46,17 @@ def to_bytes(value: object) -> bytes:
 
 
 def from_bytes(data: bytes, kind: type[T]) -> T:
-    """Raises ValueError that names the member that is wrong."""
+    """Decode MessagePack. Raises ValueError that names the invalid member."""
     return _decode_checked(msgspec.msgpack.Decoder(kind, dec_hook=_from_raw).decode, data)
 
 
 def to_compressed_bytes(value: object) -> bytes:
-    """As `to_bytes`, in less room: much of it is zeros."""
+    """Encode as compressed MessagePack: large parts of the state are zeros."""
     return zlib.compress(to_bytes(value), 1)
 
 
 def from_compressed_bytes(data: bytes, kind: type[T]) -> T:
-    """Raises ValueError that names the member that is wrong."""
+    """Decode compressed MessagePack. Raises ValueError that names the invalid member."""
     unpacking = zlib.decompressobj()
     try:
         content = unpacking.decompress(data, MAX_BYTES)

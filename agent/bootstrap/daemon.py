@@ -6,9 +6,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from agent.bootstrap import device, rollout
+from agent.bootstrap import device, rollout, sinks
 from agent.bootstrap.tasks import load_task, open_crash_marker, parse_public_keys, trusted_publishers
 from agent.clock import ClockReading
 from agent.config import Config
@@ -33,6 +32,7 @@ from agent.device.rollout.desired_state import DesiredStateStore
 from agent.device.rollout.updater import BundleUpdater
 from agent.device.store import task_keys
 from agent.device.store.store import Store
+from agent.device.uplink.sink import OpenSink
 from agent.device.uplink.uplink import Uplink
 from agent.errors import BadBundle, ConfigError
 
@@ -84,9 +84,15 @@ def build_sources(file: Path, conf: Config, store: Store) -> list[Source]:
 
 
 def build_daemon(
-    file: Path, conf: Config, store: Store, *, now: Callable[[], ClockReading] | None = None, **uplink_options: Any
+    file: Path,
+    conf: Config,
+    store: Store,
+    *,
+    now: Callable[[], ClockReading] | None = None,
+    open_sink: OpenSink | None = None,
+    pause: Callable[[float], object] | None = None,
 ) -> Daemon:
-    """Build the daemon. `now` and `uplink_options` (see `Uplink`) are for simulations. Raises UsageError, ConfigError."""
+    """Build the daemon. A simulation gives its own clock, sink and pause. Raises UsageError, ConfigError."""
     message_log = device.open_message_log(file, conf, store)
     now = now or make_clock(store)
     collector = parse_public_keys(file, "collector.key", [conf.collector.key])[0] if conf.collector.key else None
@@ -110,10 +116,9 @@ def build_daemon(
         lambda: label_metrics.build_label_targets([one.task for one in scheduled]),
     )
     uplink = Uplink(
-        *(conf, store, message_log, collector, now, signals.fail),
-        commands=receiver,
-        desired_states=desired_states,
-        **uplink_options,
+        *(conf, store, message_log, collector, now, signals.fail, open_sink or sinks.sink_opener(conf)),
+        receivers=[receiver, desired_states],
+        pause=pause,
     )
 
     def make_updater(runtime: Runtime, on_wait: Callable[[], None]) -> BundleUpdater:

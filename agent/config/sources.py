@@ -56,7 +56,7 @@ class FilesSource(SourceSection, frozen=True, tag_field="kind", tag="files"):
     def check(self, file: str, key: str, fields: Collection[str]) -> None:
         _check_poll_interval(file, key, self.poll_interval)
         if self.image is not None and self.sound is not None:
-            raise ConfigError(file, key, "image and sound: rows are made of one of them; remove the other")
+            raise ConfigError(file, key, "has both image and sound; remove one")
 
     def with_absolute_paths(self, base: Path) -> Self:
         return msgspec.structs.replace(self, folder=str(base / self.folder))
@@ -111,9 +111,7 @@ class ReplaySource(SourceSection, frozen=True, tag_field="kind", tag="replay"):
             raise ConfigError(file, f"{key}.scenes", "from_row must be 1 for the first scene, and ascend")
         for fault in self.faults:
             if fault.kind == "swap" and len(set(fault.fields)) != 2:
-                raise ConfigError(
-                    file, f"{key}.faults", f"swap exchanges two fields, not {len(set(fault.fields))}; name two"
-                )
+                raise ConfigError(file, f"{key}.faults", f"swap needs two fields, not {len(set(fault.fields))}")
             if fault.kind in ("quantize", "saturate") and not fault.amount > 0:
                 raise ConfigError(file, f"{key}.faults", f"{fault.kind} needs an amount above 0")
             for field_name in fault.fields:

@@ -25,7 +25,7 @@ Label = Annotated[str, msgspec.Meta(max_length=4096)]
 # Runs are arrays in JSON. They are structs and no tuples, because msgspec 0.22 reads past the end of its own type
 # information where a union has both a number with limits and a tuple of fixed length.
 class RowRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Arithmetic run of `count` rows: `first`, `first + step`, …"""
+    """Arithmetic run of `count` rows that begins at `first`."""
 
     first: Row
     step: Step
@@ -33,7 +33,7 @@ class RowRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 
 
 class TimeRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Arithmetic run of `count` times: `first`, `first + step`, …, epoch µs."""
+    """Arithmetic run of `count` times that begins at `first`, epoch µs."""
 
     first: EpochMicroseconds
     step: Step

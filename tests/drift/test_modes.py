@@ -111,8 +111,8 @@ def test_a_model_that_names_classes_has_no_other_modes() -> None:
 @pytest.mark.parametrize(
     ("mode", "message"),
     [
-        ("stat", "no field 'stat': modes are the values of a category field; did you mean 'state'"),
-        ("ax", "'ax' is a number and no category: modes are the values of a category field; there is state"),
+        ("stat", "no field 'stat': classes need a category field; did you mean 'state'"),
+        ("ax", "'ax' is a number: classes need a category field; there is state"),
     ],
 )
 def test_a_mode_that_is_no_category_field_is_refused_with_a_suggestion(mode: str, message: str) -> None:

@@ -28,7 +28,7 @@ from agent.testing.messages import new_key
 from agent.wire import keys
 from tests.kit.stations import T0, conf
 
-NOW = clock.ClockReading(round(T0 * 1e6) + 48 * 3_600_000_000, 1000.0, "synced")
+NOW = clock.ClockReading(round(T0 * 1e6) + 48 * 3_600_000_000, 200_000.0, "synced")
 
 
 def fill(store: Store, conf: Config, rows: int = 1000) -> None:
@@ -133,7 +133,7 @@ def test_a_store_that_holds_another_devices_messages_is_refused(tmp_path: Path) 
     file.write_text(CRON, encoding="utf-8")
     open_store(load_config(str(file))[1]).close()
     file.write_text(CRON.replace('"pi-07"', '"pi-08"'), encoding="utf-8")
-    with pytest.raises(UsageError, match=r"of acme/pi-07.*data_dir of its own"):
+    with pytest.raises(UsageError, match=r"belongs to acme/pi-07.*data_dir of its own"):
         open_store(load_config(str(file))[1])
     file.write_text(CRON, encoding="utf-8")
     open_store(load_config(str(file))[1]).close()

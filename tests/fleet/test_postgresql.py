@@ -21,7 +21,7 @@ from agent.cli.fleet.group import fleet as commands
 from agent.config import BrokerConfig
 from agent.errors import MessageRefused, StorageError, UsageError
 from agent.fleet.audit.audit import audit
-from agent.fleet.collector import subscription
+from agent.fleet.collector import collector as collecting
 from agent.fleet.collector.collector import Collector
 from agent.fleet.collector.pending_gaps import WAIT_S, PendingGaps
 from agent.fleet.database.ingest import Arrival
@@ -346,14 +346,14 @@ def test_sqlite_cannot_be_shared_and_says_why(tmp_path: Path) -> None:
 
 
 def test_what_devices_log_is_shared_and_what_is_retained_goes_to_each() -> None:
-    plain, shared = subscription.topic_filters("acme"), subscription.topic_filters("acme", shared=True)
+    plain, shared = collecting.topic_filters("acme"), collecting.topic_filters("acme", shared=True)
     assert [one.removeprefix("$share/collect/") for one in shared] == plain
     assert {one for one in shared if not one.startswith("$share/")} == {
         f"{topics.ROOT}/acme/+/keys",
         f"{topics.ROOT}/acme/+/state",
     }
-    assert subscription.client_id("acme", None) == "outstation-acme-collector"
-    assert subscription.client_id("acme", "b") == "outstation-acme-collector-b"
+    assert collecting.client_id("acme", None) == "outstation-acme-collector"
+    assert collecting.client_id("acme", "b") == "outstation-acme-collector-b"
 
 
 def test_what_another_collector_may_have_in_hand_is_not_asked_for_at_once() -> None:

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from agent.config import BrokerConfig
-from agent.testing.fleet import LocalFleet
+from agent.testing.fleet import FIELDS, RECORDINGS, LocalFleet, field_tables
 from agent.testing.messages import MessageSender
 from agent.testing.process import find_program, run_outstation, wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage
 from agent.wire.topics import KINDS
 from scripts import wire_documents
+from tests.kit.devices import expand_columns
 
 PACKAGES = ("@asyncapi/parser@3", "ajv@8")
 VALIDATE = """
@@ -87,7 +88,7 @@ def validate(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict[st
 
 def test_the_official_parser_accepts_the_document(validate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
     # 0 is an error and 1 a warning; hints such as "there is no contact" stay.
-    assert [one for one in validate([])["diagnostics"] if one["severity"] <= 1] == []
+    assert [diagnostic for diagnostic in validate([])["diagnostics"] if diagnostic["severity"] <= 1] == []
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,13 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         fleet.broker.start()
         link = Link(BrokerConfig(url=fleet.broker.url), "recorder", subscribe=["outstation/#"])
         fleet.collector.start()
-        device = fleet.add_device("pi-01").add_replay_stream(10**9, 40)
+        # A channel that sticks raises an alert.
+        source = f'kind = "replay", file = "{RECORDINGS}", speed = 40.0'
+        faults = '[{ kind = "stuck", fields = ["wx"], from_row = 4000 }]'
+        fields = ", ".join(field_tables(FIELDS))
+        device = fleet.add_device("pi-01").append_config(
+            f"[streams.watch]\nfields = [{fields}]\nsource = {{ {source}, faults = {faults} }}\n"
+        )
         device.add_task("exercise", extra_toml="learn_windows = 20").start_and_wait()
         messages: list[dict[str, Any]] = []
 
@@ -109,8 +116,11 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             return {message["kind"] for message in messages}
 
         home = str(fleet.home)
-        wait_until("results arrive", lambda: "results" in record() and fleet.last_result_row("pi-01") > 2000)
-        labels = json.dumps({"row": list(range(100, 1100, 100)), "label": ["PEN"] * 10})
+        wait_until("results arrive", lambda: "results" in record() and fleet.last_result_row("pi-01") > 8000)
+        # A device reports its metrics after 50 labels.
+        results = [expand_columns(m["payload"]["columns"]) for m in messages if m["kind"] == "results"]
+        rows = [row for columns in results for row in columns["row"]][:60]
+        labels = json.dumps({"row": rows, "label": ["PEN"] * len(rows)})
         for command in (("report",), ("label", "exercise", labels)):
             done = run_outstation("fleet", "command", "pi-01", *command, "--dir", home, "--wait", "60", "--json")
             assert done.returncode == 0, done.stdout + done.stderr
@@ -118,7 +128,11 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         device.kill()
         device.start_and_wait()
         wanted = KINDS.keys() - {"shadow", "desired"}
-        wait_until(f"a message of each kind of {sorted(wanted)}", lambda: wanted <= record(), 120)
+        try:
+            wait_until("a message of each kind", lambda: wanted <= record(), 120)
+        except AssertionError as error:
+            error.add_note(f"none came of {sorted(wanted - record())}")
+            raise
         link.close()
     sender = MessageSender("pi-01")
     desired = {"v": 1, "kind": "desired", "device": "_all", "counter": 1, "issued": "2026-11-24T22:18:01Z", "tasks": {}}

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent import clock
-from agent.cli.fleet.common import db_option, fleet_option
-from agent.cli.fleet.fleet_output import print_lines
+from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, print_lines, progress_bar
 from agent.cli.output import emit, json_option
 from agent.errors import UsageError
 from agent.wire import keys
@@ -90,7 +89,6 @@ def _make_folder(
     db: str | None,
     folder: str | None,
 ) -> EvidenceFolder:
-    from agent.cli.fleet import group as commands
     from agent.fleet import config as fleet_config
     from agent.fleet.evidence.gather.bundles import read_evaluation
     from agent.model.bundle import builtin
@@ -102,7 +100,7 @@ def _make_folder(
     at = None if at is None else _parse_time(at)
     known = [*builtin.publisher_keys(), *(keys.load_public(text) for text in publishers)]
     evaluated = [read_evaluation(path) for path in evaluations]
-    config, store = commands.open_for_reading(folder, db)
+    config, store = open_for_reading(folder, db)
     sources = EvidenceSources(
         fleet=config.fleet.name,
         fleet_dir=fleet_config.find_folder(folder),
@@ -113,7 +111,7 @@ def _make_folder(
         bundles=bundles,
         evaluations=evaluated,
     )
-    with commands.progress("gathering", store.count_messages()) as advance:
+    with progress_bar("gathering", store.count_messages()) as advance:
         return write_folder(store, sources, out, at, advance)
 
 

@@ -15,8 +15,7 @@ from agent.clock import ClockReading
 from agent.device.store import cost
 from agent.device.store.outbox import OutboxMessage
 from agent.device.store.transaction import Transaction
-from agent.transport.compressed import compress
-from agent.transport.packets import OutgoingMessage
+from agent.transport.packets import OutgoingMessage, compress
 from agent.wire import jws, key_rotation, messages
 from agent.wire.keys import SigningKey
 from agent.wire.topics import DEVICE_ALERTS, KINDS, Topic

@@ -39,11 +39,11 @@ def read(*calls: list[bytes], reader: LineParser | None = None) -> Got:
     reader, got, first = reader or LineParser(STREAMS), Got(), 1
     for lines in calls:
         for taken in reader.parse(lines, first, NOW_US):
-            assert not got.bad.keys() & taken.bad.keys()
-            got.bad |= taken.bad
-            if taken.checked is not None and len(taken.checked.rows):
-                got.rows.setdefault(taken.stream, []).append(taken.checked.rows)
-                for texts in taken.checked.categories.values():
+            assert not got.bad.keys() & taken.rejected.keys()
+            got.bad |= taken.rejected
+            if taken.validated is not None and len(taken.validated.rows):
+                got.rows.setdefault(taken.stream, []).append(taken.validated.rows)
+                for texts in taken.validated.categories.values():
                     got.texts.setdefault(taken.stream, []).extend(texts)
                 got.lines += taken.lines
         first += len(lines)
@@ -127,7 +127,7 @@ def test_half_a_line_is_named(cut: int) -> None:
         (b'{"stream":"watch","ax":[1],"ay":2}', "ax: expected `float`, got `array`"),
         (b'{"stream":"watch","ax":{"x":1},"ay":2}', "ax: expected `float`, got `object`"),
         (b'{"stream":"watch","ax":1e400,"ay":2}', "ax: number out of range"),
-        (b'{"stream":"watch","ax":NaN,"ay":2}', "NaN and Infinity are no JSON numbers; leave an optional field out"),
+        (b'{"stream":"watch","ax":NaN,"ay":2}', "NaN and Infinity are no JSON numbers; leave out an optional field"),
         (b'{"stream":"watch","ax":17,"ay":2}', "ax = 17 g is above max 16"),
         (b'{"stream":"watch","ax":1180591620717411303424,"ay":2}', "ax = 1.18059162e+21 g is above max 16"),
         (b'{"stream":"watch","t":"now","ax":1,"ay":2}', "t: expected `float | null`, got `str`"),

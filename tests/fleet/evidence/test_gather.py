@@ -146,7 +146,7 @@ def test_decisions_name_their_actor_and_carry_operator_signatures(story: Story, 
     kid = story.operator.public.kid
     assert {record["decided_by"] for record in signed} == {f"an operator (key {kid[:10]}…)"}
     rollback = next(record for record in decisions if "rollback" in record["summary"])
-    assert rollback["decided_by"] == f"operator, by command (key {kid[:10]}…)"
+    assert rollback["decided_by"] == f"an operator, by command (key {kid[:10]}…)"
     assert rollback["message"]["device"] == "pi-03"
 
 

@@ -36,15 +36,12 @@ _ACTOR_BY_REASON = {
     "roll-out": "an operator, by a roll-out",
     "roll-out called back": "an operator, who called a roll-out back",
 }
+_ACTOR_BY_REQUEST = {"from the fleet": "an operator, by command", "on the device": "somebody at the device"}
 
 
 class DecisionCollector(msgspec.Struct):
-    """Newest decisions. `operators`: kid → name.
+    """Newest decisions. `withheld` counts messages that quote labels and so do not leave the database."""
 
-    `withheld` counts messages that quote labels; such messages do not leave the database.
-    """
-
-    operators: dict[str, str]
     operational_events: Counter[str] = msgspec.field(default_factory=Counter)
     event_counts: Counter[str] = msgspec.field(default_factory=Counter)
     omitted: int = 0
@@ -64,7 +61,7 @@ class DecisionCollector(msgspec.Struct):
             DecisionRecord(
                 time=body.time,
                 event=body.event,
-                decided_by=self._name_actor(body),
+                decided_by=_name_actor(body),
                 summary=body.summary,
                 device=body.device,
                 task=_as_text(evidence.get("task")) or _as_text(_get_args(evidence).get("task")),
@@ -97,19 +94,6 @@ class DecisionCollector(msgspec.Struct):
         device_records = [entry[-1] for entry in self._newest]
         return sorted([*self._signed, *device_records], key=lambda record: (record.time, record.rollout, record.device))
 
-    def _name_actor(self, body: AuditPayload) -> str:
-        if body.event == "command":
-            kid = _as_text(body.evidence.get("kid"))
-            return f"{self.operators.get(kid, 'an operator')}, by command (key {kid[:10]}…)"
-        if body.event == "activated":
-            return name_activator(body)
-        if body.event == "rollout":
-            return f"the device, in roll-out {_as_text(body.evidence.get('rollout'))}"
-        if body.event == "reference reset":
-            requested_by = _as_text(body.evidence.get("by"))
-            return _DEVICE_ACTOR if requested_by in ("", "the agent") else f"requested {requested_by}"
-        return _ACTOR_BY_EVENT.get(body.event, _DEVICE_ACTOR)
-
     def _count_event(self, event: str) -> None:
         # Devices choose event names, so their number has a limit.
         known = event in self.event_counts or len(self.event_counts) < WRITE_LIMITS.event_names
@@ -126,10 +110,22 @@ class DecisionCollector(msgspec.Struct):
         self.omitted += 1
 
 
+def _name_actor(body: AuditPayload) -> str:
+    if body.event == "command":
+        return f"an operator, by command (key {_as_text(body.evidence.get('kid'))[:10]}…)"
+    if body.event == "activated":
+        return name_activator(body)
+    if body.event == "rollout":
+        return f"the device, in roll-out {_as_text(body.evidence.get('rollout'))}"
+    if body.event == "reference reset":
+        return _ACTOR_BY_REQUEST.get(_as_text(body.evidence.get("by")), _DEVICE_ACTOR)
+    return _ACTOR_BY_EVENT.get(body.event, _DEVICE_ACTOR)
+
+
 def name_activator(body: AuditPayload) -> str:
     """Return the actor who decided that a bundle runs."""
     reason = _as_text(body.evidence.get("why"))
-    return _ACTOR_BY_REASON.get(reason, f"the device: {reason}" if reason else "not reported")
+    return _ACTOR_BY_REASON.get(reason, f"the device: {reason}" if reason else "an unknown actor")
 
 
 def has_label_data(body: AuditPayload) -> bool:

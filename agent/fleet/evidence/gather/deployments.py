@@ -10,7 +10,7 @@ from agent.fleet.evidence.format.contents import WRITE_LIMITS, BundleUsage, Mess
 from agent.fleet.evidence.gather.decisions import name_activator
 from agent.wire.messages import AuditPayload, HealthPayload
 
-_UNKNOWN_ACTOR = "not in the stored messages"
+_UNKNOWN_ACTOR = "unknown"
 
 
 class _Activation(msgspec.Struct, frozen=True):

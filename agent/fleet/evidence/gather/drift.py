@@ -62,7 +62,7 @@ def _group_to_dict(group: DriftGroup) -> dict[str, Any]:
                 "windows": span.windows,
                 "devices_in_drift": len(span.drifting_devices),
                 "devices_with_sensor_fault": len(span.faulty_devices),
-                "expected_accuracy": round(span.accuracy_sum / span.estimate_count, 4) if span.estimate_count else None,
+                "expected_accuracy": None if span.accuracy.mean is None else round(span.accuracy.mean, 4),
             }
             for begin, end, span in group.history
         ],

@@ -18,6 +18,7 @@ from agent.errors import MessageRefused, StorageError, UsageError
 from agent.fleet.audit import audit
 from agent.fleet.database.evidence import EvidenceQueries
 from agent.fleet.database.interface import Connection
+from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import FleetStore
 from agent.fleet.evidence.format.contents import (
     WRITE_LIMITS,
@@ -38,7 +39,6 @@ from agent.fleet.evidence.gather.comparisons import ComparisonCollector
 from agent.fleet.evidence.gather.decisions import DecisionCollector
 from agent.fleet.evidence.gather.deployments import ActivationCollector, parse_agent_version
 from agent.fleet.evidence.gather.incidents import IncidentCollector
-from agent.fleet.keyring import Keyring
 from agent.fleet.repository.signature_chain import SignatureChain
 from agent.wire.jws import Signer
 from agent.wire.keys import PublicKey, parse_public_key
@@ -147,11 +147,13 @@ def gather(
     as_of = _resolve_as_of(as_of, last, store.name)
     as_of_us = clock.parse_rfc3339(as_of)
     newest_logs = queries.load_newest_logs()
-    operators = {key.kid: key.owner for key in roles if key.role == "operator"}
     verifier = MessageVerifier(store)
-    incidents, decisions = IncidentCollector(as_of_us, newest_logs), DecisionCollector(operators)
+    incidents, decisions, comparisons = (
+        IncidentCollector(as_of_us, newest_logs),
+        DecisionCollector(),
+        ComparisonCollector(),
+    )
     activations, accuracy = ActivationCollector(newest_logs), AccuracyCollector(newest_logs)
-    comparisons = ComparisonCollector()
     signers = {key.kid: Signer(key.role, parse_public_key(key.key)) for key in roles if key.role == "operator"}
     audit_report = _run_audit(store, [signer.key for signer in signers.values()], advance)
     for row in queries.stream_messages():

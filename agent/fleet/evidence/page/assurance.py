@@ -93,11 +93,12 @@ def render_keys(facts: EvidenceFacts) -> Markup:
         [key.owner, element("code", key.kid), format_time(key.since), _key_state(key)]
         for key in [*retired, *valid][:_MAX_ROWS]
     ]
+    head = ["Device", "Key", "Since", "State"]
     return chapter(
         *("keys", "Keys", lead),
-        table(["Role", "Key", "Signs"], roles),
+        stacked_table(table(["Role", "Key", "Signs"], roles), "roles"),
         element("p", text),
-        *([details("Device keys", table(["Device", "Key", "Since", "State"], rows))] if rows else []),
+        *([details("Device keys", stacked_table(table(head, rows), "keys"))] if rows else []),
         *overflow_link(len(device_keys) - _MAX_ROWS, "manifest.json"),
         *_render_signature_chain(facts),
     )
@@ -129,7 +130,7 @@ def _render_signature_chain(facts: EvidenceFacts) -> list[Markup]:
     )
     signed = stacked_table(table(["Role", "Signed by", "Keys", "Expires"], rows), "signatures")
     targets: list[Sequence[Content]] = [
-        [nowrap(f"{target.name} {target.version}"), target.role, element("code", target.digest[:23] + "…")]
+        [nowrap(f"{target.name} {target.version}"), target.role, element("code", target.digest[:19] + "…")]
         for target in chain.targets[-_MAX_ROWS:]
     ]
     listed = [table(["Model", "Role", "Digest"], targets)] if targets else []

@@ -32,6 +32,8 @@ _STACKED_LABELS = {
         7: "Expected gain: ",
     },
     "labelled": {4: "95 %: ", 5: "Labels: ", 6: "Coverage: ", 7: "As of: "},
+    "roles": {2: "Key: ", 3: "Signs: "},
+    "keys": {2: "Key: ", 3: "Since: ", 4: "State: "},
     "signatures": {2: "Signed by: ", 3: "Keys: ", 4: "Expires: "},
     "points": {3: "Supported by: ", 4: "Demonstrates: ", 5: "Limitations: "},
 }
@@ -45,7 +47,7 @@ h3{margin:0 0 4px}
 .notice.bad{border-color:var(--fault);background:var(--fault-band)}
 details{margin:10px 0;border-top:1px solid var(--grid);padding-top:8px}
 summary{cursor:pointer;color:var(--muted);font-size:14px}
-.chart{max-width:640px}
+.chart{max-width:520px}.chart svg{max-width:470px}
 .card+.card{margin-top:14px}.grid>.card+.card{margin-top:0}
 .history{margin-top:18px}
 .card .notes{margin:6px 0 8px}
@@ -59,7 +61,7 @@ pre code{overflow-wrap:normal}
 li{overflow-wrap:anywhere}
 td{min-width:90px}td.n{min-width:0}
 @media(max-width:560px){
-.stack th{display:none}.stack tr{display:block;padding:10px 0;border-bottom:1px solid var(--grid)}
+.stack th{display:none}.stack tr:first-child{padding:0}.stack tr{display:block;padding:10px 0;border-bottom:1px solid var(--grid)}
 .stack td,.stack td.n{display:block;border:0;padding:1px 0;text-align:left}
 STACKED
 .stack td::before{color:var(--muted)}
