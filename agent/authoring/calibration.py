@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.errors import UsageError
-from agent.model.bundle.definition import IsotonicCalibration
-from agent.model.bundle.manifest import Manifest, ModelOutput
+from agent.model.bundle.manifest import IsotonicCalibration, Manifest, ModelOutput
 from agent.model.inference import scores
 from agent.model.inference.features import Floats, Ints
 from agent.model.inference.scores import Scores
@@ -133,7 +132,7 @@ def _split_halves(count: int) -> list[NDArray[np.bool_]]:
 
 
 def _with_output(manifest: Manifest, output: ModelOutput) -> Manifest:
-    return msgspec.structs.replace(manifest, format=2, output=output)
+    return msgspec.structs.replace(manifest, output=output)
 
 
 def _flatten_confidences(predicted: Scores, truth: NDArray[Any]) -> tuple[Doubles, Doubles]:

@@ -33,7 +33,6 @@ from scripts.kit.bundles import (
     SEVERAL,
     VECTORS,
     Recipe,
-    change_manifest,
     packed,
     readings,
     write_csv,
@@ -62,8 +61,8 @@ HISTORY = Recipe(
     input="""max_gap_s = 0.5
 max_missing = 0.3
 derived = [
-  { name = "a usual", function = "mean", of = "a", rows = 20 },
-  { name = "b before", function = "lag", of = "b", rows = 5 },
+  { name = "a usual", function = "mean", field = "a", rows = 20 },
+  { name = "b before", function = "lag", field = "b", rows = 5 },
 ]""",
 )
 KINDS = {
@@ -374,7 +373,7 @@ def test_scores_of_a_model_that_is_too_sure_are_calibrated_on_held_out_labels(tm
         assert head["format"] == 1
     else:
         assert head["format"] == 2
-        assert head["output"]["isotonic"]["right"] == sorted(head["output"]["isotonic"]["right"])
+        assert head["output"]["isotonic"]["accuracy"] == sorted(head["output"]["isotonic"]["accuracy"])
     pack.write_bundle(made, tmp_path / "out")
     activation.activate(tmp_path / "out", [KEY.public])
 
@@ -473,21 +472,6 @@ def test_a_spec_that_does_not_fit_its_model_is_refused_in_one_sentence(
         pack.pack(write_spec(tmp_path, recipe), KEY)
     assert why in str(problem.value)
     assert "\n" not in str(problem.value)
-
-
-def test_only_what_an_older_agent_could_not_honour_makes_a_bundle_of_format_2(
-    active: Callable[[Recipe], LoadedBundle],
-) -> None:
-    formats = {name: active(recipe).bundle.manifest.format for name, recipe in KINDS.items()}
-    assert {name for name, made in formats.items() if made == 1} == {f"sums of {kind}" for kind in TYPES}
-    assert active(HISTORY).bundle.manifest.input.definition == 1
-
-
-def test_a_newer_member_in_a_manifest_of_format_1_is_refused(tmp_path: Path) -> None:
-    folder = packed(tmp_path, SEVERAL)
-    change_manifest(folder, lambda head: head.update(format=1))
-    with pytest.raises(BadBundle, match="format 2"):
-        bundle.read(folder, [KEY.public])
 
 
 def reread(path: Path, key: SigningKey) -> Bundle:

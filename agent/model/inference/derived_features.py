@@ -1,6 +1,6 @@
 """Derived features, definition 1: from a field over the last rows of a stream, or from the time.
 
-- mean, sd: of the last N rows, this one included; missing where fewer than half of them are there
+- mean, std: of the last N rows, this one included; missing where fewer than half of them are there
 - lag, difference: the value N rows ago; this one less that
 - last: the newest value there is in the last N rows
 - band: mean square of what lies between two frequencies, in the last N rows less their mean, under a Hann window
@@ -16,8 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.model.bundle.definition import DerivedFeature
-from agent.model.bundle.manifest import ModelInput
+from agent.model.bundle.manifest import DerivedFeature, ModelInput
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -35,7 +34,7 @@ def compute(features: Floats, t: Ints, spec: ModelInput, history_rows: int = 0) 
     The first `before` rows are history. Missing is NaN.
     """
     now = features[history_rows:]
-    if not spec.derived and not spec.order:
+    if not spec.derived and not spec.feature_order:
         return now
     made = {name: now[:, i] for i, name in enumerate(spec.fields)}
     age = _rows_since_gap(t, spec.gap_s)
@@ -43,7 +42,7 @@ def compute(features: Floats, t: Ints, spec: ModelInput, history_rows: int = 0) 
         if one.is_time_based:
             made |= zip(one.columns, _encode_cyclic(t[history_rows:], one), strict=True)
         else:
-            past = _History(features[:, spec.fields.index(one.of)], age, history_rows, one.history_rows)
+            past = _History(features[:, spec.fields.index(one.field)], age, history_rows, one.history_rows)
             with np.errstate(over="ignore", invalid="ignore"):
                 made[one.name] = _FUNCTIONS[one.function](past, one).astype(np.float32)
     return np.stack([made[name] for name in spec.columns], axis=1)
@@ -91,7 +90,7 @@ def _mean(history: _History, feature: DerivedFeature) -> Doubles:
     return _rolling_mean(history, feature.rows)[0]
 
 
-def _sd(history: _History, feature: DerivedFeature) -> Doubles:
+def _std(history: _History, feature: DerivedFeature) -> Doubles:
     mean, count = _rolling_mean(history, feature.rows)
     total = np.zeros(len(mean))
     for lag in range(feature.rows):
@@ -147,7 +146,7 @@ def _encode_cyclic(t: Ints, feature: DerivedFeature) -> tuple[Floats, Floats]:
 
 _FUNCTIONS = {
     "mean": _mean,
-    "sd": _sd,
+    "std": _std,
     "lag": _lag,
     "difference": _difference,
     "last": _last,

@@ -121,13 +121,13 @@ def concatenate(parts: Sequence[Scores]) -> Scores:
 
 def _score_single_label(p: Doubles, manifest: Manifest) -> Scores:
     output = manifest.output
-    if p.shape[1] == 2 and output.threshold is not None and manifest.format > 1:
+    if p.shape[1] == 2 and output.threshold is not None:
         label = (p[:, 1] > output.threshold).astype(np.int64)
     else:
         label = p.argmax(axis=1)
     score = p[np.arange(len(p)), label]
     if output.isotonic is not None:
-        score = np.interp(score, output.isotonic.score, output.isotonic.right)
+        score = np.interp(score, output.isotonic.score, output.isotonic.accuracy)
     return Scores(label, score, None)
 
 

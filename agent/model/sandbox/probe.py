@@ -110,7 +110,7 @@ def inspect_model(content: bytes) -> ModelInspection:
 
 def _run_child(request: _ProbeRequest, limits: ResourceLimits) -> tuple[bytes, str]:
     """What the child says, and what it died of, "" where it did not. Raises BadBundle where it does not finish."""
-    patience_s = limits.seconds + GRACE_S + (0.0 if request.known_tunings is None else MAX_TUNING_S)
+    patience_s = limits.cpu_seconds + GRACE_S + (0.0 if request.known_tunings is None else MAX_TUNING_S)
     try:
         child = subprocess.run(
             # -P: an `agent` in the folder it happens to run in is not ours.
@@ -164,7 +164,7 @@ def _check_shapes(model: TfliteModel, content: Manifest) -> str:
     spec, output = content.input, content.output
     wanted, have = spec.rows * len(spec.columns), math.prod(model.input_shape)
     if wanted != have:
-        what = "features" if spec.derived or spec.order else "fields"
+        what = "features" if spec.derived or spec.feature_order else "fields"
         raise BadBundle(
             f"the model takes {have} values {list(model.input_shape)}, the manifest's input gives "
             f"{spec.rows} rows x {len(spec.columns)} {what} = {wanted}; correct [input] and pack it again"
@@ -225,7 +225,7 @@ def describe_death(code: int, stderr: bytes, limits: ResourceLimits) -> str:
     """What a child process with a model died of."""
     said = stderr.decode(errors="replace").strip()
     if code == -signal.SIGXCPU:
-        return f"used more than its {limits.seconds} s of CPU and was ended ([limits] seconds)"
+        return f"used more than its {limits.cpu_seconds} s of CPU and was ended ([limits] cpu_seconds)"
     if "MemoryError" in said or "bad_alloc" in said or code == -signal.SIGKILL:
         return _out_of_memory_detail(limits)
     if code < 0:
@@ -250,7 +250,7 @@ def _probe_in_child(request: _ProbeRequest) -> None:
     sys.stdout.buffer.write(msgspec.json.encode((*found, _peak_memory())) + b"\n")
     sys.stdout.buffer.flush()
     if request.known_tunings is not None and all(ok for _, ok, _ in found[1]):
-        _extend_cpu_limit(limits.seconds)
+        _extend_cpu_limit(limits.cpu_seconds)
         sys.stdout.buffer.write(msgspec.json.encode(_tune(request.files, request.known_tunings, memory)))
 
 
@@ -293,7 +293,7 @@ def _apply_limits(limits: ResourceLimits) -> int:
 
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     memory = pages * resource.getpagesize() + (limits.memory_mib << 20)
-    cpu = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + limits.seconds
+    cpu = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + limits.cpu_seconds
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
