@@ -74,5 +74,5 @@ def test_labels_that_nothing_can_be_calibrated_from_are_said_in_a_sentence(
 
 def test_another_number_of_labels_than_the_model_has_classes_is_said_with_both(tmp_path: Path) -> None:
     spec = change(write_spec(tmp_path), json.dumps(LABELS), '["a", "b"]')
-    with pytest.raises(BadBundle, match="the model gives 3 outputs, the manifest names 2 labels; name each class"):
+    with pytest.raises(BadBundle, match="the model has 3 outputs, the manifest names 2 labels; name each class"):
         pack.pack(spec, KEY)

@@ -370,9 +370,7 @@ def test_scores_of_a_model_that_is_too_sure_are_calibrated_on_held_out_labels(tm
     head = json.loads(made.files["manifest.json"])
     if how == "temperature":
         assert head["output"]["temperature"] == pytest.approx(4, rel=0.1)
-        assert head["format"] == 1
     else:
-        assert head["format"] == 2
         assert head["output"]["isotonic"]["accuracy"] == sorted(head["output"]["isotonic"]["accuracy"])
     pack.write_bundle(made, tmp_path / "out")
     activation.activate(tmp_path / "out", [KEY.public])
@@ -447,7 +445,7 @@ def test_the_references_own_data_do_not_calibrate(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "why"),
     [
-        (replace(SEVERAL, labels=("a|b", "c", "d")), "holds '|', which stands between labels"),
+        (replace(SEVERAL, labels=("a|b", "c", "d")), "contains '|', which separates labels"),
         (replace(SEVERAL, labels=("a", "b"), output="multi_label = true"), "3 outputs, the manifest names 2 labels"),
         (replace(SEVERAL, output=f"multi_label = true\n{SOFTMAX}"), "gives one label"),
         (replace(SEVERAL, output="thresholds = [0.1, 0.2, 0.3]"), "thresholds are for multi_label"),
@@ -456,12 +454,12 @@ def test_the_references_own_data_do_not_calibrate(tmp_path: Path) -> None:
         (replace(NAMED, output='names = ["a", "a"]'), "a value is named twice"),
         (
             replace(CHOSEN, output=""),
-            "2 outputs; name the one to use with [output] tensor, of 0: 'each' [1, 3]",
+            "2 outputs; select one with [output] tensor, of 0: 'each' [1, 3]",
         ),
         (replace(CHOSEN, output='tensor = "none"'), "no output 'none'"),
         (replace(CHOSEN, output="tensor = 2"), "no output 2"),
         (replace(HISTORY, input="scaling = 'window'"), "scaling by the window needs a window"),
-        (replace(HISTORY, input=""), "the model takes 4 values [4], the manifest's input gives 1 rows x 2 fields"),
+        (replace(HISTORY, input=""), "the model takes 4 values [4], the manifest's input has 1 rows x 2 fields"),
         (replace(SUMS["int8"], input="std = [1.0, nan, 1.0, 1.0]"), "std"),
     ],
 )

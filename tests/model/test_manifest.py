@@ -137,10 +137,10 @@ def test_a_manifest_that_two_readers_read_differently_is_refused_even_when_signe
     for twice in ('"version": "9.9.9",\n', '"files": {},\n'):
         path.write_text(text.replace("{\n", "{\n  " + twice, 1))
         resign(folder)
-        assert "is there twice in one object" in refused(folder)
+        assert "in one object" in refused(folder)
     path.write_text(text.replace('"fields": [', '"fields": ["x"], "fields": [', 1))
     resign(folder)
-    assert "key 'fields' is there twice" in refused(folder)
+    assert "duplicate key 'fields'" in refused(folder)
 
 
 def test_drift_options_are_left_out_of_a_manifest_that_does_not_use_them() -> None:
