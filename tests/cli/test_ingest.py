@@ -386,7 +386,7 @@ def test_another_process_that_holds_the_store_without_listening_is_named(
     store.close()
     assert code == 1
     assert f"another outstation (process {os.getpid()}) uses this data folder" in err
-    assert "it takes nothing in now" in err
+    assert "the daemon takes no rows now" in err
     assert err.count("\n") == 1
 
 

@@ -64,8 +64,8 @@ def require_not_quarantined(store: Store, task: str, path: Path) -> None:
     quarantined = overrides.load_quarantined(store, task)
     if quarantined and (digest := bundle.read(path, None).digest) in quarantined:
         raise BadBundle(
-            f"{path}: {quarantined[digest].reason}; the task's readings are kept. Configure another bundle, or send the "
-            "command `rollback` to run it all the same"
+            f"{path}: {quarantined[digest].reason}; the task's readings are kept. Configure another bundle, or send "
+            "the command `rollback` to run it all the same"
         )
 
 
