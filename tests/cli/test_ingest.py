@@ -400,4 +400,4 @@ def test_rows_the_daemon_rejects_by_another_config_are_an_error_that_says_so(
         (home / "outstation.toml").write_text(text)
         code, _, err = ingest("watch", home / "in.csv")
     assert code == 1
-    assert "has the config changed since the daemon was started? 1 rows were accepted" in err
+    assert "if the config changed since the daemon was started, restart it. 1 rows were accepted" in err
