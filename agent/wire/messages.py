@@ -158,7 +158,7 @@ class DriftPayload(LoggedPayload, frozen=True, kw_only=True, tag="drift"):
 
 
 class AlertPayload(LoggedPayload, frozen=True, kw_only=True, tag="alerts"):
-    alert: Literal["drift", "fault", "result", "model", "quality", "storage", "clock", "security"]
+    alert: Literal["drift", "fault", "model", "quality", "storage", "clock", "security"]
     subject: ShortText
     state: Literal["raised", "cleared"]
     severity: Severity
@@ -169,7 +169,7 @@ class AlertPayload(LoggedPayload, frozen=True, kw_only=True, tag="alerts"):
 
 
 class Metric(msgspec.Struct, frozen=True):
-    """A metric with its confidence interval. `slice` is empty for all results; a slice's `state`: ok, worse or small."""
+    """Metric with its confidence interval. `slice` is empty for all results; `state` of a slice: ok, worse, small."""
 
     metric: ShortText
     value: float | None

@@ -210,5 +210,5 @@ def test_a_public_key_loads_from_its_file_or_the_private_key(tmp_path: Path) -> 
     stored.rename(private)
     assert keys.load_public_for(private).raw == made.public.raw
     keys.public_key_path(private).write_text("no key\n")
-    with pytest.raises(UsageError, match=r"collector\.key\.pub: holds no readable public key"):
+    with pytest.raises(UsageError, match=r"collector\.key\.pub: not a readable public key"):
         keys.load_public_for(private)
