@@ -18,9 +18,8 @@ from agent.fleet.repository import create, edition, expiry, key_rotation, revoke
 from agent.fleet.repository.keys import RepositoryKeyring
 from agent.fleet.repository.publish import build_archive
 from agent.model.bundle import bundle as bundles
-from agent.model.bundle import target_metadata
 from agent.testing.messages import new_key
-from agent.wire import keys
+from agent.wire import keys, target_metadata
 from scripts.kit.bundles import KEY, change_manifest, resign
 from tests.kit.repositories import Client, Depot, served, version
 
