@@ -76,8 +76,8 @@ class Client:
     `address` is the daemon's socket file, or `127.0.0.1:PORT`. `name`, 1 to 64 characters, belongs to one producer at a
     time. `patience_s` must exceed the daemon's `commit_every`.
 
-    Raises ConnectionError if the daemon is away: with a name after `patience_s`; without one at once, because the fate of
-    the last lines is then unknown. Raises RuntimeError if another producer uses the name.
+    Raises ConnectionError if the daemon is away: with a name after `patience_s`; without one at once, because the fate
+    of the last lines is then unknown. Raises RuntimeError if another producer uses the name.
     """
 
     def __init__(self, address: str | Path, *, name: str | None = None, patience_s: float = 30.0) -> None:

@@ -36,7 +36,7 @@ class _Timex(ctypes.Structure):
 
 
 class ClockReading(msgspec.Struct, frozen=True):
-    """Reading of both clocks: `wall_us` epoch µs, `boot_s` seconds since boot (sleep included), `quality` of the wall time.
+    """Reading of both clocks: `wall_us` epoch µs and its `quality`, `boot_s` seconds since boot (sleep included).
 
     `error_us`: maximum error of the wall time by the time service; None without one.
     """
@@ -59,8 +59,9 @@ class ClockReading(msgspec.Struct, frozen=True):
 def read(floor_us: int = BUILD_FLOOR_US, last_synced_us: int = 0) -> ClockReading:
     """Read both clocks at one moment.
 
-    The wall time is `unsynced` below `floor_us`, the latest time from the collector, and below `last_synced_us`, the latest
-    time from a time service, unless a time service confirms it now. Below BUILD_FLOOR_US it is always `unsynced`.
+    The wall time is `unsynced` below `floor_us`, the latest time from the collector, and below `last_synced_us`, the
+    latest time from a time service, unless a time service confirms it now. Below BUILD_FLOOR_US it is always
+    `unsynced`.
     """
     error = sync_error_us()
     wall, boot_s = _read_both_clocks()

@@ -1,7 +1,7 @@
 """JSONPath: singular queries, which select at most one value of a JSON document.
 
-`$` selects the document, `$.data.temp` a nested member, `$.values[0]` an element, and `$['outside temperature']` a member
-with any name. `$.` may be omitted before a name.
+`$` selects the document, `$.data.temp` a nested member, `$.values[0]` an element, and `$['outside temperature']` a
+member with any name. `$.` may be omitted before a name.
 
 Source: RFC 9535, sections 2.3.1, 2.3.3 and 2.3.5.1.
 """

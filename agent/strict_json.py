@@ -37,8 +37,8 @@ class DuplicateKey(ValueError):
 def check_strict_json(text: bytes) -> None:
     """Check text that a decoder has accepted as JSON. Raises DuplicateKey, ValueError or RecursionError.
 
-    ValueError: nested too deeply, or not UTF-8. The two fast checks cost a few percent of decoding and suffice for nearly
-    all honest texts.
+    ValueError: nested too deeply, or not UTF-8. The two fast checks cost a few percent of decoding and suffice for
+    nearly all honest texts.
     """
     if not text.isascii():
         text.decode("utf-8")

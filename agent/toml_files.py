@@ -82,7 +82,7 @@ def _to_config_error(
 def _find_invalid_entry(
     message: str, struct_type: StructType, document: dict[str, Any], key_path: str, hook: DecodeHook
 ) -> str:
-    """Return the name of the stream or task that `message` is about; msgspec writes `[...]` for any entry of a table."""
+    """Return the stream or task that `message` is about; msgspec writes `[...]` for any entry of a table."""
     table = key_path.partition("[...]")[0]
     for name, value in document.get(table, {}).items():
         try:

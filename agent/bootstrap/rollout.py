@@ -52,7 +52,7 @@ class TaskFactory:
         """Start the model in a subprocess. Raises BadBundle, ConfigError."""
         self._save_tuning(name, proven)
         model = SubprocessModel(
-            proven.bundle, proven.tuning, SandboxLimits(call_timeout_s=rules.batch_s), self._on_wait
+            proven.bundle, proven.tuning, SandboxLimits(call_timeout_s=rules.batch_timeout_s), self._on_wait
         )
         try:
             active = LoadedBundle(proven.bundle, model, proven.reference, proven.tuning)

@@ -14,7 +14,7 @@ from agent.device.bundles.crash_marker import CrashMarker
 from agent.device.machine.timekeeping import make_clock
 from agent.device.pipeline import drift_state, tuning_cache
 from agent.device.pipeline.loaded_task import LoadedTask
-from agent.device.rollout import probation, saved_drift
+from agent.device.rollout import saved_drift, transitions
 from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.store import Store
 from agent.drift.monitor import DriftMonitor
@@ -47,7 +47,7 @@ def trusted_publishers(file: Path, conf: Config) -> list[PublicKey]:
 def open_crash_marker(conf: Config, store: Store, writer: MessageLog) -> CrashMarker:
     """Open the crash marker and handle the crash that it shows; once a start, before tasks are loaded."""
     marker, now = CrashMarker(conf.data_dir), make_clock(store)()
-    if not probation.roll_back_after_crash(conf, store, writer, marker, now):
+    if not transitions.roll_back_after_crash(conf, store, writer, marker, now):
         quarantine.handle_crash(conf, store, writer, marker, now)
     return marker
 

@@ -195,7 +195,7 @@ def read(path: Path, section: type[C]) -> C:
 
 
 def digest(config: Config) -> str:
-    """Return `sha256:…` of the parsed config without the broker's password and [updates], which do not affect results."""
+    """Return `sha256:…` of the parsed config, without the broker's password and [updates]."""
     broker = msgspec.structs.replace(config.broker, password=None)
     shown = msgspec.structs.replace(config, broker=broker, updates=None)
     data = msgspec.json.encode(msgspec.to_builtins(shown, enc_hook=_encode_quantity, order="deterministic"))

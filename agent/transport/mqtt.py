@@ -48,7 +48,7 @@ class _Handshake(msgspec.Struct):
 
 
 class _PahoLog:
-    """Logger that keeps paho's last error, such as the TLS alert that ended a connection. Other records stay unformatted."""
+    """Logger that keeps paho's last error, such as a TLS alert. Other records stay unformatted."""
 
     def __init__(self) -> None:
         self.last_error = ""

@@ -77,8 +77,8 @@ def compress(message: OutgoingMessage) -> OutgoingMessage:
 def decompress(payload: bytes, content_type: str) -> bytes:
     """Return the JSON of a received payload.
 
-    A payload that is not one complete gzip stream, or expands beyond `MAX_PAYLOAD`, is returned unchanged; its signature
-    then fails.
+    A payload that is not one complete gzip stream, or expands beyond `MAX_PAYLOAD`, is returned unchanged; its
+    signature then fails.
     """
     if content_type != GZIP:
         return payload

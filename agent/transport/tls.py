@@ -43,7 +43,8 @@ def create_context(broker: BrokerConfig) -> ssl.SSLContext:
 def describe_expiry(broker: BrokerConfig) -> str:
     """Return a note if the client certificate has expired by this machine's clock, else "".
 
-    A broker that refuses a certificate closes the connection while the client still sends, which mostly loses the reason.
+    A broker that refuses a certificate closes the connection while the client still sends, which mostly loses the
+    reason.
     """
     if not (broker.tls and broker.cert_file):
         return ""

@@ -44,7 +44,7 @@ def is_rotation_message(message: VerifiedMessage) -> bool:
 
 
 def parse_rotation(message: VerifiedMessage) -> KeyRotation | None:
-    """Parse the rotation in a verified message; None for any other message. Raises MessageRefused if its proof fails."""
+    """Parse the rotation in a verified message; None for any other. Raises MessageRefused if its proof fails."""
     body = message.body
     if not isinstance(body, AuditPayload) or not is_rotation_message(message):
         return None

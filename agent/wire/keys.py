@@ -144,13 +144,13 @@ def load_public_for(private_path: Path) -> PublicKey:
         if private_path.exists():
             return load_private(private_path).public
         raise UsageError(
-            f"{file}: no such file, so what this key signs cannot be verified; copy it from where {private_path.name} was "
-            "made"
+            f"{file}: no such file, so signatures of this key cannot be verified; copy it from the machine that made "
+            f"{private_path.name}"
         ) from None
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{file}: holds no readable public key ({error}); copy it again from where {private_path.name} was made, or "
-            "delete it where that is beside it"
+            f"{file}: not a readable public key ({error}); copy it again from where {private_path.name} was made, "
+            f"or delete it if {private_path.name} is in the same folder"
         ) from None
 
 

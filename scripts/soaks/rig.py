@@ -167,9 +167,9 @@ class Sensor:
         self._lines, self._at = self._lines + 1, self._at + self._n
         self._due_s += self._commit_s
         for taken in self._reader.parse([line], self._lines, now.wall_us):
-            for number, reason in taken.bad.items():
+            for number, reason in taken.rejected.items():
                 self._group.reject(self, number, reason)
-            if taken.checked is not None:
-                self._group.add_rows(self, taken.stream, taken.checked, taken.lines, now)
+            if taken.validated is not None:
+                self._group.add_rows(self, taken.stream, taken.validated, taken.lines, now)
         self._group.advance(self, self._lines)
         self.accepted += self._group.commit(now)[self].accepted

@@ -1,4 +1,4 @@
-"""Paths to one value in a JSON document."""
+"""Singular JSONPath queries."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DOCUMENT = {"a": {"b c": [1, {"d": 2.5}], "é": "x"}, "0": None, "it's": True}
         ("$.a.é.deeper", MISSING),
     ],
 )
-def test_a_path_leads_to_one_value_or_to_none(text: str, value: object) -> None:
+def test_a_path_selects_one_value_or_none(text: str, value: object) -> None:
     assert find(DOCUMENT, parse(text)) == value
 
 

@@ -1,4 +1,4 @@
-"""`outstation.toml`: every key is understood, and a mistake is named with its file, key and fix."""
+"""Device config: every key loads, and an error names the file, the key and the fix."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def mistake(folder: Path, text: str) -> ConfigError:
     return caught.value
 
 
-def test_the_example_means_what_its_comments_say(tmp_path: Path) -> None:
+def test_the_example_config(tmp_path: Path) -> None:
     conf = load(tmp_path, EXAMPLE)
     assert conf.device == config.DeviceConfig(id="pi-07", fleet="acme", data_dir="/var/lib/outstation")
     assert conf.data_dir == Path("/var/lib/outstation")
@@ -130,29 +130,27 @@ def test_keys_left_out_have_their_defaults(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_every_source_is_understood_and_its_paths_are_beside_the_config(
-    tmp_path: Path, source: str, expected: Any
-) -> None:
+def test_every_source_loads_with_absolute_paths(tmp_path: Path, source: str, expected: Any) -> None:
     got = load(tmp_path, DEVICE + STREAM + f"source = {source}\n").streams["watch"].source
     assert repr(got) == repr(expected).replace("{base}", str(tmp_path))
 
 
 @pytest.mark.parametrize("schedule", ["every 60 s", "*/5 * * * *", "when 500 rows"])
 @pytest.mark.parametrize("publish", ['"all"', '"changes"', '"summary"', "{ below_score = 0.6 }"])
-def test_every_way_to_run_and_publish_is_understood(tmp_path: Path, schedule: str, publish: str) -> None:
+def test_every_schedule_and_publish_policy_loads(tmp_path: Path, schedule: str, publish: str) -> None:
     task = load(tmp_path, DEVICE + STREAM + TASK + f'schedule = "{schedule}"\npublish = {publish}\n').tasks["exercise"]
     assert task.schedule == schedule
     assert task.publish == (config.PublishBelow(below_score=0.6) if "below" in publish else publish.strip('"'))
 
 
-def test_a_bundle_with_a_slash_is_a_path_beside_the_config_and_without_one_a_name(tmp_path: Path) -> None:
+def test_a_bundle_with_a_slash_is_a_path(tmp_path: Path) -> None:
     for written, meant in (("exercise", "exercise"), ("./exercise", str(tmp_path / "exercise")), ("/b/x", "/b/x")):
         text = DEVICE + STREAM + TASK.replace('"exercise"', f'"{written}"')
         assert load(tmp_path, text).tasks["exercise"].bundle == meant
 
 
 @pytest.mark.parametrize(
-    ("text", "key", "said"),
+    ("text", "key", "message"),
     [
         ('[borker]\nurl = "x"', "borker", "unknown key; did you mean 'broker'?"),
         ('[broker]\nulr = "x"', "broker.ulr", "unknown key; did you mean 'url'?"),
@@ -180,15 +178,15 @@ def test_a_bundle_with_a_slash_is_a_path_beside_the_config_and_without_one_a_nam
         ("[task.exercise]\nstream = 'x'", "task", "unknown key; did you mean 'tasks'?"),
     ],
 )
-def test_an_unknown_key_is_named_in_full_with_what_may_be_meant(tmp_path: Path, text: str, key: str, said: str) -> None:
+def test_an_unknown_key_is_named_with_a_suggestion(tmp_path: Path, text: str, key: str, message: str) -> None:
     error = mistake(tmp_path, DEVICE + text)
     assert error.key == key
-    assert said in error.problem
+    assert message in error.problem
     assert error.problem.startswith("unknown key")
 
 
 @pytest.mark.parametrize(
-    ("text", "key", "said"),
+    ("text", "key", "message"),
     [
         ('[buffer]\nmax_size = "1 GIGA"', "buffer.max_size", "'1 GIGA' must be a number with a unit: B, KB"),
         ("[buffer]\nmax_size = 1_000_000", "buffer.max_size", "1000000 must be a number with a unit"),
@@ -311,14 +309,14 @@ def test_an_unknown_key_is_named_in_full_with_what_may_be_meant(tmp_path: Path, 
         (STREAM + TASK + "learn_windows = 5", "tasks.exercise.learn_windows", "expected `int` >= 20"),
     ],
 )
-def test_a_mistake_is_named_with_its_key_and_the_fix(tmp_path: Path, text: str, key: str, said: str) -> None:
+def test_a_mistake_is_named_with_its_key_and_the_fix(tmp_path: Path, text: str, key: str, message: str) -> None:
     error = mistake(tmp_path, DEVICE + text)
     assert error.key == key
-    assert said in error.problem
+    assert message in error.problem
 
 
 @pytest.mark.parametrize("name", ["", "Pi", "pi 07", "pi/07", "pi+", "#", "-pi", ".pi", "p" * 65, "pí"])
-def test_a_device_or_fleet_whose_name_cannot_stand_in_a_topic_is_refused(tmp_path: Path, name: str) -> None:
+def test_an_invalid_device_or_fleet_name_is_refused(tmp_path: Path, name: str) -> None:
     assert mistake(tmp_path, f'[device]\nid = "{name}"\nfleet = "acme"\n').key == "device.id"
     assert mistake(tmp_path, f'[device]\nid = "pi"\nfleet = "{name}"\n').key == "device.fleet"
 
@@ -333,7 +331,7 @@ def test_sending_in_the_clear_can_be_allowed_by_hand(tmp_path: Path) -> None:
     assert load(tmp_path, text).broker.port == 1883
 
 
-def test_a_file_that_is_missing_unreadable_or_no_toml_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml: no such file; `outstation init` writes one"):
         config.load(tmp_path / "none.toml")
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
@@ -353,9 +351,9 @@ def test_a_wrong_config_is_one_line_on_stderr_and_exit_code_2(
         with pytest.raises(SystemExit) as ended:
             main([command, "-c", str(file)])
         assert ended.value.code == 2
-        said = capsys.readouterr()
-        assert said.out == ""
-        assert said.err == (
+        message = capsys.readouterr()
+        assert message.out == ""
+        assert message.err == (
             f"outstation: {file}: tasks.exercise.stream: unknown stream 'wacth'; did you mean 'watch'?\n"
         )
 
@@ -381,9 +379,7 @@ def test_what_is_no_quantity_is_refused(text: str) -> None:
         config.parse_duration(text)
 
 
-def test_the_file_is_the_one_named_then_the_environments_then_the_folders_then_the_systems(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_search_order_of_config_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OUTSTATION_CONFIG", raising=False)
     monkeypatch.chdir(tmp_path)
     assert config.find(None) == Path("/etc/outstation/outstation.toml")
@@ -394,14 +390,14 @@ def test_the_file_is_the_one_named_then_the_environments_then_the_folders_then_t
     assert config.find("/given.toml") == Path("/given.toml")
 
 
-def test_the_help_names_every_place_where_the_config_is_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_lists_all_config_locations(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["status", "--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "default $OUTSTATION_CONFIG, ./outstation.toml, /etc/outstation/outstation.toml." in said
+    message = " ".join(capsys.readouterr().out.split())
+    assert "default $OUTSTATION_CONFIG, ./outstation.toml, /etc/outstation/outstation.toml." in message
 
 
-def test_the_digest_names_what_decides_results_and_not_the_brokers_password(tmp_path: Path) -> None:
+def test_the_digest_ignores_the_brokers_password(tmp_path: Path) -> None:
     base = DEVICE + STREAM + TASK
     digest = config.digest(load(tmp_path, base))
     assert digest.startswith("sha256:")
@@ -425,26 +421,26 @@ TOML = st.lists(
 @example(DEVICE + "[buffer]\nmax_size = '" + "9" * 400 + " GiB'\n")
 @example(DEVICE + "[buffer]\ncommit_every = '" + "9" * 400 + " d'\n")
 @example(DEVICE + STREAM.replace('"ax"', '"ax", min = -inf'))
-def test_any_text_is_a_config_or_a_mistake_that_names_the_file(text: str) -> None:
+def test_any_text_loads_or_raises_an_error_with_the_file(text: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "outstation.toml"
         file.write_bytes(text.encode(errors="surrogatepass"))
         try:
             assert config.digest(config.load(file)).startswith("sha256:")
         except ConfigError as mistake:
-            said = str(mistake)
+            message = str(mistake)
         else:
             return
-    assert said.startswith(f"{file}: ")
+    assert message.startswith(f"{file}: ")
 
 
 @pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "x = " + "{a = " * 5_000])
-def test_a_config_that_is_nested_without_end_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+def test_a_deeply_nested_config_is_refused(tmp_path: Path, text: str) -> None:
     assert "nested too deep" in str(mistake(tmp_path, text))
 
 
 @pytest.mark.parametrize("key", [b64url_encode(bytes(32)), b64url_encode((1).to_bytes(32, "little"))])
-def test_a_config_whose_keys_anybody_can_sign_for_is_refused(tmp_path: Path, key: str) -> None:
+def test_small_order_keys_in_a_config_are_refused(tmp_path: Path, key: str) -> None:
     file = tmp_path / "outstation.toml"
     file.write_text(DEVICE + f'[publishers]\nkeys = ["{KEY}", "{key}"]\n')
     with pytest.raises(ConfigError, match=r"outstation\.toml: publishers\.keys: .* of small order"):
@@ -454,7 +450,7 @@ def test_a_config_whose_keys_anybody_can_sign_for_is_refused(tmp_path: Path, key
 UPDATES = '[updates]\nurl = "https://updates.example.org/acme"\n'
 
 
-def test_updates_come_from_a_server_or_a_folder_with_paths_beside_the_config(tmp_path: Path) -> None:
+def test_updates_from_a_server_or_a_folder(tmp_path: Path) -> None:
     base = DEVICE + STREAM
     assert load(tmp_path, base).updates is None
     plain = load(tmp_path, base + UPDATES.replace("acme", "acme/")).updates
@@ -464,11 +460,15 @@ def test_updates_come_from_a_server_or_a_folder_with_paths_beside_the_config(tmp
     every = (
         'ca_file = "ca.pem"\nroot = "/r.json"\npoll_interval = "1 h"\nwindow = "22:30-05:00"\nmax_rate = "512 KiB"\n'
     )
-    found = load(tmp_path, base + UPDATES + every + 'max_size = "8 MiB"\n').updates
-    assert found is not None
-    assert (found.ca_file, found.root) == (str(tmp_path / "ca.pem"), "/r.json")
-    assert found.window_minutes == (22 * 60 + 30, 5 * 60)
-    assert (float(found.poll_interval), found.max_rate, int(found.max_size)) == (3600, config.Size(512 << 10), 8 << 20)
+    loaded = load(tmp_path, base + UPDATES + every + 'max_size = "8 MiB"\n').updates
+    assert loaded is not None
+    assert (loaded.ca_file, loaded.root) == (str(tmp_path / "ca.pem"), "/r.json")
+    assert loaded.window_minutes == (22 * 60 + 30, 5 * 60)
+    assert (float(loaded.poll_interval), loaded.max_rate, int(loaded.max_size)) == (
+        3600,
+        config.Size(512 << 10),
+        8 << 20,
+    )
     folder = load(tmp_path, base + '[updates]\nurl = "stick/acme"\n').updates
     assert folder is not None
     assert folder.is_folder
@@ -495,14 +495,14 @@ def test_updates_come_from_a_server_or_a_folder_with_paths_beside_the_config(tmp
         ('url = "https://h"\nmax_rat = "1 MiB"', "max_rat", "did you mean 'max_rate'?"),
     ],
 )
-def test_updates_that_cannot_work_are_named(tmp_path: Path, text: str, key: str, problem: str) -> None:
-    found = mistake(tmp_path, DEVICE + STREAM + f"[updates]\n{text}\n")
-    assert found.key == f"updates.{key}"
-    assert problem in found.problem
+def test_invalid_updates_are_named(tmp_path: Path, text: str, key: str, problem: str) -> None:
+    loaded = mistake(tmp_path, DEVICE + STREAM + f"[updates]\n{text}\n")
+    assert loaded.key == f"updates.{key}"
+    assert problem in loaded.problem
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:8080/acme", "http://localhost", "http://[::1]:80/x"])
-def test_updates_in_the_clear_are_for_loopback_and_who_allows_them(tmp_path: Path, url: str) -> None:
+def test_unencrypted_updates_need_loopback_or_permission(tmp_path: Path, url: str) -> None:
     assert load(tmp_path, DEVICE + STREAM + f'[updates]\nurl = "{url}"\n').updates is not None
     allowed = '[updates]\nurl = "http://updates.example.org"\nallow_plaintext = true\n'
     assert load(tmp_path, DEVICE + STREAM + allowed).updates is not None
@@ -514,7 +514,7 @@ def test_where_updates_come_from_decides_no_result(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("group", ["_all", "Roof", "a/b", ""])
-def test_a_group_that_cannot_stand_in_a_topic_is_refused(tmp_path: Path, group: str) -> None:
+def test_an_invalid_group_name_is_refused(tmp_path: Path, group: str) -> None:
     file = tmp_path / "outstation.toml"
     file.write_text(f'[device]\nid = "pi-07"\nfleet = "acme"\ngroups = ["roof", "{group}"]\n', encoding="utf-8")
     with pytest.raises(ConfigError, match=r"device\.groups"):

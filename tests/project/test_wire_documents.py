@@ -19,6 +19,7 @@ from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage
 from agent.wire.topics import KINDS
 from scripts import wire_documents
+from tests.kit.devices import expand_columns
 
 PACKAGES = ("@asyncapi/parser@3", "ajv@8")
 VALIDATE = """
@@ -87,7 +88,7 @@ def validate(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict[st
 
 def test_the_official_parser_accepts_the_document(validate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
     # 0 is an error and 1 a warning; hints such as "there is no contact" stay.
-    assert [one for one in validate([])["diagnostics"] if one["severity"] <= 1] == []
+    assert [diagnostic for diagnostic in validate([])["diagnostics"] if diagnostic["severity"] <= 1] == []
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +116,11 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             return {message["kind"] for message in messages}
 
         home = str(fleet.home)
-        wait_until("results arrive", lambda: "results" in record() and fleet.last_result_row("pi-01") > 2000)
-        labels = json.dumps({"row": list(range(100, 1600, 25)), "label": ["PEN"] * 60})
+        wait_until("results arrive", lambda: "results" in record() and fleet.last_result_row("pi-01") > 8000)
+        # A device reports its metrics after 50 labels.
+        results = [expand_columns(m["payload"]["columns"]) for m in messages if m["kind"] == "results"]
+        rows = [row for columns in results for row in columns["row"]][:60]
+        labels = json.dumps({"row": rows, "label": ["PEN"] * len(rows)})
         for command in (("report",), ("label", "exercise", labels)):
             done = run_outstation("fleet", "command", "pi-01", *command, "--dir", home, "--wait", "60", "--json")
             assert done.returncode == 0, done.stdout + done.stderr

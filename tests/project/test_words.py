@@ -37,6 +37,12 @@ PENDING: set[str] = {
     "agent/fleet/database",
     "agent/fleet/drift",
     "agent/fleet/enrolment",
+    "agent/device/pipeline",
+    "agent/device/rollout",
+    "agent/device/rollout/fetch",
+    "agent/device/uplink",
+    "agent/evaluation",
+    "agent/evaluation/predict",
     "agent/fleet/rollout",
     "agent/model",
     "agent/model/bundle",
@@ -48,14 +54,12 @@ PENDING: set[str] = {
 }
 
 _OPENINGS = re.compile(r"(Of|What|Whatever|Whether|With|By|How|Where|Who|Whose|Which|That|The same|As|So|Such|Some)\b")
-# Parts of names that nobody searches for.
+# Parts of names that nobody searches for; "fleet-wide" is a term.
 _PARTS = {
     "apart", "asked", "begun", "beside", "came", "deed", "found", "gone", "hear", "heard", "kept", "laid", "lay",
     "mend", "said", "say", "told", "thing", "things", "whatever", "whose", "wide",
 }  # fmt: skip
 _WHOLE = {"of", "one", "ones", "so", "some", "such", "what", "whom"}
-# Standard terms that contain such a part.
-_TERMS = {"fleet_wide", "fleet_wide_alerts", "test_fleet_wide"}
 
 
 def _names(tree: ast.AST) -> Iterator[tuple[str, int]]:
@@ -71,8 +75,9 @@ def _names(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def _is_dialect(name: str) -> bool:
-    words = {word.lower() for part in name.split("_") for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", part)}
-    return name.lower() not in _TERMS and "fleet_wide" not in name and bool(words & _PARTS or name.lower() in _WHOLE)
+    plain = re.sub(r"fleet_?wide", "", name, flags=re.IGNORECASE)
+    words = {word.lower() for part in plain.split("_") for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", part)}
+    return bool(words & _PARTS or plain.lower() in _WHOLE)
 
 
 def problems(text: str) -> list[str]:

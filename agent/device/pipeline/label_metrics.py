@@ -82,11 +82,7 @@ def _join_early_labels(task: LoadedTask, store: Store, now: ClockReading, keep_s
             early = label_store.load_early(tx.connection, task.name, span, tx.uptime_s(now) - keep_s, _EARLY_BATCH)
             for _, label, received_us in early:
                 labels = tx.labels
-                result = (
-                    labels.find_nearest(task.name, label.t or 0)
-                    if label.row is None
-                    else labels.find_by_row(task.name, label.row)
-                )
+                result = labels.find(task.name, label)
                 outcome = "unmatched" if result is None else labels.store_label(task.name, label, result, received_us)
                 tx.increment_counter(label_store.outcome_counter(task.name, outcome), 1)
             tx.labels.delete_early_labels(task.name, [number for number, _, _ in early])

@@ -1,4 +1,4 @@
-"""The lowest and highest values of a drift window, how many rows hold them, and when so many do that a sensor clips."""
+"""Extremes of a drift window: the two lowest and two highest values of each field, with their numbers of rows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ LOW, HIGH = 0, 1
 
 
 class Extremes(msgspec.Struct, frozen=True, eq=False):
-    """Of each field and side (low, high) the outermost value and the next one to it, with their numbers of rows.
+    """Outermost value and the next one, per field and side (low, high), with their numbers of rows.
 
-    Low ones are kept negated, so that the outermost is the greatest on both sides. Where there is none: -inf, 0.
+    Low values are negated, so that the outermost is the greatest on both sides. A missing value is -inf with 0 rows.
     """
 
     values: Float64s  # (F, 2, 2)
@@ -25,18 +25,18 @@ class Extremes(msgspec.Struct, frozen=True, eq=False):
 
     @classmethod
     def from_sorted(cls, ordered: np.ndarray, count: Ints) -> Extremes:
-        """Of columns (..., F, n) in ascending order of which the first `count` (..., F) are values."""
-        columns, held = ordered.reshape(count.size, ordered.shape[-1]), count.ravel()
-        ends = _end_values(columns, held).astype(np.float64)
+        """Find the extremes of ascending columns (..., F, n), whose first `count` (..., F) entries are values."""
+        columns, lengths = ordered.reshape(count.size, ordered.shape[-1]), count.ravel()
+        ends = _end_values(columns, lengths).astype(np.float64)
         first, second, third = ends[..., 0], ends[..., 1], ends[..., 2]
         rows = np.ones((len(columns), 2, 2), np.int64)
-        # In most columns each of them is there once.
-        several = (first == second) | (second == third) | (held < 3)[:, None]
+        # In most columns each occurs once.
+        several = (first == second) | (second == third) | (lengths < 3)[:, None]
         for side in (LOW, HIGH):
-            some = np.flatnonzero(several[:, side])
-            if len(some):
-                ends[some, side, :2], rows[some, side] = _count_outermost(
-                    columns[some], held[some], first[some, side], side
+            columns_left = np.flatnonzero(several[:, side])
+            if len(columns_left):
+                ends[columns_left, side, :2], rows[columns_left, side] = _count_outermost(
+                    columns[columns_left], lengths[columns_left], first[columns_left, side], side
                 )
         values = ends[..., :2]
         values[:, LOW] *= -1
@@ -47,7 +47,7 @@ class Extremes(msgspec.Struct, frozen=True, eq=False):
         return Extremes(self.values[index], self.rows[index])
 
     def merge(self, other: Extremes) -> Extremes:
-        """Of both; associative, commutative and exact."""
+        """Merge both; associative, commutative and exact."""
         values = np.concatenate([self.values, other.values], axis=-1)
         rows = np.concatenate([self.rows, other.rows], axis=-1)
         first = values.max(-1, keepdims=True)
@@ -57,16 +57,17 @@ class Extremes(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def low(self) -> Float64s:
-        """(..., F) the lowest value."""
+        """(..., F) lowest value."""
         return np.asarray(-self.values[..., LOW, 0])
 
     @property
     def high(self) -> Float64s:
+        """(..., F) highest value."""
         return np.asarray(self.values[..., HIGH, 0])
 
 
 def _end_values(ordered: np.ndarray, count: Ints) -> np.ndarray:
-    """(n, 2, 3) the first three values of each column, and the last three backwards; any where there are fewer."""
+    """Return the first three values of each column and the last three backwards (n, 2, 3); any if there are fewer."""
     rows = ordered.shape[1]
     if rows >= 3 and (count == rows).all():
         return ordered[:, np.array([[0, 1, 2], [-1, -2, -3]])]
@@ -78,14 +79,14 @@ def _end_values(ordered: np.ndarray, count: Ints) -> np.ndarray:
 
 
 def _count_outermost(ordered: np.ndarray, count: Ints, value: Float64s, side: int) -> tuple[Float64s, Ints]:
-    """The outermost `value` and the next one to it, NaN for none, and how many rows hold them: (n, 2) each."""
+    """Return the outermost `value` and the next one, NaN for none, and how many rows have them: (n, 2) each."""
     columns, last = np.arange(len(ordered)), np.maximum(count - 1, 0)
     if not ordered.shape[1]:
         return np.full((len(ordered), 2), np.nan), np.zeros((len(ordered), 2), np.int64)
     value = np.where(count > 0, value, np.nan)
-    held = (ordered == value[:, None]).sum(1)
-    another = count > held
-    at = np.where(another, last - held if side == HIGH else held, 0)
-    following = np.where(another, ordered[columns, at].astype(np.float64), np.nan)
-    rows = np.stack([held, (ordered == following[:, None]).sum(1)], axis=1)
+    occurrences = (ordered == value[:, None]).sum(1)
+    another = count > occurrences
+    place = np.where(another, last - occurrences if side == HIGH else occurrences, 0)
+    following = np.where(another, ordered[columns, place].astype(np.float64), np.nan)
+    rows = np.stack([occurrences, (ordered == following[:, None]).sum(1)], axis=1)
     return np.stack([value, following], axis=1), rows

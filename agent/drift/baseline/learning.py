@@ -21,7 +21,7 @@ from agent.drift.numeric.sums import GroupMoments, median, nanmedian
 from agent.errors import BadBundle
 from agent.performance import cbpe
 
-UNTESTED_SD = 1e9  # sd of a test that nothing was learned of
+UNTESTED_SD = 1e9  # of a test without learned values
 MAX_WINDOWS = 400  # drift windows kept while learning: more add hardly anything
 MAX_BYTES = 512 << 10  # of these windows, as long as enough are left to learn from
 MIN_RETAINED_WINDOWS = RECOMMENDED_WINDOWS + MIN_WINDOWS
@@ -109,15 +109,15 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
 
     def thin(self) -> LearningState:
         """Drop every other window, and from now on keep half as many."""
-        kept = np.arange(0, self.windows, 2)
+        every_other = np.arange(0, self.windows, 2)
         entries = self.window % 2 == 0
         return replace(
             self,
-            windows=len(kept),
-            bins=self.bins[kept],
-            output=self.output[kept],
-            scores=self.scores[kept],
-            t=self.t[kept],
+            windows=len(every_other),
+            bins=self.bins[every_other],
+            output=self.output[every_other],
+            scores=self.scores[every_other],
+            t=self.t[every_other],
             window=self.window[entries] // 2,
             label=self.label[entries],
             n=self.n[entries],
@@ -320,7 +320,7 @@ def _calibrate_tests(
     for detector in DETECTORS:
         min_sd[layout[detector.name]] = detector.min_sd(task)
     # Slices, as numpy adds up a copy of columns in another order.
-    kept_whole = [layout[detector.name] for detector in DETECTORS if not detector.winsorized]
+    unclipped = [layout[detector.name] for detector in DETECTORS if not detector.winsorized]
     tested = (~np.isnan(values)).sum(0) >= MIN_WINDOWS
     middle = nanmedian(np.where(tested, values, 0.0))
     known = np.where(tested & ~np.isnan(values), values, middle)
@@ -329,10 +329,10 @@ def _calibrate_tests(
         fit = daily_cycle.fit(known, learning.midpoints, seasonality)
         _, residuals = outliers.winsorize(fit.residuals, median(fit.residuals), min_sd)
         mean, cycle = fit.mean, fit.cycle
-        for place in kept_whole:
+        for place in unclipped:
             residuals[:, place] = fit.residuals[:, place]
     else:
-        for place in kept_whole:
+        for place in unclipped:
             mean[place] = known[:, place].mean(0)
             residuals[:, place] = known[:, place] - mean[place]
     class_means = {name: part.baseline for name, part in parts.items() if part.baseline is not None}

@@ -1,7 +1,7 @@
-"""A machine's modes as a category field of its readings names them: classes for a model that names none itself.
+"""Modes of a machine: classes for a model that names none, taken from a category field of its readings.
 
-The first MOST names that come have a class each; all others share one with what has no name and with model windows in
-which the mode changes.
+The first MAX_MODES names have a class each. All others share one with missing names and with model windows in which the
+mode changes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ CLASS_COUNT = MAX_MODES + 1
 
 
 class Modes(msgspec.Struct, frozen=True, eq=False):
-    """Of model windows: `codes` (w,) into `texts`, whose first stands for no name."""
+    """Modes of model windows: `codes` (w,) index `texts`, whose first entry stands for no name."""
 
     codes: Ints
     texts: Sequence[str]
 
 
 def modes_of_windows(codes: np.ndarray, starts: Ints, window_rows: int, texts: Sequence[str]) -> Modes:
-    """Of model windows that begin at offsets `starts` (w,) into rows with `codes` (n,)."""
+    """Return the modes of model windows at offsets `starts` (w,) into rows with `codes` (n,)."""
     first = codes[starts].astype(np.int64)
     if window_rows > 1 and len(starts):
         changes = np.concatenate([[0], np.cumsum(codes[1:] != codes[:-1])])
@@ -35,7 +35,7 @@ def modes_of_windows(codes: np.ndarray, starts: Ints, window_rows: int, texts: S
 
 
 def assign_classes(known: tuple[str, ...], modes: Modes) -> tuple[tuple[str, ...], Ints]:
-    """The names that have a class from now on, in the order they came, and the class (w,) of each model window."""
+    """Return the names that have a class from now on, in order of arrival, and the class (w,) of each model window."""
     codes, first, inverse = np.unique(modes.codes, return_index=True, return_inverse=True)
     names = {code: modes.texts[code] for code in codes.tolist() if code}
     places = {name: place for place, name in enumerate(known)}

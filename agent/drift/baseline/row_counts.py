@@ -1,4 +1,4 @@
-"""What is counted of the rows and answers of W drift windows at once, each of as many rows and of as many answers."""
+"""Row and prediction counts of W drift windows at once, all with equally many rows and predictions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from agent.drift.detectors.detector import ClassifiedWindows
 from agent.drift.detectors.registry import COUNTERS
 from agent.drift.numeric.sums import Groups
 
-OUTSIDE_MARGIN = 0.5  # of the span of the reference, beyond which rows are far outside its limits
+OUTSIDE_MARGIN = 0.5  # of the reference's span: rows further beyond its limits are far outside
 
 
 class RowCounts(msgspec.Struct, frozen=True, eq=False):
-    """See `Summary`, whose members these are, with W in front."""
+    """Counts of rows: members of `Summary`, with W in front."""
 
     counts: Ints  # (W, F, 34)
     missing: Ints  # (W, F)
@@ -33,7 +33,7 @@ class RowCounts(msgspec.Struct, frozen=True, eq=False):
 
 
 class PredictionCounts(msgspec.Struct, frozen=True, eq=False):
-    """See `Summary`, whose members these are, with W in front."""
+    """Counts of predictions: members of `Summary`, with W in front."""
 
     output: Ints  # (W, C)
     scores: Ints  # (W, 32)
@@ -41,7 +41,7 @@ class PredictionCounts(msgspec.Struct, frozen=True, eq=False):
 
 
 def count_rows(reference: Reference, rows: Float64s, tail: Tail) -> tuple[RowCounts, Tail]:
-    """Of `rows` (W, n, F), n > 0, in physical units, NaN missing; the first follow on from `tail`, where W is 1."""
+    """Count `rows` (W, n, F), n > 0, in physical units, NaN missing; if W is 1, the rows follow on from `tail`."""
     trace = Trace.from_rows(rows, tail.rows)
     longest, run = runs.longest_runs(trace, tail.run, reference.rest)
     ordered, exact = _sort_columns(rows)
@@ -69,10 +69,7 @@ def count_predictions(
     classes: Ints,
     groups: Groups,
 ) -> PredictionCounts:
-    """Of model windows, one drift window's after another's: see `Summary.add_windows`.
-
-    `groups` are those of `by_class`.
-    """
+    """Count model windows, one drift window's after another's; `groups` are those of `group_by_class`."""
     task, shape = reference.task, (windows, reference.class_count)
     scores, scaled = np.zeros((windows, BINS), np.int64), None
     drift_window = np.repeat(np.arange(windows), len(predicted) // windows)
@@ -94,16 +91,16 @@ def count_predictions(
 
 
 def group_by_class(reference: Reference, windows: int, classes: Ints) -> Groups:
-    """Model windows by the drift window that they are in and their class."""
+    """Group model windows by drift window and class."""
     count = reference.class_count
     first = np.repeat(np.arange(windows) * count, len(classes) // windows)
     return Groups.from_ids(first + classes, windows * count)
 
 
 def _sort_columns(rows: Float64s) -> tuple[np.ndarray, bool]:
-    """Each field's values (W, F, n) in ascending order, NaN last; and whether they are float32, which readings are.
+    """Return each field's values (W, F, n) in ascending order, NaN last, and True if they are exact as float32.
 
-    Sorting the rows and looking up 33 cuts costs half of looking up every row; as float32, less.
+    Sorting the rows and looking up 33 cuts costs half of looking up every row; as float32 it costs less.
     """
     single = rows.astype(np.float32)
     same = single == rows
@@ -114,7 +111,9 @@ def _sort_columns(rows: Float64s) -> tuple[np.ndarray, bool]:
 
 
 def _count_bins(ordered: np.ndarray, cuts: np.ndarray, missing: Ints) -> Ints:
-    """(W, F, 34). A value on an inner edge belongs to the bin above it, one on a limit to the bin inside."""
+    """Count bins (W, F, 34). A value on an inner edge belongs to the bin above it, a value on a limit to the bin
+    inside.
+    """
     under = np.zeros((*ordered.shape[:2], BINS + 3), np.int64)
     for window, columns in zip(under, ordered, strict=True):
         for place, column, limits in zip(window, columns, cuts, strict=True):

@@ -1,13 +1,4 @@
-"""What is tested for drift: statistics of each model window, judged against what is normal for its class.
-
-A machine has modes, and their mixture changes all day. So each model window's statistics are compared with those of
-the class that the model just named, and only what is left (the residual) is averaged over a drift window. Measured
-on smartwatch recordings, a gain of 0.6 on one axis is then found in 2 drift windows instead of never.
-
-For a model over windows of rows, the D = 2F statistics are each field's mean and log-variance; for one that answers
-each row (`window_rows` 1), the D = F values themselves. Either way a drift window gives 2F tests: F of the mean, then
-F of the spread.
-"""
+"""Model window statistics: mean and log variance of each field, and what detectors measure of the rows."""
 
 from __future__ import annotations
 
@@ -61,14 +52,14 @@ def compute_statistics(rows: Float64s, starts: Ints, window_rows: int, floor: Fl
 
 
 def _center_windows(windows: Float64s) -> tuple[Float64s, Float64s, Float64s]:
-    """Of model windows (w, rows, F) without missing values: means (w, F), values less these, and squares' sums."""
+    """Return means (w, F), centered values and sums of squares of model windows (w, rows, F) without missing values."""
     rows = windows.shape[1]
     if windows.shape[2] == 1 or not windows.flags.c_contiguous:
-        # numpy adds up a column that lies in one piece in pairs.
+        # numpy adds up a contiguous column pairwise.
         mean = windows.sum(1) / rows
         centred = windows - mean[:, None, :]
         return mean, centred, (centred**2).sum(1)
-    # The same bits, several times as fast: windows side by side are few long rows to add up.
+    # The same bits, several times as fast: windows side by side are few long rows.
     side_by_side = windows.transpose(1, 0, 2).copy()
     mean = sum_sequentially(side_by_side) / rows
     side_by_side -= mean
@@ -77,16 +68,16 @@ def _center_windows(windows: Float64s) -> tuple[Float64s, Float64s, Float64s]:
 
 
 def _gather_windows(rows: Float64s, starts: Ints, window_rows: int) -> Float64s:
-    """(w, `window_rows`, F) of model windows."""
+    """Return the rows (w, `window_rows`, F) of model windows."""
     if len(starts) and rows.flags.c_contiguous and bool((starts[1:] - starts[:-1] == window_rows).all()):
-        # One after another: no copy.
+        # Back to back: no copy.
         begin = int(starts[0])
         return rows[begin : begin + len(starts) * window_rows].reshape(len(starts), window_rows, rows.shape[1])
     return np.asarray(rows[starts[:, None] + np.arange(window_rows)])
 
 
 def covered_rows(starts: Ints, window_rows: int, begin: int) -> Ints | slice:
-    """Rows from `begin` on that lie in a model window, each once, in order: what a summary counts."""
+    """Return the rows from `begin` on that lie in a model window, each once, in order: what a summary counts."""
     if not len(starts):
         return slice(0, 0)
     begin, end = max(begin, int(starts[0])), int(starts[-1]) + window_rows

@@ -1,7 +1,7 @@
 """Class means: numbers of each model window, averaged within the class that the model names.
 
-Only whole numbers are kept, a count and a sum in steps of 2**-20, so any split of the rows, added in any order, gives the
-same bits. `ClassMeanDetector` tests such means for drift.
+Only whole numbers are kept, a count and a sum in steps of 2**-20, so any split of the rows, added in any order, gives
+the same bits. `ClassMeanDetector` tests such means for drift.
 """
 
 from __future__ import annotations

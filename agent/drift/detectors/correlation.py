@@ -1,10 +1,8 @@
-"""How fields move together, within the class the model names: a change that no single field shows.
+"""Correlation detector: how pairs of fields move together, within the class that the model names.
 
-For a model over windows of rows, each model window tells the correlation of each pair of fields among its rows; for one
-that answers each row, the rows of a drift window do, from their residuals against the shipped class means. Correlations
-are compared as Fisher's z, whose spread does not depend on how large they are.
-
-All that is kept are sums of whole numbers, so any split of the rows, added in any order, gives the same bits.
+For a model over windows of rows, each model window gives the correlation of each pair; for single rows, the rows of a
+drift window do, from their residuals against the shipped class means. Correlations are compared as Fisher's z, whose
+spread does not depend on their size.
 
 Source: Fisher (1915), Frequency distribution of the values of the correlation coefficient, Biometrika 10.
 """
@@ -31,8 +29,8 @@ from agent.drift.detectors.detector import (
 from agent.drift.numeric import false_alarm_budget
 from agent.drift.numeric.sums import Groups
 
-MAX_PAIRS = 276  # all pairs of 24 fields; of more fields, the pairs that stand closest in the bundle's order
-MAX_CORRELATION = 0.9999  # correlations are told apart up to here
+MAX_PAIRS = 276  # all pairs of 24 fields; of more fields, those closest in the bundle's order
+MAX_CORRELATION = 0.9999  # larger ones count as this
 RESIDUAL_SCALE, RESIDUAL_CLIP = (
     2.0**10,
     16.0,
@@ -45,21 +43,21 @@ _WEIGHT = "correlation.weight"
 @lru_cache(maxsize=16)
 def field_pairs(fields: int) -> Ints:
     """(P, 2) fields that are compared."""
-    found = [(i, i + apart) for apart in range(1, fields) for i in range(fields - apart)]
-    return np.array(found[:MAX_PAIRS], np.int64).reshape(-1, 2)
+    pairs = [(i, i + distance) for distance in range(1, fields) for i in range(fields - distance)]
+    return np.array(pairs[:MAX_PAIRS], np.int64).reshape(-1, 2)
 
 
 @lru_cache(maxsize=16)
 def pair_members(fields: int) -> tuple[Ints, Ints]:
-    """(P,) the first and (P,) the second fields of pairs."""
+    """(P,) the first and (P,) the second field of each pair."""
     first, second = np.ascontiguousarray(field_pairs(fields).T)
     return first, second
 
 
 def correlate_windows(centred: Float64s, mean_square: Float64s, floor: Float64s) -> Float64s:
-    """Fisher's z (w, P) of each pair in model windows (w, rows, F) of values less their mean, missing ones 0.
+    """Return Fisher's z (w, P) of each pair in model windows (w, rows, F) of centered values; missing values are 0.
 
-    `square` (w, F) mean squares; NaN where a field does not move more than `floor` (F,).
+    `mean_square` (w, F); NaN where a field does not move more than `floor` (F,).
     """
     fields = centred.shape[2]
     left, right = pair_members(fields)
@@ -75,7 +73,7 @@ def correlate_windows(centred: Float64s, mean_square: Float64s, floor: Float64s)
 
 
 def quantize_residuals(residuals: Float64s) -> Float64s:
-    """Residuals (n, F) in class sd, missing ones NaN, made whole numbers of steps in their place; missing ones 0."""
+    """Round residuals (n, F) in class sd to whole steps, in place; NaN becomes 0."""
     whole = np.maximum(residuals, -RESIDUAL_CLIP, out=residuals)
     np.minimum(whole, RESIDUAL_CLIP, out=whole)
     whole *= RESIDUAL_SCALE
@@ -87,13 +85,13 @@ def quantize_residuals(residuals: Float64s) -> Float64s:
 
 
 def sum_products(residuals: Float64s, groups: Groups) -> Ints:
-    """(count, 1 + 2F + P) of residuals (n, F), in steps, in their `groups`."""
+    """Sum the products of residuals (n, F), in steps, per group: (G, 1 + 2F + P)."""
     fields = residuals.shape[1]
     products = np.zeros((len(groups.n), 1 + fields, 1 + fields))
-    for group, some in groups.iter_groups():
+    for group, members in groups.iter_groups():
         # Products with a field that is always 1 are numbers and sums.
-        part = np.ones((len(some), 1 + fields))
-        part[:, 1:] = residuals.take(some, axis=0)
+        part = np.ones((len(members), 1 + fields))
+        part[:, 1:] = residuals.take(members, axis=0)
         # Exact: products are whole and at most 2**28, and fewer than 2**25 of them are added at once.
         np.matmul(part.T, part, out=products[group])
     return products.reshape(len(groups.n), -1).take(_product_cells(fields), axis=1).astype(np.int64)
@@ -101,13 +99,15 @@ def sum_products(residuals: Float64s, groups: Groups) -> Ints:
 
 @lru_cache(maxsize=16)
 def _product_cells(fields: int) -> Ints:
-    """Where all products have the number, then sums, squares and pairs."""
+    """Return the cells of a product matrix that hold the count, sums, squares and pairs."""
     left, right = pair_members(fields)
     each = 1 + np.arange(fields)
     return np.concatenate([[0], each, each * (2 + fields), (1 + left) * (1 + fields) + 1 + right])
 
 
 class CorrelationDetector(ClassMeanDetector):
+    """Detector of Fisher's z of each pair of fields."""
+
     name = "correlation"
     subject = JOINT
     slack = false_alarm_budget.PAIR_SLACK

@@ -1,7 +1,7 @@
-"""Detector interface: what a drift test counts of rows, learns at a site, scores per drift window, and says in an alert.
+"""Detector interface: what a drift test counts of rows, learns at a site, scores of a window, and says in an alert.
 
-A detector gives S scores of each drift window. The test suite runs one CUSUM per score, so a detector holds no state and
-no limit logic of its own. It knows arrays only: neither summaries nor references. `registry.DETECTORS` lists them all.
+A detector gives S scores of each drift window. The test suite runs one CUSUM per score, so a detector holds no state of
+its own. It knows arrays only, neither summaries nor references. `registry.DETECTORS` lists all detectors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from agent.arrays import AnyArray, Bools, Float32s, Float64s, Ints
 from agent.drift.detectors.season import SlowTrend
 from agent.drift.numeric.sums import GroupMoments, Groups
 
-EARLY_DRIFT_SHARE = 0.5  # of its limit: from there on, a field's sum is taken for a drift that begins
+EARLY_DRIFT_SHARE = 0.5  # of its limit: a field's sum beyond it counts as a drift that begins
 NEAR_LIMIT_SHARE = 0.8
 OUTPUT, SCORE, JOINT = SUBJECTS = "output", "score", "joint"  # after the fields
 
@@ -89,7 +89,7 @@ class Learned(msgspec.Struct, frozen=True):
 
 
 class Baseline(msgspec.Struct, frozen=True):
-    """What is usual at a site: statistics of its classes, its own numbers of this detector, mean values of its tests."""
+    """Baseline of one detector at a site: class statistics, its own learned numbers, and its tests' mean values."""
 
     class_n: Ints  # (C, D)
     class_mean: Float64s
@@ -174,7 +174,7 @@ class Detector(Protocol):
     def score(self, task: Task, windows: DriftWindows, baseline: Baseline) -> Scores: ...
 
     def suspended(self, task: Task, moving: Bools, near_alarm: Bools) -> Bools | None:
-        """Return which tests (W, S) wait, given fields that begin to drift (W, F), and whether one nearly alarms (W,)."""
+        """Return which tests (W, S) wait while fields begin to drift (W, F) or one of them nearly alarms (W,)."""
 
     def describe(self, alarm: Alarm) -> AlertText: ...
 

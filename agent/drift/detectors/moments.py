@@ -1,8 +1,8 @@
 """Moments detector: mean and spread of each field, within the class that the model names.
 
-A machine has modes, and their mixture changes all day. So statistics of each model window are compared with those of the
-class that the model named, and only the residual is averaged over a drift window. On smartwatch recordings a gain of 0.6
-on one axis is then found in two drift windows instead of never.
+A machine has modes, and their mixture changes all day. So statistics of each model window are compared with those of
+the class that the model named, and only the residual is averaged over a drift window. On smartwatch recordings a gain
+of 0.6 on one axis is then found in two drift windows instead of never.
 
 For a model over windows of rows, the D = 2F statistics are each field's mean and log variance; for a model that answers
 each row, they are the D = F values. Either way there are 2F tests: F of the mean, then F of the spread.
@@ -34,18 +34,17 @@ from agent.drift.detectors.season import MIN_RAMP_WINDOWS, is_ramp
 from agent.drift.numeric import false_alarm_budget
 from agent.drift.numeric.sums import GroupMoments
 
-MIN_CLASS_WINDOWS = 8  # model windows: a class seen less often has no reference of its own
-# No class is taken to be tighter than this share of the overall spread. At a site, where one misnamed window in a tight
-# class would outweigh all others, it is more.
+MIN_CLASS_WINDOWS = 8  # model windows: a rarer class has no statistics of its own
+# Least sd of a class, as a share of the overall sd. It is more at a site, where one misnamed window in a tight class
+# would outweigh all others.
 MIN_SD_SHARE, MIN_SITE_SD_SHARE = 0.1, 0.15
-MIN_VARIANCE = 1e-4  # smallest variance of residuals told apart, in squared class sd
+MIN_VARIANCE = 1e-4  # of residuals, in squared class sd
 
 
 class ClassStatistics(msgspec.Struct, frozen=True, eq=False):
-    """What is normal for each class: `mean` and `sd` of each statistic, (C, D), physical units or log-variance.
+    """Statistics of each class: `mean` and `sd` (C, D), in physical units or log variance.
 
-    `n` (C, D) counts the model windows behind them; where there are fewer than RARE, mean and sd are those of all
-    classes together.
+    `n` (C, D) counts model windows; below MIN_CLASS_WINDOWS, mean and sd are those of all classes together.
     """
 
     n: Ints
@@ -54,9 +53,9 @@ class ClassStatistics(msgspec.Struct, frozen=True, eq=False):
 
 
 def fit_class_statistics(moments: GroupMoments, min_sd_share: float = MIN_SD_SHARE) -> ClassStatistics:
-    """What is normal, from the moments of each class (C, D)."""
+    """Fit statistics to the moments of each class (C, D)."""
     overall = moments.pooled(0)
-    least = 1e-6 * (np.abs(overall.mean) + 1e-6)  # float32 readings tell no more
+    least = 1e-6 * (np.abs(overall.mean) + 1e-6)  # the resolution of float32 readings
     overall_sd = np.maximum(np.sqrt(overall.m2 / np.maximum(overall.n, 1)), least)
     rare = moments.n < MIN_CLASS_WINDOWS
     sd = np.maximum(np.sqrt(moments.m2 / np.maximum(moments.n, 1)), min_sd_share * overall_sd)
@@ -66,10 +65,10 @@ def fit_class_statistics(moments: GroupMoments, min_sd_share: float = MIN_SD_SHA
 def compute_test_values(
     moments: GroupMoments, mean: Float64s, sd: Float64s, *, windowed: bool
 ) -> tuple[Float64s, Float64s]:
-    """Test values and effects (..., 2F) of drift windows with moments (..., C, D), against class means and sds.
+    """Return values and effects (..., 2F) of drift windows with moments (..., C, D), against class means and sds.
 
-    A value is a mean residual in class sd (for single rows, the spread's is the log-variance of residuals). An effect
-    is the mean shift in physical units, and half the shift in log-variance: exp() of it is the ratio of spreads.
+    A value is a mean residual in class sd; for single rows, the spread's is the log variance of residuals. An effect is
+    the mean shift in physical units, and half the shift in log variance: exp() of it is the ratio of spreads.
     """
     count = np.maximum(moments.n.sum(-2), 1)
     shift = moments.n * (moments.mean - mean)
@@ -83,13 +82,13 @@ def compute_test_values(
 
 
 def find_untested(moments: GroupMoments, *, windowed: bool) -> np.ndarray:
-    """Which of the 2F tests (..., 2F) of drift windows (..., C, D) have nothing behind them."""
+    """Return which of the 2F tests (..., 2F) of drift windows (..., C, D) have no values."""
     empty = moments.n.sum(-2) == 0
     return empty if windowed else np.concatenate([empty, empty], axis=-1)
 
 
 def leave_one_out_mean(moments: GroupMoments, pooled: GroupMoments) -> Float64s:
-    """Class means (K, C, D) without the drift window they are compared with.
+    """Return class means (K, C, D) without the drift window that they are compared with.
 
     A window judged against means that contain it looks steadier than the next, unseen one will.
     """
@@ -101,6 +100,8 @@ def leave_one_out_mean(moments: GroupMoments, pooled: GroupMoments) -> Float64s:
 
 
 class MomentsDetector:
+    """Detector of means and spreads."""
+
     name = "moments"
     slack = false_alarm_budget.FIELD_SLACK
     winsorized = True

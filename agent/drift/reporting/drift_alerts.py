@@ -25,7 +25,7 @@ ACCURACY_CHANGE_SDS = 2.0  # sd of it over as many windows
 
 
 class AlarmContext(msgspec.Struct, frozen=True):
-    """The window that raised an alarm, and all that was known after it."""
+    """The window that raised an alarm, and the state after it."""
 
     suite: SuiteState
     tester: DriftTester
@@ -64,13 +64,13 @@ def build_text(subject: int, context: AlarmContext, units: Sequence[str], shippe
     on = context.suite.cusum.alarm.any(0) & (context.suite.layout.subjects == subject)
     alarming = (detector for detector in DETECTORS if on[context.suite.layout[detector.name]].any())
     detector = next(alarming, None)
-    found = (
+    alert_text = (
         _psi_text(subject, context) if detector is None else detector.describe(context.alarm(detector, subject, unit))
     )
     cost, numbers = _describe_accuracy_change(context, shipped)
     # The hour of day moves means; it does not change a gain.
-    hour = _describe_unseen_hour(context) if found.evidence["test"] == "mean" else ""
-    return AlertText(f"{found.sentence}{hour}{cost}.", found.evidence | numbers)
+    hour = _describe_unseen_hour(context) if alert_text.evidence["test"] == "mean" else ""
+    return AlertText(f"{alert_text.sentence}{hour}{cost}.", alert_text.evidence | numbers)
 
 
 def _psi_text(subject: int, context: AlarmContext) -> AlertText:
@@ -95,7 +95,7 @@ def _psi_text(subject: int, context: AlarmContext) -> AlertText:
 
 
 def _describe_accuracy_change(context: AlarmContext, shipped: Reference) -> tuple[str, dict[str, Any]]:
-    """What the model's certainty says of its accuracy in the last windows, and here before."""
+    """Describe how the accuracy expected from the model's certainty changed."""
     before = context.tester.calibration.accuracy
     if shipped.score_correct is None or before is None:
         return "", {}
@@ -116,7 +116,7 @@ def _describe_accuracy_change(context: AlarmContext, shipped: Reference) -> tupl
 
 
 def _describe_unseen_hour(context: AlarmContext) -> str:
-    """A reference of part of a day knows nothing of the rest."""
+    """Note an hour of day that the reference does not cover."""
     hours = context.tester.calibration.hours
     hour = (context.t[0] + context.t[1]) // 2 // daily_cycle.HOUR_US % 24
     if hours[hour] or np.count_nonzero(hours) >= daily_cycle.MIN_HOURS:

@@ -1,11 +1,10 @@
-"""What tests a closed drift window against the site's reference: all families of tests together.
+"""Test suite: tests a closed drift window against the site's reference.
 
-Each test has a CUSUM, in the order of `places`; beside them what means of fields, and shares of answers, come to
-together; and the shapes of F fields, of the answers and of the certainty, by PSI. Subjects are the F fields, then
-"output", "score" and "joint".
+Each score of each detector has a CUSUM. Beside them, MEWMA charts watch the means of fields and the shares of classes,
+and PSI the distributions. Subjects are the F fields, then "output", "score" and "joint".
 
-What follows from a field's drift is not told as a drift of its own: where a field drifts, the model answers otherwise
-and the pairs of that field move; while its alert is open these wait.
+What follows from a field's drift is no drift of its own: where a field drifts, the model names other classes and pairs
+of that field move. While its alert is open, these tests wait.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ class SuiteState(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @cached_property
     def open_subjects(self) -> Bools:
-        """(F + 3,) which subjects have a drift alert open."""
+        """(F + 3,) subjects with an open drift alert."""
         is_open = np.zeros(self.task.fields + 3, np.bool_)
         if self.cusum.alarm.any() or self.psi.alarm.any():
             is_open[:-1] = self.psi.alarm
@@ -73,7 +72,7 @@ class SuiteState(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @property
     def open_fields(self) -> Bools:
-        """(F,)"""
+        """(F,) fields with an open drift alert."""
         return self.open_subjects[:-3]
 
     def reset_subjects(self, subjects: Bools) -> SuiteState:
@@ -91,17 +90,17 @@ class SuiteState(msgspec.Struct, frozen=True, eq=False, dict=True):
         )
 
     def reset_except_open(self) -> SuiteState:
-        """With the open alarms, and nothing gathered towards others."""
+        """Keep the open alarms, and forget all that was gathered towards others."""
         return self.reset_except(np.asarray(self.cusum.alarm.any(0)))
 
     def reset_except(self, tests: Bools) -> SuiteState:
-        """With all sums but those of these `tests` (T,) begun anew."""
+        """Reset all sums but those of these `tests` (T,)."""
         none = Mewma.zeros(len(self.field_mewma.mean)), Mewma.zeros(len(self.class_share_mewma.mean))
         return replace(self, cusum=self.cusum.reset_except(tests), field_mewma=none[0], class_share_mewma=none[1])
 
 
 class CusumLimits(msgspec.Struct, frozen=True, eq=False):
-    """Slack and limit of each CUSUM (T,), as the number of tests and of learned windows asks for."""
+    """Slack and limit of each CUSUM (T,), for this many tests and learned windows."""
 
     slack: Float64s
     limit: Float64s
@@ -119,7 +118,7 @@ class CusumLimits(msgspec.Struct, frozen=True, eq=False):
 
 
 class Evidence(msgspec.Struct, frozen=True, eq=False):
-    """What W drift windows say."""
+    """Evidence of W drift windows."""
 
     z: Float64s  # (W, T), NaN for nothing
     effects: Float64s  # (W, T)
@@ -134,7 +133,7 @@ class Evidence(msgspec.Struct, frozen=True, eq=False):
 
 
 class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
-    """Tests windows against one site's reference."""
+    """Tester of windows against one site's reference."""
 
     reference: Reference
     calibration: SiteCalibration
@@ -175,14 +174,14 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
         """Score stacked summaries of windows in the middle of `t` (W,) epoch µs."""
         site, task, layout = self.reference, self.reference.task, self.reference.layout
         drift_windows = windows.drift_windows(site.origin)
-        found = [detector.score(task, drift_windows, self.baselines[detector.name]) for detector in DETECTORS]
-        values = np.concatenate([scores.values for scores in found], axis=1)
+        parts = [detector.score(task, drift_windows, self.baselines[detector.name]) for detector in DETECTORS]
+        values = np.concatenate([scores.values for scores in parts], axis=1)
         usual = site.test_mean
         if self.has_cycle:
             usual = usual + self.calibration.cycle.evaluate(t)
         shift = values - usual
         effects = np.where(np.isnan(shift), 0.0, shift)
-        for detector, scores in zip(DETECTORS, found, strict=True):
+        for detector, scores in zip(DETECTORS, parts, strict=True):
             place = layout[detector.name]
             if scores.effects is not None:
                 effects[:, place] = scores.effects
@@ -205,27 +204,27 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
             ],
             axis=1,
         )
-        told = np.ones(values.shape, np.bool_)
-        told[:, -2] = len(site.labels) > 1
-        told[:, -1] = windows.scores.any(-1)
-        return values > self.calibration.psi_limits, told
+        tested = np.ones(values.shape, np.bool_)
+        tested[:, -2] = len(site.labels) > 1
+        tested[:, -1] = windows.scores.any(-1)
+        return values > self.calibration.psi_limits, tested
 
     def assign_classes(self, state: SuiteState, values: Float64s, predicted: Ints) -> Ints:
-        """The class (w,) that each model window with statistics (w, D) is compared with.
+        """Return the class (w,) that each model window with statistics (w, D) is compared with.
 
-        The one the model named; but while a field drifts, the one that the other fields say is likeliest: the model
-        sees the field that drifts and names wrong classes, and by these the others would seem to drift, too.
+        It is the class that the model named. While a field drifts, it is the likeliest class by the other fields: the
+        model sees the drifting field and names wrong classes, by which other fields would seem to drift, too.
         """
         fields = len(self.reference.fields)
         open_now = state.open_fields
         known = self.reference.class_n.min(1) >= MIN_CLASS_WINDOWS
         # Single rows tell too little of their class: those that were misnamed would all be set right, and spreads fall.
-        told = self.reference.windowed and self.reference.labels and known.any()
-        if not told or not open_now.any() or open_now.all():
+        has_classes = self.reference.windowed and self.reference.labels and known.any()
+        if not has_classes or not open_now.any() or open_now.all():
             return predicted
         sound = np.flatnonzero(np.tile(~open_now, values.shape[1] // fields))
         mean, sd = self.reference.class_mean[:, sound], self.reference.class_sd[:, sound]
-        away = (np.nan_to_num(values[:, None, sound] - mean) / sd) ** 2
+        distance = (np.nan_to_num(values[:, None, sound] - mean) / sd) ** 2
         # One wild value must not decide for all.
-        likely = -np.minimum(away, CLASS_DISTANCE_CLIP**2).sum(2) / 2 - np.log(sd).sum(1)
+        likely = -np.minimum(distance, CLASS_DISTANCE_CLIP**2).sum(2) / 2 - np.log(sd).sum(1)
         return np.asarray(np.where(known, likely, -np.inf).argmax(1))

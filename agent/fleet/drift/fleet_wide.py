@@ -88,7 +88,7 @@ def detect(observed: Mapping[str, ObservationPeriod], onsets: Sequence[Onset]) -
     exposure = sum(period.last - period.first for period in observed.values()) / span
     # Chance may produce a coincidence in any field and any span.
     trials = len(fields) * max(1.0, exposure / max(1, len(observed)))
-    results = [_detect_field(subject, of, observed, span, exposure, trials) for subject, of in fields.items()]
+    results = [_detect_field(name, alarms, observed, span, exposure, trials) for name, alarms in fields.items()]
     return sorted((drift for drift in results if drift is not None), key=lambda drift: (drift.p_value, drift.subject))
 
 

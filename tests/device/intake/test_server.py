@@ -643,7 +643,7 @@ def test_rows_whose_category_would_be_one_too_many_are_refused_and_the_others_ke
             columnar = line.answer()
         assert total["accepted"] == 2
         assert total["rejected"] == [
-            {"line": 2, "reason": "mode = 'x' would be the 65,536th category; that many cannot be told apart"}
+            {"line": 2, "reason": "mode = 'x' would be the 65,536th category; a field has 65,535 at most"}
         ]
         assert (columnar["accepted"], columnar["rejected"][0]["line"]) == (1, 4)
         rows_kept = rows_of(station.store, "machine", station.conf.streams["machine"])

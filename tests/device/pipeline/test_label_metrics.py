@@ -217,7 +217,7 @@ def test_a_label_that_comes_before_its_result_is_joined_once_that_is_there(make:
 def test_a_label_of_a_row_that_never_came_is_rejected(make: Make) -> None:
     device = make()
     device.feed(60)
-    assert device.label([61], right) == ["row 61 is not here yet; the stream has 60"]
+    assert device.label([61], right) == ["row 61 does not exist yet; the stream has 60"]
 
 
 def test_a_label_the_model_does_not_know_is_rejected_with_those_it_knows(make: Make) -> None:
