@@ -295,7 +295,7 @@ def test_lines_may_end_as_on_windows() -> None:
     ],
 )
 def test_a_line_with_a_key_twice_is_named_alone_and_in_a_run(line: bytes, key: str) -> None:
-    said = f"key {key!r} is there twice in one object; two readers would see two values"
+    said = f"duplicate key {key!r} in one object; two readers could see different values"
     good = row("machine", power=1, count=1, mode="a") if b"machine" in line else GOOD
     assert read([good, good, line, good, good]).bad == {3: said}
     assert read([good], [good] * 50 + [line] + [good] * 50).bad == {52: said}

@@ -105,7 +105,7 @@ def test_bad_lines_are_logged_with_file_and_number_and_the_others_are_taken(
         "a.csv: line 3: n = 'x' is no number",
         "a.csv: line 5: 2 values, the header names 1",
         "a.csv: line 6: n = 10000000 is above max 1000000",
-        "a.csv: taken, 3 rows rejected",
+        "a.csv: ingested, 3 rows rejected",
     ]
 
 
@@ -230,7 +230,7 @@ def test_a_folder_somebody_put_into_taking_goes_to_failed_and_the_files_after_it
         assert station.store.counters()["files failed"] == 2
     assert there(tmp_path)["failed"] == ["b.csv", "b.csv.txt", "keep", "keep.txt"]
     assert (tmp_path / "in" / "failed" / "keep.txt").read_text() == (
-        "keep: cannot be read: Is a directory; mend that, and put it into the folder again\n"
+        "keep: cannot be read: Is a directory; fix that, and put it into the folder again\n"
     )
 
 
@@ -290,7 +290,7 @@ def test_a_file_with_a_bad_sector_goes_to_failed_with_the_lines_that_were_taken(
         wait_for(lambda: there(tmp_path)["done"] == ["b.csv"], "b.csv in done/")
         assert taken(station) == [*range(5136), 9]
     assert (tmp_path / "in" / "failed" / "a.csv.txt").read_text() == (
-        "a.csv: cannot be read: Input/output error; mend that, and put it into the folder again; its lines up to "
+        "a.csv: cannot be read: Input/output error; fix that, and put it into the folder again; its lines up to "
         "5137 are in the stream already\n"
     )
 
