@@ -234,8 +234,8 @@ def _parse_labels(line: bytes, number: int, head: _LineHead) -> ParsedLines:
     try:
         return ParsedLines("", None, [number], {}, labels.parse_line(line))
     except _DECODE_ERRORS as error:
-        what, _, where = str(error)[:160].partition(" - at `$.")
-        raise RowRejected(f"{where.rstrip('`')}: {what[:1].lower()}{what[1:]}" if where else what) from None
+        problem, _, path = str(error)[:160].partition(" - at `$.")
+        raise RowRejected(f"{path.rstrip('`')}: {problem[:1].lower()}{problem[1:]}" if path else problem) from None
 
 
 def _fill_absent(column: tuple[Any, ...]) -> tuple[Sequence[Any], int]:
@@ -279,8 +279,8 @@ def _explain_field_error(error: Exception, decoder: _StreamDecoder) -> str:
         return f"{name!r} is not a field of stream {decoder.name}{did_you_mean(name, names)}"
     if "missing required field" in problem:
         return f"field {problem.split('`')[1]!r} is missing"
-    what, _, where = problem.partition(" - at `$.")
-    return f"{where.rstrip('`')}: {what[:1].lower()}{what[1:]}" if where else problem[:160]
+    text, _, path = problem.partition(" - at `$.")
+    return f"{path.rstrip('`')}: {text[:1].lower()}{text[1:]}" if path else problem[:160]
 
 
 NumberType = Literal["f4", "f8", "i4", "i8"]
