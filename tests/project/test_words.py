@@ -25,7 +25,6 @@ PENDING: set[str] = {
     "agent/model/inference",
     "agent/model/sandbox",
     "agent/performance",
-    "agent/simulate",
 }
 
 _OPENINGS = re.compile(r"(Of|What|Whatever|Whether|With|By|How|Where|Who|Whose|Which|That|The same|As|So|Such|Some)\b")
