@@ -21,7 +21,7 @@ from agent.device.store import task_keys
 from agent.device.store.labels import StoredLabel
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
-from agent.performance import degradation, feedback
+from agent.performance import degradation
 from agent.performance.degradation import DegradationEvent, PromisedAccuracy
 from agent.performance.labels import MODEL
 from agent.wire.messages import encode
@@ -139,7 +139,7 @@ def _evaluate_labels(
     task: LoadedTask, store: Store, state: degradation.DegradationState, label_window: LabelWindow, last_label: int
 ) -> Iterator[Alert]:
     own = sum(one.source == MODEL for one in label_window.samples)
-    if (grown := feedback.check_feedback(state, own, len(label_window.samples))) is not None:
+    if (grown := degradation.check_feedback(state, own, len(label_window.samples))) is not None:
         yield grown
     state.first_number = min(
         [one.first_number for one in label_window.new_samples] + ([state.first_number] if state.first_number else []),
@@ -177,7 +177,7 @@ def _detect_degradation(
 def _compute_losses(task: LoadedTask, samples: Sequence[StoredLabel]) -> tuple[list[float], list[float | None]]:
     """Of those that say something, and what the model's certainty tells of each."""
     judged = measured.filter_evaluable(task, samples)
-    off = measured.to_labelled_predictions(task, judged).task_losses(build_label_schema(task).kind) if judged else None
+    off = measured.to_labelled_predictions(task, judged).losses(build_label_schema(task).kind) if judged else None
     if off is None:
         return [], []
     return off.tolist(), measured.estimate_error_chances(task, judged)

@@ -18,9 +18,10 @@ from agent.device.store import labels
 from agent.device.store.labels import StoredLabel
 from agent.device.store.transaction import Transaction
 from agent.drift.baseline.reference import Reference
-from agent.performance import cbpe, degradation, metrics, slices
+from agent.performance import cbpe, degradation, slices
+from agent.performance.estimates import MetricEstimate, compute_metrics
 from agent.performance.labels import MODEL, LabelSchema, count_sources
-from agent.performance.metrics import LabelledPredictions, MetricEstimate
+from agent.performance.metrics import LabelledPredictions
 from agent.wire.messages import encode
 
 _MAX_CLASSES = 40
@@ -138,7 +139,7 @@ def _compute_metrics(task: LoadedTask, samples: Sequence[StoredLabel]) -> list[M
     names = sorted(set.intersection(*(set(one.prediction.slices) for one in samples)))
     sliced = {name: [one.prediction.slices[name] for one in samples] for name in names}
     return [
-        *metrics.compute_metrics(truth.kind, truth.labels, given),
+        *compute_metrics(truth.kind, truth.labels, given),
         *slices.compute_slice_metrics(truth.kind, given, sliced),
     ]
 
@@ -179,8 +180,8 @@ def _estimate_accuracy(task: LoadedTask, samples: Sequence[StoredLabel]) -> dict
         return None
     counts = np.bincount(_find_score_bins(shipped, np.array(scores, np.float64)), minlength=len(shipped.score_n))
     found = cbpe.estimate_accuracy(shipped.score_n, shipped.score_correct, counts)
-    off = to_labelled_predictions(task, samples).zero_one_losses
-    if found is None or off is None:
+    predictions = to_labelled_predictions(task, samples)
+    if found is None or predictions.predicted is None:
         return None
-    right = 1 - float(off.mean())
+    right = float(predictions.right.mean())
     return {**found, "outside": not found["low"] <= right <= found["high"]}

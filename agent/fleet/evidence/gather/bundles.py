@@ -121,7 +121,7 @@ def _add_bundle(
         files=sorted(papers),
         devices=devices,
         model_sha256=hashlib.sha256(loaded.model_bytes).hexdigest(),
-        evaluated=evaluation[1].made if evaluation else "",
+        evaluated=evaluation[1].evaluated_at if evaluation else "",
         metrics=metrics,
         warnings=list(evaluation[1].warnings) if evaluation else [],
     )

@@ -20,9 +20,10 @@ from agent.fleet.evidence.page.elements import (
     overflow_link,
     stacked_table,
 )
+from agent.performance.metrics import display_name
 from agent.render import html
 from agent.render.html import Content, Markup, element, table
-from agent.text import format_interval, format_value, metric_name
+from agent.text import format_interval, format_value
 
 _MAX_ROWS = 25
 _MAX_DEVICES = 40
@@ -145,7 +146,8 @@ def _render_card(card: BundleCard) -> Markup:
     metrics = [one for one in card.metrics if not one.slice and one.value is not None][:3]
     if metrics:
         told = ", ".join(
-            f"{metric_name(m.metric)} {format_value(m.value)} {format_interval(m.low, m.high)}".strip() for m in metrics
+            f"{display_name(m.metric)} {format_value(m.value)} {format_interval(m.low, m.high)}".strip()
+            for m in metrics
         )
         facts.append(f"Evaluated {card.evaluated[:10]}: {told} (95 % intervals).")
     else:

@@ -23,12 +23,13 @@ from agent.fleet.evidence.page.elements import (
     parse_epoch_us,
     stacked_table,
 )
+from agent.performance.metrics import display_name
 from agent.render import axes, html
 from agent.render.charts import ForestRow, render_forest
 from agent.render.html import Content, Markup, element, table
 from agent.render.svg import Drawing, truncate_text
 from agent.render.theme import PAGE_THEME, Theme
-from agent.text import format_interval, format_value, metric_name
+from agent.text import format_interval, format_value
 
 _MAX_ROWS = 25
 _STATE_BADGES = {"open": ("goes on", "bad"), "over": ("over", "ok"), "unknown": ("end unknown", "none")}
@@ -144,14 +145,14 @@ def render_accuracy(facts: EvidenceFacts) -> Markup:
     cards = []
     for task, those in by_task.items():
         told = [(one, metric) for one, metric in those if metric is not None and metric.value is not None]
-        name = metric_name(told[0][1].metric) if told else "no metric yet"
+        name = display_name(told[0][1].metric) if told else "no metric yet"
         picture = draw_accuracy_forest(told[:20], f"{task}: {name} by device") if told else ""
         cards.append(html.card(f"{task}: {name}", _card_caption(told, those), picture))
     rows: list[Sequence[Content]] = [
         [
             one.device,
             one.task,
-            "–" if metric is None else f"{metric_name(metric.metric)} {format_value(metric.value)}",
+            "–" if metric is None else f"{display_name(metric.metric)} {format_value(metric.value)}",
             "" if metric is None else format_interval(metric.low, metric.high),
             _format_label_sources(one.labels),
             _format_labelling(one.labelling),
