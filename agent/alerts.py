@@ -388,7 +388,7 @@ DAMAGED_ROWS = AlertKind(
     "storage/{row}",
     "critical",
     "task",
-    "Stored readings failed their checksum. They have no results and are kept in table `damaged`.",
+    "Stored readings failed their checksum. They have no results and are kept in table `quarantined_rows`.",
     "A failing card.",
     "Replace the card.",
     _ONE_EVENT,

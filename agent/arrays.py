@@ -24,6 +24,7 @@ Float32s = NDArray[np.float32]
 Float64s = NDArray[np.float64]
 Int32s = NDArray[np.int32]
 Bools = NDArray[np.bool_]
+AnyArray = NDArray[Any]  # stored with its dtype
 
 
 def to_json(value: Any, *, omit: tuple[str, ...] = ()) -> bytes:
@@ -34,10 +35,10 @@ def to_json(value: Any, *, omit: tuple[str, ...] = ()) -> bytes:
 
 
 def from_json(data: bytes, kind: type[T]) -> T:
-    """Raises ValueError that names the member that is wrong."""
-    found = _decode_checked(msgspec.json.Decoder(kind, dec_hook=_from_list).decode, data)
+    """Decode JSON. Raises ValueError that names the invalid member."""
+    value = _decode_checked(msgspec.json.Decoder(kind, dec_hook=_from_list).decode, data)
     _decode_checked(check_strict_json, data)
-    return found
+    return value
 
 
 def to_bytes(value: object) -> bytes:
@@ -45,17 +46,17 @@ def to_bytes(value: object) -> bytes:
 
 
 def from_bytes(data: bytes, kind: type[T]) -> T:
-    """Raises ValueError that names the member that is wrong."""
+    """Decode MessagePack. Raises ValueError that names the invalid member."""
     return _decode_checked(msgspec.msgpack.Decoder(kind, dec_hook=_from_raw).decode, data)
 
 
 def to_compressed_bytes(value: object) -> bytes:
-    """As `to_bytes`, in less room: much of it is zeros."""
+    """Encode as compressed MessagePack: large parts of the state are zeros."""
     return zlib.compress(to_bytes(value), 1)
 
 
 def from_compressed_bytes(data: bytes, kind: type[T]) -> T:
-    """Raises ValueError that names the member that is wrong."""
+    """Decode compressed MessagePack. Raises ValueError that names the invalid member."""
     unpacking = zlib.decompressobj()
     try:
         content = unpacking.decompress(data, MAX_BYTES)
@@ -96,10 +97,15 @@ def _from_list(kind: Any, value: Any) -> Any:
 
 def _to_raw(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        return [list(value.shape), value.astype(value.dtype.newbyteorder("<")).tobytes()]
+        little = value.astype(value.dtype.newbyteorder("<"))
+        return [list(value.shape), little.tobytes(), little.dtype.str]
     return _to_list(value)
 
 
 def _from_raw(kind: Any, value: Any) -> Any:
-    shape, raw = value
-    return np.frombuffer(raw, dtype=_dtype(kind)).reshape(shape)
+    shape, raw, name = value
+    dtype, stored = _dtype(kind), np.dtype(name)
+    # NDArray[Any] declares objects, which are never stored.
+    if stored.kind not in "bif" or (stored != dtype and dtype != np.dtype(object)):
+        raise ValueError(f"expected an array of {dtype.name}")
+    return np.frombuffer(raw, dtype=stored).reshape(shape)

@@ -1,12 +1,12 @@
-"""Send readings to the agent on this machine.
+"""Producer client: send readings to the daemon on this machine.
 
     with Client("/var/lib/outstation/intake.sock", name="gateway-1") as client:
         client.send("watch", t=time.time(), ax=0.1, ay=0.2)
         client.send_columns("watch", {"t": times, "ax": xs, "ay": ys})
         answer = client.flush()
 
-`flush` returns when everything sent is on the agent's disk. With a `name` of its own, a client that loses the
-connection comes back, asks how far it got, and sends the rest: each line is taken exactly once.
+`flush` returns once everything sent is on the daemon's disk. A client with a `name` reconnects after a lost connection,
+asks which lines were committed, and sends the rest: each line is processed exactly once.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from typing import Any, Protocol
 
 import msgspec
 
-# More than the agent commits at once, so that a fast producer never waits for its timer.
+# More than the daemon commits at once, so that a fast producer never waits for the commit timer.
 _MAX_PENDING_LINES = 20_000
 _MAX_PENDING_BYTES = 1 << 24
 _RETRY_S = 0.1
-# Answers come once for thousands of lines; to look for one after each line costs as much as sending it.
+# One reply covers thousands of lines, and polling costs as much as sending a line.
 _POLL_EVERY_LINES = 64
-# Short lines take up five times their length in the kernel: with its default the agent gets some 160 at a time.
+# Short lines occupy five times their length in the kernel; its default buffer holds about 160 of them.
 _SEND_BUFFER_BYTES = 1 << 20
-# As numpy writes them: little-endian only, which is all that a line says.
+# As numpy names them. Packed columns are little-endian.
 _PACKED_DTYPES = frozenset({"<f4", "<f8", "<i4", "<i8"})
 _encode = msgspec.json.Encoder().encode
 _TCP_ADDRESS = re.compile(r"(localhost|127\.0\.0\.1|\[::1\]|::1):(\d{1,5})")
 
 
 class Array(Protocol):
-    """A numpy array, without the need for numpy here."""
+    """Numpy array, without a dependency on numpy."""
 
     @property
     def dtype(self) -> Any: ...
@@ -49,10 +49,10 @@ class Array(Protocol):
 
 
 class FlushResult(msgspec.Struct):
-    """What became of lines since `flush` or `answered` last told: rows accepted, and (line, reason) of what was not.
+    """Outcome of the lines since the last `flush` or `answered`: accepted rows, and (line, reason) of rejected ones.
 
-    Lines count from 1 for a client, for all time where it has a name. What an answer said that was lost together
-    with its connection is not in here.
+    Lines count from 1 per client; a named client continues the count for ever. Replies lost with a connection are
+    missing here.
     """
 
     accepted: int = 0
@@ -71,12 +71,13 @@ class _Reply(msgspec.Struct):
 
 
 class Client:
-    """One producer. Not thread-safe.
+    """A producer. Not thread-safe.
 
-    `address` is the agent's socket file, or `127.0.0.1:PORT`. `name`, 1-64 characters, belongs to one producer at a
-    time. Raises ConnectionError where the agent is away: with a name after `patience_s`, without one at once, since
-    nobody knows then what of the last lines it took. RuntimeError where another producer uses the name. `patience_s`
-    must exceed the agent's `commit_every`.
+    `address` is the daemon's socket file, or `127.0.0.1:PORT`. `name`, 1 to 64 characters, belongs to one producer at a
+    time. `patience_s` must exceed the daemon's `commit_every`.
+
+    Raises ConnectionError if the daemon is away: with a name after `patience_s`; without one at once, because the fate
+    of the last lines is then unknown. Raises RuntimeError if another producer uses the name.
     """
 
     def __init__(self, address: str | Path, *, name: str | None = None, patience_s: float = 30.0) -> None:
@@ -87,7 +88,7 @@ class Client:
         self._pending_bytes = 0
         self._sent = 0
         self._acknowledged = 0
-        # The agent's line numbers are lower by this where it has lost count: its store was full, or is a new one.
+        # The daemon's line numbers are lower by this if it lost count: its store was full, or is a new one.
         self._line_offset = 0
         self._greeted = False
         self._result = FlushResult()
@@ -98,17 +99,17 @@ class Client:
 
     @property
     def through(self) -> int:
-        """How many lines are dealt with for good; with a name, a new process goes on after them."""
+        """Number of lines processed for good. A new process with the same name continues after them."""
         return self._acknowledged
 
     def send(self, stream: str, **row: Any) -> None:
-        """One row; `t` in epoch seconds may be left out."""
+        """Send one row; `t` in epoch seconds is optional."""
         self._send_line(_encode({"stream": stream, **row}))
 
     def send_columns(self, stream: str, columns: Mapping[str, Sequence[Any] | Array]) -> None:
-        """Many rows as columns of one length, any sequences or numpy arrays; keep a line under 1 MiB.
+        """Send many rows as columns of one length: sequences or numpy arrays, at most 1 MiB per line.
 
-        Arrays of float32, float64, int32 and int64 go as their bytes, without a look at each value.
+        Arrays of float32, float64, int32 and int64 are sent as bytes, without conversion of each value.
         """
         packed: dict[str, tuple[str, bytes]] = {}
         plain: dict[str, list[Any]] = {}
@@ -125,15 +126,15 @@ class Client:
     def label(
         self, task: str, label: str | float, *, row: int | None = None, t: float | None = None, source: str = "human"
     ) -> None:
-        """What was true of the result of `task` at `row`, or nearest to `t` in epoch seconds.
+        """Send the ground truth of the prediction of `task` at `row`, or nearest to `t` in epoch seconds.
 
-        `source`, human, model or system, says who tells: the model's own answers are kept out of its metrics.
+        `source` is human, model or system. Labels by the model itself do not count in its metrics.
         """
         place = {"row": row} if row is not None else {"t": t}
         self._send_line(_encode({"labels": task, **place, "label": label, "source": source}))
 
     def flush(self) -> FlushResult:
-        """Wait until all lines are safe; what became of them."""
+        """Wait until all lines are committed, and return their outcome."""
         while self._acknowledged < self._sent:
             try:
                 self._wait_ready(select.POLLIN)
@@ -143,12 +144,12 @@ class Client:
         return self.answered()
 
     def answered(self) -> FlushResult:
-        """What became of lines since the last `flush` or `answered`, as far as it was heard; waits for nothing."""
+        """Return the outcome known so far since the last `flush` or `answered`, without waiting."""
         answer, self._result = self._result, FlushResult()
         return answer
 
     def close(self) -> None:
-        """Hang up; what `flush` has not waited for may be lost."""
+        """Close the connection; lines that were not flushed may be lost."""
         self._socket.close()
 
     def __enter__(self) -> Client:
@@ -183,7 +184,7 @@ class Client:
             self._reconnect(error)
 
     def _send_all(self, rest: memoryview) -> None:
-        """Send, and take answers meanwhile: two sides that only write would wait for each other for ever."""
+        """Send, and read replies meanwhile: two sides that only write would deadlock."""
         while True:
             self._read_replies()
             if not rest:
@@ -192,14 +193,14 @@ class Client:
             rest = rest[self._try_send(rest) :]
 
     def _try_send(self, data: bytes | memoryview) -> int:
-        """How much of it the socket took. Raises OSError."""
+        """Return how many bytes the socket accepted. Raises OSError."""
         try:
             return self._socket.send(data)
         except BlockingIOError:
             return 0
 
     def _wait_ready(self, events: int) -> None:
-        """Until the socket is ready. Raises TimeoutError after `patience_s`, OSError once it is closed."""
+        """Wait until the socket is ready. Raises TimeoutError after `patience_s`, OSError once it is closed."""
         if self._socket.fileno() < 0:
             raise ConnectionResetError("the connection is closed")
         poll = select.poll()
@@ -208,20 +209,20 @@ class Client:
             raise TimeoutError(f"no answer for {self._patience_s:g} s")
 
     def _read_replies(self) -> None:
-        """Take the answers that are there. Raises OSError."""
+        """Read the available replies. Raises OSError."""
         self._lines_since_poll = 0
         try:
             data = self._socket.recv(1 << 16)
         except BlockingIOError:
             return
         if not data:
-            raise ConnectionResetError("the agent closed the connection")
+            raise ConnectionResetError("the daemon closed the connection")
         *lines, self._receive_buffer = (self._receive_buffer + data).split(b"\n")
         for line in lines:
             reply = msgspec.json.decode(line, type=_Reply)
             self._acknowledge_through(reply.through + self._line_offset)
             self._result.accepted += reply.accepted
-            self._result.rejected += [(one.line + self._line_offset, one.reason) for one in reply.rejected]
+            self._result.rejected += [(row.line + self._line_offset, row.reason) for row in reply.rejected]
 
     def _acknowledge_through(self, through: int) -> None:
         for _ in range(min(len(self._pending), through - self._acknowledged)):
@@ -229,7 +230,7 @@ class Client:
         self._acknowledged = max(self._acknowledged, through)
 
     def _connect(self) -> None:
-        """A connection, for as long as patience lasts where this client may come back."""
+        """Connect; a named client retries for `patience_s`."""
         deadline = time.monotonic() + self._patience_s
         self._socket.close()
         while True:
@@ -238,7 +239,7 @@ class Client:
                 return
             except OSError as error:
                 self._socket.close()
-                # Too many connect at this moment: the one reason to wait without a name, too.
+                # The listen queue is full: the one reason to retry without a name, too.
                 crowded = isinstance(error, BlockingIOError)
                 if time.monotonic() >= deadline or (self._name is None and not crowded):
                     raise ConnectionError(
@@ -247,7 +248,7 @@ class Client:
                 time.sleep(_RETRY_S)
 
     def _open_socket(self) -> None:
-        """Connect, and send what is not safe yet. Raises OSError."""
+        """Connect, and send the lines that are not committed. Raises OSError."""
         tcp = _TCP_ADDRESS.fullmatch(self._address)
         self._receive_buffer = b""
         if tcp:
@@ -264,20 +265,20 @@ class Client:
             self._send_all(memoryview(b"".join(self._pending)))
 
     def _handshake(self, name: str) -> None:
-        """Tell who we are, and learn how many of our lines are safe."""
+        """Send the client's name, and receive how many of its lines are committed."""
         self._socket.sendall(msgspec.json.encode({"client": name}) + b"\n")
         received = b""
         while not received.endswith(b"\n"):
             data = self._socket.recv(4096)
             if not data:
-                raise ConnectionResetError("the agent closed the connection")
+                raise ConnectionResetError("the daemon closed the connection")
             received += data
         through = msgspec.json.decode(received, type=_Reply).through
         if not self._greeted:
             self._greeted = True
             self._sent = self._acknowledged = through
         if through + self._line_offset > self._sent:
-            # Retrying would not help: another process counts under this name.
+            # A retry would not help: another process counts lines under this name.
             raise RuntimeError(f"{self._address}: another producer uses the name {name!r}; give each its own")
         self._line_offset = max(self._line_offset, self._acknowledged - through)
         self._acknowledge_through(through + self._line_offset)
@@ -289,4 +290,4 @@ class Client:
         self._connect()
 
     def _pending_note(self) -> str:
-        return f"; {len(self._pending)} lines are not acknowledged and may be sent again" if self._pending else ""
+        return f"; {len(self._pending)} lines are not acknowledged; send them again" if self._pending else ""

@@ -1,4 +1,4 @@
-"""Time on machines whose clock may be wrong: elapsed time from the boot-time clock, wall time with its quality."""
+"""Clock readings: elapsed time from the boot-time clock, and wall time with its quality."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import msgspec
 
 ClockQuality = Literal["synced", "restored", "unsynced"]
 
-BUILD_FLOOR_US = 1_764_000_000_000_000  # 2025-11-24: a wall clock before this was never set
-# The kernel's own limits (NTP_PHASE_LIMIT, MAXFREQ): since the last word of a time service the error grows by 500 ppm,
-# and at 16 s the clock counts as unsynchronized.
+BUILD_FLOOR_US = 1_764_000_000_000_000  # 2025-11-24: an earlier wall clock was never set
+# The kernel's limits (NTP_PHASE_LIMIT, MAXFREQ): after the last synchronization the error grows by 500 ppm, and at 16 s
+# the clock counts as unsynchronized.
 MAX_ERROR_US = 16_000_000
 _ERROR_GROWTH_RATE = 500e-6
 _TIME_ERROR = 5
@@ -24,7 +24,7 @@ _MAX_READ_GAP_S = 0.001
 
 
 class _Timex(ctypes.Structure):
-    """The head of `struct timex`, adjtimex(2); room for the rest."""
+    """Head of `struct timex`, adjtimex(2), with room for the rest."""
 
     _fields_ = (
         ("modes", ctypes.c_uint),
@@ -36,9 +36,9 @@ class _Timex(ctypes.Structure):
 
 
 class ClockReading(msgspec.Struct, frozen=True):
-    """One reading of both clocks: `wall_us` epoch µs, `boot_s` seconds since boot (counts sleep), `quality` of wall.
+    """Reading of both clocks: `wall_us` epoch µs and its `quality`, `boot_s` seconds since boot (sleep included).
 
-    `error_us`: by how much a time service says that wall may be off; None where none does.
+    `error_us`: maximum error of the wall time by the time service; None without one.
     """
 
     wall_us: int
@@ -52,20 +52,21 @@ class ClockReading(msgspec.Struct, frozen=True):
 
     @property
     def offset_us(self) -> int:
-        """Wall less boot time. Constant between two steps: what slews the one clock slews the other."""
+        """Wall time minus boot time. Constant between steps: slewing moves both clocks."""
         return self.wall_us - self.boot_us
 
 
 def read(floor_us: int = BUILD_FLOOR_US, last_synced_us: int = 0) -> ClockReading:
-    """Both clocks at one moment.
+    """Read both clocks at one moment.
 
-    Wall time under `floor_us`, the latest that the collector gave, or under `seen_us`, the latest that a time service
-    gave, is `unsynced`, unless a time service vouches for it now; under BUILD_FLOOR_US it is whoever vouches for it.
+    The wall time is `unsynced` below `floor_us`, the latest time from the collector, and below `last_synced_us`, the
+    latest time from a time service, unless a time service confirms it now. Below BUILD_FLOOR_US it is always
+    `unsynced`.
     """
     error = sync_error_us()
     wall, boot_s = _read_both_clocks()
     if error is not None:
-        # Asked on both sides of the look at the clock: what was set in between is not vouched for.
+        # Asked before and after the reading: the clock may have been set in between.
         error = sync_error_us()
     if wall < BUILD_FLOOR_US or (error is None and wall < max(floor_us, last_synced_us)):
         return ClockReading(wall, boot_s, "unsynced")
@@ -73,7 +74,7 @@ def read(floor_us: int = BUILD_FLOOR_US, last_synced_us: int = 0) -> ClockReadin
 
 
 def _read_both_clocks() -> tuple[int, float]:
-    """Wall time, µs, and boot time, s, taken together: a thread put aside in between would look like a step."""
+    """Return wall time (µs) and boot time (s), read together: a preempted thread would see a step."""
     for _ in range(10):
         before = boot_seconds()
         wall = time.time_ns() // 1000
@@ -84,12 +85,12 @@ def _read_both_clocks() -> tuple[int, float]:
 
 
 def boot_seconds() -> float:
-    """Seconds since boot, sleep included; no step of the wall clock moves it."""
+    """Return seconds since boot, sleep included. Steps of the wall clock do not change it."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def boot_id() -> str:
-    """The kernel's id of this boot; `""` where there is none."""
+    """Return the kernel's id of this boot, or ""."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -97,10 +98,10 @@ def boot_id() -> str:
 
 
 def sync_error_us() -> int | None:
-    """By how much a time service says that the clock may be off, µs; None where none says that it is right.
+    """Return the maximum error of the wall clock in µs; None if it is not synchronized.
 
-    The kernel knows (adjtimex(2)). Where asking it is not allowed, as in a service with ProtectClock=yes, the marker
-    that timesyncd touches at each synchronization counts, by the kernel's rule.
+    The kernel knows (adjtimex(2)). Where that call is forbidden, as in a service with ProtectClock=yes, the age of the
+    marker that timesyncd touches at each synchronization gives the error.
     """
     timex = _Timex()
     status = -1 if _ADJTIMEX is None else int(_ADJTIMEX(ctypes.byref(timex)))
@@ -119,15 +120,15 @@ def _marker_error_us() -> int | None:
 
 
 def to_rfc3339(wall_us: int) -> str:
-    """`2026-11-24T22:18:01.000000Z` of epoch µs; clamped to years 1–9999."""
+    """Format epoch µs as `2026-11-24T22:18:01.000000Z`, clamped to the years 1 to 9999."""
     seconds, micro = divmod(wall_us, 1_000_000)
     seconds = min(max(seconds, -62_135_596_800), 253_402_300_799)
-    # Not strftime: %Y of the year 1 is "1".
+    # strftime gives "1" for the year 1.
     return f"{(_EPOCH + timedelta(seconds=seconds)).isoformat()}.{micro:06d}Z"
 
 
 def parse_rfc3339(text: str) -> int:
-    """Epoch µs of an RFC 3339 time. Raises ValueError."""
+    """Parse an RFC 3339 time to epoch µs. Raises ValueError."""
     moment = datetime.fromisoformat(text)
     if moment.tzinfo is None:
         raise ValueError(f"{text!r} has no time zone")

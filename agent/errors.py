@@ -1,20 +1,20 @@
-"""Every error of this project, split by whose fault it is.
+"""Error tree of the project, by cause: user, peer, bundle, network, disk.
 
 OutstationError
-├── UsageError        the person at the keyboard or the config file; exit code 2
-│   ├── ConfigError   names the file, the key and the fix
-│   └── Busy          another run writes that file; it may be done in a while
-├── Rejected          one row or line of a producer
-├── Refused           a message from a peer that does not verify
-├── BadBundle         a bundle that is damaged, unsigned, foreign or does not run here
-│   └── ModelDied     a model that ran apart and crashed, hung or failed
-├── FetchFailed       a bundle that could not be fetched, or must not be; names the error
-├── LinkDown          the broker or the network
-└── StorageError      the disk or the database
+├── UsageError              command line or config file; exit code 2
+│   ├── ConfigError         names the file, the key and the fix
+│   └── FileBusy            another process writes the file
+├── RowRejected             a row or line of a producer
+├── MessageRefused          a message that does not verify
+├── BadBundle               a bundle that is damaged, unsigned or does not run here
+│   └── ModelProcessFailed  a model in its own process crashed, hung or failed
+├── FetchFailed             a bundle that cannot or must not be fetched
+├── LinkDown                the broker or the network
+└── StorageError            the disk or the database
     ├── StorageFull
-    ├── StorageBusy   another process owns the store
-    ├── StorageDamaged  the database is not what was written; the next opening salvages it
-    └── StorageForked   the store went back in time; the next opening begins a new log
+    ├── StorageBusy         another process owns the store
+    ├── StorageDamaged      the next opening salvages the database
+    └── StorageForked       the store went back in time; the next opening begins a new log
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Literal
 
 
 class OutstationError(Exception):
-    """Base of all errors that are reported to people in one line."""
+    """Base of all errors that are reported in one line."""
 
 
 class UsageError(OutstationError):
@@ -31,7 +31,7 @@ class UsageError(OutstationError):
 
 
 class ConfigError(UsageError):
-    """Wrong config: `file`, `key` and a sentence with the fix."""
+    """Invalid config: `file`, `key` and a sentence with the fix."""
 
     def __init__(self, file: str, key: str, problem: str) -> None:
         super().__init__(f"{file}: {key}: {problem}" if key else f"{file}: {problem}")
@@ -43,11 +43,11 @@ class FileBusy(UsageError):
 
 
 class RowRejected(OutstationError):
-    """A row or line that is not taken; the reason goes back to its producer."""
+    """A rejected row or line; the reason is returned to its producer."""
 
 
 class MessageRefused(OutstationError):
-    """A message that does not verify; `reason` is one of a small set, `detail` says more."""
+    """A message that does not verify; `reason` is one of a small set, `detail` adds to it."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -59,7 +59,7 @@ class BadBundle(OutstationError):
 
 
 class ModelProcessFailed(BadBundle):
-    """A model that runs apart crashed, hung, or gave an error: `kind` says which; the sentence says more."""
+    """A model in its own process crashed, hung or failed, by `kind`; `detail` adds to it."""
 
     def __init__(self, kind: Literal["crash", "hang", "error"], detail: str) -> None:
         super().__init__(f"the model {_FAILURE_VERBS[kind]}: {detail}")
@@ -70,7 +70,7 @@ _FAILURE_VERBS = {"crash": "crashed", "hang": "hangs", "error": "failed"}
 
 
 class FetchFailed(OutstationError):
-    """What a repository gives is not there, not whole or not to be trusted; `error` names it, `detail` says more."""
+    """A download is missing, incomplete or not trusted; `error` names the cause, `detail` adds to it."""
 
     def __init__(self, error: str, detail: str) -> None:
         super().__init__(f"{error}: {detail}")
@@ -78,15 +78,15 @@ class FetchFailed(OutstationError):
 
 
 class LinkDown(OutstationError):
-    """The connection to the broker is not there, or was lost."""
+    """The connection to the broker failed or was lost."""
 
 
 class StorageError(OutstationError):
-    """The store cannot be read or written; what was not committed is not there."""
+    """The store cannot be read or written; the open transaction was rolled back."""
 
 
 class StorageFull(StorageError):
-    """The quota or the disk is full; nothing of this transaction was kept."""
+    """The quota or the disk is full; the transaction was rolled back."""
 
 
 class StorageBusy(StorageError):
@@ -94,8 +94,8 @@ class StorageBusy(StorageError):
 
 
 class StorageDamaged(StorageError):
-    """The database file is damaged; opening it again salvages what can be read."""
+    """The database file is damaged; opening it again salvages the readable part."""
 
 
 class StorageForked(StorageError):
-    """The collector has messages of this log that this store never wrote; opening it again begins a new log."""
+    """The collector has messages that this store never wrote; opening it again begins a new log."""

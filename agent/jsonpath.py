@@ -1,7 +1,7 @@
-"""Places in a JSON document: singular queries of JSONPath, which name at most one value.
+"""JSONPath: singular queries, which select at most one value of a JSON document.
 
-`$` is the whole, `$.data.temp` a member of a member, `$.values[0]` an element, `$['outside temperature']` a member with
-any name. `$.` may be left out before a name.
+`$` selects the document, `$.data.temp` a nested member, `$.values[0]` an element, and `$['outside temperature']` a
+member with any name. `$.` may be omitted before a name.
 
 Source: RFC 9535, sections 2.3.1, 2.3.3 and 2.3.5.1.
 """
@@ -21,23 +21,23 @@ MISSING = object()
 
 
 def parse(text: str) -> JsonPath:
-    """Raises ValueError."""
+    """Parse a path. Raises ValueError."""
     rest = text[1:] if text.startswith("$") else text if text.startswith("[") else f".{text}"
     path: list[str | int] = []
     at = 0
     while at < len(rest):
         step = _SEGMENT.match(rest, at)
         if step is None:
-            raise ValueError(f"{text!r} is no path to a value; write it as $.data.temp, $.values[0] or $['any name']")
+            raise ValueError(f"{text!r} is not a path to a value; write $.data.temp, $.values[0] or $['any name']")
         name, index, *quoted = step.groups()
-        given = next((one for one in quoted if one is not None), None)
-        path.append(int(index) if index else name or re.sub(r"\\(.)", r"\1", given or ""))
+        member = next((name for name in quoted if name is not None), None)
+        path.append(int(index) if index else name or re.sub(r"\\(.)", r"\1", member or ""))
         at = step.end()
     return tuple(path)
 
 
 def find(document: Any, path: JsonPath) -> Any:
-    """The value there; MISSING where there is none."""
+    """Return the value at `path`, or MISSING."""
     for step in path:
         if isinstance(step, str):
             document = document.get(step, MISSING) if isinstance(document, dict) else MISSING

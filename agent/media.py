@@ -1,4 +1,4 @@
-"""What rows are made of images and sounds: the one definition, of a bundle's input and of a stream that takes files."""
+"""Image and sound formats: how media become rows, in bundle inputs and in file sources alike."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ MediaFormat = ImageFormat | SoundFormat
 
 
 def to_toml(media_format: MediaFormat) -> str:
-    """As it is written in TOML, on one line: `image = { width = 96, height = 96 }`."""
-    said: dict[str, Any] = msgspec.to_builtins(media_format)
-    members = ", ".join(f"{name} = {json.dumps(value)}" for name, value in said.items())
+    """Format as a TOML line: `image = { width = 96, height = 96 }`."""
+    settings: dict[str, Any] = msgspec.to_builtins(media_format)
+    members = ", ".join(f"{name} = {json.dumps(value)}" for name, value in settings.items())
     return f"{'image' if isinstance(media_format, ImageFormat) else 'sound'} = {{ {members} }}"

@@ -1,4 +1,4 @@
-"""What may name a fleet, device, stream or task: such a name is also a topic level and a file name."""
+"""Names of fleets, devices, streams and tasks. Each is also a topic level and a file name."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 def is_name(text: str) -> bool:
-    """Whether `text` is 1–64 of a-z 0-9 . _ - and starts with a letter or digit."""
+    """Return True if `text` is 1 to 64 of a-z 0-9 . _ - and starts with a letter or digit."""
     return _NAME.fullmatch(text) is not None

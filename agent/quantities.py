@@ -1,4 +1,4 @@
-"""Sizes and durations with their units, as config files write them."""
+"""Sizes and durations with units, as in config files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 _SIZES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _DURATIONS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-# So many digits that every unit leaves a finite number.
+# Few enough digits that every unit gives a finite number.
 _QUANTITY = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]+)\s*")
 
 
@@ -20,17 +20,17 @@ class Duration(float):
 
 
 def parse_size(text: str) -> Size:
-    """Bytes in `"512 MiB"`. Raises ValueError."""
+    """Parse `"512 MiB"` to bytes. Raises ValueError."""
     return Size(round(_parse_quantity(text, _SIZES)))
 
 
 def parse_duration(text: str) -> Duration:
-    """Seconds in `"10 s"`, `"5 min"`, `"72 h"`. Raises ValueError."""
+    """Parse `"10 s"`, `"5 min"`, `"72 h"` to seconds. Raises ValueError."""
     return Duration(_parse_quantity(text, _DURATIONS))
 
 
 def decode_quantity(kind: type, value: Any) -> Any:
-    """Size and Duration from their text, for msgspec. Raises ValueError."""
+    """Decode hook of msgspec for Size and Duration. Raises ValueError."""
     if kind is Size:
         return parse_size(value)
     if kind is Duration:

@@ -1,7 +1,7 @@
-"""JSON that two readers may see differently (RFC 8259 sections 4 and 9), while signatures and digests hold for either.
+"""Strict JSON: reject texts that two readers may understand differently (RFC 8259 sections 4 and 9).
 
-Of a key that is twice in one object decoders take one of the values without a word. How deep they follow differs: some
-end at 64 levels, others at the interpreter's stack.
+A signature covers bytes, not their meaning. Of a duplicate key decoders silently take one value, and they differ in how
+deeply they nest: some stop at 64 levels, others at the interpreter's stack.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 import msgspec
 
-# Up to this length it is faster to write the text again than to look at each colon, if that is enough; beyond it, long
-# arrays have few colons.
+# Up to this length encoding the text again is faster than a look at each colon; longer texts are mostly arrays with few
+# colons.
 _SHORT_BYTES = 16_384
 _MAX_COLONS_SPLIT = 64
 _LONG_BYTES, _MANY_COLONS = 4096, 256
 _WHITESPACE = b" \t\r\n"
-# The least that widespread readers stop at (System.Text.Json).
+# The lowest limit of a widespread reader (System.Text.Json).
 _MAX_DEPTH = 64
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _NON_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -27,18 +27,18 @@ _BRACES_TO_BRACKETS = bytes.maketrans(b"{}", b"[]")
 
 
 class DuplicateKey(ValueError):
-    """An object has `key` twice."""
+    """An object that contains `key` twice."""
 
     def __init__(self, key: str) -> None:
-        super().__init__(f"key {key[:80]!r} is there twice in one object; two readers would see two values")
+        super().__init__(f"duplicate key {key[:80]!r} in one object; two readers could see different values")
         self.key = key
 
 
 def check_strict_json(text: bytes) -> None:
-    """Raises RepeatedKey, and ValueError or RecursionError where `text` is nested too deep or no JSON in UTF-8.
+    """Check text that a decoder has accepted as JSON. Raises DuplicateKey, ValueError or RecursionError.
 
-    `text` is what a decoder took for JSON. The first two looks, at a few percent of a decoder's price, are enough for
-    nearly all that is honest.
+    ValueError: nested too deeply, or not UTF-8. The two fast checks cost a few percent of decoding and suffice for
+    nearly all honest texts.
     """
     if not text.isascii():
         text.decode("utf-8")
@@ -52,21 +52,21 @@ def check_strict_json(text: bytes) -> None:
 
 
 def check_key_count(text: bytes, key_count: int, strings: Iterable[Any] = ()) -> None:
-    """The same for the price of counting colons, where a decoder found `kept` keys in `text`, in objects of any depth.
+    """Check like `check_strict_json`, but by counting colons if a decoder returned `key_count` keys in all objects.
 
-    `strings`: the values that may be text; what else is among them does not matter.
+    `strings`: values that may be text; other values among them are ignored.
     """
-    # Each key that was written has its colon: as many colons as keys that were kept leave none for one that was not.
+    # Each written key has a colon. As many colons as returned keys leave none for a dropped key.
     colons = _count_colons(text)
     if colons == key_count:
         return
-    # Without escapes a string has as many colons as its text.
+    # Without escapes a string has as many colons in JSON as in its value.
     if b"\\" in text or colons - sum(s.count(":") for s in strings if isinstance(s, str)) != key_count:
         check_strict_json(text)
 
 
 def _count_colons(text: bytes) -> int:
-    # bytes.count looks at one byte at a time, for as long as the decoder where a line is long; `find` at many.
+    # bytes.count looks at one byte at a time, which takes as long as decoding a long line; `find` looks at many.
     if len(text) < _LONG_BYTES:
         return text.count(b":")
     count, at = 0, text.find(b":")
@@ -82,14 +82,14 @@ def _is_too_deep(text: bytes) -> bool:
     for _ in range(_MAX_DEPTH):
         if not brackets:
             return False
-        # What holds nothing goes, so that each round takes one level.
+        # Each round removes the empty brackets: one level.
         brackets = brackets.replace(b"[]", b"")
     return bool(brackets)
 
 
 def _has_distinct_keys(text: bytes) -> bool:
-    """Whether no key is there twice anywhere: what stands between quotes before a colon is a key, or in a string."""
-    # An escape could hide a quote, or spell one key in two ways.
+    """Return True if all quoted texts before colons differ. Each is a key, or part of a string."""
+    # An escape could hide a quote or spell one key in two ways.
     if b"\\" in text:
         return False
     before = text.split(b":", _MAX_COLONS_SPLIT)
@@ -107,7 +107,7 @@ def _has_distinct_keys(text: bytes) -> bool:
 
 
 def _round_trips(text: bytes) -> bool:
-    """Whether the text is what its values are written as: a value that was dropped is not written."""
+    """Return True if encoding the decoded values gives the same text: a dropped value would be missing."""
     try:
         return msgspec.json.encode(msgspec.json.decode(text)) == text
     except msgspec.MsgspecError:

@@ -1,4 +1,4 @@
-"""TOML files as typed structures, every mistake named with its file, key and fix."""
+"""TOML files as typed structs. Errors name the file, the key and the fix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 
 def read(path: Path, struct_type: type[S], hook: DecodeHook) -> S:
-    """The file as `shape`; `hook` reads types of our own. Raises ConfigError."""
+    """Read a file as `struct_type`; `hook` decodes custom types. Raises ConfigError."""
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -31,7 +31,7 @@ def read(path: Path, struct_type: type[S], hook: DecodeHook) -> S:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), "", f"not valid TOML: {error}") from error
     except RecursionError:
-        raise ConfigError(str(path), "", "nested too deep to be read; no config file needs that") from None
+        raise ConfigError(str(path), "", "nested too deeply; no config file needs that") from None
     try:
         return msgspec.convert(document, struct_type, dec_hook=hook)
     except msgspec.ValidationError as error:
@@ -39,7 +39,7 @@ def read(path: Path, struct_type: type[S], hook: DecodeHook) -> S:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` where something known is close, else what there is."""
+    """Return `"; did you mean 'x'?"` if a known word is close, else a list of the known words."""
     names = list(known)
     close = difflib.get_close_matches(word, names, 1, 0.5)
     if close:
@@ -50,7 +50,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def _to_config_error(
     file: str, message: str, struct_type: StructType, document: dict[str, Any], hook: DecodeHook
 ) -> ConfigError:
-    """msgspec's message as file, key and fix."""
+    """Convert a message of msgspec to file, key and fix."""
     problem, _, path = message.partition(" - at `$")
     where = path.rstrip("`").lstrip(".")
     key = (
@@ -70,9 +70,11 @@ def _to_config_error(
     wrong = re.fullmatch(r"Invalid (?:enum )?value '(.*)'", problem)
     if wrong:
         return ConfigError(
-            file, key, f"{wrong[1]!r} is no choice here{did_you_mean(wrong[1], _literal_choices(struct_type, where))}"
+            file,
+            key,
+            f"{wrong[1]!r} is not a valid choice{did_you_mean(wrong[1], _literal_choices(struct_type, where))}",
         )
-    # TOML's words, not JSON's.
+    # TOML's terms, not JSON's.
     problem = problem.replace("array", "list").replace("object", "table").replace("Object", "table")
     return ConfigError(file, key, problem[:1].lower() + problem[1:])
 
@@ -80,7 +82,7 @@ def _to_config_error(
 def _find_invalid_entry(
     message: str, struct_type: StructType, document: dict[str, Any], key_path: str, hook: DecodeHook
 ) -> str:
-    """The name of the stream or task that `message` is about: msgspec says `[...]` for any member of a table."""
+    """Return the stream or task that `message` is about; msgspec writes `[...]` for any entry of a table."""
     table = key_path.partition("[...]")[0]
     for name, value in document.get(table, {}).items():
         try:
@@ -92,7 +94,7 @@ def _find_invalid_entry(
 
 
 def _literal_choices(struct_type: StructType, key_path: str) -> list[str]:
-    """The words that may stand at `where`."""
+    """Return the words that are valid at `key_path`."""
     return [
         str(word)
         for kind in _resolve_types(struct_type, key_path)
@@ -102,7 +104,7 @@ def _literal_choices(struct_type: StructType, key_path: str) -> list[str]:
 
 
 def _list_known_keys(struct_type: StructType, key_path: str) -> set[str]:
-    """All keys any section at `where` may have."""
+    """Return all keys of the sections at `key_path`."""
     names: set[str] = set()
     for kind in _resolve_types(struct_type, key_path):
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
@@ -124,7 +126,7 @@ def _child_types(kind: Any, part: str) -> list[Any]:
 
 def _flatten_union(node: Any) -> list[Any]:
     if isinstance(node, msgspec.inspect.UnionType):
-        return [inner for one in node.types for inner in _flatten_union(one)]
+        return [inner for member in node.types for inner in _flatten_union(member)]
     if isinstance(node, msgspec.inspect.Metadata):
         return _flatten_union(node.type)
     return [node]
@@ -141,7 +143,7 @@ def _descend(node: Any, part: str) -> list[Any]:
         inner = [node.item_type]
     else:
         inner = []
-    return [_to_python_type(leaf) for one in inner for leaf in _flatten_union(one)]
+    return [_to_python_type(leaf) for child in inner for leaf in _flatten_union(child)]
 
 
 def _to_python_type(node: Any) -> Any:

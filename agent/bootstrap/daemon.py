@@ -6,13 +6,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from agent import clock
-from agent.bootstrap import device, rollout
+from agent.bootstrap import device, rollout, sinks
 from agent.bootstrap.tasks import load_task, open_crash_marker, parse_public_keys, trusted_publishers
 from agent.clock import ClockReading
-from agent.config import Config, FilesSource, HostSource, MqttSource, ReplaySource
+from agent.config import Config
 from agent.device import status
 from agent.device.bundles import history, overrides, quarantine, rollout_state
 from agent.device.bundles.crash_marker import CrashMarker
@@ -23,15 +21,18 @@ from agent.device.commands.receiver import CommandReceiver
 from agent.device.commands.wipe import Wipe
 from agent.device.daemon import Daemon, Signals
 from agent.device.health import BundleFailure
-from agent.device.intake.server import Intake, Source
+from agent.device.intake.server import Intake
+from agent.device.intake.source import Source, SourceContext
+from agent.device.intake.sources.registry import source_module
 from agent.device.machine.timekeeping import make_clock
 from agent.device.pipeline import label_metrics
-from agent.device.pipeline.batch import LoadedTask
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.tasks import Runtime, ScheduledTask
 from agent.device.rollout.desired_state import DesiredStateStore
 from agent.device.rollout.updater import BundleUpdater
 from agent.device.store import task_keys
 from agent.device.store.store import Store
+from agent.device.uplink.sink import OpenSink
 from agent.device.uplink.uplink import Uplink
 from agent.errors import BadBundle, ConfigError
 
@@ -77,32 +78,21 @@ def build_sources(file: Path, conf: Config, store: Store) -> list[Source]:
     """Build the sources that the daemon itself reads."""
     sources: list[Source] = []
     for name, stream in conf.streams.items():
-        source = stream.source
-        if isinstance(source, FilesSource):
-            from agent.device.intake import media_reader
-            from agent.device.intake.sources.files import FolderWatcher
-
-            media_reader.check_config(str(file), name, stream, int(conf.buffer.max_size))
-            sources.append(FolderWatcher(name, stream, source, store))
-        elif isinstance(source, HostSource):
-            from agent.device.intake.sources.host import HostMetrics
-
-            sources.append(HostMetrics(str(file), name, stream, source, conf.data_dir))
-        elif isinstance(source, MqttSource):
-            from agent.device.intake.sources.mqtt import MqttSubscriber
-
-            sources.append(MqttSubscriber(str(file), name, stream, source, f"{conf.device.id}-{name}"))
-        elif isinstance(source, ReplaySource):
-            from agent.device.intake.sources.replay import ReplayPlayer
-
-            sources.append(ReplayPlayer(name, stream, source, store, clock.read()))
+        if (module := source_module(stream.source)) is not None:
+            sources.append(module.build(SourceContext(str(file), conf, name), stream.source, store))
     return sources
 
 
 def build_daemon(
-    file: Path, conf: Config, store: Store, *, now: Callable[[], ClockReading] | None = None, **uplink_options: Any
+    file: Path,
+    conf: Config,
+    store: Store,
+    *,
+    now: Callable[[], ClockReading] | None = None,
+    open_sink: OpenSink | None = None,
+    pause: Callable[[float], object] | None = None,
 ) -> Daemon:
-    """Build the daemon. `now` and `uplink_options` (see `Uplink`) are for simulations. Raises UsageError, ConfigError."""
+    """Build the daemon. A simulation gives its own clock, sink and pause. Raises UsageError, ConfigError."""
     message_log = device.open_message_log(file, conf, store)
     now = now or make_clock(store)
     collector = parse_public_keys(file, "collector.key", [conf.collector.key])[0] if conf.collector.key else None
@@ -126,10 +116,9 @@ def build_daemon(
         lambda: label_metrics.build_label_targets([one.task for one in scheduled]),
     )
     uplink = Uplink(
-        *(conf, store, message_log, collector, now, signals.fail),
-        commands=receiver,
-        desired_states=desired_states,
-        **uplink_options,
+        *(conf, store, message_log, collector, now, signals.fail, open_sink or sinks.sink_opener(conf)),
+        receivers=[receiver, desired_states],
+        pause=pause,
     )
 
     def make_updater(runtime: Runtime, on_wait: Callable[[], None]) -> BundleUpdater:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from agent import config
+from agent.bootstrap import sinks
 from agent.config import Config
 from agent.device.commands import wipe
 from agent.device.machine.keys import KeyFiles, open_keys
@@ -23,7 +24,7 @@ KEY_FILE = "device.key"
 def load_config(config_file: str | None) -> tuple[Path, Config]:
     """Return the config file in use and its contents. Raises ConfigError."""
     file = config.find(config_file)
-    return file, config.load(file)
+    return file, config.load(file, sinks.SINKS)
 
 
 def open_store(conf: Config) -> Store:

@@ -11,7 +11,7 @@ from agent.bootstrap import tasks
 from agent.config import Config
 from agent.device.bundles.crash_marker import CrashMarker
 from agent.device.pipeline import tuning_cache
-from agent.device.pipeline.batch import LoadedTask
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.tasks import Runtime, make_scheduled_task
 from agent.device.rollout.desired_state import DesiredStateStore
 from agent.device.rollout.executor import RolloutExecutor

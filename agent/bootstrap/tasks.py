@@ -13,10 +13,9 @@ from agent.device.bundles import history, quarantine, rollout_state
 from agent.device.bundles.crash_marker import CrashMarker
 from agent.device.machine.timekeeping import make_clock
 from agent.device.pipeline import drift_state, tuning_cache
-from agent.device.pipeline.batch import LoadedTask
-from agent.device.pipeline.drift_state import ClosingMessages
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout import probation, saved_drift
-from agent.device.store.message_log import MessageLog
+from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.store import Store
 from agent.drift.monitor import DriftMonitor
 from agent.drift.state import DriftState
@@ -109,7 +108,7 @@ def build_task(
 
 def _restore_drift_state(
     store: Store, name: str, digest: str, monitor: DriftMonitor
-) -> tuple[DriftState, ClosingMessages | None]:
+) -> tuple[DriftState, list[PendingMessage] | None]:
     """What is remembered of drift; of a bundle beside which another is on probation, what was laid by."""
     if rollout_state.find_canary_digest(store, name) not in ("", digest):
         return saved_drift.load(store, name, monitor)

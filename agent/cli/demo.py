@@ -1,4 +1,4 @@
-"""`outstation demo`: the whole system on one desktop."""
+"""`outstation demo`: broker, devices and collector on one machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 from agent.cli.output import emit, json_option, print_table
 from agent.cli.simulated import dir_option, exit_on_signals, open_folder, print_audit
 
-# It ends once all was judged. A slow machine has so much longer, as a demo cut short finds nothing.
+# The demo ends once all rows are processed. A slow machine gets this much longer: a demo cut short finds nothing.
 _DRAIN_S = 60.0
 _MAX_SUBJECTS, _MAX_ALERTS = 4, 8
 
@@ -24,21 +24,23 @@ _MAX_SUBJECTS, _MAX_ALERTS = 4, 8
     default="exercise",
     show_default=True,
     type=click.Choice(["exercise", "solar", "machine"]),
-    help="What is replayed.",
+    help="Recordings to replay.",
 )
 @click.option("--devices", default=4, show_default=True, type=click.IntRange(1, 64), help="Simulated devices.")
-@click.option("--duration", default=60.0, show_default=True, type=click.FloatRange(15), help="Seconds to run, about.")
+@click.option(
+    "--duration", default=60.0, show_default=True, type=click.FloatRange(15), help="Approximate seconds to run."
+)
 @dir_option
-@click.option("--no-dashboard", is_flag=True, help="No live table, only the report at the end.")
-@click.option("--seed", default=0, show_default=True, help="Another order of recordings.")
+@click.option("--no-dashboard", is_flag=True, help="Print only the report at the end.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the order of recordings.")
 @json_option
 def demo(
     named: str, devices: int, duration: float, folder: Path | None, no_dashboard: bool, seed: int, as_json: bool
 ) -> None:
-    """Broker, devices on recordings and collector; something goes wrong at the first two devices.
+    """Run a broker, simulated devices and a collector; faults are injected at the first two devices.
 
-    Each device replays recordings at speed and first learns what is normal at its site. Exit 1 where the audit at the
-    end fails.
+    Each device replays recordings at high speed and first learns its site's reference. Exit code 1 if the final audit
+    fails.
 
     \b
     exercise  four people's shoulder exercises (smartwatch, 50 Hz): the accelerometer of the first
@@ -77,16 +79,16 @@ def _run_simulation(
             for _ in views:
                 pass
         fleet.stop()
-    found = reporting.build_report(fleet.database, plan)
+    report = reporting.build_report(fleet.database, plan)
     measured = plan.scenario.delayed_labels
     return {
         "scenario": scenario_name,
-        "devices": found.devices,
-        "accuracy": found.accuracy,
-        "mae": found.mae,
+        "devices": report.devices,
+        "accuracy": report.accuracy,
+        "mae": report.mae,
         "unit": measured.unit if measured else None,
         "seconds": round(time.monotonic() - started_s, 1),
-        "audit": found.audit.to_dict(),
+        "audit": report.audit.to_dict(),
     }
 
 
@@ -122,7 +124,7 @@ def _print(document: dict[str, Any]) -> None:
 
 
 def _print_alerts(device: str, sentences: list[str]) -> None:
-    """The first few: a microphone that fails moves every band."""
+    """Print the first alerts: a failing microphone affects every band."""
     for sentence in sentences[:_MAX_ALERTS]:
         click.echo(f"{device}  {sentence}")
     if len(sentences) > _MAX_ALERTS:
@@ -136,7 +138,7 @@ def _format_cell(value: Any) -> Any:
 
 
 def _format_subjects(device: dict[str, Any], kind: str) -> str:
-    """The first few; of a spectrum all bands may be listed."""
+    """Return the first subjects: of a spectrum all bands may be listed."""
     names = device[kind]
     more = f" and {len(names) - _MAX_SUBJECTS} more" if len(names) > _MAX_SUBJECTS else ""
     return ", ".join(names[:_MAX_SUBJECTS]) + more or "-"

@@ -1,4 +1,4 @@
-"""The demo's live table."""
+"""Live table of the demo."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STATE_LABELS = {"insufficient": "learning its site"}
 
 
 def show(views: Iterable[list[dict[str, Any]]], plan: SimulationPlan, broker: str) -> None:
-    """Draw each view over the last one; on no terminal nothing is drawn."""
+    """Draw each view over the last one, in a terminal only."""
     console = Console()
     if not console.is_terminal:
         for _ in views:

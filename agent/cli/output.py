@@ -1,4 +1,4 @@
-"""How commands answer: one JSON document, or text for a person."""
+"""Output of commands: one JSON document, or text for people; shared options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import msgspec
 
 from agent.errors import UsageError
 
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else there.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else."
+)
 config_option = click.option(
     "-c",
     "--config",
@@ -21,13 +23,13 @@ config_option = click.option(
 )
 
 plot_option = click.option(
-    "--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw it into FILE, .svg or .png."
+    "--plot", metavar="FILE", type=click.Path(path_type=Path), help="Write a plot to FILE, .svg or .png."
 )
-dark_option = click.option("--dark", is_flag=True, help="With --plot: for a dark screen.")
+dark_option = click.option("--dark", is_flag=True, help="With --plot: dark theme.")
 
 
 def emit(document: object, as_json: bool, print_human: Callable[[], None]) -> None:
-    """The document, or what `human` prints."""
+    """Print the document as JSON, or call `print_human`."""
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(document), indent=2))
     else:
@@ -35,7 +37,7 @@ def emit(document: object, as_json: bool, print_human: Callable[[], None]) -> No
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> None:
-    """Aligned columns, numbers to the right; `empty` where there are no rows."""
+    """Print aligned columns with numbers to the right, or `empty` without rows."""
     if not rows:
         click.echo(empty)
         return
@@ -49,6 +51,6 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: st
 
 
 def require_plot_format(file: Path | None) -> None:
-    """Raises UsageError for a file that is neither, before work is done."""
+    """Check that the plot file ends in .svg or .png. Raises UsageError."""
     if file is not None and file.suffix not in (".svg", ".png"):
         raise UsageError(f"--plot {file}: name a file that ends in .svg or .png")

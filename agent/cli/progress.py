@@ -1,4 +1,4 @@
-"""A progress bar on stderr, once work took a second, and only in a terminal."""
+"""Progress bar on stderr, in a terminal only, after one second of work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _DELAY_S, _REFRESH_S, _WIDTH = 1.0, 0.2, 28
 
 
 class ProgressBar:
-    """Used as `with Bar("rows") as bar: bar(done, of, count)`."""
+    """Use as `with ProgressBar("rows") as bar: bar(done, total, count)`."""
 
     def __init__(self, unit: str) -> None:
         self._unit, self._started_s = unit, time.monotonic()

@@ -1,4 +1,4 @@
-"""What `demo` and `fleet simulate` have in common: a folder for it all, and an end that leaves no process behind."""
+"""Shared parts of `demo` and `fleet simulate`: the folder, the exit on signals, the audit line."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ dir_option = click.option(
 
 
 def exit_on_signals() -> None:
-    """SIGTERM and SIGHUP become an exit, as Ctrl-C is: else the processes it started would run on."""
+    """Exit on SIGTERM and SIGHUP as on Ctrl-C, so that started processes end."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 @contextlib.contextmanager
 def open_folder(requested: Path | None) -> Iterator[Path]:
-    """Raises UsageError where `given` is not empty."""
+    """Provide the requested folder, or a temporary one. Raises UsageError if it is not empty."""
     if requested is None:
         with tempfile.TemporaryDirectory(prefix="outstation-") as made:
             yield Path(made)

@@ -1,4 +1,4 @@
-"""Who signed a bundle, in words, for commands that look at any bundle."""
+"""Signature status of a bundle, for commands that accept any bundle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def check_signature(path: Path, loaded_bundle: Bundle, trusted: list[PublicKey] | None) -> tuple[bool, str]:
-    """Verified already where a key was given; else against the key of the bundles that ship with the agent."""
+    """Return (ok, sentence) on the signature: verified with the given keys, else with the built-in key."""
     from agent.model.bundle import builtin
     from agent.model.bundle import bundle as bundles
 

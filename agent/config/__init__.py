@@ -1,4 +1,4 @@
-"""Config files: frozen structures from TOML, every mistake named with its file, key and fix."""
+"""Device configuration: frozen structs from TOML. Errors name the file, the key and the fix."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -13,20 +14,12 @@ import msgspec
 
 from agent import toml_files
 from agent.config import updates as config_updates
+from agent.config.broker import MQTT_SCHEMES
 from agent.config.broker import BrokerConfig as BrokerConfig
 from agent.config.broker import check_broker as check_broker
 from agent.config.broker import parse_loopback as parse_loopback
 from agent.config.section import Section as Section
-from agent.config.sources import FilesSource as FilesSource
-from agent.config.sources import HostSource as HostSource
-from agent.config.sources import MqttSource as MqttSource
-from agent.config.sources import RecordingFilter as RecordingFilter
-from agent.config.sources import ReplayFault as ReplayFault
-from agent.config.sources import ReplaySource as ReplaySource
-from agent.config.sources import SocketSource as SocketSource
-from agent.config.sources import SourceConfig
-from agent.config.sources import check as check_source
-from agent.config.sources import with_absolute_paths as absolute_source
+from agent.config.sources import SocketSource, SourceConfig
 from agent.config.updates import UpdatesConfig as UpdatesConfig
 from agent.errors import ConfigError
 from agent.media import MediaFormat
@@ -39,7 +32,7 @@ from agent.quantities import parse_size as parse_size
 from agent.toml_files import did_you_mean
 
 _MIN_STORE_BYTES = 2**20
-# That a person lists; those of images and sounds follow from the source.
+# Limit for fields listed by hand; image and sound sources define their own.
 MAX_FIELDS = 256
 _MAX_RETENTION_S = 3650 * 86_400.0
 
@@ -48,7 +41,7 @@ class DeviceConfig(Section, frozen=True):
     id: str
     fleet: str
     data_dir: str = "/var/lib/outstation"
-    # What is desired of a group is desired of this device too; of several, the first one's word holds.
+    # A group's desired state applies to this device; the first listed group wins.
     groups: Annotated[list[str], msgspec.Meta(max_length=8)] = msgspec.field(default_factory=list)
 
 
@@ -75,7 +68,7 @@ class BufferConfig(Section, frozen=True):
 
 
 class ThrottleConfig(Section, frozen=True):
-    """When tasks wait for the machine's sake; degrees Celsius, percent of the battery while it is being emptied."""
+    """When tasks pause to protect the machine: degrees Celsius, battery percentage while discharging."""
 
     max_temperature: Annotated[float, msgspec.Meta(gt=0, le=150)] = 80.0
     min_battery: Annotated[float, msgspec.Meta(ge=0, le=95)] = 20.0
@@ -97,7 +90,7 @@ class FieldConfig(Section, frozen=True):
 
 
 class StreamConfig(Section, frozen=True):
-    """After `load` a stream of images or sounds has the fields that follow from them."""
+    """A stream. `load` fills the fields of image and sound sources."""
 
     fields: Annotated[list[FieldConfig], msgspec.Meta(min_length=1, max_length=MAX_FIELDS)] = msgspec.field(
         default_factory=list
@@ -106,8 +99,8 @@ class StreamConfig(Section, frozen=True):
 
     @property
     def media_format(self) -> MediaFormat | None:
-        """What its rows are made of, where that is images or sounds."""
-        return self.source.media_format if isinstance(self.source, FilesSource) else None
+        """Format of the images or sounds that become rows; None for other sources."""
+        return self.source.media_format
 
 
 class PublishBelow(Section, frozen=True):
@@ -115,7 +108,7 @@ class PublishBelow(Section, frozen=True):
 
 
 class BinnedField(Section, frozen=True):
-    """A numeric field in bins: below the first of `edges`, between them, from the last one on."""
+    """A numeric field in bins: below the first of `edges`, between them, and from the last one on."""
 
     field: str
     edges: Annotated[list[float], msgspec.Meta(min_length=1, max_length=15)]
@@ -125,18 +118,18 @@ class TaskConfig(Section, frozen=True):
     stream: str
     bundle: str
     schedule: str = "every 60 s"
-    # So long a batch may take: later ones are committed and counted, and the next are made smaller.
+    # Longest duration of a batch. A late batch is committed and counted, and the next ones are smaller.
     deadline: Duration | None = None
     publish: Literal["all", "changes", "summary"] | PublishBelow = "all"
     learn_windows: Annotated[int, msgspec.Meta(ge=20, le=10_000)] = 40
     learn_duration: Duration = Duration(0.0)
     seasonality: Literal["auto", "hour", "week", "none"] | None = None
-    class_field: str | None = None  # the category field that names modes, where the model names no classes; "": none
+    class_field: str | None = None  # category field with the classes of a model that has none; "" for none
     slices: Annotated[list[str | BinnedField], msgspec.Meta(max_length=8)] = msgspec.field(default_factory=list)
 
 
 class Config(Section, frozen=True):
-    """`outstation.toml`. Paths are absolute after `load`."""
+    """The whole config. Paths are absolute after `load`."""
 
     device: DeviceConfig
     broker: BrokerConfig = msgspec.field(default_factory=BrokerConfig)
@@ -159,22 +152,22 @@ C = TypeVar("C", bound=Section)
 
 
 def find(explicit: str | None) -> Path:
-    """The config file to use: given, `$OUTSTATION_CONFIG`, `./outstation.toml`, then `/etc/outstation/`."""
+    """Return the config file: `explicit`, `$OUTSTATION_CONFIG`, `./outstation.toml`, then `/etc/outstation/`."""
     if explicit or os.environ.get("OUTSTATION_CONFIG"):
         return Path(explicit or os.environ["OUTSTATION_CONFIG"])
     here = Path("outstation.toml")
     return here if here.exists() else Path("/etc/outstation/outstation.toml")
 
 
-def load(path: Path) -> Config:
-    """The device config in `path`, checked. Raises ConfigError."""
+def load(path: Path, schemes: Collection[str] = MQTT_SCHEMES) -> Config:
+    """Load and check a device config; `[broker] url` has one of the `schemes`. Raises ConfigError."""
     config = read(path, Config)
     file = str(path)
     check_name(file, "device.id", config.device.id)
     check_name(file, "device.fleet", config.device.fleet)
     for group in config.device.groups:
         check_name(file, "device.groups", group)
-    check_broker(file, config.broker)
+    check_broker(file, config.broker, schemes=schemes)
     if config.updates is not None:
         config_updates.check(file, config.updates)
     _check_device(file, config)
@@ -187,9 +180,9 @@ def load(path: Path) -> Config:
         check_name(file, f"tasks.{name}", name)
         if task.stream not in config.streams:
             hint = did_you_mean(task.stream, config.streams)
-            raise ConfigError(file, f"tasks.{name}.stream", f"there is no stream {task.stream!r}{hint}")
+            raise ConfigError(file, f"tasks.{name}.stream", f"unknown stream {task.stream!r}{hint}")
         if task.deadline is not None and task.deadline <= 0:
-            raise ConfigError(file, f"tasks.{name}.deadline", "must be longer than nothing; leave it out for none")
+            raise ConfigError(file, f"tasks.{name}.deadline", "must be positive; omit it for no deadline")
         _check_slices(file, name, task, config.streams[task.stream])
         if task.class_field:
             check_class_field(file, f"tasks.{name}.class_field", task.class_field, config.streams[task.stream])
@@ -197,12 +190,12 @@ def load(path: Path) -> Config:
 
 
 def read(path: Path, section: type[C]) -> C:
-    """A TOML file as `shape`. Raises ConfigError."""
+    """Read a TOML file as `section`. Raises ConfigError."""
     return toml_files.read(path, section, decode_quantity)
 
 
 def digest(config: Config) -> str:
-    """`sha256:…` of what decides results: the config as parsed, but for the broker's password and [updates]."""
+    """Return `sha256:…` of the parsed config, without the broker's password and [updates]."""
     broker = msgspec.structs.replace(config.broker, password=None)
     shown = msgspec.structs.replace(config, broker=broker, updates=None)
     data = msgspec.json.encode(msgspec.to_builtins(shown, enc_hook=_encode_quantity, order="deterministic"))
@@ -210,7 +203,7 @@ def digest(config: Config) -> str:
 
 
 def check_name(file: str, key: str, name: str) -> None:
-    """Raises ConfigError where `name` cannot stand in a topic."""
+    """Check that `name` is valid as a topic level. Raises ConfigError."""
     if not is_name(name):
         raise ConfigError(file, key, f"{name!r} must be 1-64 of a-z 0-9 . _ - and start with a letter or digit")
 
@@ -222,23 +215,21 @@ def _check_device(file: str, config: Config) -> None:
         except ValueError as problem:
             raise ConfigError(file, "intake.tcp", str(problem)) from None
     if config.buffer.max_size < _MIN_STORE_BYTES:
-        raise ConfigError(file, "buffer.max_size", f"{config.buffer.max_size} bytes hold nothing; give at least 1 MiB")
+        raise ConfigError(file, "buffer.max_size", f"{config.buffer.max_size} bytes are too few; use at least 1 MiB")
     for key in ("keep_readings", "keep_messages", "keep_results"):
         if not 0.0 <= getattr(config.buffer, key) <= _MAX_RETENTION_S:
             raise ConfigError(file, f"buffer.{key}", "must be between 0 s and 3650 d")
 
 
 def _with_media_fields(file: str, name: str, stream: StreamConfig) -> StreamConfig:
-    """A stream whose rows are made of files has the fields that follow from that. Raises ConfigError."""
-    source, key = stream.source, f"streams.{name}"
-    if isinstance(source, FilesSource) and source.image is not None and source.sound is not None:
-        raise ConfigError(file, f"{key}.source", "image and sound: rows are made of one of them; remove the other")
+    """Return the stream with the fields of its image or sound source. Raises ConfigError."""
+    key = f"streams.{name}"
     if stream.media_format is None:
         if not stream.fields:
             raise ConfigError(file, f"{key}.fields", "this key is required; add it")
         return stream
     if stream.fields:
-        raise ConfigError(file, f"{key}.fields", "follow from the source's image or sound; remove them")
+        raise ConfigError(file, f"{key}.fields", "are defined by the source's image or sound; remove them")
     return msgspec.structs.replace(stream, fields=[FieldConfig(name=column) for column in stream.media_format.columns])
 
 
@@ -249,63 +240,63 @@ def _check_stream(file: str, name: str, stream: StreamConfig) -> None:
     for column in stream.fields:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.]{0,63}", column.name) or column.name in ("t", "stream", "columns"):
             raise ConfigError(
-                file, key, f"{column.name!r} cannot name a field: letters, digits, _ and . only; t is the time"
+                file, key, f"{column.name!r} is not a valid field name: letters, digits, _ and . only; t is the time"
             )
         if column.name in seen:
-            raise ConfigError(file, key, f"field {column.name!r} is declared twice; remove one")
+            raise ConfigError(file, key, f"duplicate field {column.name!r}; remove one")
         seen.add(column.name)
         if column.min is not None and column.max is not None and column.min > column.max:
             raise ConfigError(file, key, f"field {column.name!r}: min {column.min:g} is above max {column.max:g}")
         if not all(math.isfinite(limit) for limit in (column.min, column.max) if limit is not None):
             raise ConfigError(
-                file, key, f"field {column.name!r}: min and max must be finite; leave out what has no end"
+                file, key, f"field {column.name!r}: min and max must be finite; omit a limit that is not needed"
             )
         if column.type == "category" and (column.min is not None or column.max is not None):
             raise ConfigError(file, key, f"field {column.name!r}: a category has no min and max; remove them")
         if column.optional and column.type == "i64":
-            raise ConfigError(file, key, f"field {column.name!r}: an i64 cannot be missing; use type f64 or f32")
-    check_source(file, f"streams.{name}.source", stream.source, seen)
+            raise ConfigError(file, key, f"field {column.name!r}: type i64 cannot be optional; use f64 or f32")
+    stream.source.check(file, f"streams.{name}.source", seen)
 
 
 def check_class_field(file: str, key: str, class_field: str, stream: StreamConfig) -> None:
-    """Raises ConfigError unless a category field of `stream` is called `mode`."""
+    """Check that `class_field` is a category field of `stream`. Raises ConfigError."""
     known = {f.name for f in stream.fields if f.type == "category"}
     if class_field in known:
         return
-    number = any(f.name == class_field for f in stream.fields)
-    what = f"{class_field!r} is a number and no category" if number else f"the stream has no field {class_field!r}"
-    raise ConfigError(file, key, f"{what}: modes are the values of a category field{did_you_mean(class_field, known)}")
+    is_number = any(f.name == class_field for f in stream.fields)
+    problem = f"{class_field!r} is a number" if is_number else f"the stream has no field {class_field!r}"
+    raise ConfigError(file, key, f"{problem}: classes need a category field{did_you_mean(class_field, known)}")
 
 
 def _check_slices(file: str, name: str, task: TaskConfig, stream: StreamConfig) -> None:
     key, kinds, seen = f"tasks.{name}.slices", {f.name: f.type for f in stream.fields}, set()
-    for one in task.slices:
-        field = one if isinstance(one, str) else one.field
+    for item in task.slices:
+        field = item if isinstance(item, str) else item.field
         if field not in kinds:
             raise ConfigError(file, key, f"stream {task.stream!r} has no field {field!r}{did_you_mean(field, kinds)}")
         if field in seen:
-            raise ConfigError(file, key, f"field {field!r} is named twice; remove one")
+            raise ConfigError(file, key, f"duplicate field {field!r}; remove one")
         seen.add(field)
-        if isinstance(one, str) and kinds[field] != "category":
+        if isinstance(item, str) and kinds[field] != "category":
             raise ConfigError(
                 file, key, f"{field!r} is a number; give its bins: {{ field = {field!r}, edges = [0.0] }}"
             )
-        if not isinstance(one, str):
+        if not isinstance(item, str):
             if kinds[field] == "category":
-                raise ConfigError(file, key, f"{field!r} is a category and has no edges; write just {field!r}")
-            if not all(math.isfinite(edge) for edge in one.edges) or one.edges != sorted(set(one.edges)):
+                raise ConfigError(file, key, f"{field!r} is a category and takes no edges; write {field!r} alone")
+            if not all(math.isfinite(edge) for edge in item.edges) or item.edges != sorted(set(item.edges)):
                 raise ConfigError(file, key, f"edges of {field!r} must be finite and ascend")
 
 
 def _encode_quantity(value: Any) -> Any:
-    """Size and Duration as the numbers they are."""
+    """Encode Size and Duration as numbers."""
     return int(value) if isinstance(value, Size) else float(value)
 
 
 def _with_absolute_paths(config: Config, base: Path) -> Config:
     broker = config.broker.with_absolute_paths(base)
     streams = {
-        name: msgspec.structs.replace(stream, source=absolute_source(stream.source, base))
+        name: msgspec.structs.replace(stream, source=stream.source.with_absolute_paths(base))
         for name, stream in config.streams.items()
     }
     tasks = {

@@ -1,8 +1,9 @@
-"""Where a broker is, and who we are there."""
+"""Section [broker]: address, TLS files and credentials of an MQTT broker."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -12,6 +13,8 @@ import msgspec
 from agent.config.section import Section
 from agent.errors import ConfigError
 
+# Schemes of MQTT. A device may have other sinks, see `agent.bootstrap.sinks`.
+MQTT_SCHEMES = ("mqtt", "mqtts")
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -27,6 +30,10 @@ class BrokerConfig(Section, frozen=True):
     compress: bool = False
 
     @property
+    def scheme(self) -> str:
+        return self.url.partition(":")[0]
+
+    @property
     def tls(self) -> bool:
         return self.url.startswith("mqtts:")
 
@@ -39,33 +46,40 @@ class BrokerConfig(Section, frozen=True):
         return urlsplit(self.url).port or (8883 if self.tls else 1883)
 
     def with_absolute_paths(self, base: Path) -> BrokerConfig:
-        """With its files as they are seen from everywhere, where they are given from `base`."""
+        """Return the section with its file paths resolved against `base`."""
         given = {name: getattr(self, name) for name in ("ca_file", "cert_file", "tls_key_file")}
         files = {name: str(base / value) for name, value in given.items() if value is not None}
         return msgspec.structs.replace(self, **files)
 
 
-def check_broker(file: str, broker: BrokerConfig, key: str = "broker") -> None:
-    """Raises ConfigError for a URL that cannot work or would send in the clear."""
+def check_broker(
+    file: str, broker: BrokerConfig, key: str = "broker", *, schemes: Collection[str] = MQTT_SCHEMES
+) -> None:
+    """Check the URL and certificates. Raises ConfigError, also for unencrypted remote connections.
+
+    A sink with another scheme among `schemes` checks the rest of its URL itself.
+    """
+    if broker.scheme in schemes and broker.scheme not in MQTT_SCHEMES:
+        return
     try:
         parts = urlsplit(broker.url)
-        usable = parts.scheme in ("mqtt", "mqtts") and parts.hostname and (parts.port or 1) > 0
+        usable = parts.scheme in MQTT_SCHEMES and parts.hostname and (parts.port or 1) > 0
     except ValueError:
         usable = False
     if not usable:
         raise ConfigError(file, f"{key}.url", f"{broker.url!r} is not mqtt://HOST[:PORT] or mqtts://HOST[:PORT]")
     if not broker.tls and broker.host not in _LOOPBACK and not broker.allow_plaintext:
         raise ConfigError(
-            file, f"{key}.url", f"{broker.url} would send in the clear; use mqtts://, or set allow_plaintext = true"
+            file, f"{key}.url", f"{broker.url} is not encrypted; use mqtts://, or set allow_plaintext = true"
         )
     if (broker.cert_file is None) != (broker.tls_key_file is None):
-        raise ConfigError(file, f"{key}.cert_file", "cert_file and tls_key_file come together; give both or neither")
+        raise ConfigError(file, f"{key}.cert_file", "cert_file and tls_key_file belong together; set both or neither")
 
 
 def parse_loopback(address: str) -> tuple[str, int]:
-    """Host and port of `"127.0.0.1:7071"`. Raises ValueError for another machine's, or none."""
+    """Parse a loopback address like `"127.0.0.1:7071"` to host and port. Raises ValueError for any other."""
     host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if host not in _LOOPBACK or not re.fullmatch(r"\d{1,5}", port, re.ASCII) or int(port) > 0xFFFF:
-        raise ValueError(f'{address!r} must be on loopback, as "127.0.0.1:7071"')
+        raise ValueError(f'{address!r} must be a loopback address like "127.0.0.1:7071"')
     return host, int(port)

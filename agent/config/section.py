@@ -1,4 +1,4 @@
-"""What all sections of a config file have in common."""
+"""Base struct of all config sections."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ import msgspec
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of all sections: an unknown key is an error."""
+    """Config section that rejects unknown keys."""

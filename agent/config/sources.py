@@ -1,10 +1,13 @@
-"""Where the rows of a stream come from."""
+"""Sources of a stream's rows: one section for each `kind`, with its own checks.
+
+The module of the same kind in `agent/device/intake/sources/` reads it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import msgspec
 
@@ -18,12 +21,28 @@ from agent.toml_files import did_you_mean
 _MIN_INTERVAL_S = 0.01
 
 
-class SocketSource(Section, frozen=True, tag_field="kind", tag="socket"):
-    pass
+class SourceSection(Section, frozen=True):
+    """Base of all sources."""
+
+    @property
+    def media_format(self) -> MediaFormat | None:
+        """Format of images or sounds that the rows are made of, which then determines the stream's fields."""
+        return None
+
+    def check(self, file: str, key: str, fields: Collection[str]) -> None:
+        """Raise ConfigError if a value is wrong; `fields` are those of the stream, empty for images and sounds."""
+
+    def with_absolute_paths(self, base: Path) -> Self:
+        """Return the section with its relative paths resolved from `base`."""
+        return self
 
 
-class FilesSource(Section, frozen=True, tag_field="kind", tag="files"):
-    """Tables of the stream's fields; or images, or sounds, which its fields follow from."""
+class SocketSource(SourceSection, frozen=True, tag_field="kind", tag="socket"):
+    """Producers that connect to the intake."""
+
+
+class FilesSource(SourceSection, frozen=True, tag_field="kind", tag="files"):
+    """Watched folder of tables with the stream's fields, or of images or sounds, which determine the fields."""
 
     folder: str
     poll_interval: Duration = Duration(2.0)
@@ -34,16 +53,30 @@ class FilesSource(Section, frozen=True, tag_field="kind", tag="files"):
     def media_format(self) -> MediaFormat | None:
         return self.image or self.sound
 
+    def check(self, file: str, key: str, fields: Collection[str]) -> None:
+        _check_poll_interval(file, key, self.poll_interval)
+        if self.image is not None and self.sound is not None:
+            raise ConfigError(file, key, "has both image and sound; remove one")
 
-class HostSource(Section, frozen=True, tag_field="kind", tag="host"):
+    def with_absolute_paths(self, base: Path) -> Self:
+        return msgspec.structs.replace(self, folder=str(base / self.folder))
+
+
+class HostSource(SourceSection, frozen=True, tag_field="kind", tag="host"):
+    """Metrics of this machine."""
+
     poll_interval: Duration = Duration(10.0)
+
+    def check(self, file: str, key: str, fields: Collection[str]) -> None:
+        _check_poll_interval(file, key, self.poll_interval)
 
 
 class ReplayFault(Section, frozen=True):
-    """What a replay does to its recordings from row `from_row` on.
+    """Fault that a replay injects into its recordings from row `from_row` on.
 
-    `amount` is a factor (gain, scale), what is added (offset), the value (stuck), the limit of sizes (saturate), the sd
-    (noise), the size of steps (quantize), or how high spikes are, one in a hundred rows. swap exchanges two fields.
+    `amount` is a factor (gain, scale), an addend (offset), the value (stuck), the limit of magnitudes (saturate), the
+    standard deviation (noise), the step size (quantize), or the height of spikes, one in a hundred rows. swap exchanges
+    two fields.
     """
 
     kind: Literal["gain", "offset", "stuck", "missing", "spikes", "saturate", "scale", "swap", "noise", "quantize"]
@@ -53,15 +86,15 @@ class ReplayFault(Section, frozen=True):
 
 
 class RecordingFilter(Section, frozen=True):
-    """From row `from_row` on, a replay plays recordings of which `column` says `value`."""
+    """Scene: from row `from_row` on, a replay plays recordings whose `column` is `value`."""
 
     column: str
     value: str
     from_row: Annotated[int, msgspec.Meta(ge=1)] = 1
 
 
-class ReplaySource(Section, frozen=True, tag_field="kind", tag="replay"):
-    """`skip` rows of recordings that have times; `scenes`, in the order of their rows, of such as have none."""
+class ReplaySource(SourceSection, frozen=True, tag_field="kind", tag="replay"):
+    """Replay of recordings; `skip` rows if they have times; `scenes`, in order of `from_row`, if they have none."""
 
     file: str
     subject: int | None = None
@@ -72,9 +105,26 @@ class ReplaySource(Section, frozen=True, tag_field="kind", tag="replay"):
     scenes: list[RecordingFilter] = msgspec.field(default_factory=list)
     skip: Annotated[int, msgspec.Meta(ge=0)] = 0
 
+    def check(self, file: str, key: str, fields: Collection[str]) -> None:
+        begins = [scene.from_row for scene in self.scenes]
+        if begins and (begins[0] != 1 or sorted(set(begins)) != begins):
+            raise ConfigError(file, f"{key}.scenes", "from_row must be 1 for the first scene, and ascend")
+        for fault in self.faults:
+            if fault.kind == "swap" and len(set(fault.fields)) != 2:
+                raise ConfigError(file, f"{key}.faults", f"swap needs two fields, not {len(set(fault.fields))}")
+            if fault.kind in ("quantize", "saturate") and not fault.amount > 0:
+                raise ConfigError(file, f"{key}.faults", f"{fault.kind} needs an amount above 0")
+            for field_name in fault.fields:
+                if field_name not in fields:
+                    hint = did_you_mean(field_name, fields)
+                    raise ConfigError(file, f"{key}.faults", f"no field {field_name!r}{hint}")
 
-class MqttSource(Section, frozen=True, tag_field="kind", tag="mqtt"):
-    """`paths`: field → JSONPath of its value in a message, or `topic[N]`; `t`: that of its time in epoch seconds.
+    def with_absolute_paths(self, base: Path) -> Self:
+        return msgspec.structs.replace(self, file=str(base / self.file))
+
+
+class MqttSource(SourceSection, frozen=True, tag_field="kind", tag="mqtt"):
+    """MQTT subscription; `paths`: field → JSONPath of its value in a message, or `topic[N]`; `t`: that of its time.
 
     `session_expiry`: how long the broker holds messages for this device while it is away.
     """
@@ -85,39 +135,16 @@ class MqttSource(Section, frozen=True, tag_field="kind", tag="mqtt"):
     t: str | None = None
     session_expiry: Duration = Duration(7 * 86_400.0)
 
+    def check(self, file: str, key: str, fields: Collection[str]) -> None:
+        check_broker(file, self.broker, f"{key}.broker")
+
+    def with_absolute_paths(self, base: Path) -> Self:
+        return msgspec.structs.replace(self, broker=self.broker.with_absolute_paths(base))
+
 
 SourceConfig = SocketSource | FilesSource | HostSource | ReplaySource | MqttSource
 
 
-def check(file: str, key: str, source: SourceConfig, fields: Collection[str]) -> None:
-    """Raises ConfigError; `fields` are those of its stream."""
-    if isinstance(source, FilesSource | HostSource) and source.poll_interval < _MIN_INTERVAL_S:
+def _check_poll_interval(file: str, key: str, interval: Duration) -> None:
+    if interval < _MIN_INTERVAL_S:
         raise ConfigError(file, f"{key}.poll_interval", f"must be at least {_MIN_INTERVAL_S * 1000:g} ms")
-    if isinstance(source, MqttSource):
-        check_broker(file, source.broker, f"{key}.broker")
-    if isinstance(source, ReplaySource):
-        begins = [scene.from_row for scene in source.scenes]
-        if begins and (begins[0] != 1 or sorted(set(begins)) != begins):
-            raise ConfigError(file, f"{key}.scenes", "from_row must be 1 of the first, and ascend")
-        for fault in source.faults:
-            if fault.kind == "swap" and len(set(fault.fields)) != 2:
-                raise ConfigError(
-                    file, f"{key}.faults", f"swap exchanges two fields, not {len(set(fault.fields))}; name two"
-                )
-            if fault.kind in ("quantize", "saturate") and not fault.amount > 0:
-                raise ConfigError(file, f"{key}.faults", f"{fault.kind} needs an amount above 0")
-            for field_name in fault.fields:
-                if field_name not in fields:
-                    hint = did_you_mean(field_name, fields)
-                    raise ConfigError(file, f"{key}.faults", f"no field {field_name!r}{hint}")
-
-
-def with_absolute_paths(source: SourceConfig, base: Path) -> SourceConfig:
-    """With its files as they are seen from everywhere, where they are given from `base`."""
-    if isinstance(source, FilesSource):
-        return msgspec.structs.replace(source, folder=str(base / source.folder))
-    if isinstance(source, ReplaySource):
-        return msgspec.structs.replace(source, file=str(base / source.file))
-    if isinstance(source, MqttSource):
-        return msgspec.structs.replace(source, broker=source.broker.with_absolute_paths(base))
-    return source

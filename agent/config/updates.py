@@ -1,4 +1,4 @@
-"""Section [updates]: the repository that bundles are fetched from, and what a fetch may cost."""
+"""Section [updates]: TUF repository of bundles, and limits of a download."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _TIME = r"([01]\d|2[0-3]):([0-5]\d)"
 _WINDOW = re.compile(rf"{_TIME}-{_TIME}", re.ASCII)
 _MIN_INTERVAL_S, _MAX_INTERVAL_S = 60.0, 30 * 86_400.0
-# Below that the least rate of `agent.device.rollout.fetch.transport` could not be told from a rate that was asked for.
+# A lower limit would look like a stalled server to `agent.device.rollout.fetch.transport`.
 _MIN_RATE = 1024
-# What a bundle may be at most when unpacked (agent.model.bundle.bundle): no archive of use is larger.
+# Limit of an unpacked bundle (agent.model.bundle.bundle): no useful archive is larger.
 _MAX_BUNDLE_BYTES = 256 << 20
 
 
 class UpdatesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`url` is http(s):// or a folder. `root` is the first trusted root, given at enrolment. Rates are per second."""
+    """`url` is http(s):// or a folder. `root` is the first trusted TUF root, from enrolment. Rates are per second."""
 
     url: str
     ca_file: str | None = None
@@ -39,27 +39,27 @@ class UpdatesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     @property
     def is_local(self) -> bool:
-        """Whether no other device asks the same server."""
+        """True for a folder or a server on loopback, which no other device uses."""
         return self.is_folder or urlsplit(self.url).hostname in _LOOPBACK
 
     @property
     def window_minutes(self) -> tuple[int, int] | None:
-        """Beginning and end of the window in minutes of the device's local day; the end may be before the beginning."""
-        found = _WINDOW.fullmatch(self.window or "")
-        return found and (int(found[1]) * 60 + int(found[2]), int(found[3]) * 60 + int(found[4]))
+        """Begin and end of the download window in minutes of the local day; it may span midnight."""
+        match = _WINDOW.fullmatch(self.window or "")
+        return match and (int(match[1]) * 60 + int(match[2]), int(match[3]) * 60 + int(match[4]))
 
 
 def check(file: str, updates: UpdatesConfig) -> None:
-    """Raises ConfigError for what cannot work or would fetch in the clear."""
+    """Check the section. Raises ConfigError, also for unencrypted remote downloads."""
     if not updates.is_folder:
         _check_url(file, updates)
     elif not updates.url:
-        raise ConfigError(file, "updates.url", "is empty; give https://HOST/PATH or a folder")
+        raise ConfigError(file, "updates.url", "is empty; set https://HOST/PATH or a folder")
     if updates.window is not None and (
         updates.window_minutes is None or updates.window_minutes[0] == updates.window_minutes[1]
     ):
         raise ConfigError(
-            file, "updates.window", f'{updates.window!r} is no time of day, as "01:00-05:00"; omit it for always'
+            file, "updates.window", f'{updates.window!r} is not a time range like "01:00-05:00"; omit it for no window'
         )
     if not _MIN_INTERVAL_S <= updates.poll_interval <= _MAX_INTERVAL_S:
         raise ConfigError(file, "updates.poll_interval", "must be between 60 s and 30 d")
@@ -70,7 +70,7 @@ def check(file: str, updates: UpdatesConfig) -> None:
 
 
 def with_absolute_paths(updates: UpdatesConfig, base: Path) -> UpdatesConfig:
-    """With paths that hold wherever the agent is started."""
+    """Return the section with its paths resolved against `base`."""
     return msgspec.structs.replace(
         updates,
         url=str(base / updates.url) if updates.is_folder else updates.url.rstrip("/"),
@@ -92,5 +92,5 @@ def _check_url(file: str, updates: UpdatesConfig) -> None:
         )
     if parts.scheme == "http" and parts.hostname not in _LOOPBACK and not updates.allow_plaintext:
         raise ConfigError(
-            file, "updates.url", f"{updates.url} would fetch in the clear; use https://, or set allow_plaintext = true"
+            file, "updates.url", f"{updates.url} is not encrypted; use https://, or set allow_plaintext = true"
         )

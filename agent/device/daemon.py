@@ -24,6 +24,7 @@ from agent.device.machine.systemd import notify
 from agent.device.machine.throttle import Throttle, lower_priority
 from agent.device.machine.timekeeping import Timekeeper
 from agent.device.pipeline import batch, cursor_repair, label_metrics, relearn
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.tasks import Runtime, ScheduledTask
 from agent.device.rollout.updater import BundleUpdater
 from agent.device.store import task_keys
@@ -209,7 +210,7 @@ class Daemon:
             self._unfinished.add(name)
             return
         end_s = self._now().boot_s + _TIME_SLICE_S
-        substitute: batch.LoadedTask | None = None
+        substitute: LoadedTask | None = None
         while not self.signals.is_stopping:
             # A rollout may have replaced the task since the last batch.
             task, substitute = substitute or scheduled.task, None
@@ -261,7 +262,7 @@ class Daemon:
     def _is_backing_off(self, name: str, now: ClockReading) -> bool:
         return name in self._backoffs and now.boot_s < self._backoffs[name].until_s
 
-    def _back_off(self, task: batch.LoadedTask, suffix: str, error: Exception) -> None:
+    def _back_off(self, task: LoadedTask, suffix: str, error: Exception) -> None:
         """Pause the task for a while, longer each time, so that its error does not stop the daemon and the other tasks."""
         earlier = self._backoffs.get(task.name + suffix)
         wait_s = min(2 * earlier.wait_s, _MAX_BACKOFF_S) if earlier else _MIN_BACKOFF_S

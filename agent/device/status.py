@@ -93,7 +93,7 @@ def build_reference_document(conf: Config, store: Store, task: str) -> dict[str,
     state = drift_state.load_for_display(store, task)
     if document["site"] is None and state is not None:
         document["learning"] = {
-            "windows": state.learning.window_count,
+            "windows": state.learning.total_windows,
             "of": conf.tasks[task].learn_windows,
             "for_s": max(state.requested_learn_s, float(conf.tasks[task].learn_duration)),
         }

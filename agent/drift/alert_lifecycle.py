@@ -1,8 +1,8 @@
-"""Alerts that a closed drift window raises and clears: one open alert per subject and kind.
+"""Alert lifecycle: alerts that a closed drift window raises and clears, one open alert per subject and kind.
 
-- Faults clear after three windows without one.
-- A drift that was told in the last windows before a field was found to be read wrongly followed from that: it is
-  withdrawn, and what was gathered on it forgotten.
+- A fault clears after three windows without one.
+- A drift that was raised in the last windows before a field turns out to be read wrongly followed from that. Its alert
+  is withdrawn, and what was gathered on it is forgotten.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from agent.alerts import Alert, MonitoredAlert, monitoring_kind
 from agent.arrays import Bools, Float64s, Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR
+from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE
 from agent.drift.faults.faults import MISREAD_FAULTS, Fault
 from agent.drift.reporting import alert_text
 from agent.drift.reporting import drift_alerts as drifts
 from agent.drift.state import DriftState
-from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE, DriftTester
+from agent.drift.testing.test_suite import DriftTester
 
 _DRIFT, _FAULT = 0, 1
 
 
 class AlertLifecycle:
-    """Of one task: its subjects are the fields, of these `units`, then output, score and joint."""
+    """Alerts of one task. Subjects are the fields, in these `units`, then output, score and joint."""
 
     def __init__(self, shipped: Reference, units: Sequence[str]) -> None:
         self.shipped, self.units = shipped, units
@@ -37,8 +38,8 @@ class AlertLifecycle:
         now = np.array([fault is not None for fault in faults])
         if not (now.any() or state.faulty.any()):
             return state, []
-        calm = np.where(state.faulty & ~now, state.clear_count + 1, 0)
-        faulty = (state.faulty | now) & (calm < WINDOWS_TO_CLEAR)
+        clear_count = np.where(state.faulty & ~now, state.clear_count + 1, 0)
+        faulty = (state.faulty | now) & (clear_count < WINDOWS_TO_CLEAR)
         raised = state.raised_counts.copy()
         raised[: len(faults), _FAULT] += now & ~state.faulty
         misread = np.array([fault is not None and fault.name in MISREAD_FAULTS for fault in faults])
@@ -49,17 +50,17 @@ class AlertLifecycle:
                 sentence = alert_text.fault_sentence(
                     self.shipped.fields[field], fault, field, state.open_summary, self.shipped
                 )
-                told = {"fault": fault.name} | ({"detail": fault.detail} if fault.detail else {})
-                out.append(self._build_alert(state, "fault", field, raised, sentence, told))
+                evidence = {"fault": fault.name} | ({"detail": fault.detail} if fault.detail else {})
+                out.append(self._build_alert(state, "fault", field, raised, sentence, evidence))
             else:
                 out.append(self.build_cleared_alert(state, "fault", field))
         misread = (state.misread | misread) & faulty
-        return replace(after, faulty=faulty, misread=misread, clear_count=calm, raised_counts=raised), out
+        return replace(after, faulty=faulty, misread=misread, clear_count=clear_count, raised_counts=raised), out
 
     def update_drifts(
         self, before: DriftState, after: DriftState, effects: Float64s, tester: DriftTester
     ) -> tuple[DriftState, list[Alert]]:
-        """`after` the window; `effects` (T,) of its tests."""
+        """Return the state `after` the window with its drift alerts; `effects` (T,) are those of its tests."""
         fields = len(self.shipped.fields)
         was, is_now = before.suite.open_subjects, after.suite.open_subjects
         if (was == is_now).all():
@@ -72,7 +73,7 @@ class AlertLifecycle:
         for subject in np.flatnonzero(was != is_now).tolist():
             if is_now[subject]:
                 words = drifts.build_text(subject, now, self.units, self.shipped)
-                # While most fields are sound they tell the class; then what else drifts does so by itself.
+                # While most fields are sound they give the class, so another drift stands by itself.
                 follows = bool(self.shipped.labels) and 2 * len(earlier) >= fields
                 sentence = words.sentence + (alert_text.misclassification_note(earlier) if follows else "")
                 evidence = words.evidence | {"site": tester.reference.digest, "after": earlier}
@@ -87,7 +88,7 @@ class AlertLifecycle:
         return self._build_alert(state, kind, subject, state.raised_counts, sentence)
 
     def _withdraw_misread(self, state: DriftState, newly_misread: Bools) -> tuple[DriftState, list[Alert]]:
-        """Without the drifts that follow from fields (F,) that were just found to be read wrongly."""
+        """Withdraw drifts that follow from fields (F,) that were just found to be read wrongly."""
         if not newly_misread.any():
             return state, []
         late = state.suite.open_subjects & (state.raised_window > state.index - WINDOWS_TO_CLEAR)

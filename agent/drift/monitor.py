@@ -1,13 +1,13 @@
-"""The drift state machine of one task: batches of model windows in, closed drift windows with their alerts out.
+"""Drift monitor: the state machine of one task. Batches go in; closed drift windows with alerts come out.
 
-Pure: state and batch in, new state and verdicts out, and the same whatever the batch boundaries.
+It is pure: state and batch in, new state and results out, and the same whatever the batch boundaries.
 
-- A drift window is exactly `window` model windows. Rows that lie in no model window are not counted; a row in several
+- A drift window is exactly `window` model windows. Rows outside model windows are not counted. A row in several
   overlapping model windows is counted once, in the first drift window that has it.
-- Until `learn_windows` drift windows without a fault are gathered and agree, the site has no reference: faults are raised
-  (limits are the shipped reference's), drift is "insufficient".
+- Until `learn_windows` drift windows without a fault are gathered and agree, the site has no reference. Faults are
+  raised (limits are the shipped reference's), and drift is "insufficient".
 - A drift window in which any field has a fault is kept out of drift tests and learning for all fields, because the
-  class the model named cannot be trusted then.
+  class that the model named cannot be trusted.
 - While a field is read wrongly (another unit, swapped, reversed) nothing is tested or learned, until three windows
   without a fault.
 """
@@ -23,18 +23,17 @@ from msgspec.structs import replace
 
 from agent.alerts import Alert
 from agent.arrays import Float32s, Ints
-from agent.drift import batches, quiet, sampling_rate_watch
+from agent.drift import batches, sampling_rate_watch
 from agent.drift.alert_lifecycle import AlertLifecycle
 from agent.drift.baseline.learning import LearningState, calibrate_reference
+from agent.drift.baseline.modes import CLASS_COUNT, Modes, assign_classes
 from agent.drift.baseline.reference import MIN_WINDOWS, Reference
 from agent.drift.baseline.summary import Summary
-from agent.drift.batches import FullWindows
-from agent.drift.detectors.modes import CLASS_COUNT, Modes, assign_classes
+from agent.drift.baseline.window_statistics import WindowStatistics
+from agent.drift.batches import FullWindows, WindowAnalysis
 from agent.drift.detectors.season import SlowTrend
-from agent.drift.detectors.window_statistics import WindowStatistics
 from agent.drift.faults import faults
 from agent.drift.reporting.drift_message import SuiteStatus
-from agent.drift.seen import WindowAnalysis
 from agent.drift.state import Batch, DriftState, DriftWindowResult, fill_window, start_next_window
 from agent.drift.testing import sequence
 from agent.drift.testing.test_suite import DriftTester, SuiteState
@@ -42,11 +41,12 @@ from agent.errors import BadBundle
 
 
 class DriftMonitor:
-    """Judges a task's batches against its shipped reference and, once learned, its site's.
+    """Monitor of a task's batches against its shipped reference and, once learned, its site's reference.
 
-    That is learned from `learn` drift windows and at least `learn_s` seconds of readings; `strata` says whether it
-    follows the hour of day and the days of rest (auto, hour, week, none). No bin in a message tells of fewer than
-    `least` rows. `mode` names the field whose values are the classes of a model that names none.
+    The site's reference is learned from `learn_windows` drift windows and at least `min_learn_s` seconds of readings.
+    `seasonality` says whether it follows the hour of day and days of rest (auto, hour, week, none). No bin in a message
+    shows fewer than `min_bin_rows` rows. `class_field` names the field whose values are the classes of a model that
+    names none.
     """
 
     def __init__(
@@ -87,10 +87,10 @@ class DriftMonitor:
         return DriftState.start(self.shipped, self.window, self.class_field)
 
     def restore(self, data: bytes, learning: bytes | None = None, site: bytes | None = None) -> DriftState:
-        """The state of `to_bytes` with what is kept apart from it, `site` as JSON.
+        """Restore the state of `to_bytes` with the parts that are kept apart from it, `site` as JSON.
 
-        Raises ValueError when it is damaged or made for another bundle: start anew. Where what was gathered while
-        learning is damaged, that begins anew.
+        Raises ValueError if it is damaged or made for another bundle: start anew. Learning begins anew if only
+        `learning` is damaged.
         """
         state = DriftState.from_parts(data, site)
         if (state.open_summary.reference, state.window, state.class_field) != (
@@ -99,7 +99,7 @@ class DriftMonitor:
             self.class_field,
         ):
             raise ValueError("this drift state was made for another reference, window length or field of modes")
-        if not state.is_compatible(self.shipped.layout):
+        if not state.is_compatible(self.shipped.task):
             raise ValueError("this drift state was made by a version with other tests")
         if learning is not None:
             with contextlib.suppress(ValueError):
@@ -109,23 +109,22 @@ class DriftMonitor:
         return state
 
     def to_bytes(self, state: DriftState) -> bytes:
-        """What is remembered, without what is large and seldom another: the site's reference, and what is gathered
-        while learning."""
+        """Encode the state without its large, rarely changing parts: the site's reference, and the learning state."""
         return replace(state, learning=self._empty_learning, site_reference=None).to_bytes()
 
     def restart_row_numbers(self, state: DriftState) -> DriftState:
-        """For rows that are numbered from anew: without what was gathered of the open drift window."""
+        """Drop what was gathered of the open drift window, as rows are numbered from 1 again."""
         return replace(start_next_window(state, self._empty_summary), index=state.index, last_counted_row=-1)
 
     def relearn(self, state: DriftState, duration_s: float = 0.0) -> tuple[DriftState, list[Alert]]:
-        """Without its site's reference, to learn another from at least `for_s` seconds of readings.
+        """Drop the site's reference, to learn another from at least `duration_s` seconds of readings.
 
-        And the open drift alerts, cleared: what they were against is gone.
+        Also returns the open drift alerts, cleared: the reference they were raised against is gone.
         """
-        gone = "this site's reference is learned anew"
+        reason = "this site's reference is learned anew"
         subjects = np.flatnonzero(state.suite.open_subjects).tolist()
         cleared = [
-            self._alert_lifecycle.build_cleared_alert(state, "drift", subject, f"{name}: {gone}.")
+            self._alert_lifecycle.build_cleared_alert(state, "drift", subject, f"{name}: {reason}.")
             for subject in subjects
             for name in (self._alert_lifecycle.subjects[subject],)
         ]
@@ -133,13 +132,13 @@ class DriftMonitor:
             state,
             site_reference=None,
             learning=self._empty_learning,
-            suite=SuiteState.start(self.shipped.layout),
+            suite=SuiteState.start(self.shipped.task),
             rate_watch=sampling_rate_watch.reset_for_relearning(state.rate_watch),
             slow_trend=SlowTrend(),
             requested_learn_s=duration_s,
         )
         evidence = {"window": state.index, "rows": list(state.rows)}
-        return fresh, cleared + sampling_rate_watch.clear_alerts(state.rate_watch, gone, evidence)
+        return fresh, cleared + sampling_rate_watch.clear_alerts(state.rate_watch, reason, evidence)
 
     def process_batch(
         self,
@@ -154,12 +153,12 @@ class DriftMonitor:
         t: Ints,
         modes: Modes | None = None,
     ) -> tuple[DriftState, list[DriftWindowResult]]:
-        """Take one batch.
+        """Process one batch.
 
         `features` (n, F) physical units, NaN missing, of stream rows `rows` (first, last) at `t` (n,) epoch µs;
-        `starts` (w,) ascending offsets of model windows of `window_rows` rows, `labels_idx` (w,) and `scores` (w, K)
-        the model's answers; `modes` those of model windows, where a field names them. Raises ValueError when the batch
-        does not go on where the last one ended.
+        `starts` (w,) ascending offsets of model windows of `window_rows` rows; `predicted` (w,) and `scores` (w, K) of
+        the model; `modes` of model windows, if a field names classes. Raises ValueError if the batch does not follow
+        the last one.
         """
         if len(features) != rows[1] - rows[0] + 1 or len(t) != len(features):
             raise ValueError(f"rows {rows[0]}-{rows[1]} do not match {len(features)} rows of features, {len(t)} times")
@@ -182,7 +181,7 @@ class DriftMonitor:
     def _fill_windows(
         self, state: DriftState, batch: Batch, first: int
     ) -> tuple[DriftState, list[DriftWindowResult], int]:
-        """Fill drift windows with the model windows from `at` on and judge the full ones; and where it got to."""
+        """Fill drift windows with model windows from `first` on, process the full ones, and return how far it got."""
         ahead = (
             None
             if state.open_summary.model_windows
@@ -222,18 +221,18 @@ class DriftMonitor:
             ) != self._drifting_fields_key(state)
             state = after
             if changed:
-                # What follows was summarized for other classes, or has no evidence yet.
+                # Later windows were summarized for other classes, or have no evidence yet.
                 break
         return start_next_window(state, self._empty_summary), verdicts, full.ends[len(verdicts) - 1]
 
     def _process_quiet_windows(
         self, state: DriftState, full: FullWindows, analysis: WindowAnalysis, first: int
     ) -> tuple[DriftState, list[DriftWindowResult]]:
-        """With those from number `first` on in which nothing happens, if any."""
+        """Process windows from number `first` on in which nothing happens, if any."""
         if state.site_reference is None or analysis.evidence is None:
             return state, []
         tester, rest = self._get_tester(state.site_reference), slice(first, None)
-        found = quiet.find_quiet_windows(
+        quiet = batches.find_quiet_windows(
             state,
             tester,
             analysis.indicators.has_indication[rest],
@@ -241,14 +240,14 @@ class DriftMonitor:
             analysis.evidence[rest],
             full.start_times[rest],
         )
-        if found is None:
+        if quiet is None:
             return state, []
-        some, fields = slice(first, first + found.windows), len(self.shipped.fields)
-        told = SuiteStatus(
-            found.cusum_sums, tester.reference.layout, [False] * (fields + 3), (None,) * fields, tested=True
+        window_range, fields = slice(first, first + quiet.windows), len(self.shipped.fields)
+        status = SuiteStatus(
+            quiet.cusum_sums, tester.reference.layout, [False] * (fields + 3), (None,) * fields, tested=True
         )
-        summaries = analysis.build_members(some, told, found.rate_watch, found.speed_sums, tester)
-        index, rows = state.index + (1 if first else 0), analysis.summaries.row_counts[some].tolist()
+        summaries = analysis.build_members(window_range, status, quiet.rate_watch, quiet.speed_sums, tester)
+        index, rows = state.index + (1 if first else 0), analysis.summaries.row_counts[window_range].tolist()
         verdicts = [
             DriftWindowResult(
                 index + at,
@@ -269,14 +268,14 @@ class DriftMonitor:
             rows=verdicts[-1].rows,
             t=verdicts[-1].t,
             last_counted_row=max(state.last_counted_row, verdicts[-1].rows[1]),
-            suite=found.suite,
-            rate_watch=found.rate_watch,
-            slow_trend=found.slow_trend,
+            suite=quiet.suite,
+            rate_watch=quiet.rate_watch,
+            slow_trend=quiet.slow_trend,
         )
         return after, verdicts
 
     def _drifting_fields_key(self, state: DriftState) -> bytes:
-        """By which fields model windows are given classes, as something to compare."""
+        """Return a key of the fields that class assignment leaves out."""
         if state.site_reference is None or not self.shipped.labels:
             return b""
         return state.suite.open_fields.tobytes()
@@ -289,47 +288,47 @@ class DriftMonitor:
     def _close_window(
         self, state: DriftState, analysis: WindowAnalysis, index: int
     ) -> tuple[DriftState, DriftWindowResult]:
-        """With the open drift window, which is number `at` of those that were looked at."""
-        window, tick = state.open_summary, analysis.rate_observations[index]
-        found = faults.identify_faults(
+        """Close the open drift window, which is number `index` of those analyzed."""
+        window, observation = state.open_summary, analysis.rate_observations[index]
+        identified = faults.identify_faults(
             analysis.indicators, index, window, self.shipped, self.units, state.site_reference, state.misread
         )
         tester = self._get_tester(state.site_reference) if state.site_reference else None
-        # One window in which a field that is read wrongly is not recognised so is not sound yet.
-        spoiled = faults.excludes_window(found) or bool(state.misread.any())
-        watching = (
+        # A single window without the fault does not prove a misread field sound.
+        has_fault = faults.excludes_window(identified) or bool(state.misread.any())
+        rate_watch = (
             state.rate_watch
-            if spoiled
-            else sampling_rate_watch.update(state.rate_watch, tick, tester, state.suite, state.t)
+            if has_fault
+            else sampling_rate_watch.update(state.rate_watch, observation, tester, state.suite, state.t)
         )
-        clean = not spoiled and not sampling_rate_watch.blocks_testing(watching)
-        learned, refused, season, detectors = None, None, state.slow_trend, state.suite
+        clean = not has_fault and not sampling_rate_watch.blocks_testing(rate_watch)
+        learned, refused, slow_trend, suite = None, None, state.slow_trend, state.suite
         tested = clean and state.site_reference is not None
         drift_alerts: list[Alert] = []
         if tester is not None and analysis.evidence is not None:
             if clean:
                 evidence, t = analysis.evidence[index : index + 1], np.array([state.t[0]])
-                detectors = sequence.run_tests(tester, detectors, evidence, t).state_after(1)
-                season = season.add(evidence.z[:, : len(self.shipped.fields)], t)
-            elif watching.drifting:
-                # What fields have gathered may be the wrong classes that the model names since then.
-                detectors = detectors.reset_except_open()
-        after = replace(state, rate_watch=watching, suite=detectors, slow_trend=season)
+                suite = sequence.run_tests(tester, suite, evidence, t).state_after(1)
+                slow_trend = slow_trend.add(evidence.z[:, : len(self.shipped.fields)], t)
+            elif rate_watch.drifting:
+                # Sums of fields may come from wrong classes that the model has named since then.
+                suite = suite.reset_except_open()
+        after = replace(state, rate_watch=rate_watch, suite=suite, slow_trend=slow_trend)
         if tester is not None and analysis.evidence is not None and clean:
             after, drift_alerts = self._alert_lifecycle.update_drifts(
                 state, after, analysis.evidence.effects[index], tester
             )
         elif clean:
             after, learned, refused = self._gather_window(after)
-        after, fault_alerts = self._alert_lifecycle.update_faults(after, found)
-        where = {"window": state.index, "rows": list(state.rows)}
+        after, fault_alerts = self._alert_lifecycle.update_faults(after, identified)
+        location = {"window": state.index, "rows": list(state.rows)}
         (summary,) = analysis.build_members(
             slice(index, index + 1),
             SuiteStatus(
                 cusum_sums=after.suite.cusum.value[None],
                 layout=after.suite.layout,
                 drifting=after.suite.open_subjects.tolist(),
-                faults=tuple(fault.name if fault else None for fault in found),
+                faults=tuple(fault.name if fault else None for fault in identified),
                 tested=tested,
             ),
             after.rate_watch,
@@ -347,15 +346,15 @@ class DriftMonitor:
             members=summary,
             alerts=(
                 *fault_alerts,
-                *sampling_rate_watch.build_alerts(state.rate_watch, watching, tick, tester, state.t, where),
+                *sampling_rate_watch.build_alerts(state.rate_watch, rate_watch, observation, tester, state.t, location),
                 *drift_alerts,
             ),
         )
         return after, verdict
 
     def _gather_window(self, state: DriftState) -> tuple[DriftState, Reference | None, str | None]:
-        learning = state.learning.add(state.open_summary, windowed=self.shipped.windowed, t=state.t)
-        if learning.window_count < self.learn_windows or learning.observed_s < max(
+        learning = state.learning.add(state.open_summary, self.shipped.task, t=state.t)
+        if learning.total_windows < self.learn_windows or learning.observed_s < max(
             self.min_learn_s, state.requested_learn_s
         ):
             return replace(state, learning=learning), None, None

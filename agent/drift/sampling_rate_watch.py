@@ -1,8 +1,8 @@
-"""What watches the rate at which a site's readings come and its signals move: the subject "rate" of a task.
+"""Sampling rate watch: the alerts of subject "rate", about the rate of readings and the speed of signals.
 
-A fault of it is one of the rows themselves, so while it is open no field is tested and nothing is learned. Where
-signals move faster or slower than the rows' times explain, that is told as a drift; fields wait then, too, as the model
-names wrong classes. And it waits while a field's drift is open, for the same reason.
+A fault of the rate concerns the rows themselves: while it is open, no field is tested and nothing is learned. Signals
+that move faster or slower than the rows' times explain are a drift; fields wait then, too, as the model names wrong
+classes. The speed waits while a field's drift is open, for the same reason.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from agent.arrays import Float64s, Ints
 from agent.drift.baseline.summary import Summary
 from agent.drift.detectors import sampling_rate as rate
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR, Cusum, CusumSequence
+from agent.drift.detectors.detector import round_significant
+from agent.drift.detectors.registry import SPEED
 from agent.drift.detectors.sampling_rate import RateBaseline
-from agent.drift.reporting.drift_message import round_significant, worst_state
+from agent.drift.reporting.drift_message import worst_state
 from agent.drift.testing.test_suite import DriftTester, SuiteState
 from agent.text import format_duration, format_since, format_windows
 
@@ -32,7 +34,7 @@ CAUSES = {
 
 
 class SamplingRateWatch(msgspec.Struct, frozen=True, eq=False):
-    """What is remembered. `seen` is the fault of the last window, `on` the one that an alert is open for."""
+    """State: `last_fault` of the last window, and `open_fault`, for which an alert is open."""
 
     cusum: Cusum = msgspec.field(default_factory=lambda: Cusum.zeros(1))
     last_fault: str = ""
@@ -47,8 +49,10 @@ class SamplingRateWatch(msgspec.Struct, frozen=True, eq=False):
 
 
 class RateObservation(msgspec.Struct, frozen=True):
-    """What a drift window says: its `fault` or "", the score `z` of its speed and the logarithm `speed`; and its mean
-    step, NaN for not known, and share of repeated rows."""
+    """Rate of one drift window: its `fault` or "", and the score `z` and the logarithm of its speed.
+
+    The mean interval `step_us` is NaN if unknown; `repeated` is a share of rows.
+    """
 
     fault: str
     z: float
@@ -58,13 +62,14 @@ class RateObservation(msgspec.Struct, frozen=True):
 
 
 def observe_rate(windows: Summary, midpoints: Ints, tester: DriftTester | None) -> list[RateObservation]:
-    """Of stacked windows in the `middle` of times (W,), epoch µs."""
+    """Observe stacked windows in the middle of times (W,), epoch µs."""
     steps, repeated = windows.sampling.mean_step_us().tolist(), windows.repeated_share.tolist()
     usual = tester.calibration.rate if tester else None
     if tester is None or usual is None:
         return [RateObservation("", math.nan, math.nan, *both) for both in zip(steps, repeated, strict=True)]
     scores = (
-        found.tolist() for found in usual.score_speeds(windows.variogram, midpoints, tester.reference.drift_windows)
+        part.tolist()
+        for part in usual.score_speeds(windows.detectors[SPEED.name], midpoints, tester.reference.drift_windows)
     )
     return [
         RateObservation(rate.detect_fault(step, share, usual), z, speed, step, share)
@@ -79,9 +84,9 @@ def update(
     suite: SuiteState,
     t: tuple[int, int],
 ) -> SamplingRateWatch:
-    """After one more window at `t`; `fields` is what theirs had gathered before it.
+    """Add a window at `t`; `suite` is the state of the fields' tests before it.
 
-    Its pace counts where no fault is open and no field drifts.
+    The speed counts while no fault is open and no field drifts.
     """
     if tester is None or tester.calibration.rate is None:
         return previous
@@ -92,7 +97,7 @@ def update(
 def apply_observation(
     previous: SamplingRateWatch, observation: RateObservation, t: int, *, fields_drift: bool, limit: float
 ) -> SamplingRateWatch:
-    """After one more window, begun at `t`."""
+    """Add a window that began at `t`."""
     calm = 0 if observation.fault else previous.clear_count + 1
     twice = bool(observation.fault) and previous.last_fault == observation.fault
     on = previous.open_fault if previous.open_fault and calm < WINDOWS_TO_CLEAR else ""
@@ -110,7 +115,7 @@ def apply_observation(
 def run_speed_cusum(
     previous: SamplingRateWatch, observations: Sequence[RateObservation], tester: DriftTester, t: Ints
 ) -> CusumSequence | None:
-    """The sums of the pace over W windows, begun at `t` (W,), while nothing is open; None where it is not watched."""
+    """Run the speed CUSUM over W windows that began at `t` (W,), while nothing is open; None without a baseline."""
     return (
         None
         if tester.calibration.rate is None
@@ -128,7 +133,7 @@ def _run_speed_cusum(
 def apply_quiet_windows(
     previous: SamplingRateWatch, speed_cusum: CusumSequence | None, windows: int
 ) -> SamplingRateWatch:
-    """After so many windows without a fault, while nothing is open or raised."""
+    """Add so many windows without a fault, while nothing is open or raised."""
     if speed_cusum is None:
         return previous
     return SamplingRateWatch(
@@ -137,12 +142,12 @@ def apply_quiet_windows(
 
 
 def blocks_testing(watch: SamplingRateWatch) -> bool:
-    """Whether the window that led to this is kept out of all other tests, and out of what is learned."""
+    """Return True if the window that led to this state is kept out of all other tests, and out of learning."""
     return bool(watch.last_fault or watch.open_fault or watch.drifting)
 
 
 def reset_for_relearning(watch: SamplingRateWatch) -> SamplingRateWatch:
-    """Where the site's reference is learned anew: with nothing open, and alerts counted on."""
+    """Close all alerts but keep their count: the site's reference is learned anew."""
     return SamplingRateWatch(raised_counts=watch.raised_counts)
 
 
@@ -154,7 +159,7 @@ def build_alerts(
     t: tuple[int, int],
     window_evidence: dict[str, Any],
 ) -> list[Alert]:
-    """Raised and cleared by a window at `t`, which is `where`."""
+    """Build the alerts that a window at `t` raises and clears; `window_evidence` locates it."""
     usual = tester.calibration.rate if tester else None
     if tester is None or usual is None:
         return []
@@ -176,7 +181,7 @@ def build_alerts(
 
 
 def clear_alerts(watch: SamplingRateWatch, reason: str, evidence: dict[str, Any]) -> list[Alert]:
-    """The open alerts, cleared, because what they were against is gone."""
+    """Clear the open alerts, as the reference they were raised against is gone."""
     is_open = (watch.drifting, bool(watch.open_fault))
     return [
         kind.cleared(f"{SUBJECT}: {reason}.", evidence, count=watch.raised_counts[i])
@@ -192,10 +197,10 @@ def add_rate(
     observations: Sequence[RateObservation],
     tester: DriftTester | None,
 ) -> list[dict[str, Any]]:
-    """The members of W drift messages with `rate`, and the state of all that follows.
+    """Add `rate` to the members of W drift messages, and the state that follows.
 
-    `sums` (W, 2) are those of the pace after each window, and `now` what is remembered after the last: in those before
-    nothing was open or seen.
+    `speed_sums` (W, 2) are those of the speed after each window; `current` is the state after the last. No window
+    before it has an open alert or a fault.
     """
     usual = tester.calibration.rate if tester else None
     state = (
@@ -213,7 +218,7 @@ def add_rate(
         "fault": current.last_fault or current.open_fault or None,
     }
     usual_us = round_significant(usual.step_us) if usual and usual.step_us else None
-    told = [
+    rates = [
         {
             "step_us": None if math.isnan(tick.step_us) else round_significant(tick.step_us),
             "usual_us": usual_us,
@@ -224,8 +229,8 @@ def add_rate(
         for tick, both in zip(observations, np.round(speed_sums, 2).tolist(), strict=True)
     ]
     return [
-        one | {"rate": rate, "state": worst_state({one["state"], state} if usual else {one["state"]})}
-        for one, rate in zip(members, told, strict=True)
+        message | {"rate": rate, "state": worst_state({message["state"], state} if usual else {message["state"]})}
+        for message, rate in zip(members, rates, strict=True)
     ]
 
 
@@ -235,24 +240,24 @@ def _fault_text(
     step, share = observation.step_us, observation.repeated
     when = f"since {format_since(current.since, t[1])} UTC"
     if current.open_fault == "repeated":
-        what = f"{share:.0%} of rows repeat the row before in all fields, at most {usual.repeated:.0%} did, {when}"
-        return f"{SUBJECT}: {what}: {CAUSES['repeated']}.", {
+        symptom = f"{share:.0%} of rows repeat the row before in all fields, at most {usual.repeated:.0%} did, {when}"
+        return f"{SUBJECT}: {symptom}: {CAUSES['repeated']}.", {
             "since": current.since,
             "share": round_significant(share, 4),
         }
-    what = f"readings come every {format_duration(step)} instead of {format_duration(usual.step_us)} {when}"
+    symptom = f"readings come every {format_duration(step)} instead of {format_duration(usual.step_us)} {when}"
     numbers = {"since": current.since, "step_us": round_significant(step), "usual_us": round_significant(usual.step_us)}
-    return f"{SUBJECT}: {what}: {CAUSES['rate']}.", numbers
+    return f"{SUBJECT}: {symptom}: {CAUSES['rate']}.", numbers
 
 
 def _speed_text(current: SamplingRateWatch, t: tuple[int, int]) -> tuple[str, dict[str, Any]]:
     side = int(current.cusum.value[:, 0].argmax())
     windows, begin = int(current.cusum.windows[side, 0]), int(current.cusum.since[side, 0])
     factor = math.exp(float(current.cusum.effect[side, 0]) / max(1, windows))
-    what = f"signals move {'slower' if factor < 1 else 'faster'} than in this site's reference (about x{factor:.2g})"
+    change = f"signals move {'slower' if factor < 1 else 'faster'} than in this site's reference (about x{factor:.2g})"
     why = "another sampling rate or sensor clock, though the rows' times do not show it"
     numbers = {"test": "pace", "windows": windows, "since": begin, "ratio": round_significant(factor, 4)}
-    return f"{SUBJECT}: {what} {format_windows(windows, begin, t[1])}; likely {why}.", numbers
+    return f"{SUBJECT}: {change} {format_windows(windows, begin, t[1])}; likely {why}.", numbers
 
 
 def _cleared_sentence(phrase: str) -> str:

@@ -1,4 +1,4 @@
-"""What a task's drift detection remembers, how model windows fill a drift window, and what a closed one comes to."""
+"""Drift state of a task: what is remembered, how model windows fill a drift window, and the result of a closed one."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from msgspec.structs import replace
 from agent import arrays
 from agent.alerts import Alert
 from agent.arrays import Bools, Float32s, Float64s, Ints
+from agent.drift.baseline import window_statistics
 from agent.drift.baseline.learning import LearningState, infinities_to_nan
 from agent.drift.baseline.reference import Reference
+from agent.drift.baseline.runs import Tail
 from agent.drift.baseline.summary import Summary
-from agent.drift.detectors import window_statistics
-from agent.drift.detectors.runs import Tail
+from agent.drift.baseline.window_statistics import WindowStatistics
+from agent.drift.detectors.detector import Task
+from agent.drift.detectors.registry import get_layout
 from agent.drift.detectors.season import SlowTrend
-from agent.drift.detectors.test_layout import ScoreLayout
-from agent.drift.detectors.window_statistics import WindowStatistics
 from agent.drift.sampling_rate_watch import SamplingRateWatch
 from agent.drift.testing.test_suite import SuiteState
 from agent.errors import BadBundle
 
 
 class DriftState(msgspec.Struct, frozen=True, eq=False):
-    """All a task's drift detection remembers. Constant size but for what is gathered while learning."""
+    """State of drift detection. Constant size, apart from windows gathered while learning."""
 
     fields: tuple[str, ...]
     window: int  # model windows per drift window
@@ -34,21 +35,21 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
     tail: Tail
     rows: tuple[int, int]  # first and last row of the open drift window, as the stream numbers them; (0, -1) if none
     t: tuple[int, int]  # their times, epoch µs
-    last_counted_row: int  # last row counted
+    last_counted_row: int
     learning: LearningState
     site_reference: Reference | None
     learned_count: int  # site references so far
-    requested_learn_s: float  # of readings to learn from, where somebody asked for so many
+    requested_learn_s: float  # of readings to learn from, as a command asked
     suite: SuiteState
     faulty: Bools  # (F,) a fault alert is open
-    misread: Bools  # (F,) and says that the field is read wrongly
+    misread: Bools  # (F,) and it says that the field is read wrongly
     clear_count: Ints  # (F,) windows without a fault since
     raised_counts: Ints  # (F + 3, 2) alerts raised so far: drift, fault
     raised_window: Ints  # (F + 3,) the drift window of the last drift alert
-    rate_watch: SamplingRateWatch = msgspec.field(default_factory=SamplingRateWatch)  # the rate's
+    rate_watch: SamplingRateWatch = msgspec.field(default_factory=SamplingRateWatch)
     slow_trend: SlowTrend = msgspec.field(default_factory=SlowTrend)
-    class_field: str = ""  # the field that names modes, if one does
-    known_modes: tuple[str, ...] = ()  # those that have a class
+    class_field: str = ""  # field that names modes, if any
+    known_modes: tuple[str, ...] = ()  # names that have a class
 
     @classmethod
     def start(cls, shipped: Reference, window: int, class_field: str = "") -> DriftState:
@@ -66,7 +67,7 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
             site_reference=None,
             learned_count=0,
             requested_learn_s=0.0,
-            suite=SuiteState.start(shipped.layout),
+            suite=SuiteState.start(shipped.task),
             faulty=np.zeros(fields, np.bool_),
             misread=np.zeros(fields, np.bool_),
             clear_count=np.zeros(fields, np.int64),
@@ -75,34 +76,35 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
             class_field=class_field,
         )
 
-    def is_compatible(self, layout: ScoreLayout) -> bool:
-        """Whether what it knows is of these tests."""
-        site_fits = self.site_reference is None or len(self.site_reference.test_mean) == layout.test_count
-        return site_fits and self.suite.layout == layout and len(self.suite.field_mewma.mean) == layout.fields
+    def is_compatible(self, task: Task) -> bool:
+        """Return True if the state has the tests of this task."""
+        tests = get_layout(task).test_count
+        site_fits = self.site_reference is None or len(self.site_reference.test_mean) == tests
+        return site_fits and self.suite.task == task and len(self.suite.cusum.alarm[0]) == tests
 
     def to_bytes(self) -> bytes:
         return arrays.to_compressed_bytes(self)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> DriftState:
-        """Raises ValueError."""
+        """Decode `to_bytes`. Raises ValueError."""
         return arrays.from_compressed_bytes(data, cls)
 
     @classmethod
     def from_parts(cls, data: bytes, site: bytes | None) -> DriftState:
-        """With its `site`, that is kept apart as JSON, where this version can test against it. Raises ValueError."""
+        """Decode a state and its site's reference, which is kept apart as JSON. Raises ValueError."""
         state = cls.from_bytes(data)
         if site is None or state.site_reference is not None:
             return state
         try:
-            found = Reference.from_json(site)
+            reference = Reference.from_json(site)
         except BadBundle as error:
             raise ValueError(str(error)) from error
-        return replace(state, site_reference=found) if found.site is not None else state
+        return replace(state, site_reference=reference) if reference.site is not None else state
 
 
 class DriftWindowResult(msgspec.Struct, frozen=True):
-    """One closed drift window. `summary` holds the drift message's `features`, `output`, `estimate` and `state`."""
+    """Result of a closed drift window. `members` holds the message's `features`, `output`, `estimate` and `state`."""
 
     index: int
     rows: tuple[int, int]
@@ -110,23 +112,23 @@ class DriftWindowResult(msgspec.Struct, frozen=True):
     row_count: int
     site_digest: str | None  # digest of the site's reference that this window was judged by
     learned_reference: Reference | None  # the site's reference, when this window completed it
-    learning_error: str | None  # why the windows gathered up to this one were thrown away
+    learning_error: str | None  # why the windows gathered so far were dropped
     members: dict[str, Any]
     alerts: tuple[Alert, ...]
 
 
 class Batch(msgspec.Struct, frozen=True):
-    """What a step was given."""
+    """Batch of rows with their model windows."""
 
     features: Float32s  # (n, F)
     starts: Ints  # (w,)
     predicted: Ints  # (w,)
     top_scores: Float64s | None  # (w,)
-    first_row: int  # row
+    first_row: int
     t: Ints  # (n,) epoch µs
 
     def slice_windows(self, index: slice, shipped: Reference) -> BatchPart:
-        """Of some of its model windows."""
+        """Return a part with these model windows."""
         begin, end = int(self.starts[index][0]), int(self.starts[index][-1]) + shipped.window_rows
         values, starts = infinities_to_nan(self.features[begin:end]), self.starts[index] - begin
         return BatchPart(
@@ -142,7 +144,7 @@ class Batch(msgspec.Struct, frozen=True):
 
 
 class BatchPart(msgspec.Struct, frozen=True):
-    """Of a batch, with the statistics of its model windows; where rows count, from `begin` on."""
+    """Part of a batch, with statistics of its model windows."""
 
     values: Float64s  # (n, F)
     starts: Ints  # (w,)
@@ -150,12 +152,12 @@ class BatchPart(msgspec.Struct, frozen=True):
     predicted: Ints  # (w,)
     top_scores: Float64s | None  # (w,)
     begin: int
-    first_row: int  # row
+    first_row: int
     t: Ints  # (n,) epoch µs
 
 
 def fill_window(state: DriftState, shipped: Reference, part: BatchPart, classes: Ints) -> DriftState:
-    """With its model windows, compared with `classes`, and with those of its rows that were not counted before."""
+    """Add a part's model windows, compared with `classes`, and those of its rows that were not counted before."""
     rows = window_statistics.covered_rows(part.starts, shipped.window_rows, state.last_counted_row + 1 - part.first_row)
     values, summary = part.values[rows], state.open_summary.add_times(part.t, part.starts, shipped, state.tail.t)
     new: dict[str, Any] = {}
@@ -175,6 +177,6 @@ def fill_window(state: DriftState, shipped: Reference, part: BatchPart, classes:
 
 
 def start_next_window(state: DriftState, empty: Summary) -> DriftState:
-    """For the next drift window."""
+    """Open the next drift window."""
     tail = Tail.empty(len(state.faulty))
     return replace(state, index=state.index + 1, open_summary=empty, tail=tail, rows=(0, -1), t=(0, 0))

@@ -1,12 +1,12 @@
-"""The fleet side: enrols devices, collects what they sign, proves that nothing is lost.
+"""Fleet side: enrol devices, collect and verify their messages, and prove that nothing is lost.
 
-    broker → collect: receive → verify → store → acknowledge          store → audit, watch, reports
+    broker → collector: receive → verify → store → acknowledge          database → audit, drift, watch, evidence
 
-config     fleet.toml                       collect      the collector's loop
-enrol      a fleet's and a device's files   acknowledge  signed acknowledgements on their way out
-pki        certificates (revocation: ended) ingest       one transaction of messages (ledger: gaps, unfold: rows)
-mosquitto  the broker's config and ACL      store        all SQL (schema: its tables)
-keyring    who may sign                     audit        every stored message verified again (coverage: its rows)
-text       safe to print                    watch        verified messages, live (screen: on a terminal)
-durable    files whole or not at all
+config          fleet.toml                       database     all SQL: ingest, gaps, projection, keys, timestamps
+enrolment       files, certificates, revocation  collector    the collector's loop, acknowledgements, leader
+commands        remote commands to devices       audit        verify stored messages and rollouts again
+labels          labels joined with results       drift        drift of the whole fleet
+bundle_history  which bundle ran when            rollout      plans, decisions, promotion
+watch           live view                        repository   TUF repository of bundles
+                                                 evidence     signed folder for auditors
 """

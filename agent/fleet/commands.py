@@ -1,4 +1,4 @@
-"""Sending one command to one device, and waiting for the answer that its own key signed."""
+"""Remote commands: send one to a device, and wait for the reply that its own key signed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import msgspec
 
 from agent import clock, durable_files
 from agent.errors import MessageRefused, StorageError, UsageError
-from agent.fleet.keyring import DeviceKey, Keyring
+from agent.fleet.database.keyring import DeviceKey, Keyring
 from agent.transport.packets import NO_SUBSCRIBERS, IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws, topics
 from agent.wire.commands import COMMANDS, check_args
@@ -25,12 +25,12 @@ from agent.wire.messages import ReplyPayload, cloudevent_properties, encode, ver
 
 VALID_S = 600
 COUNTER_FILE = "operator.counter"
-# How long the collector may take to learn a device's new key, once an answer signed by it is here.
+# How often keys are read again while a reply is waiting whose key the collector has not stored yet.
 _REFRESH_S = 0.5
 
 
 class CommandLink(Protocol):
-    """What this uses of a Link."""
+    """The part of `transport.mqtt.Link` that commands use."""
 
     def send(self, message: OutgoingMessage) -> int: ...
     def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]: ...
@@ -38,7 +38,7 @@ class CommandLink(Protocol):
 
 
 class CommandResult(msgspec.Struct, frozen=True):
-    """A command that was sent, and its answer; None where none came, for the reason `why`."""
+    """A sent command and its reply; None if no reply arrived, with the reason."""
 
     device: str
     name: str
@@ -52,23 +52,24 @@ class CommandResult(msgspec.Struct, frozen=True):
         return self.reply is not None and self.reply.ok
 
     def to_dict(self) -> dict[str, Any]:
-        """As `fleet command --json` prints it."""
+        """Return the document of `fleet command --json`."""
         head = {"device": self.device, "name": self.name, "id": self.id, "counter": self.counter}
         if self.reply is None:
             return {**head, "answered": False, "ok": False, "summary": self.reason, "data": {}}
-        got = self.reply
-        return {**head, "answered": True, "ok": got.ok, "summary": got.summary, "data": got.data, "time": got.time}
+        reply = self.reply
+        members = {"ok": reply.ok, "summary": reply.summary, "data": reply.data, "time": reply.time}
+        return {**head, "answered": True, **members}
 
 
 def parse_arguments(name: str, values: Sequence[str]) -> dict[str, str]:
-    """`args` of a command, from what a person wrote in order. Raises UsageError."""
+    """Return the `args` of a command from positional values. Raises UsageError."""
     if name not in COMMANDS:
-        raise UsageError(f"there is no command {name!r}; known are {', '.join(COMMANDS)}")
-    known = (*COMMANDS[name].required, *COMMANDS[name].optional)
-    if len(values) > len(known):
-        takes = ", ".join(known) or "nothing"
-        raise UsageError(f"{name} takes {takes}; quote a schedule that has spaces")
-    args = dict(zip(known, values, strict=False))
+        raise UsageError(f"unknown command {name!r}; known commands are {', '.join(COMMANDS)}")
+    names = (*COMMANDS[name].required, *COMMANDS[name].optional)
+    if len(values) > len(names):
+        accepted = ", ".join(names) or "no arguments"
+        raise UsageError(f"{name} accepts {accepted}; quote a value that has spaces")
+    args = dict(zip(names, values, strict=False))
     try:
         check_args(name, args)
     except ValueError as error:
@@ -78,11 +79,11 @@ def parse_arguments(name: str, values: Sequence[str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def lock_operator(folder: Path) -> Iterator[None]:
-    """One process of a folder at a time uses the operator's key and connection. Raises UsageError."""
+    """Allow one process per folder to use the operator's key and connection. Raises UsageError."""
     try:
         lock = os.open(folder / (COUNTER_FILE + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise UsageError(f"{folder}: commands need to write {COUNTER_FILE} there: {error.strerror}") from None
+        raise UsageError(f"{folder}: cannot write {COUNTER_FILE}, which each command needs: {error.strerror}") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -92,10 +93,10 @@ def lock_operator(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reserve_counter(folder: Path, now_ms: Callable[[], int]) -> Iterator[int]:
-    """A counter that this key never used: on the disk before it is given out; one command of a folder at a time.
+    """Reserve a counter that this key never used, for one command of a folder at a time.
 
-    Never below the time in ms, so that a folder that was restored, or is used on two machines, goes on above what it
-    used before. Raises UsageError where the file cannot be written.
+    The counter is on the disk before it is used. It is at least the time in ms, so a folder that was restored, or is
+    used on two machines, continues above the counters used before. Raises UsageError if the file cannot be written.
     """
     path = folder / COUNTER_FILE
     with lock_operator(folder):
@@ -115,7 +116,7 @@ def send(
     keyring: Keyring,
     wait_s: float,
 ) -> CommandResult:
-    """Publish a command on `link`, which is subscribed to the device's replies. Raises LinkDown."""
+    """Publish a command on `link`, which must be subscribed to the device's replies. Raises LinkDown."""
     identity = secrets.token_hex(8)
     topic = topics.Topic(fleet, device, "cmd")
     reply_topic = str(topics.Topic(fleet, device, "reply"))
@@ -125,22 +126,21 @@ def send(
     payload = encode({**head, **times})
     signed = ("jws", jws.sign(key, str(topic), payload))
     event = cloudevent_properties(topic, f"{device}/cmd/{identity}", times["issued"])
-    # The broker keeps it no longer than the device would obey it.
+    # The broker must not keep the command longer than the device would obey it.
     correlation = identity.encode()
     token = link.send(
         OutgoingMessage(str(topic), payload, (signed, *event), False, VALID_S, correlation, response_topic=reply_topic)
     )
-    answers = _ReplyMatcher(device, identity, reply_topic, keyring)
-    answer, why = _wait_for_reply(link, token, answers, wait_s)
-    return CommandResult(device, name, identity, counter, answer, why)
+    reply, reason = _wait_for_reply(link, token, _ReplyMatcher(identity, reply_topic, keyring), wait_s)
+    return CommandResult(device, name, identity, counter, reply, reason)
 
 
 class _ReplyMatcher:
-    """Tells the one answer that counts; keeps one whose key the collector may still be learning."""
+    """Finds the reply to one command; holds replies whose key the collector may not have stored yet."""
 
-    def __init__(self, device: str, identity: str, topic: str, keyring: Keyring) -> None:
-        self._device, self._identity, self._topic, self._keyring = device, identity, topic, keyring
-        # Keys that count as the command leaves: the answer to `rotate-key` is signed by the one before.
+    def __init__(self, identity: str, topic: str, keyring: Keyring) -> None:
+        self._identity, self._topic, self._keyring = identity, topic, keyring
+        # Keys valid when the command was sent: the reply to `rotate-key` is signed with the former key.
         self._trusted_signers: dict[str, Signer] = {}
         self._unverified: list[IncomingMessage] = []
         self.refusal = ""
@@ -158,15 +158,15 @@ class _ReplyMatcher:
         return body if isinstance(body, ReplyPayload) and body.id == self._identity else None
 
     def retry_unverified(self) -> ReplyPayload | None:
-        """Whether one that could not be verified can be now."""
+        """Read the keys again, and return the reply if one that did not verify does now."""
         waiting, self._unverified = self._unverified, []
         if waiting:
             self._keyring.refresh()
-        return next((found for one in waiting if (found := self.match_reply(one)) is not None), None)
+        return next((reply for delivery in waiting if (reply := self.match_reply(delivery)) is not None), None)
 
     def _find(self, kid: str) -> Signer | None:
         signer = self._keyring.find(kid)
-        if isinstance(signer, DeviceKey) and signer.through is None and not signer.revoked:
+        if isinstance(signer, DeviceKey) and signer.last_seq is None and not signer.revoked:
             self._trusted_signers[kid] = signer
         return self._trusted_signers.get(kid, signer)
 
@@ -179,19 +179,17 @@ def _wait_for_reply(
         for event in link.receive(min(left, _REFRESH_S)):
             if isinstance(event, IncomingMessage):
                 link.acknowledge(event)
-                if (found := matcher.match_reply(event)) is not None:
-                    return found, ""
+                if (reply := matcher.match_reply(event)) is not None:
+                    return reply, ""
             elif event.token == token and event.code == NO_SUBSCRIBERS:
-                return None, "The device is not connected: nobody received the command, and it is gone."
+                return None, "The device is not connected; it never receives this command."
             elif event.token == token and not event.is_accepted:
                 return None, f"The broker refused the command: {event.reason}; check its access list."
-        if (found := matcher.retry_unverified()) is not None:
-            return found, ""
-    seen = f" An answer came that did not verify: {matcher.refusal}." if matcher.refusal else ""
-    return (
-        None,
-        f"No answer within {wait_s:g} s; whether it was obeyed is not known, see `outstation fleet watch`.{seen}",
-    )
+        if (reply := matcher.retry_unverified()) is not None:
+            return reply, ""
+    refused = f" A reply did not verify: {matcher.refusal}." if matcher.refusal else ""
+    reason = f"No reply within {wait_s:g} s; the device may have executed it, see `outstation fleet watch`.{refused}"
+    return None, reason
 
 
 def _read_counter(path: Path) -> int:
@@ -200,11 +198,13 @@ def _read_counter(path: Path) -> int:
     except FileNotFoundError:
         return 0
     except OSError as error:
-        raise UsageError(f"{path}: the last counter cannot be read: {error.strerror}; see who owns the file") from None
+        raise UsageError(
+            f"{path}: the last counter cannot be read: {error.strerror}; check the owner of the file"
+        ) from None
     except ValueError as error:
         raise UsageError(
-            f"{path}: holds no counter ({error}), and devices refuse one that is not above the last; write the highest "
-            "that was used into it (docs/commands.md has the query), or delete it where no clock was ever ahead"
+            f"{path}: holds no counter ({error}), and devices refuse a counter that is not above the last; write the "
+            "highest used counter into it (docs/commands.md has the query), or delete it if no clock was ever ahead"
         ) from None
 
 
@@ -212,4 +212,4 @@ def _write_counter(path: Path, counter: int) -> None:
     try:
         durable_files.write(path, f"{counter}\n".encode(), 0o600)
     except StorageError as error:
-        raise UsageError(f"a counter must be on the disk before it is used: {error}") from None
+        raise UsageError(f"the counter must be on the disk before it is used: {error}") from None

@@ -1,17 +1,19 @@
-"""Looking on: every message of the fleet with the verdict on it, as lines or as a live table. Changes nothing."""
+"""Live view of a fleet: every message with the result of its verification, as lines or as a table; read-only."""
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, MessageRefused, StorageError, UsageError
 from agent.fleet.collector.acknowledger import Backoff
-from agent.fleet.collector.subscription import topic_filters
-from agent.fleet.keyring import Keyring
+from agent.fleet.collector.collector import topic_filters
+from agent.fleet.database.keyring import Keyring
 from agent.text import printable
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, PublishReceipt
@@ -26,38 +28,43 @@ from agent.wire.messages import (
     verify_message,
 )
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# MQTT 5 reason for a client whose id another connection took.
 TAKEN_OVER = "taken over"
+# Called with a function that shows the connection's state ("" when connected), yields groups of deliveries.
+DeliverySource = Callable[[Callable[[str], None]], Iterator[list[IncomingMessage]]]
 
 
 class DeviceView(msgspec.Struct):
-    """One device, from what came since the watch began."""
+    """One device, from the messages since the watch began."""
 
     state: str = "?"
     clock: str = ""
     rows: dict[str, int] = msgspec.field(default_factory=dict)
     windows: int = 0
     results: int = 0
-    refused: int = 0
     last_time: str = ""
     drift: dict[str, str] = msgspec.field(default_factory=dict)
     alerts: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class VerifiedDelivery(msgspec.Struct, frozen=True):
-    """A delivery, and the message it is or why it is none."""
+    """A delivery with its verified message, or the reason why it was refused."""
 
     delivery: IncomingMessage
     message: VerifiedMessage | None
     reason: str = ""
 
     def to_line(self) -> str:
-        """`topic payload  [ok]`, safe to print: control characters of strangers are escaped."""
+        """Return `topic payload  [ok]`, with control characters escaped."""
         mark = "[ok]" if self.message else f"[refused: {self.reason}]"
         return f"{printable(self.delivery.topic)} {printable(self.delivery.payload.decode(errors='replace'))}  {mark}"
 
 
 class FleetWatcher:
-    """What is known of the fleet so far, fed one delivery at a time."""
+    """The state of the fleet, updated one delivery at a time."""
 
     def __init__(self, fleet: str, keyring: Keyring) -> None:
         self.fleet, self._keyring = fleet, keyring
@@ -68,7 +75,7 @@ class FleetWatcher:
         try:
             message = verify_message(delivery.topic, delivery.payload, delivery.tokens, self._keyring.find)
             self._keyring.require_in_bounds(message)
-            # An acknowledgement is the collector's alone: another device's key must not pass for it.
+            # Only the collector signs acknowledgements: the key of another device must not pass for it.
             if topics.KINDS[message.topic.kind].to_device and message.signer.owner != "collector":
                 raise MessageRefused("other signer", message.signer.owner)
         except MessageRefused as refused:
@@ -79,21 +86,21 @@ class FleetWatcher:
 
     def _update_device(self, message: VerifiedMessage) -> None:
         body = message.body
-        seen = self.devices.setdefault(body.device, DeviceView())
+        view = self.devices.setdefault(body.device, DeviceView())
         if isinstance(body, StatePayload):
-            seen.state = body.state
+            view.state = body.state
         if isinstance(body, LoggedPayload):
-            seen.last_time, seen.clock = body.time, body.clock
+            view.last_time, view.clock = body.time, body.clock
         if isinstance(body, ResultsPayload):
-            seen.rows[body.stream] = max(seen.rows.get(body.stream, 0), body.rows[1])
-            seen.windows += body.n
-            seen.results += len(body.columns)
+            view.rows[body.stream] = max(view.rows.get(body.stream, 0), body.rows[1])
+            view.windows += body.n
+            view.results += len(body.columns)
         elif isinstance(body, DriftPayload):
-            seen.drift[body.task] = body.state
+            view.drift[body.task] = body.state
         elif isinstance(body, AlertPayload) and body.state == "raised":
-            seen.alerts[body.id] = body.summary
+            view.alerts[body.id] = body.summary
         elif isinstance(body, AlertPayload):
-            seen.alerts.pop(body.id, None)
+            view.alerts.pop(body.id, None)
 
 
 def receive_deliveries(
@@ -102,7 +109,7 @@ def receive_deliveries(
     seconds: float | None,
     report: Callable[[str], None],
 ) -> Iterator[list[IncomingMessage]]:
-    """What comes, in groups, an empty one at least each half second; reconnects. Ends after `seconds`, if given."""
+    """Yield groups of deliveries, at least an empty one each half second; reconnect; end after `seconds` if given."""
     end = None if seconds is None else time.monotonic() + seconds
     retry = Backoff()
     while end is None or time.monotonic() < end:
@@ -123,7 +130,7 @@ def receive_deliveries(
         except (LinkDown, StorageError) as down:
             if TAKEN_OVER in str(down).lower():
                 raise UsageError(
-                    "another `outstation fleet watch` connected with this certificate; one at a time"
+                    "another `outstation fleet watch` connected with this certificate; run one at a time"
                 ) from None
             report(f"{down}; trying again")
             wake = time.monotonic() + retry.next_delay()
@@ -133,5 +140,59 @@ def receive_deliveries(
 
 
 def connect(broker: BrokerConfig, fleet: str, name: str) -> Link:
-    """A connection that sees what the collector sees, and what the collector answers."""
+    """Connect and subscribe to the topics that the collector reads, and to its acknowledgements."""
     return Link(broker, name, subscribe=[*topic_filters(fleet), f"{topics.ROOT}/{fleet}/+/ack"])
+
+
+def show_lines(watcher: FleetWatcher, source: DeliverySource) -> None:
+    """Print one line per message; problems with the connection go to stderr."""
+    for group in source(lambda problem: print(problem, file=sys.stderr) if problem else None):
+        for delivery in group:
+            print(watcher.verify(delivery).to_line(), flush=True)
+
+
+def show_table(watcher: FleetWatcher, source: DeliverySource) -> None:
+    """Show a live table of the devices until the source ends."""
+    from rich.console import Console
+    from rich.live import Live
+
+    problem = ""
+
+    def set_problem(text: str) -> None:
+        nonlocal problem
+        problem = text
+
+    with Live(console=Console(), auto_refresh=False, transient=False) as live:
+        for group in source(set_problem):
+            for delivery in group:
+                watcher.verify(delivery)
+            live.update(_render_table(watcher, problem), refresh=True)
+
+
+def _render_table(watcher: FleetWatcher, problem: str) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    caption = problem or f"{watcher.refused} messages refused" if problem or watcher.refused else None
+    title = f"fleet {watcher.fleet}" if watcher.devices else f"fleet {watcher.fleet}: no message yet"
+    columns = ("device", "state", "rows", "windows", "results", "drift", "open alerts", "last message")
+    table = Table(*columns, title=title, caption=printable(caption) if caption else None, box=box.SIMPLE_HEAD)
+    for device, view in sorted(watcher.devices.items()):
+        cells = (
+            device,
+            f"{view.state}, clock {view.clock}" if view.clock not in ("", "synced") else view.state,
+            ", ".join(f"{stream} {row}" for stream, row in sorted(view.rows.items())),
+            str(view.windows),
+            str(view.results),
+            ", ".join(f"{task} {state}" for task, state in sorted(view.drift.items())),
+            _summarize_alerts(view.alerts.values()),
+            view.last_time,
+        )
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    return table
+
+
+def _summarize_alerts(summaries: Iterable[str]) -> str:
+    texts = list(summaries)
+    return f"{len(texts)}: {texts[-1]}" if texts else ""

@@ -87,6 +87,13 @@ class LabelSchema(msgspec.Struct, frozen=True):
         return float(sum(1 << self.labels.index(name) for name in names))
 
 
+class LabelTarget(msgspec.Struct, frozen=True):
+    """A task whose results may be labelled: its stream, and what its labels may be."""
+
+    stream: str
+    label_schema: LabelSchema
+
+
 def parse_anomaly(text: str) -> float | None:
     """Return 1 if the text means an anomaly, 0 if it means none, None for another text."""
     return _ANOMALY_TEXTS.get(text.lower())

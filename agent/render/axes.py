@@ -1,4 +1,4 @@
-"""Ticks at round numbers and round moments."""
+"""Axis ticks at round numbers and round times, with their labels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TIME_STEPS_S = (
 
 
 def linear_ticks(low: float, high: float, count: int) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten within `low` and `high`, about so many."""
+    """Return about `count` multiples of 1, 2 or 5 times a power of ten from `low` to `high`."""
     if not high > low:
         return [low]
     raw = (high - low) / max(1, count)
@@ -29,7 +29,7 @@ def format_number(value: float) -> str:
 
 
 def time_ticks(begin: int, end: int, count: int) -> list[tuple[int, str]]:
-    """(epoch µs, label) of round moments, UTC."""
+    """Return (epoch µs, label) of at most `count` + 1 round times in UTC."""
     span_s = max(1e-6, (end - begin) / 1e6)
     step = next((s for s in _TIME_STEPS_S if span_s / s <= count), _TIME_STEPS_S[-1])
     first = math.ceil(begin / 1e6 / step)

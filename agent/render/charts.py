@@ -19,7 +19,7 @@ _RELIABILITY_TOP, _RELIABILITY_SIZE = 10.0, 296.0
 
 
 class ForestRow(msgspec.Struct, frozen=True):
-    """`state` gives the colour: ok, drift (to be looked at), unknown; `text` stands at the right."""
+    """Row of a forest plot. `state` (ok, drift, unknown) gives the colour; `text` stands at the right."""
 
     name: str
     value: float
@@ -32,7 +32,7 @@ class ForestRow(msgspec.Struct, frozen=True):
 def render_forest(
     title: str, rows: Sequence[ForestRow], *, reference: float | None = None, theme: Theme = PAGE_THEME
 ) -> str:
-    """An inline SVG; `reference` is a line through all rows."""
+    """Return an inline SVG: values with their intervals, one per row. `reference` is a line across all rows."""
     draw = Drawing(_FOREST_WIDTH, title)
     left, right = _FOREST_NAME_WIDTH, _FOREST_WIDTH - _FOREST_TEXT_WIDTH
     low, high = _axis_range(rows, reference)
@@ -72,7 +72,7 @@ def _axis_range(rows: Sequence[ForestRow], reference: float | None) -> tuple[flo
     known += [] if reference is None else [reference]
     low, high = min(known, default=0.0), max(known, default=1.0)
     pad = 0.04 * (high - low) or 0.05 * max(abs(high), 1.0)
-    # What is a share stays within 0 and 1.
+    # The axis of shares stays within 0 and 1.
     return (max(0.0, low - pad) if low >= 0 else low - pad), (min(1.0, high + pad) if high <= 1 else high + pad)
 
 
@@ -92,7 +92,10 @@ def render_curve(
     reference: float | None = None,
     theme: Theme = PAGE_THEME,
 ) -> str:
-    """An inline SVG; `low` to `high` is the axis of the figure, `reference` a line across."""
+    """Return an inline SVG: a metric by strength of a disturbance, with its interval as a band.
+
+    The axis of the metric runs from `low` to `high`; `reference` is a line across.
+    """
     draw = Drawing(_CURVE_WIDTH, title)
 
     def x_position(i: int) -> float:
@@ -145,8 +148,8 @@ def render_curve(
 
 
 def render_heatmap(labels: Sequence[str], counts: Sequence[Sequence[int]], *, theme: Theme = PAGE_THEME) -> str:
-    """An inline SVG, each cell as dark as its share of the row; mistakes in another colour."""
-    draw = Drawing(_HEATMAP_WIDTH, "Confusion: a row for what was true, a column for what was said")
+    """Return an inline SVG of a confusion matrix. Rows are true classes; a cell is as dark as its share of the row."""
+    draw = Drawing(_HEATMAP_WIDTH, "Confusion matrix: a row for each true class, a column for each predicted class")
     n = len(labels)
     left = min(_HEATMAP_MAX_LABEL_WIDTH, 1.25 * max(text_width(label, 12) for label in labels) + 12)
     cell = min(90.0, (_HEATMAP_WIDTH - left) / n)
@@ -160,7 +163,7 @@ def render_heatmap(labels: Sequence[str], counts: Sequence[Sequence[int]], *, th
         if steep:
             draw.rotated_text(x + 4, top - 8, truncate_text(label, 11, _HEATMAP_MAX_LABEL_WIDTH), theme.muted, size=11)
         else:
-            draw.text(x, top - 9, label, theme.muted, size=11, anchor="middle", css_class="said")
+            draw.text(x, top - 9, label, theme.muted, size=11, anchor="middle", css_class="predicted")
     for i, (label, row) in enumerate(zip(labels, counts, strict=True)):
         y, total = top + high * i, max(1, sum(row))
         draw.text(left - 8, y + high / 2 + 4, truncate_text(label, 12, left - 10), theme.ink, size=12, anchor="end")
@@ -178,7 +181,7 @@ def render_heatmap(labels: Sequence[str], counts: Sequence[Sequence[int]], *, th
 
 
 class ReliabilityPoint(msgspec.Struct, frozen=True):
-    """Answers with about this `score`, of which a share was `right`."""
+    """Bin of predictions with this mean score, and their accuracy."""
 
     score: float
     accuracy: float
@@ -188,12 +191,15 @@ class ReliabilityPoint(msgspec.Struct, frozen=True):
 
 
 def render_reliability(points: Sequence[ReliabilityPoint], *, theme: Theme = PAGE_THEME) -> str:
-    """An inline SVG: on the diagonal, scores are right as often as they say; above it they are too modest."""
-    draw = Drawing(_RELIABILITY_WIDTH, "Reliability: share of right answers by score")
-    least = min(
-        [d.score for d in points] + [d.accuracy for d in points] + [d.low for d in points if d.low is not None] + [0.9]
+    """Return an inline SVG. Scores on the diagonal are calibrated; above it they are too low."""
+    draw = Drawing(_RELIABILITY_WIDTH, "Reliability diagram: accuracy by score")
+    lowest = min(
+        [point.score for point in points]
+        + [point.accuracy for point in points]
+        + [point.low for point in points if point.low is not None]
+        + [0.9]
     )
-    low = max(0.0, (least - 0.05) // 0.1 / 10)
+    low = max(0.0, (lowest - 0.05) // 0.1 / 10)
 
     def x(value: float) -> float:
         return _RELIABILITY_LEFT + _RELIABILITY_SIZE * (value - low) / (1 - low)
@@ -226,21 +232,26 @@ def render_reliability(points: Sequence[ReliabilityPoint], *, theme: Theme = PAG
             css_class="tick",
         )
     draw.line(x(low), y(low), x(1), y(1), theme.muted, stroke_dasharray="4 4", css_class="diagonal")
-    for dot in points:
-        if dot.low is not None and dot.high is not None:
-            draw.line(x(dot.score), y(max(dot.low, low)), x(dot.score), y(dot.high), theme.series[0], stroke_width="2")
+    for point in points:
+        if point.low is not None and point.high is not None:
+            draw.line(
+                x(point.score), y(max(point.low, low)), x(point.score), y(point.high), theme.series[0], stroke_width="2"
+            )
     draw.path(
-        [(x(dot.score), y(dot.accuracy)) for dot in points], theme.series[0], stroke_width="1.5", stroke_opacity="0.5"
+        [(x(point.score), y(point.accuracy)) for point in points],
+        theme.series[0],
+        stroke_width="1.5",
+        stroke_opacity="0.5",
     )
-    for dot in points:
-        draw.circle(x(dot.score), y(dot.accuracy), 4.5, theme.series[0], css_class="bin")
+    for point in points:
+        draw.circle(x(point.score), y(point.accuracy), 4.5, theme.series[0], css_class="bin")
     draw.text(
         _RELIABILITY_LEFT + _RELIABILITY_SIZE / 2,
         _RELIABILITY_TOP + _RELIABILITY_SIZE + 34,
-        "mean score of a bin",
+        "mean score of bin",
         theme.muted,
         size=11.5,
         anchor="middle",
     )
-    draw.text(_RELIABILITY_LEFT + 10, _RELIABILITY_TOP + 20, "share that was right", theme.muted, size=11.5)
+    draw.text(_RELIABILITY_LEFT + 10, _RELIABILITY_TOP + 20, "accuracy", theme.muted, size=11.5)
     return draw.to_inline_svg(_RELIABILITY_TOP + _RELIABILITY_SIZE + 42)

@@ -1,4 +1,4 @@
-"""What a picture of drift shows, whoever gathered it. Times are epoch µs."""
+"""Content and layout of a drift plot. Times are epoch µs, coordinates pixels."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ NAME_WIDTH, HISTOGRAM_WIDTH, GAP = 156.0, 300.0, 56.0
 HISTOGRAM_X = MARGIN + NAME_WIDTH
 TIME_X = HISTOGRAM_X + HISTOGRAM_WIDTH + GAP
 TIME_WIDTH = WIDTH - MARGIN - TIME_X
-AXIS_LABEL_HEIGHT = 17.0  # below a panel, for the labels of its axis
+AXIS_LABEL_HEIGHT = 17.0  # below a panel
 
 
 class EvidenceCurve(msgspec.Struct, frozen=True):
-    """One series over time, broken where `values` has None."""
+    """Evidence of one series over time, with a gap at each None."""
 
     series: int
     times: Sequence[int]
@@ -28,7 +28,7 @@ class EvidenceCurve(msgspec.Struct, frozen=True):
 
 
 class StateInterval(msgspec.Struct, frozen=True):
-    """A stretch of time: `state` is drift or fault, shaded, or insufficient; `goes_on` at the picture's end."""
+    """Interval in a state: drift or fault (shaded), or insufficient. `ongoing`: it lasts beyond the plot."""
 
     state: str
     begin: int
@@ -38,10 +38,10 @@ class StateInterval(msgspec.Struct, frozen=True):
 
 
 class PlotRow(msgspec.Struct, frozen=True):
-    """A field, or another subject without a histogram.
+    """Row of the plot: a field, or a subject without a histogram.
 
-    `usual` and `shown` (series, counts) are rows below, in the bins and above; `bounds` are what separates these, in
-    the field's unit, None where they are not known.
+    `reference` and `histograms` (series, counts) count rows below, in, and above the bins. `bounds` are the bin edges
+    in the field's unit, None if unknown.
     """
 
     name: str
@@ -57,7 +57,7 @@ class PlotRow(msgspec.Struct, frozen=True):
 
 
 class AccuracyEstimate(msgspec.Struct, frozen=True):
-    """Expected accuracy of one series: times, values, and the ends of the intervals."""
+    """Expected accuracy of one series with its intervals."""
 
     series: int
     times: Sequence[int]
@@ -67,17 +67,17 @@ class AccuracyEstimate(msgspec.Struct, frozen=True):
 
 
 class DriftPlot(msgspec.Struct, frozen=True):
-    """`series` are the names of what is told apart by colour, `dashes` that of the dashed curves; '' for none."""
+    """Drift plot. Colours tell series apart. `dashed_label` names the dashed curves, "" without any."""
 
     title: str
     subtitle: str
-    alerts: Sequence[tuple[str, str]]  # state, sentence
+    alerts: Sequence[tuple[str, str]]  # (state, sentence)
     series_names: Sequence[str]
     dashed_label: str
     reference_label: str
     rows: Sequence[PlotRow]
     estimates: Sequence[AccuracyEstimate]
-    empty_message: str = ""  # what to say where there is nothing to show
+    empty_message: str = ""  # shown instead of rows
 
 
 class Panel(msgspec.Struct, frozen=True):
@@ -92,7 +92,7 @@ class Panel(msgspec.Struct, frozen=True):
 
 
 class Canvas(msgspec.Struct, frozen=True):
-    """Where things are drawn, and the common axis of time."""
+    """Drawing, theme, and the common time axis."""
 
     drawing: Drawing
     theme: Theme

@@ -1,4 +1,4 @@
-"""The panels of a picture of drift: a field and its state, its distribution, its evidence over time, the estimate."""
+"""Panels of a drift plot: a field with its state, its distribution, its evidence over time, and expected accuracy."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ STATE_LABELS = {
     "drift": "drift",
     "fault": "sensor fault",
     "insufficient": "learning",
-    "untested": "not judged now",
+    "untested": "not tested now",
 }
-MAX_LIMIT_MULTIPLE = 4.0  # a sum is drawn up to so many times its limit; beyond, it says no more
-DEFAULT_LIMIT = 5.0  # what is assumed for the scale where no limit is known
-SMOOTHING_WINDOW = 5  # estimates
+MAX_LIMIT_MULTIPLE = 4.0  # evidence is cut off above this multiple of its limit
+DEFAULT_LIMIT = 5.0  # for the scale, if no limit is known
+SMOOTHING_WINDOW = 5  # windows in the mean of an estimate
 BIN_COUNT = 44
-_TAIL_SHARE = 1 / 32  # of the rows may lie in an outermost bin, whose far end says little of where
+_TAIL_SHARE = 1 / 32  # share of rows that may lie outside the visible range on either side
 _RANGE_PAD = 0.22
 
 
 def draw_row(canvas: Canvas, row: PlotRow, panel: Panel) -> None:
-    """A field's name and state, its distribution, its evidence."""
+    """Draw a field's name and state, distribution and evidence."""
     _draw_name(canvas, row, panel)
     if row.reference or row.histograms:
         _draw_distribution(canvas, row, Panel(HISTOGRAM_X, panel.y, HISTOGRAM_WIDTH, panel.height))
@@ -78,7 +78,7 @@ def _draw_distribution(canvas: Canvas, row: PlotRow, panel: Panel) -> None:
     bounds = row.bounds or list(range(len(shapes[0]) - 1))
     low, high = visible_range(bounds, shapes)
     outlines = [rebin(bounds, counts, low, high) for counts in shapes]
-    # A rest value may hold half of all rows: what is higher than this is cut off.
+    # A resting value may hold half of all rows, so the highest bins are cut off.
     tall = max(_peak_height(outline) for outline in outlines) or 1.0
     if row.reference:
         usual = _step_points(outlines.pop(0), tall, panel)
@@ -122,8 +122,8 @@ def _draw_evidence(canvas: Canvas, row: PlotRow, panel: Panel) -> None:
         if spell.state == "insufficient":
             _draw_learning(canvas, spell, panel)
     if highest > top:
-        words = f"up to {axes.format_number(highest)}"
-        draw.text(panel.x + panel.width, panel.y - 4, words, theme.muted, size=10.5, anchor="end", css_class="beyond")
+        text = f"up to {axes.format_number(highest)}"
+        draw.text(panel.x + panel.width, panel.y - 4, text, theme.muted, size=10.5, anchor="end", css_class="beyond")
     if row.limit is not None:
         y = panel.bottom - panel.height * row.limit / top
         draw.line(
@@ -162,7 +162,7 @@ def _draw_band(canvas: Canvas, interval: StateInterval, panel: Panel, *, shaded:
 
 
 def _draw_learning(canvas: Canvas, interval: StateInterval, panel: Panel) -> None:
-    """Said where there is room for it; nothing is judged meanwhile."""
+    """Label the learning phase if there is room; nothing is tested in it."""
     begin, end = canvas.time_to_x(interval.begin), canvas.time_to_x(interval.end)
     if end - begin > 60:
         middle, y = (begin + end) / 2, panel.y + panel.height / 2
@@ -171,9 +171,9 @@ def _draw_learning(canvas: Canvas, interval: StateInterval, panel: Panel) -> Non
 
 
 def _draw_alert_markers(canvas: Canvas, interval: StateInterval, panel: Panel, color: str) -> None:
-    """A filled mark where an alert was raised, a hollow one where it cleared."""
-    for at, raised in ((interval.begin, True), *(() if interval.ongoing else ((interval.end, False),))):
-        x, y = canvas.time_to_x(at), panel.y
+    """Draw a filled mark at the raising of an alert and a hollow one at its clearing."""
+    for time, raised in ((interval.begin, True), *(() if interval.ongoing else ((interval.end, False),))):
+        x, y = canvas.time_to_x(time), panel.y
         name = "raised" if raised else "cleared"
         triangle = [(x - 5, y - 5), (x + 5, y - 5), (x, y + 3)]
         canvas.drawing.path(
@@ -215,23 +215,23 @@ def _draw_grid(canvas: Canvas, panel: Panel, low: float, high: float, label: Cal
 
 
 def _moving_average(values: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """One window's estimate rests on few answers; here each is the mean of the last SMOOTH."""
-    out = []
-    for at in range(len(values)):
-        last = values[max(0, at - SMOOTHING_WINDOW + 1) : at + 1]
-        out.append((values[at][0], sum(v for _, v in last) / len(last)))
-    return out
+    """Return trailing means over `SMOOTHING_WINDOW` estimates: a single estimate rests on few results."""
+    averages = []
+    for i in range(len(values)):
+        window = values[max(0, i - SMOOTHING_WINDOW + 1) : i + 1]
+        averages.append((values[i][0], sum(v for _, v in window) / len(window)))
+    return averages
 
 
 def draw_estimates(canvas: Canvas, estimates: Sequence[AccuracyEstimate], y: float) -> float:
-    """Expected accuracy; below it the next thing begins."""
+    """Draw expected accuracy. Return the y coordinate below it."""
     draw, theme = canvas.drawing, canvas.theme
     panel = Panel(TIME_X, y + 6, TIME_WIDTH, ESTIMATE_HEIGHT)
     draw.text(MARGIN + 12, panel.y + 13, "expected accuracy", theme.ink, size=14, weight=600)
     draw.text(
         MARGIN + 12,
         panel.y + 30,
-        "without labels, if scores mean what they meant on the reference data",
+        "without labels, assuming scores as calibrated as on the reference data",
         theme.muted,
         size=11,
     )
@@ -245,21 +245,23 @@ def draw_estimates(canvas: Canvas, estimates: Sequence[AccuracyEstimate], y: flo
     def to_point(t: int, value: float) -> tuple[float, float]:
         return canvas.time_to_x(t), panel.bottom - panel.height * (min(1.0, max(low, value)) - low) / (1.0 - low)
 
-    for one in estimates:
-        color = series_color(theme, one.series)
+    for estimate in estimates:
+        color = series_color(theme, estimate.series)
         ends = [
-            (t, a, b) for t, a, b in zip(one.times, one.low, one.high, strict=True) if a is not None and b is not None
+            (t, a, b)
+            for t, a, b in zip(estimate.times, estimate.low, estimate.high, strict=True)
+            if a is not None and b is not None
         ]
         if len(estimates) == 1:
             ring = [to_point(t, a) for t, a, _ in ends] + [to_point(t, b) for t, _, b in reversed(ends)]
             draw.path(ring, "none", fill=color, closed=True, css_class="interval", fill_opacity="0.16")
-        told_of = [(t, v) for t, v in zip(one.times, one.values, strict=True) if v is not None]
-        draw.path([to_point(t, v) for t, v in _moving_average(told_of)], color, css_class="estimate", stroke_width="2")
+        values = [(t, v) for t, v in zip(estimate.times, estimate.values, strict=True) if v is not None]
+        draw.path([to_point(t, v) for t, v in _moving_average(values)], color, css_class="estimate", stroke_width="2")
     return panel.bottom
 
 
 def visible_range(bounds: Sequence[float], histograms: Sequence[Sequence[int]]) -> tuple[float, float]:
-    """What to show: from where each histogram begins in earnest to where the last ends, and a margin."""
+    """Return the range that holds all but the tails of every histogram, with a margin."""
     inner = [counts for counts in histograms if sum(counts[1:-1])]
     if not inner:
         return bounds[0], bounds[-1]
@@ -270,7 +272,11 @@ def visible_range(bounds: Sequence[float], histograms: Sequence[Sequence[int]]) 
 
 
 def rebin(bounds: Sequence[float], counts: Sequence[int], low: float, high: float) -> list[float]:
-    """Share of all rows in each of STEPS even steps from `low` to `high`; a bin is spread evenly between its bounds."""
+    """Return the share of rows in each of `BIN_COUNT` equal bins from `low` to `high`.
+
+    Rows of a source bin count as spread evenly. Quantile bins differ in width up to a hundredfold, and drawn as they
+    are the narrow ones would hide the rest.
+    """
     total = sum(counts)
     if not total:
         return [0.0] * BIN_COUNT
@@ -293,8 +299,8 @@ def _cumulative_count(bounds: Sequence[float], counts: Sequence[int], value: flo
 
 def _quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float:
     inner = counts[1:-1]
-    wanted = share * sum(inner)
+    target = share * sum(inner)
     sums = list(accumulate(inner))
-    at = next((i for i, done in enumerate(sums) if done >= wanted and inner[i]), len(inner) - 1)
-    before = sums[at] - inner[at]
-    return bounds[at] + (bounds[at + 1] - bounds[at]) * (wanted - before) / max(1, inner[at])
+    bin_index = next((i for i, total in enumerate(sums) if total >= target and inner[i]), len(inner) - 1)
+    below = sums[bin_index] - inner[bin_index]
+    return bounds[bin_index] + (bounds[bin_index + 1] - bounds[bin_index]) * (target - below) / max(1, inner[bin_index])

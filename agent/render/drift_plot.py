@@ -1,4 +1,4 @@
-"""Drift in one picture: a row per field, its distribution beside the course of its evidence, on one axis of time."""
+"""Drift plot: a row per field with its distribution and its evidence over a common time axis."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from agent.render.theme import DARK_THEME, LIGHT_THEME, Theme
 
 ROW_GAP = 14.0
 MAX_ALERTS = 5
-COMPACT_ROW_HEIGHT = 48.0  # of a row without a distribution
+COMPACT_ROW_HEIGHT = 48.0  # without a distribution
 _LEGEND_FONT_SIZE, _LEGEND_LINE_HEIGHT = 11.5, 17.0
 _MAX_SERIES_NAME_WIDTH = 130.0
 
 
 def render_drift(picture: DriftPlot, *, dark: bool = False) -> str:
-    """The picture as an SVG document."""
+    """Return the plot as an SVG document."""
     theme = DARK_THEME if dark else LIGHT_THEME
     draw = Drawing(WIDTH, picture.title)
     y = _draw_header(draw, theme, picture)
@@ -123,7 +123,7 @@ class _LegendItem(msgspec.Struct, frozen=True):
 
 
 def _draw_legend(canvas: Canvas, picture: DriftPlot, y: float) -> float:
-    """Column heads and what is beneath them; the panels may begin below."""
+    """Draw column heads and legends. Return the y coordinate at which the panels may begin."""
     draw, theme = canvas.drawing, canvas.theme
     drawn = [row for row in picture.rows if row.reference or row.histograms]
     by_bin = drawn and all(row.bounds is None for row in drawn)

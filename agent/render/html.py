@@ -1,4 +1,4 @@
-"""A self-contained HTML page: no script, no resource from elsewhere, everything escaped, light and dark."""
+"""Self-contained HTML page, light and dark: no script, no external resource, text escaped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 from agent.render.svg import FONT
 from agent.render.theme import adaptive_css
 
-# Of a page that loads nothing, a browser need not allow anything.
+# The page loads nothing, so the browser need not allow anything.
 _CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _CSS = """
 *{box-sizing:border-box}
@@ -55,7 +55,7 @@ footer{margin-top:44px;border-top:1px solid var(--grid);padding-top:12px;color:v
 
 
 class Markup(msgspec.Struct, frozen=True):
-    """HTML as it is; any other text is escaped."""
+    """HTML that is inserted unescaped."""
 
     html: str
 
@@ -80,8 +80,8 @@ def render_document(title: str, body: Sequence[Markup], more_css: str = "") -> s
 
 
 def element(tag: str, *content: Content, css_class: str = "") -> Markup:
-    of = f' class="{css_class}"' if css_class else ""
-    return Markup(f"<{tag}{of}>{''.join(to_html(one) for one in content)}</{tag}>")
+    attribute = f' class="{css_class}"' if css_class else ""
+    return Markup(f"<{tag}{attribute}>{''.join(to_html(part) for part in content)}</{tag}>")
 
 
 def section(title: str, intro: str, *content: Markup) -> Markup:
@@ -90,7 +90,7 @@ def section(title: str, intro: str, *content: Markup) -> Markup:
 
 
 def card(title: str, intro: str, svg: str, *more: Markup) -> Markup:
-    """`picture` is an inline SVG."""
+    """Return a card around an inline SVG."""
     head = [element("h3", title)] if title else []
     if intro:
         head.append(element("p", intro, css_class="muted"))
@@ -98,11 +98,11 @@ def card(title: str, intro: str, svg: str, *more: Markup) -> Markup:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Content]], numeric_columns: Sequence[int] = ()) -> Markup:
-    """Columns in `numbers` stand at the right."""
+    """Return a table whose `numeric_columns` are right-aligned."""
 
     def table_row(tag: str, row: Sequence[Content]) -> Markup:
-        found = [element(tag, cell, css_class="n fixed" if i in numeric_columns else "") for i, cell in enumerate(row)]
-        return element("tr", *found)
+        cells = [element(tag, cell, css_class="n fixed" if i in numeric_columns else "") for i, cell in enumerate(row)]
+        return element("tr", *cells)
 
     top = [table_row("th", header)] if any(header) else []
     return element("div", element("table", *top, *(table_row("td", row) for row in rows)), css_class="scroll")

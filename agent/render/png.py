@@ -1,4 +1,4 @@
-"""SVG to PNG."""
+"""Conversion of SVG to PNG, with an optional library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/f
 
 
 def from_svg(svg: str) -> bytes:
-    """Raises UsageError where the library for it, or any font, is not installed."""
+    """Return PNG bytes. Raises UsageError without the library or any font."""
     try:
         import resvg_py
     except ImportError:
@@ -19,7 +19,7 @@ def from_svg(svg: str) -> bytes:
             "PNG needs a library: pip install 'outstation[plot]'; or name a file that ends in .svg, which needs none"
         ) from None
     if not _has_font():
-        # It would leave all text out without a word.
+        # The library would silently omit all text.
         raise UsageError("PNG needs a font: apt-get install fonts-dejavu-core; or name a file that ends in .svg")
     return bytes(resvg_py.svg_to_bytes(svg_string=svg, zoom=SCALE))
 

@@ -1,4 +1,4 @@
-"""An SVG document, element by element."""
+"""SVG drawing: elements, text measurement and escaping."""
 
 from __future__ import annotations
 
@@ -6,36 +6,36 @@ from collections.abc import Sequence
 from html import escape
 
 FONT = "'Inter', 'Segoe UI', 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
-_GLYPH_WIDTH = 0.505  # of the font size, an average glyph
+_GLYPH_WIDTH = 0.505  # average, relative to the font size
 
 
 def text_width(text: str, size: float) -> float:
-    """About, in pixels."""
+    """Return the approximate width in pixels."""
     return len(text) * size * _GLYPH_WIDTH
 
 
 def truncate_text(text: str, size: float, width: float) -> str:
-    most = max(1, int(width / (size * _GLYPH_WIDTH)))
-    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+    max_chars = max(1, int(width / (size * _GLYPH_WIDTH)))
+    return text if len(text) <= max_chars else text[: max_chars - 1].rstrip() + "…"
 
 
 def wrap_text(text: str, size: float, width: float, *, max_lines: int) -> list[str]:
-    """At most so many lines; what is left is cut off with an ellipsis."""
-    most, found, words = max(1, int(width / (size * _GLYPH_WIDTH))), [""], text.split(" ")
-    for at, word in enumerate(words):
-        longer = f"{found[-1]} {word}".lstrip()
-        if len(longer) <= most:
-            found[-1] = longer
-        elif len(found) == max_lines:
-            rest = " ".join([found[-1], *words[at:]])
-            return [*found[:-1], truncate_text(rest.lstrip(), size, width)]
+    """Return at most `max_lines` lines. The last one ends in an ellipsis if text is left."""
+    max_chars, lines, words = max(1, int(width / (size * _GLYPH_WIDTH))), [""], text.split(" ")
+    for i, word in enumerate(words):
+        longer = f"{lines[-1]} {word}".lstrip()
+        if len(longer) <= max_chars:
+            lines[-1] = longer
+        elif len(lines) == max_lines:
+            rest = " ".join([lines[-1], *words[i:]])
+            return [*lines[:-1], truncate_text(rest.lstrip(), size, width)]
         else:
-            found.append(truncate_text(word, size, width))
-    return found
+            lines.append(truncate_text(word, size, width))
+    return lines
 
 
 class Drawing:
-    """Collects elements; what comes later lies on top. Coordinates are pixels."""
+    """Drawing of a given width. Later elements cover earlier ones; coordinates are pixels."""
 
     def __init__(self, width: float, title: str) -> None:
         self._width, self._title = width, title
@@ -96,17 +96,17 @@ class Drawing:
         self._elements.append(f"<text{kind} {place}{end}{bold}>{escape(_sanitize(text))}</text>")
 
     def rotated_text(self, x: float, y: float, text: str, fill: str, *, size: float) -> None:
-        """Text that climbs to the right from (x, y), for heads of narrow columns."""
+        """Draw text rising to the right from (x, y), for heads of narrow columns."""
         place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size:g}" fill="{fill}" transform="rotate(-45 {x:.1f} {y:.1f})"'
         self._elements.append(f"<text {place}>{escape(_sanitize(text))}</text>")
 
     def to_inline_svg(self, height: float) -> str:
-        """For an HTML page: as wide as there is room, text selectable, colours the page's."""
+        """Return an SVG element for an HTML page, as wide as its container, with the page's colours."""
         head = f'<svg viewBox="0 0 {self._width:g} {height:g}" role="img">'
         return "".join([head, f"<title>{escape(_sanitize(self._title))}</title>", *self._elements, "</svg>"])
 
     def to_svg_document(self, height: float, background: str, style: str = "") -> str:
-        """A file of its own; `style` is CSS, which gives the colours of a picture that has none."""
+        """Return an SVG file. `style` is CSS for a drawing whose colours are variables."""
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{self._width:g}" height="{height:g}" '
             f'viewBox="0 0 {self._width:g} {height:g}" role="img" font-family="{FONT}">'
@@ -123,5 +123,5 @@ class Drawing:
 
 
 def _sanitize(text: str) -> str:
-    """What XML 1.0 may hold, on one line."""
+    """Return text valid in XML 1.0, on one line."""
     return "".join(char if char.isprintable() else "�" for char in text)

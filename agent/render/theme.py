@@ -1,4 +1,4 @@
-"""Colours."""
+"""Colour themes: light, dark, and CSS variables for pages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import msgspec
 
 
 class Theme(msgspec.Struct, frozen=True):
-    """`series` tell devices or statistics apart, also for the colour-blind (Okabe & Ito 2008, toned to the paper)."""
+    """Colour theme. `series` colours suit the colour-blind (Okabe & Ito 2008, adapted to the background)."""
 
     paper: str
     panel: str
@@ -62,7 +62,7 @@ DARK_THEME = Theme(
     limit="#f2707f",
     series=("#62a8ff", "#c394f5", "#3fcab6", "#f39a5d", "#f080bb", "#c3d24f"),
 )
-# For pictures within a page, which gives the colours: see `variables`.
+# For drawings within a page, which defines the variables: see `css_variables`.
 PAGE_THEME = Theme(
     **{name: f"var(--{name.replace('_', '-')})" for name in LIGHT_THEME.__struct_fields__ if name != "series"},
     series=tuple(f"var(--series-{i})" for i in range(len(LIGHT_THEME.series))),
@@ -70,7 +70,7 @@ PAGE_THEME = Theme(
 
 
 def css_variables(theme: Theme) -> str:
-    """CSS that gives PAGE the colours of `theme`."""
+    """Return CSS that sets the variables of `PAGE_THEME` to the colours of `theme`."""
     plain = [
         f"--{name.replace('_', '-')}:{getattr(theme, name)}" for name in theme.__struct_fields__ if name != "series"
     ]
@@ -78,5 +78,6 @@ def css_variables(theme: Theme) -> str:
 
 
 def adaptive_css() -> str:
-    """CSS that gives PAGE the colours of the reader's screen, light or dark."""
-    return f":root{{{css_variables(LIGHT_THEME)}}}@media (prefers-color-scheme:dark){{:root{{{css_variables(DARK_THEME)}}}}}"
+    """Return CSS that sets the variables of `PAGE_THEME` by the reader's colour scheme, light or dark."""
+    light, dark = css_variables(LIGHT_THEME), css_variables(DARK_THEME)
+    return f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"

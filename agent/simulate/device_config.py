@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from agent.config import ReplaySource
+from agent.config.sources import ReplaySource
 from agent.simulate.plan import SimulatedSite, SimulationPlan
 
 

@@ -50,7 +50,7 @@ class SimulationRequest(msgspec.Struct, frozen=True):
 
 
 def run(home: Path, request: SimulationRequest, announce: ProgressCallback) -> dict[str, Any]:
-    """The report, as contract section 11 has it, without `seconds`. Raises OutstationError."""
+    """Return the report of `fleet simulate --json`, without `seconds`. Raises OutstationError."""
     if request.rollout is None:
         return _run_steady(home, request, announce)
     about = read_target(request.rollout)

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.config import RecordingFilter, ReplayFault
+from agent.config.sources import RecordingFilter, ReplayFault
 from agent.errors import UsageError
 from agent.model.bundle import builtin
 

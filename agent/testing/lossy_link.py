@@ -15,8 +15,7 @@ import msgspec
 
 from agent.clock import ClockReading
 from agent.errors import LinkDown
-from agent.transport.compressed import decompress
-from agent.transport.packets import NO_SUBSCRIBERS, IncomingMessage, OutgoingMessage, PublishReceipt
+from agent.transport.packets import NO_SUBSCRIBERS, IncomingMessage, OutgoingMessage, PublishReceipt, decompress
 
 _STEP_S = 0.1
 _WALL_CLOCK_START_US = 1_795_000_000_000_000

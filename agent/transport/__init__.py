@@ -1,1 +1,1 @@
-"""transport."""
+"""MQTT and TLS. The only importer of paho."""

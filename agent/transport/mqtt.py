@@ -1,8 +1,8 @@
-"""One MQTT 5 connection: bytes in, bytes out. The only importer of paho; owned by one thread.
+"""MQTT 5 connection: bytes in, bytes out. The only importer of paho; owned by one thread.
 
-A link is opened, used and dropped: after LinkDown a new one is made, so nothing is ever queued in memory for the next
-connection. Window and packet size the broker asked for are in `window` and `max_packet`; keeping to them is the
-caller's part, because only the caller knows what may wait.
+A link is opened, used and dropped. After LinkDown the caller opens a new one, so no message is queued in memory for the
+next connection. `window` and `max_packet` are the broker's limits. The caller enforces them, because only the caller
+knows which messages can wait.
 """
 
 from __future__ import annotations
@@ -28,18 +28,17 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from agent.config import BrokerConfig
 from agent.errors import LinkDown
 from agent.transport import tls
-from agent.transport.compressed import decompress
-from agent.transport.packets import JSON, IncomingMessage, OutgoingMessage, PublishReceipt
+from agent.transport.packets import JSON, IncomingMessage, OutgoingMessage, PublishReceipt, decompress
 from agent.wire.messages import MAX_PAYLOAD
 
 _MAX_WINDOW = 100
 _KEEP_ALIVE_S = 60
-# Of what is sent to us: the longest payload with its signature. A longer packet would be in memory whole.
+# Largest packet the broker may send: a payload with its signature. A longer one would be in memory as a whole.
 _MAX_PACKET_BYTES = MAX_PAYLOAD + (64 << 10)
-# What paho's parsers raise on bytes that are no MQTT.
+# Errors of paho's parsers on malformed packets.
 _PARSE_ERRORS = (ValueError, LookupError, AssertionError, struct.error, MQTTException)
-# What a signal may raise anywhere. paho takes some locks without `with`: cut off there, it would wait for itself at its
-# next step, so that it gets none.
+# Exceptions that a signal handler can raise anywhere. paho takes some locks without `with`: interrupted there, its next
+# step would deadlock, so there is no next step.
 _INTERRUPTS = (KeyboardInterrupt, SystemExit)
 
 
@@ -49,7 +48,7 @@ class _Handshake(msgspec.Struct):
 
 
 class _PahoLog:
-    """What paho only logs, such as the TLS alert that ended a connection. Most is never formatted."""
+    """Logger that keeps paho's last error, such as a TLS alert. Other records stay unformatted."""
 
     def __init__(self) -> None:
         self.last_error = ""
@@ -96,7 +95,7 @@ class Link:
             raise
 
     def send(self, message: OutgoingMessage) -> int:
-        """Hand one message to the connection; the Receipt with this token follows from `receive`."""
+        """Send one message and return its token; `receive` returns the receipt with this token."""
         properties = Properties(PacketTypes.PUBLISH)
         properties.ContentType = message.content_type
         if message.properties:
@@ -117,7 +116,7 @@ class Link:
         return info.mid
 
     def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]:
-        """What came within `timeout_s`; returns early on the first events or a `wake`."""
+        """Return the events of up to `timeout_s`; return early on the first ones or on `wake`."""
         self._tick(timeout_s)
         events, self._events = self._events, []
         if not events and self._lost_reason is not None:
@@ -125,7 +124,7 @@ class Link:
         return events
 
     def acknowledge(self, delivery: IncomingMessage) -> None:
-        """Tell the broker that `delivery` is in our hands (PUBACK)."""
+        """Confirm `delivery` to the broker (PUBACK)."""
         if delivery.qos:
             try:
                 self._client.ack(delivery.mid, delivery.qos)
@@ -134,12 +133,12 @@ class Link:
                 raise
 
     def wake(self) -> None:
-        """End a waiting `receive`; safe from any thread."""
+        """End a waiting `receive`. Safe from any thread."""
         with contextlib.suppress(OSError):
             self._wake_sender.send(b"!")
 
     def close(self) -> None:
-        """Leave with a DISCONNECT, so that the broker drops the Will."""
+        """Send DISCONNECT and close, so that the broker drops the Will."""
         try:
             if self._lost_reason is None:
                 self._client.disconnect()
@@ -149,7 +148,7 @@ class Link:
             self._release()
 
     def drop(self) -> None:
-        """Cut the connection without a word, so that the broker publishes the Will."""
+        """Cut the connection without DISCONNECT, so that the broker publishes the Will."""
         self._release()
 
     def _make_client(self, broker: BrokerConfig, client_id: str, will: OutgoingMessage | None) -> mqtt.Client:
@@ -160,7 +159,7 @@ class Link:
             reconnect_on_failure=False,
             manual_ack=True,
         )
-        # 0 = unlimited: our own window is the limit, and paho's bookkeeping scans its queue on each PUBACK.
+        # 0 is unlimited: the caller keeps to the window, and paho would scan its queue on each PUBACK.
         client.max_inflight_messages_set(0)
         client.connect_timeout = 10.0
         client.on_connect = self._on_connect
@@ -202,7 +201,7 @@ class Link:
             raise LinkDown(f"{broker.url}: refused: {self._handshake.connected}")
 
     def _subscribe(self, filters: Sequence[str], timeout_s: float) -> None:
-        # MQTT forbids `no local` on a shared subscription.
+        # MQTT 5 forbids No Local on a shared subscription (3.8.3.1).
         options = [(topic, SubscribeOptions(qos=1, noLocal=not topic.startswith("$share/"))) for topic in filters]
         self._client.subscribe(options)
         self._wait_until(lambda: bool(self._handshake.subscribed), timeout_s, "no SUBACK")
@@ -220,7 +219,7 @@ class Link:
             self._tick(0.2)
 
     def _tick(self, timeout_s: float) -> None:
-        """One turn of paho's loop on our own poll, so that `wake` can end it."""
+        """Run paho's loop once on our own poll, so that `wake` can end it."""
         sock: Any = self._client.socket()
         if sock is None:
             self._lost_reason = self._lost_reason or "connection closed"
@@ -256,7 +255,7 @@ class Link:
         if sock is not None:
             sock.close()
         self._client.on_disconnect = None
-        # paho closes its own wake-up sockets only when it is dropped with them reset.
+        # paho closes its own wake-up sockets only after they were reset.
         self._client._reset_sockets()
         self._wake_sender.close()
         self._wake_receiver.close()

@@ -1,4 +1,4 @@
-"""The TLS settings of a connection to the broker, and what its own certificate has to do with a failure."""
+"""TLS settings of a broker connection, and a note on an expired client certificate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from agent.errors import LinkDown
 
 
 class SelfClosingSocket(ssl.SSLSocket):
-    """Closes itself when the handshake fails: paho drops the socket and leaves that to the garbage collector."""
+    """Socket that closes itself when the handshake fails; paho would leave it to the garbage collector."""
 
     def do_handshake(self, block: bool = False) -> None:
         try:
@@ -22,7 +22,10 @@ class SelfClosingSocket(ssl.SSLSocket):
 
 
 def create_context(broker: BrokerConfig) -> ssl.SSLContext:
-    """Verifies the broker, and shows our certificate where there is one. Raises LinkDown for files of no use."""
+    """Return a context that verifies the broker and presents the client certificate, if any.
+
+    Raises LinkDown if a file cannot be used.
+    """
     try:
         made = ssl.create_default_context(cafile=broker.ca_file)
         made.sslsocket_class = SelfClosingSocket
@@ -38,13 +41,14 @@ def create_context(broker: BrokerConfig) -> ssl.SSLContext:
 
 
 def describe_expiry(broker: BrokerConfig) -> str:
-    """That our certificate has ended, by this machine's clock; else nothing.
+    """Return a note if the client certificate has expired by this machine's clock, else "".
 
-    A broker that refuses a certificate closes while we still send, and its reason is mostly lost with that.
+    A broker that refuses a certificate closes the connection while the client still sends, which mostly loses the
+    reason.
     """
     if not (broker.tls and broker.cert_file):
         return ""
-    # Costs 30 ms and several MB: only for those whose connection failed.
+    # The import costs 30 ms and several MB: only after a failed connection.
     from cryptography import x509
 
     try:
@@ -53,4 +57,4 @@ def describe_expiry(broker: BrokerConfig) -> str:
         return ""
     if end > datetime.now(UTC):
         return ""
-    return f"; the certificate {broker.cert_file} ended on {end:%Y-%m-%d}, put a new one in its place"
+    return f"; the certificate {broker.cert_file} expired on {end:%Y-%m-%d}; replace it"

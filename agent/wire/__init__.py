@@ -1,6 +1,6 @@
-"""What crosses the air, used by both sides; pure, no I/O except for key files.
+"""Wire format shared by devices and the fleet; pure, no I/O except for key files.
 
-topics     the topic tree            jws    detached signatures over exact payload bytes
-messages   payloads as typed values  keys   Ed25519 keys, thumbprints, key files
-                                     curve  which 32 bytes can be a key of somebody
+topics         topic tree, table of kinds      jws    detached signatures over exact payload bytes
+messages       payload structs, verification   keys   Ed25519 keys, thumbprints, key files
+runs           run-length encoded columns      key_rotation, commands, desired_state
 """

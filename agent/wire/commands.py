@@ -1,19 +1,19 @@
-"""The commands an operator can send, and how long one may be valid: what both ends must agree on."""
+"""Operator commands: names, arguments and limits, shared by operators and devices."""
 
 from __future__ import annotations
 
 import msgspec
 
-# `expires` less `issued`: what a copied command can still do after a store was restored ends with it.
+# Longest time from `issued` to `expires`. It bounds how long a copied command works on a restored store.
 MAX_LIFETIME_S = 24 * 3600
-# A command is a few hundred bytes, one with labels more. This much is looked at, no more.
+# Devices reject a larger command unread. A command with labels is the longest.
 MAX_COMMAND_BYTES = 16_384
 MAX_ARGUMENT_LENGTH = 12_000
 DEFAULT_SCHEDULE = "default"
 
 
 class CommandArguments(msgspec.Struct, frozen=True):
-    """The members of `args`, all of them texts, in the order a person writes them."""
+    """Members of `args`, all texts, in the order of the command line."""
 
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
@@ -26,25 +26,25 @@ COMMANDS: dict[str, CommandArguments] = {
     "report": CommandArguments(),
     "set-schedule": CommandArguments(("task", "schedule")),
     "rollback": CommandArguments(("task",)),
-    "learn": CommandArguments(("task",), ("for",)),
+    "relearn": CommandArguments(("task",), ("for",)),
     "reset-reference": CommandArguments(("task",)),
-    # `labels`: JSON, as the columns of a line at the intake.
+    # `labels`: JSON columns, as in a label line at the intake.
     "label": CommandArguments(("task", "labels")),
     "rotate-key": CommandArguments(),
     "wipe": CommandArguments((), ("confirm",)),
 }
-# Not obeyed while the device cannot tell whether they have expired.
+# Refused while the clock is unsynced, because the device cannot tell whether they have expired.
 CLOCK_DEPENDENT = frozenset({"rollback", "rotate-key", "wipe"})
 
 
 def check_args(name: str, args: dict[str, str]) -> None:
-    """Raises ValueError, with what to do, where `name` is no command or `args` are not its arguments."""
+    """Check the name and arguments of a command. Raises ValueError with the fix."""
     if name not in COMMANDS:
         raise ValueError(f"there is no command {name[:60]!r}; known are {', '.join(COMMANDS)}")
     known = COMMANDS[name]
-    missing = [one for one in known.required if one not in args]
+    missing = [argument for argument in known.required if argument not in args]
     if missing:
         raise ValueError(f"{name} needs {', '.join(missing)}")
-    beyond = sorted(set(args) - set(known.required) - set(known.optional))
-    if beyond:
-        raise ValueError(f"{name} takes no {', '.join(beyond)[:120]}")
+    unknown = sorted(set(args) - set(known.required) - set(known.optional))
+    if unknown:
+        raise ValueError(f"{name} takes no {', '.join(unknown)[:120]}")

@@ -1,4 +1,4 @@
-"""Detached JWS (RFC 7515 appendix F) over unencoded payload bytes (RFC 7797), Ed25519, bound to one topic.
+"""Message signatures: detached JWS (RFC 7515 appendix F, RFC 7797) with Ed25519, bound to one topic.
 
 Rules of `verify`, in order, all before the payload is parsed:
 - exactly one token, three parts, the middle one empty
@@ -34,7 +34,7 @@ class JwsHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Signer(msgspec.Struct, frozen=True):
-    """Who a key belongs to. `owner` is a device id, or a role such as `collector`."""
+    """A known key and its owner: a device id, or a role such as `collector`."""
 
     owner: str
     key: PublicKey
@@ -45,13 +45,16 @@ S = TypeVar("S", bound=Signer)
 
 
 def sign(key: SigningKey, topic: str, payload: bytes) -> str:
-    """The token for user property `jws`."""
+    """Return the token for user property `jws`."""
     head = _protected_header(key.public.kid, topic)
     return f"{head}..{b64url_encode(key.sign(head.encode() + b'.' + payload))}"
 
 
 def verify(tokens: Sequence[str], topic: str, payload: bytes, find_signer: Callable[[str], S | None]) -> S:
-    """The signer of `payload`; `find` maps a kid to a known signer. Raises Refused with the rule that failed."""
+    """Return the signer of `payload`. `find_signer` maps a kid to a known signer.
+
+    Raises MessageRefused that names the failed rule.
+    """
     header, protected, signature = _parse_token(tokens)
     signer = find_signer(header.kid)
     if signer is None:
@@ -68,7 +71,7 @@ def verify(tokens: Sequence[str], topic: str, payload: bytes, find_signer: Calla
 
 
 def claimed_kid(token: str) -> str:
-    """The kid a token names, unverified: to tell a person whose key to ask for. Raises Refused."""
+    """Return the unverified kid of a token, for messages to people. Raises MessageRefused."""
     return _parse_token([token])[0].kid
 
 
@@ -88,7 +91,7 @@ def _parse_token(tokens: Sequence[str]) -> tuple[JwsHeader, str, bytes]:
 
 @lru_cache(maxsize=1024)
 def _parse_header(text: str) -> JwsHeader:
-    """A signer's header is the same for all messages of a topic."""
+    # A signer's header is the same for all messages of a topic.
     data = b64url_decode(text)
     header = msgspec.json.decode(data, type=JwsHeader)
     check_strict_json(data)

@@ -1,8 +1,8 @@
-"""A device's change of its signing key: the `audit` message "key rotated", signed by the old key and proved by the new.
+"""Key rotation: the `audit` message "key rotated", signed by the old key, with a proof of possession by the new key.
 
-The old key says who the next one is, and the new key signs a statement that nothing else we sign can pass for, so
-that no device can name a key as its own which it does not hold. The message's place in the log is in the statement:
-above that seq the old key counts no more, up to it the old key counts for ever.
+The new key signs a statement with a prefix that no other signature has. A device therefore cannot claim a key it does
+not hold. The statement contains the message's place in the log: the old key stays valid up to that seq, and only the
+new key above it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _DOMAIN = "outstation key rotation v1"
 
 
 class KeyRotation(msgspec.Struct, frozen=True):
-    """In `log` of `device`, `old` (a kid) signs up to `seq`, and `new` from there on."""
+    """A rotation in `log` of `device`: `old_kid` signs up to `seq`, and `new_key` above it."""
 
     device: str
     log: str
@@ -33,37 +33,37 @@ class KeyRotation(msgspec.Struct, frozen=True):
 def build_evidence(
     fleet: str, device: str, log: str, seq: int, old_key: PublicKey, new_key: SigningKey
 ) -> dict[str, Any]:
-    """The `evidence` of the message that will be `seq` of `log`."""
+    """Build the `evidence` of the rotation message that will be `seq` of `log`."""
     proof = new_key.sign(_statement(fleet, device, log, seq, old_key.kid, new_key.public))
     return {"old": old_key.kid, "key": new_key.public.text, "proof": b64url_encode(proof)}
 
 
 def is_rotation_message(message: VerifiedMessage) -> bool:
-    """Whether it means to be one; its proof may fail."""
+    """Return True if the message claims to be a rotation; its proof is not checked."""
     return isinstance(message.body, AuditPayload) and message.body.event == ROTATION_EVENT
 
 
 def parse_rotation(message: VerifiedMessage) -> KeyRotation | None:
-    """What a verified message says about keys; None for every other message. Raises Refused where its proof fails."""
+    """Parse the rotation in a verified message; None for any other. Raises MessageRefused if its proof fails."""
     body = message.body
     if not isinstance(body, AuditPayload) or not is_rotation_message(message):
         return None
     old, text, proof = (body.evidence.get(name) for name in ("old", "key", "proof"))
     if old != message.signer.key.kid:
-        raise MessageRefused("rotation", "it names another old key than the one that signed it")
+        raise MessageRefused("rotation", "its old key is not the key that signed it")
     try:
         new = parse_public_key(str(text))
         new.verify(
             b64url_decode(str(proof)), _statement(message.topic.fleet, body.device, body.log, body.seq, old, new)
         )
     except (ValueError, InvalidSignature) as error:
-        why = str(error) or "its signature does not fit"
-        raise MessageRefused("rotation", f"the new key does not prove itself: {why}") from None
+        reason = str(error) or "its signature does not fit"
+        raise MessageRefused("rotation", f"the proof of the new key fails: {reason}") from None
     if new.kid == old:
         raise MessageRefused("rotation", "the new key is the old one")
     return KeyRotation(body.device, body.log, body.seq, old, new)
 
 
 def _statement(fleet: str, device: str, log: str, seq: int, old_kid: str, new: PublicKey) -> bytes:
-    # None of these can hold a line break: names, a UUID, a number, a kid and a key that have canonical spellings.
+    # No part can contain a line break: names, a UUID, a number, and canonical base64url.
     return "\n".join((_DOMAIN, fleet, device, log, str(seq), old_kid, new.text)).encode()

@@ -19,7 +19,14 @@ from cryptography.hazmat.primitives.serialization import (
 
 from agent import durable_files
 from agent.errors import UsageError
-from agent.wire import curve
+
+# The curve -x² + y² = 1 + dx²y² over the field of P elements.
+_P = 2**255 - 19
+_D = -121665 * pow(121666, -1, _P) % _P
+_SIGN_BIT = 1 << 255
+# y of the eight points whose order divides 8: 1, -1, 0 or one of these two.
+_ORDER_8_Y = 0x05FC536D880238B13933C6D305ACDFD5F098EFF289F4C345B027B2C28F95E826
+_SMALL_ORDER_Y = frozenset({0, 1, _P - 1, _ORDER_8_Y, _P - _ORDER_8_Y})
 
 
 def b64url_encode(data: bytes) -> str:
@@ -28,7 +35,7 @@ def b64url_encode(data: bytes) -> str:
 
 
 def b64url_decode(text: str) -> bytes:
-    """Inverse of `b64url`; only the one canonical spelling is taken. Raises ValueError."""
+    """Decode base64url in its one canonical spelling. Raises ValueError."""
     data = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
     if b64url_encode(data) != text:
         raise ValueError("not canonical base64url")
@@ -46,7 +53,7 @@ class PublicKey:
         object.__setattr__(self, "_key", Ed25519PublicKey.from_public_bytes(self.raw))
 
     def verify(self, signature: bytes, data: bytes) -> None:
-        """Raises cryptography's InvalidSignature."""
+        """Verify a signature. Raises cryptography's InvalidSignature."""
         self._key.verify(signature, data)
 
     @cached_property
@@ -81,39 +88,39 @@ class SigningKey:
 
 
 def parse_public_key(text: str) -> PublicKey:
-    """The key in a base64url text. Raises ValueError, also for keys that anybody can sign for."""
+    """Parse a base64url public key. Raises ValueError, also for keys that anybody can sign for."""
     raw = b64url_decode(text.strip())
     if len(raw) != 32:
         raise ValueError(f"an Ed25519 public key has 32 bytes, this one {len(raw)}")
-    curve.check_point(raw)
+    _check_point(raw)
     return PublicKey(raw)
 
 
 def generate(path: Path, *, write_public: bool = True) -> SigningKey:
-    """A new key, written to `path` as PKCS 8 PEM, mode 0600, with its public text beside it in `<path>.pub`.
+    """Generate a key and write it to `path` as PKCS 8 PEM, mode 0600, with the public half in `<path>.pub`.
 
-    Raises UsageError where a file is there already: a key is never overwritten.
+    Raises UsageError if the file exists: a key is never overwritten.
     """
     key = SigningKey(Ed25519PrivateKey.generate())
     pem = key.private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     try:
         durable_files.write_new(path, pem, 0o600)
     except FileExistsError:
-        raise UsageError(f"{path}: a key is there already; move it away first if it is to be replaced") from None
+        raise UsageError(f"{path}: a key exists already; move it away first to replace it") from None
     except OSError as error:
-        raise UsageError(f"{path}: a key cannot be written there: {error.strerror}") from None
+        raise UsageError(f"{path}: cannot write the key: {error.strerror}") from None
     if write_public:
         public_key_path(path).write_text(key.public.text + "\n", encoding="ascii")
     return key
 
 
 def public_key_path(path: Path) -> Path:
-    """Where the public half of the private key at `path` is."""
+    """Return the path of the public half of the private key at `path`."""
     return path.with_name(path.name + ".pub")
 
 
 def load_private(path: Path) -> SigningKey:
-    """The key in a PEM file. Raises UsageError that says what is wrong with the file."""
+    """Load a private key from a PEM file. Raises UsageError that says what is wrong with the file."""
     try:
         key = load_pem_private_key(path.read_bytes(), password=None)
     except FileNotFoundError:
@@ -126,9 +133,9 @@ def load_private(path: Path) -> SigningKey:
 
 
 def load_public_for(private_path: Path) -> PublicKey:
-    """The public half of the key at `private`: from the file beside it, so that the private one may lie elsewhere.
+    """Load the public half of the key at `private_path`. The private key itself may be on another machine.
 
-    Where only the private one is there, from that. Raises UsageError.
+    Without the `.pub` file the public half is computed from the private key. Raises UsageError.
     """
     file = public_key_path(private_path)
     try:
@@ -137,18 +144,18 @@ def load_public_for(private_path: Path) -> PublicKey:
         if private_path.exists():
             return load_private(private_path).public
         raise UsageError(
-            f"{file}: no such file, so what this key signs cannot be verified; copy it from where {private_path.name} was "
-            "made"
+            f"{file}: no such file, so signatures of this key cannot be verified; copy it from the machine that made "
+            f"{private_path.name}"
         ) from None
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{file}: holds no readable public key ({error}); copy it again from where {private_path.name} was made, or "
-            "delete it where that is beside it"
+            f"{file}: not a readable public key ({error}); copy it again from where {private_path.name} was made, "
+            f"or delete it if {private_path.name} is in the same folder"
         ) from None
 
 
 def load_public(text_or_path: str) -> PublicKey:
-    """A public key given as base64url text or as a file that holds it. Raises UsageError."""
+    """Load a public key given as base64url text or as a file that holds it. Raises UsageError."""
     try:
         return parse_public_key(text_or_path)
     except ValueError as not_a_key:
@@ -158,3 +165,23 @@ def load_public(text_or_path: str) -> PublicKey:
             raise UsageError(
                 f"{text_or_path}: neither a base64url Ed25519 key ({not_a_key}) nor a file with one ({error})"
             ) from None
+
+
+def _check_point(raw: bytes) -> None:
+    """Check that `raw` (32 bytes) is the canonical encoding of a point of large order (RFC 8032 section 5.1).
+
+    Libraries load any 32 bytes as a key. For a key of small order anybody can forge a signature that fits all messages
+    or one in eight. A point with two spellings has two thumbprints, so that revoking one leaves the other valid.
+    Raises ValueError.
+    """
+    y = int.from_bytes(raw, "little") & (_SIGN_BIT - 1)
+    if y >= _P:
+        raise ValueError("not a canonical Ed25519 public key: its coordinate exceeds the field; ask for the key again")
+    if y in _SMALL_ORDER_Y:
+        raise ValueError(
+            "an Ed25519 public key of small order: anybody can forge its signatures; ask for the key again"
+        )
+    # x² = (y² - 1) / (dy² + 1); a product is a square exactly where the quotient is.
+    square = (y * y - 1) * (_D * y * y + 1) % _P
+    if pow(square, (_P - 1) // 2, _P) != 1:
+        raise ValueError("not an Ed25519 public key: not a point on the curve; check that it was copied completely")

@@ -86,12 +86,11 @@ class ResultColumns(msgspec.Struct, frozen=True):
         for name, length in lengths.items():
             if length != count:
                 raise ValueError(f"column {name} has {length} entries, row has {count}")
-        # A run's first entry is in range by its type; its last one need not be.
-        rows, times = runs.bounds(self.row), runs.bounds(self.t)
-        if rows is not None and not (rows[0] >= 1 and rows[1] < 2**53):
-            raise ValueError(f"column row reaches from {rows[0]} to {rows[1]}, beyond row numbers")
-        if times is not None and not (times[0] >= -(2**63) and times[1] < 2**63):
-            raise ValueError(f"column t reaches from {times[0]} to {times[1]}, beyond 64 bits")
+        # Plain entries are in range by their type.
+        if count != len(self.row):
+            runs.check_range(self.row, 1, 2**53 - 1)
+        if isinstance(self.t, JitteredTimes) or count != len(self.t):
+            runs.check_range(self.t, -(2**63), 2**63 - 1)
 
     def __len__(self) -> int:
         return runs.count_entries(self.row)
@@ -127,8 +126,8 @@ class ResultsPayload(LoggedPayload, frozen=True, kw_only=True, tag="results"):
             raise ValueError(f"rows [{first},{last}] run backwards")
         if len(self.columns) > self.n:
             raise ValueError(f"{len(self.columns)} results listed, n says {self.n}")
-        listed = runs.bounds(self.columns.row)
-        if listed is not None and listed[0] < first:
+        smallest = runs.smallest_row(self.columns.row)
+        if smallest is not None and smallest < first:
             raise ValueError("a result's row lies before the rows of its message")
         if self.clocks is not None:
             begins = [clock[0] for clock in self.clocks]
@@ -158,7 +157,7 @@ class DriftPayload(LoggedPayload, frozen=True, kw_only=True, tag="drift"):
 
 
 class AlertPayload(LoggedPayload, frozen=True, kw_only=True, tag="alerts"):
-    alert: Literal["drift", "fault", "result", "model", "quality", "storage", "clock", "security"]
+    alert: Literal["drift", "fault", "model", "quality", "storage", "clock", "security"]
     subject: ShortText
     state: Literal["raised", "cleared"]
     severity: Severity
@@ -169,7 +168,7 @@ class AlertPayload(LoggedPayload, frozen=True, kw_only=True, tag="alerts"):
 
 
 class Metric(msgspec.Struct, frozen=True):
-    """A metric with its confidence interval. `slice` is empty for all results; a slice's `state`: ok, worse or small."""
+    """Metric with its confidence interval. `slice` is empty for all results; `state` of a slice: ok, worse, small."""
 
     metric: ShortText
     value: float | None

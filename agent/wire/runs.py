@@ -6,7 +6,7 @@ them. Every bound is checked before a run is expanded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 import msgspec
@@ -25,7 +25,7 @@ Label = Annotated[str, msgspec.Meta(max_length=4096)]
 # Runs are arrays in JSON. They are structs and no tuples, because msgspec 0.22 reads past the end of its own type
 # information where a union has both a number with limits and a tuple of fixed length.
 class RowRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Arithmetic run of `count` rows: `first`, `first + step`, …"""
+    """Arithmetic run of `count` rows that begins at `first`."""
 
     first: Row
     step: Step
@@ -33,7 +33,7 @@ class RowRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 
 
 class TimeRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Arithmetic run of `count` times: `first`, `first + step`, …, epoch µs."""
+    """Arithmetic run of `count` times that begins at `first`, epoch µs."""
 
     first: EpochMicroseconds
     step: Step
@@ -55,22 +55,36 @@ class JitteredTimes(msgspec.Struct, frozen=True):
     offsets: Annotated[list[Step], msgspec.Meta(max_length=MAX_RESULTS)]
 
 
+Run = RowRun | TimeRun | LabelRun
 Integers = Sequence[int | RowRun] | Sequence[int | TimeRun] | JitteredTimes
+_PLAIN = frozenset({int, str})
 
 
 def count_entries(column: Integers | Sequence[Label | LabelRun]) -> int:
     """Return how many entries a column has, without expanding it."""
     if isinstance(column, JitteredTimes):
         return len(column.offsets)
-    return sum(1 if isinstance(item, int | str) else item.count for item in column)
+    return len(column) + sum(run.count - 1 for run in _find_runs(column))
 
 
-def bounds(column: Integers) -> tuple[int, int] | None:
-    """Return the smallest and the largest entry, without expanding runs; None where there is none."""
-    ends: list[int] = []
-    for item in expand_integers(column) if isinstance(column, JitteredTimes) else column:
-        ends += (item,) if isinstance(item, int) else (item.first, item.first + item.step * (item.count - 1))
-    return (min(ends), max(ends)) if ends else None
+def check_range(column: Integers, low: int, high: int) -> None:
+    """Check the entries that types leave open: the end of a run, and jittered times. Raises ValueError."""
+    if isinstance(column, JitteredTimes):
+        last = column.first + column.step * (len(column.offsets) - 1)
+        ends = [end + offset for end in (column.first, last) for offset in _extremes(column.offsets)]
+    else:
+        ends = [run.first + run.step * (run.count - 1) for run in _find_runs(column) if not isinstance(run, LabelRun)]
+    for end in ends:
+        if not low <= end <= high:
+            raise ValueError(f"an entry reaches {end}, beyond {low} to {high}")
+
+
+def smallest_row(column: Sequence[Row | RowRun]) -> int | None:
+    """Return the smallest row without expanding runs, or None."""
+    runs = [run for run in _find_runs(column) if isinstance(run, RowRun)]
+    plain = column if not runs else [item for item in column if isinstance(item, int)]
+    ends = [end for run in runs for end in (run.first, run.first + run.step * (run.count - 1))]
+    return min([*plain, *ends], default=None)  # type: ignore[type-var,return-value]
 
 
 def expand_integers(column: Integers) -> list[int]:
@@ -97,3 +111,11 @@ def expand_labels(column: Sequence[Label | LabelRun]) -> list[str]:
         else:
             entries.extend([item.label] * item.count)
     return entries
+
+
+def _find_runs(column: Iterable[int | str | Run]) -> list[Run]:
+    return [item for item in column if type(item) not in _PLAIN]  # type: ignore[misc]
+
+
+def _extremes(values: Sequence[int]) -> tuple[int, ...]:
+    return (min(values), max(values)) if values else ()

@@ -9,7 +9,7 @@ import msgspec
 
 from agent.datasets.recordings import load
 from agent.device.intake.sources.recordings import Playlist
-from agent.device.uplink.session import _packet_size
+from agent.device.uplink.mqtt_sink import packet_size
 from agent.simulate.scenario import SCENARIOS
 from agent.wire.messages import ResultColumns
 from scripts.benchmarks import Report, Result, benchmark, device_task
@@ -32,7 +32,7 @@ def bytes_of_a_thousand_results() -> Report:
         sent = [message for message in device.store.unacknowledged_messages(0, 10_000) if "/results/" in message.topic]
         ours = []
         for device.author.compress in (False, True):
-            ours.append(sum(_carried(_packet_size(device.author.to_outgoing(message))) for message in sent))
+            ours.append(sum(_carried(packet_size(device.author.to_outgoing(message))) for message in sent))
         plain = sum(_carried(size) for message in sent for size in _singly(message.payload, message.topic))
     note = f"{len(sent)} signed messages; reference: unsigned JSON for each; both with TCP headers and PUBACK"
     kinds = (("air", note), ("air, compressed", f"with `[broker] compress = true`; {note}"))

@@ -18,8 +18,7 @@ import click
 import psutil
 
 from agent.config import BrokerConfig
-from agent.fleet.collector.collector import SESSION_EXPIRY_S
-from agent.fleet.collector.subscription import client_id, topic_filters
+from agent.fleet.collector.collector import SESSION_EXPIRY_S, client_id, topic_filters
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.testing.broker import MosquittoBroker

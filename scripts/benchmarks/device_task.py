@@ -16,7 +16,7 @@ from agent.bootstrap import tasks
 from agent.bootstrap.device import KEY_FILE, load_config, open_message_log, open_store
 from agent.config import BrokerConfig
 from agent.device.pipeline import batch
-from agent.device.pipeline.batch import LoadedTask
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store

@@ -10,7 +10,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from agent import clock, config
 from agent.config import BrokerConfig
 from agent.device.recovery.open import open_store
 from agent.device.store.message_log import MessageLog
+from agent.device.uplink.mqtt_sink import MqttSink
 from agent.device.uplink.uplink import Uplink
 from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
@@ -74,7 +74,9 @@ def outbox_to_broker() -> Result:
             confirmed = threading.Event()
             uplink = Uplink(
                 *(conf, store, author, None, clock.read, failures.append),
-                open_link=partial(_Counted, sent=SENT, confirmed=confirmed),
+                lambda topics, will: MqttSink(
+                    _Counted(conf.broker, "pi-07", subscribe=topics, will=will, sent=SENT, confirmed=confirmed)
+                ),
             )
             running.append(uplink)
             uplink.start()

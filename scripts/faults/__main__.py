@@ -46,7 +46,7 @@ class Outcome(msgspec.Struct):
         return verdict.lost + (verdict.declared if self.fault.control else 0)
 
     def document(self) -> dict[str, Any]:
-        """As contract section 11 has it, and a little more."""
+        """Return the report of `scripts/torture --json`."""
         last = self.verdicts[-1] if self.verdicts else Verdict()
         return {
             "fault": self.fault.name,

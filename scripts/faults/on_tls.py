@@ -48,12 +48,12 @@ def _counting(log: Path, words: str) -> Callable[[], bool]:
 @fault(
     "device-certificate-expired",
     means="The device's TLS certificate ends; somebody puts a new one in its place. The daemon is not restarted.",
-    sees="`the certificate … ended on …, put a new one in its place` in the device's log, `offline`, later `online`",
+    sees="`the certificate … expired on …; replace it` in the device's log, `offline`, later `online`",
     setting=Setting(tls=True),
     patience_s=90.0,
 )
 def device_certificate_expired(world: World, rng: Random) -> None:
-    _with_expired(world, rng, world.device.home / "device.crt", _counting(world.device.log, "device.crt ended on"))
+    _with_expired(world, rng, world.device.home / "device.crt", _counting(world.device.log, "device.crt expired on"))
 
 
 @fault(

@@ -40,31 +40,44 @@ class _Step(msgspec.Struct, frozen=True):
 
 
 _STEPS = (
-    _Step("fetched", "before", "agent.device.rollout.supply:Supply.came", "a bundle was fetched and not yet verified"),
+    _Step(
+        "fetched",
+        "before",
+        "agent.device.rollout.supply:BundleSupply.on_fetched",
+        "a bundle was fetched and not yet verified",
+    ),
     _Step("in-probe", "in", "agent.model.sandbox.probe:probe", "a child process proves the bundle"),
     _Step(
-        "before-copy", "before", "agent.device.bundles.history:keep", "the bundle proved itself and was not yet copied"
+        "before-copy",
+        "before",
+        "agent.device.bundles.history:store_copy",
+        "the bundle proved itself and was not yet copied",
     ),
-    _Step("copied", "after", "agent.device.bundles.history:keep", "the copy is made and nothing was committed"),
+    _Step("copied", "after", "agent.device.bundles.history:store_copy", "the copy is made and nothing was committed"),
     _Step(
         "activating",
         "after",
-        "agent.device.rollout.transitions:begin_probation",
+        "agent.device.rollout.transitions:begin_canary",
         "the bundle's first commit is not yet done",
     ),
     _Step(
         "activated",
         "committed",
-        "agent.device.rollout.transitions:begin_probation",
+        "agent.device.rollout.transitions:begin_canary",
         "it is committed that the bundle runs, and it never ran",
     ),
     _Step(
         "settling",
         "after",
-        "agent.device.rollout.transitions:settle",
+        "agent.device.rollout.transitions:promote_canary",
         "the commit by which the bundle stays is not yet done",
     ),
-    _Step("settled", "committed", "agent.device.rollout.transitions:settle", "it is committed that the bundle stays"),
+    _Step(
+        "settled",
+        "committed",
+        "agent.device.rollout.transitions:promote_canary",
+        "it is committed that the bundle stays",
+    ),
 )
 _PHASES = {"shadow": "the bundle answers beside the one that runs", "probation": "the bundle is on probation"}
 

@@ -1,4 +1,4 @@
-"""What must hold after every fault: contract section 9, and the sensor's own ledger.
+"""Oracle: the promises that must hold after every fault, checked against the sensor's own ledger.
 
 - every row that was acknowledged has one result per task at the collector, or a signed message says that it is gone
 - no row has two results of a task; none comes that was not sent or was refused

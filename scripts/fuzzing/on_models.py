@@ -26,10 +26,10 @@ _AS_THE_DAEMON = """\
 import sys
 import numpy as np
 from agent.errors import BadBundle
-from agent.model.inference.runtime import Model
+from agent.model.inference.runtime import TfliteModel
 batch, threads = int(sys.argv[1]), int(sys.argv[2])
 try:
-    loaded = Model(sys.stdin.buffer.read(), batch, threads)
+    loaded = TfliteModel(sys.stdin.buffer.read(), batch, threads)
     low, high = loaded.input_range
     for count in (1, 3, batch, 500):
         loaded.invoke(np.random.default_rng(count).uniform(low, high, (count, *loaded.input_shape)).astype(np.float32))

@@ -66,12 +66,12 @@ def outcome(calls: list[list[bytes]]) -> tuple[list[int], dict[int, str], dict[s
     rows: dict[str, bytes] = {}
     for call in calls:
         for taken in reader.parse(call, first, NOW_US):
-            bad |= taken.bad
+            bad |= taken.rejected
             if taken.label_batch is not None:
                 numbers += taken.lines
-            if taken.checked is not None and len(taken.checked.rows):
+            if taken.validated is not None and len(taken.validated.rows):
                 numbers += sorted(set(taken.lines))
-                accepted = taken.checked.rows
+                accepted = taken.validated.rows
                 for i in range(len(accepted)):
                     row = b"".join(column[i].tobytes() for column in (accepted.t, *accepted.columns))
                     rows[taken.stream] = rows.get(taken.stream, b"") + row

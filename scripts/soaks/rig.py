@@ -18,10 +18,10 @@ from agent.bootstrap.device import load_config, open_store
 from agent.config import BrokerConfig
 from agent.device.intake.group_commit import GroupCommit
 from agent.device.intake.protocol import LineParser
+from agent.device.uplink.mqtt_sink import MqttSink
 from agent.errors import LinkDown
 from agent.fleet.audit.audit import AuditReport, audit
-from agent.fleet.collector.collector import Collector
-from agent.fleet.collector.subscription import topic_filters
+from agent.fleet.collector.collector import Collector, topic_filters
 from agent.fleet.database.sqlite import SqliteDatabase
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol, init_fleet
@@ -65,7 +65,10 @@ class Rig:
         file, conf = load_config(str(self._folder / "outstation.toml"))
         self.store = open_store(conf)
         self.daemon = build_daemon(
-            file, conf, self.store, now=self.air.now, open_link=self.air.connect, pause=self.air.advance
+            *(file, conf, self.store),
+            now=self.air.now,
+            open_sink=lambda topics, will: MqttSink(self.air.connect(None, DEVICE, subscribe=topics, will=will)),
+            pause=self.air.advance,
         )
         self._uplink = self.daemon._uplink
         self.sensor = Sensor(GroupCommit(self.store, conf.streams), LineParser(conf.streams), self.air, rate, commit_s)
@@ -164,9 +167,9 @@ class Sensor:
         self._lines, self._at = self._lines + 1, self._at + self._n
         self._due_s += self._commit_s
         for taken in self._reader.parse([line], self._lines, now.wall_us):
-            for number, reason in taken.bad.items():
+            for number, reason in taken.rejected.items():
                 self._group.reject(self, number, reason)
-            if taken.checked is not None:
-                self._group.add_rows(self, taken.stream, taken.checked, taken.lines, now)
+            if taken.validated is not None:
+                self._group.add_rows(self, taken.stream, taken.validated, taken.lines, now)
         self._group.advance(self, self._lines)
         self.accepted += self._group.commit(now)[self].accepted

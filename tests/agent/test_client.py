@@ -1,4 +1,4 @@
-"""The Python client: what `flush` says is safe is safe, and whoever cannot know says so."""
+"""Python client: exactly-once delivery, reconnects, replies."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def station(tmp_path: Path) -> Iterator[Station]:
 
 
 def counts(station: Station) -> list[int]:
-    found: list[int] = station.rows("machine").columns[1].tolist()
-    return found
+    values: list[int] = station.rows("machine").columns[1].tolist()
+    return values
 
 
 def number(client: Client, n: int) -> None:
@@ -82,7 +82,7 @@ def test_what_flush_says_is_on_the_disk(station: Station) -> None:
         assert client.flush() == FlushResult(0, [])
 
 
-def test_leaving_the_context_waits_until_all_is_safe_and_an_error_in_it_does_not(tmp_path: Path) -> None:
+def test_the_context_flushes_unless_an_error_is_raised(tmp_path: Path) -> None:
     with Station(conf(tmp_path, commit_every_s=0.3)) as station:
         with Client(station.socket) as client:
             number(client, 1)
@@ -95,7 +95,7 @@ def test_leaving_the_context_waits_until_all_is_safe_and_an_error_in_it_does_not
         assert time.monotonic() - began < 30
 
 
-def test_many_thousand_lines_do_not_wait_for_the_timer(tmp_path: Path) -> None:
+def test_many_lines_do_not_wait_for_the_commit_timer(tmp_path: Path) -> None:
     with Station(conf(tmp_path, commit_every_s=600)) as station:
         client = Client(station.socket)
         for n in range(40_000):
@@ -104,7 +104,7 @@ def test_many_thousand_lines_do_not_wait_for_the_timer(tmp_path: Path) -> None:
         client.close()
 
 
-def test_more_rejections_than_the_socket_holds_do_not_make_both_sides_wait_for_ever(station: Station) -> None:
+def test_many_rejections_do_not_deadlock(station: Station) -> None:
     with Client(station.socket, patience_s=20) as client:
         for _ in range(30_000):
             client.send("watch", ax="no number at all")
@@ -113,14 +113,14 @@ def test_more_rejections_than_the_socket_holds_do_not_make_both_sides_wait_for_e
     assert (got.accepted, len(got.rejected)) == (40_000, 30_000)
 
 
-def test_without_a_name_a_broken_connection_is_an_error_that_says_how_much_is_not_safe(tmp_path: Path) -> None:
+def test_an_unnamed_client_reports_unacknowledged_lines(tmp_path: Path) -> None:
     killable = Killable(tmp_path, commit_every_s=30)
     killable.start()
     client = Client(killable.socket)
     for n in range(7):
         number(client, n)
     killable.kill()
-    with pytest.raises(ConnectionError, match="7 lines are not acknowledged and may be sent again"):
+    with pytest.raises(ConnectionError, match="7 lines are not acknowledged; send them again"):
         client.flush()
     with pytest.raises(ConnectionError, match="8 lines are not acknowledged"):
         number(client, 7)
@@ -128,7 +128,7 @@ def test_without_a_name_a_broken_connection_is_an_error_that_says_how_much_is_no
 
 
 @pytest.mark.parametrize("name", [None, "g"])
-def test_an_agent_that_is_not_there_is_an_error_that_names_the_address(tmp_path: Path, name: str | None) -> None:
+def test_an_absent_daemon_is_an_error_with_the_address(tmp_path: Path, name: str | None) -> None:
     began = time.monotonic()
     with pytest.raises(ConnectionError, match=re.escape(str(tmp_path / "intake.sock"))):
         Client(tmp_path / "intake.sock", name=name, patience_s=0.3)
@@ -137,7 +137,7 @@ def test_an_agent_that_is_not_there_is_an_error_that_names_the_address(tmp_path:
         Client("127.0.0.1:1", name=name, patience_s=0.1)
 
 
-def test_with_a_name_the_client_waits_for_an_agent_that_starts_later(tmp_path: Path) -> None:
+def test_a_named_client_waits_for_the_daemon(tmp_path: Path) -> None:
     station = Station(conf(tmp_path))
     timer = threading.Timer(0.3, station.intake.start)
     timer.start()
@@ -149,7 +149,7 @@ def test_with_a_name_the_client_waits_for_an_agent_that_starts_later(tmp_path: P
     station.store.close()
 
 
-def test_with_a_name_lines_are_sent_again_and_taken_once_when_the_agent_comes_back(tmp_path: Path) -> None:
+def test_a_named_client_resends_each_line_exactly_once(tmp_path: Path) -> None:
     killable = Killable(tmp_path, commit_every_s=0.05)
     killable.start()
     with Client(killable.socket, name="g") as client:
@@ -177,14 +177,14 @@ def test_patience_ends(tmp_path: Path) -> None:
     client = Client(killable.socket, name="g", patience_s=0.4)
     number(client, 1)
     killable.kill()
-    with pytest.raises(ConnectionError, match="1 lines are not acknowledged and may be sent again"):
+    with pytest.raises(ConnectionError, match="1 lines are not acknowledged; send them again"):
         client.flush()
     killable.start()
     killable.kill()
     client.close()
 
 
-def test_a_row_whose_answer_got_lost_is_not_sent_again(tmp_path: Path) -> None:
+def test_a_row_with_a_lost_reply_is_not_resent(tmp_path: Path) -> None:
     again: list[bytes] = []
 
     def first(connection: socket.socket) -> None:
@@ -233,14 +233,14 @@ def test_an_agent_that_lost_count_is_followed(tmp_path: Path) -> None:
         client.close()
 
 
-def test_what_was_refused_is_sent_again_where_nobody_read_that_and_told_once_where_somebody_did(
+def test_rejected_lines_are_resent_only_if_the_rejection_was_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full, limit = [True], Store.limit_bytes
     monkeypatch.setattr(Store, "limit_bytes", lambda store: 4096 if full[0] else limit(store))
     with Station(conf(tmp_path)) as station, Client(station.socket, name="g") as client:
         with monkeypatch.context() as deaf:
-            deaf.setattr(client, "_read", lambda: None)
+            deaf.setattr(client, "_read_replies", lambda: None)
             number(client, 1)
             wait_for(lambda: station.commits > 0, "the first line is refused")
             full[0] = False
@@ -260,20 +260,20 @@ def test_what_was_refused_is_sent_again_where_nobody_read_that_and_told_once_whe
         assert station.failures == []
 
 
-def test_two_producers_with_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_a_second_producer_with_the_same_name_is_refused(tmp_path: Path) -> None:
     with Station(conf(tmp_path)) as station:
-        one = Client(station.socket, name="g")
-        number(one, 1)
-        one.flush()
+        first = Client(station.socket, name="g")
+        number(first, 1)
+        first.flush()
         with Client(station.socket, name="g") as other:
             number(other, 2)
             number(other, 3)
             other.flush()
         with pytest.raises(RuntimeError, match="another producer uses the name 'g'; give each its own"):  # noqa: PT012
             for n in range(4, 100):
-                number(one, n)
-                one.flush()
-        one.close()
+                number(first, n)
+                first.flush()
+        first.close()
         assert counts(station) == [1, 2, 3]
 
 
@@ -283,7 +283,7 @@ def test_a_name_has_1_to_64_characters(tmp_path: Path, name: str) -> None:
         Client(tmp_path / "intake.sock", name=name)
 
 
-def test_an_agent_that_does_not_answer_is_given_up_after_a_while(tmp_path: Path) -> None:
+def test_an_unresponsive_daemon_times_out(tmp_path: Path) -> None:
     held = threading.Event()
 
     def silent(connection: socket.socket) -> None:

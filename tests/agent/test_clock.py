@@ -1,4 +1,4 @@
-"""Two clocks: what has passed since boot, and what time it is with how far that can be trusted."""
+"""Clock readings and their quality."""
 
 from __future__ import annotations
 
@@ -30,14 +30,12 @@ def test_a_time_without_a_zone_is_not_guessed_at() -> None:
         clock.parse_rfc3339("2026-11-24T12:00:00")
 
 
-def test_a_wall_clock_before_the_latest_time_known_to_have_passed_is_unsynced() -> None:
+def test_a_wall_clock_before_a_known_time_is_unsynced() -> None:
     assert clock.read(time.time_ns() // 1000 + 3_600_000_000).quality == "unsynced"
     assert clock.read(0).quality in ("synced", "restored")
 
 
-def test_where_the_kernel_may_not_be_asked_timesyncds_marker_counts(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_timesyncds_marker_replaces_a_forbidden_adjtimex(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(clock, "_ADJTIMEX", lambda _: -1)
     monkeypatch.setattr(clock, "_TIMESYNCD_MARKER", tmp_path / "synchronized")
     assert clock.sync_error_us() is None
@@ -45,9 +43,7 @@ def test_where_the_kernel_may_not_be_asked_timesyncds_marker_counts(
     assert clock.sync_error_us() is not None
 
 
-def test_a_marker_that_is_half_a_day_old_vouches_for_nothing_and_a_younger_one_for_less_each_hour(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_error_of_a_marker_grows_until_it_expires(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     marker = tmp_path / "synchronized"
     marker.touch()
     monkeypatch.setattr(clock, "_ADJTIMEX", None)
@@ -60,7 +56,7 @@ def test_a_marker_that_is_half_a_day_old_vouches_for_nothing_and_a_younger_one_f
         assert error is None or error_s is None or abs(error / 1e6 - error_s) < 0.1
 
 
-def test_a_clock_that_was_set_while_it_was_looked_at_is_not_vouched_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_set_during_the_reading_is_not_synced(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [None, 10]
     monkeypatch.setattr(clock, "sync_error_us", lambda: answers.pop(0))
     assert clock.read().quality == "restored"

@@ -1,4 +1,4 @@
-"""Paths to one value in a JSON document."""
+"""Singular JSONPath queries."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ DOCUMENT = {"a": {"b c": [1, {"d": 2.5}], "é": "x"}, "0": None, "it's": True}
         ("$.a.é.deeper", MISSING),
     ],
 )
-def test_a_path_leads_to_one_value_or_to_none(text: str, value: object) -> None:
+def test_a_path_selects_one_value_or_none(text: str, value: object) -> None:
     assert find(DOCUMENT, parse(text)) == value
 
 
 @pytest.mark.parametrize("text", ["", "$.", "$..a", "a.", "$.a[*]", "$[01]", "$[-0]", "$['a]", "a b", "$.a[1:2]", "$?"])
 def test_what_is_no_path_to_one_value_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no path to a value"):
+    with pytest.raises(ValueError, match="is not a path to a value"):
         parse(text)
 
 

@@ -45,7 +45,7 @@ def finding(file: Path) -> tuple[int, dict[str, str]]:
     ("stream", "said"),
     [
         (HOST.format(field="memroy"), "the host has no 'memroy'; did you mean 'memory'?"),
-        (REPLAY.format(field="ax", file="nowhere.npz", more=""), "nowhere.npz: not readable as recordings"),
+        (REPLAY.format(field="ax", file="nowhere.npz", more=""), "nowhere.npz: cannot be read"),
         (REPLAY.format(field="heat", file=RECORDINGS, more=""), "has no heat; it has ax"),
         (REPLAY.format(field="ax", file=RECORDINGS, more=", subject = 999"), "the recordings have no subject 999"),
         (REPLAY.format(field="ax", file=RECORDINGS, more=", skip = 5"), "skip = 5: the recordings have no times"),

@@ -302,4 +302,4 @@ def test_collect_into_a_database_in_which_nobody_is_enrolled_says_so_at_its_star
 def test_collect_in_a_new_fleet_says_how_to_let_devices_in(folder: Path) -> None:
     said = first_words("--dir", folder)
     assert "no device is enrolled" in said
-    assert "let devices in: outstation fleet enrol DEVICE" in said
+    assert "enrol devices: outstation fleet enrol DEVICE" in said

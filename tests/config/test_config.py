@@ -1,4 +1,4 @@
-"""`outstation.toml`: every key of the contract is understood, and a mistake is named with its file, key and fix."""
+"""Device config: every key loads, and an error names the file, the key and the fix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from agent import config
 from agent.bootstrap.tasks import trusted_publishers
 from agent.cli import main
-from agent.config import Config, FilesSource, HostSource, ReplaySource, SocketSource, UpdatesConfig
+from agent.config import Config, UpdatesConfig, sources
+from agent.config.sources import FilesSource, HostSource, ReplaySource, SocketSource
 from agent.errors import ConfigError
 from agent.wire.keys import b64url_encode
 
@@ -74,7 +75,7 @@ def mistake(folder: Path, text: str) -> ConfigError:
     return caught.value
 
 
-def test_the_example_of_the_contract_means_what_its_comments_say(tmp_path: Path) -> None:
+def test_the_example_config(tmp_path: Path) -> None:
     conf = load(tmp_path, EXAMPLE)
     assert conf.device == config.DeviceConfig(id="pi-07", fleet="acme", data_dir="/var/lib/outstation")
     assert conf.data_dir == Path("/var/lib/outstation")
@@ -96,7 +97,7 @@ def test_the_example_of_the_contract_means_what_its_comments_say(tmp_path: Path)
     assert (task.stream, task.bundle, task.schedule, task.publish) == ("watch", "exercise", "every 60 s", "all")
 
 
-def test_what_may_be_left_out_has_the_contracts_defaults(tmp_path: Path) -> None:
+def test_keys_left_out_have_their_defaults(tmp_path: Path) -> None:
     conf, example = load(tmp_path, DEVICE + STREAM + TASK), load(tmp_path, EXAMPLE)
     assert conf.buffer == example.buffer
     assert conf.collector.delivery == "collector"
@@ -124,34 +125,32 @@ def test_what_may_be_left_out_has_the_contracts_defaults(tmp_path: Path) -> None
                 speed=2.5,
                 seed=7,
                 rows=9,
-                faults=[config.ReplayFault(kind="gain", fields=["ax"], from_row=5, amount=0.5)],
+                faults=[sources.ReplayFault(kind="gain", fields=["ax"], from_row=5, amount=0.5)],
             ),
         ),
     ],
 )
-def test_every_source_is_understood_and_its_paths_are_beside_the_config(
-    tmp_path: Path, source: str, expected: Any
-) -> None:
+def test_every_source_loads_with_absolute_paths(tmp_path: Path, source: str, expected: Any) -> None:
     got = load(tmp_path, DEVICE + STREAM + f"source = {source}\n").streams["watch"].source
     assert repr(got) == repr(expected).replace("{base}", str(tmp_path))
 
 
 @pytest.mark.parametrize("schedule", ["every 60 s", "*/5 * * * *", "when 500 rows"])
 @pytest.mark.parametrize("publish", ['"all"', '"changes"', '"summary"', "{ below_score = 0.6 }"])
-def test_every_way_to_run_and_publish_is_understood(tmp_path: Path, schedule: str, publish: str) -> None:
+def test_every_schedule_and_publish_policy_loads(tmp_path: Path, schedule: str, publish: str) -> None:
     task = load(tmp_path, DEVICE + STREAM + TASK + f'schedule = "{schedule}"\npublish = {publish}\n').tasks["exercise"]
     assert task.schedule == schedule
     assert task.publish == (config.PublishBelow(below_score=0.6) if "below" in publish else publish.strip('"'))
 
 
-def test_a_bundle_with_a_slash_is_a_path_beside_the_config_and_without_one_a_name(tmp_path: Path) -> None:
+def test_a_bundle_with_a_slash_is_a_path(tmp_path: Path) -> None:
     for written, meant in (("exercise", "exercise"), ("./exercise", str(tmp_path / "exercise")), ("/b/x", "/b/x")):
         text = DEVICE + STREAM + TASK.replace('"exercise"', f'"{written}"')
         assert load(tmp_path, text).tasks["exercise"].bundle == meant
 
 
 @pytest.mark.parametrize(
-    ("text", "key", "said"),
+    ("text", "key", "message"),
     [
         ('[borker]\nurl = "x"', "borker", "unknown key; did you mean 'broker'?"),
         ('[broker]\nulr = "x"', "broker.ulr", "unknown key; did you mean 'url'?"),
@@ -179,21 +178,21 @@ def test_a_bundle_with_a_slash_is_a_path_beside_the_config_and_without_one_a_nam
         ("[task.exercise]\nstream = 'x'", "task", "unknown key; did you mean 'tasks'?"),
     ],
 )
-def test_an_unknown_key_is_named_in_full_with_what_may_be_meant(tmp_path: Path, text: str, key: str, said: str) -> None:
+def test_an_unknown_key_is_named_with_a_suggestion(tmp_path: Path, text: str, key: str, message: str) -> None:
     error = mistake(tmp_path, DEVICE + text)
     assert error.key == key
-    assert said in error.problem
+    assert message in error.problem
     assert error.problem.startswith("unknown key")
 
 
 @pytest.mark.parametrize(
-    ("text", "key", "said"),
+    ("text", "key", "message"),
     [
         ('[buffer]\nmax_size = "1 GIGA"', "buffer.max_size", "'1 GIGA' must be a number with a unit: B, KB"),
         ("[buffer]\nmax_size = 1_000_000", "buffer.max_size", "1000000 must be a number with a unit"),
         ('[buffer]\nmax_size = "1000"', "buffer.max_size", "'1000' must be a number with a unit"),
         ('[buffer]\nmax_size = "-1 GiB"', "buffer.max_size", "must be a number with a unit"),
-        ('[buffer]\nmax_size = "100 KiB"', "buffer.max_size", "give at least 1 MiB"),
+        ('[buffer]\nmax_size = "100 KiB"', "buffer.max_size", "use at least 1 MiB"),
         ('[buffer]\ncommit_every = "1 sec"', "buffer.commit_every", "'1 sec' must be a number with a unit: ms, s, min"),
         ('[buffer]\nkeep_messages = "4000 d"', "buffer.keep_messages", "between 0 s and 3650 d"),
         ('[buffer]\nkeep_readings = "1 GiB"', "buffer.keep_readings", "must be a number with a unit"),
@@ -204,27 +203,31 @@ def test_an_unknown_key_is_named_in_full_with_what_may_be_meant(tmp_path: Path, 
         (
             '[broker]\nurl = "mqtt://broker"',
             "broker.url",
-            "would send in the clear; use mqtts://, or set allow_plaintext",
+            "is not encrypted; use mqtts://, or set allow_plaintext",
         ),
-        ('[broker]\nurl = "mqtts://b"\ncert_file = "x"', "broker.cert_file", "come together; give both or neither"),
+        ('[broker]\nurl = "mqtts://b"\ncert_file = "x"', "broker.cert_file", "belong together; set both or neither"),
         ("[broker]\nmax_message_bytes = 10", "broker.max_message_bytes", "expected `int` >= 2000"),
         ('[broker]\nmax_message_bytes = "120 KB"', "broker.max_message_bytes", "expected `int`, got `str`"),
         (
             '[collector]\ndelivery = "brocker"',
             "collector.delivery",
-            "'brocker' is no choice here; did you mean 'broker'?",
+            "'brocker' is not a valid choice; did you mean 'broker'?",
         ),
-        ('[intake]\ntcp = "0.0.0.0:7071"', "intake.tcp", "must be on loopback"),
-        ('[intake]\ntcp = "127.0.0.1"', "intake.tcp", "must be on loopback"),
-        ('[intake]\ntcp = "127.0.0.1:70710"', "intake.tcp", "must be on loopback"),
+        ('[intake]\ntcp = "0.0.0.0:7071"', "intake.tcp", "must be a loopback address"),
+        ('[intake]\ntcp = "127.0.0.1"', "intake.tcp", "must be a loopback address"),
+        ('[intake]\ntcp = "127.0.0.1:70710"', "intake.tcp", "must be a loopback address"),
         ("[streams]\nwatch = 3", "streams.watch", "expected `table`, got `int`"),
         ("[streams.watch]\nsource = { kind = 'socket' }", "streams.watch.fields", "this key is required; add it"),
         ("[streams.watch]\nfields = []", "streams.watch.fields", "expected `list` of length >= 1"),
-        (MADE.format("image = { width = 9, height = 9 }, sound = " + SOUND), "streams.a.source", "made of one of them"),
+        (
+            MADE.format("image = { width = 9, height = 9 }, sound = " + SOUND),
+            "streams.a.source",
+            "has both image and sound",
+        ),
         (
             MADE.format("image = { width = 9, height = 9 }") + "fields = [{ name = 'x' }]",
             "streams.a.fields",
-            "follow from the source's image or sound; remove them",
+            "are defined by the source's image or sound; remove them",
         ),
         (MADE.format("image = { width = 9, height = 9, scale = nan }"), "streams.a.source.image", "must be finite"),
         (MADE.format("image = { width = 9 }"), "streams.a.source.image.height", "this key is required; add it"),
@@ -232,16 +235,20 @@ def test_an_unknown_key_is_named_in_full_with_what_may_be_meant(tmp_path: Path, 
         (MADE.format("sound = " + SOUND.replace("8 }", "8, low = 9000 }")), "streams.a.source.sound", "within half"),
         ("[streams.watch]\nfields = ['ax']", "streams.watch.fields[0]", "expected `table`, got `str`"),
         ("[streams.Watch]\nfields = [{ name = 'ax' }]", "streams.Watch", "'Watch' must be 1-64 of a-z 0-9 . _ -"),
-        ("[streams.watch]\nfields = [{ name = 'a x' }]", "streams.watch.fields", "'a x' cannot name a field"),
-        ("[streams.watch]\nfields = [{ name = 't' }]", "streams.watch.fields", "'t' cannot name a field"),
-        ("[streams.watch]\nfields = [{ name = 'a' }, { name = 'a' }]", "streams.watch.fields", "declared twice"),
+        ("[streams.watch]\nfields = [{ name = 'a x' }]", "streams.watch.fields", "'a x' is not a valid field name"),
+        ("[streams.watch]\nfields = [{ name = 't' }]", "streams.watch.fields", "'t' is not a valid field name"),
+        ("[streams.watch]\nfields = [{ name = 'a' }, { name = 'a' }]", "streams.watch.fields", "duplicate field"),
         (
             "[streams.watch]\nfields = [{ name = 'a', min = 2, max = 1 }]",
             "streams.watch.fields",
             "min 2 is above max 1",
         ),
         ("[streams.watch]\nfields = [{ name = 'a', max = inf }]", "streams.watch.fields", "must be finite"),
-        ("[streams.watch]\nfields = [{ name = 'a', type = 'f16' }]", "streams.watch.fields[0].type", "no choice here"),
+        (
+            "[streams.watch]\nfields = [{ name = 'a', type = 'f16' }]",
+            "streams.watch.fields[0].type",
+            "not a valid choice",
+        ),
         (
             "[streams.watch]\nfields = [{ name = 'a', type = 'category', max = 1 }]",
             "streams.watch.fields",
@@ -250,7 +257,7 @@ def test_an_unknown_key_is_named_in_full_with_what_may_be_meant(tmp_path: Path, 
         (
             "[streams.watch]\nfields = [{ name = 'a', type = 'i64', optional = true }]",
             "streams.watch.fields",
-            "an i64 cannot be missing",
+            "type i64 cannot be optional",
         ),
         (
             STREAM + "source = { kind = 'serial' }",
@@ -279,7 +286,7 @@ def test_an_unknown_key_is_named_in_full_with_what_may_be_meant(tmp_path: Path, 
             STREAM
             + "source = { kind = 'replay', file = 'x', faults = [{ kind = 'swap', fields = ['ax'], from_row = 1 }] }",
             "streams.watch.source.faults",
-            "swap exchanges two fields, not 1; name two",
+            "swap needs two fields, not 1",
         ),
         (
             STREAM + "source = { kind = 'replay', file = 'x', faults = "
@@ -288,24 +295,28 @@ def test_an_unknown_key_is_named_in_full_with_what_may_be_meant(tmp_path: Path, 
             "quantize needs an amount above 0",
         ),
         (STREAM + "source = { kind = 'replay', file = 'x', speed = 0 }", "streams.watch.source.speed", "> 0"),
-        (STREAM + TASK.replace("watch", "wacth"), "tasks.exercise.stream", "no stream 'wacth'; did you mean 'watch'?"),
-        (TASK, "tasks.exercise.stream", "there is no stream 'watch'; there is none"),
+        (
+            STREAM + TASK.replace("watch", "wacth"),
+            "tasks.exercise.stream",
+            "unknown stream 'wacth'; did you mean 'watch'?",
+        ),
+        (TASK, "tasks.exercise.stream", "unknown stream 'watch'; there is none"),
         (STREAM + "[tasks.a]\nstream = 'watch'", "tasks.a.bundle", "this key is required; add it"),
         (STREAM + TASK.replace("exercise]", "Exercise]"), "tasks.Exercise", "must be 1-64 of a-z 0-9"),
-        (STREAM + TASK + "publish = 'al'", "tasks.exercise.publish", "'al' is no choice here; did you mean 'all'?"),
-        (STREAM + TASK + 'deadline = "0 s"', "tasks.exercise.deadline", "must be longer than nothing"),
+        (STREAM + TASK + "publish = 'al'", "tasks.exercise.publish", "'al' is not a valid choice; did you mean 'all'?"),
+        (STREAM + TASK + 'deadline = "0 s"', "tasks.exercise.deadline", "must be positive"),
         (STREAM + TASK + "deadline = 2", "tasks.exercise.deadline", "must be a number with a unit"),
         (STREAM + TASK + "learn_windows = 5", "tasks.exercise.learn_windows", "expected `int` >= 20"),
     ],
 )
-def test_a_mistake_is_named_with_its_key_and_the_fix(tmp_path: Path, text: str, key: str, said: str) -> None:
+def test_a_mistake_is_named_with_its_key_and_the_fix(tmp_path: Path, text: str, key: str, message: str) -> None:
     error = mistake(tmp_path, DEVICE + text)
     assert error.key == key
-    assert said in error.problem
+    assert message in error.problem
 
 
 @pytest.mark.parametrize("name", ["", "Pi", "pi 07", "pi/07", "pi+", "#", "-pi", ".pi", "p" * 65, "pí"])
-def test_a_device_or_fleet_whose_name_cannot_stand_in_a_topic_is_refused(tmp_path: Path, name: str) -> None:
+def test_an_invalid_device_or_fleet_name_is_refused(tmp_path: Path, name: str) -> None:
     assert mistake(tmp_path, f'[device]\nid = "{name}"\nfleet = "acme"\n').key == "device.id"
     assert mistake(tmp_path, f'[device]\nid = "pi"\nfleet = "{name}"\n').key == "device.fleet"
 
@@ -320,7 +331,7 @@ def test_sending_in_the_clear_can_be_allowed_by_hand(tmp_path: Path) -> None:
     assert load(tmp_path, text).broker.port == 1883
 
 
-def test_a_file_that_is_missing_unreadable_or_no_toml_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml: no such file; `outstation init` writes one"):
         config.load(tmp_path / "none.toml")
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
@@ -340,10 +351,10 @@ def test_a_wrong_config_is_one_line_on_stderr_and_exit_code_2(
         with pytest.raises(SystemExit) as ended:
             main([command, "-c", str(file)])
         assert ended.value.code == 2
-        said = capsys.readouterr()
-        assert said.out == ""
-        assert said.err == (
-            f"outstation: {file}: tasks.exercise.stream: there is no stream 'wacth'; did you mean 'watch'?\n"
+        message = capsys.readouterr()
+        assert message.out == ""
+        assert message.err == (
+            f"outstation: {file}: tasks.exercise.stream: unknown stream 'wacth'; did you mean 'watch'?\n"
         )
 
 
@@ -368,9 +379,7 @@ def test_what_is_no_quantity_is_refused(text: str) -> None:
         config.parse_duration(text)
 
 
-def test_the_file_is_the_one_named_then_the_environments_then_the_folders_then_the_systems(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_search_order_of_config_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OUTSTATION_CONFIG", raising=False)
     monkeypatch.chdir(tmp_path)
     assert config.find(None) == Path("/etc/outstation/outstation.toml")
@@ -381,14 +390,14 @@ def test_the_file_is_the_one_named_then_the_environments_then_the_folders_then_t
     assert config.find("/given.toml") == Path("/given.toml")
 
 
-def test_the_help_names_every_place_where_the_config_is_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_lists_all_config_locations(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["status", "--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "default $OUTSTATION_CONFIG, ./outstation.toml, /etc/outstation/outstation.toml." in said
+    message = " ".join(capsys.readouterr().out.split())
+    assert "default $OUTSTATION_CONFIG, ./outstation.toml, /etc/outstation/outstation.toml." in message
 
 
-def test_the_digest_names_what_decides_results_and_not_the_brokers_password(tmp_path: Path) -> None:
+def test_the_digest_ignores_the_brokers_password(tmp_path: Path) -> None:
     base = DEVICE + STREAM + TASK
     digest = config.digest(load(tmp_path, base))
     assert digest.startswith("sha256:")
@@ -412,26 +421,26 @@ TOML = st.lists(
 @example(DEVICE + "[buffer]\nmax_size = '" + "9" * 400 + " GiB'\n")
 @example(DEVICE + "[buffer]\ncommit_every = '" + "9" * 400 + " d'\n")
 @example(DEVICE + STREAM.replace('"ax"', '"ax", min = -inf'))
-def test_any_text_is_a_config_or_a_mistake_that_names_the_file(text: str) -> None:
+def test_any_text_loads_or_raises_an_error_with_the_file(text: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "outstation.toml"
         file.write_bytes(text.encode(errors="surrogatepass"))
         try:
             assert config.digest(config.load(file)).startswith("sha256:")
         except ConfigError as mistake:
-            said = str(mistake)
+            message = str(mistake)
         else:
             return
-    assert said.startswith(f"{file}: ")
+    assert message.startswith(f"{file}: ")
 
 
 @pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "x = " + "{a = " * 5_000])
-def test_a_config_that_is_nested_without_end_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+def test_a_deeply_nested_config_is_refused(tmp_path: Path, text: str) -> None:
     assert "nested too deep" in str(mistake(tmp_path, text))
 
 
 @pytest.mark.parametrize("key", [b64url_encode(bytes(32)), b64url_encode((1).to_bytes(32, "little"))])
-def test_a_config_whose_keys_anybody_can_sign_for_is_refused(tmp_path: Path, key: str) -> None:
+def test_small_order_keys_in_a_config_are_refused(tmp_path: Path, key: str) -> None:
     file = tmp_path / "outstation.toml"
     file.write_text(DEVICE + f'[publishers]\nkeys = ["{KEY}", "{key}"]\n')
     with pytest.raises(ConfigError, match=r"outstation\.toml: publishers\.keys: .* of small order"):
@@ -441,7 +450,7 @@ def test_a_config_whose_keys_anybody_can_sign_for_is_refused(tmp_path: Path, key
 UPDATES = '[updates]\nurl = "https://updates.example.org/acme"\n'
 
 
-def test_updates_come_from_a_server_or_a_folder_with_paths_beside_the_config(tmp_path: Path) -> None:
+def test_updates_from_a_server_or_a_folder(tmp_path: Path) -> None:
     base = DEVICE + STREAM
     assert load(tmp_path, base).updates is None
     plain = load(tmp_path, base + UPDATES.replace("acme", "acme/")).updates
@@ -451,11 +460,15 @@ def test_updates_come_from_a_server_or_a_folder_with_paths_beside_the_config(tmp
     every = (
         'ca_file = "ca.pem"\nroot = "/r.json"\npoll_interval = "1 h"\nwindow = "22:30-05:00"\nmax_rate = "512 KiB"\n'
     )
-    found = load(tmp_path, base + UPDATES + every + 'max_size = "8 MiB"\n').updates
-    assert found is not None
-    assert (found.ca_file, found.root) == (str(tmp_path / "ca.pem"), "/r.json")
-    assert found.window_minutes == (22 * 60 + 30, 5 * 60)
-    assert (float(found.poll_interval), found.max_rate, int(found.max_size)) == (3600, config.Size(512 << 10), 8 << 20)
+    loaded = load(tmp_path, base + UPDATES + every + 'max_size = "8 MiB"\n').updates
+    assert loaded is not None
+    assert (loaded.ca_file, loaded.root) == (str(tmp_path / "ca.pem"), "/r.json")
+    assert loaded.window_minutes == (22 * 60 + 30, 5 * 60)
+    assert (float(loaded.poll_interval), loaded.max_rate, int(loaded.max_size)) == (
+        3600,
+        config.Size(512 << 10),
+        8 << 20,
+    )
     folder = load(tmp_path, base + '[updates]\nurl = "stick/acme"\n').updates
     assert folder is not None
     assert folder.is_folder
@@ -465,16 +478,16 @@ def test_updates_come_from_a_server_or_a_folder_with_paths_beside_the_config(tmp
 @pytest.mark.parametrize(
     ("text", "key", "problem"),
     [
-        ('url = "http://updates.example.org"', "url", "would fetch in the clear"),
+        ('url = "http://updates.example.org"', "url", "is not encrypted"),
         ('url = "ftp://updates.example.org"', "url", "is neither https"),
         ('url = "https://"', "url", "is neither https"),
         ('url = "https://user:secret@host/"', "url", "is neither https"),
         ('url = "https://host:x/"', "url", "is neither https"),
         ('url = "https://host/?a=b"', "url", "is neither https"),
         ('url = ""', "url", "is empty"),
-        ('url = "https://h"\nwindow = "1:00-5:00"', "window", "is no time of day"),
-        ('url = "https://h"\nwindow = "01:00-24:00"', "window", "is no time of day"),
-        ('url = "https://h"\nwindow = "01:00-01:00"', "window", "is no time of day"),
+        ('url = "https://h"\nwindow = "1:00-5:00"', "window", "is not a time range"),
+        ('url = "https://h"\nwindow = "01:00-24:00"', "window", "is not a time range"),
+        ('url = "https://h"\nwindow = "01:00-01:00"', "window", "is not a time range"),
         ('url = "https://h"\npoll_interval = "1 s"', "poll_interval", "between 60 s and 30 d"),
         ('url = "https://h"\nmax_rate = "1 B"', "max_rate", "must be at least 1024 B"),
         ('url = "https://h"\nmax_size = "0 B"', "max_size", "at most 256 MiB"),
@@ -482,14 +495,14 @@ def test_updates_come_from_a_server_or_a_folder_with_paths_beside_the_config(tmp
         ('url = "https://h"\nmax_rat = "1 MiB"', "max_rat", "did you mean 'max_rate'?"),
     ],
 )
-def test_updates_that_cannot_work_are_named(tmp_path: Path, text: str, key: str, problem: str) -> None:
-    found = mistake(tmp_path, DEVICE + STREAM + f"[updates]\n{text}\n")
-    assert found.key == f"updates.{key}"
-    assert problem in found.problem
+def test_invalid_updates_are_named(tmp_path: Path, text: str, key: str, problem: str) -> None:
+    loaded = mistake(tmp_path, DEVICE + STREAM + f"[updates]\n{text}\n")
+    assert loaded.key == f"updates.{key}"
+    assert problem in loaded.problem
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:8080/acme", "http://localhost", "http://[::1]:80/x"])
-def test_updates_in_the_clear_are_for_loopback_and_who_allows_them(tmp_path: Path, url: str) -> None:
+def test_unencrypted_updates_need_loopback_or_permission(tmp_path: Path, url: str) -> None:
     assert load(tmp_path, DEVICE + STREAM + f'[updates]\nurl = "{url}"\n').updates is not None
     allowed = '[updates]\nurl = "http://updates.example.org"\nallow_plaintext = true\n'
     assert load(tmp_path, DEVICE + STREAM + allowed).updates is not None
@@ -501,7 +514,7 @@ def test_where_updates_come_from_decides_no_result(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("group", ["_all", "Roof", "a/b", ""])
-def test_a_group_that_cannot_stand_in_a_topic_is_refused(tmp_path: Path, group: str) -> None:
+def test_an_invalid_group_name_is_refused(tmp_path: Path, group: str) -> None:
     file = tmp_path / "outstation.toml"
     file.write_text(f'[device]\nid = "pi-07"\nfleet = "acme"\ngroups = ["roof", "{group}"]\n', encoding="utf-8")
     with pytest.raises(ConfigError, match=r"device\.groups"):

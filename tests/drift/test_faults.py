@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from itertools import pairwise
 from random import Random
@@ -16,10 +15,10 @@ from numpy.typing import NDArray
 
 from agent.drift import DriftMonitor, DriftState, build_reference
 from agent.drift.baseline import summary as summaries
+from agent.drift.baseline.extremes import Extremes
 from agent.drift.baseline.reference import Reference
+from agent.drift.baseline.runs import Tail
 from agent.drift.baseline.summary import Summary, stack_one
-from agent.drift.detectors.extremes import Extremes
-from agent.drift.detectors.runs import Tail
 from agent.drift.faults import faults
 from agent.drift.faults.faults import Fault
 from tests.kit.machine import FIELDS, LABELS, ROWS, WINDOW, Readings, feed, readings, reference
@@ -228,18 +227,6 @@ def test_rest_and_faster_moves_are_no_coarser_converter(shipped: Reference, lear
         rows = factor * readings(33, 1).features.astype(np.float64)
         summary, _ = Summary.empty(shipped).add_rows(shipped, rows, Tail.empty(3))
         assert faults.detect_coarsening(summary, learned.site_reference).tolist() == [0, 0, 0]
-
-
-def test_a_reference_learned_before_steps_were_counted_still_serves(shipped: Reference, learned: DriftState) -> None:
-    site = learned.site_reference
-    assert site is not None
-    assert site.site is not None
-    old = json.loads(site.to_json())
-    del old["site"]["steps"]
-    known = Reference.from_json(json.dumps(old).encode())
-    summary, _ = Summary.empty(shipped).add_rows(shipped, np.round(readings(20, 1).features), Tail.empty(3))
-    assert faults.detect_coarsening(summary, known).tolist() == [0, 0, 0]
-    assert (faults.detect_coarsening(summary, site) > 0).any()
 
 
 @given(st.lists(st.integers(0, 40), max_size=5))

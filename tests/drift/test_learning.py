@@ -8,6 +8,7 @@ import pytest
 from agent.drift import DriftMonitor, build_reference
 from agent.drift.baseline.learning import MAX_BYTES, MAX_WINDOWS, MIN_RETAINED_WINDOWS, LearningState
 from agent.drift.baseline.summary import Summary, summarize
+from agent.drift.detectors.detector import Task
 from tests.kit.machine import LABELS, WINDOW, feed, readings, reference
 
 YEAR_US = 365 * 86_400_000_000
@@ -27,7 +28,7 @@ def test_a_task_that_learns_from_more_windows_than_are_kept_learns_all_the_same(
     assert MAX_WINDOWS // 2 <= state.site_reference.drift_windows <= MAX_WINDOWS
 
 
-def wide(fields: int, classes: int) -> tuple[LearningState, Summary]:
+def wide(fields: int, classes: int) -> tuple[LearningState, Summary, Task]:
     rng = np.random.default_rng(1)
     rows = rng.normal(size=(30 * 40 * 20, fields)).astype(np.float32)
     starts = np.arange(0, len(rows), 20)
@@ -36,17 +37,17 @@ def wide(fields: int, classes: int) -> tuple[LearningState, Summary]:
     known = tuple(f"c{i}" for i in range(classes))
     shipped = build_reference(rows, starts, 20, labels, None, 40, fields=names, labels=known)
     whole = rows[: 40 * 20].astype(np.float64)
-    return LearningState.empty(shipped), summarize(shipped, whole, starts[:40], labels[:40], None)
+    return LearningState.empty(shipped), summarize(shipped, whole, starts[:40], labels[:40], None), shipped.task
 
 
 def test_what_is_gathered_stays_small_enough_to_be_committed_however_many_fields_and_classes_there_are() -> None:
-    learning, window = wide(24, 20)
+    learning, window, task = wide(24, 20)
     kept, most = [], 0
     for number in range(200):
-        learning = learning.add(window, windowed=True, t=(number * 1000, number * 1000 + 999))
+        learning = learning.add(window, task, t=(number * 1000, number * 1000 + 999))
         kept.append(learning.windows)
         most = max(most, len(learning.to_bytes()))
-    assert learning.window_count == 200
+    assert learning.total_windows == 200
     assert max(kept) <= MIN_RETAINED_WINDOWS
     assert min(kept[MIN_RETAINED_WINDOWS:]) >= MIN_RETAINED_WINDOWS // 2
     assert most < 3 * MAX_BYTES
@@ -54,11 +55,11 @@ def test_what_is_gathered_stays_small_enough_to_be_committed_however_many_fields
 
 def timed(*spans: tuple[int, int, int]) -> LearningState:
     """Windows one after the other of (how many, begin, length) µs."""
-    learning, window = wide(2, 1)
+    learning, window, task = wide(2, 1)
     for count, begin, length in spans:
         for number in range(count):
             t = begin + number * length
-            learning = learning.add(window, windowed=True, t=(t, t + length - 1))
+            learning = learning.add(window, task, t=(t, t + length - 1))
     return learning
 
 
@@ -78,7 +79,7 @@ def test_time_that_was_watched_is_that_of_the_readings_whatever_the_clock_does()
     within = timed((10, YEAR_US, MINUTE_US), (1, YEAR_US + 10 * MINUTE_US, YEAR_US), (20, 2 * YEAR_US, MINUTE_US))
     assert within.observed_s < 40 * 60
     many = timed((MAX_WINDOWS + 100, YEAR_US, MINUTE_US))
-    assert many.windows < many.window_count
+    assert many.windows < many.total_windows
     assert many.observed_s == pytest.approx((MAX_WINDOWS + 100) * 60, rel=0.05)
 
 
@@ -107,7 +108,7 @@ def test_where_what_was_gathered_is_damaged_it_is_gathered_anew_and_nothing_else
 ) -> None:
     state, _ = feed(judge, judge.start(), readings(6, 10))
     again = judge.restore(judge.to_bytes(state), damaged)
-    assert (again.index, again.last_counted_row, again.learning.window_count) == (
+    assert (again.index, again.last_counted_row, again.learning.total_windows) == (
         state.index,
         state.last_counted_row,
         0,

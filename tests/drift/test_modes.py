@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from agent.config import FieldConfig, StreamConfig, check_class_field
 from agent.drift import DriftMonitor, DriftWindowResult, Reference, build_reference
-from agent.drift.detectors.modes import CLASS_COUNT, MAX_MODES, OTHER_CLASS, Modes, assign_classes, modes_of_windows
+from agent.drift.baseline.modes import CLASS_COUNT, MAX_MODES, OTHER_CLASS, Modes, assign_classes, modes_of_windows
 from agent.errors import BadBundle, ConfigError
 from tests.kit.machine import ROWS, WINDOW, readings, reference
 
@@ -111,8 +111,8 @@ def test_a_model_that_names_classes_has_no_other_modes() -> None:
 @pytest.mark.parametrize(
     ("mode", "message"),
     [
-        ("stat", "no field 'stat': modes are the values of a category field; did you mean 'state'"),
-        ("ax", "'ax' is a number and no category: modes are the values of a category field; there is state"),
+        ("stat", "no field 'stat': classes need a category field; did you mean 'state'"),
+        ("ax", "'ax' is a number: classes need a category field; there is state"),
     ],
 )
 def test_a_mode_that_is_no_category_field_is_refused_with_a_suggestion(mode: str, message: str) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import zlib
 from itertools import pairwise
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,10 +15,10 @@ from agent.alerts import Alert
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
 from agent.drift.baseline import summary as summaries
 from agent.drift.baseline.learning import MAX_WINDOWS, LearningState
+from agent.drift.baseline.runs import Trace, count_repeated_rows
+from agent.drift.baseline.sampling import SamplingIntervals
 from agent.drift.baseline.summary import Summary
 from agent.drift.detectors import sampling_rate
-from agent.drift.detectors.runs import Trace, count_repeated_rows
-from agent.drift.detectors.sampling import SamplingIntervals
 from agent.text import format_duration
 from tests.kit.machine import LABELS, ROWS, WINDOW, Readings, feed, readings, reference
 
@@ -126,8 +124,8 @@ def test_paces_of_parts_in_any_order_are_those_of_the_whole() -> None:
         merged = Summary.empty(shipped)
         for i in order:
             merged = merged.merge(of[i])
-        np.testing.assert_array_equal(merged.variogram, whole.variogram)
-    assert whole.variogram.any()
+        np.testing.assert_array_equal(merged.detectors["speed"], whole.detectors["speed"])
+    assert whole.detectors["speed"].any()
 
 
 @pytest.mark.parametrize(
@@ -208,47 +206,12 @@ def test_a_few_values_missing_by_chance_are_no_fault(judge: DriftMonitor) -> Non
     assert [a.summary for a in told(verdicts) if a.alert == "fault"] == []
 
 
-NEW = {
-    "watch", "season", "mode", "ticks", "pace", "passed", "each", "rest_begins", "rest_lasts", "modes", "known_as",
-    "rate",
-}  # fmt: skip
-
-
-def of_an_older_version(value: Any) -> Any:
-    """Without the members that came later."""
-    if isinstance(value, dict):
-        kept = {name: of_an_older_version(one) for name, one in value.items() if name not in NEW}
-        if "run" in kept:
-            kept.pop("t")
-        if "rest_begins" in value:
-            kept.pop("rest")
-        return kept
-    return value
-
-
-@pytest.mark.parametrize("windows", [7, LEARN + 1])
-def test_a_state_that_an_older_version_saved_goes_on(judge: DriftMonitor, windows: int) -> None:
-    """In the midst of learning, and with a site's reference that knows no rate."""
-    r = readings(3, LEARN + 12)
-    state, _ = feed(judge, judge.start(), r.windows(0, windows))
-    plain = msgspec.msgpack.decode(zlib.decompress(state.to_bytes()))
-    old = zlib.compress(msgspec.msgpack.encode(of_an_older_version(plain)))
-    assert len(old) < len(state.to_bytes())
-    state, verdicts = feed(judge, judge.restore(old), r.windows(windows, LEARN + 12))
-    assert told(verdicts) == []
-    assert state.site_reference is not None
-    assert state.site_reference.site is not None
-    assert (state.site_reference.site.rate is None) == (windows > LEARN)
-    assert judge.restore(state.to_bytes()).to_bytes() == state.to_bytes()
-    assert {v.members["state"] for v in verdicts[LEARN + 1 :]} <= {"ok"}
-
-
 def test_what_was_learned_long_ago_is_kept_as_evenly_as_what_was_learned_last(judge: DriftMonitor) -> None:
     empty = Summary.empty(judge.shipped)
     learning = LearningState.empty(judge.shipped)
     for i in range(3 * MAX_WINDOWS):
-        learning = learning.add(empty, windowed=True, t=(i, i))
-    assert learning.window_count == 3 * MAX_WINDOWS
+        learning = learning.add(empty, judge.shipped.task, t=(i, i))
+    assert learning.total_windows == 3 * MAX_WINDOWS
     assert set(np.diff(learning.t[:, 0]).tolist()) == {4}
     assert len(learning.rate.t) == learning.windows
     assert sampling_rate.learn_baseline(learning.rate, 3, ROWS, "auto") is not None

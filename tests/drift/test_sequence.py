@@ -15,7 +15,6 @@ from agent.drift import DriftMonitor, DriftState, DriftWindowResult
 from agent.drift.detectors.cusum import Cusum
 from agent.drift.detectors.mewma import Mewma
 from agent.drift.detectors.season import HALF_DAY_US, SlowTrend
-from agent.drift.detectors.test_layout import ScoreLayout
 from agent.drift.testing import sequence as courses
 from agent.drift.testing.test_suite import Evidence
 from tests.kit.machine import LABELS, ROWS, WINDOW, Readings, feed, readings, reference
@@ -96,7 +95,7 @@ def test_all_tests_over_windows_in_a_row_come_to_the_detectors_of_one_after_anot
     judge: DriftMonitor, learned: DriftState, wild: float, seed: int, beyond: NDArray[np.bool_]
 ) -> None:
     """The wilder, the sooner fields that move hold other tests back, and an alarm is raised."""
-    at: ScoreLayout = judge.shipped.layout
+    at = judge.shipped.layout
     rng = np.random.default_rng(seed)
     assert learned.site_reference is not None
     tester = judge._get_tester(learned.site_reference)

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from agent.drift import build_reference
 from agent.drift.baseline import summary as summaries
+from agent.drift.baseline import window_statistics
 from agent.drift.baseline.reference import Reference
+from agent.drift.baseline.runs import Tail
 from agent.drift.baseline.summary import Summary, stack_one
-from agent.drift.detectors import window_statistics
-from agent.drift.detectors.runs import Tail
-from agent.drift.numeric.groups import Groups
-from agent.drift.numeric.sums import GroupSums
+from agent.drift.baseline.window_statistics import WindowStatistics
+from agent.drift.numeric.sums import Groups, GroupSums
 from agent.drift.reporting import drift_message
 from tests.kit.machine import FIELDS, LABELS, ROWS, readings, reference
 
@@ -71,8 +71,10 @@ def test_parts_merged_in_any_order_and_grouping_equal_the_whole(
     parts_together = merged[0]
     rows = np.concatenate([rows for rows, _ in made])
     whole = of(shipped, rows, np.concatenate([labels for _, labels in made]))
-    for member in ("counts", "missing", "outside", "output", "pairs"):
+    for member in ("counts", "missing", "outside", "output"):
         np.testing.assert_array_equal(getattr(parts_together, member), getattr(whole, member))
+    for name in ("correlation", "speed"):
+        np.testing.assert_array_equal(parts_together.detectors[name], whole.detectors[name])
     origin = shipped.origin[:3]
     ours, theirs = parts_together.row_sums.moments(origin), whole.row_sums.moments(origin)
     np.testing.assert_array_equal(ours.n, theirs.n)
@@ -154,7 +156,7 @@ def test_rows_of_overlapping_model_windows_are_counted_once(shipped: Reference) 
     assert got.rows == 110
 
 
-def test_the_message_has_the_contracts_members_and_stays_small(shipped: Reference) -> None:
+def test_the_message_has_the_documented_members_and_stays_small(shipped: Reference) -> None:
     r = readings(5, 1)
     one = of(shipped, r.features.astype(np.float64), r.labels)
     got, output = described(one, shipped), drift_message.build_output(stack_one(one), shipped)[0]
@@ -223,7 +225,9 @@ def test_windows_summarized_at_once_have_the_bytes_of_one_after_another(
         one, _ = Summary.empty(used).add_rows(used, rows[number], Tail.empty(3))
         some = slice(number * len(starts), (number + 1) * len(starts))
         one = one.add_times(t[number], starts, used, 0)
-        one = one.add_windows(used, found[some], labels[number], top[number])
+        measures = {name: numbers[some] for name, numbers in found.measures.items()}
+        stats = WindowStatistics(found.values[some], measures)
+        one = one.add_windows(used, stats, labels[number], top[number])
         assert summaries.select_window(stack, number).to_bytes() == one.to_bytes()
         assert drift_message.build_features(stack, used)[number] == described(one, used)
 

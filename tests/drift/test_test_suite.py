@@ -219,10 +219,10 @@ def test_a_site_reference_survives_its_file(judge: DriftMonitor, learned: DriftS
     assert replace(learned, site_reference=again).to_bytes() == learned.to_bytes()
 
 
-@pytest.mark.parametrize("member", ["pair_mean", "score_mean", "psi_limits", "waves", "hours", "stretch"])
+@pytest.mark.parametrize("member", ["class_means", "psi_limits", "waves", "hours", "stretch"])
 def test_a_site_reference_that_does_not_hold_together_is_refused(learned: DriftState, member: str) -> None:
     assert learned.site_reference is not None
     document = json.loads(learned.site_reference.to_json())
-    document["site"][member] = 99.0 if member == "stretch" else [1]
+    document["site"][member] = {"stretch": 99.0, "class_means": {}}.get(member, [1])
     with pytest.raises(BadBundle, match=f"malformed|site.{member}"):
         Reference.from_json(json.dumps(document).encode())

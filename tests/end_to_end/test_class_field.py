@@ -13,6 +13,7 @@ from agent.bootstrap import tasks
 from agent.clock import ClockReading
 from agent.config import Config, FieldConfig, StreamConfig
 from agent.device.pipeline import batch
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.recovery.open import open_store
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
@@ -37,7 +38,7 @@ def conf(folder: Path, recipe: Recipe, mode: str | None) -> Config:
     )
 
 
-def loaded(folder: Path, recipe: Recipe, mode: str | None, store: Store | None = None) -> batch.LoadedTask:
+def loaded(folder: Path, recipe: Recipe, mode: str | None, store: Store | None = None) -> LoadedTask:
     path = folder / "bundle" if (folder / "bundle").exists() else packed(folder, recipe)
     return tasks.load_task(folder / "outstation.toml", conf(folder, recipe, mode), store, "tiny", path)
 

@@ -15,7 +15,8 @@ from agent.bootstrap.daemon import build_daemon, load_scheduled_tasks
 from agent.bootstrap.device import load_config, open_store
 from agent.config import Config
 from agent.device.daemon import Daemon
-from agent.device.pipeline import batch
+from agent.device.pipeline import batch, loaded_task
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.recovery import open as recovery
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
@@ -27,7 +28,7 @@ from agent.testing.messages import new_key
 from agent.wire import keys
 from tests.kit.stations import T0, conf
 
-NOW = clock.ClockReading(round(T0 * 1e6) + 48 * 3_600_000_000, 1000.0, "synced")
+NOW = clock.ClockReading(round(T0 * 1e6) + 48 * 3_600_000_000, 200_000.0, "synced")
 
 
 def fill(store: Store, conf: Config, rows: int = 1000) -> None:
@@ -132,7 +133,7 @@ def test_a_store_that_holds_another_devices_messages_is_refused(tmp_path: Path) 
     file.write_text(CRON, encoding="utf-8")
     open_store(load_config(str(file))[1]).close()
     file.write_text(CRON.replace('"pi-07"', '"pi-08"'), encoding="utf-8")
-    with pytest.raises(UsageError, match=r"of acme/pi-07.*data_dir of its own"):
+    with pytest.raises(UsageError, match=r"belongs to acme/pi-07.*data_dir of its own"):
         open_store(load_config(str(file))[1])
     file.write_text(CRON, encoding="utf-8")
     open_store(load_config(str(file))[1]).close()
@@ -196,7 +197,7 @@ def test_a_task_whose_batch_fails_in_a_way_nobody_foresaw_rests_longer_and_longe
 ) -> None:
     real, tried, broken = batch.run, [], [True]
 
-    def run(task: batch.LoadedTask, *rest: Any) -> batch.BatchResult | None:
+    def run(task: LoadedTask, *rest: Any) -> batch.BatchResult | None:
         if task.name == "exercise":
             tried.append(turned.boot_s)
             if broken[0]:
@@ -226,13 +227,13 @@ def test_while_a_backlog_is_worked_off_commands_the_clock_health_and_other_tasks
     done: list[str] = []
     real = batch.run
 
-    def run(task: batch.LoadedTask, *rest: Any) -> batch.BatchResult | None:
+    def run(task: LoadedTask, *rest: Any) -> batch.BatchResult | None:
         done.append(task.name)
         turned.boot_s += 0.6
         return real(task, *rest)
 
     monkeypatch.setattr(batch, "run", run)
-    monkeypatch.setattr(batch, "_MAX_WINDOWS", 4)
+    monkeypatch.setattr(loaded_task, "_MAX_WINDOWS", 4)
     monkeypatch.setattr(turned.daemon._remote_commands, "tick", lambda now: done.append("commands"))
     monkeypatch.setattr(turned.daemon._health_reporter, "write_health", lambda: done.append("health"))
     turned.feed(32_000)
@@ -269,7 +270,7 @@ def test_while_the_machine_is_too_hot_tasks_wait_health_says_so_and_what_waited_
 
 
 def test_a_paused_task_does_not_go_on_with_its_backlog(turned: Turned, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "_MAX_WINDOWS", 4)
+    monkeypatch.setattr(loaded_task, "_MAX_WINDOWS", 4)
     turned.feed(8000)
     turned.look_s = 0.5
     assert turned.turn() == 0.0

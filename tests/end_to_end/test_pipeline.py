@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from agent import clock
+from agent.bootstrap import sinks
 from agent.bootstrap.daemon import build_daemon
 from agent.bootstrap.device import load_config, open_message_log, open_store
 from agent.client import Client, FlushResult
@@ -540,7 +541,8 @@ def test_two_tasks_on_one_stream_by_cron_and_by_rows_cover_it_each_on_its_own(fl
         fleet.collector.start()
         wait_until("the collector", lambda: fleet.collector.log_contains("connected"))
         public = keys.parse_public_key(conf.collector.key)
-        uplink = Uplink(conf, store, open_message_log(file, conf, store), public, clock.read, unexpected)
+        message_log = open_message_log(file, conf, store)
+        uplink = Uplink(conf, store, message_log, public, clock.read, unexpected, sinks.sink_opener(conf))
         uplink.start()
         wait_until("an empty outbox", lambda: store.outbox_size()[0] == 0)
         uplink.stop()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from agent.config import ReplayFault
+from agent.config.sources import ReplayFault
 from agent.device.intake.sources.replay import inject_faults
 
 N, FROM = 400, 101

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from agent.device.rollout import transitions
+from agent.device.rollout.desired_state import DesiredStateStore
 from agent.device.store.store import Store
 from tests.kit.marks import crashing
 from tests.kit.rollouts import Site, bundles_in, signed, tiles
@@ -60,8 +61,8 @@ def go(site: Site, text: str, strategy: str, *, wild_from: int, until: Callable[
     """Desire it, as a retained message that comes with each connection, and run batches until it is there."""
     delivery = signed(site.operator.key, next(NUMBERS), {"sort": site.wanted(text, strategy)})
     while not until(site):
-        desires = site.daemon._uplink._desired_states
-        assert desires is not None
+        desires = site.daemon._uplink._receivers[1]
+        assert isinstance(desires, DesiredStateStore)
         desires.accept(delivery)
         desires.apply_pending(site.now)
         site.tick()

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from agent.alerts import Alert
-from agent.config import ReplayFault
+from agent.config.sources import ReplayFault
 from agent.datasets.recordings import load
 from agent.device.intake.sources import replay
 from agent.device.intake.sources.recordings import Playlist

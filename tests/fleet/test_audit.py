@@ -246,10 +246,10 @@ def test_a_cursor_that_moved_over_what_was_given_up_is_covered_before_any_result
     [
         ("UPDATE results SET label = 'ROW' WHERE row = 101", 1, "row 101 differs"),
         ("UPDATE results SET score = NULL WHERE row = 351", 6, "row 351 differs"),
-        ("DELETE FROM results WHERE row = 101", 1, "reports 3 results, table results holds 2"),
-        ("INSERT INTO results SELECT * FROM results WHERE row = 101", 1, "table results holds 4"),
-        ("UPDATE results SET seq = 9 WHERE seq = 6", 9, "is not stored, but table results holds 3"),
-        ("UPDATE results SET device = 'a' WHERE seq = 6", 6, "is not stored, but table results holds 3"),
+        ("DELETE FROM results WHERE row = 101", 1, "reports 3 results, but table results has 2"),
+        ("INSERT INTO results SELECT * FROM results WHERE row = 101", 1, "table results has 4"),
+        ("UPDATE results SET seq = 9 WHERE seq = 6", 9, "is not stored, but table results has 3"),
+        ("UPDATE results SET device = 'a' WHERE seq = 6", 6, "is not stored, but table results has 3"),
     ],
 )
 def test_a_results_table_that_says_something_else_fails(store: FleetStore, sql: str, seq: int, reason: str) -> None:
@@ -274,7 +274,7 @@ def test_a_seq_that_is_no_number_is_named(store: FleetStore) -> None:
     sender = MessageSender()
     collected(store, sender, *whole_log(sender))
     tamper(store, "UPDATE messages SET seq = 'x' WHERE seq = 2")
-    assert ("x", "seq 'x' is no number of a message") in reasons(audit(store))
+    assert ("x", "seq 'x' is not a sequence number") in reasons(audit(store))
 
 
 RANGES = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 8)).map(lambda p: (p[0], p[0] + p[1])), max_size=5)

@@ -15,7 +15,7 @@ import pytest
 
 from agent.config import BrokerConfig
 from agent.fleet.audit.audit import audit
-from agent.fleet.collector import subscription
+from agent.fleet.collector import collector as collecting
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import init_fleet
@@ -145,8 +145,8 @@ def test_the_broker_spreads_what_devices_send_over_both(fleet: Fleet, broker: Mo
     assert fleet.stored("a") + fleet.stored("b") == players.total
     assert min(fleet.stored("a"), fleet.stored("b")) > 0
     # Of the two sessions that are left one is ended, and what comes now is the other one's.
-    subscription.end_session(BrokerConfig(url=broker.url), FLEET, "a")
-    names = [subscription.client_id(FLEET, name) for name in ("a", "b")]
+    collecting.end_session(BrokerConfig(url=broker.url), FLEET, "a")
+    names = [collecting.client_id(FLEET, name) for name in ("a", "b")]
     left, other = (Link(BrokerConfig(url=broker.url), name, session_expiry_s=60) for name in names)
     sender = Link(BrokerConfig(url=broker.url), "device")
     for _ in range(4):
@@ -202,7 +202,7 @@ def test_two_collectors_of_one_name_do_not_throw_each_other_off(fleet: Fleet) ->
     first = fleet.collect("a")
     eventually(lambda: fleet.connected("a"))
     second = fleet.collect("a")
-    eventually(lambda: "named a is at work already" in fleet.log("a"))
+    eventually(lambda: "named a is already running" in fleet.log("a"))
     assert end(second, first) == [0, 0]
     assert fleet.log("a").count("connected") == 1
 
@@ -211,7 +211,7 @@ def test_one_collector_has_the_duty_and_another_takes_it_over(
     fleet: Fleet, postgres_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from agent.fleet.collector import leader
-    from agent.fleet.keyring import Keyring
+    from agent.fleet.database.keyring import Keyring
 
     monkeypatch.setattr(leader, "LEADER_CHECK_S", 0.0)
     stores = [FleetStore(fleet.url) for _ in range(3)]

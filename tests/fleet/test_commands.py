@@ -20,8 +20,8 @@ from agent.cli.fleet import command as fleet_command
 from agent.errors import MessageRefused, UsageError
 from agent.fleet.commands import COUNTER_FILE, CommandResult, parse_arguments, reserve_counter, send
 from agent.fleet.database.ingest import Arrival
+from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import FleetStore
-from agent.fleet.keyring import Keyring
 from agent.testing.messages import MessageSender, new_key
 from agent.transport.packets import NO_SUBSCRIBERS, IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
@@ -224,7 +224,7 @@ def test_a_counter_file_that_is_damaged_after_a_clock_was_ahead_is_written_again
         store.ingest([Arrival(sender.verify(told))], [], TIME)
     store.close()
     (tmp_path / COUNTER_FILE).write_text("damaged\n")
-    says = r"write the highest that was used into it .*docs/commands\.md"
+    says = r"write the highest used counter into it .*docs/commands\.md"
     with pytest.raises(UsageError, match=says), reserve_counter(tmp_path, lambda: now):
         pass
     [query] = re.findall(r"^    (SELECT max\(counter\).*?;)$", COMMANDS.read_text(), re.MULTILINE | re.DOTALL)

@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 
 from agent import clock
 from agent.cli.fleet.group import fleet
+from agent.comparison.tally import merge_moments
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
-from agent.fleet.drift.merge import MergedField, MergedMoments
+from agent.fleet.drift.merge import MergedField
 from agent.fleet.drift.outliers import find_outliers
 from agent.fleet.drift.survey import FleetDriftSummary, build_timeline, summarize_drift
 from agent.testing.messages import MODEL, MessageSender, SignedMessage, new_key
+from agent.wire.messages import Moments
 
 NOW_US = 1_795_000_000_000_000
 NOW = clock.to_rfc3339(NOW_US)
@@ -92,16 +94,17 @@ Parts = list[list[float]]
 numbers = st.lists(st.lists(st.floats(-1e6, 1e6), max_size=20), min_size=1, max_size=8)
 
 
-def moments(rows: list[float]) -> MergedMoments:
+def moments(rows: list[float]) -> Moments:
     mean = float(np.mean(rows)) if rows else 0.0
-    return MergedMoments(len(rows), mean, float(((np.array(rows) - mean) ** 2).sum()))
+    return Moments(len(rows), mean, float(((np.array(rows) - mean) ** 2).sum()))
 
 
 @given(numbers, st.randoms(use_true_random=False))
 def test_moments_merge_to_those_of_all_rows_in_any_order_and_grouping(parts: Parts, rng: random.Random) -> None:
     waiting = [moments(rows) for rows in parts]
     while len(waiting) > 1:
-        waiting.append(waiting.pop(rng.randrange(len(waiting))) + waiting.pop(rng.randrange(len(waiting))))
+        a, b = (waiting.pop(rng.randrange(len(waiting))) for _ in range(2))
+        waiting.append(merge_moments(a, b))
     everything = [x for rows in parts for x in rows]
     expected, scale = moments(everything), max(map(abs, everything), default=0.0)
     assert waiting[0].n == expected.n
@@ -258,9 +261,7 @@ def test_a_device_stands_out_where_a_field_is_constant_on_most_or_on_it_alone(
     whole = {}
     for number in range(9):
         mean, sd = odd if number == 3 else usual
-        whole[f"pi-0{number}"] = {
-            "ax": MergedField(np.ones(34, np.int64), 0, MergedMoments(1000, mean, sd * sd * 1000))
-        }
+        whole[f"pi-0{number}"] = {"ax": MergedField(np.ones(34, np.int64), 0, Moments(1000, mean, sd * sd * 1000))}
     [one] = find_outliers(whole, {"ax": max(usual[1], odd[1])} if known else {})
     assert (one.device, one.statistic) == ("pi-03", statistic)
     assert (one.value, one.fleet_median) == pytest.approx((odd[statistic == "spread"], usual[statistic == "spread"]))
@@ -269,8 +270,7 @@ def test_a_device_stands_out_where_a_field_is_constant_on_most_or_on_it_alone(
 
 def test_a_hair_against_the_references_spread_is_no_reason_to_stand_out() -> None:
     alike = {
-        f"pi-0{i}": {"ax": MergedField(np.ones(34, np.int64), 0, MergedMoments(1000, 0.01 * (i == 3), 0.0))}
-        for i in range(9)
+        f"pi-0{i}": {"ax": MergedField(np.ones(34, np.int64), 0, Moments(1000, 0.01 * (i == 3), 0.0))} for i in range(9)
     }
     assert find_outliers(alike, {"ax": 1.0}) == []
     assert find_outliers(alike) != []
@@ -398,9 +398,13 @@ def test_an_empty_database_is_said_to_be_empty(folder: Path, tmp_path: Path) -> 
     told = run("drift", "--dir", folder, "--plot", picture)
     assert told.exit_code == 0, told.exception
     assert told.stdout.startswith("No drift window was collected")
-    assert json.loads(run("drift", "--dir", folder, "--json").stdout) == {"repeated": 0, "unreadable": 0, "tasks": []}
+    assert json.loads(run("drift", "--dir", folder, "--json").stdout) == {
+        "duplicate_windows": 0,
+        "unreadable_windows": 0,
+        "tasks": [],
+    }
     assert [e.text for e in ET.parse(picture).iter(f"{SVG}text") if e.get("class") == "empty"] == [
-        "No drift window was collected for this choice of task, device and time."
+        "No drift window was collected for this task, device and time."
     ]
 
 
@@ -412,26 +416,30 @@ def test_a_single_window_is_a_fleet_too(folder: Path, tmp_path: Path) -> None:
     told = run("drift", "--dir", folder, "--json", "--plot", tmp_path / "one.svg")
     [task] = json.loads(told.stdout)["tasks"]
     assert (task["windows"], task["features"]["ax"]["n"], task["features"]["ax"]["mean"]) == (1, 1, 0.5)
-    assert task["first"] is None
+    assert task["first_onset"] is None
     ET.parse(tmp_path / "one.svg")
 
 
 def test_the_report_names_what_moved_first_and_who_stands_out(folder: Path) -> None:
     filled(folder)
     [task] = json.loads(run("drift", "--dir", folder, "--json").stdout)["tasks"]
-    assert (task["first"]["device"], task["first"]["field"], task["first"]["test"]) == ("pi-00", "f0", "spread")
+    assert (task["first_onset"]["device"], task["first_onset"]["field"], task["first_onset"]["test"]) == (
+        "pi-00",
+        "f0",
+        "spread",
+    )
     assert task["features"]["f0"]["drift"] == ["pi-00"]
     assert task["features"]["f0"]["fault"] == ["pi-01"]
-    assert task["faulty"] == 4
+    assert task["sensor_fault_windows"] == 4
     assert task["accuracy"] == pytest.approx(0.9)
     assert sum(span["windows"] for span in task["history"]) == 60
     text = run("drift", "--dir", folder).stdout
-    assert "moved first: f0 (spread) on pi-00" in text
-    assert "5 devices, 60 windows, 4 of them with a sensor fault and kept out" in text
+    assert "first onset: f0 (spread) on pi-00" in text
+    assert "5 devices, 60 windows, 4 of them left out for a sensor fault" in text
     [alone] = json.loads(run("drift", "--dir", folder, "--device", "pi-02", "--json").stdout)["tasks"]
     assert [d["device"] for d in alone["devices"]] == ["pi-02"]
     assert alone["features"]["f0"]["n"] == 4800
-    assert alone["first"] is None
+    assert alone["first_onset"] is None
 
 
 @pytest.mark.parametrize(

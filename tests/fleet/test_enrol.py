@@ -19,7 +19,7 @@ from agent import config as device_config
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, StorageBusy, UsageError
 from agent.fleet import config as fleet_config
-from agent.fleet.collector.subscription import topic_filters
+from agent.fleet.collector.collector import topic_filters
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import collectors, pki
@@ -70,7 +70,7 @@ def test_a_fleet_is_made_once_and_its_private_keys_are_its_owners_alone(folder: 
 def test_a_half_made_fleet_is_not_made_over(folder: Path) -> None:
     folder.mkdir()
     keys.generate(folder / "collector.key")
-    with pytest.raises(UsageError, match=r"collector\.key: a fleet is there already"):
+    with pytest.raises(UsageError, match=r"collector\.key: exists already"):
         init_fleet(folder, "acme", BrokerConfig(url="mqtts://broker"))
 
 
@@ -225,7 +225,7 @@ def test_collectors_beside_each_other_have_a_session_each_and_share_what_comes(
         added = collectors.add(folder, config, name)
     assert "fleet collect --share b" in added.steps[-1]
     assert (folder / "broker" / "acl").read_text().count("user collector-b") == 1
-    with pytest.raises(UsageError, match="a collector connects"):
+    with pytest.raises(UsageError, match="name of a collector"):
         let_in(config, folder, "collector-b")
     with MosquittoBroker(tmp_path, conf=as_this_user(folder), port=config.broker.port):
         links = [
@@ -290,7 +290,7 @@ def test_a_certificate_that_has_ended_is_named(tmp_path: Path, folder: Path, con
     )
     with (
         MosquittoBroker(tmp_path, conf=as_this_user(folder), port=config.broker.port),
-        pytest.raises(LinkDown, match=r"device\.crt ended on 20.*put a new one in its place"),
+        pytest.raises(LinkDown, match=r"device\.crt expired on 20.*replace it"),
     ):
         Link(settings_of(folder, "pi-07"), "pi-07", timeout_s=5.0)
 

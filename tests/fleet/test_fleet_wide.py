@@ -54,8 +54,8 @@ def test_a_field_that_moved_on_most_devices_within_an_hour_is_told_in_one_senten
     assert found.p_value < 1e-9
     began = clock.to_rfc3339(found.since)
     assert found.summary == (
-        f"ax moved on 14 of 20 devices since {began[:10]} {began[11:16]} UTC (usually 0 of 20): "
-        "the fleet's surroundings or its models, not single sensors"
+        f"ax has drifted on 14 of 20 devices since {began[:10]} {began[11:16]} UTC (usually 0 of 20): "
+        "the cause is in the fleet's environment or its models, not in single sensors"
     )
 
 
@@ -174,7 +174,7 @@ def test_an_alert_is_raised_once_for_many_devices_and_cleared_when_most_are_as_b
     for i, sender in enumerate(senders[:8]):
         add(store, sender, alert(sender, NOW_US - HOUR_US + i * MINUTE_US))
     [summary] = look(FleetWideAlerts(store))
-    assert summary.startswith("exercise: ax moved on 8 of 12 devices since ")
+    assert summary.startswith("exercise: ax has drifted on 8 of 12 devices since ")
     assert summary.endswith("First on pi-00, pi-01, pi-02, pi-03, pi-04, pi-05, pi-06, pi-07.")
     # Another collector, or the same one started again, has nothing to add.
     assert look(FleetWideAlerts(store)) == []
@@ -256,15 +256,15 @@ def test_the_survey_finds_the_same_in_windows_and_the_command_says_it(folder: Pa
     store.close()
     assert (one.subject, len(one.devices), one.device_count) == ("ax", 7, 10)
     text = run("drift", "--dir", folder).stdout
-    assert "  ax moved on 7 of 10 devices since " in text
+    assert "  ax has drifted on 7 of 10 devices since " in text
     [task] = json.loads(run("drift", "--dir", folder, "--json").stdout)["tasks"]
-    assert task["wide"][0]["devices"] == list(one.devices)
-    assert task["now"]["ax"]["against"] == "windows before"
-    assert task["now"]["ax"]["n"] == 10 * 6 * 100
-    assert task["now"]["ax"]["ks"] > 0.2
+    assert task["fleet_wide"][0]["devices"] == list(one.devices)
+    assert task["recent"]["ax"]["against"] == "earlier windows"
+    assert task["recent"]["ax"]["n"] == 10 * 6 * 100
+    assert task["recent"]["ax"]["ks"] > 0.2
 
 
 def test_a_fleet_in_which_one_device_drifts_has_no_fleet_wide_drift(folder: Path) -> None:
     filled(folder)
     [task] = json.loads(run("drift", "--dir", folder, "--json").stdout)["tasks"]
-    assert task["wide"] == []
+    assert task["fleet_wide"] == []

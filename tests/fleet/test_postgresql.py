@@ -21,7 +21,7 @@ from agent.cli.fleet.group import fleet as commands
 from agent.config import BrokerConfig
 from agent.errors import MessageRefused, StorageError, UsageError
 from agent.fleet.audit.audit import audit
-from agent.fleet.collector import subscription
+from agent.fleet.collector import collector as collecting
 from agent.fleet.collector.collector import Collector
 from agent.fleet.collector.pending_gaps import WAIT_S, PendingGaps
 from agent.fleet.database.ingest import Arrival
@@ -33,7 +33,7 @@ from agent.testing.messages import FLEET, MessageSender, SignedMessage, new_key
 from agent.wire import topics
 from tests.fleet.test_collector import Wire
 from tests.kit import fleet_rollouts
-from tests.kit.evidences import told
+from tests.kit.evidences import build_story
 
 NOW = "2026-11-24T22:20:00.000000Z"
 
@@ -346,14 +346,14 @@ def test_sqlite_cannot_be_shared_and_says_why(tmp_path: Path) -> None:
 
 
 def test_what_devices_log_is_shared_and_what_is_retained_goes_to_each() -> None:
-    plain, shared = subscription.topic_filters("acme"), subscription.topic_filters("acme", shared=True)
+    plain, shared = collecting.topic_filters("acme"), collecting.topic_filters("acme", shared=True)
     assert [one.removeprefix("$share/collect/") for one in shared] == plain
     assert {one for one in shared if not one.startswith("$share/")} == {
         f"{topics.ROOT}/acme/+/keys",
         f"{topics.ROOT}/acme/+/state",
     }
-    assert subscription.client_id("acme", None) == "outstation-acme-collector"
-    assert subscription.client_id("acme", "b") == "outstation-acme-collector-b"
+    assert collecting.client_id("acme", None) == "outstation-acme-collector"
+    assert collecting.client_id("acme", "b") == "outstation-acme-collector-b"
 
 
 def test_what_another_collector_may_have_in_hand_is_not_asked_for_at_once() -> None:
@@ -409,7 +409,7 @@ def test_a_roll_out_is_decided_followed_and_audited(tmp_path: Path, postgres_url
 
 
 def test_evidence_of_the_same_fleet_is_the_same_byte_by_byte(tmp_path: Path, postgres_url: str) -> None:
-    story = told(tmp_path / "acme")
+    story = build_story(tmp_path / "acme")
     copied = FleetStore(postgres_url)
     copy(story.store, copied)
     of_file = story.make(tmp_path / "file")

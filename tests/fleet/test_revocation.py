@@ -266,7 +266,7 @@ def test_a_fleet_from_before_the_list_gets_one_and_is_told_what_its_broker_needs
     line = f"crlfile {desk.folder}/broker/crl.pem"
     desk.conf.write_text(text.replace(line + "\n", ""), encoding="utf-8")
     done = revoke_device(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
-    [step] = [step for step in done.steps if "names no list" in step]
+    [step] = [step for step in done.steps if "names no CRL" in step]
     assert str(desk.conf) in step
     assert step.endswith(line)
     desk.conf.write_text(text, encoding="utf-8")
@@ -290,7 +290,7 @@ def test_a_fleet_whose_broker_is_elsewhere_is_told_to_copy_the_list(desk: Desk) 
     shutil.rmtree(desk.folder / "broker")
     done = revoke_device(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
     assert not done.failed
-    assert f"copy {desk.folder / 'crl.pem'} to the broker" in done.steps[0]
+    assert f"copy {desk.folder / 'crl.pem'} to its `crlfile`" in done.steps[0]
     assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07")}
 
 

@@ -14,7 +14,7 @@ from agent.clock import ClockQuality, ClockReading
 from agent.config import Config
 from agent.device.intake.group_commit import GroupCommit
 from agent.device.machine.timekeeping import Timekeeper
-from agent.device.pipeline.batch import _build_clocks
+from agent.device.pipeline.batch_messages import _clock_members
 from agent.device.pipeline.columns import encode_runs, encode_times
 from agent.device.recovery.open import open_store
 from agent.device.store.clock_segments import clip_stamps
@@ -137,7 +137,8 @@ class Station:
         head = {"model": MODEL, "stream": "watch", "rows": [batch.first, batch.last], "n": len(batch.rows)}
         with self.store.transaction() as tx:
             stamps = clip_stamps(batch.stamps, batch.first, batch.last)
-            clocks = _build_clocks(stamps, self.author, tx.segments.last_announced_key())
+            announced = tx.segments.last_announced_key()
+            clocks = _clock_members(stamps, announced if announced[0] == self.author.boot else None)
             body: dict[str, Any] = {**head, "input": "", "columns": columns, **clocks}
             self.author.append(tx, "results", "exercise", body, now)
         self.used = batch.last

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from agent import config
 from agent.clock import ClockReading
 from agent.device.pipeline import batch, drift_state
-from agent.device.pipeline.batch import BatchResult, LoadedTask
+from agent.device.pipeline.batch import BatchResult
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.recovery.open import open_store
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows

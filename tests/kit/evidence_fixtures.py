@@ -1,4 +1,4 @@
-"""Fixtures of tests that alter an evidence folder: a good one, and a copy of it. Asked for by `pytest_plugins`."""
+"""Fixtures for tests that alter an evidence folder: a valid folder and a copy of it. Load them by `pytest_plugins`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit.evidences import Story, told
+from tests.kit.evidences import Story, build_story
 from tests.kit.received_evidence import OPERATOR
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    story: Story = told(tmp_path_factory.mktemp("story") / "acme")
+    story: Story = build_story(tmp_path_factory.mktemp("story") / "acme")
     OPERATOR["key"] = story.operator
     out = tmp_path_factory.mktemp("evidence") / "out"
     story.make(out)

@@ -1,4 +1,4 @@
-"""A fleet with a history: drift, incidents, labels, commands, a key change and two roll-outs, as signed messages."""
+"""Fleet with a history of signed messages: drift, incidents, labels, commands, a key change and two roll-outs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def at(hours: float) -> str:
 
 @dataclass
 class Story:
-    """A fleet's folder with its database; times are hours since it began."""
+    """Fleet folder with its database. Times are hours since the start."""
 
     home: Path
     config: FleetConfig
@@ -74,7 +74,7 @@ class Story:
         return RolloutOperator(self.operator, FLEET, T0_US + round(hours * HOUR_US))
 
     def sources(self, **changes: Any) -> EvidenceSources:
-        found: dict[str, Any] = {
+        defaults: dict[str, Any] = {
             "fleet": FLEET,
             "fleet_dir": self.home,
             "operator": self.operator,
@@ -82,7 +82,7 @@ class Story:
             "collector": keys.load_private(Path(self.config.collector.key_file)).public,
             "publishers": [*builtin.publisher_keys(), KEY.public],
         }
-        return EvidenceSources(**{**found, **changes})
+        return EvidenceSources(**{**defaults, **changes})
 
     def make(self, out: Path, moment: str | None = None, **changes: Any) -> EvidenceFolder:
         return write_folder(self.store, self.sources(**changes), out, moment)
@@ -117,9 +117,9 @@ def quality(story: Story, sender: MessageSender, hours: float, accuracy: float =
 
 
 def window(story: Story, sender: MessageSender, number: int, hours: float, state: str = "ok") -> SignedMessage:
-    """A drift window of an hour; `state` of its field ax."""
+    """Return a drift window of one hour. `state` is that of its field ax."""
     rows = np.random.default_rng(number).normal(0.0 if state == "ok" else 0.8, 1.0, 200)
-    told = {
+    feature = {
         "counts": np.histogram(rows, _BOUNDS)[0].tolist(), "missing": 0, "below": 0, "above": 0,
         "mean": float(rows.mean()), "m2": float(rows.var() * len(rows)), "state": state, "fault": None,
         "cusum": {"mean": [3.0, 0.0] if state == "drift" else [0.0, 0.0], "spread": [0.0, 0.0]},
@@ -129,7 +129,7 @@ def window(story: Story, sender: MessageSender, number: int, hours: float, state
         "model": story.model,
         "reference": {"shipped": "sha256:01", "site": None},
         "window": span,
-        "features": {"ax": told},
+        "features": {"ax": feature},
         "output": {"counts": {"PEN": 20}, "psi": 0.1, "state": "ok"},
         "estimate": {"accuracy": 0.9, "low": 0.8, "high": 1.0},
         "state": state,
@@ -143,12 +143,12 @@ def alert(sender: MessageSender, identity: str, state: str, hours: float, summar
 
 def command(sender: MessageSender, name: str, hours: float, kid: str, summary: str, **args: str) -> SignedMessage:
     evidence = {"id": "c1", "name": name, "args": args, "counter": 7, "kid": kid, "outcome": "done"}
-    said = f"Command {name}: {summary}"
-    return sender.append("audit", event="command", summary=said, evidence=evidence, time=at(hours))
+    text = f"Command {name}: {summary}"
+    return sender.append("audit", event="command", summary=text, evidence=evidence, time=at(hours))
 
 
 def rotate(story: Story, sender: MessageSender, hours: float, new: SigningKey) -> None:
-    """The device's key changes; what follows is signed with the new one."""
+    """Rotate the device's key; the new key signs all later messages."""
     evidence = key_rotation.build_evidence(FLEET, sender.device, sender.log, sender.seq + 1, sender.key.public, new)
     sent = sender.append(
         "audit", event=key_rotation.ROTATION_EVENT, summary="A new key signs.", evidence=evidence, time=at(hours)
@@ -164,24 +164,24 @@ def plan(name: str, digest: str = NEW_MODEL["digest"], version: str = "1.1.0") -
 
 
 def phase(
-    sender: MessageSender, rollout: str, what: str, hours: float, reason: str = "", version: str = "1.1.0"
+    sender: MessageSender, rollout: str, name: str, hours: float, reason: str = "", version: str = "1.1.0"
 ) -> SignedMessage:
-    """A device's change in a roll-out."""
+    """Return an audit message about the phase of a device in a roll-out."""
     where = {"task": "exercise", "rollout": rollout, "bundle": "exercise", "version": version}
-    how = {"digest": NEW_MODEL["digest"], "strategy": "canary", "phase": what, "reason": reason, "numbers": {}}
-    summary = f"exercise: exercise {version}: {what}{f': {reason}' if reason else ''}."
+    how = {"digest": NEW_MODEL["digest"], "strategy": "canary", "phase": name, "reason": reason, "numbers": {}}
+    summary = f"exercise: exercise {version}: {name}{f': {reason}' if reason else ''}."
     return sender.append("audit", event="rollout", summary=summary, evidence={**where, **how}, time=at(hours))
 
 
-def shadow(story: Story, sender: MessageSender, number: int, hours: float, same: int = 96) -> SignedMessage:
-    """A comparison of 100 windows in shadow."""
+def shadow(story: Story, sender: MessageSender, number: int, hours: float, agreeing: int = 96) -> SignedMessage:
+    """Return a comparison of 100 windows in shadow."""
     answered = {"windows": 100, "seconds": 0.05, "expected": {"n": 100, "mean": 0.9, "m2": 1.0}}
-    quicker = {"windows": 100, "seconds": 0.04, "expected": {"n": 100, "mean": 0.92, "m2": 1.0}}
-    members = {"answered": answered, "other_stats": quicker, "labelled": [8, 0, 1, 1]}
+    faster = {"windows": 100, "seconds": 0.04, "expected": {"n": 100, "mean": 0.92, "m2": 1.0}}
+    members = {"answered": answered, "other_stats": faster, "labelled": [8, 0, 1, 1]}
     rows = [1 + 100 * number, 100 + 100 * number]
     pair = {"rollout": "exercise-1-1", "model": story.model, "other": story.newer}
-    told = {**pair, **members, "rows": rows, "batches": 1, "n": 100, "agreeing": same}
-    return sender.append("shadow", task="exercise", **told, time=at(hours))
+    counts = {"rows": rows, "batches": 1, "n": 100, "agreeing": agreeing}
+    return sender.append("shadow", task="exercise", **pair, **members, **counts, time=at(hours))
 
 
 def good(summary: str) -> StepVerdict:
@@ -189,18 +189,18 @@ def good(summary: str) -> StepVerdict:
 
 
 def roll_out(story: Story, senders: list[MessageSender]) -> None:
-    """One that ends everywhere; one that is taken back on a device, and aborted."""
+    """Run one roll-out to its end, and one that a device rolls back and the operator aborts."""
     with story.store.transaction() as db:
         actions.start(db, story.operated(30), 1, plan("exercise-1-1", story.newer["digest"]))
     for number, sender in enumerate(senders):
         hours = 31 + number / 10
         story.collect(sender, phase(sender, "exercise-1-1", "shadow", hours), hours=hours)
-        told = [shadow(story, sender, i, hours + i / 10, 96 - i % 3) for i in range(12 if number else 4)]
-        story.collect(sender, *told, hours=hours + 2)
+        messages = [shadow(story, sender, i, hours + i / 10, 96 - i % 3) for i in range(12 if number else 4)]
+        story.collect(sender, *messages, hours=hours + 2)
     for number, hours in enumerate((56, 80), 2):
-        said = "4 devices agree in 97.2 % of 41,200 windows [96.4 %, 97.9 %], asked for 90 %"
+        reason = "4 devices agree in 97.2 % of 41,200 windows [96.4 %, 97.9 %], asked for 90 %"
         with story.store.transaction() as db:
-            actions.promote(db, story.operated(hours), number, journal.find(db, "exercise-1-1"), good(said))
+            actions.promote(db, story.operated(hours), number, journal.find(db, "exercise-1-1"), good(reason))
     with story.store.transaction() as db:
         actions.promote(db, story.operated(110), 4, journal.find(db, "exercise-1-1"), good("all 4 devices run it"))
         actions.start(db, story.operated(120), 5, plan("exercise-1-2", "sha256:" + "ef" * 32, "1.2.0"))
@@ -218,7 +218,7 @@ def roll_out(story: Story, senders: list[MessageSender]) -> None:
 
 
 def publish(story: Story) -> None:
-    """The shipped bundle and a newer one of the tests' publisher, in a repository of two root keys."""
+    """Publish the built-in bundle and a newer version by the tests' publisher, under two root keys."""
     depot = Depot(story.home).create(roots=2, threshold=2)
     publishing.publish(depot.folder, EXERCISE, builtin.publisher_keys(), run_probe=False)
     newer = Path(shutil.copytree(EXERCISE, story.home / "newer"))
@@ -227,8 +227,8 @@ def publish(story: Story) -> None:
     shutil.rmtree(newer)
 
 
-def told(home: Path) -> Story:
-    """The whole story."""
+def build_story(home: Path) -> Story:
+    """Return a fleet with every kind of event."""
     story = Story.begin(home)
     publish(story)
     senders = [story.device(f"pi-{i:02}", i) for i in range(1, 5)]
@@ -252,8 +252,8 @@ def told(home: Path) -> Story:
     back = command(third, "rollback", 96, kid, "exercise 1.0.0 runs again.", task="exercise")
     story.collect(third, activated(story, third, 96, "rollback"), back, hours=96)
     labels = '{"row":[17],"label":["lifted a box"]}'
-    told_labels = command(fourth, "label", 97, kid, "1 label was taken.", task="exercise", labels=labels)
-    story.collect(fourth, told_labels, hours=97)
+    label_command = command(fourth, "label", 97, kid, "1 label was taken.", task="exercise", labels=labels)
+    story.collect(fourth, label_command, hours=97)
     rotate(story, fourth, 98, new_key(44))
     for number, sender in enumerate(senders):
         runs = {} if sender is third else {"model": story.newer}

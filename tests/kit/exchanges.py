@@ -85,7 +85,7 @@ schedule = "every 60 s"
         self.start()
 
     def obey(self, name: str, **args: str) -> tuple[bool, str, dict[str, Any]]:
-        self.daemon._remote_commands._receiver.receive(self.operator.command(name, args=args))
+        self.daemon._remote_commands._receiver.accept(self.operator.command(name, args=args))
         self.daemon._remote_commands.tick(NOW)
         with self.store.transaction() as tx:
             answer = tx.commands.unsent(0)[-1]

@@ -79,14 +79,14 @@ class Desk:
     def obey(self, *deliveries: IncomingMessage, now: ClockReading = NOW) -> list[CommandAnswer]:
         """What the uplink and the main loop make of them; all answers in the book so far."""
         for delivery in deliveries:
-            self.commands.receive(delivery)
+            self.commands.accept(delivery)
         self.control.tick(now)
         return self.answers()
 
     def refused(self, delivery: IncomingMessage) -> str:
         """The reason why the uplink hands this to nobody; "" where it does."""
         try:
-            self.commands.receive(delivery)
+            self.commands.accept(delivery)
         except MessageRefused as refusal:
             return refusal.reason
         return ""

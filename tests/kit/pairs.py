@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from agent.clock import ClockReading
-from agent.device.pipeline.batch import LoadedTask
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout.shadow import ShadowRunner
 from agent.model.activation import LoadedBundle
 from agent.model.bundle.bundle import Bundle

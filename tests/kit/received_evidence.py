@@ -1,4 +1,4 @@
-"""An evidence folder as somebody receives it: what is wrong with it, and its signature made anew."""
+"""Received evidence folders: list their problems, and sign them again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from agent.fleet.evidence.verify.reader import VerificationReport
 from agent.fleet.evidence.verify.verify import verify
 from agent.wire.keys import PublicKey, SigningKey
 
-# So that a folder can be signed again as a dishonest operator would.
+# The key of the folder's operator, to sign altered folders as a dishonest operator could.
 OPERATOR: dict[str, SigningKey] = {}
 
 
@@ -24,22 +24,22 @@ def verified(folder: Path, *keys: PublicKey) -> VerificationReport:
 def problems(folder: Path) -> list[tuple[str, str]]:
     report = verified(folder)
     assert report.ok == (not report.problems)
-    return [(one["file"], one["problem"]) for one in report.problems]
+    return [(entry["file"], entry["problem"]) for entry in report.problems]
 
 
 def only(folder: Path, file: str, words: str) -> None:
-    """Exactly one thing is wrong, and this is it."""
+    """Assert that the folder has exactly this problem."""
     [(where, what)] = problems(folder)
     assert where == file
     assert words in what
 
 
 def resign(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda _: None) -> None:
-    """List the files as they are now, `change` the manifest, sign it."""
+    """List the files with their current content, `change` the manifest, and sign it."""
     head = json.loads((folder / "manifest.json").read_bytes())
-    for one in head["files"]:
-        data = (folder / one["path"]).read_bytes()
-        one["size"], one["sha256"] = len(data), hashlib.sha256(data).hexdigest()
+    for file in head["files"]:
+        data = (folder / file["path"]).read_bytes()
+        file["size"], file["sha256"] = len(data), hashlib.sha256(data).hexdigest()
     change(head)
     write_manifest(folder, json.dumps(head).encode())
 

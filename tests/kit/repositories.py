@@ -1,4 +1,4 @@
-"""A fleet's TUF repository, a web server that serves it, and the client that python-tuf ships."""
+"""Fleet repositories for tests: a depot, an HTTP server for it, and the client of python-tuf."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from typing import Any
 
 from tuf.ngclient import Updater
 
-from agent.fleet.repository import create as creating
-from agent.fleet.repository import publish as publishing
+from agent.fleet.repository import create, publish
 from agent.fleet.repository.layout import Layout
 from agent.fleet.repository.publish import PublishResult
 from scripts.kit import bundles
@@ -24,7 +23,7 @@ from scripts.kit.bundles import KEY
 
 @dataclass
 class Depot:
-    """A fleet's folder with a repository in it."""
+    """Fleet folder with a repository."""
 
     folder: Path
     layout: Layout = field(init=False)
@@ -33,12 +32,12 @@ class Depot:
         self.layout = Layout(self.folder)
 
     def create(self, roots: int = 1, threshold: int = 1) -> Depot:
-        creating.create(self.folder, roots=roots, threshold=threshold)
+        create.create(self.folder, roots=roots, threshold=threshold)
         return self
 
     def publish(self, bundle: Path, **more: Any) -> PublishResult:
-        """Unproven, for speed; signed by the tests' publisher."""
-        return publishing.publish(self.folder, bundle, [KEY.public], **{"run_probe": False, **more})
+        """Publish a bundle of the tests' publisher, without a probe for speed."""
+        return publish.publish(self.folder, bundle, [KEY.public], **{"run_probe": False, **more})
 
     def copy(self, folder: Path) -> Depot:
         shutil.copytree(self.folder, folder)
@@ -52,7 +51,7 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 @contextlib.contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """The folder by HTTP; its URL."""
+    """Serve a folder by HTTP and yield its URL."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder)))
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
@@ -67,14 +66,14 @@ def served(folder: Path) -> Iterator[str]:
 
 @dataclass
 class Client:
-    """A device's trust: what it was given once, and what it has learned since."""
+    """Device with the root of its enrolment and the metadata it has learned since."""
 
     home: Path
     url: str
     root: bytes
 
     def look(self, target: str | None = None) -> bytes | None:
-        """Refresh, and fetch a target; None where the repository does not have it."""
+        """Refresh and download a target; return None if the repository does not list it."""
         for folder in ("metadata", "targets"):
             (self.home / folder).mkdir(parents=True, exist_ok=True)
         updater = Updater(
@@ -91,7 +90,7 @@ class Client:
 
 
 def version(folder: Path, made: Path, number: str, name: str = "tiny") -> Path:
-    """A copy of the bundle `made` that calls itself another version, signed anew."""
+    """Return a copy of the bundle `made` with another version, signed again."""
     copied = folder / f"{name}-{number}"
     shutil.copytree(made, copied)
     bundles.change_manifest(copied, lambda head: head.update(version=number, name=name))

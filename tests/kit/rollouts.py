@@ -19,6 +19,7 @@ from agent.clock import ClockReading
 from agent.device.bundles.rollout_state import RolloutState, load_state
 from agent.device.daemon import Daemon
 from agent.device.pipeline import tuning_cache
+from agent.device.rollout.desired_state import DesiredStateStore
 from agent.device.store.rows import Rows
 from agent.model.bundle import bundle, golden_vectors
 from agent.model.inference import runtime
@@ -153,8 +154,8 @@ class Site(Device):
         self.desire_tasks({"sort": self.wanted(text, strategy, rollout, **more)})
 
     def desire_tasks(self, tasks: Mapping[str, Any]) -> None:
-        desires = self.daemon._uplink._desired_states
-        assert desires is not None
+        desires = self.daemon._uplink._receivers[1]
+        assert isinstance(desires, DesiredStateStore)
         desires.accept(signed(self.operator.key, next(self._counters), tasks))
         desires.apply_pending(self.now)
         self.tick()

@@ -14,11 +14,12 @@ import msgspec
 
 from agent import clock, config
 from agent.config import Config, FieldConfig, StreamConfig
-from agent.device.intake.labels import LabelTarget
-from agent.device.intake.server import Intake, Source
+from agent.device.intake.server import Intake
+from agent.device.intake.source import Source
 from agent.device.recovery.open import open_store
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
+from agent.performance.labels import LabelTarget
 
 ROOT = Path(__file__).parents[2]
 WATCH = StreamConfig(

@@ -30,7 +30,7 @@ def run(*args: object) -> Result:
 
 
 def checks(result: Result) -> dict[str, tuple[bool, str]]:
-    """Name → (ok, detail) of `check --json`, whose members are those of the contract."""
+    """Name → (ok, detail) of `check --json`."""
     document = json.loads(result.output)
     assert set(document) == {"ok", "name", "version", "digest", "runtime", "checks"}
     assert all(set(one) == {"name", "ok", "detail"} for one in document["checks"])

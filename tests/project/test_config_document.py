@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
 
 from agent import config
+from agent.config.sources import SocketSource, SourceConfig
 from agent.config.updates import UpdatesConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "config.md"
@@ -28,10 +29,7 @@ SECTIONS: dict[str, Any] = {
     "[updates]": UpdatesConfig,
     "[streams.NAME]": config.StreamConfig,
     "fields": config.FieldConfig,
-    "source files": config.FilesSource,
-    "source host": config.HostSource,
-    "source mqtt": config.MqttSource,
-    "source replay": config.ReplaySource,
+    **{f"source {kind.__struct_config__.tag}": kind for kind in get_args(SourceConfig) if kind is not SocketSource},
     "[tasks.NAME]": config.TaskConfig,
 }
 
@@ -55,19 +53,19 @@ def test_every_section_of_the_config_is_documented() -> None:
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_key_is_documented_with_its_default(section: str, tmp_path: Path) -> None:
-    kind, said = SECTIONS[section], documented()[section]
+    kind, described = SECTIONS[section], documented()[section]
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
-    assert said.keys() == fields.keys()
+    assert described.keys() == fields.keys()
     file = tmp_path / "section.toml"
     required = {name for name, field in fields.items() if field.required}
-    assert {name for name, default in said.items() if default == "required"} == required
+    assert {name for name, default in described.items() if default == "required"} == required
     base = {name: '"mqtt://a"' if name == "url" else '"x"' for name in required}
-    given = base | {name: default for name, default in said.items() if default not in ("–", "required")}
+    given = base | {name: default for name, default in described.items() if default not in ("–", "required")}
     read = [_read(file, kind, lines) for lines in (base, given)]
     assert read[0] == read[1]
     # No fields are what images and sounds have; written down, an empty list is refused.
     unset = {name for name, field in fields.items() if field.default is None} | ({"fields"} & fields.keys())
-    assert {name for name, default in said.items() if default == "–"} == unset
+    assert {name for name, default in described.items() if default == "–"} == unset
 
 
 def _read(file: Path, kind: Any, lines: dict[str, str]) -> Any:

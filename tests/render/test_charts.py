@@ -1,4 +1,4 @@
-"""Pictures within a page: well-formed, colours from the page, every figure where its axis says."""
+"""Charts within a page: well-formed, with the page's colours, every value at its axis position."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ names = st.text(max_size=40)
 
 
 def parsed(svg: str) -> ElementTree.Element:
-    """The picture; every colour is the page's, every place within the frame."""
+    """Parse a chart and assert that its colours are the page's and its elements within the frame."""
     root = ElementTree.fromstring(svg)
     _, _, width, height = map(float, root.attrib["viewBox"].split())
     for element in root.iter():
@@ -43,49 +43,51 @@ def of_kind(root: ElementTree.Element, kind: str) -> list[ElementTree.Element]:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(names, shares, shares, shares), min_size=1, max_size=30))
-def test_figures_stand_in_the_order_of_their_values(lines: list[tuple[str, float, float, float]]) -> None:
+def test_forest_values_are_ordered_along_the_axis(lines: list[tuple[str, float, float, float]]) -> None:
     root = parsed(
         render_forest("Any", [ForestRow(n, *sorted_three(a, b, c), f"{b}") for n, a, b, c in lines], reference=0.5)
     )
-    found = [float(circle.attrib["cx"]) for circle in of_kind(root, "figure")]
+    positions = [float(circle.attrib["cx"]) for circle in of_kind(root, "figure")]
     values = [sorted([a, b, c])[1] for _, a, b, c in lines]
-    assert len(found) == len(of_kind(root, "interval")) == len(lines)
+    assert len(positions) == len(of_kind(root, "interval")) == len(lines)
     ordered = sorted(range(len(lines)), key=lambda i: values[i])
-    assert all(found[i] <= found[j] for i, j in pairwise(ordered))
+    assert all(positions[i] <= positions[j] for i, j in pairwise(ordered))
 
 
 def sorted_three(a: float, b: float, c: float) -> tuple[float, float, float]:
-    """(value, low, high)."""
+    """Return (value, low, high)."""
     low, value, high = sorted([a, b, c])
     return value, low, high
 
 
-def test_no_figure_at_all_is_a_picture_without_one() -> None:
+def test_charts_without_values_are_empty() -> None:
     assert of_kind(parsed(render_forest("None", [])), "figure") == []
     assert of_kind(parsed(render_reliability([])), "bin") == []
 
 
-def test_what_is_on_the_diagonal_is_right_as_often_as_it_says() -> None:
+def test_calibrated_scores_lie_on_the_diagonal() -> None:
     root = parsed(
         render_reliability([ReliabilityPoint(0.6, 0.6, 0.5, 0.7, 9), ReliabilityPoint(0.9, 0.9, None, None, 9)])
     )
     [diagonal] = of_kind(root, "diagonal")
     x1, y1, x2, y2 = (float(diagonal.attrib[key]) for key in ("x1", "y1", "x2", "y2"))
-    for dot in of_kind(root, "bin"):
-        share = (float(dot.attrib["cx"]) - x1) / (x2 - x1)
-        assert float(dot.attrib["cy"]) == pytest.approx(y1 + share * (y2 - y1), abs=0.2)
+    points = of_kind(root, "bin")
+    assert len(points) == 2
+    for point in points:
+        share = (float(point.attrib["cx"]) - x1) / (x2 - x1)
+        assert float(point.attrib["cy"]) == pytest.approx(y1 + share * (y2 - y1), abs=0.2)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 20), st.data())
-def test_a_confusion_has_a_cell_for_every_count(n: int, data: st.DataObject) -> None:
+def test_a_heatmap_has_a_cell_for_every_count(n: int, data: st.DataObject) -> None:
     labels = data.draw(st.lists(st.text(min_size=1, max_size=30), min_size=n, max_size=n))
     counts = data.draw(st.lists(st.lists(st.integers(0, 10**6), min_size=n, max_size=n), min_size=n, max_size=n))
     root = parsed(render_heatmap(labels, counts))
     assert len(of_kind(root, "cell")) == sum(count > 0 for row in counts for count in row)
 
 
-def test_a_curve_falls_where_its_figure_falls() -> None:
+def test_a_curve_falls_with_its_value() -> None:
     root = parsed(
         render_curve(
             "noise", [CurvePoint("none", 0.9, 0.8, 1.0), CurvePoint("1", 0.4, None, None)], 0, 1, reference=0.9
@@ -96,7 +98,7 @@ def test_a_curve_falls_where_its_figure_falls() -> None:
     assert float(y1) < float(y2)
 
 
-def test_light_and_dark_give_the_page_the_same_names() -> None:
+def test_light_and_dark_define_equal_variables() -> None:
     light, dark = (set(re.findall(r"--[\w-]+(?=:)", css_variables(theme))) for theme in (LIGHT_THEME, DARK_THEME))
     assert light == dark
     used = set(re.findall(r"var\((--[\w-]+)\)", render_forest("x", [ForestRow("a", 0.5, 0.4, 0.6, "", "drift")])))

@@ -1,4 +1,4 @@
-"""The picture of drift: what must be in it is in it, in its place, whatever the names say."""
+"""Drift plot: complete, in bounds, and safe for any name or sentence."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ BOUNDS = [i / 4 for i in range(33)]
 COUNTS = [0, *range(16), *reversed(range(16)), 0]
 
 
-def row(name: str = "ax", *spells: StateInterval, **changes: object) -> PlotRow:
-    told = PlotRow(
+def row(name: str = "ax", *intervals: StateInterval, **changes: object) -> PlotRow:
+    default = PlotRow(
         name=name,
         unit="g",
         state="drift",
@@ -40,15 +40,17 @@ def row(name: str = "ax", *spells: StateInterval, **changes: object) -> PlotRow:
             EvidenceCurve(0, TIMES, [None, *[1.0] * 19], dashed=True),
         ],
         limit=5.0,
-        intervals=spells,
+        intervals=intervals,
     )
-    return replace(told, **changes)
+    return replace(default, **changes)
 
 
-def picture(*rows: PlotRow, **changes: object) -> DriftPlot:
+def plot(*rows: PlotRow, **changes: object) -> DriftPlot:
     estimate = AccuracyEstimate(0, TIMES, [0.9] * 20, [0.8] * 20, [1.0] * 20)
-    made = DriftPlot("Drift of exercise at pi-01", "20 windows", [], ["mean"], "spread", "reference", rows, [estimate])
-    return replace(made, **changes)
+    default = DriftPlot(
+        "Drift of exercise at pi-01", "20 windows", [], ["mean"], "spread", "reference", rows, [estimate]
+    )
+    return replace(default, **changes)
 
 
 def classes(svg: str) -> list[str]:
@@ -60,8 +62,8 @@ def texts(svg: str) -> list[str]:
 
 
 @pytest.mark.parametrize("fields", [1, 2, 6, 16, 40])
-def test_every_field_has_a_row_and_nothing_lies_outside_the_paper(fields: int) -> None:
-    svg = render_drift(picture(*(row(f"field {i}") for i in range(fields))))
+def test_every_field_has_a_row_within_the_plot(fields: int) -> None:
+    svg = render_drift(plot(*(row(f"field {i}") for i in range(fields))))
     root = ET.fromstring(svg)
     assert [f"field {i} (g)" for i in range(fields)] == [t for t in texts(svg) if t.startswith("field ")]
     width, height = (float(root.attrib[name]) for name in ("width", "height"))
@@ -76,76 +78,74 @@ def test_every_field_has_a_row_and_nothing_lies_outside_the_paper(fields: int) -
 
 
 def test_rows_do_not_overlap() -> None:
-    root = ET.fromstring(render_drift(picture(*(row(f"f{i}") for i in range(16)))))
+    root = ET.fromstring(render_drift(plot(*(row(f"f{i}") for i in range(16)))))
     bars = [e for e in root.iter(f"{SVG}rect") if e.get("class") == "state-drift"]
     spans = [(float(e.attrib["y"]), float(e.attrib["y"]) + float(e.attrib["height"])) for e in bars]
     assert all(before[1] + 17 <= after[0] for before, after in pairwise(spans))
 
 
-def test_alerts_are_marked_where_they_were_raised_and_cleared_and_faults_are_shaded() -> None:
-    over = StateInterval("drift", TIMES[4], TIMES[8], ongoing=False)
-    going_on = StateInterval("fault", TIMES[12], TIMES[19], ongoing=True)
-    found = classes(render_drift(picture(row("ax", over, going_on))))
-    counted = {name: found.count(name) for name in ("raised", "cleared", "band-drift", "band-fault", "limit")}
+def test_alerts_are_marked_and_faults_are_shaded() -> None:
+    closed = StateInterval("drift", TIMES[4], TIMES[8], ongoing=False)
+    ongoing = StateInterval("fault", TIMES[12], TIMES[19], ongoing=True)
+    names = classes(render_drift(plot(row("ax", closed, ongoing))))
+    counted = {name: names.count(name) for name in ("raised", "cleared", "band-drift", "band-fault", "limit")}
     assert counted == {"raised": 2, "cleared": 1, "band-drift": 1, "band-fault": 1, "limit": 1}
 
 
-def test_the_alarm_line_is_left_out_where_nobody_knows_the_limit() -> None:
-    svg = render_drift(picture(row(limit=None)))
+def test_without_a_limit_there_is_no_alarm_line() -> None:
+    svg = render_drift(plot(row(limit=None)))
     assert "limit" not in classes(svg)
     assert "alarm" not in texts(svg)
 
 
-def test_a_sum_far_above_the_alarm_is_cut_off_and_said() -> None:
-    svg = render_drift(picture(row(curves=[EvidenceCurve(0, TIMES, [100.0 * i for i in range(20)])])))
+def test_evidence_far_above_the_limit_is_cut_off_and_labelled() -> None:
+    svg = render_drift(plot(row(curves=[EvidenceCurve(0, TIMES, [100.0 * i for i in range(20)])])))
     assert "up to 1.9e3" in texts(svg)
 
 
-def test_a_picture_without_anything_says_so() -> None:
-    svg = render_drift(picture(estimates=[], empty_message="No drift window yet."))
+def test_an_empty_plot_shows_its_message() -> None:
+    svg = render_drift(plot(estimates=[], empty_message="No drift window yet."))
     assert [t for t in texts(svg) if t == "No drift window yet."]
     assert "field" not in classes(svg)
 
 
-def test_one_window_alone_is_drawn_as_a_point() -> None:
-    svg = render_drift(picture(row(curves=[EvidenceCurve(0, TIMES[:1], [2.0])]), estimates=[]))
+def test_a_single_window_is_drawn_as_a_point() -> None:
+    svg = render_drift(plot(row(curves=[EvidenceCurve(0, TIMES[:1], [2.0])]), estimates=[]))
     assert any(e.get("class") == "curve" for e in ET.fromstring(svg).iter(f"{SVG}circle"))
 
 
-def test_a_dark_picture_has_another_paper_and_the_same_content() -> None:
-    light, dark = render_drift(picture(row())), render_drift(picture(row()), dark=True)
+def test_the_dark_plot_has_equal_content() -> None:
+    light, dark = render_drift(plot(row())), render_drift(plot(row()), dark=True)
     assert (LIGHT_THEME.paper in light, DARK_THEME.paper in dark, LIGHT_THEME.paper in dark) == (True, True, False)
     assert texts(light) == texts(dark)
 
 
 @given(st.text(max_size=300), st.text(max_size=300))
-def test_no_name_or_sentence_breaks_the_document_or_gets_into_it_as_markup(name: str, sentence: str) -> None:
-    svg = render_drift(picture(row(name), alerts=[("drift", sentence)], series_names=[name], title=sentence))
-    plain = render_drift(picture(row("a"), alerts=[("drift", "a")], series_names=["a"], title="a"))
+def test_no_name_or_sentence_becomes_markup(name: str, sentence: str) -> None:
+    svg = render_drift(plot(row(name), alerts=[("drift", sentence)], series_names=[name], title=sentence))
+    plain = render_drift(plot(row("a"), alerts=[("drift", "a")], series_names=["a"], title="a"))
     kinds = [element.tag for element in ET.fromstring(svg).iter() if element.tag != f"{SVG}text"]
     assert kinds == [element.tag for element in ET.fromstring(plain).iter() if element.tag != f"{SVG}text"]
 
 
-def test_the_same_content_gives_the_same_bytes() -> None:
-    assert render_drift(picture(row())) == render_drift(picture(row()))
+def test_equal_content_gives_equal_bytes() -> None:
+    assert render_drift(plot(row())) == render_drift(plot(row()))
 
 
-def test_a_png_is_a_picture_of_twice_the_size() -> None:
+def test_a_png_has_twice_the_size() -> None:
     pytest.importorskip("resvg_py")
-    svg = render_drift(picture(row()))
+    svg = render_drift(plot(row()))
     data = png.from_svg(svg)
     root = ET.fromstring(svg)
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
     assert struct.unpack(">II", data[16:24]) == tuple(round(2 * float(root.attrib[n])) for n in ("width", "height"))
 
 
-def test_without_a_font_a_png_is_refused_and_not_drawn_without_its_text(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_a_font_a_png_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("resvg_py")
     monkeypatch.setattr(png, "_FONT_FOLDERS", (str(tmp_path),))
     with pytest.raises(UsageError, match=r"needs a font: .*; or name a file that ends in \.svg"):
-        png.from_svg(render_drift(picture(row())))
+        png.from_svg(render_drift(plot(row())))
 
 
 # --- histograms and axes ---
@@ -154,19 +154,19 @@ counts = st.lists(st.integers(0, 1000), min_size=34, max_size=34)
 
 
 @given(counts, st.lists(st.floats(0.001, 100), min_size=32, max_size=32))
-def test_an_outline_holds_every_row_within_the_bounds(told: list[int], widths: list[float]) -> None:
+def test_rebinning_keeps_every_row_within_the_bounds(source: list[int], widths: list[float]) -> None:
     bounds = [0.0]
     for width in widths:
         bounds.append(bounds[-1] + width)
-    inner = sum(told[1:-1])
-    outline = drift_panels.rebin(bounds, told, bounds[0], bounds[-1])
-    assert sum(outline) * sum(told) == pytest.approx(inner, abs=1e-6 * (1 + inner))
+    inner = sum(source[1:-1])
+    outline = drift_panels.rebin(bounds, source, bounds[0], bounds[-1])
+    assert sum(outline) * sum(source) == pytest.approx(inner, abs=1e-6 * (1 + inner))
     assert min(outline) >= -1e-12
-    low, high = drift_panels.visible_range(bounds, [told])
+    low, high = drift_panels.visible_range(bounds, [source])
     assert low < high
 
 
-def test_a_quantile_bin_that_is_wide_is_drawn_low() -> None:
+def test_a_wide_quantile_bin_is_drawn_low() -> None:
     bounds = [0.0, *[i / 310 for i in range(1, 32)], 1.0]
     outline = drift_panels.rebin(bounds, [0, *[10] * 32, 0], 0.0, 1.0)
     assert outline[0] > 5 * outline[-1] > 0
@@ -182,7 +182,7 @@ def test_ticks_are_few_and_within(low: float, width: float, about: int) -> None:
 
 
 @pytest.mark.parametrize("seconds", [1, 90, 3600, 86_400, 30 * 86_400, 10 * 365 * 86_400, 100 * 365 * 86_400])
-def test_moments_are_few_and_within_whatever_the_span(seconds: int) -> None:
+def test_time_ticks_are_few_and_within(seconds: int) -> None:
     ticks = axes.time_ticks(BEGIN, BEGIN + seconds * 1_000_000, 8)
     assert 1 <= len(ticks) <= 9
     assert all(BEGIN <= t <= BEGIN + seconds * 1_000_000 for t, _ in ticks)

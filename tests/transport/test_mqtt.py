@@ -1,4 +1,4 @@
-"""The MQTT connection against a real broker: receipts, windows, wills, wake-ups, and what happens when it breaks."""
+"""MQTT link against a real broker: receipts, window, Will, wake-up, lost connections."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def receipts(link: Link, n: int) -> list[PublishReceipt]:
     return [event for event in events if isinstance(event, PublishReceipt)]
 
 
-def test_bytes_and_properties_arrive_as_they_were_sent(broker: MosquittoBroker) -> None:
+def test_payload_and_properties_arrive_unchanged(broker: MosquittoBroker) -> None:
     reader = Link(settings(broker), "reader", subscribe=["a/+"])
     writer = Link(settings(broker), "writer")
     payload = bytes(range(256))
@@ -68,38 +68,38 @@ def test_bytes_and_properties_arrive_as_they_were_sent(broker: MosquittoBroker) 
     writer.close()
 
 
-def test_a_receipt_tells_when_nobody_subscribed(broker: MosquittoBroker) -> None:
+def test_a_receipt_reports_no_subscribers(broker: MosquittoBroker) -> None:
     writer = Link(settings(broker), "writer")
     writer.send(OutgoingMessage("a/b", b"x"))
     assert receipts(writer, 1)[0].code == NO_SUBSCRIBERS
     writer.close()
 
 
-def test_the_window_and_packet_size_the_broker_asks_for_are_known(broker: MosquittoBroker) -> None:
+def test_the_brokers_window_and_packet_size_are_read(broker: MosquittoBroker) -> None:
     link = Link(settings(broker), "writer")
     assert (link.window, link.max_packet) == (7, 5000)
     link.close()
 
 
-def test_a_retained_message_of_many_megabytes_is_not_sent_to_us_and_what_comes_after_it_is(tmp_path: Path) -> None:
+def test_an_oversized_retained_message_is_skipped(tmp_path: Path) -> None:
     with MosquittoBroker(tmp_path) as broker:
         writer = Link(settings(broker), "writer")
         for topic, size in (("a/long", 8 << 20), ("a/longest that verifies", 1 << 20)):
             writer.send(OutgoingMessage(topic, bytes(size), retain=True))
         assert all(receipt.is_accepted for receipt in receipts(writer, 2))
         reader = Link(settings(broker), "reader", subscribe=["a/+"])
-        assert [(one.topic, len(one.payload)) for one in deliveries(reader, 1)] == [
+        assert [(message.topic, len(message.payload)) for message in deliveries(reader, 1)] == [
             ("a/longest that verifies", 1 << 20)
         ]
         writer.send(OutgoingMessage("a/long", bytes(8 << 20)))
         writer.send(OutgoingMessage("a/b", b"x"))
         assert all(receipt.is_accepted for receipt in receipts(writer, 2))
-        assert [one.topic for one in deliveries(reader, 1)] == ["a/b"]
+        assert [message.topic for message in deliveries(reader, 1)] == ["a/b"]
         reader.close()
         writer.close()
 
 
-def test_what_was_not_acknowledged_comes_again_to_the_same_session_and_the_rest_does_not(
+def test_only_unconfirmed_messages_are_redelivered(
     broker: MosquittoBroker,
 ) -> None:
     first = Link(settings(broker), "reader", subscribe=["a"], session_expiry_s=60)
@@ -116,7 +116,7 @@ def test_what_was_not_acknowledged_comes_again_to_the_same_session_and_the_rest_
     writer.close()
 
 
-def test_messages_beyond_the_brokers_window_follow_as_earlier_ones_are_acknowledged(broker: MosquittoBroker) -> None:
+def test_messages_beyond_the_window_follow_confirmations(broker: MosquittoBroker) -> None:
     reader = Link(settings(broker), "reader", subscribe=["a"])
     writer = Link(settings(broker), "writer")
     for i in range(20):
@@ -154,7 +154,7 @@ def test_wake_ends_a_waiting_receive_from_another_thread(broker: MosquittoBroker
     link.close()
 
 
-def test_a_killed_broker_is_link_down_after_what_it_still_sent(broker: MosquittoBroker) -> None:
+def test_a_killed_broker_is_link_down_after_its_last_message(broker: MosquittoBroker) -> None:
     link = Link(settings(broker), "reader")
     broker.kill()
 
@@ -183,7 +183,7 @@ def test_a_second_connection_with_the_same_id_ends_the_first(broker: MosquittoBr
     second.close()
 
 
-def test_a_publish_the_broker_forbids_has_a_receipt_that_is_not_taken(tmp_path: Path) -> None:
+def test_a_forbidden_publish_has_a_rejecting_receipt(tmp_path: Path) -> None:
     acl = tmp_path / "acl"
     acl.write_text("topic read #\n", encoding="ascii")
     acl.chmod(0o600)
@@ -195,7 +195,7 @@ def test_a_publish_the_broker_forbids_has_a_receipt_that_is_not_taken(tmp_path: 
         link.close()
 
 
-def test_nobody_there_and_somebody_silent_are_link_down_in_time(tmp_path: Path) -> None:
+def test_missing_and_silent_brokers_are_link_down_in_time(tmp_path: Path) -> None:
     with pytest.raises(LinkDown, match="127"):
         Link(BrokerConfig(url=f"mqtt://127.0.0.1:{free_port()}"), "x")
     with socket.socket() as silent:
@@ -209,7 +209,7 @@ def test_nobody_there_and_somebody_silent_are_link_down_in_time(tmp_path: Path) 
             Link(BrokerConfig(url=f"mqtts://127.0.0.1:{free_port()}"), "x", timeout_s=0.5)
 
 
-def test_interrupted_at_any_step_a_link_still_closes_and_leaves_no_socket(broker: MosquittoBroker) -> None:
+def test_an_interrupted_link_closes_its_sockets(broker: MosquittoBroker) -> None:
     """paho holds a lock at some of them: a Ctrl-C there left `fleet watch` waiting for itself."""
     writer = Link(settings(broker), "writer")
     writer.send(OutgoingMessage("a/b", b"x", retain=True))
@@ -273,7 +273,7 @@ def test_garbage_instead_of_a_connack_is_link_down() -> None:
         thread.join()
 
 
-def test_a_broker_that_wants_a_password_refuses_without_and_takes_it_with(tmp_path: Path) -> None:
+def test_password_authentication(tmp_path: Path) -> None:
     passwords = tmp_path / "passwords"
     # PBKDF2-SHA512 of "secret", 101 rounds, zero salt: mosquitto_passwd's format 7.
     passwords.write_text(f"me:{hashed(b'secret')}\n", encoding="ascii")
@@ -295,7 +295,7 @@ def hashed(password: bytes) -> str:
     return f"$7$101${base64.b64encode(salt).decode()}${base64.b64encode(digest).decode()}"
 
 
-def test_a_thousand_messages_in_a_window_are_each_receipted_once(broker: MosquittoBroker) -> None:
+def test_each_of_a_thousand_messages_has_one_receipt(broker: MosquittoBroker) -> None:
     link = Link(settings(broker), "writer")
     tokens: set[int] = set()
     answered: list[int] = []
@@ -327,7 +327,7 @@ CONNACK = bytes([0x20, 3, 0, 0, 0])
         b"\x00\x00",
     ],
 )
-def test_a_packet_that_is_no_mqtt_ends_the_connection_and_not_the_program(packet: bytes) -> None:
+def test_a_malformed_packet_only_ends_the_connection(packet: bytes) -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()

@@ -1,4 +1,4 @@
-"""Messages on links that are paid for by the byte: gzip on the air, and at both ends the JSON that was signed."""
+"""Compression of payloads on the link."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.transport.compressed import compress, decompress
-from agent.transport.packets import GZIP, JSON, OutgoingMessage
+from agent.transport.packets import GZIP, JSON, OutgoingMessage, compress, decompress
 from agent.wire.messages import MAX_PAYLOAD
 
 
 @given(st.binary(max_size=3000) | st.text(alphabet='{}[]",:0123456789', max_size=3000).map(str.encode))
-def test_what_arrives_is_what_was_sent_and_never_longer_on_the_way(payload: bytes) -> None:
+def test_compression_round_trips_and_never_grows(payload: bytes) -> None:
     sent = compress(OutgoingMessage("a/b", payload, (("jws", "x..y"),)))
     assert decompress(sent.payload, sent.content_type) == payload
     assert len(sent.payload) <= len(payload)
@@ -23,7 +22,7 @@ def test_what_arrives_is_what_was_sent_and_never_longer_on_the_way(payload: byte
     assert (sent.topic, sent.properties) == ("a/b", (("jws", "x..y"),))
 
 
-def test_the_same_message_is_the_same_bytes_each_time_and_any_gunzip_reads_it() -> None:
+def test_compression_is_deterministic_gzip() -> None:
     message = OutgoingMessage("a/b", b'{"row":[1,2,3]}' * 20)
     first, again = compress(message), compress(message)
     assert first == again
@@ -46,7 +45,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_what_is_no_whole_message_is_left_as_it_came(name: str) -> None:
+def test_incomplete_gzip_is_left_unchanged(name: str) -> None:
     assert decompress(HOSTILE[name], GZIP) == HOSTILE[name]
 
 

@@ -1,4 +1,4 @@
-"""Our messages verify with `jose` from npm, a library that shares no code with ours, and tampered ones do not."""
+"""Interoperability with `jose` from npm: our messages verify, altered ones do not."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def jose(
     (folder / "verify.mjs").write_text(VERIFY)
 
     def verify(messages: list[SignedMessage]) -> list[dict[str, Any]]:
-        asked = [{"jws": m.jws, "payload": base64.b64encode(m.payload).decode()} for m in messages]
-        document = json.dumps({"jwk": KEY.public.jwk, "messages": asked})
+        requests = [{"jws": m.jws, "payload": base64.b64encode(m.payload).decode()} for m in messages]
+        document = json.dumps({"jwk": KEY.public.jwk, "messages": requests})
         done = subprocess.run(
             [node, "verify.mjs"], cwd=folder, input=document, capture_output=True, text=True, check=True
         )
@@ -83,7 +83,7 @@ def _install(npm: str, folder: Path) -> None:
         pytest.skip("npm cannot fetch `jose` from its registry here")
 
 
-def test_jose_accepts_every_message_we_sign(jose: Callable[[list[SignedMessage]], list[dict[str, Any]]]) -> None:
+def test_jose_accepts_our_signatures(jose: Callable[[list[SignedMessage]], list[dict[str, Any]]]) -> None:
     device = MessageSender(key=KEY)
     sent = [
         device.results(),
@@ -104,7 +104,7 @@ def test_jose_accepts_every_message_we_sign(jose: Callable[[list[SignedMessage]]
         }
 
 
-def test_jose_refuses_what_was_tampered_with(jose: Callable[[list[SignedMessage]], list[dict[str, Any]]]) -> None:
+def test_jose_rejects_altered_messages(jose: Callable[[list[SignedMessage]], list[dict[str, Any]]]) -> None:
     device = MessageSender(key=KEY)
     first, second = device.health(), device.health()
     head, _, signature = first.jws.split(".")

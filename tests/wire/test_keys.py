@@ -1,4 +1,4 @@
-"""Keys: RFC vectors, one spelling for each key, files that stay private and are never overwritten."""
+"""Keys: RFC vectors, canonical encodings, private files that are never overwritten."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def rfc_key() -> SigningKey:
     return SigningKey(Ed25519PrivateKey.from_private_bytes(b64url_decode(RFC_D)))
 
 
-def test_the_key_and_thumbprint_of_rfc_8037_come_out(rfc_key: SigningKey) -> None:
+def test_key_and_thumbprint_match_rfc_8037(rfc_key: SigningKey) -> None:
     assert rfc_key.public.text == RFC_X
     assert rfc_key.public.kid == RFC_THUMBPRINT
     jwk = {"kty": "OKP", "crv": "Ed25519", "x": RFC_X, "kid": RFC_THUMBPRINT, "alg": "EdDSA"}
     assert rfc_key.public.jwk == jwk
 
 
-def test_the_signature_of_rfc_8037_comes_out_and_verifies(rfc_key: SigningKey) -> None:
+def test_the_signature_matches_rfc_8037(rfc_key: SigningKey) -> None:
     assert b64url_encode(rfc_key.sign(RFC_INPUT)) == RFC_SIGNATURE
     keys.parse_public_key(RFC_X).verify(b64url_decode(RFC_SIGNATURE), RFC_INPUT)
     with pytest.raises(InvalidSignature):
@@ -90,7 +90,7 @@ def test_a_generated_key_comes_back_from_its_files(tmp_path: Path) -> None:
     assert keys.generate(tmp_path / "other.key").public.raw != made.public.raw
 
 
-def test_a_key_file_is_readable_by_its_owner_only_whatever_the_umask(tmp_path: Path) -> None:
+def test_a_key_file_is_readable_by_its_owner_only(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         keys.generate(tmp_path / "device.key")
@@ -103,24 +103,24 @@ def test_a_key_file_is_never_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "device.key"
     keys.generate(path)
     before = path.read_bytes(), (tmp_path / "device.key.pub").read_bytes()
-    with pytest.raises(UsageError, match="a key is there already; move it away"):
+    with pytest.raises(UsageError, match="a key exists already; move it away"):
         keys.generate(path)
     assert (path.read_bytes(), (tmp_path / "device.key.pub").read_bytes()) == before
 
 
 def test_a_key_is_not_written_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "device.key").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UsageError, match="a key is there already"):
+    with pytest.raises(UsageError, match="a key exists already"):
         keys.generate(tmp_path / "device.key")
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_key_for_a_folder_that_is_not_there_is_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be written there: No such file"):
+def test_a_key_in_a_missing_folder_is_one_line_of_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot write the key: No such file"):
         keys.generate(tmp_path / "nowhere" / "device.key")
 
 
-def test_a_missing_key_file_says_which_command_makes_one(tmp_path: Path) -> None:
+def test_a_missing_key_file_names_the_command_to_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no key here; make one with `outstation init`"):
         keys.load_private(tmp_path / "device.key")
 
@@ -145,7 +145,7 @@ def test_a_private_key_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         keys.load_private(tmp_path)
 
 
-def test_a_public_key_that_is_neither_text_nor_file_says_both(tmp_path: Path) -> None:
+def test_an_invalid_public_key_argument_names_both_forms(tmp_path: Path) -> None:
     (tmp_path / "empty.pub").write_text("")
     (tmp_path / "binary.pub").write_bytes(b"\xff\xfe")
     for given_key in ("nonsense", str(tmp_path / "empty.pub"), str(tmp_path / "binary.pub"), str(tmp_path), "a\0b"):
@@ -168,7 +168,7 @@ def test_a_key_for_which_anybody_can_sign_is_refused(number: int) -> None:
         keys.load_public(text)
 
 
-def test_a_library_that_is_not_asked_takes_a_forged_signature_for_such_a_key() -> None:
+def test_the_library_accepts_forgeries_for_small_order_keys() -> None:
     identity = PublicKey((1).to_bytes(32, "little"))
     forged = (1).to_bytes(32, "little") + bytes(32)
     identity.verify(forged, b"any message at all")
@@ -177,20 +177,20 @@ def test_a_library_that_is_not_asked_takes_a_forged_signature_for_such_a_key() -
 
 
 @pytest.mark.parametrize("number", [*range(P, 2**255), *range(P + 2**255, 2**256)])
-def test_a_key_with_a_second_spelling_is_refused_in_that_one(number: int) -> None:
+def test_a_non_canonical_key_encoding_is_refused(number: int) -> None:
     with pytest.raises(ValueError, match="canonical"):
         keys.parse_public_key(b64url_encode(number.to_bytes(32, "little")))
 
 
 @given(st.integers(0, 2**256 - 1))
-def test_half_of_all_numbers_are_points_and_the_others_are_no_key(number: int) -> None:
+def test_half_of_all_numbers_are_points_on_the_curve(number: int) -> None:
     raw = number.to_bytes(32, "little")
     refusal = ""
     try:
         assert keys.parse_public_key(b64url_encode(raw)).raw == raw
     except ValueError as refused:
         refusal = str(refused)
-    assert not refusal or re.search(r"no point of the curve|small order|canonical", refusal)
+    assert not refusal or re.search(r"not a point on the curve|small order|canonical", refusal)
 
 
 @given(st.binary(min_size=32, max_size=32))
@@ -199,16 +199,16 @@ def test_every_key_that_is_made_is_taken(seed: bytes) -> None:
     assert keys.parse_public_key(made.text).kid == made.kid
 
 
-def test_a_public_half_is_read_without_the_private_one_and_made_of_it_where_it_is_missing(tmp_path: Path) -> None:
+def test_a_public_key_loads_from_its_file_or_the_private_key(tmp_path: Path) -> None:
     private = tmp_path / "collector.key"
     made = keys.generate(private)
-    kept = private.rename(tmp_path / "elsewhere")
+    stored = private.rename(tmp_path / "elsewhere")
     assert keys.load_public_for(private).raw == made.public.raw
     keys.public_key_path(private).unlink()
     with pytest.raises(UsageError, match=r"collector\.key\.pub: no such file, .* copy it from"):
         keys.load_public_for(private)
-    kept.rename(private)
+    stored.rename(private)
     assert keys.load_public_for(private).raw == made.public.raw
     keys.public_key_path(private).write_text("no key\n")
-    with pytest.raises(UsageError, match=r"collector\.key\.pub: holds no readable public key"):
+    with pytest.raises(UsageError, match=r"collector\.key\.pub: not a readable public key"):
         keys.load_public_for(private)

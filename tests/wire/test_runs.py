@@ -1,4 +1,4 @@
-"""Run-length encoded result columns: what readers accept, and how little a hostile message may cost them."""
+"""Run-length encoded result columns: accepted forms, and bounds on hostile messages."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_column_without_results_is_an_empty_list() -> None:
         pytest.param({"score": [[0.5, 3]]}, id="scores in runs"),
     ],
 )
-def test_a_column_that_is_wrong_is_refused_before_it_is_expanded(columns: dict[str, Any]) -> None:
+def test_an_invalid_column_is_refused_before_expansion(columns: dict[str, Any]) -> None:
     sent = msgspec.json.encode({"row": [[1, 1, 3]], "t": [[NOW, 1, 3]], **columns})
     tracemalloc.start()
     try:
@@ -109,7 +109,7 @@ NESTED = st.recursive(
 
 
 @given(row=NESTED, t=NESTED, label=NESTED)
-def test_whatever_arrives_is_refused_or_expands_to_columns_of_one_length(row: Any, t: Any, label: Any) -> None:
+def test_any_columns_are_refused_or_expand_to_one_length(row: Any, t: Any, label: Any) -> None:
     try:
         columns = msgspec.json.decode(msgspec.json.encode({"row": row, "t": t, "label": label}), type=ResultColumns)
     except msgspec.ValidationError:
@@ -117,5 +117,5 @@ def test_whatever_arrives_is_refused_or_expands_to_columns_of_one_length(row: An
     rows, times, labels = columns.expand_rows(), columns.expand_times(), columns.expand_labels()
     assert len(rows) == len(times) == len(columns) <= MAX_RESULTS
     assert labels is None or len(labels) == len(columns)
-    assert all(1 <= one < 2**53 for one in rows)
-    assert all(-(2**63) <= one < 2**63 for one in times)
+    assert all(1 <= entry < 2**53 for entry in rows)
+    assert all(-(2**63) <= entry < 2**63 for entry in times)

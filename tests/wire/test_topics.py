@@ -1,4 +1,4 @@
-"""The topic tree: what is in it comes back, what is not is refused."""
+"""Topic tree: valid topics round-trip, others are refused."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ PER_TASK = st.sampled_from([kind.name for kind in topics.KINDS.values() if kind.
 
 
 @given(NAMES, NAMES, PLAIN)
-def test_a_topic_without_a_task_comes_back(fleet: str, device: str, kind: str) -> None:
+def test_a_topic_without_a_task_round_trips(fleet: str, device: str, kind: str) -> None:
     topic = Topic(fleet, device, kind)
     assert topics.parse(str(topic)) == topic
 
 
 @given(NAMES, NAMES, PER_TASK, NAMES)
-def test_a_topic_with_a_task_comes_back(fleet: str, device: str, kind: str, task: str) -> None:
+def test_a_topic_with_a_task_round_trips(fleet: str, device: str, kind: str, task: str) -> None:
     topic = Topic(fleet, device, kind, task)
     assert topics.parse(str(topic)) == topic
 
 
-def test_alerts_of_the_device_itself_and_a_wish_for_all_devices_have_their_places() -> None:
+def test_topics_of_device_alerts_and_groups() -> None:
     assert topics.parse("outstation/acme/pi-07/alerts/_device").task == topics.DEVICE_ALERTS
     assert topics.parse("outstation/acme/_all/desired").device == topics.ALL_DEVICES
     assert topics.parse("outstation/acme/_group/desired/roof") == Topic("acme", topics.DEVICE_GROUP, "desired", "roof")
@@ -55,7 +55,7 @@ PARTS = st.sampled_from(
 
 
 @given(st.text() | st.lists(PARTS | st.text(max_size=3), max_size=7).map("/".join))
-def test_any_text_is_a_topic_that_reads_the_same_or_is_refused(text: str) -> None:
+def test_any_text_round_trips_or_is_refused(text: str) -> None:
     try:
         outcome = str(topics.parse(text))
     except MessageRefused as refused:

@@ -7,16 +7,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import click
 import msgspec
 from msgspec.structs import asdict
 
-from agent import clock, media
+from agent import clock
 from agent.bootstrap import device, tasks
 from agent.cli.output import config_option, emit, json_option
-from agent.config import Config, FilesSource, HostSource, MqttSource, ReplaySource, UpdatesConfig
+from agent.config import Config, UpdatesConfig
+from agent.device.intake.source import SourceContext
+from agent.device.intake.sources.registry import source_module
 from agent.device.machine import schedule
 from agent.device.machine.timekeeping import build_report, make_clock
 from agent.device.pipeline import tuning_cache
@@ -61,8 +64,9 @@ def _run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
     if not conf.tasks:
         yield CheckResult("tasks", "warning", "none: no model runs; add a [tasks.NAME] section")
     for name, stream in conf.streams.items():
-        if stream.media_format is not None or isinstance(stream.source, HostSource | MqttSource | ReplaySource):
-            yield _run_check(f"stream {name}", lambda n=name: _check_source(file, conf, n))  # type: ignore[misc]
+        if (module := source_module(stream.source)) is not None:
+            context = SourceContext(str(file), conf, name)
+            yield _run_check(f"stream {name}", partial(module.check, context, stream.source))
     for name, task in conf.tasks.items():
         yield _run_check(f"schedule {name}", lambda n=name, t=task: _check_schedule(file, n, t.schedule))  # type: ignore[misc]
         yield _run_check(f"bundle {name}", lambda n=name: _check_bundle(file, conf, n))  # type: ignore[misc]
@@ -98,33 +102,6 @@ def _check_collector(file: Path, conf: Config) -> CheckResult:
 def _check_schedule(file: Path, name: str, text: str) -> str:
     schedule.parse(str(file), name, text)
     return text
-
-
-def _check_source(file: Path, conf: Config, name: str) -> str:
-    """Check a source as the daemon does when it builds it, but without a store."""
-    stream = conf.streams[name]
-    source = stream.source
-    if isinstance(source, HostSource):
-        from agent.device.intake.sources import host
-
-        host.check_config(str(file), name, stream)
-        return f"{', '.join(field.name for field in stream.fields)} of this machine"
-    if isinstance(source, MqttSource):
-        from agent.device.intake.sources import mqtt
-
-        mqtt.check_config(str(file), name, stream, source)
-        return f"{source.topic} at {source.broker.url}"
-    if isinstance(source, ReplaySource):
-        from agent.device.intake.sources import replay
-
-        recordings = replay.load_playlist(stream, source).recordings
-        return f"a replay of the {len(recordings.rows):,} rows in {source.file}"
-    from agent.device.intake import media_reader
-
-    media_reader.check_config(str(file), name, stream, int(conf.buffer.max_size))
-    assert isinstance(source, FilesSource)
-    assert stream.media_format is not None
-    return f"{media.to_toml(stream.media_format)}, of the files in {source.folder}"
 
 
 def _check_bundle(file: Path, conf: Config, name: str) -> str:

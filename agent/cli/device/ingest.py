@@ -16,7 +16,8 @@ from agent import clock
 from agent.bootstrap import device
 from agent.cli.output import config_option, emit, json_option
 from agent.client import Client, FlushResult
-from agent.config import Config, FilesSource, StreamConfig
+from agent.config import Config, StreamConfig
+from agent.config.sources import FilesSource
 from agent.datasets.formats import open_file
 from agent.device.intake.file_reader import FileBlock, read_blocks
 from agent.device.intake.group_commit import NOT_STORED, GroupCommit

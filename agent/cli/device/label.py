@@ -18,12 +18,12 @@ from agent.datasets.csv_table import CsvTable
 from agent.datasets.tables import ColumnType
 from agent.device.bundles import history
 from agent.device.intake.group_commit import GroupCommit
-from agent.device.intake.labels import LabelBatch, LabelTarget
+from agent.device.intake.labels import LabelBatch
 from agent.device.machine.timekeeping import make_clock
 from agent.errors import OutstationError, RowRejected, StorageBusy, UsageError
 from agent.model.bundle import bundle
 from agent.performance import labels
-from agent.performance.labels import Label, LabelSchema
+from agent.performance.labels import Label, LabelSchema, LabelTarget
 from agent.toml_files import did_you_mean
 
 _MAX_SHOWN = 20

@@ -1,4 +1,4 @@
-"""`outstation reference …`: what this device takes for normal, per task."""
+"""Command group `outstation reference`: the site reference of each task, which drift is tested against."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agent.config import Config, parse_duration
 from agent.device import status
 from agent.device.commands import wipe
 from agent.device.machine.timekeeping import Timekeeper, make_clock
-from agent.device.pipeline import relearn
+from agent.device.pipeline import relearn as requests
 from agent.device.store import task_keys
 from agent.drift.baseline.reference import MIN_WINDOWS, RECOMMENDED_WINDOWS
 from agent.errors import StorageBusy, UsageError
@@ -25,32 +25,46 @@ _TIMEOUT_S = 15.0
 
 @click.group()
 def reference() -> None:
-    """A site's own drift reference: what is normal here. Drift is told against it."""
+    """Show or relearn the site reference of a task, which drift is tested against."""
 
 
-@reference.command(epilog="Example: outstation reference learn exercise --for 24h")
+@reference.command(epilog="Example: outstation reference relearn exercise --for 24h")
 @click.argument("task")
-@click.option("--for", "duration", default="0 s", metavar="TIME", help='Of readings, at least: "24 h", "3 d".')
-@click.option("--wait", "wait_s", default=_TIMEOUT_S, type=click.FloatRange(min=0), metavar="S", help="To be taken up.")
+@click.option("--for", "duration", default="0 s", metavar="TIME", help='Least span of readings: "24 h", "3 d".')
+@click.option(
+    "--wait",
+    "wait_s",
+    default=_TIMEOUT_S,
+    type=click.FloatRange(min=0),
+    metavar="S",
+    help="Seconds to wait for the daemon.",
+)
 @config_option
 @json_option
-def learn(task: str, duration: str, wait_s: float, config_file: str | None, as_json: bool) -> None:
-    """Learn TASK's reference anew, from the next readings without a fault. Drift is not told until that is done."""
+def relearn(task: str, duration: str, wait_s: float, config_file: str | None, as_json: bool) -> None:
+    """Learn TASK's reference again from the next readings without a fault. Drift is not tested meanwhile."""
     try:
         for_s = float(parse_duration(duration))
     except ValueError as error:
         raise UsageError(f"--for: {error}") from None
-    _submit_request(config_file, task, relearn.make_request("learn", for_s), wait_s, as_json)
+    _submit_request(config_file, task, requests.make_request("relearn", for_s), wait_s, as_json)
 
 
 @reference.command(epilog="Example: outstation reference reset exercise")
 @click.argument("task")
-@click.option("--wait", "wait_s", default=_TIMEOUT_S, type=click.FloatRange(min=0), metavar="S", help="To be taken up.")
+@click.option(
+    "--wait",
+    "wait_s",
+    default=_TIMEOUT_S,
+    type=click.FloatRange(min=0),
+    metavar="S",
+    help="Seconds to wait for the daemon.",
+)
 @config_option
 @json_option
 def reset(task: str, wait_s: float, config_file: str | None, as_json: bool) -> None:
-    """Forget TASK's reference; another is learned as the config says."""
-    _submit_request(config_file, task, relearn.make_request("reset"), wait_s, as_json)
+    """Discard TASK's reference, and learn another as configured."""
+    _submit_request(config_file, task, requests.make_request("reset"), wait_s, as_json)
 
 
 @reference.command(epilog="Example: outstation reference show exercise --json")
@@ -58,7 +72,7 @@ def reset(task: str, wait_s: float, config_file: str | None, as_json: bool) -> N
 @config_option
 @json_option
 def show(task: str, config_file: str | None, as_json: bool) -> None:
-    """TASK's reference: its number, when and from how many windows it was learned, or how far learning has got."""
+    """Show TASK's reference: its number, when and from how many windows it was learned, or the progress of learning."""
     _, conf = device.load_config(config_file)
     _require_task(conf, task)
     store = device.open_store_read_only(conf)
@@ -70,28 +84,28 @@ def show(task: str, config_file: str | None, as_json: bool) -> None:
 
 
 def _submit_request(
-    config_file: str | None, task: str, request: relearn.RelearnRequest, wait_s: float, as_json: bool
+    config_file: str | None, task: str, request: requests.RelearnRequest, wait_s: float, as_json: bool
 ) -> None:
     file, conf = device.load_config(config_file)
     wipe.require_unwiped(conf.data_dir)
     _require_task(conf, task)
     try:
         conf.data_dir.mkdir(parents=True, exist_ok=True)
-        relearn.submit_request(conf.data_dir, task, request)
+        requests.submit_request(conf.data_dir, task, request)
     except OSError as error:
         place = Path(str(error.filename)) if error.filename else conf.data_dir
         place = place if place.is_absolute() else conf.data_dir / "requests" / place
         raise UsageError(
-            f"{place}: cannot be written: {error.strerror}; run this as root or the agent's user"
+            f"{place}: cannot be written: {error.strerror}; run this as root or as the daemon's user"
         ) from None
-    taken = _apply_or_wait(file, conf, task, request, wait_s)
-    document = {"task": task, "asked": request.action, "for_s": request.duration_s, "taken_up": taken}
-    when = "is learned anew" if taken else "will be learned anew when the task next runs"
-    emit(document, as_json, lambda: click.echo(f"{task}: the site's reference {when}"))
+    is_applied = _apply_or_wait(file, conf, task, request, wait_s)
+    document = {"task": task, "asked": request.action, "for_s": request.duration_s, "taken_up": is_applied}
+    when = "is learned again" if is_applied else "will be learned again when the task next runs"
+    emit(document, as_json, lambda: click.echo(f"{task}: the site reference {when}"))
 
 
-def _apply_or_wait(file: Path, conf: Config, task: str, request: relearn.RelearnRequest, wait_s: float) -> bool:
-    """By the daemon, which owns the store; or here, where none runs."""
+def _apply_or_wait(file: Path, conf: Config, task: str, request: requests.RelearnRequest, wait_s: float) -> bool:
+    """Wait for the daemon, which owns the store; apply the request here if no daemon runs."""
     try:
         store = device.open_store(conf)
     except StorageBusy:
@@ -99,12 +113,12 @@ def _apply_or_wait(file: Path, conf: Config, task: str, request: relearn.Relearn
     try:
         writer, now = device.open_message_log(file, conf, store), make_clock(store)
         Timekeeper(store, writer).tick(now())
-        return relearn.apply_pending(tasks.load_task(file, conf, store, task), store, writer, now())
+        return requests.apply_pending(tasks.load_task(file, conf, store, task), store, writer, now())
     finally:
         store.close()
 
 
-def _wait_for_daemon(conf: Config, task: str, request: relearn.RelearnRequest, wait_s: float) -> bool:
+def _wait_for_daemon(conf: Config, task: str, request: requests.RelearnRequest, wait_s: float) -> bool:
     store = device.open_store_read_only(conf)
     try:
         deadline = time.monotonic() + wait_s
@@ -124,7 +138,7 @@ def _require_task(conf: Config, task: str) -> None:
 
 def _format_reference(document: dict[str, Any]) -> str:
     task, site, learning = document["task"], document["site"], document["learning"]
-    waits = f"; asked to {document['asked']}, when the task next runs" if document["asked"] else ""
+    waits = f"; {document['asked']} requested, when the task next runs" if document["asked"] else ""
     if site is not None:
         daily = ", follows the hour of day" if site["daily"] else ""
         warning = f"\nwarning: {site['warning']}" if site["warning"] else ""
@@ -133,6 +147,7 @@ def _format_reference(document: dict[str, Any]) -> str:
             f"learned from {site['windows']} drift windows, {site['from']} to {site['to']}{daily}{waits}{warning}"
         )
     if learning is None:
-        return f"{task}: nothing learned yet; drift is told once {RECOMMENDED_WINDOWS} drift windows are (at least {MIN_WINDOWS}){waits}"
+        windows = f"{RECOMMENDED_WINDOWS} drift windows (at least {MIN_WINDOWS})"
+        return f"{task}: nothing learned yet; drift is tested once {windows} are learned{waits}"
     span = f" and {learning['for_s']:.0f} s of readings" if learning["for_s"] else ""
     return f"{task}: learning, {learning['windows']} of {learning['of']} drift windows{span}{waits}"

@@ -1,22 +1,96 @@
-"""Which fleet a command is for, and which of its databases."""
+"""Options, opened stores and output that the commands of `outstation fleet` share."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from agent.cli import output
+from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
+from agent.text import printable
+from agent.toml_files import did_you_mean
+
+if TYPE_CHECKING:
+    from agent.fleet.database.store import FleetStore
+
+# A faster command shows no progress bar.
+_MIN_PROGRESS_TOTAL = 5000
 
 fleet_option = click.option(
     "--dir", "folder", metavar="DIR", help="The fleet's folder; default $OUTSTATION_FLEET, ., /etc/outstation/fleet."
 )
 db_option = click.option(
-    "--db", metavar="URL", help="Another database than fleet.toml names: a path, or postgresql://…"
+    "--db", metavar="URL", help="Use another database than fleet.toml names: a path, or postgresql://…"
 )
+device_option = click.option("--device", metavar="D", help="Only this device.")
 
 
 def database_url(config: FleetConfig, db: str | None) -> str:
-    """Where the fleet's tables are; `db` as it was given. Raises UsageError."""
+    """Return the location of the fleet database; `db` is the option's value. Raises UsageError."""
     return fleet_config.resolve_database(db, Path.cwd()) if db else config.fleet.db
+
+
+def open_for_reading(
+    folder: str | None, db: str | None = None, device: str | None = None
+) -> tuple[FleetConfig, FleetStore]:
+    """Open the database for reading until the command ends. Raises UsageError if `device` is not enrolled."""
+    from agent.fleet.database.store import FleetStore
+
+    config = fleet_config.load(fleet_config.find_folder(folder))
+    store = FleetStore(database_url(config, db), read_only=True)
+    click.get_current_context().call_on_close(store.close)
+    if device is not None:
+        require_enrolled(store, device)
+    return config, store
+
+
+@contextlib.contextmanager
+def open_store(config: FleetConfig, db: str | None = None) -> Iterator[FleetStore]:
+    """Open the database for reading and writing; create its tables if there are none."""
+    from agent.fleet.database.store import FleetStore
+
+    store = FleetStore(database_url(config, db), partitions=config.fleet.partitions)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def require_enrolled(store: FleetStore, device: str) -> None:
+    """Raise UsageError unless `device` was ever enrolled."""
+    known = store.enrolled_devices()
+    if device not in known:
+        raise UsageError(f"no device {device!r} is enrolled{did_you_mean(device, known)}")
+
+
+@contextlib.contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on stderr, if it is a terminal and the work is long; yield a function that advances it."""
+    if total < _MIN_PROGRESS_TOTAL or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def print_lines(*lines: str) -> None:
+    """Print lines that may contain text of devices: control characters are escaped."""
+    for line in lines:
+        click.echo(printable(line))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str) -> None:
+    """Print a table that may contain text of devices: control characters are escaped."""
+    cells = [[cell if isinstance(cell, int) else printable(str(cell)) for cell in row] for row in rows]
+    output.print_table(columns, cells, empty)

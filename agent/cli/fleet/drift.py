@@ -1,4 +1,4 @@
-"""`outstation fleet drift`: drift of the whole fleet, and who stands out from it."""
+"""`outstation fleet drift`: drift of the whole fleet, and its outlier devices."""
 
 from __future__ import annotations
 
@@ -6,27 +6,34 @@ import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from agent import clock
 from agent.cli.fleet import drift_report as report
-from agent.cli.fleet.common import db_option, fleet_option
+from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, progress_bar
 from agent.cli.output import dark_option, emit, json_option, plot_option, require_plot_format
 from agent.config import parse_duration
-from agent.errors import UsageError
+from agent.errors import BadBundle, UsageError
 from agent.text import printable
 from agent.toml_files import did_you_mean
 
+if TYPE_CHECKING:
+    from agent.drift.baseline.reference import Reference
+    from agent.model.bundle.bundle import Bundle
+
 
 @click.command("drift", epilog="Example: outstation fleet drift --task exercise --since 7d --plot drift.svg")
-@click.option("--device", metavar="D", help="Only this device, beside what its fleet comes to.")
+@click.option("--device", metavar="D", help="Only this device, compared with its fleet.")
 @click.option("--task", metavar="T", help="Only this task.")
-@click.option("--since", metavar="TIME", help='"24 h", "7 d", 2026-11-24 or 2026-11-24T22:18:00Z; default everything.')
+@click.option(
+    "--since", metavar="TIME", help='Only windows since "24 h", "7 d", 2026-11-24 or 2026-11-24T22:18:00Z; default all.'
+)
 @plot_option
 @dark_option
 @click.option("--bundle", "bundles", multiple=True, metavar="BUNDLE", type=click.Path(path_type=Path),
-              help="Whose reference to compare with and draw; known for bundles that ship with the agent.")  # fmt: skip
+              help="Compare with the reference of this bundle; built-in bundles are known.")  # fmt: skip
 @db_option
 @fleet_option
 @json_option
@@ -41,34 +48,32 @@ def drift(
     folder: str | None,
     as_json: bool,
 ) -> None:
-    """Drift per task and field over all devices: what moved on many, what moved first, who is unlike the others."""
-    from agent.cli.fleet import fleet_references
-    from agent.cli.fleet import group as commands
+    """Report drift per task and field over all devices: fleet-wide drift, first onset and outlier devices."""
     from agent.fleet.drift.survey import summarize_drift
 
     require_plot_format(plot)
     now_us = time.time_ns() // 1000
     begin = None if since is None else _parse_since(since, now_us)
-    _, store = commands.open_for_reading(folder, db, device)
-    with commands.progress("reading", store.count_drift_windows()) as advance:
-        found = summarize_drift(store, task=task, since=begin, now_us=now_us, progress=advance)
-    if task is not None and not found.groups and (tasks := store.drift_tasks()) and task not in tasks:
+    _, store = open_for_reading(folder, db, device)
+    with progress_bar("reading", store.count_drift_windows()) as advance:
+        survey = summarize_drift(store, task=task, since=begin, now_us=now_us, progress=advance)
+    if task is not None and not survey.groups and (tasks := store.drift_tasks()) and task not in tasks:
         raise UsageError(f"no device reported drift of a task {task!r}{did_you_mean(task, tasks)}")
     if device is not None:
-        found.groups = [group for group in found.groups if device in group.devices]
-    known = fleet_references.load_known(bundles)
-    document = report.build_document(found, device, {digest: reference for digest, (_, reference) in known.items()})
+        survey.groups = [group for group in survey.groups if device in group.devices]
+    known = _load_references(bundles)
+    document = report.build_document(survey, device, {digest: reference for digest, (_, reference) in known.items()})
     if plot is not None:
-        from agent.cli.device import drift_plot as drift_picture
-        from agent.cli.fleet import drift_plot as fleet_drift_picture
+        from agent.cli.device.drift_plot import save
+        from agent.cli.fleet.drift_plot import build_plot
 
-        drift_picture.save(fleet_drift_picture.build_plot(store, found, device, begin, known), plot, dark=dark)
+        save(build_plot(store, survey, device, begin, known), plot, dark=dark)
         document["plot"] = str(plot)
     emit(document, as_json, lambda: _print_lines(report.format_lines(document)))
 
 
 def _parse_since(text: str, now_us: int) -> str:
-    """RFC 3339 of a moment, or of so long ago. Raises UsageError."""
+    """Return a time, or the time a duration ago, as RFC 3339. Raises UsageError."""
     try:
         return clock.to_rfc3339(now_us - int(float(parse_duration(text)) * 1e6))
     except ValueError:
@@ -76,13 +81,31 @@ def _parse_since(text: str, now_us: int) -> str:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise UsageError(f'--since {text!r}: say how long ago ("24 h", "7 d") or when (2026-11-24T22:18:00Z)') from None
+        raise UsageError(
+            f'--since {text!r}: write a duration ("24 h", "7 d") or a time (2026-11-24T22:18:00Z)'
+        ) from None
     moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
     return clock.to_rfc3339(int(moment.timestamp() * 1e6))
 
 
+def _load_references(bundle_paths: Iterable[Path]) -> dict[str, tuple[Bundle, Reference]]:
+    """Return bundle and drift reference by the reference's digest, also of built-in bundles. Raises BadBundle."""
+    from agent.drift.baseline.reference import Reference
+    from agent.model.bundle import builtin, bundle
+
+    known = {}
+    shipped = [path for path in sorted(builtin.bundles_dir().iterdir()) if (path / "manifest.json").exists()]
+    for path in [*shipped, *bundle_paths]:
+        content = bundle.read(path, None)
+        if "reference.json" not in content.files:
+            raise BadBundle(f"{path}: has no drift reference (reference.json); pack it with reference data")
+        reference = Reference.from_json(content.files["reference.json"])
+        known[reference.digest] = (content, reference)
+    return known
+
+
 def _print_lines(lines: Iterable[str]) -> None:
     for line in lines:
-        # Bold is ours; all else was escaped with the line.
+        # Bold comes from the report; all other control characters are escaped.
         plain = click.unstyle(line)
         click.echo(click.style(printable(plain), bold=True) if plain != line else printable(line))

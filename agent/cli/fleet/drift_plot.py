@@ -1,4 +1,4 @@
-"""The picture of `outstation fleet drift`: one device, or those of a fleet that are worth a look."""
+"""Drift plot of a fleet for `outstation fleet drift --plot`: one device, or the most conspicuous ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from agent.model.bundle.bundle import Bundle
 from agent.render import axes
 from agent.render.drift_model import DriftPlot
 
-MAX_DRAWN = 6
+MAX_DRAWN_DEVICES = 6
 
 
 def build_plot(
@@ -28,9 +28,9 @@ def build_plot(
     since: str | None,
     references: Mapping[str, tuple[Bundle, Reference]],
 ) -> DriftPlot:
-    """Of the first task, under the reference that most devices have."""
+    """Build the plot of the first task, under the reference of most devices."""
     if not survey.groups:
-        empty = "No drift window was collected for this choice of task, device and time."
+        empty = "No drift window was collected for this task, device and time."
         return DriftPlot("Drift of the fleet", "", [], [], "", "", [], [], empty)
 
     group = survey.groups[0]
@@ -39,68 +39,69 @@ def build_plot(
         if group.shipped_reference in references
         else FieldScale()
     )
-    drawn = _plot_device(store, group, device, since, scale) if device else _plot_fleet(store, group, since, scale)
+    plot = _plot_device(store, group, device, since, scale) if device else _plot_fleet(store, group, since, scale)
     others = sum(len(other.devices) for other in survey.groups[1:])
     if others == 0:
-        return drawn
+        return plot
     more = f" · not drawn: {pluralize(others, 'device')} of other tasks or references"
-    return replace(drawn, subtitle=drawn.subtitle + more)
+    return replace(plot, subtitle=plot.subtitle + more)
 
 
 def _plot_device(store: FleetStore, group: DriftGroup, device: str, since: str | None, scale: FieldScale) -> DriftPlot:
-    line = build_timeline(store, group, device, since=since, now_us=_now_us())
+    timeline = build_timeline(store, group, device, since=since, now_us=_now_us())
     learned = {
-        name: shapes["insufficient"].counts for name, shapes in line.histograms.items() if "insufficient" in shapes
+        name: states["insufficient"].counts for name, states in timeline.histograms.items() if "insufficient" in states
     }
-    usual = learned or {name: part.counts for name, part in group.merge_fields().items()}
-    rows, estimates = drift_plot.plot_device(line, scale, usual, {})
+    reference_counts = learned or {name: part.counts for name, part in group.merge_fields().items()}
+    rows, estimates = drift_plot.plot_device(timeline, scale, reference_counts, {})
     alerts = [(a["alert"], a["summary"]) for a in store.alerts(device) if a["task"] == group.task]
     return DriftPlot(
         title=f"Drift of {group.task} at {device}",
-        subtitle=_subtitle(group.devices[device].windows, line.points[0].t[0], line.points[-1].t[1]),
+        subtitle=_subtitle(group.devices[device].windows, timeline.points[0].t[0], timeline.points[-1].t[1]),
         alerts=alerts,
         series_names=["mean"],
         dashed_label="spread",
-        reference_label="while its site was learned" if learned else "the whole fleet",
+        reference_label="learning windows of this site" if learned else "the whole fleet",
         rows=rows,
         estimates=estimates,
     )
 
 
 def _plot_fleet(store: FleetStore, group: DriftGroup, since: str | None, scale: FieldScale) -> DriftPlot:
-    drawn = _select_devices(group)
-    lines = {name: build_timeline(store, group, name, since=since, now_us=_now_us()) for name in drawn}
-    fleet = {name: part.counts for name, part in group.merge_fields().items()}
-    apart = {(one.device, one.field) for one in group.find_outliers()}
-    shown: dict[str, dict[str, Ints]] = {
-        d: {
-            name: now[1].counts
-            for name in fleet
-            if (now := line.latest(name)) is not None and (now[0] == "drift" or (d, name) in apart)
+    selected = _select_devices(group)
+    timelines = {name: build_timeline(store, group, name, since=since, now_us=_now_us()) for name in selected}
+    fleet_counts = {name: part.counts for name, part in group.merge_fields().items()}
+    outliers = {(outlier.device, outlier.field) for outlier in group.find_outliers()}
+    histograms: dict[str, dict[str, Ints]] = {
+        device: {
+            name: latest[1].counts
+            for name in fleet_counts
+            if (latest := timeline.latest(name)) is not None and (latest[0] == "drift" or (device, name) in outliers)
         }
-        for d, line in lines.items()
+        for device, timeline in timelines.items()
     }
-    states = build_feature_documents(group, None)
+    fields = build_feature_documents(group, None)
 
     def describe_field(name: str) -> tuple[str, list[str]]:
-        one = states[name]
-        state = "fault" if one["fault"] else "drift" if one["drift"] else "ok"
-        one["stands out"] = sorted(d for d, field in apart if field == name)
-        return state, [
-            f"{kind}: {abbreviate_names(one[kind])}" for kind in ("drift", "fault", "stands out") if one[kind]
-        ]
+        devices = {
+            "drift": fields[name]["drift"],
+            "fault": fields[name]["fault"],
+            "outlier": sorted(device for device, field in outliers if field == name),
+        }
+        state = "fault" if devices["fault"] else "drift" if devices["drift"] else "ok"
+        return state, [f"{kind}: {abbreviate_names(names)}" for kind, names in devices.items() if names]
 
-    rows, estimates = drift_plot.plot_devices(lines, scale, fleet, shown, describe_field)
+    rows, estimates = drift_plot.plot_devices(timelines, scale, fleet_counts, histograms, describe_field)
     alerts = [
         (a["alert"], f"{a['device'] or 'the fleet'}  {a['summary']}") for a in store.alerts() if a["task"] == group.task
     ]
-    spans = [(line.points[0].t[0], line.points[-1].t[1]) for line in lines.values()]
-    part = f" · {len(drawn)} of {len(group.devices)} devices drawn" if len(drawn) < len(group.devices) else ""
+    spans = [(timeline.points[0].t[0], timeline.points[-1].t[1]) for timeline in timelines.values()]
+    part = f" · {len(selected)} of {len(group.devices)} devices drawn" if len(selected) < len(group.devices) else ""
     return DriftPlot(
         title=f"Drift of {group.task}, {pluralize(len(group.devices), 'device')}",
         subtitle=_subtitle(group.windows, min(b for b, _ in spans), max(e for _, e in spans)) + part,
         alerts=alerts,
-        series_names=drawn,
+        series_names=selected,
         dashed_label="",
         reference_label="all devices together",
         rows=rows,
@@ -109,13 +110,15 @@ def _plot_fleet(store: FleetStore, group: DriftGroup, since: str | None, scale: 
 
 
 def _select_devices(group: DriftGroup) -> list[str]:
-    """Those that drift or have a fault now, then those that stand out, then the others."""
-    troubled = [e.device for e in group.ordered_episodes() if e.ended is None]
-    troubled += [
-        name for name, one in group.devices.items() if one.last_window and one.last_window.state in ("drift", "fault")
+    """Select devices with drift or a fault first, then outliers, then others."""
+    order = [episode.device for episode in group.ordered_episodes() if episode.ended is None]
+    order += [
+        name
+        for name, device in group.devices.items()
+        if device.last_window and device.last_window.state in ("drift", "fault")
     ]
-    order = [*troubled, *(s.device for s in group.find_outliers()), *group.devices]
-    return sorted(list(dict.fromkeys(order))[:MAX_DRAWN])
+    order += [*(outlier.device for outlier in group.find_outliers()), *group.devices]
+    return sorted(list(dict.fromkeys(order))[:MAX_DRAWN_DEVICES])
 
 
 def _subtitle(windows: int, begin: int, end: int) -> str:

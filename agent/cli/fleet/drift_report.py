@@ -1,4 +1,4 @@
-"""What `outstation fleet drift` says: as a document, and in words."""
+"""Report of `outstation fleet drift`: the JSON document, and lines for people."""
 
 from __future__ import annotations
 
@@ -16,67 +16,66 @@ if TYPE_CHECKING:
     from agent.fleet.drift.onset import DriftEpisode
     from agent.fleet.drift.survey import DriftGroup, FleetDriftSummary
 
+_MAX_OUTLIERS = 10
+
 
 def build_document(
     survey: FleetDriftSummary, device: str | None, references: Mapping[str, Reference]
 ) -> dict[str, Any]:
-    """`unreadable`, `repeated`: windows that were left out. Of one device, where it is named, beside its fleet.
+    """Return the document for the fleet, or for one device with its fleet for comparison.
 
-    `references`: by digest, those that are known here.
+    `references`: the shipped references known on this machine, by digest.
     """
     return {
-        "repeated": survey.duplicates,
-        "unreadable": survey.unreadable,
+        "duplicate_windows": survey.duplicates,
+        "unreadable_windows": survey.unreadable,
         "tasks": [_group_document(group, device, references.get(group.shipped_reference)) for group in survey.groups],
     }
 
 
 def _group_document(group: DriftGroup, device: str | None, reference: Reference | None) -> dict[str, Any]:
-    usual_sd = dict(zip(reference.fields, reference.sd.tolist(), strict=True)) if reference else {}
-    stand_out = [one for one in group.find_outliers(usual_sd) if device in (None, one.device)]
-    moved = [one for one in group.ordered_episodes() if device in (None, one.device)]
-    first = next((e for e in moved if e.ended is None), None)
-    episode = [_episode_document(e) for e in moved]
-    estimate = group.estimate_accuracy()
+    reference_sd = dict(zip(reference.fields, reference.sd.tolist(), strict=True)) if reference else {}
+    outliers = [outlier for outlier in group.find_outliers(reference_sd) if device in (None, outlier.device)]
+    episodes = [episode for episode in group.ordered_episodes() if device in (None, episode.device)]
+    first = next((episode for episode in episodes if episode.ended is None), None)
     return {
         "task": group.task,
         "reference": group.shipped_reference,
-        "apart": group.differs_in is not None,
-        "differs": group.differs_in,
+        "differs_in": group.differs_in,
         "windows": group.windows,
-        "faulty": group.faulty,
-        "undated": group.undated,
+        "sensor_fault_windows": group.faulty,
+        "unsynced_windows": group.undated,
         "devices": [
             {
                 "device": name,
-                "state": one.last_window.state if one.last_window else None,
-                "windows": one.windows,
-                "faulty": one.faulty,
-                "drifts": one.episodes.total_alarms,
-                "last": clock.to_rfc3339(one.last_window.t[1]) if one.last_window else None,
-                "accuracy": round(one.accuracy_sum / one.estimate_count, 4) if one.estimate_count else None,
+                "state": drift.last_window.state if drift.last_window else None,
+                "windows": drift.windows,
+                "sensor_fault_windows": drift.faulty,
+                "alarms": drift.episodes.total_alarms,
+                "last": clock.to_rfc3339(drift.last_window.t[1]) if drift.last_window else None,
+                "accuracy": _round(drift.accuracy.mean),
             }
-            for name, one in group.devices.items()
+            for name, drift in group.devices.items()
             if device in (None, name)
         ],
         "features": build_feature_documents(group, device),
-        "now": _recent_documents(group, device, reference),
-        "accuracy": None if estimate is None else round(estimate, 4),
-        "wide": [_fleet_wide_document(one) for one in group.detect_fleet_wide()],
-        "first": _episode_document(first) if first else None,
-        "moved": episode,
-        "stand_out": [
+        "recent": _recent_documents(group, device, reference),
+        "accuracy": _round(group.estimate_accuracy()),
+        "fleet_wide": [_fleet_wide_document(drift) for drift in group.detect_fleet_wide()],
+        "first_onset": _onset_document(first) if first else None,
+        "onsets": [_onset_document(episode) for episode in episodes],
+        "outliers": [
             {
-                "device": s.device, "field": s.field, "statistic": s.statistic, "z": s.z,
-                "value": s.value, "usual": s.fleet_median, **s.divergences,
+                "device": outlier.device, "field": outlier.field, "statistic": outlier.statistic, "z": outlier.z,
+                "value": outlier.value, "fleet_median": outlier.fleet_median, **outlier.divergences,
             }
-            for s in stand_out
+            for outlier in outliers
         ],
         "history": [
             {
                 "from": clock.to_rfc3339(begin), "to": clock.to_rfc3339(end), "windows": span.windows,
                 "drift": sorted(span.drifting_devices), "fault": sorted(span.faulty_devices),
-                "accuracy": round(span.accuracy_sum / span.estimate_count, 4) if span.estimate_count else None,
+                "accuracy": _round(span.accuracy.mean),
             }
             for begin, end, span in group.history
         ],
@@ -84,11 +83,12 @@ def _group_document(group: DriftGroup, device: str | None, reference: Reference 
 
 
 def build_feature_documents(group: DriftGroup, device: str | None) -> dict[str, Any]:
+    """Return the merged summary of each field, and the devices where it drifts or has a fault."""
     parts = group.merge_fields() if device is None else group.devices[device].fields
-    found = {}
+    documents = {}
     for name, part in parts.items():
-        states = {d: one.last_window.fields[name].state for d, one in group.devices.items() if one.last_window}
-        found[name] = {
+        states = {d: drift.last_window.fields[name].state for d, drift in group.devices.items() if drift.last_window}
+        documents[name] = {
             "n": part.moments.n,
             "missing": part.missing,
             "below": int(part.counts[0]),
@@ -96,107 +96,108 @@ def build_feature_documents(group: DriftGroup, device: str | None) -> dict[str, 
             "counts": part.counts[1:-1].tolist(),
             "mean": part.moments.mean,
             "m2": part.moments.m2,
-            "sd": part.moments.sd,
+            "sd": part.sd,
             "drift": [d for d, state in states.items() if state == "drift"],
             "fault": [d for d, state in states.items() if state == "fault"],
         }
-    return found
+    return documents
 
 
 def _recent_documents(group: DriftGroup, device: str | None, reference: Reference | None) -> dict[str, Any]:
-    """The last few windows against the shipped reference, or where that is not known against all windows before."""
+    """Compare the last few windows with the shipped reference, or if it is not known with all earlier windows."""
     recent = group.merge_recent() if device is None else group.devices[device].merge_recent()
-    whole = group.merge_fields() if device is None else group.devices[device].fields
-    found = {}
+    merged = group.merge_fields() if device is None else group.devices[device].fields
+    documents = {}
     for name, part in recent.items():
         sizes = parsed_message.effect_sizes_to_reference(reference, name, part.counts) if reference else None
-        against = "reference" if sizes else "windows before"
+        against = "reference" if sizes else "earlier windows"
         if sizes is None:
-            before = whole[name].counts_without(part)
+            before = merged[name].counts_without(part)
             sizes = parsed_message.effect_sizes(before, part.counts) if before.any() else {}
-        found[name] = {
+        documents[name] = {
             "n": part.moments.n,
             "mean": part.moments.mean,
-            "sd": part.moments.sd,
+            "sd": part.sd,
             "against": against,
             **sizes,
         }
-    return found
+    return documents
 
 
 def _fleet_wide_document(drift: FleetWideDrift) -> dict[str, Any]:
     return {
         "field": drift.subject,
         "devices": list(drift.devices),
-        "of": drift.device_count,
-        "usually": None if drift.usual_count is None else round(drift.usual_count, 2),
+        "reporting_devices": drift.device_count,
+        "usual_devices": None if drift.usual_count is None else round(drift.usual_count, 2),
         "since": clock.to_rfc3339(drift.since),
         "until": clock.to_rfc3339(drift.until),
-        "within_s": drift.span_us / 1e6,
-        "chance": float(f"{drift.p_value:.2g}"),
+        "span_s": drift.span_us / 1e6,
+        "p_value": float(f"{drift.p_value:.2g}"),
         "summary": drift.summary,
     }
 
 
-def _episode_document(episode: DriftEpisode) -> dict[str, Any]:
+def _onset_document(episode: DriftEpisode) -> dict[str, Any]:
     return {
         "device": episode.device,
         "field": episode.subject,
         "test": episode.test,
-        "began": clock.to_rfc3339(episode.began),
+        "started": clock.to_rfc3339(episode.began),
         "alarmed": clock.to_rfc3339(episode.alarmed),
         "ended": None if episode.ended is None else clock.to_rfc3339(episode.ended),
     }
 
 
 def format_lines(document: dict[str, Any]) -> Iterable[str]:
-    """For a person."""
+    """Yield the report in lines for a person; headings are bold."""
     if not document["tasks"]:
-        yield "No drift window was collected: a device sends one after every 20 model windows or so."
+        yield "No drift window was collected: a device sends one after about 20 model windows."
     for group in document["tasks"]:
         yield from _format_group(group)
-    if document["unreadable"]:
-        why = "could not be read, or are of too many different kinds from one device; left out."
-        yield f"{document['unreadable']} windows {why}"
+    if document["unreadable_windows"]:
+        reason = "are unreadable, or exceed the references and layouts of one device, and were left out"
+        yield f"{document['unreadable_windows']} windows {reason}."
     if "plot" in document:
         yield f"drawn: {document['plot']}"
 
 
 def _format_group(group: dict[str, Any]) -> Iterable[str]:
-    whose = abbreviate_names([one["device"] for one in group["devices"]])
-    apart = {
-        "reference": f", apart: {whose}, whose reference is not the one that most devices have",
-        "layout": f", apart: {whose} with other fields or bins than most devices under this reference",
-    }.get(group["differs"], "")
-    faulty = f", {group['faulty']} of them with a sensor fault and kept out" if group["faulty"] else ""
-    yield click.style(f"{group['task']} under {group['reference'][:19]}{apart}", bold=True)
+    names = abbreviate_names([device["device"] for device in group["devices"]])
+    difference = {
+        "reference": f": {names}, with another reference than most devices",
+        "layout": f": {names}, with other fields or bins than most devices with this reference",
+    }.get(group["differs_in"], "")
+    faults = group["sensor_fault_windows"]
+    faulty = f", {faults} of them left out for a sensor fault" if faults else ""
+    yield click.style(f"{group['task']} under {group['reference'][:19]}{difference}", bold=True)
     accuracy = f"; expected accuracy {group['accuracy']:.2f}" if group["accuracy"] is not None else ""
     yield f"  {pluralize(len(group['devices']), 'device')}, {pluralize(group['windows'], 'window')}{faulty}{accuracy}"
-    for name, one in group["features"].items():
-        states = [f"{state} on {abbreviate_names(one[state])}" for state in ("drift", "fault") if one[state]]
-        now = _format_recent(group["now"].get(name, {}))
-        yield f"  {name:12} mean {one['mean']:10.4g}   sd {one['sd']:10.4g}{now}   {'; '.join(states) or 'as usual'}"
-    for wide in group["wide"]:
-        yield click.style(f"  {wide['summary']}", bold=True)
-    if group["first"] is not None:
-        e = group["first"]
-        what = "" if e["test"] == "other" else f" ({e['test']})"
-        when = f"from {_format_short_time(e['began'])}, alarm {_format_short_time(e['alarmed'])}"
-        yield f"  moved first: {e['field']}{what} on {e['device']}, {when}"
-    for s in group["stand_out"][:10]:
+    for name, field in group["features"].items():
+        states = [f"{state} on {abbreviate_names(field[state])}" for state in ("drift", "fault") if field[state]]
+        recent = _format_recent(group["recent"].get(name, {}))
+        state = "; ".join(states) or "ok"
+        yield f"  {name:12} mean {field['mean']:10.4g}   sd {field['sd']:10.4g}{recent}   {state}"
+    for drift in group["fleet_wide"]:
+        yield click.style(f"  {drift['summary']}", bold=True)
+    if group["first_onset"] is not None:
+        onset = group["first_onset"]
+        test = "" if onset["test"] == "other" else f" ({onset['test']})"
+        times = f"since {_format_short_time(onset['started'])}, alarm {_format_short_time(onset['alarmed'])}"
+        yield f"  first onset: {onset['field']}{test} on {onset['device']}, {times}"
+    for outlier in group["outliers"][:_MAX_OUTLIERS]:
         yield (
-            f"  {s['device']} stands out: {s['statistic']} of {s['field']} {s['value']:.3g}, the fleet's median "
-            f"{s['usual']:.3g} (z {s['z']:+.1f}, JS {s['js']:.2f})"
+            f"  outlier {outlier['device']}: {outlier['statistic']} of {outlier['field']} {outlier['value']:.3g}, fleet "
+            f"median {outlier['fleet_median']:.3g} (z {outlier['z']:+.1f}, JS {outlier['js']:.2f})"
         )
     yield ""
 
 
-def _format_recent(now: dict[str, Any]) -> str:
-    """Beside the pooled numbers: how far the last windows are from what is usual."""
-    if "js" not in now:
+def _format_recent(recent: dict[str, Any]) -> str:
+    if "js" not in recent:
         return ""
-    w1 = f", W1 {now['w1']:.2f} sd" if "w1" in now else ""
-    return f"   now JS {now['js']:.2f}{w1} from the {now['against']}"
+    w1 = f", W1 {recent['w1']:.2f} sd" if "w1" in recent else ""
+    return f"   recent JS {recent['js']:.2f}{w1} from the {recent['against']}"
 
 
 def pluralize(n: int, noun: str) -> str:
@@ -205,6 +206,10 @@ def pluralize(n: int, noun: str) -> str:
 
 def abbreviate_names(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
 def _format_short_time(time_text: str) -> str:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent import clock
-from agent.cli.fleet.common import db_option, fleet_option
-from agent.cli.fleet.fleet_output import print_lines
+from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, print_lines, progress_bar
 from agent.cli.output import emit, json_option
 from agent.errors import UsageError
 from agent.wire import keys
@@ -65,14 +64,14 @@ def evidence(
     document = {
         "out": str(out),
         "fleet": facts.fleet,
-        "at": facts.as_of,
+        "as_of": facts.as_of,
         "passed": facts.audit["passed"],
         "files": len(made.files) + 2,
         "messages": facts.message_count,
         "incidents": sum(facts.incident_counts.values()),
         "decisions": sum(facts.event_counts.values()),
         "bundles": len(facts.bundles.cards),
-        "left_out": {name: n for name, n in sorted(facts.omitted.items()) if n},
+        "omitted": {name: n for name, n in sorted(facts.omitted.items()) if n},
         "unverified": facts.unverified,
         "signer": next(key.kid for key in facts.keys if key.role == "operator"),
     }
@@ -90,9 +89,8 @@ def _make_folder(
     db: str | None,
     folder: str | None,
 ) -> EvidenceFolder:
-    from agent.cli.fleet import group as commands
     from agent.fleet import config as fleet_config
-    from agent.fleet.evidence.gather import bundles as papers
+    from agent.fleet.evidence.gather.bundles import read_evaluation
     from agent.model.bundle import builtin
 
     try:
@@ -101,8 +99,8 @@ def _make_folder(
         raise UsageError(f"{error}; the bill of materials needs: pip install 'outstation[fleet]'") from None
     at = None if at is None else _parse_time(at)
     known = [*builtin.publisher_keys(), *(keys.load_public(text) for text in publishers)]
-    evaluated = [papers.read_evaluation(path) for path in evaluations]
-    config, store = commands.open_for_reading(folder, db)
+    evaluated = [read_evaluation(path) for path in evaluations]
+    config, store = open_for_reading(folder, db)
     sources = EvidenceSources(
         fleet=config.fleet.name,
         fleet_dir=fleet_config.find_folder(folder),
@@ -113,7 +111,7 @@ def _make_folder(
         bundles=bundles,
         evaluations=evaluated,
     )
-    with commands.progress("gathering", store.count_messages()) as advance:
+    with progress_bar("gathering", store.count_messages()) as advance:
         return write_folder(store, sources, out, at, advance)
 
 
@@ -127,10 +125,10 @@ def _parse_time(text: str) -> str:
 def _summary_lines(document: dict[str, Any]) -> Iterable[str]:
     yield (
         f"{document['out']}: {document['files']} files, of {document['messages']} messages, {document['incidents']} "
-        f"incidents, {document['decisions']} decisions and {document['bundles']} bundles up to {document['at']}"
+        f"incidents, {document['decisions']} decisions and {document['bundles']} bundles as of {document['as_of']}"
     )
-    for name, n in document["left_out"].items():
-        yield f"  left out: {n} {name} that were too many"
+    for name, n in document["omitted"].items():
+        yield f"  omitted: {n} {name} above the limit of a folder"
     if document["unverified"]:
         yield f"  {document['unverified']} stored messages do not verify; nothing they say is told"
     if not document["passed"]:
@@ -163,7 +161,7 @@ def _verification_lines(report: dict[str, Any]) -> Iterable[str]:
         yield f"signed by {report['signer']}"
     if report["fleet"]:
         yield (
-            f"fleet {report['fleet']} as of {report['at']}: {report['files']} files, {report['messages']} messages, "
+            f"fleet {report['fleet']} as of {report['as_of']}: {report['files']} files, {report['messages']} messages, "
             f"{report['decisions']} decisions, {report['comparisons']} comparisons, {report['bundles']} bundles, "
             f"{report['signatures']} signatures in the repository's metadata"
         )

@@ -1,16 +1,17 @@
-"""`outstation fleet label`: what was true of a device's results, told where they are collected."""
+"""`outstation fleet label`: join labels with collected results, or send them to the device."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from agent import clock
 from agent.cli.device.label import read_labels, report
-from agent.cli.fleet.command import require_enrolled, send_command
-from agent.cli.fleet.common import fleet_option
+from agent.cli.fleet.command import send_command
+from agent.cli.fleet.common import fleet_option, open_for_reading, open_store
 from agent.cli.output import emit, json_option, print_table
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
@@ -18,7 +19,11 @@ from agent.fleet.config import FleetConfig
 from agent.performance.labels import Label
 from agent.text import printable
 
-_MAX_SHOWN = 20
+if TYPE_CHECKING:
+    from agent.fleet.database.store import FleetStore
+    from agent.fleet.labels import LabelOutcome
+
+_MAX_LISTED = 20
 
 
 @click.command("label", epilog="Example: outstation fleet label pi-07 exercise truth.csv --send")
@@ -26,104 +31,95 @@ _MAX_SHOWN = 20
 @click.argument("task")
 @click.argument("file", default="-")
 @fleet_option
-@click.option("--send", is_flag=True, help="To the device, as signed commands; it measures with its slices and alerts.")
-@click.option("--wait", "wait_s", metavar="S", default=30.0, type=click.FloatRange(min=0), help="For each answer; 30.")
+@click.option("--send", is_flag=True, help="Send them to the device as signed commands; it computes slices and alerts.")
+@click.option("--wait", "wait_s", metavar="S", default=30.0, type=click.FloatRange(min=0),
+              help="Wait this long for each reply; default 30.")  # fmt: skip
 @json_option
 def label(device: str, task: str, file: str, folder: str | None, send: bool, wait_s: float, as_json: bool) -> None:
-    """Join labels from FILE with collected results of TASK of DEVICE, and say how good they are.
+    """Join labels from FILE with collected results of TASK of DEVICE, and print the metrics.
 
-    Columns as for `outstation label`: row,label or t,label, and source. Exit 1 where a label was rejected. With --send
-    they go to the device instead. To send a label twice does no harm.
+    Columns are those of `outstation label`: row,label or t,label, and source. With --send the labels go to the device
+    instead. Repeated labels do no harm. Exit 1 if a label was rejected.
     """
-    home = fleet_config.find_folder(folder)
-    config = fleet_config.load(home)
-    require_enrolled(config, device)
-    found = list(read_labels(file))
-    rejected = {line: one for line, one in found if isinstance(one, str)}
-    good = [(line, one) for line, one in found if isinstance(one, Label)]
+    config, store = open_for_reading(folder, device=device)
+    entries = list(read_labels(file))
+    rejected = {line: entry for line, entry in entries if isinstance(entry, str)}
+    labels = [(line, entry) for line, entry in entries if isinstance(entry, Label)]
     if send:
-        accepted, refused = _send_labels(home, config, device, task, good, wait_s)
+        home = fleet_config.find_folder(folder)
+        accepted, refused = _send_labels(home, config, store, device, task, labels, wait_s)
         report(accepted, rejected | refused, as_json)
-    else:
-        _join_labels(config, device, task, good, rejected, as_json)
+        return
+    outcome = _join_labels(config, device, task, [entry for _, entry in labels])
+    rejected |= {labels[index][0]: reason for index, reason in outcome.rejected.items()}
+    emit(_outcome_document(outcome, rejected), as_json, lambda: _print_outcome(outcome, rejected))
+    if rejected:
+        sys.exit(1)
 
 
 def _send_labels(
-    home: Path, config: FleetConfig, device: str, task: str, valid_labels: list[tuple[int, Label]], wait_s: float
+    home: Path,
+    config: FleetConfig,
+    store: FleetStore,
+    device: str,
+    task: str,
+    labels: list[tuple[int, Label]],
+    wait_s: float,
 ) -> tuple[int, dict[int, str]]:
-    """How many the device accepted, and line → reason of the others."""
+    """Return the number of labels that the device accepted, and line → reason of the others."""
     from agent.fleet.labels import split_labels
 
     accepted = 0
     rejected: dict[int, str] = {}
-    for first, end, columns in split_labels([one for _, one in valid_labels]):
-        lines = [line for line, _ in valid_labels[first:end]]
-        sent = send_command(home, config, device, "label", {"task": task, "labels": columns}, wait_s)
+    for first, end, columns in split_labels([entry for _, entry in labels]):
+        lines = [line for line, _ in labels[first:end]]
+        sent = send_command(home, config, store, device, "label", {"task": task, "labels": columns}, wait_s)
         if not sent.ok or sent.reply is None:
-            # The next ones would come to the same.
+            # Further commands would fail for the same reason.
             summary = sent.to_dict()["summary"]
-            return accepted, rejected | {line: f"not taken: {summary}" for line, _ in valid_labels[first:]}
+            return accepted, rejected | {line: f"not sent: {summary}" for line, _ in labels[first:]}
         accepted += int(sent.reply.data["accepted"])
-        rejected |= {lines[int(index)]: str(why) for index, why in sent.reply.data["rejected"].items()}
+        rejected |= {lines[int(index)]: str(reason) for index, reason in sent.reply.data["rejected"].items()}
     return accepted, rejected
 
 
-def _join_labels(
-    config: FleetConfig,
-    device: str,
-    task: str,
-    valid_labels: list[tuple[int, Label]],
-    rejected: dict[int, str],
-    as_json: bool,
-) -> None:
-    from agent.fleet import labels
-    from agent.fleet.database.store import FleetStore
+def _join_labels(config: FleetConfig, device: str, task: str, labels: list[Label]) -> LabelOutcome:
+    from agent.fleet.labels import add
 
-    store = FleetStore(config.fleet.db, partitions=config.fleet.partitions)
     try:
-        with store.transaction() as db:
-            now = clock.to_rfc3339(clock.read().wall_us)
-            outcome = labels.add(db, device, task, [one for _, one in valid_labels], now)
+        with open_store(config) as store, store.transaction() as db:
+            return add(db, device, task, labels, clock.to_rfc3339(clock.read().wall_us))
     except ValueError as problem:
         raise UsageError(str(problem)) from None
-    finally:
-        store.close()
-    rejected |= {valid_labels[index][0]: reason for index, reason in outcome.rejected.items()}
-    document = {
+
+
+def _outcome_document(outcome: LabelOutcome, rejected: dict[int, str]) -> dict[str, Any]:
+    model = outcome.model
+    return {
         "accepted": outcome.accepted,
         "replaced": outcome.replaced,
         "rejected": [{"line": line, "reason": reason} for line, reason in sorted(rejected.items())],
         "sources": outcome.sources,
-        "model": outcome.model.to_dict() if outcome.model else None,
-        "results": {"listed": outcome.model.listed, "of": outcome.model.results} if outcome.model else None,
+        "model": model.to_dict() if model else None,
+        "results": {"listed": model.listed, "total": model.results} if model else None,
         "other_models": outcome.other_bundle_labels,
-        "metrics": [one.to_dict() for one in outcome.metrics],
+        "metrics": [metric.to_dict() for metric in outcome.metrics],
     }
 
-    def human() -> None:
-        click.echo(f"{outcome.accepted} labels accepted, {outcome.replaced} of them replaced, {len(rejected)} rejected")
-        for line, reason in sorted(rejected.items())[:_MAX_SHOWN]:
-            click.echo(printable(f"  line {line}: {reason}"))
-        if outcome.model is not None:
-            model = f"{outcome.model.name} {outcome.model.version}"
-            also = (
-                f"; {outcome.other_bundle_labels} labels are of results of other bundles"
-                if outcome.other_bundle_labels
-                else ""
-            )
-            click.echo(printable(f"of results of {model}, {outcome.model.digest}{also}"))
-        if outcome.sparse_warning is not None:
-            click.echo(f"warning: {outcome.sparse_warning}")
-        rows = [
-            [
-                one.metric,
-                printable(one.slice),
-                *("" if v is None else f"{v:.4g}" for v in (one.value, one.low, one.high)),
-            ]
-            for one in outcome.metrics
-        ]
-        print_table(["metric", "slice", "value", "from", "to"], rows, "No labelled result yet.")
 
-    emit(document, as_json, human)
-    if rejected:
-        sys.exit(1)
+def _print_outcome(outcome: LabelOutcome, rejected: dict[int, str]) -> None:
+    click.echo(f"{outcome.accepted} labels accepted, {outcome.replaced} of them replaced, {len(rejected)} rejected")
+    for line, reason in sorted(rejected.items())[:_MAX_LISTED]:
+        click.echo(printable(f"  line {line}: {reason}"))
+    if outcome.model is not None:
+        others = outcome.other_bundle_labels
+        also = f"; {others} labels are of results of other bundles" if others else ""
+        model = f"{outcome.model.name} {outcome.model.version}, {outcome.model.digest}"
+        click.echo(printable(f"results of {model}{also}"))
+    if outcome.sparse_warning is not None:
+        click.echo(f"warning: {outcome.sparse_warning}")
+    rows = [
+        [m.metric, printable(m.slice), *("" if v is None else f"{v:.4g}" for v in (m.value, m.low, m.high))]
+        for m in outcome.metrics
+    ]
+    print_table(["metric", "slice", "value", "from", "to"], rows, "No labelled result yet.")

@@ -50,7 +50,7 @@ def publish(
         "bytes": done.bytes,
         "memory": told.memory,
         "signer": done.signer,
-        "new": done.is_new,
+        "created": done.is_new,
     }
     said = "published" if done.is_new else "was published already"
     emit(

@@ -75,14 +75,14 @@ def _print(report: RepositoryStatus) -> None:
     for one in report.revoked:
         click.echo(f"{one['name']} {one['version']} was taken out on {one['day']}")
     click.echo()
-    rows = [[one.role, one.version, one.expires, one.days, _format_keys(one)] for one in report.roles]
+    rows = [[one.role, one.version, one.expires, one.days_left, _format_keys(one)] for one in report.roles]
     print_table(["role", "version", "expires", "days", "keys"], rows, "")
     for line in report.reminders:
         click.echo(click.style(line, fg="yellow"))
 
 
 def _format_keys(role_status: RoleStatus) -> str:
-    names = ", ".join(key.name if key.here else f"{key.name} (elsewhere)" for key in role_status.keys)
+    names = ", ".join(key.name if key.has_private_key else f"{key.name} (elsewhere)" for key in role_status.keys)
     return names if len(role_status.keys) == 1 else f"{role_status.threshold} of {names}"
 
 
@@ -132,10 +132,10 @@ def rotate(
     draft = done.draft
     document = {"role": role, "old": done.old, "new": done.new, "in_force": done.is_complete, "draft": draft}
     said = f"{role}: {done.new} counts, {done.old} no more; delete its file"
-    if draft is not None and draft.missing:
+    if draft is not None and draft.signatures_missing:
         said = (
-            f"{role}: {done.new} for {done.old} waits for {draft.missing} more signatures of the root keys "
-            f"{', '.join(draft.waiting)}; carry root.json.draft to them: outstation fleet repository sign-root"
+            f"{role}: {done.new} for {done.old} waits for {draft.signatures_missing} more signatures of the root keys "
+            f"{', '.join(draft.may_sign)}; carry root.json.draft to them: outstation fleet repository sign-root"
         )
     emit(document, as_json, lambda: click.echo(said))
     if not done.is_complete:

@@ -1,4 +1,4 @@
-"""What each command about tasks does: run, pause, resume, report, set-schedule, rollback, learn, label and so on."""
+"""Actions: the remote commands about tasks, such as run, pause, set-schedule, rollback, relearn and label."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from agent.device.commands.executor import Action
 from agent.device.intake import labels
 from agent.device.machine import schedule
 from agent.device.pipeline import label_metrics, relearn
-from agent.device.pipeline.batch import LoadedTask
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.relearn import RelearnRequest
 from agent.device.pipeline.tasks import Effect, Runtime, ScheduledTask, make_scheduled_task
 from agent.device.rollout.executor import RolloutExecutor
@@ -29,7 +29,7 @@ from agent.wire.commands import DEFAULT_SCHEDULE
 
 
 class TaskActions:
-    """`load` verifies, probes and loads the bundle at a path for a task; `status` is what `outstation status` says."""
+    """Actions on tasks. `load` verifies, probes and loads the bundle at a path; `status` returns the status document."""
 
     def __init__(
         self,
@@ -53,18 +53,18 @@ class TaskActions:
             "report": self.report,
             "set-schedule": self.set_schedule,
             "rollback": self.rollback,
-            "learn": self.relearn,
+            "relearn": self.relearn,
             "reset-reference": self.reset_reference,
             "label": self.label,
         }
 
     def run(self, args: Mapping[str, str], now: ClockReading) -> Effect:
-        planned = self._require_scheduled(args["task"])
-        name, stream = planned.task.name, planned.task.config.stream
-        if planned.paused:
+        scheduled = self._require_scheduled(args["task"])
+        name, stream = scheduled.task.name, scheduled.task.config.stream
+        if scheduled.paused:
             raise RowRejected(f"{name} is paused; resume it first")
         before = self._store.cursor(name) or self._store.first_row(stream) - 1
-        self._runtime.run(planned, now)
+        self._runtime.run(scheduled, now)
         after = self._store.cursor(name) or before
         waiting = self._store.last_row(stream) - after
         data = {"used": after - before, "waiting": waiting}
@@ -106,9 +106,9 @@ class TaskActions:
                 tx.save_state(name, task_keys.SCHEDULE_OVERRIDE, wanted.encode())
 
         def then() -> None:
-            planned = self._runtime.find(name)
-            if planned is not None:
-                planned.schedule = new
+            scheduled = self._runtime.find(name)
+            if scheduled is not None:
+                scheduled.schedule = new
 
         return Effect(
             f"{name} runs {wanted!r} from now on.", {"schedule": wanted, "configured": configured}, write, then
@@ -116,28 +116,30 @@ class TaskActions:
 
     def rollback(self, args: Mapping[str, str], now: ClockReading) -> Effect:
         name = self._require_known(args["task"])
-        if (deed := self._rollouts.plan_rollback(name, now)) is not None:
-            return deed
+        if (effect := self._rollouts.plan_rollback(name, now)) is not None:
+            return effect
         past = history.load_history(self._store, name)
-        running = self._runtime.find(name)
-        target = None if past is None else (past.previous if running is not None else past.current)
+        is_running = self._runtime.find(name) is not None
+        target = None if past is None else (past.previous if is_running else past.current)
         if past is None or target is None:
             raise RowRejected(f"{name} has run no other bundle here before; there is nothing to go back to")
         try:
             task = self._load(name, history.copy_folder(self._conf.data_dir, target.digest))
         except (BadBundle, ConfigError) as problem:
-            raise RowRejected(f"{target} does not run here, the one that ran goes on: {problem}") from None
+            raise RowRejected(f"{target} does not run here, {past.current} goes on: {problem}") from None
         configured = history.configured_digest(self._conf.tasks[name].bundle, self._conf.data_dir)
-        was_aside = target.digest in overrides.load_quarantined(self._store, name)
+        was_quarantined = target.digest in overrides.load_quarantined(self._store, name)
 
         def write(tx: Transaction) -> None:
-            if was_aside:
+            if was_quarantined:
                 quarantine.release(tx, self._message_log, name, now)
             self._rollouts.record_operator_rollback(tx, name, now)
             overrides.save_bundle_override(tx, name, history.make_override(target, configured))
             history.record_activation(tx, self._message_log, name, task.bundle, past, "rollback", now)
 
-        summary = f"{name} went from {past.current} to {target}." if running else f"{name} runs again, with {target}."
+        summary = (
+            f"{name} went from {past.current} to {target}." if is_running else f"{name} runs again, with {target}."
+        )
         data = {"from": past.current.digest, "to": target.digest}
         return Effect(summary, data, write, lambda: self._replace_task(task))
 
@@ -147,23 +149,25 @@ class TaskActions:
             for_s = float(parse_duration(text))
         except ValueError as error:
             raise RowRejected(f"for: {error}") from None
-        return self._request_relearn(args["task"], relearn.make_request("learn", for_s, "from the fleet"))
+        return self._request_relearn(args["task"], relearn.make_request("relearn", for_s, "from the fleet"))
 
     def reset_reference(self, args: Mapping[str, str], now: ClockReading) -> Effect:
         return self._request_relearn(args["task"], relearn.make_request("reset", 0.0, "from the fleet"))
 
     def _request_relearn(self, task: str, request: RelearnRequest) -> Effect:
-        judge = self._require_scheduled(task).task.drift_monitor
-        if judge is None:
-            raise RowRejected(f"the bundle of {task} has no drift reference, so drift is not watched")
+        monitor = self._require_scheduled(task).task.drift_monitor
+        if monitor is None:
+            raise RowRejected(f"the bundle of {task} has no drift reference, so drift is not tested")
 
         def write(tx: Transaction) -> None:
             tx.save_state(task, task_keys.RELEARN_REQUEST, request.to_json())
 
-        least = f"{judge.learn_windows} drift windows" + (
-            f" and {request.duration_s:.0f} s" if request.duration_s else ""
+        span = f" and {request.duration_s:.0f} s" if request.duration_s else ""
+        summary = (
+            f"{task} learns its site reference again, from at least {monitor.learn_windows} drift windows{span}, when it "
+            "next runs."
         )
-        return Effect(f"{task} learns its site's reference anew from at least {least} when it next runs.", {}, write)
+        return Effect(summary, {}, write)
 
     def label(self, args: Mapping[str, str], now: ClockReading) -> Effect:
         task = self._require_scheduled(args["task"]).task
@@ -171,20 +175,20 @@ class TaskActions:
             columns = msgspec.json.decode(args["labels"].encode(), type=dict[str, list[Any]])
         except msgspec.MsgspecError as error:
             raise RowRejected(f'labels: {error}; they are columns, as {{"row":[100],"label":["PEN"]}}') from None
-        lot = labels.parse_columns(task.name, columns)
+        batch = labels.parse_columns(task.name, columns)
         with self._store.transaction() as tx:
-            refused = labels.store_labels(tx, label_metrics.build_label_targets([task])[task.name], lot, now)
-        accepted = len(lot.labels) + len(lot.rejected) - len(refused)
-        summary = f"{accepted} labels of {task.name} accepted, {len(refused)} rejected."
-        return Effect(summary, {"accepted": accepted, "rejected": {str(k): refused[k] for k in sorted(refused)}})
+            rejected = labels.store_labels(tx, label_metrics.build_label_targets([task])[task.name], batch, now)
+        accepted = len(batch.labels) + len(batch.rejected) - len(rejected)
+        summary = f"{accepted} labels of {task.name} accepted, {len(rejected)} rejected."
+        return Effect(summary, {"accepted": accepted, "rejected": {str(k): rejected[k] for k in sorted(rejected)}})
 
     def _replace_task(self, task: LoadedTask) -> None:
         self._runtime.replace_task(task, lambda new: make_scheduled_task(self._file, self._conf, self._store, new))
 
     def _set_paused(self, name: str, paused: bool) -> None:
-        planned = self._runtime.find(name)
-        if planned is not None:
-            planned.paused = paused
+        scheduled = self._runtime.find(name)
+        if scheduled is not None:
+            scheduled.paused = paused
 
     def _require_known(self, name: str) -> str:
         if name not in self._conf.tasks:
@@ -192,9 +196,9 @@ class TaskActions:
         return name
 
     def _require_scheduled(self, name: str) -> ScheduledTask:
-        planned = self._runtime.find(self._require_known(name))
-        if planned is None:
+        scheduled = self._runtime.find(self._require_known(name))
+        if scheduled is None:
             raise RowRejected(
-                f"{name} does not run: its bundle was refused at the start, see the alerts; or roll it back"
+                f"{name} does not run: its bundle failed at the start, see the alerts; `rollback` runs the previous one"
             )
-        return planned
+        return scheduled

@@ -1,11 +1,13 @@
-"""Commands on the main loop: each is claimed, done or refused, and answered, once.
+"""Command executor: claims, executes or refuses, and answers each remote command once, on the main loop.
 
-Rules, after those of `commands`:
-- claimed first, in a commit of its own: its counter and id are used up, whatever happens then
-- not expired, by the wall clock; where that is unsynced, by the time floor, and what `NEED_TIME` is refused
-- it is a command of ours with its arguments
-What it changes in the store, the `audit` message "command" and the answer are one commit. A command that was cut off by
-a crash is never taken up again: the next start answers that it was.
+Rules, after those of the receiver:
+- A command is claimed first, in a commit of its own: its counter and id are then used, whatever follows.
+- It has not expired by the wall clock. While that is unsynced, the time floor counts instead, and commands in
+  `CLOCK_DEPENDENT` are refused.
+- Its name and arguments are known.
+
+Its changes in the store, the audit message "command" and the answer are one commit. A command that a crash interrupted
+is never executed again: the next start answers that it was interrupted.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ Action = Callable[[Mapping[str, str], ClockReading], Effect]
 
 
 class CommandExecutor:
-    """Obeys what `Commands` hands over. `actions`: name → what does it; an action raises Rejected to refuse."""
+    """Executes the commands of the receiver. `actions` maps names to functions, which raise RowRejected to refuse."""
 
     def __init__(
         self, store: Store, message_log: MessageLog, commands: CommandReceiver, actions: Mapping[str, Action]
@@ -48,27 +50,27 @@ class CommandExecutor:
         self._store, self._message_log, self._commands, self._actions = store, message_log, commands, actions
 
     def recover(self, now: ClockReading) -> None:
-        """Answer what a crash cut off."""
+        """Answer the commands that a crash interrupted."""
         with contextlib.suppress(StorageFull):
             with self._store.transaction(vital=True) as tx:
-                cut_off = tx.commands.unanswered()
-            for claimed in cut_off:
+                interrupted = tx.commands.unanswered()
+            for claimed in interrupted:
                 summary = (
-                    "The agent stopped while it obeyed this. It is not obeyed again; see the status, and send a new "
-                    "command if it is still wanted."
+                    "The daemon stopped while it executed this command, and does not execute it again. Look at the "
+                    "status, and send a new command if it is still wanted."
                 )
                 self._commit_outcome(claimed, "interrupted", Effect(summary), now)
 
     def tick(self, now: ClockReading) -> int:
-        """Obey what waits; how many. Raises StorageError."""
-        done = 0
+        """Execute the commands that wait; return their number. Raises StorageError."""
+        count = 0
         while True:
             try:
-                order = self._commands.received.get_nowait()
+                received = self._commands.received.get_nowait()
             except queue.Empty:
-                return done
-            self._execute(order, now)
-            done += 1
+                return count
+            self._execute(received, now)
+            count += 1
 
     def _execute(self, received: ReceivedCommand, now: ClockReading) -> None:
         cmd = received.cmd
@@ -76,13 +78,13 @@ class CommandExecutor:
             with self._store.transaction(vital=True) as tx:
                 claimed = tx.commands.claim(received.kid, cmd.id, cmd.name, cmd.args, cmd.counter, received.correlation)
             if claimed is None:
-                log.warning("command %s %s: its id or counter was used before; not obeyed again", cmd.name, cmd.id)
+                log.warning("command %s %s: its id or counter was used before; not executed again", cmd.name, cmd.id)
                 return
-            outcome, deed = self._run_action(cmd, now)
-            self._commit_outcome(claimed, outcome, deed, now)
+            outcome, effect = self._run_action(cmd, now)
+            self._commit_outcome(claimed, outcome, effect, now)
         except StorageFull as full:
             log.error("command %s %s: %s", cmd.name, cmd.id, full)
-            summary = f"Not obeyed: {full}. Send it again when there is room."
+            summary = f"Not executed: {full}. Send it again when there is room."
             self._commands.post_answer(
                 CommandAnswer(0, cmd.id, cmd.name, False, summary, {}, received.correlation), now
             )
@@ -110,12 +112,12 @@ class CommandExecutor:
             raise RowRejected(f"it expired at {cmd.expires}, here it is {clock.to_rfc3339(reached)}; send it again")
         if now.quality == "unsynced" and cmd.name in CLOCK_DEPENDENT:
             raise RowRejected(
-                f"the clock here is unsynced, so it cannot be told whether this has expired; {cmd.name} is obeyed once "
-                "a time service has set the clock"
+                f"the clock here is unsynced, so the device cannot tell whether this has expired; {cmd.name} is executed "
+                "once a time service has set the clock"
             )
 
     def _commit_outcome(self, claimed: ClaimedCommand, outcome: str, effect: Effect, now: ClockReading) -> None:
-        """One commit: the effect, the audit message and the answer."""
+        """Commit the effect, the audit message and the answer together."""
         ok = outcome == "done"
         with self._store.exclusive():
             with self._store.transaction(vital=True) as tx:
@@ -129,11 +131,11 @@ class CommandExecutor:
     def _fit_reply(self, data: dict[str, Any]) -> dict[str, Any]:
         if len(encode(data)) + _REPLY_OVERHEAD <= self._message_log.max_bytes:
             return data
-        return {"left_out": "more than the broker takes; raise [broker] max_message_bytes, or see the messages"}
+        return {"left_out": "the answer is larger than [broker] max_message_bytes; raise it, or look at the messages"}
 
 
 def _audit_body(claimed: ClaimedCommand, outcome: str, effect: Effect) -> dict[str, Any]:
-    # A word that was given to confirm with is spent, and of no use to whoever reads the log.
+    # A confirmation word is already used, so it may stand in the log.
     args = {
         name: text if len(text) <= _MAX_ARG_CHARS else f"{text[:_MAX_ARG_CHARS]}…"
         for name, text in claimed.args.items()

@@ -1,8 +1,8 @@
-"""Changing the device's signing key: the old key signs that the new one follows, and the new one proves itself.
+"""Key rotation: the old signing key signs that the new one follows, and the new one proves itself.
 
-The log goes on with the new key behind that message. What is not of the log (state, keys, replies) keeps the old one
-until the collector has acknowledged the change: before, it could not verify the new one. Where that message is lost
-before (a damaged card, no room), the old key says it again, for without it nothing more of this device is taken.
+The log goes on with the new key behind that message. Messages outside the log (state, keys, replies) keep the old key
+until the collector has acknowledged the rotation: before, it could not verify the new one. If that message is lost first
+(a damaged card, no room), the old key signs it again: without it the collector takes nothing more of this device.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = logging.getLogger("outstation")
 
 
 class KeyRotation:
-    """`renew`: connect anew, so that the Will is signed by the new key. `say`: publish a live message."""
+    """Command `rotate-key`. `publish` sends a live message; `reconnect` has the new key sign the last will."""
 
     def __init__(
         self,
@@ -42,18 +42,13 @@ class KeyRotation:
         publish: Callable[[OutgoingMessage], object],
         reconnect: Callable[[], object],
     ) -> None:
-        self._store, self._message_log, self._files, self._publish, self._reconnect = (
-            store,
-            message_log,
-            files,
-            publish,
-            reconnect,
-        )
+        self._store, self._message_log, self._files = store, message_log, files
+        self._publish, self._reconnect = publish, reconnect
 
     def rotate(self, _args: Mapping[str, str], now: ClockReading) -> Effect:
-        """The command. Raises Rejected."""
+        """Make a new key. Raises RowRejected."""
         if self._store.get_meta(PENDING_ROTATION, ""):
-            raise RowRejected("the collector has not acknowledged the last change of the key yet; wait for that")
+            raise RowRejected("the collector has not acknowledged the last key rotation yet; wait for that")
         try:
             new = self._files.prepare()
         except (OSError, UsageError) as error:
@@ -67,23 +62,23 @@ class KeyRotation:
         return Effect(summary, {"key": new.public.text, "kid": new.public.kid}, write, lambda: self._activate(new, now))
 
     def tick(self, now: ClockReading) -> None:
-        """Whether the collector knows the new key by now; then the old one is done with. Raises StorageError."""
+        """Drop the old key once the collector has acknowledged the rotation. Raises StorageError."""
         pending = self._store.get_meta(PENDING_ROTATION, "")
         if not pending:
             return
         seq = int(json.loads(pending)["seq"])
-        known = seq in self._store.acknowledged()
-        if not known and self._store.pending_messages([seq]):
+        is_known = seq in self._store.acknowledged()
+        if not is_known and self._store.pending_messages([seq]):
             return
         try:
             with self._store.transaction(vital=True) as tx:
-                if known:
+                if is_known:
                     tx.set_meta(PENDING_ROTATION, "")
                 else:
                     reissue_rotation(tx, self._message_log, now)
         except StorageFull:
             return
-        if not known:
+        if not is_known:
             return
         log.info("the collector knows the new signing key")
         self._files.forget_old()
@@ -99,6 +94,6 @@ class KeyRotation:
         try:
             self._files.promote()
         except OSError as error:
-            # The store names the new key: the next start goes on from there.
+            # The store names the new key, so the next start puts it in place.
             log.error("the new key could not be put in place: %s; the next start does it", error)
         self._publish(keys_message(self._message_log, now))

@@ -1,10 +1,10 @@
-"""Where commands come in and answers go out: the uplink's thread verifies, the main loop obeys.
+"""Command receiver: the uplink's thread verifies commands and sends the answers; the main loop executes in between.
 
-Rules of `take`; what fails one was not sent by an operator to be obeyed now, and is only counted:
-- it is not retained: a command is for now, and a retained one would come again with each connection
-- it came on this device's `cmd` topic, and one of the [operators] keys signed it for that topic and this device
-- its counter is above every counter that this key has used
-The rest is decided where it is obeyed (see `control`): there each is claimed, done or refused, and answered, once.
+Rules of `accept`. A message that fails one was not sent by an operator for execution now, and is only counted:
+- It is not retained: a retained command would come again with each connection.
+- It came on this device's `cmd` topic, and an [operators] key signed it for that topic and this device.
+- Its counter is above every counter that this key has used.
+The executor decides the rest: it claims each command, executes or refuses it, and answers once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _FULL_RETRY_S = 5.0
 
 
 class ReceivedCommand(msgspec.Struct, frozen=True):
-    """A command that an operator signed, and what its answer must carry."""
+    """A verified command, and the correlation data that its answer carries."""
 
     cmd: CommandPayload
     kid: str
@@ -46,14 +46,16 @@ class ReceivedCommand(msgspec.Struct, frozen=True):
 
 
 class LiveSession(Protocol):
-    """What this uses of a Session."""
+    """Methods of the uplink's session that the receiver uses."""
 
     def enqueue_live(self, message: OutgoingMessage) -> None: ...
     def is_live_confirmed(self) -> bool: ...
 
 
 class CommandReceiver:
-    """Between the two threads: orders one way, answers the other."""
+    """Passes commands from the uplink's thread to the main loop, and answers back."""
+
+    refusal_name = "commands"
 
     def __init__(self, store: Store, message_log: MessageLog, operators: Sequence[PublicKey]) -> None:
         self.topic = str(topics.Topic(message_log.fleet, message_log.device, "cmd"))
@@ -61,7 +63,7 @@ class CommandReceiver:
         self.on_received: Callable[[], object] = lambda: None
         self._store, self._message_log = store, message_log
         self._operators = {key.kid: jws.Signer("operator", key) for key in operators}
-        # Read only: on a full disk a transaction that is not vital would not begin.
+        # By a query: on a full disk, a transaction that is not vital would not begin.
         self._last_counters = store.query(lambda db: CommandLog(db).counters())
         self._posted: deque[OutgoingMessage] = deque(maxlen=_MAX_POSTED)
         self._has_unsent = threading.Event()
@@ -70,15 +72,18 @@ class CommandReceiver:
 
     @property
     def subscriptions(self) -> list[str]:
-        """Nobody can command a device without [operators] keys: it does not even listen."""
+        """The command topic; nothing without [operators] keys, as nobody can then command the device."""
         return [self.topic] if self._operators else []
 
     # --- on the uplink's thread ---
 
-    def receive(self, delivery: IncomingMessage) -> None:
-        """Hand a command to the main loop. Raises Refused."""
+    def owns(self, topic: str) -> bool:
+        return topic == self.topic
+
+    def accept(self, delivery: IncomingMessage) -> None:
+        """Verify a command and hand it to the main loop. Raises MessageRefused."""
         if delivery.retained:
-            raise MessageRefused("retained", "a command is for now; somebody left this one on the broker")
+            raise MessageRefused("retained", "the broker stored this command; commands must not be retained")
         if delivery.topic != self.topic:
             raise MessageRefused("other topic", delivery.topic[:120])
         if len(delivery.payload) > MAX_COMMAND_BYTES:
@@ -101,12 +106,12 @@ class CommandReceiver:
         self.on_received()
 
     def on_connected(self) -> None:
-        """A new connection: what the last one did not get confirmed goes again."""
+        """Send answers again that the last session did not get confirmed."""
         self._sent_through = self._confirmed_through
         self._has_unsent.set()
 
     def tick(self, session: LiveSession, now: ClockReading) -> None:
-        """Say what there is to say, and note what the broker has. Raises StorageError."""
+        """Send live messages and answers, and record the answers that the broker has confirmed. Raises StorageError."""
         while self._posted:
             session.enqueue_live(self._posted.popleft())
         if now.boot_s < self._retry_after_s:
@@ -120,12 +125,12 @@ class CommandReceiver:
                 self._has_unsent.clear()
                 self._send_answers(session, now)
         except StorageFull as full:
-            log.warning("%s; answers to commands wait", full)
+            log.warning("%s; answers to commands are sent once there is room", full)
             self._has_unsent.set()
             self._retry_after_s = now.boot_s + _FULL_RETRY_S
 
     def is_idle(self) -> bool:
-        """Whether the broker has all answers."""
+        """Return True if the broker has all answers."""
         return not self._has_unsent.is_set() and self._sent_through == self._confirmed_through and not self._posted
 
     def _send_answers(self, session: LiveSession, now: ClockReading) -> None:
@@ -140,13 +145,13 @@ class CommandReceiver:
     # --- on the main loop ---
 
     def notify_answer(self) -> None:
-        """There is an answer in the book."""
+        """Send the answers that were added to the command log."""
         self._has_unsent.set()
 
     def post(self, message: OutgoingMessage) -> None:
-        """Say this on the connection there is, or the next."""
+        """Send a live message in this session, or in the next."""
         self._posted.append(message)
 
     def post_answer(self, answer: CommandAnswer, now: ClockReading) -> None:
-        """An answer for which there was no room in the book."""
+        """Send an answer that the store had no room for."""
         self.post(self._message_log.build_live_message("reply", answer.to_body(), now, correlation=answer.correlation))

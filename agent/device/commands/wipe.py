@@ -1,8 +1,8 @@
-"""Erasing the device: everything it measured, decided and signed with, on an operator's word given twice.
+"""Wipe: an operator erases the device's readings, results, state and keys, with two commands.
 
-The word of the first command's answer makes sure that somebody read the answer. Once the second one is committed the
-wipe happens, whatever crashes: the store says so, then the marker file does. What flash memory keeps of deleted files
-is out of reach from here: where that matters, destroy or encrypt the medium.
+The answer to the first command holds a word that the second must repeat, which proves that somebody read it. Once the
+second is committed, the wipe happens whatever crashes: the store records it, then the marker file. Flash memory may keep
+deleted data: where that matters, encrypt or destroy the medium.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ log = logging.getLogger("outstation")
 MARKER = "wiped"
 CONFIRM_VALID_S = 600.0
 DELIVERY_TIMEOUT_S = 10.0
-# In table meta: the seq of the message that says so.
+# In table meta: seq of the audit message.
 _WIPE_SEQ = "wipe"
 _PRESERVED = frozenset({MARKER, "lock", "bundles"})
 
 
 class Wipe:
-    """The command; `requested` once it is given for good."""
+    """Command `wipe`; `is_confirmed` once the second command is committed."""
 
     def __init__(self, store: Store, message_log: MessageLog, halt: Callable[[], object]) -> None:
         self._store, self._message_log, self._halt = store, message_log, halt
@@ -45,7 +45,7 @@ class Wipe:
         self.is_confirmed = False
 
     def request(self, args: Mapping[str, str], now: ClockReading) -> Effect:
-        """Raises Rejected for a word that is wrong, old or used."""
+        """Return the word, or confirm it. Raises RowRejected for a word that is wrong, expired or used."""
         if "confirm" not in args:
             self._confirmation = secrets.token_hex(4), now.boot_s + CONFIRM_VALID_S
             minutes = round(CONFIRM_VALID_S / 60)
@@ -53,17 +53,17 @@ class Wipe:
             return Effect(summary, {"confirm": self._confirmation[0]})
         word, self._confirmation = self._confirmation, None
         if word is None or now.boot_s >= word[1] or not hmac.compare_digest(word[0].encode(), args["confirm"].encode()):
-            raise RowRejected("this is not the word, or it is no longer valid; nothing is erased, begin again")
-        summary = "Readings, outbox, state, kept bundles and signing keys are erased now; the agent stops for good."
+            raise RowRejected("this is not the word, or it has expired; nothing is erased, begin again")
+        summary = "Readings, outbox, state, stored bundles and signing keys are erased now; the daemon stops for good."
         return Effect(summary, {}, lambda tx: self._write_audit(tx, now), self._start)
 
     def is_delivered(self) -> bool:
-        """Whether the message that says so has arrived, as far as can be known."""
+        """Return True if the collector has the audit message, as far as the device knows."""
         seq = self._store.get_meta(_WIPE_SEQ, "")
         return not seq or not self._store.pending_messages([int(seq)])
 
     def _write_audit(self, tx: Transaction, now: ClockReading) -> None:
-        body = {"event": "wiped", "summary": "An operator had this device erased.", "evidence": {}}
+        body = {"event": "wiped", "summary": "An operator erased this device.", "evidence": {}}
         tx.set_meta(_WIPE_SEQ, str(self._message_log.append(tx, "audit", None, body, now)))
 
     def _start(self) -> None:
@@ -72,12 +72,12 @@ class Wipe:
 
 
 def is_pending(store: Store) -> bool:
-    """Whether a wipe was ordered, and then something came in between."""
+    """Return True if a wipe was confirmed and then interrupted."""
     return store.get_meta(_WIPE_SEQ, "") != ""
 
 
 def read_marker(data_dir: Path) -> dict[str, Any] | None:
-    """What the marker file says; None where nothing was wiped. Raises StorageError where that cannot be told."""
+    """Return the marker's members, or None if nothing was wiped. Raises StorageError if it cannot be read."""
     path = data_dir / MARKER
     try:
         return dict(json.loads(path.read_bytes()))
@@ -85,15 +85,14 @@ def read_marker(data_dir: Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise StorageError(
-            f"{path}: {error.strerror}; whether this device was wiped cannot be told, and nothing is done: "
-            "look at the disk, and at who may read the folder"
+            f"{path}: {error.strerror}; the daemon cannot tell whether this device was wiped, and does nothing: "
+            "check the disk and the folder's permissions"
         ) from error
     except (ValueError, TypeError):
         return {"state": "wiping"}
 
 
 def describe_marker(data_dir: Path, marker: Mapping[str, Any]) -> str:
-    """What happened, for a person."""
     left = [str(path) for path in marker.get("left", [])]
     still = f" These could not be deleted, do it by hand: {', '.join(left)}." if left else ""
     return (
@@ -104,32 +103,32 @@ def describe_marker(data_dir: Path, marker: Mapping[str, Any]) -> str:
 
 
 def require_unwiped(data_dir: Path) -> None:
-    """Raises UsageError, StorageError."""
-    found = read_marker(data_dir)
-    if found is not None:
-        raise UsageError(describe_marker(data_dir, found))
+    """Raise UsageError if the device was wiped, or StorageError if that cannot be read."""
+    marker = read_marker(data_dir)
+    if marker is not None:
+        raise UsageError(describe_marker(data_dir, marker))
 
 
 def erase(data_dir: Path, preserved: Collection[Path], keys: Iterable[Path]) -> dict[str, Any]:
-    """Delete all that the agent keeps in `data_dir`, and `keys`, but not `spared`; what the marker then says.
+    """Delete the daemon's files in `data_dir`, and `keys`, but not `preserved`; return the marker's members.
 
-    May be called again after a crash. What cannot be deleted is left, and listed.
+    May be called again after a crash. Files that cannot be deleted are listed in the marker.
     """
     time = clock.to_rfc3339(clock.read().wall_us)
     _write_marker(data_dir, {"state": "wiping", "time": time})
-    kept = {path.resolve() for path in preserved}
+    excluded = {path.resolve() for path in preserved}
     doomed = [path for path in data_dir.iterdir() if path.name not in _PRESERVED and path.name != MARKER + ".new"]
     doomed += [data_dir / "bundles" / ".kept", data_dir / "bundles" / ".fetched", *keys]
-    left = [str(path) for path in doomed if path.resolve() not in kept and not _delete(path)]
+    left = [str(path) for path in doomed if path.resolve() not in excluded and not _delete(path)]
     durable_files.fsync(data_dir)
-    done = {"state": "wiped", "time": time, "left": left}
-    _write_marker(data_dir, done)
-    log.warning("%s", describe_marker(data_dir, done))
-    return done
+    marker = {"state": "wiped", "time": time, "left": left}
+    _write_marker(data_dir, marker)
+    log.warning("%s", describe_marker(data_dir, marker))
+    return marker
 
 
 def installation_files(file: Path, conf: Config) -> list[Path]:
-    """What is the installation's and not the agent's, should it lie in the data folder."""
+    """Return files of the installation, which must stay even if they lie in the data folder."""
     listed = [conf.broker.ca_file, conf.broker.cert_file, conf.broker.tls_key_file]
     if conf.updates is not None:
         listed += [conf.updates.ca_file, conf.updates.root]

@@ -1,6 +1,8 @@
-"""Readings on their way in: what is answered here is on the disk.
+"""Intake: rows and labels on their way into the store. An answer to a producer means that its rows are on the disk.
 
-intake    sockets and sources, one commit for all        group     rows that wait for one commit
-producer  one connection of the intake                   parse     JSON lines to rows
-sources/  files, host, replay                            readfile  CSV, JSON Lines, Parquet to rows
+server        sockets, sources, commits            group_commit  rows of all producers, one transaction
+connection    one producer on a socket             protocol      JSON lines to rows
+labels        label lines to stored labels         source        protocol of a source
+file_reader   tables in files to rows              media_reader  images and sounds to rows
+sources/      what the daemon reads itself
 """

@@ -1,4 +1,4 @@
-"""One connection of the intake: bytes to lines, lines to rows of the group, outcomes to answer lines."""
+"""Producer connection: bytes to lines, lines to rows of the group commit, outcomes to answer lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agent.device.intake.protocol import MAX_LINE_BYTES, LineParser
 from agent.strict_json import check_key_count
 
 CLIENT_SOURCE = "client"
-# Names that are known; of more, those that sent last.
+# Client names whose positions are stored; of more, those that sent last.
 MAX_CLIENTS = 1000
 
 
@@ -23,9 +23,9 @@ class _Hello(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ProducerConnection:
-    """A producer on a socket.
+    """Producer on a socket.
 
-    `greet` is asked once it has told its name: how many of its lines are safe.
+    `greet` is called with its name and returns how many of its lines are stored.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ProducerConnection:
         self.name: str | None = None
 
     def feed(self, data: bytes, now: ClockReading) -> int:
-        """Take what came; with what was left of the last call these are so many bytes of lines."""
+        """Parse received bytes. Return their number, including the incomplete line of the last call."""
         if self._retired:
             return 0
         size = len(self._partial_line) + len(data)
@@ -53,14 +53,14 @@ class ProducerConnection:
             self._reject_long_line(self._skipped_bytes + len(lines.pop(0)))
             self._skipped_bytes = 0
         if len(self._partial_line) > MAX_LINE_BYTES:
-            # Not kept: a line without an end must not fill the memory.
+            # Dropped: a line without an end must not fill the memory.
             self._skipped_bytes += len(self._partial_line)
             self._partial_line = b""
         self._parse_lines(lines, now)
         return size
 
     def end(self, now: ClockReading) -> None:
-        """The producer has closed its side; a last line may come without a newline."""
+        """Parse the last line, which may have no newline: the producer has closed its side."""
         if self._retired:
             return
         if self._skipped_bytes:
@@ -69,7 +69,7 @@ class ProducerConnection:
             self._parse_lines([self._partial_line], now)
 
     def retire(self) -> None:
-        """Take nothing more, once what was answered is sent: the same client goes on in another connection."""
+        """Close the connection after the answers are sent: the client continues in another one."""
         self._retired = True
         self._writer.close()
 
@@ -78,7 +78,7 @@ class ProducerConnection:
         rejected = [{"line": number, "reason": reason} for number, reason in outcome.rejected]
         self._writer.write(msgspec.json.encode({**line, "rejected": rejected}) + b"\n")
         if outcome.is_store_full and self.name is not None:
-            # A later line that is taken would count these as safe, where this answer is lost with the connection.
+            # If this answer is lost, a later accepted line would count the rejected ones as stored.
             self.retire()
 
     def _parse_lines(self, lines: list[bytes], now: ClockReading) -> None:
@@ -89,17 +89,16 @@ class ProducerConnection:
         if not lines:
             return
         first = self._line_count + 1
-        # Read to the end before anything joins the group: rows without their mark would be taken twice.
-        found = [
-            taken for number, run in _find_runs(lines, first) for taken in self._reader.parse(run, number, now.wall_us)
-        ]
-        for taken in found:
-            for number, reason in taken.bad.items():
+        # Parsed to the end before anything joins the group: rows without their position would be stored twice.
+        runs = _find_runs(lines, first)
+        parsed_runs = [parsed for number, run in runs for parsed in self._reader.parse(run, number, now.wall_us)]
+        for parsed in parsed_runs:
+            for number, reason in parsed.rejected.items():
                 self._group.reject(self, number, reason)
-            if taken.checked is not None:
-                self._group.add_rows(self, taken.stream, taken.checked, taken.lines, now)
-            if taken.label_batch is not None:
-                self._group.add_labels(self, taken.label_batch, taken.lines[0], now)
+            if parsed.validated is not None:
+                self._group.add_rows(self, parsed.stream, parsed.validated, parsed.lines, now)
+            if parsed.label_batch is not None:
+                self._group.add_labels(self, parsed.label_batch, parsed.lines[0], now)
         self._advance(self._line_count + len(lines))
 
     def _advance(self, line: int) -> None:
@@ -126,9 +125,9 @@ class ProducerConnection:
 
 
 def _split_lines(partial: bytes, data: bytes) -> tuple[list[bytes], bytes]:
-    """The lines that end in `data`, the first of which begins with `rest`; and what has no end yet."""
+    """Split into complete lines, the first of which begins with `partial`, and the incomplete rest."""
     lines, start = [], 0
-    # `find` goes over a long line much faster than `split`, and over short ones as fast.
+    # `find` is much faster than `split` on a long line, and as fast on short ones.
     while (end := data.find(b"\n", start)) >= 0:
         lines.append(data[start:end])
         start = end + 1
@@ -139,7 +138,7 @@ def _split_lines(partial: bytes, data: bytes) -> tuple[list[bytes], bytes]:
 
 
 def _find_runs(lines: list[bytes], first: int) -> list[tuple[int, list[bytes]]]:
-    """Lines, numbered from `first`, in runs between the empty ones, each with its first number."""
+    """Group lines, numbered from `first`, into runs without empty lines, each with its first number."""
     if all(map(bytes.strip, lines)):
         return [(first, lines)]
     runs: list[tuple[int, list[bytes]]] = []

@@ -1,8 +1,8 @@
-"""Image and sound files to blocks of columns: an image is one block, of a sound some rows at a time.
+"""Media reader: image and sound files to blocks of columns, an image in one block, a sound in several.
 
-All rows of an image have its time; those of a sound go on from its start. The name tells the time where it holds one in
-UTC, as `20261124T101530Z` or `2026-11-24T10-15-30.250Z`; else the file was last written at an image's time, and at a
-sound's end. The first row of a file never seems to go on from the file before: see `Image.gap_s`, `Sound.gap_s`.
+All rows of an image have its time; those of a sound follow from its start. The time is in the file's name, in UTC, as
+`20261124T101530Z` or `2026-11-24T10-15-30.250Z`; otherwise the modification time is an image's time, and a sound's end.
+The first row of a file never seems to continue the file before: see `ImageFormat.gap_s`, `SoundFormat.gap_s`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from agent.model.inference import images, sound
 from agent.model.inference.sound import WavReader
 
 _TIME_IN_NAME = re.compile(r"(\d{4})-?(\d\d)-?(\d\d)[T_-](\d\d)[-:]?(\d\d)[-:]?(\d\d)(?:[.,](\d{1,6}))?Z")
-# Images that were written so close together are told apart by a microsecond.
+# Images that are closer together than this get times a microsecond apart.
 _BURST_US = 1000
 
 
@@ -36,46 +36,46 @@ def suffixes(media: MediaFormat) -> tuple[str, ...]:
 
 
 def check_config(file: str, name: str, stream: StreamConfig, max_size: int) -> None:
-    """Raises ConfigError where this machine cannot read what stream `name` is made of, or the store not keep it."""
+    """Raise ConfigError if this machine cannot read the stream's media, or the store cannot hold one file."""
     if not isinstance(stream.media_format, ImageFormat):
         return
     key = f"streams.{name}.source.image"
     if not images.is_pillow_installed():
         raise ConfigError(file, key, images.PILLOW_MISSING)
-    # What waits beside it for the same commit is less than a quarter.
-    takes, most = row_bytes(stream) * stream.media_format.height, Quota.from_max_size(max_size).transaction_bytes // 2
-    if takes > most:
+    # Other rows of the same commit take less than a quarter.
+    size, limit = row_bytes(stream) * stream.media_format.height, Quota.from_max_size(max_size).transaction_bytes // 2
+    if size > limit:
         raise ConfigError(
-            file, key, f"an image takes {takes:,} bytes, the store {most:,} at once; make width and height smaller"
+            file, key, f"an image takes {size:,} bytes, the store {limit:,} at once; make width and height smaller"
         )
 
 
 def read_blocks(path: Path, name: str, stream: StreamConfig, skip: int, last_us: int | None) -> Iterator[FileBlock]:
-    """The rows of file `path`, which was called `name`, after the first `skip`.
+    """Yield the rows of file `path`, whose original name was `name`, after the first `skip`.
 
-    `last_us`: when the last row of the stream was, of this file where some are skipped; None where nobody knows.
-    Raises UsageError where it is not what the stream is made of.
+    `last_us`: time of the stream's last row, which is in this file if `skip` is not 0; None if unknown. Raises
+    UsageError if the file is not in the stream's format.
     """
-    made = stream.media_format
-    if isinstance(made, ImageFormat):
+    media = stream.media_format
+    if isinstance(media, ImageFormat):
         if not skip:
-            rows = images.read_rows(path, made)
+            rows = images.read_rows(path, media)
             at_us = _image_time_us(_parse_name_time_us(name) or os.stat(path).st_mtime_ns // 1000, last_us)
             yield _build_block(rows, np.full(len(rows), at_us), 0, stream.fields)
         return
-    assert made is not None
-    with contextlib.closing(WavReader(path, made.rate)) as wav:
-        if wav.sample_count < made.window:
-            raise UsageError(f"{path}: {wav.sample_count:,} samples are too few: one row takes {made.window:,}")
+    assert media is not None
+    with contextlib.closing(WavReader(path, media.rate)) as wav:
+        if wav.sample_count < media.window:
+            raise UsageError(f"{path}: {wav.sample_count:,} samples are too few: one row takes {media.window:,}")
         if skip and last_us is not None:
-            begin_us = last_us - round((skip - 1) * made.row_period_s * 1e6)
+            begin_us = last_us - round((skip - 1) * media.row_period_s * 1e6)
         else:
             own_us = _parse_name_time_us(name) or os.stat(path).st_mtime_ns // 1000 - round(
-                wav.sample_count / made.rate * 1e6
+                wav.sample_count / media.rate * 1e6
             )
-            begin_us = _sound_start_us(own_us, last_us, made)
-        for rows in _merge_parts(sound.iter_row_blocks(wav, made, skip), max_block_rows(stream)):
-            t = begin_us + np.rint(np.arange(skip, skip + len(rows)) * (made.row_period_s * 1e6)).astype(np.int64)
+            begin_us = _sound_start_us(own_us, last_us, media)
+        for rows in _merge_parts(sound.iter_row_blocks(wav, media, skip), max_block_rows(stream)):
+            t = begin_us + np.rint(np.arange(skip, skip + len(rows)) * (media.row_period_s * 1e6)).astype(np.int64)
             yield _build_block(rows, t, skip, stream.fields)
             skip += len(rows)
 
@@ -86,17 +86,20 @@ def _image_time_us(at_us: int, last_us: int | None) -> int:
 
 
 def _sound_start_us(begin_us: int, last_us: int | None, media: SoundFormat) -> int:
-    """Just before the last row, where it would seem to go on from there: later ones would add up to a delay."""
+    """Move the begin to just before the last row if the sound would seem to continue it.
+
+    Moving it behind the last row instead would add up to a delay over many files.
+    """
     goes_on = last_us is not None and last_us <= begin_us <= last_us + round(2 * media.row_period_s * 1e6)
     return begin_us if last_us is None or not goes_on else last_us - 1
 
 
 def _parse_name_time_us(name: str) -> int | None:
-    """The moment a file's name tells; None where it tells none."""
-    found = _TIME_IN_NAME.search(name)
-    if found is None:
+    """Return the time in a file's name, epoch µs, or None."""
+    match = _TIME_IN_NAME.search(name)
+    if match is None:
         return None
-    *parts, fraction = found.groups()
+    *parts, fraction = match.groups()
     try:
         moment = datetime(*map(int, parts), tzinfo=UTC)  # type: ignore[misc, arg-type]
     except ValueError:
@@ -105,7 +108,7 @@ def _parse_name_time_us(name: str) -> int | None:
 
 
 def _merge_parts(parts: Iterator[images.Floats], max_rows: int) -> Iterator[images.Floats]:
-    """As many parts at once as have at most so many rows."""
+    """Merge consecutive parts up to `max_rows` rows."""
     waiting: list[images.Floats] = []
     for part in parts:
         if waiting and sum(map(len, waiting)) + len(part) > max_rows:

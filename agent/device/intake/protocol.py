@@ -1,4 +1,7 @@
-"""JSON lines of a producer to rows: whole runs of good lines in one decode, bad lines one by one with a reason."""
+"""Intake protocol: JSON lines to validated rows. Runs of valid lines are decoded at once, invalid ones one by one.
+
+The protocol is described in `docs/intake.md`.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +23,20 @@ from agent.toml_files import did_you_mean
 
 MAX_LINE_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
-# Nesting deep enough exhausts the decoder's stack before it is found to be no row.
+# Deep nesting exhausts the decoder's stack.
 _DECODE_ERRORS = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
 class ParsedLines(msgspec.Struct, frozen=True):
-    """Rows of one stream out of one or more lines, None where a line held none.
+    """Rows of one stream from one or more lines, or None; `rejected`: line → reason.
 
-    `lines` are the numbers of the lines the rows came in, one a row or one for all; `bad` line → reason.
+    `lines` are the line numbers of the rows, one per row or one for all.
     """
 
     stream: str
-    checked: ValidatedRows | None
+    validated: ValidatedRows | None
     lines: list[int]
-    bad: dict[int, str]
+    rejected: dict[int, str]
     label_batch: LabelBatch | None = None
 
 
@@ -45,9 +48,9 @@ class _LineHead(msgspec.Struct):
 
 
 class LineParser:
-    """Parses the lines of one connection; remembers each stream's latest time in it.
+    """Parser of one connection's lines, with the latest time of each stream.
 
-    What becomes of a line depends on the lines before it, never on how they are cut into calls of `read`.
+    The result of a line depends on the lines before it, never on how they are split between calls of `parse`.
     """
 
     def __init__(self, streams: Mapping[str, StreamConfig]) -> None:
@@ -57,13 +60,13 @@ class LineParser:
         self._columnar_decoder: _StreamDecoder | None = None
 
     def parse(self, lines: list[bytes], first: int, now_us: int) -> Iterator[ParsedLines]:
-        """What `lines`, numbered from `first`, hold; every line is in a Taken or in a `bad`."""
+        """Parse `lines`, numbered from `first`; every line is among the `lines` or the `rejected` of a result."""
         run = self._parse_run(lines)
         if run is not None:
-            yield self._check_rows(run[0], run[1], list(range(first, first + len(lines))), now_us)
+            yield self._validate(run[0], run[1], list(range(first, first + len(lines))), now_us)
             return
         if len(lines) > 32:
-            # Halving finds a few bad lines among many good ones without decoding each line by itself.
+            # Bisection finds a few invalid lines among many valid ones without decoding each line by itself.
             middle = len(lines) // 2
             yield from self.parse(lines[:middle], first, now_us)
             yield from self.parse(lines[middle:], first + middle, now_us)
@@ -75,45 +78,45 @@ class LineParser:
                 yield ParsedLines("", None, [], {number: str(reason)})
 
     def _parse_run(self, lines: list[bytes]) -> tuple[_StreamDecoder, RawColumns] | None:
-        """All lines as rows of the stream the last line was of, or None."""
-        shape = self._likely_decoder
-        if shape is None or len(lines) < 2:
+        """Decode all lines as rows of the last line's stream; None if that fails."""
+        decoder = self._likely_decoder
+        if decoder is None or len(lines) < 2:
             return None
         text = _to_json_array(lines)
         if text is None:
             return None
         try:
-            decoded = shape.run_decoder.decode(text)
-            return (shape, shape.transpose(decoded, text)) if len(decoded) == len(lines) else None
+            decoded = decoder.run_decoder.decode(text)
+            return (decoder, decoder.transpose(decoded, text)) if len(decoded) == len(lines) else None
         except _DECODE_ERRORS:
             return None
 
     def _parse_line(self, line: bytes, number: int, now_us: int) -> ParsedLines:
         if len(line) > MAX_LINE_BYTES:
             raise RowRejected(f"line of {len(line)} bytes, the limit is {MAX_LINE_BYTES}; split it")
-        if (shape := self._columnar_decoder) is not None and (found := shape.decode_columns(line)) is not None:
-            return self._parse_columns(shape, found, line, number, now_us)
+        if (decoder := self._columnar_decoder) is not None and (decoded := decoder.decode_columns(line)) is not None:
+            return self._parse_columns(decoder, decoded, line, number, now_us)
         try:
-            named = msgspec.json.decode(line, type=_LineHead)
+            head = msgspec.json.decode(line, type=_LineHead)
         except _DECODE_ERRORS as error:
             raise RowRejected(_explain_json_error(line, error)) from None
-        if isinstance(named.stream, msgspec.UnsetType):
-            return _parse_labels(line, number, named)
-        shape = self._decoders.get(named.stream)
-        if shape is None:
-            raise RowRejected(f"unknown stream {named.stream[:40]!r}{did_you_mean(named.stream, self._decoders)}")
-        if shape.stream.media_format is not None:
-            raise RowRejected(f"stream {shape.name!r} takes whole files only; put them into its folder")
-        by_columns = bool(bytes(named.columns)) or bool(bytes(named.packed))
-        self._likely_decoder, self._columnar_decoder = (None, shape) if by_columns else (shape, None)
+        if isinstance(head.stream, msgspec.UnsetType):
+            return _parse_labels(line, number, head)
+        decoder = self._decoders.get(head.stream)
+        if decoder is None:
+            raise RowRejected(f"unknown stream {head.stream[:40]!r}{did_you_mean(head.stream, self._decoders)}")
+        if decoder.stream.media_format is not None:
+            raise RowRejected(f"stream {decoder.name!r} takes whole files only; put them into its folder")
+        by_columns = bool(bytes(head.columns)) or bool(bytes(head.packed))
+        self._likely_decoder, self._columnar_decoder = (None, decoder) if by_columns else (decoder, None)
         try:
             if not by_columns:
-                raw = shape.transpose([shape.row_decoder.decode(line)], line)
-                return self._check_rows(shape, raw, [number], now_us)
-            found = shape.columns_decoder.decode(line)
+                raw = decoder.transpose([decoder.row_decoder.decode(line)], line)
+                return self._validate(decoder, raw, [number], now_us)
+            decoded = decoder.columns_decoder.decode(line)
         except _DECODE_ERRORS as error:
-            raise RowRejected(_explain_field_error(error, shape)) from None
-        return self._parse_columns(shape, found, line, number, now_us)
+            raise RowRejected(_explain_field_error(error, decoder)) from None
+        return self._parse_columns(decoder, decoded, line, number, now_us)
 
     def _parse_columns(
         self, decoder: _StreamDecoder, decoded: Any, line: bytes, number: int, now_us: int
@@ -134,26 +137,26 @@ class LineParser:
         if len(lengths) != 1 or lengths == {0}:
             raise RowRejected(f"columns must be of one length of at least 1, these have {sorted(lengths)}")
         raw = RawColumns(lengths.pop(), t, values)
-        taken = self._check_rows(decoder, raw, [number], now_us)
-        bad = taken.checked.rejected if taken.checked else {}
-        if not bad:
-            return taken
-        shown = "; ".join(f"row {index + 1} of the columns: {reason}" for index, reason in sorted(bad.items())[:5])
-        more = f"; and {len(bad) - 5} more rows" if len(bad) > 5 else ""
-        return ParsedLines(taken.stream, taken.checked, [number], {number: shown + more})
+        parsed = self._validate(decoder, raw, [number], now_us)
+        rejected = parsed.validated.rejected if parsed.validated else {}
+        if not rejected:
+            return parsed
+        shown = "; ".join(f"row {index + 1} of the columns: {reason}" for index, reason in sorted(rejected.items())[:5])
+        more = f"; and {len(rejected) - 5} more rows" if len(rejected) > 5 else ""
+        return ParsedLines(parsed.stream, parsed.validated, [number], {number: shown + more})
 
-    def _check_rows(self, decoder: _StreamDecoder, raw: RawColumns, numbers: list[int], now_us: int) -> ParsedLines:
-        checked = validate_columns(raw, decoder.stream, now_us, self._latest.get(decoder.name))
-        if checked.latest_us is not None:
-            self._latest[decoder.name] = checked.latest_us
+    def _validate(self, decoder: _StreamDecoder, raw: RawColumns, numbers: list[int], now_us: int) -> ParsedLines:
+        validated = validate_columns(raw, decoder.stream, now_us, self._latest.get(decoder.name))
+        if validated.latest_us is not None:
+            self._latest[decoder.name] = validated.latest_us
         if len(numbers) < raw.n:
-            return ParsedLines(decoder.name, checked, numbers, {})
-        bad = {numbers[index]: reason for index, reason in checked.rejected.items()}
-        return ParsedLines(decoder.name, checked, [n for n in numbers if n not in bad], bad)
+            return ParsedLines(decoder.name, validated, numbers, {})
+        rejected = {numbers[index]: reason for index, reason in validated.rejected.items()}
+        return ParsedLines(decoder.name, validated, [n for n in numbers if n not in rejected], rejected)
 
 
 class _StreamDecoder:
-    """The decoders of one stream."""
+    """Decoders of one stream."""
 
     def __init__(self, name: str, stream: StreamConfig) -> None:
         self.name, self.stream = name, stream
@@ -167,7 +170,7 @@ class _StreamDecoder:
         names = {}
         for index, f in enumerate(self.stream.fields):
             kind: Any = kinds.get(f.type, float)
-            # Its own name could be one that Python gives a meaning to, as __init__.
+            # The field's own name could have a meaning in Python, such as __init__.
             names[f"f{index}"] = f.name
             optional = (f"f{index}", kind | None | absent, msgspec.UNSET)
             fields.append(optional if f.optional else (f"f{index}", kind))
@@ -189,34 +192,34 @@ class _StreamDecoder:
         return msgspec.json.Decoder(msgspec.defstruct("Columnar", fields, forbid_unknown_fields=True))
 
     def decode_columns(self, line: bytes) -> Any:
-        """The line as columns of this stream, decoded once; None where it is something else."""
+        """Decode the line as columns of this stream; None if it is something else."""
         try:
-            found = self.columns_decoder.decode(line)
+            decoded = self.columns_decoder.decode(line)
         except _DECODE_ERRORS:
             return None
-        is_other = found.stream != self.name or (found.columns is msgspec.UNSET and found.packed is msgspec.UNSET)
-        return None if is_other else found
+        has_columns = decoded.columns is not msgspec.UNSET or decoded.packed is not msgspec.UNSET
+        return decoded if has_columns and decoded.stream == self.name else None
 
     def transpose(self, decoded: list[Any], text: bytes) -> RawColumns:
-        """Rows that `text` was decoded to, as columns. Raises ValueError for rows of several streams, RepeatedKey."""
+        """Transpose decoded rows of `text` to columns. Raises ValueError for rows of several streams, DuplicateKey."""
         names, times, *columns = zip(*map(msgspec.structs.astuple, decoded), strict=True)
         if names.count(self.name) != len(names):
             raise ValueError("lines of several streams")
         t, absent = _fill_absent(times)
-        kept = (2 + len(columns)) * len(decoded) - absent
+        key_count = (2 + len(columns)) * len(decoded) - absent
         values: dict[str, Any] = {}
         for f, column in zip(self.stream.fields, columns, strict=True):
             values[f.name], absent = _fill_absent(column) if f.optional else (column, 0)
-            kept -= absent
-        check_key_count(text, kept, chain.from_iterable(values[name] for name in self.category_fields))
+            key_count -= absent
+        check_key_count(text, key_count, chain.from_iterable(values[name] for name in self.category_fields))
         return RawColumns(len(decoded), t, values)
 
 
 def _to_json_array(lines: list[bytes]) -> bytes | None:
-    """The lines as one JSON array, or None where one of them is no object by its ends."""
+    """Join the lines to one JSON array; None if the ends of one show that it is no object."""
     text = b"[" + b"\n,".join(lines) + b"]"
-    # Rows are flat and no JSON string holds a newline, so that lines with these ends are objects of their own:
-    # two halves of a row on two lines are not one row.
+    # Rows are flat and no JSON string holds a newline, so lines with these ends are separate objects: a row that is
+    # split over two lines does not pass.
     if not (text.startswith(b"[{") and text.endswith(b"}]") and text.count(b"}\n,{") == len(lines) - 1):
         lines = [line.strip(b" \t\r") for line in lines]
         if not all(line.startswith(b"{") and line.endswith(b"}") for line in lines):
@@ -231,12 +234,12 @@ def _parse_labels(line: bytes, number: int, head: _LineHead) -> ParsedLines:
     try:
         return ParsedLines("", None, [number], {}, labels.parse_line(line))
     except _DECODE_ERRORS as error:
-        what, _, where = str(error)[:160].partition(" - at `$.")
-        raise RowRejected(f"{where.rstrip('`')}: {what[:1].lower()}{what[1:]}" if where else what) from None
+        problem, _, path = str(error)[:160].partition(" - at `$.")
+        raise RowRejected(f"{path.rstrip('`')}: {problem[:1].lower()}{problem[1:]}" if path else problem) from None
 
 
 def _fill_absent(column: tuple[Any, ...]) -> tuple[Sequence[Any], int]:
-    """The column with None where a row did not have the field, and how many did not."""
+    """Replace absent values by None, and return how many there were."""
     absent = column.count(msgspec.UNSET)
     if not absent:
         return column, 0
@@ -251,7 +254,7 @@ def _explain_json_error(line: bytes, error: Exception) -> str:
     if b"\x00" in line or (not line.isascii() and not _is_text(line)):
         return "not text: binary data on a line protocol"
     if b"NaN" in line or b"Infinity" in line:
-        return "NaN and Infinity are no JSON numbers; leave an optional field out instead"
+        return "NaN and Infinity are no JSON numbers; leave out an optional field instead"
     problem = str(error)
     return f"not one JSON object on one line: {problem[:120]}"
 
@@ -276,20 +279,20 @@ def _explain_field_error(error: Exception, decoder: _StreamDecoder) -> str:
         return f"{name!r} is not a field of stream {decoder.name}{did_you_mean(name, names)}"
     if "missing required field" in problem:
         return f"field {problem.split('`')[1]!r} is missing"
-    what, _, where = problem.partition(" - at `$.")
-    return f"{where.rstrip('`')}: {what[:1].lower()}{what[1:]}" if where else problem[:160]
+    text, _, path = problem.partition(" - at `$.")
+    return f"{path.rstrip('`')}: {text[:1].lower()}{text[1:]}" if path else problem[:160]
 
 
 NumberType = Literal["f4", "f8", "i4", "i8"]
 
 
 def decode_column(name: str, kind: NumberType, data: bytes) -> Any:
-    """The values; where NaN is among them a list, in which it is None: a missing value. Raises Rejected."""
+    """Decode base64-decoded little-endian numbers; with NaN a list, in which None is missing. Raises RowRejected."""
     width = int(kind[1])
     if len(data) % width:
         raise RowRejected(f"{name}: {len(data)} bytes are no {kind} values of {width} bytes")
     values = np.frombuffer(data, f"<{kind}")
-    # The least is NaN where one is among them: one pass. NaN is no value that equals itself.
-    if kind[0] == "f" and len(values) and (least := np.minimum.reduce(values)) != least:
+    # The minimum is NaN if any value is: one pass. NaN does not equal itself.
+    if kind[0] == "f" and len(values) and (minimum := np.minimum.reduce(values)) != minimum:
         return [None if value != value else value for value in values.tolist()]
     return values

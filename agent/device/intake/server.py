@@ -1,8 +1,8 @@
-"""The way in: JSON lines on a socket, answered once per commit, and the sources this device runs itself.
+"""Intake server: JSON lines on sockets, answered once per commit, and the daemon's own sources.
 
-A producer that begins with `{"client":"NAME"}` is told how many of its lines are safe already, and its line count
-goes on from there: lines it sends again after a broken connection are taken once. A name has one connection: the
-newest; what an older one still had under way is not taken any more.
+A producer that begins with `{"client":"NAME"}` is told how many of its lines are stored, and its line count continues
+from there: lines that it repeats after a broken connection are stored once. A name has one connection, the newest one;
+lines that an older connection has in flight are ignored.
 """
 
 from __future__ import annotations
@@ -12,65 +12,42 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
 
 from agent import config
 from agent.clock import ClockReading
 from agent.device.intake.connection import CLIENT_SOURCE, ProducerConnection
 from agent.device.intake.group_commit import CommitOutcome, GroupCommit, SourcePosition
-from agent.device.intake.labels import LabelTarget
 from agent.device.intake.protocol import LineParser
+from agent.device.intake.source import Source
 from agent.device.store.rows import RawColumns, validate_columns
 from agent.device.store.store import Store
 from agent.errors import StorageError, UsageError
+from agent.performance.labels import LabelTarget
 
 log = logging.getLogger("outstation.intake")
 
-# So little that a producer of noise, two bytes a line, holds up the others for a tenth of a second at most.
+# Small enough that a producer of noise, two bytes a line, delays the others by a tenth of a second at most.
 _READ_BYTES = 1 << 16
-# A line at a time costs twenty times what it costs among others. Rows wait for a commit anyway, for much longer.
+# A single line costs twenty times as much as a line among others. Rows wait much longer for a commit anyway.
 _SMALL_READ_BYTES, _GATHER_S = _READ_BYTES // 4, 0.002
-# What is worth a commit of its own waits only as long as more keeps coming.
+# A group that is worth a commit waits only while more data keeps arriving.
 _QUIET_S = 0.005
 _HEARTBEAT_S = 10.0
 _HEARTBEAT_TIMEOUT_S = 120.0
-# Sources may do so much longer with what was committed last.
+# Time that sources have to handle the last commit.
 _SHUTDOWN_S = 3.0
-# Where it is used up, a producer that connects with a time limit is turned away at once.
+# If it is full, a producer that connects with a timeout fails at once.
 _BACKLOG = 1024
 
 
-class SubmitRows(Protocol):
-    def __call__(
-        self,
-        stream: str,
-        raw: RawColumns,
-        position: SourcePosition | None,
-        lines: Sequence[int] = (),
-        refused: Mapping[int, str] = ...,
-    ) -> Awaitable[CommitOutcome]:
-        """Hand over rows; the outcome comes after their commit. Raises Rejected where none can be taken.
-
-        `mark`: how far its source has got then, where it comes back to that; `refused`: lines that hold none, with the
-        reason.
-        """
-        ...
-
-
-class Source(Protocol):
-    """Something that makes rows for one stream, run beside the socket."""
-
-    async def run(self, submit_rows: SubmitRows) -> None: ...
-
-
 class Intake:
-    """One thread with the sockets, the sources and the group they share.
+    """Intake thread with the sockets, the sources and their group commit.
 
-    A second one writes while much comes: half of the time goes into the disk.
+    Under load a second thread writes: half of the time is spent on the disk.
     """
 
     def __init__(
@@ -95,7 +72,7 @@ class Intake:
         self._timer: asyncio.TimerHandle | None = None
         self._writer = ThreadPoolExecutor(1, "intake-writes")
         self._background_write: Future[dict[Hashable, CommitOutcome]] | None = None
-        # By then, on the clock of the loop, what waits is committed, whatever comes.
+        # Latest time of the next commit, on the clock of the loop.
         self._commit_due_s = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop_event: asyncio.Event | None = None
@@ -103,16 +80,16 @@ class Intake:
         self._thread = threading.Thread(target=self._main, name="intake", daemon=True)
 
     def start(self) -> None:
-        """Listen and run the sources; returns once the sockets are open."""
+        """Listen and run the sources; return once the sockets are open."""
         self._thread.start()
         self._ready.wait(10)
 
     def is_alive(self, now: ClockReading) -> bool:
-        """Whether the thread got round lately; one commit to a slow card is well within."""
+        """Return False if the thread is stuck; a commit to a slow card is well within the timeout."""
         return now.boot_s < self._alive_until_s
 
     def stop(self) -> None:
-        """Commit what waits, answer, and end."""
+        """Commit and answer everything that waits, and end the thread."""
         if self._loop is not None and self._stop_event is not None:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._stop_event.set)
@@ -142,7 +119,7 @@ class Intake:
         for task in tasks:
             task.cancel()
         self._commit()
-        # Also those whose task has not begun: cancelled now, it would never close them.
+        # Also writers whose task has not begun: a cancelled task would never close them.
         for writer in self._open_writers:
             writer.close()
         await asyncio.wait(tasks, timeout=_SHUTDOWN_S)
@@ -173,7 +150,7 @@ class Intake:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        """Nobody knows what reached the disk. No answer and no further commit: it could count lines lost before it."""
+        """Stop committing and answering: it is unknown what reached the disk, and a later answer would count it."""
         self._has_failed = True
         self._on_failed(error)
 
@@ -185,17 +162,17 @@ class Intake:
         lines: Sequence[int] = (),
         refused: Mapping[int, str] = MappingProxyType({}),
     ) -> CommitOutcome:
-        # Recorded times may lie before the last ones of an earlier file or session: the source has its own order.
+        # Recorded times may be before those of an earlier file or session: the source has its own order.
         now = self._now()
-        checked = validate_columns(raw, self._conf.streams[stream], now.wall_us, None)
+        validated = validate_columns(raw, self._conf.streams[stream], now.wall_us, None)
         producer = object()
         future: asyncio.Future[CommitOutcome] = asyncio.get_running_loop().create_future()
         self._answer_callbacks[producer] = lambda outcome: None if future.done() else future.set_result(outcome)
         numbers = list(lines) or list(range(1, raw.n + 1))
         self._group_commit.add_rows(
-            producer, stream, checked, [n for i, n in enumerate(numbers) if i not in checked.rejected], now
+            producer, stream, validated, [n for i, n in enumerate(numbers) if i not in validated.rejected], now
         )
-        for index, reason in checked.rejected.items():
+        for index, reason in validated.rejected.items():
             self._group_commit.reject(producer, numbers[index], reason)
         for number, reason in refused.items():
             self._group_commit.reject(producer, number, reason)
@@ -216,12 +193,12 @@ class Intake:
         self._answer_callbacks[producer] = producer.answer
         try:
             while data := await reader.read(_READ_BYTES):
-                fed = producer.feed(data, self._now())
+                size = producer.feed(data, self._now())
                 self._schedule_commit()
-                # A producer that does not read its answers waits here, and only that producer.
+                # Only a producer that does not read its answers waits here.
                 await writer.drain()
-                # Part of a long line is none of many short ones: to wait would only keep its producer waiting.
-                if fed < _SMALL_READ_BYTES:
+                # Waiting for more makes sense for short lines, not for part of a long line.
+                if size < _SMALL_READ_BYTES:
                     await _pause_reading(writer.transport)
             producer.end(self._now())
             self._commit()
@@ -237,14 +214,14 @@ class Intake:
             writer.close()
 
     def _greet(self, producer: ProducerConnection, name: str) -> int:
-        """How many lines of `name` are safe, with what its older connection had sent so far; that one is done for."""
+        """Retire an older connection of `name`, and return how many of its lines are stored."""
         older = self._connections_by_client.get(name)
         self._connections_by_client[name] = producer
         if older is not None:
             older.retire()
         self._commit()
         if self._has_failed:
-            raise StorageError("the store failed; how far this client got cannot be told")
+            raise StorageError("the store failed; the position of this client is unknown")
         return self._store.source_position(CLIENT_SOURCE, name)
 
     def _schedule_commit(self) -> None:
@@ -257,42 +234,40 @@ class Intake:
                 self._commit_due_s = now + self._conf.buffer.commit_every
             else:
                 self._timer.cancel()
-            at = (
-                min(self._commit_due_s, now + _QUIET_S)
-                if self._group_commit.is_worth_committing
-                else self._commit_due_s
-            )
-            self._timer = loop.call_at(at, self._commit)
+            due_s = self._commit_due_s
+            if self._group_commit.is_worth_committing:
+                due_s = min(due_s, now + _QUIET_S)
+            self._timer = loop.call_at(due_s, self._commit)
 
     def _commit(self) -> None:
-        """All that came is on the disk and answered afterwards, unless the store is broken."""
+        """Write and answer everything that has arrived, unless the store has failed."""
         self._cancel_timer()
         self._answer_background_write()
         if self._group_commit and not self._has_failed:
             self._commit_and_answer(lambda: self._group_commit.commit(self._now()))
 
     def _commit_in_background(self) -> None:
-        """Write what came while more is read; waits for what is being written."""
+        """Write in the second thread while more is read, after waiting for its current write."""
         self._cancel_timer()
         self._answer_background_write()
         if self._has_failed:
             return
-        writing = self._writer.submit(self._group_commit.write, self._group_commit.drain(), self._now())
-        self._background_write, loop = writing, asyncio.get_running_loop()
+        write = self._writer.submit(self._group_commit.write, self._group_commit.drain(), self._now())
+        self._background_write, loop = write, asyncio.get_running_loop()
 
         def notify(_: object) -> None:
-            # The loop may have waited for it and be closed by now.
+            # The loop may have waited for the write and be closed by now.
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._answer_background_write, writing)
+                loop.call_soon_threadsafe(self._answer_background_write, write)
 
-        writing.add_done_callback(notify)
+        write.add_done_callback(notify)
 
     def _answer_background_write(self, expected: object = None) -> None:
-        """Answer for what the second thread writes, once it is done; only if it is `which`, where that is given."""
-        writing = self._background_write
-        if writing is not None and expected in (None, writing):
+        """Wait for the second thread's write and answer; if `expected` is given, only for that write."""
+        write = self._background_write
+        if write is not None and expected in (None, write):
             self._background_write = None
-            self._commit_and_answer(writing.result)
+            self._commit_and_answer(write.result)
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
@@ -315,7 +290,7 @@ class Intake:
 
 
 async def _pause_reading(transport: asyncio.BaseTransport) -> None:
-    """Leave what comes to the kernel for a moment: read at once it costs less, and no line wakes this thread."""
+    """Leave data in the kernel's buffer for a moment: one read costs less, and no single line wakes this thread."""
     if isinstance(transport, asyncio.ReadTransport):
         transport.pause_reading()
         await asyncio.sleep(_GATHER_S)
@@ -323,7 +298,7 @@ async def _pause_reading(transport: asyncio.BaseTransport) -> None:
 
 
 async def _close_servers(servers: Sequence[asyncio.Server]) -> None:
-    """Accept nothing more; what was just accepted becomes a connection first, which a closed server forgets."""
+    """Close the servers, after connections that were just accepted are set up: a closed server would drop them."""
     loop = asyncio.get_running_loop()
     for listener in [listener for server in servers for listener in server.sockets]:
         loop.remove_reader(listener.fileno())
@@ -334,7 +309,7 @@ async def _close_servers(servers: Sequence[asyncio.Server]) -> None:
 
 
 def _open_unix_socket(folder: Path) -> socket.socket:
-    """A listening socket at `<data_dir>/intake.sock`; the folder's lock says no other daemon has it."""
+    """Open a listening socket at `<data_dir>/intake.sock`; the folder's lock excludes another daemon."""
     path = folder / "intake.sock"
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

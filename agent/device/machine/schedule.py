@@ -1,8 +1,8 @@
-"""When a task is due: an interval, a cron expression or a number of rows, on clocks that may be stepped.
+"""Schedules of tasks: an interval, a cron expression or a number of rows, on clocks that may be stepped.
 
-Intervals are counted on the boot-time clock. Cron needs wall time: APScheduler computes the next time, and it is
-computed anew after each step of the wall clock. However much was missed, it is caught up with one run; for what a cron
-expression missed while the agent was off, the time of the last run must be kept and given back.
+Intervals use the boot-time clock. Cron needs wall time: APScheduler computes the next time, again after each step of
+the wall clock. One run catches up on all missed times. For times that a cron expression missed while the daemon was
+off, the time of the last run must be saved and passed to `parse`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _STEP_US = 1_000_000
 _MAX_WAIT_S = 60.0
 _MAX_REPEATED_US = 3 * 3600 * 1_000_000
 _TICK = timedelta(microseconds=1)
-# crontab(5) counts from Sunday, APScheduler 3 from Monday: names mean the same to both.
+# crontab(5) counts from Sunday, APScheduler 3 from Monday: names are the same in both.
 _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 _DAY_PATTERN = re.compile(
     rf"(\*|(?P<first>[0-7]|{'|'.join(_DAYS)})(-(?P<last>[0-7]|{'|'.join(_DAYS)}))?)(/(?P<step>[1-7]))?"
@@ -30,33 +30,33 @@ _DAY_PATTERN = re.compile(
 class Schedule(Protocol):
     @property
     def needs_last_run(self) -> bool:
-        """Whether the wall time of each run is to be kept for `parse` after a restart."""
+        """True if the wall time of each run must be saved, for `parse` after a restart."""
         ...
 
     def is_due(self, now: ClockReading, backlog: int) -> bool:
-        """Whether to run now, with `backlog` rows waiting."""
+        """Return True if the task should run now, with `backlog` rows waiting."""
         ...
 
     def record_run(self, now: ClockReading) -> None:
-        """A run was started at `now`."""
+        """Record that a run was started at `now`."""
         ...
 
     def wait_s(self, now: ClockReading) -> float:
-        """How long nothing needs to be asked, unless rows come."""
+        """Return how long `is_due` stays False unless rows arrive."""
         ...
 
 
 def parse(file: str, task: str, text: str, last_us: int | None = None) -> Schedule:
-    """`"every 60 s"`, `"when 500 rows"` or a cron expression of five fields (local time). Raises ConfigError.
+    """Parse `"every 60 s"`, `"when 500 rows"` or a cron expression of five fields (local time). Raises ConfigError.
 
-    `last_us` is the wall time of the last run before this start, epoch µs, where one is known.
+    `last_us` is the wall time of the last run before this start, epoch µs, if known.
     """
     key = f"tasks.{task}.schedule"
     try:
         if text.startswith("every "):
             seconds = config.parse_duration(text.removeprefix("every "))
             if seconds <= 0:
-                raise ValueError("an interval must be longer than nothing")
+                raise ValueError("an interval must be positive")
             return IntervalSchedule(seconds)
         rows = re.fullmatch(r"when (\d+) rows?", text)
         if rows:
@@ -69,7 +69,7 @@ def parse(file: str, task: str, text: str, last_us: int | None = None) -> Schedu
 
 
 class IntervalSchedule:
-    """Each `seconds`, first at once."""
+    """Schedule with a fixed interval in seconds; the first run is at once."""
 
     needs_last_run = False
 
@@ -90,7 +90,7 @@ class IntervalSchedule:
 
 
 class RowCountSchedule:
-    """As soon as `rows` wait."""
+    """Schedule that runs as soon as `rows` rows wait."""
 
     needs_last_run = False
 
@@ -108,16 +108,16 @@ class RowCountSchedule:
 
 
 class CronSchedule:
-    """At the times of a cron expression, in local time or in `zone`, as crontab(5) has them. Raises ValueError.
+    """Schedule of a cron expression, in local time or in `zone`, as in crontab(5). Raises ValueError.
 
-    Where the clocks go back, a time of a fixed hour comes once; so it does where a wall clock is set back by less than
-    three hours, as Debian's cron(8) has it. Where they go forward, a time in the gap comes as if they had not.
+    When the clocks go back, a time with a fixed hour comes once; also when the wall clock is set back by less than three
+    hours, as in Debian's cron(8). When they go forward, a time in the gap comes as if they had not.
     """
 
     needs_last_run = True
 
     def __init__(self, expression: str, last_us: int | None = None, zone: tzinfo | None = None) -> None:
-        # Costs 40 ms and several MB: only for those who write a cron expression.
+        # Imported here, 40 ms and several MB: only cron expressions need it.
         from apscheduler.triggers.cron import CronTrigger
 
         fields = expression.lower().split()
@@ -126,7 +126,7 @@ class CronSchedule:
         minute, hour, day, month, weekday = fields
         days = [(day, _parse_weekdays(weekday))]
         if not day.startswith("*") and not weekday.startswith("*"):
-            # crontab(5): where both are given, either is enough.
+            # crontab(5): if both are given, either is enough.
             days = [(day, "*"), ("*", _parse_weekdays(weekday))]
         self._triggers = [
             CronTrigger(minute=minute, hour=hour, day=d, month=month, day_of_week=w, timezone=zone) for d, w in days
@@ -151,10 +151,10 @@ class CronSchedule:
         self._next = self._find_next(_to_datetime(now.wall_us) + _TICK)
 
     def _search_start(self, now: ClockReading, *, catch_up: bool) -> datetime:
-        """From where on to look for the next time: what was missed since the last run is `caught_up` with."""
+        """Return where the search for the next time starts: at the last run, to catch up on missed times."""
         if self._last is not None:
             ahead = self._last - now.wall_us
-            # One far in the future was before a long step back, and says nothing.
+            # A last run far in the future was before a long step back: ignore it.
             if (ahead <= 0 and catch_up) or (self._has_fixed_hour and 0 < ahead < _MAX_REPEATED_US):
                 return _to_datetime(self._last) + _TICK
         return _to_datetime(now.wall_us)
@@ -165,28 +165,28 @@ class CronSchedule:
         return min(_MAX_WAIT_S, max(0.0, (self._next - _to_datetime(now.wall_us)).total_seconds()))
 
     def _find_next(self, moment: datetime) -> datetime | None:
-        """The first time at or after `moment`."""
+        """Return the first time at or after `moment`."""
         times = [_next_fire_time(trigger, moment, self._has_fixed_hour) for trigger in self._triggers]
         return min((time for time in times if time is not None), default=None)
 
     def _has_stepped_back(self, now: ClockReading) -> bool:
-        # Set back by less than has passed since, the clock shows no time again, and the next one still holds.
+        # Set back by less than the time since the last look, the clock repeats no time: the next time stays valid.
         return self._last_now is not None and now.wall_us < self._last_now.wall_us - _STEP_US
 
 
 def _next_fire_time(trigger: Any, moment: datetime, fixed_hour: bool) -> datetime | None:
     while True:
-        found: datetime | None = trigger.get_next_fire_time(None, moment)
-        if found is None or not (found.fold and fixed_hour):
-            return found
-        moment = found.astimezone(UTC) + _TICK
+        time: datetime | None = trigger.get_next_fire_time(None, moment)
+        if time is None or not (time.fold and fixed_hour):
+            return time
+        moment = time.astimezone(UTC) + _TICK
 
 
 def _parse_weekdays(text: str) -> str:
-    """The weekday field of crontab(5), where 0 and 7 are Sunday, as names. Raises ValueError."""
+    """Convert the weekday field of crontab(5), in which 0 and 7 are Sunday, to names. Raises ValueError."""
     if text == "*":
         return text
-    found: list[int] = []
+    days: list[int] = []
     for part in text.split(","):
         match = _DAY_PATTERN.fullmatch(part)
         if match is None:
@@ -197,8 +197,8 @@ def _parse_weekdays(text: str) -> str:
             last = 7
         if last < first:
             raise ValueError(f"{part!r} runs backwards")
-        found += range(first, last + 1, int(match["step"] or 1))
-    return ",".join(_day_names(found))
+        days += range(first, last + 1, int(match["step"] or 1))
+    return ",".join(_day_names(days))
 
 
 def _parse_day(text: str) -> int:

@@ -1,4 +1,4 @@
-"""sd_notify(3): tell systemd that the daemon is ready, alive or stopping. Nothing happens outside systemd."""
+"""Notification of systemd, sd_notify(3): ready, alive or stopping. Outside systemd it does nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def notify(state: str) -> None:
     if not address:
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        # A manager that does not read must not stop the daemon.
+        # A service manager that does not read must not block the daemon.
         sock.settimeout(1.0)
         sock.connect("\0" + address[1:] if address.startswith("@") else address)
         sock.sendall(state.encode())

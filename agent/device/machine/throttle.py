@@ -1,4 +1,4 @@
-"""Whether the machine had better rest: too hot, held back by its own firmware, or on a battery that runs low.
+"""Throttle: pauses tasks while the machine is too hot, throttled by its firmware, or on a low battery.
 
 Sources: Linux sysfs, Documentation/ABI/testing/sysfs-class-thermal and sysfs-class-power; the Raspberry Pi firmware's
 `get_throttled` (bit 0 under-voltage, 2 throttled, 3 soft temperature limit, each as it is now).
@@ -21,9 +21,9 @@ from agent.clock import ClockReading
 log = logging.getLogger("outstation")
 
 _CHECK_INTERVAL_S = 10.0
-# A rest ends this much on the good side of where it began: else it would begin anew with each batch.
+# Hysteresis in °C and %: without it, each batch would begin another pause.
 _TEMPERATURE_HYSTERESIS, _BATTERY_HYSTERESIS = 5.0, 5.0
-# °C; some sensors of some boards say 0, or a number of the driver's own, for ever.
+# °C; sensors of some boards always read 0, or an error code of the driver.
 _PLAUSIBLE_TEMPERATURES = (0.0, 200.0)
 _GET_THROTTLED_PATH = Path("devices/platform/soc/soc:firmware/get_throttled")
 _THROTTLE_FLAGS = {
@@ -34,9 +34,9 @@ _THROTTLE_FLAGS = {
 
 
 class ThermalPowerStatus(msgspec.Struct, frozen=True):
-    """°C of the hottest sensor, % of the emptiest battery that is being emptied; None where nothing tells.
+    """Temperature of the hottest sensor (°C) and level of the emptiest discharging battery (%); None if unknown.
 
-    `resting`: why tasks wait, "" where they do not.
+    `pause_reason`: why tasks are paused, "" if they are not.
     """
 
     temperature: float | None = None
@@ -44,13 +44,13 @@ class ThermalPowerStatus(msgspec.Struct, frozen=True):
     pause_reason: str = ""
 
     def to_dict(self) -> dict[str, object]:
-        """Members for health and status; none where nothing tells."""
+        """Return the known members for health and status."""
         members = {"temperature": self.temperature, "battery": self.battery, "resting": self.pause_reason or None}
         return {name: value for name, value in members.items() if value is not None}
 
 
 class Throttle:
-    """Looks every ten seconds at most. `root` is where sysfs is."""
+    """Throttle of all tasks; reads the sensors every ten seconds at most. `root` is the sysfs mount."""
 
     def __init__(self, conf: config.ThrottleConfig, root: Path = Path("/sys")) -> None:
         self._conf, self._root = conf, root
@@ -62,13 +62,14 @@ class Throttle:
             return self.status
         self._next_check_s = now.boot_s + _CHECK_INTERVAL_S
         before = self.status
-        found = ThermalPowerStatus(self._read_temperature(), self._read_battery())
-        self.status = ThermalPowerStatus(
-            found.temperature, found.battery, self._find_pause_reason(found, is_paused=bool(before.pause_reason))
-        )
+        measured = ThermalPowerStatus(self._read_temperature(), self._read_battery())
+        reason = self._find_pause_reason(measured, is_paused=bool(before.pause_reason))
+        self.status = ThermalPowerStatus(measured.temperature, measured.battery, reason)
         if bool(before.pause_reason) != bool(self.status.pause_reason):
             after = self.status.pause_reason
-            log.warning("tasks %s", f"wait: {after}" if after else f"go on; they waited because: {before.pause_reason}")
+            log.warning(
+                "tasks %s", f"pause: {after}" if after else f"resume; they paused because: {before.pause_reason}"
+            )
         return self.status
 
     def _find_pause_reason(self, measured: ThermalPowerStatus, *, is_paused: bool) -> str:
@@ -85,10 +86,9 @@ class Throttle:
         return self._describe_throttling() if self._conf.throttled == "wait" else ""
 
     def _read_temperature(self) -> float | None:
-        found = [value / 1000 for value in self._read_numbers("class/thermal/thermal_zone*/temp")]
-        return max(
-            (one for one in found if _PLAUSIBLE_TEMPERATURES[0] < one < _PLAUSIBLE_TEMPERATURES[1]), default=None
-        )
+        low, high = _PLAUSIBLE_TEMPERATURES
+        readings = (value / 1000 for value in self._read_numbers("class/thermal/thermal_zone*/temp"))
+        return max((reading for reading in readings if low < reading < high), default=None)
 
     def _read_battery(self) -> float | None:
         levels = []
@@ -96,15 +96,15 @@ class Throttle:
             if self._read_text(supply / "type") == "Battery" and self._read_text(supply / "status") == "Discharging":
                 with contextlib.suppress(ValueError):
                     levels.append(float(self._read_text(supply / "capacity")))
-        return min((one for one in levels if 0.0 <= one <= 100.0), default=None)
+        return min((level for level in levels if 0.0 <= level <= 100.0), default=None)
 
     def _describe_throttling(self) -> str:
         try:
             bits = int(self._read_text(self._root / _GET_THROTTLED_PATH), 16)
         except ValueError:
             return ""
-        told = [what for bit, what in _THROTTLE_FLAGS.items() if bits & bit]
-        return f"the firmware holds the processor back: {', '.join(told)}" if told else ""
+        causes = [cause for bit, cause in _THROTTLE_FLAGS.items() if bits & bit]
+        return f"the firmware throttles the processor: {', '.join(causes)}" if causes else ""
 
     def _read_numbers(self, pattern: str) -> Iterator[float]:
         for path in self._root.glob(pattern):
@@ -113,7 +113,7 @@ class Throttle:
 
     @staticmethod
     def _read_text(path: Path) -> str:
-        """Empty where it cannot be read: a sensor may refuse, or go, at any moment."""
+        """Read a file of sysfs; empty if it cannot be read: a sensor may fail or disappear at any moment."""
         try:
             return path.read_text(encoding="ascii", errors="replace").strip()
         except OSError:
@@ -121,14 +121,14 @@ class Throttle:
 
 
 def lower_priority(conf: config.ThrottleConfig) -> None:
-    """Give this thread, which runs the models, a lower priority than those that take and send, and than the machine."""
+    """Lower the priority of this thread, which runs the models, below intake, uplink and other programs."""
     try:
-        # On Linux both are a thread's own; 0 is the calling one. Where a service manager has set them, as Nice= of our
-        # unit does, it may have forbidden to set them again.
+        # On Linux both belong to a thread; 0 is the calling one. A service manager that sets them, as Nice= of our unit
+        # does, may have forbidden further changes.
         if os.getpriority(os.PRIO_PROCESS, 0) < conf.nice:
             os.setpriority(os.PRIO_PROCESS, 0, conf.nice)
         lowest = (psutil.IOPRIO_CLASS_BE, 7)
         if psutil.Process().ionice() != lowest:
             psutil.Process().ionice(*lowest)
     except (OSError, psutil.Error) as error:
-        log.warning("[throttle] nice: %s; models keep the priority they have: set Nice= of the service instead", error)
+        log.warning("[throttle] nice: %s; models keep their priority; set Nice= of the service instead", error)

@@ -1,11 +1,12 @@
-"""Which time it is, how far that can be trusted, and the anchors that let the collector date rows afterwards.
+"""Timekeeping: quality of the wall clock, the time floor, and anchors by which the collector dates rows afterwards.
 
-Rules for the latest time known to have passed, under which a clock that nobody vouches for counts as `unsynced`:
-- the collector's signed time raises the time floor; not where it lies more than a day ahead of a clock that a time
-  service vouches for: one of the two is wrong
-- the time a time service gave is kept beside it, and is replaced by what a time service says later, earlier or not
-- a time service that vouches for a clock more than a day under the floor takes the floor back to there, and says so
-So whoever is wrong, collector or time service, by two years or by ten, does no harm for longer than it lasts.
+The time floor is the latest time known to have passed. A clock below it that no time service has synchronized counts as
+`unsynced`. Rules:
+- the collector's signed time raises the floor, unless it is more than a day ahead of a synchronized clock: one of the
+  two is then wrong
+- the last synchronized time is stored beside the floor; a later synchronization replaces it, even by an earlier time
+- a synchronized clock more than a day below the floor lowers the floor to its own time, and an alert reports it
+So an error of the collector or of the time service, by two years or by ten, has no effect after it is corrected.
 An anchor is an audit message, event `clock`: what both clocks showed at one moment, in which segment of which boot.
 """
 
@@ -29,21 +30,22 @@ from agent.errors import StorageError, StorageFull
 
 log = logging.getLogger("outstation.clock")
 
+# Names in table meta.
 FLOOR, SYNCED, STEPS, ALERT = "time floor", "synced time", "clock steps", "clock alert"
 _FLOOR_LEAD_US = 86_400_000_000
 _REFRESH_S = 60.0
 _ANCHOR_INTERVAL_S = 86_400.0
 _FULL_RETRY_S = 10.0
-# A clock that gains and loses its time service by the second does not fill the log.
+# Limits the anchors of a clock that gains and loses its time service every second.
 _QUALITY_INTERVAL_S = 60.0
-# After a start a time service needs a while; a clock that nobody vouches for may be right all the same.
+# A time service needs some time after a start; a restored clock is probably right.
 _ALERT_DELAY_S = {"unsynced": 120.0, "restored": 3600.0}
 _INCIDENT_S = 600.0
 _ALERT_INTERVAL_S = 3600.0
 
 
 def make_clock(store: Store) -> Callable[[], ClockReading]:
-    """Both clocks, judged by the times that this store has seen pass."""
+    """Return a function that reads both clocks and rates them by the store's time floor."""
     floors = (clock.BUILD_FLOOR_US, 0)
     due_s = float("-inf")
 
@@ -59,12 +61,12 @@ def make_clock(store: Store) -> Callable[[], ClockReading]:
 
 
 def is_plausible_time(signed_us: int, now: ClockReading) -> bool:
-    """Whether the time somebody signed may raise the floor."""
+    """Return True if a signed time may raise the floor."""
     return now.quality != "synced" or signed_us <= now.wall_us + _FLOOR_LEAD_US
 
 
 class _LastAnchor(msgspec.Struct):
-    """The last anchor of this run."""
+    """Last anchor of this process."""
 
     segment: ClockSegment
     quality: str
@@ -72,7 +74,7 @@ class _LastAnchor(msgspec.Struct):
 
 
 class Timekeeper:
-    """Watches both clocks, a turn at a time; writes anchors and the `clock` alert."""
+    """Watcher of both clocks; writes anchors and the `clock` alert."""
 
     def __init__(self, store: Store, message_log: MessageLog) -> None:
         self._store, self._message_log = store, message_log
@@ -83,13 +85,13 @@ class Timekeeper:
         self._was_synced = False
 
     def tick(self, now: ClockReading) -> None:
-        """Write what is due at `now`. A full store delays it."""
+        """Write the anchor and the alert that are due at `now`. A full store delays them."""
         if now.boot_s < self._retry_at:
             return
         try:
-            why = self._find_anchor_reason(now)
-            if why is not None:
-                self._write_anchor(now, why)
+            reason = self._find_anchor_reason(now)
+            if reason is not None:
+                self._write_anchor(now, reason)
             self._update_alert(now)
         except StorageFull as full:
             self._retry_at = now.boot_s + _FULL_RETRY_S
@@ -109,11 +111,11 @@ class Timekeeper:
             return "daily"
         if self._store.get_meta(ANCHORED_LOG, "") != self._message_log.log_id:
             return "log"
-        # The intake met a segment that was over before this loop came round.
+        # The intake saw a segment that was over before the main loop looked.
         return "segment" if self._store.get_meta(UNANNOUNCED, "") else None
 
     def _is_first_sync(self, now: ClockReading) -> bool:
-        """The one that dates all rows before it; a clock is often set a moment before it is vouched for."""
+        """Return True for the first synchronization, which dates all rows before it."""
         return now.quality == "synced" and not self._was_synced
 
     def _write_anchor(self, now: ClockReading, reason: str) -> None:
@@ -131,8 +133,8 @@ class Timekeeper:
             tx.segments.mark_announced(segment, current=True)
             if step:
                 tx.set_meta(STEPS, f"{segment.boot} {count_steps(self._store) + 1}")
-            told_us = int(tx.get_meta(FLOOR, "0"))
-            disagrees = not is_plausible_time(told_us, now)
+            floor_us = int(tx.get_meta(FLOOR, "0"))
+            disagrees = not is_plausible_time(floor_us, now)
             if now.quality == "synced":
                 tx.set_meta(SYNCED, str(now.wall_us))
             if disagrees:
@@ -142,8 +144,8 @@ class Timekeeper:
             self._record_step(step, now)
         if disagrees:
             self._set_incident(
-                f"The collector said that it was {clock.to_rfc3339(told_us)}, a time service vouches for "
-                f"{clock.to_rfc3339(now.wall_us)}, which counts: one of the two is wrong.",
+                f"The collector's time was {clock.to_rfc3339(floor_us)}, the time service's is "
+                f"{clock.to_rfc3339(now.wall_us)} and counts: one of the two is wrong.",
                 now,
             )
         self._last_anchor = _LastAnchor(segment, now.quality, now.boot_s)
@@ -153,11 +155,11 @@ class Timekeeper:
         log.warning("the clock was set by %+.1f s, to %s", step / 1e6, clock.to_rfc3339(now.wall_us))
         if self._last_anchor is not None and self._last_anchor.quality == "synced":
             self._set_incident(
-                f"The clock was set by {step / 1e6:+.1f} s although a time service had vouched for it.", now
+                f"The clock was set by {step / 1e6:+.1f} s although a time service had synchronized it.", now
             )
 
     def _set_incident(self, incident: str, now: ClockReading) -> None:
-        """With the next alert; for a while this is the trouble with a clock that is vouched for."""
+        """Report an incident with the next alert, and for some time as the problem of a synchronized clock."""
         log.warning("%s", incident)
         self._incident_s, self._incident = now.boot_s, incident
 
@@ -171,7 +173,7 @@ class Timekeeper:
         now: ClockReading,
         before: tuple[int, int] | None = None,
     ) -> None:
-        """`seen`: what both clocks showed in `segment`; `now`: the time of the message."""
+        """Append an anchor; `reading`: both clocks in `segment`; `now`: the time of the message."""
         evidence: dict[str, Any] = {
             "why": reason,
             "boot": segment.boot,
@@ -191,12 +193,12 @@ class Timekeeper:
 
     def _update_alert(self, now: ClockReading) -> None:
         is_open = self._store.get_meta(ALERT, "") != ""
-        trouble = self._find_problem(now)
-        if trouble and not is_open and now.boot_s >= self._next_alert_s:
+        problem = self._find_problem(now)
+        if problem and not is_open and now.boot_s >= self._next_alert_s:
             self._next_alert_s = now.boot_s + _ALERT_INTERVAL_S
-            self._write_alert(CLOCK.raised(trouble, _alert_evidence(now)), now)
-        elif is_open and not trouble and now.quality == "synced":
-            alert = CLOCK.cleared("A time service vouches for the clock again.", _alert_evidence(now))
+            self._write_alert(CLOCK.raised(problem, _alert_evidence(now)), now)
+        elif is_open and not problem and now.quality == "synced":
+            alert = CLOCK.cleared("A time service synchronizes the clock again.", _alert_evidence(now))
             self._write_alert(alert, now)
 
     def _find_problem(self, now: ClockReading) -> str:
@@ -208,7 +210,7 @@ class Timekeeper:
             wrong = "is wrong: it shows a time that has passed" if now.quality == "unsynced" else "may be wrong"
             return (
                 f"The clock ({clock.to_rfc3339(now.wall_us)}) {wrong}, and no time service has set it. Rows are dated "
-                "afterwards, once one does; check systemd-timesyncd or chrony and the way to its server."
+                "afterwards, once one does; check systemd-timesyncd or chrony and the connection to its server."
             )
         return self._incident if now.boot_s < self._incident_s + _INCIDENT_S else ""
 
@@ -223,7 +225,7 @@ def _alert_evidence(now: ClockReading) -> dict[str, Any]:
 
 
 def build_report(store: Store, now: ClockReading) -> dict[str, Any]:
-    """What health and `outstation status` say of the clock; `synced`: when a time service last vouched for it."""
+    """Return the clock's members of health and `outstation status`; `synced`: time of the last synchronization."""
     synced, floor = int(store.get_meta(SYNCED, "0")), max(clock.BUILD_FLOOR_US, int(store.get_meta(FLOOR, "0")))
     return {
         "boot": store.boot,
@@ -236,7 +238,7 @@ def build_report(store: Store, now: ClockReading) -> dict[str, Any]:
 
 
 def count_steps(store: Store) -> int:
-    """How often the wall clock was set in this boot, as far as was seen."""
+    """Return how often the wall clock was seen to be set in this boot."""
     boot, count = store.get_meta(STEPS, "0 0").split()
     return int(count) if int(boot) == store.boot else 0
 

@@ -55,13 +55,13 @@ def max_results(max_bytes: int, model_scores: Scores, labels: list[str] | None) 
 
 def encode_runs(values: NDArray[np.int64]) -> list[int | TimeRun]:
     """Return `values` (n,) with each arithmetic run of three or more, from the left, as a run."""
-    numbers: list[int] = values.tolist()
-    if len(numbers) < 3 or max(numbers) - min(numbers) > _MAX_SPAN:
-        return [*numbers]
+    if len(values) < 3 or _span(values) > _MAX_SPAN:
+        return [*values.tolist()]
     steps = np.diff(values)
     regular = steps[1:] == steps[:-1]
     if regular.all():
-        return [TimeRun(numbers[0], int(steps[0]), len(numbers))]
+        return [TimeRun(int(values[0]), int(steps[0]), len(values))]
+    numbers: list[int] = values.tolist()
     edges = np.flatnonzero(np.diff(regular, prepend=False, append=False))
     items: list[int | TimeRun] = []
     done = 0
@@ -79,7 +79,7 @@ def encode_times(times: NDArray[np.int64]) -> list[int | TimeRun] | JitteredTime
     """Return `times` (n,), epoch µs, as runs, or as offsets from a regular grid where that takes fewer bytes."""
     items = encode_runs(times)
     n = len(times)
-    if n < 3 or len(items) == 1 or int(times.max()) - int(times.min()) > _MAX_SPAN:
+    if n < 3 or len(items) == 1 or _span(times) > _MAX_SPAN:
         return items
     first = int(times[0])
     step = (int(times[-1]) - first) // (n - 1)
@@ -89,8 +89,12 @@ def encode_times(times: NDArray[np.int64]) -> list[int | TimeRun] | JitteredTime
 
 def encode_labels(labels: list[str]) -> list[str | LabelRun]:
     """Return `labels` (n,) with each label that repeats as a run."""
-    groups = ((label, sum(1 for _ in same)) for label, same in groupby(labels))
+    groups = ((label, len(list(same))) for label, same in groupby(labels))
     return [label if count == 1 else LabelRun(label, count) for label, count in groups]
+
+
+def _span(values: NDArray[np.int64]) -> int:
+    return int(values.max()) - int(values.min())
 
 
 def _json_size(text: str) -> int:

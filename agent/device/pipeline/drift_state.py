@@ -1,6 +1,6 @@
-"""A task's drift state in the store: how it is kept, found again, and what of an earlier bundle's is put right.
+"""Drift state persistence: a task's drift state in the store, and the messages when it is learned or discarded.
 
-What is gathered while learning, and the site's reference, are kept apart: they are large, and seldom others.
+The state of learning and the site reference are stored apart from the rest: they are large and change seldom.
 """
 
 from __future__ import annotations
@@ -12,27 +12,28 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.alerts import MonitoredAlert, monitoring_kind
+from agent.alerts import LEARNING_REFUSED, Alert, MonitoredAlert, monitoring_kind
 from agent.arrays import Bools
-from agent.clock import ClockReading
 from agent.device.store import task_keys
-from agent.device.store.message_log import MessageLog
+from agent.device.store.message_log import PendingMessage
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.drift.baseline.learning import LearningState
+from agent.drift.baseline.reference import Reference
+from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE
 from agent.drift.monitor import DriftMonitor
-from agent.drift.state import DriftState
-from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE
+from agent.drift.state import DriftState, DriftWindowResult
 
 
-class ClosingMessages(msgspec.Struct, frozen=True):
-    """`messages` (kind, body) that say what is no more."""
+class LearningRefusals(msgspec.Struct, frozen=True):
+    """Number of alerts that learning was refused so far, and whether the last one is open."""
 
-    messages: list[tuple[str, dict[str, Any]]]
+    count: int = 0
+    is_open: bool = False
 
 
 def save(tx: Transaction, task: str, monitor: DriftMonitor, state: DriftState, previous: DriftState | None) -> None:
-    """`before` is what was kept last, if anything was."""
+    """Save `state`; only the parts that differ from the stored `previous` state, if there is one."""
     tx.save_state(task, task_keys.DRIFT_STATE, monitor.to_bytes(state))
     if previous is None or previous.learning is not state.learning:
         tx.save_state(task, task_keys.LEARNING, state.learning.to_bytes())
@@ -44,21 +45,23 @@ def save(tx: Transaction, task: str, monitor: DriftMonitor, state: DriftState, p
         tx.save_state(task, task_keys.SITE_REFERENCE, state.site_reference.to_json())
 
 
-def restore(store: Store, task: str, monitor: DriftMonitor) -> tuple[DriftState, ClosingMessages | None]:
-    """What is remembered of the task; and what another bundle had begun, to end with the next state that is kept."""
+def restore(store: Store, task: str, monitor: DriftMonitor) -> tuple[DriftState, list[PendingMessage] | None]:
+    """Return the stored state, or a new one if the stored state is of another bundle.
+
+    In the second case also return the closing messages, to be committed with the next state; otherwise None.
+    """
     past = store.load_state(task, task_keys.DRIFT_STATE)
     if past is None:
         return monitor.start(), None
+    site = store.load_state(task, task_keys.SITE_REFERENCE)
     try:
-        return monitor.restore(
-            past, store.load_state(task, task_keys.LEARNING), store.load_state(task, task_keys.SITE_REFERENCE)
-        ), None
+        return monitor.restore(past, store.load_state(task, task_keys.LEARNING), site), None
     except ValueError:
-        return _restart(task, monitor.start(), past, store.load_state(task, task_keys.SITE_REFERENCE))
+        return _restart(task, monitor.start(), past, site)
 
 
 def load_for_display(store: Store, task: str) -> DriftState | None:
-    """The same for people, whatever bundle it is of; None where there is nothing to read."""
+    """Return the stored state, of whatever bundle it is; None if there is none, or if it cannot be read."""
     past, learning = store.load_state(task, task_keys.DRIFT_STATE), store.load_state(task, task_keys.LEARNING)
     try:
         state = None if past is None else DriftState.from_parts(past, store.load_state(task, task_keys.SITE_REFERENCE))
@@ -67,55 +70,86 @@ def load_for_display(store: Store, task: str) -> DriftState | None:
         return None
 
 
-def discard_learned(
-    tx: Transaction, message_log: MessageLog, task: str, closing: ClosingMessages, now: ClockReading
-) -> None:
+def discard_learned(tx: Transaction, task: str) -> None:
+    """Delete what was learned with another bundle."""
     tx.delete_state(task, task_keys.LEARNING)
     tx.delete_state(task, task_keys.SITE_REFERENCE)
-    write_closing_messages(tx, message_log, task, closing, now)
 
 
-def write_closing_messages(
-    tx: Transaction, message_log: MessageLog, task: str, closing: ClosingMessages, now: ClockReading
-) -> None:
-    for kind, body in closing.messages:
-        message_log.append(tx, kind, task if kind == "alerts" else None, body, now)
-
-
-def build_closing_messages(task: str, saved_state: bytes, site: bytes | None, reason: str) -> ClosingMessages:
-    """What is to be said when nothing that this state knows holds any more, because of `why`."""
+def build_closing_messages(task: str, saved_state: bytes, site: bytes | None, reason: str) -> list[PendingMessage]:
+    """Return the messages that end everything this state holds: open alerts are cleared, the reference is dropped."""
     try:
         old = DriftState.from_parts(saved_state, site)
     except ValueError:
-        return ClosingMessages([])
-    messages: list[tuple[str, dict[str, Any]]] = [("alerts", body) for body in _build_cleared_alerts(task, old, reason)]
+        return []
+    messages = [PendingMessage.from_alert(alert, task) for alert in _clear_alerts(old, reason)]
     if old.site_reference is not None:
-        summary = f"{task}: {reason}, so this site's reference is learned anew."
+        summary = f"{task}: {reason}, so the site reference is learned again."
         evidence = {"task": task, "asked": "bundle changed", "site": old.site_reference.digest, "by": "the agent"}
-        messages.append(("audit", {"event": "reference reset", "summary": summary, "evidence": evidence}))
-    return ClosingMessages(messages)
+        messages.append(PendingMessage.audit("reference reset", summary, evidence))
+    return messages
 
 
 def _restart(
     task: str, start: DriftState, saved_state: bytes, site: bytes | None
-) -> tuple[DriftState, ClosingMessages]:
-    """Nothing that was learned for another bundle holds for this one."""
-    said = build_closing_messages(task, saved_state, site, "the bundle, or the agent, was changed")
+) -> tuple[DriftState, list[PendingMessage]]:
+    messages = build_closing_messages(task, saved_state, site, "the bundle, or the agent, was changed")
     try:
         old = DriftState.from_bytes(saved_state)
     except ValueError:
-        return start, said
-    # Names of alerts are never used twice.
+        return start, messages
+    # Ids of alerts are never used twice.
     raised = np.full_like(start.raised_counts, old.raised_counts.max(initial=0))
-    return replace(start, raised_counts=raised, learned_count=old.learned_count), said
+    return replace(start, raised_counts=raised, learned_count=old.learned_count), messages
 
 
-def _build_cleared_alerts(task: str, old: DriftState, reason: str) -> Iterator[dict[str, Any]]:
-    """Cleared: what they were against is gone."""
+def _clear_alerts(old: DriftState, reason: str) -> Iterator[Alert]:
     subjects = (*old.fields, OUTPUT, SCORE, JOINT)
     opened: dict[MonitoredAlert, Bools] = {"drift": old.suite.open_subjects, "fault": old.faulty}
     for column, (alert, is_open) in enumerate(opened.items()):
         for i in np.flatnonzero(is_open).tolist():
-            summary = f"{subjects[i]}: no longer watched as before: {reason}."
-            names = {"field": subjects[i], "count": old.raised_counts[i, column]}
-            yield monitoring_kind(alert, subjects[i]).cleared(summary, **names).to_body(task)
+            summary = f"{subjects[i]}: no longer monitored as before: {reason}."
+            count = old.raised_counts[i, column]
+            yield monitoring_kind(alert, subjects[i]).cleared(summary, field=subjects[i], count=count)
+
+
+# --- learning ---
+
+
+def load_refusals(store: Store, task: str) -> LearningRefusals:
+    stored = store.load_state(task, task_keys.LEARNING_REFUSED_ALERT)
+    return msgspec.json.decode(stored, type=LearningRefusals) if stored else LearningRefusals()
+
+
+def save_refusals(tx: Transaction, task: str, refusals: LearningRefusals) -> None:
+    tx.save_state(task, task_keys.LEARNING_REFUSED_ALERT, msgspec.json.encode(refusals))
+
+
+def build_learning_messages(
+    task: str, result: DriftWindowResult, refusals: LearningRefusals
+) -> tuple[list[PendingMessage], LearningRefusals]:
+    """Return the messages of a drift window that ended the learning of a site reference, and the refusals after it."""
+    messages: list[PendingMessage] = []
+    if result.learned_reference is not None:
+        messages.append(_learned_message(task, result.learned_reference, result.rows[1]))
+        if refusals.is_open:
+            summary = f"{task}: the site reference is learned, and drift is tested against it."
+            messages.append(PendingMessage.from_alert(LEARNING_REFUSED.cleared(summary, count=refusals.count), task))
+            refusals = LearningRefusals(refusals.count)
+    if result.learning_error is not None:
+        messages.append(PendingMessage.audit("not learned", f"{task}: {result.learning_error}", {"task": task}))
+        refusals = LearningRefusals(refusals.count + (not refusals.is_open), is_open=True)
+        summary = f"{task}: no site reference yet, so drift is not tested: {result.learning_error}."
+        messages.append(PendingMessage.from_alert(LEARNING_REFUSED.raised(summary, count=refusals.count), task))
+    return messages, refusals
+
+
+def _learned_message(task: str, reference: Reference, last_row: int) -> PendingMessage:
+    summary = f"{task}: learned the site reference from {reference.drift_windows} drift windows."
+    evidence: dict[str, Any] = {"task": task, "site": reference.digest, "through": last_row}
+    if reference.site is not None:
+        evidence |= reference.site.to_dict()
+    if reference.warning is not None:
+        summary += f" Warning: {reference.warning}."
+        evidence["warning"] = reference.warning
+    return PendingMessage.audit("learned", summary, evidence)

@@ -1,191 +1,360 @@
-"""When a task's labels are looked at: a `quality` message for every so many of them, and alerts.
+"""Label metrics: a task's performance metrics from labels, as a `quality` message every 50 labels, with its alerts.
 
-A message is about the newest labelled results of the bundle that runs, at most MOST; `new` of them were not in one
-before, or with another label. What a message says is in `measured`.
+A message covers the newest labelled results of the current bundle, at most 500. Labels that are the model's own answers,
+and results that are not numbers, are counted and left out of every metric.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
 
 from agent import clock
 from agent.alerts import Alert
 from agent.clock import ClockReading
-from agent.device.intake import labels
-from agent.device.intake.labels import LabelTarget
-from agent.device.pipeline import measured
-from agent.device.pipeline.batch import LoadedTask
-from agent.device.pipeline.measured import LabelWindow, build_label_schema
-from agent.device.store import labels as labelled
+from agent.device.pipeline.loaded_task import LoadedTask
+from agent.device.store import labels as label_store
 from agent.device.store import task_keys
 from agent.device.store.labels import StoredLabel
-from agent.device.store.message_log import MessageLog
+from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.store import Store
-from agent.performance import degradation
-from agent.performance.degradation import DegradationEvent, PromisedAccuracy
-from agent.performance.labels import MODEL
+from agent.performance import cbpe, degradation, slices
+from agent.performance.degradation import CusumTrack, DegradationEvent, DegradationState, PromisedAccuracy
+from agent.performance.estimates import MetricEstimate, compute_metrics
+from agent.performance.labels import MODEL, LabelSchema, LabelTarget, count_sources
+from agent.performance.metrics import LabelledPredictions
 from agent.wire.messages import encode
 
 LABELS_PER_MESSAGE, MAX_LABELS_PER_MESSAGE, MAX_REPORT_INTERVAL_S = 50, 500, 86_400.0
 _EARLY_BATCH = 200
+_MAX_CLASSES = 40
+# The message's header, `labels` and `estimate`, beside the metrics.
+_HEAD_BYTES = 1_500
+
+
+class LabelWindow(msgspec.Struct, frozen=True):
+    """Labelled results in the order of their labels; `new_samples` were in no message before.
+
+    `corrected_count` of the new ones replaced a label that was in a message.
+    """
+
+    samples: list[StoredLabel]
+    new_samples: list[StoredLabel]
+    corrected_count: int
+
+    @classmethod
+    def from_labelled(cls, task: LoadedTask, window: Sequence[StoredLabel], state: DegradationState) -> LabelWindow:
+        valid = filter_valid(task, window)
+        new = [sample for sample in valid if sample.number > state.last_number]
+        return cls(valid, new, sum(sample.first_number <= state.last_number for sample in new))
 
 
 def build_label_targets(tasks: Sequence[LoadedTask]) -> dict[str, LabelTarget]:
-    """What the intake must know to take labels of these tasks."""
+    """Return what intake needs to check labels of these tasks."""
     return {task.name: LabelTarget(task.config.stream, build_label_schema(task)) for task in tasks}
 
 
+def build_label_schema(task: LoadedTask) -> LabelSchema:
+    manifest = task.bundle.manifest
+    return LabelSchema(manifest.label_kind, tuple(manifest.output.labels))
+
+
 def tick(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockReading, keep_s: float) -> int:
-    """Join labels that waited, and report where it is time to; how many alerts. Raises StorageError."""
+    """Join early labels with their results, and write the messages that are due; return the number of alerts.
+
+    Raises StorageError.
+    """
     _join_early_labels(task, store, now, keep_s)
     alerts = 0
-    while (found := _load_due_state(task, store, now)) is not None:
-        alerts += _write_report(task, store, message_log, found, now)
+    while (state := _load_due_state(task, store, now)) is not None:
+        alerts += _write_report(task, store, message_log, state, now)
     return alerts
 
 
 def _join_early_labels(task: LoadedTask, store: Store, now: ClockReading, keep_s: float) -> None:
-    span = store.query(labelled.load_span, task.name)
+    span = store.query(label_store.load_span, task.name)
     if span is None:
         return
     while True:
         with store.transaction() as tx:
-            waiting = labelled.load_early(tx.connection, task.name, span, tx.uptime_s(now) - keep_s, _EARLY_BATCH)
-            labels.join_early_labels(tx, task.name, waiting)
-        if len(waiting) < _EARLY_BATCH:
+            early = label_store.load_early(tx.connection, task.name, span, tx.uptime_s(now) - keep_s, _EARLY_BATCH)
+            for _, label, received_us in early:
+                labels = tx.labels
+                result = labels.find(task.name, label)
+                outcome = "unmatched" if result is None else labels.store_label(task.name, label, result, received_us)
+                tx.increment_counter(label_store.outcome_counter(task.name, outcome), 1)
+            tx.labels.delete_early_labels(task.name, [number for number, _, _ in early])
+        if len(early) < _EARLY_BATCH:
             return
 
 
-def _load_due_state(task: LoadedTask, store: Store, now: ClockReading) -> degradation.DegradationState | None:
-    """The task's state where a message is due."""
+def _load_due_state(task: LoadedTask, store: Store, now: ClockReading) -> DegradationState | None:
+    """Return the task's state if a message is due."""
     state = _load_state(task, store)
-    waiting = store.query(labelled.next_numbers, task.name, state.last_number, LABELS_PER_MESSAGE)
-    if len(waiting) >= LABELS_PER_MESSAGE:
+    new = store.query(label_store.next_numbers, task.name, state.last_number, LABELS_PER_MESSAGE)
+    if len(new) >= LABELS_PER_MESSAGE:
         return state
-    if not waiting:
+    if not new:
         return None
     with store.transaction() as tx:
         at_s = tx.uptime_s(now)
         if not state.last_message_s:
-            # The day begins with the first label.
+            # The first interval begins with the first label.
             state.last_message_s = max(at_s, 1.0)
             tx.save_state(task.name, task_keys.LABEL_METRICS, state.to_bytes())
     return state if at_s >= state.last_message_s + MAX_REPORT_INTERVAL_S else None
 
 
-def _load_state(task: LoadedTask, store: Store) -> degradation.DegradationState:
-    kept = store.load_state(task.name, task_keys.LABEL_METRICS)
-    digest = task.bundle.digest
-    if kept is not None:
+def _load_state(task: LoadedTask, store: Store) -> DegradationState:
+    stored, digest = store.load_state(task.name, task_keys.LABEL_METRICS), task.bundle.digest
+    if stored is not None:
         try:
-            state = degradation.DegradationState.from_bytes(kept)
+            state = DegradationState.from_bytes(stored)
         except ValueError:
-            return degradation.DegradationState(digest)
+            return DegradationState(digest)
         if state.bundle == digest:
             return state
-        # Of another bundle: what was open against it says nothing about this one.
-        return degradation.DegradationState(digest, last_number=state.last_number, last_message_s=state.last_message_s)
-    return degradation.DegradationState(digest)
+        # Of another bundle: its open alerts say nothing about this one.
+        return DegradationState(digest, last_number=state.last_number, last_message_s=state.last_message_s)
+    return DegradationState(digest)
 
 
 def _write_report(
-    task: LoadedTask, store: Store, message_log: MessageLog, state: degradation.DegradationState, now: ClockReading
+    task: LoadedTask, store: Store, message_log: MessageLog, state: DegradationState, now: ClockReading
 ) -> int:
-    """One message; labels and state are as they were until all of it is committed."""
-    numbers = store.query(labelled.next_numbers, task.name, state.last_number, MAX_LABELS_PER_MESSAGE // 2)
-    window = store.query(labelled.load_labelled, task.name, state.bundle, numbers[-1], MAX_LABELS_PER_MESSAGE)
-    taken = LabelWindow.from_labelled(task, window, state)
-    alerts = [*_clear_old_alerts(task, store, state), *_evaluate_labels(task, store, state, taken, numbers[-1])]
+    """Write one message and its alerts; a failed commit leaves labels and state as they were."""
+    numbers = store.query(label_store.next_numbers, task.name, state.last_number, MAX_LABELS_PER_MESSAGE // 2)
+    stored = store.query(label_store.load_labelled, *(task.name, state.bundle, numbers[-1], MAX_LABELS_PER_MESSAGE))
+    window = LabelWindow.from_labelled(task, stored, state)
+    alerts = [*_clear_old_alerts(task, store, state), *_evaluate_labels(task, store, state, window, numbers[-1])]
     state.last_number = numbers[-1]
+    messages, body = [], None
+    if window.samples:
+        body = _build_body(task, store, message_log.max_bytes, window)
+        messages.append(PendingMessage("quality", task.name, body))
+    messages += [PendingMessage.from_alert(alert, task.name) for alert in alerts]
     with store.transaction() as tx:
         state.last_message_s = max(tx.uptime_s(now), 1.0)
-        if taken.samples:
-            body = measured.build_body(task, tx, message_log.max_bytes, taken)
-            message_log.append(tx, "quality", task.name, body, now)
-            tx.save_state(
-                task.name, task_keys.LAST_LABEL_METRICS, encode({**body, "time": clock.to_rfc3339(now.wall_us)})
-            )
-        for alert in alerts:
-            message_log.append(tx, "alerts", task.name, alert.to_body(task.name), now)
+        message_log.append_all(tx, messages, now)
+        if body is not None:
+            last = encode({**body, "time": clock.to_rfc3339(now.wall_us)})
+            tx.save_state(task.name, task_keys.LAST_LABEL_METRICS, last)
         tx.save_state(task.name, task_keys.LABEL_METRICS, state.to_bytes())
     return len(alerts)
 
 
-def _clear_old_alerts(task: LoadedTask, store: Store, state: degradation.DegradationState) -> list[Alert]:
-    """Alerts about a bundle that runs no more."""
-    kept = store.load_state(task.name, task_keys.LABEL_METRICS)
+def _clear_old_alerts(task: LoadedTask, store: Store, state: DegradationState) -> list[Alert]:
+    """Clear alerts about a bundle that no longer runs."""
+    stored = store.load_state(task.name, task_keys.LABEL_METRICS)
     try:
-        old = degradation.DegradationState.from_bytes(kept) if kept else state
+        old = DegradationState.from_bytes(stored) if stored else state
     except ValueError:
         return []
     if old.bundle == state.bundle:
         return []
-    text = "another bundle runs now; its labels are judged anew."
-    found = [
+    text = "another bundle runs now; its labels are evaluated from the start."
+    alerts = [
         degradation.ALERT_KINDS[kind].cleared(text, count=track.raised_count)
         for kind, track in old.tracks.items()
         if track.is_open
     ]
-    # Ids go on counting, so that an alert of this bundle is another one.
-    state.tracks = {kind: degradation.CusumTrack(raised_count=track.raised_count) for kind, track in old.tracks.items()}
+    # Counts continue, so that ids of this bundle's alerts are new.
+    state.tracks = {kind: CusumTrack(raised_count=track.raised_count) for kind, track in old.tracks.items()}
     state.feedback_open, state.feedback_count = old.feedback_open, old.feedback_count
-    return found
+    return alerts
 
 
-# --- what the labels say ---
+# --- degradation ---
 
 
 def _evaluate_labels(
-    task: LoadedTask, store: Store, state: degradation.DegradationState, label_window: LabelWindow, last_label: int
+    task: LoadedTask, store: Store, state: DegradationState, window: LabelWindow, last_label: int
 ) -> Iterator[Alert]:
-    own = sum(one.source == MODEL for one in label_window.samples)
-    if (grown := degradation.check_feedback(state, own, len(label_window.samples))) is not None:
-        yield grown
-    state.first_number = min(
-        [one.first_number for one in label_window.new_samples] + ([state.first_number] if state.first_number else []),
-        default=0,
-    )
-    shares = build_label_schema(task).kind != "regress"
-    for finding in _detect_degradation(task, store, state, label_window, last_label, shares=shares):
-        yield degradation.build_alert(finding, binary_loss=shares)
+    own = sum(sample.source == MODEL for sample in window.samples)
+    if (alert := degradation.check_feedback(state, own, len(window.samples))) is not None:
+        yield alert
+    known = [state.first_number] if state.first_number else []
+    state.first_number = min([sample.first_number for sample in window.new_samples] + known, default=0)
+    binary_loss = build_label_schema(task).kind != "regress"
+    for event in _detect_degradation(task, store, state, window, last_label, binary_loss=binary_loss):
+        yield degradation.build_alert(event, binary_loss=binary_loss)
 
 
 def _detect_degradation(
     task: LoadedTask,
     store: Store,
-    state: degradation.DegradationState,
-    label_window: LabelWindow,
+    state: DegradationState,
+    window: LabelWindow,
     last_label: int,
     *,
-    shares: bool,
+    binary_loss: bool,
 ) -> list[DegradationEvent]:
-    promise = _read_promise(task)
-    if not label_window.corrected_count:
-        return degradation.add_losses(
-            state, *_compute_losses(task, label_window.new_samples), promise, binary_loss=shares
-        )
-    # Among the newest only, the first labels would be missing.
-    kept = store.query(labelled.load_labelled, task.name, state.bundle, last_label, MAX_LABELS_PER_MESSAGE)
-    known = sorted(
-        (one for one in measured.filter_understood(task, kept) if one.first_number >= state.first_number),
-        key=lambda one: one.first_number,
+    promise = _promised_accuracy(task)
+    if not window.corrected_count:
+        losses = _compute_losses(task, window.new_samples)
+        return degradation.add_losses(state, *losses, promise, binary_loss=binary_loss)
+    # Not from the window, which may lack the first labels.
+    stored = store.query(label_store.load_labelled, task.name, state.bundle, last_label, MAX_LABELS_PER_MESSAGE)
+    samples = sorted(
+        (sample for sample in filter_valid(task, stored) if sample.first_number >= state.first_number),
+        key=lambda sample: sample.first_number,
     )
-    whole = bool(known) and known[0].first_number == state.first_number
-    return degradation.recompute(state, *_compute_losses(task, known), promise, binary_loss=shares, complete=whole)
+    complete = bool(samples) and samples[0].first_number == state.first_number
+    losses = _compute_losses(task, samples)
+    return degradation.recompute(state, *losses, promise, binary_loss=binary_loss, complete=complete)
 
 
 def _compute_losses(task: LoadedTask, samples: Sequence[StoredLabel]) -> tuple[list[float], list[float | None]]:
-    """Of those that say something, and what the model's certainty tells of each."""
-    judged = measured.filter_evaluable(task, samples)
-    off = measured.to_labelled_predictions(task, judged).losses(build_label_schema(task).kind) if judged else None
-    if off is None:
+    """Return the losses of the evaluable samples, and the error chance that the score of each implies."""
+    evaluable = filter_evaluable(task, samples)
+    if not evaluable:
         return [], []
-    return off.tolist(), measured.estimate_error_chances(task, judged)
+    losses = to_labelled_predictions(task, evaluable).losses(build_label_schema(task).kind)
+    return ([], []) if losses is None else (losses.tolist(), _estimate_error_chances(task, evaluable))
 
 
-def _read_promise(task: LoadedTask) -> PromisedAccuracy:
+def _promised_accuracy(task: LoadedTask) -> PromisedAccuracy:
     shipped = task.drift_monitor.shipped if task.drift_monitor else None
     if build_label_schema(task).kind != "classify" or shipped is None or shipped.score_correct is None:
         return PromisedAccuracy()
     n = int(shipped.score_n.sum())
     return PromisedAccuracy(float(shipped.score_correct.sum()) / n, n) if n else PromisedAccuracy()
+
+
+def _estimate_error_chances(task: LoadedTask, samples: Sequence[StoredLabel]) -> list[float | None]:
+    shipped = task.drift_monitor.shipped if task.drift_monitor else None
+    scores = [sample.prediction.score for sample in samples]
+    if shipped is None or shipped.score_correct is None or not len(shipped.score_edges):
+        return [None] * len(samples)
+    known = np.array([0.0 if score is None else score for score in scores])
+    chances = cbpe.correctness_probabilities(shipped.score_n, shipped.score_correct, shipped.score_edges, known)
+    return [None if score is None else 1 - float(chance) for score, chance in zip(scores, chances, strict=True)]
+
+
+# --- samples ---
+
+
+def filter_valid(task: LoadedTask, samples: Sequence[StoredLabel]) -> list[StoredLabel]:
+    """Return the samples whose label the current bundle knows."""
+    schema = build_label_schema(task)
+
+    def is_valid(sample: StoredLabel) -> bool:
+        try:
+            schema.parse(sample.label)
+        except ValueError:
+            return False
+        return True
+
+    return [sample for sample in samples if is_valid(sample)]
+
+
+def filter_evaluable(task: LoadedTask, samples: Sequence[StoredLabel]) -> list[StoredLabel]:
+    """Return the samples that the model did not label itself, and whose result is a number."""
+    is_classified = build_label_schema(task).kind in ("classify", "several")
+    has_scores = any(sample.prediction.score is not None for sample in samples)
+
+    def is_complete(sample: StoredLabel) -> bool:
+        if not is_classified:
+            return sample.prediction.value is not None
+        # A model without any scores is evaluated by its classes alone.
+        return sample.prediction.predicted_class is not None and (sample.prediction.score is not None or not has_scores)
+
+    return [sample for sample in samples if sample.source != MODEL and is_complete(sample)]
+
+
+def to_labelled_predictions(task: LoadedTask, samples: Sequence[StoredLabel]) -> LabelledPredictions:
+    """Return evaluable samples as arrays, in the order given."""
+    results, schema = [sample.prediction for sample in samples], build_label_schema(task)
+    has_classes = all(result.predicted_class is not None for result in results)
+    classes = np.array([result.predicted_class for result in results], np.int64) if has_classes else None
+    score = np.array([np.nan if r.score is None else r.score for r in results]) if has_classes else None
+    value = None if any(r.value is None for r in results) else np.array([r.value for r in results])
+    return LabelledPredictions(np.array([schema.parse(sample.label) for sample in samples]), classes, score, value)
+
+
+# --- the message ---
+
+
+def _build_body(task: LoadedTask, store: Store, max_bytes: int, window: LabelWindow) -> dict[str, Any]:
+    """Return the message's members, at most `max_bytes` long with the header."""
+    ordered = sorted(window.samples, key=lambda sample: sample.prediction.row)
+    evaluable = filter_evaluable(task, ordered)
+    rows, times = [sample.prediction.row for sample in ordered], [sample.prediction.t for sample in ordered]
+    members = {
+        "model": task.bundle_ref,
+        "window": {
+            "rows": [rows[0], rows[-1]],
+            "from": clock.to_rfc3339(min(times)),
+            "to": clock.to_rfc3339(max(times)),
+            "n": len(evaluable),
+            "new": len(window.new_samples),
+            "corrected": window.corrected_count,
+            "no_result": sum(sample.source != MODEL for sample in ordered) - len(evaluable),
+        },
+        "labels": _describe_labels(task, store, ordered),
+        "estimate": _estimate_accuracy(task, evaluable),
+    }
+    estimates = [metric.to_dict() for metric in _compute_metrics(task, evaluable)]
+    while estimates and len(encode({**members, "metrics": estimates})) > max_bytes - _HEAD_BYTES:
+        # Slices and rare classes come last.
+        estimates = estimates[: len(estimates) * 3 // 4]
+    return {**members, "metrics": estimates}
+
+
+def _compute_metrics(task: LoadedTask, samples: Sequence[StoredLabel]) -> list[MetricEstimate]:
+    if not samples:
+        return []
+    schema, predictions = build_label_schema(task), to_labelled_predictions(task, samples)
+    names = sorted(set.intersection(*(set(sample.prediction.slices) for sample in samples)))
+    sliced = {name: [sample.prediction.slices[name] for sample in samples] for name in names}
+    return [
+        *compute_metrics(schema.kind, schema.labels, predictions),
+        *slices.compute_slice_metrics(schema.kind, predictions, sliced),
+    ]
+
+
+def _describe_labels(task: LoadedTask, store: Store, ordered: Sequence[StoredLabel]) -> dict[str, Any]:
+    """Return the labels' sources, delay and counts by class, and the share of results that have one."""
+    delay = np.array([max(0, sample.received - sample.prediction.t) / 1e6 for sample in ordered])
+    rows = (ordered[0].prediction.row, ordered[-1].prediction.row)
+    results, counters = store.query(label_store.count_predictions, task.name, *rows), store.counters()
+    members: dict[str, Any] = {
+        "n": len(ordered),
+        "delay_s": {"median": round(float(np.median(delay)), 3), "p90": round(float(np.quantile(delay, 0.9)), 3)},
+        "coverage": round(min(1.0, len(ordered) / results), 4) if results else None,
+        "sources": count_sources([sample.source for sample in ordered]),
+        **{name: counters.get(f"labels {name}.{task.name}", 0) for name in ("replaced", "late", "unmatched")},
+    }
+    return members | _count_classes(build_label_schema(task), [sample.label for sample in ordered])
+
+
+def _count_classes(schema: LabelSchema, texts: Sequence[str]) -> dict[str, Any]:
+    """Return the number of labels of each class, and their imbalance; a class without labels counts as one there."""
+    if not schema.class_names:
+        return {}
+    counts = dict.fromkeys(schema.class_names, 0)
+    for text in texts:
+        for name in schema.true_names(text):
+            counts[name] += 1
+    largest = sorted(counts, key=lambda name: -counts[name])[:_MAX_CLASSES]
+    imbalance = max(counts.values()) / max(1, min(counts.values()))
+    return {"classes": {name: counts[name] for name in largest}, "imbalance": round(imbalance, 2)}
+
+
+def _estimate_accuracy(task: LoadedTask, samples: Sequence[StoredLabel]) -> Mapping[str, Any] | None:
+    """Return the accuracy expected without labels (CBPE), and whether the labels' accuracy is outside its interval."""
+    shipped = task.drift_monitor.shipped if task.drift_monitor else None
+    scores = [sample.prediction.score for sample in samples]
+    if shipped is None or shipped.score_correct is None or not samples or any(score is None for score in scores):
+        return None
+    bins = np.searchsorted(shipped.score_edges, np.array(scores, np.float64), side="right")
+    counts = np.bincount(bins, minlength=len(shipped.score_n))
+    estimate = cbpe.estimate_accuracy(shipped.score_n, shipped.score_correct, counts)
+    predictions = to_labelled_predictions(task, samples)
+    if estimate is None or predictions.predicted is None:
+        return None
+    accuracy = float(predictions.right.mean())
+    return {**estimate, "outside": not estimate["low"] <= accuracy <= estimate["high"]}

@@ -1,8 +1,8 @@
-"""Learning a site's drift reference anew, because somebody asked: on this machine, or by a command from the fleet.
+"""Relearn requests: an operator, on this machine or by remote command, has a task's site reference learned again.
 
-The daemon owns the store. Who asks on this machine leaves a file in the data folder; a command leaves the same in the
-store. Either is taken up when the task next runs, in one commit with its audit message; a request is known by its id,
-so that a crash between commit and the file's end does nothing twice.
+The daemon owns the store, so a person on this machine leaves a file in the data folder; a remote command leaves the same
+in the store. The task applies a request when it next runs, in one commit with the audit message. The request's id keeps
+a crash between the commit and the deletion of the file from applying it twice.
 """
 
 from __future__ import annotations
@@ -12,28 +12,31 @@ import logging
 import os
 import uuid
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from agent.clock import ClockReading
 from agent.device.pipeline import drift_state
-from agent.device.pipeline.batch import LoadedTask
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.store import task_keys
-from agent.device.store.message_log import MessageLog
+from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 
 log = logging.getLogger("outstation")
 
-_MOST_BYTES = 4096
+Action = Literal["relearn", "reset"]
+
+_MAX_BYTES = 4096
 _unreadable: set[Path] = set()
 
 
 class RelearnRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`learn` for at least `for_s` seconds of readings, or `reset`: learn as the config says."""
+    """Request to learn the site reference again: from at least `duration_s` of readings, or `reset`: as configured."""
 
     id: str
-    action: str
+    action: Action
     duration_s: float = 0.0
     requested_by: str = "on the device"
 
@@ -41,29 +44,29 @@ class RelearnRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         return msgspec.json.encode(self)
 
 
-def make_request(action: str, duration_s: float = 0.0, requested_by: str = "on the device") -> RelearnRequest:
+def make_request(action: Action, duration_s: float = 0.0, requested_by: str = "on the device") -> RelearnRequest:
     return RelearnRequest(id=uuid.uuid4().hex, action=action, duration_s=duration_s, requested_by=requested_by)
 
 
 def submit_request(data_dir: Path, task: str, request: RelearnRequest) -> None:
     """Leave `request` for the daemon, or for the next `outstation batch`. Raises OSError.
 
-    Asked by root, folder and file are the data folder's owner's, as the daemon is that user.
+    If root calls this, folder and file are given to the owner of the data folder: the daemon runs as that user.
     """
-    file, root = _request_path(data_dir, task), os.geteuid() == 0
+    file, is_root = _request_path(data_dir, task), os.geteuid() == 0
     owner = data_dir.stat()
     file.parent.mkdir(mode=0o700, exist_ok=True)
     # By descriptor and never through a link: the owner of the folder must not make root write elsewhere.
     folder = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        if root:
+        if is_root:
             os.fchown(folder, owner.st_uid, owner.st_gid)
         part = file.with_suffix(".part").name
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part, dir_fd=folder)
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=folder)
         with os.fdopen(descriptor, "wb") as content:
-            if root:
+            if is_root:
                 os.fchown(content.fileno(), owner.st_uid, owner.st_gid)
             content.write(request.to_json())
         os.replace(part, file.name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -72,23 +75,21 @@ def submit_request(data_dir: Path, task: str, request: RelearnRequest) -> None:
 
 
 def pending_request(store: Store, task: str) -> RelearnRequest | None:
-    """What is asked for and not taken up yet; the file's first."""
+    """Return the request that is not applied yet; the file's before the store's."""
     done = store.load_state(task, task_keys.RELEARN_REQUEST_DONE)
-    for content in (
-        _read_request(_request_path(store.path.parent, task)),
-        store.load_state(task, task_keys.RELEARN_REQUEST),
-    ):
+    file = _request_path(store.path.parent, task)
+    for content in (_read_request(file), store.load_state(task, task_keys.RELEARN_REQUEST)):
         if content is None:
             continue
         with contextlib.suppress(msgspec.DecodeError, msgspec.ValidationError):
-            found = msgspec.json.decode(content, type=RelearnRequest)
-            if found.id.encode() != done:
-                return found
+            request = msgspec.json.decode(content, type=RelearnRequest)
+            if request.id.encode() != done:
+                return request
     return None
 
 
 def apply_pending(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockReading) -> bool:
-    """Begin to learn, if somebody asked for it; whether it was. Raises StorageError."""
+    """Apply the pending request; return True if learning began. Raises StorageError."""
     request = pending_request(store, task.name)
     if request is None:
         _delete_request(store, task.name)
@@ -98,12 +99,24 @@ def apply_pending(task: LoadedTask, store: Store, message_log: MessageLog, now: 
             _mark_done(tx, task.name, request)
         _delete_request(store, task.name)
         return False
-    fresh, cleared = task.drift_monitor.relearn(task.drift_state, request.duration_s)
+    state, cleared = task.drift_monitor.relearn(task.drift_state, request.duration_s)
+    messages = [PendingMessage.from_alert(alert, task.name) for alert in cleared]
+    messages.append(_audit_message(task, request))
+    with store.transaction() as tx:
+        drift_state.save(tx, task.name, task.drift_monitor, state, task.drift_state)
+        _mark_done(tx, task.name, request)
+        message_log.append_all(tx, messages, now)
+    task.drift_state = state
+    _delete_request(store, task.name)
+    return True
+
+
+def _audit_message(task: LoadedTask, request: RelearnRequest) -> PendingMessage:
     summary = (
-        f"{task.name}: asked {request.requested_by} to {request.action} the site's reference; it is learned anew, "
-        "and drift is not told until that is done."
+        f"{task.name}: {request.action} of the site reference was requested {request.requested_by}; it is learned again, "
+        "and drift is not tested until then."
     )
-    old = task.drift_state.site_reference
+    old = task.drift_state.site_reference if task.drift_state else None
     evidence = {
         "task": task.name,
         "asked": request.action,
@@ -112,16 +125,7 @@ def apply_pending(task: LoadedTask, store: Store, message_log: MessageLog, now: 
         "number": old.site.number if old and old.site else None,
         "by": request.requested_by,
     }
-    with store.transaction() as tx:
-        drift_state.save(tx, task.name, task.drift_monitor, fresh, task.drift_state)
-        _mark_done(tx, task.name, request)
-        for alert in cleared:
-            message_log.append(tx, "alerts", task.name, alert.to_body(task.name), now)
-        event = {"event": "reference reset", "summary": summary, "evidence": evidence}
-        message_log.append(tx, "audit", None, event, now)
-    task.drift_state = fresh
-    _delete_request(store, task.name)
-    return True
+    return PendingMessage.audit("reference reset", summary, evidence)
 
 
 def _mark_done(tx: Transaction, task: str, request: RelearnRequest) -> None:
@@ -135,22 +139,24 @@ def _request_path(data_dir: Path, task: str) -> Path:
 
 def _read_request(file: Path) -> bytes | None:
     try:
-        with file.open("rb") as content:
-            found = content.read(_MOST_BYTES)
+        with file.open("rb") as stream:
+            content = stream.read(_MAX_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:
-        # It is looked at before every batch; said once is enough.
+        # The file is read before every batch; the error is logged once.
         if file not in _unreadable:
             _unreadable.add(file)
-            text = "%s: what is asked for there cannot be read: %s; ask again as root, or give the folder to this user"
-            log.warning(text, file, error.strerror)
+            log.warning(
+                "%s: the request cannot be read: %s; repeat the command as root, or give the folder to this user",
+                *(file, error.strerror),
+            )
         return None
     _unreadable.discard(file)
-    return found
+    return content
 
 
 def _delete_request(store: Store, task: str) -> None:
-    """Of the file that was taken up, or is none of ours."""
+    """Delete the file, once it is applied or if it holds no request."""
     with contextlib.suppress(OSError):
         _request_path(store.path.parent, task).unlink()

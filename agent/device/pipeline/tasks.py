@@ -11,7 +11,7 @@ from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import overrides
 from agent.device.machine.schedule import Schedule
-from agent.device.pipeline.batch import LoadedTask
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 

@@ -45,6 +45,8 @@ class _AcceptedMessage(msgspec.Struct, frozen=True):
 class DesiredStateStore:
     """Of one device. `take` and `turn` are the uplink's, `wanted` is the main loop's."""
 
+    refusal_name = "desired states"
+
     def __init__(self, store: Store, author: MessageLog, operators: Sequence[PublicKey], groups: Sequence[str]) -> None:
         named = [(author.device, None), *((topics.DEVICE_GROUP, group) for group in groups), (topics.ALL_DEVICES, None)]
         self._topics = [str(topics.Topic(author.fleet, device, KIND, group)) for device, group in named]
@@ -62,6 +64,16 @@ class DesiredStateStore:
     def subscriptions(self) -> list[str]:
         """Nobody can desire anything of a device without [operators] keys: it does not even listen."""
         return list(self._topics) if self._operators else []
+
+    def owns(self, topic: str) -> bool:
+        """Return True for topics of desired states, also those of other devices."""
+        return topic.split("/")[3:4] == [KIND]
+
+    def on_connected(self) -> None:
+        """Do nothing: the broker sends the retained messages again."""
+
+    def tick(self, _session: object, now: ClockReading) -> None:
+        self.apply_pending(now)
 
     def find_desired(self, task: str) -> DesiredBundle | None:
         """What the most specific topic that names `task` says; None where none does."""

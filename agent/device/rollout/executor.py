@@ -20,7 +20,7 @@ from agent.device.bundles import history
 from agent.device.bundles import rollout_state as standings
 from agent.device.bundles.rollout_state import HoldOff, RolloutState
 from agent.device.pipeline import drift_state
-from agent.device.pipeline.batch import LoadedTask
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.tasks import Effect
 from agent.device.rollout import saved_drift, transitions
 from agent.device.rollout.desired_state import DesiredStateStore

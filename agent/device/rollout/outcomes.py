@@ -7,8 +7,8 @@ import numpy as np
 
 from agent.comparison import tally
 from agent.comparison.tally import ComparisonStats
-from agent.device.pipeline import measured
-from agent.device.pipeline.batch import LoadedTask
+from agent.device.pipeline import label_metrics
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.store import labels
 from agent.device.store.labels import PredictionRow, StoredLabel
 from agent.device.store.transaction import Transaction
@@ -28,13 +28,13 @@ def count_outcomes(
     found = labels.load_labelled(tx.connection, task.name, task.bundle.digest, numbers[-1], MAX_LABELS)
     fresh = [
         one
-        for one in measured.filter_evaluable(task, found)
+        for one in label_metrics.filter_evaluable(task, found)
         if one.number > after_number and one.first_number > after_number
     ]
     pairs = [(one, there) for one in fresh if (there := _find_other_result(tx, task, other, one)) is not None]
-    return _build_outcome_stats(measured.build_label_schema(task), measured.build_label_schema(other), pairs), numbers[
-        -1
-    ]
+    return _build_outcome_stats(
+        label_metrics.build_label_schema(task), label_metrics.build_label_schema(other), pairs
+    ), numbers[-1]
 
 
 def _find_other_result(

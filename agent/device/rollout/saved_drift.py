@@ -12,9 +12,8 @@ from msgspec.structs import replace
 
 from agent.clock import ClockReading
 from agent.device.pipeline import drift_state
-from agent.device.pipeline.drift_state import ClosingMessages
 from agent.device.store import task_keys
-from agent.device.store.message_log import MessageLog
+from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.drift.monitor import DriftMonitor
@@ -35,9 +34,7 @@ def restore(tx: Transaction, author: MessageLog, task: str, now: ClockReading) -
     for name in _STATE_NAMES:
         tx.delete_state(task, name)
         tx.rename_state(task, name + task_keys.SAVED_SUFFIX, name)
-    for kind, body in ended.messages if ended is not None else ():
-        if kind == "alerts":
-            author.append(tx, kind, task, body, now)
+    author.append_all(tx, [message for message in ended if message.kind == "alerts"], now)
 
 
 def discard(tx: Transaction, author: MessageLog, task: str, now: ClockReading) -> None:
@@ -45,11 +42,10 @@ def discard(tx: Transaction, author: MessageLog, task: str, now: ClockReading) -
     ended = _end_alerts(tx, task, task_keys.SAVED_SUFFIX, "the bundle was changed")
     for name in _STATE_NAMES:
         tx.delete_state(task, name + task_keys.SAVED_SUFFIX)
-    if ended is not None:
-        drift_state.write_closing_messages(tx, author, task, ended, now)
+    author.append_all(tx, ended, now)
 
 
-def load(store: Store, task: str, monitor: DriftMonitor) -> tuple[DriftState, ClosingMessages | None]:
+def load(store: Store, task: str, monitor: DriftMonitor) -> tuple[DriftState, list[PendingMessage] | None]:
     """What the bundle before, now beside the other one, remembers."""
     past = store.load_state(task, task_keys.DRIFT_STATE + task_keys.SAVED_SUFFIX)
     if past is None:
@@ -70,12 +66,9 @@ def continue_alert_numbers(state: DriftState, *others: DriftState | None) -> Dri
     return replace(state, raised_counts=np.maximum(state.raised_counts, most))
 
 
-def _end_alerts(tx: Transaction, task: str, suffix: str, reason: str) -> ClosingMessages | None:
-    found = tx.load_state(task, task_keys.DRIFT_STATE + suffix)
-    return (
-        None
-        if found is None
-        else drift_state.build_closing_messages(
-            task, found, tx.load_state(task, task_keys.SITE_REFERENCE + suffix), reason
-        )
-    )
+def _end_alerts(tx: Transaction, task: str, suffix: str, reason: str) -> list[PendingMessage]:
+    state = tx.load_state(task, task_keys.DRIFT_STATE + suffix)
+    if state is None:
+        return []
+    site = tx.load_state(task, task_keys.SITE_REFERENCE + suffix)
+    return drift_state.build_closing_messages(task, state, site, reason)

@@ -9,7 +9,7 @@ import msgspec
 
 from agent.clock import ClockReading
 from agent.device.bundles.rollout_state import HoldOff, RolloutState
-from agent.device.pipeline.batch import LoadedTask
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.tasks import Runtime, ScheduledTask
 from agent.device.rollout import saved_drift
 from agent.device.rollout.state_machine import BundleAssessment

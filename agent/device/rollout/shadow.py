@@ -16,7 +16,7 @@ from agent.clock import ClockReading
 from agent.comparison import tally
 from agent.comparison.paired_intervals import ComparisonBlock
 from agent.comparison.tally import ComparisonStats, Predictions
-from agent.device.pipeline.batch import LoadedTask
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout import outcomes, shadow_windows
 from agent.device.rollout.shadow_windows import AlignedWindows
 from agent.device.store import labels as labelled

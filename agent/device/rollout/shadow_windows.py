@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from agent.comparison.tally import OutputKind, Predictions
 from agent.device.pipeline import batch
-from agent.device.pipeline.batch import LoadedTask
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.store.labels import StoredPredictions
 from agent.device.store.rows import concatenate
 from agent.device.store.store import RowBatch, Store

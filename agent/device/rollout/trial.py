@@ -15,7 +15,7 @@ from agent.clock import ClockReading
 from agent.comparison import paired_intervals
 from agent.comparison import rules as verdict
 from agent.device.bundles.rollout_state import Reason, RolloutState
-from agent.device.pipeline.batch import LoadedTask
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout.shadow import ANSWER_TIMEOUT_S, ShadowRunner
 from agent.device.rollout.state_machine import BundleAssessment
 from agent.device.store import task_keys

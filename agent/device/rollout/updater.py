@@ -7,7 +7,7 @@ from typing import Any
 
 from agent.clock import ClockReading
 from agent.device.bundles.rollout_state import Reason
-from agent.device.pipeline.batch import LoadedTask
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout.executor import RolloutExecutor
 from agent.device.rollout.fetch.fetcher import FetchedBundle, Fetcher, FetchFailure
 from agent.device.rollout.state_machine import BundleAssessment

@@ -131,6 +131,10 @@ class LabelStore:
     def load_span(self, task: str) -> PredictionSpan | None:
         return load_span(self._db, task)
 
+    def find(self, task: str, label: Label) -> PredictionRow | None:
+        """Return the stored prediction that a label belongs to, by its row or else by its time."""
+        return self.find_nearest(task, label.t or 0) if label.row is None else self.find_by_row(task, label.row)
+
     def find_by_row(self, task: str, row: int) -> PredictionRow | None:
         """Return the prediction at exactly this row, if it is stored and readable."""
         sql = "SELECT first_row FROM predictions WHERE task = ? AND first_row <= ? ORDER BY first_row DESC LIMIT 1"
@@ -327,6 +331,11 @@ def next_numbers(db: sqlite3.Connection, task: str, number: int, limit: int) -> 
     """Return the numbers of the next labels, of any bundle."""
     sql = "SELECT number FROM labels WHERE task = ? AND number > ? ORDER BY number LIMIT ?"
     return [int(row[0]) for row in db.execute(sql, (task, max(0, number), limit))]
+
+
+def outcome_counter(task: str, outcome: str) -> str:
+    """Return the name of the counter of labels with this outcome of `store_label`, or "unmatched"."""
+    return {"new": f"labels.{task}", "same": f"labels replaced.{task}"}.get(outcome, f"labels {outcome}.{task}")
 
 
 def count_predictions(db: sqlite3.Connection, task: str, first: int, last: int) -> int:

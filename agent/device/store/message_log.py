@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
 from agent import clock
+from agent.alerts import Alert
 from agent.clock import ClockReading
 from agent.device.store import cost
 from agent.device.store.outbox import OutboxMessage
 from agent.device.store.transaction import Transaction
-from agent.transport.compressed import compress
-from agent.transport.packets import OutgoingMessage
+from agent.transport.packets import OutgoingMessage, compress
 from agent.wire import jws, key_rotation, messages
 from agent.wire.keys import SigningKey
 from agent.wire.topics import DEVICE_ALERTS, KINDS, Topic
+
+
+class PendingMessage(msgspec.Struct, frozen=True):
+    """Logged message before it has a place in the log; `alerts` follow it and name its `seq` in their evidence."""
+
+    kind: str
+    task: str | None
+    body: Mapping[str, Any]
+    alerts: Sequence[Alert] = ()
+
+    @classmethod
+    def from_alert(cls, alert: Alert, task: str | None = None) -> PendingMessage:
+        return cls("alerts", task, alert.to_body(task))
+
+    @classmethod
+    def audit(cls, event: str, summary: str, evidence: Mapping[str, Any]) -> PendingMessage:
+        return cls("audit", None, {"event": event, "summary": summary, "evidence": evidence})
 
 
 class MessageLog(msgspec.Struct):
@@ -60,6 +77,13 @@ class MessageLog(msgspec.Struct):
         if kind == "alerts":
             tx.record_alert({"task": task, "time": time, **body})
         return seq + 1
+
+    def append_all(self, tx: Transaction, messages: Iterable[PendingMessage], now: ClockReading) -> None:
+        """Enqueue messages in order, each with its alerts behind it."""
+        for message in messages:
+            seq = self.append(tx, message.kind, message.task, message.body, now)
+            for alert in message.alerts:
+                self.append(tx, "alerts", message.task, alert.to_body(message.task, seq=seq), now)
 
     def reissue(self, tx: Transaction, message: OutboxMessage, old_log: str) -> int:
         """Append a message of another log, unchanged but for its place in the log, and return its seq."""

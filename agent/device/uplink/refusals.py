@@ -18,7 +18,7 @@ from agent.errors import MessageRefused, StorageFull
 
 log = logging.getLogger("outstation.uplink")
 
-ACKNOWLEDGEMENTS, COMMANDS, DESIRED = "acknowledgements", "commands", "desired states"
+ACKNOWLEDGEMENTS = "acknowledgements"
 CLEAR_AFTER_S = 3600.0
 _FLUSH_INTERVAL_S = 60.0
 _FULL_RETRY_S = 5.0

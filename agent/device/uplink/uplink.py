@@ -1,7 +1,7 @@
-"""Outbox to broker, acknowledgements back: one thread that owns the link, connects, and comes back.
+"""Uplink: the thread that sends the outbox through a sink, takes acknowledgements, and connects again when it is lost.
 
-A message leaves the outbox on the collector's signed acknowledgement (or on PUBACK, with delivery = "broker"), never
-because it was sent: brokers lose what they have confirmed. `session` says what goes when.
+A message leaves the outbox on the collector's signed acknowledgement (or on the sink's receipt, with delivery =
+"broker"), never because it was sent: brokers lose messages that they have confirmed.
 """
 
 from __future__ import annotations
@@ -9,36 +9,61 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from agent import config
 from agent.clock import ClockReading
-from agent.device.commands.receiver import CommandReceiver
 from agent.device.machine.keys import keys_message
-from agent.device.rollout.desired_state import KIND, DesiredStateStore
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.uplink.acknowledgements import Acknowledgements
-from agent.device.uplink.refusals import COMMANDS, DESIRED, Refusals
-from agent.device.uplink.session import Connection, Session
+from agent.device.uplink.refusals import Refusals
+from agent.device.uplink.session import Session
+from agent.device.uplink.sink import OpenSink, Sink
 from agent.errors import LinkDown, MessageRefused
-from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage
 from agent.wire.keys import PublicKey
 
 log = logging.getLogger("outstation.uplink")
 
-# The shortest wait, the longest first wait, the longest wait.
+# Shortest wait, longest first wait, longest wait.
 _BACKOFF_S = (0.5, 4.0, 60.0)
-# After a connection of this length, or one on which the collector answered, the broker counts as well again.
+# A session of this length, or one in which the collector answered, resets the back-off.
 _STABLE_CONNECTION_S = 60.0
 _GOODBYE_TIMEOUT_S = 1.0
 # A connect may take as long as a resolver that nobody answers, and its own timeouts.
 _HEARTBEAT_TIMEOUT_S = 120.0
 
 
+class Receiver(Protocol):
+    """Consumer of messages that come in through the sink, such as commands; used on the uplink's thread."""
+
+    @property
+    def refusal_name(self) -> str:
+        """Plural noun for the messages, under which refusals are counted."""
+        ...
+
+    @property
+    def subscriptions(self) -> list[str]: ...
+
+    def owns(self, topic: str) -> bool: ...
+
+    def accept(self, delivery: IncomingMessage) -> None:
+        """Verify and take a message. Raises MessageRefused."""
+        ...
+
+    def on_connected(self) -> None:
+        """Handle a new session."""
+        ...
+
+    def tick(self, session: Session, now: ClockReading) -> None:
+        """Write and send what is due. Raises StorageError."""
+        ...
+
+
 class Uplink:
-    """Sends the outbox and takes acknowledgements, for as long as it runs."""
+    """Sends the outbox and takes acknowledgements for as long as it runs."""
 
     def __init__(
         self,
@@ -48,27 +73,20 @@ class Uplink:
         collector: PublicKey | None,
         now: Callable[[], ClockReading],
         on_failed: Callable[[Exception], None],
+        open_sink: OpenSink,
         *,
-        commands: CommandReceiver | None = None,
-        desired_states: DesiredStateStore | None = None,
-        open_link: Callable[..., Connection] = Link,
+        receivers: Sequence[Receiver] = (),
         pause: Callable[[float], object] | None = None,
     ) -> None:
-        self._conf, self._store, self._message_log, self._now, self._on_failed = (
-            conf,
-            store,
-            message_log,
-            now,
-            on_failed,
-        )
-        self._open_link = open_link
+        self._conf, self._store, self._message_log = conf, store, message_log
+        self._now, self._on_failed, self._open_sink = now, on_failed, open_sink
         self._refusals = Refusals(store, message_log)
         self._acks = Acknowledgements(store, message_log, collector, conf.buffer.keep_messages, self._refusals)
-        self._commands, self._desired_states = commands, desired_states
+        self._receivers = receivers
         self._stopping = threading.Event()
         self._reconnecting = threading.Event()
         self._pause = pause or self._stopping.wait
-        self._link: Connection | None = None
+        self._sink: Sink | None = None
         self._has_collector_answered = False
         self._drain_until_s = 0.0
         self._alive_until_s = now().boot_s + _HEARTBEAT_TIMEOUT_S
@@ -79,33 +97,33 @@ class Uplink:
         self._thread.start()
 
     def wake(self) -> None:
-        """There is something new to send."""
-        current = self._link
-        if current is not None:
-            current.wake()
+        """Send new messages at once."""
+        sink = self._sink
+        if sink is not None:
+            sink.wake()
 
     def reconnect(self) -> None:
-        """Leave, and connect anew: with another signing key the Will is another one too."""
+        """Close the session and open a new one: with another signing key the last will changes too."""
         self._reconnecting.set()
         self.wake()
 
     def is_alive(self, now: ClockReading) -> bool:
-        """Whether the thread got round lately; trying to connect and waiting for the next try are signs of life."""
+        """Return True if the thread made progress lately; connecting and waiting for the next try count."""
         return now.boot_s < self._alive_until_s
 
     def request_stop(self, drain_s: float) -> None:
-        """Give the outbox up to `drain_s` to empty, say `stopped`, and leave; returns at once."""
+        """Give the outbox up to `drain_s` to empty, send `stopped`, and leave; return at once."""
         self._drain_until_s = self._now().boot_s + drain_s
         self._stopping.set()
         self.wake()
 
     def stop(self, drain_s: float = 2.0) -> None:
-        """`halt`, and wait for it; not for a connect that hangs."""
+        """Stop, and wait for it; but not for a connect that hangs."""
         self.request_stop(drain_s)
         self._thread.join(drain_s + _GOODBYE_TIMEOUT_S + 1.0)
 
     def run(self) -> None:
-        """Connect, again and again, until stopped; then once more, to say so. Raises StorageError."""
+        """Connect again and again until stopped, then once more to announce it. Raises StorageError."""
         attempt = 0
         while not self._is_drain_over():
             began = self._extend_heartbeat(0.0)
@@ -135,69 +153,62 @@ class Uplink:
             self._on_failed(error)
 
     def _run_session(self) -> bool:
-        """One connection, from CONNECT until it is lost or the device stops; False where only a new one is wanted."""
+        """Run one session until the sink is lost or the device stops; return False to open another at once."""
         now = self._now()
         self._reconnecting.clear()
         self._has_collector_answered = False
         will = self._message_log.build_live_message("state", {"state": "offline", "boot": self._message_log.boot}, now)
-        topics = [self._acks.topic, *(self._commands.subscriptions if self._commands else [])]
-        topics += self._desired_states.subscriptions if self._desired_states else []
-        current = self._open_link(self._conf.broker, self._message_log.device, subscribe=topics, will=will)
-        self._link = current
+        topics = [self._acks.topic, *(topic for receiver in self._receivers for topic in receiver.subscriptions)]
+        sink = self._sink = self._open_sink(topics, will)
         try:
             log.info("broker: connected to %s", self._conf.broker.url)
             self.state = "connected"
-            session = self._start_session(current)
+            session = self._start_session(sink)
             while not (self._stopping.is_set() and self._is_drained(session)):
                 self._extend_heartbeat(0.0)
                 self._tick(session)
                 self._has_collector_answered = session.has_collector_answered
                 if self._reconnecting.is_set() and not self._stopping.is_set():
-                    current.close()
+                    sink.close()
                     return False
             self._announce_stopped(session)
-            current.close()
+            sink.close()
             return True
         except BaseException:
-            current.drop()
+            sink.drop()
             raise
         finally:
-            self._link = None
+            self._sink = None
 
     def _tick(self, session: Session) -> None:
-        hurry = self._stopping.is_set()
-        if self._commands is not None:
-            self._commands.tick(session, self._now())
-        if self._desired_states is not None:
-            self._desired_states.apply_pending(self._now())
-        session.tick(self._now(), is_stopping=hurry)
-        self._refusals.flush(self._now(), force=hurry)
+        is_stopping = self._stopping.is_set()
+        for receiver in self._receivers:
+            receiver.tick(session, self._now())
+        session.tick(self._now(), is_stopping=is_stopping)
+        self._refusals.flush(self._now(), force=is_stopping)
 
     def _handle_delivery(self, delivery: IncomingMessage, now: ClockReading) -> bool:
-        """Take a command, or what is desired; whether it was one."""
-        desired = delivery.topic.split("/")[3:4] == [KIND]
-        try:
-            if self._commands is not None and delivery.topic == self._commands.topic:
-                self._commands.receive(delivery)
-            elif self._desired_states is not None and desired:
-                self._desired_states.accept(delivery)
-            else:
-                return False
-        except MessageRefused as refusal:
-            self._refusals.add(DESIRED if desired else COMMANDS, refusal, now)
-        return True
+        """Hand a message to its receiver; return False if no receiver owns its topic."""
+        for receiver in self._receivers:
+            if receiver.owns(delivery.topic):
+                try:
+                    receiver.accept(delivery)
+                except MessageRefused as refusal:
+                    self._refusals.add(receiver.refusal_name, refusal, now)
+                return True
+        return False
 
-    def _start_session(self, link: Connection) -> Session:
+    def _start_session(self, sink: Sink) -> Session:
         now = self._now()
         live = [
             keys_message(self._message_log, now),
             self._message_log.build_live_message("state", {"state": "online", "boot": self._message_log.boot}, now),
         ]
-        if self._commands is not None:
-            self._commands.on_connected()
+        for receiver in self._receivers:
+            receiver.on_connected()
         by_broker = self._conf.collector.delivery == "broker"
-        what = (link, self._store, self._message_log, self._acks, now)
-        return Session(*what, broker_delivery=by_broker, live=live, handle_delivery=self._handle_delivery)
+        arguments = (sink, self._store, self._message_log, self._acks, now)
+        return Session(*arguments, broker_delivery=by_broker, live=live, handle_delivery=self._handle_delivery)
 
     def _is_drained(self, session: Session) -> bool:
         return self._is_drain_over() or session.is_empty()
@@ -217,6 +228,6 @@ class Uplink:
 
 
 def backoff(attempt: int, jitter: float) -> float:
-    """Seconds before the next try; `chance`, 0 to 1, spreads a fleet that lost its broker together."""
+    """Return the seconds before the next try; `jitter`, 0 to 1, spreads a fleet that lost its broker together."""
     shortest, first, longest = _BACKOFF_S
     return shortest + jitter * (min(longest, first * 2.0 ** min(attempt, 10)) - shortest)

@@ -1,1 +1,1 @@
-"""baseline."""
+"""Baselines: what is normal for a task, and drift windows as numbers that add."""

@@ -1,7 +1,7 @@
-"""What is normal: the format shared by a bundle's shipped reference (reference.json) and the one a site learns itself.
+"""Drift reference: the format of a bundle's reference.json and of the reference that a site learns itself.
 
-The shipped one fixes bins, limits and origins, so that summaries of a whole fleet add up; a site's own keeps those and
-replaces what was counted.
+The shipped reference fixes bins, limits and origins, so that summaries of a whole fleet add up. A site's reference
+keeps those and replaces the counts and the calibration.
 """
 
 from __future__ import annotations
@@ -16,23 +16,26 @@ from msgspec.structs import replace
 
 from agent import arrays
 from agent.arrays import Float32s, Float64s, Ints
+from agent.drift.baseline import runs, window_statistics
+from agent.drift.baseline.modes import CLASS_COUNT
+from agent.drift.baseline.runs import Tail, Trace
 from agent.drift.baseline.site import SiteCalibration
-from agent.drift.detectors import runs, window_statistics
-from agent.drift.detectors.modes import CLASS_COUNT
-from agent.drift.detectors.runs import Tail, Trace
-from agent.drift.detectors.test_layout import ScoreLayout, get_layout
+from agent.drift.detectors.detector import Task
+from agent.drift.detectors.registry import ScoreLayout, get_layout
 from agent.drift.numeric import divergence
 from agent.errors import BadBundle
 
 VERSION = 1
 BINS = 32  # quantile bins; `counts` has two more: below the first, above the last
 MIN_WINDOWS, RECOMMENDED_WINDOWS = 20, 40  # drift windows: refused below the first, warned below the second
-SCORE_CLIP = 1000.0  # spreads: an answer further away says no more
+SCORE_CLIP = 1000.0  # in spreads of the reference
 REST_SHARE = 0.2  # a value in more than this share of rows is a rest value and may repeat
 
 
 class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
-    """F fields, C classes (1 when the model names none), D statistics, K drift windows of `window` model windows."""
+    """Reference of F fields, C classes (1 if the model names none), D statistics and K drift windows of `window` model
+    windows.
+    """
 
     version: int
     made: str  # shipped | site
@@ -52,25 +55,25 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
     mean: Float64s
     m2: Float64s
     longest: Ints  # longest run of one value, rest values excepted
-    jump: Float64s  # robust sd of first differences; 0: not known
+    jump: Float64s  # robust sd of first differences; 0 if unknown
     rest: tuple[tuple[float, ...], ...]
     # model windows
-    origin: Float64s  # (D,) what sums are measured from
-    floor: Float64s  # (F,) least variance that a logarithm is taken of
+    origin: Float64s  # (D,) origin of sums
+    floor: Float64s  # (F,) least variance before its logarithm
     class_n: Ints  # (C, D)
     class_mean: Float64s
     class_sd: Float64s
     # drift windows
     test_mean: Float64s  # (2F,)
     test_sd: Float64s
-    # answers
+    # predictions
     output: Ints  # (C,)
     score_edges: Float64s  # (31,), or empty without scores
-    score_n: Ints  # (32,) answers
-    score_correct: Ints | None  # (32,) how many of them were right, when that was known
+    score_n: Ints  # (32,) predictions
+    score_correct: Ints | None  # (32,) how many of them were right, if known
     site: SiteCalibration | None = None
-    modes: int = 0  # classes of a model without labels, where a field of the stream names them
-    known_as: str = ""  # digest of the shipped one that this is with modes: bins and limits are the same
+    modes: int = 0  # classes of a model without labels, if a field of the stream names them
+    known_as: str = ""  # digest of the same reference without modes: bins and limits are equal
 
     @property
     def windowed(self) -> bool:
@@ -81,7 +84,7 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
         return max(1, len(self.labels), self.modes)
 
     def with_modes(self, count: int) -> Reference:
-        """A shipped one that knows as much of each of so many modes as it does of all together."""
+        """Return a shipped reference in which each of `count` modes has the statistics of all together."""
         return replace(
             self,
             modes=count,
@@ -94,12 +97,16 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @property
     def test_count(self) -> int:
-        """How many are calibrated."""
+        """Number of calibrated tests."""
         return self.layout.test_count if self.site else 2 * len(self.fields)
 
     @property
     def layout(self) -> ScoreLayout:
-        return get_layout(len(self.fields), len(self.labels))
+        return get_layout(self.task)
+
+    @cached_property
+    def task(self) -> Task:
+        return Task(len(self.fields), len(self.labels), self.class_count, self.window_rows, self.window)
 
     @cached_property
     def digest(self) -> str:
@@ -109,32 +116,32 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @cached_property
     def bounds(self) -> Float64s:
-        """(F, 33): what separates the 34 counts."""
+        """(F, 33) boundaries between the 34 counts."""
         return np.concatenate([self.low[:, None], self.edges, self.high[:, None]], axis=1)
 
     @cached_property
     def bin_cuts(self) -> Float64s:
-        """(F, 33): a value belongs above as many of these as are not greater than it. The upper limit is within."""
+        """(F, 33) cuts: a value belongs above all cuts that are not greater than it. The upper limit is within."""
         return np.concatenate([self.bounds[:, :-1], np.nextafter(self.high, np.inf)[:, None]], axis=1)
 
     @cached_property
     def bin_cuts_float32(self) -> Float32s:
-        """The same for values that are float32: each cut is the least such number that is not smaller."""
+        """Cuts for float32 values: each cut is the least such number that is not smaller."""
         cuts = self.bin_cuts.astype(np.float32)
         return np.where(cuts < self.bin_cuts, np.nextafter(cuts, np.float32(np.inf)), cuts)
 
     @cached_property
     def bin_shares(self) -> Float64s:
-        """(F, 32) of the reference's rows in each bin, those outside counted to the outermost."""
+        """(F, 32) share of the reference's rows in each bin; rows outside count to the outermost bin."""
         return divergence.shares(divergence.fold_outer_bins(self.counts))
 
     @cached_property
     def sd(self) -> Float64s:
-        """(F,) of the rows."""
+        """(F,) standard deviation of the rows."""
         return np.asarray(np.sqrt(self.m2 / np.maximum(self.n, 1)))
 
     def scale_scores(self, top_scores: Float64s) -> Float64s:
-        """Scores (w,) as they are; other answers, in the spread of the reference's and from their middle."""
+        """Return scores (w,) unchanged; predicted values in units of the reference's spread, from its middle."""
         if self.labels:
             return top_scores
         if not len(self.score_edges):
@@ -148,7 +155,7 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @classmethod
     def from_json(cls, data: bytes) -> Reference:
-        """Raises BadBundle that names what is malformed."""
+        """Decode reference.json. Raises BadBundle that names what is malformed."""
         try:
             reference = arrays.from_json(data, cls)
         except ValueError as error:
@@ -167,13 +174,13 @@ def draft_reference(
     labels: Sequence[str],
     scores: Float64s | None,
 ) -> Reference:
-    """Bins, limits and origins from reference rows (n, F) and top scores (w,); nothing counted or learned yet."""
+    """Draft bins, limits and origins from reference rows (n, F) and top scores (w,); counts and calibration follow."""
     _reject_empty(rows, fields)
     quantiles = np.arange(1, BINS) / BINS
     mean, variance = np.nanmean(rows, axis=0), np.nanvar(rows, axis=0)
     floor = np.maximum(1e-4 * variance, 1e-12 * (np.abs(mean) + 1e-6) ** 2)
-    found = window_statistics.compute_statistics(rows, starts, window_rows, floor).values
-    _reject_empty(found[:, : len(fields)], fields)
+    statistics = window_statistics.compute_statistics(rows, starts, window_rows, floor).values
+    _reject_empty(statistics[:, : len(fields)], fields)
     count = len(fields)
     classes, tests = max(1, len(labels)), 2 * count
     rest = tuple(_rest_values(column) for column in rows.T)
@@ -199,11 +206,11 @@ def draft_reference(
         longest=longest[0],
         jump=jump,
         rest=rest,
-        origin=np.nanmean(found, axis=0),
+        origin=np.nanmean(statistics, axis=0),
         floor=floor,
-        class_n=np.zeros((classes, found.shape[1]), np.int64),
-        class_mean=np.zeros((classes, found.shape[1])),
-        class_sd=np.ones((classes, found.shape[1])),
+        class_n=np.zeros((classes, statistics.shape[1]), np.int64),
+        class_mean=np.zeros((classes, statistics.shape[1])),
+        class_sd=np.ones((classes, statistics.shape[1])),
         test_mean=np.zeros(tests),
         test_sd=np.ones(tests),
         output=np.zeros(classes, np.int64),
@@ -225,14 +232,17 @@ def _rest_values(column: Float64s) -> tuple[float, ...]:
 
 
 def _robust_step_sd(column: Float64s) -> float:
-    """Sd of first differences as their median and their 99th percentile tell it: the same for normal ones, the
-    larger for sensors that move in bursts, whose fastest real moves are no spikes."""
+    """Estimate the sd of first differences from their median and their 99th percentile.
+
+    Both agree for normal differences. The larger counts for sensors that move in bursts: their fastest real moves are
+    no spikes.
+    """
     step = np.abs(np.diff(column[~np.isnan(column)]))
     return max(1.4826 * float(np.median(step)), float(np.quantile(step, 0.99)) / 2.576) if len(step) else 0.0
 
 
 def _validate(r: Reference) -> None:
-    """The rules that types cannot say. Raises BadBundle."""
+    """Check the rules that types cannot express. Raises BadBundle."""
     fields, classes = len(r.fields), r.class_count
     statistic = 2 * fields if r.windowed else fields
     shapes = {
@@ -258,7 +268,7 @@ def _validate(r: Reference) -> None:
         or (r.score_correct.shape == r.score_n.shape and bool((r.score_correct <= r.score_n).all())),
     }
     wrong += [name for name, holds in rules.items() if not holds]
-    wrong += [] if r.site is None else r.site.find_invalid(r.class_count, len(r.fields), r.test_count)
+    wrong += [] if r.site is None else r.site.find_invalid(r.task, r.test_count)
     if not wrong:
         wrong = [] if _is_ascending(r.bounds) else ["edges"]
         wrong += [name for name in ("class_sd", "test_sd", "floor") if not (getattr(r, name) > 0).all()]

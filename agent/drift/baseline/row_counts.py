@@ -1,4 +1,4 @@
-"""What is counted of the rows and answers of W drift windows at once, each of as many rows and of as many answers."""
+"""Row and prediction counts of W drift windows at once, all with equally many rows and predictions."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Float64s, Ints
+from agent.drift.baseline import resolution as steps
+from agent.drift.baseline import runs
+from agent.drift.baseline.extremes import Extremes
 from agent.drift.baseline.reference import BINS, Reference
-from agent.drift.detectors import correlation, runs
-from agent.drift.detectors import resolution as steps
-from agent.drift.detectors.extremes import Extremes
-from agent.drift.detectors.runs import Tail, Trace
-from agent.drift.detectors.window_statistics import WindowStatistics
-from agent.drift.numeric.groups import Groups
+from agent.drift.baseline.runs import Tail, Trace
+from agent.drift.baseline.window_statistics import WindowStatistics
+from agent.drift.detectors.detector import ClassifiedWindows
+from agent.drift.detectors.registry import COUNTERS
+from agent.drift.numeric.sums import Groups
 
-SCORE_SCALE = 2.0**20
-OUTSIDE_MARGIN = 0.5  # of the span of the reference, beyond which rows are far outside its limits
+OUTSIDE_MARGIN = 0.5  # of the reference's span: rows further beyond its limits are far outside
 
 
 class RowCounts(msgspec.Struct, frozen=True, eq=False):
-    """See `Summary`, whose members these are, with W in front."""
+    """Counts of rows: members of `Summary`, with W in front."""
 
     counts: Ints  # (W, F, 34)
     missing: Ints  # (W, F)
@@ -32,17 +33,15 @@ class RowCounts(msgspec.Struct, frozen=True, eq=False):
 
 
 class PredictionCounts(msgspec.Struct, frozen=True, eq=False):
-    """See `Summary`, whose members these are, with W in front."""
+    """Counts of predictions: members of `Summary`, with W in front."""
 
     output: Ints  # (W, C)
     scores: Ints  # (W, 32)
-    pairs: Ints  # (W, C, …)
-    top_scores: Ints  # (W, C, 2)
-    variogram: Ints  # (W, C, …)
+    detectors: dict[str, Ints]  # (W, C, …)
 
 
 def count_rows(reference: Reference, rows: Float64s, tail: Tail) -> tuple[RowCounts, Tail]:
-    """Of `rows` (W, n, F), n > 0, in physical units, NaN missing; the first follow on from `tail`, where W is 1."""
+    """Count `rows` (W, n, F), n > 0, in physical units, NaN missing; if W is 1, the rows follow on from `tail`."""
     trace = Trace.from_rows(rows, tail.rows)
     longest, run = runs.longest_runs(trace, tail.run, reference.rest)
     ordered, exact = _sort_columns(rows)
@@ -70,42 +69,38 @@ def count_predictions(
     classes: Ints,
     groups: Groups,
 ) -> PredictionCounts:
-    """Of model windows, one drift window's after another's: see `Summary.add_windows`.
-
-    `groups` are those of `by_class`.
-    """
-    count = reference.class_count
-    scores, sure = np.zeros((windows, BINS), np.int64), np.zeros((windows, count, 2), np.int64)
-    of = np.repeat(np.arange(windows), len(predicted) // windows)
+    """Count model windows, one drift window's after another's; `groups` are those of `group_by_class`."""
+    task, shape = reference.task, (windows, reference.class_count)
+    scores, scaled = np.zeros((windows, BINS), np.int64), None
+    drift_window = np.repeat(np.arange(windows), len(predicted) // windows)
     if top_scores is not None:
         if len(reference.score_edges):
-            # One that is not known is neither sure nor in doubt.
-            told = ~np.isnan(top_scores)
-            bins = np.searchsorted(reference.score_edges, top_scores[told], side="right") + BINS * of[told]
+            # An unknown score is neither certain nor in doubt.
+            known = ~np.isnan(top_scores)
+            bins = np.searchsorted(reference.score_edges, top_scores[known], side="right") + BINS * drift_window[known]
             scores = np.bincount(bins, minlength=windows * BINS).reshape(windows, BINS)
-        whole = np.rint(reference.scale_scores(np.where(np.isfinite(top_scores), top_scores, 0.0)) * SCORE_SCALE)
-        total = np.bincount(of * count + classes, whole, windows * count).astype(np.int64)
-        sure = np.stack([groups.n, total], axis=1).reshape(windows, count, 2)
+        scaled = reference.scale_scores(np.where(np.isfinite(top_scores), top_scores, 0.0))
+    classified = ClassifiedWindows(
+        stats.values, stats.measures, scaled, classes, groups, reference.class_mean, reference.class_sd
+    )
     return PredictionCounts(
-        output=np.bincount(of * count + predicted, minlength=windows * count).reshape(windows, count),
+        output=np.bincount(drift_window * shape[1] + predicted, minlength=windows * shape[1]).reshape(shape),
         scores=scores,
-        pairs=_sum_pairs(reference, stats, classes, groups).reshape(windows, count, -1),
-        top_scores=sure,
-        variogram=correlation.sum_correlations(stats.log_variogram, groups).reshape(windows, count, -1),
+        detectors={counter.name: counter.count(task, classified).reshape(*shape, -1) for counter in COUNTERS},
     )
 
 
 def group_by_class(reference: Reference, windows: int, classes: Ints) -> Groups:
-    """Model windows by the drift window that they are in and their class."""
+    """Group model windows by drift window and class."""
     count = reference.class_count
     first = np.repeat(np.arange(windows) * count, len(classes) // windows)
     return Groups.from_ids(first + classes, windows * count)
 
 
 def _sort_columns(rows: Float64s) -> tuple[np.ndarray, bool]:
-    """Each field's values (W, F, n) in ascending order, NaN last; and whether they are float32, which readings are.
+    """Return each field's values (W, F, n) in ascending order, NaN last, and True if they are exact as float32.
 
-    Sorting the rows and looking up 33 cuts costs half of looking up every row; as float32, less.
+    Sorting the rows and looking up 33 cuts costs half of looking up every row; as float32 it costs less.
     """
     single = rows.astype(np.float32)
     same = single == rows
@@ -116,7 +111,9 @@ def _sort_columns(rows: Float64s) -> tuple[np.ndarray, bool]:
 
 
 def _count_bins(ordered: np.ndarray, cuts: np.ndarray, missing: Ints) -> Ints:
-    """(W, F, 34). A value on an inner edge belongs to the bin above it, one on a limit to the bin inside."""
+    """Count bins (W, F, 34). A value on an inner edge belongs to the bin above it, a value on a limit to the bin
+    inside.
+    """
     under = np.zeros((*ordered.shape[:2], BINS + 3), np.int64)
     for window, columns in zip(under, ordered, strict=True):
         for place, column, limits in zip(window, columns, cuts, strict=True):
@@ -134,12 +131,3 @@ def _count_outside(ordered: np.ndarray, extremes: Extremes, reference: Reference
         columns = ordered[window, field]
         out[window, field] = ((columns < low[field][:, None]) | (columns > high[field][:, None])).sum(1)
     return out
-
-
-def _sum_pairs(reference: Reference, stats: WindowStatistics, classes: Ints, groups: Groups) -> Ints:
-    if reference.windowed:
-        return correlation.sum_correlations(stats.fisher_z, groups)
-    residuals = reference.class_mean.take(classes, axis=0)
-    np.subtract(stats.values, residuals, out=residuals)
-    residuals /= reference.class_sd.take(classes, axis=0)
-    return correlation.sum_products(correlation.quantize_residuals(residuals), groups)

@@ -1,4 +1,4 @@
-"""One drift window as numbers that add: any split of its rows, merged in any order, gives the same summary."""
+"""Drift window summary: numbers that add. Any split of the rows, merged in any order, gives the same summary."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ from msgspec.structs import replace
 
 from agent import arrays
 from agent.arrays import Float64s, Ints
-from agent.drift.baseline import row_counts
+from agent.drift.baseline import row_counts, window_statistics
+from agent.drift.baseline import sampling as ticks
+from agent.drift.baseline.extremes import Extremes
 from agent.drift.baseline.reference import BINS, Reference
-from agent.drift.detectors import correlation, window_statistics
-from agent.drift.detectors import sampling as ticks
-from agent.drift.detectors import variogram as pace
-from agent.drift.detectors.extremes import Extremes
-from agent.drift.detectors.resolution import SIZE_BINS
-from agent.drift.detectors.runs import Tail
-from agent.drift.detectors.sampling import SamplingIntervals
-from agent.drift.detectors.window_statistics import WindowStatistics
-from agent.drift.numeric.groups import Groups
-from agent.drift.numeric.sums import GroupSums
+from agent.drift.baseline.resolution import SIZE_BINS
+from agent.drift.baseline.runs import Tail
+from agent.drift.baseline.sampling import SamplingIntervals
+from agent.drift.baseline.window_statistics import WindowStatistics
+from agent.drift.detectors.detector import DriftWindows
+from agent.drift.detectors.registry import COUNTERS
+from agent.drift.numeric.sums import Groups, GroupSums
 
 
 class Summary(msgspec.Struct, frozen=True, eq=False):
     """Counts and sums under one shipped reference, named by its digest; of constant size.
 
-    Runs, steps and lone jumps that straddle two merged parts are only seen when the second part was added with the
-    first one's `Tail`.
+    Runs, steps and spikes that straddle two merged parts are only seen if the second part was added with the first
+    one's `Tail`.
     """
 
     reference: str
@@ -42,15 +41,10 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
     steps: Ints  # (F, 64) from row to row, by size
     row_sums: GroupSums  # (1, F) values of rows
     class_sums: GroupSums  # (C, D) statistics of model windows
-    output: Ints  # (C,) answers, as the model named them
-    scores: Ints  # (32,) answers by top score
-    pairs: Ints  # (C, …) whole numbers about pairs of fields, see `joint`
-    top_scores: Ints  # (C, 2) answers with a score, and the sum of their top scores in 1/SURE
-    # In a state saved before these were counted: none, which adds to whatever follows.
-    sampling: SamplingIntervals = msgspec.field(default_factory=SamplingIntervals)
-    variogram: Ints = msgspec.field(
-        default_factory=lambda: np.zeros((1, 1), np.int64)
-    )  # (C, …) whole numbers, see `pace`
+    output: Ints  # (C,) predictions, as the model named them
+    scores: Ints  # (32,) predictions by top score
+    detectors: dict[str, Ints]  # (C, …) whole numbers that each detector counts
+    sampling: SamplingIntervals
 
     @classmethod
     def empty(cls, reference: Reference) -> Summary:
@@ -69,12 +63,16 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
             class_sums=GroupSums.zeros(reference.class_count, len(reference.origin)),
             output=np.zeros(reference.class_count, np.int64),
             scores=np.zeros(BINS, np.int64),
-            pairs=np.zeros(
-                (reference.class_count, correlation.sums_width(count, windowed=reference.windowed)), np.int64
-            ),
-            top_scores=np.zeros((reference.class_count, 2), np.int64),
-            variogram=np.zeros((reference.class_count, 2 * pace.values_width(count, reference.window_rows)), np.int64),
+            detectors={
+                counter.name: np.zeros((reference.class_count, counter.count_width(reference.task)), np.int64)
+                for counter in COUNTERS
+            },
+            sampling=SamplingIntervals(),
         )
+
+    def drift_windows(self, origin: Float64s) -> DriftWindows:
+        """Return what detectors score of a stack; `origin` is what the reference measures sums from."""
+        return DriftWindows(self.class_sums.moments(origin), self.output, self.detectors)
 
     @property
     def rows(self) -> int:
@@ -82,27 +80,26 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def row_counts(self) -> Ints:
-        """(W,) of a stack."""
+        """(W,) number of rows of each window in a stack."""
         return np.asarray(self.counts[:, 0].sum(-1) + self.missing[:, 0])
 
     @property
     def repeated_share(self) -> Float64s:
-        """(...,) of rows, each window's where this is a stack."""
+        """(...,) share of rows that repeat the row before; of each window if this is a stack."""
         rows = self.counts[..., 0, :].sum(-1) + self.missing[..., 0]
         return np.asarray(self.sampling.repeated[..., 0] / np.maximum(1, rows))
 
     @property
     def missing_share(self) -> Float64s:
-        """(F,) of rows."""
+        """(F,) share of rows."""
         return np.asarray(self.missing / max(1, self.rows))
 
     @property
     def model_windows(self) -> int:
-        """Model windows."""
         return int(self.output.sum())
 
     def add_rows(self, reference: Reference, rows: Float64s, tail: Tail) -> tuple[Summary, Tail]:
-        """With `rows` (n, F), physical units, NaN missing, that follow on from `tail`."""
+        """Add `rows` (n, F), in physical units, NaN missing, that follow on from `tail`."""
         if not len(rows):
             return self, tail
         more, tail = row_counts.count_rows(reference, rows[None], tail)
@@ -123,7 +120,7 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
         return added, tail
 
     def add_times(self, t: Ints, starts: Ints, reference: Reference, before: int) -> Summary:
-        """With the steps in time of model windows that begin at offsets `starts` into `t` (n,) epoch µs.
+        """Add the intervals of model windows at offsets `starts` into `t` (n,) epoch µs.
 
         `before` is the time of the row before the first one, 0 for none; single rows need it.
         """
@@ -138,9 +135,9 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
         top_scores: Float64s | None,
         classes: Ints | None = None,
     ) -> Summary:
-        """With model windows: what was found in them, the class `named` for each (w,) and its score (w,).
+        """Add model windows: their statistics, the class that the model named for each (w,) and its score (w,).
 
-        `classes` (w,) are the classes they are compared with, where these are others than named.
+        `classes` (w,) are the classes they are compared with, if these are not the named ones.
         """
         classes = predicted if classes is None else classes
         groups = row_counts.group_by_class(reference, 1, classes)
@@ -150,13 +147,11 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
             class_sums=self.class_sums.add(groups, stats.values - reference.origin),
             output=self.output + more.output[0],
             scores=self.scores + more.scores[0],
-            pairs=self.pairs + more.pairs[0],
-            top_scores=self.top_scores + more.top_scores[0],
-            variogram=self.variogram + more.variogram[0],
+            detectors={name: counts + more.detectors[name][0] for name, counts in self.detectors.items()},
         )
 
     def merge(self, other: Summary) -> Summary:
-        """Both together; associative and commutative, counts exact. Raises ValueError under different references."""
+        """Merge both; associative and commutative, counts exact. Raises ValueError under different references."""
         if self.reference != other.reference:
             raise ValueError("summaries made under different references do not add up: their bins differ")
         return Summary(
@@ -172,10 +167,8 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
             class_sums=self.class_sums + other.class_sums,
             output=self.output + other.output,
             scores=self.scores + other.scores,
-            pairs=self.pairs + other.pairs,
-            top_scores=self.top_scores + other.top_scores,
+            detectors={name: counts + other.detectors[name] for name, counts in self.detectors.items()},
             sampling=self.sampling + other.sampling,
-            variogram=self.variogram + other.variogram,
         )
 
     def to_bytes(self) -> bytes:
@@ -183,17 +176,17 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Summary:
-        """Raises ValueError."""
+        """Decode `to_bytes`. Raises ValueError."""
         return arrays.from_bytes(data, cls)
 
 
 def stack_one(summary: Summary) -> Summary:
-    """One as a stack of one: with W = 1 in front of the shapes of all its arrays."""
+    """Return a stack of one summary: W = 1 stands in front of all shapes."""
     return _map_arrays(summary, lambda part: part[None])
 
 
 def select_window(stack: Summary, number: int) -> Summary:
-    """One of a stack."""
+    """Return one summary of a stack."""
     return _map_arrays(stack, lambda part: part[number])
 
 
@@ -206,9 +199,9 @@ def summarize_windows(
     top_scores: Float64s | None,
     classes: Ints,
 ) -> Summary:
-    """A stack of W drift windows: of `rows` (W, n, F), times between them `spans` (W, …) and model windows (W · w).
+    """Summarize W drift windows: `rows` (W, n, F), intervals between them `spans` (W, …), and model windows (W · w).
 
-    The same as that many summaries, begun empty, to which these were added.
+    The stack equals W empty summaries to which these were added.
     """
     windows, count = len(rows), reference.class_count
     of_rows, _ = row_counts.count_rows(reference, rows, Tail.empty(rows.shape[2]))
@@ -230,17 +223,15 @@ def summarize_windows(
         class_sums=GroupSums(summed.n.reshape(shape), summed.total.reshape(shape), summed.squares.reshape(shape)),
         output=answers.output,
         scores=answers.scores,
-        pairs=answers.pairs,
-        top_scores=answers.top_scores,
+        detectors=answers.detectors,
         sampling=SamplingIntervals()
         .add_spans(spans, max(1, reference.window_rows - 1))
         .add_repeated(of_rows.repeated[:, None]),
-        variogram=answers.variogram,
     )
 
 
 def concatenate(stacks: Sequence[Summary]) -> Summary:
-    """One stack after another."""
+    """Concatenate stacks."""
     return _combine(stacks, np.concatenate) if len(stacks) > 1 else stacks[0]
 
 
@@ -250,15 +241,16 @@ def _map_arrays(summary: Summary, transform: Callable[[np.ndarray], np.ndarray])
 
 def _combine(summaries: Sequence[Summary], combine: Callable[[Sequence[np.ndarray]], np.ndarray]) -> Summary:
     def combine_fields(*structs: Any) -> list[np.ndarray]:
-        return [combine([getattr(one, name) for one in structs]) for name in structs[0].__struct_fields__]
+        return [combine([getattr(part, name) for part in structs]) for name in structs[0].__struct_fields__]
 
-    plain = {name: combine([getattr(one, name) for one in summaries]) for name in _ARRAY_FIELDS}
+    plain = {name: combine([getattr(part, name) for part in summaries]) for name in _ARRAY_FIELDS}
     return Summary(
         reference=summaries[0].reference,
-        row_sums=GroupSums(*combine_fields(*(one.row_sums for one in summaries))),
-        class_sums=GroupSums(*combine_fields(*(one.class_sums for one in summaries))),
-        extremes=Extremes(*combine_fields(*(one.extremes for one in summaries))),
-        sampling=SamplingIntervals(*combine_fields(*(one.sampling for one in summaries))),
+        row_sums=GroupSums(*combine_fields(*(part.row_sums for part in summaries))),
+        class_sums=GroupSums(*combine_fields(*(part.class_sums for part in summaries))),
+        detectors={name: combine([part.detectors[name] for part in summaries]) for name in summaries[0].detectors},
+        extremes=Extremes(*combine_fields(*(part.extremes for part in summaries))),
+        sampling=SamplingIntervals(*combine_fields(*(part.sampling for part in summaries))),
         **plain,
     )
 
@@ -272,17 +264,14 @@ _ARRAY_FIELDS = (
     "steps",
     "output",
     "scores",
-    "pairs",
-    "top_scores",
-    "variogram",
 )
 
 
 def summarize(
     reference: Reference, rows: Float64s, starts: Ints, predicted: Ints, top_scores: Float64s | None
 ) -> Summary:
-    """The summary of model windows and the rows (n, F) that they cover, all at once."""
-    found = window_statistics.compute_statistics(rows, starts, reference.window_rows, reference.floor)
+    """Summarize model windows and the rows (n, F) that they cover, all at once."""
+    statistics = window_statistics.compute_statistics(rows, starts, reference.window_rows, reference.floor)
     covered = rows[window_statistics.covered_rows(starts, reference.window_rows, 0)]
     summary, _ = Summary.empty(reference).add_rows(reference, covered, Tail.empty(rows.shape[1]))
-    return summary.add_windows(reference, found, predicted, top_scores)
+    return summary.add_windows(reference, statistics, predicted, top_scores)

@@ -1,65 +1,63 @@
-"""How fields move together, within the class the model names: a change that no single field shows.
+"""Correlation detector: how pairs of fields move together, within the class that the model names.
 
-For a model over windows of rows, each model window tells the correlation of each pair of fields among its rows; for one
-that answers each row, the rows of a drift window do, from their residuals against the shipped class means. Correlations
-are compared as Fisher's z, whose spread does not depend on how large they are.
-
-All that is kept are sums of whole numbers, so any split of the rows, added in any order, gives the same bits.
+For a model over windows of rows, each model window gives the correlation of each pair; for single rows, the rows of a
+drift window do, from their residuals against the shipped class means. Correlations are compared as Fisher's z, whose
+spread does not depend on their size.
 
 Source: Fisher (1915), Frequency distribution of the values of the correlation coefficient, Biometrika 10.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
-import msgspec
 import numpy as np
 
-from agent.arrays import Float64s, Ints
-from agent.drift.numeric.groups import Groups
+from agent.arrays import AnyArray, Bools, Float64s, Ints
+from agent.drift.detectors.class_means import ClassMeanDetector, WeightedMeans
+from agent.drift.detectors.detector import (
+    JOINT,
+    Alarm,
+    AlertText,
+    ClassifiedWindows,
+    ModelWindows,
+    Task,
+    round_significant,
+)
+from agent.drift.numeric import false_alarm_budget
+from agent.drift.numeric.sums import Groups
 
-MAX_PAIRS = 276  # all pairs of 24 fields; of more fields, the pairs that stand closest in the bundle's order
-MAX_CORRELATION = 0.9999  # correlations are told apart up to here
-Z_SCALE = 2.0**20  # a window's z as a whole number
+MAX_PAIRS = 276  # all pairs of 24 fields; of more fields, those closest in the bundle's order
+MAX_CORRELATION = 0.9999  # larger ones count as this
 RESIDUAL_SCALE, RESIDUAL_CLIP = (
     2.0**10,
     16.0,
 )  # a residual as a whole number of 1/1024 class sd, and the most it may say
-MIN_ROWS = 30  # rows of a class that tell no correlation
-
-
-class WeightedMeans(msgspec.Struct, frozen=True, eq=False):
-    """What drift windows say of their pairs: `weight` and mean Fisher `z`, each (..., C, P); z is 0 without weight."""
-
-    weight: Float64s
-    mean: Float64s
+MIN_ROWS = 30  # a class with fewer rows has no correlation
+MAX_PAIRS_NAMED = 3
+_WEIGHT = "correlation.weight"
 
 
 @lru_cache(maxsize=16)
 def field_pairs(fields: int) -> Ints:
     """(P, 2) fields that are compared."""
-    found = [(i, i + apart) for apart in range(1, fields) for i in range(fields - apart)]
-    return np.array(found[:MAX_PAIRS], np.int64).reshape(-1, 2)
+    pairs = [(i, i + distance) for distance in range(1, fields) for i in range(fields - distance)]
+    return np.array(pairs[:MAX_PAIRS], np.int64).reshape(-1, 2)
 
 
 @lru_cache(maxsize=16)
 def pair_members(fields: int) -> tuple[Ints, Ints]:
-    """(P,) the first and (P,) the second fields of pairs."""
+    """(P,) the first and (P,) the second field of each pair."""
     first, second = np.ascontiguousarray(field_pairs(fields).T)
     return first, second
 
 
-def sums_width(fields: int, *, windowed: bool) -> int:
-    """Of a class's whole numbers: n and sum per pair; or n, sums, squares and products of residuals."""
-    count = len(field_pairs(fields))
-    return 2 * count if windowed else 1 + 2 * fields + count
-
-
 def correlate_windows(centred: Float64s, mean_square: Float64s, floor: Float64s) -> Float64s:
-    """Fisher's z (w, P) of each pair in model windows (w, rows, F) of values less their mean, missing ones 0.
+    """Return Fisher's z (w, P) of each pair in model windows (w, rows, F) of centered values; missing values are 0.
 
-    `square` (w, F) mean squares; NaN where a field does not move more than `floor` (F,).
+    `mean_square` (w, F); NaN where a field does not move more than `floor` (F,).
     """
     fields = centred.shape[2]
     left, right = pair_members(fields)
@@ -75,7 +73,7 @@ def correlate_windows(centred: Float64s, mean_square: Float64s, floor: Float64s)
 
 
 def quantize_residuals(residuals: Float64s) -> Float64s:
-    """Residuals (n, F) in class sd, missing ones NaN, made whole numbers of steps in their place; missing ones 0."""
+    """Round residuals (n, F) in class sd to whole steps, in place; NaN becomes 0."""
     whole = np.maximum(residuals, -RESIDUAL_CLIP, out=residuals)
     np.minimum(whole, RESIDUAL_CLIP, out=whole)
     whole *= RESIDUAL_SCALE
@@ -87,13 +85,13 @@ def quantize_residuals(residuals: Float64s) -> Float64s:
 
 
 def sum_products(residuals: Float64s, groups: Groups) -> Ints:
-    """(count, 1 + 2F + P) of residuals (n, F), in steps, in their `groups`."""
+    """Sum the products of residuals (n, F), in steps, per group: (G, 1 + 2F + P)."""
     fields = residuals.shape[1]
     products = np.zeros((len(groups.n), 1 + fields, 1 + fields))
-    for group, some in groups.iter_groups():
+    for group, members in groups.iter_groups():
         # Products with a field that is always 1 are numbers and sums.
-        part = np.ones((len(some), 1 + fields))
-        part[:, 1:] = residuals.take(some, axis=0)
+        part = np.ones((len(members), 1 + fields))
+        part[:, 1:] = residuals.take(members, axis=0)
         # Exact: products are whole and at most 2**28, and fewer than 2**25 of them are added at once.
         np.matmul(part.T, part, out=products[group])
     return products.reshape(len(groups.n), -1).take(_product_cells(fields), axis=1).astype(np.int64)
@@ -101,63 +99,86 @@ def sum_products(residuals: Float64s, groups: Groups) -> Ints:
 
 @lru_cache(maxsize=16)
 def _product_cells(fields: int) -> Ints:
-    """Where all products have the number, then sums, squares and pairs."""
+    """Return the cells of a product matrix that hold the count, sums, squares and pairs."""
     left, right = pair_members(fields)
     each = 1 + np.arange(fields)
     return np.concatenate([[0], each, each * (2 + fields), (1 + left) * (1 + fields) + 1 + right])
 
 
-def sum_correlations(z: Float64s, groups: Groups) -> Ints:
-    """(count, 2P) of z (w, P) of model windows in these groups."""
-    out = np.zeros((len(groups.n), 2 * z.shape[1]), np.int64)
-    if not z.size:
-        return out
-    known = ~np.isnan(z)
-    whole = np.concatenate([known, np.rint(np.where(known, z, 0.0) * Z_SCALE)], axis=1)
-    there = np.flatnonzero(groups.n)
-    first = np.cumsum(groups.n)[there] - groups.n[there]
-    out[there] = np.add.reduceat(whole.take(groups.order, axis=0), first, axis=0)
-    return out
+class CorrelationDetector(ClassMeanDetector):
+    """Detector of Fisher's z of each pair of fields."""
 
+    name = "correlation"
+    subject = JOINT
+    slack = false_alarm_budget.PAIR_SLACK
+    budget = false_alarm_budget.PAIR_BUDGET
+    min_limit = false_alarm_budget.MIN_PAIR_LIMIT
 
-def from_sums(sums: Ints, fields: int, *, windowed: bool) -> WeightedMeans:
-    """What sums (..., C, `width`) say."""
-    if windowed:
-        count = sums.shape[-1] // 2
-        n, total = sums[..., :count], sums[..., count:]
-        return WeightedMeans(n.astype(np.float64), total / Z_SCALE / np.maximum(n, 1))
-    left, right = pair_members(fields)
-    n = sums[..., :1].astype(np.float64)
-    each = sums[..., 1:] / np.maximum(n, 1)
-    mean, square, product = each[..., :fields], each[..., fields : 2 * fields], each[..., 2 * fields :]
-    spread = square - mean**2
-    scale = np.sqrt(np.maximum(spread.take(left, -1) * spread.take(right, -1), 0.0))
-    some = scale > 1.0
-    correlation = (product - mean.take(left, -1) * mean.take(right, -1)) / np.where(some, scale, 1.0)
-    weight = np.where(some & (n >= MIN_ROWS), n - 3, 0.0)
-    z = np.arctanh(np.minimum(np.maximum(correlation, -MAX_CORRELATION), MAX_CORRELATION))
-    return WeightedMeans(weight, np.where(weight > 0, z, 0.0))
+    def width(self, task: Task) -> int:
+        return len(field_pairs(task.fields))
 
+    def count_width(self, task: Task) -> int:
+        """Return n and sum per pair; for single rows n, then sums, squares and products of residuals."""
+        pairs = self.width(task)
+        return 2 * pairs if task.windowed else 1 + 2 * task.fields + pairs
 
-def compute_deviations(measured: WeightedMeans, expected: Float64s) -> Float64s:
-    """(..., P): how far z lies from what is `usual` (..., C, P) for the class, averaged; NaN where nothing tells."""
-    total = measured.weight.sum(-2)
-    apart = (measured.weight * (measured.mean - expected)).sum(-2)
-    told = total > 0
-    return np.asarray(np.where(told, apart / np.where(told, total, 1.0), np.nan))
+    def measure(self, windows: ModelWindows) -> Float64s | None:
+        return correlate_windows(windows.centered, windows.mean_square, windows.floor)
 
+    def count(self, task: Task, windows: ClassifiedWindows) -> Ints:
+        if task.windowed:
+            return super().count(task, windows)
+        residuals = windows.class_mean.take(windows.classes, axis=0)
+        np.subtract(windows.values, residuals, out=residuals)
+        residuals /= windows.class_sd.take(windows.classes, axis=0)
+        return sum_products(quantize_residuals(residuals), windows.groups)
 
-def pooled_mean(measured: WeightedMeans, min_weight: float) -> Float64s:
-    """(C, P) mean z over drift windows (K, C, P); of all classes together where less weight than `least` tells it."""
-    return _mean_or_overall(measured.weight.sum(0), (measured.weight * measured.mean).sum(0), min_weight)
+    def means(self, task: Task, counts: Ints) -> WeightedMeans:
+        if task.windowed:
+            return super().means(task, counts)
+        fields = task.fields
+        left, right = pair_members(fields)
+        n = counts[..., :1].astype(np.float64)
+        each = counts[..., 1:] / np.maximum(n, 1)
+        mean, square, product = each[..., :fields], each[..., fields : 2 * fields], each[..., 2 * fields :]
+        variance = square - mean**2
+        scale = np.sqrt(np.maximum(variance.take(left, -1) * variance.take(right, -1), 0.0))
+        moving = scale > 1.0
+        correlation = (product - mean.take(left, -1) * mean.take(right, -1)) / np.where(moving, scale, 1.0)
+        weight = np.where(moving & (n >= MIN_ROWS), n - 3, 0.0)
+        z = np.arctanh(np.minimum(np.maximum(correlation, -MAX_CORRELATION), MAX_CORRELATION))
+        return WeightedMeans(weight, np.where(weight > 0, z, 0.0))
 
+    def retain(self, task: Task, counts: Ints) -> dict[str, AnyArray]:
+        """Return z as float16, NaN without weight, and one weight for all pairs: calibration needs no more."""
+        means = self.means(task, counts)
+        weight = means.weight.max(1, initial=0, keepdims=True).astype(np.float32)
+        return {self.name: np.where(means.weight > 0, means.mean, np.nan).astype(np.float16), _WEIGHT: weight}
 
-def leave_one_out_mean(measured: WeightedMeans, min_weight: float) -> Float64s:
-    """(K, C, P): the same without the drift window that it is compared with."""
-    weight, total = measured.weight, measured.weight * measured.mean
-    return _mean_or_overall(weight.sum(0) - weight, total.sum(0) - total, min_weight)
+    def retained_means(self, task: Task, entries: Mapping[str, AnyArray]) -> WeightedMeans:
+        z = entries[self.name]
+        known = ~np.isnan(z)
+        return WeightedMeans(entries[_WEIGHT] * known, np.where(known, z, 0.0))
 
+    def suspended(self, task: Task, moving: Bools, near_alarm: Bools) -> Bools | None:
+        left, right = pair_members(moving.shape[1])
+        waiting = moving[:, left] | moving[:, right]
+        return waiting | near_alarm[:, None] if task.labels else waiting
 
-def _mean_or_overall(weight: Float64s, total: Float64s, min_weight: float) -> Float64s:
-    overall = total.sum(-2, keepdims=True) / np.maximum(weight.sum(-2, keepdims=True), 1e-9)
-    return np.asarray(np.where(weight >= min_weight, total / np.maximum(weight, 1e-9), overall))
+    def describe(self, alarm: Alarm) -> AlertText:
+        fields = alarm.fields
+        on = np.flatnonzero(alarm.alarm.any(0))
+        first = on[np.argsort(-alarm.value[:, on].max(0), kind="stable")][:MAX_PAIRS_NAMED]
+        changes: list[str] = []
+        evidence: list[dict[str, Any]] = []
+        for pair in first.tolist():
+            side = int(np.argmax(alarm.value[:, pair]))
+            shift = float(alarm.effect[side, pair] / max(1, alarm.windows[side, pair]))
+            names = [fields[i] for i in field_pairs(len(fields))[pair]]
+            changes.append(f"{' and '.join(names)} go {'less' if shift < 0 else 'more'} together")
+            numbers = {"windows": int(alarm.windows[side, pair]), "since": int(alarm.since[side, pair])}
+            evidence.append({"pair": names, "shift": round_significant(shift, 4), **numbers})
+        period = alarm.format_windows(evidence[0]["windows"], evidence[0]["since"])
+        change = f"{', '.join(changes)} than in this site's reference {period}, while each by itself is as before"
+        cause = "a loose mounting, swapped wires or another way of moving"
+        return AlertText(f"joint: {change}; likely {cause}", {"test": "pairs", "pairs": evidence})

@@ -1,6 +1,6 @@
-"""Two-sided cumulative sums over drift windows: what raises a drift alarm, and what clears it.
+"""CUSUM charts: two-sided cumulative sums over drift windows, which raise and clear drift alarms.
 
-Source: Page (1954), Continuous inspection schemes, Biometrika 41; k and h in reference standard deviations.
+Source: Page (1954), Continuous inspection schemes, Biometrika 41; slack and limit in reference standard deviations.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
 
-K = 1.0  # slack: half the shift that should be found fast
+K = 1.0  # slack: half the shift to find fast
 H = 5.0  # alarm limit
-Z_CLIP = 4.0  # the most that one window may say, so that one odd window alone never alarms
-WINDOWS_TO_CLEAR = 3  # windows in a row without evidence that clear an alarm
+Z_CLIP = 4.0  # largest score of one window, so that one odd window alone never alarms
+WINDOWS_TO_CLEAR = 3  # consecutive windows without evidence
 _SIDES = np.array([[1.0], [-1.0]])
 
 
 class Cusum(msgspec.Struct, frozen=True, eq=False):
-    """Row 0 looks for values that are too high, row 1 for too low; one column per test: shape (2, T).
+    """CUSUMs of T tests, shape (2, T): row 0 looks for values that are too high, row 1 for too low.
 
-    `windows`, `effect` and `since` (epoch µs) cover the windows since `value` last left zero, which is when the change
-    began, as far as the sums can tell. `on` is the alarm: raised above the limit, cleared (and the sum restarted) after
-    CALM windows in a row whose z does not exceed the slack on its side.
+    `windows`, `effect` and `since` (epoch µs) cover the windows since `value` last left zero, the best estimate of when
+    the change began. `alarm` is raised above the limit, and cleared (and the sum restarted) after WINDOWS_TO_CLEAR
+    windows in a row whose score does not exceed the slack on its side.
     """
 
     value: Float64s
@@ -41,7 +41,7 @@ class Cusum(msgspec.Struct, frozen=True, eq=False):
     def update(
         self, z: Float64s, effect: Float64s, *, slack: Float64s | float = K, limit: Float64s | float = H, t: int = 0
     ) -> Cusum:
-        """After one more window, begun at `t`, with scores `z` (T,), NaN where there was nothing to test, and effects.
+        """Add a window that began at `t`, with scores `z` (T,), NaN where there was nothing to test, and effects.
 
         `slack` and `limit` are for all tests or for each (T,).
         """
@@ -50,10 +50,10 @@ class Cusum(msgspec.Struct, frozen=True, eq=False):
     def run_windows(
         self, z: Float64s, effects: Float64s, *, slack: Float64s | float = K, limit: Float64s | float = H, t: Ints
     ) -> CusumSequence:
-        """Over W windows in a row, begun at `t` (W,), with scores and effects (W, T)."""
+        """Run over W consecutive windows that began at `t` (W,), with scores and effects (W, T)."""
         tested = np.isfinite(z)
         sided = np.where(tested, np.minimum(np.maximum(z, -Z_CLIP), Z_CLIP), 0.0)[:, None] * _SIDES
-        # What is not tested goes on by nothing.
+        # A test that is left out stays as it is.
         less = np.where(tested, slack, 0.0)[:, None]
         values, value = np.empty_like(sided), self.value
         for after, more, allowed in zip(values, sided, less, strict=True):
@@ -63,25 +63,27 @@ class Cusum(msgspec.Struct, frozen=True, eq=False):
         return CusumSequence(self, tested, sided <= slack, values, effects, limit, t)
 
     def open_alarm(self, side: int, test: int, windows: int, effect: float, since: int) -> Cusum:
-        """With an alarm that other evidence than its sum gave, over so many `windows`."""
+        """Open an alarm on evidence other than the sum, over so many `windows`."""
         whole, on, total = np.stack([self.windows, self.since]), self.alarm.copy(), self.effect.copy()
         whole[:, side, test], on[side, test], total[side, test] = (windows, since), True, effect
         return Cusum(self.value, whole[0], total, whole[1], on, self.clear_count)
 
     def reset_except(self, tests: Bools) -> Cusum:
-        """With the sums and alarms of all but the tests `which` (T,) begun anew."""
+        """Reset sums and alarms of all tests but these (T,)."""
         windows, since, calm = (np.where(tests, part, 0) for part in (self.windows, self.since, self.clear_count))
         value, effect = (np.where(tests, part, 0.0) for part in (self.value, self.effect))
         return Cusum(value, windows, effect, since, self.alarm & tests, calm)
 
 
 class CusumSequence(msgspec.Struct, frozen=True, eq=False):
-    """Sums over W windows in a row, while nothing is raised or cleared: that is told of the last window taken only, and
-    where an alarm is on already of the first."""
+    """Sums over W consecutive windows in which no alarm is raised or cleared.
+
+    Only the last window taken may raise an alarm; if an alarm is open before, only the first one is taken.
+    """
 
     before: Cusum
     tested: Bools  # (W, T)
-    within_slack: Bools  # (W, 2, T) within the slack
+    within_slack: Bools  # (W, 2, T)
     values: Float64s  # (W, 2, T) after each
     effects: Float64s  # (W, T)
     limit: Float64s | float
@@ -89,30 +91,30 @@ class CusumSequence(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def exceeds_limit(self) -> Bools:
-        """(W,) in which a sum is beyond its limit."""
+        """(W,) windows in which a sum exceeds its limit."""
         return np.asarray((self.values > self.limit).any((1, 2)))
 
     def state_after(self, count: int) -> Cusum:
-        """After so many of them."""
+        """Return the state after `count` windows."""
         before, tested, values = self.before, self.tested[:count], self.values[:count]
         if not tested.any():
             return before
-        on, calm = before.alarm, before.clear_count
-        if on.any():
-            calm = np.where(tested[0], np.where(on & self.within_slack[0], calm + 1, 0), calm)
-            cleared = on & (calm >= WINDOWS_TO_CLEAR)
-            values, on = np.where(cleared, 0.0, values), on & ~cleared
-        windows, effect, since, went = before.windows, before.effect, before.since, before.value > 0
+        alarm, clear_count = before.alarm, before.clear_count
+        if alarm.any():
+            clear_count = np.where(tested[0], np.where(alarm & self.within_slack[0], clear_count + 1, 0), clear_count)
+            cleared = alarm & (clear_count >= WINDOWS_TO_CLEAR)
+            values, alarm = np.where(cleared, 0.0, values), alarm & ~cleared
+        windows, effect, since, was_going = before.windows, before.effect, before.since, before.value > 0
         effects = np.where(tested, self.effects[:count], 0.0)
-        for going, one, more, t in zip(values > 0, tested, effects, self.t.tolist(), strict=False):
-            windows = np.where(going, windows + one, 0)
+        for going, counted, more, t in zip(values > 0, tested, effects, self.t.tolist(), strict=False):
+            windows = np.where(going, windows + counted, 0)
             effect = np.where(going, effect + more, 0.0)
-            since = np.where(going, np.where(went, since, t), 0)
-            went = going
-        on = on | (values[-1] > self.limit)
-        return Cusum(values[-1], windows, effect, since, on, np.where(on, calm, 0))
+            since = np.where(going, np.where(was_going, since, t), 0)
+            was_going = going
+        alarm = alarm | (values[-1] > self.limit)
+        return Cusum(values[-1], windows, effect, since, alarm, np.where(alarm, clear_count, 0))
 
 
 def standardize(value: Float64s, mean: Float64s, sd: Float64s, windows: int) -> Float64s:
-    """z of a new window's `value` when mean and sd were themselves estimated from that many reference windows."""
+    """Return the score of a window's `value`, given that mean and sd were estimated from so many windows."""
     return np.asarray((value - mean) / (sd * np.sqrt(1 + 1 / windows)), dtype=np.float64)

@@ -1,9 +1,8 @@
-"""What a site's statistics do in the course of a day and of a week, so that no night and no weekend alarms.
+"""Daily and weekly cycles of a site's statistics, so that no night and no weekend alarms.
 
-Each test's values over the learned windows are fitted with a few waves of a day, by least squares, and with other ones
-on the days of rest: those one or two days in a row, wherever they are in the week and whatever the time zone, that are
-most unlike the others. Either is kept only where it explains a good part of the values; days of rest only where each
-week that was learned says the same.
+Harmonics of a day are fitted to each test's learned values by least squares, and other ones to days of rest: the one or
+two consecutive days, anywhere in the week and in any time zone, that differ most from the others. A cycle is kept only
+if it explains a good part of the values; days of rest only if each learned week agrees.
 """
 
 from __future__ import annotations
@@ -12,23 +11,23 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
-from agent.drift.numeric.middle import median
+from agent.drift.numeric.sums import median
 
 DAY_US = 86_400_000_000
 HOUR_US = DAY_US // 24
 WEEK_US = 7 * DAY_US
-HARMONICS = 3  # of one day, a half and a third
-MIN_DAYS, MIN_WEEKS = 3, 2  # learned, before a cycle is looked for unasked
-MIN_HOURS = 12  # of the day that were seen
-MIN_EXPLAINED_SHARE = 0.2  # share of the variance, beyond what as many waves explain by chance
-OUTLIER_SDS = 6.0  # robust sd from the fit: drawn in
+HARMONICS = 3  # of a day, half a day and a third
+MIN_DAYS, MIN_WEEKS = 3, 2  # learned, before a cycle is fitted by default
+MIN_HOURS = 12  # of the day with windows
+MIN_EXPLAINED_SHARE = 0.2  # of the variance, beyond what as many harmonics explain by chance
+OUTLIER_SDS = 6.0  # robust sd from the fit
 REST_DAYS = (2, 1)
-WINDOWS_PER_COEFFICIENT = 8  # windows for each number that is fitted
-MIN_WEEK_AGREEMENT = 0.5  # of the difference that all weeks show together, each must show
+WINDOWS_PER_COEFFICIENT = 8  # windows per fitted number
+MIN_WEEK_AGREEMENT = 0.5  # of the overall deviation, which each week must show
 
 
 class Cycle(msgspec.Struct, frozen=True, eq=False):
-    """Of T tests: what to add to their means. Zeros where there is no cycle."""
+    """Cycle of T tests: what to add to their means. Zeros where there is none."""
 
     waves: Float64s  # (2W, T) of a day
     rest: Float64s  # (1 + 2W, T) a constant and waves, on days of rest
@@ -48,16 +47,16 @@ class Cycle(msgspec.Struct, frozen=True, eq=False):
 
     def evaluate(self, t: Ints) -> Float64s:
         """(n, T) at times (n,) epoch µs."""
-        found = compute_harmonics(t) @ self.waves
+        values = compute_harmonics(t) @ self.waves
         if self.has_rest_days:
-            found = found + _is_rest_day(t, self.rest_begins, self.rest_lasts)[:, None] * (
+            values = values + _is_rest_day(t, self.rest_begins, self.rest_lasts)[:, None] * (
                 _add_intercept(compute_harmonics(t)) @ self.rest
             )
-        return np.asarray(found)
+        return np.asarray(values)
 
 
 class CycleFit(msgspec.Struct, frozen=True, eq=False):
-    """Of values (K, T): `mean` (T,), the `cycle` around it, and what is `left` (K, T)."""
+    """Fit to values (K, T): `mean` (T,), the `cycle` around it, and `residuals` (K, T)."""
 
     mean: Float64s
     cycle: Cycle
@@ -69,18 +68,18 @@ class CycleFit(msgspec.Struct, frozen=True, eq=False):
 
 
 def can_fit_daily(t: Ints, seasonality: str) -> bool:
-    """Whether windows at `t` (K,) can tell a daily cycle, or are asked to (`strata` hour, week)."""
+    """Return True if windows at `t` (K,) cover enough of the day to fit a daily cycle."""
     if seasonality == "none" or len(t) < 2:
         return False
     days = (int(t.max()) - int(t.min())) / DAY_US
     # Not by np.unique, which imports a megabyte of numpy.ma.
     seen = int(np.count_nonzero(count_hours(t)))
-    # The last window of a day that was watched begins a window before its end.
+    # The last window of a day begins one window before its end.
     return seen >= MIN_HOURS and days >= (0.9 if seasonality in ("hour", "week") else MIN_DAYS - 0.1)
 
 
 def can_fit_weekly(t: Ints, seasonality: str) -> bool:
-    """Whether they can tell days of rest, or are asked to (`strata` week) and have seen each day of a week."""
+    """Return True if windows at `t` (K,) can show days of rest, or the user asks for them and each weekday was seen."""
     if seasonality not in ("auto", "week") or not can_fit_daily(t, seasonality):
         return False
     days = (int(t.max()) - int(t.min())) / DAY_US
@@ -88,66 +87,66 @@ def can_fit_weekly(t: Ints, seasonality: str) -> bool:
 
 
 def fit(values: Float64s, t: Ints, seasonality: str = "auto") -> CycleFit:
-    """Of tests' values (K, T) of windows in the middle of `t` (K,) epoch µs."""
+    """Fit cycles to tests' values (K, T) of windows at `t` (K,) epoch µs."""
     mean, none = values.mean(0), Cycle.empty(values.shape[1])
     plain = CycleFit(mean, none, values - mean)
     if not can_fit_daily(t, seasonality):
         return plain
-    found, left = _fit_least_squares(_add_intercept(compute_harmonics(t)), values)
-    by_hour = CycleFit(found[0], Cycle(found[1:], none.rest, 0, 0), left)
+    best_fit, left = _fit_least_squares(_add_intercept(compute_harmonics(t)), values)
+    by_hour = CycleFit(best_fit[0], Cycle(best_fit[1:], none.rest, 0, 0), left)
     best = _select_better_fit(by_hour, plain, values)
     return _select_better_fit(_fit_weekly(values, t), best, values) if can_fit_weekly(t, seasonality) else best
 
 
 def _fit_weekly(values: Float64s, t: Ints) -> CycleFit:
-    """With the days of rest that explain most of all tests together; none of a test that the weeks disagree on."""
+    """Fit the days of rest that explain most of all tests together; none for a test on which the weeks disagree."""
     begins, lasts = _find_rest_days(values, t)
     resting = _is_rest_day(t, begins, lasts)
     by_hour = _add_intercept(compute_harmonics(t))
-    # Few windows of rest tell how much, but no course of a day.
+    # Few windows of rest give a constant, but no harmonics.
     width = by_hour.shape[1] if resting.sum() >= WINDOWS_PER_COEFFICIENT * by_hour.shape[1] else 1
     design = np.concatenate([by_hour, resting[:, None] * by_hour[:, :width]], axis=1)
-    found, left = _fit_least_squares(design, values)
+    coefficients, left = _fit_least_squares(design, values)
     rest = np.zeros((by_hour.shape[1], values.shape[1]))
-    rest[:width] = found[by_hour.shape[1] :]
-    kept = _weeks_agree(values, t, resting, begins)
-    left = np.where(kept, left, np.inf)
-    return CycleFit(found[0], Cycle(found[1 : by_hour.shape[1]], rest, begins, lasts), left)
+    rest[:width] = coefficients[by_hour.shape[1] :]
+    agreeing = _weeks_agree(values, t, resting, begins)
+    left = np.where(agreeing, left, np.inf)
+    return CycleFit(coefficients[0], Cycle(coefficients[1 : by_hour.shape[1]], rest, begins, lasts), left)
 
 
 def _find_rest_days(values: Float64s, t: Ints) -> tuple[int, int]:
-    """When in the week they begin and how long they last, µs."""
+    """Return when in the week they begin and how long they last, µs."""
     scale = np.maximum(values.std(0), 1e-12)
-    apart = (values - values.mean(0)) / scale
-    best, found = -1.0, (0, 0)
+    deviations = (values - values.mean(0)) / scale
+    best, rest = -1.0, (0, 0)
     for days in REST_DAYS:
         for begins in range(0, WEEK_US, HOUR_US):
             resting = _is_rest_day(t, begins, days * DAY_US)
             n = int(resting.sum())
             if min(n, len(t) - n) < WINDOWS_PER_COEFFICIENT:
                 continue
-            explained = float((apart[resting].mean(0) ** 2).sum()) * n * len(t) / (len(t) - n)
-            # A day more must be one of them, not only dilute the other.
+            explained = float((deviations[resting].mean(0) ** 2).sum()) * n * len(t) / (len(t) - n)
+            # A further day must be one of rest, and not only dilute the other.
             if explained > best * (1.0 if days == REST_DAYS[0] else 1.1):
-                best, found = explained, (begins, days * DAY_US)
-    return found
+                best, rest = explained, (begins, days * DAY_US)
+    return rest
 
 
 def _weeks_agree(values: Float64s, t: Ints, resting: Bools, begins: int) -> Bools:
-    """(T,) whether each week's days of rest are off to the same side, by a good part of what all are."""
+    """(T,) True if each week's days of rest deviate to the same side, by a good part of the overall deviation."""
     week = (t - begins) // WEEK_US
     usual = values[~resting].mean(0) if (~resting).any() else values.mean(0)
     all_weeks = values[resting].mean(0) - usual
     agreed = np.ones(values.shape[1], np.bool_)
-    for one in np.unique(week[resting]):
-        some = resting & (week == one)
-        if some.sum() >= WINDOWS_PER_COEFFICIENT // 2:
-            agreed &= (values[some].mean(0) - usual) * np.sign(all_weeks) > MIN_WEEK_AGREEMENT * np.abs(all_weeks)
+    for number in np.unique(week[resting]):
+        inside = resting & (week == number)
+        if inside.sum() >= WINDOWS_PER_COEFFICIENT // 2:
+            agreed &= (values[inside].mean(0) - usual) * np.sign(all_weeks) > MIN_WEEK_AGREEMENT * np.abs(all_weeks)
     return agreed
 
 
 def _select_better_fit(new: CycleFit, old: CycleFit, values: Float64s) -> CycleFit:
-    """Test by test the new one, where it explains enough of what the old one leaves."""
+    """Choose the new fit test by test, where it explains enough of what the old one leaves."""
     spread = np.maximum((old.residuals**2).mean(0), 1e-24)
     chosen = 1 - (new.residuals**2).mean(0) / spread > MIN_EXPLAINED_SHARE
     cycle = Cycle(
@@ -159,14 +158,14 @@ def _select_better_fit(new: CycleFit, old: CycleFit, values: Float64s) -> CycleF
 
 
 def _fit_least_squares(design: Float64s, values: Float64s) -> tuple[Float64s, Float64s]:
-    """Coefficients (n, T), and what each window differs from a fit without it (K, T)."""
+    """Return coefficients (n, T), and each window's residual from a fit without it (K, T)."""
     middle = median(values)
     reach = OUTLIER_SDS * 1.4826 * median(np.abs(values - middle)) + 1e-12
-    drawn = np.clip(values, middle - reach, middle + reach)
+    clipped = np.clip(values, middle - reach, middle + reach)
     inverse = np.linalg.pinv(design)
-    found = inverse @ drawn
+    coefficients = inverse @ clipped
     leverage = (design * inverse.T).sum(1)
-    return found, (values - design @ found) / np.maximum(1 - leverage, 0.1)[:, None]
+    return coefficients, (values - design @ coefficients) / np.maximum(1 - leverage, 0.1)[:, None]
 
 
 def _is_rest_day(t: Ints, begins: int, lasts: int) -> Bools:
@@ -178,11 +177,11 @@ def _add_intercept(columns: Float64s) -> Float64s:
 
 
 def compute_harmonics(t: Ints) -> Float64s:
-    """(n, 2W) of times (n,) epoch µs."""
+    """(n, 2 HARMONICS) at times (n,) epoch µs."""
     phase = 2 * np.pi * (np.asarray(t)[:, None] % DAY_US) / DAY_US * np.arange(1, HARMONICS + 1)
     return np.concatenate([np.cos(phase), np.sin(phase)], axis=1)
 
 
 def count_hours(t: Ints) -> Ints:
-    """(24,) how many windows were in each hour of the day, UTC."""
+    """(24,) windows in each hour of the day, UTC."""
     return np.bincount(np.asarray(t) // HOUR_US % 24, minlength=24)

@@ -1,8 +1,7 @@
-"""Whether many small shifts add up to one: exponentially weighted means of a kind's scores, and their squares' sum.
+"""MEWMA chart: many small shifts that add up, by exponentially weighted means of scores and the sum of their squares.
 
-A field that shifts by half a window's sd is found late by its own sum, four of them together soon. Scores hang
-together, so the limit is a quantile of a weighted sum of chi-squares; and it lies above what the learned windows
-reached in their order.
+A field that shifts by half a window's sd is found late by its own CUSUM; four of them together are found soon. Scores
+correlate, so the limit is a quantile of a weighted sum of chi-squares, and lies above what the learned windows reached.
 
 Sources: Lowry, Woodall, Champ & Rigdon (1992), A multivariate exponentially weighted moving average control chart,
 Technometrics 34. Buckley & Eagleson (1988), An approximation to the distribution of quadratic forms in normal random
@@ -21,18 +20,20 @@ from agent.drift.detectors.psi import gamma_quantile
 from agent.drift.numeric import false_alarm_budget
 
 WEIGHT = 0.3  # of the newest window
-SLACK = 0.2  # sd that a mean may be off for long: K windows tell it only so well
-CLIP = 2.5  # the most that one window may say of one score: that it is odd is no shift
-UNREACHABLE_LIMIT = 1e9  # limit where nothing was learned
-WINDOWS_PER_ALARM = 2.5  # windows beyond the limit, of every alarm by chance: one comes seldom alone
+SLACK = 0.2  # sd that a mean may be off for long: K windows give no better estimate
+CLIP = 2.5  # largest score of one window: an odd window is no shift
+UNREACHABLE_LIMIT = 1e9  # without learned windows
+WINDOWS_PER_ALARM = 2.5  # beyond the limit, per false alarm: one comes seldom alone
 
 
 class Mewma(msgspec.Struct, frozen=True, eq=False):
-    """Of S scores: their weighted `mean`, and what is known since it last changed its sign.
+    """Weighted `mean` of S scores, and the period since each last changed its sign.
 
-    That is when a change began, as far as it can tell: so many `windows`, the sum of their effects, and `since` (epoch
-    µs). Source: Nishina (1992), A comparison of control charts from the viewpoint of
-    change-point estimation, Quality and Reliability Engineering International 8.
+    That is the best estimate of when a change began: so many `windows`, the sum of their effects, and `since` (epoch
+    µs).
+
+    Source: Nishina (1992), A comparison of control charts from the viewpoint of change-point estimation, Quality and
+    Reliability Engineering International 8.
     """
 
     mean: Float64s
@@ -46,29 +47,29 @@ class Mewma(msgspec.Struct, frozen=True, eq=False):
         return cls(np.zeros(scores), whole, np.zeros(scores), whole)
 
     def update(self, z: Float64s, effect: Float64s, t: int) -> Mewma:
-        """After one more window, begun at `t`, with scores `z` (S,), NaN where there was nothing to test."""
+        """Add a window that began at `t`, with scores `z` (S,), NaN where there was nothing to test."""
         return self.run_windows(z[None], effect[None], np.array([t])).state_after(1)
 
     def run_windows(self, z: Float64s, effects: Float64s, t: Ints) -> MewmaSequence:
-        """Over W windows in a row, begun at `t` (W,), with scores and effects (W, S)."""
-        told, drawn = np.isfinite(z), np.minimum(np.maximum(z, -CLIP), CLIP)
-        every, means, mean = bool(told.all()), np.empty_like(drawn), self.mean
-        for after, one, known in zip(means, drawn, told, strict=True):
-            np.subtract(one, mean, out=after)
+        """Run over W consecutive windows that began at `t` (W,), with scores and effects (W, S)."""
+        tested, clipped = np.isfinite(z), np.minimum(np.maximum(z, -CLIP), CLIP)
+        every, means, mean = bool(tested.all()), np.empty_like(clipped), self.mean
+        for after, scores, known in zip(means, clipped, tested, strict=True):
+            np.subtract(scores, mean, out=after)
             np.multiply(WEIGHT, after, out=after)
             np.add(mean, after, out=after)
             if not every:
                 after[:] = np.where(known, after, mean)
             mean = after
-        return MewmaSequence(self, told, means, effects, t)
+        return MewmaSequence(self, tested, means, effects, t)
 
     @property
     def statistic(self) -> float:
-        """Of the means beyond the slack, the sum."""
+        """Sum of squares of the means beyond the slack."""
         return _statistics(self.mean[None])[0]
 
     def reset_except(self, scores: Bools) -> Mewma:
-        """With all but the scores `which` (S,) begun anew."""
+        """Reset all scores but these (S,)."""
         return Mewma(*(np.where(scores, part, part.dtype.type(0)) for part in self._arrays()))
 
     def _arrays(self) -> tuple[Float64s, Ints, Float64s, Ints]:
@@ -76,7 +77,7 @@ class Mewma(msgspec.Struct, frozen=True, eq=False):
 
 
 class MewmaSequence(msgspec.Struct, frozen=True, eq=False, dict=True):
-    """Means over W windows in a row."""
+    """Means over W consecutive windows."""
 
     before: Mewma
     tested: Bools  # (W, S)
@@ -86,18 +87,18 @@ class MewmaSequence(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @cached_property
     def statistics(self) -> list[float]:
-        """After each of them: see `Together.square`."""
+        """Statistic after each window; see `Mewma.statistic`."""
         return _statistics(self.means)
 
     def state_after(self, count: int) -> Mewma:
-        """After so many of them."""
-        before, told = self.before, self.tested[:count]
+        """Return the state after `count` windows."""
+        before, tested = self.before, self.tested[:count]
         windows, total, since, was = before.windows, before.effect, before.since, before.mean > 0
-        effects = np.where(told, self.effects[:count], 0.0)
-        for now, one, more, t in zip(self.means > 0, told, effects, self.t.tolist(), strict=False):
+        effects = np.where(tested, self.effects[:count], 0.0)
+        for now, counted, more, t in zip(self.means > 0, tested, effects, self.t.tolist(), strict=False):
             goes_on = now == was
             since = np.where(goes_on & (windows > 0), since, t)
-            windows = np.where(goes_on, windows, 0) + one
+            windows = np.where(goes_on, windows, 0) + counted
             total = np.where(goes_on, total, 0.0) + more
             was = now
         return Mewma(self.means[count - 1], windows, total, since)
@@ -108,16 +109,16 @@ def _statistics(means: Float64s) -> list[float]:
 
 
 def fit_limit(scores: Float64s, autocorrelation: float, budget: float) -> float:
-    """Of the squares' sum, from scores (K, S) of learned windows in their order; `allotted` false alarms per window.
+    """Return the limit of the statistic, from scores (K, S) of learned windows in their order.
 
-    Neighbouring windows are `alike` by that correlation.
+    `autocorrelation` is how alike neighboring windows are; `budget` the false alarms per window.
     """
     windows, count = scores.shape
     if not count or windows < 4:
         return UNREACHABLE_LIMIT
     slow = (1 - WEIGHT) * autocorrelation
     variance = WEIGHT / (2 - WEIGHT) * (1 + slow) / (1 - slow)
-    # K windows tell mean and sd only so well.
+    # Mean and sd are estimated from K windows only.
     variance = (
         (variance + 1 / false_alarm_budget.effective_sample_size(windows, autocorrelation))
         / (1 + 1 / windows)
@@ -129,21 +130,23 @@ def fit_limit(scores: Float64s, autocorrelation: float, budget: float) -> float:
 
 
 def _eigenvalues(scores: Float64s) -> Float64s:
-    """Of the scores' correlations, drawn together by what K windows show of them by chance."""
+    """Return the eigenvalues of the scores' correlations, shrunk by what K windows show by chance."""
     windows, count = scores.shape
     unit = scores / np.maximum(np.sqrt((scores**2).sum(0)), 1e-12)
     alike = unit.T @ unit
-    # One that never moved was like no other.
+    # A score that never moved correlates with none.
     np.fill_diagonal(alike, 1.0)
-    found = np.linalg.eigvalsh(alike)
-    apart = max(float(((found - 1) ** 2).sum()), 1e-12)
-    true = max(apart - count * (count - 1) / (windows - 1), 0.0)
-    return np.asarray(1 + np.sqrt(true / apart) * (found - 1))
+    observed = np.linalg.eigvalsh(alike)
+    spread = max(float(((observed - 1) ** 2).sum()), 1e-12)
+    true = max(spread - count * (count - 1) / (windows - 1), 0.0)
+    return np.asarray(1 + np.sqrt(true / spread) * (observed - 1))
 
 
 def _quadratic_form_quantile(weights: Float64s, sd: float, share: float) -> float:
-    """What the sum of squares beyond the slack exceeds in that share, of normal numbers with this sd whose correlations
-    have these eigenvalues."""
+    """Return what the sum of squares beyond the slack exceeds in a share of windows.
+
+    It is the quantile for normal numbers with this sd, whose correlations have these eigenvalues.
+    """
     at = np.linspace(-8, 8, 1601)
     likely = np.exp(-(at**2) / 2)
     likely /= likely.sum()

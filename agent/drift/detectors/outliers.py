@@ -1,22 +1,17 @@
-"""How a test varies over the drift windows that a reference is made from, whatever odd windows are among them."""
+"""Outliers among learned windows: how a test varies over them, whatever odd windows are among them."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from agent.arrays import Bools, Float64s
-from agent.drift.detectors import window_statistics
-from agent.drift.numeric.middle import median
-from agent.drift.numeric.sums import GroupMoments
+from agent.drift.numeric.sums import median
 from agent.errors import BadBundle
 
 OUTLIER_SDS = 6.0  # robust sd from the middle: left out of the calibration
 MAX_OUTLIER_SHARE = 1 / 3  # more odd windows than this, and nothing is learned
 STEP_SDS = 4.0  # sd between the means of the first and the second half: something changed meanwhile
-# Least sd of tests: smaller shifts never matter, however steady a site is. Of fields in class sd; then of pairs in
-# Fisher's z, of the certainty in scores, and of answers in shares.
-MIN_SD = 0.05
-MIN_SDS = (MIN_SD, 0.05, 0.005, 0.02)
+MIN_SD = 0.05  # class sd: smaller shifts of a field never matter, however steady a site is
 STEP_STANDARD_ERRORS, STEP_VARIANCE_SHARE = (
     10.0,
     0.7,
@@ -24,58 +19,46 @@ STEP_STANDARD_ERRORS, STEP_VARIANCE_SHARE = (
 
 
 def winsorize(values: Float64s, center: Float64s, min_sd: Float64s | float) -> tuple[Float64s, Float64s]:
-    """Mean, and what is left of values (K, T), with odd windows drawn in: a few spoil nothing, many are how it is."""
+    """Return mean and residuals of values (K, T), with odd windows drawn in: a few spoil nothing, many are normal."""
     reach = OUTLIER_SDS * np.maximum(1.4826 * median(np.abs(values - center)), min_sd)
     within = np.clip(values, center - reach, center + reach)
     mean = within.mean(0)
     return mean, within - mean
 
 
-def leave_one_out_mean(moments: GroupMoments, pooled: GroupMoments) -> Float64s:
-    """Class means (K, C, D) without the drift window they are compared with.
-
-    A window judged against means that contain it looks steadier than the next, unseen one will.
-    """
-    n = pooled.n - moments.n
-    total = pooled.n * pooled.mean - moments.n * moments.mean
-    mean = total / np.maximum(n, 1)
-    overall = total.sum(-2, keepdims=True) / np.maximum(n.sum(-2, keepdims=True), 1)
-    return np.asarray(np.where(n < window_statistics.MIN_CLASS_WINDOWS, overall, mean))
-
-
 def calibrate(values: Float64s, fields: tuple[str, ...]) -> tuple[Float64s, Float64s]:
-    """Mean and sd of each test over drift windows (K, 2F). Raises BadBundle."""
+    """Return mean and sd of each test over drift windows (K, 2F). Raises BadBundle."""
     middle = median(values)
     scale = np.maximum(1.4826 * median(np.abs(values - middle)), MIN_SD)
     plain = np.abs(values - middle) <= OUTLIER_SDS * scale
     _require_agreement(
         plain.mean(0) >= 1 - MAX_OUTLIER_SHARE, fields, "more than a third of the drift windows lie far from the rest"
     )
-    kept = np.where(plain, values, np.nan)
+    inliers = np.where(plain, values, np.nan)
     half = len(values) // 2
-    first, second = kept[:half], kept[half:]
+    first, second = inliers[:half], inliers[half:]
     within = np.sqrt((np.nanvar(first, axis=0) + np.nanvar(second, axis=0)) / 2)
     step = np.abs(np.nanmean(first, axis=0) - np.nanmean(second, axis=0))
     _require_agreement(
         step <= STEP_SDS * np.maximum(within, MIN_SD), fields, "it changed between the first and the second half"
     )
-    return np.nanmean(kept, axis=0), np.maximum(np.nanstd(kept, axis=0, ddof=1), MIN_SD)
+    return np.nanmean(inliers, axis=0), np.maximum(np.nanstd(inliers, axis=0, ddof=1), MIN_SD)
 
 
 def detect_step_change(values: Float64s, fields: tuple[str, ...]) -> list[str]:
-    """A warning where one step explains most of what a test did while it was learned (K, 2F)."""
+    """Return a warning if one step explains most of what a test did while it was learned (K, 2F)."""
     windows = len(values)
     before = np.arange(1, windows)[:, None]
     total = np.cumsum(values, axis=0)
-    apart = total[:-1] / before - (total[-1] - total[:-1]) / (windows - before)
-    gained = apart**2 * before * (windows - before) / windows
+    difference = total[:-1] / before - (total[-1] - total[:-1]) / (windows - before)
+    gained = difference**2 * before * (windows - before) / windows
     noise = np.maximum(1.4826 * median(np.abs(np.diff(values, axis=0))) / np.sqrt(2), MIN_SD)
     spread = np.maximum(((values - values.mean(0)) ** 2).sum(0), 1e-12)
     best = gained.max(0)
-    found = np.flatnonzero((best > STEP_STANDARD_ERRORS**2 * noise**2) & (best > STEP_VARIANCE_SHARE * spread))
-    if not len(found):
+    stepped = np.flatnonzero((best > STEP_STANDARD_ERRORS**2 * noise**2) & (best > STEP_VARIANCE_SHARE * spread))
+    if not len(stepped):
         return []
-    worst = int(found[np.argmax((best / noise**2)[found])])
+    worst = int(stepped[np.argmax((best / noise**2)[stepped])])
     name = f"{fields[worst % len(fields)]} {'mean' if worst < len(fields) else 'spread'}"
     at = int(gained[:, worst].argmax()) + 2
     return [f"{name} changed from window {at} of {windows} on while it was learned; learn it again once it is steady"]

@@ -1,11 +1,10 @@
-"""Whether a distribution has another shape than this site's: PSI against what it is when nothing happens.
+"""PSI chart: whether a distribution has another shape than usual at this site; two of three windows confirm an alarm.
 
-A PSI of 0.1 means nothing by itself: it moves with the number of rows and with how they hang together. So each site's
-windows are compared with the rest of them (leave one out) while it learns, a gamma distribution is fitted (a mean for
-each subject, one shape for all fields), and a window counts when its PSI would come by chance in fewer than `level` of
-windows. Two such windows among three raise an alarm.
+A PSI of 0.1 means nothing by itself: it depends on the number of rows and on their correlation. So each learned window
+is compared with the others (leave one out), and a gamma distribution is fitted, with a mean for each subject and one
+shape for all fields. A window counts if its PSI would come by chance in fewer than `level` of windows.
 
-Subjects: the F fields, the answers ("output"), the certainty ("score").
+Subjects: the F fields, the predictions ("output"), the certainty ("score").
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
 from agent.drift.numeric.divergence import fold_outer_bins
-from agent.drift.numeric.middle import median
+from agent.drift.numeric.sums import median
 
-WINDOWS_TO_CLEAR = 3  # windows in a row below the limit that clear an alarm
-MIN_PSI = 0.02  # smaller PSI never matters
-BIN_PRIOR = 0.5  # added to each bin, so that an empty one says no more than its rows can
-MIN_GAMMA_SHAPE = 0.3  # of the gamma: the heaviest tail that is believed
+WINDOWS_TO_CLEAR = 3  # consecutive windows below the limit
+MIN_PSI = 0.02  # a smaller PSI never matters
+BIN_PRIOR = 0.5  # rows added to each bin, so that an empty one is no proof
+MIN_GAMMA_SHAPE = 0.3  # heaviest credible tail
 MAX_GAMMA_SHAPE = 200.0
 
 
 class PsiConfirmation(msgspec.Struct, frozen=True, eq=False):
-    """Alarms of S subjects. `windows` and `since` (epoch µs) begin with the first of the windows that raised one."""
+    """Alarms of S subjects. `windows` and `since` (epoch µs) begin with the first window that raised one."""
 
-    exceeded_at: Ints  # (2, S) when the last two windows began that were beyond the limit; 0 for one that was not
+    exceeded_at: Ints  # (2, S) begin of the last two windows; 0 for one within the limit
     alarm: Bools  # (S,)
     clear_count: Ints
     windows: Ints
@@ -41,7 +40,7 @@ class PsiConfirmation(msgspec.Struct, frozen=True, eq=False):
         return cls(np.zeros((2, subjects), np.int64), np.zeros(subjects, np.bool_), zero, zero, zero)
 
     def update(self, exceeded: Bools, tested: Bools, t: int) -> PsiConfirmation:
-        """After one more window, begun at `t`; where it was not `tested` all stays as it was."""
+        """Add a window that began at `t`; subjects that were not `tested` stay as they are."""
         last, one_more = self.exceeded_at
         if not (exceeded.any() or self.alarm.any()):
             before = np.zeros_like(self.exceeded_at)
@@ -64,7 +63,7 @@ class PsiConfirmation(msgspec.Struct, frozen=True, eq=False):
         )
 
     def reset_except(self, subjects: Bools) -> PsiConfirmation:
-        """With all but the subjects `which` (S,) begun anew."""
+        """Reset all subjects but these (S,)."""
         before, calm, windows, since = (
             np.where(subjects, part, 0) for part in (self.exceeded_at, self.clear_count, self.windows, self.since)
         )
@@ -72,58 +71,61 @@ class PsiConfirmation(msgspec.Struct, frozen=True, eq=False):
 
 
 def coarsen_bins(counts: Ints) -> Ints:
-    """(..., 16) of counts (..., 34): what lies outside counted to the outermost of 32 bins, and these two by two."""
+    """Return 16 bins of counts (..., 34): values outside count to the outermost of 32 bins, and these two by two."""
     inner = fold_outer_bins(counts)
     return np.asarray(inner.reshape(*inner.shape[:-1], -1, 2).sum(-1))
 
 
 def compute_psi(reference_shares: Float64s, counts: Ints) -> Float64s:
-    """PSI along the last axis, of counts against what `shares` tells of the usual ones."""
+    """Return the PSI along the last axis, of counts against the usual shares."""
     q = smoothed_shares(counts)
     return np.asarray(((reference_shares - q) * np.log(reference_shares / q)).sum(-1))
 
 
 def leave_one_out_psi(counts: Ints) -> Float64s:
-    """(K, ...): each of K windows' counts (K, ..., bins) against all others together."""
+    """(K, ...) PSI of each window's counts (K, ..., bins) against all others together."""
     return compute_psi(smoothed_shares(counts.sum(0) - counts), counts)
 
 
 def fit_limits(values: Float64s, level: float, budget: float) -> Float64s:
-    """(S,): PSI limits from K windows in a row (K, S), with one shape of the gamma for all S that are not wilder.
+    """Return PSI limits (S,) from K windows in a row (K, S), with one gamma shape for all S that are not wilder.
 
-    One window is beyond it in a share `level`; and two of three are, taken as they come (neighbours may be alike), in a
-    share `allotted`.
+    One window exceeds the limit in a share `level` of windows. The second largest of three, in their order, exceeds it
+    in a share `budget`.
     """
     second = np.sort(np.stack([values[:-2], values[1:-1], values[2:]]), axis=0)[1]
     return np.maximum(MIN_PSI, np.maximum(_gamma_limit(values, level), _gamma_limit(second, budget)))
 
 
 def _gamma_limit(values: Float64s, level: float) -> Float64s:
-    kept = np.minimum(values, _outlier_cap(values))
-    mean, variance = kept.mean(0), kept.var(0, ddof=1)
-    told = mean > 0
-    each = np.where(told, mean, 1.0) ** 2 / np.maximum(variance, 1e-12)
-    common = float(median(each[told])) if told.any() else MAX_GAMMA_SHAPE
-    # K windows tell mean and shape only so well: one standard error to the safe side.
-    sure = 1 - np.sqrt(2 / len(values))
-    shape = np.clip(sure * np.minimum(each, common), MIN_GAMMA_SHAPE, MAX_GAMMA_SHAPE)
-    unsure = 1 + 1 / np.sqrt(shape * len(values))
-    return np.asarray(mean * unsure * gamma_quantile(shape, 1 - level))
+    clipped = np.minimum(values, _outlier_cap(values))
+    mean, variance = clipped.mean(0), clipped.var(0, ddof=1)
+    positive = mean > 0
+    each = np.where(positive, mean, 1.0) ** 2 / np.maximum(variance, 1e-12)
+    common = float(median(each[positive])) if positive.any() else MAX_GAMMA_SHAPE
+    # Mean and shape are estimated from K windows: one standard error to the safe side.
+    margin = 1 - np.sqrt(2 / len(values))
+    shape = np.clip(margin * np.minimum(each, common), MIN_GAMMA_SHAPE, MAX_GAMMA_SHAPE)
+    mean_margin = 1 + 1 / np.sqrt(shape * len(values))
+    return np.asarray(mean * mean_margin * gamma_quantile(shape, 1 - level))
 
 
 def gamma_quantile(shape: Float64s, p: float) -> Float64s:
-    """Of gamma distributions with mean 1. Source: Wilson & Hilferty (1931), The distribution of chi-square, PNAS."""
+    """Return quantiles of gamma distributions with mean 1.
+
+    Source: Wilson & Hilferty (1931), The distribution of chi-square, PNAS.
+    """
     spread = 1 / (9 * shape)
     return np.asarray((1 - spread + NormalDist().inv_cdf(p) * np.sqrt(spread)) ** 3)
 
 
 def _outlier_cap(values: Float64s) -> Float64s:
-    """Windows beyond this were not like the others: left out."""
+    """Return the value beyond which a window is left out, as it was not like the others."""
     middle = median(values)
     return np.asarray(middle + 10 * median(np.abs(values - middle)) + 1e-9)
 
 
 def smoothed_shares(counts: Ints) -> Float64s:
-    """Along the last axis, of counts that have half a row in each bin to begin with."""
+    """Return shares along the last axis, of counts with half a row added to each bin."""
     filled = counts + BIN_PRIOR
     return np.asarray(filled / filled.sum(-1, keepdims=True))

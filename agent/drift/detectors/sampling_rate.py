@@ -16,12 +16,12 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.arrays import Float32s, Float64s, Int32s, Ints
-from agent.drift.detectors import correlation, cusum, daily_cycle, outliers, variogram
-from agent.drift.detectors.correlation import leave_one_out_mean, pooled_mean
+from agent.drift.detectors import class_means, cusum, daily_cycle, outliers, variogram
+from agent.drift.detectors.class_means import leave_one_out_mean, pooled_mean
+from agent.drift.detectors.moments import MIN_CLASS_WINDOWS
 from agent.drift.detectors.variogram import Variograms
-from agent.drift.detectors.window_statistics import MIN_CLASS_WINDOWS
 from agent.drift.numeric import false_alarm_budget
-from agent.drift.numeric.middle import median
+from agent.drift.numeric.sums import median
 
 MIN_STEP_CHANGE, STEP_CHANGE_SDS, STEP_CHANGE_FACTOR = (
     0.05,
@@ -35,7 +35,7 @@ MIN_WINDOWS = 20  # learned windows
 
 
 class RateHistory(msgspec.Struct, frozen=True, eq=False):
-    """Of K drift windows, and of m classes that occurred in one of them."""
+    """Learned windows: K drift windows, and m entries, one per class that occurred in a window."""
 
     windows: Float64s  # (K, 2 + F) mean step in µs (NaN: not known); shares of rows repeated, of each field's missing
     t: Ints  # (K,) middle of each, epoch µs
@@ -52,30 +52,30 @@ class RateHistory(msgspec.Struct, frozen=True, eq=False):
     def add(
         self, step_us: float, repeated: float, missing: Float64s, variogram_sums: Ints, t: tuple[int, int]
     ) -> RateHistory:
-        found = variogram.from_sums(variogram_sums)
-        seen = np.flatnonzero(found.n.any(1))
-        one = np.concatenate([[step_us, repeated], missing])
+        variograms = variogram.from_sums(variogram_sums)
+        classes = np.flatnonzero(variograms.n.any(1))
+        numbers = np.concatenate([[step_us, repeated], missing])
         return RateHistory(
-            windows=np.concatenate([self.windows.reshape(-1, len(one)), one[None]]),
+            windows=np.concatenate([self.windows.reshape(-1, len(numbers)), numbers[None]]),
             t=np.append(self.t, t[0] + (t[1] - t[0]) // 2),
-            window=np.append(self.window, np.full(len(seen), len(self.t))),
-            label=np.append(self.label, seen),
-            n=_append(self.n, found.n[seen], np.int32),
-            level=_append(self.level, found.level[seen], np.float32),
-            slope=_append(self.slope, found.slope[seen], np.float32),
+            window=np.append(self.window, np.full(len(classes), len(self.t))),
+            label=np.append(self.label, classes),
+            n=_append(self.n, variograms.n[classes], np.int32),
+            level=_append(self.level, variograms.level[classes], np.float32),
+            slope=_append(self.slope, variograms.slope[classes], np.float32),
         )
 
     def thin(self) -> RateHistory:
-        """Every other one."""
-        some = self.window % 2 == 0
-        entries = {name: getattr(self, name)[some] for name in ("label", "n", "level", "slope")}
-        return replace(self, windows=self.windows[::2], t=self.t[::2], window=self.window[some] // 2, **entries)
+        """Drop every other window."""
+        remaining = self.window % 2 == 0
+        entries = {name: getattr(self, name)[remaining] for name in ("label", "n", "level", "slope")}
+        return replace(self, windows=self.windows[::2], t=self.t[::2], window=self.window[remaining] // 2, **entries)
 
     def variograms(self, classes: int) -> Variograms:
-        """Per drift window, class and field, (K, C, F)."""
+        """(K, C, F) per drift window, class and field."""
         out = np.zeros((3, len(self.t), classes, self.n.shape[1]))
-        for one, entries in zip(out, (self.n, self.level, self.slope), strict=True):
-            one[self.window, self.label] = entries
+        for part, entries in zip(out, (self.n, self.level, self.slope), strict=True):
+            part[self.window, self.label] = entries
         return Variograms(*out)
 
 
@@ -84,7 +84,7 @@ def _append(before: np.ndarray, more: Float64s, dtype: type) -> np.ndarray:
 
 
 class RateBaseline(msgspec.Struct, frozen=True, eq=False):
-    """What is usual at a site."""
+    """Sampling rate and speed of signals that are usual at a site."""
 
     step_us: float  # 0: readings come irregularly
     step_off: float  # logarithm of how far a window's mean step may be off
@@ -98,9 +98,9 @@ class RateBaseline(msgspec.Struct, frozen=True, eq=False):
     cycle: daily_cycle.Cycle  # of the speed
 
     def is_valid(self, classes: int, fields: int) -> bool:
-        """Whether it is of so many classes and fields, and holds together."""
+        """Return True if it has the shapes of so many classes and fields, and its numbers are finite."""
         cycle = self.cycle
-        shapes = [one.shape for one in (self.missing, self.level, self.slope, self.weight, cycle.waves, cycle.rest)]
+        shapes = [part.shape for part in (self.missing, self.level, self.slope, self.weight, cycle.waves, cycle.rest)]
         paced = len(self.slope)
         right = [
             (fields,),
@@ -114,51 +114,60 @@ class RateBaseline(msgspec.Struct, frozen=True, eq=False):
         known = [np.array(numbers), self.missing, self.level, self.slope, self.weight, cycle.waves, cycle.rest]
         positive = min(self.step_us, self.step_off, self.repeated, self.speed_sd) >= 0
         return (
-            shapes == right and paced in (0, fields) and positive and all(bool(np.isfinite(one).all()) for one in known)
+            shapes == right
+            and paced in (0, fields)
+            and positive
+            and all(bool(np.isfinite(part).all()) for part in known)
         )
 
     def score_speeds(self, variogram_sums: Ints, t: Ints, learned: int) -> tuple[Float64s, Float64s]:
-        """Scores (W,) of the speeds of stacked windows in the middle of `t` (W,) epoch µs, and their logarithms; NaN:
-        nothing tells. `learned` windows told what is usual."""
+        """Return scores (W,) of the speeds of stacked windows at `t` (W,) epoch µs, and their logarithms.
+
+        NaN if unknown. `learned` is the number of windows that the baseline was learned from.
+        """
         if self.speed_sd <= 0:
             unknown = np.full(len(t), math.nan)
             return unknown, unknown
         expected = self.speed_mean + self.cycle.evaluate(t)[:, 0]
-        apart = correlation.compute_deviations(variogram.from_sums(variogram_sums).weighted_levels(), self.level)
-        found = variogram.estimate_log_speed(apart, self.slope, self.weight) - expected
-        return cusum.standardize(found, np.zeros(1), np.full(1, self.speed_sd), learned), found
+        deviations = class_means.compute_deviations(variogram.from_sums(variogram_sums).weighted_levels(), self.level)
+        speeds = variogram.estimate_log_speed(deviations, self.slope, self.weight) - expected
+        return cusum.standardize(speeds, np.zeros(1), np.full(1, self.speed_sd), learned), speeds
 
 
 def learn_baseline(history: RateHistory, classes: int, window_rows: int, seasonality: str) -> RateBaseline | None:
-    """None where too few windows were gathered, as in a state that an older version saved."""
+    """Learn from gathered windows; None if there are too few."""
     if len(history.t) < MIN_WINDOWS:
         return None
-    found = history.variograms(classes)
+    variograms = history.variograms(classes)
     step_us, off = _fit_step(history.windows[:, 0])
-    nothing = RateBaseline(
+    baseline = RateBaseline(
         step_us=step_us,
         step_off=off,
         repeated=float(history.windows[:, 1].max()),
         missing=history.windows[:, 2:].max(0),
-        level=pooled_mean(found.weighted_levels(), float(MIN_CLASS_WINDOWS)),
-        slope=variogram.fit_slopes(found, window_rows),
-        weight=np.zeros(found.n.shape[-1]),
+        level=pooled_mean(variograms.weighted_levels(), float(MIN_CLASS_WINDOWS)),
+        slope=variogram.fit_slopes(variograms, window_rows),
+        weight=np.zeros(variograms.n.shape[-1]),
         speed_mean=0.0,
         speed_sd=0.0,
         cycle=daily_cycle.Cycle.empty(1),
     )
-    apart = correlation.compute_deviations(
-        found.weighted_levels(), leave_one_out_mean(found.weighted_levels(), float(MIN_CLASS_WINDOWS))
+    deviations = class_means.compute_deviations(
+        variograms.weighted_levels(), leave_one_out_mean(variograms.weighted_levels(), float(MIN_CLASS_WINDOWS))
     )
-    weight = variogram.compute_field_weights(apart, nothing.slope)
-    speeds = variogram.estimate_log_speed(apart, nothing.slope, weight) if weight.any() else np.full(len(apart), np.nan)
-    told = ~np.isnan(speeds)
-    if told.sum() < MIN_WINDOWS:
-        return nothing
-    fit = daily_cycle.fit(np.where(told, speeds, median(speeds[told]))[:, None], history.t, seasonality)
+    weight = variogram.compute_field_weights(deviations, baseline.slope)
+    speeds = (
+        variogram.estimate_log_speed(deviations, baseline.slope, weight)
+        if weight.any()
+        else np.full(len(deviations), np.nan)
+    )
+    known = ~np.isnan(speeds)
+    if known.sum() < MIN_WINDOWS:
+        return baseline
+    fit = daily_cycle.fit(np.where(known, speeds, median(speeds[known]))[:, None], history.t, seasonality)
     mean, left = outliers.winsorize(fit.residuals, median(fit.residuals), MIN_SPEED_SD)
     return replace(
-        nothing,
+        baseline,
         weight=weight,
         speed_mean=float((fit.mean + mean)[0]),
         speed_sd=float(max(left.std(ddof=1), MIN_SPEED_SD)),
@@ -167,7 +176,7 @@ def learn_baseline(history: RateHistory, classes: int, window_rows: int, seasona
 
 
 def speed_cusum_limit(windows: int, stretch_factor: float) -> float:
-    """Of the sums of the speed's scores."""
+    """Return the CUSUM limit of the speed."""
     return (
         false_alarm_budget.cusum_limit(1, windows, false_alarm_budget.FIELD_SLACK, false_alarm_budget.SPEED_BUDGET)
         * stretch_factor
@@ -175,12 +184,12 @@ def speed_cusum_limit(windows: int, stretch_factor: float) -> float:
 
 
 def _fit_step(steps: Float64s) -> tuple[float, float]:
-    """The usual one, and the logarithm of how far one may be off; 0 where there is none."""
-    told = np.log(steps[~np.isnan(steps)])
-    if len(told) < MIN_WINDOWS:
+    """Return the usual interval, and the logarithm of its tolerance; 0 if there is none."""
+    logs = np.log(steps[~np.isnan(steps)])
+    if len(logs) < MIN_WINDOWS:
         return 0.0, 0.0
-    middle = float(median(told))
-    mean, left = outliers.winsorize(told[:, None], np.array([middle]), MIN_STEP_SD)
+    middle = float(median(logs))
+    mean, left = outliers.winsorize(logs[:, None], np.array([middle]), MIN_STEP_SD)
     sd = float(left.std(ddof=1))
     if sd > MAX_STEADY_SD:
         return 0.0, 0.0
@@ -190,7 +199,7 @@ def _fit_step(steps: Float64s) -> tuple[float, float]:
 
 
 def detect_fault(step_us: float, repeated: float, baseline: RateBaseline) -> str:
-    """rate, repeated or nothing, of a window's mean step and its share of repeated rows."""
+    """Return "rate", "repeated" or "" for a window's mean interval and its share of repeated rows."""
     if baseline.step_us and step_us > 0 and abs(math.log(step_us / baseline.step_us)) > baseline.step_off:
         return "rate"
     if repeated > max(baseline.repeated + REPEATED_MARGIN, REPEATED_FACTOR * baseline.repeated):

@@ -1,12 +1,11 @@
-"""How fast signals move from row to row, within the class the model names: another sampling clock shows here, where
-the rows' times are only nominal.
+"""Variograms: how fast signals move from row to row, which shows another sampling clock where rows' times are nominal.
 
-Of each field and model window: how far apart values are that lie a few rows apart, against the window's variance. A
-gain or an offset leaves that as it is. Signals that move twice as fast are as far apart at one lag as they were at two,
-so what is usual at two lags tells what a change of speed does, and a field's change tells the speed. A clock changes
-all fields alike, a fault or noise one: fields count by how surely they tell it, none for much more than the middle one.
+Each model window gives, per field, how far values a few rows apart differ, relative to the window's variance. A gain or
+an offset leaves that unchanged. Signals that move twice as fast differ at one lag as they did at two, so the level at
+two lags shows what a change of speed does, and a field's change shows the speed. A clock changes all fields alike, a
+fault or noise only one: fields count by how surely they show it, and none for much more than the median one.
 
-Source: the variogram, Matheron (1963), Principles of geostatistics, Economic Geology 58.
+Source: Matheron (1963), Principles of geostatistics, Economic Geology 58.
 """
 
 from __future__ import annotations
@@ -16,31 +15,31 @@ import math
 import msgspec
 import numpy as np
 
-from agent.arrays import Float64s, Ints
-from agent.drift.detectors import correlation
-from agent.drift.detectors.correlation import WeightedMeans
+from agent.arrays import AnyArray, Float64s, Ints
+from agent.drift.detectors import class_means
+from agent.drift.detectors.class_means import WeightedMeans
+from agent.drift.detectors.detector import ClassifiedWindows, ModelWindows, Task
 
-MIN_WINDOW_ROWS = 4  # rows of a model window
-MIN_SLOPE = 0.1  # of the logarithms: a field with less, as noise has, tells no speed
+MIN_WINDOW_ROWS = 4  # of a model window
+MIN_SLOPE = 0.1  # of the logarithms: a field with less, such as noise, does not show speed
 MIN_SD = 0.02
-SPEED_CLIP = 0.25  # logarithm of speed, from the middle: no field says more
+SPEED_CLIP = 0.25  # logarithm of speed, from the median: no field counts for more
 
 
 def lags(window_rows: int) -> tuple[int, int]:
-    """Rows: long enough that noise does not hide the movement, and short against the window."""
+    """Return two lags in rows: long enough that noise does not hide the movement, short against the window."""
     return max(1, window_rows // 16), max(2, window_rows // 8)
 
 
 def values_width(fields: int, window_rows: int) -> int:
-    """What a model window tells: of each field at either lag."""
+    """Return how many numbers a model window gives: one per field and lag."""
     return 2 * fields if window_rows >= MIN_WINDOW_ROWS else 0
 
 
 def compute_log_variogram(windows: Float64s, mean_square: Float64s, floor: Float64s) -> Float64s:
-    """(w, `width`) logarithms in model windows (w, rows, F), at the short lag, then at the long one; NaN where a field
-    is not known or does not move.
+    """Return logarithms (w, `values_width`) in model windows (w, rows, F), at the short lag, then at the long one.
 
-    `square` (w, F) mean squares about the mean; `floor` (F,) the least of them that is a movement.
+    `mean_square` (w, F) about the mean; `floor` (F,) the least of them that is a movement. NaN if unknown.
     """
     if not values_width(windows.shape[2], windows.shape[1]):
         return np.empty((len(windows), 0))
@@ -57,14 +56,16 @@ def _mean_square_differences(windows: Float64s, lag: int) -> Float64s:
     step = windows[:, lag:] - windows[:, :-lag]
     squares = np.einsum("wrf,wrf->wf", step, step) / step.shape[1]
     if np.isnan(squares).any():
-        told = ~np.isnan(step)
-        known = np.where(told, step, 0.0)
-        squares = np.einsum("wrf,wrf->wf", known, known) / np.maximum(told.sum(1), 1)
+        known = ~np.isnan(step)
+        filled = np.where(known, step, 0.0)
+        squares = np.einsum("wrf,wrf->wf", filled, filled) / np.maximum(known.sum(1), 1)
     return np.where(squares > 0, squares, np.nan)
 
 
 class Variograms(msgspec.Struct, frozen=True, eq=False):
-    """Of classes (..., C) and fields: model windows `n`, the mean `level` of both lags and the `slope` between them."""
+    """Variograms of classes (..., C) and fields: model windows `n`, mean `level` of both lags, and `slope` between
+    them.
+    """
 
     n: Float64s  # (..., C, F)
     level: Float64s
@@ -75,33 +76,35 @@ class Variograms(msgspec.Struct, frozen=True, eq=False):
 
 
 def from_sums(sums: Ints) -> Variograms:
-    """Of sums (..., C, 2 `width`)."""
-    found = correlation.from_sums(sums, sums.shape[-1] // 2, windowed=True)
-    count = found.mean.shape[-1] // 2
-    short, long = found.mean[..., :count], found.mean[..., count:]
-    return Variograms(found.weight[..., :count], (short + long) / 2, long - short)
+    """Return the variograms of counts (..., C, 2 `values_width`)."""
+    means = class_means.means_from_sums(sums)
+    count = means.mean.shape[-1] // 2
+    short, long = means.mean[..., :count], means.mean[..., count:]
+    return Variograms(means.weight[..., :count], (short + long) / 2, long - short)
 
 
 def fit_slopes(variograms: Variograms, window_rows: int) -> Float64s:
-    """(F,) of drift windows (K, C, F): how much the level rises with the logarithm of speed."""
+    """(F,) how much the level rises with the logarithm of speed, over drift windows (K, C, F)."""
     short, long = lags(window_rows)
     rise = (variograms.n * variograms.slope).sum((0, 1)) / np.maximum(variograms.n.sum((0, 1)), 1)
     return np.asarray(rise / math.log(long / short))
 
 
 def compute_field_weights(deviations: Float64s, slope: Float64s) -> Float64s:
-    """(F,) how surely each field tells speed, of learned windows (K, F): together 1, or nothing where none does."""
-    told = ~np.isnan(deviations)
-    n = np.maximum(told.sum(0), 1)
-    left = np.where(told, deviations, 0.0)
+    """(F,) how surely each field shows speed, over learned windows (K, F): 1 in sum, or zeros."""
+    known = ~np.isnan(deviations)
+    n = np.maximum(known.sum(0), 1)
+    left = np.where(known, deviations, 0.0)
     spread = np.maximum((left**2).sum(0) / n - (left.sum(0) / n) ** 2, MIN_SD**2)
-    found = np.where((slope >= MIN_SLOPE) & (2 * told.sum(0) > len(deviations)), slope**2 / spread, 0.0)
-    return np.asarray(found / max(float(found.sum()), 1e-12))
+    weights = np.where((slope >= MIN_SLOPE) & (2 * known.sum(0) > len(deviations)), slope**2 / spread, 0.0)
+    return np.asarray(weights / max(float(weights.sum()), 1e-12))
 
 
 def estimate_log_speed(deviations: Float64s, slope: Float64s, weight: Float64s) -> Float64s:
-    """(...,) logarithm of how much faster signals move, from the fields' levels less the usual ones (..., F); NaN where
-    half of what tells it is unknown."""
+    """Return the logarithm (...,) of how much faster signals move, from deviations of levels (..., F).
+
+    NaN if half of the weight is unknown.
+    """
     each = np.where(np.isnan(deviations), 0.0, deviations) / np.maximum(slope, MIN_SLOPE)
     share = np.where(np.isnan(deviations), 0.0, weight)
     total = share.sum(-1)
@@ -112,3 +115,23 @@ def estimate_log_speed(deviations: Float64s, slope: Float64s, weight: Float64s) 
     drawn = np.clip(each, middle - SPEED_CLIP, middle + SPEED_CLIP)
     known = total > 0.5
     return np.asarray(np.where(known, (share * drawn).sum(-1) / np.where(known, total, 1.0), np.nan))
+
+
+class SpeedCounter:
+    """Counter of log variograms at two lags, within each class."""
+
+    name = "speed"
+
+    def count_width(self, task: Task) -> int:
+        return 2 * values_width(task.fields, task.window_rows)
+
+    def measure(self, windows: ModelWindows) -> Float64s | None:
+        return compute_log_variogram(windows.rows, windows.mean_square, windows.floor)
+
+    def count(self, task: Task, windows: ClassifiedWindows) -> Ints:
+        if self.name not in windows.measures:
+            return np.zeros((len(windows.groups.n), self.count_width(task)), np.int64)
+        return class_means.sum_by_group(windows.measures[self.name], windows.groups)
+
+    def retain(self, task: Task, counts: Ints) -> dict[str, AnyArray]:
+        return {}

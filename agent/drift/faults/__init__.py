@@ -1,1 +1,1 @@
-"""faults."""
+"""Sensor faults, told apart from drift."""

@@ -22,31 +22,31 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
+from agent.drift.baseline.extremes import Extremes
 from agent.drift.baseline.reference import Reference
+from agent.drift.baseline.resolution import find_finest
 from agent.drift.baseline.summary import Summary
-from agent.drift.detectors.extremes import Extremes
-from agent.drift.detectors.resolution import find_finest
 from agent.drift.faults import swapped_channels
 from agent.drift.faults import units as other_units
 
 MISSING_SHARE, MISSING_FACTOR = 0.05, 2
-SITE_MISSING_SHARE, MIN_MISSING_ROWS = 0.01, 10  # share, and rows, at a site that has learned how many are missing
+SITE_MISSING_SHARE, MIN_MISSING_ROWS = 0.01, 10  # share and rows, at a site with a reference
 MIN_STUCK_RUN, STUCK_RUN_FACTOR = 10, 5
 OUTSIDE_SHARE = 0.01
 MIN_SPIKES, SPIKE_SHARE = 2, 0.001
-CLIPPING_SHARE, CLIPPING_RATIO = 0.05, 4  # share of rows at the limit; how many times more than on the next value
-MIN_LEVELS = 20  # values less finely told apart often pile up on the outermost
+CLIPPING_SHARE, CLIPPING_RATIO = 0.05, 4  # share of rows at the limit, and ratio to those on the next value
+MIN_LEVELS = 20  # coarser values often pile up on the outermost
 MAX_FINE_SHARE = 0.05  # of the usual fine steps that may be left
-MIN_FINE_STEPS, MIN_STEPS = 25, 20  # fine steps that are expected, and steps of any size, before either tells anything
-MIN_REPEAT_RATIO = 0.25  # steps of 0 for each of the finest others: half as many are expected where values are rounded
-# What is read is another quantity than it was: nothing that follows from it is drift.
+MIN_FINE_STEPS, MIN_STEPS = 25, 20  # expected fine steps, and steps of any size, for a verdict
+MIN_REPEAT_RATIO = 0.25  # steps of 0 per finest other step: rounded values have about 0.5
+# Such readings are of another quantity: nothing that follows from them is drift.
 MISREAD_FAULTS = frozenset({"swapped", "reversed", "unit"})
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """Of one field in one drift window. `detail` says what it was recognised as, where there is more to say.
+    """Fault of one field in one drift window. `detail` says what it was recognized as, if there is more to say.
 
-    A `slight` one spoils no statistics: the window is tested like others.
+    A minor fault spoils no statistics: the window is tested like others.
     """
 
     name: str
@@ -55,22 +55,22 @@ class Fault(msgspec.Struct, frozen=True):
 
 
 class FaultIndicators(msgspec.Struct, frozen=True, eq=False, dict=True):
-    """What W drift windows show of faults, (W, F)."""
+    """Indications of faults in W drift windows, (W, F)."""
 
     missing: Bools
     minor_missing: Bools
     saturated: Bools
-    coarseness: Ints  # how many times as coarse values are told apart, 0 for no more than usual
+    coarseness: Ints  # how many times coarser than usual values are; 0 if not
     stuck: Bools
-    low_spread: Bools  # far calmer than the reference ever was
+    low_spread: Bools  # far below the reference's spread
     out_of_range: Bools
-    high_spread: Bools  # far louder than the reference
+    high_spread: Bools  # far above it
     spikes: Bools
-    misfit: Float64s  # to the site's own statistics
+    misfit: Float64s  # with the site's own statistics
 
     @cached_property
     def has_indication(self) -> Bools:
-        """(W,) whether there is something to look at."""
+        """(W,) True if a field needs a closer look."""
         flags = (
             self.missing
             | self.saturated
@@ -84,8 +84,7 @@ class FaultIndicators(msgspec.Struct, frozen=True, eq=False, dict=True):
 
 
 def compute_indicators(windows: Summary, reference: Reference, site: Reference | None = None) -> FaultIndicators:
-    """Of stacked summaries. `reference` is the shipped one; without a site's own it is not known how a field is mounted
-    there."""
+    """Compute the indications of stacked summaries; without a site's reference, a field's mounting is unknown."""
     rows = np.maximum(windows.counts[:, 0].sum(-1) + windows.missing[:, 0], 1)
     outside = windows.outside > OUTSIDE_SHARE * rows[:, None]
     loud, calm = other_units.detect_unusual_spread(windows, reference, outside)
@@ -113,9 +112,9 @@ def identify_faults(
     site: Reference | None = None,
     misread: Bools | None = None,
 ) -> tuple[Fault | None, ...]:
-    """The fault of each field (of these `units`) in window `at`, if any; of several the first listed above.
+    """Return the fault of each field (in these `units`) in window `index`, if any; the first in the list above wins.
 
-    `summary` is that window's. `misread` (F,): those that were read wrongly up to now.
+    `summary` is that window's. `misread` (F,) are fields that were read wrongly up to now.
     """
     fields = len(reference.fields)
     known = np.zeros(fields, np.bool_) if misread is None else misread
@@ -131,13 +130,13 @@ def identify_faults(
     other, mirrored = ("",) * fields, np.zeros(fields, np.bool_)
     if site is not None and (known.any() or (indicators.misfit[index] > swapped_channels.MISFIT_THRESHOLD).any()):
         other, mirrored = swapped_channels.detect_swaps(summary, site, units, known)
-    another = np.array([one is not None for one in unit])
+    another = np.array([conversion is not None for conversion in unit])
     exchanged = np.array([bool(name) for name in other])
     coarser, outside = indicators.coarseness[index], indicators.out_of_range[index]
     kinds = {
         "missing": indicators.missing[index],
         "saturated": indicators.saturated[index],
-        # Coarse values repeat for long; and in another unit, or another field's, steps have another size.
+        # Coarse values repeat for long. In another unit, or of another field, steps have another size.
         "quantized": (coarser > 0) & ~(another | exchanged | mirrored | outside),
         "stuck": indicators.stuck[index],
         "swapped": exchanged,
@@ -148,8 +147,12 @@ def identify_faults(
     }
     names = np.select(list(kinds.values()), list(kinds), "").tolist()
     details = [
-        {"unit": one.description if one else "", "swapped": with_field, "quantized": f"{times} times"}.get(name, "")
-        for one, with_field, times, name in zip(unit, other, coarser, names, strict=True)
+        {
+            "unit": conversion.description if conversion else "",
+            "swapped": with_field,
+            "quantized": f"{times} times",
+        }.get(name, "")
+        for conversion, with_field, times, name in zip(unit, other, coarser, names, strict=True)
     ]
     return tuple(
         Fault(name, detail, name == "missing" and few) if name else None
@@ -167,23 +170,23 @@ def _has_too_many_missing(windows: Summary, reference: Reference, site: Referenc
 
 
 def excludes_window(faults: Sequence[Fault | None]) -> bool:
-    """Whether one of them keeps the window out of all tests."""
+    """Return True if a fault keeps the window out of all tests."""
     return any(fault is not None and not fault.is_minor for fault in faults)
 
 
 def max_normal_run(reference: Reference, rows: Ints) -> Ints:
-    """Longest run that is still normal, (W, F), in windows of so many `rows` (W,): never so long that a drift window
-    could not show a longer one, except where the reference itself held one value that long."""
+    """Return the longest run (W, F) that is still normal, in windows of so many `rows` (W,).
+
+    It is never so long that a drift window could not show a longer one, unless the reference itself had such a run.
+    """
     allowed = np.minimum(STUCK_RUN_FACTOR * reference.longest, rows[:, None] - 1)
     return np.maximum(np.maximum(MIN_STUCK_RUN, allowed), reference.longest)
 
 
 def _detect_clipping(extremes: Extremes, reference: Reference, rows: Ints) -> Bools:
-    """(..., F, 2) whether the lowest and the highest value are ones that a sensor cannot get past, of so many `rows`
-    (...,).
+    """Return which of the lowest and highest values (..., F, 2) a sensor cannot get past, of so many `rows` (...,).
 
-    Not where the reference's readings pile up there, too, nor where a sensor tells so few values apart that the
-    outermost is often one of the commonest.
+    Not where the reference's readings pile up, too, nor where a sensor has so few levels that the outermost is common.
     """
     values, held = extremes.values, extremes.rows
     steep = (held[..., 0] > CLIPPING_SHARE * rows[..., None, None]) & (
@@ -199,7 +202,7 @@ def _detect_clipping(extremes: Extremes, reference: Reference, rows: Ints) -> Bo
 
 def _occurs_in_reference(extremes: Extremes, reference: Reference) -> Bools:
     at = np.stack([extremes.low, extremes.high], axis=-1)
-    # A value that is a limit of two bins of the reference holds the rows of a whole one.
+    # A value that bounds a bin on both sides held a whole bin of reference rows.
     usual = (reference.bounds[:, None, :] == at[..., None]).sum(-1) > 1
     for field, known in enumerate(reference.rest):
         if known:
@@ -208,10 +211,10 @@ def _occurs_in_reference(extremes: Extremes, reference: Reference) -> Bools:
 
 
 def detect_coarsening(summary: Summary, site: Reference) -> Ints:
-    """(W, F) how many times as coarse as at the site before values are told apart; 0 where not at least four times."""
-    usual = None if site.site is None else site.site.resolution
-    if usual is None:
+    """Return how many times coarser than at the site values are (W, F); 0 below four times."""
+    if site.site is None:
         return np.zeros(summary.missing.shape, np.int64)
+    usual = site.site.resolution
     now = summary.steps
     steps = now.sum(-1)
     expected, moved = usual.share * steps, steps - now[..., 0]
@@ -222,6 +225,6 @@ def detect_coarsening(summary: Summary, site: Reference) -> Ints:
         return np.zeros(lost.shape, np.int64)
     finest_now = find_finest(now)
     of_these = np.take_along_axis(now, finest_now[..., None], -1)[..., 0]
-    # One that moves faster has no fine steps either, but hardly repeats a value; a row that repeats as a whole is none.
+    # A faster signal has no fine steps either, but hardly repeats a value. Rows repeated as a whole do not count.
     repeats = now[..., 0] - summary.sampling.repeated >= MIN_REPEAT_RATIO * of_these
     return np.where(lost & repeats, 2 ** np.maximum(finest_now - usual.finest, 0), 0)

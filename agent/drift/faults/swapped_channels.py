@@ -1,5 +1,6 @@
-"""Fields that changed places, or whose sign is reversed: their statistics fit a site's reference of each other, or
-mirrored, where they do not fit their own.
+"""Swapped channels: fields that changed places, or whose sign is reversed.
+
+Their statistics fit each other's reference, or their own mirrored, and do not fit their own.
 """
 
 from __future__ import annotations
@@ -14,33 +15,31 @@ from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
 from agent.drift.numeric.sums import GroupMoments
 
-# Minus logarithms of likelihood per model window and statistic: by how much another fit must be better, and by how much
-# worse than is usual it may be.
+# Minus log likelihoods per model window and statistic: required gain of another fit, and its largest misfit.
 MIN_FIT_GAIN, MAX_MISFIT = 4.0, 3.0
-MIN_EXPLAINED_SHARE = 0.5  # share of all that does not fit
-MISFIT_THRESHOLD = (
-    MIN_FIT_GAIN - 0.5
-)  # nothing fits better by more than its own misfit and a half (of two fields: than both and one)
+MIN_EXPLAINED_SHARE = 0.5  # of the misfit of all fields
+MISFIT_THRESHOLD = MIN_FIT_GAIN - 0.5  # no gain exceeds a field's own misfit by more than a half
 
 
 def compute_misfit(windows: Summary, site: Reference) -> Float64s:
-    """(W, F) of stacked summaries: how badly fields fit their own places. Where none is more than OFF, none moved."""
+    """Return how badly fields fit their own places (W, F); up to MISFIT_THRESHOLD, none moved."""
     return _compute_misfit(windows.class_sums.moments(site.origin), site, np.arange(len(site.fields)))
 
 
 def detect_swaps(
     summary: Summary, site: Reference, units: Sequence[str], misread: Bools
 ) -> tuple[tuple[str, ...], np.ndarray]:
-    """Of each field with which one of its unit it changed places, by name or ""; and (F,) whether its sign is reversed.
+    """Return the field of the same unit that each field changed places with, or "", and (F,) whether its sign is
+    reversed.
 
-    Of all that would explain the window only what does best, and only if it explains most of what does not fit: the
-    model names wrong classes then, and compared with these others seem to have changed, too. Where it is `known` (F,)
-    to be so it stays so as long as it fits any better.
+    Only the best explanation of the window counts, and only if it explains most of the misfit: the model names wrong
+    classes then, and other fields seem to have changed, too. Fields `misread` (F,) before stay so as long as they fit
+    any better.
     """
-    found, names = summary.class_sums.moments(site.origin), site.fields
+    moments, names = summary.class_sums.moments(site.origin), site.fields
     fields = np.arange(len(names))
-    misfit = np.stack([_compute_misfit(found, site, np.roll(fields, -by)) for by in fields])
-    mirrored = _compute_misfit(found, site, fields, mirrored=True)
+    misfit = np.stack([_compute_misfit(moments, site, np.roll(fields, -by)) for by in fields])
+    mirrored = _compute_misfit(moments, site, fields, mirrored=True)
     better = np.where((mirrored < MAX_MISFIT) | misread, misfit[0] - mirrored, 0.0)
     best, which = max((float(better[i]), (i, i)) for i in fields.tolist())
     best = best if best > (0.0 if misread[which[0]] else MIN_FIT_GAIN) else 0.0
@@ -66,8 +65,10 @@ def detect_swaps(
 def _compute_misfit(
     moments: GroupMoments, site: Reference, permutation: np.ndarray, *, mirrored: bool = False
 ) -> Float64s:
-    """(..., F) minus the logarithm of how likely each field's statistics are as those of field `fields` (F,), per model
-    window and statistic; about 0 where they are."""
+    """Return minus the log likelihood (..., F) of each field's statistics as those of field `permutation` (F,).
+
+    It is per model window and statistic, and about 0 where they fit.
+    """
     count = len(permutation)
     total = np.zeros((*moments.n.shape[:-2], count))
     for first in range(0, moments.n.shape[-1], count):

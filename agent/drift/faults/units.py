@@ -1,4 +1,4 @@
-"""Which other unit a field's readings seem to be in: what factor and offset bring them back to the reference's."""
+"""Changed units: the factor and offset that bring a field's readings back to its reference."""
 
 from __future__ import annotations
 
@@ -8,23 +8,17 @@ import numpy as np
 from agent.arrays import Bools, Float64s
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
-from agent.drift.detectors import window_statistics
+from agent.drift.detectors import moments
 
-RANGE_MARGIN = 0.1  # of the span of the reference, by which readings that are brought back may lie outside its limits
-MAX_SPREAD_RATIO, MAX_SPREAD_RATIO_CALM = (
-    2.5,
-    1.6,
-)  # how many times the reference's spread they may have, or the other way round
-MAX_MEAN_DISTANCE = 2.0  # sd of the reference between the means
-HIGH_SPREAD_RATIO = 4.0  # times the reference's spread, which is too much wherever its limits are
-LOW_SPREAD_RATIO, LOW_SPREAD_Z = (
-    0.2,
-    -6.0,
-)  # share of the reference's spread, and z of the spread within classes, that are too calm
+RANGE_MARGIN = 0.1  # of the reference's span: converted readings may lie outside its limits by so much
+MAX_SPREAD_RATIO, MAX_SPREAD_RATIO_CALM = 2.5, 1.6  # of the converted readings' spread to the reference's, or inverse
+MAX_MEAN_DISTANCE = 2.0  # reference sd between the means
+HIGH_SPREAD_RATIO = 4.0  # times the reference's spread: too much, whatever its limits
+LOW_SPREAD_RATIO, LOW_SPREAD_Z = 0.2, -6.0  # of the reference's spread, and score of the spread within classes
 
 
 class UnitConversion(msgspec.Struct, frozen=True):
-    """What is read is `factor` times what was, and `offset` more."""
+    """Conversion: readings are `factor` times what they were, and `offset` more."""
 
     description: str
     factor: float
@@ -59,22 +53,24 @@ UNIT_CONVERSIONS = {
 
 
 def candidate_conversions(unit: str) -> tuple[UnitConversion, ...]:
-    """Those of a field of this unit; for one without, all there are. Of two that are hardly apart, the named one."""
+    """Return the conversions of a unit, or all for a field without one; named ones replace close decimal ones."""
     named = (
         UNIT_CONVERSIONS.get(_UNIT_ALIASES.get(unit, unit), ())
         if unit
-        else tuple(one for some in UNIT_CONVERSIONS.values() for one in some)
+        else tuple(conversion for conversions in UNIT_CONVERSIONS.values() for conversion in conversions)
     )
-    known = [one.factor for one in named if not one.offset]
+    known = [conversion.factor for conversion in named if not conversion.offset]
     return named + tuple(
-        one for one in DECIMAL_CONVERSIONS if not any(0.9 < one.factor / factor < 1.1 for factor in known)
+        conversion
+        for conversion in DECIMAL_CONVERSIONS
+        if not any(0.9 < conversion.factor / factor < 1.1 for factor in known)
     )
 
 
 def detect_unusual_spread(windows: Summary, reference: Reference, outside: Bools) -> tuple[Bools, Bools]:
-    """Which fields (W, F) of stacked summaries move far more than the reference, and which far less than it ever did.
+    """Return which fields (W, F) move far more than the reference, and which far less than it ever did.
 
-    Those `outside` its limits (W, F) are none of the latter.
+    Fields `outside` its limits (W, F) are none of the latter.
     """
     _, sd = _row_mean_sd(windows, reference)
     loud = sd > HIGH_SPREAD_RATIO * reference.sd
@@ -87,9 +83,9 @@ def detect_unusual_spread(windows: Summary, reference: Reference, outside: Bools
 def recognise_units(
     summary: Summary, reference: Reference, outside: Bools, low_spread: Bools, units: tuple[str, ...]
 ) -> tuple[UnitConversion | None, ...]:
-    """Of each field, where its readings do not fit the reference as they are but do in another unit.
+    """Return the conversion of each field whose readings fit the reference in another unit only.
 
-    `outside` (F,) says which lie outside its limits, or move far more; `calm` (F,) which move far less.
+    `outside` (F,) lie outside its limits, or move far more; `low_spread` (F,) move far less.
     """
     out: list[UnitConversion | None] = [None] * len(outside)
     if not (outside | low_spread).any():
@@ -99,10 +95,10 @@ def recognise_units(
         span = np.array([summary.extremes.low[field], summary.extremes.high[field]])
         allowed = MAX_SPREAD_RATIO if outside[field] else MAX_SPREAD_RATIO_CALM
         best = allowed
-        for one in candidate_conversions(units[field] if units else ""):
-            misfit = _compute_misfit(one, mean[field], sd[field], span, reference, int(field))
-            if misfit < best and (one.factor < 1) <= (not outside[field] or bool(one.offset)):
-                out[field], best = one, misfit
+        for conversion in candidate_conversions(units[field] if units else ""):
+            misfit = _compute_misfit(conversion, mean[field], sd[field], span, reference, int(field))
+            if misfit < best and (conversion.factor < 1) <= (not outside[field] or bool(conversion.offset)):
+                out[field], best = conversion, misfit
     return tuple(out)
 
 
@@ -115,19 +111,19 @@ def _row_mean_sd(summary: Summary, reference: Reference) -> tuple[Float64s, Floa
 def _compute_misfit(
     conversion: UnitConversion, mean: float, sd: float, span: Float64s, reference: Reference, field: int
 ) -> float:
-    """How many times the reference's spread (or the inverse) what is brought back has; infinite where it lies apart."""
+    """Return the ratio of the converted readings' spread to the reference's, above 1; infinite where they lie apart."""
     low, high, usual = reference.low[field], reference.high[field], reference.sd[field]
     back, margin = (span - conversion.offset) / conversion.factor, RANGE_MARGIN * (high - low)
-    apart = abs((mean - conversion.offset) / conversion.factor - reference.mean[field])
-    if usual <= 0 or back[0] < low - margin or back[1] > high + margin or apart > MAX_MEAN_DISTANCE * usual:
+    distance = abs((mean - conversion.offset) / conversion.factor - reference.mean[field])
+    if usual <= 0 or back[0] < low - margin or back[1] > high + margin or distance > MAX_MEAN_DISTANCE * usual:
         return float(np.inf)
     return float(np.exp(abs(np.log(sd / abs(conversion.factor) / usual))))
 
 
 def _spread_z(summary: Summary, reference: Reference) -> Float64s:
     fields = len(reference.fields)
-    found = summary.class_sums.moments(reference.origin)
-    values, _ = window_statistics.compute_test_values(
-        found, reference.class_mean, reference.class_sd, windowed=reference.windowed
+    class_moments = summary.class_sums.moments(reference.origin)
+    values, _ = moments.compute_test_values(
+        class_moments, reference.class_mean, reference.class_sd, windowed=reference.windowed
     )
     return np.asarray(((values - reference.test_mean[: 2 * fields]) / reference.test_sd[: 2 * fields])[..., fields:])

@@ -1,1 +1,1 @@
-"""numeric."""
+"""Sums, divergences and false-alarm budgets: arrays only."""

@@ -1,7 +1,7 @@
-"""Effect sizes between histograms on the same bins, along the last axis. Reported for people, never an alarm.
+"""Divergences between histograms on the same bins, along the last axis. Reported for people, never an alarm.
 
-On autocorrelated readings a fixed threshold on any of these raises false alarms in most windows, and what a value
-means moves with the number of rows; alarms come from `cusum` instead.
+On autocorrelated readings a fixed threshold on any of these raises false alarms in most windows, and what a value means
+depends on the number of rows. Alarms come from control charts instead.
 """
 
 from __future__ import annotations
@@ -15,22 +15,30 @@ TINY = 1e-300
 
 
 def psi(reference: Ints, current: Ints) -> Float64s:
-    """Population stability index: sum of (p - q) ln(p / q). Symmetric Kullback-Leibler; Kullback & Leibler (1951)."""
+    """Return the population stability index, the sum of (p - q) ln(p / q): the symmetric Kullback-Leibler divergence.
+
+    Source: Kullback & Leibler (1951), On information and sufficiency, Annals of Mathematical Statistics 22.
+    """
     return _psi(shares(reference), shares(current))
 
 
 def js(reference: Ints, current: Ints) -> Float64s:
-    """Jensen-Shannon distance, base 2: 0 for equal, 1 for disjoint. Endres & Schindelin (2003)."""
+    """Return the Jensen-Shannon distance, base 2: 0 for equal, 1 for disjoint.
+
+    Source: Endres & Schindelin (2003), A new metric for probability distributions, IEEE Transactions on Information
+    Theory 49.
+    """
     return _js(shares(reference), shares(current))
 
 
 def ks(reference: Ints, current: Ints) -> Float64s:
-    """Largest gap between the cumulative shares: Kolmogorov-Smirnov D, never above the exact one on the raw rows."""
+    """Return the largest gap between cumulative shares: Kolmogorov-Smirnov D, never above the exact one on the rows."""
     return np.asarray(np.abs(np.cumsum(shares(reference) - shares(current), axis=-1)).max(-1))
 
 
 def w1(reference: Ints, current: Ints, bounds: Float64s, sd: Float64s) -> Float64s:
-    """Wasserstein-1 distance in units of `sd`, each bin spread evenly between its two of the (bins + 1) `bounds`.
+    """Return the Wasserstein-1 distance in units of `sd`, each bin spread evenly between two of the (bins + 1)
+    `bounds`.
 
     Source: Vallender (1974); the area between the two piecewise linear cumulative curves.
     """
@@ -38,9 +46,9 @@ def w1(reference: Ints, current: Ints, bounds: Float64s, sd: Float64s) -> Float6
 
 
 def compute_all(p: Float64s, q: Float64s, bounds: Float64s, sd: Float64s) -> Float64s:
-    """(4, ...): PSI, JS, KS and W1 of shares."""
-    apart = np.cumsum(q - p, axis=-1)
-    return np.stack([_psi(p, q), _js(p, q), np.abs(apart).max(-1), _w1(apart, bounds, sd)])
+    """Return PSI, JS, KS and W1 (4, ...) of shares."""
+    difference = np.cumsum(q - p, axis=-1)
+    return np.stack([_psi(p, q), _js(p, q), np.abs(difference).max(-1), _w1(difference, bounds, sd)])
 
 
 def _psi(p: Float64s, q: Float64s) -> Float64s:
@@ -66,7 +74,7 @@ def _w1(right: Float64s, bounds: Float64s, sd: Float64s) -> Float64s:
 
 
 def fold_outer_bins(counts: Ints) -> Ints:
-    """(..., 32) of counts (..., 34), what lies outside counted to the outermost."""
+    """Return 32 bins of counts (..., 34): rows outside count to the outermost bin."""
     inner = counts[..., 1:-1].copy()
     inner[..., 0] += counts[..., 0]
     inner[..., -1] += counts[..., -1]
@@ -74,7 +82,7 @@ def fold_outer_bins(counts: Ints) -> Ints:
 
 
 def shares(counts: Ints) -> Float64s:
-    """Of counts along the last axis; none where there are no rows."""
+    """Return shares along the last axis; zeros without rows."""
     return np.asarray(counts / np.maximum(1, counts.sum(-1, keepdims=True)), dtype=np.float64)
 
 

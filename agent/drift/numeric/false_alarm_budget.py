@@ -1,8 +1,8 @@
-"""How many false alarms each kind of test may raise, and the limits that follow.
+"""False-alarm budget: how many false alarms each kind of test may raise, and the limits that follow.
 
-A site's reference knows its mean and spread from K windows only, and so some tests stand closer to their limit than
-they seem to; with 40 windows most false alarms come from these few. The limit h of a CUSUM is therefore the one that
-gives the allotted number of false alarms on average over what K windows may have told, however many tests there are.
+A site's reference knows its mean and spread from K windows only, so some tests stand closer to their limit than they
+seem to; with 40 windows most false alarms come from these few. The limit h of a CUSUM is therefore the one that gives
+the budgeted false alarms on average over what K windows may have shown, however many tests there are.
 
 Source: Siegmund (1985), Sequential Analysis, for the windows between false alarms of a CUSUM with slack k and limit h.
 """
@@ -32,7 +32,7 @@ MAX_STRETCH_CORRELATION, MAX_AUTOCORRELATION = 0.5, 0.95  # of what limits are s
 
 @lru_cache(maxsize=256)
 def cusum_limit(tests: int, windows: int, slack: float, budget: float, min_limit: float = MIN_CUSUM_LIMIT) -> float:
-    """Limit of each of so many two-sided CUSUMs, calibrated on `windows` drift windows."""
+    """Return the limit of each of so many two-sided CUSUMs, calibrated on `windows` drift windows."""
     if not tests:
         return min_limit
     low, high = min_limit, 50.0
@@ -46,40 +46,39 @@ def cusum_limit(tests: int, windows: int, slack: float, budget: float, min_limit
 
 
 def mewma_budget(fields: int) -> float:
-    """False alarms per window of what means of so many fields come to together."""
+    """Return false alarms per window of a MEWMA chart over so many fields."""
     return FIELD_MEWMA_BUDGET * min(fields, MAX_MEWMA_FIELDS)
 
 
 def autocorrelation(values: Float64s) -> float:
-    """What tests of K learned windows (K, T) have in common with the window before: their correlation, as far as chance
-    does not explain it."""
+    """Return the lag-1 autocorrelation of tests over K learned windows (K, T), beyond what chance explains."""
     if not values.size:
         return 0.0
-    apart = values - np.nanmean(values, axis=0)
-    told = np.nan_to_num(apart)
-    each = (told[1:] * told[:-1]).sum(0) / np.maximum((told**2).sum(0), 1e-12)
-    r = float(each.mean()) + 1 / len(values) - 1 / math.sqrt(values.size)
+    deviations = values - np.nanmean(values, axis=0)
+    known = np.nan_to_num(deviations)
+    lagged = (known[1:] * known[:-1]).sum(0) / np.maximum((known**2).sum(0), 1e-12)
+    r = float(lagged.mean()) + 1 / len(values) - 1 / math.sqrt(values.size)
     return min(max(r, 0.0), MAX_AUTOCORRELATION)
 
 
 def stretch_factor(r: float) -> float:
-    """What to multiply limits by where neighbouring windows are alike by `r`: so many times as far a CUSUM wanders."""
+    """Return the factor on limits for neighboring windows that correlate by `r`: a CUSUM wanders that much further."""
     r = min(r, MAX_STRETCH_CORRELATION)
     return (1 + r) / (1 - r)
 
 
 def effective_sample_size(windows: int, r: float) -> int:
-    """As how many windows that have nothing in common so many tell a mean."""
+    """Return how many independent windows give as good a mean as these."""
     return max(2, int(windows * (1 - r) / (1 + r)))
 
 
 def exceedance_level(subjects: int, budget: float = PSI_BUDGET) -> float:
-    """Share of windows that one subject's shape may be beyond its limit: two of three windows are to be by chance."""
+    """Return the share of windows in which one subject may exceed its PSI limit: two of three do so by chance."""
     return math.sqrt(budget / (3 * max(1, subjects)))
 
 
 def _false_alarm_rate(limit: float, slack: float, windows: int) -> float:
-    """False alarms per window of a one-sided CUSUM, over the errors of a mean and sd that `windows` windows told."""
+    """Return false alarms per window of a one-sided CUSUM, over the errors of a mean and sd from `windows` windows."""
     nodes, share = _normal_quadrature()
     shift = nodes / math.sqrt(windows)
     scale = np.exp(nodes / math.sqrt(2 * max(1, windows - 1)))
@@ -88,15 +87,17 @@ def _false_alarm_rate(limit: float, slack: float, windows: int) -> float:
 
 @cache
 def _normal_quadrature() -> tuple[Float64s, Float64s]:
-    """15 places of the standard normal, and the share of each: Golub and Welsch (1969), Calculation of Gauss Quadrature
-    Rules."""
-    beside = np.sqrt(np.arange(1.0, 15.0))
-    nodes, vectors = np.linalg.eigh(np.diag(beside, -1))
+    """Return 15 nodes of the standard normal, and their weights.
+
+    Source: Golub & Welsch (1969), Calculation of Gauss Quadrature Rules, Mathematics of Computation 23.
+    """
+    off_diagonal = np.sqrt(np.arange(1.0, 15.0))
+    nodes, vectors = np.linalg.eigh(np.diag(off_diagonal, -1))
     return nodes, vectors[0] ** 2
 
 
 def _siegmund(drift: Float64s, limit: Float64s) -> Float64s:
-    """One over the windows to a false alarm, where each adds -`drift` on average and 1 sd of chance."""
+    """Return one over the windows to a false alarm, where each adds -`drift` on average and 1 sd of chance."""
     reach = limit + 1.166
     # Towards none at all it becomes 1 / reach².
     drift = np.where(np.abs(drift) < 1e-6, 1e-6, drift)

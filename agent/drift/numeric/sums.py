@@ -1,16 +1,39 @@
-"""Sufficient statistics of many groups at once: they add, and batch boundaries leave no trace in them."""
+"""Grouped sums: sufficient statistics that add, without a trace of batch boundaries; and medians."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import msgspec
 import numpy as np
 
 from agent.arrays import Float64s, Ints
-from agent.drift.numeric.groups import Groups
 
 MIN_ROWS_PER_GROUP = 20  # rows in a group, from which on to add up each by itself is the faster way
+
+
+class Groups(msgspec.Struct, frozen=True, eq=False):
+    """Groups of m consecutive items."""
+
+    group_ids: Ints  # (m,) the group of each
+    order: Ints  # (m,) places by group, in each of them as they came
+    n: Ints  # (count,) how many are in each
+
+    @classmethod
+    def from_ids(cls, group_ids: Ints, count: int) -> Groups:
+        """Group items by the group of each, one of `count`."""
+        # Few groups are few bits, which are sorted many times faster.
+        order = np.argsort(group_ids.astype(np.min_scalar_type(count)), kind="stable")
+        return cls(group_ids, order, np.bincount(group_ids, minlength=count))
+
+    def iter_groups(self) -> Iterator[tuple[int, Ints]]:
+        """Yield each group that is not empty, and the places of its items."""
+        begin = 0
+        for group, n in enumerate(self.n.tolist()):
+            if n:
+                yield group, self.order[begin : begin + n]
+            begin += n
 
 
 class GroupMoments(msgspec.Struct, frozen=True, eq=False):
@@ -21,14 +44,14 @@ class GroupMoments(msgspec.Struct, frozen=True, eq=False):
     m2: Float64s
 
     def pooled(self, axis: int) -> GroupMoments:
-        """All groups along `axis` as one.
+        """Pool all groups along `axis`.
 
         Source: Chan, Golub & LeVeque (1979), Updating formulae and a pairwise algorithm for computing sample variances.
         """
         n = self.n.sum(axis)
         mean = (self.n * self.mean).sum(axis) / np.maximum(n, 1)
-        apart = self.mean - np.expand_dims(mean, axis)
-        return GroupMoments(n, mean, (self.m2 + self.n * apart**2).sum(axis))
+        deviation = self.mean - np.expand_dims(mean, axis)
+        return GroupMoments(n, mean, (self.m2 + self.n * deviation**2).sum(axis))
 
 
 class GroupSums(msgspec.Struct, frozen=True, eq=False, dict=True):
@@ -47,7 +70,7 @@ class GroupSums(msgspec.Struct, frozen=True, eq=False, dict=True):
         return cls(np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape))
 
     def add(self, groups: Groups, values: Float64s) -> GroupSums:
-        """With `values` (m, D) added to their `groups`.
+        """Add `values` (m, D) to their `groups`.
 
         Each cell is summed strictly in row order, beginning with the sum so far, so the result has the same bits
         however the rows were cut into batches. A pairwise sum would not.
@@ -65,7 +88,7 @@ class GroupSums(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @classmethod
     def from_rows(cls, rows: Float64s, origin: Float64s | float = 0.0) -> GroupSums:
-        """Of W times one group, (W, 1, D), with `rows` (W, n, D) from their `origin`: the same bits as `add` gives."""
+        """Sum `rows` (W, n, D) from their `origin` to one group each, (W, 1, D), with the same bits as `add`."""
         windows, count, width = rows.shape
         # Side by side: the wider the rows that are added, the fewer they are.
         known = np.empty((count, windows, width))
@@ -95,7 +118,7 @@ class GroupSums(msgspec.Struct, frozen=True, eq=False, dict=True):
 
 
 def sum_sequentially(values: Float64s) -> Float64s:
-    """(...,) sums of `values` (m, ...) in the order they come."""
+    """Sum `values` (m, ...) in the order they come."""
     rows = values.reshape(len(values), -1)
     if rows.shape[1] == 1:
         # numpy adds whole rows one after another where they lie so in memory, but a single column in pairs.
@@ -104,19 +127,33 @@ def sum_sequentially(values: Float64s) -> Float64s:
 
 
 def _sum_by_group(before: Float64s, groups: Groups, values: Float64s) -> Float64s:
-    """Sums and squares (count, 2D) of `values` (m, D) added to those `before`."""
+    """Add sums and squares (count, 2D) of `values` (m, D) to those `before`, group by group."""
     out, width = before.copy(), values.shape[1]
-    for group, some in groups.iter_groups():
-        rows = np.empty((1 + len(some), 2 * width))
-        rows[0], rows[1:, :width] = before[group], values.take(some, axis=0)
+    for group, members in groups.iter_groups():
+        rows = np.empty((1 + len(members), 2 * width))
+        rows[0], rows[1:, :width] = before[group], values.take(members, axis=0)
         np.multiply(rows[1:, :width], rows[1:, :width], out=rows[1:, width:])
         out[group] = sum_sequentially(rows)
     return out
 
 
 def _sum_by_cell(before: Float64s, groups: Groups, values: Float64s) -> Float64s:
-    """The same, where hardly any values are in a group."""
+    """Add them cell by cell, which is faster for small groups."""
     count, width = before.shape
     rows = np.concatenate([before, np.concatenate([values, values * values], axis=1)])
     cells = (np.concatenate([np.arange(count), groups.group_ids]) * width)[:, None] + np.arange(width)
     return np.asarray(np.bincount(cells.ravel(), rows.ravel(), count * width), np.float64).reshape(count, width)
+
+
+def median(values: Float64s | Ints) -> Float64s:
+    """Return the median along the first axis, of at least one value; NaN where one is. The same bits as numpy."""
+    ordered = np.sort(values, axis=0)
+    middle = (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
+    return np.asarray(np.where(np.isnan(ordered[-1]), np.nan, middle))
+
+
+def nanmedian(values: Float64s) -> Float64s:
+    """Return medians (T,) of values (K, T), NaN left out."""
+    ordered, n = np.sort(values, axis=0), (~np.isnan(values)).sum(0)
+    either = np.stack([np.maximum(n - 1, 0) // 2, n // 2])
+    return np.asarray(np.take_along_axis(ordered, either, axis=0).sum(0) / 2)

@@ -1,1 +1,1 @@
-"""reporting."""
+"""Drift messages and alert texts, and their parser."""

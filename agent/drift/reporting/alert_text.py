@@ -1,4 +1,4 @@
-"""Alerts and the sentences in them: what happened, how much, and what it probably is."""
+"""Alert sentences: what happened, how much, and the likely cause."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ CAUSES = {
 
 
 def fault_sentence(subject: str, fault: Fault, field: int, summary: Summary, shipped: Reference) -> str:
-    """`field` is its number. Says no value of the data: an extreme is one row's."""
+    """Describe a fault of field number `field`. It names no value of the data: an extreme is one row's."""
     share = {"out_of_range": summary.outside}.get(fault.name, summary.missing)[field]
-    what = {
+    symptom = {
         "missing": f"{share / max(1, summary.rows):.{0 if share * 20 > summary.rows else 1}%} of values are missing",
         "stuck": f"repeats one value for {summary.longest[field]} rows",
         "saturated": _describe_saturation(field, summary, shipped),
@@ -36,7 +36,7 @@ def fault_sentence(subject: str, fault: Fault, field: int, summary: Summary, shi
         "reversed": "reads as before but with the sign reversed",
         "unit": f"reads like {fault.detail}",
     }[fault.name]
-    return f"{subject}: {what}: {CAUSES[fault.name]}."
+    return f"{subject}: {symptom}: {CAUSES[fault.name]}."
 
 
 def _describe_saturation(field: int, summary: Summary, shipped: Reference) -> str:
@@ -47,14 +47,14 @@ def _describe_saturation(field: int, summary: Summary, shipped: Reference) -> st
         (summary.extremes.high[field], shipped.high[field]),
     )[side]
     name = ("lowest", "highest")[side]
-    # What bins begin or end with is public in the bundle; that they are held there tells nobody's reading.
+    # The limits of bins are public in the bundle, so naming one reveals no reading.
     at = f"{limit:.6g}, the {name} of the shipped reference" if value == limit else f"the {name} of this window"
     return f"{piles[side] / max(1, summary.rows):.0%} of values are held at {at}"
 
 
 def cleared_sentence(subject: str, alert: str) -> str:
-    what = "no sensor fault" if alert == "fault" else "close to this site's reference"
-    return f"{subject}: {what} for {WINDOWS_TO_CLEAR} windows in a row."
+    condition = "no sensor fault" if alert == "fault" else "close to this site's reference"
+    return f"{subject}: {condition} for {WINDOWS_TO_CLEAR} windows in a row."
 
 
 def withdrawn_sentence(subject: str, misread: Sequence[str]) -> str:
@@ -62,7 +62,8 @@ def withdrawn_sentence(subject: str, misread: Sequence[str]) -> str:
 
 
 def misclassification_note(drifted_fields: Sequence[str]) -> str:
-    """What to add where other fields drifted before: statistics are compared within the class the model names."""
+    """Note fields that drifted before: statistics are compared within the class that the model names."""
     if not drifted_fields:
         return ""
-    return f" {', '.join(drifted_fields)} drifted before: the model may name wrong classes since, and this may follow from it."
+    names = ", ".join(drifted_fields)
+    return f" {names} drifted before: the model may name wrong classes since, and this may follow from it."

@@ -1,8 +1,8 @@
-"""What a drift message says of a summary: counts, moments and effect sizes against the shipped reference.
+"""Drift message: counts, moments and divergences of a drift window against the shipped reference.
 
-No value of a row and no extreme of the data. Moments are exact, for what is rounded here is lost to every merge; sizes
-are for people and have 3 digits. Where privacy asks for it, no bin says that it holds fewer than `least` rows: what it
-holds is counted to the bin beside it.
+It holds no value of a row and no extreme of the data. Moments are exact, as rounding would be lost to every merge;
+divergences are for people and have 3 digits. For privacy, no bin shows fewer than `min_bin_rows` rows: such rows count
+to a neighboring bin.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy as np
 from agent.arrays import Float64s, Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
-from agent.drift.detectors.test_layout import ScoreLayout
+from agent.drift.detectors.registry import CERTAINTY, CORRELATION, ScoreLayout
 from agent.drift.numeric import divergence
 from agent.drift.testing.test_suite import DriftTester
 from agent.performance import cbpe
 
-OTHER = "other"  # answers too few to be named
+OTHER = "other"  # labels with too few predictions to be named
 STATES_BY_SEVERITY = ("fault", "drift", "insufficient", "ok")
 
 
 def build_features(window: Summary, shipped: Reference, min_bin_rows: int = 0) -> list[dict[str, Any]]:
-    """Per drift window of stacked summaries, each field's numbers."""
+    """Return each field's numbers, per drift window of stacked summaries."""
     moments = window.row_sums.moments(shipped.origin[: len(shipped.fields)])
     q = divergence.shares(divergence.fold_outer_bins(window.counts))
     sized = round_effect_size(
@@ -54,14 +54,14 @@ def build_features(window: Summary, shipped: Reference, min_bin_rows: int = 0) -
                 "ks": ks,
                 "w1": w1,
             }
-            for name, bins, missing, mean, m2, (psi, js, ks, w1) in zip(shipped.fields, *one, strict=True)
+            for name, bins, missing, mean, m2, (psi, js, ks, w1) in zip(shipped.fields, *window_numbers, strict=True)
         }
-        for one in zip(*columns, strict=True)
+        for window_numbers in zip(*columns, strict=True)
     ]
 
 
 def build_output(windows: Summary, shipped: Reference, min_bin_rows: int = 0) -> list[dict[str, Any]]:
-    """Per drift window of stacked summaries: answers of each class, or by their certainty."""
+    """Return the predictions of each class, or by their certainty, per drift window of stacked summaries."""
     if not shipped.labels:
         scores = _suppress_small_bins(windows.scores, min_bin_rows) if min_bin_rows > 1 else windows.scores
         psi = round_effect_size(divergence.psi(shipped.score_n, windows.scores))
@@ -76,8 +76,7 @@ def build_output(windows: Summary, shipped: Reference, min_bin_rows: int = 0) ->
 
 
 def build_estimates(windows: Summary, shipped: Reference) -> list[dict[str, Any] | None]:
-    """Expected in each of stacked windows, without labels; None where the reference does not know how often a score is
-    right."""
+    """Return the expected accuracy per stacked window; None if the reference has no labelled scores."""
     if shipped.score_correct is None:
         return [None] * len(windows.scores)
     known = bool(shipped.score_n.any())
@@ -86,7 +85,7 @@ def build_estimates(windows: Summary, shipped: Reference) -> list[dict[str, Any]
 
 
 class SuiteStatus(msgspec.Struct, frozen=True, eq=False):
-    """Where the tests of W drift windows stand: `sums` (W, 2, T) after each; all else is the same in all of them."""
+    """State of the tests over W drift windows: `cusum_sums` (W, 2, T) after each; all else is equal in all of them."""
 
     cusum_sums: Float64s
     layout: ScoreLayout
@@ -98,38 +97,39 @@ class SuiteStatus(msgspec.Struct, frozen=True, eq=False):
 def add_states(
     members: Sequence[dict[str, Any]], status: SuiteStatus, tester: DriftTester | None
 ) -> list[dict[str, Any]]:
-    """The members of W messages with sums, limits and states, of each field and of all."""
-    at, found, fields = status.layout, status.faults, len(status.faults)
-    named = [*range(2 * fields), at.certainty]
+    """Add sums, limits and states, of each field and overall, to the members of W messages."""
+    layout, faults, fields = status.layout, status.faults, len(status.faults)
+    certainty, pairs = layout[CERTAINTY.name].start, layout[CORRELATION.name]
+    named = [*range(2 * fields), certainty]
     sums = _to_compact_numbers(np.round(status.cusum_sums[:, :, named].transpose(0, 2, 1), 2))
-    highest = status.cusum_sums[:, :, at.pairs].max((1, 2), initial=0.0).tolist()
-    # Fields have one limit, whatever the field; pairs have one, too.
+    highest = status.cusum_sums[:, :, pairs].max((1, 2), initial=0.0).tolist()
+    # All fields share numbers limit, and so do all pairs.
     limit, pairs_limit, certainty_limit = (
-        round(float(tester.limits.limit[place]), 2) if tester else None for place in (0, at.certainty - 1, at.certainty)
+        round(float(tester.limits.limit[place]), 2) if tester else None for place in (0, certainty - 1, certainty)
     )
     quiet = "ok" if status.tested else "insufficient"
     states = [
         "fault" if fault else "drift" if on else quiet
-        for fault, on in zip(found, status.drifting[:fields], strict=True)
+        for fault, on in zip(faults, status.drifting[:fields], strict=True)
     ]
     output, score, together = (("drift" if on else quiet) for on in status.drifting[fields:])
     state = worst_state({*states, output, score, together})
     return [
-        one
+        numbers
         | {
             "features": {
                 name: feature
                 | {"cusum": {"mean": mean, "spread": spread, "limit": limit}, "state": now, "fault": fault}
                 for (name, feature), mean, spread, now, fault in zip(
-                    one["features"].items(), each[:fields], each[fields:-1], states, found, strict=True
+                    numbers["features"].items(), each[:fields], each[fields:-1], states, faults, strict=True
                 )
             },
-            "output": one["output"]
+            "output": numbers["output"]
             | {"state": output, "score": {"cusum": each[-1], "limit": certainty_limit, "state": score}},
             "joint": {"cusum": to_compact_number(round(most, 2)), "limit": pairs_limit, "state": together},
             "state": state,
         }
-        for one, each, most in zip(members, sums, highest, strict=True)
+        for numbers, each, most in zip(members, sums, highest, strict=True)
     ]
 
 
@@ -137,12 +137,8 @@ def worst_state(states: Set[str]) -> str:
     return next(state for state in STATES_BY_SEVERITY if state in states)
 
 
-def round_significant(value: float, digits: int = 6) -> float:
-    return float(f"{float(value):.{digits}g}")
-
-
 def round_effect_size(size: Float64s) -> Float64s:
-    """Sizes to 3 digits and no more than 4 decimals."""
+    """Round to 3 digits and at most 4 decimals."""
     out = size.round(4)
     for least, decimals in ((0.1, 3), (1.0, 2), (10.0, 1)):
         large = out >= least
@@ -153,12 +149,12 @@ def round_effect_size(size: Float64s) -> Float64s:
 
 
 def to_compact_number(value: float) -> float:
-    """The same number in the fewest characters: JSON says 0, where a float without a fraction would be 0.0."""
+    """Return the number in the fewest characters: JSON says 0, where a float without a fraction would be 0.0."""
     return int(value) if -1e6 < value < 1e6 and value == int(value) else float(value)
 
 
 def _to_compact_numbers(values: Float64s) -> list[Any]:
-    """`whole` of each of `values`, as lists."""
+    """Return values as lists of compact numbers."""
     near = (values == np.rint(values)) & (np.abs(values) < 1e6)
     if not near.any():
         return list(values.tolist())
@@ -168,7 +164,7 @@ def _to_compact_numbers(values: Float64s) -> list[Any]:
 
 
 def _suppress_small_bins(counts: Ints, min_bin_rows: int) -> Ints:
-    """Counts (..., bins) of which none is above zero and below `least`, unless all rows together are."""
+    """Move rows so that no bin (..., bins) is above zero and below `min_bin_rows`, unless all rows together are."""
     out = np.zeros_like(counts)
     held = np.zeros(counts.shape[:-1], np.int64)
     last = np.zeros(counts.shape[:-1], np.int64)
@@ -183,7 +179,7 @@ def _suppress_small_bins(counts: Ints, min_bin_rows: int) -> Ints:
 
 
 def _merge_rare_labels(counts: dict[str, int], min_bin_rows: int) -> dict[str, int]:
-    """Labels named fewer than `least` times counted together, and another with them where these are few, too."""
+    """Count labels below `min_bin_rows` together, with a further label if these are few, too."""
     few = {label: n for label, n in counts.items() if n < min_bin_rows}
     rest = {label: n for label, n in counts.items() if label not in few}
     while few and sum(few.values()) < min_bin_rows and rest:

@@ -1,6 +1,6 @@
-"""What the members of a drift message say, read back: by who looks at many of them.
+"""Parsed drift messages, for readers of many.
 
-They come from a device that may be of another version, or not itself: what does not fit is refused as a whole.
+A message comes from a device that may have another version, or be an impostor: one that does not fit is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_FIELDS = 256
 UNTESTED = "untested"
 # No window holds so many rows; a sum over a few million windows is still exact.
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
-# Far beyond what a sensor says, and far from where squares and sums of them overflow.
+# Far beyond any sensor, and far from where their squares and sums overflow.
 Value = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]
 Squares = Annotated[float, msgspec.Meta(ge=0, le=1e200)]
 CusumValue = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
@@ -35,7 +35,7 @@ class FieldCusum(msgspec.Struct, frozen=True):
 
 
 class FieldReport(msgspec.Struct, frozen=True):
-    """Of one field in one drift window."""
+    """One field in one drift window."""
 
     counts: Annotated[list[Count], msgspec.Meta(min_length=1, max_length=256)]
     missing: Count
@@ -51,7 +51,7 @@ class FieldReport(msgspec.Struct, frozen=True):
         return sum(self.counts) + self.below + self.above
 
     def histogram(self) -> Ints:
-        """Below, bins, above."""
+        """Return the counts below, in the bins and above."""
         return np.array([self.below, *self.counts, self.above], np.int64)
 
 
@@ -73,7 +73,7 @@ class _Joint(msgspec.Struct, frozen=True):
 
 
 class _Estimate(msgspec.Struct, frozen=True):
-    """One of another kind has no accuracy."""
+    """Estimate; one of another kind has no accuracy."""
 
     low: Share = 0.0
     high: Share = 1.0
@@ -81,7 +81,7 @@ class _Estimate(msgspec.Struct, frozen=True):
 
 
 class SubjectReport(msgspec.Struct, frozen=True):
-    """What is told of a field, of the answers ("output", "score") or of all fields together ("joint").
+    """Report of a field, the predictions ("output"), the certainty ("score") or all fields together ("joint").
 
     `state`: ok, drift, fault, insufficient (nothing to compare with yet), or untested (another field had a fault).
     """
@@ -116,15 +116,15 @@ def parse_members(
     joint: str | bytes,
     estimate: str | bytes,
 ) -> WindowReport:
-    """Of the message's members as JSON, `null` for none. Raises ValueError."""
+    """Parse a message's members given as JSON, `null` for none. Raises ValueError."""
     try:
         fields = _FIELDS.decode(features)
-        found = (_OUTPUT.decode(output), _JOINT.decode(joint), _ESTIMATE.decode(estimate))
+        decoded = (_OUTPUT.decode(output), _JOINT.decode(joint), _ESTIMATE.decode(estimate))
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise ValueError(str(error)) from error
     if not 0 < len(fields) <= MAX_FIELDS:
         raise ValueError(f"{len(fields)} fields")
-    answers, together, expected = found
+    answers, together, expected = decoded
     accuracy = None
     if expected is not None and expected.accuracy is not None:
         accuracy = (expected.accuracy, expected.low, expected.high)
@@ -135,7 +135,7 @@ def parse_members(
 
 
 def from_message(body: dict[str, Any], t: tuple[int, int]) -> WindowReport:
-    """Of a whole message. Raises ValueError."""
+    """Parse a whole message. Raises ValueError."""
     members = [msgspec.json.encode(body.get(name)) for name in ("features", "output", "joint", "estimate")]
     return parse_members(t, str(body.get("state")), *members)
 
@@ -153,7 +153,7 @@ def _subject_reports(
 
 
 def _mark_untested(subject: SubjectReport) -> SubjectReport:
-    """Beside a field with a fault the others are not tested: that is another thing than to be still learned."""
+    """Mark a subject beside a field with a fault as untested, which is not the same as still being learned."""
     return replace(subject, state=UNTESTED) if subject.state == "insufficient" else subject
 
 
@@ -162,9 +162,9 @@ def _largest_sums(cusum: FieldCusum) -> tuple[float, float]:
 
 
 def effect_sizes_to_reference(reference: Reference, name: str, counts: Ints) -> dict[str, float] | None:
-    """Effect sizes between a reference's rows of a field and those of a histogram (34,) on its bins, to 4 decimals.
+    """Return divergences between a reference's rows of a field and a histogram (34,) on its bins, to 4 decimals.
 
-    None where it is no such histogram.
+    None if the histogram does not fit.
     """
     if name not in reference.fields:
         return None
@@ -181,7 +181,7 @@ def effect_sizes_to_reference(reference: Reference, name: str, counts: Ints) -> 
 
 
 def effect_sizes(reference_counts: Ints, counts: Ints) -> dict[str, float]:
-    """Effect sizes between two histograms (34,), as drift messages name them, to 4 decimals."""
+    """Return divergences between two histograms (34,), named as in drift messages, to 4 decimals."""
     p, q = divergence.fold_outer_bins(reference_counts), divergence.fold_outer_bins(counts)
     return {
         name: round(float(size(p, q)), 4)

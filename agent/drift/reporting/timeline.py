@@ -1,4 +1,4 @@
-"""How the drift of one task at one device went: a course of bounded length, however many windows there were."""
+"""Drift timeline of one task on one device, of bounded length."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from agent.arrays import Ints
 from agent.drift.reporting.parsed_message import SubjectReport, WindowReport
 
 EARLIEST_US = 946_684_800_000_000  # 2000-01-01; a clock that was never set says 1970
-MAX_POINTS = 480  # points; then neighbours are taken together
+MAX_POINTS = 480  # then neighbors are merged
 _STATE_SEVERITY = {"untested": 0, "ok": 1, "insufficient": 2, "drift": 3, "fault": 4}
 
 
 class Point(msgspec.Struct, frozen=True):
-    """One drift window, or neighbours of which the largest sums and the gravest states count. Times are epoch µs."""
+    """One drift window, or merged neighbors with the largest sums and the worst states. Times are epoch µs."""
 
     t: tuple[int, int]
     subjects: dict[str, SubjectReport]
@@ -24,7 +24,7 @@ class Point(msgspec.Struct, frozen=True):
     def merge(self, later: Point) -> Point:
         names = [*self.subjects, *(name for name in later.subjects if name not in self.subjects)]
         both = {name: _worse_report(self.subjects.get(name), later.subjects.get(name)) for name in names}
-        lower = [one for one in (self.accuracy, later.accuracy) if one is not None]
+        lower = [accuracy for accuracy in (self.accuracy, later.accuracy) if accuracy is not None]
         return Point((self.t[0], max(self.t[1], later.t[1])), both, min(lower, default=None))
 
 
@@ -36,9 +36,9 @@ class StateHistogram(msgspec.Struct):
 
 
 class Timeline(msgspec.Struct):
-    """Windows are added in the order of their time.
+    """Timeline; windows are added in the order of their time.
 
-    `shapes`: of each field, by its state; of "drift" the last spell only. Windows with a fault are left out.
+    `histograms` per field and state; those of "drift" cover the last spell only. Windows with a fault are left out.
     """
 
     points: list[Point] = msgspec.field(default_factory=list)
@@ -61,31 +61,31 @@ class Timeline(msgspec.Struct):
             self.windows_per_point *= 2
 
     def latest(self, field_name: str) -> tuple[str, StateHistogram] | None:
-        """The state that the field was last in, without faults, and its rows in that state."""
+        """Return the field's last state, faults apart, and its rows in that state."""
         state = self._last_state.get(field_name)
         return None if state is None else (state, self.histograms[field_name][state])
 
     def _add_histograms(self, window: WindowReport) -> None:
-        for name, told in window.fields.items():
+        for name, report in window.fields.items():
             states = self.histograms.setdefault(name, {})
-            if told.state not in _STATE_SEVERITY:
+            if report.state not in _STATE_SEVERITY:
                 continue
-            before, counts = states.get(told.state), told.histogram()
+            before, counts = states.get(report.state), report.histogram()
             if before is not None and len(before.counts) != len(counts):
                 continue
-            begins = told.state == "drift" and self._last_state.get(name) != "drift"
+            begins = report.state == "drift" and self._last_state.get(name) != "drift"
             if before is None or begins:
-                states[told.state] = StateHistogram(1, counts)
+                states[report.state] = StateHistogram(1, counts)
             else:
-                states[told.state] = StateHistogram(before.windows + 1, before.counts + counts)
-            self._last_state[name] = told.state
+                states[report.state] = StateHistogram(before.windows + 1, before.counts + counts)
+            self._last_state[name] = report.state
 
     def spells(self, subject: str, state: str) -> Iterator[tuple[int, int, bool]]:
-        """(first, last, whether it goes on) of each run of points in which `subject` was in `state`; epoch µs."""
+        """Yield (first, last, ongoing) of each run of points in which `subject` was in `state`; epoch µs."""
         begin = end = None
         for point in self.points:
-            told = point.subjects.get(subject)
-            if told is not None and told.state == state:
+            report = point.subjects.get(subject)
+            if report is not None and report.state == state:
                 begin, end = (point.t[0] if begin is None else begin), point.t[1]
             elif begin is not None and end is not None:
                 yield begin, point.t[1], False
@@ -96,9 +96,9 @@ class Timeline(msgspec.Struct):
 
 def _worse_report(a: SubjectReport | None, b: SubjectReport | None) -> SubjectReport:
     if a is None or b is None:
-        found = a or b
-        assert found is not None
-        return found
+        known = a or b
+        assert known is not None
+        return known
     state = max(a.state, b.state, key=lambda name: _STATE_SEVERITY.get(name, 0))
     limit = b.limit if b.limit is not None else a.limit
     return SubjectReport(state, max(a.mean, b.mean), max(a.spread, b.spread), limit)

@@ -1,1 +1,1 @@
-"""testing."""
+"""Test suite: all drift tests of a window, over consecutive windows."""

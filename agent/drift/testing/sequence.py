@@ -1,6 +1,6 @@
-"""How all tests go on over drift windows in a row, as long as none of them raises an alarm; and what raises one.
+"""Test sequence: all tests over consecutive windows, up to the first alarm.
 
-Where one is open already, or is raised, that is a window by itself.
+A window that raises an alarm, or during which one is open, is a sequence of its own.
 """
 
 from __future__ import annotations
@@ -12,19 +12,16 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.arrays import Bools, Float64s, Ints
-from agent.drift.detectors import correlation, cusum, mewma
+from agent.drift.detectors import cusum, mewma
+from agent.drift.detectors.detector import EARLY_DRIFT_SHARE, NEAR_LIMIT_SHARE
 from agent.drift.detectors.mewma import Mewma
 from agent.drift.detectors.psi import PsiConfirmation
+from agent.drift.detectors.registry import CLASS_SHARE, DETECTORS
 from agent.drift.testing.test_suite import DriftTester, Evidence, SuiteState
-
-EARLY_DRIFT_SHARE, NEAR_LIMIT_SHARE = (
-    0.5,
-    0.8,
-)  # shares of its limit from which on a field's sum is taken for a drift that begins
 
 
 class SuiteRun(msgspec.Struct, frozen=True, eq=False, dict=True):
-    """Over W windows with this `evidence`; where an alarm is open `before` them, W is 1."""
+    """Run over W windows with this `evidence`; while an alarm is open `before` them, W is 1."""
 
     tester: DriftTester
     before: SuiteState
@@ -36,22 +33,22 @@ class SuiteRun(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @cached_property
     def psi_states(self) -> list[PsiConfirmation]:
-        """After each window, up to the first in which an alarm is open."""
+        """PSI state after each window, up to the first with an open alarm."""
         tested = self.evidence.psi_tested
         if self.before.open_fields.any():
             tested = tested.copy()
             tested[:, -2:] = False
-        now, found = self.before.psi, []
-        for beyond, told, t in zip(self.evidence.psi_exceeded, tested, self.t.tolist(), strict=True):
-            now = now.update(beyond, told, t)
-            found.append(now)
+        now, states = self.before.psi, []
+        for exceeded, window_tested, t in zip(self.evidence.psi_exceeded, tested, self.t.tolist(), strict=True):
+            now = now.update(exceeded, window_tested, t)
+            states.append(now)
             if now.alarm.any():
                 break
-        return found
+        return states
 
     @property
     def windows_before_alarm(self) -> int:
-        """How many windows there are before the first in which an alarm is open."""
+        """Number of windows before the first with an open alarm."""
         most_means, most_answers = self.tester.calibration.together
         squares = zip(
             self.cusum.exceeds_limit.tolist(),
@@ -60,14 +57,15 @@ class SuiteRun(msgspec.Struct, frozen=True, eq=False, dict=True):
             strict=True,
         )
         quiet = [not (beyond or means > most_means or answers > most_answers) for beyond, means, answers in squares]
-        told = len(self.psi_states) - bool(self.psi_states[-1].alarm.any())
-        return min(told, quiet.index(False) if False in quiet else len(quiet))
+        psi_quiet = len(self.psi_states) - bool(self.psi_states[-1].alarm.any())
+        return min(psi_quiet, quiet.index(False) if False in quiet else len(quiet))
 
     def state_after(self, windows: int) -> SuiteState:
-        """After so many of them, of which none but the last has an alarm open."""
+        """Return the state after `windows` windows, of which only the last may have an open alarm."""
         before, evidence, fields = self.before, self.evidence[:windows], len(self.tester.reference.fields)
         z = evidence.z[-1]
         after = SuiteState(
+            before.task,
             self.cusum.state_after(windows),
             self.psi_states[windows - 1],
             np.concatenate([before.recent_scores, evidence.scores])[windows:],
@@ -85,21 +83,21 @@ class SuiteRun(msgspec.Struct, frozen=True, eq=False, dict=True):
     def _open_mewma_alarms(
         self, after: SuiteState, z: Float64s, field_statistic: float, class_share_statistic: float
     ) -> SuiteState:
-        """With an alarm of what moved most, where fields or answers come to too much together; they begin anew then."""
+        """Open the alarm of the test that moved most, where a MEWMA statistic exceeds its limit; reset that chart."""
         at, (most_means, most_answers) = after.layout, self.tester.calibration.together
         if field_statistic > most_means:
             moved = _open_lead_alarm(after.cusum, after.field_mewma, at.means, z)
             after = replace(after, cusum=moved, field_mewma=Mewma.zeros(at.fields))
         if class_share_statistic > most_answers:
-            moved = _open_lead_alarm(after.cusum, after.class_share_mewma, at.class_shares, z)
-            after = replace(after, cusum=moved, class_share_mewma=Mewma.zeros(at.tested_classes))
+            moved = _open_lead_alarm(after.cusum, after.class_share_mewma, at[CLASS_SHARE.name], z)
+            after = replace(after, cusum=moved, class_share_mewma=Mewma.zeros(len(after.class_share_mewma.mean)))
         return after
 
     def _keep_lead_field(self, after: SuiteState, z: Float64s) -> SuiteState:
-        """Where several fields are open at once, only the one that is furthest off, and no other has gathered anything.
+        """Keep only the field that deviates most, if several alarm at once, and reset all others.
 
-        Up to here all were compared with the classes that the model named, and one field may have made these wrong. If
-        another drifts, too, it will be found so when classes are told by the fields that are sound.
+        Up to here all were compared with the classes that the model named, and one field may have made these wrong.
+        Another field that drifts, too, will be found when classes are assigned by the sound fields.
         """
         fields = len(self.tester.reference.fields)
         on = after.cusum.alarm[0, : 2 * fields] | after.cusum.alarm[1, : 2 * fields]
@@ -107,13 +105,13 @@ class SuiteRun(msgspec.Struct, frozen=True, eq=False, dict=True):
             return after
         far = np.where(on, np.nan_to_num(np.abs(z[: 2 * fields])), -1.0)
         lead = int(far.argmax()) % fields
-        kept = np.zeros(len(z), np.bool_)
-        kept[[lead, fields + lead]] = True
-        return after.reset_except(kept)
+        lead_tests = np.zeros(len(z), np.bool_)
+        lead_tests[[lead, fields + lead]] = True
+        return after.reset_except(lead_tests)
 
 
 def run_tests(tester: DriftTester, before: SuiteState, evidence: Evidence, t: Ints) -> SuiteRun:
-    """Over W windows with this evidence, begun at `t` (W,) epoch µs."""
+    """Run all tests over W windows that began at `t` (W,) epoch µs."""
     at, open_now = before.layout, before.open_fields
 
     def run_cusums(z: Float64s) -> cusum.CusumSequence:
@@ -135,13 +133,13 @@ def run_tests(tester: DriftTester, before: SuiteState, evidence: Evidence, t: In
         evidence,
         ahead,
         means.run_windows(fields, evidence.effects[:, at.means], t),
-        before.class_share_mewma.run_windows(z[:, at.class_shares], evidence.effects[:, at.class_shares], t),
+        before.class_share_mewma.run_windows(z[:, at[CLASS_SHARE.name]], evidence.effects[:, at[CLASS_SHARE.name]], t),
         t,
     )
 
 
 def _find_suspended_tests(tester: DriftTester, sequence: cusum.CusumSequence, open_now: Bools) -> Bools | None:
-    """(W, T) which tests wait in which window, as fields move that they depend on; None for nothing."""
+    """Return which tests (W, T) wait, as fields that they depend on move; None for none."""
     count = len(open_now)
     limit = tester.limits.limit[: 2 * count]
     values = np.concatenate([sequence.before.value[None], sequence.values[:-1]])[:, :, : 2 * count]
@@ -150,21 +148,19 @@ def _find_suspended_tests(tester: DriftTester, sequence: cusum.CusumSequence, op
     moving = open_now | (begins > EARLY_DRIFT_SHARE)
     if not moving.any():
         return None
-    at, held = tester.reference.layout, np.zeros(sequence.tested.shape, np.bool_)
-    left, right = correlation.pair_members(count)
-    held[:, at.pairs] = moving[:, left] | moving[:, right]
+    layout, held = tester.reference.layout, np.zeros(sequence.tested.shape, np.bool_)
     near = open_now.any() | (begins.max(1) > NEAR_LIMIT_SHARE)
-    held[near, at.certainty] = True
-    held[near, at.class_shares] = True
-    if tester.reference.labels:
-        held[near, at.pairs] = True
+    for detector in DETECTORS:
+        waiting = detector.suspended(tester.reference.task, moving, near)
+        if waiting is not None:
+            held[:, layout[detector.name]] = waiting
     return held
 
 
 def _open_lead_alarm(sums: cusum.Cusum, mewma: Mewma, test_slice: slice, z: Float64s) -> cusum.Cusum:
-    """With an alarm of the test that `moved` most, at `place` among all.
+    """Open the alarm of the test of this slice that moved most.
 
-    Of those that moved much, that is the one that is furthest off now: how far is cut off in the means.
+    Among tests that moved much it is the one that deviates most now, as the means are clipped.
     """
     far = np.abs(mewma.mean)
     lead = int(np.where(far >= NEAR_LIMIT_SHARE * far.max(), np.nan_to_num(np.abs(z[test_slice])), -1.0).argmax())

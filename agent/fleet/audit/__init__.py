@@ -1,1 +1,1 @@
-"""audit."""
+"""Audit of the fleet database: verify all stored messages and rollouts again."""

@@ -1,16 +1,15 @@
-"""The audit: every stored message verified again, from the evidence alone (contract section 9).
+"""Audit: verify every stored message again, from the evidence alone.
 
 For each device and log, in one pass and in constant memory:
-- each stored payload and token verify with a key of that device, a revoked one too; one that another key followed
-  counts up to that seq
-- the columns device, log, seq and kind are what the signed payload says; the topic is what was signed
-- seq 1 ... through is complete, except ranges that a signed `audit` message declares as evicted, or whose log another
-  signed one says has ended
-- each `prev` is the digest of the message before it; behind a gap there is nothing to compare with
-- rows are covered once: results tile each stream of each task, up to the cursors in `health`, except rows that a signed
-  `audit` message declares as evicted
-- tables results, shadows and rollout_devices hold what the messages say
-- every decision about a roll-out is signed by an operator and follows the one before (see `rollout.audit`)
+- each payload and token verify with a key of that device, also a revoked one; a replaced key is valid up to its last seq
+- columns device, log, seq and kind match the signed payload; the topic is part of the signature
+- seqs from 1 to the last are complete, except ranges that a signed audit message declares as evicted, or as the end of
+  the log
+- each `prev` is the digest of the message before it, unless that one is missing
+- results cover each row once, for each task and stream up to the cursors in `health`, except rows that a signed audit
+  message declares as evicted
+- tables results, shadows and rollout_devices match the messages
+- each decision about a rollout is signed by an operator and follows the one before (see `audit.rollouts`)
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from agent.errors import MessageRefused
 from agent.fleet.audit import rollouts
 from agent.fleet.audit.coverage import RowCoverage
 from agent.fleet.database.gap_ledger import NEW_LOG, parse_evictions, parse_log_end
+from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.projection import result_rows
 from agent.fleet.database.store import FleetStore
-from agent.fleet.keyring import Keyring
 from agent.wire.keys import PublicKey
 from agent.wire.messages import AuditPayload, Body, HealthPayload, LoggedPayload, ResultsPayload, digest, verify_message
 
-# A database that was rewritten as a whole must not fill the memory; all entries are counted.
+# Listed problems; all are counted. A database that was rewritten entirely must not fill the memory.
 MAX_INVALID = 10_000
 _SQLITE_TYPE_RANKS: dict[type, int] = {type(None): 0, int: 1, float: 1, str: 2, bytes: 3}
 
@@ -40,7 +39,7 @@ MessageKey = tuple[Any, Any, Any]
 
 
 class AuditReport(msgspec.Struct):
-    """What the audit found."""
+    """Result of an audit."""
 
     devices: int = 0
     messages: int = 0
@@ -59,7 +58,7 @@ class AuditReport(msgspec.Struct):
         return not (self.duplicates or self.invalid_count or undeclared or self.invalid_decisions)
 
     def to_dict(self) -> dict[str, Any]:
-        """As `fleet audit --json` prints it."""
+        """Return the document of `fleet audit --json`."""
         names = [*("devices", "messages", "gaps", "duplicates", "invalid", "invalid_count", "coverage", "evicted")]
         names += ["decisions", "invalid_decisions"]
         return {"passed": self.passed, **{name: getattr(self, name) for name in names}}
@@ -67,8 +66,8 @@ class AuditReport(msgspec.Struct):
     def add_invalid(self, key: MessageKey, reason: str) -> None:
         self.invalid_count += 1
         if len(self.invalid) < MAX_INVALID:
-            where = {name: _to_json_value(part) for name, part in zip(("device", "log", "seq"), key, strict=True)}
-            self.invalid.append({**where, "reason": reason})
+            message = {name: _to_json_value(part) for name, part in zip(("device", "log", "seq"), key, strict=True)}
+            self.invalid.append({**message, "reason": reason})
 
 
 def audit(
@@ -77,9 +76,9 @@ def audit(
     progress: Callable[[int], None] | None = None,
     operators: Sequence[PublicKey] = (),
 ) -> AuditReport:
-    """Verify everything stored, or of one device; `progress` hears of each hundred messages. Raises StorageError.
+    """Verify all messages, or those of one device; call `progress` after each hundred. Raises StorageError.
 
-    `operators`: keys whose decisions about roll-outs count; they are not looked at for one device.
+    `operators`: keys with which decisions about rollouts are valid; decisions are not checked for one device.
     """
     report = AuditReport()
     with store.snapshot() as db:
@@ -87,32 +86,32 @@ def audit(
         ends: dict[tuple[Any, str], int] = {}
         for ended_log, last in _read_log_ends(store, keyring, device):
             ends[ended_log] = max(last, ends.get(ended_log, 0))
-        through = {(name, log): top for name, log, top in store.logs(device)}
-        unfolded = _StoredResults(store.result_rows(device), report)
-        names = {name for name, _ in through}
+        last_seqs = {(name, log): last for name, log, last in store.logs(device)}
+        results = _StoredResults(store.result_rows(device), report)
+        names = {name for name, _ in last_seqs}
         for (name, log), rows in groupby(store.evidence(device), key=lambda row: row[:2]):
-            check = _LogAuditor(name, log, keyring, unfolded, report)
+            auditor = _LogAuditor(name, log, keyring, results, report)
             for row in rows:
-                check.check_message(*row[2:])
+                auditor.check_message(*row[2:])
                 report.messages += 1
                 if progress is not None and report.messages % 100 == 0:
                     progress(100)
-            check.finish(through.pop((name, log), 0), ends.get((name, log), 0))
+            auditor.finish(last_seqs.pop((name, log), 0), ends.get((name, log), 0))
             names.add(name)
-        for (name, log), top in through.items():
-            _LogAuditor(name, log, keyring, unfolded, report).finish(top, ends.get((name, log), 0))
-        unfolded.skip_to(None)
+        for (name, log), last in last_seqs.items():
+            _LogAuditor(name, log, keyring, results, report).finish(last, ends.get((name, log), 0))
+        results.skip_to(None)
         for key, reason in rollouts.check_projection(db, device):
             report.add_invalid(key, reason)
         if device is None:
-            decided = rollouts.audit_rollouts(db, operators)
-            report.decisions, report.invalid_decisions = decided.decision_count, decided.invalid
+            decisions = rollouts.audit_rollouts(db, operators)
+            report.decisions, report.invalid_decisions = decisions.decision_count, decisions.invalid
         report.devices = len(names)
     return report
 
 
 def _read_log_ends(store: FleetStore, keyring: Keyring, device: str | None) -> Iterator[tuple[tuple[Any, str], int]]:
-    """((device, log), last seq) of each log that a signed message of a later one says has ended."""
+    """Yield ((device, log), last seq) of each log that a signed message of a later log declares ended."""
     for name, topic, payload, jws in store.audit_messages(device, f'"{NEW_LOG}"'.encode()):
         with contextlib.suppress(MessageRefused, TypeError, AttributeError):
             body = verify_message(topic, payload, (jws,), keyring.find_stored).body
@@ -121,7 +120,7 @@ def _read_log_ends(store: FleetStore, keyring: Keyring, device: str | None) -> I
 
 
 class _LogAuditor:
-    """One log, message by message in order of seq."""
+    """Audits one log, message by message in order of seq."""
 
     def __init__(
         self, device: Any, log: Any, keyring: Keyring, stored_results: _StoredResults, report: AuditReport
@@ -138,34 +137,31 @@ class _LogAuditor:
         key = (self._device, self._log, seq)
         stored = self._stored_results.consume(key)
         if type(seq) is not int or seq < 1:
-            self._report.add_invalid(key, f"seq {seq!r} is no number of a message")
+            self._report.add_invalid(key, f"seq {seq!r} is not a sequence number")
             return
         self._check_sequence(key, seq)
         data = payload.encode(errors="surrogateescape") if isinstance(payload, str) else payload
         problem, body = self._verify_signature(topic, data, jws)
         problem = problem or self._compare_columns(body, seq, kind) or self._check_chain(body)
         if problem or not isinstance(body, LoggedPayload):
-            self._report.add_invalid(key, problem or "is of a kind that is not stored")
+            self._report.add_invalid(key, problem or "has a kind that is never stored")
             self._coverage.mark_unreadable(seq)
             self._last_digest = None
             return
         self._last_digest = digest(data)
         self._declared += parse_evictions(body)
         if parse_log_end(body):
-            # Rows before it may be in the old log.
+            # Results of earlier rows may be in the old log.
             self._coverage.mark_unreadable(seq)
         for problem in self._check_contents(body, stored):
             self._report.add_invalid(key, problem)
 
-    def finish(self, through: int, end: int) -> None:
-        """The end of the log: `through` is the highest seq that was ever acknowledged.
-
-        Up to `end` a later log says that what is missing is missing for good.
-        """
+    def finish(self, last_seq: int, end: int) -> None:
+        """Finish the log: `last_seq` is the highest that ever arrived; gaps up to `end` are declared by a later log."""
         if end:
             self._declared.append((1, end))
-        if through > self._last_seq:
-            self._missing.append((self._last_seq + 1, through))
+        if last_seq > self._last_seq:
+            self._missing.append((self._last_seq + 1, last_seq))
         for first, last, declared in split_by_declaration(self._missing, self._declared):
             gap = {"device": self._device, "log": self._log, "from": first, "to": last, "declared": declared}
             self._report.gaps.append(gap)
@@ -173,8 +169,8 @@ class _LogAuditor:
         self._report.evicted += [{"device": self._device, "log": self._log, **rows} for rows in self._coverage.evicted]
         for (task, stream), track in self._coverage.tracks.items():
             rows = {"first": track.first, "last": track.last, "messages": track.messages, "results": track.results}
-            where = {"device": self._device, "log": self._log, "task": task, "stream": stream}
-            self._report.coverage.append({**where, **rows})
+            place = {"device": self._device, "log": self._log, "task": task, "stream": stream}
+            self._report.coverage.append({**place, **rows})
 
     def _check_sequence(self, key: MessageKey, seq: int) -> None:
         if seq == self._last_seq:
@@ -213,10 +209,10 @@ class _LogAuditor:
     def _check_contents(self, body: LoggedPayload, stored: list[tuple[Any, ...]]) -> Iterator[str]:
         expected = result_rows(body) if isinstance(body, ResultsPayload) else []
         if len(stored) != len(expected):
-            yield f"reports {len(expected)} results, table results holds {len(stored)} of them"
+            yield f"reports {len(expected)} results, but table results has {len(stored)} of them"
         elif stored != expected and sorted(stored, key=repr) != sorted(expected, key=repr):
-            left = [one for one in expected if one not in stored]
-            row = left[0][2] if left else expected[0][2]
+            different = [result for result in expected if result not in stored]
+            row = different[0][2] if different else expected[0][2]
             yield f"is not what table results holds for it: row {row} differs"
         if isinstance(body, ResultsPayload) and (problem := self._coverage.check_results(body)):
             yield problem
@@ -227,7 +223,7 @@ class _LogAuditor:
 
 
 class _StoredResults:
-    """Table results beside the messages: both in the same order, read once."""
+    """Rows of table results, read once in the same order as the messages."""
 
     def __init__(self, rows: Iterator[tuple[Any, ...]], report: AuditReport) -> None:
         self._groups = ((key, list(group)) for key, group in groupby(rows, key=lambda r: (r[0], r[7], r[8])))
@@ -235,7 +231,7 @@ class _StoredResults:
         self._report = report
 
     def consume(self, key: MessageKey) -> list[tuple[Any, ...]]:
-        """The rows of this message."""
+        """Return the rows of this message."""
         self.skip_to(key)
         if self._next is None or self._next[0] != key:
             return []
@@ -244,9 +240,9 @@ class _StoredResults:
         return rows
 
     def skip_to(self, key: MessageKey | None) -> None:
-        """Rows before `key` belong to no message; None is the end."""
+        """Report rows before `key`, which belong to no message; None is the end."""
         while self._next is not None and (key is None or _sqlite_sort_key(self._next[0]) < _sqlite_sort_key(key)):
-            reason = f"is not stored, but table results holds {len(self._next[1])} results of it"
+            reason = f"is not stored, but table results has {len(self._next[1])} results of it"
             self._report.add_invalid(self._next[0], reason)
             self._next = next(self._groups, None)
 
@@ -254,7 +250,7 @@ class _StoredResults:
 def split_by_declaration(
     missing: list[tuple[int, int]], declared: list[tuple[int, int]]
 ) -> list[tuple[int, int, bool]]:
-    """The missing ranges (ascending), cut into declared and undeclared ones."""
+    """Split missing ranges (ascending) into declared and undeclared ones."""
     parts: list[tuple[int, int, bool]] = []
     cover = iter(sorted(declared))
     now = next(cover, None)
@@ -270,12 +266,12 @@ def split_by_declaration(
 
 
 def _sqlite_sort_key(key: MessageKey) -> list[tuple[int, Any]]:
-    """SQLite's order of values of any type: NULL, numbers, text, bytes."""
+    """Return a sort key with SQLite's order of values of any type: NULL, numbers, text, bytes."""
     return [(_SQLITE_TYPE_RANKS[type(part)], part) for part in key]
 
 
 def _to_json_value(part: Any) -> Any:
-    """A stored value of any type as JSON can hold it."""
+    """Return a stored value of any type as a JSON value."""
     if isinstance(part, str):
         return part.encode(errors="backslashreplace").decode()
     return part if isinstance(part, int) else repr(part)

@@ -1,6 +1,6 @@
-"""Whether the results of one log cover every row that its tasks consumed, exactly once.
+"""Row coverage: check that the results of a log cover each row that its tasks consumed exactly once.
 
-Rows that a signed `audit` message declares as evicted before a task had used them need no results of that task.
+Rows that a signed audit message declares as evicted before a task used them need no results of that task.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from agent.wire.messages import AuditPayload, HealthPayload, ResultsPayload
 
 
 class TaskCoverage(msgspec.Struct):
-    """What the results of one task say about one stream so far; rows count from 1."""
+    """Coverage of one stream by the results of one task so far; rows count from 1."""
 
     first: int
     last: int
@@ -24,7 +24,7 @@ class TaskCoverage(msgspec.Struct):
 
 
 class RowCoverage:
-    """Fed the messages of a log in order of seq; says what is wrong with each."""
+    """Checks the messages of a log in order of seq."""
 
     def __init__(self) -> None:
         self.tracks: dict[tuple[str, str], TaskCoverage] = {}
@@ -34,11 +34,11 @@ class RowCoverage:
         self._unreadable_seq = 0
 
     def mark_unreadable(self, seq: int) -> None:
-        """Messages before `seq`, or it itself, cannot be read: rows they covered are not missed a second time."""
+        """Record that messages up to `seq` are missing or unreadable: their rows are not reported again."""
         self._unreadable_seq = seq
 
     def check_results(self, body: ResultsPayload) -> str | None:
-        """The problem with a results message."""
+        """Return the problem with a results message."""
         first, last = body.rows
         track = self.tracks.get((body.task, body.stream))
         if track is None:
@@ -46,7 +46,7 @@ class RowCoverage:
             return None
         problem = self._check_next_rows(track, body)
         if body.reissued and body.rows[0] > track.last:
-            # The rows between are in the messages of its first log that had arrived.
+            # The rows in between are in messages of its first log that had arrived.
             problem = None
         track.last, track.seq = max(track.last, last), body.seq
         track.messages += 1
@@ -54,7 +54,7 @@ class RowCoverage:
         return problem
 
     def add_evictions(self, body: AuditPayload) -> None:
-        """Take note of readings that were given up: stream, rows, used, tasks."""
+        """Record readings that a message declares as evicted: stream, rows, used, tasks."""
         stream, rows = body.evidence.get("stream"), parse_ranges(body.evidence.get("rows"))
         tasks = body.evidence.get("tasks")
         if body.event != EVICTED or not isinstance(stream, str) or not rows:
@@ -67,10 +67,10 @@ class RowCoverage:
             self._declared[task, stream] = _merge_ranges([*self._declared.get((task, stream), []), *rows])
 
     def check_health(self, body: HealthPayload) -> list[str]:
-        """The problems between what the device says its tasks consumed and what was reported by then."""
+        """Return differences between the cursors of the device's tasks and the results reported by then."""
         if body.reissued:
             return []
-        return [problem for task, said in body.tasks.items() if (problem := self._check_cursor(task, said))]
+        return [problem for task, cursor in body.tasks.items() if (problem := self._check_cursor(task, cursor))]
 
     def _check_next_rows(self, track: TaskCoverage, body: ResultsPayload) -> str | None:
         first, last = body.rows
@@ -91,15 +91,17 @@ class RowCoverage:
         track = self.tracks.get((task, stream))
         last, since = (track.last, track.seq) if track else (0, 0)
         if self._has_undeclared_gap(task, stream, last + 1, row) and self._unreadable_seq <= since:
-            return f"says that {task} consumed {stream} up to row {row}, but the results before it end at row {last}"
+            return f"states that {task} consumed {stream} up to row {row}, but the results before it end at row {last}"
         if not track or type(first) is not int or first < 1 or self._unreadable_seq:
             return None
         if self._has_undeclared_gap(task, stream, first, track.first - 1):
-            return f"says that {task} consumed {stream} from row {first}, but the first results start at {track.first}"
+            return (
+                f"states that {task} consumed {stream} from row {first}, but the first results start at {track.first}"
+            )
         return None
 
     def _has_undeclared_gap(self, task: str, stream: str, first: int, last: int) -> bool:
-        """Whether some row of `first` to `last` was neither used nor given up."""
+        """Return True if some row from `first` to `last` was neither used nor evicted."""
         declared = self._declared.get((task, stream), [])
         return first <= last and not any(a <= first and last <= b for a, b in declared)
 

@@ -1,1 +1,1 @@
-"""collector."""
+"""Collector: receive, verify, store and acknowledge the messages of a fleet."""

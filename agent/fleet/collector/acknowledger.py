@@ -1,4 +1,4 @@
-"""What the collector tells the devices: signed acknowledgements, at the pace the broker takes them."""
+"""Acknowledger: signed acknowledgements on their way to devices, at the pace of the broker."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIN_BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
 
 
 class BrokerLink(Protocol):
-    """What the collector uses of a Link."""
+    """The part of `transport.mqtt.Link` that the collector uses."""
 
     @property
     def window(self) -> int: ...
@@ -32,7 +32,7 @@ class BrokerLink(Protocol):
 
 
 class Acknowledger:
-    """Signed acknowledgements on their way out: the newest of each log, never more under way than the broker takes."""
+    """Outgoing acknowledgements: the newest of each log, within the in-flight window of the broker."""
 
     def __init__(self, fleet: str, key: SigningKey) -> None:
         self._fleet, self._key = fleet, key
@@ -44,7 +44,7 @@ class Acknowledger:
         return bool(self._pending or self._in_flight)
 
     def add(self, acknowledgement: Acknowledgement) -> None:
-        """Send it when there is room, instead of an older one for the same log."""
+        """Queue an acknowledgement; it replaces an older one of the same log."""
         self._pending[acknowledgement.device, acknowledgement.log] = acknowledgement
 
     def send(self, link: BrokerLink) -> None:
@@ -62,7 +62,7 @@ class Acknowledger:
             logger.error("the broker refused the acknowledgement for %s: %s; check its ACL", device, receipt.reason)
 
     def requeue_in_flight(self) -> None:
-        """Send again what the broker did not take, unless there is newer."""
+        """Queue unconfirmed acknowledgements again, unless a newer one of the log is pending."""
         for acknowledgement in self._in_flight.values():
             self._pending.setdefault((acknowledgement.device, acknowledgement.log), acknowledgement)
         self._in_flight.clear()
@@ -85,7 +85,7 @@ class Acknowledger:
 
 
 class Backoff:
-    """Waits that double from 1 s to a minute, with jitter so that many clients do not come back at once."""
+    """Exponential backoff from 1 s to a minute, with jitter so that many clients do not return at once."""
 
     def __init__(self) -> None:
         self.failures = 0

@@ -1,7 +1,7 @@
-"""The collector: broker → receive → verify → store → acknowledge, in batches.
+"""Collector loop: receive → verify → store → acknowledge, in batches.
 
-A message is verified before it is parsed, stored before the broker hears of it (PUBACK), and acknowledged to its device
-only after that. What cannot be stored now is neither: the broker or the device still has it, and it is tried again.
+A message is verified before it is parsed, and committed before the broker gets its PUBACK. The device is acknowledged
+last. A batch that cannot be stored is neither: the broker or the device still has it, and the collector tries again.
 """
 
 from __future__ import annotations
@@ -16,31 +16,56 @@ from agent.errors import LinkDown, MessageRefused, OutstationError, StorageBusy,
 from agent.fleet.collector.acknowledger import Acknowledger, Backoff, BrokerLink
 from agent.fleet.collector.leader import LeaderTasks
 from agent.fleet.collector.pending_gaps import PendingGaps
-from agent.fleet.collector.subscription import client_id, topic_filters
 from agent.fleet.database.ingest import Arrival, IngestOutcome, Refusal
 from agent.fleet.database.interface import LogId
+from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import Acknowledgement, FleetStore
-from agent.fleet.keyring import Keyring
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, PublishReceipt
-from agent.wire import key_rotation
+from agent.wire import key_rotation, topics
 from agent.wire.keys import SigningKey
 from agent.wire.messages import LoggedPayload, VerifiedMessage, verify_message
 
 logger = logging.getLogger(__name__)
 
-# One commit for so many messages: a commit waits for the disk whatever is in it.
+# Messages per commit: a commit waits for the disk once, whatever its size.
 BATCH_SIZE = 500
-# More than this held back while the database fails, and the broker keeps the rest.
+# Limit of messages held while the database fails; beyond it, the broker keeps the rest.
 MAX_HELD = 5000
 SESSION_EXPIRY_S = 7 * 86_400
 CLOSE_TIMEOUT_S = 2.0
 REFUSAL_LOG_INTERVAL_S = 10.0
 UPKEEP_S = 3600.0
+# Group name of the shared subscriptions (MQTT 5) of all collectors.
+SHARE_GROUP = "collect"
+
+
+def topic_filters(fleet: str, *, shared: bool = False) -> list[str]:
+    """Return the topic filters of everything that devices publish.
+
+    Retained topics are never shared: the broker sends nothing retained to a shared subscription, and two collectors
+    could store the states of a device in the wrong order.
+    """
+    base, kinds = f"{topics.ROOT}/{fleet}/+", [kind for kind in topics.KINDS.values() if not kind.to_device]
+    logged = [f"{base}/{kind.name}" + ("/+" if kind.per_task else "") for kind in kinds if kind.logged]
+    spread = [f"$share/{SHARE_GROUP}/{topic}" for topic in logged] if shared else logged
+    return spread + [f"{base}/{kind.name}" for kind in kinds if kind.retained]
+
+
+def client_id(fleet: str, share: str | None) -> str:
+    return f"outstation-{fleet}-collector" + (f"-{share}" if share else "")
+
+
+def end_session(broker: BrokerConfig, fleet: str, share: str) -> None:
+    """End the MQTT session of a collector that is not coming back. Raises LinkDown.
+
+    The broker drops the queued messages of that session; devices send them again, as no collector acknowledges them.
+    """
+    Link(broker, client_id(fleet, share)).close()
 
 
 class Collector:
-    """One collector of one fleet; `run` it, or `turn` it on an open link."""
+    """One collector of a fleet: `run` it, or call `tick` with an open link."""
 
     def __init__(
         self,
@@ -53,15 +78,15 @@ class Collector:
         upkeep: Callable[[], None] | None = None,
         share: str | None = None,
     ) -> None:
-        """`upkeep` is called each hour; what it raises of ours is logged.
+        """Call `upkeep` each hour, and log the errors that it raises.
 
-        `share`: its name among the collectors that share the fleet's messages, each with a session of its own at the
-        broker; None where it is the only one. Raises UsageError where the database cannot be shared.
+        `share`: name among the collectors that share the fleet's messages, each with its own session at the broker;
+        None for a single collector. Raises UsageError if the database cannot be shared.
         """
         if share is not None and not store.shared:
             raise UsageError(
-                f"{store.name}: SQLite has one writer, so that collectors cannot share it; name a PostgreSQL database "
-                'in fleet.toml, [fleet] db = "postgresql://USER@HOST/DB"'
+                f"{store.name}: SQLite has one writer, so collectors cannot share it; use a PostgreSQL database in "
+                'fleet.toml: [fleet] db = "postgresql://USER@HOST/DB"'
             )
         self.fleet, self.store, self.key, self.share = fleet, store, key, share
         self._broker = broker
@@ -72,38 +97,38 @@ class Collector:
         self._held: list[IncomingMessage] = []
         self._retry = Backoff()
         self._retry_at = 0.0
-        self._refused = 0
+        self._unreported_refusals = 0
         self._pending_gaps = PendingGaps()
         self._leader_tasks = LeaderTasks(store, self.keyring)
-        self._quiet_until = 0.0
+        self._next_refusal_log = 0.0
         self._upkeep = upkeep
         self._next_upkeep = 0.0
         self._stopping = False
         self._link: BrokerLink | None = None
 
     def run(self) -> None:
-        """Collect until `stop`: reconnects for ever, never raises for a broker, a message or a full disk."""
+        """Collect until `stop`: reconnect after every failure; never raise for a broker, a message or a full disk."""
         retry = Backoff()
         while not self._stopping:
             try:
                 self._link = self._open_link()
-                who = f" as {self.share}" if self.share else ""
-                logger.info("connected; collecting fleet %s%s", self.fleet, who)
+                name = f" as {self.share}" if self.share else ""
+                logger.info("connected; collecting fleet %s%s", self.fleet, name)
                 self._collect(self._link, retry)
             except (LinkDown, StorageError) as error:
                 delay = retry.next_delay()
                 if retry.failures == 1 or retry.failures % 10 == 0:
-                    logger.warning("%s; trying again for as long as it takes", error)
+                    logger.warning("%s; trying again until it works", error)
                 self._pause(delay)
 
     def stop(self) -> None:
-        """End `run` soon, with what is in hand stored; safe in a signal handler."""
+        """End `run` after the current batch; safe in a signal handler."""
         self._stopping = True
         if self._link is not None:
             self._link.wake()
 
     def tick(self, link: BrokerLink, timeout_s: float) -> None:
-        """Take what came within `timeout_s`, store it, tell the broker, then the devices."""
+        """Receive for `timeout_s`, store the messages, then acknowledge them to the broker and to their devices."""
         self._receive(link, timeout_s)
         if self._held and time.monotonic() >= self._retry_at:
             self._store_held(link)
@@ -126,10 +151,10 @@ class Collector:
             link.close()
 
     def _acknowledge_all(self) -> None:
-        """Tell each device again: what it was not told before a crash, or the broker forgot."""
+        """Acknowledge each device again, in case a crash or the broker lost the last acknowledgement."""
         logs = self.store.newest_logs()
-        for at in range(0, len(logs), BATCH_SIZE):
-            self._acknowledge(logs[at : at + BATCH_SIZE])
+        for start in range(0, len(logs), BATCH_SIZE):
+            self._acknowledge(logs[start : start + BATCH_SIZE])
 
     def _acknowledge(self, logs: Sequence[LogId]) -> None:
         for acknowledgement in self._read_acknowledgements(logs):
@@ -139,22 +164,22 @@ class Collector:
         if self.share is None:
             return self.store.acknowledgements(logs)
         now_s = time.monotonic()
-        return self.store.acknowledgements(logs, lambda *told: self._pending_gaps.trim(now_s, *told))
+        return self.store.acknowledgements(logs, lambda *progress: self._pending_gaps.trim(now_s, *progress))
 
     def _retry_pending_gaps(self) -> None:
-        """Ask for what was missing a while ago and still is."""
+        """Request the gaps that were reported a while ago and are still open."""
         if due := self._pending_gaps.due_logs(time.monotonic()):
             try:
                 self._acknowledge(due)
             except StorageError as error:
-                logger.error("%s; what is missing is asked for later", error)
+                logger.error("%s; missing messages are requested later", error)
 
     def _finish(self, link: BrokerLink) -> None:
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
         while self.acknowledger.has_pending and time.monotonic() < deadline:
             self.tick(link, 0.1)
-        again = f", {self.store.retry_count} transactions done again" if self.store.retry_count else ""
-        logger.info("stopped; %d messages stored since the start%s", self.stored_count, again)
+        retries = f", {self.store.retry_count} transactions retried" if self.store.retry_count else ""
+        logger.info("stopped; %d messages stored since the start%s", self.stored_count, retries)
 
     def _receive(self, link: BrokerLink, timeout_s: float) -> None:
         if self._held:
@@ -170,7 +195,9 @@ class Collector:
                 break
             events = link.receive(0.0)
         if len(self._held) > MAX_HELD:
-            raise LinkDown("the database fails and too much is held back; left the rest to the broker")
+            raise LinkDown(
+                "the database keeps failing and too many messages are held; disconnecting, the broker keeps the rest"
+            )
 
     def _store_held(self, link: BrokerLink) -> None:
         batch = self._held[:BATCH_SIZE]
@@ -192,7 +219,7 @@ class Collector:
             self.acknowledger.add(acknowledgement)
 
     def _store(self, batch: Sequence[IncomingMessage]) -> list[Arrival]:
-        """Verify and commit a batch; the messages that are safe now."""
+        """Verify and commit a batch, and return the stored messages."""
         arrivals, refusals = self.verify(batch)
         now = clock.to_rfc3339(clock.read().wall_us)
         try:
@@ -206,17 +233,19 @@ class Collector:
             a.message.body.device for a, outcome in zip(arrivals, outcomes, strict=True) if outcome == "conflict"
         }
         for device in sorted(conflicts):
-            logger.critical("security: %s signed two messages as one seq; see `outstation fleet alerts`", device)
+            logger.critical(
+                "security: %s signed two different messages with one seq; see `outstation fleet alerts`", device
+            )
         return arrivals
 
     def _report_refusals(self, refusals: Sequence[Refusal]) -> None:
-        """One line at a time, however fast they come; the database counts and keeps samples."""
-        self._refused += len(refusals)
-        if not self._refused or time.monotonic() < self._quiet_until:
+        """Log at most one line per interval; the database counts refusals and keeps samples."""
+        self._unreported_refusals += len(refusals)
+        if not self._unreported_refusals or time.monotonic() < self._next_refusal_log:
             return
         last = f", last {refusals[-1].reason} on {refusals[-1].topic!r}" if refusals else ""
-        logger.warning("refused %d messages%s; see table refused", self._refused, last)
-        self._refused, self._quiet_until = 0, time.monotonic() + REFUSAL_LOG_INTERVAL_S
+        logger.warning("refused %d messages%s; see table refusal_samples", self._unreported_refusals, last)
+        self._unreported_refusals, self._next_refusal_log = 0, time.monotonic() + REFUSAL_LOG_INTERVAL_S
 
     def _run_upkeep(self) -> None:
         if self._upkeep is None or time.monotonic() < self._next_upkeep:
@@ -230,7 +259,7 @@ class Collector:
     def _store_singly(
         self, arrivals: Sequence[Arrival], refusals: list[Refusal], now: str
     ) -> tuple[list[Arrival], list[IngestOutcome]]:
-        """One of these holds a value that the database cannot: find it, keep the others."""
+        """Ingest one by one: refuse the message with an unstorable value, and store the others."""
         stored: list[Arrival] = []
         outcomes: list[IngestOutcome] = []
         for arrival in arrivals:
@@ -243,14 +272,14 @@ class Collector:
         return stored, outcomes
 
     def verify(self, batch: Sequence[IncomingMessage]) -> tuple[list[Arrival], list[Refusal]]:
-        """Each delivery as a verified message or a refusal."""
+        """Return each delivery as a verified message or a refusal."""
         self.keyring.refresh()
         arrivals, refusals = [], []
         for delivery, opened in zip(batch, self._open_batch(batch), strict=True):
             try:
                 if isinstance(opened, MessageRefused):
                     raise opened
-                # Last, for a rotation in the same batch may bound the key of what came before it.
+                # Last, because a rotation in the same batch may bound the key of earlier deliveries.
                 self.keyring.require_in_bounds(opened)
                 arrivals.append(Arrival(opened, fresh=not delivery.retained))
             except MessageRefused as refused:
@@ -258,21 +287,21 @@ class Collector:
         return arrivals, refusals
 
     def _open_batch(self, batch: Sequence[IncomingMessage]) -> list[VerifiedMessage | MessageRefused]:
-        """Each delivery verified, or why not; those of a key that another one announces, too."""
-        found: list[VerifiedMessage | MessageRefused] = [MessageRefused("unknown key")] * len(batch)
-        left, learned = list(range(len(batch))), True
-        while learned:
-            learned = False
-            for i in left:
+        """Verify each delivery, also with keys that other deliveries of the batch announce."""
+        results: list[VerifiedMessage | MessageRefused] = [MessageRefused("unknown key")] * len(batch)
+        pending, has_new_key = list(range(len(batch))), True
+        while has_new_key:
+            has_new_key = False
+            for i in pending:
                 try:
-                    message = found[i] = self._open_delivery(batch[i])
+                    message = results[i] = self._open_delivery(batch[i])
                     if key_rotation.is_rotation_message(message) and not self.store.has_conflicting_message(message):
-                        learned |= self.keyring.add_rotation(message)
+                        has_new_key |= self.keyring.add_rotation(message)
                 except MessageRefused as refused:
-                    found[i] = refused
-            left = [i for i in left if isinstance(why := found[i], MessageRefused) and why.reason == "unknown key"]
-            learned &= bool(left)
-        return found
+                    results[i] = refused
+            pending = [i for i in pending if isinstance(r := results[i], MessageRefused) and r.reason == "unknown key"]
+            has_new_key &= bool(pending)
+        return results
 
     def _open_delivery(self, delivery: IncomingMessage) -> VerifiedMessage:
         try:
@@ -280,7 +309,7 @@ class Collector:
         except MessageRefused as refused:
             if refused.reason != "revoked key":
                 raise
-            # A repeat of what was stored before the key was revoked is acknowledged like any repeat.
+            # A repeat of a message stored before the revocation is acknowledged like any duplicate.
             message = verify_message(delivery.topic, delivery.payload, delivery.tokens, self.keyring.find_stored)
             if not self.store.has_message(message):
                 raise refused from None
@@ -289,12 +318,12 @@ class Collector:
         return message
 
     def _connect(self) -> Link:
-        """Raises LinkDown, and StorageError where another collector has this one's name."""
+        """Connect to the broker. Raises LinkDown, and StorageError if another collector runs under this name."""
         if not self.store.acquire_leadership(f"collector {self.share or ''}"):
-            what = f"named {self.share}" if self.share else "without --share"
+            which = f"named {self.share}" if self.share else "without --share"
             raise StorageBusy(
-                f"{self.store.name}: a collector {what} is at work already, and the broker would give its "
-                "messages to this one; stop it, or choose another --share NAME"
+                f"{self.store.name}: a collector {which} is already running, and the broker would hand its session to "
+                "this one; stop it, or choose another --share NAME"
             )
         return Link(
             self._broker,

@@ -1,4 +1,4 @@
-"""What is missing here may be in another collector's hands: it is asked for once that can be no more."""
+"""Pending gaps: delay the request for a missing message until no other collector can still hold it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import msgspec
 
 from agent.fleet.database.interface import LogId
 
-# A collector stores what it has in hand within a second, unless its database is slow, or it was killed.
+# A collector stores the messages that it holds within a second, unless its database is slow or it was killed.
 WAIT_S = 2.0
 
 
 class _LogProgress(msgspec.Struct):
-    """`settled`: through a while ago, so that what lies below it is not on its way; `through`: since `at_s`."""
+    """`last_seq` was reported at `since_s`; gaps up to `settled`, reported before that, may be requested."""
 
     settled: int
-    through: int
+    last_seq: int
     since_s: float
 
 
 class PendingGaps:
-    """Of each log with something missing: how far what is missing may be asked for."""
+    """The logs with gaps, and up to which seq their gaps may be requested."""
 
     def __init__(self) -> None:
         self._progress: dict[LogId, _LogProgress] = {}
@@ -28,20 +28,20 @@ class PendingGaps:
     def trim(
         self, now_s: float, log: LogId, through: int, missing: list[tuple[int, int]]
     ) -> tuple[int, list[tuple[int, int]]]:
-        """As far as the acknowledgement goes now; the rest is `due` after a while."""
+        """Return the acknowledgement as (through, missing) without recent gaps; `due_logs` lists the log later."""
         self._due_s.pop(log, None)
         if not missing:
             self._progress.pop(log, None)
             return through, missing
         known = self._progress.setdefault(log, _LogProgress(0, through, now_s))
         if now_s - known.since_s >= WAIT_S:
-            known.settled, known.through, known.since_s = known.through, through, now_s
-        young = next((i for i, (first, _) in enumerate(missing) if first > known.settled), None)
-        if young is None:
+            known.settled, known.last_seq, known.since_s = known.last_seq, through, now_s
+        recent = next((i for i, (first, _) in enumerate(missing) if first > known.settled), None)
+        if recent is None:
             return through, missing
         self._due_s[log] = known.since_s + WAIT_S
-        return missing[young][0] - 1, missing[:young]
+        return missing[recent][0] - 1, missing[:recent]
 
     def due_logs(self, now_s: float) -> list[LogId]:
-        """Logs to look at again."""
-        return [log for log, at_s in self._due_s.items() if at_s <= now_s]
+        """Return the logs whose acknowledgement is due again."""
+        return [log for log, due_s in self._due_s.items() if due_s <= now_s]

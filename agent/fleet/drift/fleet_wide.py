@@ -1,6 +1,7 @@
-"""Fleet-wide drift: a field that moved on so many devices within a while that single sensors are not the reason.
+"""Fleet-wide drift: a field that drifts on more devices at once than single sensors explain.
 
-How many is judged by the fleet itself: what share of its devices raises an alarm of that field within such a while.
+How many devices are too many follows from the fleet itself: the share of its devices that usually raise an alarm of
+that field within the same span.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from statistics import median
 
 import msgspec
 
-MIN_DEVICES = 4  # fewer are no fleet
-MIN_DRIFTING, MIN_SHARE = 3, 1 / 3  # what chance alone forbids may still be two people who changed at once
-SIGNIFICANCE_LEVEL = 1e-3  # of chance, over all fields and all the time that is known
-# The same change is found by different devices within so many of their windows; never less than an hour.
+MIN_DEVICES = 4  # Fewer devices are no fleet.
+# Below these, a significant coincidence can still be two people who changed something at once.
+MIN_DRIFTING, MIN_SHARE = 3, 1 / 3
+SIGNIFICANCE_LEVEL = 1e-3  # Over all fields and all observed time.
+# Devices detect the same change within this many of their drift windows, and never less than an hour.
 SPAN_WINDOWS, MIN_SPAN_US = 12, 3_600_000_000
 
 
 class ObservationPeriod(msgspec.Struct, frozen=True):
-    """Since when and until when a device's fields were tested, epoch µs, in how many drift windows."""
+    """When a device's fields were first and last tested, epoch µs, and in how many drift windows."""
 
     first: int
     last: int
@@ -32,7 +34,7 @@ class ObservationPeriod(msgspec.Struct, frozen=True):
 
 
 class Onset(msgspec.Struct, frozen=True):
-    """The last alarm of a field at a device: when (epoch µs), whether it goes on, and how many came before it."""
+    """The last alarm of a field at a device: its time (epoch µs), whether it is open, and earlier alarms."""
 
     device: str
     subject: str
@@ -42,10 +44,10 @@ class Onset(msgspec.Struct, frozen=True):
 
 
 class FleetWideDrift(msgspec.Struct, frozen=True):
-    """`devices` of `of` raised an alarm of `subject` since `since` (epoch µs), which goes on.
+    """`devices` of `device_count` have an open alarm of `subject`, raised from `since` to `until` (epoch µs).
 
-    `usually`: how many of them do within `span_us`, or None where too little time is known. `chance`: the probability
-    of so many.
+    `usual_count`: devices that usually raise one within `span_us`; None if the observed time is too short. `p_value`:
+    probability of at least so many by chance, corrected for the number of fields and spans.
     """
 
     subject: str
@@ -59,41 +61,42 @@ class FleetWideDrift(msgspec.Struct, frozen=True):
 
     @property
     def summary(self) -> str:
-        at = datetime.fromtimestamp(self.since / 1e6, UTC)
+        since = datetime.fromtimestamp(self.since / 1e6, UTC)
         known = self.usual_count is not None
-        usual = f"usually {self.usual_count:.0f} of {self.device_count}" if known else "what is usual is not known yet"
-        moved = (
-            f"{self.subject} moved on {len(self.devices)} of {self.device_count} devices since {at:%Y-%m-%d %H:%M} UTC"
+        usual = (
+            f"usually {self.usual_count:.0f} of {self.device_count}" if known else "the usual number is not known yet"
         )
-        return f"{moved} ({usual}): the fleet's surroundings or its models, not single sensors"
+        return (
+            f"{self.subject} has drifted on {len(self.devices)} of {self.device_count} devices since {since:%Y-%m-%d %H:%M} "
+            f"UTC ({usual}): the cause is in the fleet's environment or its models, not in single sensors"
+        )
 
 
 def coincidence_span_us(observed: Mapping[str, ObservationPeriod]) -> int:
-    """The while in which devices find the same change."""
-    between = [(one.last - one.first) / one.windows for one in observed.values()]
-    return max(MIN_SPAN_US, int(SPAN_WINDOWS * median(between))) if between else MIN_SPAN_US
+    """Return the span within which devices detect the same change, µs."""
+    intervals = [(period.last - period.first) / period.windows for period in observed.values()]
+    return max(MIN_SPAN_US, int(SPAN_WINDOWS * median(intervals))) if intervals else MIN_SPAN_US
 
 
 def detect(observed: Mapping[str, ObservationPeriod], onsets: Sequence[Onset]) -> list[FleetWideDrift]:
-    """Of each field the span with most alarms that go on, where these are too many for chance; the most first."""
+    """Return the significant fields, each in the span with most open alarms; most significant first."""
     span = coincidence_span_us(observed)
     fields: dict[str, list[Onset]] = {}
     for onset in onsets:
         if onset.device in observed:
             fields.setdefault(onset.subject, []).append(onset)
-    exposure = sum(one.last - one.first for one in observed.values()) / span
-    # Chance may strike in any field and at any time.
-    places = len(fields) * max(1.0, exposure / max(1, len(observed)))
-    found = [_detect_field(subject, of, observed, span, exposure, places) for subject, of in fields.items()]
-    return sorted((one for one in found if one is not None), key=lambda one: (one.p_value, one.subject))
+    exposure = sum(period.last - period.first for period in observed.values()) / span
+    # Chance may produce a coincidence in any field and any span.
+    trials = len(fields) * max(1.0, exposure / max(1, len(observed)))
+    results = [_detect_field(name, alarms, observed, span, exposure, trials) for name, alarms in fields.items()]
+    return sorted((drift for drift in results if drift is not None), key=lambda drift: (drift.p_value, drift.subject))
 
 
 def is_still_drifting(subject: str, observed: Mapping[str, ObservationPeriod], onsets: Sequence[Onset]) -> bool:
-    """Whether half of what it takes still moves: until then, what was fleet-wide has not ended."""
-    moving = {one.device for one in onsets if one.subject == subject and one.is_open and one.device in observed}
-    return 2 * len(moving) > MIN_SHARE * len(
-        _observed_devices(observed, _observation_end(observed), coincidence_span_us(observed))
-    )
+    """Return True while more than half of the necessary share still drifts: the hysteresis of the alert."""
+    drifting = {onset.device for onset in onsets if onset.subject == subject and onset.is_open} & observed.keys()
+    observable = _observed_devices(observed, _observation_end(observed), coincidence_span_us(observed))
+    return 2 * len(drifting) > MIN_SHARE * len(observable)
 
 
 def _detect_field(
@@ -102,47 +105,49 @@ def _detect_field(
     observed: Mapping[str, ObservationPeriod],
     span: int,
     exposure: float,
-    places: float,
+    trials: float,
 ) -> FleetWideDrift | None:
-    going_on = sorted((one for one in onsets if one.is_open), key=lambda one: (one.alarmed, one.device))
-    if len(going_on) < MIN_DRIFTING:
+    open_onsets = sorted((o for o in onsets if o.is_open), key=lambda o: (o.alarmed, o.device))
+    if len(open_onsets) < MIN_DRIFTING:
         return None
-    times = [one.alarmed for one in going_on]
+    times = [onset.alarmed for onset in open_onsets]
     begin, end = max(
-        ((i, bisect.bisect_right(times, at + span)) for i, at in enumerate(times)), key=lambda cut: cut[1] - cut[0]
+        ((i, bisect.bisect_right(times, time + span)) for i, time in enumerate(times)), key=lambda cut: cut[1] - cut[0]
     )
-    moved = going_on[begin:end]
-    of = _observed_devices(observed, moved[-1].alarmed, span) | {one.device for one in moved}
-    if len(of) < MIN_DEVICES or len(moved) < max(MIN_DRIFTING, MIN_SHARE * len(of)):
+    coincident = open_onsets[begin:end]
+    names = tuple(onset.device for onset in coincident)
+    device_count = len(_observed_devices(observed, coincident[-1].alarmed, span) | set(names))
+    if device_count < MIN_DEVICES or len(names) < max(MIN_DRIFTING, MIN_SHARE * device_count):
         return None
-    quiet = max(0.0, exposure - len(of))
-    others = sum(1 + one.earlier_alarms for one in onsets) - len(moved)
-    chance = min(1.0, places * binomial_tail(len(moved), len(of), min(1.0, (others + 0.5) / (quiet + 1.0))))
-    if chance > SIGNIFICANCE_LEVEL:
+    quiet = max(0.0, exposure - device_count)
+    others = sum(1 + onset.earlier_alarms for onset in onsets) - len(names)
+    rate = min(1.0, (others + 0.5) / (quiet + 1.0))
+    p_value = min(1.0, trials * binomial_tail(len(names), device_count, rate))
+    if p_value > SIGNIFICANCE_LEVEL:
         return None
-    usually = min(1.0, others / quiet) * len(of) if quiet >= len(of) else None
-    names = tuple(one.device for one in moved)
-    return FleetWideDrift(subject, names, len(of), moved[0].alarmed, moved[-1].alarmed, span, usually, chance)
+    usual_count = min(1.0, others / quiet) * device_count if quiet >= device_count else None
+    since, until = coincident[0].alarmed, coincident[-1].alarmed
+    return FleetWideDrift(subject, names, device_count, since, until, span, usual_count, p_value)
 
 
 def _observation_end(observed: Mapping[str, ObservationPeriod]) -> int:
-    """Until when the fleet was watched; one wrong clock does not tell."""
-    return int(median(one.last for one in observed.values())) if observed else 0
+    """Return the median end of observation: a single wrong clock must not decide it."""
+    return int(median(period.last for period in observed.values())) if observed else 0
 
 
 def _observed_devices(observed: Mapping[str, ObservationPeriod], time_us: int, span: int) -> set[str]:
-    return {device for device, one in observed.items() if one.first <= time_us and one.last >= time_us - span}
+    return {device for device, p in observed.items() if p.first <= time_us and p.last >= time_us - span}
 
 
 def binomial_tail(k: int, n: int, p: float) -> float:
-    """Probability of k or more of n, each with probability p: the binomial's tail."""
+    """Return the probability of k or more successes in n trials with probability p."""
     if k <= 0 or k > n:
         return float(k <= 0)
     if p <= 0 or p >= 1:
         return float(p >= 1)
-    whole = math.lgamma(n + 1)
+    log_factorial = math.lgamma(n + 1)
     terms = (
-        whole - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log1p(-p)
+        log_factorial - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log1p(-p)
         for i in range(k, n + 1)
     )
     return min(1.0, sum(map(math.exp, terms)))

@@ -1,6 +1,6 @@
-"""Fleet-wide drift as alerts of the collector's own.
+"""Alerts of fleet-wide drift, which the collector raises and clears itself.
 
-Looked for in what is stored, so that restarted collectors and several beside each other come to the same alerts.
+They depend on stored data alone, so a restarted collector, or another one, comes to the same alerts.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from agent.fleet.drift.fleet_wide import ObservationPeriod, Onset
 from agent.wire.messages import AlertPayload
 
 POLL_INTERVAL_S = 60.0
-# What was usual longer ago says little of the fleet as it is now. A clock that is a day ahead of ours is wrong.
+# An older alarm says little about the fleet as it is now. A clock more than a day ahead of ours is wrong.
 LOOKBACK_US, MAX_AHEAD_US = 30 * 86_400_000_000, 86_400_000_000
 MAX_NAMED_DEVICES = 8
 
 
 class FleetWideAlerts:
-    """Looks at most once a minute, and only after a device raised or cleared a drift alert.
+    """Polls at most once a minute, and only after a device raised or cleared a drift alert.
 
-    Where another collector may have stored that alert, it looks each minute.
+    With a shared database it polls each minute, because another collector may have stored that alert.
     """
 
     def __init__(self, store: FleetStore) -> None:
@@ -38,52 +38,52 @@ class FleetWideAlerts:
         self._due |= any(isinstance(body, AlertPayload) and body.alert == "drift" for body in bodies)
 
     def poll(self, now: ClockReading) -> list[str]:
-        """Raise and clear what there is to; what was raised, in words. Raises StorageError: then look again."""
+        """Raise and clear alerts, and return the summaries of raised ones. Raises StorageError: then poll again."""
         if not (self._due or self._store.shared) or now.boot_s < self._next_s:
             return []
         self._next_s = now.boot_s + POLL_INTERVAL_S
-        watched, onsets = self._load_observations(now)
-        at, second = clock.to_rfc3339(now.wall_us), now.wall_us // 1_000_000
+        observed, onsets = self._load_observations(now)
+        time, second = clock.to_rfc3339(now.wall_us), now.wall_us // 1_000_000
         open_now = {(task, subject): seq for task, subject, seq in self._store.open_fleet_wide_alerts()}
-        said = []
-        for task, subject, since, summary in _describe_detections(watched, onsets):
+        raised = []
+        for task, subject, since, summary in _describe_detections(observed, onsets):
             if (task, subject) not in open_now:
-                self._store.raise_alert(fleet_wide_alert_row(task, subject, since, summary, at))
-                said.append(summary)
+                self._store.raise_alert(fleet_wide_alert_row(task, subject, since, summary, time))
+                raised.append(summary)
         for (task, subject), since in open_now.items():
-            if not fleet_wide.is_still_drifting(subject, watched.get(task, {}), onsets.get(task, [])):
+            if not fleet_wide.is_still_drifting(subject, observed.get(task, {}), onsets.get(task, [])):
                 summary = f"{task}: {subject} drifts on few devices only."
-                self._store.raise_alert(
-                    fleet_wide_alert_row(task, subject, since, summary, at, cleared=max(second, since + 1))
-                )
+                cleared = max(second, since + 1)
+                self._store.raise_alert(fleet_wide_alert_row(task, subject, since, summary, time, cleared))
         self._due = False
-        return said
+        return raised
 
     def _load_observations(
         self, now: ClockReading
     ) -> tuple[dict[str, dict[str, ObservationPeriod]], dict[str, list[Onset]]]:
-        """By task."""
+        """Return observation periods by task and device, and onsets by task."""
         span = (clock.to_rfc3339(now.wall_us - LOOKBACK_US), clock.to_rfc3339(now.wall_us + MAX_AHEAD_US))
-        watched: dict[str, dict[str, ObservationPeriod]] = {}
+        observed: dict[str, dict[str, ObservationPeriod]] = {}
+        # A device may report a time that no calendar has.
         for task, device, first, last, windows in self._store.observed_periods(*span):
-            with contextlib.suppress(ValueError):  # of a moment that no calendar has
-                watched.setdefault(task, {})[device] = ObservationPeriod(
-                    clock.parse_rfc3339(first), clock.parse_rfc3339(last), windows
-                )
-        onsets: dict[str, list[Onset]] = {}
-        for task, device, subject, at, is_open, times in self._store.drift_alerts(*span):
             with contextlib.suppress(ValueError):
-                onset = Onset(device, subject, clock.parse_rfc3339(at), bool(is_open), max(0, times - 1))
+                period = ObservationPeriod(clock.parse_rfc3339(first), clock.parse_rfc3339(last), windows)
+                observed.setdefault(task, {})[device] = period
+        onsets: dict[str, list[Onset]] = {}
+        for task, device, subject, time, is_open, count in self._store.drift_alerts(*span):
+            with contextlib.suppress(ValueError):
+                onset = Onset(device, subject, clock.parse_rfc3339(time), bool(is_open), max(0, count - 1))
                 onsets.setdefault(task, []).append(onset)
-        return watched, onsets
+        return observed, onsets
 
 
 def _describe_detections(
     observed: dict[str, dict[str, ObservationPeriod]], onsets: dict[str, list[Onset]]
 ) -> Iterator[tuple[str, str, int, str]]:
-    """(task, subject, second it began, sentence)."""
+    """Yield (task, subject, second when it began, summary)."""
     for task, devices in observed.items():
-        for one in fleet_wide.detect(devices, onsets.get(task, [])):
-            names = ", ".join(one.devices[:MAX_NAMED_DEVICES])
-            more = f" and {len(one.devices) - MAX_NAMED_DEVICES} more" if len(one.devices) > MAX_NAMED_DEVICES else ""
-            yield task, one.subject, one.since // 1_000_000, f"{task}: {one.summary}. First on {names}{more}."
+        for drift in fleet_wide.detect(devices, onsets.get(task, [])):
+            names = ", ".join(drift.devices[:MAX_NAMED_DEVICES])
+            hidden = len(drift.devices) - MAX_NAMED_DEVICES
+            more = f" and {hidden} more" if hidden > 0 else ""
+            yield task, drift.subject, drift.since // 1_000_000, f"{task}: {drift.summary}. First on {names}{more}."

@@ -1,65 +1,109 @@
-"""Drift summaries of many devices as one: counts add, moments merge, whatever the order and grouping."""
+"""Merge of drift summaries: histograms and moments of many windows, and a history of bounded size."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import msgspec
 import numpy as np
 
 from agent.arrays import Ints
-from agent.drift.reporting.parsed_message import FieldReport
+from agent.comparison.tally import merge_moments
+from agent.drift.reporting.parsed_message import FieldReport, WindowReport
+from agent.wire.messages import Moments
 
-
-class MergedMoments(msgspec.Struct, frozen=True):
-    """Count, mean and sum of squared deviations; nothing has mean 0."""
-
-    n: int = 0
-    mean: float = 0.0
-    m2: float = 0.0
-
-    def __add__(self, other: MergedMoments) -> MergedMoments:
-        """Of both together.
-
-        Source: Chan, Golub & LeVeque (1979), Updating formulae and a pairwise algorithm for computing sample variances.
-        """
-        n = self.n + other.n
-        if not self.n or not other.n:
-            return self if self.n else other
-        apart = other.mean - self.mean
-        mean = (self.n * self.mean + other.n * other.mean) / n
-        return MergedMoments(n, mean, self.m2 + other.m2 + apart * apart * self.n * other.n / n)
-
-    @property
-    def variance(self) -> float:
-        return self.m2 / self.n if self.n else 0.0
-
-    @property
-    def sd(self) -> float:
-        return math.sqrt(self.variance)
+MAX_SPANS = 96
+_FIRST_WIDTH_US = 60_000_000
 
 
 class MergedField(msgspec.Struct, frozen=True, eq=False):
-    """One field over drift windows: rows below, in the reference's bins, above; rows without a value; moments."""
+    """One field over drift windows.
+
+    `counts` (bins + 2,): rows below, in each bin of the reference, and above; `missing`: rows without a value.
+    """
 
     counts: Ints
     missing: int
-    moments: MergedMoments
+    moments: Moments
 
     @classmethod
     def from_field(cls, field: FieldReport) -> MergedField:
-        return cls(field.histogram(), field.missing, MergedMoments(field.n, field.mean, field.m2))
-
-    def __add__(self, other: MergedField) -> MergedField:
-        """Raises ValueError where the bins are not the same number."""
-        if len(self.counts) != len(other.counts):
-            raise ValueError(f"histograms of {len(self.counts) - 2} and {len(other.counts) - 2} bins do not add up")
-        return MergedField(self.counts + other.counts, self.missing + other.missing, self.moments + other.moments)
+        return cls(field.histogram(), field.missing, Moments(field.n, field.mean, field.m2))
 
     @classmethod
     def empty_like(cls, template: MergedField) -> MergedField:
-        return cls(np.zeros_like(template.counts), 0, MergedMoments())
+        return cls(np.zeros_like(template.counts), 0, Moments())
+
+    def __add__(self, other: MergedField) -> MergedField:
+        """Merge both; any order and grouping gives the same up to rounding. Raises ValueError for unequal bins."""
+        if len(self.counts) != len(other.counts):
+            raise ValueError(f"histograms of {len(self.counts) - 2} and {len(other.counts) - 2} bins do not add up")
+        moments = merge_moments(self.moments, other.moments)
+        return MergedField(self.counts + other.counts, self.missing + other.missing, moments)
+
+    @property
+    def sd(self) -> float:
+        return math.sqrt(self.moments.m2 / self.moments.n) if self.moments.n else 0.0
 
     def counts_without(self, part: MergedField) -> Ints:
-        """The counts of what was merged besides `part`; exact."""
+        """Return the counts of everything merged except `part`; exact."""
         return self.counts - part.counts
+
+
+class AccuracyEstimates(msgspec.Struct):
+    """Mean of the accuracy estimates (CBPE) of drift windows."""
+
+    total: float = 0.0
+    count: int = 0
+
+    def merge(self, other: AccuracyEstimates) -> None:
+        self.total += other.total
+        self.count += other.count
+
+    @property
+    def mean(self) -> float | None:
+        return self.total / self.count if self.count else None
+
+
+class HistorySpan(msgspec.Struct):
+    """The drift windows of all devices within a span of time."""
+
+    windows: int = 0
+    drifting_devices: set[str] = msgspec.field(default_factory=set)
+    faulty_devices: set[str] = msgspec.field(default_factory=set)
+    accuracy: AccuracyEstimates = msgspec.field(default_factory=AccuracyEstimates)
+
+    def merge(self, other: HistorySpan) -> None:
+        self.windows += other.windows
+        self.drifting_devices |= other.drifting_devices
+        self.faulty_devices |= other.faulty_devices
+        self.accuracy.merge(other.accuracy)
+
+
+class DriftHistory:
+    """Drift windows over time in at most `MAX_SPANS` equal spans, which widen as time passes; any order."""
+
+    def __init__(self) -> None:
+        self._width = _FIRST_WIDTH_US
+        self._spans: dict[int, HistorySpan] = {}
+
+    def add(self, device: str, window: WindowReport) -> None:
+        span = HistorySpan(windows=1)
+        if window.state in ("drift", "fault"):
+            (span.drifting_devices if window.state == "drift" else span.faulty_devices).add(device)
+        if window.accuracy is not None:
+            span.accuracy = AccuracyEstimates(window.accuracy[0], 1)
+        self._spans.setdefault(window.t[1] // self._width, HistorySpan()).merge(span)
+        while max(self._spans) - min(self._spans) >= MAX_SPANS:
+            self._widen()
+
+    def __iter__(self) -> Iterator[tuple[int, int, HistorySpan]]:
+        """Yield (from, to, span) of each span with a window; epoch µs."""
+        for index in sorted(self._spans):
+            yield index * self._width, (index + 1) * self._width, self._spans[index]
+
+    def _widen(self) -> None:
+        narrow, self._spans, self._width = self._spans, {}, self._width * 2
+        for index, span in narrow.items():
+            self._spans.setdefault(index // 2, HistorySpan()).merge(span)

@@ -1,10 +1,10 @@
-"""Drift of the whole fleet, from the drift windows that the collector has; memory grows with devices, not windows.
+"""Drift survey of a fleet, from the stored drift windows; memory grows with devices, not with windows.
 
 - A window counts once, however often a device reports it, in whatever log, against whatever reference of its site.
-- Windows are merged per task, shipped reference and layout (fields, and bins of each), because only these add up. A
-  device that has another reference or layout than most is shown apart.
-- A window with a sensor fault is counted and kept out of what is merged, as devices keep it out of their own tests.
-- What does not read as a drift window is counted and left out.
+- Only windows with the same task, shipped reference and layout (fields and their bins) can be merged. A device with
+  another reference or layout than most forms a group of its own.
+- A window with a sensor fault is counted but not merged, as devices exclude it from their own tests.
+- A row that is not a valid drift window is counted as unreadable and left out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -22,35 +22,36 @@ from agent.drift.reporting import parsed_message
 from agent.drift.reporting.parsed_message import WindowReport
 from agent.drift.reporting.timeline import EARLIEST_US, Timeline
 from agent.fleet.database.store import FleetStore
-from agent.fleet.drift import fleet_wide as wide
+from agent.fleet.drift import fleet_wide
 from agent.fleet.drift.fleet_wide import FleetWideDrift, ObservationPeriod, Onset
-from agent.fleet.drift.history import DriftHistory
-from agent.fleet.drift.merge import MergedField
+from agent.fleet.drift.merge import AccuracyEstimates, DriftHistory, MergedField
 from agent.fleet.drift.onset import DriftEpisode, EpisodeTracker, sort_by_onset
 from agent.fleet.drift.outliers import NO_REFERENCE_SD, DeviceOutlier, find_outliers
 
-# One device cannot make us hold a group for each of its windows: two bundles and a few mistakes are all there is.
+# A device may not fill the memory with a group for each of its windows: two bundles and a few mistakes suffice.
 MAX_DEVICE_GROUPS = 4
-RECENT_WINDOWS = 6  # windows of each device that say how it is now
-# A clock that is a day ahead of ours is wrong.
+RECENT_WINDOWS = 6  # Windows of each device that describe its current state.
+# A clock more than a day ahead of ours is wrong.
 _MAX_AHEAD_US = 86_400_000_000
+
+FieldLayout = frozenset[tuple[str, int]]  # (field, number of bins)
+GroupKey = tuple[str, str, FieldLayout]  # (task, shipped reference, layout)
 
 
 class DeviceDrift(msgspec.Struct):
-    """A device's windows under one reference. `accuracy`: the sum of so many `estimates`."""
+    """The windows of a device under one reference."""
 
     episodes: EpisodeTracker
     windows: int = 0
     faulty: int = 0
     fields: dict[str, MergedField] = msgspec.field(default_factory=dict)
-    accuracy_sum: float = 0.0
-    estimate_count: int = 0
+    accuracy: AccuracyEstimates = msgspec.field(default_factory=AccuracyEstimates)
     last_window: WindowReport | None = None
     observed: ObservationPeriod | None = None
     recent: deque[dict[str, MergedField]] = msgspec.field(default_factory=lambda: deque(maxlen=RECENT_WINDOWS))
 
     def merge_recent(self) -> dict[str, MergedField]:
-        """Each field over the last few windows without a fault."""
+        """Merge each field over the last few windows without a fault."""
         return _merge_fields(self.recent)
 
     def list_onsets(self) -> list[Onset]:
@@ -60,19 +61,16 @@ class DeviceDrift(msgspec.Struct):
         ]
 
 
-FieldLayout = frozenset[tuple[str, int]]  # fields and how many bins each has
-
-
 class DriftGroup(msgspec.Struct):
     """All windows of a task under one shipped reference and layout.
 
-    `apart`: in what most devices of the task have another one, "reference" or "layout".
+    `differs_in`: how the group differs from the largest one of the task; None for that one.
     """
 
     task: str
     shipped_reference: str
     layout: FieldLayout
-    differs_in: str | None = None
+    differs_in: Literal["reference", "layout"] | None = None
     devices: dict[str, DeviceDrift] = msgspec.field(default_factory=dict)
     history: DriftHistory = msgspec.field(default_factory=DriftHistory)
     undated: int = 0
@@ -86,34 +84,36 @@ class DriftGroup(msgspec.Struct):
         return sum(device.faulty for device in self.devices.values())
 
     def merge_fields(self) -> dict[str, MergedField]:
-        """Each field over all devices."""
+        """Merge each field over all devices."""
         return _merge_fields(device.fields for device in self.devices.values())
 
     def merge_recent(self) -> dict[str, MergedField]:
-        """Each field over the last few windows of all devices."""
+        """Merge each field over the last few windows of all devices."""
         return _merge_fields(device.merge_recent() for device in self.devices.values())
 
     def detect_fleet_wide(self) -> list[FleetWideDrift]:
-        """Fields that moved on much of the fleet at once."""
-        watched = {name: one.observed for name, one in self.devices.items() if one.observed is not None}
-        return wide.detect(watched, [onset for one in self.devices.values() for onset in one.list_onsets()])
+        """Detect fields that drift on much of the fleet at once."""
+        observed = {name: device.observed for name, device in self.devices.items() if device.observed is not None}
+        return fleet_wide.detect(observed, [onset for d in self.devices.values() for onset in d.list_onsets()])
 
     def find_outliers(self, reference_sd: Mapping[str, float] = NO_REFERENCE_SD) -> list[DeviceOutlier]:
-        """`usual_sd`: of the shipped reference's rows, by field, where it is known here."""
+        """Find outlier devices; `reference_sd`: sd of each field's rows in the shipped reference, if it is known."""
         return find_outliers({name: device.fields for name, device in self.devices.items()}, reference_sd)
 
     def ordered_episodes(self) -> list[DriftEpisode]:
-        """The last drift of each field of each device: what goes on first, by when it began."""
+        """Return the last episode of each field of each device, open ones first, in order of onset."""
         return sort_by_onset([e for device in self.devices.values() for e in device.episodes.last.values()])
 
     def estimate_accuracy(self) -> float | None:
-        """Mean expected accuracy of all windows that have one."""
-        count = sum(device.estimate_count for device in self.devices.values())
-        return sum(device.accuracy_sum for device in self.devices.values()) / count if count else None
+        """Return the mean estimated accuracy of all windows that have an estimate."""
+        total = AccuracyEstimates()
+        for device in self.devices.values():
+            total.merge(device.accuracy)
+        return total.mean
 
 
 class FleetDriftSummary(msgspec.Struct):
-    """`repeated`: windows that came again; `unreadable`: no drift windows, or of a device's fifth group and on."""
+    """Groups, and windows left out: `duplicates` reported again; `unreadable`, also beyond a device's groups."""
 
     groups: list[DriftGroup] = msgspec.field(default_factory=list)
     duplicates: int = 0
@@ -128,30 +128,30 @@ def summarize_drift(
     now_us: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> FleetDriftSummary:
-    """Of every window that ended at `since` (RFC 3339) or later."""
-    found = FleetDriftSummary()
-    groups: dict[tuple[str, str, FieldLayout], DriftGroup] = {}
-    of_device: dict[tuple[str, str], set[tuple[str, str, FieldLayout]]] = {}
-    for row, shipped in _deduplicate(store.drift_windows(task=task, since=since), found, progress):
+    """Summarise every window that ended at `since` (RFC 3339) or later."""
+    summary = FleetDriftSummary()
+    groups: dict[GroupKey, DriftGroup] = {}
+    groups_of_device: dict[tuple[str, str], set[GroupKey]] = {}
+    for row, shipped in _deduplicate(store.drift_windows(task=task, since=since), summary, progress):
         window = _parse_window(row)
         if window is None:
-            found.unreadable += 1
+            summary.unreadable += 1
             continue
         key = (row["task"], shipped, _field_layout(window))
-        its = of_device.setdefault((row["task"], row["device"]), set())
-        if key not in its and len(its) == MAX_DEVICE_GROUPS:
-            found.unreadable += 1
+        known = groups_of_device.setdefault((row["task"], row["device"]), set())
+        if key not in known and len(known) == MAX_DEVICE_GROUPS:
+            summary.unreadable += 1
             continue
-        its.add(key)
+        known.add(key)
         _add_window(groups.setdefault(key, DriftGroup(*key)), row["device"], window, now_us)
-    found.groups = _sort_groups(list(groups.values()))
-    return found
+    summary.groups = _sort_groups(list(groups.values()))
+    return summary
 
 
 def build_timeline(
     store: FleetStore, group: DriftGroup, device: str, *, since: str | None = None, now_us: int
 ) -> Timeline:
-    """How it went at one device of the group; windows of a wrong clock are left out, unless there are no others."""
+    """Build the timeline of one device; windows with a wrong clock are left out, unless there are no others."""
     dated, undated = Timeline(), Timeline()
     windows = store.drift_windows(task=group.task, device=device, since=since)
     for row, shipped in _deduplicate(windows, FleetDriftSummary(), lambda _: None):
@@ -168,17 +168,17 @@ def _has_plausible_time(window: WindowReport, now_us: int) -> bool:
 def _deduplicate(
     rows: Iterator[dict[str, Any]], summary: FleetDriftSummary, progress: Callable[[int], None]
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Rows with the digest of their shipped reference, without those that say the same window again.
+    """Yield each window once, with the digest of its shipped reference.
 
-    These lie beside each other, with those under other references among them.
+    Reports of the same window are adjacent, with reports against other references among them.
     """
     place: tuple[Any, ...] = ()
     seen: set[str] = set()
     for row in rows:
         progress(1)
-        now_at = tuple(row[name] for name in ("task", "device", "from", "to", "first", "last"))
-        if now_at != place:
-            place, seen = now_at, set()
+        row_place = tuple(row[name] for name in ("task", "device", "from", "to", "first", "last"))
+        if row_place != place:
+            place, seen = row_place, set()
         shipped = _parse_shipped_reference(row["reference"])
         if shipped is None:
             summary.unreadable += 1
@@ -190,7 +190,7 @@ def _deduplicate(
 
 
 def _field_layout(window: WindowReport) -> FieldLayout:
-    return frozenset((name, len(told.counts)) for name, told in window.fields.items())
+    return frozenset((name, len(field.counts)) for name, field in window.fields.items())
 
 
 def _parse_shipped_reference(reference: str) -> str | None:
@@ -224,24 +224,23 @@ def _add_window(group: DriftGroup, name: str, window: WindowReport, now_us: int)
     if window.state == "fault":
         device.faulty += 1
         return
-    parts = {subject: MergedField.from_field(told) for subject, told in window.fields.items()}
+    parts = {subject: MergedField.from_field(field) for subject, field in window.fields.items()}
     device.recent.append(parts)
     device.fields = _merge_fields((device.fields, parts))
     if window.accuracy is not None:
-        device.accuracy_sum += window.accuracy[0]
-        device.estimate_count += 1
+        device.accuracy.merge(AccuracyEstimates(window.accuracy[0], 1))
 
 
 def _merge_fields(summaries: Iterable[Mapping[str, MergedField]]) -> dict[str, MergedField]:
-    found: dict[str, MergedField] = {}
+    merged: dict[str, MergedField] = {}
     for parts in summaries:
         for name, part in parts.items():
-            found[name] = found[name] + part if name in found else part
-    return found
+            merged[name] = merged[name] + part if name in merged else part
+    return merged
 
 
 def _sort_groups(groups: list[DriftGroup]) -> list[DriftGroup]:
-    """By task; first the reference and layout that most devices have, the others apart."""
+    """Sort by task, the largest group of each first, and mark how the others differ from it."""
     groups.sort(key=lambda g: (g.task, -len(g.devices), -g.windows, g.shipped_reference, sorted(g.layout)))
     for _, of_task in itertools.groupby(groups, key=lambda g: g.task):
         common, *others = of_task

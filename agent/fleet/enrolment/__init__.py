@@ -1,1 +1,1 @@
-"""enrolment."""
+"""Enrolment: keys, certificates and config files of a fleet, and their revocation."""

@@ -1,4 +1,4 @@
-"""Config and access list for Mosquitto 2, written by `fleet init` with a reason beside each line."""
+"""Mosquitto 2 config and access list, as `fleet init` writes them, with a reason for each line."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ _COMMON = """\
 # Mosquitto 2 for the fleet {fleet}. Start with: mosquitto -c {folder}/mosquitto.conf
 # The user that runs the broker must own this folder: chown -R mosquitto: {folder}
 
-# Retained messages and waiting acknowledgements survive a restart. Devices do not rely on it:
-# they keep a message until the collector itself says that it is stored.
+# Retained messages and queued acknowledgements survive a restart. Devices do not rely on it:
+# they keep a message until the collector acknowledges it.
 persistence true
 persistence_location {folder}/data/
 autosave_interval 60
 
-# Small answers leave at once; without it a publisher that waits for each PUBACK stalls 40 ms.
+# Send small replies at once; without it a publisher that waits for each PUBACK stalls 40 ms.
 set_tcp_nodelay true
-# How many messages may be under way to one client: the collector commits that many at once.
+# Messages in flight to one client: the collector commits that many at once.
 max_inflight_messages 500
-# While the collector is away. More stays on the devices, which send it again.
+# Queue limits while the collector is away. Devices keep the rest, and send it again.
 max_queued_messages 100000
 max_queued_bytes 268435456
-# One message; the devices' own limit is 120 kB.
+# Size of one message; the devices' own limit is 120 kB.
 max_packet_size 1048576
-# Sessions of clients that never come back.
+# Drop sessions of clients that do not return.
 persistent_client_expiration 14d
 log_dest stderr
 log_type error
@@ -39,8 +39,8 @@ listener {port}
 cafile {folder}/ca.pem
 certfile {folder}/server.crt
 keyfile {folder}/server.key
-# Certificates that connect no more: `fleet revoke` and `fleet enrol --replace` put them there. Read at the start and on
-# SIGHUP, which ends no connection that is open; where it cannot be read then, everybody is let in.
+# Revoked certificates, from `fleet revoke` and `fleet enrol --replace`. Mosquitto reads the list at its start and on
+# SIGHUP, which ends no open connection; if the file is unreadable then, Mosquitto accepts every certificate.
 {crl}
 tls_version tlsv1.2
 # Only clients with a certificate of this fleet connect ...
@@ -48,55 +48,55 @@ require_certificate true
 allow_anonymous false
 # ... under the name in its CN, which the access list uses as %u ...
 use_identity_as_username true
-# ... and as their client id: else one device could throw another off by taking its id.
-# Price: one connection per certificate. A second `fleet watch` with the operator's ends the first; commands
-# have a certificate of their own, `commander`, and wait for each other.
+# ... and as their client id: otherwise a device could disconnect another one by taking its id.
+# Cost: one connection per certificate. A second `fleet watch` with the operator's certificate ends the first;
+# commands use their own certificate, `commander`, and wait for each other.
 use_username_as_clientid true
 acl_file {folder}/acl
 """
 
 _PLAIN = """
-# No TLS, no names: for one machine only. Any program on it can publish; signatures still tell what is genuine.
+# No TLS and no user names: for one machine only. Any program on it can publish; signatures still prove the sender.
 listener {port} {host}
 allow_anonymous true
 """
 
 _ACL_HEAD = """\
-# %u is the name in the client's certificate: a device id, or a role. `#` and others' topics can be
-# subscribed to, but nothing is delivered from them.
+# %u is the name in the client's certificate: a device id, or a role. A client may subscribe to `#` and to topics
+# of others, but the broker delivers nothing from them.
 """
 
 
 def render_config(broker: BrokerConfig, fleet: str, folder: Path) -> str:
-    """The text of mosquitto.conf; `folder` is where it and its files are on the broker's machine."""
+    """Return the text of mosquitto.conf; `folder` is its folder on the broker's machine."""
     listener = _TLS if broker.tls else _PLAIN
     values = {"fleet": fleet, "folder": folder, "port": broker.port, "host": broker.host}
     return (_COMMON + listener).format(**values, crl=crl_setting(folder))
 
 
 def collector_acl(fleet: str, name: str) -> list[str]:
-    """The lines of the ACL file for one that collects."""
+    """Return the ACL lines of a collector."""
     base = f"{ROOT}/{fleet}"
     return [f"user {name}", f"topic read {base}/#", f"topic write {base}/+/ack"]
 
 
 def crl_setting(folder: Path) -> str:
-    """The line that names the list of revoked certificates."""
+    """Return the config line that names the certificate revocation list."""
     return f"crlfile {folder}/crl.pem"
 
 
 def has_crl_setting(conf: str) -> bool:
-    """Whether a config has such a line."""
+    """Return True if a config names a certificate revocation list."""
     return any(line.split()[:1] == ["crlfile"] for line in conf.splitlines())
 
 
 def render_acl(fleet: str) -> str:
-    """The text of the ACL file: devices by pattern, then the roles."""
+    """Return the text of the ACL file: devices by pattern, then the roles."""
     base = f"{ROOT}/{fleet}"
     subtree = {kind: f"{base}/%u/{kind.name}" + ("/+" if kind.per_task else "") for kind in KINDS.values()}
     lines = [f"pattern write {topic}" for kind, topic in subtree.items() if not kind.to_device]
     lines += [f"pattern read {topic}" for kind, topic in subtree.items() if kind.to_device]
-    lines += ["# For all devices, and for groups of them. Mosquitto warns that there is no %u; none is needed.",
+    lines += ["# Desired state of the fleet and of groups. Mosquitto warns that there is no %u; none is needed.",
               f"pattern read {base}/_all/desired", f"pattern read {base}/_group/desired/+"]  # fmt: skip
     lines += ["", *collector_acl(fleet, "collector")]
     for role in ("operator", "commander"):

@@ -1,4 +1,4 @@
-"""Collectors beside the first one: each has a name at the broker, which is its client id, and so its session."""
+"""Further collectors of a fleet: each has its own certificate, whose name is its client id and session at the broker."""
 
 from __future__ import annotations
 
@@ -12,39 +12,43 @@ from agent.fleet.config import FleetConfig, Identity
 from agent.fleet.enrolment import broker_config, pki
 from agent.names import is_name
 
-# Of a fleet that `fleet init` made: its broker takes the name in the certificate as the client id.
-_OWN_CERTIFICATE = "collector.crt"
+# Name of the certificate that `fleet init` issues; the broker of such a fleet uses the name in it as the client id.
+_INITIAL_CERTIFICATE = "collector.crt"
 
 
 class AddedCollector(msgspec.Struct, frozen=True):
+    """Files created for a collector, and the steps left to the operator."""
+
     files: list[Path] = msgspec.field(default_factory=list)
     steps: list[str] = msgspec.field(default_factory=list)
 
 
 def resolve_identity(config: FleetConfig, name: str) -> Identity:
-    """What the collector `name` connects with. Raises UsageError where it has no certificate of its own."""
+    """Return the identity of the collector `name`. Raises UsageError if it has no certificate."""
     _check_name(name)
-    given = config.collector
-    if given.cert_file is None or Path(given.cert_file).name != _OWN_CERTIFICATE:
-        return given
-    certificate, key = _certificate_files(Path(given.cert_file).parent, name)
+    configured = config.collector
+    if configured.cert_file is None or Path(configured.cert_file).name != _INITIAL_CERTIFICATE:
+        return configured
+    certificate, key = _certificate_files(Path(configured.cert_file).parent, name)
     if not certificate.exists():
         raise UsageError(
-            f"{certificate}: no such file; the broker knows collectors apart by their certificates: "
-            f"`outstation fleet collector {name}` makes this one"
+            f"{certificate}: no such file; the broker tells collectors apart by their certificates, and "
+            f"`outstation fleet collector {name}` issues this one"
         )
-    return msgspec.structs.replace(given, cert_file=str(certificate), tls_key_file=str(key))
+    return msgspec.structs.replace(configured, cert_file=str(certificate), tls_key_file=str(key))
 
 
 def add(folder: Path, config: FleetConfig, name: str) -> AddedCollector:
-    """Its certificate and its place in the broker's access list; what is there already stays. Raises UsageError."""
+    """Issue a collector's certificate and extend the access list, keeping what exists. Raises UsageError."""
     _check_name(name)
     user = user_name(name)
     if (folder / "devices" / user).exists():
-        raise UsageError(f"a device is enrolled as {user!r}, this collector's name at the broker; choose another")
+        raise UsageError(
+            f"a device is enrolled as {user!r}, the name of this collector at the broker; choose another name"
+        )
     if config.ca is None:
         return AddedCollector(
-            steps=[f"The broker is used without TLS: nothing to make. Start it: {_start_command(name)}"]
+            steps=[f"The broker is used without TLS, so no certificate is needed. Start it: {_start_command(name)}"]
         )
     certificate, key = _certificate_files(folder, name)
     if not certificate.exists():
@@ -58,7 +62,7 @@ def add(folder: Path, config: FleetConfig, name: str) -> AddedCollector:
 
 
 def is_collector(folder: Path, name: str) -> bool:
-    """Whether a collector has this name at the broker."""
+    """Return True if a collector has this name at the broker."""
     return name.startswith("collector-") and (folder / f"{name}.crt").exists()
 
 
@@ -72,20 +76,22 @@ def _grant_access(folder: Path, fleet: str, user: str) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        return [f"The broker's access list is not here ({error.strerror}): {path}; add there: {', '.join(lines)}"]
+        return [
+            f"{path}: the broker's access list cannot be read ({error.strerror}); add these lines to it: {', '.join(lines)}"
+        ]
     if lines[0] not in text.splitlines():
-        # Not anew: it belongs to the user that runs the broker.
+        # Append: replacing the file would change its owner, the user that runs the broker.
         with path.open("a", encoding="utf-8") as file:
             file.write("\n".join(["", *lines, ""]))
     return [
-        f"Where the broker runs on another machine, copy {path} there, to its `acl_file`. "
-        "Then let it read that: systemctl reload mosquitto (kill -HUP)."
+        f"If the broker runs on another machine, copy {path} to its `acl_file` there. "
+        "Then reload the broker: systemctl reload mosquitto (kill -HUP)."
     ]
 
 
 def _check_name(name: str) -> None:
     if not is_name(user_name(name)):
-        raise UsageError(f"{name!r} cannot name a collector: up to 54 of a-z 0-9 . _ -")
+        raise UsageError(f"{name!r} cannot name a collector: use up to 54 of a-z 0-9 . _ -")
 
 
 def _certificate_files(folder: Path, name: str) -> tuple[Path, Path]:

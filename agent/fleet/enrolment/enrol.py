@@ -1,4 +1,7 @@
-"""Making a fleet, and letting devices in: keys, certificates and config files on disk, signing keys in the database."""
+"""Enrolment: create a fleet, and let devices in, with keys, certificates and config files.
+
+Files are in the fleet's folder; the database holds the devices' signing keys.
+"""
 
 from __future__ import annotations
 
@@ -25,25 +28,22 @@ from agent.names import is_name
 from agent.wire import keys
 from agent.wire.keys import PublicKey
 
-# User names of the broker that are no device's; `_all` cannot be a device id anyway.
+# User names of roles at the broker; `_all` cannot be a device id anyway.
 RESERVED_NAMES = frozenset({"collector", "operator", "commander"})
 SIGNING_KEY = "device.key"
-# What the device trusts first of the fleet's repository.
+# Initial root of trust for the fleet's repository.
 ROOT_METADATA = "root.json"
-# With what a device connects to the broker.
+# TLS client key and certificate of a device.
 CONNECTION_FILES = ("device-tls.key", "device.crt")
 PACKED_FILES = ("ca.pem", *CONNECTION_FILES, SIGNING_KEY, "outstation.toml", ROOT_METADATA)
-# In the device's folder: its files under another key, until the database has that key; then they replace the old ones.
+# Folder of files for a new key; they replace the former ones once the database has that key.
 REPLACEMENT = "replacement"
-# Written last into it: the key whose files are there, all of them.
-COMPLETE_MARKER = "whole"
+# Marker file in it, written last: the key, once all of its files are there.
+COMPLETE_MARKER = "complete"
 
 
 class Enrolment(msgspec.Struct, frozen=True):
-    """What `enrol` did: the device's key, where its files are, and whether the key was new to the database.
-
-    `former`: the certificates that it revoked.
-    """
+    """Outcome of `enrol`: key and files of the device, whether the key is new, and revoked certificates."""
 
     device: str
     key: PublicKey
@@ -53,20 +53,20 @@ class Enrolment(msgspec.Struct, frozen=True):
 
 
 def init_fleet(folder: Path, name: str, broker: BrokerConfig) -> FleetConfig:
-    """Write a new fleet into `folder`. Raises UsageError where one is there, or the name or URL cannot be used."""
+    """Create a fleet in `folder`. Raises UsageError if it has one, or the name or URL is invalid."""
     check_name(str(folder / fleet_config.FILE), "fleet.name", name)
     check_broker(str(folder / fleet_config.FILE), broker)
-    marks = [folder / file for file in (fleet_config.FILE, "collector.key", "operator.key", "ca.key")]
-    there = next((path for path in marks if path.exists()), None)
-    if there is not None:
-        raise UsageError(f"{there}: a fleet is there already; its keys are never overwritten, name another folder")
+    files = [folder / file for file in (fleet_config.FILE, "collector.key", "operator.key", "ca.key")]
+    existing = next((path for path in files if path.exists()), None)
+    if existing is not None:
+        raise UsageError(f"{existing}: exists already, and keys are never overwritten; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     keys.generate(folder / "collector.key")
     keys.generate(folder / "operator.key")
     _write_broker_files(folder.resolve(), name, broker)
     if broker.tls:
         _write_certificates(folder, name, broker)
-    # Last: a folder with this file in it is a whole fleet.
+    # Last: a folder with this file is a complete fleet.
     durable_files.write_new(folder / fleet_config.FILE, _render_fleet_toml(name, broker).encode(), 0o644)
     return fleet_config.load(folder)
 
@@ -84,21 +84,17 @@ def enrol(
 ) -> Enrolment:
     """Register `device`, and write its files to `devices/<device>/` of the fleet's folder.
 
-    Without `key` the device's signing key is made here, once. A key that is replaced counts no more, or up to seq
-    `keep_through` of the device's log; the certificates of `device` are revoked with it, but for `keep_certificate`.
-    Raises UsageError for a name or key that is taken. With `replace`, the old files stay until the database has the new
-    key; where that was killed in between, the next call makes them those of the key that counts, before it does
-    anything else.
+    Without `key`, the device's signing key is created here, once. With `replace`, the former key is revoked, or stays
+    valid up to seq `keep_through` of the device's log; the device's certificates are revoked unless `keep_certificate`.
+    The former files stay until the database has the new key. After a crash in between, the next call first makes the
+    files match the enrolled key. Raises UsageError for a name or key that is taken.
     """
     if not is_name(device) or device in RESERVED_NAMES:
-        why = (
-            "is the name of a role"
-            if device in RESERVED_NAMES
-            else "must be 1-64 of a-z 0-9 . _ - , first a letter or digit"
-        )
-        raise UsageError(f"device {device!r} {why}; choose another id")
+        syntax = "must be 1-64 of a-z 0-9 . _ - , first a letter or digit"
+        problem = "is the name of a role" if device in RESERVED_NAMES else syntax
+        raise UsageError(f"device {device!r} {problem}; choose another id")
     if collectors.is_collector(folder, device):
-        raise UsageError(f"device {device!r}: a collector connects to the broker under this name; choose another id")
+        raise UsageError(f"device {device!r}: is the name of a collector at the broker; choose another id")
     home = folder / "devices" / device
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     enrolled = store.active_key(device)
@@ -106,14 +102,14 @@ def enrol(
     former = RevocationOutcome([], [])
     now = clock.to_rfc3339(clock.read().wall_us)
     if replace:
-        # Of the certificates that there are so far.
-        revokes = (
-            revocation.make_certificate_revoker(folder, config, store, device, former)
-            if not keep_certificate
-            else lambda: None
+        # Before the new certificate is issued: it must not be revoked.
+        revoke_former = (
+            (lambda: None)
+            if keep_certificate
+            else revocation.make_certificate_revoker(folder, config, store, device, former)
         )
         key = _write_replacement(home, folder, config, device, key, CONNECTION_FILES if keep_certificate else ())
-        new = store.enrol(device, key, replace=True, now=now, keep_through=keep_through, before_commit=revokes)
+        new = store.enrol(device, key, replace=True, now=now, keep_through=keep_through, before_commit=revoke_former)
         _finish_replacement(home, key)
     else:
         key = key or _load_or_create_key(home, enrolled)
@@ -123,7 +119,7 @@ def enrol(
 
 
 def pack_device_files(home: Path, out: Path) -> None:
-    """The files of a device as one .tar.gz, mode 0600: the same files give the same bytes."""
+    """Pack the files of a device into one .tar.gz with mode 0600; the same files give the same bytes."""
     packed = io.BytesIO()
     with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as tar:
         for file in (home / name for name in PACKED_FILES if (home / name).exists()):
@@ -140,33 +136,33 @@ def pack_device_files(home: Path, out: Path) -> None:
 def _write_replacement(
     home: Path, folder: Path, config: FleetConfig, device: str, key: PublicKey | None, preserved: Sequence[str]
 ) -> PublicKey:
-    coming = home / REPLACEMENT
-    coming.mkdir(mode=0o700)
+    replacement = home / REPLACEMENT
+    replacement.mkdir(mode=0o700)
     for name in preserved:
         if (home / name).exists():
-            durable_files.write(coming / name, (home / name).read_bytes(), 0o600)
-    key = key or _load_or_create_key(coming, enrolled=None)
-    _write_device_files(coming, folder, config, device)
-    durable_files.write(coming / COMPLETE_MARKER, key.text.encode(), 0o600)
+            durable_files.write(replacement / name, (home / name).read_bytes(), 0o600)
+    key = key or _load_or_create_key(replacement, enrolled=None)
+    _write_device_files(replacement, folder, config, device)
+    durable_files.write(replacement / COMPLETE_MARKER, key.text.encode(), 0o600)
     return key
 
 
 def _finish_replacement(home: Path, enrolled: PublicKey | None) -> None:
-    """Put the replacement's files into `home` where its key is the one `enrolled`, else drop them.
+    """Move the replacement's files into `home` if its key is `enrolled`, else delete them.
 
-    Copied, and the mark removed first: killed anywhere in here, the next call begins again with all of them.
+    The files are copied, and the marker is removed before the folder: after a crash the next call starts again.
     """
-    coming = home / REPLACEMENT
-    mark = coming / COMPLETE_MARKER
-    if enrolled is not None and mark.exists() and mark.read_text(encoding="ascii") == enrolled.text:
-        files = {path.name: path for path in coming.iterdir() if path != mark}
+    replacement = home / REPLACEMENT
+    marker = replacement / COMPLETE_MARKER
+    if enrolled is not None and marker.exists() and marker.read_text(encoding="ascii") == enrolled.text:
+        files = {path.name: path for path in replacement.iterdir() if path != marker}
         for name, path in files.items():
             durable_files.write(home / name, path.read_bytes(), 0o600)
         for name in {*PACKED_FILES, keys.public_key_path(home / SIGNING_KEY).name} - files.keys():
             durable_files.remove(home / name)
-    if coming.exists():
-        durable_files.remove(mark)
-        shutil.rmtree(coming)
+    if replacement.exists():
+        durable_files.remove(marker)
+        shutil.rmtree(replacement)
 
 
 def _load_or_create_key(home: Path, enrolled: PublicKey | None) -> PublicKey:
@@ -174,7 +170,7 @@ def _load_or_create_key(home: Path, enrolled: PublicKey | None) -> PublicKey:
     if path.exists() and (enrolled is None or keys.load_private(path).public.kid == enrolled.kid):
         return keys.load_private(path).public
     if enrolled is not None:
-        # The device holds its own key, or has made a new one since; only its certificate and config are made anew.
+        # The device created its own key, or rotated it since; only its certificate and config are written again.
         return enrolled
     return keys.generate(path).public
 
@@ -227,10 +223,10 @@ def _write_certificates(folder: Path, name: str, broker: BrokerConfig) -> None:
 
 def _render_fleet_toml(name: str, broker: BrokerConfig) -> str:
     text = f"""\
-# The fleet {name}. Keep this folder private and back it up: its keys cannot be made again.
+# The fleet {name}. Keep this folder private and back it up: its keys cannot be created again.
 [fleet]
 name = {_toml_string(name)}
-db = "fleet.db"                       # what was collected; a path, or postgresql://USER@HOST/DB
+db = "fleet.db"                       # collected messages; a path, or postgresql://USER@HOST/DB
 
 [broker]
 url = {_toml_string(broker.url)}
@@ -239,12 +235,12 @@ url = {_toml_string(broker.url)}
         text += "allow_plaintext = true\n"
     if broker.tls:
         text += 'ca_file = "ca.pem"\ncert_file = "collector.crt"\ntls_key_file = "collector-tls.key"\n'
-    for role, what in (("collector", "signs acknowledgements"), ("operator", "signs commands and desired state")):
-        text += f'\n[{role}]\nkey_file = "{role}.key"{"":14}# {what}\n'
+    for role, purpose in (("collector", "signs acknowledgements"), ("operator", "signs commands and desired state")):
+        text += f'\n[{role}]\nkey_file = "{role}.key"{"":14}# {purpose}\n'
         if broker.tls:
             text += f'cert_file = "{role}.crt"\ntls_key_file = "{role}-tls.key"\n'
     if broker.tls:
-        text += "\n[commander]                           # the operator again: one connection for each certificate\n"
+        text += "\n[commander]                           # the operator's second certificate, for commands\n"
         text += 'key_file = "operator.key"\ncert_file = "commander.crt"\ntls_key_file = "commander-tls.key"\n'
         text += "\n[ca]                                  # issues the devices' TLS certificates\n"
         text += 'cert_file = "ca.pem"\nkey_file = "ca.key"\n'
@@ -257,7 +253,7 @@ def _render_device_toml(device: str, config: FleetConfig, collector: PublicKey, 
 [device]
 id = {_toml_string(device)}
 fleet = {_toml_string(config.fleet.name)}
-data_dir = "data"                     # readings, results and the outbox; beside this file, or an absolute path
+data_dir = "data"                     # readings, results and the outbox; relative to this file, or an absolute path
 
 [broker]
 url = {_toml_string(broker.url)}
@@ -270,12 +266,12 @@ url = {_toml_string(broker.url)}
         text
         + f"""
 [collector]
-key = {_toml_string(collector.text)}       # signs acknowledgements: what it has is deleted here
+key = {_toml_string(collector.text)}       # signs acknowledgements; acknowledged messages may be deleted
 
 [operators]
 keys = [{_toml_string(operator.text)}]     # may sign commands and desired state
 
-# What is measured. Readings come through the socket <data_dir>/intake.sock, or `outstation ingest watch FILE`.
+# A stream of readings, which arrive through the socket <data_dir>/intake.sock, or `outstation ingest watch FILE`.
 # [streams.watch]
 # fields = [
 #   {{ name = "ax", unit = "g", min = -16, max = 16 }},
@@ -287,7 +283,7 @@ keys = [{_toml_string(operator.text)}]     # may sign commands and desired state
 # ]
 # source = {{ kind = "socket" }}
 
-# What is run over it.
+# A task that runs a bundle on the stream.
 # [tasks.exercise]
 # stream = "watch"
 # bundle = "exercise"
@@ -298,16 +294,16 @@ keys = [{_toml_string(operator.text)}]     # may sign commands and desired state
 
 
 def _render_updates_toml(url: str) -> str:
-    # Bundles need no secrecy, and their signatures no TLS: an operator who serves them in the clear may.
+    # Bundles are not secret, and their signatures need no TLS: an operator may serve them over http.
     plain = "allow_plaintext = true\n" if url.startswith("http:") else ""
-    own = '# ca_file = "ca.pem"                 # where an authority of your own signed the web server\'s certificate\n'
+    own = '# ca_file = "ca.pem"                 # if your own authority signed the web server\'s certificate\n'
     return f"""
-[updates]                             # bundles that the fleet publishes; `outstation fleet rollout` says which is run
+[updates]                             # bundles of the fleet; `outstation fleet rollout` selects which ones run
 url = {_toml_string(url)}
-{plain or own}root = {_toml_string(ROOT_METADATA)}                    # whose keys count; later ones are found from this one
+{plain or own}root = {_toml_string(ROOT_METADATA)}                    # root of trust; the device fetches later versions
 """
 
 
 def _toml_string(text: str) -> str:
-    """A TOML basic string; JSON's escapes are a subset of TOML's."""
+    """Return a TOML basic string; JSON's escapes are a subset of TOML's."""
     return json.dumps(text, ensure_ascii=True)

@@ -1,8 +1,8 @@
-"""The fleet's certificate authority and the TLS certificates it issues (Ed25519, X.509 v3, RFC 5280).
+"""Certificate authority of a fleet, and the TLS certificates and CRLs it issues (Ed25519, X.509 v3, RFC 5280).
 
-TLS says who may connect to the broker; it is not what a message is trusted for. That is its signature, made with
-another key, which survives bridges, brokers and disks, and is revoked in the collector's database. A certificate is
-revoked by a list that the broker reads.
+TLS decides who may connect to the broker. It does not authenticate messages: their signatures do, with another key that
+survives bridges, brokers and disks and is revoked in the fleet database. The broker reads revoked certificates from a
+CRL.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from agent.errors import UsageError
 
 CA_YEARS = 10
-# A device is forgotten in the field: an early end of its certificate would cut it off, and stop nobody.
+# Devices stay in the field for years: early expiry would disconnect them, and stop no attacker.
 LEAF_YEARS = 10
-# Machines without a battery clock start in the past; a day covers a saved clock that lags.
+# Machines without a battery clock start in the past; a day covers the lag of a saved clock.
 BACKDATE = timedelta(days=1)
-_RESTORE_HINT = "a new one would let in again whom it shut out: restore it, or the copy in the other place"
+_RESTORE_HINT = "a new list would accept revoked certificates again; restore it from a backup or from its copy"
 
 
 class IssuedCertificate(msgspec.Struct, frozen=True):
@@ -48,19 +48,17 @@ class CertificateAuthority(msgspec.Struct, frozen=True):
         return _private_pem(self.key)
 
     def issue_server(self, host: str) -> IssuedCertificate:
-        """A broker's certificate for `host`, and for this machine itself."""
-        names: list[x509.GeneralName] = []
-        for name in dict.fromkeys((host, "localhost", "127.0.0.1", "::1")):
-            names.append(_general_name(name))
+        """Issue a broker's certificate for `host`, also valid for localhost."""
+        names = [_general_name(name) for name in dict.fromkeys((host, "localhost", "127.0.0.1", "::1"))]
         return self._issue(host, names, ExtendedKeyUsageOID.SERVER_AUTH)
 
     def issue_client(self, name: str, fleet: str) -> IssuedCertificate:
-        """A client's certificate: the broker takes `name` from its CN as the user name."""
+        """Issue a client's certificate; the broker uses `name` from its CN as the user name."""
         uri = x509.UniformResourceIdentifier(f"urn:outstation:{fleet}:{name}")
         return self._issue(name, [uri], ExtendedKeyUsageOID.CLIENT_AUTH)
 
     def build_crl(self, editions: Sequence[x509.CertificateRevocationList], serials: Iterable[int]) -> bytes:
-        """The list (PEM) that follows these editions: all their entries, and `serials`."""
+        """Build the next CRL (PEM): all entries of these editions, and `serials`."""
         entries = {entry.serial_number: entry for edition in editions for entry in edition}
         for serial in serials:
             entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(_now())
@@ -69,7 +67,7 @@ class CertificateAuthority(msgspec.Struct, frozen=True):
             x509.CertificateRevocationListBuilder()
             .issuer_name(self.certificate.subject)
             .last_update(_crl_time(editions))
-            # A list whose time is over would lock everybody out.
+            # An expired list would reject every client.
             .next_update(self.certificate.not_valid_after_utc)
             .add_extension(x509.CRLNumber(max((_crl_number(edition) for edition in editions), default=0) + 1), False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), False)
@@ -79,15 +77,15 @@ class CertificateAuthority(msgspec.Struct, frozen=True):
         return builder.sign(self.key, None).public_bytes(Encoding.PEM)
 
     def load_crl(self, file: Path) -> x509.CertificateRevocationList:
-        """The list in a PEM file. Raises UsageError where it cannot be read, or is not this authority's."""
+        """Load a CRL (PEM). Raises UsageError if it is unreadable, or signed by another authority."""
         try:
-            found = x509.load_pem_x509_crl(file.read_bytes())
-            genuine = found.is_signature_valid(self.certificate.public_key())  # type: ignore[arg-type]
+            crl = x509.load_pem_x509_crl(file.read_bytes())
+            genuine = crl.is_signature_valid(self.certificate.public_key())  # type: ignore[arg-type]
         except (OSError, ValueError, TypeError) as error:
-            raise UsageError(f"{file}: not a readable revocation list: {error}; {_RESTORE_HINT}") from None
+            raise UsageError(f"{file}: cannot be read as a revocation list: {error}; {_RESTORE_HINT}") from None
         if not genuine:
             raise UsageError(f"{file}: is not signed by this fleet's authority; {_RESTORE_HINT}")
-        return found
+        return crl
 
     def _issue(
         self, common_name: str, names: list[x509.GeneralName], usage: x509.ObjectIdentifier
@@ -106,7 +104,7 @@ class CertificateAuthority(msgspec.Struct, frozen=True):
 
 
 def create_authority(fleet: str) -> CertificateAuthority:
-    """A new, self-signed authority that may sign leaves only."""
+    """Create a self-signed authority that may sign leaf certificates only."""
     key = Ed25519PrivateKey.generate()
     name = _x509_name(f"outstation {fleet}"[:64])
     builder = (
@@ -118,33 +116,33 @@ def create_authority(fleet: str) -> CertificateAuthority:
 
 
 def load_authority(cert_file: Path, key_file: Path) -> CertificateAuthority:
-    """The authority in two PEM files. Raises UsageError that says which file is wrong."""
+    """Load an authority from two PEM files. Raises UsageError that names the invalid file."""
     try:
         certificate = x509.load_pem_x509_certificate(cert_file.read_bytes())
     except (OSError, ValueError) as error:
-        raise UsageError(f"{cert_file}: not a readable certificate: {error}") from None
+        raise UsageError(f"{cert_file}: cannot be read as a certificate: {error}; restore it from a backup") from None
     try:
         key = load_pem_private_key(key_file.read_bytes(), password=None)
     except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{key_file}: not a readable private key: {error}") from None
+        raise UsageError(f"{key_file}: cannot be read as a private key: {error}; restore it from a backup") from None
     if not isinstance(key, Ed25519PrivateKey) or key.public_key() != certificate.public_key():
-        raise UsageError(f"{key_file}: is not the key of {cert_file}; restore both from the same copy of the fleet")
+        raise UsageError(f"{key_file}: does not match {cert_file}; restore both from the same backup of the fleet")
     return CertificateAuthority(certificate, key)
 
 
 def read_serial(certificate: bytes, file: Path) -> int:
-    """The serial number of a PEM certificate. Raises UsageError that names the `file`."""
+    """Return the serial number of a PEM certificate. Raises UsageError that names the `file`."""
     try:
         return x509.load_pem_x509_certificate(certificate).serial_number
     except ValueError as error:
-        what = "restore it; without it, what was issued cannot be revoked"
-        raise UsageError(f"{file}: not a readable certificate: {error}; {what}") from None
+        hint = "restore it from a backup: without it the certificate cannot be revoked"
+        raise UsageError(f"{file}: cannot be read as a certificate: {error}; {hint}") from None
 
 
 def _crl_time(editions: Sequence[x509.CertificateRevocationList]) -> datetime:
-    """In the past, for brokers whose clocks lag: a list from the future locks everybody out.
+    """Return a time in the past: a broker whose clock lags rejects every client if the list is from the future.
 
-    OpenSSL with two editions in its memory uses the older of two that have the same time.
+    It is after the last edition, because OpenSSL with two editions in memory uses the older of two with one time.
     """
     start = _now() - BACKDATE
     passed = [edition.last_update_utc for edition in editions if edition.last_update_utc < _now()]
@@ -155,7 +153,7 @@ def _crl_number(edition: x509.CertificateRevocationList) -> int:
     try:
         return edition.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
     except x509.ExtensionNotFound:
-        # Not made here, but with this authority's key, as by `openssl ca -gencrl`: its entries count.
+        # Another tool signed it with this authority's key, as `openssl ca -gencrl` does: its entries are valid.
         return 0
 
 

@@ -1,9 +1,9 @@
-"""Which TLS certificates of devices connect no more: the list that the broker reads, `crl.pem`.
+"""Revocation of devices: their signing keys in the database, and their TLS certificates in the CRL `crl.pem`.
 
-- `issued/<device>/<serial>.crt` is written before a device's certificate is, and never removed: a certificate whose
-  other files are gone can still be revoked, and so can one that was put there by hand
-- `crl.pem` in the fleet's folder is the record: each edition holds all entries of the one before
-- `broker/crl.pem` is a copy of it, for the broker; its entries are taken over where it has more
+- `issued/<device>/<serial>.crt` is written before a device's certificate, and never removed: a certificate can be
+  revoked after its other files are gone, and so can one that an operator put there
+- `crl.pem` in the fleet's folder is the record; each edition has all entries of the one before
+- `broker/crl.pem` is a copy for the broker; entries that only the copy has are kept
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ CERTIFICATE_FILE = "device.crt"
 
 
 class RevocationOutcome(msgspec.Struct):
-    """What a revocation did: key thumbprints, serial numbers in hex, and a sentence where certificates still connect.
+    """Revoked key thumbprints and certificate serial numbers (hex), and the steps left to the broker's operator.
 
-    `failed`: they should not. `steps` are what is left to do at the broker.
+    `problem`: why certificates still connect; `failed` if they should not.
     """
 
     keys: list[str]
@@ -38,13 +38,13 @@ class RevocationOutcome(msgspec.Struct):
 
 
 def create_crl(folder: Path, authority: pki.CertificateAuthority) -> None:
-    """The empty list: a broker whose config names one does not start without."""
+    """Write an empty CRL, without which a broker that is configured to use one does not start."""
     _write_crl(folder / CRL_FILE, authority.build_crl((), ()))
     _write_crl(folder / "broker" / CRL_FILE, (folder / CRL_FILE).read_bytes())
 
 
 def archive_certificate(folder: Path, device: str, certificate: bytes) -> None:
-    """Keep a certificate (PEM) that is given to `device`. Raises UsageError where it is none, StorageError."""
+    """Archive a certificate (PEM) of `device`. Raises UsageError if it is invalid, and StorageError."""
     latest = folder / "devices" / device / CERTIFICATE_FILE
     path = folder / "issued" / device / f"{pki.read_serial(certificate, latest):x}.crt"
     if not path.exists():
@@ -52,20 +52,20 @@ def archive_certificate(folder: Path, device: str, certificate: bytes) -> None:
 
 
 def list_issued_serials(folder: Path, device: str) -> list[int]:
-    """Serial numbers of all certificates of `device`, as far as they are known. Raises UsageError, StorageError."""
-    latest, kept = folder / "devices" / device / CERTIFICATE_FILE, folder / "issued" / device
+    """Return the serial numbers of all known certificates of `device`. Raises UsageError and StorageError."""
+    latest, archive = folder / "devices" / device / CERTIFICATE_FILE, folder / "issued" / device
     try:
         if latest.exists():
-            # It may be of a time when none was kept.
+            # An operator may have replaced it by hand.
             archive_certificate(folder, device, latest.read_bytes())
     except (UsageError, OSError):
-        if not list(kept.glob("*.crt")):
+        if not list(archive.glob("*.crt")):
             raise
-    return sorted({pki.read_serial(path.read_bytes(), path) for path in kept.glob("*.crt")})
+    return sorted({pki.read_serial(path.read_bytes(), path) for path in archive.glob("*.crt")})
 
 
 def is_revoked(folder: Path, authority: pki.CertificateAuthority, certificate: Path) -> bool:
-    """Whether a certificate (PEM file) connects no more. Raises UsageError."""
+    """Return True if a certificate (PEM file) is in the CRL. Raises UsageError."""
     file = folder / CRL_FILE
     if not file.exists():
         return False
@@ -74,15 +74,16 @@ def is_revoked(folder: Path, authority: pki.CertificateAuthority, certificate: P
 
 
 def add(folder: Path, config: FleetConfig, serials: Iterable[int]) -> tuple[str, ...]:
-    """Put `serials` on the list; what is left to do. One at a time: call it in a transaction of the fleet's store.
+    """Add `serials` to the CRL, and return the steps left to the operator.
 
-    Raises UsageError, StorageError; then the list is what it was.
+    Call it in a transaction of the fleet's store, so that one process at a time does it. Raises UsageError and
+    StorageError; the CRL is unchanged then.
     """
     assert config.ca is not None
     authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
-    # Where the broker's user keeps its folder to itself, the record is enough.
-    there = [path for path in (folder / CRL_FILE, folder / "broker" / CRL_FILE) if os.access(path, os.F_OK)]
-    editions = [authority.load_crl(path) for path in there]
+    # The broker's folder may be unreadable for this user; the record is enough.
+    present = [path for path in (folder / CRL_FILE, folder / "broker" / CRL_FILE) if os.access(path, os.F_OK)]
+    editions = [authority.load_crl(path) for path in present]
     _write_crl(folder / CRL_FILE, authority.build_crl(editions, serials))
     return _publish_crl(folder)
 
@@ -90,10 +91,10 @@ def add(folder: Path, config: FleetConfig, serials: Iterable[int]) -> tuple[str,
 def revoke_device(
     folder: Path, config: FleetConfig, store: FleetStore, device: str, kid: str | None, now: str
 ) -> RevocationOutcome:
-    """Revoke all keys and certificates of `device`, or its key `kid`; certificates with the last key only.
+    """Revoke all keys and certificates of `device`, or its key `kid`; certificates only with the last valid key.
 
-    The list comes before the database: killed in between, it can be said again. Certificates that cannot be revoked
-    keep no key valid. Raises UsageError where nothing could be revoked.
+    The CRL is written before the database commits, so the command can be repeated after a crash. The keys are revoked
+    even if the certificates cannot be. Raises UsageError if nothing could be revoked.
     """
     done = RevocationOutcome([], [])
 
@@ -101,20 +102,22 @@ def revoke_device(
         if config.ca is None:
             return
         if _has_valid_key(store, device):
-            done.problem = f"another key of {device} is valid: its certificate connects until that is revoked, too"
+            done.problem = f"another key of {device} is valid: its certificate connects until that key is revoked, too"
             return
         try:
             serials = list_issued_serials(folder, device)
             if not serials:
-                raise UsageError(f"{folder / 'devices' / device / CERTIFICATE_FILE}: is gone, and no copy was kept")
+                raise UsageError(
+                    f"{folder / 'devices' / device / CERTIFICATE_FILE}: is missing, and no copy is archived"
+                )
             done.steps = add(folder, config, serials)
-            done.certificates = [f"{one:x}" for one in serials]
+            done.certificates = [f"{serial:x}" for serial in serials]
         except (UsageError, StorageError, OSError) as error:
-            done.problem = f"its TLS certificate is not revoked and still connects to the broker: {error}"
+            done.problem = f"its TLS certificate is not revoked, and still connects to the broker: {error}"
             done.failed = True
 
     if kid is None and config.ca is not None and not _has_valid_key(store, device):
-        # Revoked before there was a list, or by one who could not finish at the broker.
+        # A repeated command: the keys are revoked already, the certificates may not be.
         with store.transaction():
             revoke_certificates()
     else:
@@ -125,17 +128,17 @@ def revoke_device(
 def make_certificate_revoker(
     folder: Path, config: FleetConfig, store: FleetStore, device: str, outcome: RevocationOutcome
 ) -> Callable[[], None]:
-    """What revokes the certificates that `device` has now, when called; `done` then tells."""
+    """Return a function that revokes the certificates that `device` has now, and reports in `outcome`."""
     serials = list_issued_serials(folder, device) if config.ca is not None else []
     if config.ca is not None and not serials and any(owner == device for _, owner, *_ in store.enrolled_keys()):
         outcome.problem = (
-            f"no copy of the former certificate of {device} was kept: it is not revoked, and still connects"
+            f"no copy of the former certificate of {device} is archived: it is not revoked, and still connects"
         )
 
     def revoke_certificates() -> None:
         if serials:
             outcome.steps = add(folder, config, serials)
-            outcome.certificates = [f"{one:x}" for one in serials]
+            outcome.certificates = [f"{serial:x}" for serial in serials]
 
     return revoke_certificates
 
@@ -145,7 +148,7 @@ def _has_valid_key(store: FleetStore, device: str) -> bool:
 
 
 def _publish_crl(folder: Path) -> tuple[str, ...]:
-    """Hand the list to the broker in this folder, and say what only its operator can do."""
+    """Copy the CRL into the broker's folder, and return the steps that only its operator can do."""
     listed, copy, conf = folder / CRL_FILE, folder / "broker" / CRL_FILE, folder / "broker" / "mosquitto.conf"
     steps = []
     try:
@@ -153,21 +156,21 @@ def _publish_crl(folder: Path) -> tuple[str, ...]:
         _write_crl(copy, listed.read_bytes())
         if not broker_config.has_crl_setting(text):
             line = broker_config.crl_setting(copy.parent.resolve())
-            steps.append(f"{conf}: names no list, so that the broker reads none. Add this line after `keyfile`: {line}")
+            steps.append(f"{conf}: names no CRL, so the broker reads none. Add this line after `keyfile`: {line}")
     except (StorageError, OSError) as error:
-        steps.append(f"The list is not in the broker's folder ({error}): copy {listed} to the broker's `crlfile`.")
+        steps.append(f"The CRL could not be copied to the broker's folder ({error}): copy {listed} to its `crlfile`.")
     steps.append(
-        f"Where the broker runs on another machine, copy {listed} there, to its `crlfile`; its user must be able to "
-        "read it, else the broker lets everybody in again."
+        f"If the broker runs on another machine, copy {listed} to its `crlfile` there. The broker's user must be able "
+        "to read it, or the broker accepts every certificate."
     )
     steps.append(
-        "Then restart the broker (systemctl restart mosquitto). A reload (kill -HUP) refuses new connections, too, "
-        "but ends none that is open, and takes no new line of the config."
+        "Then restart the broker (systemctl restart mosquitto). A reload (kill -HUP) refuses new connections, too, but "
+        "ends no open connection, and does not read new lines of the config."
     )
     return tuple(steps)
 
 
 def _write_crl(path: Path, data: bytes) -> None:
     durable_files.write(path, data)
-    # Whatever the umask: Mosquitto has another user, and lets everybody in if it cannot read the list when told to.
+    # Whatever the umask: Mosquitto runs as another user, and accepts every certificate if it cannot read the list.
     path.chmod(0o644)

@@ -1,8 +1,12 @@
-"""`outstation fleet evidence`: gather, write, sign. The same database, bundles and time give the same bytes."""
+"""`outstation fleet evidence`: gather facts, write the folder, sign its manifest.
+
+Equal database, bundles, software and moment give equal bytes.
+"""
 
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import shutil
@@ -21,15 +25,14 @@ from agent.fleet.database.store import FleetStore
 from agent.fleet.evidence.format import frameworks, manifest
 from agent.fleet.evidence.format.contents import WRITE_LIMITS, Incident, SignedMessage
 from agent.fleet.evidence.format.manifest import MANIFEST_FILE, SIGNATURE_FILE, EvidenceManifest, FileEntry
-from agent.fleet.evidence.gather import bundles, trusted_keys
-from agent.fleet.evidence.gather import sbom as software
+from agent.fleet.evidence.gather import bundles, sbom, trusted_keys
 from agent.fleet.evidence.gather.gather import EvidenceFacts, MessageVerifier, gather
 from agent.fleet.evidence.gather.sbom import Sbom
 from agent.fleet.evidence.page.page import render_html
 from agent.wire.keys import PublicKey, SigningKey
 
-_CSV_COLUMNS = (
-    "began",
+_CSV_COLUMNS = [
+    "started",
     "ended",
     "seconds",
     "state",
@@ -40,13 +43,13 @@ _CSV_COLUMNS = (
     "subject",
     "summary",
     "clock",
-)
+]
 
 
 class EvidenceSources(msgspec.Struct, frozen=True):
-    """Where it comes from beside the database. `home`: the fleet's folder.
+    """Sources beside the database. `operator` signs the folder.
 
-    `operator` signs; `operators` are the keys whose decisions count, that one and former ones.
+    Decisions count if signed by one of `operators`: the current key and former ones.
     """
 
     fleet: str
@@ -72,18 +75,18 @@ def write_folder(
     as_of: str | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> EvidenceFolder:
-    """The signed folder `out`. Raises UsageError, BadBundle, StorageError; then nothing is there."""
-    draft = FolderWriter(out)
+    """Write the signed folder `out`. Raises UsageError, BadBundle or StorageError; `out` is then absent."""
+    writer = FolderWriter(out)
     try:
         with store.snapshot() as db:
             facts = _gather_facts(store, db, sources, as_of, advance)
-            _write_messages(EvidenceQueries(store, db), MessageVerifier(store), draft, facts)
-        found = _write_files(draft, sources, facts)
-        draft.commit()
+            _write_messages(EvidenceQueries(store, db), MessageVerifier(store), writer, facts)
+        bill_of_materials = _write_files(writer, sources, facts)
+        writer.commit()
     except BaseException:
-        draft.discard()
+        writer.discard()
         raise
-    return EvidenceFolder(facts, found, draft.files)
+    return EvidenceFolder(facts, bill_of_materials, writer.files)
 
 
 def _gather_facts(
@@ -91,10 +94,10 @@ def _gather_facts(
 ) -> EvidenceFacts:
     roles = trusted_keys.build_role_keys(sources.operators, sources.collector, sources.publishers)
     facts = gather(store, db, sources.fleet, as_of, roles, advance)
-    # Devices take bundles from operators, too.
-    known = [*sources.publishers, *sources.operators]
+    # Devices accept bundles signed by operators, too.
+    signers = [*sources.publishers, *sources.operators]
     facts.bundles = bundles.gather(
-        sources.fleet_dir, sources.bundles, known, sources.evaluations, facts.tasks_by_digest
+        sources.fleet_dir, sources.bundles, signers, sources.evaluations, facts.tasks_by_digest
     )
     facts.omitted["bundles"] += facts.bundles.omitted
     return facts
@@ -104,9 +107,9 @@ def _write_files(writer: FolderWriter, sources: EvidenceSources, facts: Evidence
     metadata, facts.signature_chain, facts.repository_problems = trusted_keys.read_repository(sources.fleet_dir)
     for path, content in sorted({**facts.bundles.files, **metadata}.items()):
         writer.write(path, content)
-    bill = software.build(facts.fleet, facts.as_of, facts.bundles.cards)
-    writer.write("sbom.cdx.json", bill.document)
-    writer.write("decisions.jsonl", (_encode_line(one) for one in facts.decisions))
+    bill_of_materials = sbom.build(facts.fleet, facts.as_of, facts.bundles.cards)
+    writer.write("sbom.cdx.json", bill_of_materials.document)
+    writer.write("decisions.jsonl", (_encode_line(decision) for decision in facts.decisions))
     writer.write("incidents.csv", _encode_csv(facts.incidents))
     documents: dict[str, Any] = {
         "incidents.json": facts.incidents,
@@ -120,11 +123,11 @@ def _write_files(writer: FolderWriter, sources: EvidenceSources, facts: Evidence
     }
     for path, document in documents.items():
         writer.write(path, _encode_document(document))
-    points = frameworks.evaluate_support([one.path for one in writer.files], _list_empty_files(facts))
+    points = frameworks.evaluate_support([file.path for file in writer.files], _list_empty_files(facts))
     writer.write("mapping.json", _encode_document({"points": points, "not_covered": frameworks.NOT_COVERED}))
-    writer.write("index.html", render_html(facts, bill, points, [*writer.files]).encode())
+    writer.write("index.html", render_html(facts, bill_of_materials, points, [*writer.files]).encode())
     _write_manifest(writer, sources.operator, facts)
-    return bill
+    return bill_of_materials
 
 
 def _write_manifest(writer: FolderWriter, key: SigningKey, facts: EvidenceFacts) -> None:
@@ -132,13 +135,13 @@ def _write_manifest(writer: FolderWriter, key: SigningKey, facts: EvidenceFacts)
         v=1,
         kind="evidence",
         fleet=facts.fleet,
-        at=facts.as_of,
+        as_of=facts.as_of,
         agent=__version__,
         span=facts.span,
         messages=facts.message_count,
-        left_out={name: n for name, n in sorted(facts.omitted.items()) if n},
+        omitted={name: n for name, n in sorted(facts.omitted.items()) if n},
         keys=facts.keys,
-        files=sorted(writer.files, key=lambda one: one.path),
+        files=sorted(writer.files, key=lambda file: file.path),
     )
     data = manifest.encode(head)
     writer.write(MANIFEST_FILE, data)
@@ -146,22 +149,23 @@ def _write_manifest(writer: FolderWriter, key: SigningKey, facts: EvidenceFacts)
 
 
 def _list_empty_files(facts: EvidenceFacts) -> set[str]:
-    """Files that say nothing, which therefore support nothing."""
-    found = {"comparisons.json": facts.comparisons, "published.json": facts.signature_chain.targets}
-    found |= {"accuracy.json": facts.accuracy, "drift.json": facts.drift["tasks"], "running.json": facts.running_tasks}
-    # A list without incidents says something as long as somebody could have told of one.
-    found |= {
+    """Return the files that support no framework point because they have no content."""
+    contents = {"comparisons.json": facts.comparisons, "published.json": facts.signature_chain.targets}
+    contents |= {
+        "accuracy.json": facts.accuracy,
+        "drift.json": facts.drift["tasks"],
+        "running.json": facts.running_tasks,
         "decisions.jsonl": facts.decisions,
-        "incidents.json": facts.message_count,
-        "audit.json": facts.message_count,
     }
-    return {path for path, content in found.items() if not content}
+    # A list without incidents is evidence as long as a message could have reported one.
+    contents |= {"incidents.json": facts.message_count, "audit.json": facts.message_count}
+    return {path for path, content in contents.items() if not content}
 
 
 def _write_messages(
     queries: EvidenceQueries, verifier: MessageVerifier, writer: FolderWriter, facts: EvidenceFacts
 ) -> None:
-    """The signed messages that the folder relies on, read again and verified again, in parts of bounded size."""
+    """Write the signed messages that the folder refers to, read and verified again, in files of bounded size."""
     lines = _iter_message_lines(queries, verifier, facts)
     line, number = next(lines, None), 0
     while line is not None:
@@ -176,14 +180,14 @@ def _write_messages(
 
 
 def _iter_message_lines(queries: EvidenceQueries, verifier: MessageVerifier, facts: EvidenceFacts) -> Iterator[bytes]:
-    room = WRITE_LIMITS.message_bytes
-    for place in facts.message_refs:
-        stored = queries.load_message(place.device, place.log, place.seq)
-        if stored is None or verifier.verify((*msgspec.structs.astuple(place), *stored)) is None:
+    remaining = WRITE_LIMITS.message_bytes
+    for ref in facts.message_refs:
+        stored = queries.load_message(ref.device, ref.log, ref.seq)
+        if stored is None or verifier.verify((*msgspec.structs.astuple(ref), *stored)) is None:
             continue
         line = _encode_line(SignedMessage(stored[0], stored[1].decode(), stored[2]))
-        room -= len(line)
-        if room < 0:
+        remaining -= len(line)
+        if remaining < 0:
             facts.omitted["messages"] += 1
             continue
         yield line
@@ -198,59 +202,62 @@ def _encode_document(content: object) -> bytes:
 
 
 def _encode_csv(incidents: Iterable[Incident]) -> bytes:
-    """For a spreadsheet, which must not take what devices wrote for formulas."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(_CSV_COLUMNS)
-    for one in incidents:
-        writer.writerow(_escape_cell(getattr(one, name)) for name in _CSV_COLUMNS)
+    for incident in incidents:
+        writer.writerow(_escape_cell(getattr(incident, name)) for name in _CSV_COLUMNS)
     return text.getvalue().encode()
 
 
 def _escape_cell(value: object) -> object:
+    """Escape text from devices that a spreadsheet would run as a formula."""
     if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
         return "'" + value
     return "" if value is None else value
 
 
 class FolderWriter:
-    """A folder that becomes `out` when it is finished. Raises UsageError where something is there already."""
+    """Writer of a folder under a temporary name, renamed to `out` once all files are on disk.
+
+    Raises UsageError if `out` exists and is not an empty folder.
+    """
 
     def __init__(self, out: Path) -> None:
         if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-            raise UsageError(f"--out {out}: is there already; name a new folder, evidence is never written over")
+            raise UsageError(f"--out {out}: exists already; evidence is never overwritten, so name a new folder")
         if not out.absolute().parent.is_dir():
-            raise UsageError(f"--out {out}: its parent folder is not there; make it first")
+            raise UsageError(f"--out {out}: its parent folder does not exist; create it first")
         self.out = out
         self._staging = out.with_name(f".{out.name}.new")
         self.files: list[FileEntry] = []
         try:
-            # What a making that was killed has left.
+            # Left by a killed run.
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging.mkdir(mode=0o755)
         except OSError as error:
-            raise UsageError(f"--out {out}: cannot be made: {error.strerror}") from None
+            raise UsageError(f"--out {out}: cannot be created: {error.strerror}") from None
 
     def write(self, path: str, parts: bytes | Iterable[bytes]) -> None:
-        """A file of the folder, which the manifest will list."""
-        size, sum_ = 0, hashlib.sha256()
+        """Write a file and list it for the manifest."""
+        size, checksum = 0, hashlib.sha256()
         try:
             target = self._staging / path
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("xb") as file:
                 for part in (parts,) if isinstance(parts, bytes) else parts:
                     file.write(part)
-                    sum_.update(part)
+                    checksum.update(part)
                     size += len(part)
                 durable_files.flush(file)
         except OSError as error:
-            kind = StorageFull if error.errno == 28 else StorageError
-            raise kind(f"{self.out}: {path} cannot be written: {error.strerror}; nothing was left there") from None
+            kind = StorageFull if error.errno == errno.ENOSPC else StorageError
+            raise kind(f"{self.out}: {path} cannot be written: {error.strerror}; no folder was created") from None
         if path not in (MANIFEST_FILE, SIGNATURE_FILE):
-            self.files.append(FileEntry(path, size, sum_.hexdigest()))
+            self.files.append(FileEntry(path, size, checksum.hexdigest()))
 
     def commit(self) -> None:
-        """All of it is on the disk, and has its name."""
+        """Flush all folders and rename the staging folder to `out`. Raises StorageError."""
         try:
             for folder in [path for path in self._staging.rglob("*") if path.is_dir()] + [self._staging]:
                 durable_files.fsync(folder)

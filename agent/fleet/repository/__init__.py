@@ -1,10 +1,11 @@
-"""The fleet's TUF repository: what devices may install, signed by keys of which the ones that matter lie elsewhere.
+"""TUF repository of the fleet: the bundles that devices may install.
 
-create.py    a new one                        publish.py   a bundle into it          revoke.py   and out of it
-rotate.py    another key for a role           roots.py     drafts of the next root   refresh.py  before it expires
-status.py    what it holds and what expires   copy.py      onto a stick              address.py   its URL in fleet.toml
-edition.py   what clients see now, and how the next one is written
+create           new repository                    publish, revoke   add a bundle, remove a bundle
+key_rotation     replace the key of a role         root_rotation     drafts of the next root
+upkeep           renewal before expiry             status            contents, keys, expiry
+mirror           copy to a stick or web server     address           URL in fleet.toml
+edition          read and write what clients see   signature_chain   who signed which metadata
 
-In the words of the TUF specification (1.0.34): root says whose keys count; targets delegates to one role a bundle;
-snapshot and timestamp, whose keys are online, say which versions of all these belong together.
+Terms are those of the TUF specification 1.0.34. Root lists the keys of the top-level roles. Targets delegates to one
+role per bundle. Snapshot and timestamp, whose keys are online, state which versions belong together.
 """

@@ -1,4 +1,4 @@
-"""Where devices find the repository, in `fleet.toml`."""
+"""Repository URL for devices: section [repository] of `fleet.toml`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from agent.fleet import config as fleet_config
 
 
 def write(folder: Path, url: str) -> None:
-    """Add section [repository]. Raises UsageError for a URL that is none, or where another one is there."""
+    """Add section [repository]. Raises UsageError for an invalid URL or if a different one is set."""
     known = fleet_config.load(folder).repository
     path = folder / fleet_config.FILE
     if known is not None and known.url != url:
-        raise UsageError(f"{path}: repository.url: is {known.url!r} already; edit it there")
+        raise UsageError(f"{path}: repository.url is {known.url!r} already; edit it in that file")
     if known is not None:
         return
     _check_url(url)
-    added = f"\n[repository]\nurl = {json.dumps(url)}   # where devices find repository/ of this folder\n"
+    added = f"\n[repository]\nurl = {json.dumps(url)}   # where devices find this folder's repository/\n"
     mode = stat.S_IMODE(path.stat().st_mode)
     durable_files.write(path, path.read_bytes().rstrip(b"\n") + b"\n" + added.encode(), mode)
 
@@ -29,9 +29,7 @@ def write(folder: Path, url: str) -> None:
 def _check_url(url: str) -> None:
     if "://" not in url:
         if not Path(url).is_absolute():
-            raise UsageError(
-                f"--url {url}: is neither https://HOST/PATH nor an absolute path of a folder on the devices"
-            )
+            raise UsageError(f"--url {url}: neither https://HOST/PATH nor an absolute path of a folder on the devices")
         return
     try:
         parts = urlsplit(url)
@@ -39,4 +37,4 @@ def _check_url(url: str) -> None:
     except ValueError:
         usable = False
     if not usable or parts.query or parts.fragment or parts.username or parts.password:
-        raise UsageError(f"--url {url}: is neither https://HOST[:PORT]/PATH, http://… nor a folder")
+        raise UsageError(f"--url {url}: not a URL of the form https://HOST[:PORT]/PATH without user, query or fragment")

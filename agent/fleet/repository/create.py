@@ -1,4 +1,4 @@
-"""Making a repository: keys, and the first edition, without bundles."""
+"""Creation of a repository: keys and a first edition without bundles."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_ROOTS = 16
 
 
 class CreatedRepository(msgspec.Struct, frozen=True):
-    """`root` is what devices are given, `keys` are the files that are to be moved offline."""
+    """Result: the root metadata for devices, and the root key files to move offline."""
 
     root: Path
     keys: list[Path]
@@ -30,19 +30,21 @@ class CreatedRepository(msgspec.Struct, frozen=True):
 def create(
     folder: Path, *, roots: int = 1, threshold: int = 1, current_time: datetime | None = None
 ) -> CreatedRepository:
-    """A repository in the fleet's `folder` that `threshold` of `roots` root keys govern. Raises UsageError.
+    """Create a repository in the fleet's folder, governed by `threshold` of `roots` root keys. Raises UsageError.
 
-    One that was cut short is made to its end, with the keys that are there.
+    An interrupted creation is completed with the keys that exist.
     """
     if not 1 <= threshold <= roots <= MAX_ROOTS:
-        raise UsageError(f"--threshold {threshold} of --roots {roots}: use 1 to {MAX_ROOTS} keys, and no more to sign")
+        raise UsageError(
+            f"--threshold {threshold} of --roots {roots}: use 1 to {MAX_ROOTS} root keys, and a threshold up to it"
+        )
     layout, current_time = Layout(folder), current_time or expiry.now()
     durable_files.make_folder(layout.home)
     with layout.locked():
-        there = layout.newest_root_path()
-        if there is not None:
+        existing = layout.newest_root_path()
+        if existing is not None:
             raise UsageError(
-                f"{there}: a repository is there already, and devices trust its keys; it is never made over"
+                f"{existing}: a repository exists already and devices trust its keys, so it is not replaced"
             )
         keyring = RepositoryKeyring(layout.keys)
         files = [layout.keys / f"root-{number}.key" for number in range(1, roots + 1)]
@@ -57,6 +59,6 @@ def create(
         durable_files.make_folder(layout.targets)
         first = Edition(root, Metadata(Timestamp()), Metadata(Snapshot()), Metadata(Targets()))
         edition.write(layout, first, TOP_LEVEL_ROLES, keyring, current_time)
-        # Last: with it the repository is there.
+        # Written last: a repository without root does not exist yet.
         durable_files.write(layout.root_path(1), root.to_bytes())
     return CreatedRepository(layout.root_path(1), files, threshold)

@@ -1,8 +1,8 @@
-"""What clients of the repository see now, read with the checks they make, and how the next edition is written.
+"""Edition: the metadata that clients of the repository see, read with the clients' checks, and the writing of the next.
 
-A new edition changes nothing that the one before refers to: every file but `timestamp.json` has its version or hash in
-its name. It is there for clients when `timestamp.json` is replaced, which comes last; what was written before a crash
-and never referred to is overwritten by the next edition.
+A new edition changes no file that the current one refers to: every file except `timestamp.json` has its version or hash
+in its name. Clients see it once `timestamp.json` is replaced, which is the last step. Files left by a crash are not
+referred to, and the next edition overwrites them.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from agent.fleet.repository.expiry import REFRESH_INTERVAL, SNAPSHOT, TARGETS, T
 from agent.fleet.repository.keys import RepositoryKeyring
 from agent.fleet.repository.layout import Layout
 
-# Older versions that stay for clients which are in the middle of an update.
+# Older versions stay for clients in the middle of an update.
 _RETAINED_VERSIONS = 3
 T = TypeVar("T", Root, Timestamp, Snapshot, Targets)
 
 
 class Edition(msgspec.Struct):
-    """`published` has the version of each role that clients see; a role that is new is not in it."""
+    """Metadata of all roles. `published_versions` holds the version that clients see; new roles are not in it."""
 
     root: Metadata[Root]
     timestamp: Metadata[Timestamp]
@@ -46,7 +46,7 @@ class Edition(msgspec.Struct):
         return top[role] if role in top else self.bundles[role]
 
     def keyids(self, role: str, next_root: Root | None = None) -> list[str]:
-        """Whose signatures count for `role`, under the root in force and under the one that is `coming`."""
+        """Return the ids of the keys for `role` under the current root and, if given, the next root."""
         if role in (TARGETS, SNAPSHOT, TIMESTAMP):
             roots = [self.root.signed, *([next_root] if next_root else [])]
             return list(dict.fromkeys(keyid for root in roots for keyid in root.roles[role].keyids))
@@ -54,9 +54,9 @@ class Edition(msgspec.Struct):
 
 
 def load(layout: Layout, next_root: Root | None = None) -> Edition:
-    """The edition that clients see. Raises UsageError where there is none, StorageError where one would refuse it.
+    """Return the edition that clients see. Raises UsageError without a repository, StorageError if clients refuse it.
 
-    With a `coming` root what only it accepts counts, too: that much may have been written before a crash.
+    Metadata valid only under `next_root` are accepted, too: a crash may have left them.
     """
     newest = layout.newest_root_path()
     if newest is None:
@@ -65,8 +65,8 @@ def load(layout: Layout, next_root: Root | None = None) -> Edition:
         return _load_edition(layout, newest, next_root)
     except (OSError, DeserializationError, RepositoryError, LengthOrHashMismatchError, ValueError, KeyError) as error:
         raise StorageError(
-            f"{layout.metadata}: devices would refuse what is in it ({error}); put the folder back from a backup or "
-            "from a web server that serves it, then publish again"
+            f"{layout.metadata}: devices would refuse this metadata ({error}); restore the folder from a backup or "
+            "from the web server that serves it, then publish again"
         ) from error
 
 
@@ -89,13 +89,15 @@ def _read_role(
 ) -> Metadata[T]:
     data = layout.role_path(role, meta_file.version).read_bytes()
     meta_file.verify_length_and_hashes(data)
-    found = Metadata[T].from_bytes(data)
-    if not isinstance(found.signed, kind):
-        raise ValueError(f"{role} holds metadata of type {found.signed.type}")
-    results = [one.get_verification_result(role, found.signed_bytes, found.signatures) for one in delegators]
+    metadata = Metadata[T].from_bytes(data)
+    if not isinstance(metadata.signed, kind):
+        raise ValueError(f"{role} holds metadata of type {metadata.signed.type}")
+    results = [
+        delegator.get_verification_result(role, metadata.signed_bytes, metadata.signatures) for delegator in delegators
+    ]
     if not any(results):
         raise ValueError(f"{role} is signed by {len(results[0].signed)} of {results[0].threshold} keys")
-    return found
+    return metadata
 
 
 def write(
@@ -108,9 +110,9 @@ def write(
     *,
     trust_clock: bool = False,
 ) -> None:
-    """Sign and write the roles in `changed`, and those that refer to them. Raises UsageError before the first write.
+    """Sign and write the `changed` roles and the roles that refer to them. Raises UsageError before the first write.
 
-    With a `coming` root, both its keys and those in force sign, so that clients which know only one of them agree.
+    With `next_root`, the keys of both roots sign, so that clients of either root accept the result.
     """
     order = _signing_order(edition, changed)
     if not trust_clock:
@@ -133,7 +135,7 @@ def write(
 
 
 def _signing_order(edition: Edition, changed: Collection[str]) -> list[str]:
-    """Who is referred to comes before who refers."""
+    """Return the roles to sign, each before the roles that refer to it."""
     order = [*sorted(role for role in changed if role in edition.bundles), *([TARGETS] if TARGETS in changed else [])]
     return [*order, *([SNAPSHOT] if order or SNAPSHOT in changed else []), TIMESTAMP]
 
@@ -149,31 +151,31 @@ def _update_reference(edition: Edition, role: str, written: dict[str, bytes]) ->
 
 
 def _find_signers(edition: Edition, role: str, keyring: RepositoryKeyring, next_root: Root | None) -> list[Signer]:
-    found = keyring.signers(edition.keyids(role, next_root))
-    wanted = keyring.signers(next_root.roles[role].keyids) if next_root and role in next_root.roles else found
-    if not wanted:
+    signers = keyring.signers(edition.keyids(role, next_root))
+    next_signers = keyring.signers(next_root.roles[role].keyids) if next_root and role in next_root.roles else signers
+    if not next_signers:
         raise UsageError(
-            f"{keyring.folder}: no key here may sign as {role}; copy it there, or name its file with --sign-with; "
-            f"if it is lost, `outstation fleet repository rotate {role}` makes another one"
+            f"{keyring.folder}: no key of role {role}; copy the key there or name its file with --sign-with; if it is "
+            f"lost, replace it: outstation fleet repository rotate {role}"
         )
-    return found
+    return signers
 
 
 def _check_clock(layout: Layout, edition: Edition, current_time: datetime) -> None:
-    """What is signed by a clock that lags expires too early, and what by one that leads, too late."""
+    """Refuse to sign with a clock behind the last signature: the expiry would be too early."""
     if TIMESTAMP in edition.published_versions:
         last = expiry.signing_time(TIMESTAMP, edition.timestamp.signed.expires)
         if current_time < last - REFRESH_INTERVAL:
             raise UsageError(
-                f"{layout.home}: it is {current_time:%Y-%m-%d %H:%M} by this machine's clock, and the repository was last signed "
-                f"on {last:%Y-%m-%d %H:%M}; set the clock, or if it was wrong then: `refresh --trust-clock`"
+                f"{layout.home}: this machine's clock says {current_time:%Y-%m-%d %H:%M}, before the last signature on "
+                f"{last:%Y-%m-%d %H:%M}; set the clock, or if it was wrong then: `refresh --trust-clock`"
             )
 
 
 def prune(layout: Layout, edition: Edition) -> None:
-    """Remove versions that no client asks for any more, and targets that nobody lists. Roots stay for ever.
+    """Remove versions that no client requests any more, and unlisted targets. Roots stay forever.
 
-    Raises StorageError where one cannot be removed; the edition is published all the same.
+    Raises StorageError if a file cannot be removed; the edition stays published.
     """
     for path in layout.metadata.glob("*.json"):
         number, _, role = path.name.removesuffix(".json").partition(".")

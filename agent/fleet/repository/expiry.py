@@ -1,4 +1,4 @@
-"""How long each role's word counts, and when to say that it soon does not."""
+"""Lifetimes of metadata by role: when they expire, when to remind, when to renew."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 ROOT, TARGETS, SNAPSHOT, TIMESTAMP = "root", "targets", "snapshot", "timestamp"
 TOP_LEVEL_ROLES = (ROOT, TARGETS, SNAPSHOT, TIMESTAMP)
 
-# A device may be switched on after years and must still find its way to the newest root. Snapshot and timestamp last
-# for weeks, for a stick that is carried to a site without network is that old when it is plugged in.
+# A device switched on after years must still reach the newest root. Snapshot and timestamp last for weeks, because a
+# stick carried to a site without network is that old when it is plugged in.
 _LIFETIMES = {
     ROOT: timedelta(days=3650),
     TARGETS: timedelta(days=365),
@@ -21,18 +21,18 @@ _REMINDER_PERIODS = {
     SNAPSHOT: timedelta(days=14),
     TIMESTAMP: timedelta(days=14),
 }
-# `refresh` renews what has less than this; the timestamp always.
+# `refresh` renews a role with less than this left, and always the timestamp.
 _RENEWAL_PERIODS = {TARGETS: timedelta(days=60), SNAPSHOT: timedelta(days=28)}
 REFRESH_INTERVAL = timedelta(days=1)
 
 
 def now() -> datetime:
-    """TUF's times are whole seconds."""
+    """Return the current time in whole seconds, as TUF requires."""
     return datetime.now(UTC).replace(microsecond=0)
 
 
 def lifetime(role: str) -> timedelta:
-    """A bundle's role lives as long as targets, whose part it is."""
+    """Return the lifetime of a role. A bundle's role lives as long as targets, which delegates to it."""
     return _LIFETIMES.get(role, _LIFETIMES[TARGETS])
 
 
@@ -45,5 +45,5 @@ def is_renewal_due(role: str, expires: datetime, current_time: datetime) -> bool
 
 
 def signing_time(role: str, expires: datetime) -> datetime:
-    """When metadata that expires then was made."""
+    """Return the time at which metadata with this expiry was signed."""
     return expires - lifetime(role)

@@ -1,4 +1,4 @@
-"""Another key for a role: the old one counts no more from the next edition on. So a key is revoked, too."""
+"""Key rotation of a role. From the next edition on, the old key no longer counts; revocation works the same way."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from agent.wire import keys
 
 
 class RotationResult(msgspec.Struct, frozen=True):
-    """Names of keys; `draft` is the root that says so, None for a bundle's key, which targets says."""
+    """Names of the old and new key. `draft` is the next root, None for a bundle's key, which targets lists."""
 
     role: str
     old: str
@@ -31,7 +31,7 @@ class RotationResult(msgspec.Struct, frozen=True):
 
     @property
     def is_complete(self) -> bool:
-        return self.draft is None or self.draft.missing == 0
+        return self.draft is None or self.draft.signatures_missing == 0
 
 
 def rotate(
@@ -43,9 +43,10 @@ def rotate(
     sign_with: Sequence[Path] = (),
     current_time: datetime | None = None,
 ) -> RotationResult:
-    """Replace the key `old` of `role`, one of the four or a bundle's name, by `new` (public), or by one that is made.
+    """Replace key `old` of `role`, a top-level role or a bundle's name, by the public key `new` or a generated key.
 
-    A key of the four is said by the root: where its keys are not here, a draft waits for them. Raises UsageError.
+    Root lists the keys of top-level roles: if too few root keys are here, a draft waits for signatures. Raises
+    UsageError.
     """
     layout, current_time = Layout(folder), current_time or expiry.now()
     new_key = to_tuf_key(keys.load_public(new)) if new is not None else None
@@ -59,47 +60,50 @@ def rotate(
 def _rotate_top_level(
     layout: Layout, role: str, old: str | None, new: Key | None, keyring: RepositoryKeyring, current_time: datetime
 ) -> RotationResult:
-    out, added = "", ""
+    old_name, new_name = "", ""
 
     def change(root: Root) -> None:
-        nonlocal out, added
+        nonlocal old_name, new_name
         candidates = {keyid: keyring.name(root.keys[keyid]) for keyid in root.roles[role].keyids}
-        leaving = select_key(candidates, old, f"{role} has {len(candidates)} keys")
-        coming = _resolve_new_key(new, set(candidates), role, keyring)
-        root.add_key(coming, role)
-        root.revoke_key(leaving, role)
-        out, added = candidates[leaving], keyring.name(coming)
+        old_keyid = select_key(candidates, old, f"{role} has {len(candidates)} keys")
+        new_key = _resolve_new_key(new, set(candidates), role, keyring)
+        root.add_key(new_key, role)
+        root.revoke_key(old_keyid, role)
+        old_name, new_name = candidates[old_keyid], keyring.name(new_key)
 
     draft = root_rotation.propose(layout, change, keyring, current_time)
-    return RotationResult(role, out, added, draft)
+    return RotationResult(role, old_name, new_name, draft)
 
 
 def _rotate_bundle(
     layout: Layout, role: str, old: str | None, new: Key | None, keyring: RepositoryKeyring, current_time: datetime
 ) -> RotationResult:
-    now = root_rotation.load_current(layout, keyring, current_time)
-    if role not in now.bundles:
-        known = [*TOP_LEVEL_ROLES, *now.bundles]
-        raise UsageError(f"no role {role!r} in the repository{did_you_mean(role, known)}; there are {', '.join(known)}")
-    _require_targets_key(now, role, keyring)
-    targets = now.targets.signed
+    current = root_rotation.load_current(layout, keyring, current_time)
+    if role not in current.bundles:
+        known = [*TOP_LEVEL_ROLES, *current.bundles]
+        raise UsageError(
+            f"no role {role!r} in the repository{did_you_mean(role, known)}; the roles are {', '.join(known)}"
+        )
+    _require_targets_key(current, role, keyring)
+    targets = current.targets.signed
     keyids = targets.get_delegated_role(role).keyids
     candidates = {keyid: keyring.name(targets.get_key(keyid)) for keyid in keyids}
-    out = select_key(candidates, old, f"{role} has {len(candidates)} keys")
-    added = _resolve_new_key(new, set(keyids), f"bundle-{role}", keyring)
-    targets.add_key(added, role)
-    targets.revoke_key(out, role)
-    edition.write(layout, now, {role, TARGETS}, keyring, current_time)
-    return RotationResult(role, candidates[out], keyring.name(added), None)
+    old_keyid = select_key(candidates, old, f"{role} has {len(candidates)} keys")
+    new_key = _resolve_new_key(new, set(keyids), f"bundle-{role}", keyring)
+    targets.add_key(new_key, role)
+    targets.revoke_key(old_keyid, role)
+    edition.write(layout, current, {role, TARGETS}, keyring, current_time)
+    return RotationResult(role, candidates[old_keyid], keyring.name(new_key), None)
 
 
 def _require_targets_key(current: Edition, role: str, keyring: RepositoryKeyring) -> None:
-    """Before a key is made."""
     if not keyring.signers(current.keyids(TARGETS)):
-        raise UsageError(f"{keyring.folder}: targets says whose key counts for {role}; name its key with --sign-with")
+        raise UsageError(
+            f"{keyring.folder}: targets lists the keys of {role}, and its key is not here; name it with --sign-with"
+        )
 
 
 def _resolve_new_key(new: Key | None, current_keyids: set[str], name: str, keyring: RepositoryKeyring) -> Key:
     if new is not None and new.keyid in current_keyids:
-        raise UsageError(f"the key is one of {name} already; give another one")
+        raise UsageError(f"--new: this key is a key of {name} already; give a different one")
     return new if new is not None else keyring.generate_next(name)

@@ -1,4 +1,4 @@
-"""The repository's private keys: which of them are here, found by what they sign for and not by their names."""
+"""Keyring of the repository: the private keys available here, found by key id and not by file name."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from agent.wire.keys import PublicKey, SigningKey
 
 @dataclass(slots=True)
 class RepositoryKeyring:
-    """Signers of the `.key` files in `folder` and of `more` files, by TUF key id.
+    """Signers from the `.key` files in `folder` and from extra files, by TUF key id.
 
-    Names come from the `.pub` files, which stay where a private key was moved away.
+    Names come from the `.pub` files, which stay when a private key is moved away.
     """
 
     folder: Path
@@ -38,20 +38,20 @@ class RepositoryKeyring:
         return keyid in self._signers
 
     def name(self, key: Key) -> str:
-        """Of its file, or the key's own text where no file tells."""
+        """Return the name of the key's file, or the key's text if there is no file."""
         return self._names.get(key.keyid, format_public_key(key))
 
     def signers(self, keyids: Iterable[str]) -> list[Signer]:
         return [self._signers[keyid] for keyid in keyids if keyid in self._signers]
 
     def generate_next(self, role: str) -> Key:
-        """A new key for `role`, in the next file of its name."""
+        """Generate a key for `role` in the next numbered file."""
         taken = [path.name for path in self.folder.glob(f"{role}-*")]
         numbers = [int(match[1]) for name in taken if (match := re.fullmatch(rf"{re.escape(role)}-(\d+)\.key.*", name))]
         return self._generate(f"{role}-{max(numbers, default=0) + 1}")
 
     def find_or_generate(self, name: str) -> Key:
-        """The key `<name>.key`: one that a making that was cut short has left counts, for nobody trusts it yet."""
+        """Return the key `<name>.key`. A key left by an interrupted run is reused: nobody trusts it yet."""
         path = self.folder / f"{name}.key"
         return to_tuf_key(keys.load_private(path).public) if path.exists() else self._generate(name)
 
@@ -59,14 +59,14 @@ class RepositoryKeyring:
         durable_files.make_folder(self.folder)
         self.folder.chmod(0o700)
         path = self.folder / f"{name}.key"
-        # Under another name until all of it is on disk: half a key would stop every command that reads the folder.
+        # Renamed once complete: a partial key would stop every command that reads the folder.
         new = path.with_name(path.name + ".new")
         new.unlink(missing_ok=True)
-        made = keys.generate(new, write_public=False)
-        durable_files.write(keys.public_key_path(path), f"{made.public.text}\n".encode())
+        key = keys.generate(new, write_public=False)
+        durable_files.write(keys.public_key_path(path), f"{key.public.text}\n".encode())
         durable_files.rename(new, path)
-        self._add_signer(path, made)
-        return to_tuf_key(made.public)
+        self._add_signer(path, key)
+        return to_tuf_key(key.public)
 
     def _add_signer(self, path: Path, key: SigningKey) -> None:
         signer = CryptoSigner(key.private)
@@ -75,7 +75,7 @@ class RepositoryKeyring:
 
 
 def load_signer(file: Path) -> Signer:
-    """Raises UsageError."""
+    """Return a signer for a private key file. Raises UsageError."""
     return CryptoSigner(keys.load_private(file).private)
 
 
@@ -84,7 +84,7 @@ def to_tuf_key(key: PublicKey) -> Key:
 
 
 def format_public_key(key: Key) -> str:
-    """As keys are written everywhere else. Keys that are not Ed25519, which are none of ours, by their id."""
+    """Return the key as base64url text, or its id if it is not an Ed25519 key."""
     try:
         return keys.b64url_encode(bytes.fromhex(key.keyval["public"]))
     except (KeyError, TypeError, ValueError):
@@ -92,13 +92,13 @@ def format_public_key(key: Key) -> str:
 
 
 def select_key(candidates: dict[str, str], requested: str | None, error_context: str) -> str:
-    """The id of the key that `wanted` names, or of the only one. `candidates` are names by id."""
+    """Return the id of the key named `requested`, or of the only candidate. `candidates`: key id → name."""
     if requested is None and len(candidates) == 1:
         return next(iter(candidates))
     matches = [keyid for keyid, name in candidates.items() if requested in (name, keyid)]
     if len(matches) != 1:
         known = ", ".join(sorted(candidates.values()))
         raise UsageError(
-            f"{error_context}: {'which one' if requested is None else f'no key {requested!r}'}; --key names one of {known}"
+            f"{error_context}{'' if requested is None else f', none is {requested!r}'}; name one with --key: {known}"
         )
     return matches[0]

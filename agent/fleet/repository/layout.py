@@ -1,4 +1,4 @@
-"""Where a repository's files are. Everything but `metadata/` and `targets/` is for nobody else's eyes."""
+"""File layout of a repository. Only `metadata/` and `targets/` are public."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROOT_NAME = re.compile(r"([1-9][0-9]{0,8})\.root\.json")
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """`fleet` is the fleet's folder."""
+    """Paths below the fleet's folder."""
 
     fleet: Path
 
@@ -39,34 +39,34 @@ class Layout(msgspec.Struct, frozen=True):
 
     @property
     def draft(self) -> Path:
-        """The root that waits for signatures."""
+        """Return the path of the root draft that waits for signatures."""
         return self.home / "root.json.draft"
 
     def missing_error(self) -> UsageError:
-        return UsageError(f"{self.fleet}: no repository here; `outstation fleet repository init` makes one")
+        return UsageError(f"{self.fleet}: no repository here; create one: outstation fleet repository init")
 
     def root_path(self, version: int) -> Path:
         return self.metadata / f"{version}.root.json"
 
     def newest_root_path(self) -> Path | None:
-        """None where no repository was made, or not to its end."""
-        found = [
+        """Return the newest root, None if there is no complete repository."""
+        versions = [
             int(match[1]) for path in self.metadata.glob("*.root.json") if (match := _ROOT_NAME.fullmatch(path.name))
         ]
-        return self.root_path(max(found)) if found else None
+        return self.root_path(max(versions)) if versions else None
 
     def role_path(self, role: str, version: int) -> Path:
-        """The metadata of a role as clients ask for it."""
+        """Return the path of a role's metadata as clients request it."""
         return self.metadata / ("timestamp.json" if role == "timestamp" else f"{version}.{role}.json")
 
     def target_path(self, path: str, sha256: str) -> Path:
-        """Where clients find a target: its hash stands before its name, so that no name ever changes its content."""
+        """Return the path of a target. The hash in its name means that a name never changes content."""
         folder, _, name = path.rpartition("/")
         return self.targets / folder / f"{sha256}.{name}"
 
     @contextlib.contextmanager
     def locked(self, *, wait: bool = True) -> Iterator[None]:
-        """One writer at a time. Raises StorageBusy where `wait` is False and there is one, UsageError for none."""
+        """Hold the lock for writers. Raises StorageBusy if it is taken and `wait` is False, else UsageError."""
         try:
             lock = os.open(self.home / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:
@@ -77,7 +77,7 @@ class Layout(msgspec.Struct, frozen=True):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
-                raise StorageBusy(f"{self.home}: another command is writing to the repository") from None
+                raise StorageBusy(f"{self.home}: another command is writing to the repository; try again") from None
             yield
         finally:
             os.close(lock)

@@ -1,4 +1,4 @@
-"""The repository onto a stick, or to where a web server serves it; devices that look meanwhile find an edition."""
+"""Mirror of the repository on a stick or web server. Devices see a complete edition at every moment of the copy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from agent.fleet.repository.layout import Layout
 
 
 class CopyResult(msgspec.Struct, frozen=True):
-    """`home` is what devices are told; `files` and `bytes` were written, what was there already is not counted."""
+    """Folder for the devices' URL, and the files and bytes written. Unchanged files do not count."""
 
     home: Path
     files: int
@@ -26,28 +26,28 @@ class CopyResult(msgspec.Struct, frozen=True):
 
 
 def copy(folder: Path, destination: Path) -> CopyResult:
-    """Make `repository/` in `destination` the same as the fleet's. Raises UsageError where a later edition is there."""
-    ours, theirs = Layout(folder), Layout(destination)
+    """Make `repository/` in `destination` equal to the fleet's. Raises UsageError if it holds a later edition."""
+    source, target = Layout(folder), Layout(destination)
     written = []
-    with ours.locked():
-        now = edition.load(ours, root_rotation.load_next_root(ours))
-        known = _check_destination(theirs, now)
+    with source.locked():
+        current = edition.load(source, root_rotation.load_next_root(source))
+        known = _check_destination(target, current)
         try:
-            for file in _iter_files(ours, now):
+            for file in _iter_files(source, current):
                 data = file.read_bytes()
-                target = theirs.home / file.relative_to(ours.home)
-                if not _has_content(target, data):
-                    durable_files.write(target, data)
+                copied = target.home / file.relative_to(source.home)
+                if not _has_content(copied, data):
+                    durable_files.write(copied, data)
                     written.append(len(data))
             if known:
-                edition.prune(theirs, now)
+                edition.prune(target, current)
         except OSError as error:
-            raise StorageError(f"{theirs.home}: cannot be copied to: {error.strerror}") from None
-    return CopyResult(theirs.home, len(written), sum(written))
+            raise StorageError(f"{target.home}: the copy failed: {error.strerror}; run it again") from None
+    return CopyResult(target.home, len(written), sum(written))
 
 
 def _iter_files(layout: Layout, current: Edition) -> Iterator[Path]:
-    """What is referred to before what refers to it."""
+    """Yield all files, each before the files that refer to it."""
     for bundle in current.bundles.values():
         yield from (layout.target_path(path, file.hashes["sha256"]) for path, file in bundle.signed.targets.items())
     yield from (
@@ -58,22 +58,23 @@ def _iter_files(layout: Layout, current: Edition) -> Iterator[Path]:
 
 
 def _check_destination(destination: Layout, current: Edition) -> bool:
-    """Whether a copy is there already, in which what is old may be removed. Raises UsageError."""
+    """Return True if an earlier copy exists, in which old files may be removed. Raises UsageError."""
     if link := next(
         (path for path in (destination.home, destination.metadata, destination.targets) if path.is_symlink()), None
     ):
-        raise UsageError(f"{link}: is a link; name the folder that is to be written")
+        raise UsageError(f"{link}: is a symbolic link; name the folder itself")
     path = destination.role_path(TIMESTAMP, 0)
     try:
-        there = Metadata[Timestamp].from_bytes(path.read_bytes()).signed.version if path.exists() else 0
+        version = Metadata[Timestamp].from_bytes(path.read_bytes()).signed.version if path.exists() else 0
     except (OSError, DeserializationError):
-        return False  # half a file of before: it is written anew
-    if there > current.published_versions[TIMESTAMP]:
+        return False  # a partial file of an interrupted copy: it is written again
+    ours = current.published_versions[TIMESTAMP]
+    if version > ours:
         raise UsageError(
-            f"{destination.home}: holds a later edition ({there}, this one is {current.published_versions[TIMESTAMP]}), or one of "
-            "another fleet; empty it, or copy from where the later one was made"
+            f"{destination.home}: holds edition {version}, which is later than this one ({ours}) or belongs to another "
+            "fleet; empty the folder, or copy from the machine with the later edition"
         )
-    return there > 0
+    return version > 0
 
 
 def _has_content(path: Path, data: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""A bundle into the repository, under a role of its own name."""
+"""Publication of a bundle in the repository, under a role of the bundle's name."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from agent.fleet.repository.keys import RepositoryKeyring
 from agent.fleet.repository.layout import Layout
 from agent.fleet.repository.revoke import get_revocation_day
 from agent.model.bundle import bundle as bundles
-from agent.model.bundle import target_metadata as offer
+from agent.model.bundle import target_metadata as target_codec
 from agent.model.bundle.bundle import Bundle
 from agent.model.bundle.target_metadata import TargetMetadata
 from agent.model.sandbox import probe
 from agent.wire.keys import PublicKey
 
-# A zip's first year: the same files give the same bytes.
+# A fixed time: equal files give equal bytes.
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 class PublishResult(msgspec.Struct, frozen=True):
-    """`target` is its path in the repository, `bytes` what a device downloads; `new` False: it was there already."""
+    """Result: path in the repository and download size. `is_new` is False if it was published already."""
 
     target_metadata: TargetMetadata
     target: str
@@ -49,42 +49,44 @@ def publish(
     sign_with: Sequence[Path] = (),
     current_time: datetime | None = None,
 ) -> PublishResult:
-    """Offer the bundle at `path`, signed by one of `publishers`, to the devices of the fleet in `folder`.
+    """Publish the bundle at `path`, signed by one of `publishers`, for the devices of the fleet in `folder`.
 
-    `prove` loads it and runs its golden vectors first, which also tells the memory it needs; without that the limit in
-    its manifest is told. Raises BadBundle, also for a version that is published with other bytes, and UsageError.
+    The probe loads the bundle and runs its golden vectors first, and measures its memory; without it, the memory limit
+    of the manifest counts. Raises UsageError, and BadBundle, also for a version published with other bytes.
     """
     layout, current_time = Layout(folder), current_time or expiry.now()
-    found = bundles.read(path, publishers)
-    if found.manifest.name in TOP_LEVEL_ROLES:
-        raise BadBundle(f"{path}: {found.manifest.name!r} is the name of a role of the repository; rename the bundle")
-    told = offer.from_bundle(found, _probe_memory(path, found) if run_probe else found.manifest.limits.memory_mib << 20)
-    target = offer.target_path(told.name, told.version, told.digest)
-    packed = build_archive(found)
+    bundle = bundles.read(path, publishers)
+    if bundle.manifest.name in TOP_LEVEL_ROLES:
+        raise BadBundle(f"{path}: {bundle.manifest.name!r} is a top-level role of the repository; rename the bundle")
+    metadata = target_codec.from_bundle(
+        bundle, _probe_memory(path, bundle) if run_probe else bundle.manifest.limits.memory_mib << 20
+    )
+    target = target_codec.target_path(metadata.name, metadata.version, metadata.digest)
+    archive = build_archive(bundle)
     with layout.locked():
         keyring = RepositoryKeyring(layout.keys, sign_with)
-        now = root_rotation.load_current(layout, keyring, current_time)
-        listed = _find_published(now, told)
+        current = root_rotation.load_current(layout, keyring, current_time)
+        listed = _find_published(current, metadata)
         if listed is not None:
-            return PublishResult(offer.decode(listed.custom), target, listed.length, found.signer, is_new=False)
-        file = TargetFile.from_data(target, packed, ["sha256"])
-        file.unrecognized_fields["custom"] = offer.encode(told)
-        changed = _ensure_delegation(now, told.name, keyring)
-        now.bundles[told.name].signed.targets[target] = file
-        durable_files.write(layout.target_path(target, file.hashes["sha256"]), packed)
-        edition.write(layout, now, changed, keyring, current_time)
-    return PublishResult(told, target, len(packed), found.signer, is_new=True)
+            return PublishResult(target_codec.decode(listed.custom), target, listed.length, bundle.signer, is_new=False)
+        file = TargetFile.from_data(target, archive, ["sha256"])
+        file.unrecognized_fields["custom"] = target_codec.encode(metadata)
+        changed = _ensure_delegation(current, metadata.name, keyring)
+        current.bundles[metadata.name].signed.targets[target] = file
+        durable_files.write(layout.target_path(target, file.hashes["sha256"]), archive)
+        edition.write(layout, current, changed, keyring, current_time)
+    return PublishResult(metadata, target, len(archive), bundle.signer, is_new=True)
 
 
 def build_archive(bundle: Bundle) -> bytes:
-    """The verified files as one flat zip, the same bytes each time."""
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as out:
+    """Return the verified files as one flat zip. Equal files give equal bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in sorted(bundle.files.items()):
             member = zipfile.ZipInfo(name, _ZIP_EPOCH)
             member.compress_type, member.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
-            out.writestr(member, data)
-    return packed.getvalue()
+            archive.writestr(member, data)
+    return buffer.getvalue()
 
 
 def _probe_memory(path: Path, bundle: Bundle) -> int:
@@ -92,39 +94,43 @@ def _probe_memory(path: Path, bundle: Bundle) -> int:
     try:
         report.raise_for_failure()
     except BadBundle as problem:
-        raise BadBundle(f"{path}: does not run here: {problem}; --no-probe publishes it unproven") from None
+        raise BadBundle(f"{path}: does not run here: {problem}; --no-probe publishes it without this check") from None
     return report.peak_memory
 
 
 def _find_published(current: Edition, target_metadata: TargetMetadata) -> TargetFile | None:
-    """The target where it is published already. Raises BadBundle where the version is, with other bytes."""
+    """Return the target if it is published already. Raises BadBundle if the version has other bytes or is revoked."""
     role = current.bundles.get(target_metadata.name)
     if role is None:
         return None
-    what, fix = f"{target_metadata.name} {target_metadata.version}", "pack it again under another version"
+    label, fix = f"{target_metadata.name} {target_metadata.version}", "pack it again under another version"
     for file in role.signed.targets.values():
-        other = offer.decode(file.custom)
+        other = target_codec.decode(file.custom)
         if other.version != target_metadata.version:
             continue
         if other.digest != target_metadata.digest:
-            raise BadBundle(f"{what} is published as {other.digest}, this one is {target_metadata.digest}; {fix}")
+            raise BadBundle(
+                f"{label} is published with digest {other.digest}, this one has {target_metadata.digest}; {fix}"
+            )
         return file
-    if when := get_revocation_day(role.signed, target_metadata.version):
-        raise BadBundle(f"{what} was taken out of the repository on {when}; {fix}")
+    if day := get_revocation_day(role.signed, target_metadata.version):
+        raise BadBundle(f"{label} was revoked on {day}; {fix}")
     return None
 
 
 def _ensure_delegation(current: Edition, name: str, keyring: RepositoryKeyring) -> set[str]:
-    """The roles that change; a bundle that is new gets a key of its own, and targets says that it counts."""
+    """Return the roles to write. A new bundle gets its own key, which targets then lists."""
     if name in current.bundles:
         return {name}
     if not keyring.signers(current.keyids(TARGETS)):
-        raise UsageError(f"{keyring.folder}: the first bundle named {name} needs the targets key; --sign-with names it")
+        raise UsageError(
+            f"{keyring.folder}: the first bundle named {name} needs the targets key; name its file with --sign-with"
+        )
     key = keyring.find_or_generate(f"bundle-{name}-1")
     delegations = current.targets.signed.delegations or Delegations({}, {})
     current.targets.signed.delegations = delegations
     assert delegations.roles is not None
-    # Terminating: no other role can ever be asked for what is under this name.
+    # Terminating: no other role can serve targets under this name.
     delegations.roles[name] = DelegatedRole(name, [], 1, True, [f"{name}/*/*"])
     current.targets.signed.add_key(key, name)
     current.bundles[name] = Metadata(Targets())

@@ -1,4 +1,4 @@
-"""A bundle out of the repository: devices that have not fetched it never will."""
+"""Revocation of a bundle: devices that have not downloaded it never will."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from agent.fleet.repository.layout import Layout
 from agent.model.bundle import target_metadata
 from agent.toml_files import did_you_mean
 
-# In the bundle role's signed part: version → day. A version that was taken out is never another one later.
+# Field of the bundle role's signed metadata: version → day. A revoked version is never published again.
 _REVOKED_FIELD = "outstation-revoked"
 
 
@@ -34,37 +34,37 @@ def revoke(
     sign_with: Sequence[Path] = (),
     current_time: datetime | None = None,
 ) -> RevocationResult:
-    """Take `version` of `bundle` out, or all that there are. Raises UsageError where there is none.
+    """Remove one `version` of a bundle, or all. Raises UsageError if there is none.
 
-    What a device runs already goes on: a roll-out to another version replaces it.
+    Devices that run it continue until a roll-out replaces it.
     """
     layout, current_time = Layout(folder), current_time or expiry.now()
     with layout.locked():
         keyring = RepositoryKeyring(layout.keys, sign_with)
-        now = root_rotation.load_current(layout, keyring, current_time)
-        if bundle not in now.bundles:
-            raise UsageError(f"no bundle {bundle!r} in the repository{did_you_mean(bundle, list(now.bundles))}")
-        role = now.bundles[bundle].signed
+        current = root_rotation.load_current(layout, keyring, current_time)
+        if bundle not in current.bundles:
+            raise UsageError(f"no bundle {bundle!r} in the repository{did_you_mean(bundle, list(current.bundles))}")
+        role = current.bundles[bundle].signed
         versions = {target_metadata.decode(file.custom).version: path for path, file in role.targets.items()}
-        out = list(versions) if version is None else [version]
-        if not out or not set(out) <= set(versions):
+        revoked_versions = list(versions) if version is None else [version]
+        if not revoked_versions or not set(revoked_versions) <= set(versions):
             here = ", ".join(sorted(versions)) or "none"
-            raise UsageError(f"{bundle} {version or ''} is not in the repository; versions there: {here}")
-        for one in out:
-            del role.targets[versions[one]]
+            raise UsageError(f"{bundle} {version or ''} is not in the repository; published versions: {here}")
+        for revoked in revoked_versions:
+            del role.targets[versions[revoked]]
         role.unrecognized_fields[_REVOKED_FIELD] = {
             **get_revoked_versions(role),
-            **dict.fromkeys(out, f"{current_time:%Y-%m-%d}"),
+            **dict.fromkeys(revoked_versions, f"{current_time:%Y-%m-%d}"),
         }
-        edition.write(layout, now, {bundle}, keyring, current_time)
-    return RevocationResult(bundle, out)
+        edition.write(layout, current, {bundle}, keyring, current_time)
+    return RevocationResult(bundle, revoked_versions)
 
 
 def get_revocation_day(role: Targets, version: str) -> str:
-    """The day on which a version was taken out, "" where it was not."""
+    """Return the day on which a version was revoked, "" if it was not."""
     return get_revoked_versions(role).get(version, "")
 
 
 def get_revoked_versions(role: Targets) -> dict[str, str]:
-    """Version → day."""
+    """Return version → day of revocation."""
     return cast("dict[str, str]", role.unrecognized_fields.get(_REVOKED_FIELD, {}))

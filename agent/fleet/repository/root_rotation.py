@@ -1,7 +1,7 @@
-"""The next root, from the draft that waits for signatures to the version that is in force.
+"""Root rotation: from a draft that waits for signatures to the root in force.
 
-A root is accepted that enough keys of the root before have signed, and enough of its own. They may lie on different
-machines: the draft is a file that is carried to them. It is removed last, so that a crash on the way is made good.
+Clients accept a root signed by a threshold of the previous root's keys and of its own. The keys may be on different
+machines, to which the draft file is carried. The draft is removed last, so a crash on the way is recovered.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from agent.fleet.repository.expiry import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, TO
 from agent.fleet.repository.keys import RepositoryKeyring, format_public_key, load_signer
 from agent.fleet.repository.layout import Layout
 
-_MAX_ROOT_BYTES = 512_000  # clients take no larger root
+_MAX_ROOT_BYTES = 512_000  # clients refuse a larger root
 
 
 class RootDraft(msgspec.Struct, frozen=True):
-    """Names of keys that have signed and of those that may; `missing` signatures are needed, 0 where it is in force."""
+    """Root draft: names of keys that have signed and that still may. `signatures_missing` is 0 once it is in force."""
 
     version: int
-    signed: list[str]
-    waiting: list[str]
-    missing: int
+    signed_by: list[str]
+    may_sign: list[str]
+    signatures_missing: int
 
 
 class SignedDraft(msgspec.Struct, frozen=True):
-    """What a draft says, for whoever signs it far from the repository: `roles` are public keys, as text."""
+    """Content of a draft for review by its signer. `roles`: role → public keys as text."""
 
     version: int
     signatures: int
@@ -46,25 +46,25 @@ class SignedDraft(msgspec.Struct, frozen=True):
 def propose(
     layout: Layout, change: Callable[[Root], None], keyring: RepositoryKeyring, current_time: datetime
 ) -> RootDraft:
-    """Make the next root of the one in force, or of the draft that waits, and sign it with what keys are here.
+    """Change the waiting draft or a copy of the current root, and sign it with the keys available here.
 
-    It is in force at once where that is enough. What the draft was signed with before is gone: that was another text.
+    With enough signatures it comes into force at once. Its earlier signatures are dropped: its content changed.
     """
     activate_draft(layout, keyring, current_time)
-    before = _load_current_root(layout)
-    root = deepcopy(_read_draft(layout.draft).signed if layout.draft.exists() else before)
+    current = _load_current_root(layout)
+    root = deepcopy(_read_draft(layout.draft).signed if layout.draft.exists() else current)
     change(root)
-    root.version, root.expires = before.version + 1, current_time + expiry.lifetime(ROOT)
+    root.version, root.expires = current.version + 1, current_time + expiry.lifetime(ROOT)
     draft = Metadata(root)
-    for signer in keyring.signers(dict.fromkeys([*before.roles[ROOT].keyids, *root.roles[ROOT].keyids])):
+    for signer in keyring.signers(dict.fromkeys([*current.roles[ROOT].keyids, *root.roles[ROOT].keyids])):
         draft.sign(signer, append=True)
     durable_files.write(layout.draft, draft.to_bytes())
     activate_draft(layout, keyring, current_time)
-    return describe(before, draft, keyring)
+    return describe(current, draft, keyring)
 
 
 def sign(file: Path, key: Path) -> SignedDraft:
-    """Add a signature to the draft in `file`, wherever it is. Raises UsageError."""
+    """Add a signature to the draft in `file`, on any machine. Raises UsageError."""
     draft = _read_draft(file)
     draft.sign(load_signer(key), append=True)
     durable_files.write(file, draft.to_bytes())
@@ -76,44 +76,44 @@ def sign(file: Path, key: Path) -> SignedDraft:
 
 
 def load_current(layout: Layout, keyring: RepositoryKeyring, current_time: datetime) -> Edition:
-    """The edition that clients see, after a draft that is signed by enough came into force."""
+    """Put a sufficiently signed draft in force, and return the edition that clients see."""
     activate_draft(layout, keyring, current_time)
     return edition.load(layout)
 
 
 def activate_draft(layout: Layout, keyring: RepositoryKeyring, current_time: datetime) -> int:
-    """Put the draft in force where enough have signed it; its version, 0 where there is none or it still waits.
+    """Put the draft in force if it has enough signatures. Return its version, 0 if there is none or it still waits.
 
-    Roles that get another key are signed by both before the new root is there: clients on either side find a signature
-    that counts. Where the old key is lost there is a moment, until the last file is written, in which they wait.
+    Old and new keys of a changed role sign before the new root is written, so clients of either root find a valid
+    signature. If the old key is lost, clients retry until the last file is written.
     """
     draft = _load_signed_draft(layout)
     if draft is None:
         return 0
-    before = _load_current_root(layout)
-    if draft.signed.version > before.version:
-        now = edition.load(layout, draft.signed)
-        others = (TARGETS, SNAPSHOT, TIMESTAMP)
-        changed = {role for role in others if set(before.roles[role].keyids) != set(draft.signed.roles[role].keyids)}
+    current = _load_current_root(layout)
+    if draft.signed.version > current.version:
+        next_edition = edition.load(layout, draft.signed)
+        roles = (TARGETS, SNAPSHOT, TIMESTAMP)
+        changed = {role for role in roles if set(current.roles[role].keyids) != set(draft.signed.roles[role].keyids)}
         if changed:
-            edition.write(layout, now, changed, keyring, current_time, draft.signed)
+            edition.write(layout, next_edition, changed, keyring, current_time, draft.signed)
         durable_files.write(layout.root_path(draft.signed.version), draft.to_bytes())
     durable_files.remove(layout.draft)
     return draft.signed.version
 
 
 def load_next_root(layout: Layout) -> Root | None:
-    """The root that is about to come into force, where a crash left it half way."""
+    """Return the sufficiently signed root that a crash kept from coming into force."""
     draft = _load_signed_draft(layout)
     return draft.signed if draft is not None else None
 
 
 def load_pending_draft(layout: Layout, keyring: RepositoryKeyring) -> RootDraft | None:
-    """The draft that waits, where there is one; one that came into force before a crash does not."""
+    """Return the waiting draft, if any. A draft already in force does not count."""
     if not layout.draft.exists():
         return None
-    before, draft = _load_current_root(layout), _read_draft(layout.draft)
-    return describe(before, draft, keyring) if draft.signed.version > before.version else None
+    current, draft = _load_current_root(layout), _read_draft(layout.draft)
+    return describe(current, draft, keyring) if draft.signed.version > current.version else None
 
 
 def describe(current_root: Root, draft: Metadata[Root], keyring: RepositoryKeyring) -> RootDraft:
@@ -125,16 +125,16 @@ def describe(current_root: Root, draft: Metadata[Root], keyring: RepositoryKeyri
 def _load_signed_draft(layout: Layout) -> Metadata[Root] | None:
     if not layout.draft.exists():
         return None
-    draft, before = _read_draft(layout.draft), _load_current_root(layout)
-    if draft.signed.version == before.version:
-        # The root is there already; only its draft was not removed.
+    draft, current = _read_draft(layout.draft), _load_current_root(layout)
+    if draft.signed.version == current.version:
+        # In force already; only the draft file was not removed.
         return draft
-    if draft.signed.version != before.version + 1:
+    if draft.signed.version != current.version + 1:
         raise UsageError(
-            f"{layout.draft}: is a draft of root {draft.signed.version}, and root {before.version} is in force; "
-            "delete it, and make the change again"
+            f"{layout.draft}: drafts root {draft.signed.version}, but root {current.version} is in force; delete the "
+            "file and repeat the change"
         )
-    result = draft.signed.get_root_verification_result(before, draft.signed_bytes, draft.signatures)
+    result = draft.signed.get_root_verification_result(current, draft.signed_bytes, draft.signatures)
     return draft if result else None
 
 
@@ -145,7 +145,7 @@ def _load_current_root(layout: Layout) -> Root:
     try:
         return Metadata[Root].from_bytes(newest.read_bytes()).signed
     except (OSError, DeserializationError) as error:
-        raise StorageError(f"{newest}: cannot be read: {error}; put it back from a backup") from None
+        raise StorageError(f"{newest}: cannot be read: {error}; restore it from a backup") from None
 
 
 def _read_draft(file: Path) -> Metadata[Root]:
@@ -156,7 +156,7 @@ def _read_draft(file: Path) -> Metadata[Root]:
     except OSError as error:
         raise UsageError(f"{file}: cannot be read: {error.strerror}") from None
     except DeserializationError as error:
-        raise UsageError(f"{file}: is no draft of a root: {error}") from None
+        raise UsageError(f"{file}: is not a root draft: {error}") from None
     if not isinstance(draft.signed, Root):
-        raise UsageError(f"{file}: holds metadata of type {draft.signed.type}, a root is needed")
+        raise UsageError(f"{file}: holds metadata of type {draft.signed.type}, but a root is required")
     return draft

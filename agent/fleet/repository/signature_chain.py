@@ -1,10 +1,10 @@
-"""Who signed what in a repository's metadata: from the roots over each role to each bundle's target. Pure.
+"""Signature chain of TUF metadata: from the first root over each role to each bundle's target. No I/O.
 
 Rules:
-- each root is signed by a threshold of its own keys and of those of the root before it, without a gap
-- timestamp, snapshot and targets are signed as the newest root asks, a bundle's role as targets ask
-- each of them is the version that the one before names, and has its digest where that is said
-- a target counts in the first role that it is delegated to, and says which bundle it is
+- a threshold of its own keys and of the previous root's keys signed each root, without a gap in versions
+- timestamp, snapshot and targets are signed as the newest root requires, a bundle's role as targets requires
+- each has the version that the metadata before it names, and its digest if one is named
+- a target counts in the first role that it is delegated to, and names its bundle
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from agent.errors import BadBundle
 from agent.model.bundle import target_metadata
 
 S = TypeVar("S", bound=Signed)
-# What python-tuf lets through of metadata that are signed and malformed.
+# Exceptions of python-tuf for metadata that are signed but malformed.
 _MALFORMED_ERRORS = (
     AttributeError,
     KeyError,
@@ -44,20 +44,20 @@ _MALFORMED_ERRORS = (
 
 
 class RoleSignature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A role's metadata in `file`: signed by these of the keys that `by` lists, of which `threshold` must."""
+    """Signatures of a role's metadata. `delegator` lists `keys`, of which `threshold` must sign."""
 
     file: str
     role: str
     version: int
     expires: str
-    by: str
+    delegator: str
     threshold: int
     keys: list[str]
-    signed: list[str]
+    signed_keys: list[str]
 
 
 class PublishedTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A target: the archive of a bundle, and the role that says so."""
+    """Archive of a bundle, and the role that lists it."""
 
     name: str
     version: str
@@ -69,14 +69,14 @@ class PublishedTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SignatureChain(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Empty without a repository."""
+    """Verified signatures and targets; empty without a repository."""
 
     signatures: list[RoleSignature] = []
     targets: list[PublishedTarget] = []
 
 
 def verify(files: Mapping[str, bytes], add_problem: Callable[[str, str], None]) -> SignatureChain:
-    """`files`: metadata by name, as `1.root.json`; `add` hears of each problem, with the file that has it."""
+    """Verify metadata, given by file name (`1.root.json`). `add_problem` receives (file, problem)."""
     signatures: list[RoleSignature] = []
     root = _verify_roots(files, signatures, add_problem)
     if root is None:
@@ -93,21 +93,21 @@ def verify(files: Mapping[str, bytes], add_problem: Callable[[str, str], None]) 
     except _MALFORMED_ERRORS as error:
         add_problem("snapshot.json", _describe_error(error))
         return SignatureChain(signatures)
-    found = _list_targets(targets.targets, "targets")
+    published = _list_targets(targets.targets, "targets")
     delegated = targets.delegations.roles if targets.delegations is not None else None
     for role in sorted(delegated or {}):
         file = f"{role}.json"
         try:
             meta = snapshot.meta[file]
             file = f"{meta.version}.{role}.json"
-            mine = _verify_role(files, file, targets, Targets, signatures, meta, role)
-            allowed = {path: one for path, one in mine.targets.items() if _delegated_role(targets, path) == role}
-            found += _list_targets(allowed, role)
+            files_of_role = _verify_role(files, file, targets, Targets, signatures, meta, role).targets
+            allowed = {path: target for path, target in files_of_role.items() if _delegated_role(targets, path) == role}
+            published += _list_targets(allowed, role)
         except _ChainError as broken:
             add_problem(broken.file, broken.reason)
         except (*_MALFORMED_ERRORS, BadBundle) as error:
             add_problem(file, _describe_error(error))
-    return SignatureChain(signatures, sorted(found, key=lambda one: (one.name, one.version, one.path)))
+    return SignatureChain(signatures, sorted(published, key=lambda target: (target.name, target.version, target.path)))
 
 
 class _ChainError(Exception):
@@ -119,23 +119,21 @@ class _ChainError(Exception):
 def _verify_roots(
     files: Mapping[str, bytes], signatures: list[RoleSignature], add_problem: Callable[[str, str], None]
 ) -> Root | None:
-    """The newest one that the chain leads to."""
+    """Return the newest root that the chain leads to."""
     numbers = sorted(int(name.split(".")[0]) for name in files if name.endswith(".root.json"))
-    before: Root | None = None
+    previous: Root | None = None
     for number in numbers:
         file = f"{number}.root.json"
-        if before is not None and number != before.version + 1:
-            add_problem(
-                f"{before.version + 1}.root.json", "is missing: nothing leads from the root before it to the next"
-            )
+        if previous is not None and number != previous.version + 1:
+            add_problem(f"{previous.version + 1}.root.json", "is missing, so the chain of roots is broken")
         try:
-            before = _verify_role(files, file, before, Root, signatures)
-            if before.version != number:
-                raise _ChainError(file, f"says that it is version {before.version}")
+            previous = _verify_role(files, file, previous, Root, signatures)
+            if previous.version != number:
+                raise _ChainError(file, f"has version {previous.version}")
         except _ChainError as broken:
             add_problem(broken.file, broken.reason)
             return None
-    return before
+    return previous
 
 
 def _verify_role(
@@ -147,38 +145,37 @@ def _verify_role(
     meta_file: MetaFile | None = None,
     role: str = "",
 ) -> S:
-    """What a file says, signed as `by` asks; a root by itself, too. Raises _Broken."""
+    """Return signed metadata, verified against its delegator; a root also against itself. Raises _ChainError."""
     data = files.get(file)
     if data is None:
-        raise _ChainError(file, "is missing: what names it leads nowhere")
+        raise _ChainError(file, "is missing, but other metadata refer to it")
     role = role or kind.type
     try:
-        # What was changed beside what is signed is still what nobody published.
-        found: Metadata[Any] = Metadata.from_bytes(data)
-        if not isinstance(found.signed, kind):
-            raise _ChainError(file, f"is metadata of {found.signed.type}, where {kind.type} is due")
-        asking = [
-            one for one in (delegator, found.signed if isinstance(found.signed, Root) else None) if one is not None
-        ]
-        results = [_verify_signatures(file, role, one, found) for one in asking]
+        metadata: Metadata[Any] = Metadata.from_bytes(data)
+        if not isinstance(metadata.signed, kind):
+            raise _ChainError(file, f"is metadata of type {metadata.signed.type}, expected {kind.type}")
+        itself = metadata.signed if isinstance(metadata.signed, Root) else None
+        delegators = [candidate for candidate in (delegator, itself) if candidate is not None]
+        results = [_verify_signatures(file, role, candidate, metadata) for candidate in delegators]
         if meta_file is not None:
-            if found.signed.version != meta_file.version:
-                raise _ChainError(file, f"is version {found.signed.version}, where {meta_file.version} was signed")
+            if metadata.signed.version != meta_file.version:
+                raise _ChainError(
+                    file, f"is version {metadata.signed.version}, but version {meta_file.version} is signed"
+                )
             meta_file.verify_length_and_hashes(data)
-        signatures.append(_build_signature(file, role, asking[-1], found, results[-1]))
-        return found.signed
+        signatures.append(_build_signature(file, role, delegators[-1], metadata, results[-1]))
+        return metadata.signed
     except _MALFORMED_ERRORS as error:
         raise _ChainError(file, _describe_error(error)) from None
 
 
 def _verify_signatures(file: str, role: str, delegator: Root | Targets, metadata: Metadata[Any]) -> VerificationResult:
-    """Raises _Broken."""
     result = delegator.get_verification_result(role, metadata.signed_bytes, metadata.signatures)
     if not result.verified:
         raise _ChainError(
             file,
-            f"does not verify: {len(result.signed)} of the {result.threshold} signatures that {delegator.type} "
-            f"{delegator.version} asks for fit",
+            f"does not verify: {len(result.signed)} of {result.threshold} required signatures by keys that "
+            f"{delegator.type} {delegator.version} lists",
         )
     return result
 
@@ -186,16 +183,16 @@ def _verify_signatures(file: str, role: str, delegator: Root | Targets, metadata
 def _build_signature(
     file: str, role: str, delegator: Root | Targets, metadata: Metadata[Any], result: VerificationResult
 ) -> RoleSignature:
-    every = {**result.signed, **result.unsigned}
+    keys = {**result.signed, **result.unsigned}
     return RoleSignature(
         file=file,
         role=role,
         version=metadata.signed.version,
         expires=metadata.signed.expires.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        by=f"{delegator.version}.{delegator.type}.json",
+        delegator=f"{delegator.version}.{delegator.type}.json",
         threshold=result.threshold,
-        keys=sorted(str(key.keyval.get("public", keyid)) for keyid, key in every.items()),
-        signed=sorted(str(key.keyval.get("public", keyid)) for keyid, key in result.signed.items()),
+        keys=sorted(str(key.keyval.get("public", keyid)) for keyid, key in keys.items()),
+        signed_keys=sorted(str(key.keyval.get("public", keyid)) for keyid, key in result.signed.items()),
     )
 
 
@@ -205,11 +202,11 @@ def _delegated_role(targets: Targets, path: str) -> str:
 
 
 def _list_targets(target_files: Mapping[str, TargetFile], role: str) -> list[PublishedTarget]:
-    told = [(path, one, target_metadata.decode(one.custom)) for path, one in target_files.items()]
-    return [
-        PublishedTarget(said.name, said.version, said.digest, path, one.length, str(one.hashes.get("sha256", "")), role)
-        for path, one, said in told
-    ]
+    targets = []
+    for path, file in target_files.items():
+        bundle, sha256 = target_metadata.decode(file.custom), str(file.hashes.get("sha256", ""))
+        targets.append(PublishedTarget(bundle.name, bundle.version, bundle.digest, path, file.length, sha256, role))
+    return targets
 
 
 def _describe_error(error: Exception) -> str:

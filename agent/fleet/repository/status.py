@@ -1,4 +1,4 @@
-"""What is in the repository, whose keys count, and what expires when."""
+"""Status of the repository: published bundles, keys of each role, and expiry."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from agent.model.bundle import target_metadata
 
 
 class SigningKeyStatus(msgspec.Struct, frozen=True):
-    """A key that counts; `here`: its private half is in the folder of keys."""
+    """Key of a role. `has_private_key`: the private key is in the folder of keys."""
 
     name: str
     key: str
-    here: bool
+    has_private_key: bool
 
 
 class RoleStatus(msgspec.Struct, frozen=True):
-    """A role; `soon`: it is time to sign it anew."""
+    """Role. `expires_soon`: it is time to sign it again."""
 
     role: str
     version: int
     expires: str
-    days: int
-    soon: bool
+    days_left: int
+    expires_soon: bool
     threshold: int
     keys: list[SigningKeyStatus]
 
 
 class AvailableBundle(msgspec.Struct, frozen=True):
-    """A bundle that devices may fetch."""
+    """Bundle that devices may download."""
 
     name: str
     version: str
@@ -59,34 +59,36 @@ class RepositoryStatus(msgspec.Struct, frozen=True):
 
 
 def read(folder: Path, current_time: datetime | None = None) -> RepositoryStatus:
-    """Raises UsageError where there is no repository, StorageError where devices would refuse it."""
+    """Return the status. Raises UsageError without a repository, StorageError if devices would refuse it."""
     layout, current_time = Layout(folder), current_time or expiry.now()
     keyring = RepositoryKeyring(layout.keys)
-    now = edition.load(layout, root_rotation.load_next_root(layout))
-    standings = [_role_status(now, role, keyring, current_time) for role in (*TOP_LEVEL_ROLES, *sorted(now.bundles))]
+    current = edition.load(layout, root_rotation.load_next_root(layout))
+    roles = [
+        _role_status(current, role, keyring, current_time) for role in (*TOP_LEVEL_ROLES, *sorted(current.bundles))
+    ]
     draft = root_rotation.load_pending_draft(layout, keyring)
-    reminders = [_format_reminder(one) for one in standings if one.soon]
+    reminders = [_format_reminder(role) for role in roles if role.expires_soon]
     if draft is not None:
         reminders.append(
-            f"root {draft.version} waits for {draft.missing} more signatures ({', '.join(draft.waiting)}): "
+            f"root {draft.version} needs {draft.signatures_missing} more signatures ({', '.join(draft.may_sign)}): "
             f"outstation fleet repository sign-root --key FILE {layout.draft}"
-            if draft.missing
-            else f"root {draft.version} is signed by enough: outstation fleet repository refresh puts it in force"
+            if draft.signatures_missing
+            else f"root {draft.version} has enough signatures; put it in force: outstation fleet repository refresh"
         )
-    out = [
+    revoked = [
         {"name": name, "version": version, "day": day}
-        for name, part in sorted(now.bundles.items())
+        for name, part in sorted(current.bundles.items())
         for version, day in sorted(get_revoked_versions(part.signed).items())
     ]
-    return RepositoryStatus(str(layout.home), not reminders, _list_bundles(now), out, standings, draft, reminders)
+    return RepositoryStatus(str(layout.home), not reminders, _list_bundles(current), revoked, roles, draft, reminders)
 
 
 def _list_bundles(current: Edition) -> list[AvailableBundle]:
     return [
-        AvailableBundle(told.name, told.version, told.digest, path, file.length)
+        AvailableBundle(bundle.name, bundle.version, bundle.digest, path, file.length)
         for _, part in sorted(current.bundles.items())
         for path, file in sorted(part.signed.targets.items())
-        for told in [target_metadata.decode(file.custom)]
+        for bundle in [target_metadata.decode(file.custom)]
     ]
 
 
@@ -107,10 +109,11 @@ def _role_status(current: Edition, role: str, keyring: RepositoryKeyring, curren
     )
 
 
-def _format_reminder(role_status: RoleStatus) -> str:
-    when = f"expires in {role_status.days} days" if role_status.days >= 0 else "has expired: devices take nothing"
-    if role_status.role in (SNAPSHOT, TIMESTAMP):
-        return f"{role_status.role} {when}: outstation fleet repository refresh, from cron each day"
-    if role_status.role == ROOT:
-        return f"root {when}: outstation fleet repository rotate root makes a new one"
-    return f"{role_status.role} {when}: outstation fleet repository refresh, with the key of {role_status.role} (--sign-with FILE)"
+def _format_reminder(status: RoleStatus) -> str:
+    role = status.role
+    when = f"expires in {status.days_left} days" if status.days_left >= 0 else "has expired, so devices install nothing"
+    if role in (SNAPSHOT, TIMESTAMP):
+        return f"{role} {when}; run daily: outstation fleet repository refresh"
+    if role == ROOT:
+        return f"root {when}; renew it: outstation fleet repository rotate root"
+    return f"{role} {when}; renew it: outstation fleet repository refresh --sign-with FILE, with the key of {role}"

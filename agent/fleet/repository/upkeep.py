@@ -1,4 +1,4 @@
-"""Before what is signed expires: a new timestamp, and what else has not long to go, with the keys that are here."""
+"""Upkeep of the repository: renewal of metadata before they expire, and the collector's daily run with its alert."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class RefreshResult(msgspec.Struct, frozen=True):
-    """`roles` were signed anew, the first expires at `expires`; `root` is the version of a draft put in force, or 0."""
+    """Renewed roles and their earliest expiry. `root_version` is that of a draft put in force, or 0."""
 
     roles: list[str]
     expires: datetime
@@ -33,9 +33,9 @@ class RefreshResult(msgspec.Struct, frozen=True):
 def refresh(
     folder: Path, *, sign_with: Sequence[Path] = (), current_time: datetime | None = None, trust_clock: bool = False
 ) -> RefreshResult:
-    """Sign the timestamp anew, and what else expires soon. A draft that enough have signed comes into force.
+    """Sign the timestamp and each role that expires soon. A sufficiently signed draft comes into force.
 
-    `trust_clock`: that of this machine is right though the repository was signed later by it. Raises UsageError.
+    `trust_clock`: this machine's clock is right although the last signature is later. Raises UsageError.
     """
     layout, current_time = Layout(folder), current_time or expiry.now()
     with layout.locked():
@@ -54,32 +54,35 @@ def refresh(
 
 
 def refresh_daily(folder: Path, current_time: datetime | None = None) -> RefreshResult | None:
-    """The same where the last time was a day ago and both online keys are here; None where nothing was to do.
+    """Refresh if the last signature is a day old and both online keys are here; return None if nothing is due.
 
-    Never waits: raises StorageBusy where another command writes.
+    Raises StorageBusy instead of waiting while another command writes.
     """
     layout, current_time = Layout(folder), current_time or expiry.now()
     if layout.newest_root_path() is None:
         return None
     with layout.locked(wait=False):
         keyring = RepositoryKeyring(layout.keys)
-        now = edition.load(layout, root_rotation.load_next_root(layout))
-        online = all(keyring.signers(now.keyids(role)) for role in (SNAPSHOT, TIMESTAMP))
-        if not online or current_time - expiry.signing_time(TIMESTAMP, now.timestamp.signed.expires) < REFRESH_INTERVAL:
+        current = edition.load(layout, root_rotation.load_next_root(layout))
+        online = all(keyring.signers(current.keyids(role)) for role in (SNAPSHOT, TIMESTAMP))
+        if (
+            not online
+            or current_time - expiry.signing_time(TIMESTAMP, current.timestamp.signed.expires) < REFRESH_INTERVAL
+        ):
             return None
         return _renew(layout, keyring, current_time)
 
 
 def _renew(layout: Layout, keyring: RepositoryKeyring, current_time: datetime, root_version: int = 0) -> RefreshResult:
-    now = edition.load(layout)
+    current = edition.load(layout)
     due = {
         role
-        for role in _list_renewable_roles(now, keyring)
-        if expiry.is_renewal_due(role, now.get_metadata(role).signed.expires, current_time)
+        for role in _list_renewable_roles(current, keyring)
+        if expiry.is_renewal_due(role, current.get_metadata(role).signed.expires, current_time)
     }
-    edition.write(layout, now, due, keyring, current_time)
+    edition.write(layout, current, due, keyring, current_time)
     renewed = [*sorted(due - {SNAPSHOT}), *([SNAPSHOT] if due else []), TIMESTAMP]
-    return RefreshResult(renewed, min(now.get_metadata(role).signed.expires for role in renewed), root_version)
+    return RefreshResult(renewed, min(current.get_metadata(role).signed.expires for role in renewed), root_version)
 
 
 def _list_renewable_roles(current: Edition, keyring: RepositoryKeyring) -> list[str]:
@@ -87,27 +90,27 @@ def _list_renewable_roles(current: Edition, keyring: RepositoryKeyring) -> list[
 
 
 def maintain(folder: Path, store: FleetStore, current_time: datetime | None = None) -> None:
-    """Raises StorageBusy where another command writes, StorageError for a file that is not ours to use.
+    """Refresh daily, and raise or clear the alert about due work. Called by the collector.
 
-    The next time comes soon.
+    Raises StorageBusy while another command writes, StorageError for an inaccessible file. The caller retries soon.
     """
     try:
         _maintain(folder, store, current_time or expiry.now())
     except OSError as error:
         raise StorageError(
-            f"{error.filename or folder}: {error.strerror}, so the repository was not looked after; see who owns the "
-            "file and its folder: the collector must be able to read and replace them"
+            f"{error.filename or folder}: {error.strerror}, so the repository was not refreshed; check the owner of "
+            "the file and its folder: the collector must be able to read and replace both"
         ) from error
 
 
 def _maintain(folder: Path, store: FleetStore, current_time: datetime) -> None:
     if refresh_daily(folder, current_time) is not None:
-        logger.info("repository: the timestamp is signed anew")
+        logger.info("repository: timestamp signed")
     reminders = status.read(folder, current_time).reminders
     is_open = any(row["alert"] == REPOSITORY_EXPIRY.alert for row in store.alerts())
     if bool(reminders) == is_open:
         return
-    summary = "; ".join(reminders) or "Nothing in the repository expires soon, and no draft waits."
+    summary = "; ".join(reminders) or "Nothing in the repository expires soon, and no draft waits for signatures."
     logger.warning("repository: %s", summary)
     store.raise_alert(
         repository_alert_row(

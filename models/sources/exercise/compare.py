@@ -17,7 +17,7 @@ import show_small
 from pace import HELD_OUT, Pace, loaded, measure
 
 from agent.evaluation import evaluate
-from agent.evaluation.document import Evaluation, Span
+from agent.evaluation.document import Evaluation, IntervalEstimate
 from agent.model.bundle import builtin, bundle
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference import runtime, tuning
@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    ours = bundle.read(builtin.bundles() / "exercise", None)
+    ours = bundle.read(builtin.bundles_dir() / "exercise", None)
     variants = json.loads((folder / "variants.json").read_text())
     files = [folder / f"{variant['file']}.tflite" for variant in variants]
     judged = [evaluated(ours, file, files[0]) for file in files]
@@ -42,8 +42,8 @@ def main() -> None:
         if variant["seeds"]:
             one["seeds"] = seeds["accuracy"][variant["seeds"]]
     found = {
-        "machine": tuning.machine(),
-        "runtime": runtime.NAME,
+        "machine": tuning.describe_machine(),
+        "runtime": runtime.RUNTIME_NAME,
         "windows": judged[0].data.windows,
         "intervals": judged[0].intervals,
         "rounds": paces.rounds,
@@ -60,7 +60,7 @@ def evaluated(ours: Bundle, file: Path, float32: Path) -> Evaluation:
     files = {"manifest.json": ours.files["manifest.json"], "model.tflite": file.read_bytes()}
     other = Bundle(ours.manifest, "", files, "")
     beside = None if file == float32 else float32
-    request = evaluate.Request(data=HELD_OUT, group="subject", float_model=beside, latency=False)
+    request = evaluate.EvaluationRequest(data=HELD_OUT, group="subject", float_model=beside, latency=False)
     found = evaluate.evaluate(other, loaded(file), "", request, lambda _: None)
     accuracy = next(one for one in found.metrics if one.metric == "accuracy")
     print(f"{file.stem}: {accuracy.value} [{accuracy.low}, {accuracy.high}]", flush=True)
@@ -75,7 +75,7 @@ def row(variant: dict[str, Any], file: Path, found: Evaluation, pace: Pace) -> d
         "network": variant["network"],
         "parameters": variant["parameters"],
         "bytes": file.stat().st_size,
-        "sha256": tuning.digest(file.read_bytes()).removeprefix("sha256:"),
+        "sha256": tuning.model_digest(file.read_bytes()).removeprefix("sha256:"),
         "accuracy": [accuracy.value, accuracy.low, accuracy.high],
         "change": spread(other.change) if other else None,
         "agreement": spread(other.agreement) if other and other.agreement else None,
@@ -83,7 +83,7 @@ def row(variant: dict[str, Any], file: Path, found: Evaluation, pace: Pace) -> d
     }
 
 
-def spread(one: Span) -> list[float | None]:
+def spread(one: IntervalEstimate) -> list[float | None]:
     return [one.value, one.low, one.high]
 
 

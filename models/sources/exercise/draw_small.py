@@ -10,7 +10,7 @@ from typing import Any
 
 from agent.render import axes
 from agent.render.svg import Drawing
-from agent.render.theme import PAGE, adaptive
+from agent.render.theme import PAGE_THEME, adaptive_css
 
 WIDTH = 1000.0
 MARGIN, NAME_W, GAP, VALUE_W = 24.0, 172.0, 26.0, 54.0
@@ -18,7 +18,7 @@ ROW, GROUP, HEAD, UNDER = 27.0, 36.0, 104.0, 60.0
 PANEL_W = (WIDTH - 2 * MARGIN - NAME_W - 3 * GAP) / 3
 PANELS = tuple(MARGIN + NAME_W + GAP + i * (PANEL_W + GAP) for i in range(3))
 PLOT_W = PANEL_W - VALUE_W
-OTHERS, SHIPPED = PAGE.usual_edge, PAGE.series[0]
+OTHERS, SHIPPED = PAGE_THEME.reference_edge, PAGE_THEME.series[0]
 
 
 @dataclass(frozen=True)
@@ -40,68 +40,78 @@ def picture(found: dict[str, Any]) -> str:
     _heads(draw, found)
     y = HEAD
     for network, some in groups:
-        draw.text(MARGIN, y + 23, network[:1].upper() + network[1:], PAGE.ink, size=12.5, weight=600, name="network")
-        draw.text(PANELS[0], y + 23, f"{some[0]['parameters']:,} parameters", PAGE.muted, size=11.5)
+        draw.text(
+            MARGIN,
+            y + 23,
+            network[:1].upper() + network[1:],
+            PAGE_THEME.ink,
+            size=12.5,
+            weight=600,
+            css_class="network",
+        )
+        draw.text(PANELS[0], y + 23, f"{some[0]['parameters']:,} parameters", PAGE_THEME.muted, size=11.5)
         if any("seeds" in one for one in some):
-            draw.text(PANELS[1], y + 23, "small dots: each seed, as float", PAGE.muted, size=11.5)
+            draw.text(PANELS[1], y + 23, "small dots: each seed, as float", PAGE_THEME.muted, size=11.5)
         y += GROUP
         _grid(draw, (size, accuracy, pace), y, y + ROW * len(some))
         x = accuracy.at(rows[0]["accuracy"][0])
-        draw.line(x, y, x, y + ROW * len(some), PAGE.muted, stroke_dasharray="3 3", name="float32")
+        draw.line(x, y, x, y + ROW * len(some), PAGE_THEME.muted, stroke_dasharray="3 3", css_class="float32")
         for one in some:
             _row(draw, one, y, size, accuracy, pace)
             y += ROW
     for axis in (size, accuracy, pace):
         for value, label in axis.ticks:
-            draw.text(axis.at(value), bottom + 11, label, PAGE.muted, size=11, anchor="middle", name="tick")
-    draw.text(MARGIN, bottom + 42, f"Times: {found['machine']}; {found['runtime']}, one thread", PAGE.muted, size=11)
-    return draw.document(bottom + UNDER, PAGE.paper, adaptive())
+            draw.text(axis.at(value), bottom + 11, label, PAGE_THEME.muted, size=11, anchor="middle", css_class="tick")
+    draw.text(
+        MARGIN, bottom + 42, f"Times: {found['machine']}; {found['runtime']}, one thread", PAGE_THEME.muted, size=11
+    )
+    return draw.to_svg_document(bottom + UNDER, PAGE_THEME.paper, adaptive_css())
 
 
 def _heads(draw: Drawing, found: dict[str, Any]) -> None:
-    draw.text(MARGIN, 36, "The exercise model, made small", PAGE.ink, size=19, weight=600)
+    draw.text(MARGIN, 36, "The exercise model, made small", PAGE_THEME.ink, size=19, weight=600)
     told = f"{found['windows']} windows of three people no network here has seen; blue is what ships"
-    draw.text(MARGIN, 56, told, PAGE.muted, size=12.5)
+    draw.text(MARGIN, 56, told, PAGE_THEME.muted, size=12.5)
     titles = (
         ("Size", "kB"),
         ("Accuracy", "95 %, over people; dashed: float32"),
         ("Time of a window", "µs; ring: one by one, dot: in batches"),
     )
     for x, (title, unit) in zip(PANELS, titles, strict=True):
-        draw.text(x, 84, title, PAGE.ink, size=13, weight=600)
-        draw.text(x, 99, unit, PAGE.muted, size=11)
+        draw.text(x, 84, title, PAGE_THEME.ink, size=13, weight=600)
+        draw.text(x, 99, unit, PAGE_THEME.muted, size=11)
 
 
 def _grid(draw: Drawing, panels: Sequence[Axis], top: float, bottom: float) -> None:
     for axis in panels:
         for value, _ in axis.ticks:
-            draw.line(axis.at(value), top, axis.at(value), bottom, PAGE.grid)
+            draw.line(axis.at(value), top, axis.at(value), bottom, PAGE_THEME.grid)
 
 
 def _row(draw: Drawing, one: dict[str, Any], y: float, size: Axis, accuracy: Axis, pace: Axis) -> None:
     ships = "shipped" in one["name"]
     color, middle = (SHIPPED if ships else OTHERS), y + ROW / 2
     if ships:
-        draw.rect(MARGIN - 8, y, WIDTH - 2 * MARGIN + 16, ROW, SHIPPED, r=5, fill_opacity="0.10", name="shipped")
+        draw.rect(MARGIN - 8, y, WIDTH - 2 * MARGIN + 16, ROW, SHIPPED, r=5, fill_opacity="0.10", css_class="shipped")
     weight = 600 if ships else 400
-    draw.text(MARGIN, middle + 4, one["name"], PAGE.ink, size=12.5, weight=weight, name="name")
-    draw.rect(size.left, middle - 6, size.at(one["bytes"] / 1000) - size.left, 12, color, r=2, name="size")
+    draw.text(MARGIN, middle + 4, one["name"], PAGE_THEME.ink, size=12.5, weight=weight, css_class="name")
+    draw.rect(size.left, middle - 6, size.at(one["bytes"] / 1000) - size.left, 12, color, r=2, css_class="size")
     _value(draw, 0, middle, f"{one['bytes'] / 1000:.1f}")
     value, low, high = one["accuracy"]
     draw.line(accuracy.at(low), middle, accuracy.at(high), middle, color, stroke_width="2.5", stroke_linecap="round")
-    draw.circle(accuracy.at(value), middle, 5, color, name="accuracy")
+    draw.circle(accuracy.at(value), middle, 5, color, css_class="accuracy")
     for seed in one.get("seeds", ()):
-        draw.circle(accuracy.at(seed), middle + 7, 2, PAGE.muted, name="seed")
+        draw.circle(accuracy.at(seed), middle + 7, 2, PAGE_THEME.muted, css_class="seed")
     _value(draw, 1, middle, f"{value:.3f}")
     alone, best = pace.at(one["us_one"]), pace.at(one["us_best"])
     draw.line(best, middle, alone, middle, color, stroke_width="1.5")
-    draw.circle(alone, middle, 4.5, PAGE.paper, stroke=color, stroke_width="2", name="one")
-    draw.circle(best, middle, 5, color, name="best")
+    draw.circle(alone, middle, 4.5, PAGE_THEME.paper, stroke=color, stroke_width="2", css_class="one")
+    draw.circle(best, middle, 5, color, css_class="best")
     _value(draw, 2, middle, decimals(one["us_best"]))
 
 
 def _value(draw: Drawing, panel: int, y: float, text: str) -> None:
-    draw.text(PANELS[panel] + PANEL_W, y + 4, text, PAGE.ink, size=12, anchor="end", name="value")
+    draw.text(PANELS[panel] + PANEL_W, y + 4, text, PAGE_THEME.ink, size=12, anchor="end", css_class="value")
 
 
 def decimals(value: float) -> str:
@@ -124,7 +134,7 @@ def _linear(panel: int, low: float, high: float, label: Callable[[float], str]) 
     def at(value: float) -> float:
         return PANELS[panel] + PLOT_W * (value - low) / (high - low)
 
-    return Axis(PANELS[panel], at, [(tick, label(tick)) for tick in axes.numbers(low, high, 4)])
+    return Axis(PANELS[panel], at, [(tick, label(tick)) for tick in axes.linear_ticks(low, high, 4)])
 
 
 def _paces(rows: list[dict[str, Any]]) -> Axis:

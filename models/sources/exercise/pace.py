@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from agent.evaluation import examples
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import derived_features, features, inference, runtime, tuning
-from agent.model.inference.features import Cut
+from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import Inference
-from agent.model.sandbox.autotune import BATCHES
+from agent.model.sandbox.autotune import BATCH_SIZES
 
-HELD_OUT = builtin.recordings() / "exercise.npz"
+HELD_OUT = builtin.recordings_dir() / "exercise.npz"
 ROUNDS = 15
 MOMENT_S = 0.02
 LEAST_CALLS = 5
@@ -44,26 +44,26 @@ class Paces:
 
 def loaded(file: Path) -> Inference:
     """The model in `file` in place of the shipped bundle's."""
-    manifest = bundle.read(builtin.bundles() / "exercise", None).manifest
-    return Inference(manifest, inference.load(manifest, file.read_bytes()))
+    manifest = bundle.read(builtin.bundles_dir() / "exercise", None).manifest
+    return Inference(manifest, inference.load_model(manifest, file.read_bytes()))
 
 
 def measure(models: list[Inference]) -> Paces:
     source = examples.read(HELD_OUT, models[0], [])
-    starts, _ = examples.windows(source, models[0])
-    cut = Cut(starts, len(source.rows))
+    starts, _ = examples.cut_windows(source, models[0])
+    cut = WindowCut(starts, len(source.values))
     spec = models[0].manifest.input
-    windows = features.windows(derived_features.columns(source.rows, source.t, spec, 0), starts, spec)
-    wall = np.empty((ROUNDS, len(models), len(BATCHES)))
+    windows = features.build_windows(derived_features.compute(source.values, source.t, spec, 0), starts, spec)
+    wall = np.empty((ROUNDS, len(models), len(BATCH_SIZES)))
     cpu = np.empty_like(wall)
     for turn in range(ROUNDS):
         for i in np.roll(np.arange(len(models)), turn):
-            for j, batch in enumerate(BATCHES):
-                models[i].model.use(batch)
+            for j, batch in enumerate(BATCH_SIZES):
+                models[i].model.set_batch_size(batch)
                 wall[turn, i, j], cpu[turn, i, j] = _moment(models[i], windows, batch)
     best = [_best(np.median(cpu[:, i], axis=0)) for i in range(len(models))]
     for model, j in zip(models, best, strict=True):
-        model.model.use(BATCHES[j])
+        model.model.set_batch_size(BATCH_SIZES[j])
     whole = np.empty((ROUNDS, len(models)))
     for turn in range(ROUNDS):
         for i in np.roll(np.arange(len(models)), turn):
@@ -83,7 +83,7 @@ def _pace(wall: NDArray[np.float64], whole: NDArray[np.float64], i: int, best: l
     return {
         "us_one": median(one, 1e6),
         "times_one": median(one / wall[:, 0, 0]),
-        "batch": BATCHES[best[i]],
+        "batch": BATCH_SIZES[best[i]],
         "us_best": median(in_batches, 1e6),
         "times_best": median(in_batches / wall[:, 0, best[0]]),
         "cpu_s_of_1000": median(whole[:, i], 1000),
@@ -111,10 +111,10 @@ def _moment(model: Inference, windows: NDArray[np.float32], batch: int) -> tuple
     return min(calls) / batch, cpu_s / len(calls) / batch
 
 
-def _whole(model: Inference, source: examples.Rows, cut: Cut) -> float:
+def _whole(model: Inference, source: examples.Dataset, cut: WindowCut) -> float:
     """CPU seconds a window takes from readings to scores."""
     begun = time.process_time()
-    model.answer(source.rows, source.t, cut)
+    model.run_windows(source.values, source.t, cut)
     return (time.process_time() - begun) / len(cut.starts)
 
 
@@ -124,7 +124,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     names = [one["file"] for one in json.loads((folder / "variants.json").read_text())]
     found = measure([loaded(folder / f"{name}.tflite") for name in names])
-    print(f"{tuning.machine()}; {runtime.NAME}; {found.rest_us:g} µs a window beside the model")
+    print(f"{tuning.describe_machine()}; {runtime.RUNTIME_NAME}; {found.rest_us:g} µs a window beside the model")
     for name, pace in zip(names, found.each, strict=True):
         print(f"{name:16}", *(f"{key} {value:g}" for key, value in pace.items()), sep="  ")
 

@@ -50,11 +50,13 @@ def windows(path: Path) -> NDArray[np.float32]:
 def take(machine: int, number: int, fault: str = "none", severity: float = 1.0) -> Take:
     import sounds
 
-    from agent.media import Sound
+    from agent.media import SoundFormat
     from agent.model.inference import sound
 
-    heard = Sound(**tomllib.loads(SPEC.read_text(encoding="utf-8"))["input"]["sound"])
-    return Take(sound.rows(sounds.record(machine, number, fault, severity), heard), machine, fault, severity)
+    heard = SoundFormat(**tomllib.loads(SPEC.read_text(encoding="utf-8"))["input"]["sound"])
+    return Take(
+        sound.compute_mel_rows(sounds.record(machine, number, fault, severity), heard), machine, fault, severity
+    )
 
 
 def save(path: Path, takes: list[Take], rate: float) -> None:

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, build_reference
-from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE
+from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE
 from scripts.benchmarks.drift_peers import synthetic
 from scripts.benchmarks.drift_peers.counting import Flags, Row, raised
 from scripts.benchmarks.drift_peers.synthetic import ANSWER, CERTAINTY, FIELDS, ROWS, Change, Kind, Table

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from agent.datasets.recordings import Recordings, load
 from agent.device.intake.sources.recordings import Playlist, PlaylistItem
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference
-from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE
+from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import features, runtime, scores
 from agent.simulate.scenario import SCENARIOS

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
-from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE
+from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE
 from scripts.benchmarks.drift_peers.counting import Row, raised
 
 SEEDS = 12

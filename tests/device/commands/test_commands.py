@@ -18,7 +18,7 @@ from agent.device.pipeline.tasks import Effect
 from agent.device.recovery.open import open_store
 from agent.device.store.message_log import MessageLog
 from agent.device.store.transaction import Transaction
-from agent.device.uplink.refusals import CLEAR_AFTER_S, COMMANDS, Refusals
+from agent.device.uplink.refusals import CLEAR_AFTER_S, Refusals
 from agent.errors import MessageRefused, StorageFull
 from agent.testing.messages import new_key
 from agent.transport.packets import IncomingMessage, OutgoingMessage
@@ -132,10 +132,10 @@ def test_each_key_counts_for_itself(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     author = MessageLog(FLEET, DEVICE, new_key(1), store.log_id, 1, 120_000)
     commands = CommandReceiver(store, author, [one.key.public, two.key.public])
-    commands.receive(one.command(counter=500))
-    commands.receive(two.command(counter=3))
+    commands.accept(one.command(counter=500))
+    commands.accept(two.command(counter=3))
     with pytest.raises(MessageRefused, match="replayed"):
-        commands.receive(two.command(counter=3))
+        commands.accept(two.command(counter=3))
     store.close()
 
 
@@ -249,7 +249,7 @@ def test_with_a_full_disk_the_operator_hears_that_nothing_was_done(desk: Desk, m
         raise StorageFull("the disk is full")
 
     command = desk.operator.command("run", args={"task": "a"})
-    desk.commands.receive(command)
+    desk.commands.accept(command)
     with monkeypatch.context() as patched:
         patched.setattr(desk.store, "transaction", full)
         desk.control.tick(NOW)
@@ -298,7 +298,7 @@ def test_an_answer_that_no_broker_confirmed_goes_again_with_the_next_connection_
 
 def test_more_commands_than_wait_at_once_are_refused_as_busy_and_can_be_sent_again(desk: Desk) -> None:
     for _ in range(16):
-        desk.commands.receive(desk.operator.command())
+        desk.commands.accept(desk.operator.command())
     late = desk.operator.command()
     assert desk.refused(late) == "busy"
     assert len(desk.obey()) == 16
@@ -319,9 +319,9 @@ def flood(desk: Desk, refusals: Refusals, n: int, every_s: float = 0.001) -> Clo
     for i in range(n):
         now = later(NOW, i * every_s)
         try:
-            desk.commands.receive(forged)
+            desk.commands.accept(forged)
         except MessageRefused as refusal:
-            refusals.add(COMMANDS, refusal, now)
+            refusals.add("commands", refusal, now)
         refusals.flush(now)
     return now
 

@@ -64,7 +64,7 @@ class Device:
 
     def rotate(self) -> bool:
         """Whether it says that it did."""
-        self.commands.receive(self.operator.command("rotate-key"))
+        self.commands.accept(self.operator.command("rotate-key"))
         self.control.tick(NOW)
         with self.store.transaction() as tx:
             return tx.commands.unsent(0)[-1].ok
@@ -658,7 +658,7 @@ def test_what_a_revoked_device_sends_is_refused_what_is_stored_stays_and_an_aler
     assert (stored(collector), refusals(collector)) == (1, {"revoked key": 1})
     assert audit(collector.store).passed
     assert any("was revoked" in summary for summary in security_alerts(collector))
-    with pytest.raises(UsageError, match="no key that could be revoked"):
+    with pytest.raises(UsageError, match="no key that can be revoked"):
         collector.store.revoke(DEVICE, None, TIME)
 
 

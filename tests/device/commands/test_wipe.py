@@ -172,7 +172,7 @@ def test_a_marker_that_cannot_be_read_erases_nothing_and_is_named(home: Path) ->
     before = sorted(home.rglob("*"))
     done = run_outstation("run", "-c", str(home / "outstation.toml"))
     assert done.returncode == 1
-    assert f"{wipe.MARKER}: Is a directory; whether this device was wiped cannot be told" in done.stderr
+    assert f"{wipe.MARKER}: Is a directory; the daemon cannot tell whether this device was wiped" in done.stderr
     assert sorted(home.rglob("*")) == before
 
 

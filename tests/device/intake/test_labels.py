@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 
 from agent.client import Client
 from agent.device.intake import labels
-from agent.device.intake.labels import LabelTarget
 from agent.device.intake.protocol import LineParser
 from agent.device.store import labels as labelled
 from agent.device.store.labels import StoredLabel, StoredPredictions
 from agent.errors import RowRejected
-from agent.performance.labels import Label, LabelSchema
+from agent.performance.labels import Label, LabelSchema, LabelTarget
 from tests.kit.stations import STREAMS, Station, conf
 
 T0 = 1_764_000_000_000_000
@@ -95,7 +94,7 @@ def test_labels_and_readings_share_a_connection(station: Station) -> None:
         ({"labels": "judge", "columns": {"row": [], "label": []}}, "of one length of at least 1"),
         ({"labels": 7, "row": 3, "label": "up"}, "expected `str`"),
         ({"labels": "judge", "row": 2**60, "label": "up"}, "is no row number"),
-        ({"labels": "judge", "row": 900, "label": "up"}, "row 900 is not here yet"),
+        ({"labels": "judge", "row": 900, "label": "up"}, "row 900 does not exist yet"),
         (b'{"labels":"judge","row":1,"row":2,"label":"up"}', "row"),
         ({"label": "up", "row": 3}, 'no "stream" in this line'),
     ],
@@ -168,7 +167,7 @@ def test_any_json_is_labels_or_a_rejection(line: dict[str, Any]) -> None:
 def test_any_bytes_after_labels_are_read_to_an_end(tail: bytes) -> None:
     line = b'{"labels":"judge",' + tail.replace(b"\n", b" ")
     [taken] = list(LineParser(STREAMS).parse([line], 1, T0))
-    assert taken.label_batch is not None or taken.bad
+    assert taken.label_batch is not None or taken.rejected
 
 
 @pytest.mark.parametrize(

@@ -39,11 +39,11 @@ def read(*calls: list[bytes], reader: LineParser | None = None) -> Got:
     reader, got, first = reader or LineParser(STREAMS), Got(), 1
     for lines in calls:
         for taken in reader.parse(lines, first, NOW_US):
-            assert not got.bad.keys() & taken.bad.keys()
-            got.bad |= taken.bad
-            if taken.checked is not None and len(taken.checked.rows):
-                got.rows.setdefault(taken.stream, []).append(taken.checked.rows)
-                for texts in taken.checked.categories.values():
+            assert not got.bad.keys() & taken.rejected.keys()
+            got.bad |= taken.rejected
+            if taken.validated is not None and len(taken.validated.rows):
+                got.rows.setdefault(taken.stream, []).append(taken.validated.rows)
+                for texts in taken.validated.categories.values():
                     got.texts.setdefault(taken.stream, []).extend(texts)
                 got.lines += taken.lines
         first += len(lines)
@@ -127,7 +127,7 @@ def test_half_a_line_is_named(cut: int) -> None:
         (b'{"stream":"watch","ax":[1],"ay":2}', "ax: expected `float`, got `array`"),
         (b'{"stream":"watch","ax":{"x":1},"ay":2}', "ax: expected `float`, got `object`"),
         (b'{"stream":"watch","ax":1e400,"ay":2}', "ax: number out of range"),
-        (b'{"stream":"watch","ax":NaN,"ay":2}', "NaN and Infinity are no JSON numbers; leave an optional field out"),
+        (b'{"stream":"watch","ax":NaN,"ay":2}', "NaN and Infinity are no JSON numbers; leave out an optional field"),
         (b'{"stream":"watch","ax":17,"ay":2}', "ax = 17 g is above max 16"),
         (b'{"stream":"watch","ax":1180591620717411303424,"ay":2}', "ax = 1.18059162e+21 g is above max 16"),
         (b'{"stream":"watch","t":"now","ax":1,"ay":2}', "t: expected `float | null`, got `str`"),
@@ -295,7 +295,7 @@ def test_lines_may_end_as_on_windows() -> None:
     ],
 )
 def test_a_line_with_a_key_twice_is_named_alone_and_in_a_run(line: bytes, key: str) -> None:
-    said = f"key {key!r} is there twice in one object; two readers would see two values"
+    said = f"duplicate key {key!r} in one object; two readers could see different values"
     good = row("machine", power=1, count=1, mode="a") if b"machine" in line else GOOD
     assert read([good, good, line, good, good]).bad == {3: said}
     assert read([good], [good] * 50 + [line] + [good] * 50).bad == {52: said}

@@ -23,7 +23,7 @@ from agent.config import FieldConfig, StreamConfig
 from agent.device.intake.connection import CLIENT_SOURCE, MAX_CLIENTS
 from agent.device.intake.group_commit import CommitOutcome, GroupCommit, SourcePosition
 from agent.device.intake.protocol import MAX_LINE_BYTES
-from agent.device.intake.server import SubmitRows
+from agent.device.intake.source import SubmitRows
 from agent.device.recovery.open import open_store
 from agent.device.store.quota import PAGE_SIZE
 from agent.device.store.rows import RawColumns
@@ -52,10 +52,10 @@ def counts(station: Station) -> list[int]:
     return found
 
 
-# --- the contract's lines and answers
+# --- lines and answers of the protocol
 
 
-def test_the_lines_of_the_contract_are_answered_as_it_says(station: Station) -> None:
+def test_lines_of_rows_are_answered_with_counts(station: Station) -> None:
     with station.line() as line:
         line.send(b'{"stream":"watch","t":1764022680.123,"ax":0.1,"ay":-0.2}')
         assert line.answer() == {"through": 1, "accepted": 1, "rejected": []}
@@ -584,7 +584,7 @@ def test_tcp_on_loopback_is_served_too_when_asked_for(tmp_path: Path, host: str)
 
 def test_tcp_beyond_loopback_is_refused(tmp_path: Path) -> None:
     with Station(conf(tmp_path, tcp="0.0.0.0:7071")) as station:
-        assert "must be on loopback" in str(station.failures[0])
+        assert "must be a loopback address" in str(station.failures[0])
 
 
 def test_a_tcp_port_that_is_taken_is_named(tmp_path: Path) -> None:
@@ -643,7 +643,7 @@ def test_rows_whose_category_would_be_one_too_many_are_refused_and_the_others_ke
             columnar = line.answer()
         assert total["accepted"] == 2
         assert total["rejected"] == [
-            {"line": 2, "reason": "mode = 'x' would be the 65,536th category; that many cannot be told apart"}
+            {"line": 2, "reason": "mode = 'x' would be the 65,536th category; a field has 65,535 at most"}
         ]
         assert (columnar["accepted"], columnar["rejected"][0]["line"]) == (1, 4)
         rows_kept = rows_of(station.store, "machine", station.conf.streams["machine"])

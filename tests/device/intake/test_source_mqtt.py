@@ -13,8 +13,11 @@ import pytest
 
 from agent import config
 from agent.bootstrap.daemon import build_sources
-from agent.config import BrokerConfig, FieldConfig, MqttSource, StreamConfig
+from agent.config import BrokerConfig, FieldConfig, StreamConfig
+from agent.config.sources import MqttSource
 from agent.device.intake.group_commit import GroupCommit
+from agent.device.intake.source import SourceContext
+from agent.device.intake.sources import mqtt
 from agent.device.intake.sources.mqtt import MqttSubscriber
 from agent.device.recovery.open import open_store
 from agent.device.store.store import Store
@@ -50,7 +53,7 @@ class Site:
 
         def source(_: Store) -> list[MqttSubscriber]:
             assert isinstance(self.stream.source, MqttSource)
-            return [MqttSubscriber("outstation.toml", "room", self.stream, self.stream.source, "pi-07-room")]
+            return [MqttSubscriber("room", self.stream, self.stream.source, "pi-07-room")]
 
         return Station(made, sources=source)
 
@@ -291,8 +294,8 @@ def test_without_a_broker_the_intake_works_and_ends_in_time(site: Callable[..., 
     ("source", "key", "problem"),
     [
         ({"paths": {"temprature": "$"}}, "paths", "did you mean 'temperature'"),
-        ({"paths": {"temperature": "$..x"}}, "paths", "no path to a value"),
-        ({"t": "$[*]"}, "paths", "no path to a value"),
+        ({"paths": {"temperature": "$..x"}}, "paths", "is not a path to a value"),
+        ({"t": "$[*]"}, "paths", "is not a path to a value"),
         ({"topic": "a/#/b"}, "topic", "no topic filter"),
         ({"topic": "a/b+"}, "topic", "no topic filter"),
         ({"topic": ""}, "topic", "no topic filter"),
@@ -301,8 +304,10 @@ def test_without_a_broker_the_intake_works_and_ends_in_time(site: Callable[..., 
 )
 def test_a_source_that_cannot_work_is_refused_by_its_key(source: dict[str, Any], key: str, problem: str) -> None:
     given = MqttSource(**{"topic": "a/b", **source})
+    stream = StreamConfig(fields=FIELDS, source=given)
+    context = SourceContext("outstation.toml", conf(Path("data"), room=stream), "room")
     with pytest.raises(ConfigError, match=problem) as refused:
-        MqttSubscriber("outstation.toml", "room", StreamConfig(fields=FIELDS, source=given), given, "pi-07-room")
+        mqtt.check(context, given)
     assert f"streams.room.source.{key}" in str(refused.value)
 
 
@@ -313,7 +318,7 @@ def test_a_broker_elsewhere_in_the_clear_is_refused_and_its_files_lie_beside_the
         'source = {{ kind = "mqtt", topic = "a/b", broker = {{ url = "{url}", ca_file = "site.pem" }} }}\n'
     )
     file.write_text(text.format(url="mqtt://10.0.0.1"))
-    with pytest.raises(ConfigError, match=r"streams\.room\.source\.broker\.url.*in the clear"):
+    with pytest.raises(ConfigError, match=r"streams\.room\.source\.broker\.url.*is not encrypted"):
         config.load(file)
     file.write_text(text.format(url="mqtts://10.0.0.1"))
     source = config.load(file).streams["room"].source

@@ -23,10 +23,13 @@ import pytest
 
 from agent import clock, config
 from agent.clock import ClockReading
-from agent.config import FieldConfig, FilesSource, HostSource, ReplayFault, ReplaySource, StreamConfig
+from agent.config import FieldConfig, StreamConfig
+from agent.config.sources import FilesSource, HostSource, ReplayFault, ReplaySource
 from agent.datasets.formats import open_file
 from agent.datasets.recordings import load
+from agent.device.intake.source import SourceContext
 from agent.device.intake.sources import files as files_module
+from agent.device.intake.sources import host as host_source
 from agent.device.intake.sources.files import FolderWatcher
 from agent.device.intake.sources.host import HostMetrics
 from agent.device.intake.sources.recordings import Playlist
@@ -102,7 +105,7 @@ def test_bad_lines_are_logged_with_file_and_number_and_the_others_are_taken(
         "a.csv: line 3: n = 'x' is no number",
         "a.csv: line 5: 2 values, the header names 1",
         "a.csv: line 6: n = 10000000 is above max 1000000",
-        "a.csv: taken, 3 rows rejected",
+        "a.csv: ingested, 3 rows rejected",
     ]
 
 
@@ -227,7 +230,7 @@ def test_a_folder_somebody_put_into_taking_goes_to_failed_and_the_files_after_it
         assert station.store.counters()["files failed"] == 2
     assert there(tmp_path)["failed"] == ["b.csv", "b.csv.txt", "keep", "keep.txt"]
     assert (tmp_path / "in" / "failed" / "keep.txt").read_text() == (
-        "keep: cannot be read: Is a directory; mend that, and put it into the folder again\n"
+        "keep: cannot be read: Is a directory; fix that, and put it into the folder again\n"
     )
 
 
@@ -287,7 +290,7 @@ def test_a_file_with_a_bad_sector_goes_to_failed_with_the_lines_that_were_taken(
         wait_for(lambda: there(tmp_path)["done"] == ["b.csv"], "b.csv in done/")
         assert taken(station) == [*range(5136), 9]
     assert (tmp_path / "in" / "failed" / "a.csv.txt").read_text() == (
-        "a.csv: cannot be read: Input/output error; mend that, and put it into the folder again; its lines up to "
+        "a.csv: cannot be read: Input/output error; fix that, and put it into the folder again; its lines up to "
         "5137 are in the stream already\n"
     )
 
@@ -319,15 +322,16 @@ def gone(folder: Path) -> bool:
 _WATCHER = """\
 import sys, time
 from pathlib import Path
-from agent.config import Duration, Field, FilesSource, Stream
+from agent.config import Duration, FieldConfig, StreamConfig
+from agent.config.sources import FilesSource
 from agent.device.intake.sources import files
 from tests.kit.stations import Station, conf
 
 files._SETTLED_S = 0.0
-folder, stream = Path(sys.argv[1]), Stream(fields=[Field(name="n", type="i64")])
+folder, stream = Path(sys.argv[1]), StreamConfig(fields=[FieldConfig(name="n", type="i64")])
 source = FilesSource(folder=str(folder / "in"), poll_interval=Duration(0.01))
 made = conf(folder / "data", 0.001, numbers=stream)
-with Station(made, sources=lambda store: [files.Files("numbers", stream, source, store)]):
+with Station(made, sources=lambda store: [files.FolderWatcher("numbers", stream, source, store)]):
     print("ready", flush=True)
     time.sleep(60)
 """
@@ -343,7 +347,7 @@ def test_rows_of_files_come_once_when_the_agent_is_killed_again_and_again(tmp_pa
         command = [sys.executable, "-c", _WATCHER, str(tmp_path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
             assert process.stdout is not None
-            process.stdout.readline()
+            assert process.stdout.readline() == b"ready\n"
             # The first ones die young, most with a file in hand; the later ones live long enough to finish.
             time.sleep(rng.uniform(0.02, 0.12) if life < 8 else rng.random() * 0.04 * life)
             process.kill()
@@ -370,7 +374,7 @@ def hosting(folder: Path, stream: StreamConfig) -> Iterator[Station]:
     source = stream.source
     assert isinstance(source, HostSource)
     made = conf(folder, host=stream)
-    with Station(made, sources=lambda _: [HostMetrics("outstation.toml", "host", stream, source, folder)]) as station:
+    with Station(made, sources=lambda _: [HostMetrics("host", stream, source, folder)]) as station:
         yield station
         assert station.failures == []
 
@@ -394,7 +398,7 @@ def test_the_hosts_condition_comes_again_and_again(tmp_path: Path) -> None:
 def test_a_field_that_no_host_has_is_named_with_those_there_are(tmp_path: Path) -> None:
     stream = host(FieldConfig(name="memroy"))
     with pytest.raises(ConfigError, match=r"streams\.host\.fields: the host has no 'memroy'; did you mean 'memory'"):
-        HostMetrics("outstation.toml", "host", stream, HostSource(), tmp_path)
+        host_source.check(SourceContext("outstation.toml", conf(tmp_path, host=stream), "host"), HostSource())
 
 
 def test_a_value_that_this_host_cannot_read_is_missing_and_is_said_once_where_it_must_not_be(
@@ -563,16 +567,17 @@ def test_a_full_store_holds_a_replay_up_and_skips_nothing(
 _PLAYER = """\
 import sys, time
 from pathlib import Path
-from agent.clock import Now
-from agent.config import Field, ReplaySource, Stream
-from agent.device.intake.sources.replay import Replay
+from agent.clock import ClockReading
+from agent.config import FieldConfig, StreamConfig
+from agent.config.sources import ReplaySource
+from agent.device.intake.sources.replay import ReplayPlayer
 from tests.kit.stations import Station, conf
 
-stream = Stream(fields=[Field(name="ax"), Field(name="ay", optional=True)])
+stream = StreamConfig(fields=[FieldConfig(name="ax"), FieldConfig(name="ay", optional=True)])
 source = ReplaySource(file=sys.argv[2], subject=1, seed=5, rows=3000, speed=40.0)
 made = conf(Path(sys.argv[1]), watch=stream)
-begin = Now(1_764_022_680_000_000, 0.0, "synced")
-with Station(made, sources=lambda store: [Replay("watch", stream, source, store, begin)]):
+begin = ClockReading(1_764_022_680_000_000, 0.0, "synced")
+with Station(made, sources=lambda store: [ReplayPlayer("watch", stream, source, store, begin)]):
     print("ready", flush=True)
     time.sleep(60)
 """
@@ -584,7 +589,7 @@ def test_a_replay_that_is_killed_again_and_again_repeats_and_skips_no_row(tmp_pa
         command = [sys.executable, "-c", _PLAYER, str(tmp_path / "b"), str(recordings)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
             assert process.stdout is not None
-            process.stdout.readline()
+            assert process.stdout.readline() == b"ready\n"
             time.sleep(0.25 + rng.random() * 0.2)
             process.kill()
     parts = played(tmp_path / "b", replay_of(recordings))

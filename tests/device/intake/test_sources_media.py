@@ -21,7 +21,8 @@ import pytest
 from numpy.typing import NDArray
 
 from agent import config
-from agent.config import FieldConfig, FilesSource, StreamConfig
+from agent.config import FieldConfig, StreamConfig
+from agent.config.sources import FilesSource
 from agent.device.intake import media_reader
 from agent.device.intake.sources import files as files_module
 from agent.device.intake.sources.files import FolderWatcher
@@ -251,14 +252,14 @@ import sys, time
 from pathlib import Path
 from agent.device.intake.sources import files
 from agent.config import Duration
-from tests import test_sources_media as here
+from tests.device.intake import test_sources_media as here
 from tests.kit.stations import Station, conf
 
 files._SETTLED_S = 0.0
 folder, made = Path(sys.argv[1]), {"image": here.SMALL, "sound": here.HEARD}[sys.argv[2]]
 stream = here.stream_of(folder, made, 0.01)
 made = conf(folder / "d", 0.001, camera=stream)
-with Station(made, sources=lambda store: [files.Files("camera", stream, stream.source, store)]):
+with Station(made, sources=lambda store: [files.FolderWatcher("camera", stream, stream.source, store)]):
     print("ready", flush=True)
     time.sleep(60)
 """
@@ -281,7 +282,7 @@ def test_files_come_once_and_whole_when_the_agent_is_killed_again_and_again(tmp_
         command = [sys.executable, "-c", _WATCHER, str(tmp_path), kind]
         with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
             assert process.stdout is not None
-            process.stdout.readline()
+            assert process.stdout.readline() == b"ready\n"
             time.sleep(rng.uniform(0.01, 0.08) if life < 5 else 1.0)
             process.send_signal(signal.SIGKILL)
         interrupted += bool(names(tmp_path, "taking"))

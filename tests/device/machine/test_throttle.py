@@ -70,7 +70,7 @@ def test_the_firmware_of_a_raspberry_pi_tells_what_is_now_and_not_what_once_was(
     machine = Machine(tmp_path)
     assert machine.put(bits, "50000").resting() == ""
     assert machine.put(bits, "50005").resting() == (
-        "the firmware holds the processor back: its supply voltage is too low, it is throttled"
+        "the firmware throttles the processor: its supply voltage is too low, it is throttled"
     )
     assert Machine(tmp_path, throttled="ignore").resting() == ""
 

@@ -443,7 +443,7 @@ def test_a_damaged_chunk_is_covered_declared_set_aside_and_passed(make: Make, re
     (alert,) = [m.body for m in device.messages() if isinstance(m.body, AlertPayload)]
     assert (alert.alert, alert.severity, alert.evidence["rows"]) == ("storage", "critical", list(lost.rows))
     assert "Check the card" in alert.summary
-    assert len(snapshot(device)["damaged"]) == 1
+    assert len(snapshot(device)["quarantined_rows"]) == 1
 
 
 def test_rows_that_wait_for_a_window_do_not_wait_for_a_damaged_chunk(make: Make) -> None:
@@ -487,7 +487,7 @@ def test_rows_that_were_used_and_deleted_while_a_task_was_away_are_passed_over_a
     assert ["deleted" in lost for lost in told] == [True, False, True, False]
     (alert,) = [m.body for m in device.messages() if isinstance(m.body, AlertPayload)]
     assert alert.evidence["rows"] == [61, 90]
-    assert len(snapshot(device)["damaged"]) == 1
+    assert len(snapshot(device)["quarantined_rows"]) == 1
 
 
 def test_rows_that_went_from_the_front_without_being_deleted_are_called_damaged(make: Make) -> None:

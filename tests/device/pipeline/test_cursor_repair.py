@@ -15,7 +15,8 @@ from agent.bootstrap import tasks
 from agent.bootstrap.daemon import build_daemon
 from agent.bootstrap.device import load_config, open_message_log
 from agent.device.daemon import Daemon
-from agent.device.pipeline import batch, cursor_repair
+from agent.device.pipeline import cursor_repair
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.store.store import Store
 from tests.device.pipeline.test_relearn import NOW, Site, work
 
@@ -37,7 +38,7 @@ def rows_run(store: Store) -> list[int]:
     return [row for body in bodies(store, "results") for row in range(body["rows"][0], body["rows"][1] + 1)]
 
 
-def loaded(site: Site, store: Store) -> batch.LoadedTask:
+def loaded(site: Site, store: Store) -> LoadedTask:
     return tasks.load_task(site.file, site.conf, store, "exercise")
 
 

@@ -43,7 +43,8 @@ def ended(store: Store, author: MessageLog, judge: DriftMonitor) -> DriftState:
     state, end = drift_state.restore(store, "exercise", judge)
     assert end is not None
     with store.transaction() as tx:
-        drift_state.discard_learned(tx, author, "exercise", end, clock.read())
+        drift_state.discard_learned(tx, "exercise")
+        author.append_all(tx, end, clock.read())
         drift_state.save(tx, "exercise", judge, state, None)
     return state
 
@@ -111,7 +112,7 @@ def test_another_bundle_clears_what_was_open_says_that_the_reference_goes_and_us
     resets = [body for body in told if body.get("event") == "reference reset"]
     assert drifted.site_reference is not None
     assert [body["evidence"]["site"] for body in resets] == [drifted.site_reference.digest]
-    assert (state.site_reference, state.learning.window_count, int(state.raised_counts.min())) == (None, 0, 1)
+    assert (state.site_reference, state.learning.total_windows, int(state.raised_counts.min())) == (None, 0, 1)
     assert store.load_state("exercise", task_keys.SITE_REFERENCE) is None
     again, end = drift_state.restore(store, "exercise", other)
     assert end is None
@@ -125,7 +126,7 @@ def test_back_with_the_first_bundle_nothing_half_gathered_comes_back(tmp_path: P
     keep(store, judge, half)
     other = DriftMonitor(reference(2), labels=LABELS, window=WINDOW, learn_windows=40)
     ended(store, author, other)
-    assert ended(store, author, judge).learning.window_count == 0
+    assert ended(store, author, judge).learning.total_windows == 0
     store.close()
 
 

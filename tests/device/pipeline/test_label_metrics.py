@@ -16,8 +16,8 @@ from msgspec.structs import replace
 from agent import config
 from agent.clock import ClockReading
 from agent.device.intake import labels
-from agent.device.pipeline import batch, label_metrics, measured
-from agent.device.pipeline.batch import LoadedTask
+from agent.device.pipeline import batch, label_metrics
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.recovery.open import open_store
 from agent.device.store import labels as labelled
 from agent.device.store import task_keys
@@ -217,7 +217,7 @@ def test_a_label_that_comes_before_its_result_is_joined_once_that_is_there(make:
 def test_a_label_of_a_row_that_never_came_is_rejected(make: Make) -> None:
     device = make()
     device.feed(60)
-    assert device.label([61], right) == ["row 61 is not here yet; the stream has 60"]
+    assert device.label([61], right) == ["row 61 does not exist yet; the stream has 60"]
 
 
 def test_a_label_the_model_does_not_know_is_rejected_with_those_it_knows(make: Make) -> None:
@@ -466,7 +466,7 @@ def test_classes_without_a_label_are_counted_too(make: Make) -> None:
 
 
 def test_classes_are_counted_by_what_labels_mean() -> None:
-    found = measured._count_classes(LabelSchema("anomaly"), ["1", "yes", "anomaly", "True", "0", "normal"])
+    found = label_metrics._count_classes(LabelSchema("anomaly"), ["1", "yes", "anomaly", "True", "0", "normal"])
     assert found == {"classes": {"anomaly": 4, "normal": 2}, "imbalance": 2.0}
 
 

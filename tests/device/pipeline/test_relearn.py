@@ -15,6 +15,7 @@ from agent.bootstrap import tasks
 from agent.bootstrap.device import load_config, open_message_log, open_store
 from agent.clock import ClockReading
 from agent.device.pipeline import batch, relearn
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.recovery import open as recovery
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
@@ -63,7 +64,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     return made
 
 
-def work(site: Site, store: Store, drift_windows: int) -> batch.LoadedTask:
+def work(site: Site, store: Store, drift_windows: int) -> LoadedTask:
     """Readings for so many drift windows, and the task over them."""
     n = drift_windows * 2000
     rng = np.random.default_rng(store.last_row("watch"))
@@ -97,7 +98,7 @@ def test_show_says_which_reference_is_in_force(site: Site) -> None:
 
 
 def test_learning_anew_is_audited_and_gives_the_next_number(site: Site) -> None:
-    code, answer = site.ask("learn", "exercise", "--for", "14 min")
+    code, answer = site.ask("relearn", "exercise", "--for", "14 min")
     assert (code, answer["taken_up"]) == (0, True)
     assert site.ask("show", "exercise")[1]["learning"] == {"windows": 0, "of": 20, "for_s": 840.0}
     store = site.open()
@@ -108,7 +109,7 @@ def test_learning_anew_is_audited_and_gives_the_next_number(site: Site) -> None:
         after = audits(store, "learned")
     finally:
         store.close()
-    assert reset["evidence"]["asked"] == "learn"
+    assert reset["evidence"]["asked"] == "relearn"
     assert reset["evidence"]["site"] == before[-1]["evidence"]["site"]
     assert after[-1]["evidence"]["number"] == before[-1]["evidence"]["number"] + 1
     assert site.ask("show", "exercise")[1]["site"]["windows"] == 22
@@ -134,7 +135,7 @@ def test_a_request_that_was_taken_up_does_nothing_when_its_file_is_still_there(s
         store.close()
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"id":7}', b"\xff" * 9000, b'{"id":"a","what":"reset","more":1}'])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"id":7}', b"\xff" * 9000, b'{"id":"a","action":"reset","more":1}'])
 def test_a_file_that_is_no_request_is_cleared_away_and_changes_nothing(site: Site, content: bytes) -> None:
     relearn.submit_request(site.conf.data_dir, "exercise", relearn.make_request("reset"))
     file = site.conf.data_dir / "requests" / "exercise.reference.json"
@@ -159,7 +160,7 @@ def test_what_root_asks_for_is_the_daemons_to_read_and_its_own_user_can_ask_afte
     if earlier:
         # As an earlier version left it.
         folder.mkdir(mode=0o700)
-    relearn.submit_request(tmp_path, "exercise", relearn.make_request("learn", 3600.0))
+    relearn.submit_request(tmp_path, "exercise", relearn.make_request("relearn", 3600.0))
     for path in (folder, folder / "exercise.reference.json"):
         assert (path.stat().st_uid, path.stat().st_gid) == (65534, 65534)
         assert path.stat().st_mode & 0o077 == 0
@@ -191,12 +192,12 @@ def test_a_request_that_cannot_be_read_is_said_in_the_log_once(
     finally:
         store.close()
     [said] = [record.getMessage() for record in caplog.records]
-    assert "exercise.reference.json: what is asked for there cannot be read: Is a directory" in said
+    assert "exercise.reference.json: the request cannot be read: Is a directory" in said
 
 
 def test_wrong_use_is_told(site: Site) -> None:
-    assert site.ask("learn", "exercize")[0] == 2
-    code, told = site.ask("learn", "exercise", "--for", "a while")
+    assert site.ask("relearn", "exercize")[0] == 2
+    code, told = site.ask("relearn", "exercise", "--for", "a while")
     assert code == 2
     assert "--for" in told
 
@@ -211,9 +212,9 @@ def fleet(tmp_path: Path) -> Iterator[LocalFleet]:
 
 def test_the_running_daemon_takes_up_what_is_asked_here_and_from_the_fleet(fleet: LocalFleet) -> None:
     device: DeviceProcess = fleet.add_device("pi-01").add_replay_stream(10**9, 40).add_task("exercise").start_and_wait()
-    done = run_outstation("reference", "learn", "exercise", "--for", "1 h", "-c", str(device.config), "--json")
+    done = run_outstation("reference", "relearn", "exercise", "--for", "1 h", "-c", str(device.config), "--json")
     assert json.loads(done.stdout)["taken_up"]
-    sent = run_outstation("fleet", "command", "pi-01", "learn", "exercise", "2 h", "--dir", str(fleet.home), "--json")
+    sent = run_outstation("fleet", "command", "pi-01", "relearn", "exercise", "2 h", "--dir", str(fleet.home), "--json")
     assert json.loads(sent.stdout)["ok"], sent.stdout
 
     def asked() -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from agent.device.recovery.open import open_store
 from agent.device.rollout.desired_state import DesiredStateStore
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
+from agent.device.uplink.sink import Sink
 from agent.device.uplink.uplink import Uplink
-from agent.errors import MessageRefused, StorageFull
+from agent.errors import LinkDown, MessageRefused, StorageFull
 from agent.testing.messages import new_key
-from agent.transport.packets import IncomingMessage
+from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire import jws
 from agent.wire.desired_state import MAX_DESIRED_BYTES
 from agent.wire.keys import SigningKey
@@ -247,9 +248,14 @@ def test_what_is_kept_and_damaged_counts_as_nothing_and_comes_again(desk: Desk) 
     assert desk.version() == "2"
 
 
+def no_sink(subscriptions: Sequence[str], will: OutgoingMessage) -> Sink:
+    raise LinkDown("no sink in this test")
+
+
 def test_what_is_refused_is_counted_as_commands_are_and_raises_one_alert(desk: Desk, tmp_path: Path) -> None:
     uplink = Uplink(
-        conf(tmp_path), desk.store, desk.author, None, lambda: NOW, lambda error: None, desired_states=desk.desires
+        *(conf(tmp_path), desk.store, desk.author, None, lambda: NOW, lambda error: None, no_sink),
+        receivers=[desk.desires],
     )
     old, new = signed(OWN, {"sort": wanted("1")}), signed(OWN, {"sort": wanted("2")})
     theirs = signed(f"outstation/{FLEET}/pi-08/desired", {"sort": wanted("3")})

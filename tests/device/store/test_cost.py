@@ -11,10 +11,10 @@ from click.testing import CliRunner
 
 from agent import clock
 from agent.cli import cli
-from agent.device.pipeline import batch
 from agent.device.recovery.open import open_store
 from agent.device.store import cost
 from agent.device.store.cost import ProcessCost, ProcessMeter, TaskCost
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.errors import StorageFull, UsageError
 from tests.end_to_end.test_daemon import Turned
@@ -51,11 +51,11 @@ def test_a_batch_that_a_full_store_refused_is_not_counted(turned: Turned, monkey
     turned.feed(1000)
     turned.turn(after_s=60.0)
     turned.feed(1000)
-    real = batch._build_result_bodies
-    monkeypatch.setattr(batch, "_build_result_bodies", lambda *_: (_ for _ in ()).throw(StorageFull("full")))
+    real = MessageLog.append_all
+    monkeypatch.setattr(MessageLog, "append_all", lambda *_: (_ for _ in ()).throw(StorageFull("full")))
     turned.turn(after_s=60.0)
     assert costs(turned.store).batches == 0
-    monkeypatch.setattr(batch, "_build_result_bodies", real)
+    monkeypatch.setattr(MessageLog, "append_all", real)
     turned.turn(after_s=60.0)
     turned.feed(100)
     turned.turn(after_s=60.0)

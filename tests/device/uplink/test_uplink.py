@@ -23,6 +23,7 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.device.uplink import session, uplink
+from agent.device.uplink.mqtt_sink import MqttSink, packet_size
 from agent.device.uplink.uplink import Uplink, backoff
 from agent.errors import LinkDown, StorageForked, StorageFull
 from agent.fleet.audit.audit import audit
@@ -63,7 +64,7 @@ def ack_body(log: str, through: int, missing: list[tuple[int, int]], device: str
 
 @dataclass
 class CollectorModel:
-    """The contract's collector in thirty lines: stores by (log, seq), answers each group of messages with one ack."""
+    """A collector in thirty lines: stores by (log, seq), answers each group of messages with one ack."""
 
     air: LossyBroker
     key: SigningKey
@@ -163,7 +164,7 @@ class World:
             self.collector_key.public,
             self.air.now,
             unexpected,
-            open_link=self.air.connect,
+            lambda topics, will: MqttSink(self.air.connect(None, DEVICE, subscribe=topics, will=will)),
             pause=self._pause,
         )
 
@@ -639,7 +640,7 @@ def test_a_message_that_just_fits_is_sent_and_one_byte_more_is_not(make: Callabl
     world = make()
     world.write(1)
     [message] = world.store.unacknowledged_messages(0, 1)
-    size = session._packet_size(world.author.to_outgoing(message))
+    size = packet_size(world.author.to_outgoing(message))
     for limit, left in ((size, set()), (size - 1, {1})):
         other = make(max_packet=limit)
         other.write(1)

@@ -1,4 +1,4 @@
-"""What an evidence folder proves of comparisons and of who published a bundle: no byte of either can be changed."""
+"""Proofs in an evidence folder: comparisons of bundles, and signatures of published bundles. No byte can be changed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import pytest
 from tuf.api.metadata import Metadata
 
 from agent.fleet.evidence.verify.verify import verify
-from agent.fleet.repository import key_rotation as rotating
-from agent.fleet.repository import signature_chain
+from agent.fleet.repository import key_rotation, signature_chain
 from tests.kit.damage import flips
 from tests.kit.received_evidence import OPERATOR, only, problems, resign
 from tests.kit.repositories import Depot, version
@@ -20,8 +19,8 @@ from tests.kit.repositories import Depot, version
 pytest_plugins = ["tests.kit.repository_fixtures", "tests.kit.evidence_fixtures"]
 
 
-def rewritten(folder: Path, file: str, change: Callable[[Any], object]) -> None:
-    """As an operator would who is not honest, and signs the folder again."""
+def rewrite(folder: Path, file: str, change: Callable[[Any], object]) -> None:
+    """Change a document and sign the folder again, as a dishonest operator could."""
     document = json.loads((folder / file).read_bytes())
     change(document)
     (folder / file).write_text(json.dumps(document), encoding="utf-8")
@@ -31,188 +30,183 @@ def rewritten(folder: Path, file: str, change: Callable[[Any], object]) -> None:
 # --- comparisons ---
 
 
-def test_figures_of_each_device_are_there_with_their_intervals_and_are_counted_again(folder: Path) -> None:
+def test_comparisons_have_intervals_and_are_recomputed(folder: Path) -> None:
     report = verify(folder, [OPERATOR["key"].public])
-    found = json.loads((folder / "comparisons.json").read_bytes())
+    comparisons = json.loads((folder / "comparisons.json").read_bytes())
     assert (report.ok, report.comparisons) == (True, 4)
-    assert [one["device"] for one in found] == ["pi-01", "pi-02", "pi-03", "pi-04"]
-    first, second = found[0], found[1]
-    assert first["figures"][0] == {"name": "agreement", "value": None, "low": None, "high": None, "n": 0}
-    figures = {one["name"]: one for one in second["figures"]}
+    assert [pair["device"] for pair in comparisons] == ["pi-01", "pi-02", "pi-03", "pi-04"]
+    first, second = comparisons[0], comparisons[1]
+    assert first["metrics"][0] == {"name": "agreement", "value": None, "low": None, "high": None, "n": 0}
+    metrics = {metric["name"]: metric for metric in second["metrics"]}
     assert (second["new"]["version"], second["old"]["version"]) == ("1.1.0", "1.0.0")
-    assert (second["windows"], second["same"], second["labelled"]) == (1200, 1140, 120)
-    assert figures["agreement"]["low"] < figures["agreement"]["value"] == 0.95 < figures["agreement"]["high"]
-    assert figures["time"]["value"] == pytest.approx(0.8)
-    assert figures["accuracy by labels"]["value"] == pytest.approx(0.1)
-    assert figures["expected accuracy"]["value"] == pytest.approx(0.02)
+    assert (second["windows"], second["agreeing"], second["labelled"]) == (1200, 1140, 120)
+    assert metrics["agreement"]["low"] < metrics["agreement"]["value"] == 0.95 < metrics["agreement"]["high"]
+    assert metrics["latency_ratio"]["value"] == pytest.approx(0.8)
+    assert metrics["accuracy_gain"]["value"] == pytest.approx(0.1)
+    assert metrics["estimated_accuracy_gain"]["value"] == pytest.approx(0.02)
 
 
-@pytest.mark.parametrize("name", ["windows", "same", "batches", "errors", "labelled"])
-def test_a_figure_that_the_messages_do_not_come_to_is_named(folder: Path, name: str) -> None:
-    rewritten(folder, "comparisons.json", lambda found: found[1].update({name: found[1][name] + 1}))
-    only(folder, "comparisons.json[1]", f"says other {name} than its 12 messages come to, which the device signed")
+@pytest.mark.parametrize("name", ["windows", "agreeing", "batches", "errors", "labelled"])
+def test_a_count_that_the_messages_contradict_is_named(folder: Path, name: str) -> None:
+    rewrite(folder, "comparisons.json", lambda pairs: pairs[1].update({name: pairs[1][name] + 1}))
+    only(folder, "comparisons.json[1]", f"{name} differs from the value computed from its 12 messages")
 
 
-def test_an_interval_that_the_messages_do_not_come_to_is_named(folder: Path) -> None:
-    rewritten(folder, "comparisons.json", lambda found: found[1]["figures"][0].update(low=0.949))
-    only(folder, "comparisons.json[1]", "says other figures than its 12 messages come to")
+def test_an_interval_that_the_messages_contradict_is_named(folder: Path) -> None:
+    rewrite(folder, "comparisons.json", lambda pairs: pairs[1]["metrics"][0].update(low=0.949))
+    only(folder, "comparisons.json[1]", "metrics differs from the value computed from its 12 messages")
 
 
-def test_a_comparison_the_other_way_round_is_named(folder: Path) -> None:
-    rewritten(folder, "comparisons.json", lambda found: found[1].update(new_is_beside=False))
+def test_a_comparison_with_swapped_bundles_is_named(folder: Path) -> None:
+    rewrite(folder, "comparisons.json", lambda pairs: pairs[1].update(new_is_shadow=False))
     assert {where for where, _ in problems(folder)} == {"comparisons.json[1]"}
 
 
-def test_messages_of_two_devices_are_not_one_comparison(folder: Path) -> None:
-    rewritten(folder, "comparisons.json", lambda found: found[1].update(places=found[1]["places"] + found[2]["places"]))
-    only(folder, "comparisons.json[1]", "counts messages together that are of different devices")
+def test_a_comparison_of_two_devices_is_refused(folder: Path) -> None:
+    rewrite(folder, "comparisons.json", lambda pairs: pairs[1]["messages"].extend(pairs[2]["messages"]))
+    only(folder, "comparisons.json[1]", "combines messages of different devices")
 
 
-def test_a_message_that_is_counted_twice_or_is_none_of_a_comparison_is_named(folder: Path) -> None:
-    rewritten(folder, "comparisons.json", lambda found: found[1]["places"].append(found[1]["places"][0]))
+def test_a_message_counted_twice_is_named(folder: Path) -> None:
+    rewrite(folder, "comparisons.json", lambda pairs: pairs[1]["messages"].append(pairs[1]["messages"][0]))
     only(folder, "comparisons.json[1]", "counts a message twice")
 
 
-def test_a_message_of_another_kind_is_no_comparison(folder: Path) -> None:
+def test_a_comparison_refers_to_shadow_messages_only(folder: Path) -> None:
     health = json.loads((folder / "running.json").read_bytes())[1]["health"]
-    rewritten(folder, "comparisons.json", lambda found: found[1]["places"].append(health))
+    rewrite(folder, "comparisons.json", lambda pairs: pairs[1]["messages"].append(health))
     only(folder, "comparisons.json[1]", "which is of kind health")
 
 
-def test_a_changed_byte_of_a_comparisons_message_is_named(folder: Path) -> None:
+def test_a_changed_byte_of_a_shadow_message_is_named(folder: Path) -> None:
     [part] = (folder / "messages").iterdir()
     lines = part.read_text(encoding="utf-8").splitlines(keepends=True)
     number = next(i for i, line in enumerate(lines) if "/shadow/" in line)
     lines[number] = lines[number].replace('\\"agreeing\\":9', '\\"agreeing\\":8', 1)
     part.write_text("".join(lines), encoding="utf-8")
     resign(folder)
-    found = problems(folder)
-    assert any(where.endswith(f":{number + 1}") and "does not verify: bad signature" in what for where, what in found)
-    assert any(where.startswith("comparisons.json") for where, _ in found)
+    listed = problems(folder)
+    assert any(where.endswith(f":{number + 1}") and "does not verify: bad signature" in what for where, what in listed)
+    assert any(where.startswith("comparisons.json") for where, _ in listed)
 
 
-# --- who published ---
+# --- published bundles ---
 
 
-def test_each_published_bundle_is_led_to_from_the_root_and_it_is_said_who_signed(folder: Path) -> None:
+def test_the_signature_chain_leads_from_the_root_to_each_bundle(folder: Path) -> None:
     report = verify(folder, [OPERATOR["key"].public])
-    found = json.loads((folder / "published.json").read_bytes())
-    assert [one["file"] for one in found["signatures"]] == [
+    published = json.loads((folder / "published.json").read_bytes())
+    assert [signature["file"] for signature in published["signatures"]] == [
         *("1.root.json", "timestamp.json", "3.snapshot.json", "2.targets.json", "2.exercise.json"),
     ]
-    root = found["signatures"][0]
-    assert (root["threshold"], len(root["keys"]), root["signed"]) == (2, 2, root["keys"])
+    root = published["signatures"][0]
+    assert (root["threshold"], len(root["keys"]), root["signed_keys"]) == (2, 2, root["keys"])
     assert report.signatures == 6
-    digests = {one["digest"] for one in found["targets"]}
-    papers = [json.loads(path.read_bytes()) for path in (folder / "bundles").rglob("about.json")]
-    assert digests == {one["digest"] for one in papers}
+    cards = [json.loads(path.read_bytes()) for path in (folder / "bundles").rglob("about.json")]
+    assert {target["digest"] for target in published["targets"]} == {card["digest"] for card in cards}
 
 
 @pytest.mark.parametrize(
     "name", ["1.root.json", "timestamp.json", "3.snapshot.json", "2.targets.json", "2.exercise.json"]
 )
-def test_a_changed_byte_of_any_metadata_is_named(folder: Path, name: str) -> None:
-    """Of what is signed, in a folder that was signed again."""
+def test_a_changed_byte_of_signed_metadata_is_named(folder: Path, name: str) -> None:
     path = folder / "repository" / name
-    whole = path.read_bytes()
-    begin = whole.index(b'"signed":{')
-    for at in range(begin + 9, len(whole), 97):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    original = path.read_bytes()
+    begin = original.index(b'"signed":{')
+    for offset in range(begin + 9, len(original), 97):
+        path.write_bytes(original[:offset] + bytes([original[offset] ^ 1]) + original[offset + 1 :])
         resign(folder)
-        assert f"repository/{name}" in dict(problems(folder)), at
+        assert f"repository/{name}" in dict(problems(folder)), offset
 
 
-def test_metadata_that_nothing_leads_to_and_metadata_that_are_missing_are_named(folder: Path) -> None:
+def test_extra_and_missing_metadata_are_named(folder: Path) -> None:
     data = (folder / "repository" / "3.snapshot.json").read_bytes()
     (folder / "repository" / "9.snapshot.json").write_bytes(data)
 
-    def listed(head: dict[str, Any]) -> None:
-        [one] = [one for one in head["files"] if one["path"] == "repository/3.snapshot.json"]
-        head["files"].append({**one, "path": "repository/9.snapshot.json"})
+    def add_to_list(head: dict[str, Any]) -> None:
+        [entry] = [file for file in head["files"] if file["path"] == "repository/3.snapshot.json"]
+        head["files"].append({**entry, "path": "repository/9.snapshot.json"})
 
-    resign(folder, listed)
-    only(folder, "repository/9.snapshot.json", "nothing that is signed leads to it")
+    resign(folder, add_to_list)
+    only(folder, "repository/9.snapshot.json", "no signed metadata refers to it")
     (folder / "repository" / "9.snapshot.json").unlink()
     (folder / "repository" / "2.exercise.json").unlink()
-
-    def without(head: dict[str, Any]) -> None:
-        head["files"] = [one for one in head["files"] if (folder / one["path"]).exists()]
-
     head = json.loads((folder / "manifest.json").read_bytes())
-    without(head)
+    head["files"] = [file for file in head["files"] if (folder / file["path"]).exists()]
     (folder / "manifest.json").write_text(json.dumps(head), encoding="utf-8")
     resign(folder)
     only(folder, "repository/2.exercise.json", "is missing")
 
 
-@pytest.mark.parametrize("member", ["threshold", "signed", "by"])
-def test_who_is_said_to_have_signed_is_who_did(folder: Path, member: str) -> None:
-    other: dict[str, Any] = {"threshold": 1, "signed": [], "by": "9.root.json"}
-    rewritten(folder, "published.json", lambda found: found["signatures"][0].update({member: other[member]}))
-    only(folder, "published.json", "says otherwise than the metadata")
+@pytest.mark.parametrize("member", ["threshold", "signed_keys", "delegator"])
+def test_a_false_signature_claim_is_named(folder: Path, member: str) -> None:
+    other: dict[str, Any] = {"threshold": 1, "signed_keys": [], "delegator": "9.root.json"}
+    rewrite(folder, "published.json", lambda chain: chain["signatures"][0].update({member: other[member]}))
+    only(folder, "published.json", "differs from the signed metadata")
 
 
 def test_a_published_bundle_under_another_version_is_named(folder: Path) -> None:
-    rewritten(folder, "published.json", lambda found: found["targets"][0].update(version="6.6.6"))
-    only(folder, "published.json", "says otherwise than the metadata")
+    rewrite(folder, "published.json", lambda chain: chain["targets"][0].update(version="6.6.6"))
+    only(folder, "published.json", "differs from the signed metadata")
 
 
-# --- the chain by itself ---
+# --- the signature chain alone ---
 
 
 def metadata(depot: Depot) -> dict[str, bytes]:
-    """As the newest edition has it."""
-    found = {path.name: path.read_bytes() for path in depot.layout.metadata.iterdir()}
-    told = signature_chain.verify(found, refuse)
-    return {one.file: found[one.file] for one in told.signatures}
+    """Return the metadata that the newest edition refers to."""
+    files = {path.name: path.read_bytes() for path in depot.layout.metadata.iterdir()}
+    return {signature.file: files[signature.file] for signature in signature_chain.verify(files, refuse).signatures}
 
 
 def refuse(file: str, problem: str) -> None:
     raise AssertionError(f"{file}: {problem}")
 
 
-def wrong(files: dict[str, bytes]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    signature_chain.verify(files, found.setdefault)  # type: ignore[arg-type]
-    return found
+def chain_problems(files: dict[str, bytes]) -> dict[str, str]:
+    by_file: dict[str, str] = {}
+    signature_chain.verify(files, by_file.setdefault)  # type: ignore[arg-type]
+    return by_file
 
 
-def test_a_chain_of_roots_is_followed_and_none_may_be_missing(tmp_path: Path, depot: Depot, made: Path) -> None:
+def test_no_root_of_the_chain_may_be_missing(tmp_path: Path, depot: Depot, made: Path) -> None:
     depot.publish(made)
     for role in ("timestamp", "snapshot", "root"):
-        rotating.rotate(depot.folder, role)
+        key_rotation.rotate(depot.folder, role)
     depot.publish(version(tmp_path, made, "2.0.0"))
     files = metadata(depot)
-    told = signature_chain.verify(files, refuse)
-    assert [one.version for one in told.signatures if one.role == "root"] == [1, 2, 3, 4]
-    assert [(one.name, one.version) for one in told.targets] == [("tiny", "1.0.0"), ("tiny", "2.0.0")]
+    chain = signature_chain.verify(files, refuse)
+    assert [signature.version for signature in chain.signatures if signature.role == "root"] == [1, 2, 3, 4]
+    assert [(target.name, target.version) for target in chain.targets] == [("tiny", "1.0.0"), ("tiny", "2.0.0")]
     del files["3.root.json"]
-    assert "is missing" in wrong(files)["3.root.json"]
+    assert "is missing" in chain_problems(files)["3.root.json"]
 
 
-def test_a_key_that_was_replaced_signs_nothing_any_more(depot: Depot, made: Path) -> None:
+def test_a_replaced_key_signs_nothing(depot: Depot, made: Path) -> None:
     depot.publish(made)
     old = metadata(depot)
-    rotating.rotate(depot.folder, "timestamp")
+    key_rotation.rotate(depot.folder, "timestamp")
     files = metadata(depot)
     stolen = Metadata.from_bytes(old["timestamp.json"])
-    assert "0 of the 1 signatures" in wrong({**files, "timestamp.json": stolen.to_bytes()})["timestamp.json"]
+    assert (
+        "0 of 1 required signatures" in chain_problems({**files, "timestamp.json": stolen.to_bytes()})["timestamp.json"]
+    )
 
 
-def test_metadata_of_any_bytes_are_named_and_end_nothing(depot: Depot, made: Path) -> None:
+def test_malformed_metadata_are_named(depot: Depot, made: Path) -> None:
     depot.publish(made)
     files = metadata(depot)
     for name, data in files.items():
         for hostile in (b"", b"null", b"[" * 20_000, b'{"signed":{}}', data[:-1]):
-            assert name in wrong({**files, name: hostile}), (name, hostile[:20])
+            assert name in chain_problems({**files, name: hostile}), (name, hostile[:20])
 
 
-def test_no_bit_of_a_timestamp_can_be_changed_unseen(depot: Depot, made: Path) -> None:
+def test_no_bit_flip_of_a_timestamp_goes_unnoticed(depot: Depot, made: Path) -> None:
     depot.publish(made)
     files = metadata(depot)
     data = files["timestamp.json"]
-    told = signature_chain.verify(files, refuse)
+    chain = signature_chain.verify(files, refuse)
     for changed in list(flips(data))[::13]:
-        if "timestamp.json" not in wrong({**files, "timestamp.json": changed}):
-            # White space, or a way of writing the same.
-            assert signature_chain.verify({**files, "timestamp.json": changed}, refuse) == told
+        if "timestamp.json" not in chain_problems({**files, "timestamp.json": changed}):
+            # White space, or another encoding of equal content.
+            assert signature_chain.verify({**files, "timestamp.json": changed}, refuse) == chain

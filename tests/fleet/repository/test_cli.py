@@ -1,4 +1,4 @@
-"""`outstation fleet repository` and `fleet publish` as an operator uses them, and what an enrolled device is given."""
+"""Commands `outstation fleet repository` and `fleet publish`, and the repository files of an enrolled device."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from tests.kit.repositories import Client, served, version
 pytest_plugins = ["tests.kit.repository_fixtures"]
 
 
-class Silence:
-    """A link on which nothing ever comes."""
+class SilentLink:
+    """Broker link that never delivers anything."""
 
     window = 20
 
@@ -49,32 +49,32 @@ class Silence:
         pass
 
 
-class Desk:
-    """An operator at a fleet's folder."""
+class Operator:
+    """Operator who runs commands in a fleet's folder."""
 
     def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.folder, self._capsys = folder, capsys
 
     def run(self, *words: object) -> tuple[int, str, str]:
-        """Exit code, stdout, stderr."""
-        place = [] if "sign-root" in words else ["--dir", str(self.folder)]
+        """Return (exit code, stdout, stderr)."""
+        folder = [] if "sign-root" in words else ["--dir", str(self.folder)]
         self._capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main(["fleet", *map(str, words), *place])
-        said = self._capsys.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
+        with pytest.raises(SystemExit) as exit_info:
+            main(["fleet", *map(str, words), *folder])
+        captured = self._capsys.readouterr()
+        return int(exit_info.value.code or 0), captured.out, captured.err
 
     def document(self, *words: object, code: int = 0) -> Any:
-        done, out, err = self.run(*words, "--json")
-        assert done == code, err
+        exit_code, out, err = self.run(*words, "--json")
+        assert exit_code == code, err
         return json.loads(out)
 
 
 @pytest.fixture
-def desk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Desk:
+def desk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Operator:
     with pytest.raises(SystemExit):
         main(["fleet", "init", str(tmp_path / "acme"), "--broker", "mqtt://127.0.0.1:1883"])
-    return Desk(tmp_path / "acme", capsys)
+    return Operator(tmp_path / "acme", capsys)
 
 
 @pytest.mark.parametrize(
@@ -90,33 +90,31 @@ def test_every_command_has_help_with_an_example(command: list[str], capsys: pyte
     assert f"Example: outstation fleet {' '.join(command)}" in capsys.readouterr().out
 
 
-def test_a_shipped_bundle_goes_from_publish_to_status_and_out_again(desk: Desk) -> None:
+def test_a_built_in_bundle_is_published_listed_and_revoked(desk: Operator) -> None:
     code, out, _ = desk.run("repository", "init", "--roots", 3, "--threshold", 2)
     assert code == 0
     assert "Move root-1.key root-2.key root-3.key from" in out
     done = desk.document("publish", "exercise")
-    assert (done["name"], done["new"]) == ("exercise", True)
-    assert desk.document("publish", "exercise") == {**done, "new": False}
+    assert (done["name"], done["created"]) == ("exercise", True)
+    assert desk.document("publish", "exercise") == {**done, "created": False}
     status = desk.document("repository", "status")
-    assert [one["digest"] for one in status["bundles"]] == [done["digest"]]
+    assert [bundle["digest"] for bundle in status["bundles"]] == [done["digest"]]
     assert (status["ok"], status["roles"][0]["threshold"], len(status["roles"][0]["keys"])) == (True, 2, 3)
     code, out, _ = desk.run("repository", "status")
     assert "2 of root-1, root-2, root-3" in out
     assert desk.document("repository", "revoke", "exercise", done["version"])["versions"] == [done["version"]]
     after = desk.document("repository", "status")
-    assert (after["bundles"], [one["version"] for one in after["revoked"]]) == ([], [done["version"]])
+    assert (after["bundles"], [bundle["version"] for bundle in after["revoked"]]) == ([], [done["version"]])
 
 
-def test_a_bundle_of_another_publisher_needs_its_key(desk: Desk, made: Path) -> None:
+def test_a_bundle_of_another_publisher_needs_its_key(desk: Operator, made: Path) -> None:
     desk.run("repository", "init")
     code, _, err = desk.run("publish", made)
     assert (code, "not signed by any of the 2 trusted publisher keys" in err) == (1, True)
     assert desk.document("publish", made, "--key", KEY.public.text, "--no-probe")["signer"] == KEY.public.kid
 
 
-def test_a_bundle_signed_by_the_operator_is_taken_though_only_its_public_half_is_here(
-    desk: Desk, tmp_path: Path, made: Path
-) -> None:
+def test_the_operators_public_key_is_enough_to_publish(desk: Operator, tmp_path: Path, made: Path) -> None:
     shutil.copytree(made, tmp_path / "ours")
     operator = keys.load_private(desk.folder / "operator.key")
     resign(tmp_path / "ours", operator)
@@ -125,43 +123,43 @@ def test_a_bundle_signed_by_the_operator_is_taken_though_only_its_public_half_is
     assert desk.document("publish", tmp_path / "ours", "--no-probe")["signer"] == operator.public.kid
 
 
-def test_the_root_keys_lie_on_two_machines_and_sign_one_draft(desk: Desk, tmp_path: Path, made: Path) -> None:
+def test_root_keys_on_two_machines_sign_one_draft(desk: Operator, tmp_path: Path, made: Path) -> None:
     desk.run("repository", "init", "--roots", 2, "--threshold", 2)
     for name in ("root-1.key", "root-2.key"):
         shutil.move(desk.folder / "repository-keys" / name, tmp_path / name)
     draft = desk.folder / "repository" / "root.json.draft"
     waits = desk.document("repository", "rotate", "timestamp", code=1)
-    assert (waits["in_force"], waits["draft"]["missing"]) == (False, 2)
+    assert (waits["in_force"], waits["draft"]["signatures_missing"]) == (False, 2)
     carried = tmp_path / "stick.json"
     shutil.copy(draft, carried)
     for number in (1, 2):
         signed = desk.document("repository", "sign-root", "--key", tmp_path / f"root-{number}.key", carried)
         assert signed["signatures"] == number
         status = desk.document("repository", "status", code=1)
-        assert "waits for 2 more signatures (root-1, root-2)" in status["reminders"][0]
+        assert "needs 2 more signatures (root-1, root-2)" in status["reminders"][0]
     shutil.copy(carried, draft)
     assert desk.document("repository", "refresh")["root"] == 2
     [key] = desk.document("repository", "status")["roles"][3]["keys"]
-    assert (key["name"], key["here"]) == ("timestamp-2", True)
+    assert (key["name"], key["has_private_key"]) == ("timestamp-2", True)
 
 
-def test_a_root_key_on_a_mounted_stick_signs_at_once(desk: Desk, tmp_path: Path) -> None:
+def test_a_root_key_on_a_mounted_stick_signs_at_once(desk: Operator, tmp_path: Path) -> None:
     desk.run("repository", "init")
     stick = shutil.move(desk.folder / "repository-keys" / "root-1.key", tmp_path / "root-1.key")
     code, out, _ = desk.run("repository", "rotate", "targets")
     assert (code, "waits for 1 more signatures of the root keys root-1" in out) == (1, True)
     code, out, _ = desk.run("repository", "rotate", "snapshot", "--sign-with", stick)
-    # Both changes are in the one draft.
+    # One draft holds both changes.
     assert (code, "snapshot: snapshot-2 counts, snapshot-1 no more" in out) == (0, True)
-    roles = {one["role"]: one["keys"][0]["name"] for one in desk.document("repository", "status")["roles"]}
+    roles = {role["role"]: role["keys"][0]["name"] for role in desk.document("repository", "status")["roles"]}
     assert (roles["targets"], roles["snapshot"]) == ("targets-2", "snapshot-2")
 
 
-def test_a_root_key_made_elsewhere_comes_in_by_its_public_half(desk: Desk, tmp_path: Path) -> None:
+def test_a_root_key_generated_elsewhere_is_added_by_public_key(desk: Operator, tmp_path: Path) -> None:
     desk.run("repository", "init")
     elsewhere = keys.generate(tmp_path / "vault.key")
     code, _, err = desk.run("repository", "rotate", "root", "--new", elsewhere.public.text)
-    # It must itself say that it is there.
+    # The new key must sign, too.
     assert code == 1
     desk.run("repository", "sign-root", "--key", tmp_path / "vault.key", desk.folder / "repository" / "root.json.draft")
     assert desk.document("repository", "refresh")["root"] == 2
@@ -171,33 +169,33 @@ def test_a_root_key_made_elsewhere_comes_in_by_its_public_half(desk: Desk, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("words", "why"),
+    ("words", "error"),
     [
         (["rotate", "tiny"], "no role 'tiny' in the repository"),
-        (["rotate", "root"], "root has 2 keys: which one; --key names one of root-1, root-2"),
-        (["rotate", "root", "--key", "root-9"], "no key 'root-9'"),
+        (["rotate", "root"], "root has 2 keys; name one with --key: root-1, root-2"),
+        (["rotate", "root", "--key", "root-9"], "none is 'root-9'"),
         (["revoke", "exercise"], "no bundle 'exercise'"),
-        (["init"], "never made over"),
+        (["init"], "so it is not replaced"),
         (["sign-root", "--key", "nothing.key", "fleet.toml"], "cannot be read"),
     ],
 )
-def test_wrong_use_is_one_sentence_and_changes_nothing(desk: Desk, words: list[str], why: str) -> None:
+def test_wrong_use_gives_one_line_and_changes_nothing(desk: Operator, words: list[str], error: str) -> None:
     desk.run("repository", "init", "--roots", 2)
     before = {path: path.read_bytes() for path in desk.folder.rglob("*") if path.is_file()}
     code, _, err = desk.run("repository", *words)
-    assert (code, why in err, err.count("\n")) == (2, True, 1), err
+    assert (code, error in err, err.count("\n")) == (2, True, 1), err
     assert {path: path.read_bytes() for path in desk.folder.rglob("*") if path.is_file()} == before
 
 
-def test_without_a_repository_every_command_says_how_to_make_one(desk: Desk, made: Path) -> None:
+def test_without_a_repository_commands_say_how_to_create_one(desk: Operator, made: Path) -> None:
     words: list[list[object]] = [["publish", made, "--key", KEY.public.text, "--no-probe"]]
     words += [["repository", *rest] for rest in (["status"], ["refresh"], ["rotate", "root"], ["revoke", "tiny"])]
     for command in words:
         code, _, err = desk.run(*command)
-        assert (code, "`outstation fleet repository init` makes one" in err) == (2, True), err
+        assert (code, "create one: outstation fleet repository init" in err) == (2, True), err
 
 
-def test_sign_root_signs_nothing_but_a_root(desk: Desk, tmp_path: Path) -> None:
+def test_sign_root_signs_only_a_root(desk: Operator, tmp_path: Path) -> None:
     desk.run("repository", "init")
     key = desk.folder / "repository-keys" / "root-1.key"
     for file in (desk.folder / "repository" / "metadata" / "timestamp.json", desk.folder / "fleet.toml"):
@@ -208,7 +206,7 @@ def test_sign_root_signs_nothing_but_a_root(desk: Desk, tmp_path: Path) -> None:
         assert file.read_bytes() == before
 
 
-def test_a_device_is_given_the_newest_root_and_where_the_repository_is(desk: Desk, tmp_path: Path, made: Path) -> None:
+def test_enrolment_gives_a_device_the_newest_root_and_the_url(desk: Operator, tmp_path: Path, made: Path) -> None:
     desk.run("enrol", "pi-06", "--bundle-out", tmp_path / "before.tar.gz")
     with tarfile.open(tmp_path / "before.tar.gz") as tar:
         assert "root.json" not in tar.getnames()
@@ -226,7 +224,7 @@ def test_a_device_is_given_the_newest_root_and_where_the_repository_is(desk: Des
         assert Client(tmp_path / "trust", config["updates"]["url"], root).look(target)
 
 
-def test_a_repository_without_an_address_gives_a_device_the_root_only(desk: Desk) -> None:
+def test_without_a_url_a_device_gets_only_the_root(desk: Operator) -> None:
     desk.run("repository", "init")
     desk.run("enrol", "pi-07")
     home = desk.folder / "devices" / "pi-07"
@@ -237,24 +235,22 @@ def test_a_repository_without_an_address_gives_a_device_the_root_only(desk: Desk
 @pytest.mark.parametrize(
     "url", ["ftp://x", "https://", "https://u:p@x/", "https://x/?a=b", "relative/folder", "https://x:0/"]
 )
-def test_an_address_that_is_none_is_refused_before_anything_is_made(desk: Desk, url: str) -> None:
+def test_an_invalid_url_is_refused_before_anything_is_created(desk: Operator, url: str) -> None:
     code, _, err = desk.run("repository", "init", "--url", url)
     assert (code, "--url" in err) == (2, True)
     assert not (desk.folder / "repository").exists()
 
 
-def test_another_address_is_not_written_over_the_first(desk: Desk) -> None:
+def test_a_second_url_does_not_overwrite_the_first(desk: Operator) -> None:
     assert desk.run("repository", "init", "--url", "https://one.example/repository")[0] == 0
     code, _, err = desk.run("repository", "init", "--url", "https://two.example/repository")
-    assert (code, "is 'https://one.example/repository' already; edit it there" in err) == (2, True)
+    assert (code, "is 'https://one.example/repository' already; edit it in that file" in err) == (2, True)
     known = fleet_config.load(desk.folder).repository
     assert known is not None
     assert known.url == "https://one.example/repository"
 
 
-def test_a_stick_holds_the_same_edition_and_an_older_one_is_not_copied_over_it(
-    desk: Desk, tmp_path: Path, made: Path
-) -> None:
+def test_a_copy_is_complete_and_never_replaced_by_an_older_one(desk: Operator, tmp_path: Path, made: Path) -> None:
     desk.run("repository", "init")
     trusted = ["--key", KEY.public.text, "--no-probe"]
     one = desk.document("publish", made, *trusted)
@@ -272,12 +268,12 @@ def test_a_stick_holds_the_same_edition_and_an_older_one_is_not_copied_over_it(
         assert client.look(two["target"])
         assert client.look(one["target"]) is None
     assert len([path for path in (stick / "repository" / "targets").rglob("*") if path.is_file()]) == 1
-    code, _, err = Desk(tmp_path / "old", desk._capsys).run("repository", "copy", stick)
-    assert (code, "holds a later edition" in err) == (2, True)
+    code, _, err = Operator(tmp_path / "old", desk._capsys).run("repository", "copy", stick)
+    assert (code, "later than this one" in err) == (2, True)
 
 
 @pytest.mark.parametrize("part", ["", "targets", "metadata"])
-def test_nothing_is_written_or_removed_through_a_link_on_a_stick(desk: Desk, tmp_path: Path, part: str) -> None:
+def test_nothing_is_written_or_removed_through_a_link(desk: Operator, tmp_path: Path, part: str) -> None:
     desk.run("repository", "init")
     precious = tmp_path / "precious"
     precious.mkdir()
@@ -286,11 +282,11 @@ def test_nothing_is_written_or_removed_through_a_link_on_a_stick(desk: Desk, tmp
     link.parent.mkdir(parents=True)
     link.symlink_to(precious)
     code, _, err = desk.run("repository", "copy", tmp_path / "stick")
-    assert (code, "is a link" in err) == (2, True)
+    assert (code, "is a symbolic link" in err) == (2, True)
     assert [path.name for path in precious.iterdir()] == ["photo.jpg"]
 
 
-def test_what_else_is_in_a_folder_of_that_name_stays(desk: Desk, tmp_path: Path) -> None:
+def test_other_files_in_the_destination_stay(desk: Operator, tmp_path: Path) -> None:
     desk.run("repository", "init")
     other = tmp_path / "stick" / "repository" / "targets" / "photo.jpg"
     other.parent.mkdir(parents=True)
@@ -299,38 +295,38 @@ def test_what_else_is_in_a_folder_of_that_name_stays(desk: Desk, tmp_path: Path)
     assert other.exists()
 
 
-def test_fleet_toml_stays_as_private_as_it_was(desk: Desk) -> None:
+def test_fleet_toml_keeps_its_mode(desk: Operator) -> None:
     file = desk.folder / "fleet.toml"
     file.chmod(0o600)
     assert desk.run("repository", "init", "--url", "/media/stick/repository")[0] == 0
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
-def test_the_collector_signs_the_timestamp_anew_and_goes_on_when_it_cannot(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_the_collector_signs_the_timestamp_and_survives_errors(
+    desk: Operator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = fleet_config.load(desk.folder)
     store = FleetStore(desk.folder / "fleet.db")
     key = keys.load_private(desk.folder / "collector.key")
     later = expiry.now() + timedelta(days=3)
     collector = Collector("acme", config.broker, store, key, upkeep=lambda: upkeep.maintain(desk.folder, store, later))
-    collector.tick(Silence(), 0.0)
+    collector.tick(SilentLink(), 0.0)
     assert "no repository here" in caplog.text
     desk.run("repository", "init")
-    collector.tick(Silence(), 0.0)
+    collector.tick(SilentLink(), 0.0)
     assert desk.document("repository", "status")["roles"][3]["version"] == 1
     monkeypatch.setattr("agent.fleet.collector.collector.UPKEEP_S", 0.0)
     collector._next_upkeep = 0.0
-    collector.tick(Silence(), 0.0)
-    collector.tick(Silence(), 0.0)
+    collector.tick(SilentLink(), 0.0)
+    collector.tick(SilentLink(), 0.0)
     assert desk.document("repository", "status")["roles"][3]["version"] == 2
     (desk.folder / "repository" / "metadata" / "timestamp.json").write_text("{}")
-    collector.tick(Silence(), 0.0)
-    assert "devices would refuse what is in it" in caplog.text
+    collector.tick(SilentLink(), 0.0)
+    assert "devices would refuse this metadata" in caplog.text
     store.close()
 
 
-def test_what_expires_soon_is_one_alert_until_it_was_renewed(desk: Desk, tmp_path: Path) -> None:
+def test_expiry_raises_one_alert_until_renewal(desk: Operator, tmp_path: Path) -> None:
     desk.run("repository", "init")
     away = (desk.folder / "repository-keys" / "targets-1.key").rename(tmp_path / "targets.key")
     store = FleetStore(desk.folder / "fleet.db")
@@ -348,8 +344,8 @@ def test_what_expires_soon_is_one_alert_until_it_was_renewed(desk: Desk, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["9.snapshot.json", "timestamp.json.new"])
-def test_the_collector_goes_on_where_a_file_of_the_repository_is_not_its_own_to_replace(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+def test_the_collector_survives_a_file_it_cannot_replace(
+    desk: Operator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     desk.run("repository", "init")
     config = fleet_config.load(desk.folder)
@@ -363,24 +359,24 @@ def test_the_collector_goes_on_where_a_file_of_the_repository_is_not_its_own_to_
         upkeep=lambda: upkeep.maintain(desk.folder, store, expiry.now() + timedelta(days=days[0])),
     )
     monkeypatch.setattr("agent.fleet.collector.collector.UPKEEP_S", 0.0)
-    # A folder, for root may remove any file.
-    in_the_way = desk.folder / "repository" / "metadata" / name
-    in_the_way.mkdir()
-    collector.tick(Silence(), 0.0)
-    assert str(in_the_way).removesuffix(".new") in caplog.text
+    # A folder, because root may remove any file.
+    obstacle = desk.folder / "repository" / "metadata" / name
+    obstacle.mkdir()
+    collector.tick(SilentLink(), 0.0)
+    assert str(obstacle).removesuffix(".new") in caplog.text
     assert "see who owns" in caplog.text
-    in_the_way.rmdir()
+    obstacle.rmdir()
     before = desk.document("repository", "status")["roles"][3]["version"]
     days[0] = 6
     caplog.clear()
-    collector.tick(Silence(), 0.0)
+    collector.tick(SilentLink(), 0.0)
     assert desk.document("repository", "status")["roles"][3]["version"] == before + 1
     assert caplog.text.count("WARNING") == 0
     store.close()
 
 
-def test_the_collector_goes_on_when_a_disk_fails_under_the_repository(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_the_collector_survives_a_disk_error_in_the_repository(
+    desk: Operator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), "repository/.lock")
@@ -390,7 +386,7 @@ def test_the_collector_goes_on_when_a_disk_fails_under_the_repository(
     store = FleetStore(desk.folder / "fleet.db")
     config, key = fleet_config.load(desk.folder), keys.load_private(desk.folder / "collector.key")
     Collector("acme", config.broker, store, key, upkeep=lambda: upkeep.maintain(desk.folder, store)).tick(
-        Silence(), 0.0
+        SilentLink(), 0.0
     )
-    assert "repository/.lock: Input/output error, so the repository was not looked after" in caplog.text
+    assert "repository/.lock: Input/output error, so the repository was not refreshed" in caplog.text
     store.close()

@@ -1,4 +1,4 @@
-"""The fleet's repository when a command is killed or the disk is full: devices see the edition before, or the next."""
+"""Fleet repository after a killed command or a full disk: devices see the previous or the next edition."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ from pathlib import Path
 import pytest
 
 from agent.errors import StorageError, UsageError
-from agent.fleet.repository import expiry, upkeep
-from agent.fleet.repository import key_rotation as rotating
-from agent.fleet.repository import mirror as copying
-from agent.fleet.repository import revoke as revoking
-from agent.fleet.repository import status as standing
+from agent.fleet.repository import expiry, key_rotation, mirror, revoke, status, upkeep
 from tests.kit.repositories import Client, Depot, served, version
 
 pytest_plugins = ["tests.kit.repository_fixtures"]
@@ -26,47 +22,45 @@ pytest_plugins = ["tests.kit.repository_fixtures"]
 ROOT = Path(__file__).parents[3]
 
 
-class Cut(Exception):
+class PowerCut(Exception):
     """The machine stops."""
 
 
-# What is done, and how many files that writes.
+# Action → (function, number of files it writes).
 ACTIONS: dict[str, tuple[Callable[[Depot, Path], object], int]] = {
     "publish": (lambda depot, new: depot.publish(new), 4),
-    "publish the first of its name": (lambda depot, new: depot.publish(new.with_name("other-1.0.0")), 7),
-    "rotate targets": (lambda depot, new: rotating.rotate(depot.folder, "targets"), 7),
-    "rotate timestamp": (lambda depot, new: rotating.rotate(depot.folder, "timestamp"), 5),
-    "rotate tiny": (lambda depot, new: rotating.rotate(depot.folder, "tiny"), 6),
-    "revoke": (lambda depot, new: revoking.revoke(depot.folder, "tiny", "1.0.0"), 3),
+    "publish a first version": (lambda depot, new: depot.publish(new.with_name("other-1.0.0")), 7),
+    "rotate targets": (lambda depot, new: key_rotation.rotate(depot.folder, "targets"), 7),
+    "rotate timestamp": (lambda depot, new: key_rotation.rotate(depot.folder, "timestamp"), 5),
+    "rotate tiny": (lambda depot, new: key_rotation.rotate(depot.folder, "tiny"), 6),
+    "revoke": (lambda depot, new: revoke.revoke(depot.folder, "tiny", "1.0.0"), 3),
     "refresh": (lambda depot, new: upkeep.refresh(depot.folder, current_time=expiry.now() + timedelta(days=40)), 2),
 }
 
 
 def cut_at(monkeypatch: pytest.MonkeyPatch, step: int) -> list[str]:
-    """Even steps: before a file gets its name; odd ones: right after. The names of the files that were written."""
-    real, named = os.replace, list[str]()
+    """Cut the power before (even steps) or right after (odd steps) a rename. Return the names of the files written."""
+    real, renamed = os.replace, list[str]()
 
     def replace(source: Path, target: Path) -> None:
-        if len(named) * 2 == step:
-            raise Cut
+        if len(renamed) * 2 == step:
+            raise PowerCut
         real(source, target)
-        named.append(target.name)
-        if len(named) * 2 - 1 == step:
-            raise Cut
+        renamed.append(target.name)
+        if len(renamed) * 2 - 1 == step:
+            raise PowerCut
 
     monkeypatch.setattr(os, "replace", replace)
-    return named
+    return renamed
 
 
 @pytest.mark.parametrize("name", ACTIONS)
-def test_cut_off_at_any_write_the_repository_serves_old_and_new_devices_and_the_next_command_goes_on(
-    tmp_path: Path, made: Path, name: str
-) -> None:
+def test_after_a_cut_at_any_write_devices_are_served(tmp_path: Path, made: Path, name: str) -> None:
     before = Depot(tmp_path / "before").create()
     one = before.publish(made)
     new = version(tmp_path, made, "1.1.0")
     version(tmp_path, made, "1.0.0", "other")
-    wanted = {"publish": "tiny/1.1.0/", "publish the first of its name": "other/", "revoke": ""}.get(name, one.target)
+    wanted = {"publish": "tiny/1.1.0/", "publish a first version": "other/", "revoke": ""}.get(name, one.target)
     act, files = ACTIONS[name]
     step, cut = 0, True
     while cut:
@@ -79,14 +73,14 @@ def test_cut_off_at_any_write_the_repository_serves_old_and_new_devices_and_the_
                 try:
                     act(depot, new)
                     cut = False
-                except Cut:
+                except PowerCut:
                     pass
             fresh = Client(tmp_path / f"new-{step}", url, depot.layout.root_path(1).read_bytes())
             for device in (client, fresh):
                 assert device.look(one.target) or (name == "revoke" and "timestamp.json" in written)
             if cut and not (name == "revoke" and "timestamp.json" in written):
                 act(depot, new)
-            listed = [held.target for held in standing.read(depot.folder).bundles]
+            listed = [held.target for held in status.read(depot.folder).bundles]
             assert any(target.startswith(wanted) for target in listed) or not wanted
             for device in (client, fresh):
                 assert [bool(device.look(target)) for target in listed] == [True] * len(listed)
@@ -96,7 +90,7 @@ def test_cut_off_at_any_write_the_repository_serves_old_and_new_devices_and_the_
 
 
 @pytest.mark.parametrize("role", ["targets", "snapshot", "timestamp"])
-def test_a_lost_key_is_replaced_though_that_is_cut_off_at_any_write(tmp_path: Path, made: Path, role: str) -> None:
+def test_a_lost_key_is_replaced_after_a_cut_at_any_write(tmp_path: Path, made: Path, role: str) -> None:
     before = Depot(tmp_path / "before").create()
     done = before.publish(made)
     (before.layout.keys / f"{role}-1.key").unlink()
@@ -107,22 +101,22 @@ def test_a_lost_key_is_replaced_though_that_is_cut_off_at_any_write(tmp_path: Pa
             client = Client(tmp_path / f"device-{step}", url, depot.layout.root_path(1).read_bytes())
             cut_at(patch, step)
             try:
-                rotating.rotate(depot.folder, role)
+                key_rotation.rotate(depot.folder, role)
                 cut = False
-            except Cut:
+            except PowerCut:
                 pass
             patch.undo()
             if cut:
-                standing.read(depot.folder)
-                rotating.rotate(depot.folder, role)
+                status.read(depot.folder)
+                key_rotation.rotate(depot.folder, role)
             assert client.look(done.target)
         step += 1
-    # A key with its public half, the draft, the role and what refers to it, the root; before and after each.
+    # Private and public key, draft, role, referring roles, root; before and after each.
     assert step == 2 * {"targets": 7, "snapshot": 6, "timestamp": 5}[role] + 1
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, 3, 4, 5, 6, 7])
-def test_killed_at_any_write_of_a_publish_the_device_gets_old_or_new_whole(
+def test_killed_at_any_write_of_a_publish_devices_see_an_edition(
     tmp_path: Path, depot: Depot, client: Client, made: Path, step: int
 ) -> None:
     one = depot.publish(made)
@@ -142,15 +136,15 @@ def replace(source, target):
 os.replace = replace
 publish(Path({str(depot.folder)!r}), Path({str(new)!r}), [KEY.public], run_probe=False)
 """
-    died = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert client.look(one.target)
     done = depot.publish(new)
     assert done.is_new is (step < 7)
     assert client.look(done.target)
 
 
-def test_a_making_that_was_cut_short_is_made_to_its_end(tmp_path: Path) -> None:
+def test_an_interrupted_creation_is_completed(tmp_path: Path) -> None:
     step, cut = 0, True
     while cut:
         depot = Depot(tmp_path / str(step))
@@ -159,24 +153,24 @@ def test_a_making_that_was_cut_short_is_made_to_its_end(tmp_path: Path) -> None:
             try:
                 depot.create(roots=2)
                 cut = False
-            except Cut:
+            except PowerCut:
                 pass
         if depot.layout.newest_root_path() is None:
             depot.create(roots=2)
-        assert standing.read(depot.folder).ok
+        assert status.read(depot.folder).ok
         assert len(list(depot.layout.keys.glob("*.key"))) == 5
         step += 1
-    # Two files for each of five keys, and four roles; before and after each.
+    # Two files for each of five keys, and one for each of four roles; before and after each.
     assert step == 2 * (2 * 5 + 4) + 1
 
 
-def test_a_full_disk_changes_nothing_and_says_so(
+def test_a_full_disk_changes_nothing(
     tmp_path: Path, depot: Depot, client: Client, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    def fails(bundle: Path) -> None:
+    def publish_on_full_disk(bundle: Path) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full)
             with pytest.raises((StorageError, UsageError), match="No space left on device"):
@@ -184,16 +178,16 @@ def test_a_full_disk_changes_nothing_and_says_so(
         client.look()
         assert not list(depot.layout.home.rglob("*.new"))
 
-    fails(made)
+    publish_on_full_disk(made)
     assert client.look(depot.publish(made).target)
-    fails(version(tmp_path, made, "1.1.0"))
+    publish_on_full_disk(version(tmp_path, made, "1.1.0"))
     assert client.look(depot.publish(tmp_path / "tiny-1.1.0").target)
 
 
-def test_a_copy_that_is_cut_off_at_any_write_holds_the_edition_before_or_the_next(tmp_path: Path, made: Path) -> None:
+def test_an_interrupted_copy_holds_a_complete_edition(tmp_path: Path, made: Path) -> None:
     depot, old = Depot(tmp_path / "fleet").create(), tmp_path / "old"
     one = depot.publish(made)
-    copying.copy(depot.folder, old)
+    mirror.copy(depot.folder, old)
     two = depot.publish(version(tmp_path, made, "1.1.0"))
     step, cut = 0, True
     while cut:
@@ -202,15 +196,15 @@ def test_a_copy_that_is_cut_off_at_any_write_holds_the_edition_before_or_the_nex
         with pytest.MonkeyPatch.context() as patch:
             cut_at(patch, step)
             try:
-                copying.copy(depot.folder, stick)
+                mirror.copy(depot.folder, stick)
                 cut = False
-            except Cut:
+            except PowerCut:
                 pass
         with served(stick / "repository") as url:
             client = Client(tmp_path / f"device-{step}", url, depot.layout.root_path(1).read_bytes())
             assert client.look(one.target)
-            copying.copy(depot.folder, stick)
+            mirror.copy(depot.folder, stick)
             assert client.look(two.target)
         step += 1
-    # The archive, the bundle's role, snapshot, timestamp.
+    # Archive, role of the bundle, snapshot, timestamp.
     assert step == 2 * 4 + 1

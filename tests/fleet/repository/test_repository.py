@@ -1,4 +1,4 @@
-"""The fleet's repository as the client of python-tuf sees it, over HTTP."""
+"""Fleet repository as the client of python-tuf sees it over HTTP."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ import pytest
 from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
 
 from agent.errors import BadBundle, StorageBusy, StorageError, UsageError
-from agent.fleet.repository import create as creating
-from agent.fleet.repository import edition, expiry, root_rotation, upkeep
-from agent.fleet.repository import key_rotation as rotating
-from agent.fleet.repository import revoke as revoking
-from agent.fleet.repository import status as standing
+from agent.fleet.repository import create, edition, expiry, key_rotation, revoke, root_rotation, status, upkeep
 from agent.fleet.repository.keys import RepositoryKeyring
 from agent.fleet.repository.publish import build_archive
 from agent.model.bundle import bundle as bundles
@@ -33,84 +29,82 @@ pytest_plugins = ["tests.kit.repository_fixtures"]
 ROOT = Path(__file__).parents[3]
 
 
-def zipped(path: Path, data: bytes | None) -> bundles.Bundle:
+def read_archive(path: Path, data: bytes | None) -> bundles.Bundle:
     assert data is not None
     path.write_bytes(data)
     return bundles.read(path, [KEY.public])
 
 
-def test_a_bundle_is_published_and_a_device_that_knows_the_first_root_installs_it(
+def test_a_device_with_the_first_root_gets_a_published_bundle(
     tmp_path: Path, depot: Depot, client: Client, made: Path
 ) -> None:
     done = depot.publish(made, run_probe=True)
-    found = zipped(tmp_path / "got.zip", client.look(done.target))
-    assert (found.digest, found.files) == (done.target_metadata.digest, bundles.read(made, [KEY.public]).files)
-    assert done.target == f"tiny/1.0.0/{found.digest[7:23]}.zip"
+    bundle = read_archive(tmp_path / "got.zip", client.look(done.target))
+    assert (bundle.digest, bundle.files) == (done.target_metadata.digest, bundles.read(made, [KEY.public]).files)
+    assert done.target == f"tiny/1.0.0/{bundle.digest[7:23]}.zip"
     assert (done.is_new, done.signer) == (True, KEY.public.kid)
 
 
-def test_a_target_says_what_a_device_must_know_before_it_downloads(depot: Depot, made: Path) -> None:
+def test_target_metadata_suffice_to_decide_on_a_download(depot: Depot, made: Path) -> None:
     done = depot.publish(made, run_probe=True)
     now = edition.load(depot.layout)
-    told = target_metadata.decode(now.bundles["tiny"].signed.targets[done.target].custom)
-    assert told == done.target_metadata
-    assert (told.name, told.version, told.kind, told.fields) == ("tiny", "1.0.0", "classify", ["a", "b", "c", "d"])
-    assert (told.window, told.agent) == (1, "0.1.0")
-    assert told.runtimes in (["ai-edge-litert"], ["tflite-runtime"])
-    assert told.unpacked == sum(path.stat().st_size for path in made.iterdir())
-    # Python, numpy and the runtime: no less, and a tiny model needs not much more.
-    assert 20 << 20 < told.memory < 400 << 20
+    target = target_metadata.decode(now.bundles["tiny"].signed.targets[done.target].custom)
+    assert target == done.target_metadata
+    assert (target.name, target.version, target.kind) == ("tiny", "1.0.0", "classify")
+    assert (target.fields, target.window, target.agent) == (["a", "b", "c", "d"], 1, "0.1.0")
+    assert target.runtimes in (["ai-edge-litert"], ["tflite-runtime"])
+    assert target.unpacked == sum(path.stat().st_size for path in made.iterdir())
+    # At least Python, numpy and the runtime; a tiny model needs little more.
+    assert 20 << 20 < target.memory < 400 << 20
 
 
-def test_an_update_is_seen_and_the_old_version_stays(tmp_path: Path, depot: Depot, client: Client, made: Path) -> None:
+def test_an_update_leaves_the_old_version_available(tmp_path: Path, depot: Depot, client: Client, made: Path) -> None:
     one = depot.publish(made)
     client.look(one.target)
     two = depot.publish(version(tmp_path, made, "1.1.0"))
-    assert zipped(tmp_path / "two.zip", client.look(two.target)).manifest.version == "1.1.0"
-    assert zipped(tmp_path / "one.zip", client.look(one.target)).manifest.version == "1.0.0"
+    assert read_archive(tmp_path / "two.zip", client.look(two.target)).manifest.version == "1.1.0"
+    assert read_archive(tmp_path / "one.zip", client.look(one.target)).manifest.version == "1.0.0"
 
 
-def test_each_bundle_has_a_role_and_a_key_of_its_own(tmp_path: Path, depot: Depot, client: Client, made: Path) -> None:
+def test_each_bundle_has_its_own_role_and_key(tmp_path: Path, depot: Depot, client: Client, made: Path) -> None:
     one, two = depot.publish(made), depot.publish(version(tmp_path, made, "1.0.0", "other"))
     assert client.look(one.target)
     assert client.look(two.target)
-    roles = {one.role: one for one in standing.read(depot.folder).roles}
+    roles = {role.role: role for role in status.read(depot.folder).roles}
     assert roles["tiny"].keys != roles["other"].keys
     assert roles["tiny"].version == 1
 
 
-def test_publishing_the_same_twice_changes_nothing(depot: Depot, made: Path) -> None:
+def test_publishing_twice_changes_nothing(depot: Depot, made: Path) -> None:
     depot.publish(made)
     before = {path: path.read_bytes() for path in depot.folder.rglob("*") if path.is_file()}
     assert depot.publish(made).is_new is False
     assert {path: path.read_bytes() for path in depot.folder.rglob("*") if path.is_file()} == before
 
 
-def test_the_same_bundle_gives_the_same_archive(tmp_path: Path, made: Path) -> None:
+def test_equal_bundles_give_equal_archives(tmp_path: Path, made: Path) -> None:
     shutil.copytree(made, tmp_path / "copy")
     for path in (tmp_path / "copy").iterdir():
         os.utime(path, (0, 0))
     assert build_archive(bundles.read(made, None)) == build_archive(bundles.read(tmp_path / "copy", None))
 
 
-def test_the_same_version_with_other_bytes_is_refused(tmp_path: Path, depot: Depot, made: Path) -> None:
+def test_a_published_version_with_other_bytes_is_refused(tmp_path: Path, depot: Depot, made: Path) -> None:
     depot.publish(made)
     other = version(tmp_path, made, "1.0.0")
     change_manifest(other, lambda head: head.update(created="2027-01-01T00:00:00Z"))
-    with pytest.raises(BadBundle, match=r"tiny 1\.0\.0 is published as sha256:.*another version"):
+    with pytest.raises(BadBundle, match=r"tiny 1\.0\.0 is published with digest sha256:.*another version"):
         depot.publish(other)
 
 
-def test_a_bundle_of_a_strange_publisher_is_not_published(tmp_path: Path, depot: Depot, made: Path) -> None:
+def test_a_bundle_of_an_unknown_publisher_is_refused(tmp_path: Path, depot: Depot, made: Path) -> None:
     strange = version(tmp_path, made, "2.0.0")
     resign(strange, new_key(99))
     with pytest.raises(BadBundle, match="not signed by any of the 1 trusted"):
         depot.publish(strange)
 
 
-def test_a_bundle_that_does_not_run_is_not_published_unless_it_is_told_to(
-    tmp_path: Path, depot: Depot, made: Path
-) -> None:
+def test_a_bundle_that_fails_its_probe_is_published_only_without(tmp_path: Path, depot: Depot, made: Path) -> None:
     broken = version(tmp_path, made, "2.0.0")
     model = (broken / "model.tflite").read_bytes()[:100]
     (broken / "model.tflite").write_bytes(model)
@@ -125,9 +119,7 @@ def test_a_bundle_that_does_not_run_is_not_published_unless_it_is_told_to(
 
 
 @pytest.mark.parametrize("number", ["../1", "1/2", ".1", "1 0", "ü"])
-def test_a_version_that_would_leave_its_folder_is_refused(
-    tmp_path: Path, depot: Depot, made: Path, number: str
-) -> None:
+def test_a_version_that_is_no_path_segment_is_refused(tmp_path: Path, depot: Depot, made: Path, number: str) -> None:
     copied = version(tmp_path, made, "0")
     change_manifest(copied, lambda head: head.update(version=number))
     with pytest.raises(BadBundle, match="cannot be in a repository"):
@@ -136,57 +128,53 @@ def test_a_version_that_would_leave_its_folder_is_refused(
 
 @pytest.mark.parametrize("name", ["root", "targets", "snapshot", "timestamp"])
 def test_a_bundle_named_like_a_role_is_refused(tmp_path: Path, depot: Depot, made: Path, name: str) -> None:
-    with pytest.raises(BadBundle, match="name of a role"):
+    with pytest.raises(BadBundle, match="top-level role"):
         depot.publish(version(tmp_path, made, "1.0.0", name))
 
 
-def test_a_revoked_version_is_gone_and_never_comes_back_as_another(
-    tmp_path: Path, depot: Depot, client: Client, made: Path
-) -> None:
+def test_a_revoked_version_is_never_published_again(tmp_path: Path, depot: Depot, client: Client, made: Path) -> None:
     one, two = depot.publish(made), depot.publish(version(tmp_path, made, "1.1.0"))
-    assert revoking.revoke(depot.folder, "tiny", "1.0.0").versions == ["1.0.0"]
+    assert revoke.revoke(depot.folder, "tiny", "1.0.0").versions == ["1.0.0"]
     assert client.look(one.target) is None
     assert client.look(two.target)
     assert not list((depot.layout.targets / "tiny" / "1.0.0").glob("*"))
-    with pytest.raises(BadBundle, match="taken out of the repository on"):
+    with pytest.raises(BadBundle, match="was revoked on"):
         depot.publish(made)
-    with pytest.raises(UsageError, match=r"versions there: 1\.1\.0"):
-        revoking.revoke(depot.folder, "tiny", "1.0.0")
-    revoking.revoke(depot.folder, "tiny")
+    with pytest.raises(UsageError, match=r"published versions: 1\.1\.0"):
+        revoke.revoke(depot.folder, "tiny", "1.0.0")
+    revoke.revoke(depot.folder, "tiny")
     assert client.look(two.target) is None
 
 
-def test_private_keys_are_their_owners_alone_and_a_repository_is_never_made_over(depot: Depot) -> None:
+def test_private_keys_are_private_and_init_runs_once(depot: Depot) -> None:
     private = sorted(depot.layout.keys.glob("*.key"))
     assert [path.name for path in private] == ["root-1.key", "snapshot-1.key", "targets-1.key", "timestamp-1.key"]
     assert {stat.S_IMODE(path.stat().st_mode) for path in [*private]} == {0o600}
     assert stat.S_IMODE(depot.layout.keys.stat().st_mode) == 0o700
-    with pytest.raises(UsageError, match="never made over"):
+    with pytest.raises(UsageError, match="so it is not replaced"):
         depot.create()
 
 
 @pytest.mark.parametrize(("count", "threshold"), [(1, 2), (0, 0), (3, 0), (99, 2)])
 def test_a_threshold_that_cannot_be_met_is_refused(tmp_path: Path, count: int, threshold: int) -> None:
     with pytest.raises(UsageError, match="--threshold"):
-        creating.create(tmp_path, roots=count, threshold=threshold)
+        create.create(tmp_path, roots=count, threshold=threshold)
 
 
-def test_a_chain_of_three_root_rotations_leads_an_old_device_on(depot: Depot, client: Client, made: Path) -> None:
+def test_an_old_device_follows_three_root_rotations(depot: Depot, client: Client, made: Path) -> None:
     done = depot.publish(made)
     client.look()
-    first = standing.read(depot.folder).roles[0].keys
+    first = status.read(depot.folder).roles[0].keys
     for number in (2, 3, 4):
-        assert rotating.rotate(depot.folder, "root").new == f"root-{number}"
+        assert key_rotation.rotate(depot.folder, "root").new == f"root-{number}"
         (depot.layout.keys / f"root-{number - 1}.key").unlink()
     assert client.look(done.target)
-    [root] = [one for one in standing.read(depot.folder).roles if one.role == "root"]
+    [root] = [role for role in status.read(depot.folder).roles if role.role == "root"]
     assert (root.version, [key.name for key in root.keys]) == (4, ["root-4"])
     assert root.keys != first
 
 
-def test_one_of_two_root_signatures_is_refused_and_the_second_puts_the_draft_in_force(
-    tmp_path: Path, made: Path
-) -> None:
+def test_a_root_draft_needs_both_of_two_signatures(tmp_path: Path, made: Path) -> None:
     depot = Depot(tmp_path / "fleet").create(roots=2, threshold=2)
     done = depot.publish(made)
     away = tmp_path / "vault"
@@ -196,10 +184,10 @@ def test_one_of_two_root_signatures_is_refused_and_the_second_puts_the_draft_in_
     with served(depot.layout.home) as url:
         client = Client(tmp_path / "device", url, depot.layout.root_path(1).read_bytes())
         client.look()
-        changed = rotating.rotate(depot.folder, "root", old="root-2")
+        changed = key_rotation.rotate(depot.folder, "root", old="root-2")
         assert (changed.is_complete, changed.new) == (False, "root-3")
         root_rotation.sign(depot.layout.draft, away / "root-1.key")
-        # What a careless hand would do: one signature of the two that the root before asks for.
+        # A careless operator publishes the draft with one of two required signatures.
         shutil.copy(depot.layout.draft, depot.layout.root_path(2))
         with pytest.raises(UnsignedMetadataError, match="root was signed by 1/2"):
             client.look()
@@ -207,18 +195,18 @@ def test_one_of_two_root_signatures_is_refused_and_the_second_puts_the_draft_in_
         assert upkeep.refresh(depot.folder).root_version == 0
         draft = root_rotation.load_pending_draft(depot.layout, RepositoryKeyring(depot.layout.keys))
         assert draft is not None
-        assert (draft.missing, draft.waiting) == (1, ["root-2"])
+        assert (draft.signatures_missing, draft.may_sign) == (1, ["root-2"])
         root_rotation.sign(depot.layout.draft, away / "root-2.key")
         assert upkeep.refresh(depot.folder).root_version == 2
         assert client.look(done.target)
     assert not depot.layout.draft.exists()
 
 
-def test_a_draft_that_strangers_signed_stays_a_draft(tmp_path: Path) -> None:
+def test_unknown_signatures_do_not_put_a_draft_in_force(tmp_path: Path) -> None:
     depot = Depot(tmp_path / "fleet").create(roots=2, threshold=2)
     for name in ("root-1.key", "root-2.key"):
         (depot.layout.keys / name).unlink()
-    rotating.rotate(depot.folder, "timestamp")
+    key_rotation.rotate(depot.folder, "timestamp")
     for number in (1, 2):
         keys.generate(tmp_path / f"{number}.key")
         root_rotation.sign(depot.layout.draft, tmp_path / f"{number}.key")
@@ -229,9 +217,9 @@ def test_metadata_of_a_revoked_targets_key_is_refused(tmp_path: Path, depot: Dep
     done = depot.publish(made)
     client.look(done.target)
     thief = depot.copy(tmp_path / "thief")
-    rotating.rotate(depot.folder, "targets")
+    key_rotation.rotate(depot.folder, "targets")
     client.look(done.target)
-    # Even with the online keys, and the new root on the server, the old key has no word any more.
+    # Even with the online keys and the new root on the server, the old key does not count.
     now = edition.load(thief.layout)
     edition.write(thief.layout, now, {"targets"}, RepositoryKeyring(thief.layout.keys), expiry.now())
     edition.write(thief.layout, now, {"targets"}, RepositoryKeyring(thief.layout.keys), expiry.now())
@@ -243,12 +231,12 @@ def test_metadata_of_a_revoked_targets_key_is_refused(tmp_path: Path, depot: Dep
 
 
 @pytest.mark.parametrize("role", ["targets", "snapshot", "timestamp"])
-def test_after_a_rotation_devices_of_before_and_new_ones_go_on(
+def test_old_and_new_devices_continue_after_a_rotation(
     tmp_path: Path, depot: Depot, client: Client, made: Path, role: str
 ) -> None:
     done = depot.publish(made)
     client.look()
-    changed = rotating.rotate(depot.folder, role)
+    changed = key_rotation.rotate(depot.folder, role)
     assert (changed.old, changed.new, changed.is_complete) == (f"{role}-1", f"{role}-2", True)
     (depot.layout.keys / f"{role}-1.key").unlink()
     new = Client(tmp_path / "new", client.url, depot.layout.root_path(2).read_bytes())
@@ -264,30 +252,26 @@ def test_a_lost_key_is_replaced(tmp_path: Path, depot: Depot, client: Client, ma
     done = depot.publish(made)
     client.look()
     (depot.layout.keys / f"{role}-1.key").unlink()
-    with pytest.raises(UsageError, match=rf"no key here may sign as {role}|needs the targets key"):
+    with pytest.raises(UsageError, match=rf"no key of role {role}|needs the targets key"):
         depot.publish(version(tmp_path, made, "1.1.0", "other"))
-    assert rotating.rotate(depot.folder, role).is_complete
+    assert key_rotation.rotate(depot.folder, role).is_complete
     assert client.look(done.target)
 
 
-def test_the_key_of_a_bundle_is_rotated_and_the_old_one_signs_nothing_any_more(
-    tmp_path: Path, depot: Depot, client: Client, made: Path
-) -> None:
+def test_a_rotated_bundle_key_no_longer_signs(tmp_path: Path, depot: Depot, client: Client, made: Path) -> None:
     done = depot.publish(made)
     client.look(done.target)
-    changed = rotating.rotate(depot.folder, "tiny")
+    changed = key_rotation.rotate(depot.folder, "tiny")
     assert (changed.old, changed.new, changed.draft) == ("bundle-tiny-1", "bundle-tiny-2", None)
     (depot.layout.keys / "bundle-tiny-2.key").unlink()
-    with pytest.raises(UsageError, match="no key here may sign as tiny"):
+    with pytest.raises(UsageError, match="no key of role tiny"):
         depot.publish(version(tmp_path, made, "1.1.0"))
     assert client.look(done.target)
-    rotating.rotate(depot.folder, "tiny")
+    key_rotation.rotate(depot.folder, "tiny")
     assert client.look(depot.publish(tmp_path / "tiny-1.1.0").target)
 
 
-def test_a_fast_forward_of_stolen_online_keys_is_undone_by_their_rotation(
-    tmp_path: Path, depot: Depot, client: Client, made: Path
-) -> None:
+def test_key_rotation_undoes_a_fast_forward_attack(tmp_path: Path, depot: Depot, client: Client, made: Path) -> None:
     done = depot.publish(made)
     stolen = depot.copy(tmp_path / "thief")
     now = edition.load(stolen.layout)
@@ -297,8 +281,8 @@ def test_a_fast_forward_of_stolen_online_keys_is_undone_by_their_rotation(
         Client(client.home, url, client.root).look()
     with pytest.raises(RepositoryError):
         client.look()
-    rotating.rotate(depot.folder, "snapshot")
-    rotating.rotate(depot.folder, "timestamp")
+    key_rotation.rotate(depot.folder, "snapshot")
+    key_rotation.rotate(depot.folder, "timestamp")
     assert client.look(done.target)
 
 
@@ -313,7 +297,7 @@ def test_an_older_copy_of_the_repository_is_refused(tmp_path: Path, depot: Depot
             client.look()
 
 
-def test_a_repository_that_somebody_changed_is_not_signed_further(depot: Depot, made: Path) -> None:
+def test_an_altered_repository_is_not_signed_again(depot: Depot, made: Path) -> None:
     depot.publish(made)
     path = depot.layout.role_path("targets", 2)
     content = json.loads(path.read_bytes())
@@ -323,7 +307,7 @@ def test_a_repository_that_somebody_changed_is_not_signed_further(depot: Depot, 
         upkeep.refresh(depot.folder)
 
 
-def test_an_unsigned_timestamp_is_not_signed_further(depot: Depot) -> None:
+def test_an_unsigned_timestamp_is_not_signed_again(depot: Depot) -> None:
     path = depot.layout.role_path("timestamp", 1)
     content = json.loads(path.read_bytes())
     content["signed"]["version"] = 7
@@ -332,8 +316,8 @@ def test_an_unsigned_timestamp_is_not_signed_further(depot: Depot) -> None:
         upkeep.refresh(depot.folder)
 
 
-def test_a_draft_of_a_root_that_is_in_force_already_changes_nothing(depot: Depot) -> None:
-    rotating.rotate(depot.folder, "root")
+def test_a_draft_already_in_force_changes_nothing(depot: Depot) -> None:
+    key_rotation.rotate(depot.folder, "root")
     content = json.loads(depot.layout.root_path(2).read_bytes())
     content["signatures"] = []
     depot.layout.draft.write_text(json.dumps(content))
@@ -347,26 +331,27 @@ def test_a_draft_that_skips_a_root_is_refused(depot: Depot) -> None:
     content = json.loads(depot.layout.root_path(1).read_bytes())
     content["signed"]["version"] = 9
     depot.layout.draft.write_text(json.dumps(content))
-    with pytest.raises(UsageError, match=r"draft of root 9, and root 1 is in force; delete it"):
+    with pytest.raises(UsageError, match=r"drafts root 9, but root 1 is in force; delete"):
         upkeep.refresh(depot.folder)
 
 
-def test_refreshing_each_day_keeps_it_alive_and_a_neglected_one_expires(depot: Depot, client: Client) -> None:
+def test_daily_refreshes_prevent_expiry(depot: Depot, client: Client) -> None:
     start = expiry.now()
     for day in range(1, 60):
         upkeep.refresh_daily(depot.folder, start + timedelta(days=day))
         assert upkeep.refresh_daily(depot.folder, start + timedelta(days=day, hours=1)) is None
     at = start + timedelta(days=59)
-    seen = standing.read(depot.folder, at)
-    assert (seen.ok, [one.days for one in seen.roles if one.role == "timestamp"]) == (True, [28])
-    assert next(one.days for one in seen.roles if one.role == "snapshot") >= 27
-    late = standing.read(depot.folder, at + timedelta(days=29))
+    report = status.read(depot.folder, at)
+    days_left = {role.role: role.days_left for role in report.roles}
+    assert (report.ok, days_left["timestamp"]) == (True, 28)
+    assert days_left["snapshot"] >= 27
+    late = status.read(depot.folder, at + timedelta(days=29))
     assert late.ok is False
-    assert [line for line in late.reminders if "timestamp has expired: devices take nothing" in line]
+    assert [line for line in late.reminders if "timestamp has expired, so devices install nothing" in line]
     client.look()
 
 
-def test_old_snapshots_do_not_pile_up(depot: Depot, tmp_path: Path, made: Path) -> None:
+def test_old_metadata_are_removed(depot: Depot, tmp_path: Path, made: Path) -> None:
     for number in range(8):
         depot.publish(version(tmp_path, made, f"1.{number}.0"))
     names = sorted(path.name for path in depot.layout.metadata.iterdir())
@@ -377,23 +362,21 @@ def test_old_snapshots_do_not_pile_up(depot: Depot, tmp_path: Path, made: Path) 
     )
 
 
-def test_targets_are_renewed_where_their_keys_are_here_and_reminded_of_where_not(depot: Depot, made: Path) -> None:
+def test_targets_without_their_key_give_a_reminder(depot: Depot, made: Path) -> None:
     depot.publish(made)
     (depot.layout.keys / "targets-1.key").unlink()
     at = expiry.now() + timedelta(days=310)
     assert upkeep.refresh(depot.folder, current_time=at).roles == ["tiny", "snapshot", "timestamp"]
-    [reminder] = standing.read(depot.folder, at).reminders
+    [reminder] = status.read(depot.folder, at).reminders
     assert "targets expires in 55 days" in reminder
 
 
-def test_a_clock_that_went_back_signs_nothing(depot: Depot) -> None:
-    with pytest.raises(UsageError, match=r"last signed .*set the clock"):
+def test_a_clock_set_back_signs_nothing(depot: Depot) -> None:
+    with pytest.raises(UsageError, match=r"before the last signature .*set the clock"):
         upkeep.refresh(depot.folder, current_time=datetime(1970, 1, 2, tzinfo=UTC))
 
 
-def test_a_clock_that_was_years_ahead_once_does_not_lock_the_repository(
-    depot: Depot, client: Client, made: Path
-) -> None:
+def test_trust_clock_recovers_from_a_clock_years_ahead(depot: Depot, client: Client, made: Path) -> None:
     upkeep.refresh(depot.folder, current_time=datetime(2044, 1, 1, tzinfo=UTC))
     with pytest.raises(UsageError, match=r"refresh --trust-clock"):
         depot.publish(made)
@@ -402,13 +385,13 @@ def test_a_clock_that_was_years_ahead_once_does_not_lock_the_repository(
     assert client.look(depot.publish(made).target)
 
 
-def test_two_writers_do_not_meet(depot: Depot) -> None:
+def test_only_one_writer_at_a_time(depot: Depot) -> None:
     at = expiry.now() + timedelta(days=2)
     with depot.layout.locked(), pytest.raises(StorageBusy, match="another command"):
         upkeep.refresh_daily(depot.folder, at)
     assert upkeep.refresh_daily(depot.folder, at) is not None
 
 
-def test_without_online_keys_the_collector_leaves_it_alone(depot: Depot) -> None:
+def test_without_online_keys_the_daily_refresh_does_nothing(depot: Depot) -> None:
     (depot.layout.keys / "snapshot-1.key").unlink()
     assert upkeep.refresh_daily(depot.folder, expiry.now() + timedelta(days=3)) is None

@@ -12,7 +12,7 @@ import pytest
 from agent.cli.fleet.rollout import build_documents
 from agent.errors import MessageRefused
 from agent.fleet.commands import COUNTER_FILE
-from agent.fleet.keyring import Keyring
+from agent.fleet.database.keyring import Keyring
 from agent.testing.broker import MosquittoBroker
 from agent.testing.fleet import LocalFleet
 from agent.testing.messages import MODEL, NEW_MODEL, MessageSender, SignedMessage, new_key

@@ -1,5 +1,5 @@
-"""Sources a device runs itself, beside the socket: each makes rows for one stream.
+"""Sources that the daemon reads itself: each submits rows of one stream.
 
-files    a watched folder       host    this machine's temperature, load, memory, disk
-replay   recordings, at speed    mqtt    what others publish on a broker of this site
+registry  config section → module    files       a watched folder          host    temperature, load, memory, disk
+mqtt      topics of a site's broker  replay      recordings, at any speed  recordings  their file and order
 """

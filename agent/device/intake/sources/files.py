@@ -1,7 +1,7 @@
-"""A watched folder: each file is taken once, also across a crash, then moved to `done/` or `failed/`.
+"""Folder watcher: each file is ingested once, also across a crash, then moved to `done/` or `failed/`.
 
-A file is claimed by a move into `taking/` under a name that never comes again: nothing that happens to its old name
-touches it, and the mark of how far it was taken belongs to it alone.
+A file is claimed by moving it to `taking/` under a unique name: nothing that happens to its old name touches it, and
+its stored position belongs to it alone.
 """
 
 from __future__ import annotations
@@ -17,25 +17,29 @@ from pathlib import Path
 
 import msgspec
 
-from agent.config import FilesSource, StreamConfig
+from agent import media
+from agent.config import StreamConfig
+from agent.config.sources import FilesSource
 from agent.datasets.formats import TABLE_SUFFIXES, open_file
 from agent.device.intake import media_reader
 from agent.device.intake.file_reader import FileBlock, read_blocks
 from agent.device.intake.group_commit import CommitOutcome, SourcePosition
-from agent.device.intake.server import SubmitRows
+from agent.device.intake.source import SourceContext, SubmitRows
 from agent.device.store.store import Store
 from agent.errors import RowRejected, StorageFull, UsageError
 from agent.media import ImageFormat
 
 log = logging.getLogger("outstation.files")
 
-# A writer may still be at it: a file is taken once it has been left alone for this long.
+# A file is ingested once it has not changed for this long: its writer may not have finished.
 _SETTLED_S = 1.0
 _MAX_LOGGED_ROWS = 20
 FAILED_COUNTER = "files failed"
-# So many images wait together for a commit at most.
 _MAX_IMAGES_PER_COMMIT = 32
-# Of the machine, or of a medium that may come back, whatever the file: each would fail alike, and is read later.
+_INDEX_NAME = "rows.csv"
+# Bytes at the end of the index that a crash between an entry and the move of its file can have written.
+_TAIL_BYTES = 1 << 16
+# Errors of the machine or of a removable medium: every file would fail, so it is tried again later.
 _TRANSIENT_ERRNOS = {
     *(errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
@@ -43,15 +47,27 @@ _TRANSIENT_ERRNOS = {
 
 
 class _FileProgress(msgspec.Struct):
-    """Of a file: rows rejected, and how far it was taken: its rows, and the last one's number in the stream."""
+    """Progress of a file: its last submitted line, that row's number in the stream, and rejected rows."""
 
     last_line: int
     last_row: int = 0
     rejected_rows: int = 0
 
 
+def check(context: SourceContext, source: FilesSource) -> str:
+    """Describe the source. Raises ConfigError."""
+    media_reader.check_config(context.file, context.name, context.stream, int(context.conf.buffer.max_size))
+    content = media.to_toml(source.media_format) if source.media_format else "tables"
+    return f"{content}, of the files in {source.folder}"
+
+
+def build(context: SourceContext, source: FilesSource, store: Store) -> FolderWatcher:
+    check(context, source)
+    return FolderWatcher(context.name, context.stream, source, store)
+
+
 class FolderWatcher:
-    """Takes what is put into `folder`. A file that appears under its final name by rename is never seen half."""
+    """Watcher of a folder. A file that gets its final name by a rename is never read incompletely."""
 
     def __init__(self, name: str, stream: StreamConfig, source: FilesSource, store: Store) -> None:
         self._name, self._stream, self._source, self._store = name, stream, source, store
@@ -69,28 +85,28 @@ class FolderWatcher:
                 await self._tick(submit_rows)
                 self._last_error = ""
             except OSError as error:
-                # The folder may be on a medium that comes back; said once, not at every look.
+                # The folder may be on a removable medium; logged once, not at every interval.
                 if self._last_error != str(error):
                     self._last_error = str(error)
                     log.error("%s: %s; looking again every %g s", self._folder, error, self._source.poll_interval)
             await asyncio.sleep(self._source.poll_interval)
 
     async def _tick(self, submit_rows: SubmitRows) -> None:
-        """Take what a crash left half taken, then what waits."""
+        """Ingest files that a crash interrupted, then waiting ones."""
         for folder in (self._folder, self._claimed_folder, self._folder / "done", self._folder / "failed"):
             folder.mkdir(parents=True, exist_ok=True)
-        for some in self._group_paths(sorted(self._claimed_folder.iterdir())):
-            await self._ingest_files(some, submit_rows, is_retry=True)
-        for some in self._group_paths(self._list_settled_files()):
-            claimed = [self._claimed_folder / f"{time.time_ns()}.{path.name}" for path in some]
-            for path, target in zip(some, claimed, strict=True):
+        for paths in self._group_paths(sorted(self._claimed_folder.iterdir())):
+            await self._ingest_files(paths, submit_rows, is_retry=True)
+        for paths in self._group_paths(self._list_settled_files()):
+            claimed = [self._claimed_folder / f"{time.time_ns()}.{path.name}" for path in paths]
+            for path, target in zip(paths, claimed, strict=True):
                 os.rename(path, target)
             await self._ingest_files(claimed, submit_rows, is_retry=False)
 
     def _group_paths(self, paths: Sequence[Path]) -> Iterator[Sequence[Path]]:
-        """Images may share a commit, of other files each row has its place among those before it."""
-        at_once = _MAX_IMAGES_PER_COMMIT if isinstance(self._stream.media_format, ImageFormat) else 1
-        return (paths[start : start + at_once] for start in range(0, len(paths), at_once))
+        """Group images into shared commits; other files go one by one, because positions depend on earlier rows."""
+        size = _MAX_IMAGES_PER_COMMIT if isinstance(self._stream.media_format, ImageFormat) else 1
+        return (paths[start : start + size] for start in range(0, len(paths), size))
 
     async def _ingest_files(self, paths: Sequence[Path], submit_rows: SubmitRows, *, is_retry: bool) -> None:
         self._last_us = self._find_last_row_us()
@@ -102,52 +118,55 @@ class FolderWatcher:
                 raise problem
 
     def _list_settled_files(self) -> list[Path]:
-        """Files whose size and time have not changed for a while, by a clock that nobody steps."""
-        now, seen = time.monotonic(), {}
+        """Return files whose size and modification time have not changed for a while, by the monotonic clock."""
+        now, states = time.monotonic(), {}
         for path in self._folder.iterdir():
             if path.suffix.lower() in self._suffixes and not path.name.startswith(".") and path.is_file():
                 state = _read_file_state(path)
-                kept, since = self._file_states.get(path, (None, now))
-                seen[path] = (state, since if kept == state else now)
-        self._file_states = seen
-        return sorted(path for path, (_, since) in seen.items() if now - since >= _SETTLED_S)
+                before, since = self._file_states.get(path, (None, now))
+                states[path] = (state, since if before == state else now)
+        self._file_states = states
+        return sorted(path for path, (_, since) in states.items() if now - since >= _SETTLED_S)
 
     async def _ingest_file(self, path: Path, submit_rows: SubmitRows, *, is_retry: bool) -> None:
-        taken = _FileProgress(self._store.source_position(f"files:{self._name}", path.name))
+        progress = _FileProgress(self._store.source_position(f"files:{self._name}", path.name))
         problem: Exception | None = None
         while True:
             before = _read_file_state(path)
             try:
-                await self._submit_file(path, submit_rows, taken)
+                await self._submit_file(path, submit_rows, progress)
                 problem = None
-            except (RowRejected, UsageError) as found:
-                problem = found
+            except (RowRejected, UsageError) as error:
+                problem = error
             await asyncio.sleep(0)
             if _read_file_state(path) == before:
                 break
-            # Its writer was not done after all, and writes on into the moved file.
+            # Its writer had not finished, and still writes to the moved file.
             await asyncio.sleep(_SETTLED_S)
         if problem is not None:
             self._move_to_failed(path, str(problem).removeprefix(f"{path}: "))
             return
         name = _original_name(path)
-        log.info("%s: taken%s", name, f", {taken.rejected_rows} rows rejected" if taken.rejected_rows else "")
-        move_to_done(path, self._folder, name, self._find_row_range(taken), is_retry=is_retry)
-        # A mark that stays is of no harm: its name never comes again.
+        log.info("%s: ingested%s", name, f", {progress.rejected_rows} rows rejected" if progress.rejected_rows else "")
+        _move_to_done(path, self._folder, name, self._find_row_range(progress), is_retry=is_retry)
+        # A position that stays does no harm: its name is unique.
         with contextlib.suppress(StorageFull), self._store.transaction() as tx:
             tx.delete_source_position(f"files:{self._name}", path.name)
 
     def _move_to_failed(self, path: Path, reason: str) -> None:
-        move_to_failed(path, self._folder, _original_name(path), reason)
-        log.error("%s: %s; moved to failed/", _original_name(path), reason)
+        name = _original_name(path)
+        target = _unused_path(self._folder / "failed" / name)
+        target.with_name(f"{target.name}.txt").write_text(f"{name}: {reason}\n", encoding="utf-8")
+        os.rename(path, target)
+        log.error("%s: %s; moved to failed/", name, reason)
         with contextlib.suppress(StorageFull), self._store.transaction() as tx:
             tx.increment_counter(FAILED_COUNTER, 1)
             tx.delete_source_position(f"files:{self._name}", path.name)
 
     async def _submit_file(self, path: Path, submit_rows: SubmitRows, progress: _FileProgress) -> None:
-        """Offer what was not taken yet."""
-        async with contextlib.aclosing(self._read_blocks(path, progress)) as found:
-            async for block in found:
+        """Submit the rows after `progress`, and advance it."""
+        async with contextlib.aclosing(self._read_blocks(path, progress)) as blocks:
+            async for block in blocks:
                 rejected = dict(block.rejected)
                 if block.lines:
                     outcome = await self._submit_block(path, submit_rows, block)
@@ -160,24 +179,24 @@ class FolderWatcher:
                 progress.rejected_rows += len(rejected)
 
     async def _submit_block(self, path: Path, submit_rows: SubmitRows, block: FileBlock) -> CommitOutcome:
-        position = None if isinstance(self._stream.media_format, ImageFormat) else block.lines[-1]
-        mark = SourcePosition(f"files:{self._name}", path.name, position)
-        while (outcome := await submit_rows(self._name, block.raw, mark, block.lines)).is_store_full:
+        line = None if isinstance(self._stream.media_format, ImageFormat) else block.lines[-1]
+        position = SourcePosition(f"files:{self._name}", path.name, line)
+        while (outcome := await submit_rows(self._name, block.raw, position, block.lines)).is_store_full:
             await asyncio.sleep(self._source.poll_interval)
         return outcome
 
     async def _read_blocks(self, path: Path, progress: _FileProgress) -> AsyncGenerator[FileBlock]:
-        """What was not taken yet. Raises UsageError where this file cannot be read, OSError where none can."""
+        """Yield the blocks after `progress`. Raises UsageError if this file cannot be read, OSError if none can."""
         try:
-            async with contextlib.aclosing(self._decode_blocks(path, progress.last_line)) as found:
-                async for block in found:
+            async with contextlib.aclosing(self._decode_blocks(path, progress.last_line)) as blocks:
+                async for block in blocks:
                     yield block
         except OSError as error:
             if error.errno in _TRANSIENT_ERRNOS:
                 raise
-            kept = f"; its lines up to {progress.last_line} are in the stream already" if progress.last_line else ""
-            said = f"cannot be read: {error.strerror or error}; mend that, and put it into the folder again{kept}"
-            raise UsageError(f"{path}: {said}") from None
+            stored = f"; its lines up to {progress.last_line} are in the stream already" if progress.last_line else ""
+            text = f"cannot be read: {error.strerror or error}; fix that, and put it into the folder again{stored}"
+            raise UsageError(f"{path}: {text}") from None
 
     async def _decode_blocks(self, path: Path, skip: int) -> AsyncGenerator[FileBlock]:
         if self._stream.media_format is None:
@@ -185,63 +204,51 @@ class FolderWatcher:
                 for block in read_blocks(path, file, self._name, self._stream, skip):
                     yield block
             return
-        # Decoded beside the loop, which other producers wait for, and in turn, so that rows come in the files' order.
+        # Decoded in another thread, so that other producers need not wait; in turn, so that rows keep the files' order.
         async with self._decode_lock:
-            found = media_reader.read_blocks(path, _original_name(path), self._stream, skip, self._last_us)
-            first = await asyncio.to_thread(next, found, None)
+            blocks = media_reader.read_blocks(path, _original_name(path), self._stream, skip, self._last_us)
+            first = await asyncio.to_thread(next, blocks, None)
             if first is not None:
                 self._last_us = round(first.raw.t[-1] * 1e6)
         while first is not None:
             yield first
-            first = await asyncio.to_thread(next, found, None)
+            first = await asyncio.to_thread(next, blocks, None)
 
     def _find_last_row_us(self) -> int | None:
-        """When the stream's last row was, epoch µs; None where that is not known."""
+        """Return the time of the stream's last row, epoch µs; None if unknown."""
         last = self._store.last_row(self._name)
         if self._stream.media_format is None or not last:
             return None
-        found = self._store.read_rows(self._name, self._stream.fields, last - 1, 1)
-        return None if found is None or found.loss_reason else int(found.rows.t[-1])
+        batch = self._store.read_rows(self._name, self._stream.fields, last - 1, 1)
+        return None if batch is None or batch.loss_reason else int(batch.rows.t[-1])
 
     def _find_row_range(self, progress: _FileProgress) -> tuple[int, int] | None:
-        """First and last row in the stream of a file that was taken as a whole."""
-        made = self._stream.media_format
-        if made is None:
+        """Return the first and last row in the stream of an image or sound."""
+        media_format = self._stream.media_format
+        if media_format is None:
             return None
-        if isinstance(made, ImageFormat):
+        if isinstance(media_format, ImageFormat):
             last = progress.last_row or progress.last_line
-            return last - made.height + 1, last
+            return last - media_format.height + 1, last
         last = progress.last_row or self._store.last_row(self._name)
         return last - progress.last_line + 1, last
 
 
 def _read_file_state(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _original_name(claimed: Path) -> str:
-    """The name a file in `taking/` had; its own, where somebody else put it there."""
+    """Return the name before a file was claimed; its own name if somebody else put it into `taking/`."""
     return claimed.name.partition(".")[2] or claimed.name
 
 
-_INDEX_NAME = "rows.csv"
-# Of the notes, what a crash between a note and its file's move can have written.
-_TAIL_BYTES = 1 << 16
-
-
-def move_to_done(path: Path, folder: Path, name: str, rows: tuple[int, int] | None, *, is_retry: bool) -> None:
-    """Move `path` to `done/NAME`. `rows`: first and last in the stream; `again`: a crash may have left the note."""
+def _move_to_done(path: Path, folder: Path, name: str, rows: tuple[int, int] | None, *, is_retry: bool) -> None:
+    """Move a file to `done/NAME`, and add its first and last row to the index."""
     target = _unused_path(folder / "done" / name)
     if rows is not None:
         _append_to_index(folder / "done" / _INDEX_NAME, target.name, rows, is_retry=is_retry)
-    os.rename(path, target)
-
-
-def move_to_failed(path: Path, folder: Path, name: str, reason: str) -> None:
-    """Move `path` to `failed/NAME`, with the reason in `failed/NAME.txt`."""
-    target = _unused_path(folder / "failed" / name)
-    target.with_name(f"{target.name}.txt").write_text(f"{name}: {reason}\n", encoding="utf-8")
     os.rename(path, target)
 
 
@@ -254,6 +261,7 @@ def _append_to_index(index: Path, name: str, rows: tuple[int, int], *, is_retry:
     with index.open("a+", encoding="utf-8") as file:
         size = file.tell()
         if is_retry:
+            # A crash may have left the entry.
             file.seek(max(0, size - _TAIL_BYTES))
             if ending in file.read():
                 return

@@ -1,4 +1,4 @@
-"""This machine's own condition as a stream."""
+"""Host metrics as a stream: temperature, load, memory and disk of this machine."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pathlib import Path
 import psutil
 
 from agent import clock
-from agent.config import HostSource, StreamConfig
-from agent.device.intake.server import SubmitRows
+from agent.config import StreamConfig
+from agent.config.sources import HostSource
+from agent.device.intake.source import SourceContext, SubmitRows
 from agent.device.store.rows import RawColumns
+from agent.device.store.store import Store
 from agent.errors import ConfigError
 from agent.toml_files import did_you_mean
 
@@ -20,12 +22,12 @@ log = logging.getLogger("outstation.host")
 
 
 def _read_temperature() -> float | None:
-    """°C of the hottest sensor; None where the machine has none."""
+    """Return the temperature of the hottest sensor in °C; None if the machine has none."""
     readings = [entry.current for chip in psutil.sensors_temperatures().values() for entry in chip if entry.current]
     return max(readings, default=None)
 
 
-# Each is given the data folder.
+# Each gets the data folder.
 _READERS: dict[str, Callable[[Path], float | None]] = {
     "temperature": lambda _: _read_temperature(),
     "cpu": lambda _: psutil.cpu_percent(None),
@@ -37,24 +39,29 @@ _READERS: dict[str, Callable[[Path], float | None]] = {
 }
 
 
-def check_config(file: str, name: str, stream: StreamConfig) -> None:
-    """Raises ConfigError where a field of stream `name` is nothing that is read here."""
-    for field in stream.fields:
-        if field.name not in _READERS:
-            problem = f"the host has no {field.name!r}{did_you_mean(field.name, _READERS)}"
-            raise ConfigError(file, f"streams.{name}.fields", problem)
+def check(context: SourceContext, source: HostSource) -> str:
+    """Describe the source. Raises ConfigError if a field of the stream is no metric of the host."""
+    names = [field.name for field in context.stream.fields]
+    for name in names:
+        if name not in _READERS:
+            problem = f"the host has no {name!r}{did_you_mean(name, _READERS)}"
+            raise ConfigError(context.file, f"streams.{context.name}.fields", problem)
+    return f"{', '.join(names)} of this machine"
+
+
+def build(context: SourceContext, source: HostSource, store: Store) -> HostMetrics:
+    check(context, source)
+    return HostMetrics(context.name, context.stream, source, context.conf.data_dir)
 
 
 class HostMetrics:
-    """Reads what the stream's fields name, every so often. A value this machine cannot read is missing."""
+    """Metrics that the stream's fields name, at an interval; a value that this machine cannot read is missing."""
 
-    def __init__(self, file: str, name: str, stream: StreamConfig, source: HostSource, data_dir: Path) -> None:
-        """Raises ConfigError."""
-        check_config(file, name, stream)
+    def __init__(self, name: str, stream: StreamConfig, source: HostSource, data_dir: Path) -> None:
         self._name, self._stream, self._interval_s = name, stream, float(source.poll_interval)
         self._data_dir = data_dir
         self._last_warning = ""
-        # It counts from one call to the next: the first one would say 0.
+        # It measures from one call to the next: the first one returns 0.
         psutil.cpu_percent(None)
 
     async def run(self, submit_rows: SubmitRows) -> None:

@@ -1,8 +1,8 @@
-"""What others publish on a broker of this site as a stream: a message is confirmed once its rows are committed.
+"""MQTT subscription as a stream: messages on a broker of this site, acknowledged once their rows are committed.
 
-The broker keeps what comes meanwhile, and all while this device is away, in a session of its own. A message that was
-committed but whose confirmation was lost with the connection is known again and not taken twice; after the death of
-the process it is taken again.
+The broker queues messages in a persistent session while this device is busy or away. If the connection breaks between
+commit and acknowledgement, the repeated message is recognized and ignored; after a crash of the process it is stored
+again.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from typing import Any
 import msgspec
 
 from agent import jsonpath
-from agent.config import MqttSource, StreamConfig
+from agent.config import StreamConfig
+from agent.config.sources import MqttSource
 from agent.device.intake.group_commit import CommitOutcome
-from agent.device.intake.server import SubmitRows
+from agent.device.intake.source import SourceContext, SubmitRows
 from agent.device.store.rows import RawColumns
+from agent.device.store.store import Store
 from agent.errors import ConfigError, LinkDown
 from agent.toml_files import did_you_mean
 from agent.transport.mqtt import Link
@@ -35,22 +37,22 @@ _RECONNECT_S = (1.0, 60.0)
 # Often enough for the broker's keep-alive.
 _RECEIVE_TIMEOUT_S = 5.0
 _SHUTDOWN_S = 2.0
-# (packet identifier, topic, digest of the payload): of a message that comes again all three are the same.
+# (packet identifier, topic, digest of the payload): all three are the same when a message is repeated.
 _MessageKey = tuple[int, str, bytes]
-# More than a broker has under way at once, and fewer than it has packet identifiers.
+# More than a broker has in flight, and fewer than it has packet identifiers.
 _MAX_COMMITTED_KEYS = 10_000
 
 
-def check_config(file: str, name: str, stream: StreamConfig, source: MqttSource) -> None:
-    """Raises ConfigError where `source` names what is not there, or nothing that can be subscribed to."""
-    key = f"streams.{name}.source"
-    fields = [field.name for field in stream.fields]
-    for given in source.paths:
-        if given not in fields:
-            unknown = f"{given!r} is not a field of this stream{did_you_mean(given, fields)}"
+def check(context: SourceContext, source: MqttSource) -> str:
+    """Describe the source. Raises ConfigError for an unknown field, a malformed path or topic filter."""
+    file, key = context.file, f"streams.{context.name}.source"
+    fields = [field.name for field in context.stream.fields]
+    for name in source.paths:
+        if name not in fields:
+            unknown = f"{name!r} is not a field of this stream{did_you_mean(name, fields)}"
             raise ConfigError(file, f"{key}.paths", unknown)
     try:
-        _parse_paths(stream, source)
+        _parse_paths(context.stream, source)
     except ValueError as problem:
         raise ConfigError(file, f"{key}.paths", str(problem)) from None
     levels = source.topic.split("/")
@@ -58,14 +60,19 @@ def check_config(file: str, name: str, stream: StreamConfig, source: MqttSource)
     if not source.topic or wild or "\0" in source.topic or source.topic.startswith("$share/"):
         no_filter = f"{source.topic!r} is no topic filter; + stands for one level, # for all that follow"
         raise ConfigError(file, f"{key}.topic", no_filter)
+    return f"{source.topic} at {source.broker.url}"
+
+
+def build(context: SourceContext, source: MqttSource, store: Store) -> MqttSubscriber:
+    check(context, source)
+    client_id = f"{context.conf.device.id}-{context.name}"
+    return MqttSubscriber(context.name, context.stream, source, client_id)
 
 
 class MqttSubscriber:
-    """Subscribed as `client_id`, on a thread of its own."""
+    """Subscriber with its own thread and client id."""
 
-    def __init__(self, file: str, name: str, stream: StreamConfig, source: MqttSource, client_id: str) -> None:
-        """Raises ConfigError."""
-        check_config(file, name, stream, source)
+    def __init__(self, name: str, stream: StreamConfig, source: MqttSource, client_id: str) -> None:
         self._name, self._stream, self._source, self._client_id = name, stream, source, client_id
         self._paths, self._time_path = _parse_paths(stream, source)
         self._stopping = threading.Event()
@@ -85,7 +92,7 @@ class MqttSubscriber:
                     )
                 )
             except CancelledError:
-                log.info("%s: ended before the last messages were committed; they come again", self._name)
+                log.info("%s: ended before the last messages were committed; the broker repeats them", self._name)
             except Exception as error:
                 if not self._stopping.is_set():
                     loop.call_soon_threadsafe(broken.set_exception, error)
@@ -98,11 +105,11 @@ class MqttSubscriber:
             self._stopping.set()
             if self._link is not None:
                 self._link.wake()
-            # What the intake commits at its end is confirmed, too.
+            # The last commit of the intake is acknowledged, too.
             await asyncio.to_thread(thread.join, _SHUTDOWN_S)
 
     def _consume(self, submit: Callable[[list[IncomingMessage]], Future[CommitOutcome]]) -> None:
-        """Until `run` ends; one connection after another."""
+        """Receive messages until `run` ends, reconnecting as needed."""
         delay = _RECONNECT_S[0]
         while not self._stopping.is_set():
             try:
@@ -120,7 +127,7 @@ class MqttSubscriber:
                     self._link = None
                     link.close()
             except LinkDown as down:
-                self._warn_once(f"{down}; trying again for as long as it takes")
+                self._warn_once(f"{down}; trying again until it works")
                 self._stopping.wait(delay)
                 delay = min(2 * delay, _RECONNECT_S[1])
 
@@ -128,23 +135,24 @@ class MqttSubscriber:
         waiting: deque[tuple[Future[CommitOutcome], list[IncomingMessage]]] = deque()
         try:
             while waiting or not self._stopping.is_set():
-                came = [event for event in link.receive(_RECEIVE_TIMEOUT_S) if isinstance(event, IncomingMessage)]
+                events = link.receive(_RECEIVE_TIMEOUT_S)
+                messages = [event for event in events if isinstance(event, IncomingMessage)]
                 if self._stopping.is_set():
-                    came = []
-                again = [one for one in came if one.duplicate and _message_key(one) in self._committed_keys]
-                for one in again:
-                    link.acknowledge(one)
-                if fresh := [one for one in came if one not in again]:
-                    taken = submit(fresh)
-                    taken.add_done_callback(lambda _: link.wake())
-                    waiting.append((taken, fresh))
+                    messages = []
+                repeated = [m for m in messages if m.duplicate and _message_key(m) in self._committed_keys]
+                for message in repeated:
+                    link.acknowledge(message)
+                if new := [message for message in messages if message not in repeated]:
+                    commit = submit(new)
+                    commit.add_done_callback(lambda _: link.wake())
+                    waiting.append((commit, new))
                 while waiting and waiting[0][0].done():
-                    for one in self._record_committed(*waiting.popleft()):
-                        link.acknowledge(one)
+                    for message in self._record_committed(*waiting.popleft()):
+                        link.acknowledge(message)
         except LinkDown:
-            # They come again on the next connection: by then it must be known that they are committed.
-            for taken, fresh in waiting:
-                self._record_committed(taken, fresh)
+            # They are repeated on the next connection: by then they must be recorded as committed.
+            for commit, new in waiting:
+                self._record_committed(commit, new)
             raise
 
     def _record_committed(
@@ -155,18 +163,18 @@ class MqttSubscriber:
         return deliveries
 
     async def _submit_messages(self, deliveries: Sequence[IncomingMessage], submit_rows: SubmitRows) -> CommitOutcome:
-        """All rows of these messages, committed, or refused with a reason."""
+        """Submit all rows of these messages, and the messages without valid rows with a reason."""
         rows: list[Mapping[str, Any]] = []
         numbers: list[int] = []
         refused: dict[int, str] = {}
         for number, delivery in enumerate(deliveries, 1):
             try:
-                found = self._parse_message(delivery)
+                parsed = self._parse_message(delivery)
             except ValueError as problem:
                 refused[number] = str(problem)
             else:
-                rows += found
-                numbers += [number] * len(found)
+                rows += parsed
+                numbers += [number] * len(parsed)
         columns = {field.name: [row[field.name] for row in rows] for field in self._stream.fields}
         t = None if self._time_path is None else [row["t"] for row in rows]
         raw = RawColumns(len(rows), t, columns)
@@ -180,19 +188,19 @@ class MqttSubscriber:
         return outcome
 
     def _parse_message(self, delivery: IncomingMessage) -> list[dict[str, Any]]:
-        """The rows of a message: one, or of an array of objects one of each. Raises ValueError."""
+        """Parse a message to one row, or an array of objects to one row each. Raises ValueError."""
         try:
-            said = msgspec.json.decode(delivery.payload)
+            payload = msgspec.json.decode(delivery.payload)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise ValueError(f"no JSON: {str(error)[:120]}") from None
-        several = isinstance(said, list) and said and all(isinstance(one, dict) for one in said)
+        is_array = isinstance(payload, list) and payload and all(isinstance(item, dict) for item in payload)
         levels = delivery.topic.split("/")
-        return [self._parse_row(one, levels) for one in (said if several else [said])]
+        return [self._parse_row(item, levels) for item in (payload if is_array else [payload])]
 
     def _parse_row(self, payload: Any, levels: list[str]) -> dict[str, Any]:
         document = {"$": payload, "topic": levels}
-        found = {name: jsonpath.find(document, path) for name, path in self._paths.items()}
-        row = {name: None if value is jsonpath.MISSING else value for name, value in found.items()}
+        values = {name: jsonpath.find(document, path) for name, path in self._paths.items()}
+        row = {name: None if value is jsonpath.MISSING else value for name, value in values.items()}
         if self._time_path is not None:
             row["t"] = jsonpath.find(document, self._time_path)
             if row["t"] is jsonpath.MISSING:
@@ -200,7 +208,7 @@ class MqttSubscriber:
         return row
 
     def _warn_once(self, warning: str) -> None:
-        """Once, until it is another one."""
+        """Log a warning unless it is the same as the last one."""
         if warning != self._last_warning:
             log.warning("%s: %s", self._name, warning)
         self._last_warning = warning
@@ -209,7 +217,7 @@ class MqttSubscriber:
 def _parse_paths(
     stream: StreamConfig, source: MqttSource
 ) -> tuple[dict[str, jsonpath.JsonPath], jsonpath.JsonPath | None]:
-    """Of each field, and of the time, within {"$": payload, "topic": levels}. Raises ValueError."""
+    """Parse the paths of the fields and of the time within {"$": payload, "topic": levels}. Raises ValueError."""
     fields = {field.name: _parse_path(source.paths.get(field.name, f"$[{field.name!r}]")) for field in stream.fields}
     return fields, None if source.t is None else _parse_path(source.t)
 

@@ -1,8 +1,8 @@
-"""Recordings as a stream, at their own rate times `speed`: what a simulated device runs.
+"""Replay of recordings as a stream, at their own rate times `speed`, for simulated devices.
 
-Row N of a replay is always the same, so a restart goes on where the last commit was. Rows have the times of the file
-where it has any, however fast they come: drift windows and the time of day go by these, while schedules, what is kept
-for how long, and when a message was written go by the device's clock.
+Row N of a replay is always the same, so a restart continues after the last commit. Rows keep the times of the file, if
+it has any, at any speed: drift windows and the time of day use these, while schedules, retention and the times of
+messages use the device's clock.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from agent import clock
 from agent.clock import ClockReading
-from agent.config import ReplayFault, ReplaySource, StreamConfig
+from agent.config import StreamConfig
+from agent.config.sources import ReplayFault, ReplaySource
 from agent.datasets.recordings import load
 from agent.device.intake.group_commit import MAX_GROUP_ROWS, SourcePosition
-from agent.device.intake.server import SubmitRows
+from agent.device.intake.source import SourceContext, SubmitRows
 from agent.device.intake.sources.recordings import Playlist, PlaylistItem
 from agent.device.store.rows import RawColumns, row_bytes
 from agent.device.store.store import Store
@@ -30,8 +32,19 @@ _SPIKE_INTERVAL_ROWS = 100
 _NOISE_ROWS = 1000
 
 
+def check(context: SourceContext, source: ReplaySource) -> str:
+    """Describe the source. Raises UsageError."""
+    recordings = load_playlist(context.stream, source).recordings
+    return f"a replay of the {len(recordings.rows):,} rows in {source.file}"
+
+
+def build(context: SourceContext, source: ReplaySource, store: Store) -> ReplayPlayer:
+    """Build the source. Raises UsageError."""
+    return ReplayPlayer(context.name, context.stream, source, store, clock.read())
+
+
 def load_playlist(stream: StreamConfig, source: ReplaySource) -> Playlist:
-    """What `source` plays. Raises UsageError where that is nothing, or not what the stream needs."""
+    """Load the recordings. Raises UsageError if there are none, or none with the stream's fields."""
     recordings = load(Path(source.file))
     missing = {f.name for f in stream.fields} - set(recordings.fields)
     if missing:
@@ -40,38 +53,38 @@ def load_playlist(stream: StreamConfig, source: ReplaySource) -> Playlist:
 
 
 class ReplayPlayer:
-    """Plays into stream `name`. Backlog at the store slows it down; nothing is skipped."""
+    """Player of recordings. A full store delays it; no row is skipped."""
 
     def __init__(
         self, name: str, stream: StreamConfig, source: ReplaySource, store: Store, start: ClockReading
     ) -> None:
-        """Raises UsageError."""
+        """Load the recordings. Raises UsageError."""
         self._name, self._source, self._store = name, source, store
         self._playlist = load_playlist(stream, source)
         self._field_names = [f.name for f in stream.fields]
         self._field_indices = [self._playlist.recordings.fields.index(name) for name in self._field_names]
-        # What is offered at once goes into one transaction.
+        # Rows that are submitted at once go into one transaction.
         self._max_rows = max(1, min(MAX_GROUP_ROWS, store.quota.transaction_bytes // 4 // row_bytes(stream)))
         self._items: Iterator[PlaylistItem] = iter(())
         self._current_item = PlaylistItem(1, 0, 0, 0, 0.0)
         self._begin_us = self._load_start_us(start)
 
     def _load_start_us(self, start: ClockReading) -> int:
-        """The time of row 1, the same after a restart. A replay of known length ends now rather than tomorrow.
+        """Return the time of row 1, which a restart keeps; 0 if rows have times of their own.
 
-        0 where rows have times of their own.
+        A replay of known length ends now, so that its rows are not in the future.
         """
         if self._playlist.recordings.t is not None:
             return 0
-        kept = self._store.source_position(f"replay:{self._name}", "begin")
-        if kept:
-            return kept
+        saved = self._store.source_position(f"replay:{self._name}", "begin")
+        if saved:
+            return saved
         length_s = 0.0
         if self._source.rows is not None:
-            last = next(part for part in self._playlist.iter_items(self._source.rows - 1))
+            last = next(self._playlist.iter_items(self._source.rows - 1))
             length_s = last.offset_s + last.n / self._playlist.recordings.rate
         begin = start.wall_us - round(length_s * 1e6)
-        # Vital: the agent starts on a full disk too.
+        # Vital: the daemon starts on a full disk, too.
         with self._store.transaction(vital=True) as tx:
             tx.set_source_position(f"replay:{self._name}", "begin", begin)
         return begin
@@ -81,10 +94,10 @@ class ReplayPlayer:
         source, item = f"replay:{self._name}", "row"
         first = self._store.source_position(source, item) + 1
         pace = self._playlist.recordings.rate * self._source.speed
-        begin, offered = loop.time(), 0
+        begin, submitted = loop.time(), 0
         self._items = self._playlist.iter_items(first - 1)
         while self._source.rows is None or first <= self._source.rows:
-            allowed = int((loop.time() - begin) * pace) - offered
+            allowed = int((loop.time() - begin) * pace) - submitted
             if allowed <= 0:
                 await asyncio.sleep(_TICK_S)
                 continue
@@ -92,16 +105,15 @@ class ReplayPlayer:
             if self._source.rows is not None:
                 last = min(last, self._source.rows)
             raw = _concatenate(list(self._iter_pieces(first, last)))
-            # One offer at a time, and the same again while the store is full: rows come in order, none is skipped.
-            while (
-                await submit_rows(self._name, raw, SourcePosition(source, item, last), range(first, last + 1))
-            ).is_store_full:
+            position, numbers = SourcePosition(source, item, last), range(first, last + 1)
+            # The same rows again while the store is full, so that none is skipped.
+            while (await submit_rows(self._name, raw, position, numbers)).is_store_full:
                 await asyncio.sleep(_FULL_RETRY_S)
-            offered += last - first + 1
+            submitted += last - first + 1
             first = last + 1
 
     def _iter_pieces(self, first: int, last: int) -> Iterator[RawColumns]:
-        """Rows `first` to `last`, recording by recording; `first` goes on where the last call ended."""
+        """Yield rows `first` to `last` by recording; `first` continues where the last call ended."""
         while first <= last:
             if first > self._current_item.last:
                 self._current_item = next(self._items)
@@ -122,24 +134,24 @@ class ReplayPlayer:
 
 
 def _concatenate(pieces: list[RawColumns]) -> RawColumns:
-    """All rows of `pieces`; a value that is NaN by now is missing."""
+    """Concatenate pieces; NaN becomes a missing value."""
     values = {}
     for name in pieces[0].values:
         column = np.concatenate([piece.values[name] for piece in pieces])
-        gone = np.isnan(column)
-        values[name] = [None if v != v else v for v in column.tolist()] if gone.any() else column
+        has_missing = np.isnan(column).any()
+        values[name] = [None if v != v else v for v in column.tolist()] if has_missing else column
     return RawColumns(sum(piece.n for piece in pieces), np.concatenate([piece.t for piece in pieces]), values)
 
 
 def inject_faults(
     columns: dict[str, NDArray[np.float64]], faults: Sequence[ReplayFault], first: int
 ) -> dict[str, NDArray[np.float64]]:
-    """Readings from row `first` of the replay on with its faults, one after another; row N is always alike."""
+    """Apply faults one after another to readings from row `first` on; row N is always the same."""
     for fault in faults:
-        broken = np.arange(first, first + len(columns[fault.fields[0]])) >= fault.from_row
+        is_faulty = np.arange(first, first + len(columns[fault.fields[0]])) >= fault.from_row
         sources = reversed(fault.fields) if fault.kind == "swap" else fault.fields
         changed = {
-            name: np.where(broken, _apply_fault(columns[source], fault, first, name), columns[name])
+            name: np.where(is_faulty, _apply_fault(columns[source], fault, first, name), columns[name])
             for name, source in zip(fault.fields, sources, strict=True)
         }
         columns = columns | changed
@@ -170,7 +182,7 @@ def _apply_fault(values: NDArray[np.float64], fault: ReplayFault, first: int, na
 
 
 def _draw_noise(first: int, n: int, name: str) -> NDArray[np.float64]:
-    """Normal values of rows `first`…, the same for a row however they are asked for."""
+    """Return normally distributed values of rows `first`…, the same for a row in any request."""
     block, stop = first // _NOISE_ROWS, (first + n - 1) // _NOISE_ROWS + 1
     drawn = [np.random.default_rng([i, *name.encode()]).normal(size=_NOISE_ROWS) for i in range(block, stop)]
     at = first - block * _NOISE_ROWS

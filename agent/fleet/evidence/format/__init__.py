@@ -1,1 +1,1 @@
-"""The evidence folder's format: files, manifest, limits, framework mapping."""
+"""Format of an evidence folder, shared by the side that writes it and the side that verifies it."""

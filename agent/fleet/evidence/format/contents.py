@@ -1,4 +1,4 @@
-"""The files of an evidence folder that programs read: a struct for a member or line of each. Times are RFC 3339."""
+"""Records of an evidence folder: one struct per JSON document or line, and the folder's limits. Times are RFC 3339."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ JwsToken = Annotated[str, msgspec.Meta(max_length=2048)]
 
 
 class MessageRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True, order=True):
-    """A signed message, which lies in messages/."""
+    """Reference to a signed message in messages/."""
 
     device: ShortText
     log: ShortText
@@ -22,7 +22,7 @@ class MessageRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True, order=
 
 
 class SignedMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One line of messages/*.jsonl: a message exactly as the device signed it; by device, log and seq."""
+    """Line of messages/*.jsonl: a message with the exact bytes that its device signed; by device, log and seq."""
 
     topic: Annotated[str, msgspec.Meta(max_length=400)]
     payload: Payload
@@ -30,10 +30,10 @@ class SignedMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Incident(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """An alert from its raising to its end. `device` "" for one of the whole fleet.
+    """Alert from the message that raised it to the message that cleared it. `device` is "" for a fleet-wide alert.
 
-    `state`: open; over; or unknown, where the device's log ended while it was open. `source`: a device, whose signed
-    messages `raised` and `cleared` are, or the collector, which signs nothing. `clock`: of the device, of both.
+    `state` is "unknown" if the device's log ended while the alert was open. A device signs `raised` and `cleared`; the
+    collector signs nothing. `clock` is the worse clock state of the two messages.
     """
 
     device: ShortText
@@ -42,8 +42,8 @@ class Incident(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     subject: ShortText
     severity: Literal["info", "warning", "critical"]
     summary: LongText
-    state: Literal["open", "over", "unknown"]
-    began: ShortText
+    state: Literal["open", "closed", "unknown"]
+    started: ShortText
     ended: ShortText | None
     seconds: float | None
     clock: Literal["synced", "restored", "unsynced"]
@@ -53,21 +53,21 @@ class Incident(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class DecisionRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One line of decisions.jsonl: what changed, and by whom.
+    """Line of decisions.jsonl: one change and the actor who decided it.
 
-    `phase`: what a device came to in a roll-out. Told by a device in message `place`, or signed by an operator: then
-    `payload` and `jws` are here.
+    `phase` is a device's phase in a roll-out. A device's decision refers to its signed `message`; an operator's
+    decision carries `payload` and `jws`.
     """
 
     time: ShortText
     event: ShortText
-    who: LongText
+    decided_by: LongText
     summary: LongText
     device: ShortText = ""
     task: ShortText = ""
     rollout: ShortText = ""
     phase: ShortText = ""
-    place: MessageRef | None = None
+    message: MessageRef | None = None
     payload: Payload | None = None
     jws: JwsToken | None = None
 
@@ -82,36 +82,36 @@ class ModelRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True, order=Tr
 
 
 class BundleUsage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A bundle that devices began to run at some time: `activations` of them on so many `devices`."""
+    """Activations of a bundle over the fleet's history. `running_tasks` is the number of tasks that run it now."""
 
     model: ModelRef
     first: ShortText
     last: ShortText
     activations: Natural
     devices: Natural
-    running: Natural = 0
+    running_tasks: Natural = 0
 
 
 class RunningTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a device's task runs by its newest health message, since when and who decided it, where that is known."""
+    """Bundle that a device's task runs, from its newest `health` message and the `activated` message before it."""
 
     device: ShortText
     task: ShortText
     model: ModelRef | None
     agent: ShortText
-    told: ShortText
+    reported_at: ShortText
     since: ShortText | None
-    who: LongText
+    decided_by: LongText
     health: MessageRef
     activated: MessageRef | None
     rollout: dict[str, Any] | None = None
 
 
 class AccuracyEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Metrics of labelled results: a device's newest (`place`), or of labels that came to the collector.
+    """Metrics of labelled results: a device's newest `message`, or the collector's metrics of labels sent to it.
 
-    `labels`: how many came from whom; `labelling`: how late, how much of the results they cover. `low` and `high` of a
-    metric are the ends of a 95 % interval.
+    `labels` counts labels by source. `label_coverage` holds their delay and the share of results they cover. `low` and
+    `high` of a metric bound its 95 % interval.
     """
 
     device: ShortText
@@ -121,16 +121,16 @@ class AccuracyEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     model: ModelRef | None
     labels: dict[str, int]
     metrics: list[Metric]
-    labelling: dict[str, Any] = {}
+    label_coverage: dict[str, Any] = {}
     estimate: dict[str, Any] | None = None
-    place: MessageRef | None = None
+    message: MessageRef | None = None
 
 
 class ComparisonMetric(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """With its 95 % interval, of `n` windows; nulls where too few messages tell of it.
+    """Statistic with its 95 % interval over `n` windows; null if there are too few messages.
 
-    agreement: share of windows answered alike. time: in the model a window, as a multiple of the old bundle's. accuracy
-    by labels, expected accuracy: less the old one's. error by labels: mean absolute one, as a multiple.
+    agreement: share of windows with the same prediction. latency_ratio: model time per window, new over old.
+    accuracy_gain, estimated_accuracy_gain: new minus old. error_ratio: mean absolute error, new over old.
     """
 
     name: ShortText
@@ -141,9 +141,9 @@ class ComparisonMetric(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BundleComparison(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a device's signed messages at `places` say of two bundles on the same windows, in a roll-out.
+    """Comparison of two bundles on the same windows of one device, computed from its signed `shadow` messages.
 
-    `new_is_beside`: the new one answered beside, and its answers were no results. `left_out`: older messages.
+    `new_is_shadow`: the new bundle ran in shadow, so its predictions were not results. `omitted` counts older messages.
     """
 
     rollout: ShortText
@@ -151,21 +151,22 @@ class BundleComparison(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     task: ShortText
     new: ModelRef
     old: ModelRef
-    new_is_beside: bool
+    new_is_shadow: bool
     batches: Natural
     errors: Natural
     windows: Natural
-    same: Natural | None
+    agreeing: Natural | None
     labelled: Natural
-    figures: list[ComparisonMetric]
-    places: Annotated[list[MessageRef], msgspec.Meta(min_length=1, max_length=1000)]
-    left_out: Natural = 0
+    metrics: list[ComparisonMetric]
+    messages: Annotated[list[MessageRef], msgspec.Meta(min_length=1, max_length=1000)]
+    omitted: Natural = 0
 
 
 class BundleCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """bundles/NAME/VERSION-DIGEST/about.json: what a bundle is, in which folder its papers lie, who signed it.
+    """Document bundles/NAME/VERSION-DIGEST/about.json: a bundle's content, its documents and its signer.
 
-    `checked`: the signature fits the key `signer`, which is listed; else nobody's key was known here.
+    `signature_verified` is False if the manifest lists no key of the signer. `summary` is the first paragraph of the
+    model card.
     """
 
     name: ShortText
@@ -173,23 +174,23 @@ class BundleCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     digest: ShortText
     kind: ShortText
     created: ShortText
-    about: LongText
+    summary: LongText
     fields: list[str]
     labels: list[str]
     signer: ShortText
-    checked: bool
+    signature_verified: bool
     folder: ShortText
     files: list[ShortText]
-    devices: Natural = 0
+    running_tasks: Natural = 0
     model_sha256: ShortText = ""
-    # Of an evaluation that was given: metrics, and what it warns of.
-    evaluated: ShortText = ""
+    # From the evaluation, if one was given.
+    evaluated_at: ShortText = ""
     metrics: list[Metric] = []
     warnings: list[LongText] = []
 
 
 class WriteLimits(msgspec.Struct, frozen=True):
-    """Of each that goes into a folder; the worst or the newest stay."""
+    """Maximum of each kind of entry in a folder. The worst or the newest entries stay; omissions are counted."""
 
     incidents: int = 2000
     decisions: int = 5000
@@ -198,33 +199,33 @@ class WriteLimits(msgspec.Struct, frozen=True):
     running_tasks: int = 20_000
     accuracy_entries: int = 5000
     models: int = 1000
-    # Tasks of devices that are remembered on the way, and names of events that are counted each.
+    # Device tasks tracked while gathering, and event names counted separately.
     tasks: int = 100_000
     event_names: int = 200
     drift_onsets: int = 500
     bundles: int = 200
-    # Of one device, roll-out and pair of bundles as many as a device itself judges by; and how many of these.
+    # As many as the device itself evaluates its rules on.
     messages_per_comparison: int = 64
     comparisons: int = 1000
-    # Alerts of one log that are open at once; an honest device has a few.
+    # Alerts of one log that are open at once; an honest device has few.
     open_alerts: int = 1000
-    # Of one part of messages/.
+    # Size of one file in messages/.
     part_messages: int = 2000
     part_bytes: int = 32 << 20
 
 
 class ReadLimits(msgspec.Struct, frozen=True):
-    """Of a folder that somebody else made. Sizes in bytes."""
+    """Maximum that `verify` reads from an untrusted folder. Sizes are in bytes."""
 
     files: int = 4096
     messages: int = 200_000
     manifest_bytes: int = 16 << 20
     token_bytes: int = 4096
-    # A file that is parsed line by line, and one line of it: a payload of a megabyte, escaped.
+    # One line of a JSON Lines file: an escaped payload of 1 MiB fits.
     line_bytes: int = 8 << 20
     file_bytes: int = 1 << 30
     total_bytes: int = 4 << 30
-    # What is read whole.
+    # A file that is read into memory as a whole.
     document_bytes: int = 32 << 20
     problems: int = 500
     metadata_bytes: int = 4 << 20

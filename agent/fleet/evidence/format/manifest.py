@@ -1,10 +1,10 @@
-"""`manifest.json`: every file of the folder with its size and digest, when and of what it was made, which keys count.
+"""Manifest of an evidence folder: every file with its size and SHA-256, the trusted keys, and the moment it describes.
 
-Rules of `decode`, before any file is touched:
-- an object of version 1 without unknown members, none of them twice
-- paths are relative, plain, at most four names deep, none twice, none that another one would lie in
-- sizes are within the bounds, for each file and together
-- keys are keys that somebody holds, each under its own thumbprint
+Rules of `decode`, checked before any listed file is opened:
+- the document is a version 1 object without unknown or duplicate members
+- paths are relative, at most four names deep, unique without regard to case, and none is a folder of another
+- each file size and their sum are within the limits
+- every key is a valid public key listed once per role under its own thumbprint
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from agent.wire.keys import SigningKey, parse_public_key
 from agent.wire.messages import Natural, Positive, Rfc3339, ShortText
 
 MANIFEST_FILE, SIGNATURE_FILE = "manifest.json", "manifest.jws"
-# Stands where a message's topic stands: no signature of a message or a bundle can pass for one of a folder.
+# Takes the place of a message's topic, so that no signature of a message or a bundle is valid for a folder.
 SIGNATURE_DOMAIN = "evidence"
 RelativePath = Annotated[str, msgspec.Meta(max_length=240)]
 _PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,119}(/[A-Za-z0-9_][A-Za-z0-9._+-]{0,119}){0,3}\Z")
@@ -37,7 +37,10 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TrustedKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """`owner`: a device, else the role. With `through`, another key followed it: it counts up to that seq of `log`."""
+    """Public key whose signatures count. `owner` is a device name, or the role itself.
+
+    A key that was replaced counts up to `last_valid_seq` of `log`.
+    """
 
     kid: ShortText
     key: ShortText
@@ -46,27 +49,27 @@ class TrustedKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     since: ShortText = ""
     revoked: ShortText = ""
     log: ShortText | None = None
-    through: Natural | None = None
+    last_valid_seq: Natural | None = None
 
 
 class ReceivedSpan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """When messages came to the collector, first and last; None without any."""
+    """Times at which the collector received its first and last message; None without messages."""
 
     first: Rfc3339 | None
     last: Rfc3339 | None
 
 
 class EvidenceManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`left_out`: how many of what were too many for the folder. `at`: the moment it tells of."""
+    """Manifest. `as_of` is the moment that the folder describes; `omitted` counts entries above the limits, by kind."""
 
     v: Literal[1]
     kind: Literal["evidence"]
     fleet: ShortText
-    at: Rfc3339
+    as_of: Rfc3339
     agent: ShortText
     span: ReceivedSpan
     messages: Natural
-    left_out: dict[ShortText, Positive]
+    omitted: dict[ShortText, Positive]
     keys: Annotated[list[TrustedKey], msgspec.Meta(max_length=200_000)]
     files: Annotated[list[FileEntry], msgspec.Meta(max_length=READ_LIMITS.files)]
 
@@ -79,22 +82,22 @@ def encode(manifest: EvidenceManifest) -> bytes:
 
 
 def decode(data: bytes) -> EvidenceManifest:
-    """Raises Refused, never another exception."""
+    """Parse and check a manifest. Raises MessageRefused and no other exception."""
     if len(data) > READ_LIMITS.manifest_bytes:
         raise MessageRefused("too large", f"{len(data)} bytes, the limit is {READ_LIMITS.manifest_bytes}")
     try:
-        found = _DECODER.decode(data)
+        manifest = _DECODER.decode(data)
         check_strict_json(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise MessageRefused("malformed manifest", str(error)[:200]) from None
-    _check_paths([one.path for one in found.files])
-    _check_sizes(found.files)
-    _check_keys(found.keys)
-    return found
+    _check_paths([file.path for file in manifest.files])
+    _check_sizes(manifest.files)
+    _check_keys(manifest.keys)
+    return manifest
 
 
 def sign(data: bytes, key: SigningKey) -> bytes:
-    """The content of `manifest.jws`."""
+    """Return the content of `manifest.jws`."""
     return jws.sign(key, SIGNATURE_DOMAIN, data).encode() + b"\n"
 
 
@@ -106,34 +109,36 @@ def _check_paths(paths: list[str]) -> None:
     seen: set[str] = set()
     for path in paths:
         if not is_valid_path(path) or path in (MANIFEST_FILE, SIGNATURE_FILE):
-            raise MessageRefused("path", f"{path[:120]!r} is no path that a file of an evidence folder may have")
-        # Where case does not count, two names would be one file.
+            raise MessageRefused("path", f"{path[:120]!r} is not a valid path in an evidence folder")
+        # On a case-insensitive file system, names that differ in case only are one file.
         if path.lower() in seen:
             raise MessageRefused("path", f"{path[:120]!r} is listed twice")
         seen.add(path.lower())
     for path in paths:
         parts = path.lower().split("/")
         if any("/".join(parts[:n]) in seen for n in range(1, len(parts))):
-            raise MessageRefused("path", f"{path[:120]!r} lies in what is listed as a file")
+            raise MessageRefused("path", f"{path[:120]!r} lies in a path that is listed as a file")
 
 
 def _check_sizes(files: list[FileEntry]) -> None:
-    for one in files:
-        if one.size > READ_LIMITS.file_bytes:
-            raise MessageRefused("too large", f"{one.path} has {one.size} bytes, the limit is {READ_LIMITS.file_bytes}")
-    if sum(one.size for one in files) > READ_LIMITS.total_bytes:
-        raise MessageRefused("too large", f"all files together are above the limit of {READ_LIMITS.total_bytes} bytes")
+    for file in files:
+        if file.size > READ_LIMITS.file_bytes:
+            raise MessageRefused(
+                "too large", f"{file.path} has {file.size} bytes, the limit is {READ_LIMITS.file_bytes}"
+            )
+    if sum(file.size for file in files) > READ_LIMITS.total_bytes:
+        raise MessageRefused("too large", f"all files together exceed the limit of {READ_LIMITS.total_bytes} bytes")
 
 
 def _check_keys(keys: list[TrustedKey]) -> None:
     seen: set[tuple[str, str]] = set()
-    for one in keys:
+    for key in keys:
         try:
-            kid = parse_public_key(one.key).kid
+            kid = parse_public_key(key.key).kid
         except ValueError as error:
-            raise MessageRefused("key", f"{one.role} {one.owner!r}: {error}") from None
-        if kid != one.kid:
-            raise MessageRefused("key", f"{one.role} {one.owner!r}: kid {one.kid[:64]!r} is not the key's thumbprint")
-        if (one.role, kid) in seen:
-            raise MessageRefused("key", f"{one.role} {one.owner!r}: key {kid} is listed twice")
-        seen.add((one.role, kid))
+            raise MessageRefused("key", f"{key.role} {key.owner!r}: {error}") from None
+        if kid != key.kid:
+            raise MessageRefused("key", f"{key.role} {key.owner!r}: kid {key.kid[:64]!r} is not the key's thumbprint")
+        if (key.role, kid) in seen:
+            raise MessageRefused("key", f"{key.role} {key.owner!r}: key {kid} is listed twice")
+        seen.add((key.role, kid))

@@ -1,6 +1,6 @@
-"""Bundles: the papers of every one that was published here, was named, or ships with the agent and runs.
+"""Bundle documents: cards, manifest and signature of every published, given, or running built-in bundle.
 
-A bundle's model and golden vectors stay where they are; what is copied is what says what it is, and who signed that.
+Models and golden vectors stay where they are; only the documents are copied.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DOCUMENT_FILES = ("manifest.json", "manifest.jws", "MODEL_CARD.md", "DATA_CARD.m
 
 
 class BundleDocuments(msgspec.Struct):
-    """`files`: path in the folder → content. `unread`: what could not be read, in words."""
+    """Cards and files (path in the folder → content). `unreadable` has a sentence for each unreadable bundle."""
 
     cards: list[BundleCard] = msgspec.field(default_factory=list)
     files: dict[str, bytes] = msgspec.field(default_factory=dict)
@@ -41,35 +41,42 @@ def gather(
     bundle_paths: Sequence[Path],
     publishers: Sequence[PublicKey],
     evaluations: Sequence[tuple[bytes, Evaluation]],
-    running: dict[str, int],
+    tasks_by_digest: dict[str, int],
 ) -> BundleDocuments:
-    """`running`: how many devices run a bundle, by digest. Raises BadBundle for a given one that cannot be read."""
-    found, known = BundleDocuments(), {key.kid: jws.Signer("publisher", key) for key in publishers}
-    of = {one.model.digest: (text, one) for text, one in evaluations}
+    """Return the documents of all bundles. `tasks_by_digest`: bundle digest → number of tasks that run it.
+
+    Raises BadBundle for a path in `bundle_paths` that cannot be read, UsageError for an evaluation of no known bundle.
+    """
+    documents = BundleDocuments()
+    signers = {key.kid: jws.Signer("publisher", key) for key in publishers}
+    evaluation_by_digest = {evaluation.model.digest: (data, evaluation) for data, evaluation in evaluations}
     seen: set[str] = set()
-    for one in _iter_bundles(fleet_dir, bundle_paths, set(running), found):
-        if one.digest in seen:
+    for loaded in _iter_bundles(fleet_dir, bundle_paths, set(tasks_by_digest), documents):
+        if loaded.digest in seen:
             continue
-        seen.add(one.digest)
-        if len(found.cards) >= WRITE_LIMITS.bundles:
-            found.omitted += 1
+        seen.add(loaded.digest)
+        if len(documents.cards) >= WRITE_LIMITS.bundles:
+            documents.omitted += 1
             continue
-        _add_bundle(found, one, known, of.get(one.digest), running.get(one.digest, 0))
-    if unknown := [digest for digest in of if digest not in seen]:
+        evaluation = evaluation_by_digest.get(loaded.digest)
+        _add_bundle(documents, loaded, signers, evaluation, tasks_by_digest.get(loaded.digest, 0))
+    if unknown := [digest for digest in evaluation_by_digest if digest not in seen]:
         raise UsageError(
-            f"--evaluation: it is of bundle {unknown[0]}, which is not among the bundles; add --bundle PATH"
+            f"--evaluation: it evaluates bundle {unknown[0]}, which is not among the bundles; add --bundle PATH"
         )
-    found.cards.sort(key=lambda card: (card.name, card.created, card.version, card.digest))
-    return found
+    documents.cards.sort(key=lambda card: (card.name, card.created, card.version, card.digest))
+    return documents
 
 
 def read_evaluation(path: Path) -> tuple[bytes, Evaluation]:
-    """The file's bytes and what they say. Raises UsageError."""
+    """Return the bytes and the content of an evaluation document. Raises UsageError."""
     try:
-        text = path.read_bytes()
-        return text, msgspec.json.decode(text, type=Evaluation)
+        data = path.read_bytes()
+        return data, msgspec.json.decode(data, type=Evaluation)
     except (OSError, msgspec.MsgspecError) as error:
-        raise UsageError(f"--evaluation {path}: not what `outstation model evaluate --json` writes: {error}") from None
+        raise UsageError(
+            f"--evaluation {path}: not the output of `outstation model evaluate --json`: {error}"
+        ) from None
 
 
 def _iter_bundles(
@@ -78,16 +85,16 @@ def _iter_bundles(
     for path in bundle_paths:
         yield bundle.read(path, None)
     published = sorted((fleet_dir / "repository" / "targets").rglob("*.zip"))
-    ours = sorted(path for path in builtin.bundles_dir().iterdir() if (path / "manifest.json").exists())
-    for path in [*published, *ours]:
+    built_in = sorted(path for path in builtin.bundles_dir().iterdir() if (path / "manifest.json").exists())
+    for path in [*published, *built_in]:
         try:
-            one = bundle.read(path, None)
+            loaded = bundle.read(path, None)
         except BadBundle as problem:
             logger.warning("%s", problem)
             documents.unreadable.append(f"{path.name}: {str(problem).removeprefix(str(path) + ': ')}")
             continue
-        if path not in ours or one.digest in running:
-            yield one
+        if path not in built_in or loaded.digest in running:
+            yield loaded
 
 
 def _add_bundle(
@@ -95,16 +102,15 @@ def _add_bundle(
     loaded: Bundle,
     publishers: dict[str, jws.Signer],
     evaluation: tuple[bytes, Evaluation] | None,
-    devices: int,
+    running_tasks: int,
 ) -> None:
     manifest = loaded.manifest
-    folder = (
-        f"bundles/{manifest.name}/{_sanitize_version(manifest.version)}-{loaded.digest.removeprefix('sha256:')[:16]}"
-    )
-    papers = {name: loaded.files[name] for name in DOCUMENT_FILES if name in loaded.files}
+    short_digest = loaded.digest.removeprefix("sha256:")[:16]
+    folder = f"bundles/{manifest.name}/{_sanitize_version(manifest.version)}-{short_digest}"
+    files = {name: loaded.files[name] for name in DOCUMENT_FILES if name in loaded.files}
     metrics: list[Metric] = []
     if evaluation is not None:
-        papers["evaluation.json"] = evaluation[0]
+        files["evaluation.json"] = evaluation[0]
         metrics = [msgspec.convert(m.to_dict(), Metric) for m in evaluation[1].metrics]
     card = BundleCard(
         name=manifest.name,
@@ -112,21 +118,21 @@ def _add_bundle(
         digest=loaded.digest,
         kind=manifest.label_kind,
         created=manifest.created,
-        about=_first_paragraph(loaded.files.get("MODEL_CARD.md", b"")),
+        summary=_first_paragraph(loaded.files.get("MODEL_CARD.md", b"")),
         fields=list(manifest.input.fields)[:200],
         labels=list(manifest.output.labels)[:200],
         signer=loaded.signer,
-        checked=_is_signed_by_publisher(papers, publishers),
+        signature_verified=_is_signed_by_publisher(files, publishers),
         folder=folder,
-        files=sorted(papers),
-        devices=devices,
+        files=sorted(files),
+        running_tasks=running_tasks,
         model_sha256=hashlib.sha256(loaded.model_bytes).hexdigest(),
-        evaluated=evaluation[1].evaluated_at if evaluation else "",
+        evaluated_at=evaluation[1].evaluated_at if evaluation else "",
         metrics=metrics,
         warnings=list(evaluation[1].warnings) if evaluation else [],
     )
     documents.cards.append(card)
-    documents.files |= {f"{folder}/{name}": data for name, data in papers.items()}
+    documents.files |= {f"{folder}/{name}": data for name, data in files.items()}
     documents.files[f"{folder}/about.json"] = msgspec.json.format(msgspec.json.encode(card), indent=1) + b"\n"
 
 
@@ -140,13 +146,13 @@ def _is_signed_by_publisher(documents: dict[str, bytes], publishers: dict[str, j
 
 
 def _sanitize_version(version: str) -> str:
-    """A version as it may stand in a path; the digest beside it tells two apart that look alike then."""
-    kept = "".join(char if char.isascii() and (char.isalnum() or char in "._+-") else "_" for char in version)
-    return kept if is_valid_path(kept) else "v" + kept.lstrip(".+-")
+    """Return the version as a valid path segment. The digest after it keeps equal results apart."""
+    safe = "".join(char if char.isascii() and (char.isalnum() or char in "._+-") else "_" for char in version)
+    return safe if is_valid_path(safe) else "v" + safe.lstrip(".+-")
 
 
 def _first_paragraph(card: bytes) -> str:
-    """The first paragraph of a model card that is no heading."""
+    """Return the first paragraph of a model card that is neither heading, table nor comment."""
     lines: list[str] = []
     for line in card.decode(errors="replace").splitlines():
         plain = line.strip()

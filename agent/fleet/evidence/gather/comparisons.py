@@ -1,56 +1,74 @@
-"""What devices told of two bundles on the same windows: figures with their intervals, counted from signed messages.
+"""Comparisons of two bundles on the same windows: statistics with intervals, computed from signed `shadow` messages.
 
-Counted once when a folder is made and again when it is verified, by the code that devices themselves judge by.
+They are computed when a folder is written and again when it is verified, with the code that devices use for rules.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
 from agent.comparison import paired_intervals
 from agent.comparison.paired_intervals import ComparisonBlock, ComparisonEstimate
 from agent.comparison.tally import ComparisonStats
-from agent.fleet.evidence.format.contents import WRITE_LIMITS, BundleComparison, ComparisonMetric, MessageRef, ModelRef
-from agent.wire.messages import ModelRef as Told
+from agent.fleet.evidence.format.contents import (
+    WRITE_LIMITS,
+    BundleComparison,
+    ComparisonMetric,
+    MessageRef,
+    ModelRef,
+)
+from agent.wire.messages import ModelRef as ReportedModel
 from agent.wire.messages import ShadowPayload
 
+# Roll-out, device, task, digest of `model`, digest of `other`.
 _ComparisonKey = tuple[str, str, str, str, str]
 
 
 class ComparisonCollector(msgspec.Struct):
-    """By roll-out, device, task and pair of bundles, messages as they come: by device, log and seq."""
+    """Newest `shadow` messages of each roll-out, device, task and pair of bundles.
+
+    Messages arrive ordered by device, log and seq.
+    """
 
     omitted: int = 0
     _messages: dict[_ComparisonKey, list[ShadowPayload]] = msgspec.field(default_factory=dict)
     _dropped: Counter[_ComparisonKey] = msgspec.field(default_factory=Counter)
 
     def add(self, body: ShadowPayload) -> None:
-        key = (body.rollout, body.device, body.task, body.model.digest, body.other.digest)
+        key = comparison_key(body)
         if key not in self._messages and len(self._messages) >= WRITE_LIMITS.comparisons:
             self.omitted += 1
             return
-        of = self._messages.setdefault(key, [])
-        of.append(body)
-        if len(of) > WRITE_LIMITS.messages_per_comparison:
-            # The newest stay: they lie beside one another, which intervals go by.
-            del of[0]
+        messages = self._messages.setdefault(key, [])
+        messages.append(body)
+        if len(messages) > WRITE_LIMITS.messages_per_comparison:
+            # The newest stay: the intervals need consecutive messages.
+            del messages[0]
             self._dropped[key] += 1
 
     def build_comparisons(self, digests: Mapping[str, str]) -> list[BundleComparison]:
-        """`digests`: of the new bundle of each roll-out; the bundle beside is taken for it where that is not known."""
+        """Return all comparisons. `digests`: roll-out → digest of its new bundle.
+
+        For an unknown roll-out, the bundle in shadow counts as the new one.
+        """
         return [
-            compare_messages(told, new_is_shadow=digests.get(key[0]) != key[3], omitted=self._dropped[key])
-            for key, told in sorted(self._messages.items())
+            compare_messages(messages, new_is_shadow=digests.get(key[0]) != key[3], omitted=self._dropped[key])
+            for key, messages in sorted(self._messages.items())
         ]
 
 
+def comparison_key(body: ShadowPayload) -> _ComparisonKey:
+    """Return the key that messages of one comparison share."""
+    return body.rollout, body.device, body.task, body.model.digest, body.other.digest
+
+
 def compare_messages(messages: Sequence[ShadowPayload], *, new_is_shadow: bool, omitted: int = 0) -> BundleComparison:
-    """Of one device, roll-out, task and pair; `told` is not empty."""
+    """Return the comparison of at least one message. All messages share one comparison key."""
     last = messages[-1]
-    blocks = [ComparisonBlock(ComparisonStats.from_message(one)) for one in messages]
+    blocks = [ComparisonBlock(ComparisonStats.from_message(body)) for body in messages]
     total = sum((block.stats for block in blocks), ComparisonStats())
     return BundleComparison(
         rollout=last.rollout,
@@ -58,44 +76,38 @@ def compare_messages(messages: Sequence[ShadowPayload], *, new_is_shadow: bool, 
         task=last.task,
         new=_to_model_ref(last.other if new_is_shadow else last.model),
         old=_to_model_ref(last.model if new_is_shadow else last.other),
-        new_is_beside=new_is_shadow,
+        new_is_shadow=new_is_shadow,
         batches=total.batches,
         errors=total.errors,
         windows=total.n,
-        same=total.agreeing,
+        agreeing=total.agreeing,
         labelled=sum(total.labelled),
-        figures=list(_compute_metrics(blocks, new_is_shadow)),
-        places=[MessageRef(one.device, one.log, one.seq) for one in messages],
-        left_out=omitted,
+        metrics=list(_compute_metrics(blocks, new_is_shadow)),
+        messages=[MessageRef(body.device, body.log, body.seq) for body in messages],
+        omitted=omitted,
     )
-
-
-def comparison_keys(messages: Iterable[ShadowPayload]) -> set[_ComparisonKey]:
-    """What these are about: one of it, where they belong together."""
-    return {(one.rollout, one.device, one.task, one.model.digest, one.other.digest) for one in messages}
 
 
 def _compute_metrics(blocks: Sequence[ComparisonBlock], new_is_shadow: bool) -> Iterator[ComparisonMetric]:
     yield _build_metric("agreement", paired_intervals.agreement(blocks))
-    yield _build_metric("time", paired_intervals.latency_ratio(blocks, new_is_other=new_is_shadow))
-    if any(sum(one.stats.labelled) for one in blocks):
-        yield _build_metric(
-            "accuracy by labels", paired_intervals.labelled_accuracy_gain(blocks, new_is_other=new_is_shadow)
-        )
-    if any(one.stats.model.expected.n and one.stats.other.expected.n for one in blocks):
-        yield _build_metric(
-            "expected accuracy", paired_intervals.expected_accuracy_gain(blocks, new_is_other=new_is_shadow)
-        )
-    if any(one.stats.model.abs_error.n and one.stats.other.abs_error.n for one in blocks):
-        yield _build_metric("error by labels", paired_intervals.error_ratio(blocks, new_is_other=new_is_shadow))
+    yield _build_metric("latency_ratio", paired_intervals.latency_ratio(blocks, new_is_other=new_is_shadow))
+    stats = [block.stats for block in blocks]
+    if any(sum(block.labelled) for block in stats):
+        gain = paired_intervals.labelled_accuracy_gain(blocks, new_is_other=new_is_shadow)
+        yield _build_metric("accuracy_gain", gain)
+    if any(block.model.expected.n and block.other.expected.n for block in stats):
+        gain = paired_intervals.expected_accuracy_gain(blocks, new_is_other=new_is_shadow)
+        yield _build_metric("estimated_accuracy_gain", gain)
+    if any(block.model.abs_error.n and block.other.abs_error.n for block in stats):
+        yield _build_metric("error_ratio", paired_intervals.error_ratio(blocks, new_is_other=new_is_shadow))
 
 
 def _build_metric(name: str, estimate: ComparisonEstimate | None) -> ComparisonMetric:
     if estimate is None:
         return ComparisonMetric(name)
-    # Sums of the same numbers can differ in the last digits from machine to machine.
+    # The last digits of a sum can differ between machines.
     return ComparisonMetric(name, round(estimate.value, 6), round(estimate.low, 6), round(estimate.high, 6), estimate.n)
 
 
-def _to_model_ref(model: Told) -> ModelRef:
+def _to_model_ref(model: ReportedModel) -> ModelRef:
     return ModelRef(model.name, model.version, model.digest)

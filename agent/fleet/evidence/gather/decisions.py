@@ -1,4 +1,7 @@
-"""Decisions: what changed on devices and in roll-outs, when, and by whom, as far as what is signed tells."""
+"""Decisions: changes on devices and in roll-outs with their time and actor, from signed messages and signed decisions.
+
+An operator's decisions of one roll-out form a chain: each names the digest of the decision before it.
+"""
 
 from __future__ import annotations
 
@@ -17,31 +20,28 @@ from agent.wire import jws
 from agent.wire.jws import Signer
 from agent.wire.messages import MAX_PAYLOAD, AuditPayload, digest
 
-# What happened to a device, and was nobody's decision; it is counted.
+# Events that nobody decided. They are only counted.
 OPERATIONAL_EVENTS = frozenset({"started", "stopped", "clock", "evicted", "new log"})
-_DEVICE_ACTOR = "the device itself"
+_DEVICE_ACTOR = "the device"
 _ACTOR_BY_EVENT = {
-    "quarantined": "the device itself, because the model kept ending it",
-    "learned": "the device itself, as configured",
-    "not learned": "the device itself, as configured",
-    "key rotated": "the device, with its old key and the new one",
+    "quarantined": "the device, because the model kept crashing it",
+    "learned": "the device, as configured",
+    "not learned": "the device, as configured",
+    "key rotated": "the device, with its old and new key",
 }
 _ACTOR_BY_REASON = {
     "configured": "whoever configured the device",
     "rollback": "an operator, by command",
-    "quarantine": "the device itself, because the model before kept ending it",
+    "quarantine": "the device, because the model before kept crashing it",
     "roll-out": "an operator, by a roll-out",
     "roll-out called back": "an operator, who called a roll-out back",
 }
+_ACTOR_BY_REQUEST = {"from the fleet": "an operator, by command", "on the device": "somebody at the device"}
 
 
 class DecisionCollector(msgspec.Struct):
-    """The newest are kept. `operators`: kid → name. `happened`: how often what was nobody's decision.
+    """Newest decisions. `withheld` counts messages that quote labels and so do not leave the database."""
 
-    `private`: how many messages quote labels, and stay where they are.
-    """
-
-    operators: dict[str, str]
     operational_events: Counter[str] = msgspec.field(default_factory=Counter)
     event_counts: Counter[str] = msgspec.field(default_factory=Counter)
     omitted: int = 0
@@ -61,53 +61,41 @@ class DecisionCollector(msgspec.Struct):
             DecisionRecord(
                 time=body.time,
                 event=body.event,
-                who=self._name_actor(body),
+                decided_by=_name_actor(body),
                 summary=body.summary,
                 device=body.device,
                 task=_as_text(evidence.get("task")) or _as_text(_get_args(evidence).get("task")),
                 rollout=_as_text(evidence.get("rollout")),
                 phase=_as_text(evidence.get("phase")) if body.event == "rollout" else "",
-                place=None if has_label_data(body) else MessageRef(body.device, body.log, body.seq),
+                message=None if has_label_data(body) else MessageRef(body.device, body.log, body.seq),
             )
         )
 
     def add_operator_decisions(
         self, rows: Iterable[dict[str, Any]], find_signer: Callable[[str], Signer | None]
     ) -> int:
-        """What operators signed, by roll-out and number; how many do not verify, and are left out."""
+        """Add signed decisions, ordered by roll-out and number. Return how many did not verify; they are left out."""
         refused = 0
         for row in rows:
             try:
-                told = verify_decision(row["rollout"], row["payload"], row["jws"], find_signer)
+                body = verify_decision(row["rollout"], row["payload"], row["jws"], find_signer)
             except MessageRefused:
                 refused += 1
                 continue
             if len(self._signed) >= WRITE_LIMITS.decisions:
                 self.omitted += 1
                 continue
-            self._count_event(told.event)
-            self._signed.append(build_record(told, row["payload"], row["jws"]))
+            self._count_event(body.event)
+            self._signed.append(build_record(body, row["payload"], row["jws"]))
         return refused
 
     def sort_by_time(self) -> list[DecisionRecord]:
-        """Oldest first."""
-        of_devices = [entry[-1] for entry in self._newest]
-        return sorted([*self._signed, *of_devices], key=lambda one: (one.time, one.rollout, one.device))
-
-    def _name_actor(self, body: AuditPayload) -> str:
-        if body.event == "command":
-            kid = _as_text(body.evidence.get("kid"))
-            return f"{self.operators.get(kid, 'an operator')}, by command (key {kid[:10]}…)"
-        if body.event == "activated":
-            return name_activator(body)
-        if body.event == "rollout":
-            return f"the device, in roll-out {_as_text(body.evidence.get('rollout'))}"
-        if body.event == "reference reset":
-            return f"asked {_as_text(body.evidence.get('by')) or 'by somebody'}"
-        return _ACTOR_BY_EVENT.get(body.event, _DEVICE_ACTOR)
+        """Return all decisions, oldest first."""
+        device_records = [entry[-1] for entry in self._newest]
+        return sorted([*self._signed, *device_records], key=lambda record: (record.time, record.rollout, record.device))
 
     def _count_event(self, event: str) -> None:
-        # Devices name them.
+        # Devices choose event names, so their number has a limit.
         known = event in self.event_counts or len(self.event_counts) < WRITE_LIMITS.event_names
         self.event_counts[event if known else "others"] += 1
 
@@ -122,44 +110,47 @@ class DecisionCollector(msgspec.Struct):
         self.omitted += 1
 
 
+def _name_actor(body: AuditPayload) -> str:
+    if body.event == "command":
+        return f"an operator, by command (key {_as_text(body.evidence.get('kid'))[:10]}…)"
+    if body.event == "activated":
+        return name_activator(body)
+    if body.event == "rollout":
+        return f"the device, in roll-out {_as_text(body.evidence.get('rollout'))}"
+    if body.event == "reference reset":
+        return _ACTOR_BY_REQUEST.get(_as_text(body.evidence.get("by")), _DEVICE_ACTOR)
+    return _ACTOR_BY_EVENT.get(body.event, _DEVICE_ACTOR)
+
+
 def name_activator(body: AuditPayload) -> str:
-    """Who decided that a bundle runs."""
-    why = _as_text(body.evidence.get("why"))
-    return _ACTOR_BY_REASON.get(why, f"the device itself: {why}" if why else "not told")
+    """Return the actor who decided that a bundle runs."""
+    reason = _as_text(body.evidence.get("why"))
+    return _ACTOR_BY_REASON.get(reason, f"the device: {reason}" if reason else "an unknown actor")
 
 
 def has_label_data(body: AuditPayload) -> bool:
-    """Whether the signed message quotes what somebody said was true of results: such a message does not leave."""
+    """Return True if the signed message quotes labels. Such a message does not leave the database."""
     return body.event == "command" and body.evidence.get("name") == "label"
-
-
-def _get_args(evidence: dict[str, Any]) -> dict[str, Any]:
-    found = evidence.get("args")
-    return found if isinstance(found, dict) else {}
-
-
-def _as_text(value: object) -> str:
-    return value[:256] if isinstance(value, str) else ""
 
 
 def verify_decision(
     rollout: str, payload: object, token: object, find_signer: Callable[[str], Signer | None]
 ) -> DecisionBody:
-    """What was signed for this roll-out. Raises Refused, never another exception."""
+    """Return the decision signed for this roll-out. Raises MessageRefused and no other exception."""
     if not (isinstance(payload, bytes) and isinstance(token, str)) or len(payload) > MAX_PAYLOAD:
-        raise MessageRefused("malformed decision", "payload or signature is none")
-    told = rollout_decisions.verify(rollout, payload, token, find_signer)
-    if told.rollout != rollout:
-        raise MessageRefused("other roll-out", f"the payload is of {told.rollout!r}")
-    return told
+        raise MessageRefused("malformed decision", "payload or signature is missing or too large")
+    body = rollout_decisions.verify(rollout, payload, token, find_signer)
+    if body.rollout != rollout:
+        raise MessageRefused("other roll-out", f"the payload belongs to {body.rollout!r}")
+    return body
 
 
 def build_record(body: DecisionBody, payload: bytes, token: str) -> DecisionRecord:
-    """As it stands in decisions.jsonl."""
+    """Return the line of decisions.jsonl for a signed decision."""
     return DecisionRecord(
         time=body.time,
         event=body.event,
-        who=f"an operator (key {jws.claimed_kid(token)[:10]}…)",
+        decided_by=f"an operator (key {jws.claimed_kid(token)[:10]}…)",
         summary=body.summary,
         rollout=body.rollout,
         payload=payload.decode(),
@@ -168,20 +159,29 @@ def build_record(body: DecisionBody, payload: bytes, token: str) -> DecisionReco
 
 
 def find_chain_breaks(signed: Iterable[tuple[DecisionBody, bytes]], *, is_complete: bool) -> Iterator[str]:
-    """Where a chain is not one, in words; unless `whole`, it may begin in the middle."""
+    """Yield a sentence for each break in the chains of decisions. An incomplete chain may start at any number."""
     chains: dict[str, dict[int, tuple[DecisionBody, str]]] = {}
-    for told, payload in signed:
-        of = chains.setdefault(told.rollout, {})
-        if told.n in of:
-            yield f"roll-out {told.rollout}: decision {told.n} is there twice"
-        of[told.n] = (told, digest(payload))
-    for rollout, of in chains.items():
-        first = min(of)
+    for body, payload in signed:
+        chain = chains.setdefault(body.rollout, {})
+        if body.n in chain:
+            yield f"roll-out {body.rollout}: decision {body.n} occurs twice"
+        chain[body.n] = (body, digest(payload))
+    for rollout, chain in chains.items():
+        first = min(chain)
         if is_complete and first != 1:
             yield f"roll-out {rollout}: decisions before number {first} are missing"
-        for n, (told, _) in sorted(of.items()):
-            before = of.get(n - 1)
-            if n != first and before is None:
-                yield f"roll-out {rollout}: what came before decision {n} is missing"
-            if (n == 1 and told.prev != "") or (before is not None and told.prev != before[1]):
+        for n, (body, _) in sorted(chain.items()):
+            previous = chain.get(n - 1)
+            if n != first and previous is None:
+                yield f"roll-out {rollout}: the decision before number {n} is missing"
+            if (n == 1 and body.prev != "") or (previous is not None and body.prev != previous[1]):
                 yield f"roll-out {rollout}: decision {n} does not follow the one before it: prev is not its digest"
+
+
+def _get_args(evidence: dict[str, Any]) -> dict[str, Any]:
+    args = evidence.get("args")
+    return args if isinstance(args, dict) else {}
+
+
+def _as_text(value: object) -> str:
+    return value[:256] if isinstance(value, str) else ""

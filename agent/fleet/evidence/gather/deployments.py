@@ -1,4 +1,4 @@
-"""What runs where: by the newest health message of each device, since when and by whom by its `activated` messages."""
+"""Deployments: the bundle of each task by the newest `health` message, with start and actor of its activation."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from agent.fleet.evidence.format.contents import WRITE_LIMITS, BundleUsage, Mess
 from agent.fleet.evidence.gather.decisions import name_activator
 from agent.wire.messages import AuditPayload, HealthPayload
 
-_UNKNOWN_ACTOR = "not told in what is stored"
+_UNKNOWN_ACTOR = "unknown"
 
 
 class _Activation(msgspec.Struct, frozen=True):
     digest: str
     time: str
-    who: str
-    place: MessageRef
+    decided_by: str
+    message: MessageRef
 
 
 class _UsageCounts(msgspec.Struct):
@@ -30,7 +30,10 @@ class _UsageCounts(msgspec.Struct):
 
 
 class ActivationCollector(msgspec.Struct):
-    """The newest activation of each (device, task), and when each bundle ran; messages come by device, log and seq."""
+    """Newest activation of each (device, task), and the usage of each bundle.
+
+    Messages arrive ordered by device, log and seq.
+    """
 
     newest_logs: dict[str, str]
     omitted: int = 0
@@ -43,64 +46,65 @@ class ActivationCollector(msgspec.Struct):
             return
         self._record_usage(body, to)
         key, known = (body.device, task), self._latest.get((body.device, task))
-        # Logs come in no order of time: the newest log counts, then the later message.
+        # Logs arrive in no order of time: the newest log counts, then the later message.
         if known is None and len(self._latest) >= WRITE_LIMITS.tasks:
             self.omitted += 1
         elif known is None or self.newest_logs.get(body.device) == body.log or known.time <= body.time:
-            place = MessageRef(body.device, body.log, body.seq)
-            self._latest[key] = _Activation(str(to.get("digest")), body.time, name_activator(body), place)
+            message = MessageRef(body.device, body.log, body.seq)
+            self._latest[key] = _Activation(str(to.get("digest")), body.time, name_activator(body), message)
 
     def build_history(self, tasks_by_digest: dict[str, int]) -> list[BundleUsage]:
-        """Of each bundle that ever ran, oldest first; `running`: for how many tasks one does now, by digest."""
-        found = [
+        """Return every bundle that ever ran, oldest first. `tasks_by_digest`: digest → tasks that run it now."""
+        history = [
             BundleUsage(
-                model=past.model,
-                first=past.first,
-                last=past.last,
-                activations=past.activations,
-                devices=past.devices,
-                running=tasks_by_digest.get(digest, 0),
+                model=usage.model,
+                first=usage.first,
+                last=usage.last,
+                activations=usage.activations,
+                devices=usage.devices,
+                running_tasks=tasks_by_digest.get(digest, 0),
             )
-            for digest, past in self._usage.items()
+            for digest, usage in self._usage.items()
         ]
-        return sorted(found, key=lambda ran: (ran.first, ran.model))
+        return sorted(history, key=lambda usage: (usage.first, usage.model))
 
     def _record_usage(self, body: AuditPayload, to: dict[str, Any]) -> None:
         model = parse_model_ref(to)
         if model is None:
             return
-        past = self._usage.get(model.digest)
-        if past is None:
+        usage = self._usage.get(model.digest)
+        if usage is None:
             if len(self._usage) >= WRITE_LIMITS.models:
                 self.omitted += 1
                 return
-            past = self._usage[model.digest] = _UsageCounts(model, body.time, body.time)
-        past.first, past.last = min(past.first, body.time), max(past.last, body.time)
-        past.activations += 1
-        # Messages of a device lie beside each other.
-        past.devices += past.last_device != body.device
-        past.last_device = body.device
+            usage = self._usage[model.digest] = _UsageCounts(model, body.time, body.time)
+        usage.first, usage.last = min(usage.first, body.time), max(usage.last, body.time)
+        usage.activations += 1
+        # Messages of one device are adjacent.
+        usage.devices += usage.last_device != body.device
+        usage.last_device = body.device
 
     def build_running_tasks(self, health: HealthPayload, agent: str) -> list[RunningTask]:
-        """Of each task of a device."""
-        return [self._build_running_task(health, agent, task, told) for task, told in sorted(health.tasks.items())]
+        """Return an entry for each task of a device."""
+        return [self._build_running_task(health, agent, task, state) for task, state in sorted(health.tasks.items())]
 
     def _build_running_task(
         self, health: HealthPayload, agent: str, task: str, task_health: dict[str, Any]
     ) -> RunningTask:
-        model, change = parse_model_ref(task_health.get("model")), self._latest.get((health.device, task))
-        fits = change is not None and model is not None and change.digest == model.digest
+        model, activation = parse_model_ref(task_health.get("model")), self._latest.get((health.device, task))
+        if activation is not None and (model is None or activation.digest != model.digest):
+            activation = None
         rollout = task_health.get("rollout")
         return RunningTask(
             device=health.device,
             task=task,
             model=model,
             agent=agent,
-            told=health.time,
-            since=change.time if change and fits else None,
-            who=change.who if change and fits else _UNKNOWN_ACTOR,
+            reported_at=health.time,
+            since=activation.time if activation else None,
+            decided_by=activation.decided_by if activation else _UNKNOWN_ACTOR,
             health=MessageRef(health.device, health.log, health.seq),
-            activated=change.place if change and fits else None,
+            activated=activation.message if activation else None,
             rollout=rollout if isinstance(rollout, dict) else None,
         )
 
@@ -110,7 +114,7 @@ class _AgentVersion(msgspec.Struct):
 
 
 def parse_agent_version(payload: bytes) -> str:
-    """The agent's version in a health message; "" where it tells none."""
+    """Return the agent version in a `health` message, "" if it has none."""
     try:
         return msgspec.json.decode(payload, type=_AgentVersion).agent[:64]
     except msgspec.MsgspecError:
@@ -118,7 +122,7 @@ def parse_agent_version(payload: bytes) -> str:
 
 
 def parse_model_ref(value: object) -> ModelRef | None:
-    """Of what a message says that it runs; None for nothing, or nothing that makes sense."""
+    """Return a model reported in a message, None if it is absent or malformed."""
     try:
         return msgspec.convert(value, ModelRef)
     except msgspec.ValidationError:

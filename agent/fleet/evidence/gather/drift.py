@@ -1,4 +1,4 @@
-"""Drift: what the fleet's drift windows come to, task by task. Figures are the collector's; its alerts are signed."""
+"""Drift of the fleet by task, as the collector computes it from signed `drift` messages. The result is not signed."""
 
 from __future__ import annotations
 
@@ -11,45 +11,49 @@ from agent.fleet.evidence.format.contents import WRITE_LIMITS
 
 
 def build_drift(store: FleetStore, as_of_us: int) -> dict[str, Any]:
-    """The content of drift.json; `moved` of each task holds what goes on first."""
-    found = summarize_drift(store, now_us=as_of_us)
+    """Return the content of drift.json. Open episodes come first in `onsets`."""
+    survey = summarize_drift(store, now_us=as_of_us)
     return {
-        "windows_repeated": found.duplicates,
-        "windows_unreadable": found.unreadable,
-        "tasks": [_group_to_dict(group) for group in found.groups],
+        "duplicate_windows": survey.duplicates,
+        "unreadable_windows": survey.unreadable,
+        "tasks": [_group_to_dict(group) for group in survey.groups],
     }
 
 
 def _group_to_dict(group: DriftGroup) -> dict[str, Any]:
-    moved = group.ordered_episodes()
+    episodes = group.ordered_episodes()
     estimate = group.estimate_accuracy()
+    windows = {name: device.last_window for name, device in group.devices.items()}
     return {
         "task": group.task,
         "reference": group.shipped_reference,
-        "apart": group.differs_in,
+        "reference_differs": group.differs_in,
         "devices": len(group.devices),
-        "devices_in_drift": sorted(
-            n for n, one in group.devices.items() if one.last_window and one.last_window.state == "drift"
-        ),
+        "devices_in_drift": sorted(name for name, last in windows.items() if last and last.state == "drift"),
         "windows": group.windows,
-        "windows_with_a_sensor_fault": group.faulty,
-        "windows_of_a_wrong_clock": group.undated,
+        "sensor_fault_windows": group.faulty,
+        "unsynced_windows": group.undated,
         "expected_accuracy": None if estimate is None else round(estimate, 4),
-        "wide": [
-            {"field": one.subject, "devices": len(one.devices), "of": one.device_count, "summary": one.summary}
-            for one in group.detect_fleet_wide()
-        ],
-        "moved_left_out": max(0, len(moved) - WRITE_LIMITS.drift_onsets),
-        "moved": [
+        "fleet_wide": [
             {
-                "device": e.device,
-                "field": e.subject,
-                "test": e.test,
-                "began": clock.to_rfc3339(e.began),
-                "alarmed": clock.to_rfc3339(e.alarmed),
-                "ended": None if e.ended is None else clock.to_rfc3339(e.ended),
+                "field": change.subject,
+                "devices": len(change.devices),
+                "reporting_devices": change.device_count,
+                "summary": change.summary,
             }
-            for e in moved[: WRITE_LIMITS.drift_onsets]
+            for change in group.detect_fleet_wide()
+        ],
+        "onsets_omitted": max(0, len(episodes) - WRITE_LIMITS.drift_onsets),
+        "onsets": [
+            {
+                "device": episode.device,
+                "field": episode.subject,
+                "test": episode.test,
+                "started": clock.to_rfc3339(episode.began),
+                "alarmed": clock.to_rfc3339(episode.alarmed),
+                "ended": None if episode.ended is None else clock.to_rfc3339(episode.ended),
+            }
+            for episode in episodes[: WRITE_LIMITS.drift_onsets]
         ],
         "history": [
             {
@@ -57,8 +61,8 @@ def _group_to_dict(group: DriftGroup) -> dict[str, Any]:
                 "to": clock.to_rfc3339(end),
                 "windows": span.windows,
                 "devices_in_drift": len(span.drifting_devices),
-                "devices_with_a_fault": len(span.faulty_devices),
-                "expected_accuracy": round(span.accuracy_sum / span.estimate_count, 4) if span.estimate_count else None,
+                "devices_with_sensor_fault": len(span.faulty_devices),
+                "expected_accuracy": None if span.accuracy.mean is None else round(span.accuracy.mean, 4),
             }
             for begin, end, span in group.history
         ],

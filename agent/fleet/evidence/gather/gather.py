@@ -1,8 +1,8 @@
-"""Everything that the page and the files of a folder tell, gathered in one pass over the signed messages.
+"""Fact gathering for an evidence folder: one pass over the signed messages, in memory bounded by the limits.
 
-- what is told of a device comes from messages that verify here and now; those that do not are counted, not believed
-- of what is too much the worst or the newest stays, and how much was left out is counted
-- payloads are not held: which messages the folder relies on is remembered by their places, and read again
+- facts about a device come only from messages that verify during the pass; others are counted and ignored
+- above a limit, the worst or the newest entries stay and the omitted ones are counted
+- payloads are not kept: the folder refers to messages by (device, log, seq), and they are read again when written
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from agent.errors import MessageRefused, StorageError, UsageError
 from agent.fleet.audit import audit
 from agent.fleet.database.evidence import EvidenceQueries
 from agent.fleet.database.interface import Connection
+from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import FleetStore
 from agent.fleet.evidence.format.contents import (
     WRITE_LIMITS,
@@ -30,7 +31,7 @@ from agent.fleet.evidence.format.contents import (
     RunningTask,
 )
 from agent.fleet.evidence.format.manifest import ReceivedSpan, TrustedKey
-from agent.fleet.evidence.gather import drift as drifting
+from agent.fleet.evidence.gather import drift as fleet_drift
 from agent.fleet.evidence.gather import trusted_keys
 from agent.fleet.evidence.gather.accuracy import AccuracyCollector
 from agent.fleet.evidence.gather.bundles import BundleDocuments
@@ -38,7 +39,6 @@ from agent.fleet.evidence.gather.comparisons import ComparisonCollector
 from agent.fleet.evidence.gather.decisions import DecisionCollector
 from agent.fleet.evidence.gather.deployments import ActivationCollector, parse_agent_version
 from agent.fleet.evidence.gather.incidents import IncidentCollector
-from agent.fleet.keyring import Keyring
 from agent.fleet.repository.signature_chain import SignatureChain
 from agent.wire.jws import Signer
 from agent.wire.keys import PublicKey, parse_public_key
@@ -57,9 +57,9 @@ _MAX_AUDIT_ENTRIES = 100
 
 
 class EvidenceFacts(msgspec.Struct):
-    """What is known of the fleet at `at`. `left_out`: how many of each were too many.
+    """Facts about the fleet at `as_of`. `omitted` counts entries above a limit, by kind.
 
-    `unpublished`: why what the repository holds is not signed as it should be, in words.
+    `repository_problems` has a sentence for each broken signature in the fleet's repository.
     """
 
     fleet: str
@@ -95,23 +95,26 @@ class EvidenceFacts(msgspec.Struct):
 
     @property
     def tasks_by_digest(self) -> dict[str, int]:
-        """How many tasks of devices run a bundle, by its digest."""
+        """Return bundle digest → number of tasks that run it."""
         return count_tasks_by_digest(self.running_tasks)
 
 
 def count_tasks_by_digest(running_tasks: Sequence[RunningTask]) -> dict[str, int]:
-    return dict(Counter(one.model.digest for one in running_tasks if one.model is not None))
+    return dict(Counter(task.model.digest for task in running_tasks if task.model is not None))
 
 
 class MessageVerifier:
-    """Stored messages, opened again; what does not verify is counted."""
+    """Verifier of stored messages. It counts those that do not verify."""
 
     def __init__(self, store: FleetStore) -> None:
         self._keyring = Keyring(store)
         self.refused_count = 0
 
     def verify(self, row: Sequence[Any]) -> VerifiedMessage | None:
-        """Of (device, log, seq, topic, payload, jws); None where it is not what the device signed for this place."""
+        """Return the message of a row (device, log, seq, topic, payload, jws).
+
+        None if the device did not sign this payload for this (device, log, seq).
+        """
         device, log, seq, topic, payload, jws = row
         try:
             if not (isinstance(topic, str) and isinstance(payload, bytes) and isinstance(jws, str)):
@@ -120,7 +123,7 @@ class MessageVerifier:
             self._keyring.require_in_bounds(message, stored=True)
             body = message.body
             if not isinstance(body, LoggedPayload) or (body.device, body.log, body.seq) != (device, log, seq):
-                raise MessageRefused("another place")
+                raise MessageRefused("other device, log or seq")
         except MessageRefused:
             self.refused_count += 1
             return None
@@ -135,23 +138,26 @@ def gather(
     roles: Sequence[TrustedKey],
     advance: Callable[[int], None] = lambda _: None,
 ) -> EvidenceFacts:
-    """`db` is what the store's `snapshot` gives. `roles`: keys of the operator, the collector and publishers.
+    """Return the facts in a snapshot `db` of the store. `roles` are keys of operators, collector and publishers.
 
-    Raises UsageError where `at` is before what is stored, or nothing tells the time.
+    Raises UsageError if `as_of` precedes the newest message, or if it is None and nothing is stored.
     """
-    reading = EvidenceQueries(store, db)
-    first, last, count = reading.load_received_span()
+    queries = EvidenceQueries(store, db)
+    first, last, count = queries.load_received_span()
     as_of = _resolve_as_of(as_of, last, store.name)
-    at_us = clock.parse_rfc3339(as_of)
-    newest = reading.load_newest_logs()
-    names = {key.kid: key.owner for key in roles if key.role == "operator"}
-    verified, incidents = MessageVerifier(store), IncidentCollector(at_us, newest)
-    decisions, activations, accuracy = DecisionCollector(names), ActivationCollector(newest), AccuracyCollector(newest)
-    comparisons = ComparisonCollector()
+    as_of_us = clock.parse_rfc3339(as_of)
+    newest_logs = queries.load_newest_logs()
+    verifier = MessageVerifier(store)
+    incidents, decisions, comparisons = (
+        IncidentCollector(as_of_us, newest_logs),
+        DecisionCollector(),
+        ComparisonCollector(),
+    )
+    activations, accuracy = ActivationCollector(newest_logs), AccuracyCollector(newest_logs)
     signers = {key.kid: Signer(key.role, parse_public_key(key.key)) for key in roles if key.role == "operator"}
-    audited = _run_audit(store, [signer.key for signer in signers.values()], advance)
-    for row in reading.stream_messages():
-        message = verified.verify(row)
+    audit_report = _run_audit(store, [signer.key for signer in signers.values()], advance)
+    for row in queries.stream_messages():
+        message = verifier.verify(row)
         body = message.body if message is not None else None
         if isinstance(body, AlertPayload):
             incidents.add(body)
@@ -162,18 +168,18 @@ def gather(
         elif isinstance(body, AuditPayload):
             decisions.add(body)
             activations.add(body)
-    incidents.add_collector_alerts(reading.load_collector_alerts())
-    forged = decisions.add_operator_decisions(reading.load_decisions(), signers.get)
-    running, silent = _gather_running_tasks(reading, verified, activations, newest)
-    measured = accuracy.build_entries(reading.load_collector_metrics(), reading.count_labels())
-    rollouts = reading.load_rollouts()
-    keys, broken = trusted_keys.build_device_keys(reading.load_keys())
+    incidents.add_collector_alerts(queries.load_collector_alerts())
+    unverified_decisions = decisions.add_operator_decisions(queries.load_decisions(), signers.get)
+    running, silent = _gather_running_tasks(queries, verifier, activations, newest_logs)
+    accuracy_entries = accuracy.build_entries(queries.load_collector_metrics(), queries.count_labels())
+    rollouts = queries.load_rollouts()
+    keys, broken = trusted_keys.build_device_keys(queries.load_keys())
     facts = EvidenceFacts(
         fleet=fleet,
         as_of=as_of,
         span=ReceivedSpan(first, last),
         message_count=count,
-        devices=reading.load_devices(),
+        devices=queries.load_devices(),
         incidents=incidents.sort_by_severity(),
         incident_counts=incidents.counts,
         incident_kinds=incidents.kinds,
@@ -182,28 +188,28 @@ def gather(
         operational_events=decisions.operational_events,
         running_tasks=running[: WRITE_LIMITS.running_tasks],
         bundle_history=activations.build_history(count_tasks_by_digest(running)),
-        accuracy=measured,
+        accuracy=accuracy_entries,
         comparisons=comparisons.build_comparisons({row["rollout"]: row["digest"] for row in rollouts}),
-        drift=drifting.build_drift(store, at_us),
-        audit=audited,
-        refusals=reading.load_refusals(),
+        drift=fleet_drift.build_drift(store, as_of_us),
+        audit=audit_report,
+        refusals=queries.load_refusals(),
         rollouts=rollouts,
-        phase_counts=reading.count_phases(),
+        phase_counts=queries.count_phases(),
         keys=[*roles, *keys],
         message_refs=[],
-        unverified=verified.refused_count + forged,
+        unverified=verifier.refused_count + unverified_decisions,
         withheld=decisions.withheld,
         silent_devices=silent,
         broken_keys=broken,
         omitted=Counter(),
     )
     counts = {"incidents": incidents.omitted, "decisions": decisions.omitted, "metrics": accuracy.omitted}
-    counts["messages of comparisons"] = comparisons.omitted + sum(one.left_out for one in facts.comparisons)
-    counts["activations of bundles"] = activations.omitted
+    counts["comparison messages"] = comparisons.omitted + sum(pair.omitted for pair in facts.comparisons)
+    counts["bundle activations"] = activations.omitted
     facts.omitted.update({**counts, "running tasks": max(0, len(running) - WRITE_LIMITS.running_tasks)})
-    places = sorted(_collect_message_refs(facts))
-    facts.omitted["messages"] += max(0, len(places) - WRITE_LIMITS.messages)
-    facts.message_refs = places[: WRITE_LIMITS.messages]
+    message_refs = sorted(_collect_message_refs(facts))
+    facts.omitted["messages"] += max(0, len(message_refs) - WRITE_LIMITS.messages)
+    facts.message_refs = message_refs[: WRITE_LIMITS.messages]
     return facts
 
 
@@ -212,22 +218,25 @@ def _resolve_as_of(as_of: str | None, last_received: str | None, database: str) 
         newest = clock.parse_rfc3339(last_received) if last_received else None
     except ValueError:
         raise StorageError(
-            f"{database}: table messages: received {last_received!r} is no time; restore the database"
+            f"{database}: table messages: received {last_received!r} is not a time; restore the database"
         ) from None
     if as_of is None and last_received is None:
-        raise UsageError(f"{database}: nothing was collected yet, so that no message tells the time; say it: --at TIME")
+        raise UsageError(f"{database}: no message is stored yet, so the moment is unknown; give it with --at TIME")
     if as_of is None or last_received is None:
         return as_of or last_received or ""
     if newest is not None and clock.parse_rfc3339(as_of) < newest:
-        raise UsageError(f"--at {as_of}: the newest message came at {last_received}; evidence is of all that is stored")
+        raise UsageError(
+            f"--at {as_of}: earlier than the newest message, received {last_received}; evidence covers all stored "
+            "messages, so give a later time"
+        )
     return as_of
 
 
 def _gather_running_tasks(
     queries: EvidenceQueries, verifier: MessageVerifier, activations: ActivationCollector, newest_logs: dict[str, str]
 ) -> tuple[list[RunningTask], list[str]]:
-    """What runs, and the devices that never told in their newest log."""
-    found: list[RunningTask] = []
+    """Return the running tasks, and the devices whose newest log has no valid `health` message."""
+    tasks: list[RunningTask] = []
     silent: list[str] = []
     for device in (row["device"] for row in queries.load_devices()):
         log = newest_logs.get(device)
@@ -236,12 +245,12 @@ def _gather_running_tasks(
         if message is None or not isinstance(message.body, HealthPayload):
             silent.append(device)
             continue
-        found += activations.build_running_tasks(message.body, parse_agent_version(message.payload))
-    return found, silent
+        tasks += activations.build_running_tasks(message.body, parse_agent_version(message.payload))
+    return tasks, silent
 
 
 def _run_audit(store: FleetStore, operators: Sequence[PublicKey], advance: Callable[[int], None]) -> dict[str, Any]:
-    """The audit's report; of what is wrong, the first of each kind, and how many there are."""
+    """Return the audit report. Each list holds its first entries and has a count beside it."""
     report = audit.audit(store, progress=advance, operators=operators).to_dict()
     lists = {name: report[name] for name in ("gaps", "invalid", "coverage", "evicted", "invalid_decisions")}
     undeclared = [gap for gap in report["gaps"] if not gap["declared"]]
@@ -252,9 +261,9 @@ def _run_audit(store: FleetStore, operators: Sequence[PublicKey], advance: Calla
 
 
 def _collect_message_refs(facts: EvidenceFacts) -> set[MessageRef]:
-    found: set[MessageRef | None] = {one.place for one in facts.decisions}
-    found |= {place for one in facts.incidents for place in (one.raised, one.cleared)}
-    found |= {place for one in facts.running_tasks for place in (one.health, one.activated)}
-    found |= {one.place for one in facts.accuracy}
-    found |= {place for one in facts.comparisons for place in one.places}
-    return {place for place in found if place is not None}
+    refs: set[MessageRef | None] = {decision.message for decision in facts.decisions}
+    refs |= {ref for incident in facts.incidents for ref in (incident.raised, incident.cleared)}
+    refs |= {ref for task in facts.running_tasks for ref in (task.health, task.activated)}
+    refs |= {entry.message for entry in facts.accuracy}
+    refs |= {ref for pair in facts.comparisons for ref in pair.messages}
+    return {ref for ref in refs if ref is not None}

@@ -1,4 +1,4 @@
-"""Incidents: each alert from the message that raised it to the one that cleared it, the worst kept, all counted."""
+"""Incidents: alerts from raising to clearing message. The worst stay; all are counted."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from agent.fleet.evidence.format.contents import WRITE_LIMITS, Incident, Message
 from agent.wire.messages import AlertPayload, Severity
 
 SEVERITY_RANK: dict[str, int] = {"critical": 0, "warning": 1, "info": 2}
-_STATE_RANK = {"open": 0, "unknown": 1, "over": 2}
+_STATE_RANK = {"open": 0, "unknown": 1, "closed": 2}
 _CLOCK_STATES = ("synced", "restored", "unsynced")
 
 
 class IncidentCollector(msgspec.Struct):
-    """Messages come by device, log and seq. `newest`: the newest log of each device, in which alone alerts are open.
+    """Worst incidents of the fleet. Messages arrive ordered by device, log and seq.
 
-    `counts`: of (severity, state) over all, also those that are left out.
+    `newest_logs` is device → newest log; an alert can be open in that log only. `counts` is (severity, state) → number
+    of all incidents, including those that are omitted.
     """
 
     as_of_us: int
@@ -38,55 +39,55 @@ class IncidentCollector(msgspec.Struct):
         if (body.device, body.log) != self._current_log:
             self._close_log()
             self._current_log = (body.device, body.log)
-        place = MessageRef(body.device, body.log, body.seq)
+        message = MessageRef(body.device, body.log, body.seq)
         known = self._open.get(body.id)
         if body.state == "raised" and known is None:
             if len(self._open) >= WRITE_LIMITS.open_alerts:
                 self._store(self._open.pop(next(iter(self._open))))
-            self._open[body.id] = _incident_from_alert(body, place)
+            self._open[body.id] = _incident_from_alert(body, message)
         elif body.state == "raised" and known is not None:
-            # Raised anew, with what is known now; it began when it began.
+            # Raised again with newer numbers: the start stays.
             self._open[body.id] = msgspec.structs.replace(
                 known, severity=_worse_severity(known.severity, body.severity)
             )
         elif known is not None:
-            self._store(_close_from_alert(self._open.pop(body.id), body, place))
+            self._store(_close_from_alert(self._open.pop(body.id), body, message))
 
     def add_collector_alerts(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Alerts that the collector raised or cleared itself, oldest first."""
+        """Add alerts that the collector raised or cleared itself, oldest first."""
         self._close_log()
-        mine: dict[tuple[str, str], Incident] = {}
+        open_alerts: dict[tuple[str, str], Incident] = {}
         for row in rows:
             key = (row["device"], row["id"])
             if row["state"] == "cleared":
-                if (known := mine.pop(key, None)) is not None:
+                if (known := open_alerts.pop(key, None)) is not None:
                     self._store(_close_incident(known, row["time"], "synced", None))
                 continue
-            if key not in mine and len(mine) >= WRITE_LIMITS.open_alerts:
-                self._store(mine.pop(next(iter(mine))))
-            mine[key] = _incident_from_row(row)
-        for one in mine.values():
-            self._store(one)
+            if key not in open_alerts and len(open_alerts) >= WRITE_LIMITS.open_alerts:
+                self._store(open_alerts.pop(next(iter(open_alerts))))
+            open_alerts[key] = _incident_from_row(row)
+        for incident in open_alerts.values():
+            self._store(incident)
 
     def sort_by_severity(self) -> list[Incident]:
-        """Open ones first, then by severity, then the longest."""
+        """Return the incidents: open before closed, then by severity, then longest first."""
         self._close_log()
         return [entry[-1] for entry in sorted(self._worst, reverse=True)]
 
     def _close_log(self) -> None:
         device, log = self._current_log
-        still = "open" if self.newest_logs.get(device) == log else "unknown"
-        for one in self._open.values():
-            self._store(msgspec.structs.replace(one, state=still))
+        state = "open" if self.newest_logs.get(device) == log else "unknown"
+        for incident in self._open.values():
+            self._store(msgspec.structs.replace(incident, state=state))
         self._open.clear()
 
     def _store(self, incident: Incident) -> None:
         if incident.seconds is None and incident.state == "open":
-            incident = msgspec.structs.replace(incident, seconds=_seconds_between(incident.began, self.as_of_us))
+            incident = msgspec.structs.replace(incident, seconds=_seconds_between(incident.started, self.as_of_us))
         self.counts[incident.severity, incident.state] += 1
         self.kinds[incident.alert] += 1
         self._sequence += 1
-        # The last number keeps incidents from being compared.
+        # The sequence number is unique, so incidents themselves are never compared.
         entry = (
             -_STATE_RANK[incident.state],
             -SEVERITY_RANK[incident.severity],
@@ -101,7 +102,7 @@ class IncidentCollector(msgspec.Struct):
         self.omitted += 1
 
 
-def _incident_from_alert(body: AlertPayload, message_ref: MessageRef) -> Incident:
+def _incident_from_alert(body: AlertPayload, message: MessageRef) -> Incident:
     return Incident(
         device=body.device,
         task=body.task,
@@ -110,12 +111,12 @@ def _incident_from_alert(body: AlertPayload, message_ref: MessageRef) -> Inciden
         severity=body.severity,
         summary=body.summary,
         state="open",
-        began=body.time,
+        started=body.time,
         ended=None,
         seconds=None,
         clock=body.clock,
         source="device",
-        raised=message_ref,
+        raised=message,
     )
 
 
@@ -129,7 +130,7 @@ def _incident_from_row(row: dict[str, Any]) -> Incident:
         severity=severity,
         summary=row["summary"],
         state="open",
-        began=row["time"],
+        started=row["time"],
         ended=None,
         seconds=None,
         clock="synced",
@@ -137,20 +138,20 @@ def _incident_from_row(row: dict[str, Any]) -> Incident:
     )
 
 
-def _close_from_alert(incident: Incident, body: AlertPayload, message_ref: MessageRef) -> Incident:
-    return _close_incident(incident, body.time, max(incident.clock, body.clock, key=_CLOCK_STATES.index), message_ref)
+def _close_from_alert(incident: Incident, body: AlertPayload, message: MessageRef) -> Incident:
+    return _close_incident(incident, body.time, max(incident.clock, body.clock, key=_CLOCK_STATES.index), message)
 
 
-def _close_incident(incident: Incident, time: str, clock_state: Any, message_ref: MessageRef | None) -> Incident:
-    seconds = _seconds_between(incident.began, clock.parse_rfc3339(time))
-    changes = {"state": "over", "ended": time, "seconds": seconds, "clock": clock_state, "cleared": message_ref}
+def _close_incident(incident: Incident, time: str, clock_state: Any, message: MessageRef | None) -> Incident:
+    seconds = _seconds_between(incident.started, clock.parse_rfc3339(time))
+    changes = {"state": "closed", "ended": time, "seconds": seconds, "clock": clock_state, "cleared": message}
     return msgspec.structs.replace(incident, **changes)
 
 
-def _seconds_between(begin: str, end_us: int) -> float | None:
-    """Seconds; None where the end lies before the beginning, because a clock was set back meanwhile."""
+def _seconds_between(start: str, end_us: int) -> float | None:
+    """Return the seconds, None if the clock was set back in between so that the end precedes the start."""
     try:
-        seconds = (end_us - clock.parse_rfc3339(begin)) / 1e6
+        seconds = (end_us - clock.parse_rfc3339(start)) / 1e6
     except ValueError:
         return None
     return round(seconds, 1) if seconds >= 0 else None

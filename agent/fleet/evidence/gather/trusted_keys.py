@@ -1,4 +1,4 @@
-"""Whose signatures count: devices, operator, collector, publishers, and the roles of their repository."""
+"""Trusted keys: device keys, operators, collector, publishers, and the roles of the fleet's TUF repository."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_METADATA_BYTES = 4 << 20
 
 
 def build_device_keys(rows: Iterable[dict[str, Any]]) -> tuple[list[TrustedKey], list[str]]:
-    """Every key that a device ever had, and the devices of keys that are none."""
+    """Return every key that a device ever had, and the devices whose stored key is invalid."""
     keys, broken = [], []
     for row in rows:
         try:
@@ -29,7 +29,7 @@ def build_device_keys(rows: Iterable[dict[str, Any]]) -> tuple[list[TrustedKey],
         if key.kid != row["kid"]:
             broken.append(row["device"])
             continue
-        bounds = {"revoked": row["revoked"] or "", "log": row["log"], "through": row["last_seq"]}
+        bounds = {"revoked": row["revoked"] or "", "log": row["log"], "last_valid_seq": row["last_seq"]}
         keys.append(TrustedKey(key.kid, key.text, "device", row["device"], row["added"], **bounds))
     return keys, broken
 
@@ -37,21 +37,22 @@ def build_device_keys(rows: Iterable[dict[str, Any]]) -> tuple[list[TrustedKey],
 def build_role_keys(
     operators: Sequence[PublicKey], collector: PublicKey, publishers: Sequence[PublicKey]
 ) -> list[TrustedKey]:
+    """Return the keys of operators, collector and publishers, each once per role."""
     named: list[tuple[KeyRole, PublicKey]] = [*(("operator", key) for key in operators), ("collector", collector)]
     named += [("publisher", key) for key in sorted(publishers, key=lambda key: key.kid)]
-    once = {(role, key.kid): TrustedKey(key.kid, key.text, role, role) for role, key in named}
-    return list(once.values())
+    unique = {(role, key.kid): TrustedKey(key.kid, key.text, role, role) for role, key in named}
+    return list(unique.values())
 
 
 def read_repository(fleet_dir: Path) -> tuple[dict[str, bytes], SignatureChain, list[str]]:
-    """(path in the folder → metadata as it is published, who signed it, what is wrong); empty without a repository.
+    """Return (path in the folder → published metadata, its signatures, a sentence per problem).
 
-    All roots stay, because each is signed by the one before; of other roles what the newest edition is made of. Raises
-    UsageError where a file cannot be read.
+    Every root is included, because each is signed by the root before it; of other roles, the current version. All parts
+    are empty without a repository. Raises UsageError if a file cannot be read.
     """
     home = fleet_dir / "repository" / "metadata"
     paths = sorted(home.iterdir()) if home.is_dir() else []
-    found = {
+    files = {
         path.name: _read_metadata_file(path) for path in paths if _METADATA_NAME.match(path.name) and path.is_file()
     }
     problems: dict[str, str] = {}
@@ -59,10 +60,10 @@ def read_repository(fleet_dir: Path) -> tuple[dict[str, bytes], SignatureChain, 
     def add_problem(file: str, problem: str) -> None:
         problems.setdefault(file, problem)
 
-    told = signature_chain.verify(found, add_problem)
-    kept = {*(one.file for one in told.signatures), *problems} & found.keys()
-    wrong = [f"{file} {problem}" for file, problem in problems.items()]
-    return {f"repository/{file}": found[file] for file in sorted(kept)}, told, wrong
+    chain = signature_chain.verify(files, add_problem)
+    relevant = {*(signature.file for signature in chain.signatures), *problems} & files.keys()
+    sentences = [f"{file} {problem}" for file, problem in problems.items()]
+    return {f"repository/{file}": files[file] for file in sorted(relevant)}, chain, sentences
 
 
 def _read_metadata_file(path: Path) -> bytes:
@@ -72,5 +73,6 @@ def _read_metadata_file(path: Path) -> bytes:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     if len(data) > _MAX_METADATA_BYTES:
-        raise UsageError(f"{path}: larger than {_MAX_METADATA_BYTES >> 20} MiB, which no metadata of a repository is")
+        limit = _MAX_METADATA_BYTES >> 20
+        raise UsageError(f"{path}: larger than {limit} MiB, the limit for repository metadata; restore the repository")
     return data

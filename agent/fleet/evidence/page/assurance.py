@@ -1,12 +1,13 @@
-"""The page's chapters on what all that is worth: checks, keys, software, what is not here, frameworks, how to check."""
+"""Chapters on assurance: audit, keys, software, limitations, framework mapping, and how to verify the folder."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from html import escape
 
-from agent.fleet.evidence.format import frameworks as mapping
+from agent.fleet.evidence.format import frameworks
 from agent.fleet.evidence.format.frameworks import PointSupport
+from agent.fleet.evidence.format.manifest import TrustedKey
 from agent.fleet.evidence.gather.gather import EvidenceFacts
 from agent.fleet.evidence.gather.sbom import Sbom
 from agent.fleet.evidence.page.elements import (
@@ -25,237 +26,225 @@ from agent.render import html
 from agent.render.html import Content, Markup, element, table
 
 _MAX_ROWS = 40
-PRIVACY_NOTE = (
-    "No reading of any sensor is in this folder, no result of a model and no label: neither a value nor a picture nor "
-    "a sound that was measured. Messages that are here hold counts, effect sizes, metrics and sentences about them."
+_ROLE_TEXTS = {
+    "operator": "this folder, commands, desired state, and optionally models",
+    "collector": "acknowledgements: devices delete what the collector confirms",
+    "publisher": "models",
+}
+_FORMER_KEY_TEXT = "earlier decisions; a newer key replaced it"
+_PRIVACY_NOTE = (
+    "This folder holds no sensor reading, no result and no label: no measured value, image or sound. Its messages hold "
+    "counts, effect sizes, metrics and sentences about them."
 )
 
 
 def render_checks(facts: EvidenceFacts) -> Markup:
     report = facts.audit
-    lead = "All that the collector stores was verified again when this folder was made: signatures, order, gaps."
+    lead = "When this folder was made, everything in the collector's database was verified: signatures, order, gaps."
     verdict = badge("passed", "ok") if report["passed"] else badge("failed", "bad")
+    declared_gaps = report["gaps_count"] - report["undeclared_gaps"]
     refused = sum(row["count"] for row in facts.refusals)
     rows: list[Sequence[Content]] = [
-        ["Messages checked", f"{report['messages']:,}", "each against the key of the device that says it sent it"],
-        ["That do not verify", f"{report['invalid_count']:,}", "altered, moved, or signed by no enrolled key"],
-        ["Messages missing", f"{report['undeclared_gaps']:,}", "ranges without any explanation by the device"],
-        ["Given up by devices", f"{report['gaps_count'] - report['undeclared_gaps']:,}",
-         "ranges that a device says, signed, it deleted or lost"],
-        ["Readings used twice", f"{report['duplicates']:,}", "or messages that are stored twice"],
-        ["Decisions that do not verify", f"{report['invalid_decisions_count']:,}",
-         f"of {report['decisions']:,} about roll-outs that operators signed"],
-        ["Refused on arrival", f"{refused:,}", "did not verify, and were never counted as messages"],
+        ["Messages checked", f"{report['messages']:,}", "each against the key of its device"],
+        ["Invalid messages", f"{report['invalid_count']:,}", "altered, moved, or not signed by an enrolled key"],
+        ["Missing messages", f"{report['undeclared_gaps']:,}", "ranges that no device declared as deleted or lost"],
+        ["Declared gaps", f"{declared_gaps:,}", "ranges that a device declared, signed, as deleted or lost"],
+        ["Duplicates", f"{report['duplicates']:,}", "readings used twice or messages stored twice"],
+        ["Invalid decisions", f"{report['invalid_decisions_count']:,}",
+         f"of {report['decisions']:,} signed roll-out decisions"],
+        ["Refused on arrival", f"{refused:,}", "did not verify and were never stored as messages"],
     ]  # fmt: skip
-    reasons = sorted(facts.refusals, key=lambda row: -row["count"])[:_MAX_ROWS]
-    listed = []
-    if reasons:
-        cells: list[Sequence[Content]] = [
-            [
-                row["device"] or "unknown",
-                row["reason"],
-                f"{row['count']:,}",
-                format_time(row["first"]),
-                format_time(row["last"]),
-            ]
-            for row in reasons
+    text = element("p", "The audit ", verdict, Markup(f" ({link('audit.json').html})."))
+    return chapter("checks", "Checks", lead, text, table(["", "", ""], rows, (1,)), *_refusal_table(facts))
+
+
+def _refusal_table(facts: EvidenceFacts) -> list[Markup]:
+    if not facts.refusals:
+        return []
+    most_frequent = sorted(facts.refusals, key=lambda row: -row["count"])[:_MAX_ROWS]
+    rows: list[Sequence[Content]] = [
+        [
+            row["device"] or "unknown",
+            row["reason"],
+            f"{row['count']:,}",
+            format_time(row["first"]),
+            format_time(row["last"]),
         ]
-        listed = [
-            details("What was refused", table(["In whose name", "Why", "How often", "First", "Last"], cells, (2,)))
-        ]
-    said = element("p", "The audit ", verdict, Markup(" (" + link("audit.json").html + ")."))
-    return chapter("checks", "Can it be believed?", lead, said, table(["", "", ""], rows, (1,)), *listed)
+        for row in most_frequent
+    ]
+    return [details("Refused messages", table(["Claimed device", "Reason", "Count", "First", "Last"], rows, (2,)))]
 
 
 def render_keys(facts: EvidenceFacts) -> Markup:
-    lead = "Whose signature counts. A key is named by its thumbprint; the keys themselves are in the manifest."
-    former = {key.kid for key in [key for key in facts.keys if key.role == "operator"][1:]}
+    lead = "Keys whose signatures count, by thumbprint. The public keys are in the manifest."
+    operators = [key.kid for key in facts.keys if key.role == "operator"]
     roles: list[Sequence[Content]] = [
-        [key.role, element("code", key.kid), _ROLE_TEXTS[key.role] if key.kid not in former else _FORMER_KEY_TEXT]
+        [key.role, element("code", key.kid), _FORMER_KEY_TEXT if key.kid in operators[1:] else _ROLE_TEXTS[key.role]]
         for key in facts.keys
         if key.role != "device"
     ]
-    of_devices = [key for key in facts.keys if key.role == "device"]
-    now = [key for key in of_devices if not key.revoked and key.through is None]
-    over = [key for key in of_devices if key.revoked or key.through is not None]
+    device_keys = [key for key in facts.keys if key.role == "device"]
+    retired = [key for key in device_keys if key.revoked or key.last_valid_seq is not None]
+    valid = [key for key in device_keys if key not in retired]
+    text = "No device is enrolled."
+    if device_keys:
+        text = f"{format_count(len(valid), 'device key')} valid, {len(retired):,} revoked or replaced."
     rows: list[Sequence[Content]] = [
         [key.owner, element("code", key.kid), format_time(key.since), _key_state(key)]
-        for key in [*over, *now][:_MAX_ROWS]
+        for key in [*retired, *valid][:_MAX_ROWS]
     ]
-    said = (
-        f"{format_count(len(now), 'device key')} in force, {len(over):,} revoked or replaced."
-        if of_devices
-        else "No device is enrolled."
-    )
-    listed = details("Keys of devices", table(["Device", "Key", "Since", "State"], rows)) if rows else Markup("")
-    rest = overflow_link(len(of_devices) - _MAX_ROWS, "manifest.json")
-    parts = [
-        table(["Role", "Key", "What it signs"], roles),
-        element("p", said),
-        listed,
-        *rest,
+    head = ["Device", "Key", "Since", "State"]
+    return chapter(
+        *("keys", "Keys", lead),
+        stacked_table(table(["Role", "Key", "Signs"], roles), "roles"),
+        element("p", text),
+        *([details("Device keys", stacked_table(table(head, rows), "keys"))] if rows else []),
+        *overflow_link(len(device_keys) - _MAX_ROWS, "manifest.json"),
         *_render_signature_chain(facts),
-    ]
-    return chapter("keys", "Keys in force", lead, *parts)
+    )
 
 
-_FORMER_KEY_TEXT = "decisions of before: another key has followed it"
-_ROLE_TEXTS = {
-    "operator": "this folder, commands, what devices should run, and where it likes models",
-    "collector": "acknowledgements: devices delete what they confirm",
-    "publisher": "models",
-}
-
-
-def _key_state(key: Any) -> str:
+def _key_state(key: TrustedKey) -> str:
     if key.revoked:
         return f"revoked {format_time(key.revoked)}"
-    return "in force" if key.through is None else f"replaced; counts up to its message {key.through:,}"
+    return "valid" if key.last_valid_seq is None else f"replaced; valid up to message {key.last_valid_seq:,}"
 
 
 def _render_signature_chain(facts: EvidenceFacts) -> list[Markup]:
-    if not facts.signature_chain.signatures:
-        return [element("p", "Models were not published through a repository of this fleet.", css_class="muted")]
+    chain = facts.signature_chain
+    if not chain.signatures:
+        return [element("p", "This fleet published no model through a repository.", css_class="muted")]
     rows: list[Sequence[Content]] = [
         [
-            nowrap(f"{one.role} {one.version}"),
-            f"{len(one.signed)} of the {len(one.keys)} keys that {_role_label(one.by)} lists; {one.threshold} must",
-            format_names([key[:12] + "…" for key in one.signed], 5),
-            format_time(one.expires),
+            nowrap(f"{role.role} {role.version}"),
+            f"{len(role.signed_keys)} of {len(role.keys)} keys that {_role_label(role.delegator)} lists; "
+            f"{role.threshold} required",
+            format_names([key[:12] + "…" for key in role.signed_keys], 5),
+            format_time(role.expires),
         ]
-        for one in facts.signature_chain.signatures
+        for role in chain.signatures
     ]
     lead = (
-        "Devices take only what these signatures lead to, each role signed as the one before asks, from the first root "
-        "that a device was given."
+        "Devices install only what this chain of signatures (TUF) leads to. It starts at the first root metadata, "
+        "which a device receives at enrolment."
     )
-    signed = stacked_table(table(["Role", "Signed by", "Keys", "Counts until"], rows), "signatures")
-    bundles: list[Sequence[Content]] = [
-        [nowrap(f"{one.name} {one.version}"), one.role, element("code", one.digest[:23] + "…")]
-        for one in facts.signature_chain.targets[-_MAX_ROWS:]
+    signed = stacked_table(table(["Role", "Signed by", "Keys", "Expires"], rows), "signatures")
+    targets: list[Sequence[Content]] = [
+        [nowrap(f"{target.name} {target.version}"), target.role, element("code", target.digest[:19] + "…")]
+        for target in chain.targets[-_MAX_ROWS:]
     ]
-    listed = [table(["Model", "Published by role", "Digest"], bundles)] if bundles else []
-    rest = overflow_link(len(facts.signature_chain.targets) - _MAX_ROWS, "published.json")
-    return [element("h3", "Who published models"), element("p", lead), signed, *listed, *rest]
+    listed = [table(["Model", "Role", "Digest"], targets)] if targets else []
+    rest = overflow_link(len(chain.targets) - _MAX_ROWS, "published.json")
+    return [element("h3", "Published models"), element("p", lead), signed, *listed, *rest]
 
 
 def _role_label(file: str) -> str:
-    """`2.root.json` as people say it."""
+    """Return `root 2` for `2.root.json`."""
     version, role, _ = file.split(".", 2)
     return f"{role} {version}"
 
 
 def render_software(sbom: Sbom, facts: EvidenceFacts) -> Markup:
     lead = (
-        "The agent and the libraries it stands on, as installed on the machine that made this folder. Devices tell "
-        "their agent's version only; their libraries can differ."
+        "The agent and its libraries as installed on the machine that made this folder. Devices report only their "
+        "agent version, so their libraries can differ."
     )
-    versions = sorted({one.agent or "not told" for one in facts.running_tasks})
-    said = (
-        f"{format_count(sbom.component_count, 'package')} and {format_count(sbom.model_count, 'model')}, as a CycloneDX 1.6 bill of "
-        "materials: "
-    )
+    counts = f"{format_count(sbom.component_count, 'package')} and {format_count(sbom.model_count, 'model')}"
+    versions = sorted({task.agent or "unknown" for task in facts.running_tasks})
     on_devices = (
-        f"Agent versions that devices told: {format_names(versions)}." if versions else "No device told its version."
+        f"Agent versions on devices: {format_names(versions)}." if versions else "No device reported a version."
     )
     licences = sorted(sbom.licence_counts.items(), key=lambda entry: (-entry[1], entry[0]))
     rows: list[Sequence[Content]] = [[name, f"{n:,}"] for name, n in licences]
     if sbom.unlicensed:
-        rows.append([f"none named: {format_names(sbom.unlicensed)}", f"{len(sbom.unlicensed):,}"])
-    listed = details("Licences, as packages name them", table(["Licence", "Packages"], rows, (1,)))
+        rows.append([f"none declared: {format_names(sbom.unlicensed)}", f"{len(sbom.unlicensed):,}"])
     return chapter(
-        "software", "Software", lead, element("p", said, link("sbom.cdx.json"), "."), element("p", on_devices), listed
+        *("software", "Software", lead),
+        element("p", f"Bill of materials (CycloneDX 1.6) with {counts}: ", link("sbom.cdx.json"), "."),
+        element("p", on_devices),
+        details("Licences as packages declare them", table(["Licence", "Packages"], rows, (1,))),
     )
 
 
 def render_limitations(facts: EvidenceFacts) -> Markup:
-    lead = "What this folder does not show, so that nobody reads more into it than there is."
-    items: list[Content] = [Markup(f"<b>Privacy.</b> {PRIVACY_NOTE}")]
-    items += [Markup(f"<b>Left out.</b> {text}") for text in list_omissions(facts)]
-    items += [Markup(f"<b>Not known.</b> {html.to_html(text)}") for text in list_unknowns(facts)]
-    items += [Markup(f"<b>Not covered.</b> {text}") for text in mapping.NOT_COVERED]
-    return chapter("not-here", "What is not in here", lead, html.bullet_list(items))
+    lead = "What this folder does not show."
+    items: list[Content] = [Markup(f"<b>Privacy.</b> {_PRIVACY_NOTE}")]
+    items += [Markup(f"<b>Omitted.</b> {escape(text)}") for text in list_omissions(facts)]
+    items += [Markup(f"<b>Unknown.</b> {escape(text)}") for text in list_unknowns(facts)]
+    items += [Markup(f"<b>Not covered.</b> {escape(text)}") for text in frameworks.NOT_COVERED]
+    return chapter("not-here", "Limitations", lead, html.bullet_list(items))
 
 
 def list_omissions(facts: EvidenceFacts) -> list[str]:
-    """What was too much, or must not leave."""
-    found = [f"{n:,} {name} were too many for this folder." for name, n in sorted(facts.omitted.items()) if n]
+    """Return a sentence for each kind of content that exceeds a limit or must not leave the database."""
+    sentences = [f"{n:,} {name} above the limit of this folder." for name, n in sorted(facts.omitted.items()) if n]
     if facts.withheld:
-        found.append(
-            f"{format_count(facts.withheld, 'signed message')} in which an operator sent labels: what they say is told in "
-            "decisions.jsonl, the messages stay in the database because labels are in them."
+        count = format_count(facts.withheld, "signed message")
+        sentences.append(
+            f"{count} in which an operator sent labels. decisions.jsonl has the summaries; the messages stay in the "
+            "database because they contain labels."
         )
-    return found
+    return sentences
 
 
 def list_unknowns(facts: EvidenceFacts) -> list[str]:
-    found = []
+    """Return a sentence for each fact that the database or the given files do not contain."""
+    sentences = []
     if facts.rollouts:
-        found.append("What two bundles answered beside each other, window by window: devices send sums of it only.")
+        sentences.append("Window-by-window answers of two compared models: devices send only sums.")
     if facts.silent_devices:
-        found.append(f"What runs on {format_names(facts.silent_devices)}: nothing of it is stored.")
+        sentences.append(f"The models on {format_names(facts.silent_devices)}: no report is stored.")
     if facts.unverified:
-        found.append(
-            f"{format_count(facts.unverified, 'stored message')} did not verify; nothing they say is told here."
-        )
+        count = format_count(facts.unverified, "stored message")
+        sentences.append(f"The content of {count} with an invalid signature, which this folder ignores.")
     if facts.broken_keys:
-        found.append(f"The enrolled key of {format_names(facts.broken_keys)} is none that can be used.")
+        sentences.append(f"The key of {format_names(facts.broken_keys)}: the enrolled key is invalid.")
     if not facts.accuracy:
-        found.append("How often models were right in operation: no labels came.")
-    if not any(card.evaluated for card in facts.bundles.cards):
-        found.append("How good models were before use: no evaluation was given (--evaluation FILE).")
-    unchecked = [f"{c.name} {c.version}" for c in facts.bundles.cards if not c.checked]
-    if unchecked:
-        found.append(f"Who signed {format_names(unchecked)}: the publisher's key was not given (--publisher KEY).")
+        sentences.append("Accuracy in operation: no labels arrived.")
+    if not any(card.evaluated_at for card in facts.bundles.cards):
+        sentences.append("Model quality before deployment: no evaluation was given (--evaluation FILE).")
+    unverified = [f"{card.name} {card.version}" for card in facts.bundles.cards if not card.signature_verified]
+    if unverified:
+        sentences.append(
+            f"The signer of {format_names(unverified)}: the publisher's key was not given (--publisher KEY)."
+        )
     if facts.audit["undeclared_gaps"]:
-        found.append("What the missing messages said.")
-    return found
+        sentences.append("The content of the missing messages.")
+    return sentences
 
 
 def render_frameworks(points: Sequence[PointSupport]) -> Markup:
     lead = (
-        "Which points of two frameworks the files here support. They are named by number, and told in our own words; "
-        "this is no certificate and no substitute for the texts."
+        "Points of two frameworks that files in this folder support, by number and paraphrased. This is no certificate "
+        "and no substitute for the frameworks."
     )
+    head = ["Point", "Requirement", "Supported by", "Demonstrates", "Limitations"]
     parts = []
-    for name in (mapping.NIST, mapping.ISO):
-        rows: list[Sequence[Content]] = [_point_row(one) for one in points if one.framework == name]
-        parts += [
-            element("h3", name),
-            stacked_table(
-                table(["Point", "What it asks", "Supported by", "What that shows", "What it does not show"], rows),
-                "points",
-            ),
-        ]
+    for name in (frameworks.NIST, frameworks.ISO):
+        rows: list[Sequence[Content]] = [_point_row(point) for point in points if point.framework == name]
+        parts += [element("h3", name), stacked_table(table(head, rows), "points")]
     return chapter("frameworks", "NIST AI RMF and ISO/IEC 42001", lead, *parts, element("p", link("mapping.json")))
 
 
 def _point_row(support: PointSupport) -> list[Content]:
-    missing = (
-        f'<span class="when">not here: {format_names(support.not_here, 9)}</span>'
-        if support.here and support.not_here
-        else ""
-    )
-    here = Markup(format_names(support.here, 9) + missing) if support.here else badge("not by this folder", "none")
-    return [
-        Markup(f'<b class="fixed">{support.id}</b>'),
-        support.asks,
-        here,
-        support.shows if support.here else "–",
-        support.not_shown,
-    ]
+    identity = Markup(f'<b class="fixed">{support.id}</b>')
+    if not support.files_present:
+        return [identity, support.requirement, badge("not supported", "none"), "–", support.limitations]
+    missing = format_names(support.files_missing, 9)
+    note = f'<span class="when">missing: {missing}</span>' if missing else ""
+    files = Markup(format_names(support.files_present, 9) + note)
+    return [identity, support.requirement, files, support.demonstrates, support.limitations]
 
 
 def render_verification_steps(facts: EvidenceFacts) -> Markup:
-    lead = (
-        "Nobody has to trust this page. On any machine with the agent, with this folder and the operator's public key:"
-    )
+    lead = "Nobody has to trust this page. Use any machine with the agent, this folder and the operator's public key:"
     command = element("pre", element("code", "outstation fleet evidence verify FOLDER --key OPERATOR.pub"))
-    signer = next((key.kid for key in facts.keys if key.role == "operator"), "")
     text = (
-        "It needs no database, no config and no network. It checks the signature over the manifest, every file against "
-        "it, each device's signature under each message, that this folder says of them what they say, and the chain of "
-        "the operator's decisions. The page itself is covered as a file: it says what the operator's collector "
-        "computed. Ask the operator for the key on another way than this folder; its thumbprint must be "
+        "The command needs no database, config or network. It checks the signature of the manifest, every file against "
+        "the manifest, the device signature of each message, that the folder's claims match those messages, and the "
+        "chain of the operator's decisions. The page is covered as a file: its numbers are those that the operator's "
+        "collector computed. Get the operator's key through a different channel than this folder. Its thumbprint must "
+        "be "
     )
-    return chapter("check", "Check it yourself", lead, command, element("p", text, element("code", signer), "."))
+    signer = next((key.kid for key in facts.keys if key.role == "operator"), "")
+    return chapter("check", "Verify this folder", lead, command, element("p", text, element("code", signer), "."))

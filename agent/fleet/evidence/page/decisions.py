@@ -1,4 +1,4 @@
-"""The page's chapters on who decided what: roll-outs as timelines, and all decisions."""
+"""Chapters on decisions: each roll-out as a timeline with its comparisons, and all decisions."""
 
 from __future__ import annotations
 
@@ -22,43 +22,37 @@ from agent.fleet.evidence.page.elements import (
 from agent.render.html import Content, Markup, element, table
 
 _MAX_ROWS = 25
-# Of one roll-out: what operators decided, and what devices did otherwise than planned.
+# Per roll-out: operators' decisions, and departures of devices from the plan.
 _MAX_STEPS, _MAX_DEPARTURES = 40, 30
 _STATE_BADGES = {"finished": "ok", "aborted": "bad", "running": "warning", "paused": "warning"}
 _PHASE_TEXTS = {
-    "not chosen": "not chosen for it",
-    "fetching": "fetching it",
-    "refused": "refused it",
-    "shadow": "trying it beside the old model",
-    "probation": "running it on probation",
-    "settled": "run it for good",
-    "rolled back": "took it back",
-    "withdrawn": "left it, as told",
+    "not chosen": "not selected",
+    "fetching": "downloading it",
+    "refused": "rejected it",
+    "shadow": "evaluating it in shadow",
+    "probation": "running it as a canary",
+    "settled": "run it",
+    "rolled back": "rolled it back",
+    "withdrawn": "cancelled it",
 }
 _DEPARTURE_PHASES = frozenset({"refused", "rolled back"})
 
 
 def render_rollouts(facts: EvidenceFacts) -> Markup:
-    lead = "How new models came to devices: step by step, each with the numbers it was decided on."
-    named: dict[str, list[DecisionRecord]] = {}
-    for one in facts.decisions:
-        if one.rollout:
-            named.setdefault(one.rollout, []).append(one)
-    known = {row["rollout"]: row for row in facts.rollouts}
-    # The newest first.
-    order = sorted({*named, *known}, key=lambda name: _start_time(name, known, named), reverse=True)
-    if not order:
+    lead = "How new models reached devices, step by step, with the numbers behind each decision."
+    records: dict[str, list[DecisionRecord]] = {}
+    for decision in facts.decisions:
+        if decision.rollout:
+            records.setdefault(decision.rollout, []).append(decision)
+    rows = {row["rollout"]: row for row in facts.rollouts}
+    newest_first = sorted({*records, *rows}, key=lambda name: _start_time(name, rows, records), reverse=True)
+    if not newest_first:
         text = "No model was rolled out."
-        text += " What runs was put there by each device's configuration." if facts.running_tasks else ""
+        text += " Each device runs the models in its configuration." if facts.running_tasks else ""
         return chapter("rollouts", "Roll-outs", lead, element("p", text))
-    cards = [_rollout_card(name, known.get(name), named.get(name, []), facts) for name in order[:_MAX_ROWS]]
-    return chapter(
-        "rollouts",
-        "Roll-outs",
-        lead,
-        *cards,
-        *overflow_link(len(order) - _MAX_ROWS, "decisions.jsonl", "roll-outs more"),
-    )
+    cards = [_rollout_card(name, rows.get(name), records.get(name, []), facts) for name in newest_first[:_MAX_ROWS]]
+    rest = overflow_link(len(newest_first) - _MAX_ROWS, "decisions.jsonl", "more roll-outs")
+    return chapter("rollouts", "Roll-outs", lead, *cards, *rest)
 
 
 def _start_time(
@@ -68,91 +62,76 @@ def _start_time(
 
 
 def _rollout_card(name: str, row: dict[str, Any] | None, records: list[DecisionRecord], facts: EvidenceFacts) -> Markup:
-    state = str(row["state"]) if row else "told by devices only"
-    what = (
-        f"{row['bundle']} {row['version']} for task {row['task']}, started {format_time(row['started'])}."
-        if row
-        else ""
-    )
+    state = str(row["state"]) if row else "reported by devices only"
     title = Markup(f"<h3>{escape(name)} {badge(state, _STATE_BADGES.get(state, 'none')).html}</h3>")
-    phases = [one for one in facts.phase_counts if one["rollout"] == name]
-    phases = sorted(phases, key=lambda one: -one["devices"])[:_MAX_DEPARTURES]
-    ended = "; ".join(
-        f"{format_count(p['devices'], 'device')} {_PHASE_TEXTS.get(p['phase'], p['phase'])}"
-        + (f" ({p['reason']})" if p["reason"] else "")
-        for p in phases
-    )
-    now = [element("p", f"By their last word: {ended}.")] if ended else []
-    steps = [one for one in records if one.payload is not None][-_MAX_STEPS:]
-    # Of what devices did by themselves, what departs from the plan is worth a line.
-    steps += [one for one in records if one.phase in _DEPARTURE_PHASES][:_MAX_DEPARTURES]
-    steps = sorted(steps or records[:_MAX_DEPARTURES], key=lambda one: one.time)
-    lead = [element("p", what, css_class="muted")] if what else []
-    shown, entered = timeline(steps, _MAX_STEPS + _MAX_DEPARTURES)
-    compared = _comparison_table([one for one in facts.comparisons if one.rollout == name])
-    return element(
-        "div",
-        title,
-        *lead,
-        *now,
-        shown,
-        *compared,
-        *overflow_link(len(records) - entered, "decisions.jsonl"),
-        css_class="card",
-    )
+    lead = []
+    if row:
+        text = f"{row['bundle']} {row['version']} for task {row['task']}, started {format_time(row['started'])}."
+        lead.append(element("p", text, css_class="muted"))
+    phases = [count for count in facts.phase_counts if count["rollout"] == name]
+    phases = sorted(phases, key=lambda count: -count["devices"])[:_MAX_DEPARTURES]
+    if phases:
+        lead.append(element("p", f"Latest reports: {'; '.join(_phase_text(count) for count in phases)}."))
+    steps = [record for record in records if record.payload is not None][-_MAX_STEPS:]
+    # Of the devices' own actions, only departures from the plan are listed.
+    steps += [record for record in records if record.phase in _DEPARTURE_PHASES][:_MAX_DEPARTURES]
+    steps = sorted(steps or records[:_MAX_DEPARTURES], key=lambda record: record.time)
+    entries, shown = timeline(steps, _MAX_STEPS + _MAX_DEPARTURES)
+    comparisons = _comparison_table([pair for pair in facts.comparisons if pair.rollout == name])
+    rest = overflow_link(len(records) - shown, "decisions.jsonl")
+    return element("div", title, *lead, entries, *comparisons, *rest, css_class="card")
+
+
+def _phase_text(count: dict[str, Any]) -> str:
+    reason = f" ({count['reason']})" if count["reason"] else ""
+    return f"{format_count(count['devices'], 'device')} {_PHASE_TEXTS.get(count['phase'], count['phase'])}{reason}"
 
 
 def _comparison_table(comparisons: list[BundleComparison]) -> list[Markup]:
-    """What devices measured of the new model against the old one, as they signed it."""
     if not comparisons:
         return []
+    names = ("agreement", "latency_ratio", "accuracy_gain", "estimated_accuracy_gain")
     rows: list[Sequence[Content]] = [
         [
-            one.device,
-            "tried beside" if one.new_is_beside else "in charge",
-            f"{one.windows:,}",
-            *(_metric_cell(one, name) for name in ("agreement", "time", "accuracy by labels", "expected accuracy")),
+            pair.device,
+            "in shadow" if pair.new_is_shadow else "active",
+            f"{pair.windows:,}",
+            *(_metric_cell(pair, name) for name in names),
         ]
-        for one in comparisons[:_MAX_ROWS]
+        for pair in comparisons[:_MAX_ROWS]
     ]
-    head = ["Device", "New one", "Windows", "Alike", "Time", "By labels", "Expected"]
+    head = ["Device", "New model", "Windows", "Agreement", "Latency ratio", "Accuracy gain", "Expected gain"]
     lead = (
-        "Counted from messages in this folder that each device signed, with 95 % intervals; “–”: too few to tell. "
-        "Alike: windows that both answered alike. Time: of the new one, as a multiple of the old one's. By labels and "
-        "expected: accuracy of the new one, less the old one's."
+        "Computed from signed messages in this folder, with 95 % intervals; “–” means too few messages. Agreement is "
+        "the share of windows with the same answer. Latency ratio is the new model's time per window divided by the "
+        "old one's. Accuracy gain compares both with labels; expected gain uses the models' own scores."
     )
     shown = stacked_table(table(head, rows, (2,)), "compared")
     rest = overflow_link(len(comparisons) - _MAX_ROWS, "comparisons.json")
-    return [
-        details(
-            f"Old and new compared, device by device ({len(comparisons):,})",
-            element("p", lead, css_class="muted"),
-            shown,
-            *rest,
-        )
-    ]
+    title = f"New model against the old one ({format_count(len(comparisons), 'device')})"
+    return [details(title, element("p", lead, css_class="muted"), shown, *rest)]
 
 
 def _metric_cell(comparison: BundleComparison, name: str) -> Content:
-    found = next((figure for figure in comparison.figures if figure.name == name), None)
-    if found is None or found.value is None or found.low is None or found.high is None:
+    metric = next((metric for metric in comparison.metrics if metric.name == name), None)
+    if metric is None or metric.value is None or metric.low is None or metric.high is None:
         return "–"
-    if name == "time":
-        return nowrap(f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]")
-    value, low, high = (100 * one for one in (found.value, found.low, found.high))
+    if name == "latency_ratio":
+        return nowrap(f"{metric.value:.2f} [{metric.low:.2f}, {metric.high:.2f}]")
+    value, low, high = (100 * number for number in (metric.value, metric.low, metric.high))
     sign = "" if name == "agreement" else "+"
     return nowrap(f"{value:{sign}.1f} % [{low:{sign}.1f}, {high:{sign}.1f}]")
 
 
 def render_decisions(facts: EvidenceFacts) -> Markup:
-    lead = "What was changed, by whom, newest first. Each is signed: by the device it happened on, or by an operator."
+    lead = "All changes and who made them, newest first. The device or an operator signed each one."
     if not facts.decisions:
-        return chapter("decisions", "Decisions", lead, element("p", "Nothing was changed in the time that is told of."))
-    # What devices did in a roll-out as it was planned stands there.
-    listed = [one for one in facts.decisions if not one.phase or one.phase in _DEPARTURE_PHASES]
-    shown, entered = timeline(list(reversed(listed)), _MAX_ROWS)
+        return chapter("decisions", "Decisions", lead, element("p", "Nothing was changed in this period."))
+    # The roll-out chapter covers what devices did as planned.
+    listed = [record for record in facts.decisions if not record.phase or record.phase in _DEPARTURE_PHASES]
+    entries, shown = timeline(list(reversed(listed)), _MAX_ROWS)
     kinds = ", ".join(f"{n:,} {event}" for event, n in facts.event_counts.most_common(8))
-    happened = ", ".join(f"{n:,} × {event}" for event, n in sorted(facts.operational_events.items()))
-    also = [element("p", f"Besides, devices recorded: {happened}.", css_class="muted")] if happened else []
-    rest = overflow_link(len(facts.decisions) - entered, "decisions.jsonl")
-    return chapter("decisions", "Decisions", lead, element("p", f"In all: {kinds}."), shown, *rest, *also)
+    operational = ", ".join(f"{n:,} × {event}" for event, n in sorted(facts.operational_events.items()))
+    notes = [element("p", f"Devices also recorded: {operational}.", css_class="muted")] if operational else []
+    rest = overflow_link(len(facts.decisions) - shown, "decisions.jsonl")
+    return chapter("decisions", "Decisions", lead, element("p", f"By kind: {kinds}."), entries, *rest, *notes)

@@ -1,4 +1,4 @@
-"""The page's chapters on what there is: what runs where, and the models with their history."""
+"""Chapters on deployments: the models on each device, and every bundle with its history."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from agent.fleet.evidence.format.contents import BundleCard, RunningTask
 from agent.fleet.evidence.gather.gather import EvidenceFacts
 from agent.fleet.evidence.page.elements import (
     badge,
-    capitalize,
     chapter,
     details,
     format_count,
     format_names,
     format_time,
+    format_time_range,
     link,
     overflow_link,
     stacked_table,
@@ -28,145 +28,145 @@ from agent.text import format_interval, format_value
 _MAX_ROWS = 25
 _MAX_DEVICES = 40
 _KIND_DESCRIPTIONS = {
-    "classify": "Names a class",
-    "several": "Names any number of classes",
-    "regress": "Gives a number",
-    "anomaly": "Tells what is unusual",
+    "classify": "Predicts one class",
+    "several": "Predicts any number of classes",
+    "regress": "Predicts a number",
+    "anomaly": "Detects anomalies",
 }
+_DOCUMENT_NAMES = {"MODEL_CARD.md": "model card", "DATA_CARD.md": "data card", "evaluation.json": "evaluation"}
 
 
 def render_running(facts: EvidenceFacts) -> Markup:
     lead = (
-        "What each device last said it runs, signed by the device. Since when and by whom: from its signed record of "
-        "the change."
+        "The model of each task, as its device last reported and signed it. Start and actor come from the device's "
+        "signed record of the change."
     )
     if not facts.running_tasks:
-        return chapter("running", "What runs where", lead, element("p", "No device has told yet what it runs."))
+        text = "No device has reported its models yet."
+        return chapter("running", "Running models", lead, element("p", text))
     groups: dict[tuple[str, str], list[RunningTask]] = {}
-    for one in facts.running_tasks:
-        groups.setdefault((one.task, str(one.model) if one.model else ""), []).append(one)
-    rows: list[Sequence[Content]] = [_group_row(task, model, those) for (task, model), those in sorted(groups.items())]
-    head = ["Task", "Model", "Devices", "Since", "Decided by"]
-    per_device: list[Sequence[Content]] = [
-        [
-            one.device,
-            one.task,
-            _model_cell(one),
-            format_time(one.since) if one.since else "not told",
-            one.who,
-            format_time(one.told),
-        ]
-        for one in facts.running_tasks[:_MAX_DEVICES]
-    ]
-    names = ["Device", "Task", "Model", "Since", "Decided by", "Last told"]
-    listed = details(
-        f"Device by device ({len(facts.running_tasks):,})",
-        stacked_table(table(names, per_device), "devices"),
-        *overflow_link(len(facts.running_tasks) - _MAX_DEVICES, "running.json"),
-    )
+    for task in facts.running_tasks:
+        groups.setdefault((task.task, str(task.model) if task.model else ""), []).append(task)
+    rows: list[Sequence[Content]] = [_group_row(task, model, tasks) for (task, model), tasks in sorted(groups.items())]
+    shown = stacked_table(table(["Task", "Model", "Devices", "Since", "Decided by"], rows, (2,)), "running")
     silent = []
     if facts.silent_devices:
         verb = "has" if len(facts.silent_devices) == 1 else "have"
-        text = f"{format_names(facts.silent_devices)} {verb} not told what runs: what runs there is not known."
+        text = f"{format_names(facts.silent_devices)} {verb} not reported any models, so theirs are unknown."
         silent = [element("p", text, css_class="notice")]
-    shown = stacked_table(table(head, rows, (2,)), "running")
-    return chapter("running", "What runs where", lead, shown, *silent, listed)
+    return chapter("running", "Running models", lead, shown, *silent, _device_table(facts))
+
+
+def _device_table(facts: EvidenceFacts) -> Markup:
+    rows: list[Sequence[Content]] = [
+        [
+            task.device,
+            task.task,
+            str(task.model) if task.model else badge("stopped", "bad"),
+            format_time(task.since),
+            task.decided_by,
+            format_time(task.reported_at),
+        ]
+        for task in facts.running_tasks[:_MAX_DEVICES]
+    ]
+    head = ["Device", "Task", "Model", "Since", "Decided by", "Last report"]
+    return details(
+        f"By device ({len(facts.running_tasks):,})",
+        stacked_table(table(head, rows), "devices"),
+        *overflow_link(len(facts.running_tasks) - _MAX_DEVICES, "running.json"),
+    )
 
 
 def _group_row(task: str, model: str, running_tasks: Sequence[RunningTask]) -> list[Content]:
-    since = sorted(one.since for one in running_tasks if one.since)
-    when = format_time(since[0]) if since else "not told"
-    if since and since[0][:16] != since[-1][:16]:
-        when = f"{format_time(since[0])} to {format_time(since[-1])}"
-    ranked = Counter(one.who for one in running_tasks).most_common()
-    deciders = [f"{name} ({n:,})" if n < len(running_tasks) else name for name, n in ranked]
-    name = model or "none: the task does not run"
-    return [task, Markup(f"<b>{escape(name)}</b>"), f"{len(running_tasks):,}", when, format_names(deciders, 3)]
-
-
-def _model_cell(running_task: RunningTask) -> Content:
-    return str(running_task.model) if running_task.model else badge("does not run", "bad")
+    since = [running.since for running in running_tasks if running.since]
+    ranked = Counter(running.decided_by for running in running_tasks).most_common()
+    actors = [f"{name} ({n:,})" if n < len(running_tasks) else name for name, n in ranked]
+    name = model or "none: the task is stopped"
+    when = format_time_range(min(since), max(since)) if since else "unknown"
+    return [task, Markup(f"<b>{escape(name)}</b>"), f"{len(running_tasks):,}", when, format_names(actors, 3)]
 
 
 def render_models(facts: EvidenceFacts) -> Markup:
     lead = (
-        "Each bundle holds one model with its papers. A device runs none unless its signature fits a "
-        "publisher's key that it knows."
+        "Each bundle holds one model and its documents. A device runs a bundle only if the key of a publisher that it "
+        "trusts signed it."
     )
-    cards = sorted(facts.bundles.cards, key=lambda card: (-card.devices, card.name, card.created))
-    known = {card.digest for card in cards}
+    cards = sorted(facts.bundles.cards, key=lambda card: (-card.running_tasks, card.name, card.created))
+    listed_digests = {card.digest for card in cards}
     parts = [element("div", *(_render_card(card) for card in cards[:_MAX_ROWS]), css_class="grid")] if cards else []
-    unknown = sorted({str(o.model) for o in facts.running_tasks if o.model and o.model.digest not in known})
-    if unknown:
-        text = (
-            f"Runs in the fleet, but its papers were not found here: {format_names(unknown)}. Add them with --bundle."
-        )
+    unlisted = sorted(
+        {str(task.model) for task in facts.running_tasks if task.model and task.model.digest not in listed_digests}
+    )
+    if unlisted:
+        text = f"Running without documents in this folder: {format_names(unlisted)}. Add them with --bundle."
         parts.append(element("p", text, css_class="notice"))
     if facts.bundles.unreadable:
-        parts.append(
-            element("p", f"Could not be read: {format_names(facts.bundles.unreadable, 3)}.", css_class="notice")
-        )
+        text = f"Unreadable bundles: {format_names(facts.bundles.unreadable, 3)}."
+        parts.append(element("p", text, css_class="notice"))
     if facts.bundle_history:
-        parts.append(_render_history(facts, known))
+        parts.append(_render_history(facts, listed_digests))
     if not parts:
         parts.append(element("p", "No model was published here, and none is known to run."))
-    return chapter(
-        "models", "The models", lead, *parts, *overflow_link(len(cards) - _MAX_ROWS, "manifest.json", "more bundles")
-    )
+    rest = overflow_link(len(cards) - _MAX_ROWS, "manifest.json", "more bundles")
+    return chapter("models", "Models", lead, *parts, *rest)
 
 
 def _render_history(facts: EvidenceFacts, listed_digests: set[str]) -> Markup:
-    """Every bundle that devices ever began to run."""
     rows: list[Sequence[Content]] = [
         [
-            Markup(f"<b>{escape(str(ran.model))}</b>"),
-            format_time(ran.first),
-            format_time(ran.last),
-            f"{ran.activations:,}",
-            f"{ran.devices:,}",
-            f"{ran.running:,}",
-            "here" if ran.model.digest in listed_digests else badge("not here", "warning"),
+            Markup(f"<b>{escape(str(usage.model))}</b>"),
+            format_time(usage.first),
+            format_time(usage.last),
+            f"{usage.activations:,}",
+            f"{usage.devices:,}",
+            f"{usage.running_tasks:,}",
+            "here" if usage.model.digest in listed_digests else badge("missing", "warning"),
         ]
-        for ran in facts.bundle_history[-_MAX_ROWS:]
+        for usage in facts.bundle_history[-_MAX_ROWS:]
     ]
-    head = ["Model", "First begun", "Last begun", "Times", "Devices", "Running now", "Papers"]
+    head = ["Model", "First start", "Last start", "Starts", "Devices", "Running now", "Documents"]
     rest = overflow_link(len(facts.bundle_history) - _MAX_ROWS, "history.json", "older ones")
     shown = stacked_table(table(head, rows, (3, 4, 5)), "ran")
     return element("div", element("h3", "Every model that ran"), shown, *rest, css_class="history")
 
 
 def _render_card(card: BundleCard) -> Markup:
-    runs = f"runs for {format_count(card.devices, 'task')}" if card.devices else "does not run now"
-    signed = f"signed by a listed publisher ({card.signer[:10]}…)" if card.checked else _unchecked_text(card)
-    does = f"{_KIND_DESCRIPTIONS.get(card.kind, card.kind)}, from {format_count(len(card.fields), 'input')}"
-    facts = [
-        f"{does}; made {card.created[:10]}; {runs}.",
-        f"{capitalize(signed)}.",
+    usage = f"runs in {format_count(card.running_tasks, 'task')}" if card.running_tasks else "not running"
+    kind = _KIND_DESCRIPTIONS.get(card.kind, card.kind)
+    notes = [
+        f"{kind} from {format_count(len(card.fields), 'input')}; created {card.created[:10]}; {usage}.",
+        _signature_text(card),
+        _evaluation_text(card),
+        *card.warnings[:3],
     ]
-    metrics = [one for one in card.metrics if not one.slice and one.value is not None][:3]
-    if metrics:
-        told = ", ".join(
-            f"{display_name(m.metric)} {format_value(m.value)} {format_interval(m.low, m.high)}".strip()
-            for m in metrics
-        )
-        facts.append(f"Evaluated {card.evaluated[:10]}: {told} (95 % intervals).")
-    else:
-        facts.append("No evaluation was given for it.")
-    facts += card.warnings[:3]
-    names = {"MODEL_CARD.md": "model card", "DATA_CARD.md": "data card", "evaluation.json": "evaluation"}
-    links = [link(f"{card.folder}/{name}", shown) for name, shown in names.items() if name in card.files]
+    links = [link(f"{card.folder}/{name}", shown) for name, shown in _DOCUMENT_NAMES.items() if name in card.files]
     links.append(link(f"{card.folder}/manifest.json", "manifest"))
-    joined = Markup(" · ".join(one.html for one in links))
-    about = [element("p", card.about[:260] + ("…" if len(card.about) > 260 else ""))] if card.about else []
-    state = badge("in use", "ok") if card.devices else badge("not in use", "none")
-    title = Markup(f"<h3>{escape(card.name)} {escape(card.version)} {state.html}</h3>")
-    digest = element("p", element("code", card.digest), css_class="muted")
+    summary = card.summary[:260] + ("…" if len(card.summary) > 260 else "")
+    state = badge("in use", "ok") if card.running_tasks else badge("not in use", "none")
     return element(
-        "div", title, *about, html.bullet_list(facts, "notes"), element("p", joined), digest, css_class="card"
+        "div",
+        Markup(f"<h3>{escape(card.name)} {escape(card.version)} {state.html}</h3>"),
+        *([element("p", summary)] if summary else []),
+        html.bullet_list(notes, "notes"),
+        element("p", Markup(" · ".join(part.html for part in links))),
+        element("p", element("code", card.digest), css_class="muted"),
+        css_class="card",
     )
 
 
-def _unchecked_text(card: BundleCard) -> str:
+def _signature_text(card: BundleCard) -> str:
+    if card.signature_verified:
+        return f"Signed by a listed publisher ({card.signer[:10]}…)."
     if not card.signer:
-        return "not signed"
-    return f"its signature (key {card.signer[:10]}…) was not checked: that publisher's key was not given"
+        return "Not signed."
+    return f"Signature not verified: the publisher's key ({card.signer[:10]}…) was not given."
+
+
+def _evaluation_text(card: BundleCard) -> str:
+    metrics = [metric for metric in card.metrics if not metric.slice and metric.value is not None][:3]
+    if not metrics:
+        return "No evaluation was given."
+    values = ", ".join(
+        f"{display_name(m.metric)} {format_value(m.value)} {format_interval(m.low, m.high)}".strip() for m in metrics
+    )
+    return f"Evaluated {card.evaluated_at[:10]}: {values} (95 % intervals)."

@@ -1,4 +1,4 @@
-"""Parts that chapters of the page have in common."""
+"""Page elements shared by the chapters: sections, badges, timelines, and text for times, durations and counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 def chapter(identity: str, title: str, lead: str, *content: Markup) -> Markup:
-    """A section that the table of contents leads to."""
+    """Return a section that the table of contents links to."""
     inner = html.section(title, lead, *content).html
     return Markup(inner.replace("<section>", f'<section id="{escape(identity)}">', 1))
 
@@ -30,17 +30,17 @@ def link(path: str, name: str = "") -> Markup:
 
 
 def overflow_link(remaining: int, path: str, noun: str = "more") -> list[Markup]:
-    """Where the rest is, where there is one."""
+    """Return a link to the file with the remaining entries, or nothing if there are none."""
     return [element("p", f"{remaining:,} {noun} in ", link(path), ".", css_class="muted")] if remaining > 0 else []
 
 
 def details(summary: str, *content: Markup) -> Markup:
-    inside = "".join(one.html for one in content)
+    inside = "".join(part.html for part in content)
     return Markup(f"<details><summary>{escape(summary)}</summary>{inside}</details>")
 
 
 def stacked_table(table: Markup, labels: str) -> Markup:
-    """Cells stand one under another where the screen is narrow; the page's CSS has their `labels`."""
+    """Return a table whose cells stack on a narrow screen. The page's CSS names the cells by the class `labels`."""
     return element("div", table, css_class=f"stack {labels}")
 
 
@@ -49,31 +49,34 @@ def nowrap(text: str) -> Markup:
 
 
 def timeline(decisions: Sequence[DecisionRecord], limit: int) -> tuple[Markup, int]:
-    """At most so many entries, and how many decisions are in them. What many devices did alike is one entry."""
-    groups = [list(alike) for _, alike in groupby(decisions, key=lambda one: (one.event, one.who, one.summary))]
-    items = [_timeline_item(alike) for alike in groups[:limit]]
-    shown = sum(len(alike) for alike in groups[:limit])
+    """Return at most `limit` entries, and the number of decisions in them. Equal decisions in a row share an entry."""
+    groups = [
+        list(group)
+        for _, group in groupby(decisions, key=lambda record: (record.event, record.decided_by, record.summary))
+    ]
+    items = [_timeline_item(group) for group in groups[:limit]]
+    shown = sum(len(group) for group in groups[:limit])
     return Markup(f'<ol class="timeline">{"".join(item.html for item in items)}</ol>'), shown
 
 
 def _timeline_item(decisions: Sequence[DecisionRecord]) -> Markup:
-    one, first, last = decisions[0], min(each.time for each in decisions), max(each.time for each in decisions)
-    devices = list(dict.fromkeys(each.device for each in decisions if each.device))
+    record, times = decisions[0], [decision.time for decision in decisions]
+    devices = list(dict.fromkeys(decision.device for decision in decisions if decision.device))
     where = f" · {format_names(devices)}" if devices else ""
-    when = (
-        format_time(first)
-        if format_time(first) == format_time(last)
-        else f"{format_time(first)} to {format_time(last)}"
-    )
-    head = element("span", f"{when}{where} · {one.event}", css_class="when")
-    return element("li", head, element("span", one.summary or one.event), element("span", one.who, css_class="who"))
+    head = element("span", f"{format_time_range(min(times), max(times))}{where} · {record.event}", css_class="when")
+    summary = element("span", record.summary or record.event)
+    return element("li", head, summary, element("span", f"by {record.decided_by}", css_class="who"))
 
 
 def format_time(text: str | None) -> str:
-    """`24 Nov 2026, 22:18` of an RFC 3339 time in UTC."""
-    if not text:
-        return "not known"
-    return f"{format_date(text)}, {text[11:16]}"
+    """Return `24 Nov 2026, 22:18` for an RFC 3339 time in UTC."""
+    return f"{format_date(text)}, {text[11:16]}" if text else "unknown"
+
+
+def format_time_range(first: str, last: str) -> str:
+    """Return both times, or one if they are equal to the minute."""
+    begin, end = format_time(first), format_time(last)
+    return begin if begin == end else f"{begin} to {end}"
 
 
 def format_date(text: str) -> str:
@@ -84,7 +87,7 @@ def format_date(text: str) -> str:
 
 
 def format_duration(seconds: float | None) -> str:
-    """The two largest units of it; a dash where it is not known."""
+    """Return the two largest units of a duration, or a dash if it is unknown."""
     if seconds is None:
         return "–"
     left = round(seconds)
@@ -102,16 +105,12 @@ def format_count(n: int, singular: str, plural: str = "") -> str:
     return f"{n:,} {singular if n == 1 else plural or singular + 's'}"
 
 
-def format_names(names: list[str], limit: int = 6) -> str:
+def format_names(names: Sequence[str], limit: int = 6) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
 
 
-def capitalize(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
 def parse_epoch_us(text: str | None) -> int | None:
-    """Epoch µs; None where it is no time."""
+    """Return epoch µs, None if the text is not an RFC 3339 time."""
     try:
         return clock.parse_rfc3339(text) if text else None
     except ValueError:

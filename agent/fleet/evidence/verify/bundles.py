@@ -1,4 +1,4 @@
-"""A bundle's papers in an evidence folder: that they are the papers of that bundle, and who signed them."""
+"""Check of bundle documents in an evidence folder: they belong to the bundle, and its publisher signed the manifest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from agent.wire.jws import Signer
 
 
 class _ManifestHead(msgspec.Struct):
-    """Of a bundle's manifest, of whatever version, what is needed here."""
+    """Members of a bundle manifest of any format version."""
 
     name: str
     version: str
@@ -30,49 +30,39 @@ def check_bundle(
     publishers: dict[str, Signer],
     add_problem: Callable[[str, str], None],
 ) -> None:
-    """`read`: a paper by its name, as it was signed into the folder; `add` hears of each problem."""
+    """Check the documents of the bundle whose card is the file `where`.
+
+    `read_document` returns a document by name; `add_problem` receives (file, problem).
+    """
     folder = where.rpartition("/")[0]
     data = read_document("manifest.json")
     if data is None:
         add_problem(where, "its bundle's manifest.json is missing")
         return
     if f"sha256:{hashlib.sha256(data).hexdigest()}" != card.digest:
-        add_problem(where, "says another digest than its bundle's manifest.json has")
+        add_problem(where, "digest differs from that of the bundle's manifest.json")
     if card.folder != folder:
-        add_problem(where, f"lies in {folder}, and says {card.folder}")
-    _check_signature(where, card, data, read_document("manifest.jws"), publishers, add_problem)
+        add_problem(where, f"folder is {card.folder}, but the file lies in {folder}")
+    if card.signature_verified:
+        token = (read_document("manifest.jws") or b"").decode("ascii", "replace").strip()
+        try:
+            kid = jws.verify((token,), SIGNATURE_DOMAIN, data, publishers.get).key.kid
+        except MessageRefused as refused:
+            add_problem(where, f"claims the signature of a listed publisher, which does not verify: {refused}")
+        else:
+            if kid != card.signer:
+                add_problem(where, f"names {card.signer[:64]} as the signer, but {kid} signed")
     try:
         head = msgspec.json.decode(data, type=_ManifestHead)
         check_strict_json(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        add_problem(f"{folder}/manifest.json", f"is no bundle's manifest: {str(error)[:200]}")
+        add_problem(f"{folder}/manifest.json", f"is not a bundle manifest: {str(error)[:200]}")
         return
     if (head.name, head.version) != (card.name, card.version):
-        add_problem(where, f"says {card.name} {card.version}, the bundle's manifest {head.name} {head.version}")
-    for name in ("MODEL_CARD.md", "DATA_CARD.md"):
-        paper = read_document(name)
-        if paper is not None and f"sha256:{hashlib.sha256(paper).hexdigest()}" != head.files.get(name):
-            add_problem(
-                f"{folder}/{name}", "is not the one of this bundle: its SHA-256 is not in the bundle's manifest"
-            )
-
-
-def _check_signature(
-    where: str,
-    card: BundleCard,
-    data: bytes,
-    token: bytes | None,
-    publishers: dict[str, Signer],
-    add_problem: Callable[[str, str], None],
-) -> None:
-    if not card.checked:
-        return
-    try:
-        signer = jws.verify(
-            ((token or b"").decode("ascii", "replace").strip(),), SIGNATURE_DOMAIN, data, publishers.get
+        add_problem(
+            where, f"names {card.name} {card.version}, but the bundle's manifest is of {head.name} {head.version}"
         )
-    except MessageRefused as refused:
-        add_problem(where, f"is said to be signed by a publisher that is listed, and is not: {refused}")
-        return
-    if signer.key.kid != card.signer:
-        add_problem(where, f"says that {card.signer[:64]} signed it; {signer.key.kid} did")
+    for name in ("MODEL_CARD.md", "DATA_CARD.md"):
+        document = read_document(name)
+        if document is not None and f"sha256:{hashlib.sha256(document).hexdigest()}" != head.files.get(name):
+            add_problem(f"{folder}/{name}", "belongs to another bundle: its SHA-256 is not in the bundle's manifest")

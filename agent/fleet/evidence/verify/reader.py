@@ -1,7 +1,8 @@
-"""A folder from anybody, read with care: nothing is followed out of it, nothing is read beyond what was signed."""
+"""Reader of an untrusted evidence folder. It follows no link and reads no file beyond its signed size."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -19,13 +20,13 @@ T = TypeVar("T")
 
 
 class VerificationReport(msgspec.Struct):
-    """What was checked and what is wrong; all problems are counted, the first are told.
+    """Result of a verification: what verified, and the problems. All problems are counted, the first are listed.
 
-    `signatures`: of the repository's metadata.
+    `signatures` counts valid signatures of the TUF metadata.
     """
 
     fleet: str = ""
-    at: str = ""
+    as_of: str = ""
     signer: str = ""
     files: int = 0
     messages: int = 0
@@ -47,32 +48,19 @@ class VerificationReport(msgspec.Struct):
             self.problems.append({"file": file, "problem": problem})
 
     def to_dict(self) -> dict[str, Any]:
-        """As `verify --json` prints it."""
-        names = (
-            "fleet",
-            "at",
-            "signer",
-            "files",
-            "messages",
-            "decisions",
-            "bundles",
-            "comparisons",
-            "signatures",
-            "unsupported",
-        )
-        head = {"ok": self.ok, **{name: getattr(self, name) for name in names}}
-        return {**head, "problem_count": self.problem_count, "problems": self.problems}
+        """Return the document that `verify --json` prints."""
+        return {"ok": self.ok, **msgspec.structs.asdict(self)}
 
 
 class FolderReader(msgspec.Struct):
-    """Files whose bytes are those that were signed."""
+    """Access to the files whose size and SHA-256 are as signed."""
 
     folder: Path
     verified_files: dict[str, FileEntry]
     report: VerificationReport
 
     def read_document(self, path: str, type_: type[T]) -> T | None:
-        """A file read whole; None where it is not there, or not what it should be."""
+        """Return the decoded file; None if it is not verified or malformed, which is then reported."""
         if path not in self.verified_files:
             return None
         if self.verified_files[path].size > READ_LIMITS.document_bytes:
@@ -84,7 +72,7 @@ class FolderReader(msgspec.Struct):
         return None if data is None else self._decode(path, data, type_)
 
     def read_lines(self, path: str, type_: type[T]) -> Iterator[tuple[int, T]]:
-        """(number, line) of a file of JSON lines."""
+        """Yield (number, record) of each valid line of a JSON Lines file."""
         if path not in self.verified_files:
             return
         with _open_plain_file(self.folder, path) as file:
@@ -96,22 +84,22 @@ class FolderReader(msgspec.Struct):
                         path, f"line {number} is longer than {READ_LIMITS.line_bytes} bytes; the rest is not read"
                     )
                     return
-                one = self._decode(f"{path}:{number}", line, type_)
-                if one is not None:
-                    yield number, one
+                record = self._decode(f"{path}:{number}", line, type_)
+                if record is not None:
+                    yield number, record
 
     def _decode(self, path: str, data: bytes, type_: type[T]) -> T | None:
         try:
-            found = msgspec.json.decode(data, type=type_)
+            record = msgspec.json.decode(data, type=type_)
             check_strict_json(data)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            self.report.add_problem(path, f"is not what such a file holds: {str(error)[:200]}")
+            self.report.add_problem(path, f"is malformed: {str(error)[:200]}")
             return None
-        return found
+        return record
 
 
 def read_file(folder: Path, name: str, max_bytes: int, report: VerificationReport) -> bytes | None:
-    """The file's bytes; None, and a problem, where it cannot be read or has more than `most`."""
+    """Return the file's bytes. If it cannot be read or exceeds `max_bytes`, report that and return None."""
     try:
         with _open_plain_file(folder, name) as file:
             data = file.read(max_bytes + 1)
@@ -125,26 +113,26 @@ def read_file(folder: Path, name: str, max_bytes: int, report: VerificationRepor
 
 
 def find_listed_files(folder: Path, head: EvidenceManifest, report: VerificationReport) -> set[str]:
-    """The listed files that are there as plain files; everything else in the folder is a problem."""
-    listed = {one.path for one in head.files}
-    found: set[str] = set()
+    """Return the listed files that exist as regular files. Report missing files and every other entry."""
+    listed = {file.path for file in head.files}
+    present: set[str] = set()
     for path, kind in _walk_entries(folder, report):
         if kind == "file" and path in listed:
-            found.add(path)
+            present.add(path)
         elif path in (MANIFEST_FILE, SIGNATURE_FILE) and kind == "file":
             continue
         elif kind == "file":
-            report.add_problem(path, "is not listed in the manifest: it was not there when this was signed")
+            report.add_problem(path, "is not listed in the manifest: it was added after signing")
         else:
-            report.add_problem(path, f"is a {kind}; an evidence folder has plain files only")
-    for path in sorted(listed - found):
+            report.add_problem(path, f"is a {kind}; an evidence folder has regular files only")
+    for path in sorted(listed - present):
         if not any(problem["file"] == path for problem in report.problems):
-            report.add_problem(path, "is listed in the manifest, and missing")
-    return found
+            report.add_problem(path, "is listed in the manifest but missing")
+    return present
 
 
 def _walk_entries(folder: Path, report: VerificationReport) -> Iterator[tuple[str, str]]:
-    """(path, kind) of everything in the folder but plain folders; nothing is followed."""
+    """Yield (path, kind) of every entry except folders, without following links."""
     waiting, seen = [""], 0
     while waiting:
         inside = waiting.pop()
@@ -157,7 +145,7 @@ def _walk_entries(folder: Path, report: VerificationReport) -> Iterator[tuple[st
             seen += 1
             if seen > 2 * READ_LIMITS.files:
                 report.add_problem(
-                    inside or ".", f"more than {2 * READ_LIMITS.files} entries; the rest is not looked at"
+                    inside or ".", f"has more than {2 * READ_LIMITS.files} entries; the rest is not checked"
                 )
                 return
             path = f"{inside}/{entry.name}" if inside else entry.name
@@ -165,7 +153,7 @@ def _walk_entries(folder: Path, report: VerificationReport) -> Iterator[tuple[st
                 if path.count("/") < 3:
                     waiting.append(path)
                 else:
-                    yield _printable(path), "folder deeper than any listed file can lie"
+                    yield _printable(path), "folder nested deeper than any listed file"
             else:
                 yield _printable(path), _kind(entry)
 
@@ -177,7 +165,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 
 def is_unaltered(folder: Path, entry: FileEntry, report: VerificationReport) -> bool:
-    """Whether it has the size and the bytes that were signed. No more than the size is read."""
+    """Return True if the file has the signed size and SHA-256. At most the signed size is read."""
     try:
         with _open_plain_file(folder, entry.path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -189,40 +177,40 @@ def is_unaltered(folder: Path, entry: FileEntry, report: VerificationReport) -> 
     except OSError as error:
         report.add_problem(entry.path, _describe_error(error))
         return False
-    report.add_problem(entry.path, "was altered: its SHA-256 is not the manifest's")
+    report.add_problem(entry.path, "was altered: its SHA-256 differs from the manifest")
     return False
 
 
 def _sha256(file: BinaryIO, size: int) -> str:
-    found = hashlib.sha256()
+    checksum = hashlib.sha256()
     while size > 0 and (data := file.read(min(size, 1 << 20))):
-        found.update(data)
+        checksum.update(data)
         size -= len(data)
-    return found.hexdigest()
+    return checksum.hexdigest()
 
 
 def _open_plain_file(folder: Path, path: str) -> BinaryIO:
-    """A plain file in the folder; no step of the way is a link."""
+    """Open a regular file in the folder. No segment of its path may be a link."""
     *folders, name = path.split("/")
-    at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for part in folders:
-            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
-            os.close(at)
-            at = inner
-        # Without O_NONBLOCK opening a pipe would wait for a writer.
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=at)
+            child = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+            os.close(parent)
+            parent = child
+        # Without O_NONBLOCK, opening a pipe would wait for a writer.
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent)
     finally:
-        os.close(at)
+        os.close(parent)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(0, "it is no plain file")
+        raise OSError(0, "it is not a regular file")
     return os.fdopen(descriptor, "rb")
 
 
 def _describe_error(error: OSError) -> str:
-    if error.errno == 40:
-        return "is a symbolic link; an evidence folder has plain files only"
+    if error.errno == errno.ELOOP:
+        return "is a symbolic link; an evidence folder has regular files only"
     return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
 
 

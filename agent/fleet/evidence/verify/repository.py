@@ -1,4 +1,4 @@
-"""The repository's metadata in an evidence folder: that they are signed one by another, and what is told of them."""
+"""Check of TUF metadata in an evidence folder: its signatures, and what published.json claims about them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _FOLDER, _PUBLISHED_FILE = "repository/", "published.json"
 
 
 def verify_repository(reader: FolderReader, head: EvidenceManifest, report: VerificationReport) -> SignatureChain:
-    """Who signed what; empty where the metadata are not whole, which is told already."""
-    paths = [one.path for one in head.files if one.path.startswith(_FOLDER)]
+    """Return the verified signatures; empty if a metadata file is altered or missing, which is reported already."""
+    paths = [file.path for file in head.files if file.path.startswith(_FOLDER)]
     if any(path not in reader.verified_files for path in paths):
         return SignatureChain()
-    read = {path: read_file(reader.folder, path, READ_LIMITS.metadata_bytes, report) for path in paths}
-    files = {path.removeprefix(_FOLDER): data for path, data in read.items() if data is not None}
-    before = report.problem_count
-    found = signature_chain.verify(files, lambda file, problem: report.add_problem(_FOLDER + file, problem))
-    report.signatures = sum(len(one.signed) for one in found.signatures)
-    if report.problem_count > before:
-        return found
-    for file in sorted(files.keys() - {one.file for one in found.signatures}):
-        report.add_problem(_FOLDER + file, "nothing that is signed leads to it")
-    told = reader.read_document(_PUBLISHED_FILE, SignatureChain)
-    if told is not None and told != found:
-        report.add_problem(_PUBLISHED_FILE, f"says otherwise than the metadata in {_FOLDER}, which are signed")
-    return found
+    contents = {path: read_file(reader.folder, path, READ_LIMITS.metadata_bytes, report) for path in paths}
+    files = {path.removeprefix(_FOLDER): data for path, data in contents.items() if data is not None}
+    problems = report.problem_count
+    chain = signature_chain.verify(files, lambda file, problem: report.add_problem(_FOLDER + file, problem))
+    report.signatures = sum(len(signature.signed_keys) for signature in chain.signatures)
+    if report.problem_count > problems:
+        return chain
+    for file in sorted(files.keys() - {signature.file for signature in chain.signatures}):
+        report.add_problem(_FOLDER + file, "no signed metadata refers to it")
+    published = reader.read_document(_PUBLISHED_FILE, SignatureChain)
+    if published is not None and published != chain:
+        report.add_problem(_PUBLISHED_FILE, f"differs from the signed metadata in {_FOLDER}")
+    return chain

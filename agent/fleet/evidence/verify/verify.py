@@ -1,16 +1,16 @@
-"""`outstation fleet evidence verify`: a folder from anywhere, checked with public keys and nothing else.
+"""`outstation fleet evidence verify`: verification of an evidence folder with public keys.
 
 Rules, in order:
-- the manifest's signature fits one of the keys that were given; only then is the manifest read
-- every file of the folder is a plain file that the manifest lists, with that size and digest, and none is missing
-- every message in messages/ was signed by a device key that the manifest lists, and no two are one
-- what decisions, incidents, accuracy and what runs say of a message is what that message says
-- decisions of roll-outs are signed by an operator's key that the manifest lists, and follow each other
-- what was compared comes to the figures told, counted again from the messages
-- each role of the repository's metadata is signed as the one before asks, from the first root on
-- a bundle's manifest has the digest it is told by; where it is said to be checked, its publisher signed it
+- one of the given keys signed the manifest; only then is the manifest parsed
+- the folder holds exactly the listed files, as regular files with the listed size and SHA-256
+- a listed device key signed every message in messages/, and no message occurs twice
+- claims of decisions, incidents, accuracy and running tasks about a message match that message
+- a listed operator key signed every roll-out decision, and the decisions of a roll-out form a chain
+- comparisons equal the statistics computed again from their messages
+- each role of the TUF metadata is signed as its delegator requires, starting at the first root
+- a bundle's manifest has the digest in its card; if the card says so, a listed publisher signed it
 
-Nothing is followed out of the folder, nothing is unpacked, no file is read beyond the size that was signed.
+Nothing is unpacked, no link is followed, no file is read beyond its signed size.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from agent.fleet.evidence.verify.bundles import check_bundle
 from agent.fleet.evidence.verify.claims import ClaimChecker
 from agent.fleet.evidence.verify.reader import FolderReader, VerificationReport, read_file
 from agent.fleet.evidence.verify.repository import verify_repository
+from agent.fleet.repository.signature_chain import SignatureChain
 from agent.wire import jws
 from agent.wire.jws import Signer
 from agent.wire.keys import PublicKey, parse_public_key
@@ -34,18 +35,20 @@ from agent.wire.messages import LoggedPayload, verify_message
 
 
 def verify(folder: Path, keys: list[PublicKey]) -> VerificationReport:
-    """Raises UsageError where there is no folder."""
+    """Verify a folder against the operators' `keys`. Raises UsageError if there is no such folder."""
     if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder")
+        raise UsageError(f"{folder}: no such folder; name the folder that `outstation fleet evidence --out` wrote")
     report = VerificationReport()
     head = _read_manifest(folder, keys, report)
     if head is None:
         return report
-    report.fleet, report.at = head.fleet, head.at
+    report.fleet, report.as_of = head.fleet, head.as_of
     present = reader.find_listed_files(folder, head, report)
-    good = {one.path: one for one in head.files if one.path in present and reader.is_unaltered(folder, one, report)}
-    report.files = len(good)
-    _verify_contents(FolderReader(folder, good, report), head, report)
+    unaltered = {
+        file.path: file for file in head.files if file.path in present and reader.is_unaltered(folder, file, report)
+    }
+    report.files = len(unaltered)
+    _verify_contents(FolderReader(folder, unaltered, report), head, report)
     return report
 
 
@@ -59,9 +62,7 @@ def _read_manifest(folder: Path, keys: list[PublicKey], report: VerificationRepo
         text = token.decode("ascii", "replace").strip()
         report.signer = jws.verify((text,), manifest.SIGNATURE_DOMAIN, data, known.get).key.kid
     except MessageRefused as refusal:
-        report.add_problem(
-            SIGNATURE_FILE, f"{refusal}: {MANIFEST_FILE} is not signed by any of the {len(known)} keys that were given"
-        )
+        report.add_problem(SIGNATURE_FILE, f"{refusal}: none of the {len(known)} given keys signed {MANIFEST_FILE}")
         return None
     try:
         return manifest.decode(data)
@@ -71,48 +72,52 @@ def _read_manifest(folder: Path, keys: list[PublicKey], report: VerificationRepo
 
 
 def _verify_contents(reader: FolderReader, head: EvidenceManifest, report: VerificationReport) -> None:
-    messages = {one.path for one in head.files if one.path.startswith("messages/")}
+    messages = {file.path for file in head.files if file.path.startswith("messages/")}
     claims = ClaimChecker(head, report.add_problem, messages_complete=messages <= set(reader.verified_files))
     _verify_messages(reader, head, claims, report)
     for number, decision in reader.read_lines("decisions.jsonl", contents.DecisionRecord):
         claims.check_decision(f"decisions.jsonl:{number}", decision)
     for i, incident in enumerate(reader.read_document("incidents.json", list[contents.Incident]) or []):
         claims.check_incident(f"incidents.json[{i}]", incident)
-    for i, one in enumerate(reader.read_document("running.json", list[contents.RunningTask]) or []):
-        claims.check_running(f"running.json[{i}]", one)
-    for i, measured in enumerate(reader.read_document("accuracy.json", list[contents.AccuracyEntry]) or []):
-        claims.check_accuracy(f"accuracy.json[{i}]", measured)
+    for i, task in enumerate(reader.read_document("running.json", list[contents.RunningTask]) or []):
+        claims.check_running(f"running.json[{i}]", task)
+    for i, entry in enumerate(reader.read_document("accuracy.json", list[contents.AccuracyEntry]) or []):
+        claims.check_accuracy(f"accuracy.json[{i}]", entry)
     for i, pair in enumerate(reader.read_document("comparisons.json", list[contents.BundleComparison]) or []):
         claims.check_comparison(f"comparisons.json[{i}]", pair)
         report.comparisons += 1
     claims.check_chains()
     report.decisions, report.unsupported = claims.decisions, claims.unsupported
     published = verify_repository(reader, head, report)
-    # Devices take bundles from operators, too.
+    _verify_bundles(reader, head, published, report)
+
+
+def _verify_bundles(
+    reader: FolderReader, head: EvidenceManifest, published: SignatureChain, report: VerificationReport
+) -> None:
+    # Devices accept bundles signed by operators, too.
     publishers = {**_build_signers(head.keys, "publisher"), **_build_signers(head.keys, "operator")}
     for path in sorted(reader.verified_files):
-        if path.startswith("bundles/") and path.endswith("/about.json"):
-            card = reader.read_document(path, contents.BundleCard)
-            if card is not None:
-                report.bundles += 1
-                read = _document_reader(reader, path.removesuffix("/about.json"), report)
-                check_bundle(path, card, read, publishers, report.add_problem)
-                for target in published.targets:
-                    if target.digest == card.digest and (target.name, target.version) != (card.name, card.version):
-                        said = f"{target.name} {target.version}"
-                        report.add_problem(
-                            path, f"is told as {card.name} {card.version}; {target.role} signed it as {said}"
-                        )
+        if not (path.startswith("bundles/") and path.endswith("/about.json")):
+            continue
+        card = reader.read_document(path, contents.BundleCard)
+        if card is None:
+            continue
+        report.bundles += 1
+        read_document = _document_reader(reader, path.removesuffix("/about.json"), report)
+        check_bundle(path, card, read_document, publishers, report.add_problem)
+        for target in published.targets:
+            if target.digest == card.digest and (target.name, target.version) != (card.name, card.version):
+                problem = f"names {card.name} {card.version}, but {target.role} signed {target.name} {target.version}"
+                report.add_problem(path, problem)
 
 
 def _document_reader(reader: FolderReader, folder: str, report: VerificationReport) -> Callable[[str], bytes | None]:
     def read_document(name: str) -> bytes | None:
         path = f"{folder}/{name}"
-        return (
-            read_file(reader.folder, path, READ_LIMITS.document_bytes, report)
-            if path in reader.verified_files
-            else None
-        )
+        if path not in reader.verified_files:
+            return None
+        return read_file(reader.folder, path, READ_LIMITS.document_bytes, report)
 
     return read_document
 
@@ -124,14 +129,14 @@ def _verify_messages(
     for path in sorted(path for path in reader.verified_files if path.startswith("messages/")):
         for number, line in reader.read_lines(path, contents.SignedMessage):
             if report.messages >= READ_LIMITS.messages:
-                report.add_problem(path, f"more than {READ_LIMITS.messages} messages in all; the rest is not read")
+                report.add_problem(path, f"exceeds {READ_LIMITS.messages} messages in total; the rest is not read")
                 return
             report.messages += 1
             where = f"{path}:{number}"
             try:
                 message = verify_message(line.topic, line.payload.encode(), (line.jws,), devices.find_signer)
                 if message.topic.fleet != head.fleet:
-                    raise MessageRefused("other fleet", f"signed for {message.topic.fleet!r}")
+                    raise MessageRefused("other fleet", f"signed for fleet {message.topic.fleet!r}")
                 devices.require_in_bounds(message.signer.key.kid, message.body)
             except (MessageRefused, UnicodeEncodeError) as refused:
                 report.add_problem(where, f"does not verify: {refused}")
@@ -140,7 +145,7 @@ def _verify_messages(
 
 
 class _DeviceKeys:
-    """Device keys of the manifest. A revoked key's messages count: they were stored before it was revoked."""
+    """Device keys of the manifest. Messages of a revoked key count, because they were stored before its revocation."""
 
     def __init__(self, keys: list[TrustedKey]) -> None:
         self._keys = {key.kid: key for key in keys if key.role == "device"}
@@ -149,10 +154,10 @@ class _DeviceKeys:
 
     def require_in_bounds(self, kid: str, body: object) -> None:
         key = self._keys[kid]
-        if key.through is None or not isinstance(body, LoggedPayload):
+        if key.last_valid_seq is None or not isinstance(body, LoggedPayload):
             return
-        if key.log in (None, body.log) and body.seq > key.through:
-            raise MessageRefused("retired key", f"kid {kid} signs up to seq {key.through} only")
+        if key.log in (None, body.log) and body.seq > key.last_valid_seq:
+            raise MessageRefused("retired key", f"kid {kid} is valid up to seq {key.last_valid_seq}")
 
 
 def _build_signers(keys: list[TrustedKey], role: str) -> dict[str, Signer]:

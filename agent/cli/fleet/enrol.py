@@ -1,0 +1,129 @@
+"""`outstation fleet init` and `enrol`: create a fleet, and let devices in."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from agent.cli.fleet.common import fleet_option, open_store, print_lines
+from agent.cli.output import emit, json_option
+from agent.config import BrokerConfig, check_broker
+from agent.errors import ConfigError, UsageError
+from agent.fleet import config as fleet_config
+from agent.names import is_name
+from agent.wire import keys
+
+if TYPE_CHECKING:
+    from agent.fleet.enrolment.enrol import Enrolment
+
+
+@click.command("init", epilog="Example: outstation fleet init acme --broker mqtts://broker.example.org")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--name", help="The fleet's name, a level of its topics; default the folder's name.")
+@click.option("--broker", "url", metavar="URL", help="URL of the broker for devices; default mqtts://THIS-HOST:8883.")
+@json_option
+def init(folder: Path, name: str | None, url: str | None, as_json: bool) -> None:
+    """Create a fleet in DIR: keys, certificate authority, broker config with an access list."""
+    from agent.fleet.enrolment.enrol import init_fleet
+
+    name = name or folder.resolve().name
+    if not is_name(name):
+        raise UsageError(f"{name!r} cannot name a fleet: 1-64 of a-z 0-9 . _ - , first a letter or digit; use --name")
+    broker = BrokerConfig(url=url or f"mqtts://{socket.gethostname().lower()}:8883")
+    try:
+        check_broker("--broker", broker)
+    except ConfigError as error:
+        raise UsageError(f"--broker: {error.problem}") from None
+    config = init_fleet(folder, name, broker)
+    public = {role: keys.load_public_for(folder / f"{role}.key").text for role in ("collector", "operator")}
+    conf = folder / "broker" / "mosquitto.conf"
+    document = {
+        "fleet": config.fleet.name,
+        "dir": str(folder),
+        "broker": broker.url,
+        **public,
+        "broker_conf": str(conf),
+    }
+    done = f"Fleet {name} in {folder}. Start the broker with: mosquitto -c {conf}"
+    following = f"Next: outstation fleet enrol DEVICE --dir {folder} --bundle-out DEVICE.tar.gz"
+    emit(document, as_json, lambda: print_lines(done, following))
+
+
+@click.command("enrol", epilog="Example: outstation fleet enrol pi-07 --bundle-out pi-07.tar.gz")
+@click.argument("device")
+@click.option("--key", metavar="PUB", help="The device's public key, or a file with it; default a new key.")
+@click.option("--replace", is_flag=True, help="Revoke the device's key and TLS certificate, and enrol the new key.")
+@click.option(
+    "--keep-backlog",
+    metavar="SEQ",
+    type=click.IntRange(min=0),
+    help="With --replace: the old key stays valid up to SEQ of its log; `outstation status` shows SEQ.",
+)
+@click.option(
+    "--keep-certificate",
+    is_flag=True,
+    help="With --replace: keep its TLS certificate valid; for a device that was not stolen and is far away.",
+)
+@click.option("--bundle-out", metavar="FILE", type=click.Path(path_type=Path), help="Pack its files as one .tar.gz.")
+@fleet_option
+@json_option
+def enrol(
+    device: str,
+    key: str | None,
+    replace: bool,
+    keep_backlog: int | None,
+    keep_certificate: bool,
+    bundle_out: Path | None,
+    folder: str | None,
+    as_json: bool,
+) -> None:
+    """Let DEVICE in: register its signing key, issue its TLS certificate, write its config."""
+    from agent.fleet.enrolment import enrol as enrolment
+
+    home = fleet_config.find_folder(folder)
+    config = fleet_config.load(home)
+    if keep_backlog is not None and not replace:
+        raise UsageError("--keep-backlog applies to the key that --replace replaces; add --replace")
+    if keep_certificate and not replace:
+        raise UsageError("--keep-certificate applies to the certificate that --replace replaces; add --replace")
+    if bundle_out is not None and bundle_out.exists():
+        raise UsageError(f"{bundle_out}: exists already; name a new file")
+    public = keys.load_public(key) if key else None
+    with open_store(config) as store:
+        done = enrolment.enrol(
+            *(home, config, store, device),
+            key=public,
+            replace=replace,
+            keep_through=keep_backlog,
+            keep_certificate=keep_certificate,
+        )
+    if bundle_out is not None:
+        enrolment.pack_device_files(done.folder, bundle_out)
+    document = {
+        "device": device,
+        "fleet": config.fleet.name,
+        "key": done.key.text,
+        "thumbprint": done.key.kid,
+        "new": done.is_new,
+        "files": str(done.folder),
+        "bundle": str(bundle_out) if bundle_out else None,
+        "revoked_certificates": done.revoked.certificates,
+        "problem": done.revoked.problem,
+        "steps": done.revoked.steps,
+    }
+    emit(document, as_json, lambda: print_lines(*_enrolment_lines(done, document)))
+
+
+def _enrolment_lines(done: Enrolment, document: dict[str, Any]) -> list[str]:
+    state = "enrolled" if done.is_new else "was enrolled with this key already"
+    unpack = f"On the device: outstation init DIR --from {document['bundle']}"
+    where = unpack if document["bundle"] else f"Its files: {done.folder}; --bundle-out FILE packs them"
+    lines = [f"{done.device} {state}, key {done.key.text}", where]
+    if done.revoked.certificates:
+        lines += [f"Its former certificate ({', '.join(done.revoked.certificates)}) is revoked.", *done.revoked.steps]
+    if done.revoked.problem:
+        lines.append(f"Warning: {done.revoked.problem}.")
+    return lines

@@ -1,0 +1,121 @@
+"""`outstation fleet devices`, `alerts`, `gaps` and `audit`: the state of the fleet and of its database."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import click
+
+from agent.cli.fleet.common import (
+    db_option,
+    device_option,
+    fleet_option,
+    open_for_reading,
+    print_lines,
+    print_table,
+    progress_bar,
+)
+from agent.cli.output import emit, json_option
+from agent.fleet import config as fleet_config
+
+_MAX_LISTED = 50
+
+
+@click.command("devices", epilog="Example: outstation fleet devices --dir acme")
+@db_option
+@fleet_option
+@json_option
+def devices(db: str | None, folder: str | None, as_json: bool) -> None:
+    """List the enrolled devices with their state, their clock and their open alerts."""
+    config, store = open_for_reading(folder, db)
+    rows = [
+        {
+            "device": known["device"],
+            "fleet": config.fleet.name,
+            "key": known["key"],
+            "state": known["state"] or "enrolled",
+            "last_seen": known["last_seen"],
+            "through": known["through"] or 0,
+            "alerts": known["alerts"],
+            "clock": known["clock"],
+        }
+        for known in store.devices()
+    ]
+    cells = [
+        [r["device"], r["state"], r["clock"] or "unknown", r["last_seen"] or "never", r["through"], r["alerts"]]
+        for r in rows
+    ]
+    empty = "No device is enrolled yet: outstation fleet enrol DEVICE"
+    columns = ["device", "state", "clock", "last seen", "through", "open alerts"]
+    emit(rows, as_json, lambda: print_table(columns, cells, empty))
+
+
+@click.command("alerts", epilog="Example: outstation fleet alerts --device pi-07")
+@click.option("--all", "include_cleared", is_flag=True, help="Cleared alerts, too.")
+@device_option
+@db_option
+@fleet_option
+@json_option
+def alerts(include_cleared: bool, device: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
+    """List the open alerts, oldest first."""
+    _, store = open_for_reading(folder, db, device)
+    rows = store.alerts(device, closed=include_cleared)
+    columns = ["time", "device", "task", "state", "severity", "alert", "summary"]
+    cells = [[row[name] or "" for name in columns] for row in rows]
+    empty = "No alert was ever raised." if include_cleared else "No open alert."
+    emit(rows, as_json, lambda: print_table(columns, cells, empty))
+
+
+@click.command("gaps", epilog="Example: outstation fleet gaps")
+@device_option
+@db_option
+@fleet_option
+@json_option
+def gaps(device: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
+    """List missing messages, and messages that a device declared as evicted."""
+    _, store = open_for_reading(folder, db, device)
+    rows = store.gaps(device)
+    columns = ["device", "log", "from", "to", "declared"]
+    cells = [[*(row[name] for name in columns[:4]), "evicted" if row["declared"] else "missing"] for row in rows]
+    emit(rows, as_json, lambda: print_table([*columns[:4], "reason"], cells, "No message is missing."))
+
+
+@click.command("audit", epilog="Example: outstation fleet audit --json")
+@device_option
+@db_option
+@fleet_option
+@json_option
+def audit(device: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
+    """Verify every stored message again: signatures, chain, gaps, coverage. Exit 1 if anything is wrong."""
+    from agent.fleet.audit.audit import audit as run_audit
+
+    config, store = open_for_reading(folder, db, device)
+    trusted = fleet_config.load_trusted_keys(config)
+    with progress_bar("auditing", store.count_messages(device)) as advance:
+        report = run_audit(store, device, advance, trusted).to_dict()
+    emit(report, as_json, lambda: print_lines(*_audit_lines(report)))
+    if not report["passed"]:
+        sys.exit(1)
+
+
+def _audit_lines(report: dict[str, Any]) -> Iterable[str]:
+    missing = [gap for gap in report["gaps"] if not gap["declared"]]
+    yield (
+        f"{report['messages']} messages of {report['devices']} devices: {report['invalid_count']} invalid, "
+        f"{len(missing)} gaps, {len(report['gaps']) - len(missing)} declared evictions, "
+        f"{report['duplicates']} duplicates"
+    )
+    for entry in report["invalid"][:_MAX_LISTED]:
+        yield f"  {entry['device']} {entry['log']} seq {entry['seq']} {entry['reason']}"
+    for gap in missing[:_MAX_LISTED]:
+        yield f"  {gap['device']} {gap['log']} seq {gap['from']}-{gap['to']} is missing"
+    if report["decisions"] or report["invalid_decisions"]:
+        yield f"{report['decisions']} decisions about rollouts: {len(report['invalid_decisions'])} invalid"
+    for entry in report["invalid_decisions"][:_MAX_LISTED]:
+        where = f"{entry['rollout']} decision {entry['n']}" if entry["n"] is not None else entry["rollout"] or "fleet"
+        yield f"  {where} {entry['reason']}"
+    if not report["messages"]:
+        yield "Nothing is collected yet: start `outstation fleet collect` and a device."
+    yield "PASSED" if report["passed"] else "FAILED"

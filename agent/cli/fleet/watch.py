@@ -1,0 +1,35 @@
+"""`outstation fleet watch`: verified messages as they arrive."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from agent.cli.fleet.common import db_option, fleet_option, open_for_reading
+from agent.wire import keys
+
+
+@click.command("watch", epilog="Example: outstation fleet watch --raw --seconds 10")
+@click.option("--raw", is_flag=True, help="Print one line per message, like mosquitto_sub -v, with the verdict.")
+@click.option("--seconds", type=click.FloatRange(min=0), metavar="S", help="Stop after this time.")
+@db_option
+@fleet_option
+def watch(raw: bool, seconds: float | None, db: str | None, folder: str | None) -> None:
+    """Show verified messages as a live table; as lines with --raw, or if stdout is no terminal."""
+    from agent.fleet.database.keyring import Keyring
+    from agent.fleet.watch import FleetWatcher, connect, receive_deliveries, show_lines, show_table
+
+    config, store = open_for_reading(folder, db)
+    name, broker = config.fleet.name, config.broker_for(config.operator)
+    keyring = Keyring(store, {"collector": keys.load_public_for(Path(config.collector.key_file))})
+    client = f"outstation-{name}-watch-{os.getpid()}"
+    show = show_lines if raw or not sys.stdout.isatty() else show_table
+    with contextlib.suppress(KeyboardInterrupt):
+        show(
+            FleetWatcher(name, keyring),
+            lambda report: receive_deliveries(lambda: connect(broker, name, client), keyring.refresh, seconds, report),
+        )

@@ -1,0 +1,132 @@
+"""Messages of a batch: its results, and the drift windows that it closed. Nothing is read or written here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent import __version__, clock, config
+from agent.device.pipeline import columns, drift_state
+from agent.device.pipeline.drift_state import LearningRefusals
+from agent.device.pipeline.loaded_task import LoadedTask
+from agent.device.store.clock_segments import ClockStamp, clip_stamps
+from agent.device.store.message_log import PendingMessage
+from agent.device.store.rows import Rows
+from agent.device.store.store import RowBatch
+from agent.drift.state import DriftWindowResult
+from agent.model.inference import runtime
+from agent.model.inference.inference import InferenceResult
+from agent.model.inference.scores import Scores
+
+# The message's header, then its other members beside the columns.
+_HEAD_BYTES, _MEMBER_BYTES = 2_000, 1_200
+
+
+def build_result_messages(
+    task: LoadedTask,
+    batch: RowBatch,
+    results: InferenceResult,
+    labels: list[str] | None,
+    max_bytes: int,
+    current_segment: tuple[int, int] | None,
+) -> Iterator[PendingMessage]:
+    """Return the messages that together cover the consumed rows, each within `max_bytes`.
+
+    `current_segment` is (boot, segment) of the log's last clock anchor, or None if that is of another boot.
+    """
+    cut, model_scores = results.cut, results.scores
+    ends = cut.starts + task.window_rows - 1
+    is_published = _select_published(task, model_scores, labels)
+    missing = np.where(results.missing_share > task.bundle.manifest.input.max_missing, results.missing_share, 0)
+    max_results = columns.max_results(max_bytes - _HEAD_BYTES - _MEMBER_BYTES, model_scores, labels)
+    first_row, count, done = 0, len(cut.starts), 0
+    while True:
+        stop = min(count, done + max_results)
+        through = cut.consumed if stop == count else int(cut.starts[stop - 1]) + task.step
+        published = np.flatnonzero(is_published[done:stop]) + done
+        published_rows = ends[published] + batch.first
+        listing = columns.build(model_scores, labels, missing, published, published_rows, batch.rows.t[ends[published]])
+        rows = [batch.first + first_row, batch.first + through - 1]
+        body = _result_body(task, rows, stop - done, batch.rows.slice(first_row, through), listing)
+        if incomplete := int(np.count_nonzero(missing[done:stop])):
+            body["incomplete"] = incomplete
+        # Where model windows overlap, the last result's row comes after the last consumed row.
+        last_row = max([rows[1], *published_rows[-1:].tolist()])
+        body |= _clock_members(clip_stamps(batch.stamps, rows[0], last_row), current_segment)
+        yield PendingMessage("results", task.name, body)
+        first_row, done = through, stop
+        if done == count:
+            return
+
+
+def build_lost_message(task: LoadedTask, batch: RowBatch) -> PendingMessage:
+    """Return the message that covers rows without results, because they cannot be read."""
+    body = _result_body(task, [batch.first, batch.last], 0, batch.rows, {"row": [], "t": []})
+    return PendingMessage("results", task.name, {**body, "lost": batch.loss_reason})
+
+
+def build_drift_messages(
+    task: LoadedTask, windows: Sequence[DriftWindowResult], refusals: LearningRefusals
+) -> tuple[list[PendingMessage], LearningRefusals]:
+    """Return the messages of closed drift windows, each with its alerts and what it ended to learn.
+
+    Also return the refusals to learn after them.
+    """
+    messages: list[PendingMessage] = []
+    for window in windows:
+        messages.append(PendingMessage("drift", task.name, _drift_body(task, window), window.alerts))
+        learning, refusals = drift_state.build_learning_messages(task.name, window, refusals)
+        messages += learning
+    return messages, refusals
+
+
+def _drift_body(task: LoadedTask, window: DriftWindowResult) -> dict[str, Any]:
+    shipped = task.drift_monitor.shipped.digest if task.drift_monitor else None
+    span = {
+        "index": window.index,
+        "rows": list(window.rows),
+        "from": clock.to_rfc3339(window.t[0]),
+        "to": clock.to_rfc3339(window.t[1]),
+        "n": window.row_count,
+    }
+    reference = {"shipped": shipped, "site": window.site_digest}
+    return {"model": task.bundle_ref, "reference": reference, "window": span, **window.members}
+
+
+def _result_body(task: LoadedTask, rows: list[int], n: int, consumed: Rows, columns: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model": task.bundle_ref,
+        "stream": task.config.stream,
+        "rows": rows,
+        "n": n,
+        "input": consumed.digest(),
+        "columns": columns,
+        "made": {"agent": __version__, "runtime": runtime.RUNTIME_NAME, "config": task.config_digest},
+    }
+
+
+def _clock_members(stamps: Sequence[ClockStamp], current_segment: tuple[int, int] | None) -> dict[str, Any]:
+    """Return the clock of the rows' times, [first row, boot, segment, quality] for each run of rows.
+
+    Return nothing if all rows are synced and of the current segment.
+    """
+    if current_segment is not None and len(stamps) == 1:
+        [stamp] = stamps
+        if (stamp.boot, stamp.segment, stamp.quality) == (*current_segment, 0):
+            return {}
+    return {"clocks": [[stamp.first, stamp.boot, stamp.segment, stamp.quality] for stamp in stamps]}
+
+
+def _select_published(task: LoadedTask, model_scores: Scores, labels: list[str] | None) -> NDArray[np.bool_]:
+    """Return which results the messages list; all results are counted."""
+    count, publish = len(model_scores), task.config.publish
+    if publish == "summary":
+        return np.zeros(count, bool)
+    if isinstance(publish, config.PublishBelow) and model_scores.score is not None:
+        return np.asarray(model_scores.score < publish.below_score)
+    if publish == "changes" and labels is not None:
+        return np.array([a != b for a, b in zip(labels, [task.last_label, *labels[:-1]], strict=True)], bool)
+    return np.ones(count, bool)

@@ -1,0 +1,123 @@
+"""Loaded task: a task with its bundle, model and drift state in memory, and the size of its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from agent import config
+from agent.config import StreamConfig
+from agent.device.pipeline.deadline import Deadline
+from agent.device.store.cost import CostMeter
+from agent.device.store.message_log import PendingMessage
+from agent.device.store.store import RowBatch, Store
+from agent.device.store.transaction import Transaction
+from agent.drift.monitor import DriftMonitor
+from agent.drift.state import DriftState
+from agent.model.bundle.bundle import Bundle
+from agent.model.inference import features
+from agent.model.inference.inference import MAX_VALUES, Inference, InferenceResult, RunnableModel
+from agent.model.inference.tuning import Tuning
+
+# Model windows of a batch. The first limit matters only where they are short; the others before a model was tuned.
+_MAX_WINDOWS, _DEFAULT_WINDOWS, _DEFAULT_ROWS = 4096, 512, 25_600
+# Bytes that a transaction counts for a result, in its message and for labels; for each further column there; for a
+# drift window; and for each field of one.
+_RESULT_BYTES, _COLUMN_BYTES, _DRIFT_BYTES, _FIELD_BYTES = 200, 40, 2_000, 1_000
+# Time of a batch in the model: far below the watchdog's minute, even on a day when everything else is slow.
+_MAX_INFERENCE_S = 5.0
+
+
+class BatchObserver(Protocol):
+    """Evaluation of another bundle on the task's batches; called for each batch."""
+
+    def before_commit(self, task: LoadedTask, results: InferenceResult) -> None:
+        """Handle the results of `task` before they are committed."""
+
+    def save_progress(self, tx: Transaction) -> None:
+        """Save the evaluation's state in the batch's commit."""
+
+    def after_commit(self, task: LoadedTask, store: Store, batch: RowBatch, results: InferenceResult) -> None:
+        """Handle the committed batch. Raises StorageError; failures of the other bundle are recorded, not raised."""
+
+
+@dataclass
+class LoadedTask:
+    """A task with its bundle loaded.
+
+    - `drift_state`: as committed; `closing_messages`: to be sent with the next commit, because it is of another bundle
+    - `crash_guard` surrounds each run of the model
+    - `is_crash_suspect`: the daemon ended during the model's last run
+    - `batch_divisor`: batches are this many times smaller, after one that found no room
+    """
+
+    name: str
+    config: config.TaskConfig
+    stream: StreamConfig
+    bundle: Bundle
+    model: RunnableModel
+    drift_monitor: DriftMonitor | None
+    drift_state: DriftState | None
+    config_digest: str
+    keep_results: bool = True
+    closing_messages: list[PendingMessage] | None = None
+    tuning: Tuning | None = None
+    crash_guard: Callable[[], AbstractContextManager[object]] = nullcontext
+    is_crash_suspect: bool = False
+    batch_observer: BatchObserver | None = None
+    input_columns: list[int] = field(init=False)
+    inference: Inference = field(init=False)
+    cost_meter: CostMeter = field(init=False)
+    deadline: Deadline = field(init=False)
+    last_label: str = ""
+    batch_divisor: int = 1
+
+    def __post_init__(self) -> None:
+        self.cost_meter, self.deadline = CostMeter(self.name), Deadline(self.name, self.config.deadline)
+        names = [f.name for f in self.stream.fields]
+        self.input_columns = [names.index(name) for name in self.bundle.manifest.input.fields]
+        media_format, manifest = self.stream.media_format, self.bundle.manifest
+        if media_format is not None:
+            manifest = features.limit_gap(manifest, media_format.max_row_gap_s)
+        self.inference = Inference(manifest, self.model)
+
+    @property
+    def step(self) -> int:
+        return self.inference.step
+
+    @property
+    def window_rows(self) -> int:
+        return self.inference.rows
+
+    @property
+    def bundle_ref(self) -> dict[str, Any]:
+        manifest = self.bundle.manifest
+        return {"name": manifest.name, "version": manifest.version, "digest": self.bundle.digest}
+
+    def max_batch_rows(self, transaction_bytes: int) -> int:
+        """Return the rows of the largest batch: one model window, and what memory, time and the transaction allow."""
+        in_memory = MAX_VALUES // (self.window_rows * len(self.bundle.manifest.input.columns))
+        max_s = min(_MAX_INFERENCE_S, self.deadline.seconds or _MAX_INFERENCE_S)
+        in_time = _DEFAULT_WINDOWS if self.tuning is None else int(max_s * self.tuning.rows_per_s)
+        default = min(_MAX_WINDOWS, max(_DEFAULT_WINDOWS, _DEFAULT_ROWS // self.step))
+        # The other half is for alerts, and for the states of drift and labels.
+        in_transaction = transaction_bytes // 2 // self._max_window_bytes
+        windows = min(default, in_transaction, in_memory, in_time, self.deadline.max_windows) // self.batch_divisor
+        return self.window_rows + max(0, self._align_to_drift_window(windows) - 1) * self.step
+
+    def _align_to_drift_window(self, windows: int) -> int:
+        """Return at most `windows`, so that the last one closes a drift window if it can."""
+        if self.drift_state is None:
+            return windows
+        excess = (self.drift_state.open_summary.model_windows + windows) % self.drift_state.window
+        return windows - excess if excess < windows else windows
+
+    @property
+    def _max_window_bytes(self) -> int:
+        """Bytes that one model window takes at most in a transaction."""
+        manifest = self.bundle.manifest
+        columns = len(manifest.output.labels) if manifest.output.multi_label else len(manifest.output.names)
+        drift = (_DRIFT_BYTES + _FIELD_BYTES * len(manifest.input.fields)) // manifest.drift.window
+        return _RESULT_BYTES + _COLUMN_BYTES * columns + (drift if self.drift_monitor else 0)

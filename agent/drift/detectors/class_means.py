@@ -1,0 +1,150 @@
+"""Class means: numbers of each model window, averaged within the class that the model names.
+
+Only whole numbers are kept, a count and a sum in steps of 2**-20, so any split of the rows, added in any order, gives
+the same bits. `ClassMeanDetector` tests such means for drift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import numpy as np
+
+from agent.arrays import AnyArray, Bools, Float64s, Ints
+from agent.drift.detectors.detector import (
+    Alarm,
+    AlertText,
+    Baseline,
+    ClassifiedWindows,
+    DriftWindows,
+    Learned,
+    LearnedWindows,
+    ModelWindows,
+    Scores,
+    Task,
+)
+from agent.drift.numeric import false_alarm_budget
+from agent.drift.numeric.sums import Groups
+
+SCALE = 2.0**20
+
+
+class WeightedMeans(msgspec.Struct, frozen=True, eq=False):
+    """Weight and mean of X numbers per class, each (..., C, X); the mean is 0 without weight."""
+
+    weight: Float64s
+    mean: Float64s
+
+
+def sum_by_group(values: Float64s, groups: Groups) -> Ints:
+    """Return counts and sums (G, 2X) of the values (w, X) of model windows in these groups; NaN is left out."""
+    out = np.zeros((len(groups.n), 2 * values.shape[1]), np.int64)
+    if not values.size:
+        return out
+    known = ~np.isnan(values)
+    steps = np.concatenate([known, np.rint(np.where(known, values, 0.0) * SCALE)], axis=1)
+    present = np.flatnonzero(groups.n)
+    first = np.cumsum(groups.n)[present] - groups.n[present]
+    out[present] = np.add.reduceat(steps.take(groups.order, axis=0), first, axis=0)
+    return out
+
+
+def means_from_sums(sums: Ints) -> WeightedMeans:
+    """Return the means of counts and sums (..., C, 2X)."""
+    count = sums.shape[-1] // 2
+    n, total = sums[..., :count], sums[..., count:]
+    return WeightedMeans(n.astype(np.float64), total / SCALE / np.maximum(n, 1))
+
+
+def compute_deviations(measured: WeightedMeans, expected: Float64s) -> Float64s:
+    """Return the deviation (..., X) from each class's `expected` mean (..., C, X), averaged; NaN without weight."""
+    total = measured.weight.sum(-2)
+    deviation = (measured.weight * (measured.mean - expected)).sum(-2)
+    known = total > 0
+    return np.asarray(np.where(known, deviation / np.where(known, total, 1.0), np.nan))
+
+
+def pooled_mean(measured: WeightedMeans, min_weight: float) -> Float64s:
+    """Return the mean (C, X) over drift windows (K, C, X); a class with less weight takes that of all classes."""
+    return _mean_or_overall(measured.weight.sum(0), (measured.weight * measured.mean).sum(0), min_weight)
+
+
+def leave_one_out_mean(measured: WeightedMeans, min_weight: float) -> Float64s:
+    """Return the same (K, C, X) without the drift window that it is compared with."""
+    weight, total = measured.weight, measured.weight * measured.mean
+    return _mean_or_overall(weight.sum(0) - weight, total.sum(0) - total, min_weight)
+
+
+def _mean_or_overall(weight: Float64s, total: Float64s, min_weight: float) -> Float64s:
+    overall = total.sum(-2, keepdims=True) / np.maximum(weight.sum(-2, keepdims=True), 1e-9)
+    return np.asarray(np.where(weight >= min_weight, total / np.maximum(weight, 1e-9), overall))
+
+
+class ClassMeanDetector:
+    """Detector of X numbers that `measure` takes of each model window; they belong to one subject.
+
+    A subclass names itself, its subject and its false-alarm budget, and gives `width`, `measure` and `describe`.
+    """
+
+    name = ""
+    subject = ""
+    slack = false_alarm_budget.FIELD_SLACK
+    budget = 3e-4  # false alarms per window, of all S tests together
+    min_limit = false_alarm_budget.MIN_CUSUM_LIMIT
+    winsorized = True
+
+    def width(self, task: Task) -> int:
+        raise NotImplementedError
+
+    def measure(self, windows: ModelWindows) -> Float64s | None:
+        return None
+
+    def describe(self, alarm: Alarm) -> AlertText:
+        raise NotImplementedError
+
+    def min_sd(self, task: Task) -> float:
+        return 0.05
+
+    def subjects(self, task: Task) -> Sequence[int]:
+        return [task.subject(self.subject)] * self.width(task)
+
+    def limit(self, task: Task, windows: int, autocorrelation: float, stretch: float) -> float:
+        limit = false_alarm_budget.cusum_limit(self.width(task), windows, self.slack, self.budget, self.min_limit)
+        return limit * stretch
+
+    def count_width(self, task: Task) -> int:
+        return 2 * self.width(task)
+
+    def count(self, task: Task, windows: ClassifiedWindows) -> Ints:
+        if self.name not in windows.measures:
+            return np.zeros((len(windows.groups.n), self.count_width(task)), np.int64)
+        return sum_by_group(windows.measures[self.name], windows.groups)
+
+    def means(self, task: Task, counts: Ints) -> WeightedMeans:
+        """Return the means of counts (..., C, `count_width`)."""
+        return means_from_sums(counts)
+
+    def retain(self, task: Task, counts: Ints) -> dict[str, AnyArray]:
+        return {self.name: counts}
+
+    def retained_means(self, task: Task, entries: Mapping[str, AnyArray]) -> WeightedMeans:
+        """Return the means (m, X) of retained entries."""
+        return self.means(task, entries[self.name])
+
+    def learn(self, task: Task, learned: LearnedWindows) -> Learned:
+        entries = self.retained_means(task, learned.entries)
+        shape = (*learned.output.shape, self.width(task))
+        expanded = WeightedMeans(np.zeros(shape), np.zeros(shape))
+        expanded.weight[learned.window, learned.label] = entries.weight
+        expanded.mean[learned.window, learned.label] = entries.mean
+        min_weight = learned.min_class_weight
+        values = compute_deviations(expanded, leave_one_out_mean(expanded, min_weight))
+        return Learned(values, pooled_mean(expanded, min_weight))
+
+    def score(self, task: Task, windows: DriftWindows, baseline: Baseline) -> Scores:
+        assert baseline.own is not None
+        return Scores(compute_deviations(self.means(task, windows.counts[self.name]), baseline.own))
+
+    def suspended(self, task: Task, moving: Bools, near_alarm: Bools) -> Bools | None:
+        return np.repeat(near_alarm[:, None], self.width(task), axis=1)

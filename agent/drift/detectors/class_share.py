@@ -1,0 +1,85 @@
+"""Class share detector: how often the model names each class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from agent.arrays import Bools, Float64s, Ints
+from agent.drift.detectors.detector import (
+    OUTPUT,
+    Alarm,
+    AlertText,
+    Baseline,
+    DriftWindows,
+    Learned,
+    LearnedWindows,
+    Scores,
+    Task,
+    round_significant,
+)
+from agent.drift.numeric import false_alarm_budget
+
+
+class ClassShareDetector:
+    """Detector of shares of predictions, which a summary counts anyway."""
+
+    name = "class_share"
+    slack = false_alarm_budget.FIELD_SLACK
+    # A mode that is seldom on is no odd window.
+    winsorized = False
+
+    def width(self, task: Task) -> int:
+        return task.labels if task.labels > 1 else 0
+
+    def min_sd(self, task: Task) -> float:
+        # One answer more or less is nothing.
+        return max(0.02, 1 / task.window)
+
+    def subjects(self, task: Task) -> Sequence[int]:
+        return [task.subject(OUTPUT)] * self.width(task)
+
+    def limit(self, task: Task, windows: int, autocorrelation: float, stretch: float) -> float:
+        """Return the limit for as many independent windows as these are worth: modes last for hours."""
+        independent = false_alarm_budget.effective_sample_size(windows, autocorrelation)
+        limit = false_alarm_budget.cusum_limit(
+            self.width(task), independent, self.slack, false_alarm_budget.CLASS_SHARE_BUDGET
+        )
+        return limit * false_alarm_budget.stretch_factor(autocorrelation)
+
+    def learn(self, task: Task, learned: LearnedWindows) -> Learned:
+        return Learned(self._shares(task, learned.output))
+
+    def score(self, task: Task, windows: DriftWindows, baseline: Baseline) -> Scores:
+        return Scores(self._shares(task, windows.output))
+
+    def suspended(self, task: Task, moving: Bools, near_alarm: Bools) -> Bools | None:
+        return np.repeat(near_alarm[:, None], self.width(task), axis=1)
+
+    def describe(self, alarm: Alarm) -> AlertText:
+        side, label = (int(place) for place in np.argwhere(alarm.alarm)[0])
+        windows, since = int(alarm.windows[side, label]), int(alarm.since[side, label])
+        usual = float(alarm.baseline.mean[label])
+        return share_text(alarm, "share", label, usual + alarm.mean_effect(side, label), usual, windows, since)
+
+    def _shares(self, task: Task, output: Ints) -> Float64s:
+        """Return shares (..., S) of all predictions (..., C); NaN without any."""
+        total = output.sum(-1, keepdims=True)
+        return np.where(total > 0, output / np.maximum(total, 1), np.nan)[..., : self.width(task)]
+
+
+def share_text(alarm: Alarm, test: str, label: int, share: float, usual: float, windows: int, since: int) -> AlertText:
+    """Return the sentence of a label with another share than usual."""
+    name = alarm.labels[label]
+    change = f"{name} is {share:.0%} of the answers, {usual:.0%} in this site's reference"
+    evidence = {
+        "test": test,
+        "windows": windows,
+        "since": since,
+        "label": name,
+        "share": round_significant(share, 4),
+        "usual": round_significant(usual, 4),
+    }
+    cause = "another use of the machine, or a model that no longer fits"
+    return AlertText(f"output: {change}, {alarm.format_windows(windows, since)}; likely {cause}", evidence)

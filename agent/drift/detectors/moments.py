@@ -1,0 +1,225 @@
+"""Moments detector: mean and spread of each field, within the class that the model names.
+
+A machine has modes, and their mixture changes all day. So statistics of each model window are compared with those of
+the class that the model named, and only the residual is averaged over a drift window. On smartwatch recordings a gain
+of 0.6 on one axis is then found in two drift windows instead of never.
+
+For a model over windows of rows, the D = 2F statistics are each field's mean and log variance; for a model that answers
+each row, they are the D = F values. Either way there are 2F tests: F of the mean, then F of the spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from agent.arrays import Bools, Float64s, Ints
+from agent.drift.detectors import season
+from agent.drift.detectors.detector import (
+    EARLY_DRIFT_SHARE,
+    Alarm,
+    AlertText,
+    Baseline,
+    DriftWindows,
+    Learned,
+    LearnedWindows,
+    Scores,
+    Task,
+    round_significant,
+)
+from agent.drift.detectors.season import MIN_RAMP_WINDOWS, is_ramp
+from agent.drift.numeric import false_alarm_budget
+from agent.drift.numeric.sums import GroupMoments
+
+MIN_CLASS_WINDOWS = 8  # model windows: a rarer class has no statistics of its own
+# Least sd of a class, as a share of the overall sd. It is more at a site, where one misnamed window in a tight class
+# would outweigh all others.
+MIN_SD_SHARE, MIN_SITE_SD_SHARE = 0.1, 0.15
+MIN_VARIANCE = 1e-4  # of residuals, in squared class sd
+
+
+class ClassStatistics(msgspec.Struct, frozen=True, eq=False):
+    """Statistics of each class: `mean` and `sd` (C, D), in physical units or log variance.
+
+    `n` (C, D) counts model windows; below MIN_CLASS_WINDOWS, mean and sd are those of all classes together.
+    """
+
+    n: Ints
+    mean: Float64s
+    sd: Float64s
+
+
+def fit_class_statistics(moments: GroupMoments, min_sd_share: float = MIN_SD_SHARE) -> ClassStatistics:
+    """Fit statistics to the moments of each class (C, D)."""
+    overall = moments.pooled(0)
+    least = 1e-6 * (np.abs(overall.mean) + 1e-6)  # the resolution of float32 readings
+    overall_sd = np.maximum(np.sqrt(overall.m2 / np.maximum(overall.n, 1)), least)
+    rare = moments.n < MIN_CLASS_WINDOWS
+    sd = np.maximum(np.sqrt(moments.m2 / np.maximum(moments.n, 1)), min_sd_share * overall_sd)
+    return ClassStatistics(moments.n, np.where(rare, overall.mean, moments.mean), np.where(rare, overall_sd, sd))
+
+
+def compute_test_values(
+    moments: GroupMoments, mean: Float64s, sd: Float64s, *, windowed: bool
+) -> tuple[Float64s, Float64s]:
+    """Return values and effects (..., 2F) of drift windows with moments (..., C, D), against class means and sds.
+
+    A value is a mean residual in class sd; for single rows, the spread's is the log variance of residuals. An effect is
+    the mean shift in physical units, and half the shift in log variance: exp() of it is the ratio of spreads.
+    """
+    count = np.maximum(moments.n.sum(-2), 1)
+    shift = moments.n * (moments.mean - mean)
+    value, effect = (shift / sd).sum(-2) / count, shift.sum(-2) / count
+    if windowed:
+        fields = value.shape[-1] // 2
+        return value, np.concatenate([effect[..., :fields], effect[..., fields:] / 2], axis=-1)
+    square = ((moments.m2 + shift * (moments.mean - mean)) / sd**2).sum(-2) / count
+    spread = np.log(np.maximum(square - value**2, MIN_VARIANCE))
+    return np.concatenate([value, spread], axis=-1), np.concatenate([effect, spread / 2], axis=-1)
+
+
+def find_untested(moments: GroupMoments, *, windowed: bool) -> np.ndarray:
+    """Return which of the 2F tests (..., 2F) of drift windows (..., C, D) have no values."""
+    empty = moments.n.sum(-2) == 0
+    return empty if windowed else np.concatenate([empty, empty], axis=-1)
+
+
+def leave_one_out_mean(moments: GroupMoments, pooled: GroupMoments) -> Float64s:
+    """Return class means (K, C, D) without the drift window that they are compared with.
+
+    A window judged against means that contain it looks steadier than the next, unseen one will.
+    """
+    n = pooled.n - moments.n
+    total = pooled.n * pooled.mean - moments.n * moments.mean
+    mean = total / np.maximum(n, 1)
+    overall = total.sum(-2, keepdims=True) / np.maximum(n.sum(-2, keepdims=True), 1)
+    return np.asarray(np.where(n < MIN_CLASS_WINDOWS, overall, mean))
+
+
+class MomentsDetector:
+    """Detector of means and spreads."""
+
+    name = "moments"
+    slack = false_alarm_budget.FIELD_SLACK
+    winsorized = True
+
+    def width(self, task: Task) -> int:
+        return 2 * task.fields
+
+    def min_sd(self, task: Task) -> float:
+        return 0.05
+
+    def subjects(self, task: Task) -> Sequence[int]:
+        return 2 * list(range(task.fields))
+
+    def limit(self, task: Task, windows: int, autocorrelation: float, stretch: float) -> float:
+        limit = false_alarm_budget.cusum_limit(self.width(task), windows, self.slack, false_alarm_budget.FIELD_BUDGET)
+        return limit * stretch
+
+    def learn(self, task: Task, learned: LearnedWindows) -> Learned:
+        mean = leave_one_out_mean(learned.moments, learned.pooled)
+        return Learned(compute_test_values(learned.moments, mean, learned.class_sd, windowed=task.windowed)[0])
+
+    def score(self, task: Task, windows: DriftWindows, baseline: Baseline) -> Scores:
+        values, effects = compute_test_values(
+            windows.moments, baseline.class_mean, baseline.class_sd, windowed=task.windowed
+        )
+        fields = task.fields
+        if not task.windowed:
+            effects[:, fields:] -= baseline.mean[fields:] / 2
+        values[find_untested(windows.moments, windowed=task.windowed)] = np.nan
+        return Scores(values, effects, self._effect_scale(task, baseline))
+
+    def _effect_scale(self, task: Task, baseline: Baseline) -> Float64s:
+        fields = task.fields
+        weight = baseline.class_n / np.maximum(baseline.class_n.sum(0), 1)
+        sd = (weight * baseline.class_sd).sum(0)
+        return np.concatenate([sd[:fields], sd[fields:] / 2 if task.windowed else np.full(fields, 0.5)])
+
+    def suspended(self, task: Task, moving: Bools, near_alarm: Bools) -> Bools | None:
+        return None
+
+    def describe(self, alarm: Alarm) -> AlertText:
+        change = measure_change(alarm)
+        name = alarm.fields[alarm.subject]
+        slow = season.guess_cause(alarm.subject, alarm.slow_trend, alarm.fields) if change.test == "mean" else ""
+        cause = slow or guess_cause(change, alarm)
+        growing = ", and goes on: a slow ramp" if change.is_ramp else ""
+        period = alarm.format_windows(change.windows, change.since)
+        sentence = f"{name}: {change.describe(alarm.unit)} {period}{growing}; likely {cause}"
+        return AlertText(sentence, change.to_evidence())
+
+
+class FieldChange(msgspec.Struct, frozen=True):
+    """Change of one field: effects averaged over the windows since it began."""
+
+    test: str  # mean | spread: the one with the larger sum
+    windows: int
+    since: int  # epoch µs
+    cusum: float
+    shift: float  # of the mean, physical units
+    shift_sd: float  # the same in sd of the site's rows
+    ratio: float  # of the spread to the site's
+    spread_changed: bool  # whether the spread's sum is half way to an alarm of its own
+    is_ramp: bool
+
+    def to_evidence(self) -> dict[str, Any]:
+        numbers = {"cusum": self.cusum, "shift": self.shift, "shift_sd": self.shift_sd, "ratio": self.ratio}
+        period = {"windows": self.windows, "since": self.since, "ramp": self.is_ramp}
+        return {"test": self.test} | period | {name: round_significant(x, 4) for name, x in numbers.items()}
+
+    def describe(self, unit: str) -> str:
+        if self.test == "spread":
+            return f"spread {'fell' if self.ratio < 1 else 'rose'} to {self.ratio:.2g} of this site's reference"
+        amount = f"{self.shift:+.2g}" + (f" {unit}" if unit else "")
+        return f"mean moved by {amount} ({abs(self.shift_sd):.2g} reference sd)"
+
+
+def measure_change(alarm: Alarm) -> FieldChange:
+    """Measure the change of a field with an alarm; the last window's effect stands in for a test without a sum."""
+    fields = len(alarm.fields)
+    mean, spread = (
+        max((0, test), (1, test), key=lambda place: float(alarm.value[place]))
+        for test in (alarm.subject, fields + alarm.subject)
+    )
+    on = [place for place in (mean, spread) if alarm.alarm[:, place[1]].any()] or [mean, spread]
+    lead = max(on, key=lambda place: float(alarm.value[place]))
+    shift, log_ratio = alarm.mean_effect(*mean), alarm.mean_effect(*spread)
+    sd = float(alarm.sd[alarm.subject])
+    return FieldChange(
+        test="mean" if lead == mean else "spread",
+        windows=int(alarm.windows[lead]),
+        since=int(alarm.since[lead]),
+        cusum=float(alarm.value[lead]),
+        shift=shift,
+        shift_sd=shift / sd if sd > 0 else 0.0,
+        ratio=float(np.exp(log_ratio)),
+        spread_changed=bool(alarm.value[spread] > EARLY_DRIFT_SHARE * alarm.limit[spread[1]]),
+        is_ramp=int(alarm.windows[lead]) >= MIN_RAMP_WINDOWS and is_ramp(alarm.recent_z[:, lead[1]].astype(np.float64)),
+    )
+
+
+def guess_cause(change: FieldChange, alarm: Alarm) -> str:
+    """Guess the cause: a gain scales mean and spread alike; an offset moves the mean alone."""
+    if not change.spread_changed:
+        return "offset or a new position"
+    less = change.ratio < 1
+    scale = _fit_mean_scale(alarm)
+    if scale is None:
+        return "gain loss or less movement" if less else "gain rise, noise or more movement"
+    if abs(np.log(scale / change.ratio)) < abs(np.log(scale)):
+        return "gain loss" if less else "gain rise"
+    return "less movement or damping" if less else "noise or more movement"
+
+
+def _fit_mean_scale(alarm: Alarm) -> float | None:
+    """Return the slope of the window's class means on the site's, through zero; None where these are near zero."""
+    field, moments, baseline = alarm.subject, alarm.moments, alarm.baseline
+    n, mean, usual = moments.n[:, field], moments.mean[:, field], baseline.class_mean[:, field]
+    weight = n / baseline.class_sd[:, field] ** 2
+    if (weight * usual**2).sum() < n.sum():
+        return None
+    return max(0.01, float((weight * mean * usual).sum() / (weight * usual**2).sum()))

@@ -1,0 +1,159 @@
+"""docs/reference: the wire format's tables and AsyncAPI document match the code, and validators agree with both."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from agent.config import BrokerConfig
+from agent.testing.fleet import FIELDS, RECORDINGS, LocalFleet, field_tables
+from agent.testing.messages import MessageSender
+from agent.testing.process import find_program, run_outstation, wait_until
+from agent.transport.mqtt import Link
+from agent.transport.packets import IncomingMessage
+from agent.wire.topics import KINDS
+from scripts import wire_documents
+from tests.kit.devices import expand_columns
+
+PACKAGES = ("@asyncapi/parser@3", "ajv@8")
+VALIDATE = """
+const fs = require("fs");
+const { Parser } = require("@asyncapi/parser");
+const Ajv = require("ajv");
+const text = fs.readFileSync(process.argv[2], "utf8"), document = JSON.parse(text);
+const messages = JSON.parse(fs.readFileSync(0, "utf8"));
+new Parser().parse(text).then(({ diagnostics }) => {
+  const ajv = new Ajv({ strict: false, allErrors: true });
+  ajv.addSchema(document, "doc");
+  const problems = messages.map(({ kind, payload }) => {
+    const name = document.components.messages[kind].payload.$ref;
+    const validate = ajv.getSchema("doc" + name);
+    return validate(payload) ? null : { kind, errors: validate.errors };
+  });
+  console.log(JSON.stringify({ diagnostics, problems: problems.filter(Boolean) }));
+});
+"""
+
+
+def test_the_asyncapi_document_is_that_of_the_structs() -> None:
+    assert wire_documents.ASYNCAPI.read_text(encoding="utf-8") == wire_documents.render_asyncapi(), (
+        "run python -m scripts.wire_documents"
+    )
+
+
+def test_patterns_are_those_of_ecma_262() -> None:
+    patterns = re.findall(r'"pattern": "(.*)"', wire_documents.render_asyncapi())
+    assert len(patterns) > 10
+    assert not [pattern for pattern in patterns if re.search(r"\\\\[AZz]|\(\?P|\\\\d", pattern)]
+
+
+def test_the_tables_of_the_wire_format_are_those_of_the_structs() -> None:
+    text = wire_documents.WIRE_FORMAT.read_text(encoding="utf-8")
+    assert wire_documents.update_tables(text) == text, "run python -m scripts.wire_documents"
+    assert "|  |" not in text, "a member has no meaning yet"
+    documented = set(re.findall(r"<!-- members: (\w+) -->", text))
+    runs = {"RowRun", "TimeRun", "LabelRun", "Headers"}
+    assert documented - {"LoggedPayload"} == wire_documents.build_document()["components"]["schemas"].keys() - runs
+
+
+@pytest.fixture(scope="module")
+def validate(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """`validate(messages)`: what the official parser says of the document, and ajv of each message."""
+    node, npm = find_program("node"), find_program("npm")
+    folder = tmp_path_factory.mktemp("node")
+    (folder / "package.json").write_text('{"private": true}')
+    options = ["--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1", "--fetch-timeout=20000"]
+    environment = os.environ | {"npm_config_update_notifier": "false"}
+    command = [npm, "install", *PACKAGES, *options]
+    installed = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    if installed.returncode:
+        pytest.skip(f"npm packages {', '.join(PACKAGES)} cannot be installed")
+    (folder / "validate.cjs").write_text(VALIDATE)
+
+    def run(messages: list[dict[str, Any]]) -> dict[str, Any]:
+        command = [node, "validate.cjs", str(wire_documents.ASYNCAPI)]
+        done = subprocess.run(
+            command, cwd=folder, input=json.dumps(messages), capture_output=True, text=True, check=True
+        )
+        return dict(json.loads(done.stdout))
+
+    return run
+
+
+def test_the_official_parser_accepts_the_document(validate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+    # 0 is an error and 1 a warning; hints such as "there is no contact" stay.
+    assert [diagnostic for diagnostic in validate([])["diagnostics"] if diagnostic["severity"] <= 1] == []
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Messages of each kind: from a real daemon, collector and operator; `desired` and `shadow` are signed here."""
+    with LocalFleet(tmp_path_factory.mktemp("recorded")) as fleet:
+        fleet.broker.start()
+        link = Link(BrokerConfig(url=fleet.broker.url), "recorder", subscribe=["outstation/#"])
+        fleet.collector.start()
+        # A channel that sticks raises an alert.
+        source = f'kind = "replay", file = "{RECORDINGS}", speed = 40.0'
+        faults = '[{ kind = "stuck", fields = ["wx"], from_row = 4000 }]'
+        fields = ", ".join(field_tables(FIELDS))
+        device = fleet.add_device("pi-01").append_config(
+            f"[streams.watch]\nfields = [{fields}]\nsource = {{ {source}, faults = {faults} }}\n"
+        )
+        device.add_task("exercise", extra_toml="learn_windows = 20").start_and_wait()
+        messages: list[dict[str, Any]] = []
+
+        def record() -> set[str]:
+            for event in link.receive(0.2):
+                if isinstance(event, IncomingMessage):
+                    link.acknowledge(event)
+                    messages.append({"kind": event.topic.split("/")[3], "payload": json.loads(event.payload)})
+            return {message["kind"] for message in messages}
+
+        home = str(fleet.home)
+        wait_until("results arrive", lambda: "results" in record() and fleet.last_result_row("pi-01") > 8000)
+        # A device reports its metrics after 50 labels.
+        results = [expand_columns(m["payload"]["columns"]) for m in messages if m["kind"] == "results"]
+        rows = [row for columns in results for row in columns["row"]][:60]
+        labels = json.dumps({"row": rows, "label": ["PEN"] * len(rows)})
+        for command in (("report",), ("label", "exercise", labels)):
+            done = run_outstation("fleet", "command", "pi-01", *command, "--dir", home, "--wait", "60", "--json")
+            assert done.returncode == 0, done.stdout + done.stderr
+        # The broker publishes the Will of a daemon that was killed.
+        device.kill()
+        device.start_and_wait()
+        wanted = KINDS.keys() - {"shadow", "desired"}
+        try:
+            wait_until("a message of each kind", lambda: wanted <= record(), 120)
+        except AssertionError as error:
+            error.add_note(f"none came of {sorted(wanted - record())}")
+            raise
+        link.close()
+    sender = MessageSender("pi-01")
+    desired = {"v": 1, "kind": "desired", "device": "_all", "counter": 1, "issued": "2026-11-24T22:18:01Z", "tasks": {}}
+    return [*messages, {"kind": "desired", "payload": desired},
+            {"kind": "shadow", "payload": json.loads(sender.shadow().payload)}]  # fmt: skip
+
+
+def test_ajv_accepts_every_message_of_a_recorded_run(
+    validate: Callable[[list[dict[str, Any]]], dict[str, Any]], recorded: list[dict[str, Any]]
+) -> None:
+    assert {message["kind"] for message in recorded} == KINDS.keys()
+    assert validate(recorded)["problems"] == []
+
+
+def test_ajv_refuses_what_the_structs_refuse(
+    validate: Callable[[list[dict[str, Any]]], dict[str, Any]], recorded: list[dict[str, Any]]
+) -> None:
+    results = next(message["payload"] for message in recorded if message["kind"] == "results")
+    wrong = [
+        results | change
+        for change in ({"seq": 0}, {"rows": [1]}, {"log": "x"}, {"columns": {"row": [[1, 1]], "t": []}})
+    ]
+    problems = validate([{"kind": "results", "payload": payload} for payload in wrong])["problems"]
+    assert len(problems) == len(wrong)
