@@ -60,9 +60,7 @@ FILE_CYCLES: set[str] = {
 }
 FOLDER_CYCLES: set[str] = set()
 CLIMBING: set[str] = set()
-CROWDED: set[str] = {
-    "agent/evaluation",
-}
+CROWDED: set[str] = set()
 # Library → the only modules that import it.
 ONLY = {
     "paho": {"agent.transport.mqtt"},
