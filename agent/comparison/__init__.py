@@ -1,1 +1,1 @@
-"""Two bundles over the same windows: what they said is added up, and judged with intervals. Pure."""
+"""Paired comparison of two bundles on the same windows: statistics, intervals and rules. Pure."""

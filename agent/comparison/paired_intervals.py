@@ -1,11 +1,12 @@
-"""95 % intervals of what two bundles made of the same windows, from blocks of them: one message each.
+"""95 % intervals for the paired comparison of two bundles, from blocks of windows: one block per message.
 
-Neighbouring windows are alike, and so are neighbouring blocks, though less; devices are not. So blocks count, not
-windows, fewer of them where they follow one another; from FEWEST devices on, devices do. Fewer of either say nothing.
-What pulls hard comes in bursts, of which few blocks see too few: so the block that pulls hardest counts twice.
+Neighbouring windows are correlated, and so, less, are neighbouring blocks; devices are independent. Intervals therefore
+count blocks, not windows, with an AR(1) design effect within a device. From MIN_DEVICES devices on they count devices.
+With fewer blocks or devices than the minimum there is no interval. Influential blocks come in bursts, and a small
+sample contains too few of them, so the most influential block counts twice.
 
-Sources: linearized ratios, Cochran (1977), Sampling techniques, chapter 6; Wilson (1927) with the effective number of
-answers, Korn & Graubard (1998), for shares; Bonett & Price (2012) for the least doubt in a paired difference; Student's
+Sources: linearized ratios, Cochran (1977), Sampling Techniques, chapter 6; Wilson (1927) with the effective sample
+size, Korn & Graubard (1998), for shares; Bonett & Price (2012) for the least width of a paired difference; Student's
 quantile by Abramowitz & Stegun (1964), 26.7.5.
 """
 
@@ -24,24 +25,24 @@ from agent.wire.messages import BundleStats, Moments
 
 Floats = NDArray[np.float64]
 
-# Devices that are enough to count by; blocks of few devices.
+# The fewest devices for intervals over devices; the fewest blocks for intervals over blocks.
 MIN_DEVICES, MIN_BLOCKS = 5, 10
-# So many windows at most count as one where they all agree, and nothing tells how alike they are.
+# Windows that count as one where all agree, as their correlation is then unknown.
 _MAX_DESIGN_EFFECT = 5.0
 _MAX_AUTOCORRELATION = 0.9
-# Correlation of a block with the one before, where little is known of it; as if so many had shown it.
+# Prior for the correlation of neighbouring blocks, worth this many observed blocks.
 _PRIOR_AUTOCORRELATION, _PRIOR_COUNT = 0.4, 4
 
 
 class ComparisonBlock(msgspec.Struct, frozen=True):
-    """The tally of one message, of one device; blocks of a device are given in their order."""
+    """The statistics of one message of one device. Blocks of a device are passed in their order."""
 
     stats: ComparisonStats
     device: str = ""
 
 
 class ComparisonEstimate(msgspec.Struct, frozen=True):
-    """`value` with its 95 % interval, from `n` windows in `units` blocks or devices (`of`)."""
+    """`value` with its 95 % interval, from `n` windows in `unit_count` blocks or devices (`unit_kind`)."""
 
     value: float
     low: float
@@ -52,89 +53,98 @@ class ComparisonEstimate(msgspec.Struct, frozen=True):
 
 
 def agreement(blocks: Sequence[ComparisonBlock]) -> ComparisonEstimate | None:
-    """The share of windows that both answered alike."""
-    some = [one for one in blocks if one.stats.n and one.stats.agreeing is not None]
-    n = _column(some, lambda tally: tally.n)
-    same = _column(some, lambda tally: tally.agreeing or 0)
-    return _proportion(same, n, some)
+    """Return the share of windows with equal predictions."""
+    compared = [block for block in blocks if block.stats.n and block.stats.agreeing is not None]
+    if not compared:
+        return None
+    n = _column(compared, lambda stats: stats.n)
+    hits = _column(compared, lambda stats: stats.agreeing or 0)
+    total = float(n.sum())
+    share = float(hits.sum()) / total
+    width = _HalfWidth.from_influences((hits - share * n) / total, compared)
+    if width is None:
+        return None
+    effective = max(float(width.unit_count), total / _MAX_DESIGN_EFFECT)
+    if width.half_width > 0:
+        effective = min(total, share * (1 - share) * (Z / width.half_width) ** 2)
+    low, high = wilson(share, effective)
+    return ComparisonEstimate(share, low, high, int(total), width.unit_count, width.unit_kind)
 
 
 def failure_rate(blocks: Sequence[ComparisonBlock]) -> tuple[float, float, float]:
-    """The share of batches in which `beside` failed, and its interval; a batch fails by itself."""
-    batches = sum(one.stats.batches for one in blocks)
-    errors = sum(one.stats.errors for one in blocks)
+    """Return the share of batches in which the other bundle failed, and its interval. Batches are independent."""
+    batches = sum(block.stats.batches for block in blocks)
+    errors = sum(block.stats.errors for block in blocks)
     share = errors / batches if batches else 0.0
     return (share, *wilson(share, batches))
 
 
 def latency_ratio(blocks: Sequence[ComparisonBlock], *, new_is_other: bool) -> ComparisonEstimate | None:
-    """Time a window in the new bundle's model, as a multiple of the old one's."""
-    pairs = [(one, *_new_and_old(one.stats, new_is_other)) for one in blocks]
-    pairs = [(one, new, old) for one, new, old in pairs if new.windows and old.windows]
-    # What pulls hardest here is a machine that was busy with other things, which says nothing of either bundle.
-    rows = [(one, new.seconds, new.windows, old.seconds, old.windows) for one, new, old in pairs]
+    """Return the new bundle's inference time of a window, divided by the old one's."""
+    pairs = [(block, *_new_and_old(block.stats, new_is_other)) for block in blocks]
+    rows = [
+        (block, new.seconds, new.windows, old.seconds, old.windows)
+        for block, new, old in pairs
+        if new.windows and old.windows
+    ]
+    # Bursts here come from other load on the machine, which is evidence about neither bundle.
     return _mean_ratio(rows, bursts=False)
 
 
 def error_ratio(blocks: Sequence[ComparisonBlock], *, new_is_other: bool) -> ComparisonEstimate | None:
-    """Mean absolute error of the new bundle's values, as a multiple of the old one's."""
-    pairs = [(one, *_new_and_old(one.stats, new_is_other)) for one in blocks]
-    pairs = [(one, new, old) for one, new, old in pairs if new.abs_error.n and old.abs_error.n]
+    """Return the new bundle's mean absolute error, divided by the old one's."""
+    pairs = [(block, *_new_and_old(block.stats, new_is_other)) for block in blocks]
     return _mean_ratio(
         [
-            (one, _moments_sum(new.abs_error), new.abs_error.n, _moments_sum(old.abs_error), old.abs_error.n)
-            for one, new, old in pairs
+            (block, _total(new.abs_error), new.abs_error.n, _total(old.abs_error), old.abs_error.n)
+            for block, new, old in pairs
+            if new.abs_error.n and old.abs_error.n
         ]
     )
 
 
 def labelled_accuracy_gain(blocks: Sequence[ComparisonBlock], *, new_is_other: bool) -> ComparisonEstimate | None:
-    """Accuracy of the new bundle less that of the old one, in the same labelled windows."""
-    some = [one for one in blocks if sum(one.stats.labelled)]
-    sign = 1 if new_is_other else -1
-    n = _column(some, lambda tally: sum(tally.labelled))
-    gained = sign * _column(some, lambda tally: tally.labelled[2] - tally.labelled[1])
-    if not some:
+    """Return the new bundle's accuracy less the old one's, over the same labelled windows."""
+    labelled = [block for block in blocks if sum(block.stats.labelled)]
+    if not labelled:
         return None
+    sign = 1 if new_is_other else -1
+    n = _column(labelled, lambda stats: sum(stats.labelled))
+    gained = sign * _column(labelled, lambda stats: stats.labelled[2] - stats.labelled[1])
     total = float(n.sum())
     value = float(gained.sum()) / total
-    found = _HalfWidth.from_influences((gained - value * n) / total, some)
-    if found is None:
+    width = _HalfWidth.from_influences((gained - value * n) / total, labelled)
+    if width is None:
         return None
-    changed = [(sum(one.stats.labelled[i] for one in some) + 1) / (total + 2) for i in (1, 2)]
-    least = (sum(changed) - (changed[0] - changed[1]) ** 2) / (total + 2)
-    half = max(found.half_width, Z * math.sqrt(least))
-    return ComparisonEstimate(
-        value, max(-1.0, value - half), min(1.0, value + half), int(total), found.unit_count, found.unit_kind
-    )
+    changed = [(sum(block.stats.labelled[i] for block in labelled) + 1) / (total + 2) for i in (1, 2)]
+    least_variance = (sum(changed) - (changed[0] - changed[1]) ** 2) / (total + 2)
+    half = max(width.half_width, Z * math.sqrt(least_variance))
+    low, high = max(-1.0, value - half), min(1.0, value + half)
+    return ComparisonEstimate(value, low, high, int(total), width.unit_count, width.unit_kind)
 
 
 def expected_accuracy_gain(blocks: Sequence[ComparisonBlock], *, new_is_other: bool) -> ComparisonEstimate | None:
-    """Accuracy that the new bundle's scores lead to expect, less that of the old one's."""
-    pairs = [(one, *_new_and_old(one.stats, new_is_other)) for one in blocks]
-    pairs = [(one, new, old) for one, new, old in pairs if new.expected.n and old.expected.n]
+    """Return the accuracy expected from the new bundle's scores, less that from the old one's."""
+    pairs = [(block, *_new_and_old(block.stats, new_is_other)) for block in blocks]
+    pairs = [pair for pair in pairs if pair[1].expected_accuracy.n and pair[2].expected_accuracy.n]
     if not pairs:
         return None
-    some = [one for one, _, _ in pairs]
-    new_n, old_n = _array([new.expected.n for _, new, _ in pairs]), _array([old.expected.n for _, _, old in pairs])
-    ours, theirs = (
-        _array([_moments_sum(new.expected) for _, new, _ in pairs]),
-        _array([_moments_sum(old.expected) for _, _, old in pairs]),
-    )
-    new_mean, old_mean = ours.sum() / new_n.sum(), theirs.sum() / old_n.sum()
-    found = _HalfWidth.from_influences(
-        (ours - new_mean * new_n) / new_n.sum() - (theirs - old_mean * old_n) / old_n.sum(), some
-    )
-    if found is None:
+    new_n = _array([new.expected_accuracy.n for _, new, _ in pairs])
+    old_n = _array([old.expected_accuracy.n for _, _, old in pairs])
+    new_sum = _array([_total(new.expected_accuracy) for _, new, _ in pairs])
+    old_sum = _array([_total(old.expected_accuracy) for _, _, old in pairs])
+    new_mean, old_mean = new_sum.sum() / new_n.sum(), old_sum.sum() / old_n.sum()
+    influences = (new_sum - new_mean * new_n) / new_n.sum() - (old_sum - old_mean * old_n) / old_n.sum()
+    width = _HalfWidth.from_influences(influences, [block for block, _, _ in pairs])
+    if width is None:
         return None
     value = float(new_mean - old_mean)
-    return ComparisonEstimate(
-        value, value - found.half_width, value + found.half_width, int(new_n.sum()), found.unit_count, found.unit_kind
-    )
+    low, high = value - width.half_width, value + width.half_width
+    return ComparisonEstimate(value, low, high, int(new_n.sum()), width.unit_count, width.unit_kind)
 
 
 class _HalfWidth(msgspec.Struct, frozen=True):
-    """Half the width of an interval, from how blocks or devices pull a statistic about; 0 where none does."""
+    """Half the width of an interval; 0 if no block or device influences the statistic."""
 
     half_width: float
     unit_count: int
@@ -144,25 +154,25 @@ class _HalfWidth(msgspec.Struct, frozen=True):
     def from_influences(
         cls, influences: Floats, blocks: Sequence[ComparisonBlock], *, bursts: bool = True
     ) -> _HalfWidth | None:
-        """`pulls` (b,) of the blocks, which come to nothing together. None where there are too few."""
-        names = np.array([one.device for one in blocks])
-        each = [influences[names == device] for device in sorted(set(names.tolist()))]
-        if len(each) >= MIN_DEVICES:
-            return cls(_half_width(_array([float(one.sum()) for one in each])), len(each), "devices")
+        """Return the half width from the influence (b,) of each block, which sum to 0. None for too few blocks."""
+        names = np.array([block.device for block in blocks])
+        by_device = [influences[names == device] for device in sorted(set(names.tolist()))]
+        if len(by_device) >= MIN_DEVICES:
+            return cls(_half_width(_array([float(part.sum()) for part in by_device])), len(by_device), "devices")
         if len(influences) < MIN_BLOCKS:
             return None
-        alike = sum(len(one) * ar1_design_effect(one) for one in each) / len(influences)
-        halves = [_half_width(influences, alike, bursts=bursts)]
+        design_effect = sum(len(part) * ar1_design_effect(part) for part in by_device) / len(influences)
+        halves = [_half_width(influences, design_effect, bursts=bursts)]
         size = 2
-        while sum(len(one) // size for one in each) >= MIN_DEVICES:
-            parts = [part for one in each for part in np.array_split(one, max(1, len(one) // size))]
-            halves.append(_half_width(_array([float(part.sum()) for part in parts]), bursts=bursts))
+        while sum(len(part) // size for part in by_device) >= MIN_DEVICES:
+            merged = [chunk for part in by_device for chunk in np.array_split(part, max(1, len(part) // size))]
+            halves.append(_half_width(_array([float(chunk.sum()) for chunk in merged]), bursts=bursts))
             size *= 2
         return cls(max(halves), len(influences), "blocks")
 
 
 def _half_width(influences: Floats, design_effect: float = 1.0, *, bursts: bool = False) -> float:
-    """Of so many independent pulls; `alike` of which count as one. `bursts`: as if the hardest came once more."""
+    """Return the half width from independent influences. `bursts` counts the largest one twice."""
     units, squares = len(influences), np.square(influences)
     total = float(squares.sum()) + (float(squares.max()) if bursts else 0.0)
     spread = math.sqrt(units / (units - 1) * total * design_effect)
@@ -170,24 +180,23 @@ def _half_width(influences: Floats, design_effect: float = 1.0, *, bursts: bool 
 
 
 def ar1_design_effect(values: Floats) -> float:
-    """How many blocks count as one, from (b,) in order, as of an AR(1) process.
+    """Return how many of the ordered blocks (b,) count as one, under an AR(1) model.
 
-    Of few the correlation comes out too low, by about (1 + 3r) / b (Kendall 1954), and chance decides: they count as if
-    some more had been seen that are alike.
+    Small samples underestimate the correlation, by about (1 + 3r) / b (Kendall 1954), and are noisy; the prior
+    corrects for both.
     """
     n = len(values)
     total = float(np.square(values).sum())
     if n < MIN_DEVICES or total <= 0:
         return (1 + _PRIOR_AUTOCORRELATION) / (1 - _PRIOR_AUTOCORRELATION)
     r = float((values[1:] * values[:-1]).sum()) / total
-    r = min(
-        max((r * n + 1 + _PRIOR_COUNT * _PRIOR_AUTOCORRELATION) / (n - 3 + _PRIOR_COUNT), 0.0), _MAX_AUTOCORRELATION
-    )
+    r = (r * n + 1 + _PRIOR_COUNT * _PRIOR_AUTOCORRELATION) / (n - 3 + _PRIOR_COUNT)
+    r = min(max(r, 0.0), _MAX_AUTOCORRELATION)
     return (1 + r) / (1 - r)
 
 
 def student_t_quantile(degrees_of_freedom: float) -> float:
-    """The 97.5 % quantile, of at least 3 degrees of freedom."""
+    """Return the 97.5 % quantile of Student's t, for at least 3 degrees of freedom."""
     z, d = Z, degrees_of_freedom
     first = (z**3 + z) / (4 * d)
     second = (5 * z**5 + 16 * z**3 + 3 * z) / (96 * d**2)
@@ -195,50 +204,36 @@ def student_t_quantile(degrees_of_freedom: float) -> float:
     return z + first + second + third
 
 
-def _proportion(hits: Floats, n: Floats, blocks: Sequence[ComparisonBlock]) -> ComparisonEstimate | None:
-    if not blocks:
-        return None
-    total = float(n.sum())
-    share = float(hits.sum()) / total
-    found = _HalfWidth.from_influences((hits - share * n) / total, blocks)
-    if found is None:
-        return None
-    effective = max(float(found.unit_count), total / _MAX_DESIGN_EFFECT)
-    if found.half_width > 0:
-        effective = min(total, share * (1 - share) * (Z / found.half_width) ** 2)
-    low, high = wilson(share, effective)
-    return ComparisonEstimate(share, low, high, int(total), found.unit_count, found.unit_kind)
-
-
 def _mean_ratio(
     rows: Sequence[tuple[ComparisonBlock, float, int, float, int]], *, bursts: bool = True
 ) -> ComparisonEstimate | None:
-    """Of a mean over another, by their logarithms: (block, sum and number of the new one's, of the old one's)."""
+    """Return a ratio of means on the log scale, from (block, new sum, new count, old sum, old count)."""
     if not rows:
         return None
-    ours, theirs = _array([row[1] for row in rows]), _array([row[3] for row in rows])
-    n, m = _array([row[2] for row in rows]), _array([row[4] for row in rows])
-    if ours.sum() <= 0 or theirs.sum() <= 0:
+    new_sum, old_sum = _array([row[1] for row in rows]), _array([row[3] for row in rows])
+    new_n, old_n = _array([row[2] for row in rows]), _array([row[4] for row in rows])
+    if new_sum.sum() <= 0 or old_sum.sum() <= 0:
         return None
-    ratio = float(ours.sum() / n.sum() / (theirs.sum() / m.sum()))
-    pulls = ours / ours.sum() - n / n.sum() - theirs / theirs.sum() + m / m.sum()
-    found = _HalfWidth.from_influences(pulls, [row[0] for row in rows], bursts=bursts)
-    if found is None:
+    ratio = float(new_sum.sum() / new_n.sum() / (old_sum.sum() / old_n.sum()))
+    influences = new_sum / new_sum.sum() - new_n / new_n.sum() - old_sum / old_sum.sum() + old_n / old_n.sum()
+    width = _HalfWidth.from_influences(influences, [row[0] for row in rows], bursts=bursts)
+    if width is None:
         return None
-    factor = math.exp(min(50.0, found.half_width))
-    return ComparisonEstimate(ratio, ratio / factor, ratio * factor, int(n.sum()), found.unit_count, found.unit_kind)
+    factor = math.exp(min(50.0, width.half_width))
+    low, high = ratio / factor, ratio * factor
+    return ComparisonEstimate(ratio, low, high, int(new_n.sum()), width.unit_count, width.unit_kind)
 
 
 def _new_and_old(stats: ComparisonStats, new_is_other: bool) -> tuple[BundleStats, BundleStats]:
     return (stats.other, stats.model) if new_is_other else (stats.model, stats.other)
 
 
-def _moments_sum(moments: Moments) -> float:
+def _total(moments: Moments) -> float:
     return moments.n * moments.mean
 
 
 def _column(blocks: Sequence[ComparisonBlock], getter: Callable[[ComparisonStats], float]) -> Floats:
-    return _array([getter(one.stats) for one in blocks])
+    return _array([getter(block.stats) for block in blocks])
 
 
 def _array(values: Sequence[float]) -> Floats:

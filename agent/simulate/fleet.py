@@ -26,8 +26,8 @@ _ROLLOUT_DURATION_S = 60.0
 _SETTLE_TIMEOUT_S = 45.0
 # Until a device is up, beside others and on two cores.
 _STARTUP_S = 2.0
-_ACTIVE_PHASES = frozenset({"fetching", "shadow", "probation"})
-_FINAL_PHASES = frozenset({"settled", "rolled back", "refused"})
+_ACTIVE_PHASES = frozenset({"downloading", "shadow", "canary"})
+_FINAL_PHASES = frozenset({"active", "rolled_back", "rejected"})
 
 
 class SimulationRequest(msgspec.Struct, frozen=True):

@@ -109,15 +109,15 @@ class MessageSender(msgspec.Struct):
         return self.append("audit", event="evicted", summary="no space", evidence={"seq": [list(r) for r in ranges]})
 
     def shadow(
-        self, rollout: str = "exercise-1-1", *, n: int = 100, same: int | None = 96, **changes: Any
+        self, rollout: str = "exercise-1-1", *, n: int = 100, agreeing: int | None = 96, **changes: Any
     ) -> SignedMessage:
         """Return the comparison of two bundles on the next `n` rows, over 5 batches of a shadow evaluation."""
         first, self.row = self.row + 1, self.row + n
         answered = {"windows": n, "seconds": n / 1000, "scores": {"n": n, "mean": 0.9, "m2": n / 100}}
-        estimate = {"expected": {"n": n, "mean": 0.9, "m2": n / 100}}
+        estimate = {"expected_accuracy": {"n": n, "mean": 0.9, "m2": n / 100}}
         members = {
             "rollout": rollout, "model": MODEL, "other": NEW_MODEL, "rows": [first, self.row], "batches": 5, "n": n,
-            "agreeing": same, "answered": {**answered, **estimate}, "other_stats": {**answered, **estimate},
+            "agreeing": agreeing, "stats": {**answered, **estimate}, "other_stats": {**answered, **estimate},
         }  # fmt: skip
         return self.append("shadow", task=self.task, **{**members, **changes})
 

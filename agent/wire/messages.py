@@ -206,8 +206,8 @@ class BundleStats(msgspec.Struct, frozen=True):
     windows: Natural
     seconds: Annotated[float, msgspec.Meta(ge=0)]
     scores: Moments = Moments()
-    expected: Moments = Moments()
-    right: Natural = 0
+    expected_accuracy: Moments = Moments()
+    correct: Natural = 0
     abs_error: Moments = Moments()
 
 
@@ -228,7 +228,7 @@ class ShadowPayload(LoggedPayload, frozen=True, kw_only=True, tag="shadow"):
     n: Natural
     agreeing: Natural | None = None
     difference: Moments = Moments()
-    answered: BundleStats
+    stats: BundleStats
     other_stats: BundleStats
     labelled: tuple[Natural, Natural, Natural, Natural] = (0, 0, 0, 0)
     errors: Natural = 0

@@ -22,8 +22,8 @@ from scripts.faults.on_clock import on_clock
 from scripts.faults.updating import Updating, updating
 from scripts.faults.world import Setting, World
 
-_SAYS = "`fetching`, `shadow`, `probation` and `settled` in the audit log, as without it, and a new `started` event"
-_AGAIN = "in health and `outstation status`: `fetching`, and why it is tried again and when"
+_SAYS = "`downloading`, `shadow`, `canary` and `active` in the audit log, as without it, and a new `started` event"
+_AGAIN = "in health and `outstation status`: `downloads`, and why it is tried again and when"
 _UPDATES = Setting(prepare=updating())
 # A fetch that broke off is gone on with after half a minute at most.
 _PATIENCE_S = 150.0
@@ -67,19 +67,19 @@ _STEPS = (
         "it is committed that the bundle runs, and it never ran",
     ),
     _Step(
-        "settling",
+        "promoting",
         "after",
         "agent.device.rollout.transitions:promote_canary",
         "the commit by which the bundle stays is not yet done",
     ),
     _Step(
-        "settled",
+        "promoted",
         "committed",
         "agent.device.rollout.transitions:promote_canary",
         "it is committed that the bundle stays",
     ),
 )
-_PHASES = {"shadow": "the bundle answers beside the one that runs", "probation": "the bundle is on probation"}
+_PHASES = {"shadow": "the bundle answers beside the one that runs", "canary": "the bundle is the canary"}
 
 
 def _update(
@@ -280,7 +280,7 @@ def clock_jumps(world: World, rng: Random) -> None:
 @_update(
     "update-model-killed",
     means="The process of a bundle that answers beside the one that runs is killed (SIGKILL), as when memory is short.",
-    sees="nothing, where it waited for a batch; else `rolled back`, an alert, and the roll-out is aborted",
+    sees="nothing, where it waited for a batch; else `rolled_back`, an alert, and the roll-out is aborted",
 )
 def model_killed(world: World, _rng: Random) -> None:
     update = _rolling(world)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # The task whose bundle is replaced; the other one keeps its own.
 TASK, OTHER = TASKS
 # What the device says last of a roll-out that ended so.
-_ARRIVED = {"finished": {"settled"}, "aborted": {"rolled back", "refused", "withdrawn"}}
+_ARRIVED = {"finished": {"active"}, "aborted": {"rolled_back", "rejected", "cancelled"}}
 _FINISHED = frozenset({"finished"})
 _BY_ROLLOUT = "roll-out"
 # For a machine that is busy with other things: none of it takes ten seconds on one that is not.
@@ -39,10 +39,10 @@ task = "{task}"
 path = "{path}"
 
 [promote]
-devices = 1
-batches = 10
-hours = 0.0
-agreement = 0.5
+min_devices = 1
+min_batches = 10
+min_hours = 0.0
+min_agreement = 0.5
 
 [[steps]]
 strategy = "shadow"
@@ -50,12 +50,12 @@ strategy = "shadow"
 [[steps]]
 strategy = "all"
 
-[device]
+[device_rules]
 # Of one device an interval takes ten blocks, of a twelfth of these each.
-batches = 24
-hours = 0.0
-agreement = 0.5
-batch_s = 120.0
+min_batches = 24
+min_hours = 0.0
+min_agreement = 0.5
+batch_timeout_s = 120.0
 # The sensor's rows are noise, of which no shipped reference is.
 output_drift = false
 """
@@ -230,7 +230,7 @@ def _allowed_bundles_after(body: dict[str, Any], may: set[str]) -> set[str]:
     if body["event"] == "activated":
         both = [evidence[end]["digest"] for end in ("from", "to") if evidence[end] is not None]
         return set(both if evidence["why"] == _BY_ROLLOUT else both[-1:])
-    if body["event"] == "rollout" and evidence["phase"] == "settled":
+    if body["event"] == "rollout" and evidence["phase"] == "active":
         return {str(evidence["digest"])}
     return may
 

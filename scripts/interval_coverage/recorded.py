@@ -93,8 +93,8 @@ def drawn(
 def _tally(recording: Both, part: slice) -> ComparisonStats:
     ours, theirs, n = recording.right[part], recording.beside[part], len(recording.same[part])
     counts = [int(mask.sum()) for mask in (ours & theirs, ours & ~theirs, ~ours & theirs, ~ours & ~theirs)]
-    model = BundleStats(n, 0.0, expected=Moments(n, float(recording.chance[part].mean())))
-    other_stats = BundleStats(n, 0.0, expected=Moments(n, float(recording.other[part].mean())))
+    model = BundleStats(n, 0.0, expected_accuracy=Moments(n, float(recording.chance[part].mean())))
+    other_stats = BundleStats(n, 0.0, expected_accuracy=Moments(n, float(recording.other[part].mean())))
     return ComparisonStats(
         1,
         n,

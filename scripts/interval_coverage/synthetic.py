@@ -98,12 +98,15 @@ def _batch(random: np.random.Generator, strain: Floats) -> ComparisonStats:
     off = random.exponential(1, (2, len(labelled_part)))
     expected = np.clip(random.normal(0, 0.05, (2, n)), -0.1, 0.1) + 0.9
     model = BundleStats(
-        n, 0.001 * n * float(ours), expected=tally.compute_moments(expected[0]), abs_error=tally.compute_moments(off[0])
+        n,
+        0.001 * n * float(ours),
+        expected_accuracy=tally.compute_moments(expected[0]),
+        abs_error=tally.compute_moments(off[0]),
     )
     other_stats = BundleStats(
         n,
         0.001 * float((2 + strain).sum() * theirs),
-        expected=tally.compute_moments(expected[1] - 0.3 * strain),
+        expected_accuracy=tally.compute_moments(expected[1] - 0.3 * strain),
         abs_error=tally.compute_moments(off[1] * (1 + labelled_part)),
     )
     both, model_only, other_only, neither = (int(count) for count in labelled)

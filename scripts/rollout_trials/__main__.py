@@ -90,7 +90,7 @@ def _judged(trial: Trial, report: dict[str, Any], seed: int) -> dict[str, Any]:
         "phases": dict(Counter(device["phase"] or "not heard of" for device in devices)),
         "runs": dict(Counter(device["runs"]["version"] for device in devices if device["runs"])),
         "served": rollout["served"],
-        "back": {device["device"]: device["reason"] for device in devices if device["phase"] == "rolled back"},
+        "back": {device["device"]: device["reason"] for device in devices if device["phase"] == "rolled_back"},
         "restarts": [ended for device in devices for ended in device["restarts"]],
         "last": rollout["decisions"][-1]["summary"],
         "audit": report["audit"]["passed"],

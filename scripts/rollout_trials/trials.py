@@ -14,8 +14,8 @@ Where = Literal["finished", "shadow", "canary"]
 # Where fifty devices share two cores, time is mostly spent waiting: one that takes a hundred times as long was measured
 # at ten.
 _SHADOW = 'strategy = "shadow"\npercent = {shadow}\n'
-_CANARY = 'strategy = "canary"\npercent = {canary}\nslower = 4.0\n'
-_ALL = 'strategy = "all"\nslower = 4.0\n'
+_CANARY = 'strategy = "canary"\npercent = {canary}\nmax_latency_ratio = 4.0\n'
+_ALL = 'strategy = "all"\nmax_latency_ratio = 4.0\n'
 STAGED = (_SHADOW, _CANARY, _ALL)
 
 
@@ -46,12 +46,12 @@ class Trial:
         needed = max(2, int(0.5 * devices * shares["shadow"] / 100))
         steps = "".join(f"\n[[steps]]\n{step.format(**shares)}" for step in self.steps)
         return (
-            f'[rollout]\nname = "{self.name}"\ntask = "exercise"\npath = "{path}"\nto = "all"\n'
-            f"\n[promote]\ndevices = {needed}\nbatches = 10\nhours = 0.005\nagreement = 0.5\nfailed = 0.3\n"
+            f'[rollout]\nname = "{self.name}"\ntask = "exercise"\npath = "{path}"\ntarget = "all"\n'
+            f"\n[promote]\nmin_devices = {needed}\nmin_batches = 10\nmin_hours = 0.005\nmin_agreement = 0.5\nmax_failed_share = 0.3\n"
             # A machine that is shared with others is late; a batch takes milliseconds. What is expected without labels
             # is not asked: nobody calibrated these candidates.
-            f"\n[device]\nbatches = {self.batches}\nhours = 0.002\nagreement = 0.75\nslower = 10.0\nbatch_s = 10.0\n"
-            f"accuracy_drop = 0.5\nhold_hours = 24.0\n{steps}"
+            f"\n[device_rules]\nmin_batches = {self.batches}\nmin_hours = 0.002\nmin_agreement = 0.75\nmax_latency_ratio = 10.0\nbatch_timeout_s = 10.0\n"
+            f"max_accuracy_drop = 0.5\nhold_off_hours = 24.0\n{steps}"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from scripts.rollout_trials.trials import Trial
 
-_BACK = frozenset({"rolled back", "refused"})
+_BACK = frozenset({"rolled_back", "rejected"})
 
 
 def problems(trial: Trial, report: dict[str, Any]) -> list[str]:
@@ -34,7 +34,7 @@ def _finished(trial: Trial, rollout: dict[str, Any], devices: list[dict[str, Any
     worse = set(rollout["hardship"]["worse"]) if trial.back else set()
     for device in devices:
         back = device["device"] in worse
-        if device["phase"] not in (_BACK if back else {"settled"}):
+        if device["phase"] not in (_BACK if back else {"active"}):
             where = f"is {device['phase'] or 'not heard of'} ({device['why']})"
             yield f"{device['device']} {where}, and should {'have taken it back' if back else 'have settled on it'}"
         if _runs_it(device, rollout) == back:

@@ -386,7 +386,7 @@ def test_another_process_that_holds_the_store_without_listening_is_named(
     store.close()
     assert code == 1
     assert f"another outstation (process {os.getpid()}) uses this data folder" in err
-    assert "it takes nothing in now" in err
+    assert "the daemon takes no rows now" in err
     assert err.count("\n") == 1
 
 
@@ -400,4 +400,4 @@ def test_rows_the_daemon_rejects_by_another_config_are_an_error_that_says_so(
         (home / "outstation.toml").write_text(text)
         code, _, err = ingest("watch", home / "in.csv")
     assert code == 1
-    assert "has the config changed since the daemon was started? 1 rows were accepted" in err
+    assert "if the config changed since the daemon was started, restart it. 1 rows were accepted" in err

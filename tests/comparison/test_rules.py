@@ -39,10 +39,12 @@ def blocks_of(random: np.random.Generator, correlation: float, count: int, devic
             m, size = int(n[i]), float(n[i])
             same = int(random.binomial(m, share[i]))
             outcomes = random.multinomial(m // 2, [0.8, 0.1, 0.05, 0.05])
-            model = BundleStats(m, 0.001 * size, expected=Moments(m, 0.9, 0.0), abs_error=Moments(m, 1.0, 0.0))
+            model = BundleStats(m, 0.001 * size, expected_accuracy=Moments(m, 0.9, 0.0), abs_error=Moments(m, 1.0, 0.0))
             worse = 1.2 * float(slow[i])
-            beside = BundleStats(m, 0.002 * size * float(slow[i]), expected=Moments(m, 0.8 + float(doubt[i]), 0.0))
-            beside = BundleStats(*_members(beside)[:4], right=0, abs_error=Moments(m, worse, 0.0))
+            beside = BundleStats(
+                m, 0.002 * size * float(slow[i]), expected_accuracy=Moments(m, 0.8 + float(doubt[i]), 0.0)
+            )
+            beside = BundleStats(*_members(beside)[:4], correct=0, abs_error=Moments(m, worse, 0.0))
             a, b, c, d = (int(one) for one in outcomes)
             found.append(
                 ComparisonBlock(ComparisonStats(1, m, same, Moments(), model, beside, (a, b, c, d)), f"pi-{device}")
@@ -51,7 +53,7 @@ def blocks_of(random: np.random.Generator, correlation: float, count: int, devic
 
 
 def _members(one: BundleStats) -> tuple[int, float, Moments, Moments]:
-    return one.windows, one.seconds, one.scores, one.expected
+    return one.windows, one.seconds, one.scores, one.expected_accuracy
 
 
 def coverage(
@@ -130,8 +132,8 @@ def test_where_there_are_devices_enough_they_count_and_not_their_blocks() -> Non
 def test_few_blocks_say_nothing_however_many_windows_they_hold() -> None:
     few = [ComparisonBlock(ComparisonStats(1, 10_000, 10_000))] * 9
     assert paired_intervals.agreement(few) is None
-    found = verdict.evaluate_limits(RuleLimits(agreement=0.5), few, True)
-    assert [(one.rule, one.state) for one in found] == [("agreement", "open")]
+    found = verdict.evaluate_limits(RuleLimits(min_agreement=0.5), few, True)
+    assert [(one.rule, one.state) for one in found] == [("agreement", "undecided")]
     assert "fewer than 10 blocks or 5 devices" in found[0].summary
 
 
@@ -145,10 +147,10 @@ def test_windows_that_all_agree_still_leave_a_doubt_that_shrinks() -> None:
     assert some.high == many.high == 1.0
 
 
-@pytest.mark.parametrize(("limit", "state"), [(0.7, "good"), (0.99, "bad"), (0.905, "open")])
+@pytest.mark.parametrize(("limit", "state"), [(0.7, "passed"), (0.99, "failed"), (0.905, "undecided")])
 def test_agreement_is_judged_by_the_whole_interval(limit: float, state: str) -> None:
     blocks = blocks_of(np.random.default_rng(3), 0.3, 60)
-    found = verdict.evaluate_limits(RuleLimits(agreement=limit), blocks, True)
+    found = verdict.evaluate_limits(RuleLimits(min_agreement=limit), blocks, True)
     assert [one.state for one in found] == [state]
     assert found[0].numbers["low"] < found[0].numbers["value"] < found[0].numbers["high"]
     assert found[0].numbers["blocks"] == 60
@@ -157,22 +159,22 @@ def test_agreement_is_judged_by_the_whole_interval(limit: float, state: str) -> 
 
 def test_each_rule_of_a_device_finds_the_worse_bundle_in_shadow() -> None:
     blocks = blocks_of(np.random.default_rng(5), 0.3, 150)
-    rules = CanaryRules(agreement=0.98, slower=1.5, accuracy_drop=0.02, error_growth=0.05)
+    rules = CanaryRules(min_agreement=0.98, max_latency_ratio=1.5, max_accuracy_drop=0.02, max_error_growth=0.05)
     found = {(one.rule, one.state) for one in verdict.evaluate_rules(rules, blocks, True)}
     assert found == {
-        ("agreement", "bad"),
-        ("latency", "bad"),
-        ("errors", "good"),
-        ("labels", "bad"),
-        ("estimate", "bad"),
+        ("agreement", "failed"),
+        ("latency", "failed"),
+        ("error_rate", "passed"),
+        ("labels", "failed"),
+        ("estimated_accuracy", "failed"),
     }
 
 
 def test_on_probation_the_old_bundle_is_the_one_beside() -> None:
     blocks = blocks_of(np.random.default_rng(5), 0.3, 150)
-    rules = CanaryRules(slower=1.5, accuracy_drop=0.02, error_growth=0.05)
+    rules = CanaryRules(max_latency_ratio=1.5, max_accuracy_drop=0.02, max_error_growth=0.05)
     found = verdict.evaluate_rules(rules, blocks, False)
-    assert {one.state for one in found} == {"good"}
+    assert {one.state for one in found} == {"passed"}
     assert "errors" not in {one.rule for one in found}, "what fails beside is not the new bundle"
 
 
@@ -180,26 +182,30 @@ def test_one_error_is_too_many_where_none_may_be_and_enough_batches_without_any_
     one = [ComparisonBlock(ComparisonStats(1, 10, 10))] * 9 + [
         ComparisonBlock(ComparisonStats(1, errors=1, error="the model crashed: SIGFPE"))
     ]
-    found = verdict.evaluate_rules(CanaryRules(accuracy_drop=None, error_growth=None), one, True)
-    assert [(f.rule, f.state) for f in found] == [("errors", "bad")]
+    found = verdict.evaluate_rules(CanaryRules(max_accuracy_drop=None, max_error_growth=None), one, True)
+    assert [(f.rule, f.state) for f in found] == [("error_rate", "failed")]
     assert "1 of 10 batches failed" in found[0].summary
     assert "SIGFPE" in found[0].summary
     none = [ComparisonBlock(ComparisonStats(1, 10, 10))] * 10
-    assert [f.state for f in verdict.evaluate_limits(RuleLimits(errors=0.0), none, True)] == ["good"]
-    assert [f.state for f in verdict.evaluate_limits(RuleLimits(errors=0.0), none[:9], True)] == ["open"]
-    assert [f.state for f in verdict.evaluate_limits(RuleLimits(errors=0.5), one, True)] == ["good"]
+    assert [f.state for f in verdict.evaluate_limits(RuleLimits(max_error_rate=0.0), none, True)] == ["passed"]
+    assert [f.state for f in verdict.evaluate_limits(RuleLimits(max_error_rate=0.0), none[:9], True)] == ["undecided"]
+    assert [f.state for f in verdict.evaluate_limits(RuleLimits(max_error_rate=0.5), one, True)] == ["passed"]
 
 
 def test_bundles_that_cannot_agree_leave_the_rule_open_and_say_why() -> None:
     blocks = [
         ComparisonBlock(ComparisonStats(1, 10, None, error="one bundle answers as classify, the other as regress"))
     ] * 20
-    found = verdict.evaluate_limits(RuleLimits(agreement=0.9), blocks, True)
-    assert [one.state for one in found] == ["open"]
+    found = verdict.evaluate_limits(RuleLimits(min_agreement=0.9), blocks, True)
+    assert [one.state for one in found] == ["undecided"]
     assert "one bundle answers as classify" in found[0].summary
 
 
 def test_without_anything_to_look_at_no_rule_is_decided_and_none_of_labels_is_there() -> None:
     limits = RuleLimits(0.9, 2.0, 0.1, 0.05, 0.1)
     found = verdict.evaluate_limits(limits, [], True)
-    assert [(one.rule, one.state) for one in found] == [("agreement", "open"), ("latency", "open"), ("errors", "open")]
+    assert [(one.rule, one.state) for one in found] == [
+        ("agreement", "undecided"),
+        ("latency", "undecided"),
+        ("error_rate", "undecided"),
+    ]

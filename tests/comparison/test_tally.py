@@ -35,7 +35,12 @@ def tallies(draw: st.DrawFn) -> ComparisonStats:
     labels = draw(st.lists(st.integers(0, 2), min_size=n, max_size=n))
     others = draw(st.lists(st.integers(0, 2), min_size=n, max_size=n))
     rows = np.arange(n)
-    one = said(rows, label=np.array(labels, np.int64), score=np.array([a for a, _ in pairs]), chance=np.array(chance))
+    one = said(
+        rows,
+        label=np.array(labels, np.int64),
+        score=np.array([a for a, _ in pairs]),
+        correct_probability=np.array(chance),
+    )
     two = said(rows, label=np.array(others, np.int64), score=np.array([b for _, b in pairs]))
     right = draw(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=5))
     outcomes = tally.from_correctness([a for a, _ in right], [b for _, b in right])
@@ -85,7 +90,7 @@ def test_a_tally_comes_back_from_its_message_as_it_went(one: ComparisonStats) ->
     head = {"v": 1, "kind": "shadow", "device": "pi-07", "log": "0" * 8 + "-0000" * 3 + "-" + "0" * 12, "seq": 1}
     head |= {"prev": "", "boot": 1, "time": "2026-11-24T00:00:00Z", "clock": "synced"}
     model = {"name": "m", "version": "1", "digest": "sha256:" + "0" * 64}
-    where = {"task": "t", "rollout": "r", "model": model, "beside": model, "rows": [1, 9]}
+    where = {"task": "t", "rollout": "r", "model": model, "other": model, "rows": [1, 9]}
     body = messages.decode(json.dumps({**head, **where, **one.to_body()}).encode())
     assert isinstance(body, ShadowPayload)
     assert ComparisonStats.from_message(body) == one
@@ -106,18 +111,18 @@ def test_windows_are_matched_by_the_row_they_end_at() -> None:
 
 
 def test_what_scores_lead_to_expect_is_told_of_the_windows_of_both() -> None:
-    ours = said([10, 20, 30], label=[0, 1, 2], chance=[0.1, 0.8, 0.9])
-    theirs = said([20, 30, 40], label=[1, 1, 0], chance=[0.5, 0.7, 0.0])
+    ours = said([10, 20, 30], label=[0, 1, 2], correct_probability=[0.1, 0.8, 0.9])
+    theirs = said([20, 30, 40], label=[1, 1, 0], correct_probability=[0.5, 0.7, 0.0])
     found = tally.compare_batch(AB, ours, AB, theirs)
-    assert (found.model.expected.n, found.other.expected.n) == (2, 2)
-    assert found.model.expected.mean == pytest.approx(0.85)
-    assert found.other.expected.mean == pytest.approx(0.6)
+    assert (found.model.expected_accuracy.n, found.other.expected_accuracy.n) == (2, 2)
+    assert found.model.expected_accuracy.mean == pytest.approx(0.85)
+    assert found.other.expected_accuracy.mean == pytest.approx(0.6)
 
 
 def test_several_labels_agree_where_all_that_is_said_is_the_same() -> None:
     kind, other = OutputKind("several", ("x", "y")), OutputKind("several", ("y", "x", "z"))
-    ours = said([1, 2, 3], several=np.array([[1, 0], [1, 1], [0, 0]], bool))
-    theirs = said([1, 2, 3], several=np.array([[0, 1, 0], [1, 1, 1], [0, 0, 0]], bool))
+    ours = said([1, 2, 3], label_mask=np.array([[1, 0], [1, 1], [0, 0]], bool))
+    theirs = said([1, 2, 3], label_mask=np.array([[0, 1, 0], [1, 1, 1], [0, 0, 0]], bool))
     assert tally.compare_batch(kind, ours, other, theirs).agreeing == 2
 
 
@@ -129,8 +134,8 @@ def test_numbers_have_a_difference_and_nothing_to_agree_on() -> None:
 
 def test_anomalies_agree_by_their_verdict() -> None:
     kind = OutputKind("anomaly")
-    ours = said([1, 2], verdict=[True, False], value=[3.0, 1.0])
-    theirs = said([1, 2], verdict=[True, True], value=[9.0, 8.0])
+    ours = said([1, 2], is_anomaly=[True, False], value=[3.0, 1.0])
+    theirs = said([1, 2], is_anomaly=[True, True], value=[9.0, 8.0])
     assert tally.compare_batch(kind, ours, kind, theirs).agreeing == 1
 
 
@@ -168,4 +173,4 @@ def test_a_failed_batch_counts_with_its_reason_which_is_kept_short() -> None:
 def test_labelled_windows_are_counted_by_who_was_right() -> None:
     found = tally.from_correctness([True, True, False, False], [True, False, True, False])
     assert found.labelled == (1, 1, 1, 1)
-    assert (found.model.right, found.other.right) == (2, 2)
+    assert (found.model.correct, found.other.correct) == (2, 2)

@@ -90,5 +90,5 @@ def test_a_field_of_modes_that_a_stream_has_not_is_refused_with_what_to_do(tmp_p
 
 
 def test_a_task_whose_model_names_classes_has_no_other_modes(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="names classes itself, and these are its modes: remove mode"):
+    with pytest.raises(ConfigError, match="names classes itself, so `class_field` has no use: remove it"):
         loaded(tmp_path, CLASSIFY, "state")

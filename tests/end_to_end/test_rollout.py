@@ -104,22 +104,22 @@ def test_a_good_bundle_is_fetched_looked_at_run_on_probation_and_settles(
     shipped = versions(fleet)[0]
     desire(fleet, offered["good"], "shadow", "better", "pi-01/desired")
     wait_until("it answers beside", lambda: shadows(fleet))
-    assert events(fleet, "better") == [("fetching", ""), ("shadow", "")]
+    assert events(fleet, "better") == [("downloading", ""), ("shadow", "")]
     assert versions(fleet) == [shipped]
     device.kill()
     device.start_and_wait()
     told = len(shadows(fleet))
     wait_until("it answers beside after a kill", lambda: len(shadows(fleet)) > told)
     desire(fleet, offered["good"], "all", "better", "pi-01/desired")
-    wait_until("it settled", lambda: ("settled", "") in events(fleet, "better"))
-    assert events(fleet, "better") == [("fetching", ""), ("shadow", ""), ("probation", ""), ("settled", "")]
+    wait_until("it settled", lambda: ("active", "") in events(fleet, "better"))
+    assert events(fleet, "better") == [("downloading", ""), ("shadow", ""), ("canary", ""), ("active", "")]
     device.kill()
     device.start_and_wait()
     before = fleet.last_result_row("pi-01")
     wait_until("results after a kill", lambda: fleet.last_result_row("pi-01") > before)
     assert versions(fleet) == [shipped, "2.0.0"]
     told_by_status = device.status()["tasks"][0]
-    assert (told_by_status["bundle"], told_by_status["rollout"]["phase"]) == ("exercise 2.0.0", "settled")
+    assert (told_by_status["bundle"], told_by_status["rollout"]["phase"]) == ("exercise 2.0.0", "active")
     shown = run_outstation("status", "-c", str(device.config)).stdout
     assert "roll-out better (all): settled on exercise 2.0.0" in shown
 
@@ -131,7 +131,7 @@ def test_one_whose_golden_vectors_do_not_come_out_is_refused_for_the_group(
     # Its own topic names the task no more: that of its group does.
     leave(fleet, "pi-01/desired", {})
     desire(fleet, offered["wrong"], "all", "bad", "_group/desired/roof")
-    wait_until("it was refused", lambda: ("refused", "golden") in events(fleet, "bad"))
+    wait_until("it was refused", lambda: ("rejected", "golden_vectors") in events(fleet, "bad"))
     wait_until(
         "the alert is at the collector",
         lambda: fleet.query("SELECT 1 FROM alerts WHERE device = 'pi-01' AND id = 'exercise/rollout'"),
@@ -149,7 +149,7 @@ def test_one_that_crashes_on_probation_serves_nothing_and_the_daemon_lives(
     # So many that it does not settle before it meets what it cannot bear.
     leave(fleet, "_group/desired/roof", {})
     desire(fleet, offered["crash"], "all", "deadly", "_all/desired", batches=10_000)
-    wait_until("it was taken back", lambda: ("rolled back", "crash") in events(fleet, "deadly"))
+    wait_until("it was taken back", lambda: ("rolled_back", "crash") in events(fleet, "deadly"))
     assert device.is_running
     assert device.pid == pid
     before = fleet.last_result_row("pi-01")

@@ -77,7 +77,7 @@ def processes() -> int:
     return sum(child.name().startswith("python") for child in psutil.Process().children(recursive=True))
 
 
-@pytest.mark.parametrize("before", ["fetching", "shadow"])
+@pytest.mark.parametrize("before", ["downloading", "shadow"])
 def test_a_disk_that_fills_up_as_a_bundle_is_activated_leaves_the_old_one_at_work(
     site: Site, card: Card, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, before: str
 ) -> None:
@@ -87,7 +87,7 @@ def test_a_disk_that_fills_up_as_a_bundle_is_activated_leaves_the_old_one_at_wor
         site.until_phase("shadow")
         site.until(site.is_beside, "it answers beside")
     site.feed()
-    fill_at(monkeypatch, card, "probation")
+    fill_at(monkeypatch, card, "canary")
     with caplog.at_level(logging.ERROR):
         site.desire("2", "all")
         site.until(lambda: is_full(caplog), "there is no room for the step")
@@ -101,12 +101,12 @@ def test_a_disk_that_fills_up_as_a_bundle_is_activated_leaves_the_old_one_at_wor
     card.free()
     site.work()
     assert versions(site) == ["1"]
-    site.until_phase("probation")
+    site.until_phase("canary")
     assert [site.batch() for _ in range(3)] == ["2", "2", "2"]
-    site.until_phase("settled")
+    site.until_phase("active")
     assert tiles(site.answered(), site._written)
     assert site.activations() == [(None, "1", "configured"), ("1", "2", "roll-out")]
-    assert [phase for _, phase, _ in site.events()].count("probation") == 1
+    assert [phase for _, phase, _ in site.events()].count("canary") == 1
 
 
 def test_killed_on_a_disk_that_filled_up_as_a_bundle_was_activated_it_goes_on_once_there_is_room(
@@ -114,15 +114,15 @@ def test_killed_on_a_disk_that_filled_up_as_a_bundle_was_activated_it_goes_on_on
 ) -> None:
     assert site.batch() == "1"
     site.feed()
-    fill_at(monkeypatch, card, "probation")
+    fill_at(monkeypatch, card, "canary")
     with caplog.at_level(logging.ERROR):
         site.desire("2", "all")
         site.until(lambda: is_full(caplog), "there is no room for the step")
     site.crash()
-    assert (site.phase, site.runs()) == ("fetching", "1")
+    assert (site.phase, site.runs()) == ("downloading", "1")
     card.free()
     site.work()
-    site.until_phase("probation")
+    site.until_phase("canary")
     assert site.batch() == "2"
     assert tiles(site.answered(), site._written)
 
@@ -132,14 +132,14 @@ def test_a_disk_that_fills_up_as_a_bundle_settles_keeps_it_on_probation_until_th
 ) -> None:
     assert site.batch() == "1"
     site.desire("2", "all")
-    site.until_phase("probation")
-    fill_at(monkeypatch, card, "settled")
+    site.until_phase("canary")
+    fill_at(monkeypatch, card, "active")
     with caplog.at_level(logging.ERROR):
         assert [site.batch() for _ in range(3)] == ["2", "2", "2"]
         site.until(lambda: is_full(caplog), "there is no room for the step")
-    assert (site.phase, site.runs()) == ("probation", "2")
+    assert (site.phase, site.runs()) == ("canary", "2")
     card.free()
-    site.until_phase("settled")
+    site.until_phase("active")
     assert site.batch() == "2"
     assert processes() == 0
     site.crash()
@@ -154,11 +154,11 @@ def test_on_a_full_disk_a_bundle_that_crashes_is_taken_back_all_the_same(
     """What is kept back on the disk is for this."""
     assert site.batch() == "1"
     site.desire("crash", "all")
-    site.until_phase("probation")
+    site.until_phase("canary")
     site.feed(wild=True)
     card.fill()
     site.work()
-    assert (site.phase, site.reason, site.runs()) == ("rolled back", "crash", "1")
+    assert (site.phase, site.reason, site.runs()) == ("rolled_back", "crash", "1")
     card.free()
     site.work()
     assert versions(site) == ["1"]

@@ -66,7 +66,7 @@ def go(site: Site, text: str, strategy: str, *, wild_from: int, until: Callable[
         desires.accept(delivery)
         desires.apply_pending(site.now)
         site.tick()
-        if site.phase in ("shadow", "probation") and not site.daemon._rollout.is_resuming("sort"):
+        if site.phase in ("shadow", "canary") and not site.daemon._rollout.is_resuming("sort"):
             if site.store.last_row("cells") == (site.store.cursor("sort") or 0):
                 site.feed(wild=site._written >= wild_from)
             site.daemon._run_batches(site.daemon._scheduled_tasks[0], site.now)
@@ -81,14 +81,14 @@ WHERE = [(number, after) for number in range(3) for after in (False, True)]
 def test_killed_at_any_step_to_settled_it_settles(tmp_path: Path, template: Site, at: int, after: bool) -> None:
     site = template.copied(tmp_path)
     with dying(at, after_commit=after) as steps_taken, contextlib.suppress(Killed):
-        go(site, "2", "all", wild_from=10**9, until=lambda one: one.phase == "settled")
+        go(site, "2", "all", wild_from=10**9, until=lambda one: one.phase == "active")
     assert len(steps_taken) == at + 1
     site.crash()
-    go(site, "2", "all", wild_from=10**9, until=lambda one: one.phase == "settled")
+    go(site, "2", "all", wild_from=10**9, until=lambda one: one.phase == "active")
     assert site.batch() == "2"
     site.crash()
     assert site.batch() == "2"
-    assert site.events() == [("2", "fetching", ""), ("2", "probation", ""), ("2", "settled", "")]
+    assert site.events() == [("2", "downloading", ""), ("2", "canary", ""), ("2", "active", "")]
     assert site.activations() == [(None, "1", "configured"), ("1", "2", "roll-out")]
     assert tiles(site.answered(), site.store.cursor("sort") or 0)
     versions = [body["model"]["version"] for body in site.results()]
@@ -104,15 +104,15 @@ def test_killed_at_any_step_to_taken_back_it_is_taken_back_and_never_answered_wi
 ) -> None:
     site = template.copied(tmp_path)
     with dying(at, after_commit=after) as steps_taken, contextlib.suppress(Killed):
-        go(site, "crash", "all", wild_from=40, until=lambda one: one.phase == "rolled back")
+        go(site, "crash", "all", wild_from=40, until=lambda one: one.phase == "rolled_back")
     assert len(steps_taken) == at + 1
     site.crash()
-    go(site, "crash", "all", wild_from=40, until=lambda one: one.phase == "rolled back")
+    go(site, "crash", "all", wild_from=40, until=lambda one: one.phase == "rolled_back")
     assert site.batch() == "1"
     site.crash()
     site.tick()
-    assert (site.phase, site.batch()) == ("rolled back", "1")
-    assert [phase for _, phase, _ in site.events()] == ["fetching", "probation", "rolled back"]
+    assert (site.phase, site.batch()) == ("rolled_back", "1")
+    assert [phase for _, phase, _ in site.events()] == ["downloading", "canary", "rolled_back"]
     assert tiles(site.answered(), site.store.cursor("sort") or 0)
     assert [body["model"]["version"] for body in site.results()].count("crash") == 1
     site.stop()

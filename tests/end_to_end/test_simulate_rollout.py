@@ -24,18 +24,18 @@ task = "exercise"
 path = "{bundle}"
 
 [promote]
-devices = 1
-batches = 6
-hours = 0.0
-agreement = 0.3
-failed = 0.3
+min_devices = 1
+min_batches = 6
+min_hours = 0.0
+min_agreement = 0.3
+max_failed_share = 0.3
 
-[device]
-batches = 8
-hours = 0.0
-agreement = 0.3
-accuracy_drop = 0.9
-batch_s = 10.0
+[device_rules]
+min_batches = 8
+min_hours = 0.0
+min_agreement = 0.3
+max_accuracy_drop = 0.9
+batch_timeout_s = 10.0
 
 [[steps]]
 strategy = "{strategy}"
@@ -65,7 +65,7 @@ def test_a_good_bundle_arrives_everywhere_although_a_download_breaks_off(
     assert code == 0, report["rollout"]
     rollout, devices = report["rollout"], report["devices"]
     assert (rollout["state"], rollout["ended"], report["audit"]["passed"]) == ("finished", True, True)
-    assert [one["phase"] for one in devices] == ["settled"] * 3
+    assert [one["phase"] for one in devices] == ["active"] * 3
     assert {one["runs"]["digest"] for one in devices} == {rollout["digest"]}
     assert rollout["served"] == sum(one["served"]["1.1.0"] for one in devices) > 0
     assert list(rollout["hardship"]["cut"].values()) == [1]

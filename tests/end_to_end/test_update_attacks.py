@@ -85,7 +85,7 @@ def test_arbitrary_install_of_another_bundle_than_the_operator_desires(
     repository.sign_bundle("exercise")
     repository.sign()
     repository.write(web.folder)
-    assert "another bundle" in device.must_fail(wanted, "Unfit").detail
+    assert "another bundle" in device.must_fail(wanted, "Incompatible").detail
     assert archives_asked(web) == []
 
 
@@ -147,7 +147,7 @@ def test_rollback_of_a_root_that_revoked_a_key(
     (web.folder / "metadata" / "2.root.json").unlink()
     for path in sorted((device.data / "updates").rglob("*.json")):
         path.unlink()
-    assert "root is of version 1" in device.must_fail(first, "BadVersionNumberError").detail
+    assert "root has version 1" in device.must_fail(first, "BadVersionNumberError").detail
 
 
 # --- freeze ---
@@ -282,11 +282,11 @@ def test_slow_drip(publish: Publish, web: Web, device: Updating, file: str, tric
         ({"runtimes": ["other-runtime"]}, "no golden vectors for the runtime here"),
         ({"memory": 1 << 50}, "of memory"),
         ({"unpacked": 1 << 50}, "of disk"),
-        ({"fields": "ax"}, "did not say what it needs"),
+        ({"fields": "ax"}, "target metadata are incomplete"),
     ],
 )
 def test_wrong_device_class(publish: Publish, web: Web, device: Updating, said: dict[str, object], why: str) -> None:
-    failed = device.must_fail(publish("1.0.0", **said), "Unfit")
+    failed = device.must_fail(publish("1.0.0", **said), "Incompatible")
     assert why in failed.detail
     assert failed.is_permanent
     assert archives_asked(web) == []
@@ -492,7 +492,7 @@ def test_a_symbolic_link_in_a_folder_leads_nowhere(publish: Publish, web: Web, d
     device.must_fail(wanted, "DownloadError")
     archive.unlink()
     os.mkfifo(archive)
-    assert "is no plain file" in device.must_fail(wanted, "DownloadError").detail
+    assert "is not a regular file" in device.must_fail(wanted, "DownloadError").detail
 
 
 def test_a_name_that_leads_out_of_the_repository(repository: Signed, web: Web, device: Updating) -> None:

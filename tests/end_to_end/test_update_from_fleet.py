@@ -74,4 +74,4 @@ def test_a_device_without_the_fields_of_a_bundle_does_not_fetch_it(tmp_path: Pat
     root = depot.layout.root_path(1).read_bytes()
     wanted = desired(depot.publish(made))
     with Updating(tmp_path / "device", str(depot.layout.home), root) as device:
-        assert "it needs field 'a'" in device.must_fail(wanted, "Unfit").detail
+        assert "it needs field 'a'" in device.must_fail(wanted, "Incompatible").detail

@@ -46,11 +46,11 @@ def test_a_shadow_message_is_one_row_with_its_bytes_as_text(store: FleetStore) -
 
 def test_a_change_of_a_device_is_one_row(store: FleetStore) -> None:
     sender = MessageSender()
-    add(store, sender, sender.rollout("rolled back", reason="crash", strategy="canary", numbers={"signal": 11}))
+    add(store, sender, sender.rollout("rolled_back", reason="crash", strategy="canary", numbers={"signal": 11}))
     columns = "device, task, rollout, digest, strategy, phase, reason, summary, numbers, seq"
-    what = ("pi-07", "exercise", "exercise-1-1", NEW_MODEL["digest"], "canary", "rolled back", "crash")
+    what = ("pi-07", "exercise", "exercise-1-1", NEW_MODEL["digest"], "canary", "rolled_back", "crash")
     assert ask(store, f"SELECT {columns} FROM rollout_devices") == [
-        (*what, "exercise 1.1.0: rolled back.", '{"signal":11}', 1)
+        (*what, "exercise 1.1.0: rolled_back.", '{"signal":11}', 1)
     ]
 
 

@@ -75,7 +75,7 @@ def of_every_kind(sender: MessageSender) -> list[SignedMessage]:
     """A log with each kind, and two evictions: of seq 3, and of 5 and 6."""
     log = [sender.results(), sender.drift(), sender.results(), sender.alert(), sender.quality(), sender.results()]
     log += [sender.evicted((3, 3)), sender.health_with_cursor(), sender.evicted((5, 6)), sender.alert(state="cleared")]
-    log += [sender.shadow(), sender.rollout("shadow"), sender.rollout("settled", strategy="all")]
+    log += [sender.shadow(), sender.rollout("shadow"), sender.rollout("active", strategy="all")]
     return [one for one in log if one.seq not in (3, 5, 6)]
 
 

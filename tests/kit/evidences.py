@@ -158,7 +158,7 @@ def rotate(story: Story, sender: MessageSender, hours: float, new: SigningKey) -
 
 
 def plan(name: str, digest: str = NEW_MODEL["digest"], version: str = "1.1.0") -> RolloutPlan:
-    rule = Promotion(devices=1, batches=20, hours=1.0, agreement=0.9)
+    rule = Promotion(min_devices=1, min_batches=20, min_hours=1.0, min_agreement=0.9)
     steps = [RolloutStep("shadow", 100.0, rule), RolloutStep("canary", 50.0, rule), RolloutStep("all", 100.0, rule)]
     return RolloutPlan(name, "exercise", "exercise", version, digest, "all", None, steps, CanaryRules())
 
@@ -175,9 +175,9 @@ def phase(
 
 def shadow(story: Story, sender: MessageSender, number: int, hours: float, agreeing: int = 96) -> SignedMessage:
     """Return a comparison of 100 windows in shadow."""
-    answered = {"windows": 100, "seconds": 0.05, "expected": {"n": 100, "mean": 0.9, "m2": 1.0}}
-    faster = {"windows": 100, "seconds": 0.04, "expected": {"n": 100, "mean": 0.92, "m2": 1.0}}
-    members = {"answered": answered, "other_stats": faster, "labelled": [8, 0, 1, 1]}
+    answered = {"windows": 100, "seconds": 0.05, "expected_accuracy": {"n": 100, "mean": 0.9, "m2": 1.0}}
+    faster = {"windows": 100, "seconds": 0.04, "expected_accuracy": {"n": 100, "mean": 0.92, "m2": 1.0}}
+    members = {"stats": answered, "other_stats": faster, "labelled": [8, 0, 1, 1]}
     rows = [1 + 100 * number, 100 + 100 * number]
     pair = {"rollout": "exercise-1-1", "model": story.model, "other": story.newer}
     counts = {"rows": rows, "batches": 1, "n": 100, "agreeing": agreeing}
@@ -207,8 +207,8 @@ def roll_out(story: Story, senders: list[MessageSender]) -> None:
     for number, sender in enumerate(senders):
         hours = 81 + number / 10
         now = activated(story, sender, hours, "roll-out", story.newer)
-        story.collect(sender, now, phase(sender, "exercise-1-1", "settled", hours), hours=hours)
-    bad = phase(senders[0], "exercise-1-2", "rolled back", 122, "batch time", "1.2.0")
+        story.collect(sender, now, phase(sender, "exercise-1-1", "active", hours), hours=hours)
+    bad = phase(senders[0], "exercise-1-2", "rolled_back", 122, "batch_timeout", "1.2.0")
     story.collect(senders[0], bad, hours=122)
     with story.store.transaction() as db:
         seen = journal.find(db, "exercise-1-2")

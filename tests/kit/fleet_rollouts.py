@@ -15,9 +15,9 @@ from agent.fleet.database.store import FleetStore
 from agent.fleet.rollout import actions, journal
 from agent.fleet.rollout.actions import RolloutOperator
 from agent.fleet.rollout.journal import Rollout
-from agent.fleet.rollout.look import RolloutSnapshot, load_snapshot
 from agent.fleet.rollout.plan import Promotion, RolloutPlan, RolloutStep
 from agent.fleet.rollout.publisher import RolloutPublisher
+from agent.fleet.rollout.status import RolloutSnapshot, load_snapshot
 from agent.testing.messages import FLEET, MODEL, NEW_MODEL, MessageSender, SignedMessage, new_key
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire.desired_state import CanaryRules
@@ -31,17 +31,17 @@ NAME = "exercise-1-1"
 
 
 def promotion(**changes: Any) -> Promotion:
-    return Promotion(**{"devices": 3, "batches": 20, "hours": 1.0, "agreement": 0.9, **changes})
+    return Promotion(**{"min_devices": 3, "min_batches": 20, "min_hours": 1.0, "min_agreement": 0.9, **changes})
 
 
 def plan(
-    *steps: tuple[str, float], name: str = NAME, to: str = "all", rules: Promotion | None = None, **changes: Any
+    *steps: tuple[str, float], name: str = NAME, target: str = "all", rules: Promotion | None = None, **changes: Any
 ) -> RolloutPlan:
     """Shadow, canary 50 %, all; or other `steps`."""
     taken = steps or (("shadow", 100.0), ("canary", 50.0), ("all", 100.0))
     made = [RolloutStep(strategy, percent, rules or promotion()) for strategy, percent in taken]  # type: ignore[arg-type]
     what = (NEW_MODEL["name"], NEW_MODEL["version"], changes.pop("digest", NEW_MODEL["digest"]))
-    return RolloutPlan(name, changes.pop("task", "exercise"), *what, to, None, made, CanaryRules(), **changes)
+    return RolloutPlan(name, changes.pop("task", "exercise"), *what, target, None, made, CanaryRules(), **changes)
 
 
 class Recorded:
@@ -142,10 +142,10 @@ class Fleet:
         """Devices run the new bundle with the old one beside, and settle."""
         swapped = {"model": NEW_MODEL, "other": MODEL, **changes}
         for sender in senders:
-            self.collect(sender.rollout("probation", strategy="canary"))
+            self.collect(sender.rollout("canary", strategy="canary"))
             self.collect(*(sender.shadow(**swapped) for _ in range(blocks)))
             if settles:
-                self.collect(sender.rollout("settled", strategy="canary"))
+                self.collect(sender.rollout("active", strategy="canary"))
 
     def chosen(self, step: int, what: RolloutPlan | None = None) -> list[MessageSender]:
         wanted = (what or self.find().plan).desired_for_step(step)

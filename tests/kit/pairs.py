@@ -1,4 +1,4 @@
-"""A device whose task has another bundle beside it, without a daemon."""
+"""A device whose task has a shadow, without a daemon."""
 
 from __future__ import annotations
 
@@ -21,56 +21,56 @@ from tests.kit.stations import wait_for
 
 
 class Pair:
-    """A device whose task has another bundle beside it."""
+    """A device whose task runs `active`, with `other` in a process of its own as the shadow."""
 
     def __init__(self, folder: Path, recipe: Recipe, active: LoadedBundle, other: Bundle, **options: Any) -> None:
         self.device = Device(folder, recipe, active)
-        self.apart = SubprocessModel(other, None, options.pop("bounds", SandboxLimits(call_timeout_s=5.0)))
-        self.other, self.options = other, {"batches": 1, **options}
-        self.looked: list[tuple[Any, InferenceResult]] = []
-        self.beside = self.begin()
-        wait_for(self.apart.poll_ready, "the other bundle has started")
+        self.model = SubprocessModel(other, None, options.pop("bounds", SandboxLimits(call_timeout_s=5.0)))
+        self.other, self.options = other, {"min_batches": 1, **options}
+        self.observed: list[tuple[Any, InferenceResult]] = []
+        self.runner = self.begin()
+        wait_for(self.model.poll_ready, "the other bundle has started")
 
     def begin(self) -> ShadowRunner:
         device = self.device
         self.task = LoadedTask(
-            "tiny", device.task.config, device.stream, self.other, self.apart, None, None, "sha256:c"
+            "tiny", device.task.config, device.stream, self.other, self.model, None, None, "sha256:c"
         )
         return ShadowRunner(device.task, self.task, "better", device.store, **self.options)
 
     def close(self) -> None:
-        self.apart.close()
+        self.model.close()
         self.device.store.close()
 
     def batch(self, values: np.ndarray, at_s: float = 100.0, *, hear: bool = True) -> InferenceResult | None:
-        """Feed, run, commit, offer, and hear; what the task answered."""
-        looked = self.looked = []
+        """Feed and run a batch, pass it to the shadow, and wait for its answer (`hear`). Return the task's result."""
+        observed = self.observed = []
         self.device.feed(values)
-        self.device.task.batch_observer = Looking(looked)
+        self.device.task.batch_observer = Recorder(observed)
         self.device.run()
-        for taken, answers in looked:
-            self.beside.submit_batch(self.device.store, taken, answers)
+        for batch, answers in observed:
+            self.runner.submit_batch(self.device.store, batch, answers)
         if hear:
-            wait_for(lambda: self.beside.poll(0.05), "it answered")
+            wait_for(lambda: self.runner.poll(0.05), "it answered")
         self.turn(at_s)
-        return looked[0][1] if looked else None
+        return observed[0][1] if observed else None
 
     def turn(self, at_s: float = 100.0) -> bool:
-        return self.beside.tick(self.device.store, self.device.author, ClockReading(NOW.wall_us, at_s, "synced"))
+        return self.runner.tick(self.device.store, self.device.author, ClockReading(NOW.wall_us, at_s, "synced"))
 
     def shadows(self) -> list[ShadowPayload]:
         return [m.body for m in self.device.messages() if isinstance(m.body, ShadowPayload)]
 
 
-class Looking:
-    """What the task hands over with each batch."""
+class Recorder:
+    """A batch observer that keeps every committed batch."""
 
-    def __init__(self, looked: list[tuple[Any, InferenceResult]]) -> None:
-        self._looked = looked
+    def __init__(self, observed: list[tuple[Any, InferenceResult]]) -> None:
+        self._observed = observed
 
     def before_commit(self, task: LoadedTask, answers: InferenceResult) -> None: ...
 
     def save_progress(self, tx: Any) -> None: ...
 
     def after_commit(self, task: LoadedTask, store: Any, batch: Any, answers: InferenceResult) -> None:
-        self._looked.append((batch, answers))
+        self._observed.append((batch, answers))

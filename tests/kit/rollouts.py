@@ -147,7 +147,7 @@ class Site(Device):
 
     def wanted(self, text: str, strategy: str, rollout: str = "", **more: Any) -> dict[str, Any]:
         named = {"rollout": rollout or f"r-{text}", "bundle": "tiny", "version": text, "digest": self.digest(text)}
-        rules = {"batches": 3, "hours": 0.0, **more.pop("rules", {})}
+        rules = {"min_batches": 3, "min_hours": 0.0, **more.pop("rules", {})}
         return {**named, "strategy": strategy, "rules": rules, **more}
 
     def desire(self, text: str, strategy: str, rollout: str = "", **more: Any) -> None:

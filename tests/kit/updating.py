@@ -14,9 +14,8 @@ from agent import clock, config
 from agent.clock import ClockReading
 from agent.config import Config, StreamConfig, TaskConfig, UpdatesConfig
 from agent.device.recovery.open import open_store
-from agent.device.rollout.fetch import child
 from agent.device.rollout.fetch import version_floors as floors
-from agent.device.rollout.fetch.fetcher import FetchedBundle, Fetcher, FetchFailure
+from agent.device.rollout.fetch.fetcher import WORKER_COMMAND, FetchedBundle, Fetcher, FetchFailure
 from agent.device.rollout.fetch.version_floors import VersionFloors
 from agent.wire.desired_state import DesiredBundle
 from tests.kit.stations import STREAMS
@@ -52,7 +51,7 @@ class Updating:
         self.quality: clock.ClockQuality = "synced"
         self.wall_us: int | None = None
         self.later_s = 0.0
-        self.command: Sequence[str] = child.WORKER_COMMAND
+        self.command: Sequence[str] = WORKER_COMMAND
         self.patience_s = 30.0
         self.fetcher = Fetcher(self.conf, self.store)
 

@@ -18,8 +18,8 @@ from agent.errors import OutstationError
 from agent.model import activation
 from agent.model.inference import inspect
 from agent.model.inference.inference import Inference
-from agent.model.inference.inspect import ModelInspection, OutputStats, Tensor
 from agent.model.inference.runtime import Interpreter  # type: ignore[attr-defined]
+from agent.model.inference.tensors import ModelInspection, OutputStats, Tensor
 from scripts.kit.bundles import KEY, MODELS, THIRD_PARTY, readings, write_csv
 
 Floats = NDArray[np.float32]

@@ -28,8 +28,8 @@ def after(*bodies: dict[str, Any]) -> set[str]:
 
 
 FIRST = activated(OLD, None, "configured")
-TRIED = (FIRST, rollout("fetching"), rollout("shadow"))
-SERVES = (*TRIED, rollout("probation"), activated(NEW, OLD, "roll-out"))
+TRIED = (FIRST, rollout("downloading"), rollout("shadow"))
+SERVES = (*TRIED, rollout("canary"), activated(NEW, OLD, "roll-out"))
 
 
 def test_before_probation_only_the_old_bundle_may_answer() -> None:
@@ -41,11 +41,11 @@ def test_on_probation_the_old_one_may_answer_what_the_new_one_cannot() -> None:
 
 
 def test_once_settled_only_the_new_one_may_answer() -> None:
-    assert after(*SERVES, rollout("settled")) == {NEW}
+    assert after(*SERVES, rollout("active")) == {NEW}
 
 
 def test_taken_back_only_the_old_one_may_answer() -> None:
-    assert after(*SERVES, rollout("rolled back"), activated(OLD, NEW, "rolled back")) == {OLD}
+    assert after(*SERVES, rollout("rolled_back"), activated(OLD, NEW, "rolled_back")) == {OLD}
 
 
 def test_what_another_task_does_changes_nothing() -> None:

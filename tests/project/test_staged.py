@@ -30,11 +30,11 @@ def report(trial: Trial) -> dict[str, Any]:
     """As it should be."""
     finished = trial.ends == "finished"
     devices = [
-        device(f"pi-{i:02d}", "settled" if finished else "withdrawn", NEW if finished else OLD) for i in (1, 2, 3)
+        device(f"pi-{i:02d}", "active" if finished else "cancelled", NEW if finished else OLD) for i in (1, 2, 3)
     ]
     worse = ["pi-02"] if trial.worse else []
     if trial.back:
-        devices[1] |= {"phase": "rolled back", "runs": {"version": "1", "digest": OLD}}
+        devices[1] |= {"phase": "rolled_back", "runs": {"version": "1", "digest": OLD}}
     rollout = {
         "ended": True,
         "state": "finished" if finished else "aborted",
@@ -66,17 +66,17 @@ WRONG: dict[str, tuple[str, Change, str]] = {
     "the audit fails": ("good", lambda r: r["audit"].update(passed=False), "audit"),
     "it did not end": ("good", lambda r: r["rollout"].update(ended=False), "did not end"),
     "a good one was aborted": ("good", lambda r: r["rollout"].update(state="aborted"), "should be finished"),
-    "a device is missing": ("good", lambda r: r["devices"][2].update(phase="probation"), "pi-03 is probation"),
+    "a device is missing": ("good", lambda r: r["devices"][2].update(phase="canary"), "pi-03 is probation"),
     "a device runs the old one": ("good", lambda r: r["devices"][0]["runs"].update(digest=OLD), "pi-01 runs"),
     "a device is silent": ("good", lambda r: r["devices"][0].update(runs=None), "no results at all from pi-01"),
     "an ill one finished": ("crash", lambda r: r["rollout"].update(state="finished"), "should be aborted"),
     "an ill one served": ("crash", lambda r: r["rollout"].update(served=1), "should never serve"),
     "an ill one came too far": ("crash", lambda r: r["rollout"].update(strategy="canary"), "and should be in shadow"),
     "an ill one still runs": ("slow", lambda r: r["devices"][0]["runs"].update(digest=NEW), "pi-01 still run it"),
-    "a worse site kept it": ("drift-sensitive", lambda r: r["devices"][1].update(device("pi-02", "settled")), "pi-02"),
+    "a worse site kept it": ("drift-sensitive", lambda r: r["devices"][1].update(device("pi-02", "active")), "pi-02"),
     "another site took it back": (
         "drift-sensitive",
-        lambda r: r["devices"][0].update(device("pi-01", "rolled back", OLD)),
+        lambda r: r["devices"][0].update(device("pi-01", "rolled_back", OLD)),
         "pi-01",
     ),
 }

@@ -27,7 +27,7 @@ from agent.device.recovery.open import open_store
 from agent.device.recovery.report_findings import inspect_condition
 from agent.device.rollout.fetch import request as fetch_request
 from agent.device.rollout.fetch import version_floors
-from agent.device.rollout.fetch.child import FetchProcess
+from agent.device.rollout.fetch.fetcher import FetchProcess
 from agent.device.store.store import Store
 from agent.errors import FetchFailed, LinkDown, OutstationError, StorageBusy
 from agent.model.inference.tuning import Tuning

@@ -131,11 +131,11 @@ def _format_deadline(deadline: dict[str, Any] | None) -> list[str]:
 def _format_rollout(rollout: dict[str, Any] | None) -> list[str]:
     if rollout is None:
         return []
-    wanted, phase = rollout["wants"], rollout["phase"]
-    color = {"refused": "yellow", "rolled back": "red"}.get(phase)
+    wanted, phase = rollout["desired"], rollout["phase"]
+    color = {"rejected": "yellow", "rolled_back": "red"}.get(phase)
     state = click.style(phase, fg=color) + (f" ({rollout['reason']})" if rollout["reason"] else "")
     late = click.style(" LATE", fg="yellow") if rollout["late"] else ""
-    detail = f": {rollout['why']}" if rollout["why"] else ""
+    detail = f": {rollout['detail']}" if rollout["detail"] else ""
     target = f"{wanted['name']} {wanted['version']}"
     return [
         f"rollout {rollout['id']} ({rollout['strategy']}) of {target}: {state} since {rollout['since']}{late}{detail}"

@@ -17,7 +17,7 @@ from agent.text import printable
 
 REFRESH_S = 2.0
 _STATE_COLORS = {"running": "green", "paused": "yellow", "aborted": "bold red", "finished": "bold green"}
-_RULE_COLORS = {"good": "green", "open": "yellow", "bad": "bold red"}
+_RULE_COLORS = {"passed": "green", "undecided": "yellow", "failed": "bold red"}
 _MAX_NAMED = 12
 Documents = list[dict[str, Any]]
 
@@ -54,7 +54,7 @@ def _render(documents: Documents) -> Group:
 def _render_heading(document: dict[str, Any]) -> Text:
     text = Text(
         printable(
-            f"{document['rollout']}  {document['task']}: {document['bundle']} {document['version']} to {document['to']}  "
+            f"{document['rollout']}  {document['task']}: {document['bundle']} {document['version']} to {document['target']}  "
         ),
         "bold",
     )
@@ -73,22 +73,22 @@ def _render_steps(document: dict[str, Any]) -> list[RenderableType]:
         words = step["strategy"] if step["strategy"] == "all" else f"{step['strategy']} {step['percent']:g} %"
         text.append(words, "bold reverse" if number == document["step"] else "" if number < document["step"] else "dim")
         text.append(
-            " → " if number < len(document["steps"]) else f"   step {document['step']} since {document['began']}"
+            " → " if number < len(document["steps"]) else f"   step {document['step']} since {document['step_started']}"
         )
     return [text]
 
 
 def _render_phases(document: dict[str, Any]) -> Text:
     said = [f"{count} {phase}" for phase, count in document["phases"].items()] or ["none"]
-    beyond = f"; {document['others']} not in this step" if document["others"] else ""
-    return Text(f"  {document['chosen']} devices: {', '.join(said)}{beyond}")
+    beyond = f"; {document['unselected']} not in this step" if document["unselected"] else ""
+    return Text(f"  {document['selected']} devices: {', '.join(said)}{beyond}")
 
 
 def _render_rules(document: dict[str, Any]) -> list[RenderableType]:
-    if not document["findings"]:
+    if not document["rules"]:
         return []
     table = Table("rule", "value", "95 % interval", "limit", "blocks", "devices", "", box=box.SIMPLE_HEAD)
-    for found in document["findings"]:
+    for found in document["rules"]:
         known = found["value"] is not None
         numbers = (f"{found['value']:.3f}", f"{found['low']:.3f} … {found['high']:.3f}") if known else ("", "")
         counts = (f"{found['limit']:g}", str(found["blocks"]), str(found["devices"]))
@@ -98,19 +98,19 @@ def _render_rules(document: dict[str, Any]) -> list[RenderableType]:
 
 def _render_details(document: dict[str, Any]) -> list[RenderableType]:
     lines = []
-    if document["waits"]:
-        lines.append(Text(f"  waits for: {'; '.join(document['waits'])}", "yellow"))
-    if document["not_heard_of"]:
-        lines.append(Text(printable(f"  not heard of: {_join_names(document['not_heard_of'])}"), "dim"))
+    if document["blockers"]:
+        lines.append(Text(f"  waits for: {'; '.join(document['blockers'])}", "yellow"))
+    if document["not_reported"]:
+        lines.append(Text(printable(f"  not reported: {_join_names(document['not_reported'])}"), "dim"))
     told = {device["device"]: device for device in document["devices"]}
-    for name in document["refused"][:_MAX_NAMED]:
+    for name in document["rejected"][:_MAX_NAMED]:
         why, style = told[name], "red" if name in document["failed"] else "dim"
         lines.append(Text(printable(f"  {name}: {why['phase']} ({why['reason']}): {why['summary']}"), style))
-    if len(document["refused"]) > _MAX_NAMED:
+    if len(document["rejected"]) > _MAX_NAMED:
         lines.append(Text(f"  and {len(document['refused']) - _MAX_NAMED} more; --json names all"))
-    for strange in document["unbelievable"][:_MAX_NAMED]:
-        count = f"messages that cannot be believed: {strange['messages']}"
-        lines.append(Text(printable(f"  {strange['device']}: {count}, the last: {strange['why']}"), "red"))
+    for strange in document["implausible"][:_MAX_NAMED]:
+        count = f"implausible messages: {strange['messages']}"
+        lines.append(Text(printable(f"  {strange['device']}: {count}, the last: {strange['reason']}"), "red"))
     lines += [Text(printable(f"  {one['time']}  {one['summary']}")) for one in document["decisions"][-5:]]
     return list(lines)
 

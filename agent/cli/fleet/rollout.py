@@ -136,7 +136,7 @@ def resume(name: str, folder: str | None, as_json: bool) -> None:
 def promote(name: str, forced: str | None, folder: str | None, as_json: bool) -> None:
     """Take NAME to its next step, or finish it, where its rules allow; exit 1 with what is open where they do not."""
     from agent.fleet.rollout import actions
-    from agent.fleet.rollout.look import load_snapshot
+    from agent.fleet.rollout.status import load_snapshot
 
     with _open_publisher(fleet_config.find_folder(folder)) as desk:
         seen, now_us = _find_rollout(desk, name), clock.read().wall_us
@@ -166,8 +166,7 @@ def abort(name: str, reason: str, folder: str | None, as_json: bool) -> None:
 def build_documents(store: FleetStore, name: str | None) -> list[dict[str, Any]]:
     """The roll-out `name`, or all open ones, or the newest where none is."""
     from agent.fleet.rollout import journal
-    from agent.fleet.rollout.look import load_snapshot
-    from agent.fleet.rollout.status import build_status
+    from agent.fleet.rollout.status import build_status, load_snapshot
 
     now_us = clock.read().wall_us
     with store.snapshot() as db:
@@ -236,7 +235,7 @@ def _decide_and_publish(
         "step": done.step,
         "summary": summary,
         "published": not trouble,
-        "trouble": trouble,
+        "publish_error": trouble,
     }
     emit(document, as_json, lambda: click.echo(printable(f"{done.name}: {summary}")))
     if trouble:
@@ -251,7 +250,7 @@ def _report_not_promoted(current: Rollout, open_conditions: list[str], as_json: 
         "state": current.state,
         "step": current.step,
         "promoted": False,
-        "waits": open_conditions,
+        "blockers": open_conditions,
     }
     emit(
         document,

@@ -11,14 +11,13 @@ import msgspec
 from agent.device.store import task_keys
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
-from agent.wire.desired_state import DesiredBundle
+from agent.wire.desired_state import DesiredBundle, Phase
 
 log = logging.getLogger("outstation.updates")
 
-Phase = Literal["not chosen", "fetching", "refused", "shadow", "probation", "settled", "rolled back", "withdrawn"]
 Reason = Literal[
-    "", "signature", "golden", "unfit", "fetch", "crash", "hang", "batch time", "errors", "output drift", "estimate",
-    "labels", "agreement", "latency", "operator", "aborted", "held",
+    "", "signature", "golden_vectors", "incompatible", "download_failed", "crash", "hang", "batch_timeout", "error_rate",
+    "output_drift", "estimated_accuracy", "labels", "agreement", "latency", "operator", "aborted", "hold_off",
 ]  # fmt: skip
 
 # Names in table state.
@@ -71,7 +70,7 @@ def load_state(store: Store, task: str) -> RolloutState | None:
 def find_canary_digest(store: Store, task: str) -> str:
     """The digest of the bundle that is on probation for `task`; "" where none is."""
     one = load_state(store, task)
-    return one.desired.digest if one is not None and one.phase == "probation" else ""
+    return one.desired.digest if one is not None and one.phase == "canary" else ""
 
 
 def save_state(tx: Transaction, task: str, state: RolloutState | None) -> None:
@@ -103,7 +102,7 @@ def add_hold_off(tx: Transaction, task: str, digest: str, hold_off: HoldOff, upt
 def find_needed_digests(store: Store, task: str) -> set[str]:
     """Bundles whose copies a roll-out still needs."""
     one = load_state(store, task)
-    if one is None or one.phase not in ("fetching", "shadow", "probation", "settled"):
+    if one is None or one.phase not in ("downloading", "shadow", "canary", "active"):
         return set()
     past = json.loads(one.previous_history) if one.previous_history else {}
     return {one.desired.digest, *(ran["digest"] for ran in past.values() if ran)}
@@ -119,11 +118,11 @@ def build_status(store: Store, task: str, device: str) -> dict[str, Any]:
         "id": wanted.rollout,
         "strategy": wanted.strategy,
         "percent": wanted.percent,
-        "chosen": wanted.includes_device(device),
-        "wants": {"name": wanted.bundle, "version": wanted.version, "digest": wanted.digest},
+        "selected": wanted.includes_device(device),
+        "desired": {"name": wanted.bundle, "version": wanted.version, "digest": wanted.digest},
         "phase": one.phase,
         "reason": one.reason,
-        "why": one.detail,
+        "detail": one.detail,
         "since": one.since,
         "late": one.late,
     }

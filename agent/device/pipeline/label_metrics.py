@@ -1,7 +1,7 @@
 """Label metrics: a task's performance metrics from labels, as a `quality` message every 50 labels, with its alerts.
 
-A message covers the newest labelled results of the current bundle, at most 500. Labels that are the model's own answers,
-and results that are not numbers, are counted and left out of every metric.
+A message covers the newest labelled results of the current bundle, at most 500. Labels that are the model's own
+answers, and results that are not numbers, are counted and left out of every metric.
 """
 
 from __future__ import annotations

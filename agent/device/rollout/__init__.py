@@ -1,1 +1,1 @@
-"""Other bundles for a device's tasks: what is desired, how it comes here, and how it proves itself or goes again."""
+"""Roll-outs on a device: desired state, downloads, shadow evaluation, canary, and rollback."""

@@ -1,12 +1,12 @@
-"""What is desired of this device, by messages that an operator signed: verified, kept, and asked by the main loop.
+"""Desired state of this device: signed messages of operators, verified, stored, and read by the main loop.
 
-Rules of `take`; what fails one changes nothing and is only counted:
-- it came on a topic of this device: its own, of one of its groups, or of all
-- one of the [operators] keys signed it for that topic; no object in it has a key twice, and no member is unknown
-- its counter is above every counter that this key has used for this topic; the very message that is in force may come
-  again, as a retained one does with each connection, and changes nothing
-What is in force is in the store, with its signature, and is verified anew at each start. Of several topics that name a
-task the most specific holds: the device's own, its groups' in the order of the config, that of all.
+Rules of `accept`; a message that breaks one changes nothing and is only counted:
+- it arrived on a topic of this device: its own, that of one of its groups, or that of all devices
+- one of the [operators] keys signed it for that topic; no JSON object has a key twice, and no member is unknown
+- its counter is above every counter that this key has used for this topic. The message in force may arrive again, as a
+  retained one does with each connection, and changes nothing
+The message in force is stored with its signature and verified again at each start. If several topics name a task, the
+most specific one applies: the device's own, then its groups' in the order of the config, then that of all devices.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from agent.clock import ClockReading
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
-from agent.device.store.transaction import Transaction
 from agent.errors import MessageRefused, StorageFull
 from agent.transport.packets import IncomingMessage
 from agent.wire import jws, topics
@@ -43,13 +42,16 @@ class _AcceptedMessage(msgspec.Struct, frozen=True):
 
 
 class DesiredStateStore:
-    """Of one device. `take` and `turn` are the uplink's, `wanted` is the main loop's."""
+    """Desired state of one device. The uplink calls `accept` and `tick`, the main loop `find_desired`."""
 
     refusal_name = "desired states"
 
-    def __init__(self, store: Store, author: MessageLog, operators: Sequence[PublicKey], groups: Sequence[str]) -> None:
-        named = [(author.device, None), *((topics.DEVICE_GROUP, group) for group in groups), (topics.ALL_DEVICES, None)]
-        self._topics = [str(topics.Topic(author.fleet, device, KIND, group)) for device, group in named]
+    def __init__(
+        self, store: Store, message_log: MessageLog, operators: Sequence[PublicKey], groups: Sequence[str]
+    ) -> None:
+        own = [(message_log.device, None)]
+        addresses = [*own, *((topics.DEVICE_GROUP, group) for group in groups), (topics.ALL_DEVICES, None)]
+        self._topics = [str(topics.Topic(message_log.fleet, device, KIND, group)) for device, group in addresses]
         self._store = store
         self._operators = {key.kid: jws.Signer("operator", key) for key in operators}
         self.on_change: Callable[[], object] = lambda: None
@@ -62,7 +64,7 @@ class DesiredStateStore:
 
     @property
     def subscriptions(self) -> list[str]:
-        """Nobody can desire anything of a device without [operators] keys: it does not even listen."""
+        """Topics to subscribe to; none without [operators] keys, as no message could be accepted."""
         return list(self._topics) if self._operators else []
 
     def owns(self, topic: str) -> bool:
@@ -76,17 +78,20 @@ class DesiredStateStore:
         self.apply_pending(now)
 
     def find_desired(self, task: str) -> DesiredBundle | None:
-        """What the most specific topic that names `task` says; None where none does."""
+        """Return the desired bundle from the most specific topic that names `task`."""
         bodies = self._bodies
-        return next((bodies[topic].tasks[task] for topic in self._topics if self._has_task(bodies, topic, task)), None)
+        return next(
+            (bodies[topic].tasks[task] for topic in self._topics if topic in bodies and task in bodies[topic].tasks),
+            None,
+        )
 
     def accept(self, delivery: IncomingMessage) -> None:
-        """Verify a message; `turn` puts it into force. Raises Refused."""
+        """Verify a message; `apply_pending` puts it into force. Raises MessageRefused."""
         topic = delivery.topic
         if topic not in self._topics:
             raise MessageRefused("other topic", topic[:120])
         if len(delivery.payload) > MAX_DESIRED_BYTES:
-            raise MessageRefused("too large", f"{len(delivery.payload)} bytes, it has at most {MAX_DESIRED_BYTES}")
+            raise MessageRefused("too large", f"{len(delivery.payload)} bytes, the limit is {MAX_DESIRED_BYTES}")
         body, token, kid = self._verify(topic, delivery.payload, delivery.tokens)
         known = self._pending[topic][0] if topic in self._pending else self._accepted.get(topic)
         if known is not None and known.payload == delivery.payload and kid == jws.claimed_kid(known.jws):
@@ -97,22 +102,22 @@ class DesiredStateStore:
         self._pending[topic] = (_AcceptedMessage(delivery.payload, token, {**counters, kid: body.counter}), body)
 
     def apply_pending(self, now: ClockReading) -> None:
-        """Put into force what was taken: kept first. Raises StorageError."""
+        """Store accepted messages, then put them into force. Raises StorageError."""
         if not self._pending or now.boot_s < self._next_try_s:
             return
-        found = dict(self._pending)
+        pending = dict(self._pending)
         try:
             with self._store.transaction(vital=True) as tx:
-                for topic, (kept, _) in found.items():
-                    _save(tx, topic, kept)
+                for topic, (message, _) in pending.items():
+                    tx.save_state("", task_keys.DESIRED_STATE_PREFIX + topic, msgspec.msgpack.encode(message))
         except StorageFull as full:
-            log.warning("%s; what is desired of this device waits", full)
+            log.warning("%s; the desired state of this device waits", full)
             self._next_try_s = now.boot_s + _FULL_RETRY_S
             return
         self._pending.clear()
-        self._accepted |= {topic: kept for topic, (kept, _) in found.items()}
-        # Another dictionary: the main loop may be reading the old one.
-        self._bodies = {**self._bodies, **{topic: body for topic, (_, body) in found.items()}}
+        self._accepted |= {topic: message for topic, (message, _) in pending.items()}
+        # A new dictionary: the main loop may be reading the old one.
+        self._bodies = {**self._bodies, **{topic: body for topic, (_, body) in pending.items()}}
         self.on_change()
 
     def _verify(self, topic: str, payload: bytes, tokens: Sequence[str]) -> tuple[DesiredPayload, str, str]:
@@ -122,27 +127,19 @@ class DesiredStateStore:
         return message.body, message.jws, message.signer.key.kid
 
     def _restore(self, topic: str) -> None:
-        found = self._store.load_state("", task_keys.DESIRED_STATE_PREFIX + topic)
-        if found is None:
+        saved = self._store.load_state("", task_keys.DESIRED_STATE_PREFIX + topic)
+        if saved is None:
             return
         try:
-            kept = msgspec.msgpack.decode(found, type=_AcceptedMessage)
+            message = msgspec.msgpack.decode(saved, type=_AcceptedMessage)
         except msgspec.MsgspecError as damage:
             log.error(
-                "what was desired on %s cannot be read (%s); it comes again with the next connection", topic, damage
+                "the stored desired state of %s cannot be read (%s); the next connection brings it again", topic, damage
             )
             return
-        self._accepted[topic] = kept
+        self._accepted[topic] = message
         try:
-            self._bodies[topic] = self._verify(topic, kept.payload, [kept.jws])[0]
+            self._bodies[topic] = self._verify(topic, message.payload, [message.jws])[0]
         except MessageRefused as refusal:
-            # As after its key was taken out of the config.
-            log.warning("what was desired on %s is no longer in force: %s", topic, refusal)
-
-    @staticmethod
-    def _has_task(bodies: dict[str, DesiredPayload], topic: str, task: str) -> bool:
-        return topic in bodies and task in bodies[topic].tasks
-
-
-def _save(tx: Transaction, topic: str, message: _AcceptedMessage) -> None:
-    tx.save_state("", task_keys.DESIRED_STATE_PREFIX + topic, msgspec.msgpack.encode(message))
+            # As after its key was removed from the config.
+            log.warning("the desired state of %s is no longer in force: %s", topic, refusal)

@@ -1,23 +1,22 @@
-"""Roll-outs of a device's tasks: the deeds to what `decide` decides, on the main loop, one step a commit.
+"""Roll-out executor: carry out the steps that the state machine decides, on the main loop, one step per commit.
 
-What is in memory follows from what is in the store: a device that died between any two steps looks at how its task
-stands, has the bundle proved again, and goes on from there. Which bundle answers changes between two batches only, in
-one commit with the message that says so; the task's cursor knows nothing of bundles.
+Memory follows the store: after a crash between any two steps, the daemon reads the task's state, has the bundle verified
+again, and continues. The active bundle changes between two batches only, in one commit with the message that reports
+it. The task's cursor does not depend on the bundle.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace as changed
+from dataclasses import replace as replace_task
 
 from msgspec.structs import replace
 
 from agent import clock
 from agent.clock import ClockReading
 from agent.config import Config
-from agent.device.bundles import history
-from agent.device.bundles import rollout_state as standings
+from agent.device.bundles import history, rollout_state
 from agent.device.bundles.rollout_state import HoldOff, RolloutState
 from agent.device.pipeline import drift_state
 from agent.device.pipeline.loaded_task import LoadedTask
@@ -36,31 +35,31 @@ from agent.errors import BadBundle, ConfigError, ModelProcessFailed, StorageBusy
 
 log = logging.getLogger("outstation.updates")
 
-_POLL_INTERVAL_S, _STORE_FULL_RETRY_S, _ERROR_BACKOFF_S = 1.0, 10.0, 60.0
-# Two are the most that a change of mind takes; the rest is for safety.
+_POLL_INTERVAL_S, _STORE_FULL_RETRY_S, _ERROR_BACKOFF_S, _IDLE_S = 1.0, 10.0, 60.0, 60.0
+# A change of mind takes two steps; the rest is a safety margin.
 _MAX_STEPS_PER_TICK = 6
 
 
 class RolloutExecutor:
-    """Of one device. Used by the main loop."""
+    """Executor of one device. Used by the main loop."""
 
     def __init__(
         self,
         conf: Config,
         store: Store,
-        author: MessageLog,
+        message_log: MessageLog,
         desired_state: DesiredStateStore,
         serving: ServingManager,
         supplies: Mapping[str, BundleSupply],
     ) -> None:
-        self._conf, self._store, self._author, self._serving = conf, store, author, serving
-        self._fact_collector = FactCollector(conf, store, author.device, desired_state, serving)
+        self._conf, self._store, self._message_log, self._serving = conf, store, message_log, serving
+        self._fact_collector = FactCollector(conf, store, message_log.device, desired_state, serving)
         self._rollouts = {
             name: TaskRollout(
                 name,
                 supplies[name],
-                standings.load_state(store, name),
-                standings.load_hold_offs(store, name),
+                rollout_state.load_state(store, name),
+                rollout_state.load_hold_offs(store, name),
                 history.configured_digest(task.bundle, conf.data_dir),
             )
             for name, task in conf.tasks.items()
@@ -71,7 +70,7 @@ class RolloutExecutor:
     # --- on the main loop ---
 
     def tick(self, now: ClockReading) -> bool:
-        """Go on with every roll-out; whether anything was written."""
+        """Advance every roll-out; return True if anything was written."""
         if now.boot_s < self._next_tick_s and not self.wake_requested:
             return False
         self.wake_requested, self._next_tick_s = False, now.boot_s + _POLL_INTERVAL_S
@@ -79,165 +78,164 @@ class RolloutExecutor:
         return any(wrote)
 
     def wait_s(self, now: ClockReading) -> float:
-        """Until `turn` may have something to do."""
-        return (
-            max(0.0, self._next_tick_s - now.boot_s)
-            if any(self._is_in_progress(one) for one in self._rollouts.values())
-            else 60.0
-        )
+        """Return the seconds until `tick` may have work."""
+        unfinished = ("downloading", "shadow", "canary", "rejected")
+        if any(_phase(rollout) in unfinished for rollout in self._rollouts.values()):
+            return max(0.0, self._next_tick_s - now.boot_s)
+        return _IDLE_S
 
     def is_resuming(self, name: str) -> bool:
-        """Whether the bundle that answers for this task is on its way into memory, after a start: the task waits."""
-        live = self._rollouts.get(name)
-        return live is not None and _phase(live) == "probation" and live.canary is None
+        """Return True if the task waits, after a start, for its canary to be loaded."""
+        rollout = self._rollouts.get(name)
+        return rollout is not None and _phase(rollout) == "canary" and rollout.canary is None
 
     def on_batch_committed(self, name: str, now: ClockReading) -> None:
-        """A batch of the task was committed."""
+        """Advance the task's roll-out after a batch."""
         if self._rollouts[name].canary is not None:
             self._advance(name, now)
 
     def on_canary_failure(self, name: str, failure: ModelProcessFailed, now: ClockReading) -> LoadedTask | None:
-        """The bundle on probation gave no answers to a batch: who answers it instead, None where nobody can."""
-        live = self._rollouts[name]
-        trial = live.canary
-        if trial is None or not trial.is_serving:
+        """Return the task that answers a batch instead of the failed canary; None if there is none."""
+        rollout = self._rollouts[name]
+        canary = rollout.canary
+        if canary is None or not canary.is_serving:
             return None
-        trial.record_failure(failure)
-        log.error("task %s: the bundle on probation: %s", name, failure)
+        canary.record_failure(failure)
+        log.error("task %s: the canary failed: %s", name, failure)
         self._advance(name, now)
-        if live.canary is None:
+        if rollout.canary is None:
             return self._serving.find_task(name)
-        # It may fail now and then: the one before answers for once, and learns nothing from what it sees in between.
-        return (
-            None
-            if trial.incumbent is None
-            else changed(trial.incumbent, drift_monitor=None, drift_state=None, batch_observer=trial)
-        )
+        if canary.incumbent is None:
+            return None
+        # Rules may tolerate failures. The previous bundle answers this batch, and learns no drift from a single one.
+        return replace_task(canary.incumbent, drift_monitor=None, drift_state=None, batch_observer=canary)
 
     def plan_rollback(self, name: str, now: ClockReading) -> Effect | None:
-        """What an operator's `rollback` comes to while a bundle is on probation; None while none is."""
-        live = self._rollouts[name]
-        trial, old = live.canary, live.state
-        # After a start, until it is there again, what ran before is what is loaded.
-        steady = self._serving.find_task(name) if trial is None else trial.incumbent
-        if old is None or old.phase != "probation" or steady is None:
+        """Return the effect of an operator's `rollback` while a canary runs; None if none runs."""
+        rollout = self._rollouts[name]
+        canary, old = rollout.canary, rollout.state
+        # After a start, until the canary is loaded, the previous bundle is the one that is loaded.
+        incumbent = self._serving.find_task(name) if canary is None else canary.incumbent
+        if old is None or old.phase != "canary" or incumbent is None:
             return None
-        new, to = self._operator_rollback_state(old, now), history.bundle_ref(steady.bundle)
-        left = f"{old.desired.bundle} {old.desired.version}"
-        summary = f"{name} went from {left}, which was on probation, to {to}."
-        data = {"from": old.desired.digest, "to": to.digest}
-
-        held: list[HoldOff | None] = []
+        new, target = self._operator_rollback_state(old, now), history.bundle_ref(incumbent.bundle)
+        summary = f"{name} rolled back from the canary {old.desired.bundle} {old.desired.version} to {target}."
+        hold_offs: list[HoldOff | None] = []
 
         def write(tx: Transaction) -> None:
-            held.append(self._write_step(tx, name, live, old, new, None, now))
+            hold_offs.append(self._write_step(tx, name, rollout, old, new, None, now))
 
-        def then() -> None:
-            self._apply_in_memory(live, old, new, None, now)
-            self._remember_hold_off(live, new, held[-1])
+        def after_commit() -> None:
+            self._apply_in_memory(rollout, old, new, None, now)
+            _remember_hold_off(rollout, new, hold_offs[-1])
 
-        return Effect(summary, data, write, then)
+        return Effect(summary, {"from": old.desired.digest, "to": target.digest}, write, after_commit)
 
     def record_operator_rollback(self, tx: Transaction, name: str, now: ClockReading) -> None:
-        """In the commit of an operator's `rollback` from the bundle of a roll-out that had settled."""
-        live = self._rollouts[name]
-        old = live.state
-        if old is not None and old.phase == "settled" and self._serving.find_running_digest(live) == old.desired.digest:
-            new = self._operator_rollback_state(old, now)
-            held = transitions.record(tx, self._author, name, old, new, now)
-            # Should the commit fail, it is found in the store with the next start; until then nothing is tried.
-            live.state = new
-            self._remember_hold_off(live, new, held)
+        """Record an operator's `rollback` from an active bundle of a roll-out, in the commit of the command."""
+        rollout = self._rollouts[name]
+        old = rollout.state
+        if old is None or old.phase != "active" or self._serving.find_running_digest(rollout) != old.desired.digest:
+            return
+        new = self._operator_rollback_state(old, now)
+        hold_off = transitions.record(tx, self._message_log, name, old, new, now)
+        # If the commit fails, the next start reads the old state; until then the bundle is not tried.
+        rollout.state = new
+        _remember_hold_off(rollout, new, hold_off)
 
     def stop(self, now: ClockReading) -> None:
-        """The daemon stops: tell what was compared, and end what runs apart."""
-        for live in self._rollouts.values():
-            live.supply.cancel()
-            self._serving.stop_run(live, now, final=False)
+        """Report comparisons and end all trials: the daemon stops."""
+        for rollout in self._rollouts.values():
+            rollout.supply.cancel()
+            self._serving.stop_run(rollout, now, final=False)
 
     def abort(self) -> None:
-        """End what runs apart, and write nothing."""
-        for live in self._rollouts.values():
-            live.supply.cancel()
-            for task in (live.canary.candidate if live.canary else None, self._serving.find_task(live.name)):
+        """End all model processes and write nothing."""
+        for rollout in self._rollouts.values():
+            rollout.supply.cancel()
+            candidate = rollout.canary.candidate if rollout.canary else None
+            for task in (candidate, self._serving.find_task(rollout.name)):
                 if task is not None:
                     self._serving.factory.stop(task)
 
     # --- one task ---
 
     def _advance(self, name: str, now: ClockReading) -> bool:
-        live, wrote = self._rollouts[name], False
-        if now.boot_s < live.retry_at_s:
+        rollout, wrote = self._rollouts[name], False
+        if now.boot_s < rollout.retry_at_s:
             return False
         try:
-            # First what was compared, so that what is decided goes by all of it.
-            wrote = live.canary is not None and live.canary.tick(self._store, self._author, now)
+            # Report the comparison first, so that the decision includes all of it.
+            wrote = rollout.canary is not None and rollout.canary.tick(self._store, self._message_log, now)
             for _ in range(_MAX_STEPS_PER_TICK):
-                facts = self._fact_collector.collect(live, now)
-                # What was compared last may speak against it, and nobody looks again once it settled.
-                if facts.completion is not None and self._flush_comparison(live, now):
+                facts = self._fact_collector.collect(rollout, now)
+                # The last batches may be evidence against the bundle, and rules are not evaluated after promotion.
+                if facts.completion is not None and self._flush_comparison(rollout, now):
                     wrote = True
                     continue
-                new = decide_next_state(live.state, facts)
-                if new is live.state or new is None or not self._commit_step(name, live, new, now):
+                new = decide_next_state(rollout.state, facts)
+                if new is rollout.state or new is None or not self._commit_step(name, rollout, new, now):
                     break
                 wrote = True
-            self._serving.reconcile(live, now)
+            self._serving.reconcile(rollout, now)
         except (StorageFull, StorageBusy) as problem:
-            live.retry_at_s = now.boot_s + _STORE_FULL_RETRY_S
-            log.error("task %s: %s; its roll-out goes on when there is room", name, problem)
+            rollout.retry_at_s = now.boot_s + _STORE_FULL_RETRY_S
+            log.error("task %s: %s; its roll-out continues when there is room", name, problem)
         except StorageError:
             raise
         except Exception as error:
-            # Nobody foresaw it; a roll-out must not take the daemon and the other tasks down.
-            live.retry_at_s = now.boot_s + _ERROR_BACKOFF_S
-            log.error("task %s: its roll-out rests for %g s: %s", name, _ERROR_BACKOFF_S, error, exc_info=error)
+            # Unforeseen; a roll-out must not take the daemon and the other tasks down.
+            rollout.retry_at_s = now.boot_s + _ERROR_BACKOFF_S
+            log.error("task %s: its roll-out pauses for %g s: %s", name, _ERROR_BACKOFF_S, error, exc_info=error)
         return wrote
 
     def _flush_comparison(self, rollout: TaskRollout, now: ClockReading) -> bool:
-        return rollout.canary is not None and rollout.canary.flush(self._store, self._author, now)
+        return rollout.canary is not None and rollout.canary.flush(self._store, self._message_log, now)
 
     def _commit_step(self, name: str, rollout: TaskRollout, new: RolloutState, now: ClockReading) -> bool:
-        """Commit one step; False where it cannot be taken after all."""
+        """Commit one step and apply it in memory."""
         old = rollout.state
         try:
-            made = self._load_next_task(name, rollout, old, new)
+            loaded = self._load_next_task(name, rollout, old, new)
         except (BadBundle, ConfigError) as problem:
-            rollout.load_failure = BundleAssessment(
-                "unfit", f"it proved itself, and then could not be loaded: {problem}"
-            )
+            detail = f"it was verified, but cannot be loaded: {problem}"
+            rollout.load_failure = BundleAssessment("incompatible", detail)
             return True
-        if new.phase == "probation" and (old is None or old.phase != "probation"):
+        if new.phase == "canary" and (old is None or old.phase != "canary"):
             past = self._store.load_state(name, task_keys.BUNDLE_HISTORY)
             new = replace(new, previous_history=past.decode() if past else "")
-        vital = new.phase in ("refused", "rolled back", "withdrawn")
+        is_vital = new.phase in ("rejected", "rolled_back", "cancelled")
         try:
             with self._store.exclusive():
-                with self._store.transaction(vital=vital) as tx:
-                    held = self._write_step(tx, name, rollout, old, new, made, now)
-                self._apply_in_memory(rollout, old, new, made, now)
+                with self._store.transaction(vital=is_vital) as tx:
+                    hold_off = self._write_step(tx, name, rollout, old, new, loaded, now)
+                self._apply_in_memory(rollout, old, new, loaded, now)
         except BaseException:
-            if made is not None and (rollout.canary is None or rollout.canary.candidate is not made):
-                self._serving.factory.stop(made)
+            if loaded is not None and (rollout.canary is None or rollout.canary.candidate is not loaded):
+                self._serving.factory.stop(loaded)
             raise
-        self._remember_hold_off(rollout, new, held)
+        _remember_hold_off(rollout, new, hold_off)
         log.info("%s", transitions.summarize(name, new))
         return True
 
     def _load_next_task(
         self, name: str, rollout: TaskRollout, old: RolloutState | None, new: RolloutState
     ) -> LoadedTask | None:
-        """The task that answers after this step, where that is another one that has to be loaded first."""
-        was = old.phase if old else ""
-        if new.phase == "probation" and was != "probation":
+        """Return the task that answers after this step, if it must be loaded first."""
+        old_phase = old.phase if old else ""
+        if new.phase == "canary" and old_phase != "canary":
             if rollout.canary is not None:
                 return rollout.canary.candidate
             assert rollout.proven is not None
             return self._serving.factory.start_subprocess(name, rollout.proven, new.desired.rules)
-        stays = new.phase == "settled" and was == "probation" and rollout.canary is not None
-        # What ran before has proved itself again, for a bundle that ran for good and was called back.
-        returns = (new.phase, new.reason) == ("withdrawn", "aborted") and was not in ("fetching", "shadow", "probation")
-        if (stays or returns) and rollout.proven is not None:
+        is_promotion = new.phase == "active" and old_phase == "canary" and rollout.canary is not None
+        # The previous bundle was verified again, to replace an active one that is rolled back.
+        is_revert = (new.phase, new.reason) == ("cancelled", "aborted") and old_phase not in (
+            "downloading",
+            "shadow",
+            "canary",
+        )
+        if (is_promotion or is_revert) and rollout.proven is not None:
             return self._serving.factory.load_in_process(name, rollout.proven)
         return None
 
@@ -248,80 +246,66 @@ class RolloutExecutor:
         rollout: TaskRollout,
         old: RolloutState | None,
         new: RolloutState,
-        loaded_task: LoadedTask | None,
+        loaded: LoadedTask | None,
         now: ClockReading,
     ) -> HoldOff | None:
-        held = transitions.record(tx, self._author, name, old, new, now)
-        was, past = (old.phase if old else ""), history.load_history(self._store, name)
-        if new.phase == "probation" and was != "probation":
-            assert loaded_task is not None
-            transitions.begin_canary(tx, self._author, name, loaded_task.bundle, past, now)
-        elif new.phase == "settled" and was == "probation":
-            transitions.promote_canary(tx, self._author, name, new, rollout.configured_digest, now)
-        elif was == "probation" and new.phase != "probation" and old is not None:
+        message_log, configured = self._message_log, rollout.configured_digest
+        hold_off = transitions.record(tx, message_log, name, old, new, now)
+        old_phase, past = (old.phase if old else ""), history.load_history(self._store, name)
+        if new.phase == "canary" and old_phase != "canary":
+            assert loaded is not None
+            transitions.begin_canary(tx, message_log, name, loaded.bundle, past, now)
+        elif new.phase == "active" and old_phase == "canary":
+            transitions.promote_canary(tx, message_log, name, new, configured, now)
+        elif old_phase == "canary" and new.phase != "canary" and old is not None:
             self._end_canary(tx, name, rollout, old, new, now)
-        elif loaded_task is not None:
-            transitions.revert_to_previous(
-                tx, self._author, name, loaded_task.bundle, past, rollout.configured_digest, now
-            )
-        return held
+        elif loaded is not None:
+            transitions.revert_to_previous(tx, message_log, name, loaded.bundle, past, configured, now)
+        return hold_off
 
     def _end_canary(
         self, tx: Transaction, name: str, rollout: TaskRollout, old: RolloutState, new: RolloutState, now: ClockReading
     ) -> None:
-        trial = rollout.canary
-        # Where it did not even start again, what is loaded already is what ran before.
-        steady = self._serving.find_task(name) if trial is None else trial.incumbent
-        transitions.end_canary(tx, self._author, name, old, steady.bundle if steady else None, new.phase, now)
-        if (
-            trial is not None
-            and steady is not None
-            and steady.drift_monitor is not None
-            and steady.drift_state is not None
-        ):
-            on = saved_drift.continue_alert_numbers(steady.drift_state, trial.candidate.drift_state)
-            drift_state.save(tx, name, steady.drift_monitor, on, None)
+        canary = rollout.canary
+        # A canary that did not start again never replaced the loaded task.
+        incumbent = self._serving.find_task(name) if canary is None else canary.incumbent
+        bundle = incumbent.bundle if incumbent else None
+        transitions.end_canary(tx, self._message_log, name, old, bundle, new.phase, now)
+        if canary is None or incumbent is None or incumbent.drift_monitor is None or incumbent.drift_state is None:
+            return
+        state = saved_drift.continue_alert_numbers(incumbent.drift_state, canary.candidate.drift_state)
+        drift_state.save(tx, name, incumbent.drift_monitor, state, None)
 
     def _apply_in_memory(
         self,
         rollout: TaskRollout,
         old: RolloutState | None,
         new: RolloutState,
-        loaded_task: LoadedTask | None,
+        loaded: LoadedTask | None,
         now: ClockReading,
     ) -> None:
-        """The memory follows what was committed."""
-        was = old.phase if old else ""
+        old_phase = old.phase if old else ""
         rollout.state, rollout.load_failure = new, None
-        if new.phase == "probation" and was != "probation":
-            assert loaded_task is not None
-            self._serving.start_canary(rollout, loaded_task, now)
-        elif was == "probation" and new.phase != "probation":
-            self._serving.finish_canary(rollout, loaded_task if new.phase == "settled" else None, now)
-        elif loaded_task is not None:
-            self._serving.replace_task(rollout.name, loaded_task)
-        elif new.phase not in ("shadow", "probation"):
+        if new.phase == "canary" and old_phase != "canary":
+            assert loaded is not None
+            self._serving.start_canary(rollout, loaded, now)
+        elif old_phase == "canary" and new.phase != "canary":
+            self._serving.finish_canary(rollout, loaded if new.phase == "active" else None, now)
+        elif loaded is not None:
+            self._serving.replace_task(rollout.name, loaded)
+        elif new.phase not in ("shadow", "canary"):
             self._serving.stop_run(rollout, now)
-        if new.phase not in ("fetching", "shadow", "probation"):
+        if new.phase not in ("downloading", "shadow", "canary"):
             history.prune(self._store, self._conf.tasks, self._conf.data_dir)
 
-    # --- what there is ---
-
     def _operator_rollback_state(self, old: RolloutState, now: ClockReading) -> RolloutState:
-        why = "an operator rolled it back"
-        at = {"since": clock.to_rfc3339(now.wall_us), "since_s": self._fact_collector.uptime_s(now)}
-        return replace(
-            old, phase="rolled back", reason="operator", detail=why, numbers={}, late=False, previous_history="", **at
-        )
+        since, uptime_s = clock.to_rfc3339(now.wall_us), self._fact_collector.uptime_s(now)
+        return transitions.make_rolled_back(old, "operator", "an operator rolled it back", since, uptime_s)
 
-    @staticmethod
-    def _remember_hold_off(rollout: TaskRollout, new: RolloutState, hold_off: HoldOff | None) -> None:
-        if hold_off is not None:
-            rollout.hold_offs[new.desired.digest] = hold_off
 
-    @staticmethod
-    def _is_in_progress(rollout: TaskRollout) -> bool:
-        return _phase(rollout) in ("fetching", "shadow", "probation", "refused")
+def _remember_hold_off(rollout: TaskRollout, new: RolloutState, hold_off: HoldOff | None) -> None:
+    if hold_off is not None:
+        rollout.hold_offs[new.desired.digest] = hold_off
 
 
 def _phase(rollout: TaskRollout) -> str:

@@ -1,4 +1,4 @@
-"""What there is for a task's next step: what is desired, what runs, and whether the bundle in question is here."""
+"""Facts for a task's next step: the desired bundle, the running one, and whether the needed bundle is ready."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from agent import clock
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import history, overrides
+from agent.device.bundles.history import BundleHistory
 from agent.device.bundles.rollout_state import RolloutState
 from agent.device.rollout.desired_state import DesiredStateStore
 from agent.device.rollout.serving import ServingManager, TaskRollout
@@ -20,49 +21,47 @@ from agent.wire.desired_state import DesiredBundle
 
 
 class FactCollector:
-    """Of one device."""
+    """Collector of the facts of one device."""
 
     def __init__(
         self, conf: Config, store: Store, device: str, desired_state: DesiredStateStore, serving: ServingManager
     ) -> None:
-        self._conf, self._store, self._device, self._desired_state, self._serving = (
-            conf,
-            store,
-            device,
-            desired_state,
-            serving,
-        )
+        self._conf, self._store, self._device = conf, store, device
+        self._desired_state, self._serving = desired_state, serving
 
     def collect(self, rollout: TaskRollout, now: ClockReading) -> RolloutFacts:
-        """All there is, and goes on with seeking the bundle that the next step needs."""
-        name, old, at_s = rollout.name, rollout.state, self.uptime_s(now)
-        wanted = self._desired_state.find_desired(name)
-        about = wanted if wanted is not None or old is None else old.desired
-        held = rollout.hold_offs.get(about.digest) if about else None
+        """Return the facts, and continue to obtain the bundle that the next step needs."""
+        name, old, uptime_s = rollout.name, rollout.state, self.uptime_s(now)
+        desired = self._desired_state.find_desired(name)
+        subject = desired if desired is not None or old is None else old.desired
+        hold_off = rollout.hold_offs.get(subject.digest) if subject else None
         past = history.load_history(self._store, name)
         facts = RolloutFacts(
             device=self._device,
-            desired=wanted,
+            desired=desired,
             running_digest=self._serving.find_running_digest(rollout),
             configured_digest=rollout.configured_digest,
             timestamp=clock.to_rfc3339(now.wall_us),
-            uptime_s=at_s,
-            hold_off=held if held is not None and held.until_s > at_s else None,
+            uptime_s=uptime_s,
+            hold_off=hold_off if hold_off is not None and hold_off.until_s > uptime_s else None,
             fallback_digest=self._fallback_digest(name, past),
             quarantine_reason=self._quarantine_reason(name, old),
-            is_deadline_passed=_is_deadline_passed(about, now),
+            is_deadline_passed=_is_deadline_passed(subject, now),
         )
         if rollout.canary is not None and old is not None:
-            hours = (at_s - old.since_s) / 3600
-            facts = replace(
-                facts, failure=rollout.canary.check_failure(), completion=rollout.canary.check_completion(hours)
-            )
+            hours = (uptime_s - old.since_s) / 3600
+            failure, completion = rollout.canary.check_failure(), rollout.canary.check_completion(hours)
+            facts = replace(facts, failure=failure, completion=completion)
         return replace(facts, readiness=self._check_readiness(rollout, facts, past, now))
 
+    def uptime_s(self, now: ClockReading) -> float:
+        """Return the seconds that this device has been on, over all boots."""
+        return retention.uptime_s(self._store.get_meta(retention.UPTIME, ""), self._store.boot, now)
+
     def _check_readiness(
-        self, rollout: TaskRollout, facts: RolloutFacts, past: history.BundleHistory | None, now: ClockReading
+        self, rollout: TaskRollout, facts: RolloutFacts, past: BundleHistory | None, now: ClockReading
     ) -> BundleAssessment | None:
-        """Whether the bundle that the next step needs is here and proved; goes on with that."""
+        """Return if the bundle of the next step is present and verified; None while unknown."""
         digest, old = select_target_digest(rollout.state, facts), rollout.state
         if not digest or old is None:
             rollout.supply.cancel()
@@ -72,49 +71,39 @@ class FactCollector:
             return rollout.load_failure
         if rollout.canary is not None and rollout.canary.candidate.bundle.digest == digest:
             return None
-        # What answers already is not waited for from afar.
-        fetched = old.phase != "probation"
-        found = rollout.supply.poll(
-            _make_bundle_request(rollout.name, digest, old.desired, past, may_fetch=fetched), now
-        )
-        rollout.proven = found if isinstance(found, ProvenBundle) else None
-        if isinstance(found, ProvenBundle):
-            return BundleAssessment("", _describe_proof(found))
-        return found
+        # A canary that has to be restarted is not downloaded again: the task would wait for it.
+        request = _make_bundle_request(rollout.name, digest, old.desired, past, may_fetch=old.phase != "canary")
+        result = rollout.supply.poll(request, now)
+        rollout.proven = result if isinstance(result, ProvenBundle) else None
+        if isinstance(result, ProvenBundle):
+            golden = " and its golden vectors match" if "golden.npz" in result.bundle.files else ""
+            return BundleAssessment("", f"it was verified and run on this machine{golden}")
+        return result
 
-    def uptime_s(self, now: ClockReading) -> float:
-        """Seconds that the device was on."""
-        return retention.uptime_s(self._store.get_meta(retention.UPTIME, ""), self._store.boot, now)
-
-    def _fallback_digest(self, name: str, past: history.BundleHistory | None) -> str:
-        before = past.previous if past is not None else None
-        if before is None or not history.copy_folder(self._conf.data_dir, before.digest).is_dir():
+    def _fallback_digest(self, name: str, past: BundleHistory | None) -> str:
+        previous = past.previous if past is not None else None
+        if previous is None or not history.copy_folder(self._conf.data_dir, previous.digest).is_dir():
             return ""
-        return "" if before.digest in overrides.load_quarantined(self._store, name) else before.digest
+        return "" if previous.digest in overrides.load_quarantined(self._store, name) else previous.digest
 
     def _quarantine_reason(self, name: str, old: RolloutState | None) -> str:
-        if old is None or old.phase != "settled":
+        if old is None or old.phase != "active":
             return ""
-        found = overrides.load_quarantined(self._store, name).get(old.desired.digest)
-        return "" if found is None else found.reason
+        quarantined = overrides.load_quarantined(self._store, name).get(old.desired.digest)
+        return "" if quarantined is None else quarantined.reason
 
 
 def _make_bundle_request(
-    name: str, digest: str, desired: DesiredBundle, past: history.BundleHistory | None, *, may_fetch: bool
+    name: str, digest: str, desired: DesiredBundle, past: BundleHistory | None, *, may_fetch: bool
 ) -> BundleRequest:
     if digest == desired.digest:
         return BundleRequest(name, desired.bundle, desired.version, digest, desired if may_fetch else None)
-    before = past.previous if past is not None else None
-    return BundleRequest(name, before.name if before else "", before.version if before else "", digest)
-
-
-def _describe_proof(proven: ProvenBundle) -> str:
-    made = " and its golden vectors came out" if "golden.npz" in proven.bundle.files else ""
-    return f"it was verified and run on this machine{made}"
+    previous = past.previous if past is not None else None
+    return BundleRequest(name, previous.name if previous else "", previous.version if previous else "", digest)
 
 
 def _is_deadline_passed(desired: DesiredBundle | None, now: ClockReading) -> bool | None:
-    """Whether its deadline is over; None where nobody can tell what time it is."""
+    """Return if the deadline has passed; None while the clock is unsynced."""
     if desired is None or desired.deadline is None:
         return False
     return None if now.quality == "unsynced" else now.wall_us >= clock.parse_rfc3339(desired.deadline)

@@ -1,8 +1,7 @@
-"""What drift detection knows with the bundle that ran, laid by while another one is on probation, and taken up again.
+"""Saved drift state: what drift detection learned with the previous bundle, set aside while a canary runs.
 
-While the other one runs, its own detection begins from nothing under the usual names. So a bundle that is taken back
-costs the site neither the reference it learned nor what was gathered since; alerts that were open stay so until it is
-known which of the two stays.
+The canary's own detection starts empty under the usual names. A rollback therefore costs the site neither its learned
+reference nor the rows counted since. Alerts that were open stay open until it is known which of the two bundles stays.
 """
 
 from __future__ import annotations
@@ -23,36 +22,37 @@ _STATE_NAMES = (task_keys.DRIFT_STATE, task_keys.LEARNING, task_keys.SITE_REFERE
 
 
 def save(tx: Transaction, task: str) -> None:
+    """Set the drift state of `task` aside."""
     for name in _STATE_NAMES:
         tx.delete_state(task, name + task_keys.SAVED_SUFFIX)
         tx.rename_state(task, name, name + task_keys.SAVED_SUFFIX)
 
 
-def restore(tx: Transaction, author: MessageLog, task: str, now: ClockReading) -> None:
-    """The bundle before runs again: what was found with the other one is over."""
-    ended = _end_alerts(tx, task, "", "its bundle was taken back")
+def restore(tx: Transaction, message_log: MessageLog, task: str, now: ClockReading) -> None:
+    """Put the saved state back and clear the canary's alerts: the previous bundle runs again."""
+    closing = _build_closing_messages(tx, task, "", "its bundle was rolled back")
     for name in _STATE_NAMES:
         tx.delete_state(task, name)
         tx.rename_state(task, name + task_keys.SAVED_SUFFIX, name)
-    author.append_all(tx, [message for message in ended if message.kind == "alerts"], now)
+    message_log.append_all(tx, [message for message in closing if message.kind == "alerts"], now)
 
 
-def discard(tx: Transaction, author: MessageLog, task: str, now: ClockReading) -> None:
-    """The other one stays: nothing that was learned with the one before holds for it."""
-    ended = _end_alerts(tx, task, task_keys.SAVED_SUFFIX, "the bundle was changed")
+def discard(tx: Transaction, message_log: MessageLog, task: str, now: ClockReading) -> None:
+    """Delete the saved state and clear its alerts: the canary stays, and has another reference."""
+    closing = _build_closing_messages(tx, task, task_keys.SAVED_SUFFIX, "the bundle was changed")
     for name in _STATE_NAMES:
         tx.delete_state(task, name + task_keys.SAVED_SUFFIX)
-    author.append_all(tx, ended, now)
+    message_log.append_all(tx, closing, now)
 
 
 def load(store: Store, task: str, monitor: DriftMonitor) -> tuple[DriftState, list[PendingMessage] | None]:
-    """What the bundle before, now beside the other one, remembers."""
-    past = store.load_state(task, task_keys.DRIFT_STATE + task_keys.SAVED_SUFFIX)
-    if past is None:
+    """Load the saved state, for the previous bundle that runs as the canary's shadow."""
+    saved = store.load_state(task, task_keys.DRIFT_STATE + task_keys.SAVED_SUFFIX)
+    if saved is None:
         return monitor.start(), None
     try:
         return monitor.restore(
-            past,
+            saved,
             store.load_state(task, task_keys.LEARNING + task_keys.SAVED_SUFFIX),
             store.load_state(task, task_keys.SITE_REFERENCE + task_keys.SAVED_SUFFIX),
         ), None
@@ -61,12 +61,12 @@ def load(store: Store, task: str, monitor: DriftMonitor) -> tuple[DriftState, li
 
 
 def continue_alert_numbers(state: DriftState, *others: DriftState | None) -> DriftState:
-    """With alerts named after those of `others`: no name is used twice."""
-    most = max([0, *(int(one.raised_counts.max(initial=0)) for one in others if one is not None)])
-    return replace(state, raised_counts=np.maximum(state.raised_counts, most))
+    """Return `state` with alert numbers above those of `others`: no alert id is used twice."""
+    highest = max([0, *(int(other.raised_counts.max(initial=0)) for other in others if other is not None)])
+    return replace(state, raised_counts=np.maximum(state.raised_counts, highest))
 
 
-def _end_alerts(tx: Transaction, task: str, suffix: str, reason: str) -> list[PendingMessage]:
+def _build_closing_messages(tx: Transaction, task: str, suffix: str, reason: str) -> list[PendingMessage]:
     state = tx.load_state(task, task_keys.DRIFT_STATE + suffix)
     if state is None:
         return []

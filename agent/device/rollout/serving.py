@@ -1,4 +1,4 @@
-"""Which bundle answers for a task while another one is tried: what is in memory, after what was committed."""
+"""Serving: which bundle answers for a task while another one is tried. Memory follows what was committed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from agent.device.bundles.rollout_state import HoldOff, RolloutState
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.tasks import Runtime, ScheduledTask
 from agent.device.rollout import saved_drift
+from agent.device.rollout.canary import CanaryRun
 from agent.device.rollout.state_machine import BundleAssessment
 from agent.device.rollout.supply import BundleSupply
-from agent.device.rollout.trial import CanaryRun
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.errors import BadBundle, ConfigError
@@ -23,25 +23,25 @@ from agent.wire.desired_state import CanaryRules
 
 
 class TaskFactory(Protocol):
-    """A bundle that proved itself, as a task of this device."""
+    """Factory of tasks from proven bundles."""
 
     def load_in_process(self, name: str, proven: ProvenBundle) -> LoadedTask:
-        """Loaded into this process. Raises BadBundle, ConfigError."""
+        """Load the model into this process. Raises BadBundle, ConfigError."""
         ...
 
     def start_subprocess(self, name: str, proven: ProvenBundle, rules: CanaryRules) -> LoadedTask:
-        """In a process of its own, within the time that the rules allow. Raises BadBundle, ConfigError."""
+        """Run the model in a process of its own, within the rules' timeout. Raises BadBundle, ConfigError."""
         ...
 
     def stop(self, task: LoadedTask) -> None:
-        """End a process of its own, if it has one."""
+        """End the task's own process, if it has one."""
         ...
 
 
 class TaskRollout(msgspec.Struct):
-    """A task's roll-out in memory. `trial` runs while a bundle is tried, `proof` is of the bundle it is about.
+    """Roll-out of a task in memory. `canary` is set while a bundle is tried, as a shadow or as the canary.
 
-    `unfit`: why a bundle that proved itself could not be made to run after all.
+    `proven` is the verified bundle of the next step. `load_failure` says why a proven bundle could not be loaded.
     """
 
     name: str
@@ -56,62 +56,59 @@ class TaskRollout(msgspec.Struct):
 
 
 class ServingManager:
-    """Of one device. `plan` says when a task is due that did not run."""
+    """Manager of the tasks of one device. `schedule` makes a scheduled task of one that did not run before."""
 
     def __init__(
         self,
         store: Store,
-        author: MessageLog,
-        machine: Runtime,
+        message_log: MessageLog,
+        runtime: Runtime,
         factory: TaskFactory,
-        plan: Callable[[LoadedTask], ScheduledTask],
+        schedule: Callable[[LoadedTask], ScheduledTask],
     ) -> None:
-        self._store, self._author, self._machine, self.factory, self._plan = store, author, machine, factory, plan
+        self._store, self._message_log, self._runtime = store, message_log, runtime
+        self.factory, self._schedule = factory, schedule
 
     def find_task(self, name: str) -> LoadedTask | None:
-        """The one that answers."""
-        planned = self._machine.find(name)
-        return None if planned is None else planned.task
+        """Return the task that answers."""
+        scheduled = self._runtime.find(name)
+        return None if scheduled is None else scheduled.task
 
     def find_running_digest(self, rollout: TaskRollout) -> str:
-        """The digest of the bundle that answers, or would if none were on probation; "" for none."""
-        task = (
-            rollout.canary.incumbent
-            if rollout.canary is not None and rollout.canary.is_serving
-            else self.find_task(rollout.name)
-        )
+        """Return the digest of the bundle that answers, or would without a canary; "" for none."""
+        canary = rollout.canary
+        task = canary.incumbent if canary is not None and canary.is_serving else self.find_task(rollout.name)
         return "" if task is None else task.bundle.digest
 
     def replace_task(self, name: str, task: LoadedTask | None) -> None:
         if task is None:
-            self._machine.remove(name)
+            self._runtime.remove(name)
         else:
-            self._machine.replace_task(task, self._plan)
+            self._runtime.replace_task(task, self._schedule)
 
     def reconcile(self, rollout: TaskRollout, now: ClockReading) -> None:
-        """What should run by how the task stands and does not yet, as after a start."""
-        one, proof = rollout.state, rollout.proven
-        if one is None or one.phase not in ("shadow", "probation"):
+        """Start what should run by the task's state and does not yet, as after a start."""
+        state, proven = rollout.state, rollout.proven
+        if state is None or state.phase not in ("shadow", "canary"):
             return
         try:
-            if rollout.canary is None and proof is not None:
-                candidate = self.factory.start_subprocess(rollout.name, proof, one.desired.rules)
-                if one.phase == "probation":
-                    self._serve_candidate(rollout, candidate, one)
+            if rollout.canary is None and proven is not None:
+                candidate = self.factory.start_subprocess(rollout.name, proven, state.desired.rules)
+                if state.phase == "canary":
+                    self._serve_candidate(rollout, candidate, state)
                 else:
-                    rollout.canary = CanaryRun(candidate, self.find_task(rollout.name), one, self._store)
+                    rollout.canary = CanaryRun(candidate, self.find_task(rollout.name), state, self._store)
         except (BadBundle, ConfigError) as problem:
-            rollout.load_failure = BundleAssessment(
-                "unfit", f"it proved itself, and then could not be started: {problem}"
-            )
+            detail = f"it was verified, but cannot be started: {problem}"
+            rollout.load_failure = BundleAssessment("incompatible", detail)
             return
         if rollout.canary is not None:
-            rollout.canary.rules = one.desired.rules
-            if one.phase == "shadow":
+            rollout.canary.rules = state.desired.rules
+            if state.phase == "shadow":
                 self._attach_shadow(rollout, rollout.canary)
 
     def _attach_shadow(self, rollout: TaskRollout, canary: CanaryRun) -> None:
-        """Beside whatever answers: an operator's command may have exchanged it."""
+        """Attach the shadow to the task that answers, which an operator's command may have replaced."""
         task = self.find_task(rollout.name)
         if task is None or task.batch_observer is canary:
             return
@@ -120,18 +117,19 @@ class ServingManager:
         task.batch_observer = canary
 
     def start_canary(self, rollout: TaskRollout, candidate: LoadedTask, now: ClockReading) -> None:
-        """Probation: the candidate answers from now on, and what answered until now beside it."""
-        one, steady = rollout.state, self.find_task(rollout.name)
-        assert one is not None
+        """Let the candidate answer from now on, with the previous bundle as its shadow."""
+        state, incumbent = rollout.state, self.find_task(rollout.name)
+        assert state is not None
         if rollout.canary is not None:
-            rollout.canary.finish(self._store, self._author, now, final=True)
-        if steady is not None:
-            steady.batch_observer = None
+            rollout.canary.finish(self._store, self._message_log, now, final=True)
+        if incumbent is not None:
+            incumbent.batch_observer = None
         if candidate.drift_monitor is not None:
             fresh = candidate.drift_monitor.start()
-            candidate.drift_state = saved_drift.continue_alert_numbers(fresh, steady.drift_state if steady else None)
+            before = incumbent.drift_state if incumbent else None
+            candidate.drift_state = saved_drift.continue_alert_numbers(fresh, before)
             candidate.closing_messages = None
-        self._serve_candidate(rollout, candidate, one)
+        self._serve_candidate(rollout, candidate, state)
 
     def _serve_candidate(self, rollout: TaskRollout, candidate: LoadedTask, state: RolloutState) -> None:
         rollout.canary = CanaryRun(candidate, self.find_task(rollout.name), state, self._store)
@@ -139,34 +137,31 @@ class ServingManager:
         self.replace_task(rollout.name, candidate)
 
     def finish_canary(self, rollout: TaskRollout, replacement: LoadedTask | None, now: ClockReading) -> None:
-        """After probation: `made`, the same bundle in this process, or the one before."""
-        trial, rollout.canary = rollout.canary, None
-        if trial is None:
+        """End a canary. `replacement` is the same bundle in this process; without it the previous bundle answers."""
+        canary, rollout.canary = rollout.canary, None
+        if canary is None:
             return
-        trial.finish(self._store, self._author, now, final=True)
-        candidate, steady = trial.candidate, trial.incumbent
+        canary.finish(self._store, self._message_log, now, final=True)
+        candidate, incumbent = canary.candidate, canary.incumbent
         candidate.batch_observer = None
         if replacement is not None:
-            replacement.drift_state, replacement.closing_messages, replacement.last_label = (
-                candidate.drift_state,
-                None,
-                candidate.last_label,
-            )
-        elif steady is not None and steady.drift_state is not None:
-            steady.drift_state = saved_drift.continue_alert_numbers(steady.drift_state, candidate.drift_state)
+            replacement.drift_state, replacement.closing_messages = candidate.drift_state, None
+            replacement.last_label = candidate.last_label
+        elif incumbent is not None and incumbent.drift_state is not None:
+            incumbent.drift_state = saved_drift.continue_alert_numbers(incumbent.drift_state, candidate.drift_state)
         if rollout.state is not None and rollout.state.phase == "shadow":
-            rollout.canary = CanaryRun(candidate, steady, rollout.state, self._store)
+            rollout.canary = CanaryRun(candidate, incumbent, rollout.state, self._store)
         else:
             self.factory.stop(candidate)
-        self.replace_task(rollout.name, replacement or steady)
+        self.replace_task(rollout.name, replacement or incumbent)
 
     def stop_run(self, rollout: TaskRollout, now: ClockReading, *, final: bool = True) -> None:
-        """Nothing is tried any more; not `over`: until the agent starts again."""
-        trial, rollout.canary = rollout.canary, None
-        if trial is None:
+        """End a trial; unless `final` it continues at the next start of the daemon."""
+        canary, rollout.canary = rollout.canary, None
+        if canary is None:
             return
-        trial.finish(self._store, self._author, now, final=final)
-        self.factory.stop(trial.candidate)
-        for task in (trial.incumbent, self.find_task(rollout.name)):
-            if task is not None and task.batch_observer is trial:
+        canary.finish(self._store, self._message_log, now, final=final)
+        self.factory.stop(canary.candidate)
+        for task in (canary.incumbent, self.find_task(rollout.name)):
+            if task is not None and task.batch_observer is canary:
                 task.batch_observer = None

@@ -1,7 +1,7 @@
-"""Another bundle that answers beside a task's own, after each batch was committed: no result waits for it.
+"""Shadow evaluation: run a second bundle on each committed batch, without delaying results.
 
-What both said is tallied, and a `shadow` message says so each so many batches or minutes, in one commit with what is
-kept. A kill loses the part since the last message; the last row that is counted is kept, so that none counts twice.
+Comparison statistics accumulate. Every few batches or minutes they are sent as a `shadow` message, in one commit with
+the saved state. A kill loses the statistics since the last message; the last row counted is saved, so none counts twice.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from agent.comparison import tally
 from agent.comparison.paired_intervals import ComparisonBlock
 from agent.comparison.tally import ComparisonStats, Predictions
 from agent.device.pipeline.loaded_task import LoadedTask
-from agent.device.rollout import outcomes, shadow_windows
+from agent.device.rollout import shadow_windows
 from agent.device.rollout.shadow_windows import AlignedWindows
-from agent.device.store import labels as labelled
-from agent.device.store import task_keys
+from agent.device.store import labels, task_keys
 from agent.device.store.labels import StoredPredictions
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import RowBatch, Store
@@ -34,24 +33,20 @@ from agent.model.sandbox.subprocess_model import SubprocessModel
 
 log = logging.getLogger("outstation")
 
-# The longest that a batch is not told of; the longest that the next batch waits for an answer to the one before.
+# The longest time between messages; the longest time that a batch waits for the previous answer of the shadow.
 REPORT_INTERVAL_S, ANSWER_TIMEOUT_S = 300.0, 0.25
-# Of a batch's time in a model that is in this process, and holds up the next one.
+# Inference time per batch of a shadow that runs in this process, and delays the next batch.
 _MAX_INFERENCE_S = 1.0
-# After there was no room for a message.
 _FULL_RETRY_S = 60.0
-# First messages come often, so that a roll-out is soon judged by a few blocks; later ones seldom.
+# The first messages are small, so that a roll-out is soon judged by a few blocks; later ones are larger.
 _EARLY_MESSAGES, _LATER_BATCHES, _MIN_MESSAGES = 24, 20, 12
 _MAX_BLOCKS = 64
-# Answers that wait to be kept for labels, while there is no room.
+# Predictions that wait to be stored while the store is full.
 _MAX_UNSAVED_PREDICTIONS = 20_000
 
 
 class ShadowState(msgspec.Struct, frozen=True):
-    """Of one roll-out and pair of bundles: the last row counted, the last label looked at, the messages so far.
-
-    `blocks` are their tallies; of many, neighbours are added up.
-    """
+    """Saved state of one roll-out and pair of bundles: last row and label counted, messages sent, their statistics."""
 
     rollout: str
     task_digest: str
@@ -63,7 +58,7 @@ class ShadowState(msgspec.Struct, frozen=True):
 
 
 class _PendingBatch(msgspec.Struct, frozen=True):
-    """A batch that `other` is asked about: its rows, what `task` said, and the windows that were given."""
+    """A batch that the shadow works on: its rows, the predictions of `task`, and the shadow's windows."""
 
     rows: tuple[int, int]
     predictions: Predictions
@@ -71,21 +66,21 @@ class _PendingBatch(msgspec.Struct, frozen=True):
 
 
 class ShadowRunner:
-    """`other` beside `task`, both of one name. Used by the main loop.
+    """Shadow evaluation of `other` on the batches of `task`. Used by the main loop.
 
-    A model of `other` that runs apart is never waited for longer than PATIENCE_S; batches that come meanwhile are not
-    compared. One in this process answers at once.
+    A shadow in a process of its own delays a batch by ANSWER_TIMEOUT_S at most; batches that arrive while it is busy
+    are not compared. A shadow in this process answers at once.
     """
 
     def __init__(self, task: LoadedTask, other: LoadedTask, rollout: str, store: Store, min_batches: int = 20) -> None:
-        """`batches`: the least that are compared before anything is judged."""
+        """Continue from the saved state. `min_batches` are compared before any rule is evaluated."""
         self.task, self.other = task, other
         self.state = _restore_state(store, task, other, rollout)
         self._min_batches = min_batches
         self._score_references = shadow_windows.select_score_references([_load_reference(task), _load_reference(other)])
         self._pending: _PendingBatch | None = None
         self._retry_at_s = 0.0
-        # Whether labels wait that did not go into the last message.
+        # Labels that did not fit into the last message.
         self._has_more_labels = False
         self._last_report_s: float | None = None
         self.stats, self._row_range = ComparisonStats(), (0, 0)
@@ -93,38 +88,38 @@ class ShadowRunner:
 
     @property
     def blocks(self) -> list[ComparisonBlock]:
-        """One for each message so far, oldest first: what `verdict.judge` takes."""
-        return [ComparisonBlock(one) for one in self.state.blocks]
+        """One block for each message so far, oldest first, as rules take them."""
+        return [ComparisonBlock(stats) for stats in self.state.blocks]
 
     def submit_batch(self, store: Store, batch: RowBatch, answers: InferenceResult) -> None:
-        """A batch that `task` answered and committed. Raises StorageError, and nothing else."""
+        """Compare a batch that `task` answered and committed. Raises StorageError only."""
         last = batch.first + answers.cut.consumed - 1
         if last <= max(self.state.last_row, self._row_range[1]) or not len(answers.cut.starts):
             return
         self._run_guarded(lambda: self._submit(store, batch, answers, (batch.first, last)))
 
     def tick(self, store: Store, message_log: MessageLog, now: ClockReading) -> bool:
-        """Hear what was asked, and say what is due; whether a message was written. Raises StorageError."""
+        """Poll the shadow and report if due; return True if a message was written. Raises StorageError."""
         self.poll()
         if self._last_report_s is None:
             self._last_report_s = now.boot_s
-        few = self.stats.batches < batches_per_message(self.state.message_count, self._min_batches)
-        late = self._has_more_labels or now.boot_s >= self._last_report_s + REPORT_INTERVAL_S
-        if now.boot_s < self._retry_at_s or (few and not late):
+        is_due = self.stats.batches >= batches_per_message(self.state.message_count, self._min_batches)
+        is_late = self._has_more_labels or now.boot_s >= self._last_report_s + REPORT_INTERVAL_S
+        if now.boot_s < self._retry_at_s or not (is_due or is_late):
             return False
         return self._try_report(store, message_log, now)
 
     def poll(self, timeout_s: float = 0.0) -> bool:
-        """Take in the answer that is waited for, if it is there; whether none is waited for any more."""
+        """Collect a pending answer; return True if none is pending any more."""
         self._run_guarded(lambda: self._poll(timeout_s))
         return self._pending is None
 
     def report(self, store: Store, message_log: MessageLog, now: ClockReading) -> bool:
-        """Say at once what was not said yet; whether there was any. Raises StorageError, also for want of room."""
+        """Report now; return True if there was anything. Raises StorageError, StorageFull."""
         return self._report(store, message_log, now, final=False)
 
     def finish(self, store: Store, message_log: MessageLog, now: ClockReading, *, final: bool = False) -> bool:
-        """When the agent stops, or at the end (`over`): say what was not said yet. Raises StorageError."""
+        """Report the rest when the daemon stops, or at the end of the comparison (`final`). Raises StorageError."""
         self.poll(ANSWER_TIMEOUT_S)
         self._pending = None
         return self._try_report(store, message_log, now, final=final)
@@ -137,64 +132,67 @@ class ShadowRunner:
             self._poll(ANSWER_TIMEOUT_S)
             if not model.poll_ready(ANSWER_TIMEOUT_S):
                 return
-        found = shadow_windows.align_windows(self.other, store, batch, ends[: self._max_windows()])
-        said = shadow_windows.build_predictions(
+        windows = shadow_windows.align_windows(self.other, store, batch, ends[: self._max_windows()])
+        predictions = shadow_windows.build_predictions(
             batch.first + ends, answers.scores, answers.seconds, self._score_references[0]
         )
-        waiting = _PendingBatch(rows, said, found)
+        pending = _PendingBatch(rows, predictions, windows)
         if isinstance(model, SubprocessModel):
-            model.submit(found.values)
-            self._pending = waiting
-            # Mostly it is a matter of milliseconds, and then it is done.
+            model.submit(windows.values)
+            self._pending = pending
+            # Usually the answer takes milliseconds.
             self._poll(0.0)
             return
-        began_s = model.seconds
+        start_s = model.seconds
         with self.other.crash_guard():
-            outputs = model.invoke(found.values)
-        self._add_predictions(waiting, outputs, model.seconds - began_s)
+            outputs = model.invoke(windows.values)
+        self._add_predictions(pending, outputs, model.seconds - start_s)
 
     def _max_windows(self) -> int | None:
-        """How many windows of a batch: all, of a model that nobody waits for."""
-        choice = self.other.tuning
-        if isinstance(self.other.model, SubprocessModel) or choice is None:
+        """Return the limit of windows per batch; None for a model that no batch waits for."""
+        tuning = self.other.tuning
+        if isinstance(self.other.model, SubprocessModel) or tuning is None:
             return None
-        return max(1, int(choice.rows_per_s * _MAX_INFERENCE_S))
+        return max(1, int(tuning.rows_per_s * _MAX_INFERENCE_S))
 
     def _poll(self, timeout_s: float) -> None:
         model = self.other.model
         if not isinstance(model, SubprocessModel) or not model.is_busy:
-            # Whoever ended it meanwhile took the question along.
+            # The process was ended meanwhile, and the request with it.
             self._pending = None
             return
-        began_s = model.seconds
+        start_s = model.seconds
         if (outputs := model.poll(timeout_s)) is not None:
-            # What it was asked before it came to stand here says nothing.
-            waiting, self._pending = self._pending, None
-            if waiting is not None:
-                self._add_predictions(waiting, outputs, model.seconds - began_s)
+            # An answer to a request from before this comparison is dropped.
+            pending, self._pending = self._pending, None
+            if pending is not None:
+                self._add_predictions(pending, outputs, model.seconds - start_s)
 
     def _add_predictions(self, pending: _PendingBatch, outputs: Floats, seconds: float) -> None:
         manifest = self.other.bundle.manifest
-        found = scores.from_outputs(outputs, manifest, pending.windows.values)
-        said = shadow_windows.build_predictions(pending.windows.row, found, seconds, self._score_references[1])
-        kinds = shadow_windows.build_output_kind(self.task.bundle.manifest), shadow_windows.build_output_kind(manifest)
-        self._add_stats(tally.compare_batch(kinds[0], pending.predictions, kinds[1], said), pending.rows)
-        if self.task.keep_results and len(found):
+        other_scores = scores.from_outputs(outputs, manifest, pending.windows.values)
+        predictions = shadow_windows.build_predictions(
+            pending.windows.row, other_scores, seconds, self._score_references[1]
+        )
+        kind = shadow_windows.build_output_kind(self.task.bundle.manifest)
+        other_kind = shadow_windows.build_output_kind(manifest)
+        self._add_stats(tally.compare_batch(kind, pending.predictions, other_kind, predictions), pending.rows)
+        if self.task.keep_results and len(other_scores):
             self._unsaved_predictions.append(
-                shadow_windows.build_stored_predictions(self.other.bundle.digest, pending.windows, found)
+                shadow_windows.build_stored_predictions(self.other.bundle.digest, pending.windows, other_scores)
             )
-            while sum(len(one.row) for one in self._unsaved_predictions) > _MAX_UNSAVED_PREDICTIONS:
+            while sum(len(part.row) for part in self._unsaved_predictions) > _MAX_UNSAVED_PREDICTIONS:
                 del self._unsaved_predictions[0]
 
     def _run_guarded(self, action: Callable[[], None]) -> None:
-        """What the other bundle does is counted, whatever it is, and ends nothing."""
+        """Count any failure of the shadow; only StorageError propagates."""
         try:
             action()
         except StorageError:
             raise
         except Exception as error:
             if not isinstance(error, BadBundle):
-                log.exception("task %s: %s beside it", self.task.name, self.other.bundle.manifest.name)
+                log.exception("task %s: shadow %s", self.task.name, self.other.bundle.manifest.name)
             rows = self._pending.rows if self._pending is not None else None
             self._pending = None
             self._add_stats(tally.from_failure(str(error) or type(error).__name__), rows)
@@ -210,15 +208,16 @@ class ShadowRunner:
         try:
             return self._report(store, message_log, now, final=final)
         except (StorageFull, StorageBusy) as problem:
-            log.error("task %s: %s; what was compared is told later", self.task.name, problem)
+            log.error("task %s: %s; the comparison is reported later", self.task.name, problem)
             self._retry_at_s = now.boot_s + _FULL_RETRY_S
             return False
 
     def _report(self, store: Store, message_log: MessageLog, now: ClockReading, *, final: bool) -> bool:
         self._last_report_s = now.boot_s
-        labels = store.query(labelled.next_numbers, self.task.name, self.state.last_label, outcomes.MAX_LABELS + 1)
-        self._has_more_labels = len(labels) > outcomes.MAX_LABELS
-        if not self.stats.batches and not labels:
+        limit = shadow_windows.MAX_LABELS
+        numbers = store.query(labels.next_numbers, self.task.name, self.state.last_label, limit + 1)
+        self._has_more_labels = len(numbers) > limit
+        if not self.stats.batches and not numbers:
             return False
         return self._write_message(store, message_log, now, final=final)
 
@@ -226,28 +225,27 @@ class ShadowRunner:
         name = self.task.name
         with store.transaction() as tx:
             if self._unsaved_predictions:
-                tx.labels.store_predictions(
-                    labelled.shadow_key(name),
-                    shadow_windows.concatenate_stored(self._unsaved_predictions),
-                    tx.uptime_s(now),
-                )
-            by_labels, number = outcomes.count_outcomes(tx, self.task, self.other, self.state.last_label)
-            block = self.stats + by_labels
-            says = block != ComparisonStats()
-            kept = self._next_state(block, number, has_message=says)
-            if says:
-                bundles = {"model": self.task.bundle_ref, "beside": self.other.bundle_ref}
-                rows = (
-                    [self._row_range[0], self._row_range[1]]
-                    if self._row_range[1]
-                    else [kept.last_row or 1, kept.last_row or 1]
-                )
-                body = {"rollout": kept.rollout, **bundles, "rows": rows, **block.to_body()}
+                predictions = shadow_windows.concatenate_stored(self._unsaved_predictions)
+                tx.labels.store_predictions(labels.shadow_key(name), predictions, tx.uptime_s(now))
+            outcomes, last_label = shadow_windows.count_outcomes(tx, self.task, self.other, self.state.last_label)
+            block = self.stats + outcomes
+            has_message = block != ComparisonStats()
+            state = self._next_state(block, last_label, has_message=has_message)
+            if has_message:
+                row = state.last_row or 1
+                body = {
+                    "rollout": state.rollout,
+                    "model": self.task.bundle_ref,
+                    "other": self.other.bundle_ref,
+                    "rows": list(self._row_range) if self._row_range[1] else [row, row],
+                    **block.to_body(),
+                }
                 message_log.append(tx, "shadow", name, body, now)
             if not final:
-                tx.save_state(name, task_keys.SHADOW_STATE, msgspec.msgpack.encode(kept))
-        self.state, self.stats, self._row_range, self._unsaved_predictions = kept, ComparisonStats(), (0, 0), []
-        return says
+                tx.save_state(name, task_keys.SHADOW_STATE, msgspec.msgpack.encode(state))
+        self.state, self.stats, self._row_range = state, ComparisonStats(), (0, 0)
+        self._unsaved_predictions = []
+        return has_message
 
     def _next_state(self, block: ComparisonStats, last_label: int, *, has_message: bool) -> ShadowState:
         old = self.state
@@ -259,26 +257,26 @@ class ShadowRunner:
 
 
 def batches_per_message(messages: int, min_batches: int) -> int:
-    """Of how many batches a message tells, after so many, where `batches` are the least that is compared."""
-    each = max(1, min_batches // _MIN_MESSAGES)
-    return each if messages < _EARLY_MESSAGES else max(each, _LATER_BATCHES)
+    """Return the batches of the next message after `messages`, if rules need `min_batches`."""
+    early = max(1, min_batches // _MIN_MESSAGES)
+    return early if messages < _EARLY_MESSAGES else max(early, _LATER_BATCHES)
 
 
 def merge_neighbours(blocks: list[ComparisonStats]) -> list[ComparisonStats]:
-    """Neighbours added up, where there are more than are kept."""
+    """Add neighbouring blocks up if there are more than the limit."""
     if len(blocks) <= _MAX_BLOCKS:
         return blocks
     return [sum(blocks[i : i + 2], ComparisonStats()) for i in range(0, len(blocks), 2)]
 
 
 def _restore_state(store: Store, task: LoadedTask, other: LoadedTask, rollout: str) -> ShadowState:
-    newest = store.query(labelled.newest_number, task.name)
-    fresh = ShadowState(rollout, task.bundle.digest, other.bundle.digest, last_label=newest)
-    found = store.load_state(task.name, task_keys.SHADOW_STATE)
+    newest_label = store.query(labels.newest_number, task.name)
+    fresh = ShadowState(rollout, task.bundle.digest, other.bundle.digest, last_label=newest_label)
+    saved = store.load_state(task.name, task_keys.SHADOW_STATE)
     with suppress(msgspec.MsgspecError, ValueError):
-        kept = fresh if found is None else msgspec.msgpack.decode(found, type=ShadowState)
-        if (kept.rollout, kept.task_digest, kept.other_digest) == (rollout, fresh.task_digest, fresh.other_digest):
-            return kept
+        state = fresh if saved is None else msgspec.msgpack.decode(saved, type=ShadowState)
+        if (state.rollout, state.task_digest, state.other_digest) == (rollout, fresh.task_digest, fresh.other_digest):
+            return state
     return fresh
 
 

@@ -1,19 +1,23 @@
-"""The windows of another bundle that end where those of a batch do, and what the two said of them."""
+"""Shadow windows: align the windows of a second bundle with those of a batch, and compare predictions and labels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.comparison.tally import OutputKind, Predictions
-from agent.device.pipeline import batch
+from agent.comparison import tally
+from agent.comparison.tally import ComparisonStats, OutputKind, Predictions
+from agent.device.pipeline import batch, label_metrics
 from agent.device.pipeline.loaded_task import LoadedTask
-from agent.device.store.labels import StoredPredictions
+from agent.device.store import labels
+from agent.device.store.labels import PredictionRow, StoredLabel, StoredPredictions
 from agent.device.store.rows import concatenate
 from agent.device.store.store import RowBatch, Store
+from agent.device.store.transaction import Transaction
 from agent.drift.baseline.reference import Reference
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import derived_features, features, scores
@@ -21,10 +25,14 @@ from agent.model.inference.features import Floats, Ints
 from agent.model.inference.inference import MAX_VALUES
 from agent.model.inference.scores import Scores
 from agent.performance import cbpe
+from agent.performance.labels import LabelSchema
+
+# Labels of one message: many that arrive at once are neighbours, and make several blocks.
+MAX_LABELS = 50
 
 
 class AlignedWindows(msgspec.Struct, frozen=True):
-    """Scaled model input, one for each of `row` (w,), the numbers of the rows they end at, at `t` (w,) epoch µs."""
+    """Scaled model input `values` of w windows; `row` (w,) and `t` (w,) epoch µs of the rows they end at."""
 
     row: Ints
     t: Ints
@@ -32,29 +40,28 @@ class AlignedWindows(msgspec.Struct, frozen=True):
 
 
 def align_windows(task: LoadedTask, store: Store, source_batch: RowBatch, ends: Ints) -> AlignedWindows:
-    """The windows of `task` that end at `ends` (w,), offsets into the rows of the batch; fewer where one has no room.
+    """Return the windows of `task` that end at `ends` (w,), offsets into the rows of the batch.
 
-    None begins before what is still stored, or reaches over a gap; and no more than fit into memory. Raises
-    StorageError.
+    Windows that begin before the oldest stored row, or span a gap, are left out, and so are windows beyond the memory
+    limit. Raises StorageError.
     """
     spec, length = task.inference.manifest.input, task.window_rows
     past = batch.load_history(task, store, source_batch.first - 1, task.inference.history_rows + length - 1)
     rows = concatenate([past, source_batch.rows]) if len(past) else source_batch.rows
-    # Windows may begin in the rows before the batch, and features look back from there.
+    # Windows may begin before the batch, and features look back from there.
     before = max(0, len(past) - (length - 1))
     matrix = features.stack_columns([rows.columns[i] for i in task.input_columns])
     table = derived_features.compute(matrix, rows.t, spec, before)
     starts = ends + (len(past) - before) - length + 1
-    whole = np.isin(starts, _find_window_starts(rows.t[before:], task.inference.manifest))
-    most = max(1, MAX_VALUES // (length * table.shape[1]))
-    starts, ends = starts[whole][:most], ends[whole][:most]
-    return AlignedWindows(
-        source_batch.first + ends, source_batch.rows.t[ends], features.build_windows(table, starts, spec)
-    )
+    is_whole = np.isin(starts, _find_window_starts(rows.t[before:], task.inference.manifest))
+    limit = max(1, MAX_VALUES // (length * table.shape[1]))
+    starts, ends = starts[is_whole][:limit], ends[is_whole][:limit]
+    values = features.build_windows(table, starts, spec)
+    return AlignedWindows(source_batch.first + ends, source_batch.rows.t[ends], values)
 
 
 def _find_window_starts(t: Ints, manifest: Manifest) -> Ints:
-    """Where windows could begin, were there one at each row."""
+    """Return every row at which a window could begin."""
     window = manifest.input.window
     return features.cut_windows(t, None if window is None else replace(window, step=1)).starts
 
@@ -64,46 +71,116 @@ def build_output_kind(manifest: Manifest) -> OutputKind:
 
 
 def build_predictions(row: Ints, model_scores: Scores, seconds: float, reference: Reference | None) -> Predictions:
-    """`table` says how often a score is right; without, a score is taken for the chance that it is."""
-    chance = model_scores.score
+    """Build predictions. `reference` maps a score to its accuracy; without it a score is its own probability."""
+    probability = model_scores.score
     if model_scores.score is not None and reference is not None:
         assert reference.score_correct is not None
-        chance = cbpe.correctness_probabilities(
+        probability = cbpe.correctness_probabilities(
             reference.score_n, reference.score_correct, reference.score_edges, model_scores.score
         )
-    several = model_scores.predicted is not None
-    label = None if several else model_scores.label
+    is_multi_label = model_scores.predicted is not None
     return Predictions(
         row,
         seconds,
-        label,
+        None if is_multi_label else model_scores.label,
         model_scores.predicted,
         model_scores.anomaly,
         model_scores.score,
         model_scores.value,
-        chance,
+        probability,
     )
 
 
 def select_score_references(references: Sequence[Reference | None]) -> list[Reference | None]:
-    """Those that tell how often a score is right, where all do: two that are told by other means do not compare."""
-    known = [one is not None and one.score_correct is not None and len(one.score_edges) > 0 for one in references]
+    """Return the references if all of them map scores to accuracies, else none: mixed estimates do not compare."""
+    known = [
+        reference is not None and reference.score_correct is not None and len(reference.score_edges) > 0
+        for reference in references
+    ]
     return list(references) if all(known) else [None] * len(references)
 
 
 def build_stored_predictions(digest: str, windows: AlignedWindows, model_scores: Scores) -> StoredPredictions:
-    """As it is kept for labels that come later."""
+    """Build the predictions to store for labels that arrive later."""
     return StoredPredictions(
         digest, windows.row, windows.t, scores.to_codes(model_scores), model_scores.score, model_scores.value, {}
     )
 
 
 def concatenate_stored(parts: Sequence[StoredPredictions]) -> StoredPredictions:
-    """Of one bundle, in order."""
+    """Concatenate predictions of one bundle, in order."""
 
-    def column(name: str) -> np.ndarray | None:
-        found = [getattr(part, name) for part in parts]
-        return None if found[0] is None else np.concatenate(found)
+    def join(columns: Sequence[Any]) -> Any:
+        return None if columns[0] is None else np.concatenate(columns)
 
-    row, t = np.concatenate([part.row for part in parts]), np.concatenate([part.t for part in parts])
-    return StoredPredictions(parts[0].bundle, row, t, column("said"), column("score"), column("value"), {})
+    return StoredPredictions(
+        parts[0].bundle,
+        np.concatenate([part.row for part in parts]),
+        np.concatenate([part.t for part in parts]),
+        join([part.predicted_class for part in parts]),
+        join([part.score for part in parts]),
+        join([part.value for part in parts]),
+        {},
+    )
+
+
+def count_outcomes(
+    tx: Transaction, task: LoadedTask, other: LoadedTask, after_number: int
+) -> tuple[ComparisonStats, int]:
+    """Compare both bundles' predictions with the labels after `after_number`.
+
+    Each label counts once; one that is corrected later counts as it arrived first. Return the statistics and the number
+    of the last label read.
+    """
+    numbers = labels.next_numbers(tx.connection, task.name, after_number, MAX_LABELS)
+    if not numbers:
+        return ComparisonStats(), after_number
+    labelled = labels.load_labelled(tx.connection, task.name, task.bundle.digest, numbers[-1], MAX_LABELS)
+    pairs = [
+        (sample, prediction)
+        for sample in label_metrics.filter_evaluable(task, labelled)
+        if sample.number > after_number
+        and sample.first_number > after_number
+        and (prediction := _find_other_prediction(tx, task, other, sample)) is not None
+    ]
+    stats = _build_outcome_stats(label_metrics.build_label_schema(task), label_metrics.build_label_schema(other), pairs)
+    return stats, numbers[-1]
+
+
+def _find_other_prediction(
+    tx: Transaction, task: LoadedTask, other: LoadedTask, sample: StoredLabel
+) -> PredictionRow | None:
+    prediction = tx.labels.find_by_row(labels.shadow_key(task.name), sample.prediction.row)
+    return prediction if prediction is not None and prediction.bundle == other.bundle.digest else None
+
+
+def _build_outcome_stats(
+    schema: LabelSchema, other_schema: LabelSchema, pairs: list[tuple[StoredLabel, PredictionRow]]
+) -> ComparisonStats:
+    if schema.kind == "regress":
+        errors = [_absolute_error(schema, sample, sample.prediction) for sample, _ in pairs]
+        other_errors = [_absolute_error(other_schema, sample, prediction) for sample, prediction in pairs]
+        return tally.from_abs_errors(np.array(errors), np.array(other_errors))
+    outcomes = [
+        (_is_correct(schema, sample, sample.prediction), _is_correct(other_schema, sample, prediction))
+        for sample, prediction in pairs
+    ]
+    known = [(ours, theirs) for ours, theirs in outcomes if ours is not None and theirs is not None]
+    return tally.from_correctness([ours for ours, _ in known], [theirs for _, theirs in known])
+
+
+def _is_correct(schema: LabelSchema, sample: StoredLabel, prediction: PredictionRow) -> bool | None:
+    """Return None if the bundle does not know the label, or predicted nothing that could be correct."""
+    if prediction.predicted_class is None:
+        return None
+    try:
+        return schema.parse(sample.label) == prediction.predicted_class
+    except ValueError:
+        return None
+
+
+def _absolute_error(schema: LabelSchema, sample: StoredLabel, prediction: PredictionRow) -> float:
+    try:
+        return float("nan") if prediction.value is None else abs(prediction.value - schema.parse(sample.label))
+    except ValueError:
+        return float("nan")

@@ -1,7 +1,7 @@
-"""How a bundle comes to be here and proves itself: looked for on this device, fetched, verified and probed.
+"""Bundle supply: find a bundle on this device or fetch it, verify it and probe it.
 
-Nothing here takes the main loop's time: files are read and the probe's child is waited for on a thread, a fetch is a
-process of its own, and both are polled. A bundle that proved itself is kept as a copy, on the disk, before it counts.
+Nothing here blocks the main loop: reading and probing run on a thread, a fetch is a process, and both are polled. A
+bundle counts as proven once a copy of it is durable.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from agent.wire.keys import PublicKey
 
 log = logging.getLogger("outstation.updates")
 
-# So long after a bundle did not come, or did not fit, it is looked for again.
+# A bundle that was missing, or did not fit, is searched again after this time.
 SEARCH_RETRY_S = 3600.0
-# What must stay free of the disk when another bundle was kept.
+# Free disk that must remain after another bundle was stored.
 _DISK_RESERVE_BYTES = 32 << 20
 _MAX_SCANNED_ENTRIES = 64
 _save_lock = threading.Lock()
 
 
 class BundleRequest(msgspec.Struct, frozen=True):
-    """A bundle that should be here, for a task; fetched only where it is `wanted`."""
+    """A bundle that a task needs. It may be fetched only if it is `desired`."""
 
     task: str
     name: str
@@ -52,20 +52,23 @@ class BundleRequest(msgspec.Struct, frozen=True):
 
 
 class BundleFetcher(Protocol):
-    """What this uses of a `fetching.Fetcher`."""
+    """The part of `fetcher.Fetcher` that the supply uses."""
 
     def start(self, task: str, desired: DesiredBundle, now: ClockReading) -> None: ...
     def stop(self, task: str) -> None: ...
 
 
 class BundleMissing(msgspec.Struct, frozen=True):
-    """It is nowhere here."""
+    """Result of a search: the bundle is not on this device."""
+
+
+SearchResult = ProvenBundle | BundleAssessment | BundleMissing
 
 
 class BundleSupply:
-    """Of one task. `fits` raises ConfigError where a bundle cannot be run for the task; `known`: choices made before.
+    """Supply of one task. `check_fit` raises ConfigError for a bundle that the task cannot run.
 
-    `stirred` is called, on another thread, when it is worth to ask again.
+    `on_progress` is called on another thread when `poll` may have a new result.
     """
 
     def __init__(
@@ -78,12 +81,8 @@ class BundleSupply:
         on_progress: Callable[[], object] = lambda: None,
     ) -> None:
         self._conf, self._publishers = conf, [*publishers, *builtin.publisher_keys()]
-        self._fetcher, self._check_fit, self._known_tunings, self._on_progress = (
-            fetcher,
-            check_fit,
-            known_tunings,
-            on_progress,
-        )
+        self._fetcher, self._check_fit = fetcher, check_fit
+        self._known_tunings, self._on_progress = known_tunings, on_progress
         self._request: BundleRequest | None = None
         self._job: _BackgroundJob | None = None
         self._fetching = False
@@ -91,7 +90,7 @@ class BundleSupply:
         self._retry_at_s = 0.0
 
     def poll(self, request: BundleRequest, now: ClockReading) -> ProvenBundle | BundleAssessment | None:
-        """The bundle, or why there is none; None while that is not known. Asked again and again by the main loop."""
+        """Return the bundle, or why there is none; None while unknown. The main loop polls repeatedly."""
         if request != self._request:
             self.cancel()
             self._request = request
@@ -102,71 +101,70 @@ class BundleSupply:
         return self._result
 
     def on_fetched(self, task: str, archive: Path) -> None:
-        """What was fetched is on the disk."""
-        if (sought := self._request) is not None and self._fetching and sought.task == task:
+        """Verify a fetched archive."""
+        request = self._request
+        if request is not None and self._fetching and request.task == task:
             self._fetching, self._result = False, None
-            self._job = _BackgroundJob(lambda: self._find_and_verify(sought, archive), self._on_progress)
+            self._job = _BackgroundJob(lambda: self._verify_archive(request, archive), self._on_progress)
 
     def on_fetch_failed(self, task: str, assessment: BundleAssessment) -> None:
-        """It did not come; it is still tried to fetch it."""
+        """Record why the fetch failed; the fetcher keeps trying."""
         if self._request is not None and self._fetching and self._request.task == task:
             self._result = assessment
 
     def cancel(self) -> None:
-        """Nothing is sought any more."""
+        """Drop the current request."""
         if self._fetching and self._fetcher is not None and self._request is not None:
             self._fetcher.stop(self._request.task)
-        # A thread that still waits for its child ends by itself; what it finds is of no interest.
+        # A running thread ends by itself; its result is dropped.
         self._request, self._job, self._result, self._fetching = None, None, None, False
 
     def _search(self, request: BundleRequest, now: ClockReading) -> None:
         if self._job is None:
-            self._job = _BackgroundJob(lambda: self._find_and_verify(request, None), self._on_progress)
-        found = self._job.result()
-        if found is None:
+            self._job = _BackgroundJob(lambda: self._find_and_verify(request), self._on_progress)
+        result = self._job.result
+        if result is None:
             return
         self._job, self._retry_at_s = None, now.boot_s + SEARCH_RETRY_S
-        if not isinstance(found, BundleMissing):
-            self._result = found
-        elif self._fetcher is None or request.desired is None:
-            whole = (
-                "its config has no [updates] to fetch it from" if request.desired else "it was kept here, and is gone"
-            )
-            self._result = BundleAssessment(
-                "fetch", f"{request.name} {request.version} is not on this device, and {whole}"
-            )
-        else:
+        if not isinstance(result, BundleMissing):
+            self._result = result
+        elif self._fetcher is not None and request.desired is not None:
             self._fetching = True
             self._fetcher.start(request.task, request.desired, now)
+        else:
+            cause = "its config has no [updates] to fetch it from" if request.desired else "its copy is gone"
+            detail = f"{request.name} {request.version} is not on this device, and {cause}"
+            self._result = BundleAssessment("download_failed", detail)
 
     # --- on the job's thread ---
 
-    def _find_and_verify(
-        self, request: BundleRequest, archive: Path | None
-    ) -> ProvenBundle | BundleAssessment | BundleMissing:
-        found: Bundle | BundleAssessment | BundleMissing = BundleMissing()
-        for path in self._candidate_paths(request) if archive is None else (archive,):
-            found = self._read_bundle(path, request)
-            if isinstance(found, Bundle):
-                break
-        if isinstance(found, BundleMissing) and archive is not None:
-            return BundleAssessment(
-                "signature", f"what was fetched as {request.name} {request.version} is another bundle"
+    def _find_and_verify(self, request: BundleRequest) -> SearchResult:
+        """Search this device. A damaged copy counts as missing: the bundle may still be fetched."""
+        for path in self._candidate_paths(request):
+            candidate = self._read_bundle(path, request)
+            if isinstance(candidate, Bundle):
+                return self._verify(request, candidate)
+        return BundleMissing()
+
+    def _verify_archive(self, request: BundleRequest, archive: Path) -> SearchResult:
+        candidate = self._read_bundle(archive, request)
+        if isinstance(candidate, BundleMissing):
+            detail = f"the archive fetched as {request.name} {request.version} holds another bundle"
+            return BundleAssessment("signature", detail)
+        return self._verify(request, candidate) if isinstance(candidate, Bundle) else candidate
+
+    def _verify(self, request: BundleRequest, candidate: Bundle) -> SearchResult:
+        manifest = candidate.manifest
+        if (manifest.name, manifest.version) != (request.name, request.version):
+            detail = (
+                f"the manifest of the bundle with this digest says {manifest.name} {manifest.version}, "
+                f"{request.name} {request.version} is desired"
             )
-        # A damaged copy here is no reason not to fetch it.
-        if isinstance(found, Bundle) and (found.manifest.name, found.manifest.version) != (
-            request.name,
-            request.version,
-        ):
-            called = f"{found.manifest.name} {found.manifest.version}"
-            why = f"the bundle of this digest is {called} by its manifest, {request.name} {request.version} is desired"
-            return BundleAssessment("signature", why)
-        if not isinstance(found, Bundle):
-            return found if archive is not None else BundleMissing()
-        return self._probe_and_save(request, found)
+            return BundleAssessment("signature", detail)
+        return self._probe_and_save(request, candidate)
 
     def _candidate_paths(self, request: BundleRequest) -> Iterator[Path]:
-        """Kept copies, what is configured or ships, and whatever somebody laid into the folder of bundles."""
+        """Yield stored copies, configured and built-in bundles, and entries of the folder of bundles."""
         data = self._conf.data_dir
         yield history.copy_folder(data, request.digest)
         for name in dict.fromkeys((self._conf.tasks[request.task].bundle, request.name)):
@@ -176,17 +174,17 @@ class BundleSupply:
                 continue
         home = data / "bundles"
         for entry in sorted(home.iterdir())[:_MAX_SCANNED_ENTRIES] if home.is_dir() else ():
-            if not entry.name.startswith(".") and _has_digest(entry, request.digest):
+            if not entry.name.startswith(".") and _may_have_digest(entry, request.digest):
                 yield entry
 
     def _read_bundle(self, path: Path, request: BundleRequest) -> Bundle | BundleAssessment | BundleMissing:
         if not path.exists():
             return BundleMissing()
         try:
-            found = bundle.read(path, self._publishers)
+            candidate = bundle.read(path, self._publishers)
         except BadBundle as problem:
             return BundleAssessment("signature", str(problem))
-        return found if found.digest == request.digest else BundleMissing()
+        return candidate if candidate.digest == request.digest else BundleMissing()
 
     def _probe_and_save(self, request: BundleRequest, verified: Bundle) -> ProvenBundle | BundleAssessment:
         try:
@@ -196,59 +194,53 @@ class BundleSupply:
             for name, ok, detail in report.checks:
                 if not ok:
                     return BundleAssessment(_reason_for_check(name, detail), f"{name}: {detail}", {"check": name})
-            proved = ProvenBundle(verified, activation.read_reference(verified), report.tuning)
+            proven = ProvenBundle(verified, activation.read_reference(verified), report.tuning)
         except ConfigError as problem:
-            return BundleAssessment("unfit", problem.problem)
+            return BundleAssessment("incompatible", problem.problem)
         except BadBundle as problem:
-            return BundleAssessment("unfit", str(problem))
-        # Two tasks may come to the same bundle at once.
+            return BundleAssessment("incompatible", str(problem))
+        # Two tasks may obtain the same bundle at once.
         with _save_lock:
-            kept_here = history.store_copy(verified, self._conf.data_dir)
-        if not kept_here:
-            return BundleAssessment("unfit", "the disk does not take a copy of it beside the one that runs")
-        return proved
+            is_stored = history.store_copy(verified, self._conf.data_dir)
+        if not is_stored:
+            return BundleAssessment("incompatible", "the disk has no room for a copy next to the active bundle")
+        return proven
 
     def _require_disk_space(self, verified: Bundle) -> None:
-        """Two bundles are kept while both may be needed. Raises BadBundle."""
+        """Raise BadBundle if there is no room for a second bundle."""
         if history.copy_folder(self._conf.data_dir, verified.digest).is_dir():
             return
         size = sum(len(data) for data in verified.files.values())
         free = shutil.disk_usage(self._conf.data_dir).free
         if size + _DISK_RESERVE_BYTES > free:
             raise BadBundle(
-                f"its {size / 2**20:.1f} MiB do not fit beside the bundle that runs: {free / 2**20:.1f} MiB are free "
-                f"here, {_DISK_RESERVE_BYTES >> 20} MiB must stay so; make room"
+                f"its {size / 2**20:.1f} MiB do not fit next to the active bundle: {free / 2**20:.1f} MiB are free, "
+                f"and {_DISK_RESERVE_BYTES >> 20} MiB of them must stay free; make room"
             )
 
 
 class _BackgroundJob:
-    """Something that is waited for on a thread of its own."""
+    """An action on a thread of its own. `result` is None while it runs."""
 
-    def __init__(
-        self, action: Callable[[], ProvenBundle | BundleAssessment | BundleMissing], on_done: Callable[[], object]
-    ) -> None:
+    def __init__(self, action: Callable[[], SearchResult], on_done: Callable[[], object]) -> None:
         self._action, self._on_done = action, on_done
-        self._result: ProvenBundle | BundleAssessment | BundleMissing | None = None
+        self.result: SearchResult | None = None
         threading.Thread(target=self._run, name="proving", daemon=True).start()
-
-    def result(self) -> ProvenBundle | BundleAssessment | BundleMissing | None:
-        """None while it is at work."""
-        return self._result
 
     def _run(self) -> None:
         try:
-            self._result = self._action()
+            self.result = self._action()
         except OutstationError as problem:
-            self._result = BundleAssessment("unfit", str(problem))
+            self.result = BundleAssessment("incompatible", str(problem))
         except Exception as error:
-            # Nobody foresaw it; the daemon must not wait for an answer for ever.
-            log.exception("a bundle could not be proved")
-            self._result = BundleAssessment("unfit", f"{type(error).__name__}: {error}")
+            # Unforeseen; without a result the main loop would wait for ever.
+            log.exception("a bundle could not be verified")
+            self.result = BundleAssessment("incompatible", f"{type(error).__name__}: {error}")
         self._on_done()
 
 
-def _has_digest(path: Path, digest: str) -> bool:
-    """Whether what lies there says that it is the bundle; archives are looked into."""
+def _may_have_digest(path: Path, digest: str) -> bool:
+    """Return True for a folder whose manifest has this digest, and for every archive."""
     if path.suffix == ".zip":
         return path.is_file()
     head = path / "manifest.json"
@@ -262,7 +254,7 @@ def _has_digest(path: Path, digest: str) -> bool:
 
 def _reason_for_check(check: str, detail: str) -> Reason:
     if check in ("golden", "batch"):
-        return "golden"
+        return "golden_vectors"
     if "crashed" in detail:
         return "crash"
-    return "hang" if "did not finish" in detail or "of CPU" in detail else "unfit"
+    return "hang" if "did not finish" in detail or "of CPU" in detail else "incompatible"

@@ -1,118 +1,154 @@
-"""One step of a roll-out inside its commit: how the task stands, the audit message, the alert, and what runs now."""
+"""Transitions of a roll-out: the writes of one step, in its commit. State, audit message, alert and active bundle."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+from msgspec.structs import replace
+
+from agent import clock
 from agent.alerts import BUNDLE_REJECTED, ROLLED_BACK
 from agent.clock import ClockReading
+from agent.config import Config
 from agent.device.bundles import history as bundle_history
-from agent.device.bundles import overrides, quarantine
-from agent.device.bundles import rollout_state as standings
+from agent.device.bundles import overrides, quarantine, rollout_state
+from agent.device.bundles.crash_marker import CrashMarker
 from agent.device.bundles.history import BundleHistory, BundleRef
-from agent.device.bundles.rollout_state import HoldOff, Phase, RolloutState
+from agent.device.bundles.rollout_state import HoldOff, Reason, RolloutState
 from agent.device.rollout import saved_drift
 from agent.device.rollout.state_machine import compute_hold_off
-from agent.device.store import task_keys
+from agent.device.store import retention, task_keys
 from agent.device.store.message_log import MessageLog
+from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
+from agent.errors import StorageFull
 from agent.model.bundle.bundle import Bundle
+from agent.wire.desired_state import Phase
+
+log = logging.getLogger("outstation.updates")
 
 EVENT = "rollout"
 _MAX_SUMMARY_CHARS = 1500
-# An operator has to look at these.
-_ALERT_PHASES: frozenset[Phase] = frozenset({"refused", "rolled back"})
+# Phases that an operator has to look at.
+_ALERT_PHASES: frozenset[Phase] = frozenset({"rejected", "rolled_back"})
 _PHASE_VERBS: dict[Phase, str] = {
-    "not chosen": "does not take part in",
-    "fetching": "fetches and proves",
-    "refused": "refused",
-    "shadow": "has beside the bundle that runs",
-    "probation": "runs, on probation with the one before beside it,",
-    "settled": "settled on",
-    "rolled back": "took back",
-    "withdrawn": "left",
+    "not_selected": "is not selected for",
+    "downloading": "downloads and verifies",
+    "rejected": "rejected",
+    "shadow": "runs, as a shadow of the active bundle,",
+    "canary": "runs, as the canary with the previous bundle as its shadow,",
+    "active": "activated",
+    "rolled_back": "rolled back",
+    "cancelled": "cancelled",
 }
 
 
 def record(
-    tx: Transaction, author: MessageLog, task: str, old: RolloutState | None, new: RolloutState, now: ClockReading
-) -> HoldOff | None:
-    """Keep how `task` stands, and say so where there is something new to say; what is held from now on, if anything."""
-    standings.save_state(tx, task, new)
-    if old is None or old.phase != new.phase:
-        # From here on another pair of bundles is compared, or none.
-        tx.delete_state(task, task_keys.SHADOW_STATE)
-    if old is not None and old.audit_key == new.audit_key:
-        return None
-    at_s = tx.uptime_s(now)
-    # Only a step into this phase holds, and not that it is late, or desired in another way.
-    moved = old is None or (old.phase, old.reason, old.desired.digest) != (new.phase, new.reason, new.desired.digest)
-    found = compute_hold_off(new, at_s) if moved else None
-    if found is not None:
-        standings.add_hold_off(tx, task, new.desired.digest, found, at_s)
-    summary = summarize(task, new)
-    author.append(tx, "audit", None, {"event": EVENT, "summary": summary, "evidence": build_evidence(task, new)}, now)
-    _write_alert(tx, author, task, old, new, summary, now)
-    return found
-
-
-def summarize(task: str, state: RolloutState) -> str:
-    wanted = state.desired
-    which = f"{wanted.bundle} {wanted.version} (roll-out {wanted.rollout}, {wanted.strategy})"
-    reason = f" for {state.reason}" if state.reason else ""
-    late = f" It is late: the deadline was {wanted.deadline}." if state.late else ""
-    why = f": {state.detail}" if state.detail else ""
-    return f"{task} {_PHASE_VERBS[state.phase]} {which}{reason}{why}"[:_MAX_SUMMARY_CHARS].rstrip(".") + f".{late}"
-
-
-def build_evidence(task: str, state: RolloutState) -> dict[str, Any]:
-    wanted = state.desired
-    named = {"rollout": wanted.rollout, "bundle": wanted.bundle, "version": wanted.version, "digest": wanted.digest}
-    how = {"strategy": wanted.strategy, "phase": state.phase, "reason": state.reason, "numbers": state.numbers}
-    return {"task": task, **named, **how, "late": state.late}
-
-
-def _write_alert(
     tx: Transaction,
-    author: MessageLog,
+    message_log: MessageLog,
     task: str,
     old: RolloutState | None,
     new: RolloutState,
-    summary: str,
     now: ClockReading,
-) -> None:
-    """Open for as long as the bundle that is desired does not run, because of what was found."""
-    was, is_now = old is not None and old.phase in _ALERT_PHASES, new.phase in _ALERT_PHASES
-    if not was and not is_now:
-        return
-    kind = ROLLED_BACK if new.phase == "rolled back" else BUNDLE_REJECTED
-    alert = (kind.raised if is_now else kind.cleared)(summary, build_evidence(task, new), task=task)
-    author.append(tx, "alerts", task, alert.to_body(task), now)
+) -> HoldOff | None:
+    """Save the state of `task` and report a change. Return the hold-off that begins with this step, if any."""
+    rollout_state.save_state(tx, task, new)
+    if old is None or old.phase != new.phase:
+        # Another pair of bundles is compared from here on, or none.
+        tx.delete_state(task, task_keys.SHADOW_STATE)
+    if old is not None and old.audit_key == new.audit_key:
+        return None
+    uptime_s = tx.uptime_s(now)
+    # A step into a phase begins a hold-off; being late, or being desired in another way, does not.
+    has_moved = old is None or (
+        (old.phase, old.reason, old.desired.digest) != (new.phase, new.reason, new.desired.digest)
+    )
+    hold_off = compute_hold_off(new, uptime_s) if has_moved else None
+    if hold_off is not None:
+        rollout_state.add_hold_off(tx, task, new.desired.digest, hold_off, uptime_s)
+    summary, evidence = summarize(task, new), build_evidence(task, new)
+    message_log.append(tx, "audit", None, {"event": EVENT, "summary": summary, "evidence": evidence}, now)
+    is_alert = new.phase in _ALERT_PHASES
+    if is_alert or (old is not None and old.phase in _ALERT_PHASES):
+        # Raised while the desired bundle does not run because of a fault.
+        kind = ROLLED_BACK if new.phase == "rolled_back" else BUNDLE_REJECTED
+        alert = (kind.raised if is_alert else kind.cleared)(summary, evidence, task=task)
+        message_log.append(tx, "alerts", task, alert.to_body(task), now)
+    return hold_off
+
+
+def summarize(task: str, state: RolloutState) -> str:
+    """Return a sentence about the state, for people."""
+    desired = state.desired
+    bundle = f"{desired.bundle} {desired.version} (roll-out {desired.rollout}, {desired.strategy})"
+    reason = f" for {state.reason}" if state.reason else ""
+    late = f" It is late: the deadline was {desired.deadline}." if state.late else ""
+    detail = f": {state.detail}" if state.detail else ""
+    text = f"{task} {_PHASE_VERBS[state.phase]} {bundle}{reason}{detail}"
+    return text[:_MAX_SUMMARY_CHARS].rstrip(".") + f".{late}"
+
+
+def build_evidence(task: str, state: RolloutState) -> dict[str, Any]:
+    """Return the evidence of audit messages and alerts."""
+    desired = state.desired
+    return {
+        "task": task,
+        "rollout": desired.rollout,
+        "bundle": desired.bundle,
+        "version": desired.version,
+        "digest": desired.digest,
+        "strategy": desired.strategy,
+        "phase": state.phase,
+        "reason": state.reason,
+        "numbers": state.numbers,
+        "late": state.late,
+    }
+
+
+def make_rolled_back(old: RolloutState, reason: Reason, detail: str, since: str, uptime_s: float) -> RolloutState:
+    """Return the state after a rollback that the state machine did not decide."""
+    return replace(
+        old,
+        phase="rolled_back",
+        reason=reason,
+        detail=detail,
+        numbers={},
+        late=False,
+        previous_history="",
+        since=since,
+        since_s=uptime_s,
+    )
 
 
 def begin_canary(
-    tx: Transaction, author: MessageLog, task: str, candidate: Bundle, history: BundleHistory | None, now: ClockReading
+    tx: Transaction,
+    message_log: MessageLog,
+    task: str,
+    candidate: Bundle,
+    history: BundleHistory | None,
+    now: ClockReading,
 ) -> None:
+    """Make the candidate active and set the drift state of the previous bundle aside."""
     saved_drift.save(tx, task)
-    bundle_history.record_activation(tx, author, task, candidate, history, "roll-out", now)
+    bundle_history.record_activation(tx, message_log, task, candidate, history, "roll-out", now)
 
 
 def end_canary(
     tx: Transaction,
-    author: MessageLog,
+    message_log: MessageLog,
     task: str,
     canary_state: RolloutState,
     incumbent: Bundle | None,
-    why: str,
+    reason: str,
     now: ClockReading,
 ) -> None:
-    """What ran before runs again; where it is not known yet what that is, as at a start, `steady` is None."""
-    saved_drift.restore(tx, author, task, now)
+    """Return to the previous bundle. `incumbent` is None at a start, before the bundle is loaded."""
+    saved_drift.restore(tx, message_log, task, now)
     past = bundle_history.from_json(canary_state.previous_history.encode()) if canary_state.previous_history else None
     if incumbent is not None:
-        bundle_history.record_activation(
-            tx, author, task, incumbent, BundleHistory(_to_bundle_ref(canary_state)), why, now
-        )
+        canary_history = BundleHistory(_to_bundle_ref(canary_state))
+        bundle_history.record_activation(tx, message_log, task, incumbent, canary_history, reason, now)
     if past is None or incumbent is None or past.current.digest == incumbent.digest:
         bundle_history.restore(tx, task, past)
     else:
@@ -120,30 +156,59 @@ def end_canary(
 
 
 def promote_canary(
-    tx: Transaction, author: MessageLog, task: str, state: RolloutState, configured: str, now: ClockReading
+    tx: Transaction, message_log: MessageLog, task: str, state: RolloutState, configured: str, now: ClockReading
 ) -> None:
-    """The bundle on probation stays, over restarts, until the config names another one."""
-    saved_drift.discard(tx, author, task, now)
-    _write_override(tx, author, task, _to_bundle_ref(state), configured, state.desired.rollout, now)
+    """Keep the canary active over restarts, until the config names another bundle."""
+    saved_drift.discard(tx, message_log, task, now)
+    _write_override(tx, message_log, task, _to_bundle_ref(state), configured, state.desired.rollout, now)
 
 
 def revert_to_previous(
     tx: Transaction,
-    author: MessageLog,
+    message_log: MessageLog,
     task: str,
     bundle: Bundle,
     history: BundleHistory | None,
     configured: str,
     now: ClockReading,
 ) -> None:
-    """A bundle that had settled gives way to the one before, over restarts."""
-    bundle_history.record_activation(tx, author, task, bundle, history, "roll-out called back", now)
-    _write_override(tx, author, task, bundle_history.bundle_ref(bundle), configured, "", now)
+    """Replace a bundle that was active for good by the previous one, over restarts."""
+    bundle_history.record_activation(tx, message_log, task, bundle, history, "roll-out aborted", now)
+    _write_override(tx, message_log, task, bundle_history.bundle_ref(bundle), configured, "", now)
+
+
+def roll_back_after_crash(
+    conf: Config, store: Store, message_log: MessageLog, marker: CrashMarker, now: ClockReading
+) -> bool:
+    """At a start, roll back a canary that ended the previous process; return True if one did.
+
+    A canary runs in a process of its own. It is loaded into the daemon only for its promotion, before that is
+    committed. One crash there is enough; other bundles are quarantined after the second.
+    """
+    previous = marker.previous_run
+    if previous is None or previous.task not in conf.tasks:
+        return False
+    old = rollout_state.load_state(store, previous.task)
+    if old is None or old.phase != "canary" or old.desired.digest != previous.digest:
+        return False
+    detail = "the daemon ended while it loaded this bundle for its promotion"
+    uptime_s = retention.uptime_s(store.get_meta(retention.UPTIME, ""), store.boot, now)
+    new = make_rolled_back(old, "crash", detail, clock.to_rfc3339(now.wall_us), uptime_s)
+    log.error("task %s: %s", previous.task, detail)
+    try:
+        with store.transaction(vital=True) as tx:
+            record(tx, message_log, previous.task, old, new, now)
+            end_canary(tx, message_log, previous.task, old, None, new.phase, now)
+    except StorageFull as full:
+        log.error("task %s: %s; the crash of its bundle is not recorded", previous.task, full)
+        return False
+    marker.clear()
+    return True
 
 
 def _write_override(
     tx: Transaction,
-    author: MessageLog,
+    message_log: MessageLog,
     task: str,
     bundle_ref: BundleRef,
     configured: str,
@@ -152,7 +217,7 @@ def _write_override(
 ) -> None:
     overrides.save_bundle_override(tx, task, bundle_history.make_override(bundle_ref, configured, rollout))
     if bundle_ref.digest in overrides.load_quarantined_in_tx(tx, task):
-        quarantine.release(tx, author, task, now)
+        quarantine.release(tx, message_log, task, now)
 
 
 def _to_bundle_ref(state: RolloutState) -> BundleRef:

@@ -1,4 +1,4 @@
-"""Everything that brings other bundles to a running device, put together for the daemon."""
+"""Bundle updater: fetcher, supplies and roll-outs of a running device, as the main loop calls them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agent.device.rollout.state_machine import BundleAssessment
 from agent.device.rollout.supply import BundleSupply
 from agent.errors import ModelProcessFailed
 
-# What a repository shows that is older than what was seen, not what was signed, or not by whom.
+# Errors of a repository that serves older, altered or wrongly signed data.
 _UNTRUSTED_ERRORS = frozenset({
     "BadVersionNumberError", "UnsignedMetadataError", "LengthOrHashMismatchError", "DownloadLengthMismatchError",
     "EqualVersionNumberError", "RepositoryError",
@@ -22,7 +22,7 @@ _UNTRUSTED_ERRORS = frozenset({
 
 
 class BundleUpdater:
-    """Called by the main loop."""
+    """Updater of one device, for the main loop only."""
 
     def __init__(
         self, rollouts: RolloutExecutor, supplies: Mapping[str, BundleSupply], fetcher: Fetcher | None
@@ -30,41 +30,40 @@ class BundleUpdater:
         self.rollouts, self._supplies, self._fetcher = rollouts, supplies, fetcher
 
     def tick(self, now: ClockReading) -> bool:
-        """Go on with what is fetched, proved and tried; whether anything was written for the collector."""
-        if self._fetcher is not None and (found := self._fetcher.poll(now)) is not None:
-            self._dispatch(found)
+        """Advance downloads and roll-outs; return True if a message was written."""
+        if self._fetcher is not None and (result := self._fetcher.poll(now)) is not None:
+            self._dispatch(result)
         return self.rollouts.tick(now)
 
     def wait_s(self, now: ClockReading) -> float:
-        """Until `turn` may have something to do."""
-        waits = self.rollouts.wait_s(now)
-        return waits if self._fetcher is None else min(waits, self._fetcher.wait_s(now))
+        """Return the seconds until `tick` may have work."""
+        wait_s = self.rollouts.wait_s(now)
+        return wait_s if self._fetcher is None else min(wait_s, self._fetcher.wait_s(now))
 
     def is_resuming(self, task: str) -> bool:
-        """Whether the task waits for the bundle that answers for it, after a start."""
+        """Return True if the task waits, after a start, for the bundle that answers for it."""
         return self.rollouts.is_resuming(task)
 
     def on_batch_committed(self, task: str, now: ClockReading) -> None:
-        """A batch of the task was committed."""
         self.rollouts.on_batch_committed(task, now)
 
     def on_canary_failure(self, task: str, failure: ModelProcessFailed, now: ClockReading) -> LoadedTask | None:
-        """The bundle on probation did not answer a batch: who does instead, if anybody can."""
+        """Return the task that answers a batch instead of the failed canary, if there is one."""
         return self.rollouts.on_canary_failure(task, failure, now)
 
     def report(self, now: ClockReading) -> dict[str, Any]:
-        """Members for health."""
-        found = None if self._fetcher is None else self._fetcher.report(now)
-        return {} if found is None else {"updates": found}
+        """Return the members of a health message."""
+        updates = None if self._fetcher is None else self._fetcher.report(now)
+        return {} if updates is None else {"updates": updates}
 
     def stop(self, now: ClockReading) -> None:
-        """The daemon stops. Raises StorageError."""
+        """Stop with the daemon. Raises StorageError."""
         self.rollouts.stop(now)
         if self._fetcher is not None:
             self._fetcher.close()
 
     def abort(self) -> None:
-        """The store failed: end what runs beside, and write nothing."""
+        """End all processes and write nothing: the store failed."""
         self.rollouts.abort()
         if self._fetcher is not None:
             self._fetcher.close()
@@ -75,8 +74,10 @@ class BundleUpdater:
             return
         if isinstance(result, FetchedBundle):
             supply.on_fetched(result.task, result.path)
-        elif result.error in _UNTRUSTED_ERRORS:
-            supply.on_fetch_failed(result.task, BundleAssessment("signature", f"{result.error}: {result.detail}"))
-        elif result.is_permanent:
-            reason: Reason = "unfit" if result.error == "Unfit" else "fetch"
-            supply.on_fetch_failed(result.task, BundleAssessment(reason, f"{result.error}: {result.detail}"))
+            return
+        reason: Reason = "incompatible" if result.error == "Incompatible" else "download_failed"
+        if result.error in _UNTRUSTED_ERRORS:
+            reason = "signature"
+        elif not result.is_permanent:
+            return
+        supply.on_fetch_failed(result.task, BundleAssessment(reason, f"{result.error}: {result.detail}"))

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import repeat
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from agent.errors import MessageRefused
 from agent.fleet.database.interface import Connection, Row
-from agent.wire.desired_state import Digest, Name, Version
+from agent.wire.desired_state import Digest, Name, Phase, Strategy, Version
 from agent.wire.messages import (
     AlertPayload,
     AuditPayload,
@@ -30,7 +30,6 @@ from agent.wire.messages import (
 # Event of the audit message in which a device reports a phase change of a rollout.
 ROLLOUT_EVENT = "rollout"
 _MAX_REASON = 64
-Phase = Literal["not chosen", "fetching", "refused", "shadow", "probation", "settled", "rolled back", "withdrawn"]
 
 # Table → rows, with columns in the order of `schema`.
 TableRows = dict[str, list[Row]]
@@ -44,7 +43,7 @@ class PhaseChange(msgspec.Struct, frozen=True):
     bundle: Name
     version: Version
     digest: Digest
-    strategy: Literal["shadow", "canary", "all", "back"]
+    strategy: Strategy
     phase: Phase
     reason: str = ""
     numbers: dict[str, Any] = {}

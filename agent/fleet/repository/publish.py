@@ -20,12 +20,15 @@ from agent.fleet.repository.keys import RepositoryKeyring
 from agent.fleet.repository.layout import Layout
 from agent.fleet.repository.revoke import get_revocation_day
 from agent.model.bundle import bundle as bundles
-from agent.model.bundle import target_metadata as target_codec
+from agent.model.bundle import golden_vectors
 from agent.model.bundle.bundle import Bundle
-from agent.model.bundle.target_metadata import TargetMetadata
 from agent.model.sandbox import probe
+from agent.wire import target_metadata
 from agent.wire.keys import PublicKey
+from agent.wire.target_metadata import TargetMetadata
 
+# The oldest agent that reads this version's bundles.
+_MIN_AGENT_VERSION = "0.1.0"
 # A fixed time: equal files give equal bytes.
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -58,19 +61,20 @@ def publish(
     bundle = bundles.read(path, publishers)
     if bundle.manifest.name in TOP_LEVEL_ROLES:
         raise BadBundle(f"{path}: {bundle.manifest.name!r} is a top-level role of the repository; rename the bundle")
-    metadata = target_codec.from_bundle(
-        bundle, _probe_memory(path, bundle) if run_probe else bundle.manifest.limits.memory_mib << 20
-    )
-    target = target_codec.target_path(metadata.name, metadata.version, metadata.digest)
+    memory = _probe_memory(path, bundle) if run_probe else bundle.manifest.limits.memory_mib << 20
+    metadata = build_target_metadata(bundle, memory)
+    target = target_metadata.target_path(metadata.name, metadata.version, metadata.digest)
     archive = build_archive(bundle)
     with layout.locked():
         keyring = RepositoryKeyring(layout.keys, sign_with)
         current = root_rotation.load_current(layout, keyring, current_time)
         listed = _find_published(current, metadata)
         if listed is not None:
-            return PublishResult(target_codec.decode(listed.custom), target, listed.length, bundle.signer, is_new=False)
+            return PublishResult(
+                target_metadata.decode(listed.custom), target, listed.length, bundle.signer, is_new=False
+            )
         file = TargetFile.from_data(target, archive, ["sha256"])
-        file.unrecognized_fields["custom"] = target_codec.encode(metadata)
+        file.unrecognized_fields["custom"] = target_metadata.encode(metadata)
         changed = _ensure_delegation(current, metadata.name, keyring)
         current.bundles[metadata.name].signed.targets[target] = file
         durable_files.write(layout.target_path(target, file.hashes["sha256"]), archive)
@@ -89,6 +93,24 @@ def build_archive(bundle: Bundle) -> bytes:
     return buffer.getvalue()
 
 
+def build_target_metadata(bundle: Bundle, memory: int) -> TargetMetadata:
+    """Describe a bundle whose probe took `memory` bytes. Raises BadBundle if its golden vectors cannot be read."""
+    manifest = bundle.manifest
+    vectors = golden_vectors.decode(bundle.files["golden.npz"]) if "golden.npz" in bundle.files else None
+    return TargetMetadata(
+        name=manifest.name,
+        version=manifest.version,
+        digest=bundle.digest,
+        kind=manifest.kind,
+        fields=manifest.input.fields,
+        window=manifest.input.rows,
+        agent=_MIN_AGENT_VERSION,
+        runtimes=[vectors.runtime.split()[0]] if vectors is not None else [],
+        memory=memory,
+        unpacked=sum(map(len, bundle.files.values())),
+    )
+
+
 def _probe_memory(path: Path, bundle: Bundle) -> int:
     report = probe.probe(bundle)
     try:
@@ -98,22 +120,20 @@ def _probe_memory(path: Path, bundle: Bundle) -> int:
     return report.peak_memory
 
 
-def _find_published(current: Edition, target_metadata: TargetMetadata) -> TargetFile | None:
+def _find_published(current: Edition, metadata: TargetMetadata) -> TargetFile | None:
     """Return the target if it is published already. Raises BadBundle if the version has other bytes or is revoked."""
-    role = current.bundles.get(target_metadata.name)
+    role = current.bundles.get(metadata.name)
     if role is None:
         return None
-    label, fix = f"{target_metadata.name} {target_metadata.version}", "pack it again under another version"
+    label, fix = f"{metadata.name} {metadata.version}", "pack it again under another version"
     for file in role.signed.targets.values():
-        other = target_codec.decode(file.custom)
-        if other.version != target_metadata.version:
+        other = target_metadata.decode(file.custom)
+        if other.version != metadata.version:
             continue
-        if other.digest != target_metadata.digest:
-            raise BadBundle(
-                f"{label} is published with digest {other.digest}, this one has {target_metadata.digest}; {fix}"
-            )
+        if other.digest != metadata.digest:
+            raise BadBundle(f"{label} is published with digest {other.digest}, this one has {metadata.digest}; {fix}")
         return file
-    if day := get_revocation_day(role.signed, target_metadata.version):
+    if day := get_revocation_day(role.signed, metadata.version):
         raise BadBundle(f"{label} was revoked on {day}; {fix}")
     return None
 

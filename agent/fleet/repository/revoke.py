@@ -14,8 +14,8 @@ from agent.errors import UsageError
 from agent.fleet.repository import edition, expiry, root_rotation
 from agent.fleet.repository.keys import RepositoryKeyring
 from agent.fleet.repository.layout import Layout
-from agent.model.bundle import target_metadata
 from agent.toml_files import did_you_mean
+from agent.wire import target_metadata
 
 # Field of the bundle role's signed metadata: version → day. A revoked version is never published again.
 _REVOKED_FIELD = "outstation-revoked"

@@ -28,7 +28,7 @@ from tuf.api.metadata import (
 from tuf.api.serialization import DeserializationError
 
 from agent.errors import BadBundle
-from agent.model.bundle import target_metadata
+from agent.wire import target_metadata
 
 S = TypeVar("S", bound=Signed)
 # Exceptions of python-tuf for metadata that are signed but malformed.

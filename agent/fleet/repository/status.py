@@ -15,7 +15,7 @@ from agent.fleet.repository.keys import RepositoryKeyring, format_public_key
 from agent.fleet.repository.layout import Layout
 from agent.fleet.repository.revoke import get_revoked_versions
 from agent.fleet.repository.root_rotation import RootDraft
-from agent.model.bundle import target_metadata
+from agent.wire import target_metadata
 
 
 class SigningKeyStatus(msgspec.Struct, frozen=True):

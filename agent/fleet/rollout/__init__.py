@@ -1,8 +1,8 @@
-"""Roll-outs on the fleet's side: a plan, what devices say of each step, and signed decisions that follow from it.
+"""Fleet-side roll-outs: a plan, evidence from devices, and signed decisions.
 
 file → plan → decision → desired state → broker ;  shadow and audit messages → rows → verdict → decision
 
-The database is the truth: a decision, the state of its roll-out and what is desired of the devices by it are one
-transaction, and are published after it. `tables` has the tables, `plan` the file, `judging` the rules, `acts` what can
-be decided, `follow` the loop that decides by itself.
+The database is the source of truth. A decision, the new state of its roll-out and the desired state are one
+transaction; publishing follows. `plan` reads the file, `promotion` holds the rules, `actions` the decisions an operator
+can make, and `controller` the loop that decides by the rules alone.
 """

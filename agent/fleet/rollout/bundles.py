@@ -1,6 +1,6 @@
-"""Which bundle a plan is about: as its file says, as a bundle on this disk says, and as the repository has it.
+"""Bundle resolution: the version and digest of a plan, from its file, a bundle on disk and the fleet's repository.
 
-Only read: who signed the repository's metadata is for the devices to verify, against the root they were given.
+Repository metadata is only read. Devices verify who signed it, against their own trusted root.
 """
 
 from __future__ import annotations
@@ -12,16 +12,9 @@ import msgspec
 
 from agent.errors import BadBundle
 from agent.fleet.rollout.plan import PlanFile, RolloutPlan
+from agent.wire.target_metadata import TargetMetadata
 
 MAX_METADATA_BYTES = 16 << 20
-
-
-class TargetMetadata(msgspec.Struct, frozen=True):
-    """A bundle as the repository offers it, in `custom` of its target."""
-
-    name: str
-    version: str
-    digest: str
 
 
 class _Custom(msgspec.Struct, frozen=True):
@@ -40,82 +33,72 @@ class _Metadata(msgspec.Struct, frozen=True):
     signed: _Targets
 
 
-class RepositoryMetadata(msgspec.Struct, frozen=True):
-    """The repository in the fleet's folder, if there is one."""
-
-    metadata: Path
-
-    @property
-    def exists(self) -> bool:
-        return self.metadata.is_dir()
-
-    def list_versions(self, bundle: str) -> list[TargetMetadata]:
-        """Every version of a bundle. Raises BadBundle where the metadata cannot be read."""
-        newest = self._find_newest_metadata(bundle)
-        if newest is None:
-            return []
-        try:
-            if newest.stat().st_size > MAX_METADATA_BYTES:
-                raise BadBundle(f"{newest}: larger than {MAX_METADATA_BYTES} bytes; is it the repository's?")
-            told = msgspec.json.decode(newest.read_bytes(), type=_Metadata).signed.targets
-        except (OSError, msgspec.MsgspecError, ValueError) as error:
-            raise BadBundle(f"{newest}: cannot be read ({error}); see `outstation fleet repository status`") from None
-        return [one.custom.outstation for one in told.values() if one.custom.outstation is not None]
-
-    def _find_newest_metadata(self, bundle: str) -> Path | None:
-        name = re.compile(rf"([1-9][0-9]{{0,8}})\.{re.escape(bundle)}\.json")
-        found = [(int(match[1]), path) for path in self.metadata.iterdir() if (match := name.fullmatch(path.name))]
-        return max(found)[1] if found else None
-
-
 def resolve(plan_file: PlanFile, folder: Path) -> RolloutPlan:
-    """The plan with its bundle. Raises ConfigError and BadBundle: a device could never fetch what is not there."""
+    """Return the plan with its bundle; `folder` is the fleet's. Raises ConfigError and BadBundle.
+
+    With a repository the bundle must be in it: devices could not download it otherwise.
+    """
     bundle, version, digest = plan_file.bundle, plan_file.version, plan_file.digest
     if plan_file.path is not None:
-        there = _read_bundle(plan_file.path)
-        for key, said, found in (
-            ("bundle", bundle, there.name),
-            ("version", version, there.version),
-            ("digest", digest, there.digest),
-        ):
-            if said not in (None, found):
-                raise plan_file.config_error(
-                    f"rollout.{key}", f"is {said}, but {plan_file.path} is {found}; remove one of the two"
-                )
-        bundle, version, digest = there.name, there.version, there.digest
+        bundle, version, digest = _read_bundle(plan_file, plan_file.path)
     assert bundle is not None
     assert version is not None
-    repository = RepositoryMetadata(folder / "repository" / "metadata")
-    if repository.exists:
-        digest = _resolve_digest(plan_file, repository.list_versions(bundle), bundle, version, digest)
+    metadata = folder / "repository" / "metadata"
+    if metadata.is_dir():
+        digest = _resolve_digest(plan_file, _list_versions(metadata, bundle), bundle, version, digest)
     if digest is None:
-        problem = f"there is no repository in {folder} to look {bundle} {version} up in; make one, or give its digest"
+        problem = f"{folder} has no repository to look up {bundle} {version} in; create one, or give the digest"
         raise plan_file.config_error("rollout.digest", problem)
     return plan_file.to_plan(bundle, version, digest)
 
 
-def _read_bundle(path: Path) -> TargetMetadata:
+def _read_bundle(plan_file: PlanFile, path: Path) -> tuple[str, str, str]:
+    """Return (name, version, digest) of the bundle at `path`. Raises ConfigError if the plan names another one."""
     from agent.model.bundle import bundle as bundles
 
-    found = bundles.read(path, None)
-    return TargetMetadata(found.manifest.name, found.manifest.version, found.digest)
+    verified = bundles.read(path, None)
+    actual = {"bundle": verified.manifest.name, "version": verified.manifest.version, "digest": verified.digest}
+    for key, value in actual.items():
+        configured = getattr(plan_file, key)
+        if configured not in (None, value):
+            raise plan_file.config_error(
+                f"rollout.{key}", f"is {configured}, but {path} is {value}; remove one of the two"
+            )
+    return actual["bundle"], actual["version"], actual["digest"]
+
+
+def _list_versions(metadata: Path, bundle: str) -> list[TargetMetadata]:
+    """List every published version of a bundle. Raises BadBundle if the metadata cannot be read."""
+    pattern = re.compile(rf"([1-9][0-9]{{0,8}})\.{re.escape(bundle)}\.json")
+    editions = [(int(match[1]), path) for path in metadata.iterdir() if (match := pattern.fullmatch(path.name))]
+    if not editions:
+        return []
+    newest = max(editions)[1]
+    try:
+        if newest.stat().st_size > MAX_METADATA_BYTES:
+            raise BadBundle(f"{newest}: larger than {MAX_METADATA_BYTES} bytes; is it the repository's?")
+        targets = msgspec.json.decode(newest.read_bytes(), type=_Metadata).signed.targets
+    except (OSError, msgspec.MsgspecError, ValueError) as error:
+        raise BadBundle(f"{newest}: cannot be read ({error}); see `outstation fleet repository status`") from None
+    return [target.custom.outstation for target in targets.values() if target.custom.outstation is not None]
 
 
 def _resolve_digest(
     plan_file: PlanFile, available: list[TargetMetadata], bundle: str, version: str, digest: str | None
 ) -> str:
-    same = [one for one in available if (one.name, one.version) == (bundle, version)]
-    there = ", ".join(sorted({one.version for one in available if one.name == bundle})) or "none"
-    if not same:
+    digests = [target.digest for target in available if (target.name, target.version) == (bundle, version)]
+    if not digests:
+        versions = ", ".join(sorted({target.version for target in available if target.name == bundle})) or "none"
         problem = (
-            f"the repository has no {bundle} {version} (it has: {there}); `outstation fleet publish` puts it there"
+            f"the repository has no {bundle} {version} (it has: {versions}); `outstation fleet publish` publishes it"
         )
         raise plan_file.config_error("rollout.version", problem)
-    if digest is None and len({one.digest for one in same}) > 1:
-        raise plan_file.config_error("rollout.digest", f"the repository has several {bundle} {version}; say which one")
-    if digest is not None and digest not in {one.digest for one in same}:
-        found = same[0].digest
+    if digest is None and len(set(digests)) > 1:
         raise plan_file.config_error(
-            "rollout.digest", f"is {digest}, but the repository's {bundle} {version} is {found}"
+            "rollout.digest", f"the repository has several {bundle} {version}; give the digest of one"
         )
-    return digest or same[0].digest
+    if digest is not None and digest not in digests:
+        raise plan_file.config_error(
+            "rollout.digest", f"is {digest}, but the repository's {bundle} {version} is {digests[0]}"
+        )
+    return digest or digests[0]

@@ -1,4 +1,4 @@
-"""Going on by itself: judge every open roll-out, promote, finish or abort it, and keep the broker told."""
+"""Roll-out controller: evaluate every open roll-out, promote, finish or abort it, and republish the desired state."""
 
 from __future__ import annotations
 
@@ -6,90 +6,86 @@ from collections.abc import Callable
 
 from agent import clock
 from agent.errors import UsageError
-from agent.fleet.database.interface import Connection
 from agent.fleet.rollout import actions, journal
-from agent.fleet.rollout.actions import RolloutOperator
-from agent.fleet.rollout.journal import Rollout
-from agent.fleet.rollout.look import RolloutSnapshot, load_snapshot
-from agent.fleet.rollout.publisher import RolloutPublisher
+from agent.fleet.rollout.publisher import RolloutAction, RolloutPublisher
+from agent.fleet.rollout.status import RolloutSnapshot, load_snapshot
 from agent.fleet.rollout.tallies import RolloutTallies
 
-# A broker that lost what it retained, or was given an older one, is told again so often.
+# A broker may lose retained messages, or be restored from an older backup.
 REPUBLISH_EVERY_S = 60.0
 
 
 class RolloutController:
-    """`names`: the roll-outs to follow; None: all that are open. `say` hears each decision and each trouble."""
+    """Controller of the roll-outs `names`, or of all open ones. `report` gets each decision and each error."""
 
     def __init__(self, publisher: RolloutPublisher, names: list[str] | None, report: Callable[[str], None]) -> None:
         self._publisher, self._names, self._report = publisher, names, report
         self._tallies: dict[str, RolloutTallies] = {}
-        # Every roll-out that was open at some turn.
+        # Every roll-out that was open in some tick.
         self.followed_names: set[str] = set()
         self._republish_at = 0.0
-        self._publish_problem = ""
+        self._publish_error = ""
         self._last_problem = ""
 
     def tick(self, now_s: float) -> bool:
-        """One look at all of them, and what follows; whether there is more to do. `now_s` never goes back."""
-        looks = self._load_snapshots()
-        for one in looks:
-            self._advance(one)
-        if self._publish_problem or now_s >= self._republish_at:
+        """Evaluate all roll-outs once; return True while there is more to do. `now_s` is monotonic."""
+        snapshots = self._load_snapshots()
+        for snapshot in snapshots:
+            self._advance(snapshot)
+        if self._publish_error or now_s >= self._republish_at:
             self._republish_at = now_s + REPUBLISH_EVERY_S
-            self._report_publish_problem(self._publisher.publish())
-        return bool(looks or self._publish_problem)
+            self._report_publish_error(self._publisher.publish())
+        return bool(snapshots or self._publish_error)
 
     def _load_snapshots(self) -> list[RolloutSnapshot]:
         now_us = clock.read().wall_us
         with self._publisher.store.snapshot() as db:
-            found = [
-                one
-                for one in journal.load_rollouts(db, only_open=True)
-                if self._names is None or one.name in self._names
+            rollouts = [
+                rollout
+                for rollout in journal.load_rollouts(db, only_open=True)
+                if self._names is None or rollout.name in self._names
             ]
-            self.followed_names.update(one.name for one in found)
-            for name in set(self._tallies) - {one.name for one in found}:
+            names = {rollout.name for rollout in rollouts}
+            self.followed_names |= names
+            for name in set(self._tallies) - names:
                 del self._tallies[name]
             return [
-                load_snapshot(db, one, now_us, self._tallies.setdefault(one.name, RolloutTallies(one))) for one in found
+                load_snapshot(db, rollout, now_us, self._tallies.setdefault(rollout.name, RolloutTallies(rollout)))
+                for rollout in rollouts
             ]
 
     def _advance(self, snapshot: RolloutSnapshot) -> None:
-        deed = _choose_action(snapshot)
-        if deed is None:
+        action = _choose_action(snapshot)
+        if action is None:
             return
-        # Should anything fail between the commit and the broker, the next turn publishes.
+        # If anything fails between the commit and the broker, the next tick publishes.
         self._republish_at = 0.0
         try:
-            done, trouble = self._publisher.execute(deed)
+            rollout, publish_error = self._publisher.execute(action)
         except UsageError as problem:
-            # Somebody else decided in between, or the disk is full: the next turn sees.
+            # An operator decided in the meantime, or the disk is full: the next tick evaluates again.
             if str(problem) != self._last_problem:
                 self._report(str(problem))
             self._last_problem = str(problem)
             return
         self._last_problem = ""
-        self._report(f"{done.name}: {_latest_summary(self._publisher, done)}")
-        self._report_publish_problem(trouble)
+        with self._publisher.store.snapshot() as db:
+            summary = journal.load_decision_rows(db, rollout.name)[-1][4]
+        self._report(f"{rollout.name}: {summary}")
+        self._report_publish_error(publish_error)
 
-    def _report_publish_problem(self, problem: str) -> None:
-        if problem and problem != self._publish_problem:
-            self._report(f"not published yet, trying again: {problem}")
-        elif self._publish_problem and not problem:
+    def _report_publish_error(self, error: str) -> None:
+        if error and error != self._publish_error:
+            self._report(f"not published yet, will retry: {error}")
+        elif self._publish_error and not error:
             self._report("published")
-        self._publish_problem = problem
+        self._publish_error = error
 
 
-def _choose_action(snapshot: RolloutSnapshot) -> Callable[[Connection, RolloutOperator, int], Rollout] | None:
+def _choose_action(snapshot: RolloutSnapshot) -> RolloutAction | None:
     rollout, verdict = snapshot.rollout, snapshot.verdict
     if verdict.outcome == "abort":
-        return lambda db, who, counter: actions.abort(db, who, counter, rollout, verdict.summary, verdict)
+        return lambda db, operator, counter: actions.abort(db, operator, counter, rollout, verdict.summary, verdict)
     if verdict.outcome in ("promote", "finish") and rollout.state == "running":
-        return lambda db, who, counter: actions.promote(db, who, counter, rollout, verdict)
+        return lambda db, operator, counter: actions.promote(db, operator, counter, rollout, verdict)
     return None
-
-
-def _latest_summary(publisher: RolloutPublisher, rollout: Rollout) -> str:
-    with publisher.store.snapshot() as db:
-        return str(journal.load_decision_rows(db, rollout.name)[-1][4])

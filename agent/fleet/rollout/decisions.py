@@ -1,10 +1,10 @@
-"""Decisions: a sentence with its numbers, signed by the operator's key, each naming the one before it.
+"""Signed decisions: a sentence with its evidence, signed with the operator's key and chained to the previous decision.
 
-Rules of `check`, for each roll-out:
-- its decisions are numbered 1, 2, 3 … and each `prev` is the digest of the payload before
-- each payload verifies with a key of an operator, and the columns say what it says
-- the roll-out itself is as its decisions left it: plan, step, state
-- what is desired on its topic is signed, and is not newer than the last decision that changed it
+Rules of `verify_chain`, for each roll-out:
+- decisions are numbered 1, 2, 3 …, and `prev` is the digest of the previous payload
+- each payload verifies with an operator's key, and the columns agree with it
+
+`fleet audit` also checks that the roll-out and the desired state are as the last decision left them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SignerLookup = Callable[[str], Signer | None]
 
 
 class DecisionBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="decision"):
-    """What is signed."""
+    """The signed payload of a decision."""
 
     v: Literal[1]
     rollout: Name
@@ -53,7 +53,7 @@ class SignedDecision(msgspec.Struct, frozen=True):
 
 
 def signing_topic(rollout: str) -> str:
-    """Stands where a message's topic stands: no decision can pass for a message, and none for another roll-out's."""
+    """Return the topic that is signed: no decision can pass for a message, or for another roll-out's decision."""
     return f"decision/{rollout}"
 
 
@@ -63,7 +63,7 @@ def sign(key: SigningKey, body: DecisionBody) -> SignedDecision:
 
 
 def verify(rollout: str, payload: bytes, token: str, find_signer: SignerLookup) -> DecisionBody:
-    """A decision that verifies. Raises Refused."""
+    """Return the verified decision. Raises MessageRefused."""
     jws.verify([token], signing_topic(rollout), payload, find_signer)
     try:
         body = msgspec.json.decode(payload, type=DecisionBody)
@@ -76,22 +76,22 @@ def verify(rollout: str, payload: bytes, token: str, find_signer: SignerLookup) 
 def verify_chain(
     rollout: str, rows: Sequence[tuple[Any, ...]], find_signer: SignerLookup
 ) -> tuple[list[DecisionBody], list[tuple[Any, str]]]:
-    """The decisions of a roll-out, in order of n, that verify; and (n, what is wrong) of each that does not."""
-    good: list[DecisionBody] = []
-    wrong: list[tuple[Any, str]] = []
+    """Return the verified decisions of a roll-out, ordered by n, and (n, problem) of each invalid one."""
+    valid: list[DecisionBody] = []
+    problems: list[tuple[Any, str]] = []
     prev: str | None = ""
-    for place, row in enumerate(rows, 1):
+    for position, row in enumerate(rows, 1):
         n, payload = row[1], row[6]
-        if n != place:
-            wrong.append((n, f"is where decision {place} should be: one is missing, or was added"))
+        if n != position:
+            problems.append((n, f"is at position {position}: a decision is missing, or was added"))
             prev = None
         problem, body = _verify_row(rollout, row, prev, find_signer)
         if problem is not None:
-            wrong.append((n, problem))
+            problems.append((n, problem))
         if body is not None:
-            good.append(body)
+            valid.append(body)
         prev = digest(payload) if isinstance(payload, bytes) else None
-    return good, wrong
+    return valid, problems
 
 
 def _verify_row(
@@ -104,15 +104,15 @@ def _verify_row(
         body = verify(rollout, payload, token, find_signer)
     except MessageRefused as refused:
         return f"does not verify: {refused}", None
-    said = SignedDecision(body, payload, token).to_row()
+    signed_row = SignedDecision(body, payload, token).to_row()
     names = ("rollout", "n", "time", "event", "summary")
-    for name, stored, signed in zip(names, row, said, strict=False):
+    for name, stored, signed in zip(names, row, signed_row, strict=False):
         if stored != signed:
             return f"is stored with {name} {stored!r}, but the signed payload says {signed!r}", None
     if not _is_same_json(row[5], body.evidence):
-        return "is stored with other evidence than the signed payload has", None
+        return "is stored with evidence that differs from the signed payload", None
     if prev is not None and body.prev != prev:
-        return "does not follow the decision before it: prev is not that one's digest", body
+        return "does not follow the previous decision: prev is not that decision's digest", body
     return None, body
 
 

@@ -1,4 +1,4 @@
-"""What is desired of devices, as the one signed message of each topic; merged from all roll-outs that end there."""
+"""Desired state messages: one signed message per topic, merged from all roll-outs that end there."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class DesiredMessage(msgspec.Struct, frozen=True):
 
 
 def verify(row: DesiredMessage, find_signer: Callable[[str], Signer | None]) -> DesiredPayload:
-    """What a row says, once it verified. Raises Refused."""
+    """Return the verified payload of a row. Raises MessageRefused."""
     body = verify_message(row.topic, row.payload, [row.jws], find_signer).body
     if not isinstance(body, DesiredPayload):
-        raise MessageRefused("other kind", "this is no desired state")
+        raise MessageRefused("other kind", "this is not a desired state message")
     if body.counter != row.counter:
-        raise MessageRefused("other counter", f"stored with {row.counter}, signed {body.counter}")
+        raise MessageRefused("other counter", f"stored with {row.counter}, signed with {body.counter}")
     return body
 
 
@@ -42,15 +42,15 @@ def merge(
     issued: str,
     key: SigningKey,
 ) -> DesiredMessage:
-    """All that is desired on a topic, with `wanted` for `task`. Raises UsageError where it cannot be added to."""
+    """Return the message of `topic` with `desired` set for `task`. Raises UsageError if it cannot be extended."""
     tasks: dict[str, DesiredBundle] = {}
     if current is not None:
         try:
             tasks = verify(current, {key.public.kid: Signer("operator", key.public)}.get).tasks
         except MessageRefused as refused:
             raise UsageError(
-                f"table desired: what is desired on {topic} does not verify ({refused}), so nothing is added to it and "
-                "signed again; `outstation fleet audit` says what was changed; restore the database from before that"
+                f"table desired: the message of {topic} does not verify ({refused}), so it is not extended and signed "
+                "again; `outstation fleet audit` shows what was changed; restore an earlier backup of the database"
             ) from None
         if counter <= current.counter:
             raise UsageError(f"counter {counter} is not above {current.counter}, which {topic} has; set the clock")
@@ -58,5 +58,8 @@ def merge(
     head = {"v": 1, "kind": "desired", "device": topic.device, **group, "counter": counter, "issued": issued}
     payload = encode({**head, "tasks": msgspec.to_builtins({**tasks, task: desired})})
     if len(payload) > MAX_DESIRED_BYTES:
-        raise UsageError(f"{topic}: too many tasks are desired there; a device reads {MAX_DESIRED_BYTES} bytes")
+        raise UsageError(
+            f"{topic}: the desired state of all tasks exceeds the {MAX_DESIRED_BYTES} bytes that devices read; "
+            "use fewer tasks per device"
+        )
     return DesiredMessage(str(topic), counter, payload, jws.sign(key, str(topic), payload))

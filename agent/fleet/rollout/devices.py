@@ -1,11 +1,12 @@
-"""The devices of a roll-out: who it is for, and how far each one says that it came.
+"""Devices of a roll-out: which ones it is for, and the phase that each one reported.
 
-Only devices that may sign now count: what a stolen device says is no evidence. Whom a group has is in the configs of
-its devices, so of a group only those are known that say something of the roll-out.
+Only devices with a valid key count, so a revoked device is no evidence. Group membership is in the devices' own config,
+so of a group only the devices that report on the roll-out are known.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import msgspec
@@ -14,15 +15,15 @@ from agent.fleet.database import rollouts
 from agent.fleet.database.interface import Connection
 from agent.fleet.rollout.journal import Rollout
 
-NOT_REPORTED = "not heard of"
-# Reasons that are no failure of the bundle: it is for other devices, somebody decided so, or it is tried again.
-_NON_FAILURE_REASONS = frozenset({"unfit", "operator", "aborted", "fetch", "held"})
-_TRANSIENT_REASONS = frozenset({"fetch", "held"})
-_FAILED_PHASES = frozenset({"refused", "rolled back"})
+NOT_REPORTED = "not_reported"
+# Reasons that are no failure of the bundle: it is for other devices, an operator decided so, or the device will retry.
+_NON_FAILURE_REASONS = frozenset({"incompatible", "operator", "aborted", "download_failed", "hold_off"})
+_TRANSIENT_REASONS = frozenset({"download_failed", "hold_off"})
+_FAILED_PHASES = frozenset({"rejected", "rolled_back"})
 
 
 class RolloutDevice(msgspec.Struct, frozen=True):
-    """A device that the roll-out is for. `phase`: what it said last, `not heard of` before it said anything."""
+    """A device that the roll-out is for. `phase` is its last report, or NOT_REPORTED."""
 
     device: str
     last_seen: str | None
@@ -34,23 +35,22 @@ class RolloutDevice(msgspec.Struct, frozen=True):
 
     @property
     def has_failed(self) -> bool:
-        """Whether it refused the bundle, or took it back."""
+        """True if it rejected the bundle or rolled it back for a fault of the bundle."""
         return self.phase in _FAILED_PHASES and self.reason not in _NON_FAILURE_REASONS
 
     @property
-    def has_finished(self) -> bool:
-        """Whether it came to an end, whichever."""
-        ended = self.phase in ("settled", "refused", "rolled back", "withdrawn")
-        return ended and not (self.phase == "refused" and self.reason in _TRANSIENT_REASONS)
+    def is_done(self) -> bool:
+        """True if the device will not change its phase by itself."""
+        is_final = self.phase in ("active", "rejected", "rolled_back", "cancelled")
+        return is_final and not (self.phase == "rejected" and self.reason in _TRANSIENT_REASONS)
 
     @property
-    def is_unfit(self) -> bool:
-        """Whether it says that the bundle is not for it."""
-        return self.phase == "refused" and self.reason == "unfit"
+    def is_incompatible(self) -> bool:
+        return self.phase == "rejected" and self.reason == "incompatible"
 
 
 class StepDevices(msgspec.Struct, frozen=True):
-    """Of one step: `chosen` devices, those of them that `join` with it, and the `others`."""
+    """Devices of one step: `selected` ones, those of them that are `joining` with it, and `unselected` ones."""
 
     selected: list[RolloutDevice] = msgspec.field(default_factory=list)
     joining: frozenset[str] = frozenset()
@@ -58,49 +58,47 @@ class StepDevices(msgspec.Struct, frozen=True):
 
     @property
     def responding(self) -> list[RolloutDevice]:
-        """Chosen devices that said something and are not left out."""
-        return [one for one in self.selected if one.phase != NOT_REPORTED and not one.is_unfit]
+        """Selected devices that reported a phase, without incompatible ones."""
+        return [device for device in self.selected if device.phase != NOT_REPORTED and not device.is_incompatible]
 
     @property
     def failed(self) -> list[RolloutDevice]:
-        return [one for one in self.selected if one.has_failed]
+        return [device for device in self.selected if device.has_failed]
 
     def count_phases(self) -> dict[str, int]:
-        """How many of the chosen are in each phase."""
-        found: dict[str, int] = {}
-        for one in self.selected:
-            found[one.phase] = found.get(one.phase, 0) + 1
-        return dict(sorted(found.items()))
+        """Count the selected devices in each phase."""
+        return dict(sorted(Counter(device.phase for device in self.selected).items()))
 
 
 def load_step_devices(db: Connection, rollout: Rollout) -> StepDevices:
-    """Of the step that the roll-out is at."""
+    """Load the devices of the current step."""
     plan = rollout.plan
     known = [
-        RolloutDevice(device, seen, phase or NOT_REPORTED, reason or "", summary or "", since, strategy)
-        for device, seen, phase, reason, summary, since, strategy in rollouts.load_devices(
+        RolloutDevice(device, last_seen, phase or NOT_REPORTED, reason or "", summary or "", since, strategy)
+        for device, last_seen, phase, reason, summary, since, strategy in rollouts.load_devices(
             db, rollout.name, plan.task, plan.digest
         )
     ]
-    kind, _, whom = plan.to.partition(":")
-    meant = [one for one in known if _is_targeted(one, kind, whom)]
-    wanted = plan.desired_for_step(rollout.step)
-    chosen = [one for one in meant if wanted.includes_device(one.device)]
-    there = _previous_selection(rollout)
-    joining = frozenset(one.device for one in chosen if not there(one.device))
-    return StepDevices(chosen, joining, [one for one in meant if not wanted.includes_device(one.device)])
+    kind, _, target = plan.target.partition(":")
+    targeted = [device for device in known if _is_targeted(device, kind, target)]
+    desired = plan.desired_for_step(rollout.step)
+    selected = [device for device in targeted if desired.includes_device(device.device)]
+    was_selected = _previous_selection(rollout)
+    joining = frozenset(device.device for device in selected if not was_selected(device.device))
+    unselected = [device for device in targeted if not desired.includes_device(device.device)]
+    return StepDevices(selected, joining, unselected)
 
 
-def _is_targeted(device: RolloutDevice, kind: str, target_name: str) -> bool:
+def _is_targeted(device: RolloutDevice, kind: str, target: str) -> bool:
     if kind == "group":
         return device.phase != NOT_REPORTED
-    return kind == "all" or device.device == target_name
+    return kind == "all" or device.device == target
 
 
 def _previous_selection(rollout: Rollout) -> Callable[[str], bool]:
-    """Whether a device was in this already at the step before: beside the old bundle, or instead of it."""
+    """Return a predicate: was a device in the previous step, with the bundle in the same role?"""
     steps = rollout.plan.steps
-    here, before = rollout.step, rollout.step - 1
-    if before < 1 or (steps[before - 1].strategy == "shadow") != (steps[here - 1].strategy == "shadow"):
+    current, previous = rollout.step, rollout.step - 1
+    if previous < 1 or (steps[previous - 1].strategy == "shadow") != (steps[current - 1].strategy == "shadow"):
         return lambda _: False
-    return rollout.plan.desired_for_step(before).includes_device
+    return rollout.plan.desired_for_step(previous).includes_device

@@ -1,4 +1,4 @@
-"""Roll-outs, decisions and desired state in the database; each function inside a transaction or snapshot."""
+"""Roll-outs, decisions and desired state in the fleet database. Call every function inside a transaction or snapshot."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class Rollout(msgspec.Struct, frozen=True):
 
 
 def load_rollouts(db: Connection, *, only_open: bool = False) -> list[Rollout]:
-    """Oldest first."""
-    found = [_rollout_from_row(row) for row in rollouts.load_rollouts(db)]
-    return [one for one in found if one.is_open or not only_open]
+    """Load roll-outs, oldest first."""
+    loaded = [_rollout_from_row(row) for row in rollouts.load_rollouts(db)]
+    return [rollout for rollout in loaded if rollout.is_open or not only_open]
 
 
 def find(db: Connection, name: str) -> Rollout:
-    """Raises UsageError."""
+    """Load the roll-out `name`. Raises UsageError if there is none."""
     row = rollouts.find_rollout(db, name)
     if row is None:
         known = [str(row[0]) for row in rollouts.load_rollouts(db)]
@@ -58,10 +58,10 @@ def find(db: Connection, name: str) -> Rollout:
 
 
 def save(db: Connection, rollout: Rollout) -> None:
-    """Add it, or replace what is there of that name."""
+    """Insert or replace a roll-out."""
     plan = rollout.plan
-    what = (plan.task, plan.bundle, plan.version, plan.digest, rollout.topic, rollout.started)
-    row = (rollout.name, *what, rollout.state, rollout.step, msgspec.json.encode(plan).decode())
+    bundle = (plan.task, plan.bundle, plan.version, plan.digest, rollout.topic, rollout.started)
+    row = (rollout.name, *bundle, rollout.state, rollout.step, msgspec.json.encode(plan).decode())
     rollouts.save_rollout(db, row)
 
 
@@ -70,26 +70,26 @@ def append(db: Connection, decision: SignedDecision) -> None:
 
 
 def load_decision_rows(db: Connection, rollout: str) -> list[Row]:
-    """The rows of table decisions of one roll-out, in order."""
+    """Load the rows of table decisions of one roll-out, in order."""
     return rollouts.load_decisions(db, rollout)
 
 
 def load_chain_head(db: Connection, rollout: str) -> tuple[int, str]:
-    """The number of the newest decision and the digest of its payload; 0 and "" before the first."""
+    """Load the number of the newest decision and the digest of its payload; 0 and "" before the first."""
     row = rollouts.load_last_decision(db, rollout)
     return (int(row[0]), digest(row[1])) if row else (0, "")
 
 
 def load_step_start(db: Connection, rollout: str) -> str:
-    """When the step it is at began."""
+    """Load the RFC 3339 time at which the current step began."""
     start = rollouts.load_step_start(db, rollout)
     if start is None:
-        raise StorageError(f"table decisions: nothing says when roll-out {rollout} was started; restore the database")
+        raise StorageError(f"table decisions: the start of roll-out {rollout} is missing; restore the database")
     return start
 
 
 def find_aborted(db: Connection, task: str, bundle_digest: str) -> list[tuple[Rollout, str]]:
-    """Roll-outs of a bundle that were aborted, and when."""
+    """Find the aborted roll-outs of a bundle, each with the time of its abort."""
     return [(find(db, name), when) for name, when in rollouts.load_aborted(db, task, bundle_digest)]
 
 

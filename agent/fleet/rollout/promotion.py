@@ -1,25 +1,28 @@
-"""What follows from a step as it stands: wait, promote, finish or abort. Pure.
+"""Promotion: decide whether a step waits, is promoted, finishes or is aborted. Pure.
 
-Rules:
-- abort: too many devices failed, whatever the others will say; or an asked finding is bad on enough devices
-- the step is over: enough devices report, with enough batches each, it began long enough ago, no more failed than may,
-  every asked finding is good
-- the last step also waits for devices that are on their way, and ends without a finding that is open once all that were
-  heard of have settled: nothing more is measured, and nothing else would follow
-- devices that took the bundle back count as failed, and no more in the findings
-- of a step that widens the one before, the devices that join with it must report, not those that did before
+Rules of a step:
+- abort: too many devices failed whatever the others report, or a rule failed with enough reporting devices
+- the step is complete: enough devices report enough batches each, it lasted long enough, no more devices failed than
+  allowed, and every rule passed
+- the last step also waits for devices in progress. Once all responding devices are done, an undecided rule no longer
+  blocks it: there will be no more data, and no later step
+- devices that rolled back count as failed and are left out of the comparison
+- a step that widens the previous one needs reports from the devices that join, not from those already in it
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from agent import clock
-from agent.fleet.rollout import comparing
-from agent.fleet.rollout.comparing import PromotionRuleResult
+from agent.comparison import rules
+from agent.comparison.paired_intervals import ComparisonBlock
+from agent.comparison.rules import AGREEMENT, ESTIMATED_ACCURACY, LABELS, LATENCY, RuleLimits, RuleResult, RuleState
+from agent.comparison.tally import ComparisonStats
 from agent.fleet.rollout.devices import NOT_REPORTED, RolloutDevice, StepDevices
 from agent.fleet.rollout.journal import Rollout
 from agent.fleet.rollout.plan import Promotion
@@ -27,13 +30,35 @@ from agent.fleet.rollout.tallies import RolloutTallies
 from agent.performance.intervals import wilson
 from agent.wire.messages import ShadowPayload
 
+MessagesByDevice = Mapping[str, Sequence[ShadowPayload]]
 StepOutcome = Literal["wait", "promote", "finish", "abort"]
-# A device that was heard of in this time and is not there yet is on its way.
+# A device that was seen within this time and is not done is in progress.
 RECENTLY_SEEN_US = 3600 * 1_000_000
+# Windows of a device count up to this multiple of the median device's.
+MAX_WINDOW_RATIO = 2
+# With fewer labelled windows the estimated accuracy is evaluated instead.
+MIN_LABELLED = 100
+
+
+class PromotionRuleResult(msgspec.Struct, frozen=True):
+    """Outcome of one rule; the number and its interval are None without enough data. `text` is for people."""
+
+    rule: str
+    state: RuleState
+    text: str
+    limit: float
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    blocks: int = 0
+    devices: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__struct_fields__}
 
 
 class StepVerdict(msgspec.Struct, frozen=True):
-    """`waits`: what is still missing, in words; `summary`: all that was looked at, with its numbers."""
+    """Outcome of a step. `blockers` say what is still missing; `summary` lists everything with its numbers."""
 
     outcome: StepOutcome
     summary: str
@@ -42,103 +67,187 @@ class StepVerdict(msgspec.Struct, frozen=True):
     reporting: int
     needed: int
     failed: int
-    heard: int
+    responding: int
     hours: float
 
     def to_evidence(self) -> dict[str, Any]:
-        counts = {name: getattr(self, name) for name in ("reporting", "needed", "failed", "heard")}
-        findings = [finding.to_dict() for finding in self.rule_results]
-        return {"answer": self.outcome, **counts, "hours": round(self.hours, 3), "findings": findings}
+        counts = {name: getattr(self, name) for name in ("reporting", "needed", "failed", "responding")}
+        results = [result.to_dict() for result in self.rule_results]
+        return {"outcome": self.outcome, **counts, "hours": round(self.hours, 3), "rules": results}
 
 
 def evaluate_step(
     rollout: Rollout, devices: StepDevices, tallies: RolloutTallies, step_start: str, now_us: int
 ) -> StepVerdict:
-    """The step that the roll-out is at; `began`: RFC 3339."""
-    promote, beside = rollout.current_step.promote, rollout.current_step.strategy == "shadow"
-    taking_part = [one.device for one in devices.selected if not one.has_failed and not one.is_unfit]
-    blocks = tallies.select_messages(taking_part, new_is_shadow=beside)
-    findings = comparing.evaluate_promotion_rules(blocks, promote, new_is_shadow=beside)
-    needed, reporting = _count_reporting(rollout, devices, blocks)
-    # A clock that was set back makes it wait, no more.
+    """Evaluate the current step, which began at `step_start` (RFC 3339)."""
+    promote, is_shadow = rollout.current_step.promote, rollout.current_step.strategy == "shadow"
+    taking_part = [device.device for device in devices.selected if not device.has_failed and not device.is_incompatible]
+    messages = tallies.select_messages(taking_part, new_is_shadow=is_shadow)
+    results = evaluate_promotion_rules(messages, promote, new_is_shadow=is_shadow)
+    needed, reporting = _count_reporting(rollout, devices, messages)
+    # A clock that was set back only makes the step wait longer.
     hours = max(0.0, (now_us - clock.parse_rfc3339(step_start)) / 3.6e9)
-    waits = _find_blockers(promote, devices, needed, reporting, hours)
-    if rollout.next_step is None and (late := _count_in_progress(devices.selected, now_us)):
-        waits.append(f"devices on their way: {late}")
-    waits += _find_undecided_rules(rollout, devices, findings)
-    bad = any(one.state == "bad" for one in findings) and len(blocks) >= needed
-    answer: StepOutcome = "wait"
-    if bad or _has_too_many_failures(promote, devices):
-        answer = "abort"
-    elif not waits:
-        answer = "promote" if rollout.next_step else "finish"
-    failed, heard = len(devices.failed), len(devices.responding)
+    blockers = _find_blockers(promote, devices, needed, reporting, hours)
+    if rollout.next_step is None and (pending := _count_in_progress(devices.selected, now_us)):
+        blockers.append(f"devices in progress: {pending}")
+    blockers += _find_undecided_rules(rollout, devices, results)
+    has_failed_rule = any(result.state == "failed" for result in results) and len(messages) >= needed
+    outcome: StepOutcome = "wait"
+    if has_failed_rule or _has_too_many_failures(promote, devices):
+        outcome = "abort"
+    elif not blockers:
+        outcome = "promote" if rollout.next_step else "finish"
+    failed, responding = len(devices.failed), len(devices.responding)
     counts = (
-        f"{reporting} of {needed} devices that are needed report",
-        f"{failed} of {heard} refused it or took it back ({100 * promote.failed:g} % may)",
+        f"{reporting} of {needed} required devices report",
+        f"{failed} of {responding} rejected it or rolled it back ({100 * promote.max_failed_share:g} % allowed)",
         f"{hours:.1f} h in this step",
     )
-    summary = ", ".join((*(one.words for one in findings), *counts))
-    return StepVerdict(answer, summary, waits, findings, reporting, needed, failed, heard, hours)
+    summary = ", ".join((*(result.text for result in results), *counts))
+    return StepVerdict(outcome, summary, blockers, results, reporting, needed, failed, responding, hours)
+
+
+def evaluate_promotion_rules(
+    messages: MessagesByDevice, promote: Promotion, *, new_is_shadow: bool
+) -> list[PromotionRuleResult]:
+    """Evaluate every rule of `promote`. `new_is_shadow` is False where the new bundle's results are published."""
+    blocks = balance_devices(messages)
+    limits = RuleLimits(
+        promote.min_agreement, promote.max_latency_ratio, None, promote.max_accuracy_drop, promote.max_error_growth
+    )
+    by_rule = {result.rule: result for result in rules.evaluate_limits(limits, blocks, new_is_shadow)}
+    return [
+        _build_rule_result(name, by_rule.get(rule), limit, bound, blocks)
+        for name, rule, limit, bound in _promotion_rules(promote, blocks)
+    ]
+
+
+def balance_devices(messages: MessagesByDevice) -> list[ComparisonBlock]:
+    """Return the newest messages of each device, up to MAX_WINDOW_RATIO times the median device's windows.
+
+    Windows are summed over devices, so a device with a fast sensor, or one that lies, would outvote the others.
+    """
+    if not messages:
+        return []
+    median = statistics.median(sum(_count_windows(message) for message in sent) for sent in messages.values())
+    blocks: list[ComparisonBlock] = []
+    for device, sent in messages.items():
+        left = MAX_WINDOW_RATIO * median
+        newest: list[ComparisonBlock] = []
+        for message in reversed(sent):
+            if _count_windows(message) > left:
+                # Older messages would not be adjacent to the ones already taken.
+                break
+            left -= _count_windows(message)
+            newest.append(ComparisonBlock(ComparisonStats.from_message(message), device))
+        blocks += reversed(newest)
+    return blocks
+
+
+def _count_windows(message: ShadowPayload) -> int:
+    """Count the windows of a message; labels may arrive in a message without any."""
+    return max(
+        message.n,
+        sum(message.labelled),
+        message.stats.windows,
+        message.other_stats.windows,
+        message.stats.abs_error.n,
+    )
+
+
+def _promotion_rules(
+    promote: Promotion, blocks: Sequence[ComparisonBlock]
+) -> Iterator[tuple[str, str, float, Literal["at least", "at most"]]]:
+    """Yield (name, rule of `comparison.rules`, limit, bound) for each limit that is set."""
+    if promote.min_agreement is not None:
+        yield "agreement", AGREEMENT, promote.min_agreement, "at least"
+    if promote.max_latency_ratio is not None:
+        yield "latency_ratio", LATENCY, promote.max_latency_ratio, "at most"
+    if promote.max_accuracy_drop is not None:
+        if sum(sum(block.stats.labelled) for block in blocks) >= MIN_LABELLED:
+            yield "accuracy_gain", LABELS, -promote.max_accuracy_drop, "at least"
+        else:
+            yield "estimated_accuracy_gain", ESTIMATED_ACCURACY, -promote.max_accuracy_drop, "at least"
+    if promote.max_error_growth is not None:
+        yield "error_ratio", LABELS, 1 + promote.max_error_growth, "at most"
+
+
+def _build_rule_result(
+    name: str, result: RuleResult | None, limit: float, bound: str, blocks: Sequence[ComparisonBlock]
+) -> PromotionRuleResult:
+    """Add the configured limit to a result. A rule without data is undecided, which blocks the promotion."""
+    device_count = len({block.device for block in blocks})
+    title, sample = name.replace("_", " "), f"over {len(blocks)} blocks of {device_count} devices"
+    if result is None or "value" not in result.numbers:
+        text = f"{title} unknown {sample} ({bound} {limit:g}: undecided)"
+        return PromotionRuleResult(name, "undecided", text, limit, blocks=len(blocks), devices=device_count)
+    value, low, high = (float(result.numbers[key]) for key in ("value", "low", "high"))
+    text = f"{title} {value:.3f} [{low:.3f}, {high:.3f}] {sample} ({bound} {limit:g}: {result.state})"
+    return PromotionRuleResult(name, result.state, text, limit, value, low, high, len(blocks), device_count)
 
 
 def _count_reporting(
     rollout: Rollout, devices: StepDevices, messages: Mapping[str, Sequence[ShadowPayload]]
 ) -> tuple[int, int]:
-    """(how many devices must report, how many do)."""
+    """Return how many devices must report, and how many do."""
     promote = rollout.current_step.promote
-    joining = devices.joining
-    asked = [one for one in devices.selected if one.device in joining] if joining else devices.selected
-    found = sum(
-        _has_reported(one, messages.get(one.device, ()), promote.batches) for one in asked if not one.has_failed
+    joining = [device for device in devices.selected if device.device in devices.joining] or devices.selected
+    reporting = sum(
+        _has_reported(device, messages.get(device.device, ()), promote.min_batches)
+        for device in joining
+        if not device.has_failed
     )
-    # Of a group only devices that speak are known: nobody can say that there are no more.
-    known = promote.devices if rollout.plan.to.startswith("group:") else min(promote.devices, len(asked))
-    return max(1, known), found
+    # Only responding members of a group are known, so its size is not.
+    is_group = rollout.plan.target.startswith("group:")
+    needed = promote.min_devices if is_group else min(promote.min_devices, len(joining))
+    return max(1, needed), reporting
 
 
-def _has_reported(device: RolloutDevice, messages: Sequence[ShadowPayload], batches: int) -> bool:
-    return device.phase == "settled" or sum(block.batches for block in messages) >= batches
+def _has_reported(device: RolloutDevice, messages: Sequence[ShadowPayload], min_batches: int) -> bool:
+    return device.phase == "active" or sum(message.batches for message in messages) >= min_batches
 
 
 def _has_too_many_failures(promote: Promotion, devices: StepDevices) -> bool:
-    """Even if no other device fails, or by the lower end of the share's interval."""
-    failed, heard = len(devices.failed), len(devices.responding)
-    able = sum(not one.is_unfit for one in devices.selected)
-    return failed > promote.failed * able or (heard > 0 and wilson(failed / heard, heard)[0] > promote.failed)
+    """Return True if the allowed share is exceeded even if no other device fails, or by the interval's lower end."""
+    failed, responding = len(devices.failed), len(devices.responding)
+    able = sum(not device.is_incompatible for device in devices.selected)
+    if failed > promote.max_failed_share * able:
+        return True
+    return responding > 0 and wilson(failed / responding, responding)[0] > promote.max_failed_share
 
 
 def _find_blockers(promote: Promotion, devices: StepDevices, needed: int, reporting: int, hours: float) -> list[str]:
-    found = []
+    blockers = []
     if reporting < needed:
-        silent = sum(one.phase == NOT_REPORTED for one in devices.selected)
-        why = f"; {silent} of {len(devices.selected)} chosen devices not heard of" if silent else ""
-        found.append(f"devices with {promote.batches} batches: {reporting} of {needed}{why}")
-    if hours < promote.hours:
-        found.append(f"{promote.hours - hours:.1f} h more")
-    heard, failed = len(devices.responding), len(devices.failed)
-    if failed > promote.failed * heard:
-        found.append(f"fewer failed devices: {failed} of {heard} that were heard of, {100 * promote.failed:g} % may")
-    return found
+        silent = sum(device.phase == NOT_REPORTED for device in devices.selected)
+        detail = f"; {silent} of {len(devices.selected)} selected devices have not reported" if silent else ""
+        blockers.append(f"devices with {promote.min_batches} batches: {reporting} of {needed}{detail}")
+    if hours < promote.min_hours:
+        blockers.append(f"{promote.min_hours - hours:.1f} h more")
+    responding, failed = len(devices.responding), len(devices.failed)
+    if failed > promote.max_failed_share * responding:
+        allowed = f"{100 * promote.max_failed_share:g} % allowed"
+        blockers.append(f"fewer failed devices: {failed} of {responding} responding, {allowed}")
+    return blockers
 
 
 def _find_undecided_rules(
     rollout: Rollout, devices: StepDevices, rule_results: Sequence[PromotionRuleResult]
 ) -> list[str]:
-    """Findings that hold it up. Devices that have settled measure no more: at the end, only what is bad still does."""
-    settled = bool(devices.responding) and all(one.has_finished for one in devices.responding)
-    if settled and rollout.next_step is None:
-        return [one.words for one in rule_results if one.state == "bad"]
-    found = [one.words for one in rule_results if one.state != "good"]
-    if found and settled and rollout.current_step.strategy != "shadow":
-        found.append("somebody to decide: all devices that were heard of have come to an end, and measure no more")
-    return found
+    """Return the rules that block the step. After the last step's devices are done, only failed rules do."""
+    all_done = bool(devices.responding) and all(device.is_done for device in devices.responding)
+    if all_done and rollout.next_step is None:
+        return [result.text for result in rule_results if result.state == "failed"]
+    blockers = [result.text for result in rule_results if result.state != "passed"]
+    if blockers and all_done and rollout.current_step.strategy != "shadow":
+        blockers.append("an operator's decision: all responding devices are done and send no more comparisons")
+    return blockers
 
 
 def _count_in_progress(selected: Sequence[RolloutDevice], now_us: int) -> int:
     return sum(
-        not one.has_finished
-        and one.last_seen is not None
-        and now_us - clock.parse_rfc3339(one.last_seen) < RECENTLY_SEEN_US
-        for one in selected
+        not device.is_done
+        and device.last_seen is not None
+        and now_us - clock.parse_rfc3339(device.last_seen) < RECENTLY_SEEN_US
+        for device in selected
     )

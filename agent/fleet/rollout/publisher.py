@@ -1,14 +1,14 @@
-"""Where decisions are made and published: counter, transaction, broker, in this order.
+"""Roll-out publisher: reserve a counter, commit a decision, publish the desired state, in this order.
 
-Only one process of a fleet's folder does so at a time, so that counters and the operator's one connection are never
-shared. What was decided stays decided where the broker cannot be reached: the next who publishes sends it.
+One process per fleet folder does this at a time, so counters and the operator's single connection are never shared. A
+committed decision stays valid if the broker is unreachable; whoever publishes next sends it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,20 +17,29 @@ from agent.errors import LinkDown, UsageError
 from agent.fleet.commands import lock_operator, reserve_counter
 from agent.fleet.database.interface import Connection
 from agent.fleet.database.store import FleetStore
-from agent.fleet.rollout import journal, publish
+from agent.fleet.rollout import journal
 from agent.fleet.rollout.actions import RolloutOperator
+from agent.fleet.rollout.desired_state import DesiredMessage
 from agent.fleet.rollout.journal import Rollout
+from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
+from agent.wire import topics
 from agent.wire.keys import SigningKey
+from agent.wire.messages import cloudevent_properties
 
 RolloutAction = Callable[[Connection, RolloutOperator, int], Rollout]
+PUBLISH_TIMEOUT_S = 10.0
 
 
-class ClosableBrokerConnection(publish.BrokerConnection, Protocol):
+class BrokerConnection(Protocol):
+    """The part of an MQTT link that publishing uses."""
+
+    def send(self, message: OutgoingMessage) -> int: ...
+    def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]: ...
     def close(self) -> None: ...
 
 
 class RolloutPublisher:
-    """One fleet's. `connect` raises LinkDown. Every method raises StorageError and UsageError."""
+    """Publisher of one fleet. `connect` raises LinkDown. Every method raises StorageError and UsageError."""
 
     def __init__(
         self,
@@ -38,7 +47,7 @@ class RolloutPublisher:
         fleet: str,
         folder: Path,
         key: SigningKey,
-        connect: Callable[[], ClosableBrokerConnection],
+        connect: Callable[[], BrokerConnection],
         *,
         role: str = "operator",
     ) -> None:
@@ -46,21 +55,21 @@ class RolloutPublisher:
         self._fleet, self._folder, self._key, self._connect, self._role = fleet, folder, key, connect, role
 
     def execute(self, action: RolloutAction) -> tuple[Rollout, str]:
-        """Decide, then publish; why that did not succeed, "" where it did."""
+        """Commit `action`, then publish. Return the roll-out and why publishing failed, "" if it succeeded."""
         with reserve_counter(self._folder, lambda: time.time_ns() // 1_000_000) as counter:
             try:
                 with self.store.transaction() as db:
                     db.lock_table("rollouts")
                     operator = RolloutOperator(self._key, self._fleet, clock.read().wall_us, self._role)
-                    done = action(db, operator, counter)
+                    rollout = action(db, operator, counter)
             except UsageError:
-                # What was decided before may not be published yet.
+                # An earlier decision may still be unpublished.
                 self._publish()
                 raise
-            return done, self._publish()
+            return rollout, self._publish()
 
     def publish(self) -> str:
-        """What is desired, again; why that did not succeed, "" where it did."""
+        """Publish the desired state again. Return why it failed, "" if it succeeded."""
         with lock_operator(self._folder):
             return self._publish()
 
@@ -71,7 +80,35 @@ class RolloutPublisher:
             return ""
         try:
             with contextlib.closing(self._connect()) as link:
-                publish.publish(link, rows)
+                _send_retained(link, rows)
         except LinkDown as down:
             return str(down)
         return ""
+
+
+def _send_retained(link: BrokerConnection, rows: Sequence[DesiredMessage]) -> None:
+    """Send every message as retained and wait until the broker has them all. Raises LinkDown, also on a refusal."""
+    now = clock.to_rfc3339(clock.read().wall_us)
+    waiting = {link.send(_to_outgoing(row, now)): row.topic for row in rows}
+    end = time.monotonic() + PUBLISH_TIMEOUT_S
+    while waiting:
+        left = end - time.monotonic()
+        if left <= 0:
+            late = ", ".join(sorted(waiting.values()))
+            raise LinkDown(f"the broker did not accept {late} within {PUBLISH_TIMEOUT_S:g} s")
+        for event in link.receive(left):
+            if not isinstance(event, PublishReceipt) or event.token not in waiting:
+                continue
+            topic = waiting.pop(event.token)
+            if not event.is_accepted:
+                raise LinkDown(
+                    f"the broker refused {topic}: {event.reason}; its access list must let the operator write there "
+                    "(`outstation fleet init` of this version writes one that does)"
+                )
+
+
+def _to_outgoing(row: DesiredMessage, now: str) -> OutgoingMessage:
+    topic = topics.parse(row.topic)
+    target = f"{topic.device}/{topic.task}" if topic.task else topic.device
+    event = cloudevent_properties(topic, f"{target}/desired/{row.counter}", now)
+    return OutgoingMessage(row.topic, row.payload, (("jws", row.jws), *event), retain=True)

@@ -1,4 +1,4 @@
-"""What a `.tflite` file says of itself, and the SPEC to fill in that follows from it."""
+"""Model inspection: what a `.tflite` file declares, how its outputs behave, and the SPEC that follows from both."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 
 from agent.drift.baseline.reference import MIN_WINDOWS
 from agent.model.bundle.manifest import DriftSettings
+from agent.model.inference.tensors import ModelInspection, OutputStats, Tensor
 
 if TYPE_CHECKING:
     from agent.model.inference.runtime import TfliteModel
@@ -25,49 +27,9 @@ _MIN_IMAGE_SIDE = 16
 _MIN_REFERENCE_WINDOWS = MIN_WINDOWS * DriftSettings().window
 
 
-class Tensor(msgspec.Struct, frozen=True):
-    """`shape` of one inference; `batch` 0: any; `limits` of the values that a quantized one can hold."""
-
-    name: str
-    shape: tuple[int, ...]
-    batch: int
-    dtype: str
-    limits: tuple[float, float] | None
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def quantization_step(self) -> float:
-        """Between neighbouring values of a quantized tensor."""
-        return (self.limits[1] - self.limits[0]) / (256 if self.dtype.endswith("int8") else 65536) if self.limits else 0
-
-    def __str__(self) -> str:
-        batch = "any batch" if self.batch == 0 else f"a batch of {self.batch}"
-        held = f", values {self.limits[0]:.4g} to {self.limits[1]:.4g}" if self.limits else ""
-        return f"{self.name!r} {self.dtype} {list(self.shape)}, {batch}{held}"
-
-
-class OutputStats(msgspec.Struct, frozen=True):
-    """What an output gave for noise: its least and largest value, and bounds of sums and lengths over an inference."""
-
-    low: float
-    high: float
-    sums: tuple[float, float]
-    norms: tuple[float, float]
-
-
-class ModelInspection(msgspec.Struct, frozen=True):
-    """A model's tensors; what each output answered."""
-
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-    output_stats: Annotated[list[OutputStats], msgspec.Meta(min_length=1)]
-
-
 def inspect_model(content: bytes) -> ModelInspection:
-    """Runs the model: only in a child process. Raises BadBundle."""
+    """Inspect a model by running it: call this in a child process only. Raises BadBundle."""
+    # The parent only renders the result, and needs no runtime.
     from agent.model.inference import runtime
 
     models = [runtime.TfliteModel(content, output=0)]
@@ -77,8 +39,6 @@ def inspect_model(content: bytes) -> ModelInspection:
 
 
 def _measure_output(model: TfliteModel) -> OutputStats:
-    import numpy as np
-
     low, high = model.input_range
     noise = np.random.default_rng(0).uniform(low, high, (_NOISE_ROWS, *model.input_shape)).astype(np.float32)
     found = np.nan_to_num(model.invoke(noise).astype(np.float64), nan=np.inf, posinf=1e300, neginf=-1e300)

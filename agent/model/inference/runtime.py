@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.errors import BadBundle, OutstationError
-from agent.model.inference.inspect import Tensor
+from agent.model.inference.tensors import Tensor
 
 try:
     import ai_edge_litert as package

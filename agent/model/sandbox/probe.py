@@ -26,7 +26,7 @@ from agent.errors import BadBundle
 from agent.model.bundle import manifest
 from agent.model.bundle.bundle import Bundle
 from agent.model.bundle.manifest import Manifest, ResourceLimits
-from agent.model.inference.inspect import ModelInspection
+from agent.model.inference.tensors import ModelInspection
 from agent.model.inference.tuning import MAX_TUNING_S, Tuning
 
 if TYPE_CHECKING:

@@ -74,7 +74,7 @@ def test_a_folder_that_takes_no_file_stops_no_model(tmp_path: Path, caplog: pyte
         with made.guard_run("sort", "sha256:good"):
             pass
     assert len(caplog.records) == 1
-    assert "a model that ends the agent is not found out" in caplog.text
+    assert "a model that ends the daemon is not detected" in caplog.text
 
 
 @given(st.text(max_size=80), st.text(max_size=80), st.integers(0, 300), st.integers(1, 255))

@@ -82,7 +82,7 @@ def test_after_a_second_death_in_a_row_the_one_before_resumes_and_it_is_said_wit
     assert (alert["state"], alert["severity"], alert["id"]) == ("raised", "critical", "sort/quarantine")
     assert alert["summary"] == audit["summary"]
     assert "sort: tiny 2 (sha256:" in alert["summary"]
-    assert "ended the agent 2 times in a row while it ran" in alert["summary"]
+    assert "ended the daemon 2 times in a row while it ran" in alert["summary"]
     assert alert["summary"].endswith("tiny 1 runs instead.")
 
 
@@ -158,8 +158,8 @@ def test_without_a_bundle_to_go_back_to_the_task_stops_and_its_readings_wait(dev
     [alert] = [body for body in device.messages() if body.get("alert") == "model"]
     assert (alert["state"], alert["severity"]) == ("raised", "critical")
     assert "tiny 1 (sha256:" in alert["summary"]
-    assert "ended the agent 2 times in a row while it ran" in alert["summary"]
-    assert "its readings are kept" in alert["summary"]
+    assert "ended the daemon 2 times in a row while it ran" in alert["summary"]
+    assert "readings are kept" in alert["summary"]
     assert audits(device, "quarantined")[0]["evidence"]["to"] is None
     device.add_rows(40)
     device.daemon.tick(NOW)

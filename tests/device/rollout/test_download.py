@@ -86,7 +86,7 @@ def test_a_server_that_answers_with_another_range_is_not_believed(
         it.serve()
 
     web.tricks[:] = [("/targets/", other)]
-    assert "another part" in device.must_fail(wanted, "DownloadError").detail
+    assert "another range" in device.must_fail(wanted, "DownloadError").detail
     assert part(device).stat().st_size == 1_200_000
 
 
@@ -118,7 +118,7 @@ def test_a_download_ends_with_the_window_and_comes_in_the_next(
     device.wall_us = round(now.timestamp() * 1e6)
     device.configure(window=f"{now - timedelta(hours=1):%H:%M}-{now + timedelta(minutes=1):%H:%M}")
     web.tricks[:] = [("/targets/", holding(threading.Event()))]
-    device.must_fail(wanted, "TimeOver")
+    device.must_fail(wanted, "Timeout")
     web.tricks.clear()
     device.wall_us += 86_400_000_000 - 1_000_000_000
     assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
@@ -178,7 +178,7 @@ def test_a_stick_is_a_repository(web: Web, device: Updating, wanted: DesiredBund
 
 def test_a_stick_that_is_not_there_is_named(device: Updating, wanted: DesiredBundle, tmp_path: Path) -> None:
     device.configure(url=str(tmp_path / "stick"))
-    assert "is the stick there?" in device.must_fail(wanted, "DownloadError").detail
+    assert "is the medium mounted?" in device.must_fail(wanted, "DownloadError").detail
 
 
 def test_a_server_that_is_not_there_is_named(web: Web, device: Updating, wanted: DesiredBundle) -> None:
@@ -230,7 +230,7 @@ def test_a_disk_that_is_too_full_for_an_archive_gets_none(
     card: Card, web: Web, on_card: Updating, wanted: DesiredBundle
 ) -> None:
     ballast(card, leave=36 << 20)
-    assert "of disk to arrive and unpack" in on_card.must_fail(wanted, "Unfit").detail
+    assert "of disk for the archive" in on_card.must_fail(wanted, "Incompatible").detail
     assert starts(web) == []
     card.free()
     on_card.must_fetch(wanted)
@@ -244,7 +244,7 @@ def test_a_disk_that_fills_up_under_a_download_loses_nothing(
         it.serve()
 
     web.tricks[:] = [("/targets/", filling)]
-    assert "the disk is full" in on_card.must_fail(wanted, "NoSpace").detail
+    assert "the disk is full" in on_card.must_fail(wanted, "DiskFull").detail
     card.free()
     web.tricks.clear()
     assert on_card.must_fetch(wanted).path.read_bytes() == ARCHIVE
@@ -299,7 +299,7 @@ def test_a_power_cut_at_every_step_of_a_download(card: Card, repository: Signed,
             os.sync()
             before, found = device.floors, device.fetch(wanted)
         done = isinstance(found, FetchedBundle)
-        assert isinstance(found, FetchedBundle) or found.error == "Died"
+        assert isinstance(found, FetchedBundle) or found.error == "WorkerCrashed"
         card.cut(journal=step % 2 == 0)
         with started() as device:
             for role, floor in before.roles.items():
@@ -320,10 +320,10 @@ def test_the_child_does_not_outlive_the_daemon(web: Web, device: Updating, wante
     program = (
         "import sys, time, pathlib\n"
         "from tests.kit.updating import Updating\n"
-        "from agent.wire.desired_state import Wanted\n"
+        "from agent.wire.desired_state import DesiredBundle\n"
         "folder, url = pathlib.Path(sys.argv[1]), sys.argv[2]\n"
         "device = Updating(folder, url, (folder / 'root.json').read_bytes())\n"
-        "device.fetch(Wanted('rollout-1', *sys.argv[3:6], 'all'), 60.0)\n"
+        "device.fetch(DesiredBundle('rollout-1', *sys.argv[3:6], 'all'), 60.0)\n"
     )
     words = (str(device.folder), web.url, wanted.bundle, wanted.version, wanted.digest)
     daemon = subprocess.Popen([sys.executable, "-c", program, *words], cwd=ROOT)

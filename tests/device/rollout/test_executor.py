@@ -54,15 +54,15 @@ def test_a_good_bundle_goes_from_shadow_to_probation_to_settled_and_stays_over_r
     site.until_phase("shadow")
     assert site.batch() == "1"
     site.desire("2", "canary", percent=100.0)
-    site.until_phase("probation")
+    site.until_phase("canary")
     assert [site.batch() for _ in range(3)] == ["2", "2", "2"]
-    site.until_phase("settled")
+    site.until_phase("active")
     assert site.batch() == "2"
     site.desire("2", "all")
     site.crash()
     assert site.runs() == "2"
     assert site.batch() == "2"
-    assert site.phases() == ["fetching", "shadow", "probation", "settled", "settled"]
+    assert site.phases() == ["downloading", "shadow", "canary", "active", "active"]
     assert site.activations() == [(None, "1", "configured"), ("1", "2", "roll-out")]
     assert tiles(site.answered(), 7 * 40)
     assert site.model_alerts() == []
@@ -71,7 +71,7 @@ def test_a_good_bundle_goes_from_shadow_to_probation_to_settled_and_stays_over_r
 def on_probation(site: Site, text: str = "2", **more: Any) -> Site:
     assert site.batch() == "1"
     site.desire(text, "all", **more)
-    site.until_phase("probation")
+    site.until_phase("canary")
     return site
 
 
@@ -79,7 +79,7 @@ def settled(site: Site, text: str = "2") -> Site:
     on_probation(site, text)
     for _ in range(3):
         site.batch()
-    site.until_phase("settled")
+    site.until_phase("active")
     return site
 
 
@@ -91,7 +91,7 @@ def test_a_device_that_is_not_chosen_does_nothing_but_say_so_once(site: Site) ->
     site.tick(10)
     site.desire("2", "canary", percent=0.001)
     site.tick(10)
-    assert site.events() == [("2", "not chosen", "")]
+    assert site.events() == [("2", "not_selected", "")]
     assert site.copies() == {"1"}
     assert site.batch() == "1"
 
@@ -102,7 +102,7 @@ def test_a_shadow_that_is_no_longer_chosen_ends(site: Site) -> None:
     task = site.daemon._scheduled_tasks[0].task
     site.until(lambda: task.batch_observer is not None, "it answers beside")
     site.desire("2", "shadow", percent=0.0)
-    assert site.phase == "not chosen"
+    assert site.phase == "not_selected"
     assert task.batch_observer is None
     assert site.daemon._rollout.rollouts._rollouts["sort"].canary is None
 
@@ -123,14 +123,14 @@ def test_what_was_compared_outlives_a_restart_and_goes_when_the_bundle_settles(s
     assert (kept_of.rollout, kept_of.message_count) == ("r-2", 1)
     for _ in range(2):
         site.batch()
-    site.until_phase("settled")
+    site.until_phase("active")
     assert compared(site) is None
     site.crash()
     site.batch()
     assert compared(site) is None
 
 
-@pytest.mark.parametrize(("text", "phase"), [("error", "refused"), ("2", "withdrawn"), ("3", "not chosen")])
+@pytest.mark.parametrize(("text", "phase"), [("error", "rejected"), ("2", "cancelled"), ("3", "not_selected")])
 def test_what_was_compared_goes_when_a_shadow_ends(site: Site, text: str, phase: str) -> None:
     site.desire(text, "shadow")
     site.until_phase("shadow")
@@ -138,9 +138,9 @@ def test_what_was_compared_goes_when_a_shadow_ends(site: Site, text: str, phase:
     site.batch()
     site.until(lambda: compared(site) is not None, "it was told of the first batch")
     match phase:
-        case "refused":
+        case "rejected":
             site.batch(wild=True)
-        case "withdrawn":
+        case "cancelled":
             site.desire_tasks({})
         case _:
             site.desire(text, "shadow", percent=0.0)
@@ -157,7 +157,7 @@ def test_a_shadow_that_goes_on_probation_is_compared_anew(site: Site) -> None:
     site.batch()
     site.until(lambda: compared(site) is not None, "it was told of the first batch")
     site.desire("2", "canary")
-    site.until_phase("probation")
+    site.until_phase("canary")
     assert compared(site) is None
     site.batch()
     site.until(lambda: compared(site) is not None, "it was told of the first batch")
@@ -170,7 +170,7 @@ def test_what_nobody_mentions_any_more_goes_on(site: Site) -> None:
     settled(site)
     site.desire_tasks({})
     site.crash()
-    assert (site.phase, site.batch()) == ("settled", "2")
+    assert (site.phase, site.batch()) == ("active", "2")
 
 
 def shadows(site: Site) -> list[dict[str, Any]]:
@@ -185,8 +185,8 @@ def test_a_shadow_answers_the_same_windows_publishes_no_result_and_tells_how_the
         assert site.batch() == "1"
         site.until(lambda: len(shadows(site)) >= len(site.results()), "it was told")
     [first, *_] = shadows(site)
-    assert (first["rollout"], first["model"]["version"], first["beside"]["version"]) == ("r-2", "1", "2")
-    assert sum(one["n"] for one in shadows(site)) == sum(one["same"] for one in shadows(site)) == 3 * 40
+    assert (first["rollout"], first["model"]["version"], first["other"]["version"]) == ("r-2", "1", "2")
+    assert sum(one["n"] for one in shadows(site)) == sum(one["agreeing"] for one in shadows(site)) == 3 * 40
     assert tiles(site.answered(), 3 * 40)
 
 
@@ -196,8 +196,8 @@ def test_a_shadow_that_crashes_is_refused_and_no_batch_waits_for_it(site: Site) 
     site.until_phase("shadow")
     site.until(site.is_beside, "it answers beside")
     assert site.batch(wild=True) == "1"
-    site.until_phase("refused")
-    assert site.reason == "errors"
+    site.until_phase("rejected")
+    assert site.reason == "error_rate"
     assert site.standing is not None
     assert "crashed" in site.standing.detail
     assert site.batch() == "1"
@@ -207,7 +207,7 @@ def test_a_shadow_that_crashes_is_refused_and_no_batch_waits_for_it(site: Site) 
 def test_on_probation_the_one_before_answers_beside_and_the_comparison_is_told(site: Site) -> None:
     settled(site)
     told = shadows(site)
-    assert {(one["model"]["version"], one["beside"]["version"]) for one in told} == {("2", "1")}
+    assert {(one["model"]["version"], one["other"]["version"]) for one in told} == {("2", "1")}
     assert sum(one["n"] for one in told) == 3 * 40
     assert site.standing is not None
     assert site.standing.numbers["batches"] == 3
@@ -218,8 +218,8 @@ def test_on_probation_the_one_before_answers_beside_and_the_comparison_is_told(s
 
 def test_one_whose_golden_vectors_do_not_come_out_is_refused_and_never_answers(site: Site) -> None:
     site.desire("wrong", "all")
-    site.until_phase("refused")
-    assert site.events() == [("wrong", "fetching", ""), ("wrong", "refused", "golden")]
+    site.until_phase("rejected")
+    assert site.events() == [("wrong", "downloading", ""), ("wrong", "rejected", "golden_vectors")]
     assert site.model_alerts() == [("raised", "warning")]
     assert site.batch() == "1"
     assert site.copies() == {"1"}
@@ -232,34 +232,34 @@ def test_one_that_dies_or_fails_on_probation_serves_no_result_and_the_one_before
     on_probation(site, trap)
     assert site.batch() == trap
     assert site.batch(wild=True) == "1"
-    assert (site.phase, site.reason) == ("rolled back", {"error": "errors"}.get(trap, trap))
+    assert (site.phase, site.reason) == ("rolled_back", {"error": "error_rate"}.get(trap, trap))
     assert site.batch() == "1"
     assert tiles(site.answered(), 4 * 40)
     assert [body["model"]["version"] for body in site.results()] == ["1", trap, "1", "1"]
     assert site.model_alerts() == [("raised", "critical")]
-    assert site.activations()[-1] == (trap, "1", "rolled back")
+    assert site.activations()[-1] == (trap, "1", "rolled_back")
 
 
 def test_one_that_hangs_is_ended_in_time_and_the_daemon_goes_on(site: Site) -> None:
-    on_probation(site, "hang", rules={"batch_s": 1.0})
+    on_probation(site, "hang", rules={"batch_timeout_s": 1.0})
     assert site.batch(wild=True) == "1"
-    assert (site.phase, site.reason) == ("rolled back", "hang")
+    assert (site.phase, site.reason) == ("rolled_back", "hang")
     assert tiles(site.answered(), 2 * 40)
 
 
 def test_a_share_of_batches_may_fail_where_the_rules_say_so_and_the_one_before_answers_them(site: Site) -> None:
-    on_probation(site, "error", rules={"errors": 0.5, "batches": 5})
+    on_probation(site, "error", rules={"max_error_rate": 0.5, "min_batches": 5})
     assert [site.batch(wild=wild) for wild in (False, True, False, False)] == ["error", "1", "error", "error"]
-    assert site.phase == "probation"
+    assert site.phase == "canary"
     assert site.batch() == "error"
-    site.until_phase("settled")
+    site.until_phase("active")
     assert tiles(site.answered(), 6 * 40)
     assert site.standing is not None
     assert site.standing.numbers["errors"] == 1
 
 
 def test_one_whose_batch_takes_longer_than_it_may_is_taken_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_probation(site, rules={"batch_s": 20.0})
+    on_probation(site, rules={"batch_timeout_s": 20.0})
     model = site.daemon._scheduled_tasks[0].task.model
     invoke = model.invoke
 
@@ -269,7 +269,7 @@ def test_one_whose_batch_takes_longer_than_it_may_is_taken_back(site: Site, monk
 
     monkeypatch.setattr(model, "invoke", slowly)
     assert site.batch() == "2"
-    assert (site.phase, site.reason) == ("rolled back", "batch time")
+    assert (site.phase, site.reason) == ("rolled_back", "batch_timeout")
     assert site.batch() == "1"
 
 
@@ -277,11 +277,11 @@ def test_one_whose_batch_takes_longer_than_it_may_is_taken_back(site: Site, monk
 def test_one_that_answers_otherwise_is_taken_back_when_its_time_is_over_and_not_before(
     site: Site, batches: int
 ) -> None:
-    on_probation(site, "otherwise", rules={"batches": batches, "agreement": 0.75})
+    on_probation(site, "otherwise", rules={"min_batches": batches, "min_agreement": 0.75})
     assert {site.batch() for _ in range(batches - 1)} == {"otherwise"}
-    assert site.phase == "probation"
+    assert site.phase == "canary"
     site.batch()
-    assert (site.phase, site.reason) == ("rolled back", "agreement")
+    assert (site.phase, site.reason) == ("rolled_back", "agreement")
     assert sum(one["batches"] for one in shadows(site)) == batches
     assert site.batch() == "1"
 
@@ -289,16 +289,16 @@ def test_one_that_answers_otherwise_is_taken_back_when_its_time_is_over_and_not_
 def test_where_there_is_no_room_to_tell_what_was_compared_last_it_does_not_settle_before_there_is(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_probation(site, "otherwise", rules={"batches": 25, "agreement": 0.75})
+    on_probation(site, "otherwise", rules={"min_batches": 25, "min_agreement": 0.75})
     for _ in range(24):
         site.batch()
     with monkeypatch.context() as full:
         full.setattr(MessageLog, "append", _refuse_comparisons(MessageLog.append))
         site.batch()
         site.tick()
-        assert site.phase == "probation"
+        assert site.phase == "canary"
     site.tick(HOUR_S)
-    assert (site.phase, site.reason) == ("rolled back", "agreement")
+    assert (site.phase, site.reason) == ("rolled_back", "agreement")
 
 
 def _refuse_comparisons(write: Callable[..., Any]) -> Callable[..., Any]:
@@ -311,18 +311,18 @@ def _refuse_comparisons(write: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def test_what_was_taken_back_is_held_for_every_roll_out_until_its_time_is_over(site: Site) -> None:
-    on_probation(site, "crash", rules={"hold_hours": 2.0})
+    on_probation(site, "crash", rules={"hold_off_hours": 2.0})
     site.batch(wild=True)
-    assert site.phase == "rolled back"
+    assert site.phase == "rolled_back"
     site.desire("crash", "all", "another")
-    assert (site.phase, site.reason) == ("refused", "held")
+    assert (site.phase, site.reason) == ("rejected", "hold_off")
     site.crash()
     site.tick()
-    assert (site.phase, site.reason) == ("refused", "held")
+    assert (site.phase, site.reason) == ("rejected", "hold_off")
     site.tick(1.9 * HOUR_S)
-    assert (site.phase, site.reason) == ("refused", "held")
+    assert (site.phase, site.reason) == ("rejected", "hold_off")
     site.tick(0.2 * HOUR_S)
-    site.until_phase("probation")
+    site.until_phase("canary")
     assert site.model_alerts() == [("raised", "critical"), ("raised", "warning"), ("cleared", "info")]
 
 
@@ -331,7 +331,7 @@ def test_another_bundle_may_be_tried_while_one_is_held(site: Site) -> None:
     on_probation(site, "crash")
     site.batch(wild=True)
     site.desire("2", "all")
-    site.until_phase("probation")
+    site.until_phase("canary")
     assert site.batch() == "2"
 
 
@@ -344,75 +344,75 @@ def test_an_operators_rollback_on_probation_takes_it_back_and_holds_it(site: Sit
     ok, summary, data = site.obey("rollback", task="sort")
     assert ok, summary
     assert (data["from"], data["to"]) == (site.digest("2"), site.digest("1"))
-    assert (site.phase, site.reason) == ("rolled back", "operator")
+    assert (site.phase, site.reason) == ("rolled_back", "operator")
     assert site.batch() == "1"
     site.tick(60)
     site.crash()
     site.tick(60)
-    assert (site.phase, site.batch()) == ("rolled back", "1")
+    assert (site.phase, site.batch()) == ("rolled_back", "1")
     assert tiles(site.answered(), 4 * 40)
 
 
 def test_an_operators_rollback_after_it_settled_does_the_same(site: Site) -> None:
     settled(site)
     assert site.obey("rollback", task="sort")[0]
-    assert (site.phase, site.reason, site.batch()) == ("rolled back", "operator", "1")
+    assert (site.phase, site.reason, site.batch()) == ("rolled_back", "operator", "1")
     site.crash()
     site.tick()
-    assert (site.phase, site.batch()) == ("rolled back", "1")
+    assert (site.phase, site.batch()) == ("rolled_back", "1")
 
 
-@pytest.mark.parametrize("phase", ["shadow", "probation"])
+@pytest.mark.parametrize("phase", ["shadow", "canary"])
 def test_called_back_it_goes_from_where_it_was_tried(site: Site, phase: str) -> None:
     assert site.batch() == "1"
     site.desire("2", "shadow" if phase == "shadow" else "all")
     site.until_phase(phase)
     site.batch()
-    site.desire("2", "back")
-    assert (site.phase, site.reason) == ("withdrawn", "aborted")
+    site.desire("2", "rollback")
+    assert (site.phase, site.reason) == ("cancelled", "aborted")
     assert site.batch() == "1"
     assert tiles(site.answered(), 3 * 40)
 
 
 def test_called_back_after_it_settled_the_one_before_proves_itself_again_and_runs(site: Site) -> None:
     settled(site)
-    site.desire("2", "back")
+    site.desire("2", "rollback")
     assert site.batch() == "2"
-    site.until_phase("withdrawn")
+    site.until_phase("cancelled")
     assert site.batch() == "1"
     site.crash()
     site.tick()
-    assert (site.phase, site.batch()) == ("withdrawn", "1")
+    assert (site.phase, site.batch()) == ("cancelled", "1")
 
 
 def test_called_back_where_nothing_else_is_kept_it_goes_on_until_there_is(site: Site) -> None:
     settled(site)
     copy = history.copy_folder(site.conf.data_dir, site.digest("1"))
     copy.rename(site.home / "away")
-    site.desire("2", "back")
+    site.desire("2", "rollback")
     site.tick()
-    assert (site.phase, site.reason, site.batch()) == ("refused", "unfit", "2")
+    assert (site.phase, site.reason, site.batch()) == ("rejected", "incompatible", "2")
     (site.home / "away").rename(copy)
-    site.until_phase("withdrawn")
+    site.until_phase("cancelled")
     assert site.batch() == "1"
     site.crash()
     site.tick()
-    assert (site.phase, site.batch()) == ("withdrawn", "1")
+    assert (site.phase, site.batch()) == ("cancelled", "1")
 
 
 def test_a_config_that_names_another_bundle_ends_what_the_roll_out_brought_and_it_says_why(site: Site) -> None:
     settled(site)
     site.crash("3")
     site.tick()
-    assert site.phase == "withdrawn"
+    assert site.phase == "cancelled"
     assert site.standing is not None
     assert "the config on this device names another bundle" in site.standing.detail
     assert site.batch() == "3"
     site.crash()
     site.tick()
-    assert (site.phase, site.batch()) == ("withdrawn", "3")
+    assert (site.phase, site.batch()) == ("cancelled", "3")
     site.desire("2", "all", "another")
-    site.until_phase("probation")
+    site.until_phase("canary")
 
 
 def test_a_config_that_is_changed_while_a_bundle_is_on_probation_ends_that(site: Site) -> None:
@@ -420,10 +420,10 @@ def test_a_config_that_is_changed_while_a_bundle_is_on_probation_ends_that(site:
     site.batch()
     site.crash("3")
     site.tick()
-    assert (site.phase, site.batch()) == ("withdrawn", "3")
+    assert (site.phase, site.batch()) == ("cancelled", "3")
     site.crash()
     assert site.batch() == "3"
-    assert site.activations()[-1] == ("2", "3", "withdrawn")
+    assert site.activations()[-1] == ("2", "3", "cancelled")
 
 
 def test_a_rollback_right_after_a_start_takes_back_what_was_on_probation(site: Site) -> None:
@@ -433,7 +433,7 @@ def test_a_rollback_right_after_a_start_takes_back_what_was_on_probation(site: S
     assert site.daemon._rollout.is_resuming("sort")
     ok, summary, _ = site.obey("rollback", task="sort")
     assert ok, summary
-    assert (site.phase, site.reason, site.batch()) == ("rolled back", "operator", "1")
+    assert (site.phase, site.reason, site.batch()) == ("rolled_back", "operator", "1")
     assert tiles(site.answered(), 3 * 40)
 
 
@@ -452,22 +452,22 @@ def test_one_that_ends_the_agent_as_it_settles_is_taken_back_after_the_first_tim
     on_probation(site)
     site.batch()
     marked(site, "2")
-    assert (site.phase, site.reason) == ("rolled back", "crash")
+    assert (site.phase, site.reason) == ("rolled_back", "crash")
     assert site.batch() == "1"
     site.crash()
     site.tick()
-    assert (site.phase, site.batch()) == ("rolled back", "1")
-    assert site.phases() == ["fetching", "probation", "rolled back"]
+    assert (site.phase, site.batch()) == ("rolled_back", "1")
+    assert site.phases() == ["downloading", "canary", "rolled_back"]
     assert [body["event"] for body in site.messages() if body.get("event") == "quarantined"] == []
 
 
 def test_one_that_ends_the_agent_twice_after_it_settled_counts_as_taken_back(site: Site) -> None:
     settled(site)
     marked(site, "2")
-    assert site.phase == "settled"
+    assert site.phase == "active"
     marked(site, "2")
     site.tick()
-    assert (site.phase, site.reason, site.batch()) == ("rolled back", "crash", "1")
+    assert (site.phase, site.reason, site.batch()) == ("rolled_back", "crash", "1")
 
 
 def test_an_agent_that_is_to_stop_does_not_wait_for_a_bundle_that_hangs(site: Site) -> None:
@@ -477,7 +477,7 @@ def test_an_agent_that_is_to_stop_does_not_wait_for_a_bundle_that_hangs(site: Si
     began = time.monotonic()
     site.daemon._run_batches(site.daemon._scheduled_tasks[0], site.now)
     assert time.monotonic() - began < 30
-    assert (site.phase, site.store.cursor("sort")) == ("probation", 40)
+    assert (site.phase, site.store.cursor("sort")) == ("canary", 40)
 
 
 def test_a_task_whose_bundle_is_broken_is_rescued_by_a_roll_out(site: Site) -> None:
@@ -487,9 +487,9 @@ def test_a_task_whose_bundle_is_broken_is_rescued_by_a_roll_out(site: Site) -> N
     site.start()
     assert site.runs() is None
     site.desire("2", "all")
-    site.until_phase("probation")
+    site.until_phase("canary")
     assert [site.batch() for _ in range(3)] == ["2", "2", "2"]
-    site.until_phase("settled")
+    site.until_phase("active")
     site.crash()
     assert site.batch() == "2"
 
@@ -501,11 +501,11 @@ def test_where_nothing_ran_before_and_the_bundle_crashes_readings_wait(site: Sit
         (path / "model.tflite").write_bytes(b"no model")
     site.start()
     site.desire("crash", "all")
-    site.until_phase("probation")
+    site.until_phase("canary")
     assert site.batch() == "crash"
     site.feed(wild=True)
     site.work()
-    assert (site.phase, site.runs(), site.store.cursor("sort")) == ("rolled back", None, 40)
+    assert (site.phase, site.runs(), site.store.cursor("sort")) == ("rolled_back", None, 40)
 
 
 # --- drift ---
@@ -526,7 +526,7 @@ def learned(site: Site) -> str:
 def test_a_bundle_that_is_taken_back_costs_the_site_nothing_that_it_had_learned(site: Site) -> None:
     before = learned(site)
     site.desire("crash", "all")
-    site.until_phase("probation")
+    site.until_phase("canary")
     site.batch()
     assert site.store.load_state("sort", task_keys.SITE_REFERENCE) is None
     site.crash()
@@ -543,11 +543,11 @@ def test_a_bundle_that_is_taken_back_costs_the_site_nothing_that_it_had_learned(
 def test_a_bundle_that_settles_learns_the_site_anew_and_it_is_said_once(site: Site) -> None:
     learned(site)
     site.desire("2", "all")
-    site.until_phase("probation")
+    site.until_phase("canary")
     assert resets(site) == 0
     for _ in range(3):
         site.batch()
-    site.until_phase("settled")
+    site.until_phase("active")
     site.crash()
     assert (site.batch(), resets(site)) == ("2", 1)
 
@@ -560,14 +560,14 @@ def test_without_updates_a_bundle_that_is_not_here_is_refused_and_taken_up_once_
 ) -> None:
     site = Site(tmp_path, bundles)
     site.desire("2", "all")
-    site.until_phase("refused")
-    assert site.reason == "fetch"
+    site.until_phase("rejected")
+    assert site.reason == "download_failed"
     assert site.standing is not None
     assert "no [updates]" in site.standing.detail
     site._offered = ("2",)
     site.crash()
-    site.until_phase("probation")
-    assert site.phases() == ["fetching", "refused", "probation"]
+    site.until_phase("canary")
+    assert site.phases() == ["downloading", "rejected", "canary"]
     site.stop()
 
 
@@ -579,14 +579,14 @@ def test_a_deadline_that_is_over_is_told_once_and_no_more_when_it_got_there(site
     site.tick()
     told = [body["evidence"] for body in site.messages() if body.get("event") == "rollout"]
     assert [(one["phase"], one["late"]) for one in told] == [
-        ("fetching", False),
-        ("probation", False),
-        ("probation", True),
+        ("downloading", False),
+        ("canary", False),
+        ("canary", True),
     ]
     assert site.obey("report")[2]["tasks"][0]["rollout"]["late"] is True
     site.batch()
     site.batch()
-    site.until_phase("settled")
+    site.until_phase("active")
     assert site.standing is not None
     assert not site.standing.late
 
@@ -610,9 +610,9 @@ def test_while_a_bundle_is_proved_batches_go_on_and_no_turn_waits_for_it(
         site.tick()
         assert site.batch() == "1"
         assert time.monotonic() - began < 60
-    assert site.phase == "fetching"
+    assert site.phase == "downloading"
     may_go_on.set()
-    site.until_phase("probation")
+    site.until_phase("canary")
 
 
 def test_two_tasks_come_to_the_same_bundle_at_once(site: Site) -> None:
@@ -624,7 +624,7 @@ def test_two_tasks_come_to_the_same_bundle_at_once(site: Site) -> None:
     wanted = site.wanted("2", "all")
     site.desire_tasks({"sort": wanted, "again": wanted})
     site.until(lambda: on_probation_now(site.store, "again") == site.digest("2"), "the other task's")
-    site.until_phase("probation")
+    site.until_phase("canary")
 
 
 # --- what others see ---
@@ -632,22 +632,22 @@ def test_two_tasks_come_to_the_same_bundle_at_once(site: Site) -> None:
 
 def test_health_and_status_say_what_it_has_what_it_wants_and_why_they_differ(site: Site) -> None:
     site.desire("wrong", "all", "r7")
-    site.until_phase("refused")
+    site.until_phase("rejected")
     status = site.obey("report")[2]["tasks"][0]
     health = [body for body in site.messages() if body["kind"] == "health"][-1]["tasks"]["sort"]
     for told in (status, health):
         one = told["rollout"]
-        assert (one["id"], one["strategy"], one["phase"], one["reason"]) == ("r7", "all", "refused", "golden")
-        assert one["wants"] == {"name": "tiny", "version": "wrong", "digest": site.digest("wrong")}
-        assert (one["chosen"], one["percent"], one["late"]) == (True, 100.0, False)
-        assert "golden" in one["why"]
+        assert (one["id"], one["strategy"], one["phase"], one["reason"]) == ("r7", "all", "rejected", "golden_vectors")
+        assert one["desired"] == {"name": "tiny", "version": "wrong", "digest": site.digest("wrong")}
+        assert (one["selected"], one["percent"], one["late"]) == (True, 100.0, False)
+        assert "golden" in one["detail"]
     assert status["bundle"] == "tiny 1"
 
 
 def test_a_candidate_is_kept_with_the_one_that_runs_and_goes_when_it_was_taken_back(site: Site) -> None:
     on_probation(site)
     assert site.copies() == {"1", "2"}
-    site.desire("2", "back")
+    site.desire("2", "rollback")
     assert site.copies() == {"1"}
 
 
@@ -661,6 +661,6 @@ def test_a_batch_by_hand_while_a_bundle_is_on_probation_is_answered_by_the_one_b
     assert ended.value.code in (0, None)
     site.start()
     assert site.results()[-1]["model"]["version"] == "1"
-    assert (site.phase, site.batch()) == ("probation", "2")
+    assert (site.phase, site.batch()) == ("canary", "2")
     assert tiles(site.answered(), 4 * 40)
     assert site.activations()[-1] == ("1", "2", "roll-out")

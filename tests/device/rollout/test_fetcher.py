@@ -12,7 +12,7 @@ import pytest
 from agent.clock import ClockReading
 from agent.config import Duration, TaskConfig, UpdatesConfig
 from agent.device.machine.timekeeping import FLOOR
-from agent.device.rollout.fetch import version_floors, window
+from agent.device.rollout.fetch import fetcher, version_floors
 from agent.device.rollout.fetch.fetcher import FetchedBundle, Fetcher, FetchFailure
 from agent.device.rollout.fetch.version_floors import VersionFloors
 from agent.device.store.transaction import Transaction
@@ -84,7 +84,7 @@ def test_archives_come_in_the_window_only_and_metadata_all_day(
     settle(device)
     assert web.asked != []
     assert archives_asked(web) == []
-    assert "waits for the window" in str(report(device)["fetching"])
+    assert "waits for the window" in str(report(device)["downloads"])
     device.wall_us += 3 * HOUR_US
     assert isinstance(device.result(), FetchedBundle)
 
@@ -104,14 +104,14 @@ def test_archives_come_in_the_window_only_and_metadata_all_day(
 def test_a_window_is_of_the_local_day_and_may_reach_over_midnight(text: str, clock: str, expected_s: float) -> None:
     wall_us = round(datetime.fromisoformat(f"2026-11-26T{clock}").timestamp() * 1e6)
     updates = UpdatesConfig(url="https://updates.example.org", window=text)
-    assert window.seconds_until_close(updates, ClockReading(wall_us, 0.0, "synced")) == expected_s
-    assert window.seconds_until_close(updates, ClockReading(wall_us, 0.0, "restored")) == expected_s
-    assert window.seconds_until_close(updates, ClockReading(wall_us, 0.0, "unsynced")) == 0
+    assert fetcher.seconds_until_close(updates, ClockReading(wall_us, 0.0, "synced")) == expected_s
+    assert fetcher.seconds_until_close(updates, ClockReading(wall_us, 0.0, "restored")) == expected_s
+    assert fetcher.seconds_until_close(updates, ClockReading(wall_us, 0.0, "unsynced")) == 0
 
 
 def test_a_clock_at_the_end_of_time_has_a_time_of_day() -> None:
     updates = UpdatesConfig(url="https://updates.example.org", window="00:00-23:59")
-    assert 0 <= window.seconds_until_close(updates, ClockReading(2**62, 0.0, "restored")) < 86_400
+    assert 0 <= fetcher.seconds_until_close(updates, ClockReading(2**62, 0.0, "restored")) < 86_400
 
 
 def test_tries_come_later_each_time_and_no_two_devices_at_once(device: Updating, wanted: DesiredBundle) -> None:
@@ -167,7 +167,7 @@ def test_a_download_that_is_stopped_is_no_trouble_with_the_repository(
     device.fetcher.stop("exercise")
     settle(device)
     assert report(device)["error"] == ""
-    assert report(device)["fetching"] == {}
+    assert report(device)["downloads"] == {}
 
 
 def test_tasks_take_turns_and_one_that_fails_holds_up_none(
@@ -194,7 +194,7 @@ def test_the_same_wanted_twice_is_one_download(web: Web, device: Updating, wante
     assert isinstance(device.result(), FetchedBundle)
     assert len(archives_asked(web)) == 1
     settle(device)
-    assert report(device)["fetching"] == {}
+    assert report(device)["downloads"] == {}
 
 
 def test_another_one_wanted_ends_the_download_of_the_first(
@@ -224,13 +224,13 @@ def test_a_child_that_hangs_is_killed_in_its_time(device: Updating, wanted: Desi
     device.later_s += 3_700
     found = device.result()
     assert isinstance(found, FetchFailure)
-    assert found.error == "TimeOver"
+    assert found.error == "Timeout"
 
 
 def test_a_child_that_cannot_be_started_is_a_try_that_failed(device: Updating, wanted: DesiredBundle) -> None:
     device.command = ("/nowhere/python",)
     device.restart()
-    assert "no process to fetch with" in device.must_fail(wanted, "Died").detail
+    assert "no fetch worker can be started" in device.must_fail(wanted, "WorkerCrashed").detail
 
 
 def test_nothing_of_an_answer_counts_before_its_floors_are_in_the_store(
@@ -281,7 +281,7 @@ def test_a_root_that_is_missing_is_named(device: Updating, wanted: DesiredBundle
     (device.folder / "root.json").unlink()
     found = device.fetch(wanted)
     assert isinstance(found, FetchFailure)
-    assert found.error == "NoRoot"
+    assert found.error == "MissingRoot"
     assert str(device.folder / "root.json") in found.detail
 
 

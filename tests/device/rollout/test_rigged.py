@@ -26,8 +26,8 @@ CALM = np.clip(readings(40), -3, 3)
 WILD = np.where(np.arange(160).reshape(40, 4) == 77, np.float32(3.9), CALM)
 RUN = """
 import sys, numpy as np
-from agent.model import runtime
-runtime.Model(open(sys.argv[1], "rb").read()).invoke(np.load(sys.argv[2]))
+from agent.model.inference import runtime
+runtime.TfliteModel(open(sys.argv[1], "rb").read()).invoke(np.load(sys.argv[2]))
 print("done")
 """
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from agent.comparison import paired_intervals
-from agent.device.rollout import trial
+from agent.device.rollout import canary
 from agent.errors import StorageError
 from scripts.kit import rig
 from scripts.kit.bundles import CENTRES, LABELS, Floats, change_manifest, model, readings
@@ -21,7 +21,7 @@ from tests.kit.exchanges import version
 from tests.kit.rollouts import HOUR_S, Site, bundles_in, tiles, with_model
 
 BATCHES = 12
-NOTHING_ASKED = {"accuracy_drop": None, "error_growth": None, "output_drift": False}
+NOTHING_ASKED = {"max_accuracy_drop": None, "max_error_growth": None, "output_drift": False}
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +69,15 @@ def site(tmp_path: Path, template: Site) -> Iterator[Site]:
 
 def on_probation(site: Site, text: str, **rules: Any) -> None:
     assert site.batch() == "1"
-    site.desire(text, "all", rules={**NOTHING_ASKED, "batches": BATCHES, **rules})
-    site.until_phase("probation")
+    site.desire(text, "all", rules={**NOTHING_ASKED, "min_batches": BATCHES, **rules})
+    site.until_phase("canary")
 
 
 def until_over(site: Site, batch: Callable[[], object], most: int = 60) -> int:
     """Batches until the bundle is no longer on probation; how many."""
     for count in range(1, most + 1):
         batch()
-        if site.phase != "probation":
+        if site.phase != "canary":
             return count
     raise AssertionError(f"after {most} batches it stands {site.standing}")
 
@@ -94,13 +94,13 @@ def labelled_batch(site: Site) -> None:
 
 def is_taken_back(site: Site, text: str, reason: str) -> None:
     """The one before answers, no row was skipped or answered twice, and it is said once with its numbers."""
-    assert (site.phase, site.reason) == ("rolled back", reason)
+    assert (site.phase, site.reason) == ("rolled_back", reason)
     assert site.model_alerts() == [("raised", "critical")]
-    assert site.activations()[-1] == (text, "1", "rolled back")
+    assert site.activations()[-1] == (text, "1", "rolled_back")
     assert site.batch() == "1"
     assert tiles(site.answered(), site._written)
     site.desire(text, "all", "another")
-    assert (site.phase, site.reason) == ("refused", "held")
+    assert (site.phase, site.reason) == ("rejected", "hold_off")
     site.crash()
     assert site.batch() == "1"
 
@@ -109,7 +109,7 @@ def is_taken_back(site: Site, text: str, reason: str) -> None:
 
 
 def test_one_that_labels_say_is_worse_is_taken_back_for_labels(site: Site) -> None:
-    on_probation(site, "mixed", accuracy_drop=0.05, hours=1.0)
+    on_probation(site, "mixed", max_accuracy_drop=0.05, min_hours=1.0)
     assert until_over(site, lambda: labelled_batch(site)) >= BATCHES
     assert site.standing is not None
     numbers = site.standing.numbers
@@ -119,23 +119,23 @@ def test_one_that_labels_say_is_worse_is_taken_back_for_labels(site: Site) -> No
 
 
 def test_without_labels_nothing_speaks_against_one_that_names_its_classes_wrongly(site: Site) -> None:
-    on_probation(site, "mixed", accuracy_drop=0.05)
+    on_probation(site, "mixed", max_accuracy_drop=0.05)
     until_over(site, site.batch)
-    assert site.phase == "settled"
+    assert site.phase == "active"
 
 
 @pytest.mark.parametrize(
     ("text", "rules", "reason"),
     [
-        ("mixed", {"agreement": 0.9}, "agreement"),
-        ("doubtful", {"accuracy_drop": 0.05}, "estimate"),
-        ("slow", {"slower": 3.0}, "latency"),
+        ("mixed", {"min_agreement": 0.9}, "agreement"),
+        ("doubtful", {"max_accuracy_drop": 0.05}, "estimated_accuracy"),
+        ("slow", {"max_latency_ratio": 3.0}, "latency"),
     ],
 )
 def test_one_that_is_worse_than_the_one_before_is_taken_back(
     site: Site, text: str, rules: dict[str, float], reason: str
 ) -> None:
-    on_probation(site, text, hours=1.0, **rules)
+    on_probation(site, text, min_hours=1.0, **rules)
     assert until_over(site, site.batch) >= BATCHES
     assert site.standing is not None
     numbers = site.standing.numbers
@@ -146,17 +146,17 @@ def test_one_that_is_worse_than_the_one_before_is_taken_back(
 
 
 def test_the_last_batch_that_was_asked_for_is_judged_before_a_bundle_settles(site: Site) -> None:
-    on_probation(site, "mixed", agreement=0.9)
+    on_probation(site, "mixed", min_agreement=0.9)
     assert until_over(site, site.batch) == BATCHES
     is_taken_back(site, "mixed", "agreement")
 
 
 def test_one_that_is_as_good_settles_by_all_rules_together(site: Site) -> None:
-    on_probation(site, "2", accuracy_drop=0.05, agreement=0.9, output_drift=True)
+    on_probation(site, "2", max_accuracy_drop=0.05, min_agreement=0.9, output_drift=True)
     until_over(site, lambda: labelled_batch(site))
-    assert site.phase == "settled"
+    assert site.phase == "active"
     assert site.standing is not None
-    assert {"labels", "estimate", "agreement"} <= site.standing.numbers.keys()
+    assert {"labels", "estimated_accuracy", "agreement"} <= site.standing.numbers.keys()
 
 
 # --- answers that drift ---
@@ -188,7 +188,7 @@ def know_the_site(site: Site, small: int = 0) -> None:
     calm = np.clip(readings(40 * small), -3, 3)
     for first in range(0, 40 * small, 40):
         batch_of(site, calm[first : first + 40])
-    assert site.phase == "probation"
+    assert site.phase == "canary"
     assert not is_alarmed(site)
 
 
@@ -199,50 +199,50 @@ def is_alarmed(site: Site) -> bool:
 
 
 def test_one_whose_answers_drift_where_those_of_the_one_before_do_not_is_taken_back(site: Site) -> None:
-    on_probation(site, "sensitive", output_drift=True, hours=1.0)
+    on_probation(site, "sensitive", output_drift=True, min_hours=1.0)
     know_the_site(site, BATCHES)
     until_over(site, lambda: batch_of(site, loud(400)))
-    is_taken_back(site, "sensitive", "output drift")
+    is_taken_back(site, "sensitive", "output_drift")
 
 
 def test_a_site_that_changes_takes_back_none_that_says_of_it_what_the_one_before_says(site: Site) -> None:
-    on_probation(site, "2", output_drift=True, hours=1.0)
+    on_probation(site, "2", output_drift=True, min_hours=1.0)
     know_the_site(site, BATCHES)
     batch_of(site, one_class(800))
     assert is_alarmed(site)
-    assert site.phase == "probation"
+    assert site.phase == "canary"
     site.tick(HOUR_S)
-    site.until_phase("settled")
+    site.until_phase("active")
     assert tiles(site.answered(), site._written)
 
 
 def test_a_site_that_changes_before_the_two_can_be_compared_is_waited_for(site: Site) -> None:
-    on_probation(site, "2", output_drift=True, batches=3)
+    on_probation(site, "2", output_drift=True, min_batches=3)
     know_the_site(site)
     batch_of(site, one_class(800))
     assert is_alarmed(site)
-    assert site.phase == "probation", "three batches were asked, and tell nothing"
+    assert site.phase == "canary", "three batches were asked, and tell nothing"
     assert until_over(site, lambda: batch_of(site, one_class(40))) >= 5
-    assert site.phase == "settled"
+    assert site.phase == "active"
 
 
 def test_one_whose_answers_drift_before_the_two_can_be_compared_is_taken_back_once_they_can(site: Site) -> None:
-    on_probation(site, "sensitive", output_drift=True, batches=3)
+    on_probation(site, "sensitive", output_drift=True, min_batches=3)
     know_the_site(site)
     batch_of(site, loud(800))
     assert is_alarmed(site)
-    assert site.phase == "probation"
+    assert site.phase == "canary"
     until_over(site, lambda: batch_of(site, loud(40)))
-    is_taken_back(site, "sensitive", "output drift")
+    is_taken_back(site, "sensitive", "output_drift")
 
 
 def test_where_answers_cannot_be_compared_their_drift_speaks_against_a_bundle_by_itself(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "_has_open_output_alert", lambda state: True)
+    monkeypatch.setattr(canary, "_has_open_output_alert", lambda state: True)
     on_probation(site, "renamed", output_drift=True)
     assert until_over(site, site.batch) == paired_intervals.MIN_BLOCKS
-    is_taken_back(site, "renamed", "output drift")
+    is_taken_back(site, "renamed", "output_drift")
 
 
 def test_where_the_store_fails_what_runs_apart_is_ended_and_nothing_is_written(

@@ -18,7 +18,6 @@ from msgspec.structs import replace as changed
 from agent.comparison import rules, tally
 from agent.device.rollout.shadow import REPORT_INTERVAL_S, ShadowRunner
 from agent.device.store import labels
-from agent.device.store.labels import shadow_key as beside_of
 from agent.device.store.message_log import MessageLog
 from agent.errors import ModelProcessFailed, StorageFull
 from agent.model import activation
@@ -93,12 +92,12 @@ def test_a_batch_both_answered_is_told_with_who_agreed_how_long_it_took_and_what
         pair.device.task.bundle.digest,
         pair.other.digest,
     )
-    assert told.answered.windows == told.other_stats.windows == 200
-    assert told.answered.seconds > 0
+    assert told.stats.windows == told.other_stats.windows == 200
+    assert told.stats.seconds > 0
     assert told.other_stats.seconds > 0
-    assert 0.5 < told.answered.scores.mean <= 1
+    assert 0.5 < told.stats.scores.mean <= 1
     # Neither has a table of how often its scores are right: they are taken at their word.
-    assert told.other_stats.expected == told.other_stats.scores
+    assert told.other_stats.expected_accuracy == told.other_stats.scores
     assert told.difference.n == 200
 
 
@@ -107,7 +106,7 @@ def test_results_are_committed_before_the_other_bundle_is_even_asked(make: Make)
     pair.device.feed(CALM[:50])
     pair.device.run()
     assert pair.device.store.cursor("tiny") == 50
-    assert pair.beside.stats.batches == 0
+    assert pair.runner.stats.batches == 0
 
 
 def test_messages_add_up_to_all_that_was_compared(make: Make) -> None:
@@ -117,11 +116,11 @@ def test_messages_add_up_to_all_that_was_compared(make: Make) -> None:
     told = pair.shadows()
     assert [one.rows for one in told] == [(start + 1, start + 50) for start in range(0, 400, 50)]
     assert sum(one.n for one in told) == 400
-    assert [block.stats.n for block in pair.beside.blocks] == [50] * 8
+    assert [block.stats.n for block in pair.runner.blocks] == [50] * 8
 
 
 def test_few_batches_are_told_of_when_minutes_have_passed(make: Make) -> None:
-    pair = make(good(), batches=240)
+    pair = make(good(), min_batches=240)
     pair.batch(CALM[:50])
     assert pair.shadows() == []
     assert not pair.turn(100.0 + REPORT_INTERVAL_S - 1)
@@ -134,10 +133,10 @@ def test_of_many_messages_neighbours_are_added_up_and_nothing_is_lost(make: Make
     pair = make(good())
     for _ in range(70):
         pair.batch(CALM[:8])
-        pair.beside._last_report_s = 0.0
+        pair.runner._last_report_s = 0.0
         pair.turn(100.0 + REPORT_INTERVAL_S)
-    assert len(pair.beside.blocks) <= 64
-    assert sum(block.stats.n for block in pair.beside.blocks) == 70 * 8
+    assert len(pair.runner.blocks) <= 64
+    assert sum(block.stats.n for block in pair.runner.blocks) == 70 * 8
 
 
 def test_windows_are_matched_by_their_last_row_where_definitions_differ(make: Make) -> None:
@@ -204,15 +203,15 @@ def test_a_crash_beside_is_counted_and_the_batches_after_it_are_compared_again(m
     pair = make(good("rigged_crash"))
     pair.batch(CALM[:20])
     pair.batch(wild())
-    wait_for(lambda: pair.apart.poll_ready(), "it started anew")
+    wait_for(lambda: pair.model.poll_ready(), "it started anew")
     pair.batch(CALM[20:40])
     told = pair.shadows()
     assert [(one.errors, one.n) for one in told] == [(0, 20), (1, 0), (0, 20)]
     assert "SIGFPE" in told[1].error
     assert told[1].rows == (21, 40)
     assert sum(one.n for one in pair.device.results()) == 60, "no result is missing"
-    found = rules.evaluate_rules(CanaryRules(), pair.beside.blocks, True)
-    assert [(one.rule, one.state) for one in found if one.rule == "errors"] == [("errors", "bad")]
+    found = rules.evaluate_rules(CanaryRules(), pair.runner.blocks, True)
+    assert [(one.rule, one.state) for one in found if one.rule == "error_rate"] == [("error_rate", "failed")]
 
 
 def test_a_hang_beside_holds_up_no_batch_and_is_counted_when_its_time_is_over(make: Make) -> None:
@@ -223,7 +222,7 @@ def test_a_hang_beside_holds_up_no_batch_and_is_counted_when_its_time_is_over(ma
         pair.batch(CALM[start : start + 20], hear=False)
     assert pair.device.store.cursor("tiny") == 80
     assert time.monotonic() - began < 20
-    wait_for(lambda: pair.beside.poll(0.1), "it is ended")
+    wait_for(lambda: pair.runner.poll(0.1), "it is ended")
     pair.turn()
     assert [(one.errors, one.n) for one in pair.shadows()] == [(1, 0)]
     assert "did not answer within 1.5 s" in pair.shadows()[0].error
@@ -231,22 +230,22 @@ def test_a_hang_beside_holds_up_no_batch_and_is_counted_when_its_time_is_over(ma
 
 def test_an_error_of_any_other_kind_is_counted_too(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     pair = make(good())
-    pair.beside.other.input_columns = [99]
+    pair.runner.other.input_columns = [99]
     pair.batch(CALM[:20], hear=False)
     assert [(one.errors, one.n) for one in pair.shadows()] == [(1, 0)]
-    assert "beside it" in caplog.text
+    assert "shadow tiny" in caplog.text
 
 
 def test_the_old_bundle_in_this_process_answers_beside_the_new_one(make: Make) -> None:
     pair = make(good())
     old, new = pair.device.task, pair.task
     pair.device.task = new
-    pair.beside = ShadowRunner(new, old, "better", pair.device.store, 1)
+    pair.runner = ShadowRunner(new, old, "better", pair.device.store, 1)
     pair.batch(CALM[:100])
     (told,) = pair.shadows()
     assert (told.model.digest, told.other.digest) == (new.bundle.digest, old.bundle.digest)
     assert told.n == 100
-    assert told.answered.seconds > 0
+    assert told.stats.seconds > 0
     assert {one.model.digest for one in pair.device.results()} == {new.bundle.digest}
 
 
@@ -255,44 +254,44 @@ def test_one_in_this_process_is_asked_about_no_more_windows_than_a_second_takes(
     old, new = pair.device.task, pair.task
     old.tuning = Tuning("", "", "", 32, 1, rows_per_s=30.0)
     pair.device.task = new
-    pair.beside = ShadowRunner(new, old, "better", pair.device.store, 1)
+    pair.runner = ShadowRunner(new, old, "better", pair.device.store, 1)
     pair.batch(CALM[:100])
     (told,) = pair.shadows()
-    assert (told.n, told.answered.windows, told.other_stats.windows) == (30, 100, 30)
+    assert (told.n, told.stats.windows, told.other_stats.windows) == (30, 100, 30)
 
 
 # --- kill, and once more ---
 
 
 def test_a_kill_loses_the_part_since_the_last_message_and_doubles_nothing(make: Make) -> None:
-    pair = make(good(), batches=24)
+    pair = make(good(), min_batches=24)
     for start in range(0, 60, 20):
         pair.batch(CALM[start : start + 20])
     assert [one.batches for one in pair.shadows()] == [2]
     pair.device.restart()
-    pair.beside = pair.begin()
-    assert [block.stats.n for block in pair.beside.blocks] == [40]
+    pair.runner = pair.begin()
+    assert [block.stats.n for block in pair.runner.blocks] == [40]
     for start in range(60, 100, 20):
         pair.batch(CALM[start : start + 20])
     assert [one.rows for one in pair.shadows()] == [(1, 40), (61, 100)]
-    assert sum(block.stats.n for block in pair.beside.blocks) == 80
+    assert sum(block.stats.n for block in pair.runner.blocks) == 80
 
 
 def test_rows_that_come_again_are_not_counted_again(make: Make) -> None:
     pair = make(good())
     pair.batch(CALM[:40])
     pair.device.restart()
-    pair.beside = pair.begin()
-    pair.beside.submit_batch(pair.device.store, *pair.looked[0])
-    assert pair.beside.poll()
-    assert pair.beside.stats == tally.ComparisonStats()
+    pair.runner = pair.begin()
+    pair.runner.submit_batch(pair.device.store, *pair.observed[0])
+    assert pair.runner.poll()
+    assert pair.runner.stats == tally.ComparisonStats()
     assert not pair.turn(100.0 + REPORT_INTERVAL_S)
     assert [one.rows for one in pair.shadows()] == [(1, 40)]
 
 
 def test_what_was_asked_before_it_came_to_stand_beside_says_nothing(make: Make) -> None:
     pair = make(good())
-    pair.apart.submit(CALM[:5])
+    pair.model.submit(CALM[:5])
     pair.batch(CALM[:40])
     assert [(one.n, one.other_stats.windows) for one in pair.shadows()] == [(40, 40)]
 
@@ -305,11 +304,11 @@ def test_another_rollout_begins_from_nothing(make: Make) -> None:
 
 
 def test_at_the_end_what_was_not_told_yet_is_told(make: Make) -> None:
-    pair = make(good(), batches=240)
+    pair = make(good(), min_batches=240)
     pair.batch(CALM[:40])
-    assert pair.beside.finish(pair.device.store, pair.device.author, NOW)
+    assert pair.runner.finish(pair.device.store, pair.device.author, NOW)
     assert [one.n for one in pair.shadows()] == [40]
-    assert not pair.beside.finish(pair.device.store, pair.device.author, NOW)
+    assert not pair.runner.finish(pair.device.store, pair.device.author, NOW)
 
 
 def test_where_there_is_no_room_the_message_waits_and_says_all_of_it(
@@ -322,7 +321,7 @@ def test_where_there_is_no_room_the_message_waits_and_says_all_of_it(
 
     with monkeypatch.context() as patched:
         patched.setattr(MessageLog, "append", full)
-        pair.beside.stats = tally.from_failure("something")
+        pair.runner.stats = tally.from_failure("something")
         assert not pair.turn(100.0)
     pair.batch(CALM[:20], at_s=110.0)
     assert pair.shadows() == [], "it rests for a minute"
@@ -357,7 +356,7 @@ def test_labels_are_counted_by_who_was_right_once_each(make: Make) -> None:
     same = int((theirs == answers.scores.label).sum())
     assert same < 42
     assert found.labelled == (same, 42 - same, 0, 0)
-    assert (found.answered.right, found.other_stats.right) == (42, same)
+    assert (found.stats.correct, found.other_stats.correct) == (42, same)
     assert (found.batches, found.n) == (0, 0)
     label(pair, range(1, 2), ["rest" if mine[0] != "rest" else "left"])
     pair.turn(100.0 + 2 * REPORT_INTERVAL_S)
@@ -376,9 +375,11 @@ def test_many_labels_at_once_make_blocks_enough_to_judge_by(make: Make) -> None:
     at_s = 100.0 + REPORT_INTERVAL_S
     while pair.turn(at_s):
         at_s += 1
-    blocks = [block for block in pair.beside.blocks if sum(block.stats.labelled)]
+    blocks = [block for block in pair.runner.blocks if sum(block.stats.labelled)]
     assert [sum(block.stats.labelled) for block in blocks] == [50] * 12
-    found = {one.rule: one for one in rules.evaluate_rules(CanaryRules(accuracy_drop=0.0), pair.beside.blocks, True)}
+    found = {
+        one.rule: one for one in rules.evaluate_rules(CanaryRules(max_accuracy_drop=0.0), pair.runner.blocks, True)
+    }
     assert found["labels"].numbers["n"] == 600
 
 
@@ -398,19 +399,19 @@ def test_labelled_numbers_are_told_by_how_far_both_were_off(make: Make) -> None:
     label(pair, range(1, 31), [str(value + 0.5) for value in answers.scores.value])
     assert pair.turn(100.0 + REPORT_INTERVAL_S)
     found = pair.shadows()[-1]
-    assert (found.answered.abs_error.n, found.other_stats.abs_error.n) == (30, 30)
-    assert found.answered.abs_error.mean == pytest.approx(0.5)
+    assert (found.stats.abs_error.n, found.other_stats.abs_error.n) == (30, 30)
+    assert found.stats.abs_error.mean == pytest.approx(0.5)
 
 
 def test_answers_kept_for_labels_go_with_time_like_the_tasks_own(make: Make) -> None:
     pair = make(good())
     pair.batch(CALM[:20])
-    span = pair.device.store.query(labels.load_span, beside_of("tiny"))
+    span = pair.device.store.query(labels.load_span, labels.shadow_key("tiny"))
     assert span is not None
     assert (span.first, span.last) == (1, 20)
     with pair.device.store.transaction() as tx:
-        assert tx.labels.trim_predictions(beside_of("tiny"), 1e9, 10) == 1
-    assert pair.device.store.query(labels.load_span, beside_of("tiny")) is None
+        assert tx.labels.trim_predictions(labels.shadow_key("tiny"), 1e9, 10) == 1
+    assert pair.device.store.query(labels.load_span, labels.shadow_key("tiny")) is None
 
 
 # --- serving from a process of its own ---

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from agent.device.bundles.rollout_state import HoldOff, Phase, RolloutState
+from agent.device.bundles.rollout_state import HoldOff, RolloutState
 from agent.device.rollout.state_machine import (
     BundleAssessment,
     RolloutFacts,
@@ -18,10 +18,10 @@ from agent.device.rollout.state_machine import (
     decide_next_state,
     select_target_digest,
 )
-from agent.wire.desired_state import CanaryRules, DesiredBundle
+from agent.wire.desired_state import CanaryRules, DesiredBundle, Phase
 
 OLD, NEW, OTHER = ("sha256:" + letter * 64 for letter in "abc")
-FINE, BROKEN = BundleAssessment("", "its golden vectors came out"), BundleAssessment("golden", "they did not")
+FINE, BROKEN = BundleAssessment("", "its golden vectors came out"), BundleAssessment("golden_vectors", "they did not")
 CRASH = BundleAssessment("crash", "it died of SIGSEGV")
 ENOUGH = BundleAssessment("", "20 batches in 1.0 h and nothing against it")
 
@@ -51,54 +51,54 @@ def after(old: RolloutState | None, seen: RolloutFacts) -> str:
 NOBODY: dict[str, Any] = {"percent": 0.0}
 STEPS = [
     ("nothing is desired", None, facts(), ""),
-    ("a shadow begins with fetching", None, facts(want()), "fetching"),
-    ("it is not for this device", None, facts(want(**NOBODY)), "not chosen"),
-    ("the bundle runs already", None, facts(want("all", OLD)), "settled"),
-    ("the bundle is held", None, facts(want(), held=HoldOff(5000, "crash")), "refused/held"),
-    ("the share grows", at("not chosen", want(**NOBODY)), facts(want("canary")), "fetching"),
-    ("it waits for the bundle", at("fetching"), facts(want()), "fetching"),
-    ("it proved itself, for a shadow", at("fetching"), facts(want(), proof=FINE), "shadow"),
-    ("it proved itself, for a canary", at("fetching"), facts(want("canary"), proof=FINE), "probation"),
-    ("it proved itself, for all", at("fetching"), facts(want("all"), proof=FINE), "probation"),
-    ("golden vectors fail", at("fetching"), facts(want(), proof=BROKEN), "refused/golden"),
-    ("nobody wants what is fetched", at("fetching"), facts(), "withdrawn"),
-    ("no longer chosen while fetching", at("fetching"), facts(want(**NOBODY)), "not chosen"),
-    ("no longer chosen in shadow", at("shadow"), facts(want(**NOBODY), proof=FINE), "not chosen"),
-    ("no longer chosen on probation", at("probation"), facts(want("canary", **NOBODY)), "probation"),
-    ("nobody wants the shadow", at("shadow"), facts(), "withdrawn"),
-    ("nobody wants what is on probation", at("probation"), facts(), "probation"),
-    ("nobody wants it and it settles", at("probation"), facts(enough=ENOUGH), "settled"),
-    ("nobody wants it and it fails", at("probation"), facts(against=CRASH), "rolled back/crash"),
-    ("a shadow goes on", at("shadow"), facts(want(), proof=FINE), "shadow"),
-    ("a shadow crashes", at("shadow"), facts(want(), against=CRASH), "refused/crash"),
-    ("a shadow comes to its turn", at("shadow"), facts(want("canary")), "probation"),
-    ("a restart finds a broken shadow", at("shadow"), facts(want(), proof=BROKEN), "refused/golden"),
-    ("probation goes on", at("probation", want("all")), facts(want("all")), "probation"),
-    ("probation was long enough", at("probation", want("all")), facts(want("all"), enough=ENOUGH), "settled"),
-    ("long enough, but", at("probation"), facts(want("all"), enough=ENOUGH, against=CRASH), "rolled back/crash"),
-    ("a restart finds it broken", at("probation"), facts(want("all"), proof=BROKEN), "rolled back/golden"),
-    ("probation becomes a shadow again", at("probation"), facts(want("shadow")), "shadow"),
-    ("another roll-out wants this device", at("probation"), facts(want("all", OTHER, "r2")), "withdrawn"),
-    ("another roll-out wants others", at("probation"), facts(want("all", OTHER, "r2", **NOBODY)), "probation"),
-    ("the next one begins after that", at("withdrawn"), facts(want("all", OTHER, "r2")), "fetching"),
-    ("config changed on probation", at("probation"), facts(want("all"), runs=OTHER, configured=OTHER), "withdrawn"),
-    ("config changed to it", at("probation"), facts(want("all"), runs=NEW, configured=NEW), "settled"),
-    ("config changed when settled", at("settled"), facts(want("all"), runs=OTHER, configured=OTHER), "withdrawn"),
-    ("it was set aside", at("settled"), facts(want("all"), aside="it died twice"), "rolled back/crash"),
-    ("called back in shadow", at("shadow"), facts(want("back")), "withdrawn/aborted"),
-    ("called back on probation", at("probation"), facts(want("back")), "withdrawn/aborted"),
-    ("called back where it was not taken", None, facts(want("back")), "withdrawn/aborted"),
-    ("called back when settled", at("settled"), facts(want("back"), runs=NEW, before=OLD), "settled"),
-    ("the other is here", at("settled"), facts(want("back"), runs=NEW, before=OLD, proof=FINE), "withdrawn/aborted"),
-    ("nothing to go back to", at("settled"), facts(want("back"), runs=NEW), "refused/unfit"),
-    ("held after it was taken back", at("rolled back"), facts(want("all"), held=HoldOff(5000, "")), "rolled back"),
-    ("the hold is over", at("rolled back"), facts(want("all")), "fetching"),
-    ("refused stays refused", at("refused", reason="golden"), facts(want(), held=HoldOff(5000, "")), "refused/golden"),
-    ("refused is tried again after the hold", at("refused", reason="golden"), facts(want()), "fetching"),
-    ("a hold is over", at("refused", reason="held"), facts(want()), "fetching"),
-    ("the repository came back", at("refused", reason="fetch"), facts(want(), proof=FINE), "shadow"),
-    ("it still does not answer", at("refused", reason="fetch"), facts(want(), proof=BROKEN), "refused/fetch"),
-    ("nobody wants the refused one", at("refused", reason="golden"), facts(), "withdrawn"),
+    ("a shadow begins with fetching", None, facts(want()), "downloading"),
+    ("it is not for this device", None, facts(want(**NOBODY)), "not_selected"),
+    ("the bundle runs already", None, facts(want("all", OLD)), "active"),
+    ("the bundle is held", None, facts(want(), hold_off=HoldOff(5000, "crash")), "rejected/hold_off"),
+    ("the share grows", at("not_selected", want(**NOBODY)), facts(want("canary")), "downloading"),
+    ("it waits for the bundle", at("downloading"), facts(want()), "downloading"),
+    ("it proved itself, for a shadow", at("downloading"), facts(want(), readiness=FINE), "shadow"),
+    ("it proved itself, for a canary", at("downloading"), facts(want("canary"), readiness=FINE), "canary"),
+    ("it proved itself, for all", at("downloading"), facts(want("all"), readiness=FINE), "canary"),
+    ("golden vectors fail", at("downloading"), facts(want(), readiness=BROKEN), "rejected/golden_vectors"),
+    ("nobody wants what is fetched", at("downloading"), facts(), "cancelled"),
+    ("no longer chosen while fetching", at("downloading"), facts(want(**NOBODY)), "not_selected"),
+    ("no longer chosen in shadow", at("shadow"), facts(want(**NOBODY), readiness=FINE), "not_selected"),
+    ("no longer chosen on probation", at("canary"), facts(want("canary", **NOBODY)), "canary"),
+    ("nobody wants the shadow", at("shadow"), facts(), "cancelled"),
+    ("nobody wants what is on probation", at("canary"), facts(), "canary"),
+    ("nobody wants it and it settles", at("canary"), facts(completion=ENOUGH), "active"),
+    ("nobody wants it and it fails", at("canary"), facts(failure=CRASH), "rolled_back/crash"),
+    ("a shadow goes on", at("shadow"), facts(want(), readiness=FINE), "shadow"),
+    ("a shadow crashes", at("shadow"), facts(want(), failure=CRASH), "rejected/crash"),
+    ("a shadow comes to its turn", at("shadow"), facts(want("canary")), "canary"),
+    ("a restart finds a broken shadow", at("shadow"), facts(want(), readiness=BROKEN), "rejected/golden_vectors"),
+    ("probation goes on", at("canary", want("all")), facts(want("all")), "canary"),
+    ("probation was long enough", at("canary", want("all")), facts(want("all"), completion=ENOUGH), "active"),
+    ("long enough, but", at("canary"), facts(want("all"), completion=ENOUGH, failure=CRASH), "rolled_back/crash"),
+    ("a restart finds it broken", at("canary"), facts(want("all"), readiness=BROKEN), "rolled_back/golden_vectors"),
+    ("probation becomes a shadow again", at("canary"), facts(want("shadow")), "shadow"),
+    ("another roll-out wants this device", at("canary"), facts(want("all", OTHER, "r2")), "cancelled"),
+    ("another roll-out wants others", at("canary"), facts(want("all", OTHER, "r2", **NOBODY)), "canary"),
+    ("the next one begins after that", at("cancelled"), facts(want("all", OTHER, "r2")), "downloading"),
+    ("config changed on probation", at("canary"), facts(want("all"), running_digest=OTHER, configured_digest=OTHER), "cancelled"),
+    ("config changed to it", at("canary"), facts(want("all"), running_digest=NEW, configured_digest=NEW), "active"),
+    ("config changed when settled", at("active"), facts(want("all"), running_digest=OTHER, configured_digest=OTHER), "cancelled"),
+    ("it was set aside", at("active"), facts(want("all"), quarantine_reason="it died twice"), "rolled_back/crash"),
+    ("called back in shadow", at("shadow"), facts(want("rollback")), "cancelled/aborted"),
+    ("called back on probation", at("canary"), facts(want("rollback")), "cancelled/aborted"),
+    ("called back where it was not taken", None, facts(want("rollback")), "cancelled/aborted"),
+    ("called back when settled", at("active"), facts(want("rollback"), running_digest=NEW, fallback_digest=OLD), "active"),
+    ("the other is here", at("active"), facts(want("rollback"), running_digest=NEW, fallback_digest=OLD, readiness=FINE), "cancelled/aborted"),
+    ("nothing to go back to", at("active"), facts(want("rollback"), running_digest=NEW), "rejected/incompatible"),
+    ("held after it was taken back", at("rolled_back"), facts(want("all"), hold_off=HoldOff(5000, "")), "rolled_back"),
+    ("the hold is over", at("rolled_back"), facts(want("all")), "downloading"),
+    ("refused stays refused", at("rejected", reason="golden_vectors"), facts(want(), hold_off=HoldOff(5000, "")), "rejected/golden_vectors"),
+    ("refused is tried again after the hold", at("rejected", reason="golden_vectors"), facts(want()), "downloading"),
+    ("a hold is over", at("rejected", reason="hold_off"), facts(want()), "downloading"),
+    ("the repository came back", at("rejected", reason="download_failed"), facts(want(), readiness=FINE), "shadow"),
+    ("it still does not answer", at("rejected", reason="download_failed"), facts(want(), readiness=BROKEN), "rejected/download_failed"),
+    ("nobody wants the refused one", at("rejected", reason="golden_vectors"), facts(), "cancelled"),
 ]  # fmt: skip
 
 
@@ -108,32 +108,32 @@ def test_each_step(old: RolloutState | None, seen: RolloutFacts, wanted: str) ->
 
 
 def test_a_config_that_was_changed_here_holds_until_it_is_changed_again() -> None:
-    changed = decide_next_state(at("settled"), facts(want("all"), runs=OTHER, configured=OTHER))
+    changed = decide_next_state(at("active"), facts(want("all"), running_digest=OTHER, configured_digest=OTHER))
     assert changed is not None
     assert "config on this device" in changed.detail
-    assert decide_next_state(changed, facts(want("all"), runs=OTHER, configured=OTHER)) is changed
-    assert after(changed, facts(want("all"), runs=OLD, configured=OLD)) == "fetching"
-    assert after(changed, facts(want("all", OLD, "r2"), runs=OTHER, configured=OTHER)) == "fetching"
+    assert decide_next_state(changed, facts(want("all"), running_digest=OTHER, configured_digest=OTHER)) is changed
+    assert after(changed, facts(want("all"), running_digest=OLD, configured_digest=OLD)) == "downloading"
+    assert after(changed, facts(want("all", OLD, "r2"), running_digest=OTHER, configured_digest=OTHER)) == "downloading"
 
 
 def test_who_is_late_says_so_once_and_no_longer_when_it_got_there() -> None:
-    fetching = decide_next_state(None, facts(want("all"), over=False))
-    late = decide_next_state(fetching, facts(want("all"), over=True))
+    fetching = decide_next_state(None, facts(want("all"), is_deadline_passed=False))
+    late = decide_next_state(fetching, facts(want("all"), is_deadline_passed=True))
     assert fetching is not None
     assert late is not None
-    assert (fetching.late, late.late, late.phase, late.since_s) == (False, True, "fetching", fetching.since_s)
-    assert decide_next_state(late, facts(want("all"), over=True)) is late
-    assert decide_next_state(late, facts(want("all"), over=None)) is late
-    probation = decide_next_state(late, facts(want("all"), over=True, proof=FINE))
+    assert (fetching.late, late.late, late.phase, late.since_s) == (False, True, "downloading", fetching.since_s)
+    assert decide_next_state(late, facts(want("all"), is_deadline_passed=True)) is late
+    assert decide_next_state(late, facts(want("all"), is_deadline_passed=None)) is late
+    probation = decide_next_state(late, facts(want("all"), is_deadline_passed=True, readiness=FINE))
     assert probation is not None
     assert probation.late
-    settled = decide_next_state(probation, facts(want("all"), over=True, enough=ENOUGH))
+    settled = decide_next_state(probation, facts(want("all"), is_deadline_passed=True, completion=ENOUGH))
     assert settled is not None
-    assert (settled.phase, settled.late) == ("settled", False)
+    assert (settled.phase, settled.late) == ("active", False)
 
 
 def test_a_longer_share_alone_says_nothing_and_keeps_the_time_it_began() -> None:
-    old = at("probation", want("canary", percent=99.0), since_s=5.0, past="x")
+    old = at("canary", want("canary", percent=99.0), since_s=5.0, previous_history="x")
     new = decide_next_state(old, facts(want("canary", percent=100.0)))
     assert new is not None
     assert (new.audit_key == old.audit_key, new.since_s, new.previous_history) == (True, 5.0, "x")
@@ -143,27 +143,34 @@ def test_a_longer_share_alone_says_nothing_and_keeps_the_time_it_began() -> None
 @pytest.mark.parametrize(
     ("phase", "reason", "hours"),
     [
-        ("rolled back", "crash", 2.0),
-        ("rolled back", "operator", 2.0),
-        ("refused", "golden", 2.0),
-        ("refused", "fetch", None),
+        ("rolled_back", "crash", 2.0),
+        ("rolled_back", "operator", 2.0),
+        ("rejected", "golden_vectors", 2.0),
+        ("rejected", "download_failed", None),
     ],
 )
 def test_what_speaks_against_a_bundle_holds_it_and_what_does_not_does_not(
     phase: Phase, reason: Any, hours: float | None
 ) -> None:
-    found = compute_hold_off(at(phase, want(rules=CanaryRules(hold_hours=2.0)), reason=reason), 100.0)
+    found = compute_hold_off(at(phase, want(rules=CanaryRules(hold_off_hours=2.0)), reason=reason), 100.0)
     assert (found and (found.until_s - 100.0) / 3600) == hours
 
 
 findings = st.sampled_from(
-    [None, FINE, BROKEN, CRASH, BundleAssessment("fetch", "no [updates]"), BundleAssessment("unfit", "field z")]
+    [
+        None,
+        FINE,
+        BROKEN,
+        CRASH,
+        BundleAssessment("download_failed", "no [updates]"),
+        BundleAssessment("incompatible", "field z"),
+    ]
 )
 wants = st.one_of(
     st.none(),
     st.builds(
         lambda strategy, digest, rollout, percent: want(strategy, digest, rollout, percent=percent),
-        st.sampled_from(["shadow", "canary", "all", "back"]),
+        st.sampled_from(["shadow", "canary", "all", "rollback"]),
         st.sampled_from([OLD, NEW, OTHER]),
         st.sampled_from(["r1", "r2"]),
         st.sampled_from([0.0, 30.0, 100.0]),
@@ -172,15 +179,15 @@ wants = st.one_of(
 seen = st.builds(
     lambda wanted, runs, configured, held, proof, against, enough, before, aside, over: facts(
         wanted,
-        runs=runs,
-        configured=configured,
-        held=HoldOff(9000.0, "it crashed") if held else None,
-        proof=proof,
-        against=CRASH if against else None,
-        enough=ENOUGH if enough else None,
-        before=before,
-        aside=aside,
-        over=over,
+        running_digest=runs,
+        configured_digest=configured,
+        hold_off=HoldOff(9000.0, "it crashed") if held else None,
+        readiness=proof,
+        failure=CRASH if against else None,
+        completion=ENOUGH if enough else None,
+        fallback_digest=before,
+        quarantine_reason=aside,
+        is_deadline_passed=over,
     ),
     wants,
     st.sampled_from([OLD, NEW, OTHER, ""]),
@@ -243,10 +250,10 @@ def test_no_bundle_comes_to_answer_that_did_not_prove_itself_or_is_held(history:
     now: RolloutState | None = None
     for one in history:
         for before, step in zip(road := settle(now, one), road[1:], strict=False):
-            if step is None or step.phase not in ("shadow", "probation") or phase_of(before) == step.phase:
+            if step is None or step.phase not in ("shadow", "canary") or phase_of(before) == step.phase:
                 continue
             assert before is not None
-            assert before.phase in ("shadow", "probation") or (one.readiness == FINE and one.hold_off is None)
+            assert before.phase in ("shadow", "canary") or (one.readiness == FINE and one.hold_off is None)
             assert step.desired.digest == before.desired.digest
         now = road[-1]
 
@@ -258,7 +265,7 @@ def test_another_bundle_is_never_tried_before_the_one_on_probation_was_taken_awa
     now: RolloutState | None = None
     for one in history:
         for before, step in zip(road := settle(now, one), road[1:], strict=False):
-            if before is not None and before.phase == "probation" and step is not None:
+            if before is not None and before.phase == "canary" and step is not None:
                 assert step.desired.digest == before.desired.digest
         now = road[-1]
 
@@ -270,8 +277,8 @@ def test_nothing_is_fetched_or_proved_for_who_needs_nothing(history: list[Rollou
         now = settle(now, one)[-1]
         wanted = select_target_digest(now, one)
         # Called back, it is the one before that proves itself again.
-        back = one.desired is not None and one.desired.strategy == "back"
-        if now is None or (now.phase in ("not chosen", "rolled back", "withdrawn") and not back):
+        back = one.desired is not None and one.desired.strategy == "rollback"
+        if now is None or (now.phase in ("not_selected", "rolled_back", "cancelled") and not back):
             assert wanted == ""
         if wanted:
             assert wanted in (one.fallback_digest, now and now.desired.digest)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.device.rollout.fetch import tuf_client
-from agent.device.rollout.fetch.transport import FileStream, RemoteFileNotFound
+from agent.device.rollout.fetch.transport import FileStream, RemoteFileMissing
 from agent.device.rollout.fetch.version_floors import VersionFloor
 from agent.errors import FetchFailed
 from tests.kit.update_repositories import Signed, forged
@@ -40,7 +40,7 @@ class InMemory:
     def read(self, name: str, offset: int = 0) -> FileStream:
         data = self._files.get(name.removeprefix("metadata/"))
         if data is None:
-            raise RemoteFileNotFound(name)
+            raise RemoteFileMissing(name)
         return FileStream(0, iter([data]))
 
 

@@ -52,7 +52,7 @@ def test_the_check_says_what_is_missing(tmp_path: Path, folder: Path, capsys: py
     with Web(tmp_path / "web") as web:
         found = finding(folder, web.url, capsys)
         assert found["state"] == "failed"
-        assert found["detail"].startswith("NoRoot: [updates] root ")
+        assert found["detail"].startswith("MissingRoot: [updates] root ")
 
 
 def test_the_check_goes_by_the_floors_of_the_store(tmp_path: Path) -> None:
@@ -67,5 +67,5 @@ def test_the_check_goes_by_the_floors_of_the_store(tmp_path: Path) -> None:
         assert conf.updates is not None
         assert "timestamp 2" in check.inspect_repository(conf, conf.updates)
         older.write(web.folder)
-        with pytest.raises(FetchFailed, match="BadVersionNumberError: timestamp is of version 1"):
+        with pytest.raises(FetchFailed, match="BadVersionNumberError: timestamp has version 1"):
             check.inspect_repository(conf, conf.updates)

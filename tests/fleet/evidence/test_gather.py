@@ -257,13 +257,13 @@ def test_an_altered_stored_message_is_ignored_and_reported(small: Story, tmp_pat
 def test_a_decision_not_signed_by_the_operator_is_counted_only(story: Story, tmp_path: Path) -> None:
     sql = "UPDATE decisions SET payload = CAST(replace(payload, 'Aborted', 'Loved!!') AS BLOB) WHERE event = 'aborted'"
     with story.store.transaction() as db:
-        before = db.execute("SELECT payload FROM decisions WHERE event = 'aborted'").fetchone()[0]
+        original = db.execute("SELECT payload FROM decisions WHERE event = 'aborted'").fetchone()[0]
         db.execute(sql)
     try:
         evidence = story.make(tmp_path / "out")
     finally:
         with story.store.transaction() as db:
-            db.execute("UPDATE decisions SET payload = ? WHERE event = 'aborted'", (before,))
+            db.execute("UPDATE decisions SET payload = ? WHERE event = 'aborted'", (original,))
     assert (evidence.facts.unverified, evidence.facts.audit["passed"]) == (1, False)
     assert "aborted" not in [record["event"] for record in read_lines(tmp_path / "out" / "decisions.jsonl")]
 

@@ -69,7 +69,7 @@ def test_a_start_is_a_signed_decision_and_what_devices_are_told(six: Fleet) -> N
     [row] = six.decided()
     assert row[:5] == (
         *(NAME, 1, NOW, "started"),
-        "exercise: exercise 1.1.0 for all devices begins with shadow 100 %, then canary 50 %, all.",
+        "exercise: exercise 1.1.0 for all devices starts with shadow 100 %, then canary 50 %, all.",
     )
     told = desired(six)
     assert (told.device, told.counter, told.tasks) == ("_all", 1, {"exercise": plan().desired_for_step(1)})
@@ -103,9 +103,9 @@ def test_an_abort_sends_every_device_back(six: Fleet) -> None:
     six.start(plan())
     six.abort()
     told = desired(six).tasks["exercise"]
-    assert (told.strategy, told.percent, told.digest) == ("back", 100.0, plan().digest)
+    assert (told.strategy, told.percent, told.digest) == ("rollback", 100.0, plan().digest)
     assert six.decided()[-1][4] == (
-        "Aborted at shadow 100 %, devices go back to what they ran before: the labels were wrong."
+        "Aborted at shadow 100 %, devices return to their previous bundle: the labels were wrong."
     )
 
 
@@ -114,7 +114,7 @@ def test_what_other_tasks_are_desired_on_the_topic_stays(six: Fleet) -> None:
     six.start(short(name="solar-2", task="solar", digest="sha256:" + "22" * 32))
     six.abort()
     told = desired(six)
-    assert (told.tasks["exercise"].strategy, told.tasks["solar"].rollout, told.counter) == ("back", "solar-2", 3)
+    assert (told.tasks["exercise"].strategy, told.tasks["solar"].rollout, told.counter) == ("rollback", "solar-2", 3)
 
 
 def test_a_second_roll_out_of_a_task_for_the_same_devices_is_refused_while_one_is_open(six: Fleet) -> None:
@@ -122,8 +122,8 @@ def test_a_second_roll_out_of_a_task_for_the_same_devices_is_refused_while_one_i
     another = short(name="exercise-2", digest="sha256:" + "22" * 32)
     with pytest.raises(UsageError, match="roll-out exercise-1-1 of exercise is running for the same devices"):
         six.start(another)
-    rules = promotion(devices=1)
-    six.start(short(name="exercise-3", to="device:pi-00", rules=rules))
+    rules = promotion(min_devices=1)
+    six.start(short(name="exercise-3", target="device:pi-00", rules=rules))
     assert desired(six, "outstation/acme/pi-00/desired").tasks["exercise"].rollout == "exercise-3"
     six.abort()
     six.start(another, 3.0)
@@ -142,18 +142,18 @@ def test_a_bundle_that_was_aborted_is_held_for_a_while(six: Fleet) -> None:
     with pytest.raises(UsageError, match=r"was aborted in roll-out exercise-1-1 at .* --force REASON"):
         six.start(short(name="again"), 25.9)
     six.start(short(name="forced"), 25.9, forced="the sensor was broken, not the model")
-    assert six.decided("forced")[0][4].endswith("Although it was aborted before: the sensor was broken, not the model.")
+    assert six.decided("forced")[0][4].endswith("It was aborted before; forced: the sensor was broken, not the model.")
     six.abort(26.0, "forced")
     six.start(short(name="again"), 51.0)
 
 
 @pytest.mark.parametrize(
     ("to", "devices", "problem"),
-    [("all", 7, "chooses 6 of 6 enrolled"), ("device:pi-99", 1, "no device that it is for is enrolled: device:pi-99")],
+    [("all", 7, "selects 6 of 6 enrolled"), ("device:pi-99", 1, "target device:pi-99 matches no enrolled device")],
 )
 def test_a_step_that_could_never_be_over_is_refused(six: Fleet, to: str, devices: int, problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
-        six.start(plan(to=to, rules=promotion(devices=devices)))
+        six.start(plan(target=to, rules=promotion(min_devices=devices)))
 
 
 def test_a_promotion_by_hand_over_open_findings_is_on_record_with_its_reason(six: Fleet) -> None:
@@ -162,8 +162,8 @@ def test_a_promotion_by_hand_over_open_findings_is_on_record_with_its_reason(six
         six.promote()
     six.promote(forced="seen on site")
     *_, evidence, _payload, _jws = six.decided()[-1]
-    assert json.loads(evidence)["forced"] == "seen on site"
-    assert " Promoted by hand: seen on site. It waited for: devices with 20 batches: 0 of 3" in six.decided()[-1][4]
+    assert json.loads(evidence)["force_reason"] == "seen on site"
+    assert " Forced: seen on site. Blocked by: devices with 20 batches: 0 of 3" in six.decided()[-1][4]
 
 
 def test_what_is_paused_is_not_promoted_by_itself_and_still_aborted(six: Fleet) -> None:
@@ -177,7 +177,7 @@ def test_what_is_paused_is_not_promoted_by_itself_and_still_aborted(six: Fleet) 
     follower.tick(2.0)
     assert (six.find().state, six.find().step) == ("running", 2)
     decide(six, actions.pause)
-    six.on_probation(six.chosen(2), settles=False, same=0)
+    six.on_probation(six.chosen(2), settles=False, agreeing=0)
     follower.tick(3.0)
     assert six.find().state == "aborted"
 
@@ -199,7 +199,7 @@ def test_of_two_that_promote_at_once_the_second_is_told_to_look_again(six: Fleet
     six.in_shadow()
     seen = six.look()
     six.promote()
-    with pytest.raises(UsageError, match="is running at step 2 meanwhile"), six.store.transaction() as db:
+    with pytest.raises(UsageError, match="it is running at step 2 now"), six.store.transaction() as db:
         actions.promote(db, six.operator(2.0), six.counter(), seen.rollout, seen.verdict)
     assert events(six) == ["started", "promoted"]
 
@@ -218,7 +218,7 @@ def test_whatever_was_started_and_aborted_a_topic_says_the_last_word_on_each_tas
             three.start(short(name=name, task=task, digest=f"sha256:{i:064x}"))
             if not stays:
                 three.abort(name=name)
-            last[task] = (name, "shadow" if stays else "back")
+            last[task] = (name, "shadow" if stays else "rollback")
         with three.store.snapshot() as db:
             there = journal.load_desired(db, ALL) is not None
         assert there == bool(history)
@@ -234,7 +234,7 @@ def test_whatever_was_started_and_aborted_a_topic_says_the_last_word_on_each_tas
 def test_follow_promotes_step_by_step_and_finishes(six: Fleet) -> None:
     said: list[str] = []
     follower = RolloutController(six.desk, None, said.append)
-    six.start(plan(rules=promotion(hours=0.0)))
+    six.start(plan(rules=promotion(min_hours=0.0)))
     follower.tick(0.0)
     assert (six.find().step, retained(six).tasks["exercise"].strategy) == (1, "shadow")
     six.in_shadow()
@@ -252,12 +252,12 @@ def test_follow_promotes_step_by_step_and_finishes(six: Fleet) -> None:
 
 def test_follow_aborts_what_is_bad_and_the_audit_has_why(six: Fleet) -> None:
     six.start(plan())
-    six.in_shadow(same=10)
+    six.in_shadow(agreeing=10)
     RolloutController(six.desk, None, lambda _: None).tick(0.0)
     assert six.find().state == "aborted"
     evidence = json.loads(six.decided()[-1][5])
-    assert (evidence["by"], evidence["findings"][0]["state"]) == ("operator", "bad")
-    assert retained(six).tasks["exercise"].strategy == "back"
+    assert (evidence["by"], evidence["rules"][0]["state"]) == ("operator", "failed")
+    assert retained(six).tasks["exercise"].strategy == "rollback"
 
 
 def retained(six: Fleet) -> DesiredPayload:
@@ -287,21 +287,21 @@ def test_a_decision_stands_while_the_broker_is_away_and_is_published_once_it_is_
     six.start(plan())
     follower.tick(0.0)
     six.broker.down = True
-    six.in_shadow(same=10)
+    six.in_shadow(agreeing=10)
     assert follower.tick(1.0)
     assert (six.find().state, retained(six).tasks["exercise"].strategy) == ("aborted", "shadow")
     assert follower.tick(2.0)
     six.broker.down = False
     assert not follower.tick(3.0)
-    assert retained(six).tasks["exercise"].strategy == "back"
-    assert said[1:] == ["not published yet, trying again: nobody listens", "published"]
+    assert retained(six).tasks["exercise"].strategy == "rollback"
+    assert said[1:] == ["not published yet, will retry: nobody listens", "published"]
 
 
 def test_a_decision_whose_counter_cannot_be_kept_is_not_made_and_is_said_once(six: Fleet) -> None:
     said: list[str] = []
     follower = RolloutController(six.desk, None, said.append)
     six.start(plan())
-    six.in_shadow(same=10)
+    six.in_shadow(agreeing=10)
     (six.folder / COUNTER_FILE).mkdir()
     for now_s in (1.0, 2.0):
         assert follower.tick(now_s)
@@ -316,14 +316,14 @@ def test_a_database_that_fails_between_decision_and_broker_leaves_nothing_untold
     follower = RolloutController(six.desk, None, lambda _: None)
     six.start(plan())
     follower.tick(0.0)
-    six.in_shadow(same=10)
+    six.in_shadow(agreeing=10)
     six.broker.fails = True
     with pytest.raises(StorageError):
         follower.tick(1.0)
     assert (six.find().state, retained(six).tasks["exercise"].strategy) == ("aborted", "shadow")
     six.broker.fails = False
     follower.tick(2.0)
-    assert retained(six).tasks["exercise"].strategy == "back"
+    assert retained(six).tasks["exercise"].strategy == "rollback"
 
 
 def test_an_older_desired_state_that_a_broker_retains_again_is_replaced_and_has_a_lower_counter(six: Fleet) -> None:
@@ -352,7 +352,7 @@ def test_a_counter_that_is_not_above_the_one_before_is_refused(six: Fleet) -> No
 
 ALTERED = {
     "summary": ("UPDATE decisions SET summary = 'all is well' WHERE n = 2", 2, "is stored with summary"),
-    "evidence": ("UPDATE decisions SET evidence = '{}' WHERE n = 2", 2, "other evidence"),
+    "evidence": ("UPDATE decisions SET evidence = '{}' WHERE n = 2", 2, "evidence that differs"),
     "time": ("UPDATE decisions SET time = '2026-11-18T00:00:00Z' WHERE n = 1", 1, "is stored with time"),
     "event": ("UPDATE decisions SET event = 'promoted' WHERE n = 1", 1, "is stored with event"),
     "payload": (
@@ -361,8 +361,8 @@ ALTERED = {
     ),
     "signature": ("UPDATE decisions SET jws = substr(jws, 1, length(jws) - 3) || 'AAA' WHERE n = 1", 1, "not verify"),
     "swapped": ("UPDATE decisions SET jws = (SELECT jws FROM decisions WHERE n = 1) WHERE n = 2", 2, "bad signature"),
-    "number": ("UPDATE decisions SET n = 7 WHERE n = 2", 7, "where decision 2 should be"),
-    "first removed": ("DELETE FROM decisions WHERE n = 1", 2, "where decision 1 should be"),
+    "number": ("UPDATE decisions SET n = 7 WHERE n = 2", 7, "at position 2"),
+    "first removed": ("DELETE FROM decisions WHERE n = 1", 2, "at position 1"),
     "last removed": ("DELETE FROM decisions WHERE n = 2", None, "is stored with step 2"),
     "all removed": ("DELETE FROM decisions", None, "has no valid decision"),
     "state": ("UPDATE rollouts SET state = 'finished'", None, "is stored with state 'finished'"),
@@ -375,7 +375,7 @@ ALTERED = {
     "no plan": ("UPDATE rollouts SET plan = '{}'", None, "was altered"),
     "rollout": ("DELETE FROM rollouts", None, "is missing in table rollouts"),
     "desired": ("UPDATE desired SET payload = CAST(replace(payload, '50.0', '90.0') AS BLOB)", None, "bad signature"),
-    "desired's counter": ("UPDATE desired SET counter = 9", None, "stored with 9, signed 2"),
+    "desired's counter": ("UPDATE desired SET counter = 9", None, "stored with 9, signed with 2"),
     "no desired": ("DELETE FROM desired", None, "is missing"),
 }
 
@@ -448,7 +448,7 @@ def test_desired_state_that_was_edited_is_never_signed_again(six: Fleet) -> None
     ],
 )
 def test_tables_that_say_other_than_the_messages_fail_the_audit(six: Fleet, sql: str, reason: str) -> None:
-    six.in_shadow(six.senders[:1], 1, same=10)
+    six.in_shadow(six.senders[:1], 1, agreeing=10)
     assert audited(six).passed
     tamper(six.store.path, sql)
     [entry] = audited(six).invalid

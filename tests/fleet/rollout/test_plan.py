@@ -31,20 +31,20 @@ strategy = "shadow"
 [[steps]]
 strategy = "canary"
 percent = 10
-hours = 24
+min_hours = 24
 [[steps]]
 strategy = "canary"
 percent = 50
-agreement = 0.95
+min_agreement = 0.95
 [[steps]]
 strategy = "all"
 [promote]
-devices = 4
-agreement = 0.9
-slower = 1.5
-[device]
-batches = 30
-accuracy_drop = 0.1
+min_devices = 4
+min_agreement = 0.9
+max_latency_ratio = 1.5
+[device_rules]
+min_batches = 30
+max_accuracy_drop = 0.1
 """
 
 
@@ -60,25 +60,25 @@ def resolved(folder: Path, text: str = FILE) -> RolloutPlan:
 
 def test_a_file_is_read_with_the_rules_of_each_step(tmp_path: Path) -> None:
     plan = resolved(tmp_path)
-    assert (plan.name, plan.task, plan.bundle, plan.version, plan.digest, plan.to) == (
+    assert (plan.name, plan.task, plan.bundle, plan.version, plan.digest, plan.target) == (
         *("exercise-1-1", "exercise", "exercise", "1.1.0", NEW_MODEL["digest"], "all"),
     )
-    common = Promotion(devices=4, agreement=0.9, slower=1.5)
+    common = Promotion(min_devices=4, min_agreement=0.9, max_latency_ratio=1.5)
     assert plan.steps == [
         RolloutStep("shadow", 100.0, common),
-        RolloutStep("canary", 10.0, msgspec.structs.replace(common, hours=24.0)),
-        RolloutStep("canary", 50.0, msgspec.structs.replace(common, agreement=0.95)),
+        RolloutStep("canary", 10.0, msgspec.structs.replace(common, min_hours=24.0)),
+        RolloutStep("canary", 50.0, msgspec.structs.replace(common, min_agreement=0.95)),
         RolloutStep("all", 100.0, common),
     ]
-    assert plan.device == CanaryRules(batches=30, accuracy_drop=0.1)
+    assert plan.device_rules == CanaryRules(min_batches=30, max_accuracy_drop=0.1)
 
 
 def test_devices_are_told_the_step_the_deadline_and_their_own_rules(tmp_path: Path) -> None:
     plan = resolved(tmp_path)
     what = ("exercise-1-1", "exercise", "1.1.0", NEW_MODEL["digest"])
-    tail = ("2026-12-31T00:00:00Z", CanaryRules(batches=30, accuracy_drop=0.1))
+    tail = ("2026-12-31T00:00:00Z", CanaryRules(min_batches=30, max_accuracy_drop=0.1))
     assert plan.desired_for_step(2) == DesiredBundle(*what, "canary", 10.0, *tail)
-    assert plan.desired_after_abort() == DesiredBundle(*what, "back", 100.0, *tail)
+    assert plan.desired_after_abort() == DesiredBundle(*what, "rollback", 100.0, *tail)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,8 @@ def test_devices_are_told_the_step_the_deadline_and_their_own_rules(tmp_path: Pa
 )
 def test_whom_it_is_for_is_where_it_is_desired(tmp_path: Path, to: str, topic: str) -> None:
     assert (
-        str(resolved(tmp_path, FILE.replace("[[steps]]", f'to = "{to}"\n[[steps]]', 1)).desired_topic("acme")) == topic
+        str(resolved(tmp_path, FILE.replace("[[steps]]", f'target = "{to}"\n[[steps]]', 1)).desired_topic("acme"))
+        == topic
     )
 
 
@@ -101,26 +102,31 @@ def test_a_deadline_may_be_a_text_or_a_moment_of_toml_in_any_zone(tmp_path: Path
 
 
 WRONG = {
-    "unknown key": ("[promote]", "[promote]\nagreemnt = 1", "promote.agreemnt", "did you mean 'agreement'"),
+    "unknown key": ("[promote]", "[promote]\nmin_agreemnt = 1", "promote.min_agreemnt", "did you mean 'min_agreement'"),
     "no strategy": ('strategy = "canary"', 'strategy = "canry"', "steps[1].strategy", "did you mean 'canary'"),
-    "back": ('strategy = "canary"', 'strategy = "back"', "steps[1].strategy", "no choice here"),
+    "rollback": ('strategy = "canary"', 'strategy = "rollback"', "steps[1].strategy", "not a valid choice"),
     "percent": ("percent = 10", "percent = 110", "steps[1].percent", "<= 100"),
     "nobody": ("percent = 10", "percent = 0", "steps[1].percent", "> 0"),
-    "fewer": ("percent = 10", "percent = 60", "steps[2].percent", "no more than the step before has"),
+    "fewer": ("percent = 10", "percent = 60", "steps[2].percent", "no more than the previous step has"),
     "shadow late": ('"canary"\npercent = 10', '"all"', "steps[2].strategy", "cannot come after all"),
-    "part of all": ('strategy = "all"', 'strategy = "all"\npercent = 90', "steps[3].percent", "all is all"),
+    "part of all": ('strategy = "all"', 'strategy = "all"\npercent = 90', "steps[3].percent", "must be 100"),
     "no last step": ('strategy = "all"', 'strategy = "canary"\npercent = 60', "steps", 'strategy = "all"'),
     "name": ('"exercise-1-1"', '"../exercise"', "rollout.name", "a-z 0-9"),
-    "to": ("[[steps]]", 'to = "roof"\n[[steps]]', "rollout.to", "group:NAME"),
-    "no version": ('version = "1.1.0"', "", "rollout.version", "which version"),
+    "to": ("[[steps]]", 'target = "roof"\n[[steps]]', "rollout.target", "group:NAME"),
+    "no version": ('version = "1.1.0"', "", "rollout.version", "is missing"),
     "digest": ('"sha256:', '"sha1:', "rollout.digest", "64 of 0-9 a-f"),
     "deadline": ('"2026-12-31T00:00:00Z"', '"tomorrow"', "rollout.deadline", "write one in UTC"),
     "local deadline": ('"2026-12-31T00:00:00Z"', "2026-12-31T00:00:00", "rollout.deadline", "write one in UTC"),
     "deadline's kind": ('"2026-12-31T00:00:00Z"', "7", "rollout.deadline", "write one in UTC"),
-    "share": ("agreement = 0.9\n", "agreement = 90\n", "promote.agreement", "<= 1"),
-    "nan": ("agreement = 0.9\n", "agreement = nan\n", "promote.agreement", ">= 0.0"),
-    "device's rule": ("[device]", "[device]\nholdhours = 1", "device.holdhours", "did you mean 'hold_hours'"),
-    "nothing asked": ("agreement = 0.9\nslower = 1.5", "", "steps[0]", "asks nothing of the answers"),
+    "share": ("min_agreement = 0.9\n", "min_agreement = 90\n", "promote.min_agreement", "<= 1"),
+    "nan": ("min_agreement = 0.9\n", "min_agreement = nan\n", "promote.min_agreement", ">= 0.0"),
+    "device's rule": (
+        "[device_rules]",
+        "[device_rules]\nhold_hours = 1",
+        "device_rules.hold_hours",
+        "did you mean 'hold_off_hours'",
+    ),
+    "nothing asked": ("min_agreement = 0.9\nmax_latency_ratio = 1.5", "", "steps[0]", "has no limit on predictions"),
     "no steps": (FILE[FILE.index("[[steps]]") : FILE.index("[promote]")], "", "steps", "required"),
 }
 
@@ -146,14 +152,17 @@ def test_a_file_that_is_no_toml_or_not_there_is_named(tmp_path: Path) -> None:
 numbers = st.one_of(st.integers(-5, 200), st.floats(allow_nan=True, allow_infinity=True, width=32))
 steps = st.lists(
     st.fixed_dictionaries(
-        {"strategy": st.sampled_from(["shadow", "canary", "all", "back", ""]), "percent": numbers},
-        optional={"agreement": numbers, "devices": numbers, "hours": numbers},
+        {"strategy": st.sampled_from(["shadow", "canary", "all", "rollback", ""]), "percent": numbers},
+        optional={"min_agreement": numbers, "min_devices": numbers, "min_hours": numbers},
     ),
     max_size=6,
 )
 
 
-@given(steps=steps, promote=st.dictionaries(st.sampled_from(["agreement", "slower", "failed", "x"]), numbers))
+@given(
+    steps=steps,
+    promote=st.dictionaries(st.sampled_from(["min_agreement", "max_latency_ratio", "max_failed_share", "x"]), numbers),
+)
 def test_whatever_steps_a_file_has_it_is_a_plan_that_widens_or_a_mistake_with_its_key(
     tmp_path_factory: pytest.TempPathFactory, steps: list[dict[str, Any]], promote: dict[str, Any]
 ) -> None:
@@ -186,11 +195,25 @@ def _require_whole(plan: RolloutPlan) -> None:
         ) == plan.desired_for_step(i + 1)
 
 
+REQUIREMENTS = {
+    "kind": "classify",
+    "fields": ["ax"],
+    "window": 1,
+    "agent": "0.1.0",
+    "runtimes": [],
+    "memory": 0,
+    "unpacked": 0,
+}
+
+
 def repository(folder: Path, *offered: dict[str, str], bundle: str = "exercise", edition: int = 3) -> None:
     metadata = folder / "repository" / "metadata"
     metadata.mkdir(parents=True, exist_ok=True)
     targets = {
-        f"{bundle}/{one['version']}/{one['digest'][7:23]}.zip": {"length": 1, "custom": {"outstation": one}}
+        f"{bundle}/{one['version']}/{one['digest'][7:23]}.zip": {
+            "length": 1,
+            "custom": {"outstation": {**REQUIREMENTS, **one}},
+        }
         for one in offered
     }
     signed = {"_type": "targets", "version": edition, "targets": targets}
@@ -220,7 +243,7 @@ def test_a_digest_that_the_repository_does_not_have_is_refused(tmp_path: Path) -
 
 
 def test_without_a_repository_the_digest_must_be_given(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there is no repository in"):
+    with pytest.raises(ConfigError, match="has no repository to look up"):
         resolved(tmp_path, FILE.replace(f'digest = "{NEW_MODEL["digest"]}"\n', ""))
 
 

@@ -18,8 +18,8 @@ ANSWERED = {"windows": 100, "seconds": 0.1, "scores": {"n": 100, "mean": 0.9, "m
 
 def answered(mean: float = 0.9, seconds: float = 0.1, off: float | None = None) -> dict[str, Any]:
     expected = {"n": 100, "mean": mean, "m2": 1.0}
-    errors = {} if off is None else {"off": {"n": 100, "mean": off, "m2": 1.0}}
-    return {**ANSWERED, "seconds": seconds, "expected": expected, **errors}
+    errors = {} if off is None else {"abs_error": {"n": 100, "mean": off, "m2": 1.0}}
+    return {**ANSWERED, "seconds": seconds, "expected_accuracy": expected, **errors}
 
 
 @pytest.fixture
@@ -36,18 +36,18 @@ def test_enough_devices_that_agree_for_long_enough_are_promoted(six: Fleet) -> N
     six.start(plan())
     six.in_shadow()
     verdict = six.look(2.0).verdict
-    assert (verdict.outcome, verdict.blockers, rules(verdict)) == ("promote", [], {"agreement": "good"})
+    assert (verdict.outcome, verdict.blockers, rules(verdict)) == ("promote", [], {"agreement": "passed"})
     assert verdict.summary.startswith("agreement 0.960 [")
-    assert "over 36 blocks of 6 devices (at least 0.9: good), 6 of 3 devices that are needed report" in verdict.summary
+    assert "over 36 blocks of 6 devices (at least 0.9: passed), 6 of 3 required devices report" in verdict.summary
 
 
 @pytest.mark.parametrize(
     ("later_h", "devices", "blocks", "waits"),
     [
         (0.5, 6, 6, "0.5 h more"),
-        (2.0, 2, 6, "devices with 20 batches: 2 of 3; 4 of 6 chosen devices not heard of"),
+        (2.0, 2, 6, "devices with 20 batches: 2 of 3; 4 of 6 selected devices have not reported"),
         (2.0, 6, 3, "devices with 20 batches: 0 of 3"),
-        (2.0, 0, 6, "devices with 20 batches: 0 of 3; 6 of 6 chosen devices not heard of"),
+        (2.0, 0, 6, "devices with 20 batches: 0 of 3; 6 of 6 selected devices have not reported"),
     ],
     ids=["hours", "devices", "batches", "nobody"],
 )
@@ -64,84 +64,84 @@ def test_what_is_missing_is_waited_for_and_said(
 def test_an_interval_that_holds_the_limit_is_open_however_good_its_middle_is(six: Fleet) -> None:
     six.start(plan())
     for sender, same in zip(six.senders, (99, 99, 99, 99, 99, 60), strict=True):
-        six.in_shadow([sender], same=same)
+        six.in_shadow([sender], agreeing=same)
     verdict = six.look().verdict
     [finding] = verdict.rule_results
     assert finding.value is not None
-    assert (finding.state, finding.value > 0.9, verdict.outcome) == ("open", True, "wait")
+    assert (finding.state, finding.value > 0.9, verdict.outcome) == ("undecided", True, "wait")
 
 
 def test_a_model_that_answers_otherwise_is_aborted_in_shadow(six: Fleet) -> None:
     six.start(plan())
-    six.in_shadow(same=30)
+    six.in_shadow(agreeing=30)
     verdict = six.look(0.1).verdict
-    assert (verdict.outcome, rules(verdict)) == ("abort", {"agreement": "bad"})
+    assert (verdict.outcome, rules(verdict)) == ("abort", {"agreement": "failed"})
 
 
 def test_what_is_bad_on_fewer_devices_than_are_needed_is_waited_about(six: Fleet) -> None:
     six.start(plan())
-    six.in_shadow(six.senders[:2], same=30)
+    six.in_shadow(six.senders[:2], agreeing=30)
     verdict = six.look().verdict
-    assert (verdict.outcome, rules(verdict)) == ("wait", {"agreement": "bad"})
+    assert (verdict.outcome, rules(verdict)) == ("wait", {"agreement": "failed"})
 
 
 @pytest.mark.parametrize(
     ("asked", "beside", "answer"),
     [
-        ({"slower": 1.5}, {"answered_beside": answered(seconds=0.12)}, "promote"),
-        ({"slower": 1.5}, {"answered_beside": answered(seconds=0.3)}, "abort"),
-        ({"accuracy_drop": 0.02}, {"answered_beside": answered(0.91), "answered": answered()}, "promote"),
-        ({"accuracy_drop": 0.02}, {"answered_beside": answered(0.7), "answered": answered()}, "abort"),
-        ({"error_growth": 0.1}, {"answered_beside": answered(off=2.0), "answered": answered(off=1.9)}, "promote"),
-        ({"error_growth": 0.1}, {"answered_beside": answered(off=3.0), "answered": answered(off=1.9)}, "abort"),
-        ({"accuracy_drop": 0.02}, {"labelled": [90, 1, 1, 8]}, "promote"),
-        ({"accuracy_drop": 0.02}, {"labelled": [60, 30, 1, 9]}, "abort"),
-        ({"error_growth": 0.1}, {}, "wait"),
+        ({"max_latency_ratio": 1.5}, {"other_stats": answered(seconds=0.12)}, "promote"),
+        ({"max_latency_ratio": 1.5}, {"other_stats": answered(seconds=0.3)}, "abort"),
+        ({"max_accuracy_drop": 0.02}, {"other_stats": answered(0.91), "stats": answered()}, "promote"),
+        ({"max_accuracy_drop": 0.02}, {"other_stats": answered(0.7), "stats": answered()}, "abort"),
+        ({"max_error_growth": 0.1}, {"other_stats": answered(off=2.0), "stats": answered(off=1.9)}, "promote"),
+        ({"max_error_growth": 0.1}, {"other_stats": answered(off=3.0), "stats": answered(off=1.9)}, "abort"),
+        ({"max_accuracy_drop": 0.02}, {"labelled": [90, 1, 1, 8]}, "promote"),
+        ({"max_accuracy_drop": 0.02}, {"labelled": [60, 30, 1, 9]}, "abort"),
+        ({"max_error_growth": 0.1}, {}, "wait"),
     ],
     ids=["fast", "slow", "as sure", "less sure", "as near", "less near", "as right", "less right", "no labels"],
 )
 def test_each_rule_is_judged_by_its_own_numbers(
     six: Fleet, asked: dict[str, float], beside: dict[str, Any], answer: str
 ) -> None:
-    six.start(plan(rules=promotion(agreement=None, **asked)))
+    six.start(plan(rules=promotion(min_agreement=None, **asked)))
     six.in_shadow(**beside)
     assert six.look().verdict.outcome == answer
 
 
 def test_in_a_canary_the_new_bundle_is_the_one_whose_results_count(six: Fleet) -> None:
-    six.start(plan(("canary", 100.0), ("all", 100.0), rules=promotion(agreement=None, slower=1.5)))
-    six.on_probation(six.senders, answered=answered(seconds=0.5), answered_beside=answered(seconds=0.1))
+    six.start(plan(("canary", 100.0), ("all", 100.0), rules=promotion(min_agreement=None, max_latency_ratio=1.5)))
+    six.on_probation(six.senders, stats=answered(seconds=0.5), other_stats=answered(seconds=0.1))
     [finding] = six.look().verdict.rule_results
     assert finding.value == pytest.approx(5.0)
-    assert finding.state == "bad"
+    assert finding.state == "failed"
 
 
 def test_where_no_more_can_come_that_would_settle_it_somebody_is_asked_to_decide(six: Fleet) -> None:
     six.start(plan(("canary", 100.0), ("all", 100.0)))
-    six.on_probation(six.senders, 4, same=90)
+    six.on_probation(six.senders, 4, agreeing=90)
     verdict = six.look().verdict
-    assert (verdict.outcome, verdict.rule_results[0].state) == ("wait", "open")
-    assert verdict.blockers[-1].startswith("somebody to decide: all devices that were heard of have come to an end")
+    assert (verdict.outcome, verdict.rule_results[0].state) == ("wait", "undecided")
+    assert verdict.blockers[-1].startswith("an operator's decision: all responding devices are done")
 
 
 def test_the_last_step_ends_with_a_finding_that_stays_open_but_not_with_one_that_is_bad(six: Fleet) -> None:
     six.start(plan(("all", 100.0)))
-    six.on_probation(six.senders, 4, same=90, settles=False)
+    six.on_probation(six.senders, 4, agreeing=90, settles=False)
     verdict = six.look().verdict
-    assert (verdict.outcome, verdict.rule_results[0].state) == ("wait", "open")
-    six.collect(*(sender.rollout("settled", strategy="all") for sender in six.senders))
+    assert (verdict.outcome, verdict.rule_results[0].state) == ("wait", "undecided")
+    six.collect(*(sender.rollout("active", strategy="all") for sender in six.senders))
     verdict = six.look().verdict
-    assert (verdict.outcome, verdict.rule_results[0].state) == ("finish", "open")
-    assert "(at least 0.9: open)" in verdict.summary
-    six.collect(*(sender.shadow(model=NEW_MODEL, beside=MODEL, same=0) for sender in six.senders for _ in range(5)))
+    assert (verdict.outcome, verdict.rule_results[0].state) == ("finish", "undecided")
+    assert "(at least 0.9: undecided)" in verdict.summary
+    six.collect(*(sender.shadow(model=NEW_MODEL, other=MODEL, agreeing=0) for sender in six.senders for _ in range(5)))
     assert six.look().verdict.outcome == "abort"
 
 
 def test_labels_count_before_the_estimate_where_there_are_any(six: Fleet) -> None:
-    six.start(plan(rules=promotion(agreement=None, accuracy_drop=0.02)))
-    six.in_shadow(labelled=[90, 1, 1, 8], answered_beside=answered(0.2))
+    six.start(plan(rules=promotion(min_agreement=None, max_accuracy_drop=0.02)))
+    six.in_shadow(labelled=[90, 1, 1, 8], other_stats=answered(0.2))
     [finding] = six.look().verdict.rule_results
-    assert (finding.rule, finding.state) == ("accuracy gained by labels", "good")
+    assert (finding.rule, finding.state) == ("accuracy_gain", "passed")
 
 
 def test_only_the_pair_of_the_step_is_compared(six: Fleet) -> None:
@@ -149,8 +149,8 @@ def test_only_the_pair_of_the_step_is_compared(six: Fleet) -> None:
     six.start(plan())
     six.in_shadow()
     for sender in six.senders:
-        six.collect(sender.shadow(beside=other, same=0), sender.shadow("another-roll-out", same=0))
-        six.collect(sender.shadow(model=NEW_MODEL, beside=MODEL, same=0), sender.shadow(model=NEW_MODEL, same=0))
+        six.collect(sender.shadow(other=other, agreeing=0), sender.shadow("another-roll-out", agreeing=0))
+        six.collect(sender.shadow(model=NEW_MODEL, other=MODEL, agreeing=0), sender.shadow(model=NEW_MODEL, agreeing=0))
     [finding] = six.look().verdict.rule_results
     assert finding.value == pytest.approx(0.96)
     assert finding.blocks == 36
@@ -160,11 +160,11 @@ def test_a_device_that_took_it_back_counts_as_failed_and_no_more_in_the_findings
     with fleet(tmp_path, 12) as many:
         many.start(plan(("canary", 100.0), ("all", 100.0)))
         many.on_probation(many.senders[1:])
-        many.on_probation(many.senders[:1], settles=False, same=0)
-        many.collect(many.senders[0].rollout("rolled back", reason="output drift", strategy="canary"))
+        many.on_probation(many.senders[:1], settles=False, agreeing=0)
+        many.collect(many.senders[0].rollout("rolled_back", reason="output_drift", strategy="canary"))
         verdict = many.look().verdict
         [finding] = verdict.rule_results
-        assert (verdict.outcome, verdict.failed, verdict.heard, finding.devices) == ("promote", 1, 12, 11)
+        assert (verdict.outcome, verdict.failed, verdict.responding, finding.devices) == ("promote", 1, 12, 11)
 
 
 @pytest.mark.parametrize(
@@ -172,9 +172,9 @@ def test_a_device_that_took_it_back_counts_as_failed_and_no_more_in_the_findings
     [
         (1, "crash", "abort"),
         (3, "signature", "abort"),
-        (2, "unfit", "promote"),
+        (2, "incompatible", "promote"),
         (2, "operator", "promote"),
-        (2, "fetch", "promote"),
+        (2, "download_failed", "promote"),
     ],
 )
 def test_too_many_devices_that_failed_abort_it_and_those_it_is_not_for_do_not(
@@ -183,7 +183,7 @@ def test_too_many_devices_that_failed_abort_it_and_those_it_is_not_for_do_not(
     six.start(plan())
     six.in_shadow(six.senders[failing:])
     for sender in six.senders[:failing]:
-        six.collect(sender.rollout("refused", reason=reason))
+        six.collect(sender.rollout("rejected", reason=reason))
     assert six.look().verdict.outcome == answer
 
 
@@ -192,11 +192,11 @@ def test_failures_that_may_yet_turn_out_few_hold_it_and_do_not_abort_it(tmp_path
         many.start(plan())
         many.in_shadow(many.senders[2:8])
         for sender in many.senders[:2]:
-            many.collect(sender.rollout("refused", reason="golden"))
+            many.collect(sender.rollout("rejected", reason="golden_vectors"))
         verdict = many.look().verdict
         assert (verdict.outcome, verdict.blockers) == (
             "wait",
-            ["fewer failed devices: 2 of 8 that were heard of, 10 % may"],
+            ["fewer failed devices: 2 of 8 responding, 10 % allowed"],
         )
         many.in_shadow(many.senders[8:])
         assert many.look().verdict.outcome == "promote"
@@ -221,17 +221,17 @@ def test_the_last_step_waits_for_devices_on_their_way_but_not_for_those_that_are
     six.start(plan(("canary", 100.0), ("all", 100.0)))
     six.on_probation(six.senders[:4])
     six.promote()
-    six.collect(six.senders[4].rollout("fetching", strategy="all"))
+    six.collect(six.senders[4].rollout("downloading", strategy="all"))
     with six.store.transaction() as db:
         db.execute("UPDATE devices SET last_seen = ?", (clock.to_rfc3339(NOW_US + HOUR_US * 7 // 2),))
         db.execute("UPDATE devices SET last_seen = NULL WHERE device = ?", (six.senders[5].device,))
     verdict = six.look(4.0).verdict
-    assert (verdict.outcome, verdict.blockers) == ("wait", ["devices on their way: 1"])
+    assert (verdict.outcome, verdict.blockers) == ("wait", ["devices in progress: 1"])
     assert six.look(4.6).verdict.outcome == "finish"
 
 
 def test_of_a_group_only_devices_that_speak_are_known_and_as_many_as_asked_must(six: Fleet) -> None:
-    six.start(plan(to="group:roof"))
+    six.start(plan(target="group:roof"))
     six.in_shadow(six.senders[:2])
     seen = six.look()
     assert (len(seen.devices.selected), seen.verdict.needed, seen.verdict.reporting) == (2, 3, 2)
@@ -240,8 +240,8 @@ def test_of_a_group_only_devices_that_speak_are_known_and_as_many_as_asked_must(
 
 
 def test_of_one_device_only_what_it_says_counts(six: Fleet) -> None:
-    six.start(plan(("shadow", 100.0), ("all", 100.0), to="device:pi-01", rules=promotion(devices=1)))
-    six.in_shadow(six.senders[2:], same=0)
+    six.start(plan(("shadow", 100.0), ("all", 100.0), target="device:pi-01", rules=promotion(min_devices=1)))
+    six.in_shadow(six.senders[2:], agreeing=0)
     six.in_shadow([six.senders[1]], 12)
     seen = six.look()
     assert ([one.device for one in seen.devices.selected], seen.verdict.outcome) == (["pi-01"], "promote")
@@ -250,7 +250,7 @@ def test_of_one_device_only_what_it_says_counts(six: Fleet) -> None:
 def test_a_store_that_was_lost_begins_a_new_log_whose_word_is_the_last(six: Fleet) -> None:
     six.start(plan())
     old = six.senders[0]
-    six.collect(old.rollout("refused", reason="golden"), old.rollout("refused", reason="golden"))
+    six.collect(old.rollout("rejected", reason="golden_vectors"), old.rollout("rejected", reason="golden_vectors"))
     anew = MessageSender(old.device, old.key)
     six.collect(anew.rollout("shadow"))
     assert six.look().devices.selected[0].phase == "shadow"
@@ -259,7 +259,7 @@ def test_a_store_that_was_lost_begins_a_new_log_whose_word_is_the_last(six: Flee
 def test_a_stolen_device_whose_key_was_revoked_counts_no_more(six: Fleet) -> None:
     six.start(plan())
     six.in_shadow(six.senders[:3])
-    six.in_shadow(six.senders[3:], same=0)
+    six.in_shadow(six.senders[3:], agreeing=0)
     for sender in six.senders[3:]:
         six.store.revoke(sender.device, None, "2026-11-24T22:20:00.000000Z")
     seen = six.look()
@@ -274,7 +274,7 @@ def test_a_device_that_is_not_in_the_roll_out_cannot_flood_it(tmp_path: Path) ->
         outside = next(sender for sender in many.senders if sender not in chosen)
         many.on_probation(chosen)
         before = many.look().verdict
-        many.on_probation([outside], 300, settles=False, same=0)
+        many.on_probation([outside], 300, settles=False, agreeing=0)
         seen = many.look()
         assert seen.verdict == before
         assert len(seen.tallies.devices[outside.device].as_active) == 200
@@ -283,7 +283,7 @@ def test_a_device_that_is_not_in_the_roll_out_cannot_flood_it(tmp_path: Path) ->
 def test_a_device_that_floods_its_own_roll_out_counts_as_one(six: Fleet) -> None:
     six.start(plan())
     six.in_shadow(six.senders[1:])
-    six.in_shadow(six.senders[:1], 250, n=1000, same=960)
+    six.in_shadow(six.senders[:1], 250, n=1000, agreeing=960)
     [finding] = six.look().verdict.rule_results
     assert finding.value == pytest.approx(0.96)
     assert finding.devices == 6
@@ -293,37 +293,37 @@ def test_a_device_with_windows_without_number_counts_as_twice_the_one_in_the_mid
     six.start(plan())
     six.in_shadow(six.senders[1:])
     six.senders[0].row = 0
-    six.in_shadow(six.senders[:1], 3, n=2**50, same=0)
-    six.in_shadow(six.senders[:1], 30, same=30)
+    six.in_shadow(six.senders[:1], 3, n=2**50, agreeing=0)
+    six.in_shadow(six.senders[:1], 30, agreeing=30)
     [finding] = six.look().verdict.rule_results
     assert finding.value == pytest.approx((5 * 6 * 96 + 12 * 30) / (5 * 600 + 1200), abs=1e-4)
-    assert finding.state == "open"
+    assert finding.state == "undecided"
 
 
 @pytest.mark.parametrize(
     "lie",
     [
-        {"n": 10_000_000, "rows": [1, 100], "same": 10_000_000},
+        {"n": 10_000_000, "rows": [1, 100], "agreeing": 10_000_000},
         {"errors": 6},
         {"labelled": [2**52, 0, 0, 0]},
-        {"answered": {**ANSWERED, "windows": 101}},
-        {"answered": {**ANSWERED, "expected": {"n": 101, "mean": 0.9, "m2": 1.0}}},
-        {"answered": {**ANSWERED, "seconds": 1e308}, "answered_beside": {**ANSWERED, "seconds": 1e-308}},
-        {"answered_beside": {**ANSWERED, "expected": {"n": 100, "mean": 1e300, "m2": 0}}},
-        {"answered_beside": {**ANSWERED, "expected": {"n": 100, "mean": 0.5, "m2": 1e9}}},
-        {"answered_beside": {**ANSWERED, "scores": {"n": 100, "mean": -1e308, "m2": 1e308}}},
-        {"apart": {"n": 101, "mean": 0, "m2": 0}},
+        {"stats": {**ANSWERED, "windows": 101}},
+        {"stats": {**ANSWERED, "expected_accuracy": {"n": 101, "mean": 0.9, "m2": 1.0}}},
+        {"stats": {**ANSWERED, "seconds": 1e308}, "other_stats": {**ANSWERED, "seconds": 1e-308}},
+        {"other_stats": {**ANSWERED, "expected_accuracy": {"n": 100, "mean": 1e300, "m2": 0}}},
+        {"other_stats": {**ANSWERED, "expected_accuracy": {"n": 100, "mean": 0.5, "m2": 1e9}}},
+        {"other_stats": {**ANSWERED, "scores": {"n": 100, "mean": -1e308, "m2": 1e308}}},
+        {"difference": {"n": 101, "mean": 0, "m2": 0}},
     ],
     ids=lambda lie: " ".join(lie),
 )
 def test_a_tally_that_contradicts_itself_is_left_out_and_its_device_named(six: Fleet, lie: dict[str, Any]) -> None:
-    six.start(plan(rules=promotion(slower=1.5, accuracy_drop=0.02)))
+    six.start(plan(rules=promotion(max_latency_ratio=1.5, max_accuracy_drop=0.02)))
     honest, liar = six.senders[:5], six.senders[5]
     six.in_shadow(honest)
     before = six.look().verdict
     six.collect(*(liar.shadow(**lie) for _ in range(5)))
     seen = six.look()
-    assert [f.words for f in seen.verdict.rule_results] == [f.words for f in before.rule_results]
+    assert [f.text for f in seen.verdict.rule_results] == [f.text for f in before.rule_results]
     assert seen.tallies.devices[liar.device].implausible_count == 5
     assert seen.tallies.devices[liar.device].implausible_reason
 
@@ -331,6 +331,6 @@ def test_a_tally_that_contradicts_itself_is_left_out_and_its_device_named(six: F
 def test_a_stranger_whose_signature_is_none_adds_nothing(six: Fleet) -> None:
     six.start(plan())
     forger = MessageSender(six.senders[0].device, new_key(666))
-    six.in_shadow([forger], same=0)
+    six.in_shadow([forger], agreeing=0)
     seen = six.look()
-    assert (seen.tallies.devices, seen.verdict.heard) == ({}, 0)
+    assert (seen.tallies.devices, seen.verdict.responding) == ({}, 0)

@@ -36,8 +36,8 @@ strategy = "shadow"
 [[steps]]
 strategy = "all"
 [promote]
-hours = 0
-agreement = 0.9
+min_hours = 0
+min_agreement = 0.9
 """
 
 
@@ -97,9 +97,9 @@ class Site:
         assert isinstance(body, DesiredPayload)
         return body
 
-    def in_shadow(self, same: int = 97) -> None:
+    def in_shadow(self, agreeing: int = 97) -> None:
         for sender in self.senders:
-            self.send(sender.rollout("shadow"), *(sender.shadow(same=same) for _ in range(6)))
+            self.send(sender.rollout("shadow"), *(sender.shadow(agreeing=agreeing) for _ in range(6)))
 
     def heard(self, phase: str) -> None:
         wait_until(f"all are {phase}", lambda: self.status()["phases"] == {phase: len(self.senders)})
@@ -130,13 +130,13 @@ def test_a_good_bundle_goes_from_shadow_to_everywhere_by_follow_and_the_audit_pa
         wait_until("the devices are told", lambda: site.desired().tasks["exercise"].strategy == "all")
         assert site.desired().counter > told.counter
         for sender in site.senders:
-            swapped = [sender.shadow(model=NEW_MODEL, beside=MODEL) for _ in range(8)]
-            site.send(sender.rollout("probation", strategy="all"), *swapped, sender.rollout("settled", strategy="all"))
+            swapped = [sender.shadow(model=NEW_MODEL, other=MODEL) for _ in range(8)]
+            site.send(sender.rollout("canary", strategy="all"), *swapped, sender.rollout("active", strategy="all"))
         assert follow.wait(60) == 0, follow.log.read_text(encoding="utf-8")
     finally:
         follow.kill()
     code, [document] = site.rollout("status", "exercise-1-1")
-    assert (code, document["state"], document["phases"]) == (0, "finished", {"settled": 4})
+    assert (code, document["state"], document["phases"]) == (0, "finished", {"active": 4})
     code, report = site.fleet.audit()
     assert (code, report["decisions"], report["invalid_decisions"]) == (0, 3, [])
     store = site.fleet.open_store(write=True)
@@ -152,14 +152,14 @@ def test_a_bad_one_is_aborted_by_follow_which_says_so_with_its_exit_code(site: S
     follow = ("fleet", "rollout", "follow", "exercise-1-1", "--every", "0.2", "--dir", str(site.fleet.home))
     program = OutstationProcess(site.folder / "follow.log", *follow).start()
     try:
-        site.in_shadow(same=20)
+        site.in_shadow(agreeing=20)
         assert program.wait(60) == 1
     finally:
         program.kill()
     assert program.log_contains(
-        "exercise-1-1: Aborted at shadow 100 %, devices go back to what they ran before: agreement 0.2"
+        "exercise-1-1: Aborted at shadow 100 %, devices return to their previous bundle: agreement 0.2"
     )
-    assert site.desired().tasks["exercise"].strategy == "back"
+    assert site.desired().tasks["exercise"].strategy == "rollback"
     code, said = site.rollout("start", str(site.folder / "rollout.toml"))
     assert (code, "choose another name" in said) == (2, True)
 
@@ -168,17 +168,19 @@ def test_by_hand_a_step_is_promoted_only_where_its_rules_allow_or_with_a_reason(
     site.start()
     code, document = site.rollout("promote", "exercise-1-1")
     assert (code, document["promoted"]) == (1, False)
-    assert document["waits"][0].startswith("devices with 20 batches: 0 of 3; 4 of 4 chosen devices not heard of")
-    assert site.status()["not_heard_of"] == ["pi-0", "pi-1", "pi-2", "pi-3"]
+    assert document["blockers"][0].startswith(
+        "devices with 20 batches: 0 of 3; 4 of 4 selected devices have not reported"
+    )
+    assert site.status()["not_reported"] == ["pi-0", "pi-1", "pi-2", "pi-3"]
     assert site.rollout("pause", "exercise-1-1")[1]["state"] == "paused"
     assert site.rollout("resume", "exercise-1-1")[1]["state"] == "running"
     site.in_shadow()
     site.heard("shadow")
-    wait_until("nothing is open", lambda: site.status()["answer"] == "promote")
+    wait_until("nothing is open", lambda: site.status()["outcome"] == "promote")
     assert site.rollout("promote", "exercise-1-1")[1]["step"] == 2
     code, document = site.rollout("promote", "exercise-1-1", "--force", "the others are on holiday")
     assert (code, document["state"]) == (0, "finished")
-    assert "Promoted by hand: the others are on holiday." in document["summary"]
+    assert "Forced: the others are on holiday." in document["summary"]
     assert site.fleet.audit()[0] == 0
 
 
@@ -194,7 +196,7 @@ def test_what_was_decided_without_a_broker_is_published_by_the_next_command(site
     assert code == 2
     assert site.retained() is not None
     told = site.desired()
-    assert (told.tasks["exercise"].strategy, told.counter > before.counter) == ("back", True)
+    assert (told.tasks["exercise"].strategy, told.counter > before.counter) == ("rollback", True)
 
 
 def test_an_older_desired_state_that_somebody_retains_again_is_replaced_by_follow(site: Site) -> None:
@@ -238,14 +240,14 @@ def test_status_is_text_for_people_and_names_who_refused(site: Site) -> None:
     assert "No roll-out was ever started" in run_outstation("fleet", "rollout", "status", "--dir", home).stdout
     site.start()
     first, second = site.senders[:2]
-    site.send(first.rollout("refused", reason="signature"), second.rollout("refused", reason="fetch"))
-    wait_until("both were heard of", lambda: site.status()["refused"] == ["pi-0", "pi-1"])
+    site.send(first.rollout("rejected", reason="signature"), second.rollout("rejected", reason="download_failed"))
+    wait_until("both were heard of", lambda: site.status()["rejected"] == ["pi-0", "pi-1"])
     assert site.status()["failed"] == ["pi-0"]
     said = run_outstation("fleet", "rollout", "status", "--dir", home).stdout
     assert "exercise-1-1  exercise: exercise 1.1.0 to all  running" in said
-    assert "pi-0: refused (signature): exercise 1.1.0: refused." in said
-    assert "pi-1: refused (fetch): exercise 1.1.0: refused." in said
-    assert "not heard of: pi-2, pi-3" in said
+    assert "pi-0: rejected (signature): exercise 1.1.0: rejected." in said
+    assert "pi-1: rejected (download_failed): exercise 1.1.0: rejected." in said
+    assert "not reported: pi-2, pi-3" in said
     assert "\x1b" not in said
 
 

@@ -1,36 +1,20 @@
-"""Whether a bundle fits this device, by what its publisher signed beside it: asked before it is downloaded."""
+"""Bundle compatibility: check the signed target metadata against this device, before the download."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 
-# Beside what an archive and its bundle take; the store has a reserve of its own.
+from agent.wire.target_metadata import TargetMetadata
+
+# Free disk left after the archive and its unpacked bundle. The store has a reserve of its own.
 DISK_RESERVE_BYTES = 32 << 20
 
 
-class TargetMetadata(msgspec.Struct, frozen=True):
-    """Member `outstation` of a target's `custom`: `digest` of the manifest, `memory` and `unpacked` in bytes.
-
-    `runtimes` are those with golden vectors, as in `agent.model.inference.runtime.NAME`; `agent` is the least version.
-    """
-
-    name: str
-    version: str
-    digest: str
-    kind: str
-    fields: list[str]
-    agent: str
-    runtimes: list[str]
-    memory: Annotated[int, msgspec.Meta(ge=0)]
-    unpacked: Annotated[int, msgspec.Meta(ge=0)]
-    window: int = 1
-
-
 class DeviceProfile(msgspec.Struct, frozen=True):
-    """What there is on this device: the stream's fields with their types, bytes of memory and disk that are free."""
+    """Resources of this device: the task's stream with its field types, and free memory and disk in bytes."""
 
     stream: str
     fields: dict[str, str]
@@ -41,17 +25,21 @@ class DeviceProfile(msgspec.Struct, frozen=True):
 
 
 def find_incompatibility(custom: dict[str, Any], length: int, missing_bytes: int, profile: DeviceProfile) -> str:
-    """Why a bundle does not fit, in a sentence, else "". Of its archive's `length` bytes some are `missing`."""
+    """Return why a bundle does not fit this device, "" if it does.
+
+    `missing_bytes` of its archive's `length` bytes are still to be downloaded.
+    """
     try:
-        needs = msgspec.convert(custom, TargetMetadata)
+        metadata = msgspec.convert(custom, TargetMetadata)
     except msgspec.ValidationError as error:
-        return f"its publisher did not say what it needs ({error}); publish it again with `outstation fleet publish`"
+        return f"its target metadata are incomplete ({error}); publish it again with `outstation fleet publish`"
+    required_disk = missing_bytes + max(metadata.unpacked, length) + DISK_RESERVE_BYTES
     return (
-        _check_fields(needs, profile)
-        or _check_agent_version(needs, profile)
-        or _check_runtime(needs, profile)
-        or _check_memory(needs, profile)
-        or _check_disk(missing_bytes + max(needs.unpacked, length) + DISK_RESERVE_BYTES, profile)
+        _check_fields(metadata, profile)
+        or _check_agent_version(metadata, profile)
+        or _check_runtime(metadata, profile)
+        or _check_memory(metadata, profile)
+        or _check_disk(required_disk, profile)
     )
 
 
@@ -61,9 +49,7 @@ def _check_fields(metadata: TargetMetadata, profile: DeviceProfile) -> str:
         if kind is None:
             return f"it needs field {field!r}, which stream {profile.stream!r} of this device does not have"
         if kind == "category":
-            return (
-                f"it needs numbers in field {field!r}, which is a category in stream {profile.stream!r} of this device"
-            )
+            return f"it needs numbers in field {field!r}, but stream {profile.stream!r} of this device has a category"
     return ""
 
 
@@ -74,12 +60,12 @@ def _check_agent_version(metadata: TargetMetadata, profile: DeviceProfile) -> st
 
 
 def _check_runtime(metadata: TargetMetadata, profile: DeviceProfile) -> str:
-    """Golden vectors of another version of the same runtime count: they have a tolerance."""
+    """Accept golden vectors of any version of the runtime: they have a tolerance."""
     package = profile.runtime.partition(" ")[0]
     if package in {name.partition(" ")[0] for name in metadata.runtimes}:
         return ""
     known = ", ".join(metadata.runtimes) or "none"
-    return f"it has no golden vectors for the runtime here ({profile.runtime}), so it cannot be proved; it has: {known}"
+    return f"it has no golden vectors for this runtime ({profile.runtime}), so it cannot be verified; it has: {known}"
 
 
 def _check_memory(metadata: TargetMetadata, profile: DeviceProfile) -> str:
@@ -91,7 +77,8 @@ def _check_memory(metadata: TargetMetadata, profile: DeviceProfile) -> str:
 def _check_disk(required_bytes: int, profile: DeviceProfile) -> str:
     if required_bytes <= profile.free_disk:
         return ""
-    return f"it needs {_format_mib(required_bytes)} of disk to arrive and unpack and leave a reserve; {_format_mib(profile.free_disk)} are free here"
+    required, free = _format_mib(required_bytes), _format_mib(profile.free_disk)
+    return f"it needs {required} of disk for the archive, the unpacked bundle and a reserve; {free} are free here"
 
 
 def _parse_version(version: str) -> tuple[int, ...]:

@@ -1,19 +1,22 @@
-"""Fetch bundles, a child process at a time, as the daemon's main loop has a moment; nothing here ever waits.
+"""Bundle fetcher: run fetch workers one at a time, polled by the daemon's main loop, which never waits for them.
 
 Rules:
-- whatever a child answers, the floors in it are committed before the rest of it counts
-- what fails is tried again, later each time and never at a round time, until it is wanted no more; tasks take turns
-- devices that are told at one moment do not all come at that moment
-- where [updates] has a window, bundles of a web repository come only then; the metadata, a few kilobytes, are looked
-  at all day
-- metadata that have expired, or a clock that nobody vouches for, stop no task: they are told, and nothing new comes
+- the version floors in a response are committed before anything else in it is used
+- a failed fetch is retried with exponential backoff and jitter while the bundle is desired; tasks take turns
+- devices that learn of a bundle at the same moment download it at different moments
+- with [updates] window, bundles are downloaded from the web within it only; metadata, a few kilobytes, at any time
+- expired metadata or an unsynced clock stop no task: they are reported, and no new bundle is accepted
 """
 
 from __future__ import annotations
 
 import logging
 import random
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +25,99 @@ import msgspec
 from agent import clock
 from agent.clock import ClockReading
 from agent.config import Config, UpdatesConfig
-from agent.device.rollout.fetch import child, here, request, version_floors, window
-from agent.device.rollout.fetch.child import FetchProcess
-from agent.device.rollout.fetch.protocol import STALL_TIMEOUT_S, FetchRequest, FetchResponse, SignedTarget
+from agent.device.rollout.fetch import request as requests
+from agent.device.rollout.fetch import version_floors
+from agent.device.rollout.fetch.protocol import (
+    MAX_RESPONSE_BYTES,
+    STALL_TIMEOUT_S,
+    FetchRequest,
+    FetchResponse,
+    SignedTarget,
+)
 from agent.device.rollout.fetch.version_floors import VersionFloors
 from agent.device.store.store import Store
 from agent.errors import BadBundle, StorageBusy, StorageFull
-from agent.model.bundle import target_metadata
+from agent.wire import target_metadata
 from agent.wire.desired_state import DesiredBundle
 
 log = logging.getLogger("outstation.updates")
 
-# One that takes longer is gone on with by the next child.
+# -P: never import an `agent` package from the current folder.
+WORKER_COMMAND = (sys.executable, "-P", "-m", "agent.device.rollout.fetch.worker")
+# The worker ends by itself at its timeout; this much later it is killed.
+_GRACE_S = 30.0
+# The next worker resumes a download that takes longer.
 _DOWNLOAD_TIMEOUT_S = 3600.0
 _MAX_JITTER_S = 60.0
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 30.0, 6 * 3600.0
-_PERMANENT_ERRORS = frozenset({"Unfit", "TooLarge", "NoRoot", "NoSuchTarget"})
-# Not there yet: a roll-out may come sooner than the copy of the repository that a device sees.
+_PERMANENT_ERRORS = frozenset({"Incompatible", "TooLarge", "MissingRoot", "NoSuchTarget"})
+# A roll-out may start before the device's mirror of the repository has the bundle.
 _UNPUBLISHED_ERROR = "NoSuchTarget"
 _BUSY_POLL_S, _CLOSED_POLL_S = 1.0, 60.0
+_DAY_S = 86_400.0
+# In the year 9999: a broken clock may show a later time.
+_MAX_TIME_S = 253_402_000_000.0
+
+
+class FetchProcess:
+    """A running fetch worker. `now_s` is boot time. Raises OSError if no process can be started."""
+
+    def __init__(self, request: FetchRequest, now_s: float, command: Sequence[str] = WORKER_COMMAND) -> None:
+        self._deadline_s, self._killed = now_s + request.timeout_s + _GRACE_S, False
+        # Files, not pipes: nothing has to drain them while the worker runs.
+        with tempfile.TemporaryFile() as stdin:
+            stdin.write(msgspec.json.encode(request))
+            stdin.seek(0)
+            self._stdout, self._stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+            try:
+                self._process = subprocess.Popen(command, stdin=stdin, stdout=self._stdout, stderr=self._stderr)
+            except OSError:
+                self._close()
+                raise
+
+    def has_ended(self, now_s: float) -> bool:
+        """Return True if it has ended; kill it once it is overdue."""
+        if self._process.poll() is not None:
+            return True
+        if now_s >= self._deadline_s:
+            self.kill()
+        return False
+
+    def kill(self) -> None:
+        self._killed = True
+        self._process.kill()
+
+    def read_response(self) -> FetchResponse:
+        """Return the response of an ended worker; without one, the cause of its death as an error."""
+        self._stdout.seek(0)
+        try:
+            response = msgspec.json.decode(self._stdout.read(MAX_RESPONSE_BYTES), type=FetchResponse)
+        except msgspec.MsgspecError:
+            error = "Timeout" if self._killed else "WorkerCrashed"
+            response = FetchResponse(error=error, detail=self._describe_death(), floors=VersionFloors())
+        self._close()
+        return response
+
+    def kill_and_wait(self) -> None:
+        """Kill it and wait for its end."""
+        self.kill()
+        self._process.wait()
+        self._close()
+
+    def _describe_death(self) -> str:
+        if self._killed:
+            return "the fetch worker did not end in time and was killed; the bytes so far are kept"
+        self._stderr.seek(0)
+        text = self._stderr.read(MAX_RESPONSE_BYTES).decode(errors="replace").strip()
+        return f"the fetch worker ended with {self._process.returncode}: {text[-300:]}"
+
+    def _close(self) -> None:
+        self._stdout.close()
+        self._stderr.close()
 
 
 class FetchedBundle(msgspec.Struct, frozen=True):
-    """An archive on the disk, of the signed length and SHA-256. Its bundle is still to be verified (`bundle.read`)."""
+    """An archive on disk with the signed length and SHA-256. Its bundle is not verified yet (`bundle.read`)."""
 
     task: str
     desired: DesiredBundle
@@ -53,9 +126,9 @@ class FetchedBundle(msgspec.Struct, frozen=True):
 
 
 class FetchFailure(msgspec.Struct, frozen=True):
-    """A try failed over `error`, the name of what went wrong. Another comes in `again_s`, unless it is stopped.
+    """A failed fetch with the name of its error; it is retried in `retry_in_s` unless it is stopped.
 
-    `lasting`: it will fail until the device, the repository or its config has changed.
+    If `is_permanent`, it will fail until the device, its config or the repository changes.
     """
 
     task: str
@@ -67,7 +140,7 @@ class FetchFailure(msgspec.Struct, frozen=True):
 
 
 class _PendingFetch(msgspec.Struct):
-    """What a task wants, and when it is tried next."""
+    """The bundle that a task needs, and when its next fetch is due."""
 
     task: str
     desired: DesiredBundle
@@ -77,7 +150,7 @@ class _PendingFetch(msgspec.Struct):
 
 
 class _MetadataCheck(msgspec.Struct):
-    """When metadata are looked at next, None at the start, and what came of the last time."""
+    """When metadata are refreshed next (None: not scheduled yet), and the result of the last refresh."""
 
     due_s: float | None = None
     failures: int = 0
@@ -87,14 +160,14 @@ class _MetadataCheck(msgspec.Struct):
 
 
 class Fetcher:
-    """Of one device. All calls are the main loop's; `close` it. Without [updates] nothing is ever fetched."""
+    """Fetcher of one device, for the main loop only. Close it. Without [updates] it never fetches."""
 
     def __init__(
         self,
         conf: Config,
         store: Store,
         *,
-        command: Sequence[str] = child.WORKER_COMMAND,
+        command: Sequence[str] = WORKER_COMMAND,
         rng: random.Random | None = None,
         stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
@@ -102,11 +175,11 @@ class Fetcher:
         self._rng, self._stall_timeout_s = rng or random.Random(), stall_timeout_s
         self._pending: dict[str, _PendingFetch] = {}
         self._metadata_check = _MetadataCheck()
-        self._child: FetchProcess | None = None
+        self._process: FetchProcess | None = None
         self._active: _PendingFetch | None = None
 
     def start(self, task: str, desired: DesiredBundle, now: ClockReading) -> None:
-        """Fetch what is `wanted` for `task`, instead of what was before. The same again changes nothing."""
+        """Fetch `desired` for `task` instead of any earlier bundle. Starting the same bundle again has no effect."""
         before = self._pending.get(task)
         if before is not None and _bundle_key(before.desired) == _bundle_key(desired):
             return
@@ -114,97 +187,97 @@ class Fetcher:
         self._pending[task] = _PendingFetch(task, desired, _target_path(desired), now.boot_s + self._jitter_s())
 
     def stop(self, task: str) -> None:
-        """`task` wants nothing any more."""
-        gone = self._pending.pop(task, None)
-        if self._child is not None and gone is not None and gone is self._active:
-            self._child.kill()
+        """Drop the fetch of `task`."""
+        dropped = self._pending.pop(task, None)
+        if self._process is not None and dropped is not None and dropped is self._active:
+            self._process.kill()
 
     def poll(self, now: ClockReading) -> FetchedBundle | FetchFailure | None:
-        """What came to an end, if anything did; else begins what is due."""
+        """Return the result of a fetch that ended, if one did; else start the next one that is due."""
         if self._conf.updates is None:
             return None
-        if self._child is None:
-            return self._start_child(self._conf.updates, now)
-        if not self._child.has_ended(now.boot_s):
+        if self._process is None:
+            return self._start_worker(self._conf.updates, now)
+        if not self._process.has_ended(now.boot_s):
             return None
-        answer, errand = self._child.read_response(), self._active
-        self._child = self._active = None
-        return self._finish(errand, self._commit_floors(answer, now), now)
+        response, pending = self._process.read_response(), self._active
+        self._process = self._active = None
+        return self._finish(pending, self._commit_floors(response, now), now)
 
     def wait_s(self, now: ClockReading) -> float:
-        """Until `poll` may have something to do."""
-        if self._child is not None:
+        """Return the seconds until `poll` may have work."""
+        if self._process is not None:
             return _BUSY_POLL_S
-        dues = [now.boot_s if self._metadata_check.due_s is None else self._metadata_check.due_s]
+        due_s = [now.boot_s if self._metadata_check.due_s is None else self._metadata_check.due_s]
         if self._conf.updates is not None and self._pending:
-            is_open = window.seconds_until_close(self._conf.updates, now) > 0
-            dues += [one.due_s if is_open else now.boot_s + _CLOSED_POLL_S for one in self._pending.values()]
-        return max(0.0, min(dues) - now.boot_s)
+            is_open = seconds_until_close(self._conf.updates, now) > 0
+            due_s += [fetch.due_s if is_open else now.boot_s + _CLOSED_POLL_S for fetch in self._pending.values()]
+        return max(0.0, min(due_s) - now.boot_s)
 
     def report(self, now: ClockReading) -> dict[str, Any] | None:
-        """What health and `outstation status` say; None without [updates]."""
+        """Return the state for health messages and `outstation status`; None without [updates]."""
         if (updates := self._conf.updates) is None:
             return None
-        known = version_floors.load(self._store)
+        floors = version_floors.load(self._store)
+        expires = None if floors.expires_s is None else clock.to_rfc3339(round(floors.expires_s * 1e6))
         return {
-            "freshness": self._freshness(known, now),
-            "looked": self._metadata_check.checked_at,
+            "freshness": self._freshness(floors, now),
+            "last_checked": self._metadata_check.checked_at,
             "error": self._metadata_check.error,
             "detail": self._metadata_check.detail,
-            "expires": None if known.expires_s is None else clock.to_rfc3339(round(known.expires_s * 1e6)),
-            "versions": {role: floor.version for role, floor in sorted(known.roles.items())},
-            "fetching": {task: self._describe_wait(one, updates, now) for task, one in self._pending.items()},
+            "metadata_expires": expires,
+            "versions": {role: floor.version for role, floor in sorted(floors.roles.items())},
+            "downloads": {task: self._describe_wait(fetch, updates, now) for task, fetch in self._pending.items()},
         }
 
     def close(self) -> None:
-        """End a child that runs."""
-        if self._child is not None:
-            self._child.kill_and_wait()
-            self._child = self._active = None
+        """End a running worker."""
+        if self._process is not None:
+            self._process.kill_and_wait()
+            self._process = self._active = None
 
-    # --- a child ---
+    # --- one worker ---
 
-    def _start_child(self, updates: UpdatesConfig, now: ClockReading) -> FetchFailure | None:
-        open_s = window.seconds_until_close(updates, now)
-        ready = [one for one in self._pending.values() if one.due_s <= now.boot_s and open_s > 0]
-        errand = min(ready, key=lambda one: one.due_s, default=None)
+    def _start_worker(self, updates: UpdatesConfig, now: ClockReading) -> FetchFailure | None:
+        open_s = seconds_until_close(updates, now)
+        ready = [fetch for fetch in self._pending.values() if fetch.due_s <= now.boot_s and open_s > 0]
+        pending = min(ready, key=lambda fetch: fetch.due_s, default=None)
         if self._metadata_check.due_s is None:
             self._metadata_check.due_s = now.boot_s + self._jitter_s()
-        if errand is None and now.boot_s < self._metadata_check.due_s:
+        if pending is None and now.boot_s < self._metadata_check.due_s:
             return None
         try:
-            self._child = FetchProcess(self._build_request(updates, errand, open_s, now), now.boot_s, self._command)
+            self._process = FetchProcess(self._build_request(updates, pending, open_s, now), now.boot_s, self._command)
         except OSError as error:
-            answer = FetchResponse(
-                error="Died", detail=f"no process to fetch with: {error.strerror}", floors=VersionFloors()
-            )
-            failed = self._finish(errand, answer, now)
-            return failed if isinstance(failed, FetchFailure) else None
-        self._active = errand
+            detail = f"no fetch worker can be started: {error.strerror}"
+            response = FetchResponse(error="WorkerCrashed", detail=detail, floors=VersionFloors())
+            failure = self._finish(pending, response, now)
+            return failure if isinstance(failure, FetchFailure) else None
+        self._active = pending
         return None
 
     def _build_request(
         self, updates: UpdatesConfig, pending: _PendingFetch | None, open_s: float, now: ClockReading
     ) -> FetchRequest:
-        time_us = request.trusted_time_us(self._store, now)
-        look = msgspec.structs.replace(
-            request.build_metadata_request(self._conf, updates, version_floors.load(self._store), time_us),
+        time_us = requests.trusted_time_us(self._store, now)
+        metadata_request = msgspec.structs.replace(
+            requests.build_metadata_request(self._conf, updates, version_floors.load(self._store), time_us),
             stall_timeout_s=self._stall_timeout_s,
         )
         if pending is None:
-            return look
+            return metadata_request
         return msgspec.structs.replace(
-            look,
+            metadata_request,
             timeout_s=min(_DOWNLOAD_TIMEOUT_S, open_s),
             path=pending.path,
             digest=pending.desired.digest,
-            profile=here.measure_profile(self._conf, pending.task),
+            profile=requests.measure_profile(self._conf, pending.task),
         )
 
-    # --- what it said ---
+    # --- its response ---
 
     def _commit_floors(self, response: FetchResponse, now: ClockReading) -> FetchResponse:
-        """The answer, once its floors are in the store; where they cannot be, a failure, and nothing of it is used."""
+        """Store the floors and return the response; if they cannot be stored, return a failure instead."""
         if not response.floors.anchor:
             return response
         try:
@@ -213,10 +286,10 @@ class Fetcher:
                 if now.quality == "synced":
                     tx.raise_time_floor(now.wall_us)
         except (StorageFull, StorageBusy) as problem:
-            name, detail = (
-                (response.error, response.detail) if response.error else (type(problem).__name__, str(problem))
-            )
-            return FetchResponse(error=name, detail=detail, floors=VersionFloors(), received=response.received)
+            error, detail = response.error, response.detail
+            if not error:
+                error, detail = type(problem).__name__, str(problem)
+            return FetchResponse(error=error, detail=detail, floors=VersionFloors(), received=response.received)
         return response
 
     def _finish(
@@ -233,57 +306,73 @@ class Fetcher:
         return FetchedBundle(pending.task, pending.desired, Path(response.file), response.target)
 
     def _record_metadata_check(self, response: FetchResponse, now: ClockReading, *, metadata_only: bool) -> None:
-        """Each child looks at the metadata; one that then fails over a bundle has looked all the same."""
-        look = self._metadata_check
+        """Record the refresh. Every worker refreshes the metadata, even one that then fails to get a bundle."""
+        last = self._metadata_check
         if response.error in ("", _UNPUBLISHED_ERROR) or response.target is not None:
             every_s = self._conf.updates.poll_interval if self._conf.updates else 0.0
-            again_s = every_s * self._rng.uniform(1.0, 1.25)
-            self._metadata_check = _MetadataCheck(now.boot_s + again_s, checked_at=clock.to_rfc3339(now.wall_us))
+            due_s = now.boot_s + every_s * self._rng.uniform(1.0, 1.25)
+            self._metadata_check = _MetadataCheck(due_s, checked_at=clock.to_rfc3339(now.wall_us))
             return
-        again_s = self._backoff_s(look.failures + 1)
+        retry_s = self._backoff_s(last.failures + 1)
         self._metadata_check = _MetadataCheck(
-            now.boot_s + again_s, look.failures + 1, response.error, response.detail, look.checked_at
+            now.boot_s + retry_s, last.failures + 1, response.error, response.detail, last.checked_at
         )
         if metadata_only:
             log.warning(
-                "the repository cannot be used: %s: %s; again in %.0f s", response.error, response.detail, again_s
+                "the repository cannot be used: %s: %s; retry in %.0f s", response.error, response.detail, retry_s
             )
 
     def _record_failure(self, pending: _PendingFetch, response: FetchResponse, now: ClockReading) -> FetchFailure:
-        # A link that breaks off again and again brings a bundle all the same.
+        # An unstable link still makes progress: bytes received reset the backoff.
         pending.failures = 1 if response.received else pending.failures + 1
-        lasting = response.error in _PERMANENT_ERRORS
-        again_s = self._backoff_s(64 if lasting and response.error != _UNPUBLISHED_ERROR else pending.failures)
-        pending.due_s = now.boot_s + again_s
-        error, detail = response.error or "Died", response.detail or "the child that fetches gave no archive"
-        log.warning("task %s: %s: %s; again in %.0f s", pending.task, error, detail, again_s)
-        return FetchFailure(pending.task, pending.desired, error, detail, again_s, lasting)
+        is_permanent = response.error in _PERMANENT_ERRORS
+        is_hopeless = is_permanent and response.error != _UNPUBLISHED_ERROR
+        retry_s = self._backoff_s(64 if is_hopeless else pending.failures)
+        pending.due_s = now.boot_s + retry_s
+        error, detail = response.error or "WorkerCrashed", response.detail or "the fetch worker returned no archive"
+        log.warning("task %s: %s: %s; retry in %.0f s", pending.task, error, detail, retry_s)
+        return FetchFailure(pending.task, pending.desired, error, detail, retry_s, is_permanent)
 
     def _jitter_s(self) -> float:
-        near = self._conf.updates is None or self._conf.updates.is_local
-        return 0.0 if near else self._rng.uniform(0.0, _MAX_JITTER_S)
+        is_local = self._conf.updates is None or self._conf.updates.is_local
+        return 0.0 if is_local else self._rng.uniform(0.0, _MAX_JITTER_S)
 
     def _backoff_s(self, failures: int) -> float:
         longest_s = min(_LONGEST_RETRY_S, _FIRST_RETRY_S * 2.0 ** min(failures - 1, 20))
         return longest_s * self._rng.uniform(0.5, 1.0)
 
-    # --- what is told ---
+    # --- reports ---
 
     def _describe_wait(self, pending: _PendingFetch, updates: UpdatesConfig, now: ClockReading) -> str:
         if pending is self._active:
-            return "under way"
-        if not window.seconds_until_close(updates, now):
+            return "running"
+        if not seconds_until_close(updates, now):
             unknown = ", and the clock is not set" if now.quality == "unsynced" else ""
             return f"waits for the window {updates.window}{unknown}"
-        return f"again in {max(0.0, pending.due_s - now.boot_s):.0f} s" if pending.failures else "next"
+        return f"retry in {max(0.0, pending.due_s - now.boot_s):.0f} s" if pending.failures else "next"
 
-    def _freshness(self, known: VersionFloors, now: ClockReading) -> str:
-        """`fresh`, `expired`, or `unknown` where nothing was seen, or nobody vouches for the clock."""
-        if known.expires_s is None:
+    def _freshness(self, floors: VersionFloors, now: ClockReading) -> str:
+        """Return `fresh`, `expired`, or `unknown` before the first refresh and while the clock is unsynced."""
+        if floors.expires_s is None:
             return "unknown"
-        if request.trusted_time_us(self._store, now) / 1e6 >= known.expires_s:
+        if requests.trusted_time_us(self._store, now) / 1e6 >= floors.expires_s:
             return "expired"
         return "fresh" if now.quality == "synced" else "unknown"
+
+
+def seconds_until_close(updates: UpdatesConfig, now: ClockReading) -> float:
+    """Return the seconds until the download window closes; 0 while it is closed or the time of day is unknown.
+
+    A repository in a folder has no window.
+    """
+    if updates.window_minutes is None or updates.is_folder:
+        return _DAY_S
+    if now.quality == "unsynced":
+        return 0.0
+    local = datetime.fromtimestamp(min(now.wall_us / 1e6, _MAX_TIME_S))
+    begin, end = (60.0 * minute for minute in updates.window_minutes)
+    since = (local.hour * 3600.0 + local.minute * 60.0 + local.second - begin) % _DAY_S
+    return max(0.0, (end - begin) % _DAY_S - since)
 
 
 def _bundle_key(desired: DesiredBundle) -> tuple[str, str, str]:
@@ -291,7 +380,7 @@ def _bundle_key(desired: DesiredBundle) -> tuple[str, str, str]:
 
 
 def _target_path(desired: DesiredBundle) -> str:
-    """The target's; of a version that no repository can have, one that none has."""
+    """Return the target's path; for a version that no repository can hold, a path that none has."""
     try:
         return target_metadata.target_path(desired.bundle, desired.version, desired.digest)
     except BadBundle:

@@ -1,4 +1,4 @@
-"""What the daemon asks the child that fetches, and what that answers: one JSON document each."""
+"""Protocol between the daemon and the fetch worker: one JSON document each way."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import msgspec
 from agent.device.rollout.fetch.compatibility import DeviceProfile
 from agent.device.rollout.fetch.version_floors import VersionFloors
 
-# Larger answers are not read.
+# A larger response is not read.
 MAX_RESPONSE_BYTES = 1 << 20
-# In this time LEAST_BYTES must come, or a server is given up.
+# A server that sends fewer bytes in this time is given up.
 STALL_TIMEOUT_S, MIN_STALL_BYTES = 30.0, 4096
 
 
 class FetchRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One look at the repository and, where `path` is given, the download of that target.
+    """A metadata refresh and, with `path`, the download of that target.
 
-    `folder` keeps the metadata, `into` gets archives. `time_s`: epoch s, the latest that is known to have passed.
-    `seconds` it may take in all; `max_rate` bytes a second. `parent` is the process it must not outlive.
+    `trusted_time_s` is the latest time known to have passed, epoch s. `timeout_s` bounds the whole request; `max_rate`
+    is in bytes per second. The worker ends with the process `parent_pid`.
     """
 
     url: str
@@ -40,7 +40,7 @@ class FetchRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SignedTarget(msgspec.Struct, frozen=True):
-    """What signed metadata say of an archive; `custom` is its member `outstation`."""
+    """Signed metadata of an archive. `custom` is the member `outstation` of the target's custom metadata."""
 
     path: str
     length: int
@@ -49,9 +49,9 @@ class SignedTarget(msgspec.Struct, frozen=True):
 
 
 class FetchResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """`error` is the name of what went wrong, "" where nothing did. `floors` hold in either case.
+    """Result of a request. `error` is the name of an error, or "". `floors` are valid in either case.
 
-    `file` is the verified archive, once it is on the disk; `received` counts the bytes of it that came now.
+    `file` is the verified archive once it is durable; `received` counts the bytes downloaded by this request.
     """
 
     error: str = ""

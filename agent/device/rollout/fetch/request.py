@@ -1,24 +1,32 @@
-"""What the child that fetches is asked, but for the bundle."""
+"""Fetch requests: what the daemon tells the fetch worker about the repository, the time and this device."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+from pathlib import Path
 
-from agent import clock
+import psutil
+
+from agent import __version__, clock
 from agent.clock import ClockReading
 from agent.config import Config, UpdatesConfig
 from agent.device.machine.timekeeping import FLOOR, SYNCED
+from agent.device.rollout.fetch.compatibility import DeviceProfile
 from agent.device.rollout.fetch.protocol import FetchRequest
 from agent.device.rollout.fetch.version_floors import VersionFloors
 from agent.device.store.store import Store
+from agent.model.inference import runtime
 
 # In the data folder.
 DOWNLOAD_DIR, METADATA_DIR = "bundles/.fetched", "updates"
 _METADATA_TIMEOUT_S = 300.0
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def build_metadata_request(conf: Config, updates: UpdatesConfig, floors: VersionFloors, time_us: int) -> FetchRequest:
-    """A look at the metadata and nothing else."""
+    """Build a request that refreshes the metadata only."""
     return FetchRequest(
         url=updates.url,
         ca_file=updates.ca_file,
@@ -35,6 +43,32 @@ def build_metadata_request(conf: Config, updates: UpdatesConfig, floors: Version
 
 
 def trusted_time_us(store: Store, now: ClockReading) -> int:
-    """The latest that is known to have passed: a clock that shows less, and that nobody vouches for, is wrong."""
-    seen = (int(store.get_meta(name, "0")) for name in (FLOOR, SYNCED))
-    return now.wall_us if now.quality == "synced" else max(now.wall_us, clock.BUILD_FLOOR_US, *seen)
+    """Return the latest time known to have passed. An unsynced clock that shows an earlier time is wrong."""
+    known = (int(store.get_meta(name, "0")) for name in (FLOOR, SYNCED))
+    return now.wall_us if now.quality == "synced" else max(now.wall_us, clock.BUILD_FLOOR_US, *known)
+
+
+def measure_profile(conf: Config, task: str) -> DeviceProfile:
+    """Return the resources that this device has now for a bundle of `task`."""
+    stream = conf.tasks[task].stream
+    return DeviceProfile(
+        stream=stream,
+        fields={field.name: field.type for field in conf.streams[stream].fields},
+        agent=__version__,
+        runtime=runtime.RUNTIME_NAME,
+        free_memory=_available_memory(),
+        free_disk=shutil.disk_usage(conf.data_dir).free,
+    )
+
+
+def _available_memory() -> int:
+    """Return the free bytes of the machine, or of the service's own limit (cgroup v2) if that is lower."""
+    available = [int(psutil.virtual_memory().available)]
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        own = next(line.removeprefix("0::/") for line in lines if line.startswith("0::/"))
+        for group in (_CGROUP_ROOT / own, *(_CGROUP_ROOT / own).parents):
+            with contextlib.suppress(OSError, ValueError):
+                limit = int((group / "memory.max").read_text(encoding="ascii"))
+                available.append(limit - int((group / "memory.current").read_text(encoding="ascii")))
+    return max(0, min(available))

@@ -1,9 +1,10 @@
-"""Where a repository's files come from, http(s) or a folder: never faster, never slower and never longer than agreed.
+"""Repository transport: read a repository's files over http(s) or from a folder, within limits of rate and time.
 
 Rules:
-- a file's name leads nowhere outside the repository; in a folder no symbolic link is followed, and only files are read
-- redirects are not followed: an address is given by the device's config and by nobody else
-- a server that gives less than LEAST_BYTES in PATIENCE_S is given up, whatever it drips: headers count as nothing
+- a file name never leads outside the repository; in a folder only regular files are read, and no symbolic link is
+  followed
+- redirects are not followed: only the device's config sets an address
+- a server that sends fewer than MIN_STALL_BYTES in `stall_timeout_s` is given up; headers do not count
 - all requests together end at the deadline
 """
 
@@ -30,11 +31,11 @@ from agent.errors import FetchFailed
 
 _CHUNK_BYTES = 65_536
 _ERROR_BODY_BYTES = 8_192
-_NOT_FOUND_STATUSES = frozenset({403, 404, 410})
+_MISSING_STATUSES = frozenset({403, 404, 410})
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,15})-\d{1,15}/(?:\d{1,15}|\*)", re.ASCII)
 
 
-class RemoteFileNotFound(FetchFailed):
+class RemoteFileMissing(FetchFailed):
     """The repository has no such file."""
 
     def __init__(self, name: str, status: int = 404) -> None:
@@ -43,7 +44,7 @@ class RemoteFileNotFound(FetchFailed):
 
 
 class FileStream(msgspec.Struct, frozen=True):
-    """Chunks of a file from byte `start` on; not to be mixed with another reading of the same source."""
+    """Chunks of a file from byte `start` on. Read them before the next file of the same transport."""
 
     start: int
     chunks: Iterator[bytes]
@@ -51,12 +52,12 @@ class FileStream(msgspec.Struct, frozen=True):
 
 class Transport(Protocol):
     def read(self, name: str, offset: int = 0) -> FileStream:
-        """File `name`, from `offset` on or, where that cannot be had, from its beginning. Raises FetchFailed."""
+        """Read file `name` from `offset` on, or from its start if the server cannot resume. Raises FetchFailed."""
         ...
 
 
 class TransferLimiter:
-    """Watches a transfer. Only for the main thread: it needs the alarm signal."""
+    """Rate limit and timeouts of a transfer. For the main thread only: it uses the alarm signal."""
 
     def __init__(self, timeout_s: float, max_rate: int | None, stall_timeout_s: float = STALL_TIMEOUT_S) -> None:
         self._deadline_s = time.monotonic() + timeout_s
@@ -67,9 +68,9 @@ class TransferLimiter:
 
     @contextlib.contextmanager
     def enforce_timeout(self) -> Iterator[None]:
-        """Around whatever waits for the other end. Raises FetchFailed."""
-        begun_s = time.monotonic()
-        rest_s = self._deadline_s - begun_s
+        """Interrupt a block that waits for the server too long. Raises FetchFailed."""
+        start_s = time.monotonic()
+        rest_s = self._deadline_s - start_s
         if rest_s <= 0:
             raise self._timeout_error()
         before = signal.signal(signal.SIGALRM, self._on_alarm)
@@ -79,10 +80,10 @@ class TransferLimiter:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
-            self._stall_left_s -= time.monotonic() - begun_s
+            self._stall_left_s -= time.monotonic() - start_s
 
     def throttle(self, count: int) -> None:
-        """So many bytes came; waits where they came too fast."""
+        """Count received bytes and sleep if they exceed the rate."""
         self._bytes_since_reset += count
         if self._bytes_since_reset >= MIN_STALL_BYTES:
             self.reset()
@@ -91,7 +92,7 @@ class TransferLimiter:
             time.sleep(max(0.0, self._next_read_s - time.monotonic()))
 
     def reset(self) -> None:
-        """Another request begins, or enough has come."""
+        """Restart the stall timeout."""
         self._stall_left_s, self._bytes_since_reset = self._stall_timeout_s, 0
 
     def _on_alarm(self, _signal: int, _frame: FrameType | None) -> None:
@@ -99,15 +100,15 @@ class TransferLimiter:
             raise self._timeout_error()
         raise FetchFailed(
             "SlowRetrievalError",
-            f"less than {MIN_STALL_BYTES} bytes came in {self._stall_timeout_s:g} s; the connection is given up",
+            f"the server sent fewer than {MIN_STALL_BYTES} bytes in {self._stall_timeout_s:g} s; the connection is closed",
         )
 
     def _timeout_error(self) -> FetchFailed:
-        return FetchFailed("TimeOver", "it was not done in the time a fetch may take; what came so far is kept")
+        return FetchFailed("Timeout", "the fetch did not finish in its time limit; the bytes so far are kept")
 
 
 class HttpTransport:
-    """A repository behind http or https; one connection for all of it. `close` it."""
+    """A repository behind http or https, over one connection. Close it."""
 
     def __init__(self, url: str, ca_file: str | None, limiter: TransferLimiter) -> None:
         parts = urlsplit(url)
@@ -129,8 +130,8 @@ class HttpTransport:
             self._drain_error_body(response)
             if response.status == 416 and offset:
                 return self.read(name)
-            if response.status in _NOT_FOUND_STATUSES:
-                raise RemoteFileNotFound(name, response.status)
+            if response.status in _MISSING_STATUSES:
+                raise RemoteFileMissing(name, response.status)
             raise FetchFailed("DownloadHTTPError", self._describe_refusal(name, response))
         return FileStream(self._start_offset(name, response, offset), self._iter_chunks(name, response))
 
@@ -155,7 +156,7 @@ class HttpTransport:
             raise
 
     def _drain_error_body(self, response: http.client.HTTPResponse) -> None:
-        """The words beside an error; the connection stays, where they are few."""
+        """Read the body of an error response, and keep the connection if the body is short."""
         with _map_errors(self._url), self._limiter.enforce_timeout():
             response.read(_ERROR_BODY_BYTES)
         if not response.isclosed():
@@ -164,10 +165,10 @@ class HttpTransport:
     def _start_offset(self, name: str, response: http.client.HTTPResponse, offset: int) -> int:
         if response.status == 200:
             return 0
-        found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        if found is None or int(found[1]) != offset or not offset:
+        match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if match is None or int(match[1]) != offset or not offset:
             self.close()
-            raise FetchFailed("DownloadError", f"{name}: the server answers with another part than it was asked for")
+            raise FetchFailed("DownloadError", f"{name}: the server sent another range than the requested one")
         return offset
 
     def _iter_chunks(self, name: str, response: http.client.HTTPResponse) -> Iterator[bytes]:
@@ -181,46 +182,46 @@ class HttpTransport:
                 yield data
         finally:
             if not response.isclosed():
-                # What is left of it would be taken for the next answer.
+                # Unread bytes would be taken for the next response.
                 self.close()
 
     def _describe_refusal(self, name: str, response: http.client.HTTPResponse) -> str:
         if response.status in (301, 302, 303, 307, 308):
-            to = response.headers.get("Location", "")[:200]
+            location = response.headers.get("Location", "")[:200]
             return (
-                f"{name}: the server redirects to {to!r} ({response.status}), which is not followed; if that is where "
-                "the repository is, give it as [updates] url"
+                f"{name}: the server redirects to {location!r} ({response.status}), which is not followed; if the "
+                "repository is there, set [updates] url"
             )
         return f"{name}: the server answers {response.status} {response.reason[:80]!r}"
 
 
 class FolderTransport:
-    """A repository in a folder of this machine, which may be a stick."""
+    """A repository in a local folder, such as a USB stick."""
 
     def __init__(self, folder: Path, limiter: TransferLimiter) -> None:
         self._folder, self._limiter = folder, limiter
 
     def read(self, name: str, offset: int = 0) -> FileStream:
         parts = _split_name(name)
-        with _map_errors(f"{self._folder}: is the stick there? {name}"):
+        with _map_errors(f"{self._folder}: is the medium mounted? {name}"):
             opened = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         for part in parts:
             opened = self._open_child(opened, part, name)
         if not stat.S_ISREG(os.fstat(opened).st_mode):
             os.close(opened)
-            raise FetchFailed("DownloadError", f"{self._folder}: {name} is no plain file")
+            raise FetchFailed("DownloadError", f"{self._folder}: {name} is not a regular file")
         os.lseek(opened, offset, os.SEEK_SET)
         return FileStream(offset, self._iter_chunks(opened, name))
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no file stays open."""
 
     def _open_child(self, folder: int, part: str, name: str) -> int:
         try:
-            # O_NONBLOCK: a pipe in the way must not hold us.
+            # O_NONBLOCK: opening a FIFO must not block.
             return os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         except FileNotFoundError:
-            raise RemoteFileNotFound(name) from None
+            raise RemoteFileMissing(name) from None
         except OSError as error:
             raise FetchFailed("DownloadError", f"{self._folder}: {name}: {error.strerror}") from error
         finally:
@@ -240,7 +241,7 @@ class FolderTransport:
 
 
 def open_transport(url: str, ca_file: str | None, limiter: TransferLimiter) -> HttpTransport | FolderTransport:
-    """Raises FetchFailed."""
+    """Open the transport for `url`, or for a folder. Raises FetchFailed."""
     return HttpTransport(url, ca_file, limiter) if "://" in url else FolderTransport(Path(url), limiter)
 
 
@@ -256,5 +257,5 @@ def _map_errors(subject: str) -> Iterator[None]:
     try:
         yield
     except (OSError, http.client.HTTPException, ValueError) as error:
-        said = str(error) or type(error).__name__
-        raise FetchFailed("DownloadError", f"{subject}: {said[:300]}") from error
+        text = str(error) or type(error).__name__
+        raise FetchFailed("DownloadError", f"{subject}: {text[:300]}") from error

@@ -1,10 +1,10 @@
-"""Versions of signed metadata under which this device never goes again, kept in the store and not beside the metadata.
+"""Version floors: the lowest metadata versions this device accepts, kept in the store and not next to the metadata.
 
-Rules (TUF 5.3.5 to 5.3.11, 5.4.3, 5.5.5, 5.6.4):
-- a role's version never falls while every key that was in force with the floor is in force still
-- once one of them is revoked, the role's versions start anew: what a thief of the key counted up to harms no longer
-- root's versions never start anew: its chain of signatures from the first root is what revokes keys
-- another first root, which only who may change the device's config can give, is another repository
+Rules (TUF specification 5.3.5 to 5.3.11, 5.4.3, 5.5.5, 5.6.4):
+- a role's version never falls while every key that was valid at the floor is still valid
+- once one of them is revoked, the role's versions start over: high versions signed with a stolen key do no more harm
+- root's versions never start over: its chain of signatures from the first root is what revokes keys
+- another first root is another repository; only somebody who can change the device's config can set one
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import msgspec
 from agent.errors import FetchFailed
 
 if TYPE_CHECKING:
-    # The child that fetches has no business with the store.
+    # The fetch worker must not load the store.
     from agent.device.store.store import Store
     from agent.device.store.transaction import Transaction
 
@@ -27,33 +27,33 @@ ROLLBACK_ERROR = "BadVersionNumberError"
 
 
 class VersionFloor(msgspec.Struct, frozen=True):
-    """The last version of a role, and the ids of the keys that might sign it then."""
+    """The last version of a role, and the ids of the keys that could sign it then."""
 
     version: int
     keys: list[str]
 
 
 class VersionFloors(msgspec.Struct, frozen=True):
-    """By role; `anchor` is the SHA-256 of the first root. `expires_s`: when the last metadata is too old, epoch s."""
+    """Floors by role. `anchor` is the SHA-256 of the first root, `expires_s` the expiry of the metadata, epoch s."""
 
     anchor: str = ""
     roles: dict[str, VersionFloor] = {}
     expires_s: float | None = None
 
     def for_anchor(self, anchor: str) -> VersionFloors:
-        """Those of one repository."""
+        """Return the floors of one repository; empty if these belong to another."""
         return self if anchor == self.anchor else VersionFloors(anchor)
 
 
 def raise_floors(floors: VersionFloors, observed: Mapping[str, VersionFloor], expires_s: float | None) -> VersionFloors:
-    """With what was seen now. Raises FetchFailed where a version is below its floor."""
-    for role, found in observed.items():
+    """Return the floors raised to the observed versions. Raises FetchFailed for a version below its floor."""
+    for role, new in observed.items():
         before = floors.roles.get(role)
-        if before is not None and found.version < before.version and _is_enforced(role, before, found):
+        if before is not None and new.version < before.version and _is_enforced(role, before, new):
             raise FetchFailed(
                 ROLLBACK_ERROR,
-                f"{role} is of version {found.version}, this device has seen {before.version}: the repository, or "
-                "somebody on the way to it, shows an older state",
+                f"{role} has version {new.version}, this device has seen {before.version}: the repository, or "
+                "somebody between it and this device, serves an older state",
             )
     return VersionFloors(
         floors.anchor, {**floors.roles, **observed}, floors.expires_s if expires_s is None else expires_s
@@ -61,7 +61,7 @@ def raise_floors(floors: VersionFloors, observed: Mapping[str, VersionFloor], ex
 
 
 def load(store: Store) -> VersionFloors:
-    """Raises StorageError."""
+    """Load the floors of this device. Raises StorageError."""
     text = store.get_meta(_META_KEY, "")
     return msgspec.json.decode(text, type=VersionFloors) if text else VersionFloors()
 

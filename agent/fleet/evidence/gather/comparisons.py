@@ -95,7 +95,7 @@ def _compute_metrics(blocks: Sequence[ComparisonBlock], new_is_shadow: bool) -> 
     if any(sum(block.labelled) for block in stats):
         gain = paired_intervals.labelled_accuracy_gain(blocks, new_is_other=new_is_shadow)
         yield _build_metric("accuracy_gain", gain)
-    if any(block.model.expected.n and block.other.expected.n for block in stats):
+    if any(block.model.expected_accuracy.n and block.other.expected_accuracy.n for block in stats):
         gain = paired_intervals.expected_accuracy_gain(blocks, new_is_other=new_is_shadow)
         yield _build_metric("estimated_accuracy_gain", gain)
     if any(block.model.abs_error.n and block.other.abs_error.n for block in stats):

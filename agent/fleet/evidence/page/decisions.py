@@ -26,16 +26,16 @@ _MAX_ROWS = 25
 _MAX_STEPS, _MAX_DEPARTURES = 40, 30
 _STATE_BADGES = {"finished": "ok", "aborted": "bad", "running": "warning", "paused": "warning"}
 _PHASE_TEXTS = {
-    "not chosen": "not selected",
-    "fetching": "downloading it",
-    "refused": "rejected it",
+    "not_selected": "not selected",
+    "downloading": "downloading it",
+    "rejected": "rejected it",
     "shadow": "evaluating it in shadow",
-    "probation": "running it as a canary",
-    "settled": "run it",
-    "rolled back": "rolled it back",
-    "withdrawn": "cancelled it",
+    "canary": "running it as a canary",
+    "active": "run it",
+    "rolled_back": "rolled it back",
+    "cancelled": "cancelled it",
 }
-_DEPARTURE_PHASES = frozenset({"refused", "rolled back"})
+_DEPARTURE_PHASES = frozenset({"rejected", "rolled_back"})
 
 
 def render_rollouts(facts: EvidenceFacts) -> Markup:

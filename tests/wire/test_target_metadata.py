@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.errors import BadBundle
-from agent.model.bundle import target_metadata
-from agent.model.bundle.target_metadata import TargetMetadata
+from agent.wire import target_metadata
+from agent.wire.target_metadata import TargetMetadata
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -43,7 +43,7 @@ def test_an_offer_comes_back_also_with_members_of_a_later_agent_in_it(
 
 @given(JSON)
 def test_anything_else_is_refused_in_one_sentence(custom: object) -> None:
-    with pytest.raises(BadBundle, match="does not say what this target is"):
+    with pytest.raises(BadBundle, match="does not describe this target"):
         target_metadata.decode(custom)
 
 

@@ -1,0 +1,208 @@
+"""Canary run: a bundle that is tried, as a shadow of the active bundle or in its place. Progress and failures.
+
+Batches are counted in their own commit, so neither a restart nor a crash forgets one or counts it twice. `shadow`
+compares the predictions of the two bundles and reports them.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import msgspec
+
+from agent.clock import ClockReading
+from agent.comparison import paired_intervals, rules
+from agent.comparison.rules import RuleResult
+from agent.device.bundles.rollout_state import Reason, RolloutState
+from agent.device.pipeline.loaded_task import LoadedTask
+from agent.device.rollout.shadow import ANSWER_TIMEOUT_S, ShadowRunner
+from agent.device.rollout.state_machine import BundleAssessment
+from agent.device.store import task_keys
+from agent.device.store.message_log import MessageLog
+from agent.device.store.store import RowBatch, Store
+from agent.device.store.transaction import Transaction
+from agent.drift.state import DriftState
+from agent.errors import ModelProcessFailed
+from agent.model.inference.inference import InferenceResult
+from agent.model.sandbox.subprocess_model import SubprocessModel
+from agent.performance.intervals import wilson
+from agent.wire.desired_state import CanaryRules
+
+# Subjects of drift tests on predictions and scores: the third and second from the end.
+_OUTPUT_SUBJECTS = slice(-3, -1)
+# With more agreement than this, drift of the predictions is the site's and not the bundle's.
+_MIN_AGREEMENT = 0.9
+
+
+class CanaryProgress(msgspec.Struct, frozen=True):
+    """Batches of one phase of one roll-out, and how many of them failed."""
+
+    rollout: str
+    digest: str
+    phase: str
+    batches: int = 0
+    errors: int = 0
+
+
+class CanaryRun:
+    """Run of `candidate`, the `batch_observer` of the task that answers.
+
+    With `is_serving` the candidate's predictions are the task's results, and `incumbent`, the bundle that runs
+    otherwise, is its shadow; else the candidate is the shadow. `incumbent` is None if nothing else runs.
+    """
+
+    def __init__(self, candidate: LoadedTask, incumbent: LoadedTask | None, state: RolloutState, store: Store) -> None:
+        self.candidate, self.incumbent, self.is_serving = candidate, incumbent, state.phase == "canary"
+        self.rules: CanaryRules = state.desired.rules
+        self.progress = _load_progress(store, candidate.name, state)
+        self._next_progress = self.progress
+        self._failure: BundleAssessment | None = None
+        self._rule_results: list[RuleResult] = []
+        self._rollout = state.desired.rollout
+        self._shadow = self._start_shadow(store)
+        self._evaluate_rules()
+
+    def before_commit(self, task: LoadedTask, answers: InferenceResult) -> None:
+        """Count a batch of `task` that is about to be committed."""
+        if self.is_serving and task is not self.candidate:
+            # The candidate failed in this batch, which is counted already.
+            self._next_progress = self.progress
+            return
+        self._next_progress = msgspec.structs.replace(self.progress, batches=self.progress.batches + 1)
+        if self.is_serving:
+            self._check_batch_time(answers.seconds)
+
+    def record_failure(self, failure: ModelProcessFailed) -> None:
+        """Count a batch that the candidate failed to answer. A crash or a hang ends the run."""
+        batches, errors = self.progress.batches + 1, self.progress.errors + 1
+        self.progress = msgspec.structs.replace(self.progress, batches=batches, errors=errors)
+        self._next_progress = self.progress
+        limit = self.rules.max_error_rate
+        if failure.kind != "error":
+            self._failure = BundleAssessment(failure.kind, f"{failure}", self._collect_numbers())
+        elif not limit or wilson(errors / batches, batches)[0] > limit:
+            detail = f"{errors} of {batches} batches failed, {limit:.1%} allowed: {failure.detail}"
+            self._failure = BundleAssessment("error_rate", detail, self._collect_numbers())
+
+    def save_progress(self, tx: Transaction) -> None:
+        """Save the progress in the commit of the batch."""
+        tx.save_state(self.candidate.name, task_keys.CANARY_PROGRESS, msgspec.json.encode(self._next_progress))
+
+    def after_commit(self, task: LoadedTask, store: Store, batch: RowBatch, answers: InferenceResult) -> None:
+        """Pass the committed batch to the shadow. Raises StorageError."""
+        self.progress = self._next_progress
+        if self._shadow is not None and self._shadow.task is task:
+            self._shadow.submit_batch(store, batch, answers)
+
+    def tick(self, store: Store, message_log: MessageLog, now: ClockReading) -> bool:
+        """Report the comparison if it is due; return True if a message was written. Raises StorageError."""
+        if self._shadow is None or not self._shadow.tick(store, message_log, now):
+            return False
+        self._evaluate_rules()
+        return True
+
+    def flush(self, store: Store, message_log: MessageLog, now: ClockReading) -> bool:
+        """Report the rest of the comparison at once; return True if there was any. Raises StorageError."""
+        if self._shadow is None or not self._shadow.report(store, message_log, now):
+            return False
+        self._evaluate_rules()
+        return True
+
+    def finish(self, store: Store, message_log: MessageLog, now: ClockReading, *, final: bool) -> None:
+        """Report the rest without waiting; unless `final` the comparison continues later. Raises StorageError."""
+        if self._shadow is not None:
+            is_idle = self._shadow.poll(ANSWER_TIMEOUT_S)
+            self._shadow.finish(store, message_log, now, final=final)
+            if not is_idle and isinstance(self.candidate.model, SubprocessModel):
+                # It still works on a batch; the next request starts it anew.
+                self.candidate.model.close()
+
+    def replace_incumbent(self, incumbent: LoadedTask, store: Store) -> None:
+        """Compare with another bundle, which answers now."""
+        self.incumbent = incumbent
+        self._shadow = self._start_shadow(store)
+
+    def check_failure(self) -> BundleAssessment | None:
+        """Return the evidence that is enough to end the run, if there is any."""
+        if self._failure is None and self._has_output_drift() and self._is_disagreeing():
+            detail = "a drift alert on its predictions is open, and the previous bundle predicts otherwise"
+            self._failure = BundleAssessment("output_drift", detail, self._collect_numbers())
+        if self._failure is None and (failed := self._find_failed_rule()) is not None:
+            numbers = {**self._collect_numbers(), **failed.numbers}
+            self._failure = BundleAssessment(cast(Reason, failed.rule), failed.summary, numbers)
+        return self._failure
+
+    def check_completion(self, hours: float) -> BundleAssessment | None:
+        """Return an assessment once the canary ran long enough without a failure."""
+        limits, batches = self.rules, self.progress.batches
+        if not self.is_serving or batches < limits.min_batches or hours < limits.min_hours:
+            return None
+        if self._has_output_drift() and self._is_disagreeing() is None:
+            return None
+        required = f"{limits.min_batches} in {limits.min_hours:g} h required"
+        passed = " ".join(result.summary for result in self._rule_results if result.state == "passed")
+        detail = f"{batches} batches in {hours:.2f} h ({required}) without a failure. {passed}"
+        return BundleAssessment("", detail.strip(), {**self._collect_numbers(), "hours": round(hours, 3)})
+
+    def _has_output_drift(self) -> bool:
+        if not self.is_serving or not self.rules.output_drift:
+            return False
+        return _has_open_output_alert(self.candidate.drift_state)
+
+    def _is_disagreeing(self) -> bool | None:
+        """Return True if the previous bundle predicts otherwise; else the site changed, and a rollback would not help.
+
+        None while too few predictions were compared. If they cannot be compared, the alert alone counts.
+        """
+        if self._shadow is None:
+            return True
+        estimate = paired_intervals.agreement(self._shadow.blocks)
+        if estimate is None:
+            return None if len(self._shadow.blocks) < paired_intervals.MIN_BLOCKS else True
+        return estimate.low < _MIN_AGREEMENT
+
+    def _start_shadow(self, store: Store) -> ShadowRunner | None:
+        if self.incumbent is None:
+            return None
+        pair = (self.candidate, self.incumbent) if self.is_serving else (self.incumbent, self.candidate)
+        return ShadowRunner(*pair, self._rollout, store, self.rules.min_batches)
+
+    def _evaluate_rules(self) -> None:
+        if self._shadow is not None:
+            self._rule_results = rules.evaluate_rules(self.rules, self._shadow.blocks, new_is_other=not self.is_serving)
+
+    def _find_failed_rule(self) -> RuleResult | None:
+        """Return the first failed rule. A shadow can only fail by its error rate: the fleet judges the rest."""
+        # Before `min_batches`, a burst in which two good bundles disagree could be all that was compared.
+        is_long_enough = self.is_serving and self.progress.batches >= self.rules.min_batches
+        for result in self._rule_results:
+            if result.state == "failed" and (is_long_enough or result.rule == rules.ERROR_RATE):
+                return result
+        return None
+
+    def _check_batch_time(self, seconds: float) -> None:
+        limit_s = self.rules.batch_timeout_s
+        if seconds > limit_s:
+            detail = f"the inference of a batch took {seconds:.1f} s, {limit_s:g} s are allowed"
+            numbers = {**self._collect_numbers(), "seconds": round(seconds, 3), "allowed_s": limit_s}
+            self._failure = self._failure or BundleAssessment("batch_timeout", detail, numbers)
+
+    def _collect_numbers(self) -> dict[str, object]:
+        values = {result.rule: result.numbers["value"] for result in self._rule_results if "value" in result.numbers}
+        return {**values, "batches": self.progress.batches, "errors": self.progress.errors}
+
+
+def _load_progress(store: Store, task: str, state: RolloutState) -> CanaryProgress:
+    fresh = CanaryProgress(state.desired.rollout, state.desired.digest, state.phase)
+    try:
+        saved = msgspec.json.decode(
+            store.load_state(task, task_keys.CANARY_PROGRESS) or b"null", type=CanaryProgress | None
+        )
+    except msgspec.MsgspecError:
+        return fresh
+    key = (fresh.rollout, fresh.digest, fresh.phase)
+    return saved if saved is not None and (saved.rollout, saved.digest, saved.phase) == key else fresh
+
+
+def _has_open_output_alert(state: DriftState | None) -> bool:
+    return state is not None and bool(state.suite.open_subjects[_OUTPUT_SUBJECTS].any())
