@@ -16,15 +16,11 @@ PENDING: set[str] = {
     "agent/authoring",
     "agent/cli/fleet",
     "agent/cli/model",
-    "agent/datasets",
     "agent/device/bundles",
-    "agent/evaluation",
-    "agent/evaluation/predict",
     "agent/model",
     "agent/model/bundle",
     "agent/model/inference",
     "agent/model/sandbox",
-    "agent/performance",
     "agent/simulate",
 }
 
