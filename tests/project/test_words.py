@@ -16,16 +16,11 @@ PENDING: set[str] = {
     "agent/authoring",
     "agent/cli/fleet",
     "agent/cli/model",
-    "agent/datasets",
     "agent/device/bundles",
-    "agent/evaluation",
-    "agent/evaluation/predict",
     "agent/model",
     "agent/model/bundle",
     "agent/model/inference",
     "agent/model/sandbox",
-    "agent/performance",
-    "agent/simulate",
 }
 
 _OPENINGS = re.compile(r"(Of|What|Whatever|Whether|With|By|How|Where|Who|Whose|Which|That|The same|As|So|Such|Some)\b")
