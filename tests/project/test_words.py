@@ -17,7 +17,6 @@ PENDING: set[str] = {
     "agent/cli/fleet",
     "agent/cli/model",
     "agent/datasets",
-    "agent/device/bundles",
     "agent/evaluation",
     "agent/evaluation/predict",
     "agent/model",
