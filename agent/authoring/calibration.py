@@ -21,7 +21,7 @@ from agent.model.bundle.manifest import Manifest, ModelOutput
 from agent.model.inference import scores
 from agent.model.inference.features import Floats, Ints
 from agent.model.inference.scores import Scores
-from agent.performance import metrics
+from agent.performance.metrics import LabelledPredictions, compute_value
 
 # Fewer labelled results say nothing about how often a score is right.
 MIN_LABELLED_RESULTS = 40
@@ -124,7 +124,8 @@ class _CalibrationError(msgspec.Struct, frozen=True):
             score.append(sure)
             right.append(was_right)
         sure, was_right = np.concatenate(score), np.concatenate(right)
-        return cls(metrics.ece(sure, was_right, metrics.equal_mass_bins(sure), np.ones(len(sure))), loss)
+        predictions = LabelledPredictions(np.ones(len(sure)), was_right.astype(np.int64), sure)
+        return cls(compute_value("ece", "classify", predictions), loss)
 
 
 def _split_halves(count: int) -> list[NDArray[np.bool_]]:

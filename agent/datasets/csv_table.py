@@ -306,8 +306,8 @@ def _complete_lines_end(content: bytes, *, at_eof: bool) -> tuple[int, bool]:
 
 def _find_opening_quote(content: bytes, start: int) -> int:
     """Return where the next cell begins with a quotation mark; -1 without one."""
-    while (found := content.find(b'"', start)) >= 0:
-        if found == 0 or content[found - 1] in b",\r\n":
-            return found
-        start = found + 1
+    while (at := content.find(b'"', start)) >= 0:
+        if at == 0 or content[at - 1] in b",\r\n":
+            return at
+        start = at + 1
     return -1

@@ -76,14 +76,14 @@ class JsonLinesTable:
             if not line.strip():
                 continue
             row += 1
-            found = self._decode(line)
-            if isinstance(found, str):
-                rejected.append(RowRejection(number, found))
+            decoded = self._decode(line)
+            if isinstance(decoded, str):
+                rejected.append(RowRejection(number, decoded))
             else:
-                objects.append(found)
+                objects.append(decoded)
                 rows.append(row)
                 lines.append(number)
-        columns: dict[str, list[Any]] = {name: [found.get(name) for found in objects] for name in types}
+        columns: dict[str, list[Any]] = {name: [row_values.get(name) for row_values in objects] for name in types}
         end = FilePosition(position.offset + sum(map(len, chunk)), position.line + len(chunk), row)
         if not keep_invalid:
             return convert_block(TableBlock(columns, rows, lines, rejected, end), types)

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from agent.drift.numeric import divergence
 from agent.performance import cbpe, metrics
+from agent.performance.estimates import compute_metrics
 from agent.performance.metrics import LabelledPredictions
 from scripts.kit import reference_data as data
 from scripts.kit.reference_data import Values
@@ -118,8 +119,7 @@ def test_ece_is_nannymls_and_brier_scikit_learns() -> None:
     found = _metrics(("a", "b"), LabelledPredictions(few.truth.astype(float), few.named, few.top))
     assert found["ece"] == pytest.approx(told["ece_nannyml"], abs=1e-6)
     assert found["brier_top"] == pytest.approx(told["brier_top_sklearn"], abs=1e-6)
-    where = metrics.equal_mass_bins(few.top)
-    exact = metrics.ece(few.top, few.right.astype(float), where, np.ones(1000))
+    exact = metrics.compute_value("ece", "classify", LabelledPredictions(few.truth.astype(float), few.named, few.top))
     assert exact == pytest.approx(told["ece_nannyml"], rel=EXACT)
     scores, truth = data.read_exercise("crossval")
     seven = LabelledPredictions(truth.astype(float), scores.argmax(1), scores.max(1), probabilities=scores)
@@ -127,9 +127,7 @@ def test_ece_is_nannymls_and_brier_scikit_learns() -> None:
 
 
 def _metrics(labels: tuple[str, ...], pairs: LabelledPredictions) -> dict[str, float | None]:
-    return {
-        metric.metric: metric.value for metric in metrics.compute_metrics("classify", labels, pairs) if not metric.slice
-    }
+    return {metric.metric: metric.value for metric in compute_metrics("classify", labels, pairs) if not metric.slice}
 
 
 # --- expected accuracy ---

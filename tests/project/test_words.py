@@ -19,12 +19,11 @@ PENDING: set[str] = {
     "agent/datasets",
     "agent/evaluation",
     "agent/evaluation/predict",
+    "agent/device/bundles",
     "agent/model",
     "agent/model/bundle",
     "agent/model/inference",
     "agent/model/sandbox",
-    "agent/performance",
-    "agent/simulate",
 }
 
 _OPENINGS = re.compile(r"(Of|What|Whatever|Whether|With|By|How|Where|Who|Whose|Which|That|The same|As|So|Such|Some)\b")

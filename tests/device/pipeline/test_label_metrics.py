@@ -260,8 +260,8 @@ def test_labels_that_contradict_the_models_certainty_are_likely_concept_drift(ma
     assert device.turn() == len(device.alerts())
     said = {one.subject: one for one in device.alerts()}
     assert set(said) == {"certainty", "evaluation"}
-    assert said["certainty"].summary.startswith("likely concept drift: labels of the last ")
-    assert "the model's certainty says 0.95" in said["certainty"].summary
+    assert said["certainty"].summary.startswith("likely concept drift: the accuracy of the last ")
+    assert "the model's scores promise 0.95" in said["certainty"].summary
     body = device.sent(QualityPayload)[-1]
     assert body.estimate["outside"] is True
     assert 0.9 < body.estimate["accuracy"] < 1
@@ -276,7 +276,7 @@ def test_accuracy_that_falls_later_is_silent_decay(make: Make) -> None:
     device.label(range(251, 401), lambda row: other(row) if row % 3 == 0 else right(row))
     device.turn()
     said = {one.subject: one for one in device.alerts()}
-    assert said["decay"].summary.startswith("accuracy fell: labels of the last ")
+    assert said["decay"].summary.startswith("accuracy fell: the accuracy of the last ")
 
 
 def test_labels_that_are_the_models_own_answers_are_left_out_and_warned_of(make: Make) -> None:

@@ -30,7 +30,7 @@ from agent.fleet.evidence.gather import sbom
 from agent.fleet.evidence.gather.incidents import IncidentCollector
 from agent.fleet.evidence.page.elements import format_duration
 from agent.fleet.evidence.verify.verify import verify
-from agent.performance.metrics import MetricEstimate
+from agent.performance.estimates import MetricEstimate
 from agent.testing.messages import MessageSender, new_key
 from scripts.kit.bundles import resign
 from tests.kit.evidences import EXERCISE, Story, activated, alert, at, build_story, health
@@ -345,7 +345,7 @@ def test_an_unreadable_bundle_is_named(small: Story, tmp_path: Path) -> None:
 
 def evaluation(digest: str) -> Evaluation:
     return Evaluation(
-        made="2026-11-20T10:00:00Z", agent="0.1.0", seconds=1.0,
+        evaluated_at="2026-11-20T10:00:00Z", agent="0.1.0", seconds=1.0,
         model=EvaluatedModel(
             name="exercise", version="1.0.0", digest=digest, kind="classify", runtime="litert", signature="ok",
             fields=["ax"], units=["g"], labels=["PEN"], window=(100, 50), threshold=None, temperature=1.0, bytes=1,
@@ -355,7 +355,7 @@ def evaluation(digest: str) -> Evaluation:
             files=[SourceFile(file="held-out.csv", rows=10)], rows=10, rejected=0, windows=10, unlabelled=0, mixed=0,
             label="label", counts={"PEN": 10},
         ),
-        intervals="bootstrap", metric="accuracy", better="up",
+        intervals="bootstrap", metric="accuracy", direction="higher",
         metrics=[MetricEstimate("accuracy", 0.9123, 0.88, 0.94, 1000)], warnings=["One subject is in both parts."],
     )  # fmt: skip
 
