@@ -1,4 +1,4 @@
-"""`outstation check` fails where `outstation run` would not start, in the same words, and changes nothing."""
+"""Command `outstation check`: it fails where `outstation run` would not start, and changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`outstation drift` on a device: from its own store, beside whatever the collector has."""
+"""Command `outstation drift`: drift from the device's own store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`outstation ingest`: a file into a stream, through the running daemon or without one, every bad line named."""
+"""Command `outstation ingest`: files through the daemon or into the store; every bad line is named."""
 
 from __future__ import annotations
 

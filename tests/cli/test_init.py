@@ -1,4 +1,4 @@
-"""`outstation init`: a config that loads, a key that stays, and nothing half written."""
+"""Command `outstation init`: a config that loads, a key that stays, and nothing half written."""
 
 from __future__ import annotations
 

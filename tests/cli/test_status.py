@@ -1,4 +1,4 @@
-"""`outstation status` says of each task what is open, what its reference is worth, and what labels say."""
+"""Command `outstation status`: open alerts, the site reference and label metrics of each task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A task whose model names no classes, with a category field of its stream for modes: from its config to the judge."""
+"""Class field: a category field stands for the classes of a model without any, from the config to drift tests."""
 
 from __future__ import annotations
 

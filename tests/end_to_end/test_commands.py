@@ -1,4 +1,4 @@
-"""Commands from the command line to a real daemon and back, through a real Mosquitto, with a real collector."""
+"""Remote commands from the command line to a real daemon and back, through Mosquitto, with a real collector."""
 
 from __future__ import annotations
 

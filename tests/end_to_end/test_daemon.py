@@ -1,4 +1,4 @@
-"""The daemon, one turn at a time: what is due runs, what is used goes, what was missed is made up for once."""
+"""Daemon, one tick at a time: due tasks run, used readings go, and a missed run is made up for once."""
 
 from __future__ import annotations
 

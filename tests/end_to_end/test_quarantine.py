@@ -1,4 +1,4 @@
-"""A model that takes the whole agent down, in real processes: the one before it goes on, and nothing is lost."""
+"""Quarantine in real processes: a model ends the daemon, the previous bundle goes on, and nothing is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bundles that ran are kept, and an operator goes back to the one before: verified like any, and over restarts."""
+"""Rollback: copies of bundles that ran are verified like any bundle, also after restarts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`outstation run` as a whole: what becomes of the daemon before, where it starts over."""
+"""Command `outstation run`: the previous daemon is gone when it starts over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whoever starts next knows which model the agent died in, and is not misled by power cuts, errors or torn bytes."""
+"""Crash marker: the next start knows which model ended the daemon; power cuts and torn writes do not count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bundle that ended the agent twice in a row is set aside; a healthy one that was killed is not."""
+"""Quarantine: a bundle that ended the daemon twice in a row; a healthy one that was killed is not quarantined."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def device(tmp_path: Path, bundles: dict[str, Path]) -> Iterator[Device]:
 
 
 def dies(device: Device, digest: str, task: str = "sort") -> None:
-    """The agent ends while that bundle is loaded or run: its mark stays."""
+    """Leave the crash marker of a daemon that ended while that bundle was loaded or ran."""
     device.store.close()
     mark = CrashRecord(task, digest, clock.boot_id(), str(next(NUMBERS)))
     (device.conf.data_dir / crash_marker.FILE).write_bytes(crash_marker._encode(mark))
@@ -52,7 +52,7 @@ def audits(device: Device, event: str) -> list[dict[str, Any]]:
 
 
 def alerts(device: Device) -> list[tuple[str, str, str]]:
-    """(id, state, severity) of all model alerts."""
+    """Return (id, state, severity) of all model alerts."""
     found = [body for body in device.messages() if body.get("alert") == "model"]
     return [(body["id"], body["state"], body["severity"]) for body in found]
 

@@ -1,4 +1,4 @@
-"""Commands on the device: obeyed once, refused with a reason, and never a way to wear the device out."""
+"""Remote commands: executed once, refused with a reason, and no way to wear out the device."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ def test_with_a_full_disk_the_operator_hears_that_nothing_was_done(desk: Desk, m
 
 
 class Said:
-    """A session that the broker confirms everything of, or nothing."""
+    """Session of a broker that confirms everything, or nothing."""
 
     def __init__(self, *, confirms: bool = True) -> None:
         self.messages: list[OutgoingMessage] = []
@@ -313,7 +313,7 @@ def test_a_device_without_operators_does_not_listen(tmp_path: Path) -> None:
 
 
 def flood(desk: Desk, refusals: Refusals, n: int, every_s: float = 0.001) -> ClockReading:
-    """Forged commands, one after the other, as the uplink sees them; when the last one came."""
+    """Deliver forged commands one after the other; return the time of the last."""
     forged = Operator(key=new_key(9)).command()
     now = NOW
     for i in range(n):

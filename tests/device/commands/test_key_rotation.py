@@ -1,4 +1,4 @@
-"""A device changes its signing key: whatever step a crash comes after, the log goes on and every message verifies."""
+"""Key rotation: after a crash at any step the log goes on and every message verifies."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TIME = "2026-11-24T22:18:01.000000Z"
 
 
 class Device:
-    """One device in this process, to be closed and opened like after a crash."""
+    """Device in this process, which tests close and reopen as after a crash."""
 
     def __init__(self, folder: Path, given: SigningKey) -> None:
         self.folder, self.given, self.operator = folder, given, Operator()
@@ -249,7 +249,7 @@ def test_in_one_batch_with_the_rotation_such_a_message_is_refused(device: Device
 
 
 def rotate(sender: MessageSender, new: SigningKey, **changes: Any) -> SignedMessage:
-    """A rotation by `sender`, who uses the new key from then on; `changes` spoil the evidence."""
+    """Return a rotation message of `sender`, which then uses the new key; `changes` alter the evidence."""
     old = sender.key.public
     made = wire.build_evidence(FLEET, sender.device, sender.log, sender.seq + 1, old, new)
     sent = sender.append("audit", event=wire.ROTATION_EVENT, summary="", evidence={**made, **changes})
@@ -459,7 +459,7 @@ def test_a_rotation_that_waits_is_said_again_where_a_new_log_begins(device: Devi
 
 
 def spoil(device: Device, seq: int) -> None:
-    """The card changes a byte of a message."""
+    """Change a byte of a stored message."""
     with device.store.transaction():
         spoiled = "CAST(substr(payload, 1, 100) || '~' || substr(payload, 102) AS BLOB)"
         device.store._db.execute(f"UPDATE outbox SET payload = {spoiled} WHERE seq = ?", (seq,))

@@ -1,4 +1,4 @@
-"""A batch: real store, real bundles. What it decides is committed together, tiles the rows, and fits the broker."""
+"""Batch, with a real store and real bundles: one commit, messages that tile the rows and fit the broker."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Floats = NDArray[np.float32]
 
 @pytest.fixture(scope="module")
 def active(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], LoadedBundle]:
-    """`active(recipe)` is its bundle, packed, verified, probed and loaded once."""
+    """Return a function that packs, verifies, probes and loads a recipe's bundle once."""
     made: dict[Recipe, LoadedBundle] = {}
 
     def load(recipe: Recipe) -> LoadedBundle:
@@ -53,7 +53,7 @@ Make = Callable[..., Device]
 
 @pytest.fixture
 def make(tmp_path: Path, active: Callable[[Recipe], LoadedBundle]) -> Iterator[Make]:
-    """`make(recipe, …)` is a new device."""
+    """Return a function that makes a device."""
     made: list[Device] = []
 
     def new(recipe: Recipe = CLASSIFY, **options: Any) -> Device:
@@ -67,7 +67,7 @@ def make(tmp_path: Path, active: Callable[[Recipe], LoadedBundle]) -> Iterator[M
 
 
 def by_hand(device: Device, values: Floats) -> scores.Scores:
-    """Rows without a gap through the bundle, without store or batch."""
+    """Run rows without gaps through the bundle, without store and batches."""
     spec = device.active.bundle.manifest.input
     starts = features.cut_windows(np.arange(len(values), dtype=np.int64), spec.window).starts
     windows = features.build_windows(values, starts, spec)
@@ -188,7 +188,7 @@ def test_publish_below_lists_what_is_uncertain(make: Make) -> None:
 
 
 def size(device: Device, message: VerifiedMessage) -> int:
-    """Bytes on the air: topic, payload, and the user properties with their lengths."""
+    """Return the size of a message on the air: topic, payload, and user properties with their lengths."""
     pending = next(p for p in device.store.unacknowledged_messages(0, 100_000) if p.payload == message.payload)
     sent = device.author.to_outgoing(pending)
     properties = sum(len(name.encode()) + len(value.encode()) + 5 for name, value in sent.properties)
@@ -279,14 +279,14 @@ def test_a_run_without_any_window_is_made_for_every_kind(make: Make, recipe: Rec
 
 
 def story(recipe: Recipe) -> list[tuple[Floats, float]]:
-    """Rows enough to learn a site, then to drift, with pauses between."""
+    """Return rows to learn a site reference from and then to drift, with pauses."""
     quiet, loud = recipe.rows(2000, seed=2), recipe.rows(1200, seed=3)
     loud[400:, 0] *= 0.3
     return [(quiet, 0.0), (loud[:500], 3.0), (loud[500:], 0.0)]
 
 
 def told(device: Device) -> list[dict[str, Any]]:
-    """Drift windows, alerts and audit entries, but for what depends on the place in the log and the time."""
+    """Return drift windows, alerts and audit messages without their place in the log and their time."""
     kept = []
     for message in device.messages():
         if isinstance(message.body, DriftPayload | AlertPayload | AuditPayload):
@@ -351,14 +351,14 @@ def test_what_was_learned_is_kept_and_announced(make: Make) -> None:
 
 
 def snapshot(device: Device) -> dict[str, list[Any]]:
-    """All tables of the store."""
+    """Return all tables of the store."""
     with contextlib.closing(sqlite3.connect(f"file:{device.store.path}?mode=ro", uri=True)) as db, db:
         names = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         return {name: db.execute(f"SELECT * FROM {name}").fetchall() for name in names}
 
 
 class PowerCut(BaseException):
-    """Ends the process, as a test can."""
+    """Simulated end of the process."""
 
 
 @pytest.mark.parametrize("at", range(1, 9))
@@ -408,7 +408,7 @@ def test_a_process_that_was_killed_after_the_commit_does_not_run_the_rows_again(
 
 
 def damage(device: Device, first_row: int) -> None:
-    """A byte of the chunk that begins at this row goes bad."""
+    """Change a byte of the chunk that begins at this row."""
     path = device.store.path
     device.store.close()
     with contextlib.closing(sqlite3.connect(path)) as db, db:

@@ -1,4 +1,4 @@
-"""A cursor that a damaged store left behind the drift state: the task goes on, says so, and judges nothing twice."""
+"""Cursor repair: a task whose cursor was lost goes on, raises an alert, and tests no row twice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def bodies(store: Store, kind: str) -> list[dict[str, Any]]:
 
 
 def rows_run(store: Store) -> list[int]:
-    """Each row as often as a run of the task covers it."""
+    """Return each row as often as a result message covers it."""
     return [row for body in bodies(store, "results") for row in range(body["rows"][0], body["rows"][1] + 1)]
 
 

@@ -1,4 +1,4 @@
-"""A batch that takes longer than it may: it counts, it is counted, and the next one is made smaller."""
+"""Deadline: a late batch is committed and counted, and the next one is smaller."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def told(device: Device) -> list[tuple[str, str, str]]:
 
 @pytest.fixture
 def took(device: Device) -> Callable[..., None]:
-    """`took(limit, seconds, windows)`: a batch did, for the task of `device`."""
+    """Return a function that records a batch of the device's task."""
 
     def took(limit: Deadline, seconds: float, windows: int) -> None:
         limit.record_batch(seconds, windows, device.store, device.author, NOW)

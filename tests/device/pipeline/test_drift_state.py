@@ -1,4 +1,4 @@
-"""A task whose bundle is another one than before: what was open is closed, and what was learned of it goes."""
+"""Drift state of another bundle: open alerts are cleared, and the site reference is dropped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def judge() -> DriftMonitor:
 
 @pytest.fixture(scope="module")
 def drifted(judge: DriftMonitor) -> DriftState:
-    """A site that was learned, a drift of y and a stuck z."""
+    """Return the state of a learned site with a drift of y and a stuck z."""
     state, _ = feed(judge, judge.start(), readings(3, 42))
     r = readings(31, 10)
     r.features[:, 1] *= 0.6

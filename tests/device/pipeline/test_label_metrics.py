@@ -1,4 +1,4 @@
-"""From labels to a quality message: real bundle, real batches, real store; what is sent verifies and fits."""
+"""Label metrics, with a real bundle, batches and store: messages verify and fit the broker."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def active(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Loade
 
 @dataclass
 class Device:
-    """One task over one stream, with sites in turn as a category. Its clock goes where a test puts it."""
+    """Device with one task over one stream, a category that alternates, and a clock that tests set."""
 
     folder: Path
     recipe: Recipe
@@ -146,7 +146,7 @@ def make(tmp_path: Path, active: Callable[[Recipe], LoadedBundle]) -> Iterator[M
 
 
 def right(row: int) -> str:
-    """The centre that a row was drawn around."""
+    """Return the class whose centre each row was drawn around."""
     return LABELS[(row - 1) // 7 % 3]
 
 
@@ -494,7 +494,7 @@ def test_labels_put_right_after_they_were_told_of_are_told_again_and_clear_what_
 
 
 def put_right(device: Device, at_once: int) -> None:
-    """As if people mended a third of the labels in several goes, between others."""
+    """Correct a third of the labels in several steps, among new ones."""
     device.feed(900)
     device.label(range(1, 301), lambda row: other(row) if row % 3 == 0 else right(row))
     device.turn()

@@ -1,4 +1,4 @@
-"""A site's reference is learned anew when somebody asks, once, whoever runs, and it is written to the log."""
+"""Relearn requests: a site reference is learned again once for each request, and the log records it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ learn_windows = 20
 
 
 class Site:
-    """A device's folder with `outstation init`'s config, used by this process."""
+    """Device folder with the config of `outstation init`, used by this process."""
 
     def __init__(self, folder: Path) -> None:
         self.home = folder / "device"
@@ -54,7 +54,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """One whose reference was learned, from noise."""
+    """Return a site whose reference was learned from noise."""
     made = Site(tmp_path_factory.mktemp("site"))
     store = made.open()
     try:
@@ -65,7 +65,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 def work(site: Site, store: Store, drift_windows: int) -> LoadedTask:
-    """Readings for so many drift windows, and the task over them."""
+    """Append readings for `drift_windows` drift windows, and run the task over them."""
     n = drift_windows * 2000
     rng = np.random.default_rng(store.last_row("watch"))
     t = NOW.wall_us + 20_000 * np.arange(store.last_row("watch"), store.last_row("watch") + n, dtype=np.int64)
@@ -119,7 +119,7 @@ def test_learning_anew_is_audited_and_gives_the_next_number(site: Site) -> None:
 
 
 def test_a_request_that_was_taken_up_does_nothing_when_its_file_is_still_there(site: Site) -> None:
-    """As after a crash between the commit and the end of the file."""
+    """Simulate a crash between the commit and the deletion of the file."""
     request = relearn.make_request("reset")
     relearn.submit_request(site.conf.data_dir, "exercise", request)
     store = site.open()

@@ -1,4 +1,4 @@
-"""The uplink through bad weather: a broker in memory that loses, delays, repeats, reorders and breaks, from a seed."""
+"""Uplink over a broker in memory that loses, delays, duplicates, reorders and disconnects, from a seed."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def ack_body(log: str, through: int, missing: list[tuple[int, int]], device: str
 
 @dataclass
 class CollectorModel:
-    """A collector in thirty lines: stores by (log, seq), answers each group of messages with one ack."""
+    """Minimal collector: stores by (log, seq), and answers each group of messages with one acknowledgement."""
 
     air: LossyBroker
     key: SigningKey
@@ -129,7 +129,7 @@ class CollectorModel:
 
 
 class World:
-    """A device's store and uplink, the air, and a collector. `run` goes on until `done` or `seconds` have passed."""
+    """Store and uplink of a device, a lossy broker and a collector; `run` ends with `done` or after `seconds`."""
 
     def __init__(
         self,
@@ -747,7 +747,7 @@ def test_a_full_disk_delays_deleting_and_stops_nothing(
 
 
 def once(world: World, clock_s: float, action: Callable[[], object]) -> bool:
-    """Do it when the clock gets there, a single time; whether the uplink has paused since."""
+    """Call `action` once when the clock reaches the time; return whether the uplink has paused since."""
     if world.air.clock_s >= clock_s and action not in world.done:
         world.done.append(action)
         action()
@@ -755,7 +755,7 @@ def once(world: World, clock_s: float, action: Callable[[], object]) -> bool:
 
 
 def states(world: World) -> list[str]:
-    """What was published on `state`, each verified."""
+    """Return the messages published on `state`, verified."""
     found: list[str] = []
     for message in world.air.published:
         if message.topic.endswith("/state"):
