@@ -73,7 +73,7 @@ def test_a_wrong_word_an_old_one_and_a_used_one_erase_nothing(desk: Desk, halted
     assert (halted.times, wipe.is_pending(desk.store)) == (0, False)
 
 
-def test_a_word_counts_on_the_boot_clock_whatever_the_wall_clock_does(desk: Desk) -> None:
+def test_a_confirmation_expires_by_the_boot_clock(desk: Desk) -> None:
     text = word(desk)
     desk.operator.now_us = NOW.wall_us + 86_400_000_000
     assert confirm(desk, text, ClockReading(NOW.wall_us + 86_400_000_000, NOW.boot_s + 5, "synced"))
