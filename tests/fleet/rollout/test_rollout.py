@@ -256,7 +256,7 @@ def test_status_is_text_for_people_and_names_who_refused(site: Site) -> None:
     [
         (("status", "exercise-1-2"), 2, "there is no roll-out 'exercise-1-2'"),
         (("start", "none.toml"), 2, "none.toml: no such file"),
-        (("follow",), 2, "no roll-out is open"),
+        (("follow",), 2, "no rollout is open"),
         (("abort", "exercise-1-1"), 2, "Missing argument 'REASON'"),
     ],
 )
