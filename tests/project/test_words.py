@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[2]
 PENDING: set[str] = {
     "agent",
     "agent/authoring",
-    "agent/cli/fleet",
     "agent/cli/model",
     "agent/model",
     "agent/model/bundle",
