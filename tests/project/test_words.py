@@ -14,12 +14,7 @@ ROOT = Path(__file__).parents[2]
 PENDING: set[str] = {
     "agent",
     "agent/authoring",
-    "agent/cli/fleet",
     "agent/cli/model",
-    "agent/datasets",
-    "agent/evaluation",
-    "agent/evaluation/predict",
-    "agent/device/bundles",
     "agent/model",
     "agent/model/bundle",
     "agent/model/inference",
