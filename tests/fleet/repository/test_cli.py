@@ -147,10 +147,10 @@ def test_a_root_key_on_a_mounted_stick_signs_at_once(desk: Operator, tmp_path: P
     desk.run("repository", "init")
     stick = shutil.move(desk.folder / "repository-keys" / "root-1.key", tmp_path / "root-1.key")
     code, out, _ = desk.run("repository", "rotate", "targets")
-    assert (code, "waits for 1 more signatures of the root keys root-1" in out) == (1, True)
+    assert (code, "needs 1 more signatures of the root keys root-1" in out) == (1, True)
     code, out, _ = desk.run("repository", "rotate", "snapshot", "--sign-with", stick)
     # One draft holds both changes.
-    assert (code, "snapshot: snapshot-2 counts, snapshot-1 no more" in out) == (0, True)
+    assert (code, "snapshot: snapshot-2 is valid, snapshot-1 is not" in out) == (0, True)
     roles = {role["role"]: role["keys"][0]["name"] for role in desk.document("repository", "status")["roles"]}
     assert (roles["targets"], roles["snapshot"]) == ("targets-2", "snapshot-2")
 
