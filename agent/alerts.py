@@ -375,7 +375,7 @@ DAMAGED_MESSAGES = AlertKind(
     "storage/outbox/{log}/{seq}",
     "critical",
     "device",
-    "Messages in the outbox failed their checksum. They are not sent, are kept in table `quarantined_messages`, and are "
+    "Messages in the outbox failed their checksum. They are not sent, but moved to table `quarantined_messages` and "
     "declared as lost.",
     "A failing card.",
     "Replace the card.",

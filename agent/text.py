@@ -1,36 +1,13 @@
-"""Text for people: figures, times, metric names, and foreign text made safe to print."""
+"""Text for people: numbers, times, and foreign text made safe to print."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 
-_METRIC_NAMES = {
-    "accuracy": "accuracy",
-    "f1_macro": "F1, mean of classes",
-    "f1_micro": "F1 of all decisions",
-    "f1": "F1",
-    "brier": "Brier score",
-    "brier_top": "Brier score of the top class",
-    "ece": "calibration error (ECE)",
-    "mae": "mean absolute error",
-    "rmse": "root mean square error",
-    "r2": "R²",
-    "bias": "mean error",
-    "auc": "ROC AUC",
-    "average_precision": "average precision",
-}
-
 
 def printable(text: str) -> str:
     """Return `text` on one line, with everything that could steer a terminal escaped."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
-def metric_name(metric: str) -> str:
-    """Return the display name of a metric; an unknown metric keeps its own name."""
-    if metric.startswith("top_"):
-        return f"in the top {metric.removeprefix('top_')}"
-    return _METRIC_NAMES.get(metric, metric)
 
 
 def format_value(value: float | None) -> str:

@@ -1,1 +1,1 @@
-"""authoring."""
+"""Authoring of bundles: SPEC, packing and calibration."""

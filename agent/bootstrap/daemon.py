@@ -105,7 +105,7 @@ def build_daemon(
     desired_states = DesiredStateStore(store, message_log, operators, conf.device.groups)
     marker = open_crash_marker(conf, store, message_log)
     scheduled, failures = load_scheduled_tasks(file, conf, store, marker)
-    for loaded in (one.task for one in scheduled):
+    for loaded in (entry.task for entry in scheduled):
         if not rollout_state.find_canary_digest(store, loaded.name):
             history.record_configured(store, message_log, loaded.name, loaded.bundle, conf.data_dir, now())
     quarantine.release_reconfigured(conf, store, message_log, now())
@@ -113,7 +113,7 @@ def build_daemon(
     signals = Signals()
     intake = Intake(
         *(conf, store, build_sources(file, conf, store), now, signals.wake, signals.fail),
-        lambda: label_metrics.build_label_targets([one.task for one in scheduled]),
+        lambda: label_metrics.build_label_targets([entry.task for entry in scheduled]),
     )
     uplink = Uplink(
         *(conf, store, message_log, collector, now, signals.fail, open_sink or sinks.sink_opener(conf)),

@@ -1,4 +1,4 @@
-"""Where roll-outs are put together: what a proved bundle is made into, and where bundles come from."""
+"""Composition root of rollouts: how a proven bundle becomes a task, and where bundles come from."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from agent.wire.keys import PublicKey
 
 
 class TaskFactory:
-    """Makes tasks of proved bundles. `waiting` is called while one that runs apart is waited for."""
+    """Makes tasks of proven bundles; `on_wait` is called while the daemon waits for a subprocess model."""
 
     def __init__(
         self, file: Path, conf: Config, store: Store, marker: CrashMarker | None, on_wait: Callable[[], None]
@@ -39,7 +39,7 @@ class TaskFactory:
         self._file, self._conf, self._store, self._marker, self._on_wait = file, conf, store, marker, on_wait
 
     def load_in_process(self, name: str, proven: ProvenBundle) -> LoadedTask:
-        """Loaded into this process. Raises BadBundle, ConfigError."""
+        """Load the model into this process. Raises BadBundle, ConfigError."""
 
         def guard_run(loaded_bundle: Bundle) -> AbstractContextManager[object]:
             return nullcontext() if self._marker is None else self._marker.guard_run(name, loaded_bundle.digest)
@@ -49,25 +49,25 @@ class TaskFactory:
         return tasks.build_task(self._file, self._conf, self._store, name, active, guard_run)
 
     def start_subprocess(self, name: str, proven: ProvenBundle, rules: CanaryRules) -> LoadedTask:
-        """In a process of its own. Raises BadBundle, ConfigError."""
+        """Start the model in a subprocess. Raises BadBundle, ConfigError."""
         self._save_tuning(name, proven)
         model = SubprocessModel(
             proven.bundle, proven.tuning, SandboxLimits(call_timeout_s=rules.batch_timeout_s), self._on_wait
         )
         try:
             active = LoadedBundle(proven.bundle, model, proven.reference, proven.tuning)
-            return tasks.build_task(self._file, self._conf, self._store, name, active, lambda found: nullcontext())
+            return tasks.build_task(self._file, self._conf, self._store, name, active, lambda _bundle: nullcontext())
         except BaseException:
             model.close()
             raise
 
     def _save_tuning(self, name: str, proved: ProvenBundle) -> None:
-        """So that the next start need not try again how its model is run best."""
+        """Save the tuning, so that the next start need not tune again."""
         if proved.tuning is not None:
             tuning_cache.save(self._store, name, proved.tuning)
 
     def stop(self, task: LoadedTask) -> None:
-        """End a process of its own, if it has one."""
+        """End the task's subprocess, if it has one."""
         if isinstance(task.model, SubprocessModel):
             task.model.close()
 
@@ -84,7 +84,7 @@ def build_updater(
     wake: Callable[[], None],
     on_wait: Callable[[], None],
 ) -> BundleUpdater:
-    """`trusted` publishers; `wake` the main loop; `waiting` is called while a bundle that is tried takes its time."""
+    """Build the updater; `wake` ends a wait of the main loop, `on_wait` is called while a subprocess model runs."""
     fetcher = None if conf.updates is None else Fetcher(conf, store)
     made = TaskFactory(file, conf, store, marker, on_wait)
 

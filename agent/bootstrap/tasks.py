@@ -1,4 +1,4 @@
-"""From a task's config to a task with its bundle loaded: what must fit together, and what the store remembers."""
+"""Composition root of tasks: from a task's config to a loaded task, with what the store remembers of it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from agent.wire.keys import PublicKey
 
 
 def parse_public_keys(file: Path, key: str, texts: list[str]) -> list[PublicKey]:
-    """Public keys of the config. Raises ConfigError."""
+    """Parse public keys of the config. Raises ConfigError."""
     try:
         return [keys.parse_public_key(text) for text in texts]
     except ValueError as error:
@@ -39,13 +39,13 @@ def parse_public_keys(file: Path, key: str, texts: list[str]) -> list[PublicKey]
 
 
 def trusted_publishers(file: Path, conf: Config) -> list[PublicKey]:
-    """Whose bundles this device runs, beside those that ship with the agent."""
+    """Return the keys whose bundles this device runs, besides those of built-in bundles."""
     listed = parse_public_keys(file, "publishers.keys", conf.publishers.keys)
     return [*listed, *parse_public_keys(file, "operators.keys", conf.operators.keys)]
 
 
 def open_crash_marker(conf: Config, store: Store, writer: MessageLog) -> CrashMarker:
-    """What notices a model that ends the agent; once a start, before tasks are loaded."""
+    """Open the crash marker and handle the crash that it shows; once a start, before tasks are loaded."""
     marker, now = CrashMarker(conf.data_dir), make_clock(store)()
     if not transitions.roll_back_after_crash(conf, store, writer, marker, now):
         quarantine.handle_crash(conf, store, writer, marker, now)
@@ -62,9 +62,9 @@ def load_task(
     marker: CrashMarker | None = None,
     known_tunings: Sequence[Tuning] = (),
 ) -> LoadedTask:
-    """A task with its bundle, or that at `path`, verified, probed and loaded. Raises ConfigError, BadBundle.
+    """Verify, probe and load a task's bundle, or the one at `path`. Raises ConfigError, BadBundle.
 
-    With a `store`, how its model is run is taken from there and kept there, else from the `known`.
+    With a `store`, the tuning comes from there and is saved there; otherwise it comes from `known_tunings`.
     """
     if path is None:
         path = history.locate_bundle(conf, store, name)
@@ -89,17 +89,17 @@ def build_task(
     active: LoadedBundle,
     guard_run: Callable[[Bundle], AbstractContextManager[object]],
 ) -> LoadedTask:
-    """A task of a loaded bundle, with what the `store` remembers of it. Raises ConfigError."""
+    """Build the task of a loaded bundle, with its state from the `store`. Raises ConfigError."""
     task = conf.tasks[name]
     check_fields(file, conf, name, active.bundle)
-    judge = _build_drift_monitor(str(file), conf, name, active)
-    state, ended = (judge.start() if judge else None), None
-    if judge is not None and store is not None:
-        state, ended = _restore_drift_state(store, name, active.bundle.digest, judge)
-    digest, keeps = config.digest(conf), conf.buffer.keep_results > 0
+    monitor = _build_drift_monitor(str(file), conf, name, active)
+    state, closing_messages = (monitor.start() if monitor else None), None
+    if monitor is not None and store is not None:
+        state, closing_messages = _restore_drift_state(store, name, active.bundle.digest, monitor)
+    digest, keep_results = config.digest(conf), conf.buffer.keep_results > 0
     return LoadedTask(
-        *(name, task, conf.streams[task.stream], active.bundle, active.model, judge, state, digest, keeps),
-        closing_messages=ended,
+        *(name, task, conf.streams[task.stream], active.bundle, active.model, monitor, state, digest, keep_results),
+        closing_messages=closing_messages,
         tuning=active.tuning,
         crash_guard=partial(guard_run, active.bundle),
         is_crash_suspect=store is not None and quarantine.is_suspected(store, name, active.bundle.digest),
@@ -109,13 +109,14 @@ def build_task(
 def _restore_drift_state(
     store: Store, name: str, digest: str, monitor: DriftMonitor
 ) -> tuple[DriftState, list[PendingMessage] | None]:
-    """What is remembered of drift; of a bundle beside which another is on probation, what was laid by."""
+    """Restore the drift state; that of an incumbent beside a canary was saved apart."""
     if rollout_state.find_canary_digest(store, name) not in ("", digest):
         return saved_drift.load(store, name, monitor)
     return drift_state.restore(store, name, monitor)
 
 
 def check_fields(file: Path, conf: Config, name: str, loaded_bundle: Bundle) -> None:
+    """Check that the task's stream has the fields and media format of its bundle. Raises ConfigError."""
     stream = conf.tasks[name].stream
     _check_media_format(file, conf, name, loaded_bundle.manifest)
     numeric = {f.name for f in conf.streams[stream].fields if f.type != "category"}
@@ -130,16 +131,16 @@ def check_fields(file: Path, conf: Config, name: str, loaded_bundle: Bundle) -> 
 
 
 def _check_media_format(file: Path, conf: Config, name: str, manifest: Manifest) -> None:
-    """Rows of images and sounds must be made as those the bundle was packed with. Raises ConfigError."""
+    """Check that rows of images and sounds are made like those the bundle was packed with. Raises ConfigError."""
     stream, wanted = conf.tasks[name].stream, manifest.input.image or manifest.input.sound
-    made, fields = conf.streams[stream].media_format, {f.name for f in conf.streams[stream].fields}
-    if wanted is None or made == wanted or (made is None and fields.issuperset(manifest.input.fields)):
+    configured, fields = conf.streams[stream].media_format, {f.name for f in conf.streams[stream].fields}
+    if wanted is None or configured == wanted or (configured is None and fields.issuperset(manifest.input.fields)):
         return
     source = f'source = {{ kind = "files", folder = "…", {media.to_toml(wanted)} }}'
     raise ConfigError(
         str(file),
         f"tasks.{name}.stream",
-        f"bundle {manifest.name} needs rows made otherwise than those of stream {stream!r}; give a stream {source}",
+        f"bundle {manifest.name} needs rows that stream {stream!r} does not make; configure a stream with {source}",
     )
 
 
@@ -163,15 +164,15 @@ def _build_drift_monitor(file: str, conf: Config, name: str, active: LoadedBundl
 def _resolve_class_field(
     file: str, name: str, task: config.TaskConfig, stream: config.StreamConfig, manifest: Manifest
 ) -> str:
-    """The field whose values are modes, or "". Raises ConfigError."""
-    key, asked = f"tasks.{name}.class_field", manifest.drift.class_field or ""
+    """Return the field whose values are the classes, or an empty string. Raises ConfigError."""
+    key, declared = f"tasks.{name}.class_field", manifest.drift.class_field or ""
     if task.class_field and manifest.output.labels:
         raise ConfigError(
-            file, key, f"bundle {manifest.name} names classes itself, and these are its modes: remove mode"
+            file, key, f"bundle {manifest.name} names classes itself, so `class_field` has no use: remove it"
         )
-    if task.class_field is None and asked:
+    if task.class_field is None and declared:
         # The config's own was checked when it was read.
         config.check_class_field(
-            file, f'{key} (as bundle {manifest.name} says; class_field = "" for none)', asked, stream
+            file, f'{key} (as bundle {manifest.name} says; class_field = "" for none)', declared, stream
         )
-    return asked if task.class_field is None else task.class_field
+    return declared if task.class_field is None else task.class_field

@@ -45,7 +45,7 @@ class CsvTable:
     def __init__(
         self, file: io.BufferedReader[Any], size: int = 0, block_bytes: int = BLOCK_BYTES, *, use_pyarrow: bool
     ) -> None:
-        """Raises RowRejected if the first line does not name columns, OSError."""
+        """Raise RowRejected if the first line does not name columns, OSError."""
         self.size, self._file, self._block_bytes, self._use_pyarrow = size, file, block_bytes, use_pyarrow
         first, self._pending = read_first_line(file), b""
         if not first.strip():
@@ -306,8 +306,8 @@ def _complete_lines_end(content: bytes, *, at_eof: bool) -> tuple[int, bool]:
 
 def _find_opening_quote(content: bytes, start: int) -> int:
     """Return where the next cell begins with a quotation mark; -1 without one."""
-    while (found := content.find(b'"', start)) >= 0:
-        if found == 0 or content[found - 1] in b",\r\n":
-            return found
-        start = found + 1
+    while (at := content.find(b'"', start)) >= 0:
+        if at == 0 or content[at - 1] in b",\r\n":
+            return at
+        start = at + 1
     return -1

@@ -33,7 +33,7 @@ class JsonLinesTable:
     """
 
     def __init__(self, file: BufferedReader[Any], size: int = 0, check_row: RowCheck = lambda _: None) -> None:
-        """Raises RowRejected if the first line never ends, OSError."""
+        """Raise RowRejected if the first line never ends, OSError."""
         self.size, self._file, self._check_row = size, file, check_row
         self._decoder = msgspec.json.Decoder(dict[str, Any])
         first = read_first_line(file)
@@ -76,14 +76,14 @@ class JsonLinesTable:
             if not line.strip():
                 continue
             row += 1
-            found = self._decode(line)
-            if isinstance(found, str):
-                rejected.append(RowRejection(number, found))
+            decoded = self._decode(line)
+            if isinstance(decoded, str):
+                rejected.append(RowRejection(number, decoded))
             else:
-                objects.append(found)
+                objects.append(decoded)
                 rows.append(row)
                 lines.append(number)
-        columns: dict[str, list[Any]] = {name: [found.get(name) for found in objects] for name in types}
+        columns: dict[str, list[Any]] = {name: [row_values.get(name) for row_values in objects] for name in types}
         end = FilePosition(position.offset + sum(map(len, chunk)), position.line + len(chunk), row)
         if not keep_invalid:
             return convert_block(TableBlock(columns, rows, lines, rejected, end), types)

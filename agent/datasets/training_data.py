@@ -93,9 +93,9 @@ def read(path: Path, spec: ModelInput, labels: LabelParser | None = None) -> Tra
 
 
 def _read_recordings(path: Path, spec: ModelInput) -> TrainingData:
-    found = recordings.load(path)
-    label = found.label[found.recording_index] if LABEL_COLUMN in found.columns else None
-    return TrainingData(found.select(path, spec.fields), found.epoch_us(recordings.pause_between(spec)), label)
+    loaded = recordings.load(path)
+    label = loaded.label[loaded.recording_index] if LABEL_COLUMN in loaded.columns else None
+    return TrainingData(loaded.select(path, spec.fields), loaded.epoch_us(recordings.pause_between(spec)), label)
 
 
 class TableSummary(msgspec.Struct, frozen=True):
@@ -107,7 +107,7 @@ class TableSummary(msgspec.Struct, frozen=True):
 
 
 def summarize_table(path: Path) -> TableSummary:
-    """Raises UsageError."""
+    """Raise UsageError."""
     with readers.open_table(path) as table:
         names = table.columns
         if isinstance(table, ParquetTable):

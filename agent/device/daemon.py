@@ -86,8 +86,8 @@ class _Backoff(msgspec.Struct, frozen=True):
 class Daemon:
     """Main loop of a device. Its parts are built by `agent.bootstrap.daemon`.
 
-    `make_updater` and `make_commands` build what acts on the daemon itself. The list of scheduled tasks is shared: tasks
-    that rollouts or operators add appear in it.
+    `make_updater` and `make_commands` build what acts on the daemon itself. The list of scheduled tasks is shared:
+    tasks that rollouts or operators add appear in it.
     """
 
     def __init__(
@@ -263,7 +263,7 @@ class Daemon:
         return name in self._backoffs and now.boot_s < self._backoffs[name].until_s
 
     def _back_off(self, task: LoadedTask, suffix: str, error: Exception) -> None:
-        """Pause the task for a while, longer each time, so that its error does not stop the daemon and the other tasks."""
+        """Pause the task for a while, longer each time, so that its error does not stop the daemon."""
         earlier = self._backoffs.get(task.name + suffix)
         wait_s = min(2 * earlier.wait_s, _MAX_BACKOFF_S) if earlier else _MIN_BACKOFF_S
         self._backoffs[task.name + suffix] = _Backoff(wait_s, self._now().boot_s + wait_s)

@@ -1,4 +1,4 @@
-"""What the device says of itself: health, what it did, and which task cannot run."""
+"""Health reporting: health messages, audit events of the daemon, and alerts about bundles that do not run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ModelsByTask = Mapping[str, Mapping[str, Any]]
 
 
 class BundleFailure(msgspec.Struct, frozen=True):
-    """A task whose bundle cannot run here, and why; `instead` the one that goes on, "" where none does."""
+    """A task whose bundle does not run here; `fallback` names the bundle that runs instead, if one does."""
 
     task: str
     bundle: str
@@ -38,7 +38,7 @@ class BundleFailure(msgspec.Struct, frozen=True):
 
 
 class HealthReporter:
-    """Writes such messages; one that finds no room is dropped, because the next one says the same."""
+    """Writes the messages; one that finds no room is dropped, as the next one reports the same."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class HealthReporter:
     ) -> None:
         self._conf, self._store, self._message_log, self._models, self._now = conf, store, message_log, models, now
         self._process_meter = ProcessMeter()
-        # Members of a health message that others know of.
+        # Further members of a health message.
         self.extra_members: Callable[[ClockReading], Mapping[str, Any]] = lambda now: {}
 
     def write_health(self) -> None:
@@ -61,22 +61,22 @@ class HealthReporter:
                 tx.set_meta(SYNCED, str(now.wall_us))
             self._process_meter.tick(tx, now)
             body = build_body(self._conf, self._store, self._models)
-            told = {**body, **self.extra_members(now), "wall_clock": timekeeping.build_report(self._store, now)}
-            self._message_log.append(tx, "health", None, told, now)
+            members = {**body, **self.extra_members(now), "wall_clock": timekeeping.build_report(self._store, now)}
+            self._message_log.append(tx, "health", None, members, now)
 
         self._run_in_transaction(write)
 
     def write_event(self, name: str, summary: str) -> None:
-        """An audit message."""
+        """Append an audit message."""
         body = {"event": name, "summary": summary, "evidence": {"tasks": self._models}}
         self._run_in_transaction(lambda tx: self._message_log.append(tx, "audit", None, body, self._now()))
 
     def report_bundles(self, failures: Sequence[BundleFailure]) -> None:
-        """One alert for each task whose bundle cannot run, open until it can."""
-        for one in failures:
-            log.error("task %s: %s", one.task, _describe_failure(one))
-            self.raise_bundle_alert(one)
-        for task in self._models.keys() - {one.task for one in failures}:
+        """Raise an alert for each failure, and clear those of all other tasks."""
+        for failure in failures:
+            log.error("task %s: %s", failure.task, _describe_failure(failure))
+            self.raise_bundle_alert(failure)
+        for task in self._models.keys() - {failure.task for failure in failures}:
             self.clear_bundle_alert(task)
 
     def raise_bundle_alert(self, failure: BundleFailure) -> None:
@@ -119,7 +119,7 @@ def _describe_failure(failure: BundleFailure) -> str:
 
 
 def build_body(conf: Config, store: Store, models: ModelsByTask) -> dict[str, Any]:
-    """The body of a health message; `models` names each running task's model."""
+    """Return the body of a health message; `models` has the bundle reference of each running task."""
     counters = store.counters()
     waiting, _ = store.outbox_size()
     return {

@@ -1,25 +1,23 @@
-"""What an evaluation found, as one document: `model evaluate --json`, and what reports and cards are written from.
+"""Document of an evaluation: `model evaluate --json`, which reports and cards are rendered from.
 
-Every `low` and `high` is the end of a 95 % interval, None where there is none.
+Every `low` and `high` is an end of a 95 % interval, None if there is none.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-from agent.performance.metrics import MetricEstimate
+from agent.performance.estimates import MetricEstimate
 
 
 class IntervalEstimate(msgspec.Struct, frozen=True, kw_only=True):
-    """A figure with its interval."""
-
     value: float | None
     low: float | None = None
     high: float | None = None
 
 
 class EvaluatedModel(msgspec.Struct, frozen=True, kw_only=True):
-    """The bundle; `window` is (rows, step), `bytes` and `sha256` of the model in it."""
+    """Bundle; `window` is (rows, step), `bytes` and `sha256` are of the model in it."""
 
     name: str
     version: str
@@ -43,7 +41,7 @@ class SourceFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):
-    """`windows` with a label; `counts` of them by class; `group`, `split`: the columns named, with their values."""
+    """`windows` have a label, `counts` of them each class; `group` and `split` name columns, with their values."""
 
     files: list[SourceFile]
     rows: int
@@ -62,29 +60,29 @@ class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClassMetrics(msgspec.Struct, frozen=True, kw_only=True):
-    """`n` windows of it, `named` so many times."""
+    """`n` windows are of the class, `predicted` are predicted as it."""
 
     label: str
     n: int
-    named: int
+    predicted: int
     precision: IntervalEstimate
     recall: IntervalEstimate
     f1: IntervalEstimate
 
 
 class ReliabilityBin(msgspec.Struct, frozen=True, kw_only=True):
-    """Of n answers with scores about `score`, the share that was right."""
+    """Accuracy of n answers whose mean score is `score`."""
 
     n: int
     score: float
-    right: IntervalEstimate
+    accuracy: IntervalEstimate
 
 
 class FieldImportance(msgspec.Struct, frozen=True, kw_only=True):
-    """How much worse the answers are where `fields` are those of other windows; `share` of the metric."""
+    """Permutation importance: how much worse the primary metric is with `fields` of other windows."""
 
     fields: list[str]
-    drop: IntervalEstimate
+    metric_drop: IntervalEstimate
 
 
 class RobustnessPoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,7 +91,7 @@ class RobustnessPoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RobustnessCurve(msgspec.Struct, frozen=True, kw_only=True):
-    """The metric under a fault of growing strength."""
+    """Primary metric under a fault of growing strength."""
 
     fault: str
     meaning: str
@@ -109,28 +107,29 @@ class CheckResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SuspectLabel(msgspec.Struct, frozen=True, kw_only=True):
-    """A label that the model contradicts with certainty."""
+    """Label that the model contradicts with confidence."""
 
     row: int
     file: str
     label: str
-    said: str
+    predicted: str
     score: float
 
 
 class FloatComparison(msgspec.Struct, frozen=True, kw_only=True):
-    """This model beside the float one: `agreement` of labels, differences of outputs, `change` of the metric.
+    """Comparison with the float model that this one was quantized from.
 
-    `latency` is the float model's.
+    `agreement` of labels, differences of outputs, the float model's primary metric, this model's less that (paired),
+    and the float model's `latency`.
     """
 
     file: str
     bytes: int
     agreement: IntervalEstimate | None
-    largest: float
-    mean: float
-    value: IntervalEstimate
-    change: IntervalEstimate
+    max_output_difference: float
+    mean_output_difference: float
+    float_metric: IntervalEstimate
+    metric_difference: IntervalEstimate
     latency: list[BatchLatency] = []
 
 
@@ -145,31 +144,31 @@ class BatchLatency(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """`metric` is what ablation, robustness and comparisons look at; `better` is up or down.
+    """`metric` is the primary metric, better if its `direction` is followed: higher or lower.
 
-    `machine` is what `latency` was measured on.
+    Field importance, robustness and comparisons look at it. `machine` is the one that `latency` was measured on.
     """
 
     v: int = 1
-    made: str
+    evaluated_at: str
     agent: str
     seconds: float
     model: EvaluatedModel
     data: EvaluationData
     intervals: str
     metric: str
-    better: str
+    direction: str
     metrics: list[MetricEstimate]
     classes: list[ClassMetrics] = []
     confusion: list[list[int]] = []
     reliability: list[ReliabilityBin] = []
     slices: list[MetricEstimate] = []
-    ablation: list[FieldImportance] = []
+    field_importance: list[FieldImportance] = []
     robustness: list[RobustnessCurve] = []
     leakage: list[CheckResult] = []
-    hints: list[CheckResult] = []
+    label_checks: list[CheckResult] = []
     suspects: list[SuspectLabel] = []
-    against: FloatComparison | None = None
+    float_comparison: FloatComparison | None = None
     machine: str = ""
     latency: list[BatchLatency] = []
     warnings: list[str] = []

@@ -1,4 +1,4 @@
-"""`model evaluate`: everything that is asked of a model, in one document."""
+"""Evaluation of a bundle: everything that `model evaluate` measures, as one document."""
 
 from __future__ import annotations
 
@@ -10,43 +10,42 @@ import msgspec
 import numpy as np
 
 from agent import __version__, clock
+from agent.arrays import Ints
 from agent.errors import UsageError
 from agent.evaluation import (
-    bench,
     bootstrap,
     document,
     examples,
     float_comparison,
-    giveaway,
     label_quality,
     latency,
     leakage,
     metrics,
-    robustness,
+    predictions,
     sensitivity,
-    several,
     slicing,
 )
-from agent.evaluation import predictions as answers
 from agent.evaluation.bootstrap import BootstrapUnits
 from agent.evaluation.document import Evaluation
 from agent.evaluation.examples import Dataset, LabelledWindows
 from agent.evaluation.predictions import LabelledPredictor
+from agent.evaluation.sensitivity import WindowSample
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference import runtime, tuning
-from agent.model.inference.features import Ints
 from agent.model.inference.inference import Inference, InferenceResult
 from agent.performance import slices
-from agent.performance.metrics import LabelledPredictions
-from agent.text import format_value, metric_name
+from agent.performance.metrics import LabelledPredictions, display_name, primary
+from agent.text import format_value
 
-_EARLIEST_US = 946_684_800_000_000  # 2000-01-01: before it, t only counts
-_MAX_CONFUSION_CLASSES = 1000  # classes of which the confusion is told
+# 2000-01-01: before it, t only counts.
+_EARLIEST_US = 946_684_800_000_000
+_MAX_CONFUSION_CLASSES = 1000
 _LATENCY_ROWS = 20_000
+_MAX_NAMES = 8
 
 
 class EvaluationRequest(msgspec.Struct, frozen=True):
-    """What is asked; columns by name."""
+    """Request to evaluate; columns by name."""
 
     data: Path
     label: str = "label"
@@ -62,19 +61,24 @@ class EvaluationRequest(msgspec.Struct, frozen=True):
 
     @property
     def columns(self) -> list[str]:
-        """What is read beside the fields."""
+        """Columns to read beside the fields."""
         return list(dict.fromkeys(c for c in (self.label, self.group, self.split, *self.slices) if c))
 
 
-class _EvaluationContext(msgspec.Struct, frozen=True, eq=False):
+class _Context(msgspec.Struct, frozen=True, eq=False):
     bundle: Bundle
     inference: Inference
     request: EvaluationRequest
     dataset: Dataset
-    examples: LabelledWindows
-    answers: InferenceResult
-    pairs: LabelledPredictions
+    windows: LabelledWindows
+    result: InferenceResult
+    predictions: LabelledPredictions
     units: BootstrapUnits
+    on_step: Callable[[str], None]
+
+    @property
+    def kind(self) -> str:
+        return predictions.evaluation_kind(self.bundle.manifest)
 
 
 def evaluate(
@@ -85,120 +89,123 @@ def evaluate(
     on_step: Callable[[str], None],
     predict: Callable[[Inference, Dataset, Ints], InferenceResult] = examples.predict,
 ) -> Evaluation:
-    """`step` is told what is done next; `answered` runs the model over the data. Raises UsageError, BadBundle."""
-    begun = time.monotonic()
+    """Evaluate a loaded bundle; `on_step` receives what comes next, `predict` runs the model over the data.
+
+    Raises UsageError, BadBundle.
+    """
+    started_s = time.monotonic()
     on_step("reading the data")
-    source = examples.read(request.data, inference, request.columns)
-    found = examples.label_windows(source, inference, request.label, request.columns, request.split)
-    on_step(f"answering {len(found):,} windows")
-    told = predict(inference, source, found.starts)
-    pairs = answers.pair_with_truth(bundle.manifest, told, found.truth, found.label_sets)
-    _require_finite(pairs, request)
-    units = _bootstrap_units(bundle, pairs, found, request)
-    work = _EvaluationContext(bundle, inference, request, source, found, told, pairs, units)
-    return _build_document(work, signature, on_step, begun)
+    dataset = examples.read(request.data, inference, request.columns)
+    windows = examples.label_windows(dataset, inference, request.label, request.columns, request.split)
+    on_step(f"predicting {len(windows):,} windows")
+    result = predict(inference, dataset, windows.starts)
+    paired = predictions.pair_with_truth(bundle.manifest, result, windows.truth, windows.label_sets)
+    _require_finite(paired, request)
+    units = _build_units(bundle, paired, windows, request)
+    context = _Context(bundle, inference, request, dataset, windows, result, paired, units, on_step)
+    return _build_document(context, signature, started_s)
 
 
-def _require_finite(pairs: LabelledPredictions, request: EvaluationRequest) -> None:
-    if pairs.value is not None and not np.isfinite(pairs.value).all():
-        n = int((~np.isfinite(pairs.value)).sum())
-        raise UsageError(f"{request.data}: the model answers {n} windows with no finite number; look at its inputs")
+def _require_finite(paired: LabelledPredictions, request: EvaluationRequest) -> None:
+    if paired.value is not None and not np.isfinite(paired.value).all():
+        n = int((~np.isfinite(paired.value)).sum())
+        raise UsageError(f"{request.data}: the model's output is not finite for {n} windows; look at its inputs")
 
 
-def _bootstrap_units(
-    bundle: Bundle, pairs: LabelledPredictions, windows: LabelledWindows, request: EvaluationRequest
+def _build_units(
+    bundle: Bundle, paired: LabelledPredictions, windows: LabelledWindows, request: EvaluationRequest
 ) -> BootstrapUnits:
-    off = pairs.task_losses(answers.evaluation_kind(bundle.manifest))
-    if off is None:
-        assert pairs.value is not None
-        off = pairs.value
+    losses = paired.losses(predictions.evaluation_kind(bundle.manifest))
+    if losses is None:
+        assert paired.value is not None
+        losses = paired.value
     group = windows.columns[request.group] if request.group else None
-    return bootstrap.build_units(off, group, request.group, request.seed)
+    return bootstrap.build_units(losses, group, request.group, request.seed)
 
 
-def _build_document(
-    context: _EvaluationContext, signature: str, on_step: Callable[[str], None], started_s: float
-) -> Evaluation:
-    manifest, request, found = context.bundle.manifest, context.request, context.examples
-    kind, labels = answers.evaluation_kind(manifest), manifest.output.labels
-    measured = (
-        several.multilabel_metrics(labels, context.answers, found, context.pairs, context.units)
-        if found.label_sets is not None
-        else metrics.compute(kind, labels, context.pairs, context.units)
-    )
-    sliced = {name: found.columns[name] for name in request.slices}
-    table = bench.draw_sample(LabelledPredictor(context.inference), found, context.units)
-    on_step("looking for leaks")
-    leaks = _check_leakage(context, table)
-    suspicions, suspects = label_quality.check_label_noise(labels, context.pairs, found)
-    drops: list[document.FieldImportance] = []
-    faults: list[document.RobustnessCurve] = []
+def _build_document(context: _Context, signature: str, started_s: float) -> Evaluation:
+    request, windows, kind = context.request, context.windows, context.kind
+    labels = context.bundle.manifest.output.labels
+    measured = metrics.compute(kind, labels, context.predictions, context.units)
+    sample = sensitivity.draw_sample(LabelledPredictor(context.inference), windows, context.units)
+    context.on_step("looking for leakage")
+    leakage_checks = _check_leakage(context, sample)
+    noise_checks, suspects = label_quality.check_label_noise(labels, context.predictions, windows)
+    importance: list[document.FieldImportance] = []
+    robustness: list[document.RobustnessCurve] = []
+    latencies: list[document.BatchLatency] = []
     if request.ablate:
-        on_step("replacing fields")
-        drops = sensitivity.permutation_importance(table, request.seed)
+        context.on_step("replacing fields")
+        importance = sensitivity.permutation_importance(sample, request.seed)
     if request.robustness:
-        on_step("making faults")
-        faults = robustness.sweep_faults(table, request.seed)
-    paces: list[document.BatchLatency] = []
+        context.on_step("injecting faults")
+        robustness = sensitivity.sweep_faults(sample, request.seed)
     if request.latency:
-        on_step("measuring how long answers take")
-        paces = _measure_latency(context, context.bundle)
-    other = _compare_float(context, request.float_model, on_step) if request.float_model is not None else None
-    counts = _class_counts(labels, found, kind)
-    accuracy = next((m.value for m in measured.metrics if m.metric == "accuracy"), None)
-    result = Evaluation(
-        made=clock.to_rfc3339(time.time_ns() // 1000),
+        context.on_step("measuring latency")
+        latencies = _measure_latency(context, context.bundle)
+    comparison = _compare_float(context, request.float_model) if request.float_model is not None else None
+    counts = _class_counts(labels, windows, kind)
+    accuracy = next((metric.value for metric in measured.metrics if metric.metric == "accuracy"), None)
+    sliced = {name: windows.columns[name] for name in request.slices}
+    evaluation = Evaluation(
+        evaluated_at=clock.to_rfc3339(time.time_ns() // 1000),
         agent=__version__,
         seconds=0.0,
         model=_describe_model(context.bundle, signature),
         data=_describe_data(context, counts),
         intervals=context.units.description,
-        metric=metrics.PRIMARY_METRIC[kind],
-        better="down" if kind == "regress" else "up",
+        metric=primary(kind).name,
+        direction=primary(kind).direction,
         metrics=measured.metrics,
         classes=measured.classes,
         confusion=measured.confusion if len(labels) <= _MAX_CONFUSION_CLASSES else [],
         reliability=measured.reliability,
-        slices=slicing.slice_metrics(kind, context.pairs, sliced, context.units),
-        ablation=drops,
-        robustness=faults,
-        leakage=leaks,
-        hints=[*label_quality.check_class_balance(counts, accuracy), *suspicions],
+        slices=slicing.slice_metrics(kind, context.predictions, sliced, context.units),
+        field_importance=importance,
+        robustness=robustness,
+        leakage=leakage_checks,
+        label_checks=[*label_quality.check_class_balance(counts, accuracy), *noise_checks],
         suspects=suspects,
-        against=other,
-        machine=tuning.describe_machine() if paces else "",
-        latency=paces,
+        float_comparison=comparison,
+        machine=tuning.describe_machine() if latencies else "",
+        latency=latencies,
     )
-    return _with_warnings(result, _notes(context, table, result), started_s)
+    return msgspec.structs.replace(
+        evaluation,
+        warnings=_warnings(evaluation),
+        notes=_notes(context, sample, evaluation),
+        seconds=round(time.monotonic() - started_s, 2),
+    )
 
 
-def _compare_float(context: _EvaluationContext, file: Path, on_step: Callable[[str], None]) -> document.FloatComparison:
-    on_step("answering with the float model")
+def _compare_float(context: _Context, file: Path) -> document.FloatComparison:
+    context.on_step("predicting with the float model")
     bundle = float_comparison.load_float_bundle(file, context.bundle)
-    found = float_comparison.compare(file, bundle, context.examples, context.answers, context.pairs, context.units)
+    comparison = float_comparison.compare(
+        file, bundle, context.windows, context.result, context.predictions, context.units
+    )
     if not context.request.latency:
-        return found
-    on_step("measuring how long the float model takes")
-    return msgspec.structs.replace(found, latency=_measure_latency(context, bundle))
+        return comparison
+    context.on_step("measuring latency of the float model")
+    return msgspec.structs.replace(comparison, latency=_measure_latency(context, bundle))
 
 
-def _measure_latency(context: _EvaluationContext, bundle: Bundle) -> list[document.BatchLatency]:
-    some = min(len(context.dataset.values), _LATENCY_ROWS)
-    return latency.measure(bundle, context.dataset.values[:some], context.dataset.t[:some])
+def _measure_latency(context: _Context, bundle: Bundle) -> list[document.BatchLatency]:
+    return latency.measure(bundle, context.dataset.values[:_LATENCY_ROWS], context.dataset.t[:_LATENCY_ROWS])
 
 
-def _check_leakage(context: _EvaluationContext, sample: bench.WindowSample) -> list[document.CheckResult]:
-    request, found = context.request, context.examples
+def _check_leakage(context: _Context, sample: WindowSample) -> list[document.CheckResult]:
+    request, windows = context.request, context.windows
     train = None
     if request.train is not None:
         train = _read_training_data(request.train, context.inference, request.group)
-    seen = leakage.training_rows(context.dataset, request.split, train)
-    checked = leakage.run_checks(found, context.inference.rows, request.group, seen)
-    return checked if found.label_sets is not None else [*checked, giveaway.check_target_leakage(sample)]
+    training = leakage.training_rows(context.dataset, request.split, train)
+    checks = leakage.check_train_test(windows, context.inference.rows, request.group, training)
+    return checks if windows.label_sets is not None else [*checks, leakage.check_target_leakage(sample)]
 
 
 def _read_training_data(path: Path, inference: Inference, group: str | None) -> Dataset:
-    """With the groups, where the training data name them."""
+    """Read the training data, with the groups if they name them."""
     try:
         return examples.read(path, inference, [group] if group else [])
     except UsageError:
@@ -207,51 +214,51 @@ def _read_training_data(path: Path, inference: Inference, group: str | None) -> 
         return examples.read(path, inference, [])
 
 
-def _with_warnings(result: Evaluation, notes: list[str], started_s: float) -> Evaluation:
-    """With what a reader must not miss."""
-    warnings = [one.summary for one in (*result.leakage, *result.hints) if one.state == "warning"]
+def _warnings(evaluation: Evaluation) -> list[str]:
+    checks = (*evaluation.leakage, *evaluation.label_checks)
+    warnings = [check.summary for check in checks if check.state == "warning"]
     warnings += [
-        f"{one.slice}: {metric_name(one.metric)} {format_value(one.value)} of {one.n} windows is worse than the rest, beyond "
-        "chance over all slices (Holm)."
-        for one in result.slices
-        if one.state == slices.WORSE
+        f"{estimate.slice}: {display_name(estimate.metric)} {format_value(estimate.value)} of {estimate.n} windows is "
+        "worse than the rest, beyond chance over all slices (Holm)."
+        for estimate in evaluation.slices
+        if estimate.state == slices.WORSE
     ]
-    seconds = round(time.monotonic() - started_s, 2)
-    return msgspec.structs.replace(result, warnings=warnings, notes=notes, seconds=seconds)
+    return warnings
 
 
-def _notes(context: _EvaluationContext, sample: bench.WindowSample, result: Evaluation) -> list[str]:
-    """What was left out, and what small numbers do not allow to say."""
-    found, notes = context.examples, []
+def _notes(context: _Context, sample: WindowSample, evaluation: Evaluation) -> list[str]:
+    """Return what was left out, and what small numbers do not show."""
+    windows, request, notes = context.windows, context.request, []
     if context.dataset.rejected_count:
         notes.append(f"{context.dataset.rejected_count} rows could not be read and were left out.")
-    if found.unlabelled:
-        notes.append(f"{found.unlabelled} windows have no label and were left out.")
-    if found.mixed:
-        notes.append(f"{found.mixed} windows hold rows of two labels; that of the last row counts.")
-    missing = float(context.answers.missing_share.mean())
+    if windows.unlabelled:
+        notes.append(f"{windows.unlabelled} windows have no label and were left out.")
+    if windows.mixed:
+        notes.append(f"{windows.mixed} windows hold rows of two labels; that of the last row counts.")
+    missing = float(context.result.missing_share.mean())
     if missing > 0:
         notes.append(f"{missing:.1%} of the values are missing.")
-    small = [one.slice for one in result.slices if one.state == slices.SMALL]
+    small = [estimate.slice for estimate in evaluation.slices if estimate.state == slices.SMALL]
     if small:
-        notes.append(f"Too small to tell: {', '.join(small[:8])}{' and more' if len(small) > 8 else ''}.")
-    if context.request.slices and not result.slices:
-        notes.append("Slices need answers that are right or wrong: the bundle has no threshold ([output] threshold).")
-    if (context.request.ablate or context.request.robustness) and len(sample.examples) < len(found):
-        notes.append(f"Ablation and robustness look at {len(sample.examples)} windows, evenly from all.")
+        more = " and more" if len(small) > _MAX_NAMES else ""
+        notes.append(f"Too small to tell: {', '.join(small[:_MAX_NAMES])}{more}.")
+    if request.slices and not evaluation.slices:
+        notes.append("Slices need predictions that are right or wrong: set [output] threshold in the SPEC.")
+    if (request.ablate or request.robustness) and len(sample.labelled) < len(windows):
+        notes.append(f"Field importance and robustness are of {len(sample.labelled)} windows, evenly from all.")
     return notes
 
 
 def _class_counts(labels: list[str], windows: LabelledWindows, kind: str) -> dict[str, int]:
-    """Windows of each class that the model knows."""
+    """Return the windows of each class."""
     if kind == "regress":
         return {}
     if windows.label_sets is not None:
-        sums = windows.label_sets[windows.truth.astype(np.int64)].sum(axis=0)
-        return {label: int(n) for label, n in zip(labels, sums, strict=True)}
+        counts = windows.label_sets[windows.truth.astype(np.int64)].sum(axis=0)
+        return dict(zip(labels, counts.tolist(), strict=True))
     names = labels if kind == "classify" else ["normal", "anomaly"]
     counts = np.bincount(windows.truth.astype(np.int64), minlength=len(names))
-    return {name: int(n) for name, n in zip(names, counts, strict=True)}
+    return dict(zip(names, counts.tolist(), strict=True))
 
 
 def _describe_model(bundle: Bundle, signature: str) -> document.EvaluatedModel:
@@ -275,26 +282,26 @@ def _describe_model(bundle: Bundle, signature: str) -> document.EvaluatedModel:
     )
 
 
-def _describe_data(context: _EvaluationContext, counts: dict[str, int]) -> document.EvaluationData:
-    source, found, request = context.dataset, context.examples, context.request
-    sizes = np.bincount(source.file_index, minlength=len(source.files))
-    files = [document.SourceFile(file=f.name, rows=int(n)) for f, n in zip(source.files, sizes, strict=True)]
-    names, counted = np.unique(found.columns[request.split] if request.split else [], return_counts=True)
-    t = source.t[found.last]
-    dated = source.has_time and int(t.min()) >= _EARLIEST_US
+def _describe_data(context: _Context, counts: dict[str, int]) -> document.EvaluationData:
+    dataset, windows, request = context.dataset, context.windows, context.request
+    sizes = np.bincount(dataset.file_index, minlength=len(dataset.files))
+    files = [document.SourceFile(file=f.name, rows=int(n)) for f, n in zip(dataset.files, sizes, strict=True)]
+    splits, split_counts = np.unique(windows.columns[request.split] if request.split else [], return_counts=True)
+    t = dataset.t[windows.last]
+    has_dates = dataset.has_time and int(t.min()) >= _EARLIEST_US
     return document.EvaluationData(
         files=files,
-        rows=len(source.values),
-        rejected=source.rejected_count,
-        windows=len(found),
-        unlabelled=found.unlabelled,
-        mixed=found.mixed,
+        rows=len(dataset.values),
+        rejected=dataset.rejected_count,
+        windows=len(windows),
+        unlabelled=windows.unlabelled,
+        mixed=windows.mixed,
         label=request.label,
         counts=counts,
         group=request.group,
         groups=context.units.group_count,
         split=request.split,
-        splits={str(name): int(n) for name, n in zip(names, counted, strict=True)},
-        begin=clock.to_rfc3339(int(t.min())) if dated else None,
-        end=clock.to_rfc3339(int(t.max())) if dated else None,
+        splits={str(name): int(n) for name, n in zip(splits, split_counts, strict=True)},
+        begin=clock.to_rfc3339(int(t.min())) if has_dates else None,
+        end=clock.to_rfc3339(int(t.max())) if has_dates else None,
     )

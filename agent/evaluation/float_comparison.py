@@ -1,4 +1,4 @@
-"""This model beside the float one it was quantized from: on the same windows, so that differences are paired."""
+"""Comparison with the float model that a model was quantized from, paired on the same windows."""
 
 from __future__ import annotations
 
@@ -18,74 +18,72 @@ from agent.model.bundle.manifest import Manifest
 from agent.model.inference import inference, runtime
 from agent.model.inference.inference import Inference, InferenceResult
 from agent.model.sandbox import probe
-from agent.performance.metrics import LabelledPredictions, round_or_none
+from agent.performance.estimates import round_or_none
+from agent.performance.metrics import LabelledPredictions
 
 
 def load_float_bundle(file: Path, bundle: Bundle) -> Bundle:
-    """`bundle` with the model in `file`, which was proved to run. Raises UsageError, BadBundle."""
+    """Return the bundle with the model in `file`, probed. Raises UsageError, BadBundle."""
     try:
         content = file.read_bytes()
     except OSError as error:
         raise UsageError(f"--float {file}: cannot be read: {error.strerror}") from None
     try:
-        meant = _manifest_for_float(bundle, content)
-        found = Bundle(meant, "", {"manifest.json": manifest.encode(meant), "model.tflite": content}, "")
-        probe.probe(found).raise_for_failure()
+        changed = _manifest_for_float(bundle, content)
+        files = {"manifest.json": manifest.encode(changed), "model.tflite": content}
+        float_bundle = Bundle(changed, "", files, "")
+        probe.probe(float_bundle).raise_for_failure()
     except BadBundle as problem:
         raise BadBundle(f"--float {file}: {problem}") from None
-    return found
+    return float_bundle
 
 
 def compare(
     file: Path,
     float_bundle: Bundle,
-    examples: LabelledWindows,
+    windows: LabelledWindows,
     own: InferenceResult,
-    pairs: LabelledPredictions,
+    own_predictions: LabelledPredictions,
     units: BootstrapUnits,
 ) -> FloatComparison:
-    """Of `beside`, the `float_bundle` of `file`. Raises BadBundle."""
+    """Compare results with those of the float model in `file`. Raises BadBundle."""
+    float_manifest = float_bundle.manifest
     try:
-        float_model = Inference(
-            float_bundle.manifest, inference.load_model(float_bundle.manifest, float_bundle.model_bytes)
-        )
+        float_model = Inference(float_manifest, inference.load_model(float_manifest, float_bundle.model_bytes))
     except BadBundle as problem:
         raise BadBundle(f"--float {file}: {problem}") from None
-    theirs = predict(float_model, examples.dataset, examples.starts)
-    other = predictions.pair_with_truth(float_bundle.manifest, theirs, examples.truth, examples.label_sets)
-    kind = predictions.evaluation_kind(float_bundle.manifest)
+    other = predict(float_model, windows.dataset, windows.starts)
+    other_predictions = predictions.pair_with_truth(float_manifest, other, windows.truth, windows.label_sets)
+    kind = predictions.evaluation_kind(float_manifest)
     assert own.outputs is not None
-    assert theirs.outputs is not None
-    off = np.abs(own.outputs.astype(np.float64) - theirs.outputs)
-    figures = metrics.primary_metric(kind, other, units)
+    assert other.outputs is not None
+    differences = np.abs(own.outputs.astype(np.float64) - other.outputs)
+    metric = metrics.primary_metric(kind, other_predictions, units)
     return FloatComparison(
         file=file.name,
         bytes=len(float_bundle.model_bytes),
-        agreement=_agreement(own, theirs, units),
-        largest=round_or_none(float(off.max())) or 0.0,
-        mean=round_or_none(float(off.mean())) or 0.0,
-        value=proportion_interval(figures, len(examples), units)
-        if kind == "classify"
-        else percentile_interval(figures),
-        change=percentile_interval(metrics.primary_metric(kind, pairs, units) - figures),
+        agreement=_agreement(own, other, units),
+        max_output_difference=round_or_none(float(differences.max())) or 0.0,
+        mean_output_difference=round_or_none(float(differences.mean())) or 0.0,
+        float_metric=metrics.primary_interval(kind, metric, len(windows), units),
+        metric_difference=percentile_interval(metrics.primary_metric(kind, own_predictions, units) - metric),
     )
 
 
 def _manifest_for_float(bundle: Bundle, content: bytes) -> Manifest:
-    """The manifest for the other model, whose outputs a converter may have named otherwise. Raises BadBundle."""
+    """Return the manifest for the other model, whose outputs a converter may have renamed. Raises BadBundle."""
     wanted = bundle.manifest.output.tensor
-    if not isinstance(wanted, str) or wanted in [one.name for one in probe.inspect_model(content).outputs]:
+    if not isinstance(wanted, str) or wanted in [tensor.name for tensor in probe.inspect_model(content).outputs]:
         return bundle.manifest
-    own = [one.name for one in runtime.list_tensors(bundle.model_bytes)[1]]
+    own = [tensor.name for tensor in runtime.list_tensors(bundle.model_bytes)[1]]
     return replace(bundle.manifest, output=replace(bundle.manifest.output, tensor=own.index(wanted)))
 
 
-def _agreement(own: InferenceResult, theirs: InferenceResult, units: BootstrapUnits) -> IntervalEstimate | None:
-    """How often both say the same, where they name something."""
+def _agreement(own: InferenceResult, other: InferenceResult, units: BootstrapUnits) -> IntervalEstimate | None:
+    """Return how often both predict the same labels, if they predict labels."""
     for name in ("predicted", "label", "anomaly"):
-        a, b = getattr(own.scores, name), getattr(theirs.scores, name)
+        a, b = getattr(own.scores, name), getattr(other.scores, name)
         if a is not None:
             same = (a == b).reshape(len(a), -1).all(axis=1)
-            n = units.weighted_sums(np.ones(len(same)))[:, 0]
-            return proportion_interval(units.weighted_sums(same)[:, 0] / n, len(same), units)
+            return proportion_interval(units.sums(same)[:, 0] / units.total, len(same), units)
     return None

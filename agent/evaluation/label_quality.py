@@ -1,7 +1,7 @@
-"""What the labels look like: classes that are rare, and labels the model contradicts with certainty.
+"""Label checks: class imbalance, small classes, the majority baseline, and labels that the model contradicts.
 
-Source of the latter: confident learning (Northcutt, Jiang, Chuang 2021): an answer is certain where its probability
-reaches the usual one of that class among results that bear its label.
+Suspect labels follow confident learning (Northcutt, Jiang, Chuang 2021): a prediction is confident if its probability
+reaches the mean probability of that class among results that bear its label.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from agent.evaluation.document import CheckResult, SuspectLabel
 from agent.evaluation.examples import LabelledWindows
 from agent.performance.metrics import LabelledPredictions
 
+CLASS_IMBALANCE, SMALL_CLASS, MAJORITY_BASELINE = "class imbalance", "small class", "majority baseline"
+LABEL_NOISE = "label noise"
 _MAX_CLASS_RATIO = 10
 _MIN_CLASS_WINDOWS = 20
 _MAX_SUSPECTS = 20
@@ -20,55 +22,58 @@ _MIN_CONFIDENCE = 0.9
 
 
 def check_class_balance(counts: dict[str, int], accuracy: float | None) -> list[CheckResult]:
-    """Of classes, by how many windows each has."""
+    """Check the windows of each class; nothing without classes."""
     if not counts:
         return []
     most, least = max(counts, key=lambda c: counts[c]), min(counts, key=lambda c: counts[c])
     ratio = counts[most] / max(1, counts[least])
     share = counts[most] / sum(counts.values())
-    found = []
+    warnings = []
     if ratio >= _MAX_CLASS_RATIO:
         text = f"{most} has {ratio:.0f} times as many windows as {least} ({counts[most]} and {counts[least]})"
-        found.append(_warning("imbalance", f"{text}: read F1 and the classes, not accuracy alone."))
+        warnings.append(_warning(CLASS_IMBALANCE, f"{text}: read F1 and the classes, not accuracy alone."))
     if counts[least] < _MIN_CLASS_WINDOWS:
-        text = f"{least} has {counts[least]} windows: too few to say how well it is told."
-        found.append(_warning("few", text))
+        text = f"{least} has {counts[least]} windows: too few to say how well the model recognises it."
+        warnings.append(_warning(SMALL_CLASS, text))
     if accuracy is not None and accuracy <= share:
-        text = f"Accuracy {accuracy:.3f} is no better than always saying {most} ({share:.3f})."
-        found.append(_warning("no better than one answer", text))
-    usual = f"Classes have {counts[least]} to {counts[most]} windows."
-    return found or [CheckResult(check="imbalance", state="ok", summary=usual)]
+        text = f"Accuracy {accuracy:.3f} is no better than always predicting {most} ({share:.3f})."
+        warnings.append(_warning(MAJORITY_BASELINE, text))
+    summary = f"Classes have {counts[least]} to {counts[most]} windows."
+    return warnings or [CheckResult(check=CLASS_IMBALANCE, state="ok", summary=summary)]
 
 
 def check_label_noise(
-    labels: list[str], pairs: LabelledPredictions, examples: LabelledWindows
+    labels: list[str], predictions: LabelledPredictions, windows: LabelledWindows
 ) -> tuple[list[CheckResult], list[SuspectLabel]]:
-    """Labels that are contradicted with certainty, the most certain first."""
-    if pairs.probabilities is None or pairs.predicted is None or not np.isfinite(pairs.probabilities).all():
+    """Return the check, and the labels that are contradicted with confidence, the most confident first."""
+    probabilities = predictions.probabilities
+    if probabilities is None or predictions.predicted is None or not np.isfinite(probabilities).all():
         return [], []
-    truth, said, full = pairs.truth.astype(np.int64), pairs.predicted, pairs.probabilities
-    own = full[np.arange(len(truth)), truth]
-    meant = np.bincount(truth, minlength=full.shape[1])
+    truth, predicted = predictions.classes
+    own = probabilities[np.arange(len(truth)), truth]
+    support = np.bincount(truth, minlength=probabilities.shape[1])
     with np.errstate(invalid="ignore"):
-        usual = np.bincount(truth, own, full.shape[1]) / meant
-    told = full[np.arange(len(said)), said]
-    certain = (said != truth) & (told >= np.maximum(np.nan_to_num(usual[said], nan=1.0), _MIN_CONFIDENCE))
-    ordered = np.flatnonzero(certain)[np.argsort(-told[certain], kind="stable")]
+        usual = np.bincount(truth, own, probabilities.shape[1]) / support
+    confidence = probabilities[np.arange(len(predicted)), predicted]
+    required = np.maximum(np.nan_to_num(usual[predicted], nan=1.0), _MIN_CONFIDENCE)
+    contradicted = (predicted != truth) & (confidence >= required)
+    ordered = np.flatnonzero(contradicted)[np.argsort(-confidence[contradicted], kind="stable")]
+    dataset = windows.dataset
     suspects = [
         SuspectLabel(
-            row=int(examples.dataset.row_numbers[examples.last[i]]),
-            file=examples.dataset.files[examples.dataset.file_index[examples.last[i]]].name,
+            row=int(dataset.row_numbers[windows.last[i]]),
+            file=dataset.files[dataset.file_index[windows.last[i]]].name,
             label=labels[truth[i]],
-            said=labels[said[i]],
-            score=float(f"{told[i]:.4g}"),
+            predicted=labels[predicted[i]],
+            score=float(f"{confidence[i]:.4g}"),
         )
         for i in ordered[:_MAX_SUSPECTS]
     ]
     share = len(ordered) / len(truth)
-    text = f"{len(ordered)} of {len(truth)} labels ({share:.1%}) are contradicted with certainty"
+    text = f"The model contradicts {len(ordered)} of {len(truth)} labels ({share:.1%}) with confidence"
     if share >= _MAX_NOISE_SHARE:
-        return [_warning("label noise", f"{text}: look at them before the model; some may be wrong labels.")], suspects
-    return [CheckResult(check="label noise", state="ok", summary=f"{text}.")], suspects
+        return [_warning(LABEL_NOISE, f"{text}: look at them before the model; some may be wrong labels.")], suspects
+    return [CheckResult(check=LABEL_NOISE, state="ok", summary=f"{text}.")], suspects
 
 
 def _warning(check: str, summary: str) -> CheckResult:

@@ -1,121 +1,239 @@
-"""Whether the test tells of new data at all: what the model may have seen before, and what gives the answer away."""
+"""Leakage checks: rows, groups or times that the test shares with the training data, and fields that hold the label.
+
+Duplicates are found by fingerprints of runs of rows. Target leakage is a field that alone predicts the label: often it
+is the label, recorded among the readings.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from agent import clock
-from agent.evaluation import prints
+from agent.arrays import Bools, Float32s, Float64s, Ints
 from agent.evaluation.document import CheckResult
 from agent.evaluation.examples import Dataset, LabelledWindows, training_mask
+from agent.evaluation.sensitivity import WindowSample
+from agent.performance.metrics import LabelledPredictions, compute_value
 
-_MAX_DUPLICATE_SHARE = 0.01  # of the windows may hold rows seen elsewhere before it is a warning
-_MAX_GROUP_DUPLICATES = 0.05
-_MAX_GROUP_DUPLICATES_ROWS = 0.8  # where a window is one row: some are alike by chance
+TRAIN_TEST_DUPLICATES, GROUP_LEAKAGE = "train-test duplicates", "group leakage"
+DUPLICATE_GROUPS, TEMPORAL_LEAKAGE, TARGET_LEAKAGE = "duplicate groups", "temporal leakage", "target leakage"
+# Share of windows that may hold rows of the training data.
+_MAX_DUPLICATE_SHARE = 0.01
+# Share of a group's windows; larger for windows of one row, because single rows repeat by chance.
+_MAX_GROUP_DUPLICATES, _MAX_GROUP_DUPLICATES_ROWS = 0.05, 0.8
 _MAX_NAMES = 5
+# Rows of a window that make one fingerprint: more would miss windows that were cut elsewhere.
+_ROWS_PER_FINGERPRINT = 8
+_MAX_EXPECTED_MATCHES = 0.05
+_HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+# Score of a single field that is leakage; the task is easy if other fields reach the second one.
+LEAKAGE_SCORE, _EASY_TASK_SCORE = 0.98, 0.9
+_MIN_WINDOWS = 40
+Fingerprints = NDArray[np.uint64]
 
 
 class TrainingRows(msgspec.Struct, frozen=True, eq=False):
-    """Rows the model learned from: those of `source` that `where` (n,) says."""
+    """Rows that the model was trained on: those of `dataset` that `mask` (n,) selects."""
 
     dataset: Dataset
-    mask: NDArray[np.bool_]
+    mask: Bools
 
 
 def training_rows(dataset: Dataset, split: str | None, train: Dataset | None) -> TrainingRows | None:
-    """What there is to compare with: other files, or the training rows of the same."""
+    """Return the training data, or the training split of the test data; None without either."""
     if train is not None:
         return TrainingRows(train, np.ones(len(train.values), bool))
     return TrainingRows(dataset, training_mask(dataset.columns[split])) if split is not None else None
 
 
-def run_checks(
-    examples: LabelledWindows, window_rows: int, group: str | None, train: TrainingRows | None
+def check_train_test(
+    windows: LabelledWindows, window_rows: int, group: str | None, train: TrainingRows | None
 ) -> list[CheckResult]:
-    found = [_check_duplicates(examples, window_rows, train)]
-    found.append(_check_group_overlap(examples, group, train))
+    checks = [_check_duplicates(windows, window_rows, train), _check_groups(windows, group, train)]
     if group is not None:
-        found.append(_check_duplicate_groups(examples, window_rows, group))
-    return [*found, _check_time_order(examples, train)]
+        checks.append(_check_duplicate_groups(windows, window_rows, group))
+    return [*checks, _check_time_order(windows, train)]
 
 
-def _check_duplicates(examples: LabelledWindows, window_rows: int, train: TrainingRows | None) -> CheckResult:
-    check = "rows seen in training"
+def _check_duplicates(windows: LabelledWindows, window_rows: int, train: TrainingRows | None) -> CheckResult:
     if train is None:
-        return _not_checked(check, "give the training data (--train), or the column that splits (--split).")
-    own, _ = prints.fingerprint_rows(examples.dataset.values, window_rows)
-    theirs, telling = prints.fingerprint_rows(train.dataset.values, window_rows)
-    telling &= train.mask[: len(theirs)] & train.mask[len(train.mask) - len(theirs) :]
-    hit = prints.any_in_windows(np.isin(own, theirs[telling]), examples.starts, window_rows)
+        return _not_checked(TRAIN_TEST_DUPLICATES, "Name the training data (--train), or the split column (--split).")
+    own, _ = fingerprint_rows(windows.dataset.values, window_rows)
+    theirs, distinctive = fingerprint_rows(train.dataset.values, window_rows)
+    distinctive &= train.mask[: len(theirs)] & train.mask[len(train.mask) - len(theirs) :]
+    hit = any_in_windows(np.isin(own, theirs[distinctive]), windows.starts, window_rows)
     share = float(hit.mean())
-    text = f"{int(hit.sum())} of {len(hit)} windows ({share:.1%}) hold rows that are in the training data, too"
+    text = f"{int(hit.sum())} of {len(hit)} windows ({share:.1%}) hold rows of the training data"
     if share < _MAX_DUPLICATE_SHARE:
-        return _passed(check, f"{text}.")
-    if window_rows == 1 and share < _MAX_DUPLICATE_SHARE + 2 * _duplicate_share(theirs[telling]):
-        return _passed(check, f"{text}, about as many as repeat each other within the training data.")
-    return _warning(check, f"{text}: the figures tell of data the model knows.")
+        return _passed(TRAIN_TEST_DUPLICATES, f"{text}.")
+    if window_rows == 1 and share < _MAX_DUPLICATE_SHARE + 2 * _duplicate_share(theirs[distinctive]):
+        return _passed(TRAIN_TEST_DUPLICATES, f"{text}, about as many as repeat within the training data.")
+    return _warning(TRAIN_TEST_DUPLICATES, f"{text}: the metrics are of data that the model knows.")
 
 
-def _duplicate_share(fingerprints: prints.Fingerprints) -> float:
-    """Share of rows that come again in the same data: what chance gives."""
+def _duplicate_share(fingerprints: Fingerprints) -> float:
+    """Return the share of rows that repeat within the same data, by chance."""
     _, count = np.unique(fingerprints, return_counts=True)
     return float(count[count > 1].sum()) / max(1, len(fingerprints))
 
 
-def _check_group_overlap(examples: LabelledWindows, group: str | None, train: TrainingRows | None) -> CheckResult:
-    check = "groups in both splits"
+def _check_groups(windows: LabelledWindows, group: str | None, train: TrainingRows | None) -> CheckResult:
     if group is None:
-        return _not_checked(check, "name the column of people, machines or sites (--group).")
+        return _not_checked(GROUP_LEAKAGE, "Name the column of people, machines or sites (--group).")
     if train is None:
-        return _not_checked(check, "give the training data (--train), or the column that splits (--split).")
+        return _not_checked(GROUP_LEAKAGE, "Name the training data (--train), or the split column (--split).")
     if group not in train.dataset.columns:
-        return _not_checked(check, f"the training data have no column {group}.")
-    both = sorted(set(examples.columns[group].tolist()) & set(train.dataset.columns[group][train.mask].tolist()))
-    if not both:
-        return _passed(check, f"No {group} of the test is in the training data.")
-    text = f"{group} {_format_names(both)} {'is' if len(both) == 1 else 'are'} in the training data, too"
-    return _warning(check, f"{text}: the figures do not tell how the model does on a new one.")
+        return _not_checked(GROUP_LEAKAGE, f"The training data have no column {group}.")
+    shared = sorted(set(windows.columns[group].tolist()) & set(train.dataset.columns[group][train.mask].tolist()))
+    if not shared:
+        return _passed(GROUP_LEAKAGE, f"No {group} of the test is in the training data.")
+    text = f"{group} {_format_names(shared)} {'is' if len(shared) == 1 else 'are'} in the training data, too"
+    return _warning(GROUP_LEAKAGE, f"{text}: the metrics do not show how the model does on a new {group}.")
 
 
-def _check_duplicate_groups(examples: LabelledWindows, window_rows: int, group: str) -> CheckResult:
-    """The same rows under two names."""
-    check = "rows in two groups"
-    source = examples.dataset
-    own, telling = prints.fingerprint_rows(source.values, window_rows)
-    _, code = np.unique(source.columns[group], return_inverse=True)
-    places = np.flatnonzero(telling)
+def _check_duplicate_groups(windows: LabelledWindows, window_rows: int, group: str) -> CheckResult:
+    """Look for the same rows under two names."""
+    dataset = windows.dataset
+    own, distinctive = fingerprint_rows(dataset.values, window_rows)
+    _, group_index = np.unique(dataset.columns[group], return_inverse=True)
+    places = np.flatnonzero(distinctive)
     _, at = np.unique(own[places], return_inverse=True)
-    of_print = code[places]
-    low, high = np.full(at.max(initial=-1) + 1, len(code)), np.full(at.max(initial=-1) + 1, -1)
-    np.minimum.at(low, at, of_print)
-    np.maximum.at(high, at, of_print)
+    low, high = np.full(at.max(initial=-1) + 1, len(group_index)), np.full(at.max(initial=-1) + 1, -1)
+    np.minimum.at(low, at, group_index[places])
+    np.maximum.at(high, at, group_index[places])
     shared = np.zeros(len(own), bool)
     shared[places] = (low < high)[at]
-    hit = prints.any_in_windows(shared, examples.starts, window_rows)
-    names = examples.columns[group]
-    least = _MAX_GROUP_DUPLICATES if window_rows > 1 else _MAX_GROUP_DUPLICATES_ROWS
-    told = prints.any_in_windows(telling, examples.starts, window_rows)
-    guilty = [
-        str(name) for name in np.unique(names) if hit[names == name].sum() >= least * max(1, told[names == name].sum())
+    hit = any_in_windows(shared, windows.starts, window_rows)
+    checked = any_in_windows(distinctive, windows.starts, window_rows)
+    names, limit = windows.columns[group], _MAX_GROUP_DUPLICATES if window_rows > 1 else _MAX_GROUP_DUPLICATES_ROWS
+    duplicates = [
+        str(name)
+        for name in np.unique(names)
+        if hit[names == name].sum() >= limit * max(1, checked[names == name].sum())
     ]
-    if not guilty:
-        return _passed(check, f"No {group} shares rows with another ({hit.mean():.1%} of windows).")
-    text = f"{group} {_format_names(guilty)} share rows with another {group} ({hit.mean():.1%} of all windows)"
-    return _warning(check, f"{text}: one of them is counted twice, perhaps under a wrong name.")
+    if not duplicates:
+        return _passed(DUPLICATE_GROUPS, f"No {group} shares rows with another ({hit.mean():.1%} of windows).")
+    text = f"{group} {_format_names(duplicates)} share rows with another {group} ({hit.mean():.1%} of all windows)"
+    return _warning(DUPLICATE_GROUPS, f"{text}: one of them is counted twice, perhaps under a wrong name.")
 
 
-def _check_time_order(examples: LabelledWindows, train: TrainingRows | None) -> CheckResult:
-    check = "time order"
-    if train is None or not examples.dataset.has_time or not train.dataset.has_time:
-        return _not_checked(check, "it needs training data, and a column t in both.")
+def _check_time_order(windows: LabelledWindows, train: TrainingRows | None) -> CheckResult:
+    if train is None or not windows.dataset.has_time or not train.dataset.has_time:
+        return _not_checked(TEMPORAL_LEAKAGE, "It needs training data, and a column t in both.")
     latest = int(train.dataset.t[train.mask].max(initial=0))
-    early = examples.dataset.t[examples.last] <= latest
+    early = windows.dataset.t[windows.last] <= latest
     if not early.any():
-        return _passed(check, "All windows are later than the training data.")
+        return _passed(TEMPORAL_LEAKAGE, "All windows are later than the training data.")
     text = f"{early.mean():.0%} of the windows are not later than the last training row ({clock.to_rfc3339(latest)})"
-    return _warning(check, f"{text}: a model in use never learns from the future.")
+    return _warning(TEMPORAL_LEAKAGE, f"{text}: a deployed model never learns from the future.")
+
+
+def check_target_leakage(sample: WindowSample) -> CheckResult:
+    """Warn of fields that alone predict the label.
+
+    Each field's mean, spread and last value in a window predicts by itself, from the nearest one in the other half of
+    the windows: accuracy, or R². For anomalies, AUC of the value.
+    """
+    names = sample.predictor.inference.fields
+    if len(names) < 2:
+        return _not_checked(TARGET_LEAKAGE, "There is one field only.")
+    if len(sample.labelled) < _MIN_WINDOWS:
+        return _not_checked(TARGET_LEAKAGE, f"{len(sample.labelled)} windows are too few.")
+    metric = {"classify": "accuracy", "regress": "R²", "anomaly": "AUC"}[sample.kind]
+    scores = {name: max(_field_scores(sample, i)) for i, name in enumerate(names)}
+    ranked = sorted(names, key=lambda name: -scores[name])
+    leaking = [name for name in ranked if scores[name] >= LEAKAGE_SCORE]
+    others = [name for name in ranked if name not in leaking]
+    best = f"{ranked[0]} alone reaches {metric} {scores[ranked[0]]:.3f}"
+    if not leaking:
+        return _passed(TARGET_LEAKAGE, f"No field alone predicts the label; {best}.")
+    if len(leaking) > 1 and (not others or scores[others[0]] >= _EASY_TASK_SCORE):
+        return _passed(TARGET_LEAKAGE, f"Many fields predict the label, an easy task; {best}.")
+    shown = ", ".join(f"{name} ({scores[name]:.3f})" for name in leaking[:_MAX_NAMES])
+    other = f"; the best of the others, {others[0]}, {scores[others[0]]:.3f}" if others else ""
+    text = f"{shown} alone predicts the label ({metric}{other}): was it known before the label was?"
+    return _warning(TARGET_LEAKAGE, text)
+
+
+def _field_scores(sample: WindowSample, field: int) -> Iterator[float]:
+    values = sample.windows[:, -sample.predictor.inference.rows :, field].astype(np.float64)
+    known = np.isfinite(values)
+    count = known.sum(axis=1)
+    filled = np.where(known, values, 0.0)
+    mean = filled.sum(axis=1) / np.maximum(count, 1)
+    summaries = [np.where(known[:, -1], filled[:, -1], mean)]
+    if values.shape[1] > 1:
+        deviations = np.where(known, values - mean[:, None], 0.0)
+        summaries += [mean, np.sqrt((deviations**2).sum(axis=1) / np.maximum(count, 1))]
+    truth = sample.labelled.truth
+    for summary in summaries:
+        if sample.kind == "anomaly":
+            score = compute_value("auc", "anomaly", LabelledPredictions(truth, value=summary))
+            yield max(score, 1 - score)
+        else:
+            predicted = _predict_from_nearest(summary, truth)
+            if sample.kind == "classify":
+                yield float((predicted == truth).mean())
+            else:
+                yield compute_value("r2", "regress", LabelledPredictions(truth, value=predicted))
+
+
+def _predict_from_nearest(values: Float64s, truth: Float64s) -> Float64s:
+    """Predict each truth from that of the nearest value in the other half, which is every second window."""
+    half = np.arange(len(values)) % 2
+    predicted = np.empty(len(values))
+    for learn, test in ((half == 0, half == 1), (half == 1, half == 0)):
+        order = np.argsort(values[learn], kind="stable")
+        known, known_truth = values[learn][order], truth[learn][order]
+        above = np.clip(np.searchsorted(known, values[test]), 1, len(known) - 1)
+        is_above = np.abs(known[above] - values[test]) < np.abs(known[above - 1] - values[test])
+        predicted[test] = known_truth[np.where(is_above, above, above - 1)]
+    return predicted
+
+
+def fingerprint_rows(rows: Float32s, window_rows: int) -> tuple[Fingerprints, Bools]:
+    """Return fingerprints (n - k + 1,) of k rows each, and which of them are distinctive.
+
+    Rows of a sensor at rest are not, because they repeat. A single row is, if chance would hardly make another.
+    """
+    k = min(_ROWS_PER_FINGERPRINT, window_rows)
+    bits = (rows + np.float32(0)).view(np.uint32).astype(np.uint64)
+    hashes = np.zeros(len(rows), np.uint64)
+    for column in bits.T:
+        hashes = _mix_bits(hashes * _HASH_MULTIPLIER + column)
+    count = max(0, len(rows) - k + 1)
+    fingerprints, constant = np.zeros(count, np.uint64), np.ones(count, bool)
+    for i in range(k):
+        fingerprints = fingerprints * np.uint64(1_000_003) + hashes[i : i + count]
+        constant &= hashes[i : i + count] == hashes[:count]
+    if k > 1:
+        return fingerprints, ~constant
+    return fingerprints, np.isfinite(rows).any(axis=1) & (_expected_matches(rows) < _MAX_EXPECTED_MATCHES)
+
+
+def any_in_windows(mask: Bools, starts: Ints, window_rows: int) -> Bools:
+    """Return (w,) whether the mask holds for one of the fingerprints within each window."""
+    within = window_rows - min(_ROWS_PER_FINGERPRINT, window_rows) + 1
+    sums = np.concatenate([[0], np.cumsum(mask)])
+    return np.asarray(sums[starts + within] > sums[starts])
+
+
+def _expected_matches(rows: Float32s) -> Float64s:
+    """Return (n,) how many equal rows are expected if fields are independent."""
+    expected = np.full(len(rows), float(len(rows)))
+    for column in rows.T:
+        _, at, count = np.unique(column, return_inverse=True, return_counts=True)
+        expected *= count[at] / len(rows)
+    return expected
+
+
+def _mix_bits(words: Fingerprints) -> Fingerprints:
+    words = (words ^ (words >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
+    return np.asarray(words ^ (words >> np.uint64(29)))
 
 
 def _format_names(names: list[str]) -> str:
@@ -130,5 +248,5 @@ def _warning(check: str, summary: str) -> CheckResult:
     return CheckResult(check=check, state="warning", summary=summary)
 
 
-def _not_checked(check: str, needs: str) -> CheckResult:
-    return CheckResult(check=check, state="not checked", summary=needs[:1].upper() + needs[1:])
+def _not_checked(check: str, summary: str) -> CheckResult:
+    return CheckResult(check=check, state="not checked", summary=summary)

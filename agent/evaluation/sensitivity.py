@@ -1,45 +1,192 @@
-"""What each field is worth: permutation importance (Breiman 2001; Fisher, Rudin, Dominici 2019), by whole windows.
+"""Sensitivity of a model: what each field is worth, and what sensor faults of growing strength do.
 
-A field's rows in a window are replaced by those of another window, so that its own course stays what it was. Fields of
-one unit are also replaced together: of two that say the same, neither is missed alone.
+Field importance is permutation importance (Breiman 2001; Fisher, Rudin, Dominici 2019) by whole windows: a field's rows
+in a window are replaced by those of another window, so that their order stays. Fields of one unit are also replaced
+together, because the model misses neither of two fields that carry the same information. The faults are those that
+devices report.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
+import msgspec
 import numpy as np
+from numpy.random import Generator
 
-from agent.evaluation.bench import WindowSample
-from agent.evaluation.bootstrap import percentile_interval
-from agent.evaluation.document import FieldImportance
+from agent.arrays import Float32s, Float64s, Ints
+from agent.evaluation import metrics
+from agent.evaluation.bootstrap import BootstrapUnits, percentile_interval
+from agent.evaluation.document import FieldImportance, RobustnessCurve, RobustnessPoint
+from agent.evaluation.examples import LabelledWindows
+from agent.evaluation.predictions import LabelledPredictor, evaluation_kind
+from agent.performance.metrics import primary
 
 REPEATS = 5
+NO_FAULT = "none"  # strength at which nothing is changed
+_MAX_WINDOWS = 5000
+_MAX_VALUES = 8_000_000
 _MAX_FIELDS = 64
 
 
+class WindowSample(msgspec.Struct, frozen=True, eq=False):
+    """Sample of windows (m, history + rows, F) in physical units, with the history that their features look at.
+
+    `baseline` (1 + replicates,) is the primary metric of the unchanged windows.
+    """
+
+    predictor: LabelledPredictor
+    labelled: LabelledWindows
+    units: BootstrapUnits
+    windows: Float32s
+    t: Ints
+    starts: Ints
+    baseline: Float64s
+
+    @property
+    def kind(self) -> str:
+        return evaluation_kind(self.predictor.manifest)
+
+    def reevaluate(self, windows: Float32s) -> Float64s:
+        """Return the primary metric (1 + replicates,) with other values in the windows."""
+        rows, labelled = windows.reshape(-1, windows.shape[2]), self.labelled
+        predictions = self.predictor.predict(rows, self.t, self.starts, labelled.truth, labelled.label_sets)
+        return metrics.primary_metric(self.kind, predictions, self.units)
+
+    def metric_drop(self, metric: Float64s) -> Float64s:
+        """Return how much worse a metric is than the baseline."""
+        drop = self.baseline - metric
+        return -drop if primary(self.kind).direction == "lower" else drop
+
+
+def draw_sample(predictor: LabelledPredictor, labelled: LabelledWindows, units: BootstrapUnits) -> WindowSample:
+    """Return a sample of at most 5000 windows, evenly from all."""
+    inference = predictor.inference
+    history, rows = inference.history_rows, inference.rows
+    file_starts = np.array([part.start for part in labelled.dataset.file_slices()])
+    with_history = labelled.starts - file_starts[labelled.dataset.file_index[labelled.starts]] >= history
+    candidates = np.flatnonzero(with_history) if with_history.any() else np.arange(len(labelled))
+    count = max(1, min(_MAX_WINDOWS, _MAX_VALUES // ((history + rows) * len(inference.fields)), len(candidates)))
+    picked = candidates[np.linspace(0, len(candidates) - 1, count).astype(np.int64)]
+    labelled, units = labelled.subset(picked), units.subset(picked)
+    extents = np.maximum(labelled.starts[:, None] + np.arange(-history, rows), 0)
+    windows, t = labelled.dataset.values[extents], labelled.dataset.t[extents].reshape(-1)
+    starts = np.arange(len(labelled)) * (history + rows) + history
+    sample = WindowSample(predictor, labelled, units, windows, t, starts, np.empty(0))
+    return msgspec.structs.replace(sample, baseline=sample.reevaluate(windows))
+
+
 def permutation_importance(sample: WindowSample, seed: int) -> list[FieldImportance]:
-    """The largest loss first."""
-    found = [
-        _field_importance(sample, [i], seed) for i in range(min(len(sample.predictor.inference.fields), _MAX_FIELDS))
-    ]
-    found.sort(key=lambda drop: -(drop.drop.value or 0.0))
-    return found + [_field_importance(sample, together, seed) for together in _fields_by_unit(sample)]
+    """Return the importance of single fields, the largest first, then of the fields of each unit together."""
+    field_count = min(len(sample.predictor.inference.fields), _MAX_FIELDS)
+    single = [_field_importance(sample, [i], seed) for i in range(field_count)]
+    single.sort(key=lambda importance: -(importance.metric_drop.value or 0.0))
+    return single + [_field_importance(sample, together, seed) for together in _fields_by_unit(sample)]
 
 
 def _field_importance(sample: WindowSample, field_indices: Sequence[int], seed: int) -> FieldImportance:
     rng = np.random.default_rng([seed, *field_indices])
-    lost = []
+    drops = []
     for _ in range(REPEATS):
         changed = sample.windows.copy()
         changed[:, :, field_indices] = sample.windows[rng.permutation(len(changed))][:, :, field_indices]
-        lost.append(sample.metric_drop(sample.reevaluate(changed)))
-    names = sample.predictor.inference.fields
-    return FieldImportance(fields=[names[i] for i in field_indices], drop=percentile_interval(np.mean(lost, axis=0)))
+        drops.append(sample.metric_drop(sample.reevaluate(changed)))
+    names = [sample.predictor.inference.fields[i] for i in field_indices]
+    return FieldImportance(fields=names, metric_drop=percentile_interval(np.mean(drops, axis=0)))
 
 
 def _fields_by_unit(sample: WindowSample) -> list[list[int]]:
-    """Fields that share a unit, where there are several units and several fields of one."""
+    """Return the fields that share a unit, if there are several units and several fields of one."""
     units = sample.predictor.manifest.input.units
-    found = [[i for i, unit in enumerate(units) if unit == one] for one in dict.fromkeys(units) if one]
-    return [places for places in found if len(places) > 1] if len(found) > 1 else []
+    by_unit = [[i for i, other in enumerate(units) if other == unit] for unit in dict.fromkeys(units) if unit]
+    return [fields for fields in by_unit if len(fields) > 1] if len(by_unit) > 1 else []
+
+
+class _FaultKind(msgspec.Struct, frozen=True):
+    """Fault to inject into windows (m, L, F) at some strengths, given spread (F,) and centre (F,) of the fields.
+
+    At `neutral_strength` it changes nothing.
+    """
+
+    name: str
+    meaning: str
+    strengths: Sequence[float]
+    strength_format: str
+    inject: Callable[[Float32s, float, Generator, Float32s, Float32s], Float32s]
+    neutral_strength: float = 0.0
+
+
+def sweep_faults(sample: WindowSample, seed: int) -> list[RobustnessCurve]:
+    """Return the primary metric under each fault at each strength."""
+    flat = sample.windows.reshape(-1, sample.windows.shape[2])
+    centre = np.nan_to_num(np.nanmean(flat, axis=0)) if np.isfinite(flat).any() else np.zeros(flat.shape[1], np.float32)
+    spread = np.nan_to_num(np.nanstd(flat, axis=0)) if np.isfinite(flat).any() else centre
+    curves = []
+    for kind in _fault_kinds(flat.shape[1]):
+        points = []
+        for strength in kind.strengths:
+            text, metric = NO_FAULT, sample.baseline
+            if strength != kind.neutral_strength:
+                rng = np.random.default_rng([seed, round(strength * 1000)])
+                changed = kind.inject(sample.windows.copy(), strength, rng, spread, centre)
+                text, metric = kind.strength_format.format(strength), sample.reevaluate(changed)
+            value = metrics.primary_interval(sample.kind, metric, len(sample.labelled), sample.units)
+            points.append(RobustnessPoint(strength=text, value=value))
+        curves.append(RobustnessCurve(fault=kind.name, meaning=kind.meaning, points=points))
+    return curves
+
+
+def _fault_kinds(field_count: int) -> list[_FaultKind]:
+    counts = sorted({0, 1, 2, max(1, field_count // 2), field_count} & set(range(field_count + 1)))
+    limits = (math.inf, 2, 1, 0.5)
+    pairs = sorted({0, 1, field_count // 2})
+    kinds = [
+        _FaultKind("noise", "noise on every field, in its standard deviations", (0, 0.1, 0.25, 0.5, 1), "{:g}", _add_noise),
+        _FaultKind("gain", "every value multiplied by a factor", (0.5, 0.75, 0.9, 1, 1.1, 1.5), "{:g}", _apply_gain, 1),
+        _FaultKind("missing", "values missing at random", (0, 0.05, 0.1, 0.25, 0.5), "{:.0%}", _drop_values),
+        _FaultKind("stuck", "fields that repeat one value, drawn for each window", counts, "{:g}", _freeze_fields),
+        _FaultKind("saturated", "values cut off at standard deviations", limits, "{:g}", _saturate, math.inf),
+    ]  # fmt: skip
+    if field_count > 1:
+        kinds.append(
+            _FaultKind("swapped", "pairs of fields swapped, drawn for each window", pairs, "{:g}", _swap_fields)
+        )
+    return kinds
+
+
+def _add_noise(windows: Float32s, strength: float, rng: Generator, spread: Float32s, _: Float32s) -> Float32s:
+    windows += rng.standard_normal(windows.shape, np.float32) * (spread * np.float32(strength))
+    return windows
+
+
+def _apply_gain(windows: Float32s, strength: float, *_: object) -> Float32s:
+    windows *= np.float32(strength)
+    return windows
+
+
+def _drop_values(windows: Float32s, strength: float, rng: Generator, *_: Float32s) -> Float32s:
+    windows[rng.random(windows.shape, np.float32) < strength] = np.nan
+    return windows
+
+
+def _freeze_fields(windows: Float32s, strength: float, rng: Generator, *_: Float32s) -> Float32s:
+    """Freeze fields at the first value of the window; windows of one row at that of the first window."""
+    first = windows[:, :1] if windows.shape[1] > 1 else windows[:1, :1]
+    hit = rng.random((len(windows), 1, windows.shape[2])).argsort(axis=2) < round(strength)
+    return np.where(hit, first, windows)
+
+
+def _saturate(windows: Float32s, strength: float, _: Generator, spread: Float32s, centre: Float32s) -> Float32s:
+    half = spread * np.float32(strength)
+    return np.clip(windows, centre - half, centre + half)
+
+
+def _swap_fields(windows: Float32s, strength: float, rng: Generator, *_: Float32s) -> Float32s:
+    order = rng.random((len(windows), windows.shape[2])).argsort(axis=1)
+    source = np.tile(np.arange(windows.shape[2]), (len(windows), 1))
+    each = np.arange(len(windows))
+    for pair in range(round(strength)):
+        a, b = order[:, 2 * pair], order[:, 2 * pair + 1]
+        source[each, a], source[each, b] = b, a
+    return np.take_along_axis(windows, source[:, None, :], axis=2)

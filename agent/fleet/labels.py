@@ -22,9 +22,9 @@ from agent.fleet.bundle_history import BundleLabelSchema, BundleRun
 from agent.fleet.database import labels as label_tables
 from agent.fleet.database.interface import Connection, Row
 from agent.fleet.database.labels import TaskLog
-from agent.performance import metrics as performance
+from agent.performance.estimates import MetricEstimate, compute_metrics
 from agent.performance.labels import MODEL, Label, count_sources
-from agent.performance.metrics import LabelledPredictions, MetricEstimate
+from agent.performance.metrics import LabelledPredictions
 from agent.wire.commands import MAX_ARGUMENT_LENGTH
 
 SOURCE = "collector"
@@ -179,14 +179,14 @@ def _compute_metrics(schema: BundleLabelSchema, rows: Sequence[Row]) -> list[Met
         predicted = np.array([labels.labels.index(row[1]) for row in classified], np.int64)
         score = np.array([np.nan if row[2] is None else row[2] for row in classified], np.float64)
         predictions = LabelledPredictions(_true_values(classified), predicted, score)
-        return performance.compute_metrics("classify", labels.labels, predictions)
+        return compute_metrics("classify", labels.labels, predictions)
     valued = [row for row in parsed if row[3] is not None]
     value = np.array([row[3] for row in valued], np.float64)
     above = None
     if labels.kind == "anomaly" and schema.threshold is not None:
         above = (value > schema.threshold).astype(np.int64)
     predictions = LabelledPredictions(_true_values(valued), above, value=value)
-    return performance.compute_metrics(labels.kind, labels.labels, predictions)
+    return compute_metrics(labels.kind, labels.labels, predictions)
 
 
 def _true_values(rows: Sequence[tuple[Any, ...]]) -> Float64s:

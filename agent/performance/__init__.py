@@ -1,1 +1,1 @@
-"""performance."""
+"""Model performance from labels: metrics, intervals, slices, degradation and expected accuracy."""

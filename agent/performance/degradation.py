@@ -1,16 +1,18 @@
-"""Silent decay: labels, as they come, against what was promised. Tests in sequence, looked at as often as one likes.
+"""Performance degradation: sequential tests of labels, as they arrive, against what accuracy was promised.
 
-Results that were labelled are taken in groups of GROUP, in the order their labels came. A group's mean loss (1 where
-the answer was wrong, or how far off a number was) is compared with three things, each by a one-sided CUSUM (Page 1954):
+Labelled results are grouped, GROUP_SIZE in each, in the order their labels arrived. A group's mean loss (1 for a wrong
+answer, or the absolute error of a number) is compared with three references, each by a one-sided CUSUM (Page 1954):
 
-- decay: the first BASELINE labels of this device
-- evaluation: how often the bundle's own evaluation was right
-- certainty: how often answers this sure were right there; labels that say less than that mean concept drift
+- decay: the first BASELINE_SIZE labels of this device
+- evaluation: the accuracy in the bundle's own evaluation
+- certainty: how often answers with these scores were right there; a larger loss means concept drift
 
-A label that is put right after it was taken is as if it had been right from the start: `redo` takes all again.
+A difference within MARGINS does not matter. An alert also needs the interval of the loss since the CUSUM left zero to
+lie wholly above the reference. Neighbours that are alike count for less (`intervals.estimate_design_effect`).
+A label that is corrected later counts as if it had been right from the start: `recompute` runs all tests again.
 
-A difference that matters to nobody (MARGINS) is allowed. An alert also needs the interval of the loss since the CUSUM
-left zero to lie wholly above what it is compared with. Neighbours that are alike count for less (`intervals.design`).
+The share of labels that are the model's own answers is watched, too: they say nothing about it, and training on them
+would repeat its mistakes.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent import alerts
-from agent.alerts import Alert
+from agent.alerts import OWN_LABELS, Alert
 from agent.arrays import Float64s
 from agent.performance import intervals
 
@@ -32,18 +34,20 @@ GROUP_SIZE, BASELINE_SIZE = 25, 200
 DECAY, EVALUATION, CERTAINTY = KINDS = ("decay", "evaluation", "certainty")
 ALERT_KINDS = {DECAY: alerts.DECAY, EVALUATION: alerts.BELOW_EVALUATION, CERTAINTY: alerts.OVERCONFIDENT}
 MARGINS = {DECAY: 0.02, EVALUATION: 0.05, CERTAINTY: 0.05}
-# Of numbers: a share of the usual error.
+# Margin of numbers, as a share of the reference error.
 _REGRESSION_MARGIN = 0.1
 SLACK, LIMIT = 0.5, 6.0
-# Groups in a row without a loss above what is allowed clear an alert.
+# Groups in a row, each below this z, clear an alert.
 GROUPS_TO_CLEAR, _CLEAR_Z = 6, 1.0
-# A model that was never wrong yet will be: pseudo-counts of one wrong and one right answer.
+# Pseudo-counts of one wrong and one right answer, because a model that was never wrong yet will be.
 _PRIOR = 1.0
 _AUTOCORRELATION_MEMORY = 400
+# Share of labels that are the model's own answers.
+MAX_OWN_SHARE = 0.2
 
 
 class CusumTrack(msgspec.Struct):
-    """One comparison. `n` and `off`: labels since its CUSUM left zero, and the sum of their losses."""
+    """CUSUM of one comparison; `n` labels with `loss_sum` since it left zero."""
 
     cusum: float = 0.0
     n: int = 0
@@ -54,15 +58,15 @@ class CusumTrack(msgspec.Struct):
 
 
 class DegradationState(msgspec.Struct):
-    """What is remembered of one bundle's labels; of constant size. `number` of the last label taken."""
+    """State of one bundle's tests, of constant size; `last_number` is that of the last label."""
 
     bundle: str
     last_number: int = 0
-    first_number: int = 0  # number that the first label taken had when it came; 0 before any
+    first_number: int = 0  # number of the first label when it arrived; 0 before any
     last_message_s: float = 0.0  # uptime of the last message
-    pending: list[tuple[float, float | None]] = []  # losses of an open group, and what was expected of them
-    recent_losses: list[float] = []  # newest losses, for how alike neighbours are
-    baseline_n: int = 0  # of the baseline
+    pending: list[tuple[float, float | None]] = []  # losses of an unfinished group, with the expected ones
+    recent_losses: list[float] = []  # for the autocorrelation
+    baseline_n: int = 0
     baseline_loss_sum: float = 0.0
     baseline_square_sum: float = 0.0
     tracks: dict[str, CusumTrack] = {}
@@ -74,7 +78,7 @@ class DegradationState(msgspec.Struct):
 
     @classmethod
     def from_bytes(cls, data: bytes) -> DegradationState:
-        """Raises ValueError."""
+        """Raise ValueError."""
         try:
             return msgspec.json.decode(data, type=cls)
         except msgspec.MsgspecError as error:
@@ -82,17 +86,17 @@ class DegradationState(msgspec.Struct):
 
 
 class PromisedAccuracy(msgspec.Struct, frozen=True):
-    """Of a bundle's evaluation: how often it was right, of how many answers; None where that is not known."""
+    """Accuracy of `n` answers in a bundle's evaluation; None if unknown."""
 
     accuracy: float | None = None
     n: int = 0
 
 
 class DegradationEvent(msgspec.Struct, frozen=True):
-    """A comparison that changed its mind, in numbers. `before` is the loss it is compared with."""
+    """Alert that a comparison raised or cleared; `before` is the reference loss."""
 
     kind: str
-    state: str  # raised | cleared | corrected, which clears because labels were put right
+    state: str  # raised | cleared | corrected, if corrected labels clear it
     count: int
     loss: float
     low: float
@@ -109,17 +113,17 @@ def add_losses(
     *,
     binary_loss: bool,
 ) -> list[DegradationEvent]:
-    """Add labelled results to `state`, in the order their labels came; what that changed.
+    """Add labelled results to `state`, in the order their labels arrived; return what that raised or cleared.
 
-    `expected` is the loss that the model's certainty tells; `shares` where a loss is 0 or 1.
+    `expected` is the loss that the model's scores lead to expect; `binary_loss`: every loss is 0 or 1.
     """
-    found: list[DegradationEvent] = []
-    for loss, told in zip(losses, expected, strict=True):
-        state.pending.append((float(loss), told))
+    events: list[DegradationEvent] = []
+    for loss, expected_loss in zip(losses, expected, strict=True):
+        state.pending.append((float(loss), expected_loss))
         if len(state.pending) == GROUP_SIZE:
-            found += _add_group(state, promise, binary_loss=binary_loss)
+            events += _add_group(state, promise, binary_loss=binary_loss)
             state.pending = []
-    return found
+    return events
 
 
 def recompute(
@@ -131,62 +135,59 @@ def recompute(
     binary_loss: bool,
     complete: bool,
 ) -> list[DegradationEvent]:
-    """Take all labels that are kept anew, in the order they first came, since some were put right; what that changed.
+    """Run the tests again over all stored labels, in the order they first arrived; return what that raised or cleared.
 
-    Where they are no longer the `whole` of what was taken, the baseline stays as it is.
+    If they are no longer `complete`, the baseline stays as it is.
     """
     fresh = DegradationState(state.bundle)
     if not complete and state.baseline_n >= BASELINE_SIZE:
-        fresh.baseline_n, fresh.baseline_loss_sum, fresh.baseline_square_sum = (
-            state.baseline_n,
-            state.baseline_loss_sum,
-            state.baseline_square_sum,
-        )
-    told = {(one.kind, one.state): one for one in add_losses(fresh, losses, expected, promise, binary_loss=binary_loss)}
-    found = []
+        _copy_baseline(state, fresh)
+    fresh_events = add_losses(fresh, losses, expected, promise, binary_loss=binary_loss)
+    last_events = {(event.kind, event.state): event for event in fresh_events}
+    events = []
     for kind, old in state.tracks.items():
         track = fresh.tracks.setdefault(kind, CusumTrack())
-        # Ids go on counting: what was raised before stays known by its own.
+        # Ids go on counting, so that an earlier alert keeps its own.
         track.raised_count = old.raised_count
         if old.is_open and not track.is_open:
             loss = sum(losses) / max(1, len(losses))
-            found.append(DegradationEvent(kind, "corrected", old.raised_count, loss, loss, loss, loss, len(losses)))
+            events.append(DegradationEvent(kind, "corrected", old.raised_count, loss, loss, loss, loss, len(losses)))
     for kind, track in fresh.tracks.items():
         old = state.tracks.get(kind, CusumTrack())
         if track.is_open and not old.is_open:
             track.raised_count = old.raised_count + 1
-            found.append(replace(told[kind, "raised"], count=track.raised_count))
+            events.append(replace(last_events[kind, "raised"], count=track.raised_count))
     state.pending, state.recent_losses, state.tracks = fresh.pending, fresh.recent_losses, fresh.tracks
-    state.baseline_n, state.baseline_loss_sum, state.baseline_square_sum = (
-        fresh.baseline_n,
-        fresh.baseline_loss_sum,
-        fresh.baseline_square_sum,
-    )
-    return found
+    _copy_baseline(fresh, state)
+    return events
+
+
+def _copy_baseline(source: DegradationState, target: DegradationState) -> None:
+    target.baseline_n, target.baseline_loss_sum = source.baseline_n, source.baseline_loss_sum
+    target.baseline_square_sum = source.baseline_square_sum
 
 
 def _add_group(state: DegradationState, promise: PromisedAccuracy, *, binary_loss: bool) -> list[DegradationEvent]:
     losses = np.array([loss for loss, _ in state.pending])
     state.recent_losses = [*state.recent_losses, *losses.tolist()][-_AUTOCORRELATION_MEMORY:]
-    alike = intervals.estimate_design_effect(np.array(state.recent_losses))
-    found = []
+    design_effect = intervals.estimate_design_effect(np.array(state.recent_losses))
+    events = []
     for kind in KINDS:
-        against = _reference_loss(kind, state, promise, losses, binary_loss=binary_loss)
-        if against is not None:
-            found += _update_track(
-                state.tracks.setdefault(kind, CusumTrack()), kind, losses, *against, alike, binary_loss=binary_loss
-            )
+        reference = _reference_loss(kind, state, promise, losses, binary_loss=binary_loss)
+        if reference is not None:
+            track = state.tracks.setdefault(kind, CusumTrack())
+            events += _update_track(track, kind, losses, *reference, design_effect, binary_loss=binary_loss)
     if state.baseline_n < BASELINE_SIZE:
         state.baseline_n += GROUP_SIZE
         state.baseline_loss_sum += float(losses.sum())
         state.baseline_square_sum += float((losses**2).sum())
-    return found
+    return events
 
 
 def _reference_loss(
     kind: str, state: DegradationState, promise: PromisedAccuracy, losses: Float64s, *, binary_loss: bool
 ) -> tuple[float, float, float] | None:
-    """(loss that is compared with, variance of one loss, variance of the first); None where it is not known."""
+    """Return (reference loss, variance of one loss, variance of the reference); None if it is unknown."""
     if kind == DECAY:
         if state.baseline_n < BASELINE_SIZE:
             return None
@@ -199,10 +200,10 @@ def _reference_loss(
             return None
         mean = 1 - (promise.accuracy * promise.n + _PRIOR) / (promise.n + 2 * _PRIOR)
         return mean, mean * (1 - mean), mean * (1 - mean) / max(1, promise.n)
-    told = [one for _, one in state.pending if one is not None]
-    if len(told) < len(losses):
+    expected = np.array([loss for _, loss in state.pending if loss is not None])
+    if len(expected) < len(losses):
         return None
-    return float(np.mean(told)), float(np.mean([one * (1 - one) for one in told])), 0.0
+    return float(expected.mean()), float((expected * (1 - expected)).mean()), 0.0
 
 
 def _baseline_loss(state: DegradationState, *, binary_loss: bool) -> tuple[float, float]:
@@ -224,7 +225,7 @@ def _update_track(
     *,
     binary_loss: bool,
 ) -> list[DegradationEvent]:
-    # What is compared with is known from so many results only, and that error is in every group.
+    # The error of the reference is the same in every group.
     margin = (MARGINS[kind] if binary_loss else _REGRESSION_MARGIN * reference_loss) + math.sqrt(
         design_effect * reference_variance
     )
@@ -259,7 +260,6 @@ def _interval(loss: float, n: int, variance: float, design_effect: float, *, bin
 
 
 def build_alert(event: DegradationEvent, *, binary_loss: bool) -> Alert:
-    """Its message; `subject` is what was compared."""
     raised = event.state == "raised"
     summary = _raised_sentence(event, binary_loss=binary_loss) if raised else _cleared_sentence(event)
     evidence: dict[str, Any] = {"n": event.n}
@@ -272,21 +272,38 @@ def build_alert(event: DegradationEvent, *, binary_loss: bool) -> Alert:
 def _raised_sentence(event: DegradationEvent, *, binary_loss: bool) -> str:
     if not binary_loss:
         return (
-            f"error grew: labels of the last {event.n} results say {event.loss:.3g} on average "
-            f"({event.low:.3g} to {event.high:.3g}), the first {BASELINE_SIZE} said {event.before:.3g}."
+            f"the error grew: it is {event.loss:.3g} ({event.low:.3g} to {event.high:.3g}) for the last {event.n} "
+            f"labelled results, and was {event.before:.3g} for the first {BASELINE_SIZE}."
         )
-    said = (
-        f"labels of the last {event.n} results say {1 - event.loss:.2f} ({1 - event.high:.2f} to {1 - event.low:.2f})"
-    )
+    accuracy = f"{1 - event.loss:.2f} ({1 - event.high:.2f} to {1 - event.low:.2f})"
+    observed = f"the accuracy of the last {event.n} labelled results is {accuracy}"
     if event.kind == CERTAINTY:
-        return f"likely concept drift: {said}, the model's certainty says {1 - event.before:.2f}."
+        return f"likely concept drift: {observed}, the model's scores promise {1 - event.before:.2f}."
     if event.kind == EVALUATION:
-        return f"accuracy is below what the bundle promises: {said}, its evaluation said {1 - event.before:.2f}."
-    return f"accuracy fell: {said}, the first {BASELINE_SIZE} said {1 - event.before:.2f}."
+        return f"accuracy below the bundle's evaluation: {observed}, the evaluation measured {1 - event.before:.2f}."
+    return f"accuracy fell: {observed}, that of the first {BASELINE_SIZE} was {1 - event.before:.2f}."
 
 
 def _cleared_sentence(event: DegradationEvent) -> str:
-    what = {DECAY: "the first labels", EVALUATION: "the bundle's evaluation", CERTAINTY: "the model's certainty"}
+    references = {DECAY: "the first labels", EVALUATION: "the bundle's evaluation", CERTAINTY: "the model's scores"}
     if event.state == "corrected":
-        return f"labels were put right; the {event.n} there are now agree with {what[event.kind]}."
-    return f"{GROUPS_TO_CLEAR * GROUP_SIZE} labels in a row agree with {what[event.kind]} again."
+        return f"labels were corrected; all {event.n} now agree with {references[event.kind]}."
+    return f"{GROUPS_TO_CLEAR * GROUP_SIZE} labels in a row agree with {references[event.kind]} again."
+
+
+def check_feedback(state: DegradationState, own: int, n: int) -> Alert | None:
+    """Return an alert if too many of the newest `n` labels, `own`, are the model's answers, or no longer are."""
+    share = own / n if n else 0.0
+    too_many = share > MAX_OWN_SHARE
+    if too_many == state.feedback_open or (state.feedback_open and share > MAX_OWN_SHARE / 2):
+        return None
+    state.feedback_open = too_many
+    state.feedback_count += too_many
+    summary = (
+        f"{share:.0%} of the last {n} labels are the model's own answers: they say nothing about it, and training on "
+        "them would repeat its mistakes. They are left out of every metric; let people label some."
+        if too_many
+        else f"most labels are not the model's own answers any more ({share:.0%} of the last {n} are)."
+    )
+    build = OWN_LABELS.raised if too_many else OWN_LABELS.cleared
+    return build(summary, {"own": own, "n": n}, count=state.feedback_count)

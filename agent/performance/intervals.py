@@ -1,8 +1,8 @@
-"""95 % intervals of what labelled results say, where neighbours are alike and n is small. Deterministic.
+"""95 % intervals for results whose neighbours are alike and whose number is small. Deterministic.
 
 Sources: Wilson (1927) for shares; Rubin (1981), The Bayesian bootstrap, over blocks of neighbours (Künsch 1989), for
-all else. Its weights come from a counter through splitmix64 (Steele, Lea, Flood 2014), so that the same labels give
-the same interval to the last bit.
+everything else. The weights come from a counter through splitmix64 (Steele, Lea, Flood 2014), so that the same labels
+give the same interval to the last bit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from agent.arrays import Float64s
 Uint64s = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 Z = 1.959964
 REPLICATES = 200
-# Of fewer results, or fewer of a class, nothing but a share (`wilson`) has an interval.
+# With fewer results, or fewer of a class, only a share (`wilson`) has an interval.
 MIN_RESULTS = 10
 NO_INTERVAL = (math.nan, math.nan)
 _MAX_AUTOCORRELATION = 0.9
@@ -25,36 +25,36 @@ _MIN_BLOCKS = 20
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:
-    """Of `share` of `n` results, `n` already divided by `design`; (0, 1) without any."""
+    """Return the interval of a share of `n` results, `n` already divided by the design effect; (0, 1) without any."""
     if n <= 0:
         return 0.0, 1.0
     centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    # Rounded, they would not quite come to 0 and 1.
+    # Rounding would miss 0 and 1 by a little.
     return 0.0 if share <= 0 else max(0.0, centre - half), 1.0 if share >= 1 else min(1.0, centre + half)
 
 
 def estimate_design_effect(values: Float64s) -> float:
-    """How many results count as one, from (n,) values in order: neighbours that are alike tell less than n do.
+    """Return how many results count as one, from (n,) values in order, as of an AR(1) process.
 
-    From their correlation with the one before, as far as chance does not explain it; as of an AR(1) process.
+    Its coefficient is the correlation of each value with the one before, less what chance explains.
     """
     n = len(values)
     if n < 10 or not np.isfinite(values).all():
         return 1.0
-    # Squares of very large numbers are none.
-    apart = values / (np.abs(values).max() or 1.0)
-    apart = apart - apart.mean()
-    total = float((apart**2).sum())
+    # Squares of very large numbers overflow.
+    centred = values / (np.abs(values).max() or 1.0)
+    centred = centred - centred.mean()
+    total = float((centred**2).sum())
     if total <= 0:
         return 1.0
-    r = float((apart[1:] * apart[:-1]).sum()) / total + 1 / n - 1 / math.sqrt(n)
+    r = float((centred[1:] * centred[:-1]).sum()) / total + 1 / n - 1 / math.sqrt(n)
     r = min(max(r, 0.0), _MAX_AUTOCORRELATION)
     return (1 + r) / (1 - r)
 
 
 def bootstrap_weights(n: int, design_effect: float) -> Iterator[Float64s]:
-    """REPLICATES times (n,) with mean 1, the same for neighbours in a block; `alike` from `design`."""
+    """Yield REPLICATES weight vectors (n,) with mean 1, constant within blocks that the design effect sets."""
     block = max(1, min(round(2 * design_effect), n // _MIN_BLOCKS))
     blocks = -(-n // block)
     for first in range(1, REPLICATES * blocks, blocks):
@@ -67,21 +67,21 @@ def bootstrap_weights(n: int, design_effect: float) -> Iterator[Float64s]:
 def bootstrap(
     statistics: Callable[[Float64s], Sequence[float]], weights: Iterable[Float64s]
 ) -> list[tuple[float, float]]:
-    """Percentiles of each of some statistics of weights (n,) over replicates.
+    """Return the percentile interval of each statistic of weights (n,) over replicates.
 
-    NaN for one without a value in most, and for one that is the same in all: what never varied here says nothing of
-    how much it can.
+    NaN for a statistic without a value in most replicates, and for one that is the same in all: a value that did not
+    vary says nothing about how much it can.
     """
-    found = []
-    for column in np.array([statistics(one) for one in weights]).T:
+    bounds = []
+    for column in np.array([statistics(vector) for vector in weights]).T:
         known = column[np.isfinite(column)]
         if 2 * len(known) < len(column):
-            found.append(NO_INTERVAL)
+            bounds.append(NO_INTERVAL)
             continue
         low, high = np.quantile(known, [0.025, 0.975])
         flat = high - low <= 1e-9 * max(abs(low), abs(high))
-        found.append(NO_INTERVAL if flat else (float(low), float(high)))
-    return found
+        bounds.append(NO_INTERVAL if flat else (float(low), float(high)))
+    return bounds
 
 
 def _splitmix64(counter: Uint64s) -> Uint64s:

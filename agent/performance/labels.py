@@ -1,4 +1,4 @@
-"""Labels: what was true of a result, and who says so."""
+"""Labels: the truth of a result, its source, and the labels that a task accepts."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import msgspec
 
 HUMAN, MODEL, SYSTEM = SOURCES = ("human", "model", "system")
 _MAX_TEXT = 256
-# Between labels of one result; what stands where no label is true; how many may be kept of a result.
+# Separator of the labels of a multi-label result, the text for no label, and the most labels a model may have.
 SEPARATOR, NO_LABEL, MAX_MULTILABEL_CLASSES = "|", "-", 16
 _ANOMALY_TEXTS = {"1": 1.0, "true": 1.0, "yes": 1.0, "anomaly": 1.0, "0": 0.0, "false": 0.0, "no": 0.0, "normal": 0.0}
 _MAX_TIME_S = 4_102_444_800.0  # 2100-01-01
-# Its square, and the sum of many, must still be a number.
+# Its square, and the sum of many squares, must be finite.
 _MAX_NUMBER = 1e100
 ANOMALY = ("normal", "anomaly")
 
 
 class Label(msgspec.Struct, frozen=True):
-    """Of the result at `row`, or of the one nearest to `t` (epoch µs): one of the two is None."""
+    """Label of the result at `row`, or of the one nearest to `t` (epoch µs); one of the two is None."""
 
     row: int | None
     t: int | None
@@ -29,13 +29,13 @@ class Label(msgspec.Struct, frozen=True):
 
 
 class LabelSchema(msgspec.Struct, frozen=True):
-    """What labels of a task may be. `kind` is the bundle's: classify, several (labels a result), regress or anomaly."""
+    """Labels that a task accepts; `kind` is classify, several (multi-label), regress or anomaly."""
 
     kind: str
     labels: tuple[str, ...] = ()
 
     def parse(self, text: str) -> float:
-        """Index of the class, of several the sum of 2^index, the number, or 1 for an anomaly and 0 for none.
+        """Return the class index, the number, 1 for an anomaly, or of a multi-label model the sum of 2^index.
 
         Raises ValueError.
         """
@@ -49,10 +49,10 @@ class LabelSchema(msgspec.Struct, frozen=True):
         if self.kind == "anomaly":
             if text in self.labels and len(self.labels) == 2:
                 return float(self.labels.index(text))
-            yes = parse_anomaly(text)
-            if yes is None:
+            is_anomaly = parse_anomaly(text)
+            if is_anomaly is None:
                 raise ValueError(f"{text[:40]!r} must be anomaly or normal, 1 or 0")
-            return yes
+            return is_anomaly
         try:
             value = math.nan if "_" in text else float(text)
         except ValueError:
@@ -65,13 +65,13 @@ class LabelSchema(msgspec.Struct, frozen=True):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Of the classes that `read` numbers; none for numbers."""
+        """Names of the classes that `parse` numbers; none for a model that predicts numbers."""
         if self.kind == "anomaly" and len(self.labels) != 2:
             return ANOMALY
         return () if self.kind == "regress" else self.labels
 
     def true_names(self, text: str) -> tuple[str, ...]:
-        """Of `names`, those that are true by this label. Raises ValueError."""
+        """Return the class names that this label makes true. Raises ValueError."""
         code = int(self.parse(text))
         if self.kind == "several":
             return tuple(name for i, name in enumerate(self.labels) if code >> i & 1)
@@ -95,12 +95,12 @@ class LabelTarget(msgspec.Struct, frozen=True):
 
 
 def parse_anomaly(text: str) -> float | None:
-    """1 where the text means an anomaly, 0 where it means none; None for another text."""
+    """Return 1 if the text means an anomaly, 0 if it means none, None for another text."""
     return _ANOMALY_TEXTS.get(text.lower())
 
 
 def parse_label(row: Any, t: Any, text: Any, source: Any = None) -> Label:
-    """From a row number or epoch seconds, and a text or number, as they come. Raises ValueError."""
+    """Return the label from unchecked values; `t` is epoch seconds. Raises ValueError."""
     if (row is None) == (t is None):
         raise ValueError("give one of row and t")
     if row is not None and (isinstance(row, bool) or not isinstance(row, int) or not 1 <= row < 2**53):
@@ -124,5 +124,5 @@ def _label_text(value: Any) -> str:
 
 
 def count_sources(sources: Sequence[str]) -> dict[str, int]:
-    """How many labels came from whom."""
-    return {source: n for source in SOURCES if (n := sum(one == source for one in sources))}
+    """Return the number of labels from each source."""
+    return {source: n for source in SOURCES if (n := sum(known == source for known in sources))}

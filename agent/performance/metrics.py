@@ -1,65 +1,35 @@
-"""How good results were, from labels: each metric with a 95 % interval. Pure; the device and the collector use it.
+"""Performance metrics: one registry, for devices, the collector and `model evaluate`.
 
-- classify: accuracy (Wilson), F1 macro, micro and of each class, Brier, ECE on bins of equal mass (Nguyen & O'Connor
-  2015; ties stay together)
-- ece_chance: the ECE that a calibrated model would have of as many results with these scores, by chance, and the range
-  of that; an ECE within it says nothing against calibration, so its interval begins at 0 then
-- several (labels a result): accuracy is of results whose labels are all right; F1 macro and of each label
-- regress: MAE, RMSE, R²
-- anomaly: AUC (ties count half), and accuracy and F1 where the bundle has a threshold
-Brier is of the named class, mean (p - right)², unless all probabilities are known: then the sum over classes.
-No interval (null) of fewer than 10 labels, or 10 of a class, but for shares that Wilson's is right for. Where a
-bootstrap does not vary, as where all answers were right, an F1 or AUC has Wilson's interval of as many results as it
-rests on, and anything else none.
+Each metric gives values from weighted sums over labelled results, so that every bootstrap resamples the same function.
+Accuracy of a multi-label model counts results whose labels are all right.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
 
 import msgspec
 import numpy as np
-from msgspec.structs import replace
 
-from agent.arrays import Float64s, Ints
+from agent.arrays import Bools, Float64s, Ints
 from agent.performance import intervals
 
 ECE_BINS = 10
 _MIN_RESULTS_PER_BIN = 10
-# Classes told one by one, those with most labels first.
+# Classes with an F1 of their own: those with most labels.
 _MAX_CLASSES = 40
-# Values from weights (n,).
-WeightedStatistics = Callable[[Float64s], list[float]]
-Booleans = np.ndarray[Any, np.dtype[np.bool_]]
-# A metric of values, which of them are anomalies, and weights.
-RankMetric = Callable[[Float64s, Booleans, Float64s], float]
-
-
-class MetricEstimate(msgspec.Struct, frozen=True):
-    """`slice` "" is of all; `state` of a slice: ok, worse (than the rest, significantly) or small (to tell)."""
-
-    metric: str
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int
-    slice: str = ""
-    state: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """For a message."""
-        head = {"metric": self.metric, **({"slice": self.slice} if self.slice else {})}
-        tail = {"state": self.state} if self.state else {}
-        return {**head, "value": self.value, "low": self.low, "high": self.high, "n": self.n, **tail}
+Prepare = Callable[["LabelledPredictions", Sequence[str]], "Statistic | None"]
 
 
 class LabelledPredictions(msgspec.Struct, frozen=True, eq=False):
     """n labelled results, in the order of their rows.
 
-    `truth`: class index, number, or 1 for an anomaly. `said`: the class named, or 1 above the threshold. `score`: the
-    probability of it, NaN where not known; `full` (n, C) of every class. `value` of a model that gives numbers.
+    `truth`: class index, number, 1 for an anomaly, or of a multi-label model the sum of 2^label. `predicted`: what the
+    model predicts, likewise. `score`: probability of the prediction, NaN if unknown; `probabilities` (n, C) of every
+    class. `value`: output of a model that predicts numbers. `label_sets`: (true, predicted) labels (n, K) of a
+    multi-label model with any number of labels.
     """
 
     truth: Float64s
@@ -67,227 +37,341 @@ class LabelledPredictions(msgspec.Struct, frozen=True, eq=False):
     score: Float64s | None = None
     value: Float64s | None = None
     probabilities: Float64s | None = None
+    label_sets: tuple[Bools, Bools] | None = None
 
     def __len__(self) -> int:
         return len(self.truth)
 
     def __getitem__(self, index: Any) -> LabelledPredictions:
-        picked = (getattr(self, name) for name in ("predicted", "score", "value", "probabilities"))
-        return LabelledPredictions(self.truth[index], *(None if column is None else column[index] for column in picked))
+        def pick(column: Any) -> Any:
+            return None if column is None else column[index]
+
+        true, predicted = self.label_sets or (None, None)
+        return LabelledPredictions(
+            self.truth[index],
+            pick(self.predicted),
+            pick(self.score),
+            pick(self.value),
+            pick(self.probabilities),
+            None if self.label_sets is None else (pick(true), pick(predicted)),
+        )
 
     @property
-    def zero_one_losses(self) -> Float64s | None:
-        """(n,) 1 where the answer was wrong, or how far off the number was; None for scores without a threshold."""
-        if self.predicted is not None:
-            return np.asarray(self.predicted != self.truth, np.float64)
-        return None
+    def classes(self) -> tuple[Ints, Ints]:
+        """True and predicted class (n,) of each result."""
+        assert self.predicted is not None
+        return self.truth.astype(np.int64), self.predicted
 
-    def task_losses(self, kind: str) -> Float64s | None:
-        """What `decay` and slices look at."""
+    @property
+    def right(self) -> Bools:
+        """(n,) whether the prediction is right as a whole."""
+        assert self.predicted is not None
+        return np.asarray(self.predicted == self.truth)
+
+    @property
+    def errors(self) -> Float64s:
+        assert self.value is not None
+        return self.value - self.truth
+
+    def losses(self, kind: str) -> Float64s | None:
+        """Return absolute errors (n,) of numbers, else 1 for each wrong answer; None without a prediction."""
         if kind == "regress" and self.value is not None:
-            return np.abs(self.value - self.truth)
-        return self.zero_one_losses
+            return np.abs(self.errors)
+        return None if self.predicted is None else (~self.right).astype(np.float64)
 
 
-class _MetricSpec(msgspec.Struct, frozen=True):
-    """What a statistic is called. `fewest` labels of a class it needs; `rests` on so many results, 0 for no share."""
+class Weights(Protocol):
+    """Weights of n results: one vector, or replicates of it, whose shape leads that of every value."""
 
-    metric: str
+    @property
+    def total(self) -> Any: ...
+
+    def sums(self, values: Any = None, group: Ints | None = None, group_count: int = 1) -> Float64s:
+        """Return the weighted sums (…, group_count) of `values` (n,), by default of 1, in each group."""
+        ...
+
+    def apply(self, statistic: Callable[[Float64s], float]) -> Any:
+        """Return a statistic of the weight vectors (n,), for what is no function of sums."""
+        ...
+
+
+class WeightVector:
+    """One weight for each result."""
+
+    def __init__(self, weights: Float64s) -> None:
+        self._weights, self.total = weights, weights.sum()
+
+    @classmethod
+    def uniform(cls, n: int) -> WeightVector:
+        return cls(np.ones(n))
+
+    def sums(self, values: Any = None, group: Ints | None = None, group_count: int = 1) -> Float64s:
+        weighted = self._weights if values is None else values * self._weights
+        if group is None:
+            return np.asarray(weighted.sum(keepdims=True))
+        return np.asarray(np.bincount(group, weighted, group_count), np.float64)
+
+    def apply(self, statistic: Callable[[Float64s], float]) -> float:
+        return statistic(self._weights)
+
+
+class Part(msgspec.Struct, frozen=True):
+    """Value of a statistic, of `n` results; in `slice`, and with a name of its own, if it is of one class.
+
+    `smallest_class`: labels of the rarest class it depends on. `rests_on`: results that a share is of; 0 for no share.
+    """
+
     n: int
-    slice: str = ""
     smallest_class: int = intervals.MIN_RESULTS
-    supporting_n: float = 0.0
-
-    def to_estimate(self, value: float, bounds: tuple[float, float], design_effect: float) -> MetricEstimate:
-        flat = math.isnan(bounds[0]) and math.isfinite(value)
-        if flat and self.supporting_n:
-            bounds = intervals.wilson(value, self.supporting_n / design_effect)
-        told = math.isfinite(value) and min(self.n, self.smallest_class) >= intervals.MIN_RESULTS
-        return _build_estimate(self.metric, value, bounds if told else intervals.NO_INTERVAL, self.n, self.slice)
+    rests_on: float = 0.0
+    slice: str = ""
+    metric: str = ""
 
 
-_MetricGroup = tuple[list[_MetricSpec], WeightedStatistics]
+class Statistic(msgspec.Struct, frozen=True):
+    """Metric of given results: `compute` returns the value of each part from any weights, NaN where it has none."""
+
+    parts: list[Part]
+    compute: Callable[[Weights], Sequence[Any]]
 
 
-def compute_metrics(kind: str, labels: Sequence[str], predictions: LabelledPredictions) -> list[MetricEstimate]:
-    """All metrics of `pairs`; none without any."""
-    if not len(predictions):
-        return []
-    off = predictions.task_losses(kind)
-    alike = intervals.estimate_design_effect(off) if off is not None else 1.0
-    found: list[MetricEstimate] = []
-    if predictions.predicted is not None and off is not None:
-        accuracy = 1 - float(off.mean())
-        bounds = intervals.wilson(accuracy, len(predictions) / alike)
-        # Of single labels they are the same number.
-        also = ["f1_micro"] if kind == "classify" else []
-        found += [_build_estimate(name, accuracy, bounds, len(predictions)) for name in ("accuracy", *also)]
-    parts = list(_metric_groups(kind, labels, predictions))
-    named = [one for names, _ in parts for one in names]
+class Metric(msgspec.Struct, frozen=True):
+    """Performance metric of models of some kinds, for results that have column `requires`.
 
-    def compute_statistics(w: Float64s) -> list[float]:
-        return [value for _, part in parts for value in part(w)]
+    A share has Wilson's interval. `prepare` takes the results and the class names.
+    """
 
-    with np.errstate(over="ignore", invalid="ignore"):
-        values = compute_statistics(np.ones(len(predictions)))
-        enough = len(predictions) >= intervals.MIN_RESULTS
-        spans = (
-            intervals.bootstrap(compute_statistics, intervals.bootstrap_weights(len(predictions), alike))
-            if enough and named
-            else []
-        )
-    spans = spans or [intervals.NO_INTERVAL] * len(named)
-    found += [one.to_estimate(value, span, alike) for one, value, span in zip(named, values, spans, strict=True)]
-    return [told for metric in found for told in _add_chance_ece(metric, predictions, alike)]
+    name: str
+    display_name: str
+    kinds: tuple[str, ...]
+    requires: Literal["predicted", "score", "value", "probabilities"]
+    prepare: Prepare
+    direction: Literal["higher", "lower", "zero"] = "higher"
+    is_share: bool = False
+    on_device: bool = True
+    in_evaluation: bool = True
 
 
-def _add_chance_ece(
-    metric: MetricEstimate, predictions: LabelledPredictions, design_effect: float
-) -> list[MetricEstimate]:
-    """An ECE with what chance makes of it; any other metric as it is."""
-    if metric.metric != "ece" or metric.value is None or predictions.score is None:
-        return [metric]
-    score = predictions.score[np.isfinite(predictions.score)]
-    mean, sd = chance_ece(score, equal_mass_bins(score), design_effect)
-    low, high = max(0.0, mean - intervals.Z * sd), mean + intervals.Z * sd
-    if metric.low is not None and metric.value <= high:
-        metric = replace(metric, low=0.0)
-    return [metric, _build_estimate("ece_chance", mean, (low, high), metric.n)]
+def prepare_metrics(
+    kind: str, labels: Sequence[str], predictions: LabelledPredictions, *, on_device: bool = False
+) -> list[tuple[Metric, Statistic]]:
+    """Return the metrics that these results have, for a device's message or for an evaluation."""
+    prepared = [
+        (metric, metric.prepare(predictions, labels))
+        for metric in METRICS
+        if kind in metric.kinds
+        and (metric.on_device if on_device else metric.in_evaluation)
+        and getattr(predictions, metric.requires) is not None
+    ]
+    return [(metric, statistic) for metric, statistic in prepared if statistic is not None]
 
 
-def _metric_groups(kind: str, labels: Sequence[str], predictions: LabelledPredictions) -> Iterator[_MetricGroup]:
-    """Names of statistics, and a function of weights that gives them: all but accuracy."""
-    n, value, truth = len(predictions), predictions.value, predictions.truth
-    if kind == "regress" and value is not None:
-        off = value - truth
-        yield [_MetricSpec("mae", n)], lambda w: [_weighted_mean(np.abs(off), w)]
-        yield (
-            [_MetricSpec("rmse", n), _MetricSpec("r2", n)],
-            lambda w: [math.sqrt(_weighted_mean(off**2, w)), r2(truth, off, w)],
-        )
-    if kind == "anomaly" and value is not None:
-        fewest = int(min((truth > 0).sum(), (truth <= 0).sum()))
-        yield [_MetricSpec("auc", n, smallest_class=fewest, supporting_n=fewest)], lambda w: [auc(value, truth > 0, w)]
-    if predictions.predicted is not None and kind == "anomaly":
-        meant, said = truth.astype(np.int64), predictions.predicted
-        yes = int(meant.sum())
-        named = _MetricSpec("f1", n, smallest_class=yes, supporting_n=(yes + int(said.sum())) / 2)
-        yield [named], lambda w: [float(f1(meant, said, 2, w)[1])]
-    elif predictions.predicted is not None and kind == "several":
-        # Slices are told by how many are right alone.
-        if labels:
-            yield _multilabel_metrics(labels, truth.astype(np.int64), predictions.predicted)
-    elif predictions.predicted is not None:
-        yield from _calibration_metrics(predictions, truth.astype(np.int64), predictions.predicted)
-        yield _class_metrics(labels, truth.astype(np.int64), predictions.predicted)
+def _mean_of(values: Any, rests_on: float = 0.0) -> Statistic:
+    return Statistic([Part(len(values), rests_on=rests_on)], lambda w: [mean(w, values)])
 
 
-def _calibration_metrics(predictions: LabelledPredictions, truth: Ints, predicted: Ints) -> Iterator[_MetricGroup]:
-    """Of the results whose score is known."""
-    if predictions.probabilities is not None:
-        each = brier(predictions.probabilities, truth)
-        yield [_MetricSpec("brier", len(predictions))], lambda w: [_weighted_mean(each, w)]
-    known = np.isfinite(predictions.score) if predictions.score is not None else np.zeros(len(predictions), np.bool_)
+def _ratio_of(numerator: Any, denominator: Any, part: Part) -> Statistic:
+    return Statistic([part], lambda w: [w.sums(numerator)[..., 0] / w.sums(denominator)[..., 0]])
+
+
+def mean(w: Weights, values: Any) -> Any:
+    return w.sums(values)[..., 0] / w.total
+
+
+def _rmse(predictions: LabelledPredictions, _: Sequence[str]) -> Statistic:
+    squares = predictions.errors**2
+    return Statistic([Part(len(squares))], lambda w: [np.sqrt(mean(w, squares))])
+
+
+def _r2(predictions: LabelledPredictions, _: Sequence[str]) -> Statistic:
+    """Return 1 - squared error / variance of the truth; NaN if that is 0."""
+    # Centred first: squares of large numbers cancel.
+    squares, centred = predictions.errors**2, predictions.truth - predictions.truth.mean()
+    centred_squares = centred**2
+
+    def compute(w: Weights) -> list[Any]:
+        variance = mean(w, centred_squares) - mean(w, centred) ** 2
+        return [np.where(variance > 0, 1 - mean(w, squares) / variance, np.nan)]
+
+    return Statistic([Part(len(squares))], compute)
+
+
+def _top_k(k: int) -> Prepare:
+    """Return how often the true class is among the k most probable; of equals, the first in order comes first."""
+
+    def prepare(predictions: LabelledPredictions, _: Sequence[str]) -> Statistic | None:
+        p, n = predictions.probabilities, len(predictions)
+        if p is None or k >= p.shape[1] or not np.isfinite(p).all():
+            return None
+        truth = predictions.truth.astype(np.int64)[:, None]
+        own, before = np.take_along_axis(p, truth, axis=1), np.arange(p.shape[1])[None] < truth
+        rank = ((p > own) | ((p == own) & before)).sum(axis=1)
+        return _mean_of(rank < k, rests_on=n)
+
+    return prepare
+
+
+def _brier(predictions: LabelledPredictions, _: Sequence[str]) -> Statistic | None:
+    """Return the squared distance of all probabilities from certainty of the true class."""
+    p, truth = predictions.probabilities, predictions.truth.astype(np.int64)
+    if p is None or not np.isfinite(p).all():
+        return None
+    return _mean_of(np.square(p).sum(axis=1) - 2 * p[np.arange(len(truth)), truth] + 1)
+
+
+def _brier_top(predictions: LabelledPredictions, _: Sequence[str]) -> Statistic | None:
+    known, gaps = _calibration_gaps(predictions)
+    if predictions.probabilities is not None or not known.any():
+        return None
+    return _ratio_of(gaps**2, known, Part(int(known.sum())))
+
+
+def _ece(predictions: LabelledPredictions, _: Sequence[str]) -> Statistic | None:
+    known, gaps = _calibration_gaps(predictions)
     if predictions.score is None or not known.any():
-        return
-    score, right, n = predictions.score[known], np.asarray(predicted == truth, np.float64)[known], int(known.sum())
-    if predictions.probabilities is None:
-        yield [_MetricSpec("brier_top", n)], lambda w: [_weighted_mean((score - right) ** 2, w[known])]
-    where = equal_mass_bins(score)
-    yield [_MetricSpec("ece", n)], lambda w: [ece(score, right, where, w[known])]
+        return None
+    bins = np.zeros(len(predictions), np.int64)
+    bins[known] = equal_mass_bins(predictions.score[known])
+    count, all_known = int(bins.max()) + 1, bool(known.all())
+
+    def compute(w: Weights) -> list[Any]:
+        """Return Σ share of a bin · |mean score - share right|."""
+        total = w.total if all_known else w.sums(known)[..., 0]
+        return [np.abs(w.sums(gaps, bins, count)).sum(axis=-1) / total]
+
+    return Statistic([Part(int(known.sum()))], compute)
 
 
-def _class_metrics(labels: Sequence[str], truth: Ints, predicted: Ints) -> _MetricGroup:
+def _calibration_gaps(predictions: LabelledPredictions) -> tuple[Bools, Float64s]:
+    """Return which scores are known, and score - right (n,), 0 where it is not."""
+    assert predictions.score is not None
+    known = np.isfinite(predictions.score)
+    return known, np.where(known, predictions.score - predictions.right, 0.0)
+
+
+def _f1_of_classes(predictions: LabelledPredictions, labels: Sequence[str]) -> Statistic:
+    """Return the mean F1 of all classes, and the F1 of those with most labels."""
+    truth, predicted = predictions.classes
     count = max(len(labels), int(max(truth.max(), predicted.max())) + 1)
     support, named = np.bincount(truth, minlength=count), np.bincount(predicted, minlength=count)
     shown = [int(i) for i in np.argsort(-support, kind="stable")[:_MAX_CLASSES] if support[i] and i < len(labels)]
     fewest = int(support[support > 0].min())
-
-    def scores(w: Float64s) -> list[float]:
-        found = f1(truth, predicted, count, w)
-        return [macro_mean(found), *found[shown].tolist()]
-
     # One mistake in the smallest class moves the mean as much as one in so many results.
-    whole = _MetricSpec("f1_macro", len(truth), smallest_class=fewest, supporting_n=fewest * int((support > 0).sum()))
-    each = [
-        _MetricSpec("f1", int(support[i]), f"class={labels[i]}", supporting_n=(int(support[i]) + int(named[i])) / 2)
-        for i in shown
-    ]
-    return [whole, *each], scores
+    whole = Part(len(truth), fewest, fewest * int((support > 0).sum()))
+    parts = [_class_part(labels[i], int(support[i]), int(named[i])) for i in shown]
+    return _f1_with_mean(whole, parts, shown, lambda w: class_f1(w, truth, predicted, count))
 
 
-def _multilabel_metrics(labels: Sequence[str], truth: Ints, predicted: Ints) -> _MetricGroup:
-    meant, told = [[codes >> i & 1 for i in range(len(labels))] for codes in (truth, predicted)]
-    true = [int(one.sum()) for one in meant]
-
-    def scores(w: Float64s) -> list[float]:
-        each = np.array([f1(one, other, 2, w)[1] for one, other in zip(meant, told, strict=True)])
-        return [macro_mean(each), *each.tolist()]
-
-    # As of classes.
-    whole = _MetricSpec("f1_macro", len(truth), smallest_class=min(true), supporting_n=min(true) * len(labels))
-    named = [
-        _MetricSpec("f1", n, f"class={label}", supporting_n=(n + int(other.sum())) / 2)
-        for label, n, other in zip(labels, true, told, strict=True)
-    ]
-    return [whole, *named], scores
+def _f1_of_labels(predictions: LabelledPredictions, labels: Sequence[str]) -> Statistic | None:
+    """Return the mean F1 of all labels of a multi-label model, and the F1 of each."""
+    if not labels:
+        return None
+    true, predicted = label_sets(predictions, len(labels))
+    support, named = true.sum(axis=0).tolist(), predicted.sum(axis=0).tolist()
+    whole = Part(len(true), min(support), min(support) * len(labels))
+    parts = [_class_part(*of_label) for of_label in zip(labels, support, named, strict=True)]
+    return _f1_with_mean(whole, parts, range(len(labels)), lambda w: label_f1(w, true, predicted))
 
 
-def f1(truth: Ints, predicted: Ints, count: int, w: Float64s) -> Float64s:
-    """(count,) F1 of each class; NaN of those neither meant nor named."""
-    hit = np.asarray(np.bincount(truth, w * (truth == predicted), count), np.float64)
-    both = np.asarray(np.bincount(truth, w, count) + np.bincount(predicted, w, count), np.float64)
-    return f1_from_counts(hit, both)
+def _class_part(label: str, support: int, named: int) -> Part:
+    return Part(support, rests_on=(support + named) / 2, slice=f"class={label}", metric="f1")
+
+
+def _f1_with_mean(
+    whole: Part, parts: list[Part], shown: Sequence[int], compute: Callable[[Weights], Float64s]
+) -> Statistic:
+    def compute_parts(w: Weights) -> list[Any]:
+        each = compute(w)
+        return [macro_mean(each), *(each[..., i] for i in shown)]
+
+    return Statistic([whole, *parts], compute_parts)
+
+
+def _f1_micro_of_labels(predictions: LabelledPredictions, labels: Sequence[str]) -> Statistic:
+    true, predicted = label_sets(predictions, len(labels))
+    return _ratio_of(2 * (true & predicted).sum(axis=1), true.sum(axis=1) + predicted.sum(axis=1), Part(len(true)))
+
+
+def label_sets(predictions: LabelledPredictions, label_count: int) -> tuple[Bools, Bools]:
+    """Return the true and the predicted labels (n, K) of a multi-label model."""
+    if predictions.label_sets is not None:
+        return predictions.label_sets
+    true, predicted = ((codes[:, None] >> np.arange(label_count) & 1).astype(bool) for codes in predictions.classes)
+    return true, predicted
+
+
+def _of_ranks(rank_metric: Callable[[Float64s, Bools, Float64s], float]) -> Prepare:
+    def prepare(predictions: LabelledPredictions, _: Sequence[str]) -> Statistic | None:
+        value, is_anomaly = predictions.value, predictions.truth > 0
+        if value is None:
+            return None
+        fewest = int(min(is_anomaly.sum(), (~is_anomaly).sum()))
+        part = Part(len(predictions), fewest, fewest)
+        return Statistic([part], lambda w: [w.apply(lambda vector: rank_metric(value, is_anomaly, vector))])
+
+    return prepare
+
+
+def _precision(predictions: LabelledPredictions, _: Sequence[str]) -> Statistic:
+    true, predicted = predictions.classes
+    return _ratio_of(true & predicted, predicted, Part(len(true), rests_on=float(predicted.sum())))
+
+
+def _recall(predictions: LabelledPredictions, _: Sequence[str]) -> Statistic:
+    true, predicted = predictions.classes
+    return _ratio_of(true & predicted, true, Part(len(true), rests_on=float(true.sum())))
+
+
+def _f1(predictions: LabelledPredictions, _: Sequence[str]) -> Statistic:
+    true, predicted = predictions.classes
+    part = Part(len(true), int(true.sum()), float(true.sum() + predicted.sum()) / 2)
+    return _ratio_of(2 * (true & predicted), true + predicted, part)
+
+
+def class_f1(w: Weights, truth: Ints, predicted: Ints, class_count: int) -> Float64s:
+    """Return the F1 (…, class_count) of each class; NaN for those neither true nor predicted."""
+    hits = w.sums(truth == predicted, truth, class_count)
+    return f1_from_counts(hits, w.sums(None, truth, class_count) + w.sums(None, predicted, class_count))
+
+
+def label_f1(w: Weights, true: Bools, predicted: Bools) -> Float64s:
+    """Return the F1 (…, K) of each label of (n, K)."""
+    pairs = list(zip(true.T, predicted.T, strict=True))
+    hits = np.concatenate([w.sums(a & b) for a, b in pairs], axis=-1)
+    return f1_from_counts(hits, np.concatenate([w.sums(a) + w.sums(b) for a, b in pairs], axis=-1))
 
 
 def f1_from_counts(hits: Float64s, support_sum: Float64s) -> Float64s:
-    """F1 (…) of how many were right, and how many were meant plus how many were named; NaN without any."""
-    with np.errstate(invalid="ignore"):
-        return np.asarray(2 * hits / support_sum)
+    """Return the F1 (…) from true positives, and true plus predicted positives; NaN without any."""
+    return np.asarray(2 * hits / support_sum)
 
 
-def macro_mean(each: Float64s) -> float:
-    """Mean over the classes that were meant or named."""
-    known = each[~np.isnan(each)]
-    return float(known.sum() / len(known)) if len(known) else math.nan
-
-
-def brier(probabilities: Float64s, truth: Ints) -> Float64s:
-    """(n,) squared distance of probabilities (n, C) from certainty of the true class."""
-    squares = np.square(probabilities).sum(axis=1) - 2 * probabilities[np.arange(len(truth)), truth] + 1
-    return np.asarray(squares)
+def macro_mean(each: Float64s) -> Any:
+    """Return the mean (…) over the last axis, NaN left out."""
+    known = ~np.isnan(each)
+    return np.where(known, each, 0.0).sum(axis=-1) / known.sum(axis=-1)
 
 
 def equal_mass_bins(score: Float64s, bins: int = ECE_BINS) -> Ints:
-    """(n,) bin of each result: as many in each as ties allow, and fewer bins where there are few results."""
+    """Return the bin (n,) of each result: as many in each as ties allow, and fewer bins if there are few results."""
     bins = max(1, min(bins, len(score) // _MIN_RESULTS_PER_BIN))
     ordered = np.sort(score)
     cuts = ordered[[len(score) * i // bins for i in range(1, bins)]]
     return np.searchsorted(cuts, score, side="right")
 
 
-def ece(score: Float64s, right: Float64s, bin_index: Ints, w: Float64s) -> float:
-    """Σ share of a bin × |mean score - share right|, from bins as `equal_mass` has them."""
-    return float(ece_from_gaps(np.asarray(np.bincount(bin_index, w * (score - right)), np.float64), w.sum()))
+def chance_ece(score: Float64s, bins: Ints, design_effect: float) -> tuple[float, float]:
+    """Return mean and standard deviation of the ECE if each answer is right with the probability that its score says.
 
-
-def chance_ece(score: Float64s, bin_index: Ints, design_effect: float) -> tuple[float, float]:
-    """Mean and standard deviation of the ECE where each answer is right with the probability that its score says.
-
-    The gap of a bin is near normal with mean 0 then, and its size half-normal; `alike` from `intervals.design`.
+    The gap of a bin is near normal with mean 0 then, and its size half-normal.
     """
-    variance = np.bincount(bin_index, score * (1 - score)) * design_effect
-    mean = float(np.sqrt(2 / math.pi * variance).sum()) / len(score)
-    return mean, math.sqrt((1 - 2 / math.pi) * float(variance.sum())) / len(score)
+    variance = np.bincount(bins, score * (1 - score)) * design_effect
+    expected = float(np.sqrt(2 / math.pi * variance).sum()) / len(score)
+    return expected, math.sqrt((1 - 2 / math.pi) * float(variance.sum())) / len(score)
 
 
-def ece_from_gaps(gap_sums: Float64s, total: Any) -> Float64s:
-    """ECE (…) from sums of score - right in each bin (…, bins), of so many results in all."""
-    return np.asarray(np.abs(gap_sums).sum(axis=-1) / total)
-
-
-def auc(value: Float64s, is_anomaly: Booleans, w: Float64s) -> float:
-    """P(value of an anomaly > value of none), ties counting half; NaN where there is only one of the two."""
+def auc(value: Float64s, is_anomaly: Bools, w: Float64s) -> float:
+    """Return P(value of an anomaly > value of none), ties counting half; NaN if there is only one of the two."""
     _, at = np.unique(value, return_inverse=True)
     good, bad = np.bincount(at, w * is_anomaly), np.bincount(at, w * ~is_anomaly)
     if not good.sum() or not bad.sum():
@@ -296,32 +380,81 @@ def auc(value: Float64s, is_anomaly: Booleans, w: Float64s) -> float:
     return float((good * (below + bad / 2)).sum() / (good.sum() * bad.sum()))
 
 
-def average_precision(value: Float64s, is_anomaly: Booleans, w: Float64s) -> float:
-    """Σ precision × growth of recall, from the largest value down, ties together; NaN without an anomaly."""
+def average_precision(value: Float64s, is_anomaly: Bools, w: Float64s) -> float:
+    """Return Σ precision · growth of recall, from the largest value down, ties together; NaN without an anomaly."""
     _, at = np.unique(-value, return_inverse=True)
     good = np.cumsum(np.bincount(at, w * is_anomaly))
     every = np.cumsum(np.bincount(at, w))
     if not good[-1] > 0:
         return math.nan
     grown = np.diff(good, prepend=0.0) / good[-1]
-    with np.errstate(invalid="ignore"):
-        return float(np.nansum(grown * good / every))
+    return float(np.nansum(grown * good / every))
 
 
-def r2(truth: Float64s, errors: Float64s, w: Float64s) -> float:
-    """1 - squared error / variance of the truth; NaN where that is 0."""
-    spread = _weighted_mean((truth - _weighted_mean(truth, w)) ** 2, w)
-    return 1 - _weighted_mean(errors**2, w) / spread if spread > 0 else math.nan
+METRICS = (
+    Metric(
+        "accuracy",
+        "accuracy",
+        ("classify", "several", "anomaly"),
+        "predicted",
+        lambda p, _: _mean_of(p.right, len(p)),
+        is_share=True,
+    ),
+    # Of single labels it is the accuracy.
+    Metric(
+        "f1_micro",
+        "F1 of all decisions",
+        ("classify",),
+        "predicted",
+        lambda p, _: _mean_of(p.right, len(p)),
+        is_share=True,
+        in_evaluation=False,
+    ),
+    Metric("f1_micro", "F1 of all decisions", ("several",), "predicted", _f1_micro_of_labels, on_device=False),
+    Metric("f1_macro", "F1, mean of classes", ("classify",), "predicted", _f1_of_classes),
+    Metric("f1_macro", "F1, mean of classes", ("several",), "predicted", _f1_of_labels),
+    *(
+        Metric(f"top_{k}", f"in the top {k}", ("classify",), "probabilities", _top_k(k), is_share=True, on_device=False)
+        for k in (2, 3, 5)
+    ),
+    Metric("brier", "Brier score", ("classify",), "probabilities", _brier, "lower"),
+    Metric(
+        "brier_top", "Brier score of the top class", ("classify",), "score", _brier_top, "lower", in_evaluation=False
+    ),
+    Metric("ece", "calibration error (ECE)", ("classify",), "score", _ece, "lower"),
+    Metric("mae", "mean absolute error", ("regress",), "value", lambda p, _: _mean_of(np.abs(p.errors)), "lower"),
+    Metric("rmse", "root mean square error", ("regress",), "value", _rmse, "lower"),
+    Metric("r2", "R²", ("regress",), "value", _r2),
+    Metric("bias", "mean error", ("regress",), "value", lambda p, _: _mean_of(p.errors), "zero", on_device=False),
+    Metric("auc", "ROC AUC", ("anomaly",), "value", _of_ranks(auc)),
+    Metric(
+        "average_precision", "average precision", ("anomaly",), "value", _of_ranks(average_precision), on_device=False
+    ),
+    Metric("precision", "precision", ("anomaly",), "predicted", _precision, is_share=True, on_device=False),
+    Metric("recall", "recall", ("anomaly",), "predicted", _recall, is_share=True, on_device=False),
+    Metric("f1", "F1", ("anomaly",), "predicted", _f1),
+)
+_PRIMARY_METRICS = {"classify": "accuracy", "regress": "mae", "anomaly": "auc"}
 
 
-def _weighted_mean(values: Any, w: Float64s) -> float:
-    return float((values * w).sum() / w.sum())
+def primary(kind: str) -> Metric:
+    """Return the metric that slices, faults and comparisons of models are measured by."""
+    return _find_metric(_PRIMARY_METRICS[kind], kind)
 
 
-def _build_estimate(name: str, value: float, bounds: tuple[float, float], n: int, label: str = "") -> MetricEstimate:
-    return MetricEstimate(name, round_or_none(value), round_or_none(bounds[0]), round_or_none(bounds[1]), n, label)
+def _find_metric(name: str, kind: str) -> Metric:
+    return next(metric for metric in METRICS if metric.name == name and kind in metric.kinds)
 
 
-def round_or_none(value: float) -> float | None:
-    """Six significant digits; None where it is no number."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+def compute_value(name: str, kind: str, predictions: LabelledPredictions) -> float:
+    """Return a metric of these results, NaN if they do not have it."""
+    statistic = _find_metric(name, kind).prepare(predictions, ())
+    if statistic is None:
+        return math.nan
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return float(statistic.compute(WeightVector.uniform(len(predictions)))[0])
+
+
+def display_name(metric: str) -> str:
+    """Return the name of a metric for people; an unknown metric keeps its own name."""
+    return next((known.display_name for known in METRICS if known.name == metric), metric)

@@ -1,7 +1,7 @@
-"""Where a model is worse than elsewhere: its results in slices by a category or a binned number.
+"""Slices in which a model is worse than elsewhere: its results by a category or a binned number.
 
-A slice is called worse where it is so by a one-sided test against all other results, with Holm's correction (1979) over
-all slices of all fields: 5 % for the whole table. Source of the exact test: Fisher (1922).
+A slice is worse by a one-sided test against all other results, with Holm's correction (1979) over all slices of all
+fields: 5 % for the whole table. Source of the exact test: Fisher (1922).
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.arrays import Float64s
-from agent.performance import intervals, metrics
-from agent.performance.metrics import LabelledPredictions, MetricEstimate, round_or_none
+from agent.performance import intervals
+from agent.performance.estimates import MetricEstimate, compute_metrics, round_or_none
+from agent.performance.metrics import LabelledPredictions
 
 WORSE, SMALL, OK = "worse", "small", "ok"
 SIGNIFICANCE_LEVEL = 0.05
-# A slice whose interval reaches further than this to either side says too little.
+# A slice with a wider interval to either side is too small to tell.
 _MAX_HALF_WIDTH = 0.15
 _MIN_RESULTS = 5
 MIN_RESULTS_FOR_EXTRA = 50
@@ -33,37 +34,41 @@ OTHER, MISSING = "other", "missing"
 def compute_slice_metrics(
     kind: str, predictions: LabelledPredictions, slices: Mapping[str, Sequence[str]], design_effect: float | None = None
 ) -> list[MetricEstimate]:
-    """Accuracy, or MAE of numbers, in each slice; then F1 and Brier. `slices`: field → (n,) texts, as `pairs`.
+    """Return accuracy, or MAE of numbers, in each slice, then F1 and Brier; `slices`: field → texts (n,).
 
-    `alike` results count as one; without it, as many as neighbours tell.
+    The design effect is estimated from neighbours unless given.
     """
-    off = predictions.task_losses(kind)
-    if off is None or not len(predictions):
+    losses = predictions.losses(kind)
+    if losses is None or not len(predictions):
         return []
-    design_effect = intervals.estimate_design_effect(off) if design_effect is None else design_effect
-    found: list[tuple[MetricEstimate, float]] = []
-    more: list[MetricEstimate] = []
+    design_effect = intervals.estimate_design_effect(losses) if design_effect is None else design_effect
+    tested: list[tuple[MetricEstimate, float]] = []
+    extra: list[MetricEstimate] = []
     for field in sorted(slices):
         values = np.array(_merge_rare_values(slices[field]))
         for value in sorted(set(values.tolist())):
             inside = values == value
-            found.append(_slice_metric(kind, f"{field}={value}", off, inside, design_effect))
-            if kind != "regress" and found[-1][0].state != SMALL and inside.sum() >= MIN_RESULTS_FOR_EXTRA:
-                more += _extra_metrics(kind, f"{field}={value}", predictions[inside])
-    worse = holm_correction([p for _, p in found])
-    # Where there is no room for all, what was tested is told first.
-    return [*(_mark_worse(metric, bad) for (metric, _), bad in zip(found, worse, strict=True)), *more]
+            tested.append(_slice_metric(kind, f"{field}={value}", losses, inside, design_effect))
+            if kind != "regress" and tested[-1][0].state != SMALL and inside.sum() >= MIN_RESULTS_FOR_EXTRA:
+                extra += _extra_metrics(kind, f"{field}={value}", predictions[inside])
+    significant = holm_correction([p for _, p in tested])
+    marked = [
+        replace(metric, state=WORSE) if worse else metric
+        for (metric, _), worse in zip(tested, significant, strict=True)
+    ]
+    # Tested slices come first: a message may have no room for all.
+    return [*marked, *extra]
 
 
 def holm_correction(p_values: Sequence[float]) -> list[bool]:
-    """Which p-values are significant together; NaN, of what was not tested, never is."""
+    """Return which p-values are significant together; NaN, for a test not made, never is."""
     tested = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
-    found = [False] * len(p_values)
+    significant = [False] * len(p_values)
     for rank, (p, i) in enumerate(tested):
         if p > SIGNIFICANCE_LEVEL / (len(tested) - rank):
             break
-        found[i] = True
-    return found
+        significant[i] = True
+    return significant
 
 
 def _slice_metric(
@@ -77,7 +82,7 @@ def _slice_metric(
     if kind == "regress":
         half = intervals.Z * math.sqrt(float(losses[inside].var()) * design_effect / max(1, n - 1))
         state = SMALL if n / design_effect < _MIN_REGRESSION_RESULTS else OK
-        # Errors that are all the same do not tell how much they vary.
+        # Errors that are all the same do not show how much they vary.
         low, high = (
             (max(0.0, mean - half), mean + half) if n >= intervals.MIN_RESULTS and half > 0 else intervals.NO_INTERVAL
         )
@@ -92,16 +97,12 @@ def _slice_metric(
 
 
 def _extra_metrics(kind: str, name: str, predictions: LabelledPredictions) -> list[MetricEstimate]:
-    found = metrics.compute_metrics(kind, (), predictions)
-    return [replace(one, slice=name) for one in found if one.metric in _EXTRA_METRICS and not one.slice]
-
-
-def _mark_worse(metric: MetricEstimate, worse: bool) -> MetricEstimate:
-    return replace(metric, state=WORSE) if worse else metric
+    estimates = compute_metrics(kind, (), predictions)
+    return [replace(e, slice=name) for e in estimates if e.metric in _EXTRA_METRICS and not e.slice]
 
 
 def _p_value(kind: str, inside: Float64s, outside: Float64s, design_effect: float) -> float:
-    """That chance makes `inside` this much worse; NaN where too few results are in or out of it."""
+    """Return the probability that chance makes `inside` this much worse; NaN if too few results are in or out of it."""
     a, b = len(inside) / design_effect, len(outside) / design_effect
     if min(a, b) < (_MIN_RESULTS if kind != "regress" else _MIN_REGRESSION_RESULTS):
         return math.nan
@@ -110,14 +111,14 @@ def _p_value(kind: str, inside: Float64s, outside: Float64s, design_effect: floa
             round(inside.sum() / design_effect), round(a), round(outside.sum() / design_effect), round(b)
         )
     spread = float(inside.var() / a + outside.var() / b)
-    apart = float(inside.mean() - outside.mean())
+    difference = float(inside.mean() - outside.mean())
     if spread <= 0:
-        return 0.0 if apart > 0 else 1.0
-    return 0.5 * math.erfc(apart / math.sqrt(2 * spread))
+        return 0.0 if difference > 0 else 1.0
+    return 0.5 * math.erfc(difference / math.sqrt(2 * spread))
 
 
 def _fisher_exact(wrong: int, n: int, wrong_elsewhere: int, n_elsewhere: int) -> float:
-    """P(at least `wrong` of `n`), all mistakes dealt out at random."""
+    """Return P(at least `wrong` of `n`) if all mistakes are dealt out at random."""
     total, mistakes = n + n_elsewhere, wrong + wrong_elsewhere
     ways = sum(
         math.comb(n, k) * math.comb(n_elsewhere, mistakes - k)
@@ -128,16 +129,16 @@ def _fisher_exact(wrong: int, n: int, wrong_elsewhere: int, n_elsewhere: int) ->
 
 
 def _merge_rare_values(values: Sequence[str]) -> list[str]:
-    """The most frequent values, the rest together."""
+    """Return the most frequent values, and OTHER for the rest."""
     counts: dict[str, int] = {}
     for value in values:
         counts[value] = counts.get(value, 0) + 1
-    kept = set(sorted(counts, key=lambda value: (-counts[value], value))[:_MAX_VALUES])
-    return [value if value in kept else OTHER for value in values]
+    frequent = set(sorted(counts, key=lambda value: (-counts[value], value))[:_MAX_VALUES])
+    return [value if value in frequent else OTHER for value in values]
 
 
 def name_bins(values: Float64s, edges: Sequence[float]) -> list[str]:
-    """Names of the bins that ascending `edges` make of (n,) values."""
+    """Return the names of the bins that (n,) values fall in, between ascending `edges`."""
     below = f"below {edges[0]:g}"
     between = [f"{low:g} to {high:g}" for low, high in pairwise(edges)]
     names = [below, *between, f"from {edges[-1]:g}"]

@@ -110,17 +110,17 @@ def _step_points(heights: Sequence[float], peak: float, panel: Panel) -> list[tu
 def _draw_evidence(canvas: Canvas, row: PlotRow, panel: Panel) -> None:
     draw, theme = canvas.drawing, canvas.theme
     draw.rect(panel.x, panel.y, panel.width, panel.height, theme.panel)
-    many = len({curve.series for curve in row.curves}) > 1
-    judged = [spell for spell in row.intervals if spell.state != "insufficient"]
-    for spell in judged:
-        _draw_band(canvas, spell, panel, shaded=not many)
+    several = len({curve.series for curve in row.curves}) > 1
+    tested = [interval for interval in row.intervals if interval.state != "insufficient"]
+    for interval in tested:
+        _draw_band(canvas, interval, panel, shaded=not several)
     highest = max((v for curve in row.curves for v in curve.values if v is not None), default=0.0)
     limit = row.limit or DEFAULT_LIMIT
     top = min(max(1.25 * limit, 1.06 * highest), MAX_LIMIT_MULTIPLE * limit)
     _draw_grid(canvas, panel, 0.0, top, axes.format_number)
-    for spell in row.intervals:
-        if spell.state == "insufficient":
-            _draw_learning(canvas, spell, panel)
+    for interval in row.intervals:
+        if interval.state == "insufficient":
+            _draw_learning(canvas, interval, panel)
     if highest > top:
         text = f"up to {axes.format_number(highest)}"
         draw.text(panel.x + panel.width, panel.y - 4, text, theme.muted, size=10.5, anchor="end", css_class="beyond")
@@ -137,23 +137,20 @@ def _draw_evidence(canvas: Canvas, row: PlotRow, panel: Panel) -> None:
             stroke_width="1.2",
         )
     for curve in row.curves:
-        color = series_color(theme, curve.series if many or not curve.dashed else curve.series + 1)
+        color = series_color(theme, curve.series if several or not curve.dashed else curve.series + 1)
         _draw_curve(canvas, curve, panel, top, color)
-    for spell in judged:
+    for interval in tested:
         _draw_alert_markers(
-            canvas, spell, panel, series_color(theme, spell.series) if many else theme.state_color(spell.state)
+            canvas,
+            interval,
+            panel,
+            series_color(theme, interval.series) if several else theme.state_color(interval.state),
         )
 
 
 def _draw_band(canvas: Canvas, interval: StateInterval, panel: Panel, *, shaded: bool) -> None:
     theme = canvas.theme
     x, end = canvas.time_to_x(interval.begin), canvas.time_to_x(interval.end)
-    if interval.state == "insufficient":
-        if end - x > 60:
-            canvas.drawing.text(
-                (x + end) / 2, panel.y + panel.height / 2 + 4, "learning", theme.unknown, size=11, anchor="middle"
-            )
-        return
     fill = theme.drift_band if interval.state == "drift" else theme.fault_band
     opacity = "1" if shaded else "0.5"
     canvas.drawing.rect(

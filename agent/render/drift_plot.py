@@ -99,7 +99,7 @@ def _draw_time_axis(canvas: Canvas, y: float) -> float:
 def _time_range(picture: DriftPlot) -> tuple[int, int]:
     times = [t for row in picture.rows for curve in row.curves for t in curve.times]
     times += [t for estimate in picture.estimates for t in estimate.times]
-    times += [t for row in picture.rows for spell in row.intervals for t in (spell.begin, spell.end)]
+    times += [t for row in picture.rows for interval in row.intervals for t in (interval.begin, interval.end)]
     if not times:
         return 0, 1
     begin, end = min(times), max(times)
@@ -164,7 +164,7 @@ def _evidence_items(canvas: Canvas, picture: DriftPlot) -> Iterator[_LegendItem]
         yield _LegendItem(picture.dashed_label, _line_symbol(canvas, series_color(theme, 1), "5 3"))
     if any(row.limit is not None for row in picture.rows):
         yield _LegendItem("alarm", _line_symbol(canvas, theme.limit, "2 3"))
-    states = {spell.state for row in picture.rows for spell in row.intervals}
+    states = {interval.state for row in picture.rows for interval in row.intervals}
     if "drift" in states:
         yield _LegendItem("drift alert open", _box_symbol(canvas, theme.drift_band, theme.drift))
     if "fault" in states:

@@ -1,1 +1,1 @@
-"""A simulated fleet on one machine: real programs, replayed recordings, seeded faults."""
+"""Simulated fleet: real programs on one machine, on replayed recordings with seeded faults."""

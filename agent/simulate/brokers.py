@@ -1,4 +1,4 @@
-"""The MQTT broker that a simulated fleet talks over: Mosquitto where it is installed, else the one from pip."""
+"""MQTT broker of a simulated fleet: Mosquitto if it is installed, else an embedded broker from pip."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from agent.errors import UsageError
 
 
 def mosquitto_command(folder: Path) -> list[str] | None:
-    """The command that runs Mosquitto on the config that `fleet init` wrote in `folder`; None where there is none."""
+    """Return the command that runs Mosquitto with the config in `folder`; None if it is not installed."""
     binary = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if binary is None:
         return None
     conf = folder / "broker" / "mosquitto.conf"
     if os.geteuid() == 0:
-        # Else Mosquitto becomes a user who cannot read a private folder.
+        # As root, Mosquitto switches to a user who cannot read a private folder.
         conf.write_text(conf.read_text(encoding="utf-8") + "user root\n", encoding="utf-8")
     return [binary, "-c", str(conf)]
 
 
 def start_embedded(folder: Path, port: int) -> Any:
+    """Start the embedded broker on `port`. Raises UsageError if it is not installed."""
     try:
         from iotcore import Broker as Embedded
     except ImportError:
         raise UsageError(
-            "no MQTT broker on this machine: apt-get install mosquitto, or pip install 'outstation[demo]'"
+            "no MQTT broker is installed: apt-get install mosquitto, or pip install 'outstation[demo]'"
         ) from None
     file = folder / "broker.toml"
     file.write_text(_RUMQTTD_CONFIG.format(port=port), encoding="utf-8")

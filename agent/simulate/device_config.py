@@ -1,4 +1,4 @@
-"""The config of a simulated device: a replay as its stream, and the scenario's task over it."""
+"""Config of a simulated device: a replay as its stream, and the scenario's task on it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from agent.simulate.plan import SimulatedSite, SimulationPlan
 
 
 def stream_and_task_toml(plan: SimulationPlan, site: SimulatedSite) -> str:
-    """For the end of what enrolment wrote."""
+    """Return the sections that follow those from enrolment."""
     scenario = plan.scenario
     fields = ", ".join(f'{{ name = "{name}", unit = "{unit}" }}' for name, unit in scenario.fields)
     source = ReplaySource(
@@ -20,8 +20,8 @@ def stream_and_task_toml(plan: SimulationPlan, site: SimulatedSite) -> str:
         seed=site.seed,
         speed=plan.speed,
         rows=plan.rows,
-        faults=list(site.fate.faults),
-        scenes=list(site.fate.scenes),
+        faults=list(site.faults.faults),
+        scenes=list(site.faults.scenes),
         skip=scenario.skip_rows,
     )
     return (
@@ -34,7 +34,7 @@ def stream_and_task_toml(plan: SimulationPlan, site: SimulatedSite) -> str:
 
 
 def toml_value(value: Any) -> str:
-    """Of a config, where what is None goes without saying."""
+    """Return a value as TOML, with members that are None left out."""
     if isinstance(value, dict):
         members = (f"{key} = {toml_value(member)}" for key, member in value.items() if member is not None)
         return "{ " + ", ".join(members) + " }"

@@ -1,6 +1,6 @@
-"""A repository over HTTP on loopback, as badly as sites in the field have it: cut off in the middle, slow, or away.
+"""Flaky web server: serves a repository on loopback over bad connections, cut, slow or offline.
 
-Each device has an address of its own, `http://127.0.0.1:PORT/DEVICE/…`, so that a bad line is one device's.
+Each device has its own address, `http://127.0.0.1:PORT/DEVICE/…`, and so its own connection quality.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _CHUNK_S = 0.1
 _IDLE_S = 30.0
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 _LINGER_RESET = struct.pack("ii", 1, 0)
-# Shares of a download after which a line is cut: never at once, never when it is over.
+# Shares of a download after which a connection is cut: never at its start or end.
 _MIN_CUT_SHARE, _MAX_CUT_SHARE = 0.1, 0.9
-# What is worth cutting; metadata are over before anything happens.
+# Only targets are cut; metadata files are too small.
 _TARGETS_PREFIX = "targets/"
 
 
 class DeviceConnection(msgspec.Struct):
-    """A device's way to the repository: so many `cuts` of downloads in all; `rate` in bytes a second, None: no limit.
+    """Connection of a device: number of downloads to cut, and rate limit (None: none).
 
-    The last two are what came of it: bytes of targets that were sent, and downloads that were cut.
+    `sent_bytes` of targets and `cut_count` are counted.
     """
 
     planned_cuts: int = 0
@@ -44,9 +44,9 @@ class DeviceConnection(msgspec.Struct):
 
 @dataclass
 class FlakyWebServer:
-    """Serves `folder` on `port` (0: a free one) until `close`. `away` hangs up on everybody; it may be set at any time.
+    """Serves `folder` on `port` (0: a free one) until `close`; `offline` drops all connections, and may change any time.
 
-    A device without an entry in `lines` has a good one.
+    A device without an entry in `connections` has a good connection.
     """
 
     folder: Path
@@ -62,7 +62,7 @@ class FlakyWebServer:
         self._server = _Server(("127.0.0.1", self.port), _Handler)
         self._server.web = self
         self.port = int(self._server.server_address[1])
-        # A closed server leaves no thread behind, and no more than a moment late.
+        # The poll interval of 0.1 s bounds how long `close` takes.
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="repository", daemon=True)
         self._thread.start()
 
@@ -79,29 +79,29 @@ class FlakyWebServer:
             return self.connections.setdefault(device, DeviceConnection())
 
     def bytes_until_cut(self, device: str, path: str, size: int) -> int:
-        """So much of the next `size` bytes goes through."""
-        line = self.connection(device)
+        """Return how many of the next `size` bytes to send before a cut."""
+        connection = self.connection(device)
         with self._lock:
-            if not path.startswith(_TARGETS_PREFIX) or line.planned_cuts <= line.cut_count:
+            if not path.startswith(_TARGETS_PREFIX) or connection.planned_cuts <= connection.cut_count:
                 return size
-            line.cut_count += 1
+            connection.cut_count += 1
             return round(size * self._rng.uniform(_MIN_CUT_SHARE, _MAX_CUT_SHARE))
 
     def resolve_file(self, path: str) -> Path | None:
-        """What `path` names inside the folder; None where it names nothing, or something outside."""
-        found = (self.folder / path).resolve()
-        return found if found.is_relative_to(self.folder.resolve()) and found.is_file() else None
+        """Return the file that `path` names inside the folder; None if there is none, or it is outside."""
+        file = (self.folder / path).resolve()
+        return file if file.is_relative_to(self.folder.resolve()) and file.is_file() else None
 
 
 class _Server(ThreadingHTTPServer):
-    # As many devices as there are may call at once.
+    # All devices may connect at once.
     request_queue_size = 128
     daemon_threads = True
     block_on_close = False
     web: FlakyWebServer
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A device that hangs up is no error here."""
+        """Ignore a device that closes the connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -115,11 +115,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
             return
         device, _, path = unquote(urlsplit(self.path).path).lstrip("/").partition("/")
-        found = web.resolve_file(path)
-        if found is None:
+        file = web.resolve_file(path)
+        if file is None:
             self.send_error(HTTPStatus.NOT_FOUND)
             return
-        content = found.read_bytes()
+        content = file.read_bytes()
         span = self._parse_range(len(content))
         if span is None:
             self.send_error(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
@@ -128,44 +128,44 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_body(device, path, content[span[0] : span[1]])
 
     def _parse_range(self, size: int) -> tuple[int, int] | None:
-        """First byte and end of what is asked for; None where that is not there."""
-        asked = _RANGE.fullmatch(self.headers.get("Range", ""))
-        if asked is None:
+        """Return first byte and end of the requested range; None if it is not satisfiable."""
+        requested = _RANGE.fullmatch(self.headers.get("Range", ""))
+        if requested is None:
             return 0, size
-        first, end = int(asked[1]), min(int(asked[2]) + 1, size) if asked[2] else size
+        first, end = int(requested[1]), min(int(requested[2]) + 1, size) if requested[2] else size
         return (first, end) if first < end else None
 
     def _send_headers(self, first: int, end: int, size: int) -> None:
-        part = self.headers.get("Range") is not None
-        self.send_response(HTTPStatus.PARTIAL_CONTENT if part else HTTPStatus.OK)
+        partial = self.headers.get("Range") is not None
+        self.send_response(HTTPStatus.PARTIAL_CONTENT if partial else HTTPStatus.OK)
         self.send_header("Content-Type", "application/octet-stream")
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(end - first))
-        if part:
+        if partial:
             self.send_header("Content-Range", f"bytes {first}-{end - 1}/{size}")
         self.end_headers()
 
     def _send_body(self, device: str, path: str, body: bytes) -> None:
-        web, line = self.server.web, self.server.web.connection(device)
-        through, at = web.bytes_until_cut(device, path, len(body)), 0
-        while at < through and not web.offline:
-            # Both may change meanwhile: a line that is mended is fast from there on.
-            rate = line.bytes_per_s if path.startswith(_TARGETS_PREFIX) else None
+        web, connection = self.server.web, self.server.web.connection(device)
+        end, sent = web.bytes_until_cut(device, path, len(body)), 0
+        while sent < end and not web.offline:
+            # `offline` and the rate may change during a download.
+            rate = connection.bytes_per_s if path.startswith(_TARGETS_PREFIX) else None
             size = _CHUNK_BYTES if rate is None else max(1, round(rate * _CHUNK_S))
-            piece = body[at : min(at + size, through)]
-            line.sent_bytes += len(piece) if path.startswith(_TARGETS_PREFIX) else 0
-            self.wfile.write(piece)
-            at += len(piece)
+            chunk = body[sent : min(sent + size, end)]
+            connection.sent_bytes += len(chunk) if path.startswith(_TARGETS_PREFIX) else 0
+            self.wfile.write(chunk)
+            sent += len(chunk)
             if rate is not None:
-                time.sleep(len(piece) / rate)
-        if through < len(body) or web.offline:
+                time.sleep(len(chunk) / rate)
+        if end < len(body) or web.offline:
             self._reset()
 
     def _reset(self) -> None:
-        """As a line that breaks: no more bytes, and no orderly end."""
+        """Reset the TCP connection: no more bytes, and no orderly end."""
         self.close_connection = True
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
         self.connection.close()
 
     def log_message(self, *_: object) -> None:
-        """The report says what came of each line."""
+        """Log nothing; the report has the totals of each connection."""

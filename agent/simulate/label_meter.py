@@ -1,4 +1,4 @@
-"""What is measured at a simulated site some time after the model said it: labels, through the device's own socket."""
+"""Label meter: sends delayed ground-truth labels of a simulated site through the device's intake socket."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agent.simulate.scenario import DelayedLabels
 
 
 class LabelMeter:
-    """Of one device. `values` (n,) of rows 1 to n of its stream; NaN is never sent."""
+    """Labels of one device: `values` (n,) of rows 1 to n of its stream; NaN is never sent."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class LabelMeter:
         self._sent_through = 0
 
     def send_due_labels(self, last_row: int) -> None:
-        """Send what is due once the device has judged its rows up to `through`. Raises ConnectionError."""
+        """Send the labels due after the device has results up to `last_row`. Raises ConnectionError."""
         last = min(last_row - self._measured.delay_rows, len(self._values))
         rows = np.arange(self._sent_through + 1, last + 1)
         rows = rows[(rows % self._measured.every_rows == 0) & ~np.isnan(self._values[rows - 1])]
@@ -43,7 +43,7 @@ class LabelMeter:
             self._client.label(self._task, float(self._values[row - 1]), row=row, source="system")
 
     def close(self) -> None:
-        """Wait until all of it is safe. Raises ConnectionError."""
+        """Wait until the device has stored all labels. Raises ConnectionError."""
         if self._client is not None:
             with contextlib.closing(self._client) as client:
                 client.flush()

@@ -1,4 +1,4 @@
-"""A scenario on so many devices, and what was true at each of them, row by row."""
+"""Simulation plan: a scenario on several devices, and the ground truth of each row."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from agent.device.intake.sources.recordings import Playlist
 from agent.simulate.scenario import SCENARIOS, Scenario, SiteFaults
 
 _MIN_REPLAY_S = 6.0
-# Of the time a demo takes; the rest is for starting, learning to the end, and the audit.
+# Share of a demo's duration; the rest is for starting, learning and the audit.
 _REPLAY_SHARE = 0.6
 
 
 class SimulatedSite(msgspec.Struct, frozen=True):
-    """A simulated device: whose recordings it replays (None: of all), and what goes wrong there."""
+    """A simulated device: the subject whose recordings it replays (None: all), and its faults."""
 
     device: str
     subject: int | None
     seed: int
-    fate: SiteFaults
+    faults: SiteFaults
 
 
 class SimulationPlan(msgspec.Struct, frozen=True):
-    """What the fleet does: `rows` per device at `speed` times the recordings' rate."""
+    """Plan of a simulation: `rows` per device at `speed` times the recordings' rate."""
 
     scenario: Scenario
     sites: tuple[SimulatedSite, ...]
@@ -35,35 +35,33 @@ class SimulationPlan(msgspec.Struct, frozen=True):
     speed: float
 
     def first_faulty_row(self, site: SimulatedSite) -> int:
-        """The first row at which something is wrong there."""
-        return site.fate.first_fault_row(default=self.rows + 1)
+        """Return the first row with a fault at this site."""
+        return site.faults.first_fault_row(default=self.rows + 1)
 
     def row_labels(self, recordings: Recordings, site: SimulatedSite) -> NDArray[np.str_]:
-        """(rows,) the label of each row of the replay."""
-        each = np.repeat(np.array(recordings.labels)[recordings.label], np.diff(recordings.starts))
-        return np.asarray(each[self._source_rows(recordings, site)])
+        """Return the label of each row of the replay (rows,)."""
+        labels = np.repeat(np.array(recordings.labels)[recordings.label], np.diff(recordings.starts))
+        return np.asarray(labels[self._source_rows(recordings, site)])
 
     def measured_values(self, recordings: Recordings, site: SimulatedSite) -> NDArray[np.float64]:
-        """(rows,) what was measured there at each row of the replay, with what it lost; NaN unknown."""
+        """Return the measured value at each row of the replay (rows,), with the site's loss; NaN where unknown."""
         assert self.scenario.delayed_labels is not None
         values = recordings.columns[self.scenario.delayed_labels.column][self._source_rows(recordings, site)].astype(
             np.float64
         )
-        loss = site.fate.loss
+        loss = site.faults.loss
         return values if loss is None else values * loss.remaining(np.arange(1, self.rows + 1))
 
     def metered_labels(self, recordings: Recordings, site: SimulatedSite) -> NDArray[np.float64]:
-        """The same where it is worth a label; else NaN."""
+        """Return the measured values that become labels (rows,); NaN elsewhere."""
         assert self.scenario.delayed_labels is not None
-        shown = recordings.rows[
-            self._source_rows(recordings, site), recordings.fields.index(self.scenario.delayed_labels.filter_field)
-        ]
-        return np.where(
-            shown >= self.scenario.delayed_labels.filter_min, self.measured_values(recordings, site), np.nan
-        )
+        labels = self.scenario.delayed_labels
+        column = recordings.fields.index(labels.filter_field)
+        filtered = recordings.rows[self._source_rows(recordings, site), column]
+        return np.where(filtered >= labels.filter_min, self.measured_values(recordings, site), np.nan)
 
     def _source_rows(self, recordings: Recordings, site: SimulatedSite) -> NDArray[np.int64]:
-        order = Playlist(recordings, site.subject, site.seed, site.fate.scenes, self.scenario.skip_rows)
+        order = Playlist(recordings, site.subject, site.seed, site.faults.scenes, self.scenario.skip_rows)
         return order.source_rows(self.rows)
 
 
@@ -74,8 +72,7 @@ def device_names(device_count: int) -> list[str]:
 def steady_plan(
     device_count: int, seconds: float, speed: float, seed: int, scenario: Scenario, degraded: Collection[str] = ()
 ) -> SimulationPlan:
-    """All sites alike for at least so many seconds at `speed`, but for the `worse` ones, where a sensor is out of order
-    from the first row on."""
+    """Plan sites without faults for at least `seconds` at `speed`; sensors of `degraded` sites are faulty throughout."""
     recordings = load(scenario.file)
     subjects = _subjects(recordings)
     sites = tuple(
@@ -93,7 +90,7 @@ def steady_plan(
 def demo_plan(
     device_count: int, duration_s: float, seed: int = 0, scenario: Scenario = SCENARIOS["exercise"]
 ) -> SimulationPlan:
-    """The scenario on so many sites: something goes wrong at the first ones, the others stay as they are."""
+    """Plan a scenario: its faults occur at the first sites, and the others stay normal."""
     recordings = load(scenario.file)
     subjects = _subjects(recordings)
     sites = tuple(
@@ -109,6 +106,6 @@ def demo_plan(
 
 
 def _subjects(recordings: Recordings) -> list[int | None]:
-    """Whose recordings the sites play in turn; None: those of all."""
-    people: list[int | None] = [*sorted({int(s) for s in recordings.subject})]
-    return people if recordings.t is None else [None]
+    """Return the subjects whose recordings the sites replay in turn; None: all recordings."""
+    subjects: list[int | None] = [*sorted({int(s) for s in recordings.subject})]
+    return subjects if recordings.t is None else [None]

@@ -1,4 +1,4 @@
-"""What came of a simulated fleet, as the collector has it, and how right the models were before anything went wrong."""
+"""Report of a simulated fleet from the collector's database: results, alerts, audit, accuracy before any fault."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from agent.wire.keys import PublicKey
 
 
 class Score(msgspec.Struct, frozen=True):
-    """`total` of right answers, or of how far off values were, over `n` results."""
+    """Sum of correct predictions, or of absolute errors, over `n` results."""
 
     total: float = 0.0
     n: int = 0
@@ -31,7 +31,7 @@ class Score(msgspec.Struct, frozen=True):
 
 
 class SimulationReport(msgspec.Struct, frozen=True):
-    """Of each device, of all together, and the audit; `accuracy` or `mae` where the recordings have labels for it."""
+    """Entries of devices, overall accuracy or MAE if the recordings have labels, and the audit."""
 
     devices: list[dict[str, Any]]
     accuracy: float | None
@@ -40,21 +40,23 @@ class SimulationReport(msgspec.Struct, frozen=True):
 
 
 def build_report(database: Path, plan: SimulationPlan, operators: Sequence[PublicKey] = ()) -> SimulationReport:
-    """Against what is labelled of the recordings, of results from before the site's first fault.
+    """Compare results before each site's first fault with the labels of the recordings, and audit the database.
 
-    `operators`: keys whose decisions about roll-outs count.
+    `operators`: keys with which decisions about rollouts are valid.
     """
     store = FleetStore(database, read_only=True)
     try:
-        view = {row["device"]: row for row in store.progress()}
+        progress = {row["device"]: row for row in store.progress()}
         recordings = load(plan.scenario.file)
-        right, off, devices = Score(), Score(), []
+        accuracy, error, devices = Score(), Score(), []
         for site in plan.sites:
-            named, valued = _accuracy_score(store, plan, recordings, site), _error_score(store, plan, recordings, site)
-            scores = {"accuracy": named.mean(4), "mae": valued.mean(1), "anomalies": _anomaly_rates(store, plan, site)}
-            devices.append(_device_entry(store, site, view.get(site.device, {})) | scores)
-            right, off = right + named, off + valued
-        return SimulationReport(devices, right.mean(4), off.mean(1), audit(store, operators=operators))
+            correct = _accuracy_score(store, plan, recordings, site)
+            absolute = _error_score(store, plan, recordings, site)
+            rates = _anomaly_rates(store, plan, site)
+            scores = {"accuracy": correct.mean(4), "mae": absolute.mean(1), "anomalies": rates}
+            devices.append(_device_entry(store, site, progress.get(site.device, {})) | scores)
+            accuracy, error = accuracy + correct, error + absolute
+        return SimulationReport(devices, accuracy.mean(4), error.mean(1), audit(store, operators=operators))
     finally:
         store.close()
 
@@ -81,16 +83,18 @@ def _accuracy_score(store: FleetStore, plan: SimulationPlan, recordings: Recordi
     if plan.scenario.kind != "classify":
         return Score()
     truth = plan.row_labels(recordings, site)
-    answers = [(row, label) for row, label in store.labels(site.device) if row < plan.first_faulty_row(site)]
-    return Score(float(sum(truth[row - 1] == label for row, label in answers)), len(answers))
+    predicted = [(row, label) for row, label in store.labels(site.device) if row < plan.first_faulty_row(site)]
+    return Score(float(sum(truth[row - 1] == label for row, label in predicted)), len(predicted))
 
 
 def _anomaly_rates(store: FleetStore, plan: SimulationPlan, site: SimulatedSite) -> list[float | None] | None:
-    """Share of results that are called an anomaly, before and after the row where something goes wrong somewhere."""
+    """Return the share of results predicted as anomaly before and after the row of the first fault of any site."""
     if plan.scenario.kind != "anomaly":
         return None
-    said = store.labels(site.device)
-    parts = [[label for row, label in said if (row < plan.scenario.baseline_rows) == early] for early in (True, False)]
+    predicted = store.labels(site.device)
+    parts = [
+        [label for row, label in predicted if (row < plan.scenario.baseline_rows) == early] for early in (True, False)
+    ]
     return [round(part.count(ANOMALY) / len(part), 4) if part else None for part in parts]
 
 
@@ -101,5 +105,5 @@ def _error_score(store: FleetStore, plan: SimulationPlan, recordings: Recordings
     known = np.array(
         [(row, value) for row, value in store.values(site.device) if row < plan.first_faulty_row(site)]
     ).reshape(-1, 2)
-    off = np.abs(truth[known[:, 0].astype(np.int64) - 1] - known[:, 1])
-    return Score(float(np.nansum(off)), int(np.isfinite(off).sum()))
+    errors = np.abs(truth[known[:, 0].astype(np.int64) - 1] - known[:, 1])
+    return Score(float(np.nansum(errors)), int(np.isfinite(errors).sum()))

@@ -1,6 +1,6 @@
-"""A roll-out in a simulated fleet: its repository over HTTP, the operator's commands, and devices that come and go.
+"""Rollout in a simulated fleet: the repository over HTTP, the operator's commands, and device outages.
 
-Commands are the real ones, each in a process of its own. What a device is told, and does, it tells the collector.
+The commands are the real ones, each in its own process.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from agent.wire.keys import PublicKey
 
 FOLLOW_PROCESS = "follow"
 _DECIDE_EVERY_S = "2"
-# A command takes a second or two, and minutes beside fifty devices on a machine that is busy with other things.
+# A command takes a second or two, and minutes on a busy machine with fifty devices.
 _COMMAND_TIMEOUT_S = 300.0
 
 
 class RolloutTarget(msgspec.Struct, frozen=True):
-    """What a roll-out file is about; `path` is the bundle's, where the file names one."""
+    """Name, task and bundle of a rollout file; `bundle_path` if the file names a path."""
 
     file: Path
     name: str
@@ -38,15 +38,15 @@ class RolloutTarget(msgspec.Struct, frozen=True):
 
 
 def read_target(file: Path) -> RolloutTarget:
-    """Raises ConfigError."""
-    found = plan.read(file)
-    # Only who it is for and how it is called are asked for here; the bundle is settled by `fleet rollout start`.
-    whole = found.to_plan(found.bundle or "", found.version or "", found.digest or "")
-    return RolloutTarget(file.resolve(), whole.name, whole.task, found.path)
+    """Read the target of a rollout file. Raises ConfigError."""
+    draft = plan.read(file)
+    # Name and task are enough here; `fleet rollout start` resolves the bundle.
+    resolved = draft.to_plan(draft.bundle or "", draft.version or "", draft.digest or "")
+    return RolloutTarget(file.resolve(), resolved.name, resolved.task, draft.path)
 
 
 class RolloutDriver(msgspec.Struct):
-    """`prepare` before the fleet starts, `begin` when it runs, `turn` until `over`. `trusted`: publishers' keys."""
+    """Drives a rollout: `prepare` before the fleet starts, `start` when it runs, `tick` until `is_over`."""
 
     fleet: Simulation
     target: RolloutTarget
@@ -59,18 +59,19 @@ class RolloutDriver(msgspec.Struct):
     _returned: set[str] = msgspec.field(default_factory=set)
 
     def prepare(self) -> None:
-        """A repository with the bundle in it, and its server. Raises OutstationError."""
+        """Create a repository with the bundle, and start its web server. Raises OutstationError."""
         self.fleet.prepare()
         self.run_command("fleet", "repository", "init")
         if self.target.bundle_path is not None:
             trust = [word for key in self.trusted_keys for word in ("--key", key.text)]
             self.run_command("fleet", "publish", str(self.target.bundle_path), *trust)
-        lines = {name: DeviceConnection(planned_cuts=cuts) for name, cuts in self.disturbances.download_cuts.items()}
-        lines |= {name: DeviceConnection(bytes_per_s=rate) for name, rate in self.disturbances.slow_rates.items()}
-        self.web = FlakyWebServer(self.fleet.home / "repository", self.seed, connections=lines)
+        cuts, rates = self.disturbances.download_cuts, self.disturbances.slow_rates
+        connections = {name: DeviceConnection(planned_cuts=count) for name, count in cuts.items()}
+        connections |= {name: DeviceConnection(bytes_per_s=rate) for name, rate in rates.items()}
+        self.web = FlakyWebServer(self.fleet.home / "repository", self.seed, connections=connections)
 
     def device_config(self, site: SimulatedSite) -> str:
-        """Of a device: whose bundles it takes, and from where."""
+        """Return the config sections of a device with trusted publishers and the repository."""
         assert self.web is not None
         root = self.fleet.home / "repository" / "metadata" / "1.root.json"
         updates = {"url": self.web.url(site.device), "root": str(root.resolve()), "poll_interval": "60 s"}
@@ -79,43 +80,43 @@ class RolloutDriver(msgspec.Struct):
         return "".join(f"\n[{name}]\n{_toml_lines(section)}" for name, section in sections.items())
 
     def start(self) -> None:
-        """Take the first devices away, start the roll-out and follow it. Raises OutstationError."""
-        for device, away in self.disturbances.outages.items():
-            if away.begin_s == 0.0:
+        """Take the first devices offline, start the rollout and follow it. Raises OutstationError."""
+        for device, outage in self.disturbances.outages.items():
+            if outage.begin_s == 0.0:
                 self._take_offline(device)
         self.run_command("fleet", "rollout", "start", str(self.target.file))
         self._started_s = time.monotonic()
-        # It ends with 1 where it aborts.
+        # It exits with 1 when it aborts the rollout.
         self.fleet.allowed_to_exit.add(FOLLOW_PROCESS)
         words = ("--every", _DECIDE_EVERY_S, "--dir", str(self.fleet.home))
         self.fleet.spawn(FOLLOW_PROCESS, "fleet", "rollout", "follow", self.target.name, *words)
 
     def tick(self) -> None:
-        """Devices go and come back as their hardship has it."""
+        """Begin and end outages that are due."""
         since_s = time.monotonic() - self._started_s
-        for device, away in self.disturbances.outages.items():
-            if device not in self._departed and since_s >= away.begin_s:
+        for device, outage in self.disturbances.outages.items():
+            if device not in self._departed and since_s >= outage.begin_s:
                 self._take_offline(device)
-            elif device in self._departed - self._returned and since_s >= away.end_s:
+            elif device in self._departed - self._returned and since_s >= outage.end_s:
                 self._returned.add(device)
                 self.fleet.start_device(device)
 
     @property
     def is_over(self) -> bool:
-        """Whether the roll-out ended, and every device is back."""
+        """Return True if the rollout ended, and every device is back."""
         return self.fleet.processes[FOLLOW_PROCESS].poll() is not None and self._returned >= set(
             self.disturbances.outages
         )
 
     def disturbance_report(self) -> dict[str, Any]:
-        """Who had it how hard, and what came of it: downloads that broke off, bytes that were sent."""
-        lines = self.web.connections if self.web is not None else {}
+        """Return the disturbances by device, with the number of cut downloads and sent bytes."""
+        connections = self.web.connections if self.web is not None else {}
         return {
-            "away": {name: [away.begin_s, away.end_s] for name, away in self.disturbances.outages.items()},
-            "cut": {name: lines[name].cut_count for name in self.disturbances.download_cuts},
+            "away": {name: [outage.begin_s, outage.end_s] for name, outage in self.disturbances.outages.items()},
+            "cut": {name: connections[name].cut_count for name in self.disturbances.download_cuts},
             "slow": self.disturbances.slow_rates,
             "worse": list(self.disturbances.degraded),
-            "sent": sum(line.sent_bytes for line in lines.values()),
+            "sent": sum(connection.sent_bytes for connection in connections.values()),
         }
 
     def close(self) -> None:
@@ -123,7 +124,7 @@ class RolloutDriver(msgspec.Struct):
             self.web.close()
 
     def run_command(self, *arguments: str) -> str:
-        """One command of the operator's, on the fleet's folder; what it printed. Raises OutstationError."""
+        """Run an operator's command on the fleet's folder, and return its output. Raises OutstationError."""
         command = [sys.executable, "-m", "agent", *arguments, "--dir", str(self.fleet.home)]
         try:
             done = subprocess.run(
@@ -139,8 +140,8 @@ class RolloutDriver(msgspec.Struct):
                 f"outstation {' '.join(arguments)}: not done within {_COMMAND_TIMEOUT_S:g} s"
             ) from None
         if done.returncode:
-            said = (done.stderr or done.stdout).strip()
-            raise OutstationError(f"outstation {' '.join(arguments)}: exit code {done.returncode}: {said}")
+            output = (done.stderr or done.stdout).strip()
+            raise OutstationError(f"outstation {' '.join(arguments)}: exit code {done.returncode}: {output}")
         return done.stdout
 
     def _take_offline(self, device: str) -> None:

@@ -1,86 +1,89 @@
-"""How a roll-out in a simulated fleet ended: who runs what and why, what was decided, and whose results count."""
+"""Outcome of a simulated rollout, from the collector's database: phases and bundles of each device, and decisions."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-# The last word of each device on the roll-out.
-_LATEST_PHASE_SQL = """
-    SELECT device, phase, reason, summary, strategy FROM (
-        SELECT *, row_number() OVER (PARTITION BY device ORDER BY time DESC, seq DESC) AS nth
-        FROM rollout_devices WHERE rollout = ?) WHERE nth = 1"""
-# Which bundles' results each device published, and up to which message.
-_SERVED_SQL = """
-    SELECT device, json_extract(CAST(payload AS TEXT), '$.model.version'),
-           json_extract(CAST(payload AS TEXT), '$.model.digest'), count(*), max(seq)
-    FROM messages WHERE kind = 'results' AND topic LIKE '%/results/' || ? GROUP BY 1, 2, 3 ORDER BY 5"""
-_ROLLOUT_SQL = "SELECT rollout, task, bundle, version, digest, state, step, plan FROM rollouts WHERE rollout = ?"
-_DECISIONS_SQL = "SELECT n, time, event, summary FROM decisions WHERE rollout = ? ORDER BY n"
-_PHASES_SQL = "SELECT device, phase, reason FROM rollout_devices WHERE rollout = ? ORDER BY time, seq"
+from agent.fleet import bundle_history
+from agent.fleet.database import rollouts
+from agent.fleet.database.interface import Connection
+from agent.fleet.database.store import FleetStore
+from agent.fleet.rollout import journal
+from agent.fleet.rollout.journal import Rollout
 
 
 class RolloutOutcome(msgspec.Struct, frozen=True):
-    """`rollout` as the report has it; `devices`: what each adds to its entry there."""
+    """`rollout` as the report has it; `devices`: the members that it adds to each device's entry."""
 
     rollout: dict[str, Any]
     devices: dict[str, dict[str, Any]]
 
 
-def read_outcome(database: Path, rollout: str) -> RolloutOutcome:
-    with _open_read_only(database) as db:
-        name, task, bundle, version, digest, state, step, plan = db.execute(_ROLLOUT_SQL, [rollout]).fetchone()
-        served = db.execute(_SERVED_SQL, [task]).fetchall()
-        decided = [
-            dict(zip(("n", "time", "event", "summary"), row, strict=True)) for row in db.execute(_DECISIONS_SQL, [name])
-        ]
-        steps = json.loads(plan)["steps"]
+def read_outcome(database: Path, name: str) -> RolloutOutcome:
+    with _open_snapshot(database) as (store, db):
+        rollout = journal.find(db, name)
+        devices = _device_entries(store, db, rollout)
+        plan = rollout.plan
         document = {
-            "name": name,
-            "bundle": bundle,
-            "version": version,
-            "digest": digest,
-            "state": state,
-            "step": step,
-            "steps": len(steps),
-            "strategy": steps[step - 1]["strategy"],
-            "decisions": decided,
-            # Of every device: messages with results of the new bundle.
-            "served": sum(count for _, _, which, count, _ in served if which == digest),
+            "name": rollout.name,
+            "bundle": plan.bundle,
+            "version": plan.version,
+            "digest": plan.digest,
+            "state": rollout.state,
+            "step": rollout.step,
+            "steps": len(plan.steps),
+            "strategy": rollout.current_step.strategy,
+            "decisions": [
+                dict(zip(("n", "time", "event", "summary"), row[1:5], strict=True))
+                for row in rollouts.load_decisions(db, name)
+            ],
+            # Messages of all devices with results of the new bundle.
+            "served": sum(entry["served"].get(plan.version, 0) for entry in devices.values()),
         }
-        return RolloutOutcome(document, _device_entries(db, name, served))
+        return RolloutOutcome(document, devices)
 
 
-def read_status(database: Path, rollout: str) -> tuple[str, dict[str, str]]:
-    """The roll-out's state, and the phase of each device that said one."""
-    with _open_read_only(database) as db:
-        state = db.execute("SELECT state FROM rollouts WHERE rollout = ?", [rollout]).fetchone()
-        said = {device: phase for device, phase, *_ in db.execute(_LATEST_PHASE_SQL, [rollout])}
-        return (state[0] if state else ""), said
+def read_status(database: Path, name: str) -> tuple[str, dict[str, str]]:
+    """Return the state of the rollout, and the phase of each device that reported one."""
+    with _open_snapshot(database) as (_, db):
+        if rollouts.find_rollout(db, name) is None:
+            return "", {}
+        rollout = journal.find(db, name)
+        return rollout.state, {row[0]: row[2] for row in _load_reports(db, rollout)}
 
 
-def _device_entries(db: sqlite3.Connection, rollout: str, served: list[Any]) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    # In the order of the messages: what a device served last is what it runs.
-    for device, version, digest, count, _ in served:
-        one = found.setdefault(device, {"served": {}})
-        one["runs"] = {"version": version, "digest": digest}
-        one["served"][version] = count
-    for device, phase, reason, summary, strategy in db.execute(_LATEST_PHASE_SQL, [rollout]):
-        told = {"phase": phase, "reason": reason, "why": summary, "strategy": strategy}
-        found.setdefault(device, {"served": {}}).update(told)
-    for device, phase, _ in db.execute(_PHASES_SQL, [rollout]):
-        found[device].setdefault("phases", []).append(phase)
-    return found
+def _device_entries(store: FleetStore, db: Connection, rollout: Rollout) -> dict[str, dict[str, Any]]:
+    entries: dict[str, dict[str, Any]] = {}
+    for device, log in store.newest_logs():
+        served: dict[str, int] = {}
+        entry = entries[device] = {"served": served, "runs": None}
+        # In order of seq: the bundle of the last message is the one that runs.
+        for _, run in sorted(bundle_history.load_bundle_runs(db, (device, rollout.plan.task, log)).items()):
+            served[run.version] = served.get(run.version, 0) + 1
+            entry["runs"] = {"version": run.version, "digest": run.digest}
+    for device, _, phase, reason, summary, _, strategy in _load_reports(db, rollout):
+        report = {"phase": phase, "reason": reason, "why": summary, "strategy": strategy}
+        entries.setdefault(device, {"served": {}, "runs": None}).update(report)
+    for device, phase in rollouts.load_phases(db, rollout.name):
+        entries[device].setdefault("phases", []).append(phase)
+    return entries
+
+
+def _load_reports(db: Connection, rollout: Rollout) -> list[tuple[Any, ...]]:
+    rows = rollouts.load_devices(db, rollout.name, rollout.plan.task, rollout.plan.digest)
+    return [row for row in rows if row[2] is not None]
 
 
 @contextlib.contextmanager
-def _open_read_only(database: Path) -> Iterator[sqlite3.Connection]:
-    with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=30)) as db:
-        yield db
+def _open_snapshot(database: Path) -> Iterator[tuple[FleetStore, Connection]]:
+    store = FleetStore(database, read_only=True)
+    try:
+        with store.snapshot() as db:
+            yield store, db
+    finally:
+        store.close()

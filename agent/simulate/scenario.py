@@ -1,7 +1,7 @@
-"""What `outstation demo` plays: recordings, a task over them, and what goes wrong at which site.
+"""Scenarios of `outstation demo`: recordings, a task on them, and faults at some sites.
 
-A scenario says it in rows of the replay: first those a site learns from, then as many as show that nothing is wrong,
-then those after which something is.
+A scenario counts in rows of the replay. First a site learns its reference, then it runs without a fault, then its
+faults begin.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from agent.model.bundle import builtin
 
 
 class GradualLoss(msgspec.Struct, frozen=True):
-    """What is measured falls by a share `amount`, evenly over `over` rows from `from_row` on, and stays there."""
+    """The measured value falls by the share `amount`, evenly over `ramp_rows` from `from_row` on, and stays there."""
 
     from_row: int
     ramp_rows: int
     amount: float
 
     def remaining(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """(n,) share of the value that is left at each row."""
+        """Return the remaining share of the value at each row (n,)."""
         return 1 - self.amount * np.clip((rows - self.from_row) / self.ramp_rows, 0.0, 1.0)
 
 
 class DelayedLabels(msgspec.Struct, frozen=True):
-    """Labels that come by themselves: `column` of the recordings, each `every` rows, `delay` rows later.
+    """Labels that arrive later: `column` of the recordings each `every_rows`, after `delay_rows`.
 
-    Only rows where `field` is at least `least`. `unit` is that of the values.
+    Only rows where `filter_field` is at least `filter_min` get a label. `unit` is the unit of the values.
     """
 
     column: str
@@ -45,25 +45,25 @@ class DelayedLabels(msgspec.Struct, frozen=True):
 
 
 class SiteFaults(msgspec.Struct, frozen=True):
-    """What goes wrong at a site: with its sensor, with what the recordings are of, or with what is measured."""
+    """Faults of a site: sensor faults, replaced recordings, or a loss of the measured value."""
 
     faults: tuple[ReplayFault, ...] = ()
     scenes: tuple[RecordingFilter, ...] = ()
     loss: GradualLoss | None = None
 
     def first_fault_row(self, default: int) -> int:
-        """The first row at which anything is wrong; `never` where nothing is."""
+        """Return the first row with any fault; `default` without one."""
         rows = [fault.from_row for fault in self.faults] + [scene.from_row for scene in self.scenes[1:]]
         return min([*rows, *([self.loss.from_row] if self.loss else [])], default=default)
 
 
 class Scenario(msgspec.Struct, frozen=True):
-    """`fates` are those of the first sites, `usual` that of the others; `skip` rows of the file are left out.
+    """A demo scenario; `kind` is that of its bundle.
 
-    `worse` is that of a site whose sensor is out of order from the beginning, and whose model gets on all the same.
-
-    `kind` is the bundle's; `learn`: drift windows a site learns from; `learned`: rows until it has, and has shown that
-    nothing is wrong; `tail`: rows at the end that may fill no model window.
+    `faults_by_site` are the faults of the first sites, `default_faults` those of the others. `initially_faulty`: a
+    sensor is faulty from the first row on, and the model works all the same. `baseline_rows`: rows to learn from and to
+    run without a fault. `tail_rows`: rows at the end that may not fill a model window. `skip_rows` of the file are left
+    out.
     """
 
     name: str
@@ -91,15 +91,15 @@ class Scenario(msgspec.Struct, frozen=True):
 
 
 def from_name(name: str) -> Scenario:
-    """Raises UsageError."""
+    """Return a scenario. Raises UsageError for an unknown name."""
     if name not in SCENARIOS:
-        raise UsageError(f"there is no scenario {name!r}; there is {', '.join(SCENARIOS)}")
+        raise UsageError(f"unknown scenario {name!r}; known scenarios are {', '.join(SCENARIOS)}")
     return SCENARIOS[name]
 
 
 def _exercise_scenario() -> Scenario:
-    # 40 drift windows of 20 model windows of 100 rows, and the rows at the end of each recording that fill none; then
-    # 30,000 in which nothing is wrong.
+    # 40 drift windows of 20 model windows of 100 rows, plus rows at the end of each recording that fill no window; then
+    # 30,000 rows without a fault.
     begin = 90_000 + 30_000
     return Scenario(
         name="exercise",
@@ -115,7 +115,7 @@ def _exercise_scenario() -> Scenario:
             SiteFaults(faults=(ReplayFault(kind="gain", fields=["ax", "ay", "az"], from_row=begin, amount=0.6),)),
             SiteFaults(faults=(ReplayFault(kind="stuck", fields=["wy"], from_row=begin, amount=0.25),)),
         ),
-        # A gyroscope set to another range than the reader thinks.
+        # A gyroscope set to another range than its driver assumes.
         initially_faulty=SiteFaults(
             faults=(ReplayFault(kind="gain", fields=["wx", "wy", "wz"], from_row=1, amount=4.0),)
         ),
@@ -123,7 +123,7 @@ def _exercise_scenario() -> Scenario:
 
 
 def _solar_scenario() -> Scenario:
-    # Days of 96 rows, from 1 May 2013 on: 40 to learn from, 10 that show nothing, and 70 in which dust settles.
+    # Days of 96 rows from 1 May 2013 on: 40 to learn from, 10 without a fault, and 70 in which dust settles.
     day = 96
     begin = (40 + 10) * day
     return Scenario(
@@ -151,8 +151,8 @@ def _solar_scenario() -> Scenario:
 
 
 def _machine_scenario() -> Scenario:
-    # 60 drift windows of 20 model windows of 5 rows, and the rows at the end of each recording that fill none: the load
-    # wanders, and 40 windows do not know all of it.
+    # 60 drift windows of 20 model windows of 5 rows, plus rows at the end of each recording that fill no window. The
+    # load varies slowly, and 40 windows do not cover its range.
     begin = 7_000 + 3_000
     bands = [f"mel{i}" for i in range(32)]
     sound = RecordingFilter(column="fault", value="none")
@@ -180,4 +180,4 @@ def _machine_scenario() -> Scenario:
     )
 
 
-SCENARIOS = {one.name: one for one in (_exercise_scenario(), _solar_scenario(), _machine_scenario())}
+SCENARIOS = {scenario.name: scenario for scenario in (_exercise_scenario(), _solar_scenario(), _machine_scenario())}

@@ -1,6 +1,6 @@
-"""A simulated fleet on one machine: a real broker, the real collector and real device daemons on replayed recordings.
+"""Simulation of a fleet on one machine: a real broker, collector and device daemons on replayed recordings.
 
-Each part is the program a user would start, in a process of its own. The faults are in the recordings' replay.
+Each part is the program that a user would start, in its own process. The faults are in the replay of the recordings.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from agent.simulate.plan import SimulatedSite, SimulationPlan
 FLEET_NAME = "demo"
 _BROKER_TIMEOUT_S = 10.0
 _POLL_INTERVAL_S, _QUIET_S = 0.5, 2.0
-# Devices that start beside each other: more would only wait for the processor, and for each other.
+# Devices that start at the same time: more would only wait for the processor.
 _MAX_STARTING, _STARTUP_TIMEOUT_S = 4, 60.0
 _MAX_RESTARTS = 3
 
 
 class Simulation(msgspec.Struct):
-    """The running fleet in `folder`. Use as a context: leaving it ends every process it started.
+    """A running fleet in `folder`; leaving its context ends every process that it started.
 
-    `broker`: one that runs already; None: it starts its own. `more` is added to a device's config. `may_end`: processes
-    that may end by themselves. `restarts`: what ended a device's daemon, each time.
+    `broker`: URL of a running broker; None: start one. `extra_config` is appended to a device's config.
+    `allowed_to_exit`: processes that may exit by themselves. `restarts`: why each daemon was restarted.
     """
 
     folder: Path
@@ -67,14 +67,14 @@ class Simulation(msgspec.Struct):
             self._embedded.stop()
 
     def prepare(self) -> FleetConfig:
-        """Make the fleet's folder, its keys and its broker's config, once."""
+        """Create the fleet's folder, keys and broker config, once."""
         if self._fleet is None:
             broker = BrokerConfig(url=self.broker or f"mqtt://127.0.0.1:{_free_port()}")
             self._fleet = init_fleet(self.home, FLEET_NAME, broker)
         return self._fleet
 
     def start(self) -> None:
-        """Broker, collector, devices, in this order. Raises OutstationError where one does not come up."""
+        """Start broker, collector and devices, in this order. Raises OutstationError if one does not start."""
         config = self.prepare()
         self._start_broker(config.broker)
         self.spawn("collector", "fleet", "collect", "--dir", str(self.home))
@@ -83,10 +83,8 @@ class Simulation(msgspec.Struct):
             for site in self.plan.sites:
                 home = enrol(self.home, config, store, site.device, key=None, replace=False).folder
                 file = home / "outstation.toml"
-                text = (
-                    file.read_text(encoding="utf-8") + stream_and_task_toml(self.plan, site) + self.extra_config(site)
-                )
-                file.write_text(text, encoding="utf-8")
+                with file.open("a", encoding="utf-8") as config_file:
+                    config_file.write(stream_and_task_toml(self.plan, site) + self.extra_config(site))
                 self._wait_for_startup_slot()
                 self.start_device(site.device)
                 self._add_meter(file, site)
@@ -99,27 +97,27 @@ class Simulation(msgspec.Struct):
         self.spawn(device, "run", "-c", str(self.config_path(device)))
 
     def stop_device(self, device: str) -> None:
-        """Stop the device's daemon, until `begin`."""
+        """Stop the device's daemon, until `start_device`."""
         self.allowed_to_exit.add(device)
         self._stop([device])
 
     def watch_progress(self, until_s: float) -> Iterator[list[dict[str, Any]]]:
-        """The collector's view, twice a second, until all rows were judged or `until_s` (monotonic) has passed."""
+        """Yield the collector's progress twice a second, until all rows have results or `until_s` (monotonic) is over."""
         store = FleetStore(self.database, read_only=True)
-        before, still_s = list[int](), 0.0
+        last_counts, idle_s = list[int](), 0.0
         try:
             while True:
                 self.restart_exited()
-                view = store.progress()
-                self._send_due_labels(view)
-                yield view
+                progress = store.progress()
+                self._send_due_labels(progress)
+                yield progress
                 # The tail of the last recording may fill no window.
-                done = [row for row in view if row["rows"] >= self.plan.rows - self.plan.scenario.tail_rows]
-                told = [row["messages"] for row in view]
-                still_s = 0.0 if told != before else still_s + _POLL_INTERVAL_S
-                before = told
-                # What labels say of the last rows comes after these.
-                settled = not self._meters or still_s >= _QUIET_S
+                done = [row for row in progress if row["rows"] >= self.plan.rows - self.plan.scenario.tail_rows]
+                counts = [row["messages"] for row in progress]
+                idle_s = 0.0 if counts != last_counts else idle_s + _POLL_INTERVAL_S
+                last_counts = counts
+                # Metrics from labels of the last rows arrive after their results.
+                settled = not self._meters or idle_s >= _QUIET_S
                 if (len(done) == len(self.plan.sites) and settled) or time.monotonic() > until_s:
                     return
                 time.sleep(_POLL_INTERVAL_S)
@@ -127,7 +125,7 @@ class Simulation(msgspec.Struct):
             store.close()
 
     def stop(self) -> None:
-        """Devices, then the collector, each by SIGTERM; they finish what they have in hand."""
+        """Stop the devices, then the collector, by SIGTERM; they finish their current work."""
         for meter in self._meters.values():
             meter.close()
         self._stop([site.device for site in self.plan.sites])
@@ -146,7 +144,7 @@ class Simulation(msgspec.Struct):
         return self.home / "devices" / device / "outstation.toml"
 
     def log_path(self, name: str) -> Path:
-        """What a process wrote to its stdout and stderr."""
+        """Return the file with stdout and stderr of a process."""
         return self.folder / f"{name}.log"
 
     def spawn(self, name: str, *arguments: str) -> None:
@@ -154,19 +152,19 @@ class Simulation(msgspec.Struct):
         self._spawn_command(name, [sys.executable, "-m", "agent", *arguments])
 
     def restart_exited(self) -> None:
-        """A device's daemon that ended is started again, as by systemd.
+        """Restart daemons that exited, as systemd would.
 
-        Raises OutstationError where another process ended that should not have, or a daemon did again and again.
+        Raises OutstationError if another process exited unexpectedly, or a daemon keeps exiting.
         """
         for name, process in list(self.processes.items()):
             if name in self.allowed_to_exit or process.poll() in (None, 0):
                 continue
             last = self.log_path(name).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            said = f"{name} ended with code {process.returncode}: {' '.join(last)}"
-            again = self.restarts.setdefault(name, [])
-            if not self.config_path(name).exists() or len(again) >= _MAX_RESTARTS:
-                raise OutstationError(f"{said} (see {self.log_path(name)})")
-            again.append(said)
+            problem = f"{name} exited with code {process.returncode}: {' '.join(last)}"
+            restarts = self.restarts.setdefault(name, [])
+            if not self.config_path(name).exists() or len(restarts) >= _MAX_RESTARTS:
+                raise OutstationError(f"{problem} (see {self.log_path(name)})")
+            restarts.append(problem)
             self.start_device(name)
 
     def _stop(self, names: list[str]) -> None:
@@ -182,7 +180,7 @@ class Simulation(msgspec.Struct):
                 process.wait()
 
     def _wait_for_startup_slot(self) -> None:
-        """Until but a few of the devices that were begun are still starting."""
+        """Wait until few enough devices are still starting."""
         deadline = time.monotonic() + _STARTUP_TIMEOUT_S
         while (
             sum(not self._is_running(site.device) for site in self.plan.sites if site.device in self.processes)
@@ -190,17 +188,16 @@ class Simulation(msgspec.Struct):
         ):
             self.restart_exited()
             if time.monotonic() > deadline:
-                raise OutstationError(f"devices do not come up: see {self.log_path(self.plan.sites[0].device)}")
+                raise OutstationError(f"devices do not start: see {self.log_path(self.plan.sites[0].device)}")
             time.sleep(0.05)
 
     def _is_running(self, device: str) -> bool:
         return b"running:" in self.log_path(device).read_bytes()
 
-    def _send_due_labels(self, view: list[dict[str, Any]]) -> None:
-        """Labels for what the collector has seen judged by now."""
-        judged = {row["device"]: row["rows"] for row in view}
+    def _send_due_labels(self, progress: list[dict[str, Any]]) -> None:
+        last_rows = {row["device"]: row["rows"] for row in progress}
         for device, meter in self._meters.items():
-            meter.send_due_labels(judged.get(device, 0))
+            meter.send_due_labels(last_rows.get(device, 0))
 
     def _start_broker(self, broker: BrokerConfig) -> None:
         if self.broker is not None:
@@ -224,8 +221,8 @@ class Simulation(msgspec.Struct):
         measured = self.plan.scenario.delayed_labels
         if measured is not None:
             address = load_config(config_file).data_dir / "intake.sock"
-            told = self.plan.metered_labels(load(self.plan.scenario.file), site)
-            self._meters[site.device] = LabelMeter(address, self.plan.scenario.name, measured, told)
+            values = self.plan.metered_labels(load(self.plan.scenario.file), site)
+            self._meters[site.device] = LabelMeter(address, self.plan.scenario.name, measured, values)
 
     def _spawn_command(self, name: str, command: list[str]) -> None:
         with self.log_path(name).open("ab") as log:

@@ -31,7 +31,7 @@ def problems(trial: Trial, report: dict[str, Any]) -> list[str]:
 def _finished(trial: Trial, rollout: dict[str, Any], devices: list[dict[str, Any]]) -> Iterator[str]:
     if rollout["state"] != "finished":
         yield f"it is {rollout['state']} at step {rollout['step']}, and should be finished"
-    worse = set(rollout["hardship"]["worse"]) if trial.back else set()
+    worse = set(rollout["disturbances"]["worse"]) if trial.back else set()
     for device in devices:
         back = device["device"] in worse
         if device["phase"] not in (_BACK if back else {"active"}):

@@ -128,7 +128,7 @@ def test_the_audit_exits_1_and_names_the_message_when_a_byte_was_altered(folder:
         (["init", "{folder}"], "never overwritten"),
         (["init", "{folder}/x", "--name", "No Name"], "--name"),
         (["init", "{folder}/x", "--broker", "http://broker"], "--broker"),
-        (["init", "{folder}/x", "--broker", "mqtt://broker"], "in the clear"),
+        (["init", "{folder}/x", "--broker", "mqtt://broker"], "is not encrypted"),
         (["enrol", "pi-07", "--key", "nonsense", "--dir", "{folder}"], "nonsense"),
         (["enrol", "collector", "--dir", "{folder}"], "role"),
         (["enrol", "pi-07", "--bundle-out", "{folder}/fleet.toml", "--dir", "{folder}"], "name a new file"),

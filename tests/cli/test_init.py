@@ -1,4 +1,4 @@
-"""`outstation init`: a config that loads, a key that stays, and nothing half written."""
+"""Command `outstation init`: a config that loads, a key that stays, and nothing half written."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def test_what_is_written_loads_and_holds_a_key_only_its_owner_reads(
 def test_a_config_that_is_there_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "outstation.toml").write_text("mine")
     assert init(tmp_path) == 2
-    assert "is there already; edit it, or move it away first" in capsys.readouterr().err
+    assert "exists already; edit it, or move it away first" in capsys.readouterr().err
     assert (tmp_path / "outstation.toml").read_text() == "mine"
     assert not (tmp_path / "device.key").exists()
 
 
-def test_a_key_that_is_there_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_key_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     public = keys.generate(tmp_path / "device.key").public
     assert init(tmp_path, "--json") == 0
     assert json.loads(capsys.readouterr().out)["key"] == public.text

@@ -1,4 +1,4 @@
-"""How fields move together: whole numbers that add, correlations as they are, and their tests."""
+"""Correlation: whole numbers that add, correct correlations, and their tests."""
 
 from __future__ import annotations
 

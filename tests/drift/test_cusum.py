@@ -1,4 +1,4 @@
-"""CUSUM(1, 5): what raises an alarm, what clears it."""
+"""CUSUM with slack 1 and limit 5: what raises an alarm, and what clears it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hour of the day: learned where it explains something, and then no night alarms."""
+"""Daily cycles: learned where they explain something, and then no night alarms."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def days(
     rows[:, 0] += wave
     rows[:, 1] *= 1 + 0.3 * wave
     rows[len(t) // 2 :, 2] += late
-    judge = DriftMonitor(shipped(), labels=(), window=WINDOW, learn_windows=learn, min_learn_s=learn_s)
+    monitor = DriftMonitor(shipped(), labels=(), window=WINDOW, learn_windows=learn, min_learn_s=learn_s)
     none = np.zeros(len(t), np.int64)
-    _, verdicts = judge.process_batch(
-        judge.start(), rows.astype(np.float32), np.arange(len(t)), 1, none, None, rows=(1, len(t)), t=t
+    _, verdicts = monitor.process_batch(
+        monitor.start(), rows.astype(np.float32), np.arange(len(t)), 1, none, None, rows=(1, len(t)), t=t
     )
-    return verdicts, judge
+    return verdicts, monitor
 
 
 def raised(verdicts: list[DriftWindowResult]) -> list[tuple[str, int]]:
@@ -112,19 +112,19 @@ def office(
     works = (local // daily_cycle.DAY_US + 3) % 7 < 5
     wave = np.maximum(0, np.sin(2 * np.pi * (local / daily_cycle.DAY_US - 0.25))) * works
     rows = rng.normal(size=(len(t), 3)) + np.stack([1.5 * wave, -0.8 * wave, 0 * wave], axis=1)
-    judge = DriftMonitor(
+    monitor = DriftMonitor(
         shipped(), labels=(), window=WINDOW, learn_windows=40, min_learn_s=learn_days * 86_400, seasonality=strata
     )
     none = np.zeros(len(t), np.int64)
-    state, verdicts = judge.start(), []
+    state, verdicts = monitor.start(), []
     for begin in range(0, len(t), 14 * 24 * WINDOW):
         some = slice(begin, begin + 14 * 24 * WINDOW)
-        state, more = judge.process_batch(
+        state, more = monitor.process_batch(
             state, rows[some].astype(np.float32), np.arange(len(t[some])), 1, none[some], None,
             rows=(begin + 1, begin + len(t[some])), t=t[some],
         )  # fmt: skip
         verdicts += more
-    return verdicts, judge
+    return verdicts, monitor
 
 
 def test_no_weekend_alarms_once_two_weeks_were_learned() -> None:
@@ -171,7 +171,5 @@ def test_two_weeks_that_disagree_have_no_days_of_rest() -> None:
     ("days", "strata", "expected"),
     [(14, "auto", True), (13, "auto", False), (7, "week", True), (6, "week", False), (20, "hour", False)],
 )
-def test_days_of_rest_are_looked_for_after_two_weeks_or_when_asked_after_one(
-    days: int, strata: str, expected: bool
-) -> None:
+def test_days_of_rest_need_two_weeks_or_one_when_configured(days: int, strata: str, expected: bool) -> None:
     assert daily_cycle.can_fit_weekly(np.arange(days * 24, dtype=np.int64) * daily_cycle.HOUR_US, strata) is expected

@@ -1,4 +1,4 @@
-"""Effect sizes against their definitions computed another way."""
+"""Divergences against their definitions, computed another way."""
 
 from __future__ import annotations
 

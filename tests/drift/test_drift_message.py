@@ -1,4 +1,4 @@
-"""What a drift message costs, and what it must not say."""
+"""Drift messages: their size, and what they must not reveal."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def of_sixteen_fields_and_a_thousand_rows() -> dict[str, Any]:
     known = rng.normal(size=(LEARN * rows, fields)).astype(np.float32)
     at = np.arange(len(known))
     shipped = build_reference(known, at, 1, np.zeros_like(at), None, rows, fields=names)
-    judge = DriftMonitor(shipped, labels=(), window=rows, learn_windows=LEARN)
+    monitor = DriftMonitor(shipped, labels=(), window=rows, learn_windows=LEARN)
     live = rng.normal(size=((LEARN + 1) * rows, fields)).astype(np.float32)
     at = np.arange(len(live))
-    _, verdicts = judge.process_batch(
-        judge.start(), live, at, 1, np.zeros_like(at), None, rows=(1, len(live)), t=at * 1_000_000
+    _, verdicts = monitor.process_batch(
+        monitor.start(), live, at, 1, np.zeros_like(at), None, rows=(1, len(live)), t=at * 1_000_000
     )
     assert verdicts[-1].members["state"] == "ok"
     return verdicts[-1].members
 
 
-def test_sixteen_fields_and_a_thousand_rows_take_less_than_six_kilobytes_of_which_the_counts_are_two() -> None:
+def test_a_message_of_sixteen_fields_takes_less_than_six_kilobytes() -> None:
     summary = of_sixteen_fields_and_a_thousand_rows()
     whole_message = encode(summary)
     counts = sum(len(encode(field["counts"])) for field in summary["features"].values())
@@ -44,7 +44,7 @@ def test_sixteen_fields_and_a_thousand_rows_take_less_than_six_kilobytes_of_whic
     assert len(zlib.compress(whole_message)) < 1800
 
 
-def test_numbers_are_spelled_in_the_fewest_characters_and_stay_the_same_number() -> None:
+def test_numbers_take_the_fewest_characters_and_keep_their_value() -> None:
     assert (
         encode(
             {"a": [to_compact_number(0.0), to_compact_number(5.0), to_compact_number(-0.5), to_compact_number(1e300)]}
@@ -75,14 +75,14 @@ def spoiled(r: Readings) -> Iterator[tuple[str, Readings]]:
 
 @pytest.mark.parametrize("least", [0, 5])
 def test_no_message_says_an_extreme_of_the_data(least: int) -> None:
-    judge = DriftMonitor(
+    monitor = DriftMonitor(
         reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN, units=("g",) * 3, min_bin_rows=least
     )
-    known, _ = feed(judge, judge.start(), readings(3, LEARN + 1))
+    known, _ = feed(monitor, monitor.start(), readings(3, LEARN + 1))
     assert known.site_reference is not None
     named = set()
     for name, r in spoiled(readings(31, 20)):
-        _, verdicts = feed(judge, known, r)
+        _, verdicts = feed(monitor, known, r)
         named |= {alert.evidence.get("fault", alert.alert) for v in verdicts for alert in v.alerts}
         for i, verdict in enumerate(verdicts):
             rows = r.windows(i, i + 1).features
@@ -109,11 +109,11 @@ def near(value: float, number: float) -> bool:
 
 def test_where_values_are_held_at_the_references_own_limit_that_is_named() -> None:
     shipped = reference()
-    judge = DriftMonitor(shipped, labels=LABELS, window=WINDOW, learn_windows=LEARN, units=("g",) * 3)
+    monitor = DriftMonitor(shipped, labels=LABELS, window=WINDOW, learn_windows=LEARN, units=("g",) * 3)
     r = readings(31, 3)
     high = float(shipped.high[1])
     held = np.minimum(r.features[:, 1] + np.float32(high - np.quantile(r.features[:, 1], 0.8)), np.float32(high))
-    _, verdicts = feed(judge, judge.start(), r.changed(1, held))
+    _, verdicts = feed(monitor, monitor.start(), r.changed(1, held))
     [alert] = verdicts[0].alerts
     assert (alert.subject, alert.evidence["fault"]) == (FIELDS[1], "saturated")
     assert f"are held at {high:.6g}, the highest of the shipped reference:" in alert.summary

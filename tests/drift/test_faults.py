@@ -175,14 +175,14 @@ def row_by_row(shipped: Reference, rows: NDArray[np.float64]) -> Summary:
 
 @pytest.fixture(scope="module")
 def learned(shipped: Reference) -> DriftState:
-    judge = DriftMonitor(shipped, labels=LABELS, window=WINDOW)
-    return feed(judge, judge.start(), readings(3, 42))[0]
+    monitor = DriftMonitor(shipped, labels=LABELS, window=WINDOW)
+    return feed(monitor, monitor.start(), readings(3, 42))[0]
 
 
 def alerted(shipped: Reference, learned: DriftState, r: Readings, units: tuple[str, ...]) -> list[tuple[str, str, str]]:
     """Subject, fault and sentence of the fault alerts raised in four windows."""
-    judge = DriftMonitor(shipped, labels=LABELS, window=WINDOW, units=units)
-    _, verdicts = feed(judge, learned, r)
+    monitor = DriftMonitor(shipped, labels=LABELS, window=WINDOW, units=units)
+    _, verdicts = feed(monitor, learned, r)
     alerts = [a for v in verdicts for a in v.alerts if a.alert == "fault" and a.state == "raised"]
     return [(a.subject, a.evidence["fault"], a.summary) for a in alerts]
 
@@ -242,9 +242,7 @@ def test_steps_are_counted_alike_however_the_rows_were_cut(shipped: Reference, c
     assert whole.steps.sum(1).tolist() == [39, 34, 39]
 
 
-def test_nothing_is_said_to_be_swapped_reversed_or_in_another_unit_in_quiet_windows_or_in_drift(
-    shipped: Reference, learned: DriftState
-) -> None:
+def test_quiet_windows_and_drift_are_never_taken_for_a_misread_field(shipped: Reference, learned: DriftState) -> None:
     assert alerted(shipped, learned, readings(31, 300), ("g", "g", "g")) == []
     for gain, shift in [(0.6, 0.0), (1.4, 0.0), (1.0, 0.5), (1.0, -0.5)]:
         r = readings(32, 60)
@@ -272,7 +270,7 @@ def test_a_limit_at_which_a_sensor_often_is_by_nature_is_not_saturation() -> Non
     assert found(shipped, np.minimum(rain[:300].astype(np.float64), 1.8)) == ("saturated",)
 
 
-def test_a_coarse_sensor_that_is_mostly_at_its_highest_value_is_not_saturated(shipped: Reference) -> None:
+def test_a_coarse_sensor_at_its_highest_value_is_not_saturated(shipped: Reference) -> None:
     rng, rows = np.random.default_rng(6), readings(14, 1).features.astype(np.float64)
     rows[:, 0] = np.minimum(np.round(rng.normal(2, 1, len(rows))), 2) / 3
     assert (rows[:, 0] == 2 / 3).mean() > 0.5

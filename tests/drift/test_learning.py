@@ -1,4 +1,4 @@
-"""What a device gathers before it knows what is normal: however long it lasts, and whatever the clock does."""
+"""Learning state: bounded however long learning lasts, and robust against clock steps."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ YEAR_US = 365 * 86_400_000_000
 
 
 @pytest.fixture(scope="module")
-def judge() -> DriftMonitor:
+def monitor() -> DriftMonitor:
     return DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=40)
 
 
-def test_a_task_that_learns_from_more_windows_than_are_kept_learns_all_the_same(judge: DriftMonitor) -> None:
-    many = DriftMonitor(judge.shipped, labels=LABELS, window=WINDOW, learn_windows=MAX_WINDOWS + 30)
+def test_a_task_learns_from_more_windows_than_are_kept(monitor: DriftMonitor) -> None:
+    many = DriftMonitor(monitor.shipped, labels=LABELS, window=WINDOW, learn_windows=MAX_WINDOWS + 30)
     state, verdicts = feed(many, many.start(), readings(5, MAX_WINDOWS + 31), batch=500)
     learned = [v.index for v in verdicts if v.learned_reference is not None]
     assert learned == [MAX_WINDOWS + 30]
@@ -40,7 +40,7 @@ def wide(fields: int, classes: int) -> tuple[LearningState, Summary, Task]:
     return LearningState.empty(shipped), summarize(shipped, whole, starts[:40], labels[:40], None), shipped.task
 
 
-def test_what_is_gathered_stays_small_enough_to_be_committed_however_many_fields_and_classes_there_are() -> None:
+def test_the_learning_state_stays_small_with_many_fields_and_classes() -> None:
     learning, window, task = wide(24, 20)
     kept, most = [], 0
     for number in range(200):
@@ -66,7 +66,7 @@ def timed(*spans: tuple[int, int, int]) -> LearningState:
 MINUTE_US = 60_000_000
 
 
-def test_time_that_was_watched_is_that_of_the_readings_whatever_the_clock_does() -> None:
+def test_observed_time_is_that_of_the_readings_despite_clock_steps() -> None:
     calm = timed((30, YEAR_US, MINUTE_US))
     assert calm.observed_s == pytest.approx(30 * 60, rel=0.01)
     assert calm.has_steady_clock
@@ -83,31 +83,29 @@ def test_time_that_was_watched_is_that_of_the_readings_whatever_the_clock_does()
     assert many.observed_s == pytest.approx((MAX_WINDOWS + 100) * 60, rel=0.05)
 
 
-def test_a_device_that_is_off_at_night_is_watched_for_its_hours_and_its_clock_is_steady() -> None:
+def test_a_device_that_is_off_at_night_counts_only_its_hours() -> None:
     days = timed(*((8, YEAR_US + day * 86_400_000_000, 60 * MINUTE_US) for day in range(5)))
     assert days.observed_s == pytest.approx(5 * 8 * 3600, rel=0.15)
     assert days.has_steady_clock
 
 
-def test_what_is_gathered_is_kept_apart_and_goes_on_after_a_restart(judge: DriftMonitor) -> None:
+def test_the_learning_state_is_stored_apart_and_survives_a_restart(monitor: DriftMonitor) -> None:
     r = readings(6, 60)
-    state, _ = feed(judge, judge.start(), r.windows(0, 30))
-    data, learning = judge.to_bytes(state), state.learning.to_bytes()
+    state, _ = feed(monitor, monitor.start(), r.windows(0, 30))
+    data, learning = monitor.to_bytes(state), state.learning.to_bytes()
     assert len(data) < len(learning)
-    again = judge.restore(data, learning)
+    again = monitor.restore(data, learning)
     assert again.to_bytes() == state.to_bytes()
-    whole, _ = feed(judge, state, r.windows(30, 42))
-    later, _ = feed(judge, again, r.windows(30, 42))
+    whole, _ = feed(monitor, state, r.windows(30, 42))
+    later, _ = feed(monitor, again, r.windows(30, 42))
     assert later.to_bytes() == whole.to_bytes()
     assert later.site_reference is not None
 
 
 @pytest.mark.parametrize("damaged", [b"", b"\0" * 40, b"x\x9cgarbage"])
-def test_where_what_was_gathered_is_damaged_it_is_gathered_anew_and_nothing_else_is_lost(
-    judge: DriftMonitor, damaged: bytes
-) -> None:
-    state, _ = feed(judge, judge.start(), readings(6, 10))
-    again = judge.restore(judge.to_bytes(state), damaged)
+def test_a_damaged_learning_state_is_gathered_anew_and_no_more_is_lost(monitor: DriftMonitor, damaged: bytes) -> None:
+    state, _ = feed(monitor, monitor.start(), readings(6, 10))
+    again = monitor.restore(monitor.to_bytes(state), damaged)
     assert (again.index, again.last_counted_row, again.learning.total_windows) == (
         state.index,
         state.last_counted_row,
@@ -115,9 +113,9 @@ def test_where_what_was_gathered_is_damaged_it_is_gathered_anew_and_nothing_else
     )
 
 
-def test_answers_whose_certainty_is_not_known_are_neither_sure_nor_in_doubt(judge: DriftMonitor) -> None:
+def test_unknown_certainty_counts_as_neither_certain_nor_in_doubt(monitor: DriftMonitor) -> None:
     r = readings(6, 2)
     r.scores[: WINDOW // 2] = np.nan
-    state, verdicts = feed(judge, judge.start(), r)
+    state, verdicts = feed(monitor, monitor.start(), r)
     assert len(verdicts) == 2
     assert int(state.learning.total.scores.sum()) == 2 * WINDOW - WINDOW // 2

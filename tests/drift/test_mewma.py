@@ -1,4 +1,4 @@
-"""Many small shifts together: how often chance is taken for one, and how soon four of sixteen are found."""
+"""MEWMA: how often chance raises an alarm, and how soon four of sixteen shifts are found."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_chance_is_taken_for_a_shift_about_as_often_as_allotted(together: float)
     assert ALLOTTED / 4 < share < 2 * ALLOTTED
 
 
-def test_four_of_sixteen_that_shift_by_little_more_than_a_windows_sd_are_found_in_few_windows() -> None:
+def test_four_small_shifts_of_sixteen_are_found_in_few_windows() -> None:
     first = [next(iter(alarms(seed, 20, shift=1.28)), 20) + 1 for seed in range(60)]
     assert np.median(first) <= 6
     assert max(first) <= 20
@@ -64,7 +64,7 @@ def test_any_learned_scores_give_a_limit_above_all_that_they_reached(scores: np.
     assert 0 < most <= UNREACHABLE_LIMIT or not scores.any()
 
 
-def test_windows_without_a_score_change_nothing_and_a_change_of_sign_begins_anew() -> None:
+def test_a_window_without_a_score_changes_nothing_and_a_sign_resets() -> None:
     now = Mewma.zeros(2).update(np.array([1.0, -1.0]), np.array([2.0, -2.0]), 10)
     now = now.update(np.array([np.nan, -1.0]), np.array([9.0, -4.0]), 20)
     assert now.windows.tolist() == [1, 2]
@@ -77,9 +77,9 @@ def test_windows_without_a_score_change_nothing_and_a_change_of_sign_begins_anew
 
 
 def test_a_state_with_other_tests_is_refused() -> None:
-    judge = DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN)
-    state, _ = feed(judge, judge.start(), readings(3, 2))
+    monitor = DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN)
+    state, _ = feed(monitor, monitor.start(), readings(3, 2))
     old = replace(state, suite=replace(state.suite, cusum=Cusum.zeros(3)))
     with pytest.raises(ValueError, match="a version with other tests"):
-        judge.restore(judge.to_bytes(old))
-    assert judge.restore(judge.to_bytes(state)).index == state.index
+        monitor.restore(monitor.to_bytes(old))
+    assert monitor.restore(monitor.to_bytes(state)).index == state.index

@@ -1,4 +1,4 @@
-"""Modes that a field of the stream names: classes for a model that names none."""
+"""Modes from a class field: classes for a model that names none."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def judged(
     seed: int, *, mode: str, gain: float = 1.0, cuts: tuple[int, ...] = ()
 ) -> tuple[list[DriftWindowResult], bytes]:
     """Of 40 windows learned and 20 more, in which x has a `gain`."""
-    judge = DriftMonitor(REFERENCE, labels=(), window=WINDOW, class_field=mode)
+    monitor = DriftMonitor(REFERENCE, labels=(), window=WINDOW, class_field=mode)
     r = readings(seed, 60)
     r.features[40 * WINDOW * ROWS :, 0] *= gain
-    state, verdicts = judge.start(), []
+    state, verdicts = monitor.start(), []
     t = np.arange(len(r.features), dtype=np.int64) * 10_000
     for begin, end in pairwise([0, *cuts, len(r.labels)]):
         some = slice(begin * ROWS, end * ROWS)
-        state, more = judge.process_batch(
+        state, more = monitor.process_batch(
             state, r.features[some], np.arange(end - begin) * ROWS, ROWS, np.zeros(end - begin, np.int64), None,
             rows=(begin * ROWS + 1, end * ROWS), t=t[some],
             modes=Modes(r.truth[begin:end] + 1, TEXTS) if mode else None,
@@ -91,16 +91,16 @@ def test_any_batches_give_the_same_state_with_modes() -> None:
 
 
 def test_modes_leave_the_shipped_reference_its_name() -> None:
-    judge = DriftMonitor(REFERENCE, labels=(), window=WINDOW, class_field="state")
-    assert judge.shipped.digest == REFERENCE.digest
-    assert judge.shipped.class_count == CLASS_COUNT
+    monitor = DriftMonitor(REFERENCE, labels=(), window=WINDOW, class_field="state")
+    assert monitor.shipped.digest == REFERENCE.digest
+    assert monitor.shipped.class_count == CLASS_COUNT
 
 
 def test_a_state_of_another_field_of_modes_begins_anew() -> None:
-    judge = DriftMonitor(REFERENCE, labels=(), window=WINDOW, class_field="state")
+    monitor = DriftMonitor(REFERENCE, labels=(), window=WINDOW, class_field="state")
     for other in ("", "shift"):
         with pytest.raises(ValueError, match="field of modes"):
-            DriftMonitor(REFERENCE, labels=(), window=WINDOW, class_field=other).restore(judge.start().to_bytes())
+            DriftMonitor(REFERENCE, labels=(), window=WINDOW, class_field=other).restore(monitor.start().to_bytes())
 
 
 def test_a_model_that_names_classes_has_no_other_modes() -> None:

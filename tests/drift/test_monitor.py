@@ -1,4 +1,4 @@
-"""The drift state machine: learning, alarms, faults, and that batch boundaries leave no trace."""
+"""Drift monitor: learning, alarms, faults, and no trace of batch boundaries."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LEARN = 40
 
 
 @pytest.fixture(scope="module")
-def judge() -> DriftMonitor:
+def monitor() -> DriftMonitor:
     return DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN, units=("g", "g", "g"))
 
 
@@ -31,8 +31,8 @@ def quiet() -> Readings:
 
 
 @pytest.fixture(scope="module")
-def learned(judge: DriftMonitor, quiet: Readings) -> DriftState:
-    state, _ = feed(judge, judge.start(), quiet.windows(0, LEARN + 2))
+def learned(monitor: DriftMonitor, quiet: Readings) -> DriftState:
+    state, _ = feed(monitor, monitor.start(), quiet.windows(0, LEARN + 2))
     assert state.site_reference is not None
     return state
 
@@ -61,9 +61,11 @@ def seen(verdicts: list[DriftWindowResult]) -> list[object]:
 
 @given(st.lists(st.integers(0, 260), max_size=12), st.sampled_from([0, 3, 10]))
 @settings(deadline=None, max_examples=15)
-def test_any_batches_give_the_same_verdicts_and_the_same_state(judge: DriftMonitor, cuts: list[int], gap: int) -> None:
+def test_any_batches_give_the_same_verdicts_and_the_same_state(
+    monitor: DriftMonitor, cuts: list[int], gap: int
+) -> None:
     """With gaps of `gap` rows between model windows; through learning and into drift and a stuck sensor."""
-    lead = learning_from(judge, 20)
+    lead = learning_from(monitor, 20)
     r = readings(8, 26)
     r.features[220 * ROWS :, 0] *= 2.5
     r.features[250 * ROWS :, 2] = 1.0
@@ -100,11 +102,11 @@ def test_any_batches_give_the_same_verdicts_and_the_same_state(judge: DriftMonit
     assert other_state == state
 
 
-def learning_from(judge: DriftMonitor, learn: int) -> DriftMonitor:
-    return DriftMonitor(judge.shipped, labels=LABELS, window=WINDOW, learn_windows=learn)
+def learning_from(monitor: DriftMonitor, learn: int) -> DriftMonitor:
+    return DriftMonitor(monitor.shipped, labels=LABELS, window=WINDOW, learn_windows=learn)
 
 
-def test_overlapping_model_windows_count_each_row_once_in_any_batches(judge: DriftMonitor) -> None:
+def test_overlapping_model_windows_count_each_row_once_in_any_batches(monitor: DriftMonitor) -> None:
     """Windows of 20 rows every 10: a batch brings the rows that its first window shares with the last one again."""
     r = readings(8, 3)
     starts = np.arange(0, len(r.features) - ROWS + 1, ROWS // 2)[:50]
@@ -112,11 +114,11 @@ def test_overlapping_model_windows_count_each_row_once_in_any_batches(judge: Dri
     t = np.arange(len(r.features), dtype=np.int64)
 
     def run(bounds: list[int]) -> tuple[bytes, list[DriftWindowResult]]:
-        state, verdicts = judge.start(), []
+        state, verdicts = monitor.start(), []
         for begin, end in pairwise(bounds):
             low, high = int(starts[begin]), int(starts[end - 1]) + ROWS
             local = starts[begin:end] - low
-            state, more = judge.process_batch(
+            state, more = monitor.process_batch(
                 state, r.features[low:high], local, ROWS, labels[begin:end], None, rows=(low + 1, high), t=t[low:high]
             )
             verdicts += more
@@ -130,19 +132,19 @@ def test_overlapping_model_windows_count_each_row_once_in_any_batches(judge: Dri
     assert cut_state == state
 
 
-def test_a_batch_without_model_windows_changes_nothing(judge: DriftMonitor, learned: DriftState) -> None:
+def test_a_batch_without_model_windows_changes_nothing(monitor: DriftMonitor, learned: DriftState) -> None:
     none = np.empty(0, np.int64)
     first = learned.last_counted_row + 1
-    state, verdicts = judge.process_batch(
+    state, verdicts = monitor.process_batch(
         learned, np.zeros((5, 3), np.float32), none, ROWS, none, None, rows=(first, first + 4), t=np.arange(5)
     )
     assert verdicts == []
     assert state.to_bytes() == learned.to_bytes()
 
 
-def test_rows_that_were_judged_are_not_taken_twice(judge: DriftMonitor, learned: DriftState, quiet: Readings) -> None:
+def test_rows_that_were_judged_are_not_taken_twice(monitor: DriftMonitor, learned: DriftState, quiet: Readings) -> None:
     with pytest.raises(ValueError, match="judged before"):
-        judge.process_batch(
+        monitor.process_batch(
             learned,
             quiet.features[:ROWS],
             np.array([0]),
@@ -154,10 +156,10 @@ def test_rows_that_were_judged_are_not_taken_twice(judge: DriftMonitor, learned:
         )
 
 
-def test_features_that_are_not_the_rows_named_are_refused(judge: DriftMonitor) -> None:
+def test_features_that_are_not_the_rows_named_are_refused(monitor: DriftMonitor) -> None:
     with pytest.raises(ValueError, match="do not match"):
-        judge.process_batch(
-            judge.start(),
+        monitor.process_batch(
+            monitor.start(),
             np.zeros((ROWS, 3), np.float32),
             np.array([0]),
             ROWS,
@@ -168,10 +170,8 @@ def test_features_that_are_not_the_rows_named_are_refused(judge: DriftMonitor) -
         )
 
 
-def test_drift_is_insufficient_until_the_site_reference_is_learned_and_ok_then(
-    judge: DriftMonitor, quiet: Readings
-) -> None:
-    state, verdicts = feed(judge, judge.start(), quiet)
+def test_drift_is_insufficient_until_the_reference_is_learned(monitor: DriftMonitor, quiet: Readings) -> None:
+    state, verdicts = feed(monitor, monitor.start(), quiet)
     assert [v.members["state"] for v in verdicts] == ["insufficient"] * LEARN + ["ok"] * 20
     assert [v.index for v in verdicts if v.learned_reference] == [LEARN]
     assert state.site_reference is not None
@@ -181,25 +181,25 @@ def test_drift_is_insufficient_until_the_site_reference_is_learned_and_ok_then(
     assert state.site_reference.drift_windows == LEARN
 
 
-def test_no_drift_alarm_before_the_site_reference_is_learned(judge: DriftMonitor) -> None:
+def test_no_drift_alarm_before_the_site_reference_is_learned(monitor: DriftMonitor) -> None:
     r = readings(3, 10)
     r.features[:, 0] = r.features[:, 0] * 3 + 5
-    _, verdicts = feed(judge, judge.start(), r)
+    _, verdicts = feed(monitor, monitor.start(), r)
     assert [a for a in alerts(verdicts) if a.alert == "drift"] == []
 
 
-def test_a_site_that_differs_from_the_shipped_reference_is_not_drifting(judge: DriftMonitor) -> None:
+def test_a_site_that_differs_from_the_shipped_reference_is_not_drifting(monitor: DriftMonitor) -> None:
     r = readings(3, 90)
     r.features[:, 1] = r.features[:, 1] * 0.8 + 0.4
-    _, verdicts = feed(judge, judge.start(), r)
+    _, verdicts = feed(monitor, monitor.start(), r)
     assert verdicts[-1].members["features"]["y"]["psi"] > 0.25
     assert alerts(verdicts) == []
 
 
-def test_gain_loss_of_one_field_alarms_that_field_and_says_so(judge: DriftMonitor, learned: DriftState) -> None:
+def test_gain_loss_of_one_field_alarms_that_field_and_says_so(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(31, 10)
     r.features[:, 1] *= 0.6
-    _, verdicts = feed(judge, learned, r)
+    _, verdicts = feed(monitor, learned, r)
     raised = [a for a in alerts(verdicts) if a.state == "raised"]
     assert [(a.alert, a.subject, a.severity) for a in raised] == [("drift", "y", "warning")]
     assert raised[0].id == "y/drift/1"
@@ -211,10 +211,10 @@ def test_gain_loss_of_one_field_alarms_that_field_and_says_so(judge: DriftMonito
     assert verdicts[-1].members["state"] == "drift"
 
 
-def test_an_offset_is_told_in_units_and_reference_sd(judge: DriftMonitor, learned: DriftState) -> None:
+def test_an_offset_is_told_in_units_and_reference_sd(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(31, 10)
     r.features[:, 2] += 0.5
-    _, verdicts = feed(judge, learned, r)
+    _, verdicts = feed(monitor, learned, r)
     (raised,) = [a for a in alerts(verdicts) if a.state == "raised"]
     assert raised.subject == "z"
     assert raised.summary.startswith("z: mean moved by +0.")
@@ -223,27 +223,27 @@ def test_an_offset_is_told_in_units_and_reference_sd(judge: DriftMonitor, learne
     assert raised.evidence["shift"] == pytest.approx(0.5, abs=0.12)
 
 
-def test_a_spread_that_rises_is_told_as_rising(judge: DriftMonitor, learned: DriftState) -> None:
+def test_a_spread_that_rises_is_told_as_rising(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(31, 10)
     r.features[:, 0] += np.random.default_rng(1).normal(0, 1.0, len(r.features)).astype(np.float32)
-    _, verdicts = feed(judge, learned, r)
+    _, verdicts = feed(monitor, learned, r)
     raised = [a for a in alerts(verdicts) if a.state == "raised" and a.subject == "x"]
     assert "spread rose to" in raised[0].summary
 
 
-def test_drift_is_found_while_a_quarter_of_the_answers_is_wrong(judge: DriftMonitor, learned: DriftState) -> None:
+def test_drift_is_found_while_a_quarter_of_the_answers_is_wrong(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(31, 12, wrong=0.25)
     r.features[:, 1] *= 0.6
-    _, verdicts = feed(judge, learned, r)
+    _, verdicts = feed(monitor, learned, r)
     assert "y" in {a.subject for a in alerts(verdicts) if a.state == "raised"}
 
 
-def test_an_alert_is_raised_once_and_cleared_once_the_sensor_is_right_again(
-    judge: DriftMonitor, learned: DriftState
+def test_an_alert_is_raised_once_and_cleared_with_the_sensor_repaired(
+    monitor: DriftMonitor, learned: DriftState
 ) -> None:
     r = readings(31, 40)
     r.features[: 20 * WINDOW * ROWS, 1] *= 0.6
-    _, verdicts = feed(judge, learned, r)
+    _, verdicts = feed(monitor, learned, r)
     assert [(a.subject, a.state, a.id) for a in alerts(verdicts)] == [
         ("y", "raised", "y/drift/1"),
         ("y", "cleared", "y/drift/1"),
@@ -254,22 +254,22 @@ def test_an_alert_is_raised_once_and_cleared_once_the_sensor_is_right_again(
     assert verdicts[-1].members["state"] == "ok"
 
 
-def test_the_second_alert_of_a_field_has_its_own_id(judge: DriftMonitor, learned: DriftState) -> None:
+def test_the_second_alert_of_a_field_has_its_own_id(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(31, 60)
     for begin in (0, 40):
         r.features[begin * WINDOW * ROWS : (begin + 20) * WINDOW * ROWS, 1] *= 0.6
-    _, verdicts = feed(judge, learned, r)
+    _, verdicts = feed(monitor, learned, r)
     raised = [a.id for a in alerts(verdicts) if a.state == "raised" and a.subject == "y"]
     assert raised == ["y/drift/1", "y/drift/2"]
 
 
 def test_a_stuck_sensor_is_a_fault_in_its_first_window_and_never_drift(
-    judge: DriftMonitor, learned: DriftState
+    monitor: DriftMonitor, learned: DriftState
 ) -> None:
     r = readings(31, 10)
     r.features[:, 2] = r.features[0, 2]
     before = learned.suite.cusum.value.tolist()
-    state, verdicts = feed(judge, learned, r)
+    state, verdicts = feed(monitor, learned, r)
     assert [(a.alert, a.subject, a.severity) for a in alerts(verdicts)] == [("fault", "z", "critical")]
     assert alerts(verdicts)[0].evidence["window"] == learned.index
     assert alerts(verdicts)[0].summary == "z: repeats one value for 200 rows: sensor or cable fault."
@@ -282,10 +282,10 @@ def test_a_stuck_sensor_is_a_fault_in_its_first_window_and_never_drift(
     assert state.suite.cusum.value.tolist() == before
 
 
-def test_a_fault_clears_after_three_windows_without_one(judge: DriftMonitor, learned: DriftState) -> None:
+def test_a_fault_clears_after_three_windows_without_one(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(31, 10)
     r.features[: 2 * WINDOW * ROWS, 2] = 1.0
-    _, verdicts = feed(judge, learned, r)
+    _, verdicts = feed(monitor, learned, r)
     assert [(a.state, a.evidence["window"] - learned.index) for a in alerts(verdicts)] == [
         ("raised", 0),
         ("cleared", 4),
@@ -293,20 +293,20 @@ def test_a_fault_clears_after_three_windows_without_one(judge: DriftMonitor, lea
     assert alerts(verdicts)[0].id == alerts(verdicts)[1].id
 
 
-def test_faults_are_raised_while_learning_and_their_windows_are_not_learned(judge: DriftMonitor) -> None:
+def test_faults_are_raised_while_learning_but_not_learned(monitor: DriftMonitor) -> None:
     r = readings(3, 50)
     r.features[: 5 * WINDOW * ROWS, 0] = np.nan
-    state, verdicts = feed(judge, judge.start(), r)
+    state, verdicts = feed(monitor, monitor.start(), r)
     assert alerts(verdicts)[0].summary.startswith("x: 100% of values are missing")
     assert [v.index for v in verdicts if v.learned_reference] == [LEARN + 5]
     assert state.site_reference is not None
     assert state.site_reference.missing.sum() == 0
 
 
-def test_a_site_that_changes_while_learning_is_refused_with_the_reason_and_learned_again(judge: DriftMonitor) -> None:
+def test_a_site_that_changes_while_learning_is_refused_with_the_reason(monitor: DriftMonitor) -> None:
     r = readings(3, 90)
     r.features[20 * WINDOW * ROWS :, 1] += 1.5
-    state, verdicts = feed(judge, judge.start(), r)
+    state, verdicts = feed(monitor, monitor.start(), r)
     refused = [v for v in verdicts if v.learning_error]
     assert [v.index for v in refused] == [LEARN]
     assert "y mean" in str(refused[0].learning_error)
@@ -314,30 +314,30 @@ def test_a_site_that_changes_while_learning_is_refused_with_the_reason_and_learn
     assert state.site_reference is not None
 
 
-def test_a_site_that_changes_late_while_learning_is_learned_with_a_warning_that_says_when(judge: DriftMonitor) -> None:
+def test_a_late_change_while_learning_gives_a_warning_with_its_time(monitor: DriftMonitor) -> None:
     r = readings(3, LEARN + 1)
     r.features[30 * WINDOW * ROWS :, 1] += 0.6
-    _, verdicts = feed(judge, judge.start(), r)
+    _, verdicts = feed(monitor, monitor.start(), r)
     learned = next(v.learned_reference for v in verdicts if v.learned_reference)
     assert learned.warning == (
         "y mean changed from window 31 of 40 on while it was learned; learn it again once it is steady"
     )
 
 
-def test_one_odd_window_while_learning_does_not_spoil_the_reference(judge: DriftMonitor, quiet: Readings) -> None:
+def test_one_odd_window_while_learning_does_not_spoil_the_reference(monitor: DriftMonitor, quiet: Readings) -> None:
     r = readings(3, 60)
     r.features[7 * WINDOW * ROWS : 8 * WINDOW * ROWS, 1] += 3.0
-    odd, _ = feed(judge, judge.start(), r)
-    plain, _ = feed(judge, judge.start(), quiet)
+    odd, _ = feed(monitor, monitor.start(), r)
+    plain, _ = feed(monitor, monitor.start(), quiet)
     assert odd.site_reference is not None
     assert plain.site_reference is not None
     assert odd.site_reference.test_sd[1] < 1.5 * plain.site_reference.test_sd[1]
 
 
-def test_few_false_alarms_where_nothing_drifts(judge: DriftMonitor) -> None:
+def test_few_false_alarms_where_nothing_drifts(monitor: DriftMonitor) -> None:
     raised = windows = 0
     for seed in range(6):
-        _, verdicts = feed(judge, judge.start(), readings(100 + seed, LEARN + 150))
+        _, verdicts = feed(monitor, monitor.start(), readings(100 + seed, LEARN + 150))
         windows += sum(v.site_digest is not None for v in verdicts)
         raised += sum(any(a.state == "raised" for a in v.alerts) for v in verdicts)
     assert windows == 900
@@ -356,8 +356,8 @@ def test_a_model_that_answers_each_row_is_judged_the_same_way() -> None:
     table = tabular(0, 60)
     starts = np.arange(len(table))
     shipped = build_reference(table, starts, 1, np.zeros(len(table), np.int64), None, 300, fields=("a", "b", "c", "d"))
-    judge = DriftMonitor(shipped, labels=(), window=300)
-    state, quiet = judge.start(), 0
+    monitor = DriftMonitor(shipped, labels=(), window=300)
+    state, quiet = monitor.start(), 0
     live = tabular(1, 200)
     live[190 * 300 :, 2] *= 1.5
     found = []
@@ -365,7 +365,7 @@ def test_a_model_that_answers_each_row_is_judged_the_same_way() -> None:
         part = live[at : at + 7_000]
         count = np.zeros(len(part), np.int64)
         rows = (at + 1, at + len(part))
-        state, verdicts = judge.process_batch(
+        state, verdicts = monitor.process_batch(
             state, part, np.arange(len(part)), 1, count, None, rows=rows, t=np.arange(len(part))
         )
         found += alerts(verdicts)
@@ -377,24 +377,26 @@ def test_a_model_that_answers_each_row_is_judged_the_same_way() -> None:
     assert late[0].evidence["ratio"] == pytest.approx(1.5, abs=0.25)
 
 
-def test_the_state_survives_its_bytes_in_every_phase(judge: DriftMonitor, learned: DriftState, quiet: Readings) -> None:
+def test_the_state_survives_its_bytes_in_every_phase(
+    monitor: DriftMonitor, learned: DriftState, quiet: Readings
+) -> None:
     r = readings(31, 8)
     r.features[:, 1] *= 0.6
-    early, _ = feed(judge, judge.start(), quiet.windows(0, 9))
+    early, _ = feed(monitor, monitor.start(), quiet.windows(0, 9))
     open_window = Readings(r.features[:1000], r.labels[:50], r.truth[:50], r.scores[:50])
-    late, _ = feed(judge, learned, open_window, batch=13)
-    for state in (judge.start(), early, learned, late):
-        again = judge.restore(state.to_bytes())
+    late, _ = feed(monitor, learned, open_window, batch=13)
+    for state in (monitor.start(), early, learned, late):
+        again = monitor.restore(state.to_bytes())
         assert again.to_bytes() == state.to_bytes()
-        ours, theirs = feed(judge, again, r), feed(judge, state, r)
+        ours, theirs = feed(monitor, again, r), feed(monitor, state, r)
         assert seen(ours[1]) == seen(theirs[1])
         assert ours[0].to_bytes() == theirs[0].to_bytes()
 
 
-def test_the_state_stays_small(judge: DriftMonitor, quiet: Readings) -> None:
-    state, sizes = judge.start(), []
+def test_the_state_stays_small(monitor: DriftMonitor, quiet: Readings) -> None:
+    state, sizes = monitor.start(), []
     for at in range(60):
-        state, _ = feed(judge, state, quiet.windows(at, at + 1))
+        state, _ = feed(monitor, state, quiet.windows(at, at + 1))
         sizes.append(len(state.to_bytes()))
     assert max(sizes) < 16_000
     assert sizes[-1] < 8_000
@@ -402,31 +404,31 @@ def test_the_state_stays_small(judge: DriftMonitor, quiet: Readings) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"no state", b"\x81\xa1a\x01"])
-def test_a_damaged_state_is_a_value_error(judge: DriftMonitor, data: bytes) -> None:
+def test_a_damaged_state_is_a_value_error(monitor: DriftMonitor, data: bytes) -> None:
     with pytest.raises(ValueError, match=r"\w"):
-        judge.restore(data)
+        monitor.restore(data)
 
 
-def test_a_state_of_another_bundle_or_window_length_is_refused(judge: DriftMonitor, learned: DriftState) -> None:
+def test_a_state_of_another_bundle_or_window_length_is_refused(monitor: DriftMonitor, learned: DriftState) -> None:
     other = DriftMonitor(reference(seed=2), labels=LABELS, window=WINDOW)
-    longer = DriftMonitor(judge.shipped, labels=LABELS, window=WINDOW + 1)
+    longer = DriftMonitor(monitor.shipped, labels=LABELS, window=WINDOW + 1)
     for foreign in (other, longer):
         with pytest.raises(ValueError, match="another reference"):
             foreign.restore(learned.to_bytes())
 
 
-def test_a_reference_with_other_labels_than_the_model_is_refused(judge: DriftMonitor) -> None:
+def test_a_reference_with_other_labels_than_the_model_is_refused(monitor: DriftMonitor) -> None:
     with pytest.raises(BadBundle, match="labels"):
-        DriftMonitor(judge.shipped, labels=("a", "b"), window=WINDOW)
+        DriftMonitor(monitor.shipped, labels=("a", "b"), window=WINDOW)
 
 
-def test_too_few_windows_to_learn_from_are_refused_at_once(judge: DriftMonitor) -> None:
+def test_too_few_windows_to_learn_from_are_refused_at_once(monitor: DriftMonitor) -> None:
     with pytest.raises(ValueError, match="20 is the least"):
-        learning_from(judge, 19)
+        learning_from(monitor, 19)
 
 
-def test_a_verdict_gives_rows_times_and_a_message_in_plain_json(judge: DriftMonitor, quiet: Readings) -> None:
-    _, verdicts = feed(judge, judge.start(), quiet.windows(0, 3))
+def test_a_verdict_gives_rows_times_and_a_message_in_plain_json(monitor: DriftMonitor, quiet: Readings) -> None:
+    _, verdicts = feed(monitor, monitor.start(), quiet.windows(0, 3))
     assert [v.rows for v in verdicts] == [(1, 200), (201, 400), (401, 600)]
     assert [v.t for v in verdicts] == [(10_000, 2_000_000), (2_010_000, 4_000_000), (4_010_000, 6_000_000)]
     assert {v.row_count for v in verdicts} == {200}
@@ -440,17 +442,15 @@ def test_a_verdict_gives_rows_times_and_a_message_in_plain_json(judge: DriftMoni
     assert summary["estimate"]["low"] <= summary["estimate"]["accuracy"] <= summary["estimate"]["high"]
 
 
-def test_without_scores_there_is_no_estimate(judge: DriftMonitor, quiet: Readings) -> None:
-    unscored = DriftMonitor(replace(judge.shipped, score_correct=None), labels=LABELS, window=WINDOW)
+def test_without_scores_there_is_no_estimate(monitor: DriftMonitor, quiet: Readings) -> None:
+    unscored = DriftMonitor(replace(monitor.shipped, score_correct=None), labels=LABELS, window=WINDOW)
     _, verdicts = feed(unscored, unscored.start(), quiet.windows(0, 1))
     assert verdicts[0].members["estimate"] is None
 
 
 @given(data=st.data())
-def test_a_stored_state_with_bytes_changed_is_read_or_refused_with_a_value_error(
-    judge: DriftMonitor, data: st.DataObject
-) -> None:
-    content = bytearray(judge.start().to_bytes())
+def test_a_damaged_state_is_read_or_refused_with_a_value_error(monitor: DriftMonitor, data: st.DataObject) -> None:
+    content = bytearray(monitor.start().to_bytes())
     for at in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=3)):
         content[at] = data.draw(st.integers(0, 255))
     try:

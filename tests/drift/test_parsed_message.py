@@ -1,4 +1,4 @@
-"""Drift messages read back: what a device says is taken as it is, or refused as a whole."""
+"""Parsed drift messages: read as they are, or refused as a whole."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_whole_message_is_read() -> None:
     assert found.accuracy == (0.9, 0.8, 1.0)
 
 
-def test_an_older_or_newer_message_without_some_members_and_with_others_is_read() -> None:
+def test_a_message_of_another_version_is_read() -> None:
     field = {name: value for name, value in FIELD.items() if name != "cusum"} | {"new": [1]}
     found = parsed_message.from_message(body(features={"ax": field}, joint=None, output={}, estimate={"error": 0.2}), T)
     assert set(found.subjects) == {"ax", "output"}

@@ -1,4 +1,4 @@
-"""Shapes against what they are when nothing happens, and limits that follow from how many false alarms may be."""
+"""PSI limits: few false alarms where nothing changes, and limits that follow from their budget."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_gamma_quantiles_are_near_those_of_the_gamma_distribution(a: float, expe
         assert float(psi.gamma_quantile(np.array(a), p)) == pytest.approx(quantile, rel=0.06)
 
 
-def test_two_of_three_windows_beyond_their_limit_are_rare_where_nothing_changes() -> None:
+def test_two_of_three_windows_rarely_exceed_a_limit_by_chance() -> None:
     alarms = windows = 0
     for seed in range(8):
         learned, live = counts(seed, 40), counts(100 + seed, 250)

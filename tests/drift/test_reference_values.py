@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from agent.drift.numeric import divergence
 from agent.performance import cbpe, metrics
+from agent.performance.estimates import compute_metrics
 from agent.performance.metrics import LabelledPredictions
 from scripts.kit import reference_data as data
 from scripts.kit.reference_data import Values
@@ -89,9 +90,7 @@ values = st.lists(value, min_size=1, max_size=60).map(np.array)
 
 
 @given(values, values, st.lists(value, min_size=1, max_size=31, unique=True))
-def test_binned_ks_is_never_above_the_exact_one_nor_further_below_than_a_bins_gap(
-    p: Values, q: Values, cuts: list[float]
-) -> None:
+def test_binned_ks_is_at_most_a_bins_gap_below_the_exact_one(p: Values, q: Values, cuts: list[float]) -> None:
     edges, each = np.sort(cuts), np.unique(np.concatenate([p, q]))
     exact = np.abs(
         np.searchsorted(np.sort(p), each, side="right") / len(p)
@@ -120,8 +119,7 @@ def test_ece_is_nannymls_and_brier_scikit_learns() -> None:
     found = _metrics(("a", "b"), LabelledPredictions(few.truth.astype(float), few.named, few.top))
     assert found["ece"] == pytest.approx(told["ece_nannyml"], abs=1e-6)
     assert found["brier_top"] == pytest.approx(told["brier_top_sklearn"], abs=1e-6)
-    where = metrics.equal_mass_bins(few.top)
-    exact = metrics.ece(few.top, few.right.astype(float), where, np.ones(1000))
+    exact = metrics.compute_value("ece", "classify", LabelledPredictions(few.truth.astype(float), few.named, few.top))
     assert exact == pytest.approx(told["ece_nannyml"], rel=EXACT)
     scores, truth = data.read_exercise("crossval")
     seven = LabelledPredictions(truth.astype(float), scores.argmax(1), scores.max(1), probabilities=scores)
@@ -129,9 +127,7 @@ def test_ece_is_nannymls_and_brier_scikit_learns() -> None:
 
 
 def _metrics(labels: tuple[str, ...], pairs: LabelledPredictions) -> dict[str, float | None]:
-    return {
-        metric.metric: metric.value for metric in metrics.compute_metrics("classify", labels, pairs) if not metric.slice
-    }
+    return {metric.metric: metric.value for metric in compute_metrics("classify", labels, pairs) if not metric.slice}
 
 
 # --- expected accuracy ---
@@ -163,13 +159,13 @@ def test_at_1620_reference_answers_it_is_so_on_average_and_never_off_by_more_tha
     assert off.max() <= 0.004
 
 
-def test_where_nannyml_calibrates_both_answers_apart_it_differs_by_less_than_a_hundredth() -> None:
+def test_nannyml_with_separate_calibration_differs_by_a_hundredth() -> None:
     """One table for both answers cannot tell that one of them is surer than it should be by more than the other."""
     assert np.abs(apart("40000", 40_000)).max() <= 0.005
     assert np.abs(apart("1620", 1620)).max() <= 0.01
 
 
-def test_expected_accuracy_of_the_shipped_model_is_as_near_to_the_truth_as_nannymls() -> None:
+def test_our_accuracy_estimate_is_as_near_to_the_truth_as_nannymls() -> None:
     """NannyML calibrates each of the seven scores of each answer; we have its top score only."""
     scores, truth = data.read_exercise("crossval")
     later, true = data.read_exercise("leave_one_out")

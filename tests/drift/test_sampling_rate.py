@@ -1,4 +1,4 @@
-"""At which rate readings come: how that is counted, what is a fault of it, and what is none."""
+"""Sampling rate: how it is counted, which changes are faults, and which are not."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ LEARN, STEP_US = 40, 10_000
 
 
 @pytest.fixture(scope="module")
-def judge() -> DriftMonitor:
+def monitor() -> DriftMonitor:
     return DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN)
 
 
 @pytest.fixture(scope="module")
-def learned(judge: DriftMonitor) -> DriftState:
-    return feed(judge, judge.start(), readings(3, LEARN + 1))[0]
+def learned(monitor: DriftMonitor) -> DriftState:
+    return feed(monitor, monitor.start(), readings(3, LEARN + 1))[0]
 
 
 def timed(
-    judge: DriftMonitor, state: DriftState, r: Readings, t: NDArray[np.int64]
+    monitor: DriftMonitor, state: DriftState, r: Readings, t: NDArray[np.int64]
 ) -> tuple[DriftState, list[DriftWindowResult]]:
     first = state.last_counted_row + 1
     starts = np.arange(0, len(r.features), ROWS)
     rows = (first, first + len(r.features) - 1)
-    return judge.process_batch(
+    return monitor.process_batch(
         state, r.features, starts, ROWS, r.labels, r.scores, rows=rows, t=t + state.t[1] + first * STEP_US
     )
 
@@ -133,10 +133,10 @@ def test_paces_of_parts_in_any_order_are_those_of_the_whole() -> None:
     [(12_500, "readings come every 12.5 ms instead of 10 ms"), (8_000, "every 8 ms instead of 10 ms")],
 )
 def test_readings_that_come_at_another_rate_are_a_fault_of_the_rate(
-    judge: DriftMonitor, learned: DriftState, step_us: int, words: str
+    monitor: DriftMonitor, learned: DriftState, step_us: int, words: str
 ) -> None:
     r = readings(9, 6)
-    state, verdicts = timed(judge, learned, r, every(step_us, r))
+    state, verdicts = timed(monitor, learned, r, every(step_us, r))
     alerts = told(verdicts)
     assert [(a.alert, a.subject, a.state, a.severity) for a in alerts] == [("fault", "rate", "raised", "critical")]
     assert words in alerts[0].summary
@@ -145,28 +145,28 @@ def test_readings_that_come_at_another_rate_are_a_fault_of_the_rate(
     assert verdicts[-1].members["rate"]["fault"] == "rate"
     assert {v.members["state"] for v in verdicts} == {"fault"}
     assert state.suite == learned.suite
-    back, cleared = timed(judge, state, readings(10, 4), every(STEP_US, readings(10, 4)))
+    back, cleared = timed(monitor, state, readings(10, 4), every(STEP_US, readings(10, 4)))
     assert [(a.subject, a.state, a.id) for a in told(cleared)] == [("rate", "cleared", "rate/fault/1")]
     assert back.rate_watch.open_fault == ""
 
 
-def test_a_rate_that_differs_by_less_than_one_in_twenty_is_none(judge: DriftMonitor, learned: DriftState) -> None:
+def test_a_rate_that_differs_by_less_than_one_in_twenty_is_none(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(9, 12)
-    assert [a for a in told(timed(judge, learned, r, every(STEP_US * 1.04, r))[1]) if a.subject == "rate"] == []
+    assert [a for a in told(timed(monitor, learned, r, every(STEP_US * 1.04, r))[1]) if a.subject == "rate"] == []
 
 
-def test_a_backlog_that_comes_at_once_is_no_other_rate(judge: DriftMonitor, learned: DriftState) -> None:
+def test_a_backlog_that_comes_at_once_is_no_other_rate(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(9, 4)
     t = every(STEP_US, r)
     t[:200] = t[0] + np.arange(200) * 10
-    assert told(timed(judge, learned, r, t)[1]) == []
+    assert told(timed(monitor, learned, r, t)[1]) == []
 
 
-def test_readings_that_come_irregularly_have_no_rate_to_lose(judge: DriftMonitor) -> None:
+def test_readings_that_come_irregularly_have_no_rate_to_lose(monitor: DriftMonitor) -> None:
     rng = np.random.default_rng(0)
     r = readings(3, LEARN + 12)
     pace = np.repeat(rng.uniform(0.5, 3, LEARN + 12), WINDOW * ROWS)
-    state, verdicts = timed(judge, judge.start(), r, np.cumsum(pace * STEP_US).astype(np.int64))
+    state, verdicts = timed(monitor, monitor.start(), r, np.cumsum(pace * STEP_US).astype(np.int64))
     assert state.site_reference is not None
     assert state.site_reference.site is not None
     assert state.site_reference.site.rate is not None
@@ -174,17 +174,15 @@ def test_readings_that_come_irregularly_have_no_rate_to_lose(judge: DriftMonitor
     assert told(verdicts) == []
 
 
-def test_rows_that_all_come_twice_are_told_as_repeated(judge: DriftMonitor, learned: DriftState) -> None:
+def test_rows_that_all_come_twice_are_told_as_repeated(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(9, 6)
     twice = Readings(np.repeat(r.features, 2, axis=0)[: len(r.features)], r.labels, r.truth, r.scores)
-    alerts = told(timed(judge, learned, twice, every(STEP_US, r))[1])
+    alerts = told(timed(monitor, learned, twice, every(STEP_US, r))[1])
     assert [(a.alert, a.subject, a.evidence["fault"]) for a in alerts] == [("fault", "rate", "repeated")]
     assert "50% of rows repeat the row before in all fields, at most 0% did" in alerts[0].summary
 
 
-def test_a_share_of_missing_values_that_is_new_here_is_told_and_the_window_still_tested(
-    judge: DriftMonitor, learned: DriftState
-) -> None:
+def test_a_new_share_of_missing_values_is_a_fault_but_still_tested(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(9, 6)
     gone = np.random.default_rng(1).random(len(r.features)) < 0.045
     gone[::200] = True
@@ -192,25 +190,25 @@ def test_a_share_of_missing_values_that_is_new_here_is_told_and_the_window_still
     few = np.arange(len(gone)) % 20 == 0
     slight = r.changed(1, np.where(few, np.nan, r.features[:, 1]).astype(np.float32))
     for changed in (holes, slight):
-        state, verdicts = feed(judge, learned, changed)
+        state, verdicts = feed(monitor, learned, changed)
         faults = [a for a in told(verdicts) if a.alert == "fault" and a.state == "raised"]
         assert {(a.subject, a.evidence["fault"]) for a in faults} == {("y", "missing")}
     assert (state.suite.recent_z[-6:, 0] != learned.suite.recent_z[-6:, 0]).all()
 
 
-def test_a_few_values_missing_by_chance_are_no_fault(judge: DriftMonitor) -> None:
+def test_a_few_values_missing_by_chance_are_no_fault(monitor: DriftMonitor) -> None:
     r = readings(3, LEARN + 20)
     gone = np.random.default_rng(1).random(len(r.features)) < 0.02
     holes = r.changed(1, np.where(gone, np.nan, r.features[:, 1]).astype(np.float32))
-    _, verdicts = feed(judge, judge.start(), holes)
+    _, verdicts = feed(monitor, monitor.start(), holes)
     assert [a.summary for a in told(verdicts) if a.alert == "fault"] == []
 
 
-def test_what_was_learned_long_ago_is_kept_as_evenly_as_what_was_learned_last(judge: DriftMonitor) -> None:
-    empty = Summary.empty(judge.shipped)
-    learning = LearningState.empty(judge.shipped)
+def test_old_windows_are_kept_as_evenly_as_new_ones(monitor: DriftMonitor) -> None:
+    empty = Summary.empty(monitor.shipped)
+    learning = LearningState.empty(monitor.shipped)
     for i in range(3 * MAX_WINDOWS):
-        learning = learning.add(empty, judge.shipped.task, t=(i, i))
+        learning = learning.add(empty, monitor.shipped.task, t=(i, i))
     assert learning.total_windows == 3 * MAX_WINDOWS
     assert set(np.diff(learning.t[:, 0]).tolist()) == {4}
     assert len(learning.rate.t) == learning.windows

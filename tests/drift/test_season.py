@@ -1,4 +1,4 @@
-"""A slow change of several fields is told as one of the surroundings; nothing else is."""
+"""Slow trends: several fields that move slowly together point at the surroundings; nothing else does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drift windows that are judged together come to the bits of one after another."""
+"""Test sequence: windows tested together have the bits of windows tested one by one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def same(one: msgspec.Struct, other: msgspec.Struct) -> bool:
 
 
 @given(windows(), windows())
-def test_sums_over_windows_in_a_row_are_those_of_one_after_another(before: Scores, z: Scores) -> None:
+def test_cusums_over_consecutive_windows_equal_those_one_by_one(before: Scores, z: Scores) -> None:
     begun = Cusum.zeros(TESTS)
     for one in before:
         begun = begun.update(one, 2 * one, t=7)
@@ -52,7 +52,7 @@ def test_sums_over_windows_in_a_row_are_those_of_one_after_another(before: Score
 
 
 @given(windows(), windows())
-def test_means_over_windows_in_a_row_are_those_of_one_after_another(before: Scores, z: Scores) -> None:
+def test_mewmas_over_consecutive_windows_equal_those_one_by_one(before: Scores, z: Scores) -> None:
     begun = Mewma.zeros(TESTS)
     for one in before:
         begun = begun.update(one, 2 * one, 7)
@@ -65,7 +65,7 @@ def test_means_over_windows_in_a_row_are_those_of_one_after_another(before: Scor
 
 
 @given(windows(12), st.lists(st.integers(-1, 2), min_size=12, max_size=12))
-def test_a_season_over_windows_in_a_row_is_that_of_one_after_another(z: Scores, half_days: list[int]) -> None:
+def test_a_trend_over_consecutive_windows_equals_that_one_by_one(z: Scores, half_days: list[int]) -> None:
     t = (20 + np.cumsum(half_days)[: len(z)]) * HALF_DAY_US + 5
     alone = SlowTrend()
     for at in range(len(z)):
@@ -74,13 +74,13 @@ def test_a_season_over_windows_in_a_row_is_that_of_one_after_another(z: Scores, 
 
 
 @pytest.fixture(scope="module")
-def judge() -> DriftMonitor:
+def monitor() -> DriftMonitor:
     return DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN)
 
 
 @pytest.fixture(scope="module")
-def learned(judge: DriftMonitor) -> DriftState:
-    state, _ = feed(judge, judge.start(), readings(3, LEARN + 2))
+def learned(monitor: DriftMonitor) -> DriftState:
+    state, _ = feed(monitor, monitor.start(), readings(3, LEARN + 2))
     assert state.site_reference is not None
     return state
 
@@ -91,14 +91,14 @@ def learned(judge: DriftMonitor) -> DriftState:
     arrays(np.bool_, (9, 5), elements=st.sampled_from([False, False, False, True])),
 )
 @settings(deadline=None, max_examples=60)
-def test_all_tests_over_windows_in_a_row_come_to_the_detectors_of_one_after_another(
-    judge: DriftMonitor, learned: DriftState, wild: float, seed: int, beyond: NDArray[np.bool_]
+def test_tests_over_consecutive_windows_equal_those_one_by_one(
+    monitor: DriftMonitor, learned: DriftState, wild: float, seed: int, beyond: NDArray[np.bool_]
 ) -> None:
     """The wilder, the sooner fields that move hold other tests back, and an alarm is raised."""
-    at = judge.shipped.layout
+    at = monitor.shipped.layout
     rng = np.random.default_rng(seed)
     assert learned.site_reference is not None
-    tester = judge._get_tester(learned.site_reference)
+    tester = monitor._get_tester(learned.site_reference)
     z = wild * rng.normal(size=(9, at.test_count)) + wild * 0.4 * rng.normal(size=at.test_count)
     z[rng.random(z.shape) < 0.05] = np.nan
     told = rng.random(beyond.shape) < 0.95
@@ -151,14 +151,14 @@ def changed(seed: int, how: str, begin: int, lasts: int) -> Readings:
     st.integers(1, 60),
 )
 @settings(deadline=None, max_examples=25)
-def test_any_batches_after_learning_say_and_keep_what_single_windows_do(
-    judge: DriftMonitor, learned: DriftState, seed: int, how: str, begin: int, lasts: int, batch: int
+def test_any_batches_give_the_results_and_state_of_single_windows(
+    monitor: DriftMonitor, learned: DriftState, seed: int, how: str, begin: int, lasts: int, batch: int
 ) -> None:
     r = changed(seed, how, begin, lasts)
-    state, verdicts = feed(judge, learned, r, batch=200)
-    each_state, each = feed(judge, learned, r, batch=WINDOW)
-    cut_state, cut = feed(judge, learned, r, batch=batch)
-    assert judge.to_bytes(state) == judge.to_bytes(each_state) == judge.to_bytes(cut_state)
+    state, verdicts = feed(monitor, learned, r, batch=200)
+    each_state, each = feed(monitor, learned, r, batch=WINDOW)
+    cut_state, cut = feed(monitor, learned, r, batch=batch)
+    assert monitor.to_bytes(state) == monitor.to_bytes(each_state) == monitor.to_bytes(cut_state)
     assert told(verdicts) == told(each) == told(cut)
     assert len(verdicts) == 20
 

@@ -1,4 +1,4 @@
-"""A drift window's summary: what it counts, and that its parts add up."""
+"""Summary: what it counts, and that its parts add up."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_damaged_bytes_are_a_value_error(damage: bytes) -> None:
         Summary.from_bytes(damage)
 
 
-def test_values_on_edges_limits_and_beyond_are_counted_where_the_format_says(shipped: Reference) -> None:
+def test_values_on_edges_and_limits_count_where_the_format_says(shipped: Reference) -> None:
     low, high, edge = shipped.low[0], shipped.high[0], shipped.edges[0, 10]
     column = np.array([low, high, edge, np.nextafter(low, -9), np.nextafter(high, 99), np.nan])
     rows = np.column_stack([column, np.zeros(6), np.zeros(6)])

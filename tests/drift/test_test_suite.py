@@ -1,4 +1,4 @@
-"""All detectors of a site together: what each finds, what stays quiet, and that nothing is told twice."""
+"""Test suite: what each detector finds, what stays quiet, and that nothing is reported twice."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ NAMES = tuple(f"f{i}" for i in range(F))
 
 
 @pytest.fixture(scope="module")
-def judge() -> DriftMonitor:
+def monitor() -> DriftMonitor:
     return DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN)
 
 
 @pytest.fixture(scope="module")
-def learned(judge: DriftMonitor) -> DriftState:
-    return feed(judge, judge.start(), readings(3, LEARN + 2))[0]
+def learned(monitor: DriftMonitor) -> DriftState:
+    return feed(monitor, monitor.start(), readings(3, LEARN + 2))[0]
 
 
 def raised(verdicts: list[DriftWindowResult]) -> list[Alert]:
@@ -45,10 +45,10 @@ def watch(rows: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> list[Drift
     shipped = build_reference(
         table(0, 40).astype(np.float32), np.arange(8000), 1, np.zeros(8000, np.int64), None, 200, fields=NAMES
     )
-    judge = DriftMonitor(shipped, labels=(), window=200, learn_windows=LEARN)
+    monitor = DriftMonitor(shipped, labels=(), window=200, learn_windows=LEARN)
     none, t = np.zeros(len(rows), np.int64), np.arange(len(rows), dtype=np.int64) * 1000
-    return judge.process_batch(
-        judge.start(), rows.astype(np.float32), np.arange(len(rows)), 1, none, None, rows=(1, len(rows)), t=t
+    return monitor.process_batch(
+        monitor.start(), rows.astype(np.float32), np.arange(len(rows)), 1, none, None, rows=(1, len(rows)), t=t
     )[1]
 
 
@@ -59,7 +59,7 @@ def test_sixteen_fields_in_which_nothing_happens_raise_almost_nothing(steady: fl
     assert len(raised(verdicts)) <= 4
 
 
-def test_two_fields_that_begin_to_go_together_are_told_as_joint_and_by_name() -> None:
+def test_two_fields_that_begin_to_correlate_are_reported_as_joint() -> None:
     rows = table(1, LEARN + 8)
     late = slice(LEARN * 200, None)
     rows[late, 9] = 0.5 * rows[late, 2] + np.sqrt(0.75) * rows[late, 9]
@@ -98,10 +98,10 @@ def test_a_ramp_is_told_from_a_step_where_the_windows_show_it() -> None:
     assert told["ramp"] >= 2
 
 
-def test_a_model_that_becomes_less_sure_is_told_with_what_it_costs(judge: DriftMonitor, learned: DriftState) -> None:
+def test_a_model_that_becomes_less_sure_is_told_with_what_it_costs(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(31, 14)
     unsure = replace(r, scores=(0.55 * r.scores + 0.15).astype(np.float32))
-    _, verdicts = feed(judge, learned, unsure)
+    _, verdicts = feed(monitor, learned, unsure)
     (alert,) = raised(verdicts)
     assert alert.subject == "score"
     assert alert.summary.startswith("score: the model's certainty fell by 0.")
@@ -122,9 +122,9 @@ def test_answers_in_other_shares_are_told_by_their_label() -> None:
         rows = (picked[:, None] * ROWS + np.arange(ROWS)).ravel()
         return Readings(r.features[rows], r.labels[picked], r.truth[picked], r.scores[picked])
 
-    judge = DriftMonitor(reference(), labels=LABELS, window=4 * WINDOW, learn_windows=LEARN)
-    state, before = feed(judge, judge.start(), made(4 * (LEARN + 5), [0.4, 0.3, 0.3]))
-    _, after = feed(judge, state, made(4 * 10, [0.05, 0.3, 0.65]))
+    monitor = DriftMonitor(reference(), labels=LABELS, window=4 * WINDOW, learn_windows=LEARN)
+    state, before = feed(monitor, monitor.start(), made(4 * (LEARN + 5), [0.4, 0.3, 0.3]))
+    _, after = feed(monitor, state, made(4 * 10, [0.05, 0.3, 0.65]))
     assert raised(before) == []
     told = [a for a in raised(after) if a.subject == "output"]
     assert len(told) == 1
@@ -132,21 +132,21 @@ def test_answers_in_other_shares_are_told_by_their_label() -> None:
     assert told[0].evidence["label"] in ("idle", "run")
 
 
-def misnamed(judge: DriftMonitor, learned: DriftState, windows: int) -> list[DriftWindowResult]:
+def misnamed(monitor: DriftMonitor, learned: DriftState, windows: int) -> list[DriftWindowResult]:
     """Field x is off so far that the model, which goes by it, names wrong modes in half of the windows."""
     r = readings(31, windows, wrong=0.0)
     r.features[:, 0] += 0.9
     mean = r.features.reshape(-1, ROWS, 3)[:, :, 0].mean(1)
     labels = np.argmin(np.abs(mean[:, None] - LEVEL[:, 0]), axis=1)
     assert np.mean(labels != r.truth) > 0.4
-    return feed(judge, learned, replace(r, labels=labels))[1]
+    return feed(monitor, learned, replace(r, labels=labels))[1]
 
 
-def test_fields_that_are_sound_stay_quiet_while_the_model_names_wrong_classes(
-    judge: DriftMonitor, learned: DriftState
+def test_sound_fields_stay_quiet_while_the_model_names_wrong_classes(
+    monitor: DriftMonitor, learned: DriftState
 ) -> None:
     for windows in (20, 30, 40):
-        verdicts = misnamed(judge, learned, windows)
+        verdicts = misnamed(monitor, learned, windows)
         told = [a.subject for a in raised(verdicts)]
         # Until the first alarm all are compared with what the model named, and a sound field may be told first.
         assert FIELDS[0] in told
@@ -154,8 +154,8 @@ def test_fields_that_are_sound_stay_quiet_while_the_model_names_wrong_classes(
         assert {name for name, f in verdicts[-1].members["features"].items() if f["state"] == "drift"} == {"x"}
 
 
-def test_what_is_told_while_classes_are_reassigned_does_not_hang_on_batches(
-    judge: DriftMonitor, learned: DriftState
+def test_alerts_do_not_depend_on_batches_while_classes_are_reassigned(
+    monitor: DriftMonitor, learned: DriftState
 ) -> None:
     r = readings(31, 12, wrong=0.3)
     r.features[:, 0] += 0.9
@@ -166,7 +166,7 @@ def test_what_is_told_while_classes_are_reassigned_does_not_hang_on_batches(
             part = Readings(
                 r.features[begin * ROWS : end * ROWS], r.labels[begin:end], r.truth[begin:end], r.scores[begin:end]
             )
-            state, verdicts = feed(judge, state, part, batch=1000)
+            state, verdicts = feed(monitor, state, part, batch=1000)
             found += raised(verdicts)
         return state.to_bytes(), found
 
@@ -175,25 +175,25 @@ def test_what_is_told_while_classes_are_reassigned_does_not_hang_on_batches(
     assert told([0, 7, 33, 34, 60, 111, 120]) == whole
 
 
-def test_learning_anew_clears_what_is_open_and_counts_references(judge: DriftMonitor, learned: DriftState) -> None:
+def test_learning_anew_clears_what_is_open_and_counts_references(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(31, 60)
     r.features[:, 1] *= 0.6
-    drifted, verdicts = feed(judge, learned, r.windows(0, 8))
+    drifted, verdicts = feed(monitor, learned, r.windows(0, 8))
     assert [a.subject for a in raised(verdicts)] == ["y"]
-    fresh, cleared = judge.relearn(drifted)
+    fresh, cleared = monitor.relearn(drifted)
     assert [(a.id, a.state) for a in cleared] == [("y/drift/1", "cleared")]
     assert cleared[0].summary == "y: this site's reference is learned anew."
-    again, verdicts = feed(judge, fresh, r.windows(8, 60))
+    again, verdicts = feed(monitor, fresh, r.windows(8, 60))
     assert raised(verdicts) == []
     assert again.site_reference is not None
     assert again.site_reference.site is not None
     assert again.site_reference.site.number == 2
 
 
-def test_learning_for_a_time_waits_for_it(judge: DriftMonitor) -> None:
+def test_learning_for_a_time_waits_for_it(monitor: DriftMonitor) -> None:
     r = readings(3, 100)
-    state, _ = judge.relearn(judge.start(), 120.0)
-    _, verdicts = feed(judge, state, r)
+    state, _ = monitor.relearn(monitor.start(), 120.0)
+    _, verdicts = feed(monitor, state, r)
     learned = next(v for v in verdicts if v.learned_reference)
     assert learned.learned_reference is not None
     assert learned.learned_reference.drift_windows == learned.index == 61
@@ -203,15 +203,15 @@ def test_a_model_of_a_single_field_is_watched_too() -> None:
     rows = np.random.default_rng(1).normal(size=(60 * 200, 1)).astype(np.float32)
     none = np.zeros(len(rows), np.int64)
     shipped = build_reference(rows[:8000], np.arange(8000), 1, none[:8000], None, 200, fields=("only",))
-    judge = DriftMonitor(shipped, labels=(), window=200, learn_windows=LEARN)
+    monitor = DriftMonitor(shipped, labels=(), window=200, learn_windows=LEARN)
     rows[50 * 200 :] += 1.0
     t = np.arange(len(rows), dtype=np.int64)
-    state, verdicts = judge.process_batch(judge.start(), rows, t, 1, none, None, rows=(1, len(rows)), t=t)
+    state, verdicts = monitor.process_batch(monitor.start(), rows, t, 1, none, None, rows=(1, len(rows)), t=t)
     assert [a.subject for a in raised(verdicts)] == ["only"]
-    assert judge.restore(state.to_bytes()).to_bytes() == state.to_bytes()
+    assert monitor.restore(state.to_bytes()).to_bytes() == state.to_bytes()
 
 
-def test_a_site_reference_survives_its_file(judge: DriftMonitor, learned: DriftState) -> None:
+def test_a_site_reference_survives_its_file(monitor: DriftMonitor, learned: DriftState) -> None:
     assert learned.site_reference is not None
     again = Reference.from_json(learned.site_reference.to_json())
     assert again.digest == learned.site_reference.digest

@@ -68,7 +68,7 @@ def test_a_good_bundle_arrives_everywhere_although_a_download_breaks_off(
     assert [one["phase"] for one in devices] == ["active"] * 3
     assert {one["runs"]["digest"] for one in devices} == {rollout["digest"]}
     assert rollout["served"] == sum(one["served"]["1.1.0"] for one in devices) > 0
-    assert list(rollout["hardship"]["cut"].values()) == [1]
+    assert list(rollout["disturbances"]["cut"].values()) == [1]
     assert [one["event"] for one in rollout["decisions"]] == ["started", "finished"]
 
 

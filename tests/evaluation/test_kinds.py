@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from agent.datasets.csv_table import BLOCK_BYTES
-from agent.evaluation import bench, bootstrap, examples, metrics, predictions, report
+from agent.evaluation import bootstrap, examples, metrics, predictions, report, sensitivity
 from agent.evaluation.predict.run import BatchPredictor
 from agent.evaluation.predictions import LabelledPredictor
 from agent.model.inference import scores
@@ -99,13 +99,13 @@ def test_windows_cut_out_for_themselves_get_the_answers_they_get_in_the_stream(t
     source = examples.read(data, inference, ["label"])
     some = examples.label_windows(source, inference, "label", ["label"], None)
     units = bootstrap.build_units(np.zeros(len(some)), None, None, 0)
-    table = bench.draw_sample(LabelledPredictor(inference), some, units)
+    table = sensitivity.draw_sample(LabelledPredictor(inference), some, units)
     late = np.flatnonzero(some.starts >= inference.history_rows)
     whole = predictions.pair_with_truth(
         found.manifest, examples.predict(inference, source, some.starts), some.truth, None
     )[late]
-    assert len(table.examples) == len(late) == N - inference.history_rows > 0
-    assert table.baseline_metric[0] == metrics.primary_metric("classify", whole, units.subset(late))[0] < 1.0
+    assert len(table.labelled) == len(late) == N - inference.history_rows > 0
+    assert table.baseline[0] == metrics.primary_metric("classify", whole, units.subset(late))[0] < 1.0
     assert found.manifest.input.history_rows == 19
 
 

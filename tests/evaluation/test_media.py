@@ -73,7 +73,7 @@ def test_each_image_gets_an_answer_beside_its_name_and_one_that_is_none_is_named
     result = run("run", looking / "bundle", looking / "images", "-o", looking / "out.csv", "--json")
     document = json.loads(result.stdout)
     assert (result.exit_code, document["results"], document["rejected"]) == (1, 40, 1)
-    assert document["rejects"][0]["file"] == "none/broken.png"
+    assert document["rejected_rows"][0]["file"] == "none/broken.png"
     with (looking / "out.csv").open(newline="") as file:
         told = list(csv.DictReader(file))
     assert list(told[0]) == ["row", "file", "label", "score"]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from agent.evaluation import bootstrap, metrics
 from agent.performance import intervals
 from agent.performance import metrics as quality
+from agent.performance.estimates import compute_metrics
 from agent.performance.metrics import LabelledPredictions
 
 LABELS = ["a", "b", "c"]
@@ -33,7 +34,7 @@ def alone(n: int, off: np.ndarray[tuple[int], np.dtype[np.float64]] | None = Non
 @given(n=st.integers(30, 300), seed=st.integers(0, 1000))
 def test_figures_are_those_that_devices_report(n: int, seed: int) -> None:
     pairs = classified(n, seed)
-    reported = {(m.metric, m.slice): m.value for m in quality.compute_metrics("classify", LABELS, pairs)}
+    reported = {(m.metric, m.slice): m.value for m in compute_metrics("classify", LABELS, pairs)}
     found = metrics.compute("classify", LABELS, pairs, alone(n))
     for one in found.metrics:
         if (one.metric, "") in reported:
@@ -48,7 +49,7 @@ def test_numbers_are_measured_as_devices_do_also_far_from_zero() -> None:
     rng = np.random.default_rng(0)
     truth = np.asarray(1e6 + rng.normal(0, 1, 500), np.float64)
     pairs = LabelledPredictions(truth, value=np.asarray(truth + rng.normal(0.2, 0.5, 500), np.float64))
-    reported = {m.metric: m.value for m in quality.compute_metrics("regress", [], pairs)}
+    reported = {m.metric: m.value for m in compute_metrics("regress", [], pairs)}
     found = {m.metric: m for m in metrics.compute("regress", [], pairs, alone(500)).metrics}
     for name in ("mae", "rmse", "r2"):
         assert found[name].value == pytest.approx(reported[name], rel=1e-4)
@@ -83,7 +84,7 @@ def test_an_interval_by_group_covers_what_one_of_single_windows_does_not() -> No
         names = np.repeat(np.arange(20), 100).astype(str)
         for kind, group in (("groups", names), ("windows", None)):
             units = bootstrap.build_units(np.where(right.ravel(), 0.0, 1.0), group, "person", seed)
-            found = metrics.primary_interval("classify", pairs, units)
+            found = metrics.primary_interval("classify", metrics.primary_metric("classify", pairs, units), 2000, units)
             assert found.low is not None
             assert found.high is not None
             inside[kind] += found.low <= 0.8 <= found.high
@@ -93,7 +94,7 @@ def test_an_interval_by_group_covers_what_one_of_single_windows_does_not() -> No
 
 def test_all_right_is_not_certainly_all_right() -> None:
     pairs = LabelledPredictions(np.asarray(np.arange(40) % 2, np.float64), predicted=np.arange(40) % 2)
-    found = metrics.primary_interval("classify", pairs, alone(40))
+    found = metrics.primary_interval("classify", metrics.primary_metric("classify", pairs, alone(40)), 40, alone(40))
     low, high = intervals.wilson(1.0, 40)
     assert (found.value, found.high) == (1.0, high)
     assert found.low == pytest.approx(low, rel=1e-4)
@@ -117,4 +118,4 @@ def test_a_part_of_the_results_keeps_its_units() -> None:
     units = bootstrap.build_units(np.zeros(6), np.array(["x", "x", "y", "y", "z", "z"]), "who", 0)
     some = units.subset(np.array([0, 5]))
     assert some.unit_index.tolist() == [0, 2]
-    assert some.weighted_sums(np.array([1.0, 2.0]))[0, 0] == 3.0
+    assert some.sums(np.array([1.0, 2.0]))[0, 0] == 3.0

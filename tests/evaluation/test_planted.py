@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agent.evaluation import label_quality, leakage
 from agent.evaluation.document import Evaluation
 from tests.kit.evaluations import Recorded, exercise, finding, recorded
 
@@ -36,17 +37,17 @@ def test_the_shipped_model_is_as_good_as_its_card_says(sound: Evaluation) -> Non
 
 def test_sound_data_raise_no_warning(sound: Evaluation) -> None:
     assert sound.warnings == []
-    assert finding(sound, "rows seen in training").state == "ok"
-    assert finding(sound, "groups in both splits").state == "ok"
-    assert finding(sound, "rows in two groups").state == "ok"
-    assert finding(sound, "a field that gives it away").state == "ok"
+    assert finding(sound, leakage.TRAIN_TEST_DUPLICATES).state == "ok"
+    assert finding(sound, leakage.GROUP_LEAKAGE).state == "ok"
+    assert finding(sound, leakage.DUPLICATE_GROUPS).state == "ok"
+    assert finding(sound, leakage.TARGET_LEAKAGE).state == "ok"
 
 
 def test_a_subject_of_the_test_that_the_model_learned_from_is_named(tmp_path: Path, shipped: Recorded) -> None:
     seen = recorded(TRAINING)
     both = shipped.also(seen.pick(seen.each["subject"] == 3))
     found = exercise(both.npz(tmp_path / "both.npz"), group="subject", train=TRAINING)
-    rows, groups = finding(found, "rows seen in training"), finding(found, "groups in both splits")
+    rows, groups = finding(found, leakage.TRAIN_TEST_DUPLICATES), finding(found, leakage.GROUP_LEAKAGE)
     assert (rows.state, groups.state) == ("warning", "warning")
     assert groups.summary.startswith("subject 3 is in the training data")
     share = float(rows.summary.partition("(")[2].partition("%")[0])
@@ -58,10 +59,10 @@ def test_a_subject_of_the_test_is_found_where_a_column_splits_one_file(tmp_path:
     split = np.where(of_nine & (np.arange(len(of_nine)) % 2 == 0), "train", "test")
     data = shipped.told(split=split).csv(tmp_path / "rows.csv", "split", "subject")
     found = exercise(data, group="subject", split="split")
-    assert finding(found, "groups in both splits").summary.startswith("subject 9 is in the training data")
-    assert finding(found, "rows seen in training").state == "ok"
+    assert finding(found, leakage.GROUP_LEAKAGE).summary.startswith("subject 9 is in the training data")
+    assert finding(found, leakage.TRAIN_TEST_DUPLICATES).state == "ok"
     assert set(found.data.splits) == {"test"}
-    order = finding(found, "time order")
+    order = finding(found, leakage.TEMPORAL_LEAKAGE)
     assert order.state == "warning"
     assert "not later than the last training row (2025-11-2" in order.summary
 
@@ -69,7 +70,7 @@ def test_a_subject_of_the_test_is_found_where_a_column_splits_one_file(tmp_path:
 def test_rows_that_stand_under_two_names_are_found(tmp_path: Path, shipped: Recorded) -> None:
     twin = shipped.pick(shipped.each["subject"] == 8)
     both = shipped.also(twin.told(subject=np.full(len(twin.sizes), 11)))
-    one = finding(exercise(both.npz(tmp_path / "both.npz"), group="subject"), "rows in two groups")
+    one = finding(exercise(both.npz(tmp_path / "both.npz"), group="subject"), leakage.DUPLICATE_GROUPS)
     assert one.state == "warning"
     assert one.summary.startswith("subject 11, 8 share rows")
 
@@ -80,7 +81,7 @@ def test_a_field_that_is_the_label_in_disguise_is_named(tmp_path: Path, shipped:
     rows[:, 5] = code * 0.3 + np.random.default_rng(0).normal(0, 0.02, len(rows))
     planted = Recorded(rows, shipped.sizes, shipped.each, shipped.fields, shipped.labels)
     found = exercise(planted.npz(tmp_path / "leaking.npz"))
-    one = finding(found, "a field that gives it away")
+    one = finding(found, leakage.TARGET_LEAKAGE)
     assert one.state == "warning"
     assert one.summary.startswith("wz (1.000) alone predicts the label")
     assert one.summary in found.warnings
@@ -106,8 +107,8 @@ def test_labels_that_were_mixed_up_are_listed(tmp_path: Path, shipped: Recorded)
     wrong = np.flatnonzero(label == shipped.labels.index("ROW"))[:2]
     label[wrong] = shipped.labels.index("PEN")
     found = exercise(shipped.told(label=label).npz(tmp_path / "mixed.npz"))
-    assert finding(found, "label noise").state == "warning"
-    assert {(one.label, one.said) for one in found.suspects} == {("PEN", "ROW")}
+    assert finding(found, label_quality.LABEL_NOISE).state == "warning"
+    assert {(one.label, one.predicted) for one in found.suspects} == {("PEN", "ROW")}
     starts = np.concatenate([[0], np.cumsum(shipped.sizes)])
     inside = [any(starts[i] < one.row <= starts[i + 1] for i in wrong) for one in found.suspects]
     assert all(inside)
@@ -117,7 +118,9 @@ def test_a_rare_class_is_told(tmp_path: Path, shipped: Recorded) -> None:
     rare = shipped.each["label"] == shipped.labels.index("TRAP")
     keep = ~rare | (np.cumsum(rare) == 1)
     found = exercise(shipped.pick(keep).npz(tmp_path / "rare.npz"))
-    assert any(one.check == "few" and one.summary.startswith("TRAP has ") for one in found.hints)
+    assert any(
+        one.check == label_quality.SMALL_CLASS and one.summary.startswith("TRAP has ") for one in found.label_checks
+    )
 
 
 def test_intervals_by_subject_are_wider_than_of_independent_windows(sound: Evaluation) -> None:

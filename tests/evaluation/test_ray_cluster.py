@@ -92,7 +92,7 @@ def test_a_folder_is_answered_to_the_byte_as_on_one_machine_and_its_bad_rows_are
     wanted = here(bundle, data, tmp_path / "here")
     require_same(tmp_path / "there", tmp_path / "here")
     assert code == 1
-    assert document["rejects"] == [{"file": "4.csv", "line": 101, "reason": "u: 'x' is no number"}]
+    assert document["rejected_rows"] == [{"file": "4.csv", "line": 101, "reason": "u: 'x' is no number"}]
     assert document["rows"] == 3000 + 5001 + 7 + 12_345 + 300
     for told in (document, wanted):
         del told["out"], told["seconds"]

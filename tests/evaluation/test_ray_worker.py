@@ -101,7 +101,7 @@ def test_data_that_a_node_does_not_see_are_named_with_the_node(bundle: Bundle, j
     said = answer(bundle, job)
     assert (said.totals, said.is_usage_error) == (None, True)
     assert said.error.startswith("node ")
-    assert f"{job.source} is not there" in said.error
+    assert f"{job.source} does not exist" in said.error
 
 
 @pytest.mark.parametrize("mark", [None, "of another run"])

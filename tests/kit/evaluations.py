@@ -87,5 +87,5 @@ def exercise(data: Path, **asked: Any) -> Evaluation:
 
 
 def finding(found: Evaluation, check: str) -> CheckResult:
-    [one] = [f for f in (*found.leakage, *found.hints) if f.check == check]
+    [one] = [f for f in (*found.leakage, *found.label_checks) if f.check == check]
     return one

@@ -68,9 +68,9 @@ def reference(seed: int = 1, drift_windows: int = 60) -> Reference:
 
 
 def feed(
-    judge: DriftMonitor, state: DriftState, r: Readings, *, batch: int = 50
+    monitor: DriftMonitor, state: DriftState, r: Readings, *, batch: int = 50
 ) -> tuple[DriftState, list[DriftWindowResult]]:
-    """Through the judge in batches of so many model windows."""
+    """Through the monitor in batches of so many model windows."""
     verdicts: list[DriftWindowResult] = []
     first = max(0, state.last_counted_row) + 1
     for at in range(0, len(r.labels), batch):
@@ -80,6 +80,8 @@ def feed(
         rows = (begin, begin + len(features) - 1)
         t = np.arange(rows[0], rows[1] + 1, dtype=np.int64) * 10_000
         starts = np.arange(0, len(features), ROWS)
-        state, more = judge.process_batch(state, features, starts, ROWS, r.labels[some], r.scores[some], rows=rows, t=t)
+        state, more = monitor.process_batch(
+            state, features, starts, ROWS, r.labels[some], r.scores[some], rows=rows, t=t
+        )
         verdicts += more
     return state, verdicts

@@ -29,9 +29,9 @@ def problems(folder: Path) -> list[tuple[str, str]]:
 
 def only(folder: Path, file: str, words: str) -> None:
     """Assert that the folder has exactly this problem."""
-    [(where, what)] = problems(folder)
+    [(where, problem)] = problems(folder)
     assert where == file
-    assert words in what
+    assert words in problem
 
 
 def resign(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda _: None) -> None:

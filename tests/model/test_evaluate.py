@@ -18,7 +18,7 @@ from agent.authoring import pack
 from agent.cli.model import evaluation_tables
 from agent.cli.model.group import model as command
 from agent.errors import BadBundle, ConfigError, UsageError
-from agent.evaluation import author, cards, report
+from agent.evaluation import cards, report
 from agent.evaluation.document import Evaluation
 from agent.model.inference import tuning
 from scripts.kit.bundles import ANOMALY, CLASSIFY, KEY, LABELS, MODELS, REGRESS, Recipe, change, packed, write_spec
@@ -78,7 +78,7 @@ def test_the_command_tells_the_document_writes_the_report_and_the_cards(tabular:
     assert sorted(p.name for p in (tmp_path / "cards").iterdir()) == names
     assert "Telling | &lt;left&gt; from right." in (tmp_path / "cards" / "MODEL_CARD.md").read_text()
     said = run(tabular, tmp_path / "rows.csv", "--no-latency")
-    for word in ("accuracy", "By class", "Confusion", "left", "Can the figures be believed"):
+    for word in ("accuracy", "By class", "Confusion", "left", "Can the metrics be trusted"):
         assert word in said.stdout
 
 
@@ -86,7 +86,7 @@ def test_the_same_seed_gives_the_same_document(tabular: Path, tmp_path: Path) ->
     data = labelled(tmp_path / "rows.csv")
     asked = {"ablate": True, "robustness": True, "slices": ("site",)}
     one, two = (evaluated(tabular, data, **asked) for _ in range(2))
-    still = {"made": "", "seconds": 0.0}
+    still = {"evaluated_at": "", "seconds": 0.0}
     assert msgspec.structs.replace(one, **still) == msgspec.structs.replace(two, **still)
 
 
@@ -145,7 +145,7 @@ def test_a_split_that_is_all_training_leaves_nothing_to_test(tabular: Path, tmp_
 
 
 def test_a_group_that_is_the_same_everywhere_is_refused(tabular: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="column who says ann everywhere"):
+    with pytest.raises(UsageError, match="column who holds ann everywhere"):
         evaluated(tabular, labelled(tmp_path / "rows.csv", who=["ann"] * 600), group="who")
 
 
@@ -182,7 +182,7 @@ def test_other_kinds_are_measured_and_reported(tmp_path: Path, recipe: Recipe) -
     found = evaluated(tmp_path / "bundle", data, ablate=True, robustness=True, slices=("site",))
     wanted = {"mae", "rmse", "r2"} if recipe is REGRESS else {"auc", "average_precision", "precision", "recall"}
     assert {m.metric for m in found.metrics} >= wanted
-    assert len(found.ablation) == len(recipe.fields)
+    assert len(found.field_importance) == len(recipe.fields)
     assert {fault.fault for fault in found.robustness} == {"noise", "gain", "missing", "stuck", "saturated", "swapped"}
     page = Page(report.render_html(found))
     assert len(page.pictures) >= 8
@@ -197,23 +197,23 @@ def test_answers_on_windows_of_a_csv_equal_those_of_model_run(tmp_path: Path) ->
 
 
 def test_the_float_model_is_compared_on_the_same_windows(whole: Evaluation) -> None:
-    other = whole.against
+    other = whole.float_comparison
     assert other is not None
     assert other.agreement is not None
     assert other.agreement.value is not None
     assert other.agreement.value > 0.95
-    assert 0 < other.mean < other.largest < 1
-    assert other.change.low is not None
-    assert other.change.high is not None
-    assert other.change.low <= 0.02
-    assert other.change.high >= -0.02
+    assert 0 < other.mean_output_difference < other.max_output_difference < 1
+    assert other.metric_difference.low is not None
+    assert other.metric_difference.high is not None
+    assert other.metric_difference.low <= 0.02
+    assert other.metric_difference.high >= -0.02
 
 
 def test_how_fast_it_is_is_told_with_the_machine_and_the_float_model_beside_it(
     whole: Evaluation, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert whole.against is not None
-    theirs = whole.against.latency
+    assert whole.float_comparison is not None
+    theirs = whole.float_comparison.latency
     assert [p.batch for p in theirs] == [p.batch for p in whole.latency]
     evaluation_tables.print_evaluation(whole)
     for told in (" ".join(Page(report.render_html(whole)).texts), capsys.readouterr().out):
@@ -227,9 +227,9 @@ def test_a_float_model_with_other_names_of_its_outputs_is_compared_in_the_same_p
     (tmp_path / "other.tflite").write_bytes(content.replace(b"sums", b"Name"))
     chosen = Recipe("classify", "each_label_and_sums", labels=LABELS, output='tensor = "sums"\nactivation = "softmax"')
     data = labelled(tmp_path / "rows.csv", chosen)
-    found = evaluated(packed(tmp_path / "b", chosen), data, float_model=tmp_path / "other.tflite").against
+    found = evaluated(packed(tmp_path / "b", chosen), data, float_model=tmp_path / "other.tflite").float_comparison
     assert found is not None
-    assert (found.largest, found.agreement and found.agreement.value) == (0.0, 1.0)
+    assert (found.max_output_difference, found.agreement and found.agreement.value) == (0.0, 1.0)
 
 
 def test_a_float_model_of_another_shape_is_refused(tabular: Path, tmp_path: Path) -> None:
@@ -239,9 +239,9 @@ def test_a_float_model_of_another_shape_is_refused(tabular: Path, tmp_path: Path
 
 
 def test_a_field_the_model_does_not_need_costs_nothing_and_one_it_needs_does(whole: Evaluation) -> None:
-    lost = {drop.fields[0]: drop.drop.value for drop in whole.ablation}
+    lost = {drop.fields[0]: drop.metric_drop.value for drop in whole.field_importance}
     assert max(v for v in lost.values() if v is not None) > 0.1
-    ordered = [drop.drop.value for drop in whole.ablation]
+    ordered = [drop.metric_drop.value for drop in whole.field_importance]
     assert ordered == sorted(ordered, key=lambda v: -(v or 0))
 
 
@@ -308,7 +308,7 @@ def test_names_that_are_markup_stay_text(whole: Evaluation) -> None:
     found = msgspec.convert(spoilt, Evaluation)
     for text in (
         report.render_html(found),
-        *(card.to_html() for card in cards.build_cards(found, author.CardTexts()).values()),
+        *(card.to_html() for card in cards.build_cards(found, cards.CardTexts()).values()),
     ):
         page = Page(text)
         assert "script" not in page.tags
@@ -316,24 +316,24 @@ def test_names_that_are_markup_stay_text(whole: Evaluation) -> None:
 
 
 def test_cards_have_no_empty_headings_and_tell_the_figures_of_the_document(whole: Evaluation) -> None:
-    for card in cards.build_cards(whole, author.CardTexts()).values():
+    for card in cards.build_cards(whole, cards.CardTexts()).values():
         lines = [line for line in card.to_markdown().splitlines() if line]
         headings = [i for i, line in enumerate(lines) if line.startswith("#")]
         assert len(headings) >= 4
         assert all(b - a > 1 for a, b in itertools.pairwise(headings[1:]))
         assert headings[-1] < len(lines) - 1
-    text = cards.model_card(whole, author.CardTexts()).to_markdown()
+    text = cards.model_card(whole, cards.CardTexts()).to_markdown()
     accuracy = whole.metrics[0]
     assert f"| accuracy | {accuracy.value:.3f} | [{accuracy.low:.3f}, {accuracy.high:.3f}] | 600 |" in text
     assert "Ethical considerations" not in text
-    words = author.CardTexts(card=author.ModelCardText(ethics="None of a person."))
+    words = cards.CardTexts(card=cards.ModelCardText(ethics="None of a person."))
     assert "## Ethical considerations\n\nNone of a person." in cards.model_card(whole, words).to_markdown()
 
 
 def test_a_word_that_no_card_knows_is_refused_with_a_suggestion(tmp_path: Path) -> None:
     (tmp_path / "about.toml").write_text('[card]\nintended_uses = "x"\n')
     with pytest.raises(ConfigError, match="intended_use"):
-        author.read(tmp_path / "about.toml")
+        cards.read_texts(tmp_path / "about.toml")
 
 
 def test_every_field_of_a_bundle_may_be_a_slice(whole: Evaluation) -> None:

@@ -136,7 +136,7 @@ def test_rows_that_cannot_be_read_are_named_and_left_out(tabular: Path, tmp_path
     result = run(tabular, tmp_path / "rows.csv", "-o", tmp_path / "out.csv", "--json")
     document = json.loads(result.stdout)
     assert (result.exit_code, document["rows"], document["rejected"]) == (1, 3, 3)
-    assert [(one["line"], one["reason"]) for one in document["rejects"]] == [
+    assert [(one["line"], one["reason"]) for one in document["rejected_rows"]] == [
         (3, "3 values, the header names 4"),
         (5, "b: 'x' is no number"),
         (8, "b: '1_0' is no number"),

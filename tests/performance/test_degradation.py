@@ -62,7 +62,7 @@ def test_accuracy_that_falls_is_told_with_both_numbers() -> None:
     assert [(one.kind, one.state) for one in found] == [(DECAY, "raised")]
     assert found[0].low > found[0].before
     alert = degradation.build_alert(found[0], binary_loss=True)
-    assert alert.summary.startswith("accuracy fell: labels of the last ")
+    assert alert.summary.startswith("accuracy fell: the accuracy of the last ")
     assert alert.severity == "warning"
 
 
@@ -81,15 +81,15 @@ def test_an_alert_is_raised_once_and_cleared_once() -> None:
 def test_a_site_below_the_bundles_evaluation_is_told_from_the_first_labels_on() -> None:
     found = run(wrong(150, 0.3), promise=PromisedAccuracy(0.93, 3000))
     assert [one.kind for one in found] == [EVALUATION]
-    assert "its evaluation said 0.93" in degradation.build_alert(found[0], binary_loss=True).summary
+    assert "the evaluation measured 0.93" in degradation.build_alert(found[0], binary_loss=True).summary
 
 
 def test_certainty_that_labels_contradict_is_likely_concept_drift() -> None:
     found = run(wrong(200, 0.29), told=0.07)
     assert [one.kind for one in found] == [CERTAINTY]
     summary = degradation.build_alert(found[0], binary_loss=True).summary
-    assert summary.startswith("likely concept drift: labels of the last ")
-    assert "the model's certainty says 0.93" in summary
+    assert summary.startswith("likely concept drift: the accuracy of the last ")
+    assert "the model's scores promise 0.93" in summary
 
 
 def test_a_single_answer_without_a_score_is_no_reason_to_compare_with_certainty() -> None:
@@ -105,7 +105,7 @@ def test_errors_of_numbers_that_grow_are_told() -> None:
     assert run(np.abs(random.normal(0, 1, 600)), state, shares=False) == []
     found = run(np.abs(random.normal(0, 1.8, 300)), state, shares=False)
     assert [one.kind for one in found] == [DECAY]
-    assert degradation.build_alert(found[0], binary_loss=False).summary.startswith("error grew: ")
+    assert degradation.build_alert(found[0], binary_loss=False).summary.startswith("the error grew: ")
 
 
 def test_it_does_not_matter_how_labels_are_cut_into_messages() -> None:
@@ -164,7 +164,7 @@ def test_an_alert_that_only_wrong_labels_raised_is_cleared_by_its_id_and_the_nex
     told = [degradation.build_alert(one, binary_loss=True) for one in (raised, cleared)]
     assert [one.state for one in told] == ["raised", "cleared"]
     assert told[0].id == told[1].id
-    assert told[1].summary.startswith("labels were put right; the 150 there are now agree with ")
+    assert told[1].summary.startswith("labels were corrected; all 150 now agree with ")
     [again] = redone(state, wrong(150, 0.6), promise=PromisedAccuracy(0.9, 500))
     assert (again.state, again.count) == ("raised", 2)
 
@@ -184,3 +184,17 @@ def test_where_the_first_labels_are_gone_the_baseline_stays() -> None:
     redone(state, wrong(300, 0.3, 2), whole=False)
     assert (state.baseline_n, state.baseline_loss_sum, state.baseline_square_sum) == before
     assert state.tracks[DECAY].is_open
+
+
+def test_too_many_labels_by_the_model_itself_raise_one_alert() -> None:
+    state = DegradationState("sha256:a")
+    assert degradation.check_feedback(state, 5, 100) is None
+    raised = degradation.check_feedback(state, 30, 100)
+    assert raised is not None
+    assert (raised.subject, raised.state) == ("labels", "raised")
+    assert raised.summary.startswith("30% of the last 100 labels are the model's own answers")
+    assert degradation.check_feedback(state, 40, 100) is None
+    assert degradation.check_feedback(state, 15, 100) is None
+    cleared = degradation.check_feedback(state, 5, 100)
+    assert cleared is not None
+    assert (cleared.state, cleared.id) == ("cleared", raised.id)

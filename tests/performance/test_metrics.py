@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.performance import metrics
+from agent.performance.estimates import MetricEstimate, compute_metrics
 from agent.performance.labels import LabelSchema
-from agent.performance.metrics import LabelledPredictions, MetricEstimate
+from agent.performance.metrics import LabelledPredictions
 
 LABELS = ("a", "b", "c")
 
@@ -35,7 +36,7 @@ def losses(pairs: LabelledPredictions) -> Any:
 
 def test_accuracy_is_the_share_right_within_its_interval() -> None:
     pairs = classified()
-    found = by_name(metrics.compute_metrics("classify", LABELS, pairs))["accuracy", ""]
+    found = by_name(compute_metrics("classify", LABELS, pairs))["accuracy", ""]
     assert found.value == pytest.approx(1 - losses(pairs).mean(), abs=1e-6)
     assert found.low is not None
     assert found.high is not None
@@ -46,7 +47,7 @@ def test_accuracy_is_the_share_right_within_its_interval() -> None:
 
 def test_f1_of_each_class_is_twice_hits_by_meant_and_named() -> None:
     pairs = classified()
-    found = by_name(metrics.compute_metrics("classify", LABELS, pairs))
+    found = by_name(compute_metrics("classify", LABELS, pairs))
     each = []
     for index, label in enumerate(LABELS):
         hit = int(((pairs.truth == index) & (pairs.predicted == index)).sum())
@@ -60,9 +61,7 @@ def test_f1_of_each_class_is_twice_hits_by_meant_and_named() -> None:
 
 def test_a_class_nobody_meant_or_named_is_no_part_of_macro_f1() -> None:
     found = by_name(
-        metrics.compute_metrics(
-            "classify", LABELS, LabelledPredictions(np.array([0.0, 1, 0, 1]), np.array([0, 1, 0, 0]))
-        )
+        compute_metrics("classify", LABELS, LabelledPredictions(np.array([0.0, 1, 0, 1]), np.array([0, 1, 0, 0])))
     )
     assert found["f1_macro", ""].value == pytest.approx((0.8 + 2 / 3) / 2, abs=1e-5)
 
@@ -71,11 +70,11 @@ def test_brier_is_of_the_named_class_unless_all_are_known() -> None:
     pairs = classified()
     assert pairs.score is not None
     right = 1 - losses(pairs)
-    found = by_name(metrics.compute_metrics("classify", LABELS, pairs))
+    found = by_name(compute_metrics("classify", LABELS, pairs))
     assert found["brier_top", ""].value == pytest.approx(((pairs.score - right) ** 2).mean(), abs=1e-5)
     full = np.random.default_rng(1).dirichlet(np.ones(3), 400)
     whole = by_name(
-        metrics.compute_metrics(
+        compute_metrics(
             "classify", LABELS, LabelledPredictions(pairs.truth, pairs.predicted, pairs.score, probabilities=full)
         )
     )
@@ -90,7 +89,7 @@ def test_ece_is_the_mean_gap_of_bins_of_equal_mass() -> None:
     order = np.argsort(pairs.score)
     right = 1 - losses(pairs)
     wanted = np.mean([abs(pairs.score[some].mean() - right[some].mean()) for some in np.array_split(order, 10)])
-    found = by_name(metrics.compute_metrics("classify", LABELS, pairs))["ece", ""]
+    found = by_name(compute_metrics("classify", LABELS, pairs))["ece", ""]
     assert found.value == pytest.approx(wanted, abs=1e-5)
 
 
@@ -101,9 +100,7 @@ def test_equal_scores_are_in_one_bin_whatever_their_order() -> None:
 
 
 def test_without_scores_nothing_is_said_of_calibration() -> None:
-    found = by_name(
-        metrics.compute_metrics("classify", LABELS, LabelledPredictions(np.zeros(30), np.zeros(30, np.int64)))
-    )
+    found = by_name(compute_metrics("classify", LABELS, LabelledPredictions(np.zeros(30), np.zeros(30, np.int64))))
     assert {name for name, _ in found} == {"accuracy", "f1", "f1_macro", "f1_micro"}
 
 
@@ -111,7 +108,7 @@ def test_regression_metrics_are_their_definitions() -> None:
     random = np.random.default_rng(2)
     truth = random.normal(10, 3, 300)
     value = truth + random.normal(0, 1, 300)
-    found = by_name(metrics.compute_metrics("regress", (), LabelledPredictions(truth, value=value)))
+    found = by_name(compute_metrics("regress", (), LabelledPredictions(truth, value=value)))
     assert found["mae", ""].value == pytest.approx(np.abs(value - truth).mean(), rel=1e-5)
     assert found["rmse", ""].value == pytest.approx(math.sqrt(np.square(value - truth).mean()), rel=1e-5)
     wanted = 1 - np.square(value - truth).sum() / np.square(truth - truth.mean()).sum()
@@ -119,7 +116,7 @@ def test_regression_metrics_are_their_definitions() -> None:
 
 
 def test_r2_of_a_constant_truth_is_not_a_number_and_says_so() -> None:
-    found = by_name(metrics.compute_metrics("regress", (), LabelledPredictions(np.ones(50), value=np.arange(50.0))))
+    found = by_name(compute_metrics("regress", (), LabelledPredictions(np.ones(50), value=np.arange(50.0))))
     assert found["r2", ""].value is None
 
 
@@ -147,15 +144,15 @@ def test_an_anomaly_model_with_a_threshold_has_accuracy_too() -> None:
     truth = (random.random(200) < 0.2).astype(float)
     value = truth * 2 + random.normal(0, 0.5, 200)
     found = by_name(
-        metrics.compute_metrics("anomaly", (), LabelledPredictions(truth, (value > 1).astype(np.int64), value=value))
+        compute_metrics("anomaly", (), LabelledPredictions(truth, (value > 1).astype(np.int64), value=value))
     )
     assert {"accuracy", "auc", "f1"} == {name for name, _ in found}
-    without = by_name(metrics.compute_metrics("anomaly", (), LabelledPredictions(truth, value=value)))
+    without = by_name(compute_metrics("anomaly", (), LabelledPredictions(truth, value=value)))
     assert {"auc"} == {name for name, _ in without}
 
 
 def test_the_same_labels_give_the_same_message_to_the_last_bit() -> None:
-    first, second = (metrics.compute_metrics("classify", LABELS, classified(seed=4)) for _ in range(2))
+    first, second = (compute_metrics("classify", LABELS, classified(seed=4)) for _ in range(2))
     assert first == second
 
 
@@ -164,7 +161,7 @@ def test_neighbours_that_are_alike_make_wider_intervals() -> None:
     mixed = np.random.default_rng(7).permutation(blocks)
 
     def width(right: Any) -> float:
-        found = by_name(metrics.compute_metrics("classify", ("a", "b"), LabelledPredictions(np.ones(400), right)))[
+        found = by_name(compute_metrics("classify", ("a", "b"), LabelledPredictions(np.ones(400), right)))[
             "accuracy", ""
         ]
         assert found.high is not None
@@ -175,7 +172,7 @@ def test_neighbours_that_are_alike_make_wider_intervals() -> None:
 
 
 def test_no_labels_no_metrics() -> None:
-    assert metrics.compute_metrics("classify", LABELS, LabelledPredictions(np.zeros(0), np.zeros(0, np.int64))) == []
+    assert compute_metrics("classify", LABELS, LabelledPredictions(np.zeros(0), np.zeros(0, np.int64))) == []
 
 
 def spans(found: list[MetricEstimate]) -> list[tuple[float, float, float]]:
@@ -198,7 +195,7 @@ FEW = [
 
 @pytest.mark.parametrize(("kind", "pairs"), FEW)
 def test_no_interval_has_the_width_zero(kind: str, pairs: LabelledPredictions) -> None:
-    for value, low, high in spans(metrics.compute_metrics(kind, LABELS, pairs)):
+    for value, low, high in spans(compute_metrics(kind, LABELS, pairs)):
         assert low < high
         assert low <= value <= high
 
@@ -209,22 +206,20 @@ def test_fewer_than_ten_labels_have_an_interval_of_accuracy_only(n: int) -> None
         ("classify", classified(n)),
         ("regress", LabelledPredictions(np.zeros(n), value=np.arange(n, dtype=float))),
     ):
-        told = {one.metric for one in metrics.compute_metrics(kind, LABELS, pairs) if one.low is not None}
+        told = {one.metric for one in compute_metrics(kind, LABELS, pairs) if one.low is not None}
         assert told <= {"accuracy", "f1_micro", "ece_chance"}
 
 
 def test_a_class_with_few_labels_has_an_f1_without_an_interval() -> None:
     truth = np.r_[np.zeros(99), 1.0]
-    found = by_name(metrics.compute_metrics("classify", LABELS, LabelledPredictions(truth, np.zeros(100, np.int64))))
+    found = by_name(compute_metrics("classify", LABELS, LabelledPredictions(truth, np.zeros(100, np.int64))))
     assert (found["f1", "class=b"].value, found["f1", "class=b"].low) == (0.0, None)
     assert found["f1_macro", ""].low is None
     assert found["f1", "class=a"].low is not None
 
 
 def test_f1_micro_is_accuracy_and_so_is_its_interval() -> None:
-    found = by_name(
-        metrics.compute_metrics("classify", LABELS, LabelledPredictions(np.arange(50.0) % 3, np.arange(50) % 3))
-    )
+    found = by_name(compute_metrics("classify", LABELS, LabelledPredictions(np.arange(50.0) % 3, np.arange(50) % 3)))
     accuracy, micro = found["accuracy", ""], found["f1_micro", ""]
     assert (micro.value, micro.low, micro.high) == (accuracy.value, accuracy.low, accuracy.high)
     assert accuracy.low == pytest.approx(0.9287, abs=1e-4)
@@ -235,7 +230,7 @@ def test_ece_of_a_calibrated_model_is_what_chance_makes_of_it() -> None:
     for _ in range(100):
         score = random.uniform(0.5, 1, 200)
         said = (random.random(200) < score).astype(np.int64)
-        found = by_name(metrics.compute_metrics("classify", ("a", "b"), LabelledPredictions(np.ones(200), said, score)))
+        found = by_name(compute_metrics("classify", ("a", "b"), LabelledPredictions(np.ones(200), said, score)))
         ece, chance = found["ece", ""], found["ece_chance", ""]
         assert ece.value is not None
         assert chance.value is not None
@@ -252,7 +247,7 @@ def test_ece_of_a_calibrated_model_is_what_chance_makes_of_it() -> None:
 def test_ece_of_a_model_that_is_too_sure_lies_above_what_chance_makes_of_it() -> None:
     said = (np.random.default_rng(1).random(300) < 0.6).astype(np.int64)
     score = np.random.default_rng(2).uniform(0.85, 0.99, 300)
-    found = by_name(metrics.compute_metrics("classify", ("a", "b"), LabelledPredictions(np.ones(300), said, score)))
+    found = by_name(compute_metrics("classify", ("a", "b"), LabelledPredictions(np.ones(300), said, score)))
     assert found["ece", ""].low is not None
     assert found["ece_chance", ""].high is not None
     assert found["ece", ""].low > found["ece_chance", ""].high
@@ -262,15 +257,15 @@ def test_results_without_a_score_are_left_out_of_calibration_only() -> None:
     pairs = classified(100)
     assert pairs.score is not None
     pairs.score[3] = np.nan
-    found = by_name(metrics.compute_metrics("classify", LABELS, pairs))
+    found = by_name(compute_metrics("classify", LABELS, pairs))
     assert (found["accuracy", ""].n, found["brier_top", ""].n, found["ece", ""].n) == (100, 99, 99)
-    rest = by_name(metrics.compute_metrics("classify", LABELS, pairs[np.arange(100) != 3]))
+    rest = by_name(compute_metrics("classify", LABELS, pairs[np.arange(100) != 3]))
     assert found["brier_top", ""].value == rest["brier_top", ""].value
     assert found["ece", ""].value == rest["ece", ""].value
 
 
 def test_numbers_whose_square_is_none_have_no_squared_error() -> None:
-    found = by_name(metrics.compute_metrics("regress", (), LabelledPredictions(np.full(30, 1e200), value=np.zeros(30))))
+    found = by_name(compute_metrics("regress", (), LabelledPredictions(np.full(30, 1e200), value=np.zeros(30))))
     assert (found["mae", ""].value, found["rmse", ""].value) == (1e200, None)
 
 
@@ -279,7 +274,7 @@ def test_of_several_labels_a_result_is_right_when_all_are_and_each_label_has_its
     codes = [truth.parse(text) for text in ("wet|hot", "wet", "-", "hot | wet")]
     assert codes == [3, 1, 0, 3]
     found = by_name(
-        metrics.compute_metrics("several", truth.labels, LabelledPredictions(np.array(codes), np.array([3, 1, 2, 1])))
+        compute_metrics("several", truth.labels, LabelledPredictions(np.array(codes), np.array([3, 1, 2, 1])))
     )
     assert found["accuracy", ""].value == 0.5
     assert found["f1", "class=wet"].value == 1

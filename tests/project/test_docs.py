@@ -14,6 +14,7 @@ FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 PATH = re.compile(r"`((?:\.ci|agent|deploy|docs|models|scripts|tests)/[\w./-]+)")
 TEST = re.compile(r"^def (test_\w+)\(", re.MULTILINE)
 NAMED_TEST = re.compile(r"`(test_\w+)`")
+PLACED_NAME = re.compile(r"`([A-Za-z_][\w.]*)(?:\(\))?` (?:in|of) `((?:agent|scripts|tests)/[\w/.]+\.py)`")
 HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*$", re.MULTILINE)
 
 
@@ -47,6 +48,18 @@ def test_every_test_that_a_document_names_is_there() -> None:
     assert named - known == set()
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_name_that_a_document_places_in_a_module_is_there(document: Path) -> None:
+    """A document places a name as in: `DETECTORS` in `agent/drift/detectors/registry.py`."""
+    placed = PLACED_NAME.findall(document.read_text(encoding="utf-8"))
+    missing = [
+        f"{name} in {module}"
+        for name, module in placed
+        if not re.search(rf"\b{name.rpartition('.')[2]}\b", (ROOT / module).read_text(encoding="utf-8"))
+    ]
+    assert missing == []
+
+
 def test_no_file_names_a_folder_of_a_developers_machine() -> None:
     home = r"/(home|Users)/(?!outstation\b)[A-Za-z][\w.-]*/"
     own = "" if len(ROOT.parent.parts) < 2 or str(ROOT.parent) in ("/opt", "/srv", "/tmp") else f"|{ROOT.parent}/"
@@ -68,6 +81,13 @@ def test_a_dead_link_is_noticed(tmp_path: Path) -> None:
     document.write_text("# One\n[x](b.md) [y](#one) [z](#two) [w](https://example.org/b.md)\n```\n[v](c.md)\n```\n")
     text = document.read_text()
     assert [link for link in links(text) if not leads_somewhere(document, link)] == ["b.md", "#two"]
+
+
+def test_a_name_is_read_with_its_module() -> None:
+    assert PLACED_NAME.findall("a line in `DETECTORS` of `agent/a.py`, and `run()` in `scripts/b.py`") == [
+        ("DETECTORS", "agent/a.py"),
+        ("run", "scripts/b.py"),
+    ]
 
 
 def links(text: str) -> list[str]:

@@ -42,7 +42,7 @@ def report(trial: Trial) -> dict[str, Any]:
         "strategy": "all" if finished else trial.ends,
         "digest": NEW,
         "served": 9 if trial.serves else 0,
-        "hardship": {"worse": worse},
+        "disturbances": {"worse": worse},
     }
     return {"devices": devices, "rollout": rollout, "audit": {"passed": True, "invalid": []}}
 

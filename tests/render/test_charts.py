@@ -32,8 +32,8 @@ def parsed(svg: str) -> ElementTree.Element:
     for element in root.iter():
         for key in ("fill", "stroke"):
             assert element.get(key, "none") == "none" or element.attrib[key].startswith("var(--")
-        for key, most in (("x", width), ("cx", width), ("x1", width), ("x2", width), ("y", height), ("cy", height)):
-            assert -1 <= float(element.get(key, 0)) <= most + 1
+        for key, limit in (("x", width), ("cx", width), ("x1", width), ("x2", width), ("y", height), ("cy", height)):
+            assert -1 <= float(element.get(key, 0)) <= limit + 1
     return root
 
 

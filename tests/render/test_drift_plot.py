@@ -68,8 +68,8 @@ def test_every_field_has_a_row_within_the_plot(fields: int) -> None:
     assert [f"field {i} (g)" for i in range(fields)] == [t for t in texts(svg) if t.startswith("field ")]
     width, height = (float(root.attrib[name]) for name in ("width", "height"))
     for element in root.iter():
-        for name, most in (("x", width), ("x1", width), ("x2", width), ("y", height), ("y1", height), ("y2", height)):
-            assert 0 <= float(element.get(name, 0)) <= most
+        for name, limit in (("x", width), ("x1", width), ("x2", width), ("y", height), ("y1", height), ("y2", height)):
+            assert 0 <= float(element.get(name, 0)) <= limit
         for point in element.get("d", "").strip("MZ").split("L"):
             if point:
                 x, y = map(float, point.split())

@@ -94,5 +94,5 @@ def test_a_meter_tells_each_value_once_and_only_after_its_delay(tmp_path: Path) 
 
 
 def test_a_scenario_that_is_not_there_is_named_with_those_that_are() -> None:
-    with pytest.raises(UsageError, match="no scenario 'wind'; there is exercise, solar, machine"):
+    with pytest.raises(UsageError, match="unknown scenario 'wind'; known scenarios are exercise, solar, machine"):
         scenario.from_name("wind")

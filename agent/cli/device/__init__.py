@@ -1,1 +1,1 @@
-"""device."""
+"""Commands that run on a device."""

@@ -1,4 +1,4 @@
-"""`outstation batch`."""
+"""Command `outstation batch`: run tasks once."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from agent.toml_files import did_you_mean
 @config_option
 @json_option
 def batch(task: str | None, config_file: str | None, as_json: bool) -> None:
-    """Run what waits for TASK (for all tasks) once, and stop. Messages stay in the outbox for `run` to send."""
+    """Process the backlog of TASK (or of all tasks) once, and stop. Messages stay in the outbox for `run` to send."""
     file, conf = device.load_config(config_file)
     if task is not None and task not in conf.tasks:
         raise ConfigError(str(file), "tasks", f"there is no task {task!r}{did_you_mean(task, conf.tasks)}")
     store = device.open_store(conf)
-    done: list[dict[str, Any]] = []
+    totals: list[dict[str, Any]] = []
     try:
-        writer, now = device.open_message_log(file, conf, store), make_clock(store)
-        Timekeeper(store, writer).tick(now())
-        marker = tasks.open_crash_marker(conf, store, writer)
+        message_log, now = device.open_message_log(file, conf, store), make_clock(store)
+        Timekeeper(store, message_log).tick(now())
+        marker = tasks.open_crash_marker(conf, store, message_log)
         for name in [task] if task else list(conf.tasks):
             loaded = tasks.load_task(file, conf, store, name, marker=marker)
             total = {"rows": 0, "windows": 0, "alerts": 0}
-            relearn.apply_pending(loaded, store, writer, now())
-            total["alerts"] += cursor_repair.repair_cursor(loaded, store, writer, now())
-            while (step := batches.run(loaded, store, writer, now())) is not None:
-                total["rows"] += step.rows
-                total["windows"] += step.windows
-                total["alerts"] += step.alerts
-            total["alerts"] += label_metrics.tick(loaded, store, writer, now(), float(conf.buffer.keep_results))
-            done.append({"task": name, **total})
+            relearn.apply_pending(loaded, store, message_log, now())
+            total["alerts"] += cursor_repair.repair_cursor(loaded, store, message_log, now())
+            while (result := batches.run(loaded, store, message_log, now())) is not None:
+                total["rows"] += result.rows
+                total["windows"] += result.windows
+                total["alerts"] += result.alerts
+            total["alerts"] += label_metrics.tick(loaded, store, message_log, now(), float(conf.buffer.keep_results))
+            totals.append({"task": name, **total})
     finally:
         store.close()
     emit(
-        done,
+        totals,
         as_json,
-        lambda: print_table(["task", "rows", "windows", "alerts"], [list(d.values()) for d in done], "No tasks."),
+        lambda: print_table(["task", "rows", "windows", "alerts"], [list(t.values()) for t in totals], "No tasks."),
     )

@@ -1,4 +1,4 @@
-"""`outstation drift TASK`: what this device knows of drift, from its own store."""
+"""Command `outstation drift`: drift of a task, from the device's own store."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from agent.cli.output import (
     require_plot_format,
 )
 from agent.config import Config
-from agent.device.bundles import history as kept
+from agent.device.bundles import history
 from agent.device.commands import wipe
 from agent.device.store import task_keys
 from agent.device.store.store import Store
@@ -48,7 +48,7 @@ MAX_WINDOWS = 5000
 @config_option
 @json_option
 def drift(task: str, plot: Path | None, dark: bool, config_file: str | None, as_json: bool) -> None:
-    """How TASK's readings moved from this site's reference: the windows of which messages are still kept here."""
+    """Show how far TASK's readings moved from its site reference, by the drift messages stored here."""
     require_plot_format(plot)
     _, conf = device.load_config(config_file)
     wipe.require_unwiped(conf.data_dir)
@@ -56,22 +56,22 @@ def drift(task: str, plot: Path | None, dark: bool, config_file: str | None, as_
         raise UsageError(f"there is no task {task!r}{did_you_mean(task, conf.tasks)}")
     store = device.open_store_read_only(conf)
     try:
-        found = _TaskDrift(conf, store, task)
+        task_drift = _TaskDrift(conf, store, task)
     finally:
         store.close()
-    document = found.to_dict()
+    document = task_drift.to_dict()
     if plot is not None:
-        drift_plot.save(found.build_plot(), plot, dark=dark)
+        drift_plot.save(task_drift.build_plot(), plot, dark=dark)
         document["plot"] = str(plot)
     emit(document, as_json, lambda: _print(document))
 
 
 class _TaskDrift:
-    """What the store says of one task."""
+    """Drift of one task, as the store has it."""
 
     def __init__(self, conf: Config, store: Store, task: str) -> None:
         self.task, self.device = task, conf.device.id
-        self.bundle = bundle.read(kept.locate_bundle(conf, store, task), None)
+        self.bundle = bundle.read(history.locate_bundle(conf, store, task), None)
         self.shipped_reference = _load_shipped_reference(self.bundle)
         self.site_reference = _load_site_reference(store, task, self.shipped_reference)
         self.timeline, self.unreadable_count = _load_timeline(store, task, self.shipped_reference)
@@ -82,7 +82,7 @@ class _TaskDrift:
         return {} if reference is None else dict(zip(reference.fields, reference.counts, strict=True))
 
     def limits(self) -> dict[str, float]:
-        """Of each field's sums, and of the certainty's."""
+        """Return the CUSUM limit of each field, of the score and of the joint statistics."""
         if self.site_reference is None:
             return {}
         limits, fields = CusumLimits.from_reference(self.site_reference).limit, self.site_reference.fields
@@ -102,7 +102,9 @@ class _TaskDrift:
             "unreadable": self.unreadable_count,
             "from": clock.to_rfc3339(self.timeline.points[0].t[0]) if last else None,
             "to": clock.to_rfc3339(last.t[1]) if last else None,
-            "subjects": [self._subject_to_dict(name, told) for name, told in (last.subjects.items() if last else ())],
+            "subjects": [
+                self._subject_to_dict(name, report) for name, report in (last.subjects.items() if last else ())
+            ],
             "estimate": dict(zip(("accuracy", "low", "high"), last.accuracy, strict=True))
             if last and last.accuracy
             else None,
@@ -114,7 +116,7 @@ class _TaskDrift:
 
     def _subject_to_dict(self, name: str, reported_subject: parsed_message.SubjectReport) -> dict[str, Any]:
         now, usual, limit = self.timeline.latest(name), self.reference_counts().get(name), self.limits().get(name)
-        since = [begin for begin, _, goes_on in self.timeline.spells(name, "drift") if goes_on]
+        since = [begin for begin, _, is_open in self.timeline.spells(name, "drift") if is_open]
         return {
             "subject": name,
             "state": reported_subject.state,
@@ -139,9 +141,9 @@ class _TaskDrift:
             first, last = self.timeline.points[0].t[0], self.timeline.points[-1].t[1]
             parts.append(f"{axes.format_time(first)} to {axes.format_time(last)} UTC")
         else:
-            empty = "No drift window yet: one closes after so many model windows as the bundle says, 20 as a rule."
+            empty = "No drift window yet: one closes after the number of model windows in the bundle, usually 20."
             if self.shipped_reference is None:
-                empty = "This bundle carries no drift reference: nothing is compared."
+                empty = "This bundle has no drift reference: drift is not tested."
         return DriftPlot(
             title=f"Drift of {self.task} at {self.device}",
             subtitle=" · ".join(parts),
@@ -161,21 +163,21 @@ def _load_shipped_reference(loaded_bundle: Bundle) -> Reference | None:
 
 
 def _load_site_reference(store: Store, task: str, shipped: Reference | None) -> Reference | None:
-    """The site's reference, where it belongs to this bundle's bins."""
-    kept = store.load_state(task, task_keys.SITE_REFERENCE)
-    if kept is None or shipped is None:
+    """Return the site reference if it has this bundle's bins."""
+    stored = store.load_state(task, task_keys.SITE_REFERENCE)
+    if stored is None or shipped is None:
         return None
     try:
-        site = Reference.from_json(kept)
+        site = Reference.from_json(stored)
     except BadBundle:
         return None
     return site if (site.fields, site.edges.tobytes()) == (shipped.fields, shipped.edges.tobytes()) else None
 
 
 def _load_timeline(store: Store, task: str, shipped: Reference | None) -> tuple[Timeline, int]:
-    """Of kept messages under this reference; and how many could not be read.
+    """Return the timeline of stored messages with this reference, and the number that could not be read.
 
-    Windows from before the clock was set would stretch the axis over decades: they are taken only without others.
+    Windows from before the clock was set would stretch the axis over decades: they count only if there are no others.
     """
     line, undated, unreadable = Timeline(), Timeline(), 0
     for message in store.recent_messages("drift", task, MAX_WINDOWS):
@@ -194,19 +196,18 @@ def _load_timeline(store: Store, task: str, shipped: Reference | None) -> tuple[
 
 def _print(document: dict[str, Any]) -> None:
     unreadable = f", {document['unreadable']} more that cannot be read" if document["unreadable"] else ""
-    click.echo(f"{document['task']}: {document['windows']} drift windows kept here{unreadable}")
+    click.echo(f"{document['task']}: {document['windows']} drift windows stored here{unreadable}")
     cells = []
-    for one in document["subjects"]:
-        cusum, sizes = one["cusum"], one["sizes"] or {}
-        of = f" of {cusum['limit']:.1f}" if cusum["limit"] else ""
-        sums = [f"{cusum[name]:.1f}{of}" for name in ("mean", "spread")]
-        cells.append(
-            [one["subject"], one["state"], *sums, *(f"{sizes[n]:.2f}" if n in sizes else "-" for n in ("js", "ks"))]
-        )
-    print_table(["", "state", "sum of mean", "sum of spread", "JS", "KS"], cells, "No drift window yet.")
+    for subject in document["subjects"]:
+        cusum, sizes = subject["cusum"], subject["sizes"] or {}
+        limit = f" of {cusum['limit']:.1f}" if cusum["limit"] else ""
+        sums = [f"{cusum[name]:.1f}{limit}" for name in ("mean", "spread")]
+        divergences = [f"{sizes[name]:.2f}" if name in sizes else "-" for name in ("js", "ks")]
+        cells.append([subject["subject"], subject["state"], *sums, *divergences])
+    print_table(["", "state", "mean CUSUM", "spread CUSUM", "JS", "KS"], cells, "No drift window yet.")
     if document["estimate"]:
-        e = document["estimate"]
-        click.echo(f"expected accuracy without labels: {e['accuracy']:.2f} ({e['low']:.2f} to {e['high']:.2f})")
+        accuracy, low, high = (document["estimate"][name] for name in ("accuracy", "low", "high"))
+        click.echo(f"expected accuracy without labels: {accuracy:.2f} ({low:.2f} to {high:.2f})")
     for alert in document["alerts"]:
         click.echo(alert["summary"])
     if "plot" in document:

@@ -1,4 +1,4 @@
-"""From what is known of drift to a picture of it, and the picture to a file."""
+"""Drift plots: from timelines of drift windows to a plot, and the plot to a file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NON_FIELD_SUBJECTS = ("output", "score", "joint")
 
 
 class FieldScale(msgspec.Struct, frozen=True):
-    """What a bundle says of its fields: bounds of bins and units."""
+    """Bin bounds and units of a bundle's fields."""
 
     bounds: Mapping[str, Sequence[float]] = msgspec.field(default_factory=dict)
     units: Mapping[str, str] = msgspec.field(default_factory=dict)
@@ -35,7 +35,7 @@ class FieldScale(msgspec.Struct, frozen=True):
 
 
 def save(picture: DriftPlot, file: Path, *, dark: bool) -> None:
-    """Raises UsageError where it cannot be written."""
+    """Write the plot as SVG or PNG. Raises UsageError if the file cannot be written."""
     svg = drift_plot.render_drift(picture, dark=dark)
     data = svg.encode() if file.suffix == ".svg" else png.from_svg(svg)
     if not file.parent.is_dir():
@@ -49,20 +49,20 @@ def save(picture: DriftPlot, file: Path, *, dark: bool) -> None:
 def plot_device(
     timeline: Timeline, scale: FieldScale, reference_counts: Mapping[str, Ints], limits: Mapping[str, float]
 ) -> tuple[list[PlotRow], list[AccuracyEstimate]]:
-    """Rows and the estimate of one device: mean and spread apart."""
+    """Return the rows and the accuracy estimate of one device, with a curve each for mean and spread."""
     rows = []
     for name in _list_subjects(timeline):
         state = _latest_state(timeline, name)
         now = timeline.latest(name)
-        known = reference_counts.get(name)
+        usual = reference_counts.get(name)
         shown = [(0, now[1].counts.tolist())] if now is not None else []
         notes = [
             f"since {axes.format_time(begin)[5:]}"
-            for begin, _, on in timeline.spells(name, state)
-            if on and state == "drift"
+            for begin, _, is_open in timeline.spells(name, state)
+            if is_open and state == "drift"
         ]
-        if now is not None and known is not None and now[0] != "insufficient":
-            sizes = effect_sizes(known, now[1].counts)
+        if now is not None and usual is not None and now[0] != "insufficient":
+            sizes = effect_sizes(usual, now[1].counts)
             notes += [f"JS {sizes['js']:.2f} · KS {sizes['ks']:.2f}"]
         elif name == "output":
             notes += ["which answers it gives"]
@@ -79,7 +79,7 @@ def plot_device(
                 state=state,
                 notes=notes,
                 bounds=_bin_bounds(scale, name, shown),
-                reference=known.tolist() if known is not None else None,
+                reference=usual.tolist() if usual is not None else None,
                 histograms=shown,
                 curves=[
                     _build_curve(timeline, name, _statistic_getter(statistic), 0, dashed=statistic == "spread")
@@ -90,7 +90,8 @@ def plot_device(
                 + _build_spells(timeline, name),
             )
         )
-    return rows, [one for one in [_build_estimate(timeline, 0)] if one is not None]
+    estimate = _build_estimate(timeline, 0)
+    return rows, [] if estimate is None else [estimate]
 
 
 def plot_devices(
@@ -100,7 +101,7 @@ def plot_devices(
     device_counts: Mapping[str, Mapping[str, Ints]],
     describe_field: Callable[[str], tuple[str, list[str]]],
 ) -> tuple[list[PlotRow], list[AccuracyEstimate]]:
-    """Rows and estimates of several devices in one picture; `told` gives a field's state and notes."""
+    """Return the rows and estimates of several devices; `describe_field` gives a field's state and notes."""
     rows = []
     for name, usual in fleet_counts.items():
         state, notes = describe_field(name)
@@ -125,14 +126,15 @@ def plot_devices(
                 ],
             )
         )
-    return rows, [one for i, line in enumerate(timelines.values()) if (one := _build_estimate(line, i)) is not None]
+    estimates = (_build_estimate(line, i) for i, line in enumerate(timelines.values()))
+    return rows, [estimate for estimate in estimates if estimate is not None]
 
 
 def _list_subjects(timeline: Timeline) -> list[str]:
     fields = list(timeline.histograms)
     known = {name for point in timeline.points for name in point.subjects}
     fields += sorted(known - set(fields) - set(_NON_FIELD_SUBJECTS))
-    # The answers have no sum to draw: they are worth a row where they drifted.
+    # Answers have no curve to draw: they get a row only if they drifted.
     others = [n for n in _NON_FIELD_SUBJECTS if n in known and (n != "output" or any(timeline.spells(n, "drift")))]
     return fields + others
 
@@ -149,10 +151,10 @@ def _bin_bounds(scale: FieldScale, name: str, shown: Sequence[tuple[int, Sequenc
 def _build_curve(
     timeline: Timeline, name: str, value: Callable[[SubjectReport], float], series: int, *, dashed: bool = False
 ) -> EvidenceCurve:
-    told = [(p.t[1], p.subjects.get(name)) for p in timeline.points]
-    # While it is learned there is nothing to sum.
-    values = [None if s is None or s.state == "insufficient" else value(s) for _, s in told]
-    return EvidenceCurve(series, [t for t, _ in told], values, dashed)
+    reports = [(p.t[1], p.subjects.get(name)) for p in timeline.points]
+    # While the reference is learned there is no CUSUM.
+    values = [None if s is None or s.state == "insufficient" else value(s) for _, s in reports]
+    return EvidenceCurve(series, [t for t, _ in reports], values, dashed)
 
 
 def _statistic_getter(statistic: str) -> Callable[[SubjectReport], float]:
@@ -168,13 +170,13 @@ def _build_spells(timeline: Timeline, name: str, series: int = 0) -> list[StateI
 
 
 def _reported_limit(timeline: Timeline, name: str) -> float | None:
-    """As the messages say it."""
-    found = (p.subjects[name].limit for p in reversed(timeline.points) if name in p.subjects)
-    return next((limit for limit in found if limit is not None), None)
+    """Return the limit in the newest message that has one."""
+    limits = (p.subjects[name].limit for p in reversed(timeline.points) if name in p.subjects)
+    return next((limit for limit in limits if limit is not None), None)
 
 
 def _build_estimate(timeline: Timeline, series: int) -> AccuracyEstimate | None:
     if all(point.accuracy is None for point in timeline.points):
         return None
-    told: list[Any] = [point.accuracy or (None, None, None) for point in timeline.points]
-    return AccuracyEstimate(series, [p.t[1] for p in timeline.points], *zip(*told, strict=True))
+    columns: list[Any] = [point.accuracy or (None, None, None) for point in timeline.points]
+    return AccuracyEstimate(series, [p.t[1] for p in timeline.points], *zip(*columns, strict=True))

@@ -1,4 +1,4 @@
-"""`outstation ingest`: a file of readings into a stream."""
+"""Command `outstation ingest`: readings from a file into a stream."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _MAX_LINE_BYTES = 900_000
 
 
 class RowSink(Protocol):
-    """Where checked rows go."""
+    """Destination of checked rows: the daemon or the store."""
 
     def put(self, checked: ValidatedRows, lines: list[int]) -> None: ...
 
     def finish(self) -> tuple[int, dict[int, str]]:
-        """Once all rows are safe: how many were accepted, and line → reason of what was not."""
+        """Wait until all rows are stored; return the number accepted, and line → reason for the others."""
         ...
 
     def close(self) -> None: ...
@@ -51,10 +51,10 @@ class RowSink(Protocol):
 @config_option
 @json_option
 def ingest(stream: str, file: str, config_file: str | None, as_json: bool) -> None:
-    """Take CSV, JSON Lines or Parquet from FILE (- is stdin) into STREAM.
+    """Add readings from FILE (- is stdin), which is CSV, JSON Lines or Parquet, to STREAM.
 
-    Goes through the running daemon, or straight into the store when none runs. The first line of a CSV names its
-    columns: the stream's fields and, if there is one, t (epoch seconds or RFC 3339). Exit 1 where a row was rejected.
+    Readings go through the running daemon, or into the store if none runs. The first line of a CSV file names its
+    columns: the stream's fields, and optionally t (epoch seconds or RFC 3339). Exit 1 if a row was rejected.
     """
     conf_file, conf = device.load_config(config_file)
     if stream not in conf.streams:
@@ -85,20 +85,20 @@ def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str
                 if len(checked.rows):
                     target.put(checked, lines)
                 bar(through)
-        except RowRejected as found:
-            problem = found
-        # What was put is kept, whatever became of the rest: else a second try would take part of it twice.
+        except RowRejected as error:
+            problem = error
+        # Rows that were handed over stay, whatever happens to the rest: a second try would duplicate some otherwise.
         accepted, refused = target.finish()
         if problem is not None:
-            kept = f"; {accepted} rows before that were accepted" if accepted else ""
-            raise UsageError(f"{file}: {problem}{kept}")
+            partial = f"; {accepted} rows before that were accepted" if accepted else ""
+            raise UsageError(f"{file}: {problem}{partial}")
     return accepted, rejected | refused
 
 
 def _check_blocks(
     blocks: Iterator[FileBlock], stream: StreamConfig
 ) -> Iterator[tuple[ValidatedRows, list[int], dict[int, str], int]]:
-    """Rows that are right, their line numbers, and the reason for each line that is not."""
+    """Yield valid rows, their line numbers, the reason for each invalid line, and the last line read."""
     latest: int | None = None
     for block in blocks:
         checked = validate_columns(block.raw, stream, clock.read().wall_us, latest)
@@ -109,11 +109,11 @@ def _check_blocks(
 
 
 class _DaemonSink:
-    """Through the daemon. Its answers concern lines of ours that hold many rows."""
+    """Sends rows to the daemon, many in a line; its answers are about these lines."""
 
     def __init__(self, client: Client, stream: str, definition: StreamConfig) -> None:
         self._client, self._stream, self._definition = client, stream, definition
-        # Of lines of ours that are not answered; of all of them they would outgrow everything else of a long file.
+        # Of unanswered lines only: for all lines of a long file they would take more memory than all else.
         self._pending_lines: deque[list[int]] = deque()
         self._answered_lines = 0
         self._accepted = 0
@@ -140,8 +140,8 @@ class _DaemonSink:
         self._record_answer(self._call_daemon(self._client.flush))
         if self._unexpected_reason:
             raise OutstationError(
-                f"the daemon rejected rows that are right by this config: {self._unexpected_reason}; has the config changed "
-                f"since the daemon was started? {self._accepted} rows were accepted"
+                f"the daemon rejected rows that are valid by this config: {self._unexpected_reason}; if the config "
+                f"changed since the daemon was started, restart it. {self._accepted} rows were accepted"
             )
         return self._accepted, self._rejected
 
@@ -165,11 +165,11 @@ class _DaemonSink:
         except ConnectionError as error:
             first = self._client.through - self._answered_lines
             sent = self._pending_lines[first][0] if first < len(self._pending_lines) else 0
-            raise OutstationError(f"the daemon went away ({error}); all rows before line {sent} are safe") from None
+            raise OutstationError(f"the daemon went away ({error}); all rows before line {sent} are stored") from None
 
 
 class _StoreSink:
-    """Straight into the store: no daemon runs."""
+    """Writes rows to the store, while no daemon runs."""
 
     def __init__(self, conf: Config, stream: str) -> None:
         self._store = device.open_store(conf)
@@ -197,12 +197,12 @@ class _StoreSink:
 
 
 def _max_row_bytes(stream: StreamConfig) -> int:
-    """The most a row may take in a line of columns, names left out: 25 characters a number, 6 a character of text."""
+    """Return the largest size of a row in a line of columns: 25 bytes a number, 6 bytes a character of text."""
     return 25 + sum(400 if field.type == "category" else 25 for field in stream.fields)
 
 
 def _open_sink(conf: Config, stream: str) -> RowSink:
-    """The daemon first: whoever may use its socket need not be allowed to write its files."""
+    """Open the daemon's socket, or else the store: a user of the socket may have no right to write the store."""
     address = conf.data_dir / "intake.sock"
     try:
         return _DaemonSink(Client(address), stream, conf.streams[stream])
@@ -210,7 +210,7 @@ def _open_sink(conf: Config, stream: str) -> RowSink:
         try:
             return _StoreSink(conf, stream)
         except StorageBusy as busy:
-            raise OutstationError(f"{busy}; it takes nothing in now: {error}") from None
+            raise OutstationError(f"{busy}; the daemon takes no rows now: {error}") from None
 
 
 def _open_input(path: Path | None) -> BufferedReader[Any]:
@@ -221,7 +221,7 @@ def _open_input(path: Path | None) -> BufferedReader[Any]:
 
 
 class _ProgressLine:
-    """A line that counts up, for a person at a terminal and work of more than a second."""
+    """Progress line on a terminal, after the first second."""
 
     def __init__(self, path: Path | None) -> None:
         self._name = path.name if path else "stdin"

@@ -1,4 +1,4 @@
-"""`outstation init`: a device's config and key."""
+"""Command `outstation init`: write a device's config and key."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TEMPLATE = """\
 id = "{device}"              # a-z 0-9 - _ . , 1-64 characters; a level of every topic
 fleet = "{fleet}"
 data_dir = "{data_dir}"
-# groups = ["roof"]                   # a roll-out for a group is for this device, too
+# groups = ["roof"]                   # this device takes part in rollouts for these groups
 
 [broker]
 url = "mqtt://127.0.0.1:1883"  # mqtts:// anywhere but on this machine
@@ -47,20 +47,20 @@ url = "mqtt://127.0.0.1:1883"  # mqtts:// anywhere but on this machine
 max_message_bytes = 120_000    # AWS IoT Core's limit less a margin
 
 [collector]
-key = "{collector}"            # from `outstation fleet init`: who may acknowledge
-delivery = "collector"         # or "broker": delete on the broker's word, which a power cut there breaks
+key = "{collector}"            # from `outstation fleet init`: the key that signs acknowledgements
+delivery = "collector"         # or "broker": delete when the broker confirms; a power cut there loses messages
 
 [operators]
-keys = []                      # who may sign commands, and bundles
+keys = []                      # public keys that sign commands, and bundles
 
 [buffer]
 max_size = "1 GiB"
-commit_every = "1 s"           # the longest a producer waits; each commit costs about 28 KB of flash writes
+commit_every = "1 s"           # longest wait of a producer; each commit writes about 28 KB to flash
 keep_readings = "24 h"         # after use; sooner when space is short
-keep_messages = "48 h"         # after the collector has them, in case it is restored from a backup; sooner likewise
-when_full = "evict"            # then the least important goes, declared; or "refuse": producers are turned away
+keep_messages = "48 h"         # after delivery, in case the collector is restored from a backup; sooner likewise
+when_full = "evict"            # the least important data goes, and that is declared; or "refuse": intake rejects rows
 
-# A stream is what one sensor or file gives. type: f32 (default), f64, i64, category. optional = true: may be missing.
+# A stream holds the readings of one sensor or file. type: f32 (default), f64, i64, category. optional: may be missing.
 [streams.host]
 fields = [
   {{ name = "load1", min = 0 }},
@@ -74,7 +74,7 @@ source = {{ kind = "host", poll_interval = "10 s" }}  # socket | files | host | 
 # stream = "watch"
 # bundle = "exercise"          # name in the bundle store, or a path
 # schedule = "every 60 s"      # "every ...", a cron expression, or "when 500 rows"
-# deadline = "2 s"             # how long a batch may take; after a late one the next are smaller
+# deadline = "2 s"             # longest time of a batch; after a late one the next are smaller
 # publish = "all"              # all | changes | summary, or {{ below_score = 0.6 }}
 """
 
@@ -82,16 +82,19 @@ source = {{ kind = "host", poll_interval = "10 s" }}  # socket | files | host | 
 @click.command(epilog="Example: outstation init /etc/outstation --from pi-07.tar.gz")
 @click.argument("folder", default=".", metavar="[DIR]", type=click.Path(path_type=Path))
 @click.option(
-    "--from", "enrolment", type=click.Path(path_type=Path), help="The file `fleet enrol` made for this device."
+    "--from",
+    "enrolment",
+    type=click.Path(path_type=Path),
+    help="Enrolment file that `fleet enrol` made for this device.",
 )
-@click.option("--id", "device", help="Device id; default this machine's host name.")
-@click.option("--data-dir", help="Where readings are kept; default DIR/data, or what the enrolment file says.")
+@click.option("--id", "device", help="Device id; the default is the host name.")
+@click.option("--data-dir", help="Folder of the store; the default is DIR/data, or that of the enrolment file.")
 @json_option
 def init(folder: Path, enrolment: Path | None, device: str | None, data_dir: str | None, as_json: bool) -> None:
-    """Write a commented outstation.toml and make the device key in DIR."""
+    """Write a commented outstation.toml and a device key to DIR."""
     file = folder / "outstation.toml"
     if file.exists():
-        raise UsageError(f"{file}: is there already; edit it, or move it away first")
+        raise UsageError(f"{file}: exists already; edit it, or move it away first")
     members = _read_enrolment(enrolment) if enrolment is not None else {file.name: _fill_template(device).encode()}
     if data_dir is not None:
         members[file.name] = _replace_data_dir(members[file.name].decode(), data_dir).encode()
@@ -100,7 +103,7 @@ def init(folder: Path, enrolment: Path | None, device: str | None, data_dir: str
         for name, content in members.items():
             durable_files.write_new(folder / name, content, _MEMBERS[name])
     except FileExistsError as error:
-        raise UsageError(f"{error.filename}: is there already; move it away first") from None
+        raise UsageError(f"{error.filename}: exists already; move it away first") from None
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from None
     conf = config.load(file)
@@ -118,7 +121,7 @@ def _fill_template(device: str | None) -> str:
 
 
 def _replace_data_dir(text: str, data_dir: str) -> str:
-    # A JSON string is a TOML string.
+    # A JSON string is also a TOML string.
     line = f"data_dir = {json.dumps(data_dir)}"
     return re.sub(r"^data_dir *=.*$", lambda _: line, text, count=1, flags=re.MULTILINE)
 
@@ -131,21 +134,23 @@ def _print(document: dict[str, str], *, enrolled: bool) -> None:
     if enrolled:
         click.echo(f"Next: outstation check -c {document['file']}")
     else:
-        click.echo(f"Next: outstation fleet enrol {document['device']} --key {document['key']}   (where the fleet is)")
+        click.echo(
+            f"Next: outstation fleet enrol {document['device']} --key {document['key']}   (on the fleet's machine)"
+        )
 
 
 def _read_enrolment(enrolment: Path) -> dict[str, bytes]:
-    """The members of an enrolment file by name, known ones only. Raises UsageError."""
+    """Return the members of an enrolment file by name. Raises UsageError, also for unknown members."""
     members = {}
     try:
-        # Read to its end first: only there does gzip say that all of it came.
+        # To its end first: only there does gzip check that the file is complete.
         with gzip.open(enrolment) as file:
             content = file.read(_MAX_MEMBER_BYTES * len(_MEMBERS))
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             for member in archive:
                 inside = archive.extractfile(member) if member.isreg() and member.size <= _MAX_MEMBER_BYTES else None
                 if member.name not in _MEMBERS or inside is None:
-                    raise UsageError(f"{enrolment}: {member.name!r} does not belong into an enrolment file")
+                    raise UsageError(f"{enrolment}: {member.name!r} does not belong in an enrolment file")
                 members[member.name] = inside.read()
     except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
         raise UsageError(f"{enrolment}: not readable as an enrolment file: {error}") from None

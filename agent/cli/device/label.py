@@ -1,4 +1,4 @@
-"""`outstation label`: what was true, from a file."""
+"""Command `outstation label`: ground-truth labels of results, from a file."""
 
 from __future__ import annotations
 
@@ -42,25 +42,23 @@ ParsedLabel = tuple[int, Label | str]
 @config_option
 @json_option
 def label(task: str, file: str, config_file: str | None, as_json: bool) -> None:
-    """Tell what was true of results of TASK, from CSV or JSON Lines in FILE (- is stdin).
+    """Add ground-truth labels to results of TASK, from CSV or JSON Lines in FILE (- is stdin).
 
-    Columns row,label or t,label (epoch seconds or RFC 3339), and if there is one source: human, model or system. row is
-    a result's row, for windows the last one; t means the result nearest to it. Goes through the running daemon, or
-    straight into the store when none runs. Exit 1 where a label was rejected.
+    Columns: row,label or t,label (epoch seconds or RFC 3339), and optionally source: human, model or system. `row` is a
+    result's row, for windows the last one; `t` selects the nearest result. Labels go through the running daemon, or
+    into the store if none runs. Exit 1 if a label was rejected.
     """
     _, conf = device.load_config(config_file)
     if task not in conf.tasks:
         raise UsageError(f"there is no task {task!r}{did_you_mean(task, conf.tasks)}")
-    found = list(read_labels(file))
-    rejected = {line: one for line, one in found if isinstance(one, str)}
-    good = [(line, one) for line, one in found if isinstance(one, Label)]
-    accepted, refused = _submit(conf, task, good)
-    rejected |= refused
-    report(accepted, rejected, as_json)
+    parsed = list(read_labels(file))
+    invalid = {line: label for line, label in parsed if isinstance(label, str)}
+    accepted, rejected = _submit(conf, task, [(line, label) for line, label in parsed if isinstance(label, Label)])
+    report(accepted, invalid | rejected, as_json)
 
 
 def report(accepted: int, rejected: Mapping[int, str], as_json: bool, **more: Any) -> None:
-    """Print what became of the labels, and end with its exit code."""
+    """Print how many labels were accepted and why others were not, and exit with 1 if any was rejected."""
     lines = [{"line": n, "reason": reason} for n, reason in sorted(rejected.items())]
     emit({"accepted": accepted, "rejected": lines, **more}, as_json, lambda: _print(accepted, rejected))
     if rejected:
@@ -96,7 +94,9 @@ def read_labels(file: str) -> Iterator[ParsedLabel]:
 def _check_columns(file: str, columns: Sequence[str]) -> None:
     for name in columns:
         if name not in _COLUMNS or columns.count(name) > 1:
-            raise UsageError(f"{file}: column {name[:40]!r}: the first line names row or t, label, and perhaps source")
+            raise UsageError(
+                f"{file}: column {name[:40]!r}: the first line names row or t, label, and optionally source"
+            )
     if "label" not in columns or not {"row", "t"} & set(columns):
         raise UsageError(f"{file}: the first line must name the columns: row,label or t,label")
 
@@ -118,21 +118,21 @@ def _parse_label(values: Mapping[str, Any]) -> Label | str:
 
 
 def _submit(conf: Config, task: str, labels: list[tuple[int, Label]]) -> tuple[int, dict[int, str]]:
-    """Through the daemon, or into the store; how many were accepted, and line → reason."""
+    """Send labels to the daemon or write them to the store; return the number accepted, and line → reason."""
     try:
         client = Client(conf.data_dir / "intake.sock")
     except ConnectionError as error:
         try:
             return _write_to_store(conf, task, labels)
         except StorageBusy as busy:
-            raise OutstationError(f"{busy}; it takes nothing in now: {error}") from None
+            raise OutstationError(f"{busy}; the daemon takes no labels now: {error}") from None
     try:
-        for _, one in labels:
-            place = {"row": one.row} if one.row is not None else {"t": (one.t or 0) / 1e6}
-            client.label(task, one.text, source=one.source, **place)
+        for _, label in labels:
+            place = {"row": label.row} if label.row is not None else {"t": (label.t or 0) / 1e6}
+            client.label(task, label.text, source=label.source, **place)
         answer = client.flush()
     except ConnectionError as error:
-        raise OutstationError(f"the daemon went away ({error}); labels may be sent again, they count once") from None
+        raise OutstationError(f"the daemon went away ({error}); send the labels again, each counts once") from None
     finally:
         client.close()
     return answer.accepted, {labels[number - 1][0]: reason for number, reason in answer.rejected}
@@ -142,13 +142,12 @@ def _write_to_store(conf: Config, task: str, labels: list[tuple[int, Label]]) ->
     store = device.open_store(conf)
     try:
         manifest = bundle.read(history.locate_bundle(conf, store, task), None).manifest
-        asked = {
-            task: LabelTarget(conf.tasks[task].stream, LabelSchema(manifest.label_kind, tuple(manifest.output.labels)))
-        }
-        group, now = GroupCommit(store, conf.streams, lambda: asked), make_clock(store)
+        schema = LabelSchema(manifest.label_kind, tuple(manifest.output.labels))
+        targets = {task: LabelTarget(conf.tasks[task].stream, schema)}
+        group, now = GroupCommit(store, conf.streams, lambda: targets), make_clock(store)
         accepted, rejected = 0, dict[int, str]()
-        for number, (line, one) in enumerate(labels, 1):
-            group.add_labels("", LabelBatch(task, [one], {}), line, now())
+        for number, (line, label) in enumerate(labels, 1):
+            group.add_labels("", LabelBatch(task, [label], {}), line, now())
             if group.is_full or number == len(labels):
                 for outcome in group.commit(now()).values():
                     accepted += outcome.accepted

@@ -1,4 +1,4 @@
-"""`outstation run`."""
+"""Command `outstation run`: the daemon in the foreground."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from agent.errors import StorageForked
 
 @click.command(epilog="Example: outstation run -c /etc/outstation/outstation.toml")
 @config_option
-@click.option("-v", "--verbose", is_flag=True, help="Log more.")
+@click.option("-v", "--verbose", is_flag=True, help="Log debug messages.")
 def run(config_file: str | None, verbose: bool) -> None:
-    """The daemon, in the foreground; SIGTERM or Ctrl-C stops it gracefully."""
+    """Run the daemon in the foreground; SIGTERM or Ctrl-C stops it gracefully."""
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    # Its debug lines are about timers of ours.
+    # Its debug messages would be about our own timers.
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     file, conf = device.load_config(config_file)
     if (wiped := wipe.read_marker(conf.data_dir)) is not None:
@@ -43,7 +43,7 @@ def run(config_file: str | None, verbose: bool) -> None:
         return
     except StorageForked as forked:
         logging.getLogger("outstation").critical("%s", str(forked))
-    # Not while it is handled: the daemon that ended, with its models, would stay in memory.
+    # Outside the handler: the exception would keep the ended daemon and its models in memory.
     _run(file, conf)
 
 
@@ -66,7 +66,7 @@ def _run(file: Path, conf: Config) -> None:
 
 
 def _finish_wipe(file: Path, conf: Config, marker: dict[str, Any]) -> dict[str, Any]:
-    """What the marker says, once a wipe that a crash cut off is finished. Raises StorageBusy."""
+    """Finish a wipe that a crash interrupted, and return the marker. Raises StorageBusy."""
     if marker.get("state") == "wiped":
         return marker
     acquire_lock(conf.data_dir)

@@ -14,7 +14,7 @@ from agent.cli.output import config_option, emit, json_option, print_table
 from agent.device import status as documents
 from agent.device.commands import wipe
 from agent.model.inference.tuning import Tuning
-from agent.text import metric_name
+from agent.performance.metrics import display_name
 
 _HEADLINE_METRICS = frozenset({"accuracy", "f1_macro", "f1", "brier", "brier_top", "ece", "mae", "rmse", "r2", "auc"})
 _MAX_WORSE_SLICES = 3
@@ -164,7 +164,7 @@ def _format_label_metrics(report: dict[str, Any] | None) -> list[str]:
     overall = [m for m in metrics if not m.get("slice") and m["metric"] in _HEADLINE_METRICS and m["value"] is not None]
     chance = [m["value"] for m in metrics if m["metric"] == "ece_chance"]
     notes = {"ece": f" where chance alone makes {chance[0]:.2g}"} if chance else {}
-    text = ", ".join(f"{metric_name(m['metric'])} {_format_interval(m)}{notes.get(m['metric'], '')}" for m in overall)
+    text = ", ".join(f"{display_name(m['metric'])} {_format_interval(m)}{notes.get(m['metric'], '')}" for m in overall)
     worse = [m for m in metrics if m.get("state") == "worse"]
     more = f" and {len(worse) - _MAX_WORSE_SLICES} more" if len(worse) > _MAX_WORSE_SLICES else ""
     slices = ", ".join(f"{m['slice']} {_format_interval(m)}" for m in worse[:_MAX_WORSE_SLICES])

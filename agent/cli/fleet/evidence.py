@@ -1,4 +1,4 @@
-"""`outstation fleet evidence`: a signed folder that others can read and verify, and the verifying."""
+"""`outstation fleet evidence`: write a signed evidence folder for auditors, and verify one."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _PATH = click.Path(path_type=Path)
     invoke_without_command=True,
     epilog="Example: outstation fleet evidence --out acme-2026-11 --evaluation exercise.json",
 )
-@click.option("--out", metavar="DIR", type=_PATH, help="The folder to make; it must not be there yet.")
-@click.option("--at", metavar="TIME", help="What open incidents are counted up to; default the newest message's time.")
+@click.option("--out", metavar="DIR", type=_PATH, help="The folder to create; it must not exist.")
+@click.option("--at", metavar="TIME", help="Count open incidents up to this time; default the newest message's time.")
 @click.option("--bundle", "bundles", multiple=True, metavar="BUNDLE", type=_PATH,
-              help="Its papers too; those published, and shipped ones that run, are in by themselves.")  # fmt: skip
+              help="Include this bundle's documents; published and running built-in bundles are always included.")  # fmt: skip
 @click.option("--evaluation", "evaluations", multiple=True, metavar="FILE", type=_PATH,
-              help="What `outstation model evaluate --json` wrote of one of the bundles.")  # fmt: skip
+              help="Output of `outstation model evaluate --json` for one of the bundles.")  # fmt: skip
 @click.option("--publisher", "publishers", multiple=True, metavar="PUB",
-              help="A key that signs bundles, or a file with it; the one of shipped bundles is known.")  # fmt: skip
+              help="A key that signs bundles, or a file with it; that of built-in bundles is known.")  # fmt: skip
 @db_option
 @fleet_option
 @json_option
@@ -49,16 +49,18 @@ def evidence(
     folder: str | None,
     as_json: bool,
 ) -> None:
-    """Write what the fleet's models did, who decided it and what is not known into a signed folder with one page.
+    """Write a signed folder with a report: what the fleet's models did, who decided it, and what is not known.
 
-    Exit 1 where the audit of what is stored fails; the folder is made all the same, and says so.
+    Exit 1 if the audit of the database fails; the folder is written anyway, and says so.
     """
     if ctx.invoked_subcommand is not None:
         if out is not None:
-            raise UsageError("--out makes a folder, verify checks one; give one of them")
+            raise UsageError("--out writes a folder, and verify checks one; use one of them")
         return
     if out is None:
-        raise UsageError("--out DIR is missing: the folder to make; or: outstation fleet evidence verify DIR --key PUB")
+        raise UsageError(
+            "--out DIR is missing: the folder to create; or: outstation fleet evidence verify DIR --key PUB"
+        )
     made = _make_folder(out, at, bundles, evaluations, publishers, db, folder)
     facts = made.facts
     document = {
@@ -119,7 +121,7 @@ def _parse_time(text: str) -> str:
     try:
         return clock.to_rfc3339(clock.parse_rfc3339(text))
     except ValueError:
-        raise UsageError(f"--at {text!r}: write a moment with its time zone, 2026-11-24T22:18:00Z") from None
+        raise UsageError(f"--at {text!r}: write a time with its time zone, 2026-11-24T22:18:00Z") from None
 
 
 def _summary_lines(document: dict[str, Any]) -> Iterable[str]:
@@ -130,27 +132,27 @@ def _summary_lines(document: dict[str, Any]) -> Iterable[str]:
     for name, n in document["omitted"].items():
         yield f"  omitted: {n} {name} above the limit of a folder"
     if document["unverified"]:
-        yield f"  {document['unverified']} stored messages do not verify; nothing they say is told"
+        yield f"  {document['unverified']} stored messages do not verify; their contents are left out"
     if not document["passed"]:
-        yield "  the audit FAILED: the page says what is wrong; see `outstation fleet audit`"
+        yield "  the audit FAILED: the page lists the problems; see `outstation fleet audit`"
     yield f"Read it: {document['out']}/index.html"
     yield f"Check it anywhere: outstation fleet evidence verify {document['out']} --key OPERATOR.pub"
 
 
 @evidence.command("verify", epilog="Example: outstation fleet evidence verify acme-2026-11 --key operator.key.pub")
 @click.argument("folder", metavar="DIR", type=_PATH)
-@click.option("--key", "given", multiple=True, metavar="PUB", help="The operator's public key, or a file with it.")
+@click.option("--key", "key_texts", multiple=True, metavar="PUB", help="The operator's public key, or a file with it.")
 @json_option
-def verify(folder: Path, given: tuple[str, ...], as_json: bool) -> None:
-    """Check a folder with public keys and nothing else: no database, no config, no network. Exit 1 if it is wrong."""
+def verify(folder: Path, key_texts: tuple[str, ...], as_json: bool) -> None:
+    """Verify a folder with public keys alone: no database, no config, no network. Exit 1 if it does not verify."""
     from agent.fleet.evidence.verify.verify import verify as run
 
-    if not given:
+    if not key_texts:
         raise UsageError(
-            "--key PUB is missing: the public key of the operator who signed the folder, got on another way than the "
+            "--key PUB is missing: the public key of the operator who signed the folder, obtained independently of the "
             "folder (operator.key.pub in the fleet's folder)"
         )
-    report = run(folder, [keys.load_public(text) for text in given])
+    report = run(folder, [keys.load_public(text) for text in key_texts])
     emit(report.to_dict(), as_json, lambda: print_lines(*_verification_lines(report.to_dict())))
     if not report.ok:
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""`outstation fleet publish`: a bundle to where devices may fetch it."""
+"""`outstation fleet publish`: add a bundle to the fleet's repository."""
 
 from __future__ import annotations
 
@@ -18,8 +18,14 @@ _path = click.Path(path_type=Path)
 @click.command("publish", epilog="Example: outstation fleet publish exercise --key publisher.key.pub")
 @click.argument("bundle", type=_path)
 @click.option("--key", "public", multiple=True, metavar="PUB", help="A publisher's public key, as text or in a file.")
-@click.option("--no-probe", is_flag=True, help="Do not load it here first; its limit stands for the memory it needs.")
-@click.option("--sign-with", multiple=True, type=_path, metavar="FILE", help="A key that lies elsewhere.")
+@click.option(
+    "--no-probe",
+    is_flag=True,
+    help="Do not load the bundle first; publish its memory limit in place of the measured need.",
+)
+@click.option(
+    "--sign-with", multiple=True, type=_path, metavar="FILE", help="A private key that is not in the fleet's folder."
+)
 @fleet_option
 @json_option
 def publish(
@@ -30,10 +36,10 @@ def publish(
     folder: str | None,
     as_json: bool,
 ) -> None:
-    """Put BUNDLE, or the one that ships by that name, into the fleet's repository.
+    """Add BUNDLE, a path or the name of a built-in bundle, to the fleet's repository.
 
-    It must be signed by a publisher that is given, the one of the shipped bundles, or the fleet's operator. No device
-    runs it yet: a roll-out says who does. The same bundle again changes nothing; another one needs another version.
+    It must be signed by a --key, by the publisher of the built-in bundles, or by the fleet's operator. No device runs it
+    before a rollout. Publishing the same bundle again changes nothing; another one needs another version.
     """
     from agent.fleet.repository import publish as publishing
     from agent.model.bundle import builtin
@@ -41,28 +47,28 @@ def publish(
     home = fleet_config.find_folder(folder)
     trusted = [*_load_operator_keys(home), *builtin.publisher_keys(), *(keys.load_public(text) for text in public)]
     done = publishing.publish(home, builtin.resolve_path(bundle), trusted, run_probe=not no_probe, sign_with=sign_with)
-    told = done.target_metadata
+    metadata = done.target_metadata
     document = {
-        "name": told.name,
-        "version": told.version,
-        "digest": told.digest,
+        "name": metadata.name,
+        "version": metadata.version,
+        "digest": metadata.digest,
         "target": done.target,
         "bytes": done.bytes,
-        "memory": told.memory,
+        "memory": metadata.memory,
         "signer": done.signer,
         "created": done.is_new,
     }
-    said = "published" if done.is_new else "was published already"
+    state = "published" if done.is_new else "was published already"
     emit(
         document,
         as_json,
         lambda: click.echo(
-            f"{told.name} {told.version} {said}: {done.target}, {done.bytes / 1e3:.0f} kB, "
-            f"{told.memory / 2**20:.0f} MiB of memory\n{told.digest}"
+            f"{metadata.name} {metadata.version} {state}: {done.target}, {done.bytes / 1e3:.0f} kB, "
+            f"{metadata.memory / 2**20:.0f} MiB of memory\n{metadata.digest}"
         ),
     )
 
 
 def _load_operator_keys(home: Path) -> list[PublicKey]:
-    """Its public half is enough: the private one may lie elsewhere."""
+    """Load the operator's public key; the private key may be elsewhere."""
     return [keys.load_public_for(Path(fleet_config.load(home).operator.key_file))]

@@ -1,4 +1,4 @@
-"""`outstation fleet repository …`: the keys of what devices may fetch, and how long their word counts."""
+"""`outstation fleet repository`: create and maintain the TUF repository of bundles, its keys and its expiry."""
 
 from __future__ import annotations
 
@@ -17,23 +17,31 @@ if TYPE_CHECKING:
 
 _path = click.Path(path_type=Path)
 _sign_with = click.option(
-    "--sign-with", multiple=True, type=_path, metavar="FILE", help="A private key that lies elsewhere, as on a stick."
+    "--sign-with",
+    multiple=True,
+    type=_path,
+    metavar="FILE",
+    help="A private key that is not in the fleet's folder, as on a USB stick.",
 )
 
 
 @click.group()
 def repository() -> None:
-    """The TUF repository that devices fetch bundles from: keys, expiry, what is taken out."""
+    """Maintain the TUF repository of bundles: keys, expiry, revoked bundles."""
 
 
 @repository.command("init", epilog="Example: outstation fleet repository init --roots 3 --threshold 2")
-@click.option("--roots", default=1, metavar="N", help="How many root keys; 1.")
-@click.option("--threshold", default=1, metavar="M", help="How many of them must sign a change of keys; 1.")
-@click.option("--url", help="Where devices will find it: https://HOST/PATH, or a folder; `fleet enrol` tells them.")
+@click.option("--roots", default=1, metavar="N", help="Number of root keys; default 1.")
+@click.option(
+    "--threshold", default=1, metavar="M", help="Number of root keys that must sign a change of keys; default 1."
+)
+@click.option(
+    "--url", help="Its address for devices: https://HOST/PATH, or a folder; `fleet enrol` writes it to their config."
+)
 @fleet_option
 @json_option
 def init(roots: int, threshold: int, url: str | None, folder: str | None, as_json: bool) -> None:
-    """Make the fleet's repository, once: its keys, and metadata without bundles."""
+    """Create the fleet's repository, once: its keys, and metadata without bundles."""
     from agent.fleet.repository import address, create
 
     home = fleet_config.find_folder(folder)
@@ -48,9 +56,9 @@ def init(roots: int, threshold: int, url: str | None, folder: str | None, as_jso
 def _creation_lines(home: Path, document: dict[str, Any]) -> list[str]:
     names = " ".join(Path(path).name for path in document["keys"])
     return [
-        f"{home / 'repository'} made; serve it by HTTP(S), or copy it to a stick. Devices are given {document['root']}",
-        f"Move {names} from {home / 'repository-keys'} to media that lie apart, now: {document['threshold']} of "
-        f"{len(document['keys'])} decide whose keys count. targets-1.key is needed for the first bundle of a name.",
+        f"{home / 'repository'} created; serve it by HTTP(S), or copy it to a stick. Devices get {document['root']}",
+        f"Move {names} from {home / 'repository-keys'} to separate offline media now: {document['threshold']} of "
+        f"{len(document['keys'])} can change all keys. targets-1.key is needed for the first bundle of each name.",
     ]
 
 
@@ -58,24 +66,24 @@ def _creation_lines(home: Path, document: dict[str, Any]) -> list[str]:
 @fleet_option
 @json_option
 def status(folder: str | None, as_json: bool) -> None:
-    """What is published, whose keys count, what expires when. Exit 1 where something is to be done soon."""
-    from agent.fleet.repository import status as standing
+    """Show published bundles, keys and expiry. Exit 1 if something needs the operator soon."""
+    from agent.fleet.repository.status import read
 
-    found = standing.read(fleet_config.find_folder(folder))
-    emit(found, as_json, lambda: _print(found))
-    if not found.ok:
+    report = read(fleet_config.find_folder(folder))
+    emit(report, as_json, lambda: _print_status(report))
+    if not report.ok:
         sys.exit(1)
 
 
-def _print(report: RepositoryStatus) -> None:
-    bundles = [[one.name, one.version, one.digest[7:23], one.bytes] for one in report.bundles]
+def _print_status(report: RepositoryStatus) -> None:
+    bundles = [[bundle.name, bundle.version, bundle.digest[7:23], bundle.bytes] for bundle in report.bundles]
     print_table(
         ["bundle", "version", "digest", "bytes"], bundles, "No bundle is published: outstation fleet publish BUNDLE"
     )
-    for one in report.revoked:
-        click.echo(f"{one['name']} {one['version']} was taken out on {one['day']}")
+    for revoked in report.revoked:
+        click.echo(f"{revoked['name']} {revoked['version']} was revoked on {revoked['day']}")
     click.echo()
-    rows = [[one.role, one.version, one.expires, one.days_left, _format_keys(one)] for one in report.roles]
+    rows = [[role.role, role.version, role.expires, role.days_left, _format_keys(role)] for role in report.roles]
     print_table(["role", "version", "expires", "days", "keys"], rows, "")
     for line in report.reminders:
         click.echo(click.style(line, fg="yellow"))
@@ -87,16 +95,14 @@ def _format_keys(role_status: RoleStatus) -> str:
 
 
 @repository.command("refresh", epilog="Example: outstation fleet repository refresh")
-@click.option(
-    "--trust-clock", is_flag=True, help="This machine's clock is right now, and was ahead when it signed last."
-)
+@click.option("--trust-clock", is_flag=True, help="Sign although this machine's clock was ahead at the last signature.")
 @_sign_with
 @fleet_option
 @json_option
 def refresh(trust_clock: bool, sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
-    """Sign the timestamp anew, and what else expires soon and has its key here; for cron, each day.
+    """Sign the timestamp again, and other roles that expire soon and have their key here; run it from cron each day.
 
-    A draft of the root that enough have signed comes into force.
+    A draft of the root with enough signatures comes into force.
     """
     from agent.fleet.repository import upkeep
 
@@ -104,40 +110,38 @@ def refresh(trust_clock: bool, sign_with: tuple[Path, ...], folder: str | None, 
     until = f"{done.expires:%Y-%m-%dT%H:%M:%SZ}"
     document = {"roles": done.roles, "expires": until, "root": done.root_version or None}
     root = f"root {done.root_version} is in force\n" if done.root_version else ""
-    emit(document, as_json, lambda: click.echo(f"{root}signed: {', '.join(done.roles)}; counts until {until}"))
+    emit(document, as_json, lambda: click.echo(f"{root}signed: {', '.join(done.roles)}; valid until {until}"))
 
 
 @repository.command(
     "rotate", epilog="Example: outstation fleet repository rotate root --key root-2 --sign-with root-1.key"
 )
 @click.argument("role")
-@click.option("--key", "old", metavar="NAME", help="The key that goes, where the role has several.")
-@click.option(
-    "--new", metavar="PUB", help="The public key that comes, as text or in a file; without it one is made here."
-)
+@click.option("--key", "old", metavar="NAME", help="The key to replace, if the role has several.")
+@click.option("--new", metavar="PUB", help="The new public key, as text or in a file; default a new key.")
 @_sign_with
 @fleet_option
 @json_option
 def rotate(
     role: str, old: str | None, new: str | None, sign_with: tuple[Path, ...], folder: str | None, as_json: bool
 ) -> None:
-    """Another key for ROLE: root, targets, snapshot, timestamp, or a bundle's name. The old one counts no more.
+    """Replace a key of ROLE: root, targets, snapshot, timestamp, or a bundle's name. The old key is invalid then.
 
-    Root says who the first four are: where too few of its keys are here, root.json.draft waits for their signatures,
-    and the exit code is 1.
+    The root signs the keys of the first four. If too few root keys are here, root.json.draft waits for their
+    signatures, and the exit code is 1.
     """
     from agent.fleet.repository import key_rotation as rotating
 
     done = rotating.rotate(fleet_config.find_folder(folder), role, old=old, new=new, sign_with=sign_with)
     draft = done.draft
     document = {"role": role, "old": done.old, "new": done.new, "in_force": done.is_complete, "draft": draft}
-    said = f"{role}: {done.new} counts, {done.old} no more; delete its file"
+    result = f"{role}: {done.new} is valid, {done.old} is not; delete its file"
     if draft is not None and draft.signatures_missing:
-        said = (
-            f"{role}: {done.new} for {done.old} waits for {draft.signatures_missing} more signatures of the root keys "
+        result = (
+            f"{role}: {done.new} for {done.old} needs {draft.signatures_missing} more signatures of the root keys "
             f"{', '.join(draft.may_sign)}; carry root.json.draft to them: outstation fleet repository sign-root"
         )
-    emit(document, as_json, lambda: click.echo(said))
+    emit(document, as_json, lambda: click.echo(result))
     if not done.is_complete:
         sys.exit(1)
 
@@ -149,33 +153,33 @@ def rotate(
 @fleet_option
 @json_option
 def revoke(bundle: str, version: str | None, sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
-    """Take VERSION of BUNDLE, or all of them, out of the repository for good. To revoke a key, `rotate` it.
+    """Remove VERSION of BUNDLE, or all versions, from the repository permanently. To revoke a key, `rotate` it.
 
-    Devices fetch it no more. Those that run it go on: `fleet rollout` gives them another one.
+    Devices no longer fetch it. Devices that run it continue, until `fleet rollout` gives them another bundle.
     """
     from agent.fleet.repository import revoke as revoking
 
     done = revoking.revoke(fleet_config.find_folder(folder), bundle, version, sign_with=sign_with)
     document = {"bundle": done.bundle, "versions": done.versions}
-    emit(document, as_json, lambda: click.echo(f"{done.bundle}: taken out {', '.join(done.versions)}"))
+    emit(document, as_json, lambda: click.echo(f"{done.bundle}: revoked {', '.join(done.versions)}"))
 
 
 @repository.command(
     "sign-root", epilog="Example: outstation fleet repository sign-root --key root-2.key root.json.draft"
 )
 @click.argument("file", type=_path)
-@click.option("--key", required=True, type=_path, metavar="FILE", help="The root key, on the machine where it lies.")
+@click.option("--key", required=True, type=_path, metavar="FILE", help="The root key, on the machine that has it.")
 @json_option
 def sign_root(file: Path, key: Path, as_json: bool) -> None:
     """Sign a draft of the root, on any machine.
 
-    When enough have signed, and it is back in its place, `refresh` puts it in force.
+    With enough signatures, and back in its place, `refresh` puts it into force.
     """
-    from agent.fleet.repository import root_rotation as roots
+    from agent.fleet.repository import root_rotation
 
-    done = roots.sign(file, key)
+    done = root_rotation.sign(file, key)
     document = {"file": str(file), "version": done.version, "signatures": done.signatures, "roles": done.roles}
-    lines = [f"root {done.version}, signed by {done.signatures}; whose keys count with it:"]
+    lines = [f"root {done.version}, signed by {done.signatures}; its keys:"]
     lines += [f"  {role}: {', '.join(names)}" for role, names in done.roles.items()]
     emit(document, as_json, lambda: click.echo("\n".join(lines)))
 
@@ -185,10 +189,12 @@ def sign_root(file: Path, key: Path, as_json: bool) -> None:
 @fleet_option
 @json_option
 def copy(destination: Path, folder: str | None, as_json: bool) -> None:
-    """Make TO/repository the same: a stick for sites without network, or what a web server serves."""
-    from agent.fleet.repository import mirror as copying
+    """Mirror the repository to TO/repository: a stick for sites without network, or the folder of a web server."""
+    from agent.fleet.repository import mirror
 
-    done = copying.copy(fleet_config.find_folder(folder), destination)
+    done = mirror.copy(fleet_config.find_folder(folder), destination)
     document = {"repository": str(done.home), "files": done.files, "bytes": done.bytes}
-    said = f"{done.home}: {done.files} files, {done.bytes / 1e6:.1f} MB written; devices find it with url = that folder"
-    emit(document, as_json, lambda: click.echo(said))
+    result = (
+        f"{done.home}: {done.files} files, {done.bytes / 1e6:.1f} MB written; devices use it with url = that folder"
+    )
+    emit(document, as_json, lambda: click.echo(result))

@@ -1,4 +1,4 @@
-"""`outstation fleet simulate`: a fleet on one machine, and a roll-out in it."""
+"""`outstation fleet simulate`: a simulated fleet on one machine, and a rollout in it."""
 
 from __future__ import annotations
 
@@ -21,20 +21,24 @@ _MAX_SENTENCES = 8
 @click.option("--devices", default=8, show_default=True, type=click.IntRange(1, 200), help="Simulated devices.")
 @click.option(
     "--rollout", "plan", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Publish the bundle this roll-out names, start it and follow it to its end.",
+    help="Publish the bundle that this rollout names, start the rollout and follow it to its end.",
 )  # fmt: skip
-@click.option("--seed", default=0, show_default=True, help="Another order of recordings, and other sites that suffer.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the order of recordings and of the disturbances.")
 @click.option(
     "--duration", default=60.0, show_default=True, type=click.FloatRange(10),
-    help="Seconds to run; with --rollout the longest that it may take.",
+    help="Seconds to run; with --rollout the limit.",
 )  # fmt: skip
-@click.option("--speed", default=10.0, show_default=True, type=click.FloatRange(0.1, 100), help="Of the recordings.")
-@click.option("--away", type=click.IntRange(0), metavar="N", help="Devices switched off for a while; a tenth.")
-@click.option("--cut", type=click.IntRange(0), metavar="N", help="Devices cut off in mid-download; a tenth.")
-@click.option("--slow", type=click.IntRange(0), metavar="N", help="Devices on a slow line; a tenth.")
-@click.option("--worse", default=0, metavar="N", type=click.IntRange(0), help="Sites with a sensor out of order; 0.")
-@click.option("--publisher", "trusted", multiple=True, metavar="PUB", help="A key that signs bundles; or a file of it.")
-@click.option("--broker", metavar="URL", help="A broker that runs already; without it one is started.")
+@click.option(
+    "--speed", default=10.0, show_default=True, type=click.FloatRange(0.1, 100), help="Speed of the recordings."
+)
+@click.option("--away", type=click.IntRange(0), metavar="N", help="Devices offline for a while; default a tenth.")
+@click.option("--cut", type=click.IntRange(0), metavar="N", help="Devices with cut downloads; default a tenth.")
+@click.option("--slow", type=click.IntRange(0), metavar="N", help="Devices on a slow link; default a tenth.")
+@click.option("--worse", default=0, metavar="N", type=click.IntRange(0), help="Sites with a faulty sensor; default 0.")
+@click.option(
+    "--publisher", "publisher_keys", multiple=True, metavar="PUB", help="A key that signs bundles, or a file with it."
+)
+@click.option("--broker", metavar="URL", help="URL of a running broker; default a new one.")
 @dir_option
 @json_option
 def simulate(
@@ -47,29 +51,28 @@ def simulate(
     cut: int | None,
     slow: int | None,
     worse: int,
-    trusted: tuple[str, ...],
+    publisher_keys: tuple[str, ...],
     broker: str | None,
     folder: Path | None,
     as_json: bool,
 ) -> None:
-    """Broker, collector and N devices on replayed recordings, each the real program in a process of its own.
+    """Run broker, collector and N devices on replayed recordings, each the real program in its own process.
 
-    With --rollout also a repository over HTTP and the operator's commands. Some devices are switched off for a while,
-    some are cut off in mid-download, some have a slow line, and --worse of them a sensor out of order; who, --seed
-    decides. It ends with who runs what and why, and the audit: exit 1 where that fails, or the roll-out did not end
-    within --duration.
+    --rollout adds a repository over HTTP and the operator's commands. Some devices are offline for a while, some have
+    cut downloads, some a slow link, and --worse of them a faulty sensor; --seed selects them. The report lists the
+    bundle of each device and the audit. Exit 1 if the audit fails, or the rollout did not end within --duration.
     """
     from agent.simulate.fleet import SimulationRequest, run
 
-    began = time.monotonic()
+    started_s = time.monotonic()
     exit_on_signals()
-    few = max(1, devices // 10) if devices > 2 and plan is not None else 0
-    counts = {name: few if given is None else given for name, given in (("away", away), ("cut", cut), ("slow", slow))}
-    publishers = tuple(keys.load_public(one) for one in trusted)
-    order = SimulationRequest(devices, duration, speed, seed, plan, broker, publishers, worse=worse, **counts)
+    default = max(1, devices // 10) if devices > 2 and plan is not None else 0
+    counts = {name: default if n is None else n for name, n in (("away", away), ("cut", cut), ("slow", slow))}
+    publishers = tuple(keys.load_public(text) for text in publisher_keys)
+    request = SimulationRequest(devices, duration, speed, seed, plan, broker, publishers, worse=worse, **counts)
     with open_folder(folder) as home:
-        document = run(home, order, _report_progress if sys.stderr.isatty() else lambda _: None)
-    document["seconds"] = round(time.monotonic() - began, 1)
+        document = run(home, request, _report_progress if sys.stderr.isatty() else lambda _: None)
+    document["seconds"] = round(time.monotonic() - started_s, 1)
     emit(document, as_json, lambda: _print(document))
     if not document["audit"]["passed"] or not document.get("rollout", {}).get("ended", True):
         sys.exit(1)
@@ -82,18 +85,18 @@ def _report_progress(sentence: str) -> None:
 def _print(document: dict[str, Any]) -> None:
     rollout = document.get("rollout")
     columns = ["device", "rows", "results", "verified"]
-    listed = [[one[name] for name in columns] for one in document["devices"]]
+    rows = [[device[name] for name in columns] for device in document["devices"]]
     if rollout is None:
-        print_table(columns, listed, "No devices.")
+        print_table(columns, rows, "No devices.")
     else:
-        for row, one in zip(listed, document["devices"], strict=True):
-            runs = one["runs"]["version"] if one["runs"] else _PLACEHOLDER
-            row += [runs, one["phase"] or _PLACEHOLDER, one["reason"] or _PLACEHOLDER]
-        print_table([*columns, "runs", "phase", "reason"], listed, "No devices.")
+        for row, device in zip(rows, document["devices"], strict=True):
+            runs = device["runs"]["version"] if device["runs"] else _PLACEHOLDER
+            row += [runs, device["phase"] or _PLACEHOLDER, device["reason"] or _PLACEHOLDER]
+        print_table([*columns, "runs", "phase", "reason"], rows, "No devices.")
         _print_rollout(rollout, document["devices"])
-    for one in document["devices"]:
-        for ended in one["restarts"]:
-            click.echo(f"{ended}; it was started again")
+    for device in document["devices"]:
+        for problem in device["restarts"]:
+            click.echo(f"{problem}; it was restarted")
     click.echo("")
     print_audit(document["audit"], document["seconds"])
 
@@ -102,23 +105,23 @@ def _print_rollout(rollout: dict[str, Any], devices: list[dict[str, Any]]) -> No
     click.echo("")
     for decision in rollout["decisions"]:
         click.echo(f"{decision['time'][11:19]}  {decision['summary']}")
-    troubled = [one for one in devices if one["reason"]]
-    if troubled:
+    problems = [device for device in devices if device["reason"]]
+    if problems:
         click.echo("")
-    for one in troubled[:_MAX_SENTENCES]:
-        click.echo(f"{one['device']}  {one['why']}")
-    if len(troubled) > _MAX_SENTENCES:
-        click.echo(f"… and {len(troubled) - _MAX_SENTENCES} more; all with --json")
-    suffered = rollout["hardship"]
+    for device in problems[:_MAX_SENTENCES]:
+        click.echo(f"{device['device']}  {device['why']}")
+    if len(problems) > _MAX_SENTENCES:
+        click.echo(f"… and {len(problems) - _MAX_SENTENCES} more; all with --json")
+    disturbances = rollout["disturbances"]
     names = {
-        "switched off for a while": suffered["away"],
-        "cut off in mid-download": {name: times for name, times in suffered["cut"].items() if times},
-        "on a slow line": suffered["slow"],
-        "with a sensor out of order": suffered["worse"],
+        "offline for a while": disturbances["away"],
+        "with cut downloads": {name: count for name, count in disturbances["cut"].items() if count},
+        "on a slow link": disturbances["slow"],
+        "with a faulty sensor": disturbances["worse"],
     }
     click.echo("")
-    for what, which in names.items():
-        if which:
-            click.echo(f"{what}: {', '.join(which)}")
+    for kind, affected in names.items():
+        if affected:
+            click.echo(f"{kind}: {', '.join(affected)}")
     if not rollout["ended"]:
-        click.echo("The roll-out did not end in time; --duration gives it more.")
+        click.echo("The rollout did not end within --duration; allow more seconds.")

@@ -1,1 +1,1 @@
-"""model."""
+"""Commands `outstation model …`."""

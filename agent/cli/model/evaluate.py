@@ -1,4 +1,4 @@
-"""`outstation model evaluate`: how good a bundle is, before it is released."""
+"""Command `outstation model evaluate`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from agent.cli.output import emit, json_option
 from agent.errors import UsageError
 
 if TYPE_CHECKING:
-    from agent.evaluation.author import CardTexts
+    from agent.evaluation.cards import CardTexts
     from agent.evaluation.document import Evaluation
 
 _path = click.Path(path_type=Path)
@@ -24,22 +24,24 @@ _path = click.Path(path_type=Path)
 )
 @click.argument("bundle", type=_path)
 @click.argument("data", type=_path)
-@click.option("--label", default="label", show_default=True, metavar="COL", help="What is true of a row.")
-@click.option("--group", metavar="COL", help="Rows of one person or machine: intervals are drawn over these.")
-@click.option("--split", metavar="COL", help="Rows that say train are compared with, not evaluated.")
-@click.option("--slice", "sliced", multiple=True, metavar="COL", help="Look at each value, or quarter, by itself.")
-@click.option("--train", type=_path, metavar="DATA", help="What the model learned from: does the test hold any of it?")
-@click.option("--float", "float_model", type=_path, metavar="MODEL", help="The float .tflite beside it.")
-@click.option("--ablate", is_flag=True, help="What each field is worth.")
-@click.option("--robustness", is_flag=True, help="What noise, gain, missing, stuck, swapped and saturated fields do.")
-@click.option("--no-latency", is_flag=True, help="Do not measure how long answers take here.")
-@click.option("--seed", type=click.IntRange(0, 2**20), default=0, show_default=True, help="Of everything drawn.")
+@click.option("--label", default="label", show_default=True, metavar="COL", help="Column of labels.")
+@click.option("--group", metavar="COL", help="Column of people or machines: intervals resample whole groups.")
+@click.option("--split", metavar="COL", help="Column of splits: rows that say train are not evaluated.")
+@click.option(
+    "--slice", "sliced", multiple=True, metavar="COL", help="Measure each value, or quarter, of a column by itself."
+)
+@click.option("--train", type=_path, metavar="DATA", help="Training data, to look for leakage.")
+@click.option("--float", "float_model", type=_path, metavar="MODEL", help="Float .tflite to compare with.")
+@click.option("--ablate", is_flag=True, help="Measure the importance of each field.")
+@click.option("--robustness", is_flag=True, help="Inject noise, gain, missing, stuck, swapped and saturated fields.")
+@click.option("--no-latency", is_flag=True, help="Do not measure latency.")
+@click.option("--seed", type=click.IntRange(0, 2**20), default=0, show_default=True, help="Seed of all random draws.")
 @engine_option
 @address_option
-@click.option("--key", "public", help="The publisher's public key, text or file: the bundle must be signed by it.")
-@click.option("--html", type=_path, metavar="FILE", help="Write the report for people, one file.")
+@click.option("--key", "public", help="Publisher's public key, text or file: the bundle must be signed by it.")
+@click.option("--html", type=_path, metavar="FILE", help="Write the report, one HTML file.")
 @click.option("--card", "cards", type=_path, metavar="DIR", help="Write MODEL_CARD and DATA_CARD, as .md and .html.")
-@click.option("--about", type=_path, metavar="TOML", help="For the cards: what only the author knows, in [card].")
+@click.option("--about", type=_path, metavar="TOML", help="Author's texts for the cards, in [card] and [data].")
 @json_option
 def evaluate(
     bundle: Path,
@@ -62,15 +64,15 @@ def evaluate(
     about: Path | None,
     as_json: bool,
 ) -> None:
-    """How good BUNDLE is on DATA, which it has not seen: CSV, Parquet, recordings (.npz), or a folder of them.
+    """Evaluate BUNDLE on DATA that it has not seen: CSV, JSON Lines, Parquet, recordings (.npz), or a folder of them.
 
-    BUNDLE is a folder, a .zip, or the name of one that ships. Every figure comes with a 95 % interval. DATA has the
-    bundle's fields as columns, and the label of each row, or of each window's last one.
+    BUNDLE is a folder, a .zip, or the name of a built-in bundle. Every metric has a 95 % interval. DATA has the
+    bundle's fields as columns, and the label of each row; a window has that of its last row.
     """
     from agent.cli.model import evaluation_tables
-    from agent.evaluation import evaluate as judge
+    from agent.evaluation import evaluate as evaluation
 
-    request = judge.EvaluationRequest(
+    request = evaluation.EvaluationRequest(
         data=data,
         label=label,
         group=group,
@@ -84,17 +86,18 @@ def evaluate(
         seed=seed,
     )
     _require_existing(data, train, float_model)
-    author, place = _load_author(about, cards), open_cluster(engine, address)
-    found, inference, said = load_bundle(bundle, public)
-    with place as ray:
-        if ray is None:
-            result = judge.evaluate(found, inference, said, request, _show_step)
+    texts, cluster_context = _load_texts(about, cards), open_cluster(engine, address)
+    loaded, inference, signature = load_bundle(bundle, public)
+    with cluster_context as cluster:
+        if cluster is None:
+            result = evaluation.evaluate(loaded, inference, signature, request, _show_step)
         else:
             from agent.evaluation.predict import ray_jobs
 
-            result = judge.evaluate(found, inference, said, request, _show_step, ray_jobs.make_predictor(ray, found))
+            predict = ray_jobs.make_predictor(cluster, loaded)
+            result = evaluation.evaluate(loaded, inference, signature, request, _show_step, predict)
     _show_step("")
-    written = _write_reports(result, html, cards, author)
+    written = _write_reports(result, html, cards, texts)
     emit(result, as_json, lambda: evaluation_tables.print_evaluation(result))
     if not as_json:
         for path in written:
@@ -102,7 +105,7 @@ def evaluate(
 
 
 def _require_existing(*paths: Path | None) -> None:
-    """Raises UsageError, before the model is tried."""
+    """Raise UsageError, before the model is loaded."""
     for path in paths:
         if path is not None and not path.exists():
             raise UsageError(f"{path}: no such file")
@@ -113,20 +116,20 @@ def _show_step(text: str) -> None:
         click.echo(f"\r\x1b[K{text}{' …' if text else ''}", nl=False, err=True)
 
 
-def _load_author(about: Path | None, cards: Path | None) -> CardTexts:
-    from agent.evaluation import author
+def _load_texts(about: Path | None, cards_folder: Path | None) -> CardTexts:
+    from agent.evaluation import cards
 
-    if about is not None and cards is None:
+    if about is not None and cards_folder is None:
         raise UsageError("--about is for the cards; name their folder with --card")
-    return author.read(about) if about else author.CardTexts()
+    return cards.read_texts(about) if about else cards.CardTexts()
 
 
-def _write_reports(evaluation: Evaluation, html: Path | None, folder: Path | None, author: CardTexts) -> list[Path]:
+def _write_reports(evaluation: Evaluation, html: Path | None, folder: Path | None, texts: CardTexts) -> list[Path]:
     from agent.evaluation import cards, report
 
     written = [write_text(html, report.render_html(evaluation))] if html else []
     if folder is not None:
-        for name, card in cards.build_cards(evaluation, author).items():
+        for name, card in cards.build_cards(evaluation, texts).items():
             written += [
                 write_text(folder / f"{name}.md", card.to_markdown()),
                 write_text(folder / f"{name}.html", card.to_html()),
@@ -135,7 +138,7 @@ def _write_reports(evaluation: Evaluation, html: Path | None, folder: Path | Non
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Raises UsageError."""
+    """Raise UsageError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

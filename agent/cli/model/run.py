@@ -1,4 +1,4 @@
-"""`outstation model run`: a bundle over files, without a daemon."""
+"""Command `outstation model run`: batch prediction over files, without a daemon."""
 
 from __future__ import annotations
 
@@ -22,68 +22,70 @@ if TYPE_CHECKING:
     from agent.model.inference.inference import Inference
 
 _path = click.Path(path_type=Path)
-_MAX_REJECTS = 10
+_MAX_SHOWN = 10
 
 engine_option = click.option(
     "--engine",
     type=click.Choice(["here", "ray"]),
     default="here",
     show_default=True,
-    help="Where the model runs: in this process, or on a Ray cluster, a worker for each file.",
+    help="Run in this process, or on a Ray cluster with a worker for each file.",
 )
 address_option = click.option(
-    "--address", metavar="HOST:PORT", help="The cluster's head; RAY_ADDRESS, or this machine's, without."
+    "--address", metavar="HOST:PORT", help="Head of the cluster; default RAY_ADDRESS, or this machine's cluster."
 )
 
 
 @click.command("run", epilog="Example: outstation model run exercise readings.csv -o results.csv")
 @click.argument("bundle", type=_path)
 @click.argument("data", type=_path)
-@click.option("-o", "--out", required=True, type=_path, help="File to write, .csv or .parquet; a folder for a folder.")
-@click.option("--raw", is_flag=True, help="The model's outputs, too: raw_0, raw_1, …")
+@click.option("-o", "--out", required=True, type=_path, help="Output file, .csv or .parquet; a folder if DATA is one.")
+@click.option("--raw", is_flag=True, help="Add the model's outputs as columns raw_0, raw_1, …")
 @engine_option
 @address_option
-@click.option("--key", "public", help="The publisher's public key, text or file: the bundle must be signed by it.")
+@click.option("--key", "public", help="Publisher's public key, text or file: the bundle must be signed by it.")
 @json_option
 def run(
     bundle: Path, data: Path, out: Path, raw: bool, engine: str, address: str | None, public: str | None, as_json: bool
 ) -> None:
-    """Answers of BUNDLE for each row or window of DATA: CSV, Parquet, a folder of them, or of images or WAV.
+    """Predict each row or window of DATA with BUNDLE.
 
-    BUNDLE is a folder, a .zip, or the name of one that ships. A run that was killed goes on where it was when it is
-    started again with the same arguments. Rows that cannot be read are named; then the exit code is 1.
+    DATA is CSV, JSON Lines, Parquet, recordings (.npz), a folder of CSV and Parquet, or of images or WAV. BUNDLE is a
+    folder, a .zip, or the name of a built-in bundle. A killed run resumes when it is started again with the same
+    arguments. Rows that cannot be read are named; then the exit code is 1.
     """
     from agent.datasets import readers
     from agent.evaluation.predict import output
-    from agent.evaluation.predict import run as running
+    from agent.evaluation.predict.run import BatchPredictor, predict_folder
 
     if not data.exists():
         raise UsageError(f"{data}: no such file")
-    place = open_cluster(engine, address)
-    found, loaded, said = load_bundle(bundle, public)
-    # A folder of images or sounds is one stream: its answers are one file.
-    many = data.is_dir() and not readers.is_media(loaded.manifest.input)
+    cluster_context = open_cluster(engine, address)
+    loaded, inference, signature = load_bundle(bundle, public)
+    # A folder of images or sounds is one stream, with one output file.
+    many = data.is_dir() and not readers.is_media(inference.manifest.input)
     if not many and out.suffix not in output.OUTPUT_SUFFIXES:
         raise UsageError(f"-o {out}: name a file that ends in {' or '.join(output.OUTPUT_SUFFIXES)}")
-    work = running.BatchPredictor(found, loaded, raw=raw)
-    begun = time.monotonic()
-    with place as ray, ProgressBar("rows") as bar:
-        if ray is None:
-            total = running.predict_folder(work, data, out, bar) if many else work.predict_file(data, out, bar)
+    predictor = BatchPredictor(loaded, inference, raw=raw)
+    started_s = time.monotonic()
+    with cluster_context as cluster, ProgressBar("rows") as bar:
+        if cluster is None:
+            total = predict_folder(predictor, data, out, bar) if many else predictor.predict_file(data, out, bar)
         else:
             from agent.evaluation.predict import ray_jobs
 
-            total = (ray_jobs.predict_folder if many else ray_jobs.predict_file)(ray, work, found, data, out, bar)
+            predict = ray_jobs.predict_folder if many else ray_jobs.predict_file
+            total = predict(cluster, predictor, loaded, data, out, bar)
     document = {
         "out": str(out),
-        "bundle": {"name": found.manifest.name, "version": found.manifest.version, "digest": found.digest},
-        "signature": said,
+        "bundle": {"name": loaded.manifest.name, "version": loaded.manifest.version, "digest": loaded.digest},
+        "signature": signature,
         "rows": total.rows,
         "results": total.results,
         "partly_missing": total.incomplete,
         "rejected": total.rejected_count,
-        "rejects": [{"file": r.file, "line": r.line, "reason": r.reason} for r in total.rejected_rows],
-        "seconds": round(time.monotonic() - begun, 3),
+        "rejected_rows": [{"file": r.file, "line": r.line, "reason": r.reason} for r in total.rejected_rows],
+        "seconds": round(time.monotonic() - started_s, 3),
     }
     emit(document, as_json, lambda: _print(document))
     if total.rejected_count:
@@ -91,7 +93,7 @@ def run(
 
 
 def open_cluster(engine: str, address: str | None) -> AbstractContextManager[RayCluster | None]:
-    """What is entered for the time of the work; None where that is done here. Raises UsageError."""
+    """Return a context of the cluster, or of None to run here. Raises UsageError."""
     if engine == "here":
         if address is not None:
             raise UsageError(f"--address {address}: is for --engine ray")
@@ -102,35 +104,35 @@ def open_cluster(engine: str, address: str | None) -> AbstractContextManager[Ray
 
 
 def load_bundle(path: Path, public: str | None) -> tuple[Bundle, Inference, str]:
-    """The bundle, or what ships by that name, proved in a child process and loaded; who signed it. Raises BadBundle."""
+    """Return the bundle, probed in a child process and loaded, and a description of its signature. Raises BadBundle."""
     from agent.model.bundle import builtin
     from agent.model.bundle import bundle as bundles
-    from agent.model.inference import inference
+    from agent.model.inference.inference import Inference, load_model
     from agent.model.sandbox import probe
 
     path = builtin.resolve_path(path)
     trusted = [keys.load_public(public)] if public else None
-    found = bundles.read(path, trusted)
-    _, said = trust.check_signature(path, found, trusted)
+    bundle = bundles.read(path, trusted)
+    _, signature = trust.check_signature(path, bundle, trusted)
     try:
-        probe.probe(found).raise_for_failure()
-        return found, inference.Inference(found.manifest, inference.load_model(found.manifest, found.model_bytes)), said
+        probe.probe(bundle).raise_for_failure()
+        return bundle, Inference(bundle.manifest, load_model(bundle.manifest, bundle.model_bytes)), signature
     except BadBundle as problem:
         raise BadBundle(f"{path}: {problem}") from None
 
 
 def _print(document: dict[str, Any]) -> None:
-    name = document["bundle"]
-    click.echo(f"{name['name']} {name['version']}, signature: {document['signature']}")
-    pace = document["rows"] / max(document["seconds"], 1e-3)
-    click.echo(f"{document['out']}: {document['results']:,} results of {document['rows']:,} rows, {pace:,.0f} rows/s")
+    bundle = document["bundle"]
+    click.echo(f"{bundle['name']} {bundle['version']}, signature: {document['signature']}")
+    rate = document["rows"] / max(document["seconds"], 1e-3)
+    click.echo(f"{document['out']}: {document['results']:,} results of {document['rows']:,} rows, {rate:,.0f} rows/s")
     if document["partly_missing"]:
-        click.echo(f"{document['partly_missing']:,} results are of input that was partly missing")
+        click.echo(f"{document['partly_missing']:,} results have partly missing input")
     if not document["results"]:
-        click.echo("no result: no row, or no whole window without a gap, is in the data")
+        click.echo("no result: the data hold no row, or no whole window without a gap")
     if document["rejected"]:
         click.echo(f"{document['rejected']:,} rows rejected:", err=True)
-        for one in document["rejects"][:_MAX_REJECTS]:
-            click.echo(f"  {one['file']} line {one['line']}: {one['reason']}", err=True)
-        if document["rejected"] > _MAX_REJECTS:
-            click.echo(f"  and {document['rejected'] - _MAX_REJECTS:,} more", err=True)
+        for row in document["rejected_rows"][:_MAX_SHOWN]:
+            click.echo(f"  {row['file']} line {row['line']}: {row['reason']}", err=True)
+        if document["rejected"] > _MAX_SHOWN:
+            click.echo(f"  and {document['rejected'] - _MAX_SHOWN:,} more", err=True)

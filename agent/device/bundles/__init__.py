@@ -1,1 +1,1 @@
-"""bundles."""
+"""Bundles on the device: history, overrides, quarantine, crash marker and rollout state."""

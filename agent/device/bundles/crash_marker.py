@@ -1,7 +1,7 @@
-"""A mark on the disk for as long as a model runs: the start that finds it set knows what the one before died of.
+"""Crash marker: a file that is set while a model runs, so that the next start knows which bundle ended the daemon.
 
-The mark is written and not synced. It outlives the process, however that ends, which is what a model can do; it may not
-outlive a power cut, and one that does is of another boot and counts for nothing: no model takes the kernel down.
+The marker is written but not synced. It survives the end of the process, whatever a model does. It may survive a power
+cut as well; a marker of another boot then counts for nothing, since no model takes down the kernel.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HEAD = struct.Struct("<8sII")
 
 
 class CrashRecord(msgspec.Struct, frozen=True):
-    """Which bundle ran for which task, in which boot; `id` tells it from every other mark."""
+    """Run of a bundle for a task, in a boot; `id` is unique among all runs."""
 
     task: str
     digest: str
@@ -39,21 +39,21 @@ class CrashRecord(msgspec.Struct, frozen=True):
 
 
 class CrashMarker:
-    """The file in `folder`, for the one process that has the store. What it cannot write it does without.
+    """Marker file in `folder`, for the one process that holds the store. Write errors are logged once and ignored.
 
-    `left` is what the process before left set, None where it left nothing or the machine was started anew since.
+    `previous_run` is the run during which the previous process of this boot ended; None if it ended otherwise.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
         self._boot, self._process = clock.boot_id(), f"{os.getpid()}/{time.monotonic_ns()}"
         self._run_counter, self._has_logged_error = itertools.count(1), False
-        found = _read(self._path)
-        self.previous_run = found if found is not None and found.boot == self._boot else None
+        record = _read(self._path)
+        self.previous_run = record if record is not None and record.boot == self._boot else None
 
     @contextlib.contextmanager
     def guard_run(self, task: str, digest: str) -> Iterator[None]:
-        """Set while the model of bundle `digest` is loaded or run for `task`; an error it raises is no crash."""
+        """Set the marker while the model of bundle `digest` is loaded or runs for `task`; an exception is no crash."""
         self._write(_encode(CrashRecord(task, digest, self._boot, f"{self._process}/{next(self._run_counter)}")))
         try:
             yield
@@ -65,7 +65,7 @@ class CrashMarker:
 
     def _write(self, data: bytes) -> None:
         try:
-            # Opened each time, for some 10 µs a batch: nothing to close, and nothing goes on in a deleted file.
+            # Opened each time, at 10 µs a batch: nothing to close, and no writes go to a deleted file.
             file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 os.pwrite(file, data, 0)
@@ -73,7 +73,7 @@ class CrashMarker:
                 os.close(file)
         except OSError as error:
             if not self._has_logged_error:
-                log.error("file %s in the data folder: %s; a model that ends the agent is not found out", FILE, error)
+                log.error("file %s in the data folder: %s; a model that ends the daemon is not detected", FILE, error)
             self._has_logged_error = True
 
 
@@ -90,7 +90,7 @@ def _read(path: Path) -> CrashRecord | None:
 
 
 def _decode(data: bytes) -> CrashRecord | None:
-    """The mark; None where there is none that is whole."""
+    """Return the record, or None if there is none or it is damaged."""
     if len(data) < _HEAD.size:
         return None
     magic, length, crc = _HEAD.unpack_from(data)

@@ -1,13 +1,13 @@
-"""A bundle that ended the agent twice in a row while it ran is set aside, and the one before it resumes.
+"""Quarantine: a bundle that ended the daemon twice in a row while it ran is not run again; the previous one resumes.
 
 Rules:
-- a start that finds the `marker` set counts one crash of that bundle for that task; a hang that the watchdog ended
-  leaves the same mark
-- a batch of that bundle that is committed in between begins the count anew: a healthy model that happens to be killed
-  while it runs, as by `kill -9`, has proved itself long before it could happen again
-- the second crash sets the bundle aside for the task: one that ran before and is kept here runs instead, else none,
-  and the readings wait
-- an operator's `rollback` to it, or another configured bundle, ends that
+- A start that finds the crash marker set counts one crash of that bundle for that task. A hang that the watchdog ended
+  leaves the same marker.
+- A committed batch of that bundle resets the count: a healthy model that happens to be killed while it runs, as by
+  `kill -9`, commits batches long before that happens again.
+- The second crash quarantines the bundle for the task. A bundle that ran before and has a copy here runs instead;
+  without one the task stops and its readings wait.
+- An operator's `rollback` to the bundle, or another configured bundle, ends the quarantine.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from agent import clock
 from agent.alerts import QUARANTINED
 from agent.clock import ClockReading
 from agent.config import Config
-from agent.device.bundles import history as kept
-from agent.device.bundles import overrides
+from agent.device.bundles import history, overrides
 from agent.device.bundles.crash_marker import CrashMarker, CrashRecord
 from agent.device.bundles.history import BundleRef
 from agent.device.bundles.overrides import QuarantinedBundle
@@ -42,7 +41,7 @@ MAX_CRASHES = 2
 
 
 class _CrashCount(msgspec.Struct, frozen=True):
-    """Of bundle `digest`, in a row; `last` is the id of the newest mark."""
+    """Crashes of bundle `digest` in a row, and the id of the last run that crashed."""
 
     digest: str
     count: int
@@ -50,96 +49,97 @@ class _CrashCount(msgspec.Struct, frozen=True):
 
 
 def handle_crash(conf: Config, store: Store, message_log: MessageLog, marker: CrashMarker, now: ClockReading) -> None:
-    """Count what the process before died of, and set a bundle aside where that was once too often."""
-    left = marker.previous_run
-    if left is not None and left.task in conf.tasks:
+    """Count the crash that ended the previous process, if a model did, and quarantine its bundle after the second."""
+    crash = marker.previous_run
+    if crash is not None and crash.task in conf.tasks:
         try:
-            _count_crash(conf, store, message_log, left, now)
+            _count_crash(conf, store, message_log, crash, now)
         except StorageFull as full:
-            log.error("task %s: %s; that its model ended the agent is not counted", left.task, full)
+            log.error("task %s: %s; the crash of its model is not counted", crash.task, full)
     marker.clear()
 
 
 def require_not_quarantined(store: Store, task: str, path: Path) -> None:
-    """Raises BadBundle where the bundle at `path` is set aside for `task`."""
-    aside = overrides.load_quarantined(store, task)
-    if aside and (digest := bundle.read(path, None).digest) in aside:
+    """Raise BadBundle if the bundle at `path` is quarantined for `task`."""
+    quarantined = overrides.load_quarantined(store, task)
+    if quarantined and (digest := bundle.read(path, None).digest) in quarantined:
         raise BadBundle(
-            f"{path}: {aside[digest].reason}; its readings are kept. Configure another bundle, or send the command "
-            "`rollback` to run it all the same"
+            f"{path}: {quarantined[digest].reason}; the task's readings are kept. Configure another bundle, or send "
+            "the command `rollback` to run it all the same"
         )
 
 
 def release_reconfigured(conf: Config, store: Store, message_log: MessageLog, now: ClockReading) -> None:
-    """At a start: another bundle than when one was set aside is configured for a task."""
+    """End the quarantine of tasks for which another bundle is configured since; called at a start."""
     for name, task in conf.tasks.items():
-        aside = overrides.load_quarantined(store, name)
-        unchanged = {"", *(one.configured for one in aside.values())}
-        if not aside or kept.configured_digest(task.bundle, conf.data_dir) in unchanged:
+        quarantined = overrides.load_quarantined(store, name)
+        unchanged = {"", *(entry.configured for entry in quarantined.values())}
+        if not quarantined or history.configured_digest(task.bundle, conf.data_dir) in unchanged:
             continue
         try:
             with store.transaction() as tx:
                 release(tx, message_log, name, now)
         except StorageFull as full:
-            log.error("task %s: %s; that its bundle is no longer set aside is recorded at the next start", name, full)
+            log.error("task %s: %s; the next start ends the quarantine of its bundle", name, full)
 
 
 def release(tx: Transaction, message_log: MessageLog, task: str, now: ClockReading) -> None:
-    """Nothing is set aside for `task` any more, and its crashes are forgotten."""
+    """End the quarantine of all bundles of a task, and reset its crash count."""
     overrides.save_quarantined(tx, task, {})
     tx.delete_state(task, task_keys.CRASH_COUNT)
-    alert = QUARANTINED.cleared(f"{task}: no bundle is set aside any more.", task=task)
+    alert = QUARANTINED.cleared(f"{task}: no bundle is quarantined any more.", task=task)
     message_log.append(tx, "alerts", task, alert.to_body(task), now)
 
 
 def is_suspected(store: Store, task: str, digest: str) -> bool:
-    """Whether the agent ended while bundle `digest` ran for `task`, and no batch of it was committed since."""
+    """Return True if the daemon ended while bundle `digest` ran for `task`, and no batch was committed since."""
     crashes = _load_crash_count(store, task)
     return crashes is not None and crashes.digest == digest
 
 
 def _load_crash_count(store: Store, task: str) -> _CrashCount | None:
-    found = store.load_state(task, task_keys.CRASH_COUNT)
-    return msgspec.json.decode(found, type=_CrashCount) if found else None
+    stored = store.load_state(task, task_keys.CRASH_COUNT)
+    return msgspec.json.decode(stored, type=_CrashCount) if stored else None
 
 
 def _count_crash(conf: Config, store: Store, message_log: MessageLog, crash: CrashRecord, now: ClockReading) -> None:
-    past = _load_crash_count(store, crash.task)
-    if past is not None and past.last_marker_id == crash.id:
-        # Counted by a start that died before it could clear the mark.
+    counted = _load_crash_count(store, crash.task)
+    if counted is not None and counted.last_marker_id == crash.id:
+        # Counted by a start that ended before it could clear the marker.
         return
-    count = past.count + 1 if past is not None and past.digest == crash.digest else 1
-    log.error("task %s: the agent ended while bundle %s ran, %d times in a row", crash.task, crash.digest, count)
-    history = kept.load_history(store, crash.task)
-    aside = overrides.load_quarantined(store, crash.task)
-    resumed = _find_previous(conf, store, crash.task, {crash.digest, *aside})
-    target = None if resumed is None else kept.bundle_ref(resumed)
-    configured = kept.configured_digest(conf.tasks[crash.task].bundle, conf.data_dir)
+    count = counted.count + 1 if counted is not None and counted.digest == crash.digest else 1
+    log.error("task %s: the daemon ended while bundle %s ran, %d times in a row", crash.task, crash.digest, count)
+    past = history.load_history(store, crash.task)
+    quarantined = overrides.load_quarantined(store, crash.task)
+    resumed = _find_previous(conf, store, crash.task, {crash.digest, *quarantined})
+    target = None if resumed is None else history.bundle_ref(resumed)
+    configured = history.configured_digest(conf.tasks[crash.task].bundle, conf.data_dir)
     with store.transaction(vital=True) as tx:
         tx.save_state(
             crash.task, task_keys.CRASH_COUNT, msgspec.json.encode(_CrashCount(crash.digest, count, crash.id))
         )
         if count < MAX_CRASHES:
             return
-        known = [history.current, history.previous] if history is not None else []
-        name = next((str(one) for one in known if one is not None and one.digest == crash.digest), "its bundle")
-        why = (
-            f"{name} ({crash.digest[:19]}…) ended the agent {count} times in a row while it ran, "
-            f"the last time before {clock.to_rfc3339(now.wall_us)}, and is set aside"
+        refs = [] if past is None else [past.current, past.previous]
+        name = next((str(ref) for ref in refs if ref is not None and ref.digest == crash.digest), "its bundle")
+        reason = (
+            f"{name} ({crash.digest[:19]}…) ended the daemon {count} times in a row while it ran, "
+            f"the last time before {clock.to_rfc3339(now.wall_us)}, and is quarantined"
         )
-        overrides.save_quarantined(tx, crash.task, {**aside, crash.digest: QuarantinedBundle(why, configured)})
-        _report_quarantine(tx, message_log, crash, why, count, target, now)
+        quarantined = {**quarantined, crash.digest: QuarantinedBundle(reason, configured)}
+        overrides.save_quarantined(tx, crash.task, quarantined)
+        _report_quarantine(tx, message_log, crash, reason, count, target, now)
         if resumed is not None and target is not None:
-            overrides.save_bundle_override(tx, crash.task, kept.make_override(target, configured))
-            if history is not None and history.current != target:
-                kept.record_activation(tx, message_log, crash.task, resumed, history, "quarantine", now)
+            overrides.save_bundle_override(tx, crash.task, history.make_override(target, configured))
+            if past is not None and past.current != target:
+                history.record_activation(tx, message_log, crash.task, resumed, past, "quarantine", now)
 
 
 def _find_previous(conf: Config, store: Store, task: str, excluded: Collection[str]) -> Bundle | None:
-    """The newest bundle that ran for `task`, and whose copy can be read."""
-    for one in kept.available_bundles(store, task, conf.data_dir, excluded):
+    """Return the newest bundle that ran for `task` and whose copy can be read."""
+    for ref in history.available_bundles(store, task, conf.data_dir, excluded):
         with suppress(BadBundle):
-            return bundle.read(kept.copy_folder(conf.data_dir, one.digest), None)
+            return bundle.read(history.copy_folder(conf.data_dir, ref.digest), None)
     return None
 
 
@@ -152,9 +152,9 @@ def _report_quarantine(
     target: BundleRef | None,
     now: ClockReading,
 ) -> None:
-    """The audit message, and the alert where another bundle runs; where none does, the task's own alert says so."""
-    then = f"{target} runs instead" if target else "no other is kept here, so the task stops and its readings wait"
-    summary = f"{crash.task}: {reason}; {then}."
+    """Append the audit message, and an alert if another bundle runs; if none does, the task's own alert reports it."""
+    outcome = f"{target} runs instead" if target else "no other is stored here, so the task stops and its readings wait"
+    summary = f"{crash.task}: {reason}; {outcome}."
     evidence = {"task": crash.task, "digest": crash.digest, "crashes": count, "to": target.digest if target else None}
     message_log.append(tx, "audit", None, {"event": "quarantined", "summary": summary, "evidence": evidence}, now)
     if target is not None:

@@ -1,4 +1,4 @@
-"""How a task stands with what is desired of it, as it is kept in the store, and what of bundles is held."""
+"""Rollout state of a task, as stored, and the hold-offs of its bundles."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ Reason = Literal[
     "output_drift", "estimated_accuracy", "labels", "agreement", "latency", "operator", "aborted", "hold_off",
 ]  # fmt: skip
 
-# Names in table state.
 _MAX_HOLD_OFFS = 16
 
 
 class RolloutState(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`why` is a sentence for a person. `since` is a time of the wall clock, `since_s` of the device's uptime.
+    """Phase of the desired bundle of a task, and why.
 
-    `configured`: digest of the bundle in the config when this phase began; `changed_here`: it is withdrawn for as long
-    as that is the one. `past`: what ran for the task before it was on probation, as `kept` writes it.
+    - `detail`: a sentence for a person
+    - `since`: wall time of the phase's begin; `since_s`: the same in the device's uptime
+    - `configured_digest`: the bundle in the config when the phase began; with `is_locally_changed` the rollout stays
+      cancelled for as long as that bundle is configured
+    - `previous_history`: the bundle history from before the canary, as JSON
     """
 
     desired: DesiredBundle
@@ -45,32 +47,32 @@ class RolloutState(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def audit_key(self) -> tuple[object, ...]:
-        """What an audit message says anew when it changes."""
+        """Members whose change is worth an audit message."""
         wanted = self.desired
         return (wanted.rollout, wanted.digest, wanted.strategy, self.phase, self.reason, self.late)
 
 
 class HoldOff(msgspec.Struct, frozen=True):
-    """A bundle is not tried before `until_s` of the device's uptime; `why` is what it was taken back for."""
+    """A bundle is not tried again before `until_s` of the device's uptime; `detail` is the reason."""
 
     until_s: float
     detail: str
 
 
 def load_state(store: Store, task: str) -> RolloutState | None:
-    """None where nothing was desired of it yet, or what was kept cannot be read."""
-    found = store.load_state(task, task_keys.ROLLOUT_STATE)
+    """Return the state; None if no bundle was desired yet, or if it cannot be read."""
+    stored = store.load_state(task, task_keys.ROLLOUT_STATE)
     try:
-        return msgspec.json.decode(found, type=RolloutState) if found else None
+        return msgspec.json.decode(stored, type=RolloutState) if stored else None
     except msgspec.MsgspecError as damage:
-        log.error("task %s: how its roll-out stands cannot be read (%s); it begins anew", task, damage)
+        log.error("task %s: its rollout state cannot be read (%s); the rollout begins again", task, damage)
         return None
 
 
 def find_canary_digest(store: Store, task: str) -> str:
-    """The digest of the bundle that is on probation for `task`; "" where none is."""
-    one = load_state(store, task)
-    return one.desired.digest if one is not None and one.phase == "canary" else ""
+    """Return the digest of the canary bundle of a task; empty if there is none."""
+    state = load_state(store, task)
+    return state.desired.digest if state is not None and state.phase == "canary" else ""
 
 
 def save_state(tx: Transaction, task: str, state: RolloutState | None) -> None:
@@ -81,7 +83,7 @@ def save_state(tx: Transaction, task: str, state: RolloutState | None) -> None:
 
 
 def load_hold_offs(store: Store, task: str) -> dict[str, HoldOff]:
-    """Bundles that were taken back or refused, by digest; those whose time is over, too."""
+    """Return hold-offs by the bundle's digest, also those that have ended."""
     try:
         return msgspec.json.decode(store.load_state(task, task_keys.HOLD_OFFS) or b"{}", type=dict[str, HoldOff])
     except msgspec.MsgspecError:
@@ -89,7 +91,7 @@ def load_hold_offs(store: Store, task: str) -> dict[str, HoldOff]:
 
 
 def add_hold_off(tx: Transaction, task: str, digest: str, hold_off: HoldOff, uptime_s: float) -> None:
-    """Also forgets whose time is over, and of very many those that end first."""
+    """Save a hold-off; drop those that have ended, and of too many those that end first."""
     try:
         known = msgspec.json.decode(tx.load_state(task, task_keys.HOLD_OFFS) or b"{}", type=dict[str, HoldOff])
     except msgspec.MsgspecError:
@@ -100,30 +102,30 @@ def add_hold_off(tx: Transaction, task: str, digest: str, hold_off: HoldOff, upt
 
 
 def find_needed_digests(store: Store, task: str) -> set[str]:
-    """Bundles whose copies a roll-out still needs."""
-    one = load_state(store, task)
-    if one is None or one.phase not in ("downloading", "shadow", "canary", "active"):
+    """Return the digests of bundles whose copies a rollout still needs."""
+    state = load_state(store, task)
+    if state is None or state.phase not in ("downloading", "shadow", "canary", "active"):
         return set()
-    past = json.loads(one.previous_history) if one.previous_history else {}
-    return {one.desired.digest, *(ran["digest"] for ran in past.values() if ran)}
+    past = json.loads(state.previous_history) if state.previous_history else {}
+    return {state.desired.digest, *(ref["digest"] for ref in past.values() if ref)}
 
 
 def build_status(store: Store, task: str, device: str) -> dict[str, Any]:
-    """Members for status and health; none where nothing is desired."""
-    one = load_state(store, task)
-    if one is None:
+    """Return the member for health and status; empty if no bundle is desired."""
+    state = load_state(store, task)
+    if state is None:
         return {}
-    wanted = one.desired
-    told = {
+    wanted = state.desired
+    members = {
         "id": wanted.rollout,
         "strategy": wanted.strategy,
         "percent": wanted.percent,
         "selected": wanted.includes_device(device),
         "desired": {"name": wanted.bundle, "version": wanted.version, "digest": wanted.digest},
-        "phase": one.phase,
-        "reason": one.reason,
-        "detail": one.detail,
-        "since": one.since,
-        "late": one.late,
+        "phase": state.phase,
+        "reason": state.reason,
+        "detail": state.detail,
+        "since": state.since,
+        "late": state.late,
     }
-    return {"rollout": told}
+    return {"rollout": members}

@@ -29,7 +29,7 @@ from agent.wire.commands import DEFAULT_SCHEDULE
 
 
 class TaskActions:
-    """Actions on tasks. `load` verifies, probes and loads the bundle at a path; `status` returns the status document."""
+    """Actions on tasks. `load` verifies, probes and loads the bundle at a path; `status` is the status document."""
 
     def __init__(
         self,
@@ -164,8 +164,8 @@ class TaskActions:
 
         span = f" and {request.duration_s:.0f} s" if request.duration_s else ""
         summary = (
-            f"{task} learns its site reference again, from at least {monitor.learn_windows} drift windows{span}, when it "
-            "next runs."
+            f"{task} learns its site reference again, from at least {monitor.learn_windows} drift windows{span}, when "
+            "it next runs."
         )
         return Effect(summary, {}, write)
 

@@ -112,8 +112,8 @@ class CommandExecutor:
             raise RowRejected(f"it expired at {cmd.expires}, here it is {clock.to_rfc3339(reached)}; send it again")
         if now.quality == "unsynced" and cmd.name in CLOCK_DEPENDENT:
             raise RowRejected(
-                f"the clock here is unsynced, so the device cannot tell whether this has expired; {cmd.name} is executed "
-                "once a time service has set the clock"
+                f"the clock here is unsynced, so the device cannot tell whether this has expired; {cmd.name} is "
+                "executed once a time service has set the clock"
             )
 
     def _commit_outcome(self, claimed: ClaimedCommand, outcome: str, effect: Effect, now: ClockReading) -> None:

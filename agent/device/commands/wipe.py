@@ -1,8 +1,8 @@
 """Wipe: an operator erases the device's readings, results, state and keys, with two commands.
 
 The answer to the first command holds a word that the second must repeat, which proves that somebody read it. Once the
-second is committed, the wipe happens whatever crashes: the store records it, then the marker file. Flash memory may keep
-deleted data: where that matters, encrypt or destroy the medium.
+second is committed, the wipe happens whatever crashes: the store records it, then the marker file. Flash memory may
+keep deleted data: where that matters, encrypt or destroy the medium.
 """
 
 from __future__ import annotations

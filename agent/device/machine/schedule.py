@@ -110,7 +110,7 @@ class RowCountSchedule:
 class CronSchedule:
     """Schedule of a cron expression, in local time or in `zone`, as in crontab(5). Raises ValueError.
 
-    When the clocks go back, a time with a fixed hour comes once; also when the wall clock is set back by less than three
+    When the clocks go back, a time with a fixed hour comes once; also when a wall clock is set back by less than three
     hours, as in Debian's cron(8). When they go forward, a time in the gap comes as if they had not.
     """
 

@@ -44,7 +44,7 @@ def build(
 
 
 def max_results(max_bytes: int, model_scores: Scores, labels: list[str] | None) -> int:
-    """How many results surely fit into `room` bytes, at least one.
+    """Return how many results fit into `max_bytes` bytes in any case, at least one.
 
     A result costs two numbers of 16 digits, each of score, value and share missing, its label, and their commas.
     """

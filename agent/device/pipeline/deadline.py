@@ -94,8 +94,8 @@ class Deadline:
             return None
         summary = (
             f"{self._task}: one model window by itself took {seconds:.3g} s, {_LATE_BATCHES_TO_ALERT} times in a row; "
-            f"the deadline is {self.seconds:g} s. Results come late. Give the task a longer deadline or a smaller model, "
-            "or give the device less to do."
+            f"the deadline is {self.seconds:g} s. Results come late. Give the task a longer deadline or a smaller "
+            "model, or give the device less to do."
         )
         return DEADLINE_MISSED.raised(summary, evidence)
 

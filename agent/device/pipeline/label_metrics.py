@@ -1,7 +1,7 @@
 """Label metrics: a task's performance metrics from labels, as a `quality` message every 50 labels, with its alerts.
 
-A message covers the newest labelled results of the current bundle, at most 500. Labels that are the model's own answers,
-and results that are not numbers, are counted and left out of every metric.
+A message covers the newest labelled results of the current bundle, at most 500. Labels that are the model's own
+answers, and results that are not numbers, are counted and left out of every metric.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from agent.device.store import task_keys
 from agent.device.store.labels import StoredLabel
 from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.store import Store
-from agent.performance import cbpe, degradation, feedback, metrics, slices
+from agent.performance import cbpe, degradation, slices
 from agent.performance.degradation import CusumTrack, DegradationEvent, DegradationState, PromisedAccuracy
+from agent.performance.estimates import MetricEstimate, compute_metrics
 from agent.performance.labels import MODEL, LabelSchema, LabelTarget, count_sources
-from agent.performance.metrics import LabelledPredictions, MetricEstimate
+from agent.performance.metrics import LabelledPredictions
 from agent.wire.messages import encode
 
 LABELS_PER_MESSAGE, MAX_LABELS_PER_MESSAGE, MAX_REPORT_INTERVAL_S = 50, 500, 86_400.0
@@ -173,7 +174,7 @@ def _evaluate_labels(
     task: LoadedTask, store: Store, state: DegradationState, window: LabelWindow, last_label: int
 ) -> Iterator[Alert]:
     own = sum(sample.source == MODEL for sample in window.samples)
-    if (alert := feedback.check_feedback(state, own, len(window.samples))) is not None:
+    if (alert := degradation.check_feedback(state, own, len(window.samples))) is not None:
         yield alert
     known = [state.first_number] if state.first_number else []
     state.first_number = min([sample.first_number for sample in window.new_samples] + known, default=0)
@@ -211,7 +212,7 @@ def _compute_losses(task: LoadedTask, samples: Sequence[StoredLabel]) -> tuple[l
     evaluable = filter_evaluable(task, samples)
     if not evaluable:
         return [], []
-    losses = to_labelled_predictions(task, evaluable).task_losses(build_label_schema(task).kind)
+    losses = to_labelled_predictions(task, evaluable).losses(build_label_schema(task).kind)
     return ([], []) if losses is None else (losses.tolist(), _estimate_error_chances(task, evaluable))
 
 
@@ -310,7 +311,7 @@ def _compute_metrics(task: LoadedTask, samples: Sequence[StoredLabel]) -> list[M
     names = sorted(set.intersection(*(set(sample.prediction.slices) for sample in samples)))
     sliced = {name: [sample.prediction.slices[name] for sample in samples] for name in names}
     return [
-        *metrics.compute_metrics(schema.kind, schema.labels, predictions),
+        *compute_metrics(schema.kind, schema.labels, predictions),
         *slices.compute_slice_metrics(schema.kind, predictions, sliced),
     ]
 
@@ -352,8 +353,8 @@ def _estimate_accuracy(task: LoadedTask, samples: Sequence[StoredLabel]) -> Mapp
     bins = np.searchsorted(shipped.score_edges, np.array(scores, np.float64), side="right")
     counts = np.bincount(bins, minlength=len(shipped.score_n))
     estimate = cbpe.estimate_accuracy(shipped.score_n, shipped.score_correct, counts)
-    losses = to_labelled_predictions(task, samples).zero_one_losses
-    if estimate is None or losses is None:
+    predictions = to_labelled_predictions(task, samples)
+    if estimate is None or predictions.predicted is None:
         return None
-    accuracy = 1 - float(losses.mean())
+    accuracy = float(predictions.right.mean())
     return {**estimate, "outside": not estimate["low"] <= accuracy <= estimate["high"]}

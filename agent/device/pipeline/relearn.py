@@ -1,8 +1,8 @@
 """Relearn requests: an operator, on this machine or by remote command, has a task's site reference learned again.
 
-The daemon owns the store, so a person on this machine leaves a file in the data folder; a remote command leaves the same
-in the store. The task applies a request when it next runs, in one commit with the audit message. The request's id keeps
-a crash between the commit and the deletion of the file from applying it twice.
+The daemon owns the store, so a person on this machine leaves a file in the data folder; a remote command leaves the
+same in the store. The task applies a request when it next runs, in one commit with the audit message. The request's id
+keeps a crash between the commit and the deletion of the file from applying it twice.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def apply_pending(task: LoadedTask, store: Store, message_log: MessageLog, now: 
 
 def _audit_message(task: LoadedTask, request: RelearnRequest) -> PendingMessage:
     summary = (
-        f"{task.name}: {request.action} of the site reference was requested {request.requested_by}; it is learned again, "
-        "and drift is not tested until then."
+        f"{task.name}: {request.action} of the site reference was requested {request.requested_by}; it is learned "
+        "again, and drift is not tested until then."
     )
     old = task.drift_state.site_reference if task.drift_state else None
     evidence = {

@@ -25,7 +25,7 @@ class ScheduledTask(msgspec.Struct):
 
 
 class Effect(msgspec.Struct, frozen=True):
-    """Outcome of a remote command: `write` joins the commit of the answer; `after_commit` runs before any other write."""
+    """Outcome of a remote command: `write` joins the answer's commit; `after_commit` runs before any other write."""
 
     summary: str
     data: dict[str, Any] = msgspec.field(default_factory=dict)

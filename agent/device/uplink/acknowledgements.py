@@ -1,15 +1,17 @@
-"""Signed acknowledgements: verified, gathered, and applied in one transaction for many.
+"""Acknowledgements: signed by the collector, verified, gathered, and applied in one transaction for many.
 
-Rules of `take`; what fails one is counted and changes nothing:
-- it came on this device's `ack` topic, and the collector's key signed it for that topic (see `agent.wire.messages`)
-- it names this log
-One that passes but tells of messages that this store never wrote shows that the store went back in time (see `fork`).
-What an acknowledgement covers is added to what is acknowledged. One that covers less than is acknowledged already is an
-old one that comes again, or the collector was restored from a backup:
-- it is noted which message was the last one written by then; so far nothing that was acknowledged is taken back
-- an acknowledgement that covers a message written after that cannot be an old one. If it too asks for messages that
-  were acknowledged, they wait again and are sent; those that are no longer kept are declared as evicted, with the
-  earlier acknowledgement as evidence
+Rules of `receive`. An acknowledgement that fails one is counted and changes nothing:
+- It came on this device's `ack` topic, and the collector's key signed it for that topic (see `agent.wire.messages`).
+- It names this log.
+One that passes but covers messages that this store never wrote shows that the store went back in time (see
+`agent.device.recovery.new_log`).
+
+The messages that it covers are added to the acknowledged ones. One that covers fewer is an old one that comes again, or
+the collector was restored from a backup:
+- The last message written by then is noted; acknowledged messages stay acknowledged.
+- An acknowledgement that covers a message written after that cannot be old. If it, too, asks for acknowledged messages,
+  these wait again and are sent. Those that are no longer stored are declared as evicted, with the earlier
+  acknowledgement as evidence.
 """
 
 from __future__ import annotations
@@ -36,13 +38,13 @@ from agent.wire.messages import AckPayload, verify_message
 
 log = logging.getLogger("outstation.uplink")
 
-# Each commit is some 28 KB on flash.
+# Each commit writes about 28 KB to flash.
 _APPLY_INTERVAL_S = 1.0
 _FULL_RETRY_S = 5.0
 
 
 class Acknowledgements:
-    """Those of one device's log. Lives as long as the uplink; used by its thread only."""
+    """Acknowledgements of one device's log, for the life of the uplink; used by its thread only."""
 
     def __init__(
         self, store: Store, message_log: MessageLog, collector: PublicKey | None, keep_s: float, refusals: Refusals
@@ -58,7 +60,7 @@ class Acknowledgements:
         self._next_apply_s = float("-inf")
 
     def receive(self, delivery: IncomingMessage, now: ClockReading) -> AckPayload | None:
-        """The acknowledgement in `delivery`, noted for `apply`; None where it is not one to obey."""
+        """Return the acknowledgement in `delivery`, gathered for `apply`; None if refused or of the previous log."""
         try:
             ack = self._verify(delivery)
         except MessageRefused as refusal:
@@ -67,16 +69,16 @@ class Acknowledgements:
         if ack is None:
             return None
         self._merge(ack, delivery)
-        if is_plausible_time(told_us := parse_rfc3339(ack.time), now):
-            self._time_floor_us = max(self._time_floor_us, told_us)
+        if is_plausible_time(signed_us := parse_rfc3339(ack.time), now):
+            self._time_floor_us = max(self._time_floor_us, signed_us)
         return ack
 
     def confirm(self, seq: int) -> None:
-        """The broker has message `seq`, and that is enough (delivery = "broker")."""
+        """Count message `seq` as delivered, because the broker has it (delivery = "broker")."""
         self._confirmed_seqs.append(seq)
 
     def apply(self, now: ClockReading, *, force: bool = False) -> None:
-        """Write what is acknowledged, if it is time to. A full disk delays it. Raises StorageError."""
+        """Commit what is acknowledged, if it is due. A full disk delays it. Raises StorageError."""
         if not (self._acknowledged != self._saved or self._confirmed_seqs) or not (
             force or now.boot_s >= self._next_apply_s
         ):
@@ -84,24 +86,24 @@ class Acknowledgements:
         try:
             self._save(now)
         except StorageFull as full:
-            log.warning("%s; acknowledged messages wait in the outbox until there is room to say so", full)
+            log.warning("%s; acknowledged messages stay in the outbox until there is room to record it", full)
             self._next_apply_s = now.boot_s + _FULL_RETRY_S
             return
         self._next_apply_s = now.boot_s + _APPLY_INTERVAL_S
 
     def _merge(self, ack: AckPayload, delivery: IncomingMessage) -> None:
         covered = AcknowledgedSeqs(ack.through, tuple(ack.missing))
-        asked = ranges.intersect(self._acknowledged.ranges, covered.missing)
+        requested = ranges.intersect(self._acknowledged.ranges, covered.missing)
         is_new = self._suspect_after_seq is not None and bool(
             ranges.intersect(covered.ranges, [(self._suspect_after_seq + 1, ack.through)])
         )
         if is_new:
             self._suspect_after_seq = None
-            if asked:
-                log.warning("the collector has lost messages it had acknowledged, %s; it gets what is kept", asked)
-                self._acknowledged = self._acknowledged.difference(asked)
+            if requested:
+                log.warning("the collector has lost messages it had acknowledged, %s; it gets what is kept", requested)
+                self._acknowledged = self._acknowledged.difference(requested)
                 self._next_apply_s = float("-inf")
-        elif asked or ack.through < self._acknowledged.through:
+        elif requested or ack.through < self._acknowledged.through:
             if self._suspect_after_seq is None:
                 self._suspect_after_seq = self._last_seq()
         else:
@@ -111,11 +113,11 @@ class Acknowledgements:
     def _save(self, now: ClockReading) -> None:
         known = self._acknowledged.union(ranges.from_numbers(self._confirmed_seqs))
         with self._store.transaction(vital=True) as tx:
-            gone = tx.outbox.set_acknowledged(known)
-            if gone:
+            missing = tx.outbox.set_acknowledged(known)
+            if missing:
                 earlier = tx.get_meta(retention.ACKNOWLEDGEMENT, "")
                 proof = json.loads(earlier) if earlier else None
-                declare_messages(tx, self._message_log, now, gone, ACKNOWLEDGED_EARLIER, acknowledgement=proof)
+                declare_messages(tx, self._message_log, now, missing, ACKNOWLEDGED_EARLIER, acknowledgement=proof)
             deleted = set(tx.outbox.delete(self._confirmed_seqs))
             record_proof(tx, self._proven_seq)
             if known != self._saved:
@@ -128,7 +130,7 @@ class Acknowledgements:
     def _save_evidence(
         self, steps: str, acknowledged: AcknowledgedSeqs, now: ClockReading, set_meta: Callable[[str, str], None]
     ) -> None:
-        """When this much was acknowledged, and the evidence for it."""
+        """Save when this much was acknowledged, and the evidence for it."""
         at_s = retention.uptime_s(self._store.get_meta(retention.UPTIME, ""), self._store.boot, now)
         if longer := retention.append_history(steps, at_s, acknowledged.through, self._keep_s):
             set_meta(retention.ACKNOWLEDGED_HISTORY, longer)
@@ -148,7 +150,7 @@ class Acknowledgements:
         if not isinstance(body, AckPayload):
             raise MessageRefused("other kind", delivery.topic)
         if body.log == self._store.get_meta(PREVIOUS_LOG, ""):
-            # The broker keeps the last one until there is one for this log.
+            # Retained by the broker until there is one for this log.
             return None
         if body.log != self._message_log.log_id:
             raise MessageRefused("other log", f"{body.log}; this store's log is {self._message_log.log_id}")

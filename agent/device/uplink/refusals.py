@@ -1,7 +1,7 @@
-"""What came from the broker and was not obeyed: counted by reason, and one alert for somebody to look.
+"""Refusals: messages from the broker that did not verify, counted by reason, with one alert.
 
-Whoever reaches the broker can send a million forged commands or acknowledgements. They must not wear out the card, fill
-the outbox or the journal, nor take memory: counts are written once a minute, and the alert is raised once and cleared
+Anyone who reaches the broker can send a million forged commands or acknowledgements. They must not wear out the card,
+nor fill the outbox, the journal or memory: counts are written once a minute, and the alert is raised once and cleared
 after an hour without any.
 """
 
@@ -23,12 +23,12 @@ CLEAR_AFTER_S = 3600.0
 _FLUSH_INTERVAL_S = 60.0
 _FULL_RETRY_S = 5.0
 _ALERT_META = "refusals alert"
-# What an honest collector or operator can cause: one that was restored, a store that began a new log, a burst.
+# Reasons that an honest collector or operator can cause: a restored collector, a new log, a burst.
 _BENIGN_REASONS = frozenset({"other log", "beyond the log", "busy", "no key"})
 
 
 class Refusals:
-    """Those of one device. Used by the uplink's thread only."""
+    """Refusals of one device; used by the uplink's thread only."""
 
     def __init__(self, store: Store, message_log: MessageLog) -> None:
         self._store, self._message_log = store, message_log
@@ -40,7 +40,7 @@ class Refusals:
         self._next_flush_s = self._next_log_s = self._retry_at_s = float("-inf")
 
     def add(self, kind: str, refusal: MessageRefused, now: ClockReading) -> None:
-        """Note one of `what` that was refused."""
+        """Count a refused message; `kind` is a plural noun, such as "commands"."""
         self._counts[f"{kind} refused"] += 1
         self._counts[f"{kind} refused: {refusal.reason}"] += 1
         if refusal.reason not in _BENIGN_REASONS:
@@ -49,10 +49,10 @@ class Refusals:
             self._quiet_since_s = now.boot_s
         if now.boot_s >= self._next_log_s:
             self._next_log_s = now.boot_s + _FLUSH_INTERVAL_S
-            log.warning("%s refused, nothing changes: %s", kind, refusal)
+            log.warning("%s refused: %s", kind, refusal)
 
     def flush(self, now: ClockReading, *, force: bool = False) -> None:
-        """Write counts and raise or clear the alert, if it is time to. A full disk delays it. Raises StorageError."""
+        """Write the counts, and raise or clear the alert, if due. A full disk delays it. Raises StorageError."""
         if self._quiet_since_s is None:
             self._quiet_since_s = now.boot_s
         raises = self._hostile_count > self._reported_count and not self._is_alert_open
@@ -67,7 +67,7 @@ class Refusals:
         try:
             self._write(now, raises, clears)
         except StorageFull as full:
-            log.warning("%s; the count of what was refused waits", full)
+            log.warning("%s; counts of refusals are written once there is room", full)
             self._retry_at_s = now.boot_s + _FULL_RETRY_S
             return
         self._is_alert_open = (self._is_alert_open or raises) and not clears
@@ -84,12 +84,11 @@ class Refusals:
                 self._message_log.append(tx, "alerts", None, self._build_alert(raises).to_body(), now)
 
     def _build_alert(self, raised: bool) -> Alert:
+        evidence = {"last": self._last_hostile}
+        if not raised:
+            return REFUSED_ON_DEVICE.cleared(f"For {CLEAR_AFTER_S / 3600:.0f} h no message was refused.", evidence)
         summary = (
-            f"Somebody sends this device what does not verify, the last one was refused for {self._last_hostile}; nothing of "
-            "it was obeyed. Look who may publish on its topics; the counters in `outstation status` go on."
-            if raised
-            else f"For {CLEAR_AFTER_S / 3600:.0f} h nothing came that does not verify."
+            f"Somebody sends this device messages that do not verify, the last one refused for {self._last_hostile}. "
+            "The device obeyed none of them. Check who may publish on its topics; `outstation status` counts refusals."
         )
-        return (REFUSED_ON_DEVICE.raised if raised else REFUSED_ON_DEVICE.cleared)(
-            summary, {"last": self._last_hostile}
-        )
+        return REFUSED_ON_DEVICE.raised(summary, evidence)

@@ -31,10 +31,7 @@ from agent.drift.numeric.sums import Groups
 
 MAX_PAIRS = 276  # all pairs of 24 fields; of more fields, those closest in the bundle's order
 MAX_CORRELATION = 0.9999  # larger ones count as this
-RESIDUAL_SCALE, RESIDUAL_CLIP = (
-    2.0**10,
-    16.0,
-)  # a residual as a whole number of 1/1024 class sd, and the most it may say
+RESIDUAL_SCALE, RESIDUAL_CLIP = 2.0**10, 16.0  # residuals in steps of 1/1024 class sd, and the largest one
 MIN_ROWS = 30  # a class with fewer rows has no correlation
 MAX_PAIRS_NAMED = 3
 _WEIGHT = "correlation.weight"

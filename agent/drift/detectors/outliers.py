@@ -12,10 +12,8 @@ OUTLIER_SDS = 6.0  # robust sd from the middle: left out of the calibration
 MAX_OUTLIER_SHARE = 1 / 3  # more odd windows than this, and nothing is learned
 STEP_SDS = 4.0  # sd between the means of the first and the second half: something changed meanwhile
 MIN_SD = 0.05  # class sd: smaller shifts of a field never matter, however steady a site is
-STEP_STANDARD_ERRORS, STEP_VARIANCE_SHARE = (
-    10.0,
-    0.7,
-)  # standard errors of a step while learning, and its share of the variance, that are told
+# Standard errors of a step while learning, and its share of the variance, for a warning.
+STEP_STANDARD_ERRORS, STEP_VARIANCE_SHARE = 10.0, 0.7
 
 
 def winsorize(values: Float64s, center: Float64s, min_sd: Float64s | float) -> tuple[Float64s, Float64s]:

@@ -1,10 +1,10 @@
-"""At which rate a site's readings come and its signals move: what was gathered of it, what is usual, what is not.
+"""Sampling rate and speed of a site's signals: what learning gathers, what is usual, and which changes are faults.
 
-rate      readings come more than 5 % faster or slower, and beyond what the learned windows did among themselves. A
-          stream whose readings come irregularly has no rate to lose.
-repeated  more rows than in any learned window say again what the row before said, in all fields
+rate      readings come more than 5 % faster or slower, and beyond the variation of the learned windows. A stream with
+          irregular readings has no rate.
+repeated  more rows than in any learned window repeat the row before, in all fields
 
-A fault counts from the second window in a row on: a backlog that arrives at once is none.
+A fault counts from the second consecutive window on, so a backlog that arrives at once is none.
 """
 
 from __future__ import annotations
@@ -23,11 +23,8 @@ from agent.drift.detectors.variogram import Variograms
 from agent.drift.numeric import false_alarm_budget
 from agent.drift.numeric.sums import median
 
-MIN_STEP_CHANGE, STEP_CHANGE_SDS, STEP_CHANGE_FACTOR = (
-    0.05,
-    6.0,
-    1.5,
-)  # share; sd of learned windows; times the farthest of them
+# Change of the interval: share; sd of learned windows; times the largest deviation of one.
+MIN_STEP_CHANGE, STEP_CHANGE_SDS, STEP_CHANGE_FACTOR = 0.05, 6.0, 1.5
 MAX_STEADY_SD = 0.1  # sd of the logarithm of a window's mean step, from which on there is no rate
 REPEATED_MARGIN, REPEATED_FACTOR = 0.1, 1.5  # share of rows; times the most of a learned window
 MIN_STEP_SD, MIN_SPEED_SD = 0.002, 0.01

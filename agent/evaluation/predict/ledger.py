@@ -1,4 +1,4 @@
-"""What came of a file or of many, and the ledger of a folder's files that are done."""
+"""Totals of a run, and the ledger of an output folder: which files are done."""
 
 from __future__ import annotations
 
@@ -11,48 +11,39 @@ import msgspec
 from agent import durable_files
 from agent.datasets.tables import RowRejection
 
-MAX_LISTED_REJECTS = 100  # rejected rows that are named; all are counted
+MAX_LISTED_REJECTS = 100  # rejected rows that are listed; all are counted
 LEDGER_NAME = ".outstation-run.part"
 
 
-class RejectedRow(msgspec.Struct, frozen=True):
-    """A rejected row."""
-
-    file: str
-    line: int
-    reason: str
-
-
 class RunTotals(msgspec.Struct):
-    """What was read, answered and rejected; `rejected` names the first of `refused`.
+    """Rows read, results written and rows rejected, of which the first are listed.
 
-    `partly`: results of windows of which more is missing than the bundle allows without a word.
+    `incomplete` results are of windows with more missing values than the bundle accepts.
     """
 
     rows: int = 0
     results: int = 0
     incomplete: int = 0
     rejected_count: int = 0
-    rejected_rows: list[RejectedRow] = msgspec.field(default_factory=list)
+    rejected_rows: list[RowRejection] = msgspec.field(default_factory=list)
 
     def add(self, other: RunTotals) -> None:
         self.rows += other.rows
         self.results += other.results
         self.incomplete += other.incomplete
-        self.rejected_count += other.rejected_count
-        self.rejected_rows += other.rejected_rows[: MAX_LISTED_REJECTS - len(self.rejected_rows)]
+        self._add_rejected(other.rejected_count, other.rejected_rows)
 
     def add_block(self, file: str, rows: int, rejected: list[RowRejection]) -> None:
         self.rows += rows
-        self.rejected_count += len(rejected)
-        self.rejected_rows += [
-            RejectedRow(r.file or file, r.line, r.reason)
-            for r in rejected[: MAX_LISTED_REJECTS - len(self.rejected_rows)]
-        ]
+        self._add_rejected(len(rejected), [RowRejection(r.line, r.reason, r.file or file) for r in rejected])
+
+    def _add_rejected(self, count: int, rejected: list[RowRejection]) -> None:
+        self.rejected_count += count
+        self.rejected_rows += rejected[: MAX_LISTED_REJECTS - len(self.rejected_rows)]
 
 
 class FileJob(NamedTuple):
-    """A file to answer; `identity` changes with anything its answers depend on."""
+    """File to predict; `identity` changes with anything its output depends on."""
 
     source: Path
     target: Path
@@ -65,28 +56,28 @@ class _LedgerEntry(msgspec.Struct):
 
 
 class RunLedger:
-    """The jobs of an output folder that are done: a line each, on the disk before the next; a torn line is none."""
+    """Finished jobs of an output folder: one line each, on the disk before the next job; torn lines are ignored."""
 
     def __init__(self, out: Path) -> None:
         self._path = out / LEDGER_NAME
-        self._done: dict[str, RunTotals] = {}
+        self._finished: dict[str, RunTotals] = {}
         with contextlib.suppress(FileNotFoundError):
             for line in self._path.read_bytes().splitlines():
                 with contextlib.suppress(msgspec.MsgspecError):
-                    found = msgspec.json.decode(line, type=_LedgerEntry)
-                    self._done[found.identity] = found.totals
+                    entry = msgspec.json.decode(line, type=_LedgerEntry)
+                    self._finished[entry.identity] = entry.totals
 
     def get(self, job: FileJob) -> RunTotals | None:
-        """What came of a job that is done, and whose output is there."""
-        return self._done.get(job.identity) if job.target.exists() else None
+        """Return the totals of a finished job whose output is still there."""
+        return self._finished.get(job.identity) if job.target.exists() else None
 
     def add(self, job: FileJob, totals: RunTotals) -> None:
-        self._done[job.identity] = totals
+        self._finished[job.identity] = totals
         with self._path.open("ab") as file:
             # A line of its own after one that a kill tore.
             file.write(b"\n" + msgspec.json.encode(_LedgerEntry(job.identity, totals)) + b"\n")
             durable_files.flush(file)
 
     def remove(self) -> None:
-        """All is done: the next run begins anew."""
+        """Delete the ledger, so that the next run starts from the beginning."""
         self._path.unlink(missing_ok=True)

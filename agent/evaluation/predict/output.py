@@ -1,5 +1,7 @@
-"""Answers to a file, in a shape that can be cut off at a checkpoint and gone on with: CSV lines, or Arrow messages that
-become Parquet at the end (a Parquet file is none until its last byte)."""
+"""Output of batch prediction, written so that it can be cut off at a checkpoint: CSV, or Parquet.
+
+Parquet is written as Arrow messages and converted at the end: a Parquet file is none before its last byte.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent import durable_files
+from agent.arrays import Ints
 from agent.datasets.blocks import FILE_COLUMN, TextColumn
 from agent.datasets.parquet_table import PYARROW_MISSING
 from agent.datasets.readers import is_media
 from agent.errors import FileBusy, UsageError
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import scores
-from agent.model.inference.features import Ints
 from agent.model.inference.inference import InferenceResult
 
 OUTPUT_SUFFIXES = (".csv", ".parquet")
@@ -30,39 +32,32 @@ Column = NDArray[Any]
 
 
 class OutputColumns:
-    """`row`, `label`, `score` or `value`, and what more the kind gives; with `raw` the model's outputs, dequantized."""
+    """Columns: `row`, `label`, `score` or `value`, further ones of the kind, and raw outputs, dequantized."""
 
     def __init__(self, manifest: Manifest, outputs: int, *, raw: bool) -> None:
         self._manifest = manifest
         self._raw_count = outputs if raw else 0
         output, kind = manifest.output, manifest.kind
         labelled = kind == "classify" or (kind != "regress" and output.threshold is not None)
-        self._extra_names = [f"score_{label}" for label in output.labels if output.multi_label]
-        self._extra_names += [f"value_{name}" for name in output.names[1:] if kind == "regress"]
         self.names = [
             "row",
             *([FILE_COLUMN] if is_media(manifest.input) else []),
             *(["label"] if labelled else []),
             "score" if kind == "classify" else "value",
         ]
-        self.names += [*self._extra_names, *(f"raw_{i}" for i in range(self._raw_count))]
+        self.names += [f"score_{label}" for label in output.labels if output.multi_label]
+        self.names += [f"value_{name}" for name in output.names[1:] if kind == "regress"]
+        self.names += [f"raw_{i}" for i in range(self._raw_count)]
 
-    def build(self, row_numbers: Ints, answers: InferenceResult, files: TextColumn | None) -> list[Column]:
-        found = answers.scores
-        told: dict[str, Column] = {
-            "row": row_numbers,
-            **({} if files is None else {FILE_COLUMN: files}),
-            **{name: found.extra_columns[name] for name in self._extra_names},
-        }
-        if found.score is not None:
-            told["score"] = found.score
-        if found.value is not None:
-            told["value"] = found.value
+    def build(self, row_numbers: Ints, result: InferenceResult, files: TextColumn | None) -> list[Column]:
+        scored = result.scores
+        columns: dict[str, Any] = {"row": row_numbers, FILE_COLUMN: files, **scored.extra_columns}
+        columns |= {"score": scored.score, "value": scored.value}
         if "label" in self.names:
-            told["label"] = self._labels(found)
-        if self._raw_count and answers.outputs is not None:
-            told |= {f"raw_{i}": answers.outputs[:, i] for i in range(self._raw_count)}
-        return [_narrow_floats(told[name]) for name in self.names]
+            columns["label"] = self._labels(scored)
+        if self._raw_count and result.outputs is not None:
+            columns |= {f"raw_{i}": result.outputs[:, i] for i in range(self._raw_count)}
+        return [_narrow_floats(columns[name]) for name in self.names]
 
     def _labels(self, result: scores.Scores) -> Column:
         if result.label is not None and result.predicted is None:
@@ -71,10 +66,10 @@ class OutputColumns:
 
 
 class PartialOutput:
-    """`OUT.part`, locked; once begun, anew or after so many bytes of before, it is renamed to OUT at the end."""
+    """`OUT.part`, locked; at the end it is renamed to OUT, or converted to Parquet."""
 
     def __init__(self, out: Path, columns: OutputColumns) -> None:
-        """Raises UsageError, Busy."""
+        """Raise UsageError, FileBusy."""
         self._out, self._columns, self.path = out, columns, partial_path(out)
         self._text = out.suffix == ".csv"
         self._arrow = _import_pyarrow(out, needed=not self._text)
@@ -85,32 +80,32 @@ class PartialOutput:
         return os.fstat(self._file.fileno()).st_size
 
     def resume(self, written: int) -> None:
-        """Go on after the first `written` bytes."""
+        """Continue after the first `written` bytes."""
         self._file.truncate(written)
         self._file.seek(written)
         if not written:
             self._file.write(self._header())
 
-    def write(self, row_numbers: Ints, answers: InferenceResult, files: TextColumn | None) -> None:
-        """`files`: which of many the answers are of, where there are many."""
+    def write(self, row_numbers: Ints, result: InferenceResult, files: TextColumn | None) -> None:
+        """Write results; `files` are the files of a folder that they are of."""
         if not len(row_numbers):
             return
-        columns = self._columns.build(row_numbers, answers, files)
+        columns = self._columns.build(row_numbers, result, files)
         self._file.write(_csv_lines(columns, self._arrow) if self._text else self._record_batch(columns))
 
     def sync(self) -> int:
-        """The bytes that are safe on the disk from now on."""
+        """Return the bytes that are safely on the disk."""
         durable_files.flush(self._file)
         return self._file.tell()
 
     def finish(self) -> None:
-        """OUT is there, as a whole."""
+        """Put the complete output in place of OUT."""
         self.sync()
         if self._text:
             durable_files.rename(self.path, self._out)
         else:
             self._to_parquet()
-            # Last, for the lock is on it.
+            # Last, because the lock is on it.
             self.path.unlink()
         self._file.close()
 
@@ -145,7 +140,7 @@ class PartialOutput:
 
 
 def open_locked(path: Path) -> BinaryIO:
-    """The file, made where it is not there, and touched only once it is ours. Raises UsageError, Busy."""
+    """Open or create the file under an exclusive lock; nothing is written before. Raises UsageError, FileBusy."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -153,7 +148,7 @@ def open_locked(path: Path) -> BinaryIO:
             _lock(file, path)
             if _is_same_file(file, path):
                 return file
-            # It was finished, and renamed, between the opening and the lock.
+            # Another run finished and renamed it between the opening and the lock.
             file.close()
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}; name another place with -o") from None
@@ -182,7 +177,7 @@ def partial_path(out: Path) -> Path:
 
 
 def _row_groups(batches: Any, pa: Any) -> Iterator[Any]:
-    """Tables of the same size, however the rows were cut into batches."""
+    """Yield tables of the same size, however the rows were cut into batches."""
     waiting: list[Any] = []
     rows = 0
     for batch in batches:
@@ -208,7 +203,7 @@ def _import_pyarrow(out: Path, *, needed: bool) -> Any:
 
 
 def _csv_lines(columns: Sequence[Column], pa: Any) -> bytes:
-    """CSV lines; a number that is not finite is an empty cell."""
+    """Return CSV lines; a number that is not finite is an empty cell."""
     if not len(columns[0]):
         return b""
     if pa is None:
@@ -229,7 +224,7 @@ def _format_numbers(column: Column, pa: Any, compute: Any) -> Any:
 
 
 def _string_bytes(lines: Any) -> bytes:
-    """The characters of an Arrow array of text, one after the other."""
+    """Return the characters of an Arrow array of text, one after the other."""
     _, offsets, characters = lines.buffers()
     ends = np.frombuffer(offsets, np.int32, len(lines) + 1, lines.offset * 4)
     return bytes(memoryview(characters)[int(ends[0]) : int(ends[-1])])
@@ -255,7 +250,7 @@ def _quote_cell(text: str) -> str:
 
 
 def _narrow_floats(value: Column) -> Column:
-    """As float32 where that is all it was: 0.1 reads better than 0.10000000149011612."""
+    """Return float32 if the values have no more digits: 0.1 reads better than 0.10000000149011612."""
     if value.dtype != np.float64:
         return value
     with np.errstate(over="ignore"):

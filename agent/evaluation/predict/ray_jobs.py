@@ -1,77 +1,107 @@
-"""`model run` and the answers of `model evaluate` by the workers of a cluster: the same as one machine makes."""
+"""Batch prediction and evaluation on a Ray cluster, with the same results as on one machine."""
 
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
 from agent import durable_files
+from agent.arrays import Ints
 from agent.errors import BadBundle, UsageError
-from agent.evaluation.examples import Dataset
+from agent.evaluation.examples import Dataset, concatenate_results
 from agent.evaluation.predict import output, run
 from agent.evaluation.predict.ledger import LEDGER_NAME, FileJob, RunLedger, RunTotals
 from agent.evaluation.predict.ray_cluster import RayCluster
 from agent.evaluation.predict.ray_worker import WindowShard, WorkerConfig, WorkerResult
 from agent.evaluation.predict.run import BatchPredictor, Progress
-from agent.evaluation.predict.watched import ProgressTracker
 from agent.model.bundle.bundle import Bundle
-from agent.model.inference import scores
-from agent.model.inference.features import Ints, WindowCut
 from agent.model.inference.inference import Inference, InferenceResult
+
+_POLL_INTERVAL_S = 1.0
 
 
 def predict_folder(
     cluster: RayCluster, predictor: BatchPredictor, bundle: Bundle, source: Path, out: Path, progress: Progress
 ) -> RunTotals:
-    """As `run.folder`. Raises UsageError, BadBundle, OutstationError."""
+    """Predict a folder as `run.predict_folder` does. Raises UsageError, BadBundle, OutstationError."""
     source, out = source.resolve(), out.resolve()
     jobs = [predictor.make_job(path, out / path.name) for path in run.list_inputs(source, out)]
     ledger = RunLedger(out)
-    found = {job.target: done for job in jobs if (done := ledger.get(job)) is not None}
-    with _shared_marker(out / LEDGER_NAME) as (mark, token), ProgressTracker(jobs, progress) as watched:
-        for job, totals in _run_jobs(cluster, _worker_config(bundle, predictor.raw, mark, token), jobs, found, watched):
+    completed = {job.target: totals for job in jobs if (totals := ledger.get(job)) is not None}
+    with _shared_marker(out / LEDGER_NAME) as (marker, token), ProgressTracker(jobs, progress) as tracker:
+        config = _worker_config(bundle, predictor.raw, marker, token)
+        for job, totals in _run_jobs(cluster, config, jobs, completed, tracker):
             ledger.add(job, totals)
     ledger.remove()
-    return _sum_totals(jobs, found)
+    return _sum_totals(jobs, completed)
 
 
 def predict_file(
     cluster: RayCluster, predictor: BatchPredictor, bundle: Bundle, source: Path, out: Path, progress: Progress
 ) -> RunTotals:
-    """As `Work.file`, by one worker. Raises UsageError, BadBundle, OutstationError."""
+    """Predict a file in one worker, as `BatchPredictor.predict_file` does.
+
+    Raises UsageError, BadBundle, OutstationError.
+    """
     source, out = source.resolve(), out.resolve()
-    jobs, found = [predictor.make_job(source, out)], dict[Path, RunTotals]()
-    with _shared_marker(output.partial_path(out)) as (mark, token), ProgressTracker(jobs, progress) as watched:
-        for _ in _run_jobs(cluster, _worker_config(bundle, predictor.raw, mark, token), jobs, found, watched):
+    jobs, completed = [predictor.make_job(source, out)], dict[Path, RunTotals]()
+    with _shared_marker(output.partial_path(out)) as (marker, token), ProgressTracker(jobs, progress) as tracker:
+        config = _worker_config(bundle, predictor.raw, marker, token)
+        for _ in _run_jobs(cluster, config, jobs, completed, tracker):
             pass
-    return _sum_totals(jobs, found)
+    return _sum_totals(jobs, completed)
 
 
 def make_predictor(cluster: RayCluster, bundle: Bundle) -> Callable[[Inference, Dataset, Ints], InferenceResult]:
-    """`examples.answered` by a worker for each file. The rows are sent: nothing needs to be where the workers are."""
+    """Return `examples.predict` by a worker for each file; the rows are sent, so workers need no shared storage."""
 
     def predict(_: Inference, dataset: Dataset, starts: Ints) -> InferenceResult:
-        pieces = []
-        for i, of in enumerate(dataset.file_slices()):
-            some = starts[(starts >= of.start) & (starts < of.stop)] - of.start
-            pieces.append(WindowShard(i, dataset.values[of], dataset.t[of], some))
-        found: dict[int, InferenceResult] = {}
-        for said in cluster.map(_worker_config(bundle, True, Path(), ""), pieces):
-            if said.answers is None:
-                raise _to_error(said)
-            found[said.index] = said.answers
-        parts = [found[i] for i in range(len(pieces))]
-        outputs = np.concatenate([one.outputs for one in parts if one.outputs is not None])
-        missing = np.concatenate([one.missing_share for one in parts])
-        return InferenceResult(
-            WindowCut(starts, len(dataset.values)), scores.concatenate([one.scores for one in parts]), missing, outputs
-        )
+        shards = []
+        for i, part in enumerate(dataset.file_slices()):
+            own = starts[(starts >= part.start) & (starts < part.stop)] - part.start
+            shards.append(WindowShard(i, dataset.values[part], dataset.t[part], own))
+        results: dict[int, InferenceResult] = {}
+        for answer in cluster.map(_worker_config(bundle, True, Path(), ""), shards):
+            if answer.result is None:
+                raise _to_error(answer)
+            results[answer.index] = answer.result
+        return concatenate_results([results[i] for i in range(len(shards))], starts, dataset)
 
     return predict
+
+
+class ProgressTracker:
+    """Progress of jobs in other processes, read from their checkpoint files by a thread."""
+
+    def __init__(self, jobs: Sequence[FileJob], progress: Progress) -> None:
+        self._progress = progress
+        self._sizes = {job.target: job.source.stat().st_size for job in jobs}
+        self._done, self._rows = 0, 0
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="progress", daemon=True)
+
+    def complete(self, job: FileJob, totals: RunTotals) -> None:
+        self._done += self._sizes[job.target]
+        self._rows += totals.rows
+
+    def __enter__(self) -> ProgressTracker:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def _poll(self) -> None:
+        names = {run.checkpoint_path(target).name for target in self._sizes}
+        folders = {target.parent for target in self._sizes}
+        while not self._stopping.wait(_POLL_INTERVAL_S):
+            paths = [path for folder in folders for path in folder.glob(f"*{run.CHECKPOINT_SUFFIX}")]
+            rows = self._rows + sum(run.checkpoint_rows(path) for path in paths if path.name in names)
+            self._progress(self._done, sum(self._sizes.values()), rows)
 
 
 def _run_jobs(
@@ -81,18 +111,18 @@ def _run_jobs(
     completed: dict[Path, RunTotals],
     tracker: ProgressTracker,
 ) -> Iterator[tuple[FileJob, RunTotals]]:
-    """The jobs that are not in `found` yet, as they are done, which puts them there."""
+    """Run the jobs that are not completed, and yield each as it ends."""
     for job in jobs:
         if job.target in completed:
             tracker.complete(job, completed[job.target])
     waiting = {job.target: job for job in jobs if job.target not in completed}
-    for said in cluster.map(config, list(waiting.values())):
-        if said.totals is None:
-            raise _to_error(said)
-        job = waiting[said.target]
-        completed[job.target] = said.totals
-        tracker.complete(job, said.totals)
-        yield job, said.totals
+    for answer in cluster.map(config, list(waiting.values())):
+        if answer.totals is None:
+            raise _to_error(answer)
+        job = waiting[answer.target]
+        completed[job.target] = answer.totals
+        tracker.complete(job, answer.totals)
+        yield job, answer.totals
 
 
 def _worker_config(bundle: Bundle, raw: bool, marker: Path, token: str) -> WorkerConfig:
@@ -101,7 +131,7 @@ def _worker_config(bundle: Bundle, raw: bool, marker: Path, token: str) -> Worke
 
 
 def _sum_totals(jobs: Sequence[FileJob], completed: dict[Path, RunTotals]) -> RunTotals:
-    """In the order of the files, whichever was done first."""
+    """Add up in the order of the files, whichever ended first."""
     total = RunTotals()
     for job in jobs:
         total.add(completed[job.target])
@@ -110,7 +140,7 @@ def _sum_totals(jobs: Sequence[FileJob], completed: dict[Path, RunTotals]) -> Ru
 
 @contextmanager
 def _shared_marker(target: Path) -> Iterator[tuple[Path, str]]:
-    """(file, token): a file in the folder of the answers by which a worker tells that it sees this folder."""
+    """Write a marker file beside the output, by which a worker proves that it sees this folder; yield (file, token)."""
     path, token = target.with_name(f"{target.name}.ray"), secrets.token_hex(16)
     with output.open_locked(path) as file:
         file.truncate(0)
@@ -122,5 +152,5 @@ def _shared_marker(target: Path) -> Iterator[tuple[Path, str]]:
             path.unlink(missing_ok=True)
 
 
-def _to_error(result: WorkerResult) -> UsageError | BadBundle:
-    return UsageError(result.error) if result.is_usage_error else BadBundle(result.error)
+def _to_error(answer: WorkerResult) -> UsageError | BadBundle:
+    return UsageError(answer.error) if answer.is_usage_error else BadBundle(answer.error)

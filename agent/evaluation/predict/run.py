@@ -1,4 +1,4 @@
-"""`model run`: a model over files, block by block; what was done is kept, so that a killed run goes on where it was."""
+"""Batch prediction over files, block by block, with checkpoints: a killed run resumes where it was."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from agent.model.inference.inference import Inference
 
 CHECKPOINT_INTERVAL_S = 2.0
 CHECKPOINT_SUFFIX = ".part.state"
-# Bytes or rows done, of how many, and rows so far.
+# Units done, all units, and rows so far.
 Progress = Callable[[int, int, int], None]
 
 
 class _Checkpoint(msgspec.Struct):
-    """What goes on after a kill: `identity` of the work, where in the file, bytes written, rows that wait."""
+    """State to resume from: position in the file, bytes written, and the rows and history of an unfinished window."""
 
     identity: str
     position: FilePosition = FilePosition()
@@ -43,7 +43,7 @@ class _Checkpoint(msgspec.Struct):
 
 
 class BatchPredictor:
-    """A bundle to run over files, with the columns that are wanted."""
+    """Bundle to run over files; with `raw` the model's outputs are written, too."""
 
     def __init__(
         self, bundle: Bundle, inference: Inference, *, raw: bool = False, block_bytes: int = BLOCK_BYTES
@@ -52,25 +52,25 @@ class BatchPredictor:
         self._columns = OutputColumns(inference.manifest, inference.model.outputs, raw=raw)
 
     def identity(self, source: Path, out: Path) -> str:
-        """Changes with anything the result depends on."""
+        """Return a digest of everything that the output depends on."""
         spec = self.inference.manifest.input
-        read = media.list_files(source, spec) if readers.is_media(spec) and source.is_dir() else [source]
-        stats = [(str(path), found.st_size, found.st_mtime_ns) for path in read for found in [path.stat()]]
-        told = [str(source.resolve()), stats, self._digest, runtime.RUNTIME_NAME, self.raw]
-        return hashlib.sha256(json.dumps([*told, out.suffix, self._block_bytes]).encode()).hexdigest()
+        files = media.list_files(source, spec) if readers.is_media(spec) and source.is_dir() else [source]
+        stats = [(str(path), stat.st_size, stat.st_mtime_ns) for path in files for stat in [path.stat()]]
+        parts = [str(source.resolve()), stats, self._digest, runtime.RUNTIME_NAME, self.raw]
+        return hashlib.sha256(json.dumps([*parts, out.suffix, self._block_bytes]).encode()).hexdigest()
 
     def make_job(self, source: Path, out: Path) -> FileJob:
         return FileJob(source, out, self.identity(source, out))
 
     def predict_file(self, source: Path, out: Path, progress: Progress) -> RunTotals:
-        """All of `source`, answered in `out`. Raises UsageError."""
+        """Write the predictions for all of `source` to `out`. Raises UsageError."""
         if out.exists() and out.samefile(source):
             raise UsageError(f"{out}: is the data itself, which would be overwritten; name another file with -o")
         reader = readers.open_reader(source, self.inference.manifest.input, block_bytes=self._block_bytes)
         sidecar = checkpoint_path(out)
         part = PartialOutput(out, self._columns)
         try:
-            # Only now, for until now another run may have gone on.
+            # Only under the lock: until then another run may have written it.
             state = _load_checkpoint(sidecar, self.identity(source, out), part.size)
             part.resume(state.written)
             stream = _restore_stream(self.inference, state)
@@ -90,16 +90,16 @@ class BatchPredictor:
         sidecar: Path,
         progress: Progress,
     ) -> None:
-        kept = time.monotonic()
+        saved_s = time.monotonic()
         for block in reader.blocks(checkpoint.position):
             self._process_block(reader, block, stream, checkpoint, part)
             progress(reader.progress(checkpoint.position), reader.size, checkpoint.totals.rows)
-            if time.monotonic() - kept >= CHECKPOINT_INTERVAL_S:
+            if time.monotonic() - saved_s >= CHECKPOINT_INTERVAL_S:
                 checkpoint.written = part.sync()
                 checkpoint.history_rows = stream.history_rows
                 checkpoint.pending = (stream.rows.tobytes(), stream.t.tobytes(), stream.row_numbers.tobytes())
                 durable_files.write(sidecar, msgspec.msgpack.encode(checkpoint))
-                kept = time.monotonic()
+                saved_s = time.monotonic()
 
     def _process_block(
         self,
@@ -109,62 +109,58 @@ class BatchPredictor:
         checkpoint: _Checkpoint,
         part: PartialOutput,
     ) -> None:
-        number, answers = stream.feed(block.rows, block.t, block.row_numbers, raw=self.raw)
-        of = (
-            block.text_columns[FILE_COLUMN][number - block.row_numbers[0]]
-            if FILE_COLUMN in block.text_columns and len(number)
-            else None
-        )
-        part.write(number, answers, of)
-        checkpoint.totals.results += len(number)
-        checkpoint.totals.incomplete += int((answers.missing_share > self.inference.manifest.input.max_missing).sum())
-        checkpoint.totals.add_block(reader.path.name, len(block.rows), block.rejected)
+        rows, result = stream.feed(block.rows, block.t, block.row_numbers, raw=self.raw)
+        files = None
+        if FILE_COLUMN in block.text_columns and len(rows):
+            files = block.text_columns[FILE_COLUMN][rows - block.row_numbers[0]]
+        part.write(rows, result, files)
+        totals, max_missing = checkpoint.totals, self.inference.manifest.input.max_missing
+        totals.results += len(rows)
+        totals.incomplete += int((result.missing_share > max_missing).sum())
+        totals.add_block(reader.path.name, len(block.rows), block.rejected)
         checkpoint.position = block.next_position
 
 
 def predict_folder(predictor: BatchPredictor, source: Path, out: Path, progress: Progress) -> RunTotals:
-    """Each file of `source`, a stream of its own, to one of the same name in `out`; what is done is not done again."""
+    """Predict each file of `source`, a stream of its own, into a file of the same name in `out`; skip finished ones."""
     sources = list_inputs(source, out)
     ledger, total = RunLedger(out), RunTotals()
     for i, path in enumerate(sources):
         job = predictor.make_job(path, out / path.name)
-        done = ledger.get(job)
-        if done is None:
-            done = predictor.predict_file(
-                job.source, job.target, _folder_progress(progress, i, len(sources), total.rows)
-            )
-            ledger.add(job, done)
-        total.add(done)
+        totals = ledger.get(job)
+        if totals is None:
+            file_progress = _folder_progress(progress, i, len(sources), total.rows)
+            totals = predictor.predict_file(job.source, job.target, file_progress)
+            ledger.add(job, totals)
+        total.add(totals)
     ledger.remove()
     return total
 
 
 def list_inputs(source: Path, out: Path) -> list[Path]:
-    """The files of the folder `source`, once the folder `out` is there for their answers. Raises UsageError."""
+    """Return the files of the folder `source`, and create the folder `out`. Raises UsageError."""
     if out.exists() and (not out.is_dir() or out.samefile(source)):
         raise UsageError(f"{out}: DATA is a folder, so name another folder with -o")
-    found = readers.list_files(source, output.OUTPUT_SUFFIXES)
+    files = readers.list_files(source, output.OUTPUT_SUFFIXES)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{out}: cannot be made: {error.strerror}; name another folder with -o") from None
-    return found
+        raise UsageError(f"{out}: cannot be created: {error.strerror}; name another folder with -o") from None
+    return files
 
 
 def _folder_progress(progress: Progress, i: int, file_count: int, previous_rows: int) -> Progress:
-    """Progress of the i-th of so many files."""
     return lambda done, size, rows: progress(
         i * 1000 + 1000 * done // max(1, size), file_count * 1000, previous_rows + rows
     )
 
 
 def checkpoint_path(out: Path) -> Path:
-    """What is kept of a file that is not done."""
     return out.with_name(f"{out.name}{CHECKPOINT_SUFFIX}")
 
 
 def checkpoint_rows(sidecar: Path) -> int:
-    """The rows that a run, perhaps in another process, had read when it last kept its state."""
+    """Return the rows that a run, perhaps in another process, had read at its last checkpoint."""
     try:
         return msgspec.msgpack.decode(sidecar.read_bytes(), type=_Checkpoint).totals.rows
     except (OSError, msgspec.MsgspecError):
@@ -172,7 +168,7 @@ def checkpoint_rows(sidecar: Path) -> int:
 
 
 def _load_checkpoint(sidecar: Path, identity: str, size: int) -> _Checkpoint:
-    """The state of the same work, where the `size` bytes of its output are still there; else a fresh one."""
+    """Return the checkpoint of the same work, if the `size` bytes of its output are still there; else a new one."""
     try:
         state = msgspec.msgpack.decode(sidecar.read_bytes(), type=_Checkpoint)
         if state.identity == identity and size >= state.written:
@@ -184,9 +180,9 @@ def _load_checkpoint(sidecar: Path, identity: str, size: int) -> _Checkpoint:
 
 def _restore_stream(inference: Inference, checkpoint: _Checkpoint) -> StreamingPredictor:
     stream = StreamingPredictor(inference)
-    rows, t, number = checkpoint.pending
+    rows, t, row_numbers = checkpoint.pending
     stream.history_rows = checkpoint.history_rows
     if t:
-        stream.t, stream.row_numbers = np.frombuffer(t, np.int64), np.frombuffer(number, np.int64)
+        stream.t, stream.row_numbers = np.frombuffer(t, np.int64), np.frombuffer(row_numbers, np.int64)
         stream.rows = np.frombuffer(rows, np.float32).reshape(len(stream.t), -1)
     return stream

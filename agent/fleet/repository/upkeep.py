@@ -14,7 +14,6 @@ from agent.errors import StorageError
 from agent.fleet.database.alerts import repository_alert_row
 from agent.fleet.database.store import FleetStore
 from agent.fleet.repository import edition, expiry, root_rotation, status
-from agent.fleet.repository.edition import Edition
 from agent.fleet.repository.expiry import REFRESH_INTERVAL, SNAPSHOT, TARGETS, TIMESTAMP
 from agent.fleet.repository.keys import RepositoryKeyring
 from agent.fleet.repository.layout import Layout
@@ -77,16 +76,13 @@ def _renew(layout: Layout, keyring: RepositoryKeyring, current_time: datetime, r
     current = edition.load(layout)
     due = {
         role
-        for role in _list_renewable_roles(current, keyring)
-        if expiry.is_renewal_due(role, current.get_metadata(role).signed.expires, current_time)
+        for role in (TARGETS, SNAPSHOT, *current.bundles)
+        if keyring.signers(current.keyids(role))
+        and expiry.is_renewal_due(role, current.get_metadata(role).signed.expires, current_time)
     }
     edition.write(layout, current, due, keyring, current_time)
     renewed = [*sorted(due - {SNAPSHOT}), *([SNAPSHOT] if due else []), TIMESTAMP]
     return RefreshResult(renewed, min(current.get_metadata(role).signed.expires for role in renewed), root_version)
-
-
-def _list_renewable_roles(current: Edition, keyring: RepositoryKeyring) -> list[str]:
-    return [role for role in (TARGETS, SNAPSHOT, *current.bundles) if keyring.signers(current.keyids(role))]
 
 
 def maintain(folder: Path, store: FleetStore, current_time: datetime | None = None) -> None:

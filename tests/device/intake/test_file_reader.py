@@ -1,4 +1,4 @@
-"""Files of readings: every line of a file becomes a row or is named with its number, from wherever reading goes on."""
+"""File reader: every line of a file becomes a row or is rejected by number, from any position."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ def read_text(text: str | bytes, stream: StreamConfig = WATCH, name: str = "in.c
     return list(read_blocks(Path(name) if name else None, file, "watch", stream, skip))
 
 
-def numbers(found: list[FileBlock]) -> list[int]:
-    return [number for block in found for number in block.lines]
+def numbers(blocks: list[FileBlock]) -> list[int]:
+    return [number for block in blocks for number in block.lines]
 
 
-def bad(found: list[FileBlock]) -> dict[int, str]:
-    return {number: why for block in found for number, why in block.rejected.items()}
+def bad(blocks: list[FileBlock]) -> dict[int, str]:
+    return {number: why for block in blocks for number, why in block.rejected.items()}
 
 
-def values(found: list[FileBlock], name: str) -> list[Any]:
-    return [value for block in found for value in block.raw.values[name]]
+def values(blocks: list[FileBlock], name: str) -> list[Any]:
+    return [value for block in blocks for value in block.raw.values[name]]
 
 
-def test_a_csv_gives_its_columns_in_whatever_order_they_stand() -> None:
-    found = read_text(f"ay,t,ax\n2,{T0},1\n4,{T0 + 1},3\n")
-    assert values(found, "ax") == [1, 3]
-    assert values(found, "ay") == [2, 4]
-    assert list(found[0].raw.t) == [T0, T0 + 1]
-    assert numbers(found) == [2, 3]
+def test_csv_columns_may_be_in_any_order() -> None:
+    result = read_text(f"ay,t,ax\n2,{T0},1\n4,{T0 + 1},3\n")
+    assert values(result, "ax") == [1, 3]
+    assert values(result, "ay") == [2, 4]
+    assert list(result[0].raw.t) == [T0, T0 + 1]
+    assert numbers(result) == [2, 3]
 
 
 def test_a_csv_needs_no_time() -> None:
@@ -54,11 +54,11 @@ def test_a_csv_needs_no_time() -> None:
 
 
 def test_time_may_be_given_as_rfc_3339_with_its_zone() -> None:
-    found = read_text(
+    result = read_text(
         HEADER + "2025-11-24T22:18:00Z,1,2\n2025-11-24T23:18:00.25+01:00,1,2\n2025-11-24 22:18:00,1,2\n,1,2\n"
     )
-    assert found[0].raw.t == [T0, T0 + 0.25, "2025-11-24 22:18:00", ""]
-    checked = validate_columns(found[0].raw, WATCH, 0, None)
+    assert result[0].raw.t == [T0, T0 + 0.25, "2025-11-24 22:18:00", ""]
+    checked = validate_columns(result[0].raw, WATCH, 0, None)
     assert checked.rejected == {2: "t = '2025-11-24 22:18:00' is no number", 3: "t = '' is no number"}
 
 
@@ -66,9 +66,9 @@ def test_time_may_be_given_as_rfc_3339_with_its_zone() -> None:
 @pytest.mark.parametrize("last", [True, False])
 def test_lines_may_end_as_on_any_system_and_the_last_one_need_not(end: str, last: bool) -> None:
     text = end.join(["ax,ay", "1,2", "", "3,4"]) + (end if last else "")
-    found = read_text(text)
-    assert values(found, "ax") == [1, 3]
-    assert numbers(found) == [2, 4]
+    result = read_text(text)
+    assert values(result, "ax") == [1, 3]
+    assert numbers(result) == [2, 4]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column() -> None:
@@ -85,7 +85,7 @@ def test_an_empty_file_is_refused_and_one_with_its_header_only_has_no_rows() -> 
 
 
 @pytest.mark.parametrize(
-    ("header", "said"),
+    ("header", "reason"),
     [
         ("t,ax,az", "column 'az' is not a field of this stream; did you mean 'ay'"),
         ("t,ax", "column 'ay' is missing; the first line must name the columns"),
@@ -94,8 +94,8 @@ def test_an_empty_file_is_refused_and_one_with_its_header_only_has_no_rows() -> 
         ("t;ax;ay", "column 't;ax;ay' is not a field"),
     ],
 )
-def test_a_header_that_does_not_fit_the_stream_is_refused(header: str, said: str) -> None:
-    with pytest.raises(RowRejected, match=said):
+def test_a_header_that_does_not_fit_the_stream_is_refused(header: str, reason: str) -> None:
+    with pytest.raises(RowRejected, match=reason):
         read_text(header + "\n1,2,3\n")
 
 
@@ -104,32 +104,32 @@ def test_a_blob_without_any_line_is_refused_and_not_read_to_its_end() -> None:
         read_text(b"\x01" * (1 << 20))
 
 
-def test_rows_that_are_too_short_or_too_long_are_named_and_empty_lines_are_no_rows() -> None:
-    found = read_text("ax,ay\n1,2\n1\n\n1,2,3\n3,4\n,\n")
-    assert numbers(found) == [2, 6, 7]
-    assert bad(found) == {3: "1 values, the header names 2", 5: "3 values, the header names 2"}
-    assert values(found, "ay") == [2, 4, None]
+def test_rows_of_wrong_length_are_rejected_and_empty_lines_skipped() -> None:
+    result = read_text("ax,ay\n1,2\n1\n\n1,2,3\n3,4\n,\n")
+    assert numbers(result) == [2, 6, 7]
+    assert bad(result) == {3: "1 values, the header names 2", 5: "3 values, the header names 2"}
+    assert values(result, "ay") == [2, 4, None]
 
 
 def test_cells_that_are_no_numbers_stay_to_be_named() -> None:
-    found = read_text("ax,ay\n 1 ,1e3\nfast,1_000\n,\n")
-    assert values(found, "ax") == [1, "fast", None]
-    assert values(found, "ay") == [1000, "1_000", None]
+    result = read_text("ax,ay\n 1 ,1e3\nfast,1_000\n,\n")
+    assert values(result, "ax") == [1, "fast", None]
+    assert values(result, "ay") == [1000, "1_000", None]
 
 
-def test_whole_numbers_keep_all_their_digits_and_may_be_written_with_a_point() -> None:
+def test_integers_keep_all_digits_and_may_have_a_point() -> None:
     stream = StreamConfig(fields=[FieldConfig(name="n", type="i64")])
-    found = read_text(f"n\n{2**63 - 1}\n3.0\n0x1\n{'9' * 5000}\n", stream)
-    checked = validate_columns(found[0].raw, stream, 0, None)
+    result = read_text(f"n\n{2**63 - 1}\n3.0\n0x1\n{'9' * 5000}\n", stream)
+    checked = validate_columns(result[0].raw, stream, 0, None)
     assert checked.rows.columns[0].tolist() == [2**63 - 1, 3]
     assert sorted(checked.rejected) == [2, 3]
 
 
 def test_bytes_that_are_not_utf8_spoil_their_own_line_only() -> None:
     header = b"power,count,mode\n"
-    found = read_text(header + b"1,1,on\n1,1,\xff\xfe\n1,\xff,on\n1,1,off\n", MACHINE)
-    checked = validate_columns(found[0].raw, MACHINE, 0, None)
-    assert numbers(found) == [2, 3, 4, 5]
+    result = read_text(header + b"1,1,on\n1,1,\xff\xfe\n1,\xff,on\n1,1,off\n", MACHINE)
+    checked = validate_columns(result[0].raw, MACHINE, 0, None)
+    assert numbers(result) == [2, 3, 4, 5]
     assert sorted(checked.rejected) == [1, 2]
     assert checked.categories == {2: ["on", "off"]}
     lines = read_text(b'{"ax":1,"ay":2}\n{"ax":1,"ay":"\xff"}\n{"ax":3,"ay":2}\n', name="x.jsonl")
@@ -138,38 +138,38 @@ def test_bytes_that_are_not_utf8_spoil_their_own_line_only() -> None:
 
 
 def test_a_nul_byte_spoils_its_own_line_only() -> None:
-    found = read_text("ax,ay\n1,2\n1,\x00\n3,4\n")
-    checked = validate_columns(found[0].raw, WATCH, 0, None)
+    result = read_text("ax,ay\n1,2\n1,\x00\n3,4\n")
+    checked = validate_columns(result[0].raw, WATCH, 0, None)
     assert checked.rows.columns[0].tolist() == [1, 3]
 
 
-def test_quoted_text_may_hold_commas_quotes_and_newlines_and_line_numbers_stay_right() -> None:
-    found = read_text('power,count,mode\n1,1,"a,b"\n2,2,"say ""on"""\n3,3,"two\nlines"\n\n4,4,plain\n', MACHINE)
-    assert values(found, "mode") == ["a,b", 'say "on"', "two\nlines", "plain"]
-    assert numbers(found) == [2, 3, 4, 7]
+def test_quoted_text_may_hold_commas_quotes_and_newlines() -> None:
+    result = read_text('power,count,mode\n1,1,"a,b"\n2,2,"say ""on"""\n3,3,"two\nlines"\n\n4,4,plain\n', MACHINE)
+    assert values(result, "mode") == ["a,b", 'say "on"', "two\nlines", "plain"]
+    assert numbers(result) == [2, 3, 4, 7]
 
 
-def test_a_quote_that_nothing_closes_costs_its_own_line_and_not_those_after_it() -> None:
+def test_an_unclosed_quote_costs_its_own_line_only() -> None:
     lines = ["1,2"] * 10_000
     lines[4] = '1,"2'
     lines[7_000] = '"1,2'
-    found = read_text("ax,ay\n" + "\n".join(lines))
-    assert sorted(bad(found)) == [6, 7_002]
-    assert len(numbers(found)) == 9_998
-    assert sorted([*numbers(found), *bad(found)]) == list(range(2, 10_002))
+    result = read_text("ax,ay\n" + "\n".join(lines))
+    assert sorted(bad(result)) == [6, 7_002]
+    assert len(numbers(result)) == 9_998
+    assert sorted([*numbers(result), *bad(result)]) == list(range(2, 10_002))
 
 
 def test_two_stray_quotes_do_not_make_one_row_of_what_is_between_them() -> None:
-    found = read_text('power,count,mode\n1,1,on\n2,2,"on\n3,3,on\n4,4,on\n5","5",on\n6,6,on\n', MACHINE)
-    assert values(found, "count") == [1, 3, 4, 5, 6]
-    assert sorted(bad(found)) == [3]
-    assert validate_columns(found[0].raw, MACHINE, 0, None).rejected == {3: "power = '5\"' is no number"}
+    result = read_text('power,count,mode\n1,1,on\n2,2,"on\n3,3,on\n4,4,on\n5","5",on\n6,6,on\n', MACHINE)
+    assert values(result, "count") == [1, 3, 4, 5, 6]
+    assert sorted(bad(result)) == [3]
+    assert validate_columns(result[0].raw, MACHINE, 0, None).rejected == {3: "power = '5\"' is no number"}
 
 
 def test_a_cell_of_more_than_the_csv_modules_limit_costs_its_own_line() -> None:
-    found = read_text("ax,ay\n1,2\n1," + "x" * 200_000 + "\n3,4\n")
-    assert numbers(found) == [2, 4]
-    assert "field larger" in bad(found)[3]
+    result = read_text("ax,ay\n1,2\n1," + "x" * 200_000 + "\n3,4\n")
+    assert numbers(result) == [2, 4]
+    assert "field larger" in bad(result)[3]
 
 
 @pytest.mark.parametrize(
@@ -177,9 +177,9 @@ def test_a_cell_of_more_than_the_csv_modules_limit_costs_its_own_line() -> None:
 )
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_no_row_is_lost_at_the_edge_of_a_block(n: int, kind: str) -> None:
-    found = read_text(*numbered(n, kind))
-    assert values(found, "ax") == list(range(n))
-    assert all(len(block.lines) <= MAX_BLOCK_ROWS for block in found)
+    result = read_text(*numbered(n, kind))
+    assert values(result, "ax") == list(range(n))
+    assert all(len(block.lines) <= MAX_BLOCK_ROWS for block in result)
 
 
 @pytest.mark.parametrize(
@@ -207,8 +207,8 @@ CELLS = st.one_of(st.integers(-9, 9).map(str), st.sampled_from(['"', "x", "", ",
 def test_no_line_of_a_csv_vanishes(lines: list[str]) -> None:
     text = HEADER.removeprefix("t,") + "".join(f"{line}\n" for line in lines)
     physical = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    found = read_text(text)
-    named = sorted([*numbers(found), *bad(found)])
+    result = read_text(text)
+    named = sorted([*numbers(result), *bad(result)])
     assert len(named) == len(set(named))
     assert named == [number for number, line in enumerate(physical, 1) if number > 1 and line]
 
@@ -220,9 +220,9 @@ def test_what_the_csv_module_writes_is_read_back(rows: list[tuple[float, str]]) 
     writer.writerow(["power", "mode"])
     writer.writerows(rows)
     stream = StreamConfig(fields=[FieldConfig(name="power", type="f64"), FieldConfig(name="mode", type="category")])
-    found = read_text(text.getvalue(), stream)
-    assert values(found, "power") == [power for power, _ in rows]
-    assert values(found, "mode") == [mode for _, mode in rows]
+    result = read_text(text.getvalue(), stream)
+    assert values(result, "power") == [power for power, _ in rows]
+    assert values(result, "mode") == [mode for _, mode in rows]
 
 
 def test_json_lines_stand_each_for_itself() -> None:
@@ -240,14 +240,14 @@ def test_json_lines_stand_each_for_itself() -> None:
         '{"ax":9,"ay":9,"t":true}',
         '{"ax":1,',
     ]
-    found = read_text("\n".join(lines), name="in.jsonl")
-    assert numbers(found) == [1, 3, 4, 10, 11]
-    assert sorted(bad(found)) == [5, 6, 7, 8, 9, 12]
-    assert bad(found)[5] == "'az' is not a field of this stream; did you mean 'ay'?"
-    assert bad(found)[6] == "this line is for stream 'machine', not for 'watch'"
-    assert found[0].raw.t[:3] == [T0, None, T0]
-    checked = validate_columns(found[0].raw, WATCH, round(T0 * 1e6) - 1, None)
-    assert {found[0].lines[index]: why for index, why in checked.rejected.items()} == {
+    result = read_text("\n".join(lines), name="in.jsonl")
+    assert numbers(result) == [1, 3, 4, 10, 11]
+    assert sorted(bad(result)) == [5, 6, 7, 8, 9, 12]
+    assert bad(result)[5] == "'az' is not a field of this stream; did you mean 'ay'?"
+    assert bad(result)[6] == "this line is for stream 'machine', not for 'watch'"
+    assert result[0].raw.t[:3] == [T0, None, T0]
+    checked = validate_columns(result[0].raw, WATCH, round(T0 * 1e6) - 1, None)
+    assert {result[0].lines[index]: why for index, why in checked.rejected.items()} == {
         3: "ay is missing",
         10: "t = inf is no finite number",
         11: "t = 'True' is no number",
@@ -266,9 +266,9 @@ def test_json_lines_stand_each_for_itself() -> None:
 )
 def test_a_json_line_with_a_key_twice_is_named_and_its_neighbours_are_read(line: str, key: str) -> None:
     good = '{"t":"2025-11-24T22:18:00Z","ax":1,"ay":2}'
-    found = read_text(f"{good}\n{line}\n{good}\n", name="in.jsonl")
-    assert numbers(found) == [1, 3]
-    assert bad(found) == {2: f"key {key!r} is there twice in one object; two readers would see two values"}
+    result = read_text(f"{good}\n{line}\n{good}\n", name="in.jsonl")
+    assert numbers(result) == [1, 3]
+    assert bad(result) == {2: f"duplicate key {key!r} in one object; two readers could see different values"}
 
 
 def test_without_a_name_the_first_character_tells_json_lines_from_csv() -> None:
@@ -296,9 +296,9 @@ def read_parquet(path: Path, stream: StreamConfig = WATCH, skip: int = 0) -> lis
 def test_parquet_is_read_in_blocks_from_any_row_on(tmp_path: Path, skip: int) -> None:
     n = 9_000
     stream = StreamConfig(fields=[FieldConfig(name="ax", type="i64")])
-    found = read_parquet(parquet(tmp_path / "x.parquet", ax=list(range(n))), stream, skip)
-    assert numbers(found) == list(range(skip + 1, n + 1))
-    assert values(found, "ax") == list(range(skip, n))
+    result = read_parquet(parquet(tmp_path / "x.parquet", ax=list(range(n))), stream, skip)
+    assert numbers(result) == list(range(skip + 1, n + 1))
+    assert values(result, "ax") == list(range(skip, n))
 
 
 def test_times_of_parquet_are_seconds_or_timestamps_with_their_zone(tmp_path: Path) -> None:
@@ -306,11 +306,11 @@ def test_times_of_parquet_are_seconds_or_timestamps_with_their_zone(tmp_path: Pa
     moment = datetime.fromtimestamp(T0, UTC)
     for unit in ("s", "ms", "us", "ns"):
         t = pyarrow.array([moment, None], pyarrow.timestamp(unit, "Europe/Vienna"))
-        found = read_parquet(parquet(tmp_path / "x.parquet", t=t, ax=[1.0, 2.0], ay=[1.0, 2.0]))
-        assert found[0].raw.t[0] == T0
-        assert validate_columns(found[0].raw, WATCH, 0, None).rejected == {1: "t = nan is no finite number"}
-    found = read_parquet(parquet(tmp_path / "x.parquet", t=[T0], ax=[1.0], ay=[1.0]))
-    assert list(found[0].raw.t) == [T0]
+        result = read_parquet(parquet(tmp_path / "x.parquet", t=t, ax=[1.0, 2.0], ay=[1.0, 2.0]))
+        assert result[0].raw.t[0] == T0
+        assert validate_columns(result[0].raw, WATCH, 0, None).rejected == {1: "t = nan is no finite number"}
+    result = read_parquet(parquet(tmp_path / "x.parquet", t=[T0], ax=[1.0], ay=[1.0]))
+    assert list(result[0].raw.t) == [T0]
     naive = pyarrow.array([moment.replace(tzinfo=None)], pyarrow.timestamp("us"))
     with pytest.raises(RowRejected, match="without a time zone"):
         read_parquet(parquet(tmp_path / "x.parquet", t=naive, ax=[1.0], ay=[1.0]))
@@ -341,18 +341,16 @@ def test_parquet_with_other_columns_or_none_at_all_is_refused(tmp_path: Path) ->
 
 
 @given(st.sampled_from(["in.csv", "in.jsonl", ""]), st.lists(st.binary(max_size=40), max_size=6), st.booleans())
-def test_whatever_bytes_a_file_holds_it_is_read_line_by_line_or_rejected(
-    name: str, lines: list[bytes], headed: bool
-) -> None:
+def test_any_bytes_are_read_line_by_line_or_rejected(name: str, lines: list[bytes], headed: bool) -> None:
     text = (b"ax,ay\n" if headed else b"") + b"\n".join(lines)
     try:
-        found = read_text(text, name=name)
+        result = read_text(text, name=name)
     except RowRejected:
         return
-    for block in found:
+    for block in result:
         checked = validate_columns(block.raw, WATCH, 0, None)
         assert len(checked.rows) + len(checked.rejected) == block.raw.n == len(block.lines)
-    assert not set(numbers(found)) & set(bad(found))
+    assert not set(numbers(result)) & set(bad(result))
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +359,7 @@ def sound_parquet(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return parquet(path, t=[T0, T0 + 1], ax=[1.0, 2.0], ay=[3.0, 4.0]).read_bytes()
 
 
-def test_parquet_whose_columns_have_names_that_are_no_text_is_rejected(sound_parquet: bytes, tmp_path: Path) -> None:
+def test_parquet_with_column_names_that_are_no_text_is_rejected(sound_parquet: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(sound_parquet.replace(b"ay", b"\xff\xfe"))
     with pytest.raises(RowRejected):
         read_parquet(tmp_path / "x.parquet")
@@ -376,7 +374,7 @@ def test_parquet_with_bytes_changed_is_read_or_rejected(sound_parquet: bytes, da
         file.write(content)
         file.flush()
         try:
-            found = read_parquet(Path(file.name))
+            result = read_parquet(Path(file.name))
         except RowRejected:
             return
-    assert all(len(block.lines) == block.raw.n for block in found)
+    assert all(len(block.lines) == block.raw.n for block in result)

@@ -1,4 +1,4 @@
-"""Labels through the intake's socket: read, taken or rejected with line and reason, acknowledged after commit, once."""
+"""Label intake: each label is stored or rejected with line and reason, and acknowledged after its commit."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from agent.performance.labels import Label, LabelSchema, LabelTarget
 from tests.kit.stations import STREAMS, Station, conf
 
 T0 = 1_764_000_000_000_000
-ASKED = {"judge": LabelTarget("watch", LabelSchema("classify", ("up", "down")))}
+TARGETS = {"judge": LabelTarget("watch", LabelSchema("classify", ("up", "down")))}
 
 
 @pytest.fixture
 def station(tmp_path: Path) -> Iterator[Station]:
     """Results of rows 1 to 20, one each second, in a running intake."""
-    with Station(conf(tmp_path), asked=lambda: ASKED) as running:
+    with Station(conf(tmp_path), asked=lambda: TARGETS) as running:
         row = np.arange(1, 21, dtype=np.int64)
         with running.store.transaction() as tx:
             tx.labels.store_predictions(
@@ -37,16 +37,16 @@ def station(tmp_path: Path) -> Iterator[Station]:
         yield running
 
 
-def kept(station: Station) -> dict[int, str]:
-    found: list[StoredLabel] = station.store.query(labelled.load_labelled, "judge", "sha256:a", 10**9, 10**6)
-    return {one.prediction.row: one.label for one in found}
+def stored_labels(station: Station) -> dict[int, str]:
+    result: list[StoredLabel] = station.store.query(labelled.load_labelled, "judge", "sha256:a", 10**9, 10**6)
+    return {item.prediction.row: item.label for item in result}
 
 
 def test_a_label_is_acknowledged_once_it_is_on_the_disk(station: Station) -> None:
     with station.line() as line:
         line.send({"labels": "judge", "row": 3, "label": "up"})
         assert line.through(1) == {"through": 1, "accepted": 1, "rejected": []}
-    assert kept(station) == {3: "up"}
+    assert stored_labels(station) == {3: "up"}
 
 
 def test_labels_as_columns_and_by_time(station: Station) -> None:
@@ -58,7 +58,7 @@ def test_labels_as_columns_and_by_time(station: Station) -> None:
             {"labels": "judge", "t": times[0] + 2.3, "label": "down"},
         )
         assert line.through(3)["accepted"] == 5
-    assert kept(station) == {1: "up", 2: "down", 4: "up", 5: "up", 6: "down"}
+    assert stored_labels(station) == {1: "up", 2: "down", 4: "up", 5: "up", 6: "down"}
 
 
 def test_labels_and_readings_share_a_connection(station: Station) -> None:
@@ -70,7 +70,7 @@ def test_labels_and_readings_share_a_connection(station: Station) -> None:
         )
         assert line.through(81) == {"through": 81, "accepted": 81, "rejected": []}
     assert len(station.rows("watch")) == 80
-    assert kept(station) == {1: "up"}
+    assert stored_labels(station) == {1: "up"}
 
 
 @pytest.mark.parametrize(
@@ -104,18 +104,18 @@ def test_what_is_no_label_is_rejected_with_a_reason(station: Station, line: Any,
         connection.send(line)
         answer = connection.through(1)
     assert answer["accepted"] == 0
-    assert [one["line"] for one in answer["rejected"]] == [1]
+    assert [item["line"] for item in answer["rejected"]] == [1]
     assert reason in answer["rejected"][0]["reason"]
-    assert kept(station) == {}
+    assert stored_labels(station) == {}
     assert station.store.counters()["lines rejected"] == 1
 
 
-def test_good_labels_of_columns_are_taken_beside_bad_ones(station: Station) -> None:
+def test_valid_labels_of_a_line_are_stored_and_invalid_ones_rejected(station: Station) -> None:
     with station.line() as line:
         line.send({"labels": "judge", "columns": {"row": [1, 2, -3, 4], "label": ["up", "left", "up", "down"]}})
         answer = line.through(1)
     assert answer["accepted"] == 2
-    assert kept(station) == {1: "up", 4: "down"}
+    assert stored_labels(station) == {1: "up", 4: "down"}
     [rejected] = answer["rejected"]
     assert "label 2 of the columns: 'left' is no label" in rejected["reason"]
     assert "label 3 of the columns: row '-3'" in rejected["reason"]
@@ -129,7 +129,7 @@ def test_a_named_client_that_comes_back_has_its_labels_once(station: Station) ->
     with station.line() as line:
         line.send({"client": "annotator"})
         assert line.answer()["through"] == 2
-    assert kept(station) == {1: "up", 2: "down"}
+    assert stored_labels(station) == {1: "up", 2: "down"}
     assert station.store.counters()["labels.judge"] == 2
 
 
@@ -160,7 +160,7 @@ def test_any_json_is_labels_or_a_rejection(line: dict[str, Any]) -> None:
     except (RowRejected, msgspec.MsgspecError, ValueError):
         return
     assert len(lot.labels) + len(lot.rejected) >= 1
-    assert all(isinstance(one, Label) and (one.row is None) != (one.t is None) for one in lot.labels)
+    assert all(isinstance(item, Label) and (item.row is None) != (item.t is None) for item in lot.labels)
 
 
 @given(st.binary(max_size=80))

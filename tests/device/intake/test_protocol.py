@@ -1,4 +1,4 @@
-"""Lines of a producer: each one becomes rows or is named with its reason, whatever stands before and after it."""
+"""Intake protocol: each line becomes rows or is rejected with a reason, independent of its neighbours."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GOOD = b'{"stream":"watch","ax":1,"ay":2}'
 
 @dataclass
 class Got:
-    """What came of lines: rows and texts by stream, in order; line → reason; lines that rows came from."""
+    """Result of parsed lines: rows and texts by stream, in order; line → reason; lines with rows."""
 
     rows: dict[str, list[Rows]] = field(default_factory=dict)
     texts: dict[str, list[str]] = field(default_factory=dict)
@@ -115,7 +115,7 @@ def test_half_a_line_is_named(cut: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "expected_reason"),
     [
         (b'{"stream":"wacth","ax":1,"ay":2}', "unknown stream 'wacth'; did you mean 'watch'?"),
         (b'{"ax":1,"ay":2}', 'no "stream" in this line'),
@@ -143,12 +143,12 @@ def test_half_a_line_is_named(cut: int) -> None:
         (b'{"stream":"watch","columns":{"ax":' + b"[" * 100_000, "not one JSON object on one line"),
     ],
 )
-def test_a_line_that_is_no_row_is_named_with_its_reason(line: bytes, said: str) -> None:
-    assert said in reason(line)
+def test_a_line_that_is_no_row_is_named_with_its_reason(line: bytes, expected_reason: str) -> None:
+    assert expected_reason in reason(line)
 
 
 @pytest.mark.parametrize(
-    ("columns", "said"),
+    ("columns", "expected_reason"),
     [
         ({"ax": [1], "ay": [1, 2]}, "columns must be of one length of at least 1, these have [1, 2]"),
         ({"ax": [], "ay": []}, "columns must be of one length of at least 1, these have [0]"),
@@ -162,11 +162,11 @@ def test_a_line_that_is_no_row_is_named_with_its_reason(line: bytes, said: str) 
         ([1], "columns: expected `object`, got `array`"),
     ],
 )
-def test_columns_that_are_none_are_named_with_their_reason(columns: Any, said: str) -> None:
-    assert reason(row("watch", columns=columns)) == said
+def test_columns_that_are_none_are_named_with_their_reason(columns: Any, expected_reason: str) -> None:
+    assert reason(row("watch", columns=columns)) == expected_reason
 
 
-def test_of_columns_the_good_rows_are_taken_and_the_others_are_named_by_their_place() -> None:
+def test_valid_rows_of_columns_are_accepted_and_others_named() -> None:
     got = read([row("watch", columns={"t": [T0, T0 - 1, T0, T0], "ax": [1, 2, 99, None], "ay": [1, 2, 3, 4]})])
     assert got.lines == [1]
     assert [column.tolist() for column in got.rows["watch"][0].columns] == [[1], [1]]
@@ -211,7 +211,7 @@ def test_whole_numbers_packed_and_texts_in_full_make_one_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("members", "said"),
+    ("members", "expected_reason"),
     [
         ({"packed": {"ax": ["f4", "AAAA"], "ay": ["f4", "AAAAAA=="]}}, "ax: 3 bytes are no f4 values of 4 bytes"),
         ({"packed": {"ax": ["f2", "AAAA"]}}, "packed[...][0]: invalid enum value 'f2'"),
@@ -229,8 +229,10 @@ def test_whole_numbers_packed_and_texts_in_full_make_one_row() -> None:
         ),
     ],
 )
-def test_packed_columns_that_are_none_are_named_with_their_reason(members: dict[str, Any], said: str) -> None:
-    assert said in reason(row("watch", **members))
+def test_packed_columns_that_are_none_are_named_with_their_reason(
+    members: dict[str, Any], expected_reason: str
+) -> None:
+    assert expected_reason in reason(row("watch", **members))
 
 
 @pytest.mark.parametrize(
@@ -263,9 +265,9 @@ def test_a_packed_column_that_is_there_twice_is_refused() -> None:
 
 
 def test_many_bad_rows_of_columns_are_counted_and_not_all_named() -> None:
-    said = reason(row("watch", columns={"ax": [99] * 100, "ay": [1] * 100}))
-    assert said.count("above max") == 5
-    assert said.endswith("; and 95 more rows")
+    text = reason(row("watch", columns={"ax": [99] * 100, "ay": [1] * 100}))
+    assert text.count("above max") == 5
+    assert text.endswith("; and 95 more rows")
 
 
 def test_a_line_of_ten_megabytes_is_refused_by_its_length() -> None:
@@ -295,14 +297,14 @@ def test_lines_may_end_as_on_windows() -> None:
     ],
 )
 def test_a_line_with_a_key_twice_is_named_alone_and_in_a_run(line: bytes, key: str) -> None:
-    said = f"duplicate key {key!r} in one object; two readers could see different values"
+    text = f"duplicate key {key!r} in one object; two readers could see different values"
     good = row("machine", power=1, count=1, mode="a") if b"machine" in line else GOOD
-    assert read([good, good, line, good, good]).bad == {3: said}
-    assert read([good], [good] * 50 + [line] + [good] * 50).bad == {52: said}
-    assert reason(line) == said
+    assert read([good, good, line, good, good]).bad == {3: text}
+    assert read([good], [good] * 50 + [line] + [good] * 50).bad == {52: text}
+    assert reason(line) == text
 
 
-def test_colons_in_text_and_fields_that_are_absent_or_null_hide_nothing_and_cost_no_line() -> None:
+def test_colons_in_text_do_not_confuse_the_key_count() -> None:
     more: list[dict[str, Any]] = [{}, {"heat": None}, {"heat": 1}]
     lines = [
         row("machine", power=1, count=i, mode=mode, **more[i % 3]) for i in range(60) for mode in ("a:b", ":", "\\:")
@@ -342,7 +344,7 @@ def test_streams_may_be_mixed_line_by_line() -> None:
     assert got.bad == {}
 
 
-def test_five_bad_lines_among_ten_thousand_are_found() -> None:
+def test_five_invalid_lines_among_ten_thousand_are_rejected() -> None:
     lines = [GOOD] * 10_000
     for number in (1, 2, 5_000, 9_999, 10_000):
         lines[number - 1] = b'{"stream":"watch","ax":"?","ay":2}'
@@ -366,7 +368,7 @@ def test_whole_numbers_keep_all_their_digits() -> None:
     assert sorted(got.bad) == [5, 6]
 
 
-def test_the_streams_of_these_tests_are_what_they_say() -> None:
+def test_the_streams_of_these_tests_are_valid() -> None:
     assert [f.name for f in WATCH.fields] == ["ax", "ay"]
     assert [f.type for f in MACHINE.fields] == ["f64", "i64", "category", "f32"]
 

@@ -89,13 +89,13 @@ def test_a_pace_is_that_of_the_times_on_average(tmp_path: Path) -> None:
     assert known.columns["power"].tolist() == (np.arange(200) * 2).tolist()
 
 
-def test_a_scene_begins_at_its_row_whatever_was_playing() -> None:
+def test_a_scene_begins_exactly_at_its_row() -> None:
     known = several([100, 120, 140], ["none", "none", "bearing"])
     order = Playlist(known, None, 3, scenes(("none", 1), ("bearing", 501), ("none", 701)))
     of_row = np.searchsorted(known.starts, order.source_rows(1000), side="right") - 1
-    heard = known.columns["fault"][of_row]
-    assert set(heard[:500]) == set(heard[700:]) == {"none"}
-    assert set(heard[500:700]) == {"bearing"}
+    faults = known.columns["fault"][of_row]
+    assert set(faults[:500]) == set(faults[700:]) == {"none"}
+    assert set(faults[500:700]) == {"bearing"}
 
 
 @given(
@@ -124,27 +124,27 @@ def test_parts_follow_each_other_without_a_gap_and_go_on_after_any_row(
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "reason"),
     [
         ({"scenes": scenes(("none", 1))}, "scenes are for recordings without times"),
         ({"skip": 200}, "the recordings have 200 rows"),
     ],
 )
-def test_what_recordings_with_times_cannot_do_is_said(wrong: Any, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_options_that_recordings_with_times_exclude_are_refused(wrong: Any, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
         Playlist(timed(), None, 0, **wrong)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "reason"),
     [
         ({"scenes": [RecordingFilter(column="colour", value="red")]}, "no column 'colour'"),
         ({"scenes": scenes(("loose", 1))}, "no recording has fault = 'loose'"),
         ({"skip": 1}, "no times"),
     ],
 )
-def test_a_scene_that_no_recording_shows_is_named(wrong: Any, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_a_scene_that_no_recording_shows_is_named(wrong: Any, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
         Playlist(several([10, 10], ["none", "bearing"]), None, 0, **wrong)
 
 

@@ -1,4 +1,4 @@
-"""The way in: what a producer was told is safe is on the disk, once, whatever becomes of it, its line and the agent."""
+"""Intake server: lines that were answered are stored exactly once, through crashes of either side."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def numbers(lines: range) -> list[dict[str, Any]]:
 
 
 def counts(station: Station) -> list[int]:
-    found: list[int] = station.rows("machine").columns[1].tolist()
-    return found
+    result: list[int] = station.rows("machine").columns[1].tolist()
+    return result
 
 
 # --- lines and answers of the protocol
@@ -104,9 +104,7 @@ def test_what_is_answered_is_there_when_the_agent_is_killed_at_that_moment(tmp_p
 
 
 @pytest.mark.parametrize("lines", [6, 13, 20])
-def test_what_is_answered_of_a_flood_is_there_when_the_agent_is_killed_while_it_writes(
-    tmp_path: Path, lines: int
-) -> None:
+def test_answered_lines_of_a_flood_survive_a_kill_during_a_write(tmp_path: Path, lines: int) -> None:
     each = 6000
     with Killable(tmp_path) as killable, Line(killable.socket) as line:
         for first in range(0, lines * each, each):
@@ -115,12 +113,12 @@ def test_what_is_answered_of_a_flood_is_there_when_the_agent_is_killed_while_it_
         safe = line.through(lines // 2)["through"]
         killable.kill()
     with Station(conf(tmp_path)) as station:
-        kept = counts(station)
-    assert kept == list(range(len(kept)))
-    assert safe * each <= len(kept) <= lines * each
+        stored = counts(station)
+    assert stored == list(range(len(stored)))
+    assert safe * each <= len(stored) <= lines * each
 
 
-def test_the_end_of_a_connection_commits_at_once_and_takes_a_last_line_without_its_end(tmp_path: Path) -> None:
+def test_the_end_of_a_connection_commits_its_unterminated_last_line(tmp_path: Path) -> None:
     with Station(conf(tmp_path, commit_every_s=60)) as station, station.line() as line:
         began = time.monotonic()
         line.send(ROW)
@@ -150,9 +148,7 @@ def test_many_rows_do_not_wait_for_the_timer(tmp_path: Path) -> None:
         assert line.answer() == {"through": 1, "accepted": 20_000, "rejected": []}
 
 
-def test_lines_are_read_while_those_before_them_are_written_and_answered_in_their_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lines_are_read_during_a_write_and_answered_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = threading.Event()
     write = GroupCommit.write
 
@@ -175,7 +171,7 @@ def test_lines_are_read_while_those_before_them_are_written_and_answered_in_thei
         assert len(station.rows("watch")) == 20_001
 
 
-def test_what_is_worth_a_commit_waits_only_while_more_comes_and_what_is_not_for_the_timer(tmp_path: Path) -> None:
+def test_a_large_group_commits_when_quiet_and_a_small_one_by_timer(tmp_path: Path) -> None:
     many, few = ({"stream": "watch", "columns": {"ax": [0] * n, "ay": [0] * n}} for n in (10_000, 10))
     with Station(conf(tmp_path, commit_every_s=60)) as station, station.line() as line:
         line.send(many)
@@ -202,7 +198,7 @@ def test_lines_of_several_streams_may_be_mixed_and_cut_anywhere(station: Station
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("bad", "reason"),
     [
         (b"hello", "not one JSON object on one line"),
         (b"\x00\xff\x01", "binary data"),
@@ -217,8 +213,8 @@ def test_lines_of_several_streams_may_be_mixed_and_cut_anywhere(station: Station
     ],
 )
 @pytest.mark.parametrize("place", [1, 3])
-def test_a_line_that_is_no_row_is_named_by_its_number_and_those_around_it_are_taken(
-    station: Station, bad: bytes, said: str, place: int
+def test_an_invalid_line_is_rejected_by_number_and_others_accepted(
+    station: Station, bad: bytes, reason: str, place: int
 ) -> None:
     lines: list[Any] = [ROW] * 4
     lines.insert(place - 1, bad)
@@ -226,8 +222,8 @@ def test_a_line_that_is_no_row_is_named_by_its_number_and_those_around_it_are_ta
         line.send(*lines)
         total = line.through(5)
     assert total["accepted"] == 4
-    assert [one["line"] for one in total["rejected"]] == [place]
-    assert said in total["rejected"][0]["reason"]
+    assert [entry["line"] for entry in total["rejected"]] == [place]
+    assert reason in total["rejected"][0]["reason"]
 
 
 def test_a_line_is_refused_by_its_length_however_it_arrives(station: Station) -> None:
@@ -247,10 +243,10 @@ def test_empty_lines_count_and_are_no_rows(station: Station) -> None:
         line.send(b"", ROW, b"  ", b"\r", b"no", ROW)
         total = line.through(6)
     assert total["accepted"] == 2
-    assert [one["line"] for one in total["rejected"]] == [5]
+    assert [entry["line"] for entry in total["rejected"]] == [5]
 
 
-def test_a_megabyte_of_noise_is_answered_line_by_line_and_the_next_row_is_taken(station: Station) -> None:
+def test_a_megabyte_of_noise_is_answered_line_by_line(station: Station) -> None:
     noise = random.Random(1).randbytes(1 << 20)
     with station.line() as line:
         sender = threading.Thread(target=line.send, args=(noise, ROW))
@@ -304,7 +300,7 @@ def test_a_producer_that_vanishes_does_no_harm(station: Station) -> None:
 # --- producers with a name
 
 
-def test_a_named_client_is_told_how_far_it_got_and_its_count_goes_on(station: Station) -> None:
+def test_a_named_client_gets_its_position_and_continues_there(station: Station) -> None:
     for through in (0, 3, 6):
         with station.line() as line:
             line.send({"client": "gateway-1"}, *numbers(range(through, through + 3)))
@@ -316,7 +312,7 @@ def test_a_named_client_is_told_how_far_it_got_and_its_count_goes_on(station: St
     assert counts(station) == list(range(9))
 
 
-def test_of_many_names_those_that_sent_last_are_known_and_marks_of_files_stay(tmp_path: Path) -> None:
+def test_the_last_client_names_and_all_file_positions_are_stored(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     store.declare_streams({"machine": conf(tmp_path).streams["machine"]})
     group = GroupCommit(store, conf(tmp_path).streams)
@@ -343,7 +339,7 @@ def test_of_many_names_those_that_sent_last_are_known_and_marks_of_files_stay(tm
     store.close()
 
 
-def test_what_a_named_client_had_under_way_is_counted_before_it_is_told(tmp_path: Path) -> None:
+def test_lines_in_flight_count_before_a_client_gets_its_position(tmp_path: Path) -> None:
     with Station(conf(tmp_path, commit_every_s=60)) as station, station.line() as first, station.line() as second:
         first.send({"client": "g"}, *numbers(range(5)))
         assert first.answer()["through"] == 0
@@ -356,7 +352,7 @@ def test_what_a_named_client_had_under_way_is_counted_before_it_is_told(tmp_path
         assert counts(station) == list(range(7))
 
 
-def test_what_is_being_written_for_a_named_client_is_counted_before_it_is_told(
+def test_a_running_write_counts_before_a_client_gets_its_position(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = GroupCommit.write
@@ -375,7 +371,7 @@ def test_what_is_being_written_for_a_named_client_is_counted_before_it_is_told(
         assert second.answer()["through"] == 1
 
 
-def test_the_older_connection_of_a_name_is_hung_up_and_nothing_more_of_it_is_taken(station: Station) -> None:
+def test_an_older_connection_of_a_name_is_closed_and_ignored(station: Station) -> None:
     with station.line() as first, station.line() as second:
         first.send({"client": "g"}, *numbers(range(5)))
         first.through(5)
@@ -390,7 +386,7 @@ def test_the_older_connection_of_a_name_is_hung_up_and_nothing_more_of_it_is_tak
         assert counts(station) == list(range(8))
 
 
-def test_a_named_client_loses_and_doubles_no_line_when_the_agent_is_killed_twenty_times(tmp_path: Path) -> None:
+def test_a_named_client_loses_and_doubles_no_line_over_twenty_kills(tmp_path: Path) -> None:
     rng = random.Random(11)
     killable = Killable(tmp_path, commit_every_s=0.002)
     killable.start()
@@ -432,7 +428,7 @@ def test_a_named_client_loses_and_doubles_no_line_when_the_agent_is_killed_twent
 # --- full and sick disks
 
 
-def test_a_full_store_refuses_rows_with_the_reason_and_takes_them_again_once_there_is_room(tmp_path: Path) -> None:
+def test_a_full_store_rejects_rows_with_a_reason_until_there_is_room(tmp_path: Path) -> None:
     with Station(conf(tmp_path), max_size=200 * PAGE_SIZE) as station, station.line() as line:
         sent = taken = 0
         refused: list[Any] = []
@@ -454,7 +450,7 @@ def test_a_full_store_refuses_rows_with_the_reason_and_takes_them_again_once_the
         assert station.failures == []
 
 
-def test_a_line_that_a_full_store_refused_is_not_called_safe_when_its_client_comes_back(tmp_path: Path) -> None:
+def test_a_rejected_line_does_not_count_when_its_client_reconnects(tmp_path: Path) -> None:
     """The answer that refused it may have been lost with the connection."""
     with Station(conf(tmp_path), max_size=200 * PAGE_SIZE) as station:
         columns: dict[str, list[Any]] = {"power": [0] * 500, "count": [0] * 500, "mode": ["on"] * 500}
@@ -471,7 +467,7 @@ def test_a_line_that_a_full_store_refused_is_not_called_safe_when_its_client_com
             assert again.answer() == {"through": refused, "accepted": 500, "rejected": []}
 
 
-def test_a_refused_line_and_one_after_it_that_would_fit_are_both_sent_again_where_the_answers_were_lost(
+def test_rejected_lines_are_resent_after_their_answers_were_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full, limit = [True], Store.limit_bytes
@@ -485,7 +481,7 @@ def test_a_refused_line_and_one_after_it_that_would_fit_are_both_sent_again_wher
             with contextlib.suppress(BrokenPipeError):
                 line.send({**row, "count": 2})
             answers = line.rest()
-            assert [(one["through"], one["accepted"], len(one["rejected"])) for one in answers] == [
+            assert [(entry["through"], entry["accepted"], len(entry["rejected"])) for entry in answers] == [
                 (0, 0, 0),
                 (1, 0, 1),
             ]
@@ -570,7 +566,7 @@ def test_a_data_folder_with_too_long_a_path_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_tcp_on_loopback_is_served_too_when_asked_for(tmp_path: Path, host: str) -> None:
+def test_tcp_on_loopback_is_served_if_configured(tmp_path: Path, host: str) -> None:
     port = free_port()
     with Station(conf(tmp_path, tcp=f"{host}:{port}")) as station:
         with Line(("127.0.0.1", port)) as line:
@@ -608,7 +604,7 @@ class Once:
         self.outcomes += await asyncio.gather(*(offer("watch", raw, mark) for raw, mark in self.blocks))
 
 
-def test_a_source_learns_what_became_of_its_rows_and_its_mark_is_committed_with_them(tmp_path: Path) -> None:
+def test_a_source_gets_the_outcome_and_its_position_is_committed(tmp_path: Path) -> None:
     raw = RawColumns(3, [T0, T0, T0], {"ax": [1, 99, 2], "ay": [0, 0, 0]})
     source = Once((raw, SourcePosition("files:watch", "a", 7)))
     with Station(conf(tmp_path), sources=lambda store: [source]) as station:
@@ -629,7 +625,7 @@ def test_a_source_that_breaks_is_a_failure_of_the_intake(tmp_path: Path) -> None
     assert isinstance(station.failures[0], ZeroDivisionError)
 
 
-def test_rows_whose_category_would_be_one_too_many_are_refused_and_the_others_kept(tmp_path: Path) -> None:
+def test_rows_with_a_category_beyond_the_limit_are_rejected(tmp_path: Path) -> None:
     with Station(conf(tmp_path)) as station:
         with station.store.transaction() as tx:
             tx.assign_category_codes("machine", "mode", [f"c{i}" for i in range(65_535)])
@@ -646,6 +642,6 @@ def test_rows_whose_category_would_be_one_too_many_are_refused_and_the_others_ke
             {"line": 2, "reason": "mode = 'x' would be the 65,536th category; a field has 65,535 at most"}
         ]
         assert (columnar["accepted"], columnar["rejected"][0]["line"]) == (1, 4)
-        rows_kept = rows_of(station.store, "machine", station.conf.streams["machine"])
-        assert rows_kept.columns[1].tolist() == [0, 2, 9]
-        assert rows_kept.columns[2].tolist() == [6, 7, 8]
+        stored = rows_of(station.store, "machine", station.conf.streams["machine"])
+        assert stored.columns[1].tolist() == [0, 2, 9]
+        assert stored.columns[2].tolist() == [6, 7, 8]

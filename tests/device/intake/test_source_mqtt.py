@@ -1,4 +1,4 @@
-"""Rows that others publish on a broker of the site: confirmed after the commit, so that nothing is lost on the way."""
+"""MQTT source: messages are acknowledged after their commit, so that none is lost."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class Site:
         """The first field's values, of a device that does not run."""
         store = Store.open_read_only(self.folder)
         try:
-            found: list[float] = rows_of(store, "room", self.stream).columns[0].tolist()
-            return found
+            result: list[float] = rows_of(store, "room", self.stream).columns[0].tolist()
+            return result
         finally:
             store.close()
 
@@ -70,9 +70,9 @@ class Site:
         link = Link(BrokerConfig(url=self.broker.url), "sensor")
         for payload in payloads:
             link.send(OutgoingMessage(topic, payload if isinstance(payload, bytes) else json.dumps(payload).encode()))
-        told = 0
-        while told < len(payloads):
-            told += sum(isinstance(event, PublishReceipt) for event in link.receive(5))
+        reported = 0
+        while reported < len(payloads):
+            reported += sum(isinstance(event, PublishReceipt) for event in link.receive(5))
         link.close()
 
 
@@ -92,9 +92,9 @@ def said(temperature: Any, **more: Any) -> dict[str, Any]:
 
 
 def rows(station: Station) -> list[float]:
-    """Of the first field."""
-    found: list[float] = station.rows("room").columns[0].tolist() if station.store.last_row("room") else []
-    return found
+    """Return the values of the first field."""
+    result: list[float] = station.rows("room").columns[0].tolist() if station.store.last_row("room") else []
+    return result
 
 
 def subscribed(station: Station) -> None:
@@ -111,13 +111,13 @@ def test_values_are_taken_from_where_the_paths_lead_with_their_own_times(site: C
         here.publish("site/attic/climate", said(31, at=T0 + 1), {"data": {"temp": 32}, "at": T0 + 2})
         here.publish("site/attic/other", said(99, at=T0))
         wait_for(lambda: station.store.last_row("room") == 3, "three rows")
-        found = station.rows("room")
-        assert found.t.tolist() == [round((T0 + i) * 1e6) for i in range(3)]
+        result = station.rows("room")
+        assert result.t.tolist() == [round((T0 + i) * 1e6) for i in range(3)]
         assert rows(station) == [12.5, 31.0, 32.0]
-        assert found.columns[1][:2].tolist() == [40.5, 40.5]
-        assert found.columns[1][2] != found.columns[1][2]
+        assert result.columns[1][:2].tolist() == [40.5, 40.5]
+        assert result.columns[1][2] != result.columns[1][2]
         names = station.store.categories("room", "room")
-        assert [names[code] for code in found.columns[2].tolist()] == ["cellar", "attic", "attic"]
+        assert [names[code] for code in result.columns[2].tolist()] == ["cellar", "attic", "attic"]
     assert station.failures == []
 
 
@@ -168,7 +168,7 @@ def test_a_message_without_a_row_is_refused_counted_and_holds_up_nothing(
     assert station.failures == []
 
 
-def test_what_was_published_while_the_device_was_away_is_there_when_it_comes_back(site: Callable[..., Site]) -> None:
+def test_messages_published_while_the_device_was_away_are_stored(site: Callable[..., Site]) -> None:
     here = site()
     with here.start() as station:
         subscribed(station)
@@ -206,7 +206,7 @@ def test_a_message_is_confirmed_only_after_its_commit(
         wait_for(lambda: confirmed == [1], "the confirmation")
 
 
-def test_a_broker_that_is_killed_again_and_again_costs_no_row_and_doubles_none(
+def test_a_repeatedly_killed_broker_loses_and_doubles_no_row(
     site: Callable[..., Site], broker: MosquittoBroker
 ) -> None:
     here = site()
@@ -311,7 +311,7 @@ def test_a_source_that_cannot_work_is_refused_by_its_key(source: dict[str, Any],
     assert f"streams.room.source.{key}" in str(refused.value)
 
 
-def test_a_broker_elsewhere_in_the_clear_is_refused_and_its_files_lie_beside_the_config(tmp_path: Path) -> None:
+def test_a_remote_broker_must_be_encrypted_and_paths_are_relative(tmp_path: Path) -> None:
     file = tmp_path / "outstation.toml"
     text = (
         '[device]\nid = "pi-07"\nfleet = "acme"\n[streams.room]\nfields = [{{ name = "x" }}]\n'
@@ -339,5 +339,5 @@ def test_the_config_names_the_source_and_check_tells_where_it_listens(tmp_path: 
     assert isinstance(source, MqttSubscriber)
     findings = json.loads(run_outstation("check", "-c", str(file), "--json").stdout)
     assert {"name": "stream room", "state": "ok", "detail": "site/+/climate at mqtt://127.0.0.1:1883"}.items() <= next(
-        one for one in findings if "room" in one["name"]
+        item for item in findings if "room" in item["name"]
     ).items()

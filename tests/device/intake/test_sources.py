@@ -1,4 +1,4 @@
-"""Sources beside the socket: each row of a folder or a recording comes once, also across a kill at any moment."""
+"""Files, host and replay sources: each row is stored exactly once, also across kills."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def put(folder: Path, name: str, numbers: range | list[Any], header: str = "n") 
 
 
 def taken(station: Station) -> list[int]:
-    found: list[int] = rows_of(station.store, "numbers", NUMBERS).columns[0].tolist()
-    return found
+    result: list[int] = rows_of(station.store, "numbers", NUMBERS).columns[0].tolist()
+    return result
 
 
 def there(folder: Path) -> dict[str, list[str]]:
@@ -93,15 +93,13 @@ def test_a_file_is_taken_and_moved_to_done(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_bad_lines_are_logged_with_file_and_number_and_the_others_are_taken(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_invalid_lines_are_logged_and_others_ingested(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     put(tmp_path, "a.csv", [1, "x", 2, "3,4", 10**7, 5])
     with watching(tmp_path) as station, caplog.at_level(logging.INFO):
         wait_for(lambda: there(tmp_path)["done"] == ["a.csv"], "a.csv in done/")
         assert taken(station) == [1, 2, 5]
-    said = [record.getMessage() for record in caplog.records if record.name == "outstation.files"]
-    assert said == [
+    text = [record.getMessage() for record in caplog.records if record.name == "outstation.files"]
+    assert text == [
         "a.csv: line 3: n = 'x' is no number",
         "a.csv: line 5: 2 values, the header names 1",
         "a.csv: line 6: n = 10000000 is above max 1000000",
@@ -110,9 +108,7 @@ def test_bad_lines_are_logged_with_file_and_number_and_the_others_are_taken(
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_file_that_is_not_what_the_stream_needs_goes_to_failed_with_the_reason(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_unsuitable_file_goes_to_failed_with_a_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     put(tmp_path, "a.csv", [1], header="m")
     put(tmp_path, "b.csv", [1])
     (tmp_path / "in" / "c.parquet").write_bytes(b"PAR1")
@@ -150,9 +146,7 @@ def test_other_files_and_hidden_ones_are_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "in" / ".a.csv").exists()
 
 
-def test_a_file_is_left_alone_while_it_grows_whatever_the_clock_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_growing_file_is_left_alone_despite_clock_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files_module, "_SETTLED_S", 0.4)
     with watching(tmp_path) as station:
         path = tmp_path / "in" / "a.csv"
@@ -189,23 +183,23 @@ def test_a_full_store_holds_a_file_up_and_loses_none_of_it(tmp_path: Path) -> No
     with watching(tmp_path, max_size=200 * PAGE_SIZE) as station:
         wait_for(lambda: station.store.last_row("numbers") > 20_000, "a store that fills")
         time.sleep(0.3)
-        kept = station.store.last_row("numbers")
-        assert kept < 60_000
+        stored = station.store.last_row("numbers")
+        assert stored < 60_000
         assert there(tmp_path)["done"] == []
-        found = taken(station)
+        result = taken(station)
         for _ in range(1000):
             with station.store.transaction() as tx:
-                tx.trim_rows("numbers", len(found), 2**62, 100)
+                tx.trim_rows("numbers", len(result), 2**62, 100)
             time.sleep(0.05)
-            batch = station.store.read_rows("numbers", NUMBERS.fields, len(found), 10**6)
-            found += batch.rows.columns[0].tolist() if batch else []
+            batch = station.store.read_rows("numbers", NUMBERS.fields, len(result), 10**6)
+            result += batch.rows.columns[0].tolist() if batch else []
             if there(tmp_path)["done"]:
                 break
-        assert found == list(range(60_000))
+        assert result == list(range(60_000))
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_folder_that_goes_away_is_said_once_and_watched_again_when_it_is_back(
+def test_a_missing_folder_is_logged_once_and_watched_when_it_returns(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with watching(tmp_path) as station:
@@ -220,7 +214,7 @@ def test_a_folder_that_goes_away_is_said_once_and_watched_again_when_it_is_back(
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_folder_somebody_put_into_taking_goes_to_failed_and_the_files_after_it_are_taken(tmp_path: Path) -> None:
+def test_a_folder_in_taking_goes_to_failed_and_other_files_continue(tmp_path: Path) -> None:
     for name in ("keep", "1.b.csv"):
         (tmp_path / "in" / "taking" / name).mkdir(parents=True)
     put(tmp_path, "z.csv", [7])
@@ -245,7 +239,7 @@ class _BadSector(io.FileIO):
 
 
 def fail_to_open(monkeypatch: pytest.MonkeyPatch, name: str, error: int, times: int) -> list[Path]:
-    """So many times file `name` is not opened; each is in the list."""
+    """Make the first `times` attempts to open `name` fail; the attempts are in the list."""
     tried: list[Path] = []
 
     def unreliable(path: Path) -> io.BufferedReader:
@@ -259,11 +253,12 @@ def fail_to_open(monkeypatch: pytest.MonkeyPatch, name: str, error: int, times: 
 
 
 @pytest.mark.parametrize(
-    ("error", "said"), [(errno.EACCES, "Permission denied"), (errno.EIO, "Input/output error"), (errno.ELOOP, "levels")]
+    ("error", "expected_reason"),
+    [(errno.EACCES, "Permission denied"), (errno.EIO, "Input/output error"), (errno.ELOOP, "levels")],
 )
 @pytest.mark.usefixtures("quick")
-def test_a_file_that_may_not_be_read_goes_to_failed_and_the_files_after_it_are_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, said: str
+def test_an_unreadable_file_goes_to_failed_and_others_continue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, expected_reason: str
 ) -> None:
     fail_to_open(monkeypatch, "a.csv", error, 10**6)
     put(tmp_path, "a.csv", [1])
@@ -273,11 +268,11 @@ def test_a_file_that_may_not_be_read_goes_to_failed_and_the_files_after_it_are_t
         assert taken(station) == [2]
         assert station.store.counters()["files failed"] == 1
     assert there(tmp_path)["failed"] == ["a.csv", "a.csv.txt"]
-    assert said in (tmp_path / "in" / "failed" / "a.csv.txt").read_text()
+    assert expected_reason in (tmp_path / "in" / "failed" / "a.csv.txt").read_text()
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_file_with_a_bad_sector_goes_to_failed_with_the_lines_that_were_taken(
+def test_a_file_with_a_bad_sector_goes_to_failed_with_its_position(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def worn(path: Path) -> io.BufferedReader:
@@ -401,7 +396,7 @@ def test_a_field_that_no_host_has_is_named_with_those_there_are(tmp_path: Path) 
         host_source.check(SourceContext("outstation.toml", conf(tmp_path, host=stream), "host"), HostSource())
 
 
-def test_a_value_that_this_host_cannot_read_is_missing_and_is_said_once_where_it_must_not_be(
+def test_an_unreadable_metric_is_missing_and_logged_once_if_required(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def unreadable() -> dict[str, Any]:
@@ -413,8 +408,8 @@ def test_a_value_that_this_host_cannot_read_is_missing_and_is_said_once_where_it
         assert np.isnan(station.rows("host").columns[0]).all()
     with hosting(tmp_path / "b", host(FieldConfig(name="temperature"))) as station:
         wait_for(lambda: station.store.counters().get("lines rejected", 0) >= 3, "three rejected readings")
-    said = [record.getMessage() for record in caplog.records if record.name == "outstation.host"]
-    assert said == ["host: not stored: temperature is missing (optional = true allows a missing value)"]
+    text = [record.getMessage() for record in caplog.records if record.name == "outstation.host"]
+    assert text == ["host: not stored: temperature is missing (optional = true allows a missing value)"]
 
 
 # --- replay
@@ -515,7 +510,7 @@ def test_a_replay_of_known_length_ends_now_and_keeps_its_times(tmp_path: Path, r
     assert T0 - 10 < last <= T0
 
 
-def test_faults_begin_at_their_row_and_do_what_they_say(tmp_path: Path, recordings: Path) -> None:
+def test_injected_faults_begin_at_their_row(tmp_path: Path, recordings: Path) -> None:
     faults = [
         ReplayFault(kind="gain", fields=["ax"], from_row=1000, amount=0.5),
         ReplayFault(kind="offset", fields=["ax"], from_row=1500, amount=7.0),
@@ -552,16 +547,16 @@ def test_a_full_store_holds_a_replay_up_and_skips_nothing(
     whole = played(tmp_path / "a", source)
     with replaying(tmp_path / "b", source, max_size=200 * PAGE_SIZE) as station:
         wait_for(lambda: station.store.last_row("watch") > 10_000, "a store that fills")
-        found: list[float] = []
+        result: list[float] = []
         for _ in range(1000):
-            batch = station.store.read_rows("watch", WATCH.fields, len(found), 10**6)
-            found += batch.rows.columns[0].tolist() if batch else []
+            batch = station.store.read_rows("watch", WATCH.fields, len(result), 10**6)
+            result += batch.rows.columns[0].tolist() if batch else []
             with station.store.transaction() as tx:
-                tx.trim_rows("watch", len(found), 2**62, 100)
+                tx.trim_rows("watch", len(result), 2**62, 100)
             time.sleep(0.05)
-            if len(found) == 40_000:
+            if len(result) == 40_000:
                 break
-    assert found == whole.columns[0].tolist()
+    assert result == whole.columns[0].tolist()
 
 
 _PLAYER = """\
@@ -597,20 +592,22 @@ def test_a_replay_that_is_killed_again_and_again_repeats_and_skips_no_row(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected_reason"),
     [
         ({"subject": 9}, "the recordings have no subject 9"),
         ({"file": "/nowhere.npz"}, "/nowhere.npz: cannot be read: No such file or directory"),
     ],
 )
-def test_a_replay_that_cannot_play_is_named(tmp_path: Path, recordings: Path, change: Any, said: str) -> None:
+def test_a_replay_that_cannot_play_is_named(
+    tmp_path: Path, recordings: Path, change: Any, expected_reason: str
+) -> None:
     store = open_store(tmp_path)
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=expected_reason):
         ReplayPlayer("watch", WATCH, replay_of(recordings, **change), store, start())
     store.close()
 
 
-def test_a_stream_whose_fields_were_not_recorded_is_named(tmp_path: Path, recordings: Path) -> None:
+def test_fields_without_a_recording_are_named(tmp_path: Path, recordings: Path) -> None:
     store = open_store(tmp_path)
     stream = StreamConfig(fields=[FieldConfig(name="ax"), FieldConfig(name="az")])
     with pytest.raises(UsageError, match="has no az; it has ax, ay"):

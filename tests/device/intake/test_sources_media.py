@@ -1,4 +1,4 @@
-"""Images and sounds put into a watched folder: rows by the bundle's definition, each file once, others set aside."""
+"""Images and sounds in a watched folder: each file is ingested once, invalid ones go to failed/."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from tests.kit.stations import ROOT, Station, conf, rows_of, wait_for
 from tests.model.test_media import RATE, picture, tone, write_wav
 
 SMALL = ImageFormat(width=8, height=6)
-HEARD = SoundFormat(rate=RATE, window=1024, hop=512, mels=16)
+SOUND = SoundFormat(rate=RATE, window=1024, hop=512, mels=16)
 
 
 def stream_of(folder: Path, made: MediaFormat, every_s: float = 0.02) -> StreamConfig:
-    """As `config.load` makes it."""
+    """Return a stream as `config.load` makes it."""
     kind = {"image": made} if isinstance(made, ImageFormat) else {"sound": made}
     source = FilesSource(folder=str(folder / "in"), poll_interval=config.Duration(every_s), **kind)
     return StreamConfig(fields=[FieldConfig(name=name) for name in made.columns], source=source)
@@ -91,13 +91,13 @@ def pixels(rows: Rows) -> NDArray[np.float32]:
 def notes(folder: Path) -> list[list[str]]:
     """Name, first and last row of each file."""
     with (folder / "in" / "done" / "rows.csv").open(newline="") as file:
-        head, *told = csv.reader(file)
+        head, *reported = csv.reader(file)
     assert head == ["file", "first", "last"]
-    return sorted(told)
+    return sorted(reported)
 
 
 @pytest.mark.usefixtures("quick")
-def test_images_become_rows_in_the_order_of_their_names_and_it_is_noted_which_are_whose(tmp_path: Path) -> None:
+def test_images_become_rows_in_order_of_name_with_an_index(tmp_path: Path) -> None:
     for index in range(40):
         put(tmp_path, f"{index:02}.png", picture((6, 8, 3), seed=index), 1_764_000_000 + index)
     with watching(tmp_path) as station:
@@ -110,7 +110,7 @@ def test_images_become_rows_in_the_order_of_their_names_and_it_is_noted_which_ar
 
 
 @pytest.mark.usefixtures("quick")
-def test_images_of_one_moment_are_told_apart_and_a_moment_in_the_name_comes_first(tmp_path: Path) -> None:
+def test_images_of_one_moment_get_different_times(tmp_path: Path) -> None:
     for index in range(3):
         put(tmp_path, f"{index}.png", picture((6, 8, 3), seed=index), 1_764_000_000)
     put(tmp_path, "x 2026-11-24T10-15-30.25Z.jpg", picture((6, 8, 3), "JPEG"), 1_764_000_000)
@@ -129,14 +129,14 @@ def test_images_of_one_moment_are_told_apart_and_a_moment_in_the_name_comes_firs
         (SMALL, "a.jpg", b"", "not a JPEG or PNG image"),
         (SMALL, "a.png", picture((64, 64, 3))[:800], "the image cannot be read"),
         (SMALL, "a.png", picture((64, 64, 3), "GIF"), "not a JPEG or PNG image"),
-        (HEARD, "a.wav", b"RIFF but not really", "not a readable WAV file"),
-        (HEARD, "a.wav", "of another rate", "is of 8000 Hz, the model's sound of 16000 Hz; resample it first"),
-        (HEARD, "a.wav", "cut short", "it has 3,978 of the 8,000 samples that its header declares"),
-        (HEARD, "a.wav", "a moment", "160 samples are too few: one row takes 1,024"),
+        (SOUND, "a.wav", b"RIFF but not really", "not a readable WAV file"),
+        (SOUND, "a.wav", "of another rate", "has 8000 Hz, the model needs 16000 Hz; resample it first"),
+        (SOUND, "a.wav", "cut short", "it has 3,978 of the 8,000 samples that its header declares"),
+        (SOUND, "a.wav", "a moment", "160 samples are too few: one row takes 1,024"),
     ],
 )
 @pytest.mark.usefixtures("quick")
-def test_a_file_that_is_none_goes_to_failed_with_a_sentence_beside_it_and_is_counted(
+def test_an_undecodable_file_goes_to_failed_with_a_reason_and_counts(
     tmp_path: Path, made: MediaFormat, name: str, content: bytes | str, why: str
 ) -> None:
     if isinstance(content, str):
@@ -153,16 +153,14 @@ def test_a_file_that_is_none_goes_to_failed_with_a_sentence_beside_it_and_is_cou
         wait_for(partial(are_in, tmp_path, "done", 1), "the good one in done/")
         assert station.store.counters()["files failed"] == 1
         assert len(taken(station)) == (6 if isinstance(made, ImageFormat) else 14)
-    said = (tmp_path / "in" / "failed" / f"{name}.txt").read_text()
-    assert said.startswith(f"{name}: ")
-    assert why in said
-    assert said.count("\n") == 1
-    assert "taking" not in said
+    text = (tmp_path / "in" / "failed" / f"{name}.txt").read_text()
+    assert text.startswith(f"{name}: ")
+    assert why in text
+    assert text.count("\n") == 1
+    assert "taking" not in text
 
 
-def test_an_image_of_too_many_pixels_or_bytes_is_refused_before_it_is_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_that_is_too_large_is_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pillow = pytest.importorskip("PIL.Image")
     pillow.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(pillow.Image, "resize", None)
@@ -179,11 +177,11 @@ def test_a_sound_has_the_rows_of_its_definition_and_times_from_its_start(tmp_pat
     content = write_wav(tmp_path / "x.wav", samples).read_bytes()
     put(tmp_path, "a.wav", content, 1_764_000_040)  # when its last sample was written
     put(tmp_path, "b 20251124T160000Z.wav", content)
-    with watching(tmp_path, HEARD) as station:
+    with watching(tmp_path, SOUND) as station:
         wait_for(partial(are_in, tmp_path, "done", 2), "both in done/")
         rows = taken(station)
     path = tmp_path / "in" / "done" / "a.wav"
-    expected = sound.compute_mel_rows(sound.read_samples(path, RATE), HEARD)
+    expected = sound.compute_mel_rows(sound.read_samples(path, RATE), SOUND)
     n = len(expected)
     assert n > 2 * sound._BLOCK_FRAMES
     assert np.stack(rows.columns, axis=1).tobytes() == np.concatenate([expected, expected]).tobytes()
@@ -192,8 +190,8 @@ def test_a_sound_has_the_rows_of_its_definition_and_times_from_its_start(tmp_pat
 
 
 @pytest.mark.parametrize("late_us", [0, 1, 32_000, 63_999])
-def test_a_sound_that_would_go_on_from_the_one_before_begins_just_before_its_end(tmp_path: Path, late_us: int) -> None:
-    stream, path = stream_of(tmp_path, HEARD), write_wav(tmp_path / "a.wav", tone(440))
+def test_a_sound_never_seems_to_continue_the_one_before(tmp_path: Path, late_us: int) -> None:
+    stream, path = stream_of(tmp_path, SOUND), write_wav(tmp_path / "a.wav", tone(440))
     own = round(path.stat().st_mtime_ns / 1000) - 500_000
     [block] = media_reader.read_blocks(path, "a.wav", stream, 0, own - late_us)
     assert round(block.raw.t[0] * 1e6) == own - late_us - 1
@@ -202,8 +200,8 @@ def test_a_sound_that_would_go_on_from_the_one_before_begins_just_before_its_end
 
 
 @pytest.mark.parametrize("skip", [1, 255, 256, 300, 1_000])
-def test_a_sound_that_was_taken_in_part_goes_on_with_the_same_bits_and_times(tmp_path: Path, skip: int) -> None:
-    stream = stream_of(tmp_path, HEARD)
+def test_a_partly_ingested_sound_continues_with_the_same_bits(tmp_path: Path, skip: int) -> None:
+    stream = stream_of(tmp_path, SOUND)
     path = write_wav(tmp_path / "a.wav", np.random.default_rng(1).normal(0, 0.1, 40 * RATE))
     whole = list(media_reader.read_blocks(path, "a.wav", stream, 0, None))
     t = np.concatenate([block.raw.t for block in whole])
@@ -211,16 +209,16 @@ def test_a_sound_that_was_taken_in_part_goes_on_with_the_same_bits_and_times(tmp
     assert [line for block in rest for line in block.lines] == list(range(skip + 1, len(t) + 1))
     assert np.concatenate([block.raw.t for block in rest]).tobytes() == t[skip:].tobytes()
     for field in ("mel0", "mel15"):
-        before, after = (np.concatenate([b.raw.values[field] for b in some]) for some in (whole, rest))
+        before, after = (np.concatenate([b.raw.values[field] for b in part]) for part in (whole, rest))
         assert after.tobytes() == before[skip:].tobytes()
 
 
 @pytest.mark.parametrize("kind", ["image", "sound"])
 @pytest.mark.usefixtures("quick")
-def test_a_file_whose_move_fails_after_its_last_row_is_moved_later_and_not_taken_again(
+def test_a_file_whose_move_fails_is_moved_later_and_not_repeated(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: MediaFormat = SMALL if kind == "image" else HEARD
+    made: MediaFormat = SMALL if kind == "image" else SOUND
     content = picture((6, 8, 3)) if kind == "image" else write_wav(tmp_path / "x.wav", tone(440)).read_bytes()
     move, failures = os.rename, ["the folder's medium is gone"]
 
@@ -256,7 +254,7 @@ from tests.device.intake import test_sources_media as here
 from tests.kit.stations import Station, conf
 
 files._SETTLED_S = 0.0
-folder, made = Path(sys.argv[1]), {"image": here.SMALL, "sound": here.HEARD}[sys.argv[2]]
+folder, made = Path(sys.argv[1]), {"image": here.SMALL, "sound": here.SOUND}[sys.argv[2]]
 stream = here.stream_of(folder, made, 0.01)
 made = conf(folder / "d", 0.001, camera=stream)
 with Station(made, sources=lambda store: [files.FolderWatcher("camera", stream, stream.source, store)]):
@@ -266,9 +264,9 @@ with Station(made, sources=lambda store: [files.FolderWatcher("camera", stream, 
 
 
 @pytest.mark.parametrize("kind", ["image", "sound"])
-def test_files_come_once_and_whole_when_the_agent_is_killed_again_and_again(tmp_path: Path, kind: str) -> None:
+def test_media_files_are_ingested_once_over_repeated_kills(tmp_path: Path, kind: str) -> None:
     rng = random.Random(4)
-    made: MediaFormat = SMALL if kind == "image" else HEARD
+    made: MediaFormat = SMALL if kind == "image" else SOUND
     count = 90 if kind == "image" else 3
     for index in range(count):
         if kind == "image":
@@ -312,7 +310,7 @@ def test_files_come_once_and_whole_when_the_agent_is_killed_again_and_again(tmp_
 # --- config
 
 
-def test_a_missing_pillow_and_an_image_too_large_for_the_store_are_said_before_anything_runs(
+def test_a_missing_pillow_or_an_image_too_large_fails_the_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large = stream_of(tmp_path, ImageFormat(width=800, height=800))

@@ -1,4 +1,4 @@
-"""When a task is due: once for each time that comes, however the wall clock jumps and however long nobody asked."""
+"""Schedules: one run for each due time, whatever the wall clock does and however long nobody looks."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ START = datetime(2026, 3, 10, 12, 0, 0, 1, VIENNA)  # a Tuesday
 
 
 class Machine:
-    """Both clocks of a machine; `run` asks the schedule as often as it wants to be asked, and lists when it ran."""
+    """Both clocks of a machine; `run` queries the schedule as often as `wait_s` says, and returns when it ran."""
 
     def __init__(self, wall: datetime = START) -> None:
         self.wall = wall.astimezone(UTC)
         self.boot_s = 1000.0
-        self.asked = 0
+        self.query_count = 0
 
     @property
     def now(self) -> ClockReading:
@@ -46,7 +46,7 @@ class Machine:
         """`seconds` of the daemon's loop: like it, look again at least every 5 minutes."""
         ran, end = [], self.boot_s + seconds
         while self.boot_s <= end:
-            self.asked += 1
+            self.query_count += 1
             if task.is_due(self.now, backlog):
                 task.record_run(self.now)
                 ran.append(self.local())
@@ -57,23 +57,21 @@ class Machine:
 def test_an_interval_runs_at_once_and_then_once_each_time() -> None:
     machine = Machine()
     assert len(machine.run(IntervalSchedule(60), 600)) == 11
-    assert machine.asked <= 24
+    assert machine.query_count <= 24
 
 
 @pytest.mark.parametrize("step", [-HOUR, 60 * DAY, 2 * YEAR, -50 * YEAR])
-def test_a_step_of_the_wall_clock_neither_stops_an_interval_nor_makes_it_run_more(step: float) -> None:
+def test_a_step_of_the_wall_clock_does_not_affect_an_interval(step: float) -> None:
     task, machine = IntervalSchedule(60), Machine()
     assert len(machine.run(task, 299)) == 5
     machine.step(step)
-    machine.asked = 0
+    machine.query_count = 0
     assert len(machine.run(task, 299)) == 5
-    assert machine.asked <= 12
+    assert machine.query_count <= 12
 
 
 @pytest.mark.parametrize(("back_s", "again"), [(2.0, 0), (HOUR, 0), (4 * HOUR, 1)])
-def test_a_clock_set_back_after_a_nightly_run_repeats_it_only_where_hours_are_missing(
-    back_s: float, again: int
-) -> None:
+def test_a_clock_set_back_repeats_a_nightly_run_only_after_hours(back_s: float, again: int) -> None:
     machine = Machine(datetime(2026, 11, 25, 3, 29, tzinfo=VIENNA))
     task = CronSchedule("30 3 * * *", zone=VIENNA)
     assert machine.run(task, 120) == ["Wed 11-25 03:30+0100"]
@@ -85,7 +83,7 @@ def test_a_clock_set_back_after_a_nightly_run_repeats_it_only_where_hours_are_mi
     assert len(machine.run(restarted, 60)) == 0
 
 
-def test_a_clock_set_back_just_before_a_time_and_looked_at_just_after_it_misses_nothing() -> None:
+def test_a_clock_set_back_just_before_a_due_time_misses_no_run() -> None:
     machine = Machine(datetime(2026, 11, 25, 3, 29, 59, tzinfo=VIENNA))
     task = CronSchedule("30 3 * * *", zone=VIENNA)
     assert not task.is_due(machine.now, 0)
@@ -94,7 +92,7 @@ def test_a_clock_set_back_just_before_a_time_and_looked_at_just_after_it_misses_
     assert len(machine.run(task, 60)) == 1
 
 
-def test_a_clock_set_back_lets_a_task_of_every_hour_run_at_the_hours_that_come_again() -> None:
+def test_a_clock_set_back_repeats_the_runs_of_an_hourly_task() -> None:
     machine = Machine(datetime(2026, 11, 25, 3, 29, tzinfo=VIENNA))
     task = CronSchedule("30 * * * *", zone=VIENNA)
     assert len(machine.run(task, 120)) == 1
@@ -102,7 +100,7 @@ def test_a_clock_set_back_lets_a_task_of_every_hour_run_at_the_hours_that_come_a
     assert machine.run(task, 2 * HOUR) == ["Wed 11-25 03:30+0100", "Wed 11-25 04:30+0100"]
 
 
-def test_an_interval_that_was_missed_a_thousand_times_is_caught_up_once_and_keeps_its_beat() -> None:
+def test_a_missed_interval_is_caught_up_once_and_keeps_its_phase() -> None:
     task, machine = IntervalSchedule(60), Machine()
     machine.run(task, 0)
     machine.boot_s = 1000.0 + 60_030
@@ -188,30 +186,30 @@ def test_each_hour_comes_once_over_a_change_of_the_clocks(day: datetime) -> None
 
 
 @pytest.mark.parametrize(("step", "runs"), [(-HOUR, 3), (HOUR, 4), (60 * DAY, 4), (2 * YEAR, 4), (-60 * DAY, 3)])
-def test_after_a_step_of_the_wall_clock_cron_goes_on_with_at_most_one_run_to_catch_up(step: float, runs: int) -> None:
+def test_after_a_clock_step_cron_catches_up_with_one_run_at_most(step: float, runs: int) -> None:
     task, machine = CronSchedule("30 * * * *", zone=VIENNA), Machine()
     assert len(machine.run(task, 2 * HOUR - 60)) == 2
     machine.step(step)
-    machine.asked = 0
+    machine.query_count = 0
     ran = machine.run(task, 3 * HOUR - 60)
     assert len(ran) == runs, ran
-    assert machine.asked < 250
+    assert machine.query_count < 250
 
 
-def test_a_time_that_passed_while_nobody_asked_is_caught_up_once() -> None:
+def test_a_time_that_passed_between_two_looks_is_caught_up_once() -> None:
     task, machine = CronSchedule("0 * * * *", zone=VIENNA), Machine()
     assert not task.is_due(machine.now, 0)
     machine.sleep(3 * DAY)
     assert machine.run(task, 60) == ["Fri 03-13 12:00+0100"]
 
 
-def test_a_time_missed_while_the_agent_was_off_is_caught_up_once_after_its_start() -> None:
+def test_a_time_missed_while_off_is_caught_up_once_after_the_start() -> None:
     last_us = round((START - timedelta(days=3)).timestamp() * 1e6)
     ran = Machine().run(CronSchedule("0 13 * * *", last_us, VIENNA), 2 * HOUR)
     assert ran == ["Tue 03-10 12:00+0100", "Tue 03-10 13:00+0100"]
 
 
-def test_a_time_that_was_not_missed_while_the_agent_was_off_does_not_come_again() -> None:
+def test_a_time_that_was_not_missed_while_off_is_not_repeated() -> None:
     last_us = round((START - timedelta(hours=23)).timestamp() * 1e6)
     assert Machine().run(CronSchedule("0 13 * * *", last_us, VIENNA), 30 * 60) == []
 
@@ -232,8 +230,8 @@ def test_at_the_very_microsecond_of_its_time_cron_runs_once() -> None:
 
 
 def test_only_cron_needs_its_last_run_remembered() -> None:
-    found = [parse("f", "t", text) for text in ("every 60 s", "when 5 rows", "0 3 * * *")]
-    assert [(type(task), task.needs_last_run) for task in found] == [
+    result = [parse("f", "t", text) for text in ("every 60 s", "when 5 rows", "0 3 * * *")]
+    assert [(type(task), task.needs_last_run) for task in result] == [
         (IntervalSchedule, False),
         (RowCountSchedule, False),
         (CronSchedule, True),
@@ -247,7 +245,7 @@ def test_a_last_run_reaches_the_cron_schedule() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "reason"),
     [
         ("", "a cron expression has 5 fields, this has 0"),
         ("hourly", "has 5 fields"),
@@ -275,11 +273,11 @@ def test_a_last_run_reaches_the_cron_schedule() -> None:
         ("\x00 * * * *", "minute"),
     ],
 )
-def test_a_bad_schedule_is_named_with_its_task_and_what_to_write(text: str, said: str) -> None:
+def test_a_bad_schedule_is_named_with_its_task_and_what_to_write(text: str, reason: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse("outstation.toml", "exercise", text)
     assert caught.value.key == "tasks.exercise.schedule"
-    assert said in caught.value.problem
+    assert reason in caught.value.problem
     assert caught.value.problem.endswith('write "every 60 s", "when 500 rows" or a cron expression')
 
 

@@ -1,4 +1,4 @@
-"""A machine that is hot, held back or on a low battery rests, tells why, and goes on by itself."""
+"""Throttle: tasks pause on a hot or throttled machine or a low battery, with a reason, and resume by themselves."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Machine:
         return self._care.tick(at(self._now)).to_dict()
 
 
-def test_the_hottest_sensor_counts_and_a_rest_ends_only_well_below_where_it_began(tmp_path: Path) -> None:
+def test_the_hottest_sensor_counts_with_hysteresis(tmp_path: Path) -> None:
     machine = Machine(tmp_path).put("class/thermal/thermal_zone0/temp", "45000")
     heat = "class/thermal/thermal_zone1/temp"
     assert machine.put(heat, "80000").resting() == ""
@@ -65,7 +65,7 @@ def test_a_battery_counts_while_it_is_being_emptied(tmp_path: Path) -> None:
     assert machine.battery("24", "Charging").resting() == ""
 
 
-def test_the_firmware_of_a_raspberry_pi_tells_what_is_now_and_not_what_once_was(tmp_path: Path) -> None:
+def test_only_current_throttling_of_a_raspberry_pi_counts(tmp_path: Path) -> None:
     bits = "devices/platform/soc/soc:firmware/get_throttled"
     machine = Machine(tmp_path)
     assert machine.put(bits, "50000").resting() == ""
@@ -112,9 +112,7 @@ def test_only_the_thread_that_runs_models_steps_back() -> None:
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
 
-def test_a_priority_that_is_low_already_is_not_set_again_as_a_service_may_not(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_low_priority_is_not_set_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def forbidden(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 

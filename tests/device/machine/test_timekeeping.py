@@ -1,4 +1,4 @@
-"""The clock watch: an anchor for whatever the clocks did, one alert, and floors that a lie cannot raise for good."""
+"""Timekeeping: anchors for everything the clocks do, one alert, and a floor that no error raises for good."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def station(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Station
 
 
 def anchors(station: Station) -> list[dict[str, Any]]:
-    return [one.body.evidence for one in station.messages() if isinstance(one.body, AuditPayload)]
+    return [item.body.evidence for item in station.messages() if isinstance(item.body, AuditPayload)]
 
 
 def alerts(station: Station) -> list[tuple[str, str]]:
-    return [(one.body.state, one.body.summary) for one in station.messages() if isinstance(one.body, AlertPayload)]
+    return [(item.body.state, item.body.summary) for item in station.messages() if isinstance(item.body, AlertPayload)]
 
 
 def turns(station: Station, seconds: float, each_s: float = 5.0) -> None:
@@ -48,7 +48,7 @@ def turns(station: Station, seconds: float, each_s: float = 5.0) -> None:
         station.turn()
 
 
-def test_an_anchor_comes_at_the_start_at_each_step_when_the_clock_is_set_right_and_each_day(station: Station) -> None:
+def test_anchors_at_start_step_synchronization_and_daily(station: Station) -> None:
     turns(station, 60)
     station.machine.set(-HOUR)
     turns(station, 60)
@@ -57,11 +57,11 @@ def test_an_anchor_comes_at_the_start_at_each_step_when_the_clock_is_set_right_a
     station.machine.sync(0)
     turns(station, 60)
     turns(station, 90_000, 300.0)
-    found = anchors(station)
-    assert [one["why"] for one in found] == ["start", "step", "step", "step", "daily"]
-    assert [one["segment"] for one in found] == [1, 2, 3, 1, 1]
-    assert [round(one["step_us"] / S) for one in found] == [0, -3600, 60 * 86_400, -60 * 86_400 + 3600, 0]
-    assert [one["quality"] for one in found] == ["synced", "restored", "restored", "synced", "synced"]
+    result = anchors(station)
+    assert [item["why"] for item in result] == ["start", "step", "step", "step", "daily"]
+    assert [item["segment"] for item in result] == [1, 2, 3, 1, 1]
+    assert [round(item["step_us"] / S) for item in result] == [0, -3600, 60 * 86_400, -60 * 86_400 + 3600, 0]
+    assert [item["quality"] for item in result] == ["synced", "restored", "restored", "synced", "synced"]
     assert timekeeping.count_steps(station.store) == 3
 
 
@@ -72,7 +72,7 @@ def test_what_is_slewed_is_no_step(station: Station) -> None:
     assert len(anchors(station)) == 1
 
 
-def test_a_clock_that_gains_and_loses_its_time_service_by_the_second_does_not_fill_the_log(station: Station) -> None:
+def test_a_flapping_time_service_does_not_fill_the_log(station: Station) -> None:
     for second in range(1800):
         station.machine.true_us += S
         station.machine.quality = "synced" if second % 2 else "restored"
@@ -80,14 +80,14 @@ def test_a_clock_that_gains_and_loses_its_time_service_by_the_second_does_not_fi
     assert len(anchors(station)) <= 1 + 1800 / 60
 
 
-def test_a_clock_that_is_set_a_moment_before_it_is_vouched_for_is_believed_at_once(station: Station) -> None:
+def test_a_clock_set_just_before_its_synchronization_gets_an_anchor(station: Station) -> None:
     station.machine.quality = "unsynced"
     turns(station, 10)
     station.machine.set(3_600_000_000, "unsynced")
     turns(station, 1, each_s=0.5)
     station.machine.quality = "synced"
     turns(station, 1, each_s=0.5)
-    assert [one["quality"] for one in anchors(station)] == ["unsynced", "unsynced", "synced"]
+    assert [item["quality"] for item in anchors(station)] == ["unsynced", "unsynced", "synced"]
 
 
 def test_a_clock_pulled_to_and_fro_makes_two_segments(station: Station) -> None:
@@ -95,10 +95,10 @@ def test_a_clock_pulled_to_and_fro_makes_two_segments(station: Station) -> None:
         station.machine.true_us += S
         station.machine.set(HOUR if second % 2 else -HOUR)
         station.turn()
-    assert {one["segment"] for one in anchors(station)} == {1, 2}
+    assert {item["segment"] for item in anchors(station)} == {1, 2}
 
 
-def test_a_restart_within_a_boot_goes_on_with_its_segment_and_a_new_boot_begins_at_one(station: Station) -> None:
+def test_a_restart_continues_its_segment_and_a_boot_begins_at_one(station: Station) -> None:
     station.turn()
     station.machine.set(-HOUR)
     station.turn()
@@ -110,7 +110,7 @@ def test_a_restart_within_a_boot_goes_on_with_its_segment_and_a_new_boot_begins_
     station.machine.reboot(60, 0)
     station.start()
     station.turn()
-    assert [(one["boot"], one["segment"], one["step_us"]) for one in anchors(station)] == [
+    assert [(item["boot"], item["segment"], item["step_us"]) for item in anchors(station)] == [
         (1, 1, 0),
         (1, 2, -HOUR),
         (1, 2, 0),
@@ -140,7 +140,7 @@ def test_the_first_anchor_of_a_boot_says_how_far_the_last_one_got(station: Stati
     assert anchors(station)[-1]["before"] == {"boot": 1, "boot_us": last}
 
 
-def test_segments_of_boots_whose_rows_are_gone_are_forgotten(station: Station) -> None:
+def test_segments_of_boots_without_rows_are_deleted(station: Station) -> None:
     for _ in range(5):
         station.turn()
         station.stop()
@@ -153,7 +153,7 @@ def test_segments_of_boots_whose_rows_are_gone_are_forgotten(station: Station) -
     assert boots == [5, 6]
 
 
-def test_a_store_that_begins_a_new_log_gives_it_the_anchors_of_what_it_still_holds(station: Station) -> None:
+def test_a_new_log_gets_anchors_of_all_stored_segments(station: Station) -> None:
     station.machine.set(-HOUR)
     station.turn()
     station.stamp()
@@ -164,10 +164,10 @@ def test_a_store_that_begins_a_new_log_gives_it_the_anchors_of_what_it_still_hol
     station.start()
     station.machine.sync(0)
     station.turn()
-    assert [one["segment"] for one in anchors(station)] == [1, 1, 2]
+    assert [item["segment"] for item in anchors(station)] == [1, 1, 2]
 
 
-def test_an_unsynced_clock_is_told_once_and_cleared_when_a_time_service_vouches_for_it(station: Station) -> None:
+def test_an_unsynced_clock_raises_one_alert_until_synchronized(station: Station) -> None:
     station.machine.reboot(60, 0)
     station.stop()
     station.start()
@@ -185,7 +185,7 @@ def test_an_unsynced_clock_is_told_once_and_cleared_when_a_time_service_vouches_
     assert [state for state, _ in alerts(station)] == ["raised", "cleared"]
 
 
-def test_a_step_of_a_clock_that_was_vouched_for_is_told_and_over_after_a_while(station: Station) -> None:
+def test_a_step_of_a_synchronized_clock_raises_an_alert_for_a_while(station: Station) -> None:
     turns(station, 20)
     station.machine.set(60 * DAY, "synced")
     turns(station, 20)
@@ -210,7 +210,7 @@ def test_a_full_store_delays_the_anchor(monkeypatch: pytest.MonkeyPatch, station
         patch.setattr(station.store, "transaction", full)
         station.keeper.tick(station.machine.now)
     turns(station, 20)
-    assert [one["why"] for one in anchors(station)] == ["start"]
+    assert [item["why"] for item in anchors(station)] == ["start"]
 
 
 # --- floors
@@ -221,7 +221,7 @@ def reading(monkeypatch: pytest.MonkeyPatch, wall_us: int, error_us: int | None)
     monkeypatch.setattr(clock, "sync_error_us", lambda: error_us)
 
 
-def test_a_lie_of_two_years_leaves_the_right_time_synced_once_a_time_service_says_it(
+def test_an_error_of_two_years_ends_with_the_next_synchronization(
     station: Station, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     station.machine.sync(0)
@@ -238,7 +238,7 @@ def test_a_lie_of_two_years_leaves_the_right_time_synced_once_a_time_service_say
     assert make_clock(station.store)().quality == "restored"
 
 
-def test_a_time_before_the_collectors_is_unsynced_unless_a_time_service_vouches_for_it(
+def test_a_time_before_the_floor_is_unsynced_unless_synchronized(
     station: Station, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with station.store.transaction() as tx:
@@ -250,7 +250,7 @@ def test_a_time_before_the_collectors_is_unsynced_unless_a_time_service_vouches_
     assert int(station.store.get_meta(FLOOR, "0")) == TRUE_START_US
 
 
-def test_a_time_before_the_program_was_built_is_unsynced_whoever_vouches_for_it(
+def test_a_time_before_the_build_is_unsynced_even_if_synchronized(
     station: Station, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for wall_us in (0, clock.BUILD_FLOOR_US - 1):
@@ -258,9 +258,7 @@ def test_a_time_before_the_program_was_built_is_unsynced_whoever_vouches_for_it(
         assert make_clock(station.store)().quality == "unsynced"
 
 
-def test_a_collector_ten_years_ahead_does_no_harm_once_a_time_service_vouches_for_the_clock(
-    station: Station, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_synchronization_undoes_a_floor_ten_years_ahead(station: Station, monkeypatch: pytest.MonkeyPatch) -> None:
     station.machine.quality = "restored"
     turns(station, 60)
     with station.store.transaction() as tx:
@@ -282,7 +280,7 @@ def test_a_collector_ten_years_ahead_does_no_harm_once_a_time_service_vouches_fo
     assert make_clock(station.store)().quality == "restored"
 
 
-def test_a_floor_less_than_a_day_ahead_of_a_clock_that_is_vouched_for_stays(station: Station) -> None:
+def test_a_floor_less_than_a_day_ahead_stays(station: Station) -> None:
     with station.store.transaction() as tx:
         tx.raise_time_floor(TRUE_START_US + HOUR)
     station.machine.sync(0)
@@ -291,7 +289,7 @@ def test_a_floor_less_than_a_day_ahead_of_a_clock_that_is_vouched_for_stays(stat
     assert alerts(station) == []
 
 
-def test_a_collector_a_day_ahead_of_a_clock_that_is_vouched_for_raises_no_floor() -> None:
+def test_a_collector_a_day_ahead_does_not_raise_the_floor() -> None:
     synced, restored = ClockReading(TRUE_START_US, 1.0, "synced", 10), ClockReading(TRUE_START_US, 1.0, "restored")
     assert not is_plausible_time(TRUE_START_US + 2 * DAY, synced)
     assert is_plausible_time(TRUE_START_US + HOUR, synced)
@@ -320,9 +318,7 @@ RUNS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 2)), min_size=1, max
 
 
 @given(RUNS, st.integers(1, 40), st.integers(1, 40))
-def test_stamps_of_a_range_say_for_each_row_what_all_of_them_say(
-    runs: list[tuple[int, int]], first: int, last: int
-) -> None:
+def test_clipped_stamps_agree_with_all_stamps(runs: list[tuple[int, int]], first: int, last: int) -> None:
     stamps: list[ClockStamp] = []
     of_row: dict[int, int] = {}
     row = 1
@@ -335,8 +331,8 @@ def test_stamps_of_a_range_say_for_each_row_what_all_of_them_say(
     inside = clock_segments.clip_stamps(clock_segments.merge_stamps(stamps), first, last)
     assert inside[0].first == first
     for number in range(first, last + 1):
-        [*_, found] = [stamp for stamp in inside if stamp.first <= number]
-        assert found.segment == of_row[number]
+        [*_, result] = [stamp for stamp in inside if stamp.first <= number]
+        assert result.segment == of_row[number]
     assert all(a.segment != b.segment for a, b in pairwise(inside))
 
 
@@ -353,7 +349,7 @@ def test_a_producer_that_mixes_times_at_will_gets_no_chunk_for_each_row(station:
     assert (chunks, rows, given_too) == (64, 1000, (0,))
 
 
-def test_what_the_intake_stamped_before_a_step_keeps_its_segment_though_the_loop_saw_the_step_first(
+def test_rows_stamped_before_a_step_keep_their_segment(
     station: Station,
 ) -> None:
     station.turn()
@@ -370,12 +366,12 @@ def test_what_the_intake_stamped_before_a_step_keeps_its_segment_though_the_loop
         assert tx.segments.observe(station.machine.now).number == 2
 
 
-def test_health_and_status_say_how_good_the_clock_is(station: Station) -> None:
+def test_health_and_status_report_the_clock(station: Station) -> None:
     station.turn()
     station.machine.set(-HOUR)
     station.machine.true_us += S
     station.turn()
-    said = timekeeping.build_report(station.store, station.machine.now)
-    assert (said["boot"], said["boot_us"], said["steps"], said["error_us"]) == (1, station.machine.boot_us, 1, None)
-    assert said["synced"] == clock.to_rfc3339(TRUE_START_US)
-    assert said["floor"] == clock.to_rfc3339(clock.BUILD_FLOOR_US)
+    text = timekeeping.build_report(station.store, station.machine.now)
+    assert (text["boot"], text["boot_us"], text["steps"], text["error_us"]) == (1, station.machine.boot_us, 1, None)
+    assert text["synced"] == clock.to_rfc3339(TRUE_START_US)
+    assert text["floor"] == clock.to_rfc3339(clock.BUILD_FLOOR_US)

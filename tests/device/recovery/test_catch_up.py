@@ -1,4 +1,4 @@
-"""A value of table meta that the disk has changed: it is never believed, and nobody has to come and repair it."""
+"""Damaged values of table meta: never used, and rebuilt without an operator."""
 
 from __future__ import annotations
 
@@ -80,17 +80,17 @@ def test_any_value_may_be_damaged_and_nothing_is_lost_or_numbered_twice(whole: P
         assert len(list((folder / "quarantine").iterdir())) == 1, key
 
 
-@pytest.mark.parametrize("what", ["key = 'sep' WHERE key = 'seq'", "crc = crc + 1 WHERE key = 'boot'"])
-def test_a_name_or_a_crc_may_be_damaged_too(whole: Path, tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("change", ["key = 'sep' WHERE key = 'seq'", "crc = crc + 1 WHERE key = 'boot'"])
+def test_a_name_or_a_crc_may_be_damaged_too(whole: Path, tmp_path: Path, change: str) -> None:
     folder = shutil.copytree(whole, tmp_path / "d")
-    damage(folder, f"UPDATE meta SET {what}")
+    damage(folder, f"UPDATE meta SET {change}")
     store, author = opened(folder)
     assert say(store, author, "next") > MESSAGES
     assert set(served(store)) == set(range(1, ROWS + 1))
     store.close()
 
 
-def test_a_boot_whose_number_was_lost_is_none_of_those_that_rows_are_of(whole: Path, tmp_path: Path) -> None:
+def test_a_lost_boot_number_is_above_those_of_all_rows(whole: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(whole, tmp_path / "d")
     (folder / "watermark").unlink()
     damage(folder, "UPDATE meta SET value = '9' WHERE key = 'boot'")
@@ -100,7 +100,7 @@ def test_a_boot_whose_number_was_lost_is_none_of_those_that_rows_are_of(whole: P
     store.close()
 
 
-def test_with_the_plan_of_a_new_log_lost_everything_kept_is_written_in_another_one(whole: Path, tmp_path: Path) -> None:
+def test_a_lost_new_log_plan_leads_to_another_new_log(whole: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(whole, tmp_path / "d")
     store, _author = opened(folder)
     old = store.log_id

@@ -1,4 +1,4 @@
-"""A whole data folder restored from an old copy: the collector's acknowledgement proves it, and a new log begins."""
+"""New log: an acknowledgement proves that a data folder was restored from a copy, and a new log begins."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Collector:
         self._voice = Acknowledger("acme", COLLECTOR)
 
     def take(self, store: Store, *, without: set[int] | None = None) -> list[str]:
-        """What waits in `store`, but for the seqs in `without`; what became of each message."""
+        """Ingest the waiting messages except the seqs in `without`, and return the outcome of each."""
         waiting = [m for m in store.unacknowledged_messages(0, 10_000) if m.seq not in (without or set())]
         signer = Signer("pi-07", KEY.public)
         opened = [verify_message(m.topic, m.payload, (m.jws,), lambda _: signer) for m in waiting]
@@ -138,7 +138,7 @@ def test_an_acknowledgement_beyond_what_was_ever_written_begins_a_new_log(tmp_pa
     store.close()
 
 
-def test_one_that_wrote_as_many_messages_again_is_found_by_the_digest(tmp_path: Path, collector: Collector) -> None:
+def test_a_fork_of_equal_length_is_detected_by_the_digest(tmp_path: Path, collector: Collector) -> None:
     live, log = restored(tmp_path, collector)
     for _ in range(2):
         # Two runs without a word from the collector.
@@ -222,7 +222,7 @@ def test_an_acknowledgement_of_our_own_history_changes_no_log(tmp_path: Path, co
     store.close()
 
 
-def test_a_new_log_that_is_cut_off_in_the_middle_is_finished_and_nothing_is_written_twice(
+def test_an_interrupted_new_log_is_finished_without_duplicates(
     tmp_path: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live, log = restored(tmp_path, collector)
@@ -275,7 +275,7 @@ def test_in_a_store_without_a_free_page_a_new_log_begins_all_the_same(tmp_path: 
     store.close()
 
 
-def test_an_acknowledgement_of_the_time_before_the_copy_was_made_proves_nothing_about_what_was_written_since(
+def test_an_acknowledgement_from_before_the_copy_proves_nothing(
     tmp_path: Path,
 ) -> None:
     for upto, late in ((30, "older than the copy"), (40, "as old as the copy")):
@@ -315,9 +315,7 @@ def test_an_acknowledgement_of_the_time_before_the_copy_was_made_proves_nothing_
         own.store.close()
 
 
-def test_once_a_message_of_this_run_is_acknowledged_a_crash_makes_nothing_of_it_doubtful(
-    tmp_path: Path, collector: Collector
-) -> None:
+def test_an_acknowledged_message_of_this_run_proves_the_history(tmp_path: Path, collector: Collector) -> None:
     store, author = opened(tmp_path / "live")
     say(store, author, "one")
     store.close()

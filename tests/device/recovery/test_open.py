@@ -1,4 +1,4 @@
-"""Opening a store: where it may lie, what is looked at after an unclean stop, and what becomes of an older one."""
+"""Opening of a store: file system, integrity check after an unclean stop, migrations, and its condition."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def test_only_an_unclean_stop_is_looked_into(tmp_path: Path, monkeypatch: pytest
     looked: list[str] = []
     real = open._quick_check
 
-    def look(db: sqlite3.Connection, what: str) -> str | None:
-        looked.append(what)
-        return real(db, what)
+    def look(db: sqlite3.Connection, arguments: str) -> str | None:
+        looked.append(arguments)
+        return real(db, arguments)
 
     monkeypatch.setattr(open, "_quick_check", look)
     store, _ = filled(tmp_path / "live", chunks=3, messages=2, acknowledged=0)
@@ -278,12 +278,12 @@ def test_the_condition_says_how_it_was_left_and_what_was_salvaged(tmp_path: Path
     (cut / "outstation.db").write_bytes(data)
     opened(cut)[0].close()
     with contextlib.closing(Store.open_read_only(cut)) as read:
-        found = inspect_condition(read)
-    assert found.last_stop == "clean"
-    assert found.last_finding is not None
-    assert "file is not a database" in found.last_finding["summary"]
-    assert found.quarantine == cut / "quarantine"
-    assert found.quarantine_bytes >= len(data)
+        result = inspect_condition(read)
+    assert result.last_stop == "clean"
+    assert result.last_finding is not None
+    assert "file is not a database" in result.last_finding["summary"]
+    assert result.quarantine == cut / "quarantine"
+    assert result.quarantine_bytes >= len(data)
 
 
 def test_check_and_status_show_it(tmp_path: Path) -> None:
@@ -300,8 +300,8 @@ def test_check_and_status_show_it(tmp_path: Path) -> None:
     assert line["state"] == "warning"
     assert f"{data}/quarantine holds" in line["detail"]
     ran = CliRunner().invoke(cli, ["status", "-c", str(config), "--json"])
-    told = json.loads(ran.stdout)["condition"]
-    assert told["last_stop"] == "clean"
-    assert told["quarantine"]["folder"] == str(data / "quarantine")
+    reported = json.loads(ran.stdout)["condition"]
+    assert reported["last_stop"] == "clean"
+    assert reported["quarantine"]["folder"] == str(data / "quarantine")
     text = CliRunner().invoke(cli, ["status", "-c", str(config)]).stdout
     assert "The store was damaged" in text

@@ -1,4 +1,4 @@
-"""A damaged store opens, whatever is damaged: what survives is served, what does not is declared, nothing twice."""
+"""Salvage: a store opens after any damage; surviving rows and messages are readable, lost ones declared."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def check_whole(folder: Path, rows: int, messages: int) -> tuple[set[int], set[i
     store, author = opened(folder)
     try:
         put_aside(store, author)
-        kept = served(store)
-        assert all(number == value for number, value in kept.items()), "a row is served as another one"
+        stored = served(store)
+        assert all(number == value for number, value in stored.items()), "a row is served as another one"
         texts = said(store)
         survived = {seq for seq, body in texts.items() if seq <= messages and body["log"] == author.log_id}
         for seq in survived:
             assert texts[seq]["seq"] == seq
             assert "message" in texts[seq]["summary"] or "late" in texts[seq]["summary"]
-        lost_rows = set(range(1, rows + 1)) - kept.keys()
+        lost_rows = set(range(1, rows + 1)) - stored.keys()
         lost_seqs = set(range(1, messages + 1)) - survived
         new = {seq: body for seq, body in texts.items() if seq > messages}
         if not store.get_meta("previous log", ""):
@@ -78,14 +78,14 @@ def check_whole(folder: Path, rows: int, messages: int) -> tuple[set[int], set[i
         say(store, author, "goes on")
     finally:
         store.close()
-    return set(kept), survived
+    return set(stored), survived
 
 
 def damages(size: int, page: int) -> Iterator[tuple[str, Callable[[bytearray], None]]]:
     def zero(data: bytearray) -> None:
         data[page : page + PAGE] = bytes(len(data[page : page + PAGE]))
 
-    def ones(data: bytearray) -> None:
+    def overwrite(data: bytearray) -> None:
         data[page : page + 64] = b"\xff" * len(data[page : page + 64])
 
     def head(data: bytearray) -> None:
@@ -97,7 +97,7 @@ def damages(size: int, page: int) -> Iterator[tuple[str, Callable[[bytearray], N
     def cut(data: bytearray) -> None:
         del data[page:]
 
-    yield from (("zeroed", zero), ("overwritten", ones), ("shortened", head), ("scribbled", middle), ("cut", cut))
+    yield from (("zeroed", zero), ("overwritten", overwrite), ("shortened", head), ("scribbled", middle), ("cut", cut))
 
 
 def test_any_page_of_the_database_may_be_damaged(whole: Path, tmp_path: Path) -> None:
@@ -150,9 +150,7 @@ def test_any_part_of_the_write_ahead_log_may_be_damaged(in_log: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("table", ["chunks", "outbox"])
-def test_with_the_root_of_a_tree_gone_its_leaves_are_found(
-    whole: Path, in_log: Path, tmp_path: Path, table: str
-) -> None:
+def test_leaves_of_a_tree_without_its_root_are_recovered(whole: Path, in_log: Path, tmp_path: Path, table: str) -> None:
     with contextlib.closing(sqlite3.connect(damaged_copy(whole, tmp_path, "lock", b"") / "outstation.db")) as db:
         page = db.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (table,)).fetchone()[0]
     data = bytearray((whole / "outstation.db").read_bytes())
@@ -167,9 +165,9 @@ def test_rows_scattered_over_database_and_log_are_those_of_the_tables(in_log: Pa
     with contextlib.closing(sqlite3.connect(damaged_copy(in_log, tmp_path, "lock", b"") / "outstation.db")) as db:
         chunks = dict(db.execute("SELECT id, data FROM chunks").fetchall())
         messages = dict(db.execute("SELECT seq, payload FROM outbox").fetchall())
-    found = list(raw_pages.read_leaf_rows(in_log / "outstation.db"))
-    assert {rowid: values[6] for rowid, values in found if len(values) >= 10} == chunks
-    assert {rowid: values[2] for rowid, values in found if len(values) == 6 and values[0] is None} == messages
+    result = list(raw_pages.read_leaf_rows(in_log / "outstation.db"))
+    assert {rowid: values[6] for rowid, values in result if len(values) >= 10} == chunks
+    assert {rowid: values[2] for rowid, values in result if len(values) == 6 and values[0] is None} == messages
 
 
 @given(st.binary(max_size=200), st.integers(0, 4095), st.integers(0, 9000))
@@ -199,7 +197,7 @@ def test_without_its_write_ahead_log_a_store_goes_on_where_it_had_got(in_log: Pa
     length=st.integers(1, 9000),
 )
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_whatever_is_damaged_in_whatever_file_the_store_opens(
+def test_the_store_opens_after_any_damage_to_any_file(
     in_log: Path, tmp_path: Path, where: float, name: str, how: str, length: int
 ) -> None:
     data = bytearray((in_log / name).read_bytes())
@@ -292,9 +290,7 @@ def test_kill_9_during_a_salvage(whole: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_a_journal_that_a_power_cut_left_is_rolled_back_or_set_aside_at_the_next_opening(
-    whole: Path, tmp_path: Path, broken: bool
-) -> None:
+def test_a_journal_left_by_a_power_cut_is_rolled_back_or_quarantined(whole: Path, tmp_path: Path, broken: bool) -> None:
     case = damaged_copy(whole, tmp_path, "outstation.db", (whole / "outstation.db").read_bytes())
     with contextlib.closing(sqlite3.connect(case / "outstation.db", isolation_level=None)) as db:
         assert db.execute("PRAGMA journal_mode=DELETE").fetchone() == ("delete",)
@@ -318,9 +314,7 @@ def test_a_journal_that_a_power_cut_left_is_rolled_back_or_set_aside_at_the_next
     assert len(rows) == 400
 
 
-def test_the_newest_two_quarantines_are_kept_and_the_damaged_files_lie_there_as_they_were(
-    whole: Path, tmp_path: Path
-) -> None:
+def test_the_newest_two_quarantines_hold_the_damaged_files(whole: Path, tmp_path: Path) -> None:
     case = damaged_copy(whole, tmp_path, "outstation.db", (whole / "outstation.db").read_bytes())
     for number in range(1, 5):
         data = bytearray((case / "outstation.db").read_bytes())
@@ -333,7 +327,7 @@ def test_the_newest_two_quarantines_are_kept_and_the_damaged_files_lie_there_as_
     assert sorted(path.name for path in (case / "quarantine").iterdir()) == ["3", "4"]
 
 
-def test_damage_found_while_running_is_salvaged_at_the_next_opening(tmp_path: Path) -> None:
+def test_damage_detected_in_use_is_salvaged_at_the_next_opening(tmp_path: Path) -> None:
     store, _ = filled(tmp_path)
     store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     store.close()
@@ -357,7 +351,7 @@ def test_damage_found_while_running_is_salvaged_at_the_next_opening(tmp_path: Pa
     store.close()
 
 
-def test_with_the_cursors_gone_and_an_old_watermark_no_row_whose_results_are_kept_is_run_again(tmp_path: Path) -> None:
+def test_lost_cursors_are_raised_to_the_stored_results(tmp_path: Path) -> None:
     store, author = filled(tmp_path / "live", messages=0)
     early = (tmp_path / "live/watermark").read_bytes()
     for first in range(1, 200, 20):

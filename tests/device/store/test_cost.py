@@ -38,13 +38,13 @@ def test_batches_are_counted_with_the_next_commit_each_once(turned: Turned) -> N
     for rows in (1000, 500, 700):
         turned.feed(rows)
         turned.turn(after_s=60.0)
-    found = costs(turned.store)
-    assert (found.batches, found.windows, found.rows) == (2, 15, 1500)
-    assert found.cpu_us > 0
-    assert found.messages_by_kind["results"] == 3
+    result = costs(turned.store)
+    assert (result.batches, result.windows, result.rows) == (2, 15, 1500)
+    assert result.cpu_us > 0
+    assert result.messages_by_kind["results"] == 3
     sent = [m for m in turned.store.unacknowledged_messages(0, 1000) if m.topic.endswith("results/exercise")]
     bytes_of = sum(len(m.payload) + len(m.jws) + len(m.topic) for m in sent)
-    assert bytes_of < found.bytes_by_kind["results"] < bytes_of + len(sent) * 500
+    assert bytes_of < result.bytes_by_kind["results"] < bytes_of + len(sent) * 500
 
 
 def test_a_batch_that_a_full_store_refused_is_not_counted(turned: Turned, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +62,7 @@ def test_a_batch_that_a_full_store_refused_is_not_counted(turned: Turned, monkey
     assert costs(turned.store).windows == 20
 
 
-def test_energy_is_counted_where_it_can_be_read_and_a_counter_that_wraps_says_nothing(tmp_path: Path) -> None:
+def test_a_wrapped_or_unreadable_energy_counter_counts_nothing(tmp_path: Path) -> None:
     store, package = open_store(tmp_path / "data"), tmp_path / "class/powercap/intel-rapl:0/energy_uj"
     package.parent.mkdir(parents=True)
     meter = ProcessMeter(tmp_path)
@@ -88,21 +88,21 @@ def test_the_command_shows_costs_by_task(turned: Turned) -> None:
         turned.feed(3000)
         turned.turn(after_s=60.0)
     turned.store.close()
-    asked = ["cost", "exercise", "-c", str(turned.file)]
-    told = json.loads(CliRunner().invoke(cli, [*asked, "--json"]).output)
-    (one,) = told["tasks"]
-    assert (one["inferences"], one["rows"]) == (90, 9000)
-    assert one["per_1000"]["air_bytes"] == pytest.approx(one["air_bytes"] / 90 * 1000, abs=1)
-    assert one["raw"]["bytes"] > 9000 * 32
-    shown = CliRunner().invoke(cli, asked)
+    requested = ["cost", "exercise", "-c", str(turned.file)]
+    reported = json.loads(CliRunner().invoke(cli, [*requested, "--json"]).output)
+    (item,) = reported["tasks"]
+    assert (item["inferences"], item["rows"]) == (90, 9000)
+    assert item["per_1000"]["air_bytes"] == pytest.approx(item["air_bytes"] / 90 * 1000, abs=1)
+    assert item["raw"]["bytes"] > 9000 * 32
+    shown = CliRunner().invoke(cli, requested)
     assert shown.exit_code == 0
     assert "on the air" in shown.output
     status = json.loads(CliRunner().invoke(cli, ["status", "--json", "-c", str(turned.file)]).output)
-    assert status["store"]["written_per_day"] == told["per_day"]["flash_bytes"] >= 0
+    assert status["store"]["written_per_day"] == reported["per_day"]["flash_bytes"] >= 0
     assert "MB written a day" in CliRunner().invoke(cli, ["status", "-c", str(turned.file)]).output
 
 
-def test_before_anything_is_counted_the_command_says_so_and_of_an_unknown_task_its_name(tmp_path: Path) -> None:
+def test_the_cost_command_without_counters_or_with_an_unknown_task(tmp_path: Path) -> None:
     made = Turned(tmp_path)
     made.store.close()
     shown = CliRunner().invoke(cli, ["cost", "-c", str(made.file)])

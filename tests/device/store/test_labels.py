@@ -1,4 +1,4 @@
-"""Results kept for labels: packed, found by row and by time, trimmed by uptime, within the quota."""
+"""Label store: packed predictions, found by row and time, trimmed by uptime, within the quota."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def test_bytes_that_are_no_results_are_refused(data: bytes) -> None:
         unpack_predictions(1, zlib.crc32(data, 1).to_bytes(4, "little") + data)
 
 
-def test_a_result_is_found_at_its_row_only(store: Store) -> None:
+def test_a_prediction_is_looked_up_by_its_exact_row(store: Store) -> None:
     keep(store, given_rows(5, site=["a"] * 10), given_rows(55))
     with store.transaction() as tx:
-        found = tx.labels.find_by_row("judge", 15)
-        assert found is not None
-        assert (found.row, found.predicted_class, found.slices) == (15, 0, {"site": "a"})
-        assert found.score == pytest.approx(0.015)
+        value_read = tx.labels.find_by_row("judge", 15)
+        assert value_read is not None
+        assert (value_read.row, value_read.predicted_class, value_read.slices) == (15, 0, {"site": "a"})
+        assert value_read.score == pytest.approx(0.015)
         assert tx.labels.find_by_row("judge", 16) is None
         assert tx.labels.find_by_row("judge", 4) is None
         assert tx.labels.find_by_row("judge", 101) is None
@@ -86,9 +86,9 @@ def test_a_result_is_found_at_its_row_only(store: Store) -> None:
 def test_a_time_belongs_to_the_nearest_result(store: Store, off_us: int, row: int) -> None:
     keep(store, given_rows(5), given_rows(55))
     with store.transaction() as tx:
-        found = tx.labels.find_nearest("judge", T0 + 15 * 20_000 + off_us)
-    assert found is not None
-    assert found.row == row
+        value_read = tx.labels.find_nearest("judge", T0 + 15 * 20_000 + off_us)
+    assert value_read is not None
+    assert value_read.row == row
 
 
 def test_a_time_far_from_every_result_belongs_to_none(store: Store) -> None:
@@ -100,12 +100,12 @@ def test_a_time_far_from_every_result_belongs_to_none(store: Store) -> None:
         assert tx.labels.find_nearest("judge", T0 + 10**12) is None
 
 
-def test_single_results_are_found_by_time_too(store: Store) -> None:
+def test_single_predictions_are_looked_up_by_time(store: Store) -> None:
     keep(store, *(given_rows(row, n=1) for row in range(5, 100, 5)))
     with store.transaction() as tx:
-        found = tx.labels.find_nearest("judge", T0 + 50 * 20_000 + 40_000)
-    assert found is not None
-    assert found.row == 50
+        value_read = tx.labels.find_nearest("judge", T0 + 50 * 20_000 + 40_000)
+    assert value_read is not None
+    assert value_read.row == 50
 
 
 def test_a_damaged_batch_of_results_is_as_if_it_were_not_there(store: Store) -> None:
@@ -135,11 +135,11 @@ def test_a_label_of_a_row_that_has_one_takes_its_place_and_counts_anew(store: St
         assert result is not None
         put = [tx.labels.store_label("judge", Label(15, None, text), result, 1) for text in ("a", "a", "b")]
     assert put == ["new", "same", "replaced"]
-    found = store.query(labels.load_labelled, "judge", "sha256:a", 10, 10)
-    assert [(one.number, one.first_number, one.label) for one in found] == [(2, 1, "b")]
+    value_read = store.query(labels.load_labelled, "judge", "sha256:a", 10, 10)
+    assert [(item.number, item.first_number, item.label) for item in value_read] == [(2, 1, "b")]
 
 
-def test_labels_that_took_the_place_of_others_push_no_more_out_than_there_are_too_many(store: Store) -> None:
+def test_replaced_labels_do_not_push_out_more_labels_than_necessary(store: Store) -> None:
     keep(store, given_rows(5, n=100))
     with store.transaction() as tx:
         for text in ("a", "b"):
@@ -149,8 +149,8 @@ def test_labels_that_took_the_place_of_others_push_no_more_out_than_there_are_to
                 tx.labels.store_label("judge", Label(row, None, text), result, 1)
         tx.labels.trim_labels("judge", 120, 1000)
         tx.labels.trim_labels("judge", 100, 1000)
-    found = store.query(labels.load_labelled, "judge", "sha256:a", 1000, 1000)
-    assert [(one.number, one.first_number) for one in found] == [(100 + i, i) for i in range(1, 101)]
+    value_read = store.query(labels.load_labelled, "judge", "sha256:a", 1000, 1000)
+    assert [(item.number, item.first_number) for item in value_read] == [(100 + i, i) for i in range(1, 101)]
 
 
 def test_a_label_outlives_the_result_it_is_of(store: Store) -> None:
@@ -160,11 +160,11 @@ def test_a_label_outlives_the_result_it_is_of(store: Store) -> None:
         assert result is not None
         tx.labels.store_label("judge", Label(15, None, "a"), result, 7)
         tx.labels.trim_predictions("judge", 10**9, 100)
-    [found] = store.query(labels.load_labelled, "judge", "sha256:a", 10, 10)
-    assert (found.prediction, found.received, found.source) == (result, 7, "human")
+    [value_read] = store.query(labels.load_labelled, "judge", "sha256:a", 10, 10)
+    assert (value_read.prediction, value_read.received, value_read.source) == (result, 7, "human")
 
 
-def test_only_the_newest_labels_are_kept(store: Store) -> None:
+def test_trimming_leaves_the_newest_labels(store: Store) -> None:
     keep(store, given_rows(5, n=100))
     with store.transaction() as tx:
         for row in range(5, 505, 5):
@@ -172,15 +172,15 @@ def test_only_the_newest_labels_are_kept(store: Store) -> None:
             assert result is not None
             tx.labels.store_label("judge", Label(row, None, "a"), result, 1)
         tx.labels.trim_labels("judge", 30, 1000)
-    found = store.query(labels.load_labelled, "judge", "sha256:a", 1000, 1000)
-    assert [one.number for one in found] == list(range(71, 101))
+    value_read = store.query(labels.load_labelled, "judge", "sha256:a", 1000, 1000)
+    assert [item.number for item in value_read] == list(range(71, 101))
 
 
 @pytest.mark.parametrize("pages", [2**19, 2**24, 2**30, 2**40])
 def test_labels_take_a_small_share_of_any_store(pages: int) -> None:
-    kept = label_capacity(pages)
-    assert 100 <= kept <= 5000
-    assert kept * 300 <= max(pages // 20, 100 * 300)
+    stored = label_capacity(pages)
+    assert 100 <= stored <= 5000
+    assert stored * 300 <= max(pages // 20, 100 * 300)
 
 
 def test_too_many_early_labels_are_turned_away(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The quota holds to the byte at any moment, and on a full disk there is still room to record and to delete."""
+"""Quota: it holds to the byte at any moment, and a full disk still allows recording and deleting."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class Mix:
         self.pinned: sqlite3.Connection | None = None
         self.most = 0
 
-    def step(self, what: str, n: int) -> None:
+    def step(self, operation: str, n: int) -> None:
         with contextlib.suppress(StorageFull):
-            getattr(self, what)(n)
+            getattr(self, operation)(n)
         self.weigh()
 
     def weigh(self) -> None:
@@ -110,14 +110,14 @@ def test_database_log_index_and_reserve_never_exceed_the_quota(mib: int, steps: 
     with tempfile.TemporaryDirectory() as folder:
         mix = Mix(Path(folder), mib << 20)
         try:
-            for what, n in steps:
-                mix.step(what, n)
+            for operation, n in steps:
+                mix.step(operation, n)
         finally:
             mix.close()
 
 
 @pytest.mark.parametrize("mib", [1, 4])
-def test_a_store_filled_to_the_brim_uses_its_quota_and_still_records_deliveries(tmp_path: Path, mib: int) -> None:
+def test_a_full_store_uses_its_quota_and_still_records_deliveries(tmp_path: Path, mib: int) -> None:
     mix = Mix(tmp_path, mib << 20)
     store = mix.device.store
     try:
@@ -141,9 +141,7 @@ def test_a_store_filled_to_the_brim_uses_its_quota_and_still_records_deliveries(
 
 
 @pytest.mark.parametrize("padding", [3300, 3600])
-def test_a_store_with_no_page_left_still_records_an_acknowledgement_and_makes_room(
-    tmp_path: Path, padding: int
-) -> None:
+def test_a_store_without_a_free_page_records_an_acknowledgement(tmp_path: Path, padding: int) -> None:
     device = Device(tmp_path, size=4 << 20, when_full="refuse")
     # So much that the row with the acknowledgement begins a page.
     for number in range(padding // 900 + 1):
@@ -166,7 +164,7 @@ def test_a_store_with_no_page_left_still_records_an_acknowledgement_and_makes_ro
     device.store.close()
 
 
-def test_a_reader_that_never_ends_has_writers_refused_and_the_quota_kept(tmp_path: Path) -> None:
+def test_an_endless_reader_blocks_writers_and_the_quota_holds(tmp_path: Path) -> None:
     mix = Mix(tmp_path, 1 << 20)
     try:
         mix.device.write("health", 5)
@@ -252,7 +250,7 @@ with device.store.transaction(vital=True) as tx:
     tx.outbox.set_acknowledged(AcknowledgedSeqs(400))
 device.turns(60)
 assert device.store.backlog().messages <= 102, device.store.backlog()
-assert len(device.kept()) < 400, len(device.kept())
+assert len(device.stored_seqs()) < 400, len(device.stored_seqs())
 rows = device.store.last_row("watch")
 (folder / "ballast").unlink()
 device.feed(1000)
@@ -333,7 +331,7 @@ store.close()
 
 
 def on_a_small_disk(folder: Path, code: str) -> str:
-    """What a program prints whose first argument is a disk of 16 MiB."""
+    """Return the output of a program whose first argument is a disk of 16 MiB."""
     unshare = shutil.which("unshare")
     script = 'mount -t tmpfs -o size=16m none "$1" && exec "$2" -c "$3" "$1"'
     command: list[Any] = ["sh", "-c", script, "sh", str(folder), sys.executable, code]
@@ -344,7 +342,7 @@ def on_a_small_disk(folder: Path, code: str) -> str:
     return done.stdout.strip()
 
 
-def test_on_a_disk_that_others_filled_deliveries_are_recorded_and_room_is_made(tmp_path: Path) -> None:
+def test_a_full_disk_still_records_deliveries_and_makes_room(tmp_path: Path) -> None:
     assert int(on_a_small_disk(tmp_path, _ON_A_FULL_DISK)) == 2 << 20
 
 

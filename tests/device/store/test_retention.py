@@ -1,4 +1,4 @@
-"""Messages stay for a while after they were acknowledged, for a collector that is restored from a backup."""
+"""Retention: acknowledged messages stay for a collector that is restored from a backup; growth is forecast."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def restore(world: World, through: int) -> None:
 
 
 def evictions(world: World) -> list[AuditPayload]:
-    found = world.store._fetch_all("SELECT topic, payload, jws FROM outbox WHERE topic LIKE '%/audit' ORDER BY seq")
+    result = world.store._fetch_all("SELECT topic, payload, jws FROM outbox WHERE topic LIKE '%/audit' ORDER BY seq")
     signer = jws.Signer(DEVICE, world.key.public)
-    bodies = [verify_message(t, p, [j], lambda _: signer).body for t, p, j in found]
+    bodies = [verify_message(t, p, [j], lambda _: signer).body for t, p, j in result]
     return [body for body in bodies if isinstance(body, AuditPayload) and body.event == "evicted"]
 
 
-def test_acknowledged_messages_are_kept_and_count_for_nothing(world: World) -> None:
+def test_acknowledged_messages_stay_and_are_not_part_of_the_backlog(world: World) -> None:
     delivered(world)
     assert world.store.outbox_size() == (0, 60)
     assert world.store.unacknowledged_messages(0, 100) == []
@@ -96,7 +96,7 @@ def test_a_restored_collector_gets_what_it_lost_and_nothing_is_declared(world: W
     assert world.store.outbox_size() == (0, last)
 
 
-def test_a_collector_with_nothing_left_gets_everything_that_is_kept(world: World) -> None:
+def test_an_empty_collector_gets_every_stored_message_again(world: World) -> None:
     delivered(world)
     restore(world, 0)
     writing(world)
@@ -104,7 +104,7 @@ def test_a_collector_with_nothing_left_gets_everything_that_is_kept(world: World
     assert world.collector.seqs() == set(range(1, int(world.store.get_meta("seq", "0")) + 1))
 
 
-def test_what_is_no_longer_kept_is_declared_with_the_acknowledgement_it_once_had(world: World) -> None:
+def test_deleted_messages_are_declared_with_their_acknowledgement(world: World) -> None:
     delivered(world)
     with world.store.transaction() as tx:
         tx.outbox.drop_acknowledged(40, 100)
@@ -122,9 +122,7 @@ def test_what_is_no_longer_kept_is_declared_with_the_acknowledgement_it_once_had
 
 
 @pytest.mark.parametrize("missing", [[], [(3, 9)], [(1, 60)]])
-def test_an_old_acknowledgement_replayed_a_hundred_times_brings_nothing_back(
-    world: World, missing: list[tuple[int, int]]
-) -> None:
+def test_a_replayed_old_acknowledgement_has_no_effect(world: World, missing: list[tuple[int, int]]) -> None:
     old = signed(world.collector_key, ACK_TOPIC, ack_body(world.store.log_id, 60 if missing else 7, missing))
     delivered(world)
     with world.store.transaction() as tx:
@@ -168,7 +166,7 @@ def test_delivery_broker_deletes_and_remembers_what_the_broker_has(make: Callabl
     assert world.store.outbox_size() == (0, 30)
 
 
-def test_the_retained_acknowledgement_of_a_restored_collector_alone_changes_nothing(world: World) -> None:
+def test_a_retained_acknowledgement_alone_changes_nothing(world: World) -> None:
     delivered(world)
     world.collector.leave()
     payload, token = signed(world.collector_key, ACK_TOPIC, ack_body(world.store.log_id, 20, [(5, 6)]))
@@ -191,13 +189,13 @@ def at(boot_s: float) -> ClockReading:
 
 def test_uptime_goes_on_over_boots_and_never_back() -> None:
     assert uptime_s("", 1, at(50.0)) == 50.0
-    kept = uptime_json(1, at(50.0), 50.0)
-    assert uptime_s(kept, 1, at(80.0)) == 80.0
-    assert uptime_s(kept, 2, at(10.0)) == 60.0
-    assert uptime_s(kept, 1, at(20.0)) == 50.0
+    stored = uptime_json(1, at(50.0), 50.0)
+    assert uptime_s(stored, 1, at(80.0)) == 80.0
+    assert uptime_s(stored, 2, at(10.0)) == 60.0
+    assert uptime_s(stored, 1, at(20.0)) == 50.0
 
 
-def test_steps_say_when_how_much_was_acknowledged_and_stay_few() -> None:
+def test_the_history_of_acknowledgements_stays_short() -> None:
     steps = ""
     for at_s in range(0, 400_000, 60):
         steps = append_history(steps, at_s, at_s // 60 + 1, 172_800.0) or steps
@@ -212,7 +210,7 @@ MIB = 1 << 20
 
 
 def grown(hours: float, base_per_h: float, tooth: float = 0.0, period_s: float = 60.0, start: int = MIB) -> Growth:
-    """What cannot go, seen every ten seconds: a base that grows, and teeth that every `period_s` fall back to it."""
+    """Return growth sampled every ten seconds: a rising base with a sawtooth of period `period_s`."""
     growth = Growth()
     for at_s in range(0, round(hours * 3600), 10):
         growth.add_sample(at_s, round(start + base_per_h * at_s / 3600 + tooth * (at_s % period_s) / period_s))
@@ -220,7 +218,7 @@ def grown(hours: float, base_per_h: float, tooth: float = 0.0, period_s: float =
 
 
 @pytest.mark.parametrize("tooth", [0.0, 50.0 * MIB])
-def test_a_steady_growth_is_told_however_high_the_teeth_on_it_are(tooth: float) -> None:
+def test_steady_growth_is_measured_through_a_sawtooth(tooth: float) -> None:
     hours = grown(6.0, MIB, tooth).hours_until(101 * MIB)
     assert hours == pytest.approx(94.0, abs=1.0)
 
@@ -230,13 +228,13 @@ def test_what_does_not_grow_has_no_end() -> None:
     assert grown(6.0, -MIB, start=20 * MIB).hours_until(101 * MIB) is None
 
 
-def test_nothing_is_told_before_there_is_enough_to_tell() -> None:
+def test_there_is_no_forecast_before_there_are_enough_samples() -> None:
     assert Growth().hours_until(MIB) is None
     assert grown(0.4, MIB).hours_until(101 * MIB) is None
     assert grown(0.8, MIB).hours_until(101 * MIB) is not None
 
 
-def test_an_outage_after_a_quiet_day_is_told_within_two_hours() -> None:
+def test_an_outage_after_a_quiet_day_is_forecast_within_two_hours() -> None:
     growth = grown(24.0, 0.0)
     for at_s in range(24 * 3600, 26 * 3600, 10):
         growth.add_sample(at_s, round(MIB + MIB * (at_s - 24 * 3600) / 3600))

@@ -1,4 +1,4 @@
-"""Columns of readings: packing gives back what went in, and what is not a reading is refused with its reason."""
+"""Rows: packing is lossless, and input that is no reading is rejected with a reason."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def any_rows(draw: st.DrawFn, times: st.SearchStrategy[int] = INT64) -> Rows:
     return Rows(t, tuple(draw(hn.arrays(dtype, n)) for dtype in DTYPES))
 
 
-def one(field: FieldConfig, *values: Any, **others: Any) -> ValidatedRows:
+def validate_field(field: FieldConfig, *values: Any, **others: Any) -> ValidatedRows:
     """`values` of a stream with this one field, checked."""
     return validate_columns(
         RawColumns(len(values), others.pop("t", None), {field.name: list(values)}),
@@ -58,7 +58,7 @@ def one(field: FieldConfig, *values: Any, **others: Any) -> ValidatedRows:
 def reason(field: FieldConfig, value: Any) -> str:
     """Why `value` alone was refused between two good values."""
     good = "on" if field.type == "category" else 1
-    checked = one(field, good, value, good)
+    checked = validate_field(field, good, value, good)
     assert list(checked.rejected) == [1], f"{value!r} was taken"
     assert len(checked.rows) == 2
     return checked.rejected[1]
@@ -89,7 +89,7 @@ def test_times_that_run_back_or_span_more_than_71_minutes_take_eight_bytes(t: li
 
 
 @given(any_rows(), st.data())
-def test_one_flipped_bit_anywhere_in_a_chunk_is_found(rows: Rows, data: st.DataObject) -> None:
+def test_one_flipped_bit_anywhere_in_a_chunk_is_detected(rows: Rows, data: st.DataObject) -> None:
     packed = pack_chunk(rows)
     bit = data.draw(st.integers(0, 8 * len(packed.data) - 1))
     flipped = bytearray(packed.data)
@@ -99,7 +99,7 @@ def test_one_flipped_bit_anywhere_in_a_chunk_is_found(rows: Rows, data: st.DataO
 
 
 @pytest.mark.parametrize("wrong", [{"first_t": 7}, {"n": 2}, {"time_bytes": 8}, {"crc": 0}])
-def test_a_chunk_whose_time_or_count_was_changed_is_found(wrong: dict[str, Any]) -> None:
+def test_a_chunk_with_a_changed_time_or_count_is_detected(wrong: dict[str, Any]) -> None:
     packed = pack_chunk(Rows(np.array([1, 2, 3]), (np.zeros(3, "<f4"),)))
     with pytest.raises(ValueError, match="CRC"):
         unpack_chunk(replace(packed, **wrong), FIELDS[:1])
@@ -127,7 +127,7 @@ def test_the_digest_differs_when_one_value_differs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
+    ("field", "value", "expected_reason"),
     [
         (FieldConfig(name="ax"), "fast", "ax = 'fast' is no number"),
         (FieldConfig(name="ax"), "1.5", "ax = '1.5' is no number"),
@@ -163,32 +163,32 @@ def test_the_digest_differs_when_one_value_differs() -> None:
         (FieldConfig(name="mode", type="category"), None, "mode is missing"),
     ],
 )
-def test_a_value_that_is_no_reading_is_refused_with_its_reason_and_its_neighbours_are_kept(
-    field: FieldConfig, value: Any, said: str
+def test_an_invalid_value_is_rejected_with_a_reason_and_others_stay(
+    field: FieldConfig, value: Any, expected_reason: str
 ) -> None:
-    assert reason(field, value) == said
+    assert reason(field, value) == expected_reason
 
 
 def test_a_category_has_at_most_64_characters() -> None:
     field = FieldConfig(name="mode", type="category")
-    assert one(field, "x" * 64).categories == {0: ["x" * 64]}
+    assert validate_field(field, "x" * 64).categories == {0: ["x" * 64]}
     assert "64 characters" in reason(field, "x" * 65)
 
 
 @pytest.mark.parametrize("kind", ["f32", "f64", "i64"])
 def test_a_truth_value_among_numbers_is_not_taken_for_one(kind: Any) -> None:
-    checked = one(FieldConfig(name="x", type=kind), 1, True, 2)
+    checked = validate_field(FieldConfig(name="x", type=kind), 1, True, 2)
     assert list(checked.rejected) == [1]
     assert checked.rows.columns[0].tolist() == [1, 2]
 
 
-def test_whole_numbers_keep_all_64_bits_whatever_stands_beside_them() -> None:
-    checked = one(FieldConfig(name="n", type="i64"), 2**63 - 1, -(2**63), 2**53 + 1, 3.0, 2**70)
+def test_integers_keep_all_64_bits_in_a_mixed_column() -> None:
+    checked = validate_field(FieldConfig(name="n", type="i64"), 2**63 - 1, -(2**63), 2**53 + 1, 3.0, 2**70)
     assert checked.rows.columns[0].tolist() == [2**63 - 1, -(2**63), 2**53 + 1, 3]
     assert list(checked.rejected) == [4]
 
 
-def test_missing_values_of_optional_fields_are_nan_and_the_category_of_nothing() -> None:
+def test_missing_optional_values_are_nan_or_category_zero() -> None:
     fields = [FieldConfig(name="x", optional=True), FieldConfig(name="m", type="category", optional=True)]
     checked = validate_columns(
         RawColumns(2, None, {"x": [None, 1], "m": [None, "on"]}), StreamConfig(fields=fields), NOW_US, None
@@ -201,7 +201,7 @@ def test_missing_values_of_optional_fields_are_nan_and_the_category_of_nothing()
 
 
 @pytest.mark.parametrize(
-    ("values", "t", "said"),
+    ("values", "t", "expected_reason"),
     [
         ({"ax": [1]}, None, "field 'ay' is missing"),
         ({"ax": [1], "ay": [1], "az": [1]}, None, "'az' is not a field of this stream; did you mean 'ay'?"),
@@ -209,14 +209,14 @@ def test_missing_values_of_optional_fields_are_nan_and_the_category_of_nothing()
         ({"ax": [1], "ay": [1]}, [1, 2], "t has 2 values, 1 are needed"),
     ],
 )
-def test_columns_that_do_not_fit_the_stream_are_refused_as_a_whole(values: Any, t: Any, said: str) -> None:
+def test_columns_that_do_not_fit_the_stream_are_refused_as_a_whole(values: Any, t: Any, expected_reason: str) -> None:
     stream = StreamConfig(fields=[FieldConfig(name="ax"), FieldConfig(name="ay")])
-    with pytest.raises(RowRejected, match=said.replace("?", r"\?")):
+    with pytest.raises(RowRejected, match=expected_reason.replace("?", r"\?")):
         validate_columns(RawColumns(1, t, values), stream, NOW_US, None)
 
 
 @pytest.mark.parametrize(
-    ("t", "said"),
+    ("t", "expected_reason"),
     [
         (-1.0, "t = -1 is before 1970"),
         (1_764_022_680_000, "t = 1.76402268e+12 is after 2100; give seconds since 1970, not milliseconds"),
@@ -227,14 +227,14 @@ def test_columns_that_do_not_fit_the_stream_are_refused_as_a_whole(values: Any, 
         (False, "t = 'False' is no number"),
     ],
 )
-def test_a_time_that_is_none_is_refused_with_its_reason(t: Any, said: str) -> None:
-    checked = one(FieldConfig(name="x"), 1, 2, t=[t, 1_764_022_680.5])
-    assert checked.rejected == {0: said}
+def test_a_time_that_is_none_is_refused_with_its_reason(t: Any, expected_reason: str) -> None:
+    checked = validate_field(FieldConfig(name="x"), 1, 2, t=[t, 1_764_022_680.5])
+    assert checked.rejected == {0: expected_reason}
     assert checked.rows.t.tolist() == [1_764_022_680_500_000]
 
 
-def test_time_that_runs_backwards_is_refused_and_what_is_late_enough_is_kept() -> None:
-    checked = one(FieldConfig(name="x"), 1, 2, 3, 4, 5, t=[10, 30, 20, 30, 31])
+def test_times_that_run_backwards_are_rejected() -> None:
+    checked = validate_field(FieldConfig(name="x"), 1, 2, 3, 4, 5, t=[10, 30, 20, 30, 31])
     assert checked.rejected == {2: "t = 20.000000 runs backwards, 30.000000 came before"}
     assert checked.rows.t.tolist() == [10_000_000, 30_000_000, 30_000_000, 31_000_000]
     assert checked.latest_us == 31_000_000
@@ -247,26 +247,26 @@ def test_time_runs_on_from_the_producers_last_rows() -> None:
 
 
 def test_the_time_of_a_refused_row_does_not_hold_back_the_rows_after_it() -> None:
-    checked = one(FieldConfig(name="x", max=5), 1, 9, 2, t=[10, 99, 11])
+    checked = validate_field(FieldConfig(name="x", max=5), 1, 9, 2, t=[10, 99, 11])
     assert list(checked.rejected) == [1]
     assert checked.latest_us == 11_000_000
 
 
-def test_rows_without_a_time_get_the_present_one_and_do_not_count_as_the_producers_clock() -> None:
-    checked = one(FieldConfig(name="x"), 1, 2, 3, t=[10, None, 11])
+def test_rows_without_a_time_get_the_current_time() -> None:
+    checked = validate_field(FieldConfig(name="x"), 1, 2, 3, t=[10, None, 11])
     assert checked.rows.t.tolist() == [10_000_000, NOW_US, 11_000_000]
     assert checked.latest_us == 11_000_000
-    assert one(FieldConfig(name="x"), 1).rows.t.tolist() == [NOW_US]
-    assert one(FieldConfig(name="x"), 1).latest_us is None
+    assert validate_field(FieldConfig(name="x"), 1).rows.t.tolist() == [NOW_US]
+    assert validate_field(FieldConfig(name="x"), 1).latest_us is None
 
 
 @given(st.floats(width=64, allow_nan=False, allow_infinity=False), st.floats(-1e9, 1e9), st.floats(-1e9, 1e9))
 def test_what_was_taken_once_is_taken_again_when_it_comes_back_as_f32(value: float, low: float, high: float) -> None:
     field = FieldConfig(name="x", min=min(low, high), max=max(low, high))
-    once = one(field, value)
+    once = validate_field(field, value)
     if not once.rejected:
         back = once.rows.columns[0].tolist()
-        again = one(field, *back)
+        again = validate_field(field, *back)
         assert again.rejected == {}
         assert again.rows.columns[0].tolist() == back
 
@@ -278,13 +278,13 @@ def test_what_was_taken_once_is_taken_again_when_it_comes_back_as_f32(value: flo
 )
 def test_each_row_is_either_taken_or_named(values: list[Any], kind: Any, optional: bool) -> None:
     field = FieldConfig(name="x", type=kind, optional=optional and kind != "i64")
-    checked = one(field, *values)
+    checked = validate_field(field, *values)
     assert len(checked.rows) + len(checked.rejected) == len(values)
-    alone = [one(field, value) for value in values]
+    alone = [validate_field(field, value) for value in values]
     assert checked.rejected == {i: one_alone.rejected[0] for i, one_alone in enumerate(alone) if one_alone.rejected}
-    kept = [one_alone.rows for one_alone in alone if not one_alone.rejected]
-    if kept:
-        assert checked.rows.digest() == concatenate(kept).digest()
+    remaining = [one_alone.rows for one_alone in alone if not one_alone.rejected]
+    if remaining:
+        assert checked.rows.digest() == concatenate(remaining).digest()
 
 
 @given(
@@ -300,12 +300,12 @@ def test_a_numpy_column_is_judged_as_its_values_one_by_one(
     together = validate_columns(
         RawColumns(len(values), None, {"x": np.array(values, dtype)}), StreamConfig(fields=[field]), NOW_US, None
     )
-    alone = [one(field, value) for value in values]
+    alone = [validate_field(field, value) for value in values]
     assert together.rejected == {i: one_alone.rejected[0] for i, one_alone in enumerate(alone) if one_alone.rejected}
     assert together.rows.columns[0].dtype == alone[0].rows.columns[0].dtype
-    kept = [one_alone.rows for one_alone in alone if not one_alone.rejected]
-    if kept:
-        assert together.rows.digest() == concatenate(kept).digest()
+    remaining = [one_alone.rows for one_alone in alone if not one_alone.rejected]
+    if remaining:
+        assert together.rows.digest() == concatenate(remaining).digest()
 
 
 @given(st.lists(st.integers(-2, 12), min_size=1, max_size=8), st.integers(0, 10))
@@ -338,7 +338,7 @@ def test_numpy_columns_are_taken_as_they_are() -> None:
     data=st.binary(max_size=200),
     crc=st.none() | st.integers(0, 2**32 - 1),
 )
-def test_whatever_stands_in_a_chunk_is_unpacked_or_refused_with_a_value_error(
+def test_any_bytes_are_unpacked_or_raise_a_value_error(
     n: int, first_t: int, time_bytes: int, data: bytes, crc: int | None
 ) -> None:
     # Without a CRC of its own the chunk gets the right one: damage before it was computed.

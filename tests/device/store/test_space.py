@@ -1,4 +1,4 @@
-"""A store that runs short: the least important goes first, and exactly what went is declared."""
+"""Space management: the least important data goes first, and everything evicted is declared."""
 
 from __future__ import annotations
 
@@ -106,14 +106,14 @@ class Device:
                 pass
             self.boot_s += every_s
 
-    def kept(self) -> list[int]:
+    def stored_seqs(self) -> list[int]:
         return [int(row[0]) for row in self.store._fetch_all("SELECT seq FROM outbox ORDER BY seq")]
 
     def messages(self) -> list[VerifiedMessage]:
         signer = jws.Signer("pi-07", KEY.public)
-        found = self.store._fetch_all("SELECT topic, payload, jws FROM outbox ORDER BY seq")
+        result = self.store._fetch_all("SELECT topic, payload, jws FROM outbox ORDER BY seq")
         return [
-            verify_message(t, p, [j], lambda _: signer) for t, p, j in found if t.split("/")[3] in ("audit", "alerts")
+            verify_message(t, p, [j], lambda _: signer) for t, p, j in result if t.split("/")[3] in ("audit", "alerts")
         ]
 
     def bodies(self, kind: type[LoggedPayload]) -> list[Any]:
@@ -126,9 +126,9 @@ class Device:
         pairs = [pair for body in self.evictions() for pair in body.evidence.get("seq", [])]
         return {seq for first, last in pairs for seq in range(first, last + 1)}
 
-    def gone(self) -> set[int]:
+    def deleted_seqs(self) -> set[int]:
         last = int(self.store.get_meta("seq", "0"))
-        return set(range(1, last + 1)) - set(self.kept())
+        return set(range(1, last + 1)) - set(self.stored_seqs())
 
 
 Make = Callable[..., Device]
@@ -154,9 +154,9 @@ def share(device: Device) -> float:
 def test_nothing_goes_before_space_is_short(make: Make) -> None:
     device = make()
     device.fill(share=0.8)
-    before = device.kept()
+    before = device.stored_seqs()
     device.turns(600)
-    assert device.kept() == before
+    assert device.stored_seqs() == before
     assert device.early == []
 
 
@@ -168,14 +168,14 @@ def test_acknowledged_messages_go_first_and_are_not_declared(make: Make) -> None
     device.acknowledge(last - 50)
     device.turns(10)
     assert share(device) <= space.EVICTION_STOP
-    assert device.gone() <= set(range(1, last - 49))
+    assert device.deleted_seqs() <= set(range(1, last - 49))
     assert device.evictions() == []
     assert device.store.first_row("watch") == 1
     assert device.early == []
     assert device.store.backlog().messages == 50
 
 
-def test_used_readings_go_next_and_those_that_should_have_stayed_are_declared(make: Make) -> None:
+def test_used_readings_go_next_and_early_deletions_are_declared(make: Make) -> None:
     device = make()
     device.feed(60_000)
     device.use(50_000)
@@ -187,11 +187,11 @@ def test_used_readings_go_next_and_those_that_should_have_stayed_are_declared(ma
     (body,) = device.evictions()
     assert body.evidence["rows"] == [[1, first - 1]]
     assert (body.evidence["used"], body.evidence["stream"], body.evidence["reason"]) == (True, "watch", NO_ROOM)
-    assert device.declared() == device.gone()
+    assert device.declared() == device.deleted_seqs()
     assert device.bodies(AlertPayload) == []
 
 
-def test_what_waits_is_run_before_it_is_given_up_and_a_task_that_gets_on_loses_nothing(make: Make) -> None:
+def test_waiting_rows_are_run_early_before_any_is_evicted(make: Make) -> None:
     device = make()
     device.feed(60_000)
     device.fill()
@@ -203,7 +203,7 @@ def test_what_waits_is_run_before_it_is_given_up_and_a_task_that_gets_on_loses_n
     assert len(device.early) >= 2
 
 
-def test_readings_that_a_broken_task_never_used_are_declared_and_its_cursor_moves_with_them(make: Make) -> None:
+def test_evicted_unused_readings_are_declared_and_the_cursor_moves(make: Make) -> None:
     device = make(stuck={"exercise"})
     device.feed(20_000)
     device.use(1234)
@@ -217,7 +217,7 @@ def test_readings_that_a_broken_task_never_used_are_declared_and_its_cursor_move
     assert [body.evidence["rows"] for body in unused] == [[[1235, first - 1]]]
     assert unused[0].evidence["tasks"] == ["exercise"]
     assert "not used by exercise" in unused[0].summary
-    assert device.declared() == device.gone()
+    assert device.declared() == device.deleted_seqs()
     assert device.early
     batch = device.store.read_rows("watch", WATCH.fields, first - 1, 10)
     assert batch is not None
@@ -243,10 +243,10 @@ def test_messages_go_only_while_nothing_is_acknowledged(make: Make) -> None:
     for _ in range(8):
         device.turns(20)
         device.acknowledge(device.store.acknowledged().through + 1)
-    assert len(device.gone()) <= 8
+    assert len(device.deleted_seqs()) <= 8
     assert device.evictions() == []
     device.turns(120)
-    assert device.declared() == device.gone() - set(range(1, 9))
+    assert device.declared() == device.deleted_seqs() - set(range(1, 9))
     assert share(device) <= space.EVICTION_STOP
 
 
@@ -260,9 +260,9 @@ def test_the_least_important_kind_goes_first_and_alerts_last(make: Make) -> None
     device.fill("health")
     kinds = dict(device.store._fetch_all("SELECT seq, topic FROM outbox"))
     device.turns(200)
-    gone = {kinds[seq].split("/")[3] for seq in device.gone() if seq in kinds}
-    assert gone == {"health"}
-    assert device.declared() == device.gone()
+    removed = {kinds[seq].split("/")[3] for seq in device.deleted_seqs() if seq in kinds}
+    assert removed == {"health"}
+    assert device.declared() == device.deleted_seqs()
     for _ in range(4):
         device.fill("alerts")
         device.turns(200)
@@ -270,7 +270,7 @@ def test_the_least_important_kind_goes_first_and_alerts_last(make: Make) -> None
     left = {topic.split("/")[3] for _, topic in device.store._fetch_all("SELECT seq, topic FROM outbox")}
     assert left == {"alerts", "audit"}
     assert sum(topic.endswith("/audit") for _, topic in device.store._fetch_all("SELECT seq, topic FROM outbox")) >= 30
-    assert device.declared() == device.gone()
+    assert device.declared() == device.deleted_seqs()
 
 
 def test_what_compares_bundles_goes_before_any_result(make: Make) -> None:
@@ -280,9 +280,9 @@ def test_what_compares_bundles_goes_before_any_result(make: Make) -> None:
     shadows = set(range(41, 1 + int(device.store.get_meta("seq", "0"))))
     device.fill("results")
     device.turns(100)
-    assert device.gone()
-    assert device.gone() <= shadows
-    assert device.declared() == device.gone()
+    assert device.deleted_seqs()
+    assert device.deleted_seqs() <= shadows
+    assert device.declared() == device.deleted_seqs()
 
 
 def test_weeks_of_evictions_make_one_message_and_one_alert(make: Make) -> None:
@@ -290,14 +290,14 @@ def test_weeks_of_evictions_make_one_message_and_one_alert(make: Make) -> None:
     for _ in range(15):
         device.fill()
         device.turns(130)
-    assert len(device.gone()) > 1000
-    assert device.declared() == device.gone()
+    assert len(device.deleted_seqs()) > 1000
+    assert device.declared() == device.deleted_seqs()
     assert len(device.evictions()) == 1
     assert [alert.state for alert in device.bodies(AlertPayload)] == ["raised"]
-    assert device.store.backlog().messages == len(device.kept())
+    assert device.store.backlog().messages == len(device.stored_seqs())
 
 
-def test_the_alert_is_cleared_when_what_waited_was_delivered_and_raised_again_by_the_next_time(make: Make) -> None:
+def test_the_storage_alert_clears_after_delivery_and_can_be_raised_again(make: Make) -> None:
     device = make()
     device.fill()
     device.turns(200)
@@ -319,7 +319,7 @@ def test_a_declaration_never_exceeds_what_the_broker_takes(make: Make, max_bytes
         device.write("alerts", 1, size=200)
     device.fill("health")
     device.turns(200)
-    assert device.declared() == device.gone()
+    assert device.declared() == device.deleted_seqs()
     sizes = [len(message.payload) for message in device.messages() if isinstance(message.body, AuditPayload)]
     assert max(sizes) <= max_bytes
     assert (len(sizes) > 1) == (max_bytes == 2_000)
@@ -329,9 +329,9 @@ def test_with_refuse_nothing_undelivered_or_unused_goes(make: Make) -> None:
     device = make(when_full="refuse", stuck={"exercise"})
     device.feed(40_000)
     device.fill()
-    before = device.kept()
+    before = device.stored_seqs()
     device.turns(600)
-    assert device.kept() == before
+    assert device.stored_seqs() == before
     assert device.store.first_row("watch") == 1
     assert share(device) > space.EVICTION_START
 
@@ -343,7 +343,7 @@ def test_a_disk_smaller_than_the_quota_counts(make: Make, monkeypatch: pytest.Mo
     device.fill(share=0.9)
     device.turns(200)
     assert device.store.used_bytes() <= small * space.EVICTION_STOP
-    assert device.declared() == device.gone() != set()
+    assert device.declared() == device.deleted_seqs() != set()
 
 
 def test_a_declaration_that_was_acknowledged_is_left_alone(make: Make) -> None:
@@ -371,9 +371,7 @@ def evict(device: Device, seqs: list[tuple[int, int]]) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [('"seq":[[2,3]]', '"seq":[[2,7]]'), ('"evidence":{', '"evidence":[')])
-def test_a_declaration_that_the_disk_has_changed_is_not_folded_into_the_next_and_what_it_said_is_said_again(
-    make: Make, before: str, after: str
-) -> None:
+def test_a_damaged_declaration_is_not_merged_and_is_repeated(make: Make, before: str, after: str) -> None:
     device = make()
     device.write("health", 8)
     evict(device, [(2, 3)])
@@ -382,12 +380,12 @@ def test_a_declaration_that_the_disk_has_changed_is_not_folded_into_the_next_and
     assert device.store.pending_messages([9]) != []
     quarantine_damaged(device.store, device.author, [9], device.now())
     assert device.store._fetch_all("SELECT seq FROM quarantined_messages") == [(9,)]
-    assert device.declared() == device.gone() == {2, 3, 6, 9}
+    assert device.declared() == device.deleted_seqs() == {2, 3, 6, 9}
     reasons = [(body.evidence["reason"], body.evidence["seq"]) for body in device.evictions()]
     assert reasons == [(NO_ROOM, [[6, 6]]), (DAMAGED, [[2, 3], [9, 9]])]
 
 
-def test_a_declaration_that_the_disk_has_changed_waits_to_be_set_aside_however_short_space_is(make: Make) -> None:
+def test_a_damaged_declaration_is_never_evicted(make: Make) -> None:
     device = make()
     device.write("health", 8)
     evict(device, [(2, 3)])
@@ -395,13 +393,13 @@ def test_a_declaration_that_the_disk_has_changed_waits_to_be_set_aside_however_s
     device.write("health", 8)
     device.fill("audit")
     device.turns(200)
-    assert 9 in device.kept()
-    assert len(device.gone()) > 10
+    assert 9 in device.stored_seqs()
+    assert len(device.deleted_seqs()) > 10
     quarantine_damaged(device.store, device.author, [9], device.now())
-    assert device.declared() == device.gone()
+    assert device.declared() == device.deleted_seqs()
 
 
-def test_what_a_damaged_declaration_said_of_messages_that_were_acknowledged_is_not_said_again(make: Make) -> None:
+def test_a_damaged_declaration_of_acknowledged_messages_is_not_repeated(make: Make) -> None:
     device = make()
     device.write("health", 8)
     device.acknowledge(4)
@@ -411,7 +409,7 @@ def test_what_a_damaged_declaration_said_of_messages_that_were_acknowledged_is_n
     assert device.declared() == {5, 9}
 
 
-def test_what_is_kept_for_a_while_goes_after_it_and_a_clock_set_far_ahead_deletes_no_message(make: Make) -> None:
+def test_retention_counts_uptime_and_not_the_wall_clock(make: Make) -> None:
     device = make()
     device.write("health", 10, size=10)
     with device.store.transaction() as tx:
@@ -420,8 +418,8 @@ def test_what_is_kept_for_a_while_goes_after_it_and_a_clock_set_far_ahead_delete
     for boot_s, left in ((1000 + 47 * 3600.0, 10), (1000 + 49 * 3600.0, 4)):
         device.boot_s = boot_s
         device.space.tick(ClockReading(WALL_US + 10**15, boot_s, "synced"))
-        assert len(device.kept()) == left
-    assert device.kept() == [3, 4, 9, 10]
+        assert len(device.stored_seqs()) == left
+    assert device.stored_seqs() == [3, 4, 9, 10]
     assert device.store.backlog().messages == 4
     assert device.evictions() == []
 
@@ -436,11 +434,11 @@ def test_counts_of_what_waits_are_those_of_the_table(make: Make) -> None:
     with device.store.transaction() as tx:
         assert tx.outbox.set_acknowledged(AcknowledgedSeqs(6)) == []
         assert tx.outbox.set_acknowledged(AcknowledgedSeqs(0)) == [(1, 1)]
-    found = device.store._fetch_all("SELECT count(*), sum(length(payload) + length(jws) + length(topic)) FROM outbox")
+    result = device.store._fetch_all("SELECT count(*), sum(length(payload) + length(jws) + length(topic)) FROM outbox")
     waiting = device.store.backlog()
-    assert [(waiting.messages, waiting.bytes)] == found
+    assert [(waiting.messages, waiting.bytes)] == result
     assert waiting.messages == 27
-    assert ranges.from_numbers(device.kept()) == [(2, 8), (10, 29)]
+    assert ranges.from_numbers(device.stored_seqs()) == [(2, 8), (10, 29)]
 
 
 def steps(device: Device, look: Callable[[], object]) -> int:
@@ -460,23 +458,25 @@ def steps(device: Device, look: Callable[[], object]) -> int:
     return 10 * count
 
 
-def test_looking_at_the_outbox_costs_the_same_however_much_waits_or_is_kept(make: Make) -> None:
+def test_the_cost_of_outbox_queries_is_independent_of_its_size(make: Make) -> None:
     costs = []
-    for kept, waiting in ((100, 100), (2000, 2000)):
+    for stored, waiting in ((100, 100), (2000, 2000)):
         device = make(size=64 << 20)
-        device.write("health", kept + waiting, size=100)
-        device.acknowledge(kept)
+        device.write("health", stored + waiting, size=100)
+        device.acknowledge(stored)
 
-        def look(store: Store = device.store, kept: int = kept) -> None:
-            assert [message.seq for message in store.unacknowledged_messages(0, 5)] == list(range(kept + 1, kept + 6))
-            assert [message.seq for message in store.pending_messages([1, kept + 7])] == [kept + 7]
+        def look(store: Store = device.store, stored: int = stored) -> None:
+            assert [message.seq for message in store.unacknowledged_messages(0, 5)] == list(
+                range(stored + 1, stored + 6)
+            )
+            assert [message.seq for message in store.pending_messages([1, stored + 7])] == [stored + 7]
             assert store.outbox_size()[0] > 0
 
         costs.append(steps(device, look))
     assert costs[1] <= costs[0] + 50
 
 
-def test_results_kept_for_labels_go_before_anything_that_was_not_delivered(make: Make) -> None:
+def test_stored_predictions_go_before_undelivered_messages(make: Make) -> None:
     device = make()
     row = np.arange(1, 401, dtype=np.int64)
     while device.store.used_bytes() < 0.5 * device.store.limit_bytes():
@@ -488,11 +488,11 @@ def test_results_kept_for_labels_go_before_anything_that_was_not_delivered(make:
     device.turns()
     assert device.store.used_bytes() < 0.86 * device.store.limit_bytes()
     assert device.evictions() == []
-    kept = device.store.query(labels.load_span, "exercise")
-    assert kept is None or kept.first > 1
+    stored = device.store.query(labels.load_span, "exercise")
+    assert stored is None or stored.first > 1
 
 
-def test_results_kept_for_labels_go_after_the_time_the_config_says(make: Make) -> None:
+def test_stored_predictions_expire_as_configured(make: Make) -> None:
     device = make()
     row = np.arange(1, 11, dtype=np.int64)
     given = StoredPredictions("sha256:a", row, row * 1000, row % 7, None, None, {})

@@ -1,4 +1,4 @@
-"""The device store: what was committed is there after anything, and nothing of what was not."""
+"""Device store: a committed transaction survives anything, and an aborted one leaves nothing."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def append(store: Store, rows: Rows) -> int:
 
 
 def values(store: Store) -> list[int]:
-    found: list[int] = rows_of(store, "numbers", NUMBERS).columns[0].tolist()
-    return found
+    result: list[int] = rows_of(store, "numbers", NUMBERS).columns[0].tolist()
+    return result
 
 
 def raw_database(folder: Path) -> sqlite3.Connection:
@@ -96,13 +96,13 @@ def test_what_was_committed_is_there_after_kill_9(tmp_path: Path) -> None:
                 acknowledged = int(process.stdout.readline())
             time.sleep(rng.random() * 0.01)
             process.kill()
-            said = process.stdout.read().splitlines()
-            acknowledged = max([acknowledged, *(int(line) for line in said if line)])
+            text = process.stdout.read().splitlines()
+            acknowledged = max([acknowledged, *(int(line) for line in text if line)])
         store = opened(tmp_path)
-        found = values(store)
-        assert len(found) >= acknowledged
-        assert found == list(range(1, len(found) + 1))
-        assert store.last_row("numbers") == len(found)
+        result = values(store)
+        assert len(result) >= acknowledged
+        assert result == list(range(1, len(result) + 1))
+        assert store.last_row("numbers") == len(result)
         store.close()
     assert acknowledged > 20
 
@@ -139,7 +139,7 @@ def test_a_visitor_who_may_write_takes_nothing_along_when_leaving(tmp_path: Path
 
 
 def locked(path: Path) -> bool:
-    """Whether any process holds a lock on a file."""
+    """Return True if any process holds a lock on a file."""
     return f":{path.stat().st_ino} " in Path("/proc/locks").read_text(encoding="ascii")
 
 
@@ -174,7 +174,7 @@ def test_a_transaction_that_raises_leaves_nothing_behind(tmp_path: Path) -> None
     store.close()
 
 
-def test_a_second_process_on_the_same_folder_is_refused_and_told_which_one_has_it(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_and_the_first_one_named(tmp_path: Path) -> None:
     store = opened(tmp_path)
     code = "import sys; from pathlib import Path; from agent.device.recovery.open import open_store; open_store(Path(sys.argv[1]))"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
@@ -197,7 +197,7 @@ def test_the_folder_is_free_again_after_the_owner_was_killed(tmp_path: Path) -> 
     opened(tmp_path).close()
 
 
-def test_a_reader_beside_the_writer_sees_each_commit_and_cannot_write(tmp_path: Path) -> None:
+def test_a_concurrent_reader_sees_each_commit_and_cannot_write(tmp_path: Path) -> None:
     store = opened(tmp_path)
     append(store, numbers(1, 3))
     reader = Store.open_read_only(tmp_path)
@@ -213,7 +213,7 @@ def test_a_reader_beside_the_writer_sees_each_commit_and_cannot_write(tmp_path: 
     store.close()
 
 
-def test_a_reader_without_a_store_to_read_is_told(tmp_path: Path) -> None:
+def test_a_reader_without_a_store_gets_an_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=re.escape(str(tmp_path))):
         Store.open_read_only(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -244,22 +244,22 @@ def test_a_pragma_that_does_not_take_hold_is_no_store(tmp_path: Path, monkeypatc
 
 
 def test_a_store_is_numbered_once_and_boots_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
+    result = []
     for boot_id in ("a", "a", "b", "", ""):
         monkeypatch.setattr("agent.clock.boot_id", lambda boot_id=boot_id: boot_id)
         store = open_store(tmp_path)
-        found.append((store.log_id, store.boot))
+        result.append((store.log_id, store.boot))
         store.close()
-    assert [boot for _, boot in found] == [1, 1, 2, 3, 4]
-    assert len({log for log, _ in found}) == 1
+    assert [boot for _, boot in result] == [1, 1, 2, 3, 4]
+    assert len({log for log, _ in result}) == 1
 
 
 def test_opening_again_and_again_changes_nothing(tmp_path: Path) -> None:
     def schema_of() -> list[Any]:
         with raw_database(tmp_path) as db:
-            found = db.execute("SELECT type, name, sql FROM sqlite_master ORDER BY name").fetchall()
+            result = db.execute("SELECT type, name, sql FROM sqlite_master ORDER BY name").fetchall()
         db.close()
-        return found
+        return result
 
     store = opened(tmp_path)
     append(store, numbers(1, 3))
@@ -303,20 +303,20 @@ def fill(store: Store) -> int:
         assert outcome.accepted == 500
 
 
-def test_a_full_store_refuses_rows_loses_none_and_takes_more_once_some_were_trimmed(tmp_path: Path) -> None:
+def test_a_full_store_rejects_rows_until_some_are_trimmed(tmp_path: Path) -> None:
     store = opened(tmp_path, max_size=200 * PAGE_SIZE)
     taken = fill(store)
     assert taken > 10_000
     assert fill(store) == taken
     assert values(store) == list(range(1, taken + 1))
-    gone: list[TrimmedChunks] = []
-    while not gone or gone[-1].last < taken // 2 - 500:
+    removed: list[TrimmedChunks] = []
+    while not removed or removed[-1].last < taken // 2 - 500:
         with store.transaction() as tx:
-            one = tx.trim_rows("numbers", taken // 2, 2**62, 1000)
-        assert one is not None
-        gone.append(one)
-    assert sum(one.chunks for one in gone) > 5
-    assert (gone[0].first, gone[-1].last + 1) == (1, store.first_row("numbers"))
+            item = tx.trim_rows("numbers", taken // 2, 2**62, 1000)
+        assert item is not None
+        removed.append(item)
+    assert sum(item.chunks for item in removed) > 5
+    assert (removed[0].first, removed[-1].last + 1) == (1, store.first_row("numbers"))
     assert store.first_row("numbers") > taken // 3
     again = fill(store)
     assert again > taken
@@ -326,9 +326,7 @@ def test_a_full_store_refuses_rows_loses_none_and_takes_more_once_some_were_trim
     store.close()
 
 
-def test_while_a_part_of_a_backlog_is_put_together_another_thread_can_make_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reading_does_not_keep_another_thread_from_making_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = opened(tmp_path)
     for first in range(1, 400, 10):
         append(store, numbers(first, 10))
@@ -359,7 +357,7 @@ def test_results_and_deletions_still_find_room_when_intake_is_full(tmp_path: Pat
     store.close()
 
 
-def test_rows_wait_for_a_commit_only_until_they_are_enough_for_one_transaction(tmp_path: Path) -> None:
+def test_a_group_commit_fits_into_one_transaction(tmp_path: Path) -> None:
     store = opened(tmp_path, max_size=256 * PAGE_SIZE)
     group, first = GroupCommit(store, STREAMS), 1
     while not group.is_full:
@@ -411,7 +409,7 @@ print(last)
 """
 
 
-def test_a_full_disk_is_told_from_a_sick_one_and_the_store_goes_on_once_there_is_room(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_store_recovers(tmp_path: Path) -> None:
     unshare = shutil.which("unshare")
     script = 'mount -t tmpfs -o size=3m none "$1" && exec "$2" -c "$3" "$1"'
     command = ["sh", "-c", script, "sh", str(tmp_path), sys.executable, _ON_A_SMALL_DISK]
@@ -475,10 +473,10 @@ def test_taking_uses_the_index_and_costs_the_same_however_much_waits(tmp_path: P
     plan = store._fetch_all(
         f"EXPLAIN QUERY PLAN {schema.SELECT_CHUNKS}".replace(":stream", "'numbers'").replace(":after", "100000")
     )
-    said = " | ".join(str(row[3]) for row in plan)
-    assert "SEARCH chunks USING INDEX chunk_rows (stream=? AND first_row>?)" in said
-    assert "SCAN chunks" not in said
-    assert "TEMP B-TREE" not in said
+    text = " | ".join(str(row[3]) for row in plan)
+    assert "SEARCH chunks USING INDEX chunk_rows (stream=? AND first_row>?)" in text
+    assert "SCAN chunks" not in text
+    assert "TEMP B-TREE" not in text
     steps = []
     for waiting in (20, 400):
         with store.transaction() as tx:
@@ -519,7 +517,7 @@ def damaged(folder: Path) -> Store:
     return opened(folder)
 
 
-def test_a_damaged_chunk_is_told_by_its_rows_and_those_around_it_are_given(tmp_path: Path) -> None:
+def test_a_damaged_chunk_is_reported_and_its_neighbours_are_read(tmp_path: Path) -> None:
     store = damaged(tmp_path)
 
     def take(after: int, limit: int = 100) -> RowBatch:
@@ -538,7 +536,7 @@ def test_a_damaged_chunk_is_told_by_its_rows_and_those_around_it_are_given(tmp_p
 @pytest.mark.parametrize(
     "damage", ["first_t = first_t + 1", "n = 9", "time_bytes = 8", "crc = 1", "data = x''", "data = data || x'00'"]
 )
-def test_any_other_damage_to_a_chunk_is_found_too(tmp_path: Path, damage: str) -> None:
+def test_any_other_damage_to_a_chunk_is_detected(tmp_path: Path, damage: str) -> None:
     store = opened(tmp_path)
     append(store, numbers(1, 10))
     store.close()
@@ -552,7 +550,7 @@ def test_any_other_damage_to_a_chunk_is_found_too(tmp_path: Path, damage: str) -
     store.close()
 
 
-def test_bytes_that_one_flipped_bit_declares_to_be_text_are_read_as_the_bytes_they_are(tmp_path: Path) -> None:
+def test_a_blob_that_a_flipped_bit_turned_into_text_is_read(tmp_path: Path) -> None:
     store = opened(tmp_path)
     append(store, numbers(1, 10))
     with raw_database(tmp_path) as db:
@@ -563,7 +561,7 @@ def test_bytes_that_one_flipped_bit_declares_to_be_text_are_read_as_the_bytes_th
 
 
 @pytest.mark.parametrize("n", ["1000", "1", "-5", "'x'"])
-def test_a_chunk_whose_count_is_damaged_takes_no_good_chunk_with_it(tmp_path: Path, n: str) -> None:
+def test_a_damaged_row_count_affects_no_other_chunk(tmp_path: Path, n: str) -> None:
     store = damaged(tmp_path)
     store.close()
     db = raw_database(tmp_path)
@@ -581,7 +579,7 @@ def test_a_chunk_whose_count_is_damaged_takes_no_good_chunk_with_it(tmp_path: Pa
     store.close()
 
 
-def test_a_damaged_chunk_that_was_set_aside_is_lost_to_every_task_and_kept_for_a_look(tmp_path: Path) -> None:
+def test_a_quarantined_chunk_is_lost_to_every_task_and_preserved(tmp_path: Path) -> None:
     store = damaged(tmp_path)
     with store.transaction() as tx:
         tx.quarantine_rows("numbers", 11, 20)
@@ -598,7 +596,7 @@ def test_a_damaged_chunk_that_was_set_aside_is_lost_to_every_task_and_kept_for_a
 # --- streams, categories, marks, outbox
 
 
-def test_the_fields_of_a_stream_with_rows_do_not_change_and_those_of_an_empty_one_may(tmp_path: Path) -> None:
+def test_fields_of_a_stream_may_change_only_while_it_is_empty(tmp_path: Path) -> None:
     store = opened(tmp_path)
     other = StreamConfig(fields=[FieldConfig(name="n", type="f64")])
     store.declare_streams({"numbers": other})
@@ -649,7 +647,7 @@ def test_the_outbox_is_numbered_without_a_gap_and_deleted_as_acknowledged(tmp_pa
     store.close()
 
 
-def test_of_alerts_the_newest_thousand_are_kept(tmp_path: Path) -> None:
+def test_the_newest_thousand_alerts_are_stored(tmp_path: Path) -> None:
     store = opened(tmp_path)
     with store.transaction() as tx:
         for i in range(1003):
@@ -682,18 +680,18 @@ def test_threads_that_write_at_once_wait_for_each_other(tmp_path: Path) -> None:
     store.close()
 
 
-def test_the_newest_message_is_not_taken_for_the_one_that_is_written_meanwhile(tmp_path: Path) -> None:
+def test_the_digest_of_the_newest_message_is_read_atomically(tmp_path: Path) -> None:
     store, author = filled(tmp_path)
     seq = say(store, author, "the newest")
     known = store.message_digest(seq)
     real, late = store.get_meta, threading.Thread(target=say, args=(store, author, "a later one"))
 
     def meta(key: str, default: str) -> str:
-        found = real(key, default)
+        result = real(key, default)
         if key == "seq":
             late.start()
             late.join(0.2)
-        return found
+        return result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "get_meta", meta)

@@ -1,4 +1,4 @@
-"""A store that went back in time knows it: no number is given twice, and what is missing is said."""
+"""Watermark: a store detects lost commits; no number is assigned twice, and losses are declared."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.kit.stores import alarms, append, declared, filled, opened, pulled, s
 
 
 def chain_holds(store: Store) -> bool:
-    """Whether each message that has its predecessor here names it."""
+    """Return True if each message names its stored predecessor."""
     bodies = said(store)
     payloads = {seq: store._fetch_all("SELECT payload FROM outbox WHERE seq = ?", seq)[0][0] for seq in bodies}
     return all(body["prev"] == digest(payloads[seq - 1]) for seq, body in bodies.items() if seq - 1 in payloads)
@@ -58,7 +58,7 @@ def test_an_old_copy_of_the_database_put_back_gives_no_number_twice(tmp_path: Pa
     store.close()
 
 
-def test_what_a_lying_disk_lost_is_declared_once_and_the_boot_gets_a_number_of_its_own(tmp_path: Path) -> None:
+def test_lost_commits_are_declared_once_and_begin_a_new_boot_number(tmp_path: Path) -> None:
     store, author = filled(tmp_path / "live", chunks=5, messages=5, acknowledged=0)
     before = pulled(tmp_path / "live", tmp_path / "lost")
     say(store, author, "promised, but never on the disk")
@@ -145,10 +145,10 @@ def test_a_slot_that_is_not_whole_counts_for_nothing(number: int, body: bytes, d
 
 
 def test_a_torn_write_leaves_the_one_before(tmp_path: Path) -> None:
-    one = Watermark(tmp_path)
+    item = Watermark(tmp_path)
     for seq in range(1, 6):
-        one.save(WatermarkState("log", seq, f"digest {seq}", 1, "acme/pi-07", {}, {}))
-    one.close()
+        item.save(WatermarkState("log", seq, f"digest {seq}", 1, "acme/pi-07", {}, {}))
+    item.close()
     data = bytearray((tmp_path / "watermark").read_bytes())
     newest = data.index(b"digest 5")
     data[newest] ^= 1
@@ -174,7 +174,7 @@ def test_a_watermark_that_cannot_be_written_stops_nobody(tmp_path: Path, monkeyp
     store.close()
 
 
-def test_a_watermark_costs_little_beside_its_commit(tmp_path: Path) -> None:
+def test_writing_the_watermark_costs_less_than_a_commit(tmp_path: Path) -> None:
     store, author = filled(tmp_path, chunks=2, messages=2, acknowledged=0)
     assert store._writer is not None
     watermark = store._writer.watermark

@@ -30,7 +30,7 @@ from agent.fleet.evidence.gather import sbom
 from agent.fleet.evidence.gather.incidents import IncidentCollector
 from agent.fleet.evidence.page.elements import format_duration
 from agent.fleet.evidence.verify.verify import verify
-from agent.performance.metrics import MetricEstimate
+from agent.performance.estimates import MetricEstimate
 from agent.testing.messages import MessageSender, new_key
 from scripts.kit.bundles import resign
 from tests.kit.evidences import EXERCISE, Story, activated, alert, at, build_story, health
@@ -257,13 +257,13 @@ def test_an_altered_stored_message_is_ignored_and_reported(small: Story, tmp_pat
 def test_a_decision_not_signed_by_the_operator_is_counted_only(story: Story, tmp_path: Path) -> None:
     sql = "UPDATE decisions SET payload = CAST(replace(payload, 'Aborted', 'Loved!!') AS BLOB) WHERE event = 'aborted'"
     with story.store.transaction() as db:
-        before = db.execute("SELECT payload FROM decisions WHERE event = 'aborted'").fetchone()[0]
+        original = db.execute("SELECT payload FROM decisions WHERE event = 'aborted'").fetchone()[0]
         db.execute(sql)
     try:
         evidence = story.make(tmp_path / "out")
     finally:
         with story.store.transaction() as db:
-            db.execute("UPDATE decisions SET payload = ? WHERE event = 'aborted'", (before,))
+            db.execute("UPDATE decisions SET payload = ? WHERE event = 'aborted'", (original,))
     assert (evidence.facts.unverified, evidence.facts.audit["passed"]) == (1, False)
     assert "aborted" not in [record["event"] for record in read_lines(tmp_path / "out" / "decisions.jsonl")]
 
@@ -345,7 +345,7 @@ def test_an_unreadable_bundle_is_named(small: Story, tmp_path: Path) -> None:
 
 def evaluation(digest: str) -> Evaluation:
     return Evaluation(
-        made="2026-11-20T10:00:00Z", agent="0.1.0", seconds=1.0,
+        evaluated_at="2026-11-20T10:00:00Z", agent="0.1.0", seconds=1.0,
         model=EvaluatedModel(
             name="exercise", version="1.0.0", digest=digest, kind="classify", runtime="litert", signature="ok",
             fields=["ax"], units=["g"], labels=["PEN"], window=(100, 50), threshold=None, temperature=1.0, bytes=1,
@@ -355,7 +355,7 @@ def evaluation(digest: str) -> Evaluation:
             files=[SourceFile(file="held-out.csv", rows=10)], rows=10, rejected=0, windows=10, unlabelled=0, mixed=0,
             label="label", counts={"PEN": 10},
         ),
-        intervals="bootstrap", metric="accuracy", better="up",
+        intervals="bootstrap", metric="accuracy", direction="higher",
         metrics=[MetricEstimate("accuracy", 0.9123, 0.88, 0.94, 1000)], warnings=["One subject is in both parts."],
     )  # fmt: skip
 
@@ -451,7 +451,7 @@ def test_command_output_says_what_to_do(story: Story, tmp_path: Path) -> None:
         ((), "--out DIR is missing"),
         (("verify", tmp_path / "out"), "--key PUB is missing"),
         (("verify", tmp_path / "nothing", "--key", key), "no such folder"),
-        (("--out", tmp_path / "x", "--at", "yesterday", "--dir", story.home), "write a moment with its time zone"),
+        (("--out", tmp_path / "x", "--at", "yesterday", "--dir", story.home), "write a time with its time zone"),
     ):
         wrong = run(*args)
         assert isinstance(wrong.exception, UsageError)

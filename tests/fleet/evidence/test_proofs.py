@@ -86,7 +86,9 @@ def test_a_changed_byte_of_a_shadow_message_is_named(folder: Path) -> None:
     part.write_text("".join(lines), encoding="utf-8")
     resign(folder)
     listed = problems(folder)
-    assert any(where.endswith(f":{number + 1}") and "does not verify: bad signature" in what for where, what in listed)
+    assert any(
+        where.endswith(f":{number + 1}") and "does not verify: bad signature" in problem for where, problem in listed
+    )
     assert any(where.startswith("comparisons.json") for where, _ in listed)
 
 

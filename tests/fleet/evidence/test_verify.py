@@ -83,7 +83,7 @@ def test_a_linked_folder_is_not_entered(folder: Path, original: Path) -> None:
     (folder / "bundles").symlink_to(original / "bundles")
     by_file = dict(problems(folder))
     assert by_file["bundles"] == "is a symbolic link; an evidence folder has regular files only"
-    assert {what for where, what in by_file.items() if where.endswith("about.json")} == {
+    assert {problem for where, problem in by_file.items() if where.endswith("about.json")} == {
         "is listed in the manifest but missing"
     }
 
@@ -120,9 +120,9 @@ def test_nothing_is_read_without_a_valid_signature(folder: Path) -> None:
         (manifest.sign((folder / "manifest.json").read_bytes(), new_key(5)), "unknown key"),
     ):
         (folder / "manifest.jws").write_bytes(content)
-        [(where, what)] = problems(folder)
+        [(where, problem)] = problems(folder)
         assert where == "manifest.jws"
-        assert words in what
+        assert words in problem
     (folder / "manifest.jws").unlink()
     only(folder, "manifest.jws", "is missing")
     (folder / "manifest.jws").write_bytes(token)
@@ -185,9 +185,9 @@ def test_a_message_of_an_unlisted_key_is_named(folder: Path) -> None:
         head["keys"] = [key for key in head["keys"] if key["owner"] != "pi-02"]
 
     resign(folder, change)
-    assert {what.split(",")[0].split("kid")[0] for where, what in problems(folder) if where.startswith(MESSAGES)} == {
-        "does not verify: unknown key: "
-    }
+    assert {
+        problem.split(",")[0].split("kid")[0] for where, problem in problems(folder) if where.startswith(MESSAGES)
+    } == {"does not verify: unknown key: "}
 
 
 def test_a_message_after_the_replacement_of_its_key_is_named(folder: Path) -> None:
@@ -196,23 +196,23 @@ def test_a_message_after_the_replacement_of_its_key_is_named(folder: Path) -> No
         key["last_valid_seq"] = 1
 
     resign(folder, change)
-    assert any("retired key" in what for _, what in problems(folder))
+    assert any("retired key" in problem for _, problem in problems(folder))
 
 
 def test_a_message_of_another_fleet_is_named(folder: Path) -> None:
     resign(folder, lambda head: head.update(fleet="other"))
     assert {"does not verify: other fleet: signed for fleet 'acme'"} == {
-        what for where, what in problems(folder) if where.startswith(MESSAGES)
+        problem for where, problem in problems(folder) if where.startswith(MESSAGES)
     }
 
 
 def test_a_duplicate_or_missing_message_is_named(folder: Path) -> None:
     edit(folder, MESSAGES, lambda content: content.append(content[0]))
-    [(_, what)] = problems(folder)
-    assert "duplicates a message: pi-01 log" in what
+    [(_, problem)] = problems(folder)
+    assert "duplicates a message: pi-01 log" in problem
     edit(folder, MESSAGES, lambda content: content.pop())
     edit(folder, MESSAGES, lambda content: content.pop(0))
-    assert [what for _, what in problems(folder) if "refers to a message that is not in messages/" in what]
+    assert [problem for _, problem in problems(folder) if "refers to a message that is not in messages/" in problem]
 
 
 def test_consecutive_messages_must_be_chained(folder: Path) -> None:
@@ -282,14 +282,18 @@ def test_a_claim_that_differs_from_its_message_is_named(folder: Path, name: str)
     file, change, words = CLAIMS[name]
     edit(folder, file, change)
     listed = problems(folder)
-    assert [where for where, what in listed if words in what and where.startswith(file)], listed
+    assert [where for where, problem in listed if words in problem and where.startswith(file)], listed
 
 
 def test_a_decision_removed_from_its_chain_is_missed(folder: Path) -> None:
     edit(folder, "decisions.jsonl", lambda c: c.remove(first(c, event="promoted")))
-    assert [what for _, what in problems(folder)] == ["roll-out exercise-1-1: the decision before number 3 is missing"]
+    assert [problem for _, problem in problems(folder)] == [
+        "roll-out exercise-1-1: the decision before number 3 is missing"
+    ]
     edit(folder, "decisions.jsonl", lambda c: c.remove(first(c, rollout="exercise-1-2", event="started")))
-    assert "roll-out exercise-1-2: decisions before number 2 are missing" in [what for _, what in problems(folder)]
+    assert "roll-out exercise-1-2: decisions before number 2 are missing" in [
+        problem for _, problem in problems(folder)
+    ]
 
 
 def test_a_duplicate_decision_is_named(folder: Path) -> None:
@@ -314,17 +318,17 @@ def test_an_altered_bundle_manifest_is_named(folder: Path) -> None:
     path = folder / home / "manifest.json"
     path.write_bytes(path.read_bytes() + b" ")
     resign(folder)
-    named = [what for where, what in problems(folder) if where == f"{home}/about.json"]
+    named = [problem for where, problem in problems(folder) if where == f"{home}/about.json"]
     assert "digest differs from that of the bundle's manifest.json" in named
-    assert any("does not verify: bad signature" in what for what in named)
+    assert any("does not verify: bad signature" in problem for problem in named)
 
 
 def test_a_card_of_another_name_or_signer_is_named(folder: Path) -> None:
     about = f"{bundle_folder(folder)}/about.json"
     edit(folder, about, lambda card: card.update(name="other", signer="somebody"))
-    named = [what for _, what in problems(folder)]
-    assert any("names other 1.0.0, but the bundle's manifest is of exercise 1.0.0" in what for what in named)
-    assert any("names somebody as the signer" in what for what in named)
+    named = [problem for _, problem in problems(folder)]
+    assert any("names other 1.0.0, but the bundle's manifest is of exercise 1.0.0" in problem for problem in named)
+    assert any("names somebody as the signer" in problem for problem in named)
     (folder / bundle_folder(folder) / "manifest.json").unlink()
     assert (about, "its bundle's manifest.json is missing") in problems(folder)
 
@@ -333,9 +337,9 @@ def test_files_and_lines_above_the_limits_are_not_read(folder: Path, monkeypatch
     monkeypatch.setattr(
         "agent.fleet.evidence.verify.reader.READ_LIMITS", ReadLimits(document_bytes=100, line_bytes=1000)
     )
-    named = [what for _, what in problems(folder)]
-    assert any("is larger than 100 bytes, the limit for such a file" in what for what in named)
-    assert any("is longer than 1000 bytes; the rest is not read" in what for what in named)
+    named = [problem for _, problem in problems(folder)]
+    assert any("is larger than 100 bytes, the limit for such a file" in problem for problem in named)
+    assert any("is longer than 1000 bytes; the rest is not read" in problem for problem in named)
 
 
 def test_messages_above_the_limit_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,8 +352,8 @@ def test_messages_above_the_limit_are_not_read(folder: Path, monkeypatch: pytest
 def test_a_huge_file_is_not_read_beyond_its_signed_size(folder: Path) -> None:
     with (folder / "audit.json").open("r+b") as file:
         file.truncate(1 << 40)
-    [(where, what)] = problems(folder)
-    assert (where, what.split(",")[0]) == ("audit.json", f"has {1 << 40} bytes")
+    [(where, problem)] = problems(folder)
+    assert (where, problem.split(",")[0]) == ("audit.json", f"has {1 << 40} bytes")
 
 
 # --- manifests ---
@@ -420,7 +424,7 @@ def test_malformed_manifests_are_refused(data: bytes) -> None:
 
 def test_a_duplicate_member_is_refused() -> None:
     data = json.dumps(head()).encode().replace(b'"fleet": "acme"', b'"fleet": "evil", "fleet": "acme"')
-    with pytest.raises(MessageRefused, match="is there twice in one object"):
+    with pytest.raises(MessageRefused, match="duplicate key 'fleet' in one object"):
         manifest.decode(data)
 
 

@@ -147,10 +147,10 @@ def test_a_root_key_on_a_mounted_stick_signs_at_once(desk: Operator, tmp_path: P
     desk.run("repository", "init")
     stick = shutil.move(desk.folder / "repository-keys" / "root-1.key", tmp_path / "root-1.key")
     code, out, _ = desk.run("repository", "rotate", "targets")
-    assert (code, "waits for 1 more signatures of the root keys root-1" in out) == (1, True)
+    assert (code, "needs 1 more signatures of the root keys root-1" in out) == (1, True)
     code, out, _ = desk.run("repository", "rotate", "snapshot", "--sign-with", stick)
     # One draft holds both changes.
-    assert (code, "snapshot: snapshot-2 counts, snapshot-1 no more" in out) == (0, True)
+    assert (code, "snapshot: snapshot-2 is valid, snapshot-1 is not" in out) == (0, True)
     roles = {role["role"]: role["keys"][0]["name"] for role in desk.document("repository", "status")["roles"]}
     assert (roles["targets"], roles["snapshot"]) == ("targets-2", "snapshot-2")
 
@@ -253,11 +253,11 @@ def test_a_second_url_does_not_overwrite_the_first(desk: Operator) -> None:
 def test_a_copy_is_complete_and_never_replaced_by_an_older_one(desk: Operator, tmp_path: Path, made: Path) -> None:
     desk.run("repository", "init")
     trusted = ["--key", KEY.public.text, "--no-probe"]
-    one = desk.document("publish", made, *trusted)
+    first = desk.document("publish", made, *trusted)
     shutil.copytree(desk.folder, tmp_path / "old")
     stick = tmp_path / "stick"
     desk.document("repository", "copy", stick)
-    two = desk.document("publish", version(tmp_path, made, "1.1.0"), *trusted)
+    second = desk.document("publish", version(tmp_path, made, "1.1.0"), *trusted)
     desk.document("repository", "rotate", "root")
     desk.document("repository", "revoke", "tiny", "1.0.0")
     desk.document("repository", "copy", stick)
@@ -265,8 +265,8 @@ def test_a_copy_is_complete_and_never_replaced_by_an_older_one(desk: Operator, t
     root = (desk.folder / "repository" / "metadata" / "1.root.json").read_bytes()
     with served(stick / "repository") as url:
         client = Client(tmp_path / "device", url, root)
-        assert client.look(two["target"])
-        assert client.look(one["target"]) is None
+        assert client.look(second["target"])
+        assert client.look(first["target"]) is None
     assert len([path for path in (stick / "repository" / "targets").rglob("*") if path.is_file()]) == 1
     code, _, err = Operator(tmp_path / "old", desk._capsys).run("repository", "copy", stick)
     assert (code, "later than this one" in err) == (2, True)
@@ -330,14 +330,14 @@ def test_expiry_raises_one_alert_until_renewal(desk: Operator, tmp_path: Path) -
     desk.run("repository", "init")
     away = (desk.folder / "repository-keys" / "targets-1.key").rename(tmp_path / "targets.key")
     store = FleetStore(desk.folder / "fleet.db")
-    at = expiry.now() + timedelta(days=310)
+    later = expiry.now() + timedelta(days=309, hours=12)
     for hour in range(3):
-        upkeep.maintain(desk.folder, store, at + timedelta(hours=hour))
+        upkeep.maintain(desk.folder, store, later + timedelta(hours=hour))
     [alert] = store.alerts()
     assert (alert["alert"], alert["severity"], alert["device"]) == ("repository", "warning", "")
     assert "targets expires in 55 days" in alert["summary"]
-    assert upkeep.refresh(desk.folder, sign_with=[away], current_time=at + timedelta(hours=4)).roles[0] == "targets"
-    upkeep.maintain(desk.folder, store, at + timedelta(hours=5))
+    assert upkeep.refresh(desk.folder, sign_with=[away], current_time=later + timedelta(hours=4)).roles[0] == "targets"
+    upkeep.maintain(desk.folder, store, later + timedelta(hours=5))
     assert store.alerts() == []
     assert len(store.alerts(closed=True)) == 2
     store.close()

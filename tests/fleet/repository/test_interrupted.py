@@ -56,32 +56,32 @@ def cut_at(monkeypatch: pytest.MonkeyPatch, step: int) -> list[str]:
 
 @pytest.mark.parametrize("name", ACTIONS)
 def test_after_a_cut_at_any_write_devices_are_served(tmp_path: Path, made: Path, name: str) -> None:
-    before = Depot(tmp_path / "before").create()
-    one = before.publish(made)
-    new = version(tmp_path, made, "1.1.0")
+    template = Depot(tmp_path / "before").create()
+    first = template.publish(made)
+    second = version(tmp_path, made, "1.1.0")
     version(tmp_path, made, "1.0.0", "other")
-    wanted = {"publish": "tiny/1.1.0/", "publish a first version": "other/", "revoke": ""}.get(name, one.target)
+    prefix = {"publish": "tiny/1.1.0/", "publish a first version": "other/", "revoke": ""}.get(name, first.target)
     act, files = ACTIONS[name]
     step, cut = 0, True
     while cut:
-        depot = before.copy(tmp_path / f"cut-{step}")
+        depot = template.copy(tmp_path / f"cut-{step}")
         with served(depot.layout.home) as url:
             client = Client(tmp_path / f"old-{step}", url, depot.layout.root_path(1).read_bytes())
-            assert client.look(one.target)
+            assert client.look(first.target)
             with pytest.MonkeyPatch.context() as patch:
                 written = cut_at(patch, step)
                 try:
-                    act(depot, new)
+                    act(depot, second)
                     cut = False
                 except PowerCut:
                     pass
             fresh = Client(tmp_path / f"new-{step}", url, depot.layout.root_path(1).read_bytes())
             for device in (client, fresh):
-                assert device.look(one.target) or (name == "revoke" and "timestamp.json" in written)
+                assert device.look(first.target) or (name == "revoke" and "timestamp.json" in written)
             if cut and not (name == "revoke" and "timestamp.json" in written):
-                act(depot, new)
+                act(depot, second)
             listed = [held.target for held in status.read(depot.folder).bundles]
-            assert any(target.startswith(wanted) for target in listed) or not wanted
+            assert any(target.startswith(prefix) for target in listed) or not prefix
             for device in (client, fresh):
                 assert [bool(device.look(target)) for target in listed] == [True] * len(listed)
             assert not depot.layout.draft.exists()
@@ -91,12 +91,12 @@ def test_after_a_cut_at_any_write_devices_are_served(tmp_path: Path, made: Path,
 
 @pytest.mark.parametrize("role", ["targets", "snapshot", "timestamp"])
 def test_a_lost_key_is_replaced_after_a_cut_at_any_write(tmp_path: Path, made: Path, role: str) -> None:
-    before = Depot(tmp_path / "before").create()
-    done = before.publish(made)
-    (before.layout.keys / f"{role}-1.key").unlink()
+    template = Depot(tmp_path / "before").create()
+    done = template.publish(made)
+    (template.layout.keys / f"{role}-1.key").unlink()
     step, cut = 0, True
     while cut:
-        depot = before.copy(tmp_path / f"cut-{step}")
+        depot = template.copy(tmp_path / f"cut-{step}")
         with served(depot.layout.home) as url, pytest.MonkeyPatch.context() as patch:
             client = Client(tmp_path / f"device-{step}", url, depot.layout.root_path(1).read_bytes())
             cut_at(patch, step)
@@ -119,8 +119,8 @@ def test_a_lost_key_is_replaced_after_a_cut_at_any_write(tmp_path: Path, made: P
 def test_killed_at_any_write_of_a_publish_devices_see_an_edition(
     tmp_path: Path, depot: Depot, client: Client, made: Path, step: int
 ) -> None:
-    one = depot.publish(made)
-    new = version(tmp_path, made, "1.1.0")
+    first = depot.publish(made)
+    second = version(tmp_path, made, "1.1.0")
     code = f"""
 import os, signal
 from pathlib import Path
@@ -134,12 +134,12 @@ def replace(source, target):
     n += 1
     if n * 2 - 1 == {step}: os.kill(os.getpid(), signal.SIGKILL)
 os.replace = replace
-publish(Path({str(depot.folder)!r}), Path({str(new)!r}), [KEY.public], run_probe=False)
+publish(Path({str(depot.folder)!r}), Path({str(second)!r}), [KEY.public], run_probe=False)
 """
     killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert client.look(one.target)
-    done = depot.publish(new)
+    assert client.look(first.target)
+    done = depot.publish(second)
     assert done.is_new is (step < 7)
     assert client.look(done.target)
 
@@ -186,9 +186,9 @@ def test_a_full_disk_changes_nothing(
 
 def test_an_interrupted_copy_holds_a_complete_edition(tmp_path: Path, made: Path) -> None:
     depot, old = Depot(tmp_path / "fleet").create(), tmp_path / "old"
-    one = depot.publish(made)
+    first = depot.publish(made)
     mirror.copy(depot.folder, old)
-    two = depot.publish(version(tmp_path, made, "1.1.0"))
+    second = depot.publish(version(tmp_path, made, "1.1.0"))
     step, cut = 0, True
     while cut:
         stick = tmp_path / f"stick-{step}"
@@ -202,9 +202,9 @@ def test_an_interrupted_copy_holds_a_complete_edition(tmp_path: Path, made: Path
                 pass
         with served(stick / "repository") as url:
             client = Client(tmp_path / f"device-{step}", url, depot.layout.root_path(1).read_bytes())
-            assert client.look(one.target)
+            assert client.look(first.target)
             mirror.copy(depot.folder, stick)
-            assert client.look(two.target)
+            assert client.look(second.target)
         step += 1
     # Archive, role of the bundle, snapshot, timestamp.
     assert step == 2 * 4 + 1

@@ -46,8 +46,8 @@ def test_a_device_with_the_first_root_gets_a_published_bundle(
 
 def test_target_metadata_suffice_to_decide_on_a_download(depot: Depot, made: Path) -> None:
     done = depot.publish(made, run_probe=True)
-    now = edition.load(depot.layout)
-    target = target_metadata.decode(now.bundles["tiny"].signed.targets[done.target].custom)
+    current = edition.load(depot.layout)
+    target = target_metadata.decode(current.bundles["tiny"].signed.targets[done.target].custom)
     assert target == done.target_metadata
     assert (target.name, target.version, target.kind) == ("tiny", "1.0.0", "classify")
     assert (target.fields, target.window, target.agent) == (["a", "b", "c", "d"], 1, "0.1.0")
@@ -58,17 +58,17 @@ def test_target_metadata_suffice_to_decide_on_a_download(depot: Depot, made: Pat
 
 
 def test_an_update_leaves_the_old_version_available(tmp_path: Path, depot: Depot, client: Client, made: Path) -> None:
-    one = depot.publish(made)
-    client.look(one.target)
-    two = depot.publish(version(tmp_path, made, "1.1.0"))
-    assert read_archive(tmp_path / "two.zip", client.look(two.target)).manifest.version == "1.1.0"
-    assert read_archive(tmp_path / "one.zip", client.look(one.target)).manifest.version == "1.0.0"
+    first = depot.publish(made)
+    client.look(first.target)
+    second = depot.publish(version(tmp_path, made, "1.1.0"))
+    assert read_archive(tmp_path / "two.zip", client.look(second.target)).manifest.version == "1.1.0"
+    assert read_archive(tmp_path / "one.zip", client.look(first.target)).manifest.version == "1.0.0"
 
 
 def test_each_bundle_has_its_own_role_and_key(tmp_path: Path, depot: Depot, client: Client, made: Path) -> None:
-    one, two = depot.publish(made), depot.publish(version(tmp_path, made, "1.0.0", "other"))
-    assert client.look(one.target)
-    assert client.look(two.target)
+    first, second = depot.publish(made), depot.publish(version(tmp_path, made, "1.0.0", "other"))
+    assert client.look(first.target)
+    assert client.look(second.target)
     roles = {role.role: role for role in status.read(depot.folder).roles}
     assert roles["tiny"].keys != roles["other"].keys
     assert roles["tiny"].version == 1
@@ -132,17 +132,17 @@ def test_a_bundle_named_like_a_role_is_refused(tmp_path: Path, depot: Depot, mad
 
 
 def test_a_revoked_version_is_never_published_again(tmp_path: Path, depot: Depot, client: Client, made: Path) -> None:
-    one, two = depot.publish(made), depot.publish(version(tmp_path, made, "1.1.0"))
+    first, second = depot.publish(made), depot.publish(version(tmp_path, made, "1.1.0"))
     assert revoke.revoke(depot.folder, "tiny", "1.0.0").versions == ["1.0.0"]
-    assert client.look(one.target) is None
-    assert client.look(two.target)
+    assert client.look(first.target) is None
+    assert client.look(second.target)
     assert not list((depot.layout.targets / "tiny" / "1.0.0").glob("*"))
     with pytest.raises(BadBundle, match="was revoked on"):
         depot.publish(made)
     with pytest.raises(UsageError, match=r"published versions: 1\.1\.0"):
         revoke.revoke(depot.folder, "tiny", "1.0.0")
     revoke.revoke(depot.folder, "tiny")
-    assert client.look(two.target) is None
+    assert client.look(second.target) is None
 
 
 def test_private_keys_are_private_and_init_runs_once(depot: Depot) -> None:
@@ -219,9 +219,9 @@ def test_metadata_of_a_revoked_targets_key_is_refused(tmp_path: Path, depot: Dep
     key_rotation.rotate(depot.folder, "targets")
     client.look(done.target)
     # Even with the online keys and the new root on the server, the old key does not count.
-    now = edition.load(thief.layout)
-    edition.write(thief.layout, now, {"targets"}, RepositoryKeyring(thief.layout.keys), expiry.now())
-    edition.write(thief.layout, now, {"targets"}, RepositoryKeyring(thief.layout.keys), expiry.now())
+    current = edition.load(thief.layout)
+    edition.write(thief.layout, current, {"targets"}, RepositoryKeyring(thief.layout.keys), expiry.now())
+    edition.write(thief.layout, current, {"targets"}, RepositoryKeyring(thief.layout.keys), expiry.now())
     shutil.copy(depot.layout.root_path(2), thief.layout.root_path(2))
     with served(thief.layout.home) as url:
         client.url = url
@@ -273,9 +273,9 @@ def test_a_rotated_bundle_key_no_longer_signs(tmp_path: Path, depot: Depot, clie
 def test_key_rotation_undoes_a_fast_forward_attack(tmp_path: Path, depot: Depot, client: Client, made: Path) -> None:
     done = depot.publish(made)
     stolen = depot.copy(tmp_path / "thief")
-    now = edition.load(stolen.layout)
-    now.published_versions |= {"timestamp": 2**31, "snapshot": 2**31}
-    edition.write(stolen.layout, now, {"snapshot"}, RepositoryKeyring(stolen.layout.keys), expiry.now())
+    current = edition.load(stolen.layout)
+    current.published_versions |= {"timestamp": 2**31, "snapshot": 2**31}
+    edition.write(stolen.layout, current, {"snapshot"}, RepositoryKeyring(stolen.layout.keys), expiry.now())
     with served(stolen.layout.home) as url:
         Client(client.home, url, client.root).look()
     with pytest.raises(RepositoryError):
@@ -339,12 +339,12 @@ def test_daily_refreshes_prevent_expiry(depot: Depot, client: Client) -> None:
     for day in range(1, 60):
         upkeep.refresh_daily(depot.folder, start + timedelta(days=day))
         assert upkeep.refresh_daily(depot.folder, start + timedelta(days=day, hours=1)) is None
-    at = start + timedelta(days=59)
-    report = status.read(depot.folder, at)
+    last_day = start + timedelta(days=59)
+    report = status.read(depot.folder, last_day)
     days_left = {role.role: role.days_left for role in report.roles}
     assert (report.ok, days_left["timestamp"]) == (True, 28)
     assert days_left["snapshot"] >= 27
-    late = status.read(depot.folder, at + timedelta(days=29))
+    late = status.read(depot.folder, last_day + timedelta(days=29))
     assert late.ok is False
     assert [line for line in late.reminders if "timestamp has expired, so devices install nothing" in line]
     client.look()
@@ -364,9 +364,9 @@ def test_old_metadata_are_removed(depot: Depot, tmp_path: Path, made: Path) -> N
 def test_targets_without_their_key_give_a_reminder(depot: Depot, made: Path) -> None:
     depot.publish(made)
     (depot.layout.keys / "targets-1.key").unlink()
-    at = expiry.now() + timedelta(days=310)
-    assert upkeep.refresh(depot.folder, current_time=at).roles == ["tiny", "snapshot", "timestamp"]
-    [reminder] = status.read(depot.folder, at).reminders
+    later = expiry.now() + timedelta(days=309, hours=12)
+    assert upkeep.refresh(depot.folder, current_time=later).roles == ["tiny", "snapshot", "timestamp"]
+    [reminder] = status.read(depot.folder, later).reminders
     assert "targets expires in 55 days" in reminder
 
 
@@ -385,10 +385,10 @@ def test_trust_clock_recovers_from_a_clock_years_ahead(depot: Depot, client: Cli
 
 
 def test_only_one_writer_at_a_time(depot: Depot) -> None:
-    at = expiry.now() + timedelta(days=2)
+    later = expiry.now() + timedelta(days=2)
     with depot.layout.locked(), pytest.raises(StorageBusy, match="another command"):
-        upkeep.refresh_daily(depot.folder, at)
-    assert upkeep.refresh_daily(depot.folder, at) is not None
+        upkeep.refresh_daily(depot.folder, later)
+    assert upkeep.refresh_daily(depot.folder, later) is not None
 
 
 def test_without_online_keys_the_daily_refresh_does_nothing(depot: Depot) -> None:

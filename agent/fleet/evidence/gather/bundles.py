@@ -127,7 +127,7 @@ def _add_bundle(
         files=sorted(files),
         running_tasks=running_tasks,
         model_sha256=hashlib.sha256(loaded.model_bytes).hexdigest(),
-        evaluated_at=evaluation[1].made if evaluation else "",
+        evaluated_at=evaluation[1].evaluated_at if evaluation else "",
         metrics=metrics,
         warnings=list(evaluation[1].warnings) if evaluation else [],
     )

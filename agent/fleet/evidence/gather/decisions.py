@@ -56,7 +56,8 @@ class DecisionCollector(msgspec.Struct):
         if body.event in OPERATIONAL_EVENTS:
             self.operational_events[body.event] += 1
             return
-        evidence = body.evidence
+        evidence, args = body.evidence, body.evidence.get("args")
+        task = _as_text(evidence.get("task")) or _as_text(args.get("task") if isinstance(args, dict) else "")
         self._store(
             DecisionRecord(
                 time=body.time,
@@ -64,7 +65,7 @@ class DecisionCollector(msgspec.Struct):
                 decided_by=_name_actor(body),
                 summary=body.summary,
                 device=body.device,
-                task=_as_text(evidence.get("task")) or _as_text(_get_args(evidence).get("task")),
+                task=task,
                 rollout=_as_text(evidence.get("rollout")),
                 phase=_as_text(evidence.get("phase")) if body.event == "rollout" else "",
                 message=None if has_label_data(body) else MessageRef(body.device, body.log, body.seq),
@@ -176,11 +177,6 @@ def find_chain_breaks(signed: Iterable[tuple[DecisionBody, bytes]], *, is_comple
                 yield f"roll-out {rollout}: the decision before number {n} is missing"
             if (n == 1 and body.prev != "") or (previous is not None and body.prev != previous[1]):
                 yield f"roll-out {rollout}: decision {n} does not follow the one before it: prev is not its digest"
-
-
-def _get_args(evidence: dict[str, Any]) -> dict[str, Any]:
-    args = evidence.get("args")
-    return args if isinstance(args, dict) else {}
 
 
 def _as_text(value: object) -> str:

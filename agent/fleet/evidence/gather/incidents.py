@@ -47,11 +47,11 @@ class IncidentCollector(msgspec.Struct):
             self._open[body.id] = _incident_from_alert(body, message)
         elif body.state == "raised" and known is not None:
             # Raised again with newer numbers: the start stays.
-            self._open[body.id] = msgspec.structs.replace(
-                known, severity=_worse_severity(known.severity, body.severity)
-            )
+            severity = min(known.severity, body.severity, key=lambda name: SEVERITY_RANK[name])
+            self._open[body.id] = msgspec.structs.replace(known, severity=severity)
         elif known is not None:
-            self._store(_close_from_alert(self._open.pop(body.id), body, message))
+            clock_state = max(known.clock, body.clock, key=_CLOCK_STATES.index)
+            self._store(_close_incident(self._open.pop(body.id), body.time, clock_state, message))
 
     def add_collector_alerts(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add alerts that the collector raised or cleared itself, oldest first."""
@@ -138,10 +138,6 @@ def _incident_from_row(row: dict[str, Any]) -> Incident:
     )
 
 
-def _close_from_alert(incident: Incident, body: AlertPayload, message: MessageRef) -> Incident:
-    return _close_incident(incident, body.time, max(incident.clock, body.clock, key=_CLOCK_STATES.index), message)
-
-
 def _close_incident(incident: Incident, time: str, clock_state: Any, message: MessageRef | None) -> Incident:
     seconds = _seconds_between(incident.started, clock.parse_rfc3339(time))
     changes = {"state": "closed", "ended": time, "seconds": seconds, "clock": clock_state, "cleared": message}
@@ -155,7 +151,3 @@ def _seconds_between(start: str, end_us: int) -> float | None:
     except ValueError:
         return None
     return round(seconds, 1) if seconds >= 0 else None
-
-
-def _worse_severity(current: str, other: str) -> str:
-    return min(current, other, key=lambda severity: SEVERITY_RANK[severity])

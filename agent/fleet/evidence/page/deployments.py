@@ -20,9 +20,10 @@ from agent.fleet.evidence.page.elements import (
     overflow_link,
     stacked_table,
 )
+from agent.performance.metrics import display_name
 from agent.render import html
 from agent.render.html import Content, Markup, element, table
-from agent.text import format_interval, format_value, metric_name
+from agent.text import format_interval, format_value
 
 _MAX_ROWS = 25
 _MAX_DEVICES = 40
@@ -166,6 +167,6 @@ def _evaluation_text(card: BundleCard) -> str:
     if not metrics:
         return "No evaluation was given."
     values = ", ".join(
-        f"{metric_name(m.metric)} {format_value(m.value)} {format_interval(m.low, m.high)}".strip() for m in metrics
+        f"{display_name(m.metric)} {format_value(m.value)} {format_interval(m.low, m.high)}".strip() for m in metrics
     )
     return f"Evaluated {card.evaluated_at[:10]}: {values} (95 % intervals)."

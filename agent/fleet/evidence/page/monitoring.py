@@ -23,12 +23,13 @@ from agent.fleet.evidence.page.elements import (
     parse_epoch_us,
     stacked_table,
 )
+from agent.performance.metrics import display_name
 from agent.render import axes, html
 from agent.render.charts import ForestRow, render_forest
 from agent.render.html import Content, Markup, element, table
 from agent.render.svg import Drawing, truncate_text
 from agent.render.theme import PAGE_THEME, Theme
-from agent.text import format_interval, format_value, metric_name
+from agent.text import format_interval, format_value
 from agent.wire.messages import Metric
 
 _MAX_ROWS = 25
@@ -118,7 +119,7 @@ def render_drift(facts: EvidenceFacts) -> Markup:
 
 
 def _drift_card(task: dict[str, Any]) -> Markup:
-    differs = " (devices with a different reference)" if task["reference_differs"] else ""
+    differs = " (devices with a different reference)" if task["differs_in"] else ""
     drifting, onsets = task["devices_in_drift"], task["onsets"]
     notes = [
         f"{format_count(task['windows'], 'summary', 'summaries')} of {format_count(task['devices'], 'device')}; "
@@ -165,7 +166,7 @@ def render_accuracy(facts: EvidenceFacts) -> Markup:
 
 def _accuracy_card(task: str, entries: Sequence[AccuracyEntry]) -> Markup:
     measured: _Measured = [(entry, metric) for entry in entries if (metric := select_headline(entry)) is not None]
-    name = metric_name(measured[0][1].metric) if measured else "no metric yet"
+    name = display_name(measured[0][1].metric) if measured else "no metric yet"
     chart = draw_accuracy_forest(measured[:20], f"{task}: {name} by device") if measured else ""
     devices = format_count(len({entry.device for entry in entries}), "device")
     caption = f"{devices} with labels" + (", worst first" if len(measured) > 1 else "")
@@ -177,7 +178,7 @@ def _accuracy_row(entry: AccuracyEntry) -> list[Content]:
     return [
         entry.device,
         entry.task,
-        "–" if metric is None else f"{metric_name(metric.metric)} {format_value(metric.value)}",
+        "–" if metric is None else f"{display_name(metric.metric)} {format_value(metric.value)}",
         "" if metric is None else format_interval(metric.low, metric.high),
         ", ".join(f"{n:,} by {_SOURCE_NAMES.get(source, source)}" for source, n in entry.labels.items()) or "unknown",
         _format_coverage(entry.label_coverage),

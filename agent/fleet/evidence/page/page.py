@@ -61,7 +61,8 @@ pre code{overflow-wrap:normal}
 li{overflow-wrap:anywhere}
 td{min-width:90px}td.n{min-width:0}
 @media(max-width:560px){
-.stack th{display:none}.stack tr:first-child{padding:0}.stack tr{display:block;padding:10px 0;border-bottom:1px solid var(--grid)}
+.stack th{display:none}.stack tr{display:block;padding:10px 0;border-bottom:1px solid var(--grid)}
+.stack tr:first-child{padding:0}
 .stack td,.stack td.n{display:block;border:0;padding:1px 0;text-align:left}
 STACKED
 .stack td::before{color:var(--muted)}
@@ -125,10 +126,14 @@ def _render_header(facts: EvidenceFacts) -> list[Markup]:
         ("Roll-outs", len(rollouts), f"{format_count(decision_count, 'decision')} in total"),
         ("Signed messages", facts.message_count, _verification_text(facts)),
     ]
+    shown = [
+        element("div", element("span", name), element("b", f"{value:,}"), element("span", note), css_class="tile")
+        for name, value, note in tiles
+    ]
     return [
         element("h1", f"Evidence of fleet {facts.fleet}"),
         element("p", lead, css_class="muted"),
-        element("div", *(_tile(name, f"{value:,}", note) for name, value, note in tiles), css_class="tiles"),
+        element("div", *shown, css_class="tiles"),
     ]
 
 
@@ -136,10 +141,6 @@ def _verification_text(facts: EvidenceFacts) -> str:
     if not facts.message_count:
         return "none received"
     return "all verified" if facts.audit["passed"] else "audit failed: see checks"
-
-
-def _tile(name: str, value: str, note: str) -> Markup:
-    return element("div", element("span", name), element("b", value), element("span", note), css_class="tile")
 
 
 def _render_notice(facts: EvidenceFacts) -> Markup:
