@@ -27,7 +27,7 @@ def _group_to_dict(group: DriftGroup) -> dict[str, Any]:
     return {
         "task": group.task,
         "reference": group.shipped_reference,
-        "reference_differs": group.differs_in,
+        "differs_in": group.differs_in,
         "devices": len(group.devices),
         "devices_in_drift": sorted(name for name, last in windows.items() if last and last.state == "drift"),
         "windows": group.windows,

@@ -119,7 +119,7 @@ def render_drift(facts: EvidenceFacts) -> Markup:
 
 
 def _drift_card(task: dict[str, Any]) -> Markup:
-    differs = " (devices with a different reference)" if task["reference_differs"] else ""
+    differs = " (devices with a different reference)" if task["differs_in"] else ""
     drifting, onsets = task["devices_in_drift"], task["onsets"]
     notes = [
         f"{format_count(task['windows'], 'summary', 'summaries')} of {format_count(task['devices'], 'device')}; "
