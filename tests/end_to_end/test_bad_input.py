@@ -36,7 +36,7 @@ def test_a_number_that_is_none_is_named_and_is_not_taken_for_left_out(tmp_path: 
         ("a,b,c,d\n", "no rows in it, so nothing to run the model on; give more data"),
         ("", "the file is empty"),
         ("a,b,c\n1,2,3\n", "no column d; there is a, b, c"),
-        ("a,b,c,d\n1,x,3,4\n", "line 2, b: 'x' is no number"),
+        ("a,b,c,d\n1,x,3,4\n", "line 2: b: 'x' is no number"),
     ],
 )
 @pytest.mark.parametrize("name", ["reference", "golden"])
