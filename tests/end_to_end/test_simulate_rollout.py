@@ -82,6 +82,6 @@ def test_a_bundle_that_crashes_is_stopped_in_shadow_and_no_result_is_its(
     assert (rollout["state"], rollout["step"], rollout["served"]) == ("aborted", 1, 0)
     assert {one["runs"]["version"] for one in devices} == {"1.0.0"}
     # Its death is a batch that failed, too: which of the two is found first is chance.
-    assert {"crash", "errors"} & {one["reason"] for one in devices}
+    assert {"crash", "error_rate"} & {one["reason"] for one in devices}
     assert report["audit"]["passed"] is True
     assert rollout["decisions"][-1]["event"] == "aborted"
