@@ -372,7 +372,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def filled(folder: Path, count: int = 5, fields: int = 2) -> None:
-    """Store 12 windows per device; from minute 8 the first field of one device loses gain, and that of another sticks."""
+    """Store 12 windows per device; from minute 8 one field loses gain on a device, and sticks on another."""
     rng = np.random.default_rng(0)
     store = FleetStore(folder / "fleet.db")
     for number, sender in enumerate(devices(count)):

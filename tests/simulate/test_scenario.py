@@ -34,24 +34,24 @@ class Book(Client):
         self.sent.append((row, label))
 
 
-@pytest.mark.parametrize("one", SCENARIOS.values(), ids=list(SCENARIOS))
-def test_a_scenario_has_the_fields_of_its_bundle_and_its_recordings(item: Scenario) -> None:
-    manifest = bundle.read(builtin.bundles_dir() / item.bundle, builtin.publisher_keys()).manifest
-    recordings = load(item.file)
-    assert [name for name, _ in item.fields] == manifest.input.fields
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
+def test_a_scenario_has_the_fields_of_its_bundle_and_its_recordings(scenario: Scenario) -> None:
+    manifest = bundle.read(builtin.bundles_dir() / scenario.bundle, builtin.publisher_keys()).manifest
+    recordings = load(scenario.file)
+    assert [name for name, _ in scenario.fields] == manifest.input.fields
     assert set(manifest.input.fields) <= set(recordings.fields)
-    assert manifest.kind == item.kind
+    assert manifest.kind == scenario.kind
 
 
-@pytest.mark.parametrize("one", SCENARIOS.values(), ids=list(SCENARIOS))
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
 def test_faults_begin_at_the_first_two_sites_after_they_have_learned(
-    item: Scenario,
+    scenario: Scenario,
 ) -> None:
-    made = demo_plan(4, 30.0, scenario=item)
+    made = demo_plan(4, 30.0, scenario=scenario)
     clean = [made.first_faulty_row(site) for site in made.sites]
-    assert all(item.baseline_rows <= row < item.total_rows - item.tail_rows for row in clean[:2])
-    assert clean[2:] == [item.total_rows + 1] * 2
-    assert len(item.faults_by_site) == 2
+    assert all(scenario.baseline_rows <= row < scenario.total_rows - scenario.tail_rows for row in clean[:2])
+    assert clean[2:] == [scenario.total_rows + 1] * 2
+    assert len(scenario.faults_by_site) == 2
 
 
 def test_measured_values_are_the_recordings_with_what_the_site_lost() -> None:

@@ -29,7 +29,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--out", metavar="DIR", type=_PATH, help="The folder to create; it must not exist.")
 @click.option("--at", metavar="TIME", help="Count open incidents up to this time; default the newest message.")
 @click.option("--bundle", "bundles", multiple=True, metavar="BUNDLE", type=_PATH,
-              help="Include this bundle's documents; published and running built-in ones are always included.")  # fmt: skip
+              help="Include its documents; published and running built-in bundles are always included.")  # fmt: skip
 @click.option("--evaluation", "evaluations", multiple=True, metavar="FILE", type=_PATH,
               help="Output of `outstation model evaluate --json` for one of the bundles.")  # fmt: skip
 @click.option("--publisher", "publishers", multiple=True, metavar="PUB",

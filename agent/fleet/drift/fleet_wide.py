@@ -65,8 +65,9 @@ class FleetWideDrift(msgspec.Struct, frozen=True):
         usual = "the usual number is not known yet"
         if self.usual_count is not None:
             usual = f"usually {self.usual_count:.0f} of {self.device_count}"
+        share = f"{len(self.devices)} of {self.device_count} devices"
         return (
-            f"{self.subject} has drifted on {len(self.devices)} of {self.device_count} devices since {since} ({usual}): "
+            f"{self.subject} has drifted on {share} since {since} ({usual}): "
             "the cause is in the fleet's environment or its models, not in single sensors"
         )
 
