@@ -45,7 +45,7 @@ class CsvTable:
     def __init__(
         self, file: io.BufferedReader[Any], size: int = 0, block_bytes: int = BLOCK_BYTES, *, use_pyarrow: bool
     ) -> None:
-        """Raises RowRejected if the first line does not name columns, OSError."""
+        """Raise RowRejected if the first line does not name columns, OSError."""
         self.size, self._file, self._block_bytes, self._use_pyarrow = size, file, block_bytes, use_pyarrow
         first, self._pending = read_first_line(file), b""
         if not first.strip():

@@ -33,7 +33,7 @@ class JsonLinesTable:
     """
 
     def __init__(self, file: BufferedReader[Any], size: int = 0, check_row: RowCheck = lambda _: None) -> None:
-        """Raises RowRejected if the first line never ends, OSError."""
+        """Raise RowRejected if the first line never ends, OSError."""
         self.size, self._file, self._check_row = size, file, check_row
         self._decoder = msgspec.json.Decoder(dict[str, Any])
         first = read_first_line(file)

@@ -22,7 +22,7 @@ class ParquetTable:
     """Parquet; null is a missing value, and the lines of a block are its rows."""
 
     def __init__(self, path: Path) -> None:
-        """Raises RowRejected if it is not Parquet, UsageError without pyarrow."""
+        """Raise RowRejected if it is not Parquet, UsageError without pyarrow."""
         try:
             import pyarrow as pa
             from pyarrow import parquet

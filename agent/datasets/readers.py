@@ -89,7 +89,7 @@ class TableReader:
         *,
         require_times: bool = False,
     ) -> None:
-        """Raises UsageError."""
+        """Raise UsageError."""
         self.path, self._fields, self._text_columns = path, list(fields), list(text_columns)
         self._block_bytes, self._require_times = block_bytes, require_times
         with open_table(self.path, self._block_bytes) as table:

@@ -107,7 +107,7 @@ class TableSummary(msgspec.Struct, frozen=True):
 
 
 def summarize_table(path: Path) -> TableSummary:
-    """Raises UsageError."""
+    """Raise UsageError."""
     with readers.open_table(path) as table:
         names = table.columns
         if isinstance(table, ParquetTable):

@@ -52,7 +52,7 @@ class RayCluster:
         self._stdout_redirect = redirect_stdout(sys.stderr)
 
     def __enter__(self) -> RayCluster:
-        """Raises UsageError if the cluster cannot be reached."""
+        """Raise UsageError if the cluster cannot be reached."""
         _require_reachable(self._address)
         try:
             self._ray.init(self._address, log_to_driver=False, logging_level=logging.ERROR)
@@ -120,7 +120,7 @@ class _RayActor:
 
 
 def _require_reachable(address: str) -> None:
-    """Raises UsageError within seconds; Ray itself would try for a minute."""
+    """Raise UsageError within seconds; Ray itself would try for a minute."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
