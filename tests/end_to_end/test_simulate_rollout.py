@@ -82,6 +82,6 @@ def test_a_crashing_bundle_is_aborted_in_shadow_without_results(
     assert (rollout["state"], rollout["step"], rollout["served"]) == ("aborted", 1, 0)
     assert {item["runs"]["version"] for item in devices} == {"1.0.0"}
     # A crash is also a failed batch: which of the two is reported first is chance.
-    assert {"crash", "errors"} & {item["reason"] for item in devices}
+    assert {"crash", "error_rate"} & {item["reason"] for item in devices}
     assert report["audit"]["passed"] is True
     assert rollout["decisions"][-1]["event"] == "aborted"
