@@ -23,8 +23,8 @@ from agent.evaluation.predict.ray_worker import MAX_ATTEMPTS, WindowShard, Worke
 NO_RAY = "--engine ray needs Ray, here and on every node: pip install 'outstation[ray]'"
 _CONNECT_TIMEOUT_S = 5.0
 _NO_CLUSTER_HINT = (
-    "start one with `ray start --head`, name it with --address HOST:PORT or RAY_ADDRESS, and run this on one of its nodes, "
-    "for example by `ray job submit -- outstation model run …`"
+    "start one with `ray start --head`, name it with --address HOST:PORT or RAY_ADDRESS, and run this on one of its "
+    "nodes, for example by `ray job submit -- outstation model run …`"
 )
 
 _WORKERS_DIED = (
