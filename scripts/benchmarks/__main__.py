@@ -1,4 +1,4 @@
-"""`scripts/bench [NAME …] [--quick | --write] [--json]`: exit 1 where a target is missed, or a ratio has fallen."""
+"""Command `scripts/bench [NAME …] [--quick | --write] [--json]`; exit code 1 on a missed target or a regression."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scripts import benchmarks
 from scripts.benchmarks import BENCHMARKS, QUICK, Report, Result, page
 
 _MORE_TRIES = 2
-# Of what is held against later runs, which ratio is usual is not enough to know.
+# Number of runs whose median becomes the committed ratio; one run does not show the usual ratio.
 _WRITTEN_RUNS = 3
 
 
@@ -27,7 +27,7 @@ _WRITTEN_RUNS = 3
 @click.option("--write", is_flag=True, help="Also into BENCHMARKS.md, and the ratios that --quick compares with.")
 @click.option("--rows", type=click.IntRange(min=100), help="For model-run: rows of each model.  [default: 1000]")
 def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: int | None) -> None:
-    """Run all benchmarks, or those called NAME, for example: scripts/bench signing"""
+    """Run all benchmarks, or those called NAME. Example: scripts/bench signing."""
     benchmarks.rows = rows
     for module in pkgutil.iter_modules(benchmarks.__path__):
         if module.name != "__main__":
@@ -40,7 +40,7 @@ def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: 
     for one in names or sorted(QUICK if quick else BENCHMARKS):
         try:
             report = measured(one)
-            # What another process did to this one is not measured a second and a third time.
+            # Interference from another process rarely repeats, so a slow result is measured up to three times.
             for _ in range(_MORE_TRIES if quick else 0):
                 if not page.find_regressions(report.results):
                     break
@@ -70,7 +70,7 @@ def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: 
 
 
 def measured(name: str) -> Report:
-    """Raises ClickException where something that it needs is not there."""
+    """Run one benchmark. Raises ClickException if a requirement is missing."""
     report = BENCHMARKS[name]()
     return report if isinstance(report, Report) else Report((report,), line(report))
 

@@ -1,4 +1,4 @@
-"""Batches from stored readings to committed results, drift and signature included, beside the interpreter alone."""
+"""Batches from stored readings to committed results, with drift detection and signing, against the bare interpreter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FIELDS = 16
 
 
 class Tiny(msgspec.Struct, frozen=True):
-    """A model of MLPerf Tiny: frames of a window, bands of a frame, and what its SPEC says of its answers."""
+    """A model of MLPerf Tiny: frames per window, bands per frame, and the output section of its SPEC."""
 
     file: str
     frames: int
@@ -55,7 +55,7 @@ def exercise_from_store_to_results() -> Result:
 
 @benchmark("tiny")
 def models_of_others_from_store_to_results() -> Report:
-    """MLPerf Tiny: a window of noise each, as wide as the model's input."""
+    """Measure MLPerf Tiny models on windows of noise as wide as the model input."""
     if not THIRD_PARTY.exists():
         raise click.ClickException(f"{THIRD_PARTY}: not there; OUTSTATION_THIRDPARTY_MODELS says where the models are")
     results = []
@@ -73,7 +73,7 @@ def models_of_others_from_store_to_results() -> Report:
 
 @benchmark("tabular", quick=True)
 def a_model_of_sixteen_fields() -> Report:
-    """µs a row by processor time, and beside the way of a rule engine: one invoke for each message."""
+    """Measure processor time per row in µs, against a rule engine that invokes the model once per message."""
     weights = np.random.default_rng(3).normal(0, 1, (3, FIELDS)).astype(np.float32)
     rows = np.random.default_rng(4).normal(0, 1, (100_000, FIELDS)).astype(np.float32)
     says = 'kind = "classify"\nlabels = ["a", "b", "c"]\n[output]\nactivation = "softmax"\n[drift]\nwindow = 1000'
@@ -144,7 +144,7 @@ def _invoke(plain: Any, row: Floats) -> int:
 
 @contextmanager
 def _packed(model: bytes, rows: Floats, says: str, frames: int = 1) -> Iterator[Bed]:
-    """A device with the model over rows like these; `says`: what its SPEC does beside the input."""
+    """Create a device with the model and reference rows; `says` completes the SPEC after its input section."""
     fields = [f"f{i:03}" for i in range(rows.shape[1])]
     head, _, rest = says.partition("[output]")
     with tempfile.TemporaryDirectory() as made:

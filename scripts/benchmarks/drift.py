@@ -1,4 +1,4 @@
-"""How often drift detection cries wolf, how soon it sees a change, and what it costs: ours beside others."""
+"""Drift detection: false alarm rate, detection delay and cost, compared with other libraries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scripts.benchmarks.drift_peers.counting import Row
 from scripts.benchmarks.drift_peers.peers import KITS, Peer
 from scripts.benchmarks.drift_peers.synthetic import KINDS, Kind
 
-# How many times what ours costs each of them is to cost at least.
+# Smallest acceptable ratio between the cost of each peer and our cost.
 PEER_TARGETS = ((peers.RIVER, 2.0), (peers.WHYLOGS, 10.0), (peers.EVIDENTLY, 20.0))
 MANY, ONE = synthetic.changes(4), synthetic.changes(1)
 SITES, QUIET, TRIALS = 40, 100, 3  # windows of each site, trials of each site and change
@@ -24,9 +24,9 @@ SITES, QUIET, TRIALS = 40, 100, 3  # windows of each site, trials of each site a
 
 @benchmark("drift")
 def drift() -> Report:
-    """False alarms, delays and misses over made rows and over recordings; processor time and memory.
+    """Measure false alarms, delays, misses, processor time and memory on synthetic rows and recordings.
 
-    The others judge in one process at a time while we do, and in turns with us where it is timed.
+    One peer process at a time runs beside ours. Timed runs alternate with ours.
     """
     with tempfile.TemporaryDirectory() as folder, ExitStack() as running, ThreadPoolExecutor(1) as aside:
         others: list[Peer] = []
@@ -43,7 +43,7 @@ def drift() -> Report:
 
 @benchmark("drift-cost")
 def drift_cost() -> Report:
-    """Summary and detectors over rows of 16 floats as readings come, 500 at a time, beside other libraries."""
+    """Measure summaries and detectors on rows of 16 floats in batches of 500, against other libraries."""
     peers.installed()
     results = []
     ours_once = cost.judged(cost.CASES[2])
@@ -67,7 +67,10 @@ def drift_cost() -> Report:
 
 
 def of_kind(kind: Kind) -> list[Row]:
-    """Ours. Five answers of a window tell nothing of how often each is given, so there that is left out."""
+    """Measure our detectors on one kind.
+
+    Five answers per window cannot estimate label frequencies, so labels are skipped.
+    """
     return [
         ours.row("ours, an answer per row", kind, MANY, SITES, QUIET, TRIALS),
         ours.row(targets.ALONE, kind, ONE[:-1], SITES, 0, TRIALS),
@@ -76,7 +79,7 @@ def of_kind(kind: Kind) -> list[Row]:
 
 
 def of_others(folder: Path, running: ExitStack, others: list[Peer]) -> dict[str, list[Row]]:
-    """Starts `others`, which are left `running`, and takes their rows by kind."""
+    """Start the peers, leave them in `running`, and return their rows by kind."""
     files = {kind.name: folder / f"{number}.npz" for number, kind in enumerate(KINDS)}
     for kind in KINDS:
         peers.write(files[kind.name], kind, MANY)

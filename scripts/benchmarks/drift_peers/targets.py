@@ -1,7 +1,6 @@
-"""What has to hold of what was found, as results: the limits are those that the detectors were asked to keep.
+"""Targets of the drift benchmark, as results: the limits that the detectors were configured for.
 
-`reference` is the limit. A delay that is not known, because a change was not found within the windows watched, counts
-as one window more than these.
+`reference` is the limit. An unknown delay, of a change that was missed, counts as one window more than were watched.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from scripts.benchmarks.drift_peers.cost import CASES, Cost
 from scripts.benchmarks.drift_peers.counting import Row
 from scripts.benchmarks.drift_peers.synthetic import ANSWERS, HALF, QUARTER, WIDER
 
-ALONE = "ours, one field only"  # shown beside the others
+ALONE = "ours, one field only"  # shown for comparison
 
 FALSE, FALSE_REAL = 10.0, 3.0  # alarms per 1000 quiet windows
 DELAYS = {QUARTER: 5.0, HALF: 3.0, WIDER: 5.0}  # windows, median
@@ -24,7 +23,7 @@ US_PER_ROW, MB = 2.0, 5.0
 
 
 def of_made(kind: str, rows: Sequence[Row]) -> Iterator[Result]:
-    """Of `rows` of one kind: ours that have quiet windows, each beside the others."""
+    """Return the results for `rows` of one kind: ours with quiet windows, compared with the peers."""
     others = [row for row in rows if not row.name.startswith("ours")]
     alone = [row for row in rows if row.name == ALONE]
     for row in rows:
@@ -75,7 +74,7 @@ def of_cost(costs: dict[str, Cost]) -> Iterator[Result]:
 
 
 def _worst(name: str, row: Row, changes: Sequence[str]) -> Result:
-    """Of the change that is missed most."""
+    """Return the results of the change with the most misses."""
     note_text = format_peers({change: row.found[change].summarize(synthetic.WATCHED) for change in changes})
     trials = len(row.found[changes[0]].delays)
     note = f"found within {synthetic.WATCHED} windows, {trials} trials each; median windows and misses{note_text}"
