@@ -121,7 +121,7 @@ class Plain:
         return len([self.answer(row) for row in self.rows()])
 
     def answer(self, row: Floats) -> tuple[int, float]:
-        """Return label and score; for an autoencoder, whether the window is an anomaly, and its reconstruction error."""
+        """Return label and score; for an autoencoder, whether the window is anomalous, and its reconstruction error."""
         out = self.values(self.invoke(self.quantized(row)))
         if self._case.inference.manifest.kind == "anomaly":
             error = float(np.square(out.astype(np.float64) - row.reshape(-1)).mean())
