@@ -1,4 +1,4 @@
-"""`scripts/fuzz [TARGET]`: exit 1 where a decoder broke; each input that did it is in a file of its own."""
+"""Command `scripts/fuzz [TARGET]`; exit code 1 if a decoder broke, with each failing input in its own file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HANGS_S = 60
 @click.option("--input", "file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Only this input.")
 @click.option("--plain", is_flag=True, help="Without atheris, even where it is installed.")
 def main(name: str | None, listing: bool, seconds: int, seed: int, file: Path | None, plain: bool) -> None:
-    """Fuzz all targets, or the one called TARGET, for example: scripts/fuzz message --seconds 600"""
+    """Fuzz all targets, or the one called TARGET. Example: scripts/fuzz message --seconds 600."""
     targets = fuzzing.load()
     if name is not None and name not in targets:
         raise click.UsageError(f"there is no target {name!r}; there is {', '.join(targets)}")
@@ -46,7 +46,7 @@ def main(name: str | None, listing: bool, seconds: int, seed: int, file: Path | 
 
 
 def again(chosen: list[Target], file: Path) -> int:
-    """Run one input; the exit code."""
+    """Run one input, and return the exit code."""
     if len(chosen) != 1:
         raise click.UsageError("--input needs the TARGET that the input is for")
     crash = attempt(chosen[0], file.read_bytes())
@@ -86,7 +86,7 @@ def with_atheris(target: Target, seconds: int, seed: int) -> list[Crash]:
 
 
 def _only_there(target: Target, path: Path, line: str) -> Crash:
-    """What does not happen again in this process: memory, time, or a fault in C."""
+    """Describe a crash that is not reproducible in this process: memory, time, or a fault in C."""
     return Crash(target.name, path.read_bytes(), f"{path.name}: under atheris only", line[-10_000:])
 
 

@@ -1,4 +1,4 @@
-"""What publishers send and people write: bundles, what is in them, and config files."""
+"""Fuzz targets for bundles, their contents, and config files."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ ARRAYS = ("inputs", "expected", "runtime", "tolerance")
 
 
 def arrays() -> list[bytes]:
-    """Each array of the golden vectors behind one byte for its name."""
+    """Return each array of the golden vectors, prefixed by one byte for its name."""
     with zipfile.ZipFile(io.BytesIO(vectors()[0])) as archive:
         return [bytes([i]) + archive.read(f"{name}.npy") for i, name in enumerate(ARRAYS)]
 

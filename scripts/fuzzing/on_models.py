@@ -1,6 +1,6 @@
-"""Models that are damaged, or made to do harm: the probe's child may die of them, and nothing else.
+"""Fuzz targets for damaged and malicious models; only the probe's child process may die.
 
-What passes the probe is then run as the daemon would, in one more process: that it dies there is a finding.
+A model that passes the probe then runs as in the daemon, in another process. A death of that process is a finding.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ except BadBundle:
 
 
 class Died(Exception):
-    """A model that passed the probe ended the process that ran it."""
+    """Raised if a model that passed the probe ended the process that ran it."""
 
 
 @functools.cache
 def sound() -> list[Bundle]:
-    """The bundle that ships, with its golden vectors, and models that have none: of those less is found out."""
+    """Return the shipped bundle with its golden vectors, and models without any, which are checked less."""
     bundles = [bundle.read(builtin.bundles_dir() / "exercise", None)]
     for recipe in (CLASSIFY, FLOAT):
         bundles.append(around(model(recipe.model), recipe))
@@ -64,7 +64,7 @@ def _words() -> Recipe:
 
 
 def _soon_over(sound_bundle: Bundle) -> Bundle:
-    """With little time and memory: what hangs or wants more and more is ended soon."""
+    """Limit time and memory, so that a hang or a memory leak ends soon."""
     content = msgspec.structs.replace(sound_bundle.manifest, limits=manifest.ResourceLimits(memory_mib=512, seconds=2))
     return replace(
         sound_bundle, manifest=content, files={**sound_bundle.files, "manifest.json": manifest.encode(content)}
@@ -72,7 +72,7 @@ def _soon_over(sound_bundle: Bundle) -> Bundle:
 
 
 def judge(sound_bundle: Bundle, content: bytes) -> ProbeReport:
-    """What the probe says of `content` in place of the bundle's model. Raises Died."""
+    """Return the probe's verdict on `content` in place of the bundle's model. Raises Died."""
     report = probe.probe(replace(sound_bundle, files={**sound_bundle.files, "model.tflite": content}), [])
     assert report.checks
     assert all(detail for _, _, detail in report.checks)
@@ -87,7 +87,7 @@ def judge(sound_bundle: Bundle, content: bytes) -> ProbeReport:
 
 
 def _numbered() -> list[bytes]:
-    """Each model, and before it which of the bundles it is for."""
+    """Return each model, prefixed by the number of its bundle."""
     return [bytes([number]) + sound_bundle.model_bytes for number, sound_bundle in enumerate(sound())]
 
 
@@ -98,7 +98,7 @@ def damaged(data: bytes) -> None:
 
 
 def changed(data: bytes) -> tuple[Bundle, bytes]:
-    """The bundle that `data` stands for, and its model with a graph changed as `data` says."""
+    """Return the bundle that `data` selects, and its model with a graph mutated by `data`."""
     from scripts.fuzzing import graphs
 
     random = Random(data)

@@ -1,4 +1,4 @@
-"""What producers send and put into folders: lines, files, and the chunks they become."""
+"""Fuzz targets for producers' input: lines, files, and the chunks they become."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def taken_or_named(data: bytes) -> None:
 
 
 def outcome(calls: list[list[bytes]]) -> tuple[list[int], dict[int, str], dict[str, bytes]]:
-    """Lines that rows came of, line → reason, and the rows by stream as bytes."""
+    """Return the accepted lines, the reason for each rejected line, and the rows by stream as bytes."""
     reader, first = LineParser(STREAMS), 1
     numbers: list[int] = []
     bad: dict[int, str] = {}
@@ -156,7 +156,7 @@ def chunk(data: bytes) -> None:
         n, first_t, time_bytes, crc = json.loads(head)
     except (ValueError, TypeError, RecursionError):
         return
-    # The sum as given, and the right one: of a chunk that was damaged before it was summed.
+    # The checksum as given, and the correct one, for a chunk that was damaged before its checksum was computed.
     for sum_ in (crc, right_sum(n, first_t, time_bytes, body)):
         try:
             rows = unpack_chunk(PackedChunk(n, first_t, time_bytes, body, sum_), FIELDS)

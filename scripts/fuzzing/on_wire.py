@@ -1,4 +1,4 @@
-"""What comes over the air: topics, tokens, payloads, and what the collector makes of them."""
+"""Fuzz targets for MQTT input: topics, tokens, payloads, and their processing in the collector."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOW = "2026-11-24T22:20:00.000000Z"
 
 
 def kinds() -> list[SignedMessage]:
-    """One message of each kind a device sends."""
+    """Return one message of each kind that a device sends."""
     sender = MessageSender(key=DEVICE, log="00000000-0000-4000-8000-000000000000")
     logged = [
         sender.results(),
@@ -45,12 +45,12 @@ TOPICS = sorted({sent.topic for sent in kinds()})
 
 
 def addressed() -> list[bytes]:
-    """Payloads, each behind one byte for its topic."""
+    """Return payloads, each prefixed by one byte for its topic."""
     return [bytes([TOPICS.index(sent.topic)]) + sent.payload for sent in kinds()]
 
 
 def opened(topic: str, payload: bytes, key: keys.SigningKey, owner: str) -> VerifiedMessage | None:
-    """The payload, rightly signed, as the receiver takes it; None where it is refused."""
+    """Sign the payload and return it as the receiver decodes it, or None if it is rejected."""
     try:
         return verify_message(
             topic, payload, [jws.sign(key, topic, payload)], lambda kid: jws.Signer(owner, key.public)
@@ -121,7 +121,7 @@ def key(data: bytes) -> None:
 
 
 class Wire:
-    """What a collector needs of a connection."""
+    """Stub of the connection, with the members that a collector uses."""
 
     window = 20
 
@@ -146,7 +146,7 @@ class Wire:
 
 
 class Desk:
-    """A collector with a database of its own; one for all inputs of this process."""
+    """A collector with its own database, shared by all inputs of this process."""
 
     def __init__(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
@@ -161,7 +161,7 @@ class Desk:
         self.folder.cleanup()
 
     def known(self) -> int:
-        """How many messages were stored or refused so far."""
+        """Return the number of messages stored or rejected so far."""
         return self.store.count_messages() + sum(int(row["count"]) for row in self.store.refusals())
 
     def hand(self, delivery: IncomingMessage) -> None:

@@ -1,4 +1,4 @@
-"""`scripts/coverage`: what docs/comparing.md says of intervals, counted anew."""
+"""Command `scripts/coverage`: recompute the coverage figures of docs/comparing.md."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Drawn = Callable[[np.random.Generator], tuple[list[ComparisonBlock], dict[str, f
 @click.option("--only", default="", help="Cases whose name holds this.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def main(repeats: int, seed: int, only: str, as_json: bool) -> None:
-    """Count how often 95 % intervals hold the truth, for example: scripts/coverage --repeats 100 --only recordings"""
+    """Count how often 95 % intervals contain the truth. Example: scripts/coverage --repeats 100 --only recordings."""
     announce = (lambda line: None) if as_json else click.echo
     announce("held / called bad at its limit / without interval, of all; mean width")
     covered = []
@@ -48,9 +48,10 @@ def main(repeats: int, seed: int, only: str, as_json: bool) -> None:
 
 
 def held(drawn: Drawn, seed: int, repeats: int) -> dict[str, dict[str, float]]:
-    """By estimate: the shares of intervals that hold the truth, that lie below it, that are not given; mean width.
+    """Return, per estimate, the shares of intervals with the truth inside, below it, or not given, and the mean width.
 
-    Below it means a bad bundle for what should not be small; of what should not be large, intervals above it count.
+    An interval below the truth rejects a bundle for a metric with a lower limit. For a metric with an upper limit,
+    intervals above the truth count.
     """
     intervals: dict[str, list[tuple[float, float, float]]] = {}
     nothing: dict[str, int] = {}

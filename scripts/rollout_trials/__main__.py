@@ -1,4 +1,4 @@
-"""`scripts/rollouts`: exit 1 where a roll-out did not end as it should, or an audit failed."""
+"""Command `scripts/rollouts`; exit code 1 if a rollout ended unexpectedly or an audit failed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from scripts.rollout_trials import candidates
 from scripts.rollout_trials.trials import TRIALS, Trial
 from scripts.rollout_trials.verdict import problems
 
-# Of one trial, which ends when it is decided; a fleet of fifty takes a minute to start on two cores.
+# Time limit of one trial, which ends with its decision; fifty devices take a minute to start on two cores.
 _LONGEST_S, _STARTS_S = 900.0, 300.0
-# Of the recordings: ten windows a second, so that a minute shows enough different ones to decide by.
+# Replay speed of the recordings: ten windows per second, so that a minute shows enough different windows.
 _SPEED = 20
 
 
@@ -31,7 +31,10 @@ _SPEED = 20
 @click.option("--list", "listing", is_flag=True, help="Name the trials, and what each is.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def main(names: tuple[str, ...], devices: int, seed: int, listing: bool, as_json: bool) -> None:
-    """Roll bundles out in a simulated fleet, one fleet after the other: scripts/rollouts --only crash --devices 12"""
+    """Roll bundles out in simulated fleets, one after the other.
+
+    Example: scripts/rollouts --only crash --devices 12.
+    """
     known = {trial.name: trial for trial in TRIALS}
     if listing:
         click.echo("\n".join(f"{trial.name:22} {trial.about}" for trial in TRIALS))
@@ -51,7 +54,7 @@ def main(names: tuple[str, ...], devices: int, seed: int, listing: bool, as_json
 
 
 def run(trial: Trial, devices: int, seed: int) -> dict[str, Any]:
-    """One trial in a fleet of its own: `fleet simulate` as a user runs it, and what is wrong with how it ended."""
+    """Run one trial in its own fleet by `fleet simulate`, and return the problems with its outcome."""
     with tempfile.TemporaryDirectory(prefix="rollout-") as name:
         folder = Path(name)
         key = keys.generate(folder / "publisher.key")

@@ -1,4 +1,4 @@
-"""Whether a roll-out ended as it should: pure, from the trial and the report of `fleet simulate`."""
+"""Verdict on a rollout, computed from the trial and the report of `fleet simulate`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _BACK = frozenset({"rolled_back", "rejected"})
 
 
 def problems(trial: Trial, report: dict[str, Any]) -> list[str]:
-    """A sentence for each thing that is not as it should be."""
+    """Return a sentence for each deviation from the expected outcome."""
     rollout, devices = report["rollout"], report["devices"]
     lines = []
     if not report["audit"]["passed"]:
