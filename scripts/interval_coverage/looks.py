@@ -34,7 +34,7 @@ STRAINS: dict[str, Callable[[np.random.Generator, int], Floats]] = {
 
 
 def lowest_high(random: np.random.Generator, name: str, batches: int) -> dict[str, tuple[float, float]]:
-    """Return the upper bound at the first look, and the lowest over all looks up to MESSAGES; below a limit it rejects."""
+    """Return the upper bound at the first look, and the lowest over MESSAGES looks; below a limit it rejects."""
     ends = list(accumulate(batches_per_message(i, batches) for i in range(MESSAGES)))
     answered = synthetic.batches(random, STRAINS[name](random, ends[-1] * WINDOWS))
     bounds: dict[str, list[float]] = {estimate: [] for estimate in LOOKED_AT}

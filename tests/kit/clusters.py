@@ -1,4 +1,4 @@
-"""A real Ray on this machine for tests: room for two workers, nothing shown or reported, a token to get in."""
+"""Local Ray cluster for tests: two workers, no dashboard or usage reports, and an access token."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from agent.testing.broker import free_port
 from tests.kit.stations import ROOT, wait_for
 
 WORKER = "ray::MapWorker"
-# Starting Ray and its workers takes seconds of CPU; a busy machine has few.
+# Ray and its workers take seconds of CPU time to start, which is scarce on a busy machine.
 WITHIN_S = 100.0
 
 
 @dataclass(frozen=True)
 class Ray:
-    """A head that runs; `env` is what a driver of it needs."""
+    """A running head node; `env` is the environment of its drivers."""
 
     head: psutil.Process
     env: dict[str, str]
 
     def begin(self, *arguments: object) -> subprocess.Popen[str]:
-        """`outstation model …`, in a process of its own."""
+        """Start `outstation model …` as a process."""
         told = [sys.executable, "-m", "agent", "model", *map(str, arguments)]
         pipe = subprocess.PIPE
         return subprocess.Popen(told, cwd=ROOT, env=self.env, stdout=pipe, stderr=pipe, text=True)
@@ -40,18 +40,18 @@ class Ray:
         return self.begin("run", bundle, data, "-o", out, "--engine", "ray", "--json")
 
     def run(self, bundle: Path, data: Path, out: Path) -> tuple[int, Any]:
-        """(exit code, document)."""
+        """Run a command, and return (exit code, document)."""
         return ended(self.begin_run(bundle, data, out))
 
     def command(self, *arguments: object) -> tuple[int, Any]:
         return ended(self.begin(*arguments))
 
     def workers(self) -> list[psutil.Process]:
-        """Those that answer files."""
+        """Return the worker processes."""
         return [one for one in self.head.children(recursive=True) if titled(one).startswith(WORKER)]
 
     def writer(self, out: Path) -> psutil.Process | None:
-        """The worker that has OUT.part open."""
+        """Return the worker that has OUT.part open."""
         part = f"{out}.part"
         for one in self.workers():
             try:
@@ -81,7 +81,7 @@ def titled(process: psutil.Process) -> str:
 
 @contextmanager
 def local(folder: Path) -> Iterator[Ray]:
-    """Ended with all it started. `folder` has a short path, for sockets lie in it."""
+    """Yield a local cluster, and end all its processes. `folder` needs a short path, because it holds sockets."""
     port, token = free_port(), secrets.token_hex(32)
     env = os.environ | {
         "RAY_ADDRESS": f"127.0.0.1:{port}",
@@ -101,7 +101,7 @@ def local(folder: Path) -> Iterator[Ray]:
         wait_for(lambda: "Ray runtime started" in (folder / "head.log").read_text(), "a head of Ray", WITHIN_S)
         yield Ray(head, env)
     finally:
-        # At once: nothing of it is needed any more, and asked to end it takes its time.
+        # Killed, because a clean shutdown takes time and nothing is needed any more.
         for one in [head, *head.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
                 one.kill()

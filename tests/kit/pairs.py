@@ -1,4 +1,4 @@
-"""A device whose task has a shadow, without a daemon."""
+"""Device whose task has a shadow, without a daemon."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.kit.stations import wait_for
 
 
 class Pair:
-    """A device whose task runs `active`, with `other` in a process of its own as the shadow."""
+    """A device whose task runs `active`, with `other` as the shadow in its own process."""
 
     def __init__(self, folder: Path, recipe: Recipe, active: LoadedBundle, other: Bundle, **options: Any) -> None:
         self.device = Device(folder, recipe, active)

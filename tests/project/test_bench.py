@@ -1,4 +1,4 @@
-"""What `scripts/bench` says of its measurements, and that those of drift see what they are made to see. No timing."""
+"""Results of `scripts/bench`, and detections of its drift benchmark on data with a known change; no timing."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_a_site_that_learned_sees_a_shift_of_half_a_sd(model_rows: int) -> None:
 
 
 def test_a_peer_in_a_process_of_its_own_sees_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PSI needs nothing but numpy, so it runs in any environment."""
+    """Run in any environment, because PSI needs nothing but numpy."""
     monkeypatch.setattr(Kit, "python", Path(sys.executable))
     data, changes = tmp_path / "data.npz", [synthetic.changes(4)[1]]
     peers.write(data, KINDS[0], changes, sites=1)

@@ -1,6 +1,6 @@
-"""Intervals and verdicts against bundles whose truth is known: a part of `scripts/coverage`, whose figures are told.
+"""Interval coverage and verdicts on bundles with known truth: a part of `scripts/coverage`.
 
-Bounds are those of docs/comparing.md, less what chance does to so few repetitions.
+Bounds are those of docs/comparing.md, widened for the small number of repetitions.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def test_bursts_longer_than_what_was_compared_are_not_seen_and_the_documentation
 def test_a_bundle_five_points_better_than_its_limit_is_seldom_called_bad_at_any_look() -> None:
     found = looks.measured("bursts 2 batches long", 5, 6, 20)
     assert {name: shares[-1][-1] == 0 for name, shares in found.items()} == dict.fromkeys(looks.LOOKED_AT, True)
-    # And one that is bad by far is found each time.
+    # A clearly bad bundle is detected each time.
     lowest = looks.lowest_high(np.random.default_rng(1), "bursts 2 batches long", 20)
     assert all(high < TRUTHS[name](STRAIN) + 0.1 for name, (_, high) in lowest.items())
 

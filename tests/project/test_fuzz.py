@@ -1,4 +1,4 @@
-"""Every decoder under damaged bytes for a moment, the same each time; `scripts/fuzz` does it for as long as asked."""
+"""Every decoder under damaged bytes, briefly and reproducibly; `scripts/fuzz` runs longer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_sound_bytes_reach_the_decoder(name: str) -> None:
 
 
 def reads(data: bytes) -> None:
-    """A decoder with a fault: it takes only some digits for digits."""
+    """Decode with a planted fault: only some digits are accepted."""
     if b"9" in data:
         raise KeyError("nine")
     if b"8" in data:

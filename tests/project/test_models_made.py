@@ -1,4 +1,4 @@
-"""The models solar and machine are what their sources make, of data kept apart, and as good as their cards say."""
+"""Models solar and machine: equal to the output of their sources, on separate data, as accurate as their cards state."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BOTH = pytest.mark.parametrize("name", ["solar", "machine"])
 
 
 def module(name: str, file: str) -> ModuleType:
-    """A script of the model's sources, which are no package."""
+    """Import a script of the model's sources, which are not a package."""
     spec = importlib.util.spec_from_file_location(f"{name}_{file}", SOURCES / name / f"{file}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -112,7 +112,7 @@ def test_what_is_anomalous_to_machine_is_what_its_card_says_and_the_fault_it_mis
 
 
 def planted(path: Path, **changed: Any) -> Evaluation:
-    """The held-out time of solar with other arrays."""
+    """Return the held-out data of solar with other arrays."""
     with np.load(RECORDINGS / "solar.npz") as z:
         kept = {key: z[key] for key in ("rows", "scale", "fields", "t", "power", "day")}
     kept |= changed

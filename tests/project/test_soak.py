@@ -1,4 +1,4 @@
-"""Long runs in simulated time, a little shorter."""
+"""Soak tests in simulated time, shortened."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_an_hour_online_through_bad_weather_delivers_everything_and_grows_nothing() -> None:
-    """In a process of its own: what other tests allocate and free would be measured too."""
+    """Run in a separate process, so that the memory use of other tests is not measured."""
     command = [sys.executable, "-m", "scripts.soaks", "day", "--hours", "1", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

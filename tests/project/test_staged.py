@@ -1,4 +1,4 @@
-"""scripts/rollouts: its trials are sound, its judgement finds what is wrong, and a few trials in a small fleet."""
+"""scripts/rollouts: valid trials, a verdict that detects wrong outcomes, and a few trials in a small fleet."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def device(name: str, phase: str, digest: str = NEW) -> dict[str, Any]:
 
 
 def report(trial: Trial) -> dict[str, Any]:
-    """As it should be."""
+    """Return the expected report of a trial."""
     finished = trial.ends == "finished"
     devices = [
         device(f"pi-{i:02d}", "active" if finished else "cancelled", NEW if finished else OLD) for i in (1, 2, 3)
