@@ -77,7 +77,7 @@ def cbpe(known: data.Answers, current: data.Answers) -> float:
 
 
 def cbpe_named(known: data.Answers, current: data.Answers) -> float:
-    """Return NannyML's CBPE of the top scores as a binary problem (correct or not), so that only calibration differs."""
+    """Return NannyML's CBPE of the top scores as a binary problem, so that only calibration differs."""
     frames = [pd.DataFrame({"p": a.top, "y": 1, "t": a.right.astype(int)}) for a in (known, current)]
     return _cbpe(frames, "p", "classification_binary")
 

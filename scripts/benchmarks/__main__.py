@@ -20,12 +20,12 @@ _WRITTEN_RUNS = 3
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option(
-    "--quick", is_flag=True, help="The short ones; exit 1 only where a committed ratio has fallen by a third."
+    "--quick", is_flag=True, help="Run the short benchmarks; exit 1 only if a ratio is a third worse than committed."
 )
-@click.option("--write", is_flag=True, help="Also into BENCHMARKS.md, and the ratios that --quick compares with.")
-@click.option("--rows", type=click.IntRange(min=100), help="For model-run: rows of each model.  [default: 1000]")
+@click.option("--write", is_flag=True, help="Update BENCHMARKS.md and the committed ratios for --quick.")
+@click.option("--rows", type=click.IntRange(min=100), help="Rows per model in model-run.  [default: 1000]")
 def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: int | None) -> None:
     """Run all benchmarks, or those called NAME. Example: scripts/bench signing."""
     benchmarks.rows = rows
@@ -34,7 +34,7 @@ def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: 
             importlib.import_module(f"{benchmarks.__name__}.{module.name}")
     for name in names:
         if name not in BENCHMARKS:
-            raise click.UsageError(f"there is no benchmark {name!r}; there is {', '.join(sorted(BENCHMARKS))}")
+            raise click.UsageError(f"no benchmark is named {name!r}; use one of {', '.join(sorted(BENCHMARKS))}")
     results: list[Result] = []
     worst: list[Result] = []
     for one in names or sorted(QUICK if quick else BENCHMARKS):
@@ -48,7 +48,7 @@ def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: 
         except click.ClickException as lacking:
             if names:
                 raise
-            click.echo(f"{one}: left out: {lacking.message}", err=True)
+            click.echo(f"{one}: skipped: {lacking.message}", err=True)
             continue
         runs = [report.results]
         if write and one in QUICK:

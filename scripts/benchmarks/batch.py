@@ -57,7 +57,7 @@ def exercise_from_store_to_results() -> Result:
 def models_of_others_from_store_to_results() -> Report:
     """Measure MLPerf Tiny models on windows of noise as wide as the model input."""
     if not THIRD_PARTY.exists():
-        raise click.ClickException(f"{THIRD_PARTY}: not there; OUTSTATION_THIRDPARTY_MODELS says where the models are")
+        raise click.ClickException(f"{THIRD_PARTY}: no such folder; set OUTSTATION_THIRDPARTY_MODELS to the models")
     results = []
     for name, tiny in TINY.items():
         content = (THIRD_PARTY / f"{tiny.file}.tflite").read_bytes()
@@ -116,7 +116,10 @@ def _compare_with_interpreter(device: Bed, rows: Floats, name: str, description:
         return count // batch * batch
 
     pace = rates(device.work_off, bare, time.process_time, rounds=5, prepare=lambda: device.fill(rows))
-    note = f"{description}, {count:,} windows waiting, drift and signature included; reference: set, invoke, get of ready int8"
+    note = (
+        f"{description}, {count:,} windows waiting, drift and signature included; "
+        "reference: set, invoke, get of ready int8"
+    )
     return Result(name, *pace, "windows/s", target, note)
 
 

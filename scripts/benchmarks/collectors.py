@@ -136,7 +136,7 @@ def _measure(store: FleetStore, messages: int, processes: Sequence[Sequence[int]
         if through and not first:
             first, first_s, before = store.count_messages(), time.monotonic(), spent()
         if time.monotonic() > deadline:
-            raise click.ClickException(f"not all of {messages} messages came within {_WITHIN_S:.0f} s")
+            raise click.ClickException(f"not all of {messages} messages arrived within {_WITHIN_S:.0f} s")
         time.sleep(0.1)
     n, took_s = messages - first, time.monotonic() - first_s
     each = [1e6 * (now - then) / n for now, then in zip(spent(), before, strict=True)]

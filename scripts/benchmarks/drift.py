@@ -55,7 +55,7 @@ def drift_cost() -> Report:
                 with peers.started(kit, data) as peer:
                     us = cost.in_turns({"ours": ours_once, "theirs": peer.seconds_per_row})
             except click.ClickException as problem:
-                click.echo(f"left out: {problem.message}", err=True)
+                click.echo(f"skipped: {problem.message}", err=True)
                 continue
             note = f"summary and detectors, windows of 500 rows of 16 floats; reference: {kit.called}"
             pace = 1e6 / us["ours"], 1e6 / us["theirs"]
@@ -87,7 +87,7 @@ def of_others(folder: Path, running: ExitStack, others: list[Peer]) -> dict[str,
         try:
             others.append(running.enter_context(peers.started(kit, files[KINDS[0].name])))
         except click.ClickException as problem:
-            click.echo(f"left out: {problem.message}", err=True)
+            click.echo(f"skipped: {problem.message}", err=True)
     return {name: [peer.row(file, MANY) for peer in others] for name, file in files.items()}
 
 

@@ -34,7 +34,7 @@ _SECTOR = 512
 def bytes_written_for_a_row() -> Result:
     """Measure one row per second, acknowledged within ten seconds (commits of ten rows), against a commit per row."""
     if os.geteuid() != 0 or shutil.which("mkfs.ext4") is None:
-        raise click.ClickException("flash needs root and mkfs.ext4, to mount a file system of its own")
+        raise click.ClickException("flash needs root and mkfs.ext4 to mount a file system")
     values = np.random.default_rng(1).normal(size=(len(FIELDS), ROWS)).astype(np.float32)
 
     def ours(folder: Path) -> None:

@@ -47,7 +47,7 @@ Floats = NDArray[np.float32]
 def compare_with_plain_loop() -> Report:
     """Compare all third-party models in this checkout."""
     if not THIRD_PARTY.exists():
-        raise click.ClickException(f"{THIRD_PARTY}: not there; OUTSTATION_THIRDPARTY_MODELS says where the models are")
+        raise click.ClickException(f"{THIRD_PARTY}: no such folder; set OUTSTATION_THIRDPARTY_MODELS to the models")
     results = []
     for name, model in MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -139,8 +139,8 @@ class Plain:
         spec = self._case.inference.manifest.input
         if (image := spec.image) is not None:
             for path in sorted(self._case.data.iterdir()):
-                with Image.open(path) as found:
-                    pixels = np.asarray(found.convert("RGB"), np.float32)
+                with Image.open(path) as image:
+                    pixels = np.asarray(image.convert("RGB"), np.float32)
                 yield pixels * np.float32(image.scale) + np.float32(image.offset)
             return
         table = parquet.read_table(self._case.data, columns=spec.fields)
@@ -174,7 +174,7 @@ def measured(name: str, case: Case) -> Result:
         for index, row in enumerate(plain.rows())
     )
     if different or len(ours) != case.windows:
-        raise click.ClickException(f"{name}: {different} of {len(ours)} answers are not those of a plain loop")
+        raise click.ClickException(f"{name}: {different} of {len(ours)} answers differ from the plain loop")
     pace, loop = rates(lambda: counted(case), plain.run, rounds=ROUNDS)
     note = f"{case.windows:,} answers equal to the last bit; invoking alone {bare(plain):,.0f} rows/s"
     return Result(f"model-run-{name}", pace, loop, "rows/s", TARGET, note)

@@ -84,15 +84,15 @@ def torture(fault: Fault, rounds: int, seed: int, folder: Path) -> Outcome:
 
 
 @click.command()
-@click.option("--fault", "names", multiple=True, help="A fault by name; may be given more than once.")
-@click.option("--all", "everything", is_flag=True, help="Every fault, negative controls too.")
-@click.option("--rounds", default=3, show_default=True, help="How often each fault is injected.")
-@click.option("--seed", default=1, show_default=True, help="The same seed injects at the same moments.")
-@click.option("--jobs", default=1, show_default=True, help="Faults at a time, each in a world of its own.")
-@click.option("--list", "listing", is_flag=True, help="Name the faults, and what each means.")
-@click.option("--markdown", is_flag=True, help="With --list: the table of docs/faults.md.")
-@click.option("--keep", is_flag=True, help="Keep the folders of faults that failed.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("--fault", "names", multiple=True, help="Inject this fault; repeatable.")
+@click.option("--all", "everything", is_flag=True, help="Inject all faults, negative controls included.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds per fault.")
+@click.option("--seed", default=1, show_default=True, help="Seed; equal seeds inject at equal moments.")
+@click.option("--jobs", default=1, show_default=True, help="Faults to run in parallel, each in its own world.")
+@click.option("--list", "listing", is_flag=True, help="List the faults with a description.")
+@click.option("--markdown", is_flag=True, help="With --list, print the table of docs/faults.md.")
+@click.option("--keep", is_flag=True, help="Keep the folders of failed faults.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(
     names: tuple[str, ...],
     everything: bool,

@@ -58,9 +58,7 @@ class Clock(msgspec.Struct, frozen=True):
         self.world.device.set_launcher(launcher, ("env", *environment))
 
     def show(self, ahead_s: float, *, error_us: int | None = ERROR_US) -> None:
-        """Set wall time to true time + `ahead_s`; `error_us` is the time service's error bound, or None if
-        unsynchronized.
-        """
+        """Set wall time to true time + `ahead_s`; `error_us` is the error bound, or None if unsynchronized."""
         face = self._folder / str(len(list(self._folder.iterdir())))
         face.mkdir()
         (face / "wall").write_text(f"{ahead_s:+.6f}\n", encoding="ascii")

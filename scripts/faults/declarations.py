@@ -74,9 +74,7 @@ class Declarations:
             self._run(self._logs[body["log"]], body)
 
     def undeclared(self, task: str, absent: Collection[int], sent: Iterable[int]) -> int:
-        """Return the number of rows with times `absent` that no message declares; `sent` are all times in sending
-        order.
-        """
+        """Return how many rows with times `absent` no message declares; `sent` are all times in sending order."""
         places, count, group = self._places[task], 0, 0
         left: _Place | None = None
         for t in sent:

@@ -26,7 +26,8 @@ EVERY_S = 0.2
 _STEP_S = 0.04
 _PATIENCE_S = 600.0
 _DATED = """
-    SELECT row, t_best, t_error_us, time_quality FROM results_dated WHERE device = ? AND task = ? AND row > ? ORDER BY row
+    SELECT row, t_best, t_error_us, time_quality FROM results_dated
+    WHERE device = ? AND task = ? AND row > ? ORDER BY row
 """
 
 

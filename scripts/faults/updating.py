@@ -154,7 +154,7 @@ class Updating:
             return ""
         state, runs = self._state(), self._runs()
         if state not in ("finished", "aborted"):
-            return f"{self.name} is {state}, the device's part: {self.phase or 'not heard of'}"
+            return f"{self.name} is {state}, the device's part: {self.phase or 'unknown'}"
         there = self.phase in _ARRIVED[state] and (runs == self._wanted()) == (state == "finished")
         return "" if there else f"{self.name} is {state}, the device's part: {self.phase}, and it runs {runs}"
 

@@ -21,16 +21,16 @@ HANGS_S = 60
 
 @click.command()
 @click.argument("name", metavar="[TARGET]", required=False)
-@click.option("--list", "listing", is_flag=True, help="The targets.")
-@click.option("--seconds", default=60, show_default=True, type=click.IntRange(1), help="For each target.")
-@click.option("--seed", default=1, show_default=True, help="The same seed tries the same inputs.")
-@click.option("--input", "file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Only this input.")
-@click.option("--plain", is_flag=True, help="Without atheris, even where it is installed.")
+@click.option("--list", "listing", is_flag=True, help="List the targets.")
+@click.option("--seconds", default=60, show_default=True, type=click.IntRange(1), help="Duration per target.")
+@click.option("--seed", default=1, show_default=True, help="Seed; equal seeds try equal inputs.")
+@click.option("--input", "file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Run only this input.")
+@click.option("--plain", is_flag=True, help="Do not use atheris, even if installed.")
 def main(name: str | None, listing: bool, seconds: int, seed: int, file: Path | None, plain: bool) -> None:
     """Fuzz all targets, or the one called TARGET. Example: scripts/fuzz message --seconds 600."""
     targets = fuzzing.load()
     if name is not None and name not in targets:
-        raise click.UsageError(f"there is no target {name!r}; there is {', '.join(targets)}")
+        raise click.UsageError(f"no target is named {name!r}; use one of {', '.join(targets)}")
     chosen = [targets[name]] if name else list(targets.values())
     if listing:
         for target in chosen:
@@ -50,7 +50,7 @@ def again(chosen: list[Target], file: Path) -> int:
     if len(chosen) != 1:
         raise click.UsageError("--input needs the TARGET that the input is for")
     crash = attempt(chosen[0], file.read_bytes())
-    click.echo(crash.trace if crash else f"{chosen[0].name}: nothing happens with {file}")
+    click.echo(crash.trace if crash else f"{chosen[0].name}: {file} raises no fault")
     return 1 if crash else 0
 
 

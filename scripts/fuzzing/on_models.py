@@ -91,7 +91,7 @@ def _numbered() -> list[bytes]:
     return [bytes([number]) + sound_bundle.model_bytes for number, sound_bundle in enumerate(sound())]
 
 
-@target("model", "a model with damaged bytes ends nothing but the probe's child", _numbered, _LONGEST, costly=True)
+@target("model", "a model with damaged bytes kills only the probe's child", _numbered, _LONGEST, costly=True)
 def damaged(data: bytes) -> None:
     bundles = sound()
     judge(bundles[data[0] % len(bundles) if data else 0], data[1:])
@@ -110,7 +110,7 @@ if all(importlib.util.find_spec(name) for name in ("ai_edge_litert", "flatbuffer
 
     @target(
         "graph",
-        "a well-formed model with a wrong graph ends nothing but the probe's child",
+        "a well-formed model with a wrong graph kills only the probe's child",
         lambda: [bytes([number]) for number in range(3)],
         16,
         costly=True,

@@ -59,7 +59,7 @@ def opened(topic: str, payload: bytes, key: keys.SigningKey, owner: str) -> Veri
         return None
 
 
-@target("topic", "a topic that is taken is spelled in one way only", lambda: [t.encode() for t in TOPICS])
+@target("topic", "an accepted topic has one spelling only", lambda: [t.encode() for t in TOPICS])
 def topic(data: bytes) -> None:
     text = data.decode("utf-8", "surrogateescape")
     try:
@@ -69,7 +69,7 @@ def topic(data: bytes) -> None:
     assert str(parsed) == text
 
 
-@target("token", "a signature under any header", lambda: [b"{}", b64url_decode(kinds()[0].jws.split("..")[0])])
+@target("token", "a signature with any header", lambda: [b"{}", b64url_decode(kinds()[0].jws.split("..")[0])])
 def token(data: bytes) -> None:
     sent = kinds()[0]
     head = b64url_encode(data)
@@ -83,7 +83,7 @@ def token(data: bytes) -> None:
         assert (header["alg"], header["b64"], header["crit"], header["top"]) == ("EdDSA", False, ["b64"], sent.topic)
 
 
-@target("message", "a signed payload that is taken says one thing to every reader", addressed)
+@target("message", "every reader decodes an accepted signed payload equally", addressed)
 def message(data: bytes) -> None:
     name = TOPICS[data[0] % len(TOPICS)] if data else TOPICS[0]
     verified = opened(name, data[1:], DEVICE, "pi-07")
@@ -97,7 +97,7 @@ def acknowledgements() -> list[bytes]:
     return [json.dumps({**body, "missing": missing, "time": TIME}).encode() for missing in ([], [[1, 2], [4, 7]])]
 
 
-@target("ack", "an acknowledgement signed by the collector deletes nothing beyond its end", acknowledgements)
+@target("ack", "an acknowledgement deletes nothing beyond its end", acknowledgements)
 def ack(data: bytes) -> None:
     verified = opened("outstation/acme/pi-07/ack", data, COLLECTOR, "collector")
     if verified is None:
@@ -110,7 +110,7 @@ def ack(data: bytes) -> None:
         return
 
 
-@target("key", "a public key that is taken is spelled in one way only", lambda: [DEVICE.public.raw, bytes(32)], 64)
+@target("key", "an accepted public key has one spelling only", lambda: [DEVICE.public.raw, bytes(32)], 64)
 def key(data: bytes) -> None:
     for text in (b64url_encode(data), data.decode("latin-1")):
         try:
@@ -181,7 +181,7 @@ def desk() -> Desk:
     return Desk()
 
 
-@target("collector", "a signed payload is stored or refused, and the audit can read what was stored", addressed)
+@target("collector", "a signed payload is stored or rejected, and the audit reads stored ones", addressed)
 def collector(data: bytes) -> None:
     name = TOPICS[data[0] % len(TOPICS)] if data else TOPICS[0]
     payload = data[1:]

@@ -18,10 +18,10 @@ Drawn = Callable[[np.random.Generator], tuple[list[ComparisonBlock], dict[str, f
 
 
 @click.command()
-@click.option("--repeats", default=400, show_default=True, help="Of each case; a quarter of them where looks repeat.")
-@click.option("--seed", default=1, show_default=True, help="The same seed gives the same figures.")
-@click.option("--only", default="", help="Cases whose name holds this.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("--repeats", default=400, show_default=True, help="Repetitions per case; a quarter of them for repeated looks.")
+@click.option("--seed", default=1, show_default=True, help="Seed; equal seeds yield equal figures.")
+@click.option("--only", default="", help="Run only cases whose name contains this text.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(repeats: int, seed: int, only: str, as_json: bool) -> None:
     """Count how often 95 % intervals contain the truth. Example: scripts/coverage --repeats 100 --only recordings."""
     announce = (lambda line: None) if as_json else click.echo

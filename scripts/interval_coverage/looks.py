@@ -46,9 +46,7 @@ def lowest_high(random: np.random.Generator, name: str, batches: int) -> dict[st
 
 
 def measured(name: str, seed: int, repeats: int, batches: int) -> dict[str, list[list[float]]]:
-    """Return, per estimate, the shares of repetitions with a rejection at the first and at any look, for each of
-    MARGINS.
-    """
+    """Return, per estimate, the rejection rates at the first and at any look, for each of MARGINS."""
     lowest = [lowest_high(np.random.default_rng([seed, i]), name, batches) for i in range(repeats)]
     return {
         estimate: [

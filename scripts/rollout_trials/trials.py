@@ -46,10 +46,12 @@ class Trial:
         steps = "".join(f"\n[[steps]]\n{step.format(**shares)}" for step in self.steps)
         return (
             f'[rollout]\nname = "{self.name}"\ntask = "exercise"\npath = "{path}"\ntarget = "all"\n'
-            f"\n[promote]\nmin_devices = {needed}\nmin_batches = 10\nmin_hours = 0.005\nmin_agreement = 0.5\nmax_failed_share = 0.3\n"
+            f"\n[promote]\nmin_devices = {needed}\nmin_batches = 10\nmin_hours = 0.005\nmin_agreement = 0.5\n"
+            "max_failed_share = 0.3\n"
             # A shared machine is late, while a batch takes milliseconds. Estimates without labels are off: the
             # candidates are not calibrated.
-            f"\n[device_rules]\nmin_batches = {self.batches}\nmin_hours = 0.002\nmin_agreement = 0.75\nmax_latency_ratio = 10.0\nbatch_timeout_s = 10.0\n"
+            f"\n[device_rules]\nmin_batches = {self.batches}\nmin_hours = 0.002\nmin_agreement = 0.75\n"
+            "max_latency_ratio = 10.0\nbatch_timeout_s = 10.0\n"
             f"max_accuracy_drop = 0.5\nhold_off_hours = 24.0\n{steps}"
         )
 

@@ -35,7 +35,7 @@ def _finished(trial: Trial, rollout: dict[str, Any], devices: list[dict[str, Any
     for device in devices:
         back = device["device"] in worse
         if device["phase"] not in (_BACK if back else {"active"}):
-            where = f"is {device['phase'] or 'not heard of'} ({device['why']})"
+            where = f"is {device['phase'] or 'unknown'} ({device['why']})"
             yield f"{device['device']} {where}, and should {'have taken it back' if back else 'have settled on it'}"
         if _runs_it(device, rollout) == back:
             yield f"{device['device']} runs {device['runs']}, and should {'not ' if back else ''}run it"

@@ -94,4 +94,4 @@ def test_the_command_lists_its_targets_and_names_one_that_is_not_there() -> None
     assert [line.split()[0] for line in listed.output.splitlines()] == list(ALL)
     wrong = CliRunner().invoke(__main__.main, ["nothing"])
     assert wrong.exit_code == 2
-    assert "there is no target 'nothing'; there is ack" in wrong.output
+    assert "no target is named 'nothing'; use one of ack" in wrong.output

@@ -1,4 +1,4 @@
-"""Models solar and machine: equal to the output of their sources, on separate data, as accurate as their cards state."""
+"""Models solar and machine: equal to the output of their sources, and as accurate as their cards state."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_the_official_parser_accepts_the_document(validate: Callable[[list[dict[
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Return messages of each kind from a real daemon, collector and operator; `desired` and `shadow` are signed here."""
+    """Return messages of each kind from a real daemon, collector and operator; the test signs `desired`, `shadow`."""
     with LocalFleet(tmp_path_factory.mktemp("recorded")) as fleet:
         fleet.broker.start()
         link = Link(BrokerConfig(url=fleet.broker.url), "recorder", subscribe=["outstation/#"])

@@ -80,7 +80,7 @@ def write(file: Path, kind: Kind, changes: Sequence[Change], sites: int = SITES)
 def started(kit: Kit, data: Path) -> Iterator[Peer]:
     """Run a detector process until the context ends; for timing, it processes `data`."""
     if not kit.python.exists():
-        raise click.ClickException(f"{kit.called}: {kit.python.parents[1]} was not made: scripts/setup peers")
+        raise click.ClickException(f"{kit.called}: {kit.python.parents[1]} is missing; run scripts/setup peers")
     command = [str(kit.python), "-P", str(Path(__file__).with_name("peer.py")), kit.name]
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output,
@@ -130,6 +130,6 @@ class Peer:
         if not line:
             self._said.seek(0)
             last = self._said.read().strip()[-500:]
-            raise click.ClickException(f"{self.kit.called} failed; what it said last:\n{last}")
+            raise click.ClickException(f"{self.kit.called} failed; its last output:\n{last}")
         answer: dict[str, Any] = json.loads(line)
         return answer

@@ -53,7 +53,8 @@ def of_recordings(row: Row) -> Iterator[Result]:
     )
     yield Result("drift, smartwatch: false alarms", row.per_1000, FALSE_REAL, "per 1000 windows", 1.0, note, less=True)
     for change, detection in row.found.items():
-        note = f"{len(detection.delays)} trials, {sum(delay is None for delay in detection.delays)} not found within 20 windows"
+        missed = sum(delay is None for delay in detection.delays)
+        note = f"{len(detection.delays)} trials, {missed} not found within 20 windows"
         name = f"drift, smartwatch: {change}"
         yield Result(name, _delay(row, change), DELAY_REAL, "windows", 1.0, note, less=True)
         yield Result(f"{name} found", 100 - detection.missed, 100.0, "per cent", 1.0, note)
