@@ -21,12 +21,12 @@ _HEADERS, _SEGMENT, _PUBACK = 52, 1448, 4
 
 
 @benchmark("air", quick=True)
-def bytes_of_a_thousand_results() -> Report:
+def traffic_of_results() -> Report:
     """Measure the exercise model on one person's recordings: whole packets both ways, acknowledgements included."""
     recorded = load(SCENARIOS["exercise"].file)
     names = [name for name, _ in SCENARIOS["exercise"].fields]
     places = Playlist(recorded, int(recorded.subject[0]), 0).source_rows(RESULTS * 100)
-    with device_task.made(names, "exercise") as device:
+    with device_task.device_with_task(names, "exercise") as device:
         device.fill(recorded.rows[places])
         device.work_off()
         sent = [message for message in device.store.unacknowledged_messages(0, 10_000) if "/results/" in message.topic]

@@ -16,10 +16,13 @@ _BATCHES = 3
 
 
 @benchmark("backlog")
-def a_batch_among_ten_million_rows() -> Result:
+def batch_with_large_backlog() -> Result:
     """Measure whole batches of the exercise model, from the store to committed results, by wall clock."""
     rows = np.random.default_rng(0).normal(0, 1, (FEW, len(FIELDS))).astype(np.float32)
-    with device_task.made(FIELDS, "exercise") as few, device_task.made(FIELDS, "exercise") as many:
+    with (
+        device_task.device_with_task(FIELDS, "exercise") as few,
+        device_task.device_with_task(FIELDS, "exercise") as many,
+    ):
         for _ in range(MANY // FEW):
             many.fill(rows)
         # Otherwise the kernel would flush the backlog to disk during the measurement.

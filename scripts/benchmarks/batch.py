@@ -48,13 +48,13 @@ TINY = {
 def exercise_from_store_to_results() -> Result:
     recorded = load(SCENARIOS["exercise"].file).rows
     names = [name for name, _ in SCENARIOS["exercise"].fields]
-    with device_task.made(names, "exercise") as device:
+    with device_task.device_with_task(names, "exercise") as device:
         rows = np.resize(recorded, (WINDOWS * device.task.window_rows, len(names)))
         return _compare_with_interpreter(device, rows, "batch", "exercise model")
 
 
 @benchmark("tiny")
-def models_of_others_from_store_to_results() -> Report:
+def mlperf_tiny_models() -> Report:
     """Measure MLPerf Tiny models on windows of noise as wide as the model input."""
     if not THIRD_PARTY.exists():
         raise click.ClickException(f"{THIRD_PARTY}: no such folder; set OUTSTATION_THIRDPARTY_MODELS to the models")
@@ -72,7 +72,7 @@ def models_of_others_from_store_to_results() -> Report:
 
 
 @benchmark("tabular", quick=True)
-def a_model_of_sixteen_fields() -> Report:
+def sixteen_field_model() -> Report:
     """Measure processor time per row in µs, against a rule engine that invokes the model once per message."""
     weights = np.random.default_rng(3).normal(0, 1, (3, FIELDS)).astype(np.float32)
     rows = np.random.default_rng(4).normal(0, 1, (100_000, FIELDS)).astype(np.float32)
@@ -163,5 +163,7 @@ def _packed(model: bytes, rows: Floats, says: str, frames: int = 1) -> Iterator[
             encoding="utf-8",
         )
         pack.write_bundle(pack.pack(folder / "spec.toml", KEY), folder / "bundle")
-        with device_task.made(fields, str(folder / "bundle"), step_us=1000, publisher=KEY.public.text) as device:
+        with device_task.device_with_task(
+            fields, str(folder / "bundle"), step_us=1000, publisher=KEY.public.text
+        ) as device:
             yield device

@@ -61,9 +61,9 @@ def measure_parallel_collectors() -> Report:
     seen: dict[str, list[float]] = {"file": [], "one": [], "two": []}
     with postgres.run_server(_SERVER) as server:
         for _ in range(_ROUNDS):
-            seen["file"].append(flow(None, (), forty).rate)
-            seen["one"].append(flow(server, ("a",), forty).rate)
-            seen["two"].append(flow(server, ("a", "b"), forty).rate)
+            seen["file"].append(flow(None, (), results_message).rate)
+            seen["one"].append(flow(server, ("a",), results_message).rate)
+            seen["two"].append(flow(server, ("a", "b"), results_message).rate)
     of_file, single, two = (statistics.median(seen[name]) for name in ("file", "one", "two"))
     where = f"{os.cpu_count()} cores run broker, database and collectors, load {os.getloadavg()[0]:.1f}"
     results = (
@@ -73,7 +73,7 @@ def measure_parallel_collectors() -> Report:
     return Report(results, "\n".join(f"{r.name}: {r.ours:,.0f} messages/s, × {r.ratio:.2f}; {r.note}" for r in results))
 
 
-def forty(sender: MessageSender) -> SignedMessage:
+def results_message(sender: MessageSender) -> SignedMessage:
     """Build a message of forty results, as a device sends it."""
     return sender.results(40, clocks=[[sender.row + 1, 1, 1, 0]])
 

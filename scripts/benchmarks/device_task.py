@@ -50,7 +50,9 @@ class Bed(msgspec.Struct):
 
 
 @contextlib.contextmanager
-def made(fields: Sequence[str], bundle: str, *, step_us: int = 20_000, publisher: str = "") -> Iterator[Bed]:
+def device_with_task(
+    fields: Sequence[str], bundle: str, *, step_us: int = 20_000, publisher: str = ""
+) -> Iterator[Bed]:
     """Create a device with one task on a stream of these fields.
 
     `bundle` is a name or a path, `publisher` the public key that verifies it.
@@ -76,7 +78,7 @@ def made(fields: Sequence[str], bundle: str, *, step_us: int = 20_000, publisher
 
 
 @contextlib.contextmanager
-def enrolled(fields: Sequence[str] = (), stream: str = "watch") -> Iterator[DeviceProcess]:
+def device_process(fields: Sequence[str] = (), stream: str = "watch") -> Iterator[DeviceProcess]:
     """Create a device to run as a separate process, with a stream of these fields and no broker."""
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder) / "fleet"
@@ -94,7 +96,7 @@ def enrolled(fields: Sequence[str] = (), stream: str = "watch") -> Iterator[Devi
             device.kill()
 
 
-def put(config: Path, stream: str, rows: Floats, step_us: int = 20_000) -> None:
+def append_rows(config: Path, stream: str, rows: Floats, step_us: int = 20_000) -> None:
     """Append rows to the store of a stopped device."""
     _, conf = load_config(str(config))
     store = open_store(conf)

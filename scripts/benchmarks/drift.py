@@ -30,8 +30,8 @@ def drift() -> Report:
     """
     with tempfile.TemporaryDirectory() as folder, ExitStack() as running, ThreadPoolExecutor(1) as aside:
         others: list[Peer] = []
-        theirs = aside.submit(of_others, Path(folder), running, others) if peers.installed() else None
-        rows = {kind.name: of_kind(kind) for kind in KINDS}
+        theirs = aside.submit(peer_rows, Path(folder), running, others) if peers.installed() else None
+        rows = {kind.name: our_rows(kind) for kind in KINDS}
         watches = [recordings.row("ours, played again"), recordings.row("ours, other halves", halves=True)]
         readings = shuttle.load(peers.environment())
         sensors = shuttle.rows(readings) if readings else []
@@ -66,7 +66,7 @@ def drift_cost() -> Report:
     )
 
 
-def of_kind(kind: Kind) -> list[Row]:
+def our_rows(kind: Kind) -> list[Row]:
     """Measure our detectors on one kind.
 
     Five answers per window cannot estimate label frequencies, so labels are skipped.
@@ -78,7 +78,7 @@ def of_kind(kind: Kind) -> list[Row]:
     ]
 
 
-def of_others(folder: Path, running: ExitStack, others: list[Peer]) -> dict[str, list[Row]]:
+def peer_rows(folder: Path, running: ExitStack, others: list[Peer]) -> dict[str, list[Row]]:
     """Start the peers, leave them in `running`, and return their rows by kind."""
     files = {kind.name: folder / f"{number}.npz" for number, kind in enumerate(KINDS)}
     for kind in KINDS:
@@ -94,8 +94,8 @@ def of_others(folder: Path, running: ExitStack, others: list[Peer]) -> dict[str,
 def report(rows: dict[str, list[Row]], watches: list[Row], sensors: list[Row], costs: dict[str, Cost]) -> Report:
     results: list[Result] = []
     for kind, row in rows.items():
-        results += targets.of_made(kind, row)
-    results += targets.of_recordings(watches[0])
+        results += targets.synthetic_results(kind, row)
+    results += targets.recordings_results(watches[0])
     results += targets.of_cost(costs)
     text = tables.everything(rows, watches, sensors, costs, results)
     return Report(tuple(results), text)

@@ -31,7 +31,7 @@ _SECTOR = 512
 
 
 @benchmark("flash")
-def bytes_written_for_a_row() -> Result:
+def written_bytes_per_row() -> Result:
     """Measure one row per second, acknowledged within ten seconds (commits of ten rows), against a commit per row."""
     if os.geteuid() != 0 or shutil.which("mkfs.ext4") is None:
         raise click.ClickException("flash needs root and mkfs.ext4 to mount a file system")

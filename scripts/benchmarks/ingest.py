@@ -19,7 +19,7 @@ from agent.config import FieldConfig, StreamConfig
 from agent.device.recovery.open import open_store
 from agent.device.store.rows import Rows
 from scripts.benchmarks import Report, Result, benchmark, rates
-from scripts.benchmarks.device_task import enrolled
+from scripts.benchmarks.device_task import device_process
 
 FIELDS = [f"f{i}" for i in range(8)]
 ROWS, LINE = 1_000_000, 1000
@@ -38,7 +38,7 @@ def through_client_and_socket() -> Report:
     t = np.arange(LINE, dtype=np.float64) / LINE
     rows = [dict(zip(FIELDS, map(float, row), strict=True)) for row in columns.T]
     text = [json.dumps({"stream": "rows", "t": BEGIN_S, **row}) for row in rows]
-    with enrolled(FIELDS, "rows") as device, _plain(device.home / "reference.db") as plain:
+    with device_process(FIELDS, "rows") as device, _plain(device.home / "reference.db") as plain:
         # Each round ends with a group commit that waits for more rows, by default one second; nobody works meanwhile.
         device.append_config('[buffer]\ncommit_every = "100 ms"\n')
         device.start_and_wait()

@@ -16,7 +16,7 @@ from agent.datasets.recordings import load
 from agent.testing.fleet import FIELDS, RECORDINGS, DeviceProcess
 from agent.testing.process import run_outstation
 from scripts.benchmarks import Report, Result, benchmark
-from scripts.benchmarks.device_task import enrolled, put
+from scripts.benchmarks.device_task import append_rows, device_process
 
 WINDOWS = 100_000
 _IDLE_S = 60.0
@@ -27,7 +27,7 @@ _TICK = os.sysconf("SC_CLK_TCK")
 @benchmark("memory")
 def resident_memory() -> Report:
     """Measure PSS with the exercise model loaded, idle and at the peak while a backlog is processed."""
-    with enrolled(FIELDS) as device:
+    with device_process(FIELDS) as device:
         device.add_task("exercise").start_and_wait()
         idle = _pss_mb(device.pid)
         device.stop()
@@ -60,7 +60,7 @@ def start_to_first_batch() -> Result:
     """Measure `outstation batch` with 100 waiting windows, against the imports it needs."""
     bare = [sys.executable, "-c", "import numpy, ai_edge_litert.interpreter"]
     seen: tuple[list[float], list[float]] = ([], [])
-    with enrolled(FIELDS) as device, tempfile.TemporaryDirectory() as compiled:
+    with device_process(FIELDS) as device, tempfile.TemporaryDirectory() as compiled:
         # Bytecode is compiled beforehand, as pip does at installation.
         env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         env["PYTHONPYCACHEPREFIX"] = compiled
@@ -82,9 +82,9 @@ def start_to_first_batch() -> Result:
 
 
 @benchmark("idle")
-def a_daemon_that_waits() -> Result:
+def idle_daemon() -> Result:
     """Measure an idle daemon: one stream at 1 Hz, one task per minute, a broker that responds."""
-    with enrolled() as device:
+    with device_process() as device:
         device.add_replay_stream(10**6, 1 / 50)
         device.add_task("exercise", schedule="every 60 s").start_and_wait()
         time.sleep(5)
@@ -99,7 +99,7 @@ def a_daemon_that_waits() -> Result:
 
 def _fill(device: DeviceProcess, windows: int) -> None:
     rows = np.resize(load(RECORDINGS).rows, (windows * 100, len(FIELDS)))
-    put(device.config, "watch", rows)
+    append_rows(device.config, "watch", rows)
 
 
 def _pss_mb(pid: int) -> float:

@@ -24,7 +24,7 @@ MOST_MIB = 60.0
 
 
 @benchmark("apart")
-def in_a_process_of_its_own() -> Report:
+def subprocess_overhead() -> Report:
     """Measure windows of `exercise` (medians of alternating runs), and the PSS of the subprocess."""
     shipped = bundle.read(builtin.bundles_dir() / "exercise", None)
     here = inference.load_model(shipped.manifest, shipped.model_bytes)

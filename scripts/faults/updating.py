@@ -169,11 +169,11 @@ class Updating:
             )
         elif (self._runs() == self._wanted()) != (state == "finished"):
             verdict.problems.append(f"{TASK} runs {self._runs()}, and {self.name} of {self._wanted()} is {state}")
-        verdict.problems += self._unsaid()
+        verdict.problems += self._undeclared_bundles()
 
     # --- observations ---
 
-    def _unsaid(self) -> Iterator[str]:
+    def _undeclared_bundles(self) -> Iterator[str]:
         """Describe results of a bundle other than the one that the preceding signed messages name."""
         may, own, wrong = set[str](), "", 0
         sql = "SELECT kind, payload FROM messages WHERE device = ? AND kind IN ('results', 'audit') ORDER BY log, seq"

@@ -91,7 +91,7 @@ class World:
         self.device_line: Proxy
         self.collector_line: Proxy
         self._leaving = contextlib.ExitStack()
-        self._kept: set[OutstationProcess] = set()
+        self._supervised: set[OutstationProcess] = set()
         self._guard = threading.RLock()
         self._closing = False
         self._supervisor = threading.Thread(target=self._supervise, daemon=True)
@@ -126,7 +126,7 @@ class World:
     def _end(self) -> None:
         self._closing = True
         with self._guard:
-            self._kept.clear()
+            self._supervised.clear()
             for program in (self.device, self.collector):
                 program.kill()
         self.broker.kill()
@@ -145,19 +145,19 @@ class World:
     def keep(self, program: OutstationProcess) -> None:
         """Run the process, and restart it whenever it ends."""
         with self._guard:
-            self._kept.add(program)
+            self._supervised.add(program)
             if not program.is_running:
                 self._start(program)
 
     def leave(self, program: OutstationProcess) -> None:
         """Suspend restarts until `keep`."""
         with self._guard:
-            self._kept.discard(program)
+            self._supervised.discard(program)
 
     def kill(self, program: OutstationProcess) -> None:
         """Send SIGKILL; the process stays down until `keep`."""
         with self._guard:
-            self._kept.discard(program)
+            self._supervised.discard(program)
             program.kill()
 
     def restart(self, program: OutstationProcess) -> None:
@@ -168,14 +168,14 @@ class World:
     def running(self) -> bool:
         """Return True if all supervised processes run."""
         with self._guard:
-            return all(program.is_running for program in self._kept)
+            return all(program.is_running for program in self._supervised)
 
     def _supervise(self) -> None:
         """Restart ended processes, as systemd does with Restart=always."""
         while not self._closing:
             time.sleep(_RESTART_S)
             with self._guard:
-                for program in list(self._kept):
+                for program in list(self._supervised):
                     if not program.is_running and not self._closing:
                         self.restarts += 1
                         self._start(program)

@@ -24,7 +24,9 @@ HANGS_S = 60
 @click.option("--list", "listing", is_flag=True, help="List the targets.")
 @click.option("--seconds", default=60, show_default=True, type=click.IntRange(1), help="Duration per target.")
 @click.option("--seed", default=1, show_default=True, help="Seed; equal seeds try equal inputs.")
-@click.option("--input", "file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Run only this input.")
+@click.option(
+    "--input", "file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Run only this input."
+)
 @click.option("--plain", is_flag=True, help="Do not use atheris, even if installed.")
 def main(name: str | None, listing: bool, seconds: int, seed: int, file: Path | None, plain: bool) -> None:
     """Fuzz all targets, or the one called TARGET. Example: scripts/fuzz message --seconds 600."""
@@ -37,7 +39,7 @@ def main(name: str | None, listing: bool, seconds: int, seed: int, file: Path | 
             click.echo(f"{target.name:14} {target.says}")
         return
     if file is not None:
-        sys.exit(again(chosen, file))
+        sys.exit(reproduce(chosen, file))
     guided = not plain and importlib.util.find_spec("atheris") is not None
     crashes = [crash for target in chosen for crash in (with_atheris if guided else without)(target, seconds, seed)]
     for crash in crashes:
@@ -45,7 +47,7 @@ def main(name: str | None, listing: bool, seconds: int, seed: int, file: Path | 
     sys.exit(1 if crashes else 0)
 
 
-def again(chosen: list[Target], file: Path) -> int:
+def reproduce(chosen: list[Target], file: Path) -> int:
     """Run one input, and return the exit code."""
     if len(chosen) != 1:
         raise click.UsageError("--input needs the TARGET that the input is for")
@@ -79,13 +81,13 @@ def with_atheris(target: Target, seconds: int, seed: int) -> list[Crash]:
     last = re.findall(r"^#\d.*", done.stderr, re.MULTILINE)[-1:] or ["nothing was run"]
     click.echo(f"{target.name:14} atheris: {' '.join(last[0].split())}")
     new = [path for path in artifacts.iterdir() if path not in before]
-    crashes = [attempt(target, path.read_bytes()) or _only_there(target, path, done.stderr) for path in new]
+    crashes = [attempt(target, path.read_bytes()) or _irreproducible(target, path, done.stderr) for path in new]
     if done.returncode != 0 and not new:
         raise click.ClickException(f"{target.name}: atheris ended with {done.returncode}:\n{done.stderr[-3000:]}")
     return crashes
 
 
-def _only_there(target: Target, path: Path, line: str) -> Crash:
+def _irreproducible(target: Target, path: Path, line: str) -> Crash:
     """Describe a crash that is not reproducible in this process: memory, time, or a fault in C."""
     return Crash(target.name, path.read_bytes(), f"{path.name}: under atheris only", line[-10_000:])
 

@@ -48,7 +48,7 @@ class Crash:
 
 
 @dataclass(slots=True)
-class Found:
+class Exploration:
     """Outcome of a target's run, with its crashes by place."""
 
     runs: int = 0
@@ -56,9 +56,9 @@ class Found:
     crashes: dict[str, Crash] = field(default_factory=dict)
 
 
-def explore(target: Target, seed: int, seconds: float = float("inf"), runs: int = sys.maxsize) -> Found:
+def explore(target: Target, seed: int, seconds: float = float("inf"), runs: int = sys.maxsize) -> Exploration:
     """Run the seeds, then mutations, for `seconds` or `runs`. The same seed yields the same inputs."""
-    random, seeds, findings = Random(f"{target.name} {seed}"), target.seeds(), Found()
+    random, seeds, findings = Random(f"{target.name} {seed}"), target.seeds(), Exploration()
     end = time.monotonic() + seconds
     waiting = list(seeds)
     while waiting or (findings.runs < runs and time.monotonic() < end):

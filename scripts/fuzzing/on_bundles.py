@@ -177,7 +177,9 @@ def replay_npz(content: bytes) -> None:
             load(Path(file.name))
 
 
-@target("data-csv", "data for a bundle are read, or rejected by name", lambda: [b"t,x,y\n1,2,3\n2,,4\n", b"y,x\r\n1,2\r\n"])
+@target(
+    "data-csv", "data for a bundle are read, or rejected by name", lambda: [b"t,x,y\n1,2,3\n2,,4\n", b"y,x\r\n1,2\r\n"]
+)
 def data_csv(content: bytes) -> None:
     _data(content, ".csv")
 

@@ -38,12 +38,12 @@ except BadBundle:
 """
 
 
-class Died(Exception):
+class ProcessDied(Exception):
     """Raised if a model that passed the probe ended the process that ran it."""
 
 
 @functools.cache
-def sound() -> list[Bundle]:
+def valid_bundles() -> list[Bundle]:
     """Return the shipped bundle with its golden vectors, and models without any, which are checked less."""
     bundles = [bundle.read(builtin.bundles_dir() / "exercise", None)]
     for recipe in (CLASSIFY, FLOAT):
@@ -52,7 +52,7 @@ def sound() -> list[Bundle]:
         path = THIRD_PARTY / f"mlperf_{name}_int8.tflite"
         if path.exists():
             bundles.append(around(path.read_bytes(), recipe))
-    return [_soon_over(sound_bundle) for sound_bundle in bundles]
+    return [_limit_resources(sound_bundle) for sound_bundle in bundles]
 
 
 def _inputs(count: int) -> tuple[str, ...]:
@@ -63,7 +63,7 @@ def _words() -> Recipe:
     return Recipe("classify", "", _inputs(490), tuple(f"word {i}" for i in range(12)))
 
 
-def _soon_over(sound_bundle: Bundle) -> Bundle:
+def _limit_resources(sound_bundle: Bundle) -> Bundle:
     """Limit time and memory, so that a hang or a memory leak ends soon."""
     content = msgspec.structs.replace(sound_bundle.manifest, limits=manifest.ResourceLimits(memory_mib=512, seconds=2))
     return replace(
@@ -82,18 +82,18 @@ def judge(sound_bundle: Bundle, content: bytes) -> ProbeReport:
         command = [sys.executable, "-c", _AS_THE_DAEMON, *size]
         done = subprocess.run(command, input=content, capture_output=True, check=False, timeout=60)
         if done.returncode != 0:
-            raise Died(f"ended with {done.returncode}: {done.stderr.decode(errors='replace')[-300:]}")
+            raise ProcessDied(f"ended with {done.returncode}: {done.stderr.decode(errors='replace')[-300:]}")
     return report
 
 
 def _numbered() -> list[bytes]:
     """Return each model, prefixed by the number of its bundle."""
-    return [bytes([number]) + sound_bundle.model_bytes for number, sound_bundle in enumerate(sound())]
+    return [bytes([number]) + sound_bundle.model_bytes for number, sound_bundle in enumerate(valid_bundles())]
 
 
 @target("model", "a model with damaged bytes kills only the probe's child", _numbered, _LONGEST, costly=True)
 def damaged(data: bytes) -> None:
-    bundles = sound()
+    bundles = valid_bundles()
     judge(bundles[data[0] % len(bundles) if data else 0], data[1:])
 
 
@@ -102,7 +102,7 @@ def changed(data: bytes) -> tuple[Bundle, bytes]:
     from scripts.fuzzing import graphs
 
     random = Random(data)
-    sound_bundle = random.choice(sound())
+    sound_bundle = random.choice(valid_bundles())
     return sound_bundle, graphs.mutated(sound_bundle.model_bytes, random)
 
 

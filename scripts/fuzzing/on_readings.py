@@ -98,7 +98,9 @@ def read_text(name: str, data: bytes, stream: StreamConfig) -> None:
 
 
 @target(
-    "csv", "each line of a CSV file is accepted once or rejected", lambda: [b"t,ax,ay\n1,2,3\n,4,5\n", b'ax,ay\r\n"1",2\r\n']
+    "csv",
+    "each line of a CSV file is accepted once or rejected",
+    lambda: [b"t,ax,ay\n1,2,3\n,4,5\n", b'ax,ay\r\n"1",2\r\n'],
 )
 def csv(data: bytes) -> None:
     read_text("x.csv", data, WATCH)

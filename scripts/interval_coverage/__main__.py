@@ -18,7 +18,9 @@ Drawn = Callable[[np.random.Generator], tuple[list[ComparisonBlock], dict[str, f
 
 
 @click.command()
-@click.option("--repeats", default=400, show_default=True, help="Repetitions per case; a quarter of them for repeated looks.")
+@click.option(
+    "--repeats", default=400, show_default=True, help="Repetitions per case; a quarter of them for repeated looks."
+)
 @click.option("--seed", default=1, show_default=True, help="Seed; equal seeds yield equal figures.")
 @click.option("--only", default="", help="Run only cases whose name contains this text.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -29,7 +31,7 @@ def main(repeats: int, seed: int, only: str, as_json: bool) -> None:
     covered = []
     for name, drawn in _cases():
         if only in name:
-            covered.append({"case": name, **held(drawn, seed, repeats)})
+            covered.append({"case": name, **interval_coverage(drawn, seed, repeats)})
             announce(f"{name}\n" + "\n".join(_line(*item) for item in covered[-1].items() if item[0] != "case"))
     announce(
         f"called bad at the first and any look at {looks.MESSAGES} messages, better than the limit by {looks.MARGINS}"
@@ -47,7 +49,7 @@ def main(repeats: int, seed: int, only: str, as_json: bool) -> None:
         click.echo(json.dumps(document, indent=2))
 
 
-def held(drawn: Drawn, seed: int, repeats: int) -> dict[str, dict[str, float]]:
+def interval_coverage(drawn: Drawn, seed: int, repeats: int) -> dict[str, dict[str, float]]:
     """Return, per estimate, the shares of intervals with the truth inside, below it, or not given, and the mean width.
 
     An interval below the truth rejects a bundle for a metric with a lower limit. For a metric with an upper limit,

@@ -30,7 +30,7 @@ class Both:
 
     same: NDArray[np.bool_]
     right: NDArray[np.bool_]
-    beside: NDArray[np.bool_]
+    candidate: NDArray[np.bool_]
     chance: NDArray[np.float64]
     other: NDArray[np.float64]
 
@@ -72,7 +72,7 @@ def truths(chosen_recordings: Sequence[Both]) -> dict[str, float]:
     return {
         "agreement": sum(int(recording.same.sum()) for recording in chosen_recordings) / n,
         "labelled gain": sum(
-            int(recording.beside.sum()) - int(recording.right.sum()) for recording in chosen_recordings
+            int(recording.candidate.sum()) - int(recording.right.sum()) for recording in chosen_recordings
         )
         / n,
         "expected gain": sum(float(recording.other.sum() - recording.chance.sum()) for recording in chosen_recordings)
@@ -94,7 +94,7 @@ def drawn(
 
 
 def _tally(recording: Both, part: slice) -> ComparisonStats:
-    ours, theirs, n = recording.right[part], recording.beside[part], len(recording.same[part])
+    ours, theirs, n = recording.right[part], recording.candidate[part], len(recording.same[part])
     counts = [int(mask.sum()) for mask in (ours & theirs, ours & ~theirs, ~ours & theirs, ~ours & ~theirs)]
     model = BundleStats(n, 0.0, expected_accuracy=Moments(n, float(recording.chance[part].mean())))
     other_stats = BundleStats(n, 0.0, expected_accuracy=Moments(n, float(recording.other[part].mean())))

@@ -37,11 +37,11 @@ class Recorded(msgspec.Struct, frozen=True):
         rows, sizes = np.concatenate([self.rows, other.rows]), np.concatenate([self.sizes, other.sizes])
         return replace(self, rows=rows, sizes=sizes, each=each)
 
-    def told(self, **columns: Any) -> Recorded:
+    def with_columns(self, **columns: Any) -> Recorded:
         """Return the recordings with columns added or replaced."""
         return replace(self, each=self.each | {name: np.asarray(column) for name, column in columns.items()})
 
-    def of_rows(self, name: str) -> NDArray[Any]:
+    def per_row(self, name: str) -> NDArray[Any]:
         return np.repeat(self.each[name], self.sizes)
 
     def npz(self, path: Path) -> Path:
@@ -54,8 +54,8 @@ class Recorded(msgspec.Struct, frozen=True):
         """Return a CSV file with `t`, the label as text, and other columns; recordings are a minute apart."""
         pause = np.repeat(np.arange(len(self.sizes)), self.sizes) * 60.0
         t = begin + np.arange(len(self.rows)) / 50 + pause
-        labels = np.array(self.labels)[self.of_rows("label")]
-        more = [self.of_rows(name).astype(str) for name in columns]
+        labels = np.array(self.labels)[self.per_row("label")]
+        more = [self.per_row(name).astype(str) for name in columns]
         head = ",".join(["t", *self.fields, "label", *columns])
         cells = [[f"{x:.2f}" for x in t], *([f"{x:.5f}" for x in column] for column in self.rows.T), labels, *more]
         path.write_text("\n".join([head, *map(",".join, zip(*cells, strict=True))]) + "\n", encoding="utf-8")
@@ -86,6 +86,6 @@ def exercise(data: Path, **asked: Any) -> Evaluation:
     return evaluated(builtin.bundles_dir() / "exercise", data, **asked)
 
 
-def finding(found: Evaluation, check: str) -> CheckResult:
+def check_result(found: Evaluation, check: str) -> CheckResult:
     [one] = [f for f in (*found.leakage, *found.label_checks) if f.check == check]
     return one

@@ -119,6 +119,6 @@ schedule = "every 60 s"
         found = [body["evidence"] for body in self.messages() if body.get("event") == "activated"]
         return [(one["from"] and one["from"]["version"], one["to"]["version"], one["why"]) for one in found]
 
-    def kept(self) -> set[str]:
+    def kept_versions(self) -> set[str]:
         home = self.home / "data" / "bundles" / ".kept"
         return {json.loads((entry / "manifest.json").read_bytes())["version"] for entry in home.iterdir()}

@@ -104,9 +104,9 @@ class Fleet:
         self._counter += 1
         return self._counter
 
-    def start(self, what: RolloutPlan, later_h: float = 0.0, forced: str | None = None) -> Rollout:
+    def start(self, rollout_plan: RolloutPlan, later_h: float = 0.0, forced: str | None = None) -> Rollout:
         with self.store.transaction() as db:
-            return actions.start(db, self.operator(later_h), self.counter(), what, forced)
+            return actions.start(db, self.operator(later_h), self.counter(), rollout_plan, forced)
 
     def look(self, later_h: float = 2.0, name: str = NAME) -> RolloutSnapshot:
         with self.store.snapshot() as db:
@@ -147,8 +147,8 @@ class Fleet:
             if settles:
                 self.collect(sender.rollout("active", strategy="canary"))
 
-    def chosen(self, step: int, what: RolloutPlan | None = None) -> list[MessageSender]:
-        wanted = (what or self.find().plan).desired_for_step(step)
+    def chosen(self, step: int, rollout_plan: RolloutPlan | None = None) -> list[MessageSender]:
+        wanted = (rollout_plan or self.find().plan).desired_for_step(step)
         return [sender for sender in self.senders if wanted.includes_device(sender.device)]
 
 

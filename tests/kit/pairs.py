@@ -42,7 +42,7 @@ class Pair:
         self.model.close()
         self.device.store.close()
 
-    def batch(self, values: np.ndarray, at_s: float = 100.0, *, hear: bool = True) -> InferenceResult | None:
+    def batch(self, values: np.ndarray, at_s: float = 100.0, *, wait: bool = True) -> InferenceResult | None:
         """Feed and run a batch, pass it to the shadow, and wait for its answer (`hear`). Return the task's result."""
         observed = self.observed = []
         self.device.feed(values)
@@ -50,7 +50,7 @@ class Pair:
         self.device.run()
         for batch, answers in observed:
             self.runner.submit_batch(self.device.store, batch, answers)
-        if hear:
+        if wait:
             wait_for(lambda: self.runner.poll(0.05), "it answered")
         self.turn(at_s)
         return observed[0][1] if observed else None

@@ -50,10 +50,10 @@ class Players:
                 safe = self._safe[device]
                 for one in [sent for sent in log if sent.seq not in safe][:_AT_ONCE]:
                     link.send(one.to_outgoing())
-            self._hear(link)
+            self._receive(link)
         link.close()
 
-    def _hear(self, link: Link) -> None:
+    def _receive(self, link: Link) -> None:
         events = link.receive(0.3)
         while events:
             for event in events:

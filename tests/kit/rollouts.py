@@ -114,7 +114,7 @@ class Site(Device):
         made.stop()
         return made
 
-    def copied(self, folder: Path) -> Site:
+    def copy(self, folder: Path) -> Site:
         """Return a copy of this stopped device in its own folder, started."""
         shutil.copytree(self.home, folder, dirs_exist_ok=True)
         made = copy.copy(self)
@@ -165,14 +165,14 @@ class Site(Device):
         self.now = ClockReading(self.now.wall_us + round(seconds * 1e6), self.now.boot_s + seconds, self.now.quality)
         self.daemon.tick(self.now)
 
-    def until(self, happened: Callable[[], object], what: str, within_s: float = 90.0) -> None:
+    def until(self, happened: Callable[[], object], description: str, within_s: float = 90.0) -> None:
         end = time.monotonic() + within_s
         while not happened():
-            assert time.monotonic() < end, f"not within {within_s:g} s: {what}; it stands {self.standing}"
+            assert time.monotonic() < end, f"not within {within_s:g} s: {description}; it stands {self.standing}"
             self.tick()
             time.sleep(0.01)
 
-    def is_beside(self) -> bool:
+    def is_in_shadow(self) -> bool:
         """Return True if a candidate runs in shadow."""
         trial = self.daemon._rollout.rollouts._rollouts["sort"].canary
         model = None if trial is None else trial.candidate.model
@@ -238,7 +238,7 @@ class Site(Device):
         return [(body["state"], body["severity"]) for body in found]
 
     def copies(self) -> set[str]:
-        return self.kept()
+        return self.kept_versions()
 
 
 def tiles(rows: list[tuple[int, int]], through: int) -> bool:

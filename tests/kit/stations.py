@@ -138,10 +138,10 @@ def rows_of(store: Store, stream: str, definition: StreamConfig) -> Rows:
     return batch.rows
 
 
-def wait_for(happened: Callable[[], bool], what: str, within_s: float = 60.0) -> None:
+def wait_for(happened: Callable[[], bool], description: str, within_s: float = 60.0) -> None:
     deadline = time.monotonic() + within_s
     while not happened():
-        assert time.monotonic() < deadline, f"not within {within_s:g} s: {what}"
+        assert time.monotonic() < deadline, f"not within {within_s:g} s: {description}"
         time.sleep(0.01)
 
 

@@ -47,7 +47,7 @@ def append(store: Store, stream: str, n: int) -> None:
         tx.append(stream, Rows(values * 1000, (values, np.array(codes, np.uint16))), "synced")
 
 
-def say(store: Store, author: MessageLog, text: str, rows: tuple[int, int] | None = None) -> int:
+def append_message(store: Store, author: MessageLog, text: str, rows: tuple[int, int] | None = None) -> int:
     """Append a message to the log; with `rows`, the task consumes them in the same transaction."""
     with store.transaction() as tx:
         if rows:
@@ -64,7 +64,7 @@ def filled(folder: Path, chunks: int = 40, messages: int = 30, acknowledged: int
         if number % 3 == 0:
             append(store, "others", 10)
     for number in range(1, messages + 1):
-        say(store, author, f"message {number} " + "x" * 200, (5 * number - 4, 5 * number))
+        append_message(store, author, f"message {number} " + "x" * 200, (5 * number - 4, 5 * number))
     with store.transaction() as tx:
         tx.outbox.set_acknowledged(AcknowledgedSeqs(acknowledged))
         tx.save_state("judge", "drift", b"state")
@@ -97,7 +97,7 @@ def served(store: Store, stream: str = "numbers") -> dict[int, int]:
     return found
 
 
-def said(store: Store) -> dict[int, dict[str, Any]]:
+def outbox_payloads(store: Store) -> dict[int, dict[str, Any]]:
     """Return seq → payload of all outbox messages with a valid CRC."""
     found = [
         OutboxMessage.from_row(row) for row in store._fetch_all(f"SELECT {MESSAGE_COLUMNS} FROM outbox ORDER BY seq")
@@ -113,7 +113,7 @@ def put_aside(store: Store, author: MessageLog) -> list[int]:
     return damaged
 
 
-def declared(messages: dict[int, dict[str, Any]], name: str, stream: str | None = None) -> set[int]:
+def declared_numbers(messages: dict[int, dict[str, Any]], name: str, stream: str | None = None) -> set[int]:
     """Return the numbers that "evicted" messages list as `name` (seq or rows)."""
     found: set[int] = set()
     for body in messages.values():

@@ -92,7 +92,7 @@ class Updating:
 
     def must_fail(self, wanted: DesiredBundle, error: str) -> FetchFailure:
         """Check that the fetch fails with this error name and has no side effect."""
-        with self.unharmed():
+        with self.unchanged():
             found = self.fetch(wanted)
             assert isinstance(found, FetchFailure), found
             assert found.error == error, found
@@ -112,7 +112,7 @@ class Updating:
         return sorted(path.name for path in (self.data / "bundles" / ".fetched").glob("*"))
 
     @contextmanager
-    def unharmed(self) -> Iterator[None]:
+    def unchanged(self) -> Iterator[None]:
         """Check that nothing is installed, no version floor decreases and the active bundle stays."""
         before, had = self.floors, self.fetched
         with self.untouched():

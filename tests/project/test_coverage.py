@@ -15,7 +15,7 @@ import pytest
 
 from agent.comparison.paired_intervals import ComparisonBlock
 from scripts.interval_coverage import looks, recorded, synthetic
-from scripts.interval_coverage.__main__ import held
+from scripts.interval_coverage.__main__ import interval_coverage
 from scripts.interval_coverage.synthetic import ESTIMATES, STRAIN, TRUTHS
 
 CASES = {case.name: case for case in synthetic.cases()}
@@ -27,7 +27,7 @@ def counted(name: str, repeats: int = REPEATS) -> dict[str, dict[str, float]]:
         blocks, strain = CASES[name].make(random)
         return blocks, {estimate: truth(strain) for estimate, truth in TRUTHS.items()}
 
-    return held(drawn, 11, repeats)
+    return interval_coverage(drawn, 11, repeats)
 
 
 def test_what_is_said_of_the_strain_is_what_the_blocks_show_in_the_long_run() -> None:
@@ -75,7 +75,7 @@ def test_a_bundle_five_points_better_than_its_limit_is_seldom_called_bad_at_any_
 def test_over_the_recordings_agreement_is_held_as_often_as_the_documentation_says() -> None:
     drawn, truths = recorded.cases()["recordings, scaled, 24 windows a message, 20 messages"]
     assert 0.5 < truths["agreement"] < 0.99
-    found = held(lambda random: (drawn(random), truths), 11, REPEATS)
+    found = interval_coverage(lambda random: (drawn(random), truths), 11, REPEATS)
     assert found["agreement"]["held"] >= 0.88
 
 

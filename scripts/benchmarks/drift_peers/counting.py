@@ -46,14 +46,14 @@ class Row(msgspec.Struct):
     name: str
     quiet: int = 0
     alarmed: int = 0
-    found: dict[str, DetectionDelays] = msgspec.field(default_factory=dict)
+    delays: dict[str, DetectionDelays] = msgspec.field(default_factory=dict)
 
     def add_quiet(self, raised: Flags) -> None:
         self.quiet += len(raised)
         self.alarmed += int(raised.any(1).sum())
 
     def add(self, change: str, raised: Flags, subjects: Collection[int]) -> None:
-        self.found.setdefault(change, DetectionDelays()).add(raised, list(subjects))
+        self.delays.setdefault(change, DetectionDelays()).add(raised, list(subjects))
 
     @property
     def per_1000(self) -> float:

@@ -98,7 +98,7 @@ class Peer:
     def __init__(self, kit: Kit, data: Path, process: subprocess.Popen[str], output: IO[str]) -> None:
         """Start the process. Raises ClickException with its last output if it fails, as all methods do."""
         self.kit, self.data = kit, data
-        self._process, self._said = process, output
+        self._process, self._stderr = process, output
         self._answer()
         self.memory: dict[str, float] = self.ask("memory", data)
 
@@ -128,8 +128,8 @@ class Peer:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            self._said.seek(0)
-            last = self._said.read().strip()[-500:]
+            self._stderr.seek(0)
+            last = self._stderr.read().strip()[-500:]
             raise click.ClickException(f"{self.kit.called} failed; its last output:\n{last}")
         answer: dict[str, Any] = json.loads(line)
         return answer

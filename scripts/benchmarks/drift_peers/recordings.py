@@ -40,7 +40,7 @@ class Change(msgspec.Struct, frozen=True):
 
     name: str
     subjects: tuple[int, ...]
-    of: Callable[[Floats], Floats]
+    transform: Callable[[Floats], Floats]
     rate: float = 1.0  # factor on the recordings' rate
 
 
@@ -97,7 +97,7 @@ class Stream(msgspec.Struct, frozen=True):
         while count < windows * PART:
             part = next(parts)
             read = recordings.rows[part.start : part.start + part.n]
-            read = read if change is None else change.of(read)
+            read = read if change is None else change.transform(read)
             whole = len(read) // ROWS * ROWS
             rows.append(read[:whole])
             t.append((1e6 * (part.offset_s + every * np.arange(whole))).astype(np.int64))
@@ -109,16 +109,16 @@ class Watch:
     """The shipped bundle with its drift monitor."""
 
     def __init__(self) -> None:
-        self._found = bundle.read(builtin.bundles_dir() / "exercise", builtin.publisher_keys())
-        self._model = runtime.TfliteModel(self._found.model_bytes)
+        self._bundle = bundle.read(builtin.bundles_dir() / "exercise", builtin.publisher_keys())
+        self._model = runtime.TfliteModel(self._bundle.model_bytes)
         self.judge = DriftMonitor(
-            Reference.from_json(self._found.files["reference.json"]),
-            labels=self._found.manifest.output.labels, window=WINDOW, learn_windows=LEARN, units=UNITS,
+            Reference.from_json(self._bundle.files["reference.json"]),
+            labels=self._bundle.manifest.output.labels, window=WINDOW, learn_windows=LEARN, units=UNITS,
         )  # fmt: skip
         self.subjects = {name: i for i, name in enumerate((*self.judge.shipped.fields, OUTPUT, SCORE, JOINT))}
 
     def step(self, state: DriftState, stream: Stream) -> tuple[DriftState, list[DriftWindowResult]]:
-        spec, starts = self._found.manifest, np.arange(0, len(stream.rows), ROWS)
+        spec, starts = self._bundle.manifest, np.arange(0, len(stream.rows), ROWS)
         windows = features.build_windows(stream.rows, starts, spec.input)
         predictions = scores.from_outputs(self._model.invoke(windows), spec, windows)
         assert predictions.label is not None

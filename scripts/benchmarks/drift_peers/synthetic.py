@@ -44,7 +44,7 @@ class Change(msgspec.Struct, frozen=True):
 
     name: str
     subjects: tuple[int, ...]
-    of: Callable[[Floats], Floats]
+    transform: Callable[[Floats], Floats]
     shares: tuple[float, ...] = SHARES
 
 
@@ -90,7 +90,7 @@ def table(kind: Kind, seed: tuple[int, ...], windows: int, change: Change | None
     fields, answer, certainty = made[:, :FIELDS], made[:, ANSWER], made[:, CERTAINTY]
     shares = SHARES if change is None else change.shares
     columns = [
-        fields if change is None else change.of(fields),
+        fields if change is None else change.transform(fields),
         np.searchsorted(_normal_quantiles(shares), answer)[:, None],
         (0.5 + 0.5 / (1 + np.exp(-1.5 * certainty - 1)))[:, None],
     ]

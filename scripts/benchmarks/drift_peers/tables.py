@@ -35,12 +35,12 @@ def everything(
 
 def render_detections(title: str, rows: Sequence[Row], within: int) -> str:
     """Render the false alarm rate and the detection delays of each detector."""
-    changes = list(dict.fromkeys(name for row in rows for name in row.found))
+    changes = list(dict.fromkeys(name for row in rows for name in row.delays))
     cells = [["", "quiet", "false/1000", *changes]]
     for row in rows:
         quiet = [f"{row.quiet:,}", f"{row.per_1000:.1f}"] if row.quiet else ["", ""]
         cells.append(
-            [row.name, *quiet, *(row.found[name].summarize(within) if name in row.found else "" for name in changes)]
+            [row.name, *quiet, *(row.delays[name].summarize(within) if name in row.delays else "" for name in changes)]
         )
     return f"{title}\n{aligned(cells)}"
 
