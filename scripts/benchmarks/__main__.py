@@ -37,22 +37,22 @@ def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: 
             raise click.UsageError(f"no benchmark is named {name!r}; use one of {', '.join(sorted(BENCHMARKS))}")
     results: list[Result] = []
     worst: list[Result] = []
-    for one in names or sorted(QUICK if quick else BENCHMARKS):
+    for benchmark_name in names or sorted(QUICK if quick else BENCHMARKS):
         try:
-            report = measured(one)
+            report = measured(benchmark_name)
             # Interference from another process rarely repeats, so a slow result is measured up to three times.
             for _ in range(_MORE_TRIES if quick else 0):
                 if not page.find_regressions(report.results):
                     break
-                report = measured(one)
+                report = measured(benchmark_name)
         except click.ClickException as lacking:
             if names:
                 raise
-            click.echo(f"{one}: skipped: {lacking.message}", err=True)
+            click.echo(f"{benchmark_name}: skipped: {lacking.message}", err=True)
             continue
         runs = [report.results]
-        if write and one in QUICK:
-            runs += [measured(one).results for _ in range(_WRITTEN_RUNS - 1)]
+        if write and benchmark_name in QUICK:
+            runs += [measured(benchmark_name).results for _ in range(_WRITTEN_RUNS - 1)]
             worst += page.worst(runs)
         results += page.middle(runs)
         if not as_json:

@@ -44,9 +44,12 @@ def mix_everything(world: World, rng: Random) -> None:
     chosen = [FAULTS[rng.choice(_KINDS[kind])] for kind in kinds]
     chances = [Random(rng.random()) for _ in chosen]
     with ThreadPoolExecutor(len(chosen)) as threads:
-        running = [threads.submit(one.inject, world, chance) for one, chance in zip(chosen, chances, strict=True)]
-    for one in running:
-        one.result()
+        running = [
+            threads.submit(chosen_fault.inject, world, chance)
+            for chosen_fault, chance in zip(chosen, chances, strict=True)
+        ]
+    for chosen_fault in running:
+        chosen_fault.result()
 
 
 def _no_card_or_boot() -> str | None:

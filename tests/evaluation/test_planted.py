@@ -57,7 +57,7 @@ def test_a_subject_of_the_test_that_the_model_learned_from_is_named(tmp_path: Pa
 def test_a_subject_of_the_test_is_found_where_a_column_splits_one_file(tmp_path: Path, shipped: Recorded) -> None:
     of_nine = shipped.each["subject"] == 9
     split = np.where(of_nine & (np.arange(len(of_nine)) % 2 == 0), "train", "test")
-    data = shipped.told(split=split).csv(tmp_path / "rows.csv", "split", "subject")
+    data = shipped.with_columns(split=split).csv(tmp_path / "rows.csv", "split", "subject")
     found = exercise(data, group="subject", split="split")
     assert check_result(found, leakage.GROUP_LEAKAGE).summary.startswith("subject 9 is in the training data")
     assert check_result(found, leakage.TRAIN_TEST_DUPLICATES).state == "ok"
@@ -69,7 +69,7 @@ def test_a_subject_of_the_test_is_found_where_a_column_splits_one_file(tmp_path:
 
 def test_rows_that_stand_under_two_names_are_found(tmp_path: Path, shipped: Recorded) -> None:
     twin = shipped.pick(shipped.each["subject"] == 8)
-    both = shipped.also(twin.told(subject=np.full(len(twin.sizes), 11)))
+    both = shipped.also(twin.with_columns(subject=np.full(len(twin.sizes), 11)))
     one = check_result(exercise(both.npz(tmp_path / "both.npz"), group="subject"), leakage.DUPLICATE_GROUPS)
     assert one.state == "warning"
     assert one.summary.startswith("subject 11, 8 share rows")
@@ -106,7 +106,7 @@ def test_labels_that_were_mixed_up_are_listed(tmp_path: Path, shipped: Recorded)
     label = shipped.each["label"].copy()
     wrong = np.flatnonzero(label == shipped.labels.index("ROW"))[:2]
     label[wrong] = shipped.labels.index("PEN")
-    found = exercise(shipped.told(label=label).npz(tmp_path / "mixed.npz"))
+    found = exercise(shipped.with_columns(label=label).npz(tmp_path / "mixed.npz"))
     assert check_result(found, label_quality.LABEL_NOISE).state == "warning"
     assert {(one.label, one.predicted) for one in found.suspects} == {("PEN", "ROW")}
     starts = np.concatenate([[0], np.cumsum(shipped.sizes)])

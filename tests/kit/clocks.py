@@ -151,8 +151,8 @@ class Station:
     def messages(self) -> list[VerifiedMessage]:
         signer = jws.Signer("pi-07", self.key.public)
         return [
-            verify_message(one.topic, one.payload, (one.jws,), lambda _: signer)
-            for one in self.store.unacknowledged_messages(0, 100_000)
+            verify_message(message.topic, message.payload, (message.jws,), lambda _: signer)
+            for message in self.store.unacknowledged_messages(0, 100_000)
         ]
 
 

@@ -32,9 +32,9 @@ class Ray:
 
     def begin(self, *arguments: object) -> subprocess.Popen[str]:
         """Start `outstation model …` as a process."""
-        told = [sys.executable, "-m", "agent", "model", *map(str, arguments)]
+        command = [sys.executable, "-m", "agent", "model", *map(str, arguments)]
         pipe = subprocess.PIPE
-        return subprocess.Popen(told, cwd=ROOT, env=self.env, stdout=pipe, stderr=pipe, text=True)
+        return subprocess.Popen(command, cwd=ROOT, env=self.env, stdout=pipe, stderr=pipe, text=True)
 
     def begin_run(self, bundle: Path, data: Path, out: Path) -> subprocess.Popen[str]:
         return self.begin("run", bundle, data, "-o", out, "--engine", "ray", "--json")
@@ -48,15 +48,15 @@ class Ray:
 
     def workers(self) -> list[psutil.Process]:
         """Return the worker processes."""
-        return [one for one in self.head.children(recursive=True) if titled(one).startswith(WORKER)]
+        return [process for process in self.head.children(recursive=True) if titled(process).startswith(WORKER)]
 
     def writer(self, out: Path) -> psutil.Process | None:
         """Return the worker that has OUT.part open."""
         part = f"{out}.part"
-        for one in self.workers():
+        for worker in self.workers():
             try:
-                if any(file.path == part for file in one.open_files()):
-                    return one
+                if any(file.path == part for file in worker.open_files()):
+                    return worker
             except psutil.Error:
                 continue
         return None
@@ -64,12 +64,12 @@ class Ray:
 
 def ended(process: subprocess.Popen[str], within_s: float = WITHIN_S) -> tuple[int, Any]:
     try:
-        said, problem = process.communicate(timeout=within_s)
+        output, problem = process.communicate(timeout=within_s)
     except subprocess.TimeoutExpired:
         process.kill()
-        said, problem = process.communicate()
-        raise AssertionError(f"not done within {within_s:g} s: {said}{problem}") from None
-    return process.returncode, json.loads(said) if said else problem
+        output, problem = process.communicate()
+        raise AssertionError(f"not done within {within_s:g} s: {output}{problem}") from None
+    return process.returncode, json.loads(output) if output else problem
 
 
 def titled(process: psutil.Process) -> str:
@@ -102,7 +102,7 @@ def local(folder: Path) -> Iterator[Ray]:
         yield Ray(head, env)
     finally:
         # Killed, because a clean shutdown takes time and nothing is needed any more.
-        for one in [head, *head.children(recursive=True)]:
+        for process in [head, *head.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
-                one.kill()
+                process.kill()
         started.wait()

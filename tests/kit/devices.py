@@ -91,8 +91,8 @@ class Device:
 
     def run_all(self) -> list[BatchResult]:
         done = []
-        while (one := self.run()) is not None:
-            done.append(one)
+        while (result := self.run()) is not None:
+            done.append(result)
         return done
 
     def messages(self) -> list[VerifiedMessage]:
@@ -125,7 +125,7 @@ def expand_columns(columns: dict[str, Any]) -> dict[str, Any]:
 def columns(results: Sequence[ResultsPayload]) -> dict[str, list[Any]]:
     """Return all results in sequence, across messages."""
     joined: dict[str, list[Any]] = {}
-    for one in results:
-        for name, values in expand_columns(msgspec.to_builtins(one.columns)).items():
+    for message in results:
+        for name, values in expand_columns(msgspec.to_builtins(message.columns)).items():
             joined.setdefault(name, []).extend(values or [])
     return joined

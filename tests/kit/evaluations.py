@@ -71,19 +71,19 @@ def recorded(file: Path | None = None) -> Recorded:
 
 
 def loaded(bundle: Path) -> tuple[bundles.Bundle, Inference]:
-    found = bundles.read(bundle, None)
-    return found, Inference(found.manifest, inference.load_model(found.manifest, found.model_bytes))
+    content = bundles.read(bundle, None)
+    return content, Inference(content.manifest, inference.load_model(content.manifest, content.model_bytes))
 
 
-def evaluated(bundle: Path, data: Path, **asked: Any) -> Evaluation:
+def evaluated(bundle: Path, data: Path, **options: Any) -> Evaluation:
     """Evaluate without a probe and without timing."""
-    found, run = loaded(bundle)
-    request = evaluate.EvaluationRequest(data=data, **{"latency": False, **asked})
-    return evaluate.evaluate(found, run, "not looked at", request, lambda _: None)
+    content, run = loaded(bundle)
+    request = evaluate.EvaluationRequest(data=data, **{"latency": False, **options})
+    return evaluate.evaluate(content, run, "not looked at", request, lambda _: None)
 
 
-def exercise(data: Path, **asked: Any) -> Evaluation:
-    return evaluated(builtin.bundles_dir() / "exercise", data, **asked)
+def exercise(data: Path, **options: Any) -> Evaluation:
+    return evaluated(builtin.bundles_dir() / "exercise", data, **options)
 
 
 def check_result(found: Evaluation, check: str) -> CheckResult:

@@ -93,7 +93,7 @@ schedule = "every 60 s"
 
     def runs(self) -> str | None:
         """Return the version of the active bundle."""
-        return next((one.task.bundle.manifest.version for one in self.daemon._scheduled_tasks), None)
+        return next((scheduled.task.bundle.manifest.version for scheduled in self.daemon._scheduled_tasks), None)
 
     def digest(self, text: str) -> str:
         """Return the digest of the bundle of that version."""
@@ -116,8 +116,10 @@ schedule = "every 60 s"
 
     def activations(self) -> list[tuple[str | None, str, str]]:
         """Return (from, to, why) of each activation's audit message."""
-        found = [body["evidence"] for body in self.messages() if body.get("event") == "activated"]
-        return [(one["from"] and one["from"]["version"], one["to"]["version"], one["why"]) for one in found]
+        evidence = [body["evidence"] for body in self.messages() if body.get("event") == "activated"]
+        return [
+            (entry["from"] and entry["from"]["version"], entry["to"]["version"], entry["why"]) for entry in evidence
+        ]
 
     def kept_versions(self) -> set[str]:
         home = self.home / "data" / "bundles" / ".kept"

@@ -69,8 +69,8 @@ class Recorded:
         return len(self.sent)
 
     def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]:
-        found, self._receipts = self._receipts, []
-        return found
+        receipts, self._receipts = self._receipts, []
+        return receipts
 
     def close(self) -> None:
         pass
@@ -95,7 +95,7 @@ class Fleet:
 
     def collect(self, *sent: SignedMessage) -> None:
         """Process messages by the collector's own code: verify, store, unfold."""
-        self.collector._store([one.to_incoming() for one in sent])
+        self.collector._store([message.to_incoming() for message in sent])
 
     def operator(self, later_h: float = 0.0, key: SigningKey = OPERATOR) -> RolloutOperator:
         return RolloutOperator(key, FLEET, NOW_US + round(later_h * HOUR_US))

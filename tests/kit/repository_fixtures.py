@@ -43,9 +43,9 @@ def archive() -> bytes:
 @pytest.fixture
 def wanted(repository: Signed, web: Web, archive: bytes) -> DesiredBundle:
     """Return the archive as `exercise` 1.0.0, signed and on the server."""
-    found = repository.add("exercise", "1.0.0", archive)
+    desired = repository.add("exercise", "1.0.0", archive)
     repository.write(web.folder)
-    return found
+    return desired
 
 
 @pytest.fixture(scope="module")

@@ -106,9 +106,9 @@ class Site(Device):
     def template(cls, folder: Path, bundles: dict[str, Path], *offered: str) -> Site:
         """Return a device that ran once and stopped, with autotuning results for the offered bundles."""
         made = cls(folder, bundles, *offered)
-        contents = {found.model_bytes: found for found in (bundle.read(bundles[text], None) for text in offered)}
-        for found in contents.values():
-            choice = probe.probe(found, []).tuning
+        contents = {content.model_bytes: content for content in (bundle.read(bundles[text], None) for text in offered)}
+        for content in contents.values():
+            choice = probe.probe(content, []).tuning
             if choice is not None:
                 tuning_cache.save(made.store, "sort", choice)
         made.stop()
@@ -227,15 +227,15 @@ class Site(Device):
 
     def events(self) -> list[tuple[str, str, str]]:
         """Return (version, phase, reason) of each audit message of a rollout."""
-        found = [body["evidence"] for body in self.messages() if body.get("event") == "rollout"]
-        return [(one["version"], one["phase"], one["reason"]) for one in found]
+        evidence = [body["evidence"] for body in self.messages() if body.get("event") == "rollout"]
+        return [(entry["version"], entry["phase"], entry["reason"]) for entry in evidence]
 
     def phases(self) -> list[str]:
         return [phase for _, phase, _ in self.events()]
 
     def model_alerts(self) -> list[tuple[str, str]]:
-        found = [body for body in self.messages() if body.get("alert") == "model" and body["id"] == "sort/rollout"]
-        return [(body["state"], body["severity"]) for body in found]
+        alerts = [body for body in self.messages() if body.get("alert") == "model" and body["id"] == "sort/rollout"]
+        return [(body["state"], body["severity"]) for body in alerts]
 
     def copies(self) -> set[str]:
         return self.kept_versions()

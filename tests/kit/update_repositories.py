@@ -34,7 +34,7 @@ ARCHIVE = bytes(range(256)) * 1024
 
 def custom(bundle: str, version: str, digest: str, **other: Any) -> dict[str, Any]:
     """Return the custom metadata that `outstation fleet publish` adds for a bundle."""
-    said = {
+    metadata = {
         "name": bundle,
         "version": version,
         "digest": digest,
@@ -46,7 +46,7 @@ def custom(bundle: str, version: str, digest: str, **other: Any) -> dict[str, An
         "memory": 1 << 20,
         "unpacked": 1 << 20,
     }
-    return {"outstation": said | other}
+    return {"outstation": metadata | other}
 
 
 class Signed:
@@ -72,7 +72,7 @@ class Signed:
         self.sign_targets()
         self.sign()
 
-    def add(self, bundle: str, version: str, archive: bytes, **said: Any) -> DesiredBundle:
+    def add(self, bundle: str, version: str, archive: bytes, **changes: Any) -> DesiredBundle:
         """Sign an archive into the bundle's role, and return the matching desired state."""
         digest = f"sha256:{hashlib.sha256(version.encode() + archive).hexdigest()}"
         path = f"{bundle}/{version}/{digest[7:23]}.zip"
@@ -82,7 +82,7 @@ class Signed:
             self.bundles[bundle].version = 0
             self.sign_targets()
         file = TargetFile.from_data(path, archive, ["sha256"])
-        file.unrecognized_fields["custom"] = custom(bundle, version, digest, **said)
+        file.unrecognized_fields["custom"] = custom(bundle, version, digest, **changes)
         self.bundles[bundle].targets[path] = file
         self.archives[f"{bundle}/{version}/{hashlib.sha256(archive).hexdigest()}.{digest[7:23]}.zip"] = archive
         self.sign_bundle(bundle)
@@ -142,7 +142,7 @@ class Signed:
 
     def copy(self) -> Signed:
         """Return a copy with keys, from which an attacker may continue."""
-        return copy.deepcopy(self, {id(one): one for keys in self.keys.values() for one in keys})
+        return copy.deepcopy(self, {id(key): key for keys in self.keys.values() for key in keys})
 
     def _trust(self, role: str) -> None:
         for key in self.keys[role]:

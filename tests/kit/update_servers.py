@@ -26,8 +26,8 @@ class Handler(BaseHTTPRequestHandler):
         web = self.server.web
         path = web.folder / unquote(self.path).lstrip("/")
         self.data = path.read_bytes() if path.is_file() else None
-        found = _RANGE.fullmatch(self.headers.get("Range", ""))
-        self.start = int(found[1]) if found else 0
+        match = _RANGE.fullmatch(self.headers.get("Range", ""))
+        self.start = int(match[1]) if match else 0
         web.asked.append((self.path, self.start))
         trick = next((trick for pattern, trick in web.tricks if re.search(pattern, self.path)), Handler.serve)
         try:

@@ -80,23 +80,23 @@ class Updating:
 
     def result(self, within_s: float = PATIENCE_S) -> FetchedBundle | FetchFailure:
         deadline = time.monotonic() + within_s
-        while (found := self.fetcher.poll(self.now())) is None:
+        while (result := self.fetcher.poll(self.now())) is None:
             assert time.monotonic() < deadline, f"no answer within {within_s:g} s"
             time.sleep(0.01)
-        return found
+        return result
 
     def must_fetch(self, wanted: DesiredBundle) -> FetchedBundle:
-        found = self.fetch(wanted)
-        assert isinstance(found, FetchedBundle), found
-        return found
+        result = self.fetch(wanted)
+        assert isinstance(result, FetchedBundle), result
+        return result
 
     def must_fail(self, wanted: DesiredBundle, error: str) -> FetchFailure:
         """Check that the fetch fails with this error name and has no side effect."""
         with self.unchanged():
-            found = self.fetch(wanted)
-            assert isinstance(found, FetchFailure), found
-            assert found.error == error, found
-        return found
+            result = self.fetch(wanted)
+            assert isinstance(result, FetchFailure), result
+            assert result.error == error, result
+        return result
 
     @property
     def floors(self) -> VersionFloors:
@@ -127,14 +127,14 @@ class Updating:
         before = self._others()
         yield
         assert not (new := set(self._others()) - set(before)), new
-        assert not (gone := set(before) - set(self._others())), gone
+        assert not (missing := set(before) - set(self._others())), missing
         assert self.runs.read_bytes() == RUNS
 
     def _others(self) -> list[Path]:
         ours = (self.data / "updates", self.data / "bundles" / ".fetched")
-        found = (path for path in self.folder.parent.rglob("*") if not any(map(path.is_relative_to, ours)))
+        paths = (path for path in self.folder.parent.rglob("*") if not any(map(path.is_relative_to, ours)))
         return sorted(
-            path for path in found if "web" not in path.parts and not path.name.startswith(("outstation.", "ballast"))
+            path for path in paths if "web" not in path.parts and not path.name.startswith(("outstation.", "ballast"))
         )
 
     def close(self) -> None:

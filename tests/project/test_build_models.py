@@ -64,8 +64,8 @@ def digest(path: Path) -> str:
 def builder() -> str:
     for python in (str(BUILDER), sys.executable):
         pinned = "tensorflow_cpu-2.21.0.dist-info"
-        found = f"import sys, pathlib; sys.exit(not any((pathlib.Path(p) / {pinned!r}).exists() for p in sys.path))"
-        if Path(python).exists() and subprocess.run([python, "-c", found], check=False).returncode == 0:
+        check = f"import sys, pathlib; sys.exit(not any((pathlib.Path(p) / {pinned!r}).exists() for p in sys.path))"
+        if Path(python).exists() and subprocess.run([python, "-c", check], check=False).returncode == 0:
             return python
     pytest.skip("tensorflow-cpu 2.21.0 is missing: scripts/build_models makes .venv-models with it")
 

@@ -51,10 +51,10 @@ def test_what_is_said_of_the_strain_is_what_the_blocks_show_in_the_long_run() ->
     ],
 )
 def test_intervals_hold_the_truth_as_often_as_the_documentation_says(name: str, least: float) -> None:
-    found = counted(name)
-    assert set(found) == set(TRUTHS)
-    assert {estimate for estimate, one in found.items() if one["held"] < least} == set()
-    assert max(one["bad"] for one in found.values()) <= 0.06
+    coverage = counted(name)
+    assert set(coverage) == set(TRUTHS)
+    assert {estimate for estimate, shares in coverage.items() if shares["held"] < least} == set()
+    assert max(shares["bad"] for shares in coverage.values()) <= 0.06
 
 
 def test_bursts_longer_than_what_was_compared_are_not_seen_and_the_documentation_does_not_hide_it() -> None:

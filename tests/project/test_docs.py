@@ -64,7 +64,7 @@ def test_no_file_names_a_folder_of_a_developers_machine() -> None:
     home = r"/(home|Users)/(?!outstation\b)[A-Za-z][\w.-]*/"
     own = "" if len(ROOT.parent.parts) < 2 or str(ROOT.parent) in ("/opt", "/srv", "/tmp") else f"|{ROOT.parent}/"
     pattern = re.compile(rf"(?<![\w.]){home}|(?<![\w.])/root/{own}")
-    found = []
+    lines = []
     for path in files_of_the_project():
         if path == Path(__file__):
             continue
@@ -72,8 +72,8 @@ def test_no_file_names_a_folder_of_a_developers_machine() -> None:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in pattern.finditer(text)]
-    assert not found
+        lines += [f"{path.relative_to(ROOT)}: {match[0]}" for match in pattern.finditer(text)]
+    assert not lines
 
 
 def test_a_dead_link_is_noticed(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ def test_damaged_bytes_break_no_decoder(name: str) -> None:
     if name == "parquet":
         pytest.importorskip("pyarrow")
     runs = COSTLY_RUNS if ALL[name].costly else RUNS
-    found = explore.explore(ALL[name], seed=1, runs=runs)
-    assert found.runs >= runs
-    assert [crash.trace for crash in found.crashes.values()] == []
+    exploration = explore.explore(ALL[name], seed=1, runs=runs)
+    assert exploration.runs >= runs
+    assert [crash.trace for crash in exploration.crashes.values()] == []
 
 
 @pytest.mark.parametrize("name", ALL)

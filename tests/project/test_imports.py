@@ -105,11 +105,11 @@ class Import:
 
 def modules(folder: Path = AGENT) -> dict[str, Path]:
     """Return dotted name → file of every module of the package in `folder`."""
-    found = {}
+    files = {}
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder.parent).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
 
 
 MODULES = modules()
@@ -140,9 +140,9 @@ def room(module: str) -> str:
     return [*module.split("."), ""][1]
 
 
-def climbs(found: Import) -> bool:
+def climbs(imported: Import) -> bool:
     """Return True if an import leads up, or sideways into another room."""
-    here, there = room(found.module), room(found.target)
+    here, there = room(imported.module), room(imported.target)
     if there in (here, ""):
         return False
     return here == "" or FLOORS[here] <= FLOORS[there]
@@ -187,9 +187,9 @@ def folder_of(module: str, known: dict[str, Path]) -> str:
 def module_arrows(every: list[Import], known: dict[str, Path]) -> dict[str, set[str]]:
     """Return module → modules it imports."""
     arrows: dict[str, set[str]] = {}
-    for found in every:
-        if found.target in known and found.target != found.module:
-            arrows.setdefault(found.module, set()).add(found.target)
+    for imported in every:
+        if imported.target in known and imported.target != imported.module:
+            arrows.setdefault(imported.module, set()).add(imported.target)
     return arrows
 
 
@@ -410,5 +410,5 @@ def test_the_check_itself_sees_an_import_that_climbs(tmp_path: Path, file: str, 
         (house / name).touch()
     (house / file).write_text(line)
     known = modules(house)
-    found = [one for name, path in known.items() for one in imports(name, path, known)]
-    assert [climbs(one) for one in found] == [wrong]
+    found = [imported for name, path in known.items() for imported in imports(name, path, known)]
+    assert [climbs(imported) for imported in found] == [wrong]

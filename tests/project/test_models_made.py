@@ -40,12 +40,12 @@ def module(name: str, file: str) -> ModuleType:
     return made
 
 
-def evaluated(name: str, **asked: Any) -> Evaluation:
-    found = bundle.read(builtin.bundles_dir() / name, builtin.publisher_keys())
-    asked = {"data": RECORDINGS / f"{name}.npz"} | asked
-    request = evaluate.EvaluationRequest(train=SOURCES / name / "reference.npz", latency=False, **asked)
-    model = inference.load_model(found.manifest, found.model_bytes)
-    return evaluate.evaluate(found, inference.Inference(found.manifest, model), "", request, lambda _: None)
+def evaluated(name: str, **options: Any) -> Evaluation:
+    content = bundle.read(builtin.bundles_dir() / name, builtin.publisher_keys())
+    options = {"data": RECORDINGS / f"{name}.npz"} | options
+    request = evaluate.EvaluationRequest(train=SOURCES / name / "reference.npz", latency=False, **options)
+    model = inference.load_model(content.manifest, content.model_bytes)
+    return evaluate.evaluate(content, inference.Inference(content.manifest, model), "", request, lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,9 @@ def card(name: str) -> str:
 
 
 def stated(name: str, metric: str) -> float:
-    found = re.search(rf"^\| {metric} \| ([\d.]+) \|", card(name), re.MULTILINE)
-    assert found, f"the card no longer says `| {metric} | …`"
-    return float(found[1])
+    match = re.search(rf"^\| {metric} \| ([\d.]+) \|", card(name), re.MULTILINE)
+    assert match, f"the card no longer says `| {metric} | …`"
+    return float(match[1])
 
 
 @BOTH
@@ -130,20 +130,20 @@ def test_rows_of_the_training_time_that_stand_in_the_test_are_found(tmp_path: Pa
 def test_a_day_that_stands_in_the_test_under_two_names_is_found(tmp_path: Path) -> None:
     with np.load(RECORDINGS / "solar.npz") as z:
         rows, power, day = z["rows"].copy(), z["power"].copy(), z["day"]
-    one, other = np.flatnonzero(day == day[9_600]), np.flatnonzero(day == day[19_200])
-    rows[other], power[other] = rows[one], power[one]
-    said = check_result(planted(tmp_path / "twin.npz", rows=rows, power=power), "rows in two groups")
-    assert said.state == "warning"
-    assert said.summary.startswith(f"day {day[9_600]}, {day[19_200]} share rows with another day")
+    first, other = np.flatnonzero(day == day[9_600]), np.flatnonzero(day == day[19_200])
+    rows[other], power[other] = rows[first], power[first]
+    check = check_result(planted(tmp_path / "twin.npz", rows=rows, power=power), "rows in two groups")
+    assert check.state == "warning"
+    assert check.summary.startswith(f"day {day[9_600]}, {day[19_200]} share rows with another day")
 
 
 def test_a_field_that_is_the_power_in_disguise_is_named(tmp_path: Path) -> None:
     with np.load(RECORDINGS / "solar.npz") as z:
         rows = z["rows"].copy()
         rows[:, 2] = np.nan_to_num(z["power"]) / 4 + np.random.default_rng(0).normal(0, 5, len(rows))
-    said = check_result(planted(tmp_path / "leak.npz", rows=rows), "a field that gives it away")
-    assert said.state == "warning"
-    assert "temp_air" in said.summary
+    check = check_result(planted(tmp_path / "leak.npz", rows=rows), "a field that gives it away")
+    assert check.state == "warning"
+    assert "temp_air" in check.summary
 
 
 def test_two_weeks_lie_between_the_times_of_training_and_test() -> None:

@@ -58,25 +58,25 @@ def blocks(text: str) -> list[Block]:
 
 def steps(lines: list[str], first: int) -> tuple[Step, ...]:
     """Parse a block: `$ …` begins a command, `> …` and a backslash continue it, other lines are output."""
-    found: list[tuple[int, list[str], list[str]]] = []
+    parsed: list[tuple[int, list[str], list[str]]] = []
     for number, line in enumerate(lines, first):
         if line.startswith("$ "):
-            found.append((number, [line[2:]], []))
-        elif found and not found[-1][2] and (line.startswith(">") or found[-1][1][-1].endswith("\\")):
-            found[-1][1].append(re.sub("^> ?", "", line))
-        elif found:
-            found[-1][2].append(line)
+            parsed.append((number, [line[2:]], []))
+        elif parsed and not parsed[-1][2] and (line.startswith(">") or parsed[-1][1][-1].endswith("\\")):
+            parsed[-1][1].append(re.sub("^> ?", "", line))
+        elif parsed:
+            parsed[-1][2].append(line)
         elif line.strip():
             raise AssertionError(f"line {number}: output without a command above it: {line}")
-    return tuple(Step(number, "\n".join(command), tuple(output)) for number, command, output in found)
+    return tuple(Step(number, "\n".join(command), tuple(output)) for number, command, output in parsed)
 
 
 def missing_output(shown: tuple[str, ...], real: str) -> str | None:
     """Return the first shown line that the real output lacks, in order; `…` in a shown line matches anything."""
     rest = iter(real.splitlines())
-    for line in (one for one in shown if one.strip() not in ("", "…")):
+    for line in (text for text in shown if text.strip() not in ("", "…")):
         pattern = ".*".join(re.escape(part) for part in line.rstrip().split("…"))
-        if not any(re.fullmatch(pattern, one.rstrip()) for one in rest):
+        if not any(re.fullmatch(pattern, text.rstrip()) for text in rest):
             return line
     return None
 

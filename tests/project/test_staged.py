@@ -57,9 +57,9 @@ def test_each_trial_makes_a_plan_that_the_fleet_takes(trial: Trial, tmp_path: Pa
     for devices in (6, 50):
         file = tmp_path / "plan.toml"
         file.write_text(trial.plan("there", devices), encoding="utf-8")
-        found = plan.read(file).to_plan("exercise", "2.0.0", f"sha256:{'0' * 64}")
-        assert found.steps[-1].strategy == "all"
-        assert trial.ends == "finished" or trial.ends in [step.strategy for step in found.steps]
+        rollout_plan = plan.read(file).to_plan("exercise", "2.0.0", f"sha256:{'0' * 64}")
+        assert rollout_plan.steps[-1].strategy == "all"
+        assert trial.ends == "finished" or trial.ends in [step.strategy for step in rollout_plan.steps]
 
 
 WRONG: dict[str, tuple[str, Change, str]] = {
@@ -84,18 +84,18 @@ WRONG: dict[str, tuple[str, Change, str]] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_is_found(name: str) -> None:
-    trial, change, said = WRONG[name]
+    trial, change, expected = WRONG[name]
     wrong = copy.deepcopy(report(KNOWN[trial]))
     change(wrong)
-    assert any(said in problem for problem in problems(KNOWN[trial], wrong))
+    assert any(expected in problem for problem in problems(KNOWN[trial], wrong))
 
 
 def test_every_candidate_is_signed_and_passes_its_golden_vectors(tmp_path: Path) -> None:
     key = generate(tmp_path / "key")
     versions = set()
     for name in (*candidates.TRAINED, *candidates.RIGGED):
-        found = bundle.read(candidates.make(name, tmp_path, key), [key.public])
-        probe.probe(found).raise_for_failure()
-        versions.add(found.manifest.version)
+        content = bundle.read(candidates.make(name, tmp_path, key), [key.public])
+        probe.probe(content).raise_for_failure()
+        versions.add(content.manifest.version)
     assert len(versions) == len(candidates.TRAINED) + len(candidates.RIGGED)
     assert {trial.bundle for trial in TRIALS} <= {*candidates.TRAINED, *candidates.RIGGED}

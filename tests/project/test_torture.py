@@ -101,12 +101,12 @@ class MadeUp:
     def verdict(self) -> Verdict:
         store = self.world.fleet.open_store(write=True)
         try:
-            store.ingest([Arrival(self.sender.verify(one)) for one in self.arrived], [], TIME)
+            store.ingest([Arrival(self.sender.verify(message)) for message in self.arrived], [], TIME)
         finally:
             store.close()
-        found = Verdict()
-        judge(self.world, found)
-        return found
+        verdict = Verdict()
+        judge(self.world, verdict)
+        return verdict
 
 
 @pytest.fixture
@@ -313,9 +313,9 @@ def three(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
 
 
 def test_faults_side_by_side_are_reported_in_the_order_of_the_list(three: Callable[..., Any]) -> None:
-    told = three("--all", "--jobs", "3", "--json")
-    assert told.exit_code == 0, told.output
-    assert [one["fault"] for one in json.loads(told.output)] == ["first", "second", "third"]
+    result = three("--all", "--jobs", "3", "--json")
+    assert result.exit_code == 0, result.output
+    assert [entry["fault"] for entry in json.loads(result.output)] == ["first", "second", "third"]
 
 
 def test_the_table_of_faults_in_the_documents_is_current() -> None:
