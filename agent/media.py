@@ -10,7 +10,7 @@ import msgspec
 
 
 class ImageFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """An image is `height` rows of `width` · `channels` values: pixel (0 to 255) · scale + offset."""
+    """Image as `height` rows of `width` · `channels` values: pixel (0 to 255) · scale + offset."""
 
     width: Annotated[int, msgspec.Meta(ge=1, le=2048)]
     height: Annotated[int, msgspec.Meta(ge=1, le=2048)]
@@ -28,15 +28,16 @@ class ImageFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 
     @property
     def max_row_gap_s(self) -> float:
-        """Rows of one image have one time: any step is to another image."""
+        """Longest gap within an image: its rows have one time, so any step is to another image."""
         return 1e-7
 
 
 class SoundFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A row each `hop` samples of `rate` a second: of a `window` of samples `mels` bands, or `cepstra` made of them.
+    """Sound as a row for each `hop` samples, at `rate` samples a second.
 
-    Bands are between `low` and `high` Hz (half the rate), sums of |spectrum|^`power`; their logarithm is in decibels or
-    natural, of what is above `floor`.
+    A row has `mels` bands of a `window` of samples, or `cepstra` coefficients of them. Bands lie between `low` and
+    `high` Hz (half the rate) and are sums of |spectrum|^`power`; their logarithm, in decibels or natural, is of values
+    above `floor`.
     """
 
     rate: Annotated[int, msgspec.Meta(ge=100, le=400_000)]
@@ -69,7 +70,7 @@ class SoundFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 
     @property
     def max_row_gap_s(self) -> float:
-        """Rows of one sound follow each other by less, rows of two by more."""
+        """Longest gap within a sound; between two sounds there is a longer one."""
         return 1.5 * self.row_period_s
 
     @property

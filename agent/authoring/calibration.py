@@ -1,8 +1,8 @@
-"""What a bundle learns from data that its model was not trained on: calibrated scores, a threshold, a centroid.
+"""Calibration from held-out data: calibrated scores, the threshold and the centroid of anomaly models.
 
-Temperature: the one that makes the labels most likely (Guo et al. 2017). Isotonic: how often the most probable class is
-right, by bins of equally many results, made to ascend (pool adjacent violators; Zadrozny and Elkan 2002). What both
-would do to new data is told by cross-fitting: each half is calibrated by what was learned from the other.
+Temperature scaling maximises the likelihood of the labels (Guo et al. 2017). Isotonic calibration takes the accuracy of
+bins of equally many results, made to ascend (pool adjacent violators; Zadrozny and Elkan 2002). Cross-fitting estimates
+the effect on new data: each half is calibrated by what was learned from the other.
 """
 
 from __future__ import annotations
@@ -15,65 +15,65 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.arrays import Float32s, Float64s, Ints
 from agent.errors import UsageError
 from agent.model.bundle.definition import IsotonicCalibration
 from agent.model.bundle.manifest import Manifest, ModelOutput
 from agent.model.inference import scores
-from agent.model.inference.features import Floats, Ints
 from agent.model.inference.scores import Scores
 from agent.performance.metrics import LabelledPredictions, compute_value
 
-# Fewer labelled results say nothing about how often a score is right.
+# With fewer labelled results the accuracy of a score is unknown.
 MIN_LABELLED_RESULTS = 40
 _BINS, _MIN_PER_BIN = 32, 10
-# Neighbouring results are alike: halves are made of blocks, not of single results.
+# Neighbouring results are alike, so halves are made of blocks, not of single results.
 _BLOCKS = 20
 _TEMPERATURES = (0.05, 20.0)
 _SEARCH_STEPS = 60
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
-Doubles = NDArray[np.float64]
 _Point = tuple[float, float, int]
 
 
 class CalibrationResult(msgspec.Struct, frozen=True):
-    """The output as it is now, and what to tell of it."""
+    """Calibrated output, with notes and warnings for the author."""
 
     output: ModelOutput
     notes: list[str]
     warnings: list[str]
 
 
-def calibrate_scores(outputs: Floats, truth: NDArray[Any], manifest: Manifest, method: str) -> CalibrationResult:
-    """`outputs` (w, K) of the model and the true class (w,) of each, or of each label 0 or 1 (w, L).
+def calibrate_scores(outputs: Float32s, truth: NDArray[Any], manifest: Manifest, method: str) -> CalibrationResult:
+    """Calibrate scores from `outputs` (w, K) and the true classes (w,), or 0 or 1 for each label (w, L).
 
-    Scores stay where calibration would not make the labels of the other half more likely. Raises UsageError.
+    Scores stay as they are if calibration does not make the labels of the other half more likely. Raises UsageError.
     """
-    many = manifest.output.multi_label
+    multi_label = manifest.output.multi_label
     if len(truth) < MIN_LABELLED_RESULTS:
         raise UsageError(f"{len(truth)} labelled results; at least {MIN_LABELLED_RESULTS} are needed to calibrate")
-    if many and method == "isotonic":
+    if multi_label and method == "isotonic":
         raise UsageError('calibration = "isotonic" is for one label a result; use "temperature"')
-    if not many and len(np.unique(truth)) < 2:
+    if not multi_label and len(np.unique(truth)) < 2:
         name = manifest.output.labels[int(truth[0])]
-        raise UsageError(f"only one class, {name!r}, is in it; scores need all classes to be calibrated")
+        raise UsageError(f"the data have only one class, {name!r}; calibration needs all classes")
     plain = msgspec.structs.replace(manifest.output, isotonic=None)
     fit = _fit_isotonic if method == "isotonic" else _fit_temperature
-    named = many or method == "isotonic"
-    before = _CalibrationError.from_halves(outputs, truth, manifest, [plain] * 2, by_predicted_label=named)
-    halves = [fit(outputs[some], truth[some], _with_output(manifest, plain)) for some in _split_halves(len(truth))]
-    after = _CalibrationError.from_halves(outputs, truth, manifest, halves[::-1], by_predicted_label=named)
-    told = f"ECE {before.ece:.3f} before, {after.ece:.3f} after (each half by the other, {len(truth)} results)"
+    by_label = multi_label or method == "isotonic"
+    before = _CalibrationError.from_halves(outputs, truth, manifest, [plain] * 2, by_predicted_label=by_label)
+    halves = [fit(outputs[half], truth[half], _with_output(manifest, plain)) for half in _split_halves(len(truth))]
+    after = _CalibrationError.from_halves(outputs, truth, manifest, halves[::-1], by_predicted_label=by_label)
+    effect = f"ECE {before.ece:.3f} before, {after.ece:.3f} after (each half by the other, {len(truth)} results)"
     if not after.loss < before.loss:
-        return CalibrationResult(plain, [], [f"calibration by {method} does not help: {told}; scores stay as they are"])
-    found = fit(outputs, truth, _with_output(manifest, plain))
-    detail = f"temperature {found.temperature:.4g}" if method == "temperature" else "isotonic"
-    return CalibrationResult(found, [f"scores calibrated ({detail}): {told}"], [])
+        warning = f"calibration by {method} does not help: {effect}; scores stay as they are"
+        return CalibrationResult(plain, [], [warning])
+    calibrated = fit(outputs, truth, _with_output(manifest, plain))
+    detail = f"temperature {calibrated.temperature:.4g}" if method == "temperature" else "isotonic"
+    return CalibrationResult(calibrated, [f"scores calibrated ({detail}): {effect}"], [])
 
 
-def fit_threshold(values: Doubles, quantile: float, manifest: Manifest) -> CalibrationResult:
-    """Above a share `quantile` of `values` (w,), which are normal. Raises UsageError."""
+def fit_threshold(values: Float64s, quantile: float, manifest: Manifest) -> CalibrationResult:
+    """Set the threshold above a share `quantile` of `values` (w,) of normal windows. Raises UsageError."""
     if not np.isfinite(values).all():
-        raise UsageError("the model answers with values that are not finite; look at its inputs")
+        raise UsageError("the model's output is not finite for some windows; look at its inputs")
     limit = float(np.quantile(values, quantile, method="higher"))
     output = msgspec.structs.replace(manifest.output, threshold=limit)
     above = int((values > limit).sum())
@@ -88,8 +88,8 @@ def fit_threshold(values: Doubles, quantile: float, manifest: Manifest) -> Calib
     return CalibrationResult(output, [note], warnings)
 
 
-def fit_centroid(outputs: Floats, manifest: Manifest) -> ModelOutput:
-    """With the mean of vectors (w, K); of their directions, where distances are angles."""
+def fit_centroid(outputs: Float32s, manifest: Manifest) -> ModelOutput:
+    """Set the centroid to the mean of vectors (w, K), or of their directions if the distance is cosine."""
     vectors = outputs.astype(np.float64)
     if manifest.output.distance == "cosine":
         lengths = np.sqrt(np.square(vectors).sum(axis=1, keepdims=True))
@@ -104,27 +104,26 @@ class _CalibrationError(msgspec.Struct, frozen=True):
     @classmethod
     def from_halves(
         cls,
-        outputs: Floats,
+        outputs: Float32s,
         truth: NDArray[Any],
         manifest: Manifest,
         half_outputs: list[ModelOutput],
         *,
         by_predicted_label: bool,
     ) -> _CalibrationError:
-        """Of two halves, each with its own output."""
+        """Measure two halves, each with an output of its own."""
         loss, score, right = 0.0, [], []
-        for some, output in zip(_split_halves(len(truth)), half_outputs, strict=True):
-            mine = _with_output(manifest, output)
-            sure, was_right = _flatten_confidences(scores.from_outputs(outputs[some], mine), truth[some])
-            loss += (
-                _binary_log_loss(sure, was_right)
-                if by_predicted_label
-                else _class_log_loss(outputs[some], truth[some], mine)
-            )
-            score.append(sure)
-            right.append(was_right)
-        sure, was_right = np.concatenate(score), np.concatenate(right)
-        predictions = LabelledPredictions(np.ones(len(sure)), was_right.astype(np.int64), sure)
+        for half, output in zip(_split_halves(len(truth)), half_outputs, strict=True):
+            changed = _with_output(manifest, output)
+            half_score, half_right = _flatten_confidences(scores.from_outputs(outputs[half], changed), truth[half])
+            if by_predicted_label:
+                loss += _binary_log_loss(half_score, half_right)
+            else:
+                loss += _class_log_loss(outputs[half], truth[half], changed)
+            score.append(half_score)
+            right.append(half_right)
+        all_right = np.concatenate(right).astype(np.int64)
+        predictions = LabelledPredictions(np.ones(len(all_right)), all_right, np.concatenate(score))
         return cls(compute_value("ece", "classify", predictions), loss)
 
 
@@ -137,37 +136,37 @@ def _with_output(manifest: Manifest, output: ModelOutput) -> Manifest:
     return msgspec.structs.replace(manifest, format=2, output=output)
 
 
-def _flatten_confidences(predicted: Scores, truth: NDArray[Any]) -> tuple[Doubles, Doubles]:
-    """Every probability that is told, and whether what it is of was true."""
+def _flatten_confidences(predicted: Scores, truth: NDArray[Any]) -> tuple[Float64s, Float64s]:
+    """Return every probability in the results, and 1 if what it is of was true."""
     if predicted.predicted is not None:
         return np.concatenate(list(predicted.extra_columns.values())), truth.T.reshape(-1).astype(np.float64)
     assert predicted.score is not None
     return predicted.score, np.asarray(predicted.label == truth, np.float64)
 
 
-def _binary_log_loss(sure: Doubles, right: Doubles) -> float:
-    """-Σ log probability of whether what was named was right."""
-    sure = np.clip(sure, 1e-6, 1 - 1e-6)
-    return -float(np.where(right > 0, np.log(sure), np.log(1 - sure)).sum())
+def _binary_log_loss(score: Float64s, right: Float64s) -> float:
+    """Return -Σ log probability that the prediction is right, or wrong, as it was."""
+    score = np.clip(score, 1e-6, 1 - 1e-6)
+    return -float(np.where(right > 0, np.log(score), np.log(1 - score)).sum())
 
 
-def _class_log_loss(outputs: Floats, truth: NDArray[Any], manifest: Manifest) -> float:
-    """-Σ log probability of the true class."""
+def _class_log_loss(outputs: Float32s, truth: NDArray[Any], manifest: Manifest) -> float:
+    """Return -Σ log probability of the true class."""
     p = scores.compute_probabilities(outputs, manifest.output)[np.arange(len(truth)), truth]
     return -float(np.log(np.clip(p, 1e-12, None)).sum())
 
 
-def _fit_temperature(outputs: Floats, truth: NDArray[Any], manifest: Manifest) -> ModelOutput:
-    """Golden section over the logarithm of the temperature: the loss has one minimum in its inverse."""
+def _fit_temperature(outputs: Float32s, truth: NDArray[Any], manifest: Manifest) -> ModelOutput:
+    """Search the logarithm of the temperature by golden section: the loss has one minimum in its inverse."""
 
     def with_temperature(logarithm: float) -> ModelOutput:
         return msgspec.structs.replace(manifest.output, temperature=math.exp(logarithm))
 
     def loss(logarithm: float) -> float:
-        mine = _with_output(manifest, with_temperature(logarithm))
-        if not mine.output.multi_label:
-            return _class_log_loss(outputs, truth, mine)
-        return _binary_log_loss(*_flatten_confidences(scores.from_outputs(outputs, mine), truth))
+        changed = _with_output(manifest, with_temperature(logarithm))
+        if not changed.output.multi_label:
+            return _class_log_loss(outputs, truth, changed)
+        return _binary_log_loss(*_flatten_confidences(scores.from_outputs(outputs, changed), truth))
 
     best = _golden_section_search(loss, *(math.log(bound) for bound in _TEMPERATURES))
     return msgspec.structs.replace(manifest.output, temperature=float(f"{math.exp(best):.6g}"))
@@ -188,14 +187,14 @@ def _golden_section_search(loss: Callable[[float], float], low: float, high: flo
     return (low + high) / 2
 
 
-def _fit_isotonic(outputs: Floats, truth: NDArray[Any], manifest: Manifest) -> ModelOutput:
+def _fit_isotonic(outputs: Float32s, truth: NDArray[Any], manifest: Manifest) -> ModelOutput:
     score, right = _flatten_confidences(scores.from_outputs(outputs, manifest), truth)
     order = np.argsort(score, kind="stable")
     bins = max(1, min(_BINS, len(score) // _MIN_PER_BIN))
-    # Half a result on each side: nothing is certain that was seen some twenty times.
+    # Half a result on each side: some twenty results do not make anything certain.
     points = [
-        (float(score[some].mean()), (float(right[some].sum()) + 0.5) / (len(some) + 1), len(some))
-        for some in np.array_split(order, bins)
+        (float(score[part].mean()), (float(right[part].sum()) + 0.5) / (len(part) + 1), len(part))
+        for part in np.array_split(order, bins)
     ]
     pooled: list[_Point] = []
     for point in points:
@@ -208,11 +207,11 @@ def _fit_isotonic(outputs: Floats, truth: NDArray[Any], manifest: Manifest) -> M
             pooled[-2:] = [((x * n + more_x * more) / both, (y * n + more_y * more) / both, both)]
     if len(pooled) == 1:
         return msgspec.structs.replace(manifest.output, isotonic=IsotonicCalibration([0.0, 1.0], [pooled[0][1]] * 2))
-    found = IsotonicCalibration([round(x, 6) for x, _, _ in pooled], [round(y, 6) for _, y, _ in pooled])
-    return msgspec.structs.replace(manifest.output, isotonic=found)
+    isotonic = IsotonicCalibration([round(x, 6) for x, _, _ in pooled], [round(y, 6) for _, y, _ in pooled])
+    return msgspec.structs.replace(manifest.output, isotonic=isotonic)
 
 
 def select_window_labels(column: NDArray[Any], starts: Ints, rows: int) -> NDArray[Any]:
-    """What was true of each window: of its last row."""
-    found: NDArray[Any] = column[starts + rows - 1]
-    return found
+    """Return the label of each window, that of its last row."""
+    labels: NDArray[Any] = column[starts + rows - 1]
+    return labels

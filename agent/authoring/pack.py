@@ -1,4 +1,4 @@
-"""Make a bundle from a SPEC: the model, its drift reference, golden vectors, cards, manifest and signature."""
+"""Packing of a bundle from a SPEC: model, drift reference, golden vectors, cards, manifest and signature."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
+from agent.arrays import Float32s
 from agent.authoring import calibration, pack_calibration
 from agent.authoring import spec as specs
 from agent.authoring.pack_calibration import PackJob
@@ -39,7 +40,7 @@ _BUNDLE_FILES = frozenset(
 
 
 class PackedBundle(msgspec.Struct, frozen=True):
-    """The bundle's files, what it lacks and what it learned, in words."""
+    """Files of a bundle, with warnings of what it lacks and notes of what was calibrated."""
 
     files: dict[str, bytes]
     warnings: list[str]
@@ -48,31 +49,31 @@ class PackedBundle(msgspec.Struct, frozen=True):
 
 
 def pack(spec_file: Path, key: SigningKey | None) -> PackedBundle:
-    """All files of the bundle. Raises ConfigError, BadBundle."""
+    """Build all files of a bundle. Raises ConfigError, BadBundle."""
     spec = specs.read(spec_file)
     files = {"model.tflite": _read_file(spec_file, "model", spec.model)}
     draft = specs.to_manifest(spec_file, spec)
     _probe_draft(spec_file.parent / spec.model, draft, files)
-    work = PackJob(spec_file, spec, draft, inference.load_model(draft, files["model.tflite"]))
-    found = pack_calibration.calibrate_output(work)
-    work = replace(work, draft=msgspec.structs.replace(draft, output=found.output))
+    job = PackJob(spec_file, spec, draft, inference.load_model(draft, files["model.tflite"]))
+    calibrated = pack_calibration.calibrate_output(job)
+    job = replace(job, draft=replace(draft, output=calibrated.output))
     warnings = [
-        *found.warnings,
-        *_add_golden_vectors(work, files),
-        *_add_reference(work, files),
+        *calibrated.warnings,
+        *_add_golden_vectors(job, files),
+        *_add_reference(job, files),
         *_add_cards(spec_file, spec, files),
     ]
-    head = manifest.encode(specs.finish_manifest(work.draft, files))
+    head = manifest.encode(specs.finish_manifest(job.draft, files))
     files["manifest.json"] = head
     if key is not None:
         files["manifest.jws"] = bundle.sign(head, key)
     else:
         warnings.append(_UNSIGNED_WARNING)
-    return PackedBundle(files, warnings, f"sha256:{hashlib.sha256(head).hexdigest()}", found.notes)
+    return PackedBundle(files, warnings, f"sha256:{hashlib.sha256(head).hexdigest()}", calibrated.notes)
 
 
 def reuse_signature(packed: PackedBundle, out: Path) -> None:
-    """Take over the signature of the bundle folder `out`, where that is of the same manifest."""
+    """Reuse the signature of the bundle folder `out`, if it signs the same manifest."""
     try:
         same = (out / "manifest.json").read_bytes() == packed.files["manifest.json"]
         signature = (out / "manifest.jws").read_bytes()
@@ -84,9 +85,9 @@ def reuse_signature(packed: PackedBundle, out: Path) -> None:
 
 
 def write_bundle(packed: PackedBundle, out: Path) -> None:
-    """As a folder, or as one `.zip`; an old bundle there is replaced as a whole.
+    """Write a folder, or one `.zip`; replace an old bundle as a whole.
 
-    Raises UsageError where something else is there, or nothing can be written.
+    Raises UsageError if `out` is something else than a bundle, or cannot be written.
     """
     out = out.resolve()
     _require_replaceable(out)
@@ -96,40 +97,40 @@ def write_bundle(packed: PackedBundle, out: Path) -> None:
     except OSError as error:
         raise UsageError(f"{out}: cannot be written: {error.strerror}; name another place with -o") from None
     try:
-        made = work / "bundle"
+        new = work / "bundle"
         if out.suffix == ".zip":
-            with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+            with zipfile.ZipFile(new, "w", zipfile.ZIP_DEFLATED) as archive:
                 for name, content in sorted(packed.files.items()):
                     archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content, zipfile.ZIP_DEFLATED)
-            made.replace(out)
+            new.replace(out)
             return
-        made.mkdir()
+        new.mkdir()
         for name, content in packed.files.items():
-            (made / name).write_bytes(content)
+            (new / name).write_bytes(content)
         if out.exists():
             out.rename(work / "old")
-        made.rename(out)
+        new.rename(out)
     finally:
         shutil.rmtree(work)
 
 
 def _require_replaceable(out: Path) -> None:
-    """Only what `pack` made may be deleted."""
+    """Raise UsageError unless `out` is missing, or a bundle that may be deleted."""
     if out.suffix == ".zip":
         if out.exists() and not (out.is_file() and zipfile.is_zipfile(out)):
-            raise UsageError(f"{out}: is there and is no .zip; move it away, or name another place with -o")
+            raise UsageError(f"{out}: exists and is no .zip; move it away, or name another place with -o")
     elif out.is_dir():
         others = sorted(entry.name for entry in out.iterdir() if entry.name not in _BUNDLE_FILES)
         if others:
             raise UsageError(
-                f"{out}: holds {others[0]}, which is of no bundle and would be deleted; name another folder with -o"
+                f"{out}: holds {others[0]}, which is no bundle file and would be deleted; name another folder with -o"
             )
     elif out.exists():
-        raise UsageError(f"{out}: is there and is no folder; name a new folder or a .zip with -o")
+        raise UsageError(f"{out}: exists and is no folder; name a new folder or a .zip with -o")
 
 
 def _probe_draft(model: Path, draft: Manifest, files: dict[str, bytes]) -> None:
-    """Load it in a child first: a damaged model must not end this process. Raises BadBundle."""
+    """Load the model in a child process first, because a damaged one can crash the process. Raises BadBundle."""
     try:
         probe.probe(Bundle(draft, "", {"manifest.json": manifest.encode(draft), **files}, "")).raise_for_failure()
     except BadBundle as problem:
@@ -138,42 +139,41 @@ def _probe_draft(model: Path, draft: Manifest, files: dict[str, bytes]) -> None:
 
 def _add_golden_vectors(job: PackJob, files: dict[str, bytes]) -> list[str]:
     if job.spec.golden is None:
-        return ["no golden data: a device cannot tell whether its CPU computes what yours does"]
+        return ["no golden data: a device cannot check that its CPU computes the same outputs as yours"]
     try:
         windows = _select_golden_windows(job.path(job.spec.golden), job.draft.input)
-        made = golden_vectors.from_outputs(windows, job.model.invoke(windows), job.model.output_step, RUNTIME_NAME)
+        vectors = golden_vectors.from_outputs(windows, job.model.invoke(windows), job.model.output_step, RUNTIME_NAME)
     except (UsageError, BadBundle) as problem:
         raise ConfigError(str(job.file), "golden", str(problem)) from None
-    files["golden.npz"] = golden_vectors.encode(made)
+    files["golden.npz"] = golden_vectors.encode(vectors)
     return []
 
 
-def _select_golden_windows(path: Path, spec: manifest.ModelInput) -> features.Floats:
-    """Scaled input windows: given as `windows` (g, rows, F) in physical units, or cut from rows."""
-    given = recordings.load_windows(path, spec) if path.suffix == ".npz" else None
-    if given is not None:
-        return features.build_windows(given, np.arange(0, len(given), spec.rows), spec)
-    found = training_data.read(path, spec)
-    starts = pack_calibration.find_window_starts(path, found, spec)
+def _select_golden_windows(path: Path, spec: manifest.ModelInput) -> Float32s:
+    """Return scaled input windows: ready-made ones of an `.npz`, or windows cut from rows."""
+    ready = recordings.load_windows(path, spec) if path.suffix == ".npz" else None
+    if ready is not None:
+        return features.build_windows(ready, np.arange(0, len(ready), spec.rows), spec)
+    data = training_data.read(path, spec)
+    starts = pack_calibration.find_window_starts(path, data, spec)
     picked = starts[np.linspace(0, len(starts) - 1, min(_GOLDEN_COUNT, len(starts)), dtype=np.int64)]
-    return features.build_windows(derived_features.compute(found.features, found.t, spec), picked, spec)
+    return features.build_windows(derived_features.compute(data.features, data.t, spec), picked, spec)
 
 
 def build_reference(path: Path, model: TfliteModel, draft: Manifest, *, held_out: bool = False) -> Reference:
-    """The drift reference that data at `path` make for this model.
+    """Build the drift reference of this model from the data at `path`.
 
-    `held_out` data, which it was not trained on, also tell how often a score is right, by their labels. Raises
-    UsageError, BadBundle.
+    From the labels of `held_out` data it also has the accuracy of each score. Raises UsageError, BadBundle.
     """
-    found = training_data.read(path, draft.input, LabelParser.from_manifest(draft) if held_out else None)
-    if held_out and found.label is None:
-        raise UsageError(f"{path}: holds no labels, so nobody can tell which answers are right; leave --held-out away")
-    return _build_from_data(path, found, model, draft, held_out=held_out)
+    data = training_data.read(path, draft.input, LabelParser.from_manifest(draft) if held_out else None)
+    if held_out and data.label is None:
+        raise UsageError(f"{path}: holds no labels, so nobody can tell which answers are right; remove --held-out")
+    return _build_from_data(path, data, model, draft, held_out=held_out)
 
 
 def _add_reference(job: PackJob, files: dict[str, bytes]) -> list[str]:
     if job.spec.reference is None:
-        return ["no reference data: devices will not watch this model for drift"]
+        return ["no reference data: devices will not monitor this model for drift"]
     try:
         reference = build_reference(job.path(job.spec.reference), job.model, job.draft)
     except (UsageError, BadBundle) as problem:
@@ -185,37 +185,34 @@ def _add_reference(job: PackJob, files: dict[str, bytes]) -> list[str]:
 
 
 def _build_from_data(
-    path: Path, dataset: TrainingData, model: TfliteModel, draft: Manifest, *, held_out: bool
+    path: Path, data: TrainingData, model: TfliteModel, draft: Manifest, *, held_out: bool
 ) -> Reference:
-    starts = pack_calibration.find_window_starts(path, dataset, draft.input)
-    answers = Inference(draft, model).run(dataset.features, dataset.t).scores
-    named = answers.label if answers.label is not None else np.zeros(len(starts), np.int64)
-    told = answers.value if answers.score is None else answers.score
-    certainty = None if told is None else told[:, None].astype(np.float32)
+    starts = pack_calibration.find_window_starts(path, data, draft.input)
+    scores = Inference(draft, model).run(data.features, data.t).scores
+    score = scores.value if scores.score is None else scores.score
+    truth = None
+    if held_out:
+        assert data.label is not None
+        labels = calibration.select_window_labels(data.label, starts, draft.input.rows)
+        truth = np.asarray(labels, dtype=np.int64)
     return learning.build_reference(
-        dataset.features,
+        data.features,
         starts,
         draft.input.rows,
-        named,
-        certainty,
+        scores.label if scores.label is not None else np.zeros(len(starts), np.int64),
+        None if score is None else score[:, None].astype(np.float32),
         draft.drift.window,
         fields=tuple(draft.input.fields),
         labels=tuple(draft.output.labels),
-        truth=_window_classes(dataset, starts, draft) if held_out else None,
+        truth=truth,
     )
 
 
-def _window_classes(dataset: TrainingData, starts: features.Ints, draft: Manifest) -> features.Ints:
-    """The class of each window: that of its last row."""
-    assert dataset.label is not None
-    return np.asarray(calibration.select_window_labels(dataset.label, starts, draft.input.rows), dtype=np.int64)
-
-
 def _with_score_table(job: PackJob, reference: Reference, path: Path) -> Reference:
-    """How often a score was right, from data the model was not trained on: `edges` (33), `count`, `correct` (32)."""
+    """Add the accuracy of each score from a table of held-out data: `edges` (33), `count`, `correct` (32)."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        filled = msgspec.structs.replace(
+        filled = replace(
             reference,
             score_edges=np.array(table["edges"][1:-1], np.float64),
             score_n=np.array(table["count"], np.int64),
@@ -233,7 +230,7 @@ def _add_cards(spec_file: Path, spec: Spec, files: dict[str, bytes]) -> list[str
     warnings = []
     for kind, path, target in (("model", given.model, "MODEL_CARD.md"), ("data", given.data, "DATA_CARD.md")):
         if path is None:
-            warnings.append(f"no {kind} card ([card] {kind}): nobody can read what it was made of and for")
+            warnings.append(f"no {kind} card ([card] {kind}): users cannot read what it was made from, and for what")
         else:
             files[target] = _read_file(spec_file, f"card.{kind}", path)
     return warnings

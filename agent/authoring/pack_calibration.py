@@ -1,4 +1,4 @@
-"""What `pack` learns from a SPEC's data before it makes the bundle: calibration, a centroid, a threshold."""
+"""Calibration while packing: reads the data that a SPEC names, and calibrates the output of its model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from agent.arrays import Ints
 from agent.authoring import calibration
 from agent.authoring.calibration import CalibrationResult
 from agent.authoring.spec import Spec
@@ -20,7 +21,7 @@ from agent.model.inference.runtime import TfliteModel
 
 
 class PackJob(msgspec.Struct, frozen=True):
-    """What a part of the bundle is made from: the SPEC, a manifest without files, the model loaded."""
+    """SPEC, its manifest without files, and its loaded model."""
 
     file: Path
     spec: Spec
@@ -32,17 +33,17 @@ class PackJob(msgspec.Struct, frozen=True):
 
 
 def calibrate_output(job: PackJob) -> CalibrationResult:
-    """The output with what the SPEC leaves to be learned: calibration, or a centroid and a threshold."""
+    """Return the output, completed from data: calibrated scores, or a centroid and a threshold. Raises ConfigError."""
     plain = CalibrationResult(job.draft.output, [], [])
     if job.draft.kind in ("anomaly", "embedding"):
         key = "output.calibrate" if job.spec.output.calibrate else "reference"
-        learn = _fit_anomaly_output
+        fit = _fit_anomaly_output
     elif job.spec.output.calibrate is None:
         return plain
     else:
-        key, learn = "output.calibrate", _calibrate_scores
+        key, fit = "output.calibrate", _calibrate_scores
     try:
-        return learn(job)
+        return fit(job)
     except (UsageError, BadBundle) as problem:
         raise ConfigError(str(job.file), key, str(problem)) from None
 
@@ -50,73 +51,71 @@ def calibrate_output(job: PackJob) -> CalibrationResult:
 def _calibrate_scores(job: PackJob) -> CalibrationResult:
     assert job.spec.output.calibrate is not None
     if job.draft.kind == "regress":
-        raise UsageError("kind regress gives values, which have no probability to calibrate; leave calibrate away")
+        raise UsageError("kind regress has no probabilities to calibrate; remove calibrate")
     path = job.path(job.spec.output.calibrate)
     _require_held_out(job, path)
-    found = training_data.read(path, job.draft.input, LabelParser.from_manifest(job.draft))
-    if found.label is None:
-        raise UsageError(f"{path}: no column {LABEL_COLUMN} in it, which says what was true")
-    answers = Inference(job.draft, job.model).run(found.features, found.t, with_outputs=True)
-    assert answers.outputs is not None
-    truth = calibration.select_window_labels(found.label, answers.cut.starts, job.draft.input.rows)
+    data = training_data.read(path, job.draft.input, LabelParser.from_manifest(job.draft))
+    if data.label is None:
+        raise UsageError(f"{path}: no column {LABEL_COLUMN} in it; calibration needs the true labels")
+    result = Inference(job.draft, job.model).run(data.features, data.t, with_outputs=True)
+    assert result.outputs is not None
+    truth = calibration.select_window_labels(data.label, result.cut.starts, job.draft.input.rows)
     known = (truth if truth.ndim == 1 else truth[:, 0]) >= 0
-    result = calibration.calibrate_scores(answers.outputs[known], truth[known], job.draft, job.spec.output.calibration)
+    method = job.spec.output.calibration
+    calibrated = calibration.calibrate_scores(result.outputs[known], truth[known], job.draft, method)
     left_out = int((~known).sum())
     if left_out:
-        result.notes.append(f"left out {left_out} of {len(known)} windows of {path.name}: their label is not known")
-    return result
+        calibrated.notes.append(f"left out {left_out} of {len(known)} windows of {path.name} without a label")
+    return calibrated
 
 
 def _require_held_out(job: PackJob, path: Path) -> None:
-    """Scores look too good on data that the model knows. Raises UsageError."""
+    """Raise UsageError for the reference's data: on data that the model knows, scores look too good."""
     if job.spec.reference and path.resolve() == job.path(job.spec.reference).resolve():
-        raise UsageError(f"{path} is the reference's data too; calibrate on data that was held out from training")
+        raise UsageError(f"{path} is the reference's data, too; calibrate on data held out from training")
 
 
 def _fit_anomaly_output(job: PackJob) -> CalibrationResult:
-    """The centroid of an embedding, and above what value a window is an anomaly, from windows that are normal."""
+    """Fit the centroid of an embedding, and the threshold of anomalies, to windows that are normal."""
     output, draft = job.draft.output, job.draft
-    known = output.threshold is not None and (draft.kind == "anomaly" or output.centroid)
-    if known:
+    is_embedding = draft.kind == "embedding"
+    if output.threshold is not None and (not is_embedding or output.centroid):
         return CalibrationResult(output, [], [])
     name = job.spec.output.calibrate or job.spec.reference
     if name is None:
-        if draft.kind == "embedding":
-            raise UsageError("an embedding needs data of what is normal, which distances are from")
-        return CalibrationResult(
-            output, [], ["no threshold and no data to learn it from: results give a value without a label"]
-        )
+        if is_embedding:
+            raise UsageError("an embedding needs normal data, to measure distances from their centroid")
+        warning = "no threshold and no data to fit one: results have a value without a label"
+        return CalibrationResult(output, [], [warning])
     path = job.path(name)
-    found = training_data.read(
+    data = training_data.read(
         path, draft.input, LabelParser.from_manifest(draft) if job.spec.output.calibrate else None
     )
-    begins = find_window_starts(path, found, draft.input)
-    vectors = draft.kind == "embedding"
-    if vectors and not output.centroid:
-        # Distances are from nowhere yet; the vectors tell where from.
-        nowhere = msgspec.structs.replace(output, centroid=[0.0] * job.model.outputs)
-        draft = msgspec.structs.replace(draft, output=nowhere)
-    answers = Inference(draft, job.model).run(found.features, found.t, with_outputs=vectors)
-    values, vector = answers.scores.value, answers.outputs
+    starts = find_window_starts(path, data, draft.input)
+    if is_embedding and not output.centroid:
+        # A placeholder: only the vectors are used.
+        origin = msgspec.structs.replace(output, centroid=[0.0] * job.model.outputs)
+        draft = msgspec.structs.replace(draft, output=origin)
+    result = Inference(draft, job.model).run(data.features, data.t, with_outputs=is_embedding)
+    values, vectors = result.scores.value, result.outputs
     assert values is not None
-    if found.label is not None:
-        normal = calibration.select_window_labels(found.label, begins, draft.input.rows) == 0
+    if data.label is not None:
+        normal = calibration.select_window_labels(data.label, starts, draft.input.rows) == 0
         if not normal.any():
             raise UsageError(f"{path}: no window in it is labelled normal")
-        values, vector = values[normal], None if vector is None else vector[normal]
-    if vector is not None and not output.centroid:
-        output = calibration.fit_centroid(vector, draft)
-        values = scores.centroid_distance(vector, output)
-    draft = msgspec.structs.replace(draft, output=output)
+        values, vectors = values[normal], None if vectors is None else vectors[normal]
+    if vectors is not None and not output.centroid:
+        output = calibration.fit_centroid(vectors, draft)
+        values = scores.centroid_distance(vectors, output)
     if output.threshold is not None:
         return CalibrationResult(output, [], [])
-    return calibration.fit_threshold(values, job.spec.output.quantile, draft)
+    return calibration.fit_threshold(values, job.spec.output.quantile, msgspec.structs.replace(draft, output=output))
 
 
-def find_window_starts(path: Path, dataset: TrainingData, spec: ModelInput) -> features.Ints:
-    """Where windows begin, at least one. Raises UsageError."""
-    begins = features.cut_windows(dataset.t, spec.window).starts
-    if not len(begins):
-        whole = f"no {spec.window.rows} rows without a gap" if spec.window else "no rows"
-        raise UsageError(f"{path}: {whole} in it, so nothing to run the model on; give more data")
-    return begins
+def find_window_starts(path: Path, data: TrainingData, spec: ModelInput) -> Ints:
+    """Return the starts of all windows, at least one. Raises UsageError."""
+    starts = features.cut_windows(data.t, spec.window).starts
+    if not len(starts):
+        missing = f"no {spec.window.rows} rows without a gap" if spec.window else "no rows"
+        raise UsageError(f"{path}: {missing} in it, so nothing to run the model on; give more data")
+    return starts

@@ -1,4 +1,4 @@
-"""From somebody's `.tflite`, and data beside it, to a SPEC to fill in."""
+"""Scaffold of a SPEC, from any `.tflite` file and a table of its data, for the author to complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agent.model.sandbox import probe
 
 
 class Scaffold(msgspec.Struct, frozen=True):
-    """The SPEC's text, the kind it guessed, and why."""
+    """Text of a SPEC, the guessed kind of model, and the reason for it."""
 
     text: str
     kind: str
@@ -22,33 +22,32 @@ class Scaffold(msgspec.Struct, frozen=True):
 
 
 def scaffold_spec(tflite: Path, out: Path | None, table: Path | None) -> Scaffold:
-    """`out` is where the SPEC will be, which its paths are relative to. Raises UsageError, BadBundle."""
+    """Return a SPEC whose paths are relative to the folder of `out`. Raises UsageError, BadBundle."""
     try:
         content = tflite.read_bytes()
     except OSError as error:
         raise UsageError(f"{tflite}: cannot be read: {error.strerror}; give the .tflite file") from None
     try:
-        found = probe.inspect_model(content)
+        model = probe.inspect_model(content)
     except BadBundle as problem:
         raise BadBundle(f"{tflite}: {problem}") from None
-    beside = out.resolve().parent if out else Path.cwd()
-    seen = None
+    folder = out.resolve().parent if out else Path.cwd()
+    table_info = None
     if table is not None:
-        head = training_data.summarize_table(table)
-        seen = inspect.TableInfo(_relative_path(table, beside), head.columns, head.rows, head.labels)
-    made = inspect.guess_kind(found)
-    return Scaffold(
-        inspect.render_spec(found, _relative_path(tflite, beside), tflite.stem, seen), made.kind, made.rationale
-    )
+        summary = training_data.summarize_table(table)
+        table_info = inspect.TableInfo(_relative_path(table, folder), summary.columns, summary.rows, summary.labels)
+    guess = inspect.guess_kind(model)
+    text = inspect.render_spec(model, _relative_path(tflite, folder), tflite.stem, table_info)
+    return Scaffold(text, guess.kind, guess.rationale)
 
 
 def write_spec(scaffold: Scaffold, out: Path) -> None:
-    """Raises UsageError; a file that is there is somebody's work."""
+    """Write a new file. Raises UsageError, also if it exists, because it is somebody's work."""
     try:
         with out.open("x", encoding="utf-8") as file:
             file.write(scaffold.text)
     except FileExistsError:
-        raise UsageError(f"{out}: is there already; name another file with -o") from None
+        raise UsageError(f"{out}: exists already; name another file with -o") from None
     except OSError as error:
         raise UsageError(f"{out}: cannot be written: {error.strerror}") from None
 

@@ -1,4 +1,4 @@
-"""SPEC, the TOML file that `outstation model pack` makes a bundle from, and the manifest it asks for."""
+"""SPEC: the TOML file that `outstation model pack` makes a bundle from, and its manifest."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class NumberedFields(config.Section, frozen=True, kw_only=True):
 
 
 class SpecInput(config.Section, frozen=True, kw_only=True):
-    """`scale` is for all features what `std` is for each: x · scale = x / std.
+    """Section [input]; `scale` multiplies all features, where `std` divides each by its own.
 
-    Of an image fields and window follow from it, of a sound the fields, and that no window reaches over a second.
+    An image sets fields and window. A sound sets the fields, and a longest gap of one second.
     """
 
     fields: list[str] | NumberedFields = msgspec.field(default_factory=list)
@@ -47,8 +47,9 @@ class SpecInput(config.Section, frozen=True, kw_only=True):
 
 
 class SpecOutput(config.Section, frozen=True, kw_only=True):
-    """`calibrate`: data the model was not trained on, from which `calibration` is learned; for an
-    anomaly the threshold, above a share `quantile` of what is normal. Without it that comes from the reference's data.
+    """Section [output]; `calibrate` names held-out data, from which scores are calibrated.
+
+    For an anomaly the threshold is set above a share `quantile` of normal values of these data, or of the reference's.
     """
 
     activation: Literal["none", "softmax", "sigmoid"] = "none"
@@ -73,7 +74,7 @@ class SpecCard(config.Section, frozen=True, kw_only=True):
 
 
 class Spec(config.Section, frozen=True, kw_only=True):
-    """`model pack SPEC`, a TOML file; paths are relative to it."""
+    """TOML file; its paths are relative to it."""
 
     name: str
     version: str
@@ -91,7 +92,7 @@ class Spec(config.Section, frozen=True, kw_only=True):
 
 
 def read(file: Path) -> Spec:
-    """Raises ConfigError."""
+    """Raise ConfigError."""
     if not file.is_file():
         raise ConfigError(str(file), "", "no such file; SPEC is the TOML file that describes the bundle")
     spec = config.read(file, Spec)
@@ -100,7 +101,7 @@ def read(file: Path) -> Spec:
 
 
 def _require_finite(file: Path, key: str, value: Any) -> None:
-    """TOML has nan and inf, a manifest has not: as null they would pass for what was left out."""
+    """Raise ConfigError for nan and inf: TOML has them, but JSON would write null, which means a missing member."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(str(file), key, f"is {value}; give a finite number")
     if isinstance(value, dict):
@@ -112,28 +113,28 @@ def _require_finite(file: Path, key: str, value: Any) -> None:
 
 
 def to_manifest(file: Path, spec: Spec) -> Manifest:
-    """What `spec`, read from `file`, says, without files. Raises ConfigError at the SPEC's key."""
-    given, output = spec.input, spec.output
-    fields = given.fields
+    """Return the manifest of a SPEC read from `file`, without files. Raises ConfigError at the SPEC's key."""
+    spec_input = spec.input
+    fields = spec_input.fields
     if isinstance(fields, NumberedFields):
         fields = [f"{fields.prefix}{i}" for i in range(fields.count)]
-    if not fields and (made := given.image or given.sound) is not None:
-        fields = made.columns
-    std = given.std
-    if given.scale is not None:
+    if not fields and (media := spec_input.image or spec_input.sound) is not None:
+        fields = media.columns
+    std = spec_input.std
+    if spec_input.scale is not None:
         if std:
             raise ConfigError(str(file), "input.scale", "scale and std say the same; give one of them")
-        values = given.order or [*fields, *(name for one in given.derived for name in one.columns)]
-        std = [1 / given.scale] * len(values)
+        derived = [name for feature in spec_input.derived for name in feature.columns]
+        std = [1 / spec_input.scale] * len(spec_input.order or [*fields, *derived])
     members = {
         "format": manifest.FORMAT,
         "name": spec.name,
         "version": spec.version,
         "created": spec.created or f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         "kind": spec.kind,
-        "input": _select_members(given, manifest.ModelInput)
-        | {"fields": fields, "std": std, "window": msgspec.to_builtins(_resolve_window(given))},
-        "output": _select_members(output, manifest.ModelOutput) | {"labels": spec.labels},
+        "input": _select_members(spec_input, manifest.ModelInput)
+        | {"fields": fields, "std": std, "window": msgspec.to_builtins(_resolve_window(spec_input))},
+        "output": _select_members(spec.output, manifest.ModelOutput) | {"labels": spec.labels},
         "drift": msgspec.to_builtins(spec.drift),
         "limits": msgspec.to_builtins(spec.limits),
         "files": {},
@@ -154,22 +155,22 @@ def _resolve_window(spec_input: SpecInput) -> manifest.WindowSpec | None:
 
 
 def finish_manifest(draft: Manifest, files: dict[str, bytes]) -> Manifest:
-    """Of these files, and of the oldest format that says all of it."""
+    """Return the manifest with the digests of its files, in the oldest format that has all its members."""
     listed = {name: f"sha256:{hashlib.sha256(content).hexdigest()}" for name, content in files.items()}
     return manifest.to_oldest_format(msgspec.structs.replace(draft, files=listed))
 
 
 def _select_members(section: config.Section, struct_type: type[msgspec.Struct]) -> dict[str, Any]:
-    """What a section of the SPEC says of the manifest's members by the same names."""
-    said: dict[str, Any] = msgspec.to_builtins(section)
-    return {name: said[name] for name in struct_type.__struct_fields__ if name in said}
+    """Return the values of a section that a struct of the manifest has by the same names."""
+    values: dict[str, Any] = msgspec.to_builtins(section)
+    return {name: values[name] for name in struct_type.__struct_fields__ if name in values}
 
 
 def _to_config_error(file: Path, problem: str) -> ConfigError:
-    """What the manifest's rules say, at the SPEC's key."""
+    """Return a problem of the manifest as an error at the SPEC's key."""
     text, _, path = problem.removeprefix("manifest.json: ").partition(" - at `$")
     key = path.rstrip("`").lstrip(".").replace("[...]", "")
     if key.startswith("output") or "labels" in text:
-        # The rest of [output] was checked when the SPEC was read.
+        # Reading the SPEC has checked the rest of [output].
         key = "labels"
     return ConfigError(str(file), key or text.partition(" ")[0], text)

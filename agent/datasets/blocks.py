@@ -51,7 +51,7 @@ class BlockReader(Protocol):
 
 
 def require_columns(path: Path, columns: Sequence[str], required: Sequence[str]) -> None:
-    """Raises UsageError if a required column is missing, or there twice."""
+    """Raise UsageError if a required column is missing, or there twice."""
     missing = [name for name in required if name not in columns]
     if missing:
         present = ", ".join(columns[:20]) + (", …" if len(columns) > 20 else "")

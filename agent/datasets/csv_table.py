@@ -21,32 +21,28 @@ from agent.datasets.tables import (
     FilePosition,
     RowRejection,
     TableBlock,
+    TableOptions,
     convert_block,
     keep_invalid_values,
     read_first_line,
 )
 from agent.errors import RowRejected
 
-BLOCK_BYTES = 4 << 20
 _MAX_ROW_BYTES = 64 << 20
 _MAX_CELL_BYTES = 64 << 10
 _MAX_EXACT_INTEGER = 2**53
 _CLOSING_QUOTE = re.compile(rb'[^"]*(?:""[^"]*)*"(?!")')
 # Longest text with a line break in it that is a value; beyond it a quote was not closed.
 _MAX_MULTILINE_CHARS = 64
+_Columns = dict[str, np.ndarray[Any, Any]]
 
 
 class CsvTable:
-    """CSV whose first line names the columns; an empty cell is a missing value.
+    """CSV whose first line names the columns; an empty cell is a missing value."""
 
-    With `use_pyarrow` blocks are parsed by pyarrow where it is installed, else by numpy.
-    """
-
-    def __init__(
-        self, file: io.BufferedReader[Any], size: int = 0, block_bytes: int = BLOCK_BYTES, *, use_pyarrow: bool
-    ) -> None:
-        """Raises RowRejected if the first line does not name columns, OSError."""
-        self.size, self._file, self._block_bytes, self._use_pyarrow = size, file, block_bytes, use_pyarrow
+    def __init__(self, file: io.BufferedReader[Any], options: TableOptions) -> None:
+        """Raise RowRejected if the first line does not name columns, OSError."""
+        self._file, self._options = file, options
         first, self._pending = read_first_line(file), b""
         if not first.strip():
             raise RowRejected("the file is empty; its first line must name the columns")
@@ -59,25 +55,15 @@ class CsvTable:
         header = next(csv.reader([first.decode("utf-8-sig", "replace")]), [])
         self.columns = [name.strip() for name in header]
 
-    def progress(self, position: FilePosition) -> int:
-        return position.offset
-
-    def read(
-        self,
-        columns: Mapping[str, ColumnType],
-        position: FilePosition = START,
-        *,
-        max_rows: int | None = None,
-        keep_invalid: bool = False,
-    ) -> Iterator[TableBlock]:
+    def read(self, columns: Mapping[str, ColumnType], position: FilePosition = START) -> Iterator[TableBlock]:
         last_skipped_line, pending = position.line, self._pending
         if position.offset:
             self._file.seek(position.offset)
             last_skipped_line, pending = 0, b""
         else:
             position = self._first_row
-        for content, well_quoted in self._read_chunks(pending, max_rows):
-            block = self._parse_chunk(content, columns, position, well_quoted=well_quoted, keep_invalid=keep_invalid)
+        for content, well_quoted in self._read_chunks(pending):
+            block = self._parse_chunk(content, columns, position, well_quoted=well_quoted)
             position = block.next_position
             blocks = [block.after_line(last_skipped_line)] if position.line > last_skipped_line else []
             # Nothing here keeps a block in memory while its rows are worked on.
@@ -85,13 +71,13 @@ class CsvTable:
             while blocks:
                 yield blocks.pop()
 
-    def _read_chunks(self, pending: bytes, max_rows: int | None) -> Iterator[tuple[bytes, bool]]:
+    def _read_chunks(self, pending: bytes) -> Iterator[tuple[bytes, bool]]:
         """Yield whole lines, and whether all quotation marks enclose whole cells.
 
-        From the start of a chunk on, always the same chunks. Raises RowRejected, and OSError after the last whole line
-        before it.
+        From the start of a chunk on, the chunks are always the same. Raises RowRejected; OSError only after the last
+        whole line before it.
         """
-        size, line_limit, at_eof = self._block_bytes, max_rows, False
+        size, line_limit, at_eof = self._options.block_bytes, self._options.max_rows, False
         is_pipe = not self._file.seekable()
         error: OSError | None = None
         while pending or not at_eof:
@@ -110,7 +96,7 @@ class CsvTable:
             )
             if end:
                 yield pending[:end], well_quoted
-                size, line_limit, pending = self._block_bytes, max_rows, pending[end:]
+                size, line_limit, pending = self._options.block_bytes, self._options.max_rows, pending[end:]
             elif line_limit is not None and limit < min(size, len(pending)):
                 line_limit *= 2
             elif len(pending) >= size:
@@ -121,31 +107,23 @@ class CsvTable:
                 raise error
 
     def _parse_chunk(
-        self,
-        content: bytes,
-        types: Mapping[str, ColumnType],
-        position: FilePosition,
-        *,
-        well_quoted: bool,
-        keep_invalid: bool,
+        self, content: bytes, types: Mapping[str, ColumnType], position: FilePosition, *, well_quoted: bool
     ) -> TableBlock:
         columns = None
         line_count = content.count(b"\n") + (not content.endswith(b"\n"))
         if well_quoted and content.count(b"\r") == content.count(b"\r\n"):
-            columns = self._parse_fast(content, types, line_count, keep_invalid)
+            columns = self._parse_fast(content, types, line_count)
         if columns is None:
-            return self._parse_lines(content, types, position, keep_invalid)
+            return self._parse_lines(content, types, position)
         row_count = len(next(iter(columns.values())))
         rows, first_line = range(position.row + 1, position.row + row_count + 1), position.line + 1
         lines = range(first_line, first_line + row_count) if row_count == line_count else range(0)
         end = FilePosition(position.offset + len(content), position.line + line_count, position.row + row_count)
         return TableBlock(columns, rows, lines, [], end)
 
-    def _parse_fast(
-        self, content: bytes, types: Mapping[str, ColumnType], line_count: int, keep_invalid: bool
-    ) -> dict[str, Any] | None:
+    def _parse_fast(self, content: bytes, types: Mapping[str, ColumnType], line_count: int) -> _Columns | None:
         """Return the columns of a block in which every cell is what it should be, else None."""
-        if self._use_pyarrow and not keep_invalid:
+        if not self._options.keep_invalid:
             try:
                 return _parse_with_pyarrow(content, self.columns, types)
             except ImportError:
@@ -154,9 +132,8 @@ class CsvTable:
             return None
         return _parse_with_numpy(content, self.columns, types, line_count)
 
-    def _parse_lines(
-        self, content: bytes, types: Mapping[str, ColumnType], position: FilePosition, keep_invalid: bool
-    ) -> TableBlock:
+    def _parse_lines(self, content: bytes, types: Mapping[str, ColumnType], position: FilePosition) -> TableBlock:
+        keep_invalid = self._options.keep_invalid
         longest = _MAX_MULTILINE_CHARS if keep_invalid else _MAX_CELL_BYTES
         max_multiline = [longest if types.get(name, ColumnType.TEXT) is ColumnType.TEXT else 0 for name in self.columns]
         records, line_count = _read_records(content.decode("utf-8", "surrogateescape"), max_multiline)
@@ -173,9 +150,7 @@ class CsvTable:
         return replace(block, columns={name: keep_invalid_values(cells[name], kind) for name, kind in types.items()})
 
 
-def _parse_with_pyarrow(
-    content: bytes, names: Sequence[str], types: Mapping[str, ColumnType]
-) -> dict[str, np.ndarray[Any, Any]] | None:
+def _parse_with_pyarrow(content: bytes, names: Sequence[str], types: Mapping[str, ColumnType]) -> _Columns | None:
     import pyarrow as pa
     from pyarrow import csv as arrow
 
@@ -199,14 +174,14 @@ def _parse_with_pyarrow(
 
 def _parse_with_numpy(
     content: bytes, names: Sequence[str], types: Mapping[str, ColumnType], line_count: int
-) -> dict[str, np.ndarray[Any, Any]] | None:
+) -> _Columns | None:
     try:
         table = np.loadtxt(io.BytesIO(content), np.float64, comments=None, delimiter=",", ndmin=2)
     except ValueError:
         return None
     if table.shape != (line_count, len(names)):
         return None
-    columns: dict[str, np.ndarray[Any, Any]] = {}
+    columns: _Columns = {}
     for name, column_type in types.items():
         column = columns[name] = table[:, names.index(name)]
         if column_type is ColumnType.INTEGER:

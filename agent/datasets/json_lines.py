@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from io import BufferedReader
 from itertools import chain, islice
 from typing import Any
@@ -16,6 +16,7 @@ from agent.datasets.tables import (
     FilePosition,
     RowRejection,
     TableBlock,
+    TableOptions,
     convert_block,
     read_first_line,
     time_or_value,
@@ -23,18 +24,14 @@ from agent.datasets.tables import (
 from agent.strict_json import DuplicateKey, check_key_count
 
 _BLOCK_ROWS = 4096
-RowCheck = Callable[[dict[str, Any]], str | None]
 
 
 class JsonLinesTable:
-    """JSON Lines; a member that an object lacks is a missing value.
+    """JSON Lines, with the members of the first object as columns; a member that an object lacks is a missing value."""
 
-    `check_row` returns the reason to reject an object. The columns are the members of the first object.
-    """
-
-    def __init__(self, file: BufferedReader[Any], size: int = 0, check_row: RowCheck = lambda _: None) -> None:
-        """Raises RowRejected if the first line never ends, OSError."""
-        self.size, self._file, self._check_row = size, file, check_row
+    def __init__(self, file: BufferedReader[Any], options: TableOptions) -> None:
+        """Raise RowRejected if the first line never ends, OSError."""
+        self._file, self._options = file, options
         self._decoder = msgspec.json.Decoder(dict[str, Any])
         first = read_first_line(file)
         self._first_line = first.removeprefix(BYTE_ORDER_MARK)
@@ -42,31 +39,19 @@ class JsonLinesTable:
         first_row = self._decode(self._first_line)
         self.columns = [] if isinstance(first_row, str) else list(first_row)
 
-    def progress(self, position: FilePosition) -> int:
-        return position.offset
-
-    def read(
-        self,
-        columns: Mapping[str, ColumnType],
-        position: FilePosition = START,
-        *,
-        max_rows: int | None = None,
-        keep_invalid: bool = False,
-    ) -> Iterator[TableBlock]:
+    def read(self, columns: Mapping[str, ColumnType], position: FilePosition = START) -> Iterator[TableBlock]:
         last_skipped_line = position.line
         if position.offset:
             self._file.seek(position.offset)
             lines, last_skipped_line = iter(self._file), 0
         else:
             lines, position = chain([self._first_line], self._file), FilePosition(self._mark_bytes)
-        while chunk := list(islice(lines, max_rows or _BLOCK_ROWS)):
-            block = self._parse_lines(chunk, columns, position, keep_invalid=keep_invalid)
+        while chunk := list(islice(lines, self._options.max_rows or _BLOCK_ROWS)):
+            block = self._parse_lines(chunk, columns, position)
             position = block.next_position
             yield block.after_line(last_skipped_line)
 
-    def _parse_lines(
-        self, chunk: list[bytes], types: Mapping[str, ColumnType], position: FilePosition, *, keep_invalid: bool
-    ) -> TableBlock:
+    def _parse_lines(self, chunk: list[bytes], types: Mapping[str, ColumnType], position: FilePosition) -> TableBlock:
         objects: list[dict[str, Any]] = []
         rows: list[int] = []
         lines: list[int] = []
@@ -85,7 +70,7 @@ class JsonLinesTable:
                 lines.append(number)
         columns: dict[str, list[Any]] = {name: [row_values.get(name) for row_values in objects] for name in types}
         end = FilePosition(position.offset + sum(map(len, chunk)), position.line + len(chunk), row)
-        if not keep_invalid:
+        if not self._options.keep_invalid:
             return convert_block(TableBlock(columns, rows, lines, rejected, end), types)
         for name, column_type in types.items():
             if column_type is ColumnType.TIME:
@@ -102,4 +87,4 @@ class JsonLinesTable:
             return str(error)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             return f"not one JSON object on one line: {str(error)[:120]}"
-        return self._check_row(row) or row
+        return self._options.check_row(row) or row

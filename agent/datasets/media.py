@@ -45,7 +45,7 @@ class MediaReader:
     """
 
     def __init__(self, path: Path, spec: ModelInput, text_columns: Sequence[str] = ()) -> None:
-        """Raises UsageError."""
+        """Raise UsageError."""
         media = spec.image or spec.sound
         assert media is not None
         self.path, self._spec, self._media, self._text_columns = path, spec, media, list(text_columns)

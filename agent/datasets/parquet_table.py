@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from agent.datasets.tables import START, ColumnType, FilePosition, TableBlock
+from agent.datasets.tables import START, ColumnType, FilePosition, TableBlock, TableOptions
 from agent.errors import RowRejected, UsageError
 
 PYARROW_MISSING = "Parquet needs pyarrow: pip install 'outstation[parquet]', or give CSV"
@@ -21,19 +21,20 @@ _MAX_BLOCK_VALUES = 4_000_000
 class ParquetTable:
     """Parquet; null is a missing value, and the lines of a block are its rows."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises RowRejected if it is not Parquet, UsageError without pyarrow."""
+    def __init__(self, path: Path, options: TableOptions) -> None:
+        """Raise RowRejected if it is not Parquet, UsageError without pyarrow."""
         try:
             import pyarrow as pa
             from pyarrow import parquet
         except ImportError:
             raise UsageError(f"{path}: {PYARROW_MISSING}") from None
         self._pa: Any = pa
+        self._options = options
         with self._reject_damage("not readable as Parquet"):
             self._file: Any = parquet.ParquetFile(path)
             self._schema: Any = self._file.schema_arrow
             self.columns: list[str] = list(self._schema.names)
-        self.size: int = self._file.metadata.num_rows
+        self.row_count: int = self._file.metadata.num_rows
 
     @property
     def number_columns(self) -> list[str]:
@@ -44,28 +45,19 @@ class ParquetTable:
         column_type = self._schema.field(name).type
         return self._pa.types.is_timestamp(column_type) and column_type.tz is None
 
-    def progress(self, position: FilePosition) -> int:
-        return position.row
-
-    def read(
-        self,
-        columns: Mapping[str, ColumnType],
-        position: FilePosition = START,
-        *,
-        max_rows: int | None = None,
-        keep_invalid: bool = False,
-    ) -> Iterator[TableBlock]:
-        """Yield blocks. Raises RowRejected also for a column of another type, unless `keep_invalid`."""
-        if not keep_invalid:
+    def read(self, columns: Mapping[str, ColumnType], position: FilePosition = START) -> Iterator[TableBlock]:
+        """Yield blocks. Raises RowRejected also for a column of another type, unless invalid values are kept."""
+        if not self._options.keep_invalid:
             self._check_types(columns)
-        convert = self._to_values if keep_invalid else self._to_array
+        convert = self._to_values if self._options.keep_invalid else self._to_array
+        block_rows = max(1, min(_BLOCK_ROWS, _MAX_BLOCK_VALUES // max(1, len(columns))))
         row = 0
         for group in range(self._file.metadata.num_row_groups):
             row_count = self._file.metadata.row_group(group).num_rows
             if row + row_count <= position.row:
                 row += row_count
                 continue
-            most = max_rows or max(1, min(_BLOCK_ROWS, _MAX_BLOCK_VALUES // max(1, len(columns))))
+            most = self._options.max_rows or block_rows
             batches = self._file.iter_batches(most, row_groups=[group], columns=list(columns))
             while True:
                 with self._reject_damage(f"damaged after row {row}"):

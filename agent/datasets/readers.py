@@ -8,17 +8,16 @@ from pathlib import Path
 
 import numpy as np
 from msgspec.structs import replace
-from numpy.typing import NDArray
 
+from agent.arrays import Float64s, Ints
 from agent.datasets import formats
 from agent.datasets.blocks import MAX_TIME_S, TIME_COLUMN, BlockReader, RowBlock, require_columns
-from agent.datasets.csv_table import BLOCK_BYTES
 from agent.datasets.media import MediaReader
+from agent.datasets.parquet_table import ParquetTable
 from agent.datasets.recordings import RecordingsReader
-from agent.datasets.tables import START, ColumnType, FilePosition, Table
+from agent.datasets.tables import BLOCK_BYTES, DEFAULT_OPTIONS, START, ColumnType, FilePosition, Table, TableOptions
 from agent.errors import RowRejected, UsageError
 from agent.model.bundle.manifest import ModelInput
-from agent.model.inference.features import Ints
 
 SUFFIXES = (*formats.TABLE_SUFFIXES, ".npz")
 
@@ -43,11 +42,11 @@ def open_reader(
 
 
 @contextmanager
-def open_table(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Table]:
+def open_table(path: Path, options: TableOptions = DEFAULT_OPTIONS) -> Iterator[Table]:
     """Open a table; raise what is wrong with it as UsageError that names the file."""
     try:
         with formats.open_file(path) as file:
-            yield formats.open_table(path, file, block_bytes=block_bytes, use_pyarrow=True)
+            yield formats.open_table(path, file, options)
     except RowRejected as problem:
         raise UsageError(f"{path}: {problem}") from None
     except OSError as error:
@@ -89,11 +88,13 @@ class TableReader:
         *,
         require_times: bool = False,
     ) -> None:
-        """Raises UsageError."""
+        """Raise UsageError."""
         self.path, self._fields, self._text_columns = path, list(fields), list(text_columns)
-        self._block_bytes, self._require_times = block_bytes, require_times
-        with open_table(self.path, self._block_bytes) as table:
-            self.columns, self.size, self._progress = table.columns, table.size, table.progress
+        self._options, self._require_times = TableOptions(block_bytes=block_bytes), require_times
+        with open_table(path, self._options) as table:
+            self.columns = table.columns
+            self._counts_rows = isinstance(table, ParquetTable)
+            self.size = table.row_count if isinstance(table, ParquetTable) else path.stat().st_size
         require_columns(path, self.columns, [*self._fields, *self._text_columns])
         self._types = dict.fromkeys(self._fields, ColumnType.FLOAT) | dict.fromkeys(self._text_columns, ColumnType.TEXT)
         self._has_time = TIME_COLUMN in self.columns
@@ -101,27 +102,25 @@ class TableReader:
             self._types[TIME_COLUMN] = ColumnType.TIME
 
     def progress(self, position: FilePosition) -> int:
-        return self._progress(position)
+        return position.row if self._counts_rows else position.offset
 
     def blocks(self, position: FilePosition = START) -> Iterator[RowBlock]:
-        with open_table(self.path, self._block_bytes) as table:
+        with open_table(self.path, self._options) as table:
             for block in table.read(self._types, position):
                 rows = np.empty((len(block.row_numbers), len(self._fields)), np.float32)
                 with np.errstate(over="ignore"):
                     for i, name in enumerate(self._fields):
                         rows[:, i] = block.columns[name]
                 row_numbers = np.asarray(block.row_numbers, np.int64)
-                t = (
-                    self._row_times(block.columns[TIME_COLUMN], row_numbers, position.t)
-                    if self._has_time
-                    else row_numbers
-                )
+                t = row_numbers
+                if self._has_time:
+                    t = self._row_times(block.columns[TIME_COLUMN], row_numbers, position.t)
                 position = replace(block.next_position, t=int(t[-1]) if len(t) else position.t)
                 texts, rejected = {name: block.columns[name] for name in self._text_columns}, block.rejected
                 del block
                 yield RowBlock(rows, t, row_numbers, position, texts, rejected)
 
-    def _row_times(self, seconds: NDArray[np.float64], row_numbers: Ints, previous_us: int) -> Ints:
+    def _row_times(self, seconds: Float64s, row_numbers: Ints, previous_us: int) -> Ints:
         """Return epoch µs of rows; a row without a time has that of the row before."""
         unknown = ~(np.abs(seconds) < MAX_TIME_S)
         us = np.rint(np.where(unknown, 0, seconds) * 1e6).astype(np.int64)

@@ -78,7 +78,7 @@ class Recordings(msgspec.Struct, frozen=True, eq=False):
 
 
 def load(path: Path) -> Recordings:
-    """Raises UsageError."""
+    """Raise UsageError."""
     with _open_arrays(path, "recordings") as arrays:
         scale = np.asarray(arrays["scale"], np.float32) if "scale" in arrays else np.float32(1)
         rows = arrays["rows"].astype(np.float32) * scale
@@ -123,7 +123,7 @@ class RecordingsReader:
     """Recordings as model input; their columns as text, NaN as "", and `recording`, which names each."""
 
     def __init__(self, path: Path, spec: ModelInput, text_columns: Sequence[str] = ()) -> None:
-        """Raises UsageError."""
+        """Raise UsageError."""
         self.path, self._recordings, self._text_columns = path, load(path), list(text_columns)
         self._rows = self._recordings.select(path, spec.fields)
         try:

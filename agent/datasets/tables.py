@@ -6,7 +6,7 @@ A table knows columns by name and their types. It knows neither streams nor mode
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from io import BufferedReader
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ import numpy as np
 from agent.clock import parse_rfc3339
 from agent.errors import RowRejected
 
+BLOCK_BYTES = 4 << 20
 MISSING_VALUES = ("", "NaN", "nan", "NA", "N/A", "null", "NULL", "None")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _MAX_FIRST_LINE_BYTES = 1 << 17
@@ -75,28 +76,33 @@ class TableBlock(msgspec.Struct, frozen=True):
         return TableBlock(columns, self.row_numbers[start:], self.lines[start:], rejected, self.next_position)
 
 
+class TableOptions(msgspec.Struct, frozen=True):
+    """Size of blocks, and the rows to reject.
+
+    A row with a value of another type than its column's is rejected; with `keep_invalid` it stays, with the value as
+    the file has it, and pyarrow is not used but for Parquet. `check_row` returns the reason to reject a JSON object.
+    """
+
+    block_bytes: int = BLOCK_BYTES
+    max_rows: int | None = None
+    keep_invalid: bool = False
+    check_row: Callable[[dict[str, Any]], str | None] = lambda _: None
+
+
+DEFAULT_OPTIONS = TableOptions()
+
+
 class Table(Protocol):
-    """Open data file; `size` is in the unit of `progress`."""
+    """Open data file."""
 
     columns: list[str]
-    size: int
 
-    def read(
-        self,
-        columns: Mapping[str, ColumnType],
-        position: FilePosition = START,
-        *,
-        max_rows: int | None = None,
-        keep_invalid: bool = False,
-    ) -> Iterator[TableBlock]:
+    def read(self, columns: Mapping[str, ColumnType], position: FilePosition = START) -> Iterator[TableBlock]:
         """Yield blocks of the named columns from `position` on.
 
-        A row with a value of another type is rejected; with `keep_invalid` it stays, with the value as the file has it.
         Without an offset, `position` says which lines to leave out. Raises RowRejected if the file is damaged.
         """
         ...
-
-    def progress(self, position: FilePosition) -> int: ...
 
 
 def read_first_line(file: BufferedReader[Any]) -> bytes:

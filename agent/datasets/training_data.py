@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from agent.datasets import readers, recordings
 from agent.datasets.blocks import LABEL_COLUMN, TIME_COLUMN
 from agent.datasets.parquet_table import ParquetTable
-from agent.datasets.tables import ColumnType
+from agent.datasets.tables import ColumnType, TableOptions
 from agent.errors import UsageError
 from agent.model.bundle.manifest import Manifest, ModelInput
 from agent.model.inference.features import Floats, Ints
@@ -107,13 +107,13 @@ class TableSummary(msgspec.Struct, frozen=True):
 
 
 def summarize_table(path: Path) -> TableSummary:
-    """Raises UsageError."""
-    with readers.open_table(path) as table:
+    """Raise UsageError."""
+    with readers.open_table(path, TableOptions(max_rows=1)) as table:
         names = table.columns
         if isinstance(table, ParquetTable):
             numbers = table.number_columns
         else:
-            first = next(table.read(dict.fromkeys(names, ColumnType.TEXT), max_rows=1), None)
+            first = next(table.read(dict.fromkeys(names, ColumnType.TEXT)), None)
             if first is None or not len(first.row_numbers):
                 reason = first.rejected[0].reason if first is not None and first.rejected else "there is no row in it"
                 raise UsageError(f"{path}: not a table: {reason}")

@@ -68,7 +68,7 @@ class CardTexts(config.Section, frozen=True, kw_only=True):
 
 
 def read_texts(file: Path) -> CardTexts:
-    """Raises ConfigError."""
+    """Raise ConfigError."""
     if not file.is_file():
         raise ConfigError(str(file), "", "no such file; it is the TOML file with [card] and [data] for the cards")
     return config.read(file, CardTexts)

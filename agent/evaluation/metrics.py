@@ -51,18 +51,17 @@ def primary_metric(kind: str, predictions: LabelledPredictions, units: Bootstrap
 
 def primary_interval(kind: str, values: Float64s, n: int, units: BootstrapUnits) -> IntervalEstimate:
     """Return the interval of values (1 + replicates,) of the primary metric."""
-    is_share = performance_metrics.primary(kind).is_share
-    return proportion_interval(values, n, units) if is_share else percentile_interval(values)
+    return proportion_interval(values, n, units) if kind == "classify" else percentile_interval(values)
 
 
 def _estimate_metrics(
     kind: str, labels: Sequence[str], predictions: LabelledPredictions, units: BootstrapUnits
 ) -> list[MetricEstimate]:
     estimates: dict[str, IntervalEstimate] = {}
-    for metric, statistic in performance_metrics.prepare_metrics(kind, labels, predictions):
+    for metric, statistic in performance_metrics.prepare_metrics(kind, labels, predictions, "evaluation"):
         values, rests_on = np.asarray(statistic.compute(units)[0]), statistic.parts[0].rests_on
         estimates[metric.name] = (
-            proportion_interval(values, rests_on, units) if metric.is_share else percentile_interval(values)
+            proportion_interval(values, rests_on, units) if statistic.is_share else percentile_interval(values)
         )
     if "f1" in estimates:
         estimates["f1"] = _f1_interval(estimates["f1"], estimates["precision"], estimates["recall"])

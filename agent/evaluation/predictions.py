@@ -65,10 +65,9 @@ def pair_with_truth(
     scored = result.scores
     if scored.predicted is not None and label_sets is not None:
         true = label_sets[truth.astype(np.int64)]
-        right = (scored.predicted == true).all(axis=1)
-        return LabelledPredictions(
-            np.zeros(len(truth)), np.where(right, 0, 1), scored.score, label_sets=(true, np.asarray(scored.predicted))
-        )
+        wrong = (scored.predicted != true).any(axis=1).astype(np.int64)
+        both = np.stack([true, scored.predicted], axis=1)
+        return LabelledPredictions(np.zeros(len(truth)), wrong, scored.score, label_sets=both)
     predicted = scored.label if scored.anomaly is None else scored.anomaly.astype(np.int64)
     probabilities = None
     if manifest.kind == "classify" and result.outputs is not None:

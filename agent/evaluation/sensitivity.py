@@ -139,15 +139,15 @@ def sweep_faults(sample: WindowSample, seed: int) -> list[RobustnessCurve]:
 
 def _fault_kinds(field_count: int) -> list[_FaultKind]:
     counts = sorted({0, 1, 2, max(1, field_count // 2), field_count} & set(range(field_count + 1)))
-    limits = (math.inf, 2, 1, 0.5)
+    limits, levels = (math.inf, 2, 1, 0.5), (0, 0.1, 0.25, 0.5, 1)
     pairs = sorted({0, 1, field_count // 2})
     kinds = [
-        _FaultKind("noise", "noise on every field, in its standard deviations", (0, 0.1, 0.25, 0.5, 1), "{:g}", _add_noise),
+        _FaultKind("noise", "noise on every field, in its standard deviations", levels, "{:g}", _add_noise),
         _FaultKind("gain", "every value multiplied by a factor", (0.5, 0.75, 0.9, 1, 1.1, 1.5), "{:g}", _apply_gain, 1),
         _FaultKind("missing", "values missing at random", (0, 0.05, 0.1, 0.25, 0.5), "{:.0%}", _drop_values),
         _FaultKind("stuck", "fields that repeat one value, drawn for each window", counts, "{:g}", _freeze_fields),
         _FaultKind("saturated", "values cut off at standard deviations", limits, "{:g}", _saturate, math.inf),
-    ]  # fmt: skip
+    ]
     if field_count > 1:
         kinds.append(
             _FaultKind("swapped", "pairs of fields swapped, drawn for each window", pairs, "{:g}", _swap_fields)

@@ -78,7 +78,7 @@ class DegradationState(msgspec.Struct):
 
     @classmethod
     def from_bytes(cls, data: bytes) -> DegradationState:
-        """Raises ValueError."""
+        """Raise ValueError."""
         try:
             return msgspec.json.decode(data, type=cls)
         except msgspec.MsgspecError as error:

@@ -51,8 +51,8 @@ def compute_metrics(kind: str, labels: Sequence[str], predictions: LabelledPredi
     design_effect = intervals.estimate_design_effect(losses) if losses is not None else 1.0
     spans: list[tuple[float, float]] = []
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        prepared = metrics.prepare_metrics(kind, labels, predictions, on_device=True)
-        resampled = [statistic for metric, statistic in prepared if not metric.is_share]
+        prepared = metrics.prepare_metrics(kind, labels, predictions, "device")
+        resampled = [statistic for _, statistic in prepared if not statistic.is_share]
         values = [statistic.compute(WeightVector.uniform(len(predictions))) for _, statistic in prepared]
         if len(predictions) >= intervals.MIN_RESULTS and resampled:
             spans = intervals.bootstrap(
@@ -64,7 +64,7 @@ def compute_metrics(kind: str, labels: Sequence[str], predictions: LabelledPredi
     for (metric, statistic), statistic_values in zip(prepared, values, strict=True):
         for part, value in zip(statistic.parts, map(float, statistic_values), strict=True):
             bounds = intervals.wilson(value, part.rests_on / design_effect)
-            if not metric.is_share:
+            if not statistic.is_share:
                 bounds = _resampled_bounds(part, value, next(remaining), bounds)
             estimates.append(_build_estimate(part.metric or metric.name, value, bounds, part.n, part.slice))
     return [added for estimate in estimates for added in _add_chance_ece(estimate, predictions, design_effect)]

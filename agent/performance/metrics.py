@@ -28,7 +28,7 @@ class LabelledPredictions(msgspec.Struct, frozen=True, eq=False):
 
     `truth`: class index, number, 1 for an anomaly, or of a multi-label model the sum of 2^label. `predicted`: what the
     model predicts, likewise. `score`: probability of the prediction, NaN if unknown; `probabilities` (n, C) of every
-    class. `value`: output of a model that predicts numbers. `label_sets`: (true, predicted) labels (n, K) of a
+    class. `value`: output of a model that predicts numbers. `label_sets` (n, 2, K): true and predicted labels of a
     multi-label model with any number of labels.
     """
 
@@ -37,24 +37,15 @@ class LabelledPredictions(msgspec.Struct, frozen=True, eq=False):
     score: Float64s | None = None
     value: Float64s | None = None
     probabilities: Float64s | None = None
-    label_sets: tuple[Bools, Bools] | None = None
+    label_sets: Bools | None = None
 
     def __len__(self) -> int:
         return len(self.truth)
 
     def __getitem__(self, index: Any) -> LabelledPredictions:
-        def pick(column: Any) -> Any:
-            return None if column is None else column[index]
-
-        true, predicted = self.label_sets or (None, None)
-        return LabelledPredictions(
-            self.truth[index],
-            pick(self.predicted),
-            pick(self.score),
-            pick(self.value),
-            pick(self.probabilities),
-            None if self.label_sets is None else (pick(true), pick(predicted)),
-        )
+        columns: dict[str, Any] = {name: getattr(self, name) for name in self.__struct_fields__}
+        picked: dict[str, Any] = {name: c if c is None else c[index] for name, c in columns.items()}
+        return LabelledPredictions(**picked)
 
     @property
     def classes(self) -> tuple[Ints, Ints]:
@@ -129,16 +120,20 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Statistic(msgspec.Struct, frozen=True):
-    """Metric of given results: `compute` returns the value of each part from any weights, NaN where it has none."""
+    """Metric of given results: `compute` returns the value of each part from any weights, NaN where it has none.
+
+    A share has Wilson's interval.
+    """
 
     parts: list[Part]
     compute: Callable[[Weights], Sequence[Any]]
+    is_share: bool = False
 
 
 class Metric(msgspec.Struct, frozen=True):
     """Performance metric of models of some kinds, for results that have column `requires`.
 
-    A share has Wilson's interval. `prepare` takes the results and the class names.
+    `prepare` takes the results and the class names.
     """
 
     name: str
@@ -147,31 +142,31 @@ class Metric(msgspec.Struct, frozen=True):
     requires: Literal["predicted", "score", "value", "probabilities"]
     prepare: Prepare
     direction: Literal["higher", "lower", "zero"] = "higher"
-    is_share: bool = False
-    on_device: bool = True
-    in_evaluation: bool = True
+    scope: Literal["all", "device", "evaluation"] = "all"
 
 
 def prepare_metrics(
-    kind: str, labels: Sequence[str], predictions: LabelledPredictions, *, on_device: bool = False
+    kind: str, labels: Sequence[str], predictions: LabelledPredictions, scope: Literal["device", "evaluation"]
 ) -> list[tuple[Metric, Statistic]]:
-    """Return the metrics that these results have, for a device's message or for an evaluation."""
+    """Return the metrics that these results have."""
     prepared = [
         (metric, metric.prepare(predictions, labels))
         for metric in METRICS
-        if kind in metric.kinds
-        and (metric.on_device if on_device else metric.in_evaluation)
-        and getattr(predictions, metric.requires) is not None
+        if kind in metric.kinds and metric.scope in ("all", scope) and getattr(predictions, metric.requires) is not None
     ]
     return [(metric, statistic) for metric, statistic in prepared if statistic is not None]
 
 
-def _mean_of(values: Any, rests_on: float = 0.0) -> Statistic:
-    return Statistic([Part(len(values), rests_on=rests_on)], lambda w: [mean(w, values)])
+def _mean_of(values: Any) -> Statistic:
+    return Statistic([Part(len(values))], lambda w: [mean(w, values)])
 
 
-def _ratio_of(numerator: Any, denominator: Any, part: Part) -> Statistic:
-    return Statistic([part], lambda w: [w.sums(numerator)[..., 0] / w.sums(denominator)[..., 0]])
+def _share_of(values: Any) -> Statistic:
+    return Statistic([Part(len(values), rests_on=len(values))], lambda w: [mean(w, values)], is_share=True)
+
+
+def _ratio_of(numerator: Any, denominator: Any, part: Part, *, is_share: bool = False) -> Statistic:
+    return Statistic([part], lambda w: [w.sums(numerator)[..., 0] / w.sums(denominator)[..., 0]], is_share)
 
 
 def mean(w: Weights, values: Any) -> Any:
@@ -200,13 +195,13 @@ def _top_k(k: int) -> Prepare:
     """Return how often the true class is among the k most probable; of equals, the first in order comes first."""
 
     def prepare(predictions: LabelledPredictions, _: Sequence[str]) -> Statistic | None:
-        p, n = predictions.probabilities, len(predictions)
+        p = predictions.probabilities
         if p is None or k >= p.shape[1] or not np.isfinite(p).all():
             return None
         truth = predictions.truth.astype(np.int64)[:, None]
         own, before = np.take_along_axis(p, truth, axis=1), np.arange(p.shape[1])[None] < truth
         rank = ((p > own) | ((p == own) & before)).sum(axis=1)
-        return _mean_of(rank < k, rests_on=n)
+        return _share_of(rank < k)
 
     return prepare
 
@@ -295,7 +290,7 @@ def _f1_micro_of_labels(predictions: LabelledPredictions, labels: Sequence[str])
 def label_sets(predictions: LabelledPredictions, label_count: int) -> tuple[Bools, Bools]:
     """Return the true and the predicted labels (n, K) of a multi-label model."""
     if predictions.label_sets is not None:
-        return predictions.label_sets
+        return predictions.label_sets[:, 0], predictions.label_sets[:, 1]
     true, predicted = ((codes[:, None] >> np.arange(label_count) & 1).astype(bool) for codes in predictions.classes)
     return true, predicted
 
@@ -314,12 +309,13 @@ def _of_ranks(rank_metric: Callable[[Float64s, Bools, Float64s], float]) -> Prep
 
 def _precision(predictions: LabelledPredictions, _: Sequence[str]) -> Statistic:
     true, predicted = predictions.classes
-    return _ratio_of(true & predicted, predicted, Part(len(true), rests_on=float(predicted.sum())))
+    part = Part(len(true), rests_on=float(predicted.sum()))
+    return _ratio_of(true & predicted, predicted, part, is_share=True)
 
 
 def _recall(predictions: LabelledPredictions, _: Sequence[str]) -> Statistic:
     true, predicted = predictions.classes
-    return _ratio_of(true & predicted, true, Part(len(true), rests_on=float(true.sum())))
+    return _ratio_of(true & predicted, true, Part(len(true), rests_on=float(true.sum())), is_share=True)
 
 
 def _f1(predictions: LabelledPredictions, _: Sequence[str]) -> Statistic:
@@ -391,48 +387,35 @@ def average_precision(value: Float64s, is_anomaly: Bools, w: Float64s) -> float:
     return float(np.nansum(grown * good / every))
 
 
+def _accuracy(predictions: LabelledPredictions, _: Sequence[str]) -> Statistic:
+    return _share_of(predictions.right)
+
+
+_CLASSIFY, _SEVERAL, _REGRESS, _ANOMALY = ("classify",), ("several",), ("regress",), ("anomaly",)
 METRICS = (
+    Metric("accuracy", "accuracy", ("classify", "several", "anomaly"), "predicted", _accuracy),
+    # With one label for each result it is the accuracy.
+    Metric("f1_micro", "F1 of all decisions", _CLASSIFY, "predicted", _accuracy, scope="device"),
+    Metric("f1_micro", "F1 of all decisions", _SEVERAL, "predicted", _f1_micro_of_labels, scope="evaluation"),
+    Metric("f1_macro", "F1, mean of classes", _CLASSIFY, "predicted", _f1_of_classes),
+    Metric("f1_macro", "F1, mean of classes", _SEVERAL, "predicted", _f1_of_labels),
+    Metric("top_2", "in the top 2", _CLASSIFY, "probabilities", _top_k(2), scope="evaluation"),
+    Metric("top_3", "in the top 3", _CLASSIFY, "probabilities", _top_k(3), scope="evaluation"),
+    Metric("top_5", "in the top 5", _CLASSIFY, "probabilities", _top_k(5), scope="evaluation"),
+    Metric("brier", "Brier score", _CLASSIFY, "probabilities", _brier, "lower"),
+    Metric("brier_top", "Brier score of the top class", _CLASSIFY, "score", _brier_top, "lower", "device"),
+    Metric("ece", "calibration error (ECE)", _CLASSIFY, "score", _ece, "lower"),
+    Metric("mae", "mean absolute error", _REGRESS, "value", lambda p, _: _mean_of(np.abs(p.errors)), "lower"),
+    Metric("rmse", "root mean square error", _REGRESS, "value", _rmse, "lower"),
+    Metric("r2", "R²", _REGRESS, "value", _r2),
+    Metric("bias", "mean error", _REGRESS, "value", lambda p, _: _mean_of(p.errors), "zero", "evaluation"),
+    Metric("auc", "ROC AUC", _ANOMALY, "value", _of_ranks(auc)),
     Metric(
-        "accuracy",
-        "accuracy",
-        ("classify", "several", "anomaly"),
-        "predicted",
-        lambda p, _: _mean_of(p.right, len(p)),
-        is_share=True,
+        "average_precision", "average precision", _ANOMALY, "value", _of_ranks(average_precision), scope="evaluation"
     ),
-    # Of single labels it is the accuracy.
-    Metric(
-        "f1_micro",
-        "F1 of all decisions",
-        ("classify",),
-        "predicted",
-        lambda p, _: _mean_of(p.right, len(p)),
-        is_share=True,
-        in_evaluation=False,
-    ),
-    Metric("f1_micro", "F1 of all decisions", ("several",), "predicted", _f1_micro_of_labels, on_device=False),
-    Metric("f1_macro", "F1, mean of classes", ("classify",), "predicted", _f1_of_classes),
-    Metric("f1_macro", "F1, mean of classes", ("several",), "predicted", _f1_of_labels),
-    *(
-        Metric(f"top_{k}", f"in the top {k}", ("classify",), "probabilities", _top_k(k), is_share=True, on_device=False)
-        for k in (2, 3, 5)
-    ),
-    Metric("brier", "Brier score", ("classify",), "probabilities", _brier, "lower"),
-    Metric(
-        "brier_top", "Brier score of the top class", ("classify",), "score", _brier_top, "lower", in_evaluation=False
-    ),
-    Metric("ece", "calibration error (ECE)", ("classify",), "score", _ece, "lower"),
-    Metric("mae", "mean absolute error", ("regress",), "value", lambda p, _: _mean_of(np.abs(p.errors)), "lower"),
-    Metric("rmse", "root mean square error", ("regress",), "value", _rmse, "lower"),
-    Metric("r2", "R²", ("regress",), "value", _r2),
-    Metric("bias", "mean error", ("regress",), "value", lambda p, _: _mean_of(p.errors), "zero", on_device=False),
-    Metric("auc", "ROC AUC", ("anomaly",), "value", _of_ranks(auc)),
-    Metric(
-        "average_precision", "average precision", ("anomaly",), "value", _of_ranks(average_precision), on_device=False
-    ),
-    Metric("precision", "precision", ("anomaly",), "predicted", _precision, is_share=True, on_device=False),
-    Metric("recall", "recall", ("anomaly",), "predicted", _recall, is_share=True, on_device=False),
-    Metric("f1", "F1", ("anomaly",), "predicted", _f1),
+    Metric("precision", "precision", _ANOMALY, "predicted", _precision, scope="evaluation"),
+    Metric("recall", "recall", _ANOMALY, "predicted", _recall, scope="evaluation"),
+    Metric("f1", "F1", _ANOMALY, "predicted", _f1),
 )
 _PRIMARY_METRICS = {"classify": "accuracy", "regress": "mae", "anomaly": "auc"}
 

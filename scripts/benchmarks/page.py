@@ -22,8 +22,8 @@ FALLEN = 2 / 3
 _HEAD = """\
 # Benchmarks
 
-What `scripts/bench --write` measured on {day}, commit {commit}. Each figure stands beside what it is measured
-against, in the same run, in turns, the median of several; absolute figures are of this machine and this hour.
+`scripts/bench --write` measured these figures on {day} at commit {commit}. Each figure and its reference alternate in the
+same run, and the median of several counts. Absolute figures apply to this machine at that time only.
 
 {machine}
 
@@ -88,7 +88,7 @@ def _number(value: float) -> str:
 def _limits() -> str:
     """Return the hand-written notes on missed targets, which each run preserves."""
     text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-    _, mark, rest = text.partition("\n## What limits")
+    _, mark, rest = text.partition("\n## Limits")
     return mark + rest
 
 

@@ -23,8 +23,8 @@ _MOST_MORE_KB = 48 * 1024
 
 @fault(
     "backlog-70000",
-    means=f"{_BACKLOG:,} messages wait, more than the 65,535 packet identifiers of MQTT; then the broker comes back.",
-    sees="`outbox` in `outstation status` shrinks, and the daemon's memory stays what it was",
+    means=f"{_BACKLOG:,} messages wait, more than MQTT's 65,535 packet identifiers; then the broker returns.",
+    sees="`outbox` in `outstation status` shrinks, and the daemon's memory does not grow",
     patience_s=120.0,
 )
 def backlog_70000(world: World, rng: Random) -> None:

@@ -15,7 +15,11 @@ _PROXIED = Setting(proxied=True)
 _TRIES = "`broker: …; trying again, readings and results are kept` in the device's log, `offline`, later `online`"
 
 
-@fault("kill-broker", means="The broker is killed; what it held, it held in memory only (no persistence).", sees=_TRIES)
+@fault(
+    "kill-broker",
+    means="The broker is killed and loses its state, which was only in memory (no persistence).",
+    sees=_TRIES,
+)
 def kill_broker(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.1, 1.0))
     world.broker.kill()
@@ -25,7 +29,9 @@ def kill_broker(world: World, rng: Random) -> None:
 
 @fault(
     "broker-forgets",
-    means="While the collector is away the broker is killed and its database deleted, with all it queued and retained.",
+    means=(
+        "While the collector is away, the broker is killed and its database deleted, with queued and retained messages."
+    ),
     sees=_TRIES,
     setting=Setting(broker_persistence=True, broker_conf="autosave_interval 1"),
 )
@@ -61,8 +67,11 @@ def kill_everything(world: World, rng: Random) -> None:
 
 @fault(
     "control-delete-on-puback",
-    means='With `delivery = "broker"` the device deletes what the broker confirmed; the broker is killed and forgets.',
-    sees="gaps in `outstation fleet gaps` and a failing `fleet audit`: the reason why this is not the default",
+    means=(
+        'Negative control: with `delivery = "broker"` the device deletes confirmed messages; the broker is killed '
+        "and loses them."
+    ),
+    sees="gaps in `outstation fleet gaps` and a failing `fleet audit`; therefore this is not the default",
     setting=Setting(collector_toml='delivery = "broker"'),
     control=True,
     patience_s=6.0,
@@ -114,8 +123,8 @@ def quota_exceeded(world: World, rng: Random) -> None:
 
 @fault(
     "no-subscribers",
-    means="The broker takes messages for a while and gives them to nobody (0x10, which MQTT calls a success).",
-    sees="nothing at the device, whose outbox grows; the collector hears nothing",
+    means="The broker accepts messages for a while and delivers them to nobody (0x10, a success code in MQTT).",
+    sees="nothing on the device, whose outbox grows; the collector receives nothing",
     setting=_PROXIED,
 )
 def no_subscribers(world: World, rng: Random) -> None:
@@ -124,7 +133,7 @@ def no_subscribers(world: World, rng: Random) -> None:
 
 @fault(
     "too-large-for-broker",
-    means="The broker refuses single messages as too large (0x95), until it is restarted with another limit.",
+    means="The broker refuses single messages as too large (0x95) until it is restarted with another limit.",
     sees="`message … is held back, … by now, others go on: …` in the device's log",
     setting=_PROXIED,
 )
@@ -140,7 +149,7 @@ def too_large_for_broker(world: World, rng: Random) -> None:
 
 @fault(
     "thrown-out-as-too-large",
-    means="For a while the broker ends the connection (0x95) of who sends more than it takes, and never said how much.",
+    means="For a while the broker closes connections with large messages (0x95) without having announced a limit.",
     sees="`broker: connection lost: Packet too large; trying again` in the device's log, `offline`, later `online`",
     setting=_PROXIED,
     patience_s=90.0,
@@ -195,8 +204,8 @@ def _limited(world: World, rng: Random, name: int, limit: int) -> None:
 
 @fault(
     "receive-maximum-2",
-    means="The broker is restarted and allows two messages under way at a time, then is restarted as before.",
-    sees="nothing; results come more slowly",
+    means="The broker is restarted with a limit of two messages in flight, and later without it.",
+    sees="nothing; results arrive more slowly",
     setting=_PROXIED,
     patience_s=90.0,
 )
@@ -206,7 +215,7 @@ def receive_maximum(world: World, rng: Random) -> None:
 
 @fault(
     "packet-size-256",
-    means="The broker is restarted and allows packets of 256 bytes, less than any message has; then as before.",
+    means="The broker is restarted with a packet limit of 256 bytes, below every message, and later without it.",
     sees="`message … is held back, … by now: its … bytes are above the broker's limit of 256` in the device's log",
     setting=_PROXIED,
     patience_s=90.0,

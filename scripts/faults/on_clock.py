@@ -17,7 +17,7 @@ from scripts.faults.world import Setting, World
 _HOUR_S, _DAY_S, _YEAR_S = 3600.0, 86_400.0, 365.25 * 86_400.0
 _CALM_S = 1.5
 _EVENT = "a `clock` event in the audit log for each step"
-_VOUCHED = f"{_EVENT}; an alert that it was set although a time service had vouched for it, unless that lasted a moment"
+_VOUCHED = f"{_EVENT}; an alert that a synchronized clock was set, except after a brief step"
 _ZONE = "Europe/Helsinki"
 _NIGHTLY = "nightly"
 _PASSING_S = 2.5
@@ -80,7 +80,7 @@ def _step(world: World, rng: Random, ahead_s: float) -> None:
 
 @fault(
     "clock-plus-60-days",
-    means="The clock jumps ahead by 60 days while the daemon runs, and back a little later.",
+    means="The clock jumps ahead by 60 days while the daemon runs, and back shortly after.",
     sees=_VOUCHED,
     setting=_CLOCK,
     missing=no_clock,
@@ -91,7 +91,7 @@ def plus_60_days(world: World, rng: Random) -> None:
 
 @fault(
     "clock-minus-1-hour",
-    means="The clock jumps back by an hour while the daemon runs, and is put right a little later.",
+    means="The clock jumps back by an hour while the daemon runs, and is corrected shortly after.",
     sees=_VOUCHED,
     setting=_CLOCK,
     missing=no_clock,
@@ -102,7 +102,7 @@ def minus_1_hour(world: World, rng: Random) -> None:
 
 @fault(
     "clock-plus-2-years",
-    means="The clock jumps ahead by two years while the daemon runs, and back a little later.",
+    means="The clock jumps ahead by two years while the daemon runs, and back shortly after.",
     sees=_VOUCHED,
     setting=_CLOCK,
     missing=no_clock,
@@ -113,7 +113,7 @@ def plus_2_years(world: World, rng: Random) -> None:
 
 @fault(
     "clock-steps-all-the-time",
-    means="The clock is set 30 times within three seconds, by minutes or years, in the middle of commits and batches.",
+    means="The clock is set 30 times in three seconds, by minutes or years, during commits and batches.",
     sees=_VOUCHED,
     setting=_CLOCK,
     missing=no_clock,
@@ -129,7 +129,7 @@ def steps_all_the_time(world: World, rng: Random) -> None:
 
 @fault(
     "clock-starts-in-1970",
-    means="A machine without a battery starts in 1970, works, and a time service sets its clock a little later.",
+    means="A machine without a battery clock starts in 1970; a time service sets the clock shortly after.",
     sees=f"`unsynced` in every message until then, {_EVENT}",
     setting=_CLOCK,
     missing=no_boot,
@@ -146,7 +146,7 @@ def starts_in_1970(world: World, rng: Random) -> None:
 
 @fault(
     "clock-restored-after-power-cut",
-    means="After a power cut the clock goes on at the hour it was last saved: wall time repeats, until it is set.",
+    means="After a power cut the clock continues at the last saved hour: wall time repeats until it is set.",
     sees=f"`unsynced` or `restored` in every message until then, {_EVENT}",
     setting=_CLOCK,
     missing=no_boot,
@@ -163,7 +163,7 @@ def restored_after_power_cut(world: World, rng: Random) -> None:
 
 @fault(
     "two-boots-without-sync",
-    means="Two boots in a row know no time at all; only in the third a time service sets the clock.",
+    means="Two consecutive boots have no time source; a time service sets the clock in the third.",
     sees=f"`unsynced` in every message until then, {_EVENT}",
     setting=_CLOCK,
     missing=no_boot,
@@ -182,7 +182,7 @@ def two_boots_without_sync(world: World, rng: Random) -> None:
 
 @fault(
     "time-service-lies",
-    means="A time service that the kernel believes sets the clock wrong, and right again a little later.",
+    means="A time service that the kernel trusts sets the clock wrong, and right again shortly after.",
     sees=_VOUCHED,
     setting=_CLOCK,
     missing=no_clock,
@@ -198,7 +198,7 @@ def time_service_lies(world: World, rng: Random) -> None:
 @fault(
     "control-clock-wrong-for-a-boot",
     means="Negative control: during a whole boot a time service vouches for a clock that is three minutes ahead.",
-    sees="nothing: rows are misdated, as nobody can know",
+    sees="nothing: rows get wrong times, which no check can detect",
     setting=_CLOCK,
     missing=no_boot,
     control=True,
@@ -213,8 +213,8 @@ def wrong_for_a_boot(world: World, rng: Random) -> None:
 @fault(
     "night-of-summer-time",
     means=(
-        "A night in which summer time begins or ends, for a task due at half past three, which comes twice in the one "
-        "and not at all in the other: the task runs once."
+        "In the nights when summer time ends or begins, half past three occurs twice or not at all; a task due then "
+        "runs once."
     ),
     sees=_EVENT,
     setting=Setting(prepare=on_nights),

@@ -24,7 +24,7 @@ _DISK = "48m"
 
 @fault(
     "kill-collector",
-    means="The collector is killed at a random moment: in the middle of a batch, before or after its commit.",
+    means="The collector is killed at a random moment: during a batch, before or after its commit.",
     sees="nothing but `connected` in the collector's log",
 )
 def kill_collector(world: World, rng: Random) -> None:
@@ -35,7 +35,7 @@ def kill_collector(world: World, rng: Random) -> None:
 
 @fault(
     "collector-database-locked",
-    means="Another process holds the collector's database locked for a while, up to longer than the collector waits.",
+    means=("Another process locks the collector's database for a while, at most for longer than the collector waits."),
     sees="after five seconds `database is locked; nothing is acknowledged, trying again` in the collector's log",
 )
 def collector_database_locked(world: World, rng: Random) -> None:
@@ -89,7 +89,7 @@ def collector_disk_full(world: World, rng: Random) -> None:
 
 @fault(
     "collector-restored-from-backup",
-    means="The collector's machine fails and is restored from a backup that lacks the last seconds.",
+    means="The collector's machine fails and is restored from a backup without the last seconds.",
     sees="`the collector has lost messages it had acknowledged, …; it gets what is kept` in the device's log",
     patience_s=100.0,
 )
@@ -106,8 +106,8 @@ def collector_restored(world: World, rng: Random) -> None:
 
 @fault(
     "collector-rebuilt",
-    means="The collector's database is lost for good: a new one is made, and the device enrolled again with its key.",
-    sees="`the collector has lost messages it had acknowledged, …` in the device's log; `fleet gaps` has the rest",
+    means="The collector's database is lost; a new one is created and the device enrolled again with its key.",
+    sees=("`the collector has lost messages it had acknowledged, …` in the device's log; `fleet gaps` lists the rest"),
     patience_s=100.0,
 )
 def collector_rebuilt(world: World, rng: Random) -> None:
@@ -125,8 +125,8 @@ def collector_rebuilt(world: World, rng: Random) -> None:
 
 @fault(
     "two-collectors",
-    means="A second collector is started on the same database: both have the same name at the broker, and take turns.",
-    sees="`Session taken over` and `connected` alternate in the log of both, until one is stopped",
+    means="A second collector starts on the same database under the same name at the broker; they take turns.",
+    sees="`Session taken over` and `connected` alternate in both logs until one is stopped",
 )
 def two_collectors(world: World, rng: Random) -> None:
     second = OutstationProcess(world.folder / "second.log", "fleet", "collect", "--dir", str(world.fleet.home))

@@ -39,7 +39,7 @@ def kill_daemon(world: World, rng: Random) -> None:
 
 @fault(
     "kill-while-starting",
-    means="The daemon is killed again and again while it starts: a crash in the recovery from a crash.",
+    means="The daemon is killed repeatedly while it starts: a crash during crash recovery.",
     sees=_NOTHING,
 )
 def kill_while_starting(world: World, rng: Random) -> None:
@@ -51,7 +51,7 @@ def kill_while_starting(world: World, rng: Random) -> None:
 
 @fault(
     "die-before-commit",
-    means="The daemon dies with a whole transaction written and not committed.",
+    means="The daemon dies with a complete but uncommitted transaction.",
     sees=_NOTHING,
 )
 def die_before_commit(world: World, rng: Random) -> None:
@@ -60,7 +60,7 @@ def die_before_commit(world: World, rng: Random) -> None:
 
 @fault(
     "die-after-commit",
-    means="The daemon dies after a commit, before anybody is told of it.",
+    means="The daemon dies after a commit, before it reports the commit.",
     sees=_NOTHING,
 )
 def die_after_commit(world: World, rng: Random) -> None:
@@ -87,7 +87,9 @@ def die_after_puback(world: World, rng: Random) -> None:
 
 
 @fault(
-    "stopped-process", means="The daemon is stopped (SIGSTOP) for a while, then goes on.", sees="a late health message"
+    "stopped-process",
+    means="The daemon is stopped (SIGSTOP) for a while and then continues.",
+    sees="a late health message",
 )
 def stopped_process(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.1, 0.5))
@@ -98,8 +100,8 @@ def stopped_process(world: World, rng: Random) -> None:
 
 @fault(
     "second-daemon",
-    means="A second daemon, and a batch by hand, are started on the same data folder.",
-    sees="the second one ends with a sentence that names the first one's process",
+    means="A second daemon and a manual batch start on the same data folder.",
+    sees="the second one exits and names the process of the first",
 )
 def second_daemon(world: World, rng: Random) -> None:
     for command in ("run", "batch"):

@@ -32,7 +32,7 @@ def _no_lying_card() -> str | None:
 
 @fault(
     "kill-in-commit",
-    means="The daemon dies (SIGKILL) as it asks for a commit to be flushed: the n-th flush of the write-ahead log.",
+    means="The daemon dies (SIGKILL) at the n-th flush of the write-ahead log, during a commit.",
     sees=_NOTHING,
     missing=no_strace,
 )
@@ -45,7 +45,7 @@ def kill_in_commit(world: World, rng: Random) -> None:
 
 @fault(
     "kill-in-checkpoint",
-    means="The daemon dies (SIGKILL) while it copies the write-ahead log into the database: at the n-th write.",
+    means="The daemon dies (SIGKILL) at the n-th write while it copies the write-ahead log into the database.",
     sees=_NOTHING,
     missing=no_strace,
 )
@@ -72,7 +72,7 @@ def _power_cut(world: World, *, journal: bool) -> None:
 
 @fault(
     "power-cut",
-    means="The power goes at a random moment, with and without ext4's own journal: unsynced bytes are gone.",
+    means="The power fails at a random moment, with and without ext4's journal: unsynced bytes are lost.",
     sees=_NOTHING,
     setting=_CARD,
     missing=no_card,
@@ -85,7 +85,7 @@ def power_cut(world: World, rng: Random) -> None:
 
 @fault(
     "power-cut-in-recovery",
-    means="The power goes, and again within 100 ms of the moment at which the restarted daemon has the data folder.",
+    means="The power fails, and again within 100 ms after the restarted daemon locks the data folder.",
     sees=_NOTHING,
     setting=_CARD,
     missing=no_card,
@@ -106,8 +106,8 @@ def _owner(world: World) -> int | None:
 
 @fault(
     "control-normal-power-cut",
-    means="Negative control: the store commits with synchronous=NORMAL, and the power goes.",
-    sees="rows that were acknowledged are gone",
+    means="Negative control: the store commits with synchronous=NORMAL, and the power fails.",
+    sees="acknowledged rows are lost",
     setting=Setting(
         prepare=on_card(), launcher=("-m", "scripts.faults.launch", "synchronous=NORMAL", "--"), rate=1_000.0
     ),
@@ -123,10 +123,10 @@ def control_normal_power_cut(world: World, rng: Random) -> None:
 @fault(
     "lying-flush",
     means=(
-        "A card that confirms flushes without doing them, and a power cut. What the card dropped cannot be had back: "
-        "what the collector had is kept, and messages that it has and the store has not show that something is gone."
+        "A card confirms flushes without doing them, and the power fails. The collector keeps what it had received; "
+        "its messages reveal what the store lost."
     ),
-    sees="a critical storage alert, and a `new log` event that says what the old log lacks",
+    sees="a critical storage alert, and a `new log` event that lists what the old log lacks",
     setting=replace(_CARD, forgetful=True),
     missing=_no_lying_card,
     damages=True,
@@ -152,8 +152,8 @@ def _failing(world: World, rng: Random, calls: str, how: str, files: list[Path])
 
 @fault(
     "write-ENOSPC",
-    means="For about a second every write to the data folder fails for lack of room.",
-    sees="producers are told `not stored`; a line in the journal",
+    means="For about a second every write to the data folder fails for lack of space.",
+    sees="producers get `not stored`; a line in the journal",
     missing=no_strace,
 )
 def write_enospc(world: World, rng: Random) -> None:
@@ -172,7 +172,7 @@ def fsync_eio(world: World, rng: Random) -> None:
 
 @fault(
     "one-fsync-EIO",
-    means="One flush of the store fails, and the next ones succeed, as Linux does it.",
+    means="One flush of the store fails and the next ones succeed, as on Linux.",
     sees=_AGAIN,
     missing=no_strace,
 )
@@ -196,8 +196,8 @@ def slow_card(world: World, rng: Random) -> None:
 
 @fault(
     "read-only-card",
-    means="ext4 finds an error and makes the card read-only; seconds later the machine is restarted.",
-    sees="the daemon restarts in a loop and says that the data folder cannot be written",
+    means="ext4 detects an error and makes the card read-only; the machine is restarted seconds later.",
+    sees="the daemon restarts in a loop and reports that it cannot write the data folder",
     setting=_CARD,
     missing=no_card,
 )
@@ -211,8 +211,8 @@ def read_only_card(world: World, rng: Random) -> None:
 
 @fault(
     "disk-full",
-    means="Something else fills the disk, in half of the cases as fast as room comes free, then goes away.",
-    sees="producers are told `not stored`; a line in the journal",
+    means="Another program fills the disk, in half of the cases as fast as space is freed, and then stops.",
+    sees="producers get `not stored`; a line in the journal",
     setting=Setting(prepare=on_card(24)),
     missing=no_card,
 )
@@ -230,8 +230,8 @@ def disk_full(world: World, rng: Random) -> None:
 
 @fault(
     "disk-full-restart",
-    means="Something else fills the disk, and the daemon is killed and started again while it is full.",
-    sees="producers are told `not stored`; a line in the journal",
+    means="Another program fills the disk, and the daemon is killed and restarted while it is full.",
+    sees="producers get `not stored`; a line in the journal",
     setting=Setting(prepare=on_card(24)),
     missing=no_card,
 )
@@ -247,8 +247,8 @@ def disk_full_restart(world: World, rng: Random) -> None:
 
 @fault(
     "quota-too-small",
-    means="A quota of 1 MiB, and a broker that is away until it has been full for a while.",
-    sees="a storage alert, and `evicted` events in the audit log that say what was given up",
+    means="The quota is 1 MiB, and the broker is away until it has been full for a while.",
+    sees="a storage alert, and `evicted` events in the audit log that list what was deleted",
     setting=Setting(
         buffer_toml='max_size = "1 MiB"',
         rate=2_500.0,

@@ -23,7 +23,7 @@ from scripts.faults.world import DEVICE, World
 
 _BASE = f"outstation/{FLEET}/{DEVICE}"
 _ACK = f"{_BASE}/ack"
-_ALERT = "a `security` alert of the device, once; `fleet alerts` shows it, and `status` counts what was refused"
+_ALERT = "a `security` alert of the device, once; `fleet alerts` shows it, and `status` counts refused messages"
 _FLOOD = 5000
 
 
@@ -118,7 +118,9 @@ def _alerted_once(world: World, source: str = "device") -> None:
     assert world.fleet.query(sql, DEVICE, source) == [(1,)]
 
 
-@fault("ack-forged", means="Acknowledgements of everything, signed by a key that is not the collector's.", sees=_ALERT)
+@fault(
+    "ack-forged", means="Acknowledgements of all messages are signed by another key than the collector's.", sees=_ALERT
+)
 def ack_forged(world: World, rng: Random) -> None:
     before = _refused(world)
     _forge(world, rng, lambda log, last: _ack(new_key(), log, last))
@@ -128,7 +130,7 @@ def ack_forged(world: World, rng: Random) -> None:
 
 @fault(
     "ack-for-another-log",
-    means="Genuine acknowledgements, but of another device store.",
+    means="Genuine acknowledgements arrive, but for another device store.",
     sees="`acknowledgements refused, nothing changes: other log …` in the device's log, once a minute at most",
 )
 def ack_for_another_log(world: World, rng: Random) -> None:
@@ -139,8 +141,11 @@ def ack_for_another_log(world: World, rng: Random) -> None:
 
 @fault(
     "ack-beyond-the-log",
-    means="The collector's own key signed for more than was ever written; what had not arrived may be declared gone.",
-    sees="a critical `storage` alert and a new log: the device must take its store for an old copy that was put back",
+    means=(
+        "The collector's own key acknowledges more than was ever written; messages that had not arrived may be "
+        "declared lost."
+    ),
+    sees="a critical `storage` alert and a new log: the device must assume that its store is an old copy",
     damages=True,
 )
 def ack_beyond_the_log(world: World, rng: Random) -> None:
@@ -152,7 +157,7 @@ def ack_beyond_the_log(world: World, rng: Random) -> None:
 
 @fault(
     "ack-unsigned",
-    means="Acknowledgements without a signature, and with one that belongs to another payload.",
+    means="Acknowledgements arrive without a signature, or with the signature of another payload.",
     sees=_ALERT,
 )
 def ack_unsigned(world: World, rng: Random) -> None:
@@ -170,8 +175,8 @@ def ack_unsigned(world: World, rng: Random) -> None:
 
 @fault(
     "ack-replayed",
-    means="The collector's own acknowledgement of long ago is sent again and again.",
-    sees="nothing: it covers what is safe already",
+    means="An old acknowledgement of the collector is sent repeatedly.",
+    sees="nothing: it covers messages that are already safe",
 )
 def ack_replayed(world: World, rng: Random) -> None:
     link = Link(world.fleet.config.broker, f"listener-{uuid.uuid4()}", subscribe=[_ACK])
@@ -190,7 +195,7 @@ def ack_replayed(world: World, rng: Random) -> None:
 
 @fault(
     "ack-garbage-retained",
-    means="A megabyte of garbage is retained on the device's acknowledgement topic, so that it comes at each connect.",
+    means=("A megabyte of garbage is retained on the device's acknowledgement topic and arrives at each connection."),
     sees=_ALERT,
 )
 def ack_garbage(world: World, rng: Random) -> None:
@@ -204,8 +209,11 @@ def ack_garbage(world: World, rng: Random) -> None:
 
 @fault(
     "flood",
-    means=f"{_FLOOD:,} hostile messages on the device's `ack` and `cmd` topics and, in its name, on those it sends on.",
-    sees="one `security` alert each from the device and from the collector; `refusals` in the database has the numbers",
+    means=(
+        f"{_FLOOD:,} hostile messages arrive on the device's `ack` and `cmd` topics "
+        "and, in its name, on its upstream topics."
+    ),
+    sees=("one `security` alert each from the device and the collector; `refusals` in the database holds the counts"),
     patience_s=90.0,
 )
 def flood(world: World, rng: Random) -> None:

@@ -13,7 +13,7 @@ from scripts.faults.world import World
 
 @fault(
     "memory-limit",
-    means="The kernel kills the daemon in the middle of its work because its cgroup has no memory left.",
+    means="The kernel kills the daemon during its work because its cgroup is out of memory.",
     sees="nothing but a new `started` event in the audit log",
     missing=no_cgroup,
 )
@@ -31,8 +31,8 @@ def memory_limit(world: World, rng: Random) -> None:
 
 @fault(
     "allocation-refused",
-    means="For a second or two the daemon gets no more address space: allocations fail wherever it is at that moment.",
-    sees="a `MemoryError` in the journal, and a new `started` event in the audit log, if it needed any",
+    means="For a second or two the daemon gets no more address space: allocations fail at random places.",
+    sees="a `MemoryError` in the journal, and a new `started` event in the audit log if it restarted",
 )
 def allocation_refused(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.2, 0.8))

@@ -33,8 +33,8 @@ _KINDS = {
 
 @fault(
     "mix-everything",
-    means="Two or three faults of daemon, broker, collector, network and clock at once, chosen at random.",
-    sees="what each of them shows alone",
+    means="Two or three random faults of daemon, broker, collector, network and clock happen at once.",
+    sees="the signs of each fault",
     setting=Setting(proxied=True, prepare=on_clock()),
     missing=no_clock,
     patience_s=120.0,
@@ -65,8 +65,8 @@ def _on_card_and_clock(world: World) -> Callable[[], None]:
 @fault(
     "mix-clock-and-power",
     means=(
-        "The power goes twice, with all that was not synced; the clock comes back up to an hour slow, nobody sets it "
-        "in the first boot, and a time service does in the second."
+        "The power fails twice and unsynced data are lost. The clock returns up to an hour slow; a time service "
+        "sets it only in the second boot."
     ),
     sees="`unsynced` or `restored` in every message until then, and `clock` and `started` events in the audit log",
     setting=Setting(prepare=_on_card_and_clock),

@@ -38,7 +38,7 @@ def _lost_acknowledgements(packet: Packet) -> tuple[bytes, bytes]:
 
 @fault(
     "pubacks-dropped",
-    means="The broker's PUBACKs are lost for a while, the messages are not; the connection stays.",
+    means="The broker's PUBACKs are lost for a while, but messages arrive; the connection stays.",
     sees="nothing, or `the broker did not confirm a message for 30 s` in the device's log, and a new connection",
     setting=_PROXIED,
 )
@@ -50,7 +50,7 @@ def pubacks_dropped(world: World, rng: Random) -> None:
 
 @fault(
     "messages-dropped",
-    means="The broker drops messages for a while without a word, as one that throttles does; the connection stays.",
+    means="The broker silently drops messages for a while, as with throttling; the connection stays.",
     sees="`the broker did not confirm a message for 30 s` in the device's log, and a new connection",
     setting=_PROXIED,
     patience_s=120.0,
@@ -64,7 +64,7 @@ def messages_dropped(world: World, rng: Random) -> None:
 @fault(
     "acknowledgements-dropped",
     means="The collector's acknowledgements do not reach the device for a while.",
-    sees="nothing; the device's outbox grows, and is emptied later",
+    sees="nothing; the device's outbox grows and empties later",
     setting=_PROXIED,
 )
 def acknowledgements_dropped(world: World, rng: Random) -> None:
@@ -79,7 +79,7 @@ def acknowledgements_dropped(world: World, rng: Random) -> None:
 
 @fault(
     "half-open-device",
-    means="The device's TCP connection is dead, and nobody tells it: its bytes vanish (a NAT that forgot it).",
+    means="The device's TCP connection is dead without notice: its bytes vanish (lost NAT state).",
     sees="`offline`; `the broker did not confirm a message for 30 s` in the device's log, then `online`",
     setting=_PROXIED,
     patience_s=120.0,
@@ -91,7 +91,7 @@ def half_open_device(world: World, rng: Random) -> None:
 
 @fault(
     "half-open-collector",
-    means="The collector's TCP connection is dead, and nobody tells it.",
+    means="The collector's TCP connection is dead without notice.",
     sees="nothing arrives for up to two minutes; then `trying again` and `connected` in the collector's log",
     setting=_PROXIED,
     patience_s=240.0,
@@ -117,7 +117,7 @@ def network_flapping(world: World, rng: Random) -> None:
 
 @fault(
     "network-down",
-    means="Connections are reset and new ones are refused for some seconds.",
+    means="Connections are reset, and new ones refused, for some seconds.",
     sees=_COMES_BACK,
     setting=_PROXIED,
     patience_s=90.0,
@@ -135,8 +135,8 @@ def network_down(world: World, rng: Random) -> None:
 
 @fault(
     "network-stalled",
-    means="The network stands still for some seconds; then everything it held arrives, late and at once.",
-    sees="nothing; results come late",
+    means="The network stalls for some seconds; then all held packets arrive at once.",
+    sees="nothing; results arrive late",
     setting=_PROXIED,
 )
 def network_stalled(world: World, rng: Random) -> None:
@@ -149,8 +149,8 @@ def network_stalled(world: World, rng: Random) -> None:
 
 @fault(
     "slow-bytes",
-    means="Packets arrive a few bytes at a time, slower than results are made.",
-    sees="nothing; results come late",
+    means="Packets arrive a few bytes at a time, more slowly than results are produced.",
+    sees="nothing; results arrive late",
     setting=_PROXIED,
 )
 def slow_bytes(world: World, rng: Random) -> None:
@@ -193,7 +193,7 @@ def _no_namespaces() -> str | None:
 
 @fault(
     "broker-unresolvable",
-    means="The broker's host name cannot be resolved for some seconds, while the connection is lost.",
+    means="The broker's host name does not resolve for some seconds after the connection is lost.",
     sees="`broker: mqtt://…: Temporary failure in name resolution; trying again` in the device's log",
     setting=Setting(prepare=_named),
     missing=_no_namespaces,

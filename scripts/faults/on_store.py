@@ -21,9 +21,9 @@ _HEADER_BYTES = 100
 _NEW_RESULTS = 200
 # The least part of a row that SQLite keeps on its own page is 489 bytes, other columns included.
 _ON_ONE_PAGE = 320
-_SALVAGED = "a critical storage alert that says what was lost, and the damaged files in the data folder's `quarantine`"
-_PERHAPS = f"nothing, where those bytes were not in use; else {_SALVAGED}"
-_WENT_BACK = "a critical storage alert (`The store went back in time …`), and `evicted` events that name what is gone"
+_SALVAGED = "a critical storage alert that lists the losses, and the damaged files in the data folder's `quarantine`"
+_PERHAPS = f"nothing if those bytes were unused; otherwise {_SALVAGED}"
+_WENT_BACK = "a critical storage alert (`The store went back in time …`), and `evicted` events that list what was lost"
 _NEW_LOG = "a critical storage alert, and a `new log` event in the audit log"
 
 
@@ -66,7 +66,7 @@ def _flip_in_blob(database: Path, rng: Random, sql: str) -> bool:
 
 @fault(
     "wal-truncated",
-    means="The daemon is killed and its write-ahead log cut off at a random place: commits are gone.",
+    means="The daemon is killed and its write-ahead log truncated at a random place: commits are lost.",
     sees=_WENT_BACK,
     damages=True,
 )
@@ -77,7 +77,7 @@ def wal_truncated(world: World, rng: Random) -> None:
 
 @fault(
     "bit-flip-in-wal",
-    means="The daemon is killed and one bit of its write-ahead log turned: SQLite drops every commit from there on.",
+    means=("The daemon is killed and one bit of its write-ahead log flipped: SQLite drops every commit from there on."),
     sees=_WENT_BACK,
     damages=True,
 )
@@ -88,7 +88,7 @@ def bit_flip_in_wal(world: World, rng: Random) -> None:
 
 @fault(
     "wal-deleted",
-    means="The daemon is killed and its write-ahead log deleted, as by somebody who copies only the `.db`.",
+    means="The daemon is killed and its write-ahead log deleted, as when only the `.db` file is copied.",
     sees=_WENT_BACK,
     damages=True,
 )
@@ -99,8 +99,8 @@ def wal_deleted(world: World, rng: Random) -> None:
 
 @fault(
     "bit-flip-in-chunk",
-    means="One bit of the newest readings is turned.",
-    sees="a critical storage alert with the rows, which have no results",
+    means="One bit of the newest rows is flipped.",
+    sees="a critical storage alert that lists the rows, which have no results",
     damages=True,
 )
 def bit_flip_in_chunk(world: World, rng: Random) -> None:
@@ -110,7 +110,7 @@ def bit_flip_in_chunk(world: World, rng: Random) -> None:
 
 @fault(
     "bit-flip-in-outbox-row",
-    means="One bit of a message that waits to be sent is turned.",
+    means="One bit of a message in the outbox is flipped.",
     sees="a critical storage alert, and an `evicted` event with the message's number",
     damages=True,
 )
@@ -121,7 +121,7 @@ def bit_flip_in_outbox_row(world: World, rng: Random) -> None:
 
 @fault(
     "bit-flip-in-header",
-    means="One bit of the database's first 100 bytes is turned.",
+    means="One bit of the database's first 100 bytes is flipped.",
     sees=_PERHAPS,
     damages=True,
 )
@@ -140,7 +140,7 @@ def page_zeroed(world: World, rng: Random) -> None:
 
 @fault(
     "page-zeroed-at-work",
-    means="One page of the database is overwritten with zeros while the daemon works, and it is restarted later.",
+    means="One page of the database is overwritten with zeros while the daemon runs; it is restarted later.",
     sees=_PERHAPS,
     damages=True,
 )
@@ -165,7 +165,7 @@ def deleted_database(world: World, rng: Random) -> None:
 
 @fault(
     "old-database-restored",
-    means="The database of some seconds ago is put back; the other files of the data folder stay.",
+    means="The database of some seconds ago is restored; the other files of the data folder stay.",
     sees=_WENT_BACK,
     damages=True,
 )
@@ -176,9 +176,8 @@ def old_database_restored(world: World, rng: Random) -> None:
 @fault(
     "old-copy-restored",
     means=(
-        "The whole data folder of some seconds ago is put back, as when a card's image is restored. Rows that the copy "
-        "holds unjudged are judged once more, to the same result, in a new log. Messages of the lost time had been "
-        "delivered: by them it is noticed."
+        "The whole data folder of some seconds ago is restored, as from a card image. Rows without results in the "
+        "copy are processed again, with equal results, in a new log. Messages delivered in the lost time reveal it."
     ),
     sees=_NEW_LOG,
     damages=True,

@@ -47,7 +47,7 @@ def _counting(log: Path, words: str) -> Callable[[], bool]:
 
 @fault(
     "device-certificate-expired",
-    means="The device's TLS certificate ends; somebody puts a new one in its place. The daemon is not restarted.",
+    means="The device's TLS certificate expires and is replaced. The daemon is not restarted.",
     sees="`the certificate … expired on …; replace it` in the device's log, `offline`, later `online`",
     setting=Setting(tls=True),
     patience_s=90.0,
@@ -58,8 +58,8 @@ def device_certificate_expired(world: World, rng: Random) -> None:
 
 @fault(
     "broker-certificate-expired",
-    means="The broker's TLS certificate ends; somebody puts a new one in its place and restarts the broker.",
-    sees="`certificate has expired` in the logs of devices and collector, which say that they try again",
+    means="The broker's TLS certificate expires; it is replaced and the broker restarted.",
+    sees="`certificate has expired` in the logs of devices and collector, which retry",
     setting=Setting(tls=True),
     patience_s=90.0,
 )
@@ -77,8 +77,8 @@ def _with_another_device(world: World) -> Callable[[], None]:
 
 @fault(
     "client-id-stolen",
-    means="Another enrolled device connects again and again with this one's client id.",
-    sees="nothing: the broker's config takes the name in the certificate as the client id",
+    means="Another enrolled device repeatedly connects with this one's client id.",
+    sees="nothing: the broker takes the client id from the certificate",
     setting=Setting(tls=True, prepare=_with_another_device),
 )
 def client_id_stolen(world: World, rng: Random) -> None:
@@ -89,7 +89,7 @@ def client_id_stolen(world: World, rng: Random) -> None:
 
 @fault(
     "session-taken-over",
-    means="On a broker without TLS a stranger connects again and again with the device's client id.",
+    means="On a broker without TLS, a stranger repeatedly connects with the device's client id.",
     sees="`broker: connection lost: Session taken over; trying again` in the device's log, `offline` and `online`",
     patience_s=90.0,
 )

@@ -22,10 +22,12 @@ from scripts.faults.on_clock import on_clock
 from scripts.faults.updating import Updating, updating
 from scripts.faults.world import Setting, World
 
-_SAYS = "`downloading`, `shadow`, `canary` and `active` in the audit log, as without it, and a new `started` event"
-_AGAIN = "in health and `outstation status`: `downloads`, and why it is tried again and when"
+_SAYS = (
+    "`downloading`, `shadow`, `canary` and `active` in the audit log, as without the fault, and a new `started` event"
+)
+_AGAIN = "`downloads` in health and `outstation status`, with the reason and time of the next attempt"
 _UPDATES = Setting(prepare=updating())
-# An interrupted fetch resumes after half a minute at most.
+# An interrupted download resumes after half a minute at most.
 _PATIENCE_S = 150.0
 _SLOW = 20_000.0
 
@@ -44,16 +46,18 @@ _STEPS = (
         "fetched",
         "before",
         "agent.device.rollout.supply:BundleSupply.on_fetched",
-        "a bundle was fetched and not yet verified",
+        "a bundle was downloaded and not yet verified",
     ),
-    _Step("in-probe", "in", "agent.model.sandbox.probe:probe", "a child process proves the bundle"),
+    _Step("in-probe", "in", "agent.model.sandbox.probe:probe", "a child process tests the bundle"),
     _Step(
         "before-copy",
         "before",
         "agent.device.bundles.history:store_copy",
-        "the bundle proved itself and was not yet copied",
+        "the bundle passed its tests and was not yet copied",
     ),
-    _Step("copied", "after", "agent.device.bundles.history:store_copy", "the copy is made and nothing was committed"),
+    _Step(
+        "copied", "after", "agent.device.bundles.history:store_copy", "the bundle was copied and nothing was committed"
+    ),
     _Step(
         "activating",
         "after",
@@ -64,22 +68,22 @@ _STEPS = (
         "activated",
         "committed",
         "agent.device.rollout.transitions:begin_canary",
-        "it is committed that the bundle runs, and it never ran",
+        "the activation was committed and the bundle never ran",
     ),
     _Step(
         "promoting",
         "after",
         "agent.device.rollout.transitions:promote_canary",
-        "the commit by which the bundle stays is not yet done",
+        "the promotion is not yet committed",
     ),
     _Step(
         "promoted",
         "committed",
         "agent.device.rollout.transitions:promote_canary",
-        "it is committed that the bundle stays",
+        "the promotion was committed",
     ),
 )
-_PHASES = {"shadow": "the bundle answers beside the one that runs", "canary": "the bundle is the canary"}
+_PHASES = {"shadow": "the bundle is the shadow of the active one", "canary": "the bundle is the canary"}
 
 
 def _update(
@@ -153,12 +157,12 @@ def _on_card_and_updating(world: World) -> Callable[[], None]:
 _CARD = Setting(prepare=_on_card_and_updating)
 for _step in _STEPS:
     _update(f"update-killed-{_step.name}", f"The daemon dies when {_step.means}.", _SAYS)(_at_step(_step, power=False))
-    _update(f"update-power-cut-{_step.name}", f"The power goes when {_step.means}.", _SAYS, _CARD, no_card)(
+    _update(f"update-power-cut-{_step.name}", f"The power fails when {_step.means}.", _SAYS, _CARD, no_card)(
         _at_step(_step, power=True)
     )
 for _phase, _what in _PHASES.items():
     _update(f"update-killed-in-{_phase}", f"The daemon is killed while {_what}.", _SAYS)(_in_phase(_phase, power=False))
-    _update(f"update-power-cut-in-{_phase}", f"The power goes while {_what}.", _SAYS, _CARD, no_card)(
+    _update(f"update-power-cut-in-{_phase}", f"The power fails while {_what}.", _SAYS, _CARD, no_card)(
         _in_phase(_phase, power=True)
     )
 
@@ -177,7 +181,7 @@ def _in_mid_download(world: World) -> Updating:
 
 @_update(
     "update-killed-in-download",
-    means="The daemon is killed in the middle of a download.",
+    means="The daemon is killed during a download.",
     sees=_SAYS,
 )
 def killed_in_download(world: World, rng: Random) -> None:
@@ -189,7 +193,7 @@ def killed_in_download(world: World, rng: Random) -> None:
 
 @_update(
     "update-power-cut-in-download",
-    means="The power goes in the middle of a download.",
+    means="The power fails during a download.",
     sees=_SAYS,
     setting=_CARD,
     missing=no_card,
@@ -204,7 +208,7 @@ def power_cut_in_download(world: World, rng: Random) -> None:
 
 @_update(
     "update-repository-killed",
-    means="The repository's server dies in the middle of a download and is away for a while.",
+    means="The repository's server dies during a download and is away for a while.",
     sees=_AGAIN,
 )
 def repository_killed(world: World, rng: Random) -> None:
@@ -217,7 +221,7 @@ def repository_killed(world: World, rng: Random) -> None:
 
 @_update(
     "update-line-cut",
-    means="Two downloads in a row break off somewhere in the middle.",
+    means="Two consecutive downloads break off at a random place.",
     sees=_AGAIN,
 )
 def line_cut(world: World, _rng: Random) -> None:
@@ -229,7 +233,7 @@ def line_cut(world: World, _rng: Random) -> None:
 
 @_update(
     "update-fetch-killed",
-    means="The child process that fetches is killed (SIGKILL) in the middle of a download.",
+    means="The fetch worker is killed (SIGKILL) during a download.",
     sees=_AGAIN,
 )
 def fetch_killed(world: World, _rng: Random) -> None:
@@ -240,7 +244,7 @@ def fetch_killed(world: World, _rng: Random) -> None:
 
 @_update(
     "update-disk-full",
-    means="The disk is full in the middle of a download, and has room again a little later.",
+    means="The disk is full during a download, and has space again shortly after.",
     sees=f"a critical storage alert; {_AGAIN}",
     setting=_CARD,
     missing=no_card,
@@ -261,8 +265,8 @@ def _on_clock_and_updating(world: World) -> Callable[[], None]:
 
 @_update(
     "update-clock-jumps",
-    means="In the middle of a download the clock, vouched for, jumps back by an hour, and is put right a little later.",
-    sees="a `clock` event in the audit log for each step; the roll-out goes on",
+    means="During a download the synchronized clock jumps back by an hour, and is corrected shortly after.",
+    sees="a `clock` event in the audit log for each step; the roll-out continues",
     setting=Setting(prepare=_on_clock_and_updating),
     missing=no_clock,
 )
@@ -279,8 +283,8 @@ def clock_jumps(world: World, rng: Random) -> None:
 
 @_update(
     "update-model-killed",
-    means="The process of a bundle that answers beside the one that runs is killed (SIGKILL), as when memory is short.",
-    sees="nothing, where it waited for a batch; else `rolled_back`, an alert, and the roll-out is aborted",
+    means="The process of a shadow bundle is killed (SIGKILL), as for lack of memory.",
+    sees="nothing if it was idle; otherwise `rolled_back`, an alert, and an aborted roll-out",
 )
 def model_killed(world: World, _rng: Random) -> None:
     update = _rolling(world)

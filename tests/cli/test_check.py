@@ -1,4 +1,4 @@
-"""`outstation check` fails where `outstation run` would not start, in the same words, and changes nothing."""
+"""Command `outstation check`: it fails where `outstation run` would not start, and changes nothing."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_source_that_the_daemon_would_refuse_fails_the_check(tmp_path: Path, s
     assert refused.stderr.splitlines()[-1] == f"outstation: {found['detail']}"
 
 
-def test_a_source_that_is_right_is_told_and_its_replay_does_not_begin(tmp_path: Path) -> None:
+def test_a_valid_source_is_reported_and_its_replay_does_not_start(tmp_path: Path) -> None:
     _, found = finding(device(tmp_path / "a", HOST.format(field="memory")))
     assert (found["state"], found["detail"]) == ("ok", "memory of this machine")
     file = device(tmp_path / "b", REPLAY.format(field="ax", file=RECORDINGS, more=""))

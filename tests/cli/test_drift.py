@@ -1,4 +1,4 @@
-"""`outstation drift` on a device: from its own store, beside whatever the collector has."""
+"""Command `outstation drift`: drift from the device's own store."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_device_that_has_no_drift_window_yet_says_so(tmp_path: Path) -> None:
     assert any(str(line).startswith("No drift window yet") for line in text)
 
 
-def test_it_tells_which_field_drifts_since_when_and_how_far_it_is_from_this_sites_reference(site: Site) -> None:
+def test_the_drifting_field_is_shown_with_its_onset_and_distance(site: Site) -> None:
     code, found = site.ask()
     assert code == 0, found
     assert (found["device"], found["task"], found["windows"], found["unreadable"]) == ("pi-07", "exercise", 32, 0)

@@ -1,4 +1,4 @@
-"""`outstation ingest`: a file into a stream, through the running daemon or without one, every bad line named."""
+"""Command `outstation ingest`: files through the daemon or into the store; every bad line is named."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def csv_with_five_bad_lines(path: Path) -> Path:
     return path
 
 
-def test_of_ten_thousand_lines_with_five_bad_ones_the_good_are_taken_and_the_bad_are_named(
+def test_of_ten_thousand_lines_the_five_bad_ones_are_named(
     home: Path, agent: Station | None, ingest: Callable[..., tuple[int, str, str]]
 ) -> None:
     file = csv_with_five_bad_lines(home / "in.csv")
@@ -254,7 +254,9 @@ def test_a_file_with_its_header_only_is_no_error(
     assert ingest("watch", home / "in.csv") == (0, "0 rows accepted, 0 rejected\n", "")
 
 
-def test_ingest_beside_the_daemon_is_one_more_producer(home: Path, ingest: Callable[..., tuple[int, str, str]]) -> None:
+def test_ingest_during_a_daemon_run_is_one_more_producer(
+    home: Path, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
     (home / "in.csv").write_text("t,ax,ay\n" + "".join(f"{T0 + n},1,1\n" for n in range(5_000)))
     with daemon(home) as station, Client(station.socket) as client:
         ended = threading.Event()
@@ -314,7 +316,7 @@ class _Line(int):
         _Line.there -= 1
 
 
-def test_of_a_long_file_only_lines_without_an_answer_are_kept_in_memory(home: Path) -> None:
+def test_of_a_long_file_only_unanswered_lines_are_in_memory(home: Path) -> None:
     stream, rows, blocks = config.load(home / "outstation.toml").streams["watch"], 4096, 150
     with daemon(home) as station:
         target = _DaemonSink(Client(station.socket), "watch", stream)
@@ -330,7 +332,7 @@ def test_of_a_long_file_only_lines_without_an_answer_are_kept_in_memory(home: Pa
         target.close()
 
 
-def test_a_daemon_that_is_killed_in_the_middle_is_named_with_the_line_that_is_safe(home: Path) -> None:
+def test_a_daemon_killed_midway_is_named_with_the_last_stored_line(home: Path) -> None:
     killable = Killable(home / "data", commit_every_s=0.05)
     killable.start()
     command = [sys.executable, "-m", "agent", "ingest", "watch", "-", "-c", str(home / "outstation.toml")]
@@ -390,7 +392,7 @@ def test_another_process_that_holds_the_store_without_listening_is_named(
     assert err.count("\n") == 1
 
 
-def test_rows_the_daemon_rejects_by_another_config_are_an_error_that_says_so(
+def test_rows_rejected_by_another_config_are_an_error_that_names_it(
     home: Path, ingest: Callable[..., tuple[int, str, str]]
 ) -> None:
     (home / "in.csv").write_text("ax,ay\n1,1\n15,1\n")

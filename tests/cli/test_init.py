@@ -1,4 +1,4 @@
-"""`outstation init`: a config that loads, a key that stays, and nothing half written."""
+"""Command `outstation init`: a config that loads, a key that stays, and nothing half written."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_config_that_is_there_is_never_overwritten(tmp_path: Path, capsys: pyt
     assert not (tmp_path / "device.key").exists()
 
 
-def test_a_key_that_is_there_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_key_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     public = keys.generate(tmp_path / "device.key").public
     assert init(tmp_path, "--json") == 0
     assert json.loads(capsys.readouterr().out)["key"] == public.text

@@ -1,4 +1,4 @@
-"""`outstation label` and `outstation fleet label`: files of what was true, with a daemon and without, end to end."""
+"""Commands `outstation label` and `outstation fleet label`: label files with and without a daemon, end to end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`outstation status` says of each task what is open, what its reference is worth, and what labels say."""
+"""Command `outstation status`: open alerts, the site reference and label metrics of each task."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     return made
 
 
-def test_what_is_open_stays_in_sight_whatever_came_after_it(site: Site) -> None:
+def test_open_alerts_stay_in_sight_after_many_others(site: Site) -> None:
     done = run_outstation("status", "-c", str(site.config), "--json")
     document = json.loads(done.stdout)
     [task] = document["tasks"]

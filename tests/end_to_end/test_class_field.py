@@ -1,4 +1,4 @@
-"""A task whose model names no classes, with a category field of its stream for modes: from its config to the judge."""
+"""Class field: a category field stands for the classes of a model without any, from the config to drift tests."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_readings_are_compared_within_the_modes_that_the_field_names(tmp_path: P
         store.close()
 
 
-def test_a_bundle_says_which_field_names_modes_and_a_task_may_say_otherwise(tmp_path: Path) -> None:
+def test_a_task_may_override_the_class_field_of_its_bundle(tmp_path: Path) -> None:
     for asked, mode, expected in (("state", None, "state"), ("state", "", ""), ("other", "state", "state")):
         folder = tmp_path / f"{asked} {mode}"
         folder.mkdir()
@@ -89,6 +89,6 @@ def test_a_field_of_modes_that_a_stream_has_not_is_refused_with_what_to_do(tmp_p
         assert words in str(refused.value)
 
 
-def test_a_task_whose_model_names_classes_has_no_other_modes(tmp_path: Path) -> None:
+def test_a_task_whose_model_names_classes_has_no_class_field(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="names classes itself, so `class_field` has no use: remove it"):
         loaded(tmp_path, CLASSIFY, "state")

@@ -1,4 +1,4 @@
-"""Commands from the command line to a real daemon and back, through a real Mosquitto, with a real collector."""
+"""Remote commands from the command line to a real daemon and back, through Mosquitto, with a real collector."""
 
 from __future__ import annotations
 
@@ -84,9 +84,7 @@ def test_a_schedule_is_changed_and_set_back_and_nonsense_is_refused(fleet: Local
     assert (task(device)["schedule"], task(device).get("schedule_override")) == ("every 500 ms", None)
 
 
-def test_each_command_is_in_the_log_with_who_sent_it_and_what_came_of_it(
-    fleet: LocalFleet, device: DeviceProcess
-) -> None:
+def test_each_command_is_in_the_log_with_its_sender_and_outcome(fleet: LocalFleet, device: DeviceProcess) -> None:
     code, answer = command(fleet, "pi-01", "run", "no-such-task")
     assert code == 1
     wait_until(
@@ -97,7 +95,7 @@ def test_each_command_is_in_the_log_with_who_sent_it_and_what_came_of_it(
     )
 
 
-def test_a_device_that_is_not_there_is_told_at_once(fleet: LocalFleet) -> None:
+def test_an_absent_device_is_reported_at_once(fleet: LocalFleet) -> None:
     fleet.add_device("pi-09")
     code, answer = command(fleet, "pi-09", "report")
     assert (code, answer["answered"]) == (1, False)
@@ -118,7 +116,7 @@ def test_wrong_use_exits_2_and_sends_nothing(
     assert (fleet.home / "operator.counter").read_text(encoding="ascii") == before
 
 
-def test_the_counter_of_a_restored_fleet_folder_goes_on_above_what_was_used(
+def test_the_counter_of_a_restored_fleet_folder_continues_above_used_ones(
     fleet: LocalFleet, device: DeviceProcess
 ) -> None:
     _, first = command(fleet, "pi-01", "report")
@@ -138,7 +136,7 @@ def test_commands_sent_at_once_are_all_answered(fleet: LocalFleet, device: Devic
     assert codes == [0, 0, 0]
 
 
-def test_ten_thousand_forged_commands_change_nothing_make_one_alert_and_the_next_command_is_obeyed(
+def test_forged_commands_change_nothing_and_the_next_command_is_executed(
     fleet: LocalFleet, device: DeviceProcess
 ) -> None:
     topic = f"outstation/{FLEET}/pi-01/cmd"
@@ -196,7 +194,7 @@ def listed(fleet: LocalFleet, name: str) -> dict[str, Any]:
     return next(row for row in json.loads(done.stdout) if row["device"] == name)
 
 
-def test_a_wiped_device_says_so_first_keeps_nothing_and_does_not_start_again(fleet: LocalFleet) -> None:
+def test_a_wiped_device_reports_it_first_and_does_not_start_again(fleet: LocalFleet) -> None:
     doomed = fleet.add_device("pi-02").add_replay_stream(10**9, 40, seed=3).add_task("exercise").start_and_wait()
     wait_until("something was collected", lambda: fleet.last_result_row("pi-02") > 0)
     assert command(fleet, "pi-02", "rotate-key")[0] == 0

@@ -1,4 +1,4 @@
-"""The daemon, one turn at a time: what is due runs, what is used goes, what was missed is made up for once."""
+"""Daemon, one tick at a time: due tasks run, used readings go, and a missed run is made up for once."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ schedule = "0 3 * * *"
 """
 
 
-def test_a_nightly_run_that_was_missed_while_the_agent_was_off_is_due_at_the_next_start(tmp_path: Path) -> None:
+def test_a_missed_nightly_run_is_due_at_the_next_start(tmp_path: Path) -> None:
     file = tmp_path / "outstation.toml"
     file.write_text(CRON, encoding="utf-8")
     _, conf = load_config(str(file))
@@ -192,7 +192,7 @@ def turned(tmp_path: Path) -> Iterator[Turned]:
     made.store.close()
 
 
-def test_a_task_whose_batch_fails_in_a_way_nobody_foresaw_rests_longer_and_longer_and_the_other_goes_on(
+def test_a_task_with_an_unexpected_error_backs_off_and_the_other_goes_on(
     turned: Turned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, tried, broken = batch.run, [], [True]
@@ -221,7 +221,7 @@ def test_a_task_whose_batch_fails_in_a_way_nobody_foresaw_rests_longer_and_longe
     assert turned.daemon._list_stalled_tasks() == set()
 
 
-def test_while_a_backlog_is_worked_off_commands_the_clock_health_and_other_tasks_have_their_turn(
+def test_a_backlog_leaves_time_for_commands_clock_health_and_other_tasks(
     turned: Turned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
@@ -247,9 +247,7 @@ def test_while_a_backlog_is_worked_off_commands_the_clock_health_and_other_tasks
     assert turned.turn() > 0.0
 
 
-def test_while_the_machine_is_too_hot_tasks_wait_health_says_so_and_what_waited_runs_once_it_is_cooler(
-    turned: Turned, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tasks_wait_while_the_machine_is_too_hot(turned: Turned, monkeypatch: pytest.MonkeyPatch) -> None:
     heat = [91.0]
     monkeypatch.setattr(turned.daemon._throttle, "_read_temperature", lambda: heat[0])
     turned.feed(1000)

@@ -1,4 +1,4 @@
-"""A model that takes the whole agent down, in real processes: the one before it goes on, and nothing is lost."""
+"""Quarantine in real processes: a model ends the daemon, the previous bundle goes on, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_bundle_that_kills_the_agent_twice_gives_way_and_nothing_is_lost(fleet
     went_on_without_loss(fleet, device)
 
 
-def test_a_bundle_that_hangs_is_no_longer_vouched_for_and_gives_way_once_the_watchdog_has_ended_it_twice(
+def test_a_hanging_bundle_gives_way_after_two_watchdog_kills(
     fleet: LocalFleet,
 ) -> None:
     device = running(fleet)

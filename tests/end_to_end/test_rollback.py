@@ -1,4 +1,4 @@
-"""Bundles that ran are kept, and an operator goes back to the one before: verified like any, and over restarts."""
+"""Rollback: copies of bundles that ran are verified like any bundle, also after restarts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_first_bundle_has_nothing_to_go_back_to(device: Device) -> None:
     assert device.runs() == "1"
 
 
-def test_a_rollback_runs_the_bundle_before_says_from_and_to_and_holds_over_a_restart(device: Device) -> None:
+def test_a_rollback_runs_the_previous_bundle_also_after_a_restart(device: Device) -> None:
     device.crash("2")
     assert device.results_by() == "2"
     ok, summary, data = device.obey("rollback", task="sort")
@@ -66,14 +66,14 @@ def test_a_rollback_ends_when_another_bundle_is_configured(device: Device) -> No
     assert (ok, data["to"]) == (True, device.digest("1"))
 
 
-def test_only_the_last_two_bundles_are_kept(device: Device) -> None:
+def test_only_the_last_two_bundles_are_stored(device: Device) -> None:
     device.crash("2")
     assert device.kept_versions() == {"1", "2"}
     device.crash("3")
     assert device.kept_versions() == {"2", "3"}
 
 
-def test_a_kept_copy_that_was_altered_is_refused_and_what_ran_goes_on(device: Device) -> None:
+def test_an_altered_copy_is_refused_and_the_current_bundle_goes_on(device: Device) -> None:
     device.crash("2")
     copy = history.copy_folder(device.conf.data_dir, device.digest("1"))
     (copy / "model.tflite").write_bytes(b"evil")
@@ -94,7 +94,7 @@ def broken(device: Device, text: str) -> str:
     return str(device.runs())
 
 
-def test_a_configured_bundle_that_is_broken_leaves_the_one_that_ran_and_an_alert_until_it_is_right(
+def test_a_broken_configured_bundle_leaves_the_current_one_and_an_alert(
     device: Device,
 ) -> None:
     assert broken(device, "2") == device.results_by() == "1"
@@ -110,12 +110,12 @@ def test_a_configured_bundle_that_is_broken_leaves_the_one_that_ran_and_an_alert
     assert device.activations()[-1] == ("1", "2", "configured")
 
 
-def test_a_broken_copy_on_the_disk_of_what_runs_is_made_up_for_by_the_kept_one(device: Device) -> None:
+def test_a_broken_bundle_on_disk_is_replaced_by_its_stored_copy(device: Device) -> None:
     assert broken(device, "1") == "1"
     assert device.activations() == [(None, "1", "configured")]
 
 
-def test_a_task_whose_configured_bundle_is_broken_is_rescued_by_a_rollback(device: Device) -> None:
+def test_a_rollback_rescues_a_task_with_a_broken_bundle(device: Device) -> None:
     copy = history.copy_folder(device.conf.data_dir, device.digest("1"))
     copy.rename(device.home / "away")
     device.store.close()

@@ -1,4 +1,4 @@
-"""`outstation run` as a whole: what becomes of the daemon before, where it starts over."""
+"""Command `outstation run`: the previous daemon is gone when it starts over."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from agent.errors import StorageForked
 from agent.testing.process import run_outstation
 
 
-def test_a_daemon_that_starts_over_in_a_new_log_is_gone_before_the_next_one_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_daemon_ends_before_the_next_one_starts_in_a_new_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_outstation("init", str(tmp_path), "--id", "pi-07").returncode == 0
     made, before = [], [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)]
 

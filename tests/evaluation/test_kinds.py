@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agent.datasets.csv_table import BLOCK_BYTES
+from agent.datasets.tables import BLOCK_BYTES
 from agent.evaluation import bootstrap, examples, metrics, predictions, report, sensitivity
 from agent.evaluation.predict.run import BatchPredictor
 from agent.evaluation.predictions import LabelledPredictor

@@ -164,7 +164,7 @@ def test_a_bundle_that_ships_is_found_by_its_name_where_nothing_else_has_it(
         ("altered", "signature and hashes", "model.tflite was altered"),
         ("not there", "signature and hashes", "no such bundle"),
         ("no zip", "signature and hashes", "File is not a zip file"),
-        ("no reference", "reference", "devices will not watch this model for drift"),
+        ("no reference", "reference", "devices will not monitor this model for drift"),
     ],
 )
 def test_what_is_wrong_with_a_bundle_is_said_exactly(made: Path, spoil: str, name: str, why: str) -> None:

@@ -73,7 +73,7 @@ def test_a_bundle_of_images_or_sounds_gets_a_folder_with_the_same_definition(
 
 def test_more_fields_than_a_stream_has_are_named_with_what_to_do(tiny: Path) -> None:
     change_manifest(tiny, lambda head: head["input"].update(fields=[f"x{i}" for i in range(640)]))
-    with pytest.raises(UsageError, match="takes 640 fields, a stream has 256 at most; pack it with a window"):
+    with pytest.raises(UsageError, match="needs 640 fields, a stream has 256 at most; pack it with a window"):
         told(tiny)
     with pytest.raises(UsageError, match="--name A B: must be 1-64"):
         told(tiny, "--name", "A B")

@@ -338,7 +338,7 @@ def test_a_threshold_is_learned_from_held_out_windows_that_are_normal(tmp_path: 
 def test_an_embedding_without_data_of_what_is_normal_is_refused(tmp_path: Path) -> None:
     spec = write_spec(tmp_path, VECTORS)
     spec.write_text(spec.read_text().replace('reference = "reference.csv"', ""))
-    with pytest.raises(ConfigError, match="an embedding needs data of what is normal"):
+    with pytest.raises(ConfigError, match="an embedding needs normal data"):
         pack.pack(spec, KEY)
 
 
@@ -408,13 +408,13 @@ def test_windows_without_a_label_are_left_out_and_counted(tmp_path: Path) -> Non
     spec = write_spec(tmp_path, HELD)
     labelled_rows(tmp_path / "held.csv", 1000, lambda rows: [*of_softer_model(rows[:900]), *[""] * 100])
     made = pack.pack(spec, KEY)
-    assert "left out 100 of 1000 windows of held.csv: their label is not known" in made.notes
+    assert "left out 100 of 1000 windows of held.csv without a label" in made.notes
 
 
 @pytest.mark.parametrize(
     ("write", "why"),
     [
-        (lambda p: labelled_rows(p, 300, lambda rows: ["rest"] * len(rows)), "only one class, 'rest', is in it"),
+        (lambda p: labelled_rows(p, 300, lambda rows: ["rest"] * len(rows)), "the data have only one class, 'rest'"),
         (lambda p: labelled_rows(p, 30, of_softer_model), "30 labelled results; at least 40 are needed"),
         (lambda p: labelled_rows(p, 300, lambda rows: ["up"] * len(rows)), "'up' is no label of this model"),
         (lambda p: write_csv(p, ("a", "b", "c", "d"), readings(50)), "no column label in it"),
@@ -438,7 +438,7 @@ def test_data_that_cannot_calibrate_are_refused_in_one_sentence(
 
 def test_the_references_own_data_do_not_calibrate(tmp_path: Path) -> None:
     spec = write_spec(tmp_path, replace(SUMS["float32"], output=f'{SOFTMAX}\ncalibrate = "reference.csv"'))
-    with pytest.raises(ConfigError, match="calibrate on data that was held out from training"):
+    with pytest.raises(ConfigError, match="calibrate on data held out from training"):
         pack.pack(spec, KEY)
 
 

@@ -95,8 +95,11 @@ def test_golden_data_are_spread_over_what_is_given_and_few_are_enough(tmp_path: 
 @pytest.mark.parametrize(
     ("lines", "warning"),
     [
-        (['reference = "reference.csv"'], "no reference data: devices will not watch this model for drift"),
-        (['golden = "golden.csv"'], "no golden data: a device cannot tell whether its CPU computes what yours does"),
+        (['reference = "reference.csv"'], "no reference data: devices will not monitor this model for drift"),
+        (
+            ['golden = "golden.csv"'],
+            "no golden data: a device cannot check that its CPU computes the same outputs as yours",
+        ),
         (['card = { model = "CARD.md", data = "DATA.md" }'], "no data card ([card] data)"),
         ([', data = "DATA.md"'], "no data card ([card] data)"),
     ],
@@ -275,7 +278,7 @@ def test_a_zip_is_the_same_bundle(tmp_path: Path) -> None:
 
 def test_a_folder_with_anything_else_in_it_is_never_deleted(tmp_path: Path) -> None:
     made = pack.pack(write_spec(tmp_path), KEY)
-    with pytest.raises(UsageError, match=r"holds CARD\.md, which is of no bundle and would be deleted"):
+    with pytest.raises(UsageError, match=r"holds CARD\.md, which is no bundle file and would be deleted"):
         pack.write_bundle(made, tmp_path)
     home = folder(tmp_path, "home")
     pack.write_bundle(made, home)
@@ -287,10 +290,10 @@ def test_a_folder_with_anything_else_in_it_is_never_deleted(tmp_path: Path) -> N
 
 def test_a_file_in_the_way_is_never_deleted(tmp_path: Path) -> None:
     made = pack.pack(write_spec(tmp_path), KEY)
-    with pytest.raises(UsageError, match="is there and is no folder"):
+    with pytest.raises(UsageError, match="exists and is no folder"):
         pack.write_bundle(made, tmp_path / "CARD.md")
     (tmp_path / "notes.zip").write_text("notes")
-    with pytest.raises(UsageError, match=r"is there and is no \.zip"):
+    with pytest.raises(UsageError, match=r"exists and is no \.zip"):
         pack.write_bundle(made, tmp_path / "notes.zip")
     with pytest.raises(UsageError, match="cannot be written: File exists"):
         pack.write_bundle(made, tmp_path / "CARD.md" / "below")

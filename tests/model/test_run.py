@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from agent.cli import main
 from agent.cli.model.group import model as command
-from agent.datasets import csv_table
 from agent.datasets.readers import TableReader
+from agent.datasets.tables import BLOCK_BYTES
 from agent.errors import BadBundle, UsageError
 from agent.evaluation.predict import output
 from agent.evaluation.predict import run as running
@@ -50,13 +50,13 @@ def run(*args: object) -> Result:
     return CliRunner().invoke(command, ["run", *(str(arg) for arg in args)])
 
 
-def work(bundle: Path, block: int = csv_table.BLOCK_BYTES, *, raw: bool = True) -> BatchPredictor:
+def work(bundle: Path, block: int = BLOCK_BYTES, *, raw: bool = True) -> BatchPredictor:
     found = bundles.read(bundle, None)
     loaded = Inference(found.manifest, inference.load_model(found.manifest, found.model_bytes))
     return BatchPredictor(found, loaded, raw=raw, block_bytes=block)
 
 
-def over(bundle: Path, source: Path, out: Path, block: int = csv_table.BLOCK_BYTES) -> RunTotals:
+def over(bundle: Path, source: Path, out: Path, block: int = BLOCK_BYTES) -> RunTotals:
     return work(bundle, block).predict_file(source, out, lambda *_: None)
 
 
@@ -237,7 +237,7 @@ def test_what_was_done_of_a_folder_is_not_done_again_after_a_kill(
 
 def test_memory_does_not_grow_with_the_file(tabular: Path, tmp_path: Path) -> None:
     small, large = (write_rows(tmp_path / f"{n}.csv", n) for n in (100_000, 1_500_000))
-    assert large.stat().st_size > 10 * csv_table.BLOCK_BYTES > 10 * 2**20
+    assert large.stat().st_size > 10 * BLOCK_BYTES > 10 * 2**20
     assert peak_mib(tabular, large) < peak_mib(tabular, small) + 30
 
 

@@ -212,7 +212,7 @@ def test_data_of_other_columns_than_the_model_has_values_are_listed(tmp_path: Pa
     ("arguments", "why"),
     [
         (["--from", "none.tflite"], "none.tflite: cannot be read: No such file or directory"),
-        (["--from", "m.tflite", "-o", "there.toml"], "there.toml: is there already"),
+        (["--from", "m.tflite", "-o", "there.toml"], "there.toml: exists already"),
         (["--from", "m.tflite", "spec.toml"], "--from writes a SPEC and packs nothing"),
         (["--from", "m.tflite", "--data", "empty.csv"], "empty.csv: not a table: there is no row in it"),
         (["--from", "m.tflite", "--data", "none.csv"], "none.csv: cannot be read"),

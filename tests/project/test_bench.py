@@ -43,7 +43,7 @@ def test_a_ratio_that_is_worse_by_a_third_is_named_and_no_other(
     monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(page, "RATIOS", tmp_path / "ratios.json")
     page.write([MORE, LESS], [MORE, LESS])
-    (tmp_path / "page.md").write_text((tmp_path / "page.md").read_text() + "\n## What limits\n\nNothing.\n")
+    (tmp_path / "page.md").write_text((tmp_path / "page.md").read_text() + "\n## Limits\n\nNothing.\n")
     assert page.find_regressions([MORE, LESS]) == []
     slower, dearer = replace(MORE, ours=19.0), replace(LESS, ours=4.6)
     assert [sentence.split(":")[0] for sentence in page.find_regressions([slower, dearer])] == ["rate", "cost"]
@@ -51,7 +51,7 @@ def test_a_ratio_that_is_worse_by_a_third_is_named_and_no_other(
     page.write([MORE], [MORE])
     text = (tmp_path / "page.md").read_text()
     assert "| rate | 30 | 20 | rows/s | 1.5 | ≥ 1 | met |" in text
-    assert text.endswith("\n## What limits\n\nNothing.\n"), "what a person wrote is kept"
+    assert text.endswith("\n## Limits\n\nNothing.\n"), "the hand-written section is kept"
 
 
 def test_quick_ends_with_1_only_where_a_ratio_has_fallen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

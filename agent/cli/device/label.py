@@ -15,7 +15,7 @@ from agent.client import Client
 from agent.config import Config
 from agent.datasets import formats
 from agent.datasets.csv_table import CsvTable
-from agent.datasets.tables import ColumnType
+from agent.datasets.tables import ColumnType, TableOptions
 from agent.device.bundles import history
 from agent.device.intake.group_commit import GroupCommit
 from agent.device.intake.labels import LabelBatch
@@ -77,11 +77,12 @@ def read_labels(file: str) -> Iterator[ParsedLabel]:
     """Yield each line's number with its label, or the reason why it has none. Raises UsageError."""
     try:
         with formats.open_file(0 if file == "-" else Path(file)) as source:
-            table = formats.open_table(None, source, check_row=_find_foreign_member)
+            options = TableOptions(keep_invalid=True, check_row=_find_foreign_member)
+            table = formats.open_table(None, source, options)
             if isinstance(table, CsvTable):
                 _check_columns(file, table.columns)
             names = table.columns if isinstance(table, CsvTable) else list(_COLUMNS)
-            for block in table.read({name: _COLUMNS[name] for name in names}, keep_invalid=True):
+            for block in table.read({name: _COLUMNS[name] for name in names}):
                 yield from ((rejection.line, rejection.reason) for rejection in block.rejected)
                 for line, *values in zip(block.lines, *(block.columns[name] for name in names), strict=True):
                     yield line, _parse_label(dict(zip(names, values, strict=True)))

@@ -1,4 +1,4 @@
-"""`outstation fleet rollout …`: a bundle to the devices in steps, each on evidence."""
+"""`outstation fleet rollout`: bring a bundle to devices in steps, each promoted on evidence."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent import clock
-from agent.cli.fleet.common import fleet_option
+from agent.cli.fleet.common import fleet_option, open_for_reading, open_store
 from agent.cli.output import emit, json_option
 from agent.errors import LinkDown, StorageError, UsageError
 from agent.fleet import config as fleet_config
-from agent.fleet.config import FleetConfig
 from agent.fleet.database.interface import Connection
 from agent.text import printable
 from agent.wire import keys
@@ -29,12 +28,14 @@ if TYPE_CHECKING:
     from agent.fleet.rollout.journal import Rollout
     from agent.fleet.rollout.publisher import RolloutPublisher
 
-_force_option = click.option("--force", "forced", metavar="REASON", help="Do it all the same; the reason is on record.")
+_force_option = click.option(
+    "--force", "force_reason", metavar="REASON", help="Do it although rules forbid it; the reason is recorded."
+)
 
 
 @click.group("rollout")
 def rollout() -> None:
-    """Bring a bundle to devices in steps, each judged by what devices report; take it back where that is bad."""
+    """Bring a bundle to devices in steps. Reports of devices decide about promotion or rollback."""
 
 
 @rollout.command("start", epilog="Example: outstation fleet rollout start exercise-1.1.toml")
@@ -42,42 +43,53 @@ def rollout() -> None:
 @_force_option
 @fleet_option
 @json_option
-def start(file: Path, forced: str | None, folder: str | None, as_json: bool) -> None:
-    """Begin the roll-out that FILE describes, with its first step."""
+def start(file: Path, force_reason: str | None, folder: str | None, as_json: bool) -> None:
+    """Start the rollout that FILE describes, with its first step."""
     from agent.fleet.rollout import actions, bundles, plan
 
     home = fleet_config.find_folder(folder)
-    with _open_publisher(home) as desk:
-        wanted = bundles.resolve(plan.read(file), home)
-        _decide_and_publish(desk, lambda db, who, counter: actions.start(db, who, counter, wanted, forced), as_json)
+    with _open_publisher(home) as publisher:
+        resolved = bundles.resolve(plan.read(file), home)
+        _decide_and_publish(
+            publisher,
+            lambda db, operator, counter: actions.start(db, operator, counter, resolved, force_reason),
+            as_json,
+        )
 
 
 @rollout.command("status", epilog="Example: outstation fleet rollout status exercise-1-1 --watch")
 @click.argument("name", required=False)
-@click.option("--watch", is_flag=True, help="A live table, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Show a live table until Ctrl-C.")
 @fleet_option
 @json_option
 def status(name: str | None, watch: bool, folder: str | None, as_json: bool) -> None:
-    """How far roll-outs came, by what they are judged and what they wait for: NAME, or all that are open."""
-    from agent.cli.fleet import fleet_rollout_screen as screen
+    """Show progress, rules and blockers of the rollout NAME, or of all open rollouts."""
+    from agent.cli.fleet import rollout_table
 
-    store = _open_store(folder)
+    _, store = open_for_reading(folder)
     if watch and not as_json and sys.stdout.isatty():
         with contextlib.suppress(KeyboardInterrupt):
-            screen.watch(lambda: build_documents(store, name))
+            rollout_table.watch(lambda: build_documents(store, name))
         return
-    found = build_documents(store, name)
-    emit(found, as_json, lambda: screen.show(found))
+    documents = build_documents(store, name)
+    emit(documents, as_json, lambda: rollout_table.show(documents))
 
 
 @rollout.command("follow", epilog="Example: outstation fleet rollout follow exercise-1-1")
 @click.argument("names", metavar="[NAME]...", nargs=-1)
-@click.option("--every", "every_s", metavar="S", default=5.0, type=click.FloatRange(min=0.1), help="Judge so often; 5.")
+@click.option(
+    "--every",
+    "every_s",
+    metavar="S",
+    default=5.0,
+    type=click.FloatRange(min=0.1),
+    help="Evaluate the rules this often; default 5.",
+)
 @fleet_option
 def follow(names: tuple[str, ...], every_s: float, folder: str | None) -> None:
-    """Judge again and again, and promote, finish or abort by the plan's rules, until no roll-out is open.
+    """Evaluate rules repeatedly, and promote, finish or abort by them, until no rollout is open.
 
-    Exit 1 where one of them was aborted. Decides nothing that is paused, but for an abort.
+    A paused rollout is aborted if necessary, but not promoted. Exit 1 if one of the rollouts was aborted.
     """
     from agent.fleet.rollout import journal
     from agent.fleet.rollout.controller import RolloutController
@@ -86,19 +98,19 @@ def follow(names: tuple[str, ...], every_s: float, folder: str | None) -> None:
     stopped: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stopped.put(number))
-    with _open_publisher(fleet_config.find_folder(folder), by="follow") as desk:
-        with desk.store.snapshot() as db:
-            known = [journal.find(db, one).name for one in names]
+    with _open_publisher(fleet_config.find_folder(folder), role="follow") as publisher:
+        with publisher.store.snapshot() as db:
+            known = [journal.find(db, name).name for name in names]
             if not (known or journal.load_rollouts(db, only_open=True)):
-                raise UsageError("no roll-out is open; `outstation fleet rollout start FILE` begins one")
-        follower = RolloutController(desk, known or None, lambda line: click.echo(printable(line)))
-        while stopped.empty() and _tick(follower.tick):
+                raise UsageError("no rollout is open; `outstation fleet rollout start FILE` starts one")
+        controller = RolloutController(publisher, known or None, lambda line: click.echo(printable(line)))
+        while stopped.empty() and _tick(controller.tick):
             with contextlib.suppress(queue.Empty):
                 stopped.get(timeout=every_s)
                 break
-        with desk.store.snapshot() as db:
-            ended = [journal.find(db, one).state for one in {*known, *follower.followed_names}]
-    if "aborted" in ended:
+        with publisher.store.snapshot() as db:
+            states = [journal.find(db, name).state for name in {*known, *controller.followed_names}]
+    if "aborted" in states:
         sys.exit(1)
 
 
@@ -107,12 +119,12 @@ def follow(names: tuple[str, ...], every_s: float, folder: str | None) -> None:
 @fleet_option
 @json_option
 def pause(name: str, folder: str | None, as_json: bool) -> None:
-    """Promote NAME no further until it is resumed; devices stay as they are, and what is bad is still aborted."""
+    """Stop promoting NAME until it is resumed. Devices stay as they are, and rules may still abort it."""
     from agent.fleet.rollout import actions
 
-    with _open_publisher(fleet_config.find_folder(folder)) as desk:
-        seen = _find_rollout(desk, name)
-        _decide_and_publish(desk, lambda db, who, _: actions.pause(db, who, seen), as_json)
+    with _open_publisher(fleet_config.find_folder(folder)) as publisher:
+        current = _find_rollout(publisher, name)
+        _decide_and_publish(publisher, lambda db, operator, _: actions.pause(db, operator, current), as_json)
 
 
 @rollout.command("resume", epilog="Example: outstation fleet rollout resume exercise-1-1")
@@ -120,12 +132,12 @@ def pause(name: str, folder: str | None, as_json: bool) -> None:
 @fleet_option
 @json_option
 def resume(name: str, folder: str | None, as_json: bool) -> None:
-    """Go on with NAME, which was paused."""
+    """Resume NAME, which was paused."""
     from agent.fleet.rollout import actions
 
-    with _open_publisher(fleet_config.find_folder(folder)) as desk:
-        seen = _find_rollout(desk, name)
-        _decide_and_publish(desk, lambda db, who, _: actions.resume(db, who, seen), as_json)
+    with _open_publisher(fleet_config.find_folder(folder)) as publisher:
+        current = _find_rollout(publisher, name)
+        _decide_and_publish(publisher, lambda db, operator, _: actions.resume(db, operator, current), as_json)
 
 
 @rollout.command("promote", epilog='Example: outstation fleet rollout promote exercise-1-1 --force "seen on site"')
@@ -133,19 +145,21 @@ def resume(name: str, folder: str | None, as_json: bool) -> None:
 @_force_option
 @fleet_option
 @json_option
-def promote(name: str, forced: str | None, folder: str | None, as_json: bool) -> None:
-    """Take NAME to its next step, or finish it, where its rules allow; exit 1 with what is open where they do not."""
+def promote(name: str, force_reason: str | None, folder: str | None, as_json: bool) -> None:
+    """Promote NAME to its next step, or finish it, if its rules allow. Else print the blockers and exit 1."""
     from agent.fleet.rollout import actions
     from agent.fleet.rollout.status import load_snapshot
 
-    with _open_publisher(fleet_config.find_folder(folder)) as desk:
-        seen, now_us = _find_rollout(desk, name), clock.read().wall_us
-        with desk.store.snapshot() as db:
-            verdict = load_snapshot(db, seen, now_us).verdict
-        if seen.is_open and verdict.outcome not in ("promote", "finish") and forced is None:
-            _report_not_promoted(seen, verdict.blockers or [verdict.summary], as_json)
+    with _open_publisher(fleet_config.find_folder(folder)) as publisher:
+        current, now_us = _find_rollout(publisher, name), clock.read().wall_us
+        with publisher.store.snapshot() as db:
+            verdict = load_snapshot(db, current, now_us).verdict
+        if current.is_open and verdict.outcome not in ("promote", "finish") and force_reason is None:
+            _report_not_promoted(current, verdict.blockers or [verdict.summary], as_json)
         _decide_and_publish(
-            desk, lambda db, who, counter: actions.promote(db, who, counter, seen, verdict, forced), as_json
+            publisher,
+            lambda db, operator, counter: actions.promote(db, operator, counter, current, verdict, force_reason),
+            as_json,
         )
 
 
@@ -155,30 +169,32 @@ def promote(name: str, forced: str | None, folder: str | None, as_json: bool) ->
 @fleet_option
 @json_option
 def abort(name: str, reason: str, folder: str | None, as_json: bool) -> None:
-    """Stop NAME: every device goes back to what it ran before. The bundle is then held for a while."""
+    """Abort NAME: every device returns to its previous bundle, and does not try the bundle again for a while."""
     from agent.fleet.rollout import actions
 
-    with _open_publisher(fleet_config.find_folder(folder)) as desk:
-        seen = _find_rollout(desk, name)
-        _decide_and_publish(desk, lambda db, who, counter: actions.abort(db, who, counter, seen, reason), as_json)
+    with _open_publisher(fleet_config.find_folder(folder)) as publisher:
+        current = _find_rollout(publisher, name)
+        _decide_and_publish(
+            publisher, lambda db, operator, counter: actions.abort(db, operator, counter, current, reason), as_json
+        )
 
 
 def build_documents(store: FleetStore, name: str | None) -> list[dict[str, Any]]:
-    """The roll-out `name`, or all open ones, or the newest where none is."""
+    """Return the status of the rollout `name`; without a name of all open rollouts, or else of the newest."""
     from agent.fleet.rollout import journal
     from agent.fleet.rollout.status import build_status, load_snapshot
 
     now_us = clock.read().wall_us
     with store.snapshot() as db:
         if name is not None:
-            found = [journal.find(db, name)]
+            rollouts = [journal.find(db, name)]
         else:
-            found = journal.load_rollouts(db, only_open=True) or journal.load_rollouts(db)[-1:]
-        return [build_status(db, load_snapshot(db, one, now_us), now_us) for one in found]
+            rollouts = journal.load_rollouts(db, only_open=True) or journal.load_rollouts(db)[-1:]
+        return [build_status(db, load_snapshot(db, entry, now_us), now_us) for entry in rollouts]
 
 
 def _tick(tick: Callable[[float], bool]) -> bool:
-    """Whether there is more to do; a database that fails for a while is waited for."""
+    """Return True while a rollout is open; a failing database is tried again."""
     try:
         return tick(clock.boot_seconds())
     except StorageError as error:
@@ -187,8 +203,7 @@ def _tick(tick: Callable[[float], bool]) -> bool:
 
 
 @contextlib.contextmanager
-def _open_publisher(home: Path, by: str = "operator") -> Iterator[RolloutPublisher]:
-    from agent.fleet.database.store import FleetStore
+def _open_publisher(home: Path, role: str = "operator") -> Iterator[RolloutPublisher]:
     from agent.fleet.rollout.publisher import RolloutPublisher
     from agent.transport.mqtt import Link
 
@@ -197,20 +212,8 @@ def _open_publisher(home: Path, by: str = "operator") -> Iterator[RolloutPublish
     # The certificate for commands: `fleet watch` keeps its own connection.
     broker = config.broker_for(config.commander or config.operator)
     client = f"outstation-{config.fleet.name}-rollout-{os.getpid()}"
-    store = FleetStore(config.fleet.db, partitions=config.fleet.partitions)
-    try:
-        yield RolloutPublisher(store, config.fleet.name, home, key, lambda: Link(broker, client), role=by)
-    finally:
-        store.close()
-
-
-def _open_store(folder: str | None) -> FleetStore:
-    from agent.fleet.database.store import FleetStore
-
-    config: FleetConfig = fleet_config.load(fleet_config.find_folder(folder))
-    store = FleetStore(config.fleet.db, read_only=True)
-    click.get_current_context().call_on_close(store.close)
-    return store
+    with open_store(config) as store:
+        yield RolloutPublisher(store, config.fleet.name, home, key, lambda: Link(broker, client), role=role)
 
 
 def _find_rollout(publisher: RolloutPublisher, name: str) -> Rollout:
@@ -223,10 +226,10 @@ def _find_rollout(publisher: RolloutPublisher, name: str) -> Rollout:
 def _decide_and_publish(
     publisher: RolloutPublisher, action: Callable[[Connection, RolloutOperator, int], Rollout], as_json: bool
 ) -> None:
-    """Decide and publish; exit 1 where the broker could not be told."""
+    """Record a decision and publish it. Raises LinkDown if the broker cannot be reached."""
     from agent.fleet.rollout import journal
 
-    done, trouble = publisher.execute(action)
+    done, publish_error = publisher.execute(action)
     with publisher.store.snapshot() as db:
         summary = str(journal.load_decision_rows(db, done.name)[-1][4])
     document = {
@@ -234,27 +237,23 @@ def _decide_and_publish(
         "state": done.state,
         "step": done.step,
         "summary": summary,
-        "published": not trouble,
-        "publish_error": trouble,
+        "published": not publish_error,
+        "publish_error": publish_error,
     }
     emit(document, as_json, lambda: click.echo(printable(f"{done.name}: {summary}")))
-    if trouble:
-        later = "it is decided; `outstation fleet rollout follow`, or the next command, publishes it"
-        raise LinkDown(f"{trouble}: {later}")
+    if publish_error:
+        hint = "the decision is recorded; `outstation fleet rollout follow`, or the next command, publishes it"
+        raise LinkDown(f"{publish_error}: {hint}")
 
 
-def _report_not_promoted(current: Rollout, open_conditions: list[str], as_json: bool) -> None:
-    said = f"{current.name} is not promoted from {current.current_step.label}; it waits for"
+def _report_not_promoted(current: Rollout, blockers: list[str], as_json: bool) -> None:
+    text = f"{current.name} is not promoted from {current.current_step.label}: {'; '.join(blockers)}"
     document = {
         "rollout": current.name,
         "state": current.state,
         "step": current.step,
         "promoted": False,
-        "blockers": open_conditions,
+        "blockers": blockers,
     }
-    emit(
-        document,
-        as_json,
-        lambda: click.echo(printable(f"{said}: {'; '.join(open_conditions)}. --force REASON does so.")),
-    )
+    emit(document, as_json, lambda: click.echo(printable(f"{text}. --force REASON promotes it anyway.")))
     sys.exit(1)

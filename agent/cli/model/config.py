@@ -1,4 +1,4 @@
-"""`outstation model config`: what a device's config needs for a bundle."""
+"""Command `outstation model config`: the sections of a device's config for a bundle."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ _path = click.Path(path_type=Path)
 
 @click.command("config", epilog="Example: outstation model config theirs --key publisher.key.pub >> outstation.toml")
 @click.argument("bundle", type=_path)
-@click.option("--name", help="Of stream and task; default the bundle's name.")
-@click.option("--key", "public", help="The publisher's public key, text or file, for [publishers]; it is verified.")
+@click.option("--name", help="Name of stream and task; default the bundle's name.")
+@click.option(
+    "--key", "public", help="Publisher's public key, text or file, for [publishers]; the bundle must be signed by it."
+)
 @json_option
 def config_command(bundle: Path, name: str | None, public: str | None, as_json: bool) -> None:
-    """A stream and a task for BUNDLE, as sections of a device's config."""
+    """Print a stream and a task for BUNDLE, as sections of a device's config."""
     from agent.model.bundle import bundle as bundles
 
     key = keys.load_public(public) if public else None
-    found = bundles.read(bundle, [key] if key else None)
-    name = name or found.manifest.name
+    manifest = bundles.read(bundle, [key] if key else None).manifest
+    name = name or manifest.name
     if not is_name(name):
         raise UsageError(f"--name {name}: must be 1-64 of a-z 0-9 . _ - and start with a letter or digit")
     lines = ["", f'[publishers]\nkeys = ["{key.text}"]'] if key else [""]
-    lines += [f"[streams.{_toml_key(name)}]", _format_stream(bundle, name, found.manifest.input)]
+    lines += [f"[streams.{_toml_key(name)}]", _format_stream(bundle, name, manifest.input)]
     lines += [
         f"[tasks.{_toml_key(name)}]",
         f"stream = {_toml_string(name)}",
@@ -46,11 +48,11 @@ def config_command(bundle: Path, name: str | None, public: str | None, as_json: 
 
 
 def _format_stream(bundle: Path, name: str, spec: ModelInput) -> str:
-    if (made := spec.image or spec.sound) is not None:
-        return f'source = {{ kind = "files", folder = {_toml_string(name)}, {media.to_toml(made)} }}'
+    if (media_format := spec.image or spec.sound) is not None:
+        return f'source = {{ kind = "files", folder = {_toml_string(name)}, {media.to_toml(media_format)} }}'
     if len(spec.fields) > config.MAX_FIELDS:
         raise UsageError(
-            f"{bundle}: takes {len(spec.fields)} fields, a stream has {config.MAX_FIELDS} at most; pack it with a "
+            f"{bundle}: needs {len(spec.fields)} fields, a stream has {config.MAX_FIELDS} at most; pack it with a "
             "window of rows of fewer fields, or with image or sound"
         )
     units = spec.units or [""] * len(spec.fields)
@@ -62,10 +64,10 @@ def _format_stream(bundle: Path, name: str, spec: ModelInput) -> str:
 
 
 def _toml_key(name: str) -> str:
-    """Quoted where a dot would mean another section."""
+    """Quote the name if a dot in it would mean another section."""
     return _toml_string(name) if "." in name else name
 
 
 def _toml_string(value: str) -> str:
-    """JSON's strings are TOML's."""
+    """Quote a string: those of JSON are TOML, too."""
     return json.dumps(value, ensure_ascii=False)

@@ -105,7 +105,7 @@ def evaluate(
 
 
 def _require_existing(*paths: Path | None) -> None:
-    """Raises UsageError, before the model is loaded."""
+    """Raise UsageError, before the model is loaded."""
     for path in paths:
         if path is not None and not path.exists():
             raise UsageError(f"{path}: no such file")
@@ -138,7 +138,7 @@ def _write_reports(evaluation: Evaluation, html: Path | None, folder: Path | Non
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Raises UsageError."""
+    """Raise UsageError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`outstation model …`: make, sign and check bundles."""
+"""Command group `outstation model`: make, sign and check bundles."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _path = click.Path(path_type=Path)
 
 @click.group()
 def model() -> None:
-    """Bundles: a model with its labels, drift reference, golden vectors and cards, signed."""
+    """Make, check and run bundles: a model with labels, drift reference, golden vectors and cards, signed."""
 
 
 model.add_command(run)
@@ -39,7 +39,7 @@ model.add_command(config_command)
 @click.argument("file", type=_path)
 @json_option
 def keygen(file: Path, as_json: bool) -> None:
-    """Make a publisher's key; devices trust its public half from [publishers] keys."""
+    """Generate a publisher's key; devices trust its public half from [publishers] keys."""
     key = keys.generate(file).public
     document = {"file": str(file), "key": key.text, "thumbprint": key.kid}
     emit(
@@ -51,74 +51,73 @@ def keygen(file: Path, as_json: bool) -> None:
 
 @model.command(epilog="Example: outstation model pack bundle.toml -o exercise --key publisher.key")
 @click.argument("spec", type=_path, required=False)
-@click.option("-o", "--out", type=_path, help="The bundle's folder, or a .zip; with --from the SPEC to write.")
-@click.option("--key", "key_file", type=_path, help="The publisher's key; without it the bundle stays unsigned.")
-@click.option("--from", "tflite", type=_path, help="Write a SPEC to fill in for this .tflite instead.")
-@click.option("--data", type=_path, help="With --from: CSV or Parquet beside the model, whose columns are its fields.")
+@click.option("-o", "--out", type=_path, help="Folder or .zip of the bundle; with --from the SPEC to write.")
+@click.option("--key", "key_file", type=_path, help="Publisher's key; without it the bundle stays unsigned.")
+@click.option("--from", "tflite", type=_path, help="Write a SPEC to complete for this .tflite instead.")
+@click.option("--data", type=_path, help="With --from: CSV, JSON Lines or Parquet of the model's fields.")
 @json_option
 def pack(
     spec: Path | None, out: Path | None, key_file: Path | None, tflite: Path | None, data: Path | None, as_json: bool
 ) -> None:
-    """Make a bundle from SPEC, and say what it lacks; or, with --from, a SPEC from a model."""
+    """Make a bundle from SPEC, with warnings of what it lacks; with --from, make a SPEC from a model."""
     from agent.authoring import pack as packing
 
     if tflite is not None:
         if spec is not None or key_file is not None:
-            raise UsageError("--from writes a SPEC and packs nothing; fill the SPEC in, then pack that")
+            raise UsageError("--from writes a SPEC and packs nothing; complete the SPEC, then pack that")
         _write_spec(tflite, out, data, as_json)
         return
     if spec is None or out is None or data is not None:
         raise UsageError(
-            "give SPEC and -o, the bundle to make; or --from MODEL.tflite, with --data where there is some, for a SPEC"
+            "give SPEC and -o, the bundle to make; or --from MODEL.tflite, and --data if there is some, for a SPEC"
         )
     packed = packing.pack(spec, keys.load_private(key_file) if key_file else None)
-    # The same content needs no new signature: who has no key can still rebuild and compare.
+    # The same content needs no new signature, so that anybody can rebuild and compare.
     if key_file is None:
         packing.reuse_signature(packed, out)
     packing.write_bundle(packed, out)
     document = {"bundle": str(out), "digest": packed.digest, "warnings": packed.warnings, "notes": packed.notes}
-    said = [f"{out} {packed.digest}", *packed.notes, *(f"warning: {w}" for w in packed.warnings)]
-    emit(document, as_json, lambda: click.echo("\n".join(said)))
+    lines = [f"{out} {packed.digest}", *packed.notes, *(f"warning: {w}" for w in packed.warnings)]
+    emit(document, as_json, lambda: click.echo("\n".join(lines)))
 
 
 def _write_spec(tflite: Path, out: Path | None, data: Path | None, as_json: bool) -> None:
     from agent.authoring import scaffold
 
-    begun = scaffold.scaffold_spec(tflite, out, data)
+    spec = scaffold.scaffold_spec(tflite, out, data)
     if out is not None:
-        scaffold.write_spec(begun, out)
-    document = {"spec": str(out) if out else None, "kind": begun.kind, "text": begun.text}
-    said = (
-        begun.text if out is None else f"{out} written, kind {begun.kind}: {begun.rationale}. Look at every line of it."
-    )
-    emit(document, as_json, lambda: click.echo(said, nl=out is not None))
+        scaffold.write_spec(spec, out)
+    document = {"spec": str(out) if out else None, "kind": spec.kind, "text": spec.text}
+    text = spec.text if out is None else f"{out} written, kind {spec.kind}: {spec.rationale}. Check every line of it."
+    emit(document, as_json, lambda: click.echo(text, nl=out is not None))
 
 
 @model.command("reference", epilog="Example: outstation model reference quiet.npz --spec bundle.toml -o reference.json")
 @click.argument("data", type=_path)
-@click.option("--bundle", type=_path, help="For the model of this bundle.")
-@click.option("--spec", type=_path, help="For the model that this SPEC names.")
-@click.option("-o", "--out", required=True, type=_path, help="The file to write.")
+@click.option("--bundle", type=_path, help="Bundle whose model the reference is for.")
+@click.option("--spec", type=_path, help="SPEC whose model the reference is for.")
+@click.option("-o", "--out", required=True, type=_path, help="File to write.")
 @click.option(
-    "--held-out", is_flag=True, help="The model was not trained on DATA: its labels tell how good scores are."
+    "--held-out", is_flag=True, help="DATA are held out from training: their labels give the accuracy of scores."
 )
 @json_option
 def make_reference(
     data: Path, bundle: Path | None, spec: Path | None, out: Path, held_out: bool, as_json: bool
 ) -> None:
-    """Make a drift reference from DATA in which nothing drifts, in the order it was recorded."""
+    """Make a drift reference from DATA without drift, in the order they were recorded."""
     from agent.authoring import pack as packing
 
     if (bundle is None) == (spec is None):
         raise UsageError("give one of --bundle and --spec: a reference is made for a model")
-    made = packing.build_reference(data, *_load_model(bundle, spec), held_out=held_out)
+    reference = packing.build_reference(data, *_load_model(bundle, spec), held_out=held_out)
     try:
-        out.write_bytes(made.to_json())
+        out.write_bytes(reference.to_json())
     except OSError as error:
         raise UsageError(f"{out}: cannot be written: {error.strerror}") from None
-    document = {"file": str(out), "digest": made.digest, "windows": made.drift_windows, "warning": made.warning}
-    warning = f"\nwarning: {made.warning}" if made.warning else ""
-    emit(document, as_json, lambda: click.echo(f"{out} {made.digest}, {made.drift_windows} drift windows{warning}"))
+    windows, warning = reference.drift_windows, reference.warning
+    document = {"file": str(out), "digest": reference.digest, "windows": windows, "warning": warning}
+    text = f"{out} {reference.digest}, {windows} drift windows" + (f"\nwarning: {warning}" if warning else "")
+    emit(document, as_json, lambda: click.echo(text))
 
 
 def _load_model(bundle: Path | None, spec: Path | None) -> tuple[TfliteModel, Manifest]:
@@ -129,13 +128,13 @@ def _load_model(bundle: Path | None, spec: Path | None) -> tuple[TfliteModel, Ma
     from agent.model.sandbox import probe
 
     if bundle is not None:
-        found = bundles.read(builtin.resolve_path(bundle), None)
-        probe.probe(found).raise_for_failure()
-        return inference.load_model(found.manifest, found.model_bytes), found.manifest
+        loaded = bundles.read(builtin.resolve_path(bundle), None)
+        probe.probe(loaded).raise_for_failure()
+        return inference.load_model(loaded.manifest, loaded.model_bytes), loaded.manifest
     assert spec is not None
-    wanted = specs.read(spec)
-    file = spec.parent / wanted.model
-    draft = specs.to_manifest(spec, wanted)
+    settings = specs.read(spec)
+    file = spec.parent / settings.model
+    draft = specs.to_manifest(spec, settings)
     try:
         return inference.load_model(draft, file.read_bytes()), draft
     except OSError as error:
@@ -144,27 +143,28 @@ def _load_model(bundle: Path | None, spec: Path | None) -> tuple[TfliteModel, Ma
 
 @model.command(epilog="Example: outstation model sign exercise --key publisher.key")
 @click.argument("bundle", type=_path)
-@click.option("--key", "key_file", required=True, type=_path, help="The publisher's key.")
+@click.option("--key", "key_file", required=True, type=_path, help="Publisher's key.")
 @json_option
 def sign(bundle: Path, key_file: Path, as_json: bool) -> None:
-    """Sign a bundle folder, after checking that its files are what its manifest says."""
+    """Sign a bundle folder, after checking its files against its manifest."""
     from agent.model.bundle import bundle as bundles
 
     if not bundle.is_dir():
         raise UsageError(f"{bundle}: {'sign the folder, then zip it' if bundle.exists() else 'no such folder'}")
     key = keys.load_private(key_file)
-    found = bundles.read(bundle, None)
-    (bundle / "manifest.jws").write_bytes(bundles.sign(found.files["manifest.json"], key))
-    document = {"bundle": str(bundle), "digest": found.digest, "thumbprint": key.public.kid}
-    emit(document, as_json, lambda: click.echo(f"{bundle} {found.digest}\nsigned by {key.public.kid}"))
+    loaded = bundles.read(bundle, None)
+    digest = loaded.digest
+    (bundle / "manifest.jws").write_bytes(bundles.sign(loaded.files["manifest.json"], key))
+    document = {"bundle": str(bundle), "digest": digest, "thumbprint": key.public.kid}
+    emit(document, as_json, lambda: click.echo(f"{bundle} {digest}\nsigned by {key.public.kid}"))
 
 
 @model.command(epilog="Example: outstation model check exercise --key publisher.key.pub")
 @click.argument("bundle", type=_path)
-@click.option("--key", "public", help="The publisher's public key, as text or in a file.")
+@click.option("--key", "public", help="Publisher's public key, as text or in a file.")
 @json_option
 def check(bundle: Path, public: str | None, as_json: bool) -> None:
-    """Signature, hashes, load in a child process, golden vectors of BUNDLE, or of the one that ships by that name."""
+    """Check BUNDLE, a path or the name of a built-in bundle: signature, hashes, golden vectors in a child process."""
     document = _check_bundle(bundle, public)
     emit(document, as_json, lambda: _print(document))
     if not document["ok"]:
@@ -186,17 +186,17 @@ def _check_bundle(path: Path, public: str | None) -> dict[str, Any]:
 
     trusted = [keys.load_public(public)] if public else None
     try:
-        found = bundles.read(path, trusted)
+        bundle = bundles.read(path, trusted)
     except BadBundle as problem:
         add_check("signature and hashes", False, str(problem))
         return document
-    add_check("signature", *trust.check_signature(path, found, trusted))
-    add_check("hashes", True, f"{len(found.manifest.files)} files as the manifest says")
-    report = probe.probe(found)
-    for one in report.checks:
-        add_check(*one)
-    add_check("reference", *_check_reference(lambda: activation.read_reference(found)))
-    document |= {"name": found.manifest.name, "version": found.manifest.version, "digest": found.digest}
+    add_check("signature", *trust.check_signature(path, bundle, trusted))
+    add_check("hashes", True, f"{len(bundle.manifest.files)} files as in the manifest")
+    report = probe.probe(bundle)
+    for result in report.checks:
+        add_check(*result)
+    add_check("reference", *_check_reference(lambda: activation.read_reference(bundle)))
+    document |= {"name": bundle.manifest.name, "version": bundle.manifest.version, "digest": bundle.digest}
     document |= {"runtime": report.runtime or None, "ok": all(check["ok"] for check in document["checks"])}
     return document
 
@@ -207,12 +207,12 @@ def _check_reference(load: Callable[[], Reference | None]) -> tuple[bool, str]:
     except BadBundle as problem:
         return False, str(problem)
     if reference is None:
-        return True, "none: devices will not watch this model for drift"
+        return True, "none: devices will not monitor this model for drift"
     return True, f"{reference.drift_windows} drift windows" + (f"; {reference.warning}" if reference.warning else "")
 
 
 def _print(document: dict[str, Any]) -> None:
     click.echo(f"{document['name'] or 'bundle'} {document['version'] or ''} {document['digest'] or ''}".strip())
-    for one in document["checks"]:
-        mark = click.style("ok    ", fg="green") if one["ok"] else click.style("failed", fg="red")
-        click.echo(f"{mark}  {one['name']}: {one['detail']}")
+    for result in document["checks"]:
+        mark = click.style("ok    ", fg="green") if result["ok"] else click.style("failed", fg="red")
+        click.echo(f"{mark}  {result['name']}: {result['detail']}")

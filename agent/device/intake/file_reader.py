@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ import msgspec
 
 from agent.config import StreamConfig
 from agent.datasets import formats
-from agent.datasets.json_lines import JsonLinesTable, RowCheck
+from agent.datasets.json_lines import JsonLinesTable
 from agent.datasets.parquet_table import ParquetTable
-from agent.datasets.tables import ColumnType, FilePosition
+from agent.datasets.tables import ColumnType, FilePosition, TableOptions
 from agent.device.store.rows import RawColumns, row_bytes
 from agent.errors import RowRejected
 from agent.toml_files import did_you_mean
@@ -40,7 +40,9 @@ def read_blocks(
 
     Raises RowRejected if the file as a whole is not what the stream needs, UsageError for another format, OSError.
     """
-    table = formats.open_table(path, file, block_bytes=_READ_BYTES, check_row=_make_row_check(name, stream))
+    row_check = _make_row_check(name, stream)
+    options = TableOptions(_READ_BYTES, max_block_rows(stream), keep_invalid=True, check_row=row_check)
+    table = formats.open_table(path, file, options)
     types = {field.name: _COLUMN_TYPES.get(field.type, ColumnType.FLOAT) for field in stream.fields}
     types["t"] = ColumnType.TIME
     if not isinstance(table, JsonLinesTable):
@@ -48,8 +50,7 @@ def read_blocks(
         types = {column: types[column] for column in table.columns}
     if isinstance(table, ParquetTable) and "t" in types and table.has_naive_times("t"):
         raise RowRejected("column 't' holds timestamps without a time zone; write them with one, as UTC, or as seconds")
-    position = FilePosition(line=skip, row=skip)
-    for block in table.read(types, position, max_rows=max_block_rows(stream), keep_invalid=True):
+    for block in table.read(types, FilePosition(line=skip, row=skip)):
         columns: dict[str, Any] = dict(block.columns)
         t = columns.pop("t", None)
         if block.lines or block.rejected:
@@ -61,7 +62,7 @@ def max_block_rows(stream: StreamConfig) -> int:
     return max(1, min(MAX_BLOCK_ROWS, _MAX_BLOCK_BYTES // row_bytes(stream)))
 
 
-def _make_row_check(name: str, stream: StreamConfig) -> RowCheck:
+def _make_row_check(name: str, stream: StreamConfig) -> Callable[[dict[str, Any]], str | None]:
     """Return a function that says why a JSON object does not belong into this stream."""
     known = {field.name for field in stream.fields} | {"t", "stream"}
 

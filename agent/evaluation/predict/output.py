@@ -69,7 +69,7 @@ class PartialOutput:
     """`OUT.part`, locked; at the end it is renamed to OUT, or converted to Parquet."""
 
     def __init__(self, out: Path, columns: OutputColumns) -> None:
-        """Raises UsageError, FileBusy."""
+        """Raise UsageError, FileBusy."""
         self._out, self._columns, self.path = out, columns, partial_path(out)
         self._text = out.suffix == ".csv"
         self._arrow = _import_pyarrow(out, needed=not self._text)

@@ -23,8 +23,8 @@ from agent.evaluation.predict.ray_worker import MAX_ATTEMPTS, WindowShard, Worke
 NO_RAY = "--engine ray needs Ray, here and on every node: pip install 'outstation[ray]'"
 _CONNECT_TIMEOUT_S = 5.0
 _NO_CLUSTER_HINT = (
-    "start one with `ray start --head`, name it with --address HOST:PORT or RAY_ADDRESS, and run this on one of its nodes, "
-    "for example by `ray job submit -- outstation model run …`"
+    "start one with `ray start --head`, name it with --address HOST:PORT or RAY_ADDRESS, and run this on one of its "
+    "nodes, for example by `ray job submit -- outstation model run …`"
 )
 
 _WORKERS_DIED = (
@@ -52,7 +52,7 @@ class RayCluster:
         self._stdout_redirect = redirect_stdout(sys.stderr)
 
     def __enter__(self) -> RayCluster:
-        """Raises UsageError if the cluster cannot be reached."""
+        """Raise UsageError if the cluster cannot be reached."""
         _require_reachable(self._address)
         try:
             self._ray.init(self._address, log_to_driver=False, logging_level=logging.ERROR)
@@ -120,7 +120,7 @@ class _RayActor:
 
 
 def _require_reachable(address: str) -> None:
-    """Raises UsageError within seconds; Ray itself would try for a minute."""
+    """Raise UsageError within seconds; Ray itself would try for a minute."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")

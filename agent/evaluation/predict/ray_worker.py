@@ -120,7 +120,7 @@ class Worker:
         return BatchPredictor(bundle, loaded, raw=config.raw)
 
     def _require_shared_storage(self, job: FileJob) -> None:
-        """Raises UsageError if this node does not see the driver's folders."""
+        """Raise UsageError if this node does not see the driver's folders."""
         if not job.source.exists():
             raise UsageError(f"{job.source} does not exist; {SHARED_STORAGE_HINT}, or run it without --engine ray")
         marker = self._config.marker

@@ -14,8 +14,7 @@ import numpy as np
 from agent import durable_files
 from agent.datasets import media, readers
 from agent.datasets.blocks import FILE_COLUMN, BlockReader, RowBlock
-from agent.datasets.csv_table import BLOCK_BYTES
-from agent.datasets.tables import FilePosition
+from agent.datasets.tables import BLOCK_BYTES, FilePosition
 from agent.errors import UsageError
 from agent.evaluation.predict import output
 from agent.evaluation.predict.ledger import FileJob, RunLedger, RunTotals

@@ -1,4 +1,4 @@
-"""Whoever starts next knows which model the agent died in, and is not misled by power cuts, errors or torn bytes."""
+"""Crash marker: the next start knows which model ended the daemon; power cuts and torn writes do not count."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_process_that_dies_within_the_model_leaves_its_mark(tmp_path: Path, si
     assert (left.task, left.digest, left.boot) == ("sort", "sha256:bad", clock.boot_id())
 
 
-def test_two_deaths_leave_marks_that_can_be_told_apart(tmp_path: Path) -> None:
+def test_two_crashes_leave_different_markers(tmp_path: Path) -> None:
     found = []
     for _ in range(2):
         died(tmp_path, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A bundle that ended the agent twice in a row is set aside; a healthy one that was killed is not."""
+"""Quarantine: a bundle that ended the daemon twice in a row; a healthy one that was killed is not quarantined."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def device(tmp_path: Path, bundles: dict[str, Path]) -> Iterator[Device]:
 
 
 def dies(device: Device, digest: str, task: str = "sort") -> None:
-    """The agent ends while that bundle is loaded or run: its mark stays."""
+    """Leave the crash marker of a daemon that ended while that bundle was loaded or ran."""
     device.store.close()
     mark = CrashRecord(task, digest, clock.boot_id(), str(next(NUMBERS)))
     (device.conf.data_dir / crash_marker.FILE).write_bytes(crash_marker._encode(mark))
@@ -52,7 +52,7 @@ def audits(device: Device, event: str) -> list[dict[str, Any]]:
 
 
 def alerts(device: Device) -> list[tuple[str, str, str]]:
-    """(id, state, severity) of all model alerts."""
+    """Return (id, state, severity) of all model alerts."""
     found = [body for body in device.messages() if body.get("alert") == "model"]
     return [(body["id"], body["state"], body["severity"]) for body in found]
 
@@ -68,7 +68,7 @@ def test_one_death_sets_nothing_aside(device: Device) -> None:
     assert (set_aside(device), alerts(device)) == (set(), [])
 
 
-def test_after_a_second_death_in_a_row_the_one_before_resumes_and_it_is_said_with_the_numbers(device: Device) -> None:
+def test_after_two_crashes_in_a_row_the_previous_bundle_resumes(device: Device) -> None:
     device.crash("2")
     bad = device.digest("2")
     dies_and_starts(device, bad)
@@ -99,7 +99,7 @@ def test_it_stays_aside_over_restarts_and_status_says_so(device: Device) -> None
     assert (task["quarantined_bundles"], task["rolled_back_to"]) == ([bad], device.digest("1"))
 
 
-def test_a_healthy_model_that_is_killed_while_it_runs_is_not_set_aside_however_often(device: Device) -> None:
+def test_a_healthy_model_that_is_often_killed_is_not_quarantined(device: Device) -> None:
     device.crash("2")
     for _ in range(4):
         dies_and_starts(device, device.digest("2"))
@@ -107,7 +107,7 @@ def test_a_healthy_model_that_is_killed_while_it_runs_is_not_set_aside_however_o
     assert (set_aside(device), alerts(device)) == (set(), [])
 
 
-def test_a_batch_of_another_bundle_does_not_prove_the_one_that_ended_the_agent(device: Device) -> None:
+def test_a_batch_of_another_bundle_does_not_reset_the_crash_count(device: Device) -> None:
     device.crash("2")
     bad = device.digest("2")
     dies(device, bad)
@@ -130,7 +130,7 @@ def test_deaths_of_two_bundles_are_not_added_up(device: Device) -> None:
     assert set_aside(device) == set()
 
 
-def test_a_mark_is_counted_once_though_the_start_that_found_it_died_too(
+def test_a_marker_counts_once_even_if_the_next_start_crashes_too(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(*_: object) -> None:
@@ -149,7 +149,7 @@ def test_a_mark_is_counted_once_though_the_start_that_found_it_died_too(
     assert set_aside(device) == set()
 
 
-def test_without_a_bundle_to_go_back_to_the_task_stops_and_its_readings_wait(device: Device) -> None:
+def test_without_a_previous_bundle_the_task_stops_and_its_readings_wait(device: Device) -> None:
     bad = device.digest("1")
     dies_and_starts(device, bad)
     dies_and_starts(device, bad)
@@ -166,7 +166,7 @@ def test_without_a_bundle_to_go_back_to_the_task_stops_and_its_readings_wait(dev
     assert (device.store.first_row("cells"), device.store.cursor("sort")) == (1, None)
 
 
-def test_an_operator_runs_it_all_the_same_with_a_rollback_and_then_it_may_die_twice_more(device: Device) -> None:
+def test_a_rollback_to_a_quarantined_bundle_resets_its_crash_count(device: Device) -> None:
     bad = device.digest("1")
     dies_and_starts(device, bad)
     dies_and_starts(device, bad)
@@ -194,7 +194,7 @@ def test_a_rollback_from_the_one_that_resumed_clears_the_alert(device: Device) -
     assert device.runs() == "2"
 
 
-def test_another_configured_bundle_ends_it_and_the_old_one_may_then_be_configured_anew(device: Device) -> None:
+def test_another_configured_bundle_ends_the_quarantine(device: Device) -> None:
     device.crash("2")
     bad = device.digest("2")
     dies_and_starts(device, bad)
@@ -214,7 +214,7 @@ def test_where_the_one_that_resumed_dies_twice_as_well_the_task_stops(device: De
     assert set_aside(device) == {device.digest("1"), device.digest("2")}
 
 
-def test_a_bundle_an_operator_went_back_to_that_dies_gives_way_to_the_configured_one(device: Device) -> None:
+def test_a_crashing_rollback_target_gives_way_to_the_configured_bundle(device: Device) -> None:
     device.crash("2")
     device.obey("rollback", task="sort")
     for _ in range(2):
@@ -224,7 +224,7 @@ def test_a_bundle_an_operator_went_back_to_that_dies_gives_way_to_the_configured
     assert (device.runs(), set_aside(device)) == ("2", {device.digest("1")})
 
 
-def test_a_new_bundle_that_dies_while_it_is_loaded_never_counts_as_activated(
+def test_a_bundle_that_crashes_while_it_loads_is_never_activated(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dies(device, device.digest("2"))

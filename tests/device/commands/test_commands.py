@@ -1,4 +1,4 @@
-"""Commands on the device: obeyed once, refused with a reason, and never a way to wear the device out."""
+"""Remote commands: executed once, refused with a reason, and no way to wear out the device."""
 
 from __future__ import annotations
 
@@ -80,9 +80,7 @@ def test_an_unsigned_and_an_altered_command_are_refused(desk: Desk) -> None:
         (b'"name":"report","args":{"task":["a"]}', "malformed payload"),
     ],
 )
-def test_a_signed_command_that_two_readers_could_read_differently_is_refused(
-    desk: Desk, payload: bytes, reason: str
-) -> None:
+def test_a_signed_command_with_ambiguous_json_is_refused(desk: Desk, payload: bytes, reason: str) -> None:
     plain = desk.operator.command("report").payload.replace(b',"args":{}', b"")
     changed = plain.replace(b'"name":"report"', payload)
     token = jws.sign(desk.operator.key, TOPIC, changed)
@@ -109,7 +107,7 @@ def test_a_replay_after_a_restart_is_refused(desk: Desk) -> None:
     assert desk.refused(command) == "replayed"
 
 
-def test_after_a_database_was_restored_only_what_has_not_expired_can_be_replayed(desk: Desk) -> None:
+def test_a_restored_database_lets_only_unexpired_commands_be_replayed(desk: Desk) -> None:
     command = desk.operator.command("rollback", args={"task": "a"})
     desk.store.close()
     backup = {path: path.read_bytes() for path in desk.folder.iterdir() if path.is_file()}
@@ -197,7 +195,7 @@ def test_a_command_that_is_none_is_answered_with_the_reason(
     assert why in answer.summary
 
 
-def test_a_crash_between_claim_and_effect_repeats_nothing_and_is_told(tmp_path: Path) -> None:
+def test_a_crash_between_claim_and_effect_repeats_nothing(tmp_path: Path) -> None:
     class Crash(Exception):
         pass
 
@@ -219,7 +217,7 @@ def test_a_crash_between_claim_and_effect_repeats_nothing_and_is_told(tmp_path: 
     desk.store.close()
 
 
-def test_a_crash_within_the_commit_of_the_effect_undoes_effect_answer_and_log_together(tmp_path: Path) -> None:
+def test_a_crash_in_the_effects_commit_undoes_effect_answer_and_log(tmp_path: Path) -> None:
     class Crash(Exception):
         pass
 
@@ -261,7 +259,7 @@ def test_with_a_full_disk_the_operator_hears_that_nothing_was_done(desk: Desk, m
 
 
 class Said:
-    """A session that the broker confirms everything of, or nothing."""
+    """Session of a broker that confirms everything, or nothing."""
 
     def __init__(self, *, confirms: bool = True) -> None:
         self.messages: list[OutgoingMessage] = []
@@ -274,7 +272,7 @@ class Said:
         return self.confirms
 
 
-def test_an_answer_that_no_broker_confirmed_goes_again_with_the_next_connection_and_then_no_more(desk: Desk) -> None:
+def test_an_unconfirmed_answer_is_sent_again_once(desk: Desk) -> None:
     desk.obey(desk.operator.command())
     lost = Said(confirms=False)
     desk.commands.on_connected()
@@ -296,7 +294,7 @@ def test_an_answer_that_no_broker_confirmed_goes_again_with_the_next_connection_
     assert nothing.messages == []
 
 
-def test_more_commands_than_wait_at_once_are_refused_as_busy_and_can_be_sent_again(desk: Desk) -> None:
+def test_commands_beyond_the_queue_are_refused_as_busy(desk: Desk) -> None:
     for _ in range(16):
         desk.commands.accept(desk.operator.command())
     late = desk.operator.command()
@@ -313,7 +311,7 @@ def test_a_device_without_operators_does_not_listen(tmp_path: Path) -> None:
 
 
 def flood(desk: Desk, refusals: Refusals, n: int, every_s: float = 0.001) -> ClockReading:
-    """Forged commands, one after the other, as the uplink sees them; when the last one came."""
+    """Deliver forged commands one after the other; return the time of the last."""
     forged = Operator(key=new_key(9)).command()
     now = NOW
     for i in range(n):
@@ -326,7 +324,7 @@ def flood(desk: Desk, refusals: Refusals, n: int, every_s: float = 0.001) -> Clo
     return now
 
 
-def test_ten_thousand_forged_commands_make_one_alert_a_few_commits_and_no_memory(desk: Desk) -> None:
+def test_forged_commands_make_one_alert_a_few_commits_and_no_memory(desk: Desk) -> None:
     refusals = Refusals(desk.store, desk.author)
     before = desk.store._db.total_changes
     end = flood(desk, refusals, 10_000, every_s=0.03)
@@ -351,7 +349,7 @@ def test_the_alert_is_cleared_after_a_quiet_hour_and_not_before(desk: Desk) -> N
     assert [alert["state"] for alert in desk.store.recent_alerts(10)] == ["cleared", "raised"]
 
 
-def test_an_alert_that_was_open_when_the_agent_stopped_is_cleared_a_quiet_hour_after_the_start(desk: Desk) -> None:
+def test_an_open_refusal_alert_clears_a_quiet_hour_after_the_start(desk: Desk) -> None:
     flood(desk, Refusals(desk.store, desk.author), 1)
     again = Refusals(desk.store, desk.author)
     start = ClockReading(NOW.wall_us, 5.0, "synced")

@@ -1,4 +1,4 @@
-"""A device changes its signing key: whatever step a crash comes after, the log goes on and every message verifies."""
+"""Key rotation: after a crash at any step the log goes on and every message verifies."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TIME = "2026-11-24T22:18:01.000000Z"
 
 
 class Device:
-    """One device in this process, to be closed and opened like after a crash."""
+    """Device in this process, which tests close and reopen as after a crash."""
 
     def __init__(self, folder: Path, given: SigningKey) -> None:
         self.folder, self.given, self.operator = folder, given, Operator()
@@ -121,9 +121,7 @@ def kid_of(delivery: IncomingMessage) -> str:
     return jws.claimed_kid(delivery.tokens[0])
 
 
-def test_after_a_rotation_the_log_goes_on_with_the_new_key_and_everything_verifies_in_one_batch(
-    device: Device, collector: Collector
-) -> None:
+def test_after_a_rotation_everything_verifies_in_one_batch(device: Device, collector: Collector) -> None:
     device.write(3)
     assert device.rotate()
     device.write(3)
@@ -149,9 +147,7 @@ def test_a_backlog_that_comes_after_the_rotation_is_still_taken(device: Device, 
     assert audit(collector.store).passed
 
 
-def test_messages_of_the_new_key_that_come_first_are_refused_and_taken_when_they_come_again(
-    device: Device, collector: Collector
-) -> None:
+def test_messages_of_the_new_key_are_refused_until_the_rotation_arrives(device: Device, collector: Collector) -> None:
     device.rotate()
     device.write(2)
     sent = device.messages()
@@ -173,9 +169,7 @@ def test_a_rotation_that_comes_twice_changes_nothing_the_second_time(device: Dev
     assert security_alerts(collector) == []
 
 
-def test_a_key_can_be_rotated_twice_but_only_once_the_collector_knows_the_first_new_one(
-    device: Device, collector: Collector
-) -> None:
+def test_a_second_rotation_waits_for_the_first_to_be_acknowledged(device: Device, collector: Collector) -> None:
     assert device.rotate()
     assert not device.rotate()
     collector._store(device.messages())
@@ -216,18 +210,14 @@ def test_the_old_key_cannot_start_another_log_after_the_rotation(device: Device,
     assert refusals(collector) == {"retired key": 1}
 
 
-def test_what_the_old_key_signed_in_an_earlier_log_stays_valid_in_the_audit(
-    device: Device, collector: Collector
-) -> None:
+def test_messages_of_the_old_key_in_an_earlier_log_stay_valid(device: Device, collector: Collector) -> None:
     collector._store([MessageSender(key=new_key(1)).health().to_incoming()])
     device.rotate()
     collector._store(device.messages())
     assert audit(collector.store).passed
 
 
-def test_a_message_of_the_old_key_above_the_rotation_that_came_before_it_is_found_by_the_audit(
-    device: Device, collector: Collector
-) -> None:
+def test_the_audit_reports_a_message_of_the_old_key_after_the_rotation(device: Device, collector: Collector) -> None:
     device.rotate()
     sent = device.messages()
     last = len(sent)
@@ -249,7 +239,7 @@ def test_in_one_batch_with_the_rotation_such_a_message_is_refused(device: Device
 
 
 def rotate(sender: MessageSender, new: SigningKey, **changes: Any) -> SignedMessage:
-    """A rotation by `sender`, who uses the new key from then on; `changes` spoil the evidence."""
+    """Return a rotation message of `sender`, which then uses the new key; `changes` alter the evidence."""
     old = sender.key.public
     made = wire.build_evidence(FLEET, sender.device, sender.log, sender.seq + 1, old, new)
     sent = sender.append("audit", event=wire.ROTATION_EVENT, summary="", evidence={**made, **changes})
@@ -289,7 +279,7 @@ LOG = "7e57ab1e-0000-4000-8000-000000000000"
     ],
     ids=["none", "zeros", "device", "seq", "log", "other key", "swapped", "short", "small order", "nulls", "other old"],
 )
-def test_a_rotation_whose_new_key_does_not_prove_itself_changes_no_key_and_raises_an_alert(
+def test_a_rotation_without_proof_changes_no_key_and_raises_an_alert(
     collector: Collector, changes: dict[str, Any]
 ) -> None:
     sender = MessageSender(key=new_key(1), log=LOG)
@@ -420,7 +410,7 @@ def test_killed_at_any_step_the_next_start_has_the_key_that_the_log_says(
     assert audit(collector.store).passed
 
 
-def test_until_the_collector_knows_the_new_key_live_messages_carry_the_old_one_also_after_a_restart(
+def test_live_messages_keep_the_old_key_until_the_rotation_is_acknowledged(
     device: Device,
 ) -> None:
     old = device.author.key.public.kid
@@ -437,7 +427,7 @@ def test_until_the_collector_knows_the_new_key_live_messages_carry_the_old_one_a
     assert device.author.live_key is None
 
 
-def test_a_rotation_that_waits_is_said_again_where_a_new_log_begins(device: Device, collector: Collector) -> None:
+def test_a_pending_rotation_is_reissued_in_a_new_log(device: Device, collector: Collector) -> None:
     device.write(2)
     device.rotate()
     device.write(2)
@@ -459,7 +449,7 @@ def test_a_rotation_that_waits_is_said_again_where_a_new_log_begins(device: Devi
 
 
 def spoil(device: Device, seq: int) -> None:
-    """The card changes a byte of a message."""
+    """Change a byte of a stored message."""
     with device.store.transaction():
         spoiled = "CAST(substr(payload, 1, 100) || '~' || substr(payload, 102) AS BLOB)"
         device.store._db.execute(f"UPDATE outbox SET payload = {spoiled} WHERE seq = ?", (seq,))
@@ -472,7 +462,7 @@ def pending_seq(device: Device) -> int:
 
 @pytest.mark.parametrize("arrived", [False, True], ids=["not sent before", "sent before"])
 @pytest.mark.parametrize("second", [False, True], ids=["first rotation", "second rotation"])
-def test_a_rotation_that_the_card_damages_before_it_is_acknowledged_is_said_again_by_the_old_key(
+def test_a_rotation_damaged_before_delivery_is_reissued_by_the_old_key(
     device: Device, collector: Collector, second: bool, arrived: bool
 ) -> None:
     if second:
@@ -504,9 +494,7 @@ def test_a_rotation_that_the_card_damages_before_it_is_acknowledged_is_said_agai
     assert (refusals(collector), audit(collector.store).passed) == ({}, True)
 
 
-def test_a_rotation_that_is_damaged_when_a_new_log_begins_is_said_again_there(
-    device: Device, collector: Collector
-) -> None:
+def test_a_damaged_rotation_is_reissued_in_a_new_log(device: Device, collector: Collector) -> None:
     device.write(2)
     device.rotate()
     device.write(2)
@@ -547,7 +535,7 @@ def test_a_rotation_that_the_collector_has_is_taken_again_from_a_new_log(device:
     assert audit(collector.store).passed
 
 
-def test_the_old_key_alone_cannot_say_again_which_key_followed_it(device: Device, collector: Collector) -> None:
+def test_the_old_key_alone_cannot_reissue_a_rotation(device: Device, collector: Collector) -> None:
     device.rotate()
     collector._store(device.messages())
     followed = device.author.key.public
@@ -560,7 +548,7 @@ def test_the_old_key_alone_cannot_say_again_which_key_followed_it(device: Device
     assert refusals(collector) == {"retired key": 2}
 
 
-def test_a_rotation_in_the_place_of_a_message_that_is_stored_lets_no_key_sign(collector: Collector) -> None:
+def test_a_rotation_in_the_place_of_a_stored_message_is_refused(collector: Collector) -> None:
     sender = MessageSender(key=new_key(1))
     collector._store([sender.health().to_incoming() for _ in range(3)])
     twin = MessageSender(key=new_key(1), log=sender.log, seq=1)
@@ -572,7 +560,7 @@ def test_a_rotation_in_the_place_of_a_message_that_is_stored_lets_no_key_sign(co
     assert audit(collector.store).passed
 
 
-def test_nor_does_one_whose_place_another_message_of_its_batch_takes(collector: Collector) -> None:
+def test_a_rotation_in_the_place_of_another_new_message_is_refused(collector: Collector) -> None:
     sender = MessageSender(key=new_key(1))
     twin = MessageSender(key=new_key(1), log=sender.log)
     conflict = rotate(twin, new_key(66))
@@ -582,7 +570,7 @@ def test_nor_does_one_whose_place_another_message_of_its_batch_takes(collector: 
     assert audit(collector.store).passed
 
 
-def test_a_key_revoked_between_the_look_at_a_message_and_its_storing_lets_nothing_in(collector: Collector) -> None:
+def test_a_key_revoked_between_verification_and_commit_lets_nothing_in(collector: Collector) -> None:
     sender = MessageSender(key=new_key(1))
     collector._store([sender.health().to_incoming()])
     verify = collector.verify
@@ -597,7 +585,7 @@ def test_a_key_revoked_between_the_look_at_a_message_and_its_storing_lets_nothin
     assert (stored(collector), refusals(collector)) == (1, {"revoked key": 2})
 
 
-def test_when_space_runs_short_every_audit_message_goes_before_the_one_that_names_the_new_key(device: Device) -> None:
+def test_the_rotation_is_the_last_audit_message_to_be_evicted(device: Device) -> None:
     device.rotate()
     conf = Config(device=DeviceSection(id=DEVICE, fleet=FLEET))
     space = SpaceManager(conf, device.store, device.author, lambda now: None, tuple)
@@ -608,7 +596,7 @@ def test_when_space_runs_short_every_audit_message_goes_before_the_one_that_name
     assert before == 2
 
 
-def test_the_given_key_is_never_touched_and_a_newly_given_one_counts_at_once(tmp_path: Path) -> None:
+def test_the_first_key_file_is_never_changed_and_a_new_one_counts_at_once(tmp_path: Path) -> None:
     given = keys.generate(tmp_path / "device.key")
     content = (tmp_path / "device.key").read_bytes()
     device = Device(tmp_path / "data", given)
@@ -620,7 +608,7 @@ def test_the_given_key_is_never_touched_and_a_newly_given_one_counts_at_once(tmp
     device.store.close()
 
 
-def test_a_data_folder_that_cannot_be_written_refuses_the_rotation_and_keeps_the_key(
+def test_without_write_access_the_rotation_is_refused_and_the_key_stays(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
@@ -649,7 +637,7 @@ def test_no_message_of_another_kind_can_pass_for_a_rotation() -> None:
 # --- the operator's side of keys ---
 
 
-def test_what_a_revoked_device_sends_is_refused_what_is_stored_stays_and_an_alert_says_so(collector: Collector) -> None:
+def test_messages_of_a_revoked_device_are_refused_and_an_alert_is_raised(collector: Collector) -> None:
     sender = MessageSender(key=new_key(1))
     collector._store([sender.health().to_incoming()])
     kids = collector.store.revoke(DEVICE, None, TIME)
@@ -662,7 +650,7 @@ def test_what_a_revoked_device_sends_is_refused_what_is_stored_stays_and_an_aler
         collector.store.revoke(DEVICE, None, TIME)
 
 
-def test_a_replaced_key_counts_no_more_unless_its_backlog_is_kept_and_then_up_to_there(collector: Collector) -> None:
+def test_a_replaced_key_counts_for_its_backlog_only(collector: Collector) -> None:
     old, log = new_key(1), LOG
     first = MessageSender(key=old, log=log)
     sent = [first.health().to_incoming() for _ in range(4)]

@@ -1,4 +1,4 @@
-"""A wipe: on a word given twice, finished whatever crashes, and never half-undone."""
+"""Wipe: confirmed by a second command, finished whatever crashes, and never half undone."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_wrong_word_an_old_one_and_a_used_one_erase_nothing(desk: Desk, halted
     assert (halted.times, wipe.is_pending(desk.store)) == (0, False)
 
 
-def test_a_word_counts_on_the_boot_clock_whatever_the_wall_clock_does(desk: Desk) -> None:
+def test_a_confirmation_expires_by_the_boot_clock(desk: Desk) -> None:
     text = word(desk)
     desk.operator.now_us = NOW.wall_us + 86_400_000_000
     assert confirm(desk, text, ClockReading(NOW.wall_us + 86_400_000_000, NOW.boot_s + 5, "synced"))
@@ -86,7 +86,7 @@ def test_a_word_is_forgotten_by_a_restart(desk: Desk, halted: Halted) -> None:
 
 
 def data_dir(folder: Path) -> tuple[Path, list[Path], list[Path]]:
-    """A data folder with everything in it: itself, what is spared, the device's keys."""
+    """Return a data folder with the device's files and keys, and files that a wipe preserves."""
     data = folder / "data"
     for name in ("keys", "quarantine/1", "bundles/.kept/ab", "bundles/.fetched", "updates/ab", "bundles/mine"):
         (data / name).mkdir(parents=True)
@@ -167,7 +167,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def test_a_marker_that_cannot_be_read_erases_nothing_and_is_named(home: Path) -> None:
-    """As on a card with a bad sector: whether there was a wipe cannot be told."""
+    """Simulate a bad sector under the marker."""
     (home / "data" / wipe.MARKER).mkdir()
     before = sorted(home.rglob("*"))
     done = run_outstation("run", "-c", str(home / "outstation.toml"))

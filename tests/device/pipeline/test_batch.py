@@ -1,4 +1,4 @@
-"""A batch: real store, real bundles. What it decides is committed together, tiles the rows, and fits the broker."""
+"""Batch, with a real store and real bundles: one commit, messages that tile the rows and fit the broker."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Floats = NDArray[np.float32]
 
 @pytest.fixture(scope="module")
 def active(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], LoadedBundle]:
-    """`active(recipe)` is its bundle, packed, verified, probed and loaded once."""
+    """Return a function that packs, verifies, probes and loads a recipe's bundle once."""
     made: dict[Recipe, LoadedBundle] = {}
 
     def load(recipe: Recipe) -> LoadedBundle:
@@ -53,7 +53,7 @@ Make = Callable[..., Device]
 
 @pytest.fixture
 def make(tmp_path: Path, active: Callable[[Recipe], LoadedBundle]) -> Iterator[Make]:
-    """`make(recipe, …)` is a new device."""
+    """Return a function that makes a device."""
     made: list[Device] = []
 
     def new(recipe: Recipe = CLASSIFY, **options: Any) -> Device:
@@ -67,7 +67,7 @@ def make(tmp_path: Path, active: Callable[[Recipe], LoadedBundle]) -> Iterator[M
 
 
 def by_hand(device: Device, values: Floats) -> scores.Scores:
-    """Rows without a gap through the bundle, without store or batch."""
+    """Run rows without gaps through the bundle, without store and batches."""
     spec = device.active.bundle.manifest.input
     starts = features.cut_windows(np.arange(len(values), dtype=np.int64), spec.window).starts
     windows = features.build_windows(values, starts, spec)
@@ -130,13 +130,13 @@ def test_the_digest_of_the_input_is_of_the_rows_of_the_message(make: Make) -> No
         assert result.input == taken.rows.digest()
 
 
-def test_nothing_waits_where_no_row_came(make: Make) -> None:
+def test_without_rows_there_is_no_batch(make: Make) -> None:
     device = make()
     assert device.run() is None
     assert device.messages() == []
 
 
-def test_a_task_begins_at_the_oldest_row_kept(make: Make) -> None:
+def test_a_task_begins_at_the_oldest_stored_row(make: Make) -> None:
     device = make()
     device.feed(CLASSIFY.rows(10))
     device.feed(CLASSIFY.rows(10))
@@ -158,7 +158,7 @@ def test_publish_summary_counts_and_lists_nothing(make: Make) -> None:
     assert (result.n, result.rows, result.columns.expand_rows()) == (70, (1, 70), [])
 
 
-def test_publish_changes_lists_a_label_only_when_it_is_another_whatever_the_batches(make: Make) -> None:
+def test_publish_changes_lists_only_labels_that_differ_across_batches(make: Make) -> None:
     device = make(publish="changes")
     values = CLASSIFY.rows(140)
     for part in np.array_split(values, 9):
@@ -188,7 +188,7 @@ def test_publish_below_lists_what_is_uncertain(make: Make) -> None:
 
 
 def size(device: Device, message: VerifiedMessage) -> int:
-    """Bytes on the air: topic, payload, and the user properties with their lengths."""
+    """Return the size of a message on the air: topic, payload, and user properties with their lengths."""
     pending = next(p for p in device.store.unacknowledged_messages(0, 100_000) if p.payload == message.payload)
     sent = device.author.to_outgoing(pending)
     properties = sum(len(name.encode()) + len(value.encode()) + 5 for name, value in sent.properties)
@@ -279,14 +279,14 @@ def test_a_run_without_any_window_is_made_for_every_kind(make: Make, recipe: Rec
 
 
 def story(recipe: Recipe) -> list[tuple[Floats, float]]:
-    """Rows enough to learn a site, then to drift, with pauses between."""
+    """Return rows to learn a site reference from and then to drift, with pauses."""
     quiet, loud = recipe.rows(2000, seed=2), recipe.rows(1200, seed=3)
     loud[400:, 0] *= 0.3
     return [(quiet, 0.0), (loud[:500], 3.0), (loud[500:], 0.0)]
 
 
 def told(device: Device) -> list[dict[str, Any]]:
-    """Drift windows, alerts and audit entries, but for what depends on the place in the log and the time."""
+    """Return drift windows, alerts and audit messages without their place in the log and their time."""
     kept = []
     for message in device.messages():
         if isinstance(message.body, DriftPayload | AlertPayload | AuditPayload):
@@ -299,7 +299,7 @@ def told(device: Device) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("recipe", [CLASSIFY, ANOMALY], ids=["tabular", "windowed"])
-def test_batches_of_any_size_give_the_same_results_and_the_same_drift_windows(make: Make, recipe: Recipe) -> None:
+def test_batches_of_any_size_give_equal_results_and_drift_windows(make: Make, recipe: Recipe) -> None:
     whole, random = make(recipe), np.random.default_rng(4)
     for values, pause_s in story(recipe):
         whole.feed(values, pause_s=pause_s)
@@ -336,7 +336,7 @@ def test_an_alert_names_the_message_of_the_window_that_raised_it(make: Make) -> 
         assert body.summary
 
 
-def test_what_was_learned_is_kept_and_announced(make: Make) -> None:
+def test_a_learned_reference_is_stored_and_announced(make: Make) -> None:
     device = make()
     device.feed(CLASSIFY.rows(600, seed=2))
     device.run_all()
@@ -351,14 +351,14 @@ def test_what_was_learned_is_kept_and_announced(make: Make) -> None:
 
 
 def snapshot(device: Device) -> dict[str, list[Any]]:
-    """All tables of the store."""
+    """Return all tables of the store."""
     with contextlib.closing(sqlite3.connect(f"file:{device.store.path}?mode=ro", uri=True)) as db, db:
         names = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         return {name: db.execute(f"SELECT * FROM {name}").fetchall() for name in names}
 
 
 class PowerCut(BaseException):
-    """Ends the process, as a test can."""
+    """Simulated end of the process."""
 
 
 @pytest.mark.parametrize("at", range(1, 9))
@@ -393,7 +393,7 @@ def test_a_batch_that_dies_at_any_write_leaves_nothing_and_is_done_again(
     assert columns(device.results())["row"] == list(range(1, 101))
 
 
-def test_a_process_that_was_killed_after_the_commit_does_not_run_the_rows_again(make: Make) -> None:
+def test_a_kill_after_the_commit_does_not_run_the_rows_again(make: Make) -> None:
     device = make()
     device.feed(CLASSIFY.rows(100))
     device.run()
@@ -408,7 +408,7 @@ def test_a_process_that_was_killed_after_the_commit_does_not_run_the_rows_again(
 
 
 def damage(device: Device, first_row: int) -> None:
-    """A byte of the chunk that begins at this row goes bad."""
+    """Change a byte of the chunk that begins at this row."""
     path = device.store.path
     device.store.close()
     with contextlib.closing(sqlite3.connect(path)) as db, db:
@@ -465,7 +465,7 @@ def test_rows_that_wait_for_a_window_wait_for_rows_to_come(make: Make) -> None:
     assert device.run() == BatchResult(4, 1, 0)
 
 
-def test_rows_that_were_used_and_deleted_while_a_task_was_away_are_passed_over_and_not_called_damaged(
+def test_deleted_rows_are_skipped_and_not_reported_as_damaged(
     make: Make,
 ) -> None:
     device = make()
@@ -490,7 +490,7 @@ def test_rows_that_were_used_and_deleted_while_a_task_was_away_are_passed_over_a
     assert len(snapshot(device)["quarantined_rows"]) == 1
 
 
-def test_rows_that_went_from_the_front_without_being_deleted_are_called_damaged(make: Make) -> None:
+def test_rows_missing_at_the_front_are_reported_as_damaged(make: Make) -> None:
     device = make()
     for _ in range(3):
         device.feed(CLASSIFY.rows(30))
@@ -537,7 +537,7 @@ def test_a_backlog_of_many_batches_is_worked_off(make: Make) -> None:
     assert tiles(device.results()) == (1, 2000)
 
 
-def test_a_batch_of_a_backlog_ends_where_a_drift_window_does_wherever_the_last_one_ended(make: Make) -> None:
+def test_a_batch_of_a_backlog_ends_where_a_drift_window_does(make: Make) -> None:
     device = make(replace(CLASSIFY, drift_window=20))
     device.feed(CLASSIFY.rows(7))
     device.run_all()
@@ -548,9 +548,7 @@ def test_a_batch_of_a_backlog_ends_where_a_drift_window_does_wherever_the_last_o
 
 
 @pytest.mark.parametrize("drift_window", [2, 20, 50])
-def test_single_rows_of_a_timed_model_are_taken_by_thousands_and_what_they_say_fits_a_transaction(
-    make: Make, drift_window: int
-) -> None:
+def test_thousands_of_single_row_results_fit_a_transaction(make: Make, drift_window: int) -> None:
     device = make(replace(CLASSIFY, drift_window=drift_window))
     device.task.tuning = Tuning("sha256:m", "runtime", "machine", 128, 1, 1e6)
     rows = np.random.default_rng(1).normal(0, 1000, (6000, 4)).astype(np.float32)
@@ -565,7 +563,7 @@ def test_single_rows_of_a_timed_model_are_taken_by_thousands_and_what_they_say_f
     assert sum(isinstance(one.body, DriftPayload) for one in device.messages()) == 6000 // drift_window
 
 
-def test_a_store_that_readings_have_filled_is_worked_off_in_smaller_batches(make: Make) -> None:
+def test_a_full_store_is_processed_in_smaller_batches(make: Make) -> None:
     device = make(max_size=2 << 20)
     device.task.tuning = Tuning("sha256:m", "runtime", "machine", 128, 1, 1e6)
     rows = 0

@@ -1,4 +1,4 @@
-"""Result columns as they are written: one canonical form, which reads back to the same rows, times and labels."""
+"""Result columns: one canonical form, which decodes to the same rows, times and labels."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_labels_that_repeat_are_counted() -> None:
 
 
 def runs_one_by_one(values: list[int]) -> list[Any]:
-    """The canonical form as the document says it: from the left, the longest run that starts here."""
+    """Return the canonical form as documented: from the left, the longest run that starts here."""
     items: list[Any] = []
     at = 0
     while at < len(values):

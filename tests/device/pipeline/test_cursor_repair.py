@@ -1,4 +1,4 @@
-"""A cursor that a damaged store left behind the drift state: the task goes on, says so, and judges nothing twice."""
+"""Cursor repair: a task whose cursor was lost goes on, raises an alert, and tests no row twice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def bodies(store: Store, kind: str) -> list[dict[str, Any]]:
 
 
 def rows_run(store: Store) -> list[int]:
-    """Each row as often as a run of the task covers it."""
+    """Return each row as often as a result message covers it."""
     return [row for body in bodies(store, "results") for row in range(body["rows"][0], body["rows"][1] + 1)]
 
 
@@ -42,7 +42,7 @@ def loaded(site: Site, store: Store) -> LoadedTask:
     return tasks.load_task(site.file, site.conf, store, "exercise")
 
 
-def test_a_cursor_behind_what_was_judged_is_raised_once_and_an_alert_says_it(site: Site) -> None:
+def test_a_cursor_behind_the_drift_state_is_repaired_once_with_an_alert(site: Site) -> None:
     store = site.open()
     used = work(site, store, 2)
     assert used.drift_state is not None
@@ -90,7 +90,7 @@ def test_where_rows_are_numbered_from_anew_the_judge_takes_them(site: Site) -> N
     store.close()
 
 
-def test_a_daemon_whose_cursors_are_lost_with_an_old_watermark_beside_runs_on(site: Site, tmp_path: Path) -> None:
+def test_a_daemon_with_lost_cursors_and_an_old_watermark_goes_on(site: Site, tmp_path: Path) -> None:
     store = site.open()
     work(site, store, 1)
     early = tmp_path / "early"

@@ -1,4 +1,4 @@
-"""A batch that takes longer than it may: it counts, it is counted, and the next one is made smaller."""
+"""Deadline: a late batch is committed and counted, and the next one is smaller."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def told(device: Device) -> list[tuple[str, str, str]]:
 
 @pytest.fixture
 def took(device: Device) -> Callable[..., None]:
-    """`took(limit, seconds, windows)`: a batch did, for the task of `device`."""
+    """Return a function that records a batch of the device's task."""
 
     def took(limit: Deadline, seconds: float, windows: int) -> None:
         limit.record_batch(seconds, windows, device.store, device.author, NOW)
@@ -88,16 +88,14 @@ def test_batches_grow_again_as_far_as_they_are_on_time(took: Callable[..., None]
     assert sizes == [45, 90, 180, 180]
 
 
-def test_a_small_batch_with_much_work_of_its_own_makes_no_later_one_smaller(took: Callable[..., None]) -> None:
+def test_fixed_work_of_a_small_batch_makes_no_later_batch_smaller(took: Callable[..., None]) -> None:
     limit = Deadline("tiny", 1.0)
     before = limit.max_windows
     took(limit, 0.9, 1)
     assert limit.max_windows == before
 
 
-def test_a_model_too_slow_for_one_window_raises_one_alert_until_a_batch_is_on_time(
-    device: Device, took: Callable[..., None]
-) -> None:
+def test_a_model_too_slow_for_one_window_raises_one_alert(device: Device, took: Callable[..., None]) -> None:
     limit = Deadline("tiny", 1.0)
     for windows in (50, 1, 1, 1, 1):
         took(limit, 3.0, windows)
@@ -129,7 +127,7 @@ def test_an_alert_of_before_a_restart_is_cleared(
     assert [state for _, state, _ in told(device)] == ["raised", "cleared"]
 
 
-def test_on_a_full_store_a_late_batch_counts_and_the_next_is_smaller_though_nothing_is_told(
+def test_on_a_full_store_the_batch_after_a_late_one_is_smaller_too(
     device: Device, took: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full() -> None:

@@ -1,4 +1,4 @@
-"""A task whose bundle is another one than before: what was open is closed, and what was learned of it goes."""
+"""Drift state of another bundle: open alerts are cleared, and the site reference is dropped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def judge() -> DriftMonitor:
 
 @pytest.fixture(scope="module")
 def drifted(judge: DriftMonitor) -> DriftState:
-    """A site that was learned, a drift of y and a stuck z."""
+    """Return the state of a learned site with a drift of y and a stuck z."""
     state, _ = feed(judge, judge.start(), readings(3, 42))
     r = readings(31, 10)
     r.features[:, 1] *= 0.6
@@ -49,7 +49,7 @@ def ended(store: Store, author: MessageLog, judge: DriftMonitor) -> DriftState:
     return state
 
 
-def test_of_the_same_bundle_all_is_found_again(tmp_path: Path, judge: DriftMonitor, drifted: DriftState) -> None:
+def test_the_same_bundle_restores_everything(tmp_path: Path, judge: DriftMonitor, drifted: DriftState) -> None:
     store, _ = opened(tmp_path)
     keep(store, judge, drifted)
     state, end = drift_state.restore(store, "exercise", judge)
@@ -58,7 +58,7 @@ def test_of_the_same_bundle_all_is_found_again(tmp_path: Path, judge: DriftMonit
     store.close()
 
 
-def test_the_sites_reference_is_written_when_it_is_learned_and_not_with_every_batch(
+def test_the_site_reference_is_written_only_when_it_is_learned(
     tmp_path: Path, judge: DriftMonitor, drifted: DriftState
 ) -> None:
     store, _ = opened(tmp_path)
@@ -74,7 +74,7 @@ def test_the_sites_reference_is_written_when_it_is_learned_and_not_with_every_ba
     store.close()
 
 
-def test_a_state_that_an_earlier_version_kept_together_with_its_reference_is_gone_on_with(
+def test_a_state_stored_together_with_its_reference_is_restored(
     tmp_path: Path, judge: DriftMonitor, drifted: DriftState
 ) -> None:
     store, _ = opened(tmp_path)
@@ -99,7 +99,7 @@ def test_where_the_sites_reference_is_damaged_detection_begins_anew(
     store.close()
 
 
-def test_another_bundle_clears_what_was_open_says_that_the_reference_goes_and_uses_no_name_twice(
+def test_another_bundle_clears_open_alerts_and_uses_no_id_twice(
     tmp_path: Path, judge: DriftMonitor, drifted: DriftState
 ) -> None:
     store, author = opened(tmp_path)
@@ -130,7 +130,7 @@ def test_back_with_the_first_bundle_nothing_half_gathered_comes_back(tmp_path: P
     store.close()
 
 
-def test_a_state_that_is_damaged_is_begun_anew(tmp_path: Path, judge: DriftMonitor) -> None:
+def test_a_damaged_state_begins_again(tmp_path: Path, judge: DriftMonitor) -> None:
     store, author = opened(tmp_path)
     with store.transaction() as tx:
         tx.save_state("exercise", task_keys.DRIFT_STATE, b"garbage")

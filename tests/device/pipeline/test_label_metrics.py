@@ -1,4 +1,4 @@
-"""From labels to a quality message: real bundle, real batches, real store; what is sent verifies and fits."""
+"""Label metrics, with a real bundle, batches and store: messages verify and fit the broker."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def active(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Loade
 
 @dataclass
 class Device:
-    """One task over one stream, with sites in turn as a category. Its clock goes where a test puts it."""
+    """Device with one task over one stream, a category that alternates, and a clock that tests set."""
 
     folder: Path
     recipe: Recipe
@@ -146,7 +146,7 @@ def make(tmp_path: Path, active: Callable[[Recipe], LoadedBundle]) -> Iterator[M
 
 
 def right(row: int) -> str:
-    """The centre that a row was drawn around."""
+    """Return the class whose centre each row was drawn around."""
     return LABELS[(row - 1) // 7 % 3]
 
 
@@ -191,7 +191,7 @@ def test_few_labels_wait_for_more_or_for_a_day_that_the_device_was_on(make: Make
     assert len(device.sent(QualityPayload)) == 1
 
 
-def test_delay_and_coverage_are_told(make: Make) -> None:
+def test_delay_and_coverage_are_reported(make: Make) -> None:
     device = make(boot_s=3600.0)
     device.feed(100)
     device.label(range(1, 51), right)
@@ -214,7 +214,7 @@ def test_a_label_that_comes_before_its_result_is_joined_once_that_is_there(make:
     assert device.store.counters()["labels early.tiny"] == 50
 
 
-def test_a_label_of_a_row_that_never_came_is_rejected(make: Make) -> None:
+def test_a_label_of_a_row_that_never_arrived_is_rejected(make: Make) -> None:
     device = make()
     device.feed(60)
     assert device.label([61], right) == ["row 61 does not exist yet; the stream has 60"]
@@ -227,7 +227,7 @@ def test_a_label_the_model_does_not_know_is_rejected_with_those_it_knows(make: M
     assert reason == "'up' is no label of this model; it knows left, right, rest"
 
 
-def test_labels_of_results_that_are_gone_are_counted_and_said(make: Make) -> None:
+def test_labels_of_deleted_results_are_counted(make: Make) -> None:
     device = make()
     device.feed(100)
     with device.store.transaction() as tx:
@@ -253,7 +253,7 @@ def test_a_second_label_of_a_row_wins_and_is_counted(make: Make) -> None:
     assert body.labels["n"] == 50
 
 
-def test_labels_that_contradict_the_models_certainty_are_likely_concept_drift(make: Make) -> None:
+def test_labels_that_contradict_the_certainty_are_likely_concept_drift(make: Make) -> None:
     device = make()
     device.feed(400)
     device.label(range(1, 201), other)
@@ -333,7 +333,7 @@ def test_an_embedding_is_judged_as_the_anomalies_it_tells(make: Make) -> None:
     assert {"auc", "accuracy", "f1"} <= {name for name, _ in metrics(device.sent(QualityPayload)[0])}
 
 
-def test_a_message_fits_the_broker_whatever_the_slices(make: Make) -> None:
+def test_a_message_with_many_slices_fits_the_broker(make: Make) -> None:
     device = make(max_bytes=2_800)
     device.feed(200)
     device.label(range(1, 101), right)
@@ -410,7 +410,7 @@ def store_numbers(device: Device) -> list[int]:
     return device.store.query(labelled.next_numbers, "tiny", 0, 10_000)
 
 
-def test_an_absurd_label_is_refused_and_one_that_an_earlier_version_kept_stops_nothing(make: Make) -> None:
+def test_an_absurd_label_is_refused_and_a_stored_one_stops_nothing(make: Make) -> None:
     device = make(REGRESS)
     device.feed(300)
     [reason] = device.label([1], lambda row: 1e160)
@@ -476,7 +476,7 @@ def state_of(device: Device) -> degradation.DegradationState:
     return degradation.DegradationState.from_bytes(kept)
 
 
-def test_labels_put_right_after_they_were_told_of_are_told_again_and_clear_what_they_had_raised(make: Make) -> None:
+def test_corrected_labels_are_reported_again_and_clear_their_alerts(make: Make) -> None:
     device = make()
     device.feed(400)
     device.label(range(1, 101), other)
@@ -494,7 +494,7 @@ def test_labels_put_right_after_they_were_told_of_are_told_again_and_clear_what_
 
 
 def put_right(device: Device, at_once: int) -> None:
-    """As if people mended a third of the labels in several goes, between others."""
+    """Correct a third of the labels in several steps, among new ones."""
     device.feed(900)
     device.label(range(1, 301), lambda row: other(row) if row % 3 == 0 else right(row))
     device.turn()
@@ -529,9 +529,7 @@ def replace_raised(track: degradation.CusumTrack) -> degradation.CusumTrack:
     return structs.replace(track, raised_count=0)
 
 
-def test_a_stop_between_a_label_that_is_put_right_and_its_message_loses_and_doubles_nothing(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_between_a_correction_and_its_message_loses_nothing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     cut, whole = make(), make()
     for device in (cut, whole):
         device.feed(400)

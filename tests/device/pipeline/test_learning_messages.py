@@ -50,7 +50,7 @@ def test_a_window_that_ends_no_gathering_says_nothing(store: Store) -> None:
     assert tell(store, CLOSED) == []
 
 
-def test_a_refusal_is_an_alert_that_stays_open_by_one_id_until_a_reference_is_learned(store: Store) -> None:
+def test_a_refusal_stays_open_under_one_id_until_a_reference_is_learned(store: Store) -> None:
     sent = tell(store, REFUSED, REFUSED)
     alerts = [body for body in sent if body["kind"] == "alerts"]
     assert [(one["alert"], one["subject"], one["state"], one["severity"]) for one in alerts] == [

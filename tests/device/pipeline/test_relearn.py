@@ -1,4 +1,4 @@
-"""A site's reference is learned anew when somebody asks, once, whoever runs, and it is written to the log."""
+"""Relearn requests: a site reference is learned again once for each request, and the log records it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ learn_windows = 20
 
 
 class Site:
-    """A device's folder with `outstation init`'s config, used by this process."""
+    """Device folder with the config of `outstation init`, used by this process."""
 
     def __init__(self, folder: Path) -> None:
         self.home = folder / "device"
@@ -54,7 +54,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """One whose reference was learned, from noise."""
+    """Return a site whose reference was learned from noise."""
     made = Site(tmp_path_factory.mktemp("site"))
     store = made.open()
     try:
@@ -65,7 +65,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 def work(site: Site, store: Store, drift_windows: int) -> LoadedTask:
-    """Readings for so many drift windows, and the task over them."""
+    """Append readings for `drift_windows` drift windows, and run the task over them."""
     n = drift_windows * 2000
     rng = np.random.default_rng(store.last_row("watch"))
     t = NOW.wall_us + 20_000 * np.arange(store.last_row("watch"), store.last_row("watch") + n, dtype=np.int64)
@@ -118,8 +118,8 @@ def test_learning_anew_is_audited_and_gives_the_next_number(site: Site) -> None:
     assert "Warning: only 20 drift windows" in before[-1]["summary"]
 
 
-def test_a_request_that_was_taken_up_does_nothing_when_its_file_is_still_there(site: Site) -> None:
-    """As after a crash between the commit and the end of the file."""
+def test_an_applied_request_whose_file_remains_does_nothing(site: Site) -> None:
+    """Simulate a crash between the commit and the deletion of the file."""
     request = relearn.make_request("reset")
     relearn.submit_request(site.conf.data_dir, "exercise", request)
     store = site.open()
@@ -152,9 +152,7 @@ def test_a_file_that_is_no_request_is_cleared_away_and_changes_nothing(site: Sit
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can ask for another user")
 @pytest.mark.parametrize("earlier", [False, True])
-def test_what_root_asks_for_is_the_daemons_to_read_and_its_own_user_can_ask_after_it(
-    tmp_path: Path, earlier: bool
-) -> None:
+def test_a_request_by_root_is_readable_by_the_daemon(tmp_path: Path, earlier: bool) -> None:
     os.chown(tmp_path, 65534, 65534)
     folder = tmp_path / "requests"
     if earlier:
@@ -180,9 +178,7 @@ def test_a_link_in_the_folder_of_requests_leads_nobody_elsewhere(tmp_path: Path)
         relearn.submit_request(other, "exercise", relearn.make_request("reset"))
 
 
-def test_a_request_that_cannot_be_read_is_said_in_the_log_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_unreadable_request_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = recovery.open_store(tmp_path)
     # Root may read any file, but no folder as one.
     (tmp_path / "requests" / "exercise.reference.json").mkdir(parents=True)
@@ -195,7 +191,7 @@ def test_a_request_that_cannot_be_read_is_said_in_the_log_once(
     assert "exercise.reference.json: the request cannot be read: Is a directory" in said
 
 
-def test_wrong_use_is_told(site: Site) -> None:
+def test_wrong_use_is_an_error(site: Site) -> None:
     assert site.ask("relearn", "exercize")[0] == 2
     code, told = site.ask("relearn", "exercise", "--for", "a while")
     assert code == 2
@@ -210,7 +206,7 @@ def fleet(tmp_path: Path) -> Iterator[LocalFleet]:
         yield made
 
 
-def test_the_running_daemon_takes_up_what_is_asked_here_and_from_the_fleet(fleet: LocalFleet) -> None:
+def test_the_running_daemon_applies_local_and_remote_requests(fleet: LocalFleet) -> None:
     device: DeviceProcess = fleet.add_device("pi-01").add_replay_stream(10**9, 40).add_task("exercise").start_and_wait()
     done = run_outstation("reference", "relearn", "exercise", "--for", "1 h", "-c", str(device.config), "--json")
     assert json.loads(done.stdout)["taken_up"]

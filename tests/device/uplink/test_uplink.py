@@ -1,4 +1,4 @@
-"""The uplink through bad weather: a broker in memory that loses, delays, repeats, reorders and breaks, from a seed."""
+"""Uplink over a broker in memory that loses, delays, duplicates, reorders and disconnects, from a seed."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def ack_body(log: str, through: int, missing: list[tuple[int, int]], device: str
 
 @dataclass
 class CollectorModel:
-    """A collector in thirty lines: stores by (log, seq), answers each group of messages with one ack."""
+    """Minimal collector: stores by (log, seq), and answers each group of messages with one acknowledgement."""
 
     air: LossyBroker
     key: SigningKey
@@ -129,7 +129,7 @@ class CollectorModel:
 
 
 class World:
-    """A device's store and uplink, the air, and a collector. `run` goes on until `done` or `seconds` have passed."""
+    """Store and uplink of a device, a lossy broker and a collector; `run` ends with `done` or after `seconds`."""
 
     def __init__(
         self,
@@ -228,9 +228,7 @@ def world(make: Callable[..., World]) -> World:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_everything_written_arrives_exactly_once_and_leaves_only_when_the_collector_has_it(
-    make: Callable[..., World], seed: int
-) -> None:
+def test_messages_leave_the_outbox_only_when_the_collector_has_them(make: Callable[..., World], seed: int) -> None:
     world = make(STORM, seed=seed, window=[1, 2, 20, 100][seed % 4])
     written = 0
 
@@ -349,7 +347,7 @@ def test_a_last_message_that_the_broker_lost_is_sent_again_after_a_while(world: 
     assert 5 < world.air.clock_s - began < 60
 
 
-def test_a_message_is_not_sent_twice_while_its_acknowledgement_is_under_way(world: World) -> None:
+def test_a_message_is_not_resent_while_its_acknowledgement_is_in_flight(world: World) -> None:
     world.write(1)
     later = iter(range(20))
 
@@ -379,7 +377,7 @@ def test_an_acknowledgement_stuck_at_an_old_message_does_not_stop_new_ones(
     assert len(world.waiting()) == 2999
 
 
-def test_repeats_that_are_under_way_are_not_asked_for_again_and_again(make: Callable[..., World]) -> None:
+def test_resends_in_flight_are_not_requested_again(make: Callable[..., World]) -> None:
     world = make(LinkConditions(delay_s=1.5))
     world.write(200)
     world.run(lambda: not world.waiting(), 100)
@@ -490,9 +488,7 @@ def no_json(world: World) -> None:
     ],
     ids=lambda attack: attack.__name__,
 )
-def test_an_acknowledgement_that_is_not_the_collectors_deletes_nothing_and_is_counted(
-    world: World, attack: Callable[[World], None]
-) -> None:
+def test_an_acknowledgement_by_another_key_deletes_nothing(world: World, attack: Callable[[World], None]) -> None:
     world.collector.leave()
     world.write(5)
     attacks = iter([attack] * 3)
@@ -510,7 +506,7 @@ def test_an_acknowledgement_that_is_not_the_collectors_deletes_nothing_and_is_co
     assert raised == ([] if attack is of_another_log else ["raised"])
 
 
-def test_a_message_that_the_disk_has_changed_is_not_sent_and_the_others_are(world: World) -> None:
+def test_a_damaged_message_is_not_sent_and_the_others_are(world: World) -> None:
     world.write(5)
     for seq, column in ((2, "payload"), (4, "jws")):
         world.store._db.execute(f"UPDATE outbox SET {column} = CAST(substr({column}, 2) AS BLOB) WHERE seq = ?", (seq,))
@@ -524,7 +520,7 @@ def test_a_message_that_the_disk_has_changed_is_not_sent_and_the_others_are(worl
     assert [body["subject"] for body in world.store.recent_alerts(5)] == ["outbox"]
 
 
-def test_a_retained_acknowledgement_of_another_history_stops_everything_before_anything_is_sent(world: World) -> None:
+def test_a_retained_acknowledgement_of_another_history_stops_sending(world: World) -> None:
     world.collector.leave()
     world.write(5)
     body = {**ack_body(world.store.log_id, 9, [(7, 7)]), "digest": "of a message we never wrote"}
@@ -552,7 +548,7 @@ def test_an_old_acknowledgement_that_comes_again_changes_nothing(world: World) -
     assert REFUSED not in world.store.counters()
 
 
-def test_a_flood_of_forged_acknowledgements_wears_out_neither_card_nor_journal(
+def test_forged_acknowledgements_wear_out_neither_card_nor_journal(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.collector.leave()
@@ -567,7 +563,7 @@ def test_a_flood_of_forged_acknowledgements_wears_out_neither_card_nor_journal(
     assert 1 <= len([record for record in caplog.records if "acknowledgements refused" in record.message]) <= 3
 
 
-def test_delivery_broker_deletes_what_the_broker_confirmed_and_not_what_nobody_subscribed(
+def test_delivery_broker_deletes_messages_that_a_subscriber_got(
     make: Callable[..., World],
 ) -> None:
     world = make(delivery="broker")
@@ -596,9 +592,7 @@ def test_delivery_collector_keeps_what_the_broker_confirmed(world: World) -> Non
     assert world.waiting() == set(range(1, 31))
 
 
-def test_a_broker_that_refuses_us_is_asked_less_and_less_often_and_the_log_says_why(
-    world: World, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_refusing_broker_is_tried_with_back_off(world: World, caplog: pytest.LogCaptureFixture) -> None:
     world.write(5)
     world.air.reason_code = lambda message: 0x87 if message.topic.endswith("/health") else 0
     world.run(lambda: False, 1800)
@@ -620,7 +614,7 @@ def test_a_state_topic_that_is_refused_does_not_stop_the_results(
 
 
 @pytest.mark.parametrize("delivery", ["collector", "broker"])
-def test_a_message_too_large_for_the_broker_is_held_back_and_the_others_go_on(
+def test_a_message_too_large_for_the_broker_is_held_back(
     make: Callable[..., World], caplog: pytest.LogCaptureFixture, delivery: str
 ) -> None:
     world = make(max_packet=4000, delivery=delivery)
@@ -668,7 +662,7 @@ def test_a_broker_that_confirms_nothing_any_more_is_left(world: World) -> None:
     assert "did not confirm a message" in world.uplink.state or world.air.connects[DEVICE] == 2
 
 
-def test_a_message_that_the_broker_swallowed_is_sent_again_though_it_confirms_others(world: World) -> None:
+def test_a_message_without_a_receipt_is_sent_again(world: World) -> None:
     def go_on() -> None:
         world.air.conditions = LinkConditions(silent_refusal=1.0) if 1005 < world.air.clock_s < 1007 else CALM
         if world.air.clock_s - 1000 > len(world.kept()):
@@ -680,7 +674,7 @@ def test_a_message_that_the_broker_swallowed_is_sent_again_though_it_confirms_ot
     assert min(world.waiting(), default=1000) > 2.5 * session.CONFIRM_TIMEOUT_S
 
 
-def test_greetings_too_large_for_the_broker_are_left_out_and_do_not_cost_the_connection(
+def test_greetings_too_large_for_the_broker_are_left_out(
     make: Callable[..., World], caplog: pytest.LogCaptureFixture
 ) -> None:
     world = make(max_packet=256)
@@ -690,7 +684,7 @@ def test_greetings_too_large_for_the_broker_are_left_out_and_do_not_cost_the_con
     assert "/keys is not sent: its " in caplog.text
 
 
-def test_a_connection_on_which_the_collector_answered_is_followed_by_the_next_one_soon(world: World) -> None:
+def test_after_an_answered_connection_the_next_one_comes_soon(world: World) -> None:
     def go_on() -> None:
         if world.air.clock_s - 1000 > len(world.kept()):
             world.write(1)
@@ -747,7 +741,7 @@ def test_a_full_disk_delays_deleting_and_stops_nothing(
 
 
 def once(world: World, clock_s: float, action: Callable[[], object]) -> bool:
-    """Do it when the clock gets there, a single time; whether the uplink has paused since."""
+    """Call `action` once when the clock reaches the time; return whether the uplink has paused since."""
     if world.air.clock_s >= clock_s and action not in world.done:
         world.done.append(action)
         action()
@@ -755,7 +749,7 @@ def once(world: World, clock_s: float, action: Callable[[], object]) -> bool:
 
 
 def states(world: World) -> list[str]:
-    """What was published on `state`, each verified."""
+    """Return the messages published on `state`, verified."""
     found: list[str] = []
     for message in world.air.published:
         if message.topic.endswith("/state"):
@@ -768,7 +762,7 @@ def states(world: World) -> list[str]:
     return found
 
 
-def test_the_state_is_online_offline_by_will_and_stopped_each_signed_and_retained(world: World) -> None:
+def test_online_offline_and_stopped_are_signed_and_retained(world: World) -> None:
     world.write(1)
     world.air.tick_callbacks.append(partial(once, world, 1030, partial(cut, world)))
     world.run(lambda: world.air.clock_s > 1060, 100)

@@ -451,7 +451,7 @@ def test_command_output_says_what_to_do(story: Story, tmp_path: Path) -> None:
         ((), "--out DIR is missing"),
         (("verify", tmp_path / "out"), "--key PUB is missing"),
         (("verify", tmp_path / "nothing", "--key", key), "no such folder"),
-        (("--out", tmp_path / "x", "--at", "yesterday", "--dir", story.home), "write a moment with its time zone"),
+        (("--out", tmp_path / "x", "--at", "yesterday", "--dir", story.home), "write a time with its time zone"),
     ):
         wrong = run(*args)
         assert isinstance(wrong.exception, UsageError)

@@ -189,7 +189,7 @@ def test_what_was_decided_without_a_broker_is_published_by_the_next_command(site
     before = site.desired()
     site.fleet.broker.kill()
     done = run_outstation("fleet", "rollout", "abort", "exercise-1-1", "wrong file", "--dir", str(site.fleet.home))
-    assert (done.returncode, "it is decided" in done.stderr) == (1, True)
+    assert (done.returncode, "the decision is recorded" in done.stderr) == (1, True)
     site.fleet.broker.start()
     assert site.retained(within_s=0.5) is None
     code, _ = site.rollout("abort", "exercise-1-1", "again")
@@ -237,7 +237,7 @@ def test_counters_of_commands_and_desired_state_are_of_one_row(site: Site) -> No
 
 def test_status_is_text_for_people_and_names_who_refused(site: Site) -> None:
     home = str(site.fleet.home)
-    assert "No roll-out was ever started" in run_outstation("fleet", "rollout", "status", "--dir", home).stdout
+    assert "No rollout was ever started" in run_outstation("fleet", "rollout", "status", "--dir", home).stdout
     site.start()
     first, second = site.senders[:2]
     site.send(first.rollout("rejected", reason="signature"), second.rollout("rejected", reason="download_failed"))
@@ -256,7 +256,7 @@ def test_status_is_text_for_people_and_names_who_refused(site: Site) -> None:
     [
         (("status", "exercise-1-2"), 2, "there is no roll-out 'exercise-1-2'"),
         (("start", "none.toml"), 2, "none.toml: no such file"),
-        (("follow",), 2, "no roll-out is open"),
+        (("follow",), 2, "no rollout is open"),
         (("abort", "exercise-1-1"), 2, "Missing argument 'REASON'"),
     ],
 )

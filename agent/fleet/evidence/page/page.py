@@ -61,7 +61,8 @@ pre code{overflow-wrap:normal}
 li{overflow-wrap:anywhere}
 td{min-width:90px}td.n{min-width:0}
 @media(max-width:560px){
-.stack th{display:none}.stack tr:first-child{padding:0}.stack tr{display:block;padding:10px 0;border-bottom:1px solid var(--grid)}
+.stack th{display:none}.stack tr{display:block;padding:10px 0;border-bottom:1px solid var(--grid)}
+.stack tr:first-child{padding:0}
 .stack td,.stack td.n{display:block;border:0;padding:1px 0;text-align:left}
 STACKED
 .stack td::before{color:var(--muted)}
