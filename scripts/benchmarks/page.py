@@ -22,8 +22,8 @@ FALLEN = 2 / 3
 _HEAD = """\
 # Benchmarks
 
-`scripts/bench --write` measured these figures on {day} at commit {commit}. Each figure and its reference alternate in the
-same run, and the median of several counts. Absolute figures apply to this machine at that time only.
+`scripts/bench --write` measured these figures on {day} at commit {commit}. Each figure and its reference alternate in
+the same run, and the median of several counts. Absolute figures apply to this machine at that time only.
 
 {machine}
 

@@ -65,7 +65,9 @@ def _words() -> Recipe:
 
 def _limit_resources(sound_bundle: Bundle) -> Bundle:
     """Limit time and memory, so that a hang or a memory leak ends soon."""
-    content = msgspec.structs.replace(sound_bundle.manifest, limits=manifest.ResourceLimits(memory_mib=512, seconds=2))
+    content = msgspec.structs.replace(
+        sound_bundle.manifest, limits=manifest.ResourceLimits(memory_mib=512, cpu_seconds=2)
+    )
     return replace(
         sound_bundle, manifest=content, files={**sound_bundle.files, "manifest.json": manifest.encode(content)}
     )

@@ -127,7 +127,7 @@ window = {recipe.drift_window}
 
 [limits]
 memory_mib = 512
-seconds = 20
+cpu_seconds = 20
 {recipe.extra}
 """,
         encoding="utf-8",
@@ -152,7 +152,7 @@ def around(content: bytes, recipe: Recipe = CLASSIFY, *, seconds: int = 20, memo
         "kind": recipe.kind,
         "input": {"fields": recipe.fields, "window": {"rows": WINDOW, "step": WINDOW} if recipe.window else None},
         "output": {"labels": recipe.labels},
-        "limits": {"seconds": seconds, "memory_mib": memory_mib},
+        "limits": {"cpu_seconds": seconds, "memory_mib": memory_mib},
         "files": {},
     }
     head = manifest.encode(manifest.decode(json.dumps(document).encode()))

@@ -166,7 +166,7 @@ def test_a_roll_out_is_retained_for_devices_and_ends_nobodys_connection(
     file = tmp_path / "rollout.toml"
     file.write_text(
         f'[rollout]\nname = "{to.replace(":", "-")}"\ntask = "exercise"\nbundle = "exercise"\nversion = "1.1.0"\n'
-        f'digest = "sha256:{"cd" * 32}"\nto = "{to}"\n[[steps]]\nstrategy = "all"\n'
+        f'digest = "sha256:{"cd" * 32}"\ntarget = "{to}"\n[[steps]]\nstrategy = "all"\n'
         "[promote]\ndevices = 2\nagreement = 0.9\n",
         encoding="utf-8",
     )

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from agent.datasets import training_data
-from agent.evaluation import evaluate
+from agent.evaluation import evaluate, leakage
 from agent.evaluation.document import Evaluation
 from agent.media import SoundFormat
 from agent.model.bundle import builtin, bundle
@@ -96,17 +96,16 @@ def test_the_error_of_solar_is_what_its_card_says_on_days_it_has_not_seen(solar:
     assert error.metric == "mae"
     # int8 kernels round differently between runtimes and CPUs.
     assert error.value == pytest.approx(stated("solar", "mean absolute error"), rel=0.02)
-    assert check_result(solar, "rows seen in training").state == "ok"
-    assert check_result(solar, "groups in both splits").state == "ok"
-    assert check_result(solar, "rows in two groups").state == "ok"
-    assert check_result(solar, "time order").state == "ok"
+    assert check_result(solar, leakage.TRAIN_TEST_DUPLICATES).state == "ok"
+    assert check_result(solar, leakage.GROUP_LEAKAGE).state == "ok"
+    assert check_result(solar, leakage.DUPLICATE_GROUPS).state == "ok"
+    assert check_result(solar, leakage.TEMPORAL_LEAKAGE).state == "ok"
 
 
 def test_what_is_anomalous_to_machine_is_what_its_card_says_and_the_fault_it_misses_is_named(
     machine: Evaluation,
 ) -> None:
-    auc = machine.metrics[0]
-    assert auc.metric == "auc"
+    [auc] = [measured for measured in machine.metrics if measured.metric == "auc"]
     assert auc.value == pytest.approx(stated("machine", "ROC AUC"), abs=0.01)
     assert [one.slice for one in machine.slices if one.state == "worse"] == ["fault=loose, slight"]
 
@@ -124,7 +123,7 @@ def test_rows_of_the_training_time_that_stand_in_the_test_are_found(tmp_path: Pa
     with np.load(RECORDINGS / "solar.npz") as late, np.load(SOURCES / "solar" / "reference.npz") as early:
         both = {key: np.concatenate([early[key][:4_000], late[key][4_000:]]) for key in ("rows", "power")}
     found = planted(tmp_path / "both.npz", **both)
-    assert check_result(found, "rows seen in training").state == "warning"
+    assert check_result(found, leakage.TRAIN_TEST_DUPLICATES).state == "warning"
 
 
 def test_a_day_that_stands_in_the_test_under_two_names_is_found(tmp_path: Path) -> None:
@@ -132,7 +131,7 @@ def test_a_day_that_stands_in_the_test_under_two_names_is_found(tmp_path: Path) 
         rows, power, day = z["rows"].copy(), z["power"].copy(), z["day"]
     first, other = np.flatnonzero(day == day[9_600]), np.flatnonzero(day == day[19_200])
     rows[other], power[other] = rows[first], power[first]
-    check = check_result(planted(tmp_path / "twin.npz", rows=rows, power=power), "rows in two groups")
+    check = check_result(planted(tmp_path / "twin.npz", rows=rows, power=power), leakage.DUPLICATE_GROUPS)
     assert check.state == "warning"
     assert check.summary.startswith(f"day {day[9_600]}, {day[19_200]} share rows with another day")
 
@@ -141,7 +140,7 @@ def test_a_field_that_is_the_power_in_disguise_is_named(tmp_path: Path) -> None:
     with np.load(RECORDINGS / "solar.npz") as z:
         rows = z["rows"].copy()
         rows[:, 2] = np.nan_to_num(z["power"]) / 4 + np.random.default_rng(0).normal(0, 5, len(rows))
-    check = check_result(planted(tmp_path / "leak.npz", rows=rows), "a field that gives it away")
+    check = check_result(planted(tmp_path / "leak.npz", rows=rows), leakage.TARGET_LEAKAGE)
     assert check.state == "warning"
     assert "temp_air" in check.summary
 
