@@ -213,7 +213,7 @@ class _LogAuditor:
         elif stored != expected and sorted(stored, key=repr) != sorted(expected, key=repr):
             different = [result for result in expected if result not in stored]
             row = different[0][2] if different else expected[0][2]
-            yield f"is not what table results holds for it: row {row} differs"
+            yield f"differs from table results in row {row}"
         if isinstance(body, ResultsPayload) and (problem := self._coverage.check_results(body)):
             yield problem
         if isinstance(body, AuditPayload):
