@@ -176,7 +176,10 @@ def test_a_transaction_that_raises_leaves_nothing_behind(tmp_path: Path) -> None
 
 def test_a_second_process_is_refused_and_the_first_one_named(tmp_path: Path) -> None:
     store = opened(tmp_path)
-    code = "import sys; from pathlib import Path; from agent.device.recovery.open import open_store; open_store(Path(sys.argv[1]))"
+    code = (
+        "import sys; from pathlib import Path; from agent.device.recovery.open import open_store; "
+        "open_store(Path(sys.argv[1]))"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert f"another outstation (process {os.getpid()}) uses this data folder; stop it first" in done.stderr
