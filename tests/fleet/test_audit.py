@@ -244,8 +244,8 @@ def test_evicted_rows_before_the_first_result_are_covered(store: FleetStore) -> 
 @pytest.mark.parametrize(
     ("sql", "seq", "reason"),
     [
-        ("UPDATE results SET label = 'ROW' WHERE row = 101", 1, "row 101 differs"),
-        ("UPDATE results SET score = NULL WHERE row = 351", 6, "row 351 differs"),
+        ("UPDATE results SET label = 'ROW' WHERE row = 101", 1, "differs from table results in row 101"),
+        ("UPDATE results SET score = NULL WHERE row = 351", 6, "differs from table results in row 351"),
         ("DELETE FROM results WHERE row = 101", 1, "reports 3 results, but table results has 2"),
         ("INSERT INTO results SELECT * FROM results WHERE row = 101", 1, "table results has 4"),
         ("UPDATE results SET seq = 9 WHERE seq = 6", 9, "is not stored, but table results has 3"),
