@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from agent.arrays import Float32s, Float64s, Ints
 from agent.errors import UsageError
-from agent.model.bundle.definition import IsotonicCalibration
-from agent.model.bundle.manifest import Manifest, ModelOutput
+from agent.model.bundle.manifest import IsotonicCalibration, Manifest, ModelOutput
 from agent.model.inference import scores
 from agent.model.inference.scores import Scores
 from agent.performance.metrics import LabelledPredictions, compute_value
@@ -133,7 +132,7 @@ def _split_halves(count: int) -> list[NDArray[np.bool_]]:
 
 
 def _with_output(manifest: Manifest, output: ModelOutput) -> Manifest:
-    return msgspec.structs.replace(manifest, format=2, output=output)
+    return msgspec.structs.replace(manifest, output=output)
 
 
 def _flatten_confidences(predicted: Scores, truth: NDArray[Any]) -> tuple[Float64s, Float64s]:

@@ -14,8 +14,7 @@ from agent import config
 from agent.errors import BadBundle, ConfigError
 from agent.media import ImageFormat, SoundFormat
 from agent.model.bundle import manifest
-from agent.model.bundle.definition import DerivedFeature
-from agent.model.bundle.manifest import Manifest
+from agent.model.bundle.manifest import DerivedFeature, Manifest
 
 
 class NumberedFields(config.Section, frozen=True, kw_only=True):
@@ -39,7 +38,7 @@ class SpecInput(config.Section, frozen=True, kw_only=True):
     scale: Annotated[float, msgspec.Meta(gt=0)] | None = None
     scaling: Literal["fixed", "window"] = "fixed"
     derived: list[DerivedFeature] = msgspec.field(default_factory=list)
-    order: list[str] = msgspec.field(default_factory=list)
+    feature_order: list[str] = msgspec.field(default_factory=list)
     max_gap_s: float | None = None
     max_missing: float = 0.0
     image: ImageFormat | None = None
@@ -125,7 +124,7 @@ def to_manifest(file: Path, spec: Spec) -> Manifest:
         if std:
             raise ConfigError(str(file), "input.scale", "scale and std say the same; give one of them")
         derived = [name for feature in spec_input.derived for name in feature.columns]
-        std = [1 / spec_input.scale] * len(spec_input.order or [*fields, *derived])
+        std = [1 / spec_input.scale] * len(spec_input.feature_order or [*fields, *derived])
     members = {
         "format": manifest.FORMAT,
         "name": spec.name,
@@ -157,7 +156,7 @@ def _resolve_window(spec_input: SpecInput) -> manifest.WindowSpec | None:
 def finish_manifest(draft: Manifest, files: dict[str, bytes]) -> Manifest:
     """Return the manifest with the digests of its files, in the oldest format that has all its members."""
     listed = {name: f"sha256:{hashlib.sha256(content).hexdigest()}" for name, content in files.items()}
-    return manifest.to_oldest_format(msgspec.structs.replace(draft, files=listed))
+    return msgspec.structs.replace(draft, files=listed)
 
 
 def _select_members(section: config.Section, struct_type: type[msgspec.Struct]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From a name in the config to a model that may run: find, verify, probe in a child, then load."""
+"""Activation: verify a bundle, probe it in a child process, then load it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from agent.wire.keys import PublicKey
 
 
 class LoadedBundle(msgspec.Struct, frozen=True):
-    """A bundle that proved itself here, loaded."""
+    """A proven bundle with its loaded model."""
 
     bundle: Bundle
     model: RunnableModel
@@ -31,7 +31,7 @@ class LoadedBundle(msgspec.Struct, frozen=True):
 
 
 class ProvenBundle(msgspec.Struct, frozen=True):
-    """A verified bundle that passed its checks on this machine, and how its model is run best."""
+    """A verified bundle that passed its probe on this machine, and the tuning of its model."""
 
     bundle: Bundle
     reference: Reference | None
@@ -44,54 +44,53 @@ def activate(
     known_tunings: Sequence[Tuning] = (),
     loading: Callable[[Bundle], AbstractContextManager[object]] = nullcontext,
 ) -> LoadedBundle:
-    """Raises BadBundle with the reason; what ran before stays as it is.
+    """Verify, probe and load the bundle at `path`. Raises BadBundle.
 
-    How it is run is taken from `known` choices or tried; the model is loaded here within `loading`.
+    The tuning is taken from `known_tunings`, or measured. The model is loaded inside the context `loading`.
     """
-    found = bundle.read(path, [*publishers, *builtin.publisher_keys()])
+    verified = bundle.read(path, [*publishers, *builtin.publisher_keys()])
     try:
-        return load_bundle(probe_bundle(found, known_tunings), loading)
+        return load_bundle(probe_bundle(verified, known_tunings), loading)
     except BadBundle as problem:
         raise BadBundle(f"{path}: {problem}") from None
 
 
 def probe_bundle(verified: Bundle, known_tunings: Sequence[Tuning] = ()) -> ProvenBundle:
-    """Run the checks of a verified bundle in a child process. Raises BadBundle with the one that failed.
+    """Probe a verified bundle in a child process. Raises BadBundle with the check that failed.
 
-    A bundle that passed them before is not checked anew where all is the same: its bytes, the runtime, the machine and
-    the agent. A `known` choice says so.
+    The probe is skipped if a known tuning says that the bundle passed before with the same bytes, runtime, machine and
+    agent.
     """
     passed = f"{verified.digest} {__version__}"
-    choice = find_known(known_tunings, verified.model_bytes, runtime.RUNTIME_NAME, verified.manifest.output.tensor)
-    if choice is None or choice.verified_for != passed:
+    tuning = find_known(known_tunings, verified.model_bytes, runtime.RUNTIME_NAME, verified.manifest.output.tensor)
+    if tuning is None or tuning.verified_for != passed:
         report = probe.probe(verified, known_tunings)
         report.raise_for_failure()
-        choice = None if report.tuning is None else replace(report.tuning, verified_for=passed)
-    return ProvenBundle(verified, read_reference(verified), choice)
+        tuning = None if report.tuning is None else replace(report.tuning, verified_for=passed)
+    return ProvenBundle(verified, read_reference(verified), tuning)
 
 
 def load_bundle(
     proven: ProvenBundle, loading: Callable[[Bundle], AbstractContextManager[object]] = nullcontext
 ) -> LoadedBundle:
-    """Raises BadBundle."""
-    found = proven.bundle
-    with loading(found):
-        model = inference.load_model(found.manifest, found.model_bytes, proven.tuning)
-    return LoadedBundle(found, model, proven.reference, proven.tuning)
+    """Load the model into this process. Raises BadBundle."""
+    with loading(proven.bundle):
+        model = inference.load_model(proven.bundle.manifest, proven.bundle.model_bytes, proven.tuning)
+    return LoadedBundle(proven.bundle, model, proven.reference, proven.tuning)
 
 
 def read_reference(verified: Bundle) -> Reference | None:
-    """The drift reference in a bundle. Raises BadBundle where it is damaged or made for another model."""
+    """Return the drift reference of a bundle. Raises BadBundle if it is damaged or made for another model."""
     if "reference.json" not in verified.files:
         return None
-    made = Reference.from_json(verified.files["reference.json"])
+    reference = Reference.from_json(verified.files["reference.json"])
     spec = verified.manifest
-    fits = {
-        "fields": made.fields == tuple(spec.input.fields),
-        "labels": made.labels == tuple(spec.output.labels),
-        "window rows": made.window_rows == (spec.input.window.rows if spec.input.window else 1),
+    matches = {
+        "fields": reference.fields == tuple(spec.input.fields),
+        "labels": reference.labels == tuple(spec.output.labels),
+        "window rows": reference.window_rows == spec.input.rows,
     }
-    wrong = [name for name, same in fits.items() if not same]
+    wrong = [name for name, is_equal in matches.items() if not is_equal]
     if wrong:
         raise BadBundle(f"reference.json was made for other {', '.join(wrong)} than the manifest's; pack it again")
-    return made
+    return reference

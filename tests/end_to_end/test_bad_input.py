@@ -36,7 +36,7 @@ def test_a_number_that_is_none_is_named_and_is_not_taken_for_left_out(tmp_path: 
         ("a,b,c,d\n", "no rows in it, so nothing to run the model on; give more data"),
         ("", "the file is empty"),
         ("a,b,c\n1,2,3\n", "no column d; there is a, b, c"),
-        ("a,b,c,d\n1,x,3,4\n", "line 2, b: 'x' is no number"),
+        ("a,b,c,d\n1,x,3,4\n", "line 2: b: 'x' is no number"),
     ],
 )
 @pytest.mark.parametrize("name", ["reference", "golden"])
@@ -74,5 +74,5 @@ def test_labels_that_nothing_can_be_calibrated_from_are_said_in_a_sentence(
 
 def test_another_number_of_labels_than_the_model_has_classes_is_said_with_both(tmp_path: Path) -> None:
     spec = change(write_spec(tmp_path), json.dumps(LABELS), '["a", "b"]')
-    with pytest.raises(BadBundle, match="the model gives 3 outputs, the manifest names 2 labels; name each class"):
+    with pytest.raises(BadBundle, match="the model has 3 outputs, the manifest names 2 labels; name each class"):
         pack.pack(spec, KEY)

@@ -40,7 +40,7 @@ def card(tmp_path: Path) -> Iterator[Card]:
 @pytest.fixture
 def site(tmp_path: Path, template: Site, card: Card) -> Iterator[Site]:
     """One that gives nothing up where there is no room."""
-    made = template.copied(tmp_path / "device")
+    made = template.copy(tmp_path / "device")
     made.stop()
     file = made.home / "outstation.toml"
     file.write_text(file.read_text(encoding="utf-8") + '[buffer]\nwhen_full = "refuse"\n', encoding="utf-8")
@@ -85,7 +85,7 @@ def test_a_disk_that_fills_up_as_a_bundle_is_activated_leaves_the_old_one_at_wor
     if before == "shadow":
         site.desire("2", "shadow")
         site.until_phase("shadow")
-        site.until(site.is_beside, "it answers beside")
+        site.until(site.is_in_shadow, "it answers beside")
     site.feed()
     fill_at(monkeypatch, card, "canary")
     with caplog.at_level(logging.ERROR):

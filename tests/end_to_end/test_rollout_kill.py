@@ -79,7 +79,7 @@ WHERE = [(number, after) for number in range(3) for after in (False, True)]
 
 @pytest.mark.parametrize(("at", "after"), WHERE)
 def test_killed_at_any_step_to_settled_it_settles(tmp_path: Path, template: Site, at: int, after: bool) -> None:
-    site = template.copied(tmp_path)
+    site = template.copy(tmp_path)
     with dying(at, after_commit=after) as steps_taken, contextlib.suppress(Killed):
         go(site, "2", "all", wild_from=10**9, until=lambda one: one.phase == "active")
     assert len(steps_taken) == at + 1
@@ -102,7 +102,7 @@ def test_killed_at_any_step_to_settled_it_settles(tmp_path: Path, template: Site
 def test_killed_at_any_step_to_taken_back_it_is_taken_back_and_never_answered_wildly(
     tmp_path: Path, template: Site, at: int, after: bool
 ) -> None:
-    site = template.copied(tmp_path)
+    site = template.copy(tmp_path)
     with dying(at, after_commit=after) as steps_taken, contextlib.suppress(Killed):
         go(site, "crash", "all", wild_from=40, until=lambda one: one.phase == "rolled_back")
     assert len(steps_taken) == at + 1

@@ -9,7 +9,7 @@ import pytest
 
 from agent.evaluation import label_quality, leakage
 from agent.evaluation.document import Evaluation
-from tests.kit.evaluations import Recorded, exercise, finding, recorded
+from tests.kit.evaluations import Recorded, check_result, exercise, recorded
 
 TRAINING = Path(__file__).parents[2] / "models" / "sources" / "exercise" / "reference.npz"
 
@@ -37,17 +37,17 @@ def test_the_shipped_model_is_as_good_as_its_card_says(sound: Evaluation) -> Non
 
 def test_sound_data_raise_no_warning(sound: Evaluation) -> None:
     assert sound.warnings == []
-    assert finding(sound, leakage.TRAIN_TEST_DUPLICATES).state == "ok"
-    assert finding(sound, leakage.GROUP_LEAKAGE).state == "ok"
-    assert finding(sound, leakage.DUPLICATE_GROUPS).state == "ok"
-    assert finding(sound, leakage.TARGET_LEAKAGE).state == "ok"
+    assert check_result(sound, leakage.TRAIN_TEST_DUPLICATES).state == "ok"
+    assert check_result(sound, leakage.GROUP_LEAKAGE).state == "ok"
+    assert check_result(sound, leakage.DUPLICATE_GROUPS).state == "ok"
+    assert check_result(sound, leakage.TARGET_LEAKAGE).state == "ok"
 
 
 def test_a_subject_of_the_test_that_the_model_learned_from_is_named(tmp_path: Path, shipped: Recorded) -> None:
     seen = recorded(TRAINING)
     both = shipped.also(seen.pick(seen.each["subject"] == 3))
     found = exercise(both.npz(tmp_path / "both.npz"), group="subject", train=TRAINING)
-    rows, groups = finding(found, leakage.TRAIN_TEST_DUPLICATES), finding(found, leakage.GROUP_LEAKAGE)
+    rows, groups = check_result(found, leakage.TRAIN_TEST_DUPLICATES), check_result(found, leakage.GROUP_LEAKAGE)
     assert (rows.state, groups.state) == ("warning", "warning")
     assert groups.summary.startswith("subject 3 is in the training data")
     share = float(rows.summary.partition("(")[2].partition("%")[0])
@@ -57,31 +57,31 @@ def test_a_subject_of_the_test_that_the_model_learned_from_is_named(tmp_path: Pa
 def test_a_subject_of_the_test_is_found_where_a_column_splits_one_file(tmp_path: Path, shipped: Recorded) -> None:
     of_nine = shipped.each["subject"] == 9
     split = np.where(of_nine & (np.arange(len(of_nine)) % 2 == 0), "train", "test")
-    data = shipped.told(split=split).csv(tmp_path / "rows.csv", "split", "subject")
+    data = shipped.with_columns(split=split).csv(tmp_path / "rows.csv", "split", "subject")
     found = exercise(data, group="subject", split="split")
-    assert finding(found, leakage.GROUP_LEAKAGE).summary.startswith("subject 9 is in the training data")
-    assert finding(found, leakage.TRAIN_TEST_DUPLICATES).state == "ok"
+    assert check_result(found, leakage.GROUP_LEAKAGE).summary.startswith("subject 9 is in the training data")
+    assert check_result(found, leakage.TRAIN_TEST_DUPLICATES).state == "ok"
     assert set(found.data.splits) == {"test"}
-    order = finding(found, leakage.TEMPORAL_LEAKAGE)
+    order = check_result(found, leakage.TEMPORAL_LEAKAGE)
     assert order.state == "warning"
     assert "not later than the last training row (2025-11-2" in order.summary
 
 
 def test_rows_that_stand_under_two_names_are_found(tmp_path: Path, shipped: Recorded) -> None:
     twin = shipped.pick(shipped.each["subject"] == 8)
-    both = shipped.also(twin.told(subject=np.full(len(twin.sizes), 11)))
-    one = finding(exercise(both.npz(tmp_path / "both.npz"), group="subject"), leakage.DUPLICATE_GROUPS)
+    both = shipped.also(twin.with_columns(subject=np.full(len(twin.sizes), 11)))
+    one = check_result(exercise(both.npz(tmp_path / "both.npz"), group="subject"), leakage.DUPLICATE_GROUPS)
     assert one.state == "warning"
     assert one.summary.startswith("subject 11, 8 share rows")
 
 
 def test_a_field_that_is_the_label_in_disguise_is_named(tmp_path: Path, shipped: Recorded) -> None:
     rows = shipped.rows.copy()
-    code = np.array([3, 0, 5, 1, 6, 2, 4])[shipped.of_rows("label")]
+    code = np.array([3, 0, 5, 1, 6, 2, 4])[shipped.per_row("label")]
     rows[:, 5] = code * 0.3 + np.random.default_rng(0).normal(0, 0.02, len(rows))
     planted = Recorded(rows, shipped.sizes, shipped.each, shipped.fields, shipped.labels)
     found = exercise(planted.npz(tmp_path / "leaking.npz"))
-    one = finding(found, leakage.TARGET_LEAKAGE)
+    one = check_result(found, leakage.TARGET_LEAKAGE)
     assert one.state == "warning"
     assert one.summary.startswith("wz (1.000) alone predicts the label")
     assert one.summary in found.warnings
@@ -106,8 +106,8 @@ def test_labels_that_were_mixed_up_are_listed(tmp_path: Path, shipped: Recorded)
     label = shipped.each["label"].copy()
     wrong = np.flatnonzero(label == shipped.labels.index("ROW"))[:2]
     label[wrong] = shipped.labels.index("PEN")
-    found = exercise(shipped.told(label=label).npz(tmp_path / "mixed.npz"))
-    assert finding(found, label_quality.LABEL_NOISE).state == "warning"
+    found = exercise(shipped.with_columns(label=label).npz(tmp_path / "mixed.npz"))
+    assert check_result(found, label_quality.LABEL_NOISE).state == "warning"
     assert {(one.label, one.predicted) for one in found.suspects} == {("PEN", "ROW")}
     starts = np.concatenate([[0], np.cumsum(shipped.sizes)])
     inside = [any(starts[i] < one.row <= starts[i + 1] for i in wrong) for one in found.suspects]

@@ -116,7 +116,12 @@ def test_a_bundle_that_proved_itself_is_probed_anew_only_where_something_is_anot
     assert first.tuning is not None
     again = activation.activate(folder, [KEY.public], [first.tuning])
     assert (len(probed), again.tuning) == (1, first.tuning)
-    for changed in ({"machine": "another"}, {"runtime": "another"}, {"proved": ""}, {"proved": f"{probed[0]} 0.0.1"}):
+    for changed in (
+        {"machine": "another"},
+        {"runtime": "another"},
+        {"verified_for": ""},
+        {"verified_for": f"{probed[0]} 0.0.1"},
+    ):
         activation.activate(folder, [KEY.public], [replace(first.tuning, **changed)])
     assert len(probed) == 5
     # The same model in a bundle that says something else of it.

@@ -37,7 +37,7 @@ class Slow(TfliteModel):
     unequal: tuple[int, ...] = ()
     runs = 0
 
-    def _run(self, part: Any) -> Any:
+    def _run_batch(self, part: Any) -> Any:
         type(self).runs += 1
         seconds = self.run_s + self.row_s * len(part) / (self.gain if self.threads > 1 else 1.0)
         end = time.thread_time() + seconds
@@ -110,7 +110,7 @@ def test_a_model_too_slow_for_a_trial_is_run_by_single_rows(slow: type[Slow]) ->
 
 
 def test_a_size_that_cannot_be_run_ends_the_search_and_not_the_trial(slow: type[Slow]) -> None:
-    run = slow._run
+    run = slow._run_batch
 
     def refusing(self: Slow, part: Any) -> Any:
         if len(part) > 8:
@@ -118,7 +118,7 @@ def test_a_size_that_cannot_be_run_ends_the_search_and_not_the_trial(slow: type[
         return run(self, part)
 
     slow.run_s = 0.001
-    slow._run = refusing  # type: ignore[method-assign]
+    slow._run_batch = refusing  # type: ignore[method-assign]
     assert tried("classify_float32", seconds=MINUTE_S).batch == 8
 
 
@@ -201,7 +201,7 @@ _PASSED = """echo '["x", [["load", true, "fine"]], 1]'"""
 def test_a_model_that_crashes_in_the_trial_is_refused(child: Any) -> None:
     child(f"{_PASSED}; kill -SEGV $$")
     report = probe.probe(around(model("classify_int8"), CLASSIFY), [])
-    assert [(name, ok) for name, ok, _ in report.checks] == [("load", True), ("trial", False)]
+    assert [(name, ok) for name, ok, _ in report.checks] == [("load", True), ("autotune", False)]
     assert "SIGSEGV" in report.checks[1][2]
 
 

@@ -153,25 +153,25 @@ def test_a_file_the_manifest_lists_but_is_not_there_is_refused(folder: Path) -> 
 def test_a_link_is_refused_even_to_the_right_bytes(folder: Path, original: Path) -> None:
     (folder / "model.tflite").unlink()
     (folder / "model.tflite").symlink_to(original / "model.tflite")
-    assert "'model.tflite' is no plain file" in refused(folder)
+    assert "'model.tflite' is not a regular file" in refused(folder)
 
 
 def test_a_folder_inside_and_a_pipe_are_refused(folder: Path) -> None:
     (folder / "more").mkdir()
-    assert "'more' is no plain file" in refused(folder)
+    assert "'more' is not a regular file" in refused(folder)
     (folder / "more").rmdir()
     os.mkfifo(folder / "more")
-    assert "'more' is no plain file" in refused(folder)
+    assert "'more' is not a regular file" in refused(folder)
 
 
 def test_nothing_there_an_empty_folder_and_no_bundle_are_told_apart(tmp_path: Path) -> None:
     assert "no such bundle" in refused(tmp_path / "nothing")
-    assert "no manifest.json in it; is this a bundle" in refused(tmp_path)
+    assert "has no manifest.json; is this a bundle" in refused(tmp_path)
     (tmp_path / "empty.zip").write_bytes(b"")
     assert "cannot be read: File is not a zip file" in refused(tmp_path / "empty.zip")
     (tmp_path / "manifest.json").write_bytes(b"{}")
     (tmp_path / "empty.zip").unlink()
-    assert "no model.tflite in it" in refused(tmp_path)
+    assert "has no model.tflite" in refused(tmp_path)
 
 
 def test_more_files_than_a_bundle_has_are_refused(folder: Path) -> None:
@@ -251,7 +251,7 @@ def rezip(folder: Path, change: Callable[[zipfile.ZipFile], None]) -> Path:
 )
 def test_a_zip_member_with_a_path_is_refused(folder: Path, name: str) -> None:
     path = rezip(folder, lambda out: out.writestr(zipfile.ZipInfo(name), b""))
-    assert "is no plain file name" in refused(path)
+    assert "is not a plain file name" in refused(path)
 
 
 def test_a_zip_of_the_folder_itself_says_what_to_zip(folder: Path) -> None:
@@ -271,7 +271,7 @@ def test_a_zip_member_that_is_a_link_is_no_way_out(folder: Path) -> None:
         info.create_system, info.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
         out.writestr(info, "/etc/passwd")
 
-    assert "'link' is no plain file but a link or device" in refused(rezip(folder, link))
+    assert "'link' is a link or device" in refused(rezip(folder, link))
 
 
 def test_a_zip_bomb_is_ended_at_the_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +283,7 @@ def test_a_zip_bomb_is_ended_at_the_limit(folder: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_a_zip_compressed_in_a_way_that_has_no_limit_is_refused(folder: Path, method: int) -> None:
-    assert "is compressed in a way that is not read here" in refused(archive(folder, method=method))
+    assert "has an unsupported compression" in refused(archive(folder, method=method))
 
 
 def test_an_encrypted_zip_is_refused(folder: Path) -> None:

@@ -64,7 +64,7 @@ def test_a_bundle_of_images_or_sounds_gets_a_folder_with_the_same_definition(
     window = WindowSpec(rows=6, step=6, max_gap_s=1.0)
     spec = ModelInput(fields=made.columns, window=window, image=image, sound=sound)
     found = bundle.read(tiny, None)
-    other = replace(found, manifest=msgspec.structs.replace(found.manifest, format=2, input=spec))
+    other = replace(found, manifest=msgspec.structs.replace(found.manifest, input=spec))
     monkeypatch.setattr(bundle, "read", lambda path, keys: other)
     file = tmp_path / "outstation.toml"
     file.write_text('[device]\nid = "a"\nfleet = "b"\n' + told(tiny))

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from agent.model.bundle.definition import DerivedFeature
-from agent.model.bundle.manifest import Manifest, ModelInput, ModelOutput, WindowSpec
+from agent.model.bundle.manifest import DerivedFeature, Manifest, ModelInput, ModelOutput, WindowSpec
 from agent.model.inference import derived_features, features
 from agent.model.inference.inference import Inference
 from agent.model.inference.runtime import TfliteModel
@@ -34,12 +33,12 @@ class Echo:
         return windows.reshape(len(windows), int(np.prod(windows.shape[1:])))
 
 
-def one(function: Any, of: str = "a", rows: int = 0, **more: Any) -> DerivedFeature:
-    return DerivedFeature(name=f"{function}_{of}_{rows}", function=function, of=of, rows=rows, **more)
+def one(function: Any, field: str = "a", rows: int = 0, **more: Any) -> DerivedFeature:
+    return DerivedFeature(name=f"{function}_{field}_{rows}", function=function, field=field, rows=rows, **more)
 
 
 DERIVED = st.one_of(
-    st.builds(one, st.sampled_from(["mean", "sd"]), st.sampled_from("ab"), st.integers(2, 40)),
+    st.builds(one, st.sampled_from(["mean", "std"]), st.sampled_from("ab"), st.integers(2, 40)),
     st.builds(one, st.sampled_from(["lag", "difference", "last"]), st.sampled_from("ab"), st.integers(1, 40)),
     st.builds(
         one,
@@ -83,7 +82,7 @@ def streams(draw: st.DrawFn) -> tuple[Floats, Ints]:
 
 def inference(spec: ModelInput) -> Inference:
     manifest = Manifest(
-        format=2,
+        format=1,
         name="echo",
         version="1",
         created="",
@@ -140,7 +139,7 @@ def by_hand(spec: DerivedFeature, values: list[float]) -> float:
     enough = len(there) >= max(1, (len(values) + 1) // 2)
     if spec.function == "mean":
         return math.fsum(there) / len(there) if enough else nan
-    if spec.function == "sd":
+    if spec.function == "std":
         return float(np.std(there, ddof=1)) if enough and len(there) > 1 else nan
     if spec.function == "last":
         return there[-1] if there else nan
@@ -170,7 +169,7 @@ def test_a_feature_is_what_its_rows_give_by_hand(
 ) -> None:
     rows, t = stream
     made = derived_features.compute(rows, t, ModelInput(fields=["a", "b"], derived=[spec], max_gap_s=gap_s))[:, 2]
-    column = rows[:, "ab".index(spec.of)]
+    column = rows[:, "ab".index(spec.field)]
     scale = float(np.nanmax(np.where(np.isfinite(column), np.abs(column), 0), initial=1e-30))
     scale = scale**2 if spec.function == "band" else scale
     for row in range(len(rows)):
@@ -205,14 +204,14 @@ def test_history_ends_at_a_row_that_came_late() -> None:
 
 def test_noon_and_monday_stand_where_they_should() -> None:
     noon_utc = np.array([1_764_590_400_000_000])  # Monday 1 December 2025, 12:00 UTC
-    spec = ModelInput(fields=["a"], derived=[one("hour", of=""), one("weekday", of="", offset_h=-12.0)])
+    spec = ModelInput(fields=["a"], derived=[one("hour", field=""), one("weekday", field="", offset_h=-12.0)])
     made = derived_features.compute(np.zeros((1, 1), np.float32), noon_utc, spec)[0]
     assert spec.columns == ["a", "hour__0_sin", "hour__0_cos", "weekday__0_sin", "weekday__0_cos"]
     assert made.tolist() == pytest.approx([0, 0, -1, 0, 1], abs=1e-6)
 
 
 def test_order_picks_and_arranges_what_the_model_is_given() -> None:
-    spec = ModelInput(fields=["a", "b"], derived=[one("lag", "b", 1)], order=["lag_b_1", "a"])
+    spec = ModelInput(fields=["a", "b"], derived=[one("lag", "b", 1)], feature_order=["lag_b_1", "a"])
     made = derived_features.compute(np.array([[1, 10], [2, 20]], np.float32), np.array([0, 10]), spec)
     np.testing.assert_array_equal(made, [[nan, 1], [10, 2]])
 
@@ -238,14 +237,17 @@ def test_the_share_of_missing_values_counts_fields_and_derived_features_alike() 
 @pytest.mark.parametrize(
     ("spec", "why"),
     [
-        ({"function": "lag", "of": "a"}, "lag takes rows of at least 1, not 0"),
-        ({"function": "sd", "of": "a", "rows": 1}, "sd takes rows of at least 2, not 1"),
+        ({"function": "lag", "field": "a"}, "lag takes rows of at least 1, not 0"),
+        ({"function": "std", "field": "a", "rows": 1}, "std takes rows of at least 2, not 1"),
         ({"function": "hour", "rows": 3}, "hour takes no rows, not 3"),
-        ({"function": "mean", "rows": 3}, "of which field?"),
-        ({"function": "hour", "of": "a"}, "takes no `of`"),
-        ({"function": "band", "of": "a", "rows": 8}, "band = [low, high] in Hz goes with function band"),
-        ({"function": "band", "of": "a", "rows": 8, "band": (0.2, 0.9)}, "within 0 and half the rate, 0.5 Hz"),
-        ({"function": "band", "of": "a", "rows": 8, "band": (0.01, 0.02)}, "no frequency of 8 rows lies in its band"),
+        ({"function": "mean", "rows": 3}, "needs a field"),
+        ({"function": "hour", "field": "a"}, "takes no field"),
+        ({"function": "band", "field": "a", "rows": 8}, "band = [low, high] in Hz goes with function band"),
+        ({"function": "band", "field": "a", "rows": 8, "band": (0.2, 0.9)}, "within 0 and half the rate, 0.5 Hz"),
+        (
+            {"function": "band", "field": "a", "rows": 8, "band": (0.01, 0.02)},
+            "no frequency of 8 rows lies in its band",
+        ),
     ],
 )
 def test_a_derived_feature_that_makes_no_sense_is_refused(spec: dict[str, Any], why: str) -> None:
@@ -256,15 +258,15 @@ def test_a_derived_feature_that_makes_no_sense_is_refused(spec: dict[str, Any], 
 @pytest.mark.parametrize(
     ("spec", "why"),
     [
-        ({"derived": [one("lag", "c", 1)]}, "is of 'c', which is no field"),
+        ({"derived": [one("lag", "c", 1)]}, "names 'c', which is not a field"),
         (
-            {"derived": [DerivedFeature(name="a", function="lag", of="a", rows=1)]},
-            "a name is given twice, or is a field's",
+            {"derived": [DerivedFeature(name="a", function="lag", field="a", rows=1)]},
+            "a name is used twice, or is a field's",
         ),
-        ({"order": ["a", "z"]}, "order names 'z'"),
-        ({"order": ["a", "a"]}, "order names a feature twice"),
+        ({"feature_order": ["a", "z"]}, "feature_order names 'z'"),
+        ({"feature_order": ["a", "a"]}, "feature_order names a feature twice"),
         ({"mean": [1.0], "derived": [one("lag", "a", 1)]}, "mean has 1 entries for 2 features"),
-        ({"std": [nan]}, "std holds a value that is no finite number"),
+        ({"std": [nan]}, "std has a value that is not a finite number"),
         ({"scaling": "window"}, "needs a window"),
         ({"window": WindowSpec(rows=2, step=1), "max_gap_s": 1.0}, "write window.max_gap_s"),
         ({"definition": 2}, "definition 2 of features is newer than this agent"),

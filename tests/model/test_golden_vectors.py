@@ -60,7 +60,7 @@ def test_another_runtime_that_names_other_classes_is_refused() -> None:
         vectors.compare(np.roll(close, 1, axis=1), OTHER, classes=True)
     few = close.copy()
     few[:3] = np.roll(close[:3], 1, axis=1)
-    assert vectors.compare(few, OTHER, classes=True).endswith("3 name another class")
+    assert vectors.compare(few, OTHER, classes=True).endswith("3 with another class")
     assert "class" not in vectors.compare(few, OTHER, classes=False)
 
 

@@ -33,7 +33,6 @@ from scripts.kit.bundles import (
     SEVERAL,
     VECTORS,
     Recipe,
-    change_manifest,
     packed,
     readings,
     write_csv,
@@ -62,8 +61,8 @@ HISTORY = Recipe(
     input="""max_gap_s = 0.5
 max_missing = 0.3
 derived = [
-  { name = "a usual", function = "mean", of = "a", rows = 20 },
-  { name = "b before", function = "lag", of = "b", rows = 5 },
+  { name = "a usual", function = "mean", field = "a", rows = 20 },
+  { name = "b before", function = "lag", field = "b", rows = 5 },
 ]""",
 )
 KINDS = {
@@ -371,10 +370,8 @@ def test_scores_of_a_model_that_is_too_sure_are_calibrated_on_held_out_labels(tm
     head = json.loads(made.files["manifest.json"])
     if how == "temperature":
         assert head["output"]["temperature"] == pytest.approx(4, rel=0.1)
-        assert head["format"] == 1
     else:
-        assert head["format"] == 2
-        assert head["output"]["isotonic"]["right"] == sorted(head["output"]["isotonic"]["right"])
+        assert head["output"]["isotonic"]["accuracy"] == sorted(head["output"]["isotonic"]["accuracy"])
     pack.write_bundle(made, tmp_path / "out")
     activation.activate(tmp_path / "out", [KEY.public])
 
@@ -448,7 +445,7 @@ def test_the_references_own_data_do_not_calibrate(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "why"),
     [
-        (replace(SEVERAL, labels=("a|b", "c", "d")), "holds '|', which stands between labels"),
+        (replace(SEVERAL, labels=("a|b", "c", "d")), "contains '|', which separates labels"),
         (replace(SEVERAL, labels=("a", "b"), output="multi_label = true"), "3 outputs, the manifest names 2 labels"),
         (replace(SEVERAL, output=f"multi_label = true\n{SOFTMAX}"), "gives one label"),
         (replace(SEVERAL, output="thresholds = [0.1, 0.2, 0.3]"), "thresholds are for multi_label"),
@@ -457,12 +454,12 @@ def test_the_references_own_data_do_not_calibrate(tmp_path: Path) -> None:
         (replace(NAMED, output='names = ["a", "a"]'), "a value is named twice"),
         (
             replace(CHOSEN, output=""),
-            "2 outputs; name the one to use with [output] tensor, of 0: 'each' [1, 3]",
+            "2 outputs; select one with [output] tensor, of 0: 'each' [1, 3]",
         ),
         (replace(CHOSEN, output='tensor = "none"'), "no output 'none'"),
         (replace(CHOSEN, output="tensor = 2"), "no output 2"),
         (replace(HISTORY, input="scaling = 'window'"), "scaling by the window needs a window"),
-        (replace(HISTORY, input=""), "the model takes 4 values [4], the manifest's input gives 1 rows x 2 fields"),
+        (replace(HISTORY, input=""), "the model takes 4 values [4], the manifest's input has 1 rows x 2 fields"),
         (replace(SUMS["int8"], input="std = [1.0, nan, 1.0, 1.0]"), "std"),
     ],
 )
@@ -473,21 +470,6 @@ def test_a_spec_that_does_not_fit_its_model_is_refused_in_one_sentence(
         pack.pack(write_spec(tmp_path, recipe), KEY)
     assert why in str(problem.value)
     assert "\n" not in str(problem.value)
-
-
-def test_only_what_an_older_agent_could_not_honour_makes_a_bundle_of_format_2(
-    active: Callable[[Recipe], LoadedBundle],
-) -> None:
-    formats = {name: active(recipe).bundle.manifest.format for name, recipe in KINDS.items()}
-    assert {name for name, made in formats.items() if made == 1} == {f"sums of {kind}" for kind in TYPES}
-    assert active(HISTORY).bundle.manifest.input.definition == 1
-
-
-def test_a_newer_member_in_a_manifest_of_format_1_is_refused(tmp_path: Path) -> None:
-    folder = packed(tmp_path, SEVERAL)
-    change_manifest(folder, lambda head: head.update(format=1))
-    with pytest.raises(BadBundle, match="format 2"):
-        bundle.read(folder, [KEY.public])
 
 
 def reread(path: Path, key: SigningKey) -> Bundle:

@@ -208,10 +208,10 @@ def test_a_spec_that_is_not_there_or_no_toml_is_said_in_one_line(tmp_path: Path)
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('"d"]', '"d", "e"]', "shapes: the model takes 4 values [4], the manifest's input gives 1 rows x 5 fields = 5"),
+        ('"d"]', '"d", "e"]', "shapes: the model takes 4 values [4], the manifest's input has 1 rows x 5 fields = 5"),
         ("[input]", "[input]\nwindow = { rows = 2, step = 2 }", "shapes: the model takes 4 values [4]"),
-        ('"left", ', "", "shapes: the model gives 3 outputs, the manifest names 2 labels; name each class"),
-        ('kind = "classify"', 'kind = "regress"', "shapes: the model gives 3 outputs, kind regress reports one value"),
+        ('"left", ', "", "shapes: the model has 3 outputs, the manifest names 2 labels; name each class"),
+        ('kind = "classify"', 'kind = "regress"', "shapes: the model has 3 outputs, kind regress reports one value"),
     ],
 )
 def test_a_model_that_does_not_fit_the_spec_is_refused(tmp_path: Path, old: str, new: str, said: str) -> None:

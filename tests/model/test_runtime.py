@@ -130,7 +130,7 @@ def test_rows_may_come_in_another_shape_of_the_same_size() -> None:
 
 
 def test_rows_of_another_size_are_refused() -> None:
-    with pytest.raises(BadBundle, match=r"the model takes \[4\] values, it was given \[3\]"):
+    with pytest.raises(BadBundle, match=r"the model takes \[4\] values, got \[3\]"):
         TfliteModel(content("classify_int8")).invoke(np.zeros((2, 3), np.float32))
 
 
@@ -171,11 +171,11 @@ def test_an_integer_input_and_a_float_input_agree() -> None:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("two_inputs", "2 inputs, one is supported"),
-        ("two_outputs", "2 outputs; name the one to use with [output] tensor, of 0: "),
-        ("stateful", "remembers what it saw before (ASSIGN_VARIABLE, READ_VARIABLE, VAR_HANDLE)"),
-        ("flex", "uses TensorFlow operations that it does not have; convert it with TFLITE_BUILTINS only"),
-        ("no_rows", "the model gives [0, 4] for a batch of 1; the first must count rows"),
+        ("two_inputs", "2 inputs, but only one is supported"),
+        ("two_outputs", "2 outputs; select one with [output] tensor, of 0: "),
+        ("stateful", "keeps state between inferences (ASSIGN_VARIABLE, READ_VARIABLE, VAR_HANDLE)"),
+        ("flex", "uses TensorFlow operations, which it lacks; convert it with TFLITE_BUILTINS only"),
+        ("no_rows", "the model returns [0, 4] for a batch of 1; its first dimension must count rows"),
         ("greedy", "memory"),
     ],
 )
@@ -201,21 +201,21 @@ def test_a_model_of_others_that_cannot_be_run_is_refused_with_its_reason(name: s
 def test_a_model_that_mixes_the_rows_of_a_batch_is_refused() -> None:
     report = probe.probe(around(model("mixes_rows"), Recipe("classify", "", labels=("a", "b", "c", "d"))))
     assert report.checks[-1][:2] == ("batch", False)
-    assert "depends on the rows before or beside it" in report.checks[-1][2]
+    assert "depends on other rows" in report.checks[-1][2]
 
 
 @pytest.mark.parametrize(
     ("name", "recipe", "why"),
     [
-        ("classify_int8", ANOMALY, "takes 4 values [4], the manifest's input gives 8 rows x 2 fields = 16"),
-        ("anomaly_int8", CLASSIFY, "takes 16 values [8, 2], the manifest's input gives 1 rows x 4 fields = 4"),
-        ("classify_int8", Recipe("classify", "", labels=("a", "b")), "gives 3 outputs, the manifest names 2 labels"),
-        ("regress_int8", CLASSIFY, "gives 1 outputs, the manifest names 3 labels"),
-        ("classify_int8", REGRESS, "gives 3 outputs, kind regress reports one value"),
+        ("classify_int8", ANOMALY, "takes 4 values [4], the manifest's input has 8 rows x 2 fields = 16"),
+        ("anomaly_int8", CLASSIFY, "takes 16 values [8, 2], the manifest's input has 1 rows x 4 fields = 4"),
+        ("classify_int8", Recipe("classify", "", labels=("a", "b")), "has 3 outputs, the manifest names 2 labels"),
+        ("regress_int8", CLASSIFY, "has 1 outputs, the manifest names 3 labels"),
+        ("classify_int8", REGRESS, "has 3 outputs, kind regress reports one value"),
         (
             "classify_int8",
             Recipe("anomaly", ""),
-            "gives 3 outputs; kind anomaly needs one score, or its 4 inputs again",
+            "has 3 outputs; kind anomaly needs one score, or 4 outputs for its 4 inputs",
         ),
     ],
 )
@@ -264,7 +264,7 @@ def test_bytes_that_are_no_model_are_refused(data: bytes) -> None:
 
 def test_a_model_that_never_ends_is_ended_by_its_seconds() -> None:
     report = probe.probe(around(model("endless"), seconds=1))
-    assert report.checks == [("load", False, "used more than its 1 s of CPU and was ended ([limits] seconds)")]
+    assert report.checks == [("load", False, "used more than its 1 s of CPU and was killed ([limits] cpu_seconds)")]
 
 
 @pytest.fixture
@@ -285,11 +285,11 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     [
         ("kill -SEGV $$", "the runtime crashed on it (SIGSEGV); the model is damaged or not for this runtime"),
         ("kill -ABRT $$", "the runtime crashed on it (SIGABRT)"),
-        ("kill -KILL $$", "ran out of memory, it may have 512 MiB"),
-        ("echo terminate: std::bad_alloc >&2; kill -ABRT $$", "ran out of memory, it may have 512 MiB"),
+        ("kill -KILL $$", "ran out of memory, the limit is 512 MiB"),
+        ("echo terminate: std::bad_alloc >&2; kill -ABRT $$", "ran out of memory, the limit is 512 MiB"),
         ("echo no such module >&2; exit 3", "the child process failed (3): no such module"),
-        ("echo hello", "the child process answered something else"),
-        ("", "the child process answered something else"),
+        ("echo hello", "the child process returned invalid output"),
+        ("", "the child process returned invalid output"),
         ("""echo '["x", [["load", true, "fine"]]]'; kill -SEGV $$""", "the runtime crashed on it (SIGSEGV)"),
     ],
 )
@@ -304,7 +304,7 @@ def test_a_child_that_stands_still_is_ended(child: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(probe, "GRACE_S", 0.5)
     child("kill -STOP $$")
     report = probe.probe(around(model("classify_int8"), seconds=1))
-    assert report.checks == [("load", False, "did not finish within 1.5 s and was ended")]
+    assert report.checks == [("load", False, "did not finish within 1.5 s and was killed")]
 
 
 def test_a_folder_named_like_us_where_we_happen_to_run_is_not_loaded(

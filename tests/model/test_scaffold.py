@@ -115,7 +115,7 @@ def input_range(model: Path) -> tuple[float, float]:
 @pytest.mark.parametrize(
     ("name", "why", "fix"),
     [
-        ("pymicro_okay_nabu_int8stream", "remembers what it saw before (ASSIGN_VARIABLE", "export it without state"),
+        ("pymicro_okay_nabu_int8stream", "keeps state between inferences (ASSIGN_VARIABLE", "export it without state"),
         ("flex_model_selfmade", "TensorFlow operations that it does not have", "convert it with TFLITE_BUILTINS only"),
         ("tflm_person_detect_int8", "its quantization is not as the format asks", "convert the model again"),
     ],
@@ -204,7 +204,7 @@ def test_data_beside_the_model_name_its_fields_and_labels(tmp_path: Path) -> Non
 def test_data_of_other_columns_than_the_model_has_values_are_listed(tmp_path: Path) -> None:
     write_csv(tmp_path / "data.csv", ("a", "b", "c"), readings(5)[:, :3])
     text = run("pack", "--from", MODELS / "sums_int8.tflite", "--data", tmp_path / "data.csv").output
-    assert 'has 3 columns of numbers: ["a", "b", "c"]' in text
+    assert 'has 3 numeric columns: ["a", "b", "c"]' in text
     assert tomllib.loads(text)["input"]["fields"] == ["x0", "x1", "x2", "x3"]
 
 

@@ -69,7 +69,7 @@ def test_so_are_those_of_other_types_and_of_fixed_batches(name: str) -> None:
 
 def test_windows_of_another_size_are_refused_and_the_process_goes_on(classifier: SubprocessModel) -> None:
     pid = classifier.pid
-    with pytest.raises(BadBundle, match=r"takes \[4\] values, it was given \[3\]"):
+    with pytest.raises(BadBundle, match=r"takes \[4\] values, got \[3\]"):
         classifier.invoke(np.zeros((2, 3), np.float32))
     assert classifier.invoke(CALM).shape == (40, 3)
     assert classifier.pid == pid
@@ -95,7 +95,7 @@ def test_a_hang_is_ended_in_time_while_the_caller_is_called_back() -> None:
         there.invoke(CALM)
         pid, began = there.pid, time.monotonic()
         with pytest.raises(
-            ModelProcessFailed, match=r"the model hangs: did not answer within 2.5 s and was ended"
+            ModelProcessFailed, match=r"the model hangs: did not answer within 2.5 s and was killed"
         ) as died:
             there.invoke(WILD)
         assert died.value.kind == "hang"
@@ -152,10 +152,10 @@ def test_a_signal_that_stops_the_agent_does_not_pass_for_a_crash_of_the_model(nu
 
 PARENT = """
 import sys, time, numpy as np
-from agent.model.sandbox.subprocess_model import Apart
+from agent.model.sandbox.subprocess_model import SubprocessModel
 from scripts.kit.bundles import CLASSIFY, around, model
 rows = np.full((1, 4), 3.9, np.float32)
-there = Apart(around(model("rigged_hang"), CLASSIFY))
+there = SubprocessModel(around(model("rigged_hang"), CLASSIFY))
 there.outputs
 print(there.pid, flush=True)
 there.invoke(rows)
@@ -192,7 +192,7 @@ def test_what_answers_something_else_is_taken_for_a_crash(monkeypatch: pytest.Mo
     monkeypatch.setattr(worker, "__name__", "strange_child")
     with SubprocessModel(tiny()) as there:
         pid = there.pid
-        with pytest.raises(ModelProcessFailed, match="answered something else"):
+        with pytest.raises(ModelProcessFailed, match="sent an invalid start message"):
             there.invoke(CALM)
     assert pid is not None
     assert gone(pid)

@@ -1,7 +1,7 @@
 """Audit: verify every stored message again, from the evidence alone.
 
 For each device and log, in one pass and in constant memory:
-- each payload and token verify with a key of that device, also a revoked one; a replaced key is valid up to its last seq
+- each payload and token verify with a key of that device, also a revoked one; a replaced key up to its last seq
 - columns device, log, seq and kind match the signed payload; the topic is part of the signature
 - seqs from 1 to the last are complete, except ranges that a signed audit message declares as evicted, or as the end of
   the log

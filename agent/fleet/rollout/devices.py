@@ -96,7 +96,7 @@ def _is_targeted(device: RolloutDevice, kind: str, target: str) -> bool:
 
 
 def _previous_selection(rollout: Rollout) -> Callable[[str], bool]:
-    """Return a predicate: was a device in the previous step, with the bundle in the same role?"""
+    """Return a predicate that is True for devices of the previous step with the bundle in the same role."""
     steps = rollout.plan.steps
     current, previous = rollout.step, rollout.step - 1
     if previous < 1 or (steps[previous - 1].strategy == "shadow") != (steps[current - 1].strategy == "shadow"):

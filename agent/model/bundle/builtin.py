@@ -1,4 +1,4 @@
-"""What ships with the agent: bundles, recordings and the key that signed them."""
+"""Built-in bundles: bundles and recordings that ship with the agent, and the key that signed them."""
 
 from __future__ import annotations
 
@@ -12,35 +12,33 @@ _CHECKOUT_DIR = Path(__file__).parents[3] / "models"
 
 
 def bundles_dir() -> Path:
-    """The folder of shipped bundles."""
+    """Return the folder of built-in bundles."""
     return _INSTALLED_DIR / "bundles" if _INSTALLED_DIR.exists() else _CHECKOUT_DIR
 
 
 def locate_bundle(name: str, local_dir: Path) -> Path:
-    """The folder or archive of a bundle: a path, one in `<data_dir>/bundles/`, or one that ships with the agent.
-
-    Raises BadBundle.
-    """
+    """Locate a bundle: a path, a name in `<data_dir>/bundles/`, or a built-in bundle. Raises BadBundle."""
     if "/" in name:
         return Path(name)
     for candidate in (local_dir / name, local_dir / f"{name}.zip", bundles_dir() / name):
         if candidate.exists():
             return candidate
-    raise BadBundle(f"no bundle {name!r} in {local_dir} nor among those shipped; put it there, or give its path")
+    raise BadBundle(f"no bundle {name!r} in {local_dir} or among the built-in ones; put it there, or give its path")
 
 
 def resolve_path(path: Path) -> Path:
-    """`path`, or where nothing is there the shipped bundle of that name."""
-    ours = bundles_dir() / path.name
-    return ours if len(path.parts) == 1 and not path.exists() and (ours / "manifest.json").exists() else path
+    """Return `path`, or the built-in bundle of that name if nothing is there."""
+    shipped = bundles_dir() / path.name
+    is_builtin = len(path.parts) == 1 and not path.exists() and (shipped / "manifest.json").exists()
+    return shipped if is_builtin else path
 
 
 def recordings_dir() -> Path:
-    """The folder of held-out recordings that simulated devices replay."""
+    """Return the folder of held-out recordings that simulated devices replay."""
     return _INSTALLED_DIR / "recordings" if _INSTALLED_DIR.exists() else _CHECKOUT_DIR / "recordings"
 
 
 def publisher_keys() -> list[PublicKey]:
-    """The key that signs shipped bundles."""
+    """Return the key that signed the built-in bundles."""
     path = (_INSTALLED_DIR if _INSTALLED_DIR.exists() else _CHECKOUT_DIR) / "publisher.pub"
     return [parse_public_key(path.read_text(encoding="ascii"))] if path.exists() else []

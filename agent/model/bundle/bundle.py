@@ -1,9 +1,9 @@
-"""Read and verify a bundle, a folder or the same as a `.zip`: every byte is checked before any of it is used.
+"""Bundle: read a bundle from a folder or a `.zip`, and verify every byte before any is used.
 
 Rules of `read`:
-- files lie flat, few, and together within a size limit, which holds for a zip member while it is unpacked
-- `manifest.jws` signs `manifest.json` with a publisher's key (skipped only where no keys are given, to look)
-- every other file is listed in the manifest with its SHA-256, and nothing else is there
+- the bundle is flat, with few files, and within a size limit that also holds while a zip member is unpacked
+- `manifest.jws` signs `manifest.json` with a publisher's key (not checked if `publishers` is None)
+- the manifest lists every other file with its SHA-256, and there is no further file
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from agent.model.bundle.manifest import Manifest
 from agent.wire import jws
 from agent.wire.keys import PublicKey, SigningKey
 
-# All files together, unpacked: they are held in memory, on machines with a gigabyte of it.
+# All files, unpacked: they are held in memory, on machines with a gigabyte of it.
 MAX_BYTES = 256 << 20
 MAX_FILES = 32
-_TOO_LARGE = f"larger than {MAX_BYTES >> 20} MiB in all, which no bundle may be"
-# Stands where a message's topic stands: no signature of a message can pass for one of a bundle.
+_TOO_LARGE = f"larger than the {MAX_BYTES >> 20} MiB that a bundle may have"
+# Signed in the place of a topic: the signature of a message cannot pass for that of a bundle.
 SIGNATURE_DOMAIN = "bundle"
 _UNREADABLE_ERRORS = (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, ValueError)
 
 
 class Bundle(msgspec.Struct, frozen=True):
-    """A bundle whose bytes were verified and are held here, so that the files may change on disk meanwhile.
+    """A bundle with its verified bytes in memory: later changes on the disk have no effect.
 
-    `signer` is the kid of the key that signed it, or claims to where nobody's keys were given; "" without one.
+    `signer` is the kid of the key that signed it; without publishers to check, the claimed kid or "".
     """
 
     manifest: Manifest
@@ -49,22 +49,22 @@ class Bundle(msgspec.Struct, frozen=True):
 
 
 def read(path: Path, publishers: Sequence[PublicKey] | None) -> Bundle:
-    """The verified bundle at `path`; `publishers` None skips the question who signed. Raises BadBundle."""
+    """Return the verified bundle at `path`. With `publishers` None any signer is accepted. Raises BadBundle."""
     return _verify(path, dict(_iter_files(path)), publishers)
 
 
 def from_files(name: str, files: dict[str, bytes], digest: str) -> Bundle:
-    """The bundle of that digest, whose `files` came from elsewhere. Raises BadBundle that calls it `name`."""
-    found = _verify(Path(name), files, None)
-    if found.digest != digest:
-        raise BadBundle(f"{name}: the bundle that came is {found.digest}, and {digest} was sent; start it again")
-    return found
+    """Return the bundle in `files`, which must have `digest`. Raises BadBundle, with `name` in its text."""
+    verified = _verify(Path(name), files, None)
+    if verified.digest != digest:
+        raise BadBundle(f"{name}: received the bundle {verified.digest}, but {digest} was sent; start it again")
+    return verified
 
 
 def _verify(path: Path, files: dict[str, bytes], publishers: Sequence[PublicKey] | None) -> Bundle:
     for needed in ("manifest.json", "model.tflite"):
         if needed not in files:
-            raise BadBundle(f"{path}: no {needed} in it; is this a bundle folder or .zip?")
+            raise BadBundle(f"{path}: has no {needed}; is this a bundle folder or .zip?")
     head = files["manifest.json"]
     signer = _check_signature(path, head, files.get("manifest.jws"), publishers)
     try:
@@ -76,7 +76,7 @@ def _verify(path: Path, files: dict[str, bytes], publishers: Sequence[PublicKey]
 
 
 def sign(head: bytes, key: SigningKey) -> bytes:
-    """The content of `manifest.jws`."""
+    """Return the content of `manifest.jws`."""
     return jws.sign(key, SIGNATURE_DOMAIN, head).encode() + b"\n"
 
 
@@ -134,7 +134,7 @@ def _iter_folder(path: Path) -> Iterator[tuple[str, bytes]]:
     room = MAX_BYTES
     for entry in entries:
         if entry.is_symlink() or not entry.is_file():
-            raise BadBundle(f"{path}: {entry.name!r} is no plain file; a bundle is flat")
+            raise BadBundle(f"{path}: {entry.name!r} is not a regular file; a bundle is flat")
         with entry.open("rb") as file:
             data = file.read(room + 1)
         room = _remaining_bytes(path, room, data)
@@ -151,7 +151,7 @@ def _iter_archive(path: Path) -> Iterator[tuple[str, bytes]]:
         if len({m.filename for m in members}) != len(members):
             raise BadBundle(f"{path}: a file is in the archive twice")
         if sum(m.file_size for m in members) > MAX_BYTES:
-            # Said by the archive itself: what claims to be smaller is cut off at that size, and fails its checksum.
+            # Declared by the archive. A member that is larger than declared fails its checksum.
             raise BadBundle(f"{path}: {_TOO_LARGE}")
         for member in members:
             _check_member(path, member)
@@ -165,12 +165,12 @@ def _check_member(path: Path, member: zipfile.ZipInfo) -> None:
     name = member.filename
     if "/" in name or "\\" in name or name.startswith("."):
         raise BadBundle(
-            f"{path}: {name!r} is no plain file name; a bundle is flat: zip the files of the folder, not the folder"
+            f"{path}: {name!r} is not a plain file name; a bundle is flat: zip the files of the folder, not the folder"
         )
     if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG):
-        raise BadBundle(f"{path}: {name!r} is no plain file but a link or device; a bundle holds plain files only")
+        raise BadBundle(f"{path}: {name!r} is a link or device; a bundle has regular files only")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise BadBundle(f"{path}: {name!r} is compressed in a way that is not read here; use zip's default (deflate)")
+        raise BadBundle(f"{path}: {name!r} has an unsupported compression; use zip's default (deflate)")
 
 
 def _check_file_count(path: Path, count: int) -> None:

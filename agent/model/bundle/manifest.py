@@ -1,31 +1,94 @@
-"""`manifest.json`: what a bundle says of itself."""
+"""Manifest of a bundle (`manifest.json`): identity, model input and output, limits, and the digest of every file."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from agent.errors import BadBundle
 from agent.media import ImageFormat, SoundFormat
-from agent.model.bundle.definition import DerivedFeature, IsotonicCalibration, Label, Numbers
 from agent.names import is_name
 from agent.performance.labels import NO_LABEL, SEPARATOR
 from agent.strict_json import check_strict_json
 
-FORMAT = 2
+FORMAT = 1
+# Version of how derived features are computed.
+FEATURE_DEFINITION = 1
 MAX_TEXT_CHARS = 4096
-# Members that an agent of format 1 would not know: where one is set the bundle is of format 2, elsewhere they are left
-# out, so that what was written as format 1 is written the same way today.
-FORMAT_2_MEMBERS = {
-    "input": ("definition", "derived", "order", "max_gap_s", "scaling", "max_missing", "image", "sound"),
-    "output": ("tensor", "multi_label", "thresholds", "names", "units", "distance", "centroid", "isotonic"),
-}
+
+Numbers = list[float]
+Label = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+_MIN_FEATURE_ROWS = {"hour": 0, "weekday": 0, "lag": 1, "difference": 1, "last": 1, "mean": 1, "std": 2, "band": 4}
+
+
+class DerivedFeature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A feature computed from `field`, or from the time, over `rows` rows (`inference.derived_features`).
+
+    `band` is [low, high) in Hz for a stream of `rate` rows per second; `offset_h` hours are added to UTC.
+    """
+
+    name: Label
+    function: Literal["mean", "std", "lag", "difference", "last", "band", "hour", "weekday"]
+    field: str = ""
+    rows: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
+    band: tuple[float, float] | None = None
+    rate: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    offset_h: Annotated[float, msgspec.Meta(ge=-24, le=24)] = 0.0
+
+    def __post_init__(self) -> None:
+        label, least = f"derived feature {self.name!r}", _MIN_FEATURE_ROWS[self.function]
+        if self.rows < least or (self.is_time_based and self.rows):
+            wanted = "no rows" if self.is_time_based else f"rows of at least {least}"
+            raise ValueError(f"{label}: {self.function} takes {wanted}, not {self.rows}")
+        if self.is_time_based == bool(self.field):
+            raise ValueError(f"{label}: {self.function} {'takes no field' if self.field else 'needs a field'}")
+        if (self.function == "band") != (self.band is not None):
+            raise ValueError(f"{label}: band = [low, high] in Hz goes with function band")
+        if self.band is None:
+            return
+        if not 0 <= self.band[0] < self.band[1] <= self.rate / 2 + 1e-9:
+            raise ValueError(
+                f"{label}: band {list(self.band)} must ascend within 0 and half the rate, {self.rate / 2:g} Hz"
+            )
+        frequencies = (k * self.rate / self.rows for k in range(self.rows // 2 + 1))
+        if not any(self.band[0] <= frequency <= self.band[1] for frequency in frequencies):
+            raise ValueError(f"{label}: no frequency of {self.rows} rows lies in its band")
+
+    @property
+    def is_time_based(self) -> bool:
+        return self.function in ("hour", "weekday")
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of its values."""
+        return [f"{self.name}_sin", f"{self.name}_cos"] if self.is_time_based else [self.name]
+
+    @property
+    def history_rows(self) -> int:
+        """Rows before the current one that it reads."""
+        return self.rows if self.function in ("lag", "difference") else max(0, self.rows - 1)
+
+
+class IsotonicCalibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Accuracy of a score: linear between the points (`score`, `accuracy`), both ascending (Zadrozny, Elkan 2002)."""
+
+    score: Annotated[Numbers, msgspec.Meta(min_length=2, max_length=256)]
+    accuracy: Annotated[Numbers, msgspec.Meta(min_length=2, max_length=256)]
+
+    def __post_init__(self) -> None:
+        if len(self.score) != len(self.accuracy):
+            raise ValueError("isotonic: score and accuracy must have as many entries")
+        for name, values, least_step in (("score", self.score, 1e-12), ("accuracy", self.accuracy, 0.0)):
+            is_ascending = all(b - a >= least_step for a, b in itertools.pairwise(values))
+            if not is_ascending or not all(0 <= value <= 1 for value in values):
+                raise ValueError(f"isotonic: {name} must ascend within 0 and 1")
 
 
 class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`rows` a window, `step` between starts; a window never spans a time gap above `max_gap_s`, or a step back."""
+    """`rows` per window, `step` between starts. No window spans a gap above `max_gap_s`, or a step back in time."""
 
     rows: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
     step: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
@@ -36,13 +99,13 @@ class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"step {self.step} above rows {self.rows} would leave rows out; use step <= rows")
 
 
-class ModelInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the model is given: `fields` and `derived` features, or those of them in `order`, each (x - mean) / std.
+class ModelInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Model input: `fields` and `derived` features, or those in `feature_order`, each scaled to (x - mean) / std.
 
-    `window` None: one row an inference. `scaling` "window": each column less its own mean in the window, divided by its
-    own spread there. `image` or `sound`: what rows are made of. `max_gap_s` ends the history of derived features where
-    there is no window. `definition` is the version of how features are computed. Above a share of `max_missing` values
-    a result says how many were missing.
+    Without a `window` an inference reads one row. `scaling` "window" subtracts from each column its mean in the window
+    and divides by its standard deviation there. `image` or `sound` says what rows are made of. `max_gap_s` bounds the
+    history of derived features without a window. `definition` is the version of how features are computed. A result
+    whose share of missing values exceeds `max_missing` reports that share.
     """
 
     fields: Annotated[list[Label], msgspec.Meta(min_length=1, max_length=6144)]
@@ -50,9 +113,9 @@ class ModelInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     window: WindowSpec | None = None
     mean: Numbers = []
     std: Numbers = []
-    definition: int = 0
+    definition: Annotated[int, msgspec.Meta(ge=1)] = FEATURE_DEFINITION
     derived: Annotated[list[DerivedFeature], msgspec.Meta(max_length=256)] = []
-    order: list[Label] = []
+    feature_order: list[Label] = []
     max_gap_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     scaling: Literal["fixed", "window"] = "fixed"
     max_missing: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
@@ -60,48 +123,52 @@ class ModelInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sound: SoundFormat | None = None
 
     def __post_init__(self) -> None:
-        if self.definition > 1:
+        if self.definition > FEATURE_DEFINITION:
             raise ValueError(
-                f"definition {self.definition} of features is newer than this agent, which knows 1; update the agent"
+                f"definition {self.definition} of features is newer than this agent, which knows "
+                f"{FEATURE_DEFINITION}; update the agent"
             )
-        known = [*self.fields, *(name for one in self.derived for name in one.columns)]
-        if len(set(self.fields)) != len(self.fields):
-            raise ValueError("a field is named twice")
-        if len(set(known)) != len(known):
-            raise ValueError("derived: a name is given twice, or is a field's")
-        for one in self.derived:
-            if one.of and one.of not in self.fields:
-                raise ValueError(f"derived feature {one.name!r} is of {one.of!r}, which is no field")
-        if unknown := [name for name in self.order if name not in known]:
-            raise ValueError(f"order names {unknown[0]!r}, which is neither a field nor a derived feature")
-        if len(set(self.order)) != len(self.order):
-            raise ValueError("order names a feature twice")
+        self._check_features()
         if len(self.units) not in (0, len(self.fields)):
             raise ValueError(f"units has {len(self.units)} entries for {len(self.fields)} fields")
         self._check_scaling()
         self._check_media()
 
+    def _check_features(self) -> None:
+        known = [*self.fields, *(name for feature in self.derived for name in feature.columns)]
+        if len(set(self.fields)) != len(self.fields):
+            raise ValueError("a field is named twice")
+        if len(set(known)) != len(known):
+            raise ValueError("derived: a name is used twice, or is a field's")
+        for feature in self.derived:
+            if feature.field and feature.field not in self.fields:
+                raise ValueError(f"derived feature {feature.name!r} names {feature.field!r}, which is not a field")
+        if unknown := [name for name in self.feature_order if name not in known]:
+            raise ValueError(f"feature_order names {unknown[0]!r}, which is neither a field nor a derived feature")
+        if len(set(self.feature_order)) != len(self.feature_order):
+            raise ValueError("feature_order names a feature twice")
+
     def _check_media(self) -> None:
-        """Of an image or sound the rows follow from it."""
+        """Check that fields and window are those of the image or sound."""
         if self.image is not None and self.sound is not None:
             raise ValueError("image and sound: rows are made of one of them")
-        if (made := self.image or self.sound) is not None and self.fields != made.columns:
-            raise ValueError(f"fields of an image or sound are {made.columns[0]} to {made.columns[-1]}")
+        if (media := self.image or self.sound) is not None and self.fields != media.columns:
+            raise ValueError(f"fields of an image or sound are {media.columns[0]} to {media.columns[-1]}")
         if self.image is not None:
-            one = (self.image.height, self.image.height)
-            if self.window is None or (self.window.rows, self.window.step) != one:
-                raise ValueError(f"the window of an image is its rows: rows = step = {self.image.height}")
+            rows = self.image.height
+            if self.window is None or (self.window.rows, self.window.step) != (rows, rows):
+                raise ValueError(f"the window of an image is its rows: rows = step = {rows}")
         if self.sound is not None and self.window is not None and self.window.max_gap_s is None:
-            raise ValueError("the window of a sound needs max_gap_s, so that none reaches from one file into the next")
+            raise ValueError("the window of a sound needs max_gap_s, so that none spans two files")
 
     def _check_scaling(self) -> None:
-        what = "features" if self.derived or self.order else "fields"
+        noun = "features" if self.derived or self.feature_order else "fields"
         for name in ("mean", "std"):
             values = getattr(self, name)
             if len(values) not in (0, len(self.columns)):
-                raise ValueError(f"{name} has {len(values)} entries for {len(self.columns)} {what}")
+                raise ValueError(f"{name} has {len(values)} entries for {len(self.columns)} {noun}")
             if not all(math.isfinite(value) for value in values):
-                raise ValueError(f"{name} holds a value that is no finite number; give one for each of the {what}")
+                raise ValueError(f"{name} has a value that is not a finite number; give one for each of the {noun}")
         if any(not s > 0 for s in self.std):
             raise ValueError("every std must be above 0")
         if self.scaling == "window" and (self.window is None or self.mean or self.std):
@@ -111,32 +178,33 @@ class ModelInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def columns(self) -> list[str]:
-        """The names of the model's features, in its order."""
-        return self.order or [*self.fields, *(name for one in self.derived for name in one.columns)]
+        """Names of the model's features, in its order."""
+        return self.feature_order or [*self.fields, *(name for feature in self.derived for name in feature.columns)]
 
     @property
     def history_rows(self) -> int:
-        """How many rows before a window its derived features look at."""
-        return max((one.history_rows for one in self.derived), default=0)
+        """Rows before a window that its derived features read."""
+        return max((feature.history_rows for feature in self.derived), default=0)
 
     @property
     def gap_s(self) -> float | None:
-        """The pause that no window and no history reaches over."""
+        """The longest gap that a window or a history may span."""
         return self.window.max_gap_s if self.window else self.max_gap_s
 
     @property
     def rows(self) -> int:
-        """Rows of an inference."""
+        """Rows per inference."""
         return self.window.rows if self.window else 1
 
 
-class ModelOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a tensor becomes labels, scores and values; `temperature` calibrates: p ∝ p^(1/T) (Guo et al. 2017).
+class ModelOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Model output: how a tensor becomes labels, scores and values.
 
-    `tensor` is the name or index of the output that is used where a model has several. `multi_label`: each label by
-    itself, said where its probability is above its threshold (`thresholds`, one a label; else `threshold`, else 0.5).
-    `names` and `units` of the values of kind regress. `threshold` of kinds anomaly and embedding: a value
-    above it is an anomaly. An embedding is told as its `distance` to `centroid`.
+    `temperature` calibrates scores: p ∝ p^(1/T) (Guo et al. 2017). `tensor` is the name or index of the output of a
+    model with several. With `multi_label` every label is independent, and predicted above its threshold (`thresholds`,
+    one per label; else `threshold`, else 0.5). A binary classifier predicts its second label above `threshold`. `names`
+    and `units` describe the values of kind regress. For kinds anomaly and embedding, values above `threshold` are
+    anomalies. The value of an embedding is its `distance` to `centroid`.
     """
 
     labels: list[Label] = []
@@ -165,30 +233,28 @@ class ModelOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("thresholds are for multi_label = true")
         if self.multi_label and any(SEPARATOR in label or label == NO_LABEL for label in self.labels):
             raise ValueError(
-                f"a label holds {SEPARATOR!r}, which stands between labels, or is {NO_LABEL!r}, which means none"
+                f"a label contains {SEPARATOR!r}, which separates labels, or is {NO_LABEL!r}, which means none"
             )
         if self.multi_label and len(SEPARATOR.join(self.labels)) > MAX_TEXT_CHARS:
-            raise ValueError(
-                f"labels: all of a multi-label model are at most {MAX_TEXT_CHARS} characters; shorten them"
-            )
+            raise ValueError(f"labels of a multi-label model may have {MAX_TEXT_CHARS} characters in all; shorten them")
         if self.multi_label and self.activation == "softmax":
             raise ValueError('activation "softmax" gives one label; multi_label goes with "sigmoid" or "none"')
         if self.multi_label and self.isotonic is not None:
-            raise ValueError("isotonic is for one label a result; a multi-label model is calibrated by temperature")
+            raise ValueError("isotonic needs one label per result; calibrate a multi-label model by temperature")
 
 
 class ResourceLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the probe's child process may use."""
+    """Limits of the process that probes the bundle."""
 
     memory_mib: Annotated[int, msgspec.Meta(ge=64, le=65_536)] = 2048
-    seconds: Annotated[int, msgspec.Meta(ge=1, le=600)] = 30
+    cpu_seconds: Annotated[int, msgspec.Meta(ge=1, le=600)] = 30
 
 
 class DriftSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`window`: how many model windows (rows, for a tabular model) make one drift window.
+    """Drift detection of the model. `window` is the number of model windows (of rows without one) per drift window.
 
-    `min_count`: no bin in a message tells of fewer rows; `seasonality`: whether a site's reference follows the hour of
-    day and the days of rest; `class_field`: the category field of a stream that names modes, where the model names no classes.
+    `min_count` is the smallest row count of a bin in a message. `seasonality` says if a site's reference follows the
+    hour of day and days of rest. `class_field` is the category field that names classes if the model names none.
     """
 
     window: Annotated[int, msgspec.Meta(ge=2, le=1_000_000)] = 20
@@ -198,7 +264,7 @@ class DriftSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    format: Literal[1, 2]
+    format: Literal[1]
     name: str
     version: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
     created: Annotated[str, msgspec.Meta(max_length=64)]
@@ -211,7 +277,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def __post_init__(self) -> None:
         if self.drift.class_field and self.output.labels:
-            raise ValueError("drift.class_field is for a model without labels; this one names classes itself")
+            raise ValueError("drift.class_field is for a model without labels; this model names classes itself")
         if not is_name(self.name):
             raise ValueError(f"name {self.name!r} must be 1-64 of a-z 0-9 . _ -")
         if self.kind == "classify" and len(self.output.labels) < (1 if self.output.multi_label else 2):
@@ -220,55 +286,30 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError("multi_label is for kind classify")
         if self.kind == "embedding" and self.output.threshold is not None and not self.output.centroid:
             raise ValueError("output: an embedding with a threshold needs the centroid that distances are from")
-        if self.format == 1 and (newer := list_format_2_members(self)):
-            raise ValueError(f"{newer[0]} needs format 2")
 
     @property
     def label_kind(self) -> Literal["classify", "several", "regress", "anomaly"]:
-        """What is true of a result: a class, any number of them, a number, or whether it was an anomaly."""
+        """Type of the ground truth of a result: a class, several of them, a number, or anomaly."""
         if self.kind == "embedding":
             return "anomaly"
         return "several" if self.output.multi_label else self.kind
 
 
-def list_format_2_members(manifest: Manifest) -> list[str]:
-    """What of it an agent of format 1 could not honour."""
-    found = ["kind embedding"] if manifest.kind == "embedding" else []
-    if manifest.format > 1 and manifest.kind == "classify" and manifest.output.threshold is not None:
-        # Of format 1 it means nothing: classifiers named the most probable class.
-        found.append("output.threshold of a classifier")
-    for room, names in FORMAT_2_MEMBERS.items():
-        part, plain = getattr(manifest, room), _DEFAULTS[room]
-        found += [f"{room}.{name}" for name in names if getattr(part, name) != getattr(plain, name)]
-    return found
-
-
-def to_oldest_format(manifest: Manifest) -> Manifest:
-    """The same, of format 1 where any agent can honour it."""
-    if list_format_2_members(
-        msgspec.structs.replace(manifest, input=msgspec.structs.replace(manifest.input, definition=0))
-    ):
-        return msgspec.structs.replace(manifest, input=msgspec.structs.replace(manifest.input, definition=1))
-    return msgspec.structs.replace(manifest, format=1)
-
-
-_DEFAULTS: dict[str, Any] = {"input": ModelInput(fields=["x"]), "output": ModelOutput()}
-
-
 def decode(data: bytes) -> Manifest:
-    """Raises BadBundle."""
+    """Decode and validate manifest.json. Raises BadBundle."""
     try:
-        newest = msgspec.json.decode(data, type=_FormatHeader).format
+        manifest_format = msgspec.json.decode(data, type=_FormatHeader).format
     except (msgspec.MsgspecError, ValueError, RecursionError):
-        newest = FORMAT  # what is wrong is said below
-    if newest > FORMAT:
+        manifest_format = FORMAT  # the error is reported below
+    if manifest_format > FORMAT:
         raise BadBundle(
-            f"manifest.json: the bundle is of format {newest}, this agent reads formats 1 to {FORMAT}; update the agent"
+            f"manifest.json: the bundle has format {manifest_format}, this agent reads format {FORMAT}; "
+            "update the agent"
         )
     try:
-        found = msgspec.json.decode(data, type=Manifest)
+        manifest = msgspec.json.decode(data, type=Manifest)
         check_strict_json(data)
-        return found
+        return manifest
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise BadBundle(f"manifest.json: {error}") from None
 
@@ -278,10 +319,5 @@ class _FormatHeader(msgspec.Struct):
 
 
 def encode(manifest: Manifest) -> bytes:
-    """One spelling for one content: sorted keys, two spaces, a newline at the end."""
-    members = msgspec.to_builtins(manifest)
-    for room, names in FORMAT_2_MEMBERS.items():
-        for name in names:
-            if getattr(getattr(manifest, room), name) == getattr(_DEFAULTS[room], name):
-                del members[room][name]
-    return msgspec.json.format(msgspec.json.encode(members, order="sorted"), indent=2) + b"\n"
+    """Encode a manifest. The same content gives the same bytes: sorted keys, two spaces, a final newline."""
+    return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=2) + b"\n"

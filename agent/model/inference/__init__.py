@@ -1,1 +1,1 @@
-"""inference."""
+"""Inference: rows to windows, the TFLite runtime, outputs to labels and scores."""

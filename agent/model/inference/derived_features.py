@@ -1,14 +1,14 @@
-"""Derived features, definition 1: from a field over the last rows of a stream, or from the time.
+"""Derived features, definition 1: computed from a field over the last rows of a stream, or from the time.
 
-- mean, sd: of the last N rows, this one included; missing where fewer than half of them are there
-- lag, difference: the value N rows ago; this one less that
-- last: the newest value there is in the last N rows
-- band: mean square of what lies between two frequencies, in the last N rows less their mean, under a Hann window
+- mean, std: of the last N rows including the current one; missing if fewer than half of them are present
+- lag, difference: the value N rows ago; the current value less that
+- last: the newest value present in the last N rows
+- band: mean square of the signal between two frequencies, in the last N rows less their mean, under a Hann window
   (Harris 1978); missing rows count as the mean
 - hour, weekday: sine and cosine of the time of day and of the day of the week
 
-No history reaches over a pause or a step back of the time. Each value depends on its own rows only, and sums are taken
-row by row in one order: pieces of a stream, each with the history it needs, give the bits that the whole gives.
+No history spans a gap or a step back in time. Each value depends on its own rows only, and sums run row by row in one
+order: pieces of a stream, each with the history it needs, give the same bits as the whole.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.model.bundle.definition import DerivedFeature
-from agent.model.bundle.manifest import ModelInput
+from agent.model.bundle.manifest import DerivedFeature, ModelInput
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -30,27 +29,28 @@ _MAX_SPECTRUM_VALUES = 1_000_000
 
 
 def compute(features: Floats, t: Ints, spec: ModelInput, history_rows: int = 0) -> Floats:
-    """All features of the model (n - before, C) of rows `features` (n, F) in physical units at `t` (n,) epoch µs.
+    """Compute all features of the model (n - history_rows, C) from rows `features` (n, F) at `t` (n,) epoch µs.
 
-    The first `before` rows are history. Missing is NaN.
+    Rows are in physical units, the first `history_rows` are history. Missing values are NaN.
     """
-    now = features[history_rows:]
-    if not spec.derived and not spec.order:
-        return now
-    made = {name: now[:, i] for i, name in enumerate(spec.fields)}
+    current = features[history_rows:]
+    if not spec.derived and not spec.feature_order:
+        return current
+    columns = {name: current[:, i] for i, name in enumerate(spec.fields)}
     age = _rows_since_gap(t, spec.gap_s)
-    for one in spec.derived:
-        if one.is_time_based:
-            made |= zip(one.columns, _encode_cyclic(t[history_rows:], one), strict=True)
+    for feature in spec.derived:
+        if feature.is_time_based:
+            columns |= zip(feature.columns, _encode_cyclic(t[history_rows:], feature), strict=True)
         else:
-            past = _History(features[:, spec.fields.index(one.of)], age, history_rows, one.history_rows)
+            field = features[:, spec.fields.index(feature.field)]
+            history = _History(field, age, history_rows, feature.history_rows)
             with np.errstate(over="ignore", invalid="ignore"):
-                made[one.name] = _FUNCTIONS[one.function](past, one).astype(np.float32)
-    return np.stack([made[name] for name in spec.columns], axis=1)
+                columns[feature.name] = _FUNCTIONS[feature.function](history, feature).astype(np.float32)
+    return np.stack([columns[name] for name in spec.columns], axis=1)
 
 
 def _rows_since_gap(t: Ints, gap_s: float | None) -> Ints:
-    """How many rows since the last pause, step back or beginning."""
+    """Return the number of rows since the last gap, step back in time, or start."""
     rows = np.arange(len(t), dtype=np.int64)
     steps = np.diff(t)
     broken = steps < 0
@@ -62,7 +62,7 @@ def _rows_since_gap(t: Ints, gap_s: float | None) -> Ints:
 
 
 class _History:
-    """A field as it was some rows before each row that is asked for; NaN where nothing is known."""
+    """Earlier values of a field for each row; NaN where unknown."""
 
     def __init__(self, field: Floats, age: Ints, before: int, history: int) -> None:
         values = field.astype(np.float64)
@@ -91,7 +91,7 @@ def _mean(history: _History, feature: DerivedFeature) -> Doubles:
     return _rolling_mean(history, feature.rows)[0]
 
 
-def _sd(history: _History, feature: DerivedFeature) -> Doubles:
+def _std(history: _History, feature: DerivedFeature) -> Doubles:
     mean, count = _rolling_mean(history, feature.rows)
     total = np.zeros(len(mean))
     for lag in range(feature.rows):
@@ -109,10 +109,10 @@ def _difference(history: _History, feature: DerivedFeature) -> Doubles:
 
 
 def _last(history: _History, feature: DerivedFeature) -> Doubles:
-    found = history.lagged(0)
+    newest = history.lagged(0)
     for lag in range(1, feature.rows):
-        found = np.where(np.isnan(found), history.lagged(lag), found)
-    return found
+        newest = np.where(np.isnan(newest), history.lagged(lag), newest)
+    return newest
 
 
 def _band(history: _History, feature: DerivedFeature) -> Doubles:
@@ -130,24 +130,24 @@ def _band(history: _History, feature: DerivedFeature) -> Doubles:
     lags = np.arange(rows)[::-1]
     block = max(1, _MAX_SPECTRUM_VALUES // rows)
     for start in range(0, len(mean), block):
-        some = slice(start, start + block)
-        off = spans[some] - mean[some, None]
-        off[(lags > history.age[some, None]) | np.isnan(off)] = 0.0
-        power = np.square(np.abs(np.fft.rfft(off * hann, axis=1)[:, inside])) * weight
-        out[some] = power.sum(axis=1) / (rows * np.square(hann).sum())
+        part = slice(start, start + block)
+        centred = spans[part] - mean[part, None]
+        centred[(lags > history.age[part, None]) | np.isnan(centred)] = 0.0
+        power = np.square(np.abs(np.fft.rfft(centred * hann, axis=1)[:, inside])) * weight
+        out[part] = power.sum(axis=1) / (rows * np.square(hann).sum())
     return np.where(np.isnan(mean), np.nan, out)
 
 
 def _encode_cyclic(t: Ints, feature: DerivedFeature) -> tuple[Floats, Floats]:
-    round_us = _DAY_US if feature.function == "hour" else 7 * _DAY_US
+    period_us = _DAY_US if feature.function == "hour" else 7 * _DAY_US
     local = t + round(feature.offset_h * _HOUR_US) + (_MONDAY_OFFSET_US if feature.function == "weekday" else 0)
-    angle = (local % round_us) * (2 * np.pi / round_us)
+    angle = (local % period_us) * (2 * np.pi / period_us)
     return np.sin(angle).astype(np.float32), np.cos(angle).astype(np.float32)
 
 
 _FUNCTIONS = {
     "mean": _mean,
-    "sd": _sd,
+    "std": _std,
     "lag": _lag,
     "difference": _difference,
     "last": _last,

@@ -1,4 +1,4 @@
-"""Rows in, answers out: cut, features, invoke and scores in the one order, for the device and for files alike."""
+"""Inference: rows to results. Cut, features, model and scores in one order, for devices and for files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ MAX_VALUES = 4_000_000
 
 
 class InferenceResult(msgspec.Struct, frozen=True):
-    """Of w windows, which begin at `cut.starts` and are `Inference.rows` long.
+    """Results of w windows, which start at `cut.starts` and have `Inference.rows` rows.
 
-    `missing` (w,) share of each window's values that were missing; `outputs` (w, K), dequantized, where asked for.
-    `seconds` in the model.
+    `missing_share` (w,) of each window's values; `outputs` (w, K), dequantized, if requested; `seconds` in the model.
     """
 
     cut: WindowCut
@@ -33,7 +32,7 @@ class InferenceResult(msgspec.Struct, frozen=True):
 
 
 class RunnableModel(Protocol):
-    """A loaded model, in this process (`runtime.Model`) or in one of its own (`Apart`)."""
+    """A loaded model: `TfliteModel` in this process, or `SubprocessModel`."""
 
     seconds: float
 
@@ -44,30 +43,30 @@ class RunnableModel(Protocol):
     def input_range(self) -> tuple[float, float]: ...
 
     def invoke(self, windows: Floats) -> Floats:
-        """Outputs (w, K) of `windows`. Raises BadBundle."""
+        """Return the outputs (w, K) of `windows`. Raises BadBundle."""
         ...
 
 
 def load_model(manifest: Manifest, content: bytes, tuning: Tuning | None = None) -> TfliteModel:
-    """The model as the manifest uses it, run as it was chosen to be. Raises BadBundle."""
+    """Load the model with the manifest's output, and batch size and threads of `tuning`. Raises BadBundle."""
     batch, threads = (tuning.batch, tuning.threads) if tuning else (runtime.DEFAULT_BATCH, 1)
     return runtime.TfliteModel(content, batch, threads, manifest.output.tensor)
 
 
 class Inference:
-    """A loaded model with its bundle's definition of features and scores."""
+    """A loaded model with its bundle's features and scores."""
 
     def __init__(self, manifest: Manifest, model: RunnableModel) -> None:
         self.manifest, self.model = manifest, model
 
     @property
     def fields(self) -> list[str]:
-        """The columns that `run` takes, in order."""
+        """Columns that `run` takes, in order."""
         return self.manifest.input.fields
 
     @property
     def rows(self) -> int:
-        """Rows of a window; 1 without one."""
+        """Rows per window; 1 without one."""
         return self.manifest.input.rows
 
     @property
@@ -77,42 +76,36 @@ class Inference:
 
     @property
     def history_rows(self) -> int:
-        """How many rows before a window its features look at: give so many as `before`, as far as they are there."""
+        """Rows before a window that its features read. Pass this many as `history_rows`, as far as they exist."""
         return self.manifest.input.history_rows
 
     def run(self, rows: Floats, t: Ints, *, history_rows: int = 0, with_outputs: bool = False) -> InferenceResult:
-        """All whole windows of `rows` (n, F), physical units, NaN missing, at `t` (n,) epoch µs.
+        """Run all whole windows of `rows` (n, F), in physical units with NaN for missing, at `t` (n,) epoch µs.
 
-        The first `before` rows are history: no window begins there, and `cut` counts from the row after. A stream run
-        piece by piece, each from where `cut.consumed` of the one before ended, with its history, gives the answers of
-        the whole. Raises BadBundle.
+        The first `history_rows` rows are history: no window starts there, and `cut` counts from the row after them. A
+        stream run piece by piece, each from the end of `cut.consumed` and with its history, gives the results of the
+        whole. Raises BadBundle.
         """
-        return self.run_windows(
-            rows,
-            t,
-            features.cut_windows(t[history_rows:], self.manifest.input.window),
-            history_rows=history_rows,
-            with_outputs=with_outputs,
-        )
+        cut = features.cut_windows(t[history_rows:], self.manifest.input.window)
+        return self.run_windows(rows, t, cut, history_rows=history_rows, with_outputs=with_outputs)
 
     def run_windows(
         self, rows: Floats, t: Ints, cut: WindowCut, *, history_rows: int = 0, with_outputs: bool = False
     ) -> InferenceResult:
-        """`run`, for windows that were cut already."""
+        """Run windows that are cut already. Raises BadBundle."""
         spec = self.manifest.input
         columns = derived_features.compute(rows, t, spec, history_rows)
-        begun_s = self.model.seconds
-        each = max(1, MAX_VALUES // (self.rows * columns.shape[1]))
-        found: list[Scores] = []
+        start_s = self.model.seconds
+        block = max(1, MAX_VALUES // (self.rows * columns.shape[1]))
+        parts: list[Scores] = []
         outputs: list[Floats] = []
-        for start in range(0, max(1, len(cut.starts)), each):
-            windows = features.build_windows(columns, cut.starts[start : start + each], spec)
+        for start in range(0, max(1, len(cut.starts)), block):
+            windows = features.build_windows(columns, cut.starts[start : start + block], spec)
             out = self.model.invoke(windows)
-            found.append(scores.from_outputs(out, self.manifest, windows))
+            parts.append(scores.from_outputs(out, self.manifest, windows))
             if with_outputs:
                 outputs.append(out)
-        gone = features.compute_missing_share(columns, cut.starts, spec)
-        seconds = self.model.seconds - begun_s
-        return InferenceResult(
-            cut, scores.concatenate(found), gone, np.concatenate(outputs) if with_outputs else None, seconds
-        )
+        missing_share = features.compute_missing_share(columns, cut.starts, spec)
+        all_outputs = np.concatenate(outputs) if with_outputs else None
+        seconds = self.model.seconds - start_s
+        return InferenceResult(cut, scores.concatenate(parts), missing_share, all_outputs, seconds)

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 _NOISE_ROWS = 64
 _TOLERANCE = 0.02
-# More fields than a person would list.
+# A longer list of fields is written as a prefix and a count.
 _MAX_LISTED_FIELDS = 64
 _MIN_IMAGE_SIDE = 16
-# Model windows of a drift reference: the fewest drift windows, of the usual length.
+# Model windows for a drift reference: the fewest drift windows, of the default length.
 _MIN_REFERENCE_WINDOWS = MIN_WINDOWS * DriftSettings().window
 
 
@@ -41,16 +41,16 @@ def inspect_model(content: bytes) -> ModelInspection:
 def _measure_output(model: TfliteModel) -> OutputStats:
     low, high = model.input_range
     noise = np.random.default_rng(0).uniform(low, high, (_NOISE_ROWS, *model.input_shape)).astype(np.float32)
-    found = np.nan_to_num(model.invoke(noise).astype(np.float64), nan=np.inf, posinf=1e300, neginf=-1e300)
+    outputs = np.nan_to_num(model.invoke(noise).astype(np.float64), nan=np.inf, posinf=1e300, neginf=-1e300)
     with np.errstate(over="ignore"):
-        sums, lengths = found.sum(axis=1), np.sqrt(np.square(found).sum(axis=1))
-    bounds = [float(f(x)) for x in (found, sums, lengths) for f in (np.min, np.max)]
+        sums, norms = outputs.sum(axis=1), np.sqrt(np.square(outputs).sum(axis=1))
+    bounds = [float(f(x)) for x in (outputs, sums, norms) for f in (np.min, np.max)]
     finite = [value if math.isfinite(value) else 1e300 for value in bounds]
     return OutputStats(finite[0], finite[1], (finite[2], finite[3]), (finite[4], finite[5]))
 
 
 class TableInfo(msgspec.Struct, frozen=True):
-    """Of data beside the model: its columns of numbers, its rows, and the labels in it."""
+    """Data for the model: path, numeric columns, number of rows, and labels."""
 
     path: str
     columns: Sequence[str]
@@ -67,129 +67,126 @@ class _KindGuess(msgspec.Struct, frozen=True):
 
 
 def guess_kind(inspection: ModelInspection, output_index: int = 0) -> _KindGuess:
-    """The kind that a model's tensors and answers speak for."""
-    given, made, answers = inspection.inputs[0], inspection.outputs[output_index], inspection.output_stats[output_index]
-    unit = answers.low >= -_TOLERANCE and answers.high <= 1 + _TOLERANCE
-    # What rounding may take from a sum of probabilities, or add to it.
-    lost = min(0.9, made.quantization_step * made.size / 2)
-    if made.size == given.size > 1:
-        return _KindGuess(
-            "anomaly", "it gives as many values as it takes: the error of what it gives back is the value"
-        )
-    if made.size == 1:
-        if unit and made.limits and made.limits[1] <= 1:
-            return _KindGuess(
-                "classify", "it gives one value from 0 to 1: the probability of the second label", label_count=2
-            )
-        return _KindGuess("regress", "it gives one value")
-    if unit and all(abs(total - 1) < max(2 * _TOLERANCE, lost) for total in answers.sums):
-        return _KindGuess(
-            "classify", f"its {made.size} values sum to 1: softmax is in the model", label_count=made.size
-        )
-    if all(abs(length - 1) < _TOLERANCE for length in answers.norms):
-        return _KindGuess("embedding", "its values are vectors of length 1")
-    if unit:
-        why = f"its {made.size} values are from 0 to 1 and do not sum to 1: each label by itself"
-        return _KindGuess("classify", why, label_count=made.size, multi_label=True)
-    why = f"it gives {made.size} values of any size: taken for the logits of as many labels"
-    return _KindGuess("classify", why, "softmax", made.size)
+    """Guess the kind of a model from its tensors and outputs."""
+    model_input, output = inspection.inputs[0], inspection.outputs[output_index]
+    stats = inspection.output_stats[output_index]
+    is_unit = stats.low >= -_TOLERANCE and stats.high <= 1 + _TOLERANCE
+    # Rounding error of a sum of quantized probabilities.
+    rounding = min(0.9, output.quantization_step * output.size / 2)
+    if output.size == model_input.size > 1:
+        return _KindGuess("anomaly", "it has as many outputs as inputs: an autoencoder, its error is the value")
+    if output.size == 1:
+        if is_unit and output.limits and output.limits[1] <= 1:
+            rationale = "it has one output from 0 to 1: the probability of the second label"
+            return _KindGuess("classify", rationale, label_count=2)
+        return _KindGuess("regress", "it has one output")
+    if is_unit and all(abs(total - 1) < max(2 * _TOLERANCE, rounding) for total in stats.sums):
+        rationale = f"its {output.size} outputs sum to 1: softmax is in the model"
+        return _KindGuess("classify", rationale, label_count=output.size)
+    if all(abs(norm - 1) < _TOLERANCE for norm in stats.norms):
+        return _KindGuess("embedding", "its outputs are vectors of length 1")
+    if is_unit:
+        rationale = f"its {output.size} outputs are from 0 to 1 and do not sum to 1: independent labels"
+        return _KindGuess("classify", rationale, label_count=output.size, multi_label=True)
+    rationale = f"it has {output.size} outputs of any size: probably logits of as many labels"
+    return _KindGuess("classify", rationale, "softmax", output.size)
 
 
 def render_spec(inspection: ModelInspection, model: str, name: str, table: TableInfo | None = None) -> str:
-    """The text of a SPEC for the model at path `model`, relative to the SPEC; `table` is data beside it."""
-    made = guess_kind(inspection)
-    labels = _format_labels(made, table)
+    """Return the text of a SPEC for the model at path `model`, relative to the SPEC; `table` is data for it."""
+    guess = guess_kind(inspection)
+    labels = _format_labels(guess, table)
     lines = [
-        "# What `outstation model pack` makes a bundle from; paths are relative to this file. Look at every line.",
-        *(f"# in:   {one}" for one in inspection.inputs),
-        *(f"# out:  {one}" for one in inspection.outputs),
+        "# Input of `outstation model pack`; paths are relative to this file. Check every line.",
+        *(f"# in:   {tensor}" for tensor in inspection.inputs),
+        *(f"# out:  {tensor}" for tensor in inspection.outputs),
         f'name = "{_slugify(name)}"',
         'version = "0.1.0"',
-        f'kind = "{made.kind}"  # {made.rationale}; else classify, regress, anomaly or embedding',
+        f'kind = "{guess.kind}"  # {guess.rationale}; else classify, regress, anomaly or embedding',
         f"model = {_to_toml(model)}",
     ]
     if labels:
-        lines += ["# In the order of the outputs: as the model was trained, which no file tells.", f"labels = {labels}"]
+        lines += ["# In the order of the outputs, as in training; the model file does not say.", f"labels = {labels}"]
     data = _to_toml(table.path) if table else '"readings.csv"'
-    off = "" if table else "# "
+    prefix = "" if table else "# "
     lines += [
         _reference_line(inspection.inputs[0], data, table),
-        f"{off}golden = {data}  # a few inputs, so that a device can prove that its CPU computes what this one does",
+        f"{prefix}golden = {data}  # a few inputs, with which a device verifies that its CPU computes the same",
         '# card = { model = "MODEL_CARD.md", data = "DATA_CARD.md" }',
         "",
         *_input_lines(inspection.inputs[0], table),
         "",
-        *_output_lines(inspection, made),
+        *_output_lines(inspection, guess),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _reference_line(tensor: Tensor, data: str, table: TableInfo | None) -> str:
-    told = "readings in which nothing is wrong: what drift, and a threshold, are told from"
+    comment = "readings of normal operation, for the drift reference and a threshold"
     windows = table.rows // infer_window_shape(tensor.shape)[0] if table else 0
     if table and windows < _MIN_REFERENCE_WINDOWS:
-        told = f"{windows} windows of readings; from {_MIN_REFERENCE_WINDOWS} on devices can watch for drift"
-        return f"# reference = {data}  # {told}"
-    return f"{'' if table else '# '}reference = {data}  # {told}"
+        comment = f"{windows} windows of readings; drift detection needs {_MIN_REFERENCE_WINDOWS}"
+        return f"# reference = {data}  # {comment}"
+    return f"{'' if table else '# '}reference = {data}  # {comment}"
 
 
 def _input_lines(tensor: Tensor, table: TableInfo | None) -> list[str]:
-    if (picture := _image_line(tensor)) is not None:
-        return ["[input]", picture, "# Where the data are rows instead: fields, and window = { rows, step }."]
-    rows, width, why = infer_window_shape(tensor.shape)
+    if (image := _image_line(tensor)) is not None:
+        return ["[input]", image, "# If the data are rows instead: fields, and window = { rows, step }."]
+    rows, width, rationale = infer_window_shape(tensor.shape)
     columns = list(table.columns) if table and len(table.columns) == width else []
     lines = ["[input]"]
     if columns or width <= _MAX_LISTED_FIELDS:
-        told = "the columns of the data, in the model's order" if columns else "name them as your stream does"
-        lines.append(f"fields = {_to_toml(columns or [f'x{i}' for i in range(width)])}  # {told}")
+        comment = "the columns of the data, in the model's order" if columns else "use the names of your stream"
+        lines.append(f"fields = {_to_toml(columns or [f'x{i}' for i in range(width)])}  # {comment}")
     else:
         lines.append(f'fields = {{ prefix = "x", count = {width} }}  # x0, x1, …')
     if table and not columns:
-        lines.append(
-            f"# {table.path} has {len(table.columns)} columns of numbers: {_to_toml(list(table.columns)[:20])}"
-        )
+        lines.append(f"# {table.path} has {len(table.columns)} numeric columns: {_to_toml(list(table.columns)[:20])}")
     if rows > 1:
-        lines.append(f"window = {{ rows = {rows}, step = {rows}, max_gap_s = 1.0 }}  # {why}")
+        lines.append(f"window = {{ rows = {rows}, step = {rows}, max_gap_s = 1.0 }}  # {rationale}")
     if tensor.limits:
-        lines.append(f"# The input holds {tensor.limits[0]:.4g} to {tensor.limits[1]:.4g}; what is beyond is cut off.")
-    lines.append("# mean = […] and std = […], one for each field, where the model was trained on (x - mean) / std.")
+        low, high = tensor.limits
+        lines.append(f"# The input can hold {low:.4g} to {high:.4g}; other values are clipped.")
+    lines.append("# mean = […] and std = […], one for each field, if the model was trained on (x - mean) / std.")
     return lines
 
 
 def _image_line(tensor: Tensor) -> str | None:
-    """Where the tensor has the shape of one: all 256 values of a pixel over what a quantized one can hold."""
+    """Return the image line if the tensor has the shape of an image; pixels are scaled to the tensor's range."""
     if len(tensor.shape) != 3 or tensor.shape[2] not in (1, 3) or min(tensor.shape[:2]) < _MIN_IMAGE_SIDE:
         return None
     height, width, channels = tensor.shape
     low, high = tensor.limits or (0.0, 1.0)
     scaled = f"scale = {(high - low) / 255:.10g}, offset = {low:.10g}"
-    told = "pixel · scale + offset, as in training"
-    return f"image = {{ width = {width}, height = {height}, channels = {channels}, {scaled} }}  # {told}"
+    size = f"width = {width}, height = {height}, channels = {channels}"
+    return f"image = {{ {size}, {scaled} }}  # pixel · scale + offset, as in training"
 
 
 def infer_window_shape(dims: Sequence[int]) -> tuple[int, int, str]:
-    """(rows, fields, why) of an input of these dimensions without the batch."""
-    told = [size for size in dims if size != 1]
-    if len(told) <= 1:
+    """Return (rows, fields, rationale) for an input with these dimensions, without the batch."""
+    sizes = [size for size in dims if size != 1]
+    if len(sizes) <= 1:
         return 1, math.prod(dims), ""
-    return told[0], math.prod(told[1:]), f"{' x '.join(map(str, dims))}: rows of {math.prod(told[1:])} values"
+    width = math.prod(sizes[1:])
+    return sizes[0], width, f"{' x '.join(map(str, dims))}: rows of {width} values"
 
 
 def _output_lines(inspection: ModelInspection, kind_guess: _KindGuess) -> list[str]:
     lines = ["[output]"]
     if len(inspection.outputs) > 1:
-        others = ", ".join(json.dumps(one.name) for one in inspection.outputs)
-        lines.append(f"tensor = {_to_toml(inspection.outputs[0].name)}  # one of {others}")
+        names = ", ".join(json.dumps(tensor.name) for tensor in inspection.outputs)
+        lines.append(f"tensor = {_to_toml(inspection.outputs[0].name)}  # one of {names}")
     if kind_guess.kind == "classify":
-        lines.append(f'activation = "{kind_guess.activation}"  # what is still to be done: none, softmax or sigmoid')
+        lines.append(f'activation = "{kind_guess.activation}"  # to apply to the outputs: none, softmax or sigmoid')
     if kind_guess.multi_label:
-        lines.append("multi_label = true  # any number of labels is said, each above its threshold (0.5)")
+        lines.append("multi_label = true  # every label above its threshold (0.5) is predicted")
     if kind_guess.kind == "classify":
-        lines.append('# calibrate = "heldout.csv"  # with column label, of data the model was not trained on')
+        lines.append('# calibrate = "heldout.csv"  # with column label, data that the model was not trained on')
     if kind_guess.kind == "regress":
         lines.append('# units = ["W"]')
     if kind_guess.kind in ("anomaly", "embedding"):
-        lines.append("quantile = 0.99  # of the reference's values: what is above is an anomaly; or threshold = …")
+        lines.append("quantile = 0.99  # of the reference's values; higher values are anomalies; or threshold = …")
     return lines
 
 
@@ -206,5 +203,5 @@ def _slugify(text: str) -> str:
 
 
 def _to_toml(value: object) -> str:
-    """JSON's strings and lists of them are TOML's."""
+    """Encode a string or a list of strings: JSON's are valid TOML."""
     return json.dumps(value, ensure_ascii=False)

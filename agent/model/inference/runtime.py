@@ -1,4 +1,4 @@
-"""The TFLite interpreter: float windows in, float outputs out, in true batches. The only importer of a runtime.
+"""TFLite runtime: float windows in, float outputs out, in true batches. The only importer of a TFLite package.
 
 Quantization by the tensor's own scale and zero point: q = round(x / scale) + zero_point, clipped to its type.
 """
@@ -32,54 +32,54 @@ except ImportError:
         PACKAGE = "tflite-runtime"
     except ImportError:
         raise OutstationError(
-            "no TFLite runtime on this machine: install ai-edge-litert (64-bit), or tflite-runtime with Python 3.11"
+            "this machine has no TFLite runtime: install ai-edge-litert (64-bit), or tflite-runtime with Python 3.11"
         ) from None
 
 RUNTIME_NAME = f"{PACKAGE} {package.__version__}"
-# Where nobody tried: dense models have most of their gain by then, convolutions none beyond.
+# Without a tuning: dense models have most of their gain at this size, and convolutions gain nothing beyond it.
 DEFAULT_BATCH = 32
-# Memory of a large batch is never given back.
+# The runtime never frees the memory of a large batch.
 MAX_BATCH = 128
-# Values that are quantized at once: what the cache of a small processor holds, and few calls of numpy.
+# Values quantized at once: they fit the cache of a small processor, and keep the calls of numpy few.
 _QUANTIZE_BLOCK = 1 << 15
-# What a model uses to remember: its answers would depend on what it was asked before, and on restarts.
+# Operations of a stateful model, whose outputs depend on earlier inputs and on restarts.
 _STATE_OPS = frozenset({"VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE"})
 
 Floats = NDArray[np.float32]
 
 
 class TfliteModel:
-    """A loaded model with one input and one output, `batch` rows at a time on `threads` threads. Not thread-safe.
+    """A loaded model with one input and one output. Not thread-safe. `seconds` is the time of all runs.
 
-    `seconds` that all runs took.
+    It runs `batch` rows at a time on `threads` threads.
     """
 
     def __init__(
         self, content: bytes, batch: int = DEFAULT_BATCH, threads: int = 1, output: str | int | None = None
     ) -> None:
-        """`output`: the name or index of the one that is used, where there are several.
+        """Load a model. `output` is the name or index of the output, if there are several.
 
-        Raises BadBundle where it cannot be run here; a damaged model may crash the process: probe first.
+        Raises BadBundle if the model cannot run here. A damaged model may crash the process: probe it first.
         """
         self._output_selector, self.seconds = output, 0.0
         if not content:
             raise BadBundle("the model is empty: 0 bytes")
         self._content, self.threads = content, min(threads, os.cpu_count() or 1)
         self._load()
-        # Resizing a fixed batch can silently merge rows: only a batch the model declares dynamic is resized.
+        # Resizing a fixed batch can silently merge rows: only a batch that the model declares dynamic is resized.
         self.has_dynamic_batch = int(self._input_details.get("shape_signature", self._input_details["shape"])[0]) == -1
         self.has_dynamic_batch = self.has_dynamic_batch and self._can_resize()
         self.batch = self._allocated_batch
         self.set_batch_size(batch)
 
     def set_batch_size(self, batch: int) -> None:
-        """Run at most `batch` rows at once from now on; a model made for a fixed batch keeps to that."""
+        """Set the largest batch, up to MAX_BATCH; a model with a fixed batch keeps it."""
         if self.has_dynamic_batch:
             self.batch = min(batch, MAX_BATCH)
 
     @property
     def input_range(self) -> tuple[float, float]:
-        """The least and the largest value the input tensor tells apart; of a float input, where most values lie."""
+        """Lowest and highest value of a quantized input; for a float input the range of most values."""
         if self._input_dtype.kind == "f":
             return -3.0, 3.0
         scale, zero = self._input_details["quantization"]
@@ -88,22 +88,20 @@ class TfliteModel:
 
     @property
     def output_step(self) -> float:
-        """The difference between two neighbouring outputs of a quantized model; 0 where outputs are floats."""
-        return (
-            0.0
-            if np.dtype(self._output_details["dtype"]).kind == "f"
-            else float(self._output_details["quantization"][0] or 1.0)
-        )
+        """Difference between neighbouring outputs of a quantized model; 0 for floats."""
+        if np.dtype(self._output_details["dtype"]).kind == "f":
+            return 0.0
+        return float(self._output_details["quantization"][0] or 1.0)
 
     def invoke(self, windows: Floats) -> Floats:
-        """Outputs (w, K) of `windows` (w, …), whose other dimensions hold as many values as the model's input.
+        """Return the outputs (w, K) of `windows` (w, …), which have as many values each as the model's input.
 
-        NaN counts as 0 where the input is quantized. Raises BadBundle.
+        NaN counts as 0 in a quantized input. Raises BadBundle.
         """
         count = len(windows)
         if windows.size != count * math.prod(self.input_shape):
-            raise BadBundle(f"the model takes {list(self.input_shape)} values, it was given {list(windows.shape[1:])}")
-        begun_s = time.perf_counter()
+            raise BadBundle(f"the model takes {list(self.input_shape)} values, got {list(windows.shape[1:])}")
+        start_s = time.perf_counter()
         rows = windows.reshape(count, *self.input_shape)
         out = np.empty((count, self.outputs), self._output_details["dtype"])
         block = max(1, _QUANTIZE_BLOCK // (self.batch * math.prod(self.input_shape))) * self.batch
@@ -111,12 +109,12 @@ class TfliteModel:
             for start in range(0, count, block):
                 self._run_batches(self._quantize(rows[start : start + block]), out[start : start + block])
         outputs = self._dequantize(out)
-        self.seconds += time.perf_counter() - begun_s
+        self.seconds += time.perf_counter() - start_s
         return outputs
 
     def _load(self) -> None:
         with _runtime_errors():
-            # From bytes: a file that is cut short after it was mapped ends the process with SIGBUS.
+            # From bytes: if a mapped file were truncated, SIGBUS would end the process.
             self._interpreter: Any = Interpreter(model_content=self._content, num_threads=self.threads)
             self._interpreter.allocate_tensors()
             inputs, outputs = self._interpreter.get_input_details(), self._interpreter.get_output_details()
@@ -128,35 +126,37 @@ class TfliteModel:
         self.input_shape = tuple(int(d) for d in self._input_details["shape"][1:])
         self._allocated_batch = int(self._input_details["shape"][0])
         with _runtime_errors():
-            # Only a run tells the output's shape for certain.
+            # Only a run shows the output's shape reliably.
             self.outputs = self._run_batch(np.zeros(self._input_details["shape"], self._input_dtype)).shape[1]
 
     def _run_batches(self, rows: NDArray[Any], out: NDArray[Any]) -> None:
-        """Raw outputs of quantized `rows` into `out`, batch by batch."""
+        """Write the raw outputs of quantized `rows` into `out`, batch by batch."""
         for start in range(0, len(rows), self.batch):
             part = rows[start : start + self.batch]
-            kept = len(part)
+            count = len(part)
             if self.has_dynamic_batch:
-                # A shorter last batch runs at its own size: 5 to 20 µs, where padding costs what its rows cost.
-                self._resize(kept)
-            elif kept < self._allocated_batch:
-                part = np.concatenate([part, np.repeat(part[-1:], self._allocated_batch - kept, axis=0)])
-            out[start : start + kept] = self._run_batch(part)[:kept]
+                # A shorter last batch is resized for 5 to 20 µs; padding would cost the time of its rows.
+                self._resize(count)
+            elif count < self._allocated_batch:
+                part = np.concatenate([part, np.repeat(part[-1:], self._allocated_batch - count, axis=0)])
+            out[start : start + count] = self._run_batch(part)[:count]
 
     def _run_batch(self, part: NDArray[Any]) -> NDArray[Any]:
-        """Raw outputs (B, K) of one batch in the tensor's type."""
+        """Return the raw outputs (B, K) of one batch, in the tensor's type."""
         self._interpreter.set_tensor(self._input_details["index"], part)
         self._interpreter.invoke()
         raw: NDArray[Any] = self._interpreter.get_tensor(self._output_details["index"])
         if raw.ndim == 0 or len(raw) != len(part):
-            raise BadBundle(f"the model gives {list(raw.shape)} for a batch of {len(part)}; the first must count rows")
+            raise BadBundle(
+                f"the model returns {list(raw.shape)} for a batch of {len(part)}; its first dimension must count rows"
+            )
         return raw.reshape(len(part), -1)
 
     def _can_resize(self) -> bool:
-        """Whether the batch the model declares works; where it does not, rows are run as the model comes."""
+        """Return True if the dynamic batch that the model declares works; else reload the model."""
         try:
             with _runtime_errors():
-                # Of two rows: thirty-two of a large model would hold up each start for seconds.
+                # Two rows: thirty-two of a large model would delay each start by seconds.
                 self._resize(2)
                 self._run_batch(np.zeros((2, *self.input_shape), self._input_dtype))
         except BadBundle:
@@ -177,14 +177,14 @@ class TfliteModel:
             return floats
         scale, zero = self._input_details["quantization"]
         limits = np.iinfo(kind)
-        # A 32-bit limit is no float32: it would round up, past what the type holds.
+        # A 32-bit limit is not a float32: it would round up, beyond the type's range.
         exact = np.float32 if kind.itemsize <= 2 else np.float64
         with np.errstate(over="ignore", invalid="ignore"):
             scaled = values / exact(scale or 1.0)
             np.rint(scaled, out=scaled)
             scaled += zero
             np.clip(scaled, limits.min, limits.max, out=scaled)
-            # A sum is the cheapest way to see a NaN.
+            # A sum is the cheapest test for NaN.
             if math.isnan(scaled.sum()):
                 scaled[np.isnan(scaled)] = min(max(zero, limits.min), limits.max)
             quantized: NDArray[Any] = scaled.astype(kind)
@@ -201,12 +201,12 @@ class TfliteModel:
 
 
 def list_tensors(content: bytes) -> tuple[list[Tensor], list[Tensor]]:
-    """Inputs and outputs of a model, as it declares them. Raises BadBundle."""
+    """Return the declared inputs and outputs of a model. Raises BadBundle."""
     with _runtime_errors():
         interpreter = Interpreter(model_content=content)
         interpreter.allocate_tensors()
         inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
-    return [_to_tensor(one) for one in inputs], [_to_tensor(one) for one in outputs]
+    return [_to_tensor(detail) for detail in inputs], [_to_tensor(detail) for detail in outputs]
 
 
 def _to_tensor(detail: Any) -> Tensor:
@@ -215,54 +215,54 @@ def _to_tensor(detail: Any) -> Tensor:
     scale, zero = detail["quantization"]
     kind, limits = np.dtype(detail["dtype"]), None
     if scale and kind.kind in "iu":
-        held = np.iinfo(kind)
-        limits = (float((held.min - zero) * scale), float((held.max - zero) * scale))
+        integers = np.iinfo(kind)
+        limits = (float((integers.min - zero) * scale), float((integers.max - zero) * scale))
     batch = 0 if signature[:1] == [-1] else (shape or [1])[0]
     return Tensor(str(detail["name"]), tuple(shape[1:]), batch, kind.name, limits)
 
 
 def _select_output(outputs: list[Any], selector: str | int | None) -> Any:
-    """The output that the manifest names, or the only one. Raises BadBundle that lists what there is."""
+    """Return the output that the manifest names, or the only one. Raises BadBundle, which lists the outputs."""
     if selector is None and len(outputs) == 1:
         return outputs[0]
     if isinstance(selector, int) and 0 <= selector < len(outputs):
         return outputs[selector]
-    named = [tensor for tensor in outputs if tensor["name"] == selector]
-    if len(named) == 1:
-        return named[0]
-    there = ", ".join(f"{i}: {o['name']!r} {[int(d) for d in o['shape']]}" for i, o in enumerate(outputs))
-    asked = f"no output {selector!r}" if selector is not None else f"{len(outputs)} outputs"
-    raise BadBundle(f"the model has {asked}; name the one to use with [output] tensor, of {there}")
+    matches = [tensor for tensor in outputs if tensor["name"] == selector]
+    if len(matches) == 1:
+        return matches[0]
+    available = ", ".join(f"{i}: {o['name']!r} {[int(d) for d in o['shape']]}" for i, o in enumerate(outputs))
+    problem = f"no output {selector!r}" if selector is not None else f"{len(outputs)} outputs"
+    raise BadBundle(f"the model has {problem}; select one with [output] tensor, of {available}")
 
 
 def _check_tensors(inputs: list[Any], output: Any) -> None:
     if len(inputs) != 1:
-        raise BadBundle(f"the model has {len(inputs)} inputs, one is supported; join them into one in the model")
+        raise BadBundle(f"the model has {len(inputs)} inputs, but only one is supported; join them in the model")
     for tensor in (*inputs, output):
         kind = np.dtype(tensor["dtype"])
         if kind.kind not in "fiu":
-            raise BadBundle(f"tensor {tensor['name']!r} holds {kind.name}; only numbers are supported")
+            raise BadBundle(f"tensor {tensor['name']!r} has type {kind.name}; only numbers are supported")
         if len(tensor["shape"]) == 0:
             raise BadBundle(f"tensor {tensor['name']!r} has no dimensions; the first must count rows")
     if inputs[0]["shape"][0] < 1:
-        raise BadBundle("the model takes batches of no rows; give its input a batch of 1, or a free one")
+        raise BadBundle("the model has batches of 0 rows; give its input a batch of 1, or a dynamic one")
 
 
 def _check_stateless(interpreter: Any) -> None:
-    """A model that remembers is refused. Raises BadBundle."""
-    # Both runtimes have this, unofficially; without it the probe's runs have to tell.
+    """Raise BadBundle for a stateful model."""
+    # Both runtimes have this method, unofficially. Without it the probe detects state by running the model.
     ops: list[dict[str, Any]] = getattr(interpreter, "_get_ops_details", list)()
     used = sorted({op["op_name"] for op in ops} & _STATE_OPS)
     if used:
         raise BadBundle(
-            f"the model remembers what it saw before ({', '.join(used)}), so its answers depend on more than their "
-            "rows; export it without state, with the history it needs as its input window"
+            f"the model keeps state between inferences ({', '.join(used)}), so a result depends on earlier rows; "
+            "export it without state, with the history it needs as its input window"
         )
 
 
 @contextlib.contextmanager
 def _runtime_errors() -> Iterator[None]:
-    """Both runtimes raise one of these or another for one and the same: a bad model."""
+    """Raise BadBundle for every exception with which a runtime reports a bad model."""
     try:
         yield
     except MemoryError as error:
@@ -272,17 +272,17 @@ def _runtime_errors() -> Iterator[None]:
 
 
 def _explain_error(message: str) -> str:
-    """What the runtime said, and what to do where that is known."""
+    """Return the runtime's message, with the fix for known causes."""
     if "Select TensorFlow op" in message:
-        return "the model uses TensorFlow operations that it does not have; convert it with TFLITE_BUILTINS only"
+        return "the model uses TensorFlow operations, which it lacks; convert it with TFLITE_BUILTINS only"
     if custom := re.search(r"unresolved custom op: ([\w-]+)", message):
         return (
-            f"the model uses the custom operation {custom[1]!r}, which no runtime here has; convert it without, or, of "
-            "a model compiled for an accelerator, take the file from before that"
+            f"the model uses the custom operation {custom[1]!r}, which no runtime here has; convert it without, or use "
+            "the file from before it was compiled for an accelerator"
         )
     if "quantized_dimension" in message:
         return (
-            f"{message[:100]}…: its quantization is not as the format asks; convert the model again with a current "
+            f"{message[:100]}…: its quantization does not follow the format; convert the model again with a current "
             "TensorFlow"
         )
-    return message[:300] or "no reason given, as where memory is short ([limits] memory_mib)"
+    return message[:300] or "no reason given; memory may be short ([limits] memory_mib)"

@@ -1,7 +1,8 @@
-"""Model outputs to labels and scores."""
+"""Scores: model outputs to labels, calibrated probabilities and values."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,11 +18,11 @@ Doubles = NDArray[np.float64]
 
 
 class Scores(msgspec.Struct, frozen=True):
-    """Of w inferences: `label` (w,) class indexes and `score` (w,) calibrated probability, or `value` (w,).
+    """Results of w inferences: class index `label` (w,) with calibrated probability `score` (w,), or `value` (w,).
 
-    Of a multi-label model `label` is the most probable one, `said` (w, K) which are said, and `score` the probability
-    that all of that is right, were labels independent. `anomaly` (w,): the value is above the threshold. `more`:
-    further columns by name, a probability for each label (`score_LABEL`) or further values (`value_NAME`).
+    For a multi-label model `label` is the most probable one, `predicted` (w, K) the predicted ones, and `score` the
+    probability that all of them are correct if labels were independent. `anomaly` (w,) marks values above the
+    threshold. `extra_columns` are a probability per label (`score_LABEL`) or further values (`value_NAME`).
     """
 
     label: NDArray[np.int64] | None
@@ -37,49 +38,52 @@ class Scores(msgspec.Struct, frozen=True):
 
 
 def from_outputs(outputs: NDArray[np.float32], manifest: Manifest, inputs: NDArray[np.float32] | None = None) -> Scores:
-    """`outputs` (w, K). The value of an anomaly model that gives its input again is the mean squared error against
-    `inputs` (w, …); that of any other is its first output."""
+    """Compute scores from `outputs` (w, K).
+
+    The value of an autoencoder is its mean squared error against `inputs` (w, …); that of any other anomaly model is
+    its first output.
+    """
     output = manifest.output
     if manifest.kind == "classify":
         p = compute_probabilities(outputs, output)
         return _score_multi_label(p, output) if output.multi_label else _score_single_label(p, manifest)
     if manifest.kind == "regress":
-        more = {f"value_{name}": outputs[:, i].astype(np.float64) for i, name in enumerate(output.names) if i}
-        return Scores(None, None, outputs[:, 0].astype(np.float64), extra_columns=more)
+        extra_columns = {f"value_{name}": outputs[:, i].astype(np.float64) for i, name in enumerate(output.names) if i}
+        return Scores(None, None, outputs[:, 0].astype(np.float64), extra_columns=extra_columns)
     value = compute_values(outputs, manifest, inputs)
     anomaly = None if output.threshold is None else value > output.threshold
     return Scores(None, None, value, anomaly=anomaly)
 
 
 def compute_values(outputs: NDArray[np.float32], manifest: Manifest, inputs: NDArray[np.float32] | None) -> Doubles:
-    """(w,) how unusual each inference of kind anomaly or embedding is."""
+    """Return the anomaly value (w,) of each inference of kind anomaly or embedding."""
     if manifest.kind == "embedding":
         return centroid_distance(outputs, manifest.output)
     if inputs is not None and outputs.size == inputs.size:
-        off = outputs.astype(np.float64) - inputs.reshape(outputs.shape)
-        return np.asarray(np.square(off).mean(axis=1))
+        errors = outputs.astype(np.float64) - inputs.reshape(outputs.shape)
+        return np.asarray(np.square(errors).mean(axis=1))
     return outputs[:, 0].astype(np.float64)
 
 
 def centroid_distance(outputs: NDArray[np.float32], output: ModelOutput) -> Doubles:
-    """(w,) of vectors (w, K) from the centroid: Euclidean, or 1 - the cosine of the angle."""
+    """Return the distance (w,) of vectors (w, K) from the centroid: Euclidean, or 1 - the cosine of the angle."""
     vectors, centroid = outputs.astype(np.float64), np.asarray(output.centroid, np.float64)
     if output.distance == "euclidean":
         return np.asarray(np.sqrt(np.square(vectors - centroid).sum(axis=1)))
     lengths = np.sqrt(np.square(vectors).sum(axis=1)) * np.sqrt(np.square(centroid).sum())
-    # A vector of length 0 has no direction: as far as a right angle.
+    # A vector of length 0 has no direction: it counts as orthogonal.
     return np.asarray(1.0 - (vectors * centroid).sum(axis=1) / np.where(lengths > 0, lengths, 1.0))
 
 
 def to_texts(scores: Scores, manifest: Manifest) -> list[str] | None:
-    """The label of each inference as people read it; None where there is none.
+    """Return the label of each inference as text; None for a model without labels.
 
-    Of a multi-label model all that are said, between `|`; "-" where none is.
+    Labels of a multi-label model are joined with `|`; "-" stands for none.
     """
     labels = manifest.output.labels
     if scores.predicted is not None:
-        said = ([label for label, yes in zip(labels, row, strict=True) if yes] for row in scores.predicted.tolist())
-        return [SEPARATOR.join(names) or NO_LABEL for names in said]
+        rows = scores.predicted.tolist()
+        return [SEPARATOR.join(itertools.compress(labels, row)) or NO_LABEL for row in rows]
     if scores.label is not None:
         return [labels[i] for i in scores.label.tolist()]
     if scores.anomaly is not None:
@@ -88,7 +92,7 @@ def to_texts(scores: Scores, manifest: Manifest) -> list[str] | None:
 
 
 def to_codes(scores: Scores) -> NDArray[np.int64] | None:
-    """(w,) what was said as one number, as `Truth.read` has it; None for values without a threshold."""
+    """Return each prediction as one number (w,), as `LabelSchema.parse` does; None for values without a threshold."""
     if scores.anomaly is not None:
         return scores.anomaly.astype(np.int64)
     if scores.predicted is None:
@@ -99,13 +103,13 @@ def to_codes(scores: Scores) -> NDArray[np.int64] | None:
 
 
 def concatenate(parts: Sequence[Scores]) -> Scores:
-    """The scores of all parts, at least one, in order."""
+    """Concatenate the scores of one or more parts."""
     if len(parts) == 1:
         return parts[0]
 
     def column(name: str) -> Any:
-        found = [getattr(part, name) for part in parts]
-        return None if found[0] is None else np.concatenate(found)
+        columns = [getattr(part, name) for part in parts]
+        return None if columns[0] is None else np.concatenate(columns)
 
     return Scores(
         column("label"),
@@ -121,26 +125,26 @@ def concatenate(parts: Sequence[Scores]) -> Scores:
 
 def _score_single_label(p: Doubles, manifest: Manifest) -> Scores:
     output = manifest.output
-    if p.shape[1] == 2 and output.threshold is not None and manifest.format > 1:
+    if p.shape[1] == 2 and output.threshold is not None:
         label = (p[:, 1] > output.threshold).astype(np.int64)
     else:
         label = p.argmax(axis=1)
     score = p[np.arange(len(p)), label]
     if output.isotonic is not None:
-        score = np.interp(score, output.isotonic.score, output.isotonic.right)
+        score = np.interp(score, output.isotonic.score, output.isotonic.accuracy)
     return Scores(label, score, None)
 
 
 def _score_multi_label(p: Doubles, output: ModelOutput) -> Scores:
     limits = np.asarray(output.thresholds or (0.5 if output.threshold is None else output.threshold))
-    said = p > limits
-    certain = np.where(said, p, 1 - p).prod(axis=1)
-    more = {f"score_{label}": p[:, i] for i, label in enumerate(output.labels)}
-    return Scores(p.argmax(axis=1), certain, None, predicted=said, extra_columns=more)
+    predicted = p > limits
+    score = np.where(predicted, p, 1 - p).prod(axis=1)
+    extra_columns = {f"score_{label}": p[:, i] for i, label in enumerate(output.labels)}
+    return Scores(p.argmax(axis=1), score, None, predicted=predicted, extra_columns=extra_columns)
 
 
 def compute_probabilities(outputs: NDArray[np.float32], output: ModelOutput) -> Doubles:
-    """Calibrated class probabilities (w, K); a single sigmoid output becomes two classes."""
+    """Return calibrated class probabilities (w, K). A single sigmoid output becomes two classes."""
     x = outputs.astype(np.float64)
     if output.multi_label:
         return _sigmoid(_to_logits(x, output) / output.temperature)
@@ -150,19 +154,19 @@ def compute_probabilities(outputs: NDArray[np.float32], output: ModelOutput) -> 
     if output.activation == "sigmoid":
         return _sigmoid(x / output.temperature)
     logits = (x if output.activation == "softmax" else np.log(np.clip(x, 1e-6, None))) / output.temperature
-    # A float model may answer with infinities: those become NaN, and null in messages.
+    # Infinite outputs of a float model become NaN, and null in messages.
     with np.errstate(invalid="ignore"):
         p = np.exp(logits - logits.max(axis=1, keepdims=True))
     return np.asarray(p / p.sum(axis=1, keepdims=True))
 
 
 def _to_logits(x: Doubles, output: ModelOutput) -> Doubles:
-    """Of sigmoids that are in the graph (activation "none"), or as they come."""
+    """Return logits: the inverse of sigmoids in the graph (activation "none"), or the outputs themselves."""
     if output.activation != "none":
         return x
     return np.asarray(np.log(np.clip(x, 1e-6, 1)) - np.log(np.clip(1 - x, 1e-6, 1)))
 
 
 def _sigmoid(x: Doubles) -> Doubles:
-    """1 / (1 + e^-x), without overflow."""
+    """Return 1 / (1 + e^-x) without overflow."""
     return np.asarray(np.exp(-np.logaddexp(0.0, -x)))

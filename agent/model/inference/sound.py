@@ -1,9 +1,9 @@
-"""Sound as rows: each hop of a WAV file is a row of log-mel bands, or of cepstral coefficients made from them.
+"""Sound as rows: each hop of a WAV file is a row of log-mel bands, or of cepstral coefficients (MFCC).
 
-Frames begin at the first sample and none is padded, so a row depends on its own samples only. Hann window, Fourier
-transform of the next power of two; mel bands of Slaney's scale, each of area 1 (as librosa has them and MLPerf Tiny's
-anomaly detection uses them), or of the HTK scale, each of height 1 (as TensorFlow has them and its keyword spotting
-uses them); coefficients by an orthogonal cosine transform.
+Frames start at the first sample and are not padded, so a row depends on its own samples only. Hann window; Fourier
+transform of the next power of two; mel bands on Slaney's scale with area 1 (as in librosa, used by MLPerf Tiny's anomaly
+detection), or on the HTK scale with height 1 (as in TensorFlow, used by its keyword spotting); coefficients by an
+orthogonal cosine transform.
 """
 
 from __future__ import annotations
@@ -23,40 +23,41 @@ from agent.media import SoundFormat
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 SUFFIXES = (".wav",)
-# Frames: what a small processor's cache and memory bear. Sums of other blocks may differ in their last bit.
+# Fits the cache and memory of a small processor. Another block size may change the last bit of sums.
 _BLOCK_FRAMES = 256
 _LINEAR_HZ, _LINEAR_MEL, _LOG_STEP = 1000.0, 15.0, np.log(6.4) / 27.0
 
 
 class WavReader:
-    """The samples of a PCM WAV file, of all channels the mean. `count` of them; close it."""
+    """Samples of a PCM WAV file, averaged over its channels. Close it."""
 
     def __init__(self, path: Path, rate: int) -> None:
-        """Raises UsageError where it is no WAV of this rate, or is cut short."""
+        """Open a file. Raises UsageError if it is not a WAV of this rate, or is truncated."""
         self._path, self._exit_stack = path, contextlib.ExitStack()
         try:
             raw = self._exit_stack.enter_context(path.open("rb"))
             self._file = self._exit_stack.enter_context(wave.open(raw))  # noqa: SIM115
             self._width, self._channels = self._file.getsampwidth(), self._file.getnchannels()
-            self.sample_count, found = self._file.getnframes(), self._file.getframerate()
-            there = (os.fstat(raw.fileno()).st_size - raw.tell()) // (self._width * self._channels)
-            if found != rate:
-                raise UsageError(f"{path}: is of {found} Hz, the model's sound of {rate} Hz; resample it first")
-            if there < self.sample_count:
+            self.sample_count, file_rate = self._file.getnframes(), self._file.getframerate()
+            present = (os.fstat(raw.fileno()).st_size - raw.tell()) // (self._width * self._channels)
+            if file_rate != rate:
+                raise UsageError(f"{path}: has {file_rate} Hz, the model needs {rate} Hz; resample it first")
+            if present < self.sample_count:
                 raise UsageError(
-                    f"{path}: is cut short, {there:,} of the {self.sample_count:,} samples its header tells of; copy it again"
+                    f"{path}: is truncated, it has {present:,} of the {self.sample_count:,} samples that its header "
+                    "declares; copy it again"
                 )
         except BaseException as error:
             self._exit_stack.close()
             if isinstance(error, wave.Error | EOFError | RuntimeError):
-                said = f"{path}: no WAV file that can be read ({error or 'cut short'}); give PCM WAV"
-                raise UsageError(said) from None
+                problem = f"{path}: not a readable WAV file ({error or 'truncated'}); convert it to PCM WAV"
+                raise UsageError(problem) from None
             if isinstance(error, OSError):
                 raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
             raise
 
     def read(self, start: int, stop: int) -> Doubles:
-        """Samples `start` to `stop`, from -1 to 1. Raises UsageError."""
+        """Return the samples `start` to `stop`, from -1 to 1. Raises UsageError."""
         try:
             self._file.setpos(start)
             data = self._file.readframes(stop - start)
@@ -69,20 +70,20 @@ class WavReader:
 
 
 def read_samples(path: Path, rate: int) -> Doubles:
-    """(n,) from -1 to 1, the mean of all channels. Raises UsageError where it is no WAV of this rate."""
+    """Return all samples (n,), from -1 to 1. Raises UsageError."""
     with contextlib.closing(WavReader(path, rate)) as wav:
         return wav.read(0, wav.sample_count)
 
 
 def iter_row_blocks(wav: WavReader, spec: SoundFormat, skip: int = 0) -> Iterator[Floats]:
-    """The rows of a file after the first `skip`, some at a time: the bits of `rows` of all its samples."""
+    """Yield the rows of a file after the first `skip`, in blocks, with the same bits as `compute_mel_rows`."""
     frames = max(0, (wav.sample_count - spec.window) // spec.hop + 1)
     if skip >= frames:
         return
     for first in range(skip // _BLOCK_FRAMES * _BLOCK_FRAMES, frames, _BLOCK_FRAMES):
         last = min(first + _BLOCK_FRAMES, frames) - 1
-        made = compute_mel_rows(wav.read(first * spec.hop, last * spec.hop + spec.window), spec)
-        yield made[max(0, skip - first) :]
+        rows = compute_mel_rows(wav.read(first * spec.hop, last * spec.hop + spec.window), spec)
+        yield rows[max(0, skip - first) :]
 
 
 def _decode_pcm(data: bytes, width: int) -> Doubles:
@@ -96,7 +97,7 @@ def _decode_pcm(data: bytes, width: int) -> Doubles:
 
 
 def compute_mel_rows(sound: Doubles, spec: SoundFormat) -> Floats:
-    """(frames, bands) of samples (n,); no frame where there are fewer samples than its window."""
+    """Compute (frames, bands) from samples (n,); no frame if there are fewer samples than a window."""
     if len(sound) < spec.window:
         return np.zeros((0, len(spec.columns)), np.float32)
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(spec.window) / spec.window)
@@ -114,7 +115,7 @@ def compute_mel_rows(sound: Doubles, spec: SoundFormat) -> Floats:
 
 
 def make_mel_filterbank(spec: SoundFormat) -> Doubles:
-    """(frequencies, mels) triangles, between low and high Hz."""
+    """Return the triangular mel filters (frequencies, mels)."""
     scale, back, area = (
         (hz_to_mel_slaney, mel_to_hz_slaney, True) if spec.scale == "slaney" else (hz_to_mel_htk, mel_to_hz_htk, False)
     )
@@ -122,18 +123,18 @@ def make_mel_filterbank(spec: SoundFormat) -> Doubles:
     ends = np.array([spec.low, spec.rate / 2 if spec.high is None else spec.high])
     first, last = (float(end) for end in scale(ends))
     corners = np.linspace(first, last, spec.mels + 2)
-    if not area:  # TensorFlow's triangles are straight in mel and leave the constant out
+    if not area:  # TensorFlow's triangles are linear in mel, and skip the constant
         at, edges = scale(frequency), corners
     else:
         at, edges = frequency, back(corners)
     low, middle, high = edges[:-2], edges[1:-1], edges[2:]
     rising = (at[:, None] - low) / (middle - low)
     falling = (high - at[:, None]) / (high - middle)
-    found = np.maximum(0.0, np.minimum(rising, falling))
+    filters = np.maximum(0.0, np.minimum(rising, falling))
     if area:
-        return np.asarray(found * (2.0 / (high - low)))
-    found[0] = 0.0
-    return np.asarray(found)
+        return np.asarray(filters * (2.0 / (high - low)))
+    filters[0] = 0.0
+    return np.asarray(filters)
 
 
 def hz_to_mel_slaney(hertz: Doubles) -> Doubles:
@@ -156,6 +157,6 @@ def mel_to_hz_htk(mel: Doubles) -> Doubles:
 
 
 def _dct_matrix(mels: int, count: int) -> Doubles:
-    """(mels, count) of TensorFlow's mfccs_from_log_mel_spectrograms: DCT-II times sqrt(2 / mels)."""
+    """Return the matrix (mels, count) of TensorFlow's mfccs_from_log_mel_spectrograms: DCT-II times sqrt(2 / mels)."""
     angle = np.pi * np.outer(np.arange(mels) + 0.5, np.arange(count)) / mels
     return np.asarray(np.cos(angle) * np.sqrt(2.0 / mels))

@@ -1,4 +1,4 @@
-"""How a model is run on this machine: rows at once and threads, as `trial` chose them, to be remembered."""
+"""Tuning: batch size and threads of a model on this machine, as `autotune` measured them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 
 import msgspec
 
-# So long a trial takes at most.
+# Time limit of a measurement.
 MAX_TUNING_S = 2.0
 
 
 class Tuning(msgspec.Struct, frozen=True):
-    """What was chosen for one model (its SHA-256), of which one output is used, on one runtime and machine.
+    """Tuning of one model (its SHA-256) and output, on one runtime and machine.
 
-    `rows_per_s` is what the trial measured; `unequal` are the batches whose answers have other bits than single rows'.
-    `proved`: which bundle passed its checks with it, and which agent checked.
+    `inexact_batches` are batch sizes whose outputs differ in bits from those of single rows. `verified_for` is the
+    bundle that passed its probe with this tuning, and the agent's version.
     """
 
     model: str
@@ -31,10 +31,13 @@ class Tuning(msgspec.Struct, frozen=True):
     output: str | int | None = None
     verified_for: str = ""
 
+    @property
+    def target(self) -> tuple[str, str | int | None, str, str]:
+        return self.model, self.output, self.runtime, self.machine
+
     def is_same_target(self, other: Tuning) -> bool:
-        """Whether both are of the same model and output, on the same runtime and machine."""
-        mine, its = ((one.model, one.output, one.runtime, one.machine) for one in (self, other))
-        return mine == its
+        """Return True if both are for the same model and output on the same runtime and machine."""
+        return self.target == other.target
 
     def __str__(self) -> str:
         rows = "one row at a time" if self.batch == 1 else f"batches of {self.batch}"
@@ -43,23 +46,23 @@ class Tuning(msgspec.Struct, frozen=True):
 
 
 def find_known(known: Sequence[Tuning], content: bytes, runtime: str, output: str | int | None = None) -> Tuning | None:
-    """The choice that was made for this model and `output` on this runtime and machine, where one is `known`."""
-    wanted = (model_digest(content), output, runtime, describe_machine())
-    return next((one for one in known if (one.model, one.output, one.runtime, one.machine) == wanted), None)
+    """Return the known tuning for this model and `output` on this runtime and machine, if there is one."""
+    target = (model_digest(content), output, runtime, describe_machine())
+    return next((tuning for tuning in known if tuning.target == target), None)
 
 
 def model_digest(content: bytes) -> str:
-    """What `Choice.model` calls a model."""
+    """Return the digest that `Tuning.model` holds."""
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def describe_machine() -> str:
-    """The processor, and how many of its cores are ours."""
+    """Return the processor's name and the number of cores that this process may use."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
-    # A Raspberry Pi has no "model name", and says at the end what it is.
+    # A Raspberry Pi has no "model name"; its last lines name the board.
     named = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model", "Hardware"))]
     return f"{platform.machine()}, {named[-1] if named else 'unnamed'}, {count_cores()} cores"
 

@@ -1,1 +1,1 @@
-"""sandbox."""
+"""Sandbox: child processes that probe, autotune and run models."""

@@ -1,11 +1,11 @@
-"""Load a bundle and run its golden vectors in a child process: a bad model may crash, and then only the child dies.
+"""Probe: check a bundle in a child process, so that a bad model can crash only that process.
 
-Checks, each only where those before it passed:
-- load: the runtime takes the model, it has one input, the output that is named, and keeps no state
-- shapes: it takes what the manifest's input gives, and gives what the manifest's kind needs
-- batch: rows in a batch get the answers they get alone, in any order
-- golden: the golden vectors come out as published
-Where it is asked for, the batch size and the threads are chosen then (`trial`), in the same child.
+Checks, each only after the previous ones passed:
+- load: the runtime loads the model; it has one input and the selected output, and keeps no state
+- shapes: it takes the values of the manifest's input, and returns those of the manifest's kind
+- batch: rows in a batch get the same outputs as alone, in any order
+- golden: the golden vectors match
+On request the same process then tunes batch size and threads (`autotune`).
 """
 
 from __future__ import annotations
@@ -38,16 +38,17 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-# On top of the bundle's own seconds of CPU: starting Python takes some on a small board, and waiting takes no CPU.
+# Added to the bundle's CPU seconds: starting Python takes time on a small board, and waiting takes no CPU.
 GRACE_S = 10.0
-_COMPARED_ROWS = 5  # rows that are compared alone and together; more than a batch of single rows
+# Rows that are run alone and as a batch.
+_COMPARED_ROWS = 5
 Check = tuple[str, bool, str]
 
 
 class ProbeReport(msgspec.Struct, frozen=True):
-    """What the child saw; `checks` are (name, ok, detail). `choice` where one was asked for and could be made.
+    """Result of a probe; `checks` are (name, ok, detail). `tuning` is set if requested and successful.
 
-    `memory`: the bytes that the child took in all for these, with Python and the runtime in it; 0 where it died.
+    `peak_memory` is the child's peak in bytes, with Python and the runtime; 0 if it died.
     """
 
     runtime: str
@@ -60,73 +61,73 @@ class ProbeReport(msgspec.Struct, frozen=True):
         return all(ok for _, ok, _ in self.checks)
 
     def raise_for_failure(self) -> None:
-        """Raises BadBundle with the check that failed."""
+        """Raise BadBundle with the check that failed, if one did."""
         for name, ok, detail in self.checks:
             if not ok:
                 raise BadBundle(f"{name}: {detail}")
 
 
 class _ProbeRequest(msgspec.Struct):
-    """What the child is given. Without a manifest it looks at the model; no choice is made where `known` is None."""
+    """Input of the child. Without a manifest it inspects the model; it tunes only if `known_tunings` is set."""
 
     files: dict[str, bytes]
     known_tunings: list[Tuning] | None = None
 
 
 def probe(bundle: Bundle, known_tunings: Sequence[Tuning] | None = None) -> ProbeReport:
-    """Run the checks on the verified bytes of `bundle`, within its limits of memory and time.
+    """Probe the verified bytes of `bundle` within its limits of memory and CPU time.
 
-    With `known` choices, one for this model is taken from them or made anew, within two more seconds.
+    With `known_tunings` the report has a tuning, known or measured within MAX_TUNING_S.
     """
     needed = ("manifest.json", "model.tflite", "golden.npz")
-    task = _ProbeRequest({name: bundle.files[name] for name in needed if name in bundle.files})
-    task.known_tunings = None if known_tunings is None else list(known_tunings)
+    request = _ProbeRequest({name: bundle.files[name] for name in needed if name in bundle.files})
+    request.known_tunings = None if known_tunings is None else list(known_tunings)
     limits = bundle.manifest.limits
     try:
-        said, death = _run_child(task, limits)
-        checked, _, chosen = said.partition(b"\n")
-        if death and (known_tunings is None or not checked):
+        output, death = _run_child(request, limits)
+        report, _, tuned = output.partition(b"\n")
+        if death and (known_tunings is None or not report):
             raise BadBundle(death)
-        runtime, checks, memory = msgspec.json.decode(checked, type=tuple[str, list[Check], int])
+        runtime, checks, memory = msgspec.json.decode(report, type=tuple[str, list[Check], int])
         if death:
             return ProbeReport(runtime, [*checks, *_tuning_failure(death, limits)], peak_memory=memory)
-        return ProbeReport(runtime, checks, msgspec.json.decode(chosen, type=Tuning) if chosen else None, memory)
+        return ProbeReport(runtime, checks, msgspec.json.decode(tuned, type=Tuning) if tuned else None, memory)
     except BadBundle as problem:
         return ProbeReport("", [("load", False, str(problem))])
     except msgspec.MsgspecError as error:
-        return ProbeReport("", [("load", False, f"the child process answered something else ({error})")])
+        return ProbeReport("", [("load", False, f"the child process returned invalid output ({error})")])
 
 
 def inspect_model(content: bytes) -> ModelInspection:
-    """What a model says of itself, and what it answers to noise. Raises BadBundle where it cannot be run here."""
-    said, death = _run_child(_ProbeRequest({"model.tflite": content}), ResourceLimits())
+    """Inspect a model in a child process. Raises BadBundle if the model cannot run here."""
+    output, death = _run_child(_ProbeRequest({"model.tflite": content}), ResourceLimits())
     if death:
         raise BadBundle(death)
-    found = msgspec.json.decode(said, type=ModelInspection | str)
-    if isinstance(found, str):
-        raise BadBundle(found)
-    return found
+    inspection = msgspec.json.decode(output, type=ModelInspection | str)
+    if isinstance(inspection, str):
+        raise BadBundle(inspection)
+    return inspection
 
 
 def _run_child(request: _ProbeRequest, limits: ResourceLimits) -> tuple[bytes, str]:
-    """What the child says, and what it died of, "" where it did not. Raises BadBundle where it does not finish."""
-    patience_s = limits.seconds + GRACE_S + (0.0 if request.known_tunings is None else MAX_TUNING_S)
+    """Return the child's output and the cause of its death, or "". Raises BadBundle if it does not finish."""
+    timeout_s = limits.cpu_seconds + GRACE_S + (0.0 if request.known_tunings is None else MAX_TUNING_S)
     try:
         child = subprocess.run(
-            # -P: an `agent` in the folder it happens to run in is not ours.
+            # -P: never import an `agent` package from the current folder.
             [sys.executable, "-P", "-m", "agent.model.sandbox.probe"],
             input=msgspec.msgpack.encode(request),
             capture_output=True,
-            timeout=patience_s,
+            timeout=timeout_s,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise BadBundle(f"did not finish within {patience_s:g} s and was ended") from None
+        raise BadBundle(f"did not finish within {timeout_s:g} s and was killed") from None
     return child.stdout, describe_death(child.returncode, child.stderr, limits) if child.returncode else ""
 
 
 def run_checks(files: dict[str, bytes]) -> tuple[str, list[Check]]:
-    """What the child does."""
+    """Run all checks, in the child. Return the runtime and the checks."""
     from agent.model.bundle import golden_vectors
     from agent.model.inference import inference, runtime
 
@@ -164,93 +165,93 @@ def _check_shapes(model: TfliteModel, content: Manifest) -> str:
     spec, output = content.input, content.output
     wanted, have = spec.rows * len(spec.columns), math.prod(model.input_shape)
     if wanted != have:
-        what = "features" if spec.derived or spec.order else "fields"
+        noun = "features" if spec.derived or spec.feature_order else "fields"
         raise BadBundle(
-            f"the model takes {have} values {list(model.input_shape)}, the manifest's input gives "
-            f"{spec.rows} rows x {len(spec.columns)} {what} = {wanted}; correct [input] and pack it again"
+            f"the model takes {have} values {list(model.input_shape)}, the manifest's input has "
+            f"{spec.rows} rows x {len(spec.columns)} {noun} = {wanted}; correct [input] and pack it again"
         )
-    labels, gives = len(output.labels), f"the model gives {model.outputs} outputs"
-    binary = model.outputs == 1 and labels == 2 and not output.multi_label
-    if content.kind == "classify" and model.outputs != labels and not binary:
-        raise BadBundle(f"{gives}, the manifest names {labels} labels; name each class")
+    labels, actual = len(output.labels), f"the model has {model.outputs} outputs"
+    is_binary = model.outputs == 1 and labels == 2 and not output.multi_label
+    if content.kind == "classify" and model.outputs != labels and not is_binary:
+        raise BadBundle(f"{actual}, the manifest names {labels} labels; name each class")
     if content.kind == "regress" and model.outputs != max(1, len(output.names)):
-        told = "one value" if not output.names else f"the {len(output.names)} values of [output] names"
-        raise BadBundle(f"{gives}, kind regress reports {told}; name each output in [output] names")
+        values = "one value" if not output.names else f"the {len(output.names)} values of [output] names"
+        raise BadBundle(f"{actual}, kind regress reports {values}; name each output in [output] names")
     if content.kind == "anomaly" and model.outputs not in (1, wanted):
-        raise BadBundle(f"{gives}; kind anomaly needs one score, or its {wanted} inputs again")
+        raise BadBundle(f"{actual}; kind anomaly needs one score, or {wanted} outputs for its {wanted} inputs")
     if content.kind == "embedding" and output.centroid and model.outputs != len(output.centroid):
-        raise BadBundle(f"{gives}, the manifest's centroid has {len(output.centroid)}; pack it again")
+        raise BadBundle(f"{actual}, the manifest's centroid has {len(output.centroid)}; pack it again")
     return f"{wanted} values in, {model.outputs} out"
 
 
 def _sample_rows(model: TfliteModel, vectors: GoldenVectors | None, count: int) -> Floats:
-    """Up to `count` golden inputs, or noise over the range of the input where there are none that fit."""
+    """Return up to `count` golden inputs, or noise over the input range if there are none of that shape."""
     import numpy as np
 
     if vectors is not None:
-        found = vectors.inputs[:count]
-        if len(found) >= _COMPARED_ROWS and found.size == len(found) * math.prod(model.input_shape):
-            return found
+        rows = vectors.inputs[:count]
+        if len(rows) >= _COMPARED_ROWS and rows.size == len(rows) * math.prod(model.input_shape):
+            return rows
     low, high = model.input_range
     return np.random.default_rng(0).uniform(low, high, (count, *model.input_shape)).astype(np.float32)
 
 
 def _check_batching(model: TfliteModel, vectors: GoldenVectors | None) -> str:
-    """The last row first, alone: what a model carries from row to row, or mixes between rows, comes out."""
+    """Compare rows alone, last row first, with a batch: this detects state, and rows that are mixed."""
     import numpy as np
 
     rows = _sample_rows(model, vectors, _COMPARED_ROWS)
     together = model.invoke(rows)
     alone = np.concatenate([model.invoke(rows[i : i + 1]) for i in reversed(range(len(rows)))])[::-1]
-    off = float(np.abs(together - alone).max())
+    difference = float(np.abs(together - alone).max())
     allowed = model.output_step or 1e-4 * max(1.0, float(np.abs(alone).max()))
-    if not off <= allowed:
+    if not difference <= allowed:
         raise BadBundle(
-            f"a row's answer depends on the rows before or beside it (off by {off:.4g}): the model keeps state or "
+            f"a row's output depends on other rows (off by {difference:.4g}): the model keeps state or "
             "mixes the rows of a batch, so its results would depend on how readings are batched"
         )
-    return f"{len(rows)} rows, alone and together: off by {off:.2g}"
+    return f"{len(rows)} rows, alone and together: off by {difference:.2g}"
 
 
 def _tuning_failure(death_detail: str, limits: ResourceLimits) -> list[Check]:
-    """That a large batch takes too much memory says nothing against the model, which ran; a crash does."""
-    return [] if death_detail == _out_of_memory_detail(limits) else [("trial", False, death_detail)]
+    """Ignore a large batch that ran out of memory: the model itself passed. A crash counts."""
+    return [] if death_detail == _out_of_memory_detail(limits) else [("autotune", False, death_detail)]
 
 
 def _out_of_memory_detail(limits: ResourceLimits) -> str:
-    return f"ran out of memory, it may have {limits.memory_mib} MiB ([limits] memory_mib)"
+    return f"ran out of memory, the limit is {limits.memory_mib} MiB ([limits] memory_mib)"
 
 
 def describe_death(code: int, stderr: bytes, limits: ResourceLimits) -> str:
-    """What a child process with a model died of."""
-    said = stderr.decode(errors="replace").strip()
+    """Return the cause of death of a child process with a model."""
+    text = stderr.decode(errors="replace").strip()
     if code == -signal.SIGXCPU:
-        return f"used more than its {limits.seconds} s of CPU and was ended ([limits] seconds)"
-    if "MemoryError" in said or "bad_alloc" in said or code == -signal.SIGKILL:
+        return f"used more than its {limits.cpu_seconds} s of CPU and was killed ([limits] cpu_seconds)"
+    if "MemoryError" in text or "bad_alloc" in text or code == -signal.SIGKILL:
         return _out_of_memory_detail(limits)
     if code < 0:
         name = signal.Signals(-code).name
         return f"the runtime crashed on it ({name}); the model is damaged or not for this runtime"
-    return f"the child process failed ({code}): {said[-300:]}"
+    return f"the child process failed ({code}): {text[-300:]}"
 
 
 def main() -> None:
-    task = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=_ProbeRequest)
-    if "manifest.json" in task.files:
-        _probe_in_child(task)
+    request = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=_ProbeRequest)
+    if "manifest.json" in request.files:
+        _probe_in_child(request)
     else:
-        _inspect_in_child(task.files["model.tflite"])
+        _inspect_in_child(request.files["model.tflite"])
 
 
 def _probe_in_child(request: _ProbeRequest) -> None:
     limits = manifest.decode(request.files["manifest.json"]).limits
     memory = _apply_limits(limits)
-    found = run_checks(request.files)
-    # At once: what the trial then makes the runtime do must not take this along.
-    sys.stdout.buffer.write(msgspec.json.encode((*found, _peak_memory())) + b"\n")
+    runtime_name, checks = run_checks(request.files)
+    # Flushed now: a crash while tuning must not lose the checks.
+    sys.stdout.buffer.write(msgspec.json.encode((runtime_name, checks, _peak_memory())) + b"\n")
     sys.stdout.buffer.flush()
-    if request.known_tunings is not None and all(ok for _, ok, _ in found[1]):
-        _extend_cpu_limit(limits.seconds)
+    if request.known_tunings is not None and all(ok for _, ok, _ in checks):
+        _extend_cpu_limit(limits.cpu_seconds)
         sys.stdout.buffer.write(msgspec.json.encode(_tune(request.files, request.known_tunings, memory)))
 
 
@@ -258,33 +259,33 @@ def _inspect_in_child(content: bytes) -> None:
     from agent.model.inference import inspect
 
     _apply_limits(ResourceLimits())
-    answer: ModelInspection | str
+    inspection: ModelInspection | str
     try:
-        answer = inspect.inspect_model(content)
+        inspection = inspect.inspect_model(content)
     except BadBundle as problem:
-        answer = str(problem)
-    sys.stdout.buffer.write(msgspec.json.encode(answer))
+        inspection = str(problem)
+    sys.stdout.buffer.write(msgspec.json.encode(inspection))
 
 
 def _tune(files: dict[str, bytes], known_tunings: list[Tuning], memory: int) -> Tuning:
     from agent.model.bundle import golden_vectors
     from agent.model.inference import inference, runtime
-    from agent.model.inference import tuning as choice
+    from agent.model.inference.tuning import find_known
     from agent.model.sandbox import autotune
 
     spec, content = manifest.decode(files["manifest.json"]), files["model.tflite"]
-    found = choice.find_known(known_tunings, content, runtime.RUNTIME_NAME, spec.output.tensor)
-    if found is None:
-        vectors = golden_vectors.decode(files["golden.npz"]) if "golden.npz" in files else None
-        rows = _sample_rows(inference.load_model(spec, content), vectors, autotune.SAMPLE_ROWS)
-        found = autotune.tune(content, rows, memory, output=spec.output.tensor)
-    return found
+    known = find_known(known_tunings, content, runtime.RUNTIME_NAME, spec.output.tensor)
+    if known is not None:
+        return known
+    vectors = golden_vectors.decode(files["golden.npz"]) if "golden.npz" in files else None
+    rows = _sample_rows(inference.load_model(spec, content), vectors, autotune.SAMPLE_ROWS)
+    return autotune.tune(content, rows, memory, output=spec.output.tensor)
 
 
 def _apply_limits(limits: ResourceLimits) -> int:
-    """Memory and CPU for the model, on top of what Python, numpy and the runtime took to start.
+    """Limit memory and CPU time, on top of what Python, numpy and the runtime took to start.
 
-    Bytes that a larger batch may take: half of that memory, and no more than an eighth of what the machine has left.
+    Return the bytes for a larger batch: half of the memory limit, at most an eighth of the machine's free memory.
     """
     import psutil
 
@@ -293,7 +294,7 @@ def _apply_limits(limits: ResourceLimits) -> int:
 
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     memory = pages * resource.getpagesize() + (limits.memory_mib << 20)
-    cpu = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + limits.seconds
+    cpu = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + limits.cpu_seconds
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -301,13 +302,13 @@ def _apply_limits(limits: ResourceLimits) -> int:
 
 
 def _peak_memory() -> int:
-    """Bytes resident at the most. Not of getrusage, which tells of the parent's where the child began as its copy."""
+    """Return the peak of resident bytes. Not from getrusage, which includes the parent's before exec."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return next((int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
 
 
 def _extend_cpu_limit(seconds: int) -> None:
-    """Of CPU, for the trial: it may use every core."""
+    """Raise the CPU limit for tuning, which may use every core."""
     used = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
     allowed = used + seconds + math.ceil(MAX_TUNING_S) * (os.cpu_count() or 1)
     resource.setrlimit(resource.RLIMIT_CPU, (allowed, resource.getrlimit(resource.RLIMIT_CPU)[1]))

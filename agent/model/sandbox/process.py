@@ -1,7 +1,7 @@
-"""The child process that a model runs in: its pipes, its end, and the memory that both sides map.
+"""Process of a sandboxed model: the child, its pipes, and the memory that both sides share.
 
-Windows go over in that memory and outputs come back in it; a pipe each way says when. Who the child is, is told in
-another piece of memory, so that starting it waits for nothing. It is killed by the kernel where its parent is gone.
+Windows and outputs are exchanged in shared memory; a pipe in each direction signals them. The job is passed in another
+memory file, so that starting never blocks. The kernel kills the child when its parent ends.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from agent.model.sandbox.worker import REQUEST_HEADER, WorkerJob
 
 Floats = NDArray[np.float32]
 
-# Of what the child writes to stderr, the end.
+# The last bytes of stderr are kept.
 _MAX_STDERR_BYTES = 4096
 _PIPE_BYTES = 1 << 16
 _PAGE = mmap.PAGESIZE
 
 
 class WorkerExited(Exception):
-    """The child hung up."""
+    """The child closed its pipe."""
 
 
 class ModelProcess:
-    """The child, its pipes and the memory it shares."""
+    """A child process with its pipes and shared memory."""
 
     def __init__(self, job: WorkerJob) -> None:
         self._shared = SharedBuffer()
         try:
-            with _memory_file("job", msgspec.msgpack.encode(job)) as given, _blocked_signals():
+            with _memory_file("job", msgspec.msgpack.encode(job)) as job_fd, _blocked_signals():
                 self._child = subprocess.Popen(
-                    # -P: an `agent` in the folder it happens to run in is not ours.
-                    [sys.executable, "-P", "-m", worker.__name__, str(given), str(self._shared.fd)],
+                    # -P: never import an `agent` package from the current folder.
+                    [sys.executable, "-P", "-m", worker.__name__, str(job_fd), str(self._shared.fd)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
-                    pass_fds=(given, self._shared.fd),
+                    pass_fds=(job_fd, self._shared.fd),
                 )
         except OSError:
             self._shared.close()
@@ -74,11 +74,11 @@ class ModelProcess:
         np.copyto(target.reshape(windows.shape), windows)
 
     def read_outputs(self, offset_values: int, shape: tuple[int, int]) -> Floats:
-        found = np.frombuffer(self._shared.map, np.float32, math.prod(shape), offset=offset_values * 4)
-        return found.reshape(shape).copy()
+        outputs = np.frombuffer(self._shared.map, np.float32, math.prod(shape), offset=offset_values * 4)
+        return outputs.reshape(shape).copy()
 
     def submit(self, count: int) -> None:
-        """Raises Gone."""
+        """Request the outputs of `count` windows. Raises WorkerExited."""
         assert self._child.stdin is not None
         try:
             os.write(self._child.stdin.fileno(), REQUEST_HEADER.pack(count, self._shared.size))
@@ -86,7 +86,7 @@ class ModelProcess:
             raise WorkerExited from None
 
     def read(self, size: int, timeout_s: float) -> bytes | None:
-        """The next `size` bytes; None where they are not there in time. Raises Gone at their end."""
+        """Return the next `size` bytes; None after the timeout. Raises WorkerExited at the end of the pipe."""
         if len(self._stdout) < size:
             for key, _ in self._selector.select(max(0.0, timeout_s)):
                 if key.fileobj is self._child.stderr:
@@ -95,11 +95,11 @@ class ModelProcess:
                     self._read_stdout()
         if len(self._stdout) < size:
             return None
-        said, self._stdout = self._stdout[:size], self._stdout[size:]
-        return said
+        data, self._stdout = self._stdout[:size], self._stdout[size:]
+        return data
 
     def kill(self) -> tuple[int, bytes]:
-        """Kill it, where it still is; its exit code, and the end of what it wrote to stderr."""
+        """Kill it if it is alive. Return its exit code and the last bytes of its stderr."""
         self._child.kill()
         code = self._child.wait()
         self._read_stderr()
@@ -112,22 +112,21 @@ class ModelProcess:
         return code, self._stderr
 
     def _read_stdout(self) -> None:
-        """Raises Gone at their end."""
-        found = _read_available(self._child.stdout)
-        if not found:
+        data = _read_available(self._child.stdout)
+        if not data:
             raise WorkerExited
-        self._stdout += found
+        self._stdout += data
 
     def _read_stderr(self) -> None:
-        found, pipe = _read_available(self._child.stderr), self._child.stderr
-        if not found and pipe is not None and pipe in self._selector.get_map():
-            # At its end it would be ready for ever.
+        data, pipe = _read_available(self._child.stderr), self._child.stderr
+        if not data and pipe is not None and pipe in self._selector.get_map():
+            # A pipe at its end is always ready.
             self._selector.unregister(pipe)
-        self._stderr = (self._stderr + found)[-_MAX_STDERR_BYTES:]
+        self._stderr = (self._stderr + data)[-_MAX_STDERR_BYTES:]
 
 
 class SharedBuffer:
-    """Memory that both map; it only grows, which the kernel sees to, so that no child can take it from under us."""
+    """Shared memory that can only grow: a seal keeps the child from truncating it."""
 
     def __init__(self) -> None:
         self.fd = os.memfd_create("outstation-windows", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -150,7 +149,7 @@ class SharedBuffer:
 
 @contextlib.contextmanager
 def _memory_file(name: str, content: bytes) -> Iterator[int]:
-    """A file in memory, to be read from its beginning."""
+    """Create a memory file with `content`, positioned at its start."""
     fd = os.memfd_create(f"outstation-{name}", os.MFD_CLOEXEC)
     try:
         with open(fd, "wb", closefd=False) as file:
@@ -162,7 +161,7 @@ def _memory_file(name: str, content: bytes) -> Iterator[int]:
 
 
 def _read_available(pipe: IO[bytes] | None) -> bytes:
-    """What is there of a pipe that does not block, at least what fits into it; nothing at its end."""
+    """Read what a non-blocking pipe holds; b"" if nothing, and at its end."""
     assert pipe is not None
     with contextlib.suppress(BlockingIOError):
         return os.read(pipe.fileno(), _PIPE_BYTES)
@@ -171,7 +170,7 @@ def _read_available(pipe: IO[bytes] | None) -> bytes:
 
 @contextlib.contextmanager
 def _blocked_signals() -> Iterator[None]:
-    """A child that is begun within never gets them: who stops the agent does not mean the model to have crashed."""
+    """Start a child that ignores stop signals: stopping the daemon must not look like a crash of the model."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
     try:
         yield

@@ -1,4 +1,4 @@
-"""A model in a process of its own: a crash, a hang or hunger for memory ends that process, and no other."""
+"""Subprocess model: run a model in a child process, so that a crash, hang or lack of memory ends only that process."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from agent.model.sandbox.worker import MAX_TEXT_BYTES, RESPONSE_HEADER, STARTED_
 
 Floats = NDArray[np.float32]
 
-# Python, numpy and the runtime start in a tenth of this on a desktop; a small board that is busy takes its time.
+# A desktop starts Python, numpy and the runtime in a tenth of this; a busy small board needs longer.
 _START_TIMEOUT_S = 30.0
 _POLL_INTERVAL_S = 1.0
 
 
 class SandboxLimits(msgspec.Struct, frozen=True):
-    """What the process may use. `memory_mib` on top of what it starts with, as the manifest says where it is None.
+    """Limits of the process. `memory_mib` is added to its memory at start; None means the manifest's limit.
 
-    `call_s`: of waiting for one `invoke`.
+    `call_timeout_s` bounds one `invoke`.
     """
 
     call_timeout_s: float = 30.0
@@ -38,11 +38,11 @@ class SandboxLimits(msgspec.Struct, frozen=True):
 
 
 class SubprocessModel:
-    """Used as `runtime.Model` is; or with `ready`, `ask` and `hear`, by who does not wait.
+    """A model used like `TfliteModel`; or with `poll_ready`, `submit` and `poll`, by callers that must not block.
 
-    Starts at once, is waited for when it is first needed, and is started anew after it died. `waiting` is called about
-    once a second while `invoke` waits. To be used and ended by the thread that made it: the process ends with that.
-    `seconds` in all that the model took, without the way there and back.
+    The process starts at once, is awaited at the first use, and is restarted after its death. `on_wait` is called about
+    once a second while `invoke` waits. Use and close it on the thread that made it: the process ends with that thread.
+    `seconds` is the model's time, without the transfer.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class SubprocessModel:
         sandbox_limits: SandboxLimits | None = None,
         on_wait: Callable[[], None] = lambda: None,
     ) -> None:
-        """Raises ModelDied where no process can be started."""
+        """Start the process. Raises ModelProcessFailed."""
         self.sandbox_limits, self.seconds = sandbox_limits or SandboxLimits(), 0.0
         memory = self.sandbox_limits.memory_mib or bundle.manifest.limits.memory_mib
         self._limits = ResourceLimits(memory_mib=max(64, memory))
@@ -77,7 +77,7 @@ class SubprocessModel:
 
     @property
     def is_busy(self) -> bool:
-        """Whether it was asked something that nobody heard the answer to."""
+        """True while a request has no collected answer."""
         return self._pending is not None
 
     @property
@@ -101,32 +101,35 @@ class SubprocessModel:
         return self._wait_loaded().input_range
 
     def start(self) -> None:
-        """Begin to start the process, where none runs. Raises ModelDied."""
+        """Start the process if none runs, without waiting for it. Raises ModelProcessFailed."""
         if self.is_running:
             return
         self.close()
         try:
             self._process = ModelProcess(self._job)
         except OSError as error:
-            raise ModelProcessFailed("error", f"no process can be started for it: {error.strerror}") from error
+            raise ModelProcessFailed("error", f"no process can be started for the model: {error.strerror}") from error
 
     def close(self) -> None:
-        """End the process."""
+        """Kill the process."""
         if self._process is not None:
             self._process.kill()
         self._process, self._loaded, self._pending = None, None, None
 
     def invoke(self, windows: Floats) -> Floats:
-        """Outputs (w, K) of `windows` (w, …), as `runtime.Model.invoke`, to the bit. Raises ModelDied."""
+        """Return the outputs (w, K) of `windows` (w, …), with the bits of `TfliteModel.invoke`.
+
+        Raises ModelProcessFailed.
+        """
         while self._pending is not None:
             self._poll_once()
         self.submit(windows)
-        while (found := self._poll_once()) is None:
+        while (outputs := self._poll_once()) is None:
             pass
-        return found
+        return outputs
 
     def poll_ready(self, timeout_s: float = 0.0) -> bool:
-        """Whether it has started and waits for windows; starts it. Raises ModelDied."""
+        """Return True if it is loaded and idle; start it if needed. Raises ModelProcessFailed."""
         if not self.is_running:
             self.start()
         if self._loaded is None:
@@ -134,14 +137,12 @@ class SubprocessModel:
         return self._loaded is not None and self._pending is None
 
     def submit(self, windows: Floats) -> None:
-        """Begin with `windows`, which `hear` then gives the outputs of; one question at a time. Raises ModelDied."""
+        """Send `windows`; `poll` then returns the outputs. One request at a time. Raises ModelProcessFailed."""
         loaded = self._wait_loaded()
-        assert self._pending is None, "it is still at work on the question before"
+        assert self._pending is None, "a request is pending"
         width = math.prod(loaded.input_shape)
         if windows.size != len(windows) * width:
-            raise BadBundle(
-                f"the model takes {list(loaded.input_shape)} values, it was given {list(windows.shape[1:])}"
-            )
+            raise BadBundle(f"the model takes {list(loaded.input_shape)} values, got {list(windows.shape[1:])}")
         process = self._process
         assert process is not None
         try:
@@ -152,90 +153,87 @@ class SubprocessModel:
         self._pending = _PendingRequest(len(windows), time.monotonic() + self.sandbox_limits.call_timeout_s)
 
     def poll(self, timeout_s: float = 0.0) -> Floats | None:
-        """The outputs of what was asked; None where they are not there yet. Raises ModelDied, in time."""
-        process, asked, loaded = self._process, self._pending, self._loaded
+        """Return the outputs of the request; None if they are not ready. Raises ModelProcessFailed, also if overdue."""
+        process, pending, loaded = self._process, self._pending, self._loaded
         assert process is not None
-        assert asked is not None
+        assert pending is not None
         assert loaded is not None
+        limit_s = self.sandbox_limits.call_timeout_s
         try:
-            said = process.read(RESPONSE_HEADER.size, timeout_s)
-            if said is None:
-                self._check_timeout(asked.deadline_s, self.sandbox_limits.call_timeout_s)
+            header = process.read(RESPONSE_HEADER.size, timeout_s)
+            if header is None:
+                self._check_timeout(pending.deadline_s, limit_s)
                 return None
-            status, seconds, size = RESPONSE_HEADER.unpack(said)
-            why = self._read_all(
-                process, min(size, MAX_TEXT_BYTES), asked.deadline_s, self.sandbox_limits.call_timeout_s
-            )
+            status, seconds, size = RESPONSE_HEADER.unpack(header)
+            error = self._read_all(process, min(size, MAX_TEXT_BYTES), pending.deadline_s, limit_s)
         except WorkerExited:
-            raise self._make_crash_error(f"within {asked.count} windows") from None
+            raise self._make_crash_error(f"within {pending.count} windows") from None
         self._pending = None
         if status != STATUS_OK:
-            raise ModelProcessFailed("error", why.decode(errors="replace"))
+            raise ModelProcessFailed("error", error.decode(errors="replace"))
         self.seconds += seconds
-        return process.read_outputs(asked.count * math.prod(loaded.input_shape), (asked.count, loaded.outputs))
+        return process.read_outputs(pending.count * math.prod(loaded.input_shape), (pending.count, loaded.outputs))
 
     def _poll_once(self) -> Floats | None:
-        """`hear`, for about a second."""
-        asked = self._pending
-        assert asked is not None
-        found = self.poll(min(_POLL_INTERVAL_S, asked.deadline_s - time.monotonic()))
-        if found is None:
+        pending = self._pending
+        assert pending is not None
+        outputs = self.poll(min(_POLL_INTERVAL_S, pending.deadline_s - time.monotonic()))
+        if outputs is None:
             self._on_wait()
-        return found
+        return outputs
 
     def _wait_loaded(self) -> ModelInfo:
-        """What the started process says of the model. Raises ModelDied, also where the model is none."""
+        """Wait for the start and return the model's properties. Raises ModelProcessFailed."""
         while not self.poll_ready(_POLL_INTERVAL_S) and self._loaded is None:
             self._on_wait()
         assert self._loaded is not None
         return self._loaded
 
     def _poll_started(self, timeout_s: float) -> None:
-        """Hear whether it has started."""
+        """Read the start message, if it has arrived."""
         process = self._process
         assert process is not None
         try:
-            head = process.read(STARTED_HEADER.size, timeout_s)
-            if head is None:
-                self._check_timeout(process.started_s + _START_TIMEOUT_S, _START_TIMEOUT_S)
+            header = process.read(STARTED_HEADER.size, timeout_s)
+            deadline_s = process.started_s + _START_TIMEOUT_S
+            if header is None:
+                self._check_timeout(deadline_s, _START_TIMEOUT_S)
                 return
-            status, size = STARTED_HEADER.unpack(head)
-            said = self._read_all(
-                process, min(size, MAX_TEXT_BYTES), process.started_s + _START_TIMEOUT_S, _START_TIMEOUT_S
-            )
+            status, size = STARTED_HEADER.unpack(header)
+            body = self._read_all(process, min(size, MAX_TEXT_BYTES), deadline_s, _START_TIMEOUT_S)
         except WorkerExited:
             raise self._make_crash_error("while it was loaded") from None
         if status != STATUS_OK:
             self.close()
-            raise ModelProcessFailed("error", said.decode(errors="replace"))
+            raise ModelProcessFailed("error", body.decode(errors="replace"))
         try:
-            self._loaded = msgspec.msgpack.decode(said, type=ModelInfo)
+            self._loaded = msgspec.msgpack.decode(body, type=ModelInfo)
         except msgspec.MsgspecError as error:
             self.close()
-            raise ModelProcessFailed("crash", f"its process answered something else ({error})") from None
+            raise ModelProcessFailed("crash", f"its process sent an invalid start message ({error})") from None
 
     def _read_all(self, process: ModelProcess, size: int, deadline_s: float, timeout_s: float) -> bytes:
-        """The next `size` bytes it says, which follow at once on what it just said. Raises ModelDied, Gone."""
-        while (said := process.read(size, min(_POLL_INTERVAL_S, deadline_s - time.monotonic()))) is None:
+        """Read the body that follows a header at once. Raises ModelProcessFailed, WorkerExited."""
+        while (data := process.read(size, min(_POLL_INTERVAL_S, deadline_s - time.monotonic()))) is None:
             self._check_timeout(deadline_s, timeout_s)
-        return said
+        return data
 
     def _check_timeout(self, deadline_s: float, timeout_s: float) -> None:
-        """Ends it where its time is over, and raises ModelDied."""
+        """Kill an overdue process and raise ModelProcessFailed."""
         if time.monotonic() >= deadline_s:
             self.close()
-            raise ModelProcessFailed("hang", f"did not answer within {timeout_s:g} s and was ended")
+            raise ModelProcessFailed("hang", f"did not answer within {timeout_s:g} s and was killed")
 
     def _make_crash_error(self, when: str) -> ModelProcessFailed:
         process = self._process
         assert process is not None
-        code, said = process.kill()
+        code, stderr = process.kill()
         self._process, self._loaded, self._pending = None, None, None
-        return ModelProcessFailed("crash", f"{probe.describe_death(code, said, self._limits)}, {when}")
+        return ModelProcessFailed("crash", f"{probe.describe_death(code, stderr, self._limits)}, {when}")
 
 
 class _PendingRequest(msgspec.Struct, frozen=True):
-    """Of `count` windows, to be answered before `until_s`, monotonic."""
+    """A request for the outputs of `count` windows, due at `deadline_s` (monotonic)."""
 
     count: int
     deadline_s: float

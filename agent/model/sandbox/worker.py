@@ -1,7 +1,7 @@
-"""The process in which `apart` runs a model: what both say, and what it does. Its pipes are its stdin and stdout.
+"""Worker of a subprocess model: the child's side of the protocol over its stdin and stdout.
 
-At the start it says STARTED and what it has loaded, or why not. Then, for each ASKED, there are windows in the shared
-memory; it puts the outputs behind them and says ANSWER: whether it could, the seconds it took, and what was wrong.
+At the start it sends STARTED_HEADER and the model's properties, or an error. For each REQUEST_HEADER it reads windows
+from the shared memory, writes the outputs behind them, and sends RESPONSE_HEADER: status, seconds, and an error text.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from agent.model.inference import runtime
 STARTED_HEADER, REQUEST_HEADER, RESPONSE_HEADER = struct.Struct("<BI"), struct.Struct("<QQ"), struct.Struct("<BdI")
 STATUS_OK, STATUS_FAILED = 0, 1
 MAX_TEXT_BYTES = 2000
-# Of address space, for the memory that is shared: windows of a batch and their answers, mapped twice while it grows.
+# Address space for the shared memory: windows and outputs of a batch, mapped twice while it grows.
 _SHARED_BYTES = 128 << 20
 _PR_SET_PDEATHSIG = 1
 
 
 class WorkerJob(msgspec.Struct):
-    """What it is to run, for the process `parent`. `memory_mib` on top of what Python, numpy and the runtime take."""
+    """The model to run for `parent_pid`. `memory_mib` is added to what Python, numpy and the runtime take."""
 
     content: bytes
     batch: int
@@ -43,7 +43,7 @@ class WorkerJob(msgspec.Struct):
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
-    """Of the loaded model."""
+    """Properties of the loaded model."""
 
     input_shape: Annotated[tuple[int, ...], msgspec.Meta(max_length=8)]
     outputs: Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
@@ -52,47 +52,47 @@ class ModelInfo(msgspec.Struct, frozen=True):
 
 
 def main() -> None:
-    given, shared = int(sys.argv[1]), int(sys.argv[2])
-    # What the runtime prints is no answer.
-    answers = os.dup(1)
+    job_fd, shared_fd = int(sys.argv[1]), int(sys.argv[2])
+    # Output that the runtime prints goes to stderr.
+    response_fd = os.dup(1)
     os.dup2(2, 1)
-    with open(given, "rb") as file:
+    with open(job_fd, "rb") as file:
         job = msgspec.msgpack.decode(file.read(), type=WorkerJob)
     _die_with_parent(job.parent_pid)
     _apply_limits(job)
     try:
         model = runtime.TfliteModel(job.content, job.batch, job.threads, job.output)
     except BadBundle as problem:
-        said = str(problem).encode()[:MAX_TEXT_BYTES]
-        _write_all(answers, STARTED_HEADER.pack(STATUS_FAILED, len(said)) + said)
+        text = str(problem).encode()[:MAX_TEXT_BYTES]
+        _write_all(response_fd, STARTED_HEADER.pack(STATUS_FAILED, len(text)) + text)
         return
-    said = msgspec.msgpack.encode(ModelInfo(model.input_shape, model.outputs, model.batch, model.input_range))
-    _write_all(answers, STARTED_HEADER.pack(STATUS_OK, len(said)) + said)
-    _serve(model, shared, answers)
+    info = msgspec.msgpack.encode(ModelInfo(model.input_shape, model.outputs, model.batch, model.input_range))
+    _write_all(response_fd, STARTED_HEADER.pack(STATUS_OK, len(info)) + info)
+    _serve(model, shared_fd, response_fd)
 
 
 def _serve(model: runtime.TfliteModel, shared_fd: int, response_fd: int) -> None:
     width = int(np.prod(model.input_shape))
     size, mapped = 0, None
-    while asked := _read_exactly(REQUEST_HEADER.size):
-        count, wanted = REQUEST_HEADER.unpack(asked)
-        if mapped is None or wanted != size:
-            size, mapped = wanted, mmap.mmap(shared_fd, wanted)
+    while header := _read_exactly(REQUEST_HEADER.size):
+        count, required = REQUEST_HEADER.unpack(header)
+        if mapped is None or required != size:
+            size, mapped = required, mmap.mmap(shared_fd, required)
         values = np.frombuffer(mapped, np.float32, count * (width + model.outputs))
-        begun_s = time.perf_counter()
+        start_s = time.perf_counter()
         try:
             outputs = model.invoke(values[: count * width].reshape(count, *model.input_shape))
         except BadBundle as problem:
-            said = str(problem).encode()[:MAX_TEXT_BYTES]
-            _write_all(response_fd, RESPONSE_HEADER.pack(STATUS_FAILED, 0.0, len(said)) + said)
+            text = str(problem).encode()[:MAX_TEXT_BYTES]
+            _write_all(response_fd, RESPONSE_HEADER.pack(STATUS_FAILED, 0.0, len(text)) + text)
             continue
-        took_s = time.perf_counter() - begun_s
+        seconds = time.perf_counter() - start_s
         values[count * width :].reshape(outputs.shape)[:] = outputs
-        _write_all(response_fd, RESPONSE_HEADER.pack(STATUS_OK, took_s, 0))
+        _write_all(response_fd, RESPONSE_HEADER.pack(STATUS_OK, seconds, 0))
 
 
 def _die_with_parent(parent: int) -> None:
-    """Be killed when the parent ends, even while the runtime hangs."""
+    """Let the kernel kill this process when the parent ends, even while the runtime hangs."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(0)
@@ -103,19 +103,19 @@ def _apply_limits(job: WorkerJob) -> None:
     memory = pages * resource.getpagesize() + (job.memory_mib << 20) + _SHARED_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Where memory is short for all, it goes before the agent does.
+    # When the machine runs out of memory, the kernel kills this process before the daemon.
     Path("/proc/self/oom_score_adj").write_text("800", encoding="ascii")
 
 
 def _read_exactly(size: int) -> bytes:
-    """The next `size` bytes of stdin; none at its end."""
-    found = b""
-    while len(found) < size:
-        part = os.read(0, size - len(found))
+    """Return the next `size` bytes of stdin; b"" at its end."""
+    data = b""
+    while len(data) < size:
+        part = os.read(0, size - len(data))
         if not part:
             return b""
-        found += part
-    return found
+        data += part
+    return data
 
 
 def _write_all(out: int, data: bytes) -> None:

@@ -125,13 +125,13 @@ def test_images_of_one_moment_get_different_times(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("made", "name", "content", "why"),
     [
-        (SMALL, "a.png", b"not an image", "no JPEG or PNG image; take it away, or give it as one of these"),
-        (SMALL, "a.jpg", b"", "no JPEG or PNG image"),
-        (SMALL, "a.png", picture((64, 64, 3))[:800], "an image that cannot be read"),
-        (SMALL, "a.png", picture((64, 64, 3), "GIF"), "no JPEG or PNG image"),
-        (SOUND, "a.wav", b"RIFF but not really", "no WAV file that can be read"),
-        (SOUND, "a.wav", "of another rate", "is of 8000 Hz, the model's sound of 16000 Hz; resample it first"),
-        (SOUND, "a.wav", "cut short", "is cut short, 3,978 of the 8,000 samples its header tells of"),
+        (SMALL, "a.png", b"not an image", "not a JPEG or PNG image; remove it, or convert it to one of these"),
+        (SMALL, "a.jpg", b"", "not a JPEG or PNG image"),
+        (SMALL, "a.png", picture((64, 64, 3))[:800], "the image cannot be read"),
+        (SMALL, "a.png", picture((64, 64, 3), "GIF"), "not a JPEG or PNG image"),
+        (SOUND, "a.wav", b"RIFF but not really", "not a readable WAV file"),
+        (SOUND, "a.wav", "of another rate", "has 8000 Hz, the model needs 16000 Hz; resample it first"),
+        (SOUND, "a.wav", "cut short", "it has 3,978 of the 8,000 samples that its header declares"),
         (SOUND, "a.wav", "a moment", "160 samples are too few: one row takes 1,024"),
     ],
 )

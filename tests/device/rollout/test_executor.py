@@ -43,7 +43,7 @@ def template(tmp_path_factory: pytest.TempPathFactory, bundles: dict[str, Path])
 
 @pytest.fixture
 def site(tmp_path: Path, template: Site) -> Iterator[Site]:
-    made = template.copied(tmp_path)
+    made = template.copy(tmp_path)
     yield made
     made.stop()
 
@@ -134,7 +134,7 @@ def test_what_was_compared_outlives_a_restart_and_goes_when_the_bundle_settles(s
 def test_what_was_compared_goes_when_a_shadow_ends(site: Site, text: str, phase: str) -> None:
     site.desire(text, "shadow")
     site.until_phase("shadow")
-    site.until(site.is_beside, "it answers beside")
+    site.until(site.is_in_shadow, "it answers beside")
     site.batch()
     site.until(lambda: compared(site) is not None, "it was told of the first batch")
     match phase:
@@ -153,7 +153,7 @@ def test_what_was_compared_goes_when_a_shadow_ends(site: Site, text: str, phase:
 def test_a_shadow_that_goes_on_probation_is_compared_anew(site: Site) -> None:
     site.desire("2", "shadow")
     site.until_phase("shadow")
-    site.until(site.is_beside, "it answers beside")
+    site.until(site.is_in_shadow, "it answers beside")
     site.batch()
     site.until(lambda: compared(site) is not None, "it was told of the first batch")
     site.desire("2", "canary")
@@ -180,7 +180,7 @@ def shadows(site: Site) -> list[dict[str, Any]]:
 def test_a_shadow_answers_the_same_windows_publishes_no_result_and_tells_how_they_agree(site: Site) -> None:
     site.desire("2", "shadow")
     site.until_phase("shadow")
-    site.until(site.is_beside, "it answers beside")
+    site.until(site.is_in_shadow, "it answers beside")
     for _ in range(3):
         assert site.batch() == "1"
         site.until(lambda: len(shadows(site)) >= len(site.results()), "it was told")
@@ -194,7 +194,7 @@ def test_a_shadow_answers_the_same_windows_publishes_no_result_and_tells_how_the
 def test_a_shadow_that_crashes_is_refused_and_no_batch_waits_for_it(site: Site) -> None:
     site.desire("crash", "shadow")
     site.until_phase("shadow")
-    site.until(site.is_beside, "it answers beside")
+    site.until(site.is_in_shadow, "it answers beside")
     assert site.batch(wild=True) == "1"
     site.until_phase("rejected")
     assert site.reason == "error_rate"

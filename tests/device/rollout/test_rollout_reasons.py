@@ -62,7 +62,7 @@ def template(tmp_path_factory: pytest.TempPathFactory, bundles: dict[str, Path])
 
 @pytest.fixture
 def site(tmp_path: Path, template: Site) -> Iterator[Site]:
-    made = template.copied(tmp_path)
+    made = template.copy(tmp_path)
     yield made
     made.stop()
 
@@ -254,7 +254,7 @@ def test_where_the_store_fails_what_runs_apart_is_ended_and_nothing_is_written(
     assert site.batch() == "1"
     site.desire("2", "shadow")
     site.until_phase("shadow")
-    site.until(site.is_beside, "it answers beside")
+    site.until(site.is_in_shadow, "it answers beside")
     before, written = len(psutil.Process().children(recursive=True)), site.store.get_meta("seq", "")
     site.daemon.signals.fail(StorageError("the disk is gone"))
     site.daemon._shut_down()

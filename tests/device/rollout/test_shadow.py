@@ -217,9 +217,9 @@ def test_a_crash_beside_is_counted_and_the_batches_after_it_are_compared_again(m
 def test_a_hang_beside_holds_up_no_batch_and_is_counted_when_its_time_is_over(make: Make) -> None:
     pair = make(good("rigged_hang"), bounds=SandboxLimits(call_timeout_s=1.5))
     began = time.monotonic()
-    pair.batch(wild(), hear=False)
+    pair.batch(wild(), wait=False)
     for start in range(40, 100, 20):
-        pair.batch(CALM[start : start + 20], hear=False)
+        pair.batch(CALM[start : start + 20], wait=False)
     assert pair.device.store.cursor("tiny") == 80
     assert time.monotonic() - began < 20
     wait_for(lambda: pair.runner.poll(0.1), "it is ended")
@@ -231,7 +231,7 @@ def test_a_hang_beside_holds_up_no_batch_and_is_counted_when_its_time_is_over(ma
 def test_an_error_of_any_other_kind_is_counted_too(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     pair = make(good())
     pair.runner.other.input_columns = [99]
-    pair.batch(CALM[:20], hear=False)
+    pair.batch(CALM[:20], wait=False)
     assert [(one.errors, one.n) for one in pair.shadows()] == [(1, 0)]
     assert "shadow tiny" in caplog.text
 
