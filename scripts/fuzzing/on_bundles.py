@@ -191,7 +191,8 @@ def _data(content: bytes, suffix: str) -> None:
         file.flush()
         try:
             decoded = data.read(Path(file.name), spec)
-            load_windows(Path(file.name), spec)
+            if suffix == ".npz":
+                load_windows(Path(file.name), spec)
         except UsageError:
             return
     assert decoded.features.shape == (len(decoded.t), len(FIELDS))

@@ -86,6 +86,6 @@ def exercise(data: Path, **options: Any) -> Evaluation:
     return evaluated(builtin.bundles_dir() / "exercise", data, **options)
 
 
-def check_result(found: Evaluation, check: str) -> CheckResult:
-    [one] = [f for f in (*found.leakage, *found.label_checks) if f.check == check]
-    return one
+def check_result(evaluation: Evaluation, check: str) -> CheckResult:
+    [check_result] = [f for f in (*evaluation.leakage, *evaluation.label_checks) if f.check == check]
+    return check_result
