@@ -87,5 +87,5 @@ def exercise(data: Path, **options: Any) -> Evaluation:
 
 
 def check_result(found: Evaluation, check: str) -> CheckResult:
-    [one] = [f for f in (*found.leakage, *found.label_checks) if f.check == check]
-    return one
+    [result] = [entry for entry in (*found.leakage, *found.label_checks) if entry.check == check]
+    return result
