@@ -116,8 +116,8 @@ def input_range(model: Path) -> tuple[float, float]:
     ("name", "why", "fix"),
     [
         ("pymicro_okay_nabu_int8stream", "keeps state between inferences (ASSIGN_VARIABLE", "export it without state"),
-        ("flex_model_selfmade", "TensorFlow operations that it does not have", "convert it with TFLITE_BUILTINS only"),
-        ("tflm_person_detect_int8", "its quantization is not as the format asks", "convert the model again"),
+        ("flex_model_selfmade", "TensorFlow operations, which it lacks", "convert it with TFLITE_BUILTINS only"),
+        ("tflm_person_detect_int8", "its quantization does not follow the format", "convert the model again"),
     ],
 )
 @pytest.mark.parametrize("by", ["--from", "SPEC"])
