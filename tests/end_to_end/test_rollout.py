@@ -63,7 +63,9 @@ def device(fleet: LocalFleet, offered: dict[str, Path]) -> DeviceProcess:
 def desire(fleet: LocalFleet, folder: Path, strategy: str, rollout: str, topic: str, batches: int = 5) -> None:
     found = bundle.read(folder, None)
     named = {"rollout": rollout, "bundle": "exercise", "version": found.manifest.version, "digest": found.digest}
-    leave(fleet, topic, {"exercise": {**named, "strategy": strategy, "rules": {"batches": batches, "hours": 0.0}}})
+    leave(
+        fleet, topic, {"exercise": {**named, "strategy": strategy, "rules": {"min_batches": batches, "min_hours": 0.0}}}
+    )
 
 
 def leave(fleet: LocalFleet, topic: str, tasks: dict[str, Any]) -> None:
@@ -121,7 +123,7 @@ def test_a_good_bundle_is_fetched_looked_at_run_on_probation_and_settles(
     told_by_status = device.status()["tasks"][0]
     assert (told_by_status["bundle"], told_by_status["rollout"]["phase"]) == ("exercise 2.0.0", "active")
     shown = run_outstation("status", "-c", str(device.config)).stdout
-    assert "roll-out better (all): settled on exercise 2.0.0" in shown
+    assert "rollout better (all) of exercise 2.0.0: active since" in shown
 
 
 def test_one_whose_golden_vectors_do_not_come_out_is_refused_for_the_group(

@@ -64,7 +64,7 @@ def fill_at(monkeypatch: pytest.MonkeyPatch, card: Card, phase: str) -> None:
 
 
 def is_full(caplog: pytest.LogCaptureFixture) -> bool:
-    return any("its roll-out goes on when there is room" in record.message for record in caplog.records)
+    return any("its roll-out continues when there is room" in record.message for record in caplog.records)
 
 
 def versions(site: Site) -> list[str]:
