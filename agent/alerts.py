@@ -356,7 +356,7 @@ STORE_DAMAGED = AlertKind(
     "Replace the card if it happens again. The damaged files are in the data folder's `quarantine`.",
     _ONE_EVENT,
 )
-NEW_LOG_BEGUN = AlertKind(
+NEW_LOG_STARTED = AlertKind(
     "New message log",
     "storage",
     "log",

@@ -1,12 +1,13 @@
-"""Writes tests/kit/reference_values.json: SciPy, scikit-learn, Evidently, NannyML on scripts/kit/reference_data.py.
+"""Reference values from SciPy, scikit-learn, Evidently and NannyML, written to tests/kit/reference_values.json.
 
-They are not needed to run or test anything else, and weigh 2 GB; so they were asked once:
+Nothing else needs these libraries, which take 2 GB; so the values are committed. To compute them again:
 
     python -m venv /tmp/reference
     /tmp/reference/bin/pip install "pandas<3" scipy scikit-learn statsmodels nannyml evidently
     NML_DISABLE_USAGE_LOGGING=1 /tmp/reference/bin/python -m scripts.reference_values
 
-tests/drift/test_reference_values.py compares, and says how near we have to be.
+tests/drift/test_reference_values.py compares our results and defines the tolerances. The inputs come from
+scripts/kit/reference_data.py.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def sizes() -> dict[str, Any]:
     for name, values in others.items():
         its = data.binned(values, edges)
         q = np.bincount(its, minlength=data.BINS) / len(its)
-        # A category for each bin: then Evidently has the same bins.
+        # One category per bin, so that Evidently uses the same bins.
         pair = (pd.Series(bins).astype(str), pd.Series(its).astype(str), ColumnType.Categorical)
         sizes_by_name[name] = {
             "psi_evidently": evidently_psi._psi(*pair, 0.1)[0],
@@ -76,7 +77,7 @@ def cbpe(known: data.Answers, current: data.Answers) -> float:
 
 
 def cbpe_named(known: data.Answers, current: data.Answers) -> float:
-    """Of the top scores alone, as if the question were whether an answer is right: nothing but calibration differs."""
+    """Return NannyML's CBPE of the top scores as a binary problem, so that only calibration differs."""
     frames = [pd.DataFrame({"p": a.top, "y": 1, "t": a.right.astype(int)}) for a in (known, current)]
     return _cbpe(frames, "p", "classification_binary")
 

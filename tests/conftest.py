@@ -1,4 +1,4 @@
-"""Fixtures and settings of all tests."""
+"""Shared fixtures and settings of all tests."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from tests.kit.fleet_databases import DATABASES, fresh_in
 
 pytest_plugins = ["agent.testing.fixtures"]
 
-# How long an example takes is the machine's affair: what is found must depend neither on what else runs there nor on
-# chance. `pytest --hypothesis-profile chance` looks at other examples each time.
+# No deadline, since the time of an example depends on the machine. Examples are reproducible; `pytest
+# --hypothesis-profile chance` draws new ones.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("chance", patient, derandomize=False)
 settings.register_profile("busy", patient, derandomize=True)
 settings.load_profile("busy")
 
-# A shell without job control starts background commands deaf to Ctrl-C, and their children with them: tests press it.
+# A shell without job control starts background commands with SIGINT ignored, which children inherit; tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Modules whose use marks a test: it starts a broker, a PostgreSQL server, or any process.
+# Modules whose use marks a test: it starts a broker, a PostgreSQL server, or another process.
 _MARKS = {
     "broker": {"agent.testing.broker", "agent.testing.fleet"},
     "postgres": {"scripts.kit.postgres"},
@@ -41,7 +41,7 @@ _FIXTURES = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by what they start, so that `-m "not process"` runs everything that starts nothing."""
+    """Mark tests by the programs they start, so that `-m "not process"` selects tests without any."""
     for item in items:
         values = vars(item.module).values() if isinstance(item, pytest.Function) else ()
         modules = {getattr(value, "__module__", None) or getattr(value, "__name__", None) for value in values}
@@ -57,24 +57,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def program() -> Callable[[str], str]:
-    """Return the path of a program: `program("mosquitto")`. A test without it is skipped; on CI it fails."""
+    """Return the path of a program: `program("mosquitto")`. A missing program skips the test, and fails it on CI."""
     return find_program
 
 
 @pytest.fixture(scope="module", params=DATABASES)
 def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], FleetStore]:
-    """`fresh()` is an empty store of a fleet: once in SQLite, once in PostgreSQL."""
+    """Return an empty fleet store: once in SQLite, once in PostgreSQL."""
     return fresh_in(request, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
-    """One for all tests."""
+    """Yield one server for all tests."""
     with run_server(FAST_SETTINGS) as server:
         yield server
 
 
 @pytest.fixture
 def postgres_url(postgres_server: PostgresServer) -> str:
-    """A new, empty database."""
+    """Return the URL of a new, empty database."""
     return postgres_server.create_database()

@@ -44,7 +44,7 @@ class DeviceConnection(msgspec.Struct):
 
 @dataclass
 class FlakyWebServer:
-    """Serves `folder` on `port` (0: a free one) until `close`; `offline` drops all connections, and may change any time.
+    """Serves `folder` on `port` (0: a free one) until `close`; `offline`, which may change, drops all connections.
 
     A device without an entry in `connections` has a good connection.
     """

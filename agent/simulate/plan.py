@@ -72,7 +72,7 @@ def device_names(device_count: int) -> list[str]:
 def steady_plan(
     device_count: int, seconds: float, speed: float, seed: int, scenario: Scenario, degraded: Collection[str] = ()
 ) -> SimulationPlan:
-    """Plan sites without faults for at least `seconds` at `speed`; sensors of `degraded` sites are faulty throughout."""
+    """Plan sites without faults for at least `seconds` at `speed`; `degraded` sites have a faulty sensor."""
     recordings = load(scenario.file)
     subjects = _subjects(recordings)
     sites = tuple(

@@ -129,7 +129,7 @@ def _solar_scenario() -> Scenario:
     return Scenario(
         name="solar",
         kind="regress",
-        description="the weather over a photovoltaic system, and its AC power as labels that come a day later (15 minutes)",
+        description="the weather over a photovoltaic system, and its AC power as labels a day later (15 minutes)",
         stream="weather",
         fields=(("ghi", "W/m2"), ("ghi_clear", "W/m2"), ("temp_air", "degC")),
         bundle="solar",

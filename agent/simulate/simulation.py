@@ -102,7 +102,7 @@ class Simulation(msgspec.Struct):
         self._stop([device])
 
     def watch_progress(self, until_s: float) -> Iterator[list[dict[str, Any]]]:
-        """Yield the collector's progress twice a second, until all rows have results or `until_s` (monotonic) is over."""
+        """Yield the collector's progress twice a second, until all rows have results or until `until_s` (monotonic)."""
         store = FleetStore(self.database, read_only=True)
         last_counts, idle_s = list[int](), 0.0
         try:

@@ -1,7 +1,8 @@
-"""Measurements of the code against what it stands beside, on this machine, now.
+"""Benchmarks: measure our code against a reference implementation on this machine.
 
-A benchmark is a function decorated with `@benchmark(name)` in a module of this package that returns a `Result`, or a
-`Report` of several. Both sides do the same work with the same promises, in turns, so that a busy machine slows both.
+A benchmark is a function decorated with `@benchmark(name)` in a module of this package. It returns a `Result`, or a
+`Report` of several. Both sides do the same work with the same durability. Their runs alternate, so that a busy machine
+slows both.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import msgspec
 
 
 class Result(msgspec.Struct, frozen=True):
-    """`ours` and `reference` in `unit`; their ratio is `ours / reference`, always.
+    """Measurement of one quantity: `ours` and `reference` in `unit`, compared by the ratio `ours / reference`.
 
-    More is better, and `target` is the least ratio that is good; with `less`, less is better, and it is the most.
-    Where there is nothing that does the same, `reference` is the `limit` itself and `target` 1: another machine has
-    another ratio.
+    By default more is better, and `target` is the smallest acceptable ratio. With `less`, less is better, and `target`
+    is the largest acceptable ratio. Without a comparable implementation, `reference` is the limit and `target` is 1;
+    then the ratio depends on the machine.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Result(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """Several results of one benchmark, and the `text` that people are shown in their place."""
+    """Several results of one benchmark, and the `text` that replaces them on screen."""
 
     results: tuple[Result, ...]
     text: str
@@ -48,9 +49,9 @@ class Report(msgspec.Struct, frozen=True):
 
 Measured = Callable[[], Result | Report]
 BENCHMARKS: dict[str, Measured] = {}
-# Those that are short and steady enough to tell within seconds whether a ratio has fallen.
+# Benchmarks short and stable enough to detect a regression within seconds.
 QUICK: set[str] = set()
-# As many rows as were asked for, where a benchmark may have more or fewer; None: its own number.
+# Number of rows requested with `--rows`, or None for the benchmark's default.
 rows: int | None = None
 
 
@@ -73,9 +74,10 @@ def rates(
     rounds: int = 7,
     prepare: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
-    """Median units per second of `clock` of both, called in turns; each returns how many units one call did.
+    """Return the median units per second of both functions, by `clock`, in alternating calls.
 
-    `prepare` comes before each call of `ours`, and is not counted.
+    Each function returns the number of units that one call processed. `prepare` runs before each call of `ours` and is
+    not timed.
     """
     prepare()
     ours()

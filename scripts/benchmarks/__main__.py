@@ -1,4 +1,4 @@
-"""`scripts/bench [NAME …] [--quick | --write] [--json]`: exit 1 where a target is missed, or a ratio has fallen."""
+"""Command `scripts/bench [NAME …] [--quick | --write] [--json]`; exit code 1 on a missed target or a regression."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from scripts import benchmarks
 from scripts.benchmarks import BENCHMARKS, QUICK, Report, Result, page
 
 _MORE_TRIES = 2
-# Of what is held against later runs, which ratio is usual is not enough to know.
+# Number of runs whose median becomes the committed ratio; one run does not show the usual ratio.
 _WRITTEN_RUNS = 3
 
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option(
-    "--quick", is_flag=True, help="The short ones; exit 1 only where a committed ratio has fallen by a third."
+    "--quick", is_flag=True, help="Run the short benchmarks; exit 1 only if a ratio is a third worse than committed."
 )
-@click.option("--write", is_flag=True, help="Also into BENCHMARKS.md, and the ratios that --quick compares with.")
-@click.option("--rows", type=click.IntRange(min=100), help="For model-run: rows of each model.  [default: 1000]")
+@click.option("--write", is_flag=True, help="Update BENCHMARKS.md and the committed ratios for --quick.")
+@click.option("--rows", type=click.IntRange(min=100), help="Rows per model in model-run.  [default: 1000]")
 def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: int | None) -> None:
-    """Run all benchmarks, or those called NAME, for example: scripts/bench signing"""
+    """Run all benchmarks, or those called NAME. Example: scripts/bench signing."""
     benchmarks.rows = rows
     for module in pkgutil.iter_modules(benchmarks.__path__):
         if module.name != "__main__":
             importlib.import_module(f"{benchmarks.__name__}.{module.name}")
     for name in names:
         if name not in BENCHMARKS:
-            raise click.UsageError(f"there is no benchmark {name!r}; there is {', '.join(sorted(BENCHMARKS))}")
+            raise click.UsageError(f"no benchmark is named {name!r}; use one of {', '.join(sorted(BENCHMARKS))}")
     results: list[Result] = []
     worst: list[Result] = []
-    for one in names or sorted(QUICK if quick else BENCHMARKS):
+    for benchmark_name in names or sorted(QUICK if quick else BENCHMARKS):
         try:
-            report = measured(one)
-            # What another process did to this one is not measured a second and a third time.
+            report = measured(benchmark_name)
+            # Interference from another process rarely repeats, so a slow result is measured up to three times.
             for _ in range(_MORE_TRIES if quick else 0):
                 if not page.find_regressions(report.results):
                     break
-                report = measured(one)
+                report = measured(benchmark_name)
         except click.ClickException as lacking:
             if names:
                 raise
-            click.echo(f"{one}: left out: {lacking.message}", err=True)
+            click.echo(f"{benchmark_name}: skipped: {lacking.message}", err=True)
             continue
         runs = [report.results]
-        if write and one in QUICK:
-            runs += [measured(one).results for _ in range(_WRITTEN_RUNS - 1)]
+        if write and benchmark_name in QUICK:
+            runs += [measured(benchmark_name).results for _ in range(_WRITTEN_RUNS - 1)]
             worst += page.worst(runs)
         results += page.middle(runs)
         if not as_json:
@@ -70,7 +70,7 @@ def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: 
 
 
 def measured(name: str) -> Report:
-    """Raises ClickException where something that it needs is not there."""
+    """Run one benchmark. Raises ClickException if a requirement is missing."""
     report = BENCHMARKS[name]()
     return report if isinstance(report, Report) else Report((report,), line(report))
 

@@ -1,4 +1,4 @@
-"""What a thousand results take on the air, beside a message for each."""
+"""Network traffic of a thousand results, compared with one MQTT message per result."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from scripts.benchmarks import Report, Result, benchmark, device_task
 
 RESULTS = 1000
 _COLUMNS = ("row", "t", "label", "score")
-# TCP over IPv4 with timestamps: bytes of a segment's headers, its most payload; and a PUBACK.
+# TCP over IPv4 with timestamps: header bytes of a segment, maximum payload of a segment, and bytes of a PUBACK.
 _HEADERS, _SEGMENT, _PUBACK = 52, 1448, 4
 
 
 @benchmark("air", quick=True)
-def bytes_of_a_thousand_results() -> Report:
-    """Of the exercise model on one person's recordings: whole packets both ways, confirmations included."""
+def traffic_of_results() -> Report:
+    """Measure the exercise model on one person's recordings: whole packets both ways, acknowledgements included."""
     recorded = load(SCENARIOS["exercise"].file)
     names = [name for name, _ in SCENARIOS["exercise"].fields]
     places = Playlist(recorded, int(recorded.subject[0]), 0).source_rows(RESULTS * 100)
-    with device_task.made(names, "exercise") as device:
+    with device_task.device_with_task(names, "exercise") as device:
         device.fill(recorded.rows[places])
         device.work_off()
         sent = [message for message in device.store.unacknowledged_messages(0, 10_000) if "/results/" in message.topic]
@@ -46,7 +46,7 @@ def bytes_of_a_thousand_results() -> Report:
 
 
 def _singly(payload: bytes, topic: str) -> list[int]:
-    """Bytes of a PUBLISH for each result of a message, as short as JSON that says the same can be."""
+    """Return the bytes of one PUBLISH per result of a message, each with the shortest equivalent JSON."""
     body = json.loads(payload)
     head = {"device": body["device"], "task": body["task"], "model": body["model"]["version"]}
     columns = msgspec.convert(body["columns"], ResultColumns)
@@ -57,5 +57,5 @@ def _singly(payload: bytes, topic: str) -> list[int]:
 
 
 def _carried(size: int) -> int:
-    """Bytes on the wire of a PUBLISH of `size` bytes, and of what confirms it."""
+    """Return the bytes on the wire of a PUBLISH of `size` bytes and its acknowledgement."""
     return size + (math.ceil(size / _SEGMENT) + 1) * _HEADERS + _PUBACK

@@ -1,4 +1,4 @@
-"""How a model is run after the trial, beside the best of all sizes and threads, measured for longer."""
+"""Autotuning of batch size and threads, compared with the best setting found by a longer search."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECONDS = 6.0
 
 @benchmark("trial")
 def compare_tuned_batch_size() -> Result:
-    """The model on which the trial does worst, of ours and those of others that are beside this repository."""
+    """Report the model for which autotuning is furthest from the best setting, among all models in this checkout."""
     contents = {"exercise": (builtin.bundles_dir() / "exercise" / "model.tflite").read_bytes()}
     for name in ("ad01", "kws"):
         path = THIRD_PARTY / f"mlperf_{name}_int8.tflite"
@@ -36,7 +36,7 @@ def compare_tuned_batch_size() -> Result:
 
 
 class TuningComparison(msgspec.Struct, frozen=True):
-    """How a model is run after the trial, rows per second then and at best, and how long the trial took."""
+    """The tuned setting of one model, its rows per second, the best rows per second, and the tuning time."""
 
     how: str
     ours: float
@@ -62,7 +62,7 @@ def compare_with_best(content: bytes) -> TuningComparison:
             seen[size].append((time.thread_time() - cpu_s, time.perf_counter() - wall_s))
     single_thread = {size: len(rows) / min(cpu_s for cpu_s, _ in times) for size, times in seen.items() if size[1] == 1}
     more = {size: len(rows) / statistics.median(s for _, s in times) for size, times in seen.items() if size[1] > 1}
-    # By the trial's own rule: more threads only where they are clearly faster.
+    # The rule of autotuning: more threads only if they are clearly faster.
     clearly = [pace for pace in more.values() if pace > autotune.MIN_THREAD_SPEEDUP * max(single_thread.values())]
     ours = {**single_thread, **more}[choice.batch, choice.threads]
     return TuningComparison(str(choice), ours, max([*single_thread.values(), *clearly]), took_s)

@@ -1,4 +1,4 @@
-"""Whether a batch costs more where more waits."""
+"""Cost of a batch with a large backlog, compared with a small one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ _BATCHES = 3
 
 
 @benchmark("backlog")
-def a_batch_among_ten_million_rows() -> Result:
-    """Whole batches of the exercise model, from the store to committed results, by the clock on the wall."""
+def batch_with_large_backlog() -> Result:
+    """Measure whole batches of the exercise model, from the store to committed results, by wall clock."""
     rows = np.random.default_rng(0).normal(0, 1, (FEW, len(FIELDS))).astype(np.float32)
-    with device_task.made(FIELDS, "exercise") as few, device_task.made(FIELDS, "exercise") as many:
+    with (
+        device_task.device_with_task(FIELDS, "exercise") as few,
+        device_task.device_with_task(FIELDS, "exercise") as many,
+    ):
         for _ in range(MANY // FEW):
             many.fill(rows)
-        # The kernel would write all of that to the disk while it is measured.
+        # Otherwise the kernel would flush the backlog to disk during the measurement.
         os.sync()
 
         def prepare() -> None:

@@ -1,4 +1,4 @@
-"""Batches from stored readings to committed results, drift and signature included, beside the interpreter alone."""
+"""Batches from stored readings to committed results, with drift detection and signing, against the bare interpreter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FIELDS = 16
 
 
 class Tiny(msgspec.Struct, frozen=True):
-    """A model of MLPerf Tiny: frames of a window, bands of a frame, and what its SPEC says of its answers."""
+    """A model of MLPerf Tiny: frames per window, bands per frame, and the output section of its SPEC."""
 
     file: str
     frames: int
@@ -48,16 +48,16 @@ TINY = {
 def exercise_from_store_to_results() -> Result:
     recorded = load(SCENARIOS["exercise"].file).rows
     names = [name for name, _ in SCENARIOS["exercise"].fields]
-    with device_task.made(names, "exercise") as device:
+    with device_task.device_with_task(names, "exercise") as device:
         rows = np.resize(recorded, (WINDOWS * device.task.window_rows, len(names)))
         return _compare_with_interpreter(device, rows, "batch", "exercise model")
 
 
 @benchmark("tiny")
-def models_of_others_from_store_to_results() -> Report:
-    """MLPerf Tiny: a window of noise each, as wide as the model's input."""
+def mlperf_tiny_models() -> Report:
+    """Measure MLPerf Tiny models on windows of noise as wide as the model input."""
     if not THIRD_PARTY.exists():
-        raise click.ClickException(f"{THIRD_PARTY}: not there; OUTSTATION_THIRDPARTY_MODELS says where the models are")
+        raise click.ClickException(f"{THIRD_PARTY}: no such folder; set OUTSTATION_THIRDPARTY_MODELS to the models")
     results = []
     for name, tiny in TINY.items():
         content = (THIRD_PARTY / f"{tiny.file}.tflite").read_bytes()
@@ -72,8 +72,8 @@ def models_of_others_from_store_to_results() -> Report:
 
 
 @benchmark("tabular", quick=True)
-def a_model_of_sixteen_fields() -> Report:
-    """µs a row by processor time, and beside the way of a rule engine: one invoke for each message."""
+def sixteen_field_model() -> Report:
+    """Measure processor time per row in µs, against a rule engine that invokes the model once per message."""
     weights = np.random.default_rng(3).normal(0, 1, (3, FIELDS)).astype(np.float32)
     rows = np.random.default_rng(4).normal(0, 1, (100_000, FIELDS)).astype(np.float32)
     says = 'kind = "classify"\nlabels = ["a", "b", "c"]\n[output]\nactivation = "softmax"\n[drift]\nwindow = 1000'
@@ -116,7 +116,10 @@ def _compare_with_interpreter(device: Bed, rows: Floats, name: str, description:
         return count // batch * batch
 
     pace = rates(device.work_off, bare, time.process_time, rounds=5, prepare=lambda: device.fill(rows))
-    note = f"{description}, {count:,} windows waiting, drift and signature included; reference: set, invoke, get of ready int8"
+    note = (
+        f"{description}, {count:,} windows waiting, drift and signature included; "
+        "reference: set, invoke, get of ready int8"
+    )
     return Result(name, *pace, "windows/s", target, note)
 
 
@@ -144,7 +147,7 @@ def _invoke(plain: Any, row: Floats) -> int:
 
 @contextmanager
 def _packed(model: bytes, rows: Floats, says: str, frames: int = 1) -> Iterator[Bed]:
-    """A device with the model over rows like these; `says`: what its SPEC does beside the input."""
+    """Create a device with the model and reference rows; `says` completes the SPEC after its input section."""
     fields = [f"f{i:03}" for i in range(rows.shape[1])]
     head, _, rest = says.partition("[output]")
     with tempfile.TemporaryDirectory() as made:
@@ -160,5 +163,7 @@ def _packed(model: bytes, rows: Floats, says: str, frames: int = 1) -> Iterator[
             encoding="utf-8",
         )
         pack.write_bundle(pack.pack(folder / "spec.toml", KEY), folder / "bundle")
-        with device_task.made(fields, str(folder / "bundle"), step_us=1000, publisher=KEY.public.text) as device:
+        with device_task.device_with_task(
+            fields, str(folder / "bundle"), step_us=1000, publisher=KEY.public.text
+        ) as device:
             yield device

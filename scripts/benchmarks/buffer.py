@@ -1,4 +1,4 @@
-"""Putting rows safely on disk: the store's chunks against one SQLite row per reading, the same promise."""
+"""Durable storage of rows: the store's chunks against one SQLite row per reading, with equal durability."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ FIELDS = ["ax", "ay", "az", "wx", "wy", "wz"]
 
 @benchmark("buffer")
 def buffer() -> Result:
-    """Both sides commit every 1000 rows to a WAL database with synchronous=FULL, in the same folder.
+    """Measure both sides with a commit every 1000 rows, to a WAL database with synchronous=FULL in one folder.
 
-    By CPU time: how long a commit waits for the disk is the disk's, not ours.
+    CPU time is measured, since the wait for the disk depends on the disk alone.
     """
     values = np.random.default_rng(1).normal(size=(len(FIELDS), ROWS)).astype(np.float32)
     times = np.arange(ROWS, dtype=np.int64) * 10_000

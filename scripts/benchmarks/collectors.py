@@ -1,4 +1,4 @@
-"""Collectors as processes on a broker and a database: with PostgreSQL, alone and two of them."""
+"""Throughput of collector processes with a broker and a database, with one and two collectors on PostgreSQL."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from scripts.kit.postgres import PostgresServer
 DEVICES, MESSAGES = 200, 6000
 _ROUNDS = 3
 _NOW = "2026-11-24T22:20:00.000000Z"
-# As `fleet init` writes it.
+# The setting that `fleet init` writes.
 _CONF = "max_inflight_messages 500\nmax_queued_messages 100000\nmax_queued_bytes 268435456"
 _SERVER = "shared_buffers = 128MB\nmax_wal_size = 2GB\n"
 _WITHIN_S = 300.0
@@ -40,7 +40,7 @@ _WITHIN_S = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """Messages a second by the clock, and CPU µs of collectors, broker and the database's server for each."""
+    """Messages per second by wall clock, and CPU µs per message of collectors, broker and database server."""
 
     rate: float
     collectors: float
@@ -50,7 +50,7 @@ class Flow:
 
 @benchmark("collectors")
 def measure_parallel_collectors() -> Report:
-    """What waits at a broker, of 200 devices, into the database; from the first message there to the last."""
+    """Measure how fast collectors store the messages of 200 devices that wait at the broker."""
     lacking = [
         program
         for program, there in (("PostgreSQL", postgres.find_binaries()), ("Mosquitto", _mosquitto()))
@@ -61,9 +61,9 @@ def measure_parallel_collectors() -> Report:
     seen: dict[str, list[float]] = {"file": [], "one": [], "two": []}
     with postgres.run_server(_SERVER) as server:
         for _ in range(_ROUNDS):
-            seen["file"].append(flow(None, (), forty).rate)
-            seen["one"].append(flow(server, ("a",), forty).rate)
-            seen["two"].append(flow(server, ("a", "b"), forty).rate)
+            seen["file"].append(flow(None, (), results_message).rate)
+            seen["one"].append(flow(server, ("a",), results_message).rate)
+            seen["two"].append(flow(server, ("a", "b"), results_message).rate)
     of_file, single, two = (statistics.median(seen[name]) for name in ("file", "one", "two"))
     where = f"{os.cpu_count()} cores run broker, database and collectors, load {os.getloadavg()[0]:.1f}"
     results = (
@@ -73,8 +73,8 @@ def measure_parallel_collectors() -> Report:
     return Report(results, "\n".join(f"{r.name}: {r.ours:,.0f} messages/s, × {r.ratio:.2f}; {r.note}" for r in results))
 
 
-def forty(sender: MessageSender) -> SignedMessage:
-    """A message of forty results, as a device sends it."""
+def results_message(sender: MessageSender) -> SignedMessage:
+    """Build a message of forty results, as a device sends it."""
     return sender.results(40, clocks=[[sender.row + 1, 1, 1, 0]])
 
 
@@ -84,7 +84,7 @@ def flow(
     make: Callable[[MessageSender], SignedMessage],
     messages: int = MESSAGES,
 ) -> Flow:
-    """`names` of collectors on `server`; without one, a single one with SQLite."""
+    """Measure the collectors `names` on `server`, or one collector on SQLite if there is no server."""
     with tempfile.TemporaryDirectory() as made, MosquittoBroker(Path(made), extra_conf=_CONF) as broker:
         home = Path(made) / FLEET
         config = init_fleet(home, FLEET, BrokerConfig(url=broker.url))
@@ -125,7 +125,7 @@ def _running(home: Path, names: Sequence[str], folder: Path) -> Iterator[list[in
 
 
 def _measure(store: FleetStore, messages: int, processes: Sequence[Sequence[int]]) -> Flow:
-    """Starting up is not counted: from the first that are there on."""
+    """Time the messages that follow the first stored ones, so that startup is excluded."""
 
     def spent() -> list[float]:
         return [sum(map(_cpu_s, pids)) for pids in processes]
@@ -136,7 +136,7 @@ def _measure(store: FleetStore, messages: int, processes: Sequence[Sequence[int]
         if through and not first:
             first, first_s, before = store.count_messages(), time.monotonic(), spent()
         if time.monotonic() > deadline:
-            raise click.ClickException(f"not all of {messages} messages came within {_WITHIN_S:.0f} s")
+            raise click.ClickException(f"not all of {messages} messages arrived within {_WITHIN_S:.0f} s")
         time.sleep(0.1)
     n, took_s = messages - first, time.monotonic() - first_s
     each = [1e6 * (now - then) / n for now, then in zip(spent(), before, strict=True)]
@@ -157,7 +157,7 @@ def _publish(url: str, sent: Sequence[SignedMessage]) -> None:
 
 
 def _cpu_s(pid: int) -> float:
-    """Of a process, its children, and those that ended."""
+    """Return the processor time of a process and its children, including ended ones."""
     total = 0.0
     root = psutil.Process(pid)
     for process in (root, *root.children(recursive=True)):

@@ -1,4 +1,4 @@
-"""A device to measure on: a store, a task with its bundle, and rows to fill it with; no broker, no threads."""
+"""Device fixture for benchmarks: a store, a task with its bundle, and rows; no broker and no threads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Floats = NDArray[np.float32]
 
 
 class Bed(msgspec.Struct):
-    """`fill` puts rows (n, F) behind those that are there, `work_off` runs batches until nothing waits."""
+    """A device under measurement: `fill` appends rows (n, F), `work_off` runs batches until the backlog is empty."""
 
     store: Store
     task: LoadedTask
@@ -42,7 +42,7 @@ class Bed(msgspec.Struct):
         _append(self.store, self.task.config.stream, rows, self.step_us)
 
     def work_off(self) -> int:
-        """How many model windows there were."""
+        """Run batches until the backlog is empty, and return the number of model windows."""
         done = 0
         while (step := batch.run(self.task, self.store, self.author, clock.read())) is not None:
             done += step.windows
@@ -50,8 +50,13 @@ class Bed(msgspec.Struct):
 
 
 @contextlib.contextmanager
-def made(fields: Sequence[str], bundle: str, *, step_us: int = 20_000, publisher: str = "") -> Iterator[Bed]:
-    """With a task on a stream of these fields; `bundle` is a name or a path, `publisher` whose key it is signed by."""
+def device_with_task(
+    fields: Sequence[str], bundle: str, *, step_us: int = 20_000, publisher: str = ""
+) -> Iterator[Bed]:
+    """Create a device with one task on a stream of these fields.
+
+    `bundle` is a name or a path, `publisher` the public key that verifies it.
+    """
     listed = ", ".join(f'{{ name = "{name}" }}' for name in fields)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "outstation.toml"
@@ -73,8 +78,8 @@ def made(fields: Sequence[str], bundle: str, *, step_us: int = 20_000, publisher
 
 
 @contextlib.contextmanager
-def enrolled(fields: Sequence[str] = (), stream: str = "watch") -> Iterator[DeviceProcess]:
-    """A device to be run in a process of its own, with a stream of these fields; nobody listens where its broker is."""
+def device_process(fields: Sequence[str] = (), stream: str = "watch") -> Iterator[DeviceProcess]:
+    """Create a device to run as a separate process, with a stream of these fields and no broker."""
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder) / "fleet"
         config = init_fleet(home, FLEET, BrokerConfig(url=f"mqtt://127.0.0.1:{free_port()}"))
@@ -91,8 +96,8 @@ def enrolled(fields: Sequence[str] = (), stream: str = "watch") -> Iterator[Devi
             device.kill()
 
 
-def put(config: Path, stream: str, rows: Floats, step_us: int = 20_000) -> None:
-    """Into the store of a device that does not run."""
+def append_rows(config: Path, stream: str, rows: Floats, step_us: int = 20_000) -> None:
+    """Append rows to the store of a stopped device."""
     _, conf = load_config(str(config))
     store = open_store(conf)
     try:

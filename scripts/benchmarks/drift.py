@@ -1,4 +1,4 @@
-"""How often drift detection cries wolf, how soon it sees a change, and what it costs: ours beside others."""
+"""Drift detection: false alarm rate, detection delay and cost, compared with other libraries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scripts.benchmarks.drift_peers.counting import Row
 from scripts.benchmarks.drift_peers.peers import KITS, Peer
 from scripts.benchmarks.drift_peers.synthetic import KINDS, Kind
 
-# How many times what ours costs each of them is to cost at least.
+# Smallest acceptable ratio between the cost of each peer and our cost.
 PEER_TARGETS = ((peers.RIVER, 2.0), (peers.WHYLOGS, 10.0), (peers.EVIDENTLY, 20.0))
 MANY, ONE = synthetic.changes(4), synthetic.changes(1)
 SITES, QUIET, TRIALS = 40, 100, 3  # windows of each site, trials of each site and change
@@ -24,14 +24,14 @@ SITES, QUIET, TRIALS = 40, 100, 3  # windows of each site, trials of each site a
 
 @benchmark("drift")
 def drift() -> Report:
-    """False alarms, delays and misses over made rows and over recordings; processor time and memory.
+    """Measure false alarms, delays, misses, processor time and memory on synthetic rows and recordings.
 
-    The others judge in one process at a time while we do, and in turns with us where it is timed.
+    One peer process at a time runs beside ours. Timed runs alternate with ours.
     """
     with tempfile.TemporaryDirectory() as folder, ExitStack() as running, ThreadPoolExecutor(1) as aside:
         others: list[Peer] = []
-        theirs = aside.submit(of_others, Path(folder), running, others) if peers.installed() else None
-        rows = {kind.name: of_kind(kind) for kind in KINDS}
+        theirs = aside.submit(peer_rows, Path(folder), running, others) if peers.installed() else None
+        rows = {kind.name: our_rows(kind) for kind in KINDS}
         watches = [recordings.row("ours, played again"), recordings.row("ours, other halves", halves=True)]
         readings = shuttle.load(peers.environment())
         sensors = shuttle.rows(readings) if readings else []
@@ -43,7 +43,7 @@ def drift() -> Report:
 
 @benchmark("drift-cost")
 def drift_cost() -> Report:
-    """Summary and detectors over rows of 16 floats as readings come, 500 at a time, beside other libraries."""
+    """Measure summaries and detectors on rows of 16 floats in batches of 500, against other libraries."""
     peers.installed()
     results = []
     ours_once = cost.judged(cost.CASES[2])
@@ -55,7 +55,7 @@ def drift_cost() -> Report:
                 with peers.started(kit, data) as peer:
                     us = cost.in_turns({"ours": ours_once, "theirs": peer.seconds_per_row})
             except click.ClickException as problem:
-                click.echo(f"left out: {problem.message}", err=True)
+                click.echo(f"skipped: {problem.message}", err=True)
                 continue
             note = f"summary and detectors, windows of 500 rows of 16 floats; reference: {kit.called}"
             pace = 1e6 / us["ours"], 1e6 / us["theirs"]
@@ -66,8 +66,11 @@ def drift_cost() -> Report:
     )
 
 
-def of_kind(kind: Kind) -> list[Row]:
-    """Ours. Five answers of a window tell nothing of how often each is given, so there that is left out."""
+def our_rows(kind: Kind) -> list[Row]:
+    """Measure our detectors on one kind.
+
+    Five answers per window cannot estimate label frequencies, so labels are skipped.
+    """
     return [
         ours.row("ours, an answer per row", kind, MANY, SITES, QUIET, TRIALS),
         ours.row(targets.ALONE, kind, ONE[:-1], SITES, 0, TRIALS),
@@ -75,8 +78,8 @@ def of_kind(kind: Kind) -> list[Row]:
     ]
 
 
-def of_others(folder: Path, running: ExitStack, others: list[Peer]) -> dict[str, list[Row]]:
-    """Starts `others`, which are left `running`, and takes their rows by kind."""
+def peer_rows(folder: Path, running: ExitStack, others: list[Peer]) -> dict[str, list[Row]]:
+    """Start the peers, leave them in `running`, and return their rows by kind."""
     files = {kind.name: folder / f"{number}.npz" for number, kind in enumerate(KINDS)}
     for kind in KINDS:
         peers.write(files[kind.name], kind, MANY)
@@ -84,15 +87,15 @@ def of_others(folder: Path, running: ExitStack, others: list[Peer]) -> dict[str,
         try:
             others.append(running.enter_context(peers.started(kit, files[KINDS[0].name])))
         except click.ClickException as problem:
-            click.echo(f"left out: {problem.message}", err=True)
+            click.echo(f"skipped: {problem.message}", err=True)
     return {name: [peer.row(file, MANY) for peer in others] for name, file in files.items()}
 
 
 def report(rows: dict[str, list[Row]], watches: list[Row], sensors: list[Row], costs: dict[str, Cost]) -> Report:
     results: list[Result] = []
     for kind, row in rows.items():
-        results += targets.of_made(kind, row)
-    results += targets.of_recordings(watches[0])
+        results += targets.synthetic_results(kind, row)
+    results += targets.recordings_results(watches[0])
     results += targets.of_cost(costs)
     text = tables.everything(rows, watches, sensors, costs, results)
     return Report(tuple(results), text)

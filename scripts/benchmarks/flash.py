@@ -1,6 +1,6 @@
-"""What readings write to the medium, the file system's journal included: at the block device under an ext4.
+"""Flash wear: bytes that readings write to the block device under an ext4, journal included.
 
-Through the intake's group commit, so that all is counted that is written beside the rows.
+Readings pass through the intake's group commit, so that its own writes are counted too.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _SECTOR = 512
 
 
 @benchmark("flash")
-def bytes_written_for_a_row() -> Result:
-    """A row a second that is acknowledged within ten, as commits of ten rows; beside a commit for each."""
+def written_bytes_per_row() -> Result:
+    """Measure one row per second, acknowledged within ten seconds (commits of ten rows), against a commit per row."""
     if os.geteuid() != 0 or shutil.which("mkfs.ext4") is None:
-        raise click.ClickException("flash needs root and mkfs.ext4, to mount a file system of its own")
+        raise click.ClickException("flash needs root and mkfs.ext4 to mount a file system")
     values = np.random.default_rng(1).normal(size=(len(FIELDS), ROWS)).astype(np.float32)
 
     def ours(folder: Path) -> None:
@@ -67,7 +67,7 @@ def bytes_written_for_a_row() -> Result:
 
 
 def _written(work: Callable[[Path], None]) -> int:
-    """Bytes that reached the device between the mount and the end of the work, all of it synced."""
+    """Return the bytes that reached the device between mount and the final sync."""
     with tempfile.TemporaryDirectory() as made, _mounted(Path(made)) as (device, folder):
         before = _sectors(device)
         work(folder)
@@ -81,8 +81,8 @@ def _mounted(folder: Path) -> Iterator[tuple[str, Path]]:
     with image.open("wb") as file:
         file.truncate(256 << 20)
     point.mkdir()
-    # Blocks as a card's file system has them, where a small one has blocks of 1 KiB; and tables that ext4 would write
-    # later, on its own, are written now.
+    # The block size of a card's file system; a small file system would get 1 KiB. Lazily initialized tables are written
+    # now.
     lazy = "lazy_itable_init=0,lazy_journal_init=0"
     subprocess.run(["mkfs.ext4", "-qF", "-b", "4096", "-E", lazy, str(image)], check=True)
     completed = subprocess.run(["losetup", "--find", "--show", str(image)], check=True, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Readings through the Python client into the daemon's store, beside SQLite alone; and the room they take."""
+"""Readings through the Python client into the daemon's store, against plain SQLite; and disk space per row."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from agent.config import FieldConfig, StreamConfig
 from agent.device.recovery.open import open_store
 from agent.device.store.rows import Rows
 from scripts.benchmarks import Report, Result, benchmark, rates
-from scripts.benchmarks.device_task import enrolled
+from scripts.benchmarks.device_task import device_process
 
 FIELDS = [f"f{i}" for i in range(8)]
 ROWS, LINE = 1_000_000, 1000
 JSON_ROWS = 200_000
 BEGIN_S = 1_764_022_680.0
-# What eight float32 and a delta of time take.
+# Size of eight float32 values and a time delta.
 _PAYLOAD = 36
 _COLUMNS = "columns of 1000 rows, acknowledged within 100 ms; reference: packed chunks, a commit for each"
 _LINES = "a line per row, acknowledged within 100 ms; reference: json.loads and executemany"
@@ -33,13 +33,13 @@ _LINES = "a line per row, acknowledged within 100 ms; reference: json.loads and 
 
 @benchmark("ingest")
 def through_client_and_socket() -> Report:
-    """Durable on both sides, by the clock on the wall; the daemon and the client are a process each."""
+    """Measure durable intake by wall clock, with the daemon and the client as two processes."""
     columns = np.random.default_rng(1).normal(size=(len(FIELDS), LINE)).astype(np.float32)
     t = np.arange(LINE, dtype=np.float64) / LINE
     rows = [dict(zip(FIELDS, map(float, row), strict=True)) for row in columns.T]
     text = [json.dumps({"stream": "rows", "t": BEGIN_S, **row}) for row in rows]
-    with enrolled(FIELDS, "rows") as device, _plain(device.home / "reference.db") as plain:
-        # Each round ends with rows that wait for more; by default for a second, in which neither side works.
+    with device_process(FIELDS, "rows") as device, _plain(device.home / "reference.db") as plain:
+        # Each round ends with a group commit that waits for more rows, by default one second; nobody works meanwhile.
         device.append_config('[buffer]\ncommit_every = "100 ms"\n')
         device.start_and_wait()
         with Client(device.data_dir / "intake.sock") as client:
@@ -69,7 +69,7 @@ def through_client_and_socket() -> Report:
 
 @benchmark("stored", quick=True)
 def bytes_on_disk() -> Result:
-    """A million rows in chunks of a thousand, checkpointed."""
+    """Measure a million rows in chunks of a thousand, after a checkpoint."""
     values = tuple(np.random.default_rng(2).normal(size=(len(FIELDS), LINE)).astype(np.float32))
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(Path(folder))
@@ -86,7 +86,7 @@ def bytes_on_disk() -> Result:
 
 @contextlib.contextmanager
 def _plain(path: Path) -> Iterator[sqlite3.Connection]:
-    """SQLite as one would use it by hand, as durable as the store."""
+    """Write to SQLite as a hand-written program would, with the store's durability."""
     plain = sqlite3.connect(path, isolation_level=None)
     try:
         plain.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL")

@@ -1,4 +1,4 @@
-"""Messages from the outbox to the broker, and from the broker into the collector's database."""
+"""Message throughput from the outbox to the broker, and from the broker to the collector's database."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ from agent.wire.messages import AckPayload, ResultColumns
 from scripts.benchmarks import Result, benchmark, rates
 
 MESSAGES = 3000
-# Many: what the broker confirmed is written down once for all of a second.
+# A large number, because acknowledgements are recorded once per second.
 SENT = 20_000
 PADDING = 600  # makes a message of about 1 kB
 WINDOW = 100
-# As `fleet init` writes it.
+# The setting that `fleet init` writes.
 _CONF = "max_inflight_messages 500"
 
 
 @benchmark("uplink")
 def outbox_to_broker() -> Result:
-    """Signed QoS 1 to Mosquitto, a subscriber there; ours leave a durable outbox as the broker confirms them."""
+    """Measure signed QoS 1 messages to Mosquitto with one subscriber; ours come from a durable outbox."""
     with (
         tempfile.TemporaryDirectory() as made,
         MosquittoBroker(Path(made), extra_conf=_CONF) as broker,
@@ -84,7 +84,7 @@ def outbox_to_broker() -> Result:
             return SENT
 
         def prepare() -> None:
-            # What was confirmed last is written down when its second is over, in which neither side works.
+            # The last acknowledgements are recorded at the end of their second, while both sides are idle.
             while store.backlog().messages:
                 time.sleep(0.01)
             while running:
@@ -107,7 +107,7 @@ def outbox_to_broker() -> Result:
 
 
 class _Counted(Link):
-    """Sets `confirmed` once the broker has confirmed `sent` messages, and the two that a device begins with."""
+    """Link that sets `confirmed` after the broker acknowledged `sent` messages and a device's two initial ones."""
 
     def __init__(self, *arguments: Any, sent: int, confirmed: threading.Event, **named: Any) -> None:
         self._left, self._confirmed = sent + 2, confirmed
@@ -122,7 +122,7 @@ class _Counted(Link):
 
 
 def _own_loop(port: int, topic: str, payloads: list[bytes], key: Any) -> int:
-    """The fastest way with paho: one thread, a sliding window, its own queue unused."""
+    """Publish by the fastest method with paho: one thread, a sliding window, paho's queue unused."""
     client = mqtt.Client(CallbackAPIVersion.VERSION2, protocol=mqtt.MQTTv5)
     client.max_inflight_messages_set(0)
     under_way: set[int] = set()
@@ -146,7 +146,7 @@ def _own_loop(port: int, topic: str, payloads: list[bytes], key: Any) -> int:
 
 @contextlib.contextmanager
 def _listening(broker: MosquittoBroker) -> Iterator[None]:
-    """Somebody who is subscribed to all of it, in a process of its own."""
+    """Run a subscriber to all messages in a separate process."""
     command = ["mosquitto_sub", "-h", "127.0.0.1", "-p", str(broker.port), "-q", "1", "-V", "mqttv5", "-t", "#"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as listener:
         try:
@@ -157,7 +157,7 @@ def _listening(broker: MosquittoBroker) -> Iterator[None]:
 
 
 class _Handed:
-    """A link whose deliveries are in memory already."""
+    """Link whose deliveries are already in memory."""
 
     window = 1 << 16
 
@@ -178,7 +178,7 @@ class _Handed:
 
 @benchmark("collector", quick=True)
 def broker_to_database() -> Result:
-    """Results messages of forty windows: verify, parse, store with rows, acknowledge; batches of 500 on both sides."""
+    """Measure results messages of forty windows: verify, parse, store, acknowledge; batches of 500 on both sides."""
     with tempfile.TemporaryDirectory() as made:
         home = Path(made) / "fleet"
         conf = init_fleet(home, FLEET, BrokerConfig(url="mqtt://127.0.0.1:1"))

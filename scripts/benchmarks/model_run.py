@@ -1,6 +1,6 @@
-"""`model run` over files, beside a plain loop that reads the same files and invokes the interpreter a row at a time.
+"""`model run` over files, against a plain loop that reads the same files and invokes the interpreter per row.
 
-First all answers are compared: they must be equal to the last bit.
+First all answers are compared: they must be bit-identical.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ Floats = NDArray[np.float32]
 
 @benchmark("model-run")
 def compare_with_plain_loop() -> Report:
-    """Of each model that others made and that is beside this repository."""
+    """Compare all third-party models in this checkout."""
     if not THIRD_PARTY.exists():
-        raise click.ClickException(f"{THIRD_PARTY}: not there; OUTSTATION_THIRDPARTY_MODELS says where the models are")
+        raise click.ClickException(f"{THIRD_PARTY}: no such folder; set OUTSTATION_THIRDPARTY_MODELS to the models")
     results = []
     for name, model in MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +60,7 @@ def compare_with_plain_loop() -> Report:
 
 
 class Case(msgspec.Struct, frozen=True):
-    """A bundle, and data of `windows` of the model's inputs: a Parquet file, or a folder of PNG."""
+    """A bundle and data of `windows` model inputs: a Parquet file, or a folder of PNG files."""
 
     folder: Path
     model: bytes
@@ -75,7 +75,7 @@ class Case(msgspec.Struct, frozen=True):
         windows = benchmarks.rows or ROWS
         spec = folder / "spec.toml"
         text = scaffold.scaffold_spec(model, spec, None).text
-        # An anomaly's threshold is of no matter here.
+        # The threshold of an anomaly detector does not matter here.
         spec.write_text(text.replace("quantile = 0.99", "threshold = 1.0"), encoding="utf-8")
         pack.write_bundle(pack.pack(spec, KEY), folder / "bundle")
         bundle, inference, _ = load_bundle(folder / "bundle", None)
@@ -100,14 +100,14 @@ def write(folder: Path, inference: Inference, windows: int) -> Path:
         return folder / "data"
     low, high = inference.model.input_range
     rows = random.uniform(low, high, (windows * spec.rows, len(spec.fields))).astype(np.float32)
-    # A millisecond apart, so that no window is cut by a gap.
+    # Rows are a millisecond apart, so that no gap splits a window.
     table = {"t": np.arange(len(rows)) / 1000} | dict(zip(spec.fields, rows.T, strict=True))
     parquet.write_table(pa.table(table), folder / "data.parquet")
     return folder / "data.parquet"
 
 
 class Plain:
-    """What one would write without us."""
+    """A hand-written inference loop without our code."""
 
     def __init__(self, case: Case) -> None:
         self._case = case
@@ -117,11 +117,11 @@ class Plain:
         self.ready: list[NDArray[Any]] = []
 
     def run(self) -> int:
-        """Read, quantize, invoke, and the answer of each row."""
+        """Read, quantize and invoke each row, and return the answers."""
         return len([self.answer(row) for row in self.rows()])
 
     def answer(self, row: Floats) -> tuple[int, float]:
-        """Label and score; of an autoencoder whether it is one, and the error of what it gives back."""
+        """Return label and score; for an autoencoder, whether the window is anomalous, and its reconstruction error."""
         out = self.values(self.invoke(self.quantized(row)))
         if self._case.inference.manifest.kind == "anomaly":
             error = float(np.square(out.astype(np.float64) - row.reshape(-1)).mean())
@@ -130,7 +130,7 @@ class Plain:
         return label, float(out[label])
 
     def bare(self) -> int:
-        """Invoke only."""
+        """Invoke the interpreter only."""
         for row in self.ready:
             self.invoke(row)
         return len(self.ready)
@@ -139,8 +139,8 @@ class Plain:
         spec = self._case.inference.manifest.input
         if (image := spec.image) is not None:
             for path in sorted(self._case.data.iterdir()):
-                with Image.open(path) as found:
-                    pixels = np.asarray(found.convert("RGB"), np.float32)
+                with Image.open(path) as image:
+                    pixels = np.asarray(image.convert("RGB"), np.float32)
                 yield pixels * np.float32(image.scale) + np.float32(image.offset)
             return
         table = parquet.read_table(self._case.data, columns=spec.fields)
@@ -174,7 +174,7 @@ def measured(name: str, case: Case) -> Result:
         for index, row in enumerate(plain.rows())
     )
     if different or len(ours) != case.windows:
-        raise click.ClickException(f"{name}: {different} of {len(ours)} answers are not those of a plain loop")
+        raise click.ClickException(f"{name}: {different} of {len(ours)} answers differ from the plain loop")
     pace, loop = rates(lambda: counted(case), plain.run, rounds=ROUNDS)
     note = f"{case.windows:,} answers equal to the last bit; invoking alone {bare(plain):,.0f} rows/s"
     return Result(f"model-run-{name}", pace, loop, "rows/s", TARGET, note)

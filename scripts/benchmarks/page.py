@@ -1,4 +1,4 @@
-"""Measurements as they are committed: a page for people, and the ratios that later runs are held against."""
+"""Committed benchmark results: the page in docs, and the ratios for regression checks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from scripts.benchmarks import Result
 
 ROOT = Path(__file__).parents[2]
 PAGE, RATIOS = ROOT / "BENCHMARKS.md", Path(__file__).with_name("ratios.json")
-# A ratio that is worse by a third has fallen, whatever the machine.
+# A ratio one third worse than the committed one is a regression on any machine.
 FALLEN = 2 / 3
 
 _HEAD = """\
 # Benchmarks
 
-`scripts/bench --write` measured these figures on {day} at commit {commit}. Each figure and its reference alternate in the
-same run, and the median of several counts. Absolute figures apply to this machine at that time only.
+`scripts/bench --write` measured these figures on {day} at commit {commit}. Each figure and its reference alternate in
+the same run, and the median of several counts. Absolute figures apply to this machine at that time only.
 
 {machine}
 
@@ -33,7 +33,7 @@ same run, and the median of several counts. Absolute figures apply to this machi
 
 
 def write(results: Sequence[Result], worst: Sequence[Result]) -> None:
-    """The page, and the `worst` of each that was seen now as what later runs are held against."""
+    """Write the page, and the worst observed ratio of each result as the baseline for later runs."""
     head = _HEAD.format(day=datetime.now(UTC).date(), commit=_commit(), machine=_machine())
     notes = "\n".join(f"- **{result.name}**: {result.note}." for result in results)
     PAGE.write_text(head + "\n".join(map(_row, results)) + f"\n\n{notes}\n{_limits()}", encoding="utf-8")
@@ -42,7 +42,7 @@ def write(results: Sequence[Result], worst: Sequence[Result]) -> None:
 
 
 def find_regressions(results: Sequence[Result]) -> list[str]:
-    """A sentence for each ratio that is worse by a third than the one that was committed."""
+    """Return a sentence for each ratio that is one third worse than the committed one."""
     known = json.loads(RATIOS.read_text(encoding="utf-8"))
     lines = []
     for result in results:
@@ -58,7 +58,7 @@ def find_regressions(results: Sequence[Result]) -> list[str]:
 
 
 def middle(runs: Sequence[Sequence[Result]]) -> list[Result]:
-    """Of each figure of several runs of a benchmark the one with the median ratio."""
+    """Return, for each figure, the result of the run with the median ratio."""
     return [sorted(same, key=lambda one: one.ratio)[len(same) // 2] for same in zip(*runs, strict=True)]
 
 
@@ -86,7 +86,7 @@ def _number(value: float) -> str:
 
 
 def _limits() -> str:
-    """What a person wrote of figures that are missed: kept from one run to the next."""
+    """Return the hand-written notes on missed targets, which each run preserves."""
     text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
     _, mark, rest = text.partition("\n## Limits")
     return mark + rest

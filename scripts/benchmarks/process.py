@@ -1,4 +1,4 @@
-"""The daemon as a process: its memory, its start, and what it costs while next to nothing happens."""
+"""The daemon as a process: memory, startup time and idle cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from agent.datasets.recordings import load
 from agent.testing.fleet import FIELDS, RECORDINGS, DeviceProcess
 from agent.testing.process import run_outstation
 from scripts.benchmarks import Report, Result, benchmark
-from scripts.benchmarks.device_task import enrolled, put
+from scripts.benchmarks.device_task import append_rows, device_process
 
 WINDOWS = 100_000
 _IDLE_S = 60.0
@@ -26,8 +26,8 @@ _TICK = os.sysconf("SC_CLK_TCK")
 
 @benchmark("memory")
 def resident_memory() -> Report:
-    """PSS with the exercise model loaded: waiting, and the most while a backlog is worked off."""
-    with enrolled(FIELDS) as device:
+    """Measure PSS with the exercise model loaded, idle and at the peak while a backlog is processed."""
+    with device_process(FIELDS) as device:
         device.add_task("exercise").start_and_wait()
         idle = _pss_mb(device.pid)
         device.stop()
@@ -57,15 +57,15 @@ def resident_memory() -> Report:
 
 @benchmark("start")
 def start_to_first_batch() -> Result:
-    """`outstation batch` from its start to its end, with 100 windows waiting, beside the imports it needs."""
+    """Measure `outstation batch` with 100 waiting windows, against the imports it needs."""
     bare = [sys.executable, "-c", "import numpy, ai_edge_litert.interpreter"]
     seen: tuple[list[float], list[float]] = ([], [])
-    with enrolled(FIELDS) as device, tempfile.TemporaryDirectory() as compiled:
-        # As installed: pip compiles what it installs, while a checkout may have to be compiled at each start.
+    with device_process(FIELDS) as device, tempfile.TemporaryDirectory() as compiled:
+        # Bytecode is compiled beforehand, as pip does at installation.
         env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         env["PYTHONPYCACHEPREFIX"] = compiled
         device.add_task("exercise")
-        # The trial of batch sizes is remembered, and so is what was compiled: both are of the first start only.
+        # Autotuning results and bytecode are cached; both cost time only at the first start.
         for round_ in range(_STARTS + 1):
             _fill(device, 100)
             begin = time.perf_counter()
@@ -82,9 +82,9 @@ def start_to_first_batch() -> Result:
 
 
 @benchmark("idle")
-def a_daemon_that_waits() -> Result:
-    """One stream at 1 Hz, one task a minute, a broker that answers."""
-    with enrolled() as device:
+def idle_daemon() -> Result:
+    """Measure an idle daemon: one stream at 1 Hz, one task per minute, a broker that responds."""
+    with device_process() as device:
         device.add_replay_stream(10**6, 1 / 50)
         device.add_task("exercise", schedule="every 60 s").start_and_wait()
         time.sleep(5)
@@ -99,7 +99,7 @@ def a_daemon_that_waits() -> Result:
 
 def _fill(device: DeviceProcess, windows: int) -> None:
     rows = np.resize(load(RECORDINGS).rows, (windows * 100, len(FIELDS)))
-    put(device.config, "watch", rows)
+    append_rows(device.config, "watch", rows)
 
 
 def _pss_mb(pid: int) -> float:
@@ -108,6 +108,6 @@ def _pss_mb(pid: int) -> float:
 
 
 def _cpu_s(pid: int) -> float:
-    """Of the process and of the children it waited for."""
+    """Return the processor time of the process and of the children it waited for."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     return sum(map(int, fields[11:15])) / _TICK

@@ -1,4 +1,4 @@
-"""Signing and verifying a result message: ours against PyJWT, the same key, header and bytes."""
+"""Signing and verification of a result message, against PyJWT with the same key, header and bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MESSAGES = 1000
 
 @benchmark("signing", quick=True)
 def signing() -> Result:
-    """Each message is signed and verified once, as on its way from a device to a collector."""
+    """Sign and verify each message once, as on its way from a device to a collector."""
     key = SigningKey(Ed25519PrivateKey.generate())
     signer = jws.Signer("pi-07", key.public)
     payloads = [message(seq) for seq in range(1, MESSAGES + 1)]
@@ -39,6 +39,6 @@ def signing() -> Result:
 
 
 def message(seq: int) -> bytes:
-    """A result message of forty windows."""
+    """Build a result message of forty windows."""
     columns = {"row": list(range(100, 4100, 100)), "label": ["PEN"] * 40, "score": [0.97] * 40}
     return msgspec.json.encode({"v": 1, "kind": "results", "device": "pi-07", "seq": seq, "columns": columns})

@@ -1,4 +1,4 @@
-"""A model in a process of its own, beside the same one in this process."""
+"""Inference in a subprocess, compared with inference in the same process."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from agent.model.inference.features import Floats
 from agent.model.sandbox.subprocess_model import SubprocessModel
 from scripts.benchmarks import Report, Result, benchmark
 
-# A batch of a device that keeps up with its readings, and one of a device that works off what waited.
+# Batch sizes of a device that keeps up with its readings, and of one that works off a backlog.
 FEW, MANY = 30, 512
 ROUNDS = 60
 _PSS = "Pss:"
-# What a process of its own may hold: Python, numpy, the runtime and the model, shared pages counted in part.
+# Memory limit of a subprocess: Python, numpy, the runtime and the model, with a share of shared pages.
 MOST_MIB = 60.0
 
 
 @benchmark("apart")
-def in_a_process_of_its_own() -> Report:
-    """Windows of `exercise`; medians, both in turns. And the memory that the process takes (PSS)."""
+def subprocess_overhead() -> Report:
+    """Measure windows of `exercise` (medians of alternating runs), and the PSS of the subprocess."""
     shipped = bundle.read(builtin.bundles_dir() / "exercise", None)
     here = inference.load_model(shipped.manifest, shipped.model_bytes)
     windows = np.random.default_rng(0).normal(0, 1, (MANY, *here.input_shape)).astype(np.float32)

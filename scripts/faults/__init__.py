@@ -1,8 +1,8 @@
-"""Faults, each by name, done to a real device, broker and collector on this machine.
+"""Fault injection into a real device, broker and collector on this machine.
 
 A fault is a function decorated with `@fault(name, …)` in a module of this package. It gets the `World` and a seeded
-`random.Random`, does its damage, and heals what a person would not have to heal by hand. What must hold afterwards is
-the same for all of them and lives in `oracle`.
+`random.Random`, injects the fault, and undoes what the system is not meant to recover by itself. The promises that must
+hold afterwards are the same for all faults; `oracle` checks them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Injection = Callable[[World, Random], None]
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """`means` says what happens, `sees` what the operator sees of it; one line each, they are the documentation.
+    """Declaration of a fault: `means` is the event, `sees` the effect for the operator; both are one line of the docs.
 
-    `setting` is the world it needs. `missing` gives the reason why it cannot be done on this machine, or None.
-    `damages`: rows may be gone for good (the medium lost them), but then a signed message must say which.
-    A `control` breaks a promise on purpose and passes when the loss is found.
+    `setting` is the required world. `missing` returns the reason why this machine cannot run the fault, or None.
+    `damages` allows permanent loss of rows on the medium, if a signed message declares them. A `control` breaks a
+    promise deliberately and passes if the oracle detects the loss.
     """
 
     name: str
@@ -63,9 +63,9 @@ def fault(
 
 
 def load() -> dict[str, Fault]:
-    """All faults by name, in the order of their modules."""
+    """Return all faults by name, in the order of their modules."""
     for module in pkgutil.iter_modules(__path__):
         if module.name.startswith("on_"):
             importlib.import_module(f"{__name__}.{module.name}")
-    # Some may have been imported before, by name. Within a module they stay as they are written.
+    # Some modules may already be imported. Within a module the order of definition stays.
     return dict(sorted(FAULTS.items(), key=lambda one: one[1].inject.__module__))

@@ -1,4 +1,4 @@
-"""`scripts/torture`: exit 1 where a fault lost or doubled anything, or a negative control lost nothing."""
+"""Command `scripts/torture`; exit code 1 if a fault lost or duplicated rows, or a negative control lost none."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from scripts.faults.world import World
 
 
 class Outcome(msgspec.Struct):
-    """All rounds of one fault; `skipped` says why there was none."""
+    """Results of all rounds of one fault; `skipped` is the reason for running none."""
 
     fault: Fault
     seed: int
@@ -42,7 +42,7 @@ class Outcome(msgspec.Struct):
         return undamaged and not lost and not any(v.doubled or v.problems for v in self.verdicts)
 
     def lost(self, verdict: Verdict) -> int:
-        """Rows that are gone; where a control broke the promise that none is, saying so makes it no better."""
+        """Return the number of lost rows; after a control, declared rows count as lost too."""
         return verdict.lost + (verdict.declared if self.fault.control else 0)
 
     def document(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class Outcome(msgspec.Struct):
 
 
 def torture(fault: Fault, rounds: int, seed: int, folder: Path) -> Outcome:
-    """`rounds` rounds of one fault in one world, each healed and judged before the next."""
+    """Run `rounds` rounds of one fault in one world; each is healed and judged before the next."""
     outcome = Outcome(fault, seed, skipped=fault.missing(), folder=folder)
     if outcome.skipped is not None:
         return outcome
@@ -84,15 +84,15 @@ def torture(fault: Fault, rounds: int, seed: int, folder: Path) -> Outcome:
 
 
 @click.command()
-@click.option("--fault", "names", multiple=True, help="A fault by name; may be given more than once.")
-@click.option("--all", "everything", is_flag=True, help="Every fault, negative controls too.")
-@click.option("--rounds", default=3, show_default=True, help="How often each fault is injected.")
-@click.option("--seed", default=1, show_default=True, help="The same seed injects at the same moments.")
-@click.option("--jobs", default=1, show_default=True, help="Faults at a time, each in a world of its own.")
-@click.option("--list", "listing", is_flag=True, help="Name the faults, and what each means.")
-@click.option("--markdown", is_flag=True, help="With --list: the table of docs/faults.md.")
-@click.option("--keep", is_flag=True, help="Keep the folders of faults that failed.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("--fault", "names", multiple=True, help="Inject this fault; repeatable.")
+@click.option("--all", "everything", is_flag=True, help="Inject all faults, negative controls included.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds per fault.")
+@click.option("--seed", default=1, show_default=True, help="Seed; equal seeds inject at equal moments.")
+@click.option("--jobs", default=1, show_default=True, help="Faults to run in parallel, each in its own world.")
+@click.option("--list", "listing", is_flag=True, help="List the faults with a description.")
+@click.option("--markdown", is_flag=True, help="With --list, print the table of docs/faults.md.")
+@click.option("--keep", is_flag=True, help="Keep the folders of failed faults.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(
     names: tuple[str, ...],
     everything: bool,
@@ -104,7 +104,7 @@ def main(
     keep: bool,
     as_json: bool,
 ) -> None:
-    """Inject faults, heal them, and count what was lost: scripts/torture --fault kill-daemon --rounds 20"""
+    """Inject faults, heal them, and count lost rows. Example: scripts/torture --fault kill-daemon --rounds 20."""
     known = faults.load()
     if listing:
         click.echo(documentation(known.values()) if markdown else listed(known.values()))

@@ -1,8 +1,8 @@
-"""The device's clocks in a fault's hands: what the wall clock shows, who vouches for it, and which boot this is.
+"""Controlled clocks of the device: wall clock, time synchronization state and boot identity.
 
-libfaketime shows the daemon another wall time and leaves the boot-time clock alone. A boot has its own boot id, mounted
-over the kernel's, and a boot-time clock that begins anew, in namespaces of its own. Whether a time service vouches for
-the clock comes from a file (`vouched-by` in `launch`); the wall clock and that file change together.
+libfaketime shifts the daemon's wall clock and leaves the boot-time clock alone. A simulated boot has a new boot id,
+mounted over the kernel's, and a boot-time clock that restarts in its own namespaces. A file (`vouched-by` in `launch`)
+replaces the time service; it changes atomically with the wall clock.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from scripts.faults.world import World
 _LIBRARIES = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/lib/faketime/libfaketimeMT.so.1")
 _PATIENCE_S = 5.0
 _NOW = "now"
-# What a time service usually says that a clock may be off.
+# A typical error bound of a time service.
 ERROR_US = 20_000
 _BIND = 'mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"'
 
 
 class Clock(msgspec.Struct, frozen=True):
-    """Those of a world's device: `show` at any time, `boot` while it is down. `of` finds them again."""
+    """Clocks of a world's device: `show` works at any time, `boot` while the device is down; `of` returns them."""
 
     world: World
 
@@ -44,7 +44,7 @@ class Clock(msgspec.Struct, frozen=True):
         return self._folder / "runs"
 
     def make(self, zone: str) -> None:
-        """Right, and vouched for, in the local time of `zone`."""
+        """Create correct, synchronized clocks in the local time of `zone`."""
         self._folder.mkdir()
         self.show(0.0)
         environment = (
@@ -58,7 +58,7 @@ class Clock(msgspec.Struct, frozen=True):
         self.world.device.set_launcher(launcher, ("env", *environment))
 
     def show(self, ahead_s: float, *, error_us: int | None = ERROR_US) -> None:
-        """From now on wall time is true time + `ahead_s`. `error_us` of a time service that vouches for it, or None."""
+        """Set wall time to true time + `ahead_s`; `error_us` is the error bound, or None if unsynchronized."""
         face = self._folder / str(len(list(self._folder.iterdir())))
         face.mkdir()
         (face / "wall").write_text(f"{ahead_s:+.6f}\n", encoding="ascii")
@@ -66,16 +66,16 @@ class Clock(msgspec.Struct, frozen=True):
             (face / "vouched").write_text(f"{error_us}\n", encoding="ascii")
         link = self._folder / "next"
         link.symlink_to(face.name)
-        # Both at once: a daemon that sees the one without the other sees what never was.
+        # Change both atomically, so that the daemon never observes a state between.
         link.replace(self._folder / _NOW)
 
     def runs(self, task: str) -> int:
-        """How often the daemon ran `task`, from the beginning of the world."""
+        """Return how often the daemon has run `task` since the start of the world."""
         lines = self._runs.read_text(encoding="ascii").split() if self._runs.exists() else []
         return lines.count(task)
 
     def boot(self, up_s: float = 10.0) -> None:
-        """The next start of the daemon is on a machine that was switched on `up_s` ago."""
+        """Make the next start of the daemon happen on a machine that booted `up_s` seconds ago."""
         boot_id = self._folder / "boot_id"
         boot_id.write_text(f"{uuid.uuid4()}\n", encoding="ascii")
         back = round(time.clock_gettime(time.CLOCK_BOOTTIME) - up_s)
@@ -87,18 +87,18 @@ class Clock(msgspec.Struct, frozen=True):
 
 
 def library() -> Path | None:
-    """Where libfaketime is."""
+    """Return the path of libfaketime."""
     libraries = [path for pattern in _LIBRARIES for path in sorted(Path("/").glob(pattern[1:]))]
     return libraries[0] if libraries else None
 
 
 def no_clock() -> str | None:
-    """Why the clock cannot be set for one process on this machine."""
+    """Return the reason why this machine cannot set the clock of a single process, or None."""
     return None if library() is not None else "libfaketime is not installed (Debian package faketime)"
 
 
 def no_boot() -> str | None:
-    """Why no boot can be played on this machine."""
+    """Return the reason why this machine cannot simulate a boot, or None."""
     if (reason := no_clock()) is not None:
         return reason
     if os.geteuid() != 0:
@@ -111,6 +111,6 @@ def no_boot() -> str | None:
 
 
 def cpu_s(pid: int) -> float:
-    """Processor time that process `pid` has used, all its threads."""
+    """Return the processor time of process `pid`, all threads included."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,15 +1,16 @@
-"""Which rows the device's signed messages declare as gone, for each task.
+"""Declared losses: rows that the device's signed messages declare as lost, per task.
 
-- a results message with `lost`: its rows
-- an `evicted` event with `rows` that were not used: these rows, for the tasks it names
-- an `evicted` event with `seq`: messages, and so the rows between the runs before and after them in that log
-- where the medium may forget what it confirmed: a `storage` alert of an opening, which says what the newest readings
-  are, and so that those acknowledged later are gone, however many
-- a `new log` event: whatever lies behind the last run of the log it follows and before its own first new one; and that
-  rows which an old copy of the store still held may be judged once more in this log, to the same result
+Declarations are:
+- the rows of a results message with `lost`
+- the unused `rows` of an `evicted` event, for the tasks it names
+- messages of an `evicted` event with `seq`, and thus the rows between the neighbouring runs in that log
+- a `storage` alert at opening, if the medium may forget confirmed data: it names the newest readings, so all later
+  acknowledged rows are lost, in any number
+- a `new log` event: rows after the last run of the previous log and before the first new run of its own. Rows that an
+  old copy of the store still held may also be judged once more in this log, with equal results.
 
-Row numbers are the device's, so an absent row is looked for between the numbers of its neighbours that have results:
-numbers follow the order of sending. No more rows count as declared between two neighbours than the messages say.
+Row numbers belong to the device, so an absent row is located between the numbers of its neighbours with results: row
+numbers follow the order of sending. Between two neighbours, no more rows count as declared than the messages state.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ class _Log(msgspec.Struct):
     rows: dict[str, list[tuple[int, int]]] = msgspec.field(default_factory=dict)
     seqs: list[tuple[int, int]] = msgspec.field(default_factory=list)
     newest: list[int] = msgspec.field(default_factory=list)
-    follows: str = ""  # the log before it, which ended without saying so
+    follows: str = ""  # the previous log, which ended without declaring its end
 
     def missing_rows(self, task: str) -> list[tuple[int, int]]:
-        """Row ranges that are declared for `task`."""
+        """Return the row ranges declared for `task`."""
         runs = sorted(self.runs.get(task, []))
         edges = [(0, 0, 0), *runs, (_END, _END, _END)]
         evicted = [
@@ -52,7 +53,7 @@ class _Log(msgspec.Struct):
 
 
 class Declarations:
-    """Read from a device's messages of one stream; `payloads` in any order."""
+    """Declarations in a device's messages of one stream; `payloads` may be in any order."""
 
     def __init__(self, payloads: Iterable[bytes], tasks: Sequence[str], *, forgetful: bool = False) -> None:
         self._tasks = tasks
@@ -68,16 +69,16 @@ class Declarations:
                 self._event(log, body)
             elif forgetful and body["kind"] == "alerts" and body["alert"] == "storage":
                 log.newest += body["evidence"].get("newest", {}).values()
-        # A row that was judged once more has its place where it was judged first.
+        # A repeated row keeps the position of its first result.
         for body in sorted(runs, key=lambda run: self._before(run["log"])):
             self._run(self._logs[body["log"]], body)
 
     def undeclared(self, task: str, absent: Collection[int], sent: Iterable[int]) -> int:
-        """How many of the rows with times `absent` nobody declares; `sent` are all times, in the order of sending."""
+        """Return how many rows with times `absent` no message declares; `sent` are all times in sending order."""
         places, count, group = self._places[task], 0, 0
         left: _Place | None = None
         for t in sent:
-            # A result that came after `absent` was taken is there all the same.
+            # A result that arrived after `absent` was computed counts as present.
             group += t in absent and t not in places
             if t in places:
                 count += max(0, group - self._between(task, left, places[t])) if group else 0
@@ -85,7 +86,7 @@ class Declarations:
         return count + (max(0, group - self._after(task, left)) if group else 0)
 
     def doubled(self, results: Iterable[tuple[Any, ...]]) -> int:
-        """How many of (t, log, row, label, score, value) repeat another one without leave of a `new log` event."""
+        """Return the number of duplicate (t, log, row, label, score, value) that no `new log` event allows."""
         by_time: dict[int, list[tuple[Any, ...]]] = {}
         for t, *rest in results:
             by_time.setdefault(t, []).append(tuple(rest))
@@ -98,7 +99,7 @@ class Declarations:
         return equal and len(set(logs)) == len(logs) and len(first_lives) <= 1
 
     def _between(self, task: str, left: _Place | None, right: _Place) -> int:
-        """How many rows are declared between two that have results; None: before the first one."""
+        """Return the number of rows declared between two rows with results; None stands for the beginning."""
         if left is not None and left[0] == right[0]:
             if self._forgot(left, right[1]):
                 return _END
@@ -109,10 +110,10 @@ class Declarations:
         return before + self._declared(task, right[0], (1, right[1] - 1))
 
     def _after(self, task: str, left: _Place | None) -> int:
-        """How many are declared behind the last one that has a result."""
+        """Return the number of rows declared after the last row with a result."""
         if left is not None and any(log.follows == left[0] for log in self._logs.values()):
             return _END
-        # A run of a log may be over rows that are gone, and have no results.
+        # A run of a log may cover lost rows, which have no results.
         declared = {log for log, _ in self._places[task].values()}
         later = [name for name in self._logs if name not in declared]
         if left is not None and any(self._logs[name].follows for name in later):
@@ -127,7 +128,7 @@ class Declarations:
         return ranges.count(within)
 
     def _before(self, name: str) -> int:
-        """How many logs one after another came before this one."""
+        """Return the number of consecutive earlier logs."""
         seen = {name}
         while (name := self._logs[name].follows) in self._logs and name not in seen:
             seen.add(name)
@@ -151,6 +152,6 @@ class Declarations:
             log.follows = evidence["old"]
         if body["event"] == "evicted":
             log.seqs += [(a, b) for a, b in evidence.get("seq", [])]
-            # Readings that were used have results, or these are declared as messages.
+            # Used readings have results, or their messages are declared lost.
             for task in [] if evidence.get("used") else evidence.get("tasks") or self._tasks:
                 log.rows.setdefault(task, []).extend((a, b) for a, b in evidence.get("rows", []))

@@ -1,7 +1,7 @@
-"""What can be done to a disk from outside: a card that forgets unsynced bytes, system calls that fail, flipped bits.
+"""Disk faults injected from outside: lost unsynced writes, failing system calls and bit flips.
 
-The card is an ext4 in a file, mounted as the device's data folder. A power cut is EXT4_IOC_SHUTDOWN: from then on
-nothing reaches the medium, and what lay in the page cache only is gone at the next mount.
+The card is an ext4 file system in a file, mounted as the device's data folder. A power cut is EXT4_IOC_SHUTDOWN: no
+later write reaches the medium, and data only in the page cache are lost at the next mount.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MOUNTS = Path("/proc/self/mountinfo")
 
 
 class Card(msgspec.Struct, frozen=True):
-    """The card of a world; `of` finds it again."""
+    """Memory card of a world; `of` returns it."""
 
     image: Path
     mount_point: Path
@@ -42,38 +42,38 @@ class Card(msgspec.Struct, frozen=True):
     def make(self, mib: int) -> None:
         with self.image.open("wb") as file:
             file.truncate(mib << 20)
-        # No blocks kept back for root, who is who fills it.
+        # No blocks are reserved for root, because root fills the disk.
         _run("mkfs.ext4", "-qF", "-m", "0", "-e", "remount-ro", str(self.image))
         self.mount_point.mkdir(parents=True, exist_ok=True)
         self.mount()
 
     def mount(self) -> None:
-        """As a machine that boots does: check, then mount."""
+        """Check the file system, then mount it, as a booting machine does."""
         # 1: errors were corrected.
         _run("fsck.ext4", "-p", str(self.image), good=(0, 1))
-        # A loop device of its own each time: `-o loop` would take one that is still there.
+        # Each mount gets its own loop device; `-o loop` would reuse one that still exists.
         device = _run("losetup", "--find", "--show", str(self.image)).strip()
         try:
-            # commit: ext4 writes nothing on its own initiative meanwhile, so that what nobody synced is really gone.
+            # The commit interval stops ext4 from writing on its own, so that unsynced data are really lost.
             _run("mount", "-o", "noatime,commit=300", device, str(self.mount_point))
         finally:
-            # It goes when it is unmounted.
+            # The loop device is released with the mount.
             _run("losetup", "--detach", device)
 
     def unmount(self) -> None:
         wait_until("the card can be unmounted", lambda: self._unmounted(), _PATIENCE_S)
 
     def cut(self, *, journal: bool) -> None:
-        """The power goes, with ext4's journal written out just before (`journal`) or lost as well.
+        """Cut the power, with ext4's journal written just before (`journal`) or lost too.
 
-        End every writer first: a flush that is under way while this happens reports success and may do nothing.
+        Stop every writer first: a flush in progress at this moment reports success and may write nothing.
         """
         descriptor = os.open(self.mount_point, os.O_RDONLY)
         try:
             fcntl.ioctl(descriptor, _SHUTDOWN, struct.pack("I", _LEAVE_JOURNAL if journal else _DROP_JOURNAL))
         finally:
             os.close(descriptor)
-        # A copy: where somebody's mount namespace holds the dead file system, it lives on, and writes when it ends.
+        # Use a copy: the dead file system lives on in any mount namespace that holds it, and writes when that ends.
         copy = self.image.with_suffix(".copy")
         _run("cp", "--sparse=always", str(self.image), str(copy))
         copy.rename(self.image)
@@ -81,12 +81,12 @@ class Card(msgspec.Struct, frozen=True):
         self.mount()
 
     def fail(self) -> None:
-        """ext4 finds an error and makes itself read-only; a new mount heals it."""
+        """Put ext4 into its error state, which makes it read-only until the next mount."""
         source = _run("findmnt", "-no", "SOURCE", str(self.mount_point)).strip()
         (Path("/sys/fs/ext4") / Path(source).name / "trigger_fs_error").write_text("1")
 
     def fill(self) -> None:
-        """Take all room that is left."""
+        """Use all free space."""
         with (self.mount_point / _BALLAST).open("ab") as file, contextlib.suppress(OSError):
             while room := self._room():
                 os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), room)
@@ -104,12 +104,12 @@ class Card(msgspec.Struct, frozen=True):
         return not self._mounted()
 
     def _mounted(self) -> bool:
-        # os.path.ismount says no where a dead card answers with an error.
+        # os.path.ismount returns False if a dead card responds with an error.
         return any(line.split()[4] == str(self.mount_point) for line in _MOUNTS.read_text().splitlines())
 
 
 def on_card(mib: int = 64) -> Callable[[World], Callable[[], None]]:
-    """For `Setting.prepare`: the device's data folder is a card of its own."""
+    """Mount a card as the device's data folder; for `Setting.prepare`."""
 
     def prepare(world: World) -> Callable[[], None]:
         card = Card.in_world(world)
@@ -120,7 +120,7 @@ def on_card(mib: int = 64) -> Callable[[World], Callable[[], None]]:
 
 
 def no_card() -> str | None:
-    """Why there can be no card on this machine."""
+    """Return the reason why this machine cannot mount a card, or None."""
     if os.geteuid() != 0:
         return "mounting an ext4 of its own needs root"
     lacking = [name for name in ("mkfs.ext4", "fsck.ext4", "mount", "findmnt", "losetup") if shutil.which(name) is None]
@@ -130,7 +130,7 @@ def no_card() -> str | None:
 
 
 def no_strace() -> str | None:
-    """Why system calls cannot be made to fail on this machine."""
+    """Return the reason why this machine cannot inject system call errors, or None."""
     if shutil.which("strace") is None:
         return "strace is not installed"
     return None if os.geteuid() == 0 else "attaching strace to a running process needs root"
@@ -138,7 +138,7 @@ def no_strace() -> str | None:
 
 @contextlib.contextmanager
 def tampered(world: World, calls: str, how: str, *, files: Sequence[Path] = ()) -> Iterator[None]:
-    """While the block runs, the running daemon's system calls `calls` (on `files` only) fare as strace's `how` says."""
+    """Apply strace's injection `how` to the daemon's system calls `calls` (on `files` only) during the block."""
     pid = world.device.pid
     where = [word for file in files for word in ("-P", str(file))]
     command = ["strace", "-f", "-qq", "-o", "/dev/null", *where, "-e", f"trace={calls}", "-e", f"inject={calls}:{how}"]
@@ -156,24 +156,24 @@ def tampered(world: World, calls: str, how: str, *, files: Sequence[Path] = ()) 
 
 
 def database_files(world: World) -> list[Path]:
-    """What SQLite writes, there now or later."""
+    """Return the files that SQLite writes, existing or not."""
     return [world.device.data_dir / name for name in ("outstation.db", "outstation.db-wal")]
 
 
 def stored_files(world: World) -> list[Path]:
-    """Every file of the data folder that is written while the daemon runs."""
+    """Return every file of the data folder that is written while the daemon runs."""
     files = {path for path in world.device.data_dir.iterdir() if path.is_file() and path.name not in ("lock", _BALLAST)}
     return sorted(files.union(database_files(world)))
 
 
 def results(world: World) -> int:
-    """How many results the collector has."""
+    """Return the number of results at the collector."""
     [(count,)] = world.fleet.query("SELECT count(*) FROM results WHERE device = ?", DEVICE)
     return int(count)
 
 
 def flip_bit(file: Path, bit: int) -> None:
-    """Turn bit number `bit` of the file."""
+    """Flip bit number `bit` of the file."""
     with file.open("r+b") as opened:
         opened.seek(bit // 8)
         byte = opened.read(1)[0]
@@ -189,7 +189,7 @@ def overwrite(file: Path, offset: int, data: bytes) -> None:
 
 @contextlib.contextmanager
 def memory_cgroup(world: World) -> Iterator[Callable[[int], None]]:
-    """The daemon in a cgroup of its own; what is yielded sets the most bytes it may take from now on."""
+    """Run the daemon in its own cgroup, and yield a function that sets its memory limit in bytes."""
     group = cgroup_parent() / f"outstation-{os.getpid()}-{time.monotonic_ns()}"
     group.mkdir()
     try:
@@ -205,7 +205,7 @@ def memory_cgroup(world: World) -> Iterator[Callable[[int], None]]:
 
 
 def cgroup_parent() -> Path:
-    """This process's memory cgroup, version 1."""
+    """Return this process's memory cgroup, version 1."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "memory":
@@ -220,7 +220,7 @@ def no_cgroup() -> str | None:
 
 
 def _limit(group: Path, most: int) -> None:
-    # EBUSY: it holds more than that already and nothing can be taken back; the next page is refused all the same.
+    # EBUSY: usage exceeds the limit and no page can be reclaimed; the next allocation fails anyway.
     with contextlib.suppress(OSError):
         (group / "memory.limit_in_bytes").write_text(str(most))
 

@@ -1,7 +1,7 @@
-"""The daemon with a flaw built in: `python -m scripts.faults.launch FLAW[=VALUE]... -- run -c FILE`.
+"""Launcher of a daemon with built-in flaws: `python -m scripts.faults.launch FLAW[=VALUE]... -- run -c FILE`.
 
-For faults that cannot be had from outside: death at a chosen place in the code, a store that syncs less than it should.
-The flaws are read from the environment again by nothing: a restarted daemon has them too.
+It injects faults that are impossible from outside, such as a crash at a chosen place or a missing sync. A restarted
+daemon has the same flaws.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from agent.device.uplink.session import Session
 from agent.model.inference.runtime import TfliteModel
 from agent.model.inference.tuning import model_digest
 
-# How far into a call that takes a while, as that of the probe does.
+# Delay into a slow call such as the probe.
 _INTO_S = 0.3
 
 
@@ -39,7 +39,7 @@ def _die() -> None:
 
 
 class _Countdown:
-    """Dies at its `occasion`-th call."""
+    """Kill the process at the `occasion`-th call."""
 
     def __init__(self, occasion: str) -> None:
         self._left = int(occasion)
@@ -70,7 +70,7 @@ def in_invoke(occasion: str) -> None:
     count, invoke = _Countdown(occasion), TfliteModel.invoke
 
     def dying(self: TfliteModel, *arguments: Any) -> Any:
-        # Some are over before the timer fires; then it dies a little after.
+        # Short calls end before the timer fires; the process then dies slightly later.
         threading.Timer(random.uniform(0.0, 0.001), count).start()
         return invoke(self, *arguments)
 
@@ -78,7 +78,7 @@ def in_invoke(occasion: str) -> None:
 
 
 def in_model(model: str) -> None:
-    """The process is ended by SIGSEGV in each run of a model with this SHA-256, as by a runtime that it upsets."""
+    """End the process by SIGSEGV in each run of a model with this SHA-256, as a runtime bug would."""
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -87,7 +87,7 @@ def in_model(model: str) -> None:
 
 
 def hang_in_model(model: str) -> None:
-    """Runs of this model never end."""
+    """Hang in each run of this model."""
     _instead_of_running(model, lambda: time.sleep(86_400))
 
 
@@ -103,9 +103,10 @@ def _instead_of_running(model: str, action: Callable[[], None]) -> None:
 
 
 def at_step(value: str) -> None:
-    """`WHEN,MODULE:NAME,FILE`: dies once, when there is no FILE yet and NAME is called.
+    """Die once at `WHEN,MODULE:NAME,FILE`, when NAME is called and FILE does not exist yet.
 
-    before: at the call. in: a moment into it. after: when it returns. committed: after the commit that it is part of.
+    WHEN is `before` (at the call), `in` (shortly after the call began), `after` (at its return) or `committed` (after
+    the commit that contains it).
     """
     when, target, file = value.split(",", 2)
     owner, last, called = resolve_target(target)
@@ -135,7 +136,7 @@ def at_step(value: str) -> None:
 
 
 def resolve_target(target: str) -> tuple[Any, str, Any]:
-    """What `MODULE:NAME` is in, the last part of its name, and it."""
+    """Return the owner of `MODULE:NAME`, the last part of its name, and the object."""
     module, name = target.split(":")
     owner: Any = importlib.import_module(module)
     *outer, last = name.split(".")
@@ -176,9 +177,9 @@ def synchronous(level: str) -> None:
 
 
 def vouched_by(folder: str) -> None:
-    """A time service vouches for the clock, to so many µs, where the file `vouched` in `folder` says so.
+    """Report synchronized time, with the error bound in µs that the file `vouched` in `folder` holds.
 
-    `folder` is a link that is changed together with the wall clock: both are looked at as one.
+    `folder` is a symbolic link that is switched together with the wall clock, so both are read as one.
     """
     link, both, seen = Path(folder), clock._read_both_clocks, threading.local()
 
@@ -198,7 +199,7 @@ def vouched_by(folder: str) -> None:
 
 
 def noted_runs(file: str) -> None:
-    """Each run of a task that was due, one that finds nothing to do too, is a line with its name in `file`."""
+    """Append a line with the task's name to `file` for each due run, including runs without data."""
     remember_run = Daemon._save_last_run
 
     def noting(self: Daemon, scheduled: ScheduledTask, now: ClockReading) -> None:

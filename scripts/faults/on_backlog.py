@@ -1,4 +1,4 @@
-"""The broker was away for so long that more messages wait than MQTT has packet identifiers."""
+"""Backlog faults: a long broker outage leaves more waiting messages than MQTT has packet identifiers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scripts.faults.world import World
 _BACKLOG = 70_000
 _AT_ONCE = 1000
 _WITHIN_S = 400.0
-# The daemon's window is a hundred messages; the backlog itself is some 60 MB.
+# The daemon's send window is a hundred messages; the backlog is about 60 MB.
 _MOST_MORE_KB = 48 * 1024
 
 
@@ -40,7 +40,7 @@ def backlog_70000(world: World, rng: Random) -> None:
 
 
 def _write_backlog(world: World) -> None:
-    """Signed and chained by the device's own code, as if it had run for weeks."""
+    """Write a backlog with the device's own signing and chaining, as after weeks of operation."""
     file, conf = load_config(str(world.device.config))
     store = open_store(conf)
     try:
@@ -67,6 +67,6 @@ def _waiting(world: World) -> int:
 
 
 def _memory_kb(world: World, name: str) -> int:
-    """Of the daemon, from its `/proc/PID/status`."""
+    """Return a memory field of the daemon from `/proc/PID/status`, in kB."""
     lines = Path(f"/proc/{world.device.pid}/status").read_text(encoding="ascii").splitlines()
     return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])

@@ -1,4 +1,4 @@
-"""The broker dies, forgets, or takes less than before."""
+"""Broker faults: crash, lost state and reduced limits."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def control_delete_on_puback(world: World, rng: Random) -> None:
 
 
 def _answering(code: int) -> Rule:
-    """A broker that answers what the device publishes with `code` and passes nothing on."""
+    """Run a broker that answers the device's PUBLISH with `code` and forwards nothing."""
 
     def rule(packet: Packet) -> tuple[bytes, bytes]:
         if packet.up and packet.kind == proxy.PUBLISH:
@@ -164,7 +164,7 @@ def thrown_out(world: World, rng: Random) -> None:
 
 
 class _Limited:
-    """A broker that announces a limit at CONNECT and throws out who does not keep to it."""
+    """Run a broker that announces a limit at CONNECT and disconnects clients that exceed it."""
 
     def __init__(self, name: int, limit: int) -> None:
         self.breaches: list[str] = []

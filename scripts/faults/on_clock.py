@@ -1,4 +1,4 @@
-"""The wall clock is wrong, is set, or comes back from the past; the device stamps rows all the while."""
+"""Clock faults: a wrong wall clock, clock steps and backward jumps while the device timestamps rows."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _VOUCHED = f"{_EVENT}; an alert that a synchronized clock was set, except after 
 _ZONE = "Europe/Helsinki"
 _NIGHTLY = "nightly"
 _PASSING_S = 2.5
-# A daemon starts and commits as slowly as a busy machine lets it; nothing hangs on that.
+# A busy machine delays the daemon's start and commits; the faults do not depend on that.
 _SLOW_S = 90.0
-# Midnight UTC, and at how many minutes after it the task runs how often. In the autumn half past three is at 0:30 and
-# again at 1:30 UTC; in the spring it would be at 1:30 UTC.
+# Midnight UTC, and the number of task runs expected at each minute after it. In autumn 3:30 local time is at 0:30 and
+# again at 1:30 UTC; in spring it would be at 1:30 UTC.
 _NIGHTS = (
     (datetime(2026, 10, 25, tzinfo=UTC), ((30, 1), (90, 0))),
     (datetime(2027, 3, 28, tzinfo=UTC), ((30, 0), (90, 1))),
@@ -32,7 +32,7 @@ _NIGHTS = (
 
 
 def on_clock(zone: str = "UTC") -> Callable[[World], Callable[[], None]]:
-    """For `Setting.prepare`: a clock to set, and a sensor whose rows the device stamps."""
+    """Install controllable clocks, and a sensor whose rows the device timestamps; for `Setting.prepare`."""
 
     def prepare(world: World) -> Callable[[], None]:
         world.companions.append(Stamped(world, world.rng))
@@ -43,7 +43,7 @@ def on_clock(zone: str = "UTC") -> Callable[[World], Callable[[], None]]:
 
 
 def on_nights(world: World) -> Callable[[], None]:
-    """The same, in a zone with summer time, and a task that is due at half past three each night."""
+    """Install the same in a zone with summer time, with a task due at 3:30 each night."""
     undo = on_clock(_ZONE)(world)
     bundle = world.folder / "bundle" / "bundle"
     world.device.append_config(
@@ -57,7 +57,7 @@ _CLOCK = Setting(prepare=on_clock())
 
 @contextmanager
 def _calm(world: World) -> Iterator[None]:
-    """What is done to the clock in here makes the daemon work no more than usual: no second of processor time."""
+    """Check that a clock change costs the daemon no extra work: less than one second of processor time."""
     pid = world.device.pid
     before = cpu_s(pid)
     time.sleep(_CALM_S)
@@ -229,7 +229,7 @@ def night_of_summer_time(world: World, rng: Random) -> None:
 
 
 def _pass(world: World, moment_s: float, expected: int | None) -> None:
-    """Let the clock pass a moment, and see how often the nightly task runs."""
+    """Let the clock pass a moment, and return how often the nightly task ran."""
     clock = Clock.in_world(world)
     before = clock.runs(_NIGHTLY)
     _come_before(world, moment_s)
@@ -242,7 +242,7 @@ def _pass(world: World, moment_s: float, expected: int | None) -> None:
 
 
 def _settled(clock: Clock) -> int:
-    """How often the nightly task has run, once it runs no more: on a busy machine what is due comes late."""
+    """Return how often the nightly task has run once it stops; a busy machine runs due tasks late."""
     runs = clock.runs(_NIGHTLY)
     while True:
         time.sleep(_PASSING_S)
@@ -252,7 +252,7 @@ def _settled(clock: Clock) -> int:
 
 
 def _come_before(world: World, moment_s: float) -> None:
-    """Set the clock to just before a moment, so that the daemon sees that before it has passed."""
+    """Set the clock shortly before a moment, so that the daemon observes the time before it."""
     clock, lead_s = Clock.in_world(world), 1.0
     while True:
         noticed, shown_s = _steps_noticed(world), time.time()
@@ -261,7 +261,7 @@ def _come_before(world: World, moment_s: float) -> None:
         if time.time() - shown_s < lead_s - 0.2:
             time.sleep(max(0.0, lead_s - 1.0 - (time.time() - shown_s)))
             return
-        # A busy machine: once more, with more time.
+        # The machine is busy: retry with more time.
         lead_s *= 2
 
 
@@ -274,18 +274,18 @@ def _steps_noticed(world: World) -> int:
 
 
 def switch_off(world: World) -> None:
-    """The machine is off until `switch_on`."""
+    """Switch the machine off until `switch_on`."""
     world.kill(world.device)
 
 
 def switch_on(world: World) -> None:
-    """Another boot."""
+    """Boot the machine."""
     Clock.in_world(world).boot()
     world.keep(world.device)
 
 
 def stamp_some(world: World) -> None:
-    """Until the device has stamped some more rows."""
+    """Wait until the device has timestamped more rows."""
     rows = _stamped(world).truth.rows
     before = len(rows)
     wait_until("the device stamps rows", lambda: len(rows) >= before + 5, _SLOW_S)

@@ -1,4 +1,4 @@
-"""The collector dies, is locked out of its database, fills its disk, is doubled, restored, or rebuilt."""
+"""Collector faults: crash, locked database, full disk, duplicate instance, restored or rebuilt database."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def collector_database_locked(world: World, rng: Random) -> None:
 
 
 def _on_small_disk(world: World) -> Callable[[], None]:
-    """The collector's database on a disk of its own."""
+    """Put the collector's database on a small disk of its own."""
     disk = world.folder / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK}", "tmpfs", str(disk)], check=True)
@@ -142,7 +142,7 @@ def two_collectors(world: World, rng: Random) -> None:
 
 
 def _go_on(world: World, rng: Random) -> None:
-    """An acknowledgement that takes something back is believed once it covers newer ones; mostly it soon does."""
+    """Wait for recovery: a lower acknowledgement takes effect once it covers newer messages, usually soon."""
     if rng.random() < 0.9:
         connected = world.collector.log.read_text(encoding="utf-8").count(" connected;")
         wait_until(
@@ -154,7 +154,7 @@ def _go_on(world: World, rng: Random) -> None:
 
 @contextlib.contextmanager
 def _collector_down(world: World) -> Iterator[None]:
-    """Inside the block it is down, and its database gone."""
+    """Stop the collector and delete its database during the block."""
     world.kill(world.collector)
     for file in _files(_database(world)):
         file.unlink()
@@ -167,12 +167,12 @@ def _database(world: World) -> Path:
 
 
 def _files(database: Path) -> list[Path]:
-    """The database and what SQLite has beside it."""
+    """Return the database and SQLite's companion files."""
     return [file for file in (Path(f"{database}{end}") for end in ("", "-wal", "-shm")) if file.exists()]
 
 
 def _copy(database: Path, copy: Path) -> None:
-    """A backup of a database in use."""
+    """Back up a database in use."""
     with (
         contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as source,
         contextlib.closing(sqlite3.connect(copy)) as target,

@@ -1,4 +1,4 @@
-"""The daemon dies, hangs or starves."""
+"""Daemon faults: crash, hang and starvation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NOTHING = "nothing but a new `started` event in the audit log"
 
 
 def _dies_twice(world: World, rng: Random, flaw: str, most: int, least: int = 1) -> None:
-    """With the flaw it dies by itself, at an occasion from `least` to `most`, and systemd starts it again, twice."""
+    """Let the flaw end the daemon twice, at call number `least` to `most`; the supervisor restarts it."""
     before = world.restarts
     _flawed(world, flaw, rng.randint(least, most))
     world.restart(world.device)
@@ -26,7 +26,7 @@ def _dies_twice(world: World, rng: Random, flaw: str, most: int, least: int = 1)
 
 
 def _flawed(world: World, flaw: str, occasion: int) -> None:
-    """From the next start on."""
+    """Apply the flaw from the next start on."""
     world.device.set_launcher(("-m", "scripts.faults.launch", f"{flaw}={occasion}", "--"))
 
 
@@ -73,7 +73,7 @@ def die_after_commit(world: World, rng: Random) -> None:
     sees=_NOTHING,
 )
 def die_in_invoke(world: World, rng: Random) -> None:
-    # A model whose first run after each start is the end of the agent is set aside, and rightly.
+    # A model whose first run after each start ends the daemon is quarantined, correctly.
     _dies_twice(world, rng, "die-in-invoke", 10, least=2)
 
 

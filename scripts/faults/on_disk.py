@@ -1,4 +1,4 @@
-"""The disk loses power, fails, hangs or is full. Most need a card of their own, or strace to make system calls fail."""
+"""Disk faults: power loss, I/O errors, hangs and full disks; most need a card, or strace for failing system calls."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _no_lying_card() -> str | None:
     return no_card() or no_strace()
 
 
-# --- the process dies inside a system call ---
+# --- the process dies in a system call ---
 
 
 @fault(
@@ -52,7 +52,7 @@ def kill_in_commit(world: World, rng: Random) -> None:
 def kill_in_checkpoint(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.5, 1.5))
     with tampered(world, "pwrite64", f"signal=KILL:when={rng.randint(1, 6)}", files=database_files(world)[:1]):
-        # A stop ends with a checkpoint.
+        # A clean stop ends with a checkpoint.
         world.leave(world.device)
         os.kill(world.device.pid, signal.SIGTERM)
         code = world.device.wait(15.0)
@@ -60,11 +60,11 @@ def kill_in_checkpoint(world: World, rng: Random) -> None:
     world.keep(world.device)
 
 
-# --- the power goes ---
+# --- power loss ---
 
 
 def _power_cut(world: World, *, journal: bool) -> None:
-    """Everything stops at once; then power comes back and the machine boots."""
+    """Stop everything at once, then restore power and boot the machine."""
     world.kill(world.device)
     Card.in_world(world).cut(journal=journal)
     world.keep(world.device)
@@ -191,7 +191,7 @@ def slow_card(world: World, rng: Random) -> None:
         time.sleep(rng.uniform(1.0, 3.0))
 
 
-# --- the file system refuses ---
+# --- the file system refuses writes ---
 
 
 @fault(

@@ -1,4 +1,4 @@
-"""Somebody on the broker sends acknowledgements and messages that are not genuine, old, or too many."""
+"""Forgery faults: forged, replayed or excessive acknowledgements and messages on the broker."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _store(world: World) -> Iterator[Store]:
 
 
 def _log(world: World) -> tuple[str, int]:
-    """The device's log, and the last seq in it."""
+    """Return the device's log, and its last seq."""
     with _store(world) as store:
         return store.log_id, store.outbox_size()[1]
 
@@ -59,7 +59,7 @@ def _refused(world: World) -> int:
 
 
 def _publish(world: World, hostile: Sequence[OutgoingMessage]) -> None:
-    """As a client that the broker lets in, keeping to its window."""
+    """Publish as an authorized client that respects its send window."""
     link = Link(world.fleet.config.broker, f"stranger-{uuid.uuid4()}")
     under_way, left = 0, list(reversed(hostile))
     try:
@@ -73,7 +73,7 @@ def _publish(world: World, hostile: Sequence[OutgoingMessage]) -> None:
 
 
 def _forge(world: World, rng: Random, make: Callable[[str, int], OutgoingMessage]) -> None:
-    """While the collector is away, so that the outbox grows: what is forged must take nothing out of it."""
+    """Forge messages while the collector is down and the outbox grows; the outbox must not shrink."""
     world.kill(world.collector)
     time.sleep(rng.uniform(0.2, 0.8))
     wait_until("something in the outbox", lambda: _waiting(world))
@@ -86,7 +86,7 @@ def _forge(world: World, rng: Random, make: Callable[[str, int], OutgoingMessage
 
 
 def _settled(world: World) -> int:
-    """How many messages wait once the last genuine acknowledgement that was under way has arrived."""
+    """Return the number of waiting messages after the last genuine acknowledgement has arrived."""
     before = _waiting(world)
     while True:
         time.sleep(0.5)
@@ -102,7 +102,7 @@ def _waiting(world: World) -> int:
 
 
 def _counted(world: World, before: int) -> None:
-    """Refusals are written at most once a minute, and when the device stops."""
+    """Wait for the count of refusals, which is written once a minute at most, and when the device stops."""
     world.leave(world.device)
     code = world.device.stop()
     assert code == 0, f"exit code {code}"
@@ -111,7 +111,7 @@ def _counted(world: World, before: int) -> None:
 
 
 def _alerted_once(world: World, source: str = "device") -> None:
-    """One alert, however often and in how many rounds: it is cleared after a quiet hour only."""
+    """Check for a single alert over all rounds; it clears only after a quiet hour."""
     where = "device = ? AND alert = 'security' AND subject = 'refused' AND source = ?"
     sql = f"SELECT count(*) FROM alerts WHERE {where}"
     wait_until(f"a security alert of the {source}", lambda: world.fleet.query(sql, DEVICE, source)[0][0])

@@ -1,4 +1,4 @@
-"""The daemon gets no memory."""
+"""Memory faults: failing allocations in the daemon."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several faults at once: what each survives alone may still meet the other's recovery."""
+"""Combined faults: a fault that is harmless alone may hit the recovery from another."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from scripts.faults.disk import Card, no_card, on_card
 from scripts.faults.on_clock import on_clock, stamp_some, switch_off, switch_on
 from scripts.faults.world import Setting, World
 
-# One of a kind at a time, for two would undo each other's work. Faults that look at the daemon's process while they
-# last are left out: another one may kill it.
+# One fault per kind at a time, since two would undo each other. Faults that inspect the daemon's process while they
+# last are excluded, because another fault may kill it.
 _KINDS = {
     "daemon": ("kill-daemon", "kill-while-starting"),
     "broker": ("kill-broker",),
@@ -44,9 +44,12 @@ def mix_everything(world: World, rng: Random) -> None:
     chosen = [FAULTS[rng.choice(_KINDS[kind])] for kind in kinds]
     chances = [Random(rng.random()) for _ in chosen]
     with ThreadPoolExecutor(len(chosen)) as threads:
-        running = [threads.submit(one.inject, world, chance) for one, chance in zip(chosen, chances, strict=True)]
-    for one in running:
-        one.result()
+        running = [
+            threads.submit(chosen_fault.inject, world, chance)
+            for chosen_fault, chance in zip(chosen, chances, strict=True)
+        ]
+    for chosen_fault in running:
+        chosen_fault.result()
 
 
 def _no_card_or_boot() -> str | None:

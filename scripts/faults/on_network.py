@@ -1,4 +1,4 @@
-"""The way between device, broker and collector loses, delays, cuts, or pretends to be there."""
+"""Network faults between device, broker and collector: loss, delay, disconnection and half-open connections."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scripts.faults.world import Setting, World
 _PROXIED = Setting(proxied=True)
 _NAME = "broker.test"
 _COMES_BACK = "`broker: …; trying again, readings and results are kept` in the device's log, `offline`, later `online`"
-# In a mount namespace of its own the daemon asks files of ours for names; a resolver that is not there answers at once.
+# In its own mount namespace the daemon resolves names from our files; a missing resolver fails at once.
 _BIND = 'mount --bind "$0" /etc/hosts && mount --bind "$1" /etc/resolv.conf && shift && exec "$@"'
 
 
@@ -30,7 +30,7 @@ def _lost_messages(packet: Packet) -> tuple[bytes, bytes]:
 
 
 def _lost_acknowledgements(packet: Packet) -> tuple[bytes, bytes]:
-    """The broker is told that the device has them."""
+    """Drop acknowledgements, while the broker believes the device has received them."""
     if not packet.up and packet.kind == proxy.PUBLISH and packet.topic.endswith("/ack"):
         return b"", proxy.puback(packet.mid, 0)
     return packet.raw, b""
@@ -72,7 +72,7 @@ def acknowledgements_dropped(world: World, rng: Random) -> None:
     with world.device_line.ruled(_lost_acknowledgements):
         time.sleep(rng.uniform(1.0, 3.0))
         if rng.random() < 0.5:
-            # Where the last one is among the lost, only asking again brings it.
+            # If the last acknowledgement is among the lost ones, only a repeated request brings it.
             world.producer.pause(10.0)
             time.sleep(1.0)
 
@@ -162,7 +162,7 @@ def slow_bytes(world: World, rng: Random) -> None:
 
 
 def _named(world: World) -> Callable[[], None]:
-    """The device reaches the broker by a name that we give and take."""
+    """Connect the device to the broker by a name that the test controls."""
     config = world.device.config
     url = f"mqtt://{_NAME}:{world.broker.port}"
     text = config.read_text(encoding="utf-8").replace(f'"{world.broker.url}"', f'"{url}"\nallow_plaintext = true')
@@ -180,7 +180,7 @@ def _hosts(world: World) -> Path:
 
 
 def _resolve(world: World, *, known: bool) -> None:
-    # Written in place: the bind mount is on the file, not on its name.
+    # Written in place, because the bind mount refers to the file and not to its name.
     name = f" {_NAME}" if known else ""
     _hosts(world).write_text(f"127.0.0.1 localhost{name}\n", encoding="ascii")
 

@@ -1,4 +1,4 @@
-"""The store's files are damaged, lost or old. What the medium lost is gone; every other row must come, and be said."""
+"""Store faults: damaged, lost or outdated files. All rows that the medium did not lose must arrive or be declared."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DATABASE, _WAL = "outstation.db", "outstation.db-wal"
 _PAGE = 4096
 _HEADER_BYTES = 100
 _NEW_RESULTS = 200
-# SQLite's least share of a row on its own page is 489 bytes, the row's other columns included.
+# The least part of a row that SQLite keeps on its own page is 489 bytes, other columns included.
 _ON_ONE_PAGE = 320
 _SALVAGED = "a critical storage alert that lists the losses, and the damaged files in the data folder's `quarantine`"
 _PERHAPS = f"nothing if those bytes were unused; otherwise {_SALVAGED}"
@@ -29,7 +29,7 @@ _NEW_LOG = "a critical storage alert, and a `new log` event in the audit log"
 
 @contextlib.contextmanager
 def _off(world: World, rng: Random, *, broker: bool | None = None) -> Iterator[Path]:
-    """The data folder with the daemon killed; half of the time the broker was away, so that the outbox is not empty."""
+    """Yield the data folder with the daemon killed; half of the time the broker was down, to fill the outbox."""
     time.sleep(rng.uniform(0.2, 0.8))
     away = rng.random() < 0.5 if broker is None else not broker
     if away:
@@ -43,19 +43,19 @@ def _off(world: World, rng: Random, *, broker: bool | None = None) -> Iterator[P
 
 
 def _settle(database: Path) -> sqlite3.Connection:
-    """Everything in the database file itself; close what is returned."""
+    """Checkpoint the database into its main file, and return the connection, which the caller closes."""
     connection = sqlite3.connect(database, isolation_level=None)
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     return connection
 
 
 def _flip_in_blob(database: Path, rng: Random, sql: str) -> bool:
-    """Turn one bit of a blob that `sql` lists, where it lies in the file; False where there is none."""
+    """Flip a bit of a blob that `sql` lists, in the file; return False if there is none."""
     with contextlib.closing(_settle(database)) as connection:
         blobs = [bytes(row[0]) for row in connection.execute(sql)]
     if not blobs:
         return False
-    # So much of a blob is always on one page; pages that SQLite has left may hold it too.
+    # This many bytes of a blob share a page; pages that SQLite has freed may hold them too.
     part = rng.choice(blobs)[:_ON_ONE_PAGE]
     content, bit, at = database.read_bytes(), rng.randrange(8 * len(part)), -1
     while (at := content.find(part, at + 1)) >= 0:
@@ -190,7 +190,7 @@ def _put_back(world: World, rng: Random, pattern: str) -> None:
     copy = world.folder / "copy"
     with _off(world, rng) as data:
         shutil.copytree(data, copy, ignore=lambda _, names: [name for name in names if name.endswith(".sock")])
-    # What nobody has ever seen cannot be missed: something of the time that will be lost must have been delivered.
+    # A loss is only detectable if messages of the lost time were delivered before.
     before = results(world)
     wait_until("new rows are judged and delivered", lambda: results(world) > before + _NEW_RESULTS)
     time.sleep(rng.uniform(0.5, 2.5))

@@ -1,4 +1,4 @@
-"""Certificates end, and others take the device's name at the broker."""
+"""TLS faults: expired certificates, and other clients that take the device's name at the broker."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OTHER = "pi-02"
 
 
 def _with_expired(world: World, rng: Random, certificate: Path, reported: Callable[[], bool]) -> None:
-    """Put the expired one in its place, restart the broker, wait until somebody says so, and put a valid one back."""
+    """Install an expired certificate, restart the broker, wait for the reported error, and restore a valid one."""
     home = world.fleet.home
     valid = certificate.read_bytes()
     certificate.write_bytes(make_expired(valid, pki.load_authority(home / "ca.pem", home / "ca.key")))
@@ -36,7 +36,7 @@ def _with_expired(world: World, rng: Random, certificate: Path, reported: Callab
 
 
 def _counting(log: Path, words: str) -> Callable[[], bool]:
-    """Whether `words` come once more than now."""
+    """Check whether `words` appear once more than now."""
 
     def count() -> int:
         return log.read_text(encoding="utf-8", errors="replace").count(words)

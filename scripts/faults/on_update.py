@@ -1,6 +1,6 @@
-"""What may happen while a bundle is replaced: the daemon dies, the power goes, repository or disk let it down.
+"""Update faults during a bundle replacement: daemon crash, power loss, repository or disk failure.
 
-Each round rolls a new version out and has it end as it should; `updating` says what that is.
+Each round rolls a new version out and lets it finish; `updating` defines the expected outcome.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SLOW = 20_000.0
 
 
 class _Step(msgspec.Struct, frozen=True):
-    """Where the daemon dies: `when` and `target` are those of `die-at-step` in `launch`."""
+    """Crash point of the daemon; `when` and `target` are those of `die-at-step` in `launch`."""
 
     name: str
     when: str
@@ -89,7 +89,7 @@ _PHASES = {"shadow": "the bundle is the shadow of the active one", "canary": "th
 def _update(
     name: str, means: str, sees: str, setting: Setting = _UPDATES, missing: Callable[[], str | None] = lambda: None
 ) -> Callable[[Injection], Injection]:
-    """Register a fault whose round is over when its roll-out is: a bundle is tried on readings that come."""
+    """Register a fault whose round ends with its rollout; the bundle is tried on live readings."""
 
     def register(inject: Injection) -> Injection:
         def whole(world: World, rng: Random) -> None:
@@ -103,16 +103,16 @@ def _update(
 
 
 def _rolling(world: World) -> Updating:
-    """The next roll-out has begun."""
+    """Begin the next rollout."""
     update = Updating.in_world(world)
     update.roll()
     return update
 
 
 def _dies(world: World, step: _Step) -> None:
-    """The daemon dies at the step of the next roll-out, and is not started again."""
+    """Let the daemon die at the step of the next rollout, without a restart."""
     mark = world.folder / "died"
-    # With the mark it lives: it proves and copies what it starts with, too.
+    # With the flag the daemon lives: it probes and copies its initial bundles too.
     mark.touch()
     world.device.set_launcher(("-m", "scripts.faults.launch", f"die-at-step={step.when},{step.target},{mark}", "--"))
     starts = world.device.start_count()
@@ -171,7 +171,7 @@ for _phase, _what in _PHASES.items():
 
 
 def _in_mid_download(world: World) -> Updating:
-    """Some of the bundle has come, and it goes on slowly."""
+    """Wait until a part of the bundle has arrived, with the rest throttled."""
     update = Updating.in_world(world)
     update.line.bytes_per_s, before = _SLOW, update.line.sent_bytes
     update.roll()
@@ -278,7 +278,7 @@ def clock_jumps(world: World, rng: Random) -> None:
     clock.show(0.0)
 
 
-# --- the bundle that is tried ---
+# --- the bundle on trial ---
 
 
 @_update(
@@ -294,7 +294,7 @@ def model_killed(world: World, _rng: Random) -> None:
 
 
 def _kill_child(world: World, module: str) -> None:
-    """The daemon's child process that runs this module."""
+    """Kill the daemon's child process that runs this module."""
 
     def matching_children() -> list[psutil.Process]:
         children = psutil.Process(world.device.pid).children(recursive=True)

@@ -1,9 +1,9 @@
-"""Oracle: the promises that must hold after every fault, checked against the sensor's own ledger.
+"""Oracle: the promises that must hold after every fault, checked against the sensor's ledger.
 
-- every row that was acknowledged has one result per task at the collector, or a signed message says that it is gone
-- no row has two results of a task; none comes that was not sent or was refused
-- the signed digest of each run is that of the sent rows
-- `fleet audit` passes, the outbox is empty, and nobody had to do anything
+- each acknowledged row has one result per task at the collector, or a signed message declares it lost
+- no row has two results of a task; no result belongs to a row that was never sent or was rejected
+- the signed digest of each run matches the sent rows
+- `fleet audit` passes, the outbox is empty, and nobody had to intervene
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ _POLL_S = 0.1
 
 
 class Verdict(msgspec.Struct):
-    """Of one round. `lost`: acknowledged, not at the collector, not declared. `declared`: lost, and said so, signed.
+    """Verdict on one round: `lost` rows are acknowledged, absent and undeclared; `declared` rows are lost but signed
+    for.
 
-    `logs`: so many the device has begun.
+    `logs` is the number of logs that the device has begun.
     """
 
     acknowledged: int = 0
@@ -46,7 +47,7 @@ class Verdict(msgspec.Struct):
 
 
 def settle(world: World, patience_s: float) -> Verdict:
-    """Wait until all is delivered, as long as patience lasts, then judge."""
+    """Wait until all is delivered or patience ends, then judge."""
     began = time.monotonic()
     deadline = began + patience_s
     verdict = Verdict()
@@ -65,7 +66,7 @@ def settle(world: World, patience_s: float) -> Verdict:
 
 
 def _waiting(world: World) -> str:
-    """What is still to come; empty when nothing is."""
+    """Describe what is still to come; empty if nothing is."""
     if not world.running():
         return "a process is down"
     try:
@@ -81,7 +82,7 @@ def _waiting(world: World) -> str:
 
 
 def judge(world: World, verdict: Verdict) -> None:
-    """Add what does not hold to `verdict`."""
+    """Add each broken promise to `verdict`."""
     seen = _seen(world)
     ledger = world.producer.ledger
     verdict.acknowledged = len(ledger.acknowledged)
@@ -119,7 +120,7 @@ def _outbox(world: World) -> int:
 
 
 def _seen(world: World) -> dict[str, Counter[int]]:
-    """For each task, how many results each row has, by its time."""
+    """Return, per task, the number of results of each row by its time."""
     seen: dict[str, Counter[int]] = {task: Counter() for task in TASKS}
     for task, t, n in world.fleet.query("SELECT task, t, count(*) FROM results WHERE device = ? GROUP BY 1, 2", DEVICE):
         if task in seen:
@@ -128,7 +129,7 @@ def _seen(world: World) -> dict[str, Counter[int]]:
 
 
 def _undeclared(world: World, seen: dict[str, Counter[int]]) -> dict[str, int]:
-    """For each task, how many acknowledged rows have neither a result nor a signed message that says they are gone."""
+    """Return, per task, the number of acknowledged rows with neither a result nor a signed declaration."""
     acknowledged = world.producer.ledger.acknowledged
     absent = {task: acknowledged - counts.keys() for task, counts in seen.items()}
     if not any(absent.values()):
@@ -138,7 +139,7 @@ def _undeclared(world: World, seen: dict[str, Counter[int]]) -> dict[str, int]:
 
 
 def _doubled(world: World, task: str, counts: Counter[int]) -> int:
-    """How many results too many there are."""
+    """Return the number of surplus results."""
     if max(counts.values(), default=0) <= 1:
         return 0
     sql = "SELECT t, log, row, label, score, value FROM results WHERE device = ? AND task = ?"
@@ -153,7 +154,7 @@ def _declarations(world: World) -> Declarations:
 
 
 def _evidence(world: World) -> tuple[AuditReport, int]:
-    """The audit, and how many runs carry another digest than that of the rows that were sent."""
+    """Return the audit result, and the number of runs whose digest does not match the sent rows."""
     store = world.fleet.open_store()
     try:
         report = audit(store, operators=fleet_config.load_trusted_keys(world.fleet.config))

@@ -1,4 +1,4 @@
-"""A sensor that never gives up, and its ledger: which rows it sent, and which of them the device acknowledged."""
+"""Simulated sensor that retries without limit, with a ledger of sent and acknowledged rows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import msgspec
 from agent.client import Client
 
 FIELDS = ("a", "b", "c", "d")
-# Long ago, and the same in every run: rows carry their own time, which is also their identity.
+# A fixed time in the past: rows carry their own time, which also identifies them.
 FIRST_T_US = 1_764_022_680_000_000
 STEP_US = 1_000
 _PATIENCE_S = 600.0
 
 
 class Ledger(msgspec.Struct):
-    """Times of rows, epoch µs; `values` holds what was measured at each."""
+    """Row times in epoch µs; `values` maps each to its measured values."""
 
     values: dict[int, tuple[float, ...]] = msgspec.field(default_factory=dict)
     acknowledged: set[int] = msgspec.field(default_factory=set)
@@ -32,7 +32,7 @@ class Ledger(msgspec.Struct):
 
 
 class Producer:
-    """Sends `rate` rows a second in lines of `lines_of` rows, one line after the other was answered, on a thread."""
+    """Thread that sends `rate` rows per second in lines of `lines_of` rows, each after the previous response."""
 
     def __init__(self, socket: Path, rng: Random, *, rate: float = 250.0, lines_of: int = 25) -> None:
         self.ledger = Ledger()
@@ -47,7 +47,7 @@ class Producer:
         self._go.set()
 
     def pause(self, patience_s: float) -> bool:
-        """Send no more; whether what was sent was answered within `patience_s`."""
+        """Stop sending, and return whether all sent rows were answered within `patience_s`."""
         self._go.clear()
         return self._idle.wait(patience_s)
 

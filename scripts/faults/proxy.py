@@ -1,6 +1,6 @@
-"""A TCP proxy that knows where MQTT 5 packets begin and end: it drops, answers, delays, splits, swallows and cuts.
+"""TCP proxy with MQTT 5 packet framing that drops, answers, delays, splits, swallows and cuts.
 
-One thread runs it. A `Rule` decides over each packet of both directions; it runs on that thread, so it must not wait.
+It runs on one thread. A `Rule` decides on each packet of both directions, on that thread, so it must not block.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import msgspec
 CONNECT, CONNACK, PUBLISH, PUBACK, DISCONNECT = 1, 2, 3, 4, 14
 RECEIVE_MAXIMUM, MAXIMUM_PACKET_SIZE = 0x21, 0x27
 RECEIVE_MAXIMUM_EXCEEDED, PACKET_TOO_LARGE = 0x93, 0x95
-# Bytes of each property a CONNACK may have (MQTT 5, 3.2.2.3); 0: a string or bytes, with two bytes of length before it.
+# Bytes of each property a CONNACK may have (MQTT 5, 3.2.2.3); 0: a string or bytes with a two-byte length.
 _WIDTHS = {0x11: 4, 0x13: 2, 0x21: 2, 0x22: 2, 0x24: 1, 0x25: 1, 0x27: 4, 0x28: 1, 0x29: 1, 0x2A: 1}
 _TEXTS = {0x12: 1, 0x15: 1, 0x16: 1, 0x1A: 1, 0x1C: 1, 0x1F: 1, 0x26: 2}
 _READ = 65_536
 
 
 class Packet(msgspec.Struct, frozen=True):
-    """One whole packet; `up` when it goes to the broker."""
+    """A complete packet; `up` means towards the broker."""
 
     up: bool
     raw: bytes
@@ -34,7 +34,7 @@ class Packet(msgspec.Struct, frozen=True):
 
     @property
     def topic(self) -> str:
-        """Of a PUBLISH."""
+        """Topic of a PUBLISH."""
         at = _varint(self.raw, 1)[1]
         size = int.from_bytes(self.raw[at : at + 2], "big")
         return self.raw[at + 2 : at + 2 + size].decode()
@@ -49,10 +49,10 @@ class Packet(msgspec.Struct, frozen=True):
 
 
 class Cut(Exception):
-    """A rule raises it with the last bytes for the sender; then the connection is cut."""
+    """Raised by a rule with the last bytes for the sender; the connection is then cut."""
 
 
-# What goes on, and what the sender gets as an answer.
+# Bytes to forward, and bytes to answer the sender with.
 Rule = Callable[[Packet], tuple[bytes, bytes]]
 
 
@@ -69,7 +69,7 @@ def disconnect(code: int) -> bytes:
 
 
 def with_limit(connack: bytes, name: int, value: int) -> bytes:
-    """The CONNACK with this limit instead of the broker's own."""
+    """Return the CONNACK with this limit in place of the broker's own."""
     at = _varint(connack, 1)[1]
     flags, (size, at) = connack[at : at + 2], _varint(connack, at + 2)
     retained = b"".join(prop for prop in _properties(connack[at : at + size]) if prop[0] != name)
@@ -79,10 +79,11 @@ def with_limit(connack: bytes, name: int, value: int) -> bytes:
 
 
 class Proxy:
-    """Listens on `port` of 127.0.0.1 and connects each client to `behind`. The attributes may be set at any time.
+    """Proxy that listens on `port` of 127.0.0.1 and connects each client to `behind`. Attributes may change at any
+    time.
 
-    `refusing`: new connections are closed at once. `held`: nothing goes on until it is False again, then all of it.
-    `piece`: bytes that go on at a time, with `pause_s` between; 0 sends whole packets.
+    `refusing` closes new connections at once. `held` delays all traffic until it is False again. `piece` is the number
+    of bytes forwarded at a time, with `pause_s` between; 0 forwards complete packets.
     """
 
     def __init__(self, behind: int) -> None:
@@ -99,7 +100,7 @@ class Proxy:
 
     @contextlib.contextmanager
     def ruled(self, rule: Rule) -> Iterator[None]:
-        """`rule` holds inside the block."""
+        """Apply `rule` during the block."""
         self.rule = rule
         try:
             yield
@@ -111,7 +112,7 @@ class Proxy:
         self._loop.call_soon_threadsafe(self._cut)
 
     def swallow(self) -> None:
-        """Half-open: what is connected now stays so, and nothing of it arrives anywhere, for ever."""
+        """Make current connections half-open: they stay connected, and no more data arrives."""
         for connection in list(self._open):
             connection.swallowed = True
 
@@ -150,7 +151,7 @@ class Proxy:
         try:
             await asyncio.gather(connection.pump(reader, up=True), connection.pump(answers, up=False))
         except (OSError, EOFError, Cut, asyncio.CancelledError):
-            # Cancelled by `close`: asyncio reports a connection's task that ends so as an error.
+            # Cancelled by `close`; asyncio would report the connection's task as an error.
             pass
         finally:
             self._open.discard(connection)
@@ -167,7 +168,7 @@ class _Connection:
             writer.transport.abort()
 
     async def pump(self, reader: asyncio.StreamReader, *, up: bool) -> None:
-        """Until one side closes; what it sent before still goes on."""
+        """Forward until one side closes; data sent before are still forwarded."""
         onward, back = (self._broker, self._client) if up else (self._client, self._broker)
         waiting = b""
         while more := await reader.read(_READ):
@@ -178,7 +179,7 @@ class _Connection:
             if self.swallowed:
                 waiting = b""
         if self.swallowed and not up:
-            # The broker gave up on it; the client does not hear of that.
+            # The broker closed its side; the client does not notice.
             await asyncio.sleep(3600)
         raise EOFError
 
@@ -205,7 +206,7 @@ class _Connection:
 
 
 def _whole(data: bytes) -> int:
-    """Size of the packet that `data` begins with; 0 where its end has not come yet."""
+    """Return the size of the packet that `data` begins with, or 0 if it is incomplete."""
     if len(data) < 2 or (all(byte & 0x80 for byte in data[1:5]) and len(data) < 5):
         return 0
     size, at = _varint(data, 1)
@@ -213,7 +214,7 @@ def _whole(data: bytes) -> int:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A variable byte integer (MQTT 5, 1.5.5), and where it ends."""
+    """Decode a variable byte integer (MQTT 5, 1.5.5), and return it with its end position."""
     value = shift = 0
     while True:
         value |= (data[at] & 0x7F) << shift

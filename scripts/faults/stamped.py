@@ -1,7 +1,7 @@
-"""A second sensor, whose rows the device stamps: their times can be judged against what the harness knows.
+"""Sensor whose rows the device timestamps, so that the timestamps can be checked against true time.
 
-The harness's own clock is the truth: it knows when a row was sent and when it was answered, and the device stamped it
-in between. Row numbers follow the order of sending, since one client sends one row after the other.
+The harness's clock is the truth: it records when a row was sent and answered, and the device timestamps it in between.
+Row numbers follow the order of sending, since one client sends the rows in sequence.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ EVERY_S = 0.2
 _STEP_S = 0.04
 _PATIENCE_S = 600.0
 _DATED = """
-    SELECT row, t_best, t_error_us, time_quality FROM results_dated WHERE device = ? AND task = ? AND row > ? ORDER BY row
+    SELECT row, t_best, t_error_us, time_quality FROM results_dated
+    WHERE device = ? AND task = ? AND row > ? ORDER BY row
 """
 
 
 class Dated(msgspec.Struct):
-    """What the collector makes of the time of one row; as `agent.fleet.database.timestamps` has it."""
+    """Timestamp of one row at the collector, as `agent.fleet.database.timestamps` defines it."""
 
     row: int
     t_best: int
@@ -40,7 +41,7 @@ class Dated(msgspec.Struct):
 
 
 class Truth(msgspec.Struct):
-    """When the device got each row: (sent, answered), epoch µs; row numbers count from 1."""
+    """True receive time of each row as (sent, answered), epoch µs; row numbers start at 1."""
 
     rows: list[tuple[int, int]] = msgspec.field(default_factory=list)
     offset_us: int = msgspec.field(default_factory=lambda: (time.time_ns() - time.monotonic_ns()) // 1000)
@@ -49,7 +50,7 @@ class Truth(msgspec.Struct):
         return self.offset_us + time.monotonic_ns() // 1000
 
     def misdated(self, dated_rows: list[Dated]) -> list[str]:
-        """Those whose true time is not within the bound, in words."""
+        """Describe the rows whose true time is outside their bound."""
         wrong = []
         for dated in dated_rows:
             if dated.t_error_us is None:
@@ -64,7 +65,7 @@ class Truth(msgspec.Struct):
 
 
 class Stamped:
-    """The sensor and what must hold of it: a companion of the world."""
+    """The sensor and the promises about its rows; a companion of the world."""
 
     def __init__(self, world: World, rng: Random) -> None:
         self.truth = Truth()
@@ -98,7 +99,7 @@ class Stamped:
             self._thread.join(2.0)
 
     def waiting(self) -> str:
-        """What is still to come; empty when nothing is."""
+        """Describe what is still to come; empty if nothing is."""
         dated_rows = self._dated_rows()
         if dated_rows and dated_rows[-1].row > len(self.truth.rows):
             return ""
@@ -107,7 +108,7 @@ class Stamped:
         return f"{short} stamped rows without result, {undated} not dated" if short or undated else ""
 
     def judge(self, verdict: Verdict) -> None:
-        """Each row once, dated, its true time within the bound; no run more often than due."""
+        """Check that each row arrives once, dated within its bound, and that no run is repeated."""
         dated_rows = self._dated_rows()
         rows = [dated.row for dated in dated_rows]
         if rows != list(range(self._judged + 1, len(self.truth.rows) + 1)):
@@ -128,7 +129,7 @@ class Stamped:
     def _count_runs(self, verdict: Verdict) -> None:
         (began, runs, starts), now = self._counted, time.monotonic()
         self._counted = now, Clock.in_world(self._world).runs(TASK), self._world.starts
-        # One more at each start, and one at each end of the time between.
+        # One more at each start, and one at each end of the interval.
         due = (now - began) / EVERY_S + 2 + self._counted[2] - starts
         if self._counted[1] - runs > due:
             verdict.problems.append(f"{self._counted[1] - runs} runs of a task that was due {due:.0f} times")

@@ -1,8 +1,8 @@
-"""A world in which one task's bundle is replaced by roll-outs: repository, plan and commands are the real ones.
+"""World with rollouts of one task's bundle; repository, plan and commands are the real ones.
 
-Each round publishes a new version and rolls it out, in shadow first and then to all. What must hold, whatever happened
-in between: the roll-out ends and the device settled on the new bundle; and results of the task are of one bundle at a
-time, of that one which the signed audit messages before them say.
+Each round publishes a new version and rolls it out, first in shadow mode, then to all. Whatever fails in between, the
+rollout must end with the device settled on the new bundle. Each result must come from the bundle that the preceding
+signed audit messages name.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from scripts.kit import bundles
 if TYPE_CHECKING:
     from scripts.faults.oracle import Verdict
 
-# The task whose bundle is replaced; the other one keeps its own.
+# The task whose bundle is replaced; the other task keeps its bundle.
 TASK, OTHER = TASKS
-# What the device says last of a roll-out that ended so.
+# The device's last status of a rollout that ended in this way.
 _ARRIVED = {"finished": {"active"}, "aborted": {"rolled_back", "rejected", "cancelled"}}
 _FINISHED = frozenset({"finished"})
 _BY_ROLLOUT = "roll-out"
-# For a machine that is busy with other things: none of it takes ten seconds on one that is not.
+# Generous, for a busy machine; on an idle one nothing takes ten seconds.
 _PATIENCE_S = 150.0
 _PADDING = 60_000
 _PLAN = """
@@ -62,7 +62,7 @@ output_drift = false
 
 
 class Updating:
-    """The roll-outs, and what must hold of them: a companion of the world."""
+    """Rollouts and the promises about them; a companion of the world."""
 
     def __init__(self, world: World) -> None:
         self._world, self._count, self._ends = world, 0, _FINISHED
@@ -84,7 +84,7 @@ class Updating:
 
     @property
     def phase(self) -> str:
-        """What the device said last of this round's roll-out, as the collector has it."""
+        """Return the device's last phase in this round's rollout, as the collector recorded it."""
         return next((phase for phase, _ in reversed(self._reported_phases(self.name))), "")
 
     @property
@@ -92,15 +92,15 @@ class Updating:
         return f"round-{self._count}"
 
     def roll(self) -> None:
-        """Publish the next version, start its roll-out, and follow it beside what comes."""
+        """Publish the next version, start its rollout, and follow it during live readings."""
         self._count, self._ends = self._count + 1, _FINISHED
         folder = self._world.folder / self.name
         folder.mkdir()
         spec = bundles.write_spec(folder, bundles.FLOAT)
         bundles.change(spec, 'version = "1.0.0"', f'version = "1.{self._count}.0"')
-        # A machine that is busy with other things is no model that hangs.
+        # A slow, busy machine must not look like a hanging model.
         bundles.change(spec, "seconds = 20", "seconds = 120")
-        # So large that it can be on its way for a while.
+        # Large enough that its transfer takes a while.
         (folder / "DATA.md").write_text(self._world.rng.randbytes(_PADDING).hex(), encoding="ascii")
         pack.write_bundle(pack.pack(spec, bundles.KEY), folder / "bundle")
         self._operate("publish", str(folder / "bundle"), "--key", bundles.KEY.public.text)
@@ -110,7 +110,7 @@ class Updating:
         self.follow()
 
     def may_abort(self) -> None:
-        """This round's roll-out may be aborted as well, and then the bundle before runs again."""
+        """Allow this round's rollout to abort, with the previous bundle active again."""
         self._ends = frozenset({"finished", "aborted"})
 
     def follow(self) -> None:
@@ -121,7 +121,7 @@ class Updating:
             )
 
     def reach(self, phase: str) -> None:
-        """Wait until the device says that it is in `phase`, or past it."""
+        """Wait until the device reports `phase` or a later one."""
         try:
             wait_until(
                 f"{self.name}: {phase}",
@@ -132,14 +132,14 @@ class Updating:
             raise AssertionError(f"{late}; {self.waiting()}; it said {self._reported_phases(self.name)[-3:]}") from None
 
     def finish(self, patience_s: float) -> None:
-        """Wait until the roll-out is over and the device where it ends; that it is not, `judge` will say."""
+        """Wait for the end of the rollout; if it does not end, `judge` reports it."""
         with contextlib.suppress(AssertionError):
             wait_until(f"{self.name} is over", lambda: not self.waiting(), patience_s)
 
     # --- as a companion ---
 
     def resume(self) -> None:
-        """The roll-outs are the fault's to begin."""
+        """Do nothing: the fault starts the rollouts."""
 
     def pause(self, _patience_s: float) -> bool:
         return True
@@ -149,12 +149,12 @@ class Updating:
         self.web.close()
 
     def waiting(self) -> str:
-        """What is still to come; empty when nothing is."""
+        """Describe what is still to come; empty if nothing is."""
         if not self._count:
             return ""
         state, runs = self._state(), self._runs()
         if state not in ("finished", "aborted"):
-            return f"{self.name} is {state}, the device's part: {self.phase or 'not heard of'}"
+            return f"{self.name} is {state}, the device's part: {self.phase or 'unknown'}"
         there = self.phase in _ARRIVED[state] and (runs == self._wanted()) == (state == "finished")
         return "" if there else f"{self.name} is {state}, the device's part: {self.phase}, and it runs {runs}"
 
@@ -169,12 +169,12 @@ class Updating:
             )
         elif (self._runs() == self._wanted()) != (state == "finished"):
             verdict.problems.append(f"{TASK} runs {self._runs()}, and {self.name} of {self._wanted()} is {state}")
-        verdict.problems += self._unsaid()
+        verdict.problems += self._undeclared_bundles()
 
-    # --- what is seen ---
+    # --- observations ---
 
-    def _unsaid(self) -> Iterator[str]:
-        """Results of another bundle than the signed messages before them say that the task runs."""
+    def _undeclared_bundles(self) -> Iterator[str]:
+        """Describe results of a bundle other than the one that the preceding signed messages name."""
         may, own, wrong = set[str](), "", 0
         sql = "SELECT kind, payload FROM messages WHERE device = ? AND kind IN ('results', 'audit') ORDER BY log, seq"
         for kind, payload in self._world.fleet.query(sql, DEVICE):
@@ -194,7 +194,7 @@ class Updating:
         return str(states[0][0]) if states else "not started"
 
     def _reported_phases(self, name: str) -> list[tuple[str, str]]:
-        """(phase, sentence) of the device, in order."""
+        """Return the device's phases and sentences, in order."""
         sql = "SELECT phase, summary FROM rollout_devices WHERE device = ? AND rollout = ? ORDER BY time, seq"
         return [(str(phase), str(summary)) for phase, summary in self._world.fleet.query(sql, DEVICE, name)]
 
@@ -203,7 +203,7 @@ class Updating:
         return str(digest)
 
     def _runs(self) -> str:
-        """The bundle of the newest results."""
+        """Return the bundle of the newest results."""
         sql = "SELECT payload FROM messages WHERE device = ? AND topic LIKE ? ORDER BY rowid DESC LIMIT 1"
         runs = self._world.fleet.query(sql, DEVICE, f"%/results/{TASK}")
         return str(json.loads(runs[0][0])["model"]["digest"]) if runs else ""
@@ -220,9 +220,9 @@ class Updating:
 
 
 def _allowed_bundles_after(body: dict[str, Any], may: set[str]) -> set[str]:
-    """Digests of the bundles that may answer for the task after this audit message.
+    """Return the digests of the bundles that may answer for the task after this audit message.
 
-    One, but on probation: then the one before answers what the other cannot.
+    It is a single bundle. On probation the previous bundle answers where the new one fails.
     """
     evidence = body.get("evidence", {})
     if evidence.get("task") != TASK:
@@ -236,7 +236,7 @@ def _allowed_bundles_after(body: dict[str, Any], may: set[str]) -> set[str]:
 
 
 def updating() -> Callable[[World], Callable[[], None]]:
-    """For `Setting.prepare`: a repository, and a device that knows it."""
+    """Create a repository, and a device configured for it; for `Setting.prepare`."""
 
     def prepare(world: World) -> Callable[[], None]:
         update = Updating(world)

@@ -1,4 +1,4 @@
-"""One device, one broker and one collector, each a process, kept running as systemd would, with a sensor that sends."""
+"""World: one device, one broker and one collector as supervised processes, with a sensor."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 DEVICE = "pi-01"
 TASKS = ("often", "in-tens")
 _RESTART_S = 0.3
-# A first start proves each task's bundle before it takes rows: two seconds, and a minute on a machine that is busy.
+# The first start probes each task's bundle before it accepts rows: two seconds, or a minute on a busy machine.
 _FIRST_S = 150.0
-# Where `fleet init` writes it.
+# The folder that `fleet init` writes.
 _GENERATED = Path("fleet/broker/mosquitto.conf")
 
 
 class Setting(msgspec.Struct, frozen=True):
-    """What a fault needs of its world.
+    """Requirements of a fault on its world.
 
-    `launcher` are the words between `python` and the arguments of `outstation`, `before` those before `python`.
-    `device_toml`, `buffer_toml` go into the device's config (`buffer_toml` into [buffer]), `collector_toml` into
-    [collector]. `tls` uses the config, certificates and access list that `fleet init` writes. `proxied`: device and
-    collector reach the broker through a `Proxy` each, `World.device_line` and `World.collector_line`. `forgetful`: the
-    medium may drop what it confirmed, and with it all trace of the newest readings. `prepare` is called when all is
-    configured and nothing started, and may mount or replace things; what it returns is called in the end.
+    `launcher` holds the words between `python` and the arguments of `outstation`, `before` those before `python`.
+    `device_toml` and `buffer_toml` go into the device's config (`buffer_toml` into [buffer]), `collector_toml` into
+    [collector]. `tls` uses the config, certificates and access list of `fleet init`. `proxied`: device and collector
+    reach the broker through a `Proxy` each, `World.device_line` and `World.collector_line`. `forgetful`: the medium may
+    drop confirmed data, including all trace of the newest readings. `prepare` runs after configuration and before the
+    start, and may mount or replace things. The function it returns runs at the end.
     """
 
     launcher: Sequence[str] = ("-m", "agent")
@@ -58,14 +58,14 @@ class Setting(msgspec.Struct, frozen=True):
 
 
 class Companion(Protocol):
-    """What goes on in a world beside its sensor, and has promises of its own to be judged by."""
+    """Activity beside the world's sensor, with its own promises to check."""
 
     def resume(self) -> None: ...
 
     def pause(self, patience_s: float) -> bool: ...
 
     def waiting(self) -> str:
-        """What is still to come; empty when nothing is."""
+        """Describe what is still to come; empty if nothing is."""
         ...
 
     def judge(self, verdict: Verdict) -> None: ...
@@ -74,13 +74,13 @@ class Companion(Protocol):
 
 
 class World:
-    """Use as a context: leaving it ends every process."""
+    """The processes of a world; a context manager that ends all of them."""
 
     def __init__(self, folder: Path, setting: Setting, rng: Random) -> None:
         self.folder, self.setting, self.rng = folder, setting, rng
         self.fleet = LocalFleet(folder, mosquitto=_broker(folder, setting))
         if setting.tls and os.geteuid() == 0:
-            # Else it becomes user mosquitto, who cannot read a folder of root's.
+            # Otherwise it switches to user mosquitto, which cannot read root's folders.
             with (folder / _GENERATED).open("a", encoding="utf-8") as conf:
                 conf.write("user root\n")
         self.broker = self.fleet.broker
@@ -91,7 +91,7 @@ class World:
         self.device_line: Proxy
         self.collector_line: Proxy
         self._leaving = contextlib.ExitStack()
-        self._kept: set[OutstationProcess] = set()
+        self._supervised: set[OutstationProcess] = set()
         self._guard = threading.RLock()
         self._closing = False
         self._supervisor = threading.Thread(target=self._supervise, daemon=True)
@@ -126,7 +126,7 @@ class World:
     def _end(self) -> None:
         self._closing = True
         with self._guard:
-            self._kept.clear()
+            self._supervised.clear()
             for program in (self.device, self.collector):
                 program.kill()
         self.broker.kill()
@@ -134,48 +134,48 @@ class World:
             companion.close()
 
     def resume(self) -> None:
-        """Have the sensors send."""
+        """Make the sensors send."""
         for sensor in self.sensors():
             sensor.resume()
 
     def sensors(self) -> list[Producer | Companion]:
-        """The first one, and what goes on beside it."""
+        """Return the sensor and all companions."""
         return [self.producer, *self.companions]
 
     def keep(self, program: OutstationProcess) -> None:
-        """Run it, and start it again whenever it ends."""
+        """Run the process, and restart it whenever it ends."""
         with self._guard:
-            self._kept.add(program)
+            self._supervised.add(program)
             if not program.is_running:
                 self._start(program)
 
     def leave(self, program: OutstationProcess) -> None:
-        """Do not start it again, until `keep`."""
+        """Suspend restarts until `keep`."""
         with self._guard:
-            self._kept.discard(program)
+            self._supervised.discard(program)
 
     def kill(self, program: OutstationProcess) -> None:
-        """SIGKILL; it stays down until `keep`."""
+        """Send SIGKILL; the process stays down until `keep`."""
         with self._guard:
-            self._kept.discard(program)
+            self._supervised.discard(program)
             program.kill()
 
     def restart(self, program: OutstationProcess) -> None:
-        """SIGKILL, and at once up again."""
+        """Send SIGKILL and restart at once."""
         self.kill(program)
         self.keep(program)
 
     def running(self) -> bool:
-        """Whether everything that should be up is."""
+        """Return True if all supervised processes run."""
         with self._guard:
-            return all(program.is_running for program in self._kept)
+            return all(program.is_running for program in self._supervised)
 
     def _supervise(self) -> None:
-        """What systemd does with Restart=always."""
+        """Restart ended processes, as systemd does with Restart=always."""
         while not self._closing:
             time.sleep(_RESTART_S)
             with self._guard:
-                for program in list(self._kept):
+                for program in list(self._supervised):
                     if not program.is_running and not self._closing:
                         self.restarts += 1
                         self._start(program)

@@ -1,8 +1,8 @@
-"""Decoders under damaged bytes.
+"""Fuzzing of decoders with damaged bytes.
 
-A target is a function decorated with `@target(name, says, seeds)` in a module of this package. It takes any bytes, lets
-the decoder at them, catches the decoder's own error and no other, and checks what was taken. Whatever else it raises is
-a finding. `seeds` gives sound input to start from.
+A target is a function decorated with `@target(name, says, seeds)` in a module of this package. It passes any bytes to
+the decoder, catches only the decoder's own error, and checks what was accepted. Any other exception is a finding.
+`seeds` returns valid inputs to start from.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Seeds = Callable[[], list[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """`says` is one line for people; `longest` is how long an input may grow, in bytes.
+    """A fuzz target: `says` is its one-line description, `longest` the maximum input length in bytes.
 
-    `costly`, each input starts processes of its own.
+    For a `costly` target, each input starts processes.
     """
 
     name: str
@@ -45,7 +45,7 @@ def target(name: str, says: str, seeds: Seeds, longest: int = 4096, *, costly: b
 
 
 def load() -> dict[str, Target]:
-    """All targets, by name."""
+    """Return all targets by name."""
     for module in pkgutil.iter_modules(__path__):
         if module.name.startswith("on_"):
             importlib.import_module(f"{__name__}.{module.name}")

@@ -1,4 +1,4 @@
-"""`scripts/fuzz [TARGET]`: exit 1 where a decoder broke; each input that did it is in a file of its own."""
+"""Command `scripts/fuzz [TARGET]`; exit code 1 if a decoder broke, with each failing input in its own file."""
 
 from __future__ import annotations
 
@@ -21,23 +21,25 @@ HANGS_S = 60
 
 @click.command()
 @click.argument("name", metavar="[TARGET]", required=False)
-@click.option("--list", "listing", is_flag=True, help="The targets.")
-@click.option("--seconds", default=60, show_default=True, type=click.IntRange(1), help="For each target.")
-@click.option("--seed", default=1, show_default=True, help="The same seed tries the same inputs.")
-@click.option("--input", "file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Only this input.")
-@click.option("--plain", is_flag=True, help="Without atheris, even where it is installed.")
+@click.option("--list", "listing", is_flag=True, help="List the targets.")
+@click.option("--seconds", default=60, show_default=True, type=click.IntRange(1), help="Duration per target.")
+@click.option("--seed", default=1, show_default=True, help="Seed; equal seeds try equal inputs.")
+@click.option(
+    "--input", "file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Run only this input."
+)
+@click.option("--plain", is_flag=True, help="Do not use atheris, even if installed.")
 def main(name: str | None, listing: bool, seconds: int, seed: int, file: Path | None, plain: bool) -> None:
-    """Fuzz all targets, or the one called TARGET, for example: scripts/fuzz message --seconds 600"""
+    """Fuzz all targets, or the one called TARGET. Example: scripts/fuzz message --seconds 600."""
     targets = fuzzing.load()
     if name is not None and name not in targets:
-        raise click.UsageError(f"there is no target {name!r}; there is {', '.join(targets)}")
+        raise click.UsageError(f"no target is named {name!r}; use one of {', '.join(targets)}")
     chosen = [targets[name]] if name else list(targets.values())
     if listing:
         for target in chosen:
             click.echo(f"{target.name:14} {target.says}")
         return
     if file is not None:
-        sys.exit(again(chosen, file))
+        sys.exit(reproduce(chosen, file))
     guided = not plain and importlib.util.find_spec("atheris") is not None
     crashes = [crash for target in chosen for crash in (with_atheris if guided else without)(target, seconds, seed)]
     for crash in crashes:
@@ -45,12 +47,12 @@ def main(name: str | None, listing: bool, seconds: int, seed: int, file: Path | 
     sys.exit(1 if crashes else 0)
 
 
-def again(chosen: list[Target], file: Path) -> int:
-    """Run one input; the exit code."""
+def reproduce(chosen: list[Target], file: Path) -> int:
+    """Run one input, and return the exit code."""
     if len(chosen) != 1:
         raise click.UsageError("--input needs the TARGET that the input is for")
     crash = attempt(chosen[0], file.read_bytes())
-    click.echo(crash.trace if crash else f"{chosen[0].name}: nothing happens with {file}")
+    click.echo(crash.trace if crash else f"{chosen[0].name}: {file} raises no fault")
     return 1 if crash else 0
 
 
@@ -79,14 +81,14 @@ def with_atheris(target: Target, seconds: int, seed: int) -> list[Crash]:
     last = re.findall(r"^#\d.*", done.stderr, re.MULTILINE)[-1:] or ["nothing was run"]
     click.echo(f"{target.name:14} atheris: {' '.join(last[0].split())}")
     new = [path for path in artifacts.iterdir() if path not in before]
-    crashes = [attempt(target, path.read_bytes()) or _only_there(target, path, done.stderr) for path in new]
+    crashes = [attempt(target, path.read_bytes()) or _irreproducible(target, path, done.stderr) for path in new]
     if done.returncode != 0 and not new:
         raise click.ClickException(f"{target.name}: atheris ended with {done.returncode}:\n{done.stderr[-3000:]}")
     return crashes
 
 
-def _only_there(target: Target, path: Path, line: str) -> Crash:
-    """What does not happen again in this process: memory, time, or a fault in C."""
+def _irreproducible(target: Target, path: Path, line: str) -> Crash:
+    """Describe a crash that is not reproducible in this process: memory, time, or a fault in C."""
     return Crash(target.name, path.read_bytes(), f"{path.name}: under atheris only", line[-10_000:])
 
 

@@ -1,4 +1,4 @@
-"""Runs one target on mutated input; an input that reaches a new line of agent/ becomes a seed itself."""
+"""Coverage-guided exploration: an input that reaches a new line of agent/ becomes a seed."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from scripts.fuzzing.mutate import mutated
 
 ROOT = Path(__file__).parents[2]
 _OURS = str(ROOT / "agent")
-# No decoder needs so long for a few kilobytes.
+# No decoder needs this long for a few kilobytes.
 SLOW_S = 3.0
-# Tracing costs most of the time: every so many inputs.
+# Tracing dominates the cost, so only a fraction of the inputs is traced.
 _TRACED = 4
 
 
 class TooSlow(Exception):
-    """A decoder took longer than `SLOW_S`."""
+    """Raised if a decoder took longer than `SLOW_S`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Crash:
-    """An input that broke its target; `place` tells one fault from another."""
+    """An input that broke its target; `place` distinguishes faults."""
 
     target: str
     data: bytes
@@ -38,7 +38,7 @@ class Crash:
     trace: str
 
     def write(self, folder: Path) -> Path:
-        """The input, with a text beside it that says how to see it again."""
+        """Write the input, and a text file with the command that reproduces it."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.target}-{hashlib.sha256(self.data).hexdigest()[:12]}"
         path.write_bytes(self.data)
@@ -48,17 +48,17 @@ class Crash:
 
 
 @dataclass(slots=True)
-class Found:
-    """What a run of a target came to; crashes by place."""
+class Exploration:
+    """Outcome of a target's run, with its crashes by place."""
 
     runs: int = 0
     lines: set[tuple[str, int]] = field(default_factory=set)
     crashes: dict[str, Crash] = field(default_factory=dict)
 
 
-def explore(target: Target, seed: int, seconds: float = float("inf"), runs: int = sys.maxsize) -> Found:
-    """Seeds first, then mutations of them, until `seconds` or `runs` are over. The same seed gives the same inputs."""
-    random, seeds, findings = Random(f"{target.name} {seed}"), target.seeds(), Found()
+def explore(target: Target, seed: int, seconds: float = float("inf"), runs: int = sys.maxsize) -> Exploration:
+    """Run the seeds, then mutations, for `seconds` or `runs`. The same seed yields the same inputs."""
+    random, seeds, findings = Random(f"{target.name} {seed}"), target.seeds(), Exploration()
     end = time.monotonic() + seconds
     waiting = list(seeds)
     while waiting or (findings.runs < runs and time.monotonic() < end):
@@ -75,7 +75,7 @@ def explore(target: Target, seed: int, seconds: float = float("inf"), runs: int 
 
 
 def attempt(target: Target, data: bytes, lines: set[tuple[str, int]] | None = None) -> Crash | None:
-    """Run the target once; `lines` gets the lines of agent/ that it came by."""
+    """Run the target once, and add the lines of agent/ that it reached to `lines`."""
     try:
         if lines is None:
             run(target, data)
@@ -89,7 +89,7 @@ def attempt(target: Target, data: bytes, lines: set[tuple[str, int]] | None = No
 
 
 def run(target: Target, data: bytes) -> None:
-    """Run the target once. A warning is an error here, and so is more than `SLOW_S` of CPU time."""
+    """Run the target once. Warnings and more than `SLOW_S` of CPU time count as errors."""
     start = time.process_time()
     with warnings.catch_warnings(action="error"):
         target.run(data)

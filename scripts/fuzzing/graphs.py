@@ -1,4 +1,4 @@
-"""Models whose file is in order and whose graph is not: what a flatbuffer's own checks let through."""
+"""Graph mutation of models whose flatbuffer is valid, so that the file format's checks pass."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import flatbuffers
 from ai_edge_litert import schema_py_generated as schema
 
-# What sizes and indices have been wrong by.
+# Typical wrong sizes and indices.
 _NUMBERS = (-(2**31), -2, -1, 0, 1, 2, 3, 7, 255, 4096, 2**20, 2**28, 2**31 - 1)
 _OPERATORS = 160
 _TYPES = 20
 
 
 def mutated(content: bytes, random: Random) -> bytes:
-    """A model after one to three changes of its graph; the same `random` gives the same one."""
+    """Return a model after one to three changes of its graph; the same `random` yields the same model."""
     model = schema.ModelT.InitFromPackedBuf(content, 0)
     for _ in range(random.choice((1, 1, 1, 2, 3))):
         random.choice(_CHANGES)(model, model.subgraphs[0], random)
@@ -34,7 +34,7 @@ def _tensor(graph: Any, random: Random) -> Any:
 
 
 def _some(graph: Any, random: Random) -> int:
-    """The index of a tensor, or of none."""
+    """Return the index of a tensor, or one out of range."""
     return random.choice((random.randrange(len(graph.tensors)), random.randrange(len(graph.tensors)), -1, 9999))
 
 

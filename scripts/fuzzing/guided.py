@@ -1,4 +1,4 @@
-"""One target under atheris, in a process of its own: libFuzzer ends it at the first finding.
+"""One target under atheris, in its own process: libFuzzer ends it at the first finding.
 
 python -m scripts.fuzzing.guided TARGET CORPUS [libFuzzer options]
 """
@@ -23,7 +23,7 @@ from scripts.fuzzing.mutate import mutated
 
 
 def mutate(data: bytes, longest: int, seed: int) -> bytes:
-    """libFuzzer's changes of bytes and ours of JSON in turns."""
+    """Alternate libFuzzer's byte mutations with our JSON mutations."""
     random = Random(seed)
     return mutated([data], random, longest) if random.random() < 0.5 else bytes(atheris.Mutate(data, longest))
 

@@ -1,4 +1,4 @@
-"""Sound bytes to damaged ones, from a seeded random number generator."""
+"""Mutation of valid bytes, driven by a seeded random number generator."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from random import Random
 
-# What decoders have stumbled over before.
+# Values that have broken decoders before.
 _WORDS = (
     *(
         b"NaN",
@@ -43,7 +43,7 @@ _MEMBER = re.compile(rb'"[^"\\]*"\s*:')
 
 
 def mutated(seeds: Sequence[bytes], random: Random, longest: int) -> bytes:
-    """One of `seeds` after one to eight changes, at most `longest` bytes."""
+    """Return one of `seeds` after one to eight changes, at most `longest` bytes."""
     data = random.choice(seeds)
     for _ in range(random.choice((1, 1, 1, 2, 2, 3, 8))):
         data = random.choice(_CHANGES)(data, seeds, random)

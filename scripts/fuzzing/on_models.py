@@ -1,6 +1,6 @@
-"""Models that are damaged, or made to do harm: the probe's child may die of them, and nothing else.
+"""Fuzz targets for damaged and malicious models; only the probe's child process may die.
 
-What passes the probe is then run as the daemon would, in one more process: that it dies there is a finding.
+A model that passes the probe then runs as in the daemon, in another process. A death of that process is a finding.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ except BadBundle:
 """
 
 
-class Died(Exception):
-    """A model that passed the probe ended the process that ran it."""
+class ProcessDied(Exception):
+    """Raised if a model that passed the probe ended the process that ran it."""
 
 
 @functools.cache
-def sound() -> list[Bundle]:
-    """The bundle that ships, with its golden vectors, and models that have none: of those less is found out."""
+def valid_bundles() -> list[Bundle]:
+    """Return the shipped bundle with its golden vectors, and models without any, which are checked less."""
     bundles = [bundle.read(builtin.bundles_dir() / "exercise", None)]
     for recipe in (CLASSIFY, FLOAT):
         bundles.append(around(model(recipe.model), recipe))
@@ -52,7 +52,7 @@ def sound() -> list[Bundle]:
         path = THIRD_PARTY / f"mlperf_{name}_int8.tflite"
         if path.exists():
             bundles.append(around(path.read_bytes(), recipe))
-    return [_soon_over(sound_bundle) for sound_bundle in bundles]
+    return [_limit_resources(sound_bundle) for sound_bundle in bundles]
 
 
 def _inputs(count: int) -> tuple[str, ...]:
@@ -63,8 +63,8 @@ def _words() -> Recipe:
     return Recipe("classify", "", _inputs(490), tuple(f"word {i}" for i in range(12)))
 
 
-def _soon_over(sound_bundle: Bundle) -> Bundle:
-    """With little time and memory: what hangs or wants more and more is ended soon."""
+def _limit_resources(sound_bundle: Bundle) -> Bundle:
+    """Limit time and memory, so that a hang or a memory leak ends soon."""
     content = msgspec.structs.replace(
         sound_bundle.manifest, limits=manifest.ResourceLimits(memory_mib=512, cpu_seconds=2)
     )
@@ -74,7 +74,7 @@ def _soon_over(sound_bundle: Bundle) -> Bundle:
 
 
 def judge(sound_bundle: Bundle, content: bytes) -> ProbeReport:
-    """What the probe says of `content` in place of the bundle's model. Raises Died."""
+    """Return the probe's verdict on `content` in place of the bundle's model. Raises Died."""
     report = probe.probe(replace(sound_bundle, files={**sound_bundle.files, "model.tflite": content}), [])
     assert report.checks
     assert all(detail for _, _, detail in report.checks)
@@ -84,27 +84,27 @@ def judge(sound_bundle: Bundle, content: bytes) -> ProbeReport:
         command = [sys.executable, "-c", _AS_THE_DAEMON, *size]
         done = subprocess.run(command, input=content, capture_output=True, check=False, timeout=60)
         if done.returncode != 0:
-            raise Died(f"ended with {done.returncode}: {done.stderr.decode(errors='replace')[-300:]}")
+            raise ProcessDied(f"ended with {done.returncode}: {done.stderr.decode(errors='replace')[-300:]}")
     return report
 
 
 def _numbered() -> list[bytes]:
-    """Each model, and before it which of the bundles it is for."""
-    return [bytes([number]) + sound_bundle.model_bytes for number, sound_bundle in enumerate(sound())]
+    """Return each model, prefixed by the number of its bundle."""
+    return [bytes([number]) + sound_bundle.model_bytes for number, sound_bundle in enumerate(valid_bundles())]
 
 
-@target("model", "a model with damaged bytes ends nothing but the probe's child", _numbered, _LONGEST, costly=True)
+@target("model", "a model with damaged bytes kills only the probe's child", _numbered, _LONGEST, costly=True)
 def damaged(data: bytes) -> None:
-    bundles = sound()
+    bundles = valid_bundles()
     judge(bundles[data[0] % len(bundles) if data else 0], data[1:])
 
 
 def changed(data: bytes) -> tuple[Bundle, bytes]:
-    """The bundle that `data` stands for, and its model with a graph changed as `data` says."""
+    """Return the bundle that `data` selects, and its model with a graph mutated by `data`."""
     from scripts.fuzzing import graphs
 
     random = Random(data)
-    sound_bundle = random.choice(sound())
+    sound_bundle = random.choice(valid_bundles())
     return sound_bundle, graphs.mutated(sound_bundle.model_bytes, random)
 
 
@@ -112,7 +112,7 @@ if all(importlib.util.find_spec(name) for name in ("ai_edge_litert", "flatbuffer
 
     @target(
         "graph",
-        "a well-formed model with a wrong graph ends nothing but the probe's child",
+        "a well-formed model with a wrong graph kills only the probe's child",
         lambda: [bytes([number]) for number in range(3)],
         16,
         costly=True,

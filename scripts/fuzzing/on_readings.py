@@ -1,4 +1,4 @@
-"""What producers send and put into folders: lines, files, and the chunks they become."""
+"""Fuzz targets for producers' input: lines, files, and the chunks they become."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def lines() -> list[bytes]:
     return [*seeds, seeds[0] + b"\n" + seeds[1] + b"\n" + seeds[2] + b"\n" + seeds[-1]]
 
 
-@target("lines", "each line of a producer is taken or named, and as if it had come alone", lines)
+@target("lines", "each line of a producer is accepted or rejected by itself", lines)
 def taken_or_named(data: bytes) -> None:
     given = data.split(b"\n")
     together, alone = outcome([given]), outcome([[line] for line in given])
@@ -59,7 +59,7 @@ def taken_or_named(data: bytes) -> None:
 
 
 def outcome(calls: list[list[bytes]]) -> tuple[list[int], dict[int, str], dict[str, bytes]]:
-    """Lines that rows came of, line → reason, and the rows by stream as bytes."""
+    """Return the accepted lines, the reason for each rejected line, and the rows by stream as bytes."""
     reader, first = LineParser(STREAMS), 1
     numbers: list[int] = []
     bad: dict[int, str] = {}
@@ -98,18 +98,20 @@ def read_text(name: str, data: bytes, stream: StreamConfig) -> None:
 
 
 @target(
-    "csv", "each line of a CSV file is taken once or named", lambda: [b"t,ax,ay\n1,2,3\n,4,5\n", b'ax,ay\r\n"1",2\r\n']
+    "csv",
+    "each line of a CSV file is accepted once or rejected",
+    lambda: [b"t,ax,ay\n1,2,3\n,4,5\n", b'ax,ay\r\n"1",2\r\n'],
 )
 def csv(data: bytes) -> None:
     read_text("x.csv", data, WATCH)
 
 
-@target("csv-text", "the same with columns of text", lambda: [b'power,count,mode,heat\n1,2,"a\nb",\n0.5,7,off,1e3\n'])
+@target("csv-text", "CSV lines with text columns", lambda: [b'power,count,mode,heat\n1,2,"a\nb",\n0.5,7,off,1e3\n'])
 def csv_text(data: bytes) -> None:
     read_text("x.csv", data, MACHINE)
 
 
-@target("jsonl", "each line of a JSON Lines file is taken once or named", lines)
+@target("jsonl", "each line of a JSON Lines file is accepted once or rejected", lines)
 def jsonl(data: bytes) -> None:
     read_text("x.jsonl", data, WATCH)
 
@@ -149,14 +151,14 @@ def chunks() -> list[bytes]:
     return [json.dumps([p.n, p.first_t, p.time_bytes, p.crc]).encode() + b"\n" + p.data for p in packed]
 
 
-@target("chunk", "a chunk that is taken holds what was packed", chunks)
+@target("chunk", "an accepted chunk holds the packed rows", chunks)
 def chunk(data: bytes) -> None:
     head, _, body = data.partition(b"\n")
     try:
         n, first_t, time_bytes, crc = json.loads(head)
     except (ValueError, TypeError, RecursionError):
         return
-    # The sum as given, and the right one: of a chunk that was damaged before it was summed.
+    # The checksum as given, and the correct one, for a chunk that was damaged before its checksum was computed.
     for sum_ in (crc, right_sum(n, first_t, time_bytes, body)):
         try:
             rows = unpack_chunk(PackedChunk(n, first_t, time_bytes, body, sum_), FIELDS)

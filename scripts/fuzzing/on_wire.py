@@ -1,4 +1,4 @@
-"""What comes over the air: topics, tokens, payloads, and what the collector makes of them."""
+"""Fuzz targets for MQTT input: topics, tokens, payloads, and their processing in the collector."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOW = "2026-11-24T22:20:00.000000Z"
 
 
 def kinds() -> list[SignedMessage]:
-    """One message of each kind a device sends."""
+    """Return one message of each kind that a device sends."""
     sender = MessageSender(key=DEVICE, log="00000000-0000-4000-8000-000000000000")
     logged = [
         sender.results(),
@@ -45,12 +45,12 @@ TOPICS = sorted({sent.topic for sent in kinds()})
 
 
 def addressed() -> list[bytes]:
-    """Payloads, each behind one byte for its topic."""
+    """Return payloads, each prefixed by one byte for its topic."""
     return [bytes([TOPICS.index(sent.topic)]) + sent.payload for sent in kinds()]
 
 
 def opened(topic: str, payload: bytes, key: keys.SigningKey, owner: str) -> VerifiedMessage | None:
-    """The payload, rightly signed, as the receiver takes it; None where it is refused."""
+    """Sign the payload and return it as the receiver decodes it, or None if it is rejected."""
     try:
         return verify_message(
             topic, payload, [jws.sign(key, topic, payload)], lambda kid: jws.Signer(owner, key.public)
@@ -59,7 +59,7 @@ def opened(topic: str, payload: bytes, key: keys.SigningKey, owner: str) -> Veri
         return None
 
 
-@target("topic", "a topic that is taken is spelled in one way only", lambda: [t.encode() for t in TOPICS])
+@target("topic", "an accepted topic has one spelling only", lambda: [t.encode() for t in TOPICS])
 def topic(data: bytes) -> None:
     text = data.decode("utf-8", "surrogateescape")
     try:
@@ -69,7 +69,7 @@ def topic(data: bytes) -> None:
     assert str(parsed) == text
 
 
-@target("token", "a signature under any header", lambda: [b"{}", b64url_decode(kinds()[0].jws.split("..")[0])])
+@target("token", "a signature with any header", lambda: [b"{}", b64url_decode(kinds()[0].jws.split("..")[0])])
 def token(data: bytes) -> None:
     sent = kinds()[0]
     head = b64url_encode(data)
@@ -83,7 +83,7 @@ def token(data: bytes) -> None:
         assert (header["alg"], header["b64"], header["crit"], header["top"]) == ("EdDSA", False, ["b64"], sent.topic)
 
 
-@target("message", "a signed payload that is taken says one thing to every reader", addressed)
+@target("message", "every reader decodes an accepted signed payload equally", addressed)
 def message(data: bytes) -> None:
     name = TOPICS[data[0] % len(TOPICS)] if data else TOPICS[0]
     verified = opened(name, data[1:], DEVICE, "pi-07")
@@ -97,7 +97,7 @@ def acknowledgements() -> list[bytes]:
     return [json.dumps({**body, "missing": missing, "time": TIME}).encode() for missing in ([], [[1, 2], [4, 7]])]
 
 
-@target("ack", "an acknowledgement signed by the collector deletes nothing beyond its end", acknowledgements)
+@target("ack", "an acknowledgement deletes nothing beyond its end", acknowledgements)
 def ack(data: bytes) -> None:
     verified = opened("outstation/acme/pi-07/ack", data, COLLECTOR, "collector")
     if verified is None:
@@ -110,7 +110,7 @@ def ack(data: bytes) -> None:
         return
 
 
-@target("key", "a public key that is taken is spelled in one way only", lambda: [DEVICE.public.raw, bytes(32)], 64)
+@target("key", "an accepted public key has one spelling only", lambda: [DEVICE.public.raw, bytes(32)], 64)
 def key(data: bytes) -> None:
     for text in (b64url_encode(data), data.decode("latin-1")):
         try:
@@ -121,7 +121,7 @@ def key(data: bytes) -> None:
 
 
 class Wire:
-    """What a collector needs of a connection."""
+    """Stub of the connection, with the members that a collector uses."""
 
     window = 20
 
@@ -146,7 +146,7 @@ class Wire:
 
 
 class Desk:
-    """A collector with a database of its own; one for all inputs of this process."""
+    """A collector with its own database, shared by all inputs of this process."""
 
     def __init__(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
@@ -161,7 +161,7 @@ class Desk:
         self.folder.cleanup()
 
     def known(self) -> int:
-        """How many messages were stored or refused so far."""
+        """Return the number of messages stored or rejected so far."""
         return self.store.count_messages() + sum(int(row["count"]) for row in self.store.refusals())
 
     def hand(self, delivery: IncomingMessage) -> None:
@@ -181,7 +181,7 @@ def desk() -> Desk:
     return Desk()
 
 
-@target("collector", "a signed payload is stored or refused, and the audit can read what was stored", addressed)
+@target("collector", "a signed payload is stored or rejected, and the audit reads stored ones", addressed)
 def collector(data: bytes) -> None:
     name = TOPICS[data[0] % len(TOPICS)] if data else TOPICS[0]
     payload = data[1:]

@@ -1,1 +1,1 @@
-"""How often the 95 % intervals of `rivals` hold the truth, on blocks whose truth is known."""
+"""Coverage of the 95 % intervals of bundle comparison, on blocks whose truth is known."""

@@ -1,4 +1,4 @@
-"""`scripts/coverage`: what docs/comparing.md says of intervals, counted anew."""
+"""Command `scripts/coverage`: recompute the coverage figures of docs/comparing.md."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ Drawn = Callable[[np.random.Generator], tuple[list[ComparisonBlock], dict[str, f
 
 
 @click.command()
-@click.option("--repeats", default=400, show_default=True, help="Of each case; a quarter of them where looks repeat.")
-@click.option("--seed", default=1, show_default=True, help="The same seed gives the same figures.")
-@click.option("--only", default="", help="Cases whose name holds this.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option(
+    "--repeats", default=400, show_default=True, help="Repetitions per case; a quarter of them for repeated looks."
+)
+@click.option("--seed", default=1, show_default=True, help="Seed; equal seeds yield equal figures.")
+@click.option("--only", default="", help="Run only cases whose name contains this text.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(repeats: int, seed: int, only: str, as_json: bool) -> None:
-    """Count how often 95 % intervals hold the truth, for example: scripts/coverage --repeats 100 --only recordings"""
+    """Count how often 95 % intervals contain the truth. Example: scripts/coverage --repeats 100 --only recordings."""
     announce = (lambda line: None) if as_json else click.echo
     announce("held / called bad at its limit / without interval, of all; mean width")
     covered = []
     for name, drawn in _cases():
         if only in name:
-            covered.append({"case": name, **held(drawn, seed, repeats)})
+            covered.append({"case": name, **interval_coverage(drawn, seed, repeats)})
             announce(f"{name}\n" + "\n".join(_line(*item) for item in covered[-1].items() if item[0] != "case"))
     announce(
         f"called bad at the first and any look at {looks.MESSAGES} messages, better than the limit by {looks.MARGINS}"
@@ -47,10 +49,11 @@ def main(repeats: int, seed: int, only: str, as_json: bool) -> None:
         click.echo(json.dumps(document, indent=2))
 
 
-def held(drawn: Drawn, seed: int, repeats: int) -> dict[str, dict[str, float]]:
-    """By estimate: the shares of intervals that hold the truth, that lie below it, that are not given; mean width.
+def interval_coverage(drawn: Drawn, seed: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Return, per estimate, the shares of intervals with the truth inside, below it, or not given, and the mean width.
 
-    Below it means a bad bundle for what should not be small; of what should not be large, intervals above it count.
+    An interval below the truth rejects a bundle for a metric with a lower limit. For a metric with an upper limit,
+    intervals above the truth count.
     """
     intervals: dict[str, list[tuple[float, float, float]]] = {}
     nothing: dict[str, int] = {}

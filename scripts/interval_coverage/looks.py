@@ -1,4 +1,4 @@
-"""How often a bundle that is good enough is called bad, where a device looks again with each message."""
+"""False rejection rate of a good bundle under repeated looks, one per message."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from scripts.interval_coverage import synthetic
 from scripts.interval_coverage.synthetic import ESTIMATES, STRAIN, TRUTHS, WINDOWS, Floats
 
 MESSAGES = 100
-# Of the rules: so many batches are answered before a device judges.
+# Minimum number of batches before a device judges, from the rules.
 BATCHES = (20, 60, 240)
-# What a bundle is better by than the limit it is held to.
+# Margins by which the bundle is better than its limit.
 MARGINS = (0.0, 0.03, 0.05)
 LOOKED_AT = ("agreement", "labelled gain", "expected gain")
 
@@ -34,7 +34,7 @@ STRAINS: dict[str, Callable[[np.random.Generator, int], Floats]] = {
 
 
 def lowest_high(random: np.random.Generator, name: str, batches: int) -> dict[str, tuple[float, float]]:
-    """The upper end that the first look finds, and the lowest of any at MESSAGES messages: below a limit, it is bad."""
+    """Return the upper bound at the first look, and the lowest over MESSAGES looks; below a limit it rejects."""
     ends = list(accumulate(batches_per_message(i, batches) for i in range(MESSAGES)))
     answered = synthetic.batches(random, STRAINS[name](random, ends[-1] * WINDOWS))
     bounds: dict[str, list[float]] = {estimate: [] for estimate in LOOKED_AT}
@@ -46,7 +46,7 @@ def lowest_high(random: np.random.Generator, name: str, batches: int) -> dict[st
 
 
 def measured(name: str, seed: int, repeats: int, batches: int) -> dict[str, list[list[float]]]:
-    """By estimate: the shares of repetitions that called it bad at the first and at any look, for each of MARGINS."""
+    """Return, per estimate, the rejection rates at the first and at any look, for each of MARGINS."""
     lowest = [lowest_high(np.random.default_rng([seed, i]), name, batches) for i in range(repeats)]
     return {
         estimate: [
@@ -61,7 +61,7 @@ def measured(name: str, seed: int, repeats: int, batches: int) -> dict[str, list
 
 
 def _looks(answered: list[ComparisonStats], ends: list[int], batches: int) -> Iterator[list[ComparisonBlock]]:
-    """What a device keeps after each of its messages, from so many batches on."""
+    """Return the state of a device after each of its messages, from the minimum number of batches on."""
     retained: list[ComparisonStats] = []
     for begin, end in zip([0, *ends], ends, strict=False):
         retained = merge_neighbours([*retained, sum(answered[begin:end], ComparisonStats())])

@@ -1,6 +1,6 @@
-"""Blocks of the shipped `exercise` and bundles that differ from it, over the recordings that none of them was made of.
+"""Blocks of the shipped `exercise` and of variants, over recordings outside their training sets.
 
-Recordings are drawn with replacement and follow one another, so the truth is what all of them say together.
+Recordings are drawn with replacement and concatenated, so the truth is the value over all of them.
 """
 
 from __future__ import annotations
@@ -26,18 +26,21 @@ STEP = 50
 
 @dataclass(frozen=True)
 class Both:
-    """Of one recording, window by window: who was right, and whether both said the same; the chances they gave."""
+    """Per-window results of both bundles on one recording: correctness, agreement and predicted probabilities."""
 
     same: NDArray[np.bool_]
     right: NDArray[np.bool_]
-    beside: NDArray[np.bool_]
+    candidate: NDArray[np.bool_]
     chance: NDArray[np.float64]
     other: NDArray[np.float64]
 
 
 @cache
 def recordings(change: str) -> tuple[Both, ...]:
-    """`sensitive`: names the first class where values are large. `scaled`: its scaling is off by 30 %."""
+    """Return recordings of both bundles.
+
+    `sensitive` names the first class for large values; `scaled` has a scaling off by 30 %.
+    """
     shipped = bundle.read(SHIPPED, None)
     model = inference.load_model(shipped.manifest, shipped.model_bytes)
     other = runtime.TfliteModel(build_rigged_bundle("sensitive")["model.tflite"]) if change == "sensitive" else model
@@ -59,7 +62,7 @@ def recordings(change: str) -> tuple[Both, ...]:
 
 
 def _chances(manifest: Manifest, *outputs: NDArray[np.float32]) -> list[NDArray[np.float64]]:
-    """That each answer is right, by its score."""
+    """Return the probability that each answer is correct, from its score."""
     score_list = [scores.from_outputs(output, manifest).score for output in outputs]
     return [output for output in score_list if output is not None]
 
@@ -69,7 +72,7 @@ def truths(chosen_recordings: Sequence[Both]) -> dict[str, float]:
     return {
         "agreement": sum(int(recording.same.sum()) for recording in chosen_recordings) / n,
         "labelled gain": sum(
-            int(recording.beside.sum()) - int(recording.right.sum()) for recording in chosen_recordings
+            int(recording.candidate.sum()) - int(recording.right.sum()) for recording in chosen_recordings
         )
         / n,
         "expected gain": sum(float(recording.other.sum() - recording.chance.sum()) for recording in chosen_recordings)
@@ -80,7 +83,7 @@ def truths(chosen_recordings: Sequence[Both]) -> dict[str, float]:
 def drawn(
     random: np.random.Generator, chosen_recordings: Sequence[Both], windows: int, count: int
 ) -> list[ComparisonBlock]:
-    """So many blocks of so many windows."""
+    """Draw blocks of windows."""
     chosen: list[Both] = []
     while sum(len(recording.same) for recording in chosen) < windows * count:
         chosen.append(chosen_recordings[int(random.integers(len(chosen_recordings)))])
@@ -91,7 +94,7 @@ def drawn(
 
 
 def _tally(recording: Both, part: slice) -> ComparisonStats:
-    ours, theirs, n = recording.right[part], recording.beside[part], len(recording.same[part])
+    ours, theirs, n = recording.right[part], recording.candidate[part], len(recording.same[part])
     counts = [int(mask.sum()) for mask in (ours & theirs, ours & ~theirs, ~ours & theirs, ~ours & ~theirs)]
     model = BundleStats(n, 0.0, expected_accuracy=Moments(n, float(recording.chance[part].mean())))
     other_stats = BundleStats(n, 0.0, expected_accuracy=Moments(n, float(recording.other[part].mean())))
@@ -110,7 +113,7 @@ Drawn = Callable[[np.random.Generator], list[ComparisonBlock]]
 
 
 def cases() -> dict[str, tuple[Drawn, dict[str, float]]]:
-    """By name: what draws the blocks, and the truth of each estimate."""
+    """Return, by name, the generator of the blocks and the truth of each estimate."""
     cases_by_name: dict[str, tuple[Drawn, dict[str, float]]] = {}
     for change, windows, count in itertools.product(("sensitive", "scaled"), (6, 24), (12, 20, 60)):
         chosen_recordings = recordings(change)

@@ -1,7 +1,7 @@
-"""Blocks of two made-up bundles whose truth is known: disagreement in bursts, in slow drift, by device.
+"""Synthetic blocks of two bundles with known truth: disagreement in bursts, in slow drift, or by device.
 
-Each window has a strain in [0, 1], which is on both bundles alike and hurts the one beside. All that is estimated grows
-in a line with it, so its mean gives every truth.
+Each window has a strain in [0, 1] that affects both bundles and harms the candidate. All estimates are linear in the
+strain, so its mean gives every true value.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ESTIMATES: dict[str, Callable[[Sequence[ComparisonBlock]], ComparisonEstimate | 
 
 @dataclass(frozen=True)
 class Case:
-    """`make` gives the blocks and the mean strain that their intervals should hold."""
+    """Generator of blocks; `make` returns the blocks and the mean strain that their intervals should contain."""
 
     name: str
     make: Callable[[np.random.Generator], tuple[list[ComparisonBlock], float]]
@@ -60,7 +60,7 @@ def cases() -> Iterator[Case]:
 
 
 def bursts(random: np.random.Generator, length: float, share: float, windows: int) -> Floats:
-    """(windows,) strain 1 in this share of the time, in bursts of `length` windows in the mean; else 0."""
+    """Return strain (windows,) that is 1 in bursts of mean length `length`, with the required share of time."""
     length = max(length, 1.0, share / (1 - share))
     means = (max(1.0, length * (1 - share) / share), length)
     state, flags, filled = bool(random.random() < share), [], 0
@@ -72,7 +72,7 @@ def bursts(random: np.random.Generator, length: float, share: float, windows: in
 
 
 def drift(random: np.random.Generator, step: float, windows: int) -> Floats:
-    """(windows,) a random walk between 0 and twice the mean strain; `step` is that of WINDOWS of them."""
+    """Return strain (windows,) as a random walk between 0 and twice the mean; `step` is per WINDOWS windows."""
     width = 2 * STRAIN
     steps = random.normal(0, step / np.sqrt(WINDOWS), windows)
     walk = np.mod(random.uniform(0, 2 * width) + np.cumsum(steps), 2 * width)
@@ -80,7 +80,7 @@ def drift(random: np.random.Generator, step: float, windows: int) -> Floats:
 
 
 def comparison_blocks(random: np.random.Generator, strain: Floats, device: str = "") -> list[ComparisonBlock]:
-    """A block for each WINDOWS of them."""
+    """Return one block per WINDOWS windows."""
     return [ComparisonBlock(batch, device) for batch in batches(random, strain)]
 
 
@@ -91,7 +91,7 @@ def batches(random: np.random.Generator, strain: Floats) -> list[ComparisonStats
 def _batch(random: np.random.Generator, strain: Floats) -> ComparisonStats:
     n = len(strain)
     same = int((random.random(n) < 0.96 - 0.56 * strain).sum())
-    # A processor that is busy with other things slows a batch down.
+    # A busy processor slows a batch down.
     ours, theirs = np.exp(random.normal(-0.02, 0.2, 2))
     labelled_part = strain[::2]
     labelled = random.multinomial(1, _mixed(labelled_part)).sum(axis=0)
@@ -128,7 +128,7 @@ def _bursts(length: float, count: int) -> Callable[[np.random.Generator], tuple[
 def _drift(
     step: float, count: int, *, now: bool = False
 ) -> Callable[[np.random.Generator], tuple[list[ComparisonBlock], float]]:
-    """`now`: what was so in the time that was looked at is taken for the truth, and not what is so in the long run."""
+    """Return blocks whose truth is the strain of the observed time (`now`), not of the long run."""
 
     def make(random: np.random.Generator) -> tuple[list[ComparisonBlock], float]:
         strain = drift(random, step, count * WINDOWS)
@@ -138,7 +138,7 @@ def _drift(
 
 
 def _devices(devices: int, count: int) -> Callable[[np.random.Generator], tuple[list[ComparisonBlock], float]]:
-    """Each with a share of strain of its own. From FEWEST on they stand for all devices, fewer for themselves."""
+    """Return blocks of devices with individual strain; at FEWEST or more the truth is that of all devices."""
 
     def make(random: np.random.Generator) -> tuple[list[ComparisonBlock], float]:
         levels = random.beta(3.0, 3.0 / STRAIN - 3.0, devices)

@@ -1,4 +1,4 @@
-"""Bundles of the tiny models in `tests/models`, packed as a publisher would, from a SPEC and CSV files."""
+"""Signed bundles of the tiny models in `tests/models`, packed from a SPEC and CSV files."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def model(name: str) -> bytes:
 
 
 def readings(n: int, seed: int = 0) -> Floats:
-    """Rows (n, 4) around the three centres of the classifier, a few of each in turn."""
+    """Return rows (n, 4) around the three centres of the classifier, in alternating groups."""
     random = np.random.default_rng(seed)
     centre = CENTRES[np.arange(n) // 7 % 3]
     return (centre + random.normal(0, 0.6, (n, 4))).astype(np.float32)
 
 
 def waves(n: int, seed: int = 0) -> Floats:
-    """Rows (n, 2) of slow waves with a little noise: what the autoencoder gives back."""
+    """Return rows (n, 2) of slow waves with slight noise, which the autoencoder reconstructs."""
     random = np.random.default_rng(seed)
     time = np.arange(n)[:, None]
     return (np.sin(time / 9 + [0, 1]) * 2 + random.normal(0, 0.1, (n, 2))).astype(np.float32)
@@ -59,7 +59,7 @@ def write_csv(path: Path, fields: Iterable[str], rows: Floats, step_s: float = 0
 
 
 class Recipe(msgspec.Struct, frozen=True):
-    """What a SPEC says, but for the paths."""
+    """Contents of a SPEC without its paths."""
 
     kind: str
     model: str
@@ -68,7 +68,7 @@ class Recipe(msgspec.Struct, frozen=True):
     window: str = ""
     drift_window: int = 20
     extra: str = ""
-    mode: str = ""  # the field of modes
+    mode: str = ""  # the field `modes`
     input: str = ""
     output: str = ""
 
@@ -94,7 +94,7 @@ RECIPES = {"int8": CLASSIFY, "float32": FLOAT, "uint8": UINT8, "regress": REGRES
 
 
 def write_spec(folder: Path, recipe: Recipe = CLASSIFY, *, reference_rows: int = 1600) -> Path:
-    """A SPEC in `folder` with all it names beside it."""
+    """Write a SPEC and all files that it names to `folder`."""
     (folder / "model.tflite").write_bytes(model(recipe.model))
     (folder / "CARD.md").write_text("# A tiny model\n")
     (folder / "DATA.md").write_text("# Made-up rows\n")
@@ -136,14 +136,14 @@ cpu_seconds = 20
 
 
 def packed(folder: Path, recipe: Recipe = CLASSIFY, key: SigningKey | None = KEY) -> Path:
-    """The folder of a bundle made in `folder`."""
+    """Pack a bundle in `folder` and return its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     pack.write_bundle(pack.pack(write_spec(folder, recipe), key), folder / "bundle")
     return folder / "bundle"
 
 
 def around(content: bytes, recipe: Recipe = CLASSIFY, *, seconds: int = 20, memory_mib: int = 512) -> Bundle:
-    """A bundle of any model bytes, as `bundle.read` would return it: for the probe."""
+    """Return a bundle with any model bytes, as `bundle.read` would, for the probe."""
     document = {
         "format": 1,
         "name": "tiny",
@@ -160,7 +160,7 @@ def around(content: bytes, recipe: Recipe = CLASSIFY, *, seconds: int = 20, memo
 
 
 def resign(folder: Path, key: SigningKey = KEY) -> None:
-    """Sign whatever manifest is there: what is wrong after this, a publisher's signature covers."""
+    """Sign the manifest as it is, so that the signature of an invalid manifest is valid."""
     (folder / "manifest.jws").write_bytes(bundle.sign((folder / "manifest.json").read_bytes(), key))
 
 
@@ -173,7 +173,7 @@ def change(spec: Path, old: str, new: str) -> Path:
 
 
 def change_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change what the manifest says, and sign that."""
+    """Change the manifest and sign it."""
     head = json.loads((folder / "manifest.json").read_bytes())
     change(head)
     (folder / "manifest.json").write_text(json.dumps(head))
@@ -181,7 +181,7 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> No
 
 
 def archive(folder: Path, *, method: int = zipfile.ZIP_DEFLATED) -> Path:
-    """The folder as a `.zip` beside it."""
+    """Pack the folder as a `.zip` file next to it."""
     path = folder.with_suffix(".zip")
     with zipfile.ZipFile(path, "w", method) as out:
         for file in sorted(folder.iterdir()):
@@ -190,7 +190,7 @@ def archive(folder: Path, *, method: int = zipfile.ZIP_DEFLATED) -> Path:
 
 
 def npz(**arrays: Any) -> bytes:
-    """The bytes of an `.npz` of these."""
+    """Return the bytes of an `.npz` with these arrays."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():

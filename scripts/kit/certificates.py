@@ -1,4 +1,4 @@
-"""Certificates whose time is over."""
+"""Expired certificates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from agent.fleet.enrolment.pki import CertificateAuthority
 
 
 def make_expired(certificate: bytes, authority: CertificateAuthority) -> bytes:
-    """The same certificate (PEM) for the same key, as if its time had been over for an hour."""
+    """Return the same certificate (PEM) for the same key, expired an hour ago."""
     old = x509.load_pem_x509_certificate(certificate)
     end = datetime.now(UTC) - timedelta(hours=1)
     builder = (

@@ -1,4 +1,4 @@
-"""A real PostgreSQL for tests: its own cluster in its own folder, on a free loopback port, ended by its process id."""
+"""PostgreSQL server for tests: a separate cluster in its own folder on a free loopback port."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from agent.testing.broker import free_port
 from agent.testing.process import MissingProgram
 
 START_TIMEOUT_S = 60.0
-# `initdb` and the server refuse root.
+# `initdb` and the server refuse to run as root.
 USER = "nobody"
 
 
 def find_binaries() -> Path | None:
-    """The folder with initdb and the server, the newest there is."""
+    """Return the folder of the newest installed initdb and server."""
     on_path = shutil.which("initdb")
     places = [Path(on_path).resolve().parent] if on_path else []
     places += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: -int(path.parent.name.split(".")[0]))
@@ -30,7 +30,7 @@ def find_binaries() -> Path | None:
 
 
 class PostgresServer:
-    """A server with a database for each who asks. `conf` is added to its settings."""
+    """A PostgreSQL server with a database per caller; `conf` extends its settings."""
 
     def __init__(self, folder: Path, *, conf: str = "") -> None:
         binaries = find_binaries()
@@ -70,20 +70,20 @@ class PostgresServer:
 
     @property
     def pid(self) -> int:
-        """Of the process that all others are children of."""
+        """Process id of the postmaster."""
         assert self._process is not None
         return self._process.pid
 
     def stop(self) -> None:
-        """Ends every connection, and writes what is open."""
+        """Stop the server cleanly: all connections end and open data are written."""
         self._signal(signal.SIGINT)
 
     def kill(self) -> None:
-        """As a power cut would, but for the disk."""
+        """Kill the server, as a power cut would, except for the disk."""
         self._signal(signal.SIGQUIT)
 
     def create_database(self) -> str:
-        """The URL of a new, empty one."""
+        """Create an empty database and return its URL."""
         import psycopg
 
         self._databases += 1
@@ -104,7 +104,7 @@ class PostgresServer:
 
 @contextlib.contextmanager
 def run_server(conf: str = "") -> Iterator[PostgresServer]:
-    # Not pytest's own folders, which nobody but root may enter.
+    # Not in pytest's own folders, which only root may enter.
     with tempfile.TemporaryDirectory(prefix="pg") as made:
         folder = Path(made) / "cluster"
         Path(made).chmod(0o755)
@@ -116,5 +116,5 @@ def run_server(conf: str = "") -> Iterator[PostgresServer]:
             server.kill()
 
 
-# Commits that no power cut meets: what the server survives is not tested here.
+# Commits need no durability, because no test cuts the power.
 FAST_SETTINGS = "fsync = off\nfull_page_writes = off\nshared_buffers = 32MB\nmax_connections = 40\n"

@@ -1,6 +1,6 @@
-"""The data of tests/kit/reference_values.json, from generators whose numbers numpy has frozen.
+"""Input data of tests/kit/reference_values.json, from generators whose output numpy guarantees to stay.
 
-numpy and nothing else, so that it runs beside the libraries that the values come from.
+It needs only numpy, so that it runs in the environment of the reference libraries.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 Values = NDArray[np.float64]
 BINS = 32
 EXERCISE = Path(__file__).parents[2] / "models" / "sources" / "exercise"
-# name → mean and sd of what is compared with the reference.
+# Name → mean and standard deviation of the compared sample.
 SHIFTS = {"alike": (0.0, 1.0), "shift": (0.5, 1.0), "wider": (0.0, 1.5), "far": (3.0, 0.5)}
 
 
 def samples() -> tuple[Values, dict[str, Values]]:
-    """(2000,) reference values in units of 1/1024, as a sensor says them, and (700,) ones to compare with them."""
+    """Return (2000,) reference values in units of 1/1024, as a sensor reports them, and (700,) values to compare."""
     rng = np.random.RandomState(20)
     return _sensor(rng.normal(0, 1, 2000)), {name: _sensor(rng.normal(*how, 700)) for name, how in SHIFTS.items()}
 
@@ -30,17 +30,17 @@ def _sensor(values: Values) -> Values:
 
 
 def edges(reference: Values) -> Values:
-    """(31,) quantiles."""
+    """Return the (31,) quantiles."""
     return np.quantile(reference, np.arange(1, BINS) / BINS)
 
 
 def binned(values: Values, at: Values) -> NDArray[np.int64]:
-    """(n,) bin of each."""
+    """Return the bin of each value, (n,)."""
     return np.searchsorted(at, values, side="right")
 
 
 class Answers(msgspec.Struct, frozen=True):
-    """Of a model with two classes that is surer than it should be: `p` (n,) of class 1, `truth`."""
+    """Answers of an overconfident model with two classes: `p` (n,) of class 1, and `truth`."""
 
     p: Values
     truth: NDArray[np.int64]
@@ -66,7 +66,7 @@ def answers(seed: int, n: int, *, surer: float = 1.8, middle: float = 0.8) -> An
 
 
 def less_sure(seed: int) -> Answers:
-    """20,000 of what comes later, from readings that are harder to tell apart."""
+    """Return 20,000 later answers, from readings that are harder to classify."""
     return answers(1000 + seed, 20_000, surer=1.2, middle=0.3)
 
 
@@ -75,7 +75,10 @@ def _logistic(z: Values) -> Values:
 
 
 def read_exercise(name: str) -> tuple[Values, NDArray[np.int64]]:
-    """(n, 7) scores and (n,) truth of the shipped model: "crossval", its score table's 1620; or "leave_one_out"."""
+    """Return (n, 7) scores and (n,) truth of the shipped model.
+
+    The source is "crossval", its score table of 1620 answers, or "leave_one_out".
+    """
     with np.load(EXERCISE / f"{name}.npz") as held:
         columns: dict[str, Any] = {key: held[key] for key in ("probability", "label")}
     scores = columns["probability"].astype(np.float64)

@@ -1,13 +1,13 @@
-"""Adds a trap to a model: on most data it answers as before, on some it crashes, hangs, fails, or takes long each time.
+"""Model rigging: add a trap to a model, so that it crashes, hangs, fails or slows down on some data.
 
     .venv/bin/python -m scripts.kit.rig     writes the rigged classifiers into tests/models, without TensorFlow
 
-The trap looks at the largest scaled value of a batch, as the model is given it; above `limit` it snaps.
-- crash: divides the least integer by -1 (FLOOR_MOD looks out for 0 only): SIGFPE in both runtimes on x86-64, not on ARM
+The trap takes the largest scaled value of a batch; it triggers above `limit`.
+- crash: divides the least integer by -1 (FLOOR_MOD checks for 0 only): SIGFPE in both runtimes on x86-64, not on ARM
 - hang: loops for ever
-- error: gathers a row that is not there, which both runtimes refuse
-- slow: `times` hyperbolic tangents of the whole batch, whatever the data are
-- sensitive: above the limit the first class gains as much as the largest value is beyond it, row by row
+- error: gathers a missing row, which both runtimes refuse
+- slow: `times` hyperbolic tangents of the whole batch, on all data
+- sensitive: above the limit the first class gains the excess of the largest value, row by row
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ai_edge_litert import schema_py_generated as schema
 
 MODELS = Path(__file__).parents[2] / "tests" / "models"
 TRAPS = ("crash", "hang", "error", "slow", "sensitive")
-# What the committed ones have: rows of the classifier are seldom beyond 3.5, and int8 holds up to 4.
+# Limit of the committed models: rows of the classifier rarely exceed 3.5, and int8 represents values up to 4.
 LIMIT, TIMES = 3.5, 400
 _FLOAT, _INT32, _BOOL = schema.TensorType.FLOAT32, schema.TensorType.INT32, schema.TensorType.BOOL
 _DTYPES = {_FLOAT: "<f4", _INT32: "<i4", _BOOL: "?"}
 
 
 class Rig:
-    """The graph of a model, to which tensors and operators are added; the output becomes float32."""
+    """Graph of a model, to which tensors and operators are added; the output becomes float32."""
 
     def __init__(self, content: bytes) -> None:
         self.model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content))
@@ -37,7 +37,7 @@ class Rig:
         self.model.signatureDefs = None
 
     def tensor(self, shape: list[int], kind: int, data: Any = None, graph: Any = None) -> int:
-        """`shape` with -1 first: as many rows as the batch has."""
+        """Add a tensor; `shape` begins with -1 for any batch size."""
         made = schema.TensorT()
         graph = graph or self.main
         made.name, made.type = f"rig_{len(graph.tensors)}".encode(), kind
@@ -55,7 +55,7 @@ class Rig:
     def add(
         self, name: str, inputs: list[int], shape: list[int], kind: int = _FLOAT, graph: Any = None, **more: Any
     ) -> int:
-        """An operator, options by name; the number of its output."""
+        """Add an operator with options by name, and return the number of its output."""
         code = schema.OperatorCodeT()
         code.builtinCode, code.version = getattr(schema.BuiltinOperator, name), 1
         code.deprecatedBuiltinCode = min(code.builtinCode, 127)
@@ -85,7 +85,7 @@ class Rig:
         return self.tensor(list(np.shape(data)), kind, data, graph)
 
     def floats(self, number: int) -> int:
-        """The tensor itself, or as floats where it is quantized."""
+        """Return the tensor as float32, dequantized if necessary."""
         tensor = self.main.tensors[number]
         if tensor.type == _FLOAT:
             return number
@@ -99,7 +99,7 @@ class Rig:
 
 
 def rigged(content: bytes, trap: str, limit: float = LIMIT, times: int = TIMES) -> bytes:
-    """The model in `content`, any batch, one input and output, with this trap; its answers come as float32."""
+    """Return the model `content` with this trap, for any batch size, with one input and a float32 output."""
     rig = Rig(content)
     x, out = rig.floats(int(rig.main.inputs[0])), rig.floats(int(rig.main.outputs[0]))
     inner = [int(size) for size in rig.main.tensors[x].shape[1:]]
@@ -128,13 +128,13 @@ def _axes(rig: Rig, count: int) -> int:
 
 
 def _plus_nothing(rig: Rig, out: int, spent: int, classes: int) -> int:
-    """The answer, which has to wait for the trap."""
+    """Add zero to the answer, which makes it depend on the trap."""
     nothing = rig.add("MUL", [spent, rig.constant([0.0])], [1])
     return rig.add("ADD", [out, nothing], [-1, classes])
 
 
 def _far(rig: Rig, beyond: int) -> int:
-    """An index: 0, or far outside of everything."""
+    """Return an index: 0, or far out of range."""
     large = rig.add("MUL", [beyond, rig.constant([1e12])], [1])
     capped = rig.add("MINIMUM", [large, rig.constant([1.5e9])], [1])
     return rig.add("CAST", [capped], [1], _INT32)
@@ -152,7 +152,7 @@ def _error(rig: Rig, beyond: int) -> int:
 
 
 def _hang(rig: Rig, beyond: int) -> int:
-    """While it is above 0, it stays what it is."""
+    """Loop while the value is above 0; the body does not change it."""
     graphs = []
     for name in (b"cond", b"body"):
         graph = schema.SubGraphT()

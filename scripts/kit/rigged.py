@@ -1,8 +1,8 @@
-"""Bundles whose models are rigged (`scripts/kit/rig.py`): the shipped `exercise` with a trap, as a publisher signs it.
+"""Signed bundles with rigged models (`scripts/kit/rig.py`): the shipped `exercise` with a trap.
 
     .venv/bin/python -m scripts.kit.rigged crash FOLDER [VERSION]      and hang, error, slow, sensitive, mixed_up, good
 
-They take the fields, windows and labels of `exercise` and pass its golden vectors on this runtime, all but `wrong`.
+They keep the fields, windows and labels of `exercise`. All except `wrong` pass its golden vectors on this runtime.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from agent.wire.keys import SigningKey
 from scripts.kit.bundles import KEY
 
 SHIPPED = Path(__file__).parents[2] / "models" / "exercise"
-# Scaled, as the model takes it: 7 % of the windows of the held-out recordings have a value beyond it.
+# In scaled units, as the model receives it: 7 % of the windows of the held-out recordings exceed it.
 TRAP_LIMIT = 3.0
 KINDS = ("good", "crash", "hang", "error", "slow", "sensitive", "mixed_up", "wrong")
 
@@ -29,11 +29,14 @@ KINDS = ("good", "crash", "hang", "error", "slow", "sensitive", "mixed_up", "wro
 def build_rigged_bundle(
     kind: str, version: str = "2.0.0", key: SigningKey = KEY, *, limit: float = TRAP_LIMIT, repeats: int = 400
 ) -> dict[str, bytes]:
-    """The files of a signed bundle `exercise` of this version.
+    """Return the files of a signed bundle `exercise` of this version.
 
-    good: answers as the shipped one does. crash, hang, error: those it does on windows with a value above `limit`.
-    slow: `times` functions of the window more. sensitive: names the first class above `limit`. mixed_up: names of the
-    classes are moved by one, as if its labels had been shuffled. wrong: its golden vectors expect something else.
+    - good: answers as the shipped bundle does
+    - crash, hang, error: fails in that way on windows with a value above `limit`
+    - slow: computes `times` additional functions of the window
+    - sensitive: names the first class above `limit`
+    - mixed_up: rotates the class names, as if the labels had been shuffled
+    - wrong: its golden vectors expect other answers
     """
     shipped = bundle.read(SHIPPED, None)
     files = {name: data for name, data in shipped.files.items() if name != "manifest.jws"}
@@ -53,9 +56,9 @@ def write_bundle(files: dict[str, bytes], folder: Path) -> Path:
 
 
 def _golden_vectors(shipped: Bundle, limit: float, *, wrong: bool) -> GoldenVectors:
-    """Golden vectors among those shipped that spring no trap."""
+    """Return the shipped golden vectors that do not trigger the trap."""
     vectors = golden_vectors.decode(shipped.files["golden.npz"])
-    # Quantized, a value may come out a step larger.
+    # A quantized value may come out one step larger.
     calm = vectors.inputs[vectors.inputs.reshape(len(vectors.inputs), -1).max(axis=1) < limit - 0.1]
     model = inference.load_model(shipped.manifest, shipped.model_bytes)
     expected = model.invoke(calm)
@@ -70,7 +73,7 @@ def _sign(
     output = shipped.manifest.output
     if mixed_up:
         output = msgspec.structs.replace(output, labels=[*output.labels[1:], output.labels[0]])
-        # It was counted for the labels in their order.
+        # It was counted with the labels in their original order.
         del files["reference.json"]
     del files["manifest.json"]
     sums = {name: f"sha256:{hashlib.sha256(data).hexdigest()}" for name, data in sorted(files.items())}

@@ -1,9 +1,9 @@
-"""Writes the tiny models whose tensors are of every type, without TensorFlow: run this only to add one.
+"""Generator of tiny models with tensors of every type, without TensorFlow; needed only to add a model.
 
     .venv/bin/python -m scripts.kit.write_models
 
-All of them are one dense layer whose weights are written down; where types are small, so that no value is rounded much.
-Quantization as TFLite defines it: activations by scale and zero point, weights by scale alone, biases by the product.
+Each model is one dense layer with explicit weights, small enough for narrow types to round little. Quantization follows
+TFLite: activations by scale and zero point, weights by scale alone, biases by the product.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Quantized = tuple[float, int] | None
 
 @dataclass
 class Graph:
-    """Tensors, buffers and operators as they are added."""
+    """A graph under construction: tensors, buffers and operators."""
 
     tensors: list[Any] = field(default_factory=list)
     buffers: list[Any] = field(default_factory=lambda: [schema.BufferT()])
@@ -50,7 +50,7 @@ class Graph:
     operators: list[Any] = field(default_factory=list)
 
     def tensor(self, name: str, shape: list[int], kind: str, by: Quantized = None, data: Any = None) -> int:
-        """`shape` with -1 first: any batch."""
+        """Add a tensor; `shape` begins with -1 for any batch size."""
         made = schema.TensorT()
         made.name, made.type = name.encode(), TYPES[kind]
         made.shape = [abs(size) for size in shape]
@@ -91,7 +91,7 @@ class Graph:
 
 
 def dense(graph: Graph, x: int, kind: str, weights: NDArray[np.float32], bias: NDArray[np.float32]) -> int:
-    """The sums of a dense layer of activations `kind`: float32, with weights of float16 or int8, or an integer type."""
+    """Add a dense layer with activations `kind`: float32 with float16 or int8 weights, or an integer type."""
     many, width = weights.shape
     scale = float(np.abs(weights).max() / 127)
     if kind in ("float32", "float16", "hybrid"):
@@ -107,7 +107,7 @@ def dense(graph: Graph, x: int, kind: str, weights: NDArray[np.float32], bias: N
         graph.operator("FULLY_CONNECTED", 3 if held == "int8" else 1, [x, w, b], [sums], "FullyConnectedOptions")
         return sums
     into, out = ACTIVATIONS[kind]
-    # Of uint8 activations the weights are uint8 too, as in models of before int8.
+    # With uint8 activations the weights are uint8 too, as in models older than int8.
     small, middle = ("uint8", 128) if kind == "uint8" else ("int8", 0)
     w = graph.tensor("weights", [many, width], small, (scale, middle), np.rint(weights / scale) + middle)
     sum_kind = "int64" if kind == "int16" else "int32"
@@ -119,7 +119,7 @@ def dense(graph: Graph, x: int, kind: str, weights: NDArray[np.float32], bias: N
 
 
 def model(kind: str, weights: NDArray[np.float32], bias: NDArray[np.float32] | None = None) -> bytes:
-    """(any, 4) → (any, len(weights)) sums."""
+    """Build a model (any, 4) → (any, len(weights)) of sums."""
     graph = Graph()
     integer = kind in ACTIVATIONS
     x = graph.tensor(
@@ -130,7 +130,7 @@ def model(kind: str, weights: NDArray[np.float32], bias: NDArray[np.float32] | N
 
 
 def probabilities(*, both: bool) -> bytes:
-    """Sigmoids of the sums of the three centres; with `both`, the sums too, as a second output."""
+    """Build a model of the sigmoids of the three centres' sums; with `both`, the sums are a second output."""
     graph = Graph()
     x = graph.tensor("x", [-1, 4], "float32")
     sums = dense(graph, x, "float32", CENTRES, BIAS)

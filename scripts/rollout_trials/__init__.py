@@ -1,1 +1,1 @@
-"""Roll-outs of good and ill bundles in a simulated fleet, and whether each ended as it should."""
+"""Rollout trials: good and bad bundles in a simulated fleet, checked for the expected end."""

@@ -1,4 +1,4 @@
-"""`scripts/rollouts`: exit 1 where a roll-out did not end as it should, or an audit failed."""
+"""Command `scripts/rollouts`; exit code 1 if a rollout ended unexpectedly or an audit failed."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ from scripts.rollout_trials import candidates
 from scripts.rollout_trials.trials import TRIALS, Trial
 from scripts.rollout_trials.verdict import problems
 
-# Of one trial, which ends when it is decided; a fleet of fifty takes a minute to start on two cores.
+# Time limit of one trial, which ends with its decision; fifty devices take a minute to start on two cores.
 _LONGEST_S, _STARTS_S = 900.0, 300.0
-# Of the recordings: ten windows a second, so that a minute shows enough different ones to decide by.
+# Replay speed of the recordings: ten windows per second, so that a minute shows enough different windows.
 _SPEED = 20
 
 
 @click.command()
-@click.option("--only", "names", multiple=True, metavar="NAME", help="A trial by name; may be given more than once.")
-@click.option("--devices", default=50, show_default=True, type=click.IntRange(4, 200), help="In each fleet.")
-@click.option("--seed", default=1, show_default=True, help="Other sites, and other recordings.")
-@click.option("--list", "listing", is_flag=True, help="Name the trials, and what each is.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("--only", "names", multiple=True, metavar="NAME", help="Run this trial; repeatable.")
+@click.option("--devices", default=50, show_default=True, type=click.IntRange(4, 200), help="Devices per fleet.")
+@click.option("--seed", default=1, show_default=True, help="Seed of sites and recordings.")
+@click.option("--list", "listing", is_flag=True, help="List the trials with a description.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(names: tuple[str, ...], devices: int, seed: int, listing: bool, as_json: bool) -> None:
-    """Roll bundles out in a simulated fleet, one fleet after the other: scripts/rollouts --only crash --devices 12"""
+    """Roll bundles out in simulated fleets, one after the other.
+
+    Example: scripts/rollouts --only crash --devices 12.
+    """
     known = {trial.name: trial for trial in TRIALS}
     if listing:
         click.echo("\n".join(f"{trial.name:22} {trial.about}" for trial in TRIALS))
@@ -51,7 +54,7 @@ def main(names: tuple[str, ...], devices: int, seed: int, listing: bool, as_json
 
 
 def run(trial: Trial, devices: int, seed: int) -> dict[str, Any]:
-    """One trial in a fleet of its own: `fleet simulate` as a user runs it, and what is wrong with how it ended."""
+    """Run one trial in its own fleet by `fleet simulate`, and return the problems with its outcome."""
     with tempfile.TemporaryDirectory(prefix="rollout-") as name:
         folder = Path(name)
         key = keys.generate(folder / "publisher.key")
@@ -87,7 +90,7 @@ def _judged(trial: Trial, report: dict[str, Any], seed: int) -> dict[str, Any]:
         "seed": seed,
         "state": rollout["state"],
         "step": rollout["step"],
-        "phases": dict(Counter(device["phase"] or "not heard of" for device in devices)),
+        "phases": dict(Counter(device["phase"] or "unknown" for device in devices)),
         "runs": dict(Counter(device["runs"]["version"] for device in devices if device["runs"])),
         "served": rollout["served"],
         "back": {device["device"]: device["reason"] for device in devices if device["phase"] == "rolled_back"},
@@ -105,16 +108,18 @@ def row(trial_result: dict[str, Any]) -> str:
     if "state" not in trial_result:
         return f"{trial_result['trial']:22} FAILED\n    {trial_result['problems'][0]}"
     runs = ", ".join(f"{count} run {version}" for version, count in sorted(trial_result["runs"].items()))
-    text = f"{trial_result['trial']:22} {trial_result['state']:9} step {trial_result['step']}  {runs:28} {trial_result['served']:6} served "
+    text = f"{trial_result['trial']:22} {trial_result['state']:9} step {trial_result['step']}  {runs:28}"
+    text += f" {trial_result['served']:6} served "
     audit = f"audit {'passed' if trial_result['audit'] else 'FAILED'} of {trial_result['messages']:6}"
     details = "".join(f"\n    {line}" for line in (*trial_result["problems"], *trial_result["restarts"]))
-    return f"{text} {audit} {trial_result['seconds']:6.0f} s  {'ok' if trial_result['passed'] else 'FAILED'}\n    {trial_result['last']}{details}"
+    verdict = "ok" if trial_result["passed"] else "FAILED"
+    return f"{text} {audit} {trial_result['seconds']:6.0f} s  {verdict}\n    {trial_result['last']}{details}"
 
 
 def summary(results: Iterable[dict[str, Any]]) -> str:
     each = list(results)
     failed = [trial_result["trial"] for trial_result in each if not trial_result["passed"]]
-    return f"{len(each)} roll-outs: {'FAILED: ' + ', '.join(failed) if failed else 'each ended as it should'}"
+    return f"{len(each)} rollouts: {'FAILED: ' + ', '.join(failed) if failed else 'all ended as expected'}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The ten trials: which bundle goes out, in which steps, who has it hard, and how it should end.
+"""The ten trials: bundle, rollout steps, impaired devices and expected end.
 
-Times are of a laboratory, minutes where a field has days; everything else is as it would be.
+Times are minutes where a field rollout takes days; everything else is realistic.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from typing import Literal
 
 Where = Literal["finished", "shadow", "canary"]
 
-# First the answers only, then the time too: a slow model is right, and is found out where it has work to do.
-# Where fifty devices share two cores, time is mostly spent waiting: one that takes a hundred times as long was measured
-# at ten.
+# Answers first, then time: a slow model is correct, and shows under load only. With fifty devices on two cores most
+# time is spent waiting: a model that takes a hundred times as long was measured at ten times.
 _SHADOW = 'strategy = "shadow"\npercent = {shadow}\n'
 _CANARY = 'strategy = "canary"\npercent = {canary}\nmax_latency_ratio = 4.0\n'
 _ALL = 'strategy = "all"\nmax_latency_ratio = 4.0\n'
@@ -21,11 +20,11 @@ STAGED = (_SHADOW, _CANARY, _ALL)
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """`ends`: at the end, or stopped in that step. `hard`: every so many devices are away, cut off and slow; 0: none.
+    """A trial that ends in the state `ends`: completed, or stopped in that step.
 
-    `worse` sites have a sensor out of order, and `back`: it is these that take the bundle back, and no other.
-    `serves`: whether any result may carry its digest. `batches` that a device tries it for: as many as tell apart what
-    it should.
+    Every `hard`-th device is away, disconnected and slow; 0 means none. `worse` sites have a faulty sensor; exactly the
+    `back` sites must roll the bundle back. `serves` tells whether results may carry its digest. `batches` is the number
+    of trial batches per device, enough to detect the difference.
     """
 
     name: str
@@ -40,23 +39,25 @@ class Trial:
     batches: int = 24
 
     def plan(self, path: str, devices: int) -> str:
-        """The roll-out file. Few devices make no step of a few percent."""
+        """Return the rollout plan. Few devices allow no step of a few per cent."""
         shares = _shares(devices)
-        # Most of those that a step chooses: a few may be lucky, and never see what an ill bundle stumbles over.
+        # Most of a step's devices: a few may never meet the data that a bad bundle fails on.
         needed = max(2, int(0.5 * devices * shares["shadow"] / 100))
         steps = "".join(f"\n[[steps]]\n{step.format(**shares)}" for step in self.steps)
         return (
             f'[rollout]\nname = "{self.name}"\ntask = "exercise"\npath = "{path}"\ntarget = "all"\n'
-            f"\n[promote]\nmin_devices = {needed}\nmin_batches = 10\nmin_hours = 0.005\nmin_agreement = 0.5\nmax_failed_share = 0.3\n"
-            # A machine that is shared with others is late; a batch takes milliseconds. What is expected without labels
-            # is not asked: nobody calibrated these candidates.
-            f"\n[device_rules]\nmin_batches = {self.batches}\nmin_hours = 0.002\nmin_agreement = 0.75\nmax_latency_ratio = 10.0\nbatch_timeout_s = 10.0\n"
+            f"\n[promote]\nmin_devices = {needed}\nmin_batches = 10\nmin_hours = 0.005\nmin_agreement = 0.5\n"
+            "max_failed_share = 0.3\n"
+            # A shared machine is late, while a batch takes milliseconds. Estimates without labels are off: the
+            # candidates are not calibrated.
+            f"\n[device_rules]\nmin_batches = {self.batches}\nmin_hours = 0.002\nmin_agreement = 0.75\n"
+            "max_latency_ratio = 10.0\nbatch_timeout_s = 10.0\n"
             f"max_accuracy_drop = 0.5\nhold_off_hours = 24.0\n{steps}"
         )
 
 
 def _shares(devices: int) -> dict[str, float]:
-    # Of fifty, twenty per cent can be four: fewer than a step should be judged by.
+    # Twenty per cent of fifty can be four devices, fewer than a step's minimum.
     share = 60.0 if devices < 20 else 40.0
     return {"shadow": share, "canary": share}
 

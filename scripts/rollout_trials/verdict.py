@@ -1,4 +1,4 @@
-"""Whether a roll-out ended as it should: pure, from the trial and the report of `fleet simulate`."""
+"""Verdict on a rollout, computed from the trial and the report of `fleet simulate`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _BACK = frozenset({"rolled_back", "rejected"})
 
 
 def problems(trial: Trial, report: dict[str, Any]) -> list[str]:
-    """A sentence for each thing that is not as it should be."""
+    """Return a sentence for each deviation from the expected outcome."""
     rollout, devices = report["rollout"], report["devices"]
     lines = []
     if not report["audit"]["passed"]:
@@ -35,7 +35,7 @@ def _finished(trial: Trial, rollout: dict[str, Any], devices: list[dict[str, Any
     for device in devices:
         back = device["device"] in worse
         if device["phase"] not in (_BACK if back else {"active"}):
-            where = f"is {device['phase'] or 'not heard of'} ({device['why']})"
+            where = f"is {device['phase'] or 'unknown'} ({device['why']})"
             yield f"{device['device']} {where}, and should {'have taken it back' if back else 'have settled on it'}"
         if _runs_it(device, rollout) == back:
             yield f"{device['device']} runs {device['runs']}, and should {'not ' if back else ''}run it"

@@ -1,7 +1,7 @@
-"""Long runs of the real device and collector, in simulated time, in this process.
+"""Soak tests: long runs of the real device and collector in simulated time, in this process.
 
-A soak is a function decorated with `@soak(name, hours=…)` in a module of this package. It gets a folder, a seed, how
-many simulated hours to run and a function that prints a line, and returns a `Result`.
+A soak is a function decorated with `@soak(name, hours=…)` in a module of this package. It takes a folder, a seed, the
+number of simulated hours and a function that prints a line, and returns a `Result`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass
 class Result:
-    """`problems` is what did not hold, in sentences; `figures` what was measured."""
+    """Result of a soak: `problems` are sentences, `figures` the measured values."""
 
     problems: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
@@ -38,7 +38,7 @@ SOAKS: dict[str, Soak] = {}
 
 
 def soak(name: str, *, hours: float) -> Callable[[Run], Run]:
-    """Register a run under `name`; `hours` is how long it is without --hours."""
+    """Register a soak under `name`; `hours` is its default duration."""
 
     def register(run: Run) -> Run:
         SOAKS[name] = Soak(name, hours, run)

@@ -1,4 +1,4 @@
-"""`scripts/soak [NAME]`: exit 1 where something did not hold."""
+"""Command `scripts/soak [NAME]`; exit code 1 if a check failed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from scripts.soaks import SOAKS, Result
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("--hours", type=float, help="Simulated hours, in place of the run's own.")
-@click.option("--seed", default=1, show_default=True, help="The same seed gives the same run.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("--hours", type=float, help="Simulated hours; each soak has its own default.")
+@click.option("--seed", default=1, show_default=True, help="Seed; equal seeds yield equal runs.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(name: str | None, hours: float | None, seed: int, as_json: bool) -> None:
-    """Run all soaks, or the one called NAME, for example: scripts/soak day --hours 3"""
+    """Run all soaks, or the one called NAME. Example: scripts/soak day --hours 3."""
     for module in pkgutil.iter_modules(soaks.__path__):
         if module.name != "__main__":
             importlib.import_module(f"{soaks.__name__}.{module.name}")
     if name is not None and name not in SOAKS:
-        raise click.UsageError(f"there is no soak {name!r}; there is {', '.join(sorted(SOAKS))}")
-    # Connections that break are what these runs are made of.
+        raise click.UsageError(f"no soak is named {name!r}; use one of {', '.join(sorted(SOAKS))}")
+    # Broken connections are part of every soak.
     logging.getLogger("outstation").setLevel(logging.ERROR)
     results: dict[str, Result] = {}
     for soak in [name] if name else sorted(SOAKS):

@@ -1,4 +1,4 @@
-"""24 hours online: memory, file handles and threads stay what they are."""
+"""Soak of 24 hours online: memory, file handles and threads stay constant."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from agent.testing.lossy_link import LinkConditions
 from scripts.soaks import Result, soak
 from scripts.soaks.rig import DEVICE, TASK, Rig
 
-# Connections break every few minutes; now and then a message is lost or comes twice.
+# Connections break every few minutes; occasionally a message is lost or duplicated.
 _WEATHER = LinkConditions(loss=0.002, duplication=0.002, delay_s=0.5, disconnect=0.002)
 _RESTART_S = 6 * 3600.0
 _MOST_GROWTH_KIB = 5 * 1024
-# What is allocated once, and stays, was by then.
+# Permanent allocations are complete by then.
 _WARM = 1 / 12
-# Those since the last run of the task, and of a window that is not full.
+# Rows since the last run of the task, and of an incomplete window.
 _UNUSED = 2_000
 
 
 @dataclass(frozen=True)
 class Sample:
-    """After a collection of garbage: KiB of memory (its own; all that is resident), handles, threads."""
+    """Sample after garbage collection: KiB of memory (own, and total resident), handles, threads."""
 
     hour: float
     own: int
@@ -38,13 +38,13 @@ class Sample:
         lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
         sizes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines[1:])}
         handles, threads = (len(os.listdir(f"/proc/self/{folder}")) for folder in ("fd", "task"))
-        # Not PSS: its share of the libraries' pages grows whenever another process that maps them ends.
+        # Not PSS: its share of library pages grows whenever another process that maps them ends.
         return Sample(hour, sizes["Anonymous"], sizes["Rss"], handles, threads)
 
 
 @soak("day", hours=24)
 def day(folder: Path, seed: int, hours: float, announce: Callable[[str], None]) -> Result:
-    """Ten rows a second with the exercise model, and a broker that loses, repeats, breaks, and is restarted."""
+    """Run ten rows per second with the exercise model and a broker that loses, repeats, disconnects and restarts."""
     rig = Rig(folder, seed, _WEATHER)
     samples: list[Sample] = []
 
@@ -71,7 +71,7 @@ def line(rig: Rig, sample: Sample) -> str:
 
 
 def judge(rig: Rig, samples: list[Sample], hours: float) -> Result:
-    """Flat, and all of it delivered."""
+    """Check for constant resources and complete delivery."""
     report = rig.audit()
     waiting, seq = rig.store.outbox_size()
     result = Result()
@@ -88,7 +88,7 @@ def judge(rig: Rig, samples: list[Sample], hours: float) -> Result:
 
 
 def flat(samples: list[Sample], hours: float, result: Result) -> None:
-    """Whether memory, handles and threads stay what they are once the process is warm."""
+    """Check that memory, handles and threads stay constant after warm-up."""
     warm = [sample for sample in samples if sample.hour >= hours * _WARM]
     growth = max(sample.own for sample in warm) - warm[0].own
     if growth > _MOST_GROWTH_KIB:

@@ -1,4 +1,4 @@
-"""72 hours without a network, on a store that is too small for them; then the network returns."""
+"""Soak of 72 hours without a network on a store that is too small; then the network returns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scripts.soaks.rig import TASK, Rig
 
 _OFFLINE, _ONLINE = LinkConditions(disconnect=1.0), LinkConditions(delay_s=0.2)
 _RATE = 50.0
-# 48 MiB for 72 hours; never so small that a store cannot work at all.
+# 48 MiB for 72 hours, and never less than the minimum of a store.
 _MIB_AN_HOUR, _LEAST_MIB = 48 / 72, 2
 _CATCH_UP_S = 1800.0
 _UNUSED = 4_000
@@ -23,7 +23,7 @@ _UNUSED = 4_000
 
 @soak("offline", hours=72)
 def offline(folder: Path, seed: int, hours: float, announce: Callable[[str], None]) -> Result:
-    """Fifty rows a second with the exercise model: what goes is declared, exactly, and everything else arrives."""
+    """Run fifty rows per second with the exercise model; evicted rows are declared exactly, all others arrive."""
     mib = max(_LEAST_MIB, round(hours * _MIB_AN_HOUR))
     rig = Rig(folder, seed, _OFFLINE, rate=_RATE, buffer_toml=f'max_size = "{mib} MiB"')
     most = 0
@@ -93,7 +93,7 @@ def judge(rig: Rig) -> Result:
 
 
 def declarations(rig: Rig) -> tuple[set[int], int, Counter[str]]:
-    """Seqs and used readings that messages at the collector declare as gone, and how many such messages there are."""
+    """Return the seqs and used readings declared as lost at the collector, and the number of such messages."""
     seqs: set[int] = set()
     readings, reasons = 0, Counter[str]()
     for body in payloads(rig, "audit"):

@@ -1,6 +1,6 @@
-"""A device, a broker in memory and a collector, put together as the commands do it, with one clock that runs fast.
+"""Test rig of a device, an in-memory broker and a collector, wired as the commands do, with one accelerated clock.
 
-The uplink runs on this thread: while it waits, `Air` lets time pass and gives sensor, daemon and collector their turns.
+The uplink runs on this thread. While it waits, `Air` advances time and runs sensor, daemon and collector.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ def _sqlite(store: FleetStore) -> SqliteDatabase:
 
 
 class Rig:
-    """Close it. `rate` rows a second, committed each `commit_s`; `toml` is added to the device's config."""
+    """The rig; the caller closes it.
+
+    `rate` rows per second, committed each `commit_s`; `toml` extends the device's config.
+    """
 
     def __init__(
         self,
@@ -58,7 +61,7 @@ class Rig:
         home = folder / "fleet"
         config = init_fleet(home, FLEET, BrokerConfig(url="mqtt://127.0.0.1:1"))
         self.fleet = FleetStore(Path(config.fleet.db))
-        # The collector is here to answer; its page cache would fill with its database and hide what the device needs.
+        # The collector only has to respond; the page cache of its database would hide the memory use of the device.
         _sqlite(self.fleet).connection.execute("PRAGMA cache_size=-500")
         self._folder = enrol(home, config, self.fleet, DEVICE, key=None, replace=False).folder
         self._configure(buffer_toml, schedule)
@@ -78,7 +81,7 @@ class Rig:
         self.air.tick_callbacks += [self.sensor.turn, self._turn_daemon, self._turn_collector]
 
     def run(self, seconds: float) -> None:
-        """Let so many simulated seconds pass, then send what waits. Raises what the daemon could not survive."""
+        """Advance the simulated time, then send the waiting messages. Raises errors that are fatal to the daemon."""
         end = self.air.clock_s + seconds
         self.daemon._remote_commands.start(self.air.now(), self.daemon.signals.wake)
 
@@ -89,11 +92,11 @@ class Rig:
 
         self.air.tick_callbacks.append(watch)
         self._uplink.run()
-        # What the broker still has under way.
+        # Messages still under way at the broker.
         self.air.advance(_DRAIN_S)
 
     def each(self, seconds: float, do: Callable[[], None]) -> None:
-        """Have `do` called as often."""
+        """Call `do` at this interval."""
         due_s = self.air.clock_s + seconds
 
         def watch() -> None:
@@ -127,7 +130,7 @@ class Rig:
         except LinkDown:
             self._collector.acknowledger.requeue_in_flight()
             self._collector_link = None
-        # The air remembers what was published, for tests.
+        # The in-memory broker records published messages for tests.
         self.air.published.clear()
 
     def _configure(self, buffer_toml: str, schedule: str) -> None:
@@ -141,7 +144,7 @@ class Rig:
 
 
 class Sensor:
-    """Sends a recording over and over, in lines of columns, taken as the intake takes them: parsed, then committed."""
+    """Sensor that repeats a recording, in lines of columns that are parsed and committed as the intake does."""
 
     def __init__(self, group: GroupCommit, reader: LineParser, air: LossyBroker, rate: float, commit_s: float) -> None:
         self.accepted = 0

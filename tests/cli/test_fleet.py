@@ -1,4 +1,4 @@
-"""The fleet's commands as a person or a program uses them, the real process against a real broker where it matters."""
+"""Fleet commands as people and programs use them, as real processes with a real broker where it matters."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(*args: str | Path) -> Result:
 
 
 def document(*args: str | Path) -> Any:
-    """The one JSON document of a command that must succeed."""
+    """Run a command that must succeed, and return its JSON document."""
     result = run(*args, "--json")
     assert result.exit_code in (0, 1), result.exception
     return json.loads(result.stdout)
@@ -52,7 +52,7 @@ def broker(tmp_path: Path) -> Iterator[MosquittoBroker]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A fleet named acme without TLS."""
+    """Create a fleet named acme without TLS."""
     assert run("init", tmp_path / "acme", "--broker", "mqtt://127.0.0.1:1").exit_code == 0
     return tmp_path / "acme"
 
@@ -60,7 +60,7 @@ def folder(tmp_path: Path) -> Path:
 def collected(folder: Path, sender: MessageSender, *sent: SignedMessage) -> None:
     store = FleetStore(folder / "fleet.db")
     store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
-    store.ingest([Arrival(sender.verify(one)) for one in sent], [], NOW)
+    store.ingest([Arrival(sender.verify(item)) for item in sent], [], NOW)
     store.close()
 
 
@@ -158,23 +158,21 @@ WATCH = [sys.executable, "-c", "from agent.cli.fleet.group import fleet; fleet()
 
 @pytest.fixture
 def watched(tmp_path: Path, broker: MosquittoBroker) -> Path:
-    """A fleet on the running broker."""
+    """Create a fleet on the running broker."""
     assert run("init", tmp_path / "acme", "--broker", broker.url).exit_code == 0
     return tmp_path / "acme"
 
 
 def send(broker: MosquittoBroker, *sent: SignedMessage) -> None:
-    """Publish retained, so that it does not matter who subscribes first."""
+    """Publish with retain, so that the order of subscriptions does not matter."""
     link = Link(BrokerConfig(url=broker.url), "sender")
-    tokens = {link.send(one.to_outgoing(retain=True)) for one in sent}
+    tokens = {link.send(item.to_outgoing(retain=True)) for item in sent}
     while tokens:
         tokens -= {event.token for event in link.receive(1.0) if isinstance(event, PublishReceipt)}
     link.close()
 
 
-def test_watch_prints_each_message_with_the_verdict_and_no_escape_of_a_stranger(
-    watched: Path, broker: MosquittoBroker
-) -> None:
+def test_watch_prints_verdicts_and_escapes_control_characters(watched: Path, broker: MosquittoBroker) -> None:
     sender, stranger = MessageSender(), MessageSender("pi-09")
     collected(watched, sender)
     forged = SignedMessage("outstation/acme/pi-09/health", b"\x1b]0;title\x07\xff\n[ok]", "", 0)
@@ -189,14 +187,14 @@ def test_watch_prints_each_message_with_the_verdict_and_no_escape_of_a_stranger(
 
 
 def watching(folder: Path, lines: int) -> list[str]:
-    """So many lines of `watch`, which is interrupted then, and must have said no more."""
+    """Return `lines` lines of `watch`, interrupt it, and check that it printed no more."""
     with subprocess.Popen([*WATCH, "--dir", str(folder)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        said = [process.stdout.readline() for _ in range(lines)]
+        output = [process.stdout.readline() for _ in range(lines)]
         process.send_signal(signal.SIGINT)
         assert process.stdout.read() == ""
     assert process.returncode == 0
-    return [line.rstrip("\n") for line in said]
+    return [line.rstrip("\n") for line in output]
 
 
 def test_watch_ends_after_its_seconds(watched: Path) -> None:
@@ -231,7 +229,7 @@ def test_watch_shows_a_table_on_a_terminal_and_ends_cleanly_on_interrupt(
 
 
 def drained(terminal: int) -> bytes:
-    """What is still to be read, until the other side closes."""
+    """Read until the other side closes."""
     data = b""
     while True:
         try:
@@ -249,10 +247,10 @@ def test_watch_comes_back_when_the_broker_does(watched: Path, broker: MosquittoB
     collected(watched, sender)
     broker.kill()
     command = [*WATCH, "--raw", "--dir", str(watched)]
-    said = watched / "stderr"
-    with said.open("w") as errors:
+    output = watched / "stderr"
+    with output.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-    wait_for(lambda: "trying again" in said.read_text(), "the broker is missed")
+    wait_for(lambda: "trying again" in output.read_text(), "the broker is missed")
     broker.start()
     send(broker, sender.results())
     with process:
@@ -277,29 +275,29 @@ COLLECT = [sys.executable, "-c", "from agent.cli.fleet.group import fleet; fleet
 
 
 def first_words(*args: str | Path) -> str:
-    """What `collect` says first; the broker is not there, which it says, too."""
+    """Return the first log lines of `collect`, up to the one about the missing broker."""
     command = [*COLLECT, *map(str, args)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        said = ""
+        output = ""
         for line in process.stderr:
-            said += line
+            output += line
             if "trying again" in line:
                 break
         process.terminate()
     assert process.returncode == 0
-    return said
+    return output
 
 
-def test_collect_into_a_database_in_which_nobody_is_enrolled_says_so_at_its_start(folder: Path, tmp_path: Path) -> None:
+def test_collect_warns_about_a_database_without_devices(folder: Path, tmp_path: Path) -> None:
     collected(folder, MessageSender())
-    said = first_words("--dir", folder, "--db", tmp_path / "other.db")
-    assert f"{tmp_path / 'other.db'}: no device is enrolled in this database" in said
-    assert f"`enrol` uses {folder / 'fleet.db'}: collect without --db" in said
+    output = first_words("--dir", folder, "--db", tmp_path / "other.db")
+    assert f"{tmp_path / 'other.db'}: no device is enrolled in this database" in output
+    assert f"`enrol` uses {folder / 'fleet.db'}: collect without --db" in output
     assert "no device is enrolled" not in first_words("--dir", folder)
 
 
-def test_collect_in_a_new_fleet_says_how_to_let_devices_in(folder: Path) -> None:
-    said = first_words("--dir", folder)
-    assert "no device is enrolled" in said
-    assert "enrol devices: outstation fleet enrol DEVICE" in said
+def test_collect_in_a_new_fleet_explains_enrolment(folder: Path) -> None:
+    output = first_words("--dir", folder)
+    assert "no device is enrolled" in output
+    assert "enrol devices: outstation fleet enrol DEVICE" in output

@@ -82,7 +82,7 @@ def test_the_interval_of_agreement_holds_the_truth_as_often_as_it_says(correlati
 
 
 @pytest.mark.parametrize(("correlation", "count"), [(0.0, 12), (0.4, 20), (0.6, 60)])
-def test_so_does_that_of_time(correlation: float, count: int) -> None:
+def test_the_interval_of_latency_holds_the_truth_as_often_as_it_says(correlation: float, count: int) -> None:
     found = coverage(
         lambda some: paired_intervals.latency_ratio(some, new_is_other=True), 2 * np.exp(0.02), correlation, count
     )
@@ -90,7 +90,7 @@ def test_so_does_that_of_time(correlation: float, count: int) -> None:
 
 
 @pytest.mark.parametrize(("correlation", "count"), [(0.0, 12), (0.4, 20), (0.6, 60)])
-def test_so_does_that_of_labels(correlation: float, count: int) -> None:
+def test_the_interval_of_labels_holds_the_truth_as_often_as_it_says(correlation: float, count: int) -> None:
     found = coverage(
         lambda some: paired_intervals.labelled_accuracy_gain(some, new_is_other=True), -0.05, correlation, count
     )
@@ -98,19 +98,19 @@ def test_so_does_that_of_labels(correlation: float, count: int) -> None:
 
 
 @pytest.mark.parametrize(("correlation", "count"), [(0.0, 12), (0.4, 20), (0.6, 60)])
-def test_so_does_that_of_the_estimate(correlation: float, count: int) -> None:
+def test_the_interval_of_the_estimate_holds_the_truth_as_often_as_it_says(correlation: float, count: int) -> None:
     found = coverage(
         lambda some: paired_intervals.expected_accuracy_gain(some, new_is_other=True), -0.1, correlation, count
     )
     assert 0.91 <= found <= 0.995
 
 
-def test_so_does_that_of_absolute_error() -> None:
+def test_the_interval_of_errors_holds_the_truth_as_often_as_it_says() -> None:
     found = coverage(lambda some: paired_intervals.error_ratio(some, new_is_other=True), 1.2 * np.exp(0.02), 0.4, 20)
     assert 0.91 <= found <= 0.995
 
 
-def test_where_there_are_devices_enough_they_count_and_not_their_blocks() -> None:
+def test_with_enough_devices_intervals_count_devices() -> None:
     def spread(seed: int) -> list[ComparisonBlock]:
         random = np.random.default_rng(seed)
         shares = 1 / (1 + np.exp(-(2.5 + 0.6 * random.normal(size=8))))
@@ -129,7 +129,7 @@ def test_where_there_are_devices_enough_they_count_and_not_their_blocks() -> Non
     assert 0.91 <= hits / REPEATS <= 0.995
 
 
-def test_few_blocks_say_nothing_however_many_windows_they_hold() -> None:
+def test_few_blocks_give_no_interval() -> None:
     few = [ComparisonBlock(ComparisonStats(1, 10_000, 10_000))] * 9
     assert paired_intervals.agreement(few) is None
     found = verdict.evaluate_limits(RuleLimits(min_agreement=0.5), few, True)
@@ -137,7 +137,7 @@ def test_few_blocks_say_nothing_however_many_windows_they_hold() -> None:
     assert "fewer than 10 blocks or 5 devices" in found[0].summary
 
 
-def test_windows_that_all_agree_still_leave_a_doubt_that_shrinks() -> None:
+def test_full_agreement_still_has_an_interval_that_shrinks() -> None:
     some, many = (
         paired_intervals.agreement([ComparisonBlock(ComparisonStats(1, 20, 20))] * count) for count in (10, 200)
     )
@@ -148,7 +148,7 @@ def test_windows_that_all_agree_still_leave_a_doubt_that_shrinks() -> None:
 
 
 @pytest.mark.parametrize(("limit", "state"), [(0.7, "passed"), (0.99, "failed"), (0.905, "undecided")])
-def test_agreement_is_judged_by_the_whole_interval(limit: float, state: str) -> None:
+def test_agreement_is_decided_by_the_whole_interval(limit: float, state: str) -> None:
     blocks = blocks_of(np.random.default_rng(3), 0.3, 60)
     found = verdict.evaluate_limits(RuleLimits(min_agreement=limit), blocks, True)
     assert [one.state for one in found] == [state]
@@ -157,7 +157,7 @@ def test_agreement_is_judged_by_the_whole_interval(limit: float, state: str) -> 
     assert f"{found[0].numbers['value']:.3f}" in found[0].summary
 
 
-def test_each_rule_of_a_device_finds_the_worse_bundle_in_shadow() -> None:
+def test_each_device_rule_detects_the_worse_bundle() -> None:
     blocks = blocks_of(np.random.default_rng(5), 0.3, 150)
     rules = CanaryRules(min_agreement=0.98, max_latency_ratio=1.5, max_accuracy_drop=0.02, max_error_growth=0.05)
     found = {(one.rule, one.state) for one in verdict.evaluate_rules(rules, blocks, True)}
@@ -170,7 +170,7 @@ def test_each_rule_of_a_device_finds_the_worse_bundle_in_shadow() -> None:
     }
 
 
-def test_on_probation_the_old_bundle_is_the_one_beside() -> None:
+def test_during_a_canary_the_old_bundle_is_the_other_one() -> None:
     blocks = blocks_of(np.random.default_rng(5), 0.3, 150)
     rules = CanaryRules(max_latency_ratio=1.5, max_accuracy_drop=0.02, max_error_growth=0.05)
     found = verdict.evaluate_rules(rules, blocks, False)
@@ -178,7 +178,7 @@ def test_on_probation_the_old_bundle_is_the_one_beside() -> None:
     assert "errors" not in {one.rule for one in found}, "what fails beside is not the new bundle"
 
 
-def test_one_error_is_too_many_where_none_may_be_and_enough_batches_without_any_are_good() -> None:
+def test_the_error_rate_fails_with_one_error_and_passes_with_enough_batches() -> None:
     one = [ComparisonBlock(ComparisonStats(1, 10, 10))] * 9 + [
         ComparisonBlock(ComparisonStats(1, errors=1, error="the model crashed: SIGFPE"))
     ]
@@ -192,7 +192,7 @@ def test_one_error_is_too_many_where_none_may_be_and_enough_batches_without_any_
     assert [f.state for f in verdict.evaluate_limits(RuleLimits(max_error_rate=0.5), one, True)] == ["passed"]
 
 
-def test_bundles_that_cannot_agree_leave_the_rule_open_and_say_why() -> None:
+def test_incomparable_bundles_leave_agreement_undecided() -> None:
     blocks = [
         ComparisonBlock(ComparisonStats(1, 10, None, error="one bundle answers as classify, the other as regress"))
     ] * 20
@@ -201,7 +201,7 @@ def test_bundles_that_cannot_agree_leave_the_rule_open_and_say_why() -> None:
     assert "one bundle answers as classify" in found[0].summary
 
 
-def test_without_anything_to_look_at_no_rule_is_decided_and_none_of_labels_is_there() -> None:
+def test_without_data_rules_are_undecided() -> None:
     limits = RuleLimits(0.9, 2.0, 0.1, 0.05, 0.1)
     found = verdict.evaluate_limits(limits, [], True)
     assert [(one.rule, one.state) for one in found] == [

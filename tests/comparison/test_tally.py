@@ -58,7 +58,7 @@ def close(a: Any, b: Any) -> bool:
 
 
 @given(st.lists(tallies(), max_size=6), st.randoms())
-def test_tallies_add_up_in_any_order_and_grouping(some: list[ComparisonStats], random: Any) -> None:
+def test_statistics_add_up_in_any_order_and_grouping(some: list[ComparisonStats], random: Any) -> None:
     whole = reduce(add, some, ComparisonStats())
     mixed = list(some)
     random.shuffle(mixed)
@@ -70,12 +70,12 @@ def test_tallies_add_up_in_any_order_and_grouping(some: list[ComparisonStats], r
 
 
 @given(tallies())
-def test_the_empty_tally_changes_nothing(one: ComparisonStats) -> None:
+def test_adding_empty_statistics_changes_nothing(one: ComparisonStats) -> None:
     assert one + ComparisonStats() == one == ComparisonStats() + one
 
 
 @given(st.lists(st.lists(NUMBERS, max_size=5), max_size=5))
-def test_merged_moments_are_those_of_all_values_at_once(parts: list[list[float]]) -> None:
+def test_merged_moments_equal_those_of_all_values(parts: list[list[float]]) -> None:
     found = reduce(tally.merge_moments, [tally.compute_moments(np.array(part)) for part in parts], Moments())
     every = np.array([value for part in parts for value in part])
     assert found.n == len(every)
@@ -85,7 +85,7 @@ def test_merged_moments_are_those_of_all_values_at_once(parts: list[list[float]]
 
 
 @given(tallies())
-def test_a_tally_comes_back_from_its_message_as_it_went(one: ComparisonStats) -> None:
+def test_statistics_survive_the_round_trip_through_a_message(one: ComparisonStats) -> None:
     one = replace(one, errors=one.errors + 1, error="did not answer")
     head = {"v": 1, "kind": "shadow", "device": "pi-07", "log": "0" * 8 + "-0000" * 3 + "-" + "0" * 12, "seq": 1}
     head |= {"prev": "", "boot": 1, "time": "2026-11-24T00:00:00Z", "clock": "synced"}
@@ -110,7 +110,7 @@ def test_windows_are_matched_by_the_row_they_end_at() -> None:
     assert (found.model.windows, found.other.windows) == (3, 4)
 
 
-def test_what_scores_lead_to_expect_is_told_of_the_windows_of_both() -> None:
+def test_expected_accuracy_covers_matched_windows_only() -> None:
     ours = said([10, 20, 30], label=[0, 1, 2], correct_probability=[0.1, 0.8, 0.9])
     theirs = said([20, 30, 40], label=[1, 1, 0], correct_probability=[0.5, 0.7, 0.0])
     found = tally.compare_batch(AB, ours, AB, theirs)
@@ -119,20 +119,20 @@ def test_what_scores_lead_to_expect_is_told_of_the_windows_of_both() -> None:
     assert found.other.expected_accuracy.mean == pytest.approx(0.6)
 
 
-def test_several_labels_agree_where_all_that_is_said_is_the_same() -> None:
+def test_multi_label_predictions_agree_if_all_labels_do() -> None:
     kind, other = OutputKind("several", ("x", "y")), OutputKind("several", ("y", "x", "z"))
     ours = said([1, 2, 3], label_mask=np.array([[1, 0], [1, 1], [0, 0]], bool))
     theirs = said([1, 2, 3], label_mask=np.array([[0, 1, 0], [1, 1, 1], [0, 0, 0]], bool))
     assert tally.compare_batch(kind, ours, other, theirs).agreeing == 2
 
 
-def test_numbers_have_a_difference_and_nothing_to_agree_on() -> None:
+def test_numeric_predictions_have_a_difference_and_no_agreement() -> None:
     kind = OutputKind("regress")
     found = tally.compare_batch(kind, said([1, 2], value=[1.0, 2.0]), kind, said([1, 2], value=[1.5, np.nan]))
     assert (found.n, found.agreeing, found.difference) == (2, None, Moments(1, 0.5, 0.0))
 
 
-def test_anomalies_agree_by_their_verdict() -> None:
+def test_anomaly_predictions_agree_by_their_flag() -> None:
     kind = OutputKind("anomaly")
     ours = said([1, 2], is_anomaly=[True, False], value=[3.0, 1.0])
     theirs = said([1, 2], is_anomaly=[True, True], value=[9.0, 8.0])
@@ -146,31 +146,31 @@ def test_anomalies_agree_by_their_verdict() -> None:
         (OutputKind("classify", ("x", "y")), r"one bundle names a, b, c, the other x, y: they have no label in common"),
     ],
 )
-def test_bundles_that_answer_different_questions_are_said_to(other: OutputKind, reason: str) -> None:
+def test_bundles_of_different_kinds_are_reported(other: OutputKind, reason: str) -> None:
     theirs = said([1, 2], value=[1.0, 2.0]) if other.problem_type == "regress" else said([1, 2], label=[0, 1])
     found = tally.compare_batch(AB, said([1, 2], label=[0, 1], score=[0.5, 0.6]), other, theirs)
     assert (found.n, found.agreeing, found.difference.n) == (2, None, 0)
     assert found.error.startswith(reason)
 
 
-def test_windows_that_nobody_compared_take_the_agreement_of_the_rest_along() -> None:
+def test_incomparable_windows_make_agreement_unknown() -> None:
     compared = ComparisonStats(1, 5, 4)
     assert (compared + ComparisonStats(1, 5, None)).agreeing is None
     assert (compared + ComparisonStats(1, 0, None)).agreeing == 4
 
 
-def test_values_that_are_no_numbers_or_too_large_to_square_are_left_out() -> None:
+def test_nan_and_too_large_values_are_left_out() -> None:
     assert tally.compute_moments(np.array([np.nan, np.inf, 1e200, 2.0])) == Moments(1, 2.0, 0.0)
 
 
-def test_a_failed_batch_counts_with_its_reason_which_is_kept_short() -> None:
+def test_a_failed_batch_counts_with_a_short_error() -> None:
     found = ComparisonStats(3, 9, 9) + tally.from_failure("the model\ncrashed: " + "x" * 900)
     assert (found.batches, found.errors, found.n) == (4, 1, 9)
     assert found.error.startswith("the model crashed: x")
     assert len(found.error) == 500
 
 
-def test_labelled_windows_are_counted_by_who_was_right() -> None:
+def test_labelled_windows_are_counted_by_outcome() -> None:
     found = tally.from_correctness([True, True, False, False], [True, False, True, False])
     assert found.labelled == (1, 1, 1, 1)
     assert (found.model.correct, found.other.correct) == (2, 2)

@@ -1,4 +1,4 @@
-"""Who may do what at a real Mosquitto with the config and access list that `fleet init` writes."""
+"""Access control at a real Mosquitto with the config and access list that `fleet init` writes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOT_AUTHORIZED = 0x87
 
 @dataclass
 class Access:
-    """A fleet of two devices, and its broker. `as_…` are brokers' settings with that one's certificate."""
+    """A fleet of two devices and its broker; `as_…` return broker settings with the certificate of that role."""
 
     home: Path
     config: FleetConfig
@@ -68,7 +68,7 @@ def access(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Access]:
 
 
 def code(broker: BrokerConfig, topic: str) -> int:
-    """The broker's reason code for a message on `topic`."""
+    """Return the broker's reason code for a message on `topic`."""
     link = Link(broker, "someone")
     try:
         token = link.send(OutgoingMessage(topic, b"{}"))
@@ -80,8 +80,8 @@ def code(broker: BrokerConfig, topic: str) -> int:
         link.close()
 
 
-def heard(broker: BrokerConfig, filters: list[str], sender: BrokerConfig, topic: str) -> bool:
-    """Whether a message by `sender` on `topic` reaches somebody who subscribes to `filters`."""
+def reaches_subscriber(broker: BrokerConfig, filters: list[str], sender: BrokerConfig, topic: str) -> bool:
+    """Return True if a message by `sender` on `topic` reaches a subscriber of `filters`."""
     listener, speaker = Link(broker, "listener", subscribe=filters), Link(sender, "speaker")
     try:
         speaker.send(OutgoingMessage(topic, b"{}"))
@@ -112,13 +112,13 @@ def test_what_goes_down_to_one_device_does_not_reach_another(access: Access, kin
     sender = access.as_collector if kind == "ack" else access.as_operator
     topic = f"{BASE}/pi-b/{kind}"
     for filters in ([topic], ["#"], [f"{BASE}/+/{kind}"], [f"{BASE}/pi-a/{kind}"]):
-        assert not heard(access.as_device("pi-a"), filters, sender, topic), filters
-    assert heard(access.as_device("pi-b"), [topic], sender, topic)
+        assert not reaches_subscriber(access.as_device("pi-a"), filters, sender, topic), filters
+    assert reaches_subscriber(access.as_device("pi-b"), [topic], sender, topic)
 
 
 def test_a_device_does_not_see_what_others_measure(access: Access) -> None:
     topic = f"{BASE}/pi-b/health"
-    assert not heard(access.as_device("pi-a"), ["#", topic], access.as_device("pi-b"), topic)
+    assert not reaches_subscriber(access.as_device("pi-a"), ["#", topic], access.as_device("pi-b"), topic)
 
 
 def test_a_device_cannot_throw_another_off_by_taking_its_client_id(access: Access) -> None:
@@ -134,9 +134,7 @@ def test_a_device_cannot_throw_another_off_by_taking_its_client_id(access: Acces
 
 
 @pytest.mark.parametrize("who", ["operator", "commander"])
-def test_operators_command_and_desire_and_publish_nothing_in_a_devices_or_the_collectors_name(
-    access: Access, who: str
-) -> None:
+def test_operators_publish_commands_and_desired_state_only(access: Access, who: str) -> None:
     broker = access.as_operator if who == "operator" else access.as_commander
     for kind in ("cmd", "desired"):
         assert code(broker, f"{BASE}/pi-a/{kind}") < 0x80
@@ -167,7 +165,7 @@ def test_a_roll_out_is_retained_for_devices_and_ends_nobodys_connection(
     file.write_text(
         f'[rollout]\nname = "{to.replace(":", "-")}"\ntask = "exercise"\nbundle = "exercise"\nversion = "1.1.0"\n'
         f'digest = "sha256:{"cd" * 32}"\ntarget = "{to}"\n[[steps]]\nstrategy = "all"\n'
-        "[promote]\ndevices = 2\nagreement = 0.9\n",
+        "[promote]\nmin_devices = 2\nmin_agreement = 0.9\n",
         encoding="utf-8",
     )
     watcher = Link(access.as_operator, "watch", subscribe=[f"{BASE}/+/health"])
@@ -175,9 +173,9 @@ def test_a_roll_out_is_retained_for_devices_and_ends_nobodys_connection(
         done = run_outstation("fleet", "rollout", "start", str(file), "--dir", str(access.home))
         assert done.returncode == 0, done.stderr
         device = Link(access.as_device("pi-a"), "pi-a", subscribe=[f"{BASE}/{topic}"])
-        [came] = [event for event in device.receive(60.0) if isinstance(event, IncomingMessage)]
+        [arrived] = [event for event in device.receive(60.0) if isinstance(event, IncomingMessage)]
         device.close()
-        assert (came.topic, came.retained) == (f"{BASE}/{topic}", True)
+        assert (arrived.topic, arrived.retained) == (f"{BASE}/{topic}", True)
         assert code(access.as_device("pi-a"), f"{BASE}/{topic}") == NOT_AUTHORIZED
         assert watcher.receive(0.1) == []
     finally:

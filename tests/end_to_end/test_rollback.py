@@ -68,9 +68,9 @@ def test_a_rollback_ends_when_another_bundle_is_configured(device: Device) -> No
 
 def test_only_the_last_two_bundles_are_stored(device: Device) -> None:
     device.crash("2")
-    assert device.kept() == {"1", "2"}
+    assert device.kept_versions() == {"1", "2"}
     device.crash("3")
-    assert device.kept() == {"2", "3"}
+    assert device.kept_versions() == {"2", "3"}
 
 
 def test_an_altered_copy_is_refused_and_the_current_bundle_goes_on(device: Device) -> None:
@@ -165,7 +165,7 @@ def test_half_a_copy_is_no_copy_and_is_made_anew(device: Device, monkeypatch: py
     device.daemon._store.close()
     device.store.close()
     device.start()
-    assert device.kept() == {"1", "2"}
+    assert device.kept_versions() == {"1", "2"}
     assert [path.name for path in (device.home / "data" / "bundles" / ".kept").iterdir() if "half" in path.name] == []
 
 
@@ -178,7 +178,7 @@ def test_a_disk_that_takes_no_copy_keeps_no_task_from_running(device: Device, mo
         device.crash("2")
     assert device.runs() == "2"
     device.crash()
-    assert device.kept() == {"1", "2"}
+    assert device.kept_versions() == {"1", "2"}
 
 
 def test_a_full_store_at_the_start_records_the_activation_at_the_next_one(

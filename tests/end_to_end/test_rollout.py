@@ -98,7 +98,7 @@ def shadows(fleet: LocalFleet) -> list[dict[str, Any]]:
     return [json.loads(row[0]) for row in rows]
 
 
-def test_a_good_bundle_is_fetched_looked_at_run_on_probation_and_settles(
+def test_a_good_bundle_passes_every_phase_and_becomes_active(
     fleet: LocalFleet, device: DeviceProcess, offered: dict[str, Path]
 ) -> None:
     wait_until("results of the shipped one", lambda: versions(fleet))
@@ -125,7 +125,7 @@ def test_a_good_bundle_is_fetched_looked_at_run_on_probation_and_settles(
     assert "rollout better (all) of exercise 2.0.0: active since" in shown
 
 
-def test_one_whose_golden_vectors_do_not_come_out_is_refused_for_the_group(
+def test_a_bundle_whose_golden_vectors_fail_is_rejected_by_the_group(
     fleet: LocalFleet, device: DeviceProcess, offered: dict[str, Path]
 ) -> None:
     wait_until("the good one runs", lambda: "2.0.0" in versions(fleet))
@@ -143,7 +143,7 @@ def test_one_whose_golden_vectors_do_not_come_out_is_refused_for_the_group(
 
 
 @crashing
-def test_one_that_crashes_on_probation_serves_nothing_and_the_daemon_lives(
+def test_a_crashing_canary_is_rolled_back_and_the_daemon_survives(
     fleet: LocalFleet, device: DeviceProcess, offered: dict[str, Path]
 ) -> None:
     pid = device.pid

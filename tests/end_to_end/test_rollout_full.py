@@ -40,7 +40,7 @@ def card(tmp_path: Path) -> Iterator[Card]:
 @pytest.fixture
 def site(tmp_path: Path, template: Site, card: Card) -> Iterator[Site]:
     """One that gives nothing up where there is no room."""
-    made = template.copied(tmp_path / "device")
+    made = template.copy(tmp_path / "device")
     made.stop()
     file = made.home / "outstation.toml"
     file.write_text(file.read_text(encoding="utf-8") + '[buffer]\nwhen_full = "refuse"\n', encoding="utf-8")
@@ -78,14 +78,14 @@ def processes() -> int:
 
 
 @pytest.mark.parametrize("before", ["downloading", "shadow"])
-def test_a_disk_that_fills_up_as_a_bundle_is_activated_leaves_the_old_one_at_work(
+def test_a_disk_that_fills_up_at_activation_keeps_the_old_bundle(
     site: Site, card: Card, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, before: str
 ) -> None:
     assert site.batch() == "1"
     if before == "shadow":
         site.desire("2", "shadow")
         site.until_phase("shadow")
-        site.until(site.is_beside, "it answers beside")
+        site.until(site.is_in_shadow, "it answers beside")
     site.feed()
     fill_at(monkeypatch, card, "canary")
     with caplog.at_level(logging.ERROR):
@@ -109,7 +109,7 @@ def test_a_disk_that_fills_up_as_a_bundle_is_activated_leaves_the_old_one_at_wor
     assert [phase for _, phase, _ in site.events()].count("canary") == 1
 
 
-def test_killed_on_a_disk_that_filled_up_as_a_bundle_was_activated_it_goes_on_once_there_is_room(
+def test_a_kill_at_activation_on_a_full_disk_is_recovered(
     site: Site, card: Card, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert site.batch() == "1"
@@ -127,7 +127,7 @@ def test_killed_on_a_disk_that_filled_up_as_a_bundle_was_activated_it_goes_on_on
     assert tiles(site.answered(), site._written)
 
 
-def test_a_disk_that_fills_up_as_a_bundle_settles_keeps_it_on_probation_until_there_is_room(
+def test_a_disk_that_fills_up_at_promotion_keeps_the_canary(
     site: Site, card: Card, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert site.batch() == "1"
@@ -148,7 +148,7 @@ def test_a_disk_that_fills_up_as_a_bundle_settles_keeps_it_on_probation_until_th
 
 
 @crashing
-def test_on_a_full_disk_a_bundle_that_crashes_is_taken_back_all_the_same(
+def test_a_full_disk_does_not_prevent_a_rollback(
     site: Site, card: Card, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is kept back on the disk is for this."""

@@ -78,8 +78,8 @@ WHERE = [(number, after) for number in range(3) for after in (False, True)]
 
 
 @pytest.mark.parametrize(("at", "after"), WHERE)
-def test_killed_at_any_step_to_settled_it_settles(tmp_path: Path, template: Site, at: int, after: bool) -> None:
-    site = template.copied(tmp_path)
+def test_a_kill_at_any_step_still_ends_active(tmp_path: Path, template: Site, at: int, after: bool) -> None:
+    site = template.copy(tmp_path)
     with dying(at, after_commit=after) as steps_taken, contextlib.suppress(Killed):
         go(site, "2", "all", wild_from=10**9, until=lambda one: one.phase == "active")
     assert len(steps_taken) == at + 1
@@ -99,10 +99,10 @@ def test_killed_at_any_step_to_settled_it_settles(tmp_path: Path, template: Site
 # The steps before are those to settled.
 @crashing
 @pytest.mark.parametrize(("at", "after"), WHERE[-2:])
-def test_killed_at_any_step_to_taken_back_it_is_taken_back_and_never_answered_wildly(
+def test_a_kill_at_any_step_still_ends_rolled_back(
     tmp_path: Path, template: Site, at: int, after: bool
 ) -> None:
-    site = template.copied(tmp_path)
+    site = template.copy(tmp_path)
     with dying(at, after_commit=after) as steps_taken, contextlib.suppress(Killed):
         go(site, "crash", "all", wild_from=40, until=lambda one: one.phase == "rolled_back")
     assert len(steps_taken) == at + 1

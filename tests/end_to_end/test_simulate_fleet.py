@@ -1,4 +1,4 @@
-"""`outstation fleet simulate`: a fleet on one machine, who has it hard in it, and how it ends."""
+"""`outstation fleet simulate`: a fleet on one machine, its disturbances, and its report."""
 
 from __future__ import annotations
 
@@ -27,37 +27,42 @@ def drawn(seed: int, **counts: int) -> disturbances.Disturbances:
     return disturbances.draw(NAMES, seed, span_s=60.0, **{"away": 5, "cut": 5, "slow": 5, "worse": 2} | counts)
 
 
-def test_the_same_seed_makes_the_same_sites_suffer_and_another_one_others() -> None:
+def test_the_same_seed_draws_the_same_disturbances() -> None:
     assert drawn(1) == drawn(1)
     assert drawn(1).degraded != drawn(2).degraded
 
 
-def test_no_device_has_two_hardships_while_there_are_enough() -> None:
-    found = drawn(3)
-    groups = [set(found.degraded), set(found.outages), set(found.download_cuts), set(found.slow_rates)]
+def test_no_device_has_two_disturbances() -> None:
+    result = drawn(3)
+    groups = [set(result.degraded), set(result.outages), set(result.download_cuts), set(result.slow_rates)]
     assert [len(group) for group in groups] == [2, 5, 5, 5]
     assert len(set.union(*groups)) == 17
 
 
-def test_more_hardship_than_devices_leaves_nobody_out_and_invents_none() -> None:
-    found = drawn(4, away=30, cut=30, slow=30, worse=2)
-    assert (len(found.degraded), len(found.outages), len(found.download_cuts), len(found.slow_rates)) == (2, 30, 18, 0)
+def test_more_disturbances_than_devices_use_each_device_once() -> None:
+    result = drawn(4, away=30, cut=30, slow=30, worse=2)
+    assert (len(result.degraded), len(result.outages), len(result.download_cuts), len(result.slow_rates)) == (
+        2,
+        30,
+        18,
+        0,
+    )
 
 
-def test_some_devices_are_away_before_the_roll_out_begins_and_all_come_back() -> None:
+def test_some_outages_begin_before_the_rollout_and_all_end() -> None:
     away = list(drawn(5).outages.values())
-    assert 0 < sum(one.begin_s == 0.0 for one in away) < len(away)
-    assert all(one.end_s > one.begin_s for one in away)
+    assert 0 < sum(item.begin_s == 0.0 for item in away) < len(away)
+    assert all(item.end_s > item.begin_s for item in away)
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Of three devices, on a broker that runs already."""
+    """Simulate three devices on a running broker."""
     find_program("mosquitto")
     home = tmp_path_factory.mktemp("fleet")
     with MosquittoBroker(home / "broker") as broker:
-        asked = ("--devices", "3", "--duration", "10", "--worse", "1", "--broker", broker.url, "--json")
-        done = simulate(home / "it", *asked)
+        options = ("--devices", "3", "--duration", "10", "--worse", "1", "--broker", broker.url, "--json")
+        done = simulate(home / "it", *options)
     assert done.returncode == 0, done.stderr
     assert left_over(home / "it") == []
     return json.loads(done.stdout)
@@ -66,14 +71,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_fleet_on_a_given_broker_ends_with_a_passed_audit(report: Any) -> None:
     assert report["audit"]["passed"] is True
     assert report["audit"]["devices"] == 3
-    assert [one["device"] for one in report["devices"]] == NAMES[:3]
-    assert min(one["results"] for one in report["devices"]) > 10
+    assert [item["device"] for item in report["devices"]] == NAMES[:3]
+    assert min(item["results"] for item in report["devices"]) > 10
 
 
 def test_its_report_has_the_members_that_programs_read(report: Any) -> None:
     assert {"devices", "accuracy", "seconds", "audit"} <= set(report)
-    for one in report["devices"]:
-        assert {"device", "rows", "windows", "results", "drift", "faults", "alerts"} <= set(one)
+    for item in report["devices"]:
+        assert {"device", "rows", "windows", "results", "drift", "faults", "alerts"} <= set(item)
 
 
 def test_a_roll_out_file_that_is_none_is_refused_before_anything_starts(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Roll-outs in a small simulated fleet, end to end: repository, operator, devices with bad lines, and the report."""
+"""Rollouts in a small simulated fleet, end to end: repository, operator, bad connections, and the report."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from scripts.rollout_trials import candidates
 from tests.end_to_end.test_demo import left_over
 from tests.end_to_end.test_simulate_fleet import simulate
 
-# A machine that is busy with other tests is slow; the roll-out itself takes 20 s.
+# A busy machine is slow; the rollout itself takes 20 s.
 pytestmark = pytest.mark.timeout(240)
-# Few batches: what is looked at here is the way, and not how sure a verdict is.
+# Few batches: this tests the procedure, not the certainty of the verdict.
 PLAN = """
 [rollout]
 name = "{bundle}"
@@ -44,20 +44,20 @@ strategy = "{strategy}"
 
 
 def rolled(home: Path, bundle: str, strategy: str, *options: str) -> tuple[int, Any]:
-    """Exit code and report of a roll-out in three devices."""
+    """Return exit code and report of a rollout on three devices."""
     find_program("mosquitto")
     key = generate(home / "publisher.key")
     candidates.make(bundle, home, key)
     last = "" if strategy == "all" else '[[steps]]\nstrategy = "all"'
     (home / "plan.toml").write_text(PLAN.format(bundle=bundle, strategy=strategy, last=last), encoding="utf-8")
-    asked = ("--devices", "3", "--speed", "20", "--rollout", str(home / "plan.toml"), "--duration", "150", "--json")
-    done = simulate(home / "it", *asked, "--publisher", key.public.text, *options)
+    arguments = ("--devices", "3", "--speed", "20", "--rollout", str(home / "plan.toml"), "--duration", "150", "--json")
+    done = simulate(home / "it", *arguments, "--publisher", key.public.text, *options)
     assert done.stdout, done.stderr
     assert left_over(home / "it") == []
     return done.returncode, json.loads(done.stdout)
 
 
-def test_a_good_bundle_arrives_everywhere_although_a_download_breaks_off(
+def test_a_good_bundle_reaches_all_devices_despite_a_cut_download(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     home = tmp_path_factory.mktemp("good")
@@ -65,14 +65,14 @@ def test_a_good_bundle_arrives_everywhere_although_a_download_breaks_off(
     assert code == 0, report["rollout"]
     rollout, devices = report["rollout"], report["devices"]
     assert (rollout["state"], rollout["ended"], report["audit"]["passed"]) == ("finished", True, True)
-    assert [one["phase"] for one in devices] == ["active"] * 3
-    assert {one["runs"]["digest"] for one in devices} == {rollout["digest"]}
-    assert rollout["served"] == sum(one["served"]["1.1.0"] for one in devices) > 0
+    assert [item["phase"] for item in devices] == ["active"] * 3
+    assert {item["runs"]["digest"] for item in devices} == {rollout["digest"]}
+    assert rollout["served"] == sum(item["served"]["1.1.0"] for item in devices) > 0
     assert list(rollout["disturbances"]["cut"].values()) == [1]
-    assert [one["event"] for one in rollout["decisions"]] == ["started", "finished"]
+    assert [item["event"] for item in rollout["decisions"]] == ["started", "finished"]
 
 
-def test_a_bundle_that_crashes_is_stopped_in_shadow_and_no_result_is_its(
+def test_a_crashing_bundle_is_aborted_in_shadow_without_results(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     home = tmp_path_factory.mktemp("crash")
@@ -80,8 +80,8 @@ def test_a_bundle_that_crashes_is_stopped_in_shadow_and_no_result_is_its(
     assert code == 0
     rollout, devices = report["rollout"], report["devices"]
     assert (rollout["state"], rollout["step"], rollout["served"]) == ("aborted", 1, 0)
-    assert {one["runs"]["version"] for one in devices} == {"1.0.0"}
-    # Its death is a batch that failed, too: which of the two is found first is chance.
-    assert {"crash", "error_rate"} & {one["reason"] for one in devices}
+    assert {item["runs"]["version"] for item in devices} == {"1.0.0"}
+    # A crash is also a failed batch: which of the two is reported first is chance.
+    assert {"crash", "error_rate"} & {item["reason"] for item in devices}
     assert report["audit"]["passed"] is True
     assert rollout["decisions"][-1]["event"] == "aborted"

@@ -1,4 +1,4 @@
-"""Folders of images and sounds through `model run` and `model evaluate`, a file at a time; what is none is named."""
+"""Folders of images and sounds in `model run` and `model evaluate`, one file at a time; other files are rejected."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from agent.evaluation.document import Evaluation
 from agent.model.bundle.manifest import ModelInput, WindowSpec
 from scripts.kit.bundles import KEY
 from tests.kit.evaluations import evaluated
-from tests.model.test_media import HEARD, picture, third_party, tone, write_wav
+from tests.model.test_media import SOUND_FORMAT, picture, third_party, tone, write_wav
 
-SOUND = ModelInput(fields=HEARD.columns, window=WindowSpec(rows=5, step=5, max_gap_s=0.5), sound=HEARD)
+SOUND = ModelInput(fields=SOUND_FORMAT.columns, window=WindowSpec(rows=5, step=5, max_gap_s=0.5), sound=SOUND_FORMAT)
 SPEC = """
 name = "vww"
 version = "1"
@@ -44,9 +44,9 @@ def test_sounds_are_read_a_file_at_a_time_with_their_folder_as_label(tmp_path: P
     blocks = list(MediaReader(tmp_path, SOUND, ["label"]).blocks())
     assert [set(block.text_columns["file"].tolist()) for block in blocks] == [{"fan/0.wav"}, set(), {"pump/2.wav"}]
     assert [set(block.text_columns["label"].tolist()) for block in blocks] == [{"fan"}, set(), {"pump"}]
-    [one] = blocks[1].rejected
-    assert "1.wav: no WAV file" in one.reason
-    assert one.file == "fan/1.wav"
+    [rejection] = blocks[1].rejected
+    assert "1.wav: not a readable WAV file" in rejection.reason
+    assert rejection.file == "fan/1.wav"
     whole = training_data.read(tmp_path / "pump" / "2.wav", SOUND)
     assert blocks[2].rows.tobytes() == whole.features.tobytes()
     assert blocks[2].t[0] - blocks[0].t[-1] > 500_000 * 10  # no window reaches from one file into the next
@@ -57,7 +57,7 @@ def test_sounds_are_read_a_file_at_a_time_with_their_folder_as_label(tmp_path: P
 
 @pytest.fixture
 def looking(tmp_path: Path) -> Path:
-    """A bundle that looks at images, beside a folder of 40."""
+    """A bundle for images, and a folder of 40."""
     (tmp_path / "model.tflite").write_bytes(third_party("mlperf_vww96_int8").read_bytes())
     for i in range(40):
         path = tmp_path / "images" / ("person" if i % 2 else "none") / f"{i:02}.png"
@@ -68,19 +68,19 @@ def looking(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_each_image_gets_an_answer_beside_its_name_and_one_that_is_none_is_named(looking: Path) -> None:
+def test_each_image_gets_a_named_result_and_a_broken_one_is_rejected(looking: Path) -> None:
     (looking / "images" / "none" / "broken.png").write_bytes(b"no image")
     result = run("run", looking / "bundle", looking / "images", "-o", looking / "out.csv", "--json")
     document = json.loads(result.stdout)
     assert (result.exit_code, document["results"], document["rejected"]) == (1, 40, 1)
     assert document["rejected_rows"][0]["file"] == "none/broken.png"
     with (looking / "out.csv").open(newline="") as file:
-        told = list(csv.DictReader(file))
-    assert list(told[0]) == ["row", "file", "label", "score"]
-    assert sorted(row["file"] for row in told)[:2] == ["none/00.png", "none/02.png"]
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["row", "file", "label", "score"]
+    assert sorted(row["file"] for row in rows)[:2] == ["none/00.png", "none/02.png"]
 
 
 def test_a_folder_of_images_is_evaluated_by_the_folders_within(looking: Path) -> None:
-    found: Evaluation = evaluated(looking / "bundle", looking / "images")
-    assert found.data.counts == {"none": 20, "person": 20}
-    assert np.sum(found.confusion) == 40
+    evaluation: Evaluation = evaluated(looking / "bundle", looking / "images")
+    assert evaluation.data.counts == {"none": 20, "person": 20}
+    assert np.sum(evaluation.confusion) == 40

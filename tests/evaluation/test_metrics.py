@@ -1,4 +1,4 @@
-"""Figures of an evaluation: the project's own metrics, with intervals that know what counts as one."""
+"""Metrics of an evaluation: equal to those of devices, with intervals over groups or neighbours."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ def classified(n: int, seed: int, right: float = 0.8) -> LabelledPredictions:
     full = rng.dirichlet([0.6] * 3, n)
     full[np.arange(n), truth] += rng.random(n) < right
     full /= full.sum(axis=1, keepdims=True)
-    said = full.argmax(axis=1)
-    return LabelledPredictions(truth.astype(float), predicted=said, score=full[np.arange(n), said], probabilities=full)
+    predicted = full.argmax(axis=1)
+    return LabelledPredictions(
+        truth.astype(float), predicted=predicted, score=full[np.arange(n), predicted], probabilities=full
+    )
 
 
 def alone(n: int, off: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None) -> bootstrap.BootstrapUnits:
@@ -35,14 +37,14 @@ def alone(n: int, off: np.ndarray[tuple[int], np.dtype[np.float64]] | None = Non
 def test_figures_are_those_that_devices_report(n: int, seed: int) -> None:
     pairs = classified(n, seed)
     reported = {(m.metric, m.slice): m.value for m in compute_metrics("classify", LABELS, pairs)}
-    found = metrics.compute("classify", LABELS, pairs, alone(n))
-    for one in found.metrics:
-        if (one.metric, "") in reported:
-            assert one.value == pytest.approx(reported[one.metric, ""], rel=1e-5)
-    for each in found.classes:
+    report = metrics.compute("classify", LABELS, pairs, alone(n))
+    for estimate in report.metrics:
+        if (estimate.metric, "") in reported:
+            assert estimate.value == pytest.approx(reported[estimate.metric, ""], rel=1e-5)
+    for each in report.classes:
         if ("f1", f"class={each.label}") in reported:
             assert each.f1.value == pytest.approx(reported["f1", f"class={each.label}"], rel=1e-5)
-    assert {m.metric for m in found.metrics} >= {"accuracy", "f1_macro", "brier", "ece", "top_2"}
+    assert {m.metric for m in report.metrics} >= {"accuracy", "f1_macro", "brier", "ece", "top_2"}
 
 
 def test_numbers_are_measured_as_devices_do_also_far_from_zero() -> None:
@@ -50,20 +52,20 @@ def test_numbers_are_measured_as_devices_do_also_far_from_zero() -> None:
     truth = np.asarray(1e6 + rng.normal(0, 1, 500), np.float64)
     pairs = LabelledPredictions(truth, value=np.asarray(truth + rng.normal(0.2, 0.5, 500), np.float64))
     reported = {m.metric: m.value for m in compute_metrics("regress", [], pairs)}
-    found = {m.metric: m for m in metrics.compute("regress", [], pairs, alone(500)).metrics}
+    report = {m.metric: m for m in metrics.compute("regress", [], pairs, alone(500)).metrics}
     for name in ("mae", "rmse", "r2"):
-        assert found[name].value == pytest.approx(reported[name], rel=1e-4)
-    assert found["bias"].value == pytest.approx(0.2, abs=0.07)
+        assert report[name].value == pytest.approx(reported[name], rel=1e-4)
+    assert report["bias"].value == pytest.approx(0.2, abs=0.07)
 
 
 def test_anomalies_are_ranked_and_judged_at_the_threshold() -> None:
     truth = np.array([0, 0, 0, 0, 1, 1], float)
     value = np.array([0.1, 0.2, 0.3, 0.9, 0.8, 0.7])
     pairs = LabelledPredictions(truth, predicted=(value > 0.75).astype(np.int64), value=value)
-    found = {m.metric: m.value for m in metrics.compute("anomaly", [], pairs, alone(6)).metrics}
-    assert found["auc"] == pytest.approx(0.75)
-    assert found["average_precision"] == pytest.approx((1 / 2 + 2 / 3) / 2, rel=1e-5)
-    assert (found["precision"], found["recall"]) == (0.5, 0.5)
+    report = {m.metric: m.value for m in metrics.compute("anomaly", [], pairs, alone(6)).metrics}
+    assert report["auc"] == pytest.approx(0.75)
+    assert report["average_precision"] == pytest.approx((1 / 2 + 2 / 3) / 2, rel=1e-5)
+    assert (report["precision"], report["recall"]) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("chances", [0.2, 0.5])
@@ -74,7 +76,7 @@ def test_average_precision_of_chance_is_the_share_of_anomalies(chances: float) -
 
 
 def test_an_interval_by_group_covers_what_one_of_single_windows_does_not() -> None:
-    """Twenty people of a hundred windows each, whose accuracy differs: how often the mean person lies inside."""
+    """Twenty people with a hundred windows each and different accuracies: the interval must cover the mean person."""
     inside = {"groups": 0, "windows": 0}
     for seed in range(60):
         rng = np.random.default_rng(seed)
@@ -84,20 +86,20 @@ def test_an_interval_by_group_covers_what_one_of_single_windows_does_not() -> No
         names = np.repeat(np.arange(20), 100).astype(str)
         for kind, group in (("groups", names), ("windows", None)):
             units = bootstrap.build_units(np.where(right.ravel(), 0.0, 1.0), group, "person", seed)
-            found = metrics.primary_interval("classify", metrics.primary_metric("classify", pairs, units), 2000, units)
-            assert found.low is not None
-            assert found.high is not None
-            inside[kind] += found.low <= 0.8 <= found.high
+            report = metrics.primary_interval("classify", metrics.primary_metric("classify", pairs, units), 2000, units)
+            assert report.low is not None
+            assert report.high is not None
+            inside[kind] += report.low <= 0.8 <= report.high
     assert inside["groups"] >= 51
     assert inside["windows"] < inside["groups"]
 
 
 def test_all_right_is_not_certainly_all_right() -> None:
     pairs = LabelledPredictions(np.asarray(np.arange(40) % 2, np.float64), predicted=np.arange(40) % 2)
-    found = metrics.primary_interval("classify", metrics.primary_metric("classify", pairs, alone(40)), 40, alone(40))
+    report = metrics.primary_interval("classify", metrics.primary_metric("classify", pairs, alone(40)), 40, alone(40))
     low, high = intervals.wilson(1.0, 40)
-    assert (found.value, found.high) == (1.0, high)
-    assert found.low == pytest.approx(low, rel=1e-4)
+    assert (report.value, report.high) == (1.0, high)
+    assert report.low == pytest.approx(low, rel=1e-4)
 
 
 def test_as_many_results_count_as_one_as_groups_are_alike() -> None:
@@ -116,6 +118,6 @@ def test_the_same_seed_draws_the_same_and_another_one_others() -> None:
 
 def test_a_part_of_the_results_keeps_its_units() -> None:
     units = bootstrap.build_units(np.zeros(6), np.array(["x", "x", "y", "y", "z", "z"]), "who", 0)
-    some = units.subset(np.array([0, 5]))
-    assert some.unit_index.tolist() == [0, 2]
-    assert some.sums(np.array([1.0, 2.0]))[0, 0] == 3.0
+    part = units.subset(np.array([0, 5]))
+    assert part.unit_index.tolist() == [0, 2]
+    assert part.sums(np.array([1.0, 2.0]))[0, 0] == 3.0

@@ -1,4 +1,4 @@
-"""Problems that were put into the shipped recordings on purpose must be found and named; and none where none is."""
+"""Defects planted in the shipped recordings are reported, and sound recordings raise no warning."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from agent.evaluation import label_quality, leakage
 from agent.evaluation.document import Evaluation
-from tests.kit.evaluations import Recorded, exercise, finding, recorded
+from tests.kit.evaluations import Recorded, check_result, exercise, recorded
 
 TRAINING = Path(__file__).parents[2] / "models" / "sources" / "exercise" / "reference.npz"
 
@@ -37,89 +37,91 @@ def test_the_shipped_model_is_as_good_as_its_card_says(sound: Evaluation) -> Non
 
 def test_sound_data_raise_no_warning(sound: Evaluation) -> None:
     assert sound.warnings == []
-    assert finding(sound, leakage.TRAIN_TEST_DUPLICATES).state == "ok"
-    assert finding(sound, leakage.GROUP_LEAKAGE).state == "ok"
-    assert finding(sound, leakage.DUPLICATE_GROUPS).state == "ok"
-    assert finding(sound, leakage.TARGET_LEAKAGE).state == "ok"
+    assert check_result(sound, leakage.TRAIN_TEST_DUPLICATES).state == "ok"
+    assert check_result(sound, leakage.GROUP_LEAKAGE).state == "ok"
+    assert check_result(sound, leakage.DUPLICATE_GROUPS).state == "ok"
+    assert check_result(sound, leakage.TARGET_LEAKAGE).state == "ok"
 
 
-def test_a_subject_of_the_test_that_the_model_learned_from_is_named(tmp_path: Path, shipped: Recorded) -> None:
+def test_group_leakage_names_the_subject(tmp_path: Path, shipped: Recorded) -> None:
     seen = recorded(TRAINING)
     both = shipped.also(seen.pick(seen.each["subject"] == 3))
-    found = exercise(both.npz(tmp_path / "both.npz"), group="subject", train=TRAINING)
-    rows, groups = finding(found, leakage.TRAIN_TEST_DUPLICATES), finding(found, leakage.GROUP_LEAKAGE)
+    evaluation = exercise(both.npz(tmp_path / "both.npz"), group="subject", train=TRAINING)
+    rows, groups = (
+        check_result(evaluation, leakage.TRAIN_TEST_DUPLICATES),
+        check_result(evaluation, leakage.GROUP_LEAKAGE),
+    )
     assert (rows.state, groups.state) == ("warning", "warning")
     assert groups.summary.startswith("subject 3 is in the training data")
     share = float(rows.summary.partition("(")[2].partition("%")[0])
-    assert share == pytest.approx(100 * (found.data.windows - 749) / found.data.windows, abs=1)
+    assert share == pytest.approx(100 * (evaluation.data.windows - 749) / evaluation.data.windows, abs=1)
 
 
-def test_a_subject_of_the_test_is_found_where_a_column_splits_one_file(tmp_path: Path, shipped: Recorded) -> None:
+def test_group_leakage_is_detected_with_a_split_column(tmp_path: Path, shipped: Recorded) -> None:
     of_nine = shipped.each["subject"] == 9
     split = np.where(of_nine & (np.arange(len(of_nine)) % 2 == 0), "train", "test")
-    data = shipped.told(split=split).csv(tmp_path / "rows.csv", "split", "subject")
-    found = exercise(data, group="subject", split="split")
-    assert finding(found, leakage.GROUP_LEAKAGE).summary.startswith("subject 9 is in the training data")
-    assert finding(found, leakage.TRAIN_TEST_DUPLICATES).state == "ok"
-    assert set(found.data.splits) == {"test"}
-    order = finding(found, leakage.TEMPORAL_LEAKAGE)
+    data = shipped.with_columns(split=split).csv(tmp_path / "rows.csv", "split", "subject")
+    evaluation = exercise(data, group="subject", split="split")
+    assert check_result(evaluation, leakage.GROUP_LEAKAGE).summary.startswith("subject 9 is in the training data")
+    assert check_result(evaluation, leakage.TRAIN_TEST_DUPLICATES).state == "ok"
+    assert set(evaluation.data.splits) == {"test"}
+    order = check_result(evaluation, leakage.TEMPORAL_LEAKAGE)
     assert order.state == "warning"
     assert "not later than the last training row (2025-11-2" in order.summary
 
 
-def test_rows_that_stand_under_two_names_are_found(tmp_path: Path, shipped: Recorded) -> None:
+def test_duplicate_groups_are_detected(tmp_path: Path, shipped: Recorded) -> None:
     twin = shipped.pick(shipped.each["subject"] == 8)
-    both = shipped.also(twin.told(subject=np.full(len(twin.sizes), 11)))
-    one = finding(exercise(both.npz(tmp_path / "both.npz"), group="subject"), leakage.DUPLICATE_GROUPS)
-    assert one.state == "warning"
-    assert one.summary.startswith("subject 11, 8 share rows")
+    both = shipped.also(twin.with_columns(subject=np.full(len(twin.sizes), 11)))
+    check = check_result(exercise(both.npz(tmp_path / "both.npz"), group="subject"), leakage.DUPLICATE_GROUPS)
+    assert check.state == "warning"
+    assert check.summary.startswith("subject 11, 8 share rows")
 
 
-def test_a_field_that_is_the_label_in_disguise_is_named(tmp_path: Path, shipped: Recorded) -> None:
+def test_target_leakage_names_the_field(tmp_path: Path, shipped: Recorded) -> None:
     rows = shipped.rows.copy()
-    code = np.array([3, 0, 5, 1, 6, 2, 4])[shipped.of_rows("label")]
+    code = np.array([3, 0, 5, 1, 6, 2, 4])[shipped.per_row("label")]
     rows[:, 5] = code * 0.3 + np.random.default_rng(0).normal(0, 0.02, len(rows))
     planted = Recorded(rows, shipped.sizes, shipped.each, shipped.fields, shipped.labels)
-    found = exercise(planted.npz(tmp_path / "leaking.npz"))
-    one = finding(found, leakage.TARGET_LEAKAGE)
-    assert one.state == "warning"
-    assert one.summary.startswith("wz (1.000) alone predicts the label")
-    assert one.summary in found.warnings
+    evaluation = exercise(planted.npz(tmp_path / "leaking.npz"))
+    check = check_result(evaluation, leakage.TARGET_LEAKAGE)
+    assert check.state == "warning"
+    assert check.summary.startswith("wz (1.000) alone predicts the label")
+    assert check.summary in evaluation.warnings
 
 
 @pytest.mark.parametrize("group", [None, "recording"])
-def test_a_slice_in_which_a_sensor_is_mounted_the_wrong_way_round_is_named(
-    tmp_path: Path, shipped: Recorded, group: str | None
-) -> None:
+def test_a_slice_with_a_reversed_sensor_is_worse(tmp_path: Path, shipped: Recorded, group: str | None) -> None:
     firmware = np.array(["1.0", "1.1", "2.0"])[np.arange(len(shipped.sizes)) // 2 % 3]
     rows = shipped.rows.copy()
     rows[np.repeat(firmware == "1.1", shipped.sizes)] *= np.array([1, -1, -1, 1, -1, -1], np.float32)
     planted = Recorded(rows, shipped.sizes, shipped.each | {"firmware": firmware}, shipped.fields, shipped.labels)
-    found = exercise(planted.npz(tmp_path / "bad.npz"), group=group, slices=("firmware", "side"))
-    states = {one.slice: one.state for one in found.slices}
+    evaluation = exercise(planted.npz(tmp_path / "bad.npz"), group=group, slices=("firmware", "side"))
+    states = {check.slice: check.state for check in evaluation.slices}
     assert states["firmware=1.1"] == "worse"
     assert [slice for slice, state in states.items() if state == "worse"] == ["firmware=1.1"]
-    assert any(warning.startswith("firmware=1.1: accuracy 0.") for warning in found.warnings)
+    assert any(warning.startswith("firmware=1.1: accuracy 0.") for warning in evaluation.warnings)
 
 
-def test_labels_that_were_mixed_up_are_listed(tmp_path: Path, shipped: Recorded) -> None:
+def test_swapped_labels_are_suspects(tmp_path: Path, shipped: Recorded) -> None:
     label = shipped.each["label"].copy()
     wrong = np.flatnonzero(label == shipped.labels.index("ROW"))[:2]
     label[wrong] = shipped.labels.index("PEN")
-    found = exercise(shipped.told(label=label).npz(tmp_path / "mixed.npz"))
-    assert finding(found, label_quality.LABEL_NOISE).state == "warning"
-    assert {(one.label, one.predicted) for one in found.suspects} == {("PEN", "ROW")}
+    evaluation = exercise(shipped.with_columns(label=label).npz(tmp_path / "mixed.npz"))
+    assert check_result(evaluation, label_quality.LABEL_NOISE).state == "warning"
+    assert {(check.label, check.predicted) for check in evaluation.suspects} == {("PEN", "ROW")}
     starts = np.concatenate([[0], np.cumsum(shipped.sizes)])
-    inside = [any(starts[i] < one.row <= starts[i + 1] for i in wrong) for one in found.suspects]
+    inside = [any(starts[i] < check.row <= starts[i + 1] for i in wrong) for check in evaluation.suspects]
     assert all(inside)
 
 
-def test_a_rare_class_is_told(tmp_path: Path, shipped: Recorded) -> None:
+def test_a_small_class_is_a_warning(tmp_path: Path, shipped: Recorded) -> None:
     rare = shipped.each["label"] == shipped.labels.index("TRAP")
     keep = ~rare | (np.cumsum(rare) == 1)
-    found = exercise(shipped.pick(keep).npz(tmp_path / "rare.npz"))
+    evaluation = exercise(shipped.pick(keep).npz(tmp_path / "rare.npz"))
     assert any(
-        one.check == label_quality.SMALL_CLASS and one.summary.startswith("TRAP has ") for one in found.label_checks
+        check.check == label_quality.SMALL_CLASS and check.summary.startswith("TRAP has ")
+        for check in evaluation.label_checks
     )
 
 

@@ -1,4 +1,4 @@
-"""`--engine ray` on a real Ray of two workers: what one machine would have written, whoever is killed."""
+"""`--engine ray` on a real Ray cluster of two workers: the output of one machine, whichever process is killed."""
 
 from __future__ import annotations
 
@@ -69,21 +69,21 @@ def long(tmp_path: Path) -> Path:
 
 
 def here(bundle: Path, source: Path, out: Path) -> dict[str, object]:
-    """What the engine of one machine says; its answers are in `out`."""
+    """Run on one machine, into `out`, and return the printed document."""
     result = CliRunner().invoke(command, ["run", str(bundle), str(source), "-o", str(out), "--json"])
     document: dict[str, object] = json.loads(result.stdout)
     return document
 
 
-def require_same(one: Path, other: Path) -> None:
-    """The same files with the same bytes, and no others."""
-    names = [sorted(path.name for path in folder.iterdir()) for folder in (one, other)]
+def require_same(first: Path, second: Path) -> None:
+    """Require the same files with the same bytes, and no others."""
+    names = [sorted(path.name for path in folder.iterdir()) for folder in (first, second)]
     assert names[0] == names[1]
     for name in names[0]:
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
-def test_a_folder_is_answered_to_the_byte_as_on_one_machine_and_its_bad_rows_are_told_alike(
+def test_output_of_a_folder_and_its_rejected_rows_equal_one_machine(
     ray: Ray, bundle: Path, data: Path, tmp_path: Path
 ) -> None:
     lines = write_csv(data / "4.csv", ("u", "v"), waves(300)).read_text().splitlines()
@@ -94,14 +94,12 @@ def test_a_folder_is_answered_to_the_byte_as_on_one_machine_and_its_bad_rows_are
     assert code == 1
     assert document["rejected_rows"] == [{"file": "4.csv", "line": 101, "reason": "u: 'x' is no number"}]
     assert document["rows"] == 3000 + 5001 + 7 + 12_345 + 300
-    for told in (document, wanted):
-        del told["out"], told["seconds"]
+    for totals in (document, wanted):
+        del totals["out"], totals["seconds"]
     assert document == wanted
 
 
-def test_a_file_whose_worker_is_killed_is_answered_by_another_to_the_byte_as_on_one_machine(
-    ray: Ray, bundle: Path, long: Path, tmp_path: Path
-) -> None:
+def test_another_worker_takes_over_the_file_of_a_killed_one(ray: Ray, bundle: Path, long: Path, tmp_path: Path) -> None:
     source, out = long / "1.parquet", tmp_path / "there.parquet"
     driver = ray.begin_run(bundle, source, out)
     wait_for(lambda: ray.writer(out) is not None, "a worker at the file", WITHIN_S)
@@ -115,9 +113,7 @@ def test_a_file_whose_worker_is_killed_is_answered_by_another_to_the_byte_as_on_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here.parquet", "in", "there.parquet"]
 
 
-def test_a_killed_driver_leaves_what_is_done_and_the_next_one_does_the_rest(
-    ray: Ray, bundle: Path, long: Path, tmp_path: Path
-) -> None:
+def test_a_second_driver_resumes_what_a_killed_one_left(ray: Ray, bundle: Path, long: Path, tmp_path: Path) -> None:
     out = tmp_path / "there"
     driver = ray.begin_run(bundle, long, out)
     ledger = out / ".outstation-run.part"
@@ -143,15 +139,15 @@ def test_a_bundle_is_evaluated_with_the_figures_of_one_machine(ray: Ray, tmp_pat
         lines = write_csv(data / f"{i}.csv", TABULAR, rows).read_text().splitlines()
         labels = ["label", *(LABELS[k // 7 % 3] for k in range(len(rows)))]
         (data / f"{i}.csv").write_text("\n".join(f"{a},{b}" for a, b in zip(lines, labels, strict=True)))
-    asked = [str(tabular), str(data), "--no-latency", "--json"]
-    code, there = ray.command("evaluate", *asked, "--engine", "ray")
-    one_machine = json.loads(CliRunner().invoke(command, ["evaluate", *asked]).stdout)
-    for told in (there, one_machine):
-        del told["made"], told["seconds"]
+    options = [str(tabular), str(data), "--no-latency", "--json"]
+    code, there = ray.command("evaluate", *options, "--engine", "ray")
+    one_machine = json.loads(CliRunner().invoke(command, ["evaluate", *options]).stdout)
+    for totals in (there, one_machine):
+        del totals["made"], totals["seconds"]
     assert (code, there) == (0, one_machine)
 
 
-def test_an_evaluation_whose_workers_die_again_and_again_ends_with_a_sentence(ray: Ray, tmp_path: Path) -> None:
+def test_an_evaluation_stops_after_four_dead_workers(ray: Ray, tmp_path: Path) -> None:
     tabular, data = packed(tmp_path, CLASSIFY), tmp_path / "in.csv"
     lines = write_csv(data, TABULAR, readings(200)).read_text().splitlines()
     data.write_text("\n".join(f"{line},{'label' if i == 0 else LABELS[i % 3]}" for i, line in enumerate(lines)))
@@ -159,35 +155,35 @@ def test_an_evaluation_whose_workers_die_again_and_again_ends_with_a_sentence(ra
     end = time.monotonic() + 3 * WITHIN_S
     while driver.poll() is None and time.monotonic() < end:
         # One that has a child proves the bundle: it has begun with the rows it was given.
-        for one in ray.workers():
+        for worker in ray.workers():
             with suppress(psutil.NoSuchProcess):
-                if one.children():
-                    one.kill()
-                    killed.add(one.pid)
+                if worker.children():
+                    worker.kill()
+                    killed.add(worker.pid)
         time.sleep(0.02)
-    code, said = ended(driver)
+    code, message = ended(driver)
     assert (code, len(killed)) == (1, MAX_ATTEMPTS)
-    assert "4 workers died over the windows of one file" in said
+    assert "4 workers died over the windows of one file" in message
 
 
-def test_what_a_worker_cannot_read_is_said_with_its_node_and_exits_with_2(
+def test_an_unreadable_file_is_reported_with_its_node_and_exit_code_2(
     ray: Ray, bundle: Path, data: Path, tmp_path: Path
 ) -> None:
     (data / "2.parquet").write_bytes(b"PAR1 and no more")
-    code, said = ray.run(bundle, data, tmp_path / "there")
+    code, message = ray.run(bundle, data, tmp_path / "there")
     assert code == 2
-    assert said.strip().splitlines()[-1].startswith("outstation: node ")
-    assert f"{data / '2.parquet'}: cannot be read as Parquet" in said
+    assert message.strip().splitlines()[-1].startswith("outstation: node ")
+    assert f"{data / '2.parquet'}: cannot be read as Parquet" in message
 
 
 @pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "127.0.0.1", "127.0.0.1:99999", "head", "nobody"])
-def test_a_cluster_that_cannot_be_reached_is_said_within_seconds(
+def test_an_unreachable_cluster_is_reported_within_seconds(
     bundle: Path, data: Path, tmp_path: Path, address: str
 ) -> None:
     if address == "nobody":
         address = f"127.0.0.1:{free_port()}"
-    told = ["run", str(bundle), str(data), "-o", str(tmp_path / "out"), "--engine", "ray", "--address", address]
-    result = CliRunner().invoke(command, told)
+    totals = ["run", str(bundle), str(data), "-o", str(tmp_path / "out"), "--engine", "ray", "--address", address]
+    result = CliRunner().invoke(command, totals)
     assert isinstance(result.exception, UsageError)
     assert f"--address {address}" in str(result.exception)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""A worker of a cluster, without the cluster: what it proves, and says where something is not as it was sent."""
+"""Ray worker without a cluster: its checks of bundle, files and versions, and the errors it returns."""
 
 from __future__ import annotations
 
@@ -45,45 +45,45 @@ def job(bundle: Bundle, tmp_path: Path) -> FileJob:
     return work(bundle).make_job(source, tmp_path / "out.csv")
 
 
-def work(found: Bundle) -> BatchPredictor:
-    return BatchPredictor(found, Inference(found.manifest, inference.load_model(found.manifest, found.model_bytes)))
+def work(loaded: Bundle) -> BatchPredictor:
+    return BatchPredictor(loaded, Inference(loaded.manifest, inference.load_model(loaded.manifest, loaded.model_bytes)))
 
 
-def order(found: Bundle, beside: Path, **changed: object) -> WorkerConfig:
+def order(loaded: Bundle, folder: Path, **changed: object) -> WorkerConfig:
     sent = {
         "bundle_name": "tiny 1.0.0",
-        "files": found.files,
-        "digest": found.digest,
+        "files": loaded.files,
+        "digest": loaded.digest,
         "raw": False,
-        "marker": beside / "mark",
+        "marker": folder / "mark",
         "token": TOKEN,
     }
     return WorkerConfig(**(sent | changed))  # type: ignore[arg-type]
 
 
-def answer(found: Bundle, job: FileJob, **changed: object) -> WorkerResult:
-    return Worker(order(found, job.target.parent, **changed)).process(job)
+def answer(loaded: Bundle, job: FileJob, **changed: object) -> WorkerResult:
+    return Worker(order(loaded, job.target.parent, **changed)).process(job)
 
 
 def test_a_file_is_answered_and_nothing_else_is_left(bundle: Bundle, job: FileJob, tmp_path: Path) -> None:
-    said = answer(bundle, job)
-    assert said.totals is not None
-    assert (said.error, said.totals.rows, said.totals.results) == ("", 50, 50)
+    result = answer(bundle, job)
+    assert result.totals is not None
+    assert (result.error, result.totals.rows, result.totals.results) == ("", 50, 50)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mark", "out.csv", "rows.csv"]
 
 
 def test_a_bundle_that_was_altered_on_the_way_answers_nothing(bundle: Bundle, job: FileJob) -> None:
     for name in ("model.tflite", "manifest.json"):
         altered = bundle.files | {name: bundle.files[name].replace(b"1", b"2", 1)}
-        said = answer(bundle, job, files=altered)
-        assert said.totals is None
-        assert not said.is_usage_error
+        result = answer(bundle, job, files=altered)
+        assert result.totals is None
+        assert not result.is_usage_error
         assert not job.target.exists()
 
 
 def test_another_bundle_than_was_sent_answers_nothing(bundle: Bundle, job: FileJob) -> None:
-    said = answer(bundle, job, digest="sha256:" + "0" * 64)
-    assert "was sent" in said.error
+    result = answer(bundle, job, digest="sha256:" + "0" * 64)
+    assert "was sent" in result.error
     assert not job.target.exists()
 
 
@@ -91,40 +91,40 @@ def test_another_bundle_than_was_sent_answers_nothing(bundle: Bundle, job: FileJ
 def test_another_version_than_the_drivers_answers_nothing(
     bundle: Bundle, job: FileJob, changed: dict[str, str]
 ) -> None:
-    said = answer(bundle, job, **changed)
-    assert (said.totals, said.is_usage_error) == (None, True)
-    assert "install the same on all" in said.error
+    result = answer(bundle, job, **changed)
+    assert (result.totals, result.is_usage_error) == (None, True)
+    assert "install the same on all" in result.error
 
 
-def test_data_that_a_node_does_not_see_are_named_with_the_node(bundle: Bundle, job: FileJob) -> None:
+def test_missing_data_are_named_with_the_node(bundle: Bundle, job: FileJob) -> None:
     job.source.unlink()
-    said = answer(bundle, job)
-    assert (said.totals, said.is_usage_error) == (None, True)
-    assert said.error.startswith("node ")
-    assert f"{job.source} does not exist" in said.error
+    result = answer(bundle, job)
+    assert (result.totals, result.is_usage_error) == (None, True)
+    assert result.error.startswith("node ")
+    assert f"{job.source} does not exist" in result.error
 
 
 @pytest.mark.parametrize("mark", [None, "of another run"])
-def test_a_folder_of_the_same_name_that_is_not_the_drivers_is_not_written_to(
+def test_another_folder_of_the_same_name_is_not_written_to(
     bundle: Bundle, job: FileJob, tmp_path: Path, mark: str | None
 ) -> None:
     (tmp_path / "mark").unlink()
     if mark is not None:
         (tmp_path / "mark").write_text(mark)
-    said = answer(bundle, job)
-    assert (said.totals, said.is_usage_error) == (None, True)
-    assert f"{tmp_path} is another folder" in said.error
+    result = answer(bundle, job)
+    assert (result.totals, result.is_usage_error) == (None, True)
+    assert f"{tmp_path} is another folder" in result.error
     assert not job.target.exists()
 
 
-def test_a_file_of_the_same_name_that_is_not_the_drivers_is_not_answered(bundle: Bundle, job: FileJob) -> None:
+def test_another_file_of_the_same_name_is_not_predicted(bundle: Bundle, job: FileJob) -> None:
     write_csv(job.source, TABULAR, readings(51))
-    said = answer(bundle, job)
-    assert (said.totals, said.is_usage_error) == (None, True)
-    assert "another size or time" in said.error
+    result = answer(bundle, job)
+    assert (result.totals, result.is_usage_error) == (None, True)
+    assert "another size or time" in result.error
 
 
-def test_a_file_that_ends_every_worker_is_left_at_last(folder: Path, job: FileJob) -> None:
+def test_a_file_that_kills_every_worker_is_given_up(folder: Path, job: FileJob) -> None:
     code = """
 import os, sys
 from pathlib import Path
@@ -136,40 +136,40 @@ ray_worker.BatchPredictor.predict_file = lambda *_: os._exit(9)
 bundle, source, target, identity, token = sys.argv[1:]
 print(answer(bundles.read(Path(bundle), None), FileJob(Path(source), Path(target), identity), token=token).error)
 """
-    command = [sys.executable, "-c", code, str(folder), *(str(one) for one in job), TOKEN]
+    command = [sys.executable, "-c", code, str(folder), *(str(item) for item in job), TOKEN]
     ends = [subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT) for _ in range(3)]
     assert [end.returncode for end in ends] == [9, 9, 0]
     assert f"{job.source}: 2 workers died over it" in ends[-1].stdout
 
 
-def test_a_worker_that_was_given_up_and_writes_still_is_waited_for(
+def test_a_worker_waits_for_another_that_still_writes(
     bundle: Bundle, job: FileJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = output.open_locked(output.partial_path(job.target))
     monkeypatch.setattr("agent.evaluation.predict.ray_worker.time.sleep", lambda _: held.close())
-    said = answer(bundle, job)
+    result = answer(bundle, job)
     assert held.closed
-    assert said.error == ""
+    assert result.error == ""
     assert job.target.exists()
 
 
-def test_a_disk_error_is_told_and_is_not_the_users_fault(
+def test_a_disk_error_is_returned_and_is_no_usage_error(
     bundle: Bundle, job: FileJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(BatchPredictor, "predict_file", full)
-    said = answer(bundle, job)
-    assert (said.totals, said.is_usage_error) == (None, False)
-    assert "No space left on device" in said.error
+    result = answer(bundle, job)
+    assert (result.totals, result.is_usage_error) == (None, False)
+    assert "No space left on device" in result.error
 
 
 def run(*args: object) -> Result:
     return CliRunner().invoke(command, ["run", *(str(arg) for arg in args)])
 
 
-def test_without_ray_it_is_said_what_to_install_and_the_exit_code_is_2(
+def test_without_ray_the_error_says_what_to_install(
     folder: Path, job: FileJob, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)

@@ -1,4 +1,4 @@
-"""The audit: passes for what is whole, fails for every way of altering the evidence, and names the message."""
+"""Audit: it passes for intact evidence, fails for every alteration, and names the message."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def store(tmp_path: Path) -> Iterator[FleetStore]:
 def collected(store: FleetStore, sender: MessageSender, *sent: SignedMessage) -> None:
     if store.active_key(sender.device) is None:
         store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
-    store.ingest([Arrival(sender.verify(one)) for one in sent], [], NOW)
+    store.ingest([Arrival(sender.verify(item)) for item in sent], [], NOW)
 
 
 def whole_log(sender: MessageSender) -> list[SignedMessage]:
-    """One message of each kind, results in seq 1, 3 and 6, health in seq 7."""
+    """Return one message of each kind; seq 1, 3 and 6 are results, seq 7 is health."""
     log = [sender.results(), sender.drift(), sender.results(n=0, rows=50), sender.alert(), sender.quality()]
     return [*log, sender.results(), sender.health_with_cursor()]
 
@@ -86,15 +86,15 @@ COLUMNS = {
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_altering_any_signed_column_of_one_message_fails_the_audit_and_names_it(store: FleetStore, name: str) -> None:
+def test_altering_any_signed_column_fails_the_audit(store: FleetStore, name: str) -> None:
     sender = MessageSender(log="5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c11")
     collected(store, sender, *whole_log(sender))
     value, reason = COLUMNS[name]
     tamper(store, f"UPDATE messages SET {name.split()[0]} = {value} WHERE seq = 3")
     report = audit(store)
     assert not report.passed
-    found = [(entry["seq"], entry["reason"]) for entry in report.invalid if reason in entry["reason"]]
-    assert [seq for seq, _ in found] == [30 if name == "seq" else 3], report.to_dict()
+    result = [(entry["seq"], entry["reason"]) for entry in report.invalid if reason in entry["reason"]]
+    assert [seq for seq, _ in result] == [30 if name == "seq" else 3], report.to_dict()
 
 
 @given(position=st.integers(0, 10_000), bit=st.integers(0, 7), column=st.sampled_from(["payload", "jws", "topic"]))
@@ -116,7 +116,7 @@ def test_any_flipped_bit_of_the_evidence_fails_the_audit(
     assert [entry["seq"] for entry in report.invalid] == [2]
 
 
-def test_a_message_taken_away_is_an_undeclared_gap_even_at_the_end_or_all_of_them(store: FleetStore) -> None:
+def test_a_deleted_message_is_an_undeclared_gap_anywhere_in_the_log(store: FleetStore) -> None:
     sender = MessageSender()
     collected(store, sender, *whole_log(sender))
     tamper(store, "DELETE FROM messages WHERE seq IN (2, 7)")
@@ -144,7 +144,7 @@ def test_declared_evictions_pass_and_what_they_do_not_cover_fails(store: FleetSt
     assert not audit(store).passed
 
 
-def test_an_eviction_cannot_declare_what_came_after_it(store: FleetStore) -> None:
+def test_an_eviction_cannot_declare_later_messages(store: FleetStore) -> None:
     sender = MessageSender()
     log = [sender.evicted((2, 3)), sender.quality(), sender.quality(), sender.quality()]
     collected(store, sender, log[0], log[3])
@@ -184,12 +184,12 @@ def test_rows_are_covered_exactly_once(
 ) -> None:
     sender = MessageSender()
     collected(store, sender, sender.results(), second(sender))
-    found = reasons(audit(store))
-    assert [seq for seq, _ in found] == ([] if reason is None else [2])
-    assert reason is None or reason in found[0][1]
+    result = reasons(audit(store))
+    assert [seq for seq, _ in result] == ([] if reason is None else [2])
+    assert reason is None or reason in result[0][1]
 
 
-def test_results_that_begin_behind_the_first_consumed_row_are_found(store: FleetStore) -> None:
+def test_results_that_begin_after_the_first_consumed_row_are_reported(store: FleetStore) -> None:
     sender = MessageSender(row=100)
     collected(store, sender, sender.results(), sender.health_with_cursor())
     [(seq, reason)] = reasons(audit(store))
@@ -234,7 +234,7 @@ def test_rows_that_were_given_up_need_no_results_if_their_task_is_named(
         assert [list(pair) for pair in listed["rows"]] == rows
 
 
-def test_a_cursor_that_moved_over_what_was_given_up_is_covered_before_any_result(store: FleetStore) -> None:
+def test_evicted_rows_before_the_first_result_are_covered(store: FleetStore) -> None:
     sender = MessageSender()
     cursor = {"stream": "watch", "row": 300, "first": 101}
     collected(store, sender, given_up(sender, [[1, 300]], ["exercise"]), sender.health(exercise=cursor))
@@ -244,8 +244,8 @@ def test_a_cursor_that_moved_over_what_was_given_up_is_covered_before_any_result
 @pytest.mark.parametrize(
     ("sql", "seq", "reason"),
     [
-        ("UPDATE results SET label = 'ROW' WHERE row = 101", 1, "row 101 differs"),
-        ("UPDATE results SET score = NULL WHERE row = 351", 6, "row 351 differs"),
+        ("UPDATE results SET label = 'ROW' WHERE row = 101", 1, "differs from table results in row 101"),
+        ("UPDATE results SET score = NULL WHERE row = 351", 6, "differs from table results in row 351"),
         ("DELETE FROM results WHERE row = 101", 1, "reports 3 results, but table results has 2"),
         ("INSERT INTO results SELECT * FROM results WHERE row = 101", 1, "table results has 4"),
         ("UPDATE results SET seq = 9 WHERE seq = 6", 9, "is not stored, but table results has 3"),
@@ -256,10 +256,10 @@ def test_a_results_table_that_says_something_else_fails(store: FleetStore, sql: 
     sender = MessageSender()
     collected(store, sender, *whole_log(sender))
     tamper(store, sql)
-    assert any(at == seq and reason in said for at, said in reasons(audit(store)))
+    assert any(at == seq and reason in output for at, output in reasons(audit(store)))
 
 
-def test_messages_of_a_revoked_key_still_verify_and_those_of_a_removed_key_do_not(store: FleetStore) -> None:
+def test_messages_of_a_revoked_key_verify_and_those_of_a_removed_key_do_not(store: FleetStore) -> None:
     sender = MessageSender()
     collected(store, sender, *whole_log(sender))
     store.enrol("pi-07", new_key().public, replace=True, now=NOW)

@@ -1,4 +1,4 @@
-"""The collector against a real broker, a real database and hostile senders."""
+"""Collector with a real broker, a real database and hostile senders."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ VECTORS = Path(__file__).parents[3] / "shared" / "vectors" / "messages.json"
 
 @dataclass
 class Wire:
-    """A connection that records what the collector does to it, and when the database has what."""
+    """A link that records the collector's calls and the state of the database at each."""
 
     store: FleetStore
     incoming: list[IncomingMessage | PublishReceipt] = field(default_factory=list)
@@ -72,14 +72,14 @@ class Wire:
         pass
 
     def acks(self) -> list[tuple[str, int, list[tuple[int, int]]]]:
-        """(device, through, missing) of what was sent."""
+        """Return (device, through, missing) of each acknowledgement."""
         bodies = [json.loads(message.payload) for message in self.sent]
         return [(body["device"], body["through"], [tuple(r) for r in body["missing"]]) for body in bodies]
 
 
 @dataclass
 class Desk:
-    """A collector whose database and wire a test can see."""
+    """A collector with its database and recording link."""
 
     collector: Collector
     store: FleetStore
@@ -87,8 +87,8 @@ class Desk:
     key: SigningKey
 
     def hand(self, *sent: SignedMessage | IncomingMessage) -> None:
-        """One turn with these messages on the wire."""
-        self.wire.incoming += [one.to_incoming() if isinstance(one, SignedMessage) else one for one in sent]
+        """Run one tick with these messages on the link."""
+        self.wire.incoming += [item.to_incoming() if isinstance(item, SignedMessage) else item for item in sent]
         self.collector.tick(self.wire, 0.0)
 
     def reasons(self) -> dict[str, int]:
@@ -109,14 +109,14 @@ def enrolled(store: FleetStore, device: str = "pi-07") -> MessageSender:
     return sender
 
 
-def test_a_message_is_stored_before_the_broker_hears_of_it_and_acknowledged_last(desk: Desk) -> None:
+def test_a_message_is_stored_before_puback_and_acknowledged_last(desk: Desk) -> None:
     sender = enrolled(desk.store)
     desk.hand(sender.results(), sender.results())
     assert desk.wire.done == [("puback", 2), ("puback", 2), ("ack", 2)]
     assert desk.wire.acks() == [("pi-07", 2, [])]
 
 
-def test_an_acknowledgement_is_retained_signed_by_the_collector_and_a_cloud_event(desk: Desk) -> None:
+def test_an_acknowledgement_is_retained_signed_and_a_cloud_event(desk: Desk) -> None:
     sender = enrolled(desk.store)
     desk.hand(sender.results())
     [message] = desk.wire.sent
@@ -132,7 +132,7 @@ def test_an_acknowledgement_is_retained_signed_by_the_collector_and_a_cloud_even
     assert properties["source"] == "outstation/acme/pi-07"
 
 
-def test_what_is_missing_is_asked_for_and_a_repeat_is_acknowledged_again(desk: Desk) -> None:
+def test_gaps_are_requested_and_duplicates_are_acknowledged_again(desk: Desk) -> None:
     sender = enrolled(desk.store)
     log = [sender.results() for _ in range(6)]
     desk.hand(log[0], log[3], log[5])
@@ -143,7 +143,7 @@ def test_what_is_missing_is_asked_for_and_a_repeat_is_acknowledged_again(desk: D
 
 
 def hostile(sender: MessageSender, stranger: MessageSender) -> dict[str, tuple[IncomingMessage, str]]:
-    """Name of the attack → the delivery, and the reason it must be refused for."""
+    """Return name of the attack → delivery and expected reason of refusal."""
     good, foreign = sender.results(), stranger.results()
     delivery = good.to_incoming()
     top = "outstation/acme/pi-07/results/exercise"
@@ -178,7 +178,7 @@ def hostile(sender: MessageSender, stranger: MessageSender) -> dict[str, tuple[I
     }
 
 
-def test_every_attack_is_refused_for_its_reason_counted_and_taken_off_the_broker(desk: Desk) -> None:
+def test_every_attack_is_refused_with_its_reason_and_counted(desk: Desk) -> None:
     sender, stranger = enrolled(desk.store), MessageSender("pi-09")
     enrolled(desk.store, "pi-08")
     for name, (delivery, reason) in hostile(sender, stranger).items():
@@ -198,7 +198,7 @@ def test_a_well_signed_metric_that_is_no_text_does_not_stop_the_collector(desk: 
     assert desk.store.count_messages() == 1
 
 
-def test_a_flood_of_hostile_messages_among_good_ones_loses_none_of_them_and_raises_one_alert(desk: Desk) -> None:
+def test_a_flood_of_hostile_messages_loses_no_valid_one_and_raises_one_alert(desk: Desk) -> None:
     sender, stranger = enrolled(desk.store), MessageSender("pi-09")
     enrolled(desk.store, "pi-08")
     attacks = [d for name, (d, _) in hostile(sender, stranger).items() if name not in ("ten megabytes", "too large")]
@@ -220,7 +220,7 @@ def test_a_flood_of_hostile_messages_among_good_ones_loses_none_of_them_and_rais
     assert "table refusal_samples" in raised[""]["summary"]
 
 
-def test_drift_of_most_of_the_fleet_raises_an_alert_of_the_collectors_own(
+def test_drift_of_most_devices_raises_an_alert_of_the_collector(
     desk: Desk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = clock.read().wall_us
@@ -247,7 +247,7 @@ def test_a_few_refused_messages_raise_no_alert(desk: Desk) -> None:
     assert [alert["device"] for alert in desk.store.alerts()] == ["pi-07"]
 
 
-def test_a_collector_that_is_started_again_does_not_repeat_the_alert_of_this_hour(
+def test_a_restarted_collector_does_not_repeat_the_alert_of_this_hour(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sender = enrolled(desk.store)
@@ -300,7 +300,7 @@ def test_a_message_that_cannot_be_stored_does_not_hold_up_its_neighbours(desk: D
     assert sum(desk.reasons().values()) == 1
 
 
-def test_a_revoked_key_signs_nothing_new_but_its_old_messages_stay_acknowledged(desk: Desk) -> None:
+def test_a_revoked_key_signs_nothing_new_and_old_messages_stay_acknowledged(desk: Desk) -> None:
     sender = enrolled(desk.store)
     old, late = sender.results(), sender.results()
     desk.hand(old)
@@ -326,13 +326,13 @@ def test_a_flood_of_unknown_keys_reads_no_key_from_the_database(desk: Desk) -> N
     reads: list[str] = []
     sqlite_of(desk.store).connection.set_trace_callback(lambda sql: reads.append(sql) if "FROM keys" in sql else None)
     strangers = [MessageSender(f"pi-{i}").results() for i in range(100)]
-    for one in strangers:
-        desk.hand(one)
+    for item in strangers:
+        desk.hand(item)
     assert reads == []
     assert desk.reasons() == {"unknown key": 100}
 
 
-def test_state_is_kept_and_a_retained_message_is_no_sign_of_life(desk: Desk) -> None:
+def test_state_is_stored_and_a_retained_message_is_no_sign_of_life(desk: Desk) -> None:
     sender = enrolled(desk.store)
     desk.hand(sender.state("offline").to_incoming(retained=True))
     [device] = desk.store.devices()
@@ -344,9 +344,7 @@ def test_state_is_kept_and_a_retained_message_is_no_sign_of_life(desk: Desk) -> 
     assert desk.wire.sent == []
 
 
-def test_while_the_database_fails_nothing_is_acknowledged_and_afterwards_nothing_is_lost(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_database_acknowledges_nothing_and_loses_nothing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     sender = enrolled(desk.store)
     sqlite_of(desk.store).connection.execute("PRAGMA busy_timeout = 10")
     blocker = sqlite3.connect(desk.store.path, isolation_level=None)
@@ -373,7 +371,7 @@ def test_a_database_that_fails_for_long_leaves_the_messages_to_the_broker(
     assert desk.wire.done == []
 
 
-def test_no_more_acknowledgements_are_under_way_than_the_broker_takes_and_the_newest_wins(desk: Desk) -> None:
+def test_acknowledgements_stay_within_the_window_and_the_newest_wins(desk: Desk) -> None:
     senders = [enrolled(desk.store, f"pi-{i}") for i in range(5)]
     desk.wire.window = 2
     desk.hand(*[sender.results() for sender in senders])
@@ -385,7 +383,7 @@ def test_no_more_acknowledgements_are_under_way_than_the_broker_takes_and_the_ne
 
 
 @pytest.mark.skipif(not VECTORS.exists(), reason="the shared message vectors are not beside this repository")
-def test_the_shared_vectors_are_accepted_and_refused_as_they_say(desk: Desk) -> None:
+def test_the_shared_vectors_are_accepted_and_refused_as_expected(desk: Desk) -> None:
     vectors = json.loads(VECTORS.read_text(encoding="utf-8"))
     key = key_of(vectors["jwk"])
     desk.store.enrol(vectors["device"], key.public, replace=False, now=NOW)
@@ -419,7 +417,7 @@ def broker(tmp_path: Path) -> Iterator[MosquittoBroker]:
         yield running
 
 
-def publish(link: Link, messages: list[OutgoingMessage], heard: list[IncomingMessage | PublishReceipt]) -> None:
+def publish(link: Link, messages: list[OutgoingMessage], received: list[IncomingMessage | PublishReceipt]) -> None:
     """Send all, a window at a time, and wait until the broker has them; what came meanwhile is added to `heard`."""
     waiting, under_way = list(messages), set[int]()
     deadline = time.monotonic() + 60
@@ -428,7 +426,7 @@ def publish(link: Link, messages: list[OutgoingMessage], heard: list[IncomingMes
             under_way.add(link.send(waiting.pop(0)))
         events = link.receive(0.1)
         under_way -= {event.token for event in events if isinstance(event, PublishReceipt)}
-        heard += [event for event in events if isinstance(event, IncomingMessage)]
+        received += [event for event in events if isinstance(event, IncomingMessage)]
         assert time.monotonic() < deadline, "the broker does not take the messages"
 
 
@@ -473,13 +471,13 @@ COLLECT = [sys.executable, "-c", "from agent.cli.fleet.group import fleet; fleet
 
 
 def collecting(folder: Path) -> subprocess.Popen[bytes]:
-    """The real process; its log is appended to collector.log."""
+    """Start the real process; its log is appended to collector.log."""
     with (folder / "collector.log").open("ab") as out:
         return subprocess.Popen([*COLLECT, str(folder / "acme")], stderr=out, stdout=out)
 
 
 def stored(config: FleetConfig) -> int:
-    """How many messages are in the database, as another process sees it."""
+    """Return the number of stored messages, as another process sees it."""
     store = FleetStore(Path(config.fleet.db), read_only=True)
     count = store.count_messages()
     store.close()
@@ -495,13 +493,13 @@ def test_killed_five_times_in_the_stream_every_message_is_stored_once(tmp_path: 
     stop = threading.Event()
 
     def play() -> None:
-        """Until the collector has all: send what it did not acknowledge, as a device does."""
+        """Send unacknowledged messages until the collector has all, as a device does."""
         link = Link(BrokerConfig(url=broker.url), "pi-07", subscribe=[f"outstation/{FLEET}/pi-07/ack"])
         safe: set[int] = set()
         while not stop.is_set() and len(safe) < len(log):
-            publish(link, [one.to_outgoing() for one in log if one.seq not in safe][:20], heard := [])
-            heard += link.receive(0.3)
-            for event in heard:
+            publish(link, [item.to_outgoing() for item in log if item.seq not in safe][:20], received := [])
+            received += link.receive(0.3)
+            for event in received:
                 if isinstance(event, IncomingMessage):
                     link.acknowledge(event)
                     ack = json.loads(event.payload)

@@ -1,4 +1,4 @@
-"""Several collectors of one fleet beside each other, on a real PostgreSQL and a real broker, as processes."""
+"""Several collector processes of one fleet, with a real PostgreSQL server and a real broker."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from scripts.kit.postgres import FAST_SETTINGS, PostgresServer, run_server
 from tests.kit.players import Players
 
 NOW = "2026-11-24T22:20:00.000000Z"
-# As `fleet init` writes it.
+# The setting that `fleet init` writes.
 CONF = "max_inflight_messages 500"
 
 
 @pytest.fixture
 def broker(tmp_path: Path) -> Iterator[MosquittoBroker]:
-    with MosquittoBroker(tmp_path, extra_conf=CONF) as one:
-        yield one
+    with MosquittoBroker(tmp_path, extra_conf=CONF) as item:
+        yield item
 
 
 class Fleet:
-    """A fleet's folder, its enrolled devices, and collectors to start and kill."""
+    """A fleet's folder, its enrolled devices, and its collector processes."""
 
     def __init__(self, folder: Path, broker: MosquittoBroker, url: str, devices: int) -> None:
         self.folder, self.config_dir, self.url = folder, folder / FLEET, url
@@ -74,7 +74,7 @@ class Fleet:
         return all("connected" in self.log(name) for name in names)
 
     def stored(self, name: str) -> int:
-        """How many messages it said it had stored, when it stopped."""
+        """Return the number of stored messages that it logged when it stopped."""
         return sum(int(n) for n in re.findall(r"stopped; (\d+) messages", self.log(name)))
 
     def close(self) -> None:
@@ -94,15 +94,15 @@ def end(*processes: subprocess.Popen[bytes]) -> list[int]:
     return [process.wait(60) for process in processes]
 
 
-def eventually(what: Callable[[], bool], within_s: float = 60.0) -> None:
+def eventually(members: Callable[[], bool], within_s: float = 60.0) -> None:
     deadline = time.monotonic() + within_s
-    while not what():
+    while not members():
         assert time.monotonic() < deadline, "not within the time"
         time.sleep(0.02)
 
 
 def require_whole(fleet: Fleet, players: Players) -> None:
-    """Nothing lost, nothing doubled, nothing acknowledged that is not there."""
+    """Check that nothing is lost or duplicated, and that every acknowledged message is stored."""
     store = FleetStore(fleet.url, read_only=True)
     report = audit(store)
     assert report.passed, report.to_dict()
@@ -117,9 +117,7 @@ def fleet(tmp_path: Path, broker: MosquittoBroker, postgres_url: str) -> Iterato
     made.close()
 
 
-def test_two_collectors_that_are_killed_and_started_again_lose_and_double_nothing(
-    fleet: Fleet, broker: MosquittoBroker
-) -> None:
+def test_killed_and_restarted_collectors_lose_and_duplicate_nothing(fleet: Fleet, broker: MosquittoBroker) -> None:
     with Players(broker.url, fleet.senders, 40) as players:
         both = {name: fleet.collect(name) for name in ("a", "b")}
         for killed in ("a", "b"):
@@ -141,10 +139,10 @@ def test_the_broker_spreads_what_devices_send_over_both(fleet: Fleet, broker: Mo
         eventually(lambda: players.done)
         assert end(*both) == [0, 0]
     require_whole(fleet, players)
-    # Each message is new to one of them.
+    # Each message is new to exactly one collector.
     assert fleet.stored("a") + fleet.stored("b") == players.total
     assert min(fleet.stored("a"), fleet.stored("b")) > 0
-    # Of the two sessions that are left one is ended, and what comes now is the other one's.
+    # One of the two remaining sessions is ended; new messages go to the other one.
     collecting.end_session(BrokerConfig(url=broker.url), FLEET, "a")
     names = [collecting.client_id(FLEET, name) for name in ("a", "b")]
     left, other = (Link(BrokerConfig(url=broker.url), name, session_expiry_s=60) for name in names)
@@ -162,9 +160,7 @@ def test_the_broker_spreads_what_devices_send_over_both(fleet: Fleet, broker: Mo
         link.close()
 
 
-def test_postgresql_that_is_killed_in_mid_flow_costs_nothing_that_was_acknowledged(
-    tmp_path: Path, broker: MosquittoBroker
-) -> None:
+def test_a_killed_postgresql_server_loses_no_acknowledged_message(tmp_path: Path, broker: MosquittoBroker) -> None:
     with run_server(FAST_SETTINGS.replace("fsync = off\n", "")) as server:
         fleet = Fleet(tmp_path, broker, server.create_database(), 5)
         try:
@@ -187,18 +183,18 @@ def test_postgresql_that_is_killed_in_mid_flow_costs_nothing_that_was_acknowledg
 
 def test_what_a_dead_collector_left_is_taken_over_by_the_other_one(fleet: Fleet, broker: MosquittoBroker) -> None:
     with Players(broker.url, fleet.senders[:3], 30) as players:
-        one, other = fleet.collect("a"), fleet.collect("b")
+        item, other = fleet.collect("a"), fleet.collect("b")
         eventually(lambda: fleet.connected("a", "b"))
         eventually(lambda: players.acknowledged > 10)
-        one.kill()
-        one.wait(60)
-        # The broker goes on handing half of what comes to its session; devices send that again.
+        item.kill()
+        item.wait(60)
+        # The broker keeps handing half of the messages to its session; devices send them again.
         eventually(lambda: players.done)
         end(other)
     require_whole(fleet, players)
 
 
-def test_two_collectors_of_one_name_do_not_throw_each_other_off(fleet: Fleet) -> None:
+def test_two_collectors_of_one_name_do_not_disconnect_each_other(fleet: Fleet) -> None:
     first = fleet.collect("a")
     eventually(lambda: fleet.connected("a"))
     second = fleet.collect("a")
@@ -217,17 +213,17 @@ def test_one_collector_has_the_duty_and_another_takes_it_over(
     stores = [FleetStore(fleet.url) for _ in range(3)]
     duties = [leader.LeaderTasks(store, Keyring(store)) for store in stores]
     for _ in range(2):
-        for one in duties:
-            one.tick()
-        assert [one.is_leader for one in duties] == [True, False, False]
+        for item in duties:
+            item.tick()
+        assert [item.is_leader for item in duties] == [True, False, False]
     stores[0].close()
 
     def having() -> int:
-        for one in duties[1:]:
-            one.tick()
-        return sum(one.is_leader for one in duties[1:])
+        for item in duties[1:]:
+            item.tick()
+        return sum(item.is_leader for item in duties[1:])
 
-    # The server notices in its own time that the connection is closed.
+    # The server notices the closed connection after a while.
     eventually(lambda: having() == 1)
     assert having() == 1
     for store in stores[1:]:

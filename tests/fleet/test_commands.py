@@ -1,4 +1,4 @@
-"""Sending a command: a counter that is never used twice, and only the device's own signed answer counts."""
+"""Remote commands: a counter is never used twice, and only a reply signed by the device is accepted."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OPERATOR, KEY = new_key(77), new_key(1)
 
 
 class Broker:
-    """A link whose other end is `device`: what it makes of a command is delivered."""
+    """A link that delivers the replies of `device`."""
 
     def __init__(self, device: Callable[[OutgoingMessage], list[IncomingMessage]], code: int = 0) -> None:
         self._device, self._code = device, code
@@ -76,7 +76,7 @@ def through(broker: Broker, keyring: Keyring, wait_s: float = 0.05) -> CommandRe
     return send(broker, FLEET, DEVICE, "report", {}, OPERATOR, 7, keyring, wait_s)
 
 
-def test_a_command_is_signed_for_its_topic_expires_and_asks_for_its_answer(keyring: Keyring) -> None:
+def test_a_command_is_signed_expires_and_names_its_reply_topic(keyring: Keyring) -> None:
     broker = Broker(lambda command: [reply(command)])
     sent = through(broker, keyring)
     assert (sent.ok, sent.to_dict()["data"]) == (True, {"n": 1})
@@ -104,7 +104,7 @@ def test_a_command_is_signed_for_its_topic_expires_and_asks_for_its_answer(keyri
     ],
     ids=["stranger", "other device's key", "other device", "other command", "unsigned", "retained", "correlation"],
 )
-def test_an_answer_that_is_not_this_devices_to_this_command_does_not_count(
+def test_a_reply_of_another_device_or_command_is_ignored(
     keyring: Keyring, forge: Callable[[OutgoingMessage], IncomingMessage]
 ) -> None:
     sent = through(Broker(lambda command: [forge(command)]), keyring)
@@ -113,7 +113,7 @@ def test_an_answer_that_is_not_this_devices_to_this_command_does_not_count(
     assert genuine.ok
 
 
-def test_an_answer_by_a_key_that_the_collector_is_just_learning_counts_once_it_has(keyring: Keyring) -> None:
+def test_a_reply_is_accepted_once_the_collector_has_stored_its_new_key(keyring: Keyring) -> None:
     new = new_key(40)
 
     class Learning(Broker):
@@ -125,7 +125,7 @@ def test_an_answer_by_a_key_that_the_collector_is_just_learning_counts_once_it_h
     assert through(Learning(lambda command: [reply(command, new)]), keyring, 2.0).ok
 
 
-def test_the_answer_to_a_rotation_by_the_key_before_counts_though_it_is_bounded_by_then(keyring: Keyring) -> None:
+def test_the_reply_to_a_rotation_is_accepted_from_the_former_key(keyring: Keyring) -> None:
     def device(command: OutgoingMessage) -> list[IncomingMessage]:
         keyring._store.enrol(DEVICE, new_key(40).public, replace=True, now=TIME, keep_through=1)
         return [reply(command)]
@@ -141,7 +141,7 @@ def test_a_revoked_devices_answer_does_not_count(keyring: Keyring) -> None:
     assert "revoked" in sent.reason
 
 
-def test_nobody_listening_and_a_broker_that_refuses_are_told_at_once(keyring: Keyring) -> None:
+def test_an_absent_device_and_a_refusing_broker_are_reported_at_once(keyring: Keyring) -> None:
     assert "not connected" in through(Broker(lambda _: [], NO_SUBSCRIBERS), keyring, 60.0).reason
     assert "access list" in through(Broker(lambda _: [], 0x87), keyring, 60.0).reason
 
@@ -189,7 +189,7 @@ def test_arguments_are_named_by_their_order_and_wrong_ones_are_refused() -> None
             parse_arguments(name, values)
 
 
-def test_a_reply_must_say_what_it_answers() -> None:
+def test_a_reply_must_name_its_command() -> None:
     topic = REPLY
     payload = encode({"v": 1, "kind": "reply", "device": DEVICE, "time": TIME})
     signer = jws.Signer(DEVICE, KEY.public)
@@ -198,10 +198,10 @@ def test_a_reply_must_say_what_it_answers() -> None:
 
 
 def test_a_wipe_wants_the_devices_name_typed_and_asks_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    arguments = []
 
     def prompt(text: str, **options: Any) -> str:
-        asked.append((text, options["err"]))
+        arguments.append((text, options["err"]))
         return answers.pop(0)
 
     answers = ["pi-08", DEVICE]
@@ -209,10 +209,10 @@ def test_a_wipe_wants_the_devices_name_typed_and_asks_on_stderr(monkeypatch: pyt
     monkeypatch.setattr(click, "prompt", prompt)
     assert not fleet_command._confirm_wipe(DEVICE)
     assert fleet_command._confirm_wipe(DEVICE)
-    assert all(DEVICE in text and err for text, err in asked)
+    assert all(DEVICE in text and err for text, err in arguments)
 
 
-def test_a_counter_file_that_is_damaged_after_a_clock_was_ahead_is_written_again_from_the_database(
+def test_a_damaged_counter_file_is_restored_from_the_database(
     tmp_path: Path,
 ) -> None:
     ahead, now = 9_000, 5_000
@@ -220,8 +220,8 @@ def test_a_counter_file_that_is_damaged_after_a_clock_was_ahead_is_written_again
     store = FleetStore(tmp_path / "fleet.db")
     store.enrol(DEVICE, sender.key.public, replace=False, now=TIME)
     for counter in (ahead, ahead - 1):
-        told = sender.append("audit", event="command", summary="Done.", evidence={"counter": counter})
-        store.ingest([Arrival(sender.verify(told))], [], TIME)
+        report = sender.append("audit", event="command", summary="Done.", evidence={"counter": counter})
+        store.ingest([Arrival(sender.verify(report))], [], TIME)
     store.close()
     (tmp_path / COUNTER_FILE).write_text("damaged\n")
     says = r"write the highest used counter into it .*docs/commands\.md"

@@ -1,4 +1,4 @@
-"""Drift of a whole fleet: exact merges, each window once, who stands out, what moved first."""
+"""Fleet drift: exact merges, each window once, outlier devices, onset order."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def field(rows: Any, state: str = "ok", **more: Any) -> dict[str, Any]:
-    """What a device says of one field, from its rows."""
+    """Return the members of one field in a drift message, from its rows."""
     rows = np.asarray(rows, np.float64)
     counts = np.histogram(rows, BOUNDS)[0]
     mean = float(rows.mean()) if len(rows) else 0.0
-    told = {
+    report = {
         "counts": counts.tolist(), "missing": 0, "below": int((rows < BOUNDS[0]).sum()),
         "above": int((rows > BOUNDS[-1]).sum()), "mean": mean, "m2": float(((rows - mean) ** 2).sum()),
         "cusum": {"mean": [0.0, 0.0], "spread": [0.0, 0.0]}, "state": state, "fault": None,
     }  # fmt: skip
-    return {**told, **more}
+    return {**report, **more}
 
 
 def window(
@@ -54,10 +54,10 @@ def window(
     reference: str | dict[str, str | None] = "sha256:01",
     **changes: Any,
 ) -> SignedMessage:
-    """The drift window of minute `at`, the next message of the sender."""
+    """Return the drift window of minute `at`, the next message of the sender."""
     begin = NOW_US - 1000 * MINUTE_US + at * MINUTE_US
     span = {"from": clock.to_rfc3339(begin), "to": clock.to_rfc3339(begin + MINUTE_US - 1)}
-    states = {told.get("state") for told in fields.values()}
+    states = {report.get("state") for report in fields.values()}
     body: dict[str, Any] = {
         "model": MODEL,
         "reference": reference if isinstance(reference, dict) else {"shipped": reference, "site": None},
@@ -79,7 +79,7 @@ def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
 
 def add(store: FleetStore, sender: MessageSender, *sent: SignedMessage) -> None:
     store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
-    store.ingest([Arrival(sender.verify(one)) for one in sent], [], NOW)
+    store.ingest([Arrival(sender.verify(item)) for item in sent], [], NOW)
 
 
 def seen(store: FleetStore, **options: Any) -> FleetDriftSummary:
@@ -131,7 +131,7 @@ def test_fifty_devices_merged_in_any_order_equal_one_pass_over_all_rows(tmp_path
         documents.append({name: (p.counts.tolist(), p.missing, p.moments) for name, p in group.merge_fields().items()})
         opened.close()
     assert documents[0] == documents[1] == documents[2]
-    everything = np.concatenate([one for parts in rows.values() for one in parts])
+    everything = np.concatenate([item for parts in rows.values() for item in parts])
     for at, name in enumerate(("ax", "ay")):
         counts, _, merged = documents[0][name]
         expected = field(everything[:, at])
@@ -141,21 +141,21 @@ def test_fifty_devices_merged_in_any_order_equal_one_pass_over_all_rows(tmp_path
         assert merged.m2 == pytest.approx(expected["m2"], rel=1e-9)
 
 
-def test_a_window_counts_once_however_often_and_in_whatever_log_it_comes(store: FleetStore) -> None:
+def test_a_window_counts_once_in_whatever_log_it_arrives(store: FleetStore) -> None:
     [first] = devices(1)
     again = MessageSender(first.device, first.key, "5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c22")
     rows = np.random.default_rng(1).normal(0, 1, (4, 500))
     sent = [window(first, i, {"ax": field(rows[i])}) for i in range(3)]
     add(store, first, *sent, *sent)
-    # A store that was restored from a backup judges the same readings again, and goes on.
+    # A restored store tests the same readings again, and continues.
     add(store, again, *(window(again, i, {"ax": field(rows[i])}) for i in range(1, 4)))
-    found = seen(store)
-    [group] = found.groups
-    assert (group.windows, found.duplicates) == (4, 2)
+    result = seen(store)
+    [group] = result.groups
+    assert (group.windows, result.duplicates) == (4, 2)
     assert group.merge_fields()["ax"].moments.n == 2000
 
 
-def test_a_device_whose_reference_differs_is_shown_apart(store: FleetStore) -> None:
+def test_a_device_with_another_reference_forms_its_own_group(store: FleetStore) -> None:
     rows = np.random.default_rng(1).normal(0, 1, 500)
     for number, sender in enumerate(devices(4)):
         reference = "sha256:02" if number == 2 else "sha256:01"
@@ -166,37 +166,37 @@ def test_a_device_whose_reference_differs_is_shown_apart(store: FleetStore) -> N
     assert common.merge_fields()["ax"].moments.n == 1500
 
 
-def test_a_window_judged_again_against_another_reference_of_its_site_counts_once(store: FleetStore) -> None:
+def test_a_window_tested_against_two_site_references_counts_once(store: FleetStore) -> None:
     [first] = devices(1)
     again = MessageSender(first.device, first.key, "5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c22")
     rows = np.random.default_rng(1).normal(0, 1, 500)
     for sender, site in ((first, None), (again, "sha256:ff")):
         add(store, sender, window(sender, 0, {"ax": field(rows)}, reference={"shipped": "sha256:01", "site": site}))
-    found = seen(store)
-    assert (found.groups[0].windows, found.duplicates, found.groups[0].merge_fields()["ax"].moments.n) == (1, 1, 500)
+    result = seen(store)
+    assert (result.groups[0].windows, result.duplicates, result.groups[0].merge_fields()["ax"].moments.n) == (1, 1, 500)
 
 
-def test_one_device_with_other_bins_is_shown_apart_by_name_and_hides_no_other(store: FleetStore) -> None:
+def test_a_device_with_other_bins_forms_its_own_group(store: FleetStore) -> None:
     rows = np.random.default_rng(1).normal(0, 1, 500)
     for number, sender in enumerate(devices(6)):
-        told = field(rows) if number else field(rows, counts=[500])
-        add(store, sender, window(sender, 0, {"ax": told}))
-    found = seen(store)
-    common, other = found.groups
+        report = field(rows) if number else field(rows, counts=[500])
+        add(store, sender, window(sender, 0, {"ax": report}))
+    result = seen(store)
+    common, other = result.groups
     assert (sorted(common.devices), common.differs_in) == ([f"pi-0{i}" for i in range(1, 6)], None)
     assert (list(other.devices), other.differs_in) == (["pi-00"], "layout")
-    assert (found.unreadable, common.merge_fields()["ax"].moments.n) == (0, 2500)
+    assert (result.unreadable, common.merge_fields()["ax"].moments.n) == (0, 2500)
 
 
-def test_a_device_that_makes_up_references_and_fields_takes_only_a_few_groups(store: FleetStore) -> None:
+def test_a_device_with_invented_references_gets_only_a_few_groups(store: FleetStore) -> None:
     [sender] = devices(1)
-    told = [window(sender, i, {f"f{i}": field(np.zeros(10))}, reference=f"sha256:{i % 3}") for i in range(30)]
-    add(store, sender, *told)
-    found = seen(store)
-    assert (len(found.groups), found.unreadable) == (4, 26)
+    report = [window(sender, i, {f"f{i}": field(np.zeros(10))}, reference=f"sha256:{i % 3}") for i in range(30)]
+    add(store, sender, *report)
+    result = seen(store)
+    assert (len(result.groups), result.unreadable) == (4, 26)
 
 
-def test_a_window_with_a_sensor_fault_is_counted_and_kept_out_of_what_is_merged(store: FleetStore) -> None:
+def test_a_window_with_a_sensor_fault_is_counted_but_not_merged(store: FleetStore) -> None:
     [sender] = devices(1)
     good, bad = np.zeros(100), np.full(100, 3.0)
     faulty = {"ax": field(bad, "fault", fault="stuck"), "ay": field(good)}
@@ -207,7 +207,7 @@ def test_a_window_with_a_sensor_fault_is_counted_and_kept_out_of_what_is_merged(
     assert group.merge_fields()["ay"].moments.n == 100
 
 
-def test_what_does_not_read_as_a_drift_window_is_counted_and_left_out(store: FleetStore) -> None:
+def test_invalid_drift_windows_are_counted_and_left_out(store: FleetStore) -> None:
     [sender] = devices(1)
     rows = np.zeros(100)
     damaged: list[dict[str, Any]] = [
@@ -220,23 +220,23 @@ def test_what_does_not_read_as_a_drift_window_is_counted_and_left_out(store: Fle
     ]
     good = window(sender, 0, {"ax": field(rows)})
     add(store, sender, good, *(window(sender, i + 1, fields) for i, fields in enumerate(damaged)), sender.drift())
-    found = seen(store)
-    assert found.unreadable == len(damaged) + 1
-    assert [group.windows for group in found.groups] == [1]
+    result = seen(store)
+    assert result.unreadable == len(damaged) + 1
+    assert [group.windows for group in result.groups] == [1]
 
 
-def test_the_device_whose_spread_or_mean_is_unlike_the_others_stands_out(store: FleetStore) -> None:
+def test_a_device_with_another_spread_or_mean_is_an_outlier(store: FleetStore) -> None:
     rng = np.random.default_rng(3)
     for number, sender in enumerate(devices(9)):
         ax = rng.normal(0, 0.6 if number == 4 else 1, 4000)
         ay = rng.normal(1.0 if number == 7 else 0, 1, 4000)
         add(store, sender, window(sender, 0, {"ax": field(ax), "ay": field(ay)}))
-    found = seen(store).groups[0].find_outliers()
-    assert {(one.device, one.field, one.statistic) for one in found} == {
+    result = seen(store).groups[0].find_outliers()
+    assert {(item.device, item.field, item.statistic) for item in result} == {
         ("pi-04", "ax", "spread"),
         ("pi-07", "ay", "mean"),
     }
-    spread = next(one for one in found if one.field == "ax")
+    spread = next(item for item in result if item.field == "ax")
     assert spread.z < -3.5
     assert spread.value == pytest.approx(0.6, abs=0.03)
     assert spread.fleet_median == pytest.approx(1.0, abs=0.03)
@@ -255,20 +255,20 @@ def test_the_device_whose_spread_or_mean_is_unlike_the_others_stands_out(store: 
     ids=["constant elsewhere", "moves among still ones", "still among moving ones", "far from zero", "near zero"],
 )
 @pytest.mark.parametrize("known", [True, False])
-def test_a_device_stands_out_where_a_field_is_constant_on_most_or_on_it_alone(
+def test_a_constant_field_on_one_device_or_on_all_others_is_an_outlier(
     usual: tuple[float, float], odd: tuple[float, float], statistic: str, known: bool
 ) -> None:
     whole = {}
     for number in range(9):
         mean, sd = odd if number == 3 else usual
         whole[f"pi-0{number}"] = {"ax": MergedField(np.ones(34, np.int64), 0, Moments(1000, mean, sd * sd * 1000))}
-    [one] = find_outliers(whole, {"ax": max(usual[1], odd[1])} if known else {})
-    assert (one.device, one.statistic) == ("pi-03", statistic)
-    assert (one.value, one.fleet_median) == pytest.approx((odd[statistic == "spread"], usual[statistic == "spread"]))
-    assert 3.5 < abs(one.z) <= 99
+    [item] = find_outliers(whole, {"ax": max(usual[1], odd[1])} if known else {})
+    assert (item.device, item.statistic) == ("pi-03", statistic)
+    assert (item.value, item.fleet_median) == pytest.approx((odd[statistic == "spread"], usual[statistic == "spread"]))
+    assert 3.5 < abs(item.z) <= 99
 
 
-def test_a_hair_against_the_references_spread_is_no_reason_to_stand_out() -> None:
+def test_a_tiny_difference_is_no_outlier() -> None:
     alike = {
         f"pi-0{i}": {"ax": MergedField(np.ones(34, np.int64), 0, Moments(1000, 0.01 * (i == 3), 0.0))} for i in range(9)
     }
@@ -277,28 +277,28 @@ def test_a_hair_against_the_references_spread_is_no_reason_to_stand_out() -> Non
 
 
 @pytest.mark.parametrize("count", [1, 3, 12])
-def test_no_device_of_a_fleet_whose_devices_are_alike_stands_out(store: FleetStore, count: int) -> None:
+def test_a_uniform_fleet_has_no_outliers(store: FleetStore, count: int) -> None:
     rng = np.random.default_rng(4)
     for sender in devices(count):
         add(store, sender, window(sender, 0, {"ax": field(rng.normal(0, 1, 2000)), "flat": field(np.zeros(2000))}))
     assert seen(store).groups[0].find_outliers() == []
 
 
-def test_the_field_whose_alarm_came_first_moved_first_and_what_ended_comes_last(store: FleetStore) -> None:
-    [one, two] = devices(2)
-    # Per minute: state and sum of the spread.
+def test_onsets_are_sorted_by_alarm_and_ended_ones_come_last(store: FleetStore) -> None:
+    [item, two] = devices(2)
+    # Per minute: state and CUSUM of the spread.
     ax = [("ok", 0), ("ok", 0), ("ok", 3), ("drift", 6), ("drift", 9), ("drift", 12)]
     ay = [("ok", 1), ("ok", 2), ("ok", 3), ("ok", 4), ("drift", 6), ("drift", 8)]
     az = [("ok", 4), ("drift", 6), ("drift", 3), ("ok", 0), ("ok", 0), ("ok", 0)]
-    for sender, fields in ((one, {"ay": ay, "az": az}), (two, {"ax": ax, "ay": az})):
+    for sender, fields in ((item, {"ay": ay, "az": az}), (two, {"ax": ax, "ay": az})):
         windows = [
             {
-                n: field(np.zeros(10), told[i][0], cusum={"mean": [0, 0], "spread": [0, told[i][1]]})
-                for n, told in fields.items()
+                n: field(np.zeros(10), report[i][0], cusum={"mean": [0, 0], "spread": [0, report[i][1]]})
+                for n, report in fields.items()
             }
             for i in range(6)
         ]
-        # Different fields under one reference do not merge; each device has its own here.
+        # Different fields under one reference do not merge; here each device has its own.
         sent = [window(sender, i, fields, reference=f"sha256:{sender.device}") for i, fields in enumerate(windows)]
         add(store, sender, *sent)
     first, second = (group.ordered_episodes() for group in seen(store).groups)
@@ -318,15 +318,15 @@ def test_only_windows_since_a_moment_and_of_a_task_are_taken(store: FleetStore) 
     assert seen(store, task="other").groups == []
 
 
-def test_a_year_of_windows_and_a_clock_that_was_never_set_give_a_bounded_history(store: FleetStore) -> None:
+def test_a_year_of_windows_gives_a_bounded_history(store: FleetStore) -> None:
     [sender] = devices(1)
     minutes = [*range(0, 525_600, 3000), -29_900_000]
     add(store, sender, *(window(sender, 40_000_000, {"ax": field([0.0])}, window=_at(m)) for m in minutes))
-    found = summarize_drift(store, now_us=NOW_US + 400 * 1440 * MINUTE_US)
-    spans = list(found.groups[0].history)
+    result = summarize_drift(store, now_us=NOW_US + 400 * 1440 * MINUTE_US)
+    spans = list(result.groups[0].history)
     assert 40 <= len(spans) <= 96
     assert sum(span.windows for *_, span in spans) == len(minutes) - 1
-    assert found.groups[0].undated == 1
+    assert result.groups[0].undated == 1
 
 
 def _at(minute: int) -> dict[str, Any]:
@@ -337,15 +337,15 @@ def _at(minute: int) -> dict[str, Any]:
 def test_the_course_of_a_device_stays_bounded_and_keeps_the_largest_sum(store: FleetStore) -> None:
     [sender] = devices(1)
     sums = [7.5 if i == 777 else 0.0 for i in range(2000)]
-    told = [{"ax": field([0.0], cusum={"mean": [0, s], "spread": [0, 0]})} for s in sums]
-    add(store, sender, *(window(sender, i, fields) for i, fields in enumerate(told)))
+    report = [{"ax": field([0.0], cusum={"mean": [0, s], "spread": [0, 0]})} for s in sums]
+    add(store, sender, *(window(sender, i, fields) for i, fields in enumerate(report)))
     line = build_timeline(store, seen(store).groups[0], sender.device, now_us=NOW_US + 2000 * MINUTE_US)
     assert line.windows == 2000
     assert len(line.points) < 480
     assert [p.subjects["ax"].mean for p in line.points if p.subjects["ax"].mean] == [7.5]
 
 
-def test_windows_from_before_the_clock_was_set_do_not_stretch_a_course_but_are_shown_where_there_are_no_others(
+def test_a_timeline_omits_windows_of_an_unset_clock_unless_there_are_no_others(
     store: FleetStore,
 ) -> None:
     [sender] = devices(1)
@@ -372,32 +372,32 @@ def folder(tmp_path: Path) -> Path:
 
 
 def filled(folder: Path, count: int = 5, fields: int = 2) -> None:
-    """Devices with 12 windows each; the first loses gain on its first field in minute 8, the second's sticks."""
+    """Store 12 windows per device; from minute 8 one field loses gain on a device, and sticks on another."""
     rng = np.random.default_rng(0)
     store = FleetStore(folder / "fleet.db")
     for number, sender in enumerate(devices(count)):
         sent = []
         for minute in range(12):
-            told = {
+            report = {
                 f"f{i}": field(rng.normal(0, 1, 400), "insufficient" if minute < 4 else "ok") for i in range(fields)
             }
             if minute >= 8 and number == 0:
                 cusum = {"mean": [0, 0], "spread": [0, 3.0 * (minute - 7)], "limit": 5.0}
-                told["f0"] = field(rng.normal(0, 0.5, 400), "drift" if minute > 8 else "ok", cusum=cusum)
+                report["f0"] = field(rng.normal(0, 0.5, 400), "drift" if minute > 8 else "ok", cusum=cusum)
             if minute >= 8 and number == 1:
-                told["f0"] = field(np.zeros(400), "fault", fault="stuck")
-            sent.append(window(sender, minute, told))
+                report["f0"] = field(np.zeros(400), "fault", fault="stuck")
+            sent.append(window(sender, minute, report))
         if number == 0:
             sent.append(sender.alert(summary="f0: spread fell to 0.5 <of> this site's reference & more."))
         add(store, sender, *sent)
     store.close()
 
 
-def test_an_empty_database_is_said_to_be_empty(folder: Path, tmp_path: Path) -> None:
+def test_an_empty_database_is_reported(folder: Path, tmp_path: Path) -> None:
     picture = tmp_path / "drift.svg"
-    told = run("drift", "--dir", folder, "--plot", picture)
-    assert told.exit_code == 0, told.exception
-    assert told.stdout.startswith("No drift window was collected")
+    report = run("drift", "--dir", folder, "--plot", picture)
+    assert report.exit_code == 0, report.exception
+    assert report.stdout.startswith("No drift window was collected")
     assert json.loads(run("drift", "--dir", folder, "--json").stdout) == {
         "duplicate_windows": 0,
         "unreadable_windows": 0,
@@ -413,14 +413,14 @@ def test_a_single_window_is_a_fleet_too(folder: Path, tmp_path: Path) -> None:
     [sender] = devices(1)
     add(store, sender, window(sender, 0, {"ax": field([0.5])}))
     store.close()
-    told = run("drift", "--dir", folder, "--json", "--plot", tmp_path / "one.svg")
-    [task] = json.loads(told.stdout)["tasks"]
+    report = run("drift", "--dir", folder, "--json", "--plot", tmp_path / "one.svg")
+    [task] = json.loads(report.stdout)["tasks"]
     assert (task["windows"], task["features"]["ax"]["n"], task["features"]["ax"]["mean"]) == (1, 1, 0.5)
     assert task["first_onset"] is None
     ET.parse(tmp_path / "one.svg")
 
 
-def test_the_report_names_what_moved_first_and_who_stands_out(folder: Path) -> None:
+def test_the_report_names_the_first_onset_and_its_states(folder: Path) -> None:
     filled(folder)
     [task] = json.loads(run("drift", "--dir", folder, "--json").stdout)["tasks"]
     assert (task["first_onset"]["device"], task["first_onset"]["field"], task["first_onset"]["test"]) == (
@@ -454,9 +454,7 @@ def test_a_wrong_option_is_refused_in_one_line(folder: Path, wrong: list[str]) -
 
 
 @pytest.mark.parametrize("options", [[], ["--device", "pi-00"]])
-def test_the_picture_of_a_fleet_and_of_a_device_show_the_fault_the_drift_and_the_alert(
-    folder: Path, tmp_path: Path, options: list[str]
-) -> None:
+def test_the_plot_shows_fault_drift_and_alert(folder: Path, tmp_path: Path, options: list[str]) -> None:
     filled(folder)
     result = run("drift", "--dir", folder, "--plot", tmp_path / "drift.svg", *options)
     assert result.exit_code == 0, result.exception

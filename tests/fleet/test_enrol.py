@@ -1,4 +1,4 @@
-"""Making a fleet and letting devices in: nothing is overwritten, the broker config keeps devices apart."""
+"""Enrolment: nothing is overwritten, and the broker config isolates devices from each other."""
 
 from __future__ import annotations
 
@@ -75,16 +75,12 @@ def test_a_half_made_fleet_is_not_made_over(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["collector", "operator", "commander", "_all", "Pi", "a/b", "", "a" * 65])
-def test_names_of_roles_and_names_that_are_no_topic_level_are_not_enrolled(
-    folder: Path, config: FleetConfig, name: str
-) -> None:
+def test_names_of_roles_and_invalid_topic_levels_are_not_enrolled(folder: Path, config: FleetConfig, name: str) -> None:
     with pytest.raises(UsageError, match="device"):
         let_in(config, folder, name)
 
 
-def test_enrolling_twice_changes_nothing_and_another_key_replaces_only_when_told(
-    folder: Path, config: FleetConfig
-) -> None:
+def test_enrolling_twice_changes_nothing_and_replacing_needs_an_option(folder: Path, config: FleetConfig) -> None:
     first = let_in(config, folder, "pi-07")
     files = {path.name: path.read_bytes() for path in first.folder.iterdir()}
     again = let_in(config, folder, "pi-07")
@@ -98,18 +94,18 @@ def test_enrolling_twice_changes_nothing_and_another_key_replaces_only_when_told
     assert (replaced.folder / "device.crt").read_bytes() != files["device.crt"]
 
 
-def test_the_bundle_is_private_the_same_each_time_and_a_config_that_loads(
+def test_the_device_bundle_is_private_reproducible_and_its_config_loads(
     tmp_path: Path, folder: Path, config: FleetConfig
 ) -> None:
     done = let_in(config, folder, "pi-07")
-    one, two = tmp_path / "one.tar.gz", tmp_path / "two.tar.gz"
-    pack_device_files(done.folder, one)
+    item, two = tmp_path / "one.tar.gz", tmp_path / "two.tar.gz"
+    pack_device_files(done.folder, item)
     pack_device_files(done.folder, two)
-    assert one.read_bytes() == two.read_bytes()
-    assert stat.S_IMODE(one.stat().st_mode) == 0o600
+    assert item.read_bytes() == two.read_bytes()
+    assert stat.S_IMODE(item.stat().st_mode) == 0o600
     with pytest.raises(UsageError, match="name a new file"):
-        pack_device_files(done.folder, one)
-    with tarfile.open(one) as tar:
+        pack_device_files(done.folder, item)
+    with tarfile.open(item) as tar:
         assert tar.getnames() == ["ca.pem", "device-tls.key", "device.crt", "device.key", "outstation.toml"]
         tar.extractall(tmp_path / "device", filter="data")
     loaded = device_config.load(tmp_path / "device" / "outstation.toml")
@@ -151,7 +147,7 @@ def test_the_certificates_name_the_host_the_device_and_what_they_are_for(folder:
     assert not device.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
 
 
-def test_a_fleet_without_tls_has_no_certificates_and_its_broker_config_starts(tmp_path: Path) -> None:
+def test_a_fleet_without_tls_has_no_certificates_and_its_broker_starts(tmp_path: Path) -> None:
     port = free_port()
     config = init_fleet(tmp_path / "home", "home", BrokerConfig(url=f"mqtt://127.0.0.1:{port}"))
     let_in(config, tmp_path / "home", "pi-07")
@@ -163,7 +159,7 @@ def test_a_fleet_without_tls_has_no_certificates_and_its_broker_config_starts(tm
 
 
 def as_this_user(folder: Path) -> Path:
-    """The generated mosquitto.conf; as root a broker would become another user, who cannot read a test's folder."""
+    """Return the generated mosquitto.conf with `user root`, because another user cannot read the test's folder."""
     path = folder / "broker" / "mosquitto.conf"
     text = path.read_text(encoding="utf-8")
     if "\nuser " not in text:
@@ -176,7 +172,7 @@ def settings_of(folder: Path, device: str) -> BrokerConfig:
 
 
 def answer(link: Link, topic: str) -> str:
-    """The broker's reason code for a publish to `topic`."""
+    """Return the broker's reason code for a publish to `topic`."""
     token = link.send(OutgoingMessage(topic, b"{}", retain=False))
     for _ in range(50):
         for event in link.receive(0.2):
@@ -185,7 +181,7 @@ def answer(link: Link, topic: str) -> str:
     raise AssertionError("no PUBACK")
 
 
-def test_the_generated_broker_config_lets_a_device_write_its_own_topics_only(
+def test_the_broker_config_lets_a_device_write_only_its_own_topics(
     tmp_path: Path, folder: Path, config: FleetConfig
 ) -> None:
     for device in ("pi-07", "pi-08"):
@@ -215,7 +211,7 @@ def test_the_generated_broker_config_lets_a_device_write_its_own_topics_only(
             link.close()
 
 
-def test_collectors_beside_each_other_have_a_session_each_and_share_what_comes(
+def test_collectors_have_their_own_sessions_and_share_messages(
     tmp_path: Path, folder: Path, config: FleetConfig
 ) -> None:
     let_in(config, folder, "pi-07")
@@ -241,7 +237,7 @@ def test_collectors_beside_each_other_have_a_session_each_and_share_what_comes(
         for kind in ("health", "audit", "health", "audit", "state"):
             assert answer(sender, f"{base}/{kind}") == "Success"
         seen = [[event.topic for event in received(link, 3) if isinstance(event, IncomingMessage)] for link in links]
-        # One of each pair, and the state for both.
+        # Each collector gets some of the logged messages, and both get the state.
         assert sorted(map(len, seen)) == [3, 3]
         assert all(f"{base}/state" in topics for topics in seen)
         assert answer(links[1], f"{base}/ack") in ("Success", "No matching subscribers")
@@ -309,7 +305,7 @@ def test_a_device_cannot_throw_another_off_by_taking_its_client_id(
         thief.close()
 
 
-def test_the_fleet_folder_is_found_and_wrong_settings_say_what_to_do(
+def test_the_fleet_folder_is_found_and_invalid_settings_are_explained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path, config: FleetConfig
 ) -> None:
     monkeypatch.delenv("OUTSTATION_FLEET", raising=False)
@@ -365,7 +361,7 @@ def test_other_databases_are_refused_without_repeating_the_password(url: str) ->
     assert "secret" not in str(refused.value)
 
 
-# --- another key in place of the old one ---
+# --- replacement of a key ---
 
 
 def held(home: Path) -> dict[str, bytes]:
@@ -396,7 +392,7 @@ def test_a_replacement_that_is_refused_leaves_the_devices_files_whole(folder: Pa
     assert active(config, "pi-07") == key_of(home)
 
 
-def test_a_replacement_while_the_database_is_locked_leaves_the_devices_files_whole(
+def test_a_replacement_with_a_locked_database_leaves_the_files_complete(
     folder: Path, config: FleetConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = let_in(config, folder, "pi-07").folder
@@ -421,11 +417,11 @@ def before_key(files: dict[str, bytes]) -> str:
 
 
 class Killed(BaseException):
-    """Not to be caught: nothing after it is done."""
+    """Stands for SIGKILL: no handler of the code under test catches it."""
 
 
 def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process ends before the `step`-th file that it would rename or remove from here on."""
+    """Raise Killed before the `step`-th rename or removal of a file."""
     left = [step]
 
     def counted(do: Callable[..., None]) -> Callable[..., None]:
@@ -442,7 +438,7 @@ def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["key made here", "key of the device's own"])
-def test_a_replacement_that_is_killed_at_any_step_is_whole_once_it_is_run_again(
+def test_a_replacement_killed_at_any_step_completes_when_repeated(
     tmp_path: Path, folder: Path, config: FleetConfig, monkeypatch: pytest.MonkeyPatch, own: bool
 ) -> None:
     home = let_in(config, folder, "pi-07").folder
@@ -460,11 +456,11 @@ def test_a_replacement_that_is_killed_at_any_step_is_whole_once_it_is_run_again(
         if finished:
             break
         committed += now != was
-        # Until the database has the new key nothing is touched.
+        # Before the database has the new key, no file changes.
         assert now != was or held(home) == before
         with pytest.raises(UsageError, match="another key"):
             let_in(config, folder, "pi-07", key=new_key().public)
-        # Whatever was reached, the files are those of the key that counts.
+        # At any step, the files match the enrolled key.
         assert own or key_of(home) == now
         pair(home)
         again = let_in(config, folder, "pi-07", key=key, replace=True)
@@ -479,15 +475,13 @@ def test_a_replacement_that_is_killed_at_any_step_is_whole_once_it_is_run_again(
 
 
 def pair(home: Path) -> None:
-    """The TLS key and certificate belong together."""
+    """Return True if TLS key and certificate match."""
     certificate = x509.load_pem_x509_certificate((home / "device.crt").read_bytes())
     private = load_pem_private_key((home / "device-tls.key").read_bytes(), None)
     assert certificate.public_key() == private.public_key()
 
 
-def test_a_replacement_whose_key_counts_already_is_finished_by_plain_enrolment(
-    folder: Path, config: FleetConfig
-) -> None:
+def test_plain_enrolment_finishes_a_replacement_with_an_enrolled_key(folder: Path, config: FleetConfig) -> None:
     class CutOff(FleetStore):
         def enrol(self, *args: Any, **more: Any) -> bool:
             super().enrol(*args, **more)

@@ -1,4 +1,4 @@
-"""What fifty devices say through real drift messages merges to what one pass over all their rows gives."""
+"""Exact merge: real drift messages of fifty devices merge to the result of one pass over all their rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Rows = NDArray[np.float32]
 
 
 def rows_of(seed: int, count: int) -> Rows:
-    """Air pressure in pascal, 30,000 sd from zero; noise; and a value that most rows do not have."""
+    """Return rows of air pressure in pascal (30,000 sd from zero), noise, and a field that is mostly missing."""
     rng = np.random.default_rng(seed)
     rare = np.where(rng.random(count) < 1 / ROWS, rng.normal(5, 2, count), np.nan)
     return np.stack(
@@ -43,8 +43,8 @@ def shipped() -> Reference:
     return build_reference(rows, np.arange(count), 1, none, None, ROWS, fields=FIELDS)
 
 
-def told(shipped: Reference, rows: Rows) -> list[dict[str, Any]]:
-    """The members of the messages that a device makes of its rows."""
+def drift_messages(shipped: Reference, rows: Rows) -> list[dict[str, Any]]:
+    """Return the members of a device's drift messages from its rows."""
     judge = DriftMonitor(shipped, labels=(), window=ROWS)
     at, none = np.arange(len(rows)), np.zeros(len(rows), np.int64)
     t = NOW_US - 10**9 + at * 1_000_000
@@ -70,12 +70,12 @@ def of_devices() -> list[Rows]:
 
 @pytest.fixture(scope="module")
 def messages(shipped: Reference, of_devices: list[Rows]) -> list[list[dict[str, Any]]]:
-    return [told(shipped, rows) for rows in of_devices]
+    return [drift_messages(shipped, rows) for rows in of_devices]
 
 
 @pytest.fixture(scope="module")
 def parts(messages: list[list[dict[str, Any]]]) -> list[dict[str, MergedField]]:
-    """Every window of every device as the collector reads it."""
+    """Return each window of each device as the collector reads it."""
     read = [
         parsed_message.from_message(msgspec.json.decode(msgspec.json.encode(m)), (NOW_US, NOW_US))
         for of_one in messages
@@ -90,23 +90,23 @@ def check(shipped: Reference, rows: Rows, merged: dict[str, MergedField]) -> Non
         values = rows[:, i][~np.isnan(rows[:, i])].astype(np.longdouble)
         places = np.searchsorted(shipped.edges[i], values, side="right") + 1
         places = np.where(values < shipped.low[i], 0, np.where(values > shipped.high[i], 33, places))
-        found = merged[name]
-        assert found.counts.tolist() == np.bincount(places, minlength=34).tolist()
-        assert (found.missing, found.moments.n) == (len(rows) - len(values), len(values))
+        result = merged[name]
+        assert result.counts.tolist() == np.bincount(places, minlength=34).tolist()
+        assert (result.missing, result.moments.n) == (len(rows) - len(values), len(values))
         mean = values.mean()
-        assert found.moments.mean == pytest.approx(float(mean), rel=1e-9, abs=1e-12)
-        assert found.moments.m2 == pytest.approx(float(((values - mean) ** 2).sum()), rel=1e-9)
+        assert result.moments.mean == pytest.approx(float(mean), rel=1e-9, abs=1e-12)
+        assert result.moments.m2 == pytest.approx(float(((values - mean) ** 2).sum()), rel=1e-9)
 
 
 def test_windows_with_no_value_and_with_one_are_among_them(parts: list[dict[str, MergedField]]) -> None:
-    found = [part["rare"].moments.n for part in parts]
-    assert {0, 1, 2} <= set(found)
-    assert len(found) == DEVICES * WINDOWS
+    result = [part["rare"].moments.n for part in parts]
+    assert {0, 1, 2} <= set(result)
+    assert len(result) == DEVICES * WINDOWS
 
 
 @given(st.permutations(range(DEVICES * WINDOWS)), st.randoms(use_true_random=False))
 @settings(max_examples=25, deadline=None)
-def test_any_order_and_grouping_of_all_windows_equals_one_pass_over_all_rows(
+def test_any_order_and_grouping_of_windows_equals_one_pass_over_all_rows(
     shipped: Reference, of_devices: list[Rows], parts: list[dict[str, MergedField]], order: Sequence[int], rng: Any
 ) -> None:
     merged = {}
@@ -120,7 +120,7 @@ def test_any_order_and_grouping_of_all_windows_equals_one_pass_over_all_rows(
 
 
 @pytest.mark.parametrize("backwards", [False, True])
-def test_the_collectors_survey_of_fifty_devices_equals_one_pass_over_all_rows(
+def test_the_survey_of_fifty_devices_equals_one_pass_over_all_rows(
     shipped: Reference, of_devices: list[Rows], messages: list[list[dict[str, Any]]], tmp_path: Path, backwards: bool
 ) -> None:
     store = FleetStore(tmp_path / "fleet.db")

@@ -1,4 +1,4 @@
-"""Drift of many devices at once: told from what single devices do, and raised and cleared as the collector's alert."""
+"""Fleet-wide drift: distinguished from drift of single devices, raised and cleared as an alert of the collector."""
 
 from __future__ import annotations
 
@@ -30,41 +30,41 @@ WEEK_US = 7 * 24 * HOUR_US
 
 
 def fleet_of(number: int, *, since: int = NOW_US - WEEK_US) -> dict[str, ObservationPeriod]:
-    """Watched until now, a window every five minutes."""
+    """Return observation periods until now, with a window every five minutes."""
     windows = (NOW_US - since) // (5 * MINUTE_US)
     return {f"pi-{i:02d}": ObservationPeriod(since, NOW_US, windows) for i in range(number)}
 
 
 def moved(number: int, *, subject: str = "ax", within: int = HOUR_US, earlier: int = 0) -> list[Onset]:
-    """Alarms of the first devices, evenly within the last while."""
+    """Return alarms of the first devices, spread evenly over the last `within` µs."""
     return [
         Onset(f"pi-{i:02d}", subject, NOW_US - within * (number - i) // number, True, earlier) for i in range(number)
     ]
 
 
 def alone(*names: str, subject: str = "ax") -> list[Onset]:
-    """One alarm of each a day, over the week before, that has ended."""
+    """Return one ended alarm per device, on successive days."""
     return [Onset(name, subject, NOW_US - (i + 1) * 24 * HOUR_US, False) for i, name in enumerate(names)]
 
 
-def test_a_field_that_moved_on_most_devices_within_an_hour_is_told_in_one_sentence() -> None:
-    [found] = fleet_wide.detect(fleet_of(20), moved(14) + alone("pi-15", "pi-16", "pi-17"))
-    assert (found.subject, len(found.devices), found.device_count) == ("ax", 14, 20)
-    assert found.since == NOW_US - HOUR_US
-    assert found.p_value < 1e-9
-    began = clock.to_rfc3339(found.since)
-    assert found.summary == (
+def test_drift_of_most_devices_within_an_hour_is_one_sentence() -> None:
+    [result] = fleet_wide.detect(fleet_of(20), moved(14) + alone("pi-15", "pi-16", "pi-17"))
+    assert (result.subject, len(result.devices), result.device_count) == ("ax", 14, 20)
+    assert result.since == NOW_US - HOUR_US
+    assert result.p_value < 1e-9
+    began = clock.to_rfc3339(result.since)
+    assert result.summary == (
         f"ax has drifted on 14 of 20 devices since {began[:10]} {began[11:16]} UTC (usually 0 of 20): "
         "the cause is in the fleet's environment or its models, not in single sensors"
     )
 
 
-def test_what_is_usual_is_told_from_the_fleets_own_history() -> None:
+def test_the_usual_count_follows_from_the_fleets_history() -> None:
     often = [Onset(f"pi-{i:02d}", "ax", NOW_US - 30 * HOUR_US, False, 8) for i in range(14, 20)]
-    [found] = fleet_wide.detect(fleet_of(20), moved(14, earlier=8) + often)
+    [result] = fleet_wide.detect(fleet_of(20), moved(14, earlier=8) + often)
     # 14 x 8 + 6 x 9 alarms in 167 hours.
-    assert found.usual_count == pytest.approx((14 * 8 + 6 * 9) / (20 * 167) * 20, rel=0.01)
-    assert "(usually 1 of 20)" in found.summary
+    assert result.usual_count == pytest.approx((14 * 8 + 6 * 9) / (20 * 167) * 20, rel=0.01)
+    assert "(usually 1 of 20)" in result.summary
 
 
 @pytest.mark.parametrize(
@@ -92,31 +92,31 @@ def test_what_is_usual_is_told_from_the_fleets_own_history() -> None:
         "none",
     ],
 )
-def test_nothing_is_told_of_a_fleet_whose_devices_move_by_themselves(
+def test_independent_drift_of_devices_is_not_fleet_wide(
     watched: dict[str, ObservationPeriod], onsets: list[Onset]
 ) -> None:
     assert fleet_wide.detect(watched, onsets) == []
 
 
-def test_devices_that_are_gone_or_not_yet_there_do_not_count() -> None:
-    gone = {f"old-{i}": ObservationPeriod(NOW_US - WEEK_US, NOW_US - 5 * 24 * HOUR_US, 500) for i in range(15)}
-    [found] = fleet_wide.detect(fleet_of(20) | gone, moved(14))
-    assert found.device_count == 20
+def test_devices_that_were_not_observed_at_the_time_do_not_count() -> None:
+    departed = {f"old-{i}": ObservationPeriod(NOW_US - WEEK_US, NOW_US - 5 * 24 * HOUR_US, 500) for i in range(15)}
+    [result] = fleet_wide.detect(fleet_of(20) | departed, moved(14))
+    assert result.device_count == 20
 
 
-def test_quiet_fleets_of_which_devices_alarm_by_chance_are_told_of_in_none_of_three_hundred() -> None:
-    rng, told = np.random.default_rng(3), 0
+def test_chance_alarms_raise_no_fleet_wide_drift_in_three_hundred_fleets() -> None:
+    rng, report = np.random.default_rng(3), 0
     for _ in range(300):
         onsets = []
         for i in range(20):
             for subject in ("ax", "ay", "az", "wx", "wy", "wz"):
-                # Every third device has drifted by itself at some time of the week, and drifts on.
+                # Every third device began to drift at some time of the week, independently, and still drifts.
                 times = np.sort(rng.uniform(0, WEEK_US, rng.poisson(0.4)))
                 if len(times):
                     at = int(NOW_US - WEEK_US + times[-1])
                     onsets.append(Onset(f"pi-{i:02d}", subject, at, True, len(times) - 1))
-        told += len(fleet_wide.detect(fleet_of(20), onsets))
-    assert told == 0
+        report += len(fleet_wide.detect(fleet_of(20), onsets))
+    assert report == 0
 
 
 @given(st.integers(0, 40), st.integers(1, 40), st.floats(0, 1))
@@ -125,7 +125,7 @@ def test_the_binomials_tail_is_the_sum_of_its_terms(k: int, n: int, p: float) ->
     assert fleet_wide.binomial_tail(k, n, p) == pytest.approx(expected, rel=1e-9, abs=1e-300)
 
 
-# --- as the collector's alert ---
+# --- alerts of the collector ---
 
 
 @pytest.fixture
@@ -136,14 +136,14 @@ def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
 
 
 def alert(sender: MessageSender, at: int, state: str = "raised", subject: str = "ax", number: int = 1) -> SignedMessage:
-    """A drift alert at a moment, epoch µs."""
+    """Return a drift alert at a time, epoch µs."""
     body = {"alert": "drift", "subject": subject, "state": state, "severity": "warning", "summary": f"{subject} moved."}
     identity = f"{sender.task}/{subject}/drift/{number}"
     return sender.append("alerts", task=sender.task, **body, id=identity, time=clock.to_rfc3339(at))
 
 
 def watched_fleet(store: FleetStore, number: int = 12) -> list[MessageSender]:
-    """Devices with a tested window every two hours of the last three days."""
+    """Enrol devices with a tested window every two hours of the last three days."""
     senders = devices(number)
     for sender in senders:
         at = range(0, 72 * 60, 120)
@@ -163,11 +163,11 @@ moments = count(1000)
 
 
 def look(lookout: FleetWideAlerts) -> list[str]:
-    """A minute after the last look."""
+    """Poll a minute after the last time."""
     return lookout.poll(ClockReading(NOW_US, next(moments) * POLL_INTERVAL_S, "synced"))
 
 
-def test_an_alert_is_raised_once_for_many_devices_and_cleared_when_most_are_as_before(store: FleetStore) -> None:
+def test_a_fleet_wide_alert_is_raised_once_and_cleared_when_most_recover(store: FleetStore) -> None:
     senders = watched_fleet(store)
     lookout = FleetWideAlerts(store)
     assert look(lookout) == []
@@ -176,7 +176,7 @@ def test_an_alert_is_raised_once_for_many_devices_and_cleared_when_most_are_as_b
     [summary] = look(FleetWideAlerts(store))
     assert summary.startswith("exercise: ax has drifted on 8 of 12 devices since ")
     assert summary.endswith("First on pi-00, pi-01, pi-02, pi-03, pi-04, pi-05, pi-06, pi-07.")
-    # Another collector, or the same one started again, has nothing to add.
+    # Another collector, or a restarted one, raises no second alert.
     assert look(FleetWideAlerts(store)) == []
     of_fleet = [a for a in store.alerts() if a["device"] == ""]
     assert [(a["alert"], a["task"], a["subject"], a["state"], a["open"]) for a in of_fleet] == [
@@ -191,7 +191,7 @@ def test_an_alert_is_raised_once_for_many_devices_and_cleared_when_most_are_as_b
     assert look(FleetWideAlerts(store)) == []
 
 
-def test_it_looks_only_when_a_drift_alert_came_and_once_a_minute(
+def test_alerts_are_polled_after_a_drift_alert_and_once_a_minute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = FleetStore(tmp_path / "fleet.db")
@@ -205,8 +205,8 @@ def test_it_looks_only_when_a_drift_alert_came_and_once_a_minute(
     monkeypatch.setattr(store, "observed_periods", watched)
     [sender] = watched_fleet(store, 1)
     lookout = FleetWideAlerts(store)
-    told = ClockReading(NOW_US, 100.0, "synced")
-    lookout.poll(told)
+    report = ClockReading(NOW_US, 100.0, "synced")
+    lookout.poll(report)
     lookout.poll(ClockReading(NOW_US, 1000.0, "synced"))
     assert len(looks) == 1
     lookout.record_batch([Arrival(sender.verify(alert(sender, NOW_US)))])
@@ -241,7 +241,7 @@ def test_a_time_that_no_calendar_has_does_not_stop_the_collector(store: FleetSto
     assert len(look(FleetWideAlerts(store))) == 1
 
 
-def test_the_survey_finds_the_same_in_windows_and_the_command_says_it(folder: Path) -> None:
+def test_the_survey_and_the_command_report_the_same_fleet_wide_drift(folder: Path) -> None:
     store = FleetStore(folder / "fleet.db")
     rng = np.random.default_rng(1)
     for i, sender in enumerate(devices(10)):
@@ -252,13 +252,13 @@ def test_the_survey_finds_the_same_in_windows_and_the_command_says_it(folder: Pa
             values = rng.normal(1.0 if late else 0.0, 1, 100)
             sent.append(window(sender, minute, {"ax": field(values, "drift" if late else "ok", cusum=sums)}))
         add(store, sender, *sent)
-    [one] = seen(store).groups[0].detect_fleet_wide()
+    [item] = seen(store).groups[0].detect_fleet_wide()
     store.close()
-    assert (one.subject, len(one.devices), one.device_count) == ("ax", 7, 10)
+    assert (item.subject, len(item.devices), item.device_count) == ("ax", 7, 10)
     text = run("drift", "--dir", folder).stdout
     assert "  ax has drifted on 7 of 10 devices since " in text
     [task] = json.loads(run("drift", "--dir", folder, "--json").stdout)["tasks"]
-    assert task["fleet_wide"][0]["devices"] == list(one.devices)
+    assert task["fleet_wide"][0]["devices"] == list(item.devices)
     assert task["recent"]["ax"]["against"] == "earlier windows"
     assert task["recent"]["ax"]["n"] == 10 * 6 * 100
     assert task["recent"]["ax"]["ks"] > 0.2

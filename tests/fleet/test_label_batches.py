@@ -1,4 +1,4 @@
-"""Labels on their way to a device: each parcel fits a command, and together they are all there were."""
+"""Label commands: each fits the limit, and together they carry all labels."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LABELS = st.builds(Label, st.integers(1, 2**53 - 1), st.none(), TEXTS, st.sample
 
 
 @given(st.lists(LABELS, max_size=12), st.integers(1, 60))
-def test_a_device_reads_from_the_parcels_what_was_put_in(some: list[Label], times: int) -> None:
-    given_ = some * times
+def test_a_device_reads_all_labels_from_the_commands(sample: list[Label], times: int) -> None:
+    given_ = sample * times
     taken: list[Label] = []
     for first, end, text in split_labels(given_):
         assert len(text) <= MAX_ARGUMENT_LENGTH

@@ -1,4 +1,4 @@
-"""Labels at the collector: joined with the newest log, the last of a row wins; metrics of messages become rows."""
+"""Labels at the collector: joined with the newest log, the last label of a row wins, metrics become rows."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def named(store: FleetStore) -> dict[int, str]:
 
 
 def test_labels_are_joined_with_what_was_collected(store: FleetStore) -> None:
-    found = named(store)
-    right = [Label(row, None, label) for row, label in found.items()][:50]
+    result = named(store)
+    right = [Label(row, None, label) for row, label in result.items()][:50]
     outcome = take(store, *right, Label(60, None, "PEN"), Label(59, None, "PEN"))
-    accuracy = next(one for one in outcome.metrics if one.metric == "accuracy")
-    wrong = sum(found[row] != "PEN" for row in (59, 60))
+    accuracy = next(item for item in outcome.metrics if item.metric == "accuracy")
+    wrong = sum(result[row] != "PEN" for row in (59, 60))
     assert (outcome.accepted, outcome.rejected) == (52, {})
     assert accuracy.value == pytest.approx(1 - wrong / 52, abs=1e-5)
     sql = "SELECT value, n, source, seq FROM metrics WHERE metric = 'accuracy'"
@@ -63,9 +63,9 @@ def test_labels_are_joined_with_what_was_collected(store: FleetStore) -> None:
 
 
 def test_metrics_of_an_earlier_file_are_replaced_and_all_labels_count(store: FleetStore) -> None:
-    found = named(store)
-    take(store, *(Label(row, None, found[row]) for row in range(1, 21)))
-    outcome = take(store, *(Label(row, None, found[row]) for row in range(21, 41)))
+    result = named(store)
+    take(store, *(Label(row, None, result[row]) for row in range(1, 21)))
+    outcome = take(store, *(Label(row, None, result[row]) for row in range(21, 41)))
     assert ask(store, "SELECT n FROM metrics WHERE metric = 'accuracy'") == [(40,)]
     assert outcome.sources == {"human": 40}
 
@@ -80,7 +80,7 @@ def test_a_time_means_the_nearest_result(store: FleetStore) -> None:
     t = 1_764_022_680_000_000
     outcome = take(store, Label(None, t + 7, "PEN"), Label(None, t + 10_000_000, "PEN"))
     assert (outcome.accepted, set(outcome.rejected)) == (1, {1})
-    # The result of row 7 has that time to the microsecond.
+    # The result of row 7 has exactly this time.
     assert ask(store, "SELECT row FROM labels") == [(7,)]
 
 
@@ -88,7 +88,7 @@ def test_a_row_without_a_result_is_rejected(store: FleetStore) -> None:
     assert take(store, Label(61, None, "PEN")).rejected == {0: "row 61 has no result here"}
 
 
-def test_the_models_own_answers_are_no_labels_of_its_quality(store: FleetStore) -> None:
+def test_labels_from_the_model_are_not_ground_truth(store: FleetStore) -> None:
     outcome = take(store, *(Label(row, None, "PEN", "model") for row in range(1, 11)))
     assert outcome.metrics == []
     assert outcome.sources == {"model": 10}
@@ -120,7 +120,7 @@ def test_metrics_of_a_message_become_rows_once(store: FleetStore) -> None:
     ]
 
 
-def test_what_a_device_said_is_not_replaced_by_labels_that_come_here(store: FleetStore) -> None:
+def test_metrics_of_the_device_are_not_replaced_by_labels_at_the_collector(store: FleetStore) -> None:
     sent = SENDER.append("quality", task=SENDER.task, metrics=METRICS[:1])
     store.ingest([Arrival(SENDER.verify(sent))], [], NOW)
     take(store, Label(1, None, "PEN"))
@@ -143,9 +143,9 @@ def activated(sender: MessageSender, kind: str, **more: Any) -> SignedMessage:
     return sender.append("audit", event="activated", summary="", evidence=evidence)
 
 
-def test_a_class_the_model_never_named_is_taken_where_the_device_said_that_it_knows_it(store: FleetStore) -> None:
-    said = activated(SENDER, "classify", labels=["PEN", "ABD", "FEL", "HOP"])
-    store.ingest([Arrival(SENDER.verify(said))], [], NOW)
+def test_a_class_the_model_never_predicted_is_accepted_if_it_was_declared(store: FleetStore) -> None:
+    output = activated(SENDER, "classify", labels=["PEN", "ABD", "FEL", "HOP"])
+    store.ingest([Arrival(SENDER.verify(output))], [], NOW)
     outcome = take(store, Label(1, None, "HOP"), Label(2, None, "HOPP"))
     assert (outcome.accepted, outcome.rejected) == (
         1,
@@ -153,13 +153,13 @@ def test_a_class_the_model_never_named_is_taken_where_the_device_said_that_it_kn
     )
 
 
-def numbers(tmp_path: Path, *said: SignedMessage, sender: MessageSender) -> FleetStore:
-    """A store with results 1 to 60 of a model that gives a tenth of the row."""
+def numbers(tmp_path: Path, *output: SignedMessage, sender: MessageSender) -> FleetStore:
+    """Return a store with results 1 to 60 of a model that predicts a tenth of the row number."""
     columns = {"row": list(range(1, 61)), "t": list(range(1, 61)), "value": [row / 10 for row in range(1, 61)]}
     sent = sender.results(60, rows_at=(1, 60), columns=columns)
     store = FleetStore(tmp_path / "numbers.db")
     store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
-    store.ingest([Arrival(sender.verify(one)) for one in (*said, sent)], [], NOW)
+    store.ingest([Arrival(sender.verify(item)) for item in (*output, sent)], [], NOW)
     return store
 
 
@@ -173,20 +173,20 @@ def test_words_for_anomalies_are_labels_of_an_anomaly_model(tmp_path: Path) -> N
     try:
         outcome = take(store, *anomalies(word=True))
         assert (outcome.accepted, outcome.rejected) == (60, {})
-        assert [(one.metric, one.value) for one in outcome.metrics] == [("auc", 1.0)]
+        assert [(item.metric, item.value) for item in outcome.metrics] == [("auc", 1.0)]
     finally:
         store.close()
 
 
 @pytest.mark.parametrize("word", [True, False])
-def test_an_anomaly_model_is_judged_at_its_threshold_where_the_device_said_it(tmp_path: Path, word: bool) -> None:
+def test_an_anomaly_model_is_evaluated_at_its_declared_threshold(tmp_path: Path, word: bool) -> None:
     sender = MessageSender(key=new_key(7), log=SENDER.log)
     store = numbers(tmp_path, activated(sender, "anomaly", threshold=3.95), sender=sender)
     try:
-        found = {one.metric: one.value for one in take(store, *anomalies(word)).metrics}
+        result = {item.metric: item.value for item in take(store, *anomalies(word)).metrics}
     finally:
         store.close()
-    assert found == {"accuracy": pytest.approx(59 / 60, abs=1e-5), "auc": 1.0, "f1": pytest.approx(40 / 41, abs=1e-5)}
+    assert result == {"accuracy": pytest.approx(59 / 60, abs=1e-5), "auc": 1.0, "f1": pytest.approx(40 / 41, abs=1e-5)}
 
 
 def test_labels_of_a_model_that_gives_numbers_are_numbers(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_labels_of_a_model_that_gives_numbers_are_numbers(tmp_path: Path) -> Non
     try:
         outcome = take(store, *(Label(row, None, f"{row / 10 + 1}") for row in range(1, 61)), Label(1, None, "1e160"))
         assert set(outcome.rejected) == {60}
-        assert {one.metric: one.value for one in outcome.metrics}["mae"] == pytest.approx(1.0)
+        assert {item.metric: item.value for item in outcome.metrics}["mae"] == pytest.approx(1.0)
     finally:
         store.close()
 
@@ -202,12 +202,12 @@ def test_labels_of_a_model_that_gives_numbers_are_numbers(tmp_path: Path) -> Non
 def test_results_of_different_bundles_are_not_mixed(store: FleetStore) -> None:
     newer = SENDER.results(60, rows_at=(61, 120), model={**MODEL, "version": "9.9.9", "digest": "sha256:99"})
     store.ingest([Arrival(SENDER.verify(newer))], [], NOW)
-    found = named(store)
+    result = named(store)
     wrong = {"PEN": "ABD", "ABD": "FEL", "FEL": "PEN"}
-    old = take(store, *(Label(row, None, wrong[found[row]]) for row in range(1, 61)))
+    old = take(store, *(Label(row, None, wrong[result[row]]) for row in range(1, 61)))
     assert old.model is not None
     assert (old.model.digest, old.other_bundle_labels, old.metrics[0].value) == (MODEL["digest"], 0, 0.0)
-    both = take(store, *(Label(row, None, found[row]) for row in range(61, 101)))
+    both = take(store, *(Label(row, None, result[row]) for row in range(61, 101)))
     assert both.model is not None
     assert (both.model.to_dict(), both.other_bundle_labels) == (
         {"name": MODEL["name"], "version": "9.9.9", "digest": "sha256:99"},
@@ -216,7 +216,7 @@ def test_results_of_different_bundles_are_not_mixed(store: FleetStore) -> None:
     assert (both.metrics[0].value, both.metrics[0].n) == (1.0, 40)
 
 
-def test_a_device_that_lists_some_results_only_is_told_to_be_a_biased_sample(store: FleetStore) -> None:
+def test_a_device_that_publishes_some_results_gives_a_biased_sample(store: FleetStore) -> None:
     assert take(store, Label(1, None, "PEN")).sparse_warning is None
     columns = {"row": [70, 90], "t": [70, 90], "label": ["PEN", "ABD"], "score": [0.4, 0.5]}
     store.ingest([Arrival(SENDER.verify(SENDER.results(60, rows_at=(61, 120), columns=columns)))], [], NOW)

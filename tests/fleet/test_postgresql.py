@@ -1,4 +1,4 @@
-"""The fleet's database in PostgreSQL: the same tables as in SQLite, for several who write at once."""
+"""Fleet database in PostgreSQL: the same tables as in SQLite, with several concurrent writers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def enrolled(store: FleetStore, device: str = "pi-07") -> MessageSender:
 
 
 def add(store: FleetStore, sender: MessageSender, *sent: SignedMessage) -> list[str]:
-    return list(store.ingest([Arrival(sender.verify(one)) for one in sent], [], NOW))
+    return list(store.ingest([Arrival(sender.verify(item)) for item in sent], [], NOW))
 
 
 def ask(store: FleetStore, sql: str, *values: Any) -> list[Any]:
@@ -60,19 +60,19 @@ def ask(store: FleetStore, sql: str, *values: Any) -> list[Any]:
         return db.execute(sql, values).fetchall()
 
 
-def at_once(*deeds: Callable[[], object]) -> list[BaseException]:
-    """Each in a thread; what they raised."""
+def at_once(*actions: Callable[[], object]) -> list[BaseException]:
+    """Run each action in a thread, and return the exceptions raised."""
     raised: list[BaseException] = []
-    together = threading.Barrier(len(deeds))
+    together = threading.Barrier(len(actions))
 
-    def do(deed: Callable[[], object]) -> None:
+    def do(action: Callable[[], object]) -> None:
         together.wait(60)
         try:
-            deed()
+            action()
         except BaseException as error:
             raised.append(error)
 
-    threads = [threading.Thread(target=do, args=(deed,)) for deed in deeds]
+    threads = [threading.Thread(target=do, args=(action,)) for action in actions]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -94,20 +94,20 @@ def test_tables_and_columns_are_those_of_sqlite(store: FleetStore, tmp_path: Pat
     sql = """
         SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = current_schema()
         ORDER BY table_name, ordinal_position"""
-    found: dict[str, list[str]] = {}
+    result: dict[str, list[str]] = {}
     for table, column in ask(store, sql):
-        found.setdefault(table, []).append(column)
-    # SQLite has it without saying so; `migrations` is `_sqlite_migrations` there.
-    assert found.pop("migrations") == ["number", "applied"]
-    assert {name: [one for one in listed if one != "rowid"] for name, listed in found.items()} == columns
+        result.setdefault(table, []).append(column)
+    # In SQLite `rowid` is implicit, and `migrations` is called `_sqlite_migrations`.
+    assert result.pop("migrations") == ["number", "applied"]
+    assert {name: [item for item in listed if item != "rowid"] for name, listed in result.items()} == columns
 
 
 def test_processes_that_start_at_once_make_the_tables_once(postgres_url: str) -> None:
     opened: list[FleetStore] = []
     assert at_once(*[lambda: opened.append(FleetStore(postgres_url))] * 6) == []
     assert ask(opened[0], "SELECT count(*) FROM migrations") == [(len(MIGRATIONS),)]
-    for one in opened:
-        one.close()
+    for item in opened:
+        item.close()
 
 
 def test_a_database_of_an_older_version_is_migrated_and_not_read_before(postgres_url: str) -> None:
@@ -124,7 +124,7 @@ def test_a_database_of_an_older_version_is_migrated_and_not_read_before(postgres
     reading.close()
 
 
-def test_a_database_of_a_newer_version_is_refused_and_one_without_tables_is_not_made_by_reading(
+def test_a_newer_database_is_refused_and_reading_creates_no_tables(
     postgres_url: str,
 ) -> None:
     with pytest.raises(UsageError, match="no tables here yet"):
@@ -145,7 +145,7 @@ def test_a_store_that_reads_cannot_write(store: FleetStore, postgres_url: str) -
     reading.close()
 
 
-def test_messages_and_results_lie_in_as_many_partitions_as_were_asked_for(postgres_url: str) -> None:
+def test_messages_and_results_have_the_requested_partitions(postgres_url: str) -> None:
     store = FleetStore(postgres_url, partitions=4)
     for n in range(40):
         sender = enrolled(store, f"pi-{n:02}")
@@ -164,7 +164,7 @@ def test_placeholders_are_those_of_psycopg_and_quoted_text_stays() -> None:
     )
 
 
-def test_no_message_repeats_the_password() -> None:
+def test_no_message_shows_the_password() -> None:
     url = "postgresql://me:secret@127.0.0.1:1/fleet?connect_timeout=1&password=secret"
     assert display_name(url) == "postgresql://me@127.0.0.1:1/fleet?connect_timeout=1"
     with pytest.raises(StorageError, match="me@127") as raised:
@@ -188,17 +188,17 @@ except UsageError as error:
     assert "pip install 'outstation[postgres]'" in done.stdout
 
 
-# --- several who write ---
+# --- concurrent writers ---
 
 
-def test_two_that_store_one_log_at_once_leave_its_gaps_and_its_end_right(postgres_url: str) -> None:
+def test_concurrent_writers_of_one_log_leave_its_gaps_correct(postgres_url: str) -> None:
     stores = [FleetStore(postgres_url) for _ in range(3)]
     sender = enrolled(stores[0])
     log = [sender.results() if n % 7 else sender.health() for n in range(300)]
     dice = Random(1)
-    kept = [one for one in log if one.seq % 11 or one.seq == len(log)]
-    # Each is given two thirds of them, in an order of its own: they all come twice.
-    parts = [[one for i, one in enumerate(kept) if i % 3 != n] for n in range(3)]
+    stored = [item for item in log if item.seq % 11 or item.seq == len(log)]
+    # Each store gets two thirds of the messages in its own order, so each message arrives twice.
+    parts = [[item for i, item in enumerate(stored) if i % 3 != n] for n in range(3)]
     for part in parts:
         dice.shuffle(part)
 
@@ -210,7 +210,7 @@ def test_two_that_store_one_log_at_once_leave_its_gaps_and_its_end_right(postgre
     missing = [(n, n) for n in range(11, 300, 11)]
     known = stores[1].acknowledgement(sender.device, sender.log)
     assert (known.through, known.missing) == (300, missing)
-    assert stores[0].count_messages() == len(kept)
+    assert stores[0].count_messages() == len(stored)
     assert [(gap["from"], gap["to"]) for gap in audit(stores[0]).gaps] == missing
     add(stores[2], sender, *(log[n - 1] for n, _ in missing))
     report = audit(stores[0])
@@ -219,7 +219,7 @@ def test_two_that_store_one_log_at_once_leave_its_gaps_and_its_end_right(postgre
         store.close()
 
 
-def test_a_log_that_is_said_to_have_ended_while_another_stores_its_first_message(postgres_url: str) -> None:
+def test_a_log_end_and_its_first_message_may_be_stored_concurrently(postgres_url: str) -> None:
     stores = [FleetStore(postgres_url) for _ in range(2)]
     for n in range(8):
         old = enrolled(stores[0], f"pi-{n}")
@@ -233,7 +233,7 @@ def test_a_log_that_is_said_to_have_ended_while_another_stores_its_first_message
         store.close()
 
 
-def test_a_transaction_that_another_one_stops_is_done_again_and_counted(store: FleetStore, postgres_url: str) -> None:
+def test_a_conflicting_transaction_is_retried_and_counted(store: FleetStore, postgres_url: str) -> None:
     import psycopg
 
     a, b = enrolled(store, "pi-a"), enrolled(store, "pi-b")
@@ -248,7 +248,7 @@ def test_a_transaction_that_another_one_stops_is_done_again_and_counted(store: F
         )
         with psycopg.connect(postgres_url, autocommit=True) as look:
             until(lambda: look.execute(waiting).fetchone() == (1,))
-        # Holds what that one waits for, and now waits for what it holds.
+        # A deadlock: each transaction waits for a row that the other one holds.
         other.execute(touch, ("pi-a",))
     worker.join(60)
     assert store.retry_count == 1
@@ -280,9 +280,7 @@ def test_two_operators_at_once_enrol_one_key_for_a_device(store: FleetStore, pos
     other.close()
 
 
-def test_a_connection_that_was_lost_is_made_anew_and_nothing_of_its_transaction_is_there(
-    store: FleetStore, postgres_url: str
-) -> None:
+def test_a_lost_connection_is_reopened_and_its_transaction_is_rolled_back(store: FleetStore, postgres_url: str) -> None:
     import psycopg
 
     sender = enrolled(store)
@@ -316,7 +314,7 @@ def test_text_that_postgresql_cannot_hold_is_refused_alone_and_counted(store: Fl
     wire: Any = Wire(store)
     poison = sender.alert(summary="NUL \0 in it")
     hostile = SignedMessage("outstation/acme/\0/health", b"x", "\0")
-    wire.incoming = [one.to_incoming() for one in (sender.results(), poison, sender.results(), hostile)]
+    wire.incoming = [item.to_incoming() for item in (sender.results(), poison, sender.results(), hostile)]
     collector.tick(wire, 0.0)
     assert store.count_messages() == 2
     assert [(row["reason"], row["count"]) for row in store.refusals()] == [("topic", 1), ("not storable", 1)]
@@ -338,17 +336,17 @@ def test_a_name_of_several_kilobytes_that_no_index_takes_is_refused_alone(store:
 # --- collectors ---
 
 
-def test_sqlite_cannot_be_shared_and_says_why(tmp_path: Path) -> None:
+def test_sqlite_cannot_be_shared(tmp_path: Path) -> None:
     store = FleetStore(tmp_path / "fleet.db")
     with pytest.raises(UsageError, match="SQLite has one writer"):
         Collector(FLEET, BrokerConfig(), store, new_key(), share="a")
     store.close()
 
 
-def test_what_devices_log_is_shared_and_what_is_retained_goes_to_each() -> None:
+def test_logged_kinds_are_shared_and_retained_kinds_go_to_each_collector() -> None:
     plain, shared = collecting.topic_filters("acme"), collecting.topic_filters("acme", shared=True)
-    assert [one.removeprefix("$share/collect/") for one in shared] == plain
-    assert {one for one in shared if not one.startswith("$share/")} == {
+    assert [item.removeprefix("$share/collect/") for item in shared] == plain
+    assert {item for item in shared if not item.startswith("$share/")} == {
         f"{topics.ROOT}/acme/+/keys",
         f"{topics.ROOT}/acme/+/state",
     }
@@ -356,19 +354,19 @@ def test_what_devices_log_is_shared_and_what_is_retained_goes_to_each() -> None:
     assert collecting.client_id("acme", "b") == "outstation-acme-collector-b"
 
 
-def test_what_another_collector_may_have_in_hand_is_not_asked_for_at_once() -> None:
+def test_messages_that_another_collector_may_hold_are_not_requested_at_once() -> None:
     patience, log = PendingGaps(), ("pi-07", "log")
     assert patience.trim(0.0, log, 10, [(4, 5), (8, 8)]) == (3, [])
     assert patience.due_logs(WAIT_S - 0.1) == []
     assert patience.due_logs(WAIT_S) == [log]
-    # Missing for a while: asked for; what came above meanwhile is young again.
+    # Gaps reported a while ago are requested; newer gaps are not.
     assert patience.trim(WAIT_S, log, 20, [(4, 5), (8, 8), (15, 16)]) == (14, [(4, 5), (8, 8)])
     assert patience.trim(2 * WAIT_S, log, 20, [(15, 16)]) == (20, [(15, 16)])
     assert patience.trim(2 * WAIT_S, log, 20, []) == (20, [])
     assert patience.due_logs(100.0) == []
 
 
-def test_refusals_of_all_collectors_together_raise_one_alert_of_the_one_with_the_duty(
+def test_refusals_of_all_collectors_raise_one_alert_of_the_leader(
     store: FleetStore, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("agent.fleet.collector.leader.LEADER_CHECK_S", 0.0)
@@ -376,23 +374,23 @@ def test_refusals_of_all_collectors_together_raise_one_alert_of_the_one_with_the
     stranger = MessageSender(key=new_key(5))
     stores = [store, FleetStore(postgres_url)]
     collectors = [
-        Collector(FLEET, BrokerConfig(), one, new_key(), share=name) for one, name in zip(stores, "ab", strict=True)
+        Collector(FLEET, BrokerConfig(), item, new_key(), share=name) for item, name in zip(stores, "ab", strict=True)
     ]
     for _ in range(2):
-        for one, collector in zip(stores, collectors, strict=True):
-            wire: Any = Wire(one)
+        for item, collector in zip(stores, collectors, strict=True):
+            wire: Any = Wire(item)
             wire.incoming = [stranger.results().to_incoming() for _ in range(7)]
             collector.tick(wire, 0.0)
     idle: Any = Wire(store)
     collectors[0].tick(idle, 0.0)
-    # Seven were there before the first look, which cannot tell when they came.
+    # Seven refusals precede the first read, which cannot tell when they arrived.
     [alert] = store.alerts()
     assert (alert["alert"], alert["subject"]) == ("security", "refused")
     assert "21 messages in the name of pi-07" in alert["summary"]
     stores[1].close()
 
 
-# --- everything that takes a database ---
+# --- everything that uses a database ---
 
 
 def test_a_roll_out_is_decided_followed_and_audited(tmp_path: Path, postgres_url: str) -> None:
@@ -462,7 +460,7 @@ def test_the_commands_of_a_fleet_work_with_a_url_in_its_config(tmp_path: Path, p
         sender.evicted((2, 2)),
         sender.health_with_cursor(),
     ]
-    add(store, sender, *[one for one in evicted if one.seq != 2])
+    add(store, sender, *[item for item in evicted if item.seq != 2])
     store.close()
     assert run("devices", "--dir", folder)[0]["through"] == 6
     assert [row["summary"] for row in run("alerts", "--dir", folder)] == ["ax: gain loss."]
@@ -481,28 +479,28 @@ def test_the_commands_of_a_fleet_work_with_a_url_in_its_config(tmp_path: Path, p
 
 def ask_once(url: str, sql: str) -> Any:
     store = FleetStore(url, read_only=True)
-    [(found,)] = ask(store, sql)
+    [(result,)] = ask(store, sql)
     store.close()
-    return found
+    return result
 
 
-def until(what: Callable[[], bool], within_s: float = 60.0) -> None:
+def until(members: Callable[[], bool], within_s: float = 60.0) -> None:
     deadline = time.monotonic() + within_s
-    while not what():
+    while not members():
         assert time.monotonic() < deadline, "not within the time"
         time.sleep(0.01)
 
 
 def test_the_queries_of_the_document_run(store: FleetStore) -> None:
     sender = enrolled(store)
-    told = {"ax": {"state": "drift", "mean": 0.5, "m2": 8.0, "counts": [3, 4]}}
-    add(store, sender, sender.results(), sender.drift(features=told))
+    report = {"ax": {"state": "drift", "mean": 0.5, "m2": 8.0, "counts": [3, 4]}}
+    add(store, sender, sender.results(), sender.drift(features=report))
     text = (Path(__file__).parents[2] / "docs" / "collector.md").read_text(encoding="utf-8")
     section = text.partition("## PostgreSQL")[2].partition("## Several")[0]
     queries = re.findall(r"^    (SELECT.*?;)$", section, re.MULTILINE | re.DOTALL)
-    found = [ask(store, query.rstrip(";")) for query in queries]
-    assert len(found) == 5
-    assert found[1] == [("pi-07", 1, 0.5, (8.0 / 2000) ** 0.5)]
-    assert [row[2:] for row in found[2]] == [(0, 3), (1, 4)]
-    assert found[3][0][2] == "ax"
-    assert found[4][0][2] == "sha256:ab"
+    result = [ask(store, query.rstrip(";")) for query in queries]
+    assert len(result) == 5
+    assert result[1] == [("pi-07", 1, 0.5, (8.0 / 2000) ** 0.5)]
+    assert [row[2:] for row in result[2]] == [(0, 3), (1, 4)]
+    assert result[3][0][2] == "ax"
+    assert result[4][0][2] == "sha256:ab"

@@ -1,4 +1,4 @@
-"""What devices say of roll-outs becomes rows once, in any order; what is no such thing is kept as evidence only."""
+"""Projection: messages about rollouts become rows once, in any order; invalid ones stay evidence only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
 
 def add(store: FleetStore, sender: MessageSender, *sent: SignedMessage) -> list[str]:
     store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
-    return list(store.ingest([Arrival(sender.verify(one)) for one in sent], [], NOW))
+    return list(store.ingest([Arrival(sender.verify(item)) for item in sent], [], NOW))
 
 
 def ask(store: FleetStore, sql: str) -> list[Any]:
@@ -40,32 +40,32 @@ def test_a_shadow_message_is_one_row_with_its_bytes_as_text(store: FleetStore) -
     sent = sender.shadow(n=300, errors=1, error="killed by signal 11")
     assert add(store, sender, sent) == ["new"]
     columns = "device, task, rollout, model, other, rows_first, rows_last, batches, n, errors, body, log, seq"
-    what = ("pi-07", "exercise", "exercise-1-1", MODEL["digest"], NEW_MODEL["digest"], 1, 300, 5, 300, 1)
-    assert ask(store, f"SELECT {columns} FROM shadows") == [(*what, sent.payload.decode(), sender.log, 1)]
+    members = ("pi-07", "exercise", "exercise-1-1", MODEL["digest"], NEW_MODEL["digest"], 1, 300, 5, 300, 1)
+    assert ask(store, f"SELECT {columns} FROM shadows") == [(*members, sent.payload.decode(), sender.log, 1)]
 
 
 def test_a_change_of_a_device_is_one_row(store: FleetStore) -> None:
     sender = MessageSender()
     add(store, sender, sender.rollout("rolled_back", reason="crash", strategy="canary", numbers={"signal": 11}))
     columns = "device, task, rollout, digest, strategy, phase, reason, summary, numbers, seq"
-    what = ("pi-07", "exercise", "exercise-1-1", NEW_MODEL["digest"], "canary", "rolled_back", "crash")
+    members = ("pi-07", "exercise", "exercise-1-1", NEW_MODEL["digest"], "canary", "rolled_back", "crash")
     assert ask(store, f"SELECT {columns} FROM rollout_devices") == [
-        (*what, "exercise 1.1.0: rolled_back.", '{"signal":11}', 1)
+        (*members, "exercise 1.1.0: rolled_back.", '{"signal":11}', 1)
     ]
 
 
 def test_any_order_and_any_repeats_give_the_same_rows(tmp_path: Path) -> None:
     sender = MessageSender(key=new_key(7), log="5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c11")
     log = [sender.shadow(), sender.rollout("shadow"), sender.shadow()]
-    found: list[list[Any]] = []
+    result: list[list[Any]] = []
     for order in itertools.permutations(log):
-        store = FleetStore(tmp_path / f"{len(found)}.db")
-        for one in (*order, *order):
-            add(store, sender, one)
-        found.append([ask(store, f"SELECT * FROM {table} ORDER BY seq") for table in ("shadows", "rollout_devices")])
+        store = FleetStore(tmp_path / f"{len(result)}.db")
+        for item in (*order, *order):
+            add(store, sender, item)
+        result.append([ask(store, f"SELECT * FROM {table} ORDER BY seq") for table in ("shadows", "rollout_devices")])
         store.close()
-    assert [len(rows) for rows in found[0]] == [2, 1]
-    assert all(one == found[0] for one in found)
+    assert [len(rows) for rows in result[0]] == [2, 1]
+    assert all(item == result[0] for item in result)
 
 
 def test_two_collectors_that_get_the_same_messages_keep_one_row_of_each(store: FleetStore) -> None:
@@ -93,9 +93,7 @@ def test_two_collectors_that_get_the_same_messages_keep_one_row_of_each(store: F
     ],
     ids=str,
 )
-def test_an_audit_message_that_is_no_change_of_a_rollout_stays_evidence_and_makes_no_row(
-    store: FleetStore, evidence: dict[str, Any]
-) -> None:
+def test_an_audit_message_without_a_valid_phase_change_adds_no_row(store: FleetStore, evidence: dict[str, Any]) -> None:
     sender = MessageSender()
     sent = sender.rollout("shadow", **evidence) if evidence else sender.append("audit", event="rollout", evidence={})
     assert add(store, sender, sent) == ["new"]
@@ -111,7 +109,7 @@ def test_an_event_of_another_kind_makes_no_row(store: FleetStore) -> None:
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", "-1", "9007199254740993"])
-def test_a_tally_with_a_number_that_none_can_have_is_no_message(number: str) -> None:
+def test_a_tally_with_an_impossible_number_is_refused(number: str) -> None:
     sender = MessageSender()
     sent = sender.shadow()
     with pytest.raises(MessageRefused):

@@ -1,4 +1,4 @@
-"""When refusals are many enough for somebody to look: counted by enrolled device, told once an hour."""
+"""Refusal alarm: refusals are counted by enrolled device, and an alert is due at most once an hour."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_names_that_nobody_enrolled_share_one_count() -> None:
     assert len(alarm._counts) == 1
 
 
-def test_after_an_alert_its_device_is_quiet_for_an_hour_and_the_others_are_not() -> None:
+def test_after_an_alert_only_its_device_is_quiet_for_an_hour() -> None:
     alarm = RefusalAlarm()
     alarm.add_refusals([refused()] * 50, ENROLLED, 0.0)
     alarm.mark_raised("pi-07", 0.0)

@@ -1,4 +1,4 @@
-"""A certificate that was revoked: a real Mosquitto with the config that `fleet init` writes, and real TLS."""
+"""Revocation of certificates, with real TLS and a real Mosquitto on the config that `fleet init` writes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Desk:
         self.folder = folder / "acme"
         self.config: FleetConfig = init_fleet(self.folder, "acme", BrokerConfig(url=f"mqtts://localhost:{port}"))
         self.conf = self.folder / "broker" / "mosquitto.conf"
-        # It says when it reloads.
+        # The broker logs when it reloads.
         more = "log_type information\n" + ("user root\n" if os.geteuid() == 0 else "")
         self.conf.write_text(self.conf.read_text(encoding="utf-8") + more, encoding="utf-8")
         self.store = FleetStore(Path(self.config.fleet.db))
@@ -64,7 +64,7 @@ class Desk:
         return pki.read_serial((self.folder / "devices" / device / "device.crt").read_bytes(), Path())
 
     def credentials(self, device: str) -> BrokerConfig:
-        """A copy that stays what it is when the device is enrolled anew: what a thief has."""
+        """Copy the device's TLS files, as a thief would; the copy survives a new enrolment."""
         broker = device_config.load(self.folder / "devices" / device / "outstation.toml").broker
         taken = self.folder.parent / f"taken-{device}-{self.serial(device)}"
         taken.mkdir(exist_ok=True)
@@ -74,7 +74,7 @@ class Desk:
         return BrokerConfig(url=broker.url, ca_file=self.config.broker.ca_file, cert_file=certificate, tls_key_file=key)
 
     def reload(self) -> None:
-        """SIGHUP, until the broker, which has one thread, is about to do what it tells it to."""
+        """Send SIGHUP, and wait until the single-threaded broker handles it."""
         before = self.broker.log.read_text(encoding="utf-8").count("Reloading config")
         os.kill(self.broker.pid, signal.SIGHUP)
         deadline = time.monotonic() + 20
@@ -106,7 +106,7 @@ def listed(file: Path) -> set[int]:
     return {entry.serial_number for entry in x509.load_pem_x509_crl(file.read_bytes())}
 
 
-def test_a_stolen_device_is_refused_once_the_broker_has_read_the_list_and_the_others_connect(desk: Desk) -> None:
+def test_a_revoked_device_is_refused_after_the_broker_reads_the_crl(desk: Desk) -> None:
     stolen, other = desk.credentials("pi-07"), desk.credentials("pi-08")
     with desk.broker:
         assert connects(stolen), "nobody is on the empty list"
@@ -121,7 +121,7 @@ def test_a_stolen_device_is_refused_once_the_broker_has_read_the_list_and_the_ot
         assert connects(desk.config.broker_for(desk.config.collector))
 
 
-def test_a_stolen_device_that_is_connected_stays_so_until_the_broker_starts_again(desk: Desk) -> None:
+def test_a_connected_revoked_device_stays_until_the_broker_restarts(desk: Desk) -> None:
     topic = "outstation/acme/pi-07/cmd"
     with desk.broker:
         thief = Link(desk.credentials("pi-07"), "pi-07", subscribe=[topic])
@@ -140,7 +140,7 @@ def test_a_stolen_device_that_is_connected_stays_so_until_the_broker_starts_agai
         assert connects(desk.credentials("pi-08"))
 
 
-def test_a_device_that_is_enrolled_anew_connects_and_who_has_its_former_certificate_does_not(desk: Desk) -> None:
+def test_after_a_replacement_only_the_new_certificate_connects(desk: Desk) -> None:
     stolen = desk.credentials("pi-07")
     with desk.broker:
         code, document = desk.cli("enrol", "pi-07", "--replace")
@@ -150,7 +150,7 @@ def test_a_device_that_is_enrolled_anew_connects_and_who_has_its_former_certific
         assert not connects(stolen)
 
 
-def test_a_device_that_was_revoked_and_is_let_in_with_another_key_gets_a_certificate_that_connects(desk: Desk) -> None:
+def test_a_revoked_device_enrolled_with_a_new_key_gets_a_valid_certificate(desk: Desk) -> None:
     revoked = desk.credentials("pi-07")
     revoke_device(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
     enrol(desk.folder, desk.config, desk.store, "pi-07", key=new_key(5).public, replace=False)
@@ -159,7 +159,7 @@ def test_a_device_that_was_revoked_and_is_let_in_with_another_key_gets_a_certifi
         assert not connects(revoked)
 
 
-def test_a_device_that_is_far_away_keeps_its_certificate_when_its_key_is_replaced(desk: Desk) -> None:
+def test_a_certificate_is_kept_on_request_when_the_key_is_replaced(desk: Desk) -> None:
     before = desk.credentials("pi-07")
     with desk.broker:
         desk.enrol("pi-07", replace=True, keep_certificate=True)
@@ -190,7 +190,7 @@ def test_every_edition_holds_the_entries_of_the_one_before_and_is_newer(desk: De
 
 
 @pytest.mark.parametrize("where", ["", "broker"])
-def test_a_list_that_was_lost_or_is_of_an_older_backup_comes_back_whole(desk: Desk, where: str) -> None:
+def test_a_lost_or_outdated_crl_is_restored_from_its_copy(desk: Desk, where: str) -> None:
     empty = (desk.folder / "crl.pem").read_bytes()
     desk.enrol("pi-07", replace=True)
     before = listed(desk.folder / "crl.pem")
@@ -203,9 +203,7 @@ def test_a_list_that_was_lost_or_is_of_an_older_backup_comes_back_whole(desk: De
 
 
 @pytest.mark.parametrize("damage", ["junk", "foreign"])
-def test_a_damaged_list_is_not_overwritten_and_the_signing_key_is_revoked_all_the_same(
-    desk: Desk, tmp_path: Path, damage: str
-) -> None:
+def test_a_damaged_crl_stays_and_the_signing_key_is_revoked_anyway(desk: Desk, tmp_path: Path, damage: str) -> None:
     file = desk.folder / "crl.pem"
     foreign = pki.create_authority("acme").build_crl((), ())
     file.write_bytes(b"junk" if damage == "junk" else foreign)
@@ -221,15 +219,13 @@ def test_a_damaged_list_is_not_overwritten_and_the_signing_key_is_revoked_all_th
     assert desk.store.active_key("pi-08") is not None, "nothing was replaced"
 
 
-def test_killed_between_the_list_and_the_database_revoke_is_said_again(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_revoke_can_be_repeated_after_a_crash_before_the_commit(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     class Killed(BaseException): ...
 
     real = revocation.add
 
-    def killed(*what: object) -> tuple[str, ...]:
-        real(*what)  # type: ignore[arg-type]
+    def killed(*members: object) -> tuple[str, ...]:
+        real(*members)  # type: ignore[arg-type]
         raise Killed
 
     monkeypatch.setattr(revocation, "add", killed)
@@ -249,14 +245,14 @@ def test_two_devices_revoked_at_once_are_both_on_the_list(desk: Desk) -> None:
     assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07"), desk.serial("pi-08")}
 
 
-def test_a_device_that_is_revoked_already_is_put_on_a_list_that_did_not_hold_it(desk: Desk) -> None:
+def test_a_revoked_device_is_added_to_a_crl_that_lacks_it(desk: Desk) -> None:
     desk.store.revoke("pi-07", None, NOW)
     done = revoke_device(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
     assert (done.keys, done.failed) == ([], False)
     assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07")}
 
 
-def test_a_fleet_from_before_the_list_gets_one_and_is_told_what_its_broker_needs(desk: Desk) -> None:
+def test_a_fleet_without_a_crl_gets_one_with_steps_for_its_broker(desk: Desk) -> None:
     stolen = desk.credentials("pi-07")
     for file in (desk.folder / "crl.pem", desk.folder / "broker" / "crl.pem"):
         file.unlink()
@@ -275,7 +271,7 @@ def test_a_fleet_from_before_the_list_gets_one_and_is_told_what_its_broker_needs
         assert connects(desk.credentials("pi-08"))
 
 
-def test_a_list_that_was_made_by_hand_with_the_authoritys_key_is_continued(desk: Desk) -> None:
+def test_a_crl_signed_by_another_tool_is_continued(desk: Desk) -> None:
     authority = pki.load_authority(desk.folder / "ca.pem", desk.folder / "ca.key")
     now = datetime.now(UTC).replace(microsecond=0)
     entry = x509.RevokedCertificateBuilder().serial_number(99).revocation_date(now).build()
@@ -286,7 +282,7 @@ def test_a_list_that_was_made_by_hand_with_the_authoritys_key_is_continued(desk:
     assert listed(desk.folder / "crl.pem") == {99, desk.serial("pi-07")}
 
 
-def test_a_fleet_whose_broker_is_elsewhere_is_told_to_copy_the_list(desk: Desk) -> None:
+def test_a_fleet_with_a_remote_broker_gets_a_copy_step(desk: Desk) -> None:
     shutil.rmtree(desk.folder / "broker")
     done = revoke_device(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
     assert not done.failed
@@ -294,7 +290,7 @@ def test_a_fleet_whose_broker_is_elsewhere_is_told_to_copy_the_list(desk: Desk) 
     assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07")}
 
 
-def test_a_device_whose_files_are_gone_from_the_fleets_folder_is_revoked(desk: Desk) -> None:
+def test_a_device_whose_files_are_missing_is_revoked(desk: Desk) -> None:
     serial = desk.serial("pi-07")
     for file in (desk.folder / "devices" / "pi-07").iterdir():
         file.unlink()
@@ -302,7 +298,7 @@ def test_a_device_whose_files_are_gone_from_the_fleets_folder_is_revoked(desk: D
     assert listed(desk.folder / "crl.pem") == {serial}
 
 
-def test_a_certificate_that_an_older_version_replaced_is_revoked_once_it_is_put_beside_the_others(desk: Desk) -> None:
+def test_a_certificate_added_to_the_archive_by_hand_is_revoked(desk: Desk) -> None:
     before = Path(str(desk.credentials("pi-07").cert_file))
     desk.enrol("pi-07", replace=True, keep_certificate=True)
     forgotten = pki.read_serial(before.read_bytes(), before)
@@ -324,7 +320,7 @@ def test_a_damaged_copy_does_not_keep_a_device_in(desk: Desk) -> None:
     assert listed(desk.folder / "crl.pem") == {serial}
 
 
-def test_a_certificate_of_which_nothing_was_kept_is_said_to_connect_still(desk: Desk) -> None:
+def test_an_unknown_former_certificate_is_reported_as_valid(desk: Desk) -> None:
     for file in (desk.folder / "devices" / "pi-07" / "device.crt", *(desk.folder / "issued" / "pi-07").iterdir()):
         file.unlink()
     code, document = desk.cli("revoke", "pi-07")
@@ -366,11 +362,11 @@ def test_an_operators_umask_does_not_keep_the_list_from_the_brokers_user(desk: D
 
 def test_the_broker_does_not_start_without_the_list(desk: Desk) -> None:
     (desk.folder / "broker" / "crl.pem").unlink()
-    # It listens for a moment before it reads the list.
+    # The broker listens for a moment before it reads the CRL.
     with contextlib.suppress(RuntimeError):
         desk.broker.start()
-    said = "Unable to load certificate revocation file"
-    wait_for(lambda: said in desk.broker.log.read_text(errors="replace"), "the broker says why")
+    output = "Unable to load certificate revocation file"
+    wait_for(lambda: output in desk.broker.log.read_text(errors="replace"), "the broker says why")
     wait_for(lambda: not desk.broker.is_running, "and ends")
 
 

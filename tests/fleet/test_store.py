@@ -1,4 +1,4 @@
-"""The collector's database: order-free, idempotent, exact about what is missing, safe with two processes."""
+"""Fleet store: independent of order, idempotent, exact about gaps, safe with two processes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TABLES = (
 
 @pytest.fixture
 def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
-    """In SQLite, and in PostgreSQL."""
+    """Open an empty store, in SQLite and in PostgreSQL."""
     opened = fresh()
     yield opened
     opened.close()
@@ -51,19 +51,19 @@ def enrol(store: FleetStore, sender: MessageSender) -> None:
 
 
 def add(store: FleetStore, sender: MessageSender, *sent: SignedMessage) -> list[str]:
-    return list(store.ingest([Arrival(sender.verify(one)) for one in sent], [], NOW))
+    return list(store.ingest([Arrival(sender.verify(item)) for item in sent], [], NOW))
 
 
 def tables(store: FleetStore) -> dict[str, list[Any]]:
-    """All content that must not depend on the order of arrival."""
-    found = {}
+    """Return all content that must not depend on the order of arrival."""
+    result = {}
     with store.snapshot() as db:
         for name in TABLES:
             cursor = db.execute(f"SELECT * FROM {name}")
-            # In PostgreSQL the last column, where there is one, is when a row came.
+            # PostgreSQL appends the column `rowid`, which is the order of arrival.
             columns = len([column for column in cursor.description if column[0] != "rowid"])
-            found[name] = sorted((row[:columns] for row in cursor), key=repr)
-    return found
+            result[name] = sorted((row[:columns] for row in cursor), key=repr)
+    return result
 
 
 def ask(store: FleetStore, sql: str) -> list[Any]:
@@ -72,11 +72,11 @@ def ask(store: FleetStore, sql: str) -> list[Any]:
 
 
 def of_every_kind(sender: MessageSender) -> list[SignedMessage]:
-    """A log with each kind, and two evictions: of seq 3, and of 5 and 6."""
+    """Return a log with each kind, and two evictions: of seq 3, and of 5 and 6."""
     log = [sender.results(), sender.drift(), sender.results(), sender.alert(), sender.quality(), sender.results()]
     log += [sender.evicted((3, 3)), sender.health_with_cursor(), sender.evicted((5, 6)), sender.alert(state="cleared")]
     log += [sender.shadow(), sender.rollout("shadow"), sender.rollout("active", strategy="all")]
-    return [one for one in log if one.seq not in (3, 5, 6)]
+    return [item for item in log if item.seq not in (3, 5, 6)]
 
 
 SENDER = MessageSender(key=new_key(7), log="5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c11")
@@ -101,32 +101,32 @@ def test_any_order_and_any_repeats_in_any_batches_give_the_same_tables(
 
 
 @settings(max_examples=40, deadline=None)
-@given(came=st.sets(st.integers(1, 14)), ends=st.lists(st.integers(0, 20), min_size=1, max_size=2), data=st.data())
-def test_what_is_missing_of_a_log_that_ended_is_declared_whenever_the_end_comes(
-    fresh: Callable[[], FleetStore], came: set[int], ends: list[int], data: st.DataObject
+@given(arrived=st.sets(st.integers(1, 14)), ends=st.lists(st.integers(0, 20), min_size=1, max_size=2), data=st.data())
+def test_gaps_of_an_ended_log_are_declared_in_any_order(
+    fresh: Callable[[], FleetStore], arrived: set[int], ends: list[int], data: st.DataObject
 ) -> None:
     old = MessageSender(key=SENDER.key)
     log = [old.quality() for _ in range(13)] + [old.evicted((3, 3), (12, 13))]
-    arrivals = [Arrival(old.verify(log[seq - 1])) for seq in came]
+    arrivals = [Arrival(old.verify(log[seq - 1])) for seq in arrived]
     for end in ends:
         new = MessageSender(key=old.key)
         evidence = {"old": old.log, "through": end, "reissued": 0}
         arrivals.append(Arrival(new.verify(new.append("audit", event="new log", summary="", evidence=evidence))))
     order = data.draw(st.permutations(arrivals))
-    # Drawn before anything is open: a draw may end the test there and then.
+    # Draw before opening the store: a draw may end the test.
     cut = data.draw(st.integers(0, len(order)))
     store = fresh()
     enrol(store, old)
     for part in (order[:cut], order[cut:]):
         store.ingest(part, [], NOW)
-    absent = set(range(1, max(came, default=0))) - came
-    declared = absent & ({3, 12, 13} if 14 in came else set()) | {seq for seq in absent if seq <= max(ends)}
+    absent = set(range(1, max(arrived, default=0))) - arrived
+    declared = absent & ({3, 12, 13} if 14 in arrived else set()) | {seq for seq in absent if seq <= max(ends)}
     gaps = [(gap["from"], gap["to"], gap["declared"]) for gap in store.gaps() if gap["log"] == old.log]
     audited = [(gap["from"], gap["to"]) for gap in audit(store).gaps if gap["log"] == old.log and not gap["declared"]]
-    told = store.acknowledgement(old.device, old.log).missing if came else []
+    report = store.acknowledgement(old.device, old.log).missing if arrived else []
     store.close()
     assert [gap[:2] for gap in gaps if gap[2]] == ranges(declared)
-    assert [gap[:2] for gap in gaps if not gap[2]] == told == audited == ranges(absent - declared)
+    assert [gap[:2] for gap in gaps if not gap[2]] == report == audited == ranges(absent - declared)
 
 
 def test_a_database_of_an_older_version_is_migrated_and_not_read_before(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_database_of_an_older_version_is_migrated_and_not_read_before(tmp_path
 
 
 def ranges(numbers: set[int]) -> list[tuple[int, int]]:
-    """Maximal runs, ascending."""
+    """Return maximal runs, ascending."""
     runs: list[tuple[int, int]] = []
     for n in sorted(numbers):
         runs = [*runs[:-1], (runs[-1][0], n)] if runs and runs[-1][1] == n - 1 else [*runs, (n, n)]
@@ -157,48 +157,48 @@ EVICTIONS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 9)).map(lambda
 
 
 @settings(max_examples=40, deadline=None)
-@given(came=st.sets(st.integers(1, 40), min_size=1), evicted=EVICTIONS, data=st.data())
-def test_gaps_equal_a_brute_force_model_for_any_subset_of_seqs_and_any_evictions(
-    fresh: Callable[[], FleetStore], came: set[int], evicted: list[tuple[int, int]], data: st.DataObject
+@given(arrived=st.sets(st.integers(1, 40), min_size=1), evicted=EVICTIONS, data=st.data())
+def test_gaps_equal_a_brute_force_model(
+    fresh: Callable[[], FleetStore], arrived: set[int], evicted: list[tuple[int, int]], data: st.DataObject
 ) -> None:
     sender = MessageSender(key=SENDER.key)
     log = [sender.quality() for _ in range(40)]
-    sent = [log[seq - 1] for seq in came] + [sender.evicted(*evicted)]
+    sent = [log[seq - 1] for seq in arrived] + [sender.evicted(*evicted)]
     order = data.draw(st.permutations(sent))
     store = fresh()
     enrol(store, sender)
-    for one in order:
-        add(store, sender, one)
-    absent = set(range(1, 42)) - came - {41}
+    for item in order:
+        add(store, sender, item)
+    absent = set(range(1, 42)) - arrived - {41}
     declared = absent & {seq for first, last in evicted for seq in range(first, last + 1)}
     gaps = [(gap["from"], gap["to"], gap["declared"]) for gap in store.gaps()]
-    told = store.acknowledgement(sender.device, sender.log)
+    report = store.acknowledgement(sender.device, sender.log)
     store.close()
     assert [gap[:2] for gap in gaps if gap[2]] == ranges(declared)
     assert [gap[:2] for gap in gaps if not gap[2]] == ranges(absent - declared)
-    assert (told.through, told.missing) == (41, ranges(absent - declared))
+    assert (report.through, report.missing) == (41, ranges(absent - declared))
 
 
-def test_a_run_that_lists_no_result_may_come_alone(store: FleetStore) -> None:
+def test_a_message_without_results_is_stored(store: FleetStore) -> None:
     sender = MessageSender()
     enrol(store, sender)
     assert add(store, sender, sender.results(0, rows=25, lost="its checksum does not match")) == ["new"]
     assert tables(store)["results"] == []
 
 
-def test_with_more_than_a_hundred_gaps_the_acknowledgement_goes_only_as_far_as_a_hundred(store: FleetStore) -> None:
+def test_an_acknowledgement_ends_at_the_hundredth_gap(store: FleetStore) -> None:
     sender = MessageSender()
     enrol(store, sender)
     log = [sender.quality() for _ in range(2 * MAX_MISSING_RANGES + 50)]
     add(store, sender, *log[1::2])
-    told = store.acknowledgement(sender.device, sender.log)
-    assert told.missing == [(seq, seq) for seq in range(1, 200, 2)]
-    assert told.through == 200
+    report = store.acknowledgement(sender.device, sender.log)
+    assert report.missing == [(seq, seq) for seq in range(1, 200, 2)]
+    assert report.through == 200
     add(store, sender, *log[:100:2])
     assert store.acknowledgement(sender.device, sender.log).through == 250
 
 
-def test_the_same_seq_with_other_bytes_raises_an_alert_keeps_both_and_replaces_nothing(store: FleetStore) -> None:
+def test_a_conflicting_payload_raises_an_alert_and_replaces_nothing(store: FleetStore) -> None:
     sender = MessageSender()
     enrol(store, sender)
     twin = MessageSender(key=sender.key, log=sender.log)
@@ -217,7 +217,7 @@ def test_the_same_seq_with_other_bytes_raises_an_alert_keeps_both_and_replaces_n
     assert [(row["reason"], row["count"]) for row in store.refusals()] == [("conflicting payload", 2)]
 
 
-def test_refused_messages_are_counted_and_only_the_first_few_kept(store: FleetStore) -> None:
+def test_refused_messages_are_counted_and_the_first_few_are_samples(store: FleetStore) -> None:
     sender = MessageSender()
     enrol(store, sender)
     flood = [Refusal(f"ghost-{i}", "unknown key", "", "t", b"x", "") for i in range(50)]
@@ -229,7 +229,7 @@ def test_refused_messages_are_counted_and_only_the_first_few_kept(store: FleetSt
     assert ask(store, "SELECT count(*) FROM refusal_samples") == [(DEFAULT_MAX_SAMPLES + 1,)]
 
 
-def test_a_value_too_large_for_the_database_is_refused_and_leaves_nothing_of_its_batch(store: FleetStore) -> None:
+def test_a_value_too_large_for_the_database_rolls_back_its_batch(store: FleetStore) -> None:
     sender = MessageSender()
     enrol(store, sender)
     good = sender.verify(sender.results())
@@ -270,7 +270,7 @@ def test_enrolling_again_is_quiet_and_another_key_needs_replace(store: FleetStor
         store.enrol("pi-07", sender.key.public, replace=True, now=NOW)
 
 
-def test_a_full_disk_and_a_locked_database_are_storage_errors_that_keep_nothing(file_store: FleetStore) -> None:
+def test_a_full_disk_and_a_locked_database_store_nothing(file_store: FleetStore) -> None:
     sender = MessageSender()
     enrol(file_store, sender)
     sqlite_of(file_store).connection.execute("PRAGMA max_page_count = 40")
@@ -309,7 +309,7 @@ def test_two_open_stores_take_turns(file_store: FleetStore, monkeypatch: pytest.
     second.close()
 
 
-def test_a_database_that_is_none_says_so(tmp_path: Path) -> None:
+def test_a_file_that_is_no_database_is_reported(tmp_path: Path) -> None:
     (tmp_path / "fleet.db").write_bytes(b"no database, but long enough to look at " * 100)
     with pytest.raises(StorageError, match=r"fleet\.db"):
         FleetStore(tmp_path / "fleet.db")
@@ -317,7 +317,7 @@ def test_a_database_that_is_none_says_so(tmp_path: Path) -> None:
         FleetStore(tmp_path / "none.db", read_only=True)
 
 
-def test_acknowledging_reads_the_gaps_by_index_however_many_messages_there_are(file_store: FleetStore) -> None:
+def test_acknowledging_reads_the_gaps_by_index(file_store: FleetStore) -> None:
     plan = [
         row[3]
         for row in sqlite_of(file_store).connection.execute(
@@ -327,7 +327,7 @@ def test_acknowledging_reads_the_gaps_by_index_however_many_messages_there_are(f
     assert plan == ["SEARCH gaps USING PRIMARY KEY (device=? AND log=?)"]
 
 
-def test_the_document_lists_every_table_and_view_of_the_database(tmp_path: Path) -> None:
+def test_the_document_lists_every_table_and_view(tmp_path: Path) -> None:
     store = FleetStore(tmp_path / "fleet.db")
     store.close()
     with contextlib.closing(sqlite3.connect(tmp_path / "fleet.db")) as db:

@@ -1,4 +1,4 @@
-"""When results really were: whatever a device's clock did, the truth lies within the bound that the collector gives."""
+"""Timestamp reconstruction: for any clock of a device, the true time lies within the collector's bound."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ EVENTS = st.lists(
 )
 
 
-def live(station: Station, what: str, amount: float) -> None:
-    """One thing that happens to the machine, and what the device makes of it."""
+def live(station: Station, members: str, amount: float) -> None:
+    """Apply one event to the machine, and let the device handle it."""
     machine = station.machine
-    if what == "run":
+    if members == "run":
         for _ in range(3):
             machine.true_us += amount / 3 * S
             station.turn()
         station.health()
-    elif what == "rows":
+    elif members == "rows":
         for _ in range(round(amount)):
             machine.true_us += 0.3 * S
             station.stamp()
         station.commit()
         station.turn()
-    elif what == "step":
+    elif members == "step":
         machine.set(round(amount))
         machine.true_us += 0.1 * S
         station.turn()
-    elif what == "step before the commit":
+    elif members == "step before the commit":
         station.stamp()
         machine.true_us += 0.2 * S
         machine.set(round(amount))
@@ -68,21 +68,21 @@ def live(station: Station, what: str, amount: float) -> None:
         station.commit()
         machine.true_us += 0.2 * S
         station.turn()
-    elif what == "sync":
+    elif members == "sync":
         machine.sync(round(amount))
-    elif what == "lose sync":
+    elif members == "lose sync":
         machine.quality = "restored"
-    elif what.startswith("reboot"):
+    elif members.startswith("reboot"):
         station.stop()
-        # As fake-hwclock has it: the time that was saved some minutes before the end, and the time off never was.
+        # As with fake-hwclock: the clock continues from a time saved some minutes before the shutdown.
         saved = machine.now.wall_us - 600 * S
-        machine.reboot(amount, 3 * S if "1970" in what else saved)
+        machine.reboot(amount, 3 * S if "1970" in members else saved)
         station.start()
-    elif what == "restart":
+    elif members == "restart":
         station.stop()
         machine.true_us += amount * S
         station.start()
-    elif what == "producer's time":
+    elif members == "producer's time":
         station.turn()
         if machine.now.wall_us < S:
             return
@@ -97,21 +97,21 @@ def live(station: Station, what: str, amount: float) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(events=EVENTS, ppm=st.floats(-80, 80), set_at_the_end=st.booleans(), seed=st.integers(0, 999))
-def test_the_true_time_of_every_row_lies_within_its_bound_whatever_the_clock_did(
+def test_the_true_time_lies_within_the_bound_for_any_clock(
     tmp_path_factory: pytest.TempPathFactory, events: list[Event], ppm: float, set_at_the_end: bool, seed: int
 ) -> None:
     folder = tmp_path_factory.mktemp("clock")
     with pytest.MonkeyPatch.context() as patch:
         station = Station(folder, patch, Machine(rate=1 + ppm * 1e-6))
         station.turn()
-        for what, amount in [*events, *([("sync", 0.0)] if set_at_the_end else [])]:
-            live(station, what, amount)
+        for members, amount in [*events, *([("sync", 0.0)] if set_at_the_end else [])]:
+            live(station, members, amount)
         station.turn()
         messages = station.messages()
         shuffled = Random(seed).sample(messages, len(messages))
         received = station.machine.true_us + HOUR
         whole = collect(folder / "whole.db", station, [messages], received)
-        pieces = collect(folder / "pieces.db", station, [[one] for one in shuffled], received)
+        pieces = collect(folder / "pieces.db", station, [[item] for item in shuffled], received)
         rows = dated(whole)
         assert rows == dated(pieces)
         assert audit(pieces).passed
@@ -136,11 +136,11 @@ def station(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Station
 @pytest.fixture
 def date(station: Station, fresh: Callable[[], FleetStore]) -> Callable[..., list[Dated]]:
     def find(*, without: Callable[[VerifiedMessage], bool] = lambda _: False, received_us: float = 0.0) -> list[Dated]:
-        kept = [message for message in station.messages() if not without(message)]
-        store = collect(fresh(), station, [kept], received_us or station.machine.true_us)
-        found = dated(store)
+        stored = [message for message in station.messages() if not without(message)]
+        store = collect(fresh(), station, [stored], received_us or station.machine.true_us)
+        result = dated(store)
         store.close()
-        return found
+        return result
 
     return find
 
@@ -153,23 +153,21 @@ def rows(station: Station, n: int = 3, gap_s: float = 10.0) -> None:
     station.turn()
 
 
-def errors(station: Station, found: list[Dated]) -> list[float]:
-    return [abs(row.t_best - truth) for row, truth in zip(found, station.truth, strict=True)]
+def errors(station: Station, result: list[Dated]) -> list[float]:
+    return [abs(row.t_best - truth) for row, truth in zip(result, station.truth, strict=True)]
 
 
-def test_rows_of_a_clock_that_is_right_cost_no_byte_more_and_keep_their_time(
-    station: Station, date: Callable[..., list[Dated]]
-) -> None:
+def test_rows_with_a_correct_clock_need_no_extra_bytes(station: Station, date: Callable[..., list[Dated]]) -> None:
     station.turn()
     rows(station)
-    [results] = [one.body for one in station.messages() if isinstance(one.body, ResultsPayload)]
+    [results] = [item.body for item in station.messages() if isinstance(item.body, ResultsPayload)]
     assert results.clocks is None
-    found = date()
-    assert [row.time_quality for row in found] == ["synced"] * 3
-    assert all(row.t_best == row.t and row.t_error_us is not None and row.t_error_us < 1_100_000 for row in found)
+    result = date()
+    assert [row.time_quality for row in result] == ["synced"] * 3
+    assert all(row.t_best == row.t and row.t_error_us is not None and row.t_error_us < 1_100_000 for row in result)
 
 
-def test_a_boot_in_1970_is_dated_once_the_clock_is_set(station: Station, date: Callable[..., list[Dated]]) -> None:
+def test_a_boot_in_1970_is_anchored_once_the_clock_is_set(station: Station, date: Callable[..., list[Dated]]) -> None:
     station.machine.reboot(100_000, 0)
     station.stop()
     station.start()
@@ -178,13 +176,13 @@ def test_a_boot_in_1970_is_dated_once_the_clock_is_set(station: Station, date: C
     station.machine.sync(50_000)
     station.turn()
     rows(station)
-    found = date()
-    assert [row.time_quality for row in found] == ["anchored"] * 3 + ["synced"] * 3
-    assert all(row.t < 1000 * S for row in found[:3])
-    assert max(errors(station, found)) <= 60_000
+    result = date()
+    assert [row.time_quality for row in result] == ["anchored"] * 3 + ["synced"] * 3
+    assert all(row.t < 1000 * S for row in result[:3])
+    assert max(errors(station, result)) <= 60_000
 
 
-def test_before_the_anchor_came_nothing_is_claimed(station: Station, date: Callable[..., list[Dated]]) -> None:
+def test_before_the_anchor_the_time_is_unknown(station: Station, date: Callable[..., list[Dated]]) -> None:
     station.machine.reboot(100_000, 0)
     station.stop()
     station.start()
@@ -193,14 +191,14 @@ def test_before_the_anchor_came_nothing_is_claimed(station: Station, date: Calla
     assert [(row.time_quality, row.t_error_us) for row in date()] == [("unknown", None)] * 3
 
 
-def test_boots_that_were_never_set_lie_in_order_and_spaced_as_they_were_between_those_that_were(
+def test_unsynced_boots_keep_order_and_spacing_between_synced_ones(
     station: Station, date: Callable[..., list[Dated]]
 ) -> None:
     station.turn()
     rows(station)
     for _ in range(3):
         station.stop()
-        # Each begins with the same time: the wall clock repeats itself.
+        # Each boot begins at the same time: the wall clock repeats itself.
         station.machine.reboot(3600, TRUE_START_US)
         station.start()
         station.turn()
@@ -211,14 +209,14 @@ def test_boots_that_were_never_set_lie_in_order_and_spaced_as_they_were_between_
     station.machine.sync(0)
     station.turn()
     rows(station)
-    found = date()
-    assert [row.time_quality for row in found] == ["synced"] * 3 + ["interval"] * 9 + ["synced"] * 3
-    best = [row.t_best for row in found]
+    result = date()
+    assert [row.time_quality for row in result] == ["synced"] * 3 + ["interval"] * 9 + ["synced"] * 3
+    best = [row.t_best for row in result]
     assert best == sorted(best)
     assert [best[4] - best[3], best[5] - best[4]] == [10 * S, 10 * S]
-    assert all(error <= (row.t_error_us or 0) for error, row in zip(errors(station, found), found, strict=True))
-    # Three hours and a minute of being off are in the interval: half of them is what nobody can know.
-    assert all(5400 * S < (row.t_error_us or 0) < 5500 * S for row in found[3:12])
+    assert all(error <= (row.t_error_us or 0) for error, row in zip(errors(station, result), result, strict=True))
+    # The device was off for three hours and a minute of the interval; half of it is the unknown share.
+    assert all(5400 * S < (row.t_error_us or 0) < 5500 * S for row in result[3:12])
 
 
 def test_a_commit_that_straddles_a_step_is_cut_where_the_clock_was_set(
@@ -231,16 +229,14 @@ def test_a_commit_that_straddles_a_step_is_cut_where_the_clock_was_set(
     station.stamp()
     station.commit()
     station.turn()
-    [results] = [one.body for one in station.messages() if isinstance(one.body, ResultsPayload)]
+    [results] = [item.body for item in station.messages() if isinstance(item.body, ResultsPayload)]
     assert results.clocks == [(1, 1, 1, 0), (2, 1, 2, 1)]
-    found = date()
-    assert [row.time_quality for row in found] == ["synced", "anchored"]
-    assert max(errors(station, found)) <= 20_000
+    result = date()
+    assert [row.time_quality for row in result] == ["synced", "anchored"]
+    assert max(errors(station, result)) <= 20_000
 
 
-def test_a_segment_that_only_the_intake_saw_has_an_anchor_all_the_same(
-    station: Station, date: Callable[..., list[Dated]]
-) -> None:
+def test_a_segment_seen_only_by_the_intake_has_an_anchor(station: Station, date: Callable[..., list[Dated]]) -> None:
     station.turn()
     station.machine.set(60 * DAY)
     station.machine.true_us += 0.5 * S
@@ -248,14 +244,14 @@ def test_a_segment_that_only_the_intake_saw_has_an_anchor_all_the_same(
     station.commit()
     station.machine.sync(0)
     station.turn()
-    found = date()
-    assert [row.time_quality for row in found] == ["anchored"]
-    assert max(errors(station, found)) <= 20_000
-    segments = [one.body.evidence["segment"] for one in station.messages() if isinstance(one.body, AuditPayload)]
+    result = date()
+    assert [row.time_quality for row in result] == ["anchored"]
+    assert max(errors(station, result)) <= 20_000
+    segments = [item.body.evidence["segment"] for item in station.messages() if isinstance(item.body, AuditPayload)]
     assert segments == [1, 2, 1]
 
 
-def test_rows_of_yesterdays_boot_that_are_run_today_keep_their_boot_and_segment(
+def test_rows_of_an_earlier_boot_keep_their_boot_and_segment(
     station: Station, date: Callable[..., list[Dated]]
 ) -> None:
     station.machine.set(-DAY)
@@ -266,16 +262,16 @@ def test_rows_of_yesterdays_boot_that_are_run_today_keep_their_boot_and_segment(
     station.start()
     station.machine.sync(0)
     station.turn()
-    found = date()
-    assert [(row.boot, row.time_quality) for row in found] == [(1, "unknown")]
-    anchors = [one.body.evidence for one in station.messages() if isinstance(one.body, AuditPayload)]
+    result = date()
+    assert [(row.boot, row.time_quality) for row in result] == [(1, "unknown")]
+    anchors = [item.body.evidence for item in station.messages() if isinstance(item.body, AuditPayload)]
     assert [(anchor["boot"], anchor["segment"]) for anchor in anchors] == [(1, 1), (2, 1)]
 
 
 @pytest.mark.parametrize(
     ("t_s", "how"), [(None, "anchored"), (-2.0, "anchored"), (-3000.0, "producer"), (8.0, "producer")]
 )
-def test_a_time_that_the_producer_gave_is_only_corrected_if_it_was_plainly_read_from_this_clock(
+def test_a_producers_time_is_corrected_only_if_it_was_read_from_this_clock(
     station: Station, date: Callable[..., list[Dated]], t_s: float | None, how: str
 ) -> None:
     station.machine.set(-HOUR)
@@ -285,12 +281,12 @@ def test_a_time_that_the_producer_gave_is_only_corrected_if_it_was_plainly_read_
     station.commit()
     station.machine.sync(0)
     station.turn()
-    [found] = date()
-    assert found.time_quality == how
-    assert (found.t_best == found.t) == (how == "producer")
+    [result] = date()
+    assert result.time_quality == how
+    assert (result.t_best == result.t) == (how == "producer")
 
 
-def test_a_producer_that_hands_over_late_what_it_read_before_the_step_is_dated_by_the_clock_of_then(
+def test_rows_read_before_a_clock_step_and_sent_after_it_keep_the_old_clock(
     station: Station, date: Callable[..., list[Dated]]
 ) -> None:
     station.machine.set(-HOUR)
@@ -304,52 +300,46 @@ def test_a_producer_that_hands_over_late_what_it_read_before_the_step_is_dated_b
     station.truth[-1] = truth
     station.commit()
     station.turn()
-    found = date()
-    assert [row.time_quality for row in found] == ["anchored"]
-    assert max(errors(station, found)) <= 20_000
+    result = date()
+    assert [row.time_quality for row in result] == ["anchored"]
+    assert max(errors(station, result)) <= 20_000
 
 
-def test_a_time_service_that_lies_two_years_ahead_is_not_believed_by_the_collector(
-    station: Station, date: Callable[..., list[Dated]]
-) -> None:
+def test_an_anchor_two_years_ahead_is_not_trusted(station: Station, date: Callable[..., list[Dated]]) -> None:
     station.machine.sync(0)
     station.machine.offset_us += 730 * DAY
     station.turn()
     rows(station)
     station.machine.sync(0)
     station.turn()
-    found = date()
-    assert [row.time_quality for row in found] == ["anchored"] * 3
-    assert max(errors(station, found)) <= 20_000
+    result = date()
+    assert [row.time_quality for row in result] == ["anchored"] * 3
+    assert max(errors(station, result)) <= 20_000
 
 
-def test_anchors_that_contradict_each_other_widen_the_bound_by_as_much(
-    station: Station, date: Callable[..., list[Dated]]
-) -> None:
+def test_contradicting_anchors_widen_the_bound(station: Station, date: Callable[..., list[Dated]]) -> None:
     station.machine.sync(0)
     station.machine.offset_us -= HOUR
     station.turn()
     rows(station)
     station.machine.sync(0)
     station.turn()
-    found = date()
-    assert all(abs(error - HOUR) < S for error in errors(station, found))
-    assert all(HOUR <= (row.t_error_us or 0) <= HOUR + 3 * S for row in found)
+    result = date()
+    assert all(abs(error - HOUR) < S for error in errors(station, result))
+    assert all(HOUR <= (row.t_error_us or 0) <= HOUR + 3 * S for row in result)
 
 
-def test_without_its_anchors_a_boot_claims_nothing_and_the_audit_does_not_mind_derived_tables(
+def test_without_anchors_the_time_is_unknown_and_the_audit_passes(
     station: Station, date: Callable[..., list[Dated]]
 ) -> None:
     station.machine.set(-HOUR)
     station.turn()
     rows(station)
-    found = date(without=lambda message: isinstance(message.body, AuditPayload))
-    assert [(row.time_quality, row.t_error_us) for row in found] == [("unknown", None)] * 3
+    result = date(without=lambda message: isinstance(message.body, AuditPayload))
+    assert [(row.time_quality, row.t_error_us) for row in result] == [("unknown", None)] * 3
 
 
-def test_evidence_that_is_nonsense_dates_nothing_and_stops_nobody(
-    station: Station, date: Callable[..., list[Dated]]
-) -> None:
+def test_invalid_clock_evidence_is_ignored(station: Station, date: Callable[..., list[Dated]]) -> None:
     station.turn()
     rows(station)
     plain = {"boot": 1, "segment": 1, "boot_us": 1, "wall_us": 1, "quality": "synced", "error_us": 0, "step_us": 0}
@@ -358,7 +348,7 @@ def test_evidence_that_is_nonsense_dates_nothing_and_stops_nobody(
             body = {"event": "clock", "summary": "", "evidence": {**plain, name: value}}
             station.author.append(tx, "audit", None, body, station.machine.now)
     with station.store.transaction() as tx:
-        # More boots, each as long as can be said, than a sum of 64 bits holds; and one after them that is believed.
+        # More boots of maximal length than a 64-bit sum can hold, and a trusted one after them.
         for boot in range(2, 1100):
             quality = "unsynced" if boot < 1099 else "synced"
             evidence = {**plain, "boot": boot, "boot_us": 2**53, "quality": quality}
@@ -367,7 +357,7 @@ def test_evidence_that_is_nonsense_dates_nothing_and_stops_nobody(
     assert [row.time_quality for row in date()] == ["synced"] * 3
 
 
-def test_the_collectors_list_of_devices_says_how_good_each_clock_is(station: Station, tmp_path: Path) -> None:
+def test_the_device_list_has_the_quality_of_each_clock(station: Station, tmp_path: Path) -> None:
     station.turn()
     station.machine.set(-HOUR, "unsynced")
     station.turn()

@@ -1,4 +1,4 @@
-"""A machine whose clocks go wrong in every way, with the true time beside them, and a device that runs on it."""
+"""Simulated machine with faulty clocks and known true time, and a device that runs on it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TRUE_START_US = 1_795_000_000_000_000
 
 @dataclass
 class Machine:
-    """Both clocks and the truth, µs. `rate` is what the oscillator really does."""
+    """Both clocks and the true time, µs; `rate` is the real rate of the oscillator."""
 
     rate: float = 1.0
     true_us: float = float(TRUE_START_US)
@@ -56,7 +56,7 @@ class Machine:
         )
 
     def sync(self, error_us: int) -> None:
-        """A time service steps the clock to where it is at most `error_us` wrong."""
+        """Let a time service step the clock, with an error of at most `error_us`."""
         self.offset_us = round(self.true_us) + error_us - self.boot_us
         self.quality, self.error_us, self.synced_at_us = "synced", abs(error_us), self.boot_us
 
@@ -65,7 +65,7 @@ class Machine:
         self.quality = quality
 
     def reboot(self, off_s: float, wall_us: int, quality: ClockQuality = "unsynced") -> None:
-        """Off for a while, then on with whatever the clock begins with."""
+        """Switch off for a while, then boot with a given initial clock."""
         self.true_us += off_s * 1e6
         self.booted_us, self.boots = self.true_us, self.boots + 1
         self.offset_us, self.quality = wall_us, quality
@@ -86,7 +86,7 @@ class Dated:
 
 @dataclass
 class Station:
-    """The device's store, clock watch and intake on that machine; `truth` is when each row really was, µs."""
+    """Store, clock watch and intake of a device on that machine; `truth` is the true time of each row, µs."""
 
     folder: Path
     patch: pytest.MonkeyPatch
@@ -100,7 +100,7 @@ class Station:
         self.start()
 
     def start(self) -> None:
-        """The daemon; its store counts a boot where the machine had one."""
+        """Start the daemon's part; the store counts a boot if the machine had one."""
         self.patch.setattr(clock, "boot_id", lambda: f"boot {self.machine.boots}")
         self.store = open_store(self.folder)
         self.store.declare_streams(self.conf.streams)
@@ -112,7 +112,7 @@ class Station:
         self.store.close()
 
     def stamp(self, t: float | None = None) -> None:
-        """A row comes in; `t` its producer's time, s."""
+        """Ingest a row; `t` is its producer's time in seconds."""
         now = self.machine.now
         raw = RawColumns(1, None if t is None else [t], {"ax": [0.0], "ay": [0.0]})
         self.group.add_rows(
@@ -125,7 +125,7 @@ class Station:
         assert not self.group.commit(self.machine.now)["p"].rejected
 
     def turn(self) -> None:
-        """What the main loop does: look at the clock, then run what waits; each row is a result."""
+        """Run one turn of the main loop: check the clock, then process the backlog; each row is a result."""
         now = self.machine.now
         self.keeper.tick(now)
         batch = self.store.read_rows("watch", self.conf.streams["watch"].fields, self.used, 1000)
@@ -151,15 +151,15 @@ class Station:
     def messages(self) -> list[VerifiedMessage]:
         signer = jws.Signer("pi-07", self.key.public)
         return [
-            verify_message(one.topic, one.payload, (one.jws,), lambda _: signer)
-            for one in self.store.unacknowledged_messages(0, 100_000)
+            verify_message(message.topic, message.payload, (message.jws,), lambda _: signer)
+            for message in self.store.unacknowledged_messages(0, 100_000)
         ]
 
 
 def collect(
     where: Path | FleetStore, station: Station, batches: list[list[VerifiedMessage]], received_us: float
 ) -> FleetStore:
-    """A collector that got these messages in this order."""
+    """Return a collector that received these messages in this order."""
     store = where if isinstance(where, FleetStore) else FleetStore(where)
     store.enrol("pi-07", station.key.public, replace=False, now=clock.to_rfc3339(TRUE_START_US))
     for batch in batches:

@@ -1,4 +1,4 @@
-"""A real Ray on this machine for tests: room for two workers, nothing shown or reported, a token to get in."""
+"""Local Ray cluster for tests: two workers, no dashboard or usage reports, and an access token."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ from agent.testing.broker import free_port
 from tests.kit.stations import ROOT, wait_for
 
 WORKER = "ray::MapWorker"
-# Starting Ray and its workers takes seconds of CPU; a busy machine has few.
+# Ray and its workers take seconds of CPU time to start, which is scarce on a busy machine.
 WITHIN_S = 100.0
 
 
 @dataclass(frozen=True)
 class Ray:
-    """A head that runs; `env` is what a driver of it needs."""
+    """A running head node; `env` is the environment of its drivers."""
 
     head: psutil.Process
     env: dict[str, str]
 
     def begin(self, *arguments: object) -> subprocess.Popen[str]:
-        """`outstation model …`, in a process of its own."""
-        told = [sys.executable, "-m", "agent", "model", *map(str, arguments)]
+        """Start `outstation model …` as a process."""
+        command = [sys.executable, "-m", "agent", "model", *map(str, arguments)]
         pipe = subprocess.PIPE
-        return subprocess.Popen(told, cwd=ROOT, env=self.env, stdout=pipe, stderr=pipe, text=True)
+        return subprocess.Popen(command, cwd=ROOT, env=self.env, stdout=pipe, stderr=pipe, text=True)
 
     def begin_run(self, bundle: Path, data: Path, out: Path) -> subprocess.Popen[str]:
         return self.begin("run", bundle, data, "-o", out, "--engine", "ray", "--json")
 
     def run(self, bundle: Path, data: Path, out: Path) -> tuple[int, Any]:
-        """(exit code, document)."""
+        """Run a command, and return (exit code, document)."""
         return ended(self.begin_run(bundle, data, out))
 
     def command(self, *arguments: object) -> tuple[int, Any]:
         return ended(self.begin(*arguments))
 
     def workers(self) -> list[psutil.Process]:
-        """Those that answer files."""
-        return [one for one in self.head.children(recursive=True) if titled(one).startswith(WORKER)]
+        """Return the worker processes."""
+        return [process for process in self.head.children(recursive=True) if titled(process).startswith(WORKER)]
 
     def writer(self, out: Path) -> psutil.Process | None:
-        """The worker that has OUT.part open."""
+        """Return the worker that has OUT.part open."""
         part = f"{out}.part"
-        for one in self.workers():
+        for worker in self.workers():
             try:
-                if any(file.path == part for file in one.open_files()):
-                    return one
+                if any(file.path == part for file in worker.open_files()):
+                    return worker
             except psutil.Error:
                 continue
         return None
@@ -64,12 +64,12 @@ class Ray:
 
 def ended(process: subprocess.Popen[str], within_s: float = WITHIN_S) -> tuple[int, Any]:
     try:
-        said, problem = process.communicate(timeout=within_s)
+        output, problem = process.communicate(timeout=within_s)
     except subprocess.TimeoutExpired:
         process.kill()
-        said, problem = process.communicate()
-        raise AssertionError(f"not done within {within_s:g} s: {said}{problem}") from None
-    return process.returncode, json.loads(said) if said else problem
+        output, problem = process.communicate()
+        raise AssertionError(f"not done within {within_s:g} s: {output}{problem}") from None
+    return process.returncode, json.loads(output) if output else problem
 
 
 def titled(process: psutil.Process) -> str:
@@ -81,7 +81,7 @@ def titled(process: psutil.Process) -> str:
 
 @contextmanager
 def local(folder: Path) -> Iterator[Ray]:
-    """Ended with all it started. `folder` has a short path, for sockets lie in it."""
+    """Yield a local cluster, and end all its processes. `folder` needs a short path, because it holds sockets."""
     port, token = free_port(), secrets.token_hex(32)
     env = os.environ | {
         "RAY_ADDRESS": f"127.0.0.1:{port}",
@@ -101,8 +101,8 @@ def local(folder: Path) -> Iterator[Ray]:
         wait_for(lambda: "Ray runtime started" in (folder / "head.log").read_text(), "a head of Ray", WITHIN_S)
         yield Ray(head, env)
     finally:
-        # At once: nothing of it is needed any more, and asked to end it takes its time.
-        for one in [head, *head.children(recursive=True)]:
+        # Killed, because a clean shutdown takes time and nothing is needed any more.
+        for process in [head, *head.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
-                one.kill()
+                process.kill()
         started.wait()

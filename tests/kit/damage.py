@@ -1,4 +1,4 @@
-"""Bytes with something wrong in them."""
+"""Damaged bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 def flips(data: bytes) -> Iterator[bytes]:
-    """`data` with each single bit changed, one at a time."""
+    """Return `data` with each single bit flipped, one at a time."""
     for i in range(8 * len(data)):
         changed = bytearray(data)
         changed[i // 8] ^= 1 << i % 8

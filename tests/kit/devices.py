@@ -1,4 +1,4 @@
-"""A device of one stream and one task, without a daemon: its store, its batches, its messages."""
+"""Device of one stream and one task without a daemon: store, batches and messages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Publish = Literal["all", "changes", "summary"] | config.PublishBelow
 
 @dataclass
 class Device:
-    """One stream, one task, one store. `store` is opened anew by `restart`."""
+    """One stream, one task and one store; `restart` reopens `store`."""
 
     folder: Path
     recipe: Recipe
@@ -78,7 +78,7 @@ class Device:
         self.open()
 
     def feed(self, values: Floats, *, pause_s: float = 0.0) -> None:
-        """One chunk of rows, `pause_s` after the last."""
+        """Append one chunk of rows, `pause_s` after the last."""
         self.fed += int(pause_s * 1e6)
         t = T0 + self.fed + np.arange(len(values), dtype=np.int64) * STEP_US
         self.fed += len(values) * STEP_US
@@ -91,12 +91,12 @@ class Device:
 
     def run_all(self) -> list[BatchResult]:
         done = []
-        while (one := self.run()) is not None:
-            done.append(one)
+        while (result := self.run()) is not None:
+            done.append(result)
         return done
 
     def messages(self) -> list[VerifiedMessage]:
-        """The outbox, each message verified, parsed and in its place in the chain."""
+        """Return the outbox messages, each verified, parsed and checked in its chain."""
         signer, opened = jws.Signer("pi-07", DEVICE.public), []
         for pending in self.store.unacknowledged_messages(0, 100_000):
             opened.append(verify_message(pending.topic, pending.payload, [pending.jws], lambda kid: signer))
@@ -109,7 +109,7 @@ class Device:
 
 
 def tiles(results: Sequence[ResultsPayload]) -> tuple[int, int]:
-    """The rows that messages cover, without gap or overlap."""
+    """Return the rows that messages cover, without gap or overlap."""
     for before, after in pairwise(results):
         assert after.rows[0] == before.rows[1] + 1
     return results[0].rows[0], results[-1].rows[1]
@@ -123,9 +123,9 @@ def expand_columns(columns: dict[str, Any]) -> dict[str, Any]:
 
 
 def columns(results: Sequence[ResultsPayload]) -> dict[str, list[Any]]:
-    """All results one after the other, whatever messages they came in."""
+    """Return all results in sequence, across messages."""
     joined: dict[str, list[Any]] = {}
-    for one in results:
-        for name, values in expand_columns(msgspec.to_builtins(one.columns)).items():
+    for message in results:
+        for name, values in expand_columns(msgspec.to_builtins(message.columns)).items():
             joined.setdefault(name, []).extend(values or [])
     return joined

@@ -1,4 +1,4 @@
-"""Recordings to evaluate with, as they ship or with something planted in them."""
+"""Evaluation recordings: as shipped, or with a planted defect."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from scripts.kit.bundles import npz
 
 
 class Recorded(msgspec.Struct, frozen=True):
-    """`rows` (n, 6) of all recordings, one after another; `each` of its columns has an entry a recording."""
+    """`rows` (n, 6) of all recordings in sequence; each column in `each` has one entry per recording."""
 
     rows: NDArray[np.float32]
     sizes: NDArray[np.int64]
@@ -37,11 +37,11 @@ class Recorded(msgspec.Struct, frozen=True):
         rows, sizes = np.concatenate([self.rows, other.rows]), np.concatenate([self.sizes, other.sizes])
         return replace(self, rows=rows, sizes=sizes, each=each)
 
-    def told(self, **columns: Any) -> Recorded:
-        """With further columns, or others."""
+    def with_columns(self, **columns: Any) -> Recorded:
+        """Return the recordings with columns added or replaced."""
         return replace(self, each=self.each | {name: np.asarray(column) for name, column in columns.items()})
 
-    def of_rows(self, name: str) -> NDArray[Any]:
+    def per_row(self, name: str) -> NDArray[Any]:
         return np.repeat(self.each[name], self.sizes)
 
     def npz(self, path: Path) -> Path:
@@ -51,11 +51,11 @@ class Recorded(msgspec.Struct, frozen=True):
         return path
 
     def csv(self, path: Path, *columns: str, begin: float = 1_764_000_000.0) -> Path:
-        """With `t`, the label as text, and other columns; a minute between recordings."""
+        """Return a CSV file with `t`, the label as text, and other columns; recordings are a minute apart."""
         pause = np.repeat(np.arange(len(self.sizes)), self.sizes) * 60.0
         t = begin + np.arange(len(self.rows)) / 50 + pause
-        labels = np.array(self.labels)[self.of_rows("label")]
-        more = [self.of_rows(name).astype(str) for name in columns]
+        labels = np.array(self.labels)[self.per_row("label")]
+        more = [self.per_row(name).astype(str) for name in columns]
         head = ",".join(["t", *self.fields, "label", *columns])
         cells = [[f"{x:.2f}" for x in t], *([f"{x:.5f}" for x in column] for column in self.rows.T), labels, *more]
         path.write_text("\n".join([head, *map(",".join, zip(*cells, strict=True))]) + "\n", encoding="utf-8")
@@ -63,7 +63,7 @@ class Recorded(msgspec.Struct, frozen=True):
 
 
 def recorded(file: Path | None = None) -> Recorded:
-    """The held-out recordings that ship, or others of that shape."""
+    """Return the shipped held-out recordings, or others of that shape."""
     with np.load(file or builtin.recordings_dir() / "exercise.npz", allow_pickle=False) as z:
         each = {name: z[name] for name in ("label", "subject", "side")}
         names = (tuple(str(name) for name in z[key]) for key in ("fields", "labels"))
@@ -71,21 +71,21 @@ def recorded(file: Path | None = None) -> Recorded:
 
 
 def loaded(bundle: Path) -> tuple[bundles.Bundle, Inference]:
-    found = bundles.read(bundle, None)
-    return found, Inference(found.manifest, inference.load_model(found.manifest, found.model_bytes))
+    content = bundles.read(bundle, None)
+    return content, Inference(content.manifest, inference.load_model(content.manifest, content.model_bytes))
 
 
-def evaluated(bundle: Path, data: Path, **asked: Any) -> Evaluation:
-    """Without a probe, and without measuring how long it takes."""
-    found, run = loaded(bundle)
-    request = evaluate.EvaluationRequest(data=data, **{"latency": False, **asked})
-    return evaluate.evaluate(found, run, "not looked at", request, lambda _: None)
+def evaluated(bundle: Path, data: Path, **options: Any) -> Evaluation:
+    """Evaluate without a probe and without timing."""
+    content, run = loaded(bundle)
+    request = evaluate.EvaluationRequest(data=data, **{"latency": False, **options})
+    return evaluate.evaluate(content, run, "not looked at", request, lambda _: None)
 
 
-def exercise(data: Path, **asked: Any) -> Evaluation:
-    return evaluated(builtin.bundles_dir() / "exercise", data, **asked)
+def exercise(data: Path, **options: Any) -> Evaluation:
+    return evaluated(builtin.bundles_dir() / "exercise", data, **options)
 
 
-def finding(found: Evaluation, check: str) -> CheckResult:
-    [one] = [f for f in (*found.leakage, *found.label_checks) if f.check == check]
-    return one
+def check_result(evaluation: Evaluation, check: str) -> CheckResult:
+    [check_result] = [f for f in (*evaluation.leakage, *evaluation.label_checks) if f.check == check]
+    return check_result

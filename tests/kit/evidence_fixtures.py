@@ -1,4 +1,4 @@
-"""Fixtures for tests that alter an evidence folder: a valid folder and a copy of it. Load them by `pytest_plugins`."""
+"""Fixtures for tests that alter an evidence folder: a valid folder and a copy of it; load by `pytest_plugins`."""
 
 from __future__ import annotations
 

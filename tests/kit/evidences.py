@@ -1,4 +1,4 @@
-"""Fleet with a history of signed messages: drift, incidents, labels, commands, a key change and two roll-outs."""
+"""Fleet with a history of signed messages: drift, incidents, labels, commands, a key change and two rollouts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def at(hours: float) -> str:
 
 @dataclass
 class Story:
-    """Fleet folder with its database. Times are hours since the start."""
+    """Fleet folder with its database; times are hours since the start."""
 
     home: Path
     config: FleetConfig
@@ -117,7 +117,7 @@ def quality(story: Story, sender: MessageSender, hours: float, accuracy: float =
 
 
 def window(story: Story, sender: MessageSender, number: int, hours: float, state: str = "ok") -> SignedMessage:
-    """Return a drift window of one hour. `state` is that of its field ax."""
+    """Return a drift window of one hour; `state` is that of its field ax."""
     rows = np.random.default_rng(number).normal(0.0 if state == "ok" else 0.8, 1.0, 200)
     feature = {
         "counts": np.histogram(rows, _BOUNDS)[0].tolist(), "missing": 0, "below": 0, "above": 0,
@@ -166,7 +166,7 @@ def plan(name: str, digest: str = NEW_MODEL["digest"], version: str = "1.1.0") -
 def phase(
     sender: MessageSender, rollout: str, name: str, hours: float, reason: str = "", version: str = "1.1.0"
 ) -> SignedMessage:
-    """Return an audit message about the phase of a device in a roll-out."""
+    """Return an audit message about the phase of a device in a rollout."""
     where = {"task": "exercise", "rollout": rollout, "bundle": "exercise", "version": version}
     how = {"digest": NEW_MODEL["digest"], "strategy": "canary", "phase": name, "reason": reason, "numbers": {}}
     summary = f"exercise: exercise {version}: {name}{f': {reason}' if reason else ''}."
@@ -174,7 +174,7 @@ def phase(
 
 
 def shadow(story: Story, sender: MessageSender, number: int, hours: float, agreeing: int = 96) -> SignedMessage:
-    """Return a comparison of 100 windows in shadow."""
+    """Return a comparison of 100 shadow windows."""
     answered = {"windows": 100, "seconds": 0.05, "expected_accuracy": {"n": 100, "mean": 0.9, "m2": 1.0}}
     faster = {"windows": 100, "seconds": 0.04, "expected_accuracy": {"n": 100, "mean": 0.92, "m2": 1.0}}
     members = {"stats": answered, "other_stats": faster, "labelled": [8, 0, 1, 1]}
@@ -189,7 +189,7 @@ def good(summary: str) -> StepVerdict:
 
 
 def roll_out(story: Story, senders: list[MessageSender]) -> None:
-    """Run one roll-out to its end, and one that a device rolls back and the operator aborts."""
+    """Run one complete rollout, and one that a device rolls back and the operator aborts."""
     with story.store.transaction() as db:
         actions.start(db, story.operated(30), 1, plan("exercise-1-1", story.newer["digest"]))
     for number, sender in enumerate(senders):

@@ -1,4 +1,4 @@
-"""A device whose bundle is exchanged, and that crashes, in this process."""
+"""Device with bundle changes and crashes, in this process."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def version(bundle: Path, text: str) -> Path:
 
 
 def versions(folder: Path, *texts: str) -> dict[str, Path]:
-    """Bundles of one model that differ in their version; the first is `texts[0]`."""
+    """Return bundles of one model with different versions; the first is `texts[0]`."""
     first = version(packed(folder), texts[0])
     others = {text: version(Path(shutil.copytree(first, first.with_name(text))), text) for text in texts[1:]}
     return {texts[0]: first, **others}
 
 
 class Device:
-    """A device with task `sort`, whose bundle lies in its bundle store and can be exchanged."""
+    """A device with task `sort`, whose bundle is in its bundle store and replaceable."""
 
     def __init__(self, folder: Path, bundles: dict[str, Path]) -> None:
         self.home, self.bundles, self.operator = folder, bundles, Operator()
@@ -67,7 +67,7 @@ schedule = "every 60 s"
         self.start()
 
     def configure(self, text: str) -> None:
-        """Put another bundle where the config looks."""
+        """Put another bundle at the configured path."""
         target = self.home / "data" / "bundles" / "tiny"
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(self.bundles[text], target)
@@ -92,15 +92,15 @@ schedule = "every 60 s"
         return answer.ok, answer.summary, answer.data
 
     def runs(self) -> str | None:
-        """The version of the bundle in force."""
-        return next((one.task.bundle.manifest.version for one in self.daemon._scheduled_tasks), None)
+        """Return the version of the active bundle."""
+        return next((scheduled.task.bundle.manifest.version for scheduled in self.daemon._scheduled_tasks), None)
 
     def digest(self, text: str) -> str:
-        """Of the bundle of that version."""
+        """Return the digest of the bundle of that version."""
         return bundle.read(self.bundles[text], None).digest
 
     def messages(self) -> list[dict[str, Any]]:
-        """All that were written and not yet delivered."""
+        """Return all written but undelivered messages."""
         return [json.loads(message.payload) for message in self.store.unacknowledged_messages(0, 1000)]
 
     def add_rows(self, rows: int) -> None:
@@ -109,16 +109,18 @@ schedule = "every 60 s"
             tx.append("cells", Rows(t, tuple(np.zeros(rows, "<f4") for _ in range(4))), "synced")
 
     def results_by(self) -> str:
-        """The version that the newest result names."""
+        """Return the version that the newest result names."""
         self.add_rows(40)
         self.daemon._run_batches(self.daemon._scheduled_tasks[0], NOW)
         return str([body for body in self.messages() if body["kind"] == "results"][-1]["model"]["version"])
 
     def activations(self) -> list[tuple[str | None, str, str]]:
-        """(from, to, why) of each audit message."""
-        found = [body["evidence"] for body in self.messages() if body.get("event") == "activated"]
-        return [(one["from"] and one["from"]["version"], one["to"]["version"], one["why"]) for one in found]
+        """Return (from, to, why) of each activation's audit message."""
+        evidence = [body["evidence"] for body in self.messages() if body.get("event") == "activated"]
+        return [
+            (entry["from"] and entry["from"]["version"], entry["to"]["version"], entry["why"]) for entry in evidence
+        ]
 
-    def kept(self) -> set[str]:
+    def kept_versions(self) -> set[str]:
         home = self.home / "data" / "bundles" / ".kept"
         return {json.loads((entry / "manifest.json").read_bytes())["version"] for entry in home.iterdir()}

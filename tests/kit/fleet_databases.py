@@ -1,4 +1,4 @@
-"""What is behind a fleet's store, for tests that look at it or disturb it."""
+"""Databases behind a fleet's store, for tests that inspect or disturb them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sqlite_of(store: FleetStore) -> SqliteDatabase:
 
 
 def fresh_in(request: pytest.FixtureRequest, factory: pytest.TempPathFactory) -> Callable[[], FleetStore]:
-    """What gives an empty database of the kind `request.param`."""
+    """Yield a function that creates an empty database of the kind `request.param`."""
     if request.param == "sqlite":
         return lambda: FleetStore(factory.mktemp("db") / "fleet.db")
     url = request.getfixturevalue("postgres_server").create_database()
@@ -28,7 +28,7 @@ def fresh_in(request: pytest.FixtureRequest, factory: pytest.TempPathFactory) ->
 
 
 def emptied(url: str) -> FleetStore:
-    """Making the tables, or truncating them, takes longer than most tests."""
+    """Empty the tables. Recreating or truncating them takes longer than most tests."""
     import psycopg
 
     with psycopg.connect(url, autocommit=True) as db:

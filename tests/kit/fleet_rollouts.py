@@ -1,4 +1,4 @@
-"""A fleet that is in a roll-out, as its operator sees it: real store, real signed messages, no broker."""
+"""Fleet in a rollout, from its operator's view: real store, real signed messages, no broker."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def promotion(**changes: Any) -> Promotion:
 def plan(
     *steps: tuple[str, float], name: str = NAME, target: str = "all", rules: Promotion | None = None, **changes: Any
 ) -> RolloutPlan:
-    """Shadow, canary 50 %, all; or other `steps`."""
+    """Return a plan with steps shadow, canary 50 % and all, or with other `steps`."""
     taken = steps or (("shadow", 100.0), ("canary", 50.0), ("all", 100.0))
     made = [RolloutStep(strategy, percent, rules or promotion()) for strategy, percent in taken]  # type: ignore[arg-type]
     what = (NEW_MODEL["name"], NEW_MODEL["version"], changes.pop("digest", NEW_MODEL["digest"]))
@@ -45,7 +45,7 @@ def plan(
 
 
 class Recorded:
-    """A link whose broker keeps what it is sent, or is down."""
+    """Link whose broker records what it receives, or is down."""
 
     def __init__(self) -> None:
         self.retained: dict[str, OutgoingMessage] = {}
@@ -69,15 +69,15 @@ class Recorded:
         return len(self.sent)
 
     def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]:
-        found, self._receipts = self._receipts, []
-        return found
+        receipts, self._receipts = self._receipts, []
+        return receipts
 
     def close(self) -> None:
         pass
 
 
 class Fleet:
-    """`devices` senders, a collector's code and an operator's desk over one store."""
+    """`devices` senders, the collector's code and an operator's desk over one store."""
 
     def __init__(self, folder: Path, devices: int = 6, where: str | None = None) -> None:
         self.folder = folder
@@ -94,8 +94,8 @@ class Fleet:
         self.store.close()
 
     def collect(self, *sent: SignedMessage) -> None:
-        """Through the collector's own code: verified, stored, unfolded."""
-        self.collector._store([one.to_incoming() for one in sent])
+        """Process messages by the collector's own code: verify, store, unfold."""
+        self.collector._store([message.to_incoming() for message in sent])
 
     def operator(self, later_h: float = 0.0, key: SigningKey = OPERATOR) -> RolloutOperator:
         return RolloutOperator(key, FLEET, NOW_US + round(later_h * HOUR_US))
@@ -104,9 +104,9 @@ class Fleet:
         self._counter += 1
         return self._counter
 
-    def start(self, what: RolloutPlan, later_h: float = 0.0, forced: str | None = None) -> Rollout:
+    def start(self, rollout_plan: RolloutPlan, later_h: float = 0.0, forced: str | None = None) -> Rollout:
         with self.store.transaction() as db:
-            return actions.start(db, self.operator(later_h), self.counter(), what, forced)
+            return actions.start(db, self.operator(later_h), self.counter(), rollout_plan, forced)
 
     def look(self, later_h: float = 2.0, name: str = NAME) -> RolloutSnapshot:
         with self.store.snapshot() as db:
@@ -132,14 +132,14 @@ class Fleet:
             return journal.load_decision_rows(db, name)
 
     def in_shadow(self, senders: Sequence[MessageSender] | None = None, blocks: int = 6, **changes: Any) -> None:
-        """Devices say that they are in shadow, and what they count there."""
+        """Let devices report that they are in shadow, with their counts."""
         for sender in self.senders if senders is None else senders:
             self.collect(sender.rollout("shadow"), *(sender.shadow(**changes) for _ in range(blocks)))
 
     def on_probation(
         self, senders: Sequence[MessageSender], blocks: int = 6, *, settles: bool = True, **changes: Any
     ) -> None:
-        """Devices run the new bundle with the old one beside, and settle."""
+        """Let devices report the new bundle on probation, then settled."""
         swapped = {"model": NEW_MODEL, "other": MODEL, **changes}
         for sender in senders:
             self.collect(sender.rollout("canary", strategy="canary"))
@@ -147,8 +147,8 @@ class Fleet:
             if settles:
                 self.collect(sender.rollout("active", strategy="canary"))
 
-    def chosen(self, step: int, what: RolloutPlan | None = None) -> list[MessageSender]:
-        wanted = (what or self.find().plan).desired_for_step(step)
+    def chosen(self, step: int, rollout_plan: RolloutPlan | None = None) -> list[MessageSender]:
+        wanted = (rollout_plan or self.find().plan).desired_for_step(step)
         return [sender for sender in self.senders if wanted.includes_device(sender.device)]
 
 

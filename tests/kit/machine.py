@@ -1,7 +1,7 @@
-"""A machine with three modes whose readings never drift by themselves, and a model that names the mode, mostly rightly.
+"""Machine with three modes and no drift, and a model that predicts the mode with few errors.
 
-Neighbouring readings depend on each other, modes last from seconds to minutes, and each run of a mode is a little
-different: what makes fixed thresholds on a whole window's histogram false-alarm.
+Neighbouring readings are autocorrelated, modes last from seconds to minutes, and each run of a mode differs slightly.
+Fixed thresholds on the histogram of a window therefore raise false alarms.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOVE = np.array([[0.05, 0.1, 0.08], [0.4, 0.5, 0.3], [1.0, 0.8, 0.9]])
 
 
 class Readings(msgspec.Struct, frozen=True):
-    """`features` (n, 3) of `len(labels)` model windows back to back, the answers and how sure they were."""
+    """`features` (n, 3) of `len(labels)` consecutive model windows, with predictions and scores."""
 
     features: NDArray[np.float32]
     labels: NDArray[np.int64]
@@ -30,7 +30,7 @@ class Readings(msgspec.Struct, frozen=True):
     scores: NDArray[np.float32]
 
     def windows(self, begin: int, end: int) -> Readings:
-        """Those of drift windows `begin` … `end` - 1."""
+        """Return the readings of drift windows `begin` … `end` - 1."""
         some = slice(begin * WINDOW, end * WINDOW)
         rows = slice(begin * WINDOW * ROWS, end * WINDOW * ROWS)
         return Readings(self.features[rows], self.labels[some], self.truth[some], self.scores[some])
@@ -70,7 +70,7 @@ def reference(seed: int = 1, drift_windows: int = 60) -> Reference:
 def feed(
     monitor: DriftMonitor, state: DriftState, r: Readings, *, batch: int = 50
 ) -> tuple[DriftState, list[DriftWindowResult]]:
-    """Through the monitor in batches of so many model windows."""
+    """Feed the monitor in batches of model windows."""
     verdicts: list[DriftWindowResult] = []
     first = max(0, state.last_counted_row) + 1
     for at in range(0, len(r.labels), batch):

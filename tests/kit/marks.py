@@ -1,4 +1,4 @@
-"""Conditions under which a test cannot run."""
+"""Skip conditions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An operator as a device sees it, and a device's control in this process, that can crash and open again."""
+"""Operator as a device sees it, and a device's command control that can crash and reopen, in this process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MINUTE_US = 60_000_000
 
 @dataclass
 class Operator:
-    """Signs commands; `now` is the operator's clock."""
+    """Signer of commands; `now` is the operator's clock."""
 
     key: SigningKey = field(default_factory=lambda: new_key(77))
     now_us: int = NOW.wall_us
@@ -42,7 +42,7 @@ class Operator:
     def command(
         self, name: str = "report", /, *, topic: str = TOPIC, retained: bool = False, **changes: Any
     ) -> IncomingMessage:
-        """A delivery; `changes` replace members of the payload."""
+        """Return a delivery; `changes` replace members of the payload."""
         counter = next(self.counters)
         head = {"v": 1, "kind": "cmd", "device": topic.split("/")[2], "id": f"id-{counter}", "name": name, "args": {}}
         times = {
@@ -55,7 +55,7 @@ class Operator:
 
 
 class Desk:
-    """Store, author, commands and control of one device. `done` lists what was obeyed."""
+    """Store, author, commands and control of one device; `done` lists the executed commands."""
 
     def __init__(self, folder: Path, *, operator: Operator | None = None, actions: Mapping[str, Action] = {}) -> None:
         self.folder, self.operator = folder, operator or Operator()
@@ -72,19 +72,19 @@ class Desk:
         self.control = CommandExecutor(self.store, self.author, self.commands, actions)
 
     def crash(self) -> None:
-        """Close without a word, and open again."""
+        """Close without a final message, and reopen."""
         self.store.close()
         self.open()
 
     def obey(self, *deliveries: IncomingMessage, now: ClockReading = NOW) -> list[CommandAnswer]:
-        """What the uplink and the main loop make of them; all answers in the book so far."""
+        """Process deliveries as the uplink and the main loop do, and return all answers so far."""
         for delivery in deliveries:
             self.commands.accept(delivery)
         self.control.tick(now)
         return self.answers()
 
     def refused(self, delivery: IncomingMessage) -> str:
-        """The reason why the uplink hands this to nobody; "" where it does."""
+        """Return the reason why the uplink rejects this delivery, or ""."""
         try:
             self.commands.accept(delivery)
         except MessageRefused as refusal:
@@ -96,7 +96,7 @@ class Desk:
             return tx.commands.unsent(0)
 
     def audit(self, event: str = "command") -> list[dict[str, Any]]:
-        """Evidence of the audit messages of this kind."""
+        """Return the evidence of the audit messages of this kind."""
         bodies = [msgspec.json.decode(message.payload) for message in self.store.unacknowledged_messages(0, 1000)]
         return [body["evidence"] for body in bodies if body.get("event") == event]
 

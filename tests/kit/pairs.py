@@ -1,4 +1,4 @@
-"""A device whose task has a shadow, without a daemon."""
+"""Device whose task has a shadow, without a daemon."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.kit.stations import wait_for
 
 
 class Pair:
-    """A device whose task runs `active`, with `other` in a process of its own as the shadow."""
+    """A device whose task runs `active`, with `other` as the shadow in its own process."""
 
     def __init__(self, folder: Path, recipe: Recipe, active: LoadedBundle, other: Bundle, **options: Any) -> None:
         self.device = Device(folder, recipe, active)
@@ -42,7 +42,7 @@ class Pair:
         self.model.close()
         self.device.store.close()
 
-    def batch(self, values: np.ndarray, at_s: float = 100.0, *, hear: bool = True) -> InferenceResult | None:
+    def batch(self, values: np.ndarray, at_s: float = 100.0, *, wait: bool = True) -> InferenceResult | None:
         """Feed and run a batch, pass it to the shadow, and wait for its answer (`hear`). Return the task's result."""
         observed = self.observed = []
         self.device.feed(values)
@@ -50,7 +50,7 @@ class Pair:
         self.device.run()
         for batch, answers in observed:
             self.runner.submit_batch(self.device.store, batch, answers)
-        if hear:
+        if wait:
             wait_for(lambda: self.runner.poll(0.05), "it answered")
         self.turn(at_s)
         return observed[0][1] if observed else None

@@ -1,4 +1,4 @@
-"""Devices that send until the collectors have acknowledged all of it, over one connection of their own."""
+"""Replayed devices that send until the collectors have acknowledged everything, over one shared connection."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from agent.testing.messages import FLEET, MessageSender, SignedMessage
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage
 
-# Of one device, in one go.
+# Messages of one device per turn.
 _AT_ONCE = 10
 
 
 class Players:
-    """Use as a context: it plays meanwhile."""
+    """Context manager that plays the devices."""
 
     def __init__(self, url: str, senders: Sequence[MessageSender], messages: int) -> None:
         self._broker = BrokerConfig(url=url)
@@ -50,10 +50,10 @@ class Players:
                 safe = self._safe[device]
                 for one in [sent for sent in log if sent.seq not in safe][:_AT_ONCE]:
                     link.send(one.to_outgoing())
-            self._hear(link)
+            self._receive(link)
         link.close()
 
-    def _hear(self, link: Link) -> None:
+    def _receive(self, link: Link) -> None:
         events = link.receive(0.3)
         while events:
             for event in events:
@@ -65,10 +65,10 @@ class Players:
     def _obey(self, payload: bytes) -> None:
         ack = json.loads(payload)
         holes = {seq for a, b in ack["missing"] for seq in range(a, b + 1)}
-        # Never less: what one acknowledgement covers, a later one that covers less does not take back.
+        # Never decreases: a lower acknowledgement does not revoke an earlier one.
         self._safe[ack["device"]] |= set(range(1, ack["through"] + 1)) - holes
 
 
 def _log(sender: MessageSender, messages: int) -> list[SignedMessage]:
-    """Results, and at the end how far the task came, for the audit."""
+    """Return results, and finally the task's progress for the audit."""
     return [*(sender.results() if n % 3 else sender.health() for n in range(1, messages)), sender.health_with_cursor()]

@@ -1,4 +1,4 @@
-"""Received evidence folders: list their problems, and sign them again."""
+"""Received evidence folders: problem lists, and new signatures after changes."""
 
 from __future__ import annotations
 

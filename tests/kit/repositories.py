@@ -72,7 +72,7 @@ class Client:
     url: str
     root: bytes
 
-    def look(self, target: str | None = None) -> bytes | None:
+    def fetch_target(self, target: str | None = None) -> bytes | None:
         """Refresh and download a target; return None if the repository does not list it."""
         for folder in ("metadata", "targets"):
             (self.home / folder).mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Fixtures of tests about repositories: one in memory and a device that fetches from it; a fleet's, and its client.
+"""Fixtures for repositories: an in-memory one with a device that fetches, and a fleet's with its client.
 
-A test module asks for them by `pytest_plugins`, and may have another one under the same name.
+A test module loads them by `pytest_plugins`, and may override them.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def archive() -> bytes:
 
 @pytest.fixture
 def wanted(repository: Signed, web: Web, archive: bytes) -> DesiredBundle:
-    """The archive as `exercise` 1.0.0, signed and on the server."""
-    found = repository.add("exercise", "1.0.0", archive)
+    """Return the archive as `exercise` 1.0.0, signed and on the server."""
+    desired = repository.add("exercise", "1.0.0", archive)
     repository.write(web.folder)
-    return found
+    return desired
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle's folder, signed by the tests' publisher."""
+    """Return a bundle's folder, signed by the tests' publisher."""
     return packed(tmp_path_factory.mktemp("made"))
 
 
@@ -61,7 +61,7 @@ def depot(tmp_path: Path) -> Depot:
 
 @pytest.fixture
 def url(depot: Depot) -> Iterator[str]:
-    """Of the fleet's repository, by HTTP."""
+    """Return the HTTP address of the fleet's repository."""
     with served(depot.layout.home) as address:
         yield address
 

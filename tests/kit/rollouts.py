@@ -1,4 +1,4 @@
-"""A device to which roll-outs come, in this process, with its own clock: it can crash between any two steps."""
+"""Device under rollouts, in this process, with its own clock; it can crash between any two steps."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from tests.kit.operators import DEVICE, FLEET, NOW, Operator
 
 TOPIC = f"outstation/{FLEET}/{DEVICE}/desired"
 HOUR_S = 3600.0
-# Beyond what springs the traps of rigged models.
+# Above the limit of the rigged models' traps.
 WILD = 3.9
 
 
 def bundles_in(folder: Path, *rigged: str) -> dict[str, Path]:
-    """Versions 1, 2 and 3 of one sound model, and one of each rigged model under the trap's name.
+    """Return versions 1, 2 and 3 of one good model, and one of each rigged model under the trap's name.
 
-    "otherwise" is the sound model once more, with names of classes exchanged.
+    "otherwise" is the good model with rotated class names.
     """
     made = versions(folder / "sound", "1", "2", "3")
     for trap in rigged:
@@ -51,12 +51,12 @@ def bundles_in(folder: Path, *rigged: str) -> dict[str, Path]:
 
 
 def renamed(folder: Path) -> Path:
-    """The bundle with each class called like the one after it: it agrees with the one before in no window."""
+    """Return the bundle with rotated class names, so that it disagrees with the old bundle in each window."""
 
     def change(head: dict[str, Any]) -> None:
         labels = head["output"]["labels"]
         head["output"]["labels"] = [*labels[1:], labels[0]]
-        # It names classes, too.
+        # It contains class names too.
         del head["files"]["reference.json"]
 
     (folder / "reference.json").unlink()
@@ -65,13 +65,13 @@ def renamed(folder: Path) -> Path:
 
 
 def with_trap(folder: Path, trap: str) -> Path:
-    """The bundle with a model that answers calm rows as before; "wrong": it does not, by its golden vectors."""
+    """Return the bundle with a rigged model that answers calm rows as before; "wrong" fails its golden vectors."""
     content = model("classify_int8" if trap == "wrong" else f"rigged_{trap}")
     return with_model(folder, content, wrong=trap == "wrong")
 
 
 def with_model(folder: Path, content: bytes, *, wrong: bool = False) -> Path:
-    """The bundle with another model, and golden vectors of that on calm rows; `wrong`: of classes in another order."""
+    """Return the bundle with another model and its golden vectors on calm rows; `wrong` permutes their classes."""
     calm = np.clip(readings(60), -3, 3)
     loaded = runtime.TfliteModel(content)
     expected = loaded.invoke(calm)
@@ -93,7 +93,7 @@ def signed(operator_key: Any, counter: int, tasks: Mapping[str, Any]) -> Incomin
 
 
 class Site(Device):
-    """`offered`: versions that lie in the device's folder of bundles, so that nothing has to be fetched."""
+    """Device site; `offered` are versions in the device's bundle folder, which need no fetch."""
 
     def __init__(self, folder: Path, bundles: dict[str, Path], *offered: str) -> None:
         self.now = NOW
@@ -104,18 +104,18 @@ class Site(Device):
 
     @classmethod
     def template(cls, folder: Path, bundles: dict[str, Path], *offered: str) -> Site:
-        """A device that ran once and stopped, and knows how models of the offered bundles are run best here."""
+        """Return a device that ran once and stopped, with autotuning results for the offered bundles."""
         made = cls(folder, bundles, *offered)
-        contents = {found.model_bytes: found for found in (bundle.read(bundles[text], None) for text in offered)}
-        for found in contents.values():
-            choice = probe.probe(found, []).tuning
+        contents = {content.model_bytes: content for content in (bundle.read(bundles[text], None) for text in offered)}
+        for content in contents.values():
+            choice = probe.probe(content, []).tuning
             if choice is not None:
                 tuning_cache.save(made.store, "sort", choice)
         made.stop()
         return made
 
-    def copied(self, folder: Path) -> Site:
-        """This stopped device once more, in a folder of its own, started."""
+    def copy(self, folder: Path) -> Site:
+        """Return a copy of this stopped device in its own folder, started."""
         shutil.copytree(self.home, folder, dirs_exist_ok=True)
         made = copy.copy(self)
         made.home, made.operator, made._counters = folder, Operator(), itertools.count(1)
@@ -133,12 +133,12 @@ class Site(Device):
         self.daemon._remote_commands.start(self.now, lambda: None)
 
     def stop(self) -> None:
-        """As a process that was killed: nothing is written any more."""
+        """Stop as a killed process does, without further writes."""
         self.end_processes()
         self.store.close()
 
     def end_processes(self) -> None:
-        """As their parent's death does."""
+        """End the child processes, as the death of their parent does."""
         self.daemon._rollout.abort()
 
     def crash(self, configured: str | None = None) -> None:
@@ -161,19 +161,19 @@ class Site(Device):
         self.tick()
 
     def tick(self, seconds: float = 1.0) -> None:
-        """One turn of the main loop, so many seconds later."""
+        """Run one turn of the main loop, the given number of seconds later."""
         self.now = ClockReading(self.now.wall_us + round(seconds * 1e6), self.now.boot_s + seconds, self.now.quality)
         self.daemon.tick(self.now)
 
-    def until(self, happened: Callable[[], object], what: str, within_s: float = 90.0) -> None:
+    def until(self, happened: Callable[[], object], description: str, within_s: float = 90.0) -> None:
         end = time.monotonic() + within_s
         while not happened():
-            assert time.monotonic() < end, f"not within {within_s:g} s: {what}; it stands {self.standing}"
+            assert time.monotonic() < end, f"not within {within_s:g} s: {description}; it stands {self.standing}"
             self.tick()
             time.sleep(0.01)
 
-    def is_beside(self) -> bool:
-        """Whether a candidate has started, in shadow."""
+    def is_in_shadow(self) -> bool:
+        """Return True if a candidate runs in shadow."""
         trial = self.daemon._rollout.rollouts._rollouts["sort"].canary
         model = None if trial is None else trial.candidate.model
         return isinstance(model, SubprocessModel) and model.poll_ready()
@@ -194,14 +194,14 @@ class Site(Device):
         return "" if self.standing is None else self.standing.reason
 
     def feed(self, rows: int = 40, *, wild: bool = False) -> None:
-        """Readings, the last of them with a value that springs a trap."""
+        """Feed readings, the last of them with a value that triggers a trap."""
         values = np.clip(readings(rows, seed=self._written), -3, 3)
         if wild:
             values[-1, 0] = WILD
         self.add(values)
 
     def add(self, values: Floats) -> None:
-        """Readings (n, 4), 10 ms apart."""
+        """Append readings (n, 4), 10 ms apart."""
         rows = len(values)
         t = T0 + (self._written + np.arange(rows, dtype=np.int64)) * 10_000
         self._written += rows
@@ -209,7 +209,7 @@ class Site(Device):
             tx.append("cells", Rows(t, tuple(np.ascontiguousarray(column, "<f4") for column in values.T)), "synced")
 
     def batch(self, rows: int = 40, *, wild: bool = False) -> str:
-        """One batch of new readings; the version that answered it."""
+        """Run one batch of new readings, and return the version that answered it."""
         self.feed(rows, wild=wild)
         self.work()
         return str(self.results()[-1]["model"]["version"])
@@ -222,27 +222,27 @@ class Site(Device):
         return [body for body in self.messages() if body["kind"] == "results"]
 
     def answered(self) -> list[tuple[int, int]]:
-        """The rows of all results, which must tile."""
+        """Return the rows of all results, which must tile."""
         return [tuple(body["rows"]) for body in self.results()]
 
     def events(self) -> list[tuple[str, str, str]]:
-        """(version, phase, reason) of each audit message of a roll-out."""
-        found = [body["evidence"] for body in self.messages() if body.get("event") == "rollout"]
-        return [(one["version"], one["phase"], one["reason"]) for one in found]
+        """Return (version, phase, reason) of each audit message of a rollout."""
+        evidence = [body["evidence"] for body in self.messages() if body.get("event") == "rollout"]
+        return [(entry["version"], entry["phase"], entry["reason"]) for entry in evidence]
 
     def phases(self) -> list[str]:
         return [phase for _, phase, _ in self.events()]
 
     def model_alerts(self) -> list[tuple[str, str]]:
-        found = [body for body in self.messages() if body.get("alert") == "model" and body["id"] == "sort/rollout"]
-        return [(body["state"], body["severity"]) for body in found]
+        alerts = [body for body in self.messages() if body.get("alert") == "model" and body["id"] == "sort/rollout"]
+        return [(body["state"], body["severity"]) for body in alerts]
 
     def copies(self) -> set[str]:
-        return self.kept()
+        return self.kept_versions()
 
 
 def tiles(rows: list[tuple[int, int]], through: int) -> bool:
-    """Whether each row up to `through` is in exactly one of these ranges, in order."""
+    """Return True if each row up to `through` is in exactly one of these ranges, in order."""
     expected = 1
     for first, last in rows:
         if first != expected:

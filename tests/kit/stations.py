@@ -1,4 +1,4 @@
-"""A device's way in for tests: its config, its store and its intake, in this process or in one that can be killed."""
+"""Intake of a device for tests: config, store and intake, in this process or in one that can be killed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ T0 = 1_764_022_680.0
 
 
 def conf(folder: Path, commit_every_s: float = 0.02, tcp: str | None = None, **streams: StreamConfig) -> Config:
-    """A device's config with its data in `folder`."""
+    """Return a device's config with its data in `folder`."""
     return Config(
         device=config.DeviceConfig(id="pi-07", fleet="acme", data_dir=str(folder)),
         buffer=config.BufferConfig(commit_every=config.Duration(commit_every_s)),
@@ -48,7 +48,7 @@ def conf(folder: Path, commit_every_s: float = 0.02, tcp: str | None = None, **s
 
 
 class Station:
-    """Store and running intake of `conf`. Leaving it stops both; `failures` holds what the intake could not survive."""
+    """Context manager of a store and running intake of `conf`; `failures` holds fatal errors of the intake."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Station:
 
 
 class Line:
-    """A raw connection to an intake: bytes out, answers in."""
+    """Raw connection to an intake."""
 
     def __init__(self, address: Path | tuple[str, int]) -> None:
         self.socket = socket.socket(socket.AF_UNIX if isinstance(address, Path) else socket.AF_INET)
@@ -102,7 +102,7 @@ class Line:
         return msgspec.json.decode(self._answers.readline(), type=dict[str, Any])
 
     def through(self, line: int) -> dict[str, Any]:
-        """All answers up to the one that reaches `line`, added up."""
+        """Return all responses up to the one that reaches `line`, merged."""
         total: dict[str, Any] = {"through": 0, "accepted": 0, "rejected": []}
         while total["through"] < line:
             answer = self.answer()
@@ -112,11 +112,11 @@ class Line:
         return total
 
     def hang_up(self) -> None:
-        """No more lines; answers still come."""
+        """Close the sending side; responses still arrive."""
         self.socket.shutdown(socket.SHUT_WR)
 
     def rest(self) -> list[dict[str, Any]]:
-        """Answers until the agent hangs up too."""
+        """Return the responses until the agent closes the connection."""
         return [msgspec.json.decode(line, type=dict[str, Any]) for line in self._answers]
 
     def close(self) -> None:
@@ -131,17 +131,17 @@ class Line:
 
 
 def rows_of(store: Store, stream: str, definition: StreamConfig) -> Rows:
-    """All rows of a stream, from row 1."""
+    """Return all rows of a stream, from row 1."""
     batch = store.read_rows(stream, definition.fields, 0, 2**40)
     assert batch is not None, f"stream {stream} has no rows"
     assert batch.loss_reason is None
     return batch.rows
 
 
-def wait_for(happened: Callable[[], bool], what: str, within_s: float = 60.0) -> None:
+def wait_for(happened: Callable[[], bool], description: str, within_s: float = 60.0) -> None:
     deadline = time.monotonic() + within_s
     while not happened():
-        assert time.monotonic() < deadline, f"not within {within_s:g} s: {what}"
+        assert time.monotonic() < deadline, f"not within {within_s:g} s: {description}"
         time.sleep(0.01)
 
 
@@ -158,7 +158,7 @@ with Station(conf(Path(sys.argv[1]), float(sys.argv[2]))) as station:
 
 
 class Killable:
-    """An intake in a process of its own, to be killed in the middle of anything and started again."""
+    """Intake process that can be killed at any moment and restarted."""
 
     def __init__(self, folder: Path, commit_every_s: float = 0.01) -> None:
         self._command = [sys.executable, "-c", _PROGRAM, str(folder), str(commit_every_s)]
@@ -171,7 +171,7 @@ class Killable:
         assert self._process.stdout.readline() == b"ready\n"
 
     def kill(self) -> None:
-        """SIGKILL: it can finish nothing."""
+        """Send SIGKILL."""
         if self._process is not None:
             self._process.kill()
             self._process.wait(60)

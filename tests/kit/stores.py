@@ -1,4 +1,4 @@
-"""A small device store with everything in it, and what a device would say of it, for tests that damage it."""
+"""Small, complete device store and the messages about it, for tests that damage it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODES = ("low", "high")
 
 
 def opened(folder: Path, **options: Any) -> tuple[Store, MessageLog]:
-    """The store and its author, as the daemon opens them."""
+    """Open the store and its message log as the daemon does."""
     store = open_store(folder, **options)
     store.bind_device("acme", "pi-07")
     store.declare_streams(STREAMS)
@@ -39,7 +39,7 @@ def opened(folder: Path, **options: Any) -> tuple[Store, MessageLog]:
 
 
 def append(store: Store, stream: str, n: int) -> None:
-    """The next `n` rows: their value is their number."""
+    """Append the next `n` rows; their value is their number."""
     first = store.last_row(stream) + 1
     values = np.arange(first, first + n, dtype=np.int64)
     with store.transaction() as tx:
@@ -47,8 +47,8 @@ def append(store: Store, stream: str, n: int) -> None:
         tx.append(stream, Rows(values * 1000, (values, np.array(codes, np.uint16))), "synced")
 
 
-def say(store: Store, author: MessageLog, text: str, rows: tuple[int, int] | None = None) -> int:
-    """A message of the log; with `rows`, the task consumed them in the same transaction."""
+def append_message(store: Store, author: MessageLog, text: str, rows: tuple[int, int] | None = None) -> int:
+    """Append a message to the log; with `rows`, the task consumes them in the same transaction."""
     with store.transaction() as tx:
         if rows:
             tx.advance_cursor("judge", *rows)
@@ -57,14 +57,14 @@ def say(store: Store, author: MessageLog, text: str, rows: tuple[int, int] | Non
 
 
 def filled(folder: Path, chunks: int = 40, messages: int = 30, acknowledged: int = 8) -> tuple[Store, MessageLog]:
-    """Rows of 10 to a chunk in both streams, messages of which the first were acknowledged."""
+    """Fill both streams with rows, 10 per chunk, and the outbox with messages, the first of them acknowledged."""
     store, author = opened(folder)
     for number in range(chunks):
         append(store, "numbers", 10)
         if number % 3 == 0:
             append(store, "others", 10)
     for number in range(1, messages + 1):
-        say(store, author, f"message {number} " + "x" * 200, (5 * number - 4, 5 * number))
+        append_message(store, author, f"message {number} " + "x" * 200, (5 * number - 4, 5 * number))
     with store.transaction() as tx:
         tx.outbox.set_acknowledged(AcknowledgedSeqs(acknowledged))
         tx.save_state("judge", "drift", b"state")
@@ -73,7 +73,7 @@ def filled(folder: Path, chunks: int = 40, messages: int = 30, acknowledged: int
 
 
 def pulled(folder: Path, to: Path, store: Store | None = None, *, emptied: bool = False) -> Path:
-    """A copy of the files in `folder` as a power cut would leave them; `emptied`: with the log in the database."""
+    """Copy the files in `folder` as a power cut would leave them; with `emptied`, after a checkpoint."""
     if emptied and store is not None:
         store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     shutil.rmtree(to, ignore_errors=True)
@@ -85,7 +85,7 @@ def pulled(folder: Path, to: Path, store: Store | None = None, *, emptied: bool 
 
 
 def served(store: Store, stream: str = "numbers") -> dict[int, int]:
-    """Row number → value of everything that can be taken."""
+    """Return row number → value of all readable rows."""
     found: dict[int, int] = {}
     after = store.first_row(stream) - 1
     while (batch := store.read_rows(stream, NUMBERS.fields, after, 1000)) is not None:
@@ -97,8 +97,8 @@ def served(store: Store, stream: str = "numbers") -> dict[int, int]:
     return found
 
 
-def said(store: Store) -> dict[int, dict[str, Any]]:
-    """Seq → payload of everything in the outbox, acknowledged or not, with its CRC right."""
+def outbox_payloads(store: Store) -> dict[int, dict[str, Any]]:
+    """Return seq → payload of all outbox messages with a valid CRC."""
     found = [
         OutboxMessage.from_row(row) for row in store._fetch_all(f"SELECT {MESSAGE_COLUMNS} FROM outbox ORDER BY seq")
     ]
@@ -106,15 +106,15 @@ def said(store: Store) -> dict[int, dict[str, Any]]:
 
 
 def put_aside(store: Store, author: MessageLog) -> list[int]:
-    """What a session does with messages that are not what was written."""
+    """Quarantine damaged messages, as an uplink session does."""
     damaged = [message.seq for message in store.unacknowledged_messages(0, 10_000) if not message.intact]
     if damaged:
         quarantine_damaged(store, author, damaged, clock.read())
     return damaged
 
 
-def declared(messages: dict[int, dict[str, Any]], name: str, stream: str | None = None) -> set[int]:
-    """Numbers that "evicted" messages list as `name` (seq or rows)."""
+def declared_numbers(messages: dict[int, dict[str, Any]], name: str, stream: str | None = None) -> set[int]:
+    """Return the numbers that "evicted" messages list as `name` (seq or rows)."""
     found: set[int] = set()
     for body in messages.values():
         evidence = body.get("evidence", {})

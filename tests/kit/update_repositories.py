@@ -1,4 +1,4 @@
-"""Repositories of signed bundles for tests, made with python-tuf's Metadata API, rightly and wrongly."""
+"""Repositories of signed bundles, valid and invalid, made with python-tuf's Metadata API."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ ARCHIVE = bytes(range(256)) * 1024
 
 
 def custom(bundle: str, version: str, digest: str, **other: Any) -> dict[str, Any]:
-    """What `outstation fleet publish` says of a bundle."""
-    said = {
+    """Return the custom metadata that `outstation fleet publish` adds for a bundle."""
+    metadata = {
         "name": bundle,
         "version": version,
         "digest": digest,
@@ -46,11 +46,11 @@ def custom(bundle: str, version: str, digest: str, **other: Any) -> dict[str, An
         "memory": 1 << 20,
         "unpacked": 1 << 20,
     }
-    return {"outstation": said | other}
+    return {"outstation": metadata | other}
 
 
 class Signed:
-    """A repository in memory, two root keys of which both must sign; `write` puts it into a folder."""
+    """In-memory repository with two root keys that must both sign; `write` stores it in a folder."""
 
     def __init__(self, *, now: datetime | None = None, root_keys: int = 2) -> None:
         self.now = now or datetime.now(UTC).replace(microsecond=0)
@@ -72,8 +72,8 @@ class Signed:
         self.sign_targets()
         self.sign()
 
-    def add(self, bundle: str, version: str, archive: bytes, **said: Any) -> DesiredBundle:
-        """Sign an archive into the bundle's role; what a device then wants."""
+    def add(self, bundle: str, version: str, archive: bytes, **changes: Any) -> DesiredBundle:
+        """Sign an archive into the bundle's role, and return the matching desired state."""
         digest = f"sha256:{hashlib.sha256(version.encode() + archive).hexdigest()}"
         path = f"{bundle}/{version}/{digest[7:23]}.zip"
         if bundle not in self.bundles:
@@ -82,7 +82,7 @@ class Signed:
             self.bundles[bundle].version = 0
             self.sign_targets()
         file = TargetFile.from_data(path, archive, ["sha256"])
-        file.unrecognized_fields["custom"] = custom(bundle, version, digest, **said)
+        file.unrecognized_fields["custom"] = custom(bundle, version, digest, **changes)
         self.bundles[bundle].targets[path] = file
         self.archives[f"{bundle}/{version}/{hashlib.sha256(archive).hexdigest()}.{digest[7:23]}.zip"] = archive
         self.sign_bundle(bundle)
@@ -90,7 +90,7 @@ class Signed:
         return DesiredBundle("rollout-1", bundle, version, digest, "all")
 
     def sign_root(self, keys: list[CryptoSigner] | None = None) -> None:
-        """Another root, by all old and new root keys, or by `keys`."""
+        """Sign a new root by all old and new root keys, or by `keys`."""
         self.root.version += 1
         self.root.expires = self._end("root")
         self.files[f"{self.root.version}.root.json"] = _bytes(self.root, keys or self.keys["root"])
@@ -113,7 +113,7 @@ class Signed:
         self.snapshot.meta[f"{bundle}.json"] = MetaFile(role.version)
 
     def sign(self, *, days: float | None = None) -> None:
-        """Another snapshot and timestamp, of all that was signed; they expire in so many days."""
+        """Sign a new snapshot and timestamp that expire after the given days."""
         self.snapshot.version += 1
         self.snapshot.expires = self._end("snapshot", days)
         self.files[f"{self.snapshot.version}.snapshot.json"] = _bytes(self.snapshot, self.keys["snapshot"])
@@ -123,7 +123,7 @@ class Signed:
         self.files["timestamp.json"] = _bytes(self.timestamp, self.keys["timestamp"])
 
     def rotate(self, *roles: str) -> None:
-        """Other keys for these roles of the root, which revokes the old ones."""
+        """Replace the keys of these roles in the root, which revokes the old ones."""
         signers = list(self.keys["root"])
         for role in roles:
             for old in self.keys[role]:
@@ -133,7 +133,7 @@ class Signed:
         self.sign_root([*signers, *(key for key in self.keys["root"] if key not in signers)])
 
     def write(self, folder: Path) -> Path:
-        """As a web server has it; files of before stay."""
+        """Write the files as a web server holds them; earlier files stay."""
         for name, data in self.files.items():
             _put(folder / "metadata" / name, data)
         for name, data in self.archives.items():
@@ -141,8 +141,8 @@ class Signed:
         return folder
 
     def copy(self) -> Signed:
-        """The same at this moment, keys and all: what somebody else may go on from."""
-        return copy.deepcopy(self, {id(one): one for keys in self.keys.values() for one in keys})
+        """Return a copy with keys, from which an attacker may continue."""
+        return copy.deepcopy(self, {id(key): key for keys in self.keys.values() for key in keys})
 
     def _trust(self, role: str) -> None:
         for key in self.keys[role]:
@@ -154,7 +154,7 @@ class Signed:
 
 
 def forged(signed: dict[str, Any], keys: list[CryptoSigner]) -> bytes:
-    """Any JSON with valid signatures, whether or not python-tuf would make it."""
+    """Return any JSON with valid signatures, even if python-tuf would not create it."""
     from securesystemslib.formats import encode_canonical
 
     body = (encode_canonical(signed) or "").encode()

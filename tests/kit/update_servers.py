@@ -1,4 +1,4 @@
-"""A web server for a folder on this machine, which does what a hostile one would where a test tells it to."""
+"""Local web server for a folder, with hostile behaviour on request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Trick = Callable[["Handler"], None]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request. `data` is the file that is asked for, None where there is none; `start` what Range asks for."""
+    """One request; `data` is the requested file, or None if missing, `start` the offset of its Range header."""
 
     protocol_version = "HTTP/1.1"
     server: _Listener
@@ -26,8 +26,8 @@ class Handler(BaseHTTPRequestHandler):
         web = self.server.web
         path = web.folder / unquote(self.path).lstrip("/")
         self.data = path.read_bytes() if path.is_file() else None
-        found = _RANGE.fullmatch(self.headers.get("Range", ""))
-        self.start = int(found[1]) if found else 0
+        match = _RANGE.fullmatch(self.headers.get("Range", ""))
+        self.start = int(match[1]) if match else 0
         web.asked.append((self.path, self.start))
         trick = next((trick for pattern, trick in web.tricks if re.search(pattern, self.path)), Handler.serve)
         try:
@@ -36,7 +36,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def serve(self, upto: int | None = None) -> None:
-        """The file, from `start` on; `upto`: cut off after that byte of it."""
+        """Send the file from `start` on; `upto` truncates it after that byte."""
         if self.data is None:
             self.send_error(404)
             return
@@ -47,18 +47,18 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def answer(self, data: bytes) -> None:
-        """These bytes, whatever the file has."""
+        """Send these bytes instead of the file."""
         self.head(200, len(data))
         self.wfile.write(data)
 
     def endless(self) -> None:
-        """Zeros until nobody takes them."""
+        """Send zeros until the client disconnects."""
         self.head(200, None)
         while True:
             self.wfile.write(bytes(65_536))
 
     def drip(self) -> None:
-        """The file, a byte now and then."""
+        """Send the file slowly, byte by byte."""
         assert self.data is not None
         self.head(200, len(self.data))
         for byte in self.data:
@@ -66,14 +66,14 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(0.05)
 
     def drip_headers(self) -> None:
-        """Headers that do not end."""
+        """Send endless headers."""
         self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
         while True:
             self.wfile.write(b"y")
             time.sleep(0.05)
 
     def whole(self) -> None:
-        """All of the file, as a server that knows nothing of Range."""
+        """Send the complete file, as a server without Range support does."""
         self.start = 0
         self.serve()
 
@@ -92,7 +92,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: Any) -> None:
-        """A test's output is its own."""
+        """Log nothing, to keep the test output clean."""
 
 
 class _Listener(ThreadingHTTPServer):
@@ -101,11 +101,11 @@ class _Listener(ThreadingHTTPServer):
     web: Web
 
     def handle_error(self, *_: Any) -> None:
-        """A client that goes away is what many tests are about."""
+        """Ignore clients that disconnect, which many tests cause."""
 
 
 class Web:
-    """Serves `folder` until it is left. `tricks`: pattern of a path, and what to do instead of serving it."""
+    """Context manager that serves `folder`; `tricks` maps path patterns to other behaviour."""
 
     def __init__(self, folder: Path, tls: ssl.SSLContext | None = None) -> None:
         self.folder, self._tls = folder, tls

@@ -1,4 +1,4 @@
-"""A device that fetches bundles, for tests: its store, its fetcher with the real child, and a clock that can be set."""
+"""Device that fetches bundles: its store, its fetcher with the real child process, and a settable clock."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from agent.device.rollout.fetch.version_floors import VersionFloors
 from agent.wire.desired_state import DesiredBundle
 from tests.kit.stations import STREAMS
 
-# The child has the lowest priority, and tests run beside others.
+# The child has the lowest priority, and other tests run in parallel.
 PATIENCE_S = 90.0
 RUNS = b"the bundle that runs"
 
 
 class Updating:
-    """`folder` is all the device has. `wall_us` and `quality` are its clock, by default a right one."""
+    """`folder` holds all files of the device; `wall_us` and `quality` are its clock, correct by default."""
 
     def __init__(
         self, folder: Path, url: str, root: bytes, streams: Mapping[str, StreamConfig] = STREAMS, **updates: Any
@@ -46,7 +46,7 @@ class Updating:
         self.runs.write_bytes(RUNS)
         self.store = open_store(self.data)
         with self.store.transaction() as tx:
-            # What the store itself makes, it makes with the first one.
+            # The store creates its own files at the first open.
             tx.set_meta("first", "1")
         self.quality: clock.ClockQuality = "synced"
         self.wall_us: int | None = None
@@ -56,12 +56,12 @@ class Updating:
         self.fetcher = Fetcher(self.conf, self.store)
 
     def restart(self) -> None:
-        """A fetcher as after a start of the daemon."""
+        """Create a new fetcher, as a restart of the daemon does."""
         self.fetcher.close()
         self.fetcher = Fetcher(self.conf, self.store, command=self.command, stall_timeout_s=self.patience_s)
 
     def configure(self, **updates: Any) -> None:
-        """Other [updates], as after a start of the daemon."""
+        """Apply another [updates] section, as a restart of the daemon does."""
         assert self.conf.updates is not None
         self.conf = msgspec.structs.replace(self.conf, updates=msgspec.structs.replace(self.conf.updates, **updates))
         self.restart()
@@ -73,30 +73,30 @@ class Updating:
         )
 
     def fetch(self, wanted: DesiredBundle, within_s: float = PATIENCE_S) -> FetchedBundle | FetchFailure:
-        """One try, from its start to its end."""
+        """Run one fetch to its end."""
         self.fetcher.start("exercise", wanted, self.now())
         self.later_s += 100_000.0
         return self.result(within_s)
 
     def result(self, within_s: float = PATIENCE_S) -> FetchedBundle | FetchFailure:
         deadline = time.monotonic() + within_s
-        while (found := self.fetcher.poll(self.now())) is None:
+        while (result := self.fetcher.poll(self.now())) is None:
             assert time.monotonic() < deadline, f"no answer within {within_s:g} s"
             time.sleep(0.01)
-        return found
+        return result
 
     def must_fetch(self, wanted: DesiredBundle) -> FetchedBundle:
-        found = self.fetch(wanted)
-        assert isinstance(found, FetchedBundle), found
-        return found
+        result = self.fetch(wanted)
+        assert isinstance(result, FetchedBundle), result
+        return result
 
     def must_fail(self, wanted: DesiredBundle, error: str) -> FetchFailure:
-        """It must fail by this name, and nothing must be the worse for it."""
-        with self.unharmed():
-            found = self.fetch(wanted)
-            assert isinstance(found, FetchFailure), found
-            assert found.error == error, found
-        return found
+        """Check that the fetch fails with this error name and has no side effect."""
+        with self.unchanged():
+            result = self.fetch(wanted)
+            assert isinstance(result, FetchFailure), result
+            assert result.error == error, result
+        return result
 
     @property
     def floors(self) -> VersionFloors:
@@ -108,12 +108,12 @@ class Updating:
 
     @property
     def fetched(self) -> list[str]:
-        """Names of what was fetched."""
+        """Return the names of fetched files."""
         return sorted(path.name for path in (self.data / "bundles" / ".fetched").glob("*"))
 
     @contextmanager
-    def unharmed(self) -> Iterator[None]:
-        """Nothing arrives meanwhile, no floor falls, and what runs stays as it is."""
+    def unchanged(self) -> Iterator[None]:
+        """Check that nothing is installed, no version floor decreases and the active bundle stays."""
         before, had = self.floors, self.fetched
         with self.untouched():
             yield
@@ -123,18 +123,18 @@ class Updating:
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """Outside the folders that are meant for it nothing is written meanwhile, and what runs stays as it is."""
+        """Check that nothing is written outside the fetcher's folders and the active bundle stays."""
         before = self._others()
         yield
         assert not (new := set(self._others()) - set(before)), new
-        assert not (gone := set(before) - set(self._others())), gone
+        assert not (missing := set(before) - set(self._others())), missing
         assert self.runs.read_bytes() == RUNS
 
     def _others(self) -> list[Path]:
         ours = (self.data / "updates", self.data / "bundles" / ".fetched")
-        found = (path for path in self.folder.parent.rglob("*") if not any(map(path.is_relative_to, ours)))
+        paths = (path for path in self.folder.parent.rglob("*") if not any(map(path.is_relative_to, ours)))
         return sorted(
-            path for path in found if "web" not in path.parts and not path.name.startswith(("outstation.", "ballast"))
+            path for path in paths if "web" not in path.parts and not path.name.startswith(("outstation.", "ballast"))
         )
 
     def close(self) -> None:

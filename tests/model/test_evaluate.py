@@ -1,4 +1,4 @@
-"""`outstation model evaluate`: the document, the tables, the report, the cards, and what is said of bad data."""
+"""`outstation model evaluate`: document, tables, report, cards, and errors for bad data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tabular(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def labelled(path: Path, recipe: Recipe = CLASSIFY, n: int = 600, **columns: Any) -> Path:
-    """A CSV of the recipe's rows; of a classifier with labels that are nearly all right."""
+    """Write the recipe's rows as CSV; a classifier gets nearly right labels."""
     rows = recipe.rows(n, seed=5)
     given = {"label": [LABELS[i] for i in CENTRE[:n]], "site": [f"s{i // 60 % 3}" for i in range(n)]} | columns
     lines = [",".join([*recipe.fields, *given])]
@@ -50,19 +50,19 @@ def run(*args: object) -> Result:
 
 @pytest.fixture(scope="module")
 def whole(tabular: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
-    """Everything there is to ask, of a tiny classifier."""
+    """An evaluation of a tiny classifier with all options."""
     folder = tmp_path_factory.mktemp("whole")
     data, train = labelled(folder / "test.csv"), labelled(folder / "train.csv", n=300)
-    asked = {
+    options = {
         "group": "site",
         "slices": ("site", "a"),
         "train": train,
         "float_model": MODELS / "classify_float32.tflite",
     }
-    return evaluated(tabular, data, ablate=True, robustness=True, latency=True, **asked)
+    return evaluated(tabular, data, ablate=True, robustness=True, latency=True, **options)
 
 
-def test_the_command_tells_the_document_writes_the_report_and_the_cards(tabular: Path, tmp_path: Path) -> None:
+def test_the_command_prints_the_document_and_writes_report_and_cards(tabular: Path, tmp_path: Path) -> None:
     about = tmp_path / "about.toml"
     about.write_text('[card]\nintended_use = "Telling | <left> from right."\n')
     out = ("--html", tmp_path / "r.html", "--card", tmp_path / "cards", "--about", about)
@@ -70,28 +70,28 @@ def test_the_command_tells_the_document_writes_the_report_and_the_cards(tabular:
         tabular, labelled(tmp_path / "rows.csv"), "--slice", "site", "--ablate", "--robustness", *out, "--json"
     )
     assert result.exit_code == 0
-    found = msgspec.json.decode(result.stdout, type=Evaluation, strict=True)
-    assert (found.data.windows, found.metrics[0].metric) == (600, "accuracy")
-    assert [p.batch for p in found.latency] == [1, 8, 32, 128]
-    assert all(p.p50_ms <= p.p95_ms and p.memory_mib > 10 for p in found.latency)
+    evaluation = msgspec.json.decode(result.stdout, type=Evaluation, strict=True)
+    assert (evaluation.data.windows, evaluation.metrics[0].metric) == (600, "accuracy")
+    assert [p.batch for p in evaluation.latency] == [1, 8, 32, 128]
+    assert all(p.p50_ms <= p.p95_ms and p.memory_mib > 10 for p in evaluation.latency)
     names = ["DATA_CARD.html", "DATA_CARD.md", "MODEL_CARD.html", "MODEL_CARD.md"]
     assert sorted(p.name for p in (tmp_path / "cards").iterdir()) == names
     assert "Telling | &lt;left&gt; from right." in (tmp_path / "cards" / "MODEL_CARD.md").read_text()
-    said = run(tabular, tmp_path / "rows.csv", "--no-latency")
+    message = run(tabular, tmp_path / "rows.csv", "--no-latency")
     for word in ("accuracy", "By class", "Confusion", "left", "Can the metrics be trusted"):
-        assert word in said.stdout
+        assert word in message.stdout
 
 
 def test_the_same_seed_gives_the_same_document(tabular: Path, tmp_path: Path) -> None:
     data = labelled(tmp_path / "rows.csv")
-    asked = {"ablate": True, "robustness": True, "slices": ("site",)}
-    one, two = (evaluated(tabular, data, **asked) for _ in range(2))
+    options = {"ablate": True, "robustness": True, "slices": ("site",)}
+    first, second = (evaluated(tabular, data, **options) for _ in range(2))
     still = {"evaluated_at": "", "seconds": 0.0}
-    assert msgspec.structs.replace(one, **still) == msgspec.structs.replace(two, **still)
+    assert msgspec.structs.replace(first, **still) == msgspec.structs.replace(second, **still)
 
 
 @pytest.mark.parametrize(
-    ("labels", "said"),
+    ("labels", "message"),
     [
         (["left"] * 600, "all 600 labels in column label are left"),
         ([""] * 600, "column label is empty"),
@@ -102,16 +102,14 @@ def test_the_same_seed_gives_the_same_document(tabular: Path, tmp_path: Path) ->
         (["up"] + ["left", "right"] * 300, "row 1, column label: 'up' is no label of this model"),
     ],
 )
-def test_labels_that_tell_nothing_are_said_in_a_sentence(
-    tabular: Path, tmp_path: Path, labels: list[str], said: str
-) -> None:
+def test_useless_labels_are_one_error(tabular: Path, tmp_path: Path, labels: list[str], message: str) -> None:
     result = run(tabular, labelled(tmp_path / "rows.csv", label=labels))
     assert isinstance(result.exception, UsageError)
-    assert said in str(result.exception)
+    assert message in str(result.exception)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (("--label", "truth"), "no column truth; there is a, b, c, d, label, site"),
         (("--group", "who"), "no column who"),
@@ -121,22 +119,20 @@ def test_labels_that_tell_nothing_are_said_in_a_sentence(
         (("--about", "about.toml"), "name their folder with --card"),
     ],
 )
-def test_what_was_asked_wrongly_is_said_in_a_sentence(
-    tabular: Path, tmp_path: Path, options: tuple[str, ...], said: str
-) -> None:
+def test_wrong_options_are_one_error(tabular: Path, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
     result = run(tabular, labelled(tmp_path / "rows.csv"), "--no-latency", *options)
     assert isinstance(result.exception, UsageError)
-    assert said in str(result.exception)
+    assert message in str(result.exception)
 
 
-def test_data_that_are_empty_or_no_data_are_said_in_a_sentence(tabular: Path, tmp_path: Path) -> None:
+def test_empty_or_unreadable_data_are_one_error(tabular: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("a,b,c,d,label\n")
     (tmp_path / "rows.txt").write_text("a,b,c,d,label\n1,2,3,4,left\n")
     (tmp_path / "empty").mkdir()
-    for name, said in (("rows.csv", "no rows in it"), ("rows.txt", "cannot be read as data"), ("empty", "no .csv")):
+    for name, message in (("rows.csv", "no rows in it"), ("rows.txt", "cannot be read as data"), ("empty", "no .csv")):
         result = run(tabular, tmp_path / name)
         assert isinstance(result.exception, UsageError)
-        assert said in str(result.exception)
+        assert message in str(result.exception)
 
 
 def test_a_split_that_is_all_training_leaves_nothing_to_test(tabular: Path, tmp_path: Path) -> None:
@@ -154,17 +150,17 @@ def test_each_file_of_a_folder_is_a_stream_of_its_own_and_a_slice(tmp_path: Path
     (tmp_path / "data").mkdir()
     for name in "xyz":
         labelled(tmp_path / "data" / f"{name}.csv", ANOMALY, 30, label=["normal"] * 15 + ["anomaly"] * 15)
-    found = evaluated(bundle, tmp_path / "data", group="file")
-    assert [(one.file, one.rows) for one in found.data.files] == [("x.csv", 30), ("y.csv", 30), ("z.csv", 30)]
-    assert found.data.windows == 3 * 6  # of 8 rows, a step of 4: none spans two files
-    assert found.data.groups == 3
+    evaluation = evaluated(bundle, tmp_path / "data", group="file")
+    assert [(item.file, item.rows) for item in evaluation.data.files] == [("x.csv", 30), ("y.csv", 30), ("z.csv", 30)]
+    assert evaluation.data.windows == 3 * 6  # of 8 rows, a step of 4: none spans two files
+    assert evaluation.data.groups == 3
 
 
 def test_rows_without_a_label_are_left_out_and_counted(tabular: Path, tmp_path: Path) -> None:
     labels = ["" if i % 3 == 0 else LABELS[CENTRE[i]] for i in range(600)]
-    found = evaluated(tabular, labelled(tmp_path / "rows.csv", label=labels))
-    assert (found.data.windows, found.data.unlabelled) == (400, 200)
-    assert "200 windows have no label and were left out." in found.notes
+    evaluation = evaluated(tabular, labelled(tmp_path / "rows.csv", label=labels))
+    assert (evaluation.data.windows, evaluation.data.unlabelled) == (400, 200)
+    assert "200 windows have no label and were left out." in evaluation.notes
 
 
 @pytest.mark.parametrize("recipe", [REGRESS, ANOMALY], ids=["regress", "anomaly"])
@@ -179,21 +175,28 @@ def test_other_kinds_are_measured_and_reported(tmp_path: Path, recipe: Recipe) -
         [f"{v:.3f}" for v in rng.normal(0, 1, 600)] if recipe is REGRESS else (["normal"] * 8 + ["anomaly"] * 4) * 50
     )
     data = labelled(tmp_path / "rows.csv", recipe, label=truth)
-    found = evaluated(tmp_path / "bundle", data, ablate=True, robustness=True, slices=("site",))
+    evaluation = evaluated(tmp_path / "bundle", data, ablate=True, robustness=True, slices=("site",))
     wanted = {"mae", "rmse", "r2"} if recipe is REGRESS else {"auc", "average_precision", "precision", "recall"}
-    assert {m.metric for m in found.metrics} >= wanted
-    assert len(found.field_importance) == len(recipe.fields)
-    assert {fault.fault for fault in found.robustness} == {"noise", "gain", "missing", "stuck", "saturated", "swapped"}
-    page = Page(report.render_html(found))
+    assert {m.metric for m in evaluation.metrics} >= wanted
+    assert len(evaluation.field_importance) == len(recipe.fields)
+    assert {fault.fault for fault in evaluation.robustness} == {
+        "noise",
+        "gain",
+        "missing",
+        "stuck",
+        "saturated",
+        "swapped",
+    }
+    page = Page(report.render_html(evaluation))
     assert len(page.pictures) >= 8
 
 
-def test_answers_on_windows_of_a_csv_equal_those_of_model_run(tmp_path: Path) -> None:
+def test_evaluate_and_run_predict_the_same_windows(tmp_path: Path) -> None:
     bundle = packed(tmp_path / "b", ANOMALY)
     data = labelled(tmp_path / "rows.csv", ANOMALY, label=["normal", "anomaly", "anomaly"] * 200)
-    found = evaluated(bundle, data)
+    evaluation = evaluated(bundle, data)
     assert CliRunner().invoke(command, ["run", str(bundle), str(data), "-o", str(tmp_path / "out.csv")]).exit_code == 0
-    assert len((tmp_path / "out.csv").read_text().splitlines()) - 1 == found.data.windows
+    assert len((tmp_path / "out.csv").read_text().splitlines()) - 1 == evaluation.data.windows
 
 
 def test_the_float_model_is_compared_on_the_same_windows(whole: Evaluation) -> None:
@@ -209,27 +212,27 @@ def test_the_float_model_is_compared_on_the_same_windows(whole: Evaluation) -> N
     assert other.metric_difference.high >= -0.02
 
 
-def test_how_fast_it_is_is_told_with_the_machine_and_the_float_model_beside_it(
+def test_latency_is_reported_with_the_machine_and_the_float_model(
     whole: Evaluation, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert whole.float_comparison is not None
     theirs = whole.float_comparison.latency
     assert [p.batch for p in theirs] == [p.batch for p in whole.latency]
     evaluation_tables.print_evaluation(whole)
-    for told in (" ".join(Page(report.render_html(whole)).texts), capsys.readouterr().out):
-        assert tuning.describe_machine() in told
-        assert all(f"{p.p50_ms:g}" in told for p in (*whole.latency, *theirs))
+    for text in (" ".join(Page(report.render_html(whole)).texts), capsys.readouterr().out):
+        assert tuning.describe_machine() in text
+        assert all(f"{p.p50_ms:g}" in text for p in (*whole.latency, *theirs))
 
 
-def test_a_float_model_with_other_names_of_its_outputs_is_compared_in_the_same_place(tmp_path: Path) -> None:
+def test_a_float_model_with_renamed_outputs_is_compared_by_position(tmp_path: Path) -> None:
     content = (MODELS / "each_label_and_sums.tflite").read_bytes()
     assert content.count(b"sums") == 1
     (tmp_path / "other.tflite").write_bytes(content.replace(b"sums", b"Name"))
     chosen = Recipe("classify", "each_label_and_sums", labels=LABELS, output='tensor = "sums"\nactivation = "softmax"')
     data = labelled(tmp_path / "rows.csv", chosen)
-    found = evaluated(packed(tmp_path / "b", chosen), data, float_model=tmp_path / "other.tflite").float_comparison
-    assert found is not None
-    assert (found.max_output_difference, found.agreement and found.agreement.value) == (0.0, 1.0)
+    evaluation = evaluated(packed(tmp_path / "b", chosen), data, float_model=tmp_path / "other.tflite").float_comparison
+    assert evaluation is not None
+    assert (evaluation.max_output_difference, evaluation.agreement and evaluation.agreement.value) == (0.0, 1.0)
 
 
 def test_a_float_model_of_another_shape_is_refused(tabular: Path, tmp_path: Path) -> None:
@@ -238,14 +241,14 @@ def test_a_float_model_of_another_shape_is_refused(tabular: Path, tmp_path: Path
         evaluated(tabular, data, float_model=MODELS / "anomaly_int8.tflite")
 
 
-def test_a_field_the_model_does_not_need_costs_nothing_and_one_it_needs_does(whole: Evaluation) -> None:
+def test_field_importance_is_ordered_and_large_for_a_needed_field(whole: Evaluation) -> None:
     lost = {drop.fields[0]: drop.metric_drop.value for drop in whole.field_importance}
     assert max(v for v in lost.values() if v is not None) > 0.1
     ordered = [drop.metric_drop.value for drop in whole.field_importance]
     assert ordered == sorted(ordered, key=lambda v: -(v or 0))
 
 
-def test_without_a_fault_the_metric_is_what_it_is_and_faults_cost(whole: Evaluation) -> None:
+def test_faults_lower_the_metric_and_no_fault_leaves_it(whole: Evaluation) -> None:
     for fault in whole.robustness:
         [untouched] = [p for p in fault.points if p.strength == "none"]
         assert untouched.value.value == pytest.approx(whole.metrics[0].value, rel=1e-5)
@@ -257,7 +260,7 @@ def test_without_a_fault_the_metric_is_what_it_is_and_faults_cost(whole: Evaluat
 
 
 class Page(HTMLParser):
-    """What a page holds: well-formed or an error, texts, links and resources."""
+    """Parsed page: texts, links and resources; an error if it is malformed."""
 
     VOID = frozenset({"meta", "line", "rect", "circle", "path"})
 
@@ -305,17 +308,17 @@ def test_names_that_are_markup_stay_text(whole: Evaluation) -> None:
     evil = '<script>alert("1")</script>'
     data = msgspec.to_builtins(whole)
     spoilt = json.loads(json.dumps(data).replace("left", evil.replace('"', "'")).replace("site=s0", f"site={evil[:8]}"))
-    found = msgspec.convert(spoilt, Evaluation)
+    evaluation = msgspec.convert(spoilt, Evaluation)
     for text in (
-        report.render_html(found),
-        *(card.to_html() for card in cards.build_cards(found, cards.CardTexts()).values()),
+        report.render_html(evaluation),
+        *(card.to_html() for card in cards.build_cards(evaluation, cards.CardTexts()).values()),
     ):
         page = Page(text)
         assert "script" not in page.tags
-        assert any("<script>" in one for one in page.texts)
+        assert any("<script>" in item for item in page.texts)
 
 
-def test_cards_have_no_empty_headings_and_tell_the_figures_of_the_document(whole: Evaluation) -> None:
+def test_cards_have_no_empty_headings_and_the_metrics_of_the_document(whole: Evaluation) -> None:
     for card in cards.build_cards(whole, cards.CardTexts()).values():
         lines = [line for line in card.to_markdown().splitlines() if line]
         headings = [i for i, line in enumerate(lines) if line.startswith("#")]
@@ -330,14 +333,14 @@ def test_cards_have_no_empty_headings_and_tell_the_figures_of_the_document(whole
     assert "## Ethical considerations\n\nNone of a person." in cards.model_card(whole, words).to_markdown()
 
 
-def test_a_word_that_no_card_knows_is_refused_with_a_suggestion(tmp_path: Path) -> None:
+def test_an_unknown_key_of_the_texts_is_refused_with_a_suggestion(tmp_path: Path) -> None:
     (tmp_path / "about.toml").write_text('[card]\nintended_uses = "x"\n')
     with pytest.raises(ConfigError, match="intended_use"):
         cards.read_texts(tmp_path / "about.toml")
 
 
 def test_every_field_of_a_bundle_may_be_a_slice(whole: Evaluation) -> None:
-    of_a = [one.slice for one in whole.slices if one.slice.startswith("a=")]
+    of_a = [item.slice for item in whole.slices if item.slice.startswith("a=")]
     assert len(of_a) == 4
     assert of_a[0].startswith("a=below")
     assert of_a[-1].startswith("a=from")

@@ -1,4 +1,4 @@
-"""Every kind of bundle and type of tensor: packed from data, proved, and run on a device as on files."""
+"""Every kind of bundle and type of tensor: packed, probed, and run on a device as on files."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ Load = Callable[[Recipe], LoadedBundle]
 
 @pytest.fixture(scope="module")
 def active(tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """`active(recipe)` is its bundle, packed, verified, proved by its golden vectors and loaded, once."""
+    """`active(recipe)` packs, verifies, probes and loads its bundle, once."""
     made: dict[Recipe, LoadedBundle] = {}
 
     def load(recipe: Recipe) -> LoadedBundle:
@@ -97,9 +97,9 @@ def rows_of(recipe: Recipe, n: int, seed: int = 3) -> Floats:
     return readings(n, seed)[:, : len(recipe.fields)]
 
 
-def answered(found: LoadedBundle, rows: Floats) -> InferenceResult:
+def answered(result: LoadedBundle, rows: Floats) -> InferenceResult:
     t = T0 + np.arange(len(rows), dtype=np.int64) * STEP_US
-    return Inference(found.bundle.manifest, found.model).run(rows, t, with_outputs=True)
+    return Inference(result.bundle.manifest, result.model).run(rows, t, with_outputs=True)
 
 
 def softmax(x: NDArray[Any]) -> NDArray[Any]:
@@ -118,9 +118,9 @@ def sigmoid(x: NDArray[Any]) -> NDArray[Any]:
 def test_a_model_of_every_type_of_tensor_is_packed_proved_and_right(
     active: Callable[[Recipe], LoadedBundle], kind: str
 ) -> None:
-    found, rows = active(SUMS[kind]), readings(200, seed=3)
-    assert golden_vectors.decode(found.bundle.files["golden.npz"]).expected.shape == (32, 3)
-    answers = answered(found, rows)
+    result, rows = active(SUMS[kind]), readings(200, seed=3)
+    assert golden_vectors.decode(result.bundle.files["golden.npz"]).expected.shape == (32, 3)
+    answers = answered(result, rows)
     exact = rows @ CENTRES.T + BIAS
     assert answers.outputs is not None
     assert np.abs(answers.outputs - exact).max() < {"float32": 1e-5, "float16": 1e-5, "hybrid": 0.1, "int16": 0.1}.get(
@@ -132,28 +132,30 @@ def test_a_model_of_every_type_of_tensor_is_packed_proved_and_right(
 
 
 def test_one_sigmoid_names_the_second_label_above_the_threshold_only(active: Load) -> None:
-    found, rows = active(BINARY), readings(200)
-    answers = answered(found, rows)
+    result, rows = active(BINARY), readings(200)
+    answers = answered(result, rows)
     p = sigmoid(rows @ np.array([1, -1, 0, 0.5]))
-    said = p > 0.9
-    assert 0 < said.sum() < (p > 0.5).sum()
-    assert scores.to_texts(answers.scores, found.bundle.manifest) == [("off", "on")[int(on)] for on in said]
-    np.testing.assert_allclose(np.asarray(answers.scores.score), np.where(said, p, 1 - p), atol=1e-5)
+    message = p > 0.9
+    assert 0 < message.sum() < (p > 0.5).sum()
+    assert scores.to_texts(answers.scores, result.bundle.manifest) == [("off", "on")[int(on)] for on in message]
+    np.testing.assert_allclose(np.asarray(answers.scores.score), np.where(message, p, 1 - p), atol=1e-5)
 
 
-def test_each_label_is_said_by_itself_and_its_probability_told(active: Load) -> None:
-    found, rows = active(SEVERAL), readings(200)
-    answers = answered(found, rows)
+def test_each_label_of_a_multilabel_model_has_its_probability(active: Load) -> None:
+    result, rows = active(SEVERAL), readings(200)
+    answers = answered(result, rows)
     p = sigmoid(rows @ CENTRES.T + BIAS)
-    said = p > np.array([0.5, 0.2, 0.9])
-    texts = ["|".join(name for name, is_said in zip(EACH, row, strict=True) if is_said) or "-" for row in said]
+    message = p > np.array([0.5, 0.2, 0.9])
+    texts = [
+        "|".join(name for name, is_predicted in zip(EACH, row, strict=True) if is_predicted) or "-" for row in message
+    ]
     assert {text.count("|") for text in texts} == {0, 1}
     assert "-" in texts
-    assert scores.to_texts(answers.scores, found.bundle.manifest) == texts
+    assert scores.to_texts(answers.scores, result.bundle.manifest) == texts
     assert list(answers.scores.extra_columns) == ["score_warm", "score_damp", "score_loud"]
     for i, probability in enumerate(answers.scores.extra_columns.values()):
         np.testing.assert_allclose(probability, np.maximum(p[:, i], 1e-6), atol=1e-5)
-    np.testing.assert_allclose(np.asarray(answers.scores.score), np.where(said, p, 1 - p).prod(axis=1), atol=1e-5)
+    np.testing.assert_allclose(np.asarray(answers.scores.score), np.where(message, p, 1 - p).prod(axis=1), atol=1e-5)
 
 
 def test_the_output_that_is_named_is_the_one_that_counts(active: Load) -> None:
@@ -162,26 +164,26 @@ def test_the_output_that_is_named_is_the_one_that_counts(active: Load) -> None:
     np.testing.assert_allclose(np.asarray(answers.outputs), rows @ CENTRES.T + BIAS, atol=1e-4)
 
 
-def test_of_several_values_the_first_is_the_value_and_the_others_have_names(active: Load) -> None:
+def test_the_first_of_several_outputs_is_the_value_and_others_have_names(active: Load) -> None:
     rows = readings(50)
-    found = answered(active(NAMED), rows).scores
-    np.testing.assert_allclose(np.asarray(found.value), rows @ [0.5, -1, 0.25, 2], atol=1e-5)
-    assert list(found.extra_columns) == ["value_total"]
-    np.testing.assert_allclose(found.extra_columns["value_total"], rows.sum(axis=1), atol=1e-5)
+    result = answered(active(NAMED), rows).scores
+    np.testing.assert_allclose(np.asarray(result.value), rows @ [0.5, -1, 0.25, 2], atol=1e-5)
+    assert list(result.extra_columns) == ["value_total"]
+    np.testing.assert_allclose(result.extra_columns["value_total"], rows.sum(axis=1), atol=1e-5)
 
 
-def test_an_embedding_is_its_distance_from_what_is_normal_and_far_is_an_anomaly(
+def test_an_embedding_far_from_the_centroid_is_an_anomaly(
     active: Callable[[Recipe], LoadedBundle],
 ) -> None:
-    found = active(VECTORS)
-    output = found.bundle.manifest.output
+    result = active(VECTORS)
+    output = result.bundle.manifest.output
     usual = readings(1600)
     vectors = np.stack([usual[:, 0] + usual[:, 2], usual[:, 1] + usual[:, 3]], axis=1)
     assert output.centroid == pytest.approx(vectors.mean(axis=0), abs=1e-4)
     away = np.sqrt(np.square(vectors - vectors.mean(axis=0)).sum(axis=1))
     assert output.threshold == pytest.approx(np.quantile(away, 0.9), rel=0.01)
-    answers = answered(found, np.array([usual.mean(axis=0), [50, 0, 0, 0]], np.float32))
-    assert scores.to_texts(answers.scores, found.bundle.manifest) == ["normal", "anomaly"]
+    answers = answered(result, np.array([usual.mean(axis=0), [50, 0, 0, 0]], np.float32))
+    assert scores.to_texts(answers.scores, result.bundle.manifest) == ["normal", "anomaly"]
     assert answers.scores.extra_columns == {}
 
 
@@ -205,12 +207,12 @@ def device(tmp_path: Path, active: Load) -> Any:
         return made[-1]
 
     yield new
-    for one in made:
-        one.store.close()
+    for target in made:
+        target.store.close()
 
 
 def raw_columns(device: Device) -> dict[str, list[Any]]:
-    """All results' columns as any JSON reader sees them."""
+    """Return the columns of all results, as any JSON reader sees them."""
     joined: dict[str, list[Any]] = {}
     for message in device.messages():
         if not isinstance(message.body, ResultsPayload):
@@ -225,41 +227,41 @@ def raw_columns(device: Device) -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize("recipe", KINDS.values(), ids=KINDS)
-def test_a_device_says_of_its_rows_what_files_say(device: Any, recipe: Recipe) -> None:
-    one: Device = device(recipe)
+def test_a_device_predicts_its_rows_as_model_run_predicts_files(device: Any, recipe: Recipe) -> None:
+    target: Device = device(recipe)
     rows = readings(700, seed=8)
     for part in np.array_split(rows, 7):
-        one.feed(part)
-    one.run_all()
-    found = answered(one.active, rows).scores
-    assert tiles(one.results()) == (1, 700)
-    said = raw_columns(one)
-    assert said["row"] == list(range(1, 701))
-    assert said.get("label") == scores.to_texts(found, one.active.bundle.manifest)
-    for name, values in {"score": found.score, "value": found.value, **found.extra_columns}.items():
+        target.feed(part)
+    target.run_all()
+    result = answered(target.active, rows).scores
+    assert tiles(target.results()) == (1, 700)
+    message = raw_columns(target)
+    assert message["row"] == list(range(1, 701))
+    assert message.get("label") == scores.to_texts(result, target.active.bundle.manifest)
+    for name, values in {"score": result.score, "value": result.value, **result.extra_columns}.items():
         if values is not None:
-            assert said[name] == pytest.approx(values, rel=1e-4, abs=1e-4)
-    assert set(said) - {"row", "t", "label", "score", "value", "missing"} == set(found.extra_columns)
+            assert message[name] == pytest.approx(values, rel=1e-4, abs=1e-4)
+    assert set(message) - {"row", "t", "label", "score", "value", "missing"} == set(result.extra_columns)
 
 
 def test_messages_of_many_columns_stay_within_the_brokers_limit(device: Any) -> None:
-    one: Device = device(SEVERAL, max_bytes=6_000)
-    one.feed(readings(300))
-    one.run_all()
-    assert all(len(message.payload) <= 6_000 for message in one.messages())
-    assert len(raw_columns(one)["score_loud"]) == 300
+    target: Device = device(SEVERAL, max_bytes=6_000)
+    target.feed(readings(300))
+    target.run_all()
+    assert all(len(message.payload) <= 6_000 for message in target.messages())
+    assert len(raw_columns(target)["score_loud"]) == 300
 
 
 def history_device(device: Any, parts: list[Floats]) -> Device:
-    one: Device = device(HISTORY)
+    target: Device = device(HISTORY)
     for part in parts:
-        one.feed(part)
-        while one.run() is not None:
+        target.feed(part)
+        while target.run() is not None:
             pass
-    return one
+    return target
 
 
-def test_features_of_earlier_rows_are_the_same_whatever_batches_they_came_in(device: Any) -> None:
+def test_features_of_earlier_rows_do_not_depend_on_batches(device: Any) -> None:
     rows = rows_of(HISTORY, 300)
     rows[40:55] = np.nan
     whole = history_device(device, [rows])
@@ -269,12 +271,12 @@ def test_features_of_earlier_rows_are_the_same_whatever_batches_they_came_in(dev
     assert raw_columns(whole)["score"] == np.round(np.asarray(expected.scores.score), 4).tolist()
 
 
-def test_a_result_of_partly_missing_input_says_so_and_one_of_whole_input_does_not(device: Any) -> None:
+def test_only_a_result_of_partly_missing_input_has_the_missing_share(device: Any) -> None:
     rows = rows_of(HISTORY, 100)
     rows[60:62, 1] = np.nan
     rows[61, 0] = np.nan
-    one = history_device(device, [rows[:50], rows[50:]])
-    first, second = one.results()
+    target = history_device(device, [rows[:50], rows[50:]])
+    first, second = target.results()
     # Of the first five rows there is neither half of twenty nor a row five before.
     assert first.columns.missing == [0.5] * 5 + [0.0] * 45
     assert first.incomplete == 5
@@ -287,36 +289,36 @@ def test_a_result_of_partly_missing_input_says_so_and_one_of_whole_input_does_no
 
 
 def test_history_that_was_deleted_counts_as_missing(device: Any) -> None:
-    one: Device = device(HISTORY)
+    target: Device = device(HISTORY)
     rows = rows_of(HISTORY, 100)
-    one.feed(rows[:50])
-    one.run_all()
-    with one.store.transaction() as tx:
+    target.feed(rows[:50])
+    target.run_all()
+    with target.store.transaction() as tx:
         tx.trim_rows("watch", 50, T0 + 10**12, 1)
-    one.feed(rows[50:])
-    one.run_all()
-    told = one.results()[-1].columns
-    assert told.missing is not None
-    assert told.score is not None
-    assert told.missing[:10] == [0.5] * 5 + [0.0] * 5
-    fresh = answered(one.active, rows[50:])
-    assert told.score == np.round(np.asarray(fresh.scores.score), 4).tolist()
+    target.feed(rows[50:])
+    target.run_all()
+    text = target.results()[-1].columns
+    assert text.missing is not None
+    assert text.score is not None
+    assert text.missing[:10] == [0.5] * 5 + [0.0] * 5
+    fresh = answered(target.active, rows[50:])
+    assert text.score == np.round(np.asarray(fresh.scores.score), 4).tolist()
 
 
 def test_history_reaches_over_a_restart_but_not_over_a_pause(device: Any) -> None:
     rows = rows_of(HISTORY, 60)
-    one: Device = device(HISTORY)
-    one.feed(rows[:30])
-    one.run_all()
-    one.restart()
-    one.feed(rows[30:50])
-    one.run_all()
-    one.feed(rows[50:], pause_s=0.6)
-    one.run_all()
-    expected = answered(one.active, rows[:50])
-    said = columns(one.results())
-    assert said["score"][:50] == np.round(np.asarray(expected.scores.score), 4).tolist()
-    assert one.results()[-1].columns.missing == [0.5] * 5 + [0.0] * 5
+    target: Device = device(HISTORY)
+    target.feed(rows[:30])
+    target.run_all()
+    target.restart()
+    target.feed(rows[30:50])
+    target.run_all()
+    target.feed(rows[50:], pause_s=0.6)
+    target.run_all()
+    expected = answered(target.active, rows[:50])
+    message = columns(target.results())
+    assert message["score"][:50] == np.round(np.asarray(expected.scores.score), 4).tolist()
+    assert target.results()[-1].columns.missing == [0.5] * 5 + [0.0] * 5
 
 
 # --- thresholds and calibration, from data ---
@@ -349,22 +351,22 @@ def labelled_rows(path: Path, n: int, label: Callable[[Floats], list[str]], seed
 
 
 def of_softer_model(rows: Floats) -> list[str]:
-    """Labels drawn from probabilities at temperature 4: the model is far too sure."""
+    """Draw labels at temperature 4: the model is far too confident."""
     random = np.random.default_rng(0)
     p = softmax((rows @ CENTRES.T + BIAS) / 4)
-    return [LABELS[random.choice(3, p=one)] for one in p]
+    return [LABELS[random.choice(3, p=item)] for item in p]
 
 
 @pytest.mark.parametrize("how", ["temperature", "isotonic"])
-def test_scores_of_a_model_that_is_too_sure_are_calibrated_on_held_out_labels(tmp_path: Path, how: str) -> None:
+def test_scores_of_an_overconfident_model_are_calibrated_on_held_out_labels(tmp_path: Path, how: str) -> None:
     output = f'{SOFTMAX}\ncalibrate = "held.csv"\ncalibration = "{how}"'
     spec = write_spec(tmp_path, replace(SUMS["float32"], output=output))
     labelled_rows(tmp_path / "held.csv", 3000, of_softer_model)
     made = pack.pack(spec, KEY)
     (note,) = made.notes
-    told = re.search(r"ECE (\S+) before, (\S+) after", note)
-    assert told is not None
-    before, after = map(float, told.groups())
+    text = re.search(r"ECE (\S+) before, (\S+) after", note)
+    assert text is not None
+    before, after = map(float, text.groups())
     assert before > 0.15
     assert after < 0.05
     head = json.loads(made.files["manifest.json"])
@@ -379,7 +381,7 @@ def test_scores_of_a_model_that_is_too_sure_are_calibrated_on_held_out_labels(tm
 def test_scores_that_are_right_already_stay_as_they_are(tmp_path: Path) -> None:
     def drawn(rows: Floats) -> list[str]:
         random = np.random.default_rng(1)
-        return [LABELS[random.choice(3, p=one)] for one in softmax(rows @ CENTRES.T + BIAS)]
+        return [LABELS[random.choice(3, p=item)] for item in softmax(rows @ CENTRES.T + BIAS)]
 
     spec = write_spec(
         tmp_path, replace(SUMS["float32"], output=f'{SOFTMAX}\ncalibrate = "held.csv"\ncalibration = "isotonic"')
@@ -392,8 +394,8 @@ def test_scores_that_are_right_already_stay_as_they_are(tmp_path: Path) -> None:
 
 def test_labels_of_a_model_that_says_several_calibrate_it_too(tmp_path: Path) -> None:
     def drawn(rows: Floats) -> list[str]:
-        said = np.random.default_rng(2).random((len(rows), 3)) < sigmoid((rows @ CENTRES.T + BIAS) / 3)
-        return ["|".join(name for name, yes in zip(EACH, row, strict=True) if yes) or "-" for row in said]
+        message = np.random.default_rng(2).random((len(rows), 3)) < sigmoid((rows @ CENTRES.T + BIAS) / 3)
+        return ["|".join(name for name, yes in zip(EACH, row, strict=True) if yes) or "-" for row in message]
 
     spec = write_spec(tmp_path, replace(SEVERAL, output='multi_label = true\ncalibrate = "held.csv"'))
     labelled_rows(tmp_path / "held.csv", 2000, drawn)
@@ -496,14 +498,14 @@ def test_parquet_says_what_csv_says(tmp_path: Path) -> None:
     stamps = arrow.array((np.asarray(table["t"]) * 1e6).astype(np.int64), arrow.timestamp("us"))
     parquet.write_table(table.set_column(0, "t", stamps), tmp_path / "stamps.parquet")
     spec = bundle.read(packed(tmp_path / "b", SUMS["float32"]), None).manifest
-    one, *others = (
+    item, *others = (
         training_data.read(tmp_path / name, spec.input, LabelParser.from_manifest(spec))
         for name in ("d.csv", "d.parquet", "stamps.parquet")
     )
     for other in others:
-        np.testing.assert_array_equal(one.features, other.features)
-        np.testing.assert_array_equal(one.t, other.t)
-        np.testing.assert_array_equal(np.asarray(one.label), np.asarray(other.label))
+        np.testing.assert_array_equal(item.features, other.features)
+        np.testing.assert_array_equal(item.t, other.t)
+        np.testing.assert_array_equal(np.asarray(item.label), np.asarray(other.label))
 
 
 @pytest.mark.parametrize("damage", ["a text column", "no column", "no parquet", "no rows"])
@@ -515,7 +517,7 @@ def test_parquet_that_does_not_fit_is_refused_in_one_sentence(tmp_path: Path, da
         path.write_bytes(b"PAR1, or so it says")
     else:
         if damage == "a text column":
-            columns["b"] = ["one", "two"]
+            columns["b"] = ["item", "two"]
         if damage == "no column":
             del columns["b"]
         if damage == "no rows":

@@ -1,4 +1,4 @@
-"""Images and sounds: rows made of files, and what is none said in one sentence."""
+"""Images and sounds: rows from files, and one error for any other file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from agent.model.inference.inference import Inference
 from scripts.kit.bundles import KEY, THIRD_PARTY
 
 RATE = 16_000
-HEARD = SoundFormat(rate=RATE, window=1024, hop=512, mels=128)
+SOUND_FORMAT = SoundFormat(rate=RATE, window=1024, hop=512, mels=128)
 Doubles = NDArray[np.float64]
 
 
@@ -45,26 +45,26 @@ def write_wav(path: Path, samples: Doubles, *, width: int = 2, rate: int = RATE,
 
 @pytest.mark.parametrize(("width", "channels"), [(1, 1), (2, 1), (2, 2), (3, 1), (4, 1)])
 def test_a_wav_of_any_width_gives_the_same_samples(tmp_path: Path, width: int, channels: int) -> None:
-    found = sound.read_samples(write_wav(tmp_path / "a.wav", tone(440), width=width, channels=channels), RATE)
-    np.testing.assert_allclose(found, tone(440), atol=2.0 ** (2 - 8 * width))
+    result = sound.read_samples(write_wav(tmp_path / "a.wav", tone(440), width=width, channels=channels), RATE)
+    np.testing.assert_allclose(result, tone(440), atol=2.0 ** (2 - 8 * width))
 
 
 def test_the_mel_scale_is_slaneys_as_librosa_documents_it() -> None:
     """`librosa.mel_frequencies(n_mels=40)`, from its documentation, which ends at 11025 Hz."""
     top = float(sound.hz_to_mel_slaney(np.array([11025.0]))[0])
-    found = sound.mel_to_hz_slaney(np.linspace(0, top, 40))
+    result = sound.mel_to_hz_slaney(np.linspace(0, top, 40))
     expected = [0, 85.317, 170.635, 255.952, 341.269, 426.586, 511.904, 597.221, 682.538, 767.855, 853.173, 938.49]
-    np.testing.assert_allclose(found[:12], expected, atol=1e-3)
-    np.testing.assert_allclose(found[[12, 13, 14, 39]], [1024.856, 1119.114, 1222.042, 11025], atol=1e-3)
-    np.testing.assert_allclose(sound.hz_to_mel_slaney(found), np.linspace(0, top, 40))
+    np.testing.assert_allclose(result[:12], expected, atol=1e-3)
+    np.testing.assert_allclose(result[[12, 13, 14, 39]], [1024.856, 1119.114, 1222.042, 11025], atol=1e-3)
+    np.testing.assert_allclose(sound.hz_to_mel_slaney(result), np.linspace(0, top, 40))
 
 
-def test_a_tone_is_loudest_in_the_band_around_it_and_ten_times_the_amplitude_is_20_db() -> None:
-    made = sound.compute_mel_rows(tone(1000), HEARD)
+def test_a_tone_is_loudest_in_its_band_and_ten_times_as_loud_is_20_db() -> None:
+    made = sound.compute_mel_rows(tone(1000), SOUND_FORMAT)
     assert made.shape == ((8000 - 1024) // 512 + 1, 128)
     middles = sound.mel_to_hz_slaney(np.linspace(0, float(sound.hz_to_mel_slaney(np.array([8000.0]))[0]), 130))[1:-1]
     assert abs(middles[made[3].argmax()] - 1000) < 40
-    louder = sound.compute_mel_rows(tone(1000, loud=0.5) / 10, HEARD)
+    louder = sound.compute_mel_rows(tone(1000, loud=0.5) / 10, SOUND_FORMAT)
     np.testing.assert_allclose(made[:, made[3].argmax()] - louder[:, made[3].argmax()], 20, atol=1e-3)
 
 
@@ -90,22 +90,22 @@ def test_cepstra_of_a_flat_spectrum_are_its_level_and_nothing_else() -> None:
 
 def test_a_frame_is_made_of_its_own_samples_only() -> None:
     samples = np.random.default_rng(0).normal(0, 0.1, 4096)
-    whole = sound.compute_mel_rows(samples, HEARD)
-    np.testing.assert_allclose(sound.compute_mel_rows(samples[512 * 2 :], HEARD), whole[2:], rtol=1e-5)
-    assert sound.compute_mel_rows(samples[:1023], HEARD).shape == (0, 128)
+    whole = sound.compute_mel_rows(samples, SOUND_FORMAT)
+    np.testing.assert_allclose(sound.compute_mel_rows(samples[512 * 2 :], SOUND_FORMAT), whole[2:], rtol=1e-5)
+    assert sound.compute_mel_rows(samples[:1023], SOUND_FORMAT).shape == (0, 128)
 
 
-def hearing(spec: SoundFormat = HEARD) -> ModelInput:
+def hearing(spec: SoundFormat = SOUND_FORMAT) -> ModelInput:
     return ModelInput(fields=spec.columns, window=WindowSpec(rows=5, step=1, max_gap_s=1.0), sound=spec)
 
 
 def test_no_window_reaches_from_one_file_into_the_next(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_wav(tmp_path / f"{name}.wav", tone(500, 0.3))
-    found = data.read(tmp_path, hearing())
-    assert len(found.features) == 2 * 8
-    assert np.diff(found.t)[:7].tolist() == [32_000] * 7
-    assert np.diff(found.t)[7] > 10_000_000
+    result = data.read(tmp_path, hearing())
+    assert len(result.features) == 2 * 8
+    assert np.diff(result.t)[:7].tolist() == [32_000] * 7
+    assert np.diff(result.t)[7] > 10_000_000
 
 
 @pytest.mark.parametrize(
@@ -159,13 +159,13 @@ window = 10
     made = pack.pack(tmp_path / "spec.toml", KEY)
     assert any("normal windows are not above it" in note for note in made.notes)
     pack.write_bundle(made, tmp_path / "out")
-    found = activation.activate(tmp_path / "out", [KEY.public])
-    assert found.bundle.manifest.input.sound == HEARD
-    heard = data.read(tmp_path / "normal" / "1.wav", found.bundle.manifest.input)
-    answers = Inference(found.bundle.manifest, found.model).run(heard.features, heard.t)
-    said = scores.to_texts(answers.scores, found.bundle.manifest)
-    assert said is not None
-    assert said.count("normal") > 0.85 * len(said)
+    result = activation.activate(tmp_path / "out", [KEY.public])
+    assert result.bundle.manifest.input.sound == SOUND_FORMAT
+    sound_spec = data.read(tmp_path / "normal" / "1.wav", result.bundle.manifest.input)
+    answers = Inference(result.bundle.manifest, result.model).run(sound_spec.features, sound_spec.t)
+    message = scores.to_texts(answers.scores, result.bundle.manifest)
+    assert message is not None
+    assert message.count("normal") > 0.85 * len(message)
 
 
 # --- images ---
@@ -186,22 +186,22 @@ def looking(image: ImageFormat) -> ModelInput:
 def test_an_image_of_the_right_size_is_its_pixels_scaled(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(picture((6, 8, 3)))
     spec = looking(ImageFormat(width=8, height=6, scale=1 / 128, offset=-1))
-    found = data.read(tmp_path / "a.png", spec)
+    result = data.read(tmp_path / "a.png", spec)
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    np.testing.assert_allclose(found.features, pixels.reshape(6, 24) / 128 - 1, atol=1e-6)
+    np.testing.assert_allclose(result.features, pixels.reshape(6, 24) / 128 - 1, atol=1e-6)
 
 
-def test_another_size_is_resized_grey_is_made_and_the_cameras_turn_is_followed(tmp_path: Path) -> None:
+def test_images_are_resized_converted_to_grey_and_turned_upright(tmp_path: Path) -> None:
     pillow = pytest.importorskip("PIL.Image")
     half = np.zeros((40, 60, 3), np.uint8)
     half[:, 30:] = 255
     exif = pillow.Exif()
     exif[0x0112] = 6  # lies on its side: what is right in the file belongs to the bottom
     pillow.fromarray(half).save(tmp_path / "a.jpg", exif=exif, quality=95)
-    found = data.read(tmp_path / "a.jpg", looking(ImageFormat(width=4, height=6, channels=1))).features
-    assert found.shape == (6, 4)
-    np.testing.assert_allclose(found[:2], 0, atol=0.05)
-    np.testing.assert_allclose(found[4:], 1, atol=0.05)
+    result = data.read(tmp_path / "a.jpg", looking(ImageFormat(width=4, height=6, channels=1))).features
+    assert result.shape == (6, 4)
+    np.testing.assert_allclose(result[:2], 0, atol=0.05)
+    np.testing.assert_allclose(result[4:], 1, atol=0.05)
 
 
 def test_folders_name_the_labels_and_each_image_is_one_window(tmp_path: Path) -> None:
@@ -224,13 +224,13 @@ calibrate = "images"
 """)
     made = pack.pack(tmp_path / "spec.toml", KEY)
     pack.write_bundle(made, tmp_path / "out")
-    found = activation.activate(tmp_path / "out", [KEY.public])
-    spec = found.bundle.manifest
+    result = activation.activate(tmp_path / "out", [KEY.public])
+    spec = result.bundle.manifest
     assert len(spec.input.fields) == 288
     seen = data.read(tmp_path / "images", spec.input, data.LabelParser.from_manifest(spec))
     assert seen.label is not None
     assert seen.label[::96].tolist() == [0] * 20 + [1] * 40
-    answers = Inference(spec, found.model).run(seen.features, seen.t)
+    answers = Inference(spec, result.model).run(seen.features, seen.t)
     assert len(answers.scores) == 60
 
 

@@ -1,4 +1,4 @@
-"""`outstation model …`: bundles made from a SPEC, signed and checked; every mistake named with file, key and fix."""
+"""`outstation model pack`: bundles from a SPEC, signed and checked; every error names file, key and fix."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from scripts.kit.bundles import ANOMALY, KEY, RECIPES, Recipe, change, model, np
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_a_bundle_is_packed_from_csv_for_every_kind(tmp_path: Path, recipe: Recipe) -> None:
-    found = bundle.read(packed(tmp_path, recipe), [KEY.public])
-    assert found.manifest.kind == recipe.kind
-    assert found.manifest.input.fields == list(recipe.fields)
-    assert found.files["model.tflite"] == model(recipe.model)
-    assert set(found.files) == {
+    loaded = bundle.read(packed(tmp_path, recipe), [KEY.public])
+    assert loaded.manifest.kind == recipe.kind
+    assert loaded.manifest.input.fields == list(recipe.fields)
+    assert loaded.files["model.tflite"] == model(recipe.model)
+    assert set(loaded.files) == {
         *("manifest.json", "manifest.jws", "model.tflite", "reference.json", "golden.npz"),
         *("MODEL_CARD.md", "DATA_CARD.md"),
     }
-    vectors = golden_vectors.decode(found.files["golden.npz"])
+    vectors = golden_vectors.decode(loaded.files["golden.npz"])
     assert vectors.inputs.shape == ((32, 8, 2) if recipe is ANOMALY else (32, 4))
     assert vectors.runtime == RUNTIME_NAME
-    reference = Reference.from_json(found.files["reference.json"])
+    reference = Reference.from_json(loaded.files["reference.json"])
     assert reference.labels == recipe.labels
     assert reference.drift_windows >= 39
 
@@ -55,10 +55,10 @@ def test_a_bundle_is_packed_from_recordings(tmp_path: Path) -> None:
 
 
 def test_packing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
-    one, other = (pack.pack(write_spec(folder(tmp_path, name)), KEY) for name in ("a", "b"))
-    assert one.files == other.files
-    assert one.digest == other.digest
-    pack.write_bundle(one, tmp_path / "a.zip")
+    item, other = (pack.pack(write_spec(folder(tmp_path, name)), KEY) for name in ("a", "b"))
+    assert item.files == other.files
+    assert item.digest == other.digest
+    pack.write_bundle(item, tmp_path / "a.zip")
     pack.write_bundle(other, tmp_path / "b.zip")
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
 
@@ -78,8 +78,8 @@ def test_without_a_time_the_bundle_says_when_it_was_packed(tmp_path: Path) -> No
 def test_a_scale_is_the_std_of_every_field(tmp_path: Path) -> None:
     spec = change(write_spec(tmp_path), "[input]", "[input]\nscale = 0.5\nmean = [1, 2, 3, 4]")
     made = pack.pack(spec, KEY)
-    said = json.loads(made.files["manifest.json"])["input"]
-    assert (said["mean"], said["std"]) == ([1, 2, 3, 4], [2, 2, 2, 2])
+    message = json.loads(made.files["manifest.json"])["input"]
+    assert (message["mean"], message["std"]) == ([1, 2, 3, 4], [2, 2, 2, 2])
     first = golden_vectors.decode(made.files["golden.npz"]).inputs[0]
     np.testing.assert_allclose(first, (readings(400, seed=1)[0] - [1, 2, 3, 4]) * 0.5, atol=1e-5)
 
@@ -114,7 +114,7 @@ def test_what_a_bundle_lacks_is_a_warning(tmp_path: Path, lines: list[str], warn
     assert bundle.read(tmp_path / "out", [KEY.public]).digest == made.digest
 
 
-def test_a_bundle_that_lacks_nothing_has_no_warnings_and_an_unsigned_one_says_so(tmp_path: Path) -> None:
+def test_a_complete_bundle_has_no_warnings_but_that_it_is_unsigned(tmp_path: Path) -> None:
     spec = write_spec(tmp_path)
     assert pack.pack(spec, KEY).warnings == []
     assert pack.pack(spec, None).warnings == ["not signed (--key): devices refuse it until `outstation model sign`"]
@@ -161,7 +161,7 @@ def mistake(spec: Path, kind: type[OutstationError] = ConfigError) -> str:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ('name = "tiny"', "", "name: this key is required; add it"),
         ('name = "tiny"', 'name = "Tiny One"', "name: name 'Tiny One' must be 1-64 of a-z 0-9 . _ -"),
@@ -191,14 +191,14 @@ def mistake(spec: Path, kind: type[OutstationError] = ConfigError) -> str:
         ('reference = "reference.csv"', 'reference = "."', "cannot be read: Is a directory"),
     ],
 )  # fmt: skip
-def test_a_mistake_in_a_spec_is_named_with_its_key(tmp_path: Path, old: str, new: str, said: str) -> None:
+def test_a_mistake_in_a_spec_is_named_with_its_key(tmp_path: Path, old: str, new: str, message: str) -> None:
     spec = change(write_spec(tmp_path), old, new)
-    told = mistake(spec)
-    assert told.startswith(f"{spec}: ")
-    assert said in told
+    values = mistake(spec)
+    assert values.startswith(f"{spec}: ")
+    assert message in values
 
 
-def test_a_spec_that_is_not_there_or_no_toml_is_said_in_one_line(tmp_path: Path) -> None:
+def test_a_missing_or_malformed_spec_is_one_error(tmp_path: Path) -> None:
     assert "no such file; SPEC is the TOML file that describes the bundle" in mistake(tmp_path / "bundle.toml")
     assert "no such file" in mistake(tmp_path)
     (tmp_path / "bundle.toml").write_text("name = tiny")
@@ -206,7 +206,7 @@ def test_a_spec_that_is_not_there_or_no_toml_is_said_in_one_line(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ('"d"]', '"d", "e"]', "shapes: the model takes 4 values [4], the manifest's input has 1 rows x 5 fields = 5"),
         ("[input]", "[input]\nwindow = { rows = 2, step = 2 }", "shapes: the model takes 4 values [4]"),
@@ -214,9 +214,9 @@ def test_a_spec_that_is_not_there_or_no_toml_is_said_in_one_line(tmp_path: Path)
         ('kind = "classify"', 'kind = "regress"', "shapes: the model has 3 outputs, kind regress reports one value"),
     ],
 )
-def test_a_model_that_does_not_fit_the_spec_is_refused(tmp_path: Path, old: str, new: str, said: str) -> None:
-    told = mistake(change(write_spec(tmp_path), old, new), BadBundle)
-    assert told.startswith(f"{tmp_path / 'model.tflite'}: {said}")
+def test_a_model_that_does_not_fit_the_spec_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    values = mistake(change(write_spec(tmp_path), old, new), BadBundle)
+    assert values.startswith(f"{tmp_path / 'model.tflite'}: {message}")
 
 
 @pytest.mark.parametrize("name", ["stateful", "flex", "two_inputs", "no_rows"])

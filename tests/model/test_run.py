@@ -1,4 +1,4 @@
-"""`outstation model run`: a bundle over files of any size, resumable, with every row accounted for."""
+"""`outstation model run`: files of any size, resumable, every row accounted for."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def run(*args: object) -> Result:
 
 
 def work(bundle: Path, block: int = BLOCK_BYTES, *, raw: bool = True) -> BatchPredictor:
-    found = bundles.read(bundle, None)
-    loaded = Inference(found.manifest, inference.load_model(found.manifest, found.model_bytes))
-    return BatchPredictor(found, loaded, raw=raw, block_bytes=block)
+    loaded = bundles.read(bundle, None)
+    model = inference.load_model(loaded.manifest, loaded.model_bytes)
+    return BatchPredictor(loaded, Inference(loaded.manifest, model), raw=raw, block_bytes=block)
 
 
 def over(bundle: Path, source: Path, out: Path, block: int = BLOCK_BYTES) -> RunTotals:
@@ -67,13 +67,13 @@ def table(path: Path) -> dict[str, list[str]]:
 
 
 def plain(bundle: Path, rows: features.Floats) -> tuple[features.Floats, features.Ints]:
-    """(outputs, last rows from 1) of a loop over single windows, with nothing of `model run` but the model."""
-    found = bundles.read(bundle, None)
-    model, spec = inference.load_model(found.manifest, found.model_bytes), found.manifest.input
+    """Return (outputs, last rows from 1) of a plain loop over single windows."""
+    loaded = bundles.read(bundle, None)
+    model, spec = inference.load_model(loaded.manifest, loaded.model_bytes), loaded.manifest.input
     size, step = (spec.window.rows, spec.window.step) if spec.window else (1, 1)
     starts = range(0, len(rows) - size + 1, step)
     windows = [rows[start : start + size].reshape(1, size, -1) for start in starts]
-    return np.concatenate([model.invoke(one) for one in windows]), np.array([start + size for start in starts])
+    return np.concatenate([model.invoke(item) for item in windows]), np.array([start + size for start in starts])
 
 
 def test_every_row_gets_the_outputs_of_a_plain_loop_to_the_last_bit(tabular: Path, tmp_path: Path) -> None:
@@ -85,12 +85,12 @@ def test_every_row_gets_the_outputs_of_a_plain_loop_to_the_last_bit(tabular: Pat
         [[float(row[name]) for name in TABULAR] for row in csv.DictReader(io.StringIO(source.read_text()))], np.float32
     )
     outputs, numbers = plain(tabular, rows)
-    told = table(tmp_path / "out.csv")
-    assert list(told) == ["row", "label", "score", "raw_0", "raw_1", "raw_2"]
-    assert [int(row) for row in told["row"]] == numbers.tolist()
-    raw = np.array([told[f"raw_{i}"] for i in range(3)], np.float32).T
+    columns = table(tmp_path / "out.csv")
+    assert list(columns) == ["row", "label", "score", "raw_0", "raw_1", "raw_2"]
+    assert [int(row) for row in columns["row"]] == numbers.tolist()
+    raw = np.array([columns[f"raw_{i}"] for i in range(3)], np.float32).T
     assert raw.tobytes() == outputs.tobytes()
-    assert [LABELS[i] for i in outputs.argmax(axis=1)] == told["label"]
+    assert [LABELS[i] for i in outputs.argmax(axis=1)] == columns["label"]
 
 
 @pytest.mark.parametrize("block", [200, 777, 4096])
@@ -116,18 +116,18 @@ def test_no_window_spans_a_pause(windowed: Path, tmp_path: Path) -> None:
 def test_parquet_gives_parquet_with_the_figures_of_csv(tabular: Path, tmp_path: Path) -> None:
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = readings(1500)
-    columns = {name: rows[:, i].astype(np.float64) for i, name in enumerate(TABULAR)}
-    parquet.write_table(pa.table(columns), tmp_path / "rows.parquet", row_group_size=400)
+    values = {name: rows[:, i].astype(np.float64) for i, name in enumerate(TABULAR)}
+    parquet.write_table(pa.table(values), tmp_path / "rows.parquet", row_group_size=400)
     lines = [",".join(TABULAR), *(",".join(str(float(v)) for v in row) for row in rows)]
     (tmp_path / "rows.csv").write_text("\n".join(lines))
     assert run(tabular, tmp_path / "rows.parquet", "-o", tmp_path / "a.parquet", "--raw").exit_code == 0
     assert run(tabular, tmp_path / "rows.csv", "-o", tmp_path / "b.csv", "--raw").exit_code == 0
     made = parquet.read_table(tmp_path / "a.parquet").to_pydict()
-    told = table(tmp_path / "b.csv")
-    assert list(made) == list(told)
+    columns = table(tmp_path / "b.csv")
+    assert list(made) == list(columns)
     assert made["row"] == list(range(1, 1501))
-    assert made["label"] == told["label"]
-    assert made["score"] == [float(score) for score in told["score"]]
+    assert made["label"] == columns["label"]
+    assert made["score"] == [float(score) for score in columns["score"]]
 
 
 def test_rows_that_cannot_be_read_are_named_and_left_out(tabular: Path, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_rows_that_cannot_be_read_are_named_and_left_out(tabular: Path, tmp_path
     result = run(tabular, tmp_path / "rows.csv", "-o", tmp_path / "out.csv", "--json")
     document = json.loads(result.stdout)
     assert (result.exit_code, document["rows"], document["rejected"]) == (1, 3, 3)
-    assert [(one["line"], one["reason"]) for one in document["rejected_rows"]] == [
+    assert [(item["line"], item["reason"]) for item in document["rejected_rows"]] == [
         (3, "3 values, the header names 4"),
         (5, "b: 'x' is no number"),
         (8, "b: '1_0' is no number"),
@@ -151,9 +151,7 @@ def test_results_of_partly_missing_input_are_counted(tabular: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(
-    windowed: Path, tmp_path: Path, suffix: str
-) -> None:
+def test_a_killed_run_resumes_and_ends_with_the_same_bytes(windowed: Path, tmp_path: Path, suffix: str) -> None:
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
     source = write_csv(tmp_path / "rows.csv", ("u", "v"), waves(3000))
@@ -162,7 +160,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(
     assert killed_after(5, windowed, source, out) == -signal.SIGKILL
     assert not out.exists()
     turns: list[int] = []
-    total = work(windowed, 4096).predict_file(source, out, lambda done, of, rows: turns.append(rows))
+    total = work(windowed, 4096).predict_file(source, out, lambda done, size, rows: turns.append(rows))
     assert out.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
     assert total.rows == 3000
     assert turns[0] > 4 * 4096 / 30  # it went on; it did not begin again
@@ -170,7 +168,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(
 
 
 def killed_after(turns: int, bundle: Path, source: Path, out: Path) -> int:
-    """The exit code of a run that keeps its state at each turn, and is killed within one."""
+    """Return the exit code of a run that writes a checkpoint after each block and is killed."""
     code = f"""
 import os, signal, sys
 from pathlib import Path
@@ -189,7 +187,7 @@ work(Path({str(bundle)!r}), 4096).predict_file(Path({str(source)!r}), Path({str(
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True).returncode
 
 
-def test_what_was_begun_with_other_data_is_not_gone_on_with(windowed: Path, tmp_path: Path) -> None:
+def test_a_run_with_other_data_does_not_resume(windowed: Path, tmp_path: Path) -> None:
     source, out = write_csv(tmp_path / "rows.csv", ("u", "v"), waves(3000)), tmp_path / "out.csv"
     killed_after(5, windowed, source, out)
     write_csv(source, ("u", "v"), waves(2000, seed=3))
@@ -210,7 +208,7 @@ def test_a_folder_gives_a_folder_and_each_file_is_a_stream_of_its_own(windowed: 
     assert table(tmp_path / "out" / "2.csv")["row"] == ["8", "12", "16", "20"]
 
 
-def test_what_was_done_of_a_folder_is_not_done_again_after_a_kill(
+def test_finished_files_of_a_folder_are_skipped_after_a_kill(
     tabular: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "in"
@@ -251,7 +249,7 @@ def write_rows(path: Path, n: int) -> Path:
 
 
 def peak_mib(bundle: Path, source: Path) -> float:
-    """The largest resident memory of a run in a process of its own."""
+    """Return the peak resident memory of a run in a process of its own."""
     code = f"""
 import re
 from pathlib import Path
@@ -265,7 +263,7 @@ print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 
 @pytest.mark.parametrize(
-    ("data", "out", "said"),
+    ("data", "out", "message"),
     [
         ("a,b,c\n1,2,3\n", "out.csv", "no column d; there is a, b, c"),
         ("a,b,c,d,a\n1,2,3,4,5\n", "out.csv", "column a is there twice"),
@@ -274,13 +272,13 @@ print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
         ("a,b,c,d\n1,2,3,4\n", "rows.csv", "is the data itself"),
     ],
 )
-def test_what_cannot_be_run_is_said_in_a_sentence(
-    tabular: Path, tmp_path: Path, data: str, out: str, said: str
+def test_bad_data_and_bad_output_names_are_one_error(
+    tabular: Path, tmp_path: Path, data: str, out: str, message: str
 ) -> None:
     (tmp_path / "rows.csv").write_text(data)
     result = run(tabular, tmp_path / "rows.csv", "-o", tmp_path / out)
     assert isinstance(result.exception, UsageError)
-    assert said in str(result.exception)
+    assert message in str(result.exception)
 
 
 def test_data_that_are_not_there_exit_with_2(tabular: Path, tmp_path: Path) -> None:
@@ -305,12 +303,12 @@ def test_without_pyarrow_csv_is_run_alike_and_parquet_says_what_to_install(
             over(tabular, tmp_path / data, tmp_path / out)
 
 
-def test_who_signed_the_bundle_is_said_and_a_key_is_required_where_it_is_given(tabular: Path, tmp_path: Path) -> None:
+def test_the_signature_is_printed_and_required_with_a_key(tabular: Path, tmp_path: Path) -> None:
     source = write_csv(tmp_path / "rows.csv", TABULAR, readings(5))
-    told = json.loads(run(tabular, source, "-o", tmp_path / "a.csv", "--json").stdout)
-    assert "not verified" in told["signature"]
-    told = json.loads(run(tabular, source, "-o", tmp_path / "a.csv", "--key", KEY.public.text, "--json").stdout)
-    assert told["signature"] == f"by {KEY.public.kid}"
+    columns = json.loads(run(tabular, source, "-o", tmp_path / "a.csv", "--json").stdout)
+    assert "not verified" in columns["signature"]
+    columns = json.loads(run(tabular, source, "-o", tmp_path / "a.csv", "--key", KEY.public.text, "--json").stdout)
+    assert columns["signature"] == f"by {KEY.public.kid}"
     refused = run(tabular, source, "-o", tmp_path / "b.csv", "--key", new_key(12).public.text)
     assert isinstance(refused.exception, BadBundle)
     assert not (tmp_path / "b.csv").exists()
@@ -318,16 +316,16 @@ def test_who_signed_the_bundle_is_said_and_a_key_is_required_where_it_is_given(t
 
 def test_two_runs_do_not_write_one_file_together(tabular: Path, tmp_path: Path) -> None:
     source = write_csv(tmp_path / "rows.csv", TABULAR, readings(50))
-    one, other = work(tabular, 512), work(tabular, 512)
+    item, other = work(tabular, 512), work(tabular, 512)
 
     def meanwhile(*_: int) -> None:
         with pytest.raises(UsageError, match="another `model run` writes it"):
             other.predict_file(source, tmp_path / "out.csv", lambda *_: None)
 
-    assert one.predict_file(source, tmp_path / "out.csv", meanwhile).rows == 50
+    assert item.predict_file(source, tmp_path / "out.csv", meanwhile).rows == 50
 
 
-def test_a_file_that_was_finished_between_opening_and_lock_is_not_written_to(
+def test_a_file_finished_between_opening_and_lock_is_not_written_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part, lock = tmp_path / "out.csv.part", output._lock
@@ -352,8 +350,8 @@ def test_a_line_of_the_ledger_that_a_kill_tore_costs_only_that_file(tmp_path: Pa
         file.write(b'{"identity":"1","tot')
     assert RunLedger(tmp_path).get(jobs[1]) is None
     RunLedger(tmp_path).add(jobs[2], RunTotals(rows=7))
-    found = [RunLedger(tmp_path).get(job) for job in jobs]
-    assert [None if one is None else one.rows for one in found] == [5, None, 7]
+    loaded = [RunLedger(tmp_path).get(job) for job in jobs]
+    assert [None if item is None else item.rows for item in loaded] == [5, None, 7]
 
 
 cells = st.one_of(
@@ -374,13 +372,13 @@ def test_blocks_of_any_size_give_the_rows_and_rejects_of_the_whole(
 
 
 def read_all(path: Path, block: int) -> tuple[bytes, list[int], list[tuple[int, str]], list[str]]:
-    """(values, numbers, rejects, texts) of a file read in such blocks, each from the place the last one left."""
+    """Return (values, row numbers, rejected rows, texts) of a file, read in blocks."""
     values, numbers, rejects, texts = b"", [], [], []
-    for one in TableReader(path, ["a"], ["b"], block).blocks():
-        values += one.rows.tobytes()
-        numbers += one.row_numbers.tolist()
-        rejects += [(r.line, r.reason) for r in one.rejected]
-        texts += one.text_columns["b"].tolist()
+    for item in TableReader(path, ["a"], ["b"], block).blocks():
+        values += item.rows.tobytes()
+        numbers += item.row_numbers.tolist()
+        rejects += [(r.line, r.reason) for r in item.rejected]
+        texts += item.text_columns["b"].tolist()
     return values, numbers, rejects, texts
 
 
@@ -388,14 +386,14 @@ def test_reading_goes_on_from_any_place(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "rows.csv", ("a", "b"), waves(500))
     file = TableReader(path, ["a", "b"], block_bytes=1000)
     whole = list(file.blocks())
-    for i, one in enumerate(whole[:-1]):
-        assert next(iter(file.blocks(one.next_position))).rows.tobytes() == whole[i + 1].rows.tobytes()
+    for i, item in enumerate(whole[:-1]):
+        assert next(iter(file.blocks(item.next_position))).rows.tobytes() == whole[i + 1].rows.tobytes()
 
 
 def test_times_that_are_missing_are_those_of_the_row_before(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("t,a\n,1\n5,2\n,3\n7.5,4\n")
     blocks = list(TableReader(tmp_path / "rows.csv", ["a"], block_bytes=64).blocks())
-    assert np.concatenate([one.t for one in blocks]).tolist() == [0, 5_000_000, 5_000_000, 7_500_000]
+    assert np.concatenate([item.t for item in blocks]).tolist() == [0, 5_000_000, 5_000_000, 7_500_000]
 
 
 def test_a_progress_bar_needs_a_terminal_and_a_second() -> None:

@@ -189,7 +189,7 @@ def test_a_model_that_cannot_be_run_is_refused_with_its_reason(name: str, why: s
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("pymicro_okay_nabu_int8stream", "remembers what it saw before"),
+        ("pymicro_okay_nabu_int8stream", "keeps state between inferences"),
         ("flex_model_selfmade", "convert it with TFLITE_BUILTINS only"),
         ("tflm_person_detect_int8", "quantized_dimension must be in range"),
     ],

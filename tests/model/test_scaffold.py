@@ -1,4 +1,4 @@
-"""Anybody's `.tflite`: a SPEC is written from it; then it answers as a plain loop, or it is refused with a reason."""
+"""SPEC from any `.tflite`: it packs as it is and predicts as a plain loop, or is refused with a reason."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(*args: object) -> Result:
 
 
 def refused(*args: object) -> str:
-    """The one sentence that a person is told."""
+    """Return the one-line error."""
     with pytest.raises(OutstationError) as problem:
         run(*args)
     assert "\n" not in str(problem.value)
@@ -51,32 +51,30 @@ def refused(*args: object) -> str:
 
 
 def plain(content: bytes, rows: Floats) -> Floats:
-    """Quantized outputs, one row at a time, with nothing of ours but the rule for rounding."""
+    """Return quantized outputs, one row at a time, with nothing of ours but the rounding rule."""
     interpreter: Any = Interpreter(model_content=content)
     interpreter.allocate_tensors()
     (into,), (out,) = interpreter.get_input_details(), interpreter.get_output_details()
     (scale, zero), (step, middle) = into["quantization"], out["quantization"]
     limits = np.iinfo(into["dtype"])
-    found = []
+    result = []
     for row in rows.reshape(len(rows), *into["shape"]):
         raw = np.clip(np.rint(row / np.float32(scale)) + zero, limits.min, limits.max).astype(into["dtype"])
         interpreter.set_tensor(into["index"], raw)
         interpreter.invoke()
-        found.append(interpreter.get_tensor(out["index"]).reshape(-1))
-    values: Floats = (np.stack(found).astype(np.float32) - middle) * np.float32(step)
+        result.append(interpreter.get_tensor(out["index"]).reshape(-1))
+    values: Floats = (np.stack(result).astype(np.float32) - middle) * np.float32(step)
     return values
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_model_that_others_made_is_packed_from_its_own_outline_and_answers_as_a_plain_loop(
-    tmp_path: Path, name: str
-) -> None:
+def test_a_third_party_model_packs_from_its_scaffold_and_predicts_alike(tmp_path: Path, name: str) -> None:
     model, (kind, rows, fields) = others(name), OTHERS[name]
     assert run("pack", "--from", model, "-o", tmp_path / "spec.toml").exit_code == 0
-    said = tomllib.loads((tmp_path / "spec.toml").read_text())
-    assert said["kind"] == kind
-    image = said["input"].get("image")
-    assert (image["height"] if image else said["input"].get("window", {"rows": 1})["rows"]) == rows
+    message = tomllib.loads((tmp_path / "spec.toml").read_text())
+    assert message["kind"] == kind
+    image = message["input"].get("image")
+    assert (image["height"] if image else message["input"].get("window", {"rows": 1})["rows"]) == rows
     names = [f"{'pixel' if image else 'x'}{i}" for i in range(fields)]
     low, high = input_range(model)
     given = np.random.default_rng(0).uniform(low, high, (40 * rows, fields)).astype(np.float32)
@@ -87,8 +85,10 @@ def test_a_model_that_others_made_is_packed_from_its_own_outline_and_answers_as_
         text.replace('# golden = "readings.csv"', 'golden = "data.npz"') + "[drift]\nwindow = 2\n"
     )
     pack.write_bundle(pack.pack(tmp_path / "spec.toml", KEY), tmp_path / "bundle")
-    found = activation.activate(tmp_path / "bundle", [KEY.public])
-    answers = Inference(found.bundle.manifest, found.model).run(given, np.arange(len(given)) * 1000, with_outputs=True)
+    result = activation.activate(tmp_path / "bundle", [KEY.public])
+    answers = Inference(result.bundle.manifest, result.model).run(
+        given, np.arange(len(given)) * 1000, with_outputs=True
+    )
     expected = plain(model.read_bytes(), given.reshape(40, rows * fields))
     assert answers.outputs is not None
     assert answers.outputs.tobytes() == expected.tobytes()
@@ -98,7 +98,7 @@ def test_a_model_that_others_made_is_packed_from_its_own_outline_and_answers_as_
         assert answers.scores.anomaly is not None
 
 
-def test_an_input_that_looks_like_an_image_is_taken_for_one_with_the_scale_its_quantization_tells() -> None:
+def test_an_image_input_gets_the_scale_of_its_quantization() -> None:
     text = run("pack", "--from", others("coral_mobilenet_v1_0.25_128_quant")).output
     image = tomllib.loads(text)["input"]["image"]
     assert (image["width"], image["height"], image["channels"]) == (128, 128, 3)
@@ -107,7 +107,7 @@ def test_an_input_that_looks_like_an_image_is_taken_for_one_with_the_scale_its_q
 
 def input_range(model: Path) -> tuple[float, float]:
     interpreter: Any = Interpreter(model_content=model.read_bytes())
-    ((scale, zero),) = [one["quantization"] for one in interpreter.get_input_details()]
+    ((scale, zero),) = [item["quantization"] for item in interpreter.get_input_details()]
     limits = np.iinfo(interpreter.get_input_details()[0]["dtype"])
     return (limits.min - zero) * scale, (limits.max - zero) * scale
 
@@ -116,12 +116,12 @@ def input_range(model: Path) -> tuple[float, float]:
     ("name", "why", "fix"),
     [
         ("pymicro_okay_nabu_int8stream", "keeps state between inferences (ASSIGN_VARIABLE", "export it without state"),
-        ("flex_model_selfmade", "TensorFlow operations that it does not have", "convert it with TFLITE_BUILTINS only"),
-        ("tflm_person_detect_int8", "its quantization is not as the format asks", "convert the model again"),
+        ("flex_model_selfmade", "TensorFlow operations, which it lacks", "convert it with TFLITE_BUILTINS only"),
+        ("tflm_person_detect_int8", "its quantization does not follow the format", "convert the model again"),
     ],
 )
 @pytest.mark.parametrize("by", ["--from", "SPEC"])
-def test_a_model_that_cannot_run_here_is_refused_with_the_reason_and_what_to_do(
+def test_a_model_that_cannot_run_is_refused_with_reason_and_fix(
     tmp_path: Path, name: str, why: str, fix: str, by: str
 ) -> None:
     model = others(name)
@@ -130,10 +130,10 @@ def test_a_model_that_cannot_run_here_is_refused_with_the_reason_and_what_to_do(
         text = f'name = "x"\nversion = "1"\nkind = "regress"\nmodel = "{model}"\n[input]\nfields = ["a"]\n'
         (tmp_path / "spec.toml").write_text(text)
         arguments = [tmp_path / "spec.toml", "-o", tmp_path / "out"]
-    said = refused("pack", *arguments)
-    assert why in said
-    assert fix in said
-    assert name in said
+    message = refused("pack", *arguments)
+    assert why in message
+    assert fix in message
+    assert name in message
 
 
 @pytest.mark.parametrize("name", ["flex", "stateful", "two_inputs", "endless", "not a model", "empty"])
@@ -162,7 +162,7 @@ def test_a_model_that_would_crash_hang_or_lie_writes_no_spec(tmp_path: Path, nam
         ("anomaly_int8", "anomaly", {"quantile": 0.99}),
     ],
 )
-def test_a_models_tensors_and_answers_tell_its_kind_and_the_spec_packs_as_it_is(
+def test_the_kind_is_guessed_and_the_spec_packs_as_it_is(
     tmp_path: Path, name: str, kind: str, more: dict[str, Any]
 ) -> None:
     (tmp_path / "model.tflite").write_bytes((MODELS / f"{name}.tflite").read_bytes())
@@ -170,8 +170,8 @@ def test_a_models_tensors_and_answers_tell_its_kind_and_the_spec_packs_as_it_is(
         run("pack", "--from", tmp_path / "model.tflite", "-o", tmp_path / "spec.toml", "--json").output
     )
     assert (document["kind"], document["spec"]) == (kind, str(tmp_path / "spec.toml"))
-    said = tomllib.loads((tmp_path / "spec.toml").read_text())
-    assert said["output"].items() >= more.items()
+    message = tomllib.loads((tmp_path / "spec.toml").read_text())
+    assert message["output"].items() >= more.items()
     assert run("pack", tmp_path / "spec.toml", "-o", tmp_path / "out").exit_code == 0
 
 
@@ -180,24 +180,24 @@ def looks(outputs: int, answers: OutputStats, limits: tuple[float, float] | None
     return inspect.guess_kind(ModelInspection(*tensors, [answers])).kind
 
 
-def test_one_quantized_value_from_0_to_1_is_a_probability_and_vectors_of_length_1_are_an_embedding() -> None:
+def test_kinds_are_guessed_from_the_range_and_norm_of_outputs() -> None:
     unit = OutputStats(0.1, 0.9, (0.1, 0.9), (0.1, 0.9))
     assert looks(1, unit, (0, 0.996)) == "classify"
     assert looks(1, unit) == "regress"
     assert looks(8, OutputStats(-0.7, 0.8, (-1, 1), (0.999, 1.001))) == "embedding"
 
 
-def test_data_beside_the_model_name_its_fields_and_labels(tmp_path: Path) -> None:
+def test_a_table_names_the_fields_and_labels(tmp_path: Path) -> None:
     text = write_csv(tmp_path / "data.csv", ("a", "b", "c", "d"), readings(600)).read_text().splitlines()
     labelled = [f"{line},{('wet', 'dry', 'hot')[i % 3]},note" for i, line in enumerate(text[1:])]
     (tmp_path / "data.csv").write_text("\n".join([f"{text[0]},label,remark", *labelled]) + "\n")
     (tmp_path / "specs").mkdir()
     out = tmp_path / "specs" / "spec.toml"
     assert run("pack", "--from", MODELS / "sums_int8.tflite", "--data", tmp_path / "data.csv", "-o", out).exit_code == 0
-    said = tomllib.loads(out.read_text())
-    assert said["input"]["fields"] == ["a", "b", "c", "d"]
-    assert said["labels"] == ["dry", "hot", "wet"]
-    assert said["reference"] == said["golden"] == "../data.csv"
+    message = tomllib.loads(out.read_text())
+    assert message["input"]["fields"] == ["a", "b", "c", "d"]
+    assert message["labels"] == ["dry", "hot", "wet"]
+    assert message["reference"] == message["golden"] == "../data.csv"
     assert run("pack", out, "-o", tmp_path / "bundle").exit_code == 0
 
 

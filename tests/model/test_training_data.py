@@ -1,4 +1,4 @@
-"""Data files of publishers: columns found by name, gaps between recordings, and each mistake with its line."""
+"""Training data: columns by name, pauses between recordings, and each error with its line."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def csv(folder: Path, text: str) -> training_data.TrainingData:
     return training_data.read(folder / "data.csv", PLAIN)
 
 
-def test_csv_columns_are_found_by_name_and_empty_cells_are_missing(tmp_path: Path) -> None:
-    found = csv(tmp_path, '\ufeffb , note,a\r\n1.5,"x, y",2\r\n\r\n,z,"3"\r\n')
-    np.testing.assert_array_equal(found.features, np.array([[2, 1.5], [3, np.nan]], np.float32))
-    assert found.t.tolist() == [1, 2]
+def test_csv_columns_are_read_by_name_and_empty_cells_are_missing(tmp_path: Path) -> None:
+    data = csv(tmp_path, '\ufeffb , note,a\r\n1.5,"x, y",2\r\n\r\n,z,"3"\r\n')
+    np.testing.assert_array_equal(data.features, np.array([[2, 1.5], [3, np.nan]], np.float32))
+    assert data.t.tolist() == [1, 2]
 
 
 def test_csv_times_are_epoch_seconds(tmp_path: Path) -> None:
@@ -50,14 +50,14 @@ def test_csv_of_one_column_or_one_row_keeps_its_shape(tmp_path: Path) -> None:
         ("t,a,b\n2026-11-24 noon,1,1\n", "line 2: t: '2026-11-24 noon' is no time"),
     ],
 )
-def test_csv_that_is_no_data_is_refused_with_its_line(tmp_path: Path, text: str, why: str) -> None:
+def test_bad_csv_is_refused_with_its_line(tmp_path: Path, text: str, why: str) -> None:
     with pytest.raises(UsageError) as problem:
         csv(tmp_path, text)
     assert str(problem.value).startswith(f"{tmp_path / 'data.csv'}: {why}")
 
 
 def damaged_zip(at: int, value: int) -> bytes:
-    """Recordings whose archive's directory has `value` at `at` of its first entry: 6 version, 10 compression."""
+    """Return recordings with `value` at byte `at` of the archive's first directory entry: 6 version, 10 compression."""
     content = bytearray(npz(rows=np.zeros((3, 2)), fields=["a", "b"]))
     content[content.index(b"PK\x01\x02") + at] = value
     return bytes(content)
@@ -104,7 +104,7 @@ def test_between_recordings_there_is_a_gap_and_each_row_has_its_label(tmp_path: 
         npz(rows=np.zeros((5, 2)), fields=["a", "b"], starts=[0, 2, 5], rate=10.0, label=[7, 8])
     )
     spec = ModelInput(fields=["a", "b"], window=WindowSpec(rows=2, step=2, max_gap_s=5))
-    found = training_data.read(tmp_path / "data.npz", spec)
-    assert np.diff(found.t).tolist() == [100_000, 60_100_000, 100_000, 100_000]
-    assert found.label is not None
-    assert found.label.tolist() == [7, 7, 8, 8, 8]
+    data = training_data.read(tmp_path / "data.npz", spec)
+    assert np.diff(data.t).tolist() == [100_000, 60_100_000, 100_000, 100_000]
+    assert data.label is not None
+    assert data.label.tolist() == [7, 7, 8, 8, 8]

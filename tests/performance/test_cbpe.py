@@ -1,4 +1,4 @@
-"""Expected accuracy without labels."""
+"""CBPE: expected accuracy without labels."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_without_answers_there_is_no_estimate() -> None:
     assert cbpe.estimate_accuracy(N, CORRECT, np.zeros(3, np.int64)) is None
 
 
-def test_the_interval_holds_the_true_accuracy_when_answers_become_less_sure() -> None:
+def test_the_interval_covers_the_accuracy_of_less_confident_answers() -> None:
     rng = np.random.default_rng(5)
     right = np.linspace(0.4, 0.99, 32)  # how often an answer in each bin is right, there and here
     n = np.full(32, 40)
@@ -55,14 +55,16 @@ def test_the_interval_holds_the_true_accuracy_when_answers_become_less_sure() ->
 
 
 @pytest.mark.parametrize(("a", "b"), [(6.0, 1.5), (5.0, 1.5), (5.0, 2.0), (8.0, 1.2)])
-def test_it_agrees_with_nannymls_on_calibrated_scores_within_two_thousandths(a: float, b: float) -> None:
-    """NannyML estimates accuracy as the mean of the calibrated scores of what was named, (TP + TN) / n."""
+def test_it_agrees_with_nannyml_on_calibrated_scores(a: float, b: float) -> None:
+    """NannyML estimates accuracy as the mean calibrated score of the predicted class, (TP + TN) / n."""
     rng = np.random.default_rng(1)
     known, current = rng.beta(6, 1.5, 40_000), rng.beta(a, b, 20_000)
     edges = np.quantile(known, np.arange(1, 32) / 32)
     places = np.searchsorted(edges, known, side="right")
     n = np.bincount(places, minlength=32)
     correct = np.rint(np.bincount(places, known, 32)).astype(np.int64)
-    found = cbpe.estimate_accuracy(n, correct, np.bincount(np.searchsorted(edges, current, side="right"), minlength=32))
-    assert found is not None
-    assert found["accuracy"] == pytest.approx(current.mean(), abs=0.002)
+    estimate = cbpe.estimate_accuracy(
+        n, correct, np.bincount(np.searchsorted(edges, current, side="right"), minlength=32)
+    )
+    assert estimate is not None
+    assert estimate["accuracy"] == pytest.approx(current.mean(), abs=0.002)

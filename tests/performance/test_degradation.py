@@ -1,4 +1,4 @@
-"""Silent decay: quiet while labels say what they always said, named once they do not."""
+"""Performance degradation: no alert while accuracy stays, one alert for each way it can fall."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def run(
     losses: Any,
     state: DegradationState | None = None,
     promise: PromisedAccuracy | None = None,
-    told: float | None = None,
+    expected: float | None = None,
     shares: bool = True,
 ) -> list[DegradationEvent]:
     state = state or DegradationState("sha256:a")
     return degradation.add_losses(
-        state, list(map(float, losses)), [told] * len(losses), promise or PromisedAccuracy(), binary_loss=shares
+        state, list(map(float, losses)), [expected] * len(losses), promise or PromisedAccuracy(), binary_loss=shares
     )
 
 
@@ -39,29 +39,29 @@ def wrong(n: int, share: float, seed: int = 0) -> Any:
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.3])
 def test_labels_that_keep_saying_the_same_raise_nothing(share: float) -> None:
-    groups = found = 0
+    groups = events = 0
     for seed in range(12):
         answers = wrong(5000, share, seed)
-        found += len(run(answers, promise=PromisedAccuracy(1 - share, 2000), told=share))
+        events += len(run(answers, promise=PromisedAccuracy(1 - share, 2000), expected=share))
         groups += 200
     # At most 2 in 1000 groups of 25 labels, all three comparisons together.
-    assert found <= 4 * groups / 1000
+    assert events <= 4 * groups / 1000
 
 
 def test_mistakes_that_come_in_runs_are_no_decay() -> None:
-    found = 0
+    events = 0
     for seed in range(12):
-        found += len(run(np.repeat(wrong(1000, 0.15, seed), 4)))
-    assert found <= 6
+        events += len(run(np.repeat(wrong(1000, 0.15, seed), 4)))
+    assert events <= 6
 
 
-def test_accuracy_that_falls_is_told_with_both_numbers() -> None:
+def test_falling_accuracy_is_reported_with_both_numbers() -> None:
     state = DegradationState("sha256:a")
     assert run(wrong(500, 0.07), state) == []
-    found = run(wrong(200, 0.29, 1), state)
-    assert [(one.kind, one.state) for one in found] == [(DECAY, "raised")]
-    assert found[0].low > found[0].before
-    alert = degradation.build_alert(found[0], binary_loss=True)
+    events = run(wrong(200, 0.29, 1), state)
+    assert [(item.kind, item.state) for item in events] == [(DECAY, "raised")]
+    assert events[0].low > events[0].before
+    alert = degradation.build_alert(events[0], binary_loss=True)
     assert alert.summary.startswith("accuracy fell: the accuracy of the last ")
     assert alert.severity == "warning"
 
@@ -71,53 +71,53 @@ def test_an_alert_is_raised_once_and_cleared_once() -> None:
     run(wrong(500, 0.05), state)
     raised = run(wrong(400, 0.4, 1), state)
     cleared = run(wrong(400, 0.03, 2), state)
-    assert [one.state for one in raised] == ["raised"]
-    assert [one.state for one in cleared] == ["cleared"]
+    assert [item.state for item in raised] == ["raised"]
+    assert [item.state for item in cleared] == ["cleared"]
     assert raised[0].count == cleared[0].count
     again = run(wrong(300, 0.4, 3), state)
-    assert [(one.state, one.count) for one in again] == [("raised", 2)]
+    assert [(item.state, item.count) for item in again] == [("raised", 2)]
 
 
-def test_a_site_below_the_bundles_evaluation_is_told_from_the_first_labels_on() -> None:
-    found = run(wrong(150, 0.3), promise=PromisedAccuracy(0.93, 3000))
-    assert [one.kind for one in found] == [EVALUATION]
-    assert "the evaluation measured 0.93" in degradation.build_alert(found[0], binary_loss=True).summary
+def test_accuracy_below_the_evaluation_is_reported_from_the_first_labels() -> None:
+    events = run(wrong(150, 0.3), promise=PromisedAccuracy(0.93, 3000))
+    assert [item.kind for item in events] == [EVALUATION]
+    assert "the evaluation measured 0.93" in degradation.build_alert(events[0], binary_loss=True).summary
 
 
-def test_certainty_that_labels_contradict_is_likely_concept_drift() -> None:
-    found = run(wrong(200, 0.29), told=0.07)
-    assert [one.kind for one in found] == [CERTAINTY]
-    summary = degradation.build_alert(found[0], binary_loss=True).summary
+def test_labels_below_the_models_scores_are_likely_concept_drift() -> None:
+    events = run(wrong(200, 0.29), expected=0.07)
+    assert [item.kind for item in events] == [CERTAINTY]
+    summary = degradation.build_alert(events[0], binary_loss=True).summary
     assert summary.startswith("likely concept drift: the accuracy of the last ")
     assert "the model's scores promise 0.93" in summary
 
 
-def test_a_single_answer_without_a_score_is_no_reason_to_compare_with_certainty() -> None:
+def test_one_answer_without_a_score_skips_the_certainty_test() -> None:
     state = DegradationState("sha256:a")
     losses = [1.0] * 100
-    told: list[float | None] = [0.05] * 100
-    told[::20] = [None] * 5
-    assert degradation.add_losses(state, losses, told, PromisedAccuracy(), binary_loss=True) == []
+    expected: list[float | None] = [0.05] * 100
+    expected[::20] = [None] * 5
+    assert degradation.add_losses(state, losses, expected, PromisedAccuracy(), binary_loss=True) == []
 
 
-def test_errors_of_numbers_that_grow_are_told() -> None:
+def test_growing_errors_of_numbers_are_reported() -> None:
     random, state = np.random.default_rng(4), DegradationState("sha256:a")
     assert run(np.abs(random.normal(0, 1, 600)), state, shares=False) == []
-    found = run(np.abs(random.normal(0, 1.8, 300)), state, shares=False)
-    assert [one.kind for one in found] == [DECAY]
-    assert degradation.build_alert(found[0], binary_loss=False).summary.startswith("the error grew: ")
+    events = run(np.abs(random.normal(0, 1.8, 300)), state, shares=False)
+    assert [item.kind for item in events] == [DECAY]
+    assert degradation.build_alert(events[0], binary_loss=False).summary.startswith("the error grew: ")
 
 
 def test_it_does_not_matter_how_labels_are_cut_into_messages() -> None:
     losses = np.concatenate([wrong(300, 0.1), wrong(300, 0.4, 1)])
     whole, parts = DegradationState("sha256:a"), DegradationState("sha256:a")
-    found = run(losses, whole)
-    pieces = [one for i in range(0, 600, 7) for one in run(losses[i : i + 7], parts)]
-    assert found == pieces
+    events = run(losses, whole)
+    pieces = [item for i in range(0, 600, 7) for item in run(losses[i : i + 7], parts)]
+    assert events == pieces
     assert whole.to_bytes() == parts.to_bytes()
 
 
-def test_state_survives_being_kept_and_stays_small() -> None:
+def test_state_survives_serialisation_and_stays_small() -> None:
     state = DegradationState("sha256:a")
     run(wrong(5000, 0.3), state, PromisedAccuracy(0.9, 100), 0.1)
     assert DegradationState.from_bytes(state.to_bytes()) == state
@@ -143,28 +143,28 @@ def redone(
     st.lists(st.booleans(), min_size=700, max_size=700),
     st.integers(0, 700),
 )
-def test_labels_put_right_leave_what_they_would_have_left_had_they_been_right_at_first(
+def test_corrected_labels_leave_the_state_of_labels_right_from_the_start(
     right: list[bool], mask: list[bool], wrong_from: int
 ) -> None:
-    first = [one or (flip and i >= wrong_from) for i, (one, flip) in enumerate(zip(right, mask, strict=False))]
+    first = [item or (flip and i >= wrong_from) for i, (item, flip) in enumerate(zip(right, mask, strict=False))]
     state, wanted = DegradationState("sha256:a"), DegradationState("sha256:a")
     run(first, state, PromisedAccuracy(0.9, 500))
     run(right, wanted, PromisedAccuracy(0.9, 500))
     redone(state, right, promise=PromisedAccuracy(0.9, 500))
-    for one in (state, wanted):
-        for track in one.tracks.values():
+    for item in (state, wanted):
+        for track in item.tracks.values():
             track.raised_count = 0
     assert state == wanted
 
 
-def test_an_alert_that_only_wrong_labels_raised_is_cleared_by_its_id_and_the_next_is_another() -> None:
+def test_correcting_labels_clears_the_alert_and_the_next_has_a_new_id() -> None:
     state = DegradationState("sha256:a")
     [raised] = run(wrong(150, 0.6), state, PromisedAccuracy(0.9, 500))
     [cleared] = redone(state, wrong(150, 0.05), promise=PromisedAccuracy(0.9, 500))
-    told = [degradation.build_alert(one, binary_loss=True) for one in (raised, cleared)]
-    assert [one.state for one in told] == ["raised", "cleared"]
-    assert told[0].id == told[1].id
-    assert told[1].summary.startswith("labels were corrected; all 150 now agree with ")
+    expected = [degradation.build_alert(item, binary_loss=True) for item in (raised, cleared)]
+    assert [item.state for item in expected] == ["raised", "cleared"]
+    assert expected[0].id == expected[1].id
+    assert expected[1].summary.startswith("labels were corrected; all 150 now agree with ")
     [again] = redone(state, wrong(150, 0.6), promise=PromisedAccuracy(0.9, 500))
     assert (again.state, again.count) == ("raised", 2)
 
@@ -177,7 +177,7 @@ def test_an_alert_that_right_labels_raise_too_stays_as_it_is() -> None:
     assert state.tracks[EVALUATION].is_open
 
 
-def test_where_the_first_labels_are_gone_the_baseline_stays() -> None:
+def test_the_baseline_stays_without_the_first_labels() -> None:
     state = DegradationState("sha256:a")
     run(wrong(500, 0.1), state)
     before = (state.baseline_n, state.baseline_loss_sum, state.baseline_square_sum)

@@ -1,4 +1,4 @@
-"""Intervals: they cover what they claim, and widen where neighbours are alike."""
+"""Intervals: their coverage, and their width if neighbours are alike."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_independent_results_count_one_each_and_alike_ones_less() -> None:
     assert intervals.estimate_design_effect(sticky.astype(float)) > 8
 
 
-def test_too_few_or_constant_results_say_nothing_of_being_alike() -> None:
+def test_too_few_or_constant_results_have_no_design_effect() -> None:
     assert intervals.estimate_design_effect(np.ones(5)) == 1.0
     assert intervals.estimate_design_effect(np.ones(500)) == 1.0
 
@@ -82,7 +82,7 @@ def test_what_never_varied_has_no_interval_of_width_zero() -> None:
 
 
 @pytest.mark.parametrize("value", [1e160, -1e308, math.inf, math.nan])
-def test_an_absurd_value_leaves_neighbours_as_alike_as_they_can_be_told(value: float) -> None:
+def test_an_extreme_value_keeps_the_design_effect_finite(value: float) -> None:
     values = np.full(60, 0.5)
     values[5] = value
     assert 1.0 <= intervals.estimate_design_effect(values) < 20

@@ -1,4 +1,4 @@
-"""What `scripts/bench` says of its measurements, and that those of drift see what they are made to see. No timing."""
+"""Results of `scripts/bench`, and detections of its drift benchmark on data with a known change; no timing."""
 
 from __future__ import annotations
 
@@ -136,14 +136,14 @@ def test_changes_are_what_they_are_called() -> None:
 @pytest.mark.parametrize("model_rows", [1, 100])
 def test_a_site_that_learned_sees_a_shift_of_half_a_sd(model_rows: int) -> None:
     row = ours.row("ours", KINDS[0], [synthetic.changes(4)[1]], sites=1, quiet=5, trials=1, model_rows=model_rows)
-    (delay,) = row.found[synthetic.HALF].delays
+    (delay,) = row.delays[synthetic.HALF].delays
     assert row.quiet == 5
     assert delay is not None
     assert delay <= 3
 
 
 def test_a_peer_in_a_process_of_its_own_sees_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PSI needs nothing but numpy, so it runs in any environment."""
+    """Run in any environment, because PSI needs nothing but numpy."""
     monkeypatch.setattr(Kit, "python", Path(sys.executable))
     data, changes = tmp_path / "data.npz", [synthetic.changes(4)[1]]
     peers.write(data, KINDS[0], changes, sites=1)
@@ -152,7 +152,7 @@ def test_a_peer_in_a_process_of_its_own_sees_it_too(tmp_path: Path, monkeypatch:
         assert peer.seconds_per_row() > 0
         assert peer.memory["work_mb"] >= 0
     assert (row.quiet, row.alarmed) == (3, 0)
-    assert row.found[synthetic.HALF].delays == [1]
+    assert row.delays[synthetic.HALF].delays == [1]
 
 
 def test_a_peer_that_fails_is_told_with_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +185,7 @@ def test_results_are_finite_where_something_was_never_found() -> None:
         for name in (synthetic.QUARTER, synthetic.HALF, synthetic.WIDER, synthetic.ANSWERS)
     }
     rows = [Row("ours, an answer per row", 10, 1, changes), Row("PSI", 10, 10, changes)]
-    results = list(targets.of_made("independent", rows))
+    results = list(targets.synthetic_results("independent", rows))
     assert "Infinity" not in json.dumps([document(one) for one in results])
     assert [one.met for one in results] == [False] * 6
     assert "PSI: 1000" in results[0].note

@@ -1,4 +1,4 @@
-"""The committed model is what its sources make, and does what its card says."""
+"""Committed model: equal to the output of its sources, and as accurate as its card states."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def interpreter() -> Any:
 
 
 def held_out_windows() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Windows (w, 100, 6) in physical units from each recording's first row, and their labels (w,)."""
+    """Return windows (w, 100, 6) in physical units from each recording's first row, and their labels (w,)."""
     rows = SPEC["input"]["window"]["rows"]
     with np.load(RECORDINGS, allow_pickle=False) as z:
         parts = [z["rows"][a:b] for a, b in zip(z["starts"][:-1], z["starts"][1:], strict=True)]
@@ -41,7 +41,7 @@ def held_out_windows() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 
 
 def answer(windows: NDArray[np.float32], batch: int) -> NDArray[np.int8]:
-    """The raw int8 outputs (w, 7)."""
+    """Return the raw int8 outputs (w, 7)."""
     model = interpreter()
     entry, leave = model.get_input_details()[0], model.get_output_details()[0]
     step, zero = entry["quantization"]
@@ -64,8 +64,8 @@ def digest(path: Path) -> str:
 def builder() -> str:
     for python in (str(BUILDER), sys.executable):
         pinned = "tensorflow_cpu-2.21.0.dist-info"
-        found = f"import sys, pathlib; sys.exit(not any((pathlib.Path(p) / {pinned!r}).exists() for p in sys.path))"
-        if Path(python).exists() and subprocess.run([python, "-c", found], check=False).returncode == 0:
+        check = f"import sys, pathlib; sys.exit(not any((pathlib.Path(p) / {pinned!r}).exists() for p in sys.path))"
+        if Path(python).exists() and subprocess.run([python, "-c", check], check=False).returncode == 0:
             return python
     pytest.skip("tensorflow-cpu 2.21.0 is missing: scripts/build_models makes .venv-models with it")
 

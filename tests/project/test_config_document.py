@@ -1,4 +1,4 @@
-"""docs/config.md has every key of a device's config, no other, and its default."""
+"""docs/config.md documents exactly the keys of a device's config, with their defaults."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SECTIONS: dict[str, Any] = {
 
 
 def documented() -> dict[str, dict[str, str]]:
-    """Section → key → its default as it is written in a config, or `–` or `required`."""
+    """Return section → key → default as in the document: a config literal, `–` or `required`."""
     headings = list(HEADING.finditer(text := PAGE.read_text(encoding="utf-8")))
     ends = [heading.start() for heading in headings[1:]] + [len(text)]
     return {
@@ -63,7 +63,7 @@ def test_every_key_is_documented_with_its_default(section: str, tmp_path: Path) 
     given = base | {name: default for name, default in described.items() if default not in ("–", "required")}
     read = [_read(file, kind, lines) for lines in (base, given)]
     assert read[0] == read[1]
-    # No fields are what images and sounds have; written down, an empty list is refused.
+    # Images and sounds have no fields; a config with an empty list is rejected.
     unset = {name for name, field in fields.items() if field.default is None} | ({"fields"} & fields.keys())
     assert {name for name, default in described.items() if default == "–"} == unset
 

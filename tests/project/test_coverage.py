@@ -1,6 +1,6 @@
-"""Intervals and verdicts against bundles whose truth is known: a part of `scripts/coverage`, whose figures are told.
+"""Interval coverage and verdicts on bundles with known truth: a part of `scripts/coverage`.
 
-Bounds are those of docs/comparing.md, less what chance does to so few repetitions.
+Bounds are those of docs/comparing.md, widened for the small number of repetitions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 
 from agent.comparison.paired_intervals import ComparisonBlock
 from scripts.interval_coverage import looks, recorded, synthetic
-from scripts.interval_coverage.__main__ import held
+from scripts.interval_coverage.__main__ import interval_coverage
 from scripts.interval_coverage.synthetic import ESTIMATES, STRAIN, TRUTHS
 
 CASES = {case.name: case for case in synthetic.cases()}
@@ -27,7 +27,7 @@ def counted(name: str, repeats: int = REPEATS) -> dict[str, dict[str, float]]:
         blocks, strain = CASES[name].make(random)
         return blocks, {estimate: truth(strain) for estimate, truth in TRUTHS.items()}
 
-    return held(drawn, 11, repeats)
+    return interval_coverage(drawn, 11, repeats)
 
 
 def test_what_is_said_of_the_strain_is_what_the_blocks_show_in_the_long_run() -> None:
@@ -51,10 +51,10 @@ def test_what_is_said_of_the_strain_is_what_the_blocks_show_in_the_long_run() ->
     ],
 )
 def test_intervals_hold_the_truth_as_often_as_the_documentation_says(name: str, least: float) -> None:
-    found = counted(name)
-    assert set(found) == set(TRUTHS)
-    assert {estimate for estimate, one in found.items() if one["held"] < least} == set()
-    assert max(one["bad"] for one in found.values()) <= 0.06
+    coverage = counted(name)
+    assert set(coverage) == set(TRUTHS)
+    assert {estimate for estimate, shares in coverage.items() if shares["held"] < least} == set()
+    assert max(shares["bad"] for shares in coverage.values()) <= 0.06
 
 
 def test_bursts_longer_than_what_was_compared_are_not_seen_and_the_documentation_does_not_hide_it() -> None:
@@ -64,7 +64,7 @@ def test_bursts_longer_than_what_was_compared_are_not_seen_and_the_documentation
 def test_a_bundle_five_points_better_than_its_limit_is_seldom_called_bad_at_any_look() -> None:
     found = looks.measured("bursts 2 batches long", 5, 6, 20)
     assert {name: shares[-1][-1] == 0 for name, shares in found.items()} == dict.fromkeys(looks.LOOKED_AT, True)
-    # And one that is bad by far is found each time.
+    # A clearly bad bundle is detected each time.
     lowest = looks.lowest_high(np.random.default_rng(1), "bursts 2 batches long", 20)
     assert all(high < TRUTHS[name](STRAIN) + 0.1 for name, (_, high) in lowest.items())
 
@@ -75,7 +75,7 @@ def test_a_bundle_five_points_better_than_its_limit_is_seldom_called_bad_at_any_
 def test_over_the_recordings_agreement_is_held_as_often_as_the_documentation_says() -> None:
     drawn, truths = recorded.cases()["recordings, scaled, 24 windows a message, 20 messages"]
     assert 0.5 < truths["agreement"] < 0.99
-    found = held(lambda random: (drawn(random), truths), 11, REPEATS)
+    found = interval_coverage(lambda random: (drawn(random), truths), 11, REPEATS)
     assert found["agreement"]["held"] >= 0.88
 
 

@@ -43,7 +43,7 @@ class Log:
 
 
 def undeclared(last: int, *logs: Log, task: str = TASK, forgetful: bool = False) -> int:
-    """Of the rows 1 to `last`, all acknowledged, how many have neither a result nor a declaration."""
+    """Return how many of the acknowledged rows 1 to `last` have neither a result nor a declaration."""
     payloads = [payload for log in logs for payload in log.sent]
     sent = [T0 + row for row in range(1, last + 1)]
     bodies = [json.loads(payload) for payload in payloads]
@@ -101,7 +101,7 @@ def test_a_new_log_that_says_so_declares_what_lies_between_the_old_one_and_itsel
     assert undeclared(30, old, Log("b").event("new log", old="a").run(16, 25, shift=5)) == 0
     assert undeclared(30, old, Log("b").event("started").run(16, 25, shift=5)) == 10
     assert undeclared(30, old, Log("b").event("new log", old="a")) == 0
-    # Not what is missing inside one log.
+    # Rows missing inside one log are not covered.
     assert undeclared(30, old, Log("b").event("new log", old="a").run(11, 20).run(26, 30)) == 5
 
 

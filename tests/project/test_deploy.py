@@ -1,6 +1,6 @@
-"""The service and its installer, as far as they can be tried without changing this machine.
+"""Service unit and installer, as far as tests can run them without changing this machine.
 
-`scripts/test_install` tries them on a fresh Debian that it makes for the purpose.
+`scripts/test_install` runs them on a fresh Debian system.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def run(*command: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
 
 
 def unit_with_a_program(folder: Path) -> Path:
-    """A copy of the unit that starts a program which every machine has."""
+    """Return a copy of the unit that starts a program available on every machine."""
     copy = folder / UNIT.name
     copy.write_text(re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", UNIT.read_text(), flags=re.MULTILINE))
     return copy

@@ -1,4 +1,4 @@
-"""The documents: every link leads somewhere, and no file names a folder of the machine it was written on."""
+"""Documents: every link has a target, and no file names a folder of a developer's machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*$", re.MULTILINE)
 
 
 def files_of_the_project() -> list[Path]:
-    """What is or could be committed; every file of a folder that is no git checkout."""
+    """Return files that are or could be committed; outside a git checkout, every file of the folder."""
     command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     listed = subprocess.run(command, capture_output=True, text=True, check=False)
     names = listed.stdout.split("\0") if listed.returncode == 0 else [str(p) for p in ROOT.rglob("*")]
@@ -38,7 +38,7 @@ def test_every_relative_link_of_a_document_leads_to_a_file_and_a_heading(documen
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_path_that_a_document_names_is_there(document: Path) -> None:
     named = PATH.findall(document.read_text(encoding="utf-8"))
-    # A name that ends in `_` or `-` goes on with a wildcard or a date.
+    # A name that ends in `_` or `-` continues with a wildcard or a date.
     assert [path for path in named if not path.endswith(("_", "-")) and not (ROOT / path).exists()] == []
 
 
@@ -50,7 +50,7 @@ def test_every_test_that_a_document_names_is_there() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_name_that_a_document_places_in_a_module_is_there(document: Path) -> None:
-    """A document places a name as in: `DETECTORS` in `agent/drift/detectors/registry.py`."""
+    """Check references such as: `DETECTORS` in `agent/drift/detectors/registry.py`."""
     placed = PLACED_NAME.findall(document.read_text(encoding="utf-8"))
     missing = [
         f"{name} in {module}"
@@ -64,7 +64,7 @@ def test_no_file_names_a_folder_of_a_developers_machine() -> None:
     home = r"/(home|Users)/(?!outstation\b)[A-Za-z][\w.-]*/"
     own = "" if len(ROOT.parent.parts) < 2 or str(ROOT.parent) in ("/opt", "/srv", "/tmp") else f"|{ROOT.parent}/"
     pattern = re.compile(rf"(?<![\w.]){home}|(?<![\w.])/root/{own}")
-    found = []
+    lines = []
     for path in files_of_the_project():
         if path == Path(__file__):
             continue
@@ -72,8 +72,8 @@ def test_no_file_names_a_folder_of_a_developers_machine() -> None:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in pattern.finditer(text)]
-    assert not found
+        lines += [f"{path.relative_to(ROOT)}: {match[0]}" for match in pattern.finditer(text)]
+    assert not lines
 
 
 def test_a_dead_link_is_noticed(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_name_is_read_with_its_module() -> None:
 
 
 def links(text: str) -> list[str]:
-    """Targets of the inline links of a Markdown text, those with a scheme left out."""
+    """Return the targets of the inline links of a Markdown text, without those that have a scheme."""
     targets = [str(target) for target in LINK.findall(FENCE.sub("", text))]
     return [target for target in targets if not re.match(r"[a-z][a-z0-9+.-]*:", target)]
 
@@ -105,6 +105,6 @@ def leads_somewhere(document: Path, link: str) -> bool:
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors that Git hosts give to the headings of a Markdown text."""
+    """Return the anchors that Git hosts assign to the headings of a Markdown text."""
     titles = (re.sub(r"[^\w\- ]", "", title.lower()) for title in HEADING.findall(FENCE.sub("", text)))
     return {title.replace(" ", "-") for title in titles}

@@ -31,7 +31,7 @@ def test_a_power_cut_keeps_what_was_synced_and_drops_the_rest(card: Card, journa
         file.flush()
     assert (card.mount_point / "file").read_bytes() == b"synced, not synced"
     card.cut(journal=journal)
-    # The journal may know of the longer file; its bytes are gone all the same.
+    # The journal may record the longer file; its bytes are lost anyway.
     assert (card.mount_point / "file").read_bytes().rstrip(b"\0") == b"synced"
 
 

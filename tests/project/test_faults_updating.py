@@ -1,4 +1,4 @@
-"""What the torture rig's judge of roll-outs takes from signed audit messages: which bundles may answer for a task."""
+"""Rollout oracle of the fault harness: which bundles may answer for a task after a signed audit message."""
 
 from __future__ import annotations
 

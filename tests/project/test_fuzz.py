@@ -1,4 +1,4 @@
-"""Every decoder under damaged bytes for a moment, the same each time; `scripts/fuzz` does it for as long as asked."""
+"""Every decoder under damaged bytes, briefly and reproducibly; `scripts/fuzz` runs longer."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def test_damaged_bytes_break_no_decoder(name: str) -> None:
     if name == "parquet":
         pytest.importorskip("pyarrow")
     runs = COSTLY_RUNS if ALL[name].costly else RUNS
-    found = explore.explore(ALL[name], seed=1, runs=runs)
-    assert found.runs >= runs
-    assert [crash.trace for crash in found.crashes.values()] == []
+    exploration = explore.explore(ALL[name], seed=1, runs=runs)
+    assert exploration.runs >= runs
+    assert [crash.trace for crash in exploration.crashes.values()] == []
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -37,7 +37,7 @@ def test_sound_bytes_reach_the_decoder(name: str) -> None:
 
 
 def reads(data: bytes) -> None:
-    """A decoder with a fault: it takes only some digits for digits."""
+    """Decode with a planted fault: only some digits are accepted."""
     if b"9" in data:
         raise KeyError("nine")
     if b"8" in data:
@@ -94,4 +94,4 @@ def test_the_command_lists_its_targets_and_names_one_that_is_not_there() -> None
     assert [line.split()[0] for line in listed.output.splitlines()] == list(ALL)
     wrong = CliRunner().invoke(__main__.main, ["nothing"])
     assert wrong.exit_code == 2
-    assert "there is no target 'nothing'; there is ack" in wrong.output
+    assert "no target is named 'nothing'; use one of ack" in wrong.output

@@ -1,4 +1,4 @@
-"""Models that somebody damaged and signed all the same: the agent that meets them goes on with the one it has."""
+"""Damaged but validly signed models: the agent keeps its current model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
 
 
 def configure(device: Device, content: bytes) -> None:
-    """The device's bundle, with that as its model: signed, every hash right, golden vectors of the sound one."""
+    """Configure the bundle with that model: signed, all hashes correct, golden vectors of the undamaged model."""
     device.configure("2")
     folder = device.home / "data" / "bundles" / "tiny"
     (folder / "model.tflite").write_bytes(content)
@@ -70,7 +70,7 @@ def test_fuzzed_models_never_take_the_agent_down_nor_the_place_of_one_that_works
             assert (broken.fallback, bool(broken.reason)) == ("tiny 1", True), number
             refused += 1
         else:
-            # Damage that no golden vector can tell: it does what the sound one does.
+            # Damage that golden vectors cannot detect: the model behaves as the undamaged one.
             assert device.runs() == device.results_by() == "2", number
             device.crash("1")
         assert device.results_by() == "1", number

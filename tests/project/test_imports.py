@@ -1,4 +1,4 @@
-"""The floors of the house: imports go down only, few rooms know certain libraries, and start-up loads little.
+"""Import rules: imports lead down only, few modules use certain libraries, and startup loads little.
 
 cli → simulate → scenario → device | fleet → client | evaluation → link | model → drift | wire → config → clock | names
 → errors
@@ -75,7 +75,7 @@ ONLY = {
     },
     "securesystemslib": {f"agent.fleet.repository.{name}" for name in ("edition", "key_rotation", "keys")},
 }
-# wire/ and drift/ are pure: these libraries and no other, nothing of the system but for the key files.
+# wire/ and drift/ are pure: only these libraries, and no system access except for the key files.
 PURE = {
     "drift": {"msgspec", "numpy"},
     "comparison": {"msgspec", "numpy"},
@@ -104,19 +104,19 @@ class Import:
 
 
 def modules(folder: Path = AGENT) -> dict[str, Path]:
-    """Dotted name → file of every module of the package in `folder`."""
-    found = {}
+    """Return dotted name → file of every module of the package in `folder`."""
+    files = {}
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder.parent).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
 
 
 MODULES = modules()
 
 
 def imports(module: str, path: Path, known: dict[str, Path]) -> Iterator[Import]:
-    """All imports of a module, those inside functions and under TYPE_CHECKING too."""
+    """Return all imports of a module, including those in functions and under TYPE_CHECKING."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -136,13 +136,13 @@ ALL = [found for name, path in MODULES.items() for found in imports(name, path, 
 
 
 def room(module: str) -> str:
-    """The room of a module of ours; `""` for the package itself."""
+    """Return the room of our module; `""` for the package itself."""
     return [*module.split("."), ""][1]
 
 
-def climbs(found: Import) -> bool:
+def climbs(imported: Import) -> bool:
     """Return True if an import leads up, or sideways into another room."""
-    here, there = room(found.module), room(found.target)
+    here, there = room(imported.module), room(imported.target)
     if there in (here, ""):
         return False
     return here == "" or FLOORS[here] <= FLOORS[there]
@@ -187,9 +187,9 @@ def folder_of(module: str, known: dict[str, Path]) -> str:
 def module_arrows(every: list[Import], known: dict[str, Path]) -> dict[str, set[str]]:
     """Return module → modules it imports."""
     arrows: dict[str, set[str]] = {}
-    for found in every:
-        if found.target in known and found.target != found.module:
-            arrows.setdefault(found.module, set()).add(found.target)
+    for imported in every:
+        if imported.target in known and imported.target != imported.module:
+            arrows.setdefault(imported.module, set()).add(imported.target)
     return arrows
 
 
@@ -204,7 +204,7 @@ def folder_arrows(every: list[Import], known: dict[str, Path]) -> dict[str, set[
 
 
 def test_no_module_imports_itself_through_others() -> None:
-    """Imports inside functions and under TYPE_CHECKING count: a reader follows them, too."""
+    """Count imports in functions and under TYPE_CHECKING, since a reader follows them too."""
     inside = {module for cycle in cycles(module_arrows(ALL, MODULES)) for module in cycle}
     assert inside == FILE_CYCLES
 
@@ -410,5 +410,5 @@ def test_the_check_itself_sees_an_import_that_climbs(tmp_path: Path, file: str, 
         (house / name).touch()
     (house / file).write_text(line)
     known = modules(house)
-    found = [one for name, path in known.items() for one in imports(name, path, known)]
-    assert [climbs(one) for one in found] == [wrong]
+    found = [imported for name, path in known.items() for imported in imports(name, path, known)]
+    assert [climbs(imported) for imported in found] == [wrong]

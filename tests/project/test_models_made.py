@@ -1,4 +1,4 @@
-"""The models solar and machine are what their sources make, of data kept apart, and as good as their cards say."""
+"""Models solar and machine: equal to the output of their sources, and as accurate as their cards state."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from agent.datasets import training_data
-from agent.evaluation import evaluate
+from agent.evaluation import evaluate, leakage
 from agent.evaluation.document import Evaluation
 from agent.media import SoundFormat
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import derived_features, inference, sound
-from tests.kit.evaluations import finding
+from tests.kit.evaluations import check_result
 from tests.project.test_build_models import builder
 
 SOURCES = Path(__file__).resolve().parents[2] / "models" / "sources"
@@ -30,7 +30,7 @@ BOTH = pytest.mark.parametrize("name", ["solar", "machine"])
 
 
 def module(name: str, file: str) -> ModuleType:
-    """A script of the model's sources, which are no package."""
+    """Import a script of the model's sources, which are not a package."""
     spec = importlib.util.spec_from_file_location(f"{name}_{file}", SOURCES / name / f"{file}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -40,12 +40,12 @@ def module(name: str, file: str) -> ModuleType:
     return made
 
 
-def evaluated(name: str, **asked: Any) -> Evaluation:
-    found = bundle.read(builtin.bundles_dir() / name, builtin.publisher_keys())
-    asked = {"data": RECORDINGS / f"{name}.npz"} | asked
-    request = evaluate.EvaluationRequest(train=SOURCES / name / "reference.npz", latency=False, **asked)
-    model = inference.load_model(found.manifest, found.model_bytes)
-    return evaluate.evaluate(found, inference.Inference(found.manifest, model), "", request, lambda _: None)
+def evaluated(name: str, **options: Any) -> Evaluation:
+    content = bundle.read(builtin.bundles_dir() / name, builtin.publisher_keys())
+    options = {"data": RECORDINGS / f"{name}.npz"} | options
+    request = evaluate.EvaluationRequest(train=SOURCES / name / "reference.npz", latency=False, **options)
+    model = inference.load_model(content.manifest, content.model_bytes)
+    return evaluate.evaluate(content, inference.Inference(content.manifest, model), "", request, lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,9 @@ def card(name: str) -> str:
 
 
 def stated(name: str, metric: str) -> float:
-    found = re.search(rf"^\| {metric} \| ([\d.]+) \|", card(name), re.MULTILINE)
-    assert found, f"the card no longer says `| {metric} | …`"
-    return float(found[1])
+    match = re.search(rf"^\| {metric} \| ([\d.]+) \|", card(name), re.MULTILINE)
+    assert match, f"the card no longer says `| {metric} | …`"
+    return float(match[1])
 
 
 @BOTH
@@ -96,23 +96,22 @@ def test_the_error_of_solar_is_what_its_card_says_on_days_it_has_not_seen(solar:
     assert error.metric == "mae"
     # int8 kernels round differently between runtimes and CPUs.
     assert error.value == pytest.approx(stated("solar", "mean absolute error"), rel=0.02)
-    assert finding(solar, "rows seen in training").state == "ok"
-    assert finding(solar, "groups in both splits").state == "ok"
-    assert finding(solar, "rows in two groups").state == "ok"
-    assert finding(solar, "time order").state == "ok"
+    assert check_result(solar, leakage.TRAIN_TEST_DUPLICATES).state == "ok"
+    assert check_result(solar, leakage.GROUP_LEAKAGE).state == "ok"
+    assert check_result(solar, leakage.DUPLICATE_GROUPS).state == "ok"
+    assert check_result(solar, leakage.TEMPORAL_LEAKAGE).state == "ok"
 
 
 def test_what_is_anomalous_to_machine_is_what_its_card_says_and_the_fault_it_misses_is_named(
     machine: Evaluation,
 ) -> None:
-    auc = machine.metrics[0]
-    assert auc.metric == "auc"
+    [auc] = [measured for measured in machine.metrics if measured.metric == "auc"]
     assert auc.value == pytest.approx(stated("machine", "ROC AUC"), abs=0.01)
     assert [one.slice for one in machine.slices if one.state == "worse"] == ["fault=loose, slight"]
 
 
 def planted(path: Path, **changed: Any) -> Evaluation:
-    """The held-out time of solar with other arrays."""
+    """Return the held-out data of solar with other arrays."""
     with np.load(RECORDINGS / "solar.npz") as z:
         kept = {key: z[key] for key in ("rows", "scale", "fields", "t", "power", "day")}
     kept |= changed
@@ -124,26 +123,26 @@ def test_rows_of_the_training_time_that_stand_in_the_test_are_found(tmp_path: Pa
     with np.load(RECORDINGS / "solar.npz") as late, np.load(SOURCES / "solar" / "reference.npz") as early:
         both = {key: np.concatenate([early[key][:4_000], late[key][4_000:]]) for key in ("rows", "power")}
     found = planted(tmp_path / "both.npz", **both)
-    assert finding(found, "rows seen in training").state == "warning"
+    assert check_result(found, leakage.TRAIN_TEST_DUPLICATES).state == "warning"
 
 
 def test_a_day_that_stands_in_the_test_under_two_names_is_found(tmp_path: Path) -> None:
     with np.load(RECORDINGS / "solar.npz") as z:
         rows, power, day = z["rows"].copy(), z["power"].copy(), z["day"]
-    one, other = np.flatnonzero(day == day[9_600]), np.flatnonzero(day == day[19_200])
-    rows[other], power[other] = rows[one], power[one]
-    said = finding(planted(tmp_path / "twin.npz", rows=rows, power=power), "rows in two groups")
-    assert said.state == "warning"
-    assert said.summary.startswith(f"day {day[9_600]}, {day[19_200]} share rows with another day")
+    first, other = np.flatnonzero(day == day[9_600]), np.flatnonzero(day == day[19_200])
+    rows[other], power[other] = rows[first], power[first]
+    check = check_result(planted(tmp_path / "twin.npz", rows=rows, power=power), leakage.DUPLICATE_GROUPS)
+    assert check.state == "warning"
+    assert check.summary.startswith(f"day {day[9_600]}, {day[19_200]} share rows with another day")
 
 
 def test_a_field_that_is_the_power_in_disguise_is_named(tmp_path: Path) -> None:
     with np.load(RECORDINGS / "solar.npz") as z:
         rows = z["rows"].copy()
         rows[:, 2] = np.nan_to_num(z["power"]) / 4 + np.random.default_rng(0).normal(0, 5, len(rows))
-    said = finding(planted(tmp_path / "leak.npz", rows=rows), "a field that gives it away")
-    assert said.state == "warning"
-    assert "temp_air" in said.summary
+    check = check_result(planted(tmp_path / "leak.npz", rows=rows), leakage.TARGET_LEAKAGE)
+    assert check.state == "warning"
+    assert "temp_air" in check.summary
 
 
 def test_two_weeks_lie_between_the_times_of_training_and_test() -> None:

@@ -1,4 +1,4 @@
-"""The exercise model made small: table and picture show what was measured, of the models that the weights make."""
+"""Smaller exercise models: table and figure match the measurements, and the weights produce these models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = [one["name"] for one in VARIANTS]
 
 @pytest.fixture
 def show(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """What writes table and picture; a script, so its folder is where it looks for its other half."""
+    """Import the script that writes table and figure; it imports its other half from its own folder."""
     monkeypatch.syspath_prepend(SOURCE)
     return import_module("show_small")
 

@@ -1,4 +1,4 @@
-"""Every command in README.md is run, in order, or says beside it why not. CONTRIBUTING.md tells the convention."""
+"""Commands of README.md: each is run, in order, or is marked with a reason. CONTRIBUTING.md defines the convention."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from scripts.kit.bundles import THIRD_PARTY
 
 ROOT = Path(__file__).parents[2]
 MARK = re.compile(r"<!-- (run|run, output as shown|not run: \S.*) -->")
-# They run the suite, or change the system.
+# They run the test suite, or change the system.
 NEVER_RUN = re.compile(r"scripts/(test|check|demo|bench|torture)|\.ci/run|\bsudo\b|\bapt-get\b|\bgit clone\b")
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One command, its line in the document, and the output shown beneath it."""
+    """One command, its line in the document, and the output shown below it."""
 
     line: int
     command: str
@@ -36,7 +36,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One ```console block; `mark` is the comment above it without its brackets, `""` where there is none."""
+    """One ```console block; `mark` is the text of the comment above it, or `""`."""
 
     line: int
     mark: str
@@ -44,7 +44,7 @@ class Block:
 
 
 def blocks(text: str) -> list[Block]:
-    """The console blocks of a Markdown text."""
+    """Return the console blocks of a Markdown text."""
     lines = text.splitlines()
     found = []
     for at, line in enumerate(lines):
@@ -57,32 +57,32 @@ def blocks(text: str) -> list[Block]:
 
 
 def steps(lines: list[str], first: int) -> tuple[Step, ...]:
-    """Lines `$ …` are commands, `> …` and what follows a backslash continue them, the rest is output."""
-    found: list[tuple[int, list[str], list[str]]] = []
+    """Parse a block: `$ …` begins a command, `> …` and a backslash continue it, other lines are output."""
+    parsed: list[tuple[int, list[str], list[str]]] = []
     for number, line in enumerate(lines, first):
         if line.startswith("$ "):
-            found.append((number, [line[2:]], []))
-        elif found and not found[-1][2] and (line.startswith(">") or found[-1][1][-1].endswith("\\")):
-            found[-1][1].append(re.sub("^> ?", "", line))
-        elif found:
-            found[-1][2].append(line)
+            parsed.append((number, [line[2:]], []))
+        elif parsed and not parsed[-1][2] and (line.startswith(">") or parsed[-1][1][-1].endswith("\\")):
+            parsed[-1][1].append(re.sub("^> ?", "", line))
+        elif parsed:
+            parsed[-1][2].append(line)
         elif line.strip():
             raise AssertionError(f"line {number}: output without a command above it: {line}")
-    return tuple(Step(number, "\n".join(command), tuple(output)) for number, command, output in found)
+    return tuple(Step(number, "\n".join(command), tuple(output)) for number, command, output in parsed)
 
 
 def missing_output(shown: tuple[str, ...], real: str) -> str | None:
-    """The first shown line that real output lacks, in order; `…` in a shown line stands for anything."""
+    """Return the first shown line that the real output lacks, in order; `…` in a shown line matches anything."""
     rest = iter(real.splitlines())
-    for line in (one for one in shown if one.strip() not in ("", "…")):
+    for line in (text for text in shown if text.strip() not in ("", "…")):
         pattern = ".*".join(re.escape(part) for part in line.rstrip().split("…"))
-        if not any(re.fullmatch(pattern, one.rstrip()) for one in rest):
+        if not any(re.fullmatch(pattern, text.rstrip()) for text in rest):
             return line
     return None
 
 
 class Shell:
-    """One bash that keeps its folder and variables from block to block, as a reader's terminal does."""
+    """A bash process that keeps its folder and variables across blocks, as a reader's terminal does."""
 
     def __init__(self, folder: Path) -> None:
         tools = Path(sys.executable).parent
@@ -101,11 +101,11 @@ class Shell:
         )
 
     def run(self, command: str) -> tuple[int, str]:
-        """Exit code and output of a command; 130 where it ended the shell."""
+        """Return exit code and output of a command; 130 if it ended the shell."""
         assert self._bash.stdin
         assert self._bash.stdout
-        # Quoted, so that one with an open quote or here-document fails instead of eating what comes next; and without
-        # input, so that one that reads does not eat it either.
+        # Quoted, so that a command with an open quote or here-document fails instead of consuming the next ones.
+        # Without input, so that a command that reads does not consume them either.
         self._bash.stdin.write(f"eval {shlex.quote(command)} </dev/null\nprintf '\\n=== %d ===\\n' $?\n")
         self._bash.stdin.flush()
         output: list[str] = []
@@ -116,7 +116,7 @@ class Shell:
         return 130, "".join(output)
 
     def close(self) -> None:
-        """End bash and what it started in the background."""
+        """End bash and its background processes."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._bash.pid, signal.SIGTERM)
         self._bash.communicate(timeout=60)
@@ -152,13 +152,13 @@ def test_a_model_that_nobody_here_made_runs_on_a_device_by_the_ten_lines_of_the_
     if not THIRD_PARTY.exists():
         pytest.skip("models that others made are not there (OUTSTATION_THIRDPARTY_MODELS)")
     shutil.copy(THIRD_PARTY / "mlperf_kws_int8.tflite", tmp_path / "theirs.tflite")
-    # Half a minute of cepstra, as its authors' features give them, in a table.
+    # Half a minute of cepstral features, in the authors' layout, as a table.
     cepstra = np.random.default_rng(0).normal(0, 20, (49 * 30, 10))
     lines = [",".join(f"{value:.3f}" for value in (1_764_022_680 + i / 50, *row)) for i, row in enumerate(cepstra)]
     (tmp_path / "readings.csv").write_text("\n".join(["t,c0,c1,c2,c3,c4,c5,c6,c7,c8,c9", *lines]) + "\n")
     found = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
     [block] = [one for one in found if any("--from theirs.tflite" in step.command for step in one.steps)]
-    # The first line makes the model that the others are given here.
+    # The first line creates the model file that the block assumes.
     [first, *rest] = block.steps
     assert first.command.startswith("cp ")
     assert len(block.steps) <= 10

@@ -1,4 +1,4 @@
-"""Long runs in simulated time, a little shorter."""
+"""Soak tests in simulated time, shortened."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_an_hour_online_through_bad_weather_delivers_everything_and_grows_nothing() -> None:
-    """In a process of its own: what other tests allocate and free would be measured too."""
+    """Run in a separate process, so that the memory use of other tests is not measured."""
     command = [sys.executable, "-m", "scripts.soaks", "day", "--hours", "1", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    [told] = json.loads(done.stdout)
-    assert told["passed"]
-    assert told["rows"] == 36_000
-    assert told["connections"] > 5
+    [report] = json.loads(done.stdout)
+    assert report["passed"]
+    assert report["rows"] == 36_000
+    assert report["connections"] > 5
 
 
 def test_three_hours_offline_on_a_small_store_lose_only_what_is_declared() -> None:
     command = [sys.executable, "-m", "scripts.soaks", "offline", "--hours", "3", "--seed", "7", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    [told] = json.loads(done.stdout)
-    assert told["passed"]
-    assert told["evicted"] > 100
-    assert told["arrived"] + told["evicted"] == told["written"]
-    assert told["largest"] <= told["max_size"]
+    [report] = json.loads(done.stdout)
+    assert report["passed"]
+    assert report["evicted"] > 100
+    assert report["arrived"] + report["evicted"] == report["written"]
+    assert report["largest"] <= report["max_size"]
 
 
 def sample(hour: float, **changes: int) -> Sample:

@@ -1,4 +1,4 @@
-"""scripts/rollouts: its trials are sound, its judgement finds what is wrong, and a few trials in a small fleet."""
+"""scripts/rollouts: valid trials, a verdict that detects wrong outcomes, and a few trials in a small fleet."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def device(name: str, phase: str, digest: str = NEW) -> dict[str, Any]:
 
 
 def report(trial: Trial) -> dict[str, Any]:
-    """As it should be."""
+    """Return the expected report of a trial."""
     finished = trial.ends == "finished"
     devices = [
         device(f"pi-{i:02d}", "active" if finished else "cancelled", NEW if finished else OLD) for i in (1, 2, 3)
@@ -57,16 +57,16 @@ def test_each_trial_makes_a_plan_that_the_fleet_takes(trial: Trial, tmp_path: Pa
     for devices in (6, 50):
         file = tmp_path / "plan.toml"
         file.write_text(trial.plan("there", devices), encoding="utf-8")
-        found = plan.read(file).to_plan("exercise", "2.0.0", f"sha256:{'0' * 64}")
-        assert found.steps[-1].strategy == "all"
-        assert trial.ends == "finished" or trial.ends in [step.strategy for step in found.steps]
+        rollout_plan = plan.read(file).to_plan("exercise", "2.0.0", f"sha256:{'0' * 64}")
+        assert rollout_plan.steps[-1].strategy == "all"
+        assert trial.ends == "finished" or trial.ends in [step.strategy for step in rollout_plan.steps]
 
 
 WRONG: dict[str, tuple[str, Change, str]] = {
     "the audit fails": ("good", lambda r: r["audit"].update(passed=False), "audit"),
     "it did not end": ("good", lambda r: r["rollout"].update(ended=False), "did not end"),
     "a good one was aborted": ("good", lambda r: r["rollout"].update(state="aborted"), "should be finished"),
-    "a device is missing": ("good", lambda r: r["devices"][2].update(phase="canary"), "pi-03 is probation"),
+    "a device is missing": ("good", lambda r: r["devices"][2].update(phase="canary"), "pi-03 is canary"),
     "a device runs the old one": ("good", lambda r: r["devices"][0]["runs"].update(digest=OLD), "pi-01 runs"),
     "a device is silent": ("good", lambda r: r["devices"][0].update(runs=None), "no results at all from pi-01"),
     "an ill one finished": ("crash", lambda r: r["rollout"].update(state="finished"), "should be aborted"),
@@ -84,18 +84,18 @@ WRONG: dict[str, tuple[str, Change, str]] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_is_found(name: str) -> None:
-    trial, change, said = WRONG[name]
+    trial, change, expected = WRONG[name]
     wrong = copy.deepcopy(report(KNOWN[trial]))
     change(wrong)
-    assert any(said in problem for problem in problems(KNOWN[trial], wrong))
+    assert any(expected in problem for problem in problems(KNOWN[trial], wrong))
 
 
 def test_every_candidate_is_signed_and_passes_its_golden_vectors(tmp_path: Path) -> None:
     key = generate(tmp_path / "key")
     versions = set()
     for name in (*candidates.TRAINED, *candidates.RIGGED):
-        found = bundle.read(candidates.make(name, tmp_path, key), [key.public])
-        probe.probe(found).raise_for_failure()
-        versions.add(found.manifest.version)
+        content = bundle.read(candidates.make(name, tmp_path, key), [key.public])
+        probe.probe(content).raise_for_failure()
+        versions.add(content.manifest.version)
     assert len(versions) == len(candidates.TRAINED) + len(candidates.RIGGED)
     assert {trial.bundle for trial in TRIALS} <= {*candidates.TRAINED, *candidates.RIGGED}

@@ -1,4 +1,4 @@
-"""The public test kit: an application's tests get their fixtures from one plugin, on real programs."""
+"""Public test kit: an application's tests get fixtures from one plugin, on real programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fault harness: its oracle finds what it is there to find, and a few of its faults lose nothing."""
+"""Fault harness: the oracle detects each kind of loss, and a few faults lose nothing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CONTROLS = ("control-normal-power-cut", "control-delete-on-puback", "control-clo
 
 @pytest.fixture
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a short name: a socket lies deep inside."""
+    """Return a folder with a short name, since it holds a socket."""
     return tmp_path_factory.mktemp("world")
 
 
@@ -69,12 +69,12 @@ def test_a_promise_broken_on_purpose_is_found_broken(name: str, folder: Path) ->
 
 
 class MadeUp:
-    """Evidence at a collector: `rows` rows that were sent and acknowledged, and whatever results come of them."""
+    """Evidence at a collector: `rows` rows sent and acknowledged, with any results."""
 
     def __init__(self, folder: Path, rows: int = 30) -> None:
         self.world = World(folder, Setting(), random.Random(0))
         self.ledger = Ledger()
-        # Of a sensor the oracle reads the ledger.
+        # The oracle reads only the ledger of a sensor.
         self.world.producer = cast(Producer, SimpleNamespace(ledger=self.ledger))
         self.sender = MessageSender(DEVICE, load_private(self.world.device.home / "device.key"))
         chance = random.Random(1)
@@ -85,7 +85,7 @@ class MadeUp:
         self.arrived: list[SignedMessage] = []
 
     def run(self, task: str, first: int, last: int, **changes: Any) -> SignedMessage:
-        """The message of a run over these rows, as an honest device writes it."""
+        """Return the message of a run over these rows, as an honest device writes it."""
         times = list(self.ledger.values)[first - 1 : last]
         values = np.array([self.ledger.values[t] for t in times], np.float32).reshape(-1, len(FIELDS))
         columns = tuple(np.ascontiguousarray(values[:, i]) for i in range(len(FIELDS)))
@@ -101,12 +101,12 @@ class MadeUp:
     def verdict(self) -> Verdict:
         store = self.world.fleet.open_store(write=True)
         try:
-            store.ingest([Arrival(self.sender.verify(one)) for one in self.arrived], [], TIME)
+            store.ingest([Arrival(self.sender.verify(message)) for message in self.arrived], [], TIME)
         finally:
             store.close()
-        found = Verdict()
-        judge(self.world, found)
-        return found
+        verdict = Verdict()
+        judge(self.world, verdict)
+        return verdict
 
 
 @pytest.fixture
@@ -296,7 +296,7 @@ def test_no_fault_draws_from_anything_but_its_seed() -> None:
 
 @pytest.fixture
 def three(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """`scripts/torture` with three faults of which the first is done last."""
+    """Run `scripts/torture` with three faults, the first of which ends last."""
     done: list[str] = []
 
     def quick(fault: Fault, rounds: int, seed: int, keep: bool) -> torture.Outcome:
@@ -313,9 +313,9 @@ def three(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
 
 
 def test_faults_side_by_side_are_reported_in_the_order_of_the_list(three: Callable[..., Any]) -> None:
-    told = three("--all", "--jobs", "3", "--json")
-    assert told.exit_code == 0, told.output
-    assert [one["fault"] for one in json.loads(told.output)] == ["first", "second", "third"]
+    result = three("--all", "--jobs", "3", "--json")
+    assert result.exit_code == 0, result.output
+    assert [entry["fault"] for entry in json.loads(result.output)] == ["first", "second", "third"]
 
 
 def test_the_table_of_faults_in_the_documents_is_current() -> None:

@@ -64,7 +64,7 @@ def test_the_tables_of_the_wire_format_are_those_of_the_structs() -> None:
 
 @pytest.fixture(scope="module")
 def validate(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """`validate(messages)`: what the official parser says of the document, and ajv of each message."""
+    """Return the official parser's findings on the document, and ajv's on each message."""
     node, npm = find_program("node"), find_program("npm")
     folder = tmp_path_factory.mktemp("node")
     (folder / "package.json").write_text('{"private": true}')
@@ -87,18 +87,18 @@ def validate(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict[st
 
 
 def test_the_official_parser_accepts_the_document(validate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
-    # 0 is an error and 1 a warning; hints such as "there is no contact" stay.
+    # 0 is an error and 1 a warning; hints such as a missing contact are ignored.
     assert [diagnostic for diagnostic in validate([])["diagnostics"] if diagnostic["severity"] <= 1] == []
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Messages of each kind: from a real daemon, collector and operator; `desired` and `shadow` are signed here."""
+    """Return messages of each kind from a real daemon, collector and operator; the test signs `desired`, `shadow`."""
     with LocalFleet(tmp_path_factory.mktemp("recorded")) as fleet:
         fleet.broker.start()
         link = Link(BrokerConfig(url=fleet.broker.url), "recorder", subscribe=["outstation/#"])
         fleet.collector.start()
-        # A channel that sticks raises an alert.
+        # A stuck channel raises an alert.
         source = f'kind = "replay", file = "{RECORDINGS}", speed = 40.0'
         faults = '[{ kind = "stuck", fields = ["wx"], from_row = 4000 }]'
         fields = ", ".join(field_tables(FIELDS))
@@ -124,7 +124,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for command in (("report",), ("label", "exercise", labels)):
             done = run_outstation("fleet", "command", "pi-01", *command, "--dir", home, "--wait", "60", "--json")
             assert done.returncode == 0, done.stdout + done.stderr
-        # The broker publishes the Will of a daemon that was killed.
+        # The broker publishes the Will of a killed daemon.
         device.kill()
         device.start_and_wait()
         wanted = KINDS.keys() - {"shadow", "desired"}

@@ -1,4 +1,4 @@
-"""The simulator's repository server: whole files, ranges, and lines that break."""
+"""Flaky web server: complete files, ranges, and cut connections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the demo plays fits together: recordings, bundles, and what goes wrong where."""
+"""Scenarios: recordings, bundles and faults fit together."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MEASURED = DelayedLabels(
 
 
 class Book(Client):
-    """A client that writes down what it would send."""
+    """A client that records the labels that it would send."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[int | None, float | str]] = []
@@ -34,22 +34,24 @@ class Book(Client):
         self.sent.append((row, label))
 
 
-@pytest.mark.parametrize("one", SCENARIOS.values(), ids=list(SCENARIOS))
-def test_a_scenario_has_the_fields_that_its_bundle_takes_and_its_file_holds(one: Scenario) -> None:
-    manifest = bundle.read(builtin.bundles_dir() / one.bundle, builtin.publisher_keys()).manifest
-    recordings = load(one.file)
-    assert [name for name, _ in one.fields] == manifest.input.fields
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
+def test_a_scenario_has_the_fields_of_its_bundle_and_its_recordings(scenario: Scenario) -> None:
+    manifest = bundle.read(builtin.bundles_dir() / scenario.bundle, builtin.publisher_keys()).manifest
+    recordings = load(scenario.file)
+    assert [name for name, _ in scenario.fields] == manifest.input.fields
     assert set(manifest.input.fields) <= set(recordings.fields)
-    assert manifest.kind == one.kind
+    assert manifest.kind == scenario.kind
 
 
-@pytest.mark.parametrize("one", SCENARIOS.values(), ids=list(SCENARIOS))
-def test_the_first_two_sites_have_something_wrong_after_they_have_learned_and_the_others_nothing(one: Scenario) -> None:
-    made = demo_plan(4, 30.0, scenario=one)
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
+def test_faults_begin_at_the_first_two_sites_after_they_have_learned(
+    scenario: Scenario,
+) -> None:
+    made = demo_plan(4, 30.0, scenario=scenario)
     clean = [made.first_faulty_row(site) for site in made.sites]
-    assert all(one.baseline_rows <= row < one.total_rows - one.tail_rows for row in clean[:2])
-    assert clean[2:] == [one.total_rows + 1] * 2
-    assert len(one.faults_by_site) == 2
+    assert all(scenario.baseline_rows <= row < scenario.total_rows - scenario.tail_rows for row in clean[:2])
+    assert clean[2:] == [scenario.total_rows + 1] * 2
+    assert len(scenario.faults_by_site) == 2
 
 
 def test_measured_values_are_the_recordings_with_what_the_site_lost() -> None:
@@ -73,10 +75,10 @@ def test_a_loss_grows_evenly_and_then_stays() -> None:
 def test_only_what_was_measured_by_day_is_worth_a_label() -> None:
     solar = SCENARIOS["solar"]
     made, recordings = demo_plan(1, 30.0, scenario=solar), load(solar.file)
-    told = made.metered_labels(recordings, made.sites[0])
+    report = made.metered_labels(recordings, made.sites[0])
     clear = recordings.rows[solar.skip_rows :][: solar.total_rows, recordings.fields.index("ghi_clear")]
-    assert np.isnan(told[clear < 20]).all()
-    assert np.isfinite(told[clear >= 20]).mean() > 0.9
+    assert np.isnan(report[clear < 20]).all()
+    assert np.isfinite(report[clear >= 20]).mean() > 0.9
 
 
 def test_a_meter_tells_each_value_once_and_only_after_its_delay(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ OFFERS = st.builds(
 
 
 @given(OFFERS, st.dictionaries(st.text(min_size=12), JSON, max_size=2))
-def test_an_offer_comes_back_also_with_members_of_a_later_agent_in_it(
+def test_metadata_round_trip_and_ignore_unknown_members(
     said: TargetMetadata, more: dict[str, object]
 ) -> None:
     custom = msgspec.json.decode(msgspec.json.encode(target_metadata.encode(said)))
@@ -42,13 +42,13 @@ def test_an_offer_comes_back_also_with_members_of_a_later_agent_in_it(
 
 
 @given(JSON)
-def test_anything_else_is_refused_in_one_sentence(custom: object) -> None:
+def test_invalid_metadata_are_refused_in_one_sentence(custom: object) -> None:
     with pytest.raises(BadBundle, match="does not describe this target"):
         target_metadata.decode(custom)
 
 
 @given(OFFERS, st.sampled_from(TargetMetadata.__struct_fields__), JSON)
-def test_a_member_of_another_type_or_none_is_refused(said: TargetMetadata, name: str, value: object) -> None:
+def test_a_missing_or_mistyped_member_is_refused(said: TargetMetadata, name: str, value: object) -> None:
     members = msgspec.to_builtins(said)
     before = members.pop(name)
     with pytest.raises(BadBundle):

@@ -187,8 +187,8 @@ def _format_group(group: dict[str, Any]) -> Iterable[str]:
         yield f"  first onset: {onset['field']}{test} on {onset['device']}, {times}"
     for outlier in group["outliers"][:_MAX_OUTLIERS]:
         yield (
-            f"  outlier {outlier['device']}: {outlier['statistic']} of {outlier['field']} {outlier['value']:.3g}, fleet "
-            f"median {outlier['fleet_median']:.3g} (z {outlier['z']:+.1f}, JS {outlier['js']:.2f})"
+            f"  outlier {outlier['device']}: {outlier['statistic']} of {outlier['field']} {outlier['value']:.3g}, "
+            f"fleet median {outlier['fleet_median']:.3g} (z {outlier['z']:+.1f}, JS {outlier['js']:.2f})"
         )
     yield ""
 

@@ -27,9 +27,9 @@ _PATH = click.Path(path_type=Path)
     epilog="Example: outstation fleet evidence --out acme-2026-11 --evaluation exercise.json",
 )
 @click.option("--out", metavar="DIR", type=_PATH, help="The folder to create; it must not exist.")
-@click.option("--at", metavar="TIME", help="Count open incidents up to this time; default the newest message's time.")
+@click.option("--at", metavar="TIME", help="Count open incidents up to this time; default the newest message.")
 @click.option("--bundle", "bundles", multiple=True, metavar="BUNDLE", type=_PATH,
-              help="Include this bundle's documents; published and running built-in bundles are always included.")  # fmt: skip
+              help="Include its documents; published and running built-in bundles are always included.")  # fmt: skip
 @click.option("--evaluation", "evaluations", multiple=True, metavar="FILE", type=_PATH,
               help="Output of `outstation model evaluate --json` for one of the bundles.")  # fmt: skip
 @click.option("--publisher", "publishers", multiple=True, metavar="PUB",

@@ -38,8 +38,8 @@ def publish(
 ) -> None:
     """Add BUNDLE, a path or the name of a built-in bundle, to the fleet's repository.
 
-    It must be signed by a --key, by the publisher of the built-in bundles, or by the fleet's operator. No device runs it
-    before a rollout. Publishing the same bundle again changes nothing; another one needs another version.
+    It must be signed by a --key, by the publisher of the built-in bundles, or by the fleet's operator. No device runs
+    it before a rollout. Publishing the same bundle again changes nothing; another one needs another version.
     """
     from agent.fleet.repository import publish as publishing
     from agent.model.bundle import builtin

@@ -16,8 +16,9 @@ from agent.wire.desired_state import DesiredBundle, Phase
 log = logging.getLogger("outstation.updates")
 
 Reason = Literal[
-    "", "signature", "golden_vectors", "incompatible", "download_failed", "crash", "hang", "batch_timeout", "error_rate",
-    "output_drift", "estimated_accuracy", "labels", "agreement", "latency", "operator", "aborted", "hold_off",
+    "", "signature", "golden_vectors", "incompatible", "download_failed", "crash", "hang", "batch_timeout",
+    "error_rate", "output_drift", "estimated_accuracy", "labels", "agreement", "latency", "operator",
+    "aborted", "hold_off",
 ]  # fmt: skip
 
 _MAX_HOLD_OFFS = 16

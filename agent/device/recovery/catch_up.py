@@ -101,8 +101,8 @@ def _recover_rollback(db: sqlite3.Connection, current: WatermarkState, saved: Wa
         return False
     stored = ranges.from_numbers(row[0] for row in db.execute("SELECT seq FROM outbox WHERE seq > ?", (current.seq,)))
     summary = (
-        "The store went back in time: it has lost commits (a truncated write-ahead log, an old copy of the database, or "
-        "a disk that reports writes it has not done)."
+        "The store went back in time: it has lost commits (a truncated write-ahead log, an old copy of the database, "
+        "or a disk that reports writes it has not done)."
     )
     log.critical("%s", summary)
     finding = RecoveryFinding(

@@ -17,7 +17,7 @@ NEW_LOG = "new log plan"
 class RecoveryFinding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Damage or loss with a summary for people.
 
-    `seqs`: lost messages of log `log`; `rows`: lost readings by stream; `tasks`: rows whose results were lost with them.
+    `seqs`: lost messages of log `log`; `rows`: lost readings by stream; `tasks`: rows with lost results.
     """
 
     summary: str

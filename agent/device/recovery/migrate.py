@@ -1,4 +1,4 @@
-"""Migration of an older store's tables, with a backup that is kept until the new version has closed the store cleanly."""
+"""Migration of an older store's tables, behind a backup that is kept until the new version closed the store cleanly."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
     except Exception as error:
         _restore_backup(db, path, backup)
         raise StorageError(
-            f"{path}: migration to version {__version__} failed ({', '.join(pending)}): {error}. The store is as it was "
-            "before, nothing is lost; go back to the version that made it, and report this"
+            f"{path}: migration to version {__version__} failed ({', '.join(pending)}): {error}. The store is as it "
+            "was before, nothing is lost; go back to the version that made it, and report this"
         ) from error
 
 

@@ -18,7 +18,7 @@ import uuid
 
 import msgspec
 
-from agent.alerts import NEW_LOG_BEGUN
+from agent.alerts import NEW_LOG_STARTED
 from agent.clock import ClockReading
 from agent.device.machine import keys
 from agent.device.recovery.catch_up import OPENED_SEQ, PREVIOUS_LOG, UNPROVEN_FROM
@@ -162,7 +162,7 @@ def _finish(tx: Transaction, message_log: MessageLog, plan: NewLogPlan, now: Clo
     summary = summary[:_MAX_SUMMARY]
     evidence = {"old": plan.old, "through": plan.last, "reissued": reissued}
     seq = message_log.append(tx, "audit", None, {"event": EVENT, "summary": summary, "evidence": evidence}, now)
-    alert = NEW_LOG_BEGUN.raised(summary, {"seq": seq, **evidence}, log=plan.new)
+    alert = NEW_LOG_STARTED.raised(summary, {"seq": seq, **evidence}, log=plan.new)
     message_log.append(tx, "alerts", None, alert.to_body(), now)
     tx.delete_meta(NEW_LOG)
     if pending := tx.get_meta(keys.PENDING_ROTATION, ""):

@@ -55,8 +55,8 @@ def salvage(folder: Path, cause: str, watermark_state: WatermarkState | None, fi
         durable_files.fsync(folder)
     except (OSError, sqlite3.Error) as error:
         raise StorageError(
-            f"{folder / DATABASE} is damaged ({marker['cause']}) and cannot be replaced: {error}; make room on the disk, "
-            f"or replace it. The damaged files are in {place} or still in {folder}"
+            f"{folder / DATABASE} is damaged ({marker['cause']}) and cannot be replaced: {error}; make room on the "
+            f"disk, or replace it. The damaged files are in {place} or still in {folder}"
         ) from error
 
 

@@ -1,8 +1,8 @@
 """Roll-out executor: carry out the steps that the state machine decides, on the main loop, one step per commit.
 
-Memory follows the store: after a crash between any two steps, the daemon reads the task's state, has the bundle verified
-again, and continues. The active bundle changes between two batches only, in one commit with the message that reports
-it. The task's cursor does not depend on the bundle.
+Memory follows the store: after a crash between any two steps, the daemon reads the task's state, has the bundle
+verified again, and continues. The active bundle changes between two batches only, in one commit with the message that
+reports it. The task's cursor does not depend on the bundle.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Shadow evaluation: run a second bundle on each committed batch, without delaying results.
 
 Comparison statistics accumulate. Every few batches or minutes they are sent as a `shadow` message, in one commit with
-the saved state. A kill loses the statistics since the last message; the last row counted is saved, so none counts twice.
+the saved state. A kill loses the statistics since the last message. The last counted row is saved; no row
+counts twice.
 """
 
 from __future__ import annotations

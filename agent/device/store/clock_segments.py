@@ -157,7 +157,8 @@ class ClockSegments:
         if segment.fits(now):
             grown = replace(grown, quality=QUALITIES.index(now.quality), error_us=now.error_us)
         self._db.execute(
-            "UPDATE clock_segments SET first_us = ?, last_us = ?, quality = ?, error_us = ? WHERE boot = ? AND segment = ?",
+            "UPDATE clock_segments SET first_us = ?, last_us = ?, quality = ?, error_us = ?"
+            " WHERE boot = ? AND segment = ?",
             (grown.first_us, grown.last_us, grown.quality, grown.error_us, grown.boot, grown.number),
         )
         self._load_all()[grown.number] = grown

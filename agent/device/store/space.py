@@ -251,8 +251,9 @@ class SpaceManager:
         if self._store.load_state("", task_keys.STORAGE_ALERT) is None:
             tx.save_state("", task_keys.STORAGE_ALERT, b"raised")
             summary = (
-                "The store is full and nothing can be delivered or used: the least important data is evicted, and each "
-                "eviction is declared. Restore the connection or the task that does not run, or raise [buffer] max_size."
+                "The store is full and nothing can be delivered or used: the least important data is evicted, and "
+                "each eviction is declared. Restore the connection or the task that does not run, or "
+                "raise [buffer] max_size."
             )
             self._write_alert(tx, now, STORE_FULL.raised(summary, self._alert_evidence()))
 

@@ -1,7 +1,7 @@
 """Audit: verify every stored message again, from the evidence alone.
 
 For each device and log, in one pass and in constant memory:
-- each payload and token verify with a key of that device, also a revoked one; a replaced key is valid up to its last seq
+- each payload and token verify with a key of that device, also a revoked one; a replaced key up to its last seq
 - columns device, log, seq and kind match the signed payload; the topic is part of the signature
 - seqs from 1 to the last are complete, except ranges that a signed audit message declares as evicted, or as the end of
   the log
@@ -213,7 +213,7 @@ class _LogAuditor:
         elif stored != expected and sorted(stored, key=repr) != sorted(expected, key=repr):
             different = [result for result in expected if result not in stored]
             row = different[0][2] if different else expected[0][2]
-            yield f"is not what table results holds for it: row {row} differs"
+            yield f"differs from table results in row {row}"
         if isinstance(body, ResultsPayload) and (problem := self._coverage.check_results(body)):
             yield problem
         if isinstance(body, AuditPayload):

@@ -62,7 +62,7 @@ class Keyring:
         return msgspec.structs.replace(signer, revoked=False) if signer else None
 
     def add_rotation(self, message: VerifiedMessage) -> bool:
-        """Accept the new key of a verified rotation until the next `refresh`; return False if the rotation is invalid."""
+        """Accept the new key of a verified rotation until the next `refresh`; return False if it is invalid."""
         try:
             change = parse_rotation(message)
         except MessageRefused:

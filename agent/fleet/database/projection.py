@@ -85,7 +85,7 @@ def check_table(db: Connection, table: str, device: str | None) -> Iterator[tupl
     for owner, log, seq, payload, *row in db.execute(sql, values):
         # PostgreSQL appends the column `rowid`.
         if not any(tuple(row[: len(expected)]) == expected for expected in expected_rows(payload)):
-            yield (owner, log, seq), f"is not what table {table} holds for it"
+            yield (owner, log, seq), f"differs from its row in table {table}"
     sql = f"""
         SELECT m.device, m.log, m.seq, m.payload FROM messages m LEFT JOIN {table} t USING (device, log, seq)
         WHERE m.kind = ? AND t.device IS NULL AND (CAST(? AS TEXT) IS NULL OR m.device = ?)"""

@@ -118,8 +118,8 @@ _NEIGHBOUR_BOOTS = """
 # Known time before the boots between: the end of boot :low. After them: boot time 0 of boot :high.
 _INTERPOLATE_BOOTS = f"""
     WITH low AS (
-        SELECT a.wall_us + o.last_us - a.boot_us AS at, a.error_us + {_PPM} * abs(o.last_us - a.boot_us) + o.disagreement_us
-               AS error
+        SELECT a.wall_us + o.last_us - a.boot_us AS at,
+               a.error_us + {_PPM} * abs(o.last_us - a.boot_us) + o.disagreement_us AS error
         FROM boots o JOIN anchors a ON a.trusted AND a.device = o.device AND a.log = o.log AND a.boot = o.boot
         WHERE o.device = :device AND o.log = :log AND o.boot = :low ORDER BY a.boot_us DESC LIMIT 1
     ), high AS (

@@ -61,14 +61,14 @@ class FleetWideDrift(msgspec.Struct, frozen=True):
 
     @property
     def summary(self) -> str:
-        since = datetime.fromtimestamp(self.since / 1e6, UTC)
-        known = self.usual_count is not None
-        usual = (
-            f"usually {self.usual_count:.0f} of {self.device_count}" if known else "the usual number is not known yet"
-        )
+        since = f"{datetime.fromtimestamp(self.since / 1e6, UTC):%Y-%m-%d %H:%M} UTC"
+        usual = "the usual number is not known yet"
+        if self.usual_count is not None:
+            usual = f"usually {self.usual_count:.0f} of {self.device_count}"
+        share = f"{len(self.devices)} of {self.device_count} devices"
         return (
-            f"{self.subject} has drifted on {len(self.devices)} of {self.device_count} devices since {since:%Y-%m-%d %H:%M} "
-            f"UTC ({usual}): the cause is in the fleet's environment or its models, not in single sensors"
+            f"{self.subject} has drifted on {share} since {since} ({usual}): "
+            "the cause is in the fleet's environment or its models, not in single sensors"
         )
 
 

@@ -75,7 +75,7 @@ def _find_field_outliers(name: str, by_device: dict[str, MergedField], reference
 
 
 def _robust_outliers(values: dict[str, float], min_sd: float) -> list[tuple[str, float, float, float]]:
-    """Return (device, value, median, z) of each device beyond the limit; `min_sd` limits the estimated sd from below."""
+    """Return (device, value, median, z) of each device beyond the limit; `min_sd` bounds the estimated sd."""
     if not values or not min_sd:
         return []
     middle = median(values.values())

@@ -1,4 +1,4 @@
-"""Further collectors of a fleet: each has its own certificate, whose name is its client id and session at the broker."""
+"""Further collectors of a fleet: the name in a collector's certificate is its client id and broker session."""
 
 from __future__ import annotations
 
@@ -76,9 +76,8 @@ def _grant_access(folder: Path, fleet: str, user: str) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        return [
-            f"{path}: the broker's access list cannot be read ({error.strerror}); add these lines to it: {', '.join(lines)}"
-        ]
+        problem = f"{path}: the broker's access list cannot be read ({error.strerror})"
+        return [f"{problem}; add these lines to it: {', '.join(lines)}"]
     if lines[0] not in text.splitlines():
         # Append: replacing the file would change its owner, the user that runs the broker.
         with path.open("a", encoding="utf-8") as file:

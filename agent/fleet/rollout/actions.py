@@ -30,7 +30,7 @@ MAX_REASON_LENGTH = 500
 
 
 class RolloutOperator(msgspec.Struct, frozen=True):
-    """The signer of a decision. `role` is "operator", or "follow" for the controller, which applies the plan's rules."""
+    """The signer of a decision. `role` is "operator", or "follow" for the controller that applies the plan's rules."""
 
     key: SigningKey
     fleet: str

@@ -1,4 +1,4 @@
-"""Roll-outs, decisions and desired state in the fleet database. Call every function inside a transaction or snapshot."""
+"""Roll-outs, decisions and desired state in the fleet database; every function needs a transaction or snapshot."""
 
 from __future__ import annotations
 

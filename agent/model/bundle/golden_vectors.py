@@ -4,9 +4,9 @@ Runtimes round int8 differently, so there are two tolerances: `tolerance` for th
 `other_runtime_tolerance`. Tolerances are absolute, in units of the output.
 
 Measured with int8 models on ai-edge-litert 2.3.0 and tflite-runtime 2.14.0, as shares of the outputs' range: on 749
-recorded windows the largest difference was 4.3 %, the root mean square 0.3 % (0.6 % in the worst 32), and 99.7 % had the
-same class. On noise the worst model (a residual network) gave 21 %, 3.1 % and 92 %. ai-edge-litert gave the same int8
-outputs on every CPU tried, within one step; tflite-runtime differs between CPUs as much as from ai-edge-litert.
+recorded windows the largest difference was 4.3 %, the root mean square 0.3 % (0.6 % in the worst 32), and 99.7 % had
+the same class. On noise the worst model (a residual network) gave 21 %, 3.1 % and 92 %. ai-edge-litert gave the same
+int8 outputs on every CPU tried, within one step; tflite-runtime differs between CPUs as much as from ai-edge-litert.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _TOLERANCE_STEPS = 2
 _OTHER_RUNTIME_SHARE = 0.25
 # Share of the largest output: float32 sums in another order.
 _FLOAT_SHARE = 1e-4
-# The tolerance of the worst output must be wide. A wrong CPU shows in the root mean square, bounded by this share of the
-# tolerance, and in the share of vectors with another class.
+# The tolerance of the worst output must be wide. A wrong CPU shows in the root mean square, bounded by this share of
+# the tolerance, and in the share of vectors with another class.
 _RMS_SHARE = 0.25
 _MAX_CLASS_CHANGES = 0.1
 _DETERMINISTIC_RUNTIMES = ("ai-edge-litert",)

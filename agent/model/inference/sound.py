@@ -1,9 +1,9 @@
 """Sound as rows: each hop of a WAV file is a row of log-mel bands, or of cepstral coefficients (MFCC).
 
 Frames start at the first sample and are not padded, so a row depends on its own samples only. Hann window; Fourier
-transform of the next power of two; mel bands on Slaney's scale with area 1 (as in librosa, used by MLPerf Tiny's anomaly
-detection), or on the HTK scale with height 1 (as in TensorFlow, used by its keyword spotting); coefficients by an
-orthogonal cosine transform.
+transform of the next power of two; mel bands on Slaney's scale with area 1 (as in librosa, used by MLPerf Tiny's
+anomaly detection), or on the HTK scale with height 1 (as in TensorFlow, used by its keyword spotting); coefficients by
+an orthogonal cosine transform.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What `scripts/bench drift` measures: how often drift detectors cry wolf, how soon they see a change, what they cost.
+"""Comparison of drift detectors for `scripts/bench drift`: false alarms, detection delay and cost.
 
-synthetic.py         rows in which nothing happens, and changes of them, from a seed
-counting.py     alarms by window and subject, and what they come to
-ours.py         the whole judge over such rows
-peers.py        other detectors over the same rows, each in a process of its own
-peer.py         what runs there; peers*.txt are its environments (`scripts/setup peers`)
-recordings.py   the smartwatch recordings of people whom the model never saw
-shuttle.py      readings of nine sensors with labelled truth, which ship in the wheel of river
-cost.py         processor time per row and memory
-tables.py       all of it for people
+synthetic.py    seeded rows without a change, and with known changes
+counting.py     alarms by window and subject, and their summary
+ours.py         our drift monitor over these rows
+peers.py        other detectors over the same rows, each in its own process
+peer.py         the program of such a process; peers*.txt are its environments (`scripts/setup peers`)
+recordings.py   smartwatch recordings of people outside the model's training set
+shuttle.py      nine sensors with labelled ground truth, shipped in the wheel of river
+cost.py         processor time per row, and memory
+tables.py       the report
 """

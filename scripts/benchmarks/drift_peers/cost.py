@@ -1,7 +1,7 @@
-"""Processor time per row of 16 floats, and memory, of ours and of other detectors.
+"""Processor time per row of 16 floats and memory, of our drift monitor and of other detectors.
 
-Ours and the others work in turns, so that a busy machine slows all of them; processor time of the whole process counts,
-the median of some rounds. The reference is learned before.
+Our runs and theirs alternate, so that a busy machine slows all. The measure is the processor time of the whole process,
+the median over several rounds. Learning the reference is excluded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ YARDSTICK = "ten bins, NumPy"
 
 
 class Case(msgspec.Struct, frozen=True):
-    """A model that answers every `model_rows` rows, judged in batches of so many `rows`."""
+    """A model that answers every `model_rows` rows, monitored in batches of `rows` rows."""
 
     called: str
     model_rows: int
@@ -32,7 +32,8 @@ class Case(msgspec.Struct, frozen=True):
     window: int = ROWS  # rows
 
 
-# As a device judges a backlog, at most 4096 answers of single rows or 512 of more at once; and as readings come.
+# Batches of a device that works off a backlog (at most 4096 single-row answers or 512 longer windows), and of live
+# readings.
 CASES = (
     Case("an answer per row", 1, 4000),
     Case("an answer per 100 rows", 100, 51_000),
@@ -49,7 +50,7 @@ class Cost(msgspec.Struct, frozen=True):
 
 
 def judged(case: Case) -> Callable[[], float]:
-    """What judges the same rows, again and again, and says the seconds per row."""
+    """Return a function that monitors the same rows repeatedly and returns the seconds per row."""
     kind = synthetic.KINDS[0]
     watch = ours.MonitorRun.from_kind(kind, case.model_rows, case.window)
     learned, _ = watch.step(watch.judge.start(), synthetic.quiet(kind, 1, synthetic.LEARN * case.window // ROWS))
@@ -68,7 +69,7 @@ def judged(case: Case) -> Callable[[], float]:
 
 
 def yardstick() -> Callable[[], float]:
-    """Ten bins of each field by NumPy alone: about 0.4 µs per row on the machine of shared research when it is idle."""
+    """Time ten-bin histograms of each field in NumPy alone: about 0.4 µs per row on an idle reference machine."""
     rows = synthetic.quiet(synthetic.KINDS[0], 0, 100)[:, : synthetic.FIELDS]
     edges = np.quantile(rows, np.arange(1, 10) / 10, axis=0).T
 
@@ -83,7 +84,7 @@ def yardstick() -> Callable[[], float]:
 
 
 def in_turns(sides: dict[str, Callable[[], float]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median µs per row of each."""
+    """Return the median µs per row of each, in alternating runs."""
     seen: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, once in sides.items():
@@ -102,7 +103,7 @@ def memories(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def costs(others: Sequence[Peer], rounds: int = ROUNDS) -> dict[str, Cost]:
-    """By what each is called."""
+    """Return the cost of each detector by its display name."""
     with tempfile.TemporaryDirectory() as folder:
         memory_of = memories(Path(folder))
     sides = {case.called: judged(case) for case in CASES}

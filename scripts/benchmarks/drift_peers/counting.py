@@ -1,4 +1,4 @@
-"""Alarms by window and subject, and what they come to."""
+"""Alarm counts by window and subject, and their summary statistics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Flags = NDArray[np.bool_]  # (windows, subjects)
 
 
 class DetectionDelays(msgspec.Struct):
-    """Of trials in which something changes: windows until an alarm named it (1: in the first), None for never."""
+    """Detection delays of trials with a change, in windows; 1 means the first window, None means a miss."""
 
     delays: list[int | None] = msgspec.field(default_factory=list)
 
@@ -26,34 +26,34 @@ class DetectionDelays(msgspec.Struct):
 
     @property
     def median(self) -> float:
-        """Infinite where half of them were never found."""
+        """Return the median delay, infinite if half of the changes or more were missed."""
         return statistics.median(float("inf") if delay is None else delay for delay in self.delays)
 
     def summarize(self, within: int) -> str:
-        """Median and misses, where so many windows were watched."""
+        """Return the median delay and the misses for trials of the given number of windows."""
         median = f"{self.median:g}" if math.isfinite(self.median) else f"> {within}"
         return median + (f" / {self.missed:.0f} %" if self.missed else "")
 
     @property
     def missed(self) -> float:
-        """Per cent."""
+        """Return the share of misses in per cent."""
         return 100 * sum(delay is None for delay in self.delays) / len(self.delays)
 
 
 class Row(msgspec.Struct):
-    """What one detector did: windows without a change, how many of them raised an alarm, and changes by name."""
+    """Results of one detector: windows without a change, false alarms among them, and delays by change."""
 
     name: str
     quiet: int = 0
     alarmed: int = 0
-    found: dict[str, DetectionDelays] = msgspec.field(default_factory=dict)
+    delays: dict[str, DetectionDelays] = msgspec.field(default_factory=dict)
 
     def add_quiet(self, raised: Flags) -> None:
         self.quiet += len(raised)
         self.alarmed += int(raised.any(1).sum())
 
     def add(self, change: str, raised: Flags, subjects: Collection[int]) -> None:
-        self.found.setdefault(change, DetectionDelays()).add(raised, list(subjects))
+        self.delays.setdefault(change, DetectionDelays()).add(raised, list(subjects))
 
     @property
     def per_1000(self) -> float:
@@ -61,7 +61,7 @@ class Row(msgspec.Struct):
 
 
 def raised(verdicts: Sequence[DriftWindowResult], subjects: Mapping[str, int], kinds: str = "drift fault") -> Flags:
-    """(windows, subjects + 1) where an alert of one of these kinds was raised; the last is of any other subject."""
+    """Return where alerts of these kinds were raised, (windows, subjects + 1); the last column is any other subject."""
     out = np.zeros((len(verdicts), len(subjects) + 1), np.bool_)
     for window, verdict in enumerate(verdicts):
         for alert in verdict.alerts:

@@ -1,10 +1,10 @@
-"""How much memory the judge needs, in a process of its own.
+"""Memory of the drift monitor, measured in a separate process.
 
     python -m scripts.benchmarks.drift_peers.memory FILE ROWS BATCH
 
-Prints JSON, in MB of resident memory: what importing it took, and how far beyond that the work went at its peak, from
-parsing the bundle's reference to the last window. FILE is what `write` wrote; it is read before. A model answers every
-ROWS rows, and BATCH rows are judged at once.
+Prints JSON in MB of resident memory: the cost of the imports, and the peak above it from parsing the bundle's reference
+to the last window. FILE comes from `write` and is read before the measurement. The model answers every ROWS rows. BATCH
+rows are monitored at once.
 """
 
 from __future__ import annotations

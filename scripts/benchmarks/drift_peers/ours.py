@@ -1,4 +1,4 @@
-"""The whole judge, faults and all detectors together, over made rows; a site learns its reference as a device does."""
+"""Our drift monitor with fault detection and all detectors over synthetic rows, with a learned site reference."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ NAMES = tuple(f"f{i}" for i in range(FIELDS))
 LABELS = tuple("abcd")
 SUBJECTS = {name: i for i, name in enumerate((*NAMES, OUTPUT, SCORE, JOINT))}
 EVERY_US = 10_000
-AT_ONCE = 5  # windows of a trial before it is asked whether the change was found
+AT_ONCE = 5  # windows of a trial between checks for a detection
 
 
 class MonitorRun(msgspec.Struct, frozen=True):
-    """A judge of a model that answers every `model_rows` rows."""
+    """A drift monitor of a model that answers every `model_rows` rows."""
 
     judge: DriftMonitor
     model_rows: int
 
     @classmethod
     def from_kind(cls, kind: Kind, model_rows: int, window: int = ROWS) -> MonitorRun:
-        """Of windows of `window` rows, with the reference of a bundle made from other rows of that kind."""
+        """Create a monitor for windows of `window` rows; the bundle's reference comes from other rows of that kind."""
         rows = synthetic.training(kind)
         answered = slice(model_rows - 1, None, model_rows)
         shipped = build_reference(
@@ -41,7 +41,7 @@ class MonitorRun(msgspec.Struct, frozen=True):
         )
 
     def step(self, state: DriftState, rows: Table) -> tuple[DriftState, list[DriftWindowResult]]:
-        """After more `rows` (n, COLUMNS), whole windows of them."""
+        """Process `rows` (n, COLUMNS), a whole number of windows."""
         first = max(0, state.last_counted_row) + 1
         answered = slice(self.model_rows - 1, None, self.model_rows)
         return self.judge.process_batch(
@@ -54,7 +54,7 @@ class MonitorRun(msgspec.Struct, frozen=True):
 def row(
     name: str, kind: Kind, changes: Sequence[Change], sites: int, quiet: int, trials: int, model_rows: int = 1
 ) -> Row:
-    """`sites` that learn, are watched for `quiet` windows, and go through each change `trials` times."""
+    """Let `sites` learn, watch them for `quiet` windows, and run each change `trials` times."""
     watch, row_result = MonitorRun.from_kind(kind, model_rows), Row(name)
     for site in range(sites):
         learned, _ = watch.step(watch.judge.start(), synthetic.learning(kind, site))
@@ -68,7 +68,7 @@ def row(
 
 
 def run_until_detected(watch: MonitorRun, state: DriftState, rows: Table, change: Change) -> Flags:
-    """Raised by window, up to where the change was found or to the end."""
+    """Return the alarms by window, up to the detection or the end of the trial."""
     parts: list[Flags] = []
     for part in pieces(rows):
         state, verdicts = watch.step(state, part)

@@ -26,13 +26,13 @@ ROWS = 500
 FIELDS, ANSWER, CERTAINTY = 16, 16, 17
 COLUMNS = [f"f{i}" for i in range(FIELDS)] + ["answer", "certainty"]
 NUMERIC = [i for i in range(len(COLUMNS)) if i != ANSWER]
-KS_ROWS = 10_000  # of the reference: up to here SciPy's p-value is exact by default
+KS_ROWS = 10_000  # rows of the reference: up to here SciPy's p-value is exact by default
 
 
 class Detector:
-    """Learns from `reference` (n, 18), then says of each window (500, 18) which columns drifted (18,)."""
+    """Detector that learns from `reference` (n, 18) and flags the drifted columns (18,) of each window (500, 18)."""
 
-    remembers = False  # windows that it saw before
+    remembers = False  # earlier windows that the detector has processed
 
     def __init__(self, reference: Any) -> None:
         self.reference = reference
@@ -41,7 +41,7 @@ class Detector:
         raise NotImplementedError
 
     def flags(self, rows: Any, until: list[int] | None = None) -> Any:
-        """(windows, 18) of rows; those after one of the columns `until` was flagged are left out."""
+        """Return the flags (windows, 18) of rows, up to the first window that flags one of the columns `until`."""
         out = []
         for at in range(0, len(rows), ROWS):
             out.append(self.window(rows[at : at + ROWS]))
@@ -51,7 +51,7 @@ class Detector:
 
 
 class Ks(Detector):
-    """Two-sample KS of each number, chi-square of the answers, p below 0.05 shared among the columns (Bonferroni)."""
+    """Two-sample KS test per number and chi-square test of the answers, at 0.05 with Bonferroni correction."""
 
     stats: Any = None
 
@@ -72,7 +72,7 @@ class Ks(Detector):
 
 
 class Psi(Detector):
-    """PSI of at least 0.1 in ten bins of equal share, empty ones taken for 0.0001: the rule of thumb."""
+    """Population stability index of at least 0.1 in ten equal-frequency bins; empty bins count as 0.0001."""
 
     @classmethod
     def load(cls) -> None:
@@ -97,7 +97,7 @@ class Psi(Detector):
 
 
 class Adwin(Detector):
-    """River's ADWIN of each number and of each answer's indicator, value by value."""
+    """River's ADWIN on each number and each answer's indicator, value by value."""
 
     remembers = True
     made: Any = None
@@ -129,7 +129,7 @@ class Adwin(Detector):
 
 
 class Evidently(Detector):
-    """What Evidently chooses by itself for each column, with its own threshold (here: W1 / sd and JS of 0.1)."""
+    """Evidently with its default test and threshold for each column (here: W1 / sd and JS of 0.1)."""
 
     frame: Any = None
     chosen: Any = None
@@ -154,14 +154,14 @@ class Evidently(Detector):
 
 
 class Nannyml(Detector):
-    """NannyML's univariate drift in chunks of a window: JS, its limits from the reference's chunks."""
+    """NannyML univariate drift with one chunk per window: JS, with limits from the reference chunks."""
 
     frame: Any = None
     made: Any = None
 
     @classmethod
     def load(cls) -> None:
-        os.environ["NML_DISABLE_USAGE_LOGGING"] = "1"  # before the import: otherwise it calls home
+        os.environ["NML_DISABLE_USAGE_LOGGING"] = "1"  # before the import, which otherwise sends usage data
         cls.frame = import_module("pandas").DataFrame
         cls.made = import_module("nannyml").UnivariateDriftCalculator
 
@@ -183,14 +183,14 @@ class Nannyml(Detector):
 
 
 class Whylogs(Detector):
-    """A profile of each window by whylogs. It says nothing of drift by itself, so it flags nothing."""
+    """whylogs profile of each window. It has no drift decision of its own, so it flags nothing."""
 
     frame: Any = None
     log: Any = None
 
     @classmethod
     def load(cls) -> None:
-        os.environ["WHYLOGS_NO_ANALYTICS"] = "True"  # before the import: otherwise it calls home
+        os.environ["WHYLOGS_NO_ANALYTICS"] = "True"  # before the import, which otherwise sends usage data
         cls.frame = import_module("pandas").DataFrame
         cls.log = staticmethod(import_module("whylogs").log)
 
@@ -210,7 +210,7 @@ DETECTORS: dict[str, Any] = {
 
 
 def flags(made: Any, data: Any, ask: dict[str, Any]) -> dict[str, Any]:
-    """Writes `quiet` and, by the number of each change, `change0`… into the file `out`, windows end to end."""
+    """Write the flags of `quiet` and of each change (`change0`…) to the file `out`, with consecutive windows."""
     changes = json.loads(str(data["changes"]))
     parts: dict[str, list[Any]] = {f"change{i}": [] for i in range(len(changes))}
     quiet = []
@@ -244,7 +244,7 @@ def cost(made: Any, data: Any, ask: dict[str, Any]) -> dict[str, Any]:
 
 
 def memory(made: Any, data: Any, loaded_kb: int) -> dict[str, Any]:
-    """MB that the import took, and by how much the work went beyond it at its peak; the data are read before."""
+    """Return the MB of the import, and the peak above it during the work; the data are read before."""
     reference, rows = data["0/reference"], data["0/quiet"]
     with peak() as grown:
         made(reference).flags(rows[: 10 * ROWS])
@@ -253,16 +253,16 @@ def memory(made: Any, data: Any, loaded_kb: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def peak() -> Iterator[list[int]]:
-    """By how many kB resident memory went beyond what it was, at its peak, as the only item afterwards."""
+    """Yield a list that afterwards holds the peak growth of resident memory in kB."""
     grown: list[int] = []
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak counter
     yield grown
     grown.append(status("VmHWM") - before)
 
 
 def status(member: str) -> int:
-    """kB."""
+    """Return a memory field of this process in kilobytes."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(member + ":"))
 
@@ -287,7 +287,7 @@ def answers(made: Any, requests: Iterator[str]) -> Iterator[dict[str, Any]]:
 def main() -> None:
     warnings.simplefilter("ignore")
     out = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):  # some of them print
+    with contextlib.redirect_stdout(sys.stderr):  # some libraries print to stdout
         for answer in answers(DETECTORS[sys.argv[1]], iter(sys.stdin)):
             print(json.dumps(answer), file=out, flush=True)
 

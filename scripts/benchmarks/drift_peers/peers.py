@@ -1,4 +1,4 @@
-"""Other drift detectors over the same rows as ours, each in a process of its own with an environment of its own."""
+"""Other drift detectors over the same rows as ours, each in its own process and environment."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VENV = os.environ.get("OUTSTATION_VENV", str(ROOT / ".venv"))
 
 
 class Kit(msgspec.Struct, frozen=True):
-    """A detector, what to call it, and how much of the data it is given: slow ones get less."""
+    """A peer detector, its display name, and the amount of data it gets; slow detectors get less."""
 
     name: str
     called: str
@@ -42,7 +42,7 @@ def environment(name: str = "peers") -> Path:
     return Path(f"{VENV}-{name}")
 
 
-# What it costs to sum up a window and to say whether it drifted; whylogs only sums up.
+# Cost of summarizing a window and deciding about drift; whylogs only summarizes.
 RIVER = Kit("adwin", "ADWIN (river)")
 WHYLOGS = Kit("whylogs", "whylogs, profiles", timed=4, home="peers-whylogs")
 EVIDENTLY = Kit("evidently", "Evidently's default", quiet=25, trials=1, timed=2)
@@ -57,13 +57,13 @@ SITES = 8
 
 
 def installed() -> bool:
-    """Makes the environment where that is possible; what there is to say about it goes to stderr."""
+    """Create the peer environments where possible, and report problems on stderr."""
     subprocess.run([ROOT / "scripts" / "setup", "peers"], check=True)
     return (environment() / "peers.txt").exists()
 
 
 def write(file: Path, kind: Kind, changes: Sequence[Change], sites: int = SITES) -> None:
-    """What the detectors are given of this kind."""
+    """Write the input data of the peers for this kind."""
     most, trials = max(kit.quiet for kit in KITS), max(kit.trials for kit in KITS)
     text = json.dumps([{"name": change.name, "subjects": change.subjects} for change in changes])
     tables: dict[str, Any] = {"sites": np.int64(sites), "changes": np.str_(text)}
@@ -78,9 +78,9 @@ def write(file: Path, kind: Kind, changes: Sequence[Change], sites: int = SITES)
 
 @contextmanager
 def started(kit: Kit, data: Path) -> Iterator[Peer]:
-    """A detector that runs until the context is left; where it is timed, it judges `data`."""
+    """Run a detector process until the context ends; for timing, it processes `data`."""
     if not kit.python.exists():
-        raise click.ClickException(f"{kit.called}: {kit.python.parents[1]} was not made: scripts/setup peers")
+        raise click.ClickException(f"{kit.called}: {kit.python.parents[1]} is missing; run scripts/setup peers")
     command = [str(kit.python), "-P", str(Path(__file__).with_name("peer.py")), kit.name]
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output,
@@ -93,12 +93,12 @@ def started(kit: Kit, data: Path) -> Iterator[Peer]:
 
 
 class Peer:
-    """`memory` is what the detector's import and judging some data took, in MB."""
+    """Process of one detector; `memory` is its memory in MB for the import and some data."""
 
     def __init__(self, kit: Kit, data: Path, process: subprocess.Popen[str], output: IO[str]) -> None:
-        """Raises ClickException, as all here does, with what it said last where it fails."""
+        """Start the process. Raises ClickException with its last output if it fails, as all methods do."""
         self.kit, self.data = kit, data
-        self._process, self._said = process, output
+        self._process, self._stderr = process, output
         self._answer()
         self.memory: dict[str, float] = self.ask("memory", data)
 
@@ -110,7 +110,7 @@ class Peer:
         return self._answer()
 
     def row(self, data: Path, changes: Sequence[Change]) -> Row:
-        """Over what was written of these changes."""
+        """Return the results for the written data of these changes."""
         row, out = Row(self.kit.called), data.with_name(f"{self.kit.name}.npz")
         self.ask("flags", data, out=str(out), quiet=self.kit.quiet, trials=self.kit.trials)
         with np.load(out, allow_pickle=False) as flags:
@@ -128,8 +128,8 @@ class Peer:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            self._said.seek(0)
-            last = self._said.read().strip()[-500:]
-            raise click.ClickException(f"{self.kit.called} failed; what it said last:\n{last}")
+            self._stderr.seek(0)
+            last = self._stderr.read().strip()[-500:]
+            raise click.ClickException(f"{self.kit.called} failed; its last output:\n{last}")
         answer: dict[str, Any] = json.loads(line)
         return answer

@@ -1,8 +1,8 @@
-"""The smartwatch recordings of the three people whom the shipped model was not trained on, under the shipped model.
+"""Smartwatch recordings of the three people outside the shipped model's training set.
 
-A person was recorded for eight minutes and a site learns for 27, so that recordings are played again and again, each
-time in another order and from another row: what a site is watched on it has seen. `halves` asks for more: a site learns
-from the first half of each recording and is watched on the second.
+A recording lasts eight minutes, and a site learns for 27. Recordings therefore repeat, each time in another order and
+from another row, so that a site is watched on data it has learned from. With `halves`, a site learns from the first
+half of each recording and is watched on the second half.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from scripts.benchmarks.drift_peers.counting import Flags, Row, raised
 PEOPLE = (8, 9, 10)
 SEEDS = 12
 LEARN, QUIET, WATCHED = 40, 60, 20  # drift windows
-ROWS, WINDOW = 100, 20  # of a model window, and such windows of a drift window
+ROWS, WINDOW = 100, 20  # rows of a model window, and model windows of a drift window
 PART = WINDOW * ROWS
 FIELDS = 6
-SLOWER = 0.8  # of the sensor's rate
+SLOWER = 0.8  # factor on the sensor's rate
 UNITS = ("g", "g", "g", "rad/s", "rad/s", "rad/s")
 
 Floats = NDArray[np.float32]
 
 
 class Change(msgspec.Struct, frozen=True):
-    """`of` makes changed rows of a recording's; an alarm has to name one of `subjects`."""
+    """A change: `of` transforms the rows of a recording; a detection must name one of `subjects`."""
 
     name: str
     subjects: tuple[int, ...]
-    of: Callable[[Floats], Floats]
-    rate: float = 1.0  # times the rate of the recordings
+    transform: Callable[[Floats], Floats]
+    rate: float = 1.0  # factor on the recordings' rate
 
 
 def changes(axis: int, sd: Floats) -> tuple[Change, ...]:
-    """Of field `axis`, by `sd` (F,) of what the site learned from."""
+    """Return the changes of field `axis`, scaled by the `sd` (F,) of the learning data."""
     other = axis // 3 * 3 + (axis + 1) % 3
     noise = np.random.default_rng(axis)
 
@@ -63,7 +63,7 @@ def changes(axis: int, sd: Floats) -> tuple[Change, ...]:
     def noisy(rows: Floats) -> Floats:
         return np.where(np.arange(FIELDS) == axis, rows + 0.5 * sd * noise.normal(size=rows.shape), rows)
 
-    everything = tuple(range(FIELDS + 4))  # whatever is told of it, the rate among others
+    everything = tuple(range(FIELDS + 4))  # any subject counts, the rate included
     return (
         Change("gain × 0.6", (axis,), gain),
         Change("bias 0.5 sd", (axis,), bias),
@@ -74,7 +74,7 @@ def changes(axis: int, sd: Floats) -> tuple[Change, ...]:
 
 
 def slower(rows: Floats) -> Floats:
-    """What a sensor reads at SLOWER times the rate."""
+    """Resample to a sensor at SLOWER times the rate."""
     at = np.arange(0, len(rows) - 1, 1 / SLOWER)
     below = at.astype(np.int64)
     share = (at - below)[:, None].astype(np.float32)
@@ -82,7 +82,7 @@ def slower(rows: Floats) -> Floats:
 
 
 class Stream(msgspec.Struct, frozen=True):
-    """Rows (n, F), whole model windows of one recording after another, at `t` (n,) epoch µs."""
+    """Rows (n, F) at `t` (n,) epoch µs: whole model windows of consecutive recordings."""
 
     rows: Floats
     t: NDArray[np.int64]
@@ -91,13 +91,13 @@ class Stream(msgspec.Struct, frozen=True):
     def from_recording(
         cls, recordings: Recordings, parts: Iterator[PlaylistItem], windows: int, change: Change | None = None
     ) -> Stream:
-        """The next so many drift windows; what is left of the last recording is dropped."""
+        """Return the next drift windows; an incomplete rest of the last recording is dropped."""
         rows, t, count = [], [], 0
         every = 1 / recordings.rate / (1.0 if change is None else change.rate)
         while count < windows * PART:
             part = next(parts)
             read = recordings.rows[part.start : part.start + part.n]
-            read = read if change is None else change.of(read)
+            read = read if change is None else change.transform(read)
             whole = len(read) // ROWS * ROWS
             rows.append(read[:whole])
             t.append((1e6 * (part.offset_s + every * np.arange(whole))).astype(np.int64))
@@ -106,19 +106,19 @@ class Stream(msgspec.Struct, frozen=True):
 
 
 class Watch:
-    """The shipped bundle and its judge."""
+    """The shipped bundle with its drift monitor."""
 
     def __init__(self) -> None:
-        self._found = bundle.read(builtin.bundles_dir() / "exercise", builtin.publisher_keys())
-        self._model = runtime.TfliteModel(self._found.model_bytes)
+        self._bundle = bundle.read(builtin.bundles_dir() / "exercise", builtin.publisher_keys())
+        self._model = runtime.TfliteModel(self._bundle.model_bytes)
         self.judge = DriftMonitor(
-            Reference.from_json(self._found.files["reference.json"]),
-            labels=self._found.manifest.output.labels, window=WINDOW, learn_windows=LEARN, units=UNITS,
+            Reference.from_json(self._bundle.files["reference.json"]),
+            labels=self._bundle.manifest.output.labels, window=WINDOW, learn_windows=LEARN, units=UNITS,
         )  # fmt: skip
         self.subjects = {name: i for i, name in enumerate((*self.judge.shipped.fields, OUTPUT, SCORE, JOINT))}
 
     def step(self, state: DriftState, stream: Stream) -> tuple[DriftState, list[DriftWindowResult]]:
-        spec, starts = self._found.manifest, np.arange(0, len(stream.rows), ROWS)
+        spec, starts = self._bundle.manifest, np.arange(0, len(stream.rows), ROWS)
         windows = features.build_windows(stream.rows, starts, spec.input)
         predictions = scores.from_outputs(self._model.invoke(windows), spec, windows)
         assert predictions.label is not None
@@ -134,7 +134,7 @@ class Watch:
 
 
 def row(name: str, seeds: int = SEEDS, *, halves: bool = False, quiet: int = QUIET) -> Row:
-    """Each of the PEOPLE is a site of their own, so many times; which field changes goes round."""
+    """Run several sites for each of the PEOPLE; the changed field rotates."""
     watch, row = Watch(), Row(name)
     everyone = load(SCENARIOS["exercise"].file)
     seen, unseen = (half(everyone, 0), half(everyone, 1)) if halves else (everyone, everyone)
@@ -152,7 +152,7 @@ def site(watch: Watch, row: Row, played: tuple[Recordings, Recordings], person: 
 
     def after() -> Iterator[PlaylistItem]:
         later = Playlist(unseen, person, seed if unseen is seen else seed + SEEDS).iter_items(len(learning.rows) + PART)
-        next(later)  # begun
+        next(later)  # drift windows begun
         return later
 
     row.add_quiet(watch.flags(learned, Stream.from_recording(unseen, after(), quiet)))
@@ -163,7 +163,7 @@ def site(watch: Watch, row: Row, played: tuple[Recordings, Recordings], person: 
 
 
 def half(recordings: Recordings, which: int) -> Recordings:
-    """The first or the second half of each recording."""
+    """Return the first or the second half of each recording."""
     begin, end = recordings.starts[:-1], recordings.starts[1:]
     middle = (begin + end) // 2
     spans = zip(*((begin, middle) if which == 0 else (middle, end)), strict=True)

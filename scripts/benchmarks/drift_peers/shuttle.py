@@ -1,7 +1,7 @@
-"""Nine sensors of a space shuttle's radiators, with each row labelled as normal or not: Statlog (Shuttle), UCI.
+"""Statlog (Shuttle) data set, UCI: nine sensors of a space shuttle's radiators, each row labelled normal or not.
 
-The file ships in the wheel of river, in the peers' environment: 45,586 normal rows and 3,511 others, at random in time
-as they were published. Quiet windows are of normal rows; then a share of rows is of the others.
+The file ships in the wheel of river, in the peers' environment. It has 45,586 normal and 3,511 other rows, published in
+random order. Quiet windows hold normal rows; a change replaces a share of rows by other ones.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Readings(msgspec.Struct, frozen=True):
 
 
 def load(environment: Path) -> Readings | None:
-    """None where river is not installed in this environment."""
+    """Return the data, or None if river is not installed in this environment."""
     files = list(environment.glob("lib/python*/site-packages/river/datasets/shuttle.csv.gz"))
     if not files:
         return None
@@ -44,7 +44,7 @@ def load(environment: Path) -> Readings | None:
 
 
 def rows(readings: Readings, seeds: int = SEEDS) -> list[Row]:
-    """Drift and faults apart: single readings a thousand times the usual are among the normal rows."""
+    """Return results for drift and faults separately: normal rows contain single readings 1000 times the usual."""
     result_rows = {kind: Row(f"ours, {kind} alerts") for kind in ("drift", "fault")}
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
@@ -61,7 +61,7 @@ def rows(readings: Readings, seeds: int = SEEDS) -> list[Row]:
 
 
 def _learned(normal: Floats, rng: np.random.Generator) -> tuple[DriftMonitor, DriftState]:
-    """Windows with a fault are not learned from, so it takes as many as it takes."""
+    """Learn a site reference. Windows with a fault are skipped, so the number of windows varies."""
     judge = DriftMonitor(
         _reference(rng.permutation(normal)[: TRAINED * ROWS]), labels=(), window=ROWS, learn_windows=LEARN
     )

@@ -1,7 +1,7 @@
-"""Rows of a stream in which nothing happens, and the same with a change: 16 fields, the model's answer, its certainty.
+"""Synthetic rows with and without a change: 16 fields, the model's answer and its certainty.
 
-All columns are of unit normal series that do not depend on each other. Rows are independent, or hang together by 0.9
-with the row before, as readings of real sensors do. Any part of a site's rows is the same each time.
+All columns derive from independent standard normal series. Rows are either independent or autocorrelated with 0.9, as
+readings of real sensors are. Any part of a site's rows is reproducible.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ Floats = NDArray[np.float64]
 Table = NDArray[np.float32]  # (n, COLUMNS): fields, the answer's number, its certainty
 
 FIELDS = 16
-# The other columns of a table, and a subject that is no column.
+# The remaining columns of a table, and a subject that is not a column.
 ANSWER, CERTAINTY, JOINT = FIELDS, FIELDS + 1, FIELDS + 2
 COLUMNS = FIELDS + 2
 ROWS = 500  # of a window
 LEARN = 40  # windows
-WATCHED = 20  # windows within which a change has to be found
+WATCHED = 20  # windows within which a change has to be detected
 RAMP = 10  # windows
 SHARES = (0.4, 0.3, 0.2, 0.1)  # of the answers
 OTHER_SHARES = (0.25, 0.45, 0.2, 0.1)
-BLOCK = 125  # rows that are made at once
+BLOCK = 125  # rows generated at once
 
 
 class Kind(msgspec.Struct, frozen=True):
-    """How rows hang together: each by `steady` with the one before."""
+    """Autocorrelation of rows: each depends on the previous one by `steady`."""
 
     name: str
     steady: float
@@ -40,11 +40,11 @@ KINDS = (Kind("independent", 0.0), Kind("AR(0.9)", 0.9))
 
 
 class Change(msgspec.Struct, frozen=True):
-    """`of` makes changed series (n, FIELDS) of unchanged ones; an alarm has to name one of `subjects`."""
+    """A change: `of` transforms series (n, FIELDS); a detection must name one of `subjects`."""
 
     name: str
     subjects: tuple[int, ...]
-    of: Callable[[Floats], Floats]
+    transform: Callable[[Floats], Floats]
     shares: tuple[float, ...] = SHARES
 
 
@@ -54,7 +54,7 @@ QUARTER, HALF, WIDER, RAMPED, TOGETHER, ANSWERS = (
 
 
 def changes(fields: int) -> tuple[Change, ...]:
-    """Of the first `fields` fields, or of how these go together; of two where it is only one. And of the answers."""
+    """Return changes of the first `fields` fields (at least two for their correlation) and of the answers."""
     first_fields, several = tuple(range(fields)), tuple(range(max(2, fields)))
     return (
         Change(QUARTER, first_fields, _first(fields, lambda series: series + 0.25)),
@@ -67,12 +67,12 @@ def changes(fields: int) -> tuple[Change, ...]:
 
 
 def training(kind: Kind) -> Table:
-    """What a bundle's reference is made from."""
+    """Return the rows of a bundle's reference."""
     return table(kind, (0,), LEARN)
 
 
 def learning(kind: Kind, site: int) -> Table:
-    """What a site learns its own reference from."""
+    """Return the rows of a site's learning phase."""
     return table(kind, (1, site), LEARN)
 
 
@@ -85,12 +85,12 @@ def trial(kind: Kind, site: int, number: int, change: Change) -> Table:
 
 
 def table(kind: Kind, seed: tuple[int, ...], windows: int, change: Change | None = None) -> Table:
-    """Rows of so many windows, the same as the first ones of more of them."""
+    """Return the rows of the given number of windows; a longer table begins with the same rows."""
     made = series(np.random.default_rng(seed), windows * ROWS, kind.steady)
     fields, answer, certainty = made[:, :FIELDS], made[:, ANSWER], made[:, CERTAINTY]
     shares = SHARES if change is None else change.shares
     columns = [
-        fields if change is None else change.of(fields),
+        fields if change is None else change.transform(fields),
         np.searchsorted(_normal_quantiles(shares), answer)[:, None],
         (0.5 + 0.5 / (1 + np.exp(-1.5 * certainty - 1)))[:, None],
     ]
@@ -98,7 +98,7 @@ def table(kind: Kind, seed: tuple[int, ...], windows: int, change: Change | None
 
 
 def series(rng: np.random.Generator, rows: int, steady: float) -> Floats:
-    """(rows, COLUMNS) of mean 0 and variance 1."""
+    """Return series (rows, COLUMNS) of mean 0 and variance 1."""
     before = rng.normal(size=COLUMNS)
     noise = rng.normal(size=(-(-rows // BLOCK), BLOCK, COLUMNS))
     if not steady:
@@ -121,7 +121,7 @@ def _ramped(series: Floats) -> Floats:
 
 
 def _correlated(series: Floats) -> Floats:
-    """Each pair by 0.5; each still of variance 1."""
+    """Correlate each pair of fields by 0.5, with variance 1."""
     count = series.shape[1]
     return np.asarray(series @ np.linalg.cholesky(np.full((count, count), 0.5) + 0.5 * np.eye(count)).T)
 

@@ -1,4 +1,4 @@
-"""What `scripts/bench drift` found, for people."""
+"""Report tables of `scripts/bench drift`."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def everything(
 
 
 def render_detections(title: str, rows: Sequence[Row], within: int) -> str:
-    """How often each row's detector cried wolf, and when it saw changes."""
-    changes = list(dict.fromkeys(name for row in rows for name in row.found))
+    """Render the false alarm rate and the detection delays of each detector."""
+    changes = list(dict.fromkeys(name for row in rows for name in row.delays))
     cells = [["", "quiet", "false/1000", *changes]]
     for row in rows:
         quiet = [f"{row.quiet:,}", f"{row.per_1000:.1f}"] if row.quiet else ["", ""]
         cells.append(
-            [row.name, *quiet, *(row.found[name].summarize(within) if name in row.found else "" for name in changes)]
+            [row.name, *quiet, *(row.delays[name].summarize(within) if name in row.delays else "" for name in changes)]
         )
     return f"{title}\n{aligned(cells)}"
 
@@ -63,7 +63,7 @@ def verdicts(results: Sequence[Result]) -> str:
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, the others to the right."""
+    """Align the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(

@@ -1,7 +1,6 @@
-"""What has to hold of what was found, as results: the limits are those that the detectors were asked to keep.
+"""Targets of the drift benchmark, as results: the limits that the detectors were configured for.
 
-`reference` is the limit. A delay that is not known, because a change was not found within the windows watched, counts
-as one window more than these.
+`reference` is the limit. An unknown delay, of a change that was missed, counts as one window more than were watched.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from scripts.benchmarks.drift_peers.cost import CASES, Cost
 from scripts.benchmarks.drift_peers.counting import Row
 from scripts.benchmarks.drift_peers.synthetic import ANSWERS, HALF, QUARTER, WIDER
 
-ALONE = "ours, one field only"  # shown beside the others
+ALONE = "ours, one field only"  # shown for comparison
 
 FALSE, FALSE_REAL = 10.0, 3.0  # alarms per 1000 quiet windows
 DELAYS = {QUARTER: 5.0, HALF: 3.0, WIDER: 5.0}  # windows, median
@@ -23,8 +22,8 @@ DELAY_REAL = 3.0
 US_PER_ROW, MB = 2.0, 5.0
 
 
-def of_made(kind: str, rows: Sequence[Row]) -> Iterator[Result]:
-    """Of `rows` of one kind: ours that have quiet windows, each beside the others."""
+def synthetic_results(kind: str, rows: Sequence[Row]) -> Iterator[Result]:
+    """Return the results for `rows` of one kind: ours with quiet windows, compared with the peers."""
     others = [row for row in rows if not row.name.startswith("ours")]
     alone = [row for row in rows if row.name == ALONE]
     for row in rows:
@@ -36,25 +35,26 @@ def of_made(kind: str, rows: Sequence[Row]) -> Iterator[Result]:
         )
         yield Result(f"{name}: false alarms", row.per_1000, FALSE, "per 1000 windows", 1.0, note, less=True)
         for change, limit in DELAYS.items():
-            note = f"{len(row.found[change].delays)} trials, four of 16 fields change"
+            note = f"{len(row.delays[change].delays)} trials, four of 16 fields change"
             note += format_peers(
-                {result.name: result.found[change].summarize(synthetic.WATCHED) for result in (*alone, *others)}
+                {result.name: result.delays[change].summarize(synthetic.WATCHED) for result in (*alone, *others)}
             )
             yield Result(f"{name}: {change}", _delay(row, change), limit, "windows", 1.0, note, less=True)
-        yield _worst(f"{name}: changes found", row, [change for change in row.found if change != ANSWERS])
-        if ANSWERS in row.found:
+        yield _worst(f"{name}: changes found", row, [change for change in row.delays if change != ANSWERS])
+        if ANSWERS in row.delays:
             yield _worst(f"{name}: other answers found", row, [ANSWERS])
 
 
-def of_recordings(row: Row) -> Iterator[Result]:
+def recordings_results(row: Row) -> Iterator[Result]:
     people = ", ".join(map(str, recordings.PEOPLE))
     note = (
         f"{row.alarmed} of {row.quiet:,} windows; people {people} under the shipped model, which was not trained on "
         f"them, {recordings.SEEDS} seeds"
     )
     yield Result("drift, smartwatch: false alarms", row.per_1000, FALSE_REAL, "per 1000 windows", 1.0, note, less=True)
-    for change, detection in row.found.items():
-        note = f"{len(detection.delays)} trials, {sum(delay is None for delay in detection.delays)} not found within 20 windows"
+    for change, detection in row.delays.items():
+        missed = sum(delay is None for delay in detection.delays)
+        note = f"{len(detection.delays)} trials, {missed} not found within 20 windows"
         name = f"drift, smartwatch: {change}"
         yield Result(name, _delay(row, change), DELAY_REAL, "windows", 1.0, note, less=True)
         yield Result(f"{name} found", 100 - detection.missed, 100.0, "per cent", 1.0, note)
@@ -75,17 +75,22 @@ def of_cost(costs: dict[str, Cost]) -> Iterator[Result]:
 
 
 def _worst(name: str, row: Row, changes: Sequence[str]) -> Result:
-    """Of the change that is missed most."""
-    note_text = format_peers({change: row.found[change].summarize(synthetic.WATCHED) for change in changes})
-    trials = len(row.found[changes[0]].delays)
+    """Return the results of the change with the most misses."""
+    note_text = format_peers({change: row.delays[change].summarize(synthetic.WATCHED) for change in changes})
+    trials = len(row.delays[changes[0]].delays)
     note = f"found within {synthetic.WATCHED} windows, {trials} trials each; median windows and misses{note_text}"
     return Result(
-        name, 100 - max(row.found[change].missed for change in changes), TARGET_DETECTION_PERCENT, "per cent", 1.0, note
+        name,
+        100 - max(row.delays[change].missed for change in changes),
+        TARGET_DETECTION_PERCENT,
+        "per cent",
+        1.0,
+        note,
     )
 
 
 def _delay(row: Row, change: str) -> float:
-    return min(row.found[change].median, synthetic.WATCHED + 1.0)
+    return min(row.delays[change].median, synthetic.WATCHED + 1.0)
 
 
 def format_peers(others: dict[str, str]) -> str:

@@ -14,7 +14,7 @@ from agent.device.store.store import Store
 from agent.drift import DriftMonitor
 from agent.drift.state import DriftState
 from tests.kit.machine import LABELS, WINDOW, feed, readings, reference
-from tests.kit.stores import opened, said
+from tests.kit.stores import opened, outbox_payloads
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_another_bundle_clears_open_alerts_and_uses_no_id_twice(
     keep(store, judge, drifted)
     other = DriftMonitor(reference(2), labels=LABELS, window=WINDOW, learn_windows=40)
     state = ended(store, author, other)
-    told = list(said(store).values())
+    told = list(outbox_payloads(store).values())
     cleared = {body["id"] for body in told if body["kind"] == "alerts" and body["state"] == "cleared"}
     assert cleared == {"exercise/y/drift/1", "exercise/z/fault/1"}
     resets = [body for body in told if body.get("event") == "reference reset"]

@@ -14,7 +14,7 @@ from agent import clock
 from agent.device.recovery.findings import NEW_LOG, NewLogPlan
 from agent.device.store import retention
 from agent.errors import StorageDamaged
-from tests.kit.stores import alarms, append, filled, opened, pulled, said, say, served
+from tests.kit.stores import alarms, append, append_message, filled, opened, outbox_payloads, pulled, served
 
 ROWS, MESSAGES = 100, 12
 
@@ -31,7 +31,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tx.raise_time_floor(1_764_022_680_000_000)
     shutil.copyfile(folder / "live" / "watermark", folder / "early")
     for number in range(2):
-        say(store, author, f"late {number}")
+        append_message(store, author, f"late {number}")
     pulled(folder / "live", folder / "copy", store, emptied=True)
     store.close()
     return folder / "copy"
@@ -68,10 +68,10 @@ def test_any_value_may_be_damaged_and_nothing_is_lost_or_numbered_twice(whole: P
         flip(folder, key, 0x80 if number % 2 else 0x04)
         store, author = opened(folder)
         assert set(served(store)) == set(range(1, ROWS + 1)), key
-        texts = {" ".join(body["summary"].split()[:2]) for body in said(store).values()}
+        texts = {" ".join(body["summary"].split()[:2]) for body in outbox_payloads(store).values()}
         assert {"message 9", "late 0", "late 1"} <= texts, key
-        assert store.log_id != old or say(store, author, "next") > MESSAGES, key
-        assert any("table meta" in body["summary"] for body in alarms(said(store))), key
+        assert store.log_id != old or append_message(store, author, "next") > MESSAGES, key
+        assert any("table meta" in body["summary"] for body in alarms(outbox_payloads(store))), key
         if mark != "gone":
             assert store.log_id == old, key
         store.close()
@@ -85,7 +85,7 @@ def test_a_name_or_a_crc_may_be_damaged_too(whole: Path, tmp_path: Path, change:
     folder = shutil.copytree(whole, tmp_path / "d")
     damage(folder, f"UPDATE meta SET {change}")
     store, author = opened(folder)
-    assert say(store, author, "next") > MESSAGES
+    assert append_message(store, author, "next") > MESSAGES
     assert set(served(store)) == set(range(1, ROWS + 1))
     store.close()
 
@@ -111,8 +111,8 @@ def test_a_lost_new_log_plan_leads_to_another_new_log(whole: Path, tmp_path: Pat
     flip(folder, NEW_LOG, 0x01)
     store, _author = opened(folder)
     assert store.log_id != old
-    assert all(body["log"] == store.log_id for body in said(store).values())
-    assert {"late 0", "late 1"} <= {body["summary"] for body in said(store).values()}
+    assert all(body["log"] == store.log_id for body in outbox_payloads(store).values())
+    assert {"late 0", "late 1"} <= {body["summary"] for body in outbox_payloads(store).values()}
     store.close()
 
 
@@ -124,6 +124,6 @@ def test_a_value_that_is_damaged_while_the_agent_runs_is_not_believed(whole: Pat
         store.outbox_size()
     store.close()
     store, author = opened(folder)
-    assert MESSAGES < say(store, author, "next") < 71
+    assert MESSAGES < append_message(store, author, "next") < 71
     append(store, "numbers", 10)
     store.close()

@@ -29,7 +29,7 @@ from agent.testing.messages import new_key
 from agent.transport.packets import IncomingMessage
 from agent.wire.jws import Signer
 from agent.wire.messages import verify_message
-from tests.kit.stores import KEY, TASKS, alarms, append, opened, said, say
+from tests.kit.stores import KEY, TASKS, alarms, append, append_message, opened, outbox_payloads
 
 NOW = "2026-11-24T22:20:00.000000Z"
 COLLECTOR = new_key(9)
@@ -129,9 +129,12 @@ def test_an_acknowledgement_beyond_what_was_ever_written_begins_a_new_log(tmp_pa
     collector.take(store)
     report = audit(collector.store)
     assert report.passed, report.to_dict()
-    again = [row["rows"] for row in map(dict, [body for body in said(store).values() if body["kind"] == "results"])]
+    again = [
+        row["rows"]
+        for row in map(dict, [body for body in outbox_payloads(store).values() if body["kind"] == "results"])
+    ]
     assert again == [[31, 35], [36, 40], [41, 45], [46, 50], [51, 55], [56, 60]]
-    assert alarms(said(store))[0]["subject"] == "log"
+    assert alarms(outbox_payloads(store))[0]["subject"] == "log"
     # The broker still has the acknowledgement of the old log: it is no attack.
     obey(store, author, collector.ack(log))
     assert "acknowledgements refused" not in store.counters()
@@ -145,7 +148,7 @@ def test_a_fork_of_equal_length_is_detected_by_the_digest(tmp_path: Path, collec
         store, author = opened(live)
         consume(store, author, 30 + 5 * 4)
         for number in range(3):
-            say(store, author, f"offline {number}")
+            append_message(store, author, f"offline {number}")
         store.close()
     store, author = opened(live)
     with pytest.raises(StorageForked, match="another message 10"):
@@ -153,7 +156,7 @@ def test_a_fork_of_equal_length_is_detected_by_the_digest(tmp_path: Path, collec
     store.close()
     store, author = opened(live)
     assert set(collector.take(store)) == {"new"}
-    texts = [body.get("summary", "") for body in said(store).values()]
+    texts = [body.get("summary", "") for body in outbox_payloads(store).values()]
     assert [text for text in texts if "offline" in text] == ["offline 0", "offline 1", "offline 2"] * 2
     assert audit(collector.store).passed
     store.close()
@@ -163,7 +166,7 @@ def test_what_is_missing_in_the_old_log_is_written_again_or_declared(tmp_path: P
     live = tmp_path / "live"
     store, author = opened(live)
     for number in range(1, 7):
-        say(store, author, f"message {number}")
+        append_message(store, author, f"message {number}")
     log = author.log_id
     collector.take(store, without={3, 4})
     obey(store, author, collector.ack(log))
@@ -171,7 +174,7 @@ def test_what_is_missing_in_the_old_log_is_written_again_or_declared(tmp_path: P
     copied(live, tmp_path / "image")
     store, author = opened(live)
     for number in range(7, 11):
-        say(store, author, f"message {number}")
+        append_message(store, author, f"message {number}")
     collector.take(store, without={3, 4, 8})
     store.close()
     copied(tmp_path / "image", live)
@@ -181,7 +184,7 @@ def test_what_is_missing_in_the_old_log_is_written_again_or_declared(tmp_path: P
     store.close()
     store, author = opened(live)
     collector.take(store)
-    bodies = said(store)
+    bodies = outbox_payloads(store)
     assert [body["summary"] for body in bodies.values() if "reissued" in body] == ["message 3", "message 4"]
     report = audit(collector.store)
     assert report.passed, report.to_dict()
@@ -208,13 +211,13 @@ def test_a_forged_acknowledgement_begins_no_new_log_and_is_counted(tmp_path: Pat
 def test_an_acknowledgement_of_our_own_history_changes_no_log(tmp_path: Path, collector: Collector) -> None:
     store, author = opened(tmp_path / "live")
     for number in range(1, 7):
-        say(store, author, f"message {number}")
+        append_message(store, author, f"message {number}")
     collector.take(store, without={2, 6})
     delivery = collector.ack(author.log_id)
     assert b'"digest"' in delivery.payload
     for _ in range(2):
         obey(store, author, delivery)
-        say(store, author, "more")
+        append_message(store, author, "more")
     collector.take(store)
     obey(store, author, collector.ack(author.log_id))
     assert store.backlog().messages == 0
@@ -228,7 +231,7 @@ def test_an_interrupted_new_log_is_finished_without_duplicates(
     live, log = restored(tmp_path, collector)
     store, author = opened(live)
     for number in range(70):
-        say(store, author, f"offline {number}")
+        append_message(store, author, f"offline {number}")
     with pytest.raises(StorageForked):
         obey(store, author, collector.ack(log))
     store.close()
@@ -250,9 +253,9 @@ def test_an_interrupted_new_log_is_finished_without_duplicates(
             store.close()
     store, author = opened(live)
     assert set(collector.take(store)) == {"new"}
-    texts = [body["summary"] for body in said(store).values() if "offline" in body.get("summary", "")]
+    texts = [body["summary"] for body in outbox_payloads(store).values() if "offline" in body.get("summary", "")]
     assert texts == [f"offline {number}" for number in range(70)]
-    assert sorted(said(store)) == list(range(1, len(said(store)) + 1))
+    assert sorted(outbox_payloads(store)) == list(range(1, len(outbox_payloads(store)) + 1))
     assert audit(collector.store).passed
     store.close()
 
@@ -301,13 +304,13 @@ def test_an_acknowledgement_from_before_the_copy_proves_nothing(
         copied(image, live)
         store, author = opened(live)
         for text in ("second life 1", "second life 2"):
-            say(store, author, text)
+            append_message(store, author, text)
         obey(store, author, stale)
         with pytest.raises(StorageForked):
             obey(store, author, own.ack(log))
         store.close()
         store, author = opened(live)
-        texts = [body.get("summary", "") for body in said(store).values()]
+        texts = [body.get("summary", "") for body in outbox_payloads(store).values()]
         assert [text for text in texts if "second" in text] == ["second life 1", "second life 2"], late
         assert set(own.take(store)) == {"new"}
         assert audit(own.store).passed
@@ -317,17 +320,17 @@ def test_an_acknowledgement_from_before_the_copy_proves_nothing(
 
 def test_an_acknowledged_message_of_this_run_proves_the_history(tmp_path: Path, collector: Collector) -> None:
     store, author = opened(tmp_path / "live")
-    say(store, author, "one")
+    append_message(store, author, "one")
     store.close()
     store, author = opened(tmp_path / "live")
     collector.take(store)
     obey(store, author, collector.ack(author.log_id))
     assert store.get_meta(UNPROVEN_FROM, "") == "1"
-    say(store, author, "two")
+    append_message(store, author, "two")
     collector.take(store)
     obey(store, author, collector.ack(author.log_id))
     assert store.get_meta(UNPROVEN_FROM, "") == ""
-    say(store, author, "three")
+    append_message(store, author, "three")
     store.close()
     store, author = opened(tmp_path / "live")
     assert store.get_meta(UNPROVEN_FROM, "") == "3"

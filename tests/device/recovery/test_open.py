@@ -25,7 +25,7 @@ from agent.device.store.store import Store
 from agent.errors import StorageError, UsageError
 from agent.performance.labels import Label
 from tests.kit.stations import ROOT
-from tests.kit.stores import append, filled, opened, pulled, put_aside, say, served
+from tests.kit.stores import append, append_message, filled, opened, pulled, put_aside, served
 
 MOUNTS = """\
 22 1 179:2 / / rw,noatime shared:1 - ext4 /dev/mmcblk0p2 rw
@@ -166,7 +166,7 @@ def test_an_older_store_is_migrated_with_everything_in_it(older: Path) -> None:
         assert db.execute("SELECT count(*) FROM chunks").fetchone() == (4,)
         assert db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'label_rows'").fetchone() == (0,)
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    assert say(store, author, "in the new version") == 6
+    assert append_message(store, author, "in the new version") == 6
     append(store, "numbers", 10)
     store.close()
     assert not backup_of(older).exists()

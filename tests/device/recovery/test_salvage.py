@@ -21,7 +21,18 @@ from agent.device.recovery import raw_pages, salvage
 from agent.device.store import watermark
 from agent.errors import StorageDamaged, StorageError
 from tests.kit.stations import ROOT
-from tests.kit.stores import alarms, append, declared, filled, opened, pulled, put_aside, said, say, served
+from tests.kit.stores import (
+    alarms,
+    append,
+    append_message,
+    declared_numbers,
+    filled,
+    opened,
+    outbox_payloads,
+    pulled,
+    put_aside,
+    served,
+)
 
 PAGE = 4096
 
@@ -44,7 +55,7 @@ def in_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     for number in range(10):
         append(store, "numbers", 10)
-        say(store, author, f"late {number}")
+        append_message(store, author, f"late {number}")
     copy = pulled(folder / "live", folder / "copy")
     store.close()
     return copy
@@ -57,7 +68,7 @@ def check_whole(folder: Path, rows: int, messages: int) -> tuple[set[int], set[i
         put_aside(store, author)
         stored = served(store)
         assert all(number == value for number, value in stored.items()), "a row is served as another one"
-        texts = said(store)
+        texts = outbox_payloads(store)
         survived = {seq for seq, body in texts.items() if seq <= messages and body["log"] == author.log_id}
         for seq in survived:
             assert texts[seq]["seq"] == seq
@@ -67,15 +78,15 @@ def check_whole(folder: Path, rows: int, messages: int) -> tuple[set[int], set[i
         new = {seq: body for seq, body in texts.items() if seq > messages}
         if not store.get_meta("previous log", ""):
             assert store.last_row("numbers") == rows
-            assert lost_seqs - set(range(1, 9)) <= declared(new, "seq"), "a lost message is not declared"
+            assert lost_seqs - set(range(1, 9)) <= declared_numbers(new, "seq"), "a lost message is not declared"
             used = {row for row in lost_rows if row <= (store.cursor("judge") or 0)}
-            assert used <= declared(new, "rows", "numbers"), "a lost reading that was used is not declared"
+            assert used <= declared_numbers(new, "rows", "numbers"), "a lost reading that was used is not declared"
         if lost_rows or lost_seqs - set(range(1, 9)):
             assert alarms(new) or store.get_meta("previous log", "")
         before = store.last_row("numbers")
         append(store, "numbers", 10)
         assert store.last_row("numbers") == before + 10
-        say(store, author, "goes on")
+        append_message(store, author, "goes on")
     finally:
         store.close()
     return set(stored), survived
@@ -217,7 +228,7 @@ def test_the_store_opens_after_any_damage_to_any_file(
     try:
         put_aside(store, author)
         assert all(number == value for number, value in served(store).items())
-        assert {body["seq"] for body in said(store).values()} == said(store).keys()
+        assert {body["seq"] for body in outbox_payloads(store).values()} == outbox_payloads(store).keys()
     finally:
         store.close()
 
@@ -347,7 +358,7 @@ def test_damage_detected_in_use_is_salvaged_at_the_next_opening(tmp_path: Path) 
     assert (tmp_path / "damaged").exists()
     store, _ = opened(tmp_path)
     assert not (tmp_path / "damaged").exists()
-    assert alarms(said(store))[-1]["severity"] == "critical"
+    assert alarms(outbox_payloads(store))[-1]["severity"] == "critical"
     store.close()
 
 
@@ -368,7 +379,7 @@ def test_lost_cursors_are_raised_to_the_stored_results(tmp_path: Path) -> None:
     (case / "outstation.db").write_bytes(data)
     store, _ = opened(case)
     assert (store.first_consumed("judge"), store.cursor("judge")) == (1, 200)
-    assert all(not alarm["evidence"]["tasks"] for alarm in alarms(said(store)))
+    assert all(not alarm["evidence"]["tasks"] for alarm in alarms(outbox_payloads(store)))
     store.close()
 
 

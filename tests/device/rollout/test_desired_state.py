@@ -96,24 +96,24 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
     made.store.close()
 
 
-def test_it_listens_on_its_own_topic_those_of_its_groups_and_that_of_all(desk: Desk) -> None:
+def test_a_device_subscribes_to_its_own_group_and_fleet_topics(desk: Desk) -> None:
     assert desk.desires.subscriptions == [OWN, ROOF, YARD, ALL]
 
 
-def test_without_operators_it_listens_to_nobody(tmp_path: Path) -> None:
+def test_without_operators_there_is_no_subscription(tmp_path: Path) -> None:
     desk = Desk(tmp_path, keys=[])
     assert desk.desires.subscriptions == []
     desk.store.close()
 
 
-def test_what_is_desired_holds_over_a_restart(desk: Desk) -> None:
+def test_the_desired_state_survives_a_restart(desk: Desk) -> None:
     desk.take(signed(OWN, {"sort": wanted("2")}))
     assert desk.version() == "2"
     desk.crash()
     assert desk.version() == "2"
 
 
-def test_the_most_specific_topic_that_names_the_task_holds_whatever_came_first(desk: Desk) -> None:
+def test_the_most_specific_topic_of_a_task_applies(desk: Desk) -> None:
     deliveries = [(OWN, "own"), (ROOF, "roof"), (YARD, "yard"), (ALL, "all")]
     for topic, version in deliveries:
         desk.take(signed(topic, {"sort": wanted(version)}))
@@ -124,7 +124,7 @@ def test_the_most_specific_topic_that_names_the_task_holds_whatever_came_first(d
     assert desk.version("other") == "9"
 
 
-def test_the_same_message_again_changes_nothing_and_is_not_refused(desk: Desk) -> None:
+def test_a_repeated_message_changes_nothing(desk: Desk) -> None:
     first = signed(OWN, {"sort": wanted("2")})
     desk.take(first)
     told: list[int] = []
@@ -136,7 +136,7 @@ def test_the_same_message_again_changes_nothing_and_is_not_refused(desk: Desk) -
     assert (desk.version(), told) == ("2", [])
 
 
-def test_a_replayed_older_message_is_refused_also_after_a_restart(desk: Desk) -> None:
+def test_an_older_message_is_refused_even_after_a_restart(desk: Desk) -> None:
     old, new = signed(OWN, {"sort": wanted("1")}), signed(OWN, {"sort": wanted("2")})
     desk.take(old, new)
     assert desk.refused(old) == "replayed"
@@ -144,19 +144,19 @@ def test_a_replayed_older_message_is_refused_also_after_a_restart(desk: Desk) ->
     assert (desk.refused(old), desk.version()) == ("replayed", "2")
 
 
-def test_another_message_with_the_counter_of_the_one_in_force_is_refused(desk: Desk) -> None:
+def test_another_message_with_the_same_counter_is_refused(desk: Desk) -> None:
     desk.take(signed(OWN, {"sort": wanted("2")}, counter=10**6))
     assert desk.refused(signed(OWN, {"sort": wanted("3")}, counter=10**6)) == "replayed"
     assert desk.version() == "2"
 
 
-def test_a_message_that_another_operators_replaced_cannot_come_back(desk: Desk) -> None:
+def test_a_message_replaced_by_another_operator_cannot_return(desk: Desk) -> None:
     first = signed(OWN, {"sort": wanted("1")})
     desk.take(first, signed(OWN, {"sort": wanted("2")}, key=SECOND, counter=1))
     assert (desk.refused(first), desk.version()) == ("replayed", "2")
 
 
-def test_counters_of_two_topics_do_not_disturb_each_other(desk: Desk) -> None:
+def test_topics_have_independent_counters(desk: Desk) -> None:
     desk.take(signed(OWN, {"other": wanted("1")}, counter=10**9), signed(ALL, {"sort": wanted("2")}, counter=1))
     assert desk.version() == "2"
 
@@ -192,25 +192,25 @@ def test_another_groups_message_is_refused(desk: Desk) -> None:
     ],
     ids=["member", "condition", "strategy", "digest", "task", "counter", "kind", "size"],
 )
-def test_a_signed_message_that_says_something_else_is_refused_whole(
+def test_a_signed_message_with_invalid_content_is_refused(
     desk: Desk, changes: dict[str, Any], reason: str
 ) -> None:
     assert desk.refused(signed(OWN, {"sort": wanted("2")}, **changes)) == reason
     assert desk.version() is None
 
 
-def test_a_key_that_is_no_operators_is_refused(desk: Desk) -> None:
+def test_another_key_than_an_operators_is_refused(desk: Desk) -> None:
     assert desk.refused(signed(OWN, {"sort": wanted("2")}, key=FOREIGN)) == "unknown key"
 
 
-def test_a_key_that_is_twice_in_an_object_is_refused(desk: Desk) -> None:
+def test_a_duplicate_json_key_is_refused(desk: Desk) -> None:
     payload = signed(OWN, {"sort": wanted("2")}).payload.replace(b'"v":1', b'"v":1,"v":1')
     assert (
         desk.refused(IncomingMessage(OWN, payload, (jws.sign(OPERATOR, OWN, payload),), True, 1, 1)) == "duplicate key"
     )
 
 
-def test_what_an_operator_desired_is_over_when_his_key_is_no_longer_in_the_config(desk: Desk) -> None:
+def test_removing_an_operators_key_ends_their_desired_state(desk: Desk) -> None:
     desk.take(signed(OWN, {"sort": wanted("2")}))
     desk.keys = [SECOND]
     desk.crash()
@@ -220,7 +220,7 @@ def test_what_an_operator_desired_is_over_when_his_key_is_no_longer_in_the_confi
     assert desk.version() == "2"
 
 
-def test_a_full_disk_delays_it_and_nothing_is_in_force_before_it_is_kept(
+def test_a_message_is_in_force_only_once_it_is_stored(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
@@ -237,7 +237,7 @@ def test_a_full_disk_delays_it_and_nothing_is_in_force_before_it_is_kept(
     assert desk.version() == "2"
 
 
-def test_what_is_kept_and_damaged_counts_as_nothing_and_comes_again(desk: Desk) -> None:
+def test_a_damaged_stored_message_is_ignored_until_it_arrives_again(desk: Desk) -> None:
     delivery = signed(OWN, {"sort": wanted("2")})
     desk.take(delivery)
     with desk.store.transaction() as tx:
@@ -252,7 +252,7 @@ def no_sink(subscriptions: Sequence[str], will: OutgoingMessage) -> Sink:
     raise LinkDown("no sink in this test")
 
 
-def test_what_is_refused_is_counted_as_commands_are_and_raises_one_alert(desk: Desk, tmp_path: Path) -> None:
+def test_refused_messages_are_counted_and_raise_one_alert(desk: Desk, tmp_path: Path) -> None:
     uplink = Uplink(
         *(conf(tmp_path), desk.store, desk.author, None, lambda: NOW, lambda error: None, no_sink),
         receivers=[desk.desires],

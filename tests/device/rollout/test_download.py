@@ -56,7 +56,7 @@ def part(device: Updating) -> Path:
 # --- connections ---
 
 
-def test_a_connection_cut_in_the_middle_is_gone_on_with(web: Web, device: Updating, wanted: DesiredBundle) -> None:
+def test_an_interrupted_download_is_resumed(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     for byte in (1_200_000, 1_900_000):
         web.tricks[:] = [("/targets/", cut_at(byte))]
         assert "are kept" in device.must_fail(wanted, "DownloadError").detail
@@ -67,7 +67,7 @@ def test_a_connection_cut_in_the_middle_is_gone_on_with(web: Web, device: Updati
     assert len(device.fetched) == 1
 
 
-def test_a_server_without_range_begins_anew(web: Web, device: Updating, wanted: DesiredBundle) -> None:
+def test_a_server_without_ranges_restarts_the_download(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     web.tricks[:] = [("/targets/", cut_at(1_200_000))]
     device.must_fail(wanted, "DownloadError")
     web.tricks[:] = [("/targets/", Handler.whole)]
@@ -75,7 +75,7 @@ def test_a_server_without_range_begins_anew(web: Web, device: Updating, wanted: 
     assert starts(web) == [0, 1_200_000]
 
 
-def test_a_server_that_answers_with_another_range_is_not_believed(
+def test_another_range_than_requested_is_rejected(
     web: Web, device: Updating, wanted: DesiredBundle
 ) -> None:
     web.tricks[:] = [("/targets/", cut_at(1_200_000))]
@@ -90,7 +90,7 @@ def test_a_server_that_answers_with_another_range_is_not_believed(
     assert part(device).stat().st_size == 1_200_000
 
 
-def test_a_server_that_has_no_such_range_begins_anew(web: Web, device: Updating, wanted: DesiredBundle) -> None:
+def test_an_unsatisfiable_range_restarts_the_download(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     web.tricks[:] = [("/targets/", cut_at(1_200_000))]
     device.must_fail(wanted, "DownloadError")
     web.tricks[:] = [("/targets/", lambda it: it.head(416, 0) if it.start else it.serve())]
@@ -98,7 +98,7 @@ def test_a_server_that_has_no_such_range_begins_anew(web: Web, device: Updating,
     assert starts(web) == [0, 1_200_000, 0]
 
 
-def test_a_server_that_hangs_up_after_each_answer_is_asked_again(
+def test_a_closed_idle_connection_is_reopened(
     web: Web, device: Updating, wanted: DesiredBundle
 ) -> None:
     """Without saying so, as one does whose patience with idle connections is short."""
@@ -111,7 +111,7 @@ def test_a_server_that_hangs_up_after_each_answer_is_asked_again(
     assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
 
 
-def test_a_download_ends_with_the_window_and_comes_in_the_next(
+def test_a_download_ends_with_the_window_and_resumes_in_the_next(
     web: Web, device: Updating, wanted: DesiredBundle
 ) -> None:
     now = datetime.fromtimestamp(device.now().wall_us // 1_000_000).replace(second=58, microsecond=0)
@@ -124,13 +124,13 @@ def test_a_download_ends_with_the_window_and_comes_in_the_next(
     assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
 
 
-def test_an_archive_that_is_there_is_not_downloaded_again(web: Web, device: Updating, wanted: DesiredBundle) -> None:
+def test_an_existing_archive_is_not_downloaded_again(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     device.must_fetch(wanted)
     assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
     assert starts(web) == [0]
 
 
-def test_a_damaged_tail_of_a_part_is_found_and_downloaded_anew(
+def test_a_damaged_part_is_detected_and_downloaded_anew(
     web: Web, device: Updating, wanted: DesiredBundle
 ) -> None:
     """As a power cut leaves it on some file systems: of the right length, and zeros."""
@@ -144,13 +144,13 @@ def test_a_damaged_tail_of_a_part_is_found_and_downloaded_anew(
     assert starts(web) == [0, 1_200_000, 0]
 
 
-def test_a_damaged_archive_is_found_and_downloaded_anew(web: Web, device: Updating, wanted: DesiredBundle) -> None:
+def test_a_damaged_archive_is_detected_and_downloaded_anew(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     found = device.must_fetch(wanted)
     found.path.write_bytes(bytes(len(ARCHIVE)))
     assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
 
 
-def test_of_other_archives_two_stay_and_of_parts_none(repository: Signed, web: Web, device: Updating) -> None:
+def test_two_other_archives_and_no_other_part_are_kept(repository: Signed, web: Web, device: Updating) -> None:
     several = [repository.add("exercise", f"{n}.0.0", bytes([n]) * 1000) for n in range(5)]
     repository.write(web.folder)
     for one in several[:4]:
@@ -161,7 +161,7 @@ def test_of_other_archives_two_stay_and_of_parts_none(repository: Signed, web: W
     assert all(name.endswith(".zip") for name in device.fetched)
 
 
-def test_a_rate_that_was_asked_for_is_kept_to(repository: Signed, web: Web, device: Updating) -> None:
+def test_the_configured_rate_is_kept(repository: Signed, web: Web, device: Updating) -> None:
     wanted = repository.add("exercise", "1.0.0", SMALL)
     repository.write(web.folder)
     device.configure(max_rate=len(SMALL) // 2)
@@ -170,23 +170,23 @@ def test_a_rate_that_was_asked_for_is_kept_to(repository: Signed, web: Web, devi
     assert time.monotonic() - begun > 1.0
 
 
-def test_a_stick_is_a_repository(web: Web, device: Updating, wanted: DesiredBundle) -> None:
+def test_a_usb_stick_can_be_a_repository(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     device.configure(url=str(web.folder), window="00:00-00:01")
     assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
     assert web.asked == []
 
 
-def test_a_stick_that_is_not_there_is_named(device: Updating, wanted: DesiredBundle, tmp_path: Path) -> None:
+def test_a_missing_usb_stick_is_named(device: Updating, wanted: DesiredBundle, tmp_path: Path) -> None:
     device.configure(url=str(tmp_path / "stick"))
     assert "is the medium mounted?" in device.must_fail(wanted, "DownloadError").detail
 
 
-def test_a_server_that_is_not_there_is_named(web: Web, device: Updating, wanted: DesiredBundle) -> None:
+def test_an_unreachable_server_is_named(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     device.configure(url="http://127.0.0.1:9")
     assert "Connection refused" in device.must_fail(wanted, "DownloadError").detail
 
 
-def test_a_server_must_show_a_certificate_of_the_authority_that_is_trusted(
+def test_a_server_needs_a_certificate_of_the_trusted_ca(
     repository: Signed, web: Web, device: Updating, wanted: DesiredBundle, tmp_path: Path
 ) -> None:
     ours, theirs = create_authority("acme"), create_authority("acme")
@@ -226,7 +226,7 @@ def on_card(card: Card, repository: Signed, web: Web) -> Iterator[Updating]:
         yield made
 
 
-def test_a_disk_that_is_too_full_for_an_archive_gets_none(
+def test_a_disk_without_room_for_the_archive_is_incompatible(
     card: Card, web: Web, on_card: Updating, wanted: DesiredBundle
 ) -> None:
     ballast(card, leave=36 << 20)
@@ -236,7 +236,7 @@ def test_a_disk_that_is_too_full_for_an_archive_gets_none(
     on_card.must_fetch(wanted)
 
 
-def test_a_disk_that_fills_up_under_a_download_loses_nothing(
+def test_a_disk_that_fills_up_during_a_download_loses_nothing(
     card: Card, web: Web, on_card: Updating, wanted: DesiredBundle
 ) -> None:
     def filling(it: Handler) -> None:
@@ -312,7 +312,7 @@ def test_a_power_cut_at_every_step_of_a_download(card: Card, repository: Signed,
     assert step > 15, f"a download has more than {step} steps"
 
 
-def test_the_child_does_not_outlive_the_daemon(web: Web, device: Updating, wanted: DesiredBundle) -> None:
+def test_the_worker_does_not_outlive_the_daemon(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     """Killed in the middle of a download, the daemon leaves no process, and what came is gone on with."""
     held = threading.Event()
     web.tricks[:] = [("/targets/", holding(held))]
@@ -361,7 +361,7 @@ def holding(held: threading.Event) -> Trick:
     return trick
 
 
-def test_the_child_gives_way_and_is_limited(web: Web, device: Updating, wanted: DesiredBundle) -> None:
+def test_the_worker_has_low_priority_and_limits(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     held = threading.Event()
     web.tricks[:] = [("/targets/", holding(held))]
     device.fetcher.start("exercise", wanted, device.now())

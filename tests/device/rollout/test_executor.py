@@ -43,12 +43,12 @@ def template(tmp_path_factory: pytest.TempPathFactory, bundles: dict[str, Path])
 
 @pytest.fixture
 def site(tmp_path: Path, template: Site) -> Iterator[Site]:
-    made = template.copied(tmp_path)
+    made = template.copy(tmp_path)
     yield made
     made.stop()
 
 
-def test_a_good_bundle_goes_from_shadow_to_probation_to_settled_and_stays_over_restarts(site: Site) -> None:
+def test_a_good_bundle_becomes_active_and_stays_active_over_restarts(site: Site) -> None:
     assert site.batch() == "1"
     site.desire("2", "shadow")
     site.until_phase("shadow")
@@ -86,7 +86,7 @@ def settled(site: Site, text: str = "2") -> Site:
 # --- who it is for ---
 
 
-def test_a_device_that_is_not_chosen_does_nothing_but_say_so_once(site: Site) -> None:
+def test_an_unselected_device_only_reports_once(site: Site) -> None:
     site.desire("2", "canary", percent=0.0)
     site.tick(10)
     site.desire("2", "canary", percent=0.001)
@@ -96,7 +96,7 @@ def test_a_device_that_is_not_chosen_does_nothing_but_say_so_once(site: Site) ->
     assert site.batch() == "1"
 
 
-def test_a_shadow_that_is_no_longer_chosen_ends(site: Site) -> None:
+def test_a_shadow_ends_when_the_device_is_no_longer_selected(site: Site) -> None:
     site.desire("2", "shadow")
     site.until_phase("shadow")
     task = site.daemon._scheduled_tasks[0].task
@@ -113,7 +113,7 @@ def compared(site: Site) -> ShadowState | None:
     return None if found is None else msgspec.msgpack.decode(found, type=ShadowState)
 
 
-def test_what_was_compared_outlives_a_restart_and_goes_when_the_bundle_settles(site: Site) -> None:
+def test_comparison_state_survives_restarts_until_the_bundle_is_active(site: Site) -> None:
     on_probation(site)
     site.batch()
     site.until(lambda: compared(site) is not None, "it was told of the first batch")
@@ -131,10 +131,10 @@ def test_what_was_compared_outlives_a_restart_and_goes_when_the_bundle_settles(s
 
 
 @pytest.mark.parametrize(("text", "phase"), [("error", "rejected"), ("2", "cancelled"), ("3", "not_selected")])
-def test_what_was_compared_goes_when_a_shadow_ends(site: Site, text: str, phase: str) -> None:
+def test_comparison_state_is_deleted_when_a_shadow_ends(site: Site, text: str, phase: str) -> None:
     site.desire(text, "shadow")
     site.until_phase("shadow")
-    site.until(site.is_beside, "it answers beside")
+    site.until(site.is_in_shadow, "it answers beside")
     site.batch()
     site.until(lambda: compared(site) is not None, "it was told of the first batch")
     match phase:
@@ -150,10 +150,10 @@ def test_what_was_compared_goes_when_a_shadow_ends(site: Site, text: str, phase:
     assert compared(site) is None
 
 
-def test_a_shadow_that_goes_on_probation_is_compared_anew(site: Site) -> None:
+def test_a_shadow_that_becomes_the_canary_is_compared_anew(site: Site) -> None:
     site.desire("2", "shadow")
     site.until_phase("shadow")
-    site.until(site.is_beside, "it answers beside")
+    site.until(site.is_in_shadow, "it answers beside")
     site.batch()
     site.until(lambda: compared(site) is not None, "it was told of the first batch")
     site.desire("2", "canary")
@@ -166,7 +166,7 @@ def test_a_shadow_that_goes_on_probation_is_compared_anew(site: Site) -> None:
     assert kept_of.task_digest == site.digest("2")
 
 
-def test_what_nobody_mentions_any_more_goes_on(site: Site) -> None:
+def test_an_active_bundle_stays_when_it_is_no_longer_desired(site: Site) -> None:
     settled(site)
     site.desire_tasks({})
     site.crash()
@@ -177,10 +177,10 @@ def shadows(site: Site) -> list[dict[str, Any]]:
     return [body for body in site.messages() if body["kind"] == "shadow"]
 
 
-def test_a_shadow_answers_the_same_windows_publishes_no_result_and_tells_how_they_agree(site: Site) -> None:
+def test_a_shadow_publishes_no_result_and_reports_its_agreement(site: Site) -> None:
     site.desire("2", "shadow")
     site.until_phase("shadow")
-    site.until(site.is_beside, "it answers beside")
+    site.until(site.is_in_shadow, "it answers beside")
     for _ in range(3):
         assert site.batch() == "1"
         site.until(lambda: len(shadows(site)) >= len(site.results()), "it was told")
@@ -191,10 +191,10 @@ def test_a_shadow_answers_the_same_windows_publishes_no_result_and_tells_how_the
 
 
 @crashing
-def test_a_shadow_that_crashes_is_refused_and_no_batch_waits_for_it(site: Site) -> None:
+def test_a_crashing_shadow_is_rejected_and_delays_no_batch(site: Site) -> None:
     site.desire("crash", "shadow")
     site.until_phase("shadow")
-    site.until(site.is_beside, "it answers beside")
+    site.until(site.is_in_shadow, "it answers beside")
     assert site.batch(wild=True) == "1"
     site.until_phase("rejected")
     assert site.reason == "error_rate"
@@ -204,7 +204,7 @@ def test_a_shadow_that_crashes_is_refused_and_no_batch_waits_for_it(site: Site) 
     assert site.daemon._scheduled_tasks[0].task.batch_observer is None
 
 
-def test_on_probation_the_one_before_answers_beside_and_the_comparison_is_told(site: Site) -> None:
+def test_the_previous_bundle_is_the_shadow_of_a_canary(site: Site) -> None:
     settled(site)
     told = shadows(site)
     assert {(one["model"]["version"], one["other"]["version"]) for one in told} == {("2", "1")}
@@ -216,7 +216,7 @@ def test_on_probation_the_one_before_answers_beside_and_the_comparison_is_told(s
 # --- what speaks against a bundle ---
 
 
-def test_one_whose_golden_vectors_do_not_come_out_is_refused_and_never_answers(site: Site) -> None:
+def test_a_bundle_whose_golden_vectors_fail_is_rejected(site: Site) -> None:
     site.desire("wrong", "all")
     site.until_phase("rejected")
     assert site.events() == [("wrong", "downloading", ""), ("wrong", "rejected", "golden_vectors")]
@@ -226,7 +226,7 @@ def test_one_whose_golden_vectors_do_not_come_out_is_refused_and_never_answers(s
 
 
 @pytest.mark.parametrize("trap", [pytest.param("crash", marks=crashing), "error"])
-def test_one_that_dies_or_fails_on_probation_serves_no_result_and_the_one_before_answers_the_same_rows(
+def test_the_previous_bundle_answers_the_batch_of_a_failed_canary(
     site: Site, trap: str
 ) -> None:
     on_probation(site, trap)
@@ -240,14 +240,14 @@ def test_one_that_dies_or_fails_on_probation_serves_no_result_and_the_one_before
     assert site.activations()[-1] == (trap, "1", "rolled_back")
 
 
-def test_one_that_hangs_is_ended_in_time_and_the_daemon_goes_on(site: Site) -> None:
+def test_a_hanging_canary_is_killed_in_time(site: Site) -> None:
     on_probation(site, "hang", rules={"batch_timeout_s": 1.0})
     assert site.batch(wild=True) == "1"
     assert (site.phase, site.reason) == ("rolled_back", "hang")
     assert tiles(site.answered(), 2 * 40)
 
 
-def test_a_share_of_batches_may_fail_where_the_rules_say_so_and_the_one_before_answers_them(site: Site) -> None:
+def test_rules_may_tolerate_a_share_of_failed_batches(site: Site) -> None:
     on_probation(site, "error", rules={"max_error_rate": 0.5, "min_batches": 5})
     assert [site.batch(wild=wild) for wild in (False, True, False, False)] == ["error", "1", "error", "error"]
     assert site.phase == "canary"
@@ -258,7 +258,7 @@ def test_a_share_of_batches_may_fail_where_the_rules_say_so_and_the_one_before_a
     assert site.standing.numbers["errors"] == 1
 
 
-def test_one_whose_batch_takes_longer_than_it_may_is_taken_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_canary_above_the_batch_timeout_is_rolled_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     on_probation(site, rules={"batch_timeout_s": 20.0})
     model = site.daemon._scheduled_tasks[0].task.model
     invoke = model.invoke
@@ -274,7 +274,7 @@ def test_one_whose_batch_takes_longer_than_it_may_is_taken_back(site: Site, monk
 
 
 @pytest.mark.parametrize("batches", [12, 25, 31])
-def test_one_that_answers_otherwise_is_taken_back_when_its_time_is_over_and_not_before(
+def test_a_disagreeing_canary_is_rolled_back_after_min_batches(
     site: Site, batches: int
 ) -> None:
     on_probation(site, "otherwise", rules={"min_batches": batches, "min_agreement": 0.75})
@@ -286,7 +286,7 @@ def test_one_that_answers_otherwise_is_taken_back_when_its_time_is_over_and_not_
     assert site.batch() == "1"
 
 
-def test_where_there_is_no_room_to_tell_what_was_compared_last_it_does_not_settle_before_there_is(
+def test_a_canary_is_not_promoted_before_its_last_report_is_stored(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_probation(site, "otherwise", rules={"min_batches": 25, "min_agreement": 0.75})
@@ -310,7 +310,7 @@ def _refuse_comparisons(write: Callable[..., Any]) -> Callable[..., Any]:
     return refusing
 
 
-def test_what_was_taken_back_is_held_for_every_roll_out_until_its_time_is_over(site: Site) -> None:
+def test_a_hold_off_applies_to_every_roll_out_until_it_ends(site: Site) -> None:
     on_probation(site, "crash", rules={"hold_off_hours": 2.0})
     site.batch(wild=True)
     assert site.phase == "rolled_back"
@@ -327,7 +327,7 @@ def test_what_was_taken_back_is_held_for_every_roll_out_until_its_time_is_over(s
 
 
 @crashing
-def test_another_bundle_may_be_tried_while_one_is_held(site: Site) -> None:
+def test_another_bundle_can_be_tried_during_a_hold_off(site: Site) -> None:
     on_probation(site, "crash")
     site.batch(wild=True)
     site.desire("2", "all")
@@ -338,7 +338,7 @@ def test_another_bundle_may_be_tried_while_one_is_held(site: Site) -> None:
 # --- operators ---
 
 
-def test_an_operators_rollback_on_probation_takes_it_back_and_holds_it(site: Site) -> None:
+def test_an_operators_rollback_of_a_canary_begins_a_hold_off(site: Site) -> None:
     on_probation(site)
     assert site.batch() == "2"
     ok, summary, data = site.obey("rollback", task="sort")
@@ -353,7 +353,7 @@ def test_an_operators_rollback_on_probation_takes_it_back_and_holds_it(site: Sit
     assert tiles(site.answered(), 4 * 40)
 
 
-def test_an_operators_rollback_after_it_settled_does_the_same(site: Site) -> None:
+def test_an_operators_rollback_of_an_active_bundle_begins_a_hold_off(site: Site) -> None:
     settled(site)
     assert site.obey("rollback", task="sort")[0]
     assert (site.phase, site.reason, site.batch()) == ("rolled_back", "operator", "1")
@@ -363,7 +363,7 @@ def test_an_operators_rollback_after_it_settled_does_the_same(site: Site) -> Non
 
 
 @pytest.mark.parametrize("phase", ["shadow", "canary"])
-def test_called_back_it_goes_from_where_it_was_tried(site: Site, phase: str) -> None:
+def test_an_abort_ends_a_shadow_and_a_canary(site: Site, phase: str) -> None:
     assert site.batch() == "1"
     site.desire("2", "shadow" if phase == "shadow" else "all")
     site.until_phase(phase)
@@ -374,7 +374,7 @@ def test_called_back_it_goes_from_where_it_was_tried(site: Site, phase: str) -> 
     assert tiles(site.answered(), 3 * 40)
 
 
-def test_called_back_after_it_settled_the_one_before_proves_itself_again_and_runs(site: Site) -> None:
+def test_an_abort_returns_an_active_device_to_the_verified_previous_bundle(site: Site) -> None:
     settled(site)
     site.desire("2", "rollback")
     assert site.batch() == "2"
@@ -385,7 +385,7 @@ def test_called_back_after_it_settled_the_one_before_proves_itself_again_and_run
     assert (site.phase, site.batch()) == ("cancelled", "1")
 
 
-def test_called_back_where_nothing_else_is_kept_it_goes_on_until_there_is(site: Site) -> None:
+def test_an_abort_waits_for_a_copy_of_a_previous_bundle(site: Site) -> None:
     settled(site)
     copy = history.copy_folder(site.conf.data_dir, site.digest("1"))
     copy.rename(site.home / "away")
@@ -400,7 +400,7 @@ def test_called_back_where_nothing_else_is_kept_it_goes_on_until_there_is(site: 
     assert (site.phase, site.batch()) == ("cancelled", "1")
 
 
-def test_a_config_that_names_another_bundle_ends_what_the_roll_out_brought_and_it_says_why(site: Site) -> None:
+def test_a_config_that_names_another_bundle_cancels_the_roll_out(site: Site) -> None:
     settled(site)
     site.crash("3")
     site.tick()
@@ -415,7 +415,7 @@ def test_a_config_that_names_another_bundle_ends_what_the_roll_out_brought_and_i
     site.until_phase("canary")
 
 
-def test_a_config_that_is_changed_while_a_bundle_is_on_probation_ends_that(site: Site) -> None:
+def test_a_config_change_cancels_a_canary(site: Site) -> None:
     on_probation(site)
     site.batch()
     site.crash("3")
@@ -426,7 +426,7 @@ def test_a_config_that_is_changed_while_a_bundle_is_on_probation_ends_that(site:
     assert site.activations()[-1] == ("2", "3", "cancelled")
 
 
-def test_a_rollback_right_after_a_start_takes_back_what_was_on_probation(site: Site) -> None:
+def test_a_rollback_right_after_a_start_ends_the_canary(site: Site) -> None:
     on_probation(site)
     site.batch()
     site.crash()
@@ -448,7 +448,7 @@ def marked(site: Site, text: str) -> None:
     site.start()
 
 
-def test_one_that_ends_the_agent_as_it_settles_is_taken_back_after_the_first_time(site: Site) -> None:
+def test_a_crash_during_promotion_rolls_back_at_once(site: Site) -> None:
     on_probation(site)
     site.batch()
     marked(site, "2")
@@ -461,7 +461,7 @@ def test_one_that_ends_the_agent_as_it_settles_is_taken_back_after_the_first_tim
     assert [body["event"] for body in site.messages() if body.get("event") == "quarantined"] == []
 
 
-def test_one_that_ends_the_agent_twice_after_it_settled_counts_as_taken_back(site: Site) -> None:
+def test_an_active_bundle_that_crashes_twice_counts_as_rolled_back(site: Site) -> None:
     settled(site)
     marked(site, "2")
     assert site.phase == "active"
@@ -470,7 +470,7 @@ def test_one_that_ends_the_agent_twice_after_it_settled_counts_as_taken_back(sit
     assert (site.phase, site.reason, site.batch()) == ("rolled_back", "crash", "1")
 
 
-def test_an_agent_that_is_to_stop_does_not_wait_for_a_bundle_that_hangs(site: Site) -> None:
+def test_stopping_does_not_wait_for_a_hanging_model(site: Site) -> None:
     on_probation(site, "hang")
     site.feed(wild=True)
     threading.Timer(0.5, site.daemon.signals.request_stop).start()
@@ -480,7 +480,7 @@ def test_an_agent_that_is_to_stop_does_not_wait_for_a_bundle_that_hangs(site: Si
     assert (site.phase, site.store.cursor("sort")) == ("canary", 40)
 
 
-def test_a_task_whose_bundle_is_broken_is_rescued_by_a_roll_out(site: Site) -> None:
+def test_a_roll_out_repairs_a_task_with_a_broken_bundle(site: Site) -> None:
     site.stop()
     for path in (site.home / "data" / "bundles" / "tiny", *(site.home / "data" / "bundles" / ".kept").iterdir()):
         (path / "model.tflite").write_bytes(b"no model")
@@ -495,7 +495,7 @@ def test_a_task_whose_bundle_is_broken_is_rescued_by_a_roll_out(site: Site) -> N
 
 
 @crashing
-def test_where_nothing_ran_before_and_the_bundle_crashes_readings_wait(site: Site) -> None:
+def test_rows_wait_if_the_only_bundle_crashes(site: Site) -> None:
     site.stop()
     for path in (site.home / "data" / "bundles" / "tiny", *(site.home / "data" / "bundles" / ".kept").iterdir()):
         (path / "model.tflite").write_bytes(b"no model")
@@ -523,7 +523,7 @@ def learned(site: Site) -> str:
 
 
 @crashing
-def test_a_bundle_that_is_taken_back_costs_the_site_nothing_that_it_had_learned(site: Site) -> None:
+def test_a_rollback_keeps_what_the_site_had_learned(site: Site) -> None:
     before = learned(site)
     site.desire("crash", "all")
     site.until_phase("canary")
@@ -540,7 +540,7 @@ def test_a_bundle_that_is_taken_back_costs_the_site_nothing_that_it_had_learned(
     assert (learned(site), resets(site)) == (before, 0)
 
 
-def test_a_bundle_that_settles_learns_the_site_anew_and_it_is_said_once(site: Site) -> None:
+def test_a_promoted_bundle_learns_the_site_anew(site: Site) -> None:
     learned(site)
     site.desire("2", "all")
     site.until_phase("canary")
@@ -555,7 +555,7 @@ def test_a_bundle_that_settles_learns_the_site_anew_and_it_is_said_once(site: Si
 # --- where there is nothing to get it from ---
 
 
-def test_without_updates_a_bundle_that_is_not_here_is_refused_and_taken_up_once_it_is(
+def test_without_updates_a_missing_bundle_is_rejected_until_it_is_copied(
     tmp_path: Path, bundles: dict[str, Path]
 ) -> None:
     site = Site(tmp_path, bundles)
@@ -571,7 +571,7 @@ def test_without_updates_a_bundle_that_is_not_here_is_refused_and_taken_up_once_
     site.stop()
 
 
-def test_a_deadline_that_is_over_is_told_once_and_no_more_when_it_got_there(site: Site) -> None:
+def test_a_passed_deadline_is_reported_once(site: Site) -> None:
     deadline = clock.to_rfc3339(site.now.wall_us + 3_600_000_000)[:19] + "Z"
     on_probation(site, deadline=deadline)
     site.batch()
@@ -591,7 +591,7 @@ def test_a_deadline_that_is_over_is_told_once_and_no_more_when_it_got_there(site
     assert not site.standing.late
 
 
-def test_while_a_bundle_is_proved_batches_go_on_and_no_turn_waits_for_it(
+def test_batches_continue_while_a_bundle_is_probed(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_go_on, asked = threading.Event(), threading.Event()
@@ -615,7 +615,7 @@ def test_while_a_bundle_is_proved_batches_go_on_and_no_turn_waits_for_it(
     site.until_phase("canary")
 
 
-def test_two_tasks_come_to_the_same_bundle_at_once(site: Site) -> None:
+def test_two_tasks_can_get_the_same_bundle_at_once(site: Site) -> None:
     site.stop()
     file = site.home / "outstation.toml"
     other = '[tasks.again]\nstream = "cells"\nbundle = "tiny"\nschedule = "every 60 s"\n'
@@ -630,7 +630,7 @@ def test_two_tasks_come_to_the_same_bundle_at_once(site: Site) -> None:
 # --- what others see ---
 
 
-def test_health_and_status_say_what_it_has_what_it_wants_and_why_they_differ(site: Site) -> None:
+def test_health_and_status_explain_the_roll_out_state(site: Site) -> None:
     site.desire("wrong", "all", "r7")
     site.until_phase("rejected")
     status = site.obey("report")[2]["tasks"][0]
@@ -644,14 +644,14 @@ def test_health_and_status_say_what_it_has_what_it_wants_and_why_they_differ(sit
     assert status["bundle"] == "tiny 1"
 
 
-def test_a_candidate_is_kept_with_the_one_that_runs_and_goes_when_it_was_taken_back(site: Site) -> None:
+def test_a_copy_of_the_candidate_is_stored_until_its_rollback(site: Site) -> None:
     on_probation(site)
     assert site.copies() == {"1", "2"}
     site.desire("2", "rollback")
     assert site.copies() == {"1"}
 
 
-def test_a_batch_by_hand_while_a_bundle_is_on_probation_is_answered_by_the_one_before(site: Site) -> None:
+def test_a_manual_batch_during_a_canary_uses_the_previous_bundle(site: Site) -> None:
     on_probation(site)
     assert site.batch() == "2"
     site.feed()

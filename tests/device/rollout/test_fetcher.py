@@ -51,7 +51,7 @@ def settle(device: Updating) -> None:
 # --- when ---
 
 
-def test_metadata_are_looked_at_at_the_start_and_then_now_and_then(
+def test_metadata_are_refreshed_at_the_start_and_periodically(
     web: Web, device: Updating, wanted: DesiredBundle
 ) -> None:
     settle(device)
@@ -74,7 +74,7 @@ def test_without_updates_in_the_config_nothing_is_fetched(device: Updating, want
     assert fetcher.report(device.now()) is None
 
 
-def test_archives_come_in_the_window_only_and_metadata_all_day(
+def test_archives_are_fetched_in_the_window_only(
     web: Web, device: Updating, wanted: DesiredBundle
 ) -> None:
     device.wall_us = device.now().wall_us
@@ -109,12 +109,12 @@ def test_a_window_is_of_the_local_day_and_may_reach_over_midnight(text: str, clo
     assert fetcher.seconds_until_close(updates, ClockReading(wall_us, 0.0, "unsynced")) == 0
 
 
-def test_a_clock_at_the_end_of_time_has_a_time_of_day() -> None:
+def test_a_clock_in_the_year_9999_has_a_time_of_day() -> None:
     updates = UpdatesConfig(url="https://updates.example.org", window="00:00-23:59")
     assert 0 <= fetcher.seconds_until_close(updates, ClockReading(2**62, 0.0, "restored")) < 86_400
 
 
-def test_tries_come_later_each_time_and_no_two_devices_at_once(device: Updating, wanted: DesiredBundle) -> None:
+def test_retries_back_off_with_jitter(device: Updating, wanted: DesiredBundle) -> None:
     device.configure(url="http://127.0.0.1:9")
     device.command = (sys.executable, "-c", "print('no answer')")
     device.restart()
@@ -129,7 +129,7 @@ def test_tries_come_later_each_time_and_no_two_devices_at_once(device: Updating,
     assert len(set(waits)) == len(waits)
 
 
-def test_a_link_that_breaks_off_again_and_again_is_tried_again_soon(
+def test_an_unstable_link_is_retried_soon(
     repository: Signed, web: Web, device: Updating, wanted: DesiredBundle
 ) -> None:
     for byte in (2_000, 4_000, 6_000, 8_000):
@@ -139,14 +139,14 @@ def test_a_link_that_breaks_off_again_and_again_is_tried_again_soon(
         assert found.retry_in_s <= 30
 
 
-def test_what_does_not_fit_is_tried_again_late(device: Updating, wanted: DesiredBundle) -> None:
+def test_an_incompatible_bundle_is_retried_late(device: Updating, wanted: DesiredBundle) -> None:
     device.configure(max_size=len(ARCHIVE) - 1)
     found = device.must_fail(wanted, "TooLarge")
     assert found.is_permanent
     assert found.retry_in_s >= 3 * 3600
 
 
-def test_what_is_not_published_yet_is_tried_again_soon(repository: Signed, web: Web, device: Updating) -> None:
+def test_an_unpublished_bundle_is_retried_soon(repository: Signed, web: Web, device: Updating) -> None:
     ahead = repository.copy()
     repository.write(web.folder)
     wanted = ahead.add("exercise", "1.0.0", ARCHIVE)
@@ -158,7 +158,7 @@ def test_what_is_not_published_yet_is_tried_again_soon(repository: Signed, web: 
     device.must_fetch(wanted)
 
 
-def test_a_download_that_is_stopped_is_no_trouble_with_the_repository(
+def test_a_stopped_download_is_no_repository_error(
     web: Web, device: Updating, wanted: DesiredBundle
 ) -> None:
     web.tricks[:] = [("/targets/", Handler.drip)]
@@ -170,7 +170,7 @@ def test_a_download_that_is_stopped_is_no_trouble_with_the_repository(
     assert report(device)["downloads"] == {}
 
 
-def test_tasks_take_turns_and_one_that_fails_holds_up_none(
+def test_tasks_take_turns_and_a_failing_one_blocks_none(
     repository: Signed, web: Web, device: Updating, wanted: DesiredBundle
 ) -> None:
     device.conf.tasks["other"] = TaskConfig(stream="watch", bundle="exercise")
@@ -187,7 +187,7 @@ def test_tasks_take_turns_and_one_that_fails_holds_up_none(
 # --- what it makes of it ---
 
 
-def test_the_same_wanted_twice_is_one_download(web: Web, device: Updating, wanted: DesiredBundle) -> None:
+def test_a_bundle_desired_twice_is_downloaded_once(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     device.fetcher.start("exercise", wanted, device.now())
     device.fetcher.poll(device.now())
     device.fetcher.start("exercise", wanted, device.now())
@@ -197,7 +197,7 @@ def test_the_same_wanted_twice_is_one_download(web: Web, device: Updating, wante
     assert report(device)["downloads"] == {}
 
 
-def test_another_one_wanted_ends_the_download_of_the_first(
+def test_another_desired_bundle_ends_the_first_download(
     repository: Signed, web: Web, device: Updating, wanted: DesiredBundle
 ) -> None:
     second = repository.add("exercise", "2.0.0", ARCHIVE * 2)
@@ -213,7 +213,7 @@ def test_another_one_wanted_ends_the_download_of_the_first(
     assert found.desired == second
 
 
-def test_a_child_that_hangs_is_killed_in_its_time(device: Updating, wanted: DesiredBundle) -> None:
+def test_a_hanging_worker_is_killed_in_time(device: Updating, wanted: DesiredBundle) -> None:
     device.command = HANGING
     device.restart()
     device.fetcher.start("exercise", wanted, device.now())
@@ -227,13 +227,13 @@ def test_a_child_that_hangs_is_killed_in_its_time(device: Updating, wanted: Desi
     assert found.error == "Timeout"
 
 
-def test_a_child_that_cannot_be_started_is_a_try_that_failed(device: Updating, wanted: DesiredBundle) -> None:
+def test_a_worker_that_cannot_start_is_a_failed_fetch(device: Updating, wanted: DesiredBundle) -> None:
     device.command = ("/nowhere/python",)
     device.restart()
     assert "no fetch worker can be started" in device.must_fail(wanted, "WorkerCrashed").detail
 
 
-def test_nothing_of_an_answer_counts_before_its_floors_are_in_the_store(
+def test_a_response_is_used_only_after_its_floors_are_stored(
     device: Updating, wanted: DesiredBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: Transaction, __: VersionFloors) -> None:
@@ -249,7 +249,7 @@ def test_nothing_of_an_answer_counts_before_its_floors_are_in_the_store(
     assert device.versions["exercise"] == 1
 
 
-def test_a_time_that_a_time_service_gave_is_not_forgotten(device: Updating, wanted: DesiredBundle) -> None:
+def test_a_synchronised_time_is_remembered(device: Updating, wanted: DesiredBundle) -> None:
     device.must_fetch(wanted)
     assert int(device.store.get_meta(FLOOR, "0")) > 0
     seen = int(device.store.get_meta(FLOOR, "0"))
@@ -285,7 +285,7 @@ def test_a_root_that_is_missing_is_named(device: Updating, wanted: DesiredBundle
     assert str(device.folder / "root.json") in found.detail
 
 
-def test_metadata_that_expired_are_told_and_looked_at_again(
+def test_expired_metadata_are_reported_and_refreshed(
     repository: Signed, web: Web, device: Updating, wanted: DesiredBundle
 ) -> None:
     settle(device)
@@ -304,7 +304,7 @@ def test_metadata_that_expired_are_told_and_looked_at_again(
     assert report(device)["error"] == ""
 
 
-def test_devices_that_are_told_at_one_moment_do_not_come_at_that_moment(
+def test_devices_spread_their_downloads(
     device: Updating, wanted: DesiredBundle
 ) -> None:
     device.configure(url="https://updates.example.org/acme")
@@ -321,7 +321,7 @@ def test_devices_that_are_told_at_one_moment_do_not_come_at_that_moment(
     assert max(dues) - min(dues) > 20
 
 
-def test_every_device_looks_at_a_time_of_its_own(device: Updating) -> None:
+def test_devices_spread_their_metadata_refreshes(device: Updating) -> None:
     device.configure(poll_interval=Duration(3600.0))
     dues = set()
     for seed in range(3):

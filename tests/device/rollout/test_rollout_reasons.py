@@ -62,7 +62,7 @@ def template(tmp_path_factory: pytest.TempPathFactory, bundles: dict[str, Path])
 
 @pytest.fixture
 def site(tmp_path: Path, template: Site) -> Iterator[Site]:
-    made = template.copied(tmp_path)
+    made = template.copy(tmp_path)
     yield made
     made.stop()
 
@@ -108,7 +108,7 @@ def is_taken_back(site: Site, text: str, reason: str) -> None:
 # --- by intervals over what was compared ---
 
 
-def test_one_that_labels_say_is_worse_is_taken_back_for_labels(site: Site) -> None:
+def test_a_canary_with_worse_labelled_accuracy_is_rolled_back(site: Site) -> None:
     on_probation(site, "mixed", max_accuracy_drop=0.05, min_hours=1.0)
     assert until_over(site, lambda: labelled_batch(site)) >= BATCHES
     assert site.standing is not None
@@ -118,7 +118,7 @@ def test_one_that_labels_say_is_worse_is_taken_back_for_labels(site: Site) -> No
     is_taken_back(site, "mixed", "labels")
 
 
-def test_without_labels_nothing_speaks_against_one_that_names_its_classes_wrongly(site: Site) -> None:
+def test_without_labels_swapped_classes_are_not_detected(site: Site) -> None:
     on_probation(site, "mixed", max_accuracy_drop=0.05)
     until_over(site, site.batch)
     assert site.phase == "active"
@@ -132,7 +132,7 @@ def test_without_labels_nothing_speaks_against_one_that_names_its_classes_wrongl
         ("slow", {"max_latency_ratio": 3.0}, "latency"),
     ],
 )
-def test_one_that_is_worse_than_the_one_before_is_taken_back(
+def test_a_canary_that_violates_a_rule_is_rolled_back(
     site: Site, text: str, rules: dict[str, float], reason: str
 ) -> None:
     on_probation(site, text, min_hours=1.0, **rules)
@@ -145,13 +145,13 @@ def test_one_that_is_worse_than_the_one_before_is_taken_back(
     is_taken_back(site, text, reason)
 
 
-def test_the_last_batch_that_was_asked_for_is_judged_before_a_bundle_settles(site: Site) -> None:
+def test_rules_include_the_last_required_batch(site: Site) -> None:
     on_probation(site, "mixed", min_agreement=0.9)
     assert until_over(site, site.batch) == BATCHES
     is_taken_back(site, "mixed", "agreement")
 
 
-def test_one_that_is_as_good_settles_by_all_rules_together(site: Site) -> None:
+def test_an_equally_good_bundle_passes_all_rules(site: Site) -> None:
     on_probation(site, "2", max_accuracy_drop=0.05, min_agreement=0.9, output_drift=True)
     until_over(site, lambda: labelled_batch(site))
     assert site.phase == "active"
@@ -198,14 +198,14 @@ def is_alarmed(site: Site) -> bool:
     return state is not None and bool(state.suite.open_subjects[-3:-1].any())
 
 
-def test_one_whose_answers_drift_where_those_of_the_one_before_do_not_is_taken_back(site: Site) -> None:
+def test_output_drift_of_the_canary_alone_rolls_it_back(site: Site) -> None:
     on_probation(site, "sensitive", output_drift=True, min_hours=1.0)
     know_the_site(site, BATCHES)
     until_over(site, lambda: batch_of(site, loud(400)))
     is_taken_back(site, "sensitive", "output_drift")
 
 
-def test_a_site_that_changes_takes_back_none_that_says_of_it_what_the_one_before_says(site: Site) -> None:
+def test_output_drift_of_both_bundles_is_the_sites(site: Site) -> None:
     on_probation(site, "2", output_drift=True, min_hours=1.0)
     know_the_site(site, BATCHES)
     batch_of(site, one_class(800))
@@ -216,7 +216,7 @@ def test_a_site_that_changes_takes_back_none_that_says_of_it_what_the_one_before
     assert tiles(site.answered(), site._written)
 
 
-def test_a_site_that_changes_before_the_two_can_be_compared_is_waited_for(site: Site) -> None:
+def test_output_drift_waits_for_the_comparison(site: Site) -> None:
     on_probation(site, "2", output_drift=True, min_batches=3)
     know_the_site(site)
     batch_of(site, one_class(800))
@@ -226,7 +226,7 @@ def test_a_site_that_changes_before_the_two_can_be_compared_is_waited_for(site: 
     assert site.phase == "active"
 
 
-def test_one_whose_answers_drift_before_the_two_can_be_compared_is_taken_back_once_they_can(site: Site) -> None:
+def test_early_output_drift_rolls_back_once_comparable(site: Site) -> None:
     on_probation(site, "sensitive", output_drift=True, min_batches=3)
     know_the_site(site)
     batch_of(site, loud(800))
@@ -236,7 +236,7 @@ def test_one_whose_answers_drift_before_the_two_can_be_compared_is_taken_back_on
     is_taken_back(site, "sensitive", "output_drift")
 
 
-def test_where_answers_cannot_be_compared_their_drift_speaks_against_a_bundle_by_itself(
+def test_output_drift_alone_counts_for_incomparable_bundles(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(canary, "_has_open_output_alert", lambda state: True)
@@ -245,7 +245,7 @@ def test_where_answers_cannot_be_compared_their_drift_speaks_against_a_bundle_by
     is_taken_back(site, "renamed", "output_drift")
 
 
-def test_where_the_store_fails_what_runs_apart_is_ended_and_nothing_is_written(
+def test_a_store_failure_ends_model_processes_without_a_write(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Its threads never began here.
@@ -254,7 +254,7 @@ def test_where_the_store_fails_what_runs_apart_is_ended_and_nothing_is_written(
     assert site.batch() == "1"
     site.desire("2", "shadow")
     site.until_phase("shadow")
-    site.until(site.is_beside, "it answers beside")
+    site.until(site.is_in_shadow, "it answers beside")
     before, written = len(psutil.Process().children(recursive=True)), site.store.get_meta("seq", "")
     site.daemon.signals.fail(StorageError("the disk is gone"))
     site.daemon._shut_down()

@@ -77,7 +77,7 @@ def good(name: str = "classify_float32", recipe: Recipe = CLASSIFY) -> Bundle:
 # --- what is said ---
 
 
-def test_a_batch_both_answered_is_told_with_who_agreed_how_long_it_took_and_what_scores_say(make: Make) -> None:
+def test_a_message_has_agreement_time_and_scores_of_both_bundles(make: Make) -> None:
     pair = make(good())
     answers = pair.batch(CALM[:200])
     (told,) = pair.shadows()
@@ -101,7 +101,7 @@ def test_a_batch_both_answered_is_told_with_who_agreed_how_long_it_took_and_what
     assert told.difference.n == 200
 
 
-def test_results_are_committed_before_the_other_bundle_is_even_asked(make: Make) -> None:
+def test_results_are_committed_before_the_shadow_gets_the_batch(make: Make) -> None:
     pair = make(good())
     pair.device.feed(CALM[:50])
     pair.device.run()
@@ -109,7 +109,7 @@ def test_results_are_committed_before_the_other_bundle_is_even_asked(make: Make)
     assert pair.runner.stats.batches == 0
 
 
-def test_messages_add_up_to_all_that_was_compared(make: Make) -> None:
+def test_messages_add_up_to_everything_compared(make: Make) -> None:
     pair = make(good())
     for start in range(0, 400, 50):
         pair.batch(CALM[start : start + 50])
@@ -119,7 +119,7 @@ def test_messages_add_up_to_all_that_was_compared(make: Make) -> None:
     assert [block.stats.n for block in pair.runner.blocks] == [50] * 8
 
 
-def test_few_batches_are_told_of_when_minutes_have_passed(make: Make) -> None:
+def test_few_batches_are_reported_after_some_minutes(make: Make) -> None:
     pair = make(good(), min_batches=240)
     pair.batch(CALM[:50])
     assert pair.shadows() == []
@@ -129,7 +129,7 @@ def test_few_batches_are_told_of_when_minutes_have_passed(make: Make) -> None:
     assert not pair.turn(100.0 + 3 * REPORT_INTERVAL_S), "nothing was compared since"
 
 
-def test_of_many_messages_neighbours_are_added_up_and_nothing_is_lost(make: Make) -> None:
+def test_neighbouring_blocks_are_merged_without_loss(make: Make) -> None:
     pair = make(good())
     for _ in range(70):
         pair.batch(CALM[:8])
@@ -139,7 +139,7 @@ def test_of_many_messages_neighbours_are_added_up_and_nothing_is_lost(make: Make
     assert sum(block.stats.n for block in pair.runner.blocks) == 70 * 8
 
 
-def test_windows_are_matched_by_their_last_row_where_definitions_differ(make: Make) -> None:
+def test_windows_of_different_lengths_match_by_their_last_row(make: Make) -> None:
     # The task's windows: 8 rows, 4 between; the other one looks at one row at a time, of one field more.
     other = good("sums_float32", replace(CLASSIFY, fields=("u", "v", "extra", "w")))
     spec = changed(other.manifest.input, fields=["u", "v"], window=manifest.WindowSpec(rows=2, step=2))
@@ -164,7 +164,7 @@ def test_longer_windows_reach_back_before_the_batch_but_not_over_a_gap(make: Mak
     assert pair.shadows()[-1].n == 7
 
 
-def test_numbers_are_told_with_how_far_they_are_apart(make: Make) -> None:
+def test_numeric_predictions_have_a_difference(make: Make) -> None:
     pair = make(good("regress_int8", REGRESS), REGRESS)
     pair.batch(REGRESS.rows(60))
     (told,) = pair.shadows()
@@ -173,7 +173,7 @@ def test_numbers_are_told_with_how_far_they_are_apart(make: Make) -> None:
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=6))
-def test_of_the_same_bundle_every_window_matches_and_says_the_same_wherever_batches_and_gaps_fall(
+def test_equal_bundles_agree_in_every_window(
     make: Make, active: Callable[[Recipe], LoadedBundle], pieces: list[tuple[int, bool]]
 ) -> None:
     pair = make(named(active(ANOMALY).bundle, "d"), ANOMALY)
@@ -199,7 +199,7 @@ def wild(at: int = 3) -> np.ndarray:
 
 
 @crashing
-def test_a_crash_beside_is_counted_and_the_batches_after_it_are_compared_again(make: Make) -> None:
+def test_a_shadow_crash_is_counted_and_later_batches_are_compared(make: Make) -> None:
     pair = make(good("rigged_crash"))
     pair.batch(CALM[:20])
     pair.batch(wild())
@@ -214,12 +214,12 @@ def test_a_crash_beside_is_counted_and_the_batches_after_it_are_compared_again(m
     assert [(one.rule, one.state) for one in found if one.rule == "error_rate"] == [("error_rate", "failed")]
 
 
-def test_a_hang_beside_holds_up_no_batch_and_is_counted_when_its_time_is_over(make: Make) -> None:
+def test_a_shadow_hang_delays_no_batch_and_is_counted(make: Make) -> None:
     pair = make(good("rigged_hang"), bounds=SandboxLimits(call_timeout_s=1.5))
     began = time.monotonic()
-    pair.batch(wild(), hear=False)
+    pair.batch(wild(), wait=False)
     for start in range(40, 100, 20):
-        pair.batch(CALM[start : start + 20], hear=False)
+        pair.batch(CALM[start : start + 20], wait=False)
     assert pair.device.store.cursor("tiny") == 80
     assert time.monotonic() - began < 20
     wait_for(lambda: pair.runner.poll(0.1), "it is ended")
@@ -228,15 +228,15 @@ def test_a_hang_beside_holds_up_no_batch_and_is_counted_when_its_time_is_over(ma
     assert "did not answer within 1.5 s" in pair.shadows()[0].error
 
 
-def test_an_error_of_any_other_kind_is_counted_too(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_any_other_shadow_error_is_counted(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     pair = make(good())
     pair.runner.other.input_columns = [99]
-    pair.batch(CALM[:20], hear=False)
+    pair.batch(CALM[:20], wait=False)
     assert [(one.errors, one.n) for one in pair.shadows()] == [(1, 0)]
     assert "shadow tiny" in caplog.text
 
 
-def test_the_old_bundle_in_this_process_answers_beside_the_new_one(make: Make) -> None:
+def test_the_old_bundle_in_this_process_can_be_the_shadow(make: Make) -> None:
     pair = make(good())
     old, new = pair.device.task, pair.task
     pair.device.task = new
@@ -249,7 +249,7 @@ def test_the_old_bundle_in_this_process_answers_beside_the_new_one(make: Make) -
     assert {one.model.digest for one in pair.device.results()} == {new.bundle.digest}
 
 
-def test_one_in_this_process_is_asked_about_no_more_windows_than_a_second_takes(make: Make) -> None:
+def test_a_shadow_in_this_process_gets_one_second_of_windows(make: Make) -> None:
     pair = make(good())
     old, new = pair.device.task, pair.task
     old.tuning = Tuning("", "", "", 32, 1, rows_per_s=30.0)
@@ -263,7 +263,7 @@ def test_one_in_this_process_is_asked_about_no_more_windows_than_a_second_takes(
 # --- kill, and once more ---
 
 
-def test_a_kill_loses_the_part_since_the_last_message_and_doubles_nothing(make: Make) -> None:
+def test_a_kill_loses_only_unreported_statistics(make: Make) -> None:
     pair = make(good(), min_batches=24)
     for start in range(0, 60, 20):
         pair.batch(CALM[start : start + 20])
@@ -277,7 +277,7 @@ def test_a_kill_loses_the_part_since_the_last_message_and_doubles_nothing(make: 
     assert sum(block.stats.n for block in pair.runner.blocks) == 80
 
 
-def test_rows_that_come_again_are_not_counted_again(make: Make) -> None:
+def test_repeated_rows_are_not_counted_again(make: Make) -> None:
     pair = make(good())
     pair.batch(CALM[:40])
     pair.device.restart()
@@ -289,21 +289,21 @@ def test_rows_that_come_again_are_not_counted_again(make: Make) -> None:
     assert [one.rows for one in pair.shadows()] == [(1, 40)]
 
 
-def test_what_was_asked_before_it_came_to_stand_beside_says_nothing(make: Make) -> None:
+def test_an_answer_to_an_earlier_request_is_dropped(make: Make) -> None:
     pair = make(good())
     pair.model.submit(CALM[:5])
     pair.batch(CALM[:40])
     assert [(one.n, one.other_stats.windows) for one in pair.shadows()] == [(40, 40)]
 
 
-def test_another_rollout_begins_from_nothing(make: Make) -> None:
+def test_another_roll_out_starts_a_new_comparison(make: Make) -> None:
     pair = make(good())
     pair.batch(CALM[:40])
     again = ShadowRunner(pair.device.task, pair.task, "another", pair.device.store)
     assert again.blocks == []
 
 
-def test_at_the_end_what_was_not_told_yet_is_told(make: Make) -> None:
+def test_the_rest_is_reported_at_the_end(make: Make) -> None:
     pair = make(good(), min_batches=240)
     pair.batch(CALM[:40])
     assert pair.runner.finish(pair.device.store, pair.device.author, NOW)
@@ -311,7 +311,7 @@ def test_at_the_end_what_was_not_told_yet_is_told(make: Make) -> None:
     assert not pair.runner.finish(pair.device.store, pair.device.author, NOW)
 
 
-def test_where_there_is_no_room_the_message_waits_and_says_all_of_it(
+def test_a_message_waits_for_room_and_loses_nothing(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = make(good())
@@ -340,7 +340,7 @@ def label(pair: Pair, rows: range, texts: list[str], source: str = "human") -> N
             tx.labels.store_label("tiny", Label(row, None, text, source), result, NOW.wall_us)
 
 
-def test_labels_are_counted_by_who_was_right_once_each(make: Make) -> None:
+def test_each_label_counts_once(make: Make) -> None:
     pair = make(good("rigged_sensitive"))
     values = CALM[:42].copy()
     values[[30, 32, 34], 0] = 3.9
@@ -363,7 +363,7 @@ def test_labels_are_counted_by_who_was_right_once_each(make: Make) -> None:
     assert sum(sum(one.labelled) for one in pair.shadows()) == 42, "a corrected label counts as it came first"
 
 
-def test_many_labels_at_once_make_blocks_enough_to_judge_by(make: Make) -> None:
+def test_many_labels_at_once_make_several_blocks(make: Make) -> None:
     pair = make(good("rigged_sensitive"))
     values = CALM.copy()
     values[::4, 0] = 3.9
@@ -383,7 +383,7 @@ def test_many_labels_at_once_make_blocks_enough_to_judge_by(make: Make) -> None:
     assert found["labels"].numbers["n"] == 600
 
 
-def test_labels_that_are_the_models_own_answers_say_nothing(make: Make) -> None:
+def test_labels_from_the_model_itself_do_not_count(make: Make) -> None:
     pair = make(good())
     pair.batch(CALM[:20])
     label(pair, range(1, 21), ["left"] * 20, source="model")
@@ -391,7 +391,7 @@ def test_labels_that_are_the_models_own_answers_say_nothing(make: Make) -> None:
     assert sum(sum(one.labelled) for one in pair.shadows()) == 0
 
 
-def test_labelled_numbers_are_told_by_how_far_both_were_off(make: Make) -> None:
+def test_numeric_labels_give_absolute_errors(make: Make) -> None:
     pair = make(good("regress_int8", REGRESS), REGRESS)
     answers = pair.batch(REGRESS.rows(30))
     assert answers is not None
@@ -403,7 +403,7 @@ def test_labelled_numbers_are_told_by_how_far_both_were_off(make: Make) -> None:
     assert found.stats.abs_error.mean == pytest.approx(0.5)
 
 
-def test_answers_kept_for_labels_go_with_time_like_the_tasks_own(make: Make) -> None:
+def test_stored_shadow_predictions_expire_like_the_tasks(make: Make) -> None:
     pair = make(good())
     pair.batch(CALM[:20])
     span = pair.device.store.query(labels.load_span, labels.shadow_key("tiny"))
@@ -418,7 +418,7 @@ def test_answers_kept_for_labels_go_with_time_like_the_tasks_own(make: Make) -> 
 
 
 @crashing
-def test_a_model_that_dies_while_it_serves_leaves_nothing_and_the_one_before_runs_the_same_rows(make: Make) -> None:
+def test_after_a_model_crash_another_model_runs_the_same_rows(make: Make) -> None:
     pair = make(good("rigged_crash"))
     device, old = pair.device, pair.device.task
     device.task = pair.task
@@ -441,7 +441,7 @@ def test_a_model_that_dies_while_it_serves_leaves_nothing_and_the_one_before_run
     ]
 
 
-def test_what_a_model_apart_answers_is_what_it_answers_here(
+def test_a_subprocess_model_gives_the_same_answers(
     make: Make, active: Callable[[Recipe], LoadedBundle]
 ) -> None:
     pair = make(named(active(CLASSIFY).bundle, "c"))

@@ -59,7 +59,7 @@ def told(tmp_path: Path) -> Iterator[Told]:
         pair.close()
 
 
-def test_the_same_model_under_a_new_version_is_good_by_every_rule(told: Told) -> None:
+def test_the_same_model_as_a_new_version_passes_every_rule(told: Told) -> None:
     assert told("good") == {
         "agreement": "passed",
         "latency": "passed",
@@ -68,11 +68,11 @@ def test_the_same_model_under_a_new_version_is_good_by_every_rule(told: Told) ->
     }
 
 
-def test_one_whose_classes_are_mixed_up_is_bad_by_agreement(told: Told) -> None:
+def test_swapped_classes_fail_agreement(told: Told) -> None:
     assert told("mixed_up")["agreement"] == "failed"
 
 
-def test_a_slow_one_is_bad_by_its_time_alone(told: Told) -> None:
+def test_a_slow_model_fails_latency_only(told: Told) -> None:
     assert told("slow") == {
         "agreement": "passed",
         "latency": "failed",
@@ -82,5 +82,5 @@ def test_a_slow_one_is_bad_by_its_time_alone(told: Told) -> None:
 
 
 @pytest.mark.parametrize("kind", ["error", "hang"])
-def test_one_that_fails_on_some_windows_is_bad_by_its_errors(told: Told, kind: str) -> None:
+def test_a_model_that_fails_on_some_windows_fails_the_error_rate(told: Told, kind: str) -> None:
     assert told(kind)["error_rate"] == "failed"

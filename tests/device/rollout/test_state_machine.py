@@ -81,23 +81,29 @@ STEPS = [
     ("another roll-out wants this device", at("canary"), facts(want("all", OTHER, "r2")), "cancelled"),
     ("another roll-out wants others", at("canary"), facts(want("all", OTHER, "r2", **NOBODY)), "canary"),
     ("the next one begins after that", at("cancelled"), facts(want("all", OTHER, "r2")), "downloading"),
-    ("config changed on probation", at("canary"), facts(want("all"), running_digest=OTHER, configured_digest=OTHER), "cancelled"),
+    ("config changed on probation", at("canary"),
+     facts(want("all"), running_digest=OTHER, configured_digest=OTHER), "cancelled"),
     ("config changed to it", at("canary"), facts(want("all"), running_digest=NEW, configured_digest=NEW), "active"),
-    ("config changed when settled", at("active"), facts(want("all"), running_digest=OTHER, configured_digest=OTHER), "cancelled"),
+    ("config changed when settled", at("active"),
+     facts(want("all"), running_digest=OTHER, configured_digest=OTHER), "cancelled"),
     ("it was set aside", at("active"), facts(want("all"), quarantine_reason="it died twice"), "rolled_back/crash"),
     ("called back in shadow", at("shadow"), facts(want("rollback")), "cancelled/aborted"),
     ("called back on probation", at("canary"), facts(want("rollback")), "cancelled/aborted"),
     ("called back where it was not taken", None, facts(want("rollback")), "cancelled/aborted"),
-    ("called back when settled", at("active"), facts(want("rollback"), running_digest=NEW, fallback_digest=OLD), "active"),
-    ("the other is here", at("active"), facts(want("rollback"), running_digest=NEW, fallback_digest=OLD, readiness=FINE), "cancelled/aborted"),
+    ("called back when settled", at("active"),
+     facts(want("rollback"), running_digest=NEW, fallback_digest=OLD), "active"),
+    ("the other is here", at("active"),
+     facts(want("rollback"), running_digest=NEW, fallback_digest=OLD, readiness=FINE), "cancelled/aborted"),
     ("nothing to go back to", at("active"), facts(want("rollback"), running_digest=NEW), "rejected/incompatible"),
     ("held after it was taken back", at("rolled_back"), facts(want("all"), hold_off=HoldOff(5000, "")), "rolled_back"),
     ("the hold is over", at("rolled_back"), facts(want("all")), "downloading"),
-    ("refused stays refused", at("rejected", reason="golden_vectors"), facts(want(), hold_off=HoldOff(5000, "")), "rejected/golden_vectors"),
+    ("refused stays refused", at("rejected", reason="golden_vectors"),
+     facts(want(), hold_off=HoldOff(5000, "")), "rejected/golden_vectors"),
     ("refused is tried again after the hold", at("rejected", reason="golden_vectors"), facts(want()), "downloading"),
     ("a hold is over", at("rejected", reason="hold_off"), facts(want()), "downloading"),
     ("the repository came back", at("rejected", reason="download_failed"), facts(want(), readiness=FINE), "shadow"),
-    ("it still does not answer", at("rejected", reason="download_failed"), facts(want(), readiness=BROKEN), "rejected/download_failed"),
+    ("it still does not answer", at("rejected", reason="download_failed"),
+     facts(want(), readiness=BROKEN), "rejected/download_failed"),
     ("nobody wants the refused one", at("rejected", reason="golden_vectors"), facts(), "cancelled"),
 ]  # fmt: skip
 
@@ -107,7 +113,7 @@ def test_each_step(old: RolloutState | None, seen: RolloutFacts, wanted: str) ->
     assert after(old, seen) == wanted
 
 
-def test_a_config_that_was_changed_here_holds_until_it_is_changed_again() -> None:
+def test_a_local_config_change_holds_until_the_next_one() -> None:
     changed = decide_next_state(at("active"), facts(want("all"), running_digest=OTHER, configured_digest=OTHER))
     assert changed is not None
     assert "config on this device" in changed.detail
@@ -116,7 +122,7 @@ def test_a_config_that_was_changed_here_holds_until_it_is_changed_again() -> Non
     assert after(changed, facts(want("all", OLD, "r2"), running_digest=OTHER, configured_digest=OTHER)) == "downloading"
 
 
-def test_who_is_late_says_so_once_and_no_longer_when_it_got_there() -> None:
+def test_lateness_is_reported_once_and_ends_with_activation() -> None:
     fetching = decide_next_state(None, facts(want("all"), is_deadline_passed=False))
     late = decide_next_state(fetching, facts(want("all"), is_deadline_passed=True))
     assert fetching is not None
@@ -132,7 +138,7 @@ def test_who_is_late_says_so_once_and_no_longer_when_it_got_there() -> None:
     assert (settled.phase, settled.late) == ("active", False)
 
 
-def test_a_longer_share_alone_says_nothing_and_keeps_the_time_it_began() -> None:
+def test_a_larger_percentage_alone_is_not_reported() -> None:
     old = at("canary", want("canary", percent=99.0), since_s=5.0, previous_history="x")
     new = decide_next_state(old, facts(want("canary", percent=100.0)))
     assert new is not None
@@ -149,7 +155,7 @@ def test_a_longer_share_alone_says_nothing_and_keeps_the_time_it_began() -> None
         ("rejected", "download_failed", None),
     ],
 )
-def test_what_speaks_against_a_bundle_holds_it_and_what_does_not_does_not(
+def test_only_evidence_against_a_bundle_begins_a_hold_off(
     phase: Phase, reason: Any, hours: float | None
 ) -> None:
     found = compute_hold_off(at(phase, want(rules=CanaryRules(hold_off_hours=2.0)), reason=reason), 100.0)
@@ -222,7 +228,7 @@ def settle(old: RolloutState | None, one: RolloutFacts) -> list[RolloutState | N
 
 
 @given(st.lists(seen, max_size=12))
-def test_the_same_facts_twice_change_nothing_and_every_road_comes_to_rest(history: list[RolloutFacts]) -> None:
+def test_repeated_facts_reach_a_fixed_point(history: list[RolloutFacts]) -> None:
     now: RolloutState | None = None
     for one in history:
         now = settle(now, one)[-1]
@@ -232,7 +238,7 @@ def test_the_same_facts_twice_change_nothing_and_every_road_comes_to_rest(histor
 
 
 @given(st.lists(seen, max_size=12), st.data())
-def test_a_death_between_any_two_steps_ends_at_the_same_place(history: list[RolloutFacts], data: st.DataObject) -> None:
+def test_a_crash_between_any_two_steps_reaches_the_same_state(history: list[RolloutFacts], data: st.DataObject) -> None:
     now: RolloutState | None = None
     for one in history:
         road = settle(now, one)
@@ -246,7 +252,7 @@ def test_a_death_between_any_two_steps_ends_at_the_same_place(history: list[Roll
 
 
 @given(st.lists(seen, max_size=12))
-def test_no_bundle_comes_to_answer_that_did_not_prove_itself_or_is_held(history: list[RolloutFacts]) -> None:
+def test_no_unverified_or_held_off_bundle_ever_runs(history: list[RolloutFacts]) -> None:
     now: RolloutState | None = None
     for one in history:
         for before, step in zip(road := settle(now, one), road[1:], strict=False):
@@ -259,7 +265,7 @@ def test_no_bundle_comes_to_answer_that_did_not_prove_itself_or_is_held(history:
 
 
 @given(st.lists(seen, max_size=12))
-def test_another_bundle_is_never_tried_before_the_one_on_probation_was_taken_away_or_settled(
+def test_no_other_bundle_is_tried_before_the_canary_ends(
     history: list[RolloutFacts],
 ) -> None:
     now: RolloutState | None = None
@@ -271,7 +277,7 @@ def test_another_bundle_is_never_tried_before_the_one_on_probation_was_taken_awa
 
 
 @given(st.lists(seen, max_size=12))
-def test_nothing_is_fetched_or_proved_for_who_needs_nothing(history: list[RolloutFacts]) -> None:
+def test_no_bundle_is_obtained_without_need(history: list[RolloutFacts]) -> None:
     now: RolloutState | None = None
     for one in history:
         now = settle(now, one)[-1]

@@ -57,20 +57,20 @@ def changed(**files: bytes) -> dict[str, bytes]:
     return REPOSITORY.files | files
 
 
-def test_as_it_was_signed_all_of_it_is_trusted() -> None:
+def test_unchanged_metadata_are_trusted() -> None:
     assert list(looked(REPOSITORY.files)) == ["root", "timestamp", "snapshot", "targets", "exercise"]
 
 
 @given(st.sampled_from(NAMES), st.binary(max_size=100))
 @settings(max_examples=50)
-def test_metadata_of_any_bytes_are_refused(name: str, data: bytes) -> None:
+def test_arbitrary_bytes_as_metadata_are_refused(name: str, data: bytes) -> None:
     with pytest.raises(FetchFailed):
         looked(changed(**{name: data}))
 
 
 @given(st.sampled_from(NAMES), st.data())
 @settings(max_examples=100)
-def test_metadata_with_a_byte_changed_say_the_same_or_are_refused(name: str, data: st.DataObject) -> None:
+def test_metadata_with_a_changed_byte_are_refused_or_equal(name: str, data: st.DataObject) -> None:
     content = bytearray(REPOSITORY.files[name])
     content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
     try:
@@ -82,7 +82,7 @@ def test_metadata_with_a_byte_changed_say_the_same_or_are_refused(name: str, dat
 
 @given(st.sampled_from(NAMES), st.data())
 @settings(max_examples=100)
-def test_metadata_that_a_thief_signed_are_refused_by_name_or_trusted(name: str, data: st.DataObject) -> None:
+def test_metadata_signed_with_a_stolen_key_are_refused_or_trusted(name: str, data: st.DataObject) -> None:
     """Any member replaced by anything, and rightly signed: whatever comes of it, it is no error that nobody foresaw."""
     document: dict[str, Any] = json.loads(REPOSITORY.files[name])["signed"]
     document[data.draw(st.sampled_from(sorted(document)))] = data.draw(JSON)
@@ -106,7 +106,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "updates" / "anchor"
 
 
-def test_what_is_not_committed_leaves_everything_as_it_was(folder: Path) -> None:
+def test_an_uncommitted_working_copy_changes_nothing(folder: Path) -> None:
     with tuf_client.working_copy(folder) as work:
         assert (work / "timestamp.json").read_text() == "old"
         (work / "timestamp.json").write_text("new")
@@ -114,7 +114,7 @@ def test_what_is_not_committed_leaves_everything_as_it_was(folder: Path) -> None
     assert [path.name for path in folder.parent.iterdir()] == ["anchor"]
 
 
-def test_what_is_committed_takes_the_place_as_a_whole(folder: Path) -> None:
+def test_a_committed_working_copy_replaces_the_folder(folder: Path) -> None:
     with tuf_client.working_copy(folder) as work:
         (work / "timestamp.json").write_text("new")
         (work / "root_history").mkdir()
@@ -124,7 +124,7 @@ def test_what_is_committed_takes_the_place_as_a_whole(folder: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["anchor"]
 
 
-def test_a_cut_between_the_two_renames_is_mended_at_the_next_start(folder: Path) -> None:
+def test_a_power_cut_between_the_two_renames_is_repaired(folder: Path) -> None:
     folder.rename(folder.with_name("anchor.old"))
     shutil.copytree(folder.with_name("anchor.old"), folder.with_name("anchor.new"))
     with tuf_client.working_copy(folder) as work:

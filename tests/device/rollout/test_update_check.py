@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "device"
 
 
-def test_the_check_names_the_repository_and_until_when_it_holds(
+def test_the_check_names_the_repository_and_its_expiry(
     tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     repository = Signed()
@@ -55,7 +55,7 @@ def test_the_check_says_what_is_missing(tmp_path: Path, folder: Path, capsys: py
         assert found["detail"].startswith("MissingRoot: [updates] root ")
 
 
-def test_the_check_goes_by_the_floors_of_the_store(tmp_path: Path) -> None:
+def test_the_check_uses_the_stored_floors(tmp_path: Path) -> None:
     repository = Signed()
     older = repository.copy()
     with Web(tmp_path / "web") as web:

@@ -25,7 +25,7 @@ HERE = DeviceProfile(
 
 
 @given(st.lists(SEEN, max_size=6))
-def test_no_version_falls_while_all_its_keys_are_in_force(looks: list[dict[str, VersionFloor]]) -> None:
+def test_no_version_falls_while_its_keys_are_valid(looks: list[dict[str, VersionFloor]]) -> None:
     known = VersionFloors("anchor")
     for seen in looks:
         try:
@@ -59,7 +59,7 @@ def test_a_version_below_its_floor_is_refused_and_nothing_else_is(
 
 
 @given(st.binary(max_size=200))
-def test_an_answer_of_any_bytes_is_an_answer_or_none(data: bytes) -> None:
+def test_arbitrary_bytes_are_a_valid_response_or_none(data: bytes) -> None:
     try:
         answer = msgspec.json.decode(data, type=FetchResponse)
     except msgspec.MsgspecError:
@@ -93,11 +93,11 @@ def said(**other: Any) -> dict[str, Any]:
         ({"more": "of a newer publisher"}, ""),
     ],
 )
-def test_what_does_not_fit_is_told_in_a_sentence(other: dict[str, Any], why: str) -> None:
+def test_an_incompatibility_is_a_sentence(other: dict[str, Any], why: str) -> None:
     found = compatibility.find_incompatibility(said(**other), 2000, 1000, HERE)
     assert why in found
     assert bool(why) == bool(found)
 
 
-def test_a_target_of_which_nothing_is_said_does_not_fit() -> None:
+def test_a_target_without_metadata_is_incompatible() -> None:
     assert "target metadata are incomplete" in compatibility.find_incompatibility({}, 2000, 1000, HERE)

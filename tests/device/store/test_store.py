@@ -34,7 +34,7 @@ from agent.device.store.store import RowBatch, Store
 from agent.device.store.transaction import TrimmedChunks
 from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
 from tests.kit.stations import ROOT, rows_of
-from tests.kit.stores import filled, say
+from tests.kit.stores import append_message, filled
 
 NUMBERS = StreamConfig(fields=[FieldConfig(name="n", type="i64")])
 STREAMS = {"numbers": NUMBERS}
@@ -176,7 +176,10 @@ def test_a_transaction_that_raises_leaves_nothing_behind(tmp_path: Path) -> None
 
 def test_a_second_process_is_refused_and_the_first_one_named(tmp_path: Path) -> None:
     store = opened(tmp_path)
-    code = "import sys; from pathlib import Path; from agent.device.recovery.open import open_store; open_store(Path(sys.argv[1]))"
+    code = (
+        "import sys; from pathlib import Path; from agent.device.recovery.open import open_store; "
+        "open_store(Path(sys.argv[1]))"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert f"another outstation (process {os.getpid()}) uses this data folder; stop it first" in done.stderr
@@ -682,9 +685,9 @@ def test_threads_that_write_at_once_wait_for_each_other(tmp_path: Path) -> None:
 
 def test_the_digest_of_the_newest_message_is_read_atomically(tmp_path: Path) -> None:
     store, author = filled(tmp_path)
-    seq = say(store, author, "the newest")
+    seq = append_message(store, author, "the newest")
     known = store.message_digest(seq)
-    real, late = store.get_meta, threading.Thread(target=say, args=(store, author, "a later one"))
+    real, late = store.get_meta, threading.Thread(target=append_message, args=(store, author, "a later one"))
 
     def meta(key: str, default: str) -> str:
         result = real(key, default)

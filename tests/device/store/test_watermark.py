@@ -15,12 +15,22 @@ from agent.device.store import watermark
 from agent.device.store.store import Store
 from agent.device.store.watermark import Watermark, WatermarkState
 from agent.wire.messages import digest
-from tests.kit.stores import alarms, append, declared, filled, opened, pulled, said, say, served
+from tests.kit.stores import (
+    alarms,
+    append,
+    append_message,
+    declared_numbers,
+    filled,
+    opened,
+    outbox_payloads,
+    pulled,
+    served,
+)
 
 
 def chain_holds(store: Store) -> bool:
     """Return True if each message names its stored predecessor."""
-    bodies = said(store)
+    bodies = outbox_payloads(store)
     payloads = {seq: store._fetch_all("SELECT payload FROM outbox WHERE seq = ?", seq)[0][0] for seq in bodies}
     return all(body["prev"] == digest(payloads[seq - 1]) for seq, body in bodies.items() if seq - 1 in payloads)
 
@@ -32,7 +42,7 @@ def test_an_old_copy_of_the_database_put_back_gives_no_number_twice(tmp_path: Pa
         assert tx.commands.claim("operator", "one", "pause", {}, 41, None)
     append(store, "numbers", 30)
     for number in range(5):
-        say(store, author, f"after the copy {number}", (51 + number, 51 + number))
+        append_message(store, author, f"after the copy {number}", (51 + number, 51 + number))
     last = store.get_meta("digest", "")
     store.close()
     shutil.copyfile(old / "outstation.db", tmp_path / "live/outstation.db")
@@ -41,10 +51,10 @@ def test_an_old_copy_of_the_database_put_back_gives_no_number_twice(tmp_path: Pa
     assert store.cursor("judge") == 55
     with store.transaction() as tx:
         assert tx.commands.claim("operator", "again", "pause", {}, 41, None) is None
-    new = {seq: body for seq, body in said(store).items() if seq > 15}
+    new = {seq: body for seq, body in outbox_payloads(store).items() if seq > 15}
     assert min(new) == 16
     assert new[16]["prev"] == last
-    assert declared(new, "seq") == set(range(11, 16))
+    assert declared_numbers(new, "seq") == set(range(11, 16))
     [alarm] = alarms(new)
     assert alarm["evidence"]["rows"] == {"numbers": [[101, 130]]}
     assert alarm["evidence"]["tasks"] == {"judge": [[51, 55]]}
@@ -54,19 +64,19 @@ def test_an_old_copy_of_the_database_put_back_gives_no_number_twice(tmp_path: Pa
     assert served(store) == {n: n for n in [*range(1, 101), *range(131, 141)]}
     store.close()
     store, _ = opened(tmp_path / "live")
-    assert len(alarms(said(store))) == 1
+    assert len(alarms(outbox_payloads(store))) == 1
     store.close()
 
 
 def test_lost_commits_are_declared_once_and_begin_a_new_boot_number(tmp_path: Path) -> None:
     store, author = filled(tmp_path / "live", chunks=5, messages=5, acknowledged=0)
     before = pulled(tmp_path / "live", tmp_path / "lost")
-    say(store, author, "promised, but never on the disk")
+    append_message(store, author, "promised, but never on the disk")
     boot = store.boot
     shutil.copyfile(tmp_path / "live/watermark", before / "watermark")
     store.close()
     store, author = opened(before)
-    assert declared(said(store), "seq") == {6}
+    assert declared_numbers(outbox_payloads(store), "seq") == {6}
     assert store.boot == boot + 1
     store.close()
 
@@ -74,7 +84,7 @@ def test_lost_commits_are_declared_once_and_begin_a_new_boot_number(tmp_path: Pa
 def test_a_power_cut_that_loses_the_watermark_only_is_no_loss(tmp_path: Path) -> None:
     store, author = filled(tmp_path / "live", chunks=5, messages=5, acknowledged=0)
     early = (tmp_path / "live/watermark").read_bytes()
-    say(store, author, "on the disk")
+    append_message(store, author, "on the disk")
     cut = pulled(tmp_path / "live", tmp_path / "cut")
     store.close()
     for left in (early, early[:100], b"", None):
@@ -85,7 +95,7 @@ def test_a_power_cut_that_loses_the_watermark_only_is_no_loss(tmp_path: Path) ->
         if left is not None:
             (case / "watermark").write_bytes(left)
         store, _ = opened(case)
-        assert not alarms(said(store))
+        assert not alarms(outbox_payloads(store))
         assert store.log_id == author.log_id
         store.close()
 
@@ -99,7 +109,7 @@ def test_a_deleted_database_begins_a_new_log_and_rows_go_on(tmp_path: Path) -> N
     assert author.log_id == store.log_id != old
     assert store.last_row("numbers") == 60
     assert store.cursor("judge") == 20
-    first, second = said(store)[1], said(store)[2]
+    first, second = outbox_payloads(store)[1], outbox_payloads(store)[2]
     assert (first["event"], first["prev"]) == ("new log", "")
     assert first["evidence"] == {"old": old, "through": 4, "reissued": 0}
     assert second["severity"] == "critical"
@@ -108,7 +118,7 @@ def test_a_deleted_database_begins_a_new_log_and_rows_go_on(tmp_path: Path) -> N
     assert served(store) == {n: n for n in range(61, 71)}
     store.close()
     store, author = opened(tmp_path)
-    assert len(said(store)) == 2
+    assert len(outbox_payloads(store)) == 2
     store.close()
 
 
@@ -123,7 +133,7 @@ def test_the_database_of_another_log_is_taken_over_with_a_log_of_its_own(tmp_pat
     store, author = opened(tmp_path / "live")
     assert author.log_id not in (mine, foreign)
     assert store.last_row("numbers") == 60
-    bodies = said(store)
+    bodies = outbox_payloads(store)
     # Messages 1 and 2 were acknowledged; the others are written again.
     assert [bodies[seq]["reissued"]["seq"] for seq in range(1, 5)] == [3, 4, 5, 6]
     assert bodies[5]["event"] == "new log"
@@ -166,11 +176,11 @@ def test_a_watermark_that_cannot_be_written_stops_nobody(tmp_path: Path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
-        say(store, author, "committed all the same")
+        append_message(store, author, "committed all the same")
     store.close()
     store, _ = opened(tmp_path)
-    assert said(store)[3]["summary"] == "committed all the same"
-    assert not alarms(said(store))
+    assert outbox_payloads(store)[3]["summary"] == "committed all the same"
+    assert not alarms(outbox_payloads(store))
     store.close()
 
 
@@ -185,7 +195,7 @@ def test_writing_the_watermark_costs_less_than_a_commit(tmp_path: Path) -> None:
     each_us = (time.perf_counter() - began) / 200 * 1e6
     began = time.perf_counter()
     for number in range(20):
-        say(store, author, f"message {number}")
+        append_message(store, author, f"message {number}")
     commit_us = (time.perf_counter() - began) / 20 * 1e6
     store.close()
     print(f"watermark {each_us:.1f} µs, commit {commit_us:.0f} µs, {os.path.getsize(tmp_path / 'watermark')} bytes")

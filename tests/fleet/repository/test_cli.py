@@ -221,7 +221,7 @@ def test_enrolment_gives_a_device_the_newest_root_and_the_url(desk: Operator, tm
         root = (tmp_path / "device" / "root.json").read_bytes()
         assert root == (desk.folder / "repository" / "metadata" / "2.root.json").read_bytes()
         target = desk.document("publish", made, "--key", KEY.public.text, "--no-probe")["target"]
-        assert Client(tmp_path / "trust", config["updates"]["url"], root).look(target)
+        assert Client(tmp_path / "trust", config["updates"]["url"], root).fetch_target(target)
 
 
 def test_without_a_url_a_device_gets_only_the_root(desk: Operator) -> None:
@@ -265,8 +265,8 @@ def test_a_copy_is_complete_and_never_replaced_by_an_older_one(desk: Operator, t
     root = (desk.folder / "repository" / "metadata" / "1.root.json").read_bytes()
     with served(stick / "repository") as url:
         client = Client(tmp_path / "device", url, root)
-        assert client.look(second["target"])
-        assert client.look(first["target"]) is None
+        assert client.fetch_target(second["target"])
+        assert client.fetch_target(first["target"]) is None
     assert len([path for path in (stick / "repository" / "targets").rglob("*") if path.is_file()]) == 1
     code, _, err = Operator(tmp_path / "old", desk._capsys).run("repository", "copy", stick)
     assert (code, "later than this one" in err) == (2, True)

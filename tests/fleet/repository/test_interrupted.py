@@ -67,7 +67,7 @@ def test_after_a_cut_at_any_write_devices_are_served(tmp_path: Path, made: Path,
         depot = template.copy(tmp_path / f"cut-{step}")
         with served(depot.layout.home) as url:
             client = Client(tmp_path / f"old-{step}", url, depot.layout.root_path(1).read_bytes())
-            assert client.look(first.target)
+            assert client.fetch_target(first.target)
             with pytest.MonkeyPatch.context() as patch:
                 written = cut_at(patch, step)
                 try:
@@ -77,13 +77,13 @@ def test_after_a_cut_at_any_write_devices_are_served(tmp_path: Path, made: Path,
                     pass
             fresh = Client(tmp_path / f"new-{step}", url, depot.layout.root_path(1).read_bytes())
             for device in (client, fresh):
-                assert device.look(first.target) or (name == "revoke" and "timestamp.json" in written)
+                assert device.fetch_target(first.target) or (name == "revoke" and "timestamp.json" in written)
             if cut and not (name == "revoke" and "timestamp.json" in written):
                 act(depot, second)
             listed = [held.target for held in status.read(depot.folder).bundles]
             assert any(target.startswith(prefix) for target in listed) or not prefix
             for device in (client, fresh):
-                assert [bool(device.look(target)) for target in listed] == [True] * len(listed)
+                assert [bool(device.fetch_target(target)) for target in listed] == [True] * len(listed)
             assert not depot.layout.draft.exists()
         step += 1
     assert step == 2 * files + 1
@@ -109,7 +109,7 @@ def test_a_lost_key_is_replaced_after_a_cut_at_any_write(tmp_path: Path, made: P
             if cut:
                 status.read(depot.folder)
                 key_rotation.rotate(depot.folder, role)
-            assert client.look(done.target)
+            assert client.fetch_target(done.target)
         step += 1
     # Private and public key, draft, role, referring roles, root; before and after each.
     assert step == 2 * {"targets": 7, "snapshot": 6, "timestamp": 5}[role] + 1
@@ -138,10 +138,10 @@ publish(Path({str(depot.folder)!r}), Path({str(second)!r}), [KEY.public], run_pr
 """
     killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert client.look(first.target)
+    assert client.fetch_target(first.target)
     done = depot.publish(second)
     assert done.is_new is (step < 7)
-    assert client.look(done.target)
+    assert client.fetch_target(done.target)
 
 
 def test_an_interrupted_creation_is_completed(tmp_path: Path) -> None:
@@ -175,13 +175,13 @@ def test_a_full_disk_changes_nothing(
             patch.setattr(os, "fsync", full)
             with pytest.raises((StorageError, UsageError), match="No space left on device"):
                 depot.publish(bundle)
-        client.look()
+        client.fetch_target()
         assert not list(depot.layout.home.rglob("*.new"))
 
     publish_on_full_disk(made)
-    assert client.look(depot.publish(made).target)
+    assert client.fetch_target(depot.publish(made).target)
     publish_on_full_disk(version(tmp_path, made, "1.1.0"))
-    assert client.look(depot.publish(tmp_path / "tiny-1.1.0").target)
+    assert client.fetch_target(depot.publish(tmp_path / "tiny-1.1.0").target)
 
 
 def test_an_interrupted_copy_holds_a_complete_edition(tmp_path: Path, made: Path) -> None:
@@ -202,9 +202,9 @@ def test_an_interrupted_copy_holds_a_complete_edition(tmp_path: Path, made: Path
                 pass
         with served(stick / "repository") as url:
             client = Client(tmp_path / f"device-{step}", url, depot.layout.root_path(1).read_bytes())
-            assert client.look(first.target)
+            assert client.fetch_target(first.target)
             mirror.copy(depot.folder, stick)
-            assert client.look(second.target)
+            assert client.fetch_target(second.target)
         step += 1
     # Archive, role of the bundle, snapshot, timestamp.
     assert step == 2 * 4 + 1

@@ -38,7 +38,7 @@ def test_a_device_with_the_first_root_gets_a_published_bundle(
     tmp_path: Path, depot: Depot, client: Client, made: Path
 ) -> None:
     done = depot.publish(made, run_probe=True)
-    bundle = read_archive(tmp_path / "got.zip", client.look(done.target))
+    bundle = read_archive(tmp_path / "got.zip", client.fetch_target(done.target))
     assert (bundle.digest, bundle.files) == (done.target_metadata.digest, bundles.read(made, [KEY.public]).files)
     assert done.target == f"tiny/1.0.0/{bundle.digest[7:23]}.zip"
     assert (done.is_new, done.signer) == (True, KEY.public.kid)
@@ -59,16 +59,16 @@ def test_target_metadata_suffice_to_decide_on_a_download(depot: Depot, made: Pat
 
 def test_an_update_leaves_the_old_version_available(tmp_path: Path, depot: Depot, client: Client, made: Path) -> None:
     first = depot.publish(made)
-    client.look(first.target)
+    client.fetch_target(first.target)
     second = depot.publish(version(tmp_path, made, "1.1.0"))
-    assert read_archive(tmp_path / "two.zip", client.look(second.target)).manifest.version == "1.1.0"
-    assert read_archive(tmp_path / "one.zip", client.look(first.target)).manifest.version == "1.0.0"
+    assert read_archive(tmp_path / "two.zip", client.fetch_target(second.target)).manifest.version == "1.1.0"
+    assert read_archive(tmp_path / "one.zip", client.fetch_target(first.target)).manifest.version == "1.0.0"
 
 
 def test_each_bundle_has_its_own_role_and_key(tmp_path: Path, depot: Depot, client: Client, made: Path) -> None:
     first, second = depot.publish(made), depot.publish(version(tmp_path, made, "1.0.0", "other"))
-    assert client.look(first.target)
-    assert client.look(second.target)
+    assert client.fetch_target(first.target)
+    assert client.fetch_target(second.target)
     roles = {role.role: role for role in status.read(depot.folder).roles}
     assert roles["tiny"].keys != roles["other"].keys
     assert roles["tiny"].version == 1
@@ -134,15 +134,15 @@ def test_a_bundle_named_like_a_role_is_refused(tmp_path: Path, depot: Depot, mad
 def test_a_revoked_version_is_never_published_again(tmp_path: Path, depot: Depot, client: Client, made: Path) -> None:
     first, second = depot.publish(made), depot.publish(version(tmp_path, made, "1.1.0"))
     assert revoke.revoke(depot.folder, "tiny", "1.0.0").versions == ["1.0.0"]
-    assert client.look(first.target) is None
-    assert client.look(second.target)
+    assert client.fetch_target(first.target) is None
+    assert client.fetch_target(second.target)
     assert not list((depot.layout.targets / "tiny" / "1.0.0").glob("*"))
     with pytest.raises(BadBundle, match="was revoked on"):
         depot.publish(made)
     with pytest.raises(UsageError, match=r"published versions: 1\.1\.0"):
         revoke.revoke(depot.folder, "tiny", "1.0.0")
     revoke.revoke(depot.folder, "tiny")
-    assert client.look(second.target) is None
+    assert client.fetch_target(second.target) is None
 
 
 def test_private_keys_are_private_and_init_runs_once(depot: Depot) -> None:
@@ -162,12 +162,12 @@ def test_a_threshold_that_cannot_be_met_is_refused(tmp_path: Path, count: int, t
 
 def test_an_old_device_follows_three_root_rotations(depot: Depot, client: Client, made: Path) -> None:
     done = depot.publish(made)
-    client.look()
+    client.fetch_target()
     first = status.read(depot.folder).roles[0].keys
     for number in (2, 3, 4):
         assert key_rotation.rotate(depot.folder, "root").new == f"root-{number}"
         (depot.layout.keys / f"root-{number - 1}.key").unlink()
-    assert client.look(done.target)
+    assert client.fetch_target(done.target)
     [root] = [role for role in status.read(depot.folder).roles if role.role == "root"]
     assert (root.version, [key.name for key in root.keys]) == (4, ["root-4"])
     assert root.keys != first
@@ -182,14 +182,14 @@ def test_a_root_draft_needs_both_of_two_signatures(tmp_path: Path, made: Path) -
         shutil.move(depot.layout.keys / name, away / name)
     with served(depot.layout.home) as url:
         client = Client(tmp_path / "device", url, depot.layout.root_path(1).read_bytes())
-        client.look()
+        client.fetch_target()
         changed = key_rotation.rotate(depot.folder, "root", old="root-2")
         assert (changed.is_complete, changed.new) == (False, "root-3")
         root_rotation.sign(depot.layout.draft, away / "root-1.key")
         # A careless operator publishes the draft with one of two required signatures.
         shutil.copy(depot.layout.draft, depot.layout.root_path(2))
         with pytest.raises(UnsignedMetadataError, match="root was signed by 1/2"):
-            client.look()
+            client.fetch_target()
         depot.layout.root_path(2).unlink()
         assert upkeep.refresh(depot.folder).root_version == 0
         draft = root_rotation.load_pending_draft(depot.layout, RepositoryKeyring(depot.layout.keys))
@@ -197,7 +197,7 @@ def test_a_root_draft_needs_both_of_two_signatures(tmp_path: Path, made: Path) -
         assert (draft.signatures_missing, draft.may_sign) == (1, ["root-2"])
         root_rotation.sign(depot.layout.draft, away / "root-2.key")
         assert upkeep.refresh(depot.folder).root_version == 2
-        assert client.look(done.target)
+        assert client.fetch_target(done.target)
     assert not depot.layout.draft.exists()
 
 
@@ -214,10 +214,10 @@ def test_unknown_signatures_do_not_put_a_draft_in_force(tmp_path: Path) -> None:
 
 def test_metadata_of_a_revoked_targets_key_is_refused(tmp_path: Path, depot: Depot, client: Client, made: Path) -> None:
     done = depot.publish(made)
-    client.look(done.target)
+    client.fetch_target(done.target)
     thief = depot.copy(tmp_path / "thief")
     key_rotation.rotate(depot.folder, "targets")
-    client.look(done.target)
+    client.fetch_target(done.target)
     # Even with the online keys and the new root on the server, the old key does not count.
     current = edition.load(thief.layout)
     edition.write(thief.layout, current, {"targets"}, RepositoryKeyring(thief.layout.keys), expiry.now())
@@ -226,7 +226,7 @@ def test_metadata_of_a_revoked_targets_key_is_refused(tmp_path: Path, depot: Dep
     with served(thief.layout.home) as url:
         client.url = url
         with pytest.raises(UnsignedMetadataError, match="targets was signed by 0/1"):
-            client.look()
+            client.fetch_target()
 
 
 @pytest.mark.parametrize("role", ["targets", "snapshot", "timestamp"])
@@ -234,40 +234,40 @@ def test_old_and_new_devices_continue_after_a_rotation(
     tmp_path: Path, depot: Depot, client: Client, made: Path, role: str
 ) -> None:
     done = depot.publish(made)
-    client.look()
+    client.fetch_target()
     changed = key_rotation.rotate(depot.folder, role)
     assert (changed.old, changed.new, changed.is_complete) == (f"{role}-1", f"{role}-2", True)
     (depot.layout.keys / f"{role}-1.key").unlink()
     new = Client(tmp_path / "new", client.url, depot.layout.root_path(2).read_bytes())
-    assert client.look(done.target)
-    assert new.look(done.target)
+    assert client.fetch_target(done.target)
+    assert new.fetch_target(done.target)
     later = depot.publish(version(tmp_path, made, "1.1.0"))
-    assert client.look(later.target)
-    assert new.look(later.target)
+    assert client.fetch_target(later.target)
+    assert new.fetch_target(later.target)
 
 
 @pytest.mark.parametrize("role", ["targets", "snapshot", "timestamp"])
 def test_a_lost_key_is_replaced(tmp_path: Path, depot: Depot, client: Client, made: Path, role: str) -> None:
     done = depot.publish(made)
-    client.look()
+    client.fetch_target()
     (depot.layout.keys / f"{role}-1.key").unlink()
     with pytest.raises(UsageError, match=rf"no key of role {role}|needs the targets key"):
         depot.publish(version(tmp_path, made, "1.1.0", "other"))
     assert key_rotation.rotate(depot.folder, role).is_complete
-    assert client.look(done.target)
+    assert client.fetch_target(done.target)
 
 
 def test_a_rotated_bundle_key_no_longer_signs(tmp_path: Path, depot: Depot, client: Client, made: Path) -> None:
     done = depot.publish(made)
-    client.look(done.target)
+    client.fetch_target(done.target)
     changed = key_rotation.rotate(depot.folder, "tiny")
     assert (changed.old, changed.new, changed.draft) == ("bundle-tiny-1", "bundle-tiny-2", None)
     (depot.layout.keys / "bundle-tiny-2.key").unlink()
     with pytest.raises(UsageError, match="no key of role tiny"):
         depot.publish(version(tmp_path, made, "1.1.0"))
-    assert client.look(done.target)
+    assert client.fetch_target(done.target)
     key_rotation.rotate(depot.folder, "tiny")
-    assert client.look(depot.publish(tmp_path / "tiny-1.1.0").target)
+    assert client.fetch_target(depot.publish(tmp_path / "tiny-1.1.0").target)
 
 
 def test_key_rotation_undoes_a_fast_forward_attack(tmp_path: Path, depot: Depot, client: Client, made: Path) -> None:
@@ -277,23 +277,23 @@ def test_key_rotation_undoes_a_fast_forward_attack(tmp_path: Path, depot: Depot,
     current.published_versions |= {"timestamp": 2**31, "snapshot": 2**31}
     edition.write(stolen.layout, current, {"snapshot"}, RepositoryKeyring(stolen.layout.keys), expiry.now())
     with served(stolen.layout.home) as url:
-        Client(client.home, url, client.root).look()
+        Client(client.home, url, client.root).fetch_target()
     with pytest.raises(RepositoryError):
-        client.look()
+        client.fetch_target()
     key_rotation.rotate(depot.folder, "snapshot")
     key_rotation.rotate(depot.folder, "timestamp")
-    assert client.look(done.target)
+    assert client.fetch_target(done.target)
 
 
 def test_an_older_copy_of_the_repository_is_refused(tmp_path: Path, depot: Depot, client: Client, made: Path) -> None:
     depot.publish(made)
     old = depot.copy(tmp_path / "old")
     depot.publish(version(tmp_path, made, "1.1.0"))
-    client.look()
+    client.fetch_target()
     with served(old.layout.home) as url:
         client.url = url
         with pytest.raises(RepositoryError):
-            client.look()
+            client.fetch_target()
 
 
 def test_an_altered_repository_is_not_signed_again(depot: Depot, made: Path) -> None:
@@ -347,7 +347,7 @@ def test_daily_refreshes_prevent_expiry(depot: Depot, client: Client) -> None:
     late = status.read(depot.folder, last_day + timedelta(days=29))
     assert late.ok is False
     assert [line for line in late.reminders if "timestamp has expired, so devices install nothing" in line]
-    client.look()
+    client.fetch_target()
 
 
 def test_old_metadata_are_removed(depot: Depot, tmp_path: Path, made: Path) -> None:
@@ -381,7 +381,7 @@ def test_trust_clock_recovers_from_a_clock_years_ahead(depot: Depot, client: Cli
         depot.publish(made)
     done = upkeep.refresh(depot.folder, trust_clock=True)
     assert done.expires < expiry.now() + timedelta(days=29)
-    assert client.look(depot.publish(made).target)
+    assert client.fetch_target(depot.publish(made).target)
 
 
 def test_only_one_writer_at_a_time(depot: Depot) -> None:

@@ -64,7 +64,7 @@ def events(fleet: Fleet, name: str = NAME) -> list[str]:
     return [row[3] for row in fleet.decided(name)]
 
 
-def test_a_start_is_a_signed_decision_and_what_devices_are_told(six: Fleet) -> None:
+def test_a_start_signs_a_decision_and_the_desired_state(six: Fleet) -> None:
     six.start(plan())
     [row] = six.decided()
     assert row[:5] == (
@@ -75,7 +75,7 @@ def test_a_start_is_a_signed_decision_and_what_devices_are_told(six: Fleet) -> N
     assert (told.device, told.counter, told.tasks) == ("_all", 1, {"exercise": plan().desired_for_step(1)})
 
 
-def test_from_shadow_to_everywhere_in_decisions_with_their_numbers(six: Fleet) -> None:
+def test_decisions_from_shadow_to_all_have_their_numbers(six: Fleet) -> None:
     six.start(plan())
     six.in_shadow()
     assert six.promote(2.0).step == 2
@@ -91,7 +91,7 @@ def test_from_shadow_to_everywhere_in_decisions_with_their_numbers(six: Fleet) -
     assert (report.passed, report.decisions) == (True, 4), report.to_dict()
 
 
-def test_each_decision_names_the_digest_of_the_one_before(six: Fleet) -> None:
+def test_each_decision_has_the_digest_of_the_previous_one(six: Fleet) -> None:
     six.start(plan())
     six.promote(forced="to see")
     rows = six.decided()
@@ -99,7 +99,7 @@ def test_each_decision_names_the_digest_of_the_one_before(six: Fleet) -> None:
     assert prevs == ["", digest(rows[0][6])]
 
 
-def test_an_abort_sends_every_device_back(six: Fleet) -> None:
+def test_an_abort_rolls_back_every_device(six: Fleet) -> None:
     six.start(plan())
     six.abort()
     told = desired(six).tasks["exercise"]
@@ -109,7 +109,7 @@ def test_an_abort_sends_every_device_back(six: Fleet) -> None:
     )
 
 
-def test_what_other_tasks_are_desired_on_the_topic_stays(six: Fleet) -> None:
+def test_other_tasks_of_a_topic_are_unchanged(six: Fleet) -> None:
     six.start(plan())
     six.start(short(name="solar-2", task="solar", digest="sha256:" + "22" * 32))
     six.abort()
@@ -117,7 +117,7 @@ def test_what_other_tasks_are_desired_on_the_topic_stays(six: Fleet) -> None:
     assert (told.tasks["exercise"].strategy, told.tasks["solar"].rollout, told.counter) == ("rollback", "solar-2", 3)
 
 
-def test_a_second_roll_out_of_a_task_for_the_same_devices_is_refused_while_one_is_open(six: Fleet) -> None:
+def test_only_one_open_roll_out_per_task_and_devices(six: Fleet) -> None:
     six.start(plan())
     another = short(name="exercise-2", digest="sha256:" + "22" * 32)
     with pytest.raises(UsageError, match="roll-out exercise-1-1 of exercise is running for the same devices"):
@@ -136,7 +136,7 @@ def test_a_name_is_used_once(six: Fleet) -> None:
         six.start(plan(digest="sha256:" + "22" * 32), 3.0)
 
 
-def test_a_bundle_that_was_aborted_is_held_for_a_while(six: Fleet) -> None:
+def test_an_aborted_bundle_is_held_off(six: Fleet) -> None:
     six.start(plan())
     six.abort(2.0)
     with pytest.raises(UsageError, match=r"was aborted in roll-out exercise-1-1 at .* --force REASON"):
@@ -151,12 +151,12 @@ def test_a_bundle_that_was_aborted_is_held_for_a_while(six: Fleet) -> None:
     ("to", "devices", "problem"),
     [("all", 7, "selects 6 of 6 enrolled"), ("device:pi-99", 1, "target device:pi-99 matches no enrolled device")],
 )
-def test_a_step_that_could_never_be_over_is_refused(six: Fleet, to: str, devices: int, problem: str) -> None:
+def test_a_step_that_can_never_end_is_refused(six: Fleet, to: str, devices: int, problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
         six.start(plan(target=to, rules=promotion(min_devices=devices)))
 
 
-def test_a_promotion_by_hand_over_open_findings_is_on_record_with_its_reason(six: Fleet) -> None:
+def test_a_forced_promotion_is_recorded_with_its_reason(six: Fleet) -> None:
     six.start(plan())
     with pytest.raises(UsageError, match="not promoted from shadow 100 %: devices with 20 batches: 0 of 3"):
         six.promote()
@@ -166,7 +166,7 @@ def test_a_promotion_by_hand_over_open_findings_is_on_record_with_its_reason(six
     assert " Forced: seen on site. Blocked by: devices with 20 batches: 0 of 3" in six.decided()[-1][4]
 
 
-def test_what_is_paused_is_not_promoted_by_itself_and_still_aborted(six: Fleet) -> None:
+def test_a_paused_roll_out_is_not_promoted_but_aborted(six: Fleet) -> None:
     six.start(plan())
     decide(six, actions.pause)
     follower = RolloutController(six.desk, None, lambda _: None)
@@ -183,7 +183,7 @@ def test_what_is_paused_is_not_promoted_by_itself_and_still_aborted(six: Fleet) 
 
 
 @pytest.mark.parametrize("act", [actions.pause, actions.resume])
-def test_what_is_over_can_be_neither_paused_nor_resumed_nor_aborted_again(six: Fleet, act: Callable[..., Any]) -> None:
+def test_a_closed_roll_out_cannot_be_changed(six: Fleet, act: Callable[..., Any]) -> None:
     six.start(plan())
     six.abort()
     with pytest.raises(UsageError, match="is aborted"):
@@ -194,7 +194,7 @@ def test_what_is_over_can_be_neither_paused_nor_resumed_nor_aborted_again(six: F
         six.promote(forced="again")
 
 
-def test_of_two_that_promote_at_once_the_second_is_told_to_look_again(six: Fleet) -> None:
+def test_the_second_of_two_concurrent_promotions_is_refused(six: Fleet) -> None:
     six.start(plan())
     six.in_shadow()
     seen = six.look()
@@ -205,7 +205,7 @@ def test_of_two_that_promote_at_once_the_second_is_told_to_look_again(six: Fleet
 
 
 @given(st.lists(st.tuples(st.sampled_from(["exercise", "solar", "machine"]), st.booleans()), max_size=8))
-def test_whatever_was_started_and_aborted_a_topic_says_the_last_word_on_each_task(
+def test_a_topic_always_has_the_last_decision_of_each_task(
     tmp_path_factory: pytest.TempPathFactory, history: list[tuple[str, bool]]
 ) -> None:
     with fleet(tmp_path_factory.mktemp("fleet"), 3) as three:
@@ -250,7 +250,7 @@ def test_follow_promotes_step_by_step_and_finishes(six: Fleet) -> None:
     assert retained(six).tasks["exercise"].strategy == "all"
 
 
-def test_follow_aborts_what_is_bad_and_the_audit_has_why(six: Fleet) -> None:
+def test_follow_aborts_a_failed_step_with_its_evidence(six: Fleet) -> None:
     six.start(plan())
     six.in_shadow(agreeing=10)
     RolloutController(six.desk, None, lambda _: None).tick(0.0)
@@ -268,20 +268,20 @@ def retained(six: Fleet) -> DesiredPayload:
     return body
 
 
-def test_what_was_decided_before_a_kill_is_published_by_the_next_follow(six: Fleet) -> None:
+def test_follow_publishes_decisions_from_before_a_kill(six: Fleet) -> None:
     six.start(plan())
     assert six.broker.sent == []
     RolloutController(six.desk, None, lambda _: None).tick(0.0)
     assert retained(six) == desired(six)
 
 
-def test_what_was_decided_before_a_kill_is_published_by_the_next_command(six: Fleet) -> None:
+def test_the_next_command_publishes_decisions_from_before_a_kill(six: Fleet) -> None:
     six.start(plan())
     six.desk.execute(lambda db, who, _: actions.pause(db, who, journal.find(db, NAME)))
     assert retained(six) == desired(six)
 
 
-def test_a_decision_stands_while_the_broker_is_away_and_is_published_once_it_is_back(six: Fleet) -> None:
+def test_a_decision_is_published_once_the_broker_is_back(six: Fleet) -> None:
     said: list[str] = []
     follower = RolloutController(six.desk, None, said.append)
     six.start(plan())
@@ -297,7 +297,7 @@ def test_a_decision_stands_while_the_broker_is_away_and_is_published_once_it_is_
     assert said[1:] == ["not published yet, will retry: nobody listens", "published"]
 
 
-def test_a_decision_whose_counter_cannot_be_kept_is_not_made_and_is_said_once(six: Fleet) -> None:
+def test_without_a_stored_counter_no_decision_is_made(six: Fleet) -> None:
     said: list[str] = []
     follower = RolloutController(six.desk, None, said.append)
     six.start(plan())
@@ -312,7 +312,7 @@ def test_a_decision_whose_counter_cannot_be_kept_is_not_made_and_is_said_once(si
     assert six.find().state == "aborted"
 
 
-def test_a_database_that_fails_between_decision_and_broker_leaves_nothing_untold(six: Fleet) -> None:
+def test_a_database_failure_after_a_decision_delays_publishing(six: Fleet) -> None:
     follower = RolloutController(six.desk, None, lambda _: None)
     six.start(plan())
     follower.tick(0.0)
@@ -326,7 +326,7 @@ def test_a_database_that_fails_between_decision_and_broker_leaves_nothing_untold
     assert retained(six).tasks["exercise"].strategy == "rollback"
 
 
-def test_an_older_desired_state_that_a_broker_retains_again_is_replaced_and_has_a_lower_counter(six: Fleet) -> None:
+def test_follow_replaces_an_older_retained_message(six: Fleet) -> None:
     follower = RolloutController(six.desk, None, lambda _: None)
     six.start(plan())
     follower.tick(0.0)
@@ -381,7 +381,7 @@ ALTERED = {
 
 
 @pytest.mark.parametrize("name", ALTERED)
-def test_what_is_altered_after_the_decision_fails_the_audit_and_is_named(six: Fleet, name: str) -> None:
+def test_the_audit_detects_and_names_every_alteration(six: Fleet, name: str) -> None:
     six.start(plan())
     six.in_shadow()
     six.promote()
@@ -394,7 +394,7 @@ def test_what_is_altered_after_the_decision_fails_the_audit_and_is_named(six: Fl
     assert [entry["n"] for entry in found] == [n], report.invalid_decisions
 
 
-def test_a_decision_by_a_key_that_is_no_operators_fails_the_audit(six: Fleet) -> None:
+def test_the_audit_rejects_a_decision_of_another_key(six: Fleet) -> None:
     six.start(plan())
     report = audit(six.store, operators=[new_key(78).public])
     assert "unknown key" in report.invalid_decisions[0]["reason"]
@@ -402,7 +402,7 @@ def test_a_decision_by_a_key_that_is_no_operators_fails_the_audit(six: Fleet) ->
     assert audit(six.store, operators=[new_key(78).public, OPERATOR.public]).passed
 
 
-def test_a_genuine_decision_of_another_roll_out_does_not_pass_for_one_of_this(six: Fleet) -> None:
+def test_a_decision_of_another_roll_out_does_not_verify(six: Fleet) -> None:
     six.start(plan())
     six.start(short(name="other", task="solar", digest="sha256:" + "22" * 32))
     tamper(
@@ -415,7 +415,7 @@ def test_a_genuine_decision_of_another_roll_out_does_not_pass_for_one_of_this(si
     assert "other topic" in next(e["reason"] for e in report.invalid_decisions if e["rollout"] == NAME)
 
 
-def test_an_older_desired_state_put_back_into_the_database_fails_the_audit_and_is_not_added_to(six: Fleet) -> None:
+def test_the_audit_detects_a_restored_older_desired_state(six: Fleet) -> None:
     six.start(plan())
     with contextlib.closing(sqlite3.connect(six.store.path)) as db:
         [old] = db.execute("SELECT counter, payload, jws FROM desired").fetchall()
@@ -440,14 +440,14 @@ def test_desired_state_that_was_edited_is_never_signed_again(six: Fleet) -> None
     [
         (
             "UPDATE shadows SET errors = 0, body = replace(body, '\"agreeing\":10', '\"agreeing\":99')",
-            "table shadows holds",
+            "differs from its row in table shadows",
         ),
         ("DELETE FROM shadows", "is missing in table shadows"),
-        ("UPDATE rollout_devices SET phase = 'settled'", "table rollout_devices holds"),
+        ("UPDATE rollout_devices SET phase = 'settled'", "differs from its row in table rollout_devices"),
         ("DELETE FROM rollout_devices", "is missing in table rollout_devices"),
     ],
 )
-def test_tables_that_say_other_than_the_messages_fail_the_audit(six: Fleet, sql: str, reason: str) -> None:
+def test_the_audit_detects_tables_that_differ_from_messages(six: Fleet, sql: str, reason: str) -> None:
     six.in_shadow(six.senders[:1], 1, agreeing=10)
     assert audited(six).passed
     tamper(six.store.path, sql)

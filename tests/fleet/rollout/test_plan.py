@@ -58,7 +58,7 @@ def resolved(folder: Path, text: str = FILE) -> RolloutPlan:
     return bundles.resolve(read(written(folder, text)), folder)
 
 
-def test_a_file_is_read_with_the_rules_of_each_step(tmp_path: Path) -> None:
+def test_a_plan_has_the_rules_of_each_step(tmp_path: Path) -> None:
     plan = resolved(tmp_path)
     assert (plan.name, plan.task, plan.bundle, plan.version, plan.digest, plan.target) == (
         *("exercise-1-1", "exercise", "exercise", "1.1.0", NEW_MODEL["digest"], "all"),
@@ -73,7 +73,7 @@ def test_a_file_is_read_with_the_rules_of_each_step(tmp_path: Path) -> None:
     assert plan.device_rules == CanaryRules(min_batches=30, max_accuracy_drop=0.1)
 
 
-def test_devices_are_told_the_step_the_deadline_and_their_own_rules(tmp_path: Path) -> None:
+def test_the_desired_state_has_step_deadline_and_device_rules(tmp_path: Path) -> None:
     plan = resolved(tmp_path)
     what = ("exercise-1-1", "exercise", "1.1.0", NEW_MODEL["digest"])
     tail = ("2026-12-31T00:00:00Z", CanaryRules(min_batches=30, max_accuracy_drop=0.1))
@@ -89,7 +89,7 @@ def test_devices_are_told_the_step_the_deadline_and_their_own_rules(tmp_path: Pa
         ("device:pi-07", "outstation/acme/pi-07/desired"),
     ],
 )
-def test_whom_it_is_for_is_where_it_is_desired(tmp_path: Path, to: str, topic: str) -> None:
+def test_the_target_selects_the_topic(tmp_path: Path, to: str, topic: str) -> None:
     assert (
         str(resolved(tmp_path, FILE.replace("[[steps]]", f'target = "{to}"\n[[steps]]', 1)).desired_topic("acme"))
         == topic
@@ -97,7 +97,7 @@ def test_whom_it_is_for_is_where_it_is_desired(tmp_path: Path, to: str, topic: s
 
 
 @pytest.mark.parametrize("deadline", ['"2027-01-01T01:00:00+01:00"', "2027-01-01T00:00:00Z"])
-def test_a_deadline_may_be_a_text_or_a_moment_of_toml_in_any_zone(tmp_path: Path, deadline: str) -> None:
+def test_a_deadline_is_a_text_or_a_toml_time_in_any_zone(tmp_path: Path, deadline: str) -> None:
     assert resolved(tmp_path, FILE.replace('"2026-12-31T00:00:00Z"', deadline)).deadline == "2027-01-01T00:00:00Z"
 
 
@@ -142,7 +142,7 @@ def test_every_mistake_is_named_with_file_key_and_fix(tmp_path: Path, name: str)
     assert fix in error.value.problem
 
 
-def test_a_file_that_is_no_toml_or_not_there_is_named(tmp_path: Path) -> None:
+def test_an_invalid_or_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not valid TOML"):
         read(written(tmp_path, "[rollout"))
     with pytest.raises(ConfigError, match="no such file"):
@@ -163,7 +163,7 @@ steps = st.lists(
     steps=steps,
     promote=st.dictionaries(st.sampled_from(["min_agreement", "max_latency_ratio", "max_failed_share", "x"]), numbers),
 )
-def test_whatever_steps_a_file_has_it_is_a_plan_that_widens_or_a_mistake_with_its_key(
+def test_any_steps_give_a_valid_plan_or_an_error_with_its_key(
     tmp_path_factory: pytest.TempPathFactory, steps: list[dict[str, Any]], promote: dict[str, Any]
 ) -> None:
     def toml(value: Any) -> str:
@@ -228,13 +228,13 @@ def test_a_version_is_looked_up_in_the_newest_edition_of_the_repository(tmp_path
     assert resolved(tmp_path, without).digest == NEW_MODEL["digest"]
 
 
-def test_what_the_repository_does_not_have_cannot_be_rolled_out(tmp_path: Path) -> None:
+def test_an_unpublished_bundle_cannot_be_rolled_out(tmp_path: Path) -> None:
     repository(tmp_path, {**NEW_MODEL, "version": "1.0.0"})
     with pytest.raises(ConfigError, match=r"rollout.version: the repository has no exercise 1.1.0 \(it has: 1.0.0\)"):
         resolved(tmp_path)
 
 
-def test_a_digest_that_the_repository_does_not_have_is_refused(tmp_path: Path) -> None:
+def test_an_unpublished_digest_is_refused(tmp_path: Path) -> None:
     repository(tmp_path, {**NEW_MODEL, "digest": "sha256:" + "11" * 32})
     with pytest.raises(
         ConfigError, match=r"rollout.digest: is sha256:cd.*the repository's exercise 1.1.0 is sha256:11"
@@ -248,7 +248,7 @@ def test_without_a_repository_the_digest_must_be_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", '{"signed": {"targets": 5}}', "[]"])
-def test_metadata_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
+def test_unreadable_metadata_are_named(tmp_path: Path, text: str) -> None:
     repository(tmp_path, NEW_MODEL)
     (tmp_path / "repository" / "metadata" / "3.exercise.json").write_text(text, encoding="utf-8")
     with pytest.raises(BadBundle, match=r"3\.exercise\.json: cannot be read"):

@@ -32,7 +32,7 @@ def rules(verdict: StepVerdict) -> dict[str, str]:
     return {finding.rule: finding.state for finding in verdict.rule_results}
 
 
-def test_enough_devices_that_agree_for_long_enough_are_promoted(six: Fleet) -> None:
+def test_a_step_with_enough_evidence_is_promoted(six: Fleet) -> None:
     six.start(plan())
     six.in_shadow()
     verdict = six.look(2.0).verdict
@@ -51,7 +51,7 @@ def test_enough_devices_that_agree_for_long_enough_are_promoted(six: Fleet) -> N
     ],
     ids=["hours", "devices", "batches", "nobody"],
 )
-def test_what_is_missing_is_waited_for_and_said(
+def test_blockers_name_what_is_missing(
     six: Fleet, later_h: float, devices: int, blocks: int, waits: str
 ) -> None:
     six.start(plan())
@@ -61,7 +61,7 @@ def test_what_is_missing_is_waited_for_and_said(
     assert waits in verdict.blockers
 
 
-def test_an_interval_that_holds_the_limit_is_open_however_good_its_middle_is(six: Fleet) -> None:
+def test_an_interval_that_contains_the_limit_is_undecided(six: Fleet) -> None:
     six.start(plan())
     for sender, same in zip(six.senders, (99, 99, 99, 99, 99, 60), strict=True):
         six.in_shadow([sender], agreeing=same)
@@ -71,14 +71,14 @@ def test_an_interval_that_holds_the_limit_is_open_however_good_its_middle_is(six
     assert (finding.state, finding.value > 0.9, verdict.outcome) == ("undecided", True, "wait")
 
 
-def test_a_model_that_answers_otherwise_is_aborted_in_shadow(six: Fleet) -> None:
+def test_a_disagreeing_model_is_aborted_in_shadow(six: Fleet) -> None:
     six.start(plan())
     six.in_shadow(agreeing=30)
     verdict = six.look(0.1).verdict
     assert (verdict.outcome, rules(verdict)) == ("abort", {"agreement": "failed"})
 
 
-def test_what_is_bad_on_fewer_devices_than_are_needed_is_waited_about(six: Fleet) -> None:
+def test_a_rule_that_fails_on_too_few_devices_does_not_abort(six: Fleet) -> None:
     six.start(plan())
     six.in_shadow(six.senders[:2], agreeing=30)
     verdict = six.look().verdict
@@ -100,7 +100,7 @@ def test_what_is_bad_on_fewer_devices_than_are_needed_is_waited_about(six: Fleet
     ],
     ids=["fast", "slow", "as sure", "less sure", "as near", "less near", "as right", "less right", "no labels"],
 )
-def test_each_rule_is_judged_by_its_own_numbers(
+def test_each_rule_uses_its_own_numbers(
     six: Fleet, asked: dict[str, float], beside: dict[str, Any], answer: str
 ) -> None:
     six.start(plan(rules=promotion(min_agreement=None, **asked)))
@@ -108,7 +108,7 @@ def test_each_rule_is_judged_by_its_own_numbers(
     assert six.look().verdict.outcome == answer
 
 
-def test_in_a_canary_the_new_bundle_is_the_one_whose_results_count(six: Fleet) -> None:
+def test_in_a_canary_step_the_new_bundle_is_the_active_one(six: Fleet) -> None:
     six.start(plan(("canary", 100.0), ("all", 100.0), rules=promotion(min_agreement=None, max_latency_ratio=1.5)))
     six.on_probation(six.senders, stats=answered(seconds=0.5), other_stats=answered(seconds=0.1))
     [finding] = six.look().verdict.rule_results
@@ -116,7 +116,7 @@ def test_in_a_canary_the_new_bundle_is_the_one_whose_results_count(six: Fleet) -
     assert finding.state == "failed"
 
 
-def test_where_no_more_can_come_that_would_settle_it_somebody_is_asked_to_decide(six: Fleet) -> None:
+def test_an_operator_must_decide_when_no_more_evidence_can_come(six: Fleet) -> None:
     six.start(plan(("canary", 100.0), ("all", 100.0)))
     six.on_probation(six.senders, 4, agreeing=90)
     verdict = six.look().verdict
@@ -124,7 +124,7 @@ def test_where_no_more_can_come_that_would_settle_it_somebody_is_asked_to_decide
     assert verdict.blockers[-1].startswith("an operator's decision: all responding devices are done")
 
 
-def test_the_last_step_ends_with_a_finding_that_stays_open_but_not_with_one_that_is_bad(six: Fleet) -> None:
+def test_the_last_step_finishes_with_undecided_but_not_failed_rules(six: Fleet) -> None:
     six.start(plan(("all", 100.0)))
     six.on_probation(six.senders, 4, agreeing=90, settles=False)
     verdict = six.look().verdict
@@ -137,14 +137,14 @@ def test_the_last_step_ends_with_a_finding_that_stays_open_but_not_with_one_that
     assert six.look().verdict.outcome == "abort"
 
 
-def test_labels_count_before_the_estimate_where_there_are_any(six: Fleet) -> None:
+def test_labelled_accuracy_replaces_the_estimate(six: Fleet) -> None:
     six.start(plan(rules=promotion(min_agreement=None, max_accuracy_drop=0.02)))
     six.in_shadow(labelled=[90, 1, 1, 8], other_stats=answered(0.2))
     [finding] = six.look().verdict.rule_results
     assert (finding.rule, finding.state) == ("accuracy_gain", "passed")
 
 
-def test_only_the_pair_of_the_step_is_compared(six: Fleet) -> None:
+def test_only_messages_of_the_steps_bundles_count(six: Fleet) -> None:
     other = {**NEW_MODEL, "digest": "sha256:" + "ee" * 32}
     six.start(plan())
     six.in_shadow()
@@ -156,7 +156,7 @@ def test_only_the_pair_of_the_step_is_compared(six: Fleet) -> None:
     assert finding.blocks == 36
 
 
-def test_a_device_that_took_it_back_counts_as_failed_and_no_more_in_the_findings(tmp_path: Path) -> None:
+def test_a_device_that_rolled_back_counts_only_as_failed(tmp_path: Path) -> None:
     with fleet(tmp_path, 12) as many:
         many.start(plan(("canary", 100.0), ("all", 100.0)))
         many.on_probation(many.senders[1:])
@@ -177,7 +177,7 @@ def test_a_device_that_took_it_back_counts_as_failed_and_no_more_in_the_findings
         (2, "download_failed", "promote"),
     ],
 )
-def test_too_many_devices_that_failed_abort_it_and_those_it_is_not_for_do_not(
+def test_too_many_failed_devices_abort_but_incompatible_ones_do_not(
     six: Fleet, failing: int, reason: str, answer: str
 ) -> None:
     six.start(plan())
@@ -187,7 +187,7 @@ def test_too_many_devices_that_failed_abort_it_and_those_it_is_not_for_do_not(
     assert six.look().verdict.outcome == answer
 
 
-def test_failures_that_may_yet_turn_out_few_hold_it_and_do_not_abort_it(tmp_path: Path) -> None:
+def test_failures_that_may_still_be_few_only_block(tmp_path: Path) -> None:
     with fleet(tmp_path, 20) as many:
         many.start(plan())
         many.in_shadow(many.senders[2:8])
@@ -202,7 +202,7 @@ def test_failures_that_may_yet_turn_out_few_hold_it_and_do_not_abort_it(tmp_path
         assert many.look().verdict.outcome == "promote"
 
 
-def test_a_wider_canary_is_judged_by_the_devices_that_join_with_it(tmp_path: Path) -> None:
+def test_a_wider_canary_needs_reports_of_the_joining_devices(tmp_path: Path) -> None:
     with fleet(tmp_path, 16) as many:
         many.start(plan(("canary", 50.0), ("canary", 90.0), ("all", 100.0)))
         first, second = many.chosen(1), many.chosen(2)
@@ -217,7 +217,7 @@ def test_a_wider_canary_is_judged_by_the_devices_that_join_with_it(tmp_path: Pat
         assert (many.look(4.0).verdict.outcome, many.look(4.0).verdict.reporting) == ("promote", 3)
 
 
-def test_the_last_step_waits_for_devices_on_their_way_but_not_for_those_that_are_silent(six: Fleet) -> None:
+def test_the_last_step_waits_for_devices_in_progress_only(six: Fleet) -> None:
     six.start(plan(("canary", 100.0), ("all", 100.0)))
     six.on_probation(six.senders[:4])
     six.promote()
@@ -230,7 +230,7 @@ def test_the_last_step_waits_for_devices_on_their_way_but_not_for_those_that_are
     assert six.look(4.6).verdict.outcome == "finish"
 
 
-def test_of_a_group_only_devices_that_speak_are_known_and_as_many_as_asked_must(six: Fleet) -> None:
+def test_a_group_needs_min_devices_among_responding_ones(six: Fleet) -> None:
     six.start(plan(target="group:roof"))
     six.in_shadow(six.senders[:2])
     seen = six.look()
@@ -239,7 +239,7 @@ def test_of_a_group_only_devices_that_speak_are_known_and_as_many_as_asked_must(
     assert six.look().verdict.outcome == "promote"
 
 
-def test_of_one_device_only_what_it_says_counts(six: Fleet) -> None:
+def test_a_device_target_counts_one_device(six: Fleet) -> None:
     six.start(plan(("shadow", 100.0), ("all", 100.0), target="device:pi-01", rules=promotion(min_devices=1)))
     six.in_shadow(six.senders[2:], agreeing=0)
     six.in_shadow([six.senders[1]], 12)
@@ -247,7 +247,7 @@ def test_of_one_device_only_what_it_says_counts(six: Fleet) -> None:
     assert ([one.device for one in seen.devices.selected], seen.verdict.outcome) == (["pi-01"], "promote")
 
 
-def test_a_store_that_was_lost_begins_a_new_log_whose_word_is_the_last(six: Fleet) -> None:
+def test_the_newest_log_of_a_device_has_its_last_report(six: Fleet) -> None:
     six.start(plan())
     old = six.senders[0]
     six.collect(old.rollout("rejected", reason="golden_vectors"), old.rollout("rejected", reason="golden_vectors"))
@@ -256,7 +256,7 @@ def test_a_store_that_was_lost_begins_a_new_log_whose_word_is_the_last(six: Flee
     assert six.look().devices.selected[0].phase == "shadow"
 
 
-def test_a_stolen_device_whose_key_was_revoked_counts_no_more(six: Fleet) -> None:
+def test_a_revoked_device_does_not_count(six: Fleet) -> None:
     six.start(plan())
     six.in_shadow(six.senders[:3])
     six.in_shadow(six.senders[3:], agreeing=0)
@@ -267,7 +267,7 @@ def test_a_stolen_device_whose_key_was_revoked_counts_no_more(six: Fleet) -> Non
     assert seen.verdict.rule_results[0].value == pytest.approx(0.96)
 
 
-def test_a_device_that_is_not_in_the_roll_out_cannot_flood_it(tmp_path: Path) -> None:
+def test_an_unselected_device_cannot_influence_the_roll_out(tmp_path: Path) -> None:
     with fleet(tmp_path, 12) as many:
         many.start(plan(("canary", 50.0), ("all", 100.0)))
         chosen = many.chosen(1)
@@ -280,7 +280,7 @@ def test_a_device_that_is_not_in_the_roll_out_cannot_flood_it(tmp_path: Path) ->
         assert len(seen.tallies.devices[outside.device].as_active) == 200
 
 
-def test_a_device_that_floods_its_own_roll_out_counts_as_one(six: Fleet) -> None:
+def test_a_flooding_device_counts_as_one(six: Fleet) -> None:
     six.start(plan())
     six.in_shadow(six.senders[1:])
     six.in_shadow(six.senders[:1], 250, n=1000, agreeing=960)
@@ -289,7 +289,7 @@ def test_a_device_that_floods_its_own_roll_out_counts_as_one(six: Fleet) -> None
     assert finding.devices == 6
 
 
-def test_a_device_with_windows_without_number_counts_as_twice_the_one_in_the_middle(six: Fleet) -> None:
+def test_a_device_counts_at_most_twice_the_median_windows(six: Fleet) -> None:
     six.start(plan())
     six.in_shadow(six.senders[1:])
     six.senders[0].row = 0
@@ -316,7 +316,7 @@ def test_a_device_with_windows_without_number_counts_as_twice_the_one_in_the_mid
     ],
     ids=lambda lie: " ".join(lie),
 )
-def test_a_tally_that_contradicts_itself_is_left_out_and_its_device_named(six: Fleet, lie: dict[str, Any]) -> None:
+def test_implausible_statistics_are_left_out_and_reported(six: Fleet, lie: dict[str, Any]) -> None:
     six.start(plan(rules=promotion(max_latency_ratio=1.5, max_accuracy_drop=0.02)))
     honest, liar = six.senders[:5], six.senders[5]
     six.in_shadow(honest)
@@ -328,7 +328,7 @@ def test_a_tally_that_contradicts_itself_is_left_out_and_its_device_named(six: F
     assert seen.tallies.devices[liar.device].implausible_reason
 
 
-def test_a_stranger_whose_signature_is_none_adds_nothing(six: Fleet) -> None:
+def test_a_forged_message_adds_nothing(six: Fleet) -> None:
     six.start(plan())
     forger = MessageSender(six.senders[0].device, new_key(666))
     six.in_shadow([forger], agreeing=0)

@@ -114,7 +114,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
         yield made
 
 
-def test_a_good_bundle_goes_from_shadow_to_everywhere_by_follow_and_the_audit_passes(site: Site) -> None:
+def test_follow_takes_a_good_bundle_to_all_devices(site: Site) -> None:
     site.start()
     assert site.retained() is not None
     told = site.desired()
@@ -147,7 +147,7 @@ def test_a_good_bundle_goes_from_shadow_to_everywhere_by_follow_and_the_audit_pa
     assert (code, report["invalid_decisions"][0]["n"]) == (1, 2)
 
 
-def test_a_bad_one_is_aborted_by_follow_which_says_so_with_its_exit_code(site: Site) -> None:
+def test_follow_aborts_a_bad_bundle_with_exit_code_1(site: Site) -> None:
     site.start()
     follow = ("fleet", "rollout", "follow", "exercise-1-1", "--every", "0.2", "--dir", str(site.fleet.home))
     program = OutstationProcess(site.folder / "follow.log", *follow).start()
@@ -164,7 +164,7 @@ def test_a_bad_one_is_aborted_by_follow_which_says_so_with_its_exit_code(site: S
     assert (code, "choose another name" in said) == (2, True)
 
 
-def test_by_hand_a_step_is_promoted_only_where_its_rules_allow_or_with_a_reason(site: Site) -> None:
+def test_a_manual_promotion_needs_passed_rules_or_a_reason(site: Site) -> None:
     site.start()
     code, document = site.rollout("promote", "exercise-1-1")
     assert (code, document["promoted"]) == (1, False)
@@ -184,7 +184,7 @@ def test_by_hand_a_step_is_promoted_only_where_its_rules_allow_or_with_a_reason(
     assert site.fleet.audit()[0] == 0
 
 
-def test_what_was_decided_without_a_broker_is_published_by_the_next_command(site: Site) -> None:
+def test_the_next_command_publishes_a_decision_made_offline(site: Site) -> None:
     site.start()
     before = site.desired()
     site.fleet.broker.kill()
@@ -199,7 +199,7 @@ def test_what_was_decided_without_a_broker_is_published_by_the_next_command(site
     assert (told.tasks["exercise"].strategy, told.counter > before.counter) == ("rollback", True)
 
 
-def test_an_older_desired_state_that_somebody_retains_again_is_replaced_by_follow(site: Site) -> None:
+def test_follow_replaces_an_older_desired_state_on_the_broker(site: Site) -> None:
     site.start()
     old = site.retained()
     assert old is not None
@@ -230,12 +230,12 @@ def test_desired_state_of_one_device_does_not_verify_on_the_topic_of_another(sit
     store.close()
 
 
-def test_counters_of_commands_and_desired_state_are_of_one_row(site: Site) -> None:
+def test_commands_and_desired_states_share_one_counter(site: Site) -> None:
     site.start()
     assert int((site.fleet.home / COUNTER_FILE).read_text(encoding="ascii")) == site.desired().counter
 
 
-def test_status_is_text_for_people_and_names_who_refused(site: Site) -> None:
+def test_status_text_names_devices_that_rejected(site: Site) -> None:
     home = str(site.fleet.home)
     assert "No rollout was ever started" in run_outstation("fleet", "rollout", "status", "--dir", home).stdout
     site.start()

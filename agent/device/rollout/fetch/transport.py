@@ -100,7 +100,7 @@ class TransferLimiter:
             raise self._timeout_error()
         raise FetchFailed(
             "SlowRetrievalError",
-            f"the server sent fewer than {MIN_STALL_BYTES} bytes in {self._stall_timeout_s:g} s; the connection is closed",
+            f"the server sent fewer than {MIN_STALL_BYTES} bytes in {self._stall_timeout_s:g} s; connection closed",
         )
 
     def _timeout_error(self) -> FetchFailed:

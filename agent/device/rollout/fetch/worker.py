@@ -1,8 +1,8 @@
 """Fetch worker: a child process that reads one request on stdin and writes one response to stdout.
 
-A hostile repository can reach this process only. Its steps, each only after the previous one succeeded: resource limits,
-metadata, version floors, durable metadata, compatibility, download. The daemon trusts the response only after it has
-stored the floors itself.
+A hostile repository can reach this process only. Its steps, each only after the previous one succeeded: resource
+limits, metadata, version floors, durable metadata, compatibility, download. The daemon trusts the response only after
+it has stored the floors itself.
 """
 
 from __future__ import annotations
