@@ -148,9 +148,7 @@ def test_a_disk_that_fills_up_at_promotion_keeps_the_canary(
 
 
 @crashing
-def test_a_full_disk_does_not_prevent_a_rollback(
-    site: Site, card: Card, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_does_not_prevent_a_rollback(site: Site, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept back on the disk is for this."""
     assert site.batch() == "1"
     site.desire("crash", "all")

@@ -99,9 +99,7 @@ def test_a_kill_at_any_step_still_ends_active(tmp_path: Path, template: Site, at
 # The steps before are those to settled.
 @crashing
 @pytest.mark.parametrize(("at", "after"), WHERE[-2:])
-def test_a_kill_at_any_step_still_ends_rolled_back(
-    tmp_path: Path, template: Site, at: int, after: bool
-) -> None:
+def test_a_kill_at_any_step_still_ends_rolled_back(tmp_path: Path, template: Site, at: int, after: bool) -> None:
     site = template.copy(tmp_path)
     with dying(at, after_commit=after) as steps_taken, contextlib.suppress(Killed):
         go(site, "crash", "all", wild_from=40, until=lambda one: one.phase == "rolled_back")

@@ -33,9 +33,7 @@ OFFERS = st.builds(
 
 
 @given(OFFERS, st.dictionaries(st.text(min_size=12), JSON, max_size=2))
-def test_metadata_round_trip_and_ignore_unknown_members(
-    said: TargetMetadata, more: dict[str, object]
-) -> None:
+def test_metadata_round_trip_and_ignore_unknown_members(said: TargetMetadata, more: dict[str, object]) -> None:
     custom = msgspec.json.decode(msgspec.json.encode(target_metadata.encode(said)))
     custom[target_metadata.MEMBER] |= more
     assert target_metadata.decode(custom) == said

@@ -192,9 +192,7 @@ def test_another_groups_message_is_refused(desk: Desk) -> None:
     ],
     ids=["member", "condition", "strategy", "digest", "task", "counter", "kind", "size"],
 )
-def test_a_signed_message_with_invalid_content_is_refused(
-    desk: Desk, changes: dict[str, Any], reason: str
-) -> None:
+def test_a_signed_message_with_invalid_content_is_refused(desk: Desk, changes: dict[str, Any], reason: str) -> None:
     assert desk.refused(signed(OWN, {"sort": wanted("2")}, **changes)) == reason
     assert desk.version() is None
 
@@ -220,9 +218,7 @@ def test_removing_an_operators_key_ends_their_desired_state(desk: Desk) -> None:
     assert desk.version() == "2"
 
 
-def test_a_message_is_in_force_only_once_it_is_stored(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_message_is_in_force_only_once_it_is_stored(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise StorageFull("full")
 

@@ -75,9 +75,7 @@ def test_a_server_without_ranges_restarts_the_download(web: Web, device: Updatin
     assert starts(web) == [0, 1_200_000]
 
 
-def test_another_range_than_requested_is_rejected(
-    web: Web, device: Updating, wanted: DesiredBundle
-) -> None:
+def test_another_range_than_requested_is_rejected(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     web.tricks[:] = [("/targets/", cut_at(1_200_000))]
     device.must_fail(wanted, "DownloadError")
 
@@ -98,9 +96,7 @@ def test_an_unsatisfiable_range_restarts_the_download(web: Web, device: Updating
     assert starts(web) == [0, 1_200_000, 0]
 
 
-def test_a_closed_idle_connection_is_reopened(
-    web: Web, device: Updating, wanted: DesiredBundle
-) -> None:
+def test_a_closed_idle_connection_is_reopened(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     """Without saying so, as one does whose patience with idle connections is short."""
 
     def hang_up(it: Handler) -> None:
@@ -130,9 +126,7 @@ def test_an_existing_archive_is_not_downloaded_again(web: Web, device: Updating,
     assert starts(web) == [0]
 
 
-def test_a_damaged_part_is_detected_and_downloaded_anew(
-    web: Web, device: Updating, wanted: DesiredBundle
-) -> None:
+def test_a_damaged_part_is_detected_and_downloaded_anew(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     """As a power cut leaves it on some file systems: of the right length, and zeros."""
     web.tricks[:] = [("/targets/", cut_at(1_200_000))]
     device.must_fail(wanted, "DownloadError")

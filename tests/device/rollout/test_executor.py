@@ -226,9 +226,7 @@ def test_a_bundle_whose_golden_vectors_fail_is_rejected(site: Site) -> None:
 
 
 @pytest.mark.parametrize("trap", [pytest.param("crash", marks=crashing), "error"])
-def test_the_previous_bundle_answers_the_batch_of_a_failed_canary(
-    site: Site, trap: str
-) -> None:
+def test_the_previous_bundle_answers_the_batch_of_a_failed_canary(site: Site, trap: str) -> None:
     on_probation(site, trap)
     assert site.batch() == trap
     assert site.batch(wild=True) == "1"
@@ -274,9 +272,7 @@ def test_a_canary_above_the_batch_timeout_is_rolled_back(site: Site, monkeypatch
 
 
 @pytest.mark.parametrize("batches", [12, 25, 31])
-def test_a_disagreeing_canary_is_rolled_back_after_min_batches(
-    site: Site, batches: int
-) -> None:
+def test_a_disagreeing_canary_is_rolled_back_after_min_batches(site: Site, batches: int) -> None:
     on_probation(site, "otherwise", rules={"min_batches": batches, "min_agreement": 0.75})
     assert {site.batch() for _ in range(batches - 1)} == {"otherwise"}
     assert site.phase == "canary"
@@ -286,9 +282,7 @@ def test_a_disagreeing_canary_is_rolled_back_after_min_batches(
     assert site.batch() == "1"
 
 
-def test_a_canary_is_not_promoted_before_its_last_report_is_stored(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_canary_is_not_promoted_before_its_last_report_is_stored(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     on_probation(site, "otherwise", rules={"min_batches": 25, "min_agreement": 0.75})
     for _ in range(24):
         site.batch()
@@ -591,9 +585,7 @@ def test_a_passed_deadline_is_reported_once(site: Site) -> None:
     assert not site.standing.late
 
 
-def test_batches_continue_while_a_bundle_is_probed(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_continue_while_a_bundle_is_probed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     may_go_on, asked = threading.Event(), threading.Event()
     prove = probe.probe
 

@@ -74,9 +74,7 @@ def test_without_updates_in_the_config_nothing_is_fetched(device: Updating, want
     assert fetcher.report(device.now()) is None
 
 
-def test_archives_are_fetched_in_the_window_only(
-    web: Web, device: Updating, wanted: DesiredBundle
-) -> None:
+def test_archives_are_fetched_in_the_window_only(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     device.wall_us = device.now().wall_us
     opens, closes = (datetime.fromtimestamp(device.wall_us / 1e6 + hours * 3600) for hours in (2, 4))
     device.configure(window=f"{opens:%H:%M}-{closes:%H:%M}")
@@ -158,9 +156,7 @@ def test_an_unpublished_bundle_is_retried_soon(repository: Signed, web: Web, dev
     device.must_fetch(wanted)
 
 
-def test_a_stopped_download_is_no_repository_error(
-    web: Web, device: Updating, wanted: DesiredBundle
-) -> None:
+def test_a_stopped_download_is_no_repository_error(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     web.tricks[:] = [("/targets/", Handler.drip)]
     device.fetcher.start("exercise", wanted, device.now())
     wait_for(lambda: device.fetcher.poll(device.now()) is None and archives_asked(web) != [], "it comes", PATIENCE_S)
@@ -304,9 +300,7 @@ def test_expired_metadata_are_reported_and_refreshed(
     assert report(device)["error"] == ""
 
 
-def test_devices_spread_their_downloads(
-    device: Updating, wanted: DesiredBundle
-) -> None:
+def test_devices_spread_their_downloads(device: Updating, wanted: DesiredBundle) -> None:
     device.configure(url="https://updates.example.org/acme")
     dues = []
     for seed in range(20):

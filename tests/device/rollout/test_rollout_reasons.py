@@ -236,18 +236,14 @@ def test_early_output_drift_rolls_back_once_comparable(site: Site) -> None:
     is_taken_back(site, "sensitive", "output_drift")
 
 
-def test_output_drift_alone_counts_for_incomparable_bundles(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_output_drift_alone_counts_for_incomparable_bundles(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(canary, "_has_open_output_alert", lambda state: True)
     on_probation(site, "renamed", output_drift=True)
     assert until_over(site, site.batch) == paired_intervals.MIN_BLOCKS
     is_taken_back(site, "renamed", "output_drift")
 
 
-def test_a_store_failure_ends_model_processes_without_a_write(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_failure_ends_model_processes_without_a_write(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     # Its threads never began here.
     monkeypatch.setattr(site.daemon._intake, "stop", lambda: None)
     monkeypatch.setattr(site.daemon._uplink, "stop", lambda drain_s: None)

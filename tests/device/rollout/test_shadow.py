@@ -311,9 +311,7 @@ def test_the_rest_is_reported_at_the_end(make: Make) -> None:
     assert not pair.runner.finish(pair.device.store, pair.device.author, NOW)
 
 
-def test_a_message_waits_for_room_and_loses_nothing(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_message_waits_for_room_and_loses_nothing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = make(good())
 
     def full(*_: Any, **__: Any) -> int:
@@ -441,9 +439,7 @@ def test_after_a_model_crash_another_model_runs_the_same_rows(make: Make) -> Non
     ]
 
 
-def test_a_subprocess_model_gives_the_same_answers(
-    make: Make, active: Callable[[Recipe], LoadedBundle]
-) -> None:
+def test_a_subprocess_model_gives_the_same_answers(make: Make, active: Callable[[Recipe], LoadedBundle]) -> None:
     pair = make(named(active(CLASSIFY).bundle, "c"))
     pair.device.task = dataclasses.replace(pair.task, batch_observer=None)
     pair.device.feed(CALM)

@@ -155,9 +155,7 @@ def test_a_larger_percentage_alone_is_not_reported() -> None:
         ("rejected", "download_failed", None),
     ],
 )
-def test_only_evidence_against_a_bundle_begins_a_hold_off(
-    phase: Phase, reason: Any, hours: float | None
-) -> None:
+def test_only_evidence_against_a_bundle_begins_a_hold_off(phase: Phase, reason: Any, hours: float | None) -> None:
     found = compute_hold_off(at(phase, want(rules=CanaryRules(hold_off_hours=2.0)), reason=reason), 100.0)
     assert (found and (found.until_s - 100.0) / 3600) == hours
 

@@ -51,9 +51,7 @@ def test_a_step_with_enough_evidence_is_promoted(six: Fleet) -> None:
     ],
     ids=["hours", "devices", "batches", "nobody"],
 )
-def test_blockers_name_what_is_missing(
-    six: Fleet, later_h: float, devices: int, blocks: int, waits: str
-) -> None:
+def test_blockers_name_what_is_missing(six: Fleet, later_h: float, devices: int, blocks: int, waits: str) -> None:
     six.start(plan())
     six.in_shadow(six.senders[:devices], blocks)
     verdict = six.look(later_h).verdict
