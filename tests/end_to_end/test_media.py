@@ -196,7 +196,7 @@ def test_a_bundle_whose_rows_are_made_otherwise_than_the_streams_is_told_with_th
     site.config.write_text(text.replace("height = 96 }", "height = 96, scale = 0.5 }"))
     with pytest.raises(ConfigError) as problem:
         tasks.load_task(site.config, config.load(site.config), None, "person")
-    said = 'give a stream source = { kind = "files", folder = "…", image = { width = 96, height = 96 } }'
+    said = 'configure a stream with source = { kind = "files", folder = "…", image = { width = 96, height = 96 } }'
     assert said in str(problem.value)
     assert "tasks.person.stream" in str(problem.value)
 
