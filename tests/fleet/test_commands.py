@@ -207,8 +207,8 @@ def test_a_wipe_wants_the_devices_name_typed_and_asks_on_stderr(monkeypatch: pyt
     answers = ["pi-08", DEVICE]
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(click, "prompt", prompt)
-    assert not fleet_command._confirm_wipe(DEVICE)
-    assert fleet_command._confirm_wipe(DEVICE)
+    assert not fleet_command.confirm_wipe(DEVICE)
+    assert fleet_command.confirm_wipe(DEVICE)
     assert all(DEVICE in text and err for text, err in arguments)
 
 
