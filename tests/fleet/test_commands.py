@@ -55,6 +55,9 @@ class Broker:
     def acknowledge(self, delivery: IncomingMessage) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
 
 def reply(command: OutgoingMessage, key: SigningKey = KEY, topic: str = REPLY, **changes: Any) -> IncomingMessage:
     identity = (command.correlation or b"").decode()
