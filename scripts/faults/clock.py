@@ -27,7 +27,7 @@ _BIND = 'mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"'
 
 
 class Clock(msgspec.Struct, frozen=True):
-    """Clocks of a world's device: `show` works at any time, `boot` while the device is down; `of` returns them."""
+    """Clocks of a world's device: `show` works at any time, `boot` while the device is down."""
 
     world: World
 

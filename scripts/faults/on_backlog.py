@@ -21,12 +21,7 @@ _WITHIN_S = 400.0
 _MOST_MORE_KB = 48 * 1024
 
 
-@fault(
-    "backlog-70000",
-    means=f"{_BACKLOG:,} messages wait, more than MQTT's 65,535 packet identifiers; then the broker returns.",
-    sees="`outbox` in `outstation status` shrinks, and the daemon's memory does not grow",
-    patience_s=120.0,
-)
+@fault(patience_s=120.0)
 def backlog_70000(world: World, rng: Random) -> None:
     before = _memory_kb(world, "VmHWM")
     world.kill(world.device)

@@ -23,7 +23,6 @@ from scripts.faults.world import DEVICE, World
 
 _BASE = f"outstation/{FLEET}/{DEVICE}"
 _ACK = f"{_BASE}/ack"
-_ALERT = "a `security` alert of the device, once; `fleet alerts` shows it, and `status` counts refused messages"
 _FLOOD = 5000
 
 
@@ -118,9 +117,7 @@ def _alerted_once(world: World, source: str = "device") -> None:
     assert world.fleet.query(sql, DEVICE, source) == [(1,)]
 
 
-@fault(
-    "ack-forged", means="Acknowledgements of all messages are signed by another key than the collector's.", sees=_ALERT
-)
+@fault()
 def ack_forged(world: World, rng: Random) -> None:
     before = _refused(world)
     _forge(world, rng, lambda log, last: _ack(new_key(), log, last))
@@ -128,26 +125,14 @@ def ack_forged(world: World, rng: Random) -> None:
     _alerted_once(world)
 
 
-@fault(
-    "ack-for-another-log",
-    means="Genuine acknowledgements arrive, but for another device store.",
-    sees="`acknowledgements refused, nothing changes: other log …` in the device's log, once a minute at most",
-)
+@fault()
 def ack_for_another_log(world: World, rng: Random) -> None:
     before = _refused(world)
     _forge(world, rng, lambda log, last: _ack(_collector_key(world), str(uuid.uuid4()), last))
     _counted(world, before)
 
 
-@fault(
-    "ack-beyond-the-log",
-    means=(
-        "The collector's own key acknowledges more than was ever written; messages that had not arrived may be "
-        "declared lost."
-    ),
-    sees="a critical `storage` alert and a new log: the device must assume that its store is an old copy",
-    damages=True,
-)
+@fault(damages=True)
 def ack_beyond_the_log(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.2, 0.8))
     log, last = _log(world)
@@ -155,11 +140,7 @@ def ack_beyond_the_log(world: World, rng: Random) -> None:
     wait_until("a new log", lambda: _log(world)[0] != log)
 
 
-@fault(
-    "ack-unsigned",
-    means="Acknowledgements arrive without a signature, or with the signature of another payload.",
-    sees=_ALERT,
-)
+@fault()
 def ack_unsigned(world: World, rng: Random) -> None:
     before = _refused(world)
 
@@ -173,11 +154,7 @@ def ack_unsigned(world: World, rng: Random) -> None:
     _alerted_once(world)
 
 
-@fault(
-    "ack-replayed",
-    means="An old acknowledgement of the collector is sent repeatedly.",
-    sees="nothing: it covers messages that are already safe",
-)
+@fault()
 def ack_replayed(world: World, rng: Random) -> None:
     link = Link(world.fleet.config.broker, f"listener-{uuid.uuid4()}", subscribe=[_ACK])
     old = None
@@ -193,12 +170,8 @@ def ack_replayed(world: World, rng: Random) -> None:
     _forge(world, rng, lambda log, last: again)
 
 
-@fault(
-    "ack-garbage-retained",
-    means=("A megabyte of garbage is retained on the device's acknowledgement topic and arrives at each connection."),
-    sees=_ALERT,
-)
-def ack_garbage(world: World, rng: Random) -> None:
+@fault()
+def ack_garbage_retained(world: World, rng: Random) -> None:
     before = _refused(world)
     _forge(
         world, rng, lambda log, last: OutgoingMessage(_ACK, rng.randbytes(1_000_000), (("jws", "a..b"),), retain=True)
@@ -207,15 +180,7 @@ def ack_garbage(world: World, rng: Random) -> None:
     _alerted_once(world)
 
 
-@fault(
-    "flood",
-    means=(
-        f"{_FLOOD:,} hostile messages arrive on the device's `ack` and `cmd` topics "
-        "and, in its name, on its upstream topics."
-    ),
-    sees=("one `security` alert each from the device and the collector; `refusals` in the database holds the counts"),
-    patience_s=90.0,
-)
+@fault(patience_s=90.0)
 def flood(world: World, rng: Random) -> None:
     before = _refused(world)
     topics = [_ACK, f"{_BASE}/cmd", f"{_BASE}/results/often", f"{_BASE}/health", f"{_BASE}/state"]

@@ -8,15 +8,10 @@ from random import Random
 
 from scripts.faults import fault
 from scripts.faults.disk import memory_cgroup, no_cgroup
-from scripts.faults.world import World
+from scripts.faults.world import Setting, World
 
 
-@fault(
-    "memory-limit",
-    means="The kernel kills the daemon during its work because its cgroup is out of memory.",
-    sees="nothing but a new `started` event in the audit log",
-    missing=no_cgroup,
-)
+@fault(Setting(missing=no_cgroup))
 def memory_limit(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.2, 0.8))
     before, most = world.restarts, round(rng.uniform(0.1, 3.0) * 2**20)
@@ -29,11 +24,7 @@ def memory_limit(world: World, rng: Random) -> None:
     assert world.restarts > before, "nobody was killed"
 
 
-@fault(
-    "allocation-refused",
-    means="For a second or two the daemon gets no more address space: allocations fail at random places.",
-    sees="a `MemoryError` in the journal, and a new `started` event in the audit log if it restarted",
-)
+@fault()
 def allocation_refused(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.2, 0.8))
     pid = world.device.pid
