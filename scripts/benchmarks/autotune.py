@@ -18,7 +18,7 @@ from scripts.kit.bundles import THIRD_PARTY
 SECONDS = 6.0
 
 
-@benchmark("trial")
+@benchmark("autotune")
 def compare_tuned_batch_size() -> Result:
     """Report the model for which autotuning is furthest from the best setting, among all models in this checkout."""
     contents = {"exercise": (builtin.bundles_dir() / "exercise" / "model.tflite").read_bytes()}
@@ -32,7 +32,7 @@ def compare_tuned_batch_size() -> Result:
         f"{name} × {measurement.ours / measurement.best:.3f} in {measurement.took_s:.1f} s ({measurement.how})"
         for name, measurement in measurements.items()
     )
-    return Result("trial", worst.ours, worst.best, "rows/s", 0.95, f"one thread in CPU time; {note}")
+    return Result("autotune", worst.ours, worst.best, "rows/s", 0.95, f"one thread in CPU time; {note}")
 
 
 class TuningComparison(msgspec.Struct, frozen=True):

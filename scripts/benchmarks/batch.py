@@ -96,9 +96,11 @@ def sixteen_field_model() -> Report:
         limit=True,
     )
     comparison = Result(
-        "one by one", pace, single, "rows/s", 20.0, "reference: quantize and invoke a row at a time, nothing else"
+        "row at a time", pace, single, "rows/s", 20.0, "reference: quantize and invoke a row at a time, nothing else"
     )
-    return Report((each, comparison), f"tabular {us:.2f} µs a row (target 3), × {comparison.ratio:.1f} of one by one")
+    return Report(
+        (each, comparison), f"tabular {us:.2f} µs a row (target 3), × {comparison.ratio:.1f} of row at a time"
+    )
 
 
 def _compare_with_interpreter(device: Bed, rows: Floats, name: str, description: str, target: float = 0.75) -> Result:
@@ -118,7 +120,7 @@ def _compare_with_interpreter(device: Bed, rows: Floats, name: str, description:
     pace = rates(device.work_off, bare, time.process_time, rounds=5, prepare=lambda: device.fill(rows))
     note = (
         f"{description}, {count:,} windows waiting, drift and signature included; "
-        "reference: set, invoke, get of ready int8"
+        "reference: set, invoke, get of prepared int8"
     )
     return Result(name, *pace, "windows/s", target, note)
 

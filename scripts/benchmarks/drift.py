@@ -32,7 +32,7 @@ def drift() -> Report:
         others: list[Peer] = []
         theirs = aside.submit(peer_rows, Path(folder), running, others) if peers.installed() else None
         rows = {kind.name: our_rows(kind) for kind in KINDS}
-        watches = [recordings.row("ours, played again"), recordings.row("ours, other halves", halves=True)]
+        watches = [recordings.row("ours, same recordings"), recordings.row("ours, second halves", halves=True)]
         readings = shuttle.load(peers.environment())
         sensors = shuttle.rows(readings) if readings else []
         for name, more in (theirs.result() if theirs else {}).items():
@@ -59,7 +59,7 @@ def drift_cost() -> Report:
                 continue
             note = f"summary and detectors, windows of 500 rows of 16 floats; reference: {kit.called}"
             pace = 1e6 / us["ours"], 1e6 / us["theirs"]
-            results.append(Result(f"drift beside {kit.name}", *pace, "rows/s", target, note))
+            results.append(Result(f"drift-cost, {kit.name}", *pace, "rows/s", target, note))
     return Report(
         tuple(results),
         "\n".join(f"{result.name:24} × {result.ratio:.1f} (target {result.target:g})" for result in results),
@@ -72,9 +72,9 @@ def our_rows(kind: Kind) -> list[Row]:
     Five answers per window cannot estimate label frequencies, so labels are skipped.
     """
     return [
-        ours.row("ours, an answer per row", kind, MANY, SITES, QUIET, TRIALS),
+        ours.row("ours, one prediction per row", kind, MANY, SITES, QUIET, TRIALS),
         ours.row(targets.ALONE, kind, ONE[:-1], SITES, 0, TRIALS),
-        ours.row("ours, an answer per 100 rows", kind, MANY[:-1], SITES, QUIET, TRIALS, model_rows=100),
+        ours.row("ours, one prediction per 100 rows", kind, MANY[:-1], SITES, QUIET, TRIALS, model_rows=100),
     ]
 
 

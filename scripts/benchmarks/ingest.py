@@ -60,14 +60,14 @@ def through_client_and_socket() -> Report:
             lines = rates(by_line, lambda: _insert_json(plain, text), rounds=5)
     report = (
         Result("ingest", *chunks, "rows/s", 0.5, _COLUMNS),
-        Result("ingest json", *lines, "rows/s", 1.0, _LINES),
+        Result("ingest, JSON", *lines, "rows/s", 1.0, _LINES),
     )
     return Report(
         report, "\n".join(f"{result.name:12} {result.ours:,.0f} rows/s, × {result.ratio:.2f}" for result in report)
     )
 
 
-@benchmark("stored", quick=True)
+@benchmark("storage", quick=True)
 def bytes_on_disk() -> Result:
     """Measure a million rows in chunks of a thousand, after a checkpoint."""
     values = tuple(np.random.default_rng(2).normal(size=(len(FIELDS), LINE)).astype(np.float32))
@@ -81,7 +81,7 @@ def bytes_on_disk() -> Result:
                 tx.append("rows", Rows(times, values), "synced")
         each = (store.used_bytes() - before) / 1_000_000
         store.close()
-    return Result("stored", each, _PAYLOAD, "bytes/row", 1.2, "8 floats and their time, 1000 rows a chunk", less=True)
+    return Result("storage", each, _PAYLOAD, "bytes/row", 1.2, "8 floats and their time, 1000 rows a chunk", less=True)
 
 
 @contextlib.contextmanager

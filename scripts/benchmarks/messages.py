@@ -102,7 +102,7 @@ def outbox_to_broker() -> Result:
             for process in running:
                 process.stop()
             store.close()
-    note = f"{len(payloads[0])} bytes, window {WINDOW}; reference: paho, own loop, signed as it goes, nothing stored"
+    note = f"{len(payloads[0])} bytes, window {WINDOW}; reference: paho, own loop, signing without storage"
     return Result("uplink", *pace, "messages/s", 0.85, note)
 
 

@@ -176,7 +176,7 @@ def measured(name: str, case: Case) -> Result:
     if different or len(ours) != case.windows:
         raise click.ClickException(f"{name}: {different} of {len(ours)} answers differ from the plain loop")
     pace, loop = rates(lambda: counted(case), plain.run, rounds=ROUNDS)
-    note = f"{case.windows:,} answers equal to the last bit; invoking alone {bare(plain):,.0f} rows/s"
+    note = f"{case.windows:,} predictions bit-identical; interpreter alone {bare(plain):,.0f} rows/s"
     return Result(f"model-run-{name}", pace, loop, "rows/s", TARGET, note)
 
 

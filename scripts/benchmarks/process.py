@@ -39,23 +39,21 @@ def resident_memory() -> Report:
             most = max(most, _pss_mb(device.pid))
             time.sleep(0.2)
         device.stop()
-    waiting = Result(
-        "memory idle", idle, 80.0, "MB PSS", 1.0, "exercise model loaded, nothing to do", less=True, limit=True
-    )
+    waiting = Result("memory, idle", idle, 80.0, "MB PSS", 1.0, "exercise model loaded", less=True, limit=True)
     busy = Result(
-        "memory busy",
+        "memory, busy",
         most,
         110.0,
         "MB PSS",
         1.0,
-        f"{WINDOWS:,} windows waiting, the most in 30 s",
+        f"{WINDOWS:,} windows waiting, peak within 30 s",
         less=True,
         limit=True,
     )
     return Report((waiting, busy), f"memory       {idle:.1f} MB idle (at most 80), {most:.1f} MB busy (at most 110)")
 
 
-@benchmark("start")
+@benchmark("startup")
 def start_to_first_batch() -> Result:
     """Measure `outstation batch` with 100 waiting windows, against the imports it needs."""
     bare = [sys.executable, "-c", "import numpy, ai_edge_litert.interpreter"]
@@ -78,7 +76,7 @@ def start_to_first_batch() -> Result:
             assert done.returncode == 0, done.stderr
     ours, reference = statistics.median(seen[0]), statistics.median(seen[1])
     note = "process start to results committed and process end; reference: import of numpy and the interpreter"
-    return Result("start", ours * 1e3, reference * 1e3, "ms", 3.0, note, less=True)
+    return Result("startup", ours * 1e3, reference * 1e3, "ms", 3.0, note, less=True)
 
 
 @benchmark("idle")
@@ -93,7 +91,7 @@ def idle_daemon() -> Result:
         share = 100 * (_cpu_s(device.pid) - begin_s) / (time.monotonic() - started_s)
         device.stop()
     return Result(
-        "idle", share, 0.5, "% of a core", 1.0, f"over {_IDLE_S:.0f} s, no broker in reach", less=True, limit=True
+        "idle", share, 0.5, "% of a core", 1.0, f"over {_IDLE_S:.0f} s, no broker reachable", less=True, limit=True
     )
 
 

@@ -23,7 +23,7 @@ _PSS = "Pss:"
 MOST_MIB = 60.0
 
 
-@benchmark("apart")
+@benchmark("subprocess")
 def subprocess_overhead() -> Report:
     """Measure windows of `exercise` (medians of alternating runs), and the PSS of the subprocess."""
     shipped = bundle.read(builtin.bundles_dir() / "exercise", None)
@@ -35,10 +35,12 @@ def subprocess_overhead() -> Report:
         for count in (FEW, MANY):
             ours, reference = _median(there.invoke, here.invoke, windows[:count])
             note = f"{count} windows, {1e6 * (ours - reference):.0f} µs more"
-            results.append(Result(f"apart, {count} windows", ours * 1e6, reference * 1e6, "µs", 2.0, note, less=True))
+            results.append(
+                Result(f"subprocess, {count} windows", ours * 1e6, reference * 1e6, "µs", 2.0, note, less=True)
+            )
         memory = _mib(there.pid)
     results.append(
-        Result("apart, memory", memory, MOST_MIB, "MiB", 1.0, "PSS of the child process", less=True, limit=True)
+        Result("subprocess, memory", memory, MOST_MIB, "MiB", 1.0, "PSS of the child process", less=True, limit=True)
     )
     lines = [
         f"{result.name}: {result.ours:,.0f} {result.unit}, {result.reference:,.0f}, {result.ratio:.2f}"
