@@ -202,5 +202,7 @@ def test_a_bundle_five_points_above_its_limit_is_rejected_by_no_evaluation() -> 
         for name, bounds in highest_bounds(np.random.default_rng([5, i]), 20).items():
             assert min(bounds) >= TRUTHS[name](STRAIN) - 0.05, name
     # A clearly bad bundle is rejected.
-    bounds = highest_bounds(np.random.default_rng(1), 20)
-    assert all(min(highs) < TRUTHS[name](STRAIN) + 0.1 for name, highs in bounds.items())
+    assert all(
+        min(bounds) < TRUTHS[name](STRAIN) + 0.1
+        for name, bounds in highest_bounds(np.random.default_rng(1), 20).items()
+    )
