@@ -60,8 +60,10 @@ def written_bytes_per_row() -> Result:
         db.close()
 
     each, alone = _written(ours) / ROWS, _written(plain) / ROWS
-    note = f"{ROWS:,} rows, {each * 86_400 / 1e6:,.0f} MB a day at one row per second; "
+    note = (
+        f"{ROWS:,} rows, {each * 86_400 / 1e6:,.0f} MB a day at one row per second; "
         "reference: a SQLite commit for each row"
+    )
     return Result("flash", each, alone, "bytes/row", 1 / 20, note, less=True)
 
 
