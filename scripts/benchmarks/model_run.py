@@ -26,7 +26,7 @@ from agent.evaluation.predict.run import BatchPredictor
 from agent.model.inference.inference import Inference
 from agent.model.inference.runtime import Interpreter  # type: ignore[attr-defined]
 from scripts import benchmarks
-from scripts.benchmarks import Report, Result, benchmark, rates
+from scripts.benchmarks import Result, benchmark, rates
 from scripts.kit.bundles import KEY, THIRD_PARTY
 
 MODELS = {
@@ -44,7 +44,7 @@ Floats = NDArray[np.float32]
 
 
 @benchmark("model-run")
-def compare_with_plain_loop() -> Report:
+def compare_with_plain_loop() -> list[Result]:
     """Compare all third-party models in this checkout."""
     if not THIRD_PARTY.exists():
         raise click.ClickException(f"{THIRD_PARTY}: no such folder; set OUTSTATION_THIRDPARTY_MODELS to the models")
@@ -52,11 +52,7 @@ def compare_with_plain_loop() -> Report:
     for name, model in MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
             results.append(measured(name, Case.made(Path(folder), THIRD_PARTY / f"{model}.tflite")))
-    lines = [
-        f"{result.name:20} {result.ours:9,.0f} rows/s, × {result.ratio:.2f} of the loop; {result.note}"
-        for result in results
-    ]
-    return Report(tuple(results), "\n".join(lines))
+    return results
 
 
 class Case(msgspec.Struct, frozen=True):

@@ -12,7 +12,7 @@ from agent.device.intake.sources.recordings import Playlist
 from agent.device.uplink.mqtt_sink import packet_size
 from agent.simulate.scenario import SCENARIOS
 from agent.wire.messages import ResultColumns
-from scripts.benchmarks import Report, Result, benchmark, device_task
+from scripts.benchmarks import Result, benchmark, device_task
 
 RESULTS = 1000
 _COLUMNS = ("row", "t", "label", "score")
@@ -21,7 +21,7 @@ _HEADERS, _SEGMENT, _PUBACK = 52, 1448, 4
 
 
 @benchmark("traffic", quick=True)
-def traffic_of_results() -> Report:
+def traffic_of_results() -> list[Result]:
     """Measure the exercise model on one person's recordings: whole packets both ways, acknowledgements included."""
     recorded = load(SCENARIOS["exercise"].file)
     names = [name for name, _ in SCENARIOS["exercise"].fields]
@@ -39,14 +39,11 @@ def traffic_of_results() -> Report:
             for size in _sizes_of_single_results(message.payload, message.topic)
         )
     note = f"{len(sent)} signed messages; reference: unsigned JSON for each; both with TCP headers and PUBACK"
-    kinds = (("traffic", note), ("traffic, compressed", f"with `[broker] compress = true`; {note}"))
-    report = tuple(
-        Result(name, size, plain, "bytes", 1 / 15, kind, less=True)
-        for size, (name, kind) in zip(ours, kinds, strict=True)
-    )
-    return Report(
-        report, "\n".join(f"{result.name:15} {result.ours:,.0f} bytes, × {result.ratio:.3f}" for result in report)
-    )
+    notes = {"traffic": note, "traffic, compressed": f"with `[broker] compress = true`; {note}"}
+    return [
+        Result(name, size, plain, "bytes", 1 / 15, notes[name], less=True)
+        for name, size in zip(notes, ours, strict=True)
+    ]
 
 
 def _sizes_of_single_results(payload: bytes, topic: str) -> list[int]:

@@ -108,9 +108,3 @@ def no_boot() -> str | None:
     command = ["unshare", "--mount", "--time", "--boottime=-1", "cat", "/proc/uptime"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
     return None if done.returncode == 0 else "this kernel has no time namespaces"
-
-
-def cpu_s(pid: int) -> float:
-    """Return the processor time of process `pid`, all threads included."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from random import Random
 
 from agent import clock
@@ -13,6 +12,7 @@ from agent.device.store.store import Store
 from agent.testing.process import wait_until
 from scripts.faults import fault
 from scripts.faults.world import World
+from scripts.kit.process_stats import memory_kb
 
 _BACKLOG = 70_000
 _AT_ONCE = 1000
@@ -23,14 +23,14 @@ _MOST_MORE_KB = 48 * 1024
 
 @fault(patience_s=120.0)
 def backlog_70000(world: World, rng: Random) -> None:
-    before = _memory_kb(world, "VmHWM")
+    before = memory_kb(world.device.pid, "VmHWM")
     world.kill(world.device)
     world.broker.kill()
     _write_backlog(world)
     world.broker.start()
     world.keep(world.device)
     wait_until("the backlog delivered", lambda: _waiting(world) < _AT_ONCE, _WITHIN_S)
-    more = _memory_kb(world, "VmHWM") - before
+    more = memory_kb(world.device.pid, "VmHWM") - before
     assert more < _MOST_MORE_KB, f"the daemon took {more} KB more than before the backlog"
 
 
@@ -59,9 +59,3 @@ def _waiting(world: World) -> int:
         return store.outbox_size()[0]
     finally:
         store.close()
-
-
-def _memory_kb(world: World, name: str) -> int:
-    """Return a memory field of the daemon from `/proc/PID/status`, in kB."""
-    lines = Path(f"/proc/{world.device.pid}/status").read_text(encoding="ascii").splitlines()
-    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])

@@ -10,9 +10,10 @@ from random import Random
 
 from agent.testing.process import wait_until
 from scripts.faults import fault
-from scripts.faults.clock import Clock, cpu_s, no_boot, no_clock
+from scripts.faults.clock import Clock, no_boot, no_clock
 from scripts.faults.stamped import Stamped
 from scripts.faults.world import Setting, World
+from scripts.kit.process_stats import cpu_s
 
 _HOUR_S, _DAY_S, _YEAR_S = 3600.0, 86_400.0, 365.25 * 86_400.0
 _CALM_S = 1.5

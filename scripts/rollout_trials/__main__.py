@@ -15,8 +15,7 @@ import click
 
 from agent.wire import keys
 from scripts.rollout_trials import candidates
-from scripts.rollout_trials.trials import TRIALS, Trial
-from scripts.rollout_trials.verdict import problems
+from scripts.rollout_trials.trials import TRIALS, Trial, problems
 
 # Time limit of one trial, which ends with its decision; fifty devices take a minute to start on two cores.
 _LONGEST_S, _STARTS_S = 900.0, 300.0

@@ -14,8 +14,7 @@ from agent.model.bundle import bundle
 from agent.model.sandbox import probe
 from agent.wire.keys import generate
 from scripts.rollout_trials import candidates
-from scripts.rollout_trials.trials import TRIALS, Trial
-from scripts.rollout_trials.verdict import problems
+from scripts.rollout_trials.trials import TRIALS, Trial, problems
 
 NEW, OLD = "sha256:new", "sha256:old"
 KNOWN = {trial.name: trial for trial in TRIALS}

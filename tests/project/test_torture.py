@@ -24,11 +24,11 @@ from agent.wire.keys import load_private
 from scripts import faults
 from scripts.faults import Fault
 from scripts.faults import __main__ as torture
-from scripts.faults.clock import cpu_s
 from scripts.faults.oracle import Verdict, judge
 from scripts.faults.producer import FIELDS, FIRST_T_US, STEP_US, Ledger, Producer
 from scripts.faults.stamped import Dated, Stamped, Truth
 from scripts.faults.world import DEVICE, TASKS, Setting, World
+from scripts.kit.process_stats import cpu_s
 
 ROOT = Path(__file__).parents[2]
 QUICK = (
