@@ -69,7 +69,7 @@ def flow(
     make: Callable[[MessageSender], SignedMessage],
     messages: int = MESSAGES,
 ) -> float:
-    """Return the messages per second of the collectors `names` on `server`, or of one collector on SQLite without a server."""
+    """Return the messages per second of the collectors `names` on `server`; without it, of one collector on SQLite."""
     with tempfile.TemporaryDirectory() as made, MosquittoBroker(Path(made), extra_conf=_CONF) as broker:
         home = Path(made) / FLEET
         config = init_fleet(home, FLEET, BrokerConfig(url=broker.url))

@@ -33,11 +33,12 @@ from agent.fleet.enrolment.enrol import enrol, init_fleet
 from agent.testing.broker import MosquittoBroker
 from agent.testing.messages import FLEET, MessageSender, new_key
 from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
+from agent.transport.packets import IncomingMessage, PublishReceipt
 from agent.wire import jws
 from agent.wire.keys import SigningKey
 from agent.wire.messages import AckPayload, ResultColumns
 from scripts.benchmarks import Result, benchmark, rates
+from scripts.kit.memory_link import MemoryLink
 
 MESSAGES = 3000
 # A large number, because acknowledgements are recorded once per second.
@@ -191,26 +192,6 @@ def _listening(broker: MosquittoBroker) -> Iterator[None]:
             listener.kill()
 
 
-class _Handed:
-    """Link whose deliveries are already in memory."""
-
-    window = 1 << 16
-
-    def __init__(self, deliveries: list[IncomingMessage]) -> None:
-        self._deliveries = deliveries
-
-    def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]:
-        batch, self._deliveries = self._deliveries[:500], self._deliveries[500:]
-        return list(batch)
-
-    def acknowledge(self, delivery: IncomingMessage) -> None: ...
-    def send(self, message: OutgoingMessage) -> int:
-        return 1
-
-    def wake(self) -> None: ...
-    def close(self) -> None: ...
-
-
 @benchmark("collector", quick=True)
 def broker_to_database() -> Result:
     """Measure results messages of forty windows: verify, parse, store, acknowledge; batches of 500 on both sides."""
@@ -233,7 +214,7 @@ def broker_to_database() -> Result:
             waiting[:] = [sender.results(40).to_incoming(n) for n in range(1, MESSAGES + 1)]
 
         def ours() -> int:
-            link: Any = _Handed(list(waiting))
+            link = MemoryLink(list(waiting))
             for _ in range(MESSAGES // 500):
                 collector.tick(link, 0.0)
             return MESSAGES

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from random import Random
 
 from agent import clock
-from agent.device.store.store import Store
 from agent.testing.fleet import FLEET
 from agent.testing.messages import new_key
 from agent.testing.process import wait_until
@@ -37,23 +35,14 @@ def _collector_key(world: World) -> SigningKey:
     return keys.load_private(world.fleet.home / "collector.key")
 
 
-@contextmanager
-def _store(world: World) -> Iterator[Store]:
-    store = Store.open_read_only(world.device.data_dir)
-    try:
-        yield store
-    finally:
-        store.close()
-
-
 def _log(world: World) -> tuple[str, int]:
     """Return the device's log, and its last seq."""
-    with _store(world) as store:
+    with world.device_store() as store:
         return store.log_id, store.outbox_size()[1]
 
 
 def _refused(world: World) -> int:
-    with _store(world) as store:
+    with world.device_store() as store:
         return sum(n for name, n in store.counters().items() if "refused" in name)
 
 
@@ -75,29 +64,24 @@ def _forge(world: World, rng: Random, make: Callable[[str, int], OutgoingMessage
     """Forge messages while the collector is down and the outbox grows; the outbox must not shrink."""
     world.kill(world.collector)
     time.sleep(rng.uniform(0.2, 0.8))
-    wait_until("something in the outbox", lambda: _waiting(world))
+    wait_until("something in the outbox", world.outbox_size)
     before, log = _settled(world), _log(world)
     _publish(world, [make(*log) for _ in range(rng.randint(1, 5))])
     time.sleep(rng.uniform(0.3, 0.8))
-    after = _waiting(world)
+    after = world.outbox_size()
     assert after >= before, f"{before} messages waited, {after} after the forged acknowledgement"
     world.keep(world.collector)
 
 
 def _settled(world: World) -> int:
     """Return the number of waiting messages after the last genuine acknowledgement has arrived."""
-    before = _waiting(world)
+    before = world.outbox_size()
     while True:
         time.sleep(0.5)
-        now = _waiting(world)
+        now = world.outbox_size()
         if now >= before:
             return now
         before = now
-
-
-def _waiting(world: World) -> int:
-    with _store(world) as store:
-        return store.outbox_size()[0]
 
 
 def _counted(world: World, before: int) -> None:

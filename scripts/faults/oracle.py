@@ -17,7 +17,6 @@ import msgspec
 import numpy as np
 
 from agent.device.store.rows import Rows
-from agent.device.store.store import Store
 from agent.errors import OutstationError
 from agent.fleet import config as fleet_config
 from agent.fleet.audit.audit import AuditReport, audit
@@ -70,7 +69,7 @@ def _waiting(world: World) -> str:
     if not world.running():
         return "a process is down"
     try:
-        outbox = _outbox(world)
+        outbox = world.outbox_size()
         seen = _seen(world)
         others = [text for companion in world.companions if (text := companion.waiting())]
     except OutstationError as error:
@@ -109,14 +108,6 @@ def judge(world: World, verdict: Verdict) -> None:
         verdict.doubled = max(verdict.doubled, report.duplicates)
     for companion in world.companions:
         companion.judge(verdict)
-
-
-def _outbox(world: World) -> int:
-    store = Store.open_read_only(world.device.data_dir)
-    try:
-        return store.outbox_size()[0]
-    finally:
-        store.close()
 
 
 def _seen(world: World) -> dict[str, Counter[int]]:

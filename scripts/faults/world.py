@@ -6,13 +6,14 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from agent.device.store.store import Store
 from agent.testing.broker import MosquittoBroker, free_port
 from agent.testing.fleet import DeviceProcess, LocalFleet
 from agent.testing.process import OutstationProcess, wait_until
@@ -137,6 +138,20 @@ class World:
         """Make the sensors send."""
         for sensor in self.sensors():
             sensor.resume()
+
+    @contextlib.contextmanager
+    def device_store(self) -> Iterator[Store]:
+        """Open the device's store read-only for the block."""
+        store = Store.open_read_only(self.device.data_dir)
+        try:
+            yield store
+        finally:
+            store.close()
+
+    def outbox_size(self) -> int:
+        """Return the number of messages in the device's outbox."""
+        with self.device_store() as store:
+            return store.outbox_size()[0]
 
     def sensors(self) -> list[Producer | Companion]:
         """Return the sensor and all companions."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from agent.fleet.database.gap_ledger import EVICTED
 from agent.testing.lossy_link import LinkConditions
-from scripts.soaks import Result, soak
+from scripts.soaks import Result
 from scripts.soaks.rig import TASK, Rig
 
 _OFFLINE, _ONLINE = LinkConditions(disconnect=1.0), LinkConditions(delay_s=0.2)
@@ -21,7 +21,6 @@ _CATCH_UP_S = 1800.0
 _UNUSED = 4_000
 
 
-@soak("offline", hours=72)
 def offline(folder: Path, seed: int, hours: float, announce: Callable[[str], None]) -> Result:
     """Run fifty rows per second with the exercise model; evicted rows are declared exactly, all others arrive."""
     mib = max(_LEAST_MIB, round(hours * _MIB_AN_HOUR))
