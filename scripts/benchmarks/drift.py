@@ -11,7 +11,6 @@ import click
 
 from scripts.benchmarks import Report, Result, benchmark
 from scripts.benchmarks.drift_peers import cost, ours, peers, recordings, shuttle, synthetic, tables, targets
-from scripts.benchmarks.drift_peers.cost import Cost
 from scripts.benchmarks.drift_peers.counting import Row
 from scripts.benchmarks.drift_peers.peers import KITS, Peer
 from scripts.benchmarks.drift_peers.synthetic import KINDS, Kind
@@ -38,11 +37,13 @@ def drift() -> Report:
         for name, more in (theirs.result() if theirs else {}).items():
             rows[name] += more
         costs = cost.costs(others)
-    return report(rows, watches, sensors, costs)
+    results = [result for kind, row in rows.items() for result in targets.synthetic_results(kind, row)]
+    results += [*targets.recordings_results(watches[0]), *targets.cost_results(costs)]
+    return Report(results, tables.everything(rows, watches, sensors, costs, results))
 
 
 @benchmark("drift-cost")
-def drift_cost() -> Report:
+def drift_cost() -> list[Result]:
     """Measure summaries and detectors on rows of 16 floats in batches of 500, against other libraries."""
     peers.installed()
     results = []
@@ -60,10 +61,7 @@ def drift_cost() -> Report:
             note = f"summary and detectors, windows of 500 rows of 16 floats; reference: {kit.called}"
             pace = 1e6 / us["ours"], 1e6 / us["theirs"]
             results.append(Result(f"drift-cost, {kit.name}", *pace, "rows/s", target, note))
-    return Report(
-        tuple(results),
-        "\n".join(f"{result.name:24} × {result.ratio:.1f} (target {result.target:g})" for result in results),
-    )
+    return results
 
 
 def our_rows(kind: Kind) -> list[Row]:
@@ -89,13 +87,3 @@ def peer_rows(folder: Path, running: ExitStack, others: list[Peer]) -> dict[str,
         except click.ClickException as problem:
             click.echo(f"skipped: {problem.message}", err=True)
     return {name: [peer.row(file, MANY) for peer in others] for name, file in files.items()}
-
-
-def report(rows: dict[str, list[Row]], watches: list[Row], sensors: list[Row], costs: dict[str, Cost]) -> Report:
-    results: list[Result] = []
-    for kind, row in rows.items():
-        results += targets.synthetic_results(kind, row)
-    results += targets.recordings_results(watches[0])
-    results += targets.of_cost(costs)
-    text = tables.everything(rows, watches, sensors, costs, results)
-    return Report(tuple(results), text)

@@ -142,14 +142,8 @@ def row(outcome: Outcome) -> str:
     if outcome.skipped is not None:
         return f"{outcome.fault.name:32} skipped: {outcome.skipped}"
     document = outcome.document()
-    numbers = (
-        document["rounds"],
-        document["acknowledged"],
-        document["lost"],
-        document["declared"],
-        document["doubled"],
-    )
-    text = "{:6} rounds {:8} acknowledged {:5} lost {:5} declared {:3} doubled".format(*numbers)
+    columns = "{rounds:6} rounds {acknowledged:8} acknowledged {lost:5} lost {declared:5} declared {doubled:3} doubled"
+    text = columns.format_map(document)
     verdict = "ok" if outcome.passed else "FAILED"
     details = "".join(f"\n    {line}" for problem in document["problems"] for line in problem.splitlines())
     return (

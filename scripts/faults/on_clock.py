@@ -216,11 +216,7 @@ def switch_on(world: World) -> None:
 
 def stamp_some(world: World) -> None:
     """Wait until the device has timestamped more rows."""
-    rows = _stamped(world).truth.rows
+    [stamped] = [companion for companion in world.companions if isinstance(companion, Stamped)]
+    rows = stamped.truth.rows
     before = len(rows)
     wait_until("the device stamps rows", lambda: len(rows) >= before + 5, _SLOW_S)
-
-
-def _stamped(world: World) -> Stamped:
-    [stamped] = [companion for companion in world.companions if isinstance(companion, Stamped)]
-    return stamped

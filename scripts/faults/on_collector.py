@@ -14,7 +14,6 @@ from random import Random
 
 from agent import clock
 from agent.fleet import config as fleet_config
-from agent.fleet.database.store import FleetStore
 from agent.testing.process import OutstationProcess, wait_until
 from scripts.faults import fault
 from scripts.faults.world import DEVICE, Setting, World
@@ -52,11 +51,7 @@ def _on_small_disk(world: World) -> None:
     world.fleet.config = fleet_config.load(world.fleet.home)
 
 
-def _no_mount() -> str | None:
-    return None if os.geteuid() == 0 else "mounting a small disk needs root"
-
-
-@fault(Setting(prepare=(_on_small_disk,), missing=_no_mount))
+@fault(Setting(prepare=(_on_small_disk,), missing=lambda: "mounting a small disk needs root" if os.geteuid() else None))
 def collector_disk_full(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.0, 0.5))
     ballast = _database(world).with_name("ballast")
@@ -149,8 +144,4 @@ def _copy(database: Path, copy: Path) -> None:
 
 
 def _messages(world: World) -> int:
-    store: FleetStore = world.fleet.open_store()
-    try:
-        return store.count_messages(DEVICE)
-    finally:
-        store.close()
+    return int(world.fleet.query("SELECT count(*) FROM messages WHERE device = ?", DEVICE)[0][0])

@@ -1,15 +1,17 @@
-"""Daemon faults: crash, hang and starvation."""
+"""Daemon faults: crash, hang, starvation and failing allocations."""
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from random import Random
 
 from agent.testing.process import run_outstation, wait_until
 from scripts.faults import fault
-from scripts.faults.world import World
+from scripts.faults.disk import memory_cgroup, no_cgroup
+from scripts.faults.world import Setting, World
 
 
 def _dies_twice(world: World, rng: Random, flaw: str, most: int, least: int = 1) -> None:
@@ -87,3 +89,27 @@ def graceful_restart(world: World, rng: Random) -> None:
     code = world.device.stop()
     assert code == 0, f"exit code {code}"
     world.keep(world.device)
+
+
+@fault(Setting(missing=no_cgroup))
+def memory_limit(world: World, rng: Random) -> None:
+    time.sleep(rng.uniform(0.2, 0.8))
+    before, most = world.restarts, round(rng.uniform(0.1, 3.0) * 2**20)
+    with memory_cgroup(world) as limit:
+        until = time.monotonic() + 20.0
+        while world.restarts == before and time.monotonic() < until:
+            limit(most)
+            most //= 2
+            time.sleep(0.5)
+    assert world.restarts > before, "nobody was killed"
+
+
+@fault()
+def allocation_refused(world: World, rng: Random) -> None:
+    time.sleep(rng.uniform(0.2, 0.8))
+    pid = world.device.pid
+    before = resource.prlimit(pid, resource.RLIMIT_AS)
+    resource.prlimit(pid, resource.RLIMIT_AS, (round(rng.uniform(0.0, 1.0) * 2**20), before[1]))
+    time.sleep(rng.uniform(0.5, 2.0))
+    if world.device.is_running and world.device.pid == pid:
+        resource.prlimit(pid, resource.RLIMIT_AS, before)

@@ -79,8 +79,7 @@ def _owner(world: World) -> int | None:
 
 
 @fault(
-    replace(_CARD, launcher=("-m", "scripts.faults.launch", "synchronous=NORMAL", "--"), rate=1_000.0),
-    patience_s=10.0,
+    replace(_CARD, launcher=("-m", "scripts.faults.launch", "synchronous=NORMAL", "--"), rate=1_000.0), patience_s=10.0
 )
 def control_normal_power_cut(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.5, 1.5))
@@ -171,9 +170,7 @@ def disk_full_restart(world: World, rng: Random) -> None:
 
 @fault(
     Setting(
-        buffer_toml='max_size = "1 MiB"',
-        rate=2_500.0,
-        launcher=("-m", "scripts.faults.launch", "evict-after=1", "--"),
+        buffer_toml='max_size = "1 MiB"', rate=2_500.0, launcher=("-m", "scripts.faults.launch", "evict-after=1", "--")
     ),
     damages=True,
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 
 from scripts.faults import fault, proxy
-from scripts.faults.proxy import Packet
+from scripts.faults.proxy import Packet, Rule
 from scripts.faults.world import Setting, World
 
 _PROXIED = Setting(proxied=True)
@@ -19,12 +19,9 @@ _NAME = "broker.test"
 _BIND = 'mount --bind "$0" /etc/hosts && mount --bind "$1" /etc/resolv.conf && shift && exec "$@"'
 
 
-def _lost_pubacks(packet: Packet) -> tuple[bytes, bytes]:
-    return (b"" if not packet.up and packet.kind == proxy.PUBACK else packet.raw), b""
-
-
-def _lost_messages(packet: Packet) -> tuple[bytes, bytes]:
-    return (b"" if packet.up and packet.kind == proxy.PUBLISH else packet.raw), b""
+def _without(kind: int, *, up: bool) -> Rule:
+    """Drop packets of this kind in one direction."""
+    return lambda packet: (b"" if packet.up == up and packet.kind == kind else packet.raw, b"")
 
 
 def _lost_acknowledgements(packet: Packet) -> tuple[bytes, bytes]:
@@ -37,14 +34,14 @@ def _lost_acknowledgements(packet: Packet) -> tuple[bytes, bytes]:
 @fault(_PROXIED)
 def pubacks_dropped(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.0, 0.5))
-    with world.device_line.ruled(_lost_pubacks):
+    with world.device_line.ruled(_without(proxy.PUBACK, up=False)):
         time.sleep(rng.uniform(0.5, 3.0))
 
 
 @fault(_PROXIED, patience_s=120.0)
 def messages_dropped(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.0, 0.5))
-    with world.device_line.ruled(_lost_messages):
+    with world.device_line.ruled(_without(proxy.PUBLISH, up=True)):
         time.sleep(rng.uniform(0.2, 1.5))
 
 
@@ -133,9 +130,8 @@ def _resolve(world: World, *, known: bool) -> None:
 
 
 def _no_namespaces() -> str | None:
-    if os.geteuid() != 0 or shutil.which("unshare") is None:
-        return "a mount namespace of its own needs root and unshare"
-    return None
+    usable = os.geteuid() == 0 and shutil.which("unshare") is not None
+    return None if usable else "a mount namespace of its own needs root and unshare"
 
 
 @fault(Setting(prepare=(_named,), missing=_no_namespaces), patience_s=90.0)

@@ -58,11 +58,7 @@ def broker_certificate_expired(world: World, rng: Random) -> None:
     world.broker.start()
 
 
-def _with_another_device(world: World) -> None:
-    world.fleet.add_device(_OTHER)
-
-
-@fault(Setting(tls=True, prepare=(_with_another_device,)))
+@fault(Setting(tls=True, prepare=(lambda world: world.fleet.add_device(_OTHER),)))
 def client_id_stolen(world: World, rng: Random) -> None:
     thrown_off = _counting(world.device.log, "trying again")
     _steal(world.fleet.devices[-1].config, rng)

@@ -20,7 +20,6 @@ from agent.device.store.rows import Rows
 from agent.errors import OutstationError
 from agent.fleet import config as fleet_config
 from agent.fleet.audit.audit import AuditReport, audit
-from agent.fleet.database.store import FleetStore
 from agent.wire.messages import ResultColumns
 from scripts.faults.declarations import Declarations
 from scripts.faults.world import DEVICE, TASKS, World
@@ -149,14 +148,10 @@ def _evidence(world: World) -> tuple[AuditReport, int]:
     store = world.fleet.open_store()
     try:
         report = audit(store, operators=fleet_config.load_trusted_keys(world.fleet.config))
-        return report, sum(_altered(world, json.loads(payload)) for payload in _runs(store))
     finally:
         store.close()
-
-
-def _runs(store: FleetStore) -> list[bytes]:
-    rows = store._fetch_all("SELECT payload FROM messages WHERE device = ? AND kind = 'results'", DEVICE)
-    return [bytes(payload) for (payload,) in rows]
+    runs = world.fleet.query("SELECT payload FROM messages WHERE device = ? AND kind = 'results'", DEVICE)
+    return report, sum(_altered(world, json.loads(payload)) for (payload,) in runs)
 
 
 def _altered(world: World, body: dict[str, Any]) -> bool:

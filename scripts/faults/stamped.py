@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from agent.client import Client
+from agent.testing.fleet import field_tables
 from scripts.faults.clock import Clock
 from scripts.faults.producer import FIELDS, SensorThread
 from scripts.faults.world import DEVICE, World
@@ -72,7 +73,7 @@ class Stamped(SensorThread):
         self._judged = 0
         self._counted = (time.monotonic(), 0, 0)
         bundle = world.folder / "bundle" / "bundle"
-        names = ", ".join(f'{{ name = "{name}" }}' for name in FIELDS)
+        names = ", ".join(field_tables(FIELDS))
         world.device.append_config(
             f"[streams.{STREAM}]\nfields = [{names}]\n"
             f'[tasks.{TASK}]\nstream = "{STREAM}"\nbundle = "{bundle}"\nschedule = "every {EVERY_S * 1000:.0f} ms"\n'

@@ -15,7 +15,7 @@ import msgspec
 
 from agent.device.store.store import Store
 from agent.testing.broker import MosquittoBroker, free_port
-from agent.testing.fleet import DeviceProcess, LocalFleet
+from agent.testing.fleet import DeviceProcess, LocalFleet, field_tables
 from agent.testing.process import OutstationProcess, wait_until
 from scripts.faults.producer import FIELDS, Producer
 from scripts.faults.proxy import Proxy
@@ -56,7 +56,7 @@ class Setting(msgspec.Struct, frozen=True):
     proxied: bool = False
     forgetful: bool = False
     rate: float = 250.0
-    prepare: Sequence[Callable[[World], None]] = ()
+    prepare: Sequence[Callable[[World], object]] = ()
     missing: Callable[[], str | None] = lambda: None
 
 
@@ -213,7 +213,7 @@ class World:
             text = self.device.config.read_text(encoding="utf-8")
             text = text.replace("[collector]\n", f"[collector]\n{setting.collector_toml}\n")
             self.device.config.write_text(text, encoding="utf-8")
-        names = ", ".join(f'{{ name = "{name}" }}' for name in FIELDS)
+        names = ", ".join(field_tables(FIELDS))
         self.device.append_config(
             f'[publishers]\nkeys = ["{bundles.KEY.public.text}"]\n'
             f'[buffer]\ncommit_every = "30 ms"\n{setting.buffer_toml}\n'

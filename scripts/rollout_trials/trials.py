@@ -7,8 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from agent.authoring import pack
+from agent.wire.keys import SigningKey
+from scripts.kit import rigged
+
+# Candidates to follow the shipped `exercise`. A rigged one is the shipped model with a trap that its golden vectors do
+# not trigger (`scripts/kit/rigged.py`).
+_TRAINED = Path(__file__).parents[2] / "models" / "sources" / "exercise" / "candidates"
+TRAINED = ("distilled", "shuffled", "touchy")
+RIGGED = {"slow": "1.4.0", "crash": "1.5.0", "hang": "1.6.0", "error": "1.7.0"}
+# Functions of the window that the slow model computes in vain.
+_TIMES = 1500
 _BACK = frozenset({"rolled_back", "rejected"})
 Where = Literal["finished", "shadow", "canary"]
 
@@ -42,7 +54,8 @@ class Trial:
 
     def plan(self, path: str, devices: int) -> str:
         """Return the rollout plan. Few devices allow no step of a few per cent."""
-        shares = _shares(devices)
+        # Twenty per cent of fifty can be four devices, fewer than a step's minimum.
+        shares = dict.fromkeys(("shadow", "canary"), 60.0 if devices < 20 else 40.0)
         # Most of a step's devices: a few may never meet the data that a bad bundle fails on.
         needed = max(2, int(0.5 * devices * shares["shadow"] / 100))
         steps = "".join(f"\n[[steps]]\n{step.format(**shares)}" for step in self.steps)
@@ -56,12 +69,6 @@ class Trial:
             "max_latency_ratio = 10.0\nbatch_timeout_s = 10.0\n"
             f"max_accuracy_drop = 0.5\nhold_off_hours = 24.0\n{steps}"
         )
-
-
-def _shares(devices: int) -> dict[str, float]:
-    # Twenty per cent of fifty can be four devices, fewer than a step's minimum.
-    share = 60.0 if devices < 20 else 40.0
-    return {"shadow": share, "canary": share}
 
 
 TRIALS = (
@@ -132,3 +139,12 @@ def _stopped(trial: Trial, rollout: dict[str, Any], devices: list[dict[str, Any]
 
 def _runs_it(device: dict[str, Any], rollout: dict[str, Any]) -> bool:
     return device["runs"] is not None and device["runs"]["digest"] == rollout["digest"]
+
+
+def make_bundle(name: str, folder: Path, key: SigningKey) -> Path:
+    """Create the signed bundle `name` and return its folder."""
+    out = folder / name
+    if name in RIGGED:
+        return rigged.write_bundle(rigged.build_rigged_bundle(name, RIGGED[name], key, repeats=_TIMES), out)
+    pack.write_bundle(pack.pack(_TRAINED / f"{name}.toml", key), out)
+    return out

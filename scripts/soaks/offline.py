@@ -50,8 +50,8 @@ def offline(folder: Path, seed: int, hours: float, announce: Callable[[str], Non
         result.figures |= {"hours": hours, "max_size": mib << 20, "largest": most}
         if most > mib << 20:
             result.problems.append(f"the store took {most} bytes of the {mib << 20} it may")
-        for line in lines(result.figures):
-            announce(line)
+        for name, value in result.figures.items():
+            announce(f"{name:30} {value}")
     finally:
         rig.close()
     return result
@@ -86,7 +86,7 @@ def judge(rig: Rig) -> Result:
         "evicted": len(missing),
         "used readings that went early": readings,
         "declarations": sum(reasons.values()),
-        "kept": kinds(rig),
+        "stored messages": dict(Counter(str(kind) for _, _, _, kind, *_ in rig.fleet.evidence())),
     }
     return result
 
@@ -106,11 +106,3 @@ def declarations(rig: Rig) -> tuple[set[int], int, Counter[str]]:
 
 def payloads(rig: Rig, kind: str) -> list[dict[str, Any]]:
     return [json.loads(payload) for _, _, _, row_kind, _, payload, _ in rig.fleet.evidence() if row_kind == kind]
-
-
-def kinds(rig: Rig) -> dict[str, int]:
-    return dict(Counter(str(kind) for _, _, _, kind, *_ in rig.fleet.evidence()))
-
-
-def lines(figures: dict[str, Any]) -> list[str]:
-    return [f"{name:30} {value}" for name, value in figures.items()]

@@ -60,7 +60,7 @@ def recordings_results(row: Row) -> Iterator[Result]:
         yield Result(f"{name} detected", 100 - detection.missed, 100.0, "per cent", 1.0, note)
 
 
-def of_cost(costs: dict[str, Cost]) -> Iterator[Result]:
+def cost_results(costs: dict[str, Cost]) -> Iterator[Result]:
     ours = {case.called: costs[case.called] for case in CASES}
     others = {name: cost for name, cost in costs.items() if name not in ours}
     note_text = format_peers({name: f"{cost.us_per_row:.2f}" for name, cost in others.items()})
