@@ -19,11 +19,10 @@ from agent.device.pipeline import batch, deadline
 from agent.device.pipeline.deadline import Deadline
 from agent.device.store.rows import Rows
 from agent.errors import StorageFull
-from agent.model import activation
 from agent.testing.fleet import FIELDS
 from agent.wire import keys
 from agent.wire.messages import AlertPayload
-from scripts.kit.bundles import CLASSIFY, KEY, packed
+from scripts.kit.bundles import CLASSIFY, activated
 from tests.kit.devices import NOW, Device, tiles
 
 ALWAYS_LATE, NEVER_LATE = 1e-9, 1e6
@@ -31,7 +30,7 @@ ALWAYS_LATE, NEVER_LATE = 1e-9, 1e6
 
 @pytest.fixture
 def device(tmp_path: Path) -> Iterator[Device]:
-    made = Device(tmp_path / "data", CLASSIFY, activation.activate(packed(tmp_path, CLASSIFY), [KEY.public]))
+    made = Device(tmp_path / "data", CLASSIFY, activated(CLASSIFY))
     yield made
     made.store.close()
 

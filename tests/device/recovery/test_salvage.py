@@ -194,7 +194,7 @@ def test_junk_in_some_pages_costs_no_row_of_the_others(
         damaged[page + at : page + at + len(junk)] = junk
         emptied[page : page + PAGE] = bytes(PAGE)
 
-    def rows(data: bytes) -> set[tuple[Any, ...]]:
+    def rows(data: bytes | bytearray) -> set[tuple[Any, ...]]:
         (tmp_path / "junk.db").write_bytes(data)
         return {(rowid, *values) for rowid, values in raw_pages.read_leaf_rows(tmp_path / "junk.db")}
 
