@@ -132,7 +132,7 @@ def test_a_log_of_an_old_copy_may_repeat_a_result_but_not_change_it() -> None:
     assert doubled(("a", 1, 0.5), ("b", 1, 0.5), ("c", 1, 0.5), follows="bc") == 0
 
 
-@given(kept=st.sets(st.integers(1, 40)), named=st.sets(st.integers(1, 40)))
+@given(retained=st.sets(st.integers(1, 40)), named=st.sets(st.integers(1, 40)))
 def test_no_more_rows_are_declared_than_the_messages_name(retained: set[int], named: set[int]) -> None:
     log = Log().event("evicted", rows=[[row, row] for row in sorted(named)])
     for row in sorted(retained):

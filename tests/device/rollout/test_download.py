@@ -196,7 +196,7 @@ def test_a_server_needs_a_certificate_of_the_trusted_ca(
             assert "certificate verify failed" in device.must_fail(wanted, "DownloadError").detail
         device.configure(url=secure.url, ca_file=str(tmp_path / "nowhere.pem"))
         assert "[updates] ca_file" in device.must_fail(wanted, "DownloadError").detail
-        assert secure.asked == []
+        assert secure.requests == []
         device.configure(url=secure.url, ca_file=str(tmp_path / "ours.pem"))
         assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
 
