@@ -16,7 +16,7 @@ import numpy as np
 from agent.arrays import Float64s, Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
-from agent.drift.detectors.registry import CERTAINTY, CORRELATION, ScoreLayout
+from agent.drift.detectors.registry import ScoreLayout
 from agent.drift.numeric import divergence
 from agent.drift.testing.test_suite import DriftTester
 from agent.performance import cbpe
@@ -99,7 +99,7 @@ def add_states(
 ) -> list[dict[str, Any]]:
     """Add sums, limits and states, of each field and overall, to the members of W messages."""
     layout, faults, fields = status.layout, status.faults, len(status.faults)
-    certainty, pairs = layout[CERTAINTY.name].start, layout[CORRELATION.name]
+    certainty, pairs = layout["certainty"].start, layout["correlation"]
     named = [*range(2 * fields), certainty]
     sums = _to_compact_numbers(np.round(status.cusum_sums[:, :, named].transpose(0, 2, 1), 2))
     highest = status.cusum_sums[:, :, pairs].max((1, 2), initial=0.0).tolist()
