@@ -246,6 +246,11 @@ class ScoreDetector(AlarmDetector):
     slack = false_alarm_budget.FIELD_SLACK  # sd of a score that its CUSUM ignores
     winsorized = True  # whether odd windows are drawn in while learning
 
+    @property
+    def field_sums(self) -> tuple[str, ...]:
+        """Names in messages of the scores of one field, if it scores fields."""
+        return (self.name,)
+
     @abstractmethod
     def width(self, task: Task) -> int:
         """Return S."""

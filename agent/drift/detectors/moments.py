@@ -134,6 +134,7 @@ class MomentsDetector(ScoreDetector, ChartDetector):
     """Detector of means and spreads. Its chart raises no alarm; it remembers scores for the alert text."""
 
     name = "moments"
+    field_sums = ("mean", "spread")
     state_type = FieldHistory
 
     def start(self, task: Task) -> FieldHistory:

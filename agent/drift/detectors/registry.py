@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from agent.arrays import Bools, Ints, TypedMap
+from agent.arrays import Ints, TypedMap
 from agent.drift.detectors.certainty import CertaintyDetector
 from agent.drift.detectors.class_share import ClassShareDetector
 from agent.drift.detectors.correlation import CorrelationDetector
@@ -68,24 +68,23 @@ class ScoreLayout(msgspec.Struct, frozen=True, eq=False):
     slices: dict[str, slice]
     subjects: Ints  # (T,)
     field_tests: Ints  # (F, n) scores of each field
+    field_sums: tuple[str, ...]  # (n,) their names in messages
 
     def __getitem__(self, detector: str) -> slice:
         return self.slices[detector]
-
-    def tests_of(self, subjects: Bools) -> Bools:
-        """Return which scores (T,) belong to these subjects (F + 3,)."""
-        return subjects[self.subjects]
 
 
 @lru_cache(maxsize=16)
 def get_layout(task: Task) -> ScoreLayout:
     slices: dict[str, slice] = {}
     subjects: list[int] = []
+    names: list[str] = []
     for detector in SCORED:
         begin = len(subjects)
         subjects += detector.subjects(task)
+        names += detector.field_sums if min(subjects[begin:], default=task.fields) < task.fields else ()
         slices[detector.name] = slice(begin, len(subjects))
     every = np.array(subjects, np.int64)
     by_field = np.flatnonzero(every < task.fields)
     by_field = by_field[np.argsort(every[by_field], kind="stable")]
-    return ScoreLayout(len(subjects), slices, every, by_field.reshape(task.fields, -1))
+    return ScoreLayout(len(subjects), slices, every, by_field.reshape(task.fields, -1), tuple(names))
