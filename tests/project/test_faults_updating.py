@@ -48,7 +48,7 @@ def test_taken_back_only_the_old_one_may_answer() -> None:
     assert after(*SERVES, rollout("rolled_back"), activated(OLD, NEW, "rolled_back")) == {OLD}
 
 
-def test_what_another_task_does_changes_nothing() -> None:
+def test_activations_of_another_task_change_nothing() -> None:
     assert after(*TRIED, activated(NEW, OLD, "configured", OTHER)) == {OLD}
 
 
