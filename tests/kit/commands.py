@@ -1,0 +1,20 @@
+"""`outstation` commands run in the process of the test: a process of its own takes half a second to start."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import subprocess
+
+from agent.cli import main
+
+
+def call_outstation(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run one `outstation` command to its end; return its exit code and what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
+        try:
+            main(list(arguments))
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
