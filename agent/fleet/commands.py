@@ -183,10 +183,8 @@ def _wait_for_reply(
         if (reply := matcher.retry_unverified()) is not None:
             return reply, ""
     refused = f" A reply did not verify: {matcher.refusal}." if matcher.refusal else ""
-    return (
-        None,
-        f"No reply within {wait_s:g} s; the device may have executed it, see `outstation fleet watch`.{refused}",
-    )
+    late = f"No reply within {wait_s:g} s; the device may have executed it, see `outstation fleet watch`."
+    return None, late + refused
 
 
 def _read_counter(path: Path) -> int:

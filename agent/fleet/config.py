@@ -86,20 +86,16 @@ def load(folder: Path) -> FleetConfig:
     """Read and check the config in `folder`. Raises ConfigError."""
     path = folder / FILE
     if not path.exists():
-        raise ConfigError(
-            str(path), "", "no such file; `outstation fleet init DIR` creates a fleet, `--dir DIR` names another folder"
-        )
+        problem = "no such file; `outstation fleet init DIR` creates a fleet, `--dir DIR` names another folder"
+        raise ConfigError(str(path), "", problem)
     config = read(path, FleetConfig)
     check_name(str(path), "fleet.name", config.fleet.name)
     check_broker(str(path), config.broker)
     if not 1 <= config.fleet.partitions <= MAX_PARTITIONS:
         raise ConfigError(str(path), "fleet.partitions", f"must be 1 to {MAX_PARTITIONS}")
     if config.fleet.partitions > 1 and not is_postgresql(config.fleet.db):
-        raise ConfigError(
-            str(path),
-            "fleet.partitions",
-            "needs a PostgreSQL database, but fleet.db names a file; remove it, or set fleet.db to postgresql://…",
-        )
+        problem = "needs a PostgreSQL database, but fleet.db names a file; remove it, or set fleet.db to postgresql://…"
+        raise ConfigError(str(path), "fleet.partitions", problem)
     return _with_absolute_paths(config, path.resolve().parent)
 
 

@@ -68,12 +68,9 @@ class Keyring:
         except MessageRefused:
             return False
         old = self.find(change.old_kid) if change else None
-        if (
-            change is None
-            or not isinstance(old, DeviceKey)
-            or old.last_seq is not None
-            or self.find(change.new_key.kid)
-        ):
+        if change is None or not isinstance(old, DeviceKey) or old.last_seq is not None:
+            return False
+        if self.find(change.new_key.kid):
             return False
         self._pending_rotations[change.old_kid] = DeviceKey(old.owner, old.key, False, change.log, change.seq)
         self._pending_rotations[change.new_key.kid] = DeviceKey(old.owner, change.new_key)
@@ -101,10 +98,8 @@ class Keyring:
             return
         body = message.body
         if isinstance(body, LoggedPayload):
-            if self._is_repeated_rotation(message, signer, stored):
-                return
             within = body.seq <= signer.last_seq if signer.log in (None, body.log) else stored
-            if within:
+            if within or self._is_repeated_rotation(message, signer, stored):
                 return
         raise MessageRefused(
             "retired key", f"kid {signer.key.kid} of {signer.owner} is valid up to seq {signer.last_seq} only"
@@ -116,7 +111,5 @@ def _parse_key(device: str, text: str) -> PublicKey | None:
     try:
         return parse_public_key(text)
     except ValueError as error:
-        logger.error(
-            "device %s: its enrolled key is invalid (%s); enrol the device again with --replace", device, error
-        )
+        logger.error("device %s: its enrolled key is invalid (%s); enrol it again with --replace", device, error)
         return None

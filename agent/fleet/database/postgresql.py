@@ -59,12 +59,11 @@ class PostgresqlDatabase:
         self._stream_count = 0
         with self._translate_errors():
             self._connect()
-        try:
-            with self._translate_errors():
+            try:
                 self._prepare(partitions)
-        except BaseException:
-            self.close()
-            raise
+            except BaseException:
+                self.close()
+                raise
 
     def close(self) -> None:
         self._raw.close()
@@ -146,12 +145,12 @@ class PostgresqlDatabase:
             raise UsageError(
                 f"{self.name}: its encoding is {encoding and encoding[0]}; create the database with ENCODING 'UTF8'"
             )
-        if not self._read_only and _read_setting(self._raw, "fsync") == "off":
-            logger.warning("%s: fsync is off; a power failure of the server can lose acknowledged messages", self.name)
         if self._read_only:
             postgresql_schema.require_current(self._raw, self.name)
-        else:
-            postgresql_schema.migrate(self._raw, self.name, partitions)
+            return
+        if _read_setting(self._raw, "fsync") == "off":
+            logger.warning("%s: fsync is off; a power failure of the server can lose acknowledged messages", self.name)
+        postgresql_schema.migrate(self._raw, self.name, partitions)
 
     @contextlib.contextmanager
     def _translate_errors(self) -> Iterator[None]:

@@ -63,8 +63,12 @@ def init_fleet(folder: Path, name: str, broker: BrokerConfig) -> FleetConfig:
     folder.mkdir(parents=True, exist_ok=True)
     keys.generate(folder / "collector.key")
     keys.generate(folder / "operator.key")
-    _write_broker_files(folder.resolve(), name, broker)
+    home = folder.resolve() / "broker"
+    (home / "data").mkdir(parents=True, exist_ok=True)
+    durable_files.write_new(home / "mosquitto.conf", broker_config.render_config(broker, name, home).encode(), 0o644)
     if broker.tls:
+        # Mosquitto warns of an access list that others can read.
+        durable_files.write_new(home / "acl", broker_config.render_acl(name).encode(), 0o600)
         _write_certificates(folder, name, broker)
     # Last: a folder with this file is a complete fleet.
     durable_files.write_new(folder / fleet_config.FILE, _render_fleet_toml(name, broker).encode(), 0o644)
@@ -195,15 +199,6 @@ def _write_device_files(home: Path, folder: Path, config: FleetConfig, device: s
         revocation.archive_certificate(folder, device, issued.certificate)
         durable_files.write(home / "device-tls.key", issued.key, 0o600)
         durable_files.write(certificate, issued.certificate, 0o600)
-
-
-def _write_broker_files(folder: Path, name: str, broker: BrokerConfig) -> None:
-    home = folder / "broker"
-    (home / "data").mkdir(parents=True, exist_ok=True)
-    durable_files.write_new(home / "mosquitto.conf", broker_config.render_config(broker, name, home).encode(), 0o644)
-    if broker.tls:
-        # Mosquitto warns of an access list that others can read.
-        durable_files.write_new(home / "acl", broker_config.render_acl(name).encode(), 0o600)
 
 
 def _write_certificates(folder: Path, name: str, broker: BrokerConfig) -> None:

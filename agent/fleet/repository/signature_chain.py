@@ -156,28 +156,21 @@ def _verify_role(
             raise _ChainError(file, f"is metadata of type {metadata.signed.type}, expected {kind.type}")
         itself = metadata.signed if isinstance(metadata.signed, Root) else None
         delegators = [candidate for candidate in (delegator, itself) if candidate is not None]
-        results = [_verify_signatures(file, role, candidate, metadata) for candidate in delegators]
+        for signing in delegators:
+            result = signing.get_verification_result(role, metadata.signed_bytes, metadata.signatures)
+            if not result.verified:
+                count = f"{len(result.signed)} of {result.threshold} required signatures"
+                raise _ChainError(file, f"does not verify: {count} by keys that {signing.type} {signing.version} lists")
         if meta_file is not None:
             if metadata.signed.version != meta_file.version:
                 raise _ChainError(
                     file, f"is version {metadata.signed.version}, but version {meta_file.version} is signed"
                 )
             meta_file.verify_length_and_hashes(data)
-        signatures.append(_build_signature(file, role, delegators[-1], metadata, results[-1]))
+        signatures.append(_build_signature(file, role, delegators[-1], metadata, result))
         return metadata.signed
     except _MALFORMED_ERRORS as error:
         raise _ChainError(file, _describe_error(error)) from None
-
-
-def _verify_signatures(file: str, role: str, delegator: Root | Targets, metadata: Metadata[Any]) -> VerificationResult:
-    result = delegator.get_verification_result(role, metadata.signed_bytes, metadata.signatures)
-    if not result.verified:
-        raise _ChainError(
-            file,
-            f"does not verify: {len(result.signed)} of {result.threshold} required signatures by keys that "
-            f"{delegator.type} {delegator.version} lists",
-        )
-    return result
 
 
 def _build_signature(
