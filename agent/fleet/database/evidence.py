@@ -29,13 +29,11 @@ class EvidenceQueries:
         return self._store.stream(f"{sql} ORDER BY device, log, seq", _EVIDENCE_KINDS)
 
     def load_message(self, device: str, log: str, seq: int) -> tuple[str, bytes, str] | None:
-        """Return (topic, payload, jws) of a message."""
         sql = "SELECT topic, payload, jws FROM messages WHERE device = ? AND log = ? AND seq = ?"
         row: tuple[str, bytes, str] | None = self._db.execute(sql, (device, log, seq)).fetchone()
         return row
 
     def load_newest_logs(self) -> dict[str, str]:
-        """Return the newest log of each device."""
         return dict(self._store.newest_logs())
 
     def load_newest_message(self, device: str, log: str, kind: str) -> Row | None:
@@ -73,12 +71,10 @@ class EvidenceQueries:
         return self._query(f"SELECT {columns} FROM metrics {where} ORDER BY device, task, metric, slice")
 
     def load_rollouts(self) -> list[dict[str, Any]]:
-        """Return the rollouts, oldest first."""
         columns = "rollout, task, bundle, version, digest, topic, started, state"
         return self._query(f"SELECT {columns} FROM rollouts ORDER BY started, rollout")
 
     def load_decisions(self) -> Iterable[dict[str, Any]]:
-        """Return the signed decisions, by rollout and number."""
         columns = "rollout, n, time, event, summary, payload, jws"
         return self._query(f"SELECT {columns} FROM decisions ORDER BY rollout, n")
 

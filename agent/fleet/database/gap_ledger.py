@@ -156,6 +156,5 @@ def parse_log_end(body: object) -> tuple[str, int] | None:
 
 
 def parse_ranges(value: object) -> list[tuple[int, int]]:
-    """Return the valid [first, last] pairs of a list."""
     pairs = [pair for pair in value if isinstance(pair, list) and len(pair) == 2] if isinstance(value, list) else []
     return [(a, b) for a, b in pairs if type(a) is int and type(b) is int and 1 <= a <= b]

@@ -71,7 +71,6 @@ class IngestBatch:
         self._alerts: list[Row] = []
 
     def add(self, arrivals: Sequence[Arrival]) -> list[IngestOutcome]:
-        """Return the outcome of each arrival."""
         logged = [a.message for a in arrivals if isinstance(a.message.body, LoggedPayload)]
         stored = self._store_messages(logged)
         outcomes: list[IngestOutcome] = []

@@ -46,9 +46,15 @@ class Keyring:
         known = {kid: signer.key for kid, signer in self._signers.items()}
         signers = {}
         for kid, device, text, revoked, log, last_seq in self._store.enrolled_keys():
-            key = known.get(kid) or _parse_key(device, text)
-            if key is not None:
-                signers[kid] = DeviceKey(device, key, revoked, log, last_seq)
+            try:
+                key = known.get(kid) or parse_public_key(text)
+            except ValueError as error:
+                # It must not stop the collector from using the others.
+                logger.error(
+                    "device %s: its enrolled key is invalid (%s); enrol it again with --replace", device, error
+                )
+                continue
+            signers[kid] = DeviceKey(device, key, revoked, log, last_seq)
         self._signers, self._version = signers, version
         self.devices = frozenset(signer.owner for signer in signers.values())
 
@@ -104,12 +110,3 @@ class Keyring:
         raise MessageRefused(
             "retired key", f"kid {signer.key.kid} of {signer.owner} is valid up to seq {signer.last_seq} only"
         )
-
-
-def _parse_key(device: str, text: str) -> PublicKey | None:
-    """Return None for an invalid key, which must not stop the collector from using the others."""
-    try:
-        return parse_public_key(text)
-    except ValueError as error:
-        logger.error("device %s: its enrolled key is invalid (%s); enrol it again with --replace", device, error)
-        return None

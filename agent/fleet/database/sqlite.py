@@ -102,8 +102,6 @@ class SqliteConnection(sqlite3.Connection):
 
 
 class SqliteDatabase:
-    """An open database file."""
-
     shared = False
     unstorable_errors: tuple[type[Exception], ...] = _UNSTORABLE_ERRORS
 

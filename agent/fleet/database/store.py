@@ -122,7 +122,6 @@ class FleetStore:
 
     @property
     def path(self) -> Path:
-        """The file of a SQLite database."""
         return Path(self.location)
 
     def close(self) -> None:

@@ -41,6 +41,15 @@ REPLACEMENT = "replacement"
 # Marker file in it, written last: the key, once all of its files are there.
 COMPLETE_MARKER = "complete"
 
+_PLAINTEXT_OPTION = "allow_plaintext = true"
+_CA_OPTION = '# ca_file = "ca.pem"                 # if your own authority signed the web server\'s certificate'
+_UPDATES_TOML = """
+[updates]                             # bundles of the fleet; `outstation fleet rollout` selects which ones run
+url = {url}
+{option}
+root = {root}                    # root of trust; the device fetches later versions
+"""
+
 
 class Enrolment(msgspec.Struct, frozen=True):
     """Outcome of `enrol`: key and files of the device, whether the key is new, and revoked certificates."""
@@ -187,7 +196,12 @@ def _write_device_files(home: Path, folder: Path, config: FleetConfig, device: s
     operator = keys.load_public_for(Path(config.operator.key_file))
     text = _render_device_toml(device, config, collector, operator)
     if root is not None and config.repository is not None:
-        text += _render_updates_toml(config.repository.url)
+        url = config.repository.url
+        # Bundles are not secret, and their signatures need no TLS: an operator may serve them over http.
+        plain = url.startswith("http:")
+        text += _UPDATES_TOML.format(
+            url=_toml_string(url), option=_PLAINTEXT_OPTION if plain else _CA_OPTION, root=_toml_string(ROOT_METADATA)
+        )
     durable_files.write(home / "outstation.toml", text.encode(), 0o600)
     if config.ca is None:
         return
@@ -286,17 +300,6 @@ keys = [{_toml_string(operator.text)}]     # may sign commands and desired state
 # publish = "all"
 """
     )
-
-
-def _render_updates_toml(url: str) -> str:
-    # Bundles are not secret, and their signatures need no TLS: an operator may serve them over http.
-    plain = "allow_plaintext = true\n" if url.startswith("http:") else ""
-    own = '# ca_file = "ca.pem"                 # if your own authority signed the web server\'s certificate\n'
-    return f"""
-[updates]                             # bundles of the fleet; `outstation fleet rollout` selects which ones run
-url = {_toml_string(url)}
-{plain or own}root = {_toml_string(ROOT_METADATA)}                    # root of trust; the device fetches later versions
-"""
 
 
 def _toml_string(text: str) -> str:

@@ -27,8 +27,8 @@ _COPY_STEP = (
     "it, or the broker accepts every certificate."
 )
 _RESTART_STEP = (
-    "Then restart the broker (systemctl restart mosquitto). A reload (kill -HUP) refuses new connections, too, but ends "
-    "no open connection, and does not read new lines of the config."
+    "Then restart the broker (systemctl restart mosquitto). A reload (kill -HUP) refuses new connections, too, but "
+    "ends no open connection, and does not read new lines of the config."
 )
 
 

@@ -113,8 +113,14 @@ def write(
     # Each role before the roles that refer to it.
     order = [*sorted(edition.bundles.keys() & changed), *([TARGETS] if TARGETS in changed else [])]
     order += [*([SNAPSHOT] if order or SNAPSHOT in changed else []), TIMESTAMP]
-    if not trust_clock:
-        _check_clock(layout, edition, current_time)
+    if TIMESTAMP in edition.published_versions and not trust_clock:
+        # With a clock behind the last signature, the expiry would be too early.
+        last = expiry.signing_time(TIMESTAMP, edition.timestamp.signed.expires)
+        if current_time < last - REFRESH_INTERVAL:
+            raise UsageError(
+                f"{layout.home}: this machine's clock says {current_time:%Y-%m-%d %H:%M}, before the last signature on "
+                f"{last:%Y-%m-%d %H:%M}; set the clock, or if it was wrong then: `refresh --trust-clock`"
+            )
     signers = {role: _find_signers(edition, role, keyring, next_root) for role in order}
     written: dict[str, bytes] = {}
     for role in order:
@@ -151,17 +157,6 @@ def _find_signers(edition: Edition, role: str, keyring: RepositoryKeyring, next_
             f"lost, replace it: outstation fleet repository rotate {role}"
         )
     return signers
-
-
-def _check_clock(layout: Layout, edition: Edition, current_time: datetime) -> None:
-    """Refuse to sign with a clock behind the last signature: the expiry would be too early."""
-    if TIMESTAMP in edition.published_versions:
-        last = expiry.signing_time(TIMESTAMP, edition.timestamp.signed.expires)
-        if current_time < last - REFRESH_INTERVAL:
-            raise UsageError(
-                f"{layout.home}: this machine's clock says {current_time:%Y-%m-%d %H:%M}, before the last signature on "
-                f"{last:%Y-%m-%d %H:%M}; set the clock, or if it was wrong then: `refresh --trust-clock`"
-            )
 
 
 def prune(layout: Layout, edition: Edition) -> None:

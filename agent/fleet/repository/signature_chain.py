@@ -101,8 +101,12 @@ def verify(files: Mapping[str, bytes], add_problem: Callable[[str, str], None]) 
             meta = snapshot.meta[file]
             file = f"{meta.version}.{role}.json"
             files_of_role = _verify_role(files, file, targets, Targets, signatures, meta, role).targets
-            allowed = {path: target for path, target in files_of_role.items() if _delegated_role(targets, path) == role}
-            published += _list_targets(allowed, role)
+            assert targets.delegations is not None
+            for path, target in files_of_role.items():
+                # A target counts in the first role that it is delegated to.
+                first, _ = next(targets.delegations.get_roles_for_target(path), ("", False))
+                if first == role:
+                    published += _list_targets({path: target}, role)
         except _ChainError as broken:
             add_problem(broken.file, broken.reason)
         except (*_MALFORMED_ERRORS, BadBundle) as error:
@@ -187,11 +191,6 @@ def _build_signature(
         keys=sorted(str(key.keyval.get("public", keyid)) for keyid, key in keys.items()),
         signed_keys=sorted(str(key.keyval.get("public", keyid)) for keyid, key in result.signed.items()),
     )
-
-
-def _delegated_role(targets: Targets, path: str) -> str:
-    delegations = targets.delegations
-    return next((role for role, _ in delegations.get_roles_for_target(path)), "") if delegations is not None else ""
 
 
 def _list_targets(target_files: Mapping[str, TargetFile], role: str) -> list[PublishedTarget]:

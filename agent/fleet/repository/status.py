@@ -39,8 +39,6 @@ class RoleStatus(msgspec.Struct, frozen=True):
 
 
 class AvailableBundle(msgspec.Struct, frozen=True):
-    """Bundle that devices may download."""
-
     name: str
     version: str
     digest: str
