@@ -17,7 +17,6 @@ from agent.drift.baseline import summary
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
 from agent.drift.baseline.window_statistics import WindowStatistics
-from agent.drift.detectors.season import SlowTrend
 from agent.drift.faults import faults
 from agent.drift.faults.faults import FaultIndicators
 from agent.drift.sampling_rate_watch import RateObservation, SamplingRateWatch
@@ -191,7 +190,6 @@ class QuietWindows(msgspec.Struct, frozen=True, eq=False):
     """W drift windows in which nothing happens: the state after the last, and sums after each."""
 
     suite: SuiteState
-    slow_trend: SlowTrend
     rate_watch: SamplingRateWatch
     cusum_sums: Float64s  # (W, 2, T)
     speed_sums: Float64s  # (W, 2)
@@ -227,10 +225,9 @@ def find_quiet_windows(
         windows = int(paces.exceeds_limit.argmax())
     if not windows:
         return None
-    now, before = state.slow_trend, state.rate_watch.cusum.value[:, 0]
+    before = state.rate_watch.cusum.value[:, 0]
     return QuietWindows(
         suite=tests.state_after(windows),
-        slow_trend=now.add(evidence.z[:windows, : len(state.fields)], t[:windows]),
         rate_watch=sampling_rate_watch.apply_quiet_windows(state.rate_watch, paces, windows),
         cusum_sums=tests.cusum.values[:windows],
         speed_sums=np.tile(before, (windows, 1)) if paces is None else paces.values[:windows, :, 0],

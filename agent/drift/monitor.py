@@ -31,7 +31,6 @@ from agent.drift.baseline.reference import MIN_WINDOWS, Reference
 from agent.drift.baseline.summary import Summary
 from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.batches import FullWindows, WindowAnalysis
-from agent.drift.detectors.season import SlowTrend
 from agent.drift.faults import faults
 from agent.drift.reporting.drift_message import MessageSums, SuiteStatus
 from agent.drift.state import Batch, DriftState, DriftWindowResult, QuietRun, fill_window, start_next_window
@@ -135,7 +134,6 @@ class DriftMonitor:
             learning=self._empty_learning,
             suite=SuiteState.start(self.shipped.task),
             rate_watch=sampling_rate_watch.reset_for_relearning(state.rate_watch),
-            slow_trend=SlowTrend(),
             requested_learn_s=duration_s,
         )
         evidence = {"window": state.index, "rows": list(state.rows)}
@@ -274,7 +272,6 @@ class DriftMonitor:
             last_counted_row=max(state.last_counted_row, rows[-1][1]),
             suite=quiet.suite,
             rate_watch=quiet.rate_watch,
-            slow_trend=quiet.slow_trend,
         )
         return after, window
 
@@ -304,18 +301,17 @@ class DriftMonitor:
             else sampling_rate_watch.update(state.rate_watch, observation, tester, state.suite, state.t)
         )
         clean = not has_fault and not sampling_rate_watch.blocks_testing(rate_watch)
-        learned, refused, slow_trend, suite = None, None, state.slow_trend, state.suite
+        learned, refused, suite = None, None, state.suite
         tested = clean and state.site_reference is not None
         drift_alerts: list[Alert] = []
         if tester is not None and analysis.evidence is not None:
             if clean:
                 evidence, t = analysis.evidence[index : index + 1], np.array([state.t[0]])
                 suite = sequence.run_tests(tester, suite, evidence, t).state_after(1)
-                slow_trend = slow_trend.add(evidence.z[:, : len(self.shipped.fields)], t)
             elif rate_watch.drifting:
                 # Sums of fields may come from wrong classes that the model has named since then.
                 suite = suite.reset_except_open()
-        after = replace(state, rate_watch=rate_watch, suite=suite, slow_trend=slow_trend)
+        after = replace(state, rate_watch=rate_watch, suite=suite)
         if tester is not None and analysis.evidence is not None and clean:
             after, drift_alerts = self._alert_lifecycle.update_drifts(
                 state, after, analysis.evidence.effects[index], tester

@@ -91,6 +91,4 @@ def build_results(windows: Sequence[ClosedWindow], shipped: Reference, min_bin_r
 def nearest_shares(cusum_sums: Float64s, speed_sums: Float64s, tester: DriftTester) -> Float64s:
     """Return the largest of all sums, (W, 2, T) and of the speed (W, 2), as a share of its limit (W,), 3 decimals."""
     shares = (cusum_sums / tester.limits.limit).max((1, 2))
-    if tester.calibration.rate is not None:
-        shares = np.maximum(shares, speed_sums.max(1) / tester.speed_cusum_limit)
-    return np.asarray(shares.round(3))
+    return np.maximum(shares, speed_sums.max(1) / tester.speed_cusum_limit).round(3)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from agent.drift.detectors import class_means, correlation
 from agent.drift.detectors.class_means import WeightedMeans
 from agent.drift.detectors.detector import Task
-from agent.drift.detectors.registry import CORRELATION
 from agent.drift.numeric.sums import Groups
 
 
@@ -50,7 +49,7 @@ def test_z_is_that_of_the_correlation_coefficient() -> None:
     rows = correlated(np.random.default_rng(1), 2000, 0.6)
     one_class = Groups.from_ids(np.zeros(len(rows), np.int64), 1)
     sums = correlation.sum_products(correlation.quantize_residuals(rows), one_class)
-    found = CORRELATION.means(Task(3, 0, 1, window_rows=1, window=2000), sums)
+    found = correlation.CorrelationDetector().means(Task(3, 0, 1, window_rows=1, window=2000), sums)
     expected = np.arctanh(np.asarray(np.corrcoef(rows.T))[[0, 1, 0], [1, 2, 2]])
     np.testing.assert_allclose(found.mean[0], expected, atol=2e-3)
     assert found.weight[0].tolist() == [1997.0] * 3

@@ -79,7 +79,7 @@ def test_parts_merged_in_any_order_and_grouping_equal_the_whole(
     whole = of(shipped, rows, np.concatenate([labels for _, labels in made]))
     for member in ("counts", "missing", "outside", "output"):
         np.testing.assert_array_equal(getattr(parts_together, member), getattr(whole, member))
-    for name in ("correlation", "speed"):
+    for name in ("correlation", "sampling_rate"):
         np.testing.assert_array_equal(parts_together.detectors[name], whole.detectors[name])
     origin = shipped.origin[:3]
     ours, theirs = parts_together.row_sums.moments(origin), whole.row_sums.moments(origin)

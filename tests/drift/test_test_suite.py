@@ -219,10 +219,30 @@ def test_a_site_reference_survives_its_file(monitor: DriftMonitor, learned: Drif
     assert replace(learned, site_reference=again).to_bytes() == learned.to_bytes()
 
 
-@pytest.mark.parametrize("member", ["class_means", "psi_limits", "waves", "hours", "stretch"])
-def test_a_site_reference_that_does_not_hold_together_is_refused(learned: DriftState, member: str) -> None:
+@pytest.mark.parametrize(
+    ("member", "value"),
+    [
+        ("waves", [1]),
+        ("hours", [1]),
+        ("stretch", 99.0),
+        ("missing", [-1.0] * 3),
+        ("baselines", {}),
+        ("baselines.psi", {"limits": [1]}),
+        ("baselines.psi", {"mean": [1]}),
+        ("baselines.correlation", {"mean": [[1.0]]}),
+        ("baselines.field_mewma", {"limit": -1.0}),
+        ("baselines.class_share", {"autocorrelation": 1.0}),
+        ("baselines.sampling_rate", None),
+    ],
+)
+def test_a_site_reference_that_does_not_hold_together_is_refused(
+    learned: DriftState, member: str, value: object
+) -> None:
     assert learned.site_reference is not None
     document = json.loads(learned.site_reference.to_json())
-    document["site"][member] = {"stretch": 99.0, "class_means": {}}.get(member, [1])
+    *path, name = member.split(".")
+    part = document["site"][path[0]] if path else document["site"]
+    assert name in part
+    part[name] = value
     with pytest.raises(BadBundle, match=f"malformed|site.{member}"):
         Reference.from_json(json.dumps(document).encode())

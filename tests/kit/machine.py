@@ -33,9 +33,9 @@ class Readings(msgspec.Struct, frozen=True):
 
     def windows(self, begin: int, end: int) -> Readings:
         """Return the readings of drift windows `begin` … `end` - 1."""
-        some = slice(begin * WINDOW, end * WINDOW)
+        part = slice(begin * WINDOW, end * WINDOW)
         rows = slice(begin * WINDOW * ROWS, end * WINDOW * ROWS)
-        return Readings(self.features[rows], self.labels[some], self.truth[some], self.scores[some])
+        return Readings(self.features[rows], self.labels[part], self.truth[part], self.scores[part])
 
     def changed(self, field: int, values: NDArray[np.float32]) -> Readings:
         features = self.features.copy()
@@ -76,14 +76,14 @@ def feed(
     verdicts: list[DriftWindowResult] = []
     first = max(0, state.last_counted_row) + 1
     for at in range(0, len(r.labels), batch):
-        some = slice(at, at + batch)
+        part = slice(at, at + batch)
         features = r.features[at * ROWS : (at + batch) * ROWS]
         begin = first + at * ROWS
         rows = (begin, begin + len(features) - 1)
         t = np.arange(rows[0], rows[1] + 1, dtype=np.int64) * 10_000
         starts = np.arange(0, len(features), ROWS)
         state, more = monitor.process_batch(
-            state, features, starts, ROWS, r.labels[some], r.scores[some], rows=rows, t=t
+            state, features, starts, ROWS, r.labels[part], r.scores[part], rows=rows, t=t
         )
         verdicts += more
     return state, verdicts
