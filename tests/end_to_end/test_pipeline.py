@@ -11,10 +11,12 @@ import random
 import sqlite3
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -35,6 +37,8 @@ from agent.testing.process import NotifySocket, OutstationProcess, run_outstatio
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
+from agent.wire.quiet_windows import QuietWindows
+from agent.wire.runs import expand_integers
 
 ENDLESS = 10**9
 # More rows than the tail of a recording that fills no window.
@@ -97,9 +101,23 @@ def results(fleet: LocalFleet, device: str) -> list[tuple[Any, ...]]:
     return fleet.query("SELECT row, label, score FROM results WHERE device = ? ORDER BY row", device)
 
 
-def drift(fleet: LocalFleet, device: str) -> list[tuple[Any, ...]]:
-    columns = '"window", first, last, n, state, features, output'
-    return fleet.query(f'SELECT {columns} FROM drift_windows WHERE device = ? ORDER BY "window"', device)
+def drift(fleet: LocalFleet, device: str) -> tuple[list[tuple[Any, ...]], Counter[Any]]:
+    """Return all drift windows, and the rows in each bin over all: how windows share messages depends on batches."""
+    columns = '"window", first, last, n, state, features, windows'
+    windows: list[tuple[Any, ...]] = []
+    counts = Counter[Any]()
+    for index, *window, state, features, columns_of_run in fleet.query(
+        f'SELECT {columns} FROM drift_windows WHERE device = ? ORDER BY "window"', device
+    ):
+        for name, field in json.loads(features).items():
+            counts.update({(name, place): n for place, n in enumerate(field["counts"])})
+        if columns_of_run is None:
+            windows.append((index, *window, state, features if state != "ok" else ""))
+        else:
+            run = msgspec.json.decode(columns_of_run, type=QuietWindows)
+            each = zip(run.expand_rows(), expand_integers(run.n), strict=True)
+            windows += [(index + i, first, last, n, state, "") for i, ((first, last), n) in enumerate(each)]
+    return windows, counts
 
 
 def test_random_kills_of_all_processes_lose_no_row_and_change_no_result(fleet: LocalFleet) -> None:
@@ -132,7 +150,7 @@ def test_random_kills_of_all_processes_lose_no_row_and_change_no_result(fleet: L
     code, report = fleet.audit()
     assert (code, report["passed"], report["gaps"], report["duplicates"]) == (0, True, [], 0)
     assert [(track["first"], track["last"] > rows - OPEN_TAIL) for track in report["coverage"]] == [(1, True)] * 2
-    assert drift(fleet, "calm") == drift(fleet, "killed") != []
+    assert drift(fleet, "calm") == drift(fleet, "killed") != ([], {})
     assert fleet.query("SELECT count(*) FROM refusals") == [(0,)]
 
 
