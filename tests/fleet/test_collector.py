@@ -489,7 +489,7 @@ def test_killed_three_times_in_the_stream_every_message_is_stored_once(tmp_path:
     store = FleetStore(Path(config.fleet.db))
     sender = enrolled(store)
     store.close()
-    log = [sender.results() for _ in range(500)] + [sender.health_with_cursor()]
+    log = [sender.results() for _ in range(800)] + [sender.health_with_cursor()]
     stop = threading.Event()
 
     def play() -> None:

@@ -11,10 +11,12 @@ from agent.cli import main
 
 def call_outstation(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run one `outstation` command to its end; return its exit code and what it printed."""
-    with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
+    out, err = io.BytesIO(), io.BytesIO()
+    stdout, stderr = (io.TextIOWrapper(file, encoding="utf-8", write_through=True) for file in (out, err))
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
             main(list(arguments))
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)
-    return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
+    return subprocess.CompletedProcess(arguments, code, out.getvalue().decode(), err.getvalue().decode())
