@@ -52,15 +52,7 @@ class Acknowledger:
         while self._pending and len(self._in_flight) < link.window:
             key = next(iter(self._pending))
             acknowledgement = self._pending[key]
-            now, device, log = clock.to_rfc3339(clock.read().wall_us), acknowledgement.device, acknowledgement.log
-            topic, members = topics.Topic(self._fleet, device, "ack"), msgspec.structs.asdict(acknowledgement)
-            proof = {"digest": digest} if (digest := members.pop("digest")) else {}
-            payload = encode({"v": 1, "kind": "ack", **members, "time": now, **proof})
-            properties = (
-                ("jws", jws.sign(self._key, str(topic), payload)),
-                *cloudevent_properties(topic, f"{device}/{log}/ack/{now}", now),
-            )
-            token = link.send(OutgoingMessage(str(topic), payload, properties, retain=True))
+            token = link.send(self._sign(acknowledgement))
             del self._pending[key]
             self._in_flight[token] = acknowledgement
 
@@ -75,6 +67,16 @@ class Acknowledger:
         for acknowledgement in self._in_flight.values():
             self._pending.setdefault((acknowledgement.device, acknowledgement.log), acknowledgement)
         self._in_flight.clear()
+
+    def _sign(self, acknowledgement: Acknowledgement) -> OutgoingMessage:
+        now = clock.to_rfc3339(clock.read().wall_us)
+        topic = topics.Topic(self._fleet, acknowledgement.device, "ack")
+        members = msgspec.structs.asdict(acknowledgement)
+        proof = {"digest": digest} if (digest := members.pop("digest")) else {}
+        payload = encode({"v": 1, "kind": "ack", **members, "time": now, **proof})
+        token = jws.sign(self._key, str(topic), payload)
+        event = cloudevent_properties(topic, f"{acknowledgement.device}/{acknowledgement.log}/ack/{now}", now)
+        return OutgoingMessage(str(topic), payload, (("jws", token), *event), retain=True)
 
 
 class _LogProgress(msgspec.Struct):

@@ -125,9 +125,8 @@ class IngestBatch:
                     "store was copied. The first one is kept; table refusal_samples has the other."
                 )
                 self._alerts.append(message_alert_row(SIGNED_TWICE, body, summary, self._now))
-                detail, topic = f"log {body.log} seq {body.seq}", str(message.topic)
-                refusal = Refusal(body.device, CONFLICTING_PAYLOAD, detail, topic, message.payload, message.jws)
-                self._refusals.append(refusal)
+                head = (body.device, CONFLICTING_PAYLOAD, f"log {body.log} seq {body.seq}", str(message.topic))
+                self._refusals.append(Refusal(*head, message.payload, message.jws))
                 yield "conflict"
 
     def _project_new(self, message: VerifiedMessage, body: Any) -> None:

@@ -45,6 +45,7 @@ from agent.wire.keys import PublicKey, parse_public_key
 from agent.wire.messages import (
     AlertPayload,
     AuditPayload,
+    Body,
     HealthPayload,
     LoggedPayload,
     QualityPayload,
@@ -130,6 +131,26 @@ class MessageVerifier:
         return message
 
 
+class _Collectors:
+    """Collectors of facts, which one pass over the verified messages feeds."""
+
+    def __init__(self, as_of_us: int, newest_logs: dict[str, str]) -> None:
+        self.incidents = IncidentCollector(as_of_us, newest_logs)
+        self.decisions, self.comparisons = DecisionCollector(), ComparisonCollector()
+        self.activations, self.accuracy = ActivationCollector(newest_logs), AccuracyCollector(newest_logs)
+
+    def add(self, body: Body) -> None:
+        if isinstance(body, AlertPayload):
+            self.incidents.add(body)
+        elif isinstance(body, QualityPayload):
+            self.accuracy.add(body)
+        elif isinstance(body, ShadowPayload):
+            self.comparisons.add(body)
+        elif isinstance(body, AuditPayload):
+            self.decisions.add(body)
+            self.activations.add(body)
+
+
 def gather(
     store: FleetStore,
     db: Connection,
@@ -148,32 +169,28 @@ def gather(
     as_of_us = clock.parse_rfc3339(as_of)
     newest_logs = queries.load_newest_logs()
     verifier = MessageVerifier(store)
-    incidents, decisions, comparisons = (
-        IncidentCollector(as_of_us, newest_logs),
-        DecisionCollector(),
-        ComparisonCollector(),
-    )
-    activations, accuracy = ActivationCollector(newest_logs), AccuracyCollector(newest_logs)
+    collectors = _Collectors(as_of_us, newest_logs)
+    incidents, decisions, accuracy = collectors.incidents, collectors.decisions, collectors.accuracy
     signers = {key.kid: Signer(key.role, parse_public_key(key.key)) for key in roles if key.role == "operator"}
     audit_report = _run_audit(store, [signer.key for signer in signers.values()], advance)
     for row in queries.stream_messages():
-        message = verifier.verify(row)
-        body = message.body if message is not None else None
-        if isinstance(body, AlertPayload):
-            incidents.add(body)
-        elif isinstance(body, QualityPayload):
-            accuracy.add(body)
-        elif isinstance(body, ShadowPayload):
-            comparisons.add(body)
-        elif isinstance(body, AuditPayload):
-            decisions.add(body)
-            activations.add(body)
+        if (message := verifier.verify(row)) is not None:
+            collectors.add(message.body)
     incidents.add_collector_alerts(queries.load_collector_alerts())
     unverified_decisions = decisions.add_operator_decisions(queries.load_decisions(), signers.get)
-    running, silent = _gather_running_tasks(queries, verifier, activations, newest_logs)
+    running, silent = _gather_running_tasks(queries, verifier, collectors.activations, newest_logs)
     accuracy_entries = accuracy.build_entries(queries.load_collector_metrics(), queries.count_labels())
     rollouts = queries.load_rollouts()
     keys, broken = trusted_keys.build_device_keys(queries.load_keys())
+    comparisons = collectors.comparisons.build_comparisons({row["rollout"]: row["digest"] for row in rollouts})
+    omitted = {
+        "incidents": incidents.omitted,
+        "decisions": decisions.omitted,
+        "metrics": accuracy.omitted,
+        "comparison messages": collectors.comparisons.omitted + sum(pair.omitted for pair in comparisons),
+        "bundle activations": collectors.activations.omitted,
+        "running tasks": max(0, len(running) - WRITE_LIMITS.running_tasks),
+    }
     facts = EvidenceFacts(
         fleet=fleet,
         as_of=as_of,
@@ -187,9 +204,9 @@ def gather(
         event_counts=decisions.event_counts,
         operational_events=decisions.operational_events,
         running_tasks=running[: WRITE_LIMITS.running_tasks],
-        bundle_history=activations.build_history(count_tasks_by_digest(running)),
+        bundle_history=collectors.activations.build_history(count_tasks_by_digest(running)),
         accuracy=accuracy_entries,
-        comparisons=comparisons.build_comparisons({row["rollout"]: row["digest"] for row in rollouts}),
+        comparisons=comparisons,
         drift=fleet_drift.build_drift(store, as_of_us),
         audit=audit_report,
         refusals=queries.load_refusals(),
@@ -201,12 +218,8 @@ def gather(
         withheld=decisions.withheld,
         silent_devices=silent,
         broken_keys=broken,
-        omitted=Counter(),
+        omitted=Counter(omitted),
     )
-    counts = {"incidents": incidents.omitted, "decisions": decisions.omitted, "metrics": accuracy.omitted}
-    counts["comparison messages"] = comparisons.omitted + sum(pair.omitted for pair in facts.comparisons)
-    counts["bundle activations"] = activations.omitted
-    facts.omitted.update({**counts, "running tasks": max(0, len(running) - WRITE_LIMITS.running_tasks)})
     message_refs = sorted(_collect_message_refs(facts))
     facts.omitted["messages"] += max(0, len(message_refs) - WRITE_LIMITS.messages)
     facts.message_refs = message_refs[: WRITE_LIMITS.messages]
