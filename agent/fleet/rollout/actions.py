@@ -180,7 +180,7 @@ def _require_unchanged(db: Connection, expected: Rollout) -> Rollout:
 def _require_new(db: Connection, plan: RolloutPlan, topic: str) -> None:
     for other in journal.load_rollouts(db):
         if other.name == plan.name:
-            raise UsageError(f"a roll-out {plan.name!r} exists already, and devices remember its name; choose another")
+            raise UsageError(f"a roll-out {plan.name!r} exists, and devices remember its name; choose another name")
         if other.is_open and (other.plan.task, other.topic) == (plan.task, topic):
             raise UsageError(
                 f"roll-out {other.name} of {plan.task} is {other.state} for the same devices; "

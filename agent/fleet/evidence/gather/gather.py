@@ -150,6 +150,27 @@ class _Collectors:
             self.decisions.add(body)
             self.activations.add(body)
 
+    def read(
+        self, queries: EvidenceQueries, verifier: MessageVerifier, find_operator: Callable[[str], Signer | None]
+    ) -> int:
+        """Read messages, alerts of the collector and decisions; return how many decisions did not verify."""
+        for row in queries.stream_messages():
+            if (message := verifier.verify(row)) is not None:
+                self.add(message.body)
+        self.incidents.add_collector_alerts(queries.load_collector_alerts())
+        return self.decisions.add_operator_decisions(queries.load_decisions(), find_operator)
+
+    def count_omitted(self, comparisons: Sequence[BundleComparison], running: Sequence[RunningTask]) -> Counter[str]:
+        counts = {
+            "incidents": self.incidents.omitted,
+            "decisions": self.decisions.omitted,
+            "metrics": self.accuracy.omitted,
+            "comparison messages": self.comparisons.omitted + sum(pair.omitted for pair in comparisons),
+            "bundle activations": self.activations.omitted,
+            "running tasks": max(0, len(running) - WRITE_LIMITS.running_tasks),
+        }
+        return Counter(counts)
+
 
 def gather(
     store: FleetStore,
@@ -167,30 +188,18 @@ def gather(
     first, last, count = queries.load_received_span()
     as_of = _resolve_as_of(as_of, last, store.name)
     as_of_us = clock.parse_rfc3339(as_of)
-    newest_logs = queries.load_newest_logs()
+    newest_logs = dict(store.newest_logs())
     verifier = MessageVerifier(store)
     collectors = _Collectors(as_of_us, newest_logs)
-    incidents, decisions, accuracy = collectors.incidents, collectors.decisions, collectors.accuracy
+    incidents, decisions = collectors.incidents, collectors.decisions
     signers = {key.kid: Signer(key.role, parse_public_key(key.key)) for key in roles if key.role == "operator"}
     audit_report = _run_audit(store, [signer.key for signer in signers.values()], advance)
-    for row in queries.stream_messages():
-        if (message := verifier.verify(row)) is not None:
-            collectors.add(message.body)
-    incidents.add_collector_alerts(queries.load_collector_alerts())
-    unverified_decisions = decisions.add_operator_decisions(queries.load_decisions(), signers.get)
+    unverified_decisions = collectors.read(queries, verifier, signers.get)
     running, silent = _gather_running_tasks(queries, verifier, collectors.activations, newest_logs)
-    accuracy_entries = accuracy.build_entries(queries.load_collector_metrics(), queries.count_labels())
+    metrics = collectors.accuracy.build_entries(queries.load_collector_metrics(), queries.count_labels())
     rollouts = queries.load_rollouts()
     keys, broken = trusted_keys.build_device_keys(queries.load_keys())
     comparisons = collectors.comparisons.build_comparisons({row["rollout"]: row["digest"] for row in rollouts})
-    omitted = {
-        "incidents": incidents.omitted,
-        "decisions": decisions.omitted,
-        "metrics": accuracy.omitted,
-        "comparison messages": collectors.comparisons.omitted + sum(pair.omitted for pair in comparisons),
-        "bundle activations": collectors.activations.omitted,
-        "running tasks": max(0, len(running) - WRITE_LIMITS.running_tasks),
-    }
     facts = EvidenceFacts(
         fleet=fleet,
         as_of=as_of,
@@ -205,11 +214,11 @@ def gather(
         operational_events=decisions.operational_events,
         running_tasks=running[: WRITE_LIMITS.running_tasks],
         bundle_history=collectors.activations.build_history(count_tasks_by_digest(running)),
-        accuracy=accuracy_entries,
+        accuracy=metrics,
         comparisons=comparisons,
         drift=fleet_drift.build_drift(store, as_of_us),
         audit=audit_report,
-        refusals=queries.load_refusals(),
+        refusals=store.refusals(),
         rollouts=rollouts,
         phase_counts=queries.count_phases(),
         keys=[*roles, *keys],
@@ -218,7 +227,7 @@ def gather(
         withheld=decisions.withheld,
         silent_devices=silent,
         broken_keys=broken,
-        omitted=Counter(omitted),
+        omitted=collectors.count_omitted(comparisons, running),
     )
     message_refs = sorted(_collect_message_refs(facts))
     facts.omitted["messages"] += max(0, len(message_refs) - WRITE_LIMITS.messages)
