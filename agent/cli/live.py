@@ -27,23 +27,19 @@ def show(views: Iterable[list[dict[str, Any]]], plan: SimulationPlan, broker: st
         return
     with Live(console=console, auto_refresh=False, transient=True) as live:
         for view in views:
-            live.update(_render(view, plan, broker), refresh=True)
-
-
-def _render(view: list[dict[str, Any]], plan: SimulationPlan, broker: str) -> Group:
-    table = Table(box=box.SIMPLE_HEAD, title=f"{len(plan.sites)} devices over {broker}", title_justify="left")
-    for name in ("device", "", "rows", "drift windows", "results", "verified"):
-        table.add_column(name, justify="right" if name not in ("device", "") else "left")
-    table.add_column("drift")
-    alerts = []
-    for row in view:
-        done = ProgressBar(total=plan.rows, completed=row["rows"], width=16)
-        numbers = [f"{row[name]:,}" for name in ("rows", "windows", "results", "messages")]
-        state = row["drift"] or "insufficient"
-        table.add_row(
-            row["device"], done, *numbers, Text(_STATE_LABELS.get(state, state), _STATE_COLORS.get(state, ""))
-        )
-        alerts += [Text(f"{row['device']}  {sentence}") for sentence in row["open"]]
-    if not view:
-        table.add_row(Text("starting …", "dim"))
-    return Group(table, *alerts[-8:])
+            table = Table(box=box.SIMPLE_HEAD, title=f"{len(plan.sites)} devices over {broker}", title_justify="left")
+            for name in ("device", "", "rows", "drift windows", "results", "verified"):
+                table.add_column(name, justify="right" if name not in ("device", "") else "left")
+            table.add_column("drift")
+            alerts = []
+            for row in view:
+                done = ProgressBar(total=plan.rows, completed=row["rows"], width=16)
+                numbers = [f"{row[name]:,}" for name in ("rows", "windows", "results", "messages")]
+                state = row["drift"] or "insufficient"
+                table.add_row(
+                    row["device"], done, *numbers, Text(_STATE_LABELS.get(state, state), _STATE_COLORS.get(state, ""))
+                )
+                alerts += [Text(f"{row['device']}  {sentence}") for sentence in row["open"]]
+            if not view:
+                table.add_row(Text("starting …", "dim"))
+            live.update(Group(table, *alerts[-8:]), refresh=True)

@@ -170,7 +170,16 @@ def load(path: Path, schemes: Collection[str] = MQTT_SCHEMES) -> Config:
     check_broker(file, config.broker, schemes=schemes)
     if config.updates is not None:
         config_updates.check(file, config.updates)
-    _check_device(file, config)
+    if config.intake.tcp is not None:
+        try:
+            parse_loopback(config.intake.tcp)
+        except ValueError as problem:
+            raise ConfigError(file, "intake.tcp", str(problem)) from None
+    if config.buffer.max_size < _MIN_STORE_BYTES:
+        raise ConfigError(file, "buffer.max_size", f"{config.buffer.max_size} bytes are too few; use at least 1 MiB")
+    for key in ("keep_readings", "keep_messages", "keep_results"):
+        if not 0.0 <= getattr(config.buffer, key) <= _MAX_RETENTION_S:
+            raise ConfigError(file, f"buffer.{key}", "must be between 0 s and 3650 d")
     config = msgspec.structs.replace(
         config, streams={name: _with_media_fields(file, name, stream) for name, stream in config.streams.items()}
     )
@@ -206,19 +215,6 @@ def check_name(file: str, key: str, name: str) -> None:
     """Check that `name` is valid as a topic level. Raises ConfigError."""
     if not is_name(name):
         raise ConfigError(file, key, f"{name!r} must be 1-64 of a-z 0-9 . _ - and start with a letter or digit")
-
-
-def _check_device(file: str, config: Config) -> None:
-    if config.intake.tcp is not None:
-        try:
-            parse_loopback(config.intake.tcp)
-        except ValueError as problem:
-            raise ConfigError(file, "intake.tcp", str(problem)) from None
-    if config.buffer.max_size < _MIN_STORE_BYTES:
-        raise ConfigError(file, "buffer.max_size", f"{config.buffer.max_size} bytes are too few; use at least 1 MiB")
-    for key in ("keep_readings", "keep_messages", "keep_results"):
-        if not 0.0 <= getattr(config.buffer, key) <= _MAX_RETENTION_S:
-            raise ConfigError(file, f"buffer.{key}", "must be between 0 s and 3650 d")
 
 
 def _with_media_fields(file: str, name: str, stream: StreamConfig) -> StreamConfig:

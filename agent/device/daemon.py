@@ -11,7 +11,6 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import msgspec
 
@@ -116,7 +115,15 @@ class Daemon:
         self._unfinished: set[str] = set()
         self._backoffs: dict[str, _Backoff] = {}
         self._space = SpaceManager(conf, store, message_log, self._run_early, self._list_stalled_tasks)
-        runtime = self._build_runtime(models)
+        runtime = Runtime(
+            self._scheduled_tasks,
+            models,
+            run=self._run_batches,
+            report=self._health_reporter.write_health,
+            clear_not_running_alerts=lambda: self._health_reporter.report_bundles([]),
+            halt=self.signals.request_stop,
+            reconnect=self._uplink.reconnect,
+        )
         self._rollout = make_updater(runtime, self._on_model_wait)
         self._remote_commands = make_commands(runtime, self._rollout)
         self._health_reporter.extra_members = lambda now: {
@@ -318,17 +325,6 @@ class Daemon:
             return
         with contextlib.suppress(StorageFull), self._store.transaction() as tx:
             tx.save_state(scheduled.task.name, task_keys.LAST_RUN, str(now.wall_us).encode())
-
-    def _build_runtime(self, models: dict[str, dict[str, Any]]) -> Runtime:
-        return Runtime(
-            self._scheduled_tasks,
-            models,
-            run=self._run_batches,
-            report=self._health_reporter.write_health,
-            clear_not_running_alerts=lambda: self._health_reporter.report_bundles([]),
-            halt=self.signals.request_stop,
-            reconnect=self._uplink.reconnect,
-        )
 
     def _shut_down(self) -> None:
         self._intake.stop()

@@ -87,7 +87,10 @@ def _task_cost(conf: Config, name: str, task: TaskCost, process: ProcessCost, fl
     energy = process.own_energy_j
     cpu_share = task.cpu_us / 1e6 / process.cpu_s if process.cpu_s else 0.0
     joules = None if energy is None else energy * min(1.0, cpu_share)
-    raw = _raw_bytes(conf, conf.tasks[name].stream, task.rows)
+    # What sending the rows themselves would take, packed in messages of the largest size.
+    size = row_bytes(conf.streams[conf.tasks[name].stream])
+    rows_per_message = max(1, (conf.broker.max_message_bytes - _RAW_ENVELOPE_BYTES) // size)
+    raw = task.rows * size + -(-task.rows // rows_per_message) * _RAW_ENVELOPE_BYTES
     per_1000 = 1000 / task.windows if task.windows else None
     return {
         "task": name,
@@ -108,13 +111,6 @@ def _task_cost(conf: Config, name: str, task: TaskCost, process: ProcessCost, fl
         },
         "raw": {"bytes": raw, "times": round(raw / task.sent_bytes, 2) if task.sent_bytes else None},
     }
-
-
-def _raw_bytes(conf: Config, stream: str, rows: int) -> int:
-    """Return the bytes that sending the rows themselves would take, packed in messages of the largest size."""
-    size = row_bytes(conf.streams[stream])
-    rows_per_message = max(1, (conf.broker.max_message_bytes - _RAW_ENVELOPE_BYTES) // size)
-    return rows * size + -(-rows // rows_per_message) * _RAW_ENVELOPE_BYTES
 
 
 def _print(document: dict[str, Any]) -> None:

@@ -33,7 +33,6 @@ from agent.drift.reporting.timeline import EARLIEST_US, Timeline
 from agent.drift.testing.test_suite import CusumLimits
 from agent.errors import BadBundle, UsageError
 from agent.model.bundle import bundle
-from agent.model.bundle.bundle import Bundle
 from agent.render import axes
 from agent.render.drift_model import DriftPlot
 from agent.toml_files import did_you_mean
@@ -72,7 +71,8 @@ class _TaskDrift:
     def __init__(self, conf: Config, store: Store, task: str) -> None:
         self.task, self.device = task, conf.device.id
         self.bundle = bundle.read(history.locate_bundle(conf, store, task), None)
-        self.shipped_reference = _load_shipped_reference(self.bundle)
+        data = self.bundle.files.get("reference.json")
+        self.shipped_reference = None if data is None else Reference.from_json(data)
         self.site_reference = _load_site_reference(store, task, self.shipped_reference)
         self.timeline, self.unreadable_count = _load_timeline(store, task, self.shipped_reference)
         self.open_alerts = [alert for alert in store.open_alerts(task) if alert["alert"] in ("drift", "fault")]
@@ -155,11 +155,6 @@ class _TaskDrift:
             estimates=estimates,
             empty_message=empty,
         )
-
-
-def _load_shipped_reference(loaded_bundle: Bundle) -> Reference | None:
-    data = loaded_bundle.files.get("reference.json")
-    return None if data is None else Reference.from_json(data)
 
 
 def _load_site_reference(store: Store, task: str, shipped: Reference | None) -> Reference | None:

@@ -97,7 +97,9 @@ def init(folder: Path, enrolment: Path | None, device: str | None, data_dir: str
         raise UsageError(f"{file}: exists already; edit it, or move it away first")
     members = _read_enrolment(enrolment) if enrolment is not None else {file.name: _fill_template(device).encode()}
     if data_dir is not None:
-        members[file.name] = _replace_data_dir(members[file.name].decode(), data_dir).encode()
+        # A JSON string is also a TOML string.
+        line = f"data_dir = {json.dumps(data_dir)}".encode()
+        members[file.name] = re.sub(rb"(?m)^data_dir *=.*$", lambda _: line, members[file.name], count=1)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in members.items():
@@ -118,12 +120,6 @@ def _fill_template(device: str | None) -> str:
     if not is_name(name):
         raise UsageError(f"--id {name!r} must be 1-64 of a-z 0-9 . _ - and start with a letter or digit")
     return TEMPLATE.format(device=name, fleet="home", data_dir="data", collector="")
-
-
-def _replace_data_dir(text: str, data_dir: str) -> str:
-    # A JSON string is also a TOML string.
-    line = f"data_dir = {json.dumps(data_dir)}"
-    return re.sub(r"^data_dir *=.*$", lambda _: line, text, count=1, flags=re.MULTILINE)
 
 
 def _print(document: dict[str, str], *, enrolled: bool) -> None:

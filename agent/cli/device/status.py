@@ -37,7 +37,13 @@ def status(config_file: str | None, as_json: bool) -> None:
 
 def _print(document: dict[str, Any]) -> None:
     click.echo(f"{document['device']} in fleet {document['fleet']}, boot {document['clock']['boot']}")
-    click.echo(_format_clock(document["clock"]))
+    clock = document["clock"]
+    error = f", to {clock['error_us'] / 1e6:.3f} s" if clock["error_us"] is not None else ""
+    synced = f"last synchronized {clock['synced']}" if clock["synced"] else "never synchronized by a time service"
+    floor = f"; the time floor is {clock['floor']}" if clock["quality"] == "unsynced" else ""
+    click.echo(
+        f"clock {clock['time']}, {clock['quality']}{error}; {synced}; set {clock['steps']} times this boot{floor}"
+    )
     storage, outbox = document["store"], document["outbox"]
     left = f", full in about {storage['hours']:g} h at this rate" if storage["hours"] is not None else ""
     written = storage["written_per_day"]
@@ -56,13 +62,6 @@ def _print(document: dict[str, Any]) -> None:
         click.echo(_format_alert(alert, alert["state"]))
     if not document["alerts"]:
         click.echo("No alerts.")
-
-
-def _format_clock(clock: dict[str, Any]) -> str:
-    error = f", to {clock['error_us'] / 1e6:.3f} s" if clock["error_us"] is not None else ""
-    synced = f"last synchronized {clock['synced']}" if clock["synced"] else "never synchronized by a time service"
-    floor = f"; the time floor is {clock['floor']}" if clock["quality"] == "unsynced" else ""
-    return f"clock {clock['time']}, {clock['quality']}{error}; {synced}; set {clock['steps']} times this boot{floor}"
 
 
 def _format_condition(condition: dict[str, Any]) -> str:

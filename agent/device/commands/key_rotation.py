@@ -56,7 +56,8 @@ class KeyRotation:
         old = self._message_log.key
 
         def write(tx: Transaction) -> None:
-            self._commit(tx, old, new, now)
+            append_rotation(tx, self._message_log, old, new, now)
+            tx.set_meta(LOG_SIGNER_KID, new.public.kid)
 
         summary = f"Signs with key {new.public.text} from now on; the one before was {old.public.text}."
         return Effect(summary, {"key": new.public.text, "kid": new.public.kid}, write, lambda: self._activate(new, now))
@@ -84,10 +85,6 @@ class KeyRotation:
         self._files.forget_old()
         self._message_log.live_key = None
         self._reconnect()
-
-    def _commit(self, tx: Transaction, old: SigningKey, new: SigningKey, now: ClockReading) -> None:
-        append_rotation(tx, self._message_log, old, new, now)
-        tx.set_meta(LOG_SIGNER_KID, new.public.kid)
 
     def _activate(self, new: SigningKey, now: ClockReading) -> None:
         self._message_log.live_key, self._message_log.key = self._message_log.key, new

@@ -104,8 +104,10 @@ def _run_once(
         return _skip_lost(task, store, message_log, batch, now)
     cut = features.cut_windows(batch.rows.t, task.inference.manifest.input.window)
     if cut.consumed == 0:
-        if not _is_followed_by_lost_rows(task, store, batch):
+        following = store.read_rows(task.config.stream, task.stream.fields, batch.last, 1)
+        if following is None or following.loss_reason is None:
             return None
+        # The rows after these cannot be read, so these will never fill a window.
         cut = WindowCut(cut.starts, len(batch.rows))
     source = _read_input(task, store, message_log, batch, cut)
     results = _infer(task, source)
@@ -119,12 +121,6 @@ def _run_once(
 
 
 # --- read ---
-
-
-def _is_followed_by_lost_rows(task: LoadedTask, store: Store, batch: RowBatch) -> bool:
-    """Return True if the rows after `batch` cannot be read, so that its rows will never fill a window."""
-    following = store.read_rows(task.config.stream, task.stream.fields, batch.last, 1)
-    return following is not None and following.loss_reason is not None
 
 
 def _read_input(

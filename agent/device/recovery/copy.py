@@ -79,8 +79,18 @@ class StoreCopy:
         elif not self._get_meta("log"):
             catch_up.abandon_unknown_log(new)
         _recount_backlog(new, acknowledged)
+        summary = (
+            f"The store was damaged ({cause}). Everything readable was copied into a new one; the damaged files are in "
+            f"{quarantine} of the data folder."
+        )
+        if "meta" in incomplete:
+            summary += " Some values of its table meta are lost, or rebuilt from the rest."
+        if "source_positions" in incomplete:
+            summary += " Some source positions are lost: these sources may be read again."
+        if incomplete & {"task_state", "cursors"}:
+            summary += " Some state of tasks is lost."
         finding = RecoveryFinding(
-            summary=_summary(cause, quarantine, incomplete),
+            summary=summary,
             time=clock.to_rfc3339(clock.read().wall_us),
             log=self._get_meta("log"),
             quarantine=quarantine,
@@ -219,12 +229,9 @@ class StoreCopy:
                     sql = f"INSERT OR IGNORE INTO chunks ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
                     self._new.execute(sql, row)
             elif len(values) == 6 and all(isinstance(part, bytes) for part in values[1:5]):
-                self._copy_orphaned_message(rowid, values)
+                if not _overlaps(self._seqs, rowid, rowid) and (message := self._accept_message((rowid, *values[1:]))):
+                    self._new.execute(_INSERT_MESSAGE, message)
         self._new.execute("COMMIT")
-
-    def _copy_orphaned_message(self, seq: int, values: list[Any]) -> None:
-        if not _overlaps(self._seqs, seq, seq) and (message := self._accept_message((seq, *values[1:]))):
-            self._new.execute(_INSERT_MESSAGE, message)
 
     # --- losses ---
 
@@ -262,20 +269,6 @@ class StoreCopy:
 
     def _get_meta(self, key: str) -> str:
         return meta.get(self._new, key, "")
-
-
-def _summary(cause: str, quarantine: str, incomplete: set[str]) -> str:
-    text = (
-        f"The store was damaged ({cause}). Everything readable was copied into a new one; the damaged files are in "
-        f"{quarantine} of the data folder."
-    )
-    if "meta" in incomplete:
-        text += " Some values of its table meta are lost, or rebuilt from the rest."
-    if "source_positions" in incomplete:
-        text += " Some source positions are lost: these sources may be read again."
-    if incomplete & {"task_state", "cursors"}:
-        text += " Some state of tasks is lost."
-    return text
 
 
 def _recount_backlog(db: sqlite3.Connection, acknowledged: retention.AcknowledgedSeqs) -> None:

@@ -61,7 +61,11 @@ def open_store(folder: Path, *, max_size: int = 2**30, synchronous: str = "FULL"
         undo.callback(db.close)
         store = Store(path, db, enforcer, writer)
         store.begin_boot(lambda db: catch_up.catch_up(db, writer.watermark.state))
-        _save_first_page(path, db, writer.watermark)
+        # The first page says where the tables are: without it nothing else in the file could be read.
+        with contextlib.suppress(OSError, sqlite3.Error):
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with contextlib.suppress(OSError):
+            writer.watermark.save_first_page(path)
         undo.pop_all()
     return store
 
@@ -122,14 +126,6 @@ def _connect(path: Path, pragmas: schema.Pragmas) -> sqlite3.Connection:
             connection.close()
             raise
         return connection
-
-
-def _save_first_page(path: Path, db: sqlite3.Connection, watermark: Watermark) -> None:
-    """Save the page that says where the tables are: without it nothing else in the file could be read."""
-    with contextlib.suppress(OSError, sqlite3.Error):
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    with contextlib.suppress(OSError):
-        watermark.save_first_page(path)
 
 
 def _salvage(folder: Path, cause: str, watermark: Watermark) -> None:

@@ -109,7 +109,15 @@ def _open_damaged(place: Path, first_page: bytes | None) -> Iterator[sqlite3.Con
         if first_page is not None and _first_page_differs(path, first_page):
             if path.exists():
                 shutil.copyfile(path, patched)
-            _restore_first_page(patched, first_page)
+            page = bytearray(first_page)
+            patched.touch()
+            pages = max(1, -(-patched.stat().st_size // len(page)))
+            # Size in pages, with the counter that marks it as valid; no list of free pages.
+            page[28:32] = pages.to_bytes(4, "big")
+            page[92:96] = page[24:28]
+            page[32:40] = bytes(8)
+            with patched.open("r+b") as file:
+                file.write(page)
             if (place / f"{DATABASE}-wal").exists():
                 shutil.copyfile(place / f"{DATABASE}-wal", place / f"{_PATCHED}-wal")
             path = patched
@@ -131,18 +139,6 @@ def _first_page_differs(path: Path, first_page: bytes) -> bool:
         page = file.read(len(first_page))
     fixed = [slice(0, 24), slice(44, 92), slice(_HEADER, None)]
     return any(page[part] != first_page[part] for part in fixed)
-
-
-def _restore_first_page(path: Path, first_page: bytes) -> None:
-    page = bytearray(first_page)
-    path.touch()
-    pages = max(1, -(-path.stat().st_size // len(page)))
-    # Size in pages, with the counter that marks it as valid; no list of free pages.
-    page[28:32] = pages.to_bytes(4, "big")
-    page[92:96] = page[24:28]
-    page[32:40] = bytes(8)
-    with path.open("r+b") as file:
-        file.write(page)
 
 
 def _read_marker(folder: Path) -> dict[str, str] | None:

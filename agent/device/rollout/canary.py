@@ -21,7 +21,6 @@ from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import RowBatch, Store
 from agent.device.store.transaction import Transaction
-from agent.drift.state import DriftState
 from agent.errors import ModelProcessFailed
 from agent.model.inference.inference import InferenceResult
 from agent.model.sandbox.subprocess_model import SubprocessModel
@@ -70,7 +69,11 @@ class CanaryRun:
             return
         self._next_progress = msgspec.structs.replace(self.progress, batches=self.progress.batches + 1)
         if self.is_serving:
-            self._check_batch_time(answers.seconds)
+            limit_s = self.rules.batch_timeout_s
+            if answers.seconds > limit_s:
+                detail = f"the inference of a batch took {answers.seconds:.1f} s, {limit_s:g} s are allowed"
+                numbers = {**self._collect_numbers(), "seconds": round(answers.seconds, 3), "allowed_s": limit_s}
+                self._failure = self._failure or BundleAssessment("batch_timeout", detail, numbers)
 
     def record_failure(self, failure: ModelProcessFailed) -> None:
         """Count a batch that the candidate failed to answer. A crash or a hang ends the run."""
@@ -147,7 +150,8 @@ class CanaryRun:
     def _has_output_drift(self) -> bool:
         if not self.is_serving or not self.rules.output_drift:
             return False
-        return _has_open_output_alert(self.candidate.drift_state)
+        state = self.candidate.drift_state
+        return state is not None and bool(state.suite.open_subjects[_OUTPUT_SUBJECTS].any())
 
     def _is_disagreeing(self) -> bool | None:
         """Return True if the previous bundle predicts otherwise; else the site changed, and a rollback would not help.
@@ -180,13 +184,6 @@ class CanaryRun:
                 return result
         return None
 
-    def _check_batch_time(self, seconds: float) -> None:
-        limit_s = self.rules.batch_timeout_s
-        if seconds > limit_s:
-            detail = f"the inference of a batch took {seconds:.1f} s, {limit_s:g} s are allowed"
-            numbers = {**self._collect_numbers(), "seconds": round(seconds, 3), "allowed_s": limit_s}
-            self._failure = self._failure or BundleAssessment("batch_timeout", detail, numbers)
-
     def _collect_numbers(self) -> dict[str, object]:
         values = {result.rule: result.numbers["value"] for result in self._rule_results if "value" in result.numbers}
         return {**values, "batches": self.progress.batches, "errors": self.progress.errors}
@@ -202,7 +199,3 @@ def _load_progress(store: Store, task: str, state: RolloutState) -> CanaryProgre
         return fresh
     key = (fresh.rollout, fresh.digest, fresh.phase)
     return saved if saved is not None and (saved.rollout, saved.digest, saved.phase) == key else fresh
-
-
-def _has_open_output_alert(state: DriftState | None) -> bool:
-    return state is not None and bool(state.suite.open_subjects[_OUTPUT_SUBJECTS].any())

@@ -170,9 +170,10 @@ class RolloutExecutor:
             for _ in range(_MAX_STEPS_PER_TICK):
                 facts = self._fact_collector.collect(rollout, now)
                 # The last batches may be evidence against the bundle, and rules are not evaluated after promotion.
-                if facts.completion is not None and self._flush_comparison(rollout, now):
-                    wrote = True
-                    continue
+                if facts.completion is not None and rollout.canary is not None:
+                    if rollout.canary.flush(self._store, self._message_log, now):
+                        wrote = True
+                        continue
                 new = decide_next_state(rollout.state, facts)
                 if new is rollout.state or new is None or not self._commit_step(name, rollout, new, now):
                     break
@@ -188,9 +189,6 @@ class RolloutExecutor:
             rollout.retry_at_s = now.boot_s + _ERROR_BACKOFF_S
             log.error("task %s: its roll-out pauses for %g s: %s", name, _ERROR_BACKOFF_S, error, exc_info=error)
         return wrote
-
-    def _flush_comparison(self, rollout: TaskRollout, now: ClockReading) -> bool:
-        return rollout.canary is not None and rollout.canary.flush(self._store, self._message_log, now)
 
     def _commit_step(self, name: str, rollout: TaskRollout, new: RolloutState, now: ClockReading) -> bool:
         """Commit one step and apply it in memory."""

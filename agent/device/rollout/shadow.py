@@ -220,9 +220,6 @@ class ShadowRunner:
         self._has_more_labels = len(numbers) > limit
         if not self.stats.batches and not numbers:
             return False
-        return self._write_message(store, message_log, now, final=final)
-
-    def _write_message(self, store: Store, message_log: MessageLog, now: ClockReading, *, final: bool) -> bool:
         name = self.task.name
         with store.transaction() as tx:
             if self._unsaved_predictions:

@@ -53,17 +53,13 @@ def align_windows(task: LoadedTask, store: Store, source_batch: RowBatch, ends: 
     matrix = features.stack_columns([rows.columns[i] for i in task.input_columns])
     table = derived_features.compute(matrix, rows.t, spec, before)
     starts = ends + (len(past) - before) - length + 1
-    is_whole = np.isin(starts, _find_window_starts(rows.t[before:], task.inference.manifest))
+    window = task.inference.manifest.input.window
+    every_start = features.cut_windows(rows.t[before:], None if window is None else replace(window, step=1)).starts
+    is_whole = np.isin(starts, every_start)
     limit = max(1, MAX_VALUES // (length * table.shape[1]))
     starts, ends = starts[is_whole][:limit], ends[is_whole][:limit]
     values = features.build_windows(table, starts, spec)
     return AlignedWindows(source_batch.first + ends, source_batch.rows.t[ends], values)
-
-
-def _find_window_starts(t: Ints, manifest: Manifest) -> Ints:
-    """Return every row at which a window could begin."""
-    window = manifest.input.window
-    return features.cut_windows(t, None if window is None else replace(window, step=1)).starts
 
 
 def build_output_kind(manifest: Manifest) -> OutputKind:

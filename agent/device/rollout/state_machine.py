@@ -170,7 +170,8 @@ def _continue_running(old: RolloutState, facts: RolloutFacts) -> RolloutState:
             return _make_state(desired, "rolled_back", failure.reason, failure.detail, failure.numbers)
         if facts.running_digest == desired.digest:
             return _make_state(desired, "active", "", "the config names it")
-        if _is_reconfigured(old, facts):
+        before, now = old.configured_digest, facts.configured_digest
+        if "" not in (before, now) and before != now:
             return _cancel_for_local_config(desired)
         if facts.desired is not None and facts.desired.strategy == "shadow" and _is_same_rollout(old, facts.desired):
             return _make_state(desired, "shadow", "", "the roll-out returned to strategy shadow")
@@ -236,11 +237,6 @@ def _is_leaving(facts: RolloutFacts) -> bool:
 def _cancel_for_local_config(desired: DesiredBundle) -> RolloutState:
     detail = "the config on this device names another bundle since, which runs instead"
     return replace(_make_state(desired, "cancelled", "", detail), is_locally_changed=True)
-
-
-def _is_reconfigured(old: RolloutState, facts: RolloutFacts) -> bool:
-    before, now = old.configured_digest, facts.configured_digest
-    return "" not in (before, now) and before != now
 
 
 def _find_failure(facts: RolloutFacts) -> BundleAssessment | None:

@@ -83,10 +83,28 @@ class SpaceManager:
 
     def tick(self, now: ClockReading) -> bool:
         """Delete what has expired, and evict if space is short. Return True to be called again at once."""
-        self._watch_acknowledgements(now)
+        known = self._store.get_meta(retention.ACKNOWLEDGED, "")
+        if self._last_acknowledgement is None or self._last_acknowledgement[0] != known:
+            self._last_acknowledgement = known, now.boot_s
         try:
             self._sample_growth(now)
-            self._expire(now)
+            keep_us = round(self._conf.buffer.keep_readings * 1e6)
+            # By the boot-time clock as well: a step of the wall clock must not expire a reading.
+            before_us, received_by_us = now.wall_us - keep_us, now.boot_us - keep_us
+            at_s = uptime_s(self._store.get_meta(retention.UPTIME, ""), self._store.boot, now)
+            history = self._store.get_meta(retention.ACKNOWLEDGED_HISTORY, "")
+            through = retention.expired_through(history, at_s, self._conf.buffer.keep_messages)
+            for name in self._conf.streams:
+                with self._store.transaction(vital=True) as tx:
+                    tx.trim_rows(name, self._used_through(name), before_us, _CHUNK_LIMIT, received_by_us)
+            if through:
+                with self._store.transaction(vital=True) as tx:
+                    tx.outbox.drop_acknowledged(through, _MESSAGE_LIMIT)
+            for task in self._conf.tasks:
+                with self._store.transaction(vital=True) as tx:
+                    for name in (task, shadow_key(task)):
+                        tx.labels.trim_predictions(name, at_s - self._conf.buffer.keep_results, _CHUNK_LIMIT)
+                    tx.labels.trim_labels(task, label_capacity(self._store.quota.database_bytes), _CHUNK_LIMIT)
             self._clear_alert(now)
             if not self.is_evicting and self.is_short():
                 self.is_evicting, self._scanned_through = True, dict.fromkeys(EVICTION_ORDER, 0)
@@ -100,25 +118,6 @@ class SpaceManager:
         return hours_until_eviction(self._store, self._store.limit_bytes())
 
     # --- expiry ---
-
-    def _expire(self, now: ClockReading) -> None:
-        keep_us = round(self._conf.buffer.keep_readings * 1e6)
-        # By the boot-time clock as well: a step of the wall clock must not expire a reading.
-        before_us, received_by_us = now.wall_us - keep_us, now.boot_us - keep_us
-        at_s = uptime_s(self._store.get_meta(retention.UPTIME, ""), self._store.boot, now)
-        history = self._store.get_meta(retention.ACKNOWLEDGED_HISTORY, "")
-        through = retention.expired_through(history, at_s, self._conf.buffer.keep_messages)
-        for name in self._conf.streams:
-            with self._store.transaction(vital=True) as tx:
-                tx.trim_rows(name, self._used_through(name), before_us, _CHUNK_LIMIT, received_by_us)
-        if through:
-            with self._store.transaction(vital=True) as tx:
-                tx.outbox.drop_acknowledged(through, _MESSAGE_LIMIT)
-        for task in self._conf.tasks:
-            with self._store.transaction(vital=True) as tx:
-                for name in (task, shadow_key(task)):
-                    tx.labels.trim_predictions(name, at_s - self._conf.buffer.keep_results, _CHUNK_LIMIT)
-                tx.labels.trim_labels(task, label_capacity(self._store.quota.database_bytes), _CHUNK_LIMIT)
 
     def _used_through(self, stream: str) -> int:
         # Rows of a stream without a task count as used.
@@ -219,11 +218,6 @@ class SpaceManager:
         return True
 
     # --- delivery and growth ---
-
-    def _watch_acknowledgements(self, now: ClockReading) -> None:
-        known = self._store.get_meta(retention.ACKNOWLEDGED, "")
-        if self._last_acknowledgement is None or self._last_acknowledgement[0] != known:
-            self._last_acknowledgement = known, now.boot_s
 
     def _is_stalled(self, now: ClockReading) -> bool:
         return self._last_acknowledgement is not None and now.boot_s >= self._last_acknowledgement[1] + STALLED_S

@@ -114,7 +114,8 @@ class Store:
                     self._quota_enforcer.require_reserved_pages(self._db, free_pages)
                 self._db.execute("COMMIT")
             except BaseException:
-                self._roll_back()
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
                 raise
             if self._writer is not None:
                 self._writer.watermark.update(self._db, tx.progress)
@@ -136,10 +137,6 @@ class Store:
             if isinstance(error, StorageDamaged) and self._writer is not None:
                 self._writer.record_damage(str(error))
             raise
-
-    def _roll_back(self) -> None:
-        if self._db.in_transaction:
-            self._db.execute("ROLLBACK")
 
     # --- reading ---
 

@@ -111,12 +111,11 @@ class Session:
                 self.has_collector_answered |= ack is not None and not event.retained
         # A broker answers in order: retained messages come before its receipts for our first messages.
         self._is_greeted = self._is_greeted or self.is_live_confirmed()
-        self._declare_damaged(now)
+        if self._damaged:
+            quarantine_damaged(self._store, self._message_log, self._damaged, now)
+            self._damaged = []
         self._acks.apply(now, force=is_stopping)
-        self._check_stalled(now)
-
-    def _check_stalled(self, now: ClockReading) -> None:
-        """Raise LinkDown if the oldest receipt is overdue: receipts come in order (MQTT 5, 4.6), so it never comes."""
+        # Receipts come in order (MQTT 5, 4.6), so the oldest one never comes if it is overdue.
         oldest = next(iter(self._in_flight), None)
         if oldest is None or oldest != self._oldest_in_flight:
             self._oldest_in_flight, self._oldest_since_s = oldest, now.boot_s
@@ -168,11 +167,6 @@ class Session:
             self._in_flight[self._sink.send(outgoing)] = message
         return bool(page)
 
-    def _declare_damaged(self, now: ClockReading) -> None:
-        if self._damaged:
-            quarantine_damaged(self._store, self._message_log, self._damaged, now)
-            self._damaged = []
-
     def _handle_receipt(self, receipt: Receipt, now: ClockReading) -> None:
         sent = self._in_flight.pop(receipt.token, None)
         if sent is None:
@@ -220,7 +214,12 @@ class Session:
             # Messages in flight must arrive and be answered before the next list of missing ones is true.
             self._next_round_s = now.boot_s + RESEND_ROUND_S
         elif self._missing_ranges and now.boot_s >= self._next_round_s:
-            self._resend_queue.extend(self._find_missing_seqs())
+            busy = self._held_back | {sent.seq for sent in self._in_flight.values() if isinstance(sent, OutboxMessage)}
+            missing: list[int] = []
+            for first, last in self._missing_ranges:
+                end = min(last, self._last_sent_seq, first + CREDIT - len(missing) - 1)
+                missing += [seq for seq in range(first, end + 1) if seq not in busy]
+            self._resend_queue.extend(missing)
             self._missing_ranges = ()
         if not self._resend_requested and self._unanswered <= 0:
             self._next_resend_s = now.boot_s + self._resend_backoff_s
@@ -228,15 +227,6 @@ class Session:
             self._resend_unacknowledged()
             self._resend_backoff_s = min(2 * self._resend_backoff_s, RESEND_BACKOFF_S[1])
             self._next_resend_s = now.boot_s + self._resend_backoff_s
-
-    def _find_missing_seqs(self) -> list[int]:
-        """Return the first `CREDIT` seqs that were sent and that the collector lacks."""
-        busy = self._held_back | {sent.seq for sent in self._in_flight.values() if isinstance(sent, OutboxMessage)}
-        missing: list[int] = []
-        for first, last in self._missing_ranges:
-            end = min(last, self._last_sent_seq, first + CREDIT - len(missing) - 1)
-            missing += [seq for seq in range(first, end + 1) if seq not in busy]
-        return missing
 
     def _resend_unacknowledged(self) -> None:
         if self._broker_delivery:

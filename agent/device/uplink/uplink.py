@@ -164,7 +164,7 @@ class Uplink:
             log.info("broker: connected to %s", self._conf.broker.url)
             self.state = "connected"
             session = self._start_session(sink)
-            while not (self._stopping.is_set() and self._is_drained(session)):
+            while not (self._stopping.is_set() and (self._is_drain_over() or session.is_empty())):
                 self._extend_heartbeat(0.0)
                 self._tick(session)
                 self._has_collector_answered = session.has_collector_answered
@@ -209,9 +209,6 @@ class Uplink:
         by_broker = self._conf.collector.delivery == "broker"
         arguments = (sink, self._store, self._message_log, self._acks, now)
         return Session(*arguments, broker_delivery=by_broker, live=live, handle_delivery=self._handle_delivery)
-
-    def _is_drained(self, session: Session) -> bool:
-        return self._is_drain_over() or session.is_empty()
 
     def _announce_stopped(self, session: Session) -> None:
         now = self._now()

@@ -82,7 +82,15 @@ class FolderWatcher:
     async def run(self, submit_rows: SubmitRows) -> None:
         while True:
             try:
-                await self._tick(submit_rows)
+                for folder in (self._folder, self._claimed_folder, self._folder / "done", self._folder / "failed"):
+                    folder.mkdir(parents=True, exist_ok=True)
+                for paths in self._group_paths(sorted(self._claimed_folder.iterdir())):
+                    await self._ingest_files(paths, submit_rows, is_retry=True)
+                for paths in self._group_paths(self._list_settled_files()):
+                    claimed = [self._claimed_folder / f"{time.time_ns()}.{path.name}" for path in paths]
+                    for path, target in zip(paths, claimed, strict=True):
+                        os.rename(path, target)
+                    await self._ingest_files(claimed, submit_rows, is_retry=False)
                 self._last_error = ""
             except OSError as error:
                 # The folder may be on a removable medium; logged once, not at every interval.
@@ -90,18 +98,6 @@ class FolderWatcher:
                     self._last_error = str(error)
                     log.error("%s: %s; looking again every %g s", self._folder, error, self._source.poll_interval)
             await asyncio.sleep(self._source.poll_interval)
-
-    async def _tick(self, submit_rows: SubmitRows) -> None:
-        """Ingest files that a crash interrupted, then waiting ones."""
-        for folder in (self._folder, self._claimed_folder, self._folder / "done", self._folder / "failed"):
-            folder.mkdir(parents=True, exist_ok=True)
-        for paths in self._group_paths(sorted(self._claimed_folder.iterdir())):
-            await self._ingest_files(paths, submit_rows, is_retry=True)
-        for paths in self._group_paths(self._list_settled_files()):
-            claimed = [self._claimed_folder / f"{time.time_ns()}.{path.name}" for path in paths]
-            for path, target in zip(paths, claimed, strict=True):
-                os.rename(path, target)
-            await self._ingest_files(claimed, submit_rows, is_retry=False)
 
     def _group_paths(self, paths: Sequence[Path]) -> Iterator[Sequence[Path]]:
         """Group images into shared commits; other files go one by one, because positions depend on earlier rows."""
@@ -148,7 +144,11 @@ class FolderWatcher:
             return
         name = _original_name(path)
         log.info("%s: ingested%s", name, f", {progress.rejected_rows} rows rejected" if progress.rejected_rows else "")
-        _move_to_done(path, self._folder, name, self._find_row_range(progress), is_retry=is_retry)
+        rows = self._find_row_range(progress)
+        target = _unused_path(self._folder / "done" / name)
+        if rows is not None:
+            _append_to_index(self._folder / "done" / _INDEX_NAME, target.name, rows, is_retry=is_retry)
+        os.rename(path, target)
         # A position that stays does no harm: its name is unique.
         with contextlib.suppress(StorageFull), self._store.transaction() as tx:
             tx.delete_source_position(f"files:{self._name}", path.name)
@@ -242,14 +242,6 @@ def _read_file_state(path: Path) -> tuple[int, int]:
 def _original_name(claimed: Path) -> str:
     """Return the name before a file was claimed; its own name if somebody else put it into `taking/`."""
     return claimed.name.partition(".")[2] or claimed.name
-
-
-def _move_to_done(path: Path, folder: Path, name: str, rows: tuple[int, int] | None, *, is_retry: bool) -> None:
-    """Move a file to `done/NAME`, and add its first and last row to the index."""
-    target = _unused_path(folder / "done" / name)
-    if rows is not None:
-        _append_to_index(folder / "done" / _INDEX_NAME, target.name, rows, is_retry=is_retry)
-    os.rename(path, target)
 
 
 def _unused_path(target: Path) -> Path:

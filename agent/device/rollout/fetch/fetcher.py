@@ -301,7 +301,15 @@ class Fetcher:
         if pending is None:
             return None
         if response.error or response.file is None or response.target is None:
-            return self._record_failure(pending, response, now)
+            # An unstable link still makes progress: bytes received reset the backoff.
+            pending.failures = 1 if response.received else pending.failures + 1
+            is_permanent = response.error in _PERMANENT_ERRORS
+            is_hopeless = is_permanent and response.error != _UNPUBLISHED_ERROR
+            retry_s = self._backoff_s(64 if is_hopeless else pending.failures)
+            pending.due_s = now.boot_s + retry_s
+            error, detail = response.error or "WorkerCrashed", response.detail or "the fetch worker returned no archive"
+            log.warning("task %s: %s: %s; retry in %.0f s", pending.task, error, detail, retry_s)
+            return FetchFailure(pending.task, pending.desired, error, detail, retry_s, is_permanent)
         del self._pending[pending.task]
         return FetchedBundle(pending.task, pending.desired, Path(response.file), response.target)
 
@@ -321,17 +329,6 @@ class Fetcher:
             log.warning(
                 "the repository cannot be used: %s: %s; retry in %.0f s", response.error, response.detail, retry_s
             )
-
-    def _record_failure(self, pending: _PendingFetch, response: FetchResponse, now: ClockReading) -> FetchFailure:
-        # An unstable link still makes progress: bytes received reset the backoff.
-        pending.failures = 1 if response.received else pending.failures + 1
-        is_permanent = response.error in _PERMANENT_ERRORS
-        is_hopeless = is_permanent and response.error != _UNPUBLISHED_ERROR
-        retry_s = self._backoff_s(64 if is_hopeless else pending.failures)
-        pending.due_s = now.boot_s + retry_s
-        error, detail = response.error or "WorkerCrashed", response.detail or "the fetch worker returned no archive"
-        log.warning("task %s: %s: %s; retry in %.0f s", pending.task, error, detail, retry_s)
-        return FetchFailure(pending.task, pending.desired, error, detail, retry_s, is_permanent)
 
     def _jitter_s(self) -> float:
         is_local = self._conf.updates is None or self._conf.updates.is_local

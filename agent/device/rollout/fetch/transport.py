@@ -127,7 +127,11 @@ class HttpTransport:
         path = "/".join([self._path, *(quote(part, safe="") for part in _split_name(name))])
         response = self._send_request(path, offset)
         if response.status not in (200, 206):
-            self._drain_error_body(response)
+            # A short body is read to its end, so that the connection can be used again.
+            with _map_errors(self._url), self._limiter.enforce_timeout():
+                response.read(_ERROR_BODY_BYTES)
+            if not response.isclosed():
+                self.close()
             if response.status == 416 and offset:
                 return self.read(name)
             if response.status in _MISSING_STATUSES:
@@ -154,13 +158,6 @@ class HttpTransport:
             if reused and isinstance(failure.__cause__, ConnectionError | http.client.HTTPException):
                 return self._send_request(path, offset)
             raise
-
-    def _drain_error_body(self, response: http.client.HTTPResponse) -> None:
-        """Read the body of an error response, and keep the connection if the body is short."""
-        with _map_errors(self._url), self._limiter.enforce_timeout():
-            response.read(_ERROR_BODY_BYTES)
-        if not response.isclosed():
-            self.close()
 
     def _start_offset(self, name: str, response: http.client.HTTPResponse, offset: int) -> int:
         if response.status == 200:
