@@ -412,11 +412,11 @@ CLOCK = AlertKind(
     "clock",
     "warning",
     "device",
-    "No time service has set the clock for a while, or the clock was set although a time service had vouched for it. "
+    "No time service has set the clock for a while, or the clock was set although a time service had synchronized it. "
     "Rows are dated afterwards, once a time service sets the clock.",
     "No way to the time server; a device without a clock battery; somebody who sets the clock by hand.",
     "Check systemd-timesyncd or chrony, and the firewall towards its server.",
-    "Once a time service vouches for the clock.",
+    "Once a time service synchronizes the clock.",
 )
 REFUSED_ON_DEVICE = AlertKind(
     "Messages refused by the device",

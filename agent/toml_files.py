@@ -60,7 +60,11 @@ def _to_config_error(
     )
     unknown = re.fullmatch(r"Object contains unknown field `(.+)`", problem)
     if unknown:
-        known = sorted(_list_known_keys(struct_type, where))
+        names: set[str] = set()
+        for kind in _resolve_types(struct_type, where):
+            if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+                names |= {*kind.__struct_fields__, *filter(None, [kind.__struct_config__.tag_field])}
+        known = sorted(names)
         return ConfigError(
             file, f"{key}.{unknown[1]}" if key else unknown[1], f"unknown key{did_you_mean(unknown[1], known)}"
         )
@@ -101,15 +105,6 @@ def _literal_choices(struct_type: StructType, key_path: str) -> list[str]:
         if get_origin(kind) is Literal
         for word in get_args(kind)
     ]
-
-
-def _list_known_keys(struct_type: StructType, key_path: str) -> set[str]:
-    """Return all keys of the sections at `key_path`."""
-    names: set[str] = set()
-    for kind in _resolve_types(struct_type, key_path):
-        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-            names |= {*kind.__struct_fields__, *filter(None, [kind.__struct_config__.tag_field])}
-    return names
 
 
 def _resolve_types(struct_type: StructType, key_path: str) -> list[Any]:

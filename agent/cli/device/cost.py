@@ -9,13 +9,10 @@ import click
 from agent.bootstrap import device
 from agent.cli.output import config_option, emit, json_option, print_table
 from agent.config import Config
-from agent.device.commands import wipe
 from agent.device.store import cost as costs
 from agent.device.store.cost import ProcessCost, TaskCost
 from agent.device.store.rows import row_bytes
 from agent.device.store.store import Store
-from agent.errors import UsageError
-from agent.toml_files import did_you_mean
 
 _DAY_S = 86_400
 # A message that carried raw rows: signature, topic and properties beside as many rows as the broker takes.
@@ -32,15 +29,9 @@ def cost(task: str | None, config_file: str | None, as_json: bool) -> None:
     The daemon has counted them since the store was made. Flash counts what the kernel wrote for the daemon; a file
     system's journal comes on top. Energy is the machine's, in proportion to the daemon's share of its busy time.
     """
-    file, conf = device.load_config(config_file)
-    wipe.require_unwiped(conf.data_dir)
-    if task is not None and task not in conf.tasks:
-        raise UsageError(f"{file}: there is no task {task!r}{did_you_mean(task, conf.tasks)}")
-    store = device.open_store_read_only(conf)
-    try:
+    _, conf = device.load_config(config_file, task)
+    with device.open_store_read_only(conf) as store:
         document = build_document(conf, store, [task] if task else list(conf.tasks))
-    finally:
-        store.close()
     emit(document, as_json, lambda: _print(document))
 
 
@@ -49,6 +40,14 @@ def build_document(conf: Config, store: Store, tasks: list[str]) -> dict[str, An
     counters = store.counters()
     process, shares = costs.read_process_cost(counters), _flash_shares(conf, store, counters)
     sent_bytes = process.sent_bytes + sum(costs.read_task_cost(counters, name).sent_bytes for name in conf.tasks)
+    per_day: dict[str, float | None] = {"cpu_s": None, "flash_bytes": None, "air_bytes": None}
+    if process.seconds > 0:
+        factor = _DAY_S / process.seconds
+        per_day = {
+            "cpu_s": round(process.cpu_s * factor, 1),
+            "flash_bytes": round(process.written_bytes * factor),
+            "air_bytes": round(sent_bytes * factor),
+        }
     return {
         "device": conf.device.id,
         "seconds": round(process.seconds, 1),
@@ -56,21 +55,10 @@ def build_document(conf: Config, store: Store, tasks: list[str]) -> dict[str, An
         "flash_bytes": process.written_bytes,
         "air_bytes": sent_bytes,
         "energy_j": None if process.own_energy_j is None else round(process.own_energy_j, 1),
-        "per_day": _per_day(process, sent_bytes),
+        "per_day": per_day,
         "tasks": [
             _task_cost(conf, name, costs.read_task_cost(counters, name), process, shares[name]) for name in tasks
         ],
-    }
-
-
-def _per_day(process: ProcessCost, sent_bytes: int) -> dict[str, float | None]:
-    if process.seconds <= 0:
-        return {"cpu_s": None, "flash_bytes": None, "air_bytes": None}
-    factor = _DAY_S / process.seconds
-    return {
-        "cpu_s": round(process.cpu_s * factor, 1),
-        "flash_bytes": round(process.written_bytes * factor),
-        "air_bytes": round(sent_bytes * factor),
     }
 
 

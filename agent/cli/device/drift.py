@@ -24,18 +24,16 @@ from agent.cli.output import (
 )
 from agent.config import Config
 from agent.device.bundles import history
-from agent.device.commands import wipe
 from agent.device.store import task_keys
 from agent.device.store.store import Store
 from agent.drift.baseline.reference import Reference
 from agent.drift.reporting import parsed_message
 from agent.drift.reporting.timeline import EARLIEST_US, Timeline
 from agent.drift.testing.test_suite import CusumLimits
-from agent.errors import BadBundle, UsageError
+from agent.errors import BadBundle
 from agent.model.bundle import bundle
 from agent.render import axes
 from agent.render.drift_model import DriftPlot
-from agent.toml_files import did_you_mean
 
 MAX_WINDOWS = 5000
 
@@ -49,15 +47,9 @@ MAX_WINDOWS = 5000
 def drift(task: str, plot: Path | None, dark: bool, config_file: str | None, as_json: bool) -> None:
     """Show how far TASK's readings moved from its site reference, by the drift messages stored here."""
     require_plot_format(plot)
-    _, conf = device.load_config(config_file)
-    wipe.require_unwiped(conf.data_dir)
-    if task not in conf.tasks:
-        raise UsageError(f"there is no task {task!r}{did_you_mean(task, conf.tasks)}")
-    store = device.open_store_read_only(conf)
-    try:
+    _, conf = device.load_config(config_file, task)
+    with device.open_store_read_only(conf) as store:
         task_drift = _TaskDrift(conf, store, task)
-    finally:
-        store.close()
     document = task_drift.to_dict()
     if plot is not None:
         drift_plot.save(task_drift.build_plot(), plot, dark=dark)

@@ -14,7 +14,7 @@ import click
 
 from agent import clock
 from agent.bootstrap import device
-from agent.cli.output import config_option, emit, json_option
+from agent.cli.output import config_option, emit, json_option, print_rejected
 from agent.client import Client, FlushResult
 from agent.config import Config, StreamConfig
 from agent.config.sources import FilesSource
@@ -28,7 +28,6 @@ from agent.toml_files import did_you_mean
 
 T = TypeVar("T")
 
-_MAX_SHOWN = 20
 _MAX_ROWS_PER_LINE = 1024
 _MAX_LINE_BYTES = 900_000
 
@@ -65,7 +64,7 @@ def ingest(stream: str, file: str, config_file: str | None, as_json: bool) -> No
         raise UsageError(f"stream {stream!r} takes images or sounds from its folder: copy them to {source.folder}")
     accepted, rejected = _ingest_file(conf, stream, file)
     document = {"accepted": accepted, "rejected": [{"line": n, "reason": r} for n, r in sorted(rejected.items())]}
-    emit(document, as_json, lambda: _print(accepted, rejected))
+    emit(document, as_json, lambda: print_rejected(accepted, rejected, "rows"))
     if rejected:
         sys.exit(1)
 
@@ -239,11 +238,3 @@ class _ProgressLine:
         if sys.stderr.isatty() and clock.boot_seconds() - self._started_s > 1:
             self._shown = True
             click.echo(f"\r{self._name}: {through} lines", nl=False, err=True)
-
-
-def _print(accepted: int, rejected: dict[int, str]) -> None:
-    click.echo(f"{accepted} rows accepted, {len(rejected)} rejected")
-    for line, reason in sorted(rejected.items())[:_MAX_SHOWN]:
-        click.echo(f"  line {line}: {reason}")
-    if len(rejected) > _MAX_SHOWN:
-        click.echo(f"  … and {len(rejected) - _MAX_SHOWN} more; --json lists them all")

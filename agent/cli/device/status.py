@@ -12,7 +12,6 @@ import msgspec
 from agent.bootstrap import device
 from agent.cli.output import config_option, emit, json_option, print_table
 from agent.device import status as documents
-from agent.device.commands import wipe
 from agent.model.inference.tuning import Tuning
 from agent.performance.metrics import display_name
 
@@ -26,12 +25,8 @@ _MAX_WORSE_SLICES = 3
 def status(config_file: str | None, as_json: bool) -> None:
     """Show streams, tasks, open alerts, bundles, outbox, storage, clock and the last alerts."""
     _, conf = device.load_config(config_file)
-    wipe.require_unwiped(conf.data_dir)
-    store = device.open_store_read_only(conf)
-    try:
+    with device.open_store_read_only(conf) as store:
         document = documents.build_document(conf, store)
-    finally:
-        store.close()
     emit(document, as_json, lambda: _print(document))
 
 

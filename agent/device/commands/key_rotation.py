@@ -26,7 +26,6 @@ from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.errors import RowRejected, StorageFull, UsageError
 from agent.transport.packets import OutgoingMessage
-from agent.wire.keys import SigningKey
 
 log = logging.getLogger("outstation")
 
@@ -59,8 +58,17 @@ class KeyRotation:
             append_rotation(tx, self._message_log, old, new, now)
             tx.set_meta(LOG_SIGNER_KID, new.public.kid)
 
+        def activate() -> None:
+            self._message_log.live_key, self._message_log.key = old, new
+            try:
+                self._files.promote()
+            except OSError as error:
+                # The store names the new key, so the next start puts it in place.
+                log.error("the new key could not be put in place: %s; the next start does it", error)
+            self._publish(keys_message(self._message_log, now))
+
         summary = f"Signs with key {new.public.text} from now on; the one before was {old.public.text}."
-        return Effect(summary, {"key": new.public.text, "kid": new.public.kid}, write, lambda: self._activate(new, now))
+        return Effect(summary, {"key": new.public.text, "kid": new.public.kid}, write, activate)
 
     def tick(self, now: ClockReading) -> None:
         """Drop the old key once the collector has acknowledged the rotation. Raises StorageError."""
@@ -85,12 +93,3 @@ class KeyRotation:
         self._files.forget_old()
         self._message_log.live_key = None
         self._reconnect()
-
-    def _activate(self, new: SigningKey, now: ClockReading) -> None:
-        self._message_log.live_key, self._message_log.key = self._message_log.key, new
-        try:
-            self._files.promote()
-        except OSError as error:
-            # The store names the new key, so the next start puts it in place.
-            log.error("the new key could not be put in place: %s; the next start does it", error)
-        self._publish(keys_message(self._message_log, now))

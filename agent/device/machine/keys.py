@@ -46,7 +46,12 @@ class KeyFiles:
         `committed` is the kid in the store, "" before the first rotation.
         """
         if self._next.exists():
-            if self._read_kid(self._next) == committed:
+            try:
+                kid = keys.load_private(self._next).public.kid
+            except UsageError:
+                # Half a file: the store never committed this key.
+                kid = ""
+            if kid == committed:
                 self.promote()
             else:
                 self._next.unlink()
@@ -79,13 +84,6 @@ class KeyFiles:
         """Delete the previous key, once the collector knows the one in force."""
         with contextlib.suppress(OSError):
             self._old.unlink(missing_ok=True)
-
-    def _read_kid(self, path: Path) -> str:
-        try:
-            return keys.load_private(path).public.kid
-        except UsageError:
-            # Half a file: the store never committed this key.
-            return ""
 
 
 def open_keys(store: Store, files: KeyFiles) -> tuple[SigningKey, SigningKey | None]:

@@ -196,10 +196,17 @@ def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, ma
         task, source.batch, results, labels, max_bytes, source.current_segment
     )
     drift_messages, refusals = batch_messages.build_drift_messages(task, windows, source.refusals)
+    model_scores, batch, predictions = results.scores, source.batch, None
+    if len(model_scores) and task.keep_results:
+        ends, classes = source.cut.starts + task.window_rows - 1, scores.to_codes(model_scores)
+        rows, t = ends + batch.first, batch.rows.t[ends]
+        predictions = StoredPredictions(
+            task.bundle.digest, rows, t, classes, model_scores.score, model_scores.value, source.slices
+        )
     return _BatchOutput(
         drift,
         refusals,
-        _build_stored_predictions(task, source, results),
+        predictions,
         messages + drift_messages,
         labels[-1] if labels else task.last_label,
         sum(len(window.alerts) for window in windows),
@@ -224,20 +231,6 @@ def _update_drift(
         rows=(batch.first, batch.last),
         t=batch.rows.t,
         modes=source.modes,
-    )
-
-
-def _build_stored_predictions(
-    task: LoadedTask, source: _BatchInput, results: InferenceResult
-) -> StoredPredictions | None:
-    """Return the results as they are kept for labels; None if there are none, or none are kept."""
-    model_scores, batch = results.scores, source.batch
-    if not len(model_scores) or not task.keep_results:
-        return None
-    ends, classes = source.cut.starts + task.window_rows - 1, scores.to_codes(model_scores)
-    rows, t = ends + batch.first, batch.rows.t[ends]
-    return StoredPredictions(
-        task.bundle.digest, rows, t, classes, model_scores.score, model_scores.value, source.slices
     )
 
 

@@ -49,7 +49,13 @@ class StoreCopy:
         """Copy every table as far as it can be read."""
         names = self._new.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE '%sqlite_%'")
         others = sorted({str(row[0]) for row in names.fetchall()} - {*_FIRST_TABLES, *_LAST_TABLES})
-        self._copy_meta()
+        columns = ["key", "value", "crc"]
+        if not set(columns) <= set(self._old.columns("meta")):
+            self._old.incomplete_tables.add("meta")
+        else:
+            self._insert(
+                "meta", columns, self._intact_meta_rows(self._old.read_by_key("meta", columns[:1], columns[1:]))
+            )
         self._copy_streams()
         for table in others:
             self._copy_table(table)
@@ -66,7 +72,10 @@ class StoreCopy:
             _repair_categories(new)
         if "meta" in incomplete:
             catch_up.rebuild_meta(new, self._watermark_state, self._damaged_keys)
-        acknowledged = self._load_acknowledged()
+        try:
+            acknowledged = retention.AcknowledgedSeqs.from_json(self._get_meta(retention.ACKNOWLEDGED))
+        except (ValueError, TypeError):
+            acknowledged = retention.AcknowledgedSeqs()
         lost: dict[str, Any] = {
             "seqs": self._lost_seqs(acknowledged),
             "rows": {name: missing for name, missing in self._lost_rows() if missing},
@@ -134,14 +143,6 @@ class StoreCopy:
                 self._new.execute("COMMIT")
                 self._new.execute("BEGIN")
         self._new.execute("COMMIT")
-
-    def _copy_meta(self) -> None:
-        """Copy the values of table meta whose CRC is right."""
-        columns = ["key", "value", "crc"]
-        if not set(columns) <= set(self._old.columns("meta")):
-            self._old.incomplete_tables.add("meta")
-            return
-        self._insert("meta", columns, self._intact_meta_rows(self._old.read_by_key("meta", columns[:1], columns[1:])))
 
     def _intact_meta_rows(self, rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
         for row in rows:
@@ -228,9 +229,10 @@ class StoreCopy:
                 if len(row) == len(names) and self._accept_chunk(row):
                     sql = f"INSERT OR IGNORE INTO chunks ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
                     self._new.execute(sql, row)
-            elif len(values) == 6 and all(isinstance(part, bytes) for part in values[1:5]):
-                if not _overlaps(self._seqs, rowid, rowid) and (message := self._accept_message((rowid, *values[1:]))):
-                    self._new.execute(_INSERT_MESSAGE, message)
+            elif len(values) != 6 or not all(isinstance(part, bytes) for part in values[1:5]):
+                continue
+            elif not _overlaps(self._seqs, rowid, rowid) and (message := self._accept_message((rowid, *values[1:]))):
+                self._new.execute(_INSERT_MESSAGE, message)
         self._new.execute("COMMIT")
 
     # --- losses ---
@@ -256,12 +258,6 @@ class StoreCopy:
             unknown = 1 if "chunks" in self._old.incomplete_tables else last + 1
             present = [*copied, *quarantined.get(number, [])]
             yield str(name), missing_ranges(present, min(firsts, default=unknown), last)
-
-    def _load_acknowledged(self) -> retention.AcknowledgedSeqs:
-        try:
-            return retention.AcknowledgedSeqs.from_json(self._get_meta(retention.ACKNOWLEDGED))
-        except (ValueError, TypeError):
-            return retention.AcknowledgedSeqs()
 
     def _last_seq(self) -> int:
         text = self._get_meta("seq")

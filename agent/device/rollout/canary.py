@@ -21,6 +21,7 @@ from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import RowBatch, Store
 from agent.device.store.transaction import Transaction
+from agent.drift.state import DriftState
 from agent.errors import ModelProcessFailed
 from agent.model.inference.inference import InferenceResult
 from agent.model.sandbox.subprocess_model import SubprocessModel
@@ -150,8 +151,7 @@ class CanaryRun:
     def _has_output_drift(self) -> bool:
         if not self.is_serving or not self.rules.output_drift:
             return False
-        state = self.candidate.drift_state
-        return state is not None and bool(state.suite.open_subjects[_OUTPUT_SUBJECTS].any())
+        return _has_open_output_alert(self.candidate.drift_state)
 
     def _is_disagreeing(self) -> bool | None:
         """Return True if the previous bundle predicts otherwise; else the site changed, and a rollback would not help.
@@ -184,6 +184,7 @@ class CanaryRun:
                 return result
         return None
 
+
     def _collect_numbers(self) -> dict[str, object]:
         values = {result.rule: result.numbers["value"] for result in self._rule_results if "value" in result.numbers}
         return {**values, "batches": self.progress.batches, "errors": self.progress.errors}
@@ -199,3 +200,7 @@ def _load_progress(store: Store, task: str, state: RolloutState) -> CanaryProgre
         return fresh
     key = (fresh.rollout, fresh.digest, fresh.phase)
     return saved if saved is not None and (saved.rollout, saved.digest, saved.phase) == key else fresh
+
+
+def _has_open_output_alert(state: DriftState | None) -> bool:
+    return state is not None and bool(state.suite.open_subjects[_OUTPUT_SUBJECTS].any())

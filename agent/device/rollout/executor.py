@@ -170,10 +170,10 @@ class RolloutExecutor:
             for _ in range(_MAX_STEPS_PER_TICK):
                 facts = self._fact_collector.collect(rollout, now)
                 # The last batches may be evidence against the bundle, and rules are not evaluated after promotion.
-                if facts.completion is not None and rollout.canary is not None:
-                    if rollout.canary.flush(self._store, self._message_log, now):
-                        wrote = True
-                        continue
+                canary = rollout.canary if facts.completion is not None else None
+                if canary is not None and canary.flush(self._store, self._message_log, now):
+                    wrote = True
+                    continue
                 new = decide_next_state(rollout.state, facts)
                 if new is rollout.state or new is None or not self._commit_step(name, rollout, new, now):
                     break

@@ -97,7 +97,20 @@ class BundleSupply:
         if isinstance(self._result, BundleAssessment) and not self._fetching and now.boot_s >= self._retry_at_s:
             self._result = None
         if self._result is None and not self._fetching:
-            self._search(request, now)
+            if self._job is None:
+                self._job = _BackgroundJob(lambda: self._find_and_verify(request), self._on_progress)
+            result = self._job.result
+            if result is not None:
+                self._job, self._retry_at_s = None, now.boot_s + SEARCH_RETRY_S
+                if not isinstance(result, BundleMissing):
+                    self._result = result
+                elif self._fetcher is not None and request.desired is not None:
+                    self._fetching = True
+                    self._fetcher.start(request.task, request.desired, now)
+                else:
+                    cause = "its config has no [updates] to fetch it from" if request.desired else "its copy is gone"
+                    detail = f"{request.name} {request.version} is not on this device, and {cause}"
+                    self._result = BundleAssessment("download_failed", detail)
         return self._result
 
     def on_fetched(self, task: str, archive: Path) -> None:
@@ -118,23 +131,6 @@ class BundleSupply:
             self._fetcher.stop(self._request.task)
         # A running thread ends by itself; its result is dropped.
         self._request, self._job, self._result, self._fetching = None, None, None, False
-
-    def _search(self, request: BundleRequest, now: ClockReading) -> None:
-        if self._job is None:
-            self._job = _BackgroundJob(lambda: self._find_and_verify(request), self._on_progress)
-        result = self._job.result
-        if result is None:
-            return
-        self._job, self._retry_at_s = None, now.boot_s + SEARCH_RETRY_S
-        if not isinstance(result, BundleMissing):
-            self._result = result
-        elif self._fetcher is not None and request.desired is not None:
-            self._fetching = True
-            self._fetcher.start(request.task, request.desired, now)
-        else:
-            cause = "its config has no [updates] to fetch it from" if request.desired else "its copy is gone"
-            detail = f"{request.name} {request.version} is not on this device, and {cause}"
-            self._result = BundleAssessment("download_failed", detail)
 
     # --- on the job's thread ---
 

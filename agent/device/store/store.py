@@ -13,7 +13,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import msgspec
 
@@ -354,6 +354,12 @@ class Store:
                 tx.set_meta("boot_id", this_boot)
                 tx.set_meta("boot", str(int(self.get_meta("boot", "0")) + 1))
         self.log_id, self.boot = self.get_meta("log", ""), int(self.get_meta("boot", "0"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         with self._lock:

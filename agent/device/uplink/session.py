@@ -127,20 +127,18 @@ class Session:
     def _fill_window(self) -> None:
         while (room := self._sink.window - len(self._in_flight)) > 0:
             if self._live_queue:
-                self._send_live(self._live_queue.popleft())
+                message = self._live_queue.popleft()
+                size, limit = self._sink.measure(message), self._sink.max_bytes
+                if size <= limit:
+                    self._in_flight[self._sink.send(message)] = message
+                else:
+                    log.error(
+                        "%s is not sent: its %d bytes are above the broker's limit of %d; raise the broker's limit",
+                        *(message.topic, size, limit),
+                    )
             # The retained acknowledgement comes first: most of the outbox may be acknowledged already.
             elif not self._is_greeted or not self._send(self._next_messages(room)):
                 return
-
-    def _send_live(self, message: OutgoingMessage) -> None:
-        size, limit = self._sink.measure(message), self._sink.max_bytes
-        if size <= limit:
-            self._in_flight[self._sink.send(message)] = message
-            return
-        log.error(
-            "%s is not sent: its %d bytes are above the broker's limit of %d; raise the broker's limit",
-            *(message.topic, size, limit),
-        )
 
     def _next_messages(self, limit: int) -> list[OutboxMessage]:
         """Return the messages to send now: resends first, then the log in order."""

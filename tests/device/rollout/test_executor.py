@@ -476,7 +476,7 @@ def test_stopping_does_not_wait_for_a_hanging_model(site: Site) -> None:
 
 def test_a_roll_out_repairs_a_task_with_a_broken_bundle(site: Site) -> None:
     site.stop()
-    for path in (site.home / "data" / "bundles" / "tiny", *(site.home / "data" / "bundles" / ".kept").iterdir()):
+    for path in (site.home / "data" / "bundles" / "tiny", *(site.home / "data" / "bundles" / ".copies").iterdir()):
         (path / "model.tflite").write_bytes(b"no model")
     site.start()
     assert site.runs() is None
@@ -491,7 +491,7 @@ def test_a_roll_out_repairs_a_task_with_a_broken_bundle(site: Site) -> None:
 @crashing
 def test_rows_wait_if_the_only_bundle_crashes(site: Site) -> None:
     site.stop()
-    for path in (site.home / "data" / "bundles" / "tiny", *(site.home / "data" / "bundles" / ".kept").iterdir()):
+    for path in (site.home / "data" / "bundles" / "tiny", *(site.home / "data" / "bundles" / ".copies").iterdir()):
         (path / "model.tflite").write_bytes(b"no model")
     site.start()
     site.desire("crash", "all")

@@ -105,7 +105,12 @@ class FolderWatcher:
         return (paths[start : start + size] for start in range(0, len(paths), size))
 
     async def _ingest_files(self, paths: Sequence[Path], submit_rows: SubmitRows, *, is_retry: bool) -> None:
-        self._last_us = self._find_last_row_us()
+        last = self._store.last_row(self._name)
+        if self._stream.media_format is None or not last:
+            self._last_us = None
+        else:
+            batch = self._store.read_rows(self._name, self._stream.fields, last - 1, 1)
+            self._last_us = None if batch is None or batch.loss_reason else int(batch.rows.t[-1])
         done = await asyncio.gather(
             *(self._ingest_file(path, submit_rows, is_retry=is_retry) for path in paths), return_exceptions=True
         )
@@ -213,14 +218,6 @@ class FolderWatcher:
         while first is not None:
             yield first
             first = await asyncio.to_thread(next, blocks, None)
-
-    def _find_last_row_us(self) -> int | None:
-        """Return the time of the stream's last row, epoch µs; None if unknown."""
-        last = self._store.last_row(self._name)
-        if self._stream.media_format is None or not last:
-            return None
-        batch = self._store.read_rows(self._name, self._stream.fields, last - 1, 1)
-        return None if batch is None or batch.loss_reason else int(batch.rows.t[-1])
 
     def _find_row_range(self, progress: _FileProgress) -> tuple[int, int] | None:
         """Return the first and last row in the stream of an image or sound."""

@@ -94,7 +94,13 @@ class FetchProcess:
             response = msgspec.json.decode(self._stdout.read(MAX_RESPONSE_BYTES), type=FetchResponse)
         except msgspec.MsgspecError:
             error = "Timeout" if self._killed else "WorkerCrashed"
-            response = FetchResponse(error=error, detail=self._describe_death(), floors=VersionFloors())
+            if self._killed:
+                detail = "the fetch worker did not end in time and was killed; the bytes so far are kept"
+            else:
+                self._stderr.seek(0)
+                text = self._stderr.read(MAX_RESPONSE_BYTES).decode(errors="replace").strip()
+                detail = f"the fetch worker ended with {self._process.returncode}: {text[-300:]}"
+            response = FetchResponse(error=error, detail=detail, floors=VersionFloors())
         self._close()
         return response
 
@@ -103,13 +109,6 @@ class FetchProcess:
         self.kill()
         self._process.wait()
         self._close()
-
-    def _describe_death(self) -> str:
-        if self._killed:
-            return "the fetch worker did not end in time and was killed; the bytes so far are kept"
-        self._stderr.seek(0)
-        text = self._stderr.read(MAX_RESPONSE_BYTES).decode(errors="replace").strip()
-        return f"the fetch worker ended with {self._process.returncode}: {text[-300:]}"
 
     def _close(self) -> None:
         self._stdout.close()
@@ -184,7 +183,11 @@ class Fetcher:
         if before is not None and _bundle_key(before.desired) == _bundle_key(desired):
             return
         self.stop(task)
-        self._pending[task] = _PendingFetch(task, desired, _target_path(desired), now.boot_s + self._jitter_s())
+        try:
+            target_path = target_metadata.target_path(desired.bundle, desired.version, desired.digest)
+        except BadBundle:
+            target_path = f"{desired.bundle}/{desired.digest.removeprefix('sha256:')}"
+        self._pending[task] = _PendingFetch(task, desired, target_path, now.boot_s + self._jitter_s())
 
     def stop(self, task: str) -> None:
         """Drop the fetch of `task`."""
@@ -220,8 +223,14 @@ class Fetcher:
             return None
         floors = version_floors.load(self._store)
         expires = None if floors.expires_s is None else clock.to_rfc3339(round(floors.expires_s * 1e6))
+        if floors.expires_s is None:
+            freshness = "unknown"
+        elif requests.trusted_time_us(self._store, now) / 1e6 >= floors.expires_s:
+            freshness = "expired"
+        else:
+            freshness = "fresh" if now.quality == "synced" else "unknown"
         return {
-            "freshness": self._freshness(floors, now),
+            "freshness": freshness,
             "last_checked": self._metadata_check.checked_at,
             "error": self._metadata_check.error,
             "detail": self._metadata_check.detail,
@@ -348,14 +357,6 @@ class Fetcher:
             return f"waits for the window {updates.window}{unknown}"
         return f"retry in {max(0.0, pending.due_s - now.boot_s):.0f} s" if pending.failures else "next"
 
-    def _freshness(self, floors: VersionFloors, now: ClockReading) -> str:
-        """Return `fresh`, `expired`, or `unknown` before the first refresh and while the clock is unsynced."""
-        if floors.expires_s is None:
-            return "unknown"
-        if requests.trusted_time_us(self._store, now) / 1e6 >= floors.expires_s:
-            return "expired"
-        return "fresh" if now.quality == "synced" else "unknown"
-
 
 def seconds_until_close(updates: UpdatesConfig, now: ClockReading) -> float:
     """Return the seconds until the download window closes; 0 while it is closed or the time of day is unknown.
@@ -374,11 +375,3 @@ def seconds_until_close(updates: UpdatesConfig, now: ClockReading) -> float:
 
 def _bundle_key(desired: DesiredBundle) -> tuple[str, str, str]:
     return desired.bundle, desired.version, desired.digest
-
-
-def _target_path(desired: DesiredBundle) -> str:
-    """Return the target's path; for a version that no repository can hold, a path that none has."""
-    try:
-        return target_metadata.target_path(desired.bundle, desired.version, desired.digest)
-    except BadBundle:
-        return f"{desired.bundle}/{desired.digest.removeprefix('sha256:')}"

@@ -137,7 +137,14 @@ class HttpTransport:
             if response.status in _MISSING_STATUSES:
                 raise RemoteFileMissing(name, response.status)
             raise FetchFailed("DownloadHTTPError", self._describe_refusal(name, response))
-        return FileStream(self._start_offset(name, response, offset), self._iter_chunks(name, response))
+        if response.status == 200:
+            offset = 0
+        else:
+            match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+            if match is None or int(match[1]) != offset or not offset:
+                self.close()
+                raise FetchFailed("DownloadError", f"{name}: the server sent another range than the requested one")
+        return FileStream(offset, self._iter_chunks(name, response))
 
     def close(self) -> None:
         self._connection.close()
@@ -158,15 +165,6 @@ class HttpTransport:
             if reused and isinstance(failure.__cause__, ConnectionError | http.client.HTTPException):
                 return self._send_request(path, offset)
             raise
-
-    def _start_offset(self, name: str, response: http.client.HTTPResponse, offset: int) -> int:
-        if response.status == 200:
-            return 0
-        match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        if match is None or int(match[1]) != offset or not offset:
-            self.close()
-            raise FetchFailed("DownloadError", f"{name}: the server sent another range than the requested one")
-        return offset
 
     def _iter_chunks(self, name: str, response: http.client.HTTPResponse) -> Iterator[bytes]:
         try:
