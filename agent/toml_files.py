@@ -23,9 +23,7 @@ def read(path: Path, struct_type: type[S], hook: DecodeHook) -> S:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(
-            str(path), "", "no such file; `outstation init` writes one, `-c FILE` names another"
-        ) from None
+        raise ConfigError(str(path), "", "no such file; `outstation init` writes one, `-c` names another") from None
     except OSError as error:
         raise ConfigError(str(path), "", f"cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -75,7 +75,6 @@ def _load_previous_bundle(
 
 
 def build_sources(file: Path, conf: Config, store: Store) -> list[Source]:
-    """Build the sources that the daemon itself reads."""
     sources: list[Source] = []
     for name, stream in conf.streams.items():
         if (module := source_module(stream.source)) is not None:

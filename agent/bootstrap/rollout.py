@@ -50,9 +50,8 @@ class TaskFactory:
     def start_subprocess(self, name: str, proven: ProvenBundle, rules: CanaryRules) -> LoadedTask:
         """Start the model in a subprocess. Raises BadBundle, ConfigError."""
         self._save_tuning(name, proven)
-        model = SubprocessModel(
-            proven.bundle, proven.tuning, SandboxLimits(call_timeout_s=rules.batch_timeout_s), self._on_wait
-        )
+        limits = SandboxLimits(call_timeout_s=rules.batch_timeout_s)
+        model = SubprocessModel(proven.bundle, proven.tuning, limits, self._on_wait)
         try:
             active = LoadedBundle(proven.bundle, model, proven.reference, proven.tuning)
             return tasks.build_task(self._file, self._conf, self._store, name, active, lambda _bundle: nullcontext())

@@ -117,9 +117,7 @@ def _print(document: dict[str, Any]) -> None:
     if document["accuracy"] is not None:
         click.echo(f"accuracy before anything went wrong, against the recordings' labels: {document['accuracy']:.3f}")
     if document["mae"] is not None:
-        click.echo(
-            f"mean absolute error before anything went wrong, against labels: {document['mae']:.1f} {document['unit']}"
-        )
+        click.echo(f"mean absolute error before anything went wrong: {document['mae']:.1f} {document['unit']}")
     print_audit(document["audit"], document["seconds"])
 
 

@@ -13,9 +13,7 @@ from agent.errors import UsageError
 
 _MAX_SHOWN = 20
 
-json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else."
-)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 config_option = click.option(
     "-c",
     "--config",
@@ -25,7 +23,7 @@ config_option = click.option(
 )
 
 plot_option = click.option(
-    "--plot", metavar="FILE", type=click.Path(path_type=Path), help="Write a plot to FILE, .svg or .png."
+    "--plot", metavar="FILE", type=click.Path(path_type=Path), help="Write a plot, .svg or .png."
 )
 dark_option = click.option("--dark", is_flag=True, help="With --plot: dark theme.")
 

@@ -244,9 +244,7 @@ def _check_stream(file: str, name: str, stream: StreamConfig) -> None:
         if column.min is not None and column.max is not None and column.min > column.max:
             raise ConfigError(file, key, f"field {column.name!r}: min {column.min:g} is above max {column.max:g}")
         if not all(math.isfinite(limit) for limit in (column.min, column.max) if limit is not None):
-            raise ConfigError(
-                file, key, f"field {column.name!r}: min and max must be finite; omit a limit that is not needed"
-            )
+            raise ConfigError(file, key, f"field {column.name!r}: min and max must be finite; omit an unused limit")
         if column.type == "category" and (column.min is not None or column.max is not None):
             raise ConfigError(file, key, f"field {column.name!r}: a category has no min and max; remove them")
         if column.optional and column.type == "i64":
@@ -274,9 +272,7 @@ def _check_slices(file: str, name: str, task: TaskConfig, stream: StreamConfig) 
             raise ConfigError(file, key, f"duplicate field {field!r}; remove one")
         seen.add(field)
         if isinstance(item, str) and kinds[field] != "category":
-            raise ConfigError(
-                file, key, f"{field!r} is a number; give its bins: {{ field = {field!r}, edges = [0.0] }}"
-            )
+            raise ConfigError(file, key, f"{field!r} is a number; give bins: {{ field = {field!r}, edges = [0.0] }}")
         if not isinstance(item, str):
             if kinds[field] == "category":
                 raise ConfigError(file, key, f"{field!r} is a category and takes no edges; write {field!r} alone")
@@ -285,7 +281,6 @@ def _check_slices(file: str, name: str, task: TaskConfig, stream: StreamConfig) 
 
 
 def _encode_quantity(value: Any) -> Any:
-    """Encode Size and Duration as numbers."""
     return int(value) if isinstance(value, Size) else float(value)
 
 

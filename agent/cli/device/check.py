@@ -141,9 +141,8 @@ def _check_storage(conf: Config) -> CheckResult:
         store.close()
     except (OutstationError, OSError) as problem:
         return CheckResult("storage", "failed", f"{problem}; check [device] data_dir and its owner")
-    return CheckResult(
-        "storage", "ok", f"{conf.data_dir}, {used >> 10} KiB of {int(conf.buffer.max_size) >> 20} MiB used"
-    )
+    limit = int(conf.buffer.max_size) >> 20
+    return CheckResult("storage", "ok", f"{conf.data_dir}, {used >> 10} KiB of {limit} MiB used")
 
 
 def _check_store_condition(conf: Config) -> Iterator[CheckResult]:

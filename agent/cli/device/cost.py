@@ -119,9 +119,7 @@ def _print(document: dict[str, Any]) -> None:
     for task in tasks:
         if task["raw"]["times"]:
             size, times = _format_bytes(task["raw"]["bytes"]), task["raw"]["times"]
-            click.echo(
-                f"\n{task['task']}: sending its rows themselves would take {size} on the air, {times:g} times as much"
-            )
+            click.echo(f"\n{task['task']}: sending the rows themselves would take {size}, {times:g} times as much")
 
 
 def _row(name: str, count: int, costs: dict[str, Any]) -> list[Any]:

@@ -58,8 +58,6 @@ def drift(task: str, plot: Path | None, dark: bool, config_file: str | None, as_
 
 
 class _TaskDrift:
-    """Drift of one task, as the store has it."""
-
     def __init__(self, conf: Config, store: Store, task: str) -> None:
         self.task, self.device = task, conf.device.id
         self.bundle = bundle.read(history.locate_bundle(conf, store, task), None)

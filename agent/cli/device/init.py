@@ -130,9 +130,7 @@ def _print(document: dict[str, str], *, enrolled: bool) -> None:
     if enrolled:
         click.echo(f"Next: outstation check -c {document['file']}")
     else:
-        click.echo(
-            f"Next: outstation fleet enrol {document['device']} --key {document['key']}   (on the fleet's machine)"
-        )
+        click.echo(f"Next: outstation fleet enrol {document['device']} --key {document['key']}  (on the collector)")
 
 
 def _read_enrolment(enrolment: Path) -> dict[str, bytes]:

@@ -69,7 +69,6 @@ def _format_condition(condition: dict[str, Any]) -> str:
 
 
 def _print_tasks(tasks: Sequence[dict[str, Any]]) -> None:
-    """Print a table of all tasks, then details of each."""
     print_table(
         ["task", "bundle", "schedule", "rows used", "waiting", "windows", "reference", "open"],
         [

@@ -45,8 +45,6 @@ class BundleRef(msgspec.Struct, frozen=True):
 
 
 class BundleHistory(msgspec.Struct, frozen=True):
-    """Current bundle of a task, and the previous one."""
-
     current: BundleRef
     previous: BundleRef | None = None
 
@@ -107,9 +105,7 @@ def store_copy(loaded: Bundle, data_dir: Path) -> bool:
         durable_files.fsync(partial)
         durable_files.rename(partial, target)
     except OSError as error:
-        log.error(
-            "%s: bundle %s cannot be stored for a rollback: %s", target.parent, loaded.manifest.name, error.strerror
-        )
+        log.error("%s: bundle %s cannot be copied here: %s", target.parent, loaded.manifest.name, error.strerror)
         shutil.rmtree(partial, ignore_errors=True)
         return False
     return True

@@ -127,9 +127,7 @@ def _count_crash(conf: Config, store: Store, message_log: MessageLog, crash: Cra
         )
         quarantined = {**quarantined, crash.digest: QuarantinedBundle(reason, configured)}
         overrides.save_quarantined(tx, crash.task, quarantined)
-        outcome = (
-            f"{target} runs instead" if target else "no other is stored here, so the task stops and its readings wait"
-        )
+        outcome = f"{target} runs instead" if target else "no other has a copy here: the task stops, its readings wait"
         summary = f"{crash.task}: {reason}; {outcome}."
         evidence = {
             "task": crash.task,

@@ -26,6 +26,7 @@ from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.errors import RowRejected, StorageFull, UsageError
 from agent.transport.packets import OutgoingMessage
+from agent.wire.keys import SigningKey
 
 log = logging.getLogger("outstation")
 
@@ -55,20 +56,10 @@ class KeyRotation:
         old = self._message_log.key
 
         def write(tx: Transaction) -> None:
-            append_rotation(tx, self._message_log, old, new, now)
-            tx.set_meta(LOG_SIGNER_KID, new.public.kid)
-
-        def activate() -> None:
-            self._message_log.live_key, self._message_log.key = old, new
-            try:
-                self._files.promote()
-            except OSError as error:
-                # The store names the new key, so the next start puts it in place.
-                log.error("the new key could not be put in place: %s; the next start does it", error)
-            self._publish(keys_message(self._message_log, now))
+            self._commit(tx, old, new, now)
 
         summary = f"Signs with key {new.public.text} from now on; the one before was {old.public.text}."
-        return Effect(summary, {"key": new.public.text, "kid": new.public.kid}, write, activate)
+        return Effect(summary, {"key": new.public.text, "kid": new.public.kid}, write, lambda: self._activate(new, now))
 
     def tick(self, now: ClockReading) -> None:
         """Drop the old key once the collector has acknowledged the rotation. Raises StorageError."""
@@ -93,3 +84,16 @@ class KeyRotation:
         self._files.forget_old()
         self._message_log.live_key = None
         self._reconnect()
+
+    def _commit(self, tx: Transaction, old: SigningKey, new: SigningKey, now: ClockReading) -> None:
+        append_rotation(tx, self._message_log, old, new, now)
+        tx.set_meta(LOG_SIGNER_KID, new.public.kid)
+
+    def _activate(self, new: SigningKey, now: ClockReading) -> None:
+        self._message_log.live_key, self._message_log.key = self._message_log.key, new
+        try:
+            self._files.promote()
+        except OSError as error:
+            # The store names the new key, so the next start puts it in place.
+            log.error("the new key could not be put in place: %s; the next start does it", error)
+        self._publish(keys_message(self._message_log, now))

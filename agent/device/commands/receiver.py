@@ -87,9 +87,7 @@ class CommandReceiver:
         if delivery.topic != self.topic:
             raise MessageRefused("other topic", delivery.topic[:120])
         if len(delivery.payload) > MAX_COMMAND_BYTES:
-            raise MessageRefused(
-                "too large", f"{len(delivery.payload)} bytes, a command has at most {MAX_COMMAND_BYTES}"
-            )
+            raise MessageRefused("too large", f"{len(delivery.payload)} bytes; the limit is {MAX_COMMAND_BYTES}")
         if delivery.correlation is not None and len(delivery.correlation) > _MAX_CORRELATION:
             raise MessageRefused("too large", f"correlation data of {len(delivery.correlation)} bytes")
         message = verify_message(delivery.topic, delivery.payload, delivery.tokens, self._operators.get)

@@ -202,7 +202,6 @@ class GroupCommit:
         return outcomes
 
     def _write_labels(self, tx: Transaction, producer_batch: _ProducerBatch) -> int:
-        """Write the labels and return how many were accepted."""
         accepted, targets = 0, self._label_targets() if producer_batch.label_batches else {}
         for batch, line, now in producer_batch.label_batches:
             rejected = labels.store_labels(tx, targets.get(batch.task), batch, now)

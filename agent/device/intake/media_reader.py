@@ -46,7 +46,7 @@ def check_config(file: str, name: str, stream: StreamConfig, max_size: int) -> N
     size, limit = row_bytes(stream) * stream.media_format.height, Quota.from_max_size(max_size).transaction_bytes // 2
     if size > limit:
         raise ConfigError(
-            file, key, f"an image takes {size:,} bytes, the store {limit:,} at once; make width and height smaller"
+            file, key, f"an image takes {size:,} bytes, the store {limit:,} at once; use a smaller width and height"
         )
 
 

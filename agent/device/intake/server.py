@@ -140,9 +140,7 @@ class Intake:
             listener.bind(str(path))
         except OSError as error:
             listener.close()
-            raise UsageError(
-                f"{path}: {error}; a socket path has at most 107 bytes, choose a shorter data_dir"
-            ) from error
+            raise UsageError(f"{path}: {error}; a socket path has at most 107 bytes; shorten data_dir") from error
         path.chmod(0o660)
         return await asyncio.start_unix_server(self._accept, sock=listener, limit=_READ_BYTES, backlog=_BACKLOG)
 

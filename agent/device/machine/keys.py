@@ -33,8 +33,6 @@ LOG_SIGNER_KID, PENDING_ROTATION = "signing key", "rotation"
 
 
 class KeyFiles:
-    """Private key files of one device."""
-
     def __init__(self, data_dir: Path, provisioned: SigningKey) -> None:
         self._folder, self._provisioned = data_dir / "keys", provisioned
         name = provisioned.public.kid

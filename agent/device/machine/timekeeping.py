@@ -66,8 +66,6 @@ def is_plausible_time(signed_us: int, now: ClockReading) -> bool:
 
 
 class _LastAnchor(msgspec.Struct):
-    """Last anchor of this process."""
-
     segment: ClockSegment
     quality: str
     boot_s: float
@@ -146,9 +144,7 @@ class Timekeeper:
         if step:
             log.warning("the clock was set by %+.1f s, to %s", step / 1e6, clock.to_rfc3339(now.wall_us))
             if self._last_anchor is not None and self._last_anchor.quality == "synced":
-                self._set_incident(
-                    f"The clock was set by {step / 1e6:+.1f} s although a time service had synchronized it.", now
-                )
+                self._set_incident(f"The clock was set by {step / 1e6:+.1f} s although it was synchronized.", now)
         if disagrees:
             self._set_incident(
                 f"The collector's time was {clock.to_rfc3339(floor_us)}, the time service's is "

@@ -58,8 +58,6 @@ class _BatchInput:
 
 @dataclass(frozen=True, slots=True)
 class _BatchOutput:
-    """Everything that a batch commits, besides its cursor and counters."""
-
     drift: DriftState | None
     refusals: LearningRefusals
     predictions: StoredPredictions | None

@@ -266,7 +266,6 @@ def filter_evaluable(task: LoadedTask, samples: Sequence[StoredLabel]) -> list[S
 
 
 def to_labelled_predictions(task: LoadedTask, samples: Sequence[StoredLabel]) -> LabelledPredictions:
-    """Return evaluable samples as arrays, in the order given."""
     results, schema = [sample.prediction for sample in samples], build_label_schema(task)
     has_classes = all(result.predicted_class is not None for result in results)
     classes = np.array([result.predicted_class for result in results], np.int64) if has_classes else None

@@ -46,7 +46,6 @@ class StoreCopy:
         self._damaged_keys: set[str] = set()
 
     def copy_tables(self) -> None:
-        """Copy every table as far as it can be read."""
         names = self._new.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE '%sqlite_%'")
         others = sorted({str(row[0]) for row in names.fetchall()} - {*_FIRST_TABLES, *_LAST_TABLES})
         columns = ["key", "value", "crc"]

@@ -66,7 +66,6 @@ def apply(db: sqlite3.Connection) -> None:
 
 
 def drop_backups(folder: Path) -> None:
-    """Delete the backups of earlier migrations."""
     for path in folder.glob("*.db.before-*"):
         with contextlib.suppress(OSError):
             path.unlink()
@@ -81,7 +80,6 @@ def _applied_steps(db: sqlite3.Connection) -> list[str]:
 
 
 def _counts(db: sqlite3.Connection) -> dict[str, int]:
-    """Return the number of rows of each of our tables."""
     names = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE '%sqlite_%'").fetchall()
     return {str(name): int(db.execute(f'SELECT count(*) FROM "{name}"').fetchone()[0]) for (name,) in names}
 

@@ -89,7 +89,6 @@ class CanaryRun:
             self._failure = BundleAssessment("error_rate", detail, self._collect_numbers())
 
     def save_progress(self, tx: Transaction) -> None:
-        """Save the progress in the commit of the batch."""
         tx.save_state(self.candidate.name, task_keys.CANARY_PROGRESS, msgspec.json.encode(self._next_progress))
 
     def after_commit(self, task: LoadedTask, store: Store, batch: RowBatch, answers: InferenceResult) -> None:
@@ -183,7 +182,6 @@ class CanaryRun:
             if result.state == "failed" and (is_long_enough or result.rule == rules.ERROR_RATE):
                 return result
         return None
-
 
     def _collect_numbers(self) -> dict[str, object]:
         values = {result.rule: result.numbers["value"] for result in self._rule_results if "value" in result.numbers}

@@ -41,8 +41,6 @@ _MAX_STEPS_PER_TICK = 6
 
 
 class RolloutExecutor:
-    """Executor of one device. Used by the main loop."""
-
     def __init__(
         self,
         conf: Config,

@@ -104,8 +104,6 @@ def build_stored_predictions(digest: str, windows: AlignedWindows, model_scores:
 
 
 def concatenate_stored(parts: Sequence[StoredPredictions]) -> StoredPredictions:
-    """Concatenate predictions of one bundle, in order."""
-
     def join(columns: Sequence[Any]) -> Any:
         return None if columns[0] is None else np.concatenate(columns)
 

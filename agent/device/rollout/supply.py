@@ -114,7 +114,6 @@ class BundleSupply:
         return self._result
 
     def on_fetched(self, task: str, archive: Path) -> None:
-        """Verify a fetched archive."""
         request = self._request
         if request is not None and self._fetching and request.task == task:
             self._fetching, self._result = False, None
@@ -126,7 +125,6 @@ class BundleSupply:
             self._result = assessment
 
     def cancel(self) -> None:
-        """Drop the current request."""
         if self._fetching and self._fetcher is not None and self._request is not None:
             self._fetcher.stop(self._request.task)
         # A running thread ends by itself; its result is dropped.

@@ -91,7 +91,6 @@ def summarize(task: str, state: RolloutState) -> str:
 
 
 def build_evidence(task: str, state: RolloutState) -> dict[str, Any]:
-    """Return the evidence of audit messages and alerts."""
     desired = state.desired
     return {
         "task": task,

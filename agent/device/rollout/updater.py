@@ -22,8 +22,6 @@ _UNTRUSTED_ERRORS = frozenset({
 
 
 class BundleUpdater:
-    """Updater of one device, for the main loop only."""
-
     def __init__(
         self, rollouts: RolloutExecutor, supplies: Mapping[str, BundleSupply], fetcher: Fetcher | None
     ) -> None:
@@ -52,7 +50,6 @@ class BundleUpdater:
         return self.rollouts.on_canary_failure(task, failure, now)
 
     def report(self, now: ClockReading) -> dict[str, Any]:
-        """Return the members of a health message."""
         updates = None if self._fetcher is None else self._fetcher.report(now)
         return {} if updates is None else {"updates": updates}
 

@@ -25,13 +25,10 @@ _ENVELOPE_BYTES = 330
 
 
 class CostMeter:
-    """Cost counters of one task."""
-
     def __init__(self, task: str) -> None:
         self._task, self._uncounted_batches = task, list[tuple[int, int, int]]()
 
     def record_batch(self, windows: int, rows: int, cpu_us: int) -> None:
-        """Record a committed batch."""
         self._uncounted_batches.append((windows, rows, cpu_us))
 
     def write_counters(self, tx: Transaction) -> None:
@@ -151,7 +148,6 @@ class ProcessCost(msgspec.Struct, frozen=True):
 
 
 def read_task_cost(counters: dict[str, int], task: str) -> TaskCost:
-    """Select a task's cost from the store's counters."""
     head = f"{_TASK_PREFIX}{task}."
     own = {name.removeprefix(head): n for name, n in counters.items() if name.startswith(head)}
     return TaskCost(

@@ -31,8 +31,6 @@ class Connection(Protocol):
 
 
 class MqttSink:
-    """One MQTT connection as a sink."""
-
     def __init__(self, link: Connection) -> None:
         self._link = link
         self.send, self.acknowledge, self.wake = link.send, link.acknowledge, link.wake

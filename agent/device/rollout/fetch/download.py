@@ -35,7 +35,6 @@ class Download:
 
     @property
     def missing_bytes(self) -> int:
-        """Bytes still to be downloaded."""
         if self._archive.exists():
             return 0
         return max(0, self._target.length - (self._part.stat().st_size if self._part.exists() else 0))

@@ -105,7 +105,6 @@ class FetchProcess:
         return response
 
     def kill_and_wait(self) -> None:
-        """Kill it and wait for its end."""
         self.kill()
         self._process.wait()
         self._close()
@@ -240,7 +239,6 @@ class Fetcher:
         }
 
     def close(self) -> None:
-        """End a running worker."""
         if self._process is not None:
             self._process.kill_and_wait()
             self._process = self._active = None

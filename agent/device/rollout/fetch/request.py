@@ -26,7 +26,6 @@ _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def build_metadata_request(conf: Config, updates: UpdatesConfig, floors: VersionFloors, time_us: int) -> FetchRequest:
-    """Build a request that refreshes the metadata only."""
     return FetchRequest(
         url=updates.url,
         ca_file=updates.ca_file,

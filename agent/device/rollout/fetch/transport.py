@@ -92,7 +92,6 @@ class TransferLimiter:
             time.sleep(max(0.0, self._next_read_s - time.monotonic()))
 
     def reset(self) -> None:
-        """Restart the stall timeout."""
         self._stall_left_s, self._bytes_since_reset = self._stall_timeout_s, 0
 
     def _on_alarm(self, _signal: int, _frame: FrameType | None) -> None:

@@ -102,7 +102,7 @@ def _check_target(request: FetchRequest, target: SignedTarget, missing_bytes: in
     """Raise FetchFailed for an archive that must not be downloaded."""
     if target.length > request.max_size:
         raise FetchFailed(
-            "TooLarge", f"{target.path} has {target.length} bytes, [updates] max_size allows {request.max_size}"
+            "TooLarge", f"{target.path} has {target.length} bytes; [updates] max_size is {request.max_size}"
         )
     if request.digest and target.custom.get("digest") != request.digest:
         raise FetchFailed("Incompatible", f"{target.path} holds another bundle than the desired one ({request.digest})")
