@@ -18,6 +18,10 @@ DecodeHook = Callable[[type, Any], Any]
 S = TypeVar("S", bound=msgspec.Struct)
 
 
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Section of a config file, which rejects unknown keys."""
+
+
 def read(path: Path, struct_type: type[S], hook: DecodeHook) -> S:
     """Read a file as `struct_type`; `hook` decodes custom types. Raises ConfigError."""
     try:

@@ -18,7 +18,6 @@ from agent.config.broker import MQTT_SCHEMES
 from agent.config.broker import BrokerConfig as BrokerConfig
 from agent.config.broker import check_broker as check_broker
 from agent.config.broker import parse_loopback as parse_loopback
-from agent.config.section import Section as Section
 from agent.config.sources import SocketSource, SourceConfig
 from agent.config.updates import UpdatesConfig as UpdatesConfig
 from agent.errors import ConfigError
@@ -29,6 +28,7 @@ from agent.quantities import Size as Size
 from agent.quantities import decode_quantity
 from agent.quantities import parse_duration as parse_duration
 from agent.quantities import parse_size as parse_size
+from agent.toml_files import Section as Section
 from agent.toml_files import did_you_mean
 
 _MIN_STORE_BYTES = 2**20

@@ -10,6 +10,7 @@ import msgspec
 
 from agent.errors import ConfigError
 from agent.quantities import Duration, Size
+from agent.toml_files import Section
 
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _TIME = r"([01]\d|2[0-3]):([0-5]\d)"
@@ -21,7 +22,7 @@ _MIN_RATE = 1024
 _MAX_BUNDLE_BYTES = 256 << 20
 
 
-class UpdatesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class UpdatesConfig(Section, frozen=True):
     """`url` is http(s):// or a folder. `root` is the first trusted TUF root, from enrolment. Rates are per second."""
 
     url: str

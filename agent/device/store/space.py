@@ -113,10 +113,6 @@ class SpaceManager:
             log.error("%s; deleting needs a little room, too", full)
             return False
 
-    def hours_until_eviction(self) -> float | None:
-        """Return the hours until undelivered data must go, at the pace of the past hours."""
-        return hours_until_eviction(self._store, self._store.limit_bytes())
-
     # --- expiry ---
 
     def _used_through(self, stream: str) -> int:
@@ -263,7 +259,7 @@ class SpaceManager:
 
     def _alert_evidence(self) -> dict[str, Any]:
         used, limit = self._store.used_bytes(), self._store.limit_bytes()
-        return {"bytes": used, "max": limit, "hours": self.hours_until_eviction()}
+        return {"bytes": used, "max": limit, "hours": hours_until_eviction(self._store, limit)}
 
     def _write_alert(self, tx: Transaction, now: ClockReading, alert: Alert) -> None:
         self._message_log.append(tx, "alerts", None, alert.to_body(), now)

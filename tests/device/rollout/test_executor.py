@@ -104,7 +104,7 @@ def test_a_shadow_ends_when_the_device_is_no_longer_selected(site: Site) -> None
     site.desire("2", "shadow", percent=0.0)
     assert site.phase == "not_selected"
     assert task.batch_observer is None
-    assert site.daemon._rollout.rollouts._rollouts["sort"].canary is None
+    assert site.daemon._updater.rollouts._rollouts["sort"].canary is None
 
 
 def compared(site: Site) -> ShadowState | None:
@@ -424,7 +424,7 @@ def test_a_rollback_right_after_a_start_ends_the_canary(site: Site) -> None:
     on_probation(site)
     site.batch()
     site.crash()
-    assert site.daemon._rollout.is_resuming("sort")
+    assert site.daemon._updater.rollouts.is_resuming("sort")
     ok, summary, _ = site.obey("rollback", task="sort")
     assert ok, summary
     assert (site.phase, site.reason, site.batch()) == ("rolled_back", "operator", "1")
