@@ -152,21 +152,18 @@ def _print(document: dict[str, Any]) -> None:
     print_table([*heads, "drift", "sensor fault"], listed, "No devices.")
     click.echo("")
     for device in document["devices"]:
-        _print_alerts(device["device"], device["alerts"])
+        # A failing microphone affects every band.
+        name, sentences = device["device"], device["alerts"]
+        for sentence in sentences[:_MAX_ALERTS]:
+            click.echo(f"{name}  {sentence}")
+        if len(sentences) > _MAX_ALERTS:
+            click.echo(f"{name}  … and {len(sentences) - _MAX_ALERTS} more; all with --json")
     click.echo("")
     if document["accuracy"] is not None:
         click.echo(f"accuracy before anything went wrong, against the recordings' labels: {document['accuracy']:.3f}")
     if document["mae"] is not None:
         click.echo(f"mean absolute error before anything went wrong: {document['mae']:.1f} {document['unit']}")
     print_audit(document["audit"], document["seconds"])
-
-
-def _print_alerts(device: str, sentences: list[str]) -> None:
-    """Print the first alerts: a failing microphone affects every band."""
-    for sentence in sentences[:_MAX_ALERTS]:
-        click.echo(f"{device}  {sentence}")
-    if len(sentences) > _MAX_ALERTS:
-        click.echo(f"{device}  … and {len(sentences) - _MAX_ALERTS} more; all with --json")
 
 
 def _format_cell(value: Any) -> Any:

@@ -6,7 +6,6 @@ import contextlib
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from io import BufferedReader
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -74,7 +73,10 @@ def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str
     rejected: dict[int, str] = {}
     stream = conf.streams[name]
     with contextlib.ExitStack() as open_files:
-        source = open_files.enter_context(_open_input(path))
+        try:
+            source = open_files.enter_context(open_file(path if path is not None else 0))
+        except OSError as error:
+            raise UsageError(f"{path or 'stdin'}: {error.strerror}") from None
         target = open_files.enter_context(contextlib.closing(_open_sink(conf, name)))
         bar = open_files.enter_context(_ProgressLine(path))
         problem = None
@@ -210,13 +212,6 @@ def _open_sink(conf: Config, stream: str) -> RowSink:
             return _StoreSink(conf, stream)
         except StorageBusy as busy:
             raise OutstationError(f"{busy}; the daemon takes no rows now: {error}") from None
-
-
-def _open_input(path: Path | None) -> BufferedReader[Any]:
-    try:
-        return open_file(path if path is not None else 0)
-    except OSError as error:
-        raise UsageError(f"{path or 'stdin'}: {error.strerror}") from None
 
 
 class _ProgressLine:

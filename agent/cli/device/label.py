@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,13 @@ def read_labels(file: str) -> Iterator[ParsedLabel]:
             options = TableOptions(keep_invalid=True, check_row=_find_foreign_member)
             table = formats.open_table(None, source, options)
             if isinstance(table, CsvTable):
-                _check_columns(file, table.columns)
+                for name in table.columns:
+                    if name not in _COLUMNS or table.columns.count(name) > 1:
+                        raise UsageError(
+                            f"{file}: column {name[:40]!r}: the first line names row or t, label, and optionally source"
+                        )
+                if "label" not in table.columns or not {"row", "t"} & set(table.columns):
+                    raise UsageError(f"{file}: the first line must name the columns: row,label or t,label")
             names = table.columns if isinstance(table, CsvTable) else list(_COLUMNS)
             for block in table.read({name: _COLUMNS[name] for name in names}):
                 yield from ((rejection.line, rejection.reason) for rejection in block.rejected)
@@ -79,16 +85,6 @@ def read_labels(file: str) -> Iterator[ParsedLabel]:
         raise UsageError(f"{file}: {problem}") from None
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror}") from None
-
-
-def _check_columns(file: str, columns: Sequence[str]) -> None:
-    for name in columns:
-        if name not in _COLUMNS or columns.count(name) > 1:
-            raise UsageError(
-                f"{file}: column {name[:40]!r}: the first line names row or t, label, and optionally source"
-            )
-    if "label" not in columns or not {"row", "t"} & set(columns):
-        raise UsageError(f"{file}: the first line must name the columns: row,label or t,label")
 
 
 def _find_foreign_member(values: Mapping[str, Any]) -> str | None:

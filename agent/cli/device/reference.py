@@ -96,23 +96,19 @@ def _apply_or_wait(file: Path, conf: Config, task: str, request: requests.Relear
     try:
         store = device.open_store(conf)
     except StorageBusy:
-        return _wait_for_daemon(conf, task, request, wait_s)
+        with device.open_store_read_only(conf) as store:
+            deadline = time.monotonic() + wait_s
+            while store.load_state(task, task_keys.RELEARN_REQUEST_DONE) != request.id.encode():
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.1)
+            return True
     try:
         writer, now = device.open_message_log(file, conf, store), make_clock(store)
         Timekeeper(store, writer).tick(now())
         return requests.apply_pending(tasks.load_task(file, conf, store, task), store, writer, now())
     finally:
         store.close()
-
-
-def _wait_for_daemon(conf: Config, task: str, request: requests.RelearnRequest, wait_s: float) -> bool:
-    with device.open_store_read_only(conf) as store:
-        deadline = time.monotonic() + wait_s
-        while store.load_state(task, task_keys.RELEARN_REQUEST_DONE) != request.id.encode():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.1)
-        return True
 
 
 def _format_reference(document: dict[str, Any]) -> str:

@@ -47,8 +47,13 @@ def _print(document: dict[str, Any]) -> None:
     files = f", {document['failed_files']} files failed" if document["failed_files"] else ""
     rejected = f"{document['rejected']} lines rejected{files}"
     click.echo(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {rejected}\n")
-    if condition := _format_condition(document["condition"]):
-        click.echo(f"{condition}\n")
+    condition = document["condition"]
+    last, quarantine = condition["last_finding"], condition["quarantine"]
+    parts = ["last stop unclean"] if condition["last_stop"] == "unclean" else []
+    parts += [f"{last['time']}: {last['summary']}"] if last else []
+    parts += [f"{quarantine['bytes'] / 2**20:.1f} MiB in {quarantine['folder']}"] if quarantine else []
+    if parts:
+        click.echo(f"{'; '.join(parts)}\n")
     if pause_reason := document["throttle"].get("resting"):
         click.echo(f"tasks are paused: {pause_reason}\n")
     _print_tasks(document["tasks"])
@@ -57,15 +62,6 @@ def _print(document: dict[str, Any]) -> None:
         click.echo(_format_alert(alert, alert["state"]))
     if not document["alerts"]:
         click.echo("No alerts.")
-
-
-def _format_condition(condition: dict[str, Any]) -> str:
-    """Return one line if the store was repaired or not closed cleanly."""
-    last, quarantine = condition["last_finding"], condition["quarantine"]
-    parts = ["last stop unclean"] if condition["last_stop"] == "unclean" else []
-    parts += [f"{last['time']}: {last['summary']}"] if last else []
-    parts += [f"{quarantine['bytes'] / 2**20:.1f} MiB in {quarantine['folder']}"] if quarantine else []
-    return "; ".join(parts)
 
 
 def _print_tasks(tasks: Sequence[dict[str, Any]]) -> None:

@@ -232,18 +232,6 @@ class GroupCommit:
 def _append_rows(tx: Transaction, stream: str, parts: Sequence[tuple[Rows, ClockStamp]], now: ClockReading) -> int:
     """Append rows to a stream and return the number of the last row before them."""
     last, count = 0, sum(len(rows) for rows, _ in parts)
-    for (segment, quality), run in _merge_runs(parts):
-        last = tx.append(stream, concatenate(run), quality, segment=segment, boot_us=now.boot_us)
-    return last - count
-
-
-def _stamp(tx: Transaction, rows: Rows, now: ClockReading) -> ClockStamp:
-    segment = tx.segments.find_covering(now, int(rows.t.min()), int(rows.t.max()))
-    return (PRODUCER_TIME, now.quality) if segment is None else (segment.number, QUALITIES[segment.quality])
-
-
-def _merge_runs(parts: Sequence[tuple[Rows, ClockStamp]]) -> list[tuple[ClockStamp, list[Rows]]]:
-    """Merge neighbours with the same stamp; a producer that mixes times arbitrarily gets a limited number of runs."""
     runs: list[tuple[ClockStamp, list[Rows]]] = []
     for rows, stamp in parts:
         if runs and (runs[-1][0] == stamp or len(runs) == _MAX_RUNS):
@@ -252,7 +240,14 @@ def _merge_runs(parts: Sequence[tuple[Rows, ClockStamp]]) -> list[tuple[ClockSta
             runs[-1][1].append(rows)
         else:
             runs.append((stamp, [rows]))
-    return runs
+    for (segment, quality), run in runs:
+        last = tx.append(stream, concatenate(run), quality, segment=segment, boot_us=now.boot_us)
+    return last - count
+
+
+def _stamp(tx: Transaction, rows: Rows, now: ClockReading) -> ClockStamp:
+    segment = tx.segments.find_covering(now, int(rows.t.min()), int(rows.t.max()))
+    return (PRODUCER_TIME, now.quality) if segment is None else (segment.number, QUALITIES[segment.quality])
 
 
 def _reject_all(producer_batch: _ProducerBatch, error: StorageFull) -> CommitOutcome:

@@ -108,7 +108,12 @@ class Intake:
         try:
             servers.append(await self._listen_unix())
             if self._conf.intake.tcp:
-                servers.append(await self._listen_tcp(self._conf.intake.tcp))
+                host, port = config.parse_loopback(self._conf.intake.tcp)
+                try:
+                    servers.append(await asyncio.start_server(self._accept, host, port, limit=_READ_BYTES))
+                except OSError as error:
+                    problem = f"intake.tcp {self._conf.intake.tcp}: {error.strerror}; choose another port"
+                    raise UsageError(problem) from error
             tasks = [asyncio.create_task(self._run_source(source)) for source in self._sources]
             tasks.append(asyncio.create_task(self._run_heartbeat()))
             self._ready.set()
@@ -143,13 +148,6 @@ class Intake:
             raise UsageError(f"{path}: {error}; a socket path has at most 107 bytes; shorten data_dir") from error
         path.chmod(0o660)
         return await asyncio.start_unix_server(self._accept, sock=listener, limit=_READ_BYTES, backlog=_BACKLOG)
-
-    async def _listen_tcp(self, address: str) -> asyncio.Server:
-        host, port = config.parse_loopback(address)
-        try:
-            return await asyncio.start_server(self._accept, host, port, limit=_READ_BYTES)
-        except OSError as error:
-            raise UsageError(f"intake.tcp {address}: {error.strerror}; choose another port") from error
 
     async def _run_heartbeat(self) -> None:
         while True:

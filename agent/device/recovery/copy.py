@@ -86,7 +86,11 @@ class StoreCopy:
             lost["tasks"] = catch_up.adopt_watermark(new, self._watermark_state).cursors
         elif not self._get_meta("log"):
             catch_up.abandon_unknown_log(new)
-        _recount_backlog(new, acknowledged)
+        messages = size = 0
+        for seq, n in new.execute("SELECT seq, length(payload) + length(jws) + length(topic) FROM outbox"):
+            if seq not in acknowledged:
+                messages, size = messages + 1, size + int(n or 0)
+        meta.put(new, retention.BACKLOG, f"{messages} {size}")
         summary = (
             f"The store was damaged ({cause}). Everything readable was copied into a new one; the damaged files are in "
             f"{quarantine} of the data folder."
@@ -264,14 +268,6 @@ class StoreCopy:
 
     def _get_meta(self, key: str) -> str:
         return meta.get(self._new, key, "")
-
-
-def _recount_backlog(db: sqlite3.Connection, acknowledged: retention.AcknowledgedSeqs) -> None:
-    messages = size = 0
-    for seq, n in db.execute("SELECT seq, length(payload) + length(jws) + length(topic) FROM outbox"):
-        if seq not in acknowledged:
-            messages, size = messages + 1, size + int(n or 0)
-    meta.put(db, retention.BACKLOG, f"{messages} {size}")
 
 
 def _repair_categories(db: sqlite3.Connection) -> None:

@@ -49,7 +49,22 @@ def salvage(folder: Path, cause: str, watermark_state: WatermarkState | None, fi
     place = folder / QUARANTINE / marker["quarantine"]
     try:
         if not ((place / DATABASE).exists() and (folder / DATABASE).exists()):
-            _move_to_quarantine(folder, place)
+            place.mkdir(parents=True, exist_ok=True)
+            # The -shm is an index of the -wal and can be rebuilt. The database goes last: a kill here is then detected.
+            (folder / f"{DATABASE}-shm").unlink(missing_ok=True)
+            # A journal beside the new database would be rolled back into it.
+            for name, target in (
+                (f"{DATABASE}-journal", "journal"),
+                (f"{DATABASE}-wal", f"{DATABASE}-wal"),
+                (DATABASE, DATABASE),
+            ):
+                if (folder / name).exists():
+                    (folder / name).rename(place / target)
+            durable_files.fsync(place)
+            durable_files.fsync(folder)
+            older = sorted((p for p in place.parent.glob("*") if p.name.isdecimal()), key=lambda p: int(p.name))
+            for path in older[:-_MAX_QUARANTINED]:
+                shutil.rmtree(path, ignore_errors=True)
             _build(folder, place, str(marker["cause"]), watermark_state, first_page)
         (folder / MARKER).unlink()
         durable_files.fsync(folder)
@@ -58,25 +73,6 @@ def salvage(folder: Path, cause: str, watermark_state: WatermarkState | None, fi
             f"{folder / DATABASE} is damaged ({marker['cause']}) and cannot be replaced: {error}; make room on the "
             f"disk, or replace it. The damaged files are in {place} or still in {folder}"
         ) from error
-
-
-def _move_to_quarantine(folder: Path, place: Path) -> None:
-    place.mkdir(parents=True, exist_ok=True)
-    # The -shm is an index of the -wal and can be rebuilt. The database goes last, so that a kill here is detected.
-    (folder / f"{DATABASE}-shm").unlink(missing_ok=True)
-    # A journal beside the new database would be rolled back into it.
-    for name, target in (
-        (f"{DATABASE}-journal", "journal"),
-        (f"{DATABASE}-wal", f"{DATABASE}-wal"),
-        (DATABASE, DATABASE),
-    ):
-        if (folder / name).exists():
-            (folder / name).rename(place / target)
-    durable_files.fsync(place)
-    durable_files.fsync(folder)
-    older = sorted((p for p in place.parent.glob("*") if p.name.isdecimal()), key=lambda p: int(p.name))
-    for path in older[:-_MAX_QUARANTINED]:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _build(

@@ -86,8 +86,19 @@ def select_target_digest(old: RolloutState | None, facts: RolloutFacts) -> str:
 
 def decide_next_state(old: RolloutState | None, facts: RolloutFacts) -> RolloutState | None:
     """Return the next state; `old` itself if nothing changes."""
-    new = _stamp_time(_transition(old, facts), facts)
-    if new is None or old is None:
+    new = _transition(old, facts)
+    if new is None:
+        return None
+    is_unfinished = new.phase in _IN_PROGRESS_PHASES and (new.phase, new.desired.strategy) != ("shadow", "shadow")
+    late = new.late if facts.is_deadline_passed is None else facts.is_deadline_passed
+    new = replace(
+        new,
+        late=late and is_unfinished and new.desired.strategy != "rollback",
+        since=facts.timestamp,
+        since_s=facts.uptime_s,
+        configured_digest=new.configured_digest or facts.configured_digest,
+    )
+    if old is None:
         return new
     if new.audit_key == old.audit_key:
         # Nothing to report; only the percentage, the deadline or the rules may have changed.
@@ -254,20 +265,6 @@ def _make_state(
     desired: DesiredBundle, phase: Phase, reason: Reason, detail: str, numbers: Mapping[str, Any] | None = None
 ) -> RolloutState:
     return RolloutState(desired, phase, reason, detail, dict(numbers or {}))
-
-
-def _stamp_time(new: RolloutState | None, facts: RolloutFacts) -> RolloutState | None:
-    if new is None:
-        return None
-    is_unfinished = new.phase in _IN_PROGRESS_PHASES and (new.phase, new.desired.strategy) != ("shadow", "shadow")
-    late = new.late if facts.is_deadline_passed is None else facts.is_deadline_passed
-    return replace(
-        new,
-        late=late and is_unfinished and new.desired.strategy != "rollback",
-        since=facts.timestamp,
-        since_s=facts.uptime_s,
-        configured_digest=new.configured_digest or facts.configured_digest,
-    )
 
 
 def compute_hold_off(new: RolloutState, uptime_s: float) -> HoldOff | None:

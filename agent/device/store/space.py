@@ -87,11 +87,14 @@ class SpaceManager:
         if self._last_acknowledgement is None or self._last_acknowledgement[0] != known:
             self._last_acknowledgement = known, now.boot_s
         try:
-            self._sample_growth(now)
+            at_s = uptime_s(self._store.get_meta(retention.UPTIME, ""), self._store.boot, now)
+            if self._growth.add_sample(at_s, self.undelivered_bytes()):
+                with self._store.transaction(vital=True) as tx:
+                    tx.set_meta(retention.GROWTH, self._growth.to_json())
+                    tx.set_meta(retention.UPTIME, retention.uptime_json(self._store.boot, now, at_s))
             keep_us = round(self._conf.buffer.keep_readings * 1e6)
             # By the boot-time clock as well: a step of the wall clock must not expire a reading.
             before_us, received_by_us = now.wall_us - keep_us, now.boot_us - keep_us
-            at_s = uptime_s(self._store.get_meta(retention.UPTIME, ""), self._store.boot, now)
             history = self._store.get_meta(retention.ACKNOWLEDGED_HISTORY, "")
             through = retention.expired_through(history, at_s, self._conf.buffer.keep_messages)
             for name in self._conf.streams:
@@ -217,13 +220,6 @@ class SpaceManager:
 
     def _is_stalled(self, now: ClockReading) -> bool:
         return self._last_acknowledgement is not None and now.boot_s >= self._last_acknowledgement[1] + STALLED_S
-
-    def _sample_growth(self, now: ClockReading) -> None:
-        at_s = uptime_s(self._store.get_meta(retention.UPTIME, ""), self._store.boot, now)
-        if self._growth.add_sample(at_s, self.undelivered_bytes()):
-            with self._store.transaction(vital=True) as tx:
-                tx.set_meta(retention.GROWTH, self._growth.to_json())
-                tx.set_meta(retention.UPTIME, retention.uptime_json(self._store.boot, now, at_s))
 
     def undelivered_bytes(self) -> int:
         """Return the bytes of waiting messages and of readings that wait for stuck tasks."""

@@ -23,7 +23,7 @@ from agent.config.sources import FilesSource
 from agent.datasets.formats import TABLE_SUFFIXES, open_file
 from agent.device.intake import media_reader
 from agent.device.intake.file_reader import FileBlock, read_blocks
-from agent.device.intake.group_commit import CommitOutcome, SourcePosition
+from agent.device.intake.group_commit import SourcePosition
 from agent.device.intake.source import SourceContext, SubmitRows
 from agent.device.store.store import Store
 from agent.errors import RowRejected, StorageFull, UsageError
@@ -174,7 +174,10 @@ class FolderWatcher:
             async for block in blocks:
                 rejected = dict(block.rejected)
                 if block.lines:
-                    outcome = await self._submit_block(path, submit_rows, block)
+                    line = None if isinstance(self._stream.media_format, ImageFormat) else block.lines[-1]
+                    position = SourcePosition(f"files:{self._name}", path.name, line)
+                    while (outcome := await submit_rows(self._name, block.raw, position, block.lines)).is_store_full:
+                        await asyncio.sleep(self._source.poll_interval)
                     progress.last_line, progress.last_row = block.lines[-1], outcome.last_row or progress.last_row
                     rejected |= dict(outcome.rejected)
                 if rejected and self._stream.media_format:
@@ -182,13 +185,6 @@ class FolderWatcher:
                 for line, reason in sorted(rejected.items())[: max(0, _MAX_LOGGED_ROWS - progress.rejected_rows)]:
                     log.warning("%s: line %d: %s", _original_name(path), line, reason)
                 progress.rejected_rows += len(rejected)
-
-    async def _submit_block(self, path: Path, submit_rows: SubmitRows, block: FileBlock) -> CommitOutcome:
-        line = None if isinstance(self._stream.media_format, ImageFormat) else block.lines[-1]
-        position = SourcePosition(f"files:{self._name}", path.name, line)
-        while (outcome := await submit_rows(self._name, block.raw, position, block.lines)).is_store_full:
-            await asyncio.sleep(self._source.poll_interval)
-        return outcome
 
     async def _read_blocks(self, path: Path, progress: _FileProgress) -> AsyncGenerator[FileBlock]:
         """Yield the blocks after `progress`. Raises UsageError if this file cannot be read, OSError if none can."""
