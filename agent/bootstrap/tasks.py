@@ -141,6 +141,15 @@ def _build_drift_monitor(file: str, conf: Config, name: str, active: LoadedBundl
     if active.reference is None:
         return None
     task, manifest = conf.tasks[name], active.bundle.manifest
+    key, declared, stream = f"tasks.{name}.class_field", manifest.drift.class_field or "", conf.streams[task.stream]
+    if task.class_field and manifest.output.labels:
+        raise ConfigError(
+            file, key, f"bundle {manifest.name} names classes itself, so `class_field` has no use: remove it"
+        )
+    if task.class_field is None and declared:
+        # The config's own was checked when it was read.
+        key += f' (as bundle {manifest.name} says; class_field = "" for none)'
+        config.check_class_field(file, key, declared, stream)
     return DriftMonitor(
         active.reference,
         labels=manifest.output.labels,
@@ -150,22 +159,5 @@ def _build_drift_monitor(file: str, conf: Config, name: str, active: LoadedBundl
         seasonality=task.seasonality or manifest.drift.seasonality or "auto",
         min_bin_rows=manifest.drift.min_count or 0,
         units=manifest.input.units,
-        class_field=_resolve_class_field(file, name, task, conf.streams[task.stream], manifest),
+        class_field=declared if task.class_field is None else task.class_field,
     )
-
-
-def _resolve_class_field(
-    file: str, name: str, task: config.TaskConfig, stream: config.StreamConfig, manifest: Manifest
-) -> str:
-    """Return the field whose values are the classes, or an empty string. Raises ConfigError."""
-    key, declared = f"tasks.{name}.class_field", manifest.drift.class_field or ""
-    if task.class_field and manifest.output.labels:
-        raise ConfigError(
-            file, key, f"bundle {manifest.name} names classes itself, so `class_field` has no use: remove it"
-        )
-    if task.class_field is None and declared:
-        # The config's own was checked when it was read.
-        config.check_class_field(
-            file, f'{key} (as bundle {manifest.name} says; class_field = "" for none)', declared, stream
-        )
-    return declared if task.class_field is None else task.class_field

@@ -38,8 +38,12 @@ def cost(task: str | None, config_file: str | None, as_json: bool) -> None:
 def build_document(conf: Config, store: Store, tasks: list[str]) -> dict[str, Any]:
     """Return what `cost --json` prints."""
     counters = store.counters()
-    process, shares = costs.read_process_cost(counters), _flash_shares(conf, store, counters)
-    sent_bytes = process.sent_bytes + sum(costs.read_task_cost(counters, name).sent_bytes for name in conf.tasks)
+    process, task_costs = costs.read_process_cost(counters), {n: costs.read_task_cost(counters, n) for n in conf.tasks}
+    task_bytes = sum(task.sent_bytes for task in task_costs.values())
+    sent_bytes = process.sent_bytes + task_bytes
+    # A task's share of the flash writes: the bytes of its messages among all messages and readings.
+    total = sum(store.last_row(name) * row_bytes(stream) for name, stream in conf.streams.items()) + task_bytes
+    shares = {name: task.sent_bytes / total if total else 0.0 for name, task in task_costs.items()}
     per_day: dict[str, float | None] = {"cpu_s": None, "flash_bytes": None, "air_bytes": None}
     if process.seconds > 0:
         factor = _DAY_S / process.seconds
@@ -56,18 +60,8 @@ def build_document(conf: Config, store: Store, tasks: list[str]) -> dict[str, An
         "air_bytes": sent_bytes,
         "energy_j": None if process.own_energy_j is None else round(process.own_energy_j, 1),
         "per_day": per_day,
-        "tasks": [
-            _task_cost(conf, name, costs.read_task_cost(counters, name), process, shares[name]) for name in tasks
-        ],
+        "tasks": [_task_cost(conf, name, task_costs[name], process, shares[name]) for name in tasks],
     }
-
-
-def _flash_shares(conf: Config, store: Store, counters: dict[str, int]) -> dict[str, float]:
-    """Return each task's share of the flash writes: the bytes of its messages among all messages and readings."""
-    readings = sum(store.last_row(name) * row_bytes(stream) for name, stream in conf.streams.items())
-    sizes = {name: costs.read_task_cost(counters, name).sent_bytes for name in conf.tasks}
-    total = readings + sum(sizes.values())
-    return {name: size / total if total else 0.0 for name, size in sizes.items()}
 
 
 def _task_cost(conf: Config, name: str, task: TaskCost, process: ProcessCost, flash_share: float) -> dict[str, Any]:

@@ -64,7 +64,21 @@ class _TaskDrift:
         data = self.bundle.files.get("reference.json")
         self.shipped_reference = None if data is None else Reference.from_json(data)
         self.site_reference = _load_site_reference(store, task, self.shipped_reference)
-        self.timeline, self.unreadable_count = _load_timeline(store, task, self.shipped_reference)
+        # Windows from before the clock was set would stretch the axis over decades: they count only if there are no
+        # others.
+        line, undated, unreadable = Timeline(), Timeline(), 0
+        for message in store.recent_messages("drift", task, MAX_WINDOWS):
+            if not message.intact:
+                unreadable += 1
+                continue
+            try:
+                body = json.loads(message.payload)
+                t = (clock.parse_rfc3339(body["window"]["from"]), clock.parse_rfc3339(body["window"]["to"]))
+                if self.shipped_reference is not None and body["reference"]["shipped"] == self.shipped_reference.digest:
+                    (line if t[0] >= EARLIEST_US else undated).add(parsed_message.from_message(body, t))
+            except (ValueError, KeyError, TypeError):
+                unreadable += 1
+        self.timeline, self.unreadable_count = (line if line.points else undated), unreadable
         self.open_alerts = [alert for alert in store.open_alerts(task) if alert["alert"] in ("drift", "fault")]
 
     def reference_counts(self) -> dict[str, Ints]:
@@ -157,26 +171,6 @@ def _load_site_reference(store: Store, task: str, shipped: Reference | None) -> 
     except BadBundle:
         return None
     return site if (site.fields, site.edges.tobytes()) == (shipped.fields, shipped.edges.tobytes()) else None
-
-
-def _load_timeline(store: Store, task: str, shipped: Reference | None) -> tuple[Timeline, int]:
-    """Return the timeline of stored messages with this reference, and the number that could not be read.
-
-    Windows from before the clock was set would stretch the axis over decades: they count only if there are no others.
-    """
-    line, undated, unreadable = Timeline(), Timeline(), 0
-    for message in store.recent_messages("drift", task, MAX_WINDOWS):
-        if not message.intact:
-            unreadable += 1
-            continue
-        try:
-            body = json.loads(message.payload)
-            t = (clock.parse_rfc3339(body["window"]["from"]), clock.parse_rfc3339(body["window"]["to"]))
-            if shipped is not None and body["reference"]["shipped"] == shipped.digest:
-                (line if t[0] >= EARLIEST_US else undated).add(parsed_message.from_message(body, t))
-        except (ValueError, KeyError, TypeError):
-            unreadable += 1
-    return (line if line.points else undated), unreadable
 
 
 def _print(document: dict[str, Any]) -> None:

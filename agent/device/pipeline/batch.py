@@ -108,7 +108,12 @@ def _run_once(
         # The rows after these cannot be read, so these will never fill a window.
         cut = WindowCut(cut.starts, len(batch.rows))
     source = _read_input(task, store, message_log, batch, cut)
-    results = _infer(task, source)
+    rows, t, history = source.features, source.batch.rows.t, source.history
+    if len(history):
+        earlier = features.stack_columns([history.columns[i] for i in task.input_columns])
+        rows, t = np.concatenate([earlier, rows]), np.concatenate([history.t, t])
+    with task.crash_guard():
+        results = task.inference.run_windows(rows, t, source.cut, history_rows=len(history))
     if task.batch_observer is not None:
         task.batch_observer.before_commit(task, results)
     output = _compute(task, source, results, message_log.max_bytes)
@@ -175,15 +180,6 @@ def _read_slices(task: LoadedTask, store: Store, batch: RowBatch, cut: WindowCut
 
 
 # --- compute ---
-
-
-def _infer(task: LoadedTask, source: _BatchInput) -> InferenceResult:
-    rows, t, history = source.features, source.batch.rows.t, source.history
-    if len(history):
-        earlier = features.stack_columns([history.columns[i] for i in task.input_columns])
-        rows, t = np.concatenate([earlier, rows]), np.concatenate([history.t, t])
-    with task.crash_guard():
-        return task.inference.run_windows(rows, t, source.cut, history_rows=len(history))
 
 
 def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, max_bytes: int) -> _BatchOutput:

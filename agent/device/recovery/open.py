@@ -147,7 +147,10 @@ def _find_damage(folder: Path, *, existed_before: bool) -> str | None:
         if not _is_writable_format(path):
             return "its header names a format that is for reading only"
         try:
-            _roll_back_journal(path)
+            # Undoes what a kill interrupted while the store was created: a read-only connection cannot.
+            if path.with_name(f"{path.name}-journal").exists():
+                with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=5.0)) as db:
+                    db.execute("SELECT 1 FROM sqlite_master").fetchone()
             with contextlib.closing(connect_read_only(path)) as db:
                 tables = {str(row[0]) for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
                 if not tables and not existed_before:
@@ -163,13 +166,6 @@ def _find_damage(folder: Path, *, existed_before: bool) -> str | None:
             if not is_corruption(error):
                 raise
             return str(error)
-
-
-def _roll_back_journal(path: Path) -> None:
-    """Undo what a kill interrupted while the store was created: a read-only connection cannot."""
-    if path.with_name(f"{path.name}-journal").exists():
-        with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=5.0)) as db:
-            db.execute("SELECT 1 FROM sqlite_master").fetchone()
 
 
 def _is_writable_format(path: Path) -> bool:

@@ -183,7 +183,14 @@ class BundleSupply:
     def _probe_and_save(self, request: BundleRequest, verified: Bundle) -> ProvenBundle | BundleAssessment:
         try:
             self._check_fit(request.task, verified)
-            self._require_disk_space(verified)
+            if not history.copy_folder(self._conf.data_dir, verified.digest).is_dir():
+                size = sum(len(data) for data in verified.files.values())
+                free = shutil.disk_usage(self._conf.data_dir).free
+                if size + _DISK_RESERVE_BYTES > free:
+                    raise BadBundle(
+                        f"its {size / 2**20:.1f} MiB do not fit next to the active bundle: {free / 2**20:.1f} MiB are "
+                        f"free, and {_DISK_RESERVE_BYTES >> 20} MiB of them must stay free; make room"
+                    )
             report = probe.probe(verified, list(self._known_tunings(request.task)))
             for name, ok, detail in report.checks:
                 if not ok:
@@ -199,18 +206,6 @@ class BundleSupply:
         if not is_stored:
             return BundleAssessment("incompatible", "the disk has no room for a copy next to the active bundle")
         return proven
-
-    def _require_disk_space(self, verified: Bundle) -> None:
-        """Raise BadBundle if there is no room for a second bundle."""
-        if history.copy_folder(self._conf.data_dir, verified.digest).is_dir():
-            return
-        size = sum(len(data) for data in verified.files.values())
-        free = shutil.disk_usage(self._conf.data_dir).free
-        if size + _DISK_RESERVE_BYTES > free:
-            raise BadBundle(
-                f"its {size / 2**20:.1f} MiB do not fit next to the active bundle: {free / 2**20:.1f} MiB are free, "
-                f"and {_DISK_RESERVE_BYTES >> 20} MiB of them must stay free; make room"
-            )
 
 
 class _BackgroundJob:

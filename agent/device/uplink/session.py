@@ -222,14 +222,12 @@ class Session:
         if not self._resend_requested and self._unanswered <= 0:
             self._next_resend_s = now.boot_s + self._resend_backoff_s
         elif now.boot_s >= self._next_resend_s:
-            self._resend_unacknowledged()
+            if self._broker_delivery:
+                self._last_sent_seq = self._unanswered = 0
+            else:
+                oldest = [message.seq for message in self._store.unacknowledged_messages(0, _RESEND_OLDEST)]
+                seqs = dict.fromkeys([*oldest, self._last_sent_seq])
+                resendable = (seq for seq in seqs if seq <= self._last_sent_seq and seq not in self._held_back)
+                self._resend_queue = deque(resendable)
             self._resend_backoff_s = min(2 * self._resend_backoff_s, RESEND_BACKOFF_S[1])
             self._next_resend_s = now.boot_s + self._resend_backoff_s
-
-    def _resend_unacknowledged(self) -> None:
-        if self._broker_delivery:
-            self._last_sent_seq = self._unanswered = 0
-            return
-        oldest = [message.seq for message in self._store.unacknowledged_messages(0, _RESEND_OLDEST)]
-        seqs = dict.fromkeys([*oldest, self._last_sent_seq])
-        self._resend_queue = deque(seq for seq in seqs if seq <= self._last_sent_seq and seq not in self._held_back)

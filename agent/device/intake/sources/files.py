@@ -149,10 +149,14 @@ class FolderWatcher:
             return
         name = _original_name(path)
         log.info("%s: ingested%s", name, f", {progress.rejected_rows} rows rejected" if progress.rejected_rows else "")
-        rows = self._find_row_range(progress)
-        target = _unused_path(self._folder / "done" / name)
-        if rows is not None:
-            _append_to_index(self._folder / "done" / _INDEX_NAME, target.name, rows, is_retry=is_retry)
+        media_format, target = self._stream.media_format, _unused_path(self._folder / "done" / name)
+        if media_format is not None:
+            if isinstance(media_format, ImageFormat):
+                last, count = progress.last_row or progress.last_line, media_format.height
+            else:
+                last, count = progress.last_row or self._store.last_row(self._name), progress.last_line
+            index = self._folder / "done" / _INDEX_NAME
+            _append_to_index(index, target.name, (last - count + 1, last), is_retry=is_retry)
         os.rename(path, target)
         # A position that stays does no harm: its name is unique.
         with contextlib.suppress(StorageFull), self._store.transaction() as tx:
@@ -214,17 +218,6 @@ class FolderWatcher:
         while first is not None:
             yield first
             first = await asyncio.to_thread(next, blocks, None)
-
-    def _find_row_range(self, progress: _FileProgress) -> tuple[int, int] | None:
-        """Return the first and last row in the stream of an image or sound."""
-        media_format = self._stream.media_format
-        if media_format is None:
-            return None
-        if isinstance(media_format, ImageFormat):
-            last = progress.last_row or progress.last_line
-            return last - media_format.height + 1, last
-        last = progress.last_row or self._store.last_row(self._name)
-        return last - progress.last_line + 1, last
 
 
 def _read_file_state(path: Path) -> tuple[int, int]:

@@ -40,7 +40,14 @@ def handle_request(request: FetchRequest) -> FetchResponse:
     """Refresh the metadata and download the target, without setting resource limits."""
     floors, target, download = request.floors, None, None
     try:
-        anchor = _read_root(Path(request.root_file))
+        path = Path(request.root_file)
+        try:
+            with path.open("rb") as file:
+                anchor = file.read(_MAX_ROOT_BYTES)
+        except OSError as error:
+            raise FetchFailed(
+                "MissingRoot", f"[updates] root {path}: {error.strerror}; copy the repository's first root.json there"
+            ) from error
         floors = floors.for_anchor(hashlib.sha256(anchor).hexdigest())
         limiter = transport.TransferLimiter(request.timeout_s, request.max_rate, request.stall_timeout_s)
         with contextlib.closing(transport.open_transport(request.url, request.ca_file, limiter)) as repository:
@@ -110,16 +117,6 @@ def _check_target(request: FetchRequest, target: SignedTarget, missing_bytes: in
         problem := compatibility.find_incompatibility(target.custom, target.length, missing_bytes, request.profile)
     ):
         raise FetchFailed("Incompatible", f"{target.path}: {problem}")
-
-
-def _read_root(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(_MAX_ROOT_BYTES)
-    except OSError as error:
-        raise FetchFailed(
-            "MissingRoot", f"[updates] root {path}: {error.strerror}; copy the repository's first root.json there"
-        ) from error
 
 
 def _apply_limits(request: FetchRequest) -> None:
