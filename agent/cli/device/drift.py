@@ -62,8 +62,8 @@ class _TaskDrift:
         self.task, self.device = task, conf.device.id
         self.bundle = bundle.read(history.locate_bundle(conf, store, task), None)
         data = self.bundle.files.get("reference.json")
-        self.shipped_reference = None if data is None else Reference.from_json(data)
-        self.site_reference = _load_site_reference(store, task, self.shipped_reference)
+        self.shipped = None if data is None else Reference.from_json(data)
+        self.site = _load_site(store, task, self.shipped)
         # Windows from before the clock was set would stretch the axis over decades: they count only if there are no
         # others.
         line, undated, unreadable = Timeline(), Timeline(), 0
@@ -74,7 +74,7 @@ class _TaskDrift:
             try:
                 body = json.loads(message.payload)
                 t = (clock.parse_rfc3339(body["window"]["from"]), clock.parse_rfc3339(body["window"]["to"]))
-                if self.shipped_reference is not None and body["reference"]["shipped"] == self.shipped_reference.digest:
+                if self.shipped is not None and body["reference"]["shipped"] == self.shipped.digest:
                     (line if t[0] >= EARLIEST_US else undated).add(parsed_message.from_message(body, t))
             except (ValueError, KeyError, TypeError):
                 unreadable += 1
@@ -82,14 +82,14 @@ class _TaskDrift:
         self.open_alerts = [alert for alert in store.open_alerts(task) if alert["alert"] in ("drift", "fault")]
 
     def reference_counts(self) -> dict[str, Ints]:
-        reference = self.site_reference or self.shipped_reference
+        reference = self.site or self.shipped
         return {} if reference is None else dict(zip(reference.fields, reference.counts, strict=True))
 
     def limits(self) -> dict[str, float]:
         """Return the CUSUM limit of each field, of the score and of the joint statistics."""
-        if self.site_reference is None:
+        if self.site is None:
             return {}
-        limits, fields = CusumLimits.from_reference(self.site_reference).limit, self.site_reference.fields
+        limits, fields = CusumLimits.from_reference(self.site).limit, self.site.fields
         known = {name: float(limits[i]) for i, name in enumerate(fields)} | {"score": float(limits[-1])}
         return known | ({"joint": float(limits[2 * len(fields)])} if len(fields) > 1 else {})
 
@@ -99,8 +99,8 @@ class _TaskDrift:
             "device": self.device,
             "task": self.task,
             "reference": {
-                "shipped": self.shipped_reference.digest if self.shipped_reference else None,
-                "site": self.site_reference.digest if self.site_reference else None,
+                "shipped": self.shipped.digest if self.shipped else None,
+                "site": self.site.digest if self.site else None,
             },
             "windows": self.timeline.windows,
             "unreadable": self.unreadable_count,
@@ -132,11 +132,7 @@ class _TaskDrift:
         }
 
     def build_plot(self) -> DriftPlot:
-        scale = (
-            FieldScale()
-            if self.shipped_reference is None
-            else FieldScale.from_bundle(self.bundle, self.shipped_reference)
-        )
+        scale = FieldScale() if self.shipped is None else FieldScale.from_bundle(self.bundle, self.shipped)
         rows, estimates = drift_plot.plot_device(self.timeline, scale, self.reference_counts(), self.limits())
         manifest = self.bundle.manifest
         parts = [f"{manifest.name} {manifest.version}", f"{self.timeline.windows} drift windows"]
@@ -146,7 +142,7 @@ class _TaskDrift:
             parts.append(f"{axes.format_time(first)} to {axes.format_time(last)} UTC")
         else:
             empty = "No drift window yet: one closes after the number of model windows in the bundle, usually 20."
-            if self.shipped_reference is None:
+            if self.shipped is None:
                 empty = "This bundle has no drift reference: drift is not tested."
         return DriftPlot(
             title=f"Drift of {self.task} at {self.device}",
@@ -154,14 +150,14 @@ class _TaskDrift:
             alerts=[(alert["alert"], alert["summary"]) for alert in self.open_alerts],
             series_names=["mean"],
             dashed_label="spread",
-            reference_label="this site's reference" if self.site_reference else "the bundle's reference",
+            reference_label="this site's reference" if self.site else "the bundle's reference",
             rows=rows,
             estimates=estimates,
             empty_message=empty,
         )
 
 
-def _load_site_reference(store: Store, task: str, shipped: Reference | None) -> Reference | None:
+def _load_site(store: Store, task: str, shipped: Reference | None) -> Reference | None:
     """Return the site reference if it has this bundle's bins."""
     stored = store.load_state(task, task_keys.SITE_REFERENCE)
     if stored is None or shipped is None:

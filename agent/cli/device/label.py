@@ -25,12 +25,7 @@ from agent.model.bundle import bundle
 from agent.performance import labels
 from agent.performance.labels import Label, LabelSchema, LabelTarget
 
-_COLUMNS = {
-    "row": ColumnType.INTEGER,
-    "t": ColumnType.TIME,
-    "label": ColumnType.TEXT,
-    "source": ColumnType.TEXT,
-}
+_COLUMNS = {"row": ColumnType.INTEGER, "t": ColumnType.TIME, "label": ColumnType.TEXT, "source": ColumnType.TEXT}
 ParsedLabel = tuple[int, Label | str]
 
 

@@ -20,12 +20,7 @@ from agent.drift.baseline.reference import MIN_WINDOWS, RECOMMENDED_WINDOWS
 from agent.errors import StorageBusy, UsageError
 
 _wait_option = click.option(
-    "--wait",
-    "wait_s",
-    default=15.0,
-    type=click.FloatRange(min=0),
-    metavar="S",
-    help="Seconds to wait for the daemon.",
+    "--wait", "wait_s", default=15.0, type=click.FloatRange(min=0), metavar="S", help="Seconds to wait for the daemon."
 )
 
 

@@ -107,7 +107,7 @@ def _run_once(
             return None
         # The rows after these cannot be read, so these will never fill a window.
         cut = WindowCut(cut.starts, len(batch.rows))
-    source = _read_input(task, store, message_log, batch, cut)
+    source = _read(task, store, message_log, batch, cut)
     rows, t, history = source.features, source.batch.rows.t, source.history
     if len(history):
         earlier = features.stack_columns([history.columns[i] for i in task.input_columns])
@@ -126,9 +126,7 @@ def _run_once(
 # --- read ---
 
 
-def _read_input(
-    task: LoadedTask, store: Store, message_log: MessageLog, batch: RowBatch, cut: WindowCut
-) -> _BatchInput:
+def _read(task: LoadedTask, store: Store, message_log: MessageLog, batch: RowBatch, cut: WindowCut) -> _BatchInput:
     announced = store.query(lambda db: ClockSegments(db, store.boot).last_announced_key())
     is_learning = task.drift_state is not None and task.drift_state.site_reference is None
     return _BatchInput(

@@ -184,13 +184,7 @@ def _evaluate_labels(
 
 
 def _detect_degradation(
-    task: LoadedTask,
-    store: Store,
-    state: DegradationState,
-    window: LabelWindow,
-    last_label: int,
-    *,
-    binary_loss: bool,
+    task: LoadedTask, store: Store, state: DegradationState, window: LabelWindow, last_label: int, *, binary_loss: bool
 ) -> list[DegradationEvent]:
     shipped = task.drift_monitor.shipped if task.drift_monitor else None
     if build_label_schema(task).kind != "classify" or shipped is None or shipped.score_correct is None:

@@ -36,8 +36,8 @@ _SELECT_PACKED = """
 class StoreCopy:
     """Copy in pieces, so that memory stays small: `copy_tables`, then `complete`."""
 
-    def __init__(self, old: DamagedDatabase, new: sqlite3.Connection, watermark_state: WatermarkState | None) -> None:
-        self._old, self._new, self._watermark_state = old, new, watermark_state
+    def __init__(self, old: DamagedDatabase, new: sqlite3.Connection, saved: WatermarkState | None) -> None:
+        self._old, self._new, self._watermark_state = old, new, saved
         self._rows: dict[int, list[tuple[int, int]]] = {}
         self._first_rows: dict[int, int] = {}
         self._next_rows: dict[int, int] = {}

@@ -39,7 +39,7 @@ def read_cause(folder: Path) -> str | None:
     return str(marker.get("cause", "unknown")) if marker is not None else None
 
 
-def salvage(folder: Path, cause: str, watermark_state: WatermarkState | None, first_page: bytes | None) -> None:
+def salvage(folder: Path, cause: str, saved: WatermarkState | None, first_page: bytes | None) -> None:
     """Replace the damaged database by an intact one. Raises StorageError if not even that is possible."""
     marker = _read_marker(folder) or {"cause": cause}
     if "quarantine" not in marker:
@@ -65,7 +65,7 @@ def salvage(folder: Path, cause: str, watermark_state: WatermarkState | None, fi
             older = sorted((p for p in place.parent.glob("*") if p.name.isdecimal()), key=lambda p: int(p.name))
             for path in older[:-_MAX_QUARANTINED]:
                 shutil.rmtree(path, ignore_errors=True)
-            _build(folder, place, str(marker["cause"]), watermark_state, first_page)
+            _build(folder, place, str(marker["cause"]), saved, first_page)
         (folder / MARKER).unlink()
         durable_files.fsync(folder)
     except (OSError, sqlite3.Error) as error:
@@ -75,9 +75,7 @@ def salvage(folder: Path, cause: str, watermark_state: WatermarkState | None, fi
         ) from error
 
 
-def _build(
-    folder: Path, place: Path, cause: str, watermark_state: WatermarkState | None, first_page: bytes | None
-) -> None:
+def _build(folder: Path, place: Path, cause: str, saved: WatermarkState | None, first_page: bytes | None) -> None:
     # Imported here, 15 ms: few starts need it.
     from agent.device.recovery.copy import StoreCopy
     from agent.device.recovery.raw_pages import DamagedDatabase
@@ -90,7 +88,7 @@ def _build(
         new.execute("PRAGMA synchronous=OFF")
         migrate.apply(new)
         with _open_damaged(place, first_page) as old:
-            copy = StoreCopy(DamagedDatabase(old), new, watermark_state)
+            copy = StoreCopy(DamagedDatabase(old), new, saved)
             copy.copy_tables()
         copy.complete(cause, f"{QUARANTINE}/{place.name}")
     durable_files.fsync(building)

@@ -118,23 +118,21 @@ def concatenate_stored(parts: Sequence[StoredPredictions]) -> StoredPredictions:
     )
 
 
-def count_outcomes(
-    tx: Transaction, task: LoadedTask, other: LoadedTask, after_number: int
-) -> tuple[ComparisonStats, int]:
-    """Compare both bundles' predictions with the labels after `after_number`.
+def count_outcomes(tx: Transaction, task: LoadedTask, other: LoadedTask, after: int) -> tuple[ComparisonStats, int]:
+    """Compare both bundles' predictions with the labels after `after`.
 
     Each label counts once; one that is corrected later counts as it arrived first. Return the statistics and the number
     of the last label read.
     """
-    numbers = labels.next_numbers(tx.connection, task.name, after_number, MAX_LABELS)
+    numbers = labels.next_numbers(tx.connection, task.name, after, MAX_LABELS)
     if not numbers:
-        return ComparisonStats(), after_number
+        return ComparisonStats(), after
     labelled = labels.load_labelled(tx.connection, task.name, task.bundle.digest, numbers[-1], MAX_LABELS)
     pairs = [
         (sample, prediction)
         for sample in label_metrics.filter_evaluable(task, labelled)
-        if sample.number > after_number
-        and sample.first_number > after_number
+        if sample.number > after
+        and sample.first_number > after
         and (prediction := _find_other_prediction(tx, task, other, sample)) is not None
     ]
     stats = _build_outcome_stats(label_metrics.build_label_schema(task), label_metrics.build_label_schema(other), pairs)

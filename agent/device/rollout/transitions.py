@@ -46,12 +46,7 @@ _PHASE_VERBS: dict[Phase, str] = {
 
 
 def record(
-    tx: Transaction,
-    message_log: MessageLog,
-    task: str,
-    old: RolloutState | None,
-    new: RolloutState,
-    now: ClockReading,
+    tx: Transaction, message_log: MessageLog, task: str, old: RolloutState | None, new: RolloutState, now: ClockReading
 ) -> HoldOff | None:
     """Save the state of `task` and report a change. Return the hold-off that begins with this step, if any."""
     rollout_state.save_state(tx, task, new)

@@ -104,11 +104,7 @@ class MessageLog(msgspec.Struct):
         return seq + 1
 
     def build_live_message(
-        self,
-        kind: str,
-        body: Mapping[str, Any],
-        now: ClockReading,
-        correlation: bytes | None = None,
+        self, kind: str, body: Mapping[str, Any], now: ClockReading, correlation: bytes | None = None
     ) -> OutgoingMessage:
         """Build a message outside the log: state, keys or reply."""
         topic = Topic(self.fleet, self.device, kind)

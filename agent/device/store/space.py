@@ -192,10 +192,8 @@ class SpaceManager:
         self._evicted_at = now.boot_s
         return True
 
-    def _declare_used(
-        self, tx: Transaction, stream: str, chunks: TrimmedChunks, through: int, now: ClockReading
-    ) -> None:
-        rows = [(chunks.first, through)]
+    def _declare_used(self, tx: Transaction, stream: str, chunks: TrimmedChunks, last: int, now: ClockReading) -> None:
+        rows = [(chunks.first, last)]
         declare_readings(tx, self._message_log, now, stream, rows, NO_ROOM, chunks.bytes, used=True)
 
     def _evict_messages(self, kinds: tuple[str, ...], now: ClockReading) -> bool:

@@ -73,11 +73,9 @@ class WriteAccess(Protocol):
 class Store:
     """Open store of a device. Thread-safe: every call takes the one lock."""
 
-    def __init__(
-        self, path: Path, db: sqlite3.Connection, quota_enforcer: QuotaEnforcer, writer: WriteAccess | None
-    ) -> None:
-        self.path, self.quota = path, quota_enforcer.quota
-        self._db, self._quota_enforcer, self._writer = db, quota_enforcer, writer
+    def __init__(self, path: Path, db: sqlite3.Connection, quota: QuotaEnforcer, writer: WriteAccess | None) -> None:
+        self.path, self.quota = path, quota.quota
+        self._db, self._quota_enforcer, self._writer = db, quota, writer
         self._lock = threading.RLock()
         self._is_intact = True
         self.log_id, self.boot = self.get_meta("log", ""), int(self.get_meta("boot", "0"))
