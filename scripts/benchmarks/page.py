@@ -27,7 +27,7 @@ the same run, and the median of several counts. Absolute figures apply to this m
 
 {machine}
 
-| figure | ours | beside | unit | ratio | to reach | |
+| figure | ours | reference | unit | ratio | target | |
 |---|---:|---:|---|---:|---:|---|
 """
 

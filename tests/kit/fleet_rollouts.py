@@ -11,6 +11,7 @@ from typing import Any
 from agent import clock
 from agent.errors import LinkDown, StorageError
 from agent.fleet.collector.collector import Collector
+from agent.fleet.database import rollouts
 from agent.fleet.database.store import FleetStore
 from agent.fleet.rollout import actions, journal
 from agent.fleet.rollout.actions import RolloutOperator
@@ -72,6 +73,9 @@ class Recorded:
         receipts, self._receipts = self._receipts, []
         return receipts
 
+    def acknowledge(self, delivery: IncomingMessage) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -129,7 +133,7 @@ class Fleet:
 
     def decided(self, name: str = NAME) -> list[tuple[Any, ...]]:
         with self.store.snapshot() as db:
-            return journal.load_decision_rows(db, name)
+            return rollouts.load_decisions(db, name)
 
     def in_shadow(self, senders: Sequence[MessageSender] | None = None, blocks: int = 6, **changes: Any) -> None:
         """Let devices report that they are in shadow, with their counts."""

@@ -6,6 +6,8 @@ Fixed thresholds on the histogram of a window therefore raise false alarms.
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import msgspec
 import numpy as np
 from msgspec.structs import replace
@@ -85,3 +87,35 @@ def feed(
         )
         verdicts += more
     return state, verdicts
+
+
+def comparable(verdicts: list[DriftWindowResult]) -> list[object]:
+    """All that results say, comparable whatever the batches: neighboring runs of quiet windows count as one.
+
+    Of the sums of a run only counts are in it, as sums of floats depend on their order in the last bit.
+    """
+    out: list[object] = []
+    for is_quiet, group in groupby(verdicts, key=lambda v: v.quiet is not None):
+        some = list(group)
+        if not is_quiet:
+            out += [
+                (
+                    *(v.index, v.rows, v.t, v.row_count, v.site_digest, v.learning_error, repr(v.members), v.alerts),
+                    v.learned_reference and v.learned_reference.to_json(),
+                )
+                for v in some
+            ]
+            continue
+        runs, last = [v.quiet for v in some if v.quiet is not None], some[-1].members
+        columns = [np.concatenate([getattr(run, name) for run in runs]).tolist() for name in runs[0].__struct_fields__]
+        spans = [(v.index, v.rows, v.t, v.row_count) for v in some]
+        assert all(a[0] + len(run) == b[0] for a, run, b in zip(spans, runs, spans[1:], strict=False))
+        ends = [(int(run.rows[0, 0]), int(run.rows[-1, 1]), int(run.row_counts.sum())) for run in runs]
+        assert ends == [(*rows, n) for _, rows, _, n in spans]
+        counts = [
+            np.sum([[*field["counts"], field["below"], field["above"], field["missing"]] for field in fields], axis=0)
+            for fields in zip(*(v.members["features"].values() for v in some), strict=True)
+        ]
+        states = [(name, field["state"], field["cusum"]) for name, field in last["features"].items()]
+        out.append((spans[0][0], columns, [n.tolist() for n in counts], states, last["joint"], last["rate"]["cusum"]))
+    return out

@@ -184,7 +184,7 @@ def test_results_are_finite_where_something_was_never_found() -> None:
         name: DetectionDelays([None, None])
         for name in (synthetic.QUARTER, synthetic.HALF, synthetic.WIDER, synthetic.ANSWERS)
     }
-    rows = [Row("ours, an answer per row", 10, 1, changes), Row("PSI", 10, 10, changes)]
+    rows = [Row("ours, one prediction per row", 10, 1, changes), Row("PSI", 10, 10, changes)]
     results = list(targets.synthetic_results("independent", rows))
     assert "Infinity" not in json.dumps([document(one) for one in results])
     assert [one.met for one in results] == [False] * 6
