@@ -149,7 +149,6 @@ def show_lines(watcher: FleetWatcher, source: DeliverySource) -> None:
 
 
 def show_table(watcher: FleetWatcher, source: DeliverySource) -> None:
-    """Show a live table of the devices until the source ends."""
     from rich.console import Console
     from rich.live import Live
 

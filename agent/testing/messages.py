@@ -100,7 +100,6 @@ class MessageSender(msgspec.Struct):
         return self.append("health", streams={"watch": {"rows": self.row, "rejected": 0}}, tasks=tasks, outbox=0)
 
     def health_with_cursor(self) -> SignedMessage:
-        """Return a health message with the cursor of the task."""
         return self.health(**{self.task: {"stream": "watch", "row": self.row, "first": 1}})
 
     def evicted(self, *ranges: tuple[int, int]) -> SignedMessage:

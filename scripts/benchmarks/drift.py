@@ -17,7 +17,7 @@ from scripts.benchmarks.drift_peers.synthetic import KINDS, Kind
 
 # Smallest acceptable ratio between the cost of each peer and our cost.
 PEER_TARGETS = ((peers.RIVER, 2.0), (peers.WHYLOGS, 10.0), (peers.EVIDENTLY, 20.0))
-MANY, ONE = synthetic.changes(4), synthetic.changes(1)
+FOUR_FIELDS, ONE_FIELD = synthetic.changes(4), synthetic.changes(1)
 SITES, QUIET, TRIALS = 40, 100, 3  # windows of each site, trials of each site and change
 
 
@@ -70,9 +70,9 @@ def our_rows(kind: Kind) -> list[Row]:
     Five answers per window cannot estimate label frequencies, so labels are skipped.
     """
     return [
-        ours.row("ours, one prediction per row", kind, MANY, SITES, QUIET, TRIALS),
-        ours.row(targets.ALONE, kind, ONE[:-1], SITES, 0, TRIALS),
-        ours.row("ours, one prediction per 100 rows", kind, MANY[:-1], SITES, QUIET, TRIALS, model_rows=100),
+        ours.row("ours, one prediction per row", kind, FOUR_FIELDS, SITES, QUIET, TRIALS),
+        ours.row(targets.ALONE, kind, ONE_FIELD[:-1], SITES, 0, TRIALS),
+        ours.row("ours, one prediction per 100 rows", kind, FOUR_FIELDS[:-1], SITES, QUIET, TRIALS, model_rows=100),
     ]
 
 
@@ -80,10 +80,10 @@ def peer_rows(folder: Path, running: ExitStack, others: list[Peer]) -> dict[str,
     """Start the peers, leave them in `running`, and return their rows by kind."""
     files = {kind.name: folder / f"{number}.npz" for number, kind in enumerate(KINDS)}
     for kind in KINDS:
-        peers.write(files[kind.name], kind, MANY)
+        peers.write(files[kind.name], kind, FOUR_FIELDS)
     for kit in KITS:
         try:
             others.append(running.enter_context(peers.started(kit, files[KINDS[0].name])))
         except click.ClickException as problem:
             click.echo(f"skipped: {problem.message}", err=True)
-    return {name: [peer.row(file, MANY) for peer in others] for name, file in files.items()}
+    return {name: [peer.row(file, FOUR_FIELDS) for peer in others] for name, file in files.items()}

@@ -41,8 +41,10 @@ def plan(
     """Return a plan with steps shadow, canary 50 % and all, or with other `steps`."""
     taken = steps or (("shadow", 100.0), ("canary", 50.0), ("all", 100.0))
     made = [RolloutStep(strategy, percent, rules or promotion()) for strategy, percent in taken]  # type: ignore[arg-type]
-    what = (NEW_MODEL["name"], NEW_MODEL["version"], changes.pop("digest", NEW_MODEL["digest"]))
-    return RolloutPlan(name, changes.pop("task", "exercise"), *what, target, None, made, CanaryRules(), **changes)
+    bundle_fields = (NEW_MODEL["name"], NEW_MODEL["version"], changes.pop("digest", NEW_MODEL["digest"]))
+    return RolloutPlan(
+        name, changes.pop("task", "exercise"), *bundle_fields, target, None, made, CanaryRules(), **changes
+    )
 
 
 class Recorded:

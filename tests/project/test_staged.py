@@ -82,7 +82,7 @@ WRONG: dict[str, tuple[str, Change, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_found(name: str) -> None:
+def test_each_wrong_outcome_is_reported(name: str) -> None:
     trial, change, expected = WRONG[name]
     wrong = copy.deepcopy(report(KNOWN[trial]))
     change(wrong)

@@ -86,12 +86,12 @@ def repository() -> None:
 @json_option
 def init(roots: int, threshold: int, url: str | None, folder: str | None, as_json: bool) -> None:
     """Create the fleet's repository, once: its keys, and metadata without bundles."""
-    from agent.fleet.repository import address, create
+    from agent.fleet.repository import create
 
     home = fleet_config.find_folder(folder)
     fleet_config.load(home)
     if url is not None:
-        address.write(home, url)
+        create.write_url(home, url)
     done = create.create(home, roots=roots, threshold=threshold)
     document = {"root": str(done.root), "threshold": done.threshold, "keys": [str(path) for path in done.keys]}
     names = " ".join(path.name for path in done.keys)

@@ -98,10 +98,16 @@ def follow(names: tuple[str, ...], every_s: float, folder: str | None) -> None:
             if not (known or journal.load_rollouts(db, only_open=True)):
                 raise UsageError("no rollout is open; `outstation fleet rollout start FILE` starts one")
         controller = RolloutController(publisher, known or None, lambda line: click.echo(printable(line)))
-        while stopped.empty() and _tick(controller.tick):
-            with contextlib.suppress(queue.Empty):
-                stopped.get(timeout=every_s)
-                break
+        is_open = True
+        while is_open and stopped.empty():
+            try:
+                is_open = controller.tick(clock.boot_seconds())
+            except StorageError as error:
+                click.echo(f"outstation: {error}; trying again", err=True)
+            if is_open:
+                with contextlib.suppress(queue.Empty):
+                    stopped.get(timeout=every_s)
+                    break
         with publisher.store.snapshot() as db:
             states = [journal.find(db, name).state for name in {*known, *controller.followed_names}]
     if "aborted" in states:
@@ -190,15 +196,6 @@ def build_documents(store: FleetStore, name: str | None) -> list[dict[str, Any]]
         else:
             rollouts = journal.load_rollouts(db, only_open=True) or journal.load_rollouts(db)[-1:]
         return [build_status(db, load_snapshot(db, entry, now_us), now_us) for entry in rollouts]
-
-
-def _tick(tick: Callable[[float], bool]) -> bool:
-    """Return True while a rollout is open; a failing database is tried again."""
-    try:
-        return tick(clock.boot_seconds())
-    except StorageError as error:
-        click.echo(f"outstation: {error}; trying again", err=True)
-        return True
 
 
 @contextlib.contextmanager

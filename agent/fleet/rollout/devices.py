@@ -66,12 +66,10 @@ class StepDevices(msgspec.Struct, frozen=True):
         return [device for device in self.selected if device.has_failed]
 
     def count_phases(self) -> dict[str, int]:
-        """Count the selected devices in each phase."""
         return dict(sorted(Counter(device.phase for device in self.selected).items()))
 
 
 def load_step_devices(db: Connection, rollout: Rollout) -> StepDevices:
-    """Load the devices of the current step."""
     plan = rollout.plan
     known = [
         RolloutDevice(device, last_seen, phase or NOT_REPORTED, reason or "", summary or "", since, strategy)

@@ -22,7 +22,7 @@ from msgspec.structs import asdict
 from agent import clock
 from agent.comparison import rules
 from agent.comparison.paired_intervals import ComparisonBlock
-from agent.comparison.rules import AGREEMENT, ESTIMATED_ACCURACY, LABELS, LATENCY, RuleLimits, RuleResult, RuleState
+from agent.comparison.rules import AGREEMENT, ESTIMATED_ACCURACY, LABELS, LATENCY, RuleLimits, RuleState
 from agent.comparison.tally import ComparisonStats
 from agent.fleet.rollout.devices import NOT_REPORTED, StepDevices
 from agent.fleet.rollout.journal import Rollout
@@ -48,11 +48,11 @@ class PromotionRuleResult(msgspec.Struct, frozen=True):
     state: RuleState
     text: str
     limit: float
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-    blocks: int = 0
-    devices: int = 0
+    value: float | None
+    low: float | None
+    high: float | None
+    blocks: int
+    devices: int
 
 
 class StepVerdict(msgspec.Struct, frozen=True):
@@ -120,10 +120,21 @@ def evaluate_promotion_rules(
         promote.min_agreement, promote.max_latency_ratio, None, promote.max_accuracy_drop, promote.max_error_growth
     )
     by_rule = {result.rule: result for result in rules.evaluate_limits(limits, blocks, new_is_shadow)}
-    return [
-        _build_rule_result(name, by_rule.get(rule), limit, bound, blocks)
-        for name, rule, limit, bound in _promotion_rules(promote, blocks)
-    ]
+    block_count, device_count = len(blocks), len({block.device for block in blocks})
+    sample = f"over {block_count} blocks of {device_count} devices"
+    results = []
+    for name, rule, limit, bound in _promotion_rules(promote, blocks):
+        title, result = name.replace("_", " "), by_rule.get(rule)
+        # A rule without data blocks the promotion.
+        state: RuleState = "undecided"
+        value = low = high = None
+        text = f"{title} unknown {sample} ({bound} {limit:g}: undecided)"
+        if result is not None and "value" in result.numbers:
+            state = result.state
+            value, low, high = (float(result.numbers[key]) for key in ("value", "low", "high"))
+            text = f"{title} {value:.3f} [{low:.3f}, {high:.3f}] {sample} ({bound} {limit:g}: {state})"
+        results.append(PromotionRuleResult(name, state, text, limit, value, low, high, block_count, device_count))
+    return results
 
 
 def balance_devices(messages: MessagesByDevice) -> list[ComparisonBlock]:
@@ -169,20 +180,6 @@ def _promotion_rules(
             yield "estimated_accuracy_gain", ESTIMATED_ACCURACY, -promote.max_accuracy_drop, "at least"
     if promote.max_error_growth is not None:
         yield "error_ratio", LABELS, 1 + promote.max_error_growth, "at most"
-
-
-def _build_rule_result(
-    name: str, result: RuleResult | None, limit: float, bound: str, blocks: Sequence[ComparisonBlock]
-) -> PromotionRuleResult:
-    """Add the configured limit to a result. A rule without data is undecided, which blocks the promotion."""
-    device_count = len({block.device for block in blocks})
-    title, sample = name.replace("_", " "), f"over {len(blocks)} blocks of {device_count} devices"
-    if result is None or "value" not in result.numbers:
-        text = f"{title} unknown {sample} ({bound} {limit:g}: undecided)"
-        return PromotionRuleResult(name, "undecided", text, limit, blocks=len(blocks), devices=device_count)
-    value, low, high = (float(result.numbers[key]) for key in ("value", "low", "high"))
-    text = f"{title} {value:.3f} [{low:.3f}, {high:.3f}] {sample} ({bound} {limit:g}: {result.state})"
-    return PromotionRuleResult(name, result.state, text, limit, value, low, high, len(blocks), device_count)
 
 
 def _count_reporting(rollout: Rollout, devices: StepDevices, messages: MessagesByDevice) -> tuple[int, int]:
