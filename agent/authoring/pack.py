@@ -19,7 +19,7 @@ from agent.authoring import spec as specs
 from agent.authoring.pack_calibration import PackJob
 from agent.authoring.spec import Spec, SpecCard
 from agent.datasets import recordings, training_data
-from agent.datasets.training_data import LabelParser, TrainingData
+from agent.datasets.training_data import LabelParser
 from agent.drift.baseline import learning
 from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, ConfigError, UsageError
@@ -53,7 +53,10 @@ def pack(spec_file: Path, key: SigningKey | None) -> PackedBundle:
     spec = specs.read(spec_file)
     files = {"model.tflite": _read_file(spec_file, "model", spec.model)}
     draft = specs.to_manifest(spec_file, spec)
-    _probe_draft(spec_file.parent / spec.model, draft, files)
+    try:
+        probe.probe(Bundle(draft, "", {"manifest.json": manifest.encode(draft), **files}, "")).raise_for_failure()
+    except BadBundle as problem:
+        raise BadBundle(f"{(spec_file.parent / spec.model)}: {problem}") from None
     job = PackJob(spec_file, spec, draft, inference.load_model(draft, files["model.tflite"]))
     calibrated = pack_calibration.calibrate_output(job)
     job = replace(job, draft=replace(draft, output=calibrated.output))
@@ -90,7 +93,17 @@ def write_bundle(packed: PackedBundle, out: Path) -> None:
     Raises UsageError if `out` is something else than a bundle, or cannot be written.
     """
     out = out.resolve()
-    _require_replaceable(out)
+    if out.suffix == ".zip":
+        if out.exists() and not (out.is_file() and zipfile.is_zipfile(out)):
+            raise UsageError(f"{out}: exists and is no .zip; move it away, or name another place with -o")
+    elif out.is_dir():
+        others = sorted(entry.name for entry in out.iterdir() if entry.name not in _BUNDLE_FILES)
+        if others:
+            raise UsageError(
+                f"{out}: holds {others[0]}, which is no bundle file and would be deleted; name another folder with -o"
+            )
+    elif out.exists():
+        raise UsageError(f"{out}: exists and is no folder; name a new folder or a .zip with -o")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
@@ -112,29 +125,6 @@ def write_bundle(packed: PackedBundle, out: Path) -> None:
         new.rename(out)
     finally:
         shutil.rmtree(work)
-
-
-def _require_replaceable(out: Path) -> None:
-    """Raise UsageError unless `out` is missing, or a bundle that may be deleted."""
-    if out.suffix == ".zip":
-        if out.exists() and not (out.is_file() and zipfile.is_zipfile(out)):
-            raise UsageError(f"{out}: exists and is no .zip; move it away, or name another place with -o")
-    elif out.is_dir():
-        others = sorted(entry.name for entry in out.iterdir() if entry.name not in _BUNDLE_FILES)
-        if others:
-            raise UsageError(
-                f"{out}: holds {others[0]}, which is no bundle file and would be deleted; name another folder with -o"
-            )
-    elif out.exists():
-        raise UsageError(f"{out}: exists and is no folder; name a new folder or a .zip with -o")
-
-
-def _probe_draft(model: Path, draft: Manifest, files: dict[str, bytes]) -> None:
-    """Load the model in a child process first, because a damaged one can crash the process. Raises BadBundle."""
-    try:
-        probe.probe(Bundle(draft, "", {"manifest.json": manifest.encode(draft), **files}, "")).raise_for_failure()
-    except BadBundle as problem:
-        raise BadBundle(f"{model}: {problem}") from None
 
 
 def _add_golden_vectors(job: PackJob, files: dict[str, bytes]) -> list[str]:
@@ -168,25 +158,6 @@ def build_reference(path: Path, model: TfliteModel, draft: Manifest, *, held_out
     data = training_data.read(path, draft.input, LabelParser.from_manifest(draft) if held_out else None)
     if held_out and data.label is None:
         raise UsageError(f"{path}: holds no labels, so nobody can tell which answers are right; remove --held-out")
-    return _build_from_data(path, data, model, draft, held_out=held_out)
-
-
-def _add_reference(job: PackJob, files: dict[str, bytes]) -> list[str]:
-    if job.spec.reference is None:
-        return ["no reference data: devices will not monitor this model for drift"]
-    try:
-        reference = build_reference(job.path(job.spec.reference), job.model, job.draft)
-    except (UsageError, BadBundle) as problem:
-        raise ConfigError(str(job.file), "reference", str(problem)) from None
-    if job.spec.output.score_table is not None:
-        reference = _with_score_table(job, reference, job.path(job.spec.output.score_table))
-    files["reference.json"] = reference.to_json()
-    return [reference.warning] if reference.warning else []
-
-
-def _build_from_data(
-    path: Path, data: TrainingData, model: TfliteModel, draft: Manifest, *, held_out: bool
-) -> Reference:
     starts = pack_calibration.find_window_starts(path, data, draft.input)
     scores = Inference(draft, model).run(data.features, data.t).scores
     score = scores.value if scores.score is None else scores.score
@@ -206,6 +177,19 @@ def _build_from_data(
         labels=tuple(draft.output.labels),
         truth=truth,
     )
+
+
+def _add_reference(job: PackJob, files: dict[str, bytes]) -> list[str]:
+    if job.spec.reference is None:
+        return ["no reference data: devices will not monitor this model for drift"]
+    try:
+        reference = build_reference(job.path(job.spec.reference), job.model, job.draft)
+    except (UsageError, BadBundle) as problem:
+        raise ConfigError(str(job.file), "reference", str(problem)) from None
+    if job.spec.output.score_table is not None:
+        reference = _with_score_table(job, reference, job.path(job.spec.output.score_table))
+    files["reference.json"] = reference.to_json()
+    return [reference.warning] if reference.warning else []
 
 
 def _with_score_table(job: PackJob, reference: Reference, path: Path) -> Reference:

@@ -53,7 +53,8 @@ def _calibrate_scores(job: PackJob) -> CalibrationResult:
     if job.draft.kind == "regress":
         raise UsageError("kind regress has no probabilities to calibrate; remove calibrate")
     path = job.path(job.spec.output.calibrate)
-    _require_held_out(job, path)
+    if job.spec.reference and path.resolve() == job.path(job.spec.reference).resolve():
+        raise UsageError(f"{path} is the reference's data, too; calibrate on data held out from training")
     data = training_data.read(path, job.draft.input, LabelParser.from_manifest(job.draft))
     if data.label is None:
         raise UsageError(f"{path}: no column {LABEL_COLUMN} in it; calibration needs the true labels")
@@ -67,12 +68,6 @@ def _calibrate_scores(job: PackJob) -> CalibrationResult:
     if left_out:
         calibrated.notes.append(f"left out {left_out} of {len(known)} windows of {path.name} without a label")
     return calibrated
-
-
-def _require_held_out(job: PackJob, path: Path) -> None:
-    """Raise UsageError for the reference's data: on data that the model knows, scores look too good."""
-    if job.spec.reference and path.resolve() == job.path(job.spec.reference).resolve():
-        raise UsageError(f"{path} is the reference's data, too; calibrate on data held out from training")
 
 
 def _fit_anomaly_output(job: PackJob) -> CalibrationResult:

@@ -31,9 +31,7 @@ def open_table(path: Path | None, file: BufferedReader[Any], options: TableOptio
         return ParquetTable(path, options)
     if suffix not in (*TABLE_SUFFIXES, ".txt", ""):
         raise UsageError(f"{path}: {suffix} is not read; use one of {', '.join(TABLE_SUFFIXES)}")
-    is_json = suffix in (".jsonl", ".ndjson") or (suffix != ".csv" and _begins_with_object(file))
+    is_json = suffix in (".jsonl", ".ndjson") or (
+        suffix != ".csv" and file.peek(1).removeprefix(BYTE_ORDER_MARK).partition(b"\n")[0].lstrip().startswith(b"{")
+    )
     return (JsonLinesTable if is_json else CsvTable)(file, options)
-
-
-def _begins_with_object(file: BufferedReader[Any]) -> bool:
-    return file.peek(1).removeprefix(BYTE_ORDER_MARK).partition(b"\n")[0].lstrip().startswith(b"{")

@@ -59,7 +59,10 @@ class MediaReader:
 
     def blocks(self, position: FilePosition = START) -> Iterator[RowBlock]:
         """Yield blocks of whole files; the next block is decoded meanwhile, on a second processor."""
-        batches = self._batch_files(self._files[position.line :])
+        files = self._files[position.line :]
+        values = self._spec.rows * len(self._spec.fields)
+        count = max(1, min(_IMAGES_PER_BLOCK, _MAX_BLOCK_VALUES // values)) if self._spec.image else 1
+        batches = (files[start : start + count] for start in range(0, len(files), count))
         with ThreadPoolExecutor(1, "reader") as reader:
             pending = reader.submit(self._decode, next(batches, []))
             for batch in [*batches, []]:
@@ -68,12 +71,6 @@ class MediaReader:
                     block = self._to_block(decoded, position)
                     position = block.next_position
                     yield block
-
-    def _batch_files(self, files: Sequence[Path]) -> Iterator[Sequence[Path]]:
-        """Small images together, each sound by itself."""
-        values = self._spec.rows * len(self._spec.fields)
-        count = max(1, min(_IMAGES_PER_BLOCK, _MAX_BLOCK_VALUES // values)) if self._spec.image else 1
-        return (files[start : start + count] for start in range(0, len(files), count))
 
     def _decode(self, files: Sequence[Path]) -> list[tuple[Path, Floats | UsageError]]:
         """Return the rows of each file, or why it has none."""

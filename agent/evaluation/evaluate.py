@@ -100,27 +100,17 @@ def evaluate(
     on_step(f"predicting {len(windows):,} windows")
     result = predict(inference, dataset, windows.starts)
     paired = predictions.pair_with_truth(bundle.manifest, result, windows.truth, windows.label_sets)
-    _require_finite(paired, request)
-    units = _build_units(bundle, paired, windows, request)
-    context = _Context(bundle, inference, request, dataset, windows, result, paired, units, on_step)
-    return _build_document(context, signature, started_s)
-
-
-def _require_finite(paired: LabelledPredictions, request: EvaluationRequest) -> None:
     if paired.value is not None and not np.isfinite(paired.value).all():
         n = int((~np.isfinite(paired.value)).sum())
         raise UsageError(f"{request.data}: the model's output is not finite for {n} windows; look at its inputs")
-
-
-def _build_units(
-    bundle: Bundle, paired: LabelledPredictions, windows: LabelledWindows, request: EvaluationRequest
-) -> BootstrapUnits:
     losses = paired.losses(predictions.evaluation_kind(bundle.manifest))
     if losses is None:
         assert paired.value is not None
         losses = paired.value
     group = windows.columns[request.group] if request.group else None
-    return bootstrap.build_units(losses, group, request.group, request.seed)
+    units = bootstrap.build_units(losses, group, request.group, request.seed)
+    context = _Context(bundle, inference, request, dataset, windows, result, paired, units, on_step)
+    return _build_document(context, signature, started_s)
 
 
 def _build_document(context: _Context, signature: str, started_s: float) -> Evaluation:
@@ -129,7 +119,13 @@ def _build_document(context: _Context, signature: str, started_s: float) -> Eval
     measured = metrics.compute(kind, labels, context.predictions, context.units)
     sample = sensitivity.draw_sample(LabelledPredictor(context.inference), windows, context.units)
     context.on_step("looking for leakage")
-    leakage_checks = _check_leakage(context, sample)
+    request, windows = context.request, context.windows
+    train = None
+    if request.train is not None:
+        train = _read_training_data(request.train, context.inference, request.group)
+    training = leakage.training_rows(context.dataset, request.split, train)
+    checks = leakage.check_train_test(windows, context.inference.rows, request.group, training)
+    leakage_checks = checks if windows.label_sets is not None else [*checks, leakage.check_target_leakage(sample)]
     noise_checks, suspects = label_quality.check_label_noise(labels, context.predictions, windows)
     importance: list[document.FieldImportance] = []
     robustness: list[document.RobustnessCurve] = []
@@ -192,16 +188,6 @@ def _compare_float(context: _Context, file: Path) -> document.FloatComparison:
 
 def _measure_latency(context: _Context, bundle: Bundle) -> list[document.BatchLatency]:
     return latency.measure(bundle, context.dataset.values[:_LATENCY_ROWS], context.dataset.t[:_LATENCY_ROWS])
-
-
-def _check_leakage(context: _Context, sample: WindowSample) -> list[document.CheckResult]:
-    request, windows = context.request, context.windows
-    train = None
-    if request.train is not None:
-        train = _read_training_data(request.train, context.inference, request.group)
-    training = leakage.training_rows(context.dataset, request.split, train)
-    checks = leakage.check_train_test(windows, context.inference.rows, request.group, training)
-    return checks if windows.label_sets is not None else [*checks, leakage.check_target_leakage(sample)]
 
 
 def _read_training_data(path: Path, inference: Inference, group: str | None) -> Dataset:

@@ -204,7 +204,9 @@ def fingerprint_rows(rows: Float32s, window_rows: int) -> tuple[Fingerprints, Bo
     bits = (rows + np.float32(0)).view(np.uint32).astype(np.uint64)
     hashes = np.zeros(len(rows), np.uint64)
     for column in bits.T:
-        hashes = _mix_bits(hashes * _HASH_MULTIPLIER + column)
+        words = hashes * _HASH_MULTIPLIER + column
+        words = (words ^ (words >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
+        hashes = np.asarray(words ^ (words >> np.uint64(29)))
     count = max(0, len(rows) - k + 1)
     fingerprints, constant = np.zeros(count, np.uint64), np.ones(count, bool)
     for i in range(k):
@@ -229,11 +231,6 @@ def _expected_matches(rows: Float32s) -> Float64s:
         _, at, count = np.unique(column, return_inverse=True, return_counts=True)
         expected *= count[at] / len(rows)
     return expected
-
-
-def _mix_bits(words: Fingerprints) -> Fingerprints:
-    words = (words ^ (words >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
-    return np.asarray(words ^ (words >> np.uint64(29)))
 
 
 def _format_names(names: list[str]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import msgspec
 import numpy as np
 
@@ -28,7 +26,16 @@ def compute(kind: str, labels: list[str], predictions: LabelledPredictions, unit
     """Return everything there is to say of the predictions."""
     kind = "several" if predictions.label_sets is not None else kind
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        metrics = _estimate_metrics(kind, labels, predictions, units)
+        estimates: dict[str, IntervalEstimate] = {}
+        for metric, statistic in performance_metrics.prepare_metrics(kind, labels, predictions, "evaluation"):
+            values, rests_on = np.asarray(statistic.compute(units)[0]), statistic.parts[0].rests_on
+            estimates[metric.name] = (
+                proportion_interval(values, rests_on, units) if statistic.is_share else percentile_interval(values)
+            )
+        if "f1" in estimates:
+            estimates["f1"] = _f1_interval(estimates["f1"], estimates["precision"], estimates["recall"])
+        n = len(predictions)
+        metrics = [MetricEstimate(name, e.value, e.low, e.high, n) for name, e in estimates.items()]
         if kind == "several":
             return MetricReport(metrics, _label_metrics(labels, predictions, units))
         if predictions.predicted is None:
@@ -38,7 +45,11 @@ def compute(kind: str, labels: list[str], predictions: LabelledPredictions, unit
         confusion = np.bincount(truth * class_count + predicted, minlength=class_count**2).reshape(class_count, -1)
         if kind == "anomaly":
             return MetricReport(metrics, confusion=confusion.tolist())
-        classes = _class_metrics(labels, predictions, units)
+        (truth, predicted), count = predictions.classes, len(labels)
+        hits = units.sums(predictions.right, truth, count)
+        actual, named = units.sums(None, truth, count), units.sums(None, predicted, count)
+        shown = np.flatnonzero(actual[0] + named[0])
+        classes = [_class_estimates(labels[i], hits[:, i], actual[:, i], named[:, i], units) for i in shown]
         return MetricReport(metrics, classes, confusion.tolist(), _reliability_bins(predictions, units))
 
 
@@ -52,29 +63,6 @@ def primary_metric(kind: str, predictions: LabelledPredictions, units: Bootstrap
 def primary_interval(kind: str, values: Float64s, n: int, units: BootstrapUnits) -> IntervalEstimate:
     """Return the interval of values (1 + replicates,) of the primary metric."""
     return proportion_interval(values, n, units) if kind == "classify" else percentile_interval(values)
-
-
-def _estimate_metrics(
-    kind: str, labels: Sequence[str], predictions: LabelledPredictions, units: BootstrapUnits
-) -> list[MetricEstimate]:
-    estimates: dict[str, IntervalEstimate] = {}
-    for metric, statistic in performance_metrics.prepare_metrics(kind, labels, predictions, "evaluation"):
-        values, rests_on = np.asarray(statistic.compute(units)[0]), statistic.parts[0].rests_on
-        estimates[metric.name] = (
-            proportion_interval(values, rests_on, units) if statistic.is_share else percentile_interval(values)
-        )
-    if "f1" in estimates:
-        estimates["f1"] = _f1_interval(estimates["f1"], estimates["precision"], estimates["recall"])
-    n = len(predictions)
-    return [MetricEstimate(name, e.value, e.low, e.high, n) for name, e in estimates.items()]
-
-
-def _class_metrics(labels: list[str], predictions: LabelledPredictions, units: BootstrapUnits) -> list[ClassMetrics]:
-    (truth, predicted), count = predictions.classes, len(labels)
-    hits = units.sums(predictions.right, truth, count)
-    actual, named = units.sums(None, truth, count), units.sums(None, predicted, count)
-    shown = np.flatnonzero(actual[0] + named[0])
-    return [_class_estimates(labels[i], hits[:, i], actual[:, i], named[:, i], units) for i in shown]
 
 
 def _label_metrics(labels: list[str], predictions: LabelledPredictions, units: BootstrapUnits) -> list[ClassMetrics]:

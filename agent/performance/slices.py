@@ -50,7 +50,12 @@ def compute_slice_metrics(
             inside = values == value
             tested.append(_slice_metric(kind, f"{field}={value}", losses, inside, design_effect))
             if kind != "regress" and tested[-1][0].state != SMALL and inside.sum() >= MIN_RESULTS_FOR_EXTRA:
-                extra += _extra_metrics(kind, f"{field}={value}", predictions[inside])
+                estimates = compute_metrics(kind, (), predictions[inside])
+                extra += [
+                    replace(e, slice=(f"{field}={value}"))
+                    for e in estimates
+                    if e.metric in _EXTRA_METRICS and not e.slice
+                ]
     significant = holm_correction([p for _, p in tested])
     marked = [
         replace(metric, state=WORSE) if worse else metric
@@ -94,11 +99,6 @@ def _slice_metric(
             "accuracy", round_or_none(1 - mean), round_or_none(low), round_or_none(high), n, name, state
         )
     return metric, _p_value(kind, losses[inside], losses[~inside], design_effect)
-
-
-def _extra_metrics(kind: str, name: str, predictions: LabelledPredictions) -> list[MetricEstimate]:
-    estimates = compute_metrics(kind, (), predictions)
-    return [replace(e, slice=name) for e in estimates if e.metric in _EXTRA_METRICS and not e.slice]
 
 
 def _p_value(kind: str, inside: Float64s, outside: Float64s, design_effect: float) -> float:

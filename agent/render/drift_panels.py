@@ -42,13 +42,6 @@ _RANGE_PAD = 0.22
 
 def draw_row(canvas: Canvas, row: PlotRow, panel: Panel) -> None:
     """Draw a field's name and state, distribution and evidence."""
-    _draw_name(canvas, row, panel)
-    if row.reference or row.histograms:
-        _draw_distribution(canvas, row, Panel(HISTOGRAM_X, panel.y, HISTOGRAM_WIDTH, panel.height))
-    _draw_evidence(canvas, row, Panel(TIME_X, panel.y, TIME_WIDTH, panel.height))
-
-
-def _draw_name(canvas: Canvas, row: PlotRow, panel: Panel) -> None:
     draw, theme = canvas.drawing, canvas.theme
     title = f"{row.name} ({row.unit})" if row.unit else row.name
     draw.rect(panel.x, panel.y, 3, panel.height, theme.state_color(row.state), r=1.5, css_class=f"state-{row.state}")
@@ -69,6 +62,9 @@ def _draw_name(canvas: Canvas, row: PlotRow, panel: Panel) -> None:
         y += 15
         if y <= panel.bottom + AXIS_LABEL_HEIGHT:
             draw.text(panel.x + 12, y, truncate_text(note, 11, NAME_WIDTH - 20), theme.muted, size=11, css_class="note")
+    if row.reference or row.histograms:
+        _draw_distribution(canvas, row, Panel(HISTOGRAM_X, panel.y, HISTOGRAM_WIDTH, panel.height))
+    _draw_evidence(canvas, row, Panel(TIME_X, panel.y, TIME_WIDTH, panel.height))
 
 
 def _draw_distribution(canvas: Canvas, row: PlotRow, panel: Panel) -> None:
@@ -113,7 +109,13 @@ def _draw_evidence(canvas: Canvas, row: PlotRow, panel: Panel) -> None:
     several = len({curve.series for curve in row.curves}) > 1
     tested = [interval for interval in row.intervals if interval.state != "insufficient"]
     for interval in tested:
-        _draw_band(canvas, interval, panel, shaded=not several)
+        theme = canvas.theme
+        x, end = canvas.time_to_x(interval.begin), canvas.time_to_x(interval.end)
+        fill = theme.drift_band if interval.state == "drift" else theme.fault_band
+        opacity = "1" if (not several) else "0.5"
+        canvas.drawing.rect(
+            x, panel.y, max(1.5, end - x), panel.height, fill, css_class=f"band-{interval.state}", fill_opacity=opacity
+        )
     highest = max((v for curve in row.curves for v in curve.values if v is not None), default=0.0)
     limit = row.limit or DEFAULT_LIMIT
     top = min(max(1.25 * limit, 1.06 * highest), MAX_LIMIT_MULTIPLE * limit)
@@ -146,16 +148,6 @@ def _draw_evidence(canvas: Canvas, row: PlotRow, panel: Panel) -> None:
             panel,
             series_color(theme, interval.series) if several else theme.state_color(interval.state),
         )
-
-
-def _draw_band(canvas: Canvas, interval: StateInterval, panel: Panel, *, shaded: bool) -> None:
-    theme = canvas.theme
-    x, end = canvas.time_to_x(interval.begin), canvas.time_to_x(interval.end)
-    fill = theme.drift_band if interval.state == "drift" else theme.fault_band
-    opacity = "1" if shaded else "0.5"
-    canvas.drawing.rect(
-        x, panel.y, max(1.5, end - x), panel.height, fill, css_class=f"band-{interval.state}", fill_opacity=opacity
-    )
 
 
 def _draw_learning(canvas: Canvas, interval: StateInterval, panel: Panel) -> None:

@@ -34,10 +34,14 @@ def render_drift(picture: DriftPlot, *, dark: bool = False) -> str:
     draw = Drawing(WIDTH, picture.title)
     y = _draw_header(draw, theme, picture)
     if picture.empty_message:
-        return draw.to_svg_document(_draw_empty(draw, theme, picture.empty_message, y), theme.paper)
+        draw.rect(MARGIN, y - 8, WIDTH - 2 * MARGIN, 120, theme.panel, r=8, stroke=theme.grid)
+        for i, line in enumerate(wrap_text(picture.empty_message, 14, WIDTH - 4 * MARGIN, max_lines=2)):
+            draw.text(WIDTH / 2, y + 56 + 20 * i, line, theme.muted, size=14, anchor="middle", css_class="empty")
+        return draw.to_svg_document((y + 112 + MARGIN), theme.paper)
     paper = Canvas(draw, theme, *_time_range(picture))
     y = _draw_legend(paper, picture, y)
-    height = _row_height(len(picture.rows))
+    row_count = len(picture.rows)
+    height = 120.0 if row_count <= 2 else 84.0 if row_count <= 8 else 58.0
     for row in picture.rows:
         has_values = bool(row.reference or row.histograms)
         tall = height if has_values else COMPACT_ROW_HEIGHT
@@ -45,7 +49,12 @@ def render_drift(picture: DriftPlot, *, dark: bool = False) -> str:
         y += tall + (AXIS_LABEL_HEIGHT if has_values else 0) + ROW_GAP
     if picture.estimates:
         y = drift_panels.draw_estimates(paper, picture.estimates, y) + ROW_GAP
-    return draw.to_svg_document(_draw_time_axis(paper, y - ROW_GAP), theme.paper)
+    y = y - ROW_GAP
+    for t, label in axes.time_ticks(paper.begin, paper.end, 8):
+        paper.drawing.text(
+            paper.time_to_x(t), y + 16, label, paper.theme.muted, size=10.5, anchor="middle", css_class="time"
+        )
+    return draw.to_svg_document((y + 16 + MARGIN - 8), theme.paper)
 
 
 def _draw_header(drawing: Drawing, theme: Theme, picture: DriftPlot) -> float:
@@ -81,21 +90,6 @@ def _draw_header(drawing: Drawing, theme: Theme, picture: DriftPlot) -> float:
     return y + 30
 
 
-def _draw_empty(drawing: Drawing, theme: Theme, message: str, y: float) -> float:
-    drawing.rect(MARGIN, y - 8, WIDTH - 2 * MARGIN, 120, theme.panel, r=8, stroke=theme.grid)
-    for i, line in enumerate(wrap_text(message, 14, WIDTH - 4 * MARGIN, max_lines=2)):
-        drawing.text(WIDTH / 2, y + 56 + 20 * i, line, theme.muted, size=14, anchor="middle", css_class="empty")
-    return y + 112 + MARGIN
-
-
-def _draw_time_axis(canvas: Canvas, y: float) -> float:
-    for t, label in axes.time_ticks(canvas.begin, canvas.end, 8):
-        canvas.drawing.text(
-            canvas.time_to_x(t), y + 16, label, canvas.theme.muted, size=10.5, anchor="middle", css_class="time"
-        )
-    return y + 16 + MARGIN - 8
-
-
 def _time_range(picture: DriftPlot) -> tuple[int, int]:
     times = [t for row in picture.rows for curve in row.curves for t in curve.times]
     times += [t for estimate in picture.estimates for t in estimate.times]
@@ -107,10 +101,6 @@ def _time_range(picture: DriftPlot) -> tuple[int, int]:
         return begin - 30_000_000, end + 30_000_000
     pad = (end - begin) // 80
     return begin - pad, end + pad
-
-
-def _row_height(row_count: int) -> float:
-    return 120.0 if row_count <= 2 else 84.0 if row_count <= 8 else 58.0
 
 
 class _LegendItem(msgspec.Struct, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import csv
 import io
 import json
@@ -328,15 +329,15 @@ def test_two_runs_do_not_write_one_file_together(tabular: Path, tmp_path: Path) 
 def test_a_file_finished_between_opening_and_lock_is_not_written_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    part, lock = tmp_path / "out.csv.part", output._lock
+    part, lock = tmp_path / "out.csv.part", fcntl.flock
     part.write_bytes(b"row\n1\n")
 
-    def late(file: BinaryIO, path: Path) -> None:
+    def late(file: BinaryIO, operation: int) -> None:
         if part.exists() and part.stat().st_size:
             part.replace(tmp_path / "out.csv")
-        lock(file, path)
+        lock(file, operation)
 
-    monkeypatch.setattr(output, "_lock", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     with output.open_locked(part) as file:
         file.write(b"anew")
     assert (tmp_path / "out.csv").read_bytes() == b"row\n1\n"

@@ -104,7 +104,14 @@ class PartialOutput:
         if self._text:
             durable_files.rename(self.path, self._out)
         else:
-            self._to_parquet()
+            from pyarrow import parquet
+
+            made = self.path.with_name(f"{self.path.name}.parquet")
+            with self.path.open("rb") as file, parquet.ParquetWriter(made, self._schema()) as writer:
+                for table in _row_groups(self._arrow.ipc.open_stream(file), self._arrow):
+                    writer.write_table(table, row_group_size=_ROW_GROUP_SIZE)
+            durable_files.fsync(made)
+            durable_files.rename(made, self._out)
             # Last, because the lock is on it.
             self.path.unlink()
         self._file.close()
@@ -128,16 +135,6 @@ class PartialOutput:
         arrays = [self._arrow.array(c).cast(field.type) for c, field in zip(columns, schema, strict=True)]
         return bytes(self._arrow.record_batch(arrays, schema=schema).serialize())
 
-    def _to_parquet(self) -> None:
-        from pyarrow import parquet
-
-        made = self.path.with_name(f"{self.path.name}.parquet")
-        with self.path.open("rb") as file, parquet.ParquetWriter(made, self._schema()) as writer:
-            for table in _row_groups(self._arrow.ipc.open_stream(file), self._arrow):
-                writer.write_table(table, row_group_size=_ROW_GROUP_SIZE)
-        durable_files.fsync(made)
-        durable_files.rename(made, self._out)
-
 
 def open_locked(path: Path) -> BinaryIO:
     """Open or create the file under an exclusive lock; nothing is written before. Raises UsageError, FileBusy."""
@@ -145,24 +142,20 @@ def open_locked(path: Path) -> BinaryIO:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
-            _lock(file, path)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise FileBusy(f"{path}: another `model run` writes it; wait for that, or name another -o") from None
+            except OSError:
+                file.close()
+                raise
             if _is_same_file(file, path):
                 return file
             # Another run finished and renamed it between the opening and the lock.
             file.close()
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}; name another place with -o") from None
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise FileBusy(f"{path}: another `model run` writes it; wait for that, or name another -o") from None
-    except OSError:
-        file.close()
-        raise
 
 
 def _is_same_file(file: BinaryIO, path: Path) -> bool:

@@ -59,7 +59,10 @@ class RayCluster:
         except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0].rstrip(".")
             raise UsageError(_unreachable_message(self._address, reason)) from None
-        self._silence_ray()
+        context = self._ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         self._stdout_redirect.__enter__()
         return self
 
@@ -96,13 +99,6 @@ class RayCluster:
             raise OutstationError(_WORKERS_DIED if are_shards else _failure_message(str(error))) from None
         except ray.exceptions.RayError as error:
             raise OutstationError(_failure_message(str(error))) from None
-
-    def _silence_ray(self) -> None:
-        """Turn off Ray Data's progress bars and reports, which would disturb ours."""
-        context = self._ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 class _RayActor:

@@ -88,7 +88,15 @@ class Worker:
 
     def _predict_file(self, job: FileJob) -> WorkerResult:
         """Predict a file as `model run` does on one machine."""
-        self._require_shared_storage(job)
+        if not job.source.exists():
+            raise UsageError(f"{job.source} does not exist; {SHARED_STORAGE_HINT}, or run it without --engine ray")
+        marker = self._config.marker
+        try:
+            seen = marker.read_text(encoding="utf-8") == self._config.token
+        except FileNotFoundError:
+            seen = False
+        if not seen:
+            raise UsageError(f"{marker.parent} is another folder than where the command runs; {SHARED_STORAGE_HINT}")
         predictor = self._ensure_loaded()
         if predictor.identity(job.source, job.target) != job.identity:
             problem = f"{job.source} has another size or time than where the command runs"
@@ -118,18 +126,6 @@ class Worker:
         except BadBundle as problem:
             raise BadBundle(f"{config.bundle_name}: {problem}") from None
         return BatchPredictor(bundle, loaded, raw=config.raw)
-
-    def _require_shared_storage(self, job: FileJob) -> None:
-        """Raise UsageError if this node does not see the driver's folders."""
-        if not job.source.exists():
-            raise UsageError(f"{job.source} does not exist; {SHARED_STORAGE_HINT}, or run it without --engine ray")
-        marker = self._config.marker
-        try:
-            seen = marker.read_text(encoding="utf-8") == self._config.token
-        except FileNotFoundError:
-            seen = False
-        if not seen:
-            raise UsageError(f"{marker.parent} is another folder than where the command runs; {SHARED_STORAGE_HINT}")
 
     @contextmanager
     def _count_attempt(self, job: FileJob) -> Iterator[None]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from agent import durable_files
 from agent.datasets import media, readers
-from agent.datasets.blocks import FILE_COLUMN, BlockReader, RowBlock
+from agent.datasets.blocks import FILE_COLUMN, BlockReader
 from agent.datasets.tables import BLOCK_BYTES, FilePosition
 from agent.errors import UsageError
 from agent.evaluation.predict import output
@@ -72,7 +72,12 @@ class BatchPredictor:
             # Only under the lock: until then another run may have written it.
             state = _load_checkpoint(sidecar, self.identity(source, out), part.size)
             part.resume(state.written)
-            stream = _restore_stream(self.inference, state)
+            stream = StreamingPredictor(self.inference)
+            rows, t, row_numbers = state.pending
+            stream.history_rows = state.history_rows
+            if t:
+                stream.t, stream.row_numbers = np.frombuffer(t, np.int64), np.frombuffer(row_numbers, np.int64)
+                stream.rows = np.frombuffer(rows, np.float32).reshape(len(stream.t), -1)
             self._process_blocks(reader, stream, state, part, sidecar, progress)
             part.finish()
         finally:
@@ -91,7 +96,16 @@ class BatchPredictor:
     ) -> None:
         saved_s = time.monotonic()
         for block in reader.blocks(checkpoint.position):
-            self._process_block(reader, block, stream, checkpoint, part)
+            rows, result = stream.feed(block.rows, block.t, block.row_numbers, raw=self.raw)
+            files = None
+            if FILE_COLUMN in block.text_columns and len(rows):
+                files = block.text_columns[FILE_COLUMN][rows - block.row_numbers[0]]
+            part.write(rows, result, files)
+            totals, max_missing = checkpoint.totals, self.inference.manifest.input.max_missing
+            totals.results += len(rows)
+            totals.incomplete += int((result.missing_share > max_missing).sum())
+            totals.add_block(reader.path.name, len(block.rows), block.rejected)
+            checkpoint.position = block.next_position
             progress(reader.progress(checkpoint.position), reader.size, checkpoint.totals.rows)
             if time.monotonic() - saved_s >= CHECKPOINT_INTERVAL_S:
                 checkpoint.written = part.sync()
@@ -99,25 +113,6 @@ class BatchPredictor:
                 checkpoint.pending = (stream.rows.tobytes(), stream.t.tobytes(), stream.row_numbers.tobytes())
                 durable_files.write(sidecar, msgspec.msgpack.encode(checkpoint))
                 saved_s = time.monotonic()
-
-    def _process_block(
-        self,
-        reader: BlockReader,
-        block: RowBlock,
-        stream: StreamingPredictor,
-        checkpoint: _Checkpoint,
-        part: PartialOutput,
-    ) -> None:
-        rows, result = stream.feed(block.rows, block.t, block.row_numbers, raw=self.raw)
-        files = None
-        if FILE_COLUMN in block.text_columns and len(rows):
-            files = block.text_columns[FILE_COLUMN][rows - block.row_numbers[0]]
-        part.write(rows, result, files)
-        totals, max_missing = checkpoint.totals, self.inference.manifest.input.max_missing
-        totals.results += len(rows)
-        totals.incomplete += int((result.missing_share > max_missing).sum())
-        totals.add_block(reader.path.name, len(block.rows), block.rejected)
-        checkpoint.position = block.next_position
 
 
 def predict_folder(predictor: BatchPredictor, source: Path, out: Path, progress: Progress) -> RunTotals:
@@ -175,13 +170,3 @@ def _load_checkpoint(sidecar: Path, identity: str, size: int) -> _Checkpoint:
     except (OSError, msgspec.MsgspecError):
         pass
     return _Checkpoint(identity)
-
-
-def _restore_stream(inference: Inference, checkpoint: _Checkpoint) -> StreamingPredictor:
-    stream = StreamingPredictor(inference)
-    rows, t, row_numbers = checkpoint.pending
-    stream.history_rows = checkpoint.history_rows
-    if t:
-        stream.t, stream.row_numbers = np.frombuffer(t, np.int64), np.frombuffer(row_numbers, np.int64)
-        stream.rows = np.frombuffer(rows, np.float32).reshape(len(stream.t), -1)
-    return stream

@@ -100,7 +100,7 @@ def render_spec(inspection: ModelInspection, model: str, name: str, table: Table
         "# Input of `outstation model pack`; paths are relative to this file. Check every line.",
         *(f"# in:   {tensor}" for tensor in inspection.inputs),
         *(f"# out:  {tensor}" for tensor in inspection.outputs),
-        f'name = "{_slugify(name)}"',
+        f'name = "{(re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.")[:64] or "model")}"',
         'version = "0.1.0"',
         f'kind = "{guess.kind}"  # {guess.rationale}; else classify, regress, anomaly or embedding',
         f"model = {_to_toml(model)}",
@@ -196,10 +196,6 @@ def _format_labels(kind_guess: _KindGuess, table: TableInfo | None) -> str:
     if table and len(table.labels) == kind_guess.label_count:
         return _to_toml(sorted(table.labels))
     return _to_toml([f"class {i}" for i in range(kind_guess.label_count)])
-
-
-def _slugify(text: str) -> str:
-    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-.")[:64] or "model"
 
 
 def _to_toml(value: object) -> str:

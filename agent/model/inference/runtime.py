@@ -119,8 +119,24 @@ class TfliteModel:
             self._interpreter.allocate_tensors()
             inputs, outputs = self._interpreter.get_input_details(), self._interpreter.get_output_details()
         self._output_details = _select_output(outputs, self._output_selector)
-        _check_tensors(inputs, self._output_details)
-        _check_stateless(self._interpreter)
+        if len(inputs) != 1:
+            raise BadBundle(f"the model has {len(inputs)} inputs, but only one is supported; join them in the model")
+        for tensor in (*inputs, self._output_details):
+            kind = np.dtype(tensor["dtype"])
+            if kind.kind not in "fiu":
+                raise BadBundle(f"tensor {tensor['name']!r} has type {kind.name}; only numbers are supported")
+            if len(tensor["shape"]) == 0:
+                raise BadBundle(f"tensor {tensor['name']!r} has no dimensions; the first must count rows")
+        if inputs[0]["shape"][0] < 1:
+            raise BadBundle("the model has batches of 0 rows; give its input a batch of 1, or a dynamic one")
+        # Both runtimes have this method, unofficially. Without it the probe detects state by running the model.
+        ops: list[dict[str, Any]] = getattr(self._interpreter, "_get_ops_details", list)()
+        used = sorted({op["op_name"] for op in ops} & _STATE_OPS)
+        if used:
+            raise BadBundle(
+                f"the model keeps state between inferences ({', '.join(used)}), so a result depends on earlier rows; "
+                "export it without state, with the history it needs as its input window"
+            )
         self._input_details = inputs[0]
         self._input_dtype: np.dtype[Any] = np.dtype(self._input_details["dtype"])
         self.input_shape = tuple(int(d) for d in self._input_details["shape"][1:])
@@ -233,31 +249,6 @@ def _select_output(outputs: list[Any], selector: str | int | None) -> Any:
     available = ", ".join(f"{i}: {o['name']!r} {[int(d) for d in o['shape']]}" for i, o in enumerate(outputs))
     problem = f"no output {selector!r}" if selector is not None else f"{len(outputs)} outputs"
     raise BadBundle(f"the model has {problem}; select one with [output] tensor, of {available}")
-
-
-def _check_tensors(inputs: list[Any], output: Any) -> None:
-    if len(inputs) != 1:
-        raise BadBundle(f"the model has {len(inputs)} inputs, but only one is supported; join them in the model")
-    for tensor in (*inputs, output):
-        kind = np.dtype(tensor["dtype"])
-        if kind.kind not in "fiu":
-            raise BadBundle(f"tensor {tensor['name']!r} has type {kind.name}; only numbers are supported")
-        if len(tensor["shape"]) == 0:
-            raise BadBundle(f"tensor {tensor['name']!r} has no dimensions; the first must count rows")
-    if inputs[0]["shape"][0] < 1:
-        raise BadBundle("the model has batches of 0 rows; give its input a batch of 1, or a dynamic one")
-
-
-def _check_stateless(interpreter: Any) -> None:
-    """Raise BadBundle for a stateful model."""
-    # Both runtimes have this method, unofficially. Without it the probe detects state by running the model.
-    ops: list[dict[str, Any]] = getattr(interpreter, "_get_ops_details", list)()
-    used = sorted({op["op_name"] for op in ops} & _STATE_OPS)
-    if used:
-        raise BadBundle(
-            f"the model keeps state between inferences ({', '.join(used)}), so a result depends on earlier rows; "
-            "export it without state, with the history it needs as its input window"
-        )
 
 
 @contextlib.contextmanager

@@ -103,7 +103,8 @@ def compute_mel_rows(sound: Doubles, spec: SoundFormat) -> Floats:
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(spec.window) / spec.window)
     frames = np.lib.stride_tricks.sliding_window_view(sound, spec.window)[:: spec.hop]
     bands = make_mel_filterbank(spec)
-    cosines = _dct_matrix(spec.mels, spec.cepstra)
+    angle = np.pi * np.outer(np.arange(spec.mels) + 0.5, np.arange(spec.cepstra)) / spec.mels
+    cosines = np.asarray(np.cos(angle) * np.sqrt(2.0 / spec.mels))
     out = np.empty((len(frames), len(spec.columns)), np.float32)
     for start in range(0, len(frames), _BLOCK_FRAMES):
         spectrum = np.abs(np.fft.rfft(frames[start : start + _BLOCK_FRAMES] * hann, spec.fft_size, axis=1))
@@ -154,9 +155,3 @@ def hz_to_mel_htk(hertz: Doubles) -> Doubles:
 
 def mel_to_hz_htk(mel: Doubles) -> Doubles:
     return np.asarray(700.0 * np.expm1(mel / 1127.0))
-
-
-def _dct_matrix(mels: int, count: int) -> Doubles:
-    """Return the matrix (mels, count) of TensorFlow's mfccs_from_log_mel_spectrograms: DCT-II times sqrt(2 / mels)."""
-    angle = np.pi * np.outer(np.arange(mels) + 0.5, np.arange(count)) / mels
-    return np.asarray(np.cos(angle) * np.sqrt(2.0 / mels))

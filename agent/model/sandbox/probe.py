@@ -90,7 +90,11 @@ def probe(bundle: Bundle, known_tunings: Sequence[Tuning] | None = None) -> Prob
             raise BadBundle(death)
         runtime, checks, memory = msgspec.json.decode(report, type=tuple[str, list[Check], int])
         if death:
-            return ProbeReport(runtime, [*checks, *_tuning_failure(death, limits)], peak_memory=memory)
+            return ProbeReport(
+                runtime,
+                [*checks, *([] if death == _out_of_memory_detail(limits) else [("autotune", False, death)])],
+                peak_memory=memory,
+            )
         return ProbeReport(runtime, checks, msgspec.json.decode(tuned, type=Tuning) if tuned else None, memory)
     except BadBundle as problem:
         return ProbeReport("", [("load", False, str(problem))])
@@ -143,7 +147,8 @@ def run_checks(files: dict[str, bytes]) -> tuple[str, list[Check]]:
 
     try:
         model = inference.load_model(content, files["model.tflite"])
-        checks.append(("load", True, f"{len(files['model.tflite'])} bytes, {_describe_batch(model)}"))
+        rows = f"batches of {model.batch}" if model.batch > 1 else "one row at a time"
+        checks.append(("load", True, f"{len(files['model.tflite'])} bytes, {rows}"))
         vectors = golden_vectors.decode(files["golden.npz"]) if "golden.npz" in files else None
     except BadBundle as problem:
         checks.append(("golden" if checks else "load", False, str(problem)))
@@ -155,10 +160,6 @@ def run_checks(files: dict[str, bytes]) -> tuple[str, list[Check]]:
         classes = content.kind == "classify" and not content.output.multi_label
         run_step("golden", lambda: vectors.compare(model.invoke(vectors.inputs), runtime.RUNTIME_NAME, classes=classes))
     return runtime.RUNTIME_NAME, checks
-
-
-def _describe_batch(model: TfliteModel) -> str:
-    return f"batches of {model.batch}" if model.batch > 1 else "one row at a time"
 
 
 def _check_shapes(model: TfliteModel, content: Manifest) -> str:
@@ -213,11 +214,6 @@ def _check_batching(model: TfliteModel, vectors: GoldenVectors | None) -> str:
     return f"{len(rows)} rows, alone and together: off by {difference:.2g}"
 
 
-def _tuning_failure(death_detail: str, limits: ResourceLimits) -> list[Check]:
-    """Ignore a large batch that ran out of memory: the model itself passed. A crash counts."""
-    return [] if death_detail == _out_of_memory_detail(limits) else [("autotune", False, death_detail)]
-
-
 def _out_of_memory_detail(limits: ResourceLimits) -> str:
     return f"ran out of memory, the limit is {limits.memory_mib} MiB ([limits] memory_mib)"
 
@@ -240,7 +236,15 @@ def main() -> None:
     if "manifest.json" in request.files:
         _probe_in_child(request)
     else:
-        _inspect_in_child(request.files["model.tflite"])
+        from agent.model.inference import inspect
+
+        _apply_limits(ResourceLimits())
+        inspection: ModelInspection | str
+        try:
+            inspection = inspect.inspect_model(request.files["model.tflite"])
+        except BadBundle as problem:
+            inspection = str(problem)
+        sys.stdout.buffer.write(msgspec.json.encode(inspection))
 
 
 def _probe_in_child(request: _ProbeRequest) -> None:
@@ -251,20 +255,10 @@ def _probe_in_child(request: _ProbeRequest) -> None:
     sys.stdout.buffer.write(msgspec.json.encode((runtime_name, checks, _peak_memory())) + b"\n")
     sys.stdout.buffer.flush()
     if request.known_tunings is not None and all(ok for _, ok, _ in checks):
-        _extend_cpu_limit(limits.cpu_seconds)
+        used = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+        allowed = used + limits.cpu_seconds + math.ceil(MAX_TUNING_S) * (os.cpu_count() or 1)
+        resource.setrlimit(resource.RLIMIT_CPU, (allowed, resource.getrlimit(resource.RLIMIT_CPU)[1]))
         sys.stdout.buffer.write(msgspec.json.encode(_tune(request.files, request.known_tunings, memory)))
-
-
-def _inspect_in_child(content: bytes) -> None:
-    from agent.model.inference import inspect
-
-    _apply_limits(ResourceLimits())
-    inspection: ModelInspection | str
-    try:
-        inspection = inspect.inspect_model(content)
-    except BadBundle as problem:
-        inspection = str(problem)
-    sys.stdout.buffer.write(msgspec.json.encode(inspection))
 
 
 def _tune(files: dict[str, bytes], known_tunings: list[Tuning], memory: int) -> Tuning:
@@ -305,13 +299,6 @@ def _peak_memory() -> int:
     """Return the peak of resident bytes. Not from getrusage, which includes the parent's before exec."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return next((int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
-
-
-def _extend_cpu_limit(seconds: int) -> None:
-    """Raise the CPU limit for tuning, which may use every core."""
-    used = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
-    allowed = used + seconds + math.ceil(MAX_TUNING_S) * (os.cpu_count() or 1)
-    resource.setrlimit(resource.RLIMIT_CPU, (allowed, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,10 @@ class ModelProcess:
                 if key.fileobj is self._child.stderr:
                     self._read_stderr()
                 else:
-                    self._read_stdout()
+                    data = _read_available(self._child.stdout)
+                    if not data:
+                        raise WorkerExited
+                    self._stdout += data
         if len(self._stdout) < size:
             return None
         data, self._stdout = self._stdout[:size], self._stdout[size:]
@@ -110,12 +113,6 @@ class ModelProcess:
                     pipe.close()
         self._shared.close()
         return code, self._stderr
-
-    def _read_stdout(self) -> None:
-        data = _read_available(self._child.stdout)
-        if not data:
-            raise WorkerExited
-        self._stdout += data
 
     def _read_stderr(self) -> None:
         data, pipe = _read_available(self._child.stderr), self._child.stderr

@@ -58,8 +58,15 @@ def main() -> None:
     os.dup2(2, 1)
     with open(job_fd, "rb") as file:
         job = msgspec.msgpack.decode(file.read(), type=WorkerJob)
-    _die_with_parent(job.parent_pid)
-    _apply_limits(job)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != job.parent_pid:
+        sys.exit(0)
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    memory = pages * resource.getpagesize() + (job.memory_mib << 20) + _SHARED_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # When the machine runs out of memory, the kernel kills this process before the daemon.
+    Path("/proc/self/oom_score_adj").write_text("800", encoding="ascii")
     try:
         model = runtime.TfliteModel(job.content, job.batch, job.threads, job.output)
     except BadBundle as problem:
@@ -89,22 +96,6 @@ def _serve(model: runtime.TfliteModel, shared_fd: int, response_fd: int) -> None
         seconds = time.perf_counter() - start_s
         values[count * width :].reshape(outputs.shape)[:] = outputs
         _write_all(response_fd, RESPONSE_HEADER.pack(STATUS_OK, seconds, 0))
-
-
-def _die_with_parent(parent: int) -> None:
-    """Let the kernel kill this process when the parent ends, even while the runtime hangs."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(0)
-
-
-def _apply_limits(job: WorkerJob) -> None:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    memory = pages * resource.getpagesize() + (job.memory_mib << 20) + _SHARED_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # When the machine runs out of memory, the kernel kills this process before the daemon.
-    Path("/proc/self/oom_score_adj").write_text("800", encoding="ascii")
 
 
 def _read_exactly(size: int) -> bytes:
