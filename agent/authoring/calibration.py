@@ -34,8 +34,6 @@ _Point = tuple[float, float, int]
 
 
 class CalibrationResult(msgspec.Struct, frozen=True):
-    """Calibrated output, with notes and warnings for the author."""
-
     output: ModelOutput
     notes: list[str]
     warnings: list[str]
@@ -150,7 +148,6 @@ def _binary_log_loss(score: Float64s, right: Float64s) -> float:
 
 
 def _class_log_loss(outputs: Float32s, truth: NDArray[Any], manifest: Manifest) -> float:
-    """Return -Σ log probability of the true class."""
     p = scores.compute_probabilities(outputs, manifest.output)[np.arange(len(truth)), truth]
     return -float(np.log(np.clip(p, 1e-12, None)).sum())
 

@@ -53,10 +53,11 @@ def pack(spec_file: Path, key: SigningKey | None) -> PackedBundle:
     spec = specs.read(spec_file)
     files = {"model.tflite": _read_file(spec_file, "model", spec.model)}
     draft = specs.to_manifest(spec_file, spec)
+    # In a child process first: a damaged model can crash the process that loads it.
     try:
         probe.probe(Bundle(draft, "", {"manifest.json": manifest.encode(draft), **files}, "")).raise_for_failure()
     except BadBundle as problem:
-        raise BadBundle(f"{(spec_file.parent / spec.model)}: {problem}") from None
+        raise BadBundle(f"{spec_file.parent / spec.model}: {problem}") from None
     job = PackJob(spec_file, spec, draft, inference.load_model(draft, files["model.tflite"]))
     calibrated = pack_calibration.calibrate_output(job)
     job = replace(job, draft=replace(draft, output=calibrated.output))

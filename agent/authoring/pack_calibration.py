@@ -53,6 +53,7 @@ def _calibrate_scores(job: PackJob) -> CalibrationResult:
     if job.draft.kind == "regress":
         raise UsageError("kind regress has no probabilities to calibrate; remove calibrate")
     path = job.path(job.spec.output.calibrate)
+    # On data that the model knows, scores look too good.
     if job.spec.reference and path.resolve() == job.path(job.spec.reference).resolve():
         raise UsageError(f"{path} is the reference's data, too; calibrate on data held out from training")
     data = training_data.read(path, job.draft.input, LabelParser.from_manifest(job.draft))

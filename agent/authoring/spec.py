@@ -125,6 +125,11 @@ def to_manifest(file: Path, spec: Spec) -> Manifest:
             raise ConfigError(str(file), "input.scale", "scale and std say the same; give one of them")
         derived = [name for feature in spec_input.derived for name in feature.columns]
         std = [1 / spec_input.scale] * len(spec_input.feature_order or [*fields, *derived])
+    window = spec_input.window
+    if window is None and spec_input.image is not None:
+        window = manifest.WindowSpec(rows=spec_input.image.height, step=spec_input.image.height)
+    elif window is not None and window.max_gap_s is None and spec_input.sound is not None:
+        window = msgspec.structs.replace(window, max_gap_s=1.0)
     members = {
         "format": manifest.FORMAT,
         "name": spec.name,
@@ -132,7 +137,7 @@ def to_manifest(file: Path, spec: Spec) -> Manifest:
         "created": spec.created or f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         "kind": spec.kind,
         "input": _select_members(spec_input, manifest.ModelInput)
-        | {"fields": fields, "std": std, "window": msgspec.to_builtins(_resolve_window(spec_input))},
+        | {"fields": fields, "std": std, "window": msgspec.to_builtins(window)},
         "output": _select_members(spec.output, manifest.ModelOutput) | {"labels": spec.labels},
         "drift": msgspec.to_builtins(spec.drift),
         "limits": msgspec.to_builtins(spec.limits),
@@ -144,17 +149,8 @@ def to_manifest(file: Path, spec: Spec) -> Manifest:
         raise _to_config_error(file, str(problem)) from None
 
 
-def _resolve_window(spec_input: SpecInput) -> manifest.WindowSpec | None:
-    window = spec_input.window
-    if window is None and spec_input.image is not None:
-        return manifest.WindowSpec(rows=spec_input.image.height, step=spec_input.image.height)
-    if window is not None and window.max_gap_s is None and spec_input.sound is not None:
-        return msgspec.structs.replace(window, max_gap_s=1.0)
-    return window
-
-
 def finish_manifest(draft: Manifest, files: dict[str, bytes]) -> Manifest:
-    """Return the manifest with the digests of its files, in the oldest format that has all its members."""
+    """Return the manifest with the digests of its files."""
     listed = {name: f"sha256:{hashlib.sha256(content).hexdigest()}" for name, content in files.items()}
     return msgspec.structs.replace(draft, files=listed)
 

@@ -17,13 +17,11 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
+from agent.arrays import Float64s
 from agent.comparison.tally import ComparisonStats
 from agent.performance.intervals import Z, wilson
 from agent.wire.messages import BundleStats, Moments
-
-Floats = NDArray[np.float64]
 
 # The fewest devices for intervals over devices; the fewest blocks for intervals over blocks.
 MIN_DEVICES, MIN_BLOCKS = 5, 10
@@ -53,7 +51,6 @@ class ComparisonEstimate(msgspec.Struct, frozen=True):
 
 
 def agreement(blocks: Sequence[ComparisonBlock]) -> ComparisonEstimate | None:
-    """Return the share of windows with equal predictions."""
     compared = [block for block in blocks if block.stats.n and block.stats.agreeing is not None]
     if not compared:
         return None
@@ -152,7 +149,7 @@ class _HalfWidth(msgspec.Struct, frozen=True):
 
     @classmethod
     def from_influences(
-        cls, influences: Floats, blocks: Sequence[ComparisonBlock], *, bursts: bool = True
+        cls, influences: Float64s, blocks: Sequence[ComparisonBlock], *, bursts: bool = True
     ) -> _HalfWidth | None:
         """Return the half width from the influence (b,) of each block, which sum to 0. None for too few blocks."""
         names = np.array([block.device for block in blocks])
@@ -171,7 +168,7 @@ class _HalfWidth(msgspec.Struct, frozen=True):
         return cls(max(halves), len(influences), "blocks")
 
 
-def _half_width(influences: Floats, design_effect: float = 1.0, *, bursts: bool = False) -> float:
+def _half_width(influences: Float64s, design_effect: float = 1.0, *, bursts: bool = False) -> float:
     """Return the half width from independent influences. `bursts` counts the largest one twice."""
     units, squares = len(influences), np.square(influences)
     total = float(squares.sum()) + (float(squares.max()) if bursts else 0.0)
@@ -179,7 +176,7 @@ def _half_width(influences: Floats, design_effect: float = 1.0, *, bursts: bool 
     return student_t_quantile(max(3.0, units / design_effect - 1)) * spread
 
 
-def ar1_design_effect(values: Floats) -> float:
+def ar1_design_effect(values: Float64s) -> float:
     """Return how many of the ordered blocks (b,) count as one, under an AR(1) model.
 
     Small samples underestimate the correlation, by about (1 + 3r) / b (Kendall 1954), and are noisy; the prior
@@ -232,9 +229,9 @@ def _total(moments: Moments) -> float:
     return moments.n * moments.mean
 
 
-def _column(blocks: Sequence[ComparisonBlock], getter: Callable[[ComparisonStats], float]) -> Floats:
+def _column(blocks: Sequence[ComparisonBlock], getter: Callable[[ComparisonStats], float]) -> Float64s:
     return _array([getter(block.stats) for block in blocks])
 
 
-def _array(values: Sequence[float]) -> Floats:
+def _array(values: Sequence[float]) -> Float64s:
     return np.array(values, np.float64)

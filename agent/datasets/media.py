@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from agent.arrays import Float32s, Ints
 from agent.datasets.blocks import FILE_COLUMN, LABEL_COLUMN, RowBlock, require_columns
 from agent.datasets.tables import START, FilePosition, RowRejection
 from agent.errors import UsageError
 from agent.media import ImageFormat, MediaFormat
 from agent.model.bundle.manifest import ModelInput
 from agent.model.inference import images, sound
-from agent.model.inference.features import Floats, Ints
 
 # Longer than any window's max_gap_s is taken to be.
 _FILE_GAP_US = 10_000_000
@@ -72,9 +72,9 @@ class MediaReader:
                     position = block.next_position
                     yield block
 
-    def _decode(self, files: Sequence[Path]) -> list[tuple[Path, Floats | UsageError]]:
+    def _decode(self, files: Sequence[Path]) -> list[tuple[Path, Float32s | UsageError]]:
         """Return the rows of each file, or why it has none."""
-        decoded: list[tuple[Path, Floats | UsageError]] = []
+        decoded: list[tuple[Path, Float32s | UsageError]] = []
         for file in files:
             try:
                 decoded.append((file, _read_rows(file, self._media)))
@@ -82,7 +82,7 @@ class MediaReader:
                 decoded.append((file, problem))
         return decoded
 
-    def _to_block(self, decoded: Sequence[tuple[Path, Floats | UsageError]], position: FilePosition) -> RowBlock:
+    def _to_block(self, decoded: Sequence[tuple[Path, Float32s | UsageError]], position: FilePosition) -> RowBlock:
         rejected: list[RowRejection] = []
         rows, times = [np.empty((0, len(self._spec.fields)), np.float32)], [np.empty(0, np.int64)]
         texts: dict[str, list[str]] = {FILE_COLUMN: [], LABEL_COLUMN: []}
@@ -114,7 +114,7 @@ def _row_times_us(n: int, media: MediaFormat) -> Ints:
     return np.asarray(np.rint(np.arange(n) * (media.row_period_s * 1e6)), np.int64)
 
 
-def _read_rows(path: Path, media: MediaFormat) -> Floats:
+def _read_rows(path: Path, media: MediaFormat) -> Float32s:
     """Return all rows of an image or sound. Raises UsageError."""
     if isinstance(media, ImageFormat):
         return images.read_rows(path, media)

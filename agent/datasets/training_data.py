@@ -12,13 +12,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.arrays import Float32s, Ints
 from agent.datasets import readers, recordings
 from agent.datasets.blocks import LABEL_COLUMN, TIME_COLUMN
 from agent.datasets.parquet_table import ParquetTable
 from agent.datasets.tables import ColumnType, TableOptions
 from agent.errors import UsageError
 from agent.model.bundle.manifest import Manifest, ModelInput
-from agent.model.inference.features import Floats, Ints
 from agent.performance.labels import NO_LABEL, SEPARATOR, LabelSchema
 
 _MAX_LABELS = 4096
@@ -31,7 +31,7 @@ class TrainingData(msgspec.Struct, frozen=True):
     and 0 for none. An unknown label is -1, an unknown number NaN.
     """
 
-    features: Floats
+    features: Float32s
     t: Ints
     label: NDArray[Any] | None
 

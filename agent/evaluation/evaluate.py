@@ -23,7 +23,6 @@ from agent.evaluation import (
     metrics,
     predictions,
     sensitivity,
-    slicing,
 )
 from agent.evaluation.bootstrap import BootstrapUnits
 from agent.evaluation.document import Evaluation
@@ -61,7 +60,6 @@ class EvaluationRequest(msgspec.Struct, frozen=True):
 
     @property
     def columns(self) -> list[str]:
-        """Columns to read beside the fields."""
         return list(dict.fromkeys(c for c in (self.label, self.group, self.split, *self.slices) if c))
 
 
@@ -156,7 +154,7 @@ def _build_document(context: _Context, signature: str, started_s: float) -> Eval
         classes=measured.classes,
         confusion=measured.confusion if len(labels) <= _MAX_CONFUSION_CLASSES else [],
         reliability=measured.reliability,
-        slices=slicing.slice_metrics(kind, context.predictions, sliced, context.units),
+        slices=metrics.slice_metrics(kind, context.predictions, sliced, context.units),
         field_importance=importance,
         robustness=robustness,
         leakage=leakage_checks,
@@ -213,7 +211,6 @@ def _warnings(evaluation: Evaluation) -> list[str]:
 
 
 def _notes(context: _Context, sample: WindowSample, evaluation: Evaluation) -> list[str]:
-    """Return what was left out, and what small numbers do not show."""
     windows, request, notes = context.windows, context.request, []
     if context.dataset.rejected_count:
         notes.append(f"{context.dataset.rejected_count} rows could not be read and were left out.")
@@ -236,7 +233,6 @@ def _notes(context: _Context, sample: WindowSample, evaluation: Evaluation) -> l
 
 
 def _class_counts(labels: list[str], windows: LabelledWindows, kind: str) -> dict[str, int]:
-    """Return the windows of each class."""
     if kind == "regress":
         return {}
     if windows.label_sets is not None:

@@ -82,7 +82,10 @@ def permutation_importance(sample: WindowSample, seed: int) -> list[FieldImporta
     field_count = min(len(sample.predictor.inference.fields), _MAX_FIELDS)
     single = [_field_importance(sample, [i], seed) for i in range(field_count)]
     single.sort(key=lambda importance: -(importance.metric_drop.value or 0.0))
-    return single + [_field_importance(sample, together, seed) for together in _fields_by_unit(sample)]
+    units = sample.predictor.manifest.input.units
+    by_unit = [[i for i, other in enumerate(units) if other == unit] for unit in dict.fromkeys(units) if unit]
+    together = [fields for fields in by_unit if len(fields) > 1] if len(by_unit) > 1 else []
+    return single + [_field_importance(sample, fields, seed) for fields in together]
 
 
 def _field_importance(sample: WindowSample, field_indices: Sequence[int], seed: int) -> FieldImportance:
@@ -94,13 +97,6 @@ def _field_importance(sample: WindowSample, field_indices: Sequence[int], seed: 
         drops.append(sample.metric_drop(sample.reevaluate(changed)))
     names = [sample.predictor.inference.fields[i] for i in field_indices]
     return FieldImportance(fields=names, metric_drop=percentile_interval(np.mean(drops, axis=0)))
-
-
-def _fields_by_unit(sample: WindowSample) -> list[list[int]]:
-    """Return the fields that share a unit, if there are several units and several fields of one."""
-    units = sample.predictor.manifest.input.units
-    by_unit = [[i for i, other in enumerate(units) if other == unit] for unit in dict.fromkeys(units) if unit]
-    return [fields for fields in by_unit if len(fields) > 1] if len(by_unit) > 1 else []
 
 
 class _FaultKind(msgspec.Struct, frozen=True):
@@ -118,7 +114,6 @@ class _FaultKind(msgspec.Struct, frozen=True):
 
 
 def sweep_faults(sample: WindowSample, seed: int) -> list[RobustnessCurve]:
-    """Return the primary metric under each fault at each strength."""
     flat = sample.windows.reshape(-1, sample.windows.shape[2])
     centre = np.nan_to_num(np.nanmean(flat, axis=0)) if np.isfinite(flat).any() else np.zeros(flat.shape[1], np.float32)
     spread = np.nan_to_num(np.nanstd(flat, axis=0)) if np.isfinite(flat).any() else centre

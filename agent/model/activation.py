@@ -22,8 +22,6 @@ from agent.wire.keys import PublicKey
 
 
 class LoadedBundle(msgspec.Struct, frozen=True):
-    """A proven bundle with its loaded model."""
-
     bundle: Bundle
     model: RunnableModel
     reference: Reference | None

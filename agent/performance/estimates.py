@@ -37,7 +37,6 @@ class MetricEstimate(msgspec.Struct, frozen=True):
     state: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the members of a message."""
         head = {"metric": self.metric, **({"slice": self.slice} if self.slice else {})}
         tail = {"state": self.state} if self.state else {}
         return {**head, "value": self.value, "low": self.low, "high": self.high, "n": self.n, **tail}

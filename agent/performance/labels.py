@@ -124,5 +124,4 @@ def _label_text(value: Any) -> str:
 
 
 def count_sources(sources: Sequence[str]) -> dict[str, int]:
-    """Return the number of labels from each source."""
     return {source: n for source in SOURCES if (n := sum(known == source for known in sources))}

@@ -87,8 +87,6 @@ class Weights(Protocol):
 
 
 class WeightVector:
-    """One weight for each result."""
-
     def __init__(self, weights: Float64s) -> None:
         self._weights, self.total = weights, weights.sum()
 
@@ -148,7 +146,6 @@ class Metric(msgspec.Struct, frozen=True):
 def prepare_metrics(
     kind: str, labels: Sequence[str], predictions: LabelledPredictions, scope: Literal["device", "evaluation"]
 ) -> list[tuple[Metric, Statistic]]:
-    """Return the metrics that these results have."""
     prepared = [
         (metric, metric.prepare(predictions, labels))
         for metric in METRICS

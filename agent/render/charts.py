@@ -157,8 +157,6 @@ def render_heatmap(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> st
 
 
 class ReliabilityPoint(msgspec.Struct, frozen=True):
-    """Bin of predictions with this mean score, and their accuracy."""
-
     score: float
     accuracy: float
     low: float | None

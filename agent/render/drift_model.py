@@ -57,8 +57,6 @@ class PlotRow(msgspec.Struct, frozen=True):
 
 
 class AccuracyEstimate(msgspec.Struct, frozen=True):
-    """Expected accuracy of one series with its intervals."""
-
     series: int
     times: Sequence[int]
     values: Sequence[float | None]

@@ -41,7 +41,6 @@ _RANGE_PAD = 0.22
 
 
 def draw_row(canvas: Canvas, row: PlotRow, panel: Panel) -> None:
-    """Draw a field's name and state, distribution and evidence."""
     draw, theme = canvas.drawing, canvas.theme
     title = f"{row.name} ({row.unit})" if row.unit else row.name
     draw.rect(panel.x, panel.y, 3, panel.height, theme.state_color(row.state), r=1.5, css_class=f"state-{row.state}")

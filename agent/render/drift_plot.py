@@ -29,7 +29,6 @@ _MAX_SERIES_NAME_WIDTH = 130.0
 
 
 def render_drift(picture: DriftPlot, *, dark: bool = False) -> str:
-    """Return the plot as an SVG document."""
     theme = DARK_THEME if dark else LIGHT_THEME
     draw = Drawing(WIDTH, picture.title)
     y = _draw_header(draw, theme, picture)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from agent.arrays import Float32s
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import inference
-from agent.model.inference.features import Floats
 from agent.model.sandbox.subprocess_model import SubprocessModel
 from scripts.benchmarks import Report, Result, benchmark
 
@@ -48,7 +48,7 @@ def subprocess_overhead() -> Report:
 
 
 def _median(
-    ours: Callable[[Floats], object], reference: Callable[[Floats], object], windows: Floats
+    ours: Callable[[Float32s], object], reference: Callable[[Float32s], object], windows: Float32s
 ) -> tuple[float, float]:
     took: tuple[list[float], list[float]] = ([], [])
     for _ in range(ROUNDS):

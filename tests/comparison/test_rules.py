@@ -132,7 +132,7 @@ def test_with_enough_devices_intervals_count_devices() -> None:
 def test_few_blocks_give_no_interval() -> None:
     few = [ComparisonBlock(ComparisonStats(1, 10_000, 10_000))] * 9
     assert paired_intervals.agreement(few) is None
-    found = verdict.evaluate_limits(RuleLimits(min_agreement=0.5), few, True)
+    found = verdict.evaluate_rules(RuleLimits(min_agreement=0.5), few, True)
     assert [(one.rule, one.state) for one in found] == [("agreement", "undecided")]
     assert "fewer than 10 blocks or 5 devices" in found[0].summary
 
@@ -150,7 +150,7 @@ def test_full_agreement_still_has_an_interval_that_shrinks() -> None:
 @pytest.mark.parametrize(("limit", "state"), [(0.7, "passed"), (0.99, "failed"), (0.905, "undecided")])
 def test_agreement_is_decided_by_the_whole_interval(limit: float, state: str) -> None:
     blocks = blocks_of(np.random.default_rng(3), 0.3, 60)
-    found = verdict.evaluate_limits(RuleLimits(min_agreement=limit), blocks, True)
+    found = verdict.evaluate_rules(RuleLimits(min_agreement=limit), blocks, True)
     assert [one.state for one in found] == [state]
     assert found[0].numbers["low"] < found[0].numbers["value"] < found[0].numbers["high"]
     assert found[0].numbers["blocks"] == 60
@@ -187,23 +187,23 @@ def test_the_error_rate_fails_with_one_error_and_passes_with_enough_batches() ->
     assert "1 of 10 batches failed" in found[0].summary
     assert "SIGFPE" in found[0].summary
     none = [ComparisonBlock(ComparisonStats(1, 10, 10))] * 10
-    assert [f.state for f in verdict.evaluate_limits(RuleLimits(max_error_rate=0.0), none, True)] == ["passed"]
-    assert [f.state for f in verdict.evaluate_limits(RuleLimits(max_error_rate=0.0), none[:9], True)] == ["undecided"]
-    assert [f.state for f in verdict.evaluate_limits(RuleLimits(max_error_rate=0.5), one, True)] == ["passed"]
+    assert [f.state for f in verdict.evaluate_rules(RuleLimits(max_error_rate=0.0), none, True)] == ["passed"]
+    assert [f.state for f in verdict.evaluate_rules(RuleLimits(max_error_rate=0.0), none[:9], True)] == ["undecided"]
+    assert [f.state for f in verdict.evaluate_rules(RuleLimits(max_error_rate=0.5), one, True)] == ["passed"]
 
 
 def test_incomparable_bundles_leave_agreement_undecided() -> None:
     blocks = [
         ComparisonBlock(ComparisonStats(1, 10, None, error="one bundle answers as classify, the other as regress"))
     ] * 20
-    found = verdict.evaluate_limits(RuleLimits(min_agreement=0.9), blocks, True)
+    found = verdict.evaluate_rules(RuleLimits(min_agreement=0.9), blocks, True)
     assert [one.state for one in found] == ["undecided"]
     assert "one bundle answers as classify" in found[0].summary
 
 
 def test_without_data_rules_are_undecided() -> None:
     limits = RuleLimits(0.9, 2.0, 0.1, 0.05, 0.1)
-    found = verdict.evaluate_limits(limits, [], True)
+    found = verdict.evaluate_rules(limits, [], True)
     assert [(one.rule, one.state) for one in found] == [
         ("agreement", "undecided"),
         ("latency", "undecided"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import csv
+import fcntl
 import io
 import json
 import os
@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent.arrays import Float32s, Ints
 from agent.cli import main
 from agent.cli.model.group import model as command
 from agent.datasets.readers import TableReader
@@ -29,7 +30,7 @@ from agent.evaluation.predict import run as running
 from agent.evaluation.predict.ledger import LEDGER_NAME, FileJob, RunLedger, RunTotals
 from agent.evaluation.predict.run import BatchPredictor
 from agent.model.bundle import bundle as bundles
-from agent.model.inference import features, inference
+from agent.model.inference import inference
 from agent.model.inference.inference import Inference
 from agent.testing.messages import new_key
 from scripts.kit.bundles import ANOMALY, CLASSIFY, KEY, LABELS, TABULAR, packed, readings, waves, write_csv
@@ -67,7 +68,7 @@ def table(path: Path) -> dict[str, list[str]]:
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def plain(bundle: Path, rows: features.Floats) -> tuple[features.Floats, features.Ints]:
+def plain(bundle: Path, rows: Float32s) -> tuple[Float32s, Ints]:
     """Return (outputs, last rows from 1) of a plain loop over single windows."""
     loaded = bundles.read(bundle, None)
     model, spec = inference.load_model(loaded.manifest, loaded.model_bytes), loaded.manifest.input

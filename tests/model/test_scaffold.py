@@ -12,11 +12,10 @@ import pytest
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 
-from agent.authoring import pack
+from agent.authoring import pack, scaffold
 from agent.cli.model.group import model as command
 from agent.errors import OutstationError
 from agent.model import activation
-from agent.model.inference import inspect
 from agent.model.inference.inference import Inference
 from agent.model.inference.runtime import Interpreter  # type: ignore[attr-defined]
 from agent.model.inference.tensors import ModelInspection, OutputStats, Tensor
@@ -177,7 +176,7 @@ def test_the_kind_is_guessed_and_the_spec_packs_as_it_is(
 
 def looks(outputs: int, answers: OutputStats, limits: tuple[float, float] | None = None) -> str:
     tensors = [Tensor("x", (4,), 0, "float32", None)], [Tensor("y", (outputs,), 0, "int8", limits)]
-    return inspect.guess_kind(ModelInspection(*tensors, [answers])).kind
+    return scaffold.guess_kind(ModelInspection(*tensors, [answers])).kind
 
 
 def test_kinds_are_guessed_from_the_range_and_norm_of_outputs() -> None:

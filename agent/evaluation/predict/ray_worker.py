@@ -110,11 +110,9 @@ class Worker:
         return WorkerResult(index=shard.index, result=result)
 
     def _ensure_loaded(self) -> BatchPredictor:
-        self._predictor = self._predictor or self._load_bundle()
-        return self._predictor
-
-    def _load_bundle(self) -> BatchPredictor:
         """Load the bundle as it was sent, probed on this node, too, because processors differ. Raises UsageError."""
+        if self._predictor is not None:
+            return self._predictor
         config = self._config
         have, sent = f"{__version__} with {runtime.RUNTIME_NAME}", f"{config.agent} with {config.runtime}"
         if have != sent:
@@ -125,7 +123,8 @@ class Worker:
             loaded = inference.Inference(bundle.manifest, inference.load_model(bundle.manifest, bundle.model_bytes))
         except BadBundle as problem:
             raise BadBundle(f"{config.bundle_name}: {problem}") from None
-        return BatchPredictor(bundle, loaded, raw=config.raw)
+        self._predictor = BatchPredictor(bundle, loaded, raw=config.raw)
+        return self._predictor
 
     @contextmanager
     def _count_attempt(self, job: FileJob) -> Iterator[None]:

@@ -98,8 +98,10 @@ class BatchPredictor:
         for block in reader.blocks(checkpoint.position):
             rows, result = stream.feed(block.rows, block.t, block.row_numbers, raw=self.raw)
             files = None
-            if FILE_COLUMN in block.text_columns and len(rows):
-                files = block.text_columns[FILE_COLUMN][rows - block.row_numbers[0]]
+            if FILE_COLUMN in self._columns.names and len(rows):
+                # Recordings of images or sounds are one file.
+                column = block.text_columns.get(FILE_COLUMN, np.full(len(block.rows), reader.path.name))
+                files = column[rows - block.row_numbers[0]]
             part.write(rows, result, files)
             totals, max_missing = checkpoint.totals, self.inference.manifest.input.max_missing
             totals.results += len(rows)

@@ -115,7 +115,7 @@ def evaluate_promotion_rules(
     limits = RuleLimits(
         promote.min_agreement, promote.max_latency_ratio, None, promote.max_accuracy_drop, promote.max_error_growth
     )
-    by_rule = {result.rule: result for result in rules.evaluate_limits(limits, blocks, new_is_shadow)}
+    by_rule = {result.rule: result for result in rules.evaluate_rules(limits, blocks, new_is_shadow)}
     return [
         _build_rule_result(name, by_rule.get(rule), limit, bound, blocks)
         for name, rule, limit, bound in _promotion_rules(promote, blocks)

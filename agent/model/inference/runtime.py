@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.arrays import Float32s
 from agent.errors import BadBundle, OutstationError
 from agent.model.inference.tensors import Tensor
 
@@ -44,8 +45,6 @@ MAX_BATCH = 128
 _QUANTIZE_BLOCK = 1 << 15
 # Operations of a stateful model, whose outputs depend on earlier inputs and on restarts.
 _STATE_OPS = frozenset({"VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE"})
-
-Floats = NDArray[np.float32]
 
 
 class TfliteModel:
@@ -93,7 +92,7 @@ class TfliteModel:
             return 0.0
         return float(self._output_details["quantization"][0] or 1.0)
 
-    def invoke(self, windows: Floats) -> Floats:
+    def invoke(self, windows: Float32s) -> Float32s:
         """Return the outputs (w, K) of `windows` (w, …), which have as many values each as the model's input.
 
         NaN counts as 0 in a quantized input. Raises BadBundle.
@@ -186,7 +185,7 @@ class TfliteModel:
             self._interpreter.allocate_tensors()
             self._allocated_batch = size
 
-    def _quantize(self, values: Floats) -> NDArray[Any]:
+    def _quantize(self, values: Float32s) -> NDArray[Any]:
         kind = self._input_dtype
         if kind.kind == "f":
             floats: NDArray[Any] = values.astype(kind, copy=False)
@@ -206,11 +205,11 @@ class TfliteModel:
             quantized: NDArray[Any] = scaled.astype(kind)
         return quantized
 
-    def _dequantize(self, raw: NDArray[Any]) -> Floats:
+    def _dequantize(self, raw: NDArray[Any]) -> Float32s:
         if raw.dtype.kind == "f":
             return raw.astype(np.float32, copy=False)
         scale, zero = self._output_details["quantization"]
-        values: Floats = raw.astype(np.float32)
+        values: Float32s = raw.astype(np.float32)
         values -= zero
         values *= np.float32(scale or 1.0)
         return values
@@ -263,7 +262,6 @@ def _runtime_errors() -> Iterator[None]:
 
 
 def _explain_error(message: str) -> str:
-    """Return the runtime's message, with the fix for known causes."""
     if "Select TensorFlow op" in message:
         return "the model uses TensorFlow operations, which it lacks; convert it with TFLITE_BUILTINS only"
     if custom := re.search(r"unresolved custom op: ([\w-]+)", message):
