@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.arrays import Float32s, Float64s, Ints
+from agent.arrays import Float32s, Float64s
 from agent.errors import UsageError
 from agent.model.bundle.manifest import IsotonicCalibration, Manifest, ModelOutput
 from agent.model.inference import scores
@@ -205,9 +205,3 @@ def _fit_isotonic(outputs: Float32s, truth: NDArray[Any], manifest: Manifest) ->
         return msgspec.structs.replace(manifest.output, isotonic=IsotonicCalibration([0.0, 1.0], [pooled[0][1]] * 2))
     isotonic = IsotonicCalibration([round(x, 6) for x, _, _ in pooled], [round(y, 6) for _, y, _ in pooled])
     return msgspec.structs.replace(manifest.output, isotonic=isotonic)
-
-
-def select_window_labels(column: NDArray[Any], starts: Ints, rows: int) -> NDArray[Any]:
-    """Return the label of each window, that of its last row."""
-    labels: NDArray[Any] = column[starts + rows - 1]
-    return labels

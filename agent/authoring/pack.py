@@ -14,7 +14,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.arrays import Float32s
-from agent.authoring import calibration, pack_calibration
+from agent.authoring import pack_calibration
 from agent.authoring import spec as specs
 from agent.authoring.pack_calibration import PackJob
 from agent.authoring.spec import Spec, SpecCard
@@ -164,9 +164,7 @@ def build_reference(path: Path, model: TfliteModel, draft: Manifest, *, held_out
     score = scores.value if scores.score is None else scores.score
     truth = None
     if held_out:
-        assert data.label is not None
-        labels = calibration.select_window_labels(data.label, starts, draft.input.rows)
-        truth = np.asarray(labels, dtype=np.int64)
+        truth = data.window_labels(starts, draft.input.rows).astype(np.int64)
     return learning.build_reference(
         data.features,
         starts,

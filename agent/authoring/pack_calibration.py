@@ -61,7 +61,7 @@ def _calibrate_scores(job: PackJob) -> CalibrationResult:
         raise UsageError(f"{path}: no column {LABEL_COLUMN} in it; calibration needs the true labels")
     result = Inference(job.draft, job.model).run(data.features, data.t, with_outputs=True)
     assert result.outputs is not None
-    truth = calibration.select_window_labels(data.label, result.cut.starts, job.draft.input.rows)
+    truth = data.window_labels(result.cut.starts, job.draft.input.rows)
     known = (truth if truth.ndim == 1 else truth[:, 0]) >= 0
     method = job.spec.output.calibration
     calibrated = calibration.calibrate_scores(result.outputs[known], truth[known], job.draft, method)
@@ -96,7 +96,7 @@ def _fit_anomaly_output(job: PackJob) -> CalibrationResult:
     values, vectors = result.scores.value, result.outputs
     assert values is not None
     if data.label is not None:
-        normal = calibration.select_window_labels(data.label, starts, draft.input.rows) == 0
+        normal = data.window_labels(starts, draft.input.rows) == 0
         if not normal.any():
             raise UsageError(f"{path}: no window in it is labelled normal")
         values, vectors = values[normal], None if vectors is None else vectors[normal]

@@ -35,6 +35,12 @@ class TrainingData(msgspec.Struct, frozen=True):
     t: Ints
     label: NDArray[Any] | None
 
+    def window_labels(self, starts: Ints, rows: int) -> NDArray[Any]:
+        """Return the label of each window, that of its last row."""
+        assert self.label is not None
+        labels: NDArray[Any] = self.label[starts + rows - 1]
+        return labels
+
 
 class LabelParser(msgspec.Struct, frozen=True):
     """Reads a file's labels; a row of a multi-label model has any number of them, between `|`."""

@@ -7,13 +7,14 @@ fields: 5 % for the whole table. Source of the exact test: Fisher (1922).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
 from msgspec.structs import replace
 
-from agent.arrays import Float64s
+from agent.arrays import Bools, Float64s
 from agent.performance import intervals
 from agent.performance.estimates import MetricEstimate, compute_metrics, round_or_none
 from agent.performance.metrics import LabelledPredictions
@@ -77,11 +78,7 @@ def holm_correction(p_values: Sequence[float]) -> list[bool]:
 
 
 def _slice_metric(
-    kind: str,
-    name: str,
-    losses: Float64s,
-    inside: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
-    design_effect: float,
+    kind: str, name: str, losses: Float64s, inside: Bools, design_effect: float
 ) -> tuple[MetricEstimate, float]:
     n, mean = int(inside.sum()), float(losses[inside].mean())
     if kind == "regress":
@@ -130,9 +127,7 @@ def _fisher_exact(wrong: int, n: int, wrong_elsewhere: int, n_elsewhere: int) ->
 
 def _merge_rare_values(values: Sequence[str]) -> list[str]:
     """Return the most frequent values, and OTHER for the rest."""
-    counts: dict[str, int] = {}
-    for value in values:
-        counts[value] = counts.get(value, 0) + 1
+    counts = Counter(values)
     frequent = set(sorted(counts, key=lambda value: (-counts[value], value))[:_MAX_VALUES])
     return [value if value in frequent else OTHER for value in values]
 
