@@ -117,13 +117,7 @@ def _build_document(context: _Context, signature: str, started_s: float) -> Eval
     measured = metrics.compute(kind, labels, context.predictions, context.units)
     sample = sensitivity.draw_sample(LabelledPredictor(context.inference), windows, context.units)
     context.on_step("looking for leakage")
-    request, windows = context.request, context.windows
-    train = None
-    if request.train is not None:
-        train = _read_training_data(request.train, context.inference, request.group)
-    training = leakage.training_rows(context.dataset, request.split, train)
-    checks = leakage.check_train_test(windows, context.inference.rows, request.group, training)
-    leakage_checks = checks if windows.label_sets is not None else [*checks, leakage.check_target_leakage(sample)]
+    leakage_checks = _check_leakage(context, sample)
     noise_checks, suspects = label_quality.check_label_noise(labels, context.predictions, windows)
     importance: list[document.FieldImportance] = []
     robustness: list[document.RobustnessCurve] = []
@@ -188,14 +182,19 @@ def _measure_latency(context: _Context, bundle: Bundle) -> list[document.BatchLa
     return latency.measure(bundle, context.dataset.values[:_LATENCY_ROWS], context.dataset.t[:_LATENCY_ROWS])
 
 
-def _read_training_data(path: Path, inference: Inference, group: str | None) -> Dataset:
-    """Read the training data, with the groups if they name them."""
-    try:
-        return examples.read(path, inference, [group] if group else [])
-    except UsageError:
-        if group is None:
-            raise
-        return examples.read(path, inference, [])
+def _check_leakage(context: _Context, sample: WindowSample) -> list[document.CheckResult]:
+    request, windows, train = context.request, context.windows, None
+    if request.train is not None:
+        try:
+            train = examples.read(request.train, context.inference, [request.group] if request.group else [])
+        except UsageError:
+            if request.group is None:
+                raise
+            # Training data need not name the groups.
+            train = examples.read(request.train, context.inference, [])
+    training = leakage.training_rows(context.dataset, request.split, train)
+    checks = leakage.check_train_test(windows, context.inference.rows, request.group, training)
+    return checks if windows.label_sets is not None else [*checks, leakage.check_target_leakage(sample)]
 
 
 def _warnings(evaluation: Evaluation) -> list[str]:

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import msgspec
 
 from agent.render import axes, drift_panels
-from agent.render.drift_model import (
-    AXIS_LABEL_HEIGHT,
-    HISTOGRAM_X,
-    MARGIN,
-    TIME_X,
-    WIDTH,
-    Canvas,
-    DriftPlot,
-    Panel,
-    series_color,
-)
+from agent.render.drift_model import DriftPlot
+from agent.render.drift_panels import AXIS_LABEL_HEIGHT, HISTOGRAM_X, MARGIN, TIME_X, WIDTH, Canvas, Panel, series_color
 from agent.render.svg import Drawing, text_width, truncate_text, wrap_text
 from agent.render.theme import DARK_THEME, LIGHT_THEME, Theme
 
 ROW_GAP = 14.0
+_ROW_HEIGHTS = ((2, 120.0), (8, 84.0), (math.inf, 58.0))  # up to so many rows
 MAX_ALERTS = 5
 COMPACT_ROW_HEIGHT = 48.0  # without a distribution
 _LEGEND_FONT_SIZE, _LEGEND_LINE_HEIGHT = 11.5, 17.0
@@ -36,11 +29,10 @@ def render_drift(picture: DriftPlot, *, dark: bool = False) -> str:
         draw.rect(MARGIN, y - 8, WIDTH - 2 * MARGIN, 120, theme.panel, r=8, stroke=theme.grid)
         for i, line in enumerate(wrap_text(picture.empty_message, 14, WIDTH - 4 * MARGIN, max_lines=2)):
             draw.text(WIDTH / 2, y + 56 + 20 * i, line, theme.muted, size=14, anchor="middle", css_class="empty")
-        return draw.to_svg_document((y + 112 + MARGIN), theme.paper)
+        return draw.to_svg_document(y + 112 + MARGIN, theme.paper)
     paper = Canvas(draw, theme, *_time_range(picture))
     y = _draw_legend(paper, picture, y)
-    row_count = len(picture.rows)
-    height = 120.0 if row_count <= 2 else 84.0 if row_count <= 8 else 58.0
+    height = next(h for most, h in _ROW_HEIGHTS if len(picture.rows) <= most)
     for row in picture.rows:
         has_values = bool(row.reference or row.histograms)
         tall = height if has_values else COMPACT_ROW_HEIGHT
@@ -48,34 +40,19 @@ def render_drift(picture: DriftPlot, *, dark: bool = False) -> str:
         y += tall + (AXIS_LABEL_HEIGHT if has_values else 0) + ROW_GAP
     if picture.estimates:
         y = drift_panels.draw_estimates(paper, picture.estimates, y) + ROW_GAP
-    y = y - ROW_GAP
+    y += 16 - ROW_GAP
     for t, label in axes.time_ticks(paper.begin, paper.end, 8):
-        paper.drawing.text(
-            paper.time_to_x(t), y + 16, label, paper.theme.muted, size=10.5, anchor="middle", css_class="time"
-        )
-    return draw.to_svg_document((y + 16 + MARGIN - 8), theme.paper)
+        draw.text(paper.time_to_x(t), y, label, theme.muted, size=10.5, anchor="middle", css_class="time")
+    return draw.to_svg_document(y + MARGIN - 8, theme.paper)
 
 
 def _draw_header(drawing: Drawing, theme: Theme, picture: DriftPlot) -> float:
     y = MARGIN + 16
-    drawing.text(
-        MARGIN,
-        y,
-        truncate_text(picture.title, 20, WIDTH - 2 * MARGIN),
-        theme.ink,
-        size=20,
-        weight=600,
-        css_class="title",
-    )
+    title = truncate_text(picture.title, 20, WIDTH - 2 * MARGIN)
+    drawing.text(MARGIN, y, title, theme.ink, size=20, weight=600, css_class="title")
     y += 22
-    drawing.text(
-        MARGIN,
-        y,
-        truncate_text(picture.subtitle, 12.5, WIDTH - 2 * MARGIN),
-        theme.muted,
-        size=12.5,
-        css_class="subtitle",
-    )
+    subtitle = truncate_text(picture.subtitle, 12.5, WIDTH - 2 * MARGIN)
+    drawing.text(MARGIN, y, subtitle, theme.muted, size=12.5, css_class="subtitle")
     y += 12
     for state, sentence in picture.alerts[:MAX_ALERTS]:
         y += 20
