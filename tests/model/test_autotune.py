@@ -99,7 +99,7 @@ def test_a_batch_that_would_take_more_memory_than_there_is_is_not_taken(
 ) -> None:
     slow.run_s = 0.001
     sizes = iter(range(0, 1 << 40, 1 << 20))
-    monkeypatch.setattr(autotune, "_resident_bytes", lambda: next(sizes))
+    monkeypatch.setattr(autotune.memory, "resident_bytes", lambda: next(sizes))
     assert tried("classify_float32", most_bytes=1 << 20, seconds=MINUTE_S).batch == 4
 
 
