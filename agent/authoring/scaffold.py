@@ -113,41 +113,39 @@ def guess_kind(inspection: ModelInspection, output_index: int = 0) -> _KindGuess
 
 def render_spec(inspection: ModelInspection, model: str, name: str, table: TableInfo | None = None) -> str:
     """Return the text of a SPEC for the model at path `model`, relative to the SPEC; `table` is data for it."""
-    guess = guess_kind(inspection)
+    guess, tensor = guess_kind(inspection), inspection.inputs[0]
     slug = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.")[:64]
-    labels = _format_labels(guess, table)
     lines = [
         "# Input of `outstation model pack`; paths are relative to this file. Check every line.",
-        *(f"# in:   {tensor}" for tensor in inspection.inputs),
-        *(f"# out:  {tensor}" for tensor in inspection.outputs),
+        *(f"# in:   {each}" for each in inspection.inputs),
+        *(f"# out:  {each}" for each in inspection.outputs),
         f'name = "{slug or "model"}"',
         'version = "0.1.0"',
         f'kind = "{guess.kind}"  # {guess.rationale}; else classify, regress, anomaly or embedding',
         f"model = {_to_toml(model)}",
     ]
-    if labels:
-        lines += ["# In the order of the outputs, as in training; the model file does not say.", f"labels = {labels}"]
-    data = _to_toml(table.path) if table else '"readings.csv"'
-    prefix = "" if table else "# "
+    if guess.label_count:
+        known = table is not None and len(table.labels) == guess.label_count
+        labels = sorted(table.labels) if table and known else [f"class {i}" for i in range(guess.label_count)]
+        lines.append("# In the order of the outputs, as in training; the model file does not say.")
+        lines.append(f"labels = {_to_toml(labels)}")
+    data, prefix = (_to_toml(table.path), "") if table else ('"readings.csv"', "# ")
+    windows = table.rows // infer_window_shape(tensor.shape)[0] if table else 0
+    if table and windows < _MIN_REFERENCE_WINDOWS:
+        comment = f"{windows} windows of readings; drift detection needs {_MIN_REFERENCE_WINDOWS}"
+        lines.append(f"# reference = {data}  # {comment}")
+    else:
+        comment = "readings of normal operation, for the drift reference and a threshold"
+        lines.append(f"{prefix}reference = {data}  # {comment}")
     lines += [
-        _reference_line(inspection.inputs[0], data, table),
         f"{prefix}golden = {data}  # a few inputs, with which a device verifies that its CPU computes the same",
         '# card = { model = "MODEL_CARD.md", data = "DATA_CARD.md" }',
         "",
-        *_input_lines(inspection.inputs[0], table),
+        *_input_lines(tensor, table),
         "",
         *_output_lines(inspection, guess),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _reference_line(tensor: Tensor, data: str, table: TableInfo | None) -> str:
-    comment = "readings of normal operation, for the drift reference and a threshold"
-    windows = table.rows // infer_window_shape(tensor.shape)[0] if table else 0
-    if table and windows < _MIN_REFERENCE_WINDOWS:
-        comment = f"{windows} windows of readings; drift detection needs {_MIN_REFERENCE_WINDOWS}"
-        return f"# reference = {data}  # {comment}"
-    return f"{'' if table else '# '}reference = {data}  # {comment}"
 
 
 def _input_lines(tensor: Tensor, table: TableInfo | None) -> list[str]:
@@ -208,14 +206,6 @@ def _output_lines(inspection: ModelInspection, guess: _KindGuess) -> list[str]:
     if guess.kind in ("anomaly", "embedding"):
         lines.append("quantile = 0.99  # of the reference's values; higher values are anomalies; or threshold = …")
     return lines
-
-
-def _format_labels(guess: _KindGuess, table: TableInfo | None) -> str:
-    if not guess.label_count:
-        return ""
-    if table and len(table.labels) == guess.label_count:
-        return _to_toml(sorted(table.labels))
-    return _to_toml([f"class {i}" for i in range(guess.label_count)])
 
 
 def _to_toml(value: object) -> str:

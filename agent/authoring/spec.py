@@ -146,7 +146,12 @@ def to_manifest(file: Path, spec: Spec) -> Manifest:
     try:
         return manifest.decode(msgspec.json.encode(members))
     except BadBundle as problem:
-        raise _to_config_error(file, str(problem)) from None
+        text, _, path = str(problem).removeprefix("manifest.json: ").partition(" - at `$")
+        key = path.rstrip("`").lstrip(".").replace("[...]", "")
+        if key.startswith("output") or "labels" in text:
+            # Reading the SPEC has checked the rest of [output].
+            key = "labels"
+        raise ConfigError(str(file), key or text.partition(" ")[0], text) from None
 
 
 def finish_manifest(draft: Manifest, files: dict[str, bytes]) -> Manifest:
@@ -159,13 +164,3 @@ def _select_members(section: config.Section, struct_type: type[msgspec.Struct]) 
     """Return the values of a section that a struct of the manifest has by the same names."""
     values: dict[str, Any] = msgspec.to_builtins(section)
     return {name: values[name] for name in struct_type.__struct_fields__ if name in values}
-
-
-def _to_config_error(file: Path, problem: str) -> ConfigError:
-    """Return a problem of the manifest as an error at the SPEC's key."""
-    text, _, path = problem.removeprefix("manifest.json: ").partition(" - at `$")
-    key = path.rstrip("`").lstrip(".").replace("[...]", "")
-    if key.startswith("output") or "labels" in text:
-        # Reading the SPEC has checked the rest of [output].
-        key = "labels"
-    return ConfigError(str(file), key or text.partition(" ")[0], text)

@@ -52,7 +52,14 @@ def evaluate_rules(
     """
     results: list[RuleResult] = []
     if limits.min_agreement is not None:
-        results.append(_evaluate_agreement(limits.min_agreement, blocks))
+        agreement, limit = paired_intervals.agreement(blocks), limits.min_agreement
+        mismatch = next((b.stats.error for b in reversed(blocks) if b.stats.n and b.stats.agreeing is None), "")
+        if agreement is None and mismatch:
+            text = f"Agreement is unknown: {mismatch}."
+            results.append(RuleResult(AGREEMENT, "undecided", text, {"limit": limit}))
+        else:
+            text = "Agreement with the previous bundle"
+            results.append(_evaluate_lower_bound(AGREEMENT, text, agreement, limit))
     if limits.max_latency_ratio is not None:
         estimate = paired_intervals.latency_ratio(blocks, new_is_other=new_is_other)
         text = "Inference time of a window, relative to the previous bundle"
@@ -74,14 +81,6 @@ def evaluate_rules(
         text = "Mean absolute error by labels, relative to the previous bundle"
         results.append(_evaluate_upper_bound(LABELS, text, estimate, 1 + limits.max_error_growth))
     return results
-
-
-def _evaluate_agreement(limit: float, blocks: Sequence[ComparisonBlock]) -> RuleResult:
-    estimate = paired_intervals.agreement(blocks)
-    mismatch = next((b.stats.error for b in reversed(blocks) if b.stats.n and b.stats.agreeing is None), "")
-    if estimate is None and mismatch:
-        return RuleResult(AGREEMENT, "undecided", f"Agreement is unknown: {mismatch}.", {"limit": limit})
-    return _evaluate_lower_bound(AGREEMENT, "Agreement with the previous bundle", estimate, limit)
 
 
 def _evaluate_error_rate(limit: float, blocks: Sequence[ComparisonBlock]) -> RuleResult:

@@ -74,7 +74,9 @@ class LabelParser(msgspec.Struct, frozen=True):
 def read(path: Path, spec: ModelInput, labels: LabelParser | None = None) -> TrainingData:
     """Read all rows, with column `label` if `labels` are wanted. Raises UsageError that names the file and the line."""
     if path.suffix == ".npz":
-        return _read_recordings(path, spec)
+        loaded = recordings.load(path)
+        codes = loaded.label[loaded.recording_index] if LABEL_COLUMN in loaded.columns else None
+        return TrainingData(loaded.select(path, spec.fields), loaded.epoch_us(recordings.pause_between(spec)), codes)
     reader = readers.open_reader(path, spec, require_times=True)
     labelled = labels is not None and LABEL_COLUMN in reader.columns
     if labelled:
@@ -96,12 +98,6 @@ def read(path: Path, spec: ModelInput, labels: LabelParser | None = None) -> Tra
         except ValueError as problem:
             raise UsageError(f"{path}: column {LABEL_COLUMN}: {problem}") from None
     return TrainingData(np.concatenate(rows), np.concatenate(t), label)
-
-
-def _read_recordings(path: Path, spec: ModelInput) -> TrainingData:
-    loaded = recordings.load(path)
-    label = loaded.label[loaded.recording_index] if LABEL_COLUMN in loaded.columns else None
-    return TrainingData(loaded.select(path, spec.fields), loaded.epoch_us(recordings.pause_between(spec)), label)
 
 
 class TableSummary(msgspec.Struct, frozen=True):

@@ -130,6 +130,10 @@ def model_card(evaluation: Evaluation, texts: ModelCardText) -> EvaluationCard:
     slice_metric = display_name(evaluation.slices[0].metric) if evaluation.slices else ""
     slice_rows, importance_rows = tables.slice_rows(evaluation), tables.importance_rows(evaluation)
     faults = [[f"{curve.fault}: {curve.meaning}", tables.format_curve(curve)] for curve in evaluation.robustness]
+    comparison = ""
+    if (other := evaluation.float_comparison) is not None:
+        change = format_estimate(other.metric_difference)
+        comparison = f"Compared with the float model ({other.bytes:,} bytes), {metric} changes by {change}."
     small = ", ".join(estimate.slice for estimate in evaluation.slices if estimate.state == SMALL)
     card = EvaluationCard(f"Model card: {model.name} {model.version}")
     card.add("Model details", texts.about, CardTable(("", ""), _detail_rows(evaluation, texts)), texts.training)
@@ -149,7 +153,7 @@ def model_card(evaluation: Evaluation, texts: ModelCardText) -> EvaluationCard:
         "Quantitative analysis",
         CardTable(("Metric", "Value", "95 % interval", "n"), tables.metric_rows(evaluation)),
         CardTable(("Class", "Recall", "Precision", "F1", "n"), tables.class_rows(evaluation)[:_MAX_ROWS]),
-        _float_comparison_text(evaluation),
+        comparison,
     )
     card.add(
         "Sensitivity",
@@ -221,13 +225,6 @@ def _detail_rows(evaluation: Evaluation, texts: ModelCardText) -> list[Row]:
 
 def _labelled_text(name: str, text: str) -> str:
     return f"{name}: {text}" if text else ""
-
-
-def _float_comparison_text(evaluation: Evaluation) -> str:
-    if (other := evaluation.float_comparison) is None:
-        return ""
-    name, change = display_name(evaluation.metric), format_estimate(other.metric_difference)
-    return f"Compared with the float model ({other.bytes:,} bytes), {name} changes by {change}."
 
 
 def _provenance_text(evaluation: Evaluation) -> str:

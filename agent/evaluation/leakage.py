@@ -211,7 +211,12 @@ def fingerprint_rows(rows: Float32s, window_rows: int) -> tuple[Fingerprints, Bo
         constant &= hashes[i : i + count] == hashes[:count]
     if k > 1:
         return fingerprints, ~constant
-    return fingerprints, np.isfinite(rows).any(axis=1) & (_expected_matches(rows) < _MAX_EXPECTED_MATCHES)
+    # How many equal rows are expected if fields are independent.
+    expected = np.full(len(rows), float(len(rows)))
+    for values in rows.T:
+        _, at, repeats = np.unique(values, return_inverse=True, return_counts=True)
+        expected *= repeats[at] / len(rows)
+    return fingerprints, np.isfinite(rows).any(axis=1) & (expected < _MAX_EXPECTED_MATCHES)
 
 
 def any_in_windows(mask: Bools, starts: Ints, window_rows: int) -> Bools:
@@ -219,15 +224,6 @@ def any_in_windows(mask: Bools, starts: Ints, window_rows: int) -> Bools:
     within = window_rows - min(_ROWS_PER_FINGERPRINT, window_rows) + 1
     sums = np.concatenate([[0], np.cumsum(mask)])
     return np.asarray(sums[starts + within] > sums[starts])
-
-
-def _expected_matches(rows: Float32s) -> Float64s:
-    """Return (n,) how many equal rows are expected if fields are independent."""
-    expected = np.full(len(rows), float(len(rows)))
-    for column in rows.T:
-        _, at, count = np.unique(column, return_inverse=True, return_counts=True)
-        expected *= count[at] / len(rows)
-    return expected
 
 
 def _format_names(names: list[str]) -> str:

@@ -5,6 +5,7 @@ Parquet is written as Arrow messages and converted at the end: a Parquet file is
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import fcntl
 import io
@@ -151,19 +152,13 @@ def open_locked(path: Path) -> BinaryIO:
             except OSError:
                 file.close()
                 raise
-            if _is_same_file(file, path):
-                return file
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
             # Another run finished and renamed it between the opening and the lock.
             file.close()
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}; name another place with -o") from None
-
-
-def _is_same_file(file: BinaryIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def partial_path(out: Path) -> Path:

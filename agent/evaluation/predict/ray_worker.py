@@ -101,8 +101,16 @@ class Worker:
         if predictor.identity(job.source, job.target) != job.identity:
             problem = f"{job.source} has another size or time than where the command runs"
             raise UsageError(f"{problem}; {SHARED_STORAGE_HINT}, and must not change")
+        deadline_s = time.monotonic() + LOCK_TIMEOUT_S
         with self._count_attempt(job):
-            return WorkerResult(target=job.target, totals=_predict_when_unlocked(predictor, job))
+            while True:
+                try:
+                    totals = predictor.predict_file(job.source, job.target, lambda *_: None)
+                    return WorkerResult(target=job.target, totals=totals)
+                except FileBusy:
+                    if time.monotonic() > deadline_s:
+                        raise
+                    time.sleep(_RETRY_INTERVAL_S)
 
     def _predict_shard(self, shard: WindowShard) -> WorkerResult:
         cut = WindowCut(shard.starts, len(shard.starts))
@@ -144,14 +152,3 @@ class Worker:
             yield
         finally:
             path.unlink()
-
-
-def _predict_when_unlocked(predictor: BatchPredictor, job: FileJob) -> RunTotals:
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
-    while True:
-        try:
-            return predictor.predict_file(job.source, job.target, lambda *_: None)
-        except FileBusy:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(_RETRY_INTERVAL_S)

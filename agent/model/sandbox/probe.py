@@ -234,14 +234,10 @@ def describe_death(code: int, stderr: bytes, limits: ResourceLimits) -> str:
 
 def main() -> None:
     request = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=_ProbeRequest)
-    if "manifest.json" in request.files:
-        _probe_in_child(request)
-    else:
+    if "manifest.json" not in request.files:
         _apply_limits(ResourceLimits())
         sys.stdout.buffer.write(msgspec.json.encode(_inspect_in_child(request.files["model.tflite"])))
-
-
-def _probe_in_child(request: _ProbeRequest) -> None:
+        return
     limits = manifest.decode(request.files["manifest.json"]).limits
     batch_bytes = _apply_limits(limits)
     runtime_name, checks = run_checks(request.files)
@@ -249,6 +245,7 @@ def _probe_in_child(request: _ProbeRequest) -> None:
     sys.stdout.buffer.write(msgspec.json.encode((runtime_name, checks, memory.peak_bytes())) + b"\n")
     sys.stdout.buffer.flush()
     if request.known_tunings is not None and all(ok for _, ok, _ in checks):
+        # Tuning may use every core.
         used = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
         allowed = used + limits.cpu_seconds + math.ceil(MAX_TUNING_S) * (os.cpu_count() or 1)
         resource.setrlimit(resource.RLIMIT_CPU, (allowed, resource.getrlimit(resource.RLIMIT_CPU)[1]))
