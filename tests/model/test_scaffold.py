@@ -28,10 +28,16 @@ OTHERS = {
     "mlperf_resnet8_cifar_int8": ("classify", 32, 96),
     "mlperf_vww96_int8": ("classify", 96, 288),
     "coral_mobilenet_v1_0.25_128_quant": ("classify", 128, 384),
+    # Of the same shapes, and in every clone.
+    "foreign_autoencoder": ("anomaly", 1, 160),
+    "foreign_keywords": ("classify", 49, 10),
+    "foreign_image": ("classify", 32, 96),
 }
 
 
 def others(name: str) -> Path:
+    if (own := MODELS / f"{name}.tflite").exists():
+        return own
     if not THIRD_PARTY.exists():
         pytest.skip("models that others made are not there (OUTSTATION_THIRDPARTY_MODELS)")
     return THIRD_PARTY / f"{name}.tflite"
@@ -97,10 +103,11 @@ def test_a_third_party_model_packs_from_its_scaffold_and_predicts_alike(tmp_path
         assert answers.scores.anomaly is not None
 
 
-def test_an_image_input_gets_the_scale_of_its_quantization() -> None:
-    text = run("pack", "--from", others("coral_mobilenet_v1_0.25_128_quant")).output
+@pytest.mark.parametrize(("name", "side"), [("coral_mobilenet_v1_0.25_128_quant", 128), ("foreign_image", 32)])
+def test_an_image_input_gets_the_scale_of_its_quantization(name: str, side: int) -> None:
+    text = run("pack", "--from", others(name)).output
     image = tomllib.loads(text)["input"]["image"]
-    assert (image["width"], image["height"], image["channels"]) == (128, 128, 3)
+    assert (image["width"], image["height"], image["channels"]) == (side, side, 3)
     assert (image["scale"], image["offset"]) == (pytest.approx(1 / 128), -1)
 
 
@@ -115,6 +122,8 @@ def input_range(model: Path) -> tuple[float, float]:
     ("name", "why", "fix"),
     [
         ("pymicro_okay_nabu_int8stream", "keeps state between inferences (ASSIGN_VARIABLE", "export it without state"),
+        ("stateful", "keeps state between inferences (ASSIGN_VARIABLE", "export it without state"),
+        ("flex", "TensorFlow operations, which it lacks", "convert it with TFLITE_BUILTINS only"),
         ("flex_model_selfmade", "TensorFlow operations, which it lacks", "convert it with TFLITE_BUILTINS only"),
         ("tflm_person_detect_int8", "its quantization does not follow the format", "convert the model again"),
     ],

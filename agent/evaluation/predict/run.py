@@ -122,7 +122,8 @@ class BatchPredictor:
         if FILE_COLUMN not in self._columns.names or not len(rows):
             return None
         files = block.text_columns.get(FILE_COLUMN, np.full(len(block.rows), source.name))
-        return files[rows - block.row_numbers[0]]
+        names: TextColumn = files[rows - block.row_numbers[0]]
+        return names
 
 
 def predict_folder(predictor: BatchPredictor, source: Path, out: Path, progress: Progress) -> RunTotals:
