@@ -38,7 +38,10 @@ from scripts.kit.bundles import (
     write_csv,
     write_spec,
 )
+from tests.kit.bundle_fixtures import Load
 from tests.kit.devices import STEP_US, T0, Device, columns, expand_columns, tiles
+
+pytest_plugins = ["tests.kit.bundle_fixtures"]
 
 Floats = NDArray[np.float32]
 BIAS = -np.square(CENTRES).sum(axis=1) / 2
@@ -76,23 +79,6 @@ KINDS = {
 }
 
 
-Load = Callable[[Recipe], LoadedBundle]
-
-
-@pytest.fixture(scope="module")
-def active(tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """`active(recipe)` packs, verifies, probes and loads its bundle, once."""
-    made: dict[Recipe, LoadedBundle] = {}
-
-    def load(recipe: Recipe) -> LoadedBundle:
-        if recipe not in made:
-            path = packed(tmp_path_factory.mktemp(recipe.model), recipe)
-            made[recipe] = activation.activate(path, [KEY.public])
-        return made[recipe]
-
-    return load
-
-
 def rows_of(recipe: Recipe, n: int, seed: int = 3) -> Floats:
     return readings(n, seed)[:, : len(recipe.fields)]
 
@@ -115,9 +101,7 @@ def sigmoid(x: NDArray[Any]) -> NDArray[Any]:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_a_model_of_every_type_of_tensor_is_packed_proved_and_right(
-    active: Callable[[Recipe], LoadedBundle], kind: str
-) -> None:
+def test_a_model_of_every_type_of_tensor_is_packed_proved_and_right(active: Load, kind: str) -> None:
     result, rows = active(SUMS[kind]), readings(200, seed=3)
     assert golden_vectors.decode(result.bundle.files["golden.npz"]).expected.shape == (32, 3)
     answers = answered(result, rows)
@@ -173,7 +157,7 @@ def test_the_first_of_several_outputs_is_the_value_and_others_have_names(active:
 
 
 def test_an_embedding_far_from_the_centroid_is_an_anomaly(
-    active: Callable[[Recipe], LoadedBundle],
+    active: Load,
 ) -> None:
     result = active(VECTORS)
     output = result.bundle.manifest.output

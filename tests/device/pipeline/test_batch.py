@@ -22,37 +22,24 @@ from agent import config
 from agent.device.pipeline.batch import BatchResult
 from agent.device.store import task_keys, transaction
 from agent.errors import StorageError, StorageFull
-from agent.model import activation
-from agent.model.activation import LoadedBundle
 from agent.model.bundle.manifest import WindowSpec
 from agent.model.inference import features, scores
 from agent.model.inference.tuning import Tuning
 from agent.wire.messages import AlertPayload, AuditPayload, DriftPayload, ResultsPayload, VerifiedMessage
-from scripts.kit.bundles import ANOMALY, CLASSIFY, KEY, REGRESS, WINDOW, Recipe, packed
+from scripts.kit.bundles import ANOMALY, CLASSIFY, REGRESS, WINDOW, Recipe
+from tests.kit.bundle_fixtures import Load
 from tests.kit.devices import STEP_US, T0, Device, columns, tiles
 
+pytest_plugins = ["tests.kit.bundle_fixtures"]
+
 Floats = NDArray[np.float32]
-
-
-@pytest.fixture(scope="module")
-def active(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], LoadedBundle]:
-    """Return a function that packs, verifies, probes and loads a recipe's bundle once."""
-    made: dict[Recipe, LoadedBundle] = {}
-
-    def load(recipe: Recipe) -> LoadedBundle:
-        if recipe not in made:
-            path = packed(tmp_path_factory.mktemp(recipe.model), recipe)
-            made[recipe] = activation.activate(path, [KEY.public])
-        return made[recipe]
-
-    return load
 
 
 Make = Callable[..., Device]
 
 
 @pytest.fixture
-def make(tmp_path: Path, active: Callable[[Recipe], LoadedBundle]) -> Iterator[Make]:
+def make(tmp_path: Path, active: Load) -> Iterator[Make]:
     """Return a function that makes a device."""
     made: list[Device] = []
 

@@ -28,7 +28,6 @@ from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.drift.monitor import DriftMonitor
 from agent.errors import StorageFull
-from agent.model import activation
 from agent.model.activation import LoadedBundle
 from agent.performance import degradation
 from agent.performance import labels as truth
@@ -36,24 +35,14 @@ from agent.performance.labels import LabelSchema
 from agent.testing.messages import new_key
 from agent.wire import jws
 from agent.wire.messages import AlertPayload, QualityPayload, ResultsPayload, verify_message
-from scripts.kit.bundles import CLASSIFY, EACH, KEY, LABELS, REGRESS, SEVERAL, VECTORS, Recipe, packed
+from scripts.kit.bundles import CLASSIFY, EACH, LABELS, REGRESS, SEVERAL, VECTORS, Recipe
+from tests.kit.bundle_fixtures import Load
+
+pytest_plugins = ["tests.kit.bundle_fixtures"]
 
 DEVICE = new_key(1)
 T0 = 1_764_000_000_000_000
 KEEP_S = 7 * 86_400.0
-
-
-@pytest.fixture(scope="module")
-def active(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], LoadedBundle]:
-    made: dict[str, LoadedBundle] = {}
-
-    def load(recipe: Recipe) -> LoadedBundle:
-        if recipe.model not in made:
-            path = packed(tmp_path_factory.mktemp(recipe.model), recipe)
-            made[recipe.model] = activation.activate(path, [KEY.public])
-        return made[recipe.model]
-
-    return load
 
 
 @dataclass
@@ -133,7 +122,7 @@ Make = Callable[..., Device]
 
 
 @pytest.fixture
-def make(tmp_path: Path, active: Callable[[Recipe], LoadedBundle]) -> Iterator[Make]:
+def make(tmp_path: Path, active: Load) -> Iterator[Make]:
     made: list[Device] = []
 
     def new(recipe: Recipe = CLASSIFY, **options: Any) -> Device:

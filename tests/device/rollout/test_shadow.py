@@ -20,8 +20,6 @@ from agent.device.rollout.shadow import REPORT_INTERVAL_S, ShadowRunner
 from agent.device.store import labels
 from agent.device.store.message_log import MessageLog
 from agent.errors import ModelProcessFailed, StorageFull
-from agent.model import activation
-from agent.model.activation import LoadedBundle
 from agent.model.bundle import manifest
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference import inference
@@ -29,32 +27,23 @@ from agent.model.inference.tuning import Tuning
 from agent.model.sandbox.subprocess_model import SandboxLimits
 from agent.performance.labels import Label
 from agent.wire.desired_state import CanaryRules
-from scripts.kit.bundles import ANOMALY, CLASSIFY, KEY, REGRESS, Recipe, around, model, packed
+from scripts.kit.bundles import ANOMALY, CLASSIFY, REGRESS, Recipe, around, model
+from tests.kit.bundle_fixtures import Load
 from tests.kit.devices import NOW
 from tests.kit.marks import crashing
 from tests.kit.pairs import Pair
 from tests.kit.stations import wait_for
 
+pytest_plugins = ["tests.kit.bundle_fixtures"]
+
 CALM = np.clip(CLASSIFY.rows(400), -3, 3)
-
-
-@pytest.fixture(scope="module")
-def active(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], LoadedBundle]:
-    made: dict[Recipe, LoadedBundle] = {}
-
-    def load(recipe: Recipe) -> LoadedBundle:
-        if recipe not in made:
-            made[recipe] = activation.activate(packed(tmp_path_factory.mktemp(recipe.model), recipe), [KEY.public])
-        return made[recipe]
-
-    return load
 
 
 Make = Callable[..., Pair]
 
 
 @pytest.fixture
-def make(tmp_path: Path, active: Callable[[Recipe], LoadedBundle]) -> Iterator[Make]:
+def make(tmp_path: Path, active: Load) -> Iterator[Make]:
     made: list[Pair] = []
 
     def new(other: Bundle, recipe: Recipe = CLASSIFY, **options: Any) -> Pair:
@@ -173,9 +162,7 @@ def test_numeric_predictions_have_a_difference(make: Make) -> None:
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=6))
-def test_equal_bundles_agree_in_every_window(
-    make: Make, active: Callable[[Recipe], LoadedBundle], pieces: list[tuple[int, bool]]
-) -> None:
+def test_equal_bundles_agree_in_every_window(make: Make, active: Load, pieces: list[tuple[int, bool]]) -> None:
     pair = make(named(active(ANOMALY).bundle, "d"), ANOMALY)
     values = ANOMALY.rows(sum(rows for rows, _ in pieces))
     at = windows = 0
@@ -439,7 +426,7 @@ def test_after_a_model_crash_another_model_runs_the_same_rows(make: Make) -> Non
     ]
 
 
-def test_a_subprocess_model_gives_the_same_answers(make: Make, active: Callable[[Recipe], LoadedBundle]) -> None:
+def test_a_subprocess_model_gives_the_same_answers(make: Make, active: Load) -> None:
     pair = make(named(active(CLASSIFY).bundle, "c"))
     pair.device.task = dataclasses.replace(pair.task, batch_observer=None)
     pair.device.feed(CALM)
