@@ -48,7 +48,7 @@ def calibrate_scores(outputs: Float32s, truth: NDArray[Any], manifest: Manifest,
     if len(truth) < MIN_LABELLED_RESULTS:
         raise UsageError(f"{len(truth)} labelled results; at least {MIN_LABELLED_RESULTS} are needed to calibrate")
     if multi_label and method == "isotonic":
-        raise UsageError('calibration = "isotonic" is for one label a result; use "temperature"')
+        raise UsageError('calibration_method = "isotonic" is for one label a result; use "temperature"')
     if not multi_label and len(np.unique(truth)) < 2:
         name = manifest.output.labels[int(truth[0])]
         raise UsageError(f"the data have only one class, {name!r}; calibration needs all classes")

@@ -36,12 +36,12 @@ def calibrate_output(job: PackJob) -> CalibrationResult:
     """Return the output, completed from data: calibrated scores, or a centroid and a threshold. Raises ConfigError."""
     plain = CalibrationResult(job.draft.output, [], [])
     if job.draft.kind in ("anomaly", "embedding"):
-        key = "output.calibrate" if job.spec.output.calibrate else "reference"
+        key = "output.calibration_data" if job.spec.output.calibration_data else "reference"
         fit = _fit_anomaly_output
-    elif job.spec.output.calibrate is None:
+    elif job.spec.output.calibration_data is None:
         return plain
     else:
-        key, fit = "output.calibrate", _calibrate_scores
+        key, fit = "output.calibration_data", _calibrate_scores
     try:
         return fit(job)
     except (UsageError, BadBundle) as problem:
@@ -49,10 +49,10 @@ def calibrate_output(job: PackJob) -> CalibrationResult:
 
 
 def _calibrate_scores(job: PackJob) -> CalibrationResult:
-    assert job.spec.output.calibrate is not None
+    assert job.spec.output.calibration_data is not None
     if job.draft.kind == "regress":
-        raise UsageError("kind regress has no probabilities to calibrate; remove calibrate")
-    path = job.path(job.spec.output.calibrate)
+        raise UsageError("kind regress has no probabilities to calibrate; remove calibration_data")
+    path = job.path(job.spec.output.calibration_data)
     # On data that the model knows, scores look too good.
     if job.spec.reference and path.resolve() == job.path(job.spec.reference).resolve():
         raise UsageError(f"{path} is the reference's data, too; calibrate on data held out from training")
@@ -63,7 +63,7 @@ def _calibrate_scores(job: PackJob) -> CalibrationResult:
     assert result.outputs is not None
     truth = data.window_labels(result.cut.starts, job.draft.input.rows)
     known = (truth if truth.ndim == 1 else truth[:, 0]) >= 0
-    method = job.spec.output.calibration
+    method = job.spec.output.calibration_method
     calibrated = calibration.calibrate_scores(result.outputs[known], truth[known], job.draft, method)
     left_out = int((~known).sum())
     if left_out:
@@ -77,7 +77,7 @@ def _fit_anomaly_output(job: PackJob) -> CalibrationResult:
     is_embedding = draft.kind == "embedding"
     if output.threshold is not None and (not is_embedding or output.centroid):
         return CalibrationResult(output, [], [])
-    name = job.spec.output.calibrate or job.spec.reference
+    name = job.spec.output.calibration_data or job.spec.reference
     if name is None:
         if is_embedding:
             raise UsageError("an embedding needs normal data, to measure distances from their centroid")
@@ -85,7 +85,7 @@ def _fit_anomaly_output(job: PackJob) -> CalibrationResult:
         return CalibrationResult(output, [], [warning])
     path = job.path(name)
     data = training_data.read(
-        path, draft.input, LabelParser.from_manifest(draft) if job.spec.output.calibrate else None
+        path, draft.input, LabelParser.from_manifest(draft) if job.spec.output.calibration_data else None
     )
     starts = find_window_starts(path, data, draft.input)
     if is_embedding and not output.centroid:

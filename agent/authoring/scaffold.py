@@ -200,7 +200,7 @@ def _output_lines(inspection: ModelInspection, guess: _KindGuess) -> list[str]:
     if guess.multi_label:
         lines.append("multi_label = true  # every label above its threshold (0.5) is predicted")
     if guess.kind == "classify":
-        lines.append('# calibrate = "heldout.csv"  # with column label, data that the model was not trained on')
+        lines.append('# calibration_data = "heldout.csv"  # with column label, data that the model was not trained on')
     if guess.kind == "regress":
         lines.append('# units = ["W"]')
     if guess.kind in ("anomaly", "embedding"):

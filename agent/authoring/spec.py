@@ -46,7 +46,7 @@ class SpecInput(config.Section, frozen=True, kw_only=True):
 
 
 class SpecOutput(config.Section, frozen=True, kw_only=True):
-    """Section [output]; `calibrate` names held-out data, from which scores are calibrated.
+    """Section [output]; `calibration_data` is held-out data, from which scores are calibrated.
 
     For an anomaly the threshold is set above a share `quantile` of normal values of these data, or of the reference's.
     """
@@ -63,8 +63,8 @@ class SpecOutput(config.Section, frozen=True, kw_only=True):
     quantile: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.99
     distance: Literal["euclidean", "cosine"] = "euclidean"
     centroid: list[float] = msgspec.field(default_factory=list)
-    calibrate: str | None = None
-    calibration: Literal["temperature", "isotonic"] = "temperature"
+    calibration_data: str | None = None
+    calibration_method: Literal["temperature", "isotonic"] = "temperature"
 
 
 class SpecCard(config.Section, frozen=True, kw_only=True):

@@ -50,7 +50,7 @@ SOFTMAX = 'activation = "softmax"'
 ALLOWED = {"float32": 1e-5, "float16": 1e-5, "hybrid": 0.1, "int8": 0.5, "uint8": 0.5, "int16": 0.1}
 TYPES = tuple(ALLOWED)
 SUMS = {kind: Recipe("classify", f"sums_{kind}", labels=LABELS, output=SOFTMAX) for kind in TYPES}
-HELD = replace(SUMS["float32"], output=f'{SOFTMAX}\ncalibrate = "held.csv"')
+HELD = replace(SUMS["float32"], output=f'{SOFTMAX}\ncalibration_data = "held.csv"')
 BINARY = Recipe("classify", "one_sigmoid", labels=("off", "on"), output='activation = "sigmoid"\nthreshold = 0.9')
 CHOSEN = Recipe("classify", "each_label_and_sums", labels=LABELS, output=f'tensor = "sums"\n{SOFTMAX}')
 NAMED = Recipe("regress", "two_values", output='names = ["power", "total"]\nunits = ["W", "W"]')
@@ -309,7 +309,7 @@ def test_history_reaches_over_a_restart_but_not_over_a_pause(device: Any) -> Non
 
 
 def test_a_threshold_is_learned_from_held_out_windows_that_are_normal(tmp_path: Path) -> None:
-    spec = write_spec(tmp_path, replace(VECTORS, output='calibrate = "quiet.csv"\nquantile = 0.95'))
+    spec = write_spec(tmp_path, replace(VECTORS, output='calibration_data = "quiet.csv"\nquantile = 0.95'))
     rows = readings(400, seed=4)
     rows[::10] += 100
     text = write_csv(tmp_path / "plain.csv", VECTORS.fields, rows).read_text().splitlines()
@@ -343,7 +343,7 @@ def of_softer_model(rows: Floats) -> list[str]:
 
 @pytest.mark.parametrize("how", ["temperature", "isotonic"])
 def test_scores_of_an_overconfident_model_are_calibrated_on_held_out_labels(tmp_path: Path, how: str) -> None:
-    output = f'{SOFTMAX}\ncalibrate = "held.csv"\ncalibration = "{how}"'
+    output = f'{SOFTMAX}\ncalibration_data = "held.csv"\ncalibration_method = "{how}"'
     spec = write_spec(tmp_path, replace(SUMS["float32"], output=output))
     labelled_rows(tmp_path / "held.csv", 3000, of_softer_model)
     made = pack.pack(spec, KEY)
@@ -368,7 +368,8 @@ def test_scores_that_are_right_already_stay_as_they_are(tmp_path: Path) -> None:
         return [LABELS[random.choice(3, p=item)] for item in softmax(rows @ CENTRES.T + BIAS)]
 
     spec = write_spec(
-        tmp_path, replace(SUMS["float32"], output=f'{SOFTMAX}\ncalibrate = "held.csv"\ncalibration = "isotonic"')
+        tmp_path,
+        replace(SUMS["float32"], output=f'{SOFTMAX}\ncalibration_data = "held.csv"\ncalibration_method = "isotonic"'),
     )
     labelled_rows(tmp_path / "held.csv", 300, drawn)
     made = pack.pack(spec, KEY)
@@ -381,7 +382,7 @@ def test_labels_of_a_model_that_says_several_calibrate_it_too(tmp_path: Path) ->
         message = np.random.default_rng(2).random((len(rows), 3)) < sigmoid((rows @ CENTRES.T + BIAS) / 3)
         return ["|".join(name for name, yes in zip(EACH, row, strict=True) if yes) or "-" for row in message]
 
-    spec = write_spec(tmp_path, replace(SEVERAL, output='multi_label = true\ncalibrate = "held.csv"'))
+    spec = write_spec(tmp_path, replace(SEVERAL, output='multi_label = true\ncalibration_data = "held.csv"'))
     labelled_rows(tmp_path / "held.csv", 2000, drawn)
     head = json.loads(pack.pack(spec, KEY).files["manifest.json"])
     assert 1.5 < head["output"]["temperature"] < 5
@@ -415,12 +416,12 @@ def test_data_that_cannot_calibrate_are_refused_in_one_sentence(
     with pytest.raises(ConfigError) as problem:
         pack.pack(spec, KEY)
     assert why in str(problem.value)
-    assert "output.calibrate" in str(problem.value)
+    assert "output.calibration_data" in str(problem.value)
     assert "\n" not in str(problem.value)
 
 
 def test_the_references_own_data_do_not_calibrate(tmp_path: Path) -> None:
-    spec = write_spec(tmp_path, replace(SUMS["float32"], output=f'{SOFTMAX}\ncalibrate = "reference.csv"'))
+    spec = write_spec(tmp_path, replace(SUMS["float32"], output=f'{SOFTMAX}\ncalibration_data = "reference.csv"'))
     with pytest.raises(ConfigError, match="calibrate on data held out from training"):
         pack.pack(spec, KEY)
 

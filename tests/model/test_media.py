@@ -214,7 +214,7 @@ golden = "images"
 [input]
 image = { width = 32, height = 32 }
 [output]
-calibrate = "images"
+calibration_data = "images"
 """)
     made = pack.pack(tmp_path / "spec.toml", KEY)
     pack.write_bundle(made, tmp_path / "out")
