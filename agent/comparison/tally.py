@@ -74,7 +74,7 @@ class ComparisonStats(msgspec.Struct, frozen=True):
 
     @classmethod
     def from_message(cls, message: ShadowPayload) -> ComparisonStats:
-        return msgspec.convert(message, cls, from_attributes=True)
+        return cls(*(getattr(message, name) for name in cls.__struct_encode_fields__))
 
     def to_body(self) -> dict[str, Any]:
         """Return the members of a `shadow` message that hold sums."""

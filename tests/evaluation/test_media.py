@@ -80,6 +80,15 @@ def test_each_image_gets_a_named_result_and_a_broken_one_is_rejected(looking: Pa
     assert sorted(row["file"] for row in rows)[:2] == ["none/00.png", "none/02.png"]
 
 
+def test_recordings_for_an_image_model_are_predicted_as_one_named_file(looking: Path) -> None:
+    pixels = np.zeros((64, 96), np.float32)
+    np.savez(looking / "rows.npz", rows=pixels, fields=[f"pixel{i}" for i in range(96)])
+    result = run("run", looking / "bundle", looking / "rows.npz", "-o", looking / "out.csv", "--json")
+    assert (result.exit_code, json.loads(result.stdout)["results"]) == (0, 2)
+    with (looking / "out.csv").open(newline="") as file:
+        assert [row["file"] for row in csv.DictReader(file)] == ["rows.npz", "rows.npz"]
+
+
 def test_a_folder_of_images_is_evaluated_by_the_folders_within(looking: Path) -> None:
     evaluation: Evaluation = evaluated(looking / "bundle", looking / "images")
     assert evaluation.data.counts == {"none": 20, "person": 20}

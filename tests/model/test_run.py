@@ -177,14 +177,12 @@ from pathlib import Path
 from agent.evaluation.predict import run as running
 from tests.model.test_run import work
 running.CHECKPOINT_INTERVAL_S = 0.0
-process, done = running.BatchPredictor._process_block, []
-def until(self, *args):
-    process(self, *args)
+done = []
+def until(*_):
     done.append(1)
     if len(done) == {turns}:
         os.kill(os.getpid(), signal.SIGKILL)
-running.BatchPredictor._process_block = until
-work(Path({str(bundle)!r}), 4096).predict_file(Path({str(source)!r}), Path({str(out)!r}), lambda *_: None)
+work(Path({str(bundle)!r}), 4096).predict_file(Path({str(source)!r}), Path({str(out)!r}), until)
 """
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True).returncode
 
