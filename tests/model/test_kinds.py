@@ -41,8 +41,6 @@ from scripts.kit.bundles import (
 from tests.kit.bundle_fixtures import Load
 from tests.kit.devices import STEP_US, T0, Device, columns, expand_columns, tiles
 
-pytest_plugins = ["tests.kit.bundle_fixtures"]
-
 Floats = NDArray[np.float32]
 BIAS = -np.square(CENTRES).sum(axis=1) / 2
 SOFTMAX = 'activation = "softmax"'

@@ -154,7 +154,7 @@ window = 10
     assert any("normal windows are not above it" in note for note in made.notes)
     pack.write_bundle(made, tmp_path / "out")
     result = activation.activate(tmp_path / "out", [KEY.public])
-    assert result.bundle.manifest.input.sound == SOUND_FORMAT
+    assert result.bundle.manifest.input.sound == SoundFormat(rate=RATE, window=1024, hop=512, mels=32)
     sound_spec = data.read(tmp_path / "normal" / "1.wav", result.bundle.manifest.input)
     answers = Inference(result.bundle.manifest, result.model).run(sound_spec.features, sound_spec.t)
     message = scores.to_texts(answers.scores, result.bundle.manifest)

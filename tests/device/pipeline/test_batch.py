@@ -30,8 +30,6 @@ from scripts.kit.bundles import ANOMALY, CLASSIFY, REGRESS, WINDOW, Recipe
 from tests.kit.bundle_fixtures import Load
 from tests.kit.devices import STEP_US, T0, Device, columns, tiles
 
-pytest_plugins = ["tests.kit.bundle_fixtures"]
-
 Floats = NDArray[np.float32]
 
 

@@ -38,8 +38,6 @@ from agent.wire.messages import AlertPayload, QualityPayload, ResultsPayload, ve
 from scripts.kit.bundles import CLASSIFY, EACH, LABELS, REGRESS, SEVERAL, VECTORS, Recipe
 from tests.kit.bundle_fixtures import Load
 
-pytest_plugins = ["tests.kit.bundle_fixtures"]
-
 DEVICE = new_key(1)
 T0 = 1_764_000_000_000_000
 KEEP_S = 7 * 86_400.0

@@ -34,8 +34,6 @@ from tests.kit.marks import crashing
 from tests.kit.pairs import Pair
 from tests.kit.stations import wait_for
 
-pytest_plugins = ["tests.kit.bundle_fixtures"]
-
 CALM = np.clip(CLASSIFY.rows(400), -3, 3)
 
 
