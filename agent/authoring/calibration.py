@@ -55,11 +55,11 @@ def calibrate_scores(outputs: Float32s, truth: NDArray[Any], manifest: Manifest,
     plain = msgspec.structs.replace(manifest.output, isotonic=None)
     fit = _fit_isotonic if method == "isotonic" else _fit_temperature
     by_label = multi_label or method == "isotonic"
-    before = _CalibrationError.from_halves(outputs, truth, manifest, [plain] * 2, by_predicted_label=by_label)
+    ece_before, loss_before = _measure_halves(outputs, truth, manifest, [plain] * 2, by_label=by_label)
     halves = [fit(outputs[half], truth[half], _with_output(manifest, plain)) for half in _split_halves(len(truth))]
-    after = _CalibrationError.from_halves(outputs, truth, manifest, halves[::-1], by_predicted_label=by_label)
-    effect = f"ECE {before.ece:.3f} before, {after.ece:.3f} after (each half by the other, {len(truth)} results)"
-    if not after.loss < before.loss:
+    ece_after, loss_after = _measure_halves(outputs, truth, manifest, halves[::-1], by_label=by_label)
+    effect = f"ECE {ece_before:.3f} before, {ece_after:.3f} after (each half by the other, {len(truth)} results)"
+    if not loss_after < loss_before:
         warning = f"calibration by {method} does not help: {effect}; scores stay as they are"
         return CalibrationResult(plain, [], [warning])
     calibrated = fit(outputs, truth, _with_output(manifest, plain))
@@ -94,34 +94,23 @@ def fit_centroid(outputs: Float32s, manifest: Manifest) -> ModelOutput:
     return msgspec.structs.replace(manifest.output, centroid=vectors.mean(axis=0).tolist())
 
 
-class _CalibrationError(msgspec.Struct, frozen=True):
-    ece: float
-    loss: float
-
-    @classmethod
-    def from_halves(
-        cls,
-        outputs: Float32s,
-        truth: NDArray[Any],
-        manifest: Manifest,
-        half_outputs: list[ModelOutput],
-        *,
-        by_predicted_label: bool,
-    ) -> _CalibrationError:
-        """Measure two halves, each with an output of its own."""
-        loss, score, right = 0.0, [], []
-        for half, output in zip(_split_halves(len(truth)), half_outputs, strict=True):
-            changed = _with_output(manifest, output)
-            half_score, half_right = _flatten_confidences(scores.from_outputs(outputs[half], changed), truth[half])
-            if by_predicted_label:
-                loss += _binary_log_loss(half_score, half_right)
-            else:
-                loss += _class_log_loss(outputs[half], truth[half], changed)
-            score.append(half_score)
-            right.append(half_right)
-        all_right = np.concatenate(right).astype(np.int64)
-        predictions = LabelledPredictions(np.ones(len(all_right)), all_right, np.concatenate(score))
-        return cls(compute_value("ece", "classify", predictions), loss)
+def _measure_halves(
+    outputs: Float32s, truth: NDArray[Any], manifest: Manifest, half_outputs: list[ModelOutput], *, by_label: bool
+) -> tuple[float, float]:
+    """Return ECE and loss of two halves, each with an output of its own; `by_label` is the loss of the prediction."""
+    loss, score, right = 0.0, [], []
+    for half, output in zip(_split_halves(len(truth)), half_outputs, strict=True):
+        changed = _with_output(manifest, output)
+        half_score, half_right = _flatten_confidences(scores.from_outputs(outputs[half], changed), truth[half])
+        if by_label:
+            loss += _binary_log_loss(half_score, half_right)
+        else:
+            loss += _class_log_loss(outputs[half], truth[half], changed)
+        score.append(half_score)
+        right.append(half_right)
+    all_right = np.concatenate(right).astype(np.int64)
+    predictions = LabelledPredictions(np.ones(len(all_right)), all_right, np.concatenate(score))
+    return compute_value("ece", "classify", predictions), loss
 
 
 def _split_halves(count: int) -> list[NDArray[np.bool_]]:

@@ -86,9 +86,9 @@ class _KindGuess(msgspec.Struct, frozen=True):
     multi_label: bool = False
 
 
-def guess_kind(inspection: ModelInspection, output_index: int = 0) -> _KindGuess:
-    model_input, output = inspection.inputs[0], inspection.outputs[output_index]
-    stats = inspection.output_stats[output_index]
+def guess_kind(inspection: ModelInspection) -> _KindGuess:
+    """Guess from the first output, as long as the SPEC names none."""
+    model_input, output, stats = inspection.inputs[0], inspection.outputs[0], inspection.output_stats[0]
     is_unit = stats.low >= -_TOLERANCE and stats.high <= 1 + _TOLERANCE
     # Rounding error of a sum of quantized probabilities.
     rounding = min(0.9, output.quantization_step * output.size / 2)

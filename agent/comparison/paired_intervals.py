@@ -65,7 +65,7 @@ def agreement(blocks: Sequence[ComparisonBlock]) -> ComparisonEstimate | None:
     if width.half_width > 0:
         effective = min(total, share * (1 - share) * (Z / width.half_width) ** 2)
     low, high = wilson(share, effective)
-    return ComparisonEstimate(share, low, high, int(total), width.unit_count, width.unit_kind)
+    return width.estimate(share, low, high, total)
 
 
 def failure_rate(blocks: Sequence[ComparisonBlock]) -> tuple[float, float, float]:
@@ -116,8 +116,7 @@ def labelled_accuracy_gain(blocks: Sequence[ComparisonBlock], *, new_is_other: b
     changed = [(sum(block.stats.labelled[i] for block in labelled) + 1) / (total + 2) for i in (1, 2)]
     least_variance = (sum(changed) - (changed[0] - changed[1]) ** 2) / (total + 2)
     half = max(width.half_width, Z * math.sqrt(least_variance))
-    low, high = max(-1.0, value - half), min(1.0, value + half)
-    return ComparisonEstimate(value, low, high, int(total), width.unit_count, width.unit_kind)
+    return width.estimate(value, max(-1.0, value - half), min(1.0, value + half), total)
 
 
 def expected_accuracy_gain(blocks: Sequence[ComparisonBlock], *, new_is_other: bool) -> ComparisonEstimate | None:
@@ -136,8 +135,7 @@ def expected_accuracy_gain(blocks: Sequence[ComparisonBlock], *, new_is_other: b
     if width is None:
         return None
     value = float(new_mean - old_mean)
-    low, high = value - width.half_width, value + width.half_width
-    return ComparisonEstimate(value, low, high, int(new_n.sum()), width.unit_count, width.unit_kind)
+    return width.estimate(value, value - width.half_width, value + width.half_width, new_n.sum())
 
 
 class _HalfWidth(msgspec.Struct, frozen=True):
@@ -146,6 +144,9 @@ class _HalfWidth(msgspec.Struct, frozen=True):
     half_width: float
     unit_count: int
     unit_kind: str
+
+    def estimate(self, value: float, low: float, high: float, n: float) -> ComparisonEstimate:
+        return ComparisonEstimate(value, low, high, int(n), self.unit_count, self.unit_kind)
 
     @classmethod
     def from_influences(
@@ -217,8 +218,7 @@ def _mean_ratio(
     if width is None:
         return None
     factor = math.exp(min(50.0, width.half_width))
-    low, high = ratio / factor, ratio * factor
-    return ComparisonEstimate(ratio, low, high, int(new_n.sum()), width.unit_count, width.unit_kind)
+    return width.estimate(ratio, ratio / factor, ratio * factor, new_n.sum())
 
 
 def _new_and_old(stats: ComparisonStats, new_is_other: bool) -> tuple[BundleStats, BundleStats]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from agent.arrays import Float32s, Ints
+from agent.arrays import Float32s
 from agent.datasets.blocks import FILE_COLUMN, LABEL_COLUMN, RowBlock, require_columns
 from agent.datasets.tables import START, FilePosition, RowRejection
 from agent.errors import UsageError
@@ -94,8 +94,10 @@ class MediaReader:
             if isinstance(content, UsageError):
                 rejected.append(RowRejection(line, str(content), name))
             elif len(content):
+                # The rows of an image have one time.
+                period_us = 0.0 if isinstance(self._media, ImageFormat) else self._media.row_period_s * 1e6
                 rows.append(content)
-                times.append(t + _row_times_us(len(content), self._media))
+                times.append(t + np.rint(np.arange(len(content)) * period_us).astype(np.int64))
                 t = int(times[-1][-1])
             texts[FILE_COLUMN].append(name)
             texts[LABEL_COLUMN].append(file.parent.name if os.sep in name else "")
@@ -105,13 +107,6 @@ class MediaReader:
         row_numbers = np.arange(position.row + 1, position.row + n + 1, dtype=np.int64)
         end = FilePosition(0, position.line + len(decoded), position.row + n, t)
         return RowBlock(np.concatenate(rows), np.concatenate(times), row_numbers, end, columns, rejected)
-
-
-def _row_times_us(n: int, media: MediaFormat) -> Ints:
-    """Return the times of a file's rows from its start: an image has one time."""
-    if isinstance(media, ImageFormat):
-        return np.zeros(n, np.int64)
-    return np.asarray(np.rint(np.arange(n) * (media.row_period_s * 1e6)), np.int64)
 
 
 def _read_rows(path: Path, media: MediaFormat) -> Float32s:

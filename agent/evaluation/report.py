@@ -13,16 +13,9 @@ from agent.evaluation.tables import to_texts
 from agent.performance.estimates import MetricEstimate
 from agent.performance.metrics import display_name
 from agent.performance.slices import SMALL, WORSE
+from agent.render import charts
 from agent.render import html as page
-from agent.render.charts import (
-    CurvePoint,
-    ForestRow,
-    ReliabilityPoint,
-    render_curve,
-    render_forest,
-    render_heatmap,
-    render_reliability,
-)
+from agent.render.charts import CurvePoint, ForestRow, ReliabilityPoint
 from agent.render.html import Content, Markup, element, section, table
 from agent.text import format_interval, format_value
 
@@ -102,7 +95,7 @@ def _metrics_section(evaluation: Evaluation) -> Iterator[Markup]:
             ReliabilityPoint(b.score, b.accuracy.value or 0.0, b.accuracy.low, b.accuracy.high)
             for b in evaluation.reliability
         ]
-        chart = page.card("Reliability diagram", note, render_reliability(points))
+        chart = page.card("Reliability diagram", note, charts.render_reliability(points))
         content = _grid([element("div", content), chart])
     yield section("Performance", f"Intervals: {evaluation.intervals}.", content)
 
@@ -122,7 +115,7 @@ def _classes_section(evaluation: Evaluation) -> Iterator[Markup]:
             for c in known
             if c in worst
         ]
-        cards.append(page.card("Recall by class", lead, render_forest("Recall by class", lines)))
+        cards.append(page.card("Recall by class", lead, charts.render_forest("Recall by class", lines)))
         rows = to_texts(tables.class_rows(evaluation))
         more = [table(["Class", "Recall", "Precision", "F1", "Windows"], rows, (1, 2, 3, 4))]
     if evaluation.confusion:
@@ -133,7 +126,7 @@ def _classes_section(evaluation: Evaluation) -> Iterator[Markup]:
         if len(matrix) > _MAX_CLASSES:
             # The classes with most mistakes.
             shown = np.sort(np.argsort(2 * np.diag(matrix) - both, kind="stable")[:_MAX_CLASSES])
-        heatmap = render_heatmap([labels[i] for i in shown], matrix[np.ix_(shown, shown)].tolist())
+        heatmap = charts.render_heatmap([labels[i] for i in shown], matrix[np.ix_(shown, shown)].tolist())
         cards.append(page.card("Confusion matrix", lead, heatmap))
     if cards:
         yield section("By class" if evaluation.classes else "At the threshold", "", _grid(cards), *more)
@@ -164,7 +157,7 @@ def _slices_section(evaluation: Evaluation) -> Iterator[Markup]:
         ]
         states = {e.state for _, e in estimates}
         legend = "; ".join(text for state, text in _SLICE_COLORS.items() if state in states)
-        chart = render_forest(f"Slices of {field}", rows[:_MAX_LINES], reference=whole)
+        chart = charts.render_forest(f"Slices of {field}", rows[:_MAX_LINES], reference=whole)
         cards.append(page.card(field, "", chart, *([element("p", legend, css_class="muted")] if legend else [])))
     yield section("Slices", lead, _grid(cards))
 
@@ -189,7 +182,7 @@ def _importance_chart(importances: list[FieldImportance]) -> str:
         _forest_row(fields, drop, format_value(drop.value), "ok" if (drop.low or 0.0) > 0 else "unknown")
         for fields, drop in drops[:_MAX_LINES]
     ]
-    return render_forest("Field importance", rows, reference=0.0)
+    return charts.render_forest("Field importance", rows, reference=0.0)
 
 
 def _robustness_section(evaluation: Evaluation) -> Iterator[Markup]:
@@ -207,7 +200,7 @@ def _robustness_section(evaluation: Evaluation) -> Iterator[Markup]:
         known = [(p.strength, p.value.value, p.value) for p in curve.points]
         points = [CurvePoint(strength, v, e.low, e.high) for strength, v, e in known if v is not None]
         fault_free = next((v for strength, v, _ in known if strength == NO_FAULT), None)
-        chart = render_curve(f"{curve.fault}: {curve.meaning}", points, low, high, reference=fault_free)
+        chart = charts.render_curve(f"{curve.fault}: {curve.meaning}", points, low, high, reference=fault_free)
         cards.append(page.card(curve.fault.capitalize(), _capitalize(curve.meaning) + ".", chart))
     yield section("When sensors fail", lead, _grid(cards, "grid small"))
 

@@ -345,9 +345,9 @@ def macro_mean(each: Float64s) -> Any:
     return np.where(known, each, 0.0).sum(axis=-1) / known.sum(axis=-1)
 
 
-def equal_mass_bins(score: Float64s, bins: int = ECE_BINS) -> Ints:
+def equal_mass_bins(score: Float64s) -> Ints:
     """Return the bin (n,) of each result: as many in each as ties allow, and fewer bins if there are few results."""
-    bins = max(1, min(bins, len(score) // _MIN_RESULTS_PER_BIN))
+    bins = max(1, min(ECE_BINS, len(score) // _MIN_RESULTS_PER_BIN))
     ordered = np.sort(score)
     cuts = ordered[[len(score) * i // bins for i in range(1, bins)]]
     return np.searchsorted(cuts, score, side="right")

@@ -27,7 +27,7 @@ def render_drift(picture: DriftPlot, *, dark: bool = False) -> str:
     y = _draw_header(draw, theme, picture)
     if picture.empty_message:
         draw.rect(MARGIN, y - 8, WIDTH - 2 * MARGIN, 120, theme.panel, r=8, stroke=theme.grid)
-        for i, line in enumerate(wrap_text(picture.empty_message, 14, WIDTH - 4 * MARGIN, max_lines=2)):
+        for i, line in enumerate(wrap_text(picture.empty_message, 14, WIDTH - 4 * MARGIN)):
             draw.text(WIDTH / 2, y + 56 + 20 * i, line, theme.muted, size=14, anchor="middle", css_class="empty")
         return draw.to_svg_document(y + 112 + MARGIN, theme.paper)
     paper = Canvas(draw, theme, *_time_range(picture))
@@ -57,7 +57,7 @@ def _draw_header(drawing: Drawing, theme: Theme, picture: DriftPlot) -> float:
     for state, sentence in picture.alerts[:MAX_ALERTS]:
         y += 20
         drawing.circle(MARGIN + 4, y - 4, 4, theme.state_color(state))
-        for i, line in enumerate(wrap_text(sentence, 12.5, WIDTH - 2 * MARGIN - 16, max_lines=2)):
+        for i, line in enumerate(wrap_text(sentence, 12.5, WIDTH - 2 * MARGIN - 16)):
             y += 16 if i else 0
             drawing.text(MARGIN + 16, y, line, theme.ink, size=12.5, css_class="alert")
     if len(picture.alerts) > MAX_ALERTS:

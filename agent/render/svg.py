@@ -19,14 +19,14 @@ def truncate_text(text: str, size: float, width: float) -> str:
     return text if len(text) <= max_chars else text[: max_chars - 1].rstrip() + "…"
 
 
-def wrap_text(text: str, size: float, width: float, *, max_lines: int) -> list[str]:
-    """Return at most `max_lines` lines. The last one ends in an ellipsis if text is left."""
+def wrap_text(text: str, size: float, width: float) -> list[str]:
+    """Return at most two lines. The second one ends in an ellipsis if text is left."""
     max_chars, lines, words = max(1, int(width / (size * _GLYPH_WIDTH))), [""], text.split(" ")
     for i, word in enumerate(words):
         longer = f"{lines[-1]} {word}".lstrip()
         if len(longer) <= max_chars:
             lines[-1] = longer
-        elif len(lines) == max_lines:
+        elif len(lines) == 2:
             rest = " ".join([lines[-1], *words[i:]])
             return [*lines[:-1], truncate_text(rest.lstrip(), size, width)]
         else:
@@ -105,16 +105,15 @@ class Drawing:
         head = f'<svg viewBox="0 0 {self._width:g} {height:g}" role="img">'
         return "".join([head, f"<title>{escape(_sanitize(self._title))}</title>", *self._elements, "</svg>"])
 
-    def to_svg_document(self, height: float, background: str, style: str = "") -> str:
-        """Return an SVG file. `style` is CSS for a drawing whose colours are variables."""
+    def to_svg_document(self, height: float, background: str) -> str:
+        """Return an SVG file."""
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{self._width:g}" height="{height:g}" '
             f'viewBox="0 0 {self._width:g} {height:g}" role="img" font-family="{FONT}">'
         )
         title = f"<title>{escape(_sanitize(self._title))}</title>"
         paper = f'<rect width="100%" height="100%" fill="{background}"/>'
-        colors = [f"<style>{style}</style>"] if style else []
-        return "\n".join([head, title, *colors, paper, *self._elements, "</svg>"]) + "\n"
+        return "\n".join([head, title, paper, *self._elements, "</svg>"]) + "\n"
 
     def _add(self, tag: str, geometry: str, css_class: str, **attributes: str) -> None:
         kind = f' class="{css_class}"' if css_class else ""
