@@ -14,9 +14,9 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.arrays import Float32s
-from agent.authoring import pack_calibration
+from agent.authoring import calibration
 from agent.authoring import spec as specs
-from agent.authoring.pack_calibration import PackJob
+from agent.authoring.calibration import PackJob
 from agent.authoring.spec import Spec, SpecCard
 from agent.datasets import recordings, training_data
 from agent.datasets.training_data import LabelParser
@@ -59,7 +59,7 @@ def pack(spec_file: Path, key: SigningKey | None) -> PackedBundle:
     except BadBundle as problem:
         raise BadBundle(f"{spec_file.parent / spec.model}: {problem}") from None
     job = PackJob(spec_file, spec, draft, inference.load_model(draft, files["model.tflite"]))
-    calibrated = pack_calibration.calibrate_output(job)
+    calibrated = calibration.calibrate_output(job)
     job = replace(job, draft=replace(draft, output=calibrated.output))
     warnings = [
         *calibrated.warnings,
@@ -89,10 +89,7 @@ def reuse_signature(packed: PackedBundle, out: Path) -> None:
 
 
 def write_bundle(packed: PackedBundle, out: Path) -> None:
-    """Write a folder, or one `.zip`; replace an old bundle as a whole.
-
-    Raises UsageError if `out` is something else than a bundle, or cannot be written.
-    """
+    """Write a folder or a `.zip`; replace an old bundle as a whole, and nothing else. Raises UsageError."""
     out = out.resolve()
     if out.suffix == ".zip":
         if out.exists() and not (out.is_file() and zipfile.is_zipfile(out)):
@@ -146,20 +143,17 @@ def _select_golden_windows(path: Path, spec: manifest.ModelInput) -> Float32s:
     if ready is not None:
         return features.build_windows(ready, np.arange(0, len(ready), spec.rows), spec)
     data = training_data.read(path, spec)
-    starts = pack_calibration.find_window_starts(path, data, spec)
+    starts = training_data.find_window_starts(path, data, spec)
     picked = starts[np.linspace(0, len(starts) - 1, min(_GOLDEN_COUNT, len(starts)), dtype=np.int64)]
     return features.build_windows(derived_features.compute(data.features, data.t, spec), picked, spec)
 
 
 def build_reference(path: Path, model: TfliteModel, draft: Manifest, *, held_out: bool = False) -> Reference:
-    """Build the drift reference of this model from the data at `path`.
-
-    From the labels of `held_out` data it also has the accuracy of each score. Raises UsageError, BadBundle.
-    """
+    """Build the drift reference, with the accuracy of each score if `held_out`. Raises UsageError, BadBundle."""
     data = training_data.read(path, draft.input, LabelParser.from_manifest(draft) if held_out else None)
     if held_out and data.label is None:
         raise UsageError(f"{path}: holds no labels, so nobody can tell which answers are right; remove --held-out")
-    starts = pack_calibration.find_window_starts(path, data, draft.input)
+    starts = training_data.find_window_starts(path, data, draft.input)
     scores = Inference(draft, model).run(data.features, data.t).scores
     score = scores.value if scores.score is None else scores.score
     truth = None

@@ -25,10 +25,7 @@ class NumberedFields(config.Section, frozen=True, kw_only=True):
 
 
 class SpecInput(config.Section, frozen=True, kw_only=True):
-    """Section [input]; `scale` multiplies all features, where `std` divides each by its own.
-
-    An image sets fields and window. A sound sets the fields, and a longest gap of one second.
-    """
+    """Section [input]; `scale` multiplies all features. An image sets fields and window, a sound the fields."""
 
     fields: list[str] | NumberedFields = msgspec.field(default_factory=list)
     units: list[str] = msgspec.field(default_factory=list)

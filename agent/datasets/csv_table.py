@@ -187,10 +187,7 @@ def _parse_with_numpy(
 
 
 def _read_records(text: str, max_multiline: Sequence[int]) -> tuple[list[tuple[int, list[str] | str]], int]:
-    """Return (line, from 0, with its cells or the reason why it is none) of all records, and the number of lines.
-
-    Blank lines are no records. `max_multiline`: characters that a cell of a column may have if a line breaks in it.
-    """
+    """Return (line from 0, its cells or why it is no record) of all but blank lines, and the number of lines."""
     width = len(max_multiline)
     if '"' not in text:
         try:

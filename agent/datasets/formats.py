@@ -22,10 +22,7 @@ def open_file(file: Path | int) -> BufferedReader[Any]:
 
 
 def open_table(path: Path | None, file: BufferedReader[Any], options: TableOptions) -> Table:
-    """Return the table in `file`, by the suffix of `path`; without one the first character tells JSON Lines from CSV.
-
-    Raises RowRejected, OSError, UsageError for another suffix.
-    """
+    """Return the table by the suffix of `path`, or by its first character. Raises RowRejected, OSError, UsageError."""
     suffix = path.suffix.lower() if path else ""
     if path is not None and suffix in PARQUET_SUFFIXES:
         return ParquetTable(path, options)

@@ -62,10 +62,7 @@ class Recordings(msgspec.Struct, frozen=True, eq=False):
         return self.rows[:, [self.fields.index(name) for name in fields]]
 
     def epoch_us(self, pause_s: float) -> Ints:
-        """Return the times (n,) of all rows; without times of their own, with a pause between recordings.
-
-        Raises ValueError.
-        """
+        """Return the times (n,) of all rows, by default with a pause between recordings. Raises ValueError."""
         if self.t is None:
             seconds = np.arange(len(self.rows)) / self.rate + self.recording_index * pause_s
         else:
@@ -105,10 +102,7 @@ def load(path: Path) -> Recordings:
 
 
 def load_windows(path: Path, spec: ModelInput) -> Float32s | None:
-    """Return the rows (g · rows, F) of array `windows` (g, rows, F), ready-made model windows; None without it.
-
-    Raises UsageError.
-    """
+    """Return the rows (g · rows, F) of ready-made `windows` (g, rows, F); None without them. Raises UsageError."""
     with _open_arrays(path, "windows") as arrays:
         if "windows" not in arrays:
             return None

@@ -19,6 +19,7 @@ from agent.datasets.parquet_table import ParquetTable
 from agent.datasets.tables import ColumnType, TableOptions
 from agent.errors import UsageError
 from agent.model.bundle.manifest import Manifest, ModelInput
+from agent.model.inference import features
 from agent.performance.labels import NO_LABEL, SEPARATOR, LabelSchema
 
 _MAX_LABELS = 4096
@@ -98,6 +99,15 @@ def read(path: Path, spec: ModelInput, labels: LabelParser | None = None) -> Tra
         except ValueError as problem:
             raise UsageError(f"{path}: column {LABEL_COLUMN}: {problem}") from None
     return TrainingData(np.concatenate(rows), np.concatenate(t), label)
+
+
+def find_window_starts(path: Path, data: TrainingData, spec: ModelInput) -> Ints:
+    """Return the starts of all windows, at least one. Raises UsageError."""
+    starts = features.cut_windows(data.t, spec.window).starts
+    if not len(starts):
+        missing = f"no {spec.window.rows} rows without a gap" if spec.window else "no rows"
+        raise UsageError(f"{path}: {missing} in it, so nothing to run the model on; give more data")
+    return starts
 
 
 class TableSummary(msgspec.Struct, frozen=True):

@@ -87,10 +87,7 @@ def evaluate(
     on_step: Callable[[str], None],
     predict: Callable[[Inference, Dataset, Ints], InferenceResult] = examples.predict,
 ) -> Evaluation:
-    """Evaluate a loaded bundle; `on_step` receives what comes next, `predict` runs the model over the data.
-
-    Raises UsageError, BadBundle.
-    """
+    """Evaluate a loaded bundle; `on_step` receives what comes next. Raises UsageError, BadBundle."""
     started_s = time.monotonic()
     on_step("reading the data")
     dataset = examples.read(request.data, inference, request.columns)

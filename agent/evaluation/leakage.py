@@ -193,10 +193,7 @@ def _predict_from_nearest(values: Float64s, truth: Float64s) -> Float64s:
 
 
 def fingerprint_rows(rows: Float32s, window_rows: int) -> tuple[Fingerprints, Bools]:
-    """Return fingerprints (n - k + 1,) of k rows each, and which of them are distinctive.
-
-    Rows of a sensor at rest are not, because they repeat. A single row is, if chance would hardly make another.
-    """
+    """Return fingerprints (n - k + 1,) of k rows, and which are distinctive: not constant, not by chance."""
     k = min(_ROWS_PER_FINGERPRINT, window_rows)
     bits = (rows + np.float32(0)).view(np.uint32).astype(np.uint64)
     hashes = np.zeros(len(rows), np.uint64)

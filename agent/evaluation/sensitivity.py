@@ -31,10 +31,7 @@ _MAX_FIELDS = 64
 
 
 class WindowSample(msgspec.Struct, frozen=True, eq=False):
-    """Sample of windows (m, history + rows, F) in physical units, with the history that their features look at.
-
-    `baseline` (1 + replicates,) is the primary metric of the unchanged windows.
-    """
+    """Sample of windows (m, history + rows, F); `baseline` (1 + replicates,) is their primary metric, unchanged."""
 
     predictor: LabelledPredictor
     labelled: LabelledWindows
@@ -100,10 +97,7 @@ def _field_importance(sample: WindowSample, field_indices: Sequence[int], seed: 
 
 
 class _FaultKind(msgspec.Struct, frozen=True):
-    """Fault to inject into windows (m, L, F) at some strengths, given spread (F,) and centre (F,) of the fields.
-
-    At `neutral_strength` it changes nothing.
-    """
+    """Fault to inject into windows (m, L, F), given spread and centre (F,); at `neutral_strength` nothing changes."""
 
     name: str
     meaning: str

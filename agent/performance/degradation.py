@@ -135,10 +135,7 @@ def recompute(
     binary_loss: bool,
     complete: bool,
 ) -> list[DegradationEvent]:
-    """Run the tests again over all stored labels, in the order they first arrived; return what that raised or cleared.
-
-    If they are no longer `complete`, the baseline stays as it is.
-    """
+    """Run the tests again over all stored labels; unless they are `complete` the baseline stays."""
     fresh = DegradationState(state.bundle)
     if not complete and state.baseline_n >= BASELINE_SIZE:
         _copy_baseline(state, fresh)

@@ -35,10 +35,7 @@ class LabelSchema(msgspec.Struct, frozen=True):
     labels: tuple[str, ...] = ()
 
     def parse(self, text: str) -> float:
-        """Return the class index, the number, 1 for an anomaly, or of a multi-label model the sum of 2^index.
-
-        Raises ValueError.
-        """
+        """Return class index, number, 1 for an anomaly, or the sum of 2^index of several. Raises ValueError."""
         if self.kind == "several":
             return self._parse_multilabel(text)
         if self.kind == "classify":

@@ -118,10 +118,7 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Statistic(msgspec.Struct, frozen=True):
-    """Metric of given results: `compute` returns the value of each part from any weights, NaN where it has none.
-
-    A share has Wilson's interval.
-    """
+    """Metric of given results; `compute` returns each part's value, or NaN. A share has Wilson's interval."""
 
     parts: list[Part]
     compute: Callable[[Weights], Sequence[Any]]
@@ -129,10 +126,7 @@ class Statistic(msgspec.Struct, frozen=True):
 
 
 class Metric(msgspec.Struct, frozen=True):
-    """Performance metric of models of some kinds, for results that have column `requires`.
-
-    `prepare` takes the results and the class names.
-    """
+    """Metric of models of some kinds, for results with column `requires`; `prepare` takes results and class names."""
 
     name: str
     display_name: str

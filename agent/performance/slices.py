@@ -35,10 +35,7 @@ OTHER, MISSING = "other", "missing"
 def compute_slice_metrics(
     kind: str, predictions: LabelledPredictions, slices: Mapping[str, Sequence[str]], design_effect: float | None = None
 ) -> list[MetricEstimate]:
-    """Return accuracy, or MAE of numbers, in each slice, then F1 and Brier; `slices`: field → texts (n,).
-
-    The design effect is estimated from neighbours unless given.
-    """
+    """Return accuracy or MAE in each slice, then F1 and Brier; `slices`: field → texts (n,)."""
     losses = predictions.losses(kind)
     if losses is None or not len(predictions):
         return []

@@ -93,10 +93,7 @@ class CurvePoint(msgspec.Struct, frozen=True):
 def render_curve(
     title: str, points: Sequence[CurvePoint], low: float, high: float, *, reference: float | None = None
 ) -> str:
-    """Return an inline SVG: a metric by strength of a disturbance, with its interval as a band.
-
-    The axis of the metric runs from `low` to `high`; `reference` is a line across.
-    """
+    """Return an inline SVG: a metric from `low` to `high` by strength of a disturbance, with its interval as a band."""
     draw, color, bottom = Drawing(_CURVE_WIDTH, title), _THEME.series[0], _CURVE_TOP + _CURVE_HEIGHT
     first, length = _CURVE_LEFT + _CURVE_INSET, _CURVE_RIGHT - _CURVE_LEFT - 2 * _CURVE_INSET
     xs = [first + length * i / max(1, len(points) - 1) for i in range(len(points))]

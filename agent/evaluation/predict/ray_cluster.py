@@ -71,10 +71,7 @@ class RayCluster:
         self._stdout_redirect.__exit__(None, None, None)
 
     def map(self, config: WorkerConfig, items: Sequence[FileJob | WindowShard]) -> Iterator[WorkerResult]:
-        """Yield the workers' results, in the order they finish.
-
-        Raises OutstationError if the cluster goes away, or if worker after worker dies over a shard.
-        """
+        """Yield the workers' results as they finish. Raises OutstationError if cluster or workers die."""
         if not items:
             return
         ray = self._ray

@@ -46,10 +46,7 @@ def predict_folder(
 def predict_file(
     cluster: RayCluster, predictor: BatchPredictor, bundle: Bundle, source: Path, out: Path, progress: Progress
 ) -> RunTotals:
-    """Predict a file in one worker, as `BatchPredictor.predict_file` does.
-
-    Raises UsageError, BadBundle, OutstationError.
-    """
+    """Predict a file in one worker. Raises UsageError, BadBundle, OutstationError."""
     jobs = [predictor.make_job(source.resolve(), out.resolve())]
     with _shared_marker(output.partial_path(out.resolve())) as marker, ProgressTracker(jobs, progress) as tracker:
         config = _worker_config(bundle, predictor.raw, *marker)

@@ -33,10 +33,7 @@ _UNREADABLE_ERRORS = (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, Not
 
 
 class Bundle(msgspec.Struct, frozen=True):
-    """A bundle with its verified bytes in memory: later changes on the disk have no effect.
-
-    `signer` is the kid of the key that signed it; without publishers to check, the claimed kid or "".
-    """
+    """Bundle with its verified bytes in memory. `signer` is the kid that signed it, or claims to, or ""."""
 
     manifest: Manifest
     digest: str

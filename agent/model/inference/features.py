@@ -63,10 +63,7 @@ def stack_columns(columns: Sequence[NDArray[Any]]) -> Float32s:
 
 
 def build_windows(columns: Float32s, starts: Ints, spec: ModelInput) -> Float32s:
-    """Build scaled model input (w, rows, C), or (w, C) without a window, from features (n, C).
-
-    A value that is missing, or too large for float32, becomes the feature's mean.
-    """
+    """Build scaled input (w, rows, C), or (w, C), from features (n, C). A missing or huge value becomes the mean."""
     windows = slice_windows(columns, starts, spec)
     if spec.scaling == "window":
         windows = _standardize_windows(windows)

@@ -19,10 +19,7 @@ _MAX_BYTES = 64 << 20
 
 
 def read_rows(path: Path, spec: ImageFormat) -> Float32s:
-    """Read an image as (height, width · channels): rotated by its EXIF tag, resized (bilinear) and scaled.
-
-    Raises UsageError for a file that is not a JPEG or PNG, or is too large.
-    """
+    """Read a JPEG or PNG as (height, width · channels): rotated by EXIF, resized, scaled. Raises UsageError."""
     try:
         from PIL import Image as pillow
         from PIL import ImageOps

@@ -48,10 +48,7 @@ _STATE_OPS = frozenset({"VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE"})
 
 
 class TfliteModel:
-    """A loaded model with one input and one output. Not thread-safe. `seconds` is the time of all runs.
-
-    It runs `batch` rows at a time on `threads` threads.
-    """
+    """Loaded model with one input and one output. Not thread-safe. `seconds` is the time of all runs."""
 
     def __init__(
         self, content: bytes, batch: int = DEFAULT_BATCH, threads: int = 1, output: str | int | None = None
@@ -93,10 +90,7 @@ class TfliteModel:
         return float(self._output_details["quantization"][0] or 1.0)
 
     def invoke(self, windows: Float32s) -> Float32s:
-        """Return the outputs (w, K) of `windows` (w, …), which have as many values each as the model's input.
-
-        NaN counts as 0 in a quantized input. Raises BadBundle.
-        """
+        """Return the outputs (w, K) of `windows` (w, …); NaN counts as 0 in a quantized input. Raises BadBundle."""
         count = len(windows)
         if windows.size != count * math.prod(self.input_shape):
             raise BadBundle(f"the model takes {list(self.input_shape)} values, got {list(windows.shape[1:])}")

@@ -75,10 +75,7 @@ def centroid_distance(outputs: Float32s, output: ModelOutput) -> Float64s:
 
 
 def to_texts(scores: Scores, manifest: Manifest) -> list[str] | None:
-    """Return the label of each inference as text; None for a model without labels.
-
-    Labels of a multi-label model are joined with `|`; "-" stands for none.
-    """
+    """Return each label as text, those of a multi-label model joined with `|`, "-" for none; None without labels."""
     labels = manifest.output.labels
     if scores.predicted is not None:
         rows = scores.predicted.tolist()

@@ -36,10 +36,7 @@ _MEASURE_S, _MAX_REPEATS = 0.002, 50
 def tune(
     content: bytes, rows: Float32s, max_bytes: int, seconds: float = MAX_TUNING_S, output: str | int | None = None
 ) -> Tuning:
-    """Measure the model on sample `rows`, with at most `max_bytes` for a batch; `output` as for `TfliteModel`.
-
-    Raises BadBundle if the model does not run.
-    """
+    """Measure the model on `rows`, with at most `max_bytes` for a batch. Raises BadBundle if it does not run."""
     tuner = _Tuner(content, np.resize(rows, (SAMPLE_ROWS, *rows.shape[1:])), max_bytes, seconds, output)
     for batch in BATCH_SIZES if tuner.has_dynamic_batch else BATCH_SIZES[:1]:
         if not tuner.try_candidate(batch, 1):

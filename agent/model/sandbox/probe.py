@@ -74,10 +74,7 @@ class _ProbeRequest(msgspec.Struct):
 
 
 def probe(bundle: Bundle, known_tunings: Sequence[Tuning] | None = None) -> ProbeReport:
-    """Probe the verified bytes of `bundle` within its limits of memory and CPU time.
-
-    With `known_tunings` the report has a tuning, known or measured within MAX_TUNING_S.
-    """
+    """Probe `bundle` within its limits; with `known_tunings` the report has a tuning, known or measured."""
     needed = ("manifest.json", "model.tflite", "golden.npz")
     request = _ProbeRequest({name: bundle.files[name] for name in needed if name in bundle.files})
     request.known_tunings = None if known_tunings is None else list(known_tunings)

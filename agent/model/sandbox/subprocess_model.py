@@ -25,10 +25,7 @@ _POLL_INTERVAL_S = 1.0
 
 
 class SandboxLimits(msgspec.Struct, frozen=True):
-    """Limits of the process. `memory_mib` is added to its memory at start; None means the manifest's limit.
-
-    `call_timeout_s` bounds one `invoke`.
-    """
+    """Limits of the process; `memory_mib` comes on top of what it takes at start, None is the manifest's."""
 
     call_timeout_s: float = 30.0
     memory_mib: int | None = None
@@ -105,10 +102,7 @@ class SubprocessModel:
         self._process, self._loaded, self._pending = None, None, None
 
     def invoke(self, windows: Float32s) -> Float32s:
-        """Return the outputs (w, K) of `windows` (w, …), with the bits of `TfliteModel.invoke`.
-
-        Raises ModelProcessFailed.
-        """
+        """Return the outputs (w, K) of `windows` (w, …), as `TfliteModel` does. Raises ModelProcessFailed."""
         while self._pending is not None:
             self._poll_once()
         self.submit(windows)
