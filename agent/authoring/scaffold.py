@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from agent.datasets import training_data
+from agent.datasets.training_data import TableSummary
 from agent.drift.baseline.reference import MIN_WINDOWS
 from agent.errors import BadBundle, UsageError
 from agent.model.bundle.manifest import DriftSettings
@@ -45,12 +47,12 @@ def scaffold_spec(tflite: Path, out: Path | None, table: Path | None) -> Scaffol
     except BadBundle as problem:
         raise BadBundle(f"{tflite}: {problem}") from None
     folder = out.resolve().parent if out else Path.cwd()
-    table_info = None
+    summary = None
     if table is not None:
         summary = training_data.summarize_table(table)
-        table_info = TableInfo(_relative_path(table, folder), summary.columns, summary.rows, summary.labels)
+        summary = replace(summary, path=os.path.relpath(table.resolve(), folder))
     guess = guess_kind(model)
-    text = render_spec(model, _relative_path(tflite, folder), tflite.stem, table_info)
+    text = render_spec(model, os.path.relpath(tflite.resolve(), folder), tflite.stem, summary)
     return Scaffold(text, guess.kind, guess.rationale)
 
 
@@ -63,19 +65,6 @@ def write_spec(scaffold: Scaffold, out: Path) -> None:
         raise UsageError(f"{out}: exists already; name another file with -o") from None
     except OSError as error:
         raise UsageError(f"{out}: cannot be written: {error.strerror}") from None
-
-
-def _relative_path(path: Path, folder: Path) -> str:
-    return os.path.relpath(path.resolve(), folder)
-
-
-class TableInfo(msgspec.Struct, frozen=True):
-    """Data for the model: path, numeric columns, number of rows, and labels."""
-
-    path: str
-    columns: Sequence[str]
-    rows: int
-    labels: Sequence[str]
 
 
 class _KindGuess(msgspec.Struct, frozen=True):
@@ -111,7 +100,7 @@ def guess_kind(inspection: ModelInspection) -> _KindGuess:
     return _KindGuess("classify", rationale, "softmax", output.size)
 
 
-def render_spec(inspection: ModelInspection, model: str, name: str, table: TableInfo | None = None) -> str:
+def render_spec(inspection: ModelInspection, model: str, name: str, table: TableSummary | None = None) -> str:
     """Return the text of a SPEC for the model at path `model`, relative to the SPEC; `table` is data for it."""
     guess, tensor = guess_kind(inspection), inspection.inputs[0]
     slug = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.")[:64]
@@ -148,7 +137,7 @@ def render_spec(inspection: ModelInspection, model: str, name: str, table: Table
     return "\n".join(lines) + "\n"
 
 
-def _input_lines(tensor: Tensor, table: TableInfo | None) -> list[str]:
+def _input_lines(tensor: Tensor, table: TableSummary | None) -> list[str]:
     if (image := _image_line(tensor)) is not None:
         return ["[input]", image, "# If the data are rows instead: fields, and window = { rows, step }."]
     rows, width, rationale = infer_window_shape(tensor.shape)

@@ -113,6 +113,7 @@ def find_window_starts(path: Path, data: TrainingData, spec: ModelInput) -> Ints
 class TableSummary(msgspec.Struct, frozen=True):
     """Number columns of a table, without `t`; its rows; and the distinct texts in column `label`."""
 
+    path: str
     columns: list[str]
     rows: int
     labels: list[str]
@@ -138,7 +139,7 @@ def summarize_table(path: Path) -> TableSummary:
             if column == LABEL_COLUMN:
                 labels.update(np.unique(np.char.strip(block.columns[column])).tolist())
     fields = [name for name in numbers if name not in (TIME_COLUMN, LABEL_COLUMN)]
-    return TableSummary(fields, rows, sorted(labels - {""})[:_MAX_LABELS])
+    return TableSummary(str(path), fields, rows, sorted(labels - {""})[:_MAX_LABELS])
 
 
 def _is_number(text: str) -> bool:

@@ -140,13 +140,10 @@ def model_card(evaluation: Evaluation, texts: ModelCardText) -> EvaluationCard:
     card.add("Intended use", texts.intended_use, _labelled_text("Intended users", texts.intended_users))
     card.add("Not meant for", texts.out_of_scope)
     card.add(
-        "Factors",
-        texts.factors,
-        CardTable(("Slice", slice_metric, "95 % interval", "n", ""), slice_rows[:_MAX_ROWS]),
+        "Factors", texts.factors, CardTable(("Slice", slice_metric, "95 % interval", "n", ""), slice_rows[:_MAX_ROWS])
     )
     card.add(
-        "Metrics",
-        f"Slices, field importance and faults are measured by {metric}. Intervals: {evaluation.intervals}.",
+        "Metrics", f"Slices, field importance and faults are measured by {metric}. Intervals: {evaluation.intervals}."
     )
     card.add("Evaluation data", f"{data.windows:,} labelled windows{groups}, from {files}. The data card says more.")
     card.add(

@@ -27,7 +27,6 @@ from agent.evaluation import (
 from agent.evaluation.bootstrap import BootstrapUnits
 from agent.evaluation.document import Evaluation
 from agent.evaluation.examples import Dataset, LabelledWindows
-from agent.evaluation.predictions import LabelledPredictor
 from agent.evaluation.sensitivity import WindowSample
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference import runtime, tuning
@@ -112,7 +111,7 @@ def _build_document(context: _Context, signature: str, started_s: float) -> Eval
     request, windows, kind = context.request, context.windows, context.kind
     labels = context.bundle.manifest.output.labels
     measured = metrics.compute(kind, labels, context.predictions, context.units)
-    sample = sensitivity.draw_sample(LabelledPredictor(context.inference), windows, context.units)
+    sample = sensitivity.draw_sample(context.inference, windows, context.units)
     context.on_step("looking for leakage")
     leakage_checks = _check_leakage(context, sample)
     noise_checks, suspects = label_quality.check_label_noise(labels, context.predictions, windows)

@@ -135,7 +135,7 @@ def check_target_leakage(sample: WindowSample) -> CheckResult:
     Each field's mean, spread and last value in a window predicts by itself, from the nearest one in the other half of
     the windows: accuracy, or R². For anomalies, AUC of the value.
     """
-    names = sample.predictor.inference.fields
+    names = sample.inference.fields
     if len(names) < 2:
         return not_checked(TARGET_LEAKAGE, "There is one field only.")
     if len(sample.labelled) < _MIN_WINDOWS:
@@ -157,7 +157,7 @@ def check_target_leakage(sample: WindowSample) -> CheckResult:
 
 
 def _field_scores(sample: WindowSample, field: int) -> Iterator[float]:
-    values = sample.windows[:, -sample.predictor.inference.rows :, field].astype(np.float64)
+    values = sample.windows[:, -sample.inference.rows :, field].astype(np.float64)
     known = np.isfinite(values)
     count = known.sum(axis=1)
     filled = np.where(known, values, 0.0)
