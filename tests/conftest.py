@@ -13,7 +13,7 @@ from agent.testing.process import find_program
 from scripts.kit.postgres import FAST_SETTINGS, PostgresServer, run_server
 from tests.kit.fleet_databases import DATABASES, fresh_in
 
-pytest_plugins = ["agent.testing.fixtures", "tests.kit.bundle_fixtures"]
+pytest_plugins = ["agent.testing.fixtures"]
 
 # No deadline, since the time of an example depends on the machine. Examples are reproducible; `pytest
 # --hypothesis-profile chance` draws new ones.

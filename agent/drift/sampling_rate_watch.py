@@ -20,7 +20,7 @@ from agent.drift.baseline.summary import Summary
 from agent.drift.detectors import sampling_rate as rate
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR, Cusum, CusumSequence
 from agent.drift.detectors.detector import round_significant
-from agent.drift.detectors.registry import SPEED
+from agent.drift.detectors.registry import SAMPLING_RATE
 from agent.drift.detectors.sampling_rate import RateBaseline
 from agent.drift.reporting.drift_message import worst_state
 from agent.drift.testing.test_suite import DriftTester, SuiteState
@@ -64,12 +64,12 @@ class RateObservation(msgspec.Struct, frozen=True):
 def observe_rate(windows: Summary, midpoints: Ints, tester: DriftTester | None) -> list[RateObservation]:
     """Observe stacked windows in the middle of times (W,), epoch µs."""
     steps, repeated = windows.sampling.mean_step_us().tolist(), windows.repeated_share.tolist()
-    usual = tester.calibration.rate if tester else None
+    usual = tester.reference.baselines[SAMPLING_RATE.name].own if tester else None
     if tester is None or usual is None:
         return [RateObservation("", math.nan, math.nan, *both) for both in zip(steps, repeated, strict=True)]
     scores = (
         part.tolist()
-        for part in usual.score_speeds(windows.detectors[SPEED.name], midpoints, tester.reference.drift_windows)
+        for part in usual.score_speeds(windows.detectors[SAMPLING_RATE.name], midpoints, tester.reference.drift_windows)
     )
     return [
         RateObservation(rate.detect_fault(step, share, usual), z, speed, step, share)
@@ -88,7 +88,7 @@ def update(
 
     The speed counts while no fault is open and no field drifts.
     """
-    if tester is None or tester.calibration.rate is None:
+    if tester is None or tester.reference.baselines[SAMPLING_RATE.name].own is None:
         return previous
     drifting = bool(suite.open_fields.any())
     return apply_observation(previous, observation, t[0], fields_drift=drifting, limit=tester.speed_cusum_limit)
@@ -118,7 +118,7 @@ def run_speed_cusum(
     """Run the speed CUSUM over W windows that began at `t` (W,), while nothing is open; None without a baseline."""
     return (
         None
-        if tester.calibration.rate is None
+        if tester.reference.baselines[SAMPLING_RATE.name].own is None
         else _run_speed_cusum(previous, observations, t, tester.speed_cusum_limit)
     )
 
@@ -160,7 +160,7 @@ def build_alerts(
     window_evidence: dict[str, Any],
 ) -> list[Alert]:
     """Build the alerts that a window at `t` raises and clears; `window_evidence` locates it."""
-    usual = tester.calibration.rate if tester else None
+    usual = tester.reference.baselines[SAMPLING_RATE.name].own if tester else None
     if tester is None or usual is None:
         return []
     out, evidence = [], window_evidence | {"site": tester.reference.digest}
@@ -191,18 +191,19 @@ def clear_alerts(watch: SamplingRateWatch, reason: str, evidence: dict[str, Any]
 
 
 def add_rate(
-    members: Sequence[dict[str, Any]],
+    members: dict[str, Any],
     current: SamplingRateWatch,
     speed_sums: Float64s,
-    observations: Sequence[RateObservation],
+    step_us: float,
+    repeated: float,
     tester: DriftTester | None,
-) -> list[dict[str, Any]]:
-    """Add `rate` to the members of W drift messages, and the state that follows.
+) -> dict[str, Any]:
+    """Add `rate` to the members of a drift message, and the state that follows.
 
-    `speed_sums` (W, 2) are those of the speed after each window; `current` is the state after the last. No window
-    before it has an open alert or a fault.
+    `current` is the state after its last window, `speed_sums` (2,) those of the speed; `step_us` is the mean interval
+    over all its windows, NaN if unknown, `repeated` a share of their rows.
     """
-    usual = tester.calibration.rate if tester else None
+    usual = tester.reference.baselines[SAMPLING_RATE.name].own if tester else None
     state = (
         "fault"
         if current.last_fault or current.open_fault
@@ -212,26 +213,16 @@ def add_rate(
         if usual is None
         else "ok"
     )
-    same = {
+    rate = {
+        "step_us": None if math.isnan(step_us) else round_significant(step_us),
+        "usual_us": round_significant(usual.step_us) if usual and usual.step_us else None,
+        "repeated": round(repeated, 4),
+        "cusum": np.round(speed_sums, 2).tolist(),
         "limit": round(tester.speed_cusum_limit, 2) if tester and usual else None,
         "state": state,
         "fault": current.last_fault or current.open_fault or None,
     }
-    usual_us = round_significant(usual.step_us) if usual and usual.step_us else None
-    rates = [
-        {
-            "step_us": None if math.isnan(tick.step_us) else round_significant(tick.step_us),
-            "usual_us": usual_us,
-            "repeated": round(tick.repeated, 4),
-            "cusum": both,
-        }
-        | same
-        for tick, both in zip(observations, np.round(speed_sums, 2).tolist(), strict=True)
-    ]
-    return [
-        message | {"rate": rate, "state": worst_state({message["state"], state} if usual else {message["state"]})}
-        for message, rate in zip(members, rates, strict=True)
-    ]
+    return members | {"rate": rate, "state": worst_state({members["state"], state} if usual else {members["state"]})}
 
 
 def _fault_text(

@@ -28,8 +28,6 @@ def new_key(seed: int | None = None) -> SigningKey:
 
 
 class SignedMessage(msgspec.Struct):
-    """A signed message."""
-
     topic: str
     payload: bytes
     jws: str
@@ -102,7 +100,6 @@ class MessageSender(msgspec.Struct):
         return self.append("health", streams={"watch": {"rows": self.row, "rejected": 0}}, tasks=tasks, outbox=0)
 
     def health_with_cursor(self) -> SignedMessage:
-        """Return a health message with the cursor of the task."""
         return self.health(**{self.task: {"stream": "watch", "row": self.row, "first": 1}})
 
     def evicted(self, *ranges: tuple[int, int]) -> SignedMessage:
@@ -133,7 +130,7 @@ class MessageSender(msgspec.Struct):
     def state(self, state: str = "online") -> SignedMessage:
         topic = f"outstation/{FLEET}/{self.device}/state"
         payload = encode({"v": 1, "kind": "state", "device": self.device, "state": state, "boot": 1, "time": TIME})
-        return SignedMessage(topic, payload, jws.sign(self.key, topic, payload))
+        return self.sign_payload(topic, payload)
 
     def sign_payload(self, topic: str, payload: bytes) -> SignedMessage:
         """Sign any bytes for any topic."""

@@ -18,7 +18,6 @@ from agent.drift.baseline.learning import MAX_WINDOWS, LearningState
 from agent.drift.baseline.runs import Trace, count_repeated_rows
 from agent.drift.baseline.sampling import SamplingIntervals
 from agent.drift.baseline.summary import Summary
-from agent.drift.detectors import sampling_rate
 from agent.text import format_duration
 from tests.kit.machine import LABELS, ROWS, WINDOW, Readings, feed, readings, reference
 
@@ -124,8 +123,8 @@ def test_paces_of_parts_in_any_order_are_those_of_the_whole() -> None:
         merged = Summary.empty(shipped)
         for i in order:
             merged = merged.merge(of[i])
-        np.testing.assert_array_equal(merged.detectors["speed"], whole.detectors["speed"])
-    assert whole.detectors["speed"].any()
+        np.testing.assert_array_equal(merged.detectors["sampling_rate"], whole.detectors["sampling_rate"])
+    assert whole.detectors["sampling_rate"].any()
 
 
 @pytest.mark.parametrize(
@@ -169,8 +168,7 @@ def test_readings_that_come_irregularly_have_no_rate_to_lose(monitor: DriftMonit
     state, verdicts = timed(monitor, monitor.start(), r, np.cumsum(pace * STEP_US).astype(np.int64))
     assert state.site_reference is not None
     assert state.site_reference.site is not None
-    assert state.site_reference.site.rate is not None
-    assert state.site_reference.site.rate.step_us == 0
+    assert state.site_reference.site.baselines["sampling_rate"].step_us == 0
     assert told(verdicts) == []
 
 
@@ -184,22 +182,23 @@ def test_rows_that_all_come_twice_are_told_as_repeated(monitor: DriftMonitor, le
 
 def test_a_new_share_of_missing_values_is_a_fault_but_still_tested(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(9, 6)
-    gone = np.random.default_rng(1).random(len(r.features)) < 0.045
-    gone[::200] = True
-    holes = r.changed(1, np.where(gone, np.nan, r.features[:, 1]).astype(np.float32))
-    few = np.arange(len(gone)) % 20 == 0
+    missing = np.random.default_rng(1).random(len(r.features)) < 0.045
+    missing[::200] = True
+    holes = r.changed(1, np.where(missing, np.nan, r.features[:, 1]).astype(np.float32))
+    few = np.arange(len(missing)) % 20 == 0
     slight = r.changed(1, np.where(few, np.nan, r.features[:, 1]).astype(np.float32))
     for changed in (holes, slight):
         state, verdicts = feed(monitor, learned, changed)
         faults = [a for a in told(verdicts) if a.alert == "fault" and a.state == "raised"]
         assert {(a.subject, a.evidence["fault"]) for a in faults} == {("y", "missing")}
-    assert (state.suite.recent_z[-6:, 0] != learned.suite.recent_z[-6:, 0]).all()
+    z, before = (each.suite.charts["moments"].recent_z[-6:, 0] for each in (state, learned))
+    assert (z != before).all()
 
 
 def test_a_few_values_missing_by_chance_are_no_fault(monitor: DriftMonitor) -> None:
     r = readings(3, LEARN + 20)
-    gone = np.random.default_rng(1).random(len(r.features)) < 0.02
-    holes = r.changed(1, np.where(gone, np.nan, r.features[:, 1]).astype(np.float32))
+    missing = np.random.default_rng(1).random(len(r.features)) < 0.02
+    holes = r.changed(1, np.where(missing, np.nan, r.features[:, 1]).astype(np.float32))
     _, verdicts = feed(monitor, monitor.start(), holes)
     assert [a.summary for a in told(verdicts) if a.alert == "fault"] == []
 
@@ -211,8 +210,9 @@ def test_old_windows_are_kept_as_evenly_as_new_ones(monitor: DriftMonitor) -> No
         learning = learning.add(empty, monitor.shipped.task, t=(i, i))
     assert learning.total_windows == 3 * MAX_WINDOWS
     assert set(np.diff(learning.t[:, 0]).tolist()) == {4}
-    assert len(learning.rate.t) == learning.windows
-    assert sampling_rate.learn_baseline(learning.rate, 3, ROWS, "auto") is not None
+    assert {len(part) for part in (learning.t, learning.step_us, learning.repeated, learning.missing)} == {
+        learning.windows
+    }
 
 
 @pytest.mark.parametrize(

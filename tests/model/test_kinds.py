@@ -33,12 +33,12 @@ from scripts.kit.bundles import (
     SEVERAL,
     VECTORS,
     Recipe,
+    activated,
     packed,
     readings,
     write_csv,
     write_spec,
 )
-from tests.kit.bundle_fixtures import Load
 from tests.kit.devices import STEP_US, T0, Device, columns, expand_columns, tiles
 
 Floats = NDArray[np.float32]
@@ -99,8 +99,8 @@ def sigmoid(x: NDArray[Any]) -> NDArray[Any]:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_a_model_of_every_type_of_tensor_is_packed_proved_and_right(active: Load, kind: str) -> None:
-    result, rows = active(SUMS[kind]), readings(200, seed=3)
+def test_a_model_of_every_type_of_tensor_is_packed_proved_and_right(kind: str) -> None:
+    result, rows = activated(SUMS[kind]), readings(200, seed=3)
     assert golden_vectors.decode(result.bundle.files["golden.npz"]).expected.shape == (32, 3)
     answers = answered(result, rows)
     exact = rows @ CENTRES.T + BIAS
@@ -113,8 +113,8 @@ def test_a_model_of_every_type_of_tensor_is_packed_proved_and_right(active: Load
     np.testing.assert_allclose(np.asarray(answers.scores.score), softmax(answers.outputs).max(axis=1), atol=1e-6)
 
 
-def test_one_sigmoid_names_the_second_label_above_the_threshold_only(active: Load) -> None:
-    result, rows = active(BINARY), readings(200)
+def test_one_sigmoid_names_the_second_label_above_the_threshold_only() -> None:
+    result, rows = activated(BINARY), readings(200)
     answers = answered(result, rows)
     p = sigmoid(rows @ np.array([1, -1, 0, 0.5]))
     message = p > 0.9
@@ -123,8 +123,8 @@ def test_one_sigmoid_names_the_second_label_above_the_threshold_only(active: Loa
     np.testing.assert_allclose(np.asarray(answers.scores.score), np.where(message, p, 1 - p), atol=1e-5)
 
 
-def test_each_label_of_a_multilabel_model_has_its_probability(active: Load) -> None:
-    result, rows = active(SEVERAL), readings(200)
+def test_each_label_of_a_multilabel_model_has_its_probability() -> None:
+    result, rows = activated(SEVERAL), readings(200)
     answers = answered(result, rows)
     p = sigmoid(rows @ CENTRES.T + BIAS)
     message = p > np.array([0.5, 0.2, 0.9])
@@ -140,24 +140,22 @@ def test_each_label_of_a_multilabel_model_has_its_probability(active: Load) -> N
     np.testing.assert_allclose(np.asarray(answers.scores.score), np.where(message, p, 1 - p).prod(axis=1), atol=1e-5)
 
 
-def test_the_output_that_is_named_is_the_one_that_counts(active: Load) -> None:
+def test_the_output_that_is_named_is_the_one_that_counts() -> None:
     rows = readings(50)
-    answers = answered(active(CHOSEN), rows)
+    answers = answered(activated(CHOSEN), rows)
     np.testing.assert_allclose(np.asarray(answers.outputs), rows @ CENTRES.T + BIAS, atol=1e-4)
 
 
-def test_the_first_of_several_outputs_is_the_value_and_others_have_names(active: Load) -> None:
+def test_the_first_of_several_outputs_is_the_value_and_others_have_names() -> None:
     rows = readings(50)
-    result = answered(active(NAMED), rows).scores
+    result = answered(activated(NAMED), rows).scores
     np.testing.assert_allclose(np.asarray(result.value), rows @ [0.5, -1, 0.25, 2], atol=1e-5)
     assert list(result.extra_columns) == ["value_total"]
     np.testing.assert_allclose(result.extra_columns["value_total"], rows.sum(axis=1), atol=1e-5)
 
 
-def test_an_embedding_far_from_the_centroid_is_an_anomaly(
-    active: Load,
-) -> None:
-    result = active(VECTORS)
+def test_an_embedding_far_from_the_centroid_is_an_anomaly() -> None:
+    result = activated(VECTORS)
     output = result.bundle.manifest.output
     usual = readings(1600)
     vectors = np.stack([usual[:, 0] + usual[:, 2], usual[:, 1] + usual[:, 3]], axis=1)
@@ -169,9 +167,9 @@ def test_an_embedding_far_from_the_centroid_is_an_anomaly(
     assert answers.scores.extra_columns == {}
 
 
-def test_of_a_cosine_distance_only_the_direction_counts(active: Load) -> None:
+def test_of_a_cosine_distance_only_the_direction_counts() -> None:
     rows = np.array([[1, 1, 0, 0], [3, 3, 0, 0], [-1, -1, 0, 0]], np.float32)
-    value = answered(active(ANGLES), rows).scores.value
+    value = answered(activated(ANGLES), rows).scores.value
     assert value is not None
     assert value[0] == pytest.approx(value[1], abs=0.05)
     assert value[0] + value[2] == pytest.approx(2, abs=0.05)
@@ -181,11 +179,11 @@ def test_of_a_cosine_distance_only_the_direction_counts(active: Load) -> None:
 
 
 @pytest.fixture
-def device(tmp_path: Path, active: Load) -> Any:
+def device(tmp_path: Path) -> Any:
     made: list[Device] = []
 
     def new(recipe: Recipe, **options: Any) -> Device:
-        made.append(Device(tmp_path / str(len(made)), recipe, active(recipe), **options))
+        made.append(Device(tmp_path / str(len(made)), recipe, activated(recipe), **options))
         return made[-1]
 
     yield new

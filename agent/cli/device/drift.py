@@ -28,6 +28,7 @@ from agent.device.commands import wipe
 from agent.device.store import task_keys
 from agent.device.store.store import Store
 from agent.drift.baseline.reference import Reference
+from agent.drift.detectors.detector import JOINT, SCORE
 from agent.drift.reporting import parsed_message
 from agent.drift.reporting.timeline import EARLIEST_US, Timeline
 from agent.drift.testing.test_suite import CusumLimits
@@ -85,9 +86,13 @@ class _TaskDrift:
         """Return the CUSUM limit of each field, of the score and of the joint statistics."""
         if self.site_reference is None:
             return {}
-        limits, fields = CusumLimits.from_reference(self.site_reference).limit, self.site_reference.fields
-        known = {name: float(limits[i]) for i, name in enumerate(fields)} | {"score": float(limits[-1])}
-        return known | ({"joint": float(limits[2 * len(fields)])} if len(fields) > 1 else {})
+        limits = CusumLimits.from_reference(self.site_reference).limit.tolist()
+        subjects, task = self.site_reference.layout.subjects.tolist(), self.site_reference.task
+        # Messages have no sums of the output.
+        numbers = {name: i for i, name in enumerate(self.site_reference.fields)} | {
+            name: task.subject(name) for name in (SCORE, JOINT)
+        }
+        return {name: limits[subjects.index(number)] for name, number in numbers.items() if number in subjects}
 
     def to_dict(self) -> dict[str, Any]:
         last = self.timeline.points[-1] if self.timeline.points else None

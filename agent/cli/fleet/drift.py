@@ -55,7 +55,7 @@ def drift(
     now_us = time.time_ns() // 1000
     begin = None if since is None else _parse_since(since, now_us)
     _, store = open_for_reading(folder, db, device)
-    with progress_bar("reading", store.count_drift_windows()) as advance:
+    with progress_bar("reading", store.count_drift_messages()) as advance:
         survey = summarize_drift(store, task=task, since=begin, now_us=now_us, progress=advance)
     if task is not None and not survey.groups and (tasks := store.drift_tasks()) and task not in tasks:
         raise UsageError(f"no device reported drift of a task {task!r}{did_you_mean(task, tasks)}")
@@ -69,7 +69,14 @@ def drift(
 
         save(build_plot(store, survey, device, begin, known), plot, dark=dark)
         document["plot"] = str(plot)
-    emit(document, as_json, lambda: _print_lines(report.format_lines(document)))
+
+    def print_report() -> None:
+        for line in report.format_lines(document):
+            # Bold comes from the report; all other control characters are escaped.
+            plain = click.unstyle(line)
+            click.echo(click.style(printable(plain), bold=True) if plain != line else printable(line))
+
+    emit(document, as_json, print_report)
 
 
 def _parse_since(text: str, now_us: int) -> str:
@@ -102,10 +109,3 @@ def _load_references(bundle_paths: Iterable[Path]) -> dict[str, tuple[Bundle, Re
         reference = Reference.from_json(content.files["reference.json"])
         known[reference.digest] = (content, reference)
     return known
-
-
-def _print_lines(lines: Iterable[str]) -> None:
-    for line in lines:
-        # Bold comes from the report; all other control characters are escaped.
-        plain = click.unstyle(line)
-        click.echo(click.style(printable(plain), bold=True) if plain != line else printable(line))

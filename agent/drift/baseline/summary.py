@@ -21,6 +21,7 @@ from agent.drift.baseline.sampling import SamplingIntervals
 from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.detectors.detector import DriftWindows
 from agent.drift.detectors.registry import COUNTERS
+from agent.drift.numeric.divergence import Distributions, coarsen_bins
 from agent.drift.numeric.sums import Groups, GroupSums
 
 
@@ -72,7 +73,11 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
 
     def drift_windows(self, origin: Float64s) -> DriftWindows:
         """Return what detectors score of a stack; `origin` is what the reference measures sums from."""
-        return DriftWindows(self.class_sums.moments(origin), self.output, self.detectors)
+        return DriftWindows(self.class_sums.moments(origin), self.distributions, self.detectors)
+
+    @property
+    def distributions(self) -> Distributions:
+        return Distributions(coarsen_bins(self.counts), self.output, self.scores)
 
     @property
     def rows(self) -> int:

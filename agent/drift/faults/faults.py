@@ -161,11 +161,10 @@ def identify_faults(
 
 
 def _has_too_many_missing(windows: Summary, reference: Reference, site: Reference | None, rows: Ints) -> Bools:
-    here = site.site.rate if site is not None and site.site is not None else None
-    if here is None:
+    if site is None or site.site is None:
         usual = reference.missing / np.maximum(reference.n + reference.missing, 1)
         return np.asarray(windows.missing > np.maximum(MISSING_SHARE, MISSING_FACTOR * usual) * rows)
-    more = windows.missing > np.maximum(SITE_MISSING_SHARE, MISSING_FACTOR * here.missing) * rows
+    more = windows.missing > np.maximum(SITE_MISSING_SHARE, MISSING_FACTOR * site.site.missing) * rows
     return np.asarray(more & (windows.missing >= MIN_MISSING_ROWS))
 
 

@@ -11,11 +11,15 @@ from agent.drift.reporting.parsed_message import SubjectReport, WindowReport
 
 EARLIEST_US = 946_684_800_000_000  # 2000-01-01; a clock that was never set says 1970
 MAX_POINTS = 480  # then neighbors are merged
+MAX_SHARES = 4 * MAX_POINTS  # as runs of windows have one point
 _STATE_SEVERITY = {"untested": 0, "ok": 1, "insufficient": 2, "drift": 3, "fault": 4}
 
 
 class Point(msgspec.Struct, frozen=True):
-    """One drift window, or merged neighbors with the largest sums and the worst states. Times are epoch µs."""
+    """One drift window, a run of quiet ones, or merged neighbors with the largest sums and the worst states.
+
+    Times are epoch µs.
+    """
 
     t: tuple[int, int]
     subjects: dict[str, SubjectReport]
@@ -36,14 +40,19 @@ class StateHistogram(msgspec.Struct):
 
 
 class Timeline(msgspec.Struct):
-    """Timeline; windows are added in the order of their time.
+    """Timeline; reports of windows are added in the order of their time.
 
-    `histograms` per field and state; those of "drift" cover the last spell only. Windows with a fault are left out.
+    `nearest`: end of each window, and the largest sum of any test then as a share of its limit; of neighbors the larger
+    one, where windows are many. `histograms` per field and state; those of "drift" cover the last spell only. Windows
+    with a fault are left out.
     """
 
     points: list[Point] = msgspec.field(default_factory=list)
     windows: int = 0
-    windows_per_point: int = 1  # windows that a point stands for
+    reports: int = 0
+    reports_per_point: int = 1
+    nearest: list[tuple[int, float]] = msgspec.field(default_factory=list)
+    windows_per_share: int = 1
     histograms: dict[str, dict[str, StateHistogram]] = msgspec.field(default_factory=dict)
     _last_state: dict[str, str] = msgspec.field(default_factory=dict)
 
@@ -51,14 +60,27 @@ class Timeline(msgspec.Struct):
         point = Point(window.t, window.subjects, window.accuracy)
         if window.state != "fault":
             self._add_histograms(window)
-        if self.points and self.windows % self.windows_per_point:
+        if self.points and self.reports % self.reports_per_point:
             self.points[-1] = self.points[-1].merge(point)
         else:
             self.points.append(point)
-        self.windows += 1
+        for end, share in zip(window.ends, window.nearest, strict=True):
+            self._add_share(end, share)
+        self.reports += 1
         if len(self.points) == MAX_POINTS:
             self.points = [a.merge(b) for a, b in zip(self.points[::2], self.points[1::2], strict=True)]
-            self.windows_per_point *= 2
+            self.reports_per_point *= 2
+
+    def _add_share(self, end: int, share: float) -> None:
+        if self.nearest and self.windows % self.windows_per_share:
+            self.nearest[-1] = (end, max(share, self.nearest[-1][1]))
+        else:
+            self.nearest.append((end, share))
+        self.windows += 1
+        if len(self.nearest) == MAX_SHARES:
+            pairs = zip(self.nearest[::2], self.nearest[1::2], strict=True)
+            self.nearest = [(later[0], max(earlier[1], later[1])) for earlier, later in pairs]
+            self.windows_per_share *= 2
 
     def latest(self, field_name: str) -> tuple[str, StateHistogram] | None:
         """Return the field's last state, faults apart, and its rows in that state."""
@@ -75,9 +97,9 @@ class Timeline(msgspec.Struct):
                 continue
             begins = report.state == "drift" and self._last_state.get(name) != "drift"
             if before is None or begins:
-                states[report.state] = StateHistogram(1, counts)
+                states[report.state] = StateHistogram(window.windows, counts)
             else:
-                states[report.state] = StateHistogram(before.windows + 1, before.counts + counts)
+                states[report.state] = StateHistogram(before.windows + window.windows, before.counts + counts)
             self._last_state[name] = report.state
 
     def spells(self, subject: str, state: str) -> Iterator[tuple[int, int, bool]]:

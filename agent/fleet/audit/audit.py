@@ -39,14 +39,12 @@ MessageKey = tuple[Any, Any, Any]
 
 
 class AuditReport(msgspec.Struct):
-    """Result of an audit."""
-
     devices: int = 0
     messages: int = 0
-    duplicates: int = 0
-    invalid_count: int = 0
     gaps: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    duplicates: int = 0
     invalid: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    invalid_count: int = 0
     coverage: list[dict[str, Any]] = msgspec.field(default_factory=list)
     evicted: list[dict[str, Any]] = msgspec.field(default_factory=list)
     decisions: int = 0
@@ -59,15 +57,13 @@ class AuditReport(msgspec.Struct):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the document of `fleet audit --json`."""
-        names = [*("devices", "messages", "gaps", "duplicates", "invalid", "invalid_count", "coverage", "evicted")]
-        names += ["decisions", "invalid_decisions"]
-        return {"passed": self.passed, **{name: getattr(self, name) for name in names}}
+        return {"passed": self.passed, **msgspec.structs.asdict(self)}
 
     def add_invalid(self, key: MessageKey, reason: str) -> None:
         self.invalid_count += 1
         if len(self.invalid) < MAX_INVALID:
-            message = {name: _to_json_value(part) for name, part in zip(("device", "log", "seq"), key, strict=True)}
-            self.invalid.append({**message, "reason": reason})
+            device, log, seq = map(rollouts.to_json_value, key)
+            self.invalid.append({"device": device, "log": log, "seq": seq, "reason": reason})
 
 
 def audit(
@@ -83,9 +79,13 @@ def audit(
     report = AuditReport()
     with store.snapshot() as db:
         keyring = Keyring(store)
+        # (device, log) → last seq of each log that a signed message of a later log declares ended.
         ends: dict[tuple[Any, str], int] = {}
-        for ended_log, last in _read_log_ends(store, keyring, device):
-            ends[ended_log] = max(last, ends.get(ended_log, 0))
+        for name, topic, payload, jws in store.audit_messages(device, f'"{NEW_LOG}"'.encode()):
+            with contextlib.suppress(MessageRefused, TypeError, AttributeError):
+                body = verify_message(topic, payload, (jws,), keyring.find_stored).body
+                if body.device == name and (end := parse_log_end(body)):
+                    ends[name, end[0]] = max(end[1], ends.get((name, end[0]), 0))
         last_seqs = {(name, log): last for name, log, last in store.logs(device)}
         results = _StoredResults(store.result_rows(device), report)
         names = {name for name, _ in last_seqs}
@@ -110,15 +110,6 @@ def audit(
     return report
 
 
-def _read_log_ends(store: FleetStore, keyring: Keyring, device: str | None) -> Iterator[tuple[tuple[Any, str], int]]:
-    """Yield ((device, log), last seq) of each log that a signed message of a later log declares ended."""
-    for name, topic, payload, jws in store.audit_messages(device, f'"{NEW_LOG}"'.encode()):
-        with contextlib.suppress(MessageRefused, TypeError, AttributeError):
-            body = verify_message(topic, payload, (jws,), keyring.find_stored).body
-            if body.device == name and (end := parse_log_end(body)):
-                yield (name, end[0]), end[1]
-
-
 class _LogAuditor:
     """Audits one log, message by message in order of seq."""
 
@@ -139,10 +130,19 @@ class _LogAuditor:
         if type(seq) is not int or seq < 1:
             self._report.add_invalid(key, f"seq {seq!r} is not a sequence number")
             return
-        self._check_sequence(key, seq)
+        if seq == self._last_seq:
+            self._report.duplicates += 1
+            self._report.add_invalid(key, "is stored twice")
+        elif seq > self._last_seq + 1:
+            self._missing.append((self._last_seq + 1, seq - 1))
+            self._coverage.mark_unreadable(seq)
+            self._last_digest = None
+        self._last_seq = seq
         data = payload.encode(errors="surrogateescape") if isinstance(payload, str) else payload
         problem, body = self._verify_signature(topic, data, jws)
-        problem = problem or self._compare_columns(body, seq, kind) or self._check_chain(body)
+        problem = problem or self._compare_columns(body, seq, kind)
+        if not problem and isinstance(body, LoggedPayload) and self._last_digest not in (None, body.prev):
+            problem = "does not follow the message before it: prev is not that message's digest"
         if problem or not isinstance(body, LoggedPayload):
             self._report.add_invalid(key, problem or "has a kind that is never stored")
             self._coverage.mark_unreadable(seq)
@@ -172,16 +172,6 @@ class _LogAuditor:
             place = {"device": self._device, "log": self._log, "task": task, "stream": stream}
             self._report.coverage.append({**place, **rows})
 
-    def _check_sequence(self, key: MessageKey, seq: int) -> None:
-        if seq == self._last_seq:
-            self._report.duplicates += 1
-            self._report.add_invalid(key, "is stored twice")
-        elif seq > self._last_seq + 1:
-            self._missing.append((self._last_seq + 1, seq - 1))
-            self._coverage.mark_unreadable(seq)
-            self._last_digest = None
-        self._last_seq = seq
-
     def _verify_signature(self, topic: Any, payload: Any, jws: Any) -> tuple[str | None, Body | None]:
         if not (isinstance(topic, str) and isinstance(payload, bytes) and isinstance(jws, str)):
             return "topic, payload or jws is not stored as text and bytes", None
@@ -200,11 +190,6 @@ class _LogAuditor:
                 return f"is stored with {name} {value!r}, but the signed payload says {signed!r}"
         signed_kind = type(body).__struct_config__.tag if body is not None else None
         return None if kind == signed_kind else f"is stored as kind {kind!r}, but the signed payload is {signed_kind!r}"
-
-    def _check_chain(self, body: Body | None) -> str | None:
-        if not isinstance(body, LoggedPayload) or self._last_digest is None or body.prev == self._last_digest:
-            return None
-        return "does not follow the message before it: prev is not that message's digest"
 
     def _check_contents(self, body: LoggedPayload, stored: list[tuple[Any, ...]]) -> Iterator[str]:
         expected = result_rows(body) if isinstance(body, ResultsPayload) else []
@@ -231,7 +216,6 @@ class _StoredResults:
         self._report = report
 
     def consume(self, key: MessageKey) -> list[tuple[Any, ...]]:
-        """Return the rows of this message."""
         self.skip_to(key)
         if self._next is None or self._next[0] != key:
             return []
@@ -268,10 +252,3 @@ def split_by_declaration(
 def _sqlite_sort_key(key: MessageKey) -> list[tuple[int, Any]]:
     """Return a sort key with SQLite's order of values of any type: NULL, numbers, text, bytes."""
     return [(_SQLITE_TYPE_RANKS[type(part)], part) for part in key]
-
-
-def _to_json_value(part: Any) -> Any:
-    """Return a stored value of any type as a JSON value."""
-    if isinstance(part, str):
-        return part.encode(errors="backslashreplace").decode()
-    return part if isinstance(part, int) else repr(part)

@@ -38,7 +38,6 @@ class RowCoverage:
         self._unreadable_seq = seq
 
     def check_results(self, body: ResultsPayload) -> str | None:
-        """Return the problem with a results message."""
         first, last = body.rows
         track = self.tracks.get((body.task, body.stream))
         if track is None:

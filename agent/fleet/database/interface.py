@@ -113,6 +113,13 @@ class Database(Protocol):
     def close(self) -> None: ...
 
 
+def fetch_dicts(db: Connection | Database, sql: str, *values: Any) -> list[dict[str, Any]]:
+    """Return the rows of a query as column → value."""
+    cursor = db.execute(sql, values)
+    names = [column[0] for column in cursor.description]
+    return [dict(zip(names, row, strict=True)) for row in cursor]
+
+
 def is_postgresql(location: Path | str) -> bool:
     return isinstance(location, str) and location.startswith(("postgresql://", "postgres://"))
 

@@ -31,11 +31,7 @@ _PRAGMAS: tuple[tuple[str, str | None], ...] = (
     ("trusted_schema=OFF", None),
 )
 _UNSTORABLE_ERRORS = (
-    OverflowError,
-    UnicodeEncodeError,
-    sqlite3.DataError,
-    sqlite3.IntegrityError,
-    sqlite3.InterfaceError,
+    *(OverflowError, UnicodeEncodeError, sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError),
 )
 _INSERT_MESSAGE = "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (device, log, seq) DO NOTHING"
 _PAYLOAD = "SELECT payload FROM messages WHERE device = ? AND log = ? AND seq = ?"
@@ -106,8 +102,6 @@ class SqliteConnection(sqlite3.Connection):
 
 
 class SqliteDatabase:
-    """An open database file."""
-
     shared = False
     unstorable_errors: tuple[type[Exception], ...] = _UNSTORABLE_ERRORS
 
@@ -189,9 +183,8 @@ class SqliteDatabase:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise StorageBusy(
-                        f"{self.path}: another process holds its lock; try again when that one is done"
-                    ) from None
+                    problem = "another process holds its lock; try again when that one is done"
+                    raise StorageBusy(f"{self.path}: {problem}") from None
                 time.sleep(0.005)
         try:
             yield

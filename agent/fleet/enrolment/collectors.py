@@ -62,7 +62,6 @@ def add(folder: Path, config: FleetConfig, name: str) -> AddedCollector:
 
 
 def is_collector(folder: Path, name: str) -> bool:
-    """Return True if a collector has this name at the broker."""
     return name.startswith("collector-") and (folder / f"{name}.crt").exists()
 
 

@@ -62,26 +62,22 @@ def load(layout: Layout, next_root: Root | None = None) -> Edition:
     if newest is None:
         raise layout.missing_error()
     try:
-        return _load_edition(layout, newest, next_root)
+        root = Metadata[Root].from_bytes(newest.read_bytes())
+        roots = [root.signed, *([next_root] if next_root else [])]
+        timestamp = _read_role(Timestamp, layout, TIMESTAMP, MetaFile(1), roots)
+        snapshot = _read_role(Snapshot, layout, SNAPSHOT, timestamp.signed.snapshot_meta, roots)
+        listed = {name.removesuffix(".json"): file for name, file in snapshot.signed.meta.items()}
+        targets = _read_role(Targets, layout, TARGETS, listed.pop(TARGETS), roots)
+        bundles = {role: _read_role(Targets, layout, role, file, [targets.signed]) for role, file in listed.items()}
     except (OSError, DeserializationError, RepositoryError, LengthOrHashMismatchError, ValueError, KeyError) as error:
         raise StorageError(
             f"{layout.metadata}: devices would refuse this metadata ({error}); restore the folder from a backup or "
             "from the web server that serves it, then publish again"
         ) from error
-
-
-def _load_edition(layout: Layout, root_path: Path, next_root: Root | None) -> Edition:
-    root = Metadata[Root].from_bytes(root_path.read_bytes())
-    roots = [root.signed, *([next_root] if next_root else [])]
-    timestamp = _read_role(Timestamp, layout, TIMESTAMP, MetaFile(1), roots)
-    snapshot = _read_role(Snapshot, layout, SNAPSHOT, timestamp.signed.snapshot_meta, roots)
-    listed = {name.removesuffix(".json"): file for name, file in snapshot.signed.meta.items()}
-    targets = _read_role(Targets, layout, TARGETS, listed.pop(TARGETS), roots)
-    bundles = {role: _read_role(Targets, layout, role, file, [targets.signed]) for role, file in listed.items()}
-    parts: list[Metadata[Any]] = [targets, *bundles.values()]
-    published = dict(zip([TARGETS, *bundles], (part.signed.version for part in parts), strict=True))
-    published |= {TIMESTAMP: timestamp.signed.version, SNAPSHOT: snapshot.signed.version}
-    return Edition(root, timestamp, snapshot, targets, bundles, published)
+    edition = Edition(root, timestamp, snapshot, targets, bundles)
+    roles = (TARGETS, *bundles, TIMESTAMP, SNAPSHOT)
+    edition.published_versions = {role: edition.get_metadata(role).signed.version for role in roles}
+    return edition
 
 
 def _read_role(
@@ -114,9 +110,17 @@ def write(
 
     With `next_root`, the keys of both roots sign, so that clients of either root accept the result.
     """
-    order = _signing_order(edition, changed)
-    if not trust_clock:
-        _check_clock(layout, edition, current_time)
+    # Each role before the roles that refer to it.
+    order = [*sorted(edition.bundles.keys() & changed), *([TARGETS] if TARGETS in changed else [])]
+    order += [*([SNAPSHOT] if order or SNAPSHOT in changed else []), TIMESTAMP]
+    if TIMESTAMP in edition.published_versions and not trust_clock:
+        # With a clock behind the last signature, the expiry would be too early.
+        last = expiry.signing_time(TIMESTAMP, edition.timestamp.signed.expires)
+        if current_time < last - REFRESH_INTERVAL:
+            raise UsageError(
+                f"{layout.home}: this machine's clock says {current_time:%Y-%m-%d %H:%M}, before the last signature on "
+                f"{last:%Y-%m-%d %H:%M}; set the clock, or if it was wrong then: `refresh --trust-clock`"
+            )
     signers = {role: _find_signers(edition, role, keyring, next_root) for role in order}
     written: dict[str, bytes] = {}
     for role in order:
@@ -132,12 +136,6 @@ def write(
         durable_files.write(layout.role_path(role, edition.get_metadata(role).signed.version), written[role])
     edition.published_versions |= {role: edition.get_metadata(role).signed.version for role in order}
     prune(layout, edition)
-
-
-def _signing_order(edition: Edition, changed: Collection[str]) -> list[str]:
-    """Return the roles to sign, each before the roles that refer to it."""
-    order = [*sorted(role for role in changed if role in edition.bundles), *([TARGETS] if TARGETS in changed else [])]
-    return [*order, *([SNAPSHOT] if order or SNAPSHOT in changed else []), TIMESTAMP]
 
 
 def _update_reference(edition: Edition, role: str, written: dict[str, bytes]) -> None:
@@ -159,17 +157,6 @@ def _find_signers(edition: Edition, role: str, keyring: RepositoryKeyring, next_
             f"lost, replace it: outstation fleet repository rotate {role}"
         )
     return signers
-
-
-def _check_clock(layout: Layout, edition: Edition, current_time: datetime) -> None:
-    """Refuse to sign with a clock behind the last signature: the expiry would be too early."""
-    if TIMESTAMP in edition.published_versions:
-        last = expiry.signing_time(TIMESTAMP, edition.timestamp.signed.expires)
-        if current_time < last - REFRESH_INTERVAL:
-            raise UsageError(
-                f"{layout.home}: this machine's clock says {current_time:%Y-%m-%d %H:%M}, before the last signature on "
-                f"{last:%Y-%m-%d %H:%M}; set the clock, or if it was wrong then: `refresh --trust-clock`"
-            )
 
 
 def prune(layout: Layout, edition: Edition) -> None:

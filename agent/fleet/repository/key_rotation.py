@@ -12,7 +12,6 @@ from tuf.api.metadata import Root
 
 from agent.errors import UsageError
 from agent.fleet.repository import edition, expiry, root_rotation
-from agent.fleet.repository.edition import Edition
 from agent.fleet.repository.expiry import TARGETS, TOP_LEVEL_ROLES
 from agent.fleet.repository.keys import RepositoryKeyring, select_key, to_tuf_key
 from agent.fleet.repository.layout import Layout
@@ -81,10 +80,12 @@ def _rotate_bundle(
     current = root_rotation.load_current(layout, keyring, current_time)
     if role not in current.bundles:
         known = [*TOP_LEVEL_ROLES, *current.bundles]
+        hint = f"{did_you_mean(role, known)}; the roles are {', '.join(known)}"
+        raise UsageError(f"no role {role!r} in the repository{hint}")
+    if not keyring.signers(current.keyids(TARGETS)):
         raise UsageError(
-            f"no role {role!r} in the repository{did_you_mean(role, known)}; the roles are {', '.join(known)}"
+            f"{keyring.folder}: targets lists the keys of {role}, and its key is not here; name it with --sign-with"
         )
-    _require_targets_key(current, role, keyring)
     targets = current.targets.signed
     keyids = targets.get_delegated_role(role).keyids
     candidates = {keyid: keyring.name(targets.get_key(keyid)) for keyid in keyids}
@@ -94,13 +95,6 @@ def _rotate_bundle(
     targets.revoke_key(old_keyid, role)
     edition.write(layout, current, {role, TARGETS}, keyring, current_time)
     return RotationResult(role, candidates[old_keyid], keyring.name(new_key), None)
-
-
-def _require_targets_key(current: Edition, role: str, keyring: RepositoryKeyring) -> None:
-    if not keyring.signers(current.keyids(TARGETS)):
-        raise UsageError(
-            f"{keyring.folder}: targets lists the keys of {role}, and its key is not here; name it with --sign-with"
-        )
 
 
 def _resolve_new_key(new: Key | None, current_keyids: set[str], name: str, keyring: RepositoryKeyring) -> Key:

@@ -61,7 +61,15 @@ def publish(
     bundle = bundles.read(path, publishers)
     if bundle.manifest.name in TOP_LEVEL_ROLES:
         raise BadBundle(f"{path}: {bundle.manifest.name!r} is a top-level role of the repository; rename the bundle")
-    memory = _probe_memory(path, bundle) if run_probe else bundle.manifest.limits.memory_mib << 20
+    memory = bundle.manifest.limits.memory_mib << 20
+    if run_probe:
+        report = probe.probe(bundle)
+        try:
+            report.raise_for_failure()
+        except BadBundle as problem:
+            hint = "--no-probe publishes it without this check"
+            raise BadBundle(f"{path}: does not run here: {problem}; {hint}") from None
+        memory = report.peak_memory
     metadata = build_target_metadata(bundle, memory)
     target = target_metadata.target_path(metadata.name, metadata.version, metadata.digest)
     archive = build_archive(bundle)
@@ -70,9 +78,8 @@ def publish(
         current = root_rotation.load_current(layout, keyring, current_time)
         listed = _find_published(current, metadata)
         if listed is not None:
-            return PublishResult(
-                target_metadata.decode(listed.custom), target, listed.length, bundle.signer, is_new=False
-            )
+            published = target_metadata.decode(listed.custom)
+            return PublishResult(published, target, listed.length, bundle.signer, is_new=False)
         file = TargetFile.from_data(target, archive, ["sha256"])
         file.unrecognized_fields["custom"] = target_metadata.encode(metadata)
         changed = _ensure_delegation(current, metadata.name, keyring)
@@ -109,15 +116,6 @@ def build_target_metadata(bundle: Bundle, memory: int) -> TargetMetadata:
         memory=memory,
         unpacked=sum(map(len, bundle.files.values())),
     )
-
-
-def _probe_memory(path: Path, bundle: Bundle) -> int:
-    report = probe.probe(bundle)
-    try:
-        report.raise_for_failure()
-    except BadBundle as problem:
-        raise BadBundle(f"{path}: does not run here: {problem}; --no-probe publishes it without this check") from None
-    return report.peak_memory
 
 
 def _find_published(current: Edition, metadata: TargetMetadata) -> TargetFile | None:

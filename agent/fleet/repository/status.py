@@ -39,8 +39,6 @@ class RoleStatus(msgspec.Struct, frozen=True):
 
 
 class AvailableBundle(msgspec.Struct, frozen=True):
-    """Bundle that devices may download."""
-
     name: str
     version: str
     digest: str
@@ -80,16 +78,13 @@ def read(folder: Path, current_time: datetime | None = None) -> RepositoryStatus
         for name, part in sorted(current.bundles.items())
         for version, day in sorted(get_revoked_versions(part.signed).items())
     ]
-    return RepositoryStatus(str(layout.home), not reminders, _list_bundles(current), revoked, roles, draft, reminders)
-
-
-def _list_bundles(current: Edition) -> list[AvailableBundle]:
-    return [
+    bundles = [
         AvailableBundle(bundle.name, bundle.version, bundle.digest, path, file.length)
         for _, part in sorted(current.bundles.items())
         for path, file in sorted(part.signed.targets.items())
         for bundle in [target_metadata.decode(file.custom)]
     ]
+    return RepositoryStatus(str(layout.home), not reminders, bundles, revoked, roles, draft, reminders)
 
 
 def _role_status(current: Edition, role: str, keyring: RepositoryKeyring, current_time: datetime) -> RoleStatus:

@@ -40,14 +40,8 @@ def refresh(
     with layout.locked():
         keyring = RepositoryKeyring(layout.keys, sign_with)
         if trust_clock:
-            edition.write(
-                layout,
-                edition.load(layout, root_rotation.load_next_root(layout)),
-                {SNAPSHOT},
-                keyring,
-                current_time,
-                trust_clock=True,
-            )
+            current = edition.load(layout, root_rotation.load_next_root(layout))
+            edition.write(layout, current, {SNAPSHOT}, keyring, current_time, trust_clock=True)
         version = root_rotation.activate_draft(layout, keyring, current_time)
         return _renew(layout, keyring, current_time, version)
 
@@ -64,10 +58,8 @@ def refresh_daily(folder: Path, current_time: datetime | None = None) -> Refresh
         keyring = RepositoryKeyring(layout.keys)
         current = edition.load(layout, root_rotation.load_next_root(layout))
         online = all(keyring.signers(current.keyids(role)) for role in (SNAPSHOT, TIMESTAMP))
-        if (
-            not online
-            or current_time - expiry.signing_time(TIMESTAMP, current.timestamp.signed.expires) < REFRESH_INTERVAL
-        ):
+        signed = expiry.signing_time(TIMESTAMP, current.timestamp.signed.expires)
+        if not online or current_time - signed < REFRESH_INTERVAL:
             return None
         return _renew(layout, keyring, current_time)
 
@@ -90,26 +82,20 @@ def maintain(folder: Path, store: FleetStore, current_time: datetime | None = No
 
     Raises StorageBusy while another command writes, StorageError for an inaccessible file. The caller retries soon.
     """
+    current_time = current_time or expiry.now()
     try:
-        _maintain(folder, store, current_time or expiry.now())
+        if refresh_daily(folder, current_time) is not None:
+            logger.info("repository: timestamp signed")
+        reminders = status.read(folder, current_time).reminders
     except OSError as error:
         raise StorageError(
             f"{error.filename or folder}: {error.strerror}, so the repository was not refreshed; check the owner of "
             "the file and its folder: the collector must be able to read and replace both"
         ) from error
-
-
-def _maintain(folder: Path, store: FleetStore, current_time: datetime) -> None:
-    if refresh_daily(folder, current_time) is not None:
-        logger.info("repository: timestamp signed")
-    reminders = status.read(folder, current_time).reminders
     is_open = any(row["alert"] == REPOSITORY_EXPIRY.alert for row in store.alerts())
     if bool(reminders) == is_open:
         return
     summary = "; ".join(reminders) or "Nothing in the repository expires soon, and no draft waits for signatures."
     logger.warning("repository: %s", summary)
-    store.raise_alert(
-        repository_alert_row(
-            summary, f"{current_time:%Y-%m-%dT%H:%M:%S.000000Z}", int(current_time.timestamp()), raised=not is_open
-        )
-    )
+    now, second = f"{current_time:%Y-%m-%dT%H:%M:%S.000000Z}", int(current_time.timestamp())
+    store.raise_alert(repository_alert_row(summary, now, second, raised=not is_open))

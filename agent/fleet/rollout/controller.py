@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from agent import clock
 from agent.errors import UsageError
+from agent.fleet.database import rollouts
 from agent.fleet.rollout import actions, journal
 from agent.fleet.rollout.publisher import RolloutAction, RolloutPublisher
 from agent.fleet.rollout.status import RolloutSnapshot, load_snapshot
@@ -40,23 +42,28 @@ class RolloutController:
     def _load_snapshots(self) -> list[RolloutSnapshot]:
         now_us = clock.read().wall_us
         with self._publisher.store.snapshot() as db:
-            rollouts = [
+            followed = [
                 rollout
                 for rollout in journal.load_rollouts(db, only_open=True)
                 if self._names is None or rollout.name in self._names
             ]
-            names = {rollout.name for rollout in rollouts}
+            names = {rollout.name for rollout in followed}
             self.followed_names |= names
             for name in set(self._tallies) - names:
                 del self._tallies[name]
             return [
                 load_snapshot(db, rollout, now_us, self._tallies.setdefault(rollout.name, RolloutTallies(rollout)))
-                for rollout in rollouts
+                for rollout in followed
             ]
 
     def _advance(self, snapshot: RolloutSnapshot) -> None:
-        action = _choose_action(snapshot)
-        if action is None:
+        rollout, verdict = snapshot.rollout, snapshot.verdict
+        action: RolloutAction
+        if verdict.outcome == "abort":
+            action = partial(actions.abort, expected=rollout, reason=verdict.summary, verdict=verdict)
+        elif verdict.outcome in ("promote", "finish") and rollout.state == "running":
+            action = partial(actions.promote, expected=rollout, verdict=verdict)
+        else:
             return
         # If anything fails between the commit and the broker, the next tick publishes.
         self._republish_at = 0.0
@@ -70,7 +77,7 @@ class RolloutController:
             return
         self._last_problem = ""
         with self._publisher.store.snapshot() as db:
-            summary = journal.load_decision_rows(db, rollout.name)[-1][4]
+            summary = rollouts.load_decisions(db, rollout.name)[-1][4]
         self._report(f"{rollout.name}: {summary}")
         self._report_publish_error(publish_error)
 
@@ -80,12 +87,3 @@ class RolloutController:
         elif self._publish_error and not error:
             self._report("published")
         self._publish_error = error
-
-
-def _choose_action(snapshot: RolloutSnapshot) -> RolloutAction | None:
-    rollout, verdict = snapshot.rollout, snapshot.verdict
-    if verdict.outcome == "abort":
-        return lambda db, operator, counter: actions.abort(db, operator, counter, rollout, verdict.summary, verdict)
-    if verdict.outcome in ("promote", "finish") and rollout.state == "running":
-        return lambda db, operator, counter: actions.promote(db, operator, counter, rollout, verdict)
-    return None

@@ -66,12 +66,10 @@ class StepDevices(msgspec.Struct, frozen=True):
         return [device for device in self.selected if device.has_failed]
 
     def count_phases(self) -> dict[str, int]:
-        """Count the selected devices in each phase."""
         return dict(sorted(Counter(device.phase for device in self.selected).items()))
 
 
 def load_step_devices(db: Connection, rollout: Rollout) -> StepDevices:
-    """Load the devices of the current step."""
     plan = rollout.plan
     known = [
         RolloutDevice(device, last_seen, phase or NOT_REPORTED, reason or "", summary or "", since, strategy)
@@ -80,19 +78,16 @@ def load_step_devices(db: Connection, rollout: Rollout) -> StepDevices:
         )
     ]
     kind, _, target = plan.target.partition(":")
-    targeted = [device for device in known if _is_targeted(device, kind, target)]
+    if kind == "group":
+        targeted = [device for device in known if device.phase != NOT_REPORTED]
+    else:
+        targeted = [device for device in known if kind == "all" or device.device == target]
     desired = plan.desired_for_step(rollout.step)
     selected = [device for device in targeted if desired.includes_device(device.device)]
     was_selected = _previous_selection(rollout)
     joining = frozenset(device.device for device in selected if not was_selected(device.device))
     unselected = [device for device in targeted if not desired.includes_device(device.device)]
     return StepDevices(selected, joining, unselected)
-
-
-def _is_targeted(device: RolloutDevice, kind: str, target: str) -> bool:
-    if kind == "group":
-        return device.phase != NOT_REPORTED
-    return kind == "all" or device.device == target
 
 
 def _previous_selection(rollout: Rollout) -> Callable[[str], bool]:

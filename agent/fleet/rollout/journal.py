@@ -9,8 +9,7 @@ import msgspec
 
 from agent.errors import StorageError, UsageError
 from agent.fleet.database import rollouts
-from agent.fleet.database.interface import Connection, Row
-from agent.fleet.rollout.decisions import SignedDecision
+from agent.fleet.database.interface import Connection
 from agent.fleet.rollout.desired_state import DesiredMessage
 from agent.fleet.rollout.plan import RolloutPlan, RolloutStep
 from agent.toml_files import did_you_mean
@@ -49,7 +48,6 @@ def load_rollouts(db: Connection, *, only_open: bool = False) -> list[Rollout]:
 
 
 def find(db: Connection, name: str) -> Rollout:
-    """Load the roll-out `name`. Raises UsageError if there is none."""
     row = rollouts.find_rollout(db, name)
     if row is None:
         known = [str(row[0]) for row in rollouts.load_rollouts(db)]
@@ -58,20 +56,10 @@ def find(db: Connection, name: str) -> Rollout:
 
 
 def save(db: Connection, rollout: Rollout) -> None:
-    """Insert or replace a roll-out."""
     plan = rollout.plan
     bundle = (plan.task, plan.bundle, plan.version, plan.digest, rollout.topic, rollout.started)
     row = (rollout.name, *bundle, rollout.state, rollout.step, msgspec.json.encode(plan).decode())
     rollouts.save_rollout(db, row)
-
-
-def append(db: Connection, decision: SignedDecision) -> None:
-    rollouts.append_decision(db, decision.to_row())
-
-
-def load_decision_rows(db: Connection, rollout: str) -> list[Row]:
-    """Load the rows of table decisions of one roll-out, in order."""
-    return rollouts.load_decisions(db, rollout)
 
 
 def load_chain_head(db: Connection, rollout: str) -> tuple[int, str]:

@@ -17,13 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
+from msgspec.structs import asdict
 
 from agent import clock
 from agent.comparison import rules
 from agent.comparison.paired_intervals import ComparisonBlock
-from agent.comparison.rules import AGREEMENT, ESTIMATED_ACCURACY, LABELS, LATENCY, RuleLimits, RuleResult, RuleState
+from agent.comparison.rules import AGREEMENT, ESTIMATED_ACCURACY, LABELS, LATENCY, RuleLimits, RuleState
 from agent.comparison.tally import ComparisonStats
-from agent.fleet.rollout.devices import NOT_REPORTED, RolloutDevice, StepDevices
+from agent.fleet.rollout.devices import NOT_REPORTED, StepDevices
 from agent.fleet.rollout.journal import Rollout
 from agent.fleet.rollout.plan import Promotion
 from agent.fleet.rollout.tallies import RolloutTallies
@@ -47,14 +48,11 @@ class PromotionRuleResult(msgspec.Struct, frozen=True):
     state: RuleState
     text: str
     limit: float
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-    blocks: int = 0
-    devices: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__struct_fields__}
+    value: float | None
+    low: float | None
+    high: float | None
+    blocks: int
+    devices: int
 
 
 class StepVerdict(msgspec.Struct, frozen=True):
@@ -72,7 +70,7 @@ class StepVerdict(msgspec.Struct, frozen=True):
 
     def to_evidence(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in ("reporting", "needed", "failed", "responding")}
-        results = [result.to_dict() for result in self.rule_results]
+        results = [asdict(result) for result in self.rule_results]
         return {"outcome": self.outcome, **counts, "hours": round(self.hours, 3), "rules": results}
 
 
@@ -88,8 +86,14 @@ def evaluate_step(
     # A clock that was set back only makes the step wait longer.
     hours = max(0.0, (now_us - clock.parse_rfc3339(step_start)) / 3.6e9)
     blockers = _find_blockers(promote, devices, needed, reporting, hours)
-    if rollout.next_step is None and (pending := _count_in_progress(devices.selected, now_us)):
-        blockers.append(f"devices in progress: {pending}")
+    in_progress = sum(
+        not device.is_done
+        and device.last_seen is not None
+        and now_us - clock.parse_rfc3339(device.last_seen) < RECENTLY_SEEN_US
+        for device in devices.selected
+    )
+    if rollout.next_step is None and in_progress:
+        blockers.append(f"devices in progress: {in_progress}")
     blockers += _find_undecided_rules(rollout, devices, results)
     has_failed_rule = any(result.state == "failed" for result in results) and len(messages) >= needed
     outcome: StepOutcome = "wait"
@@ -116,10 +120,21 @@ def evaluate_promotion_rules(
         promote.min_agreement, promote.max_latency_ratio, None, promote.max_accuracy_drop, promote.max_error_growth
     )
     by_rule = {result.rule: result for result in rules.evaluate_rules(limits, blocks, new_is_shadow)}
-    return [
-        _build_rule_result(name, by_rule.get(rule), limit, bound, blocks)
-        for name, rule, limit, bound in _promotion_rules(promote, blocks)
-    ]
+    block_count, device_count = len(blocks), len({block.device for block in blocks})
+    sample = f"over {block_count} blocks of {device_count} devices"
+    results = []
+    for name, rule, limit, bound in _promotion_rules(promote, blocks):
+        title, result = name.replace("_", " "), by_rule.get(rule)
+        # A rule without data blocks the promotion.
+        state: RuleState = "undecided"
+        value = low = high = None
+        text = f"{title} unknown {sample} ({bound} {limit:g}: undecided)"
+        if result is not None and "value" in result.numbers:
+            state = result.state
+            value, low, high = (float(result.numbers[key]) for key in ("value", "low", "high"))
+            text = f"{title} {value:.3f} [{low:.3f}, {high:.3f}] {sample} ({bound} {limit:g}: {state})"
+        results.append(PromotionRuleResult(name, state, text, limit, value, low, high, block_count, device_count))
+    return results
 
 
 def balance_devices(messages: MessagesByDevice) -> list[ComparisonBlock]:
@@ -146,13 +161,8 @@ def balance_devices(messages: MessagesByDevice) -> list[ComparisonBlock]:
 
 def _count_windows(message: ShadowPayload) -> int:
     """Count the windows of a message; labels may arrive in a message without any."""
-    return max(
-        message.n,
-        sum(message.labelled),
-        message.stats.windows,
-        message.other_stats.windows,
-        message.stats.abs_error.n,
-    )
+    stats, other = message.stats, message.other_stats
+    return max(message.n, sum(message.labelled), stats.windows, other.windows, stats.abs_error.n)
 
 
 def _promotion_rules(
@@ -172,28 +182,13 @@ def _promotion_rules(
         yield "error_ratio", LABELS, 1 + promote.max_error_growth, "at most"
 
 
-def _build_rule_result(
-    name: str, result: RuleResult | None, limit: float, bound: str, blocks: Sequence[ComparisonBlock]
-) -> PromotionRuleResult:
-    """Add the configured limit to a result. A rule without data is undecided, which blocks the promotion."""
-    device_count = len({block.device for block in blocks})
-    title, sample = name.replace("_", " "), f"over {len(blocks)} blocks of {device_count} devices"
-    if result is None or "value" not in result.numbers:
-        text = f"{title} unknown {sample} ({bound} {limit:g}: undecided)"
-        return PromotionRuleResult(name, "undecided", text, limit, blocks=len(blocks), devices=device_count)
-    value, low, high = (float(result.numbers[key]) for key in ("value", "low", "high"))
-    text = f"{title} {value:.3f} [{low:.3f}, {high:.3f}] {sample} ({bound} {limit:g}: {result.state})"
-    return PromotionRuleResult(name, result.state, text, limit, value, low, high, len(blocks), device_count)
-
-
-def _count_reporting(
-    rollout: Rollout, devices: StepDevices, messages: Mapping[str, Sequence[ShadowPayload]]
-) -> tuple[int, int]:
+def _count_reporting(rollout: Rollout, devices: StepDevices, messages: MessagesByDevice) -> tuple[int, int]:
     """Return how many devices must report, and how many do."""
     promote = rollout.current_step.promote
     joining = [device for device in devices.selected if device.device in devices.joining] or devices.selected
+    batches = {device: sum(message.batches for message in sent) for device, sent in messages.items()}
     reporting = sum(
-        _has_reported(device, messages.get(device.device, ()), promote.min_batches)
+        device.phase == "active" or batches.get(device.device, 0) >= promote.min_batches
         for device in joining
         if not device.has_failed
     )
@@ -201,10 +196,6 @@ def _count_reporting(
     is_group = rollout.plan.target.startswith("group:")
     needed = promote.min_devices if is_group else min(promote.min_devices, len(joining))
     return max(1, needed), reporting
-
-
-def _has_reported(device: RolloutDevice, messages: Sequence[ShadowPayload], min_batches: int) -> bool:
-    return device.phase == "active" or sum(message.batches for message in messages) >= min_batches
 
 
 def _has_too_many_failures(promote: Promotion, devices: StepDevices) -> bool:
@@ -242,12 +233,3 @@ def _find_undecided_rules(
     if blockers and all_done and rollout.current_step.strategy != "shadow":
         blockers.append("an operator's decision: all responding devices are done and send no more comparisons")
     return blockers
-
-
-def _count_in_progress(selected: Sequence[RolloutDevice], now_us: int) -> int:
-    return sum(
-        not device.is_done
-        and device.last_seen is not None
-        and now_us - clock.parse_rfc3339(device.last_seen) < RECENTLY_SEEN_US
-        for device in selected
-    )

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent import config
+from agent import clock, config
 from agent.device.pipeline.batch import BatchResult
 from agent.device.store import task_keys, transaction
 from agent.errors import StorageError, StorageFull
@@ -26,8 +27,8 @@ from agent.model.bundle.manifest import WindowSpec
 from agent.model.inference import features, scores
 from agent.model.inference.tuning import Tuning
 from agent.wire.messages import AlertPayload, AuditPayload, DriftPayload, ResultsPayload, VerifiedMessage
-from scripts.kit.bundles import ANOMALY, CLASSIFY, REGRESS, WINDOW, Recipe
-from tests.kit.bundle_fixtures import Load
+from agent.wire.runs import expand_integers
+from scripts.kit.bundles import ANOMALY, CLASSIFY, REGRESS, WINDOW, Recipe, activated
 from tests.kit.devices import STEP_US, T0, Device, columns, tiles
 
 Floats = NDArray[np.float32]
@@ -37,12 +38,12 @@ Make = Callable[..., Device]
 
 
 @pytest.fixture
-def make(tmp_path: Path, active: Load) -> Iterator[Make]:
+def make(tmp_path: Path) -> Iterator[Make]:
     """Return a function that makes a device."""
     made: list[Device] = []
 
     def new(recipe: Recipe = CLASSIFY, **options: Any) -> Device:
-        device = Device(tmp_path / str(len(made)), recipe, active(recipe), **options)
+        device = Device(tmp_path / str(len(made)), recipe, activated(recipe), **options)
         made.append(device)
         return device
 
@@ -270,17 +271,42 @@ def story(recipe: Recipe) -> list[tuple[Floats, float]]:
     return [(quiet, 0.0), (loud[:500], 3.0), (loud[500:], 0.0)]
 
 
-def told(device: Device) -> list[dict[str, Any]]:
+def told(device: Device) -> list[Any]:
     """Return drift windows, alerts and audit messages without their place in the log and their time."""
-    kept = []
+    retained: list[Any] = []
     for message in device.messages():
         if isinstance(message.body, DriftPayload | AlertPayload | AuditPayload):
-            said = json.loads(message.payload)
+            document = json.loads(message.payload)
             for name in ("log", "seq", "prev", "boot", "time"):
-                del said[name]
-            said.get("evidence", {}).pop("seq", None)
-            kept.append(said)
-    return kept
+                del document[name]
+            document.get("evidence", {}).pop("seq", None)
+            if isinstance(message.body, DriftPayload) and message.body.state == "ok":
+                retained += split_windows(message.body)
+            else:
+                retained.append(document)
+    return retained
+
+
+def split_windows(body: DriftPayload) -> list[Any]:
+    """The windows of a drift message, each as (index, rows, n, times): how many share a message depends on batches."""
+    window, run = body.window, body.windows
+    if run is None:
+        return [(window.index, window.rows, window.n, (window.from_, window.to))]
+    times = [tuple(clock.to_rfc3339(us) for us in both) for both in run.expand_times()]
+    columns = zip(run.expand_rows(), expand_integers(run.n), times, strict=True)
+    return [(window.index + i, *entry) for i, entry in enumerate(columns)]
+
+
+def count_rows(device: Device) -> list[Any]:
+    """Rows of all drift windows by bin of the first field, and predictions."""
+    bodies = [m.body for m in device.messages() if isinstance(m.body, DriftPayload)]
+    fields = [next(iter(body.features.values())) for body in bodies]
+    outputs = [body.output["counts"] for body in bodies]
+    predictions = Counter[Any]()
+    for counts in outputs:
+        predictions.update(counts if isinstance(counts, dict) else dict(enumerate(counts)))
+    bins = np.sum([[f["below"], *f["counts"], f["above"], f["missing"]] for f in fields], axis=0)
+    return [bins.tolist(), predictions]
 
 
 @pytest.mark.parametrize("recipe", [CLASSIFY, ANOMALY], ids=["tabular", "windowed"])
@@ -301,8 +327,10 @@ def test_batches_of_any_size_give_equal_results_and_drift_windows(make: Make, re
     pieces.run_all()
     assert columns(pieces.results()) == columns(whole.results())
     assert told(pieces) == told(whole)
-    kinds = {said["kind"] for said in told(whole)}
+    assert count_rows(pieces) == count_rows(whole)
+    kinds = {output["kind"] for output in told(whole) if isinstance(output, dict)}
     assert kinds == {"drift", "alerts", "audit"}
+    assert any(isinstance(m.body, DriftPayload) and m.body.windows is not None for m in whole.messages())
     assert tiles(pieces.results()) == tiles(whole.results())
 
 
@@ -327,9 +355,9 @@ def test_a_learned_reference_is_stored_and_announced(make: Make) -> None:
     device.run_all()
     (audit,) = [m.body for m in device.messages() if isinstance(m.body, AuditPayload)]
     assert audit.event == "learned"
-    kept = device.store.load_state("tiny", task_keys.SITE_REFERENCE)
-    assert kept is not None
-    assert json.loads(kept)["made"] == "site"
+    retained = device.store.load_state("tiny", task_keys.SITE_REFERENCE)
+    assert retained is not None
+    assert json.loads(retained)["made"] == "site"
 
 
 # --- together, or nothing ---
@@ -421,10 +449,10 @@ def test_a_damaged_chunk_is_covered_declared_set_aside_and_passed(make: Make, re
         r for r in results if which in range(r.rows[0], r.rows[1] + 1) and r.n == 0 and not r.columns.expand_rows()
     ]
     assert lost.rows[1] == which + 29
-    gone = set(range(which, which + 30))
-    assert gone.isdisjoint(columns(results)["row"])
+    missing = set(range(which, which + 30))
+    assert missing.isdisjoint(columns(results)["row"])
     if recipe is CLASSIFY:
-        assert gone | set(columns(results)["row"]) == set(range(1, 151))
+        assert missing | set(columns(results)["row"]) == set(range(1, 151))
     (alert,) = [m.body for m in device.messages() if isinstance(m.body, AlertPayload)]
     assert (alert.alert, alert.severity, alert.evidence["rows"]) == ("storage", "critical", list(lost.rows))
     assert "Check the card" in alert.summary
@@ -467,9 +495,9 @@ def test_deleted_rows_are_skipped_and_not_reported_as_damaged(
     done = device.run_all()
     assert done == [BatchResult(50, 0, 0), BatchResult(30, 0, 1), BatchResult(30, 0, 0), BatchResult(30, 30, 0)]
     results = device.results()
-    assert [one.rows for one in results] == [(11, 60), (61, 90), (91, 120), (121, 150)]
-    told = [json.loads(m.payload).get("lost", "") for m in device.messages() if isinstance(m.body, ResultsPayload)]
-    assert ["deleted" in lost for lost in told] == [True, False, True, False]
+    assert [message.rows for message in results] == [(11, 60), (61, 90), (91, 120), (121, 150)]
+    reported = [json.loads(m.payload).get("lost", "") for m in device.messages() if isinstance(m.body, ResultsPayload)]
+    assert ["deleted" in lost for lost in reported] == [True, False, True, False]
     (alert,) = [m.body for m in device.messages() if isinstance(m.body, AlertPayload)]
     assert alert.evidence["rows"] == [61, 90]
     assert len(snapshot(device)["quarantined_rows"]) == 1
@@ -518,7 +546,7 @@ def test_a_backlog_of_many_batches_is_worked_off(make: Make) -> None:
     device = make()
     device.feed(CLASSIFY.rows(2000))
     done = device.run_all()
-    assert [one.rows for one in done] == [500, 500, 500, 500]
+    assert [message.rows for message in done] == [500, 500, 500, 500]
     assert tiles(device.results()) == (1, 2000)
 
 
@@ -527,7 +555,7 @@ def test_a_batch_of_a_backlog_ends_where_a_drift_window_does(make: Make) -> None
     device.feed(CLASSIFY.rows(7))
     device.run_all()
     device.feed(CLASSIFY.rows(1000))
-    assert [one.rows for one in device.run_all()] == [493, 500, 7]
+    assert [entry.rows for entry in device.run_all()] == [493, 500, 7]
     assert device.task.drift_state is not None
     assert device.task.drift_state.open_summary.model_windows == 1007 % 20
 
@@ -545,7 +573,7 @@ def test_thousands_of_single_row_results_fit_a_transaction(make: Make, drift_win
     done = device.run_all()
     assert done[0].rows == at_once
     assert tiles(device.results()) == (1, 6000)
-    assert sum(isinstance(one.body, DriftPayload) for one in device.messages()) == 6000 // drift_window
+    assert sum(isinstance(message.body, DriftPayload) for message in device.messages()) == 6000 // drift_window
 
 
 def test_a_full_store_is_processed_in_smaller_batches(make: Make) -> None:

@@ -29,14 +29,14 @@ HOUR_US = 3_600_000_000
 HANGING = (sys.executable, "-c", "import time; time.sleep(600)")
 
 
-def archives_asked(web: Web) -> list[str]:
-    return [path for path, _ in web.asked if path.startswith("/targets/")]
+def requested_archives(web: Web) -> list[str]:
+    return [path for path, _ in web.requests if path.startswith("/targets/")]
 
 
 def report(device: Updating) -> dict[str, object]:
-    found = device.fetcher.report(device.now())
-    assert found is not None
-    return found
+    result = device.fetcher.report(device.now())
+    assert result is not None
+    return result
 
 
 def settle(device: Updating) -> None:
@@ -55,15 +55,15 @@ def test_metadata_are_refreshed_at_the_start_and_periodically(
     web: Web, device: Updating, wanted: DesiredBundle
 ) -> None:
     settle(device)
-    assert archives_asked(web) == []
-    first = len(web.asked)
+    assert requested_archives(web) == []
+    first = len(web.requests)
     assert first > 0
     assert report(device)["error"] == ""
     every_s = device.conf.updates.poll_interval if device.conf.updates else 0.0
     assert every_s - 60 <= device.fetcher.wait_s(device.now()) <= 1.25 * every_s
     device.later_s += 1.25 * every_s
     settle(device)
-    assert len(web.asked) > first
+    assert len(web.requests) > first
 
 
 def test_without_updates_in_the_config_nothing_is_fetched(device: Updating, wanted: DesiredBundle) -> None:
@@ -80,8 +80,8 @@ def test_archives_are_fetched_in_the_window_only(web: Web, device: Updating, wan
     device.configure(window=f"{opens:%H:%M}-{closes:%H:%M}")
     device.fetcher.start("exercise", wanted, device.now())
     settle(device)
-    assert web.asked != []
-    assert archives_asked(web) == []
+    assert web.requests != []
+    assert requested_archives(web) == []
     assert "waits for the window" in str(report(device)["downloads"])
     device.wall_us += 3 * HOUR_US
     assert isinstance(device.result(), FetchedBundle)
@@ -118,9 +118,9 @@ def test_retries_back_off_with_jitter(device: Updating, wanted: DesiredBundle) -
     device.restart()
     waits = []
     for _ in range(13):
-        found = device.fetch(wanted)
-        assert isinstance(found, FetchFailure)
-        waits.append(found.retry_in_s)
+        outcome = device.fetch(wanted)
+        assert isinstance(outcome, FetchFailure)
+        waits.append(outcome.retry_in_s)
     for n, wait_s in enumerate(waits):
         longest_s = min(30 * 2**n, 6 * 3600)
         assert longest_s / 2 <= wait_s <= longest_s
@@ -132,25 +132,25 @@ def test_an_unstable_link_is_retried_soon(
 ) -> None:
     for byte in (2_000, 4_000, 6_000, 8_000):
         web.tricks[:] = [("/targets/", lambda it, upto=byte: it.serve(upto))]  # type: ignore[misc]
-        found = device.fetch(wanted)
-        assert isinstance(found, FetchFailure)
-        assert found.retry_in_s <= 30
+        outcome = device.fetch(wanted)
+        assert isinstance(outcome, FetchFailure)
+        assert outcome.retry_in_s <= 30
 
 
 def test_an_incompatible_bundle_is_retried_late(device: Updating, wanted: DesiredBundle) -> None:
     device.configure(max_size=len(ARCHIVE) - 1)
-    found = device.must_fail(wanted, "TooLarge")
-    assert found.is_permanent
-    assert found.retry_in_s >= 3 * 3600
+    outcome = device.must_fail(wanted, "TooLarge")
+    assert outcome.is_permanent
+    assert outcome.retry_in_s >= 3 * 3600
 
 
 def test_an_unpublished_bundle_is_retried_soon(repository: Signed, web: Web, device: Updating) -> None:
     ahead = repository.copy()
     repository.write(web.folder)
     wanted = ahead.add("exercise", "1.0.0", ARCHIVE)
-    found = device.must_fail(wanted, "NoSuchTarget")
-    assert found.is_permanent
-    assert found.retry_in_s <= 30
+    outcome = device.must_fail(wanted, "NoSuchTarget")
+    assert outcome.is_permanent
+    assert outcome.retry_in_s <= 30
     assert report(device)["error"] == "", "the repository was looked at all the same"
     ahead.write(web.folder)
     device.must_fetch(wanted)
@@ -159,7 +159,9 @@ def test_an_unpublished_bundle_is_retried_soon(repository: Signed, web: Web, dev
 def test_a_stopped_download_is_no_repository_error(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     web.tricks[:] = [("/targets/", Handler.drip)]
     device.fetcher.start("exercise", wanted, device.now())
-    wait_for(lambda: device.fetcher.poll(device.now()) is None and archives_asked(web) != [], "it comes", PATIENCE_S)
+    wait_for(
+        lambda: device.fetcher.poll(device.now()) is None and requested_archives(web) != [], "it comes", PATIENCE_S
+    )
     device.fetcher.stop("exercise")
     settle(device)
     assert report(device)["error"] == ""
@@ -188,7 +190,7 @@ def test_a_bundle_desired_twice_is_downloaded_once(web: Web, device: Updating, w
     device.fetcher.poll(device.now())
     device.fetcher.start("exercise", wanted, device.now())
     assert isinstance(device.result(), FetchedBundle)
-    assert len(archives_asked(web)) == 1
+    assert len(requested_archives(web)) == 1
     settle(device)
     assert report(device)["downloads"] == {}
 
@@ -201,26 +203,28 @@ def test_another_desired_bundle_ends_the_first_download(
     web.tricks[:] = [("/targets/exercise/1", Handler.drip)]
     device.fetcher.start("exercise", wanted, device.now())
     wait_for(
-        lambda: device.fetcher.poll(device.now()) is None and archives_asked(web) != [], "the first comes", PATIENCE_S
+        lambda: device.fetcher.poll(device.now()) is None and requested_archives(web) != [],
+        "the first comes",
+        PATIENCE_S,
     )
     device.fetcher.start("exercise", second, device.now())
-    found = device.result()
-    assert isinstance(found, FetchedBundle)
-    assert found.desired == second
+    outcome = device.result()
+    assert isinstance(outcome, FetchedBundle)
+    assert outcome.desired == second
 
 
 def test_a_hanging_worker_is_killed_in_time(device: Updating, wanted: DesiredBundle) -> None:
     device.command = HANGING
     device.restart()
     device.fetcher.start("exercise", wanted, device.now())
-    begun = time.monotonic()
+    started_s = time.monotonic()
     assert device.fetcher.poll(device.now()) is None
     assert device.fetcher.poll(device.now()) is None
-    assert time.monotonic() - begun < PATIENCE_S, "the main loop never waits for it"
+    assert time.monotonic() - started_s < PATIENCE_S, "the main loop never waits for it"
     device.later_s += 3_700
-    found = device.result()
-    assert isinstance(found, FetchFailure)
-    assert found.error == "Timeout"
+    outcome = device.result()
+    assert isinstance(outcome, FetchFailure)
+    assert outcome.error == "Timeout"
 
 
 def test_a_worker_that_cannot_start_is_a_failed_fetch(device: Updating, wanted: DesiredBundle) -> None:
@@ -237,9 +241,9 @@ def test_a_response_is_used_only_after_its_floors_are_stored(
 
     with monkeypatch.context() as lost:
         lost.setattr(version_floors, "save", full)
-        found = device.fetch(wanted)
-        assert isinstance(found, FetchFailure)
-        assert found.error == "StorageFull"
+        outcome = device.fetch(wanted)
+        assert isinstance(outcome, FetchFailure)
+        assert outcome.error == "StorageFull"
     assert device.floors == VersionFloors()
     device.must_fetch(wanted)
     assert device.versions["exercise"] == 1
@@ -275,10 +279,10 @@ def test_another_first_root_is_another_repository(
 
 def test_a_root_that_is_missing_is_named(device: Updating, wanted: DesiredBundle) -> None:
     (device.folder / "root.json").unlink()
-    found = device.fetch(wanted)
-    assert isinstance(found, FetchFailure)
-    assert found.error == "MissingRoot"
-    assert str(device.folder / "root.json") in found.detail
+    outcome = device.fetch(wanted)
+    assert isinstance(outcome, FetchFailure)
+    assert outcome.error == "MissingRoot"
+    assert str(device.folder / "root.json") in outcome.detail
 
 
 def test_expired_metadata_are_reported_and_refreshed(
