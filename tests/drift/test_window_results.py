@@ -39,7 +39,7 @@ def gaps(r: Readings, share: float, seed: int) -> Readings:
 
 
 def windows_of(results: list[DriftWindowResult], run: DriftWindowResult) -> list[DriftWindowResult]:
-    return [one for one in results if run.index <= one.index < run.index + run.windows]
+    return [entry for entry in results if run.index <= entry.index < run.index + run.windows]
 
 
 @given(st.integers(0, 60), st.sampled_from([0.0, 0.004]), st.integers(20, 200))
@@ -51,7 +51,7 @@ def test_a_run_merges_exactly_what_its_windows_report(
     state, together = feed(monitor, learned, r, batch=batch)
     each_state, each = feed(monitor, learned, r, batch=WINDOW)
     assert monitor.to_bytes(state) == monitor.to_bytes(each_state)
-    assert all(one.windows == 1 for one in each)
+    assert all(entry.windows == 1 for entry in each)
     for run in together:
         parts = windows_of(each, run)
         assert len(parts) == run.windows
@@ -68,18 +68,18 @@ def assert_merged(run: DriftWindowResult, parts: list[DriftWindowResult]) -> Non
     for name, field in run.members["features"].items():
         fields = [part.members["features"][name] for part in parts]
         for count in ("missing", "below", "above"):
-            assert field[count] == sum(one[count] for one in fields)
-        assert field["counts"] == np.sum([one["counts"] for one in fields], axis=0).tolist()
+            assert field[count] == sum(entry[count] for entry in fields)
+        assert field["counts"] == np.sum([entry["counts"] for entry in fields], axis=0).tolist()
         merged = Moments()
-        for one in fields:
-            n = sum(one["counts"]) + one["below"] + one["above"]
-            merged = merge_moments(merged, Moments(n, one["mean"], one["m2"]))
+        for entry in fields:
+            n = sum(entry["counts"]) + entry["below"] + entry["above"]
+            merged = merge_moments(merged, Moments(n, entry["mean"], entry["m2"]))
         assert field["mean"] == pytest.approx(merged.mean, rel=1e-12, abs=1e-12)
         assert field["m2"] == pytest.approx(merged.m2, rel=1e-12)
         for now in ("cusum", "state", "fault"):
             assert field[now] == fields[-1][now]
     output, outputs = run.members["output"], [part.members["output"] for part in parts]
-    named = {label: sum(one["counts"].get(label, 0) for one in outputs) for label in LABELS}
+    named = {label: sum(entry["counts"].get(label, 0) for entry in outputs) for label in LABELS}
     assert output["counts"] == {label: n for label, n in named.items() if n}
     assert output["score"] == outputs[-1]["score"]
     estimates = [part.members["estimate"]["accuracy"] for part in parts]
@@ -87,29 +87,29 @@ def assert_merged(run: DriftWindowResult, parts: list[DriftWindowResult]) -> Non
     assert run.members["estimate"]["accuracy"] == pytest.approx(np.mean(estimates), abs=1e-4)
     rate, rates = run.members["rate"], [part.members["rate"] for part in parts]
     assert (rate["cusum"], rate["state"]) == (rates[-1]["cusum"], rates[-1]["state"])
-    repeated = np.average([one["repeated"] for one in rates], weights=[part.row_count for part in parts])
+    repeated = np.average([entry["repeated"] for entry in rates], weights=[part.row_count for part in parts])
     assert rate["repeated"] == pytest.approx(repeated, abs=1e-4)
-    assert rate["step_us"] == pytest.approx(np.mean([one["step_us"] for one in rates]), rel=1e-4)
+    assert rate["step_us"] == pytest.approx(np.mean([entry["step_us"] for entry in rates]), rel=1e-4)
 
 
 def test_the_share_of_the_limit_is_that_of_the_largest_reported_sum(monitor: DriftMonitor, learned: DriftState) -> None:
     """Of all sums, those of predictions by class are in no message."""
     _, each = feed(monitor, learned, readings(207, 20), batch=WINDOW)
-    quiet = [one for one in each if one.quiet is not None]
+    quiet = [entry for entry in each if entry.quiet is not None]
     assert len(quiet) > 10
-    for one in quiet:
-        assert one.quiet is not None
-        [reported] = parsed_message.from_message(one.members, one.t).nearest
-        assert reported <= one.quiet.nearest[0] + 0.005
-        assert 0 <= one.quiet.nearest[0] <= 1
-    assert max(one.quiet.nearest[0] for one in quiet if one.quiet is not None) > 0.1
+    for entry in quiet:
+        assert entry.quiet is not None
+        [reported] = parsed_message.from_message(entry.members, entry.t).nearest
+        assert reported <= entry.quiet.nearest[0] + 0.005
+        assert 0 <= entry.quiet.nearest[0] <= 1
+    assert max(entry.quiet.nearest[0] for entry in quiet if entry.quiet is not None) > 0.1
 
 
 def test_no_bin_of_a_run_shows_fewer_rows_than_allowed(learned: DriftState) -> None:
     least = 60
     private = DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN, min_bin_rows=least)
     _, results = feed(private, learned, readings(200, 20), batch=200)
-    runs = [one for one in results if one.windows > 1]
+    runs = [entry for entry in results if entry.windows > 1]
     assert runs
     for run in runs:
         for field in run.members["features"].values():
@@ -127,7 +127,7 @@ def test_a_run_ends_where_a_message_takes_no_more_windows(
     _, whole = feed(monitor, learned, r, batch=200)
     monkeypatch.setattr("agent.drift.window_results.MAX_QUIET_WINDOWS", 5)
     _, short = feed(monitor, learned, r, batch=200)
-    assert max(one.windows for one in whole) > 5 > max(one.windows for one in short) == 4
+    assert max(entry.windows for entry in whole) > 5 > max(entry.windows for entry in short) == 4
     assert comparable(short) == comparable(whole)
 
 
@@ -135,10 +135,12 @@ def test_neighboring_windows_that_are_not_quiet_stay_apart(monitor: DriftMonitor
     r = readings(211, 12)
     r.features[3 * WINDOW * ROWS : 5 * WINDOW * ROWS, 2] = 1.0
     _, results = feed(monitor, learned, r, batch=120)
-    stuck: list[Any] = [(one.index, one.windows) for one in results if one.members["state"] == "fault"]
+    stuck: list[Any] = [(entry.index, entry.windows) for entry in results if entry.members["state"] == "fault"]
     begin = results[0].index + 3
     assert stuck[:2] == [(begin, 1), (begin + 1, 1)]
-    assert [one.quiet is None for one in results if one.alerts] == [True] * sum(bool(one.alerts) for one in results)
+    assert [entry.quiet is None for entry in results if entry.alerts] == [True] * sum(
+        bool(entry.alerts) for entry in results
+    )
 
 
 def test_a_message_of_a_run_is_parsed_and_merged_like_those_of_its_windows(
@@ -148,7 +150,7 @@ def test_a_message_of_a_run_is_parsed_and_merged_like_those_of_its_windows(
     _, together = feed(monitor, learned, readings(200, 20), batch=200)
 
     def merged(results: list[DriftWindowResult]) -> MergedField:
-        reports = [parsed_message.from_message(one.members, one.t).fields["x"] for one in results]
+        reports = [parsed_message.from_message(entry.members, entry.t).fields["x"] for entry in results]
         first, *rest = [MergedField.from_field(report) for report in reports]
         return sum(rest, start=first)
 

@@ -483,12 +483,14 @@ def run_of(sender: MessageSender, windows: Sequence[SignedMessage], **columns: A
     spans = [body.window for body in bodies if isinstance(body, DriftPayload)]
     fields = [body.features["ax"] for body in bodies if isinstance(body, DriftPayload)]
     total = Moments()
-    for one in fields:
-        total = merge_moments(total, Moments(sum(one["counts"]) + one["below"] + one["above"], one["mean"], one["m2"]))
+    for entry in fields:
+        total = merge_moments(
+            total, Moments(sum(entry["counts"]) + entry["below"] + entry["above"], entry["mean"], entry["m2"])
+        )
     merged = {
         **fields[-1],
-        **{name: sum(one[name] for one in fields) for name in ("missing", "below", "above")},
-        "counts": np.sum([one["counts"] for one in fields], axis=0).tolist(),
+        **{name: sum(entry[name] for entry in fields) for name in ("missing", "below", "above")},
+        "counts": np.sum([entry["counts"] for entry in fields], axis=0).tolist(),
         "mean": total.mean,
         "m2": total.m2,
     }

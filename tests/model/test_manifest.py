@@ -146,8 +146,8 @@ def test_a_manifest_that_two_readers_read_differently_is_refused_even_when_signe
 def test_drift_options_are_left_out_of_a_manifest_that_does_not_use_them() -> None:
     plain = manifest.DriftSettings(window=20)
     assert msgspec.to_builtins(plain) == {"window": 20}
-    asked = msgspec.convert({"window": 20, "min_count": 10, "seasonality": "hour"}, manifest.DriftSettings)
-    assert (asked.min_count, asked.seasonality) == (10, "hour")
+    requested = msgspec.convert({"window": 20, "min_count": 10, "seasonality": "hour"}, manifest.DriftSettings)
+    assert (requested.min_count, requested.seasonality) == (10, "hour")
     for wrong in ({"min_count": 1}, {"seasonality": "month"}, {"class_field": ""}):
         with pytest.raises(msgspec.ValidationError):
             msgspec.convert(wrong, manifest.DriftSettings)

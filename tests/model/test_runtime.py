@@ -68,8 +68,8 @@ def plain(data: bytes, rows: Floats) -> Floats:
 def noise(loaded: TfliteModel, count: int) -> Floats:
     """Over a little more than the range of the input, so that some values saturate."""
     low, high = loaded.input_range
-    some = np.random.default_rng(count).uniform(low * 1.1, high * 1.1, (count, *loaded.input_shape))
-    return some.astype(np.float32)
+    part = np.random.default_rng(count).uniform(low * 1.1, high * 1.1, (count, *loaded.input_shape))
+    return part.astype(np.float32)
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -77,11 +77,11 @@ def noise(loaded: TfliteModel, count: int) -> Floats:
 def test_any_number_of_rows_gives_the_bits_of_a_plain_loop(name: str, count: int) -> None:
     loaded = TfliteModel(content(name))
     rows = noise(loaded, count)
-    found = loaded.invoke(rows)
-    assert found.dtype == np.float32
-    assert found.shape == (count, loaded.outputs)
+    outputs = loaded.invoke(rows)
+    assert outputs.dtype == np.float32
+    assert outputs.shape == (count, loaded.outputs)
     if count:
-        np.testing.assert_array_equal(found, plain(content(name), rows))
+        np.testing.assert_array_equal(outputs, plain(content(name), rows))
 
 
 @pytest.mark.parametrize("batch", [1, 4, 8, 16, 32, 64, 128])

@@ -132,9 +132,9 @@ def test_killed_anywhere_it_does_not_start_and_the_next_start_finishes(
         patched.setattr(wipe, "_delete", die)
         with pytest.raises(KeyboardInterrupt):
             wipe.erase(data, spared, own)
-    found = wipe.read_marker(data)
-    assert found is not None
-    assert found["state"] == "wiping"
+    result = wipe.read_marker(data)
+    assert result is not None
+    assert result["state"] == "wiping"
     with pytest.raises(UsageError, match="wiped"):
         wipe.require_unwiped(data)
     wipe.erase(data, spared, own)
@@ -198,6 +198,6 @@ def test_the_config_and_its_certificates_are_spared() -> None:
 def test_the_marker_says_when(tmp_path: Path) -> None:
     data, spared, own = data_dir(tmp_path)
     wipe.erase(data, spared, own)
-    found = json.loads((data / wipe.MARKER).read_text(encoding="utf-8"))
-    assert found["time"].endswith("Z")
-    assert found["time"] in wipe.describe_marker(data, found)
+    document = json.loads((data / wipe.MARKER).read_text(encoding="utf-8"))
+    assert document["time"].endswith("Z")
+    assert document["time"] in wipe.describe_marker(data, document)
