@@ -30,7 +30,7 @@ STATES_BY_SEVERITY = ("fault", "drift", "insufficient", "ok")
 
 
 class MessageSums(msgspec.Struct, frozen=True, eq=False):
-    """What a message shows of the summaries of its drift windows; with M in front of all shapes for M messages."""
+    """Sums over the drift windows of a message; with M in front of all shapes for M messages."""
 
     counts: Ints  # (F, 34)
     missing: Ints  # (F,)
