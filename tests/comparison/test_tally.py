@@ -35,7 +35,7 @@ def tallies(draw: st.DrawFn) -> ComparisonStats:
     labels = draw(st.lists(st.integers(0, 2), min_size=n, max_size=n))
     others = draw(st.lists(st.integers(0, 2), min_size=n, max_size=n))
     rows = np.arange(n)
-    one = said(
+    first = said(
         rows,
         label=np.array(labels, np.int64),
         score=np.array([a for a, _ in pairs]),
@@ -45,7 +45,9 @@ def tallies(draw: st.DrawFn) -> ComparisonStats:
     right = draw(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=5))
     outcomes = tally.from_correctness([a for a, _ in right], [b for _, b in right])
     return (
-        tally.compare_batch(AB, one, AB, two) + outcomes + tally.from_abs_errors(np.array(chance), np.array(chance) * 2)
+        tally.compare_batch(AB, first, AB, two)
+        + outcomes
+        + tally.from_abs_errors(np.array(chance), np.array(chance) * 2)
     )
 
 
@@ -76,12 +78,12 @@ def test_adding_empty_statistics_changes_nothing(one: ComparisonStats) -> None:
 
 @given(st.lists(st.lists(NUMBERS, max_size=5), max_size=5))
 def test_merged_moments_equal_those_of_all_values(parts: list[list[float]]) -> None:
-    found = reduce(tally.merge_moments, [tally.compute_moments(np.array(part)) for part in parts], Moments())
+    stats = reduce(tally.merge_moments, [tally.compute_moments(np.array(part)) for part in parts], Moments())
     every = np.array([value for part in parts for value in part])
-    assert found.n == len(every)
+    assert stats.n == len(every)
     if len(every):
-        assert np.isclose(found.mean, every.mean(), rtol=1e-9, atol=1e-6)
-        assert np.isclose(found.m2, np.square(every - every.mean()).sum(), rtol=1e-6, atol=1e-3)
+        assert np.isclose(stats.mean, every.mean(), rtol=1e-9, atol=1e-6)
+        assert np.isclose(stats.m2, np.square(every - every.mean()).sum(), rtol=1e-6, atol=1e-3)
 
 
 @given(tallies())
@@ -98,25 +100,25 @@ def test_statistics_survive_the_round_trip_through_a_message(one: ComparisonStat
 
 def test_labels_are_compared_by_name_in_any_order() -> None:
     other = OutputKind("classify", ("c", "a", "d"))
-    found = tally.compare_batch(
+    stats = tally.compare_batch(
         AB, said([1, 2, 3, 4], label=[0, 1, 2, 2]), other, said([1, 2, 3, 4], label=[1, 2, 0, 1])
     )
-    assert (found.n, found.agreeing) == (4, 2)
+    assert (stats.n, stats.agreeing) == (4, 2)
 
 
 def test_windows_are_matched_by_the_row_they_end_at() -> None:
-    found = tally.compare_batch(AB, said([10, 20, 30], label=[0, 1, 2]), AB, said([20, 25, 30, 40], label=[1, 1, 0, 0]))
-    assert (found.n, found.agreeing) == (2, 1)
-    assert (found.model.windows, found.other.windows) == (3, 4)
+    stats = tally.compare_batch(AB, said([10, 20, 30], label=[0, 1, 2]), AB, said([20, 25, 30, 40], label=[1, 1, 0, 0]))
+    assert (stats.n, stats.agreeing) == (2, 1)
+    assert (stats.model.windows, stats.other.windows) == (3, 4)
 
 
 def test_expected_accuracy_covers_matched_windows_only() -> None:
     ours = said([10, 20, 30], label=[0, 1, 2], correct_probability=[0.1, 0.8, 0.9])
     theirs = said([20, 30, 40], label=[1, 1, 0], correct_probability=[0.5, 0.7, 0.0])
-    found = tally.compare_batch(AB, ours, AB, theirs)
-    assert (found.model.expected_accuracy.n, found.other.expected_accuracy.n) == (2, 2)
-    assert found.model.expected_accuracy.mean == pytest.approx(0.85)
-    assert found.other.expected_accuracy.mean == pytest.approx(0.6)
+    stats = tally.compare_batch(AB, ours, AB, theirs)
+    assert (stats.model.expected_accuracy.n, stats.other.expected_accuracy.n) == (2, 2)
+    assert stats.model.expected_accuracy.mean == pytest.approx(0.85)
+    assert stats.other.expected_accuracy.mean == pytest.approx(0.6)
 
 
 def test_multi_label_predictions_agree_if_all_labels_do() -> None:
@@ -128,8 +130,8 @@ def test_multi_label_predictions_agree_if_all_labels_do() -> None:
 
 def test_numeric_predictions_have_a_difference_and_no_agreement() -> None:
     kind = OutputKind("regress")
-    found = tally.compare_batch(kind, said([1, 2], value=[1.0, 2.0]), kind, said([1, 2], value=[1.5, np.nan]))
-    assert (found.n, found.agreeing, found.difference) == (2, None, Moments(1, 0.5, 0.0))
+    stats = tally.compare_batch(kind, said([1, 2], value=[1.0, 2.0]), kind, said([1, 2], value=[1.5, np.nan]))
+    assert (stats.n, stats.agreeing, stats.difference) == (2, None, Moments(1, 0.5, 0.0))
 
 
 def test_anomaly_predictions_agree_by_their_flag() -> None:
@@ -148,9 +150,9 @@ def test_anomaly_predictions_agree_by_their_flag() -> None:
 )
 def test_bundles_of_different_kinds_are_reported(other: OutputKind, reason: str) -> None:
     theirs = said([1, 2], value=[1.0, 2.0]) if other.problem_type == "regress" else said([1, 2], label=[0, 1])
-    found = tally.compare_batch(AB, said([1, 2], label=[0, 1], score=[0.5, 0.6]), other, theirs)
-    assert (found.n, found.agreeing, found.difference.n) == (2, None, 0)
-    assert found.error.startswith(reason)
+    stats = tally.compare_batch(AB, said([1, 2], label=[0, 1], score=[0.5, 0.6]), other, theirs)
+    assert (stats.n, stats.agreeing, stats.difference.n) == (2, None, 0)
+    assert stats.error.startswith(reason)
 
 
 def test_incomparable_windows_make_agreement_unknown() -> None:
@@ -164,13 +166,13 @@ def test_nan_and_too_large_values_are_left_out() -> None:
 
 
 def test_a_failed_batch_counts_with_a_short_error() -> None:
-    found = ComparisonStats(3, 9, 9) + tally.from_failure("the model\ncrashed: " + "x" * 900)
-    assert (found.batches, found.errors, found.n) == (4, 1, 9)
-    assert found.error.startswith("the model crashed: x")
-    assert len(found.error) == 500
+    stats = ComparisonStats(3, 9, 9) + tally.from_failure("the model\ncrashed: " + "x" * 900)
+    assert (stats.batches, stats.errors, stats.n) == (4, 1, 9)
+    assert stats.error.startswith("the model crashed: x")
+    assert len(stats.error) == 500
 
 
 def test_labelled_windows_are_counted_by_outcome() -> None:
-    found = tally.from_correctness([True, True, False, False], [True, False, True, False])
-    assert found.labelled == (1, 1, 1, 1)
-    assert (found.model.correct, found.other.correct) == (2, 2)
+    stats = tally.from_correctness([True, True, False, False], [True, False, True, False])
+    assert stats.labelled == (1, 1, 1, 1)
+    assert (stats.model.correct, stats.other.correct) == (2, 2)

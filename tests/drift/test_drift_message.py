@@ -100,7 +100,7 @@ def said(value: float, verdict: DriftWindowResult, *, alike: bool) -> bool:
 
 
 def numbers(text: str) -> list[float]:
-    return [float(found) for found in re.findall(r"-?\d+\.\d{3,}(?:e-?\d+)?|-?\d+\.\d+e-?\d+", text)]
+    return [float(result) for result in re.findall(r"-?\d+\.\d{3,}(?:e-?\d+)?|-?\d+\.\d+e-?\d+", text)]
 
 
 def near(value: float, number: float) -> bool:

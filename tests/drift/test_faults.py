@@ -40,7 +40,8 @@ def found(shipped: Reference, rows: NDArray[np.float64], units: tuple[str, ...] 
 
 
 def find(summary: Summary, shipped: Reference, units: tuple[str, ...] = ()) -> tuple[Fault | None, ...]:
-    return faults.identify_faults(faults.compute_indicators(stack_one(summary), shipped), 0, summary, shipped, units)
+    windows = stack_one(summary)
+    return faults.identify_faults(faults.compute_indicators(windows, shipped), 0, windows, shipped, units)
 
 
 def test_no_fault_in_clean_windows(shipped: Reference) -> None:
@@ -216,9 +217,9 @@ def test_a_reversed_sign_is_named(shipped: Reference, learned: DriftState, seed:
 def test_a_converter_that_became_coarser_is_named(shipped: Reference, learned: DriftState, seed: int) -> None:
     r = readings(seed, 2)
     r.features[:, 2] = np.round(r.features[:, 2] * 5) / 5
-    (told,) = alerted(shipped, learned, r, ())
-    assert told[:2] == ("z", "quantized")
-    assert re.fullmatch(r"z: values come in steps about \d+ times as coarse as .*rounding\.", told[2])
+    (alerts,) = alerted(shipped, learned, r, ())
+    assert alerts[:2] == ("z", "quantized")
+    assert re.fullmatch(r"z: values come in steps about \d+ times as coarse as .*rounding\.", alerts[2])
 
 
 def test_rest_and_faster_moves_are_no_coarser_converter(shipped: Reference, learned: DriftState) -> None:

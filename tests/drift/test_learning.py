@@ -42,14 +42,14 @@ def wide(fields: int, classes: int) -> tuple[LearningState, Summary, Task]:
 
 def test_the_learning_state_stays_small_with_many_fields_and_classes() -> None:
     learning, window, task = wide(24, 20)
-    kept, most = [], 0
+    retained, most = [], 0
     for number in range(200):
         learning = learning.add(window, task, t=(number * 1000, number * 1000 + 999))
-        kept.append(learning.windows)
+        retained.append(learning.windows)
         most = max(most, len(learning.to_bytes()))
     assert learning.total_windows == 200
-    assert max(kept) <= MIN_RETAINED_WINDOWS
-    assert min(kept[MIN_RETAINED_WINDOWS:]) >= MIN_RETAINED_WINDOWS // 2
+    assert max(retained) <= MIN_RETAINED_WINDOWS
+    assert min(retained[MIN_RETAINED_WINDOWS:]) >= MIN_RETAINED_WINDOWS // 2
     assert most < 3 * MAX_BYTES
 
 

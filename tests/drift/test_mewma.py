@@ -26,13 +26,13 @@ def alarms(seed: int, windows: int, shift: float = 0.0, together: float = 0.0) -
     most = fit_limit((learned - mean) / sd, 0.0, ALLOTTED)
     rows = rng.normal(size=(windows, SCORES)) @ mixed
     rows[:, :4] += shift
-    now, found = Mewma.zeros(SCORES), []
+    now, collected = Mewma.zeros(SCORES), []
     for window, z in enumerate((rows - mean) / (sd * np.sqrt(1 + 1 / LEARN))):
         now = now.update(z, z, window)
         if now.statistic > most:
-            found.append(window)
+            collected.append(window)
             now = Mewma.zeros(SCORES)
-    return found
+    return collected
 
 
 @pytest.mark.parametrize("together", [0.0, 0.5])

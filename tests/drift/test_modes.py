@@ -39,10 +39,10 @@ def judged(
     state, verdicts = monitor.start(), []
     t = np.arange(len(r.features), dtype=np.int64) * 10_000
     for begin, end in pairwise([0, *cuts, len(r.labels)]):
-        some = slice(begin * ROWS, end * ROWS)
+        part = slice(begin * ROWS, end * ROWS)
         state, more = monitor.process_batch(
-            state, r.features[some], np.arange(end - begin) * ROWS, ROWS, np.zeros(end - begin, np.int64), None,
-            rows=(begin * ROWS + 1, end * ROWS), t=t[some],
+            state, r.features[part], np.arange(end - begin) * ROWS, ROWS, np.zeros(end - begin, np.int64), None,
+            rows=(begin * ROWS + 1, end * ROWS), t=t[part],
             modes=Modes(r.truth[begin:end] + 1, TEXTS) if mode else None,
         )  # fmt: skip
         verdicts += more

@@ -344,7 +344,7 @@ def test_a_model_that_answers_each_row_is_judged_the_same_way() -> None:
     state, quiet = monitor.start(), 0
     live = tabular(1, 200)
     live[190 * 300 :, 2] *= 1.5
-    found = []
+    collected = []
     for at in range(0, len(live), 7_000):
         part = live[at : at + 7_000]
         count = np.zeros(len(part), np.int64)
@@ -352,12 +352,12 @@ def test_a_model_that_answers_each_row_is_judged_the_same_way() -> None:
         state, verdicts = monitor.process_batch(
             state, part, np.arange(len(part)), 1, count, None, rows=rows, t=np.arange(len(part))
         )
-        found += alerts(verdicts)
+        collected += alerts(verdicts)
         tested = [v for v in verdicts if v.site_digest is not None]
         quiet += sum(v.index + i <= 190 for v in tested for i in range(v.windows))
     assert quiet == 150
-    assert len([a for a in found if a.evidence["window"] <= 190 and a.state == "raised"]) <= 2
-    late = [a for a in found if a.evidence["window"] > 190 and a.subject == "c"]
+    assert len([a for a in collected if a.evidence["window"] <= 190 and a.state == "raised"]) <= 2
+    late = [a for a in collected if a.evidence["window"] > 190 and a.subject == "c"]
     assert late[0].evidence["test"] == "spread"
     assert late[0].evidence["ratio"] == pytest.approx(1.5, abs=0.25)
 
@@ -439,10 +439,10 @@ def test_a_damaged_state_is_read_or_refused_with_a_value_error(monitor: DriftMon
     for at in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=3)):
         content[at] = data.draw(st.integers(0, 255))
     try:
-        found = DriftState.from_bytes(bytes(content))
+        result = DriftState.from_bytes(bytes(content))
     except ValueError:
         return
-    assert DriftState.from_bytes(found.to_bytes()).to_bytes() == found.to_bytes()
+    assert DriftState.from_bytes(result.to_bytes()).to_bytes() == result.to_bytes()
 
 
 @given(st.binary(max_size=100))

@@ -104,11 +104,11 @@ def test_more_tests_and_fewer_learned_windows_ask_for_higher_limits() -> None:
 
 def test_windows_that_are_like_the_one_before_stretch_the_limits() -> None:
     rng = np.random.default_rng(0)
-    apart = rng.normal(size=(80, 12))
-    alike = apart.copy()
+    separate = rng.normal(size=(80, 12))
+    alike = separate.copy()
     for at in range(1, 80):
         alike[at] = 0.4 * alike[at - 1] + 0.9 * alike[at]
-    assert 1.0 <= false_alarm_budget.stretch_factor(false_alarm_budget.autocorrelation(apart)) < 1.15
+    assert 1.0 <= false_alarm_budget.stretch_factor(false_alarm_budget.autocorrelation(separate)) < 1.15
     assert 1.7 < false_alarm_budget.stretch_factor(false_alarm_budget.autocorrelation(alike)) <= 3.0
     assert false_alarm_budget.stretch_factor(false_alarm_budget.autocorrelation(np.zeros((40, 3)))) == pytest.approx(
         1.0, abs=0.06

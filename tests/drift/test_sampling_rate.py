@@ -182,10 +182,10 @@ def test_rows_that_all_come_twice_are_told_as_repeated(monitor: DriftMonitor, le
 
 def test_a_new_share_of_missing_values_is_a_fault_but_still_tested(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(9, 6)
-    gone = np.random.default_rng(1).random(len(r.features)) < 0.045
-    gone[::200] = True
-    holes = r.changed(1, np.where(gone, np.nan, r.features[:, 1]).astype(np.float32))
-    few = np.arange(len(gone)) % 20 == 0
+    missing = np.random.default_rng(1).random(len(r.features)) < 0.045
+    missing[::200] = True
+    holes = r.changed(1, np.where(missing, np.nan, r.features[:, 1]).astype(np.float32))
+    few = np.arange(len(missing)) % 20 == 0
     slight = r.changed(1, np.where(few, np.nan, r.features[:, 1]).astype(np.float32))
     for changed in (holes, slight):
         state, verdicts = feed(monitor, learned, changed)
@@ -197,8 +197,8 @@ def test_a_new_share_of_missing_values_is_a_fault_but_still_tested(monitor: Drif
 
 def test_a_few_values_missing_by_chance_are_no_fault(monitor: DriftMonitor) -> None:
     r = readings(3, LEARN + 20)
-    gone = np.random.default_rng(1).random(len(r.features)) < 0.02
-    holes = r.changed(1, np.where(gone, np.nan, r.features[:, 1]).astype(np.float32))
+    missing = np.random.default_rng(1).random(len(r.features)) < 0.02
+    holes = r.changed(1, np.where(missing, np.nan, r.features[:, 1]).astype(np.float32))
     _, verdicts = feed(monitor, monitor.start(), holes)
     assert [a.summary for a in told(verdicts) if a.alert == "fault"] == []
 

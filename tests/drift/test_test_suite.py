@@ -86,16 +86,16 @@ def test_another_shape_of_the_same_mean_and_spread_is_found() -> None:
 
 
 def test_a_ramp_is_told_from_a_step_where_the_windows_show_it() -> None:
-    told = {"step": 0, "ramp": 0}
+    reported = {"step": 0, "ramp": 0}
     for seed in range(6):
         for kind, change in (("step", 0.2), ("ramp", np.linspace(0, 0.5, 20 * 200))):
             rows = table(seed, LEARN + 20)
             rows[LEARN * 200 :, 3] += change
             alert = next(a for a in raised(watch(rows)) if a.subject == "f3")
             assert (", and goes on: a slow ramp; likely " in alert.summary) == alert.evidence["ramp"]
-            told[kind] += alert.evidence["ramp"]
-    assert told["step"] == 0
-    assert told["ramp"] >= 2
+            reported[kind] += alert.evidence["ramp"]
+    assert reported["step"] == 0
+    assert reported["ramp"] >= 2
 
 
 def test_a_model_that_becomes_less_sure_is_told_with_what_it_costs(monitor: DriftMonitor, learned: DriftState) -> None:
@@ -126,10 +126,10 @@ def test_answers_in_other_shares_are_told_by_their_label() -> None:
     state, before = feed(monitor, monitor.start(), made(4 * (LEARN + 5), [0.4, 0.3, 0.3]))
     _, after = feed(monitor, state, made(4 * 10, [0.05, 0.3, 0.65]))
     assert raised(before) == []
-    told = [a for a in raised(after) if a.subject == "output"]
-    assert len(told) == 1
-    assert " of the answers, " in told[0].summary
-    assert told[0].evidence["label"] in ("idle", "run")
+    reported = [a for a in raised(after) if a.subject == "output"]
+    assert len(reported) == 1
+    assert " of the answers, " in reported[0].summary
+    assert reported[0].evidence["label"] in ("idle", "run")
 
 
 def misnamed(monitor: DriftMonitor, learned: DriftState, windows: int) -> list[DriftWindowResult]:
@@ -147,10 +147,10 @@ def test_sound_fields_stay_quiet_while_the_model_names_wrong_classes(
 ) -> None:
     for windows in (20, 30, 40):
         verdicts = misnamed(monitor, learned, windows)
-        told = [a.subject for a in raised(verdicts)]
+        reported = [a.subject for a in raised(verdicts)]
         # Until the first alarm all are compared with what the model named, and a sound field may be told first.
-        assert FIELDS[0] in told
-        assert len(told) <= 2
+        assert FIELDS[0] in reported
+        assert len(reported) <= 2
         assert {name for name, f in verdicts[-1].members["features"].items() if f["state"] == "drift"} == {"x"}
 
 
@@ -161,14 +161,14 @@ def test_alerts_do_not_depend_on_batches_while_classes_are_reassigned(
     r.features[:, 0] += 0.9
 
     def told(bounds: list[int]) -> tuple[bytes, list[Alert]]:
-        state, found = learned, []
+        state, collected = learned, []
         for begin, end in pairwise(bounds):
             part = Readings(
                 r.features[begin * ROWS : end * ROWS], r.labels[begin:end], r.truth[begin:end], r.scores[begin:end]
             )
             state, verdicts = feed(monitor, state, part, batch=1000)
-            found += raised(verdicts)
-        return state.to_bytes(), found
+            collected += raised(verdicts)
+        return state.to_bytes(), collected
 
     whole = told([0, 120])
     assert whole[1]

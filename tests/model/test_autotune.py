@@ -12,7 +12,7 @@ from agent.errors import BadBundle
 from agent.model.inference import runtime, tuning
 from agent.model.inference.runtime import TfliteModel
 from agent.model.inference.tuning import MAX_TUNING_S, Tuning
-from agent.model.sandbox import autotune, probe
+from agent.model.sandbox import autotune, memory, probe
 from scripts.kit.bundles import CLASSIFY, Recipe, around, model
 
 PLENTY = 1 << 30
@@ -76,22 +76,22 @@ def test_more_threads_are_taken_only_where_they_are_clearly_faster(slow: type[Sl
 
 def test_sizes_that_change_a_bit_of_an_answer_are_left_out_and_named(slow: type[Slow]) -> None:
     slow.run_s, slow.unequal = 0.001, (16, 64, 128)
-    found = tried("classify_float32", seconds=MINUTE_S)
-    assert found.batch == 32
-    assert found.inexact_batches == [16, 64, 128]
+    result = tried("classify_float32", seconds=MINUTE_S)
+    assert result.batch == 32
+    assert result.inexact_batches == [16, 64, 128]
 
 
 def test_a_shorter_last_batch_that_changes_an_answer_rules_its_size_out(slow: type[Slow]) -> None:
     slow.run_s, slow.unequal = 0.001, (autotune.SAMPLE_ROWS % 32,)
-    found = tried("classify_float32", seconds=MINUTE_S)
-    assert found.batch < 32
-    assert {32, 64, 128} <= set(found.inexact_batches)
+    result = tried("classify_float32", seconds=MINUTE_S)
+    assert result.batch < 32
+    assert {32, 64, 128} <= set(result.inexact_batches)
 
 
 def test_a_model_that_mixes_rows_is_run_one_row_at_a_time() -> None:
-    found = tried("mixes_rows", seconds=MINUTE_S)
-    assert found.batch == 1
-    assert set(found.inexact_batches) >= {4, 32}
+    result = tried("mixes_rows", seconds=MINUTE_S)
+    assert result.batch == 1
+    assert set(result.inexact_batches) >= {4, 32}
 
 
 def test_a_batch_that_would_take_more_memory_than_there_is_is_not_taken(
@@ -99,7 +99,7 @@ def test_a_batch_that_would_take_more_memory_than_there_is_is_not_taken(
 ) -> None:
     slow.run_s = 0.001
     sizes = iter(range(0, 1 << 40, 1 << 20))
-    monkeypatch.setattr(autotune, "_resident_bytes", lambda: next(sizes))
+    monkeypatch.setattr(memory, "resident_bytes", lambda: next(sizes))
     assert tried("classify_float32", most_bytes=1 << 20, seconds=MINUTE_S).batch == 4
 
 
@@ -160,9 +160,9 @@ def test_what_was_chosen_before_is_not_tried_again() -> None:
     "changes", [{"model": "sha256:0"}, {"runtime": "other 1.0"}, {"machine": "other"}, {"output": 1}]
 )
 def test_another_model_output_runtime_or_machine_is_tried_anew(changes: dict[str, str]) -> None:
-    found = probe.probe(around(model("classify_int8")), [made(**changes)]).tuning
-    assert found is not None
-    assert found.batch != 3
+    result = probe.probe(around(model("classify_int8")), [made(**changes)]).tuning
+    assert result is not None
+    assert result.batch != 3
 
 
 def test_a_choice_names_the_output_it_was_made_for() -> None:
@@ -170,10 +170,10 @@ def test_a_choice_names_the_output_it_was_made_for() -> None:
     given = np.random.default_rng(1).normal(
         0, 1, (autotune.SAMPLE_ROWS, *TfliteModel(content, output="sums").input_shape)
     )
-    found = autotune.tune(content, given.astype(np.float32), PLENTY, output="sums")
-    assert found.output == "sums"
-    assert tuning.find_known([found], content, runtime.RUNTIME_NAME, "sums") == found
-    assert tuning.find_known([found], content, runtime.RUNTIME_NAME, "each") is None
+    result = autotune.tune(content, given.astype(np.float32), PLENTY, output="sums")
+    assert result.output == "sums"
+    assert tuning.find_known([result], content, runtime.RUNTIME_NAME, "sums") == result
+    assert tuning.find_known([result], content, runtime.RUNTIME_NAME, "each") is None
 
 
 def test_a_model_that_is_refused_is_not_tried() -> None:

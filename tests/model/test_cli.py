@@ -33,9 +33,9 @@ def checks(result: Result) -> dict[str, tuple[bool, str]]:
     """Name → (ok, detail) of `check --json`."""
     document = json.loads(result.output)
     assert set(document) == {"ok", "name", "version", "digest", "runtime", "checks"}
-    assert all(set(one) == {"name", "ok", "detail"} for one in document["checks"])
-    assert document["ok"] == all(one["ok"] for one in document["checks"]) == (result.exit_code == 0)
-    return {one["name"]: (one["ok"], one["detail"]) for one in document["checks"]}
+    assert all(set(entry) == {"name", "ok", "detail"} for entry in document["checks"])
+    assert document["ok"] == all(entry["ok"] for entry in document["checks"]) == (result.exit_code == 0)
+    return {entry["name"]: (entry["ok"], entry["detail"]) for entry in document["checks"]}
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def made(original: Path, tmp_path: Path) -> Path:
 
 def test_a_key_is_made_a_bundle_packed_and_checked_from_the_command_line(tmp_path: Path) -> None:
     key = tmp_path / "publisher.key"
-    said = json.loads(run("keygen", key, "--json").output)
-    assert said["key"] == keys.load_private(key).public.text
+    output = json.loads(run("keygen", key, "--json").output)
+    assert output["key"] == keys.load_private(key).public.text
     spec = write_spec(folder(tmp_path, "source"))
     done = json.loads(run("pack", spec, "-o", tmp_path / "tiny", "--key", key, "--json").output)
     assert done["warnings"] == []
@@ -62,7 +62,7 @@ def test_a_key_is_made_a_bundle_packed_and_checked_from_the_command_line(tmp_pat
     assert (document["name"], document["version"], document["runtime"]) == ("tiny", "1.0.0", RUNTIME_NAME)
     assert document["digest"] == done["digest"]
     assert list(checks(result)) == ["signature", "hashes", "load", "shapes", "batch", "golden", "reference"]
-    assert checks(result)["signature"] == (True, f"by {said['thumbprint']}")
+    assert checks(result)["signature"] == (True, f"by {output['thumbprint']}")
 
 
 def test_a_person_reads_the_same_in_lines(made: Path) -> None:
@@ -110,9 +110,9 @@ def test_wrong_use_ends_with_2_a_bad_answer_with_1_and_both_in_one_line(
         with pytest.raises(SystemExit) as ended:
             main(["model", *arguments])
         assert ended.value.code == code
-        said = capsys.readouterr()
-        assert said.err.count("\n") == (arguments[0] != "check")
-        assert "Traceback" not in said.err + said.out
+        output = capsys.readouterr()
+        assert output.err.count("\n") == (arguments[0] != "check")
+        assert "Traceback" not in output.err + output.out
 
 
 def test_a_key_that_is_none_is_wrong_use(made: Path) -> None:
@@ -133,9 +133,9 @@ def test_a_bundle_without_a_signature_fails_the_check_and_the_rest_is_still_look
     (made / "manifest.jws").unlink()
     if content is not None:
         (made / "manifest.jws").write_bytes(content)
-    found = checks(run("check", made, "--json"))
-    assert found["signature"] == (False, why)
-    assert found["golden"][0]
+    result = checks(run("check", made, "--json"))
+    assert result["signature"] == (False, why)
+    assert result["golden"][0]
 
 
 def test_a_bundle_that_claims_to_be_the_shipped_one_is_verified_against_it(made: Path) -> None:

@@ -124,13 +124,13 @@ def test_any_pieces_of_a_stream_give_the_bits_of_the_whole(
 
 def past(rows: Floats, t: Ints, row: int, count: int, gap_s: float | None) -> list[float]:
     """The last `count` values up to `row`, oldest first, NaN where history ends: one by one, as the rules say."""
-    found: list[float] = []
+    collected: list[float] = []
     at = row
-    while len(found) < count:
-        found.append(float(rows[at]) if at >= 0 and np.isfinite(rows[at]) else nan)
+    while len(collected) < count:
+        collected.append(float(rows[at]) if at >= 0 and np.isfinite(rows[at]) else nan)
         broken = at <= 0 or t[at] < t[at - 1] or (gap_s is not None and t[at] - t[at - 1] > gap_s * 1e6)
         at = -1 if broken else at - 1
-    return found[::-1]
+    return collected[::-1]
 
 
 def by_hand(spec: DerivedFeature, values: list[float]) -> float:
@@ -180,8 +180,8 @@ def test_a_feature_is_what_its_rows_give_by_hand(
 def columns(spec: DerivedFeature, values: Any, t: Any = None) -> list[float]:
     rows = np.array(values, np.float32)[:, None]
     times = np.arange(len(rows)) * STEP_US if t is None else np.array(t)
-    found: list[float] = derived_features.compute(rows, times, ModelInput(fields=["a"], derived=[spec]))[:, 1].tolist()
-    return found
+    result: list[float] = derived_features.compute(rows, times, ModelInput(fields=["a"], derived=[spec]))[:, 1].tolist()
+    return result
 
 
 def test_the_band_with_a_wave_in_it_has_the_waves_power_and_the_others_none() -> None:
@@ -230,8 +230,8 @@ def test_a_window_scaled_by_itself_forgets_level_and_spread_but_not_shape() -> N
 def test_the_share_of_missing_values_counts_fields_and_derived_features_alike() -> None:
     spec = ModelInput(fields=["a"], derived=[one("lag", rows=2)], window=WindowSpec(rows=2, step=2))
     rows = np.array([[1], [2], [nan], [4], [5], [6]], np.float32)
-    found = inference(spec).run(rows, np.arange(6, dtype=np.int64) * STEP_US).missing_share
-    assert found.tolist() == [0.5, 0.25, 0.25]
+    result = inference(spec).run(rows, np.arange(6, dtype=np.int64) * STEP_US).missing_share
+    assert result.tolist() == [0.5, 0.25, 0.25]
 
 
 @pytest.mark.parametrize(

@@ -55,13 +55,13 @@ def test_windows_start_where_counting_row_by_row_says(t: Ints, window: WindowSpe
 def test_cutting_piece_by_piece_gives_the_windows_of_cutting_at_once(
     t: Ints, window: WindowSpec, data: st.DataObject
 ) -> None:
-    whole, found, at, end = features.cut_windows(t, window), [], 0, 0
+    whole, collected, at, end = features.cut_windows(t, window), [], 0, 0
     while end < len(t):
         end = min(len(t), end + data.draw(st.integers(1, 40)))
         piece = features.cut_windows(t[at:end], window)
-        found += [at + int(start) for start in piece.starts]
+        collected += [at + int(start) for start in piece.starts]
         at += piece.consumed
-    assert found == whole.starts.tolist()
+    assert collected == whole.starts.tolist()
     assert at == whole.consumed
 
 

@@ -44,8 +44,8 @@ def gone(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def classifier() -> Iterator[SubprocessModel]:
-    with SubprocessModel(tiny()) as one:
-        yield one
+    with SubprocessModel(tiny()) as item:
+        yield item
 
 
 @settings(max_examples=60, deadline=None)
@@ -64,7 +64,7 @@ def test_so_are_those_of_other_types_and_of_fixed_batches(name: str) -> None:
         for count in (1, 0, 33, 5000, 2):
             rows = readings(count, seed=count)
             assert np.array_equal(there.invoke(rows), here.invoke(rows))
-        assert (there.outputs, there.batch, there.input_shape) == (here.outputs, here.batch, here.input_shape)
+        assert (there.outputs, there.input_range) == (here.outputs, here.input_range)
 
 
 def test_windows_of_another_size_are_refused_and_the_process_goes_on(classifier: SubprocessModel) -> None:
@@ -205,8 +205,8 @@ def test_an_inference_takes_it_for_a_model_and_counts_the_time_in_it() -> None:
     here = inference.Inference(shipped.manifest, inference.load_model(shipped.manifest, shipped.model_bytes)).run(
         rows, t, with_outputs=True
     )
-    with SubprocessModel(shipped) as apart_model:
-        there = inference.Inference(shipped.manifest, apart_model).run(rows, t, with_outputs=True)
+    with SubprocessModel(shipped) as subprocess_model:
+        there = inference.Inference(shipped.manifest, subprocess_model).run(rows, t, with_outputs=True)
     assert there.outputs is not None
     assert here.outputs is not None
     assert np.array_equal(there.outputs, here.outputs)
@@ -228,15 +228,15 @@ def test_who_does_not_wait_asks_and_hears_later() -> None:
         wait_for(there.poll_ready, "it has started")
         there.submit(CALM)
         assert not there.poll_ready()
-        heard: list[np.ndarray | None] = []
+        answers: list[np.ndarray | None] = []
 
         def answered() -> bool:
-            heard.append(there.poll())
-            return heard[-1] is not None
+            answers.append(there.poll())
+            return answers[-1] is not None
 
         wait_for(answered, "it has answered")
-        assert heard[-1] is not None
-        assert np.array_equal(heard[-1], runtime.TfliteModel(model("classify_int8")).invoke(CALM))
+        assert answers[-1] is not None
+        assert np.array_equal(answers[-1], runtime.TfliteModel(model("classify_int8")).invoke(CALM))
         assert there.poll_ready()
 
 

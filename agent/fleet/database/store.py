@@ -52,11 +52,12 @@ _OBSERVED_PERIODS = """
 # In order of time. Reports of the same window are adjacent, in whatever log they arrived and against whatever site
 # reference they were tested.
 _DRIFT_WINDOW_COLUMNS = (
-    *("device", "task", "first", "last", "from", "to", "state", "reference", "features", "output", "joint"),
-    *("estimate", "windows"),
+    *("device", "task", "window_count", "first", "last", "from", "to", "state", "reference", "features", "output"),
+    *("joint", "estimate", "windows"),
 )
 _DRIFT_WINDOWS = """
-    SELECT device, task, first, last, "from", "to", state, reference, features, output, joint, estimate, windows
+    SELECT device, task, window_count, first, last, "from", "to", state, reference, features, output, joint, estimate,
+           windows
     FROM drift_windows
     WHERE (CAST(:task AS TEXT) IS NULL OR task = :task) AND (CAST(:device AS TEXT) IS NULL OR device = :device)
       AND (CAST(:since AS TEXT) IS NULL OR "to" >= :since)

@@ -54,8 +54,8 @@ def test_late_batches_are_committed_and_counted_and_no_row_is_run_twice(device: 
     device.task.deadline = Deadline("tiny", ALWAYS_LATE)
     device.feed(CLASSIFY.rows(520))
     done = device.run_all()
-    assert [one.windows for one in done][:2] == [500, 1]
-    assert sum(one.windows for one in done) == 520
+    assert [entry.windows for entry in done][:2] == [500, 1]
+    assert sum(entry.windows for entry in done) == 520
     assert tiles(device.results()) == (1, 520)
     shown = deadline.to_status(device.store, device.store.counters(), "tiny", ALWAYS_LATE)["deadline"]
     assert (shown["late"], shown["last"]["windows"]) == (len(done), 1)
@@ -65,7 +65,7 @@ def test_late_batches_are_committed_and_counted_and_no_row_is_run_twice(device: 
 def test_a_batch_that_is_on_time_is_neither_counted_nor_made_smaller(device: Device) -> None:
     device.task.deadline = Deadline("tiny", NEVER_LATE)
     device.feed(CLASSIFY.rows(1100))
-    assert [one.windows for one in device.run_all()] == [500, 500, 100]
+    assert [entry.windows for entry in device.run_all()] == [500, 500, 100]
     shown = deadline.to_status(device.store, device.store.counters(), "tiny", NEVER_LATE)["deadline"]
     assert (shown["late"], shown["last"]) == (0, None)
 
@@ -99,7 +99,7 @@ def test_a_model_too_slow_for_one_window_raises_one_alert(device: Device, took: 
     for windows in (50, 1, 1, 1, 1):
         took(limit, 3.0, windows)
     assert told(device) == [("tiny/deadline", "raised", "warning")]
-    assert [one["id"] for one in device.store.open_alerts("tiny")] == ["tiny/deadline"]
+    assert [entry["id"] for entry in device.store.open_alerts("tiny")] == ["tiny/deadline"]
     took(limit, 0.5, 1)
     took(limit, 0.5, 1)
     assert told(device)[1:] == [("tiny/deadline", "cleared", "info")]
@@ -161,20 +161,17 @@ def test_health_and_status_tell_of_a_deadline_that_was_missed(tmp_path: Path) ->
     )
     keys.generate(tmp_path / KEY_FILE)
     path, conf = load_config(str(file))
-    store = open_store(conf)
-    try:
+    with open_store(conf) as store:
         t = NOW.wall_us + 20_000 * np.arange(300, dtype=np.int64)
         with store.transaction() as tx:
             tx.append("watch", Rows(t, tuple(np.zeros(300, "<f4") for _ in range(6))), "synced")
         task = load_task(path, conf, store, "exercise")
         assert batch.run(task, store, open_message_log(path, conf, store), NOW) is not None
-        said: dict[str, Any] = build_body(conf, store, {})["tasks"]["exercise"]["deadline"]
-    finally:
-        store.close()
-    assert (said["seconds"], said["late"], said["last"]["windows"]) == (1e-6, 1, 1)
-    asked = ["status", "-c", str(file)]
-    done = CliRunner().invoke(cli, [*asked, "--json"])
+        output: dict[str, Any] = build_body(conf, store, {})["tasks"]["exercise"]["deadline"]
+    assert (output["seconds"], output["late"], output["last"]["windows"]) == (1e-6, 1, 1)
+    requested = ["status", "-c", str(file)]
+    done = CliRunner().invoke(cli, [*requested, "--json"])
     assert done.exception is None, done.exception
     shown = json.loads(done.stdout)
-    assert shown["tasks"][0]["deadline"] == said
-    assert "1 batch was late, the last at" in CliRunner().invoke(cli, asked).stdout
+    assert shown["tasks"][0]["deadline"] == output
+    assert "1 batch was late, the last at" in CliRunner().invoke(cli, requested).stdout

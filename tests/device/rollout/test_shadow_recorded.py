@@ -27,8 +27,8 @@ Told = Callable[[str], dict[str, str]]
 
 
 def recorded(windows: int) -> np.ndarray:
-    with np.load(SHIPPED.parent / "recordings" / "exercise.npz") as found:
-        rows: np.ndarray = found["rows"][: windows * WINDOW]
+    with np.load(SHIPPED.parent / "recordings" / "exercise.npz") as result:
+        rows: np.ndarray = result["rows"][: windows * WINDOW]
         return rows
 
 
@@ -39,17 +39,17 @@ def told(tmp_path: Path) -> Iterator[Told]:
     def compare(kind: str) -> dict[str, str]:
         """What each rule says of this kind of bundle in shadow, over the recordings."""
         # So slow that a busy machine does not hide it.
-        found = bundle.read(write_bundle(build_rigged_bundle(kind, repeats=1200), tmp_path / kind), [KEY.public])
+        content = bundle.read(write_bundle(build_rigged_bundle(kind, repeats=1200), tmp_path / kind), [KEY.public])
         active = activation.activate(SHIPPED, [])
-        recipe = Recipe("classify", "", fields=tuple(found.manifest.input.fields))
-        pair = Pair(tmp_path / f"device {kind}", recipe, active, found, bounds=SandboxLimits(call_timeout_s=0.6))
+        recipe = Recipe("classify", "", fields=tuple(content.manifest.input.fields))
+        pair = Pair(tmp_path / f"device {kind}", recipe, active, content, bounds=SandboxLimits(call_timeout_s=0.6))
         made.append(pair)
         # Until all rules know: a machine that is busy meanwhile leaves the times open for longer.
         for _ in range(ROUNDS):
             # A row each 10 ms, batch by batch.
             for part in np.array_split(recorded(BATCHES * 24), BATCHES):
                 pair.batch(part)
-            states = {one.rule: one.state for one in rules.evaluate_rules(RULES, pair.runner.blocks, True)}
+            states = {verdict.rule: verdict.state for verdict in rules.evaluate_rules(RULES, pair.runner.blocks, True)}
             if "undecided" not in states.values():
                 break
         return dict(states)

@@ -99,7 +99,7 @@ class CollectorModel:
         return {seq for _, seq in self.stored}
 
     def answer(self, log: str) -> None:
-        seqs = sorted(seq for one, seq in self.stored if one == log)
+        seqs = sorted(seq for entry, seq in self.stored if entry == log)
         gaps = [(a + 1, b - 1) for a, b in zip([0, *seqs], seqs, strict=False) if b > a + 1]
         through = seqs[-1] if seqs else 0
         if len(gaps) > 100:
@@ -237,8 +237,8 @@ def test_messages_leave_the_outbox_only_when_the_collector_has_them(make: Callab
         if written < 240 and world.air.rng.random() < 0.2:
             world.write(20)
             written += 20
-        gone = set(range(1, written + 1)) - world.waiting()
-        assert gone <= world.collector.seqs(), "left the outbox before the collector had it"
+        missing = set(range(1, written + 1)) - world.waiting()
+        assert missing <= world.collector.seqs(), "left the outbox before the collector had it"
 
     world.air.tick_callbacks.append(write_and_look)
     world.run(lambda: written == 240 and not world.waiting(), 3000)
@@ -750,7 +750,7 @@ def once(world: World, clock_s: float, action: Callable[[], object]) -> bool:
 
 def states(world: World) -> list[str]:
     """Return the messages published on `state`, verified."""
-    found: list[str] = []
+    collected: list[str] = []
     for message in world.air.published:
         if message.topic.endswith("/state"):
             signer = jws.Signer(DEVICE, world.key.public)
@@ -758,8 +758,8 @@ def states(world: World) -> list[str]:
             body = verify_message(message.topic, message.payload, tokens, {signer.key.kid: signer}.get).body
             assert isinstance(body, StatePayload)
             assert message.retain
-            found.append(body.state)
-    return found
+            collected.append(body.state)
+    return collected
 
 
 def test_online_offline_and_stopped_are_signed_and_retained(world: World) -> None:

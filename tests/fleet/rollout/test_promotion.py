@@ -242,7 +242,7 @@ def test_a_device_target_counts_one_device(six: Fleet) -> None:
     six.in_shadow(six.senders[2:], agreeing=0)
     six.in_shadow([six.senders[1]], 12)
     seen = six.look()
-    assert ([one.device for one in seen.devices.selected], seen.verdict.outcome) == (["pi-01"], "promote")
+    assert ([entry.device for entry in seen.devices.selected], seen.verdict.outcome) == (["pi-01"], "promote")
 
 
 def test_the_newest_log_of_a_device_has_its_last_report(six: Fleet) -> None:

@@ -46,7 +46,7 @@ class Site:
 
     def __init__(self, folder: Path, fleet: LocalFleet) -> None:
         self.folder, self.fleet = folder, fleet
-        self.senders = [MessageSender(one.device, one.key) for one in SENDERS]
+        self.senders = [MessageSender(entry.device, entry.key) for entry in SENDERS]
         store = fleet.open_store(write=True)
         for sender in self.senders:
             store.enrol(sender.device, sender.key.public, replace=False, now="2026-11-24T22:20:00.000000Z")
@@ -76,7 +76,7 @@ class Site:
 
     def send(self, *sent: SignedMessage) -> None:
         link = Link(self.fleet.config.broker, "devices")
-        waiting = {link.send(one.to_outgoing()) for one in sent}
+        waiting = {link.send(message.to_outgoing()) for message in sent}
         while waiting:
             waiting -= {event.token for event in link.receive(60.0) if isinstance(event, PublishReceipt)}
         link.close()
@@ -84,10 +84,10 @@ class Site:
     def retained(self, topic: str = ALL, within_s: float = 60.0) -> IncomingMessage | None:
         """What a device that comes now is given."""
         link = Link(self.fleet.config.broker, "device", subscribe=[topic])
-        found = [event for event in link.receive(within_s) if isinstance(event, IncomingMessage)]
+        result = [event for event in link.receive(within_s) if isinstance(event, IncomingMessage)]
         link.close()
-        assert all(one.retained for one in found)
-        return found[-1] if found else None
+        assert all(entry.retained for entry in result)
+        return result[-1] if result else None
 
     def desired(self) -> DesiredPayload:
         """The same, verified by the device's rules."""
@@ -117,8 +117,8 @@ def site(tmp_path: Path) -> Iterator[Site]:
 def test_follow_takes_a_good_bundle_to_all_devices(site: Site) -> None:
     site.start()
     assert site.retained() is not None
-    told = site.desired()
-    assert (told.device, told.tasks["exercise"].strategy, told.tasks["exercise"].digest) == (
+    state = site.desired()
+    assert (state.device, state.tasks["exercise"].strategy, state.tasks["exercise"].digest) == (
         *("_all", "shadow", NEW_MODEL["digest"]),
     )
     arguments = ("fleet", "rollout", "follow", "--every", "0.2", "--dir", str(site.fleet.home))
@@ -128,7 +128,7 @@ def test_follow_takes_a_good_bundle_to_all_devices(site: Site) -> None:
         wait_until("it is promoted", lambda: site.status()["step"] == 2)
         # It is decided first, and then told.
         wait_until("the devices are told", lambda: site.desired().tasks["exercise"].strategy == "all")
-        assert site.desired().counter > told.counter
+        assert site.desired().counter > state.counter
         for sender in site.senders:
             swapped = [sender.shadow(model=NEW_MODEL, other=MODEL) for _ in range(8)]
             site.send(sender.rollout("canary", strategy="all"), *swapped, sender.rollout("active", strategy="all"))
@@ -160,8 +160,8 @@ def test_follow_aborts_a_bad_bundle_with_exit_code_1(site: Site) -> None:
         "exercise-1-1: Aborted at shadow 100 %, devices return to their previous bundle: agreement 0.2"
     )
     assert site.desired().tasks["exercise"].strategy == "rollback"
-    code, said = site.rollout("start", str(site.folder / "rollout.toml"))
-    assert (code, "choose another name" in said) == (2, True)
+    code, output = site.rollout("start", str(site.folder / "rollout.toml"))
+    assert (code, "choose another name" in output) == (2, True)
 
 
 def test_a_manual_promotion_needs_passed_rules_or_a_reason(site: Site) -> None:
@@ -195,8 +195,8 @@ def test_the_next_command_publishes_a_decision_made_offline(site: Site) -> None:
     code, _ = site.rollout("abort", "exercise-1-1", "again")
     assert code == 2
     assert site.retained() is not None
-    told = site.desired()
-    assert (told.tasks["exercise"].strategy, told.counter > before.counter) == ("rollback", True)
+    state = site.desired()
+    assert (state.tasks["exercise"].strategy, state.counter > before.counter) == ("rollback", True)
 
 
 def test_follow_replaces_an_older_desired_state_on_the_broker(site: Site) -> None:
@@ -243,12 +243,12 @@ def test_status_text_names_devices_that_rejected(site: Site) -> None:
     site.send(first.rollout("rejected", reason="signature"), second.rollout("rejected", reason="download_failed"))
     wait_until("both were heard of", lambda: site.status()["rejected"] == ["pi-0", "pi-1"])
     assert site.status()["failed"] == ["pi-0"]
-    said = run_outstation("fleet", "rollout", "status", "--dir", home).stdout
-    assert "exercise-1-1  exercise: exercise 1.1.0 to all  running" in said
-    assert "pi-0: rejected (signature): exercise 1.1.0: rejected." in said
-    assert "pi-1: rejected (download_failed): exercise 1.1.0: rejected." in said
-    assert "not reported: pi-2, pi-3" in said
-    assert "\x1b" not in said
+    text = run_outstation("fleet", "rollout", "status", "--dir", home).stdout
+    assert "exercise-1-1  exercise: exercise 1.1.0 to all  running" in text
+    assert "pi-0: rejected (signature): exercise 1.1.0: rejected." in text
+    assert "pi-1: rejected (download_failed): exercise 1.1.0: rejected." in text
+    assert "not reported: pi-2, pi-3" in text
+    assert "\x1b" not in text
 
 
 @pytest.mark.parametrize(
