@@ -10,7 +10,7 @@ from agent.cli import main
 
 
 def call_outstation(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run one `outstation` command to its end; return its exit code and what it printed."""
+    """Run one `outstation` command to its end; return its exit code and output. Not for threads: stdout is replaced."""
     out, err = io.BytesIO(), io.BytesIO()
     stdout, stderr = (io.TextIOWrapper(file, encoding="utf-8", write_through=True) for file in (out, err))
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
