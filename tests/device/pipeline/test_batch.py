@@ -271,7 +271,7 @@ def story(recipe: Recipe) -> list[tuple[Floats, float]]:
     return [(quiet, 0.0), (loud[:500], 3.0), (loud[500:], 0.0)]
 
 
-def told(device: Device) -> list[Any]:
+def messages_of(device: Device) -> list[Any]:
     """Return drift windows, alerts and audit messages without their place in the log and their time."""
     retained: list[Any] = []
     for message in device.messages():
@@ -326,9 +326,9 @@ def test_batches_of_any_size_give_equal_results_and_drift_windows(make: Make, re
                 pieces.restart()
     pieces.run_all()
     assert columns(pieces.results()) == columns(whole.results())
-    assert told(pieces) == told(whole)
+    assert messages_of(pieces) == messages_of(whole)
     assert count_rows(pieces) == count_rows(whole)
-    kinds = {output["kind"] for output in told(whole) if isinstance(output, dict)}
+    kinds = {output["kind"] for output in messages_of(whole) if isinstance(output, dict)}
     assert kinds == {"drift", "alerts", "audit"}
     assert any(isinstance(m.body, DriftPayload) and m.body.windows is not None for m in whole.messages())
     assert tiles(pieces.results()) == tiles(whole.results())
