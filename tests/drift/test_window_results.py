@@ -32,7 +32,7 @@ def learned(monitor: DriftMonitor) -> DriftState:
 
 
 def gaps(r: Readings, share: float, seed: int) -> Readings:
-    """Return readings with a few missing, fewer than are a fault."""
+    """Return readings with some missing, fewer than a fault has."""
     features = r.features.copy()
     features[np.random.default_rng(seed).random(features.shape) < share] = np.nan
     return Readings(features, r.labels, r.truth, r.scores)
@@ -93,7 +93,7 @@ def assert_merged(run: DriftWindowResult, parts: list[DriftWindowResult]) -> Non
 
 
 def test_the_share_of_the_limit_is_that_of_the_largest_reported_sum(monitor: DriftMonitor, learned: DriftState) -> None:
-    """Return the sums of predictions by class are in no message."""
+    """The sums of predictions by class are in no message."""
     _, each = feed(monitor, learned, readings(207, 20), batch=WINDOW)
     quiet = [entry for entry in each if entry.quiet is not None]
     assert len(quiet) > 10
