@@ -55,7 +55,7 @@ class TaskFactory:
             proven.bundle, proven.tuning, SandboxLimits(call_timeout_s=rules.batch_timeout_s), self._on_wait
         )
         try:
-            active = LoadedBundle(proven.bundle, model, proven.reference, proven.tuning)
+            active = LoadedBundle(proven.bundle, proven.reference, proven.tuning, model)
             return tasks.build_task(self._file, self._conf, self._store, name, active, lambda _bundle: nullcontext())
         except BaseException:
             model.close()

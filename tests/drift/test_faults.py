@@ -40,7 +40,8 @@ def fault_names(shipped: Reference, rows: NDArray[np.float64], units: tuple[str,
 
 
 def find(summary: Summary, shipped: Reference, units: tuple[str, ...] = ()) -> tuple[Fault | None, ...]:
-    return faults.identify_faults(faults.compute_indicators(stack_one(summary), shipped), 0, summary, shipped, units)
+    windows = stack_one(summary)
+    return faults.identify_faults(faults.compute_indicators(windows, shipped), 0, windows, shipped, units)
 
 
 def test_no_fault_in_clean_windows(shipped: Reference) -> None:

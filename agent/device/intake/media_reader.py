@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from agent.arrays import Float32s, Ints
 from agent.config import FieldConfig, StreamConfig
 from agent.device.intake.file_reader import FileBlock, max_block_rows
 from agent.device.store.quota import Quota
@@ -107,9 +107,9 @@ def _parse_name_time_us(name: str) -> int | None:
     return int(moment.timestamp()) * 1_000_000 + int((fraction or "").ljust(6, "0"))
 
 
-def _merge_parts(parts: Iterator[images.Floats], max_rows: int) -> Iterator[images.Floats]:
+def _merge_parts(parts: Iterator[Float32s], max_rows: int) -> Iterator[Float32s]:
     """Merge consecutive parts up to `max_rows` rows."""
-    waiting: list[images.Floats] = []
+    waiting: list[Float32s] = []
     for part in parts:
         if waiting and sum(map(len, waiting)) + len(part) > max_rows:
             yield np.concatenate(waiting)
@@ -119,6 +119,6 @@ def _merge_parts(parts: Iterator[images.Floats], max_rows: int) -> Iterator[imag
         yield np.concatenate(waiting)
 
 
-def _build_block(rows: images.Floats, t: NDArray[np.int64], skip: int, fields: list[FieldConfig]) -> FileBlock:
+def _build_block(rows: Float32s, t: Ints, skip: int, fields: list[FieldConfig]) -> FileBlock:
     values = {field.name: np.ascontiguousarray(column) for field, column in zip(fields, rows.T, strict=True)}
     return FileBlock(RawColumns(len(rows), t / 1e6, values), list(range(skip + 1, skip + len(rows) + 1)), {})

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from agent.alerts import DAMAGED_ROWS
+from agent.arrays import Float32s
 from agent.clock import ClockReading
 from agent.device.pipeline import batch_messages, drift_state
 from agent.device.pipeline.drift_state import LearningRefusals
@@ -28,7 +29,7 @@ from agent.drift.baseline.modes import Modes
 from agent.drift.state import DriftState, DriftWindowResult
 from agent.errors import StorageFull
 from agent.model.inference import features, scores
-from agent.model.inference.features import Floats, WindowCut
+from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import InferenceResult
 from agent.performance import slices
 
@@ -48,7 +49,7 @@ class _BatchInput:
 
     batch: RowBatch
     cut: WindowCut
-    features: Floats
+    features: Float32s
     history: Rows
     modes: Modes | None
     slices: Mapping[str, Sequence[str]]

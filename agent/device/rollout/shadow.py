@@ -13,6 +13,7 @@ from contextlib import suppress
 
 import msgspec
 
+from agent.arrays import Float32s
 from agent.clock import ClockReading
 from agent.comparison import tally
 from agent.comparison.paired_intervals import ComparisonBlock
@@ -28,7 +29,6 @@ from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, StorageBusy, StorageError, StorageFull
 from agent.model import activation
 from agent.model.inference import scores
-from agent.model.inference.features import Floats
 from agent.model.inference.inference import InferenceResult
 from agent.model.sandbox.subprocess_model import SubprocessModel
 
@@ -169,7 +169,7 @@ class ShadowRunner:
             if pending is not None:
                 self._add_predictions(pending, outputs, model.seconds - start_s)
 
-    def _add_predictions(self, pending: _PendingBatch, outputs: Floats, seconds: float) -> None:
+    def _add_predictions(self, pending: _PendingBatch, outputs: Float32s, seconds: float) -> None:
         manifest = self.other.bundle.manifest
         other_scores = scores.from_outputs(outputs, manifest, pending.windows.values)
         predictions = shadow_windows.build_predictions(

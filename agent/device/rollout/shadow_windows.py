@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
+from agent.arrays import Float32s, Ints
 from agent.comparison import tally
 from agent.comparison.tally import ComparisonStats, OutputKind, Predictions
 from agent.device.pipeline import batch, label_metrics
@@ -21,7 +22,6 @@ from agent.device.store.transaction import Transaction
 from agent.drift.baseline.reference import Reference
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import derived_features, features, scores
-from agent.model.inference.features import Floats, Ints
 from agent.model.inference.inference import MAX_VALUES
 from agent.model.inference.scores import Scores
 from agent.performance import cbpe
@@ -36,7 +36,7 @@ class AlignedWindows(msgspec.Struct, frozen=True):
 
     row: Ints
     t: Ints
-    values: Floats
+    values: Float32s
 
 
 def align_windows(task: LoadedTask, store: Store, source_batch: RowBatch, ends: Ints) -> AlignedWindows:

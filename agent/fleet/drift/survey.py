@@ -199,7 +199,7 @@ def _deduplicate(
 
 
 class _Place(msgspec.Struct, frozen=True):
-    """Where a report stands: times as RFC 3339 and rows, and whether it covers a run of windows."""
+    """Place of a report: times as RFC 3339 and rows, and whether it covers a run of windows."""
 
     begin: str
     end: str

@@ -119,7 +119,7 @@ def evaluate_promotion_rules(
     limits = RuleLimits(
         promote.min_agreement, promote.max_latency_ratio, None, promote.max_accuracy_drop, promote.max_error_growth
     )
-    by_rule = {result.rule: result for result in rules.evaluate_limits(limits, blocks, new_is_shadow)}
+    by_rule = {result.rule: result for result in rules.evaluate_rules(limits, blocks, new_is_shadow)}
     block_count, device_count = len(blocks), len({block.device for block in blocks})
     sample = f"over {block_count} blocks of {device_count} devices"
     results = []

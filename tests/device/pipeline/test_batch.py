@@ -26,7 +26,7 @@ from agent.errors import StorageError, StorageFull
 from agent.model.bundle.manifest import WindowSpec
 from agent.model.inference import features, scores
 from agent.model.inference.tuning import Tuning
-from agent.wire.messages import AlertPayload, AuditPayload, DriftPayload, ResultsPayload, VerifiedMessage
+from agent.wire.messages import AlertPayload, AuditPayload, Body, DriftPayload, ResultsPayload, VerifiedMessage
 from agent.wire.runs import expand_integers
 from scripts.kit.bundles import ANOMALY, CLASSIFY, REGRESS, WINDOW, Recipe, activated
 from tests.kit.devices import STEP_US, T0, Device, columns, tiles
@@ -271,19 +271,27 @@ def story(recipe: Recipe) -> list[tuple[Floats, float]]:
     return [(quiet, 0.0), (loud[:500], 3.0), (loud[500:], 0.0)]
 
 
-def messages_of(device: Device) -> list[Any]:
-    """Return drift windows, alerts and audit messages without their place in the log and their time."""
-    retained: list[Any] = []
+def read_bodies(device: Device) -> list[tuple[Body, dict[str, Any]]]:
+    """Return drift, alert and audit messages, also as JSON without their place in the log and their time."""
+    bodies: list[tuple[Body, dict[str, Any]]] = []
     for message in device.messages():
         if isinstance(message.body, DriftPayload | AlertPayload | AuditPayload):
             document = json.loads(message.payload)
             for name in ("log", "seq", "prev", "boot", "time"):
                 del document[name]
             document.get("evidence", {}).pop("seq", None)
-            if isinstance(message.body, DriftPayload) and message.body.state == "ok":
-                retained += split_windows(message.body)
-            else:
-                retained.append(document)
+            bodies.append((message.body, document))
+    return bodies
+
+
+def told(device: Device) -> list[Any]:
+    """Return drift windows, alerts and audit messages, however many windows share a message."""
+    retained: list[Any] = []
+    for body, document in read_bodies(device):
+        if isinstance(body, DriftPayload) and body.state == "ok":
+            retained += split_windows(body)
+        else:
+            retained.append(document)
     return retained
 
 
@@ -326,12 +334,27 @@ def test_batches_of_any_size_give_equal_results_and_drift_windows(make: Make, re
                 pieces.restart()
     pieces.run_all()
     assert columns(pieces.results()) == columns(whole.results())
-    assert messages_of(pieces) == messages_of(whole)
+    assert told(pieces) == told(whole)
     assert count_rows(pieces) == count_rows(whole)
-    kinds = {output["kind"] for output in messages_of(whole) if isinstance(output, dict)}
+    kinds = {output["kind"] for output in told(whole) if isinstance(output, dict)}
     assert kinds == {"drift", "alerts", "audit"}
     assert any(isinstance(m.body, DriftPayload) and m.body.windows is not None for m in whole.messages())
     assert tiles(pieces.results()) == tiles(whole.results())
+
+
+def test_a_daemon_that_ends_after_each_batch_writes_the_same_messages(make: Make) -> None:
+    whole, ended = make(), make()
+    for device in (whole, ended):
+        for values, pause_s in story(CLASSIFY):
+            device.feed(values, pause_s=pause_s)
+    batches = len(whole.run_all())
+    while ended.run() is not None:
+        ended.restart()
+        batches -= 1
+    assert batches == 0
+    runs = [body for body, _ in read_bodies(whole) if isinstance(body, DriftPayload) and body.windows is not None]
+    assert len(runs) > 1
+    assert [document for _, document in read_bodies(ended)] == [document for _, document in read_bodies(whole)]
 
 
 def test_an_alert_names_the_message_of_the_window_that_raised_it(make: Make) -> None:
