@@ -348,10 +348,7 @@ def equal_mass_bins(score: Float64s) -> Ints:
 
 
 def chance_ece(score: Float64s, bins: Ints, design_effect: float) -> tuple[float, float]:
-    """Return mean and standard deviation of the ECE if each answer is right with the probability that its score says.
-
-    The gap of a bin is near normal with mean 0 then, and its size half-normal.
-    """
+    """Return mean and sd of the ECE of a calibrated model: the gap of each bin is near half-normal."""
     variance = np.bincount(bins, score * (1 - score)) * design_effect
     expected = float(np.sqrt(2 / math.pi * variance).sum()) / len(score)
     return expected, math.sqrt((1 - 2 / math.pi) * float(variance.sum())) / len(score)

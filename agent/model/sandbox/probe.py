@@ -45,10 +45,7 @@ Check = tuple[str, bool, str]
 
 
 class ProbeReport(msgspec.Struct, frozen=True):
-    """Result of a probe; `checks` are (name, ok, detail). `tuning` is set if requested and successful.
-
-    `peak_memory` is the child's peak in bytes, with Python and the runtime; 0 if it died.
-    """
+    """Result of a probe; `checks` are (name, ok, detail); `peak_memory` is the child's in bytes, 0 if it died."""
 
     runtime: str
     checks: list[Check]
