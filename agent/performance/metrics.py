@@ -105,10 +105,7 @@ class WeightVector:
 
 
 class Part(msgspec.Struct, frozen=True):
-    """Value of a statistic, of `n` results; in `slice`, and with a name of its own, if it is of one class.
-
-    `smallest_class`: labels of the rarest class it depends on. `rests_on`: results that a share is of; 0 for no share.
-    """
+    """Value of a statistic of `n` results, `smallest_class` in the rarest class; a share `rests_on` so many."""
 
     n: int
     smallest_class: int = intervals.MIN_RESULTS
