@@ -244,8 +244,9 @@ def advance_tests(
         return AdvancedTests(1, suite.reset_except_open() if watch.drifting else suite, watch, True, None)
     ahead = slice(first, first + free)
     tests = sequence.run_tests(tester, suite, evidence[ahead], start_times[ahead])
-    windows, nearest = max(1, tests.windows_before_alarm), None
-    if plain and tests.windows_before_alarm and rate.cusum is not None:
+    before_alarm = tests.windows_before_alarm
+    windows, nearest = max(1, before_alarm), None
+    if plain and before_alarm and rate.cusum is not None:
         nearest = _nearest_shares(tests.cusum.values[:windows], rate.cusum.values[:windows, :, 0], tester)
     return AdvancedTests(windows, tests.state_after(windows), rate.state_after(windows), False, nearest)
 

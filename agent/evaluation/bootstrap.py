@@ -59,10 +59,7 @@ class BootstrapUnits(msgspec.Struct, frozen=True, eq=False):
 
 
 def build_units(losses: Float64s, group: TextColumn | None, column: str | None, seed: int) -> BootstrapUnits:
-    """Return groups of results if `column` names them, else blocks of neighbours as long as `losses` (n,) are alike.
-
-    Raises UsageError.
-    """
+    """Return the groups of `column`, else blocks as long as `losses` (n,) are alike. Raises UsageError."""
     n = len(losses)
     if group is not None:
         names, index = np.unique(group, return_inverse=True)

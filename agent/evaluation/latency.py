@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -17,6 +16,7 @@ from agent.evaluation.document import BatchLatency
 from agent.model.bundle import manifest as manifests
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference.features import WindowCut
+from agent.model.sandbox import memory
 
 BATCH_SIZES = (1, 8, 32, 128)
 _WARMUP_RUNS, _MIN_RUNS, _MAX_RUNS, _BUDGET_S = 3, 10, 500, 0.4
@@ -70,16 +70,8 @@ def _measure_batches(manifest: manifests.Manifest, model: bytes, rows: Float32s,
             p50_ms=float(f"{p50 * 1e3:.4g}"),
             p95_ms=float(f"{p95 * 1e3:.4g}"),
             per_second=float(f"{batch / p50:.4g}"),
-            memory_mib=round(_peak_memory_mib(), 1),
+            memory_mib=round(memory.peak_bytes() / 2**20, 1),
         )
-
-
-def _peak_memory_mib() -> float:
-    """Return the peak of this process; getrusage would return the parent's if that was larger."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
 
 
 if __name__ == "__main__":

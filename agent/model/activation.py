@@ -21,21 +21,16 @@ from agent.model.sandbox import probe
 from agent.wire.keys import PublicKey
 
 
-class LoadedBundle(msgspec.Struct, frozen=True):
-    """A proven bundle with its loaded model."""
-
-    bundle: Bundle
-    model: RunnableModel
-    reference: Reference | None
-    tuning: Tuning | None
-
-
 class ProvenBundle(msgspec.Struct, frozen=True):
     """A verified bundle that passed its probe on this machine, and the tuning of its model."""
 
     bundle: Bundle
     reference: Reference | None
     tuning: Tuning | None
+
+
+class LoadedBundle(ProvenBundle, frozen=True):
+    model: RunnableModel
 
 
 def activate(
@@ -76,7 +71,7 @@ def load_bundle(
     """Load the model into this process. Raises BadBundle."""
     with loading(proven.bundle):
         model = inference.load_model(proven.bundle.manifest, proven.bundle.model_bytes, proven.tuning)
-    return LoadedBundle(proven.bundle, model, proven.reference, proven.tuning)
+    return LoadedBundle(proven.bundle, proven.reference, proven.tuning, model)
 
 
 def read_reference(verified: Bundle) -> Reference | None:

@@ -148,11 +148,13 @@ class SuiteStatus(msgspec.Struct, frozen=True, eq=False):
 def add_states(numbers: dict[str, Any], status: SuiteStatus, tester: DriftTester | None) -> dict[str, Any]:
     """Add sums, limits and states, of each field and overall, to the members of a message."""
     layout, faults, fields = status.layout, status.faults, len(status.faults)
-    sums = _to_compact_numbers(np.round(status.cusum_sums.T, 2))
-    limits = tester.limits.limit.round(2).tolist() if tester else [None] * layout.test_count
     certainty, pair = (_find_nearest_test(status, tester, fields + SUBJECTS.index(name)) for name in (SCORE, JOINT))
-    score_sums, score_limit = ([0, 0], None) if certainty is None else (sums[certainty], limits[certainty])
-    joint_sum, joint_limit = (0, None) if pair is None else (max(sums[pair]), limits[pair])
+    tests = [*layout.field_tests.ravel().tolist(), *(test for test in (certainty, pair) if test is not None)]
+    rounded = _to_compact_numbers(np.round(status.cusum_sums[:, tests].T, 2))
+    limits = tester.limits.limit[tests].round(2).tolist() if tester else [None] * len(tests)
+    sums = dict(zip(tests, zip(rounded, limits, strict=True), strict=True))
+    score_sums, score_limit = ([0, 0], None) if certainty is None else sums[certainty]
+    joint_sums, joint_limit = ([0], None) if pair is None else sums[pair]
     quiet = "ok" if status.tested else "insufficient"
     states = [
         "fault" if fault else "drift" if on else quiet
@@ -161,14 +163,14 @@ def add_states(numbers: dict[str, Any], status: SuiteStatus, tester: DriftTester
     output, score, joint_state = (("drift" if on else quiet) for on in status.drifting[fields:])
     return numbers | {
         "features": {
-            name: feature | {"cusum": _field_sums(layout, tests, sums, limits), "state": now, "fault": fault}
+            name: feature | {"cusum": _field_sums(layout, tests, sums), "state": now, "fault": fault}
             for (name, feature), tests, now, fault in zip(
                 numbers["features"].items(), layout.field_tests.tolist(), states, faults, strict=True
             )
         },
         "output": numbers["output"]
         | {"state": output, "score": {"cusum": score_sums, "limit": score_limit, "state": score}},
-        "joint": {"cusum": joint_sum, "limit": joint_limit, "state": joint_state},
+        "joint": {"cusum": max(joint_sums), "limit": joint_limit, "state": joint_state},
         "state": worst_state({*states, output, score, joint_state}),
     }
 
@@ -182,12 +184,13 @@ def _find_nearest_test(status: SuiteStatus, tester: DriftTester | None, subject:
     return int(tests[(highest / tester.limits.limit[tests] if tester else highest).argmax()])
 
 
-def _field_sums(layout: ScoreLayout, tests: list[int], sums: list[Any], limits: list[float | None]) -> dict[str, Any]:
+def _field_sums(layout: ScoreLayout, tests: list[int], sums: dict[int, tuple[Any, float | None]]) -> dict[str, Any]:
     """Return the sums of a field's mean and spread with their limit, then those of other detectors of fields."""
-    named = zip(layout.field_sums, tests, strict=True)
-    (mean, first), (spread, second) = next(named), next(named)
-    own = {mean: sums[first], spread: sums[second], "limit": limits[first]}
-    return own | {name: {"cusum": sums[test], "limit": limits[test]} for name, test in named}
+    (mean, (sums_of_mean, limit)), (spread, (sums_of_spread, _)), *others = (
+        (name, sums[test]) for name, test in zip(layout.field_sums, tests, strict=True)
+    )
+    own = {mean: sums_of_mean, spread: sums_of_spread, "limit": limit}
+    return own | {name: {"cusum": both, "limit": limit} for name, (both, limit) in others}
 
 
 def worst_state(states: Set[str]) -> str:

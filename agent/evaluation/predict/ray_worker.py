@@ -88,13 +88,29 @@ class Worker:
 
     def _predict_file(self, job: FileJob) -> WorkerResult:
         """Predict a file as `model run` does on one machine."""
-        self._require_shared_storage(job)
+        if not job.source.exists():
+            raise UsageError(f"{job.source} does not exist; {SHARED_STORAGE_HINT}, or run it without --engine ray")
+        marker = self._config.marker
+        try:
+            seen = marker.read_text(encoding="utf-8") == self._config.token
+        except FileNotFoundError:
+            seen = False
+        if not seen:
+            raise UsageError(f"{marker.parent} is another folder than where the command runs; {SHARED_STORAGE_HINT}")
         predictor = self._ensure_loaded()
         if predictor.identity(job.source, job.target) != job.identity:
             problem = f"{job.source} has another size or time than where the command runs"
             raise UsageError(f"{problem}; {SHARED_STORAGE_HINT}, and must not change")
+        deadline_s = time.monotonic() + LOCK_TIMEOUT_S
         with self._count_attempt(job):
-            return WorkerResult(target=job.target, totals=_predict_when_unlocked(predictor, job))
+            while True:
+                try:
+                    totals = predictor.predict_file(job.source, job.target, lambda *_: None)
+                    return WorkerResult(target=job.target, totals=totals)
+                except FileBusy:
+                    if time.monotonic() > deadline_s:
+                        raise
+                    time.sleep(_RETRY_INTERVAL_S)
 
     def _predict_shard(self, shard: WindowShard) -> WorkerResult:
         cut = WindowCut(shard.starts, len(shard.starts))
@@ -102,11 +118,9 @@ class Worker:
         return WorkerResult(index=shard.index, result=result)
 
     def _ensure_loaded(self) -> BatchPredictor:
-        self._predictor = self._predictor or self._load_bundle()
-        return self._predictor
-
-    def _load_bundle(self) -> BatchPredictor:
         """Load the bundle as it was sent, probed on this node, too, because processors differ. Raises UsageError."""
+        if self._predictor is not None:
+            return self._predictor
         config = self._config
         have, sent = f"{__version__} with {runtime.RUNTIME_NAME}", f"{config.agent} with {config.runtime}"
         if have != sent:
@@ -117,19 +131,8 @@ class Worker:
             loaded = inference.Inference(bundle.manifest, inference.load_model(bundle.manifest, bundle.model_bytes))
         except BadBundle as problem:
             raise BadBundle(f"{config.bundle_name}: {problem}") from None
-        return BatchPredictor(bundle, loaded, raw=config.raw)
-
-    def _require_shared_storage(self, job: FileJob) -> None:
-        """Raise UsageError if this node does not see the driver's folders."""
-        if not job.source.exists():
-            raise UsageError(f"{job.source} does not exist; {SHARED_STORAGE_HINT}, or run it without --engine ray")
-        marker = self._config.marker
-        try:
-            seen = marker.read_text(encoding="utf-8") == self._config.token
-        except FileNotFoundError:
-            seen = False
-        if not seen:
-            raise UsageError(f"{marker.parent} is another folder than where the command runs; {SHARED_STORAGE_HINT}")
+        self._predictor = BatchPredictor(bundle, loaded, raw=config.raw)
+        return self._predictor
 
     @contextmanager
     def _count_attempt(self, job: FileJob) -> Iterator[None]:
@@ -149,14 +152,3 @@ class Worker:
             yield
         finally:
             path.unlink()
-
-
-def _predict_when_unlocked(predictor: BatchPredictor, job: FileJob) -> RunTotals:
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
-    while True:
-        try:
-            return predictor.predict_file(job.source, job.target, lambda *_: None)
-        except FileBusy:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(_RETRY_INTERVAL_S)

@@ -45,8 +45,6 @@ class OutputStats(msgspec.Struct, frozen=True):
 
 
 class ModelInspection(msgspec.Struct, frozen=True):
-    """Tensors of a model, and statistics of each output."""
-
     inputs: list[Tensor]
     outputs: list[Tensor]
     output_stats: Annotated[list[OutputStats], msgspec.Meta(min_length=1)]
