@@ -95,21 +95,15 @@ schedule = "every 200 ms"
         return sorted(path.name for path in (self.inbox / "done").glob("*.[pw]*"))
 
     def results(self) -> list[dict[str, Any]]:
-        store = Store.open_read_only(self.folder / "data")
-        try:
+        with Store.open_read_only(self.folder / "data") as store:
             bodies = [json.loads(message.payload) for message in store.unacknowledged_messages(0, 100_000)]
-        finally:
-            store.close()
         return [body for body in bodies if body["kind"] == "results"]
 
     def rows(self) -> NDArray[np.float32]:
         """All that are stored."""
         conf = config.load(self.config)
-        store = Store.open_read_only(conf.data_dir)
-        try:
+        with Store.open_read_only(conf.data_dir) as store:
             return np.stack(rows_of(store, "files", conf.streams["files"]).columns, axis=1)
-        finally:
-            store.close()
 
     def used(self) -> int:
         try:

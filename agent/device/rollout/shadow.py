@@ -220,9 +220,6 @@ class ShadowRunner:
         self._has_more_labels = len(numbers) > limit
         if not self.stats.batches and not numbers:
             return False
-        return self._write_message(store, message_log, now, final=final)
-
-    def _write_message(self, store: Store, message_log: MessageLog, now: ClockReading, *, final: bool) -> bool:
         name = self.task.name
         with store.transaction() as tx:
             if self._unsaved_predictions:
@@ -231,7 +228,12 @@ class ShadowRunner:
             outcomes, last_label = shadow_windows.count_outcomes(tx, self.task, self.other, self.state.last_label)
             block = self.stats + outcomes
             has_message = block != ComparisonStats()
-            state = self._next_state(block, last_label, has_message=has_message)
+            old = self.state
+            blocks = merge_neighbours([*old.blocks, block]) if has_message else old.blocks
+            row = max(old.last_row, self._row_range[1])
+            state = ShadowState(
+                old.rollout, old.task_digest, old.other_digest, row, last_label, old.message_count + has_message, blocks
+            )
             if has_message:
                 row = state.last_row or 1
                 body = {
@@ -247,14 +249,6 @@ class ShadowRunner:
         self.state, self.stats, self._row_range = state, ComparisonStats(), (0, 0)
         self._unsaved_predictions = []
         return has_message
-
-    def _next_state(self, block: ComparisonStats, last_label: int, *, has_message: bool) -> ShadowState:
-        old = self.state
-        blocks = merge_neighbours([*old.blocks, block]) if has_message else old.blocks
-        row = max(old.last_row, self._row_range[1])
-        return ShadowState(
-            old.rollout, old.task_digest, old.other_digest, row, last_label, old.message_count + has_message, blocks
-        )
 
 
 def batches_per_message(messages: int, min_batches: int) -> int:
