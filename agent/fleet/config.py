@@ -114,9 +114,7 @@ def resolve_database(url: str, base: Path) -> str:
     if is_postgresql(url):
         return url
     if scheme not in ("", "sqlite"):
-        raise UsageError(
-            f"{url.split('@')[-1]}: unknown kind of database; use a path, sqlite:///PATH or postgresql://…"
-        )
+        raise UsageError(f"{url.split('@')[-1]}: unknown database; use a path, sqlite:///PATH or postgresql://…")
     path = url.removeprefix("sqlite:///") if scheme else url
     if not path or path.startswith("sqlite://"):
         raise UsageError(f"{url}: names no file; write sqlite:///fleet.db, or sqlite:////var/lib/fleet.db")

@@ -21,15 +21,6 @@ from agent.model.sandbox import probe
 from agent.wire.keys import PublicKey
 
 
-class LoadedBundle(msgspec.Struct, frozen=True):
-    """A proven bundle with its loaded model."""
-
-    bundle: Bundle
-    model: RunnableModel
-    reference: Reference | None
-    tuning: Tuning | None
-
-
 class ProvenBundle(msgspec.Struct, frozen=True):
     """A verified bundle that passed its probe on this machine, and the tuning of its model."""
 
@@ -38,16 +29,17 @@ class ProvenBundle(msgspec.Struct, frozen=True):
     tuning: Tuning | None
 
 
+class LoadedBundle(ProvenBundle, frozen=True):
+    model: RunnableModel
+
+
 def activate(
     path: Path,
     publishers: Sequence[PublicKey],
     known_tunings: Sequence[Tuning] = (),
     loading: Callable[[Bundle], AbstractContextManager[object]] = nullcontext,
 ) -> LoadedBundle:
-    """Verify, probe and load the bundle at `path`. Raises BadBundle.
-
-    The tuning is taken from `known_tunings`, or measured. The model is loaded inside the context `loading`.
-    """
+    """Verify, probe and load the bundle at `path`, inside the context `loading`. Raises BadBundle."""
     verified = bundle.read(path, [*publishers, *builtin.publisher_keys()])
     try:
         return load_bundle(probe_bundle(verified, known_tunings), loading)
@@ -76,7 +68,7 @@ def load_bundle(
     """Load the model into this process. Raises BadBundle."""
     with loading(proven.bundle):
         model = inference.load_model(proven.bundle.manifest, proven.bundle.model_bytes, proven.tuning)
-    return LoadedBundle(proven.bundle, model, proven.reference, proven.tuning)
+    return LoadedBundle(proven.bundle, proven.reference, proven.tuning, model)
 
 
 def read_reference(verified: Bundle) -> Reference | None:

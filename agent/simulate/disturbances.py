@@ -30,15 +30,13 @@ class Disturbances(msgspec.Struct, frozen=True):
     degraded: tuple[str, ...] = ()
 
 
-def draw(
-    devices: Sequence[str], seed: int, *, away: int, cut: int, slow: int, worse: int, span_s: float
-) -> Disturbances:
+def draw(names: Sequence[str], seed: int, *, away: int, cut: int, slow: int, worse: int, span_s: float) -> Disturbances:
     """Draw this many devices for each disturbance, as far as there are devices; the same for the same seed.
 
     Every other outage begins before the rollout. `span_s`: expected duration of the rollout.
     """
     rng = Random(f"hardship/{seed}")
-    remaining = rng.sample(list(devices), len(devices))
+    remaining = rng.sample(list(names), len(names))
     drawn: list[list[str]] = []
     for count in (worse, away, cut, slow):
         drawn.append(sorted(remaining[:count]))

@@ -251,9 +251,7 @@ def _start_embedded_broker(folder: Path, port: int) -> Any:
     try:
         from iotcore import Broker as Embedded
     except ImportError:
-        raise UsageError(
-            "no MQTT broker is installed: apt-get install mosquitto, or pip install 'outstation[demo]'"
-        ) from None
+        raise UsageError("no MQTT broker: apt-get install mosquitto, or pip install 'outstation[demo]'") from None
     file = folder / "broker.toml"
     file.write_text(_RUMQTTD_CONFIG.format(port=port), encoding="utf-8")
     broker = Embedded(config_path=str(file))

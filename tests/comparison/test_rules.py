@@ -134,7 +134,7 @@ def test_with_enough_devices_intervals_count_devices() -> None:
 def test_few_blocks_give_no_interval() -> None:
     few = [ComparisonBlock(ComparisonStats(1, 10_000, 10_000))] * 9
     assert paired_intervals.agreement(few) is None
-    verdicts = verdict.evaluate_limits(RuleLimits(min_agreement=0.5), few, True)
+    verdicts = verdict.evaluate_rules(RuleLimits(min_agreement=0.5), few, True)
     assert [(block.rule, block.state) for block in verdicts] == [("agreement", "undecided")]
     assert "fewer than 10 blocks or 5 devices" in verdicts[0].summary
 
@@ -152,7 +152,7 @@ def test_full_agreement_still_has_an_interval_that_shrinks() -> None:
 @pytest.mark.parametrize(("limit", "state"), [(0.7, "passed"), (0.99, "failed"), (0.905, "undecided")])
 def test_agreement_is_decided_by_the_whole_interval(limit: float, state: str) -> None:
     blocks = blocks_of(np.random.default_rng(3), 0.3, 60)
-    verdicts = verdict.evaluate_limits(RuleLimits(min_agreement=limit), blocks, True)
+    verdicts = verdict.evaluate_rules(RuleLimits(min_agreement=limit), blocks, True)
     assert [entry.state for entry in verdicts] == [state]
     assert verdicts[0].numbers["low"] < verdicts[0].numbers["value"] < verdicts[0].numbers["high"]
     assert verdicts[0].numbers["blocks"] == 60
@@ -189,23 +189,23 @@ def test_the_error_rate_fails_on_one_error_and_passes_with_enough_batches() -> N
     assert "1 of 10 batches failed" in verdicts[0].summary
     assert "SIGFPE" in verdicts[0].summary
     none = [ComparisonBlock(ComparisonStats(1, 10, 10))] * 10
-    assert [f.state for f in verdict.evaluate_limits(RuleLimits(max_error_rate=0.0), none, True)] == ["passed"]
-    assert [f.state for f in verdict.evaluate_limits(RuleLimits(max_error_rate=0.0), none[:9], True)] == ["undecided"]
-    assert [f.state for f in verdict.evaluate_limits(RuleLimits(max_error_rate=0.5), first, True)] == ["passed"]
+    assert [f.state for f in verdict.evaluate_rules(RuleLimits(max_error_rate=0.0), none, True)] == ["passed"]
+    assert [f.state for f in verdict.evaluate_rules(RuleLimits(max_error_rate=0.0), none[:9], True)] == ["undecided"]
+    assert [f.state for f in verdict.evaluate_rules(RuleLimits(max_error_rate=0.5), first, True)] == ["passed"]
 
 
 def test_incomparable_bundles_leave_agreement_undecided() -> None:
     blocks = [
         ComparisonBlock(ComparisonStats(1, 10, None, error="one bundle answers as classify, the other as regress"))
     ] * 20
-    verdicts = verdict.evaluate_limits(RuleLimits(min_agreement=0.9), blocks, True)
+    verdicts = verdict.evaluate_rules(RuleLimits(min_agreement=0.9), blocks, True)
     assert [entry.state for entry in verdicts] == ["undecided"]
     assert "one bundle answers as classify" in verdicts[0].summary
 
 
 def test_without_data_rules_are_undecided() -> None:
     limits = RuleLimits(0.9, 2.0, 0.1, 0.05, 0.1)
-    verdicts = verdict.evaluate_limits(limits, [], True)
+    verdicts = verdict.evaluate_rules(limits, [], True)
     assert [(entry.rule, entry.state) for entry in verdicts] == [
         ("agreement", "undecided"),
         ("latency", "undecided"),

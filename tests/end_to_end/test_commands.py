@@ -211,7 +211,7 @@ def test_a_wiped_device_reports_it_first_and_does_not_start_again(fleet: LocalFl
     left = {path.name for path in doomed.data_dir.iterdir()}
     assert left <= {"wiped", "lock", "bundles"}
     assert not (doomed.home / "device.key").exists()
-    assert not list((doomed.data_dir / "bundles").glob(".kept/*"))
+    assert not list((doomed.data_dir / "bundles").glob(".copies/*"))
     doomed.start()
     assert doomed.wait(60) == 0
     assert doomed.log_contains("was wiped by an operator")

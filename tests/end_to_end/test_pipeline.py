@@ -90,11 +90,8 @@ def last_row(device: DeviceProcess, stream: str = "watch") -> int:
     if device.start_count() == 0:
         # On a busy machine every start so far was killed before it had made its store.
         return 0
-    store = Store.open_read_only(device.data_dir)
-    try:
+    with Store.open_read_only(device.data_dir) as store:
         return store.last_row(stream)
-    finally:
-        store.close()
 
 
 def results(fleet: LocalFleet, device: str) -> list[tuple[Any, ...]]:
@@ -262,11 +259,8 @@ def test_a_forged_acknowledgement_on_the_broker_deletes_nothing(fleet: LocalFlee
 
 
 def waiting(device: DeviceProcess) -> int:
-    store = Store.open_read_only(device.data_dir)
-    try:
+    with Store.open_read_only(device.data_dir) as store:
         return store.outbox_size()[0]
-    finally:
-        store.close()
 
 
 def test_sigterm_stops_within_five_seconds_and_the_next_start_goes_on(running: Running) -> None:
@@ -539,8 +533,7 @@ def test_two_tasks_on_one_stream_process_it_independently(fleet: LocalFleet) -> 
     device = fleet.add_device("pi-01").append_config(socket_stream(""))
     device.add_task("nightly", schedule="30 3 * * *").add_task("often", schedule="when 500 rows")
     file, conf = load_config(str(device.config))
-    store = open_store(conf)
-    try:
+    with open_store(conf) as store:
         daemon = build_daemon(file, conf, store)
         start = clock.parse_rfc3339("2026-11-24T23:00:00Z")
         cursors = []
@@ -564,8 +557,6 @@ def test_two_tasks_on_one_stream_process_it_independently(fleet: LocalFleet) -> 
         uplink.start()
         wait_until("an empty outbox", lambda: store.outbox_size()[0] == 0)
         uplink.stop()
-    finally:
-        store.close()
     code, report = fleet.audit()
     assert (code, report["passed"]) == (0, True)
     assert {track["task"]: (track["first"], track["last"]) for track in report["coverage"]} == {

@@ -23,17 +23,6 @@ FOREIGN = new_key(12)
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return packed(tmp_path_factory.mktemp("original"))
-
-
-@pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    """A bundle folder to spoil."""
-    return Path(shutil.copytree(original, tmp_path / "bundle"))
-
-
-@pytest.fixture(scope="module")
 def anomaly(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return packed(tmp_path_factory.mktemp("anomaly"), ANOMALY)
 

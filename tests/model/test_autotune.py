@@ -12,7 +12,7 @@ from agent.errors import BadBundle
 from agent.model.inference import runtime, tuning
 from agent.model.inference.runtime import TfliteModel
 from agent.model.inference.tuning import MAX_TUNING_S, Tuning
-from agent.model.sandbox import autotune, probe
+from agent.model.sandbox import autotune, memory, probe
 from scripts.kit.bundles import CLASSIFY, Recipe, around, model
 
 PLENTY = 1 << 30
@@ -99,7 +99,7 @@ def test_a_batch_that_would_take_more_memory_than_there_is_is_not_taken(
 ) -> None:
     slow.run_s = 0.001
     sizes = iter(range(0, 1 << 40, 1 << 20))
-    monkeypatch.setattr(autotune, "_resident_bytes", lambda: next(sizes))
+    monkeypatch.setattr(memory, "resident_bytes", lambda: next(sizes))
     assert tried("classify_float32", most_bytes=1 << 20, seconds=MINUTE_S).batch == 4
 
 

@@ -20,21 +20,10 @@ from agent.model.bundle import builtin, bundle
 from agent.model.bundle.bundle import Bundle
 from agent.testing.messages import new_key
 from agent.wire import jws
-from scripts.kit.bundles import KEY, archive, change_manifest, packed, resign, write_spec
+from scripts.kit.bundles import KEY, archive, change_manifest, resign, write_spec
 from tests.kit.damage import flips
 
 FOREIGN = new_key(12)
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return packed(tmp_path_factory.mktemp("original"))
-
-
-@pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    """A bundle folder to spoil."""
-    return Path(shutil.copytree(original, tmp_path / "bundle"))
 
 
 def read(path: Path) -> Bundle:

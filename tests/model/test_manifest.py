@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.errors import BadBundle
-from agent.model.bundle import builtin, bundle, manifest
-from agent.model.bundle.bundle import Bundle
-from scripts.kit.bundles import KEY, change_manifest, packed, resign
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return packed(tmp_path_factory.mktemp("original"))
-
-
-@pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    """A bundle folder to spoil."""
-    return Path(shutil.copytree(original, tmp_path / "bundle"))
-
-
-def read(path: Path) -> Bundle:
-    return bundle.read(path, [KEY.public])
-
-
-def refused(path: Path) -> str:
-    """Why; and what the reason says begins with the path."""
-    with pytest.raises(BadBundle) as problem:
-        read(path)
-    assert str(problem.value).startswith(f"{path}: ")
-    return str(problem.value)
+from agent.model.bundle import builtin, manifest
+from scripts.kit.bundles import change_manifest, resign
+from tests.model.test_bundle import refused
 
 
 @pytest.mark.parametrize(

@@ -34,12 +34,14 @@ Floats = NDArray[np.float32]
 Interpreter: Any = vars(runtime)["Interpreter"]
 COUNTS = [0, 1, 4, 5, 31, 32, 33, 100]
 OURS = ["classify_int8", "classify_uint8", "classify_float32", "regress_int8", "anomaly_int8", "fixed_batch"]
+# As other tools export them: convolutions, weights quantized per channel or per tensor, nothing that describes them.
+FOREIGN = ["foreign_keywords", "foreign_autoencoder", "foreign_image"]
 
 
 def content(name: str) -> bytes:
     if name == "exercise":
         return (builtin.bundles_dir() / "exercise" / "model.tflite").read_bytes()
-    if name in OURS:
+    if name in (*OURS, *FOREIGN):
         return model(name)
     if not THIRD_PARTY.exists():
         pytest.skip("models that others made are not beside this repository")
@@ -73,7 +75,7 @@ def noise(loaded: TfliteModel, count: int) -> Floats:
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("name", [*OURS, "exercise", "mlperf_ad01_int8", "mlperf_kws_int8"])
+@pytest.mark.parametrize("name", [*OURS, *FOREIGN, "exercise", "mlperf_ad01_int8", "mlperf_kws_int8"])
 def test_any_number_of_rows_gives_the_bits_of_a_plain_loop(name: str, count: int) -> None:
     loaded = TfliteModel(content(name))
     rows = noise(loaded, count)
@@ -86,7 +88,11 @@ def test_any_number_of_rows_gives_the_bits_of_a_plain_loop(name: str, count: int
 
 @pytest.mark.parametrize("batch", [1, 4, 8, 16, 32, 64, 128])
 @pytest.mark.parametrize(
-    "name", ["exercise", "mlperf_ad01_int8", "mlperf_kws_int8", "mlperf_resnet8_cifar_int8", "mlperf_vww96_int8"]
+    "name",
+    [
+        *("exercise", "foreign_keywords", "foreign_autoencoder"),
+        *("mlperf_ad01_int8", "mlperf_kws_int8", "mlperf_resnet8_cifar_int8", "mlperf_vww96_int8"),
+    ],
 )
 def test_any_size_of_batch_gives_the_bits_of_a_plain_loop(name: str, batch: int) -> None:
     loaded = TfliteModel(content(name), batch)
@@ -108,8 +114,9 @@ def test_a_free_batch_is_used_and_a_fixed_one_is_kept() -> None:
     assert TfliteModel(content("fixed_batch")).batch == 1
 
 
-def test_a_fixed_image_model_runs_row_by_row_and_as_the_plain_loop() -> None:
-    data = content("coral_mobilenet_v1_0.25_128_quant")
+@pytest.mark.parametrize("name", ["coral_mobilenet_v1_0.25_128_quant", "foreign_image"])
+def test_a_fixed_image_model_runs_row_by_row_and_as_the_plain_loop(name: str) -> None:
+    data = content(name)
     loaded = TfliteModel(data)
     rows = noise(loaded, 5)
     assert loaded.batch == 1

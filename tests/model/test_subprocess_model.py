@@ -64,7 +64,7 @@ def test_so_are_those_of_other_types_and_of_fixed_batches(name: str) -> None:
         for count in (1, 0, 33, 5000, 2):
             rows = readings(count, seed=count)
             assert np.array_equal(there.invoke(rows), here.invoke(rows))
-        assert (there.outputs, there.batch, there.input_shape) == (here.outputs, here.batch, here.input_shape)
+        assert (there.outputs, there.input_range) == (here.outputs, here.input_range)
 
 
 def test_windows_of_another_size_are_refused_and_the_process_goes_on(classifier: SubprocessModel) -> None:

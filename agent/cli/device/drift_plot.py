@@ -54,7 +54,7 @@ def plot_device(
     """Return the rows and the accuracy estimate of one device, with a curve each for mean and spread."""
     rows = []
     for name in _list_subjects(timeline):
-        state = _latest_state(timeline, name)
+        state = next((p.subjects[name].state for p in reversed(timeline.points) if name in p.subjects), "insufficient")
         now = timeline.latest(name)
         usual = reference_counts.get(name)
         shown = [(0, now[1].counts.tolist())] if now is not None else []
@@ -158,10 +158,6 @@ def _list_subjects(timeline: Timeline) -> list[str]:
     # Answers have no curve to draw: they get a row only if they drifted.
     others = [n for n in _NON_FIELD_SUBJECTS if n in known and (n != "output" or any(timeline.spells(n, "drift")))]
     return fields + others
-
-
-def _latest_state(timeline: Timeline, name: str) -> str:
-    return next((p.subjects[name].state for p in reversed(timeline.points) if name in p.subjects), "insufficient")
 
 
 def _bin_bounds(scale: FieldScale, name: str, shown: Sequence[tuple[int, Sequence[int]]]) -> Sequence[float] | None:

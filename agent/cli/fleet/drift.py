@@ -88,9 +88,7 @@ def _parse_since(text: str, now_us: int) -> str:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise UsageError(
-            f'--since {text!r}: write a duration ("24 h", "7 d") or a time (2026-11-24T22:18:00Z)'
-        ) from None
+        raise UsageError(f'--since {text!r}: use a duration ("24 h", "7 d") or time (2026-11-24T22:18:00Z)') from None
     moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
     return clock.to_rfc3339(int(moment.timestamp() * 1e6))
 

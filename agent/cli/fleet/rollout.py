@@ -8,6 +8,7 @@ import queue
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,11 +51,7 @@ def start(file: Path, force_reason: str | None, folder: str | None, as_json: boo
     home = fleet_config.find_folder(folder)
     with _open_publisher(home) as publisher:
         resolved = bundles.resolve(plan.read(file), home)
-        _decide_and_publish(
-            publisher,
-            lambda db, operator, counter: actions.start(db, operator, counter, resolved, force_reason),
-            as_json,
-        )
+        _decide_and_publish(publisher, partial(actions.start, plan=resolved, force_reason=force_reason), as_json)
 
 
 @rollout.command("status", epilog="Example: outstation fleet rollout status exercise-1-1 --watch")
@@ -160,11 +157,8 @@ def promote(name: str, force_reason: str | None, folder: str | None, as_json: bo
                 lambda: click.echo(printable(f"{text}. --force REASON promotes it anyway.")),
             )
             sys.exit(1)
-        _decide_and_publish(
-            publisher,
-            lambda db, operator, counter: actions.promote(db, operator, counter, current, verdict, force_reason),
-            as_json,
-        )
+        action = partial(actions.promote, expected=current, verdict=verdict, force_reason=force_reason)
+        _decide_and_publish(publisher, action, as_json)
 
 
 @rollout.command("abort", epilog='Example: outstation fleet rollout abort exercise-1-1 "wrong labels"')
@@ -176,12 +170,7 @@ def abort(name: str, reason: str, folder: str | None, as_json: bool) -> None:
     """Abort NAME: every device returns to its previous bundle, and does not try the bundle again for a while."""
     from agent.fleet.rollout import actions
 
-    _decide(
-        folder,
-        name,
-        as_json,
-        lambda db, operator, counter, current: actions.abort(db, operator, counter, current, reason),
-    )
+    _decide(folder, name, as_json, partial(actions.abort, reason=reason))
 
 
 def build_documents(store: FleetStore, name: str | None) -> list[dict[str, Any]]:
@@ -205,11 +194,10 @@ def _open_publisher(home: Path, role: str = "operator") -> Iterator[RolloutPubli
 
     config = fleet_config.load(home)
     key = keys.load_private(Path(config.operator.key_file))
-    client = f"outstation-{config.fleet.name}-rollout-{os.getpid()}"
+    fleet = config.fleet.name
+    client = f"outstation-{fleet}-rollout-{os.getpid()}"
     with open_store(config) as store:
-        yield RolloutPublisher(
-            store, config.fleet.name, home, key, lambda: Link(config.command_broker, client), role=role
-        )
+        yield RolloutPublisher(store, fleet, home, key, lambda: Link(config.command_broker, client), role=role)
 
 
 def _decide(

@@ -98,7 +98,7 @@ class WindowReport(msgspec.Struct, frozen=True):
     """One drift window, or a run of quiet ones; times are epoch µs. `accuracy` is the estimate with its interval.
 
     Fields cover the whole run, subjects tell the state after it. `ends` and `nearest` have an entry for each window:
-    when it ended, and the largest sum of a test then as a share of its limit.
+    when it ended, and the largest sum of a test then as a share of its limit, None while there are no limits.
     """
 
     t: tuple[int, int]
@@ -107,7 +107,7 @@ class WindowReport(msgspec.Struct, frozen=True):
     subjects: dict[str, SubjectReport]
     accuracy: tuple[float, float, float] | None
     ends: Sequence[int]
-    nearest: Sequence[float]
+    nearest: Sequence[float | None]
 
     @property
     def windows(self) -> int:
@@ -149,7 +149,7 @@ def parse_members(
     if run is not None:
         return WindowReport(t, state, fields, subjects, accuracy, [end for _, end in run.expand_times()], run.nearest)
     shares = [max(s.mean, s.spread) / s.limit for s in subjects.values() if s.limit]
-    return WindowReport(t, state, fields, subjects, accuracy, [t[1]], [max(shares, default=0.0)])
+    return WindowReport(t, state, fields, subjects, accuracy, [t[1]], [max(shares, default=None)])
 
 
 def from_message(body: dict[str, Any], t: tuple[int, int]) -> WindowReport:

@@ -113,11 +113,9 @@ def audit(
 class _LogAuditor:
     """Audits one log, message by message in order of seq."""
 
-    def __init__(
-        self, device: Any, log: Any, keyring: Keyring, stored_results: _StoredResults, report: AuditReport
-    ) -> None:
+    def __init__(self, device: Any, log: Any, keyring: Keyring, results: _StoredResults, report: AuditReport) -> None:
         self._device, self._log = device, log
-        self._keyring, self._stored_results, self._report = keyring, stored_results, report
+        self._keyring, self._results, self._report = keyring, results, report
         self._coverage = RowCoverage()
         self._last_seq = 0
         self._last_digest: str | None = ""
@@ -126,7 +124,7 @@ class _LogAuditor:
 
     def check_message(self, seq: Any, kind: Any, topic: Any, payload: Any, jws: Any) -> None:
         key = (self._device, self._log, seq)
-        stored = self._stored_results.consume(key)
+        stored = self._results.consume(key)
         if type(seq) is not int or seq < 1:
             self._report.add_invalid(key, f"seq {seq!r} is not a sequence number")
             return

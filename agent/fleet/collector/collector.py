@@ -187,9 +187,7 @@ class Collector:
                 break
             events = link.receive(0.0)
         if len(self._held) > MAX_HELD:
-            raise LinkDown(
-                "the database keeps failing and too many messages are held; disconnecting, the broker keeps the rest"
-            )
+            raise LinkDown("the database keeps failing: too many messages are held, and the broker keeps the rest")
 
     def _store_held(self, link: CollectorLink) -> None:
         batch = self._held[:BATCH_SIZE]

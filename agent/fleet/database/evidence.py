@@ -33,9 +33,6 @@ class EvidenceQueries:
         row: tuple[str, bytes, str] | None = self._db.execute(sql, (device, log, seq)).fetchone()
         return row
 
-    def load_newest_logs(self) -> dict[str, str]:
-        return dict(self._store.newest_logs())
-
     def load_newest_message(self, device: str, log: str, kind: str) -> Row | None:
         """Return (device, log, seq, topic, payload, jws) of the newest message of a kind in a log."""
         sql = "SELECT device, log, seq, topic, payload, jws FROM messages WHERE device = ? AND log = ? AND kind = ?"
@@ -53,9 +50,6 @@ class EvidenceQueries:
         """Return the alerts that the collector raised or cleared itself, oldest first."""
         columns = "device, task, alert, subject, state, severity, summary, time, id"
         return self._query(f"SELECT {columns} FROM alerts WHERE source = 'collector' ORDER BY time, log, seq")
-
-    def load_refusals(self) -> list[dict[str, Any]]:
-        return self._store.refusals()
 
     def count_labels(self) -> dict[tuple[str, str], dict[str, int]]:
         """Return (device, task) → source → number of labels stored in the fleet database."""

@@ -142,9 +142,7 @@ def parse_evictions(body: object) -> list[tuple[int, int]]:
     # A reissued message has the numbers of the log that it was first written in.
     if not isinstance(body, AuditPayload) or body.event != EVICTED or body.reissued:
         return []
-    return [
-        (first, min(last, body.seq - 1)) for first, last in parse_ranges(body.evidence.get("seq")) if first < body.seq
-    ]
+    return [(a, min(b, body.seq - 1)) for a, b in parse_ranges(body.evidence.get("seq")) if a < body.seq]
 
 
 def parse_log_end(body: object) -> tuple[str, int] | None:

@@ -119,7 +119,15 @@ class IngestBatch:
             elif next(stored) == message.payload:
                 yield "duplicate"
             else:
-                yield self._record_conflict(message, message.body)
+                body = message.body
+                summary = (
+                    f"{body.device} signed two different messages as seq {body.seq} of log {body.log}: its key or its "
+                    "store was copied. The first one is kept; table refusal_samples has the other."
+                )
+                self._alerts.append(message_alert_row(SIGNED_TWICE, body, summary, self._now))
+                head = (body.device, CONFLICTING_PAYLOAD, f"log {body.log} seq {body.seq}", str(message.topic))
+                self._refusals.append(Refusal(*head, message.payload, message.jws))
+                yield "conflict"
 
     def _project_new(self, message: VerifiedMessage, body: Any) -> None:
         changes = self._changes_for((body.device, body.log))
@@ -135,18 +143,6 @@ class IngestBatch:
 
     def _changes_for(self, log: LogId) -> LogChanges:
         return self._log_changes.setdefault(log, LogChanges())
-
-    def _record_conflict(self, message: VerifiedMessage, body: Any) -> IngestOutcome:
-        summary = (
-            f"{body.device} signed two different messages as seq {body.seq} of log {body.log}: its key or its store "
-            "was copied. The first one is kept; table refusal_samples has the other."
-        )
-        self._alerts.append(message_alert_row(SIGNED_TWICE, body, summary, self._now))
-        detail = f"log {body.log} seq {body.seq}"
-        self._refusals.append(
-            Refusal(body.device, CONFLICTING_PAYLOAD, detail, str(message.topic), message.payload, message.jws)
-        )
-        return "conflict"
 
     def _write_refusals(self) -> None:
         names = sorted({_to_storable_text(refusal.device) for refusal in self._refusals})

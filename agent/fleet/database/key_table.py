@@ -54,9 +54,7 @@ def revoke(db: Connection, device: str, kid: str | None, now: str) -> list[str]:
     kids = [str(row[0]) for row in db.execute(sql, (device, kid, kid))]
     if not kids:
         wanted = f"key {kid}" if kid else "key"
-        raise UsageError(
-            f"device {device!r} has no {wanted} that can be revoked; `outstation fleet devices` lists the keys"
-        )
+        raise UsageError(f"device {device!r} has no {wanted} to revoke; `outstation fleet devices` lists the keys")
     db.executemany("UPDATE keys SET revoked = ? WHERE kid = ?", [(now, kid) for kid in kids])
     _bump_keys_version(db)
     return kids

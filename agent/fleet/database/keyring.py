@@ -50,9 +50,7 @@ class Keyring:
                 key = known.get(kid) or parse_public_key(text)
             except ValueError as error:
                 # It must not stop the collector from using the others.
-                logger.error(
-                    "device %s: its enrolled key is invalid (%s); enrol it again with --replace", device, error
-                )
+                logger.error("device %s: its key is invalid (%s); enrol it again with --replace", device, error)
                 continue
             signers[kid] = DeviceKey(device, key, revoked, log, last_seq)
         self._signers, self._version = signers, version

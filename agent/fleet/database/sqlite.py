@@ -15,7 +15,7 @@ from typing import Any
 import sqlite_utils
 
 from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
-from agent.fleet.database.interface import Cursor, Gap, LogId, Row, Values, display_name
+from agent.fleet.database.interface import Cursor, Gap, LogId, MessageKey, Row, Values, display_name
 from agent.fleet.database.schema import MIGRATIONS, Migration
 
 LOCK_WAIT_S = 5.0
@@ -60,7 +60,7 @@ class SqliteConnection(sqlite3.Connection):
     def add_messages(self, rows: Sequence[Row]) -> list[bool]:
         return [self.execute(_INSERT_MESSAGE, row).rowcount > 0 for row in rows]
 
-    def payloads(self, keys: Sequence[tuple[str, str, int]]) -> list[bytes | None]:
+    def payloads(self, keys: Sequence[MessageKey]) -> list[bytes | None]:
         return [row and row[0] for row in self.execute_each(_PAYLOAD, keys)]
 
     def bulk_insert(self, table: str, rows: Sequence[Row]) -> None:
@@ -84,9 +84,7 @@ class SqliteConnection(sqlite3.Connection):
             for log, (a, b) in spans.items()
         }
 
-    def store_gaps(
-        self, removed: Sequence[tuple[str, str, int]], added: Sequence[tuple[str, str, int, int, bool]]
-    ) -> None:
+    def store_gaps(self, removed: Sequence[MessageKey], added: Sequence[tuple[str, str, int, int, bool]]) -> None:
         self.executemany("DELETE FROM gaps WHERE device = ? AND log = ? AND first = ?", removed)
         self.executemany("INSERT INTO gaps VALUES (?, ?, ?, ?, ?)", added)
 

@@ -31,9 +31,7 @@ class CreatedRepository(msgspec.Struct, frozen=True):
     threshold: int
 
 
-def create(
-    folder: Path, *, roots: int = 1, threshold: int = 1, current_time: datetime | None = None
-) -> CreatedRepository:
+def create(folder: Path, *, roots: int = 1, threshold: int = 1, now: datetime | None = None) -> CreatedRepository:
     """Create a repository in the fleet's folder, governed by `threshold` of `roots` root keys. Raises UsageError.
 
     An interrupted creation is completed with the keys that exist.
@@ -41,7 +39,7 @@ def create(
     if not 1 <= threshold <= roots <= MAX_ROOTS:
         limits = f"use 1 to {MAX_ROOTS} root keys, and a threshold up to it"
         raise UsageError(f"--threshold {threshold} of --roots {roots}: {limits}")
-    layout, current_time = Layout(folder), current_time or expiry.now()
+    layout, now = Layout(folder), now or expiry.now()
     durable_files.make_folder(layout.home)
     with layout.locked():
         existing = layout.newest_root_path()
@@ -49,7 +47,7 @@ def create(
             raise UsageError(f"{existing}: a repository exists already; devices trust its keys, so it is not replaced")
         keyring = RepositoryKeyring(layout.keys)
         files = [layout.keys / f"root-{number}.key" for number in range(1, roots + 1)]
-        root = Metadata(Root(version=1, expires=current_time + expiry.lifetime(ROOT), consistent_snapshot=True))
+        root = Metadata(Root(version=1, expires=now + expiry.lifetime(ROOT), consistent_snapshot=True))
         for file in files:
             root.signed.add_key(keyring.find_or_generate(file.stem), ROOT)
         for role in (TARGETS, SNAPSHOT, TIMESTAMP):
@@ -59,7 +57,7 @@ def create(
             root.sign(signer, append=True)
         durable_files.make_folder(layout.targets)
         first = Edition(root, Metadata(Timestamp()), Metadata(Snapshot()), Metadata(Targets()))
-        edition.write(layout, first, TOP_LEVEL_ROLES, keyring, current_time)
+        edition.write(layout, first, TOP_LEVEL_ROLES, keyring, now)
         # Written last: a repository without root does not exist yet.
         durable_files.write(layout.root_path(1), root.to_bytes())
     return CreatedRepository(layout.root_path(1), files, threshold)

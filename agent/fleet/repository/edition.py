@@ -81,16 +81,14 @@ def load(layout: Layout, next_root: Root | None = None) -> Edition:
 
 
 def _read_role(
-    kind: type[T], layout: Layout, role: str, meta_file: MetaFile, delegators: list[Root] | list[Targets]
+    kind: type[T], layout: Layout, role: str, meta_file: MetaFile, parents: list[Root] | list[Targets]
 ) -> Metadata[T]:
     data = layout.role_path(role, meta_file.version).read_bytes()
     meta_file.verify_length_and_hashes(data)
     metadata = Metadata[T].from_bytes(data)
     if not isinstance(metadata.signed, kind):
         raise ValueError(f"{role} holds metadata of type {metadata.signed.type}")
-    results = [
-        delegator.get_verification_result(role, metadata.signed_bytes, metadata.signatures) for delegator in delegators
-    ]
+    results = [parent.get_verification_result(role, metadata.signed_bytes, metadata.signatures) for parent in parents]
     if not any(results):
         raise ValueError(f"{role} is signed by {len(results[0].signed)} of {results[0].threshold} keys")
     return metadata
@@ -101,7 +99,7 @@ def write(
     edition: Edition,
     changed: Collection[str],
     keyring: RepositoryKeyring,
-    current_time: datetime,
+    now: datetime,
     next_root: Root | None = None,
     *,
     trust_clock: bool = False,
@@ -116,18 +114,24 @@ def write(
     if TIMESTAMP in edition.published_versions and not trust_clock:
         # With a clock behind the last signature, the expiry would be too early.
         last = expiry.signing_time(TIMESTAMP, edition.timestamp.signed.expires)
-        if current_time < last - REFRESH_INTERVAL:
+        if now < last - REFRESH_INTERVAL:
             raise UsageError(
-                f"{layout.home}: this machine's clock says {current_time:%Y-%m-%d %H:%M}, before the last signature on "
+                f"{layout.home}: this machine's clock says {now:%Y-%m-%d %H:%M}, before the last signature on "
                 f"{last:%Y-%m-%d %H:%M}; set the clock, or if it was wrong then: `refresh --trust-clock`"
             )
     signers = {role: _find_signers(edition, role, keyring, next_root) for role in order}
     written: dict[str, bytes] = {}
     for role in order:
         part = edition.get_metadata(role)
-        _update_reference(edition, role, written)
+        if role == TIMESTAMP and SNAPSHOT in written:
+            version = edition.snapshot.signed.version
+            edition.timestamp.signed.snapshot_meta = MetaFile.from_data(version, written[SNAPSHOT], ["sha256"])
+        if role == SNAPSHOT:
+            for name, data in written.items():
+                version = edition.get_metadata(name).signed.version
+                edition.snapshot.signed.meta[f"{name}.json"] = MetaFile.from_data(version, data, ["sha256"])
         part.signed.version = edition.published_versions.get(role, 0) + 1
-        part.signed.expires = current_time + expiry.lifetime(role)
+        part.signed.expires = now + expiry.lifetime(role)
         part.signatures.clear()
         for signer in signers[role]:
             part.sign(signer, append=True)
@@ -136,16 +140,6 @@ def write(
         durable_files.write(layout.role_path(role, edition.get_metadata(role).signed.version), written[role])
     edition.published_versions |= {role: edition.get_metadata(role).signed.version for role in order}
     prune(layout, edition)
-
-
-def _update_reference(edition: Edition, role: str, written: dict[str, bytes]) -> None:
-    if role == TIMESTAMP and SNAPSHOT in written:
-        version = edition.snapshot.signed.version
-        edition.timestamp.signed.snapshot_meta = MetaFile.from_data(version, written[SNAPSHOT], ["sha256"])
-    if role == SNAPSHOT:
-        for name, data in written.items():
-            version = edition.get_metadata(name).signed.version
-            edition.snapshot.signed.meta[f"{name}.json"] = MetaFile.from_data(version, data, ["sha256"])
 
 
 def _find_signers(edition: Edition, role: str, keyring: RepositoryKeyring, next_root: Root | None) -> list[Signer]:

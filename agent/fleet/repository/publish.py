@@ -50,14 +50,14 @@ def publish(
     *,
     run_probe: bool = True,
     sign_with: Sequence[Path] = (),
-    current_time: datetime | None = None,
+    now: datetime | None = None,
 ) -> PublishResult:
     """Publish the bundle at `path`, signed by one of `publishers`, for the devices of the fleet in `folder`.
 
     The probe loads the bundle and runs its golden vectors first, and measures its memory; without it, the memory limit
     of the manifest counts. Raises UsageError, and BadBundle, also for a version published with other bytes.
     """
-    layout, current_time = Layout(folder), current_time or expiry.now()
+    layout, now = Layout(folder), now or expiry.now()
     bundle = bundles.read(path, publishers)
     if bundle.manifest.name in TOP_LEVEL_ROLES:
         raise BadBundle(f"{path}: {bundle.manifest.name!r} is a top-level role of the repository; rename the bundle")
@@ -75,7 +75,7 @@ def publish(
     archive = build_archive(bundle)
     with layout.locked():
         keyring = RepositoryKeyring(layout.keys, sign_with)
-        current = root_rotation.load_current(layout, keyring, current_time)
+        current = root_rotation.load_current(layout, keyring, now)
         listed = _find_published(current, metadata)
         if listed is not None:
             published = target_metadata.decode(listed.custom)
@@ -85,7 +85,7 @@ def publish(
         changed = _ensure_delegation(current, metadata.name, keyring)
         current.bundles[metadata.name].signed.targets[target] = file
         durable_files.write(layout.target_path(target, file.hashes["sha256"]), archive)
-        edition.write(layout, current, changed, keyring, current_time)
+        edition.write(layout, current, changed, keyring, now)
     return PublishResult(metadata, target, len(archive), bundle.signer, is_new=True)
 
 
@@ -141,9 +141,7 @@ def _ensure_delegation(current: Edition, name: str, keyring: RepositoryKeyring) 
     if name in current.bundles:
         return {name}
     if not keyring.signers(current.keyids(TARGETS)):
-        raise UsageError(
-            f"{keyring.folder}: the first bundle named {name} needs the targets key; name its file with --sign-with"
-        )
+        raise UsageError(f"{keyring.folder}: the first bundle named {name} needs the targets key; use --sign-with FILE")
     key = keyring.find_or_generate(f"bundle-{name}-1")
     delegations = current.targets.signed.delegations or Delegations({}, {})
     current.targets.signed.delegations = delegations

@@ -167,9 +167,8 @@ def _verify_role(
                 raise _ChainError(file, f"does not verify: {count} by keys that {signing.type} {signing.version} lists")
         if meta_file is not None:
             if metadata.signed.version != meta_file.version:
-                raise _ChainError(
-                    file, f"is version {metadata.signed.version}, but version {meta_file.version} is signed"
-                )
+                actual, expected = metadata.signed.version, meta_file.version
+                raise _ChainError(file, f"is version {actual}, but version {expected} is signed")
             meta_file.verify_length_and_hashes(data)
         signatures.append(_build_signature(file, role, delegators[-1], metadata, result))
         return metadata.signed

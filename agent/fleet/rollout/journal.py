@@ -99,9 +99,7 @@ def _rollout_from_row(row: Sequence[Any]) -> Rollout:
     try:
         plan = msgspec.json.decode(text, type=RolloutPlan)
     except (msgspec.MsgspecError, TypeError, ValueError) as error:
-        raise StorageError(
-            f"table rollouts: the plan of {name!r} was altered ({error}); restore the database"
-        ) from None
+        raise StorageError(f"table rollouts: plan of {name!r} was altered ({error}); restore the database") from None
     if type(step) is not int or not 1 <= step <= len(plan.steps):
         raise StorageError(f"table rollouts: {name!r} has no step {step!r}; restore the database")
     return Rollout(name, plan, topic, started, state, step)

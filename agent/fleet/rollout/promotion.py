@@ -41,7 +41,7 @@ MAX_WINDOW_RATIO = 2
 MIN_LABELLED = 100
 
 
-class PromotionRuleResult(msgspec.Struct, frozen=True):
+class RuleOutcome(msgspec.Struct, frozen=True):
     """Outcome of one rule; the number and its interval are None without enough data. `text` is for people."""
 
     rule: str
@@ -61,7 +61,7 @@ class StepVerdict(msgspec.Struct, frozen=True):
     outcome: StepOutcome
     summary: str
     blockers: list[str]
-    rule_results: list[PromotionRuleResult]
+    rule_results: list[RuleOutcome]
     reporting: int
     needed: int
     failed: int
@@ -81,7 +81,7 @@ def evaluate_step(
     promote, is_shadow = rollout.current_step.promote, rollout.current_step.strategy == "shadow"
     taking_part = [device.device for device in devices.selected if not device.has_failed and not device.is_incompatible]
     messages = tallies.select_messages(taking_part, new_is_shadow=is_shadow)
-    results = evaluate_promotion_rules(messages, promote, new_is_shadow=is_shadow)
+    results = evaluate_promotion(messages, promote, new_is_shadow=is_shadow)
     needed, reporting = _count_reporting(rollout, devices, messages)
     # A clock that was set back only makes the step wait longer.
     hours = max(0.0, (now_us - clock.parse_rfc3339(step_start)) / 3.6e9)
@@ -111,15 +111,13 @@ def evaluate_step(
     return StepVerdict(outcome, summary, blockers, results, reporting, needed, failed, responding, hours)
 
 
-def evaluate_promotion_rules(
-    messages: MessagesByDevice, promote: Promotion, *, new_is_shadow: bool
-) -> list[PromotionRuleResult]:
+def evaluate_promotion(messages: MessagesByDevice, promote: Promotion, *, new_is_shadow: bool) -> list[RuleOutcome]:
     """Evaluate every rule of `promote`. `new_is_shadow` is False where the new bundle's results are published."""
     blocks = balance_devices(messages)
     limits = RuleLimits(
         promote.min_agreement, promote.max_latency_ratio, None, promote.max_accuracy_drop, promote.max_error_growth
     )
-    by_rule = {result.rule: result for result in rules.evaluate_limits(limits, blocks, new_is_shadow)}
+    by_rule = {result.rule: result for result in rules.evaluate_rules(limits, blocks, new_is_shadow)}
     block_count, device_count = len(blocks), len({block.device for block in blocks})
     sample = f"over {block_count} blocks of {device_count} devices"
     results = []
@@ -133,7 +131,7 @@ def evaluate_promotion_rules(
             state = result.state
             value, low, high = (float(result.numbers[key]) for key in ("value", "low", "high"))
             text = f"{title} {value:.3f} [{low:.3f}, {high:.3f}] {sample} ({bound} {limit:g}: {state})"
-        results.append(PromotionRuleResult(name, state, text, limit, value, low, high, block_count, device_count))
+        results.append(RuleOutcome(name, state, text, limit, value, low, high, block_count, device_count))
     return results
 
 
@@ -222,9 +220,7 @@ def _find_blockers(promote: Promotion, devices: StepDevices, needed: int, report
     return blockers
 
 
-def _find_undecided_rules(
-    rollout: Rollout, devices: StepDevices, rule_results: Sequence[PromotionRuleResult]
-) -> list[str]:
+def _find_undecided_rules(rollout: Rollout, devices: StepDevices, rule_results: Sequence[RuleOutcome]) -> list[str]:
     """Return the rules that block the step. After the last step's devices are done, only failed rules do."""
     all_done = bool(devices.responding) and all(device.is_done for device in devices.responding)
     if all_done and rollout.next_step is None:

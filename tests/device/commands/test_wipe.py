@@ -88,12 +88,12 @@ def test_a_word_is_forgotten_by_a_restart(desk: Desk, halted: Halted) -> None:
 def data_dir(folder: Path) -> tuple[Path, list[Path], list[Path]]:
     """Return a data folder with the device's files and keys, and files that a wipe preserves."""
     data = folder / "data"
-    for name in ("keys", "quarantine/1", "bundles/.kept/ab", "bundles/.fetched", "updates/ab", "bundles/mine"):
+    for name in ("keys", "quarantine/1", "bundles/.copies/ab", "bundles/.fetched", "updates/ab", "bundles/mine"):
         (data / name).mkdir(parents=True)
     for name in (
         *("outstation.db", "outstation.db-wal", "intake.sock", "keys/k.key", "quarantine/1/outstation.db"),
         *("bundles/.fetched/ab.zip", "bundles/.fetched/ab.part", "updates/ab/timestamp.json"),
-        *("bundles/.kept/ab/model.tflite", "bundles/mine/model.tflite", "outstation.toml", "device.crt"),
+        *("bundles/.copies/ab/model.tflite", "bundles/mine/model.tflite", "outstation.toml", "device.crt"),
     ):
         (data / name).write_text("secret")
     keys.generate(folder / "device.key")

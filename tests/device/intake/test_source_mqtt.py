@@ -59,12 +59,9 @@ class Site:
 
     def stored(self) -> list[float]:
         """The first field's values, of a device that does not run."""
-        store = Store.open_read_only(self.folder)
-        try:
+        with Store.open_read_only(self.folder) as store:
             result: list[float] = rows_of(store, "room", self.stream).columns[0].tolist()
             return result
-        finally:
-            store.close()
 
     def publish(self, topic: str, *payloads: Any) -> None:
         link = Link(BrokerConfig(url=self.broker.url), "sensor")

@@ -161,16 +161,13 @@ def test_health_and_status_tell_of_a_deadline_that_was_missed(tmp_path: Path) ->
     )
     keys.generate(tmp_path / KEY_FILE)
     path, conf = load_config(str(file))
-    store = open_store(conf)
-    try:
+    with open_store(conf) as store:
         t = NOW.wall_us + 20_000 * np.arange(300, dtype=np.int64)
         with store.transaction() as tx:
             tx.append("watch", Rows(t, tuple(np.zeros(300, "<f4") for _ in range(6))), "synced")
         task = load_task(path, conf, store, "exercise")
         assert batch.run(task, store, open_message_log(path, conf, store), NOW) is not None
         output: dict[str, Any] = build_body(conf, store, {})["tasks"]["exercise"]["deadline"]
-    finally:
-        store.close()
     assert (output["seconds"], output["late"], output["last"]["windows"]) == (1e-6, 1, 1)
     requested = ["status", "-c", str(file)]
     done = CliRunner().invoke(cli, [*requested, "--json"])

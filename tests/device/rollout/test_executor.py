@@ -104,7 +104,7 @@ def test_a_shadow_ends_when_the_device_is_no_longer_selected(site: Site) -> None
     site.desire("2", "shadow", percent=0.0)
     assert site.phase == "not_selected"
     assert task.batch_observer is None
-    assert site.daemon._rollout.rollouts._rollouts["sort"].canary is None
+    assert site.daemon._updater.rollouts._rollouts["sort"].canary is None
 
 
 def compared(site: Site) -> ShadowState | None:
@@ -428,7 +428,7 @@ def test_a_rollback_right_after_a_start_ends_the_canary(site: Site) -> None:
     on_probation(site)
     site.batch()
     site.crash()
-    assert site.daemon._rollout.is_resuming("sort")
+    assert site.daemon._updater.rollouts.is_resuming("sort")
     ok, summary, _ = site.obey("rollback", task="sort")
     assert ok, summary
     assert (site.phase, site.reason, site.batch()) == ("rolled_back", "operator", "1")
@@ -480,7 +480,7 @@ def test_stopping_does_not_wait_for_a_hanging_model(site: Site) -> None:
 
 def test_a_roll_out_repairs_a_task_with_a_broken_bundle(site: Site) -> None:
     site.stop()
-    for path in (site.home / "data" / "bundles" / "tiny", *(site.home / "data" / "bundles" / ".kept").iterdir()):
+    for path in (site.home / "data" / "bundles" / "tiny", *(site.home / "data" / "bundles" / ".copies").iterdir()):
         (path / "model.tflite").write_bytes(b"no model")
     site.start()
     assert site.runs() is None
@@ -495,7 +495,7 @@ def test_a_roll_out_repairs_a_task_with_a_broken_bundle(site: Site) -> None:
 @crashing
 def test_rows_wait_if_the_only_bundle_crashes(site: Site) -> None:
     site.stop()
-    for path in (site.home / "data" / "bundles" / "tiny", *(site.home / "data" / "bundles" / ".kept").iterdir()):
+    for path in (site.home / "data" / "bundles" / "tiny", *(site.home / "data" / "bundles" / ".copies").iterdir()):
         (path / "model.tflite").write_bytes(b"no model")
     site.start()
     site.desire("crash", "all")

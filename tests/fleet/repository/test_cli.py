@@ -336,7 +336,7 @@ def test_expiry_raises_one_alert_until_renewal(desk: Operator, tmp_path: Path) -
     [alert] = store.alerts()
     assert (alert["alert"], alert["severity"], alert["device"]) == ("repository", "warning", "")
     assert "targets expires in 55 days" in alert["summary"]
-    assert upkeep.refresh(desk.folder, sign_with=[away], current_time=later + timedelta(hours=4)).roles[0] == "targets"
+    assert upkeep.refresh(desk.folder, sign_with=[away], now=later + timedelta(hours=4)).roles[0] == "targets"
     upkeep.maintain(desk.folder, store, later + timedelta(hours=5))
     assert store.alerts() == []
     assert len(store.alerts(closed=True)) == 2
