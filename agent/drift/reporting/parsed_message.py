@@ -139,11 +139,11 @@ def parse_members(
         raise ValueError(str(error)) from error
     if not 0 < len(fields) <= MAX_FIELDS:
         raise ValueError(f"{len(fields)} fields")
-    answers, together, expected = decoded
+    predictions, all_fields, expected = decoded
     accuracy = None
     if expected is not None and expected.accuracy is not None:
         accuracy = (expected.accuracy, expected.low, expected.high)
-    subjects = dict(_subject_reports(fields, answers, together))
+    subjects = dict(_subject_reports(fields, predictions, all_fields))
     if state == "fault":
         subjects = {name: _mark_untested(subject) for name, subject in subjects.items()}
     if run is not None:

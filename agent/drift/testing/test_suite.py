@@ -116,7 +116,11 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
     """Tester of windows against one site's reference."""
 
     reference: Reference
-    calibration: SiteCalibration
+
+    @property
+    def calibration(self) -> SiteCalibration:
+        assert self.reference.site is not None
+        return self.reference.site
 
     @cached_property
     def limits(self) -> CusumLimits:
