@@ -44,7 +44,15 @@ _MARKS = {
         "agent.testing.process",
         "scripts.kit.bundles.activated",
         "scripts.kit.bundles.packed",
+        "scripts.benchmarks.drift_peers",
+        "scripts.faults.disk",
+        "scripts.fuzzing",
         "scripts.kit.postgres",
+        "tests.end_to_end.test_daemon",
+        "tests.kit.exchanges",
+        "tests.kit.repositories",
+        "tests.kit.rollouts",
+        "tests.kit.stations.Killable",
         "tests.kit.updating",
     },
 }
@@ -82,9 +90,9 @@ def only_marked_tests_start_processes(request: pytest.FixtureRequest, monkeypatc
     if request.node.get_closest_marker("process") is None:
 
         def refuse(*arguments: object, **options: object) -> None:
-            pytest.fail(f"a test without the mark `process` starts {arguments}; add what it uses to _MARKS")
+            pytest.fail(f"a test without the mark `process` starts {arguments[1]}; add what it uses to _MARKS")
 
-        monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+        monkeypatch.setattr(subprocess.Popen, "_execute_child", refuse)
 
 
 @pytest.fixture(scope="session")

@@ -47,10 +47,7 @@ class CalibrationResult(msgspec.Struct, frozen=True):
 
 
 def calibrate_scores(outputs: Float32s, truth: NDArray[Any], manifest: Manifest, method: str) -> CalibrationResult:
-    """Calibrate scores from `outputs` (w, K) and the true classes (w,), or 0 or 1 for each label (w, L).
-
-    Scores stay as they are if calibration does not make the labels of the other half more likely. Raises UsageError.
-    """
+    """Calibrate scores from `outputs` (w, K) and classes (w,), or (w, L), if that helps. Raises UsageError."""
     multi_label = manifest.output.multi_label
     if len(truth) < MIN_LABELLED_RESULTS:
         raise UsageError(f"{len(truth)} labelled results; at least {MIN_LABELLED_RESULTS} are needed to calibrate")

@@ -43,10 +43,7 @@ class SpecInput(config.Section, frozen=True, kw_only=True):
 
 
 class SpecOutput(config.Section, frozen=True, kw_only=True):
-    """Section [output]; `calibration_data` is held-out data, from which scores are calibrated.
-
-    For an anomaly the threshold is set above a share `quantile` of normal values of these data, or of the reference's.
-    """
+    """Section [output]; a `quantile` of normal `calibration_data`, else of the reference, is the threshold."""
 
     activation: Literal["none", "softmax", "sigmoid"] = "none"
     temperature: Annotated[float, msgspec.Meta(gt=0)] = 1.0

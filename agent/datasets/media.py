@@ -39,10 +39,7 @@ def list_files(path: Path, spec: ModelInput) -> list[Path]:
 
 
 class MediaReader:
-    """Folder of JPEG, PNG or WAV with its subfolders, or one such file; another file is rejected by its name.
-
-    Its text columns are the name of the file and, of files in subfolders, the subfolder's name as label.
-    """
+    """Folder of JPEG, PNG or WAV, or one such file; its text columns are the file and the subfolder as label."""
 
     def __init__(self, path: Path, spec: ModelInput, text_columns: Sequence[str] = ()) -> None:
         """Raise UsageError."""

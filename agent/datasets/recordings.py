@@ -35,11 +35,7 @@ _BLOCK_ROWS = 1 << 16
 
 
 class Recordings(msgspec.Struct, frozen=True, eq=False):
-    """Recording r is rows `starts[r]` to `starts[r + 1]` of `rows` (n, F) float32, of `label[r]` and `subject[r]`.
-
-    `t` (n,) epoch seconds, if the file has times; `rate` in rows a second, on average. `columns` are all arrays (n,) or
-    with an entry for each recording, those among them.
-    """
+    """Recording r is rows `starts[r]` to `starts[r + 1]`; `t` in epoch seconds; `rate` in rows a second."""
 
     rows: Float32s
     starts: Ints

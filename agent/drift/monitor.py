@@ -121,11 +121,10 @@ class DriftMonitor:
         Also returns the open drift alerts, cleared: the reference they were raised against is gone.
         """
         reason = "this site's reference is learned anew"
-        subjects = np.flatnonzero(state.suite.open_subjects).tolist()
+        lifecycle = self._alert_lifecycle
         cleared = [
-            self._alert_lifecycle.build_cleared_alert(state, "drift", subject, f"{name}: {reason}.")
-            for subject in subjects
-            for name in (self._alert_lifecycle.subjects[subject],)
+            lifecycle.build_cleared_alert(state, "drift", subject, f"{lifecycle.subjects[subject]}: {reason}.")
+            for subject in np.flatnonzero(state.suite.open_subjects).tolist()
         ]
         fresh = replace(
             state,
@@ -291,24 +290,15 @@ class DriftMonitor:
             self.min_learn_s, state.requested_learn_s
         ):
             return replace(state, learning=learning), None, None
-        empty = self._empty_learning
-        shipped = replace(self.shipped, window=self.window)
+        fresh, shipped = replace(state, learning=self._empty_learning), replace(self.shipped, window=self.window)
+        number = state.learned_count + 1
         try:
-            site = calibrate_reference(
-                shipped, learning, source="site", seasonality=self.seasonality, number=state.learned_count + 1
-            )
+            site = calibrate_reference(shipped, learning, source="site", seasonality=self.seasonality, number=number)
         except BadBundle as refused:
-            return replace(state, learning=empty), None, f"{refused}; gathering {self.learn_windows} new windows"
-        return (
-            replace(
-                state, learning=empty, site_reference=site, learned_count=state.learned_count + 1, requested_learn_s=0.0
-            ),
-            site,
-            None,
-        )
+            return fresh, None, f"{refused}; gathering {self.learn_windows} new windows"
+        return replace(fresh, site_reference=site, learned_count=number, requested_learn_s=0.0), site, None
 
     def _get_tester(self, reference: Reference) -> DriftTester:
         if self._tester is None or self._tester.reference is not reference:
-            assert reference.site is not None
-            self._tester = DriftTester(reference, reference.site)
+            self._tester = DriftTester(reference)
         return self._tester

@@ -152,10 +152,7 @@ class BatchLatency(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """`metric` is the primary metric, better if its `direction` is followed: higher or lower.
-
-    Field importance, robustness and comparisons look at it. `machine` is the one that `latency` was measured on.
-    """
+    """`metric` is the primary one, better in its `direction`; `machine` is where `latency` was measured."""
 
     v: int = 1
     evaluated_at: str

@@ -39,10 +39,7 @@ def activate(
     known_tunings: Sequence[Tuning] = (),
     loading: Callable[[Bundle], AbstractContextManager[object]] = nullcontext,
 ) -> LoadedBundle:
-    """Verify, probe and load the bundle at `path`. Raises BadBundle.
-
-    The tuning is taken from `known_tunings`, or measured. The model is loaded inside the context `loading`.
-    """
+    """Verify, probe and load the bundle at `path`, inside the context `loading`. Raises BadBundle."""
     verified = bundle.read(path, [*publishers, *builtin.publisher_keys()])
     try:
         return load_bundle(probe_bundle(verified, known_tunings), loading)

@@ -113,10 +113,7 @@ def add_losses(
     *,
     binary_loss: bool,
 ) -> list[DegradationEvent]:
-    """Add labelled results to `state`, in the order their labels arrived; return what that raised or cleared.
-
-    `expected` is the loss that the model's scores lead to expect; `binary_loss`: every loss is 0 or 1.
-    """
+    """Add labelled results as their labels arrived; `expected` is the loss by the model's scores. Return events."""
     events: list[DegradationEvent] = []
     for loss, expected_loss in zip(losses, expected, strict=True):
         state.pending.append((float(loss), expected_loss))

@@ -23,10 +23,7 @@ from agent.performance.metrics import LabelledPredictions, WeightVector
 
 
 class MetricEstimate(msgspec.Struct, frozen=True):
-    """Metric with its 95 % interval; slice "" is all results.
-
-    `state` of a slice: ok, worse (significantly, than all other results), or small (too few results to tell).
-    """
+    """Metric with its 95 % interval; slice "" is all results. `state` of a slice: ok, worse, or small."""
 
     metric: str
     value: float | None

@@ -35,10 +35,7 @@ def wilson(share: float, n: float) -> tuple[float, float]:
 
 
 def estimate_design_effect(values: Float64s) -> float:
-    """Return how many results count as one, from (n,) values in order, as of an AR(1) process.
-
-    Its coefficient is the correlation of each value with the one before, less what chance explains.
-    """
+    """Return how many of (n,) values in order count as one, as of an AR(1) process, beyond chance."""
     n = len(values)
     if n < 10 or not np.isfinite(values).all():
         return 1.0

@@ -105,10 +105,7 @@ class WeightVector:
 
 
 class Part(msgspec.Struct, frozen=True):
-    """Value of a statistic, of `n` results; in `slice`, and with a name of its own, if it is of one class.
-
-    `smallest_class`: labels of the rarest class it depends on. `rests_on`: results that a share is of; 0 for no share.
-    """
+    """Value of a statistic of `n` results, `smallest_class` in the rarest class; a share `rests_on` so many."""
 
     n: int
     smallest_class: int = intervals.MIN_RESULTS
@@ -348,10 +345,7 @@ def equal_mass_bins(score: Float64s) -> Ints:
 
 
 def chance_ece(score: Float64s, bins: Ints, design_effect: float) -> tuple[float, float]:
-    """Return mean and standard deviation of the ECE if each answer is right with the probability that its score says.
-
-    The gap of a bin is near normal with mean 0 then, and its size half-normal.
-    """
+    """Return mean and sd of the ECE of a calibrated model: the gap of each bin is near half-normal."""
     variance = np.bincount(bins, score * (1 - score)) * design_effect
     expected = float(np.sqrt(2 / math.pi * variance).sum()) / len(score)
     return expected, math.sqrt((1 - 2 / math.pi) * float(variance.sum())) / len(score)

@@ -30,7 +30,7 @@ STATE_LABELS = {
 }
 MAX_LIMIT_MULTIPLE = 4.0  # evidence is cut off above this multiple of its limit
 DEFAULT_LIMIT = 5.0  # for the scale, if no limit is known
-SMOOTHING_WINDOW = 5  # windows in the mean of an estimate
+SMOOTHING_WINDOW = 5  # estimates in a mean, each of a window or a run of windows
 BIN_COUNT = 44
 _TAIL_SHARE = 1 / 32  # share of rows that may lie outside the visible range on either side
 _RANGE_PAD = 0.22
@@ -199,7 +199,7 @@ def draw_estimates(canvas: Canvas, estimates: Sequence[AccuracyEstimate], y: flo
     assumption = "without labels, assuming scores as calibrated as on the reference data"
     draw.text(MARGIN + 12, panel.y + 30, assumption, theme.muted, size=11)
     alone = "; shaded: 95 % interval of each" if len(estimates) == 1 else ""
-    draw.text(MARGIN + 12, panel.y + 45, f"mean of {SMOOTHING_WINDOW} windows{alone}", theme.muted, size=11)
+    draw.text(MARGIN + 12, panel.y + 45, f"mean of {SMOOTHING_WINDOW} estimates{alone}", theme.muted, size=11)
     draw.rect(panel.x, panel.y, panel.width, panel.height, theme.panel)
     known = [v for e in estimates for v in (*(e.low if len(estimates) == 1 else ()), *e.values) if v is not None]
     low = max(0.0, min([0.9, *known]) - 0.03)

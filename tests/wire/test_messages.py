@@ -14,9 +14,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from agent import clock
 from agent.errors import MessageRefused
-from agent.testing.messages import MessageSender, SignedMessage, new_key
+from agent.testing.messages import QUIET_FIELD, MessageSender, SignedMessage, new_key
 from agent.wire import jws, messages
 from agent.wire.jws import Signer
 from agent.wire.keys import SigningKey, b64url_decode
@@ -268,22 +267,11 @@ def test_a_duplicate_key_next_to_large_columns_is_refused() -> None:
 
 
 QUIET_TIME = 1_795_000_000_000_000
-QUIET_FIELD = {"counts": [2000, 3000, 900], "below": 50, "above": 40, "missing": 10, "mean": 0.5, "m2": 7.0}
 
 
-def quiet_run(window: dict[str, Any] | None = None, field: Any = QUIET_FIELD, **columns: Any) -> dict[str, Any]:
+def quiet_run(window: dict[str, Any] | None = None, field: dict[str, Any] = QUIET_FIELD, **columns: Any) -> Any:
     """A message of three quiet windows of 2000 rows."""
-    run = {
-        "first": [[1, 2000, 3]],
-        "last": [[2000, 2000, 3]],
-        "from": [[QUIET_TIME, 40_000_000, 3]],
-        "to": {"first": QUIET_TIME + 39_980_000, "step": 40_000_000, "offsets": [0, 0, 0]},
-        "n": [[2000, 0, 3]],
-        "nearest": [0.1, 0.25, 0],
-    }
-    times = {"from": clock.to_rfc3339(QUIET_TIME), "to": clock.to_rfc3339(QUIET_TIME + 119_980_000)}
-    span = {"index": 41, "rows": [1, 6000], "n": 6000, **times, **(window or {})}
-    return members(sender().drift(window=span, windows=run | columns, features={"ax": field}))
+    return members(sender().quiet_run(window, field, **columns))
 
 
 DRIFT_TOPIC = "outstation/acme/pi-07/drift/exercise"
@@ -294,7 +282,7 @@ def test_a_run_of_quiet_windows_is_read() -> None:
     assert isinstance(body, DriftPayload)
     assert body.windows is not None
     assert body.windows.expand_rows() == [(1, 2000), (2001, 4000), (4001, 6000)]
-    assert body.windows.expand_times()[2] == (QUIET_TIME + 80_000_000, QUIET_TIME + 119_980_000)
+    assert body.windows.expand_times()[2] == (QUIET_TIME + 80_000_000, QUIET_TIME + 119_999_999)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 from msgspec.structs import replace
@@ -24,6 +26,9 @@ UNTESTED_SD = 1e9  # of a test without learned values
 MAX_WINDOWS = 400  # drift windows kept while learning: more add hardly anything
 MAX_BYTES = 512 << 10  # of these windows, as long as enough are left to learn from
 MIN_RETAINED_WINDOWS = RECOMMENDED_WINDOWS + MIN_WINDOWS
+
+_PER_WINDOW = ("bins", "output", "scores", "t", "step_us", "repeated", "missing")
+_PER_ENTRY = ("window", "label", "n", "mean", "m2")
 
 
 class LearningState(msgspec.Struct, frozen=True, eq=False):
@@ -83,50 +88,46 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
             return replace(self, total=self.total.merge(drift_window), total_windows=total)
         measured = drift_window.class_sums.moments(np.zeros(1))
         classes = np.flatnonzero(measured.n.any(1))
-        return LearningState(
+        new: dict[str, Any] = {
+            "bins": divergence.coarsen_bins(drift_window.counts)[None],
+            "output": drift_window.output[None],
+            "scores": drift_window.scores[None],
+            "t": [t],
+            "step_us": [drift_window.sampling.mean_step_us()],
+            "repeated": [drift_window.repeated_share],
+            "missing": drift_window.missing_share[None],
+            "window": np.full(len(classes), self.windows),
+            "label": classes,
+            "n": measured.n[classes],
+            "mean": measured.mean[classes],
+            "m2": measured.m2[classes],
+        }
+        for name, part in new.items():
+            before = getattr(self, name)
+            new[name] = np.concatenate([before, np.asarray(part).astype(before.dtype)])
+        retained = _retain(task, drift_window, classes)
+        return replace(
+            self,
             windows=self.windows + 1,
             total=self.total.merge(drift_window),
-            bins=np.concatenate([self.bins, divergence.coarsen_bins(drift_window.counts)[None].astype(np.int32)]),
-            output=np.concatenate([self.output, drift_window.output[None].astype(np.int32)]),
-            scores=np.concatenate([self.scores, drift_window.scores[None].astype(np.int32)]),
-            t=np.concatenate([self.t, [t]]),
-            window=np.concatenate([self.window, np.full(len(classes), self.windows)]),
-            label=np.concatenate([self.label, classes]),
-            n=np.concatenate([self.n, measured.n[classes].astype(np.int32)]),
-            mean=np.concatenate([self.mean, measured.mean[classes].astype(np.float32)]),
-            m2=np.concatenate([self.m2, measured.m2[classes].astype(np.float32)]),
-            detectors={
-                name: np.concatenate([self.detectors[name], entries])
-                for name, entries in _retain(task, drift_window, classes).items()
-            },
-            step_us=np.append(self.step_us, drift_window.sampling.mean_step_us()),
-            repeated=np.append(self.repeated, drift_window.repeated_share),
-            missing=np.concatenate([self.missing, drift_window.missing_share[None]]),
+            detectors={name: np.concatenate([self.detectors[name], part]) for name, part in retained.items()},
             total_windows=total,
-            thinning=self.thinning,
+            **new,
         )
 
     def thin(self) -> LearningState:
         """Drop every other window, and from now on keep half as many."""
-        every_other = np.arange(0, self.windows, 2)
-        entries = self.window % 2 == 0
+        every_other, entries = np.arange(0, self.windows, 2), self.window % 2 == 0
+        fewer: dict[str, Any] = {name: getattr(self, name)[every_other] for name in _PER_WINDOW} | {
+            name: getattr(self, name)[entries] for name in _PER_ENTRY
+        }
+        fewer["window"] = fewer["window"] // 2
         return replace(
             self,
             windows=len(every_other),
-            bins=self.bins[every_other],
-            output=self.output[every_other],
-            scores=self.scores[every_other],
-            t=self.t[every_other],
-            window=self.window[entries] // 2,
-            label=self.label[entries],
-            n=self.n[entries],
-            mean=self.mean[entries],
-            m2=self.m2[entries],
             detectors={name: retained[entries] for name, retained in self.detectors.items()},
-            step_us=self.step_us[every_other],
-            repeated=self.repeated[every_other],
-            missing=self.missing[every_other],
             thinning=2 * self.thinning,
+            **fewer,
         )
 
     @property

@@ -51,7 +51,7 @@ class Timeline(msgspec.Struct):
     windows: int = 0
     reports: int = 0
     reports_per_point: int = 1
-    nearest: list[tuple[int, float]] = msgspec.field(default_factory=list)
+    nearest: list[tuple[int, float | None]] = msgspec.field(default_factory=list)
     windows_per_share: int = 1
     histograms: dict[str, dict[str, StateHistogram]] = msgspec.field(default_factory=dict)
     _last_state: dict[str, str] = msgspec.field(default_factory=dict)
@@ -71,15 +71,15 @@ class Timeline(msgspec.Struct):
             self.points = [a.merge(b) for a, b in zip(self.points[::2], self.points[1::2], strict=True)]
             self.reports_per_point *= 2
 
-    def _add_share(self, end: int, share: float) -> None:
+    def _add_share(self, end: int, share: float | None) -> None:
         if self.nearest and self.windows % self.windows_per_share:
-            self.nearest[-1] = (end, max(share, self.nearest[-1][1]))
+            self.nearest[-1] = (end, _larger_share(self.nearest[-1][1], share))
         else:
             self.nearest.append((end, share))
         self.windows += 1
         if len(self.nearest) == MAX_SHARES:
             pairs = zip(self.nearest[::2], self.nearest[1::2], strict=True)
-            self.nearest = [(later[0], max(earlier[1], later[1])) for earlier, later in pairs]
+            self.nearest = [(later[0], _larger_share(earlier[1], later[1])) for earlier, later in pairs]
             self.windows_per_share *= 2
 
     def latest(self, field_name: str) -> tuple[str, StateHistogram] | None:
@@ -114,6 +114,10 @@ class Timeline(msgspec.Struct):
                 begin = end = None
         if begin is not None and end is not None:
             yield begin, end, True
+
+
+def _larger_share(a: float | None, b: float | None) -> float | None:
+    return max((share for share in (a, b) if share is not None), default=None)
 
 
 def _worse_report(a: SubjectReport | None, b: SubjectReport | None) -> SubjectReport:

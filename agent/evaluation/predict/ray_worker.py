@@ -78,7 +78,11 @@ class Worker:
     def process(self, item: FileJob | WindowShard) -> WorkerResult:
         """Process a job or a shard; known errors are returned, not raised."""
         try:
-            return self._predict_file(item) if isinstance(item, FileJob) else self._predict_shard(item)
+            if isinstance(item, FileJob):
+                return self._predict_file(item)
+            cut = WindowCut(item.starts, len(item.starts))
+            result = self._ensure_loaded().inference.run_windows(item.rows, item.t, cut, with_outputs=True)
+            return WorkerResult(index=item.index, result=result)
         except OutstationError as problem:
             return WorkerResult(error=f"node {self._node}: {problem}", is_usage_error=isinstance(problem, UsageError))
         except OSError as error:
@@ -111,11 +115,6 @@ class Worker:
                     if time.monotonic() > deadline_s:
                         raise
                     time.sleep(_RETRY_INTERVAL_S)
-
-    def _predict_shard(self, shard: WindowShard) -> WorkerResult:
-        cut = WindowCut(shard.starts, len(shard.starts))
-        result = self._ensure_loaded().inference.run_windows(shard.rows, shard.t, cut, with_outputs=True)
-        return WorkerResult(index=shard.index, result=result)
 
     def _ensure_loaded(self) -> BatchPredictor:
         """Load the bundle as it was sent, probed on this node, too, because processors differ. Raises UsageError."""

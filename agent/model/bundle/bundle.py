@@ -89,7 +89,10 @@ def sign(head: bytes, key: SigningKey) -> bytes:
 def _check_signature(path: Path, head: bytes, token: bytes | None, publishers: Sequence[PublicKey] | None) -> str:
     text = None if token is None else token.decode("ascii", "replace").strip()
     if publishers is None:
-        return _claimed_kid(text)
+        try:
+            return jws.claimed_kid(text or "")
+        except MessageRefused:
+            return ""
     if text is None:
         raise BadBundle(f"{path}: not signed (no manifest.jws); sign it with `outstation model sign`")
     known = {key.kid: jws.Signer("publisher", key) for key in publishers}
@@ -100,13 +103,6 @@ def _check_signature(path: Path, head: bytes, token: bytes | None, publishers: S
             f"{path}: {refusal}; the manifest is not signed by any of the {len(known)} trusted publisher keys "
             "([publishers] keys, [operators] keys, or --key)"
         ) from None
-
-
-def _claimed_kid(text: str | None) -> str:
-    try:
-        return jws.claimed_kid(text or "")
-    except MessageRefused:
-        return ""
 
 
 def _iter_files(path: Path) -> Iterator[tuple[str, bytes]]:

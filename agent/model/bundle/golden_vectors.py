@@ -53,10 +53,7 @@ class GoldenVectors(msgspec.Struct, frozen=True):
     other_runtime_tolerance: float
 
     def compare(self, outputs: Float32s, runtime: str, *, classes: bool) -> str:
-        """Return a sentence about the largest difference. With `classes` the largest output is the class.
-
-        Raises BadBundle if outputs differ by more than is allowed, or too many vectors have another class.
-        """
+        """Return a sentence about the largest difference. Raises BadBundle if outputs or classes differ too much."""
         is_same_runtime = runtime.split()[0] == self.runtime.split()[0]
         allowed = self.tolerance if is_same_runtime else self.other_runtime_tolerance
         if outputs.shape != self.expected.shape:

@@ -27,10 +27,7 @@ _MAX_SPECTRUM_VALUES = 1_000_000
 
 
 def compute(features: Float32s, t: Ints, spec: ModelInput, history_rows: int = 0) -> Float32s:
-    """Compute all features of the model (n - history_rows, C) from rows `features` (n, F) at `t` (n,) epoch µs.
-
-    Rows are in physical units, the first `history_rows` are history. Missing values are NaN.
-    """
+    """Compute features (n - history_rows, C) from rows (n, F) in physical units at `t` (n,) epoch µs."""
     current = features[history_rows:]
     if not spec.derived and not spec.feature_order:
         return current

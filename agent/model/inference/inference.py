@@ -20,10 +20,7 @@ MAX_VALUES = 4_000_000
 
 
 class InferenceResult(msgspec.Struct, frozen=True):
-    """Results of w windows, which start at `cut.starts` and have `Inference.rows` rows.
-
-    `missing_share` (w,) of each window's values; `outputs` (w, K), dequantized, if requested; `seconds` in the model.
-    """
+    """Results of w windows; `missing_share` (w,), dequantized `outputs` (w, K) if requested."""
 
     cut: WindowCut
     scores: Scores

@@ -53,10 +53,7 @@ class TfliteModel:
     def __init__(
         self, content: bytes, batch: int = DEFAULT_BATCH, threads: int = 1, output: str | int | None = None
     ) -> None:
-        """Load a model. `output` is the name or index of the output, if there are several.
-
-        Raises BadBundle if the model cannot run here. A damaged model may crash the process: probe it first.
-        """
+        """Load a model; a damaged one may crash: probe it first. `output` is a name or index. Raises BadBundle."""
         self._output_selector, self.seconds = output, 0.0
         if not content:
             raise BadBundle("the model is empty: 0 bytes")

@@ -45,7 +45,12 @@ def from_outputs(outputs: Float32s, manifest: Manifest, inputs: Float32s | None 
     output = manifest.output
     if manifest.kind == "classify":
         p = compute_probabilities(outputs, output)
-        return _score_multi_label(p, output) if output.multi_label else _score_single_label(p, manifest)
+        if not output.multi_label:
+            return _score_single_label(p, output)
+        predicted = p > np.asarray(output.thresholds or (0.5 if output.threshold is None else output.threshold))
+        score = np.where(predicted, p, 1 - p).prod(axis=1)
+        extra_columns = {f"score_{label}": p[:, i] for i, label in enumerate(output.labels)}
+        return Scores(p.argmax(axis=1), score, None, predicted=predicted, extra_columns=extra_columns)
     if manifest.kind == "regress":
         extra_columns = {f"value_{name}": outputs[:, i].astype(np.float64) for i, name in enumerate(output.names) if i}
         return Scores(None, None, outputs[:, 0].astype(np.float64), extra_columns=extra_columns)
@@ -118,8 +123,7 @@ def concatenate(parts: Sequence[Scores]) -> Scores:
     )
 
 
-def _score_single_label(p: Float64s, manifest: Manifest) -> Scores:
-    output = manifest.output
+def _score_single_label(p: Float64s, output: ModelOutput) -> Scores:
     if p.shape[1] == 2 and output.threshold is not None:
         label = (p[:, 1] > output.threshold).astype(np.int64)
     else:
@@ -128,14 +132,6 @@ def _score_single_label(p: Float64s, manifest: Manifest) -> Scores:
     if output.isotonic is not None:
         score = np.interp(score, output.isotonic.score, output.isotonic.accuracy)
     return Scores(label, score, None)
-
-
-def _score_multi_label(p: Float64s, output: ModelOutput) -> Scores:
-    limits = np.asarray(output.thresholds or (0.5 if output.threshold is None else output.threshold))
-    predicted = p > limits
-    score = np.where(predicted, p, 1 - p).prod(axis=1)
-    extra_columns = {f"score_{label}": p[:, i] for i, label in enumerate(output.labels)}
-    return Scores(p.argmax(axis=1), score, None, predicted=predicted, extra_columns=extra_columns)
 
 
 def compute_probabilities(outputs: Float32s, output: ModelOutput) -> Float64s:

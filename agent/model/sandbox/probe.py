@@ -45,10 +45,7 @@ Check = tuple[str, bool, str]
 
 
 class ProbeReport(msgspec.Struct, frozen=True):
-    """Result of a probe; `checks` are (name, ok, detail). `tuning` is set if requested and successful.
-
-    `peak_memory` is the child's peak in bytes, with Python and the runtime; 0 if it died.
-    """
+    """Result of a probe; `checks` are (name, ok, detail); `peak_memory` is the child's in bytes, 0 if it died."""
 
     runtime: str
     checks: list[Check]
@@ -290,10 +287,7 @@ def _tune(files: dict[str, bytes], known_tunings: list[Tuning], batch_bytes: int
 
 
 def _apply_limits(limits: ResourceLimits) -> int:
-    """Limit memory and CPU time, on top of what Python, numpy and the runtime took to start.
-
-    Return the bytes for a larger batch: half of the memory limit, at most an eighth of the machine's free memory.
-    """
+    """Limit memory and CPU time, beyond those of the start; return the bytes that a batch may take."""
     import psutil
 
     import agent.model.bundle.golden_vectors

@@ -40,7 +40,7 @@ class ModelProcess:
     def __init__(self, job: WorkerJob) -> None:
         self._shared = SharedBuffer()
         try:
-            with _memory_file("job", msgspec.msgpack.encode(job)) as job_fd, _blocked_signals():
+            with _memory_file(msgspec.msgpack.encode(job)) as job_fd, _blocked_signals():
                 self._child = subprocess.Popen(
                     # -P: never import an `agent` package from the current folder.
                     [sys.executable, "-P", "-m", worker.__name__, str(job_fd), str(self._shared.fd)],
@@ -141,9 +141,9 @@ class SharedBuffer:
 
 
 @contextlib.contextmanager
-def _memory_file(name: str, content: bytes) -> Iterator[int]:
+def _memory_file(content: bytes) -> Iterator[int]:
     """Create a memory file with `content`, positioned at its start."""
-    fd = os.memfd_create(f"outstation-{name}", os.MFD_CLOEXEC)
+    fd = os.memfd_create("outstation-job", os.MFD_CLOEXEC)
     try:
         with open(fd, "wb", closefd=False) as file:
             file.write(content)
