@@ -54,8 +54,8 @@ def blocks_of(random: np.random.Generator, correlation: float, count: int, devic
     return collected
 
 
-def _members(one: BundleStats) -> tuple[int, float, Moments, Moments]:
-    return one.windows, one.seconds, one.scores, one.expected_accuracy
+def _members(stats: BundleStats) -> tuple[int, float, Moments, Moments]:
+    return stats.windows, stats.seconds, stats.scores, stats.expected_accuracy
 
 
 def coverage(

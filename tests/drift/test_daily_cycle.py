@@ -61,7 +61,7 @@ def test_no_night_alarms_once_three_days_were_learned(square: bool) -> None:
     assert site.site.to_dict()["daily"]
 
 
-def test_drift_is_found_beside_a_daily_cycle() -> None:
+def test_drift_is_detected_despite_a_daily_cycle() -> None:
     verdicts, _ = days(1, 8, learn=72, late=1.0)
     assert ("c", 98) in raised(verdicts)
     assert {subject for subject, _ in raised(verdicts)} == {"c"}
@@ -96,9 +96,7 @@ def test_waves_are_those_of_the_day() -> None:
     ("hours", "strata", "expected"),
     [(80, "auto", True), (60, "auto", False), (30, "hour", True), (80, "none", False), (10, "hour", False)],
 )
-def test_a_cycle_is_looked_for_after_three_days_or_when_asked_after_one(
-    hours: int, strata: str, expected: bool
-) -> None:
+def test_a_cycle_is_tested_after_three_days_or_on_request_after_one(hours: int, strata: str, expected: bool) -> None:
     assert daily_cycle.can_fit_daily(np.arange(hours, dtype=np.int64) * daily_cycle.HOUR_US, strata) is expected
 
 

@@ -41,7 +41,7 @@ def test_chance_is_taken_for_a_shift_about_as_often_as_allotted(together: float)
     assert ALLOTTED / 4 < share < 2 * ALLOTTED
 
 
-def test_four_small_shifts_of_sixteen_are_found_in_few_windows() -> None:
+def test_four_small_shifts_of_sixteen_are_detected_in_few_windows() -> None:
     first = [next(iter(alarms(seed, 20, shift=1.28)), 20) + 1 for seed in range(60)]
     assert np.median(first) <= 6
     assert max(first) <= 20

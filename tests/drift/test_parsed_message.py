@@ -62,7 +62,7 @@ def test_a_message_of_another_version_is_read() -> None:
     assert parsed.accuracy is None
 
 
-def test_fields_beside_a_faulty_one_are_untested_and_not_still_learned() -> None:
+def test_fields_next_to_a_faulty_one_are_untested_and_not_learned() -> None:
     fields = {
         "ax": {**FIELD, "state": "fault"},
         "ay": {**FIELD, "state": "insufficient"},
@@ -73,7 +73,7 @@ def test_fields_beside_a_faulty_one_are_untested_and_not_still_learned() -> None
 
 
 @given(st.dictionaries(st.sampled_from(["features", "output", "joint", "estimate"]), anything))
-def test_whatever_else_it_holds_it_is_read_or_refused(changes: dict[str, Any]) -> None:
+def test_other_content_is_read_or_refused(changes: dict[str, Any]) -> None:
     try:
         parsed = parsed_message.from_message(body(**changes), T)
     except ValueError:

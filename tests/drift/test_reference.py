@@ -73,7 +73,7 @@ def test_a_reference_from_few_drift_windows_carries_a_warning(shipped: Reference
     assert shipped.warning is None
 
 
-def test_a_reference_whose_halves_differ_is_refused() -> None:
+def test_a_reference_with_different_halves_is_refused() -> None:
     r = readings(1, 60)
     r.features[6_000:, 1] += 5
     with pytest.raises(BadBundle, match=r"changed between the first and the second half \(y mean\)"):

@@ -45,7 +45,7 @@ def timed(
     )
 
 
-def told(verdicts: list[DriftWindowResult]) -> list[Alert]:
+def alerts_of(verdicts: list[DriftWindowResult]) -> list[Alert]:
     return [alert for verdict in verdicts for alert in verdict.alerts]
 
 
@@ -114,7 +114,7 @@ def learning_reference(rows: NDArray[np.float32]) -> Reference:
 def test_paces_of_parts_in_any_order_are_those_of_the_whole() -> None:
     shipped, r = reference(), readings(5, 6)
     features = r.features.astype(np.float64)
-    of = [
+    parts = [
         summaries.summarize(shipped, features[a * ROWS : b * ROWS], np.arange(b - a) * ROWS, r.labels[a:b], None)
         for a, b in ((0, 7), (7, 7), (7, 40), (40, 60))
     ]
@@ -122,7 +122,7 @@ def test_paces_of_parts_in_any_order_are_those_of_the_whole() -> None:
     for order in ((0, 1, 2, 3), (3, 1, 0, 2), (2, 3, 1, 0)):
         merged = Summary.empty(shipped)
         for i in order:
-            merged = merged.merge(of[i])
+            merged = merged.merge(parts[i])
         np.testing.assert_array_equal(merged.detectors["sampling_rate"], whole.detectors["sampling_rate"])
     assert whole.detectors["sampling_rate"].any()
 
@@ -136,7 +136,7 @@ def test_readings_that_come_at_another_rate_are_a_fault_of_the_rate(
 ) -> None:
     r = readings(9, 6)
     state, verdicts = timed(monitor, learned, r, every(step_us, r))
-    alerts = told(verdicts)
+    alerts = alerts_of(verdicts)
     assert [(a.alert, a.subject, a.state, a.severity) for a in alerts] == [("fault", "rate", "raised", "critical")]
     assert words in alerts[0].summary
     assert alerts[0].summary.endswith(" UTC: sampling rate or sensor clock changed.")
@@ -145,20 +145,20 @@ def test_readings_that_come_at_another_rate_are_a_fault_of_the_rate(
     assert {v.members["state"] for v in verdicts} == {"fault"}
     assert state.suite == learned.suite
     back, cleared = timed(monitor, state, readings(10, 4), every(STEP_US, readings(10, 4)))
-    assert [(a.subject, a.state, a.id) for a in told(cleared)] == [("rate", "cleared", "rate/fault/1")]
+    assert [(a.subject, a.state, a.id) for a in alerts_of(cleared)] == [("rate", "cleared", "rate/fault/1")]
     assert back.rate_watch.open_fault == ""
 
 
 def test_a_rate_that_differs_by_less_than_one_in_twenty_is_none(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(9, 12)
-    assert [a for a in told(timed(monitor, learned, r, every(STEP_US * 1.04, r))[1]) if a.subject == "rate"] == []
+    assert [a for a in alerts_of(timed(monitor, learned, r, every(STEP_US * 1.04, r))[1]) if a.subject == "rate"] == []
 
 
 def test_a_backlog_that_comes_at_once_is_no_other_rate(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(9, 4)
     t = every(STEP_US, r)
     t[:200] = t[0] + np.arange(200) * 10
-    assert told(timed(monitor, learned, r, t)[1]) == []
+    assert alerts_of(timed(monitor, learned, r, t)[1]) == []
 
 
 def test_readings_that_come_irregularly_have_no_rate_to_lose(monitor: DriftMonitor) -> None:
@@ -169,13 +169,13 @@ def test_readings_that_come_irregularly_have_no_rate_to_lose(monitor: DriftMonit
     assert state.site_reference is not None
     assert state.site_reference.site is not None
     assert state.site_reference.site.baselines["sampling_rate"].step_us == 0
-    assert told(verdicts) == []
+    assert alerts_of(verdicts) == []
 
 
-def test_rows_that_all_come_twice_are_told_as_repeated(monitor: DriftMonitor, learned: DriftState) -> None:
+def test_rows_that_all_arrive_twice_are_reported_as_repeated(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(9, 6)
     twice = Readings(np.repeat(r.features, 2, axis=0)[: len(r.features)], r.labels, r.truth, r.scores)
-    alerts = told(timed(monitor, learned, twice, every(STEP_US, r))[1])
+    alerts = alerts_of(timed(monitor, learned, twice, every(STEP_US, r))[1])
     assert [(a.alert, a.subject, a.evidence["fault"]) for a in alerts] == [("fault", "rate", "repeated")]
     assert "50% of rows repeat the row before in all fields, at most 0% did" in alerts[0].summary
 
@@ -189,7 +189,7 @@ def test_a_new_share_of_missing_values_is_a_fault_but_still_tested(monitor: Drif
     slight = r.changed(1, np.where(few, np.nan, r.features[:, 1]).astype(np.float32))
     for changed in (holes, slight):
         state, verdicts = feed(monitor, learned, changed)
-        faults = [a for a in told(verdicts) if a.alert == "fault" and a.state == "raised"]
+        faults = [a for a in alerts_of(verdicts) if a.alert == "fault" and a.state == "raised"]
         assert {(a.subject, a.evidence["fault"]) for a in faults} == {("y", "missing")}
     z, before = (each.suite.charts["moments"].recent_z[-6:, 0] for each in (state, learned))
     assert (z != before).all()
@@ -200,10 +200,10 @@ def test_a_few_values_missing_by_chance_are_no_fault(monitor: DriftMonitor) -> N
     missing = np.random.default_rng(1).random(len(r.features)) < 0.02
     holes = r.changed(1, np.where(missing, np.nan, r.features[:, 1]).astype(np.float32))
     _, verdicts = feed(monitor, monitor.start(), holes)
-    assert [a.summary for a in told(verdicts) if a.alert == "fault"] == []
+    assert [a.summary for a in alerts_of(verdicts) if a.alert == "fault"] == []
 
 
-def test_old_windows_are_kept_as_evenly_as_new_ones(monitor: DriftMonitor) -> None:
+def test_old_windows_are_stored_as_evenly_as_new_ones(monitor: DriftMonitor) -> None:
     empty = Summary.empty(monitor.shipped)
     learning = LearningState.empty(monitor.shipped)
     for i in range(3 * MAX_WINDOWS):

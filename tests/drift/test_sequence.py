@@ -31,8 +31,8 @@ def windows(most: int = 8) -> st.SearchStrategy[Scores]:
     return arrays(np.float64, st.tuples(st.integers(1, most), st.just(TESTS)), elements=ZS)
 
 
-def same(one: msgspec.Struct, other: msgspec.Struct) -> bool:
-    return [part.tobytes() for part in astuple(one)] == [part.tobytes() for part in astuple(other)]
+def same(first: msgspec.Struct, other: msgspec.Struct) -> bool:
+    return [part.tobytes() for part in astuple(first)] == [part.tobytes() for part in astuple(other)]
 
 
 @given(windows(), windows())

@@ -32,24 +32,24 @@ def shipped() -> Reference:
 
 @pytest.fixture(scope="module")
 def by_row() -> Reference:
-    """Of a model that answers each row."""
+    """Return the reference of a model that answers each row."""
     made = readings(1, 40)
     labels = np.repeat(made.labels, ROWS)
     scores = np.repeat(made.scores, ROWS, axis=0)
     return build_reference(made.features, np.arange(len(labels)), 1, labels, scores, 200, fields=FIELDS, labels=LABELS)
 
 
-def of(shipped: Reference, rows: NDArray[np.float64], labels: NDArray[np.int64]) -> Summary:
+def summarize(shipped: Reference, rows: NDArray[np.float64], labels: NDArray[np.int64]) -> Summary:
     return summaries.summarize(shipped, rows, np.arange(len(labels)) * ROWS, labels, np.linspace(0.4, 1.0, len(labels)))
 
 
 def shown(stack: Summary) -> MessageSums:
-    """What a message of each window shows."""
+    """Return the sums that a message of each window shows."""
     return MessageSums.stack([MessageSums.from_summaries(stack, slice(i, i + 1)) for i in range(len(stack.counts))])
 
 
-def described(one: Summary, shipped: Reference) -> dict[str, Any]:
-    return drift_message.build_features(shown(stack_one(one)), shipped)[0]
+def described(summary: Summary, shipped: Reference) -> dict[str, Any]:
+    return drift_message.build_features(shown(stack_one(summary)), shipped)[0]
 
 
 @st.composite
@@ -70,13 +70,13 @@ def parts(draw: st.DrawFn) -> list[tuple[NDArray[np.float64], NDArray[np.int64]]
 def test_parts_merged_in_any_order_and_grouping_equal_the_whole(
     shipped: Reference, made: list[tuple[NDArray[np.float64], NDArray[np.int64]]], rng: object
 ) -> None:
-    merged = [of(shipped, rows, labels) for rows, labels in made]
+    merged = [summarize(shipped, rows, labels) for rows, labels in made]
     while len(merged) > 1:
         rng.shuffle(merged)  # type: ignore[attr-defined]
         merged = [merged[0].merge(merged[1]), *merged[2:]]
     parts_together = merged[0]
     rows = np.concatenate([rows for rows, _ in made])
-    whole = of(shipped, rows, np.concatenate([labels for _, labels in made]))
+    whole = summarize(shipped, rows, np.concatenate([labels for _, labels in made]))
     for member in ("counts", "missing", "outside", "output"):
         np.testing.assert_array_equal(getattr(parts_together, member), getattr(whole, member))
     for name in ("correlation", "sampling_rate"):
@@ -115,7 +115,7 @@ def test_rows_added_in_any_batches_give_the_same_bytes(shipped: Reference, seed:
 
 
 def test_the_empty_summary_changes_nothing(shipped: Reference) -> None:
-    first = of(shipped, readings(5, 1).features.astype(np.float64), readings(5, 1).labels)
+    first = summarize(shipped, readings(5, 1).features.astype(np.float64), readings(5, 1).labels)
     assert first.merge(Summary.empty(shipped)).to_bytes() == first.to_bytes()
 
 
@@ -125,7 +125,7 @@ def test_summaries_under_different_references_are_not_merged(shipped: Reference)
 
 
 def test_a_summary_survives_its_bytes(shipped: Reference) -> None:
-    first = of(shipped, readings(5, 1).features.astype(np.float64), readings(5, 1).labels)
+    first = summarize(shipped, readings(5, 1).features.astype(np.float64), readings(5, 1).labels)
     again = Summary.from_bytes(first.to_bytes())
     assert again.to_bytes() == first.to_bytes()
     assert described(again, shipped) == described(first, shipped)
@@ -164,7 +164,7 @@ def test_rows_of_overlapping_model_windows_are_counted_once(shipped: Reference) 
 
 def test_the_message_has_the_documented_members_and_stays_small(shipped: Reference) -> None:
     r = readings(5, 1)
-    first = of(shipped, r.features.astype(np.float64), r.labels)
+    first = summarize(shipped, r.features.astype(np.float64), r.labels)
     got, output = described(first, shipped), drift_message.build_output(shown(stack_one(first)), shipped)[0]
     assert tuple(got) == FIELDS
     feature = got["x"]
@@ -178,7 +178,7 @@ def test_the_message_has_the_documented_members_and_stays_small(shipped: Referen
 
 
 def test_no_bin_tells_of_fewer_rows_than_privacy_asks_for(shipped: Reference) -> None:
-    first = of(shipped, readings(5, 1).features.astype(np.float64), readings(5, 1).labels)
+    first = summarize(shipped, readings(5, 1).features.astype(np.float64), readings(5, 1).labels)
     for least in (2, 5, 60, 10_000):
         for field in drift_message.build_features(shown(stack_one(first)), shipped, least)[0].values():
             counts = [field["below"], *field["counts"], field["above"]]
@@ -187,7 +187,7 @@ def test_no_bin_tells_of_fewer_rows_than_privacy_asks_for(shipped: Reference) ->
 
 
 def test_answers_named_too_seldom_are_counted_together(shipped: Reference) -> None:
-    first = of(shipped, readings(5, 1).features.astype(np.float64), np.array([0] * 7 + [1] * 2 + [2]))
+    first = summarize(shipped, readings(5, 1).features.astype(np.float64), np.array([0] * 7 + [1] * 2 + [2]))
     assert drift_message.build_output(shown(stack_one(first)), shipped, 3)[0]["counts"] == {"idle": 7, "other": 3}
     assert drift_message.build_output(shown(stack_one(first)), shipped, 5)[0]["counts"] == {"other": 10}
     assert drift_message.build_output(shown(stack_one(first)), shipped)[0]["counts"] == {"idle": 7, "walk": 2, "run": 1}
@@ -268,6 +268,6 @@ def test_sums_have_the_same_bits_however_rows_lie_in_memory_and_are_cut(
 
 def test_no_reading_is_in_the_message(shipped: Reference) -> None:
     r = readings(5, 1)
-    text = json.dumps(described(of(shipped, r.features.astype(np.float64), r.labels), shipped))
+    text = json.dumps(described(summarize(shipped, r.features.astype(np.float64), r.labels), shipped))
     for value in (*r.features.min(0), *r.features.max(0), *r.features[7]):
         assert f"{value:.4g}" not in text

@@ -70,13 +70,13 @@ def test_two_fields_that_begin_to_correlate_are_reported_as_joint() -> None:
     assert alert.evidence["window"] - LEARN <= 5
 
 
-def test_fields_that_drift_by_themselves_are_not_told_again_as_joint() -> None:
+def test_fields_with_their_own_drift_are_not_reported_as_joint() -> None:
     rows = table(1, LEARN + 12)
     rows[LEARN * 200 :, 4] += 2 * np.random.default_rng(7).normal(size=12 * 200)
     assert {a.subject for a in raised(watch(rows))} == {"f4"}
 
 
-def test_another_shape_of_the_same_mean_and_spread_is_found() -> None:
+def test_another_shape_of_the_same_mean_and_spread_is_detected() -> None:
     rows = table(1, LEARN + 12)
     late = rows[LEARN * 200 :, 5]
     rows[LEARN * 200 :, 5] = 0.9 * np.sign(late) + np.sqrt(0.19) * np.random.default_rng(7).normal(size=len(late))
@@ -85,7 +85,7 @@ def test_another_shape_of_the_same_mean_and_spread_is_found() -> None:
     assert "values are spread otherwise than in this site's reference" in alert.summary
 
 
-def test_a_ramp_is_told_from_a_step_where_the_windows_show_it() -> None:
+def test_a_ramp_is_distinguished_from_a_step() -> None:
     reported = {"step": 0, "ramp": 0}
     for seed in range(6):
         for kind, change in (("step", 0.2), ("ramp", np.linspace(0, 0.5, 20 * 200))):
@@ -98,7 +98,7 @@ def test_a_ramp_is_told_from_a_step_where_the_windows_show_it() -> None:
     assert reported["ramp"] >= 2
 
 
-def test_a_model_that_becomes_less_sure_is_told_with_what_it_costs(monitor: DriftMonitor, learned: DriftState) -> None:
+def test_a_less_certain_model_is_reported_with_the_lost_accuracy(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(31, 14)
     unsure = replace(r, scores=(0.55 * r.scores + 0.15).astype(np.float32))
     _, verdicts = feed(monitor, learned, unsure)
@@ -109,7 +109,7 @@ def test_a_model_that_becomes_less_sure_is_told_with_what_it_costs(monitor: Drif
     assert verdicts[-1].members["output"]["score"]["state"] == "drift"
 
 
-def test_answers_in_other_shares_are_told_by_their_label() -> None:
+def test_predictions_in_other_shares_are_reported_by_label() -> None:
     """Modes come one window at a time here, so that shares are steady enough to tell."""
     rng = np.random.default_rng(4)
 
@@ -160,7 +160,7 @@ def test_alerts_do_not_depend_on_batches_while_classes_are_reassigned(
     r = readings(31, 12, wrong=0.3)
     r.features[:, 0] += 0.9
 
-    def told(bounds: list[int]) -> tuple[bytes, list[Alert]]:
+    def final_state_and_alerts(bounds: list[int]) -> tuple[bytes, list[Alert]]:
         state, collected = learned, []
         for begin, end in pairwise(bounds):
             part = Readings(
@@ -170,9 +170,9 @@ def test_alerts_do_not_depend_on_batches_while_classes_are_reassigned(
             collected += raised(verdicts)
         return state.to_bytes(), collected
 
-    whole = told([0, 120])
+    whole = final_state_and_alerts([0, 120])
     assert whole[1]
-    assert told([0, 7, 33, 34, 60, 111, 120]) == whole
+    assert final_state_and_alerts([0, 7, 33, 34, 60, 111, 120]) == whole
 
 
 def test_learning_anew_clears_what_is_open_and_counts_references(monitor: DriftMonitor, learned: DriftState) -> None:

@@ -32,7 +32,7 @@ def learned(monitor: DriftMonitor) -> DriftState:
 
 
 def gaps(r: Readings, share: float, seed: int) -> Readings:
-    """With a few readings missing, fewer than are a fault."""
+    """Return readings with some missing, fewer than a fault has."""
     features = r.features.copy()
     features[np.random.default_rng(seed).random(features.shape) < share] = np.nan
     return Readings(features, r.labels, r.truth, r.scores)
@@ -93,7 +93,7 @@ def assert_merged(run: DriftWindowResult, parts: list[DriftWindowResult]) -> Non
 
 
 def test_the_share_of_the_limit_is_that_of_the_largest_reported_sum(monitor: DriftMonitor, learned: DriftState) -> None:
-    """Of all sums, those of predictions by class are in no message."""
+    """The sums of predictions by class are in no message."""
     _, each = feed(monitor, learned, readings(207, 20), batch=WINDOW)
     quiet = [entry for entry in each if entry.quiet is not None]
     assert len(quiet) > 10
@@ -131,7 +131,7 @@ def test_a_run_ends_where_a_message_takes_no_more_windows(
     assert comparable(short) == comparable(whole)
 
 
-def test_neighboring_windows_that_are_not_quiet_stay_apart(monitor: DriftMonitor, learned: DriftState) -> None:
+def test_neighboring_windows_that_are_not_quiet_stay_separate(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(211, 12)
     r.features[3 * WINDOW * ROWS : 5 * WINDOW * ROWS, 2] = 1.0
     _, results = feed(monitor, learned, r, batch=120)

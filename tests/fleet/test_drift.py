@@ -144,7 +144,7 @@ def test_fifty_devices_merged_in_any_order_equal_one_pass_over_all_rows(tmp_path
         assert merged.m2 == pytest.approx(expected["m2"], rel=1e-9)
 
 
-def test_a_window_counts_once_in_whatever_log_it_arrives(store: FleetStore) -> None:
+def test_a_window_counts_once_in_any_log(store: FleetStore) -> None:
     [first] = devices(1)
     again = MessageSender(first.device, first.key, "5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c22")
     rows = np.random.default_rng(1).normal(0, 1, (4, 500))
@@ -348,7 +348,7 @@ def test_the_course_of_a_device_stays_bounded_and_keeps_the_largest_sum(store: F
     assert [p.subjects["ax"].mean for p in line.points if p.subjects["ax"].mean] == [7.5]
 
 
-def test_a_timeline_omits_windows_of_an_unset_clock_unless_there_are_no_others(
+def test_a_timeline_omits_windows_of_an_unset_clock_if_others_exist(
     store: FleetStore,
 ) -> None:
     [sender] = devices(1)

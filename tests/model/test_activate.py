@@ -90,15 +90,13 @@ def test_a_recipe_without_a_reference_is_activated_without_one(tmp_path: Path) -
     assert activation.activate(path, [KEY.public]).reference is None
 
 
-def test_a_bundle_that_proved_itself_is_probed_anew_only_where_something_is_another(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_proven_bundle_is_probed_again_only_after_a_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probed: list[str] = []
     real = probe.probe
 
-    def counted(found: Bundle, known: Sequence[Tuning] | None = None) -> probe.ProbeReport:
-        probed.append(found.digest)
-        return real(found, known)
+    def counted(content: Bundle, known: Sequence[Tuning] | None = None) -> probe.ProbeReport:
+        probed.append(content.digest)
+        return real(content, known)
 
     monkeypatch.setattr(probe, "probe", counted)
     first = activation.activate(folder, [KEY.public])

@@ -134,7 +134,7 @@ def test_no_batch_is_larger_than_the_largest_that_is_tried() -> None:
 # --- in the probe, and remembered ---
 
 
-def test_the_probe_chooses_in_its_child_where_it_is_asked_to() -> None:
+def test_the_probe_tunes_in_its_child_process_on_request() -> None:
     report = probe.probe(around(model("classify_int8")), [])
     assert report.ok
     assert report.tuning is not None
@@ -205,12 +205,12 @@ def test_a_model_that_crashes_in_the_trial_is_refused(child: Any) -> None:
     assert "SIGSEGV" in report.checks[1][2]
 
 
-def test_a_trial_that_runs_out_of_memory_refuses_no_model_that_passed_before(child: Any) -> None:
+def test_autotuning_out_of_memory_refuses_no_model_that_passed(child: Any) -> None:
     child(f"{_PASSED}; kill -KILL $$")
     report = probe.probe(around(model("classify_int8"), CLASSIFY), [])
     assert (report.ok, report.tuning) == (True, None)
 
 
-def test_a_choice_is_told_in_words() -> None:
+def test_a_tuning_is_described_in_words() -> None:
     assert str(made(batch=1, threads=2, rows_per_s=1234.4)) == "one row at a time on 2 threads, 1,234 rows/s"
     assert str(made(batch=32, threads=1)) == "batches of 32 on 1 thread, 2 rows/s"

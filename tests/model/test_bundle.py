@@ -60,7 +60,7 @@ def test_what_was_read_does_not_change_with_the_files(folder: Path) -> None:
     assert result.files == before
 
 
-def test_unicode_in_cards_and_labels_is_kept(tmp_path: Path) -> None:
+def test_unicode_in_cards_and_labels_is_preserved(tmp_path: Path) -> None:
     spec = write_spec(tmp_path)
     (tmp_path / "CARD.md").write_text("# Übung 運動 🏋\n", encoding="utf-8")
     spec.write_text(spec.read_text().replace('"left"', '"ruhig 静か"'), encoding="utf-8")
@@ -153,7 +153,7 @@ def test_a_folder_inside_and_a_pipe_are_refused(folder: Path) -> None:
     assert "'more' is not a regular file" in refused(folder)
 
 
-def test_nothing_there_an_empty_folder_and_no_bundle_are_told_apart(tmp_path: Path) -> None:
+def test_a_missing_folder_an_empty_one_and_no_bundle_differ(tmp_path: Path) -> None:
     assert "no such bundle" in refused(tmp_path / "nothing")
     assert "has no manifest.json; is this a bundle" in refused(tmp_path)
     (tmp_path / "empty.zip").write_bytes(b"")
@@ -212,7 +212,7 @@ def test_the_signature_of_an_older_version_is_refused(folder: Path) -> None:
     assert "bad signature" in refused(folder)
 
 
-def test_without_publishers_hashes_are_checked_and_the_signer_is_only_claimed(folder: Path) -> None:
+def test_without_publishers_hashes_are_checked_and_the_signer_is_a_claim(folder: Path) -> None:
     resign(folder, FOREIGN)
     assert bundle.read(folder, None).signer == FOREIGN.public.kid
     (folder / "manifest.jws").write_bytes(b"\xff nothing of the kind")
@@ -314,7 +314,7 @@ def test_any_bytes_for_a_zip_are_refused(tmp_path_factory: pytest.TempPathFactor
 
 
 @given(data=st.data())
-def test_a_folder_with_bytes_of_any_file_changed_is_refused_or_the_same_bundle(
+def test_a_folder_with_changed_bytes_is_refused_or_the_same_bundle(
     original: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     whole = read(original)

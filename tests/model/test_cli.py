@@ -97,7 +97,7 @@ def test_the_wrong_key_fails_the_check_and_what_it_says_is_not_believed(made: Pa
     assert (document["name"], document["digest"], document["runtime"]) == (None, None, None)
 
 
-def test_wrong_use_ends_with_2_a_bad_answer_with_1_and_both_in_one_line(
+def test_usage_errors_exit_with_2_and_failures_with_1_in_one_line(
     made: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (made / "model.tflite").write_bytes(b"")
@@ -127,7 +127,7 @@ def test_a_key_that_is_none_is_wrong_use(made: Path) -> None:
         (b"nothing of the kind", "manifest.jws is none; sign it with `outstation model sign`"),
     ],
 )
-def test_a_bundle_without_a_signature_fails_the_check_and_the_rest_is_still_looked_at(
+def test_an_unsigned_bundle_fails_the_check_and_the_rest_is_checked(
     made: Path, content: bytes | None, why: str
 ) -> None:
     (made / "manifest.jws").unlink()
@@ -148,9 +148,7 @@ def test_a_bundle_that_claims_to_be_the_shipped_one_is_verified_against_it(made:
     assert detail == f"by {builtin.publisher_keys()[0].kid}"
 
 
-def test_a_bundle_that_ships_is_found_by_its_name_where_nothing_else_has_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shipped_bundle_is_located_by_its_unused_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert checks(run("check", "exercise", "--json"))["signature"] == (True, f"by {builtin.publisher_keys()[0].kid}")
     assert "no such bundle" in checks(run("check", "recordings", "--json"))["signature and hashes"][1]
@@ -167,7 +165,7 @@ def test_a_bundle_that_ships_is_found_by_its_name_where_nothing_else_has_it(
         ("no reference", "reference", "devices will not monitor this model for drift"),
     ],
 )
-def test_what_is_wrong_with_a_bundle_is_said_exactly(made: Path, spoil: str, name: str, why: str) -> None:
+def test_errors_of_a_bundle_are_exact(made: Path, spoil: str, name: str, why: str) -> None:
     path = made
     if spoil == "altered":
         (made / "model.tflite").write_bytes(model("classify_uint8"))

@@ -43,7 +43,7 @@ def test_two_steps_off_pass_where_the_runtime_is_the_same_and_three_do_not() -> 
     assert "0.012 of 0.25" in made().compare(off, OTHER, classes=True)
 
 
-def test_a_runtime_that_differs_between_cpus_is_given_room_on_its_own_as_well() -> None:
+def test_a_runtime_that_differs_between_cpus_has_its_own_tolerance() -> None:
     vectors = made(OTHER)
     assert vectors.tolerance == vectors.other_runtime_tolerance == pytest.approx(0.25 * np.ptp(OUTPUTS))
 

@@ -338,7 +338,7 @@ def of_softer_model(rows: Floats) -> list[str]:
 
 
 @pytest.mark.parametrize("how", ["temperature", "isotonic"])
-def test_scores_of_an_overconfident_model_are_calibrated_on_held_out_labels(tmp_path: Path, how: str) -> None:
+def test_scores_of_an_overconfident_model_are_calibrated_on_other_labels(tmp_path: Path, how: str) -> None:
     output = f'{SOFTMAX}\ncalibration_data = "held.csv"\ncalibration_method = "{how}"'
     spec = write_spec(tmp_path, replace(SUMS["float32"], output=output))
     labelled_rows(tmp_path / "held.csv", 3000, of_softer_model)

@@ -107,7 +107,7 @@ def test_a_manifest_has_one_spelling() -> None:
     assert list(json.loads(once)) == sorted(json.loads(once))
 
 
-def test_a_manifest_that_two_readers_read_differently_is_refused_even_when_signed(folder: Path) -> None:
+def test_a_signed_but_ambiguous_manifest_is_refused(folder: Path) -> None:
     path = folder / "manifest.json"
     text = path.read_text()
     for twice in ('"version": "9.9.9",\n', '"files": {},\n'):

@@ -109,7 +109,7 @@ def test_calls_of_different_sizes_do_not_disturb_each_other() -> None:
         np.testing.assert_array_equal(loaded.invoke(rows[first:last]), whole[first:last])
 
 
-def test_a_free_batch_is_used_and_a_fixed_one_is_kept() -> None:
+def test_a_free_batch_size_is_used_and_a_fixed_one_stays() -> None:
     assert TfliteModel(content("classify_int8")).batch == DEFAULT_BATCH
     assert TfliteModel(content("fixed_batch")).batch == 1
 
@@ -158,7 +158,7 @@ def test_values_beyond_the_input_saturate_and_missing_ones_count_as_zero(name: s
 
 
 def test_outputs_are_in_the_units_of_the_model() -> None:
-    """What the model's weights say, x·w, but for the rounding of its input, its weights and its output."""
+    """Compare with x·w, up to the rounding of input, weights and output."""
     rows = readings(50)
     loaded = TfliteModel(content("regress_int8"))
     expected = rows @ np.array([0.5, -1, 0.25, 2], np.float32)

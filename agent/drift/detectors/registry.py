@@ -54,7 +54,7 @@ class ChartStates(TypedMap):
 
 
 class LearnedBaselines(TypedMap):
-    """What each detector learned at a site, by detector."""
+    """Learned baseline of each detector at a site, by detector."""
 
     @classmethod
     def value_types(cls) -> Mapping[str, Any]:

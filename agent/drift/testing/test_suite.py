@@ -69,8 +69,8 @@ class SuiteState(msgspec.Struct, frozen=True, eq=False, dict=True):
     def reset_subjects(self, subjects: Bools) -> SuiteState:
         """Forget all that was gathered on these subjects (F + 3,)."""
         charts = {chart.name: chart.reset_subjects(self.charts[chart.name], self.task, subjects) for chart in CHARTS}
-        kept = ~subjects[self.layout.subjects]
-        return replace(self, cusum=self.cusum.reset_except(kept), charts=ChartStates(charts))
+        retained = ~subjects[self.layout.subjects]
+        return replace(self, cusum=self.cusum.reset_except(retained), charts=ChartStates(charts))
 
     def reset_except_open(self) -> SuiteState:
         """Keep the open alarms, and forget all that was gathered towards others."""

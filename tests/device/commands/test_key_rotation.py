@@ -63,7 +63,7 @@ class Device:
         self.open()
 
     def rotate(self) -> bool:
-        """Whether it says that it did."""
+        """Rotate the key; return True if the reply says so."""
         self.commands.accept(self.operator.command("rotate-key"))
         self.control.tick(NOW)
         with self.store.transaction() as tx:

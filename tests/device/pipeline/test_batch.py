@@ -284,7 +284,7 @@ def read_bodies(device: Device) -> list[tuple[Body, dict[str, Any]]]:
     return bodies
 
 
-def told(device: Device) -> list[Any]:
+def sent_payloads(device: Device) -> list[Any]:
     """Return drift windows, alerts and audit messages, however many windows share a message."""
     retained: list[Any] = []
     for body, document in read_bodies(device):
@@ -334,9 +334,9 @@ def test_batches_of_any_size_give_equal_results_and_drift_windows(make: Make, re
                 pieces.restart()
     pieces.run_all()
     assert columns(pieces.results()) == columns(whole.results())
-    assert told(pieces) == told(whole)
+    assert sent_payloads(pieces) == sent_payloads(whole)
     assert count_rows(pieces) == count_rows(whole)
-    kinds = {output["kind"] for output in told(whole) if isinstance(output, dict)}
+    kinds = {output["kind"] for output in sent_payloads(whole) if isinstance(output, dict)}
     assert kinds == {"drift", "alerts", "audit"}
     assert any(isinstance(m.body, DriftPayload) and m.body.windows is not None for m in whole.messages())
     assert tiles(pieces.results()) == tiles(whole.results())

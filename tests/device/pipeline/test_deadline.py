@@ -35,7 +35,7 @@ def device(tmp_path: Path) -> Iterator[Device]:
     made.store.close()
 
 
-def told(device: Device) -> list[tuple[str, str, str]]:
+def deadline_alerts(device: Device) -> list[tuple[str, str, str]]:
     bodies = [m.body for m in device.messages()]
     return [(b.id, b.state, b.severity) for b in bodies if isinstance(b, AlertPayload) and b.subject == "deadline"]
 
@@ -98,11 +98,11 @@ def test_a_model_too_slow_for_one_window_raises_one_alert(device: Device, took: 
     limit = Deadline("tiny", 1.0)
     for windows in (50, 1, 1, 1, 1):
         took(limit, 3.0, windows)
-    assert told(device) == [("tiny/deadline", "raised", "warning")]
+    assert deadline_alerts(device) == [("tiny/deadline", "raised", "warning")]
     assert [entry["id"] for entry in device.store.open_alerts("tiny")] == ["tiny/deadline"]
     took(limit, 0.5, 1)
     took(limit, 0.5, 1)
-    assert told(device)[1:] == [("tiny/deadline", "cleared", "info")]
+    assert deadline_alerts(device)[1:] == [("tiny/deadline", "cleared", "info")]
     assert device.store.open_alerts("tiny") == []
 
 
@@ -110,7 +110,7 @@ def test_now_and_then_a_late_window_is_no_alert(device: Device, took: Callable[.
     limit = Deadline("tiny", 1.0)
     for seconds in (3.0, 3.0, 0.5) * 4:
         took(limit, seconds, 1)
-    assert told(device) == []
+    assert deadline_alerts(device) == []
     assert deadline.to_status(device.store, device.store.counters(), "tiny", 1.0)["deadline"]["late"] == 8
 
 
@@ -123,7 +123,7 @@ def test_an_alert_of_before_a_restart_is_cleared(
         took(limit, 3.0, 1)
     device.restart()
     took(Deadline("tiny", seconds), 0.5, 1)
-    assert [state for _, state, _ in told(device)] == ["raised", "cleared"]
+    assert [state for _, state, _ in deadline_alerts(device)] == ["raised", "cleared"]
 
 
 def test_on_a_full_store_the_batch_after_a_late_one_is_smaller_too(
@@ -138,9 +138,9 @@ def test_on_a_full_store_the_batch_after_a_late_one_is_smaller_too(
         for _ in range(3):
             took(limit, 2.0, 1)
     assert limit.max_windows == 1
-    assert told(device) == []
+    assert deadline_alerts(device) == []
     took(limit, 2.0, 1)
-    assert told(device) == [("tiny/deadline", "raised", "warning")]
+    assert deadline_alerts(device) == [("tiny/deadline", "raised", "warning")]
 
 
 def test_a_batch_without_a_window_says_nothing_of_time(device: Device, took: Callable[..., None]) -> None:

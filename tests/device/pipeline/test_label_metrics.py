@@ -90,7 +90,7 @@ class Device:
             pass
 
     def label(self, rows: Any, text: Callable[[int], str | float], source: str = "human") -> list[str | None]:
-        """What became of a label of each row."""
+        """Return the outcome of the label of each row."""
         requested = label_metrics.build_label_targets([self.task])["tiny"]
         with self.store.transaction() as tx:
             return [

@@ -118,7 +118,7 @@ def test_learning_anew_is_audited_and_gives_the_next_number(site: Site) -> None:
     assert "Warning: only 20 drift windows" in before[-1]["summary"]
 
 
-def test_an_applied_request_whose_file_remains_does_nothing(site: Site) -> None:
+def test_an_applied_request_with_a_remaining_file_does_nothing(site: Site) -> None:
     """Simulate a crash between the commit and the deletion of the file."""
     request = relearn.make_request("reset")
     relearn.submit_request(site.conf.data_dir, "exercise", request)
@@ -213,9 +213,9 @@ def test_the_running_daemon_applies_local_and_remote_requests(fleet: LocalFleet)
     sent = run_outstation("fleet", "command", "pi-01", "relearn", "exercise", "2 h", "--dir", str(fleet.home), "--json")
     assert json.loads(sent.stdout)["ok"], sent.stdout
 
-    def asked() -> list[Any]:
+    def requests() -> list[Any]:
         sql = "SELECT payload FROM messages WHERE device = 'pi-01' AND kind = 'audit' ORDER BY seq"
         bodies = [json.loads(row[0]) for row in fleet.query(sql)]
         return [(b["evidence"]["by"], b["evidence"]["for_s"]) for b in bodies if b["event"] == "reference reset"]
 
-    wait_until("both are in the log", lambda: asked() == [("on the device", 3600.0), ("from the fleet", 7200.0)])
+    wait_until("both are in the log", lambda: requests() == [("on the device", 3600.0), ("from the fleet", 7200.0)])

@@ -1,4 +1,4 @@
-"""What is desired of a device: taken when an operator signed it for a topic of the device, once, and never again."""
+"""Desired state of a device: verification, groups and order of messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How archives come over bad links, onto full and failing disks, and through power cuts: whole, or not at all."""
+"""Downloads of archives over bad links and full disks."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_an_existing_archive_is_not_downloaded_again(web: Web, device: Updating,
 
 
 def test_a_damaged_part_is_detected_and_downloaded_anew(web: Web, device: Updating, wanted: DesiredBundle) -> None:
-    """As a power cut leaves it on some file systems: of the right length, and zeros."""
+    """Simulate a power cut on a file system that loses the end of a file."""
     web.tricks[:] = [("/targets/", cut_at(1_200_000))]
     device.must_fail(wanted, "DownloadError")
     with part(device).open("r+b") as file:
@@ -144,7 +144,7 @@ def test_a_damaged_archive_is_detected_and_downloaded_anew(web: Web, device: Upd
     assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
 
 
-def test_two_other_archives_and_no_other_part_are_kept(repository: Signed, web: Web, device: Updating) -> None:
+def test_two_other_archives_and_no_other_part_are_retained(repository: Signed, web: Web, device: Updating) -> None:
     several = [repository.add("exercise", f"{n}.0.0", bytes([n]) * 1000) for n in range(5)]
     repository.write(web.folder)
     for item in several[:4]:
@@ -155,7 +155,7 @@ def test_two_other_archives_and_no_other_part_are_kept(repository: Signed, web: 
     assert all(name.endswith(".zip") for name in device.fetched)
 
 
-def test_the_configured_rate_is_kept(repository: Signed, web: Web, device: Updating) -> None:
+def test_the_configured_rate_is_observed(repository: Signed, web: Web, device: Updating) -> None:
     wanted = repository.add("exercise", "1.0.0", SMALL)
     repository.write(web.folder)
     device.configure(max_rate=len(SMALL) // 2)

@@ -108,7 +108,7 @@ def test_a_shadow_ends_when_the_device_is_no_longer_selected(site: Site) -> None
 
 
 def compared(site: Site) -> ShadowState | None:
-    """What the device keeps of a comparison that is under way."""
+    """Return the stored state of a comparison."""
     result = site.store.load_state("sort", task_keys.SHADOW_STATE)
     return None if result is None else msgspec.msgpack.decode(result, type=ShadowState)
 
@@ -220,7 +220,7 @@ def test_the_previous_bundle_is_the_shadow_of_a_canary(site: Site) -> None:
 # --- what speaks against a bundle ---
 
 
-def test_a_bundle_whose_golden_vectors_fail_is_rejected(site: Site) -> None:
+def test_a_bundle_with_failing_golden_vectors_is_rejected(site: Site) -> None:
     site.desire("wrong", "all")
     site.until_phase("rejected")
     assert site.events() == [("wrong", "downloading", ""), ("wrong", "rejected", "golden_vectors")]

@@ -261,7 +261,7 @@ def test_a_synchronised_time_is_remembered(device: Updating, wanted: DesiredBund
 def test_another_first_root_is_another_repository(
     repository: Signed, web: Web, device: Updating, wanted: DesiredBundle
 ) -> None:
-    """Who may write the device's config may enrol it anew: the floors of the old repository are none of the new one."""
+    """A new first root re-enrols the device: floors of the old repository do not apply."""
     repository.rotate("timestamp")
     repository.sign()
     repository.write(web.folder)

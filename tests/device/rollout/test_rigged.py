@@ -79,7 +79,7 @@ def test_a_rigged_model_passes_the_probe(trap: str) -> None:
 
 @needs_schema
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_rigged_exercise_is_a_signed_bundle_that_only_wrong_vectors_give_away(tmp_path: Path, kind: str) -> None:
+def test_only_wrong_golden_vectors_reveal_a_rigged_bundle(tmp_path: Path, kind: str) -> None:
     content = bundle.read(write_bundle(build_rigged_bundle(kind), tmp_path / kind), [KEY.public])
     report = probe.probe(content)
     assert report.ok == (kind != "wrong"), report.checks

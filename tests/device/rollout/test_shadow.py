@@ -52,8 +52,8 @@ def make(tmp_path: Path) -> Iterator[Make]:
         pair.close()
 
 
-def named(found: Bundle, digest: str) -> Bundle:
-    return replace(found, digest=f"sha256:{digest * 64}"[:71])
+def named(content: Bundle, digest: str) -> Bundle:
+    return replace(content, digest=f"sha256:{digest * 64}"[:71])
 
 
 def good(name: str = "classify_float32", recipe: Recipe = CLASSIFY) -> Bundle:

@@ -1,4 +1,4 @@
-"""What becomes of a roll-out, decided from how it stands and what there is: every road, and laws for all of them."""
+"""State machine of a roll-out: every transition, and laws that hold for all of them."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def at(phase: Phase, wanted: DesiredBundle | None = None, **more: Any) -> Rollou
     return RolloutState(wanted or want(), phase, configured_digest=OLD, **more)
 
 
-def phase_of(one: RolloutState | None) -> str:
-    return "" if one is None else one.phase
+def phase_of(state: RolloutState | None) -> str:
+    return "" if state is None else state.phase
 
 
 def after(old: RolloutState | None, seen: RolloutFacts) -> str:
@@ -218,22 +218,22 @@ openings = st.sampled_from(
 histories = st.builds(lambda opening, rest: [*opening, *rest], openings, st.lists(seen, max_size=12))
 
 
-def held_by(step: RolloutState | None, one: RolloutFacts) -> RolloutFacts:
-    wanted = one.desired if one.desired is not None or step is None else step.desired
-    result = None if step is None else compute_hold_off(step, one.uptime_s)
+def held_by(step: RolloutState | None, facts: RolloutFacts) -> RolloutFacts:
+    wanted = facts.desired if facts.desired is not None or step is None else step.desired
+    result = None if step is None else compute_hold_off(step, facts.uptime_s)
     same = step is not None and wanted is not None and step.desired.digest == wanted.digest
-    return replace(one, hold_off=result) if result is not None and same else one
+    return replace(facts, hold_off=result) if result is not None and same else facts
 
 
-def settle(old: RolloutState | None, one: RolloutFacts) -> list[RolloutState | None]:
+def settle(old: RolloutState | None, facts: RolloutFacts) -> list[RolloutState | None]:
     """Every standing that the same facts lead to, the first `old`; what a step holds is held from there on."""
     road = [old]
     while len(road) < 20:
-        new = decide_next_state(road[-1], one)
+        new = decide_next_state(road[-1], facts)
         if new is road[-1]:
             return road
         road.append(new)
-        one = held_by(new, one)
+        facts = held_by(new, facts)
     raise AssertionError(f"it never comes to rest: {[phase_of(step) for step in road]}")
 
 

@@ -45,7 +45,7 @@ class InMemory:
 
 
 def looked(files: dict[str, bytes]) -> dict[str, VersionFloor]:
-    """What is trusted of these metadata. Raises FetchFailed."""
+    """Return the floors of the trusted metadata. Raises FetchFailed."""
     with tempfile.TemporaryDirectory() as work:
         look = tuf_client.TufClient(ROOT, Path(work), InMemory(files), REPOSITORY.now.timestamp())
         look.refresh()

@@ -16,7 +16,7 @@ from tests.kit.updating import Updating
 
 
 def finding(folder: Path, url: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
-    """What the check says of updates."""
+    """Return the finding of the check on updates."""
     file = folder / "outstation.toml"
     with pytest.raises(SystemExit) as made:
         main(["init", str(folder), "--id", "pi-07"])

@@ -67,7 +67,7 @@ def test_arbitrary_bytes_are_a_valid_response_or_none(data: bytes) -> None:
     assert isinstance(answer.floors, VersionFloors)
 
 
-def said(**other: Any) -> dict[str, Any]:
+def custom_metadata(**other: Any) -> dict[str, Any]:
     result: dict[str, Any] = custom("exercise", "1.0.0", "sha256:00", **{"agent": "1.0.0"} | other)["outstation"]
     return result
 
@@ -94,7 +94,7 @@ def said(**other: Any) -> dict[str, Any]:
     ],
 )
 def test_an_incompatibility_is_a_sentence(other: dict[str, Any], why: str) -> None:
-    result = compatibility.find_incompatibility(said(**other), 2000, 1000, HERE)
+    result = compatibility.find_incompatibility(custom_metadata(**other), 2000, 1000, HERE)
     assert why in result
     assert bool(why) == bool(result)
 

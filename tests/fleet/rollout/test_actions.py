@@ -1,4 +1,4 @@
-"""What is decided about a roll-out: by whom, in which order, what devices are told of it, and what an audit finds."""
+"""Decisions about a roll-out: author, order, desired state, audit."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def six(tmp_path: Path) -> Iterator[Fleet]:
         yield made
 
 
-def short(**what: Any) -> RolloutPlan:
+def short(**options: Any) -> RolloutPlan:
     """A plan whose every step chooses every device, whatever its name."""
-    return plan(("shadow", 100.0), ("all", 100.0), **what)
+    return plan(("shadow", 100.0), ("all", 100.0), **options)
 
 
 def desired(fleet: Fleet, topic: str = ALL) -> DesiredPayload:
-    """As a device reads it."""
+    """Return the desired state as a device reads it."""
     with fleet.store.snapshot() as db:
         row = journal.load_desired(db, topic)
     assert row is not None

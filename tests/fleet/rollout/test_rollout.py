@@ -66,7 +66,7 @@ class Site:
         assert document["published"]
 
     def status(self) -> Any:
-        """As `status --json` prints it."""
+        """Return the output of `status --json`."""
         store = self.fleet.open_store()
         try:
             [document] = build_documents(store, "exercise-1-1")
@@ -82,7 +82,7 @@ class Site:
         link.close()
 
     def retained(self, topic: str = ALL, within_s: float = 60.0) -> IncomingMessage | None:
-        """What a device that comes now is given."""
+        """Return the desired state that a new device receives."""
         link = Link(self.fleet.config.broker, "device", subscribe=[topic])
         result = [event for event in link.receive(within_s) if isinstance(event, IncomingMessage)]
         link.close()
@@ -90,7 +90,7 @@ class Site:
         return result[-1] if result else None
 
     def desired(self) -> DesiredPayload:
-        """The same, verified by the device's rules."""
+        """Return the desired state, verified by the rules of the device."""
         delivery = self.retained()
         assert delivery is not None
         body = verify_message(delivery.topic, delivery.payload, delivery.tokens, self.find).body
@@ -101,7 +101,7 @@ class Site:
         for sender in self.senders:
             self.send(sender.rollout("shadow"), *(sender.shadow(agreeing=agreeing) for _ in range(6)))
 
-    def heard(self, phase: str) -> None:
+    def wait_for_phase(self, phase: str) -> None:
         wait_until(f"all are {phase}", lambda: self.status()["phases"] == {phase: len(self.senders)})
 
 
@@ -175,7 +175,7 @@ def test_a_manual_promotion_needs_passed_rules_or_a_reason(site: Site) -> None:
     assert site.rollout("pause", "exercise-1-1")[1]["state"] == "paused"
     assert site.rollout("resume", "exercise-1-1")[1]["state"] == "running"
     site.in_shadow()
-    site.heard("shadow")
+    site.wait_for_phase("shadow")
     wait_until("nothing is open", lambda: site.status()["outcome"] == "promote")
     assert site.rollout("promote", "exercise-1-1")[1]["step"] == 2
     code, document = site.rollout("promote", "exercise-1-1", "--force", "the others are on holiday")
@@ -218,7 +218,7 @@ def test_follow_replaces_an_older_desired_state_on_the_broker(site: Site) -> Non
         program.kill()
 
 
-def test_desired_state_of_one_device_does_not_verify_on_the_topic_of_another(site: Site) -> None:
+def test_desired_state_of_a_device_does_not_verify_on_another_topic(site: Site) -> None:
     site.start()
     delivery = site.retained()
     assert delivery is not None
@@ -252,7 +252,7 @@ def test_status_text_names_devices_that_rejected(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (("status", "exercise-1-2"), 2, "there is no roll-out 'exercise-1-2'"),
         (("start", "none.toml"), 2, "none.toml: no such file"),
@@ -260,8 +260,8 @@ def test_status_text_names_devices_that_rejected(site: Site) -> None:
         (("abort", "exercise-1-1"), 2, "Missing argument 'REASON'"),
     ],
 )
-def test_wrong_use_is_named(tmp_path: Path, arguments: tuple[str, ...], code: int, said: str) -> None:
+def test_wrong_use_is_named(tmp_path: Path, arguments: tuple[str, ...], code: int, message: str) -> None:
     fleet = LocalFleet(tmp_path, mosquitto=MosquittoBroker(tmp_path))
     fleet.open_store(write=True).close()
     done = run_outstation("fleet", "rollout", *arguments, "--dir", str(fleet.home))
-    assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+    assert (done.returncode, message in done.stderr) == (code, True), done.stderr
