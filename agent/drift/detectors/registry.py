@@ -67,6 +67,7 @@ class ScoreLayout(msgspec.Struct, frozen=True, eq=False):
     test_count: int
     slices: dict[str, slice]
     subjects: Ints  # (T,)
+    tests: tuple[Ints, ...]  # scores of each subject
     field_tests: Ints  # (F, n) scores of each field
     field_sums: tuple[str, ...]  # (n,) their names in messages
 
@@ -85,6 +86,6 @@ def get_layout(task: Task) -> ScoreLayout:
         names += detector.field_sums if min(subjects[begin:], default=task.fields) < task.fields else ()
         slices[detector.name] = slice(begin, len(subjects))
     every = np.array(subjects, np.int64)
-    by_field = np.flatnonzero(every < task.fields)
-    by_field = by_field[np.argsort(every[by_field], kind="stable")]
-    return ScoreLayout(len(subjects), slices, every, by_field.reshape(task.fields, -1), tuple(names))
+    tests = tuple(np.flatnonzero(every == subject) for subject in range(task.subject_count))
+    field_tests = np.stack(tests[: task.fields])
+    return ScoreLayout(len(subjects), slices, every, tests, field_tests, tuple(names))

@@ -177,9 +177,9 @@ def add_states(numbers: dict[str, Any], status: SuiteStatus, tester: DriftTester
 
 def _find_nearest_test(status: SuiteStatus, tester: DriftTester | None, subject: int) -> int | None:
     """Return the test of a subject whose sum is nearest to its limit; None if the subject has no test."""
-    tests = np.flatnonzero(status.layout.subjects == subject)
-    if not len(tests):
-        return None
+    tests = status.layout.tests[subject]
+    if len(tests) < 2:
+        return int(tests[0]) if len(tests) else None
     highest = status.cusum_sums[:, tests].max(0)
     return int(tests[(highest / tester.limits.limit[tests] if tester else highest).argmax()])
 
