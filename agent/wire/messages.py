@@ -189,6 +189,7 @@ class DriftPayload(LoggedPayload, frozen=True, kw_only=True, tag="drift"):
         for name, field in self.features.items():
             try:
                 counted = sum(field["counts"]) + field["below"] + field["above"] + field["missing"]
+                counted += field.get("withheld", 0)
             except (KeyError, TypeError):
                 raise ValueError(f"field {name} of a run has no counts") from None
             if counted != span.n:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from agent.config import FieldConfig, StreamConfig
 from agent.device.intake.protocol import MAX_LINE_BYTES, LineParser
-from agent.device.store.rows import Rows, concatenate
+from agent.device.store.rows import PackedChunk, Rows, concatenate, pack_chunk
 from tests.kit.stations import MACHINE, STREAMS, T0, WATCH
 
 NOW_US = 1_764_022_680_000_000
@@ -30,8 +30,8 @@ class Got:
     bad: dict[int, str] = field(default_factory=dict)
     lines: list[int] = field(default_factory=list)
 
-    def digests(self) -> dict[str, str]:
-        return {stream: concatenate(parts).digest() for stream, parts in self.rows.items()}
+    def chunks(self) -> dict[str, PackedChunk]:
+        return {stream: pack_chunk(concatenate(parts)) for stream, parts in self.rows.items()}
 
 
 def read(*calls: list[bytes], reader: LineParser | None = None) -> Got:
@@ -96,7 +96,7 @@ def test_every_line_is_taken_once_or_named_just_as_if_it_had_come_alone(lines: l
     alone = read(*[[line] for line in lines])
     assert together.bad == alone.bad
     assert together.lines == alone.lines
-    assert together.digests() == alone.digests()
+    assert together.chunks() == alone.chunks()
     assert together.texts == alone.texts
     assert set(together.lines) | set(together.bad) == set(range(1, len(lines) + 1))
 
@@ -197,7 +197,7 @@ def test_packed_columns_are_taken_and_refused_as_the_same_columns_in_full(
     line = json.dumps({"stream": "watch", "columns": full}).replace("Infinity", "1e999").encode()
     in_full, as_bytes = read([line]), read([row("watch", packed=packed(t=t, ax=ax, ay=ay))])
     finite = bool(np.isfinite(ay[~np.isnan(ay)]).all())
-    assert as_bytes.digests() == in_full.digests() if finite else len(as_bytes.bad) == 1
+    assert as_bytes.chunks() == in_full.chunks() if finite else len(as_bytes.bad) == 1
     assert as_bytes.bad.keys() == in_full.bad.keys()
 
 

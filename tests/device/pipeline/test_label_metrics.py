@@ -452,7 +452,9 @@ def test_classes_without_a_label_are_counted_too(make: Make) -> None:
 
 
 def test_classes_are_counted_by_what_labels_mean() -> None:
-    result = label_metrics._count_classes(LabelSchema("anomaly"), ["1", "yes", "anomaly", "True", "0", "normal"])
+    schema = LabelSchema("anomaly")
+    texts = ["1", "yes", "anomaly", "True", "0", "normal"]
+    result = label_metrics._count_classes(schema, texts, schema.class_names)
     assert result == {"classes": {"anomaly": 4, "normal": 2}, "imbalance": 2.0}
 
 

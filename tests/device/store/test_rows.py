@@ -66,7 +66,7 @@ def reason(field: FieldConfig, value: Any) -> str:
 
 def same(a: Rows, b: Rows) -> bool:
     """Bit by bit, so that NaN equals itself and -0.0 is not 0.0."""
-    return a.digest() == b.digest() and len(a) == len(b)
+    return len(a) == len(b) and pack_chunk(a) == pack_chunk(b)
 
 
 @given(any_rows())
@@ -116,14 +116,7 @@ def test_the_digest_is_the_same_however_rows_were_cut_into_chunks(rows: Rows, da
     cuts = sorted(data.draw(st.sets(st.integers(1, len(rows)), max_size=5)) | {0, len(rows)})
     parts = [rows.slice(a, b) for a, b in pairwise(cuts)]
     stored = [unpack_chunk(pack_chunk(part), FIELDS) for part in parts]
-    assert concatenate(stored).digest() == rows.digest()
-
-
-def test_the_digest_differs_when_one_value_differs() -> None:
-    rows = Rows(np.array([1, 2]), (np.array([1, 2], "<f4"),))
-    other = Rows(np.array([1, 2]), (np.array([1, 3], "<f4"),))
-    assert rows.digest() != other.digest()
-    assert rows.digest().startswith("sha256:")
+    assert same(concatenate(stored), rows)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +278,7 @@ def test_each_row_is_either_taken_or_named(values: list[Any], kind: Any, optiona
     assert checked.rejected == {i: one_alone.rejected[0] for i, one_alone in enumerate(alone) if one_alone.rejected}
     remaining = [one_alone.rows for one_alone in alone if not one_alone.rejected]
     if remaining:
-        assert checked.rows.digest() == concatenate(remaining).digest()
+        assert same(checked.rows, concatenate(remaining))
 
 
 @given(
@@ -306,7 +299,7 @@ def test_a_numpy_column_is_judged_as_its_values_one_by_one(
     assert together.rows.columns[0].dtype == alone[0].rows.columns[0].dtype
     remaining = [one_alone.rows for one_alone in alone if not one_alone.rejected]
     if remaining:
-        assert together.rows.digest() == concatenate(remaining).digest()
+        assert same(together.rows, concatenate(remaining))
 
 
 @given(st.lists(st.integers(-2, 12), min_size=1, max_size=8), st.integers(0, 10))
