@@ -562,7 +562,7 @@ def test_a_data_folder_with_too_long_a_path_is_named(tmp_path: Path) -> None:
     with station:
         pass
     assert isinstance(station.failures[0], UsageError)
-    assert "choose a shorter data_dir" in str(station.failures[0])
+    assert "shorten data_dir" in str(station.failures[0])
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
