@@ -102,9 +102,7 @@ def test_an_altered_column_of_any_derived_table_fails_the_audit(store: FleetStor
         value = "collector" if name == "source" else alter(row[i], name)
         keys = [(n, v) for n, v in zip(names, row, strict=True) if v is not None and n != "rowid"]
         where = " AND ".join(f'"{n}" = ?' for n, _ in keys)
-        report = audit_altered(
-            store, f'UPDATE {table} SET "{name}" = ? WHERE {where}', value, *(v for _, v in keys)
-        )
+        report = audit_altered(store, f'UPDATE {table} SET "{name}" = ? WHERE {where}', value, *(v for _, v in keys))
         assert not report.passed, (table, name)
         # A log of another name has no message at all, which is a gap.
         named = any(table in entry["reason"] for entry in report.invalid)
