@@ -46,7 +46,7 @@ def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
         quality = old.append("quality", task=old.task, metrics=metrics)
         log += [quality, old.rollout("shadow", numbers={"n": 3}), old.quality(), old.evicted((9, 9))]
         log += [old.health_with_cursor(), anchor(old, 3, WALL_US + 10_000_000), old.results(model=NEW_MODEL)]
-        extent = {"boot": 2, "wall_clock": {"boot_us": 2_000_000}}
+        extent: dict[str, Any] = {"boot": 2, "wall_clock": {"boot_us": 2_000_000}}
         log.append(old.append("health", streams={}, tasks={}, **extent))
         ingest(store, old, *(item for item in log if item.seq != 9))
         new = MessageSender(device, key=old.key)
