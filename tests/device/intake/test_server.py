@@ -387,7 +387,7 @@ def test_an_older_connection_of_a_name_is_closed_and_ignored(station: Station) -
         assert counts(station) == list(range(8))
 
 
-def test_a_named_client_loses_and_doubles_no_line_over_twenty_kills(tmp_path: Path) -> None:
+def test_a_named_client_loses_and_doubles_no_line_over_eight_kills(tmp_path: Path) -> None:
     rng = random.Random(11)
     killable = Killable(tmp_path, commit_every_s=0.002)
     killable.start()
@@ -413,7 +413,7 @@ def test_a_named_client_loses_and_doubles_no_line_over_twenty_kills(tmp_path: Pa
     producer = threading.Thread(target=produce)
     producer.start()
     kills = random.Random(12)
-    for _ in range(20):
+    for _ in range(8):
         time.sleep(kills.random() * 0.12)
         killable.kill()
         killable.start()
