@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 
 import numpy as np
@@ -28,9 +29,7 @@ def key_of(task: str = "tiny", rows: tuple[int, int] = (1, 2), log: str = LOG) -
 def disclosure() -> Disclosure:
     codes = {"who": {"patient 17": 1, "patient 4": 2}}
     columns: list[list[float | int | str | None]] = [[1.5, None], [7, -8], ["patient 4", "patient 17"]]
-    return Disclosure(
-        "pi-07", LOG, "tiny", (1, 2), commitment.encode_key(key_of()), FIELDS, T.tolist(), columns, codes
-    )
+    return Disclosure("pi-07", LOG, "tiny", (1, 2), commitment.encode_key(key_of()), FIELDS, T.tolist(), columns, codes)
 
 
 def test_a_reading_of_few_possible_values_cannot_be_computed_back_from_its_message() -> None:
@@ -70,10 +69,13 @@ def test_disclosed_rows_give_the_commitment_of_the_message() -> None:
         {"columns": [[1.5, None], [7, -9], ["patient 4", "patient 17"]]},
         {"columns": [[1.5, None], [7, -8], ["patient 17", "patient 4"]]},
         {"categories": {"who": {"patient 17": 2, "patient 4": 1}}},
-        {"columns": [[1.5, None], [7, -8], ["nobody", "patient 17"]], "categories": {"who": {"patient 17": 1, "nobody": 2}}},
+        {
+            "columns": [[1.5, None], [7, -8], ["nobody", "patient 17"]],
+            "categories": {"who": {"patient 17": 1, "nobody": 2}},
+        },
         {"fields": [("y", "f32"), ("n", "i64"), ("who", "category")]},
     ],
-)  # fmt: skip
+)
 def test_a_device_cannot_disclose_other_rows_than_it_signed(change: dict[str, object]) -> None:
     signed = commitment.commit(key_of(), FIELDS, T, COLUMNS, TEXTS)
     assert replace(disclosure(), **change).commit() != signed
@@ -97,8 +99,10 @@ def test_a_device_cannot_disclose_other_rows_than_it_signed(change: dict[str, ob
 def test_hostile_disclosures_are_refused_or_do_not_match(change: dict[str, object]) -> None:
     signed = commitment.commit(key_of(), FIELDS, T, COLUMNS, TEXTS)
     try:
-        assert not change or replace(disclosure(), **change) == disclosure() or replace(
-            disclosure(), **change
-        ).commit() != signed
+        assert (
+            not change
+            or replace(disclosure(), **change) == disclosure()
+            or replace(disclosure(), **change).commit() != signed
+        )
     except ValueError:
         pass

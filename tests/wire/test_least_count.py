@@ -20,9 +20,16 @@ K = 10
 
 def field(bins: list[int], missing: int = 0) -> dict[str, Any]:
     return {
-        **{"counts": bins[1:-1], "missing": missing, "below": bins[0], "above": bins[-1], "mean": 36.6, "m2": 0.25},
+        "counts": bins[1:-1],
+        "missing": missing,
+        "below": bins[0],
+        "above": bins[-1],
+        "mean": 36.6,
+        "m2": 0.25,
         **dict.fromkeys(("psi", "js", "ks", "w1"), 0.5),
-        **{"cusum": {"mean": [0.1, 3.25], "spread": [0, 0.5], "limit": 8.5}, "state": "ok", "fault": None},
+        "cusum": {"mean": [0.1, 3.25], "spread": [0, 0.5], "limit": 8.5},
+        "state": "ok",
+        "fault": None,
     }
 
 
@@ -60,7 +67,9 @@ def test_a_bin_with_one_row_is_merged_into_its_neighbor() -> None:
     assert bins_of(body, "t") == [0, 31, 29, 0]
 
 
-@given(arrays(np.int64, st.tuples(st.integers(1, 4), st.integers(1, 34)), elements=st.integers(0, 30)), st.integers(2, 40))
+@given(
+    arrays(np.int64, st.tuples(st.integers(1, 4), st.integers(1, 34)), elements=st.integers(0, 30)), st.integers(2, 40)
+)
 def test_no_bin_is_left_below_the_least_count_and_no_row_is_lost(counts: np.ndarray[Any, Any], k: int) -> None:
     merged = least_count.merge_small_bins(counts, k)
     assert (merged.sum(-1) == counts.sum(-1)).all()
@@ -92,7 +101,11 @@ def test_a_run_of_windows_hides_how_near_each_small_window_came_to_its_limit() -
 
 def test_an_alert_about_a_window_of_few_readings_has_no_numbers() -> None:
     alert = {
-        **{"alert": "drift", "subject": "t", "state": "raised", "severity": "warning", "id": "1"},
+        "alert": "drift",
+        "subject": "t",
+        "state": "raised",
+        "severity": "warning",
+        "id": "1",
         "summary": "t: mean rose from 36.6 to 41.7",
         "evidence": {"seq": 7, "test": "mean", "from": 36.6, "to": 41.7, "window": 3, "rows": [1, 60]},
     }
@@ -130,8 +143,12 @@ def test_metrics_of_a_patient_with_one_label_do_not_leave() -> None:
         {"metric": "accuracy", "slice": "patient=Ada", "value": 0.0, "low": 0.0, "high": 0.9, "n": 1},
     ]
     labels = {
-        **{"n": 60, "delay_s": {"median": 1.0, "p90": 2.0}, "coverage": 1.0, "sources": {"nurse": 57, "Dr. Who": 3}},
-        **{"classes": {"well": 59, "ill": 1}, "imbalance": 59.0},
+        "n": 60,
+        "delay_s": {"median": 1.0, "p90": 2.0},
+        "coverage": 1.0,
+        "sources": {"nurse": 57, "Dr. Who": 3},
+        "classes": {"well": 59, "ill": 1},
+        "imbalance": 59.0,
     }
     body = {"window": {"n": 60}, "labels": labels, "estimate": None, "metrics": metrics}
     limited = least_count.apply("quality", body, K)

@@ -1,4 +1,4 @@
-"""`outstation fleet disclosed`: do rows that a device disclosed agree with its signed message?"""
+"""Command `outstation fleet disclosed`: compares rows that a device disclosed with its signed message."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def disclosed(file: Path, folder: str | None, as_json: bool) -> None:
     disclosure = _read(file)
     _, store = open_for_reading(folder, device=disclosure.device)
     seqs = []
-    for _, log, seq, kind, _, payload, _ in store.evidence(disclosure.device):
+    for _, log, seq, kind, _, payload, *_ in store.evidence(disclosure.device):
         if (log, kind) == (disclosure.log, "results"):
             body = messages.decode(payload)
             if isinstance(body, ResultsPayload) and (body.task, body.rows) == (disclosure.task, disclosure.rows):

@@ -100,9 +100,9 @@ def test_invalid_lines_are_logged_and_others_ingested(tmp_path: Path, caplog: py
         assert taken(station) == [1, 2, 5]
     text = [record.getMessage() for record in caplog.records if record.name == "outstation.files"]
     assert text == [
-        "a.csv: line 3: n = 'x' is no number",
+        "a.csv: line 3: n is no number",
         "a.csv: line 5: 2 values, the header names 1",
-        "a.csv: line 6: n = 10000000 is above max 1000000",
+        "a.csv: line 6: n is above max 1000000",
         "a.csv: ingested, 3 rows rejected",
     ]
 

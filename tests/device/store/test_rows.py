@@ -52,6 +52,7 @@ def validate_field(field: FieldConfig, *values: Any, **others: Any) -> Validated
         StreamConfig(fields=[field]),
         NOW_US,
         None,
+        show_values=True,
     )
 
 
@@ -160,6 +161,18 @@ def test_an_invalid_value_is_rejected_with_a_reason_and_others_stay(
     field: FieldConfig, value: Any, expected_reason: str
 ) -> None:
     assert reason(field, value) == expected_reason
+
+
+def test_a_rejected_reading_is_in_no_reason_unless_asked_for() -> None:
+    """Reasons go to journals and to files beside the rejected ones."""
+    pulse, who = FieldConfig(name="pulse", max=250), FieldConfig(name="who", type="category")
+    fields = [pulse, FieldConfig(name="n", type="i64"), who]
+    planted: list[dict[str, Any]] = [{"pulse": 731.129}, {"pulse": "731.129"}, {"n": 731.5}, {"who": "731" * 30}]
+    for values in planted:
+        raw = RawColumns(1, None, {"pulse": [1.0], "n": [1], "who": ["x"]} | {k: [v] for k, v in values.items()})
+        for show_values in (False, True):
+            checked = validate_columns(raw, StreamConfig(fields=fields), NOW_US, None, show_values=show_values)
+            assert ("731" in checked.rejected[0]) is show_values, values
 
 
 def test_a_category_has_at_most_64_characters() -> None:
@@ -291,9 +304,8 @@ def test_a_numpy_column_is_judged_as_its_values_one_by_one(
     values: list[float], limits: tuple[float | None, float | None], dtype: str, kind: Any
 ) -> None:
     field = FieldConfig(name="x", type=kind, min=limits[0], max=limits[1])
-    together = validate_columns(
-        RawColumns(len(values), None, {"x": np.array(values, dtype)}), StreamConfig(fields=[field]), NOW_US, None
-    )
+    raw = RawColumns(len(values), None, {"x": np.array(values, dtype)})
+    together = validate_columns(raw, StreamConfig(fields=[field]), NOW_US, None, show_values=True)
     alone = [validate_field(field, value) for value in values]
     assert together.rejected == {i: one_alone.rejected[0] for i, one_alone in enumerate(alone) if one_alone.rejected}
     assert together.rows.columns[0].dtype == alone[0].rows.columns[0].dtype
