@@ -226,6 +226,8 @@ class QualityPayload(LoggedPayload, frozen=True, kw_only=True, tag="quality"):
     labels: dict[str, Any] = {}
     estimate: dict[str, Any] | None = None
     metrics: list[Metric] = []
+    # Metrics of too few labels, or too few new ones.
+    withheld: Natural = 0
 
 
 class Moments(msgspec.Struct, frozen=True):
