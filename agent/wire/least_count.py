@@ -10,9 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from agent.wire import runs
 
 OTHER = "other"  # classes with too few to be named
@@ -43,19 +40,15 @@ def apply_to_alert(alert: Body, window: Body, k: int) -> Body:
     return {**alert, "summary": f"{summary}numbers are withheld.", "evidence": evidence}
 
 
-def merge_small_bins(counts: NDArray[np.int64], k: int) -> NDArray[np.int64]:
-    """Move rows so that no bin (..., bins) is above zero and below `k`, unless all rows together are."""
-    out = np.zeros_like(counts)
-    pending = np.zeros(counts.shape[:-1], np.int64)
-    last = np.zeros(counts.shape[:-1], np.int64)
-    for at in range(counts.shape[-1]):
-        pending = pending + counts[..., at]
-        full = pending >= k
-        out[..., at] = np.where(full, pending, 0)
-        last, pending = np.where(full, at, last), np.where(full, 0, pending)
-    left = np.take_along_axis(out, last[..., None], -1) + pending[..., None]
-    np.put_along_axis(out, last[..., None], left, -1)
-    return out
+def merge_small_bins(counts: Sequence[int], k: int) -> list[int]:
+    """Move rows so that no bin is above zero and below `k`, unless all rows together are."""
+    merged, pending, last = [0] * len(counts), 0, 0
+    for at, count in enumerate(counts):
+        pending += count
+        if pending >= k:
+            merged[at], pending, last = pending, 0, at
+    merged[last] += pending
+    return merged
 
 
 def merge_small_classes(counts: Mapping[str, int], k: int) -> dict[str, int]:
@@ -93,13 +86,8 @@ def _is_few(count: int, k: int) -> bool:
 
 
 def _limit_drift(body: Body, k: int) -> Body:
-    rows, fields = body["window"]["n"], body["features"]
-    bins = np.array([[field["below"], *field["counts"], field["above"]] for field in fields.values()], np.int64)
-    readings, merged = bins.sum(1), merge_small_bins(bins, k)
-    features = {
-        name: _limit_field(field, n, own, k)
-        for (name, field), n, own in zip(fields.items(), readings.tolist(), merged.tolist(), strict=True)
-    }
+    rows = body["window"]["n"]
+    features = {name: _limit_field(field, k) for name, field in body["features"].items()}
     output, predictions = _limit_output(body["output"], k)
     limited = {**body, "features": features, "output": output}
     if _is_few(predictions, k):
@@ -113,9 +101,12 @@ def _limit_drift(body: Body, k: int) -> Body:
     return limited
 
 
-def _limit_field(field: Body, readings: int, bins: list[int], k: int) -> Body:
+def _limit_field(field: Body, k: int) -> Body:
+    bins = [field["below"], *field["counts"], field["above"]]
+    readings = sum(bins)
     if not _is_few(readings, k):
-        return {**field, "counts": bins[1:-1], "below": bins[0], "above": bins[-1]}
+        below, *inner, above = merge_small_bins(bins, k)
+        return {**field, "counts": inner, "below": below, "above": above}
     empty = {"counts": [0] * len(field["counts"]), "below": 0, "above": 0, WITHHELD: readings}
     return {**field, **empty, **dict.fromkeys(_EFFECTS), "cusum": {"limit": field["cusum"]["limit"]}}
 
@@ -130,7 +121,7 @@ def _limit_output(output: Body, k: int) -> tuple[dict[str, Any], int]:
         return {**output, "counts": empty, "psi": None, WITHHELD: total, **cusum}, total
     if isinstance(counts, Mapping):
         return {**output, "counts": merge_small_classes(counts, k)}, total
-    return {**output, "counts": merge_small_bins(np.array(counts, np.int64), k).tolist()}, total
+    return {**output, "counts": merge_small_bins(counts, k)}, total
 
 
 def _limit_run(windows: Body, k: int) -> Body:

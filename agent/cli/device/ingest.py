@@ -81,9 +81,7 @@ def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str
         bar = open_files.enter_context(_ProgressLine(path))
         problem = None
         try:
-            for checked, lines, bad, through in _check_blocks(
-                conf, read_blocks(path, source, name, stream), stream
-            ):
+            for checked, lines, bad, through in _check_blocks(conf, read_blocks(path, source, name, stream), stream):
                 rejected |= bad
                 if len(checked.rows):
                     target.put(checked, lines)

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from msgspec import structs
-from msgspec import UNSET
+from msgspec import UNSET, structs
 from msgspec.structs import replace
 
 from agent import config
