@@ -81,7 +81,7 @@ class Link:
         self._wake_sender.setblocking(False)
         self._wake_receiver.setblocking(False)
         try:
-            self._client = self._make_client(broker, client_id, will)
+            self._client = self._make_client(broker, client_id, will, timeout_s)
         except BaseException:
             self._wake_sender.close()
             self._wake_receiver.close()
@@ -151,7 +151,9 @@ class Link:
         """Cut the connection without DISCONNECT, so that the broker publishes the Will."""
         self._release()
 
-    def _make_client(self, broker: BrokerConfig, client_id: str, will: OutgoingMessage | None) -> mqtt.Client:
+    def _make_client(
+        self, broker: BrokerConfig, client_id: str, will: OutgoingMessage | None, timeout_s: float
+    ) -> mqtt.Client:
         client = mqtt.Client(
             CallbackAPIVersion.VERSION2,
             client_id=client_id,
@@ -161,7 +163,7 @@ class Link:
         )
         # 0 is unlimited: the caller keeps to the window, and paho would scan its queue on each PUBACK.
         client.max_inflight_messages_set(0)
-        client.connect_timeout = 10.0
+        client.connect_timeout = timeout_s
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
         client.on_disconnect = self._on_disconnect

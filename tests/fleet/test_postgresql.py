@@ -344,8 +344,8 @@ def test_sqlite_cannot_be_shared(tmp_path: Path) -> None:
 
 
 def test_logged_kinds_are_shared_and_retained_kinds_go_to_each_collector() -> None:
-    plain, shared = collecting.topic_filters("acme"), collecting.topic_filters("acme", shared=True)
-    assert [item.removeprefix("$share/collect/") for item in shared] == plain
+    plain, shared = collecting.topic_filters("acme"), collecting.topic_filters("acme", group="g1")
+    assert [item.removeprefix("$share/g1/") for item in shared] == plain
     assert {item for item in shared if not item.startswith("$share/")} == {
         f"{topics.ROOT}/acme/+/keys",
         f"{topics.ROOT}/acme/+/state",

@@ -19,6 +19,7 @@ from agent.fleet.database.ingest import Arrival, Refusal
 from agent.fleet.database.interface import LogId
 from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import Acknowledgement, FleetStore
+from agent.fleet.enrolment.broker_access import share_group
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, PublishReceipt
 from agent.wire import key_rotation, topics
@@ -35,19 +36,17 @@ SESSION_EXPIRY_S = 7 * 86_400
 CLOSE_TIMEOUT_S = 2.0
 REFUSAL_LOG_INTERVAL_S = 10.0
 UPKEEP_S = 3600.0
-# Group name of the shared subscriptions (MQTT 5) of all collectors.
-SHARE_GROUP = "collect"
 
 
-def topic_filters(fleet: str, *, shared: bool = False) -> list[str]:
-    """Return the topic filters of everything that devices publish.
+def topic_filters(fleet: str, *, group: str | None = None) -> list[str]:
+    """Return the topic filters of everything that devices publish; `group`: name of the shared subscriptions (MQTT 5).
 
     Retained topics are never shared: the broker sends nothing retained to a shared subscription, and two collectors
     could store the states of a device in the wrong order.
     """
     base, kinds = f"{topics.ROOT}/{fleet}/+", [kind for kind in topics.KINDS.values() if not kind.to_device]
     logged = [f"{base}/{kind.name}" + ("/+" if kind.per_task else "") for kind in kinds if kind.logged]
-    spread = [f"$share/{SHARE_GROUP}/{topic}" for topic in logged] if shared else logged
+    spread = [f"$share/{group}/{topic}" for topic in logged] if group else logged
     return spread + [f"{base}/{kind.name}" for kind in kinds if kind.retained]
 
 
@@ -304,10 +303,11 @@ class Collector:
                 f"{self.store.name}: a collector {which} is already running, and the broker would hand its session to "
                 "this one; stop it, or choose another --share NAME"
             )
+        group = share_group(self.key, self.fleet) if self.share is not None else None
         return Link(
             self._broker,
             client_id(self.fleet, self.share),
-            subscribe=topic_filters(self.fleet, shared=self.share is not None),
+            subscribe=topic_filters(self.fleet, group=group),
             session_expiry_s=SESSION_EXPIRY_S,
         )
 

@@ -21,7 +21,7 @@ from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import broker_config, collectors, pki, revocation
+from agent.fleet.enrolment import broker_access, broker_config, broker_control, collectors, pki, revocation
 from agent.fleet.enrolment.revocation import RevocationOutcome
 from agent.fleet.repository.layout import Layout
 from agent.names import is_name
@@ -29,7 +29,7 @@ from agent.wire import keys
 from agent.wire.keys import PublicKey
 
 # User names of roles at the broker; `_all` cannot be a device id anyway.
-RESERVED_NAMES = frozenset({"collector", "operator", "commander"})
+RESERVED_NAMES = frozenset({"collector", "operator", "commander", broker_access.ADMIN})
 SIGNING_KEY = "device.key"
 # Initial root of trust for the fleet's repository.
 ROOT_METADATA = "root.json"
@@ -76,8 +76,8 @@ def init_fleet(folder: Path, name: str, broker: BrokerConfig) -> FleetConfig:
     (home / "data").mkdir(parents=True, exist_ok=True)
     durable_files.write_new(home / "mosquitto.conf", broker_config.render_config(broker, name, home).encode(), 0o644)
     if broker.tls:
-        # Mosquitto warns of an access list that others can read.
-        durable_files.write_new(home / "acl", broker_config.render_acl(name).encode(), 0o600)
+        group = broker_access.share_group(keys.load_private(folder / "collector.key"), name)
+        broker_control.write_access_file(home / broker_control.ACCESS_FILE, broker_access.build_document(name, group))
         _write_certificates(folder, name, broker)
     # Last: a folder with this file is a complete fleet.
     durable_files.write_new(folder / fleet_config.FILE, _render_fleet_toml(name, broker).encode(), 0o644)
@@ -128,6 +128,7 @@ def enrol(
         key = key or _load_or_create_key(home, enrolled)
         new = store.enrol(device, key, replace=False, now=now)
         _write_device_files(home, folder, config, device)
+    revocation.change_access(folder, config, broker_access.AccessChange(device, "device"), former)
     return Enrolment(device, key, home, new, former)
 
 
@@ -251,6 +252,8 @@ url = {_toml_string(broker.url)}
     if broker.tls:
         text += "\n[commander]                           # the operator's second certificate, for commands\n"
         text += 'key_file = "operator.key"\ncert_file = "commander.crt"\ntls_key_file = "commander-tls.key"\n'
+        text += "\n[broker_admin]                        # changes the broker's access rules\n"
+        text += f'cert_file = "{broker_access.ADMIN}.crt"\ntls_key_file = "{broker_access.ADMIN}-tls.key"\n'
         text += "\n[ca]                                  # issues the devices' TLS certificates\n"
         text += 'cert_file = "ca.pem"\nkey_file = "ca.key"\n'
     return text

@@ -22,7 +22,7 @@ from agent.errors import UsageError
 
 CA_YEARS = 10
 # Devices stay in the field for years: early expiry would disconnect them, and stop no attacker.
-LEAF_YEARS = 10
+LEAF_LIFETIME = timedelta(days=3650)
 # Machines without a battery clock start in the past; a day covers the lag of a saved clock.
 BACKDATE = timedelta(days=1)
 _RESTORE_HINT = "a new list would accept revoked certificates again; restore it from a backup or from its copy"
@@ -52,10 +52,10 @@ class CertificateAuthority(msgspec.Struct, frozen=True):
         names = [_general_name(name) for name in dict.fromkeys((host, "localhost", "127.0.0.1", "::1"))]
         return self._issue(host, names, ExtendedKeyUsageOID.SERVER_AUTH)
 
-    def issue_client(self, name: str, fleet: str) -> IssuedCertificate:
+    def issue_client(self, name: str, fleet: str, lifetime: timedelta = LEAF_LIFETIME) -> IssuedCertificate:
         """Issue a client's certificate; the broker uses `name` from its CN as the user name."""
         uri = x509.UniformResourceIdentifier(f"urn:outstation:{fleet}:{name}")
-        return self._issue(name, [uri], ExtendedKeyUsageOID.CLIENT_AUTH)
+        return self._issue(name, [uri], ExtendedKeyUsageOID.CLIENT_AUTH, lifetime)
 
     def build_crl(self, editions: Sequence[x509.CertificateRevocationList], serials: Iterable[int]) -> bytes:
         """Build the next CRL (PEM): all entries of these editions, and `serials`."""
@@ -88,10 +88,14 @@ class CertificateAuthority(msgspec.Struct, frozen=True):
         return crl
 
     def _issue(
-        self, common_name: str, names: list[x509.GeneralName], usage: x509.ObjectIdentifier
+        self,
+        common_name: str,
+        names: list[x509.GeneralName],
+        usage: x509.ObjectIdentifier,
+        lifetime: timedelta = LEAF_LIFETIME,
     ) -> IssuedCertificate:
         key = Ed25519PrivateKey.generate()
-        end = min(_now() + timedelta(days=365 * LEAF_YEARS), self.certificate.not_valid_after_utc)
+        end = min(_now() + lifetime, self.certificate.not_valid_after_utc)
         builder = (
             _certificate_builder(_x509_name(common_name[:64]), self.certificate.subject, key, end)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
