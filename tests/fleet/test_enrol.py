@@ -190,7 +190,11 @@ def test_the_broker_config_lets_a_device_write_only_its_own_topics(
         let_in(config, folder, device)
     with MosquittoBroker(tmp_path, conf=as_this_user(folder), port=config.broker.port):
         collector = Link(config.broker_for(config.collector), "any", subscribe=topic_filters("acme"))
-        sender = Link(settings_of(folder, "pi-07"), "pi-07", subscribe=[f"outstation/acme/pi-07/{kind}" for kind in ("ack", "cmd")])
+        sender = Link(
+            settings_of(folder, "pi-07"),
+            "pi-07",
+            subscribe=[f"outstation/acme/pi-07/{kind}" for kind in ("ack", "cmd")],
+        )
         base = "outstation/acme/pi-07"
         for kind in ("results/x", "drift/x", "quality/x", "alerts/x", "health", "audit", "state", "keys", "reply"):
             assert answer(sender, f"{base}/{kind}") in ("Success", "No matching subscribers"), kind

@@ -30,7 +30,6 @@ from agent.testing.broker import MosquittoBroker, free_port
 from agent.testing.messages import new_key
 from agent.testing.process import run_outstation
 from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage, OutgoingMessage
 from tests.kit.stations import wait_for
 
 NOW = "2026-01-01T00:00:00Z"

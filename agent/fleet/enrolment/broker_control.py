@@ -126,8 +126,8 @@ def _write_pending(path: Path, fleet: str, pending: Sequence[AccessChange], reas
         _edit_file(path, fleet, pending)
     except (OSError, StorageError, ValueError) as error:
         return (
-            f"{problem} Its file {path} could not be written either ({error}): repeat the command as its owner, or while the "
-            "broker can be reached.",
+            f"{problem} Its file {path} could not be written either ({error}): repeat the command as its owner, or "
+            "while the broker can be reached.",
         )
     return (
         f"{problem} {path} has the change: if the broker runs elsewhere, copy it to its `plugin_opt_config_file`; then "
