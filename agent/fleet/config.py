@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from agent.config import BrokerConfig, Section, check_broker, check_name, read
 from agent.errors import ConfigError, UsageError
+from agent.fleet.collector.quota import Quota
 from agent.fleet.database.interface import MAX_PARTITIONS, is_postgresql
 from agent.wire import keys
 from agent.wire.keys import PublicKey
@@ -73,6 +74,7 @@ class FleetConfig(Section, frozen=True):
     """Changes the broker's access rules; absent if the broker is used without TLS."""
     ca: Authority | None = None
     repository: Repository | None = None
+    quota: Quota = Quota()
 
     @property
     def command_broker(self) -> BrokerConfig:

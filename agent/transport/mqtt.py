@@ -14,7 +14,7 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -67,10 +67,12 @@ class Link:
         client_id: str,
         *,
         subscribe: Sequence[str] = (),
+        retain_as_published: Collection[str] = (),
         will: OutgoingMessage | None = None,
         session_expiry_s: int = 0,
         timeout_s: float = 10.0,
     ) -> None:
+        """Connect and subscribe. `retain_as_published`: filters whose messages show whether the broker retains them."""
         self.window = _MAX_WINDOW
         self.max_packet = 268_435_455
         self._events: list[IncomingMessage | PublishReceipt] = []
@@ -89,7 +91,7 @@ class Link:
         try:
             self._connect(broker, session_expiry_s, timeout_s)
             if subscribe:
-                self._subscribe(subscribe, timeout_s)
+                self._subscribe(subscribe, retain_as_published, timeout_s)
         except BaseException:
             self._release()
             raise
@@ -198,9 +200,13 @@ class Link:
         if self._handshake.connected:
             raise LinkDown(f"{broker.url}: refused: {self._handshake.connected}")
 
-    def _subscribe(self, filters: Sequence[str], timeout_s: float) -> None:
-        # MQTT 5 forbids No Local on a shared subscription (3.8.3.1).
-        options = [(topic, SubscribeOptions(qos=1, noLocal=not topic.startswith("$share/"))) for topic in filters]
+    def _subscribe(self, filters: Sequence[str], retain_as_published: Collection[str], timeout_s: float) -> None:
+        options = []
+        for topic in filters:
+            # MQTT 5 forbids No Local on a shared subscription (3.8.3.1).
+            option = SubscribeOptions(qos=1, noLocal=not topic.startswith("$share/"))
+            option.retainAsPublished = topic in retain_as_published
+            options.append((topic, option))
         self._client.subscribe(options)
         self._wait_until(lambda: bool(self._handshake.subscribed), timeout_s, "no SUBACK")
         for topic, answer in zip(filters, self._handshake.subscribed, strict=False):

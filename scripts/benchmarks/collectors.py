@@ -16,9 +16,9 @@ from pathlib import Path
 import click
 
 from agent.config import BrokerConfig
-from agent.fleet.collector.collector import SESSION_EXPIRY_S, client_id, topic_filters
+from agent.fleet.collector.collector import SESSION_EXPIRY_S, client_id
+from agent.fleet.collector.subscriptions import share_group, topic_filters
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment.broker_access import share_group
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.testing.broker import MosquittoBroker
 from agent.testing.messages import FLEET, MessageSender, SignedMessage

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent.config import BrokerConfig
 from agent.errors import LinkDown
-from agent.fleet.collector.collector import topic_filters
+from agent.fleet.collector.collector import Collector
+from agent.fleet.collector.quota import Quota
+from agent.fleet.collector.subscriptions import logged_filters, share_group, topic_filters
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import broker_access, broker_control, pki, revocation
-from agent.fleet.enrolment.broker_access import AccessChange, share_group
+from agent.fleet.enrolment.broker_access import AccessChange
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.testing.broker import MosquittoBroker, free_port
 from agent.testing.messages import MessageSender
@@ -257,3 +260,117 @@ def test_a_certificate_of_the_fleet_without_an_entry_can_do_nothing(site: Site) 
         assert code(link, f"{BASE}/pi-10/health") == NOT_AUTHORIZED
         assert all(insist(link, [f"{BASE}/pi-10/cmd"]))
         link.close()
+
+
+def collect(site: Site, done: Callable[[Collector], bool], quota: Quota | None = None) -> Collector:
+    """Run a collector on the broker until `done`; fail after a minute."""
+    collector = Collector("acme", site.as_collector, site.store, site.key, quota=quota)
+    link = collector._connect()
+    deadline = time.monotonic() + 60
+    while not done(collector):
+        assert time.monotonic() < deadline
+        collector.tick(link, 0.1)
+    link.close()
+    return collector
+
+
+def publish(link: Link, messages: Sequence[OutgoingMessage]) -> None:
+    """Publish within the broker's window, and wait for each PUBACK."""
+    waiting: set[int] = set()
+    remaining = iter(messages)
+    while True:
+        for message in itertools.islice(remaining, link.window - len(waiting)):
+            waiting.add(link.send(message))
+        if not waiting:
+            return
+        waiting -= {event.token for event in link.receive(5.0) if isinstance(event, PublishReceipt)}
+
+
+def test_a_flood_of_one_device_costs_no_other_its_messages(site: Site) -> None:
+    """What is over quota is not stored and not acknowledged: it stays on the device."""
+    quota = Quota(messages_per_s=1.0, bytes_per_s=1_000_000, burst_s=100.0)
+    flood = [site.senders["pi-07"].results().to_outgoing() for _ in range(1500)]
+    honest = [site.senders["pi-08"].results().to_outgoing() for _ in range(60)]
+    with site.broker:
+        collect(site, lambda _: True)
+        thief, link = Link(site.as_device("pi-07"), "x"), Link(site.as_device("pi-08"), "y")
+        for i in range(60):
+            publish(thief, flood[25 * i : 25 * i + 25])
+            publish(link, honest[i : i + 1])
+        ack = Link(site.as_operator, "o", subscribe=[f"{BASE}/+/ack"])
+
+        def has_all(_: Collector) -> bool:
+            return counts(site).get("pi-08") == 60 and refused(site).get(("pi-07", "over quota"), 0) > 1000
+
+        collect(site, has_all, quota)
+        assert 100 <= counts(site)["pi-07"] < 300
+        through = {body["device"]: body["through"] for body in map(read_json, receive_messages(ack, 99, 2.0))}
+        assert through["pi-08"] == 60
+        assert through["pi-07"] <= counts(site)["pi-07"], "nothing is acknowledged that is not stored"
+        for other in (thief, link, ack):
+            other.close()
+    [alert] = [row for row in site.store.alerts() if row["subject"] == "quota"]
+    assert (alert["device"], alert["alert"], alert["severity"]) == ("pi-07", "security", "critical")
+    assert not [row for row in site.store.alerts() if row["subject"] == "refused"]
+
+
+def test_junk_in_a_devices_own_name_uses_up_its_quota(site: Site) -> None:
+    quota = Quota(messages_per_s=1.0, bytes_per_s=1_000, burst_s=50.0)
+    with site.broker:
+        collect(site, lambda _: True)
+        thief = Link(site.as_device("pi-07"), "x")
+        publish(thief, [OutgoingMessage(f"{BASE}/pi-07/health", b"x" * 1000)] * 200)
+        thief.close()
+        collect(site, lambda _: sum(refused(site).values()) == 200, quota)
+        assert refused(site)["pi-07", "over quota"] >= 140
+
+
+def test_a_device_cannot_fill_the_broker_with_retained_topics(site: Site) -> None:
+    topics = [f"{BASE}/pi-07/{kind}/{'t' * 200}{i}" for kind in ("results", "alerts") for i in range(400)]
+    with site.broker:
+        collector = Collector("acme", site.as_collector, site.store, site.key)
+        link = collector._connect()
+        thief = Link(site.as_device("pi-07"), "x")
+        publish(thief, [OutgoingMessage(topic, b"x" * 100, retain=True) for topic in topics])
+        publish(thief, [OutgoingMessage(f"{BASE}/pi-07/state", b"{}", retain=True)])
+        deadline = time.monotonic() + 60
+        while collector.acknowledger.has_pending or refused(site).get(("pi-07", "retained"), 0) < len(topics):
+            assert time.monotonic() < deadline
+            collector.tick(link, 0.1)
+        # What it retained while no collector ran is deleted when one connects.
+        link.close()
+        publish(thief, [OutgoingMessage(topic, b"x" * 100, retain=True) for topic in topics[:50]])
+
+        def has_deleted(other: Collector) -> bool:
+            return refused(site)["pi-07", "retained"] >= len(topics) + 50 and not other.acknowledger.has_pending
+
+        collect(site, has_deleted)
+        watcher = Link(site.as_operator, "o", subscribe=[f"{BASE}/pi-07/#"])
+        assert [message.topic for message in receive_messages(watcher, 9, 1.0)] == [f"{BASE}/pi-07/state"]
+        for other in (thief, watcher):
+            other.close()
+
+
+def test_retained_topics_are_deleted_through_a_shared_subscription_too(site: Site) -> None:
+    with site.broker:
+        shared = logged_filters("acme", group=site.group)
+        link = Link(site.as_collector, "c", subscribe=shared, retain_as_published=shared)
+        thief = Link(site.as_device("pi-07"), "x")
+        publish(thief, [OutgoingMessage(f"{BASE}/pi-07/results/x", b"x", retain=True)])
+        publish(thief, [OutgoingMessage(f"{BASE}/pi-07/results/x", b"x")])
+        assert [message.retained for message in receive_messages(link, 2)] == [True, False]
+        thief.close()
+        link.close()
+
+
+def counts(site: Site) -> dict[str, int]:
+    return {device: site.store.count_messages(device) for device in site.senders}
+
+
+def refused(site: Site) -> dict[tuple[str, str], int]:
+    return {(row["device"], row["reason"]): row["count"] for row in site.store.refusals()}
+
+
+def read_json(message: IncomingMessage) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(message.payload)
+    return document

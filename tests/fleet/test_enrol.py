@@ -20,11 +20,10 @@ from agent import config as device_config
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, StorageBusy, UsageError
 from agent.fleet import config as fleet_config
-from agent.fleet.collector.collector import topic_filters
+from agent.fleet.collector.subscriptions import share_group, topic_filters
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import collectors, pki
-from agent.fleet.enrolment.broker_access import share_group
 from agent.fleet.enrolment.enrol import Enrolment, enrol, init_fleet, pack_device_files
 from agent.testing.broker import MosquittoBroker, free_port
 from agent.testing.messages import new_key

@@ -57,7 +57,9 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
 
                 maintain(home, store)
 
-        collector = Collector(config.fleet.name, broker, store, key, upkeep=maintain_repository, share=share)
+        collector = Collector(
+            *(config.fleet.name, broker, store, key), upkeep=maintain_repository, share=share, quota=config.quota
+        )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: collector.stop())
         collector.run()

@@ -6,13 +6,12 @@ own, which names its topics. A withdrawn client stays in the document, disabled 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
 
-from agent.wire.keys import SigningKey
+from agent.fleet.collector.subscriptions import logged_filters
 from agent.wire.topics import ALL_DEVICES, DEVICE_GROUP, KINDS, ROOT
 
 # Client that may change the rules while the broker runs.
@@ -30,18 +29,14 @@ class AccessChange(msgspec.Struct, frozen=True):
     access: Literal["device", "collector", "none"]
 
 
-def share_group(key: SigningKey, fleet: str) -> str:
-    """Return the group name of the collectors' shared subscriptions, which only holders of the collector's key know."""
-    # Ed25519 signatures are deterministic (RFC 8032), and nothing publishes this one.
-    return hashlib.sha256(key.sign(f"outstation shared subscriptions of {fleet}".encode())).hexdigest()[:32]
-
-
 def build_document(fleet: str, group: str) -> Document:
     """Build the plugin's file for a fleet without devices."""
     base = f"{ROOT}/{fleet}"
     tree = f"{base}/#"
     everyone = [f"{base}/{ALL_DEVICES}/desired", f"{base}/{DEVICE_GROUP}/desired/+"]
     orders = [f"{base}/+/cmd", f"{base}/+/desired", f"{base}/{DEVICE_GROUP}/desired/+"]
+    # A device's log is not retained; the collector deletes what a device retains there, by an empty message.
+    logged = logged_filters(fleet)
     control = f"{CONTROL_TOPIC}/#"
     return {
         "defaultACLAccess": dict.fromkeys(_ACCESS_TYPES, False),
@@ -54,7 +49,7 @@ def build_document(fleet: str, group: str) -> Document:
         "groups": [],
         "roles": [
             _role("device", receive=everyone),
-            _role("collector", send=[f"{base}/+/ack"], receive=[tree], share=[f"$share/{group}/{tree}"]),
+            _role("collector", send=[f"{base}/+/ack", *logged], receive=[tree], share=[f"$share/{group}/{tree}"]),
             _role("operator", send=orders, receive=[tree]),
             _role(ADMIN, send=[control], receive=[control]),
         ],

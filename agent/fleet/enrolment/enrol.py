@@ -19,6 +19,7 @@ from agent import clock, durable_files
 from agent.config import BrokerConfig, check_broker, check_name
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
+from agent.fleet.collector.subscriptions import share_group
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import broker_access, broker_config, broker_control, collectors, pki, revocation
@@ -76,7 +77,7 @@ def init_fleet(folder: Path, name: str, broker: BrokerConfig) -> FleetConfig:
     (home / "data").mkdir(parents=True, exist_ok=True)
     durable_files.write_new(home / "mosquitto.conf", broker_config.render_config(broker, name, home).encode(), 0o644)
     if broker.tls:
-        group = broker_access.share_group(keys.load_private(folder / "collector.key"), name)
+        group = share_group(keys.load_private(folder / "collector.key"), name)
         broker_control.write_access_file(home / broker_control.ACCESS_FILE, broker_access.build_document(name, group))
         _write_certificates(folder, name, broker)
     # Last: a folder with this file is a complete fleet.
