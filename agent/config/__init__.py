@@ -76,6 +76,17 @@ class ThrottleConfig(Section, frozen=True):
     nice: Annotated[int, msgspec.Meta(ge=0, le=19)] = 5
 
 
+class ModelsConfig(Section, frozen=True):
+    """Limits of model processes. `memory` is added to what Python and the runtime take; None means half the machine's.
+
+    `confinement`: "auto" confines where the machine can; "required" runs no model elsewhere; "off" runs models in the
+    daemon's own process.
+    """
+
+    confinement: Literal["auto", "required", "off"] = "auto"
+    memory: Size | None = None
+
+
 class IntakeConfig(Section, frozen=True):
     tcp: str | None = None
 
@@ -139,6 +150,7 @@ class Config(Section, frozen=True):
     buffer: BufferConfig = msgspec.field(default_factory=BufferConfig)
     intake: IntakeConfig = msgspec.field(default_factory=IntakeConfig)
     throttle: ThrottleConfig = msgspec.field(default_factory=ThrottleConfig)
+    models: ModelsConfig = msgspec.field(default_factory=ModelsConfig)
     updates: UpdatesConfig | None = None
     streams: dict[str, StreamConfig] = msgspec.field(default_factory=dict)
     tasks: dict[str, TaskConfig] = msgspec.field(default_factory=dict)

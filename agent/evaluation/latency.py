@@ -16,6 +16,7 @@ from agent.errors import BadBundle
 from agent.evaluation.document import BatchLatency
 from agent.model.bundle import manifest as manifests
 from agent.model.bundle.bundle import Bundle
+from agent.model.inference import runtime
 from agent.model.inference.features import WindowCut
 
 BATCH_SIZES = (1, 8, 32, 128)
@@ -51,7 +52,7 @@ def main() -> None:
 def _measure_batches(manifest: manifests.Manifest, model: bytes, rows: Float32s, t: Ints) -> Iterator[BatchLatency]:
     from agent.model.inference import inference
 
-    run = inference.Inference(manifest, inference.load_model(manifest, model))
+    run = inference.Inference(manifest, runtime.load_model(manifest, model))
     for batch in BATCH_SIZES:
         row_count = run.history_rows + run.rows * batch
         values, times = np.resize(rows, (row_count, rows.shape[1])), np.resize(t, row_count)

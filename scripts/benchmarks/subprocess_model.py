@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from agent.model.bundle import builtin, bundle
-from agent.model.inference import inference
+from agent.model.inference import runtime
 from agent.model.inference.features import Floats
 from agent.model.sandbox.subprocess_model import SubprocessModel
 from scripts.benchmarks import Report, Result, benchmark
@@ -27,7 +27,7 @@ MOST_MIB = 60.0
 def subprocess_overhead() -> Report:
     """Measure windows of `exercise` (medians of alternating runs), and the PSS of the subprocess."""
     shipped = bundle.read(builtin.bundles_dir() / "exercise", None)
-    here = inference.load_model(shipped.manifest, shipped.model_bytes)
+    here = runtime.load_model(shipped.manifest, shipped.model_bytes)
     windows = np.random.default_rng(0).normal(0, 1, (MANY, *here.input_shape)).astype(np.float32)
     with SubprocessModel(shipped) as there:
         there.invoke(windows)

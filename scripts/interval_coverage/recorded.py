@@ -17,7 +17,7 @@ from agent.comparison.paired_intervals import ComparisonBlock
 from agent.comparison.tally import ComparisonStats
 from agent.model.bundle import bundle
 from agent.model.bundle.manifest import Manifest
-from agent.model.inference import features, inference, runtime, scores
+from agent.model.inference import features, runtime, scores
 from agent.wire.messages import BundleStats, Moments
 from scripts.kit.rigged import SHIPPED, build_rigged_bundle
 
@@ -42,7 +42,7 @@ def recordings(change: str) -> tuple[Both, ...]:
     `sensitive` names the first class for large values; `scaled` has a scaling off by 30 %.
     """
     shipped = bundle.read(SHIPPED, None)
-    model = inference.load_model(shipped.manifest, shipped.model_bytes)
+    model = runtime.load_model(shipped.manifest, shipped.model_bytes)
     other = runtime.TfliteModel(build_rigged_bundle("sensitive")["model.tflite"]) if change == "sensitive" else model
     factor = np.float32(1.3 if change == "scaled" else 1.0)
     with np.load(SHIPPED.parent / "recordings" / "exercise.npz") as archive:

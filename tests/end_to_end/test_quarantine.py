@@ -75,7 +75,7 @@ def went_on_without_loss(fleet: LocalFleet, device: DeviceProcess) -> None:
     [(severity, summary)] = fleet.query("SELECT severity, summary FROM alerts WHERE alert = 'model'")
     assert severity == "critical"
     assert summary.startswith("exercise: exercise 9.9.9 (sha256:")
-    assert "ended the daemon 2 times in a row while it ran" in summary
+    assert "crashed or hung 2 times in a row" in summary
     events = fleet.query("SELECT json_extract(CAST(payload AS TEXT), '$.event') FROM messages WHERE kind = 'audit'")
     assert ("quarantined",) in events
     code, report = fleet.audit()

@@ -47,6 +47,10 @@ class BundleUpdater:
     def on_batch_committed(self, task: str, now: ClockReading) -> None:
         self.rollouts.on_batch_committed(task, now)
 
+    def has_canary(self, task: str) -> bool:
+        """Return True if a canary answers for the task."""
+        return self.rollouts.has_canary(task)
+
     def on_canary_failure(self, task: str, failure: ModelProcessFailed, now: ClockReading) -> LoadedTask | None:
         """Return the task that answers a batch instead of the failed canary, if there is one."""
         return self.rollouts.on_canary_failure(task, failure, now)

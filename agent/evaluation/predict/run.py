@@ -21,8 +21,8 @@ from agent.evaluation.predict.ledger import FileJob, RunLedger, RunTotals
 from agent.evaluation.predict.output import OutputColumns, PartialOutput
 from agent.evaluation.predictions import StreamingPredictor
 from agent.model.bundle.bundle import Bundle
-from agent.model.inference import runtime
 from agent.model.inference.inference import Inference
+from agent.model.inference.runtime_name import runtime_name
 
 CHECKPOINT_INTERVAL_S = 2.0
 CHECKPOINT_SUFFIX = ".part.state"
@@ -55,7 +55,7 @@ class BatchPredictor:
         spec = self.inference.manifest.input
         files = media.list_files(source, spec) if readers.is_media(spec) and source.is_dir() else [source]
         stats = [(str(path), stat.st_size, stat.st_mtime_ns) for path in files for stat in [path.stat()]]
-        parts = [str(source.resolve()), stats, self._digest, runtime.RUNTIME_NAME, self.raw]
+        parts = [str(source.resolve()), stats, self._digest, runtime_name(), self.raw]
         return hashlib.sha256(json.dumps([*parts, out.suffix, self._block_bytes]).encode()).hexdigest()
 
     def make_job(self, source: Path, out: Path) -> FileJob:

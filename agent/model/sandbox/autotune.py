@@ -9,17 +9,18 @@ Rules of `tune`:
 
 from __future__ import annotations
 
+import os
 import resource
 import statistics
 import time
-from pathlib import Path
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from agent.errors import BadBundle
-from agent.model.inference.runtime import MAX_BATCH, RUNTIME_NAME, TfliteModel
+from agent.model.inference.runtime import MAX_BATCH, TfliteModel
+from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.tuning import MAX_TUNING_S, Tuning, count_cores, describe_machine, model_digest
 
 BATCH_SIZES = (1, 4, 8, 16, 32, 64, MAX_BATCH)
@@ -31,6 +32,8 @@ _EQUAL_SPEED = 0.98
 # A candidate below this share of the best first measurement is not measured again.
 _DROP_BELOW = 0.8
 _STABLE_ROUNDS, _STABLE_TOLERANCE = 5, 0.005
+# Open before a confined process loses the right to open files.
+_STATM = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
 _MEASURE_S, _MAX_REPEATS = 0.002, 50
 
 Floats = NDArray[np.float32]
@@ -56,7 +59,7 @@ def tune(
     best = tuner.find_best()
     return Tuning(
         model_digest(content),
-        RUNTIME_NAME,
+        runtime_name(),
         describe_machine(),
         best.batch,
         best.threads,
@@ -174,5 +177,4 @@ class _Tuner:
 
 
 def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize()
+    return int(os.pread(_STATM, 200, 0).split()[1]) * resource.getpagesize()

@@ -10,6 +10,7 @@ On request the same process then tunes batch size and threads (`autotune`).
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import resource
@@ -23,11 +24,14 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from agent.errors import BadBundle
-from agent.model.bundle import manifest
+from agent.model.bundle import builtin, manifest
 from agent.model.bundle.bundle import Bundle
 from agent.model.bundle.manifest import Manifest, ResourceLimits
+from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.tensors import ModelInspection
 from agent.model.inference.tuning import MAX_TUNING_S, Tuning
+from agent.model.sandbox import confinement
+from agent.model.sandbox.confinement import ModelPolicy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,19 +75,25 @@ class _ProbeRequest(msgspec.Struct):
     """Input of the child. Without a manifest it inspects the model; it tunes only if `known_tunings` is set."""
 
     files: dict[str, bytes]
+    policy: ModelPolicy
+    trusted_content: bytes
     known_tunings: list[Tuning] | None = None
 
 
-def probe(bundle: Bundle, known_tunings: Sequence[Tuning] | None = None) -> ProbeReport:
-    """Probe the verified bytes of `bundle` within its limits of memory and CPU time.
+def probe(
+    bundle: Bundle, known_tunings: Sequence[Tuning] | None = None, policy: ModelPolicy | None = None
+) -> ProbeReport:
+    """Probe the verified bytes of `bundle` within its limits of memory and CPU time, and those of `policy`.
 
     With `known_tunings` the report has a tuning, known or measured within MAX_TUNING_S.
     """
     needed = ("manifest.json", "model.tflite", "golden.npz")
-    request = _ProbeRequest({name: bundle.files[name] for name in needed if name in bundle.files})
+    files, policy = {name: bundle.files[name] for name in needed if name in bundle.files}, policy or ModelPolicy()
+    request = _ProbeRequest(files, policy, builtin.read_smallest_model())
     request.known_tunings = None if known_tunings is None else list(known_tunings)
-    limits = bundle.manifest.limits
+    limits = policy.cap(bundle.manifest.limits)
     try:
+        policy.check()
         output, death = _run_child(request, limits)
         report, _, tuned = output.partition(b"\n")
         if death and (known_tunings is None or not report):
@@ -100,7 +110,9 @@ def probe(bundle: Bundle, known_tunings: Sequence[Tuning] | None = None) -> Prob
 
 def inspect_model(content: bytes) -> ModelInspection:
     """Inspect a model in a child process. Raises BadBundle if the model cannot run here."""
-    output, death = _run_child(_ProbeRequest({"model.tflite": content}), ResourceLimits())
+    output, death = _run_child(
+        _ProbeRequest({"model.tflite": content}, ModelPolicy(), builtin.read_smallest_model()), ResourceLimits()
+    )
     if death:
         raise BadBundle(death)
     inspection = msgspec.json.decode(output, type=ModelInspection | str)
@@ -119,6 +131,7 @@ def _run_child(request: _ProbeRequest, limits: ResourceLimits) -> tuple[bytes, s
             input=msgspec.msgpack.encode(request),
             capture_output=True,
             timeout=timeout_s,
+            env=confinement.child_environment(),
             check=False,
         )
     except subprocess.TimeoutExpired:
@@ -129,7 +142,7 @@ def _run_child(request: _ProbeRequest, limits: ResourceLimits) -> tuple[bytes, s
 def run_checks(files: dict[str, bytes]) -> tuple[str, list[Check]]:
     """Run all checks, in the child. Return the runtime and the checks."""
     from agent.model.bundle import golden_vectors
-    from agent.model.inference import inference, runtime
+    from agent.model.inference import runtime
 
     content = manifest.decode(files["manifest.json"])
     checks: list[Check] = []
@@ -142,19 +155,19 @@ def run_checks(files: dict[str, bytes]) -> tuple[str, list[Check]]:
         return checks[-1][1]
 
     try:
-        model = inference.load_model(content, files["model.tflite"])
+        model = runtime.load_model(content, files["model.tflite"])
         checks.append(("load", True, f"{len(files['model.tflite'])} bytes, {_describe_batch(model)}"))
         vectors = golden_vectors.decode(files["golden.npz"]) if "golden.npz" in files else None
     except BadBundle as problem:
         checks.append(("golden" if checks else "load", False, str(problem)))
-        return runtime.RUNTIME_NAME, checks
+        return runtime_name(), checks
     sound = run_step("shapes", lambda: _check_shapes(model, content)) and run_step(
         "batch", lambda: _check_batching(model, vectors)
     )
     if sound and vectors is not None:
         classes = content.kind == "classify" and not content.output.multi_label
-        run_step("golden", lambda: vectors.compare(model.invoke(vectors.inputs), runtime.RUNTIME_NAME, classes=classes))
-    return runtime.RUNTIME_NAME, checks
+        run_step("golden", lambda: vectors.compare(model.invoke(vectors.inputs), runtime_name(), classes=classes))
+    return runtime_name(), checks
 
 
 def _describe_batch(model: TfliteModel) -> str:
@@ -240,12 +253,12 @@ def main() -> None:
     if "manifest.json" in request.files:
         _probe_in_child(request)
     else:
-        _inspect_in_child(request.files["model.tflite"])
+        _inspect_in_child(request)
 
 
 def _probe_in_child(request: _ProbeRequest) -> None:
-    limits = manifest.decode(request.files["manifest.json"]).limits
-    memory = _apply_limits(limits)
+    limits = request.policy.cap(manifest.decode(request.files["manifest.json"]).limits)
+    memory = _give_up_rights(request, limits)
     runtime_name, checks = run_checks(request.files)
     # Flushed now: a crash while tuning must not lose the checks.
     sys.stdout.buffer.write(msgspec.json.encode((runtime_name, checks, _peak_memory())) + b"\n")
@@ -255,13 +268,13 @@ def _probe_in_child(request: _ProbeRequest) -> None:
         sys.stdout.buffer.write(msgspec.json.encode(_tune(request.files, request.known_tunings, memory)))
 
 
-def _inspect_in_child(content: bytes) -> None:
+def _inspect_in_child(request: _ProbeRequest) -> None:
     from agent.model.inference import inspect
 
-    _apply_limits(ResourceLimits())
+    _give_up_rights(request, ResourceLimits())
     inspection: ModelInspection | str
     try:
-        inspection = inspect.inspect_model(content)
+        inspection = inspect.inspect_model(request.files["model.tflite"])
     except BadBundle as problem:
         inspection = str(problem)
     sys.stdout.buffer.write(msgspec.json.encode(inspection))
@@ -269,49 +282,64 @@ def _inspect_in_child(content: bytes) -> None:
 
 def _tune(files: dict[str, bytes], known_tunings: list[Tuning], memory: int) -> Tuning:
     from agent.model.bundle import golden_vectors
-    from agent.model.inference import inference, runtime
+    from agent.model.inference import runtime
     from agent.model.inference.tuning import find_known
     from agent.model.sandbox import autotune
 
     spec, content = manifest.decode(files["manifest.json"]), files["model.tflite"]
-    known = find_known(known_tunings, content, runtime.RUNTIME_NAME, spec.output.tensor)
+    known = find_known(known_tunings, content, runtime_name(), spec.output.tensor)
     if known is not None:
         return known
     vectors = golden_vectors.decode(files["golden.npz"]) if "golden.npz" in files else None
-    rows = _sample_rows(inference.load_model(spec, content), vectors, autotune.SAMPLE_ROWS)
+    rows = _sample_rows(runtime.load_model(spec, content), vectors, autotune.SAMPLE_ROWS)
     return autotune.tune(content, rows, memory, output=spec.output.tensor)
 
 
-def _apply_limits(limits: ResourceLimits) -> int:
-    """Limit memory and CPU time, on top of what Python, numpy and the runtime took to start.
+def _give_up_rights(request: _ProbeRequest, limits: ResourceLimits) -> int:
+    """Limit memory and CPU time, on top of what Python, numpy and the runtime took to start; then confine the process.
 
     Return the bytes for a larger batch: half of the memory limit, at most an eighth of the machine's free memory.
     """
+    # Everything that is imported later: a confined process can read no more files.
     import psutil
 
     import agent.model.bundle.golden_vectors
     import agent.model.sandbox.autotune  # noqa: F401
+    from agent.model.inference import runtime, tuning
 
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     memory = pages * resource.getpagesize() + (limits.memory_mib << 20)
     cpu = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + limits.cpu_seconds
+    tuning_cpu = limits.cpu_seconds + math.ceil(MAX_TUNING_S) * (os.cpu_count() or 1)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    # The hard limit bounds checks and tuning together: tuning may use every core.
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + tuning_cpu))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    return min(limits.memory_mib << 19, int(psutil.virtual_memory().available) // 8)
+    available = int(psutil.virtual_memory().available)
+    tuning.describe_machine()
+    runtime.detect_processor(request.trusted_content)
+    _peak_memory()
+    confinement.confine_by(request.policy)
+    return min(limits.memory_mib << 19, available // 8)
+
+
+@functools.cache
+def _status_file() -> int:
+    return os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _peak_memory() -> int:
     """Return the peak of resident bytes. Not from getrusage, which includes the parent's before exec."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return next((int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
+    lines = os.pread(_status_file(), 1 << 16, 0).splitlines()
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(b"VmHWM:")), 0)
 
 
 def _extend_cpu_limit(seconds: int) -> None:
-    """Raise the CPU limit for tuning, which may use every core."""
+    """Raise the CPU limit for tuning, within the hard limit."""
     used = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
     allowed = used + seconds + math.ceil(MAX_TUNING_S) * (os.cpu_count() or 1)
-    resource.setrlimit(resource.RLIMIT_CPU, (allowed, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (min(allowed, hard), hard))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.model.sandbox import worker
+from agent.model.sandbox import confinement, worker
 from agent.model.sandbox.worker import REQUEST_HEADER, WorkerJob
 
 Floats = NDArray[np.float32]
@@ -51,6 +51,7 @@ class ModelProcess:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
+                    env=confinement.child_environment(),
                     pass_fds=(job_fd, self._shared.fd),
                 )
         except OSError:

@@ -82,7 +82,7 @@ def test_after_two_crashes_in_a_row_the_previous_bundle_resumes(device: Device) 
     assert (alert["state"], alert["severity"], alert["id"]) == ("raised", "critical", "sort/quarantine")
     assert alert["summary"] == audit["summary"]
     assert "sort: tiny 2 (sha256:" in alert["summary"]
-    assert "ended the daemon 2 times in a row while it ran" in alert["summary"]
+    assert "crashed or hung 2 times in a row" in alert["summary"]
     assert alert["summary"].endswith("tiny 1 runs instead.")
 
 
@@ -158,7 +158,7 @@ def test_without_a_previous_bundle_the_task_stops_and_its_readings_wait(device: 
     [alert] = [body for body in device.messages() if body.get("alert") == "model"]
     assert (alert["state"], alert["severity"]) == ("raised", "critical")
     assert "tiny 1 (sha256:" in alert["summary"]
-    assert "ended the daemon 2 times in a row while it ran" in alert["summary"]
+    assert "crashed or hung 2 times in a row" in alert["summary"]
     assert "readings are kept" in alert["summary"]
     assert audits(device, "quarantined")[0]["evidence"]["to"] is None
     device.add_rows(40)

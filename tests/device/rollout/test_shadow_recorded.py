@@ -12,7 +12,6 @@ import pytest
 from agent.comparison import rules
 from agent.model import activation
 from agent.model.bundle import bundle
-from agent.model.sandbox.subprocess_model import SandboxLimits
 from agent.wire.desired_state import CanaryRules
 from scripts.kit.bundles import KEY, Recipe
 from scripts.kit.rigged import SHIPPED, build_rigged_bundle, write_bundle
@@ -42,7 +41,7 @@ def told(tmp_path: Path) -> Iterator[Told]:
         found = bundle.read(write_bundle(build_rigged_bundle(kind, repeats=1200), tmp_path / kind), [KEY.public])
         active = activation.activate(SHIPPED, [])
         recipe = Recipe("classify", "", fields=tuple(found.manifest.input.fields))
-        pair = Pair(tmp_path / f"device {kind}", recipe, active, found, bounds=SandboxLimits(call_timeout_s=0.6))
+        pair = Pair(tmp_path / f"device {kind}", recipe, active, found, call_timeout_s=0.6)
         made.append(pair)
         # Until all rules know: a machine that is busy meanwhile leaves the times open for longer.
         for _ in range(ROUNDS):
