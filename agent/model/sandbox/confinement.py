@@ -11,6 +11,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import resource
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
@@ -125,9 +126,9 @@ def confine() -> None:
         # Threads of the runtime. Without clone3, whose flags a filter cannot read, the C library calls clone.
         add(_ALLOW, "clone", _Comparison(0, _MASKED_EQUAL, _CLONE_THREAD, _CLONE_THREAD))
         add(_FAIL | errno.ENOSYS, "clone3")
-        # abort() signals the process itself; limits can only be lowered below the hard limit.
+        # abort() signals the process itself; the probe raises its CPU limit below the hard one.
         add(_ALLOW, "tgkill", _Comparison(0, _EQUAL, os.getpid(), 0))
-        add(_ALLOW, "prlimit64", _Comparison(0, _EQUAL, 0, 0))
+        add(_ALLOW, "prlimit64", _Comparison(0, _EQUAL, 0, 0), _Comparison(1, _EQUAL, resource.RLIMIT_CPU, 0))
         if (code := library.seccomp_load(context)) != 0:
             raise ConfinementError(f"the kernel rejects the seccomp filter: {os.strerror(-code)}")
     finally:

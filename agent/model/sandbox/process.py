@@ -59,6 +59,7 @@ class ModelProcess:
             raise
         self.pid, self.started_s = self._child.pid, time.monotonic()
         self._stdout, self._stderr = b"", b""
+        self._end: tuple[int, bytes] | None = None
         self._selector = selectors.DefaultSelector()
         for pipe in (self._child.stdout, self._child.stderr):
             assert pipe is not None
@@ -101,6 +102,8 @@ class ModelProcess:
 
     def kill(self) -> tuple[int, bytes]:
         """Kill it if it is alive. Return its exit code and the last bytes of its stderr."""
+        if self._end is not None:
+            return self._end
         self._child.kill()
         code = self._child.wait()
         self._read_stderr()
@@ -110,7 +113,8 @@ class ModelProcess:
                 with contextlib.suppress(OSError):
                     pipe.close()
         self._shared.close()
-        return code, self._stderr
+        self._end = code, self._stderr
+        return self._end
 
     def _read_stdout(self) -> None:
         data = _read_available(self._child.stdout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import weakref
 from collections.abc import Callable
 
 import msgspec
@@ -110,6 +111,8 @@ class SubprocessModel:
         self.close()
         try:
             self._process = ModelProcess(self._job)
+            # A task that is replaced drops its model: the process then ends, too.
+            weakref.finalize(self, self._process.kill)
         except OSError as error:
             raise ModelProcessFailed("error", f"no process can be started for the model: {error.strerror}") from error
 
