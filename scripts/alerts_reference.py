@@ -27,7 +27,8 @@ alert begins with the task's name and a slash.
 def to_markdown() -> str:
     """Return the document."""
     rows = [
-        f"| `{kind.alert}` | `{_pattern(kind.subject)}` | {kind.severity} | {_raised_by(kind)} | "
+        f"| `{kind.alert}` | `{_pattern(kind.subject)}` | {kind.severity} | "
+        f"{'the collector' if kind.source == 'collector' else 'the device'} | "
         f"[{kind.title}](#{kind.title.lower().replace(' ', '-').replace(chr(39), '')}) |"
         for kind in KINDS
     ]
@@ -49,10 +50,6 @@ def _section(kind: AlertKind) -> Iterator[str]:
 
 def _pattern(text: str) -> str:
     return re.sub(r"\{(\w+)\}", r"<\1>", text)
-
-
-def _raised_by(kind: AlertKind) -> str:
-    return "the collector" if kind.source == "collector" else "the device"
 
 
 if __name__ == "__main__":

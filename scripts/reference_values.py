@@ -31,7 +31,7 @@ from sklearn.metrics import brier_score_loss
 
 from scripts.kit import reference_data as data
 
-FILE = Path(__file__).parents[1] / "tests" / "reference_values.json"
+FILE = Path(__file__).parents[1] / "tests" / "kit" / "reference_values.json"
 SEEDS = 20
 LIBRARIES = ("scipy", "scikit-learn", "evidently", "nannyml", "numpy", "pandas")
 
@@ -105,9 +105,7 @@ def main() -> None:
     few = [data.answers(seed, 1620) for seed in range(SEEDS)]
     later = [data.less_sure(seed) for seed in range(SEEDS)]
     document = {
-        "versions": {
-            name: version(name) for name in ("scipy", "scikit-learn", "evidently", "nannyml", "numpy", "pandas")
-        },
+        "versions": {name: version(name) for name in LIBRARIES},
         "sizes": sizes(),
         "calibration": calibration(),
         "cbpe": {

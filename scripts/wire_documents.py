@@ -1,6 +1,6 @@
 """AsyncAPI 3 document of the wire format, generated from the payload structs and the table of message kinds.
 
-python -m scripts.asyncapi            # writes docs/reference/asyncapi.json
+python -m scripts.wire_documents      # writes docs/reference/asyncapi.json and the tables of wire-format.md
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,8 +20,6 @@ from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.detectors.season import SlowTrend
 from agent.drift.faults import faults
 from agent.drift.faults.faults import FaultIndicators
-from agent.drift.reporting import drift_message
-from agent.drift.reporting.drift_message import SuiteStatus
 from agent.drift.sampling_rate_watch import RateObservation, SamplingRateWatch
 from agent.drift.state import Batch, DriftState
 from agent.drift.testing import sequence
@@ -173,49 +170,20 @@ class WindowAnalysis(msgspec.Struct, frozen=True):
     """Analysis of W drift windows, which does not depend on earlier windows."""
 
     summaries: Summary
-    features: list[dict[str, Any]]
-    output: list[dict[str, Any]]
-    accuracy: list[dict[str, Any] | None]
     indicators: FaultIndicators
     rate_observations: list[RateObservation]
     evidence: Evidence | None  # against the site's reference
 
     @classmethod
     def from_summaries(
-        cls, summaries: Summary, midpoints: Ints, shipped: Reference, tester: DriftTester | None, min_bin_rows: int
+        cls, summaries: Summary, midpoints: Ints, shipped: Reference, tester: DriftTester | None
     ) -> WindowAnalysis:
         """Analyze stacked summaries in the middle of times (W,), epoch µs; `tester` is that of the site's reference."""
         return cls(
             summaries,
-            drift_message.build_features(summaries, shipped, min_bin_rows),
-            drift_message.build_output(summaries, shipped, min_bin_rows),
-            drift_message.build_estimates(summaries, shipped),
             faults.compute_indicators(summaries, shipped, tester.reference if tester else None),
             sampling_rate_watch.observe_rate(summaries, midpoints, tester),
             tester.compute_evidence(summaries, midpoints) if tester else None,
-        )
-
-    def build_members(
-        self,
-        index: slice,
-        status: SuiteStatus,
-        rate_watch: SamplingRateWatch,
-        speed_sums: Float64s,
-        tester: DriftTester | None,
-    ) -> list[dict[str, Any]]:
-        """Build the members of these windows' messages."""
-        numbers = [
-            {"features": features, "output": output, "estimate": accuracy}
-            for features, output, accuracy in zip(
-                self.features[index], self.output[index], self.accuracy[index], strict=True
-            )
-        ]
-        return sampling_rate_watch.add_rate(
-            drift_message.add_states(numbers, status, tester),
-            rate_watch,
-            speed_sums,
-            self.rate_observations[index],
-            tester,
         )
 
 

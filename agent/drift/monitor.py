@@ -33,10 +33,11 @@ from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.batches import FullWindows, WindowAnalysis
 from agent.drift.detectors.season import SlowTrend
 from agent.drift.faults import faults
-from agent.drift.reporting.drift_message import SuiteStatus
-from agent.drift.state import Batch, DriftState, DriftWindowResult, fill_window, start_next_window
+from agent.drift.reporting.drift_message import MessageSums, SuiteStatus
+from agent.drift.state import Batch, DriftState, DriftWindowResult, QuietRun, fill_window, start_next_window
 from agent.drift.testing import sequence
 from agent.drift.testing.test_suite import DriftTester, SuiteState
+from agent.drift.window_results import ClosedWindow, build_results, merge_quiet, nearest_shares
 from agent.errors import BadBundle
 
 
@@ -172,15 +173,14 @@ class DriftMonitor:
             known, predicted = assign_classes(state.known_modes, modes)
             state = replace(state, known_modes=known)
         top = None if scores is None else np.asarray(scores, np.float64).max(axis=1, initial=-np.inf)
-        batch, verdicts, at = Batch(features, starts, predicted, top, rows[0], t), [], 0
+        batch, at = Batch(features, starts, predicted, top, rows[0], t), 0
+        closed: list[ClosedWindow] = []
         while at < len(starts):
             state, more, at = self._fill_windows(state, batch, at)
-            verdicts += more
-        return state, verdicts
+            closed += more
+        return state, build_results(merge_quiet(closed), self.shipped, self.min_bin_rows)
 
-    def _fill_windows(
-        self, state: DriftState, batch: Batch, first: int
-    ) -> tuple[DriftState, list[DriftWindowResult], int]:
+    def _fill_windows(self, state: DriftState, batch: Batch, first: int) -> tuple[DriftState, list[ClosedWindow], int]:
         """Fill drift windows with model windows from `first` on, process the full ones, and return how far it got."""
         ahead = (
             None
@@ -203,19 +203,17 @@ class DriftMonitor:
         assert full is not None
         return self._process_full_windows(state, full)
 
-    def _process_full_windows(
-        self, state: DriftState, full: FullWindows
-    ) -> tuple[DriftState, list[DriftWindowResult], int]:
+    def _process_full_windows(self, state: DriftState, full: FullWindows) -> tuple[DriftState, list[ClosedWindow], int]:
         tester = self._get_tester(state.site_reference) if state.site_reference else None
-        seen = WindowAnalysis.from_summaries(full.summaries, full.midpoints, self.shipped, tester, self.min_bin_rows)
-        verdicts: list[DriftWindowResult] = []
-        while len(verdicts) < full.windows:
-            number = len(verdicts)
-            after, more = self._process_quiet_windows(state, full, seen, number)
-            if not more:
-                after, verdict = self._close_window(full.open_window(state, number), seen, number)
-                more = [verdict]
-            verdicts += more
+        analysis = WindowAnalysis.from_summaries(full.summaries, full.midpoints, self.shipped, tester)
+        closed: list[ClosedWindow] = []
+        number = 0
+        while number < full.windows:
+            after, window = self._process_quiet_windows(state, full, analysis, number)
+            if window is None:
+                after, window = self._close_window(full.open_window(state, number), analysis, number)
+            closed.append(window)
+            number += window.result.windows
             changed = after.site_reference is not state.site_reference or self._drifting_fields_key(
                 after
             ) != self._drifting_fields_key(state)
@@ -223,14 +221,14 @@ class DriftMonitor:
             if changed:
                 # Later windows were summarized for other classes, or have no evidence yet.
                 break
-        return start_next_window(state, self._empty_summary), verdicts, full.ends[len(verdicts) - 1]
+        return start_next_window(state, self._empty_summary), closed, full.ends[number - 1]
 
     def _process_quiet_windows(
         self, state: DriftState, full: FullWindows, analysis: WindowAnalysis, first: int
-    ) -> tuple[DriftState, list[DriftWindowResult]]:
+    ) -> tuple[DriftState, ClosedWindow | None]:
         """Process windows from number `first` on in which nothing happens, if any."""
         if state.site_reference is None or analysis.evidence is None:
-            return state, []
+            return state, None
         tester, rest = self._get_tester(state.site_reference), slice(first, None)
         quiet = batches.find_quiet_windows(
             state,
@@ -241,38 +239,44 @@ class DriftMonitor:
             full.start_times[rest],
         )
         if quiet is None:
-            return state, []
+            return state, None
         window_range, fields = slice(first, first + quiet.windows), len(self.shipped.fields)
-        status = SuiteStatus(
-            quiet.cusum_sums, tester.reference.layout, [False] * (fields + 3), (None,) * fields, tested=True
+        rows, t = full.rows[window_range], full.t[window_range]
+        row_counts = analysis.summaries.row_counts[window_range]
+        nearest = nearest_shares(quiet.cusum_sums, quiet.speed_sums, tester)
+        index = state.index + (1 if first else 0)
+        result = DriftWindowResult(
+            index=index,
+            rows=(rows[0][0], rows[-1][1]),
+            t=(t[0][0], t[-1][1]),
+            row_count=int(row_counts.sum()),
+            site_digest=state.site_reference.digest,
+            learned_reference=None,
+            learning_error=None,
+            members={},
+            alerts=(),
+            quiet=QuietRun(np.array(rows), np.array(t), row_counts, nearest),
         )
-        summaries = analysis.build_members(window_range, status, quiet.rate_watch, quiet.speed_sums, tester)
-        index, rows = state.index + (1 if first else 0), analysis.summaries.row_counts[window_range].tolist()
-        verdicts = [
-            DriftWindowResult(
-                index + at,
-                full.rows[first + at],
-                full.t[first + at],
-                n,
-                state.site_reference.digest,
-                None,
-                None,
-                summary,
-                (),
-            )
-            for at, (n, summary) in enumerate(zip(rows, summaries, strict=True))
-        ]
+        none_drifts, none_faulty = [False] * (fields + 3), (None,) * fields
+        window = ClosedWindow(
+            result,
+            MessageSums.from_summaries(analysis.summaries, window_range),
+            SuiteStatus(quiet.cusum_sums[-1], tester.reference.layout, none_drifts, none_faulty, tested=True),
+            quiet.rate_watch,
+            quiet.speed_sums[-1],
+            tester,
+        )
         after = replace(
             state,
-            index=verdicts[-1].index,
-            rows=verdicts[-1].rows,
-            t=verdicts[-1].t,
-            last_counted_row=max(state.last_counted_row, verdicts[-1].rows[1]),
+            index=index + quiet.windows - 1,
+            rows=rows[-1],
+            t=t[-1],
+            last_counted_row=max(state.last_counted_row, rows[-1][1]),
             suite=quiet.suite,
             rate_watch=quiet.rate_watch,
             slow_trend=quiet.slow_trend,
         )
-        return after, verdicts
+        return after, window
 
     def _drifting_fields_key(self, state: DriftState) -> bytes:
         """Return a key of the fields that class assignment leaves out."""
@@ -285,9 +289,7 @@ class DriftMonitor:
             return predicted
         return self._get_tester(state.site_reference).assign_classes(state.suite, stats.values, predicted)
 
-    def _close_window(
-        self, state: DriftState, analysis: WindowAnalysis, index: int
-    ) -> tuple[DriftState, DriftWindowResult]:
+    def _close_window(self, state: DriftState, analysis: WindowAnalysis, index: int) -> tuple[DriftState, ClosedWindow]:
         """Close the open drift window, which is number `index` of those analyzed."""
         window, observation = state.open_summary, analysis.rate_observations[index]
         identified = faults.identify_faults(
@@ -322,20 +324,7 @@ class DriftMonitor:
             after, learned, refused = self._gather_window(after)
         after, fault_alerts = self._alert_lifecycle.update_faults(after, identified)
         location = {"window": state.index, "rows": list(state.rows)}
-        (summary,) = analysis.build_members(
-            slice(index, index + 1),
-            SuiteStatus(
-                cusum_sums=after.suite.cusum.value[None],
-                layout=after.suite.layout,
-                drifting=after.suite.open_subjects.tolist(),
-                faults=tuple(fault.name if fault else None for fault in identified),
-                tested=tested,
-            ),
-            after.rate_watch,
-            after.rate_watch.cusum.value[None, :, 0],
-            self._get_tester(after.site_reference) if after.site_reference else None,
-        )
-        verdict = DriftWindowResult(
+        result = DriftWindowResult(
             index=state.index,
             rows=state.rows,
             t=state.t,
@@ -343,14 +332,28 @@ class DriftMonitor:
             site_digest=state.site_reference.digest if state.site_reference else None,
             learned_reference=learned,
             learning_error=refused,
-            members=summary,
+            members={},
             alerts=(
                 *fault_alerts,
                 *sampling_rate_watch.build_alerts(state.rate_watch, rate_watch, observation, tester, state.t, location),
                 *drift_alerts,
             ),
         )
-        return after, verdict
+        status = SuiteStatus(
+            cusum_sums=after.suite.cusum.value,
+            layout=after.suite.layout,
+            drifting=after.suite.open_subjects.tolist(),
+            faults=tuple(fault.name if fault else None for fault in identified),
+            tested=tested,
+        )
+        return after, ClosedWindow(
+            result,
+            MessageSums.from_summaries(analysis.summaries, slice(index, index + 1)),
+            status,
+            after.rate_watch,
+            after.rate_watch.cusum.value[:, 0],
+            self._get_tester(after.site_reference) if after.site_reference else None,
+        )
 
     def _gather_window(self, state: DriftState) -> tuple[DriftState, Reference | None, str | None]:
         learning = state.learning.add(state.open_summary, self.shipped.task, t=state.t)

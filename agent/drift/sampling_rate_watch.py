@@ -191,16 +191,17 @@ def clear_alerts(watch: SamplingRateWatch, reason: str, evidence: dict[str, Any]
 
 
 def add_rate(
-    members: Sequence[dict[str, Any]],
+    members: dict[str, Any],
     current: SamplingRateWatch,
     speed_sums: Float64s,
-    observations: Sequence[RateObservation],
+    step_us: float,
+    repeated: float,
     tester: DriftTester | None,
-) -> list[dict[str, Any]]:
-    """Add `rate` to the members of W drift messages, and the state that follows.
+) -> dict[str, Any]:
+    """Add `rate` to the members of a drift message, and the state that follows.
 
-    `speed_sums` (W, 2) are those of the speed after each window; `current` is the state after the last. No window
-    before it has an open alert or a fault.
+    `current` is the state after its last window, `speed_sums` (2,) those of the speed; `step_us` is the mean interval
+    over all its windows, NaN if unknown, `repeated` a share of their rows.
     """
     usual = tester.calibration.rate if tester else None
     state = (
@@ -212,26 +213,16 @@ def add_rate(
         if usual is None
         else "ok"
     )
-    same = {
+    rate = {
+        "step_us": None if math.isnan(step_us) else round_significant(step_us),
+        "usual_us": round_significant(usual.step_us) if usual and usual.step_us else None,
+        "repeated": round(repeated, 4),
+        "cusum": np.round(speed_sums, 2).tolist(),
         "limit": round(tester.speed_cusum_limit, 2) if tester and usual else None,
         "state": state,
         "fault": current.last_fault or current.open_fault or None,
     }
-    usual_us = round_significant(usual.step_us) if usual and usual.step_us else None
-    rates = [
-        {
-            "step_us": None if math.isnan(tick.step_us) else round_significant(tick.step_us),
-            "usual_us": usual_us,
-            "repeated": round(tick.repeated, 4),
-            "cusum": both,
-        }
-        | same
-        for tick, both in zip(observations, np.round(speed_sums, 2).tolist(), strict=True)
-    ]
-    return [
-        message | {"rate": rate, "state": worst_state({message["state"], state} if usual else {message["state"]})}
-        for message, rate in zip(members, rates, strict=True)
-    ]
+    return members | {"rate": rate, "state": worst_state({members["state"], state} if usual else {members["state"]})}
 
 
 def _fault_text(

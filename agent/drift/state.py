@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec import structs
 from msgspec.structs import replace
 
 from agent import arrays
@@ -103,8 +104,32 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
         return replace(state, site_reference=reference) if reference.site is not None else state
 
 
+class QuietRun(msgspec.Struct, frozen=True, eq=False):
+    """Columns of W consecutive quiet drift windows: nothing indicates a fault, no alert is open and none is raised.
+
+    `nearest` is the largest sum of a test after each window, as a share of its limit.
+    """
+
+    rows: Ints  # (W, 2) first and last row
+    t: Ints  # (W, 2) their times, epoch µs
+    row_counts: Ints  # (W,)
+    nearest: Float64s  # (W,)
+
+    def __len__(self) -> int:
+        return len(self.nearest)
+
+    def extend(self, more: QuietRun) -> QuietRun:
+        """Append the windows that follow."""
+        pairs = zip(structs.astuple(self), structs.astuple(more), strict=True)
+        return QuietRun(*(np.concatenate(both) for both in pairs))
+
+
 class DriftWindowResult(msgspec.Struct, frozen=True):
-    """Result of a closed drift window. `members` holds the message's `features`, `output`, `estimate` and `state`."""
+    """Result of a closed drift window, or of a run of quiet ones from number `index` on.
+
+    `members` holds the message's `features`, `output`, `estimate` and `state`: sums over the run, and the state after
+    its last window.
+    """
 
     index: int
     rows: tuple[int, int]
@@ -115,6 +140,11 @@ class DriftWindowResult(msgspec.Struct, frozen=True):
     learning_error: str | None  # why the windows gathered so far were dropped
     members: dict[str, Any]
     alerts: tuple[Alert, ...]
+    quiet: QuietRun | None = None  # None if the window is not quiet
+
+    @property
+    def windows(self) -> int:
+        return 1 if self.quiet is None else len(self.quiet)
 
 
 class Batch(msgspec.Struct, frozen=True):

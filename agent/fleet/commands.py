@@ -9,14 +9,14 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
 from agent import clock, durable_files
 from agent.errors import MessageRefused, StorageError, UsageError
 from agent.fleet.database.keyring import DeviceKey, Keyring
-from agent.transport.packets import NO_SUBSCRIBERS, IncomingMessage, OutgoingMessage, PublishReceipt
+from agent.transport.packets import NO_SUBSCRIBERS, BrokerLink, IncomingMessage, OutgoingMessage
 from agent.wire import jws, topics
 from agent.wire.commands import COMMANDS, check_args
 from agent.wire.jws import Signer
@@ -27,14 +27,6 @@ VALID_S = 600
 COUNTER_FILE = "operator.counter"
 # How often keys are read again while a reply is waiting whose key the collector has not stored yet.
 _REFRESH_S = 0.5
-
-
-class CommandLink(Protocol):
-    """The part of `transport.mqtt.Link` that commands use."""
-
-    def send(self, message: OutgoingMessage) -> int: ...
-    def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]: ...
-    def acknowledge(self, delivery: IncomingMessage) -> None: ...
 
 
 class CommandResult(msgspec.Struct, frozen=True):
@@ -101,12 +93,15 @@ def reserve_counter(folder: Path, now_ms: Callable[[], int]) -> Iterator[int]:
     path = folder / COUNTER_FILE
     with lock_operator(folder):
         counter = max(_read_counter(path) + 1, now_ms())
-        _write_counter(path, counter)
+        try:
+            durable_files.write(path, f"{counter}\n".encode(), 0o600)
+        except StorageError as error:
+            raise UsageError(f"the counter must be on the disk before it is used: {error}") from None
         yield counter
 
 
 def send(
-    link: CommandLink,
+    link: BrokerLink,
     fleet: str,
     device: str,
     name: str,
@@ -172,7 +167,7 @@ class _ReplyMatcher:
 
 
 def _wait_for_reply(
-    link: CommandLink, token: int, matcher: _ReplyMatcher, wait_s: float
+    link: BrokerLink, token: int, matcher: _ReplyMatcher, wait_s: float
 ) -> tuple[ReplyPayload | None, str]:
     end = time.monotonic() + wait_s
     while (left := end - time.monotonic()) > 0:
@@ -188,8 +183,10 @@ def _wait_for_reply(
         if (reply := matcher.retry_unverified()) is not None:
             return reply, ""
     refused = f" A reply did not verify: {matcher.refusal}." if matcher.refusal else ""
-    reason = f"No reply within {wait_s:g} s; the device may have executed it, see `outstation fleet watch`.{refused}"
-    return None, reason
+    return (
+        None,
+        f"No reply within {wait_s:g} s; the device may have executed it, see `outstation fleet watch`.{refused}",
+    )
 
 
 def _read_counter(path: Path) -> int:
@@ -198,18 +195,9 @@ def _read_counter(path: Path) -> int:
     except FileNotFoundError:
         return 0
     except OSError as error:
-        raise UsageError(
-            f"{path}: the last counter cannot be read: {error.strerror}; check the owner of the file"
-        ) from None
+        raise UsageError(f"{path}: the last counter cannot be read: {error.strerror}; check its owner") from None
     except ValueError as error:
         raise UsageError(
             f"{path}: holds no counter ({error}), and devices refuse a counter that is not above the last; write the "
             "highest used counter into it (docs/commands.md has the query), or delete it if no clock was ever ahead"
         ) from None
-
-
-def _write_counter(path: Path, counter: int) -> None:
-    try:
-        durable_files.write(path, f"{counter}\n".encode(), 0o600)
-    except StorageError as error:
-        raise UsageError(f"the counter must be on the disk before it is used: {error}") from None

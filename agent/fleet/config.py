@@ -65,6 +65,11 @@ class FleetConfig(Section, frozen=True):
     ca: Authority | None = None
     repository: Repository | None = None
 
+    @property
+    def command_broker(self) -> BrokerConfig:
+        """Return the broker's settings for commands and rollouts: `fleet watch` uses the operator's connection."""
+        return self.broker_for(self.commander or self.operator)
+
     def broker_for(self, identity: Identity) -> BrokerConfig:
         """Return the broker's settings with the certificate of `identity`."""
         return msgspec.structs.replace(self.broker, cert_file=identity.cert_file, tls_key_file=identity.tls_key_file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -81,10 +81,6 @@ class FleetWatcher:
         except MessageRefused as refused:
             self.refused += 1
             return VerifiedDelivery(delivery, None, str(refused))
-        self._update_device(message)
-        return VerifiedDelivery(delivery, message)
-
-    def _update_device(self, message: VerifiedMessage) -> None:
         body = message.body
         view = self.devices.setdefault(body.device, DeviceView())
         if isinstance(body, StatePayload):
@@ -101,6 +97,7 @@ class FleetWatcher:
             view.alerts[body.id] = body.summary
         elif isinstance(body, AlertPayload):
             view.alerts.pop(body.id, None)
+        return VerifiedDelivery(delivery, message)
 
 
 def receive_deliveries(
@@ -179,6 +176,7 @@ def _render_table(watcher: FleetWatcher, problem: str) -> Table:
     columns = ("device", "state", "rows", "windows", "results", "drift", "open alerts", "last message")
     table = Table(*columns, title=title, caption=printable(caption) if caption else None, box=box.SIMPLE_HEAD)
     for device, view in sorted(watcher.devices.items()):
+        alerts = list(view.alerts.values())
         cells = (
             device,
             f"{view.state}, clock {view.clock}" if view.clock not in ("", "synced") else view.state,
@@ -186,13 +184,8 @@ def _render_table(watcher: FleetWatcher, problem: str) -> Table:
             str(view.windows),
             str(view.results),
             ", ".join(f"{task} {state}" for task, state in sorted(view.drift.items())),
-            _summarize_alerts(view.alerts.values()),
+            f"{len(alerts)}: {alerts[-1]}" if alerts else "",
             view.last_time,
         )
         table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
-
-
-def _summarize_alerts(summaries: Iterable[str]) -> str:
-    texts = list(summaries)
-    return f"{len(texts)}: {texts[-1]}" if texts else ""

@@ -124,8 +124,16 @@ class _Handler(BaseHTTPRequestHandler):
         if span is None:
             self.send_error(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
             return
-        self._send_headers(*span, len(content))
-        self._send_body(device, path, content[span[0] : span[1]])
+        first, end = span
+        partial = self.headers.get("Range") is not None
+        self.send_response(HTTPStatus.PARTIAL_CONTENT if partial else HTTPStatus.OK)
+        self.send_header("Content-Type", "application/octet-stream")
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(end - first))
+        if partial:
+            self.send_header("Content-Range", f"bytes {first}-{end - 1}/{len(content)}")
+        self.end_headers()
+        self._send_body(device, path, content[first:end])
 
     def _parse_range(self, size: int) -> tuple[int, int] | None:
         """Return first byte and end of the requested range; None if it is not satisfiable."""
@@ -134,16 +142,6 @@ class _Handler(BaseHTTPRequestHandler):
             return 0, size
         first, end = int(requested[1]), min(int(requested[2]) + 1, size) if requested[2] else size
         return (first, end) if first < end else None
-
-    def _send_headers(self, first: int, end: int, size: int) -> None:
-        partial = self.headers.get("Range") is not None
-        self.send_response(HTTPStatus.PARTIAL_CONTENT if partial else HTTPStatus.OK)
-        self.send_header("Content-Type", "application/octet-stream")
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(end - first))
-        if partial:
-            self.send_header("Content-Range", f"bytes {first}-{end - 1}/{size}")
-        self.end_headers()
 
     def _send_body(self, device: str, path: str, body: bytes) -> None:
         web, connection = self.server.web, self.server.web.connection(device)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.config.sources import ReplaySource
 from agent.datasets.recordings import Recordings, load
 from agent.device.intake.sources.recordings import Playlist
 from agent.simulate.scenario import SCENARIOS, Scenario, SiteFaults
@@ -34,6 +36,28 @@ class SimulationPlan(msgspec.Struct, frozen=True):
     rows: int
     speed: float
 
+    def device_toml(self, site: SimulatedSite) -> str:
+        """Return a device's config after the sections from enrolment: a replay as its stream, and the task on it."""
+        scenario, faults = self.scenario, site.faults
+        fields = ", ".join(f'{{ name = "{name}", unit = "{unit}" }}' for name, unit in scenario.fields)
+        source = ReplaySource(
+            file=str(scenario.file),
+            subject=site.subject,
+            seed=site.seed,
+            speed=self.speed,
+            rows=self.rows,
+            faults=list(faults.faults),
+            scenes=list(faults.scenes),
+            skip=scenario.skip_rows,
+        )
+        return (
+            '\n[buffer]\ncommit_every = "500 ms"\n'
+            f"\n[streams.{scenario.stream}]\nfields = [{fields}]\n"
+            f"source = {toml_value(msgspec.to_builtins(source))}\n"
+            f'\n[tasks.{scenario.name}]\nstream = "{scenario.stream}"\nbundle = "{scenario.bundle}"\n'
+            f'schedule = "every 1 s"\nlearn_windows = {scenario.learn_windows}\n'
+        )
+
     def first_faulty_row(self, site: SimulatedSite) -> int:
         """Return the first row with a fault at this site."""
         return site.faults.first_fault_row(default=self.rows + 1)
@@ -46,10 +70,8 @@ class SimulationPlan(msgspec.Struct, frozen=True):
     def measured_values(self, recordings: Recordings, site: SimulatedSite) -> NDArray[np.float64]:
         """Return the measured value at each row of the replay (rows,), with the site's loss; NaN where unknown."""
         assert self.scenario.delayed_labels is not None
-        values = recordings.columns[self.scenario.delayed_labels.column][self._source_rows(recordings, site)].astype(
-            np.float64
-        )
-        loss = site.faults.loss
+        column = recordings.columns[self.scenario.delayed_labels.column]
+        values, loss = column[self._source_rows(recordings, site)].astype(np.float64), site.faults.loss
         return values if loss is None else values * loss.remaining(np.arange(1, self.rows + 1))
 
     def metered_labels(self, recordings: Recordings, site: SimulatedSite) -> NDArray[np.float64]:
@@ -97,15 +119,21 @@ def demo_plan(
         SimulatedSite(name, subjects[i % len(subjects)], seed * 1000 + i, scenario.faults_for_site(i))
         for i, name in enumerate(device_names(device_count))
     )
-    return SimulationPlan(
-        scenario,
-        sites,
-        scenario.total_rows,
-        scenario.total_rows / recordings.rate / max(_MIN_REPLAY_S, _REPLAY_SHARE * duration_s),
-    )
+    speed = scenario.total_rows / recordings.rate / max(_MIN_REPLAY_S, _REPLAY_SHARE * duration_s)
+    return SimulationPlan(scenario, sites, scenario.total_rows, speed)
 
 
 def _subjects(recordings: Recordings) -> list[int | None]:
     """Return the subjects whose recordings the sites replay in turn; None: all recordings."""
     subjects: list[int | None] = [*sorted({int(s) for s in recordings.subject})]
     return subjects if recordings.t is None else [None]
+
+
+def toml_value(value: Any) -> str:
+    """Return a value as TOML, with members that are None left out."""
+    if isinstance(value, dict):
+        members = (f"{key} = {toml_value(member)}" for key, member in value.items() if member is not None)
+        return "{ " + ", ".join(members) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    return msgspec.json.encode(value).decode() if isinstance(value, str) else repr(value)

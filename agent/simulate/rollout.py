@@ -15,10 +15,9 @@ import msgspec
 
 from agent.errors import OutstationError
 from agent.fleet.rollout import plan
-from agent.simulate.device_config import toml_value
 from agent.simulate.disturbances import Disturbances
 from agent.simulate.flaky_web import DeviceConnection, FlakyWebServer
-from agent.simulate.plan import SimulatedSite
+from agent.simulate.plan import SimulatedSite, toml_value
 from agent.simulate.simulation import Simulation
 from agent.wire.keys import PublicKey
 
@@ -75,9 +74,8 @@ class RolloutDriver(msgspec.Struct):
         assert self.web is not None
         root = self.fleet.home / "repository" / "metadata" / "1.root.json"
         updates = {"url": self.web.url(site.device), "root": str(root.resolve()), "poll_interval": "60 s"}
-        keys = [key.text for key in self.trusted_keys]
-        sections: dict[str, dict[str, Any]] = {"publishers": {"keys": keys}, "updates": updates}
-        return "".join(f"\n[{name}]\n{_toml_lines(section)}" for name, section in sections.items())
+        lines = [f"\n[publishers]\nkeys = {toml_value([key.text for key in self.trusted_keys])}\n\n[updates]\n"]
+        return "".join([*lines, *(f"{key} = {toml_value(value)}\n" for key, value in updates.items())])
 
     def start(self) -> None:
         """Take the first devices offline, start the rollout and follow it. Raises OutstationError."""
@@ -104,9 +102,8 @@ class RolloutDriver(msgspec.Struct):
     @property
     def is_over(self) -> bool:
         """Return True if the rollout ended, and every device is back."""
-        return self.fleet.processes[FOLLOW_PROCESS].poll() is not None and self._returned >= set(
-            self.disturbances.outages
-        )
+        ended = self.fleet.processes[FOLLOW_PROCESS].poll() is not None
+        return ended and self._returned >= self.disturbances.outages.keys()
 
     def disturbance_report(self) -> dict[str, Any]:
         """Return the disturbances by device, with the number of cut downloads and sent bytes."""
@@ -126,6 +123,7 @@ class RolloutDriver(msgspec.Struct):
     def run_command(self, *arguments: str) -> str:
         """Run an operator's command on the fleet's folder, and return its output. Raises OutstationError."""
         command = [sys.executable, "-m", "agent", *arguments, "--dir", str(self.fleet.home)]
+        name = f"outstation {' '.join(arguments)}"
         try:
             done = subprocess.run(
                 command,
@@ -136,18 +134,11 @@ class RolloutDriver(msgspec.Struct):
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise OutstationError(
-                f"outstation {' '.join(arguments)}: not done within {_COMMAND_TIMEOUT_S:g} s"
-            ) from None
+            raise OutstationError(f"{name}: not done within {_COMMAND_TIMEOUT_S:g} s") from None
         if done.returncode:
-            output = (done.stderr or done.stdout).strip()
-            raise OutstationError(f"outstation {' '.join(arguments)}: exit code {done.returncode}: {output}")
+            raise OutstationError(f"{name}: exit code {done.returncode}: {(done.stderr or done.stdout).strip()}")
         return done.stdout
 
     def _take_offline(self, device: str) -> None:
         self._departed.add(device)
         self.fleet.stop_device(device)
-
-
-def _toml_lines(section: dict[str, Any]) -> str:
-    return "".join(f"{key} = {toml_value(value)}\n" for key, value in section.items())

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from agent.fleet import bundle_history
 from agent.fleet.database import rollouts
 from agent.fleet.database.interface import Connection
@@ -17,14 +15,8 @@ from agent.fleet.rollout import journal
 from agent.fleet.rollout.journal import Rollout
 
 
-class RolloutOutcome(msgspec.Struct, frozen=True):
-    """`rollout` as the report has it; `devices`: the members that it adds to each device's entry."""
-
-    rollout: dict[str, Any]
-    devices: dict[str, dict[str, Any]]
-
-
-def read_outcome(database: Path, name: str) -> RolloutOutcome:
+def read_outcome(database: Path, name: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return member `rollout` of the report, and the members that it adds to each device's entry."""
     with _open_snapshot(database) as (store, db):
         rollout = journal.find(db, name)
         devices = _device_entries(store, db, rollout)
@@ -45,7 +37,7 @@ def read_outcome(database: Path, name: str) -> RolloutOutcome:
             # Messages of all devices with results of the new bundle.
             "served": sum(entry["served"].get(plan.version, 0) for entry in devices.values()),
         }
-        return RolloutOutcome(document, devices)
+        return document, devices
 
 
 def read_status(database: Path, name: str) -> tuple[str, dict[str, str]]:

@@ -5,6 +5,8 @@ Each part is the program that a user would start, in its own process. The faults
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,12 +21,10 @@ import msgspec
 from agent.config import BrokerConfig
 from agent.config import load as load_config
 from agent.datasets.recordings import load
-from agent.errors import OutstationError
+from agent.errors import OutstationError, UsageError
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol, init_fleet
-from agent.simulate import brokers
-from agent.simulate.device_config import stream_and_task_toml
 from agent.simulate.label_meter import LabelMeter
 from agent.simulate.plan import SimulatedSite, SimulationPlan
 
@@ -34,6 +34,25 @@ _POLL_INTERVAL_S, _QUIET_S = 0.5, 2.0
 # Devices that start at the same time: more would only wait for the processor.
 _MAX_STARTING, _STARTUP_TIMEOUT_S = 4, 60.0
 _MAX_RESTARTS = 3
+# Config of the embedded broker.
+_RUMQTTD_CONFIG = """\
+id = 0
+[router]
+id = 0
+max_connections = 1000
+max_outgoing_packet_count = 200
+max_segment_size = 104857600
+max_segment_count = 10
+[v5.1]
+name = "v5"
+listen = "127.0.0.1:{port}"
+next_connection_delay_ms = 1
+[v5.1.connections]
+connection_timeout_ms = 60000
+max_payload_size = 1048576
+max_inflight_count = 500
+dynamic_filters = true
+"""
 
 
 class Simulation(msgspec.Struct):
@@ -69,7 +88,10 @@ class Simulation(msgspec.Struct):
     def prepare(self) -> FleetConfig:
         """Create the fleet's folder, keys and broker config, once."""
         if self._fleet is None:
-            broker = BrokerConfig(url=self.broker or f"mqtt://127.0.0.1:{_free_port()}")
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                free_port = int(probe.getsockname()[1])
+            broker = BrokerConfig(url=self.broker or f"mqtt://127.0.0.1:{free_port}")
             self._fleet = init_fleet(self.home, FLEET_NAME, broker)
         return self._fleet
 
@@ -84,15 +106,17 @@ class Simulation(msgspec.Struct):
                 home = enrol(self.home, config, store, site.device, key=None, replace=False).folder
                 file = home / "outstation.toml"
                 with file.open("a", encoding="utf-8") as config_file:
-                    config_file.write(stream_and_task_toml(self.plan, site) + self.extra_config(site))
+                    config_file.write(self.plan.device_toml(site) + self.extra_config(site))
                 self._wait_for_startup_slot()
                 self.start_device(site.device)
-                self._add_meter(file, site)
+                if (labels := self.plan.scenario.delayed_labels) is not None:
+                    intake = load_config(file).data_dir / "intake.sock"
+                    values = self.plan.metered_labels(load(self.plan.scenario.file), site)
+                    self._meters[site.device] = LabelMeter(intake, self.plan.scenario.name, labels, values)
         finally:
             store.close()
 
     def start_device(self, device: str) -> None:
-        """Start the device's daemon."""
         self.allowed_to_exit.discard(device)
         self.spawn(device, "run", "-c", str(self.config_path(device)))
 
@@ -109,7 +133,9 @@ class Simulation(msgspec.Struct):
             while True:
                 self.restart_exited()
                 progress = store.progress()
-                self._send_due_labels(progress)
+                last_rows = {row["device"]: row["rows"] for row in progress}
+                for device, meter in self._meters.items():
+                    meter.send_due_labels(last_rows.get(device, 0))
                 yield progress
                 # The tail of the last recording may fill no window.
                 done = [row for row in progress if row["rows"] >= self.plan.rows - self.plan.scenario.tail_rows]
@@ -182,47 +208,33 @@ class Simulation(msgspec.Struct):
     def _wait_for_startup_slot(self) -> None:
         """Wait until few enough devices are still starting."""
         deadline = time.monotonic() + _STARTUP_TIMEOUT_S
-        while (
-            sum(not self._is_running(site.device) for site in self.plan.sites if site.device in self.processes)
-            >= _MAX_STARTING
-        ):
+        started = [site.device for site in self.plan.sites if site.device in self.processes]
+        while sum(b"running:" not in self.log_path(name).read_bytes() for name in started) >= _MAX_STARTING:
             self.restart_exited()
             if time.monotonic() > deadline:
                 raise OutstationError(f"devices do not start: see {self.log_path(self.plan.sites[0].device)}")
             time.sleep(0.05)
 
-    def _is_running(self, device: str) -> bool:
-        return b"running:" in self.log_path(device).read_bytes()
-
-    def _send_due_labels(self, progress: list[dict[str, Any]]) -> None:
-        last_rows = {row["device"]: row["rows"] for row in progress}
-        for device, meter in self._meters.items():
-            meter.send_due_labels(last_rows.get(device, 0))
-
     def _start_broker(self, broker: BrokerConfig) -> None:
         if self.broker is not None:
             self.broker_name = self.broker
             return
-        command = brokers.mosquitto_command(self.home)
+        command = _mosquitto_command(self.home)
         if command is not None:
             self._spawn_command("broker", command)
             self.broker_name = "Mosquitto"
         else:
-            self._embedded = brokers.start_embedded(self.folder, broker.port)
+            self._embedded = _start_embedded_broker(self.folder, broker.port)
             self.broker_name = "iotcore (embedded, for this demo only)"
         deadline = time.monotonic() + _BROKER_TIMEOUT_S
-        while not _is_listening(broker.port):
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", broker.port)) == 0:
+                    return
             if time.monotonic() > deadline:
                 raise OutstationError(f"the broker did not start: see {self.log_path('broker')}")
             self.restart_exited()
             time.sleep(0.05)
-
-    def _add_meter(self, config_file: Path, site: SimulatedSite) -> None:
-        measured = self.plan.scenario.delayed_labels
-        if measured is not None:
-            address = load_config(config_file).data_dir / "intake.sock"
-            values = self.plan.metered_labels(load(self.plan.scenario.file), site)
-            self._meters[site.device] = LabelMeter(address, self.plan.scenario.name, measured, values)
 
     def _spawn_command(self, name: str, command: list[str]) -> None:
         with self.log_path(name).open("ab") as log:
@@ -231,12 +243,28 @@ class Simulation(msgspec.Struct):
             )
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _mosquitto_command(folder: Path) -> list[str] | None:
+    """Return the command that runs Mosquitto with the config in `folder`; None if it is not installed."""
+    binary = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if binary is None:
+        return None
+    conf = folder / "broker" / "mosquitto.conf"
+    if os.geteuid() == 0:
+        # As root, Mosquitto switches to a user who cannot read a private folder.
+        conf.write_text(conf.read_text(encoding="utf-8") + "user root\n", encoding="utf-8")
+    return [binary, "-c", str(conf)]
 
 
-def _is_listening(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def _start_embedded_broker(folder: Path, port: int) -> Any:
+    """Start the embedded broker on `port`. Raises UsageError if it is not installed."""
+    try:
+        from iotcore import Broker as Embedded
+    except ImportError:
+        raise UsageError(
+            "no MQTT broker is installed: apt-get install mosquitto, or pip install 'outstation[demo]'"
+        ) from None
+    file = folder / "broker.toml"
+    file.write_text(_RUMQTTD_CONFIG.format(port=port), encoding="utf-8")
+    broker = Embedded(config_path=str(file))
+    broker.start()
+    return broker

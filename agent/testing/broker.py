@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import socket
 import subprocess
 import time
@@ -51,7 +52,17 @@ class MosquittoBroker:
         self.url = f"mqtt://127.0.0.1:{self.port}"
         self.log = self.folder / "log"
         self._process: subprocess.Popen[bytes] | None = None
-        self._conf = conf or self._write_conf(persistence, extra_conf)
+        self._conf = conf or self.folder / "mosquitto.conf"
+        if conf is None:
+            lines = [f"listener {self.port} 127.0.0.1", "allow_anonymous true", "set_tcp_nodelay true"]
+            if os.geteuid() == 0:
+                # Else it becomes user mosquitto, who cannot write into a test's folder.
+                lines.append("user root")
+            if persistence:
+                data = self.folder / "data"
+                data.mkdir(exist_ok=True)
+                lines += ["persistence true", f"persistence_location {data}/"]
+            self._conf.write_text("\n".join([*lines, extra_conf, ""]), encoding="utf-8")
 
     def start(self) -> MosquittoBroker:
         """Start the broker and wait until it accepts connections."""
@@ -59,12 +70,14 @@ class MosquittoBroker:
             command = [self._binary, "-c", str(self._conf)]
             self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not self._is_listening():
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return self
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
                 raise RuntimeError(f"mosquitto did not start: {self.log.read_text(errors='replace')[-2000:]}")
             time.sleep(0.01)
-        return self
 
     @property
     def pid(self) -> int:
@@ -93,25 +106,5 @@ class MosquittoBroker:
         process, self._process = self._process, None
         if process is None:
             return
-        if kill:
-            process.kill()
-        else:
-            process.terminate()
+        process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
         process.wait(timeout=60)
-
-    def _is_listening(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
-
-    def _write_conf(self, persistence: bool, extra_conf: str) -> Path:
-        lines = [f"listener {self.port} 127.0.0.1", "allow_anonymous true", "set_tcp_nodelay true"]
-        if os.geteuid() == 0:
-            # Else it becomes user mosquitto, who cannot write into a test's folder.
-            lines.append("user root")
-        if persistence:
-            data = self.folder / "data"
-            data.mkdir(exist_ok=True)
-            lines += ["persistence true", f"persistence_location {data}/"]
-        conf = self.folder / "mosquitto.conf"
-        conf.write_text("\n".join([*lines, extra_conf, ""]), encoding="utf-8")
-        return conf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class DeviceProcess(OutstationProcess):
         return json.loads(completed.stdout)
 
 
-def field_tables(names: tuple[str, ...]) -> list[str]:
+def field_tables(names: Sequence[str]) -> list[str]:
     return [f'{{ name = "{name}" }}' for name in names]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -17,6 +17,7 @@ from agent.clock import ClockReading
 from agent.errors import LinkDown
 from agent.transport.packets import NO_SUBSCRIBERS, IncomingMessage, OutgoingMessage, PublishReceipt, decompress
 
+T = TypeVar("T")
 _STEP_S = 0.1
 _WALL_CLOCK_START_US = 1_795_000_000_000_000
 
@@ -109,11 +110,7 @@ class LossyBroker:
         self.published.append(message)
         if message.retain:
             self._retained[message.topic] = message
-        boxes = [
-            box
-            for box in self._mailboxes.values()
-            if any(topic_matches(pattern, message.topic) for pattern in box.filters)
-        ]
+        boxes = [box for box in self._mailboxes.values() if box.matches(message.topic)]
         for box in boxes:
             if not self.happens(self.conditions.loss):
                 for _ in range(1 + self.happens(self.conditions.duplication)):
@@ -185,9 +182,8 @@ class LossyLink:
             return self._token
         code = self._broker.publish(message)
         if not self._broker.conditions.no_receipts:
-            self._receipts.append(
-                (self._broker.delivery_time(), PublishReceipt(self._token, code, f"reason 0x{code:02x}"))
-            )
+            receipt = PublishReceipt(self._token, code, f"reason 0x{code:02x}")
+            self._receipts.append((self._broker.delivery_time(), receipt))
         return self._token
 
     def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]:
@@ -198,7 +194,11 @@ class LossyLink:
         if self._broker.happens(self._broker.conditions.disconnect):
             self.disconnect("connection lost")
             self._require_connected()
-        return [*self._pop_receipts(), *self._pop_deliveries()]
+        self._receipts, receipts = self._take_due(self._receipts)
+        self._in_flight -= len(receipts)
+        self._mailbox.pending, deliveries = self._take_due(self._mailbox.pending)
+        self._mailbox.unacknowledged |= {delivery.mid: delivery for delivery in deliveries}
+        return [*receipts, *deliveries]
 
     def acknowledge(self, delivery: IncomingMessage) -> None:
         self._mailbox.unacknowledged.pop(delivery.mid, None)
@@ -229,24 +229,14 @@ class LossyLink:
         now = self._broker.clock_s
         return any(due <= now for due, _ in self._receipts) or any(due <= now for due, _ in self._mailbox.pending)
 
-    def _pop_receipts(self) -> list[PublishReceipt]:
-        ready = self._receive_part([entry for entry in self._receipts if entry[0] <= self._broker.clock_s])
-        self._receipts = [entry for entry in self._receipts if entry not in ready]
-        self._in_flight -= len(ready)
-        return [receipt for _, receipt in sorted(ready, key=lambda entry: entry[0])]
-
-    def _pop_deliveries(self) -> list[IncomingMessage]:
-        ready = self._receive_part([entry for entry in self._mailbox.pending if entry[0] <= self._broker.clock_s])
-        chosen = {id(entry) for entry in ready}
-        self._mailbox.pending = [entry for entry in self._mailbox.pending if id(entry) not in chosen]
-        deliveries = [delivery for _, delivery in sorted(ready, key=lambda entry: entry[0])]
-        self._mailbox.unacknowledged |= {delivery.mid: delivery for delivery in deliveries}
-        return deliveries
-
-    def _receive_part(self, ready: list[Any]) -> list[Any]:
+    def _take_due(self, entries: list[tuple[float, T]]) -> tuple[list[tuple[float, T]], list[T]]:
+        """Split (due time, event) entries into those that stay and the events to receive now, by time."""
+        ready = [i for i, (due, _) in enumerate(entries) if due <= self._broker.clock_s]
         if len(ready) > 1 and self._broker.happens(self._broker.conditions.partial_receive):
-            return ready[: self._broker.rng.randrange(1, len(ready))]
-        return ready
+            ready = ready[: self._broker.rng.randrange(1, len(ready))]
+        chosen = {*ready}
+        events = sorted((entries[i] for i in ready), key=lambda entry: entry[0])
+        return [entry for i, entry in enumerate(entries) if i not in chosen], [event for _, event in events]
 
 
 def topic_matches(topic_filter: str, topic: str) -> bool:

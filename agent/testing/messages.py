@@ -28,8 +28,6 @@ def new_key(seed: int | None = None) -> SigningKey:
 
 
 class SignedMessage(msgspec.Struct):
-    """A signed message."""
-
     topic: str
     payload: bytes
     jws: str
@@ -133,7 +131,7 @@ class MessageSender(msgspec.Struct):
     def state(self, state: str = "online") -> SignedMessage:
         topic = f"outstation/{FLEET}/{self.device}/state"
         payload = encode({"v": 1, "kind": "state", "device": self.device, "state": state, "boot": 1, "time": TIME})
-        return SignedMessage(topic, payload, jws.sign(self.key, topic, payload))
+        return self.sign_payload(topic, payload)
 
     def sign_payload(self, topic: str, payload: bytes) -> SignedMessage:
         """Sign any bytes for any topic."""

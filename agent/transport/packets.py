@@ -6,6 +6,7 @@ Signatures, digests and stored evidence cover the uncompressed JSON.
 from __future__ import annotations
 
 import zlib
+from typing import Protocol
 
 import msgspec
 from msgspec.structs import replace
@@ -63,6 +64,15 @@ class PublishReceipt(msgspec.Struct, frozen=True):
     @property
     def is_accepted(self) -> bool:
         return self.code < 0x80
+
+
+class BrokerLink(Protocol):
+    """The part of `agent.transport.mqtt.Link` that the fleet uses."""
+
+    def send(self, message: OutgoingMessage) -> int: ...
+    def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]: ...
+    def acknowledge(self, delivery: IncomingMessage) -> None: ...
+    def close(self) -> None: ...
 
 
 def compress(message: OutgoingMessage) -> OutgoingMessage:

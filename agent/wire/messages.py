@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from agent import clock
 from agent.errors import MessageRefused
 from agent.strict_json import DuplicateKey, check_strict_json
 from agent.wire import jws, runs, topics
@@ -23,7 +24,17 @@ from agent.wire.commands import MAX_ARGUMENT_LENGTH
 from agent.wire.desired_state import DesiredBundle, Name
 from agent.wire.jws import Signer
 from agent.wire.keys import b64url_encode
-from agent.wire.runs import MAX_RESULTS, EpochMicroseconds, JitteredTimes, Label, LabelRun, Row, RowRun, TimeRun
+from agent.wire.quiet_windows import QuietWindows
+from agent.wire.runs import (
+    MAX_RESULTS,
+    EpochMicroseconds,
+    JitteredTimes,
+    Label,
+    LabelRun,
+    Row,
+    RowRun,
+    TimeRun,
+)
 
 MAX_PAYLOAD = 1 << 20
 FIRST_PREV = ""
@@ -144,6 +155,8 @@ class WindowRange(msgspec.Struct, frozen=True, rename={"from_": "from"}):
 
 
 class DriftPayload(LoggedPayload, frozen=True, kw_only=True, tag="drift"):
+    """A closed drift window, or with `windows` a run of quiet ones: sums over all, states after the last."""
+
     task: ShortText
     model: ModelRef
     reference: dict[str, str | None]
@@ -154,6 +167,32 @@ class DriftPayload(LoggedPayload, frozen=True, kw_only=True, tag="drift"):
     estimate: dict[str, Any] | None = None
     joint: dict[str, Any] | None = None
     rate: dict[str, Any] | None = None
+    windows: QuietWindows | None = None
+
+    def __post_init__(self) -> None:
+        if self.windows is not None:
+            self._check_run(self.windows)
+
+    def _check_run(self, windows: QuietWindows) -> None:
+        """Check that the message agrees with its windows. Raises ValueError."""
+        rows, times, span = windows.expand_rows(), windows.expand_times(), self.window
+        if self.state != "ok":
+            raise ValueError(f"{len(windows)} windows in state {self.state!r}; only quiet ones share a message")
+        if span.rows != (rows[0][0], rows[-1][1]):
+            raise ValueError(f"rows {list(span.rows)}, but its windows have rows [{rows[0][0]},{rows[-1][1]}]")
+        for text, us in ((span.from_, times[0][0]), (span.to, times[-1][1])):
+            # Both as text and back, as a time beyond the calendar has no text of its own.
+            if clock.parse_rfc3339(text) != clock.parse_rfc3339(clock.to_rfc3339(us)):
+                raise ValueError(f"time {text}, but its windows have {clock.to_rfc3339(us)}")
+        if span.n != (rows_counted := sum(runs.expand_integers(windows.n))):
+            raise ValueError(f"n is {span.n}, but its windows have {rows_counted} rows")
+        for name, field in self.features.items():
+            try:
+                counted = sum(field["counts"]) + field["below"] + field["above"] + field["missing"]
+            except (KeyError, TypeError):
+                raise ValueError(f"field {name} of a run has no counts") from None
+            if counted != span.n:
+                raise ValueError(f"counts of field {name} add up to {counted} rows, n is {span.n}")
 
 
 class AlertPayload(LoggedPayload, frozen=True, kw_only=True, tag="alerts"):

@@ -1,7 +1,7 @@
 """Benchmarks: measure our code against a reference implementation on this machine.
 
-A benchmark is a function decorated with `@benchmark(name)` in a module of this package. It returns a `Result`, or a
-`Report` of several. Both sides do the same work with the same durability. Their runs alternate, so that a busy machine
+A benchmark is a function decorated with `@benchmark(name)` in a module of this package. It returns a `Result`, several,
+or a `Report`. Both sides do the same work with the same durability. Their runs alternate, so that a busy machine
 slows both.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -31,6 +31,11 @@ class Result(msgspec.Struct, frozen=True):
     less: bool = False
     limit: bool = False
 
+    @classmethod
+    def within(cls, name: str, ours: float, limit: float, unit: str, note: str) -> Result:
+        """Return a result that must not exceed `limit`, without a reference implementation."""
+        return cls(name, ours, limit, unit, 1.0, note, less=True, limit=True)
+
     @property
     def ratio(self) -> float:
         return self.ours / self.reference
@@ -41,13 +46,13 @@ class Result(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """Several results of one benchmark, and the `text` that replaces them on screen."""
+    """Results of one benchmark, and the `text` that replaces them on screen."""
 
-    results: tuple[Result, ...]
+    results: Sequence[Result]
     text: str
 
 
-Measured = Callable[[], Result | Report]
+Measured = Callable[[], Result | Sequence[Result] | Report]
 BENCHMARKS: dict[str, Measured] = {}
 # Benchmarks short and stable enough to detect a regression within seconds.
 QUICK: set[str] = set()

@@ -72,14 +72,17 @@ def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: 
 def measured(name: str) -> Report:
     """Run one benchmark. Raises ClickException if a requirement is missing."""
     report = BENCHMARKS[name]()
-    return report if isinstance(report, Report) else Report((report,), line(report))
+    if isinstance(report, Report):
+        return report
+    results = [report] if isinstance(report, Result) else report
+    return Report(results, "\n".join(map(line, results)))
 
 
 def line(result: Result) -> str:
     verdict = "met" if result.met else "MISSED"
     return (
-        f"{result.name:12} {result.ours:14,.5g} {result.unit:12} reference {result.reference:14,.5g}   "
-        f"× {result.ratio:.2f} (target {result.target:g}: {verdict})\n{'':12} {result.note}"
+        f"{result.name:24} {result.ours:14,.5g} {result.unit:12} reference {result.reference:14,.5g}   "
+        f"× {result.ratio:.2f} (target {result.target:g}: {verdict})\n{'':24} {result.note}"
     )
 
 

@@ -11,11 +11,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
-import psutil
 
 from agent.config import BrokerConfig
 from agent.fleet.collector.collector import SESSION_EXPIRY_S, client_id, topic_filters
@@ -25,7 +23,7 @@ from agent.testing.broker import MosquittoBroker
 from agent.testing.messages import FLEET, MessageSender, SignedMessage
 from agent.transport.mqtt import Link
 from agent.transport.packets import PublishReceipt
-from scripts.benchmarks import Report, Result, benchmark
+from scripts.benchmarks import Result, benchmark
 from scripts.kit import postgres
 from scripts.kit.postgres import PostgresServer
 
@@ -38,39 +36,26 @@ _SERVER = "shared_buffers = 128MB\nmax_wal_size = 2GB\n"
 _WITHIN_S = 300.0
 
 
-@dataclass(frozen=True, slots=True)
-class Flow:
-    """Messages per second by wall clock, and CPU µs per message of collectors, broker and database server."""
-
-    rate: float
-    collectors: float
-    broker: float
-    server: float
-
-
 @benchmark("collectors")
-def measure_parallel_collectors() -> Report:
+def measure_parallel_collectors() -> list[Result]:
     """Measure how fast collectors store the messages of 200 devices that wait at the broker."""
-    lacking = [
-        program
-        for program, there in (("PostgreSQL", postgres.find_binaries()), ("Mosquitto", _mosquitto()))
-        if not there
-    ]
-    if lacking:
-        raise click.ClickException(f"{' and '.join(lacking)} not installed; see scripts/setup system")
+    mosquitto = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    programs = {"PostgreSQL": postgres.find_binaries(), "Mosquitto": mosquitto}
+    missing = [name for name, path in programs.items() if path is None]
+    if missing:
+        raise click.ClickException(f"{' and '.join(missing)} not installed; run scripts/setup system")
     seen: dict[str, list[float]] = {"file": [], "one": [], "two": []}
     with postgres.run_server(_SERVER) as server:
         for _ in range(_ROUNDS):
-            seen["file"].append(flow(None, (), results_message).rate)
-            seen["one"].append(flow(server, ("a",), results_message).rate)
-            seen["two"].append(flow(server, ("a", "b"), results_message).rate)
-    of_file, single, two = (statistics.median(seen[name]) for name in ("file", "one", "two"))
+            seen["file"].append(flow(None, (), results_message))
+            seen["one"].append(flow(server, ("a",), results_message))
+            seen["two"].append(flow(server, ("a", "b"), results_message))
+    sqlite, single, two = (statistics.median(seen[name]) for name in ("file", "one", "two"))
     where = f"{os.cpu_count()} cores run broker, database and collectors, load {os.getloadavg()[0]:.1f}"
-    results = (
-        Result("collector, postgresql", single, of_file, "messages/s", 0.5, f"reference: SQLite; {where}"),
+    return [
+        Result("collector, postgresql", single, sqlite, "messages/s", 0.5, f"reference: SQLite; {where}"),
         Result("collector, two processes", two, single, "messages/s", 1.8, f"reference: one, both PostgreSQL; {where}"),
-    )
-    return Report(results, "\n".join(f"{r.name}: {r.ours:,.0f} messages/s, × {r.ratio:.2f}; {r.note}" for r in results))
+    ]
 
 
 def results_message(sender: MessageSender) -> SignedMessage:
@@ -83,8 +68,8 @@ def flow(
     names: Sequence[str],
     make: Callable[[MessageSender], SignedMessage],
     messages: int = MESSAGES,
-) -> Flow:
-    """Measure the collectors `names` on `server`, or one collector on SQLite if there is no server."""
+) -> float:
+    """Return the messages per second of the collectors `names` on `server`; without it, of one collector on SQLite."""
     with tempfile.TemporaryDirectory() as made, MosquittoBroker(Path(made), extra_conf=_CONF) as broker:
         home = Path(made) / FLEET
         config = init_fleet(home, FLEET, BrokerConfig(url=broker.url))
@@ -102,21 +87,21 @@ def flow(
                 config.broker, who, subscribe=topic_filters(FLEET, shared=shared), session_expiry_s=SESSION_EXPIRY_S
             ).close()
         _publish(broker.url, [make(senders[i % DEVICES]) for i in range(messages)])
-        with _running(home, names, Path(made)) as pids:
-            measured = _measure(store, messages, [pids, [broker.pid], [server.pid] if server else []])
+        with _running(home, names, Path(made)):
+            rate = _measure(store, messages)
         store.close()
-    return measured
+    return rate
 
 
 @contextlib.contextmanager
-def _running(home: Path, names: Sequence[str], folder: Path) -> Iterator[list[int]]:
+def _running(home: Path, names: Sequence[str], folder: Path) -> Iterator[None]:
     command = [sys.executable, "-m", "agent", "fleet", "collect", "--dir", str(home)]
     started: list[subprocess.Popen[bytes]] = []
     try:
         with (folder / "collectors.log").open("ab") as log:
             for extra in [["--share", name] for name in names] or [[]]:
                 started.append(subprocess.Popen([*command, *extra], stdout=log, stderr=log))
-        yield [process.pid for process in started]
+        yield
     finally:
         for process in started:
             process.terminate()
@@ -124,23 +109,17 @@ def _running(home: Path, names: Sequence[str], folder: Path) -> Iterator[list[in
             process.wait(60)
 
 
-def _measure(store: FleetStore, messages: int, processes: Sequence[Sequence[int]]) -> Flow:
-    """Time the messages that follow the first stored ones, so that startup is excluded."""
-
-    def spent() -> list[float]:
-        return [sum(map(_cpu_s, pids)) for pids in processes]
-
-    first, first_s, before = 0, 0.0, [0.0, 0.0, 0.0]
+def _measure(store: FleetStore, messages: int) -> float:
+    """Time the messages that follow the first stored ones, so that startup is excluded; return messages per second."""
+    first, first_s = 0, 0.0
     deadline = time.monotonic() + _WITHIN_S
     while (through := sum(top for _, _, top in store.logs())) < messages or store.count_messages() < messages:
         if through and not first:
-            first, first_s, before = store.count_messages(), time.monotonic(), spent()
+            first, first_s = store.count_messages(), time.monotonic()
         if time.monotonic() > deadline:
             raise click.ClickException(f"not all of {messages} messages arrived within {_WITHIN_S:.0f} s")
         time.sleep(0.1)
-    n, took_s = messages - first, time.monotonic() - first_s
-    each = [1e6 * (now - then) / n for now, then in zip(spent(), before, strict=True)]
-    return Flow(n / took_s, *each)
+    return (messages - first) / (time.monotonic() - first_s)
 
 
 def _publish(url: str, sent: Sequence[SignedMessage]) -> None:
@@ -154,18 +133,3 @@ def _publish(url: str, sent: Sequence[SignedMessage]) -> None:
     while waiting:
         waiting -= sum(isinstance(event, PublishReceipt) for event in link.receive(1.0))
     link.close()
-
-
-def _cpu_s(pid: int) -> float:
-    """Return the processor time of a process and its children, including ended ones."""
-    total = 0.0
-    root = psutil.Process(pid)
-    for process in (root, *root.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            times = process.cpu_times()
-            total += times.user + times.system + (times.children_user + times.children_system if process is root else 0)
-    return total
-
-
-def _mosquitto() -> str | None:
-    return shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")

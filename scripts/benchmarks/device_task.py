@@ -23,7 +23,7 @@ from agent.device.store.store import Store
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol, init_fleet
 from agent.testing.broker import free_port
-from agent.testing.fleet import FLEET, DeviceProcess
+from agent.testing.fleet import FLEET, DeviceProcess, field_tables
 from agent.wire import keys
 
 CHUNK = 8192
@@ -57,7 +57,7 @@ def device_with_task(
 
     `bundle` is a name or a path, `publisher` the public key that verifies it.
     """
-    listed = ", ".join(f'{{ name = "{name}" }}' for name in fields)
+    listed = ", ".join(field_tables(fields))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "outstation.toml"
         file.write_text(
@@ -88,7 +88,7 @@ def device_process(fields: Sequence[str] = (), stream: str = "watch") -> Iterato
         store.close()
         device = DeviceProcess(made, "pi-01")
         if fields:
-            listed = ", ".join(f'{{ name = "{name}" }}' for name in fields)
+            listed = ", ".join(field_tables(fields))
             device.append_config(f"[streams.{stream}]\nfields = [{listed}]\n")
         try:
             yield device

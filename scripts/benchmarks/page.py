@@ -28,7 +28,7 @@ the same run, and the median of several counts. Absolute figures apply to this m
 
 {machine}
 
-| figure | ours | beside | unit | ratio | to reach | |
+| figure | ours | reference | unit | ratio | target | |
 |---|---:|---:|---|---:|---:|---|
 """
 
@@ -60,11 +60,13 @@ def find_regressions(results: Sequence[Result]) -> list[str]:
 
 def middle(runs: Sequence[Sequence[Result]]) -> list[Result]:
     """Return, for each figure, the result of the run with the median ratio."""
-    return [sorted(same, key=lambda one: one.ratio)[len(same) // 2] for same in zip(*runs, strict=True)]
+    return [sorted(same, key=lambda result: result.ratio)[len(same) // 2] for same in zip(*runs, strict=True)]
 
 
 def worst(runs: Sequence[Sequence[Result]]) -> list[Result]:
-    return [max(same, key=lambda one: one.ratio if one.less else -one.ratio) for same in zip(*runs, strict=True)]
+    return [
+        max(same, key=lambda result: result.ratio if result.less else -result.ratio) for same in zip(*runs, strict=True)
+    ]
 
 
 def _row(result: Result) -> str:

@@ -8,54 +8,43 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 
 from agent.datasets.recordings import load
 from agent.testing.fleet import FIELDS, RECORDINGS, DeviceProcess
 from agent.testing.process import run_outstation
-from scripts.benchmarks import Report, Result, benchmark
+from scripts.benchmarks import Result, benchmark
 from scripts.benchmarks.device_task import append_rows, device_process
+from scripts.kit.process_stats import cpu_s, pss_mb
 
 WINDOWS = 100_000
 _IDLE_S = 60.0
 _STARTS = 5
-_TICK = os.sysconf("SC_CLK_TCK")
 
 
 @benchmark("memory")
-def resident_memory() -> Report:
+def resident_memory() -> list[Result]:
     """Measure PSS with the exercise model loaded, idle and at the peak while a backlog is processed."""
     with device_process(FIELDS) as device:
         device.add_task("exercise").start_and_wait()
-        idle = _pss_mb(device.pid)
+        idle = pss_mb(device.pid)
         device.stop()
         _fill(device, WINDOWS)
         device.start_and_wait()
         most = idle
         end = time.monotonic() + 30
         while time.monotonic() < end:
-            most = max(most, _pss_mb(device.pid))
+            most = max(most, pss_mb(device.pid))
             time.sleep(0.2)
         device.stop()
-    waiting = Result(
-        "memory idle", idle, 80.0, "MB PSS", 1.0, "exercise model loaded, nothing to do", less=True, limit=True
-    )
-    busy = Result(
-        "memory busy",
-        most,
-        110.0,
-        "MB PSS",
-        1.0,
-        f"{WINDOWS:,} windows waiting, the most in 30 s",
-        less=True,
-        limit=True,
-    )
-    return Report((waiting, busy), f"memory       {idle:.1f} MB idle (at most 80), {most:.1f} MB busy (at most 110)")
+    return [
+        Result.within("memory, idle", idle, 80.0, "MB PSS", "exercise model loaded"),
+        Result.within("memory, busy", most, 110.0, "MB PSS", f"{WINDOWS:,} windows waiting, peak within 30 s"),
+    ]
 
 
-@benchmark("start")
+@benchmark("startup")
 def start_to_first_batch() -> Result:
     """Measure `outstation batch` with 100 waiting windows, against the imports it needs."""
     bare = [sys.executable, "-c", "import numpy, ai_edge_litert.interpreter"]
@@ -78,7 +67,7 @@ def start_to_first_batch() -> Result:
             assert done.returncode == 0, done.stderr
     ours, reference = statistics.median(seen[0]), statistics.median(seen[1])
     note = "process start to results committed and process end; reference: import of numpy and the interpreter"
-    return Result("start", ours * 1e3, reference * 1e3, "ms", 3.0, note, less=True)
+    return Result("startup", ours * 1e3, reference * 1e3, "ms", 3.0, note, less=True)
 
 
 @benchmark("idle")
@@ -88,26 +77,13 @@ def idle_daemon() -> Result:
         device.add_replay_stream(10**6, 1 / 50)
         device.add_task("exercise", schedule="every 60 s").start_and_wait()
         time.sleep(5)
-        begin_s, started_s = _cpu_s(device.pid), time.monotonic()
+        begin_s, started_s = cpu_s(device.pid, children=True), time.monotonic()
         time.sleep(_IDLE_S)
-        share = 100 * (_cpu_s(device.pid) - begin_s) / (time.monotonic() - started_s)
+        share = 100 * (cpu_s(device.pid, children=True) - begin_s) / (time.monotonic() - started_s)
         device.stop()
-    return Result(
-        "idle", share, 0.5, "% of a core", 1.0, f"over {_IDLE_S:.0f} s, no broker in reach", less=True, limit=True
-    )
+    return Result.within("idle", share, 0.5, "% of a core", f"over {_IDLE_S:.0f} s, no broker reachable")
 
 
 def _fill(device: DeviceProcess, windows: int) -> None:
     rows = np.resize(load(RECORDINGS).rows, (windows * 100, len(FIELDS)))
     append_rows(device.config, "watch", rows)
-
-
-def _pss_mb(pid: int) -> float:
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
-    return int(next(line.split()[1] for line in text.splitlines() if line.startswith("Pss:"))) / 1024
-
-
-def _cpu_s(pid: int) -> float:
-    """Return the processor time of the process and of the children it waited for."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-    return sum(map(int, fields[11:15])) / _TICK

@@ -1,15 +1,17 @@
 """Fault injection into a real device, broker and collector on this machine.
 
-A fault is a function decorated with `@fault(name, …)` in a module of this package. It gets the `World` and a seeded
-`random.Random`, injects the fault, and undoes what the system is not meant to recover by itself. The promises that must
-hold afterwards are the same for all faults; `oracle` checks them.
+A fault is a function decorated with `@fault(…)` in a module `on_….py` of this package. It gets the `World` and a seeded
+`random.Random`, injects the fault, and undoes what the system is not meant to recover by itself. The table in
+docs/faults.md describes each fault under the function's name. `oracle` checks the same promises after each of them.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable
+from pathlib import Path
 from random import Random
 
 import msgspec
@@ -17,55 +19,54 @@ import msgspec
 from scripts.faults.world import Setting, World
 
 Injection = Callable[[World, Random], None]
+TABLE = Path(__file__).parents[2] / "docs" / "faults.md"
+_ROW = re.compile(r"^\| `([a-z0-9-]+)` \| ([^|]+) \| ([^|]+) \|$", re.MULTILINE)
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """Declaration of a fault: `means` is the event, `sees` the effect for the operator; both are one line of the docs.
+    """A fault and the `setting` it requires.
 
-    `setting` is the required world. `missing` returns the reason why this machine cannot run the fault, or None.
-    `damages` allows permanent loss of rows on the medium, if a signed message declares them. A `control` breaks a
-    promise deliberately and passes if the oracle detects the loss.
+    `damages` allows permanent loss of rows on the medium, if a signed message declares them.
     """
 
     name: str
     inject: Injection
-    means: str
-    sees: str
     setting: Setting = msgspec.field(default_factory=Setting)
-    missing: Callable[[], str | None] = lambda: None
     damages: bool = False
-    control: bool = False
     patience_s: float = 60.0
+
+    @property
+    def control(self) -> bool:
+        """True if the fault breaks a promise deliberately; it passes if the oracle detects the loss."""
+        return self.name.startswith("control-")
 
 
 FAULTS: dict[str, Fault] = {}
 
 
 def fault(
-    name: str,
-    *,
-    means: str,
-    sees: str,
-    setting: Setting | None = None,
-    missing: Callable[[], str | None] = lambda: None,
-    damages: bool = False,
-    control: bool = False,
-    patience_s: float = 60.0,
+    setting: Setting | None = None, *, name: str = "", damages: bool = False, patience_s: float = 60.0
 ) -> Callable[[Injection], Injection]:
-    """Register a fault under `name`."""
+    """Register a fault under `name`, which defaults to the name of the function."""
 
     def register(inject: Injection) -> Injection:
-        declared = Fault(name, inject, means, sees, setting or Setting(), missing, damages, control, patience_s)
-        assert FAULTS.setdefault(name, declared) is declared, f"two faults are called {name}"
+        declared = Fault(name or inject.__name__.replace("_", "-"), inject, setting or Setting(), damages, patience_s)
+        assert FAULTS.setdefault(declared.name, declared) is declared, f"two faults are called {declared.name}"
         return inject
 
     return register
 
 
+def read_table() -> dict[str, tuple[str, str]]:
+    """Return the event and the effect for the operator of each fault, in the order of docs/faults.md."""
+    return {name: (event, effect) for name, event, effect in _ROW.findall(TABLE.read_text(encoding="utf-8"))}
+
+
 def load() -> dict[str, Fault]:
-    """Return all faults by name, in the order of their modules."""
+    """Return all faults by name, in the order of the table."""
     for module in pkgutil.iter_modules(__path__):
         if module.name.startswith("on_"):
             importlib.import_module(f"{__name__}.{module.name}")
-    # Some modules may already be imported. Within a module the order of definition stays.
-    return dict(sorted(FAULTS.items(), key=lambda one: one[1].inject.__module__))
+    table = read_table()
+    assert table.keys() == FAULTS.keys(), f"in docs/faults.md or in the code only: {sorted(table.keys() ^ FAULTS)}"
+    return {name: FAULTS[name] for name in table}

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Outcome(msgspec.Struct):
 
 def torture(fault: Fault, rounds: int, seed: int, folder: Path) -> Outcome:
     """Run `rounds` rounds of one fault in one world; each is healed and judged before the next."""
-    outcome = Outcome(fault, seed, skipped=fault.missing(), folder=folder)
+    outcome = Outcome(fault, seed, skipped=fault.setting.missing(), folder=folder)
     if outcome.skipped is not None:
         return outcome
     rng = random.Random(f"{fault.name}/{seed}")
@@ -90,7 +90,6 @@ def torture(fault: Fault, rounds: int, seed: int, folder: Path) -> Outcome:
 @click.option("--seed", default=1, show_default=True, help="Seed; equal seeds inject at equal moments.")
 @click.option("--jobs", default=1, show_default=True, help="Faults to run in parallel, each in its own world.")
 @click.option("--list", "listing", is_flag=True, help="List the faults with a description.")
-@click.option("--markdown", is_flag=True, help="With --list, print the table of docs/faults.md.")
 @click.option("--keep", is_flag=True, help="Keep the folders of failed faults.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(
@@ -100,14 +99,13 @@ def main(
     seed: int,
     jobs: int,
     listing: bool,
-    markdown: bool,
     keep: bool,
     as_json: bool,
 ) -> None:
     """Inject faults, heal them, and count lost rows. Example: scripts/torture --fault kill-daemon --rounds 20."""
     known = faults.load()
     if listing:
-        click.echo(documentation(known.values()) if markdown else listed(known.values()))
+        click.echo("\n".join(f"{name:32} {event}" for name, (event, _) in faults.read_table().items()))
         return
     unknown = [name for name in names if name not in known]
     if unknown or not (names or everything):
@@ -144,14 +142,8 @@ def row(outcome: Outcome) -> str:
     if outcome.skipped is not None:
         return f"{outcome.fault.name:32} skipped: {outcome.skipped}"
     document = outcome.document()
-    numbers = (
-        document["rounds"],
-        document["acknowledged"],
-        document["lost"],
-        document["declared"],
-        document["doubled"],
-    )
-    text = "{:6} rounds {:8} acknowledged {:5} lost {:5} declared {:3} doubled".format(*numbers)
+    columns = "{rounds:6} rounds {acknowledged:8} acknowledged {lost:5} lost {declared:5} declared {doubled:3} doubled"
+    text = columns.format_map(document)
     verdict = "ok" if outcome.passed else "FAILED"
     details = "".join(f"\n    {line}" for problem in document["problems"] for line in problem.splitlines())
     return (
@@ -164,15 +156,6 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     failed = [outcome.fault.name for outcome in ran if not outcome.passed]
     text = f"{len(ran)} faults, {sum(len(outcome.verdicts) for outcome in ran)} rounds"
     return f"{text}: {'FAILED: ' + ', '.join(failed) if failed else 'nothing lost, nothing doubled'}"
-
-
-def listed(known: Iterable[Fault]) -> str:
-    return "\n".join(f"{fault.name:32} {fault.means}" for fault in known)
-
-
-def documentation(known: Iterable[Fault]) -> str:
-    lines = ["| fault | what happens | what the operator sees |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| `{fault.name}` | {fault.means} | {fault.sees} |" for fault in known)])
 
 
 if __name__ == "__main__":

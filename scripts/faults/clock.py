@@ -27,7 +27,7 @@ _BIND = 'mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"'
 
 
 class Clock(msgspec.Struct, frozen=True):
-    """Clocks of a world's device: `show` works at any time, `boot` while the device is down; `of` returns them."""
+    """Clocks of a world's device: `show` works at any time, `boot` while the device is down."""
 
     world: World
 
@@ -108,9 +108,3 @@ def no_boot() -> str | None:
     command = ["unshare", "--mount", "--time", "--boottime=-1", "cat", "/proc/uptime"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
     return None if done.returncode == 0 else "this kernel has no time namespaces"
-
-
-def cpu_s(pid: int) -> float:
-    """Return the processor time of process `pid`, all threads included."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -30,7 +30,7 @@ _MOUNTS = Path("/proc/self/mountinfo")
 
 
 class Card(msgspec.Struct, frozen=True):
-    """Memory card of a world; `of` returns it."""
+    """Memory card of a world."""
 
     image: Path
     mount_point: Path
@@ -108,13 +108,13 @@ class Card(msgspec.Struct, frozen=True):
         return any(line.split()[4] == str(self.mount_point) for line in _MOUNTS.read_text().splitlines())
 
 
-def on_card(mib: int = 64) -> Callable[[World], Callable[[], None]]:
+def on_card(mib: int = 64) -> Callable[[World], None]:
     """Mount a card as the device's data folder; for `Setting.prepare`."""
 
-    def prepare(world: World) -> Callable[[], None]:
+    def prepare(world: World) -> None:
         card = Card.in_world(world)
         card.make(mib)
-        return card.unmount
+        world.undo.callback(card.unmount)
 
     return prepare
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from agent import clock
-from agent.clock import ClockReading
 from agent.device.daemon import Daemon
 from agent.device.pipeline.tasks import ScheduledTask
 from agent.device.store import schema, space
@@ -29,6 +28,7 @@ from agent.device.uplink.session import Session
 from agent.model.inference.runtime import TfliteModel
 from agent.model.inference.tuning import model_digest
 
+_Hook = Callable[..., object]
 # Delay into a slow call such as the probe.
 _INTO_S = 0.3
 
@@ -45,61 +45,60 @@ class _Countdown:
         self._left = int(occasion)
         self._lock = threading.Lock()
 
-    def __call__(self) -> None:
+    def __call__(self, *_: object) -> None:
         with self._lock:
             self._left -= 1
             if self._left == 0:
                 _die()
 
 
+def _wrap(owner: Any, name: str, *, before: _Hook = lambda *_: None, after: _Hook = lambda *_: None) -> None:
+    """Call `before` and `after` around each call of `owner.name`, with its positional arguments."""
+    call = getattr(owner, name)
+
+    def wrapped(*arguments: Any, **keywords: Any) -> Any:
+        before(*arguments)
+        result = call(*arguments, **keywords)
+        after(*arguments)
+        return result
+
+    setattr(owner, name, wrapped)
+
+
 def before_commit(occasion: str) -> None:
-    count, finish = _Countdown(occasion), Transaction.finish
-
-    def dying(self: Transaction) -> None:
-        finish(self)
-        count()
-
-    Transaction.finish = dying  # type: ignore[method-assign]
+    _wrap(Transaction, "finish", after=_Countdown(occasion))
 
 
 def after_commit(occasion: str) -> None:
     _after_each_commit(_Countdown(occasion))
 
 
+def after_puback(occasion: str) -> None:
+    _wrap(Session, "_handle_receipt", after=_Countdown(occasion))
+
+
 def in_invoke(occasion: str) -> None:
-    count, invoke = _Countdown(occasion), TfliteModel.invoke
-
-    def dying(self: TfliteModel, *arguments: Any) -> Any:
-        # Short calls end before the timer fires; the process then dies slightly later.
-        threading.Timer(random.uniform(0.0, 0.001), count).start()
-        return invoke(self, *arguments)
-
-    TfliteModel.invoke = dying  # type: ignore[method-assign, assignment]
+    count = _Countdown(occasion)
+    # Short calls end before the timer fires; the process then dies slightly later.
+    _wrap(TfliteModel, "invoke", before=lambda *_: threading.Timer(random.uniform(0.0, 0.001), count).start())
 
 
 def in_model(model: str) -> None:
     """End the process by SIGSEGV in each run of a model with this SHA-256, as a runtime bug would."""
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGSEGV)
-
-    _instead_of_running(model, die)
+    _before_running(model, lambda: os.kill(os.getpid(), signal.SIGSEGV))
 
 
 def hang_in_model(model: str) -> None:
     """Hang in each run of this model."""
-    _instead_of_running(model, lambda: time.sleep(86_400))
+    _before_running(model, lambda: time.sleep(86_400))
 
 
-def _instead_of_running(model: str, action: Callable[[], None]) -> None:
-    invoke = TfliteModel.invoke
-
-    def flawed(self: TfliteModel, *arguments: Any) -> Any:
-        if model_digest(self._content) == model:
+def _before_running(model: str, action: Callable[[], None]) -> None:
+    def act(loaded: TfliteModel, *_: object) -> None:
+        if model_digest(loaded._content) == model:
             action()
-        return invoke(self, *arguments)
 
-    TfliteModel.invoke = flawed  # type: ignore[method-assign, assignment]
+    _wrap(TfliteModel, "invoke", before=act)
 
 
 def at_step(value: str) -> None:
@@ -109,29 +108,23 @@ def at_step(value: str) -> None:
     the commit that contains it).
     """
     when, target, file = value.split(",", 2)
-    owner, last, called = resolve_target(target)
+    owner, last, _ = resolve_target(target)
     mark = Path(file)
     reached = threading.Event()
 
-    def die() -> None:
+    def die(*_: object) -> None:
         with contextlib.suppress(FileExistsError):
             mark.touch(exist_ok=False)
             _die()
 
-    def dying(*arguments: Any, **keywords: Any) -> Any:
-        if when == "before":
-            die()
-        elif when == "in":
-            threading.Timer(_INTO_S, die).start()
-        result = called(*arguments, **keywords)
-        if when == "after":
-            die()
-        elif when == "committed":
-            reached.set()
-        return result
-
-    setattr(owner, last, dying)
-    if when == "committed":
+    if when == "before":
+        _wrap(owner, last, before=die)
+    elif when == "in":
+        _wrap(owner, last, before=lambda *_: threading.Timer(_INTO_S, die).start())
+    elif when == "after":
+        _wrap(owner, last, after=die)
+    else:
+        _wrap(owner, last, after=lambda *_: reached.set())
         _after_each_commit(lambda: die() if reached.is_set() else None)
 
 
@@ -155,16 +148,6 @@ def _after_each_commit(do: Callable[[], None]) -> None:
         do()
 
     Store.transaction = doing  # type: ignore[method-assign]
-
-
-def after_puback(occasion: str) -> None:
-    count, settle = _Countdown(occasion), Session._handle_receipt
-
-    def dying(self: Session, *arguments: Any) -> None:
-        settle(self, *arguments)
-        count()
-
-    Session._handle_receipt = dying  # type: ignore[method-assign, assignment]
 
 
 def synchronous(level: str) -> None:
@@ -200,14 +183,12 @@ def vouched_by(folder: str) -> None:
 
 def noted_runs(file: str) -> None:
     """Append a line with the task's name to `file` for each due run, including runs without data."""
-    remember_run = Daemon._save_last_run
 
-    def noting(self: Daemon, scheduled: ScheduledTask, now: ClockReading) -> None:
+    def note(_daemon: Daemon, scheduled: ScheduledTask, *_: object) -> None:
         with Path(file).open("a", encoding="ascii") as lines:
             lines.write(f"{scheduled.task.name}\n")
-        remember_run(self, scheduled, now)
 
-    Daemon._save_last_run = noting  # type: ignore[method-assign]
+    _wrap(Daemon, "_save_last_run", before=note)
 
 
 def evict_after(seconds: str) -> None:

@@ -1,4 +1,4 @@
-"""Broker faults: crash, lost state and reduced limits."""
+"""Broker faults: crash, lost state, reduced limits and long outage."""
 
 from __future__ import annotations
 
@@ -6,20 +6,27 @@ import time
 from collections.abc import Callable
 from random import Random
 
+from agent import clock
+from agent.bootstrap.device import load_config, open_message_log, open_store
+from agent.clock import ClockReading
+from agent.device.store.message_log import MessageLog
+from agent.device.store.store import Store
 from agent.testing.process import wait_until
 from scripts.faults import fault, proxy
 from scripts.faults.proxy import Cut, Packet, Rule
 from scripts.faults.world import Setting, World
+from scripts.kit.process_stats import memory_kb
 
 _PROXIED = Setting(proxied=True)
-_TRIES = "`broker: …; trying again, readings and results are kept` in the device's log, `offline`, later `online`"
+# A long outage leaves more waiting messages than MQTT has packet identifiers.
+_BACKLOG = 70_000
+_AT_ONCE = 1000
+_WITHIN_S = 400.0
+# The daemon's send window is a hundred messages; the backlog is about 60 MB.
+_MOST_MORE_KB = 48 * 1024
 
 
-@fault(
-    "kill-broker",
-    means="The broker is killed and loses its state, which was only in memory (no persistence).",
-    sees=_TRIES,
-)
+@fault()
 def kill_broker(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.1, 1.0))
     world.broker.kill()
@@ -27,14 +34,7 @@ def kill_broker(world: World, rng: Random) -> None:
     world.broker.start()
 
 
-@fault(
-    "broker-forgets",
-    means=(
-        "While the collector is away, the broker is killed and its database deleted, with queued and retained messages."
-    ),
-    sees=_TRIES,
-    setting=Setting(broker_persistence=True, broker_conf="autosave_interval 1"),
-)
+@fault(Setting(broker_persistence=True, broker_conf="autosave_interval 1"))
 def broker_forgets(world: World, rng: Random) -> None:
     world.kill(world.collector)
     time.sleep(rng.uniform(0.5, 2.0))
@@ -44,11 +44,7 @@ def broker_forgets(world: World, rng: Random) -> None:
     world.keep(world.collector)
 
 
-@fault(
-    "kill-everything",
-    means="Broker, collector and daemon are killed at random moments, one after the other or almost at once.",
-    sees=_TRIES,
-)
+@fault()
 def kill_everything(world: World, rng: Random) -> None:
     def broker() -> None:
         world.broker.kill()
@@ -65,17 +61,7 @@ def kill_everything(world: World, rng: Random) -> None:
         kill()
 
 
-@fault(
-    "control-delete-on-puback",
-    means=(
-        'Negative control: with `delivery = "broker"` the device deletes confirmed messages; the broker is killed '
-        "and loses them."
-    ),
-    sees="gaps in `outstation fleet gaps` and a failing `fleet audit`; therefore this is not the default",
-    setting=Setting(collector_toml='delivery = "broker"'),
-    control=True,
-    patience_s=6.0,
-)
+@fault(Setting(collector_toml='delivery = "broker"'), patience_s=6.0)
 def control_delete_on_puback(world: World, rng: Random) -> None:
     world.kill(world.collector)
     time.sleep(rng.uniform(1.0, 2.0))
@@ -101,42 +87,22 @@ def _for_a_while(world: World, rng: Random, rule: Rule) -> None:
         time.sleep(rng.uniform(0.5, 2.5))
 
 
-@fault(
-    "not-authorized",
-    means="The broker's access list denies the device its own topics for a while (reason code 0x87).",
-    sees="`the broker refuses messages on …: Not authorized; check its access list` in the device's log",
-    setting=_PROXIED,
-)
+@fault(_PROXIED)
 def not_authorized(world: World, rng: Random) -> None:
     _for_a_while(world, rng, _answering(0x87))
 
 
-@fault(
-    "quota-exceeded",
-    means="The broker refuses messages for a while because a quota is used up (0x97).",
-    sees="`the broker refuses messages on …: Quota exceeded` in the device's log",
-    setting=_PROXIED,
-)
+@fault(_PROXIED)
 def quota_exceeded(world: World, rng: Random) -> None:
     _for_a_while(world, rng, _answering(0x97))
 
 
-@fault(
-    "no-subscribers",
-    means="The broker accepts messages for a while and delivers them to nobody (0x10, a success code in MQTT).",
-    sees="nothing on the device, whose outbox grows; the collector receives nothing",
-    setting=_PROXIED,
-)
+@fault(_PROXIED)
 def no_subscribers(world: World, rng: Random) -> None:
     _for_a_while(world, rng, _answering(0x10))
 
 
-@fault(
-    "too-large-for-broker",
-    means="The broker refuses single messages as too large (0x95) until it is restarted with another limit.",
-    sees="`message … is held back, … by now, others go on: …` in the device's log",
-    setting=_PROXIED,
-)
+@fault(_PROXIED)
 def too_large_for_broker(world: World, rng: Random) -> None:
     def rule(packet: Packet) -> tuple[bytes, bytes]:
         if packet.up and packet.kind == proxy.PUBLISH and "/results/in-tens" in packet.topic:
@@ -147,14 +113,8 @@ def too_large_for_broker(world: World, rng: Random) -> None:
     world.device_line.cut()
 
 
-@fault(
-    "thrown-out-as-too-large",
-    means="For a while the broker closes connections with large messages (0x95) without having announced a limit.",
-    sees="`broker: connection lost: Packet too large; trying again` in the device's log, `offline`, later `online`",
-    setting=_PROXIED,
-    patience_s=90.0,
-)
-def thrown_out(world: World, rng: Random) -> None:
+@fault(_PROXIED, patience_s=90.0)
+def thrown_out_as_too_large(world: World, rng: Random) -> None:
     def rule(packet: Packet) -> tuple[bytes, bytes]:
         if packet.up and packet.kind == proxy.PUBLISH and "/results/" in packet.topic:
             raise Cut(proxy.disconnect(proxy.PACKET_TOO_LARGE))
@@ -202,23 +162,43 @@ def _limited(world: World, rng: Random, name: int, limit: int) -> None:
     assert not limited.breaches, f"the device ignored the broker's limit: {limited.breaches[:3]}"
 
 
-@fault(
-    "receive-maximum-2",
-    means="The broker is restarted with a limit of two messages in flight, and later without it.",
-    sees="nothing; results arrive more slowly",
-    setting=_PROXIED,
-    patience_s=90.0,
-)
-def receive_maximum(world: World, rng: Random) -> None:
+@fault(_PROXIED, patience_s=90.0)
+def receive_maximum_2(world: World, rng: Random) -> None:
     _limited(world, rng, proxy.RECEIVE_MAXIMUM, 2)
 
 
-@fault(
-    "packet-size-256",
-    means="The broker is restarted with a packet limit of 256 bytes, below every message, and later without it.",
-    sees="`message … is held back, … by now: its … bytes are above the broker's limit of 256` in the device's log",
-    setting=_PROXIED,
-    patience_s=90.0,
-)
-def packet_size(world: World, rng: Random) -> None:
+@fault(_PROXIED, patience_s=90.0)
+def packet_size_256(world: World, rng: Random) -> None:
     _limited(world, rng, proxy.MAXIMUM_PACKET_SIZE, 256)
+
+
+@fault(patience_s=120.0)
+def backlog_70000(world: World, rng: Random) -> None:
+    before = memory_kb(world.device.pid, "VmHWM")
+    world.kill(world.device)
+    world.broker.kill()
+    _write_backlog(world)
+    world.broker.start()
+    world.keep(world.device)
+    wait_until("the backlog delivered", lambda: world.outbox_size() < _AT_ONCE, _WITHIN_S)
+    more = memory_kb(world.device.pid, "VmHWM") - before
+    assert more < _MOST_MORE_KB, f"the daemon took {more} KB more than before the backlog"
+
+
+def _write_backlog(world: World) -> None:
+    """Write a backlog with the device's own signing and chaining, as after weeks of operation."""
+    file, conf = load_config(str(world.device.config))
+    store = open_store(conf)
+    try:
+        author = open_message_log(file, conf, store)
+        for first in range(0, _BACKLOG, _AT_ONCE):
+            _write(store, author, first, clock.read())
+    finally:
+        store.close()
+
+
+def _write(store: Store, author: MessageLog, first: int, now: ClockReading) -> None:
+    with store.transaction() as tx:
+        for i in range(first, first + _AT_ONCE):
+            body = {"event": "waited", "summary": f"Message {i} of a long time without a broker.", "evidence": {}}
+            author.append(tx, "audit", None, body, now)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from random import Random
 
 from agent.testing.process import wait_until
 from scripts.faults import fault
-from scripts.faults.clock import Clock, cpu_s, no_boot, no_clock
+from scripts.faults.clock import Clock, no_boot, no_clock
 from scripts.faults.stamped import Stamped
 from scripts.faults.world import Setting, World
+from scripts.kit.process_stats import cpu_s
 
 _HOUR_S, _DAY_S, _YEAR_S = 3600.0, 86_400.0, 365.25 * 86_400.0
 _CALM_S = 1.5
-_EVENT = "a `clock` event in the audit log for each step"
-_VOUCHED = f"{_EVENT}; an alert that a synchronized clock was set, except after a brief step"
 _ZONE = "Europe/Helsinki"
 _NIGHTLY = "nightly"
 _PASSING_S = 2.5
@@ -31,28 +30,23 @@ _NIGHTS = (
 )
 
 
-def on_clock(zone: str = "UTC") -> Callable[[World], Callable[[], None]]:
+def on_clock(world: World, zone: str = "UTC") -> None:
     """Install controllable clocks, and a sensor whose rows the device timestamps; for `Setting.prepare`."""
-
-    def prepare(world: World) -> Callable[[], None]:
-        world.companions.append(Stamped(world, world.rng))
-        Clock.in_world(world).make(zone)
-        return lambda: None
-
-    return prepare
+    world.companions.append(Stamped(world, world.rng))
+    Clock.in_world(world).make(zone)
 
 
-def on_nights(world: World) -> Callable[[], None]:
-    """Install the same in a zone with summer time, with a task due at 3:30 each night."""
-    undo = on_clock(_ZONE)(world)
+def on_nights(world: World) -> None:
+    """Install clocks in a zone with summer time, and a task due at 3:30 each night."""
+    on_clock(world, _ZONE)
     bundle = world.folder / "bundle" / "bundle"
     world.device.append_config(
         f'[tasks.{_NIGHTLY}]\nstream = "stamped"\nbundle = "{bundle}"\nschedule = "30 3 * * *"\n'
     )
-    return undo
 
 
-_CLOCK = Setting(prepare=on_clock())
+_CLOCK = Setting(prepare=(on_clock,), missing=no_clock)
+_BOOT = Setting(prepare=(on_clock,), missing=no_boot)
 
 
 @contextmanager
@@ -78,47 +72,23 @@ def _step(world: World, rng: Random, ahead_s: float) -> None:
     clock.show(0.0)
 
 
-@fault(
-    "clock-plus-60-days",
-    means="The clock jumps ahead by 60 days while the daemon runs, and back shortly after.",
-    sees=_VOUCHED,
-    setting=_CLOCK,
-    missing=no_clock,
-)
-def plus_60_days(world: World, rng: Random) -> None:
+@fault(_CLOCK)
+def clock_plus_60_days(world: World, rng: Random) -> None:
     _step(world, rng, 60 * _DAY_S)
 
 
-@fault(
-    "clock-minus-1-hour",
-    means="The clock jumps back by an hour while the daemon runs, and is corrected shortly after.",
-    sees=_VOUCHED,
-    setting=_CLOCK,
-    missing=no_clock,
-)
-def minus_1_hour(world: World, rng: Random) -> None:
+@fault(_CLOCK)
+def clock_minus_1_hour(world: World, rng: Random) -> None:
     _step(world, rng, -_HOUR_S)
 
 
-@fault(
-    "clock-plus-2-years",
-    means="The clock jumps ahead by two years while the daemon runs, and back shortly after.",
-    sees=_VOUCHED,
-    setting=_CLOCK,
-    missing=no_clock,
-)
-def plus_2_years(world: World, rng: Random) -> None:
+@fault(_CLOCK)
+def clock_plus_2_years(world: World, rng: Random) -> None:
     _step(world, rng, 2 * _YEAR_S)
 
 
-@fault(
-    "clock-steps-all-the-time",
-    means="The clock is set 30 times in three seconds, by minutes or years, during commits and batches.",
-    sees=_VOUCHED,
-    setting=_CLOCK,
-    missing=no_clock,
-)
-def steps_all_the_time(world: World, rng: Random) -> None:
+@fault(_CLOCK)
+def clock_steps_all_the_time(world: World, rng: Random) -> None:
     clock = Clock.in_world(world)
     for _ in range(30):
         ahead_s = rng.choice((-_HOUR_S, -90.0, -2.0, 0.0, 2.0, 300.0, 60 * _DAY_S, rng.uniform(-1e4, 1e4)))
@@ -127,14 +97,8 @@ def steps_all_the_time(world: World, rng: Random) -> None:
     clock.show(0.0)
 
 
-@fault(
-    "clock-starts-in-1970",
-    means="A machine without a battery clock starts in 1970; a time service sets the clock shortly after.",
-    sees=f"`unsynced` in every message until then, {_EVENT}",
-    setting=_CLOCK,
-    missing=no_boot,
-)
-def starts_in_1970(world: World, rng: Random) -> None:
+@fault(_BOOT)
+def clock_starts_in_1970(world: World, rng: Random) -> None:
     clock = Clock.in_world(world)
     time.sleep(rng.uniform(0.1, 0.5))
     switch_off(world)
@@ -144,14 +108,8 @@ def starts_in_1970(world: World, rng: Random) -> None:
     clock.show(0.0)
 
 
-@fault(
-    "clock-restored-after-power-cut",
-    means="After a power cut the clock continues at the last saved hour: wall time repeats until it is set.",
-    sees=f"`unsynced` or `restored` in every message until then, {_EVENT}",
-    setting=_CLOCK,
-    missing=no_boot,
-)
-def restored_after_power_cut(world: World, rng: Random) -> None:
+@fault(_BOOT)
+def clock_restored_after_power_cut(world: World, rng: Random) -> None:
     clock = Clock.in_world(world)
     time.sleep(rng.uniform(0.1, 0.5))
     switch_off(world)
@@ -161,13 +119,7 @@ def restored_after_power_cut(world: World, rng: Random) -> None:
     clock.show(0.0)
 
 
-@fault(
-    "two-boots-without-sync",
-    means="Two consecutive boots have no time source; a time service sets the clock in the third.",
-    sees=f"`unsynced` in every message until then, {_EVENT}",
-    setting=_CLOCK,
-    missing=no_boot,
-)
+@fault(_BOOT)
 def two_boots_without_sync(world: World, rng: Random) -> None:
     clock = Clock.in_world(world)
     for _ in range(2):
@@ -180,13 +132,7 @@ def two_boots_without_sync(world: World, rng: Random) -> None:
     switch_on(world)
 
 
-@fault(
-    "time-service-lies",
-    means="A time service that the kernel trusts sets the clock wrong, and right again shortly after.",
-    sees=_VOUCHED,
-    setting=_CLOCK,
-    missing=no_clock,
-)
+@fault(_CLOCK)
 def time_service_lies(world: World, rng: Random) -> None:
     clock = Clock.in_world(world)
     time.sleep(rng.uniform(0.1, 0.5))
@@ -195,31 +141,15 @@ def time_service_lies(world: World, rng: Random) -> None:
     clock.show(0.0)
 
 
-@fault(
-    "control-clock-wrong-for-a-boot",
-    means="Negative control: during a whole boot a time service vouches for a clock that is three minutes ahead.",
-    sees="nothing: rows get wrong times, which no check can detect",
-    setting=_CLOCK,
-    missing=no_boot,
-    control=True,
-)
-def wrong_for_a_boot(world: World, rng: Random) -> None:
+@fault(_BOOT)
+def control_clock_wrong_for_a_boot(world: World, rng: Random) -> None:
     switch_off(world)
     Clock.in_world(world).show(180.0 + rng.uniform(0.0, 20.0))
     switch_on(world)
     stamp_some(world)
 
 
-@fault(
-    "night-of-summer-time",
-    means=(
-        "In the nights when summer time ends or begins, half past three occurs twice or not at all; a task due then "
-        "runs once."
-    ),
-    sees=_EVENT,
-    setting=Setting(prepare=on_nights),
-    missing=no_clock,
-)
+@fault(Setting(prepare=(on_nights,), missing=no_clock))
 def night_of_summer_time(world: World, rng: Random) -> None:
     midnight, runs = rng.choice(_NIGHTS)
     _pass(world, midnight.timestamp(), None)
@@ -286,11 +216,7 @@ def switch_on(world: World) -> None:
 
 def stamp_some(world: World) -> None:
     """Wait until the device has timestamped more rows."""
-    rows = _stamped(world).truth.rows
+    [stamped] = [companion for companion in world.companions if isinstance(companion, Stamped)]
+    rows = stamped.truth.rows
     before = len(rows)
     wait_until("the device stamps rows", lambda: len(rows) >= before + 5, _SLOW_S)
-
-
-def _stamped(world: World) -> Stamped:
-    [stamped] = [companion for companion in world.companions if isinstance(companion, Stamped)]
-    return stamped

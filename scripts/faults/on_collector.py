@@ -8,13 +8,12 @@ import shutil
 import sqlite3
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
 from agent import clock
 from agent.fleet import config as fleet_config
-from agent.fleet.database.store import FleetStore
 from agent.testing.process import OutstationProcess, wait_until
 from scripts.faults import fault
 from scripts.faults.world import DEVICE, Setting, World
@@ -22,22 +21,14 @@ from scripts.faults.world import DEVICE, Setting, World
 _DISK = "48m"
 
 
-@fault(
-    "kill-collector",
-    means="The collector is killed at a random moment: during a batch, before or after its commit.",
-    sees="nothing but `connected` in the collector's log",
-)
+@fault()
 def kill_collector(world: World, rng: Random) -> None:
     for _ in range(3):
         time.sleep(rng.uniform(0.1, 0.8))
         world.restart(world.collector)
 
 
-@fault(
-    "collector-database-locked",
-    means=("Another process locks the collector's database for a while, at most for longer than the collector waits."),
-    sees="after five seconds `database is locked; nothing is acknowledged, trying again` in the collector's log",
-)
+@fault()
 def collector_database_locked(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.0, 0.5))
     with contextlib.closing(sqlite3.connect(_database(world), isolation_level=None, timeout=10)) as db:
@@ -46,11 +37,12 @@ def collector_database_locked(world: World, rng: Random) -> None:
         db.execute("ROLLBACK")
 
 
-def _on_small_disk(world: World) -> Callable[[], None]:
+def _on_small_disk(world: World) -> None:
     """Put the collector's database on a small disk of its own."""
     disk = world.folder / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK}", "tmpfs", str(disk)], check=True)
+    world.undo.callback(subprocess.run, ["umount", str(disk)], check=True)
     for file in _files(_database(world)):
         shutil.move(file, disk / file.name)
     toml = world.fleet.home / "fleet.toml"
@@ -58,23 +50,8 @@ def _on_small_disk(world: World) -> Callable[[], None]:
     toml.write_text(text, encoding="utf-8")
     world.fleet.config = fleet_config.load(world.fleet.home)
 
-    def unmount() -> None:
-        subprocess.run(["umount", str(disk)], check=True)
 
-    return unmount
-
-
-def _no_mount() -> str | None:
-    return None if os.geteuid() == 0 else "mounting a small disk needs root"
-
-
-@fault(
-    "collector-disk-full",
-    means="The disk of the collector's database is full for some seconds.",
-    sees="`database or disk is full; nothing is acknowledged, trying again in … s` in the collector's log",
-    setting=Setting(prepare=_on_small_disk),
-    missing=_no_mount,
-)
+@fault(Setting(prepare=(_on_small_disk,), missing=lambda: "mounting a small disk needs root" if os.geteuid() else None))
 def collector_disk_full(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.0, 0.5))
     ballast = _database(world).with_name("ballast")
@@ -87,13 +64,8 @@ def collector_disk_full(world: World, rng: Random) -> None:
         ballast.unlink()
 
 
-@fault(
-    "collector-restored-from-backup",
-    means="The collector's machine fails and is restored from a backup without the last seconds.",
-    sees="`the collector has lost messages it had acknowledged, …; it gets what is kept` in the device's log",
-    patience_s=100.0,
-)
-def collector_restored(world: World, rng: Random) -> None:
+@fault(patience_s=100.0)
+def collector_restored_from_backup(world: World, rng: Random) -> None:
     backup = world.folder / "backup.db"
     _copy(_database(world), backup)
     before = _messages(world)
@@ -104,12 +76,7 @@ def collector_restored(world: World, rng: Random) -> None:
     _go_on(world, rng)
 
 
-@fault(
-    "collector-rebuilt",
-    means="The collector's database is lost; a new one is created and the device enrolled again with its key.",
-    sees=("`the collector has lost messages it had acknowledged, …` in the device's log; `fleet gaps` lists the rest"),
-    patience_s=100.0,
-)
+@fault(patience_s=100.0)
 def collector_rebuilt(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.2, 1.5))
     store = world.fleet.open_store()
@@ -123,11 +90,7 @@ def collector_rebuilt(world: World, rng: Random) -> None:
     _go_on(world, rng)
 
 
-@fault(
-    "two-collectors",
-    means="A second collector starts on the same database under the same name at the broker; they take turns.",
-    sees="`Session taken over` and `connected` alternate in both logs until one is stopped",
-)
+@fault()
 def two_collectors(world: World, rng: Random) -> None:
     second = OutstationProcess(world.folder / "second.log", "fleet", "collect", "--dir", str(world.fleet.home))
     try:
@@ -181,8 +144,4 @@ def _copy(database: Path, copy: Path) -> None:
 
 
 def _messages(world: World) -> int:
-    store: FleetStore = world.fleet.open_store()
-    try:
-        return store.count_messages(DEVICE)
-    finally:
-        store.close()
+    return int(world.fleet.query("SELECT count(*) FROM messages WHERE device = ?", DEVICE)[0][0])

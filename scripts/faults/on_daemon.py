@@ -1,17 +1,17 @@
-"""Daemon faults: crash, hang and starvation."""
+"""Daemon faults: crash, hang, starvation and failing allocations."""
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from random import Random
 
 from agent.testing.process import run_outstation, wait_until
 from scripts.faults import fault
-from scripts.faults.world import World
-
-_NOTHING = "nothing but a new `started` event in the audit log"
+from scripts.faults.disk import memory_cgroup, no_cgroup
+from scripts.faults.world import Setting, World
 
 
 def _dies_twice(world: World, rng: Random, flaw: str, most: int, least: int = 1) -> None:
@@ -30,18 +30,14 @@ def _flawed(world: World, flaw: str, occasion: int) -> None:
     world.device.set_launcher(("-m", "scripts.faults.launch", f"{flaw}={occasion}", "--"))
 
 
-@fault("kill-daemon", means="The daemon is killed (SIGKILL) at a random moment.", sees=_NOTHING)
+@fault()
 def kill_daemon(world: World, rng: Random) -> None:
     for _ in range(2):
         time.sleep(rng.uniform(0.1, 1.0))
         world.restart(world.device)
 
 
-@fault(
-    "kill-while-starting",
-    means="The daemon is killed repeatedly while it starts: a crash during crash recovery.",
-    sees=_NOTHING,
-)
+@fault()
 def kill_while_starting(world: World, rng: Random) -> None:
     for _ in range(5):
         world.restart(world.device)
@@ -49,48 +45,28 @@ def kill_while_starting(world: World, rng: Random) -> None:
     world.restart(world.device)
 
 
-@fault(
-    "die-before-commit",
-    means="The daemon dies with a complete but uncommitted transaction.",
-    sees=_NOTHING,
-)
+@fault()
 def die_before_commit(world: World, rng: Random) -> None:
     _dies_twice(world, rng, "die-before-commit", 25)
 
 
-@fault(
-    "die-after-commit",
-    means="The daemon dies after a commit, before it reports the commit.",
-    sees=_NOTHING,
-)
+@fault()
 def die_after_commit(world: World, rng: Random) -> None:
     _dies_twice(world, rng, "die-after-commit", 25)
 
 
-@fault(
-    "die-in-invoke",
-    means="The daemon dies while the model runs.",
-    sees=_NOTHING,
-)
+@fault()
 def die_in_invoke(world: World, rng: Random) -> None:
     # A model whose first run after each start ends the daemon is quarantined, correctly.
     _dies_twice(world, rng, "die-in-invoke", 10, least=2)
 
 
-@fault(
-    "die-after-puback",
-    means="The daemon dies between the broker's PUBACK and the collector's acknowledgement.",
-    sees=_NOTHING,
-)
+@fault()
 def die_after_puback(world: World, rng: Random) -> None:
     _dies_twice(world, rng, "die-after-puback", 12)
 
 
-@fault(
-    "stopped-process",
-    means="The daemon is stopped (SIGSTOP) for a while and then continues.",
-    sees="a late health message",
-)
+@fault()
 def stopped_process(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.1, 0.5))
     os.kill(world.device.pid, signal.SIGSTOP)
@@ -98,11 +74,7 @@ def stopped_process(world: World, rng: Random) -> None:
     os.kill(world.device.pid, signal.SIGCONT)
 
 
-@fault(
-    "second-daemon",
-    means="A second daemon and a manual batch start on the same data folder.",
-    sees="the second one exits and names the process of the first",
-)
+@fault()
 def second_daemon(world: World, rng: Random) -> None:
     for command in ("run", "batch"):
         refused = run_outstation(command, "-c", str(world.device.config))
@@ -110,12 +82,34 @@ def second_daemon(world: World, rng: Random) -> None:
         assert str(world.device.pid) in refused.stderr, refused.stderr
 
 
-@fault(
-    "graceful-restart", means="The daemon is stopped with SIGTERM and started again.", sees="`stopped`, then `online`"
-)
+@fault()
 def graceful_restart(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.1, 0.6))
     world.leave(world.device)
     code = world.device.stop()
     assert code == 0, f"exit code {code}"
     world.keep(world.device)
+
+
+@fault(Setting(missing=no_cgroup))
+def memory_limit(world: World, rng: Random) -> None:
+    time.sleep(rng.uniform(0.2, 0.8))
+    before, most = world.restarts, round(rng.uniform(0.1, 3.0) * 2**20)
+    with memory_cgroup(world) as limit:
+        until = time.monotonic() + 20.0
+        while world.restarts == before and time.monotonic() < until:
+            limit(most)
+            most //= 2
+            time.sleep(0.5)
+    assert world.restarts > before, "nobody was killed"
+
+
+@fault()
+def allocation_refused(world: World, rng: Random) -> None:
+    time.sleep(rng.uniform(0.2, 0.8))
+    pid = world.device.pid
+    before = resource.prlimit(pid, resource.RLIMIT_AS)
+    resource.prlimit(pid, resource.RLIMIT_AS, (round(rng.uniform(0.0, 1.0) * 2**20), before[1]))
+    time.sleep(rng.uniform(0.5, 2.0))
+    if world.device.is_running and world.device.pid == pid:
+        resource.prlimit(pid, resource.RLIMIT_AS, before)

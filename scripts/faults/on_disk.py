@@ -16,26 +16,17 @@ from scripts.faults import fault
 from scripts.faults.disk import Card, database_files, no_card, no_strace, on_card, results, stored_files, tampered
 from scripts.faults.world import Setting, World
 
-_NOTHING = "nothing but a new `started` event in the audit log"
-_AGAIN = "a line with SQLite's error, and a new `started` event in the audit log"
 _SYNC = "fdatasync,fsync"
 _WRITE = "pwrite64,write,ftruncate,fallocate"
-_CARD = Setting(prepare=on_card())
-
-
-def _no_lying_card() -> str | None:
-    return no_card() or no_strace()
+_CARD = Setting(prepare=(on_card(),), missing=no_card)
+_SMALL_CARD = Setting(prepare=(on_card(24),), missing=no_card)
+_STRACE = Setting(missing=no_strace)
 
 
 # --- the process dies in a system call ---
 
 
-@fault(
-    "kill-in-commit",
-    means="The daemon dies (SIGKILL) at the n-th flush of the write-ahead log, during a commit.",
-    sees=_NOTHING,
-    missing=no_strace,
-)
+@fault(_STRACE)
 def kill_in_commit(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.0, 0.5))
     before = world.restarts
@@ -43,12 +34,7 @@ def kill_in_commit(world: World, rng: Random) -> None:
         wait_until("death in a commit", lambda: world.restarts > before)
 
 
-@fault(
-    "kill-in-checkpoint",
-    means="The daemon dies (SIGKILL) at the n-th write while it copies the write-ahead log into the database.",
-    sees=_NOTHING,
-    missing=no_strace,
-)
+@fault(_STRACE)
 def kill_in_checkpoint(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.5, 1.5))
     with tampered(world, "pwrite64", f"signal=KILL:when={rng.randint(1, 6)}", files=database_files(world)[:1]):
@@ -70,26 +56,14 @@ def _power_cut(world: World, *, journal: bool) -> None:
     world.keep(world.device)
 
 
-@fault(
-    "power-cut",
-    means="The power fails at a random moment, with and without ext4's journal: unsynced bytes are lost.",
-    sees=_NOTHING,
-    setting=_CARD,
-    missing=no_card,
-)
+@fault(_CARD)
 def power_cut(world: World, rng: Random) -> None:
     for journal in (False, True):
         time.sleep(rng.uniform(0.3, 1.2))
         _power_cut(world, journal=journal)
 
 
-@fault(
-    "power-cut-in-recovery",
-    means="The power fails, and again within 100 ms after the restarted daemon locks the data folder.",
-    sees=_NOTHING,
-    setting=_CARD,
-    missing=no_card,
-)
+@fault(_CARD)
 def power_cut_in_recovery(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.3, 1.0))
     _power_cut(world, journal=rng.random() < 0.5)
@@ -105,32 +79,14 @@ def _owner(world: World) -> int | None:
 
 
 @fault(
-    "control-normal-power-cut",
-    means="Negative control: the store commits with synchronous=NORMAL, and the power fails.",
-    sees="acknowledged rows are lost",
-    setting=Setting(
-        prepare=on_card(), launcher=("-m", "scripts.faults.launch", "synchronous=NORMAL", "--"), rate=1_000.0
-    ),
-    missing=no_card,
-    control=True,
-    patience_s=10.0,
+    replace(_CARD, launcher=("-m", "scripts.faults.launch", "synchronous=NORMAL", "--"), rate=1_000.0), patience_s=10.0
 )
 def control_normal_power_cut(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.5, 1.5))
     _power_cut(world, journal=False)
 
 
-@fault(
-    "lying-flush",
-    means=(
-        "A card confirms flushes without doing them, and the power fails. The collector keeps what it had received; "
-        "its messages reveal what the store lost."
-    ),
-    sees="a critical storage alert, and a `new log` event that lists what the old log lacks",
-    setting=replace(_CARD, forgetful=True),
-    missing=_no_lying_card,
-    damages=True,
-)
+@fault(replace(_CARD, missing=lambda: no_card() or no_strace(), forgetful=True), damages=True)
 def lying_flush(world: World, rng: Random) -> None:
     with tampered(world, _SYNC, "retval=0"):
         before = results(world)
@@ -150,42 +106,27 @@ def _failing(world: World, rng: Random, calls: str, how: str, files: list[Path])
         time.sleep(rng.uniform(0.3, 1.5))
 
 
-@fault(
-    "write-ENOSPC",
-    means="For about a second every write to the data folder fails for lack of space.",
-    sees="producers get `not stored`; a line in the journal",
-    missing=no_strace,
-)
+@fault(_STRACE)
 def write_enospc(world: World, rng: Random) -> None:
     _failing(world, rng, _WRITE, "error=ENOSPC", stored_files(world))
 
 
-@fault("write-EIO", means="For about a second every write to the store fails.", sees=_AGAIN, missing=no_strace)
+@fault(_STRACE)
 def write_eio(world: World, rng: Random) -> None:
     _failing(world, rng, _WRITE, "error=EIO", stored_files(world))
 
 
-@fault("fsync-EIO", means="For about a second every flush of the store fails.", sees=_AGAIN, missing=no_strace)
+@fault(_STRACE)
 def fsync_eio(world: World, rng: Random) -> None:
     _failing(world, rng, _SYNC, "error=EIO", database_files(world))
 
 
-@fault(
-    "one-fsync-EIO",
-    means="One flush of the store fails and the next ones succeed, as on Linux.",
-    sees=_AGAIN,
-    missing=no_strace,
-)
+@fault(_STRACE)
 def one_fsync_eio(world: World, rng: Random) -> None:
     _failing(world, rng, _SYNC, f"error=EIO:when={rng.randint(1, 6)}", database_files(world))
 
 
-@fault(
-    "slow-card",
-    means="For a few seconds every flush takes 200 to 1500 ms.",
-    sees="nothing; producers wait longer for their acknowledgements",
-    missing=no_strace,
-)
+@fault(_STRACE)
 def slow_card(world: World, rng: Random) -> None:
     with tampered(world, _SYNC, f"delay_enter={rng.randint(200, 1500)}ms", files=database_files(world)):
         time.sleep(rng.uniform(1.0, 3.0))
@@ -194,13 +135,7 @@ def slow_card(world: World, rng: Random) -> None:
 # --- the file system refuses writes ---
 
 
-@fault(
-    "read-only-card",
-    means="ext4 detects an error and makes the card read-only; the machine is restarted seconds later.",
-    sees="the daemon restarts in a loop and reports that it cannot write the data folder",
-    setting=_CARD,
-    missing=no_card,
-)
+@fault(_CARD)
 def read_only_card(world: World, rng: Random) -> None:
     card = Card.in_world(world)
     time.sleep(rng.uniform(0.2, 0.8))
@@ -209,13 +144,7 @@ def read_only_card(world: World, rng: Random) -> None:
     _power_cut(world, journal=True)
 
 
-@fault(
-    "disk-full",
-    means="Another program fills the disk, in half of the cases as fast as space is freed, and then stops.",
-    sees="producers get `not stored`; a line in the journal",
-    setting=Setting(prepare=on_card(24)),
-    missing=no_card,
-)
+@fault(_SMALL_CARD)
 def disk_full(world: World, rng: Random) -> None:
     card, greedy = Card.in_world(world), rng.random() < 0.5
     time.sleep(rng.uniform(0.2, 0.8))
@@ -228,13 +157,7 @@ def disk_full(world: World, rng: Random) -> None:
     card.free()
 
 
-@fault(
-    "disk-full-restart",
-    means="Another program fills the disk, and the daemon is killed and restarted while it is full.",
-    sees="producers get `not stored`; a line in the journal",
-    setting=Setting(prepare=on_card(24)),
-    missing=no_card,
-)
+@fault(_SMALL_CARD)
 def disk_full_restart(world: World, rng: Random) -> None:
     card = Card.in_world(world)
     time.sleep(rng.uniform(0.2, 0.8))
@@ -246,13 +169,8 @@ def disk_full_restart(world: World, rng: Random) -> None:
 
 
 @fault(
-    "quota-too-small",
-    means="The quota is 1 MiB, and the broker is away until it has been full for a while.",
-    sees="a storage alert, and `evicted` events in the audit log that list what was deleted",
-    setting=Setting(
-        buffer_toml='max_size = "1 MiB"',
-        rate=2_500.0,
-        launcher=("-m", "scripts.faults.launch", "evict-after=1", "--"),
+    Setting(
+        buffer_toml='max_size = "1 MiB"', rate=2_500.0, launcher=("-m", "scripts.faults.launch", "evict-after=1", "--")
     ),
     damages=True,
 )

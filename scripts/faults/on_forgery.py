@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from random import Random
 
 from agent import clock
-from agent.device.store.store import Store
 from agent.testing.fleet import FLEET
 from agent.testing.messages import new_key
 from agent.testing.process import wait_until
@@ -23,7 +21,6 @@ from scripts.faults.world import DEVICE, World
 
 _BASE = f"outstation/{FLEET}/{DEVICE}"
 _ACK = f"{_BASE}/ack"
-_ALERT = "a `security` alert of the device, once; `fleet alerts` shows it, and `status` counts refused messages"
 _FLOOD = 5000
 
 
@@ -38,23 +35,14 @@ def _collector_key(world: World) -> SigningKey:
     return keys.load_private(world.fleet.home / "collector.key")
 
 
-@contextmanager
-def _store(world: World) -> Iterator[Store]:
-    store = Store.open_read_only(world.device.data_dir)
-    try:
-        yield store
-    finally:
-        store.close()
-
-
 def _log(world: World) -> tuple[str, int]:
     """Return the device's log, and its last seq."""
-    with _store(world) as store:
+    with world.device_store() as store:
         return store.log_id, store.outbox_size()[1]
 
 
 def _refused(world: World) -> int:
-    with _store(world) as store:
+    with world.device_store() as store:
         return sum(n for name, n in store.counters().items() if "refused" in name)
 
 
@@ -76,29 +64,24 @@ def _forge(world: World, rng: Random, make: Callable[[str, int], OutgoingMessage
     """Forge messages while the collector is down and the outbox grows; the outbox must not shrink."""
     world.kill(world.collector)
     time.sleep(rng.uniform(0.2, 0.8))
-    wait_until("something in the outbox", lambda: _waiting(world))
+    wait_until("something in the outbox", world.outbox_size)
     before, log = _settled(world), _log(world)
     _publish(world, [make(*log) for _ in range(rng.randint(1, 5))])
     time.sleep(rng.uniform(0.3, 0.8))
-    after = _waiting(world)
+    after = world.outbox_size()
     assert after >= before, f"{before} messages waited, {after} after the forged acknowledgement"
     world.keep(world.collector)
 
 
 def _settled(world: World) -> int:
     """Return the number of waiting messages after the last genuine acknowledgement has arrived."""
-    before = _waiting(world)
+    before = world.outbox_size()
     while True:
         time.sleep(0.5)
-        now = _waiting(world)
+        now = world.outbox_size()
         if now >= before:
             return now
         before = now
-
-
-def _waiting(world: World) -> int:
-    with _store(world) as store:
-        return store.outbox_size()[0]
 
 
 def _counted(world: World, before: int) -> None:
@@ -118,9 +101,7 @@ def _alerted_once(world: World, source: str = "device") -> None:
     assert world.fleet.query(sql, DEVICE, source) == [(1,)]
 
 
-@fault(
-    "ack-forged", means="Acknowledgements of all messages are signed by another key than the collector's.", sees=_ALERT
-)
+@fault()
 def ack_forged(world: World, rng: Random) -> None:
     before = _refused(world)
     _forge(world, rng, lambda log, last: _ack(new_key(), log, last))
@@ -128,26 +109,14 @@ def ack_forged(world: World, rng: Random) -> None:
     _alerted_once(world)
 
 
-@fault(
-    "ack-for-another-log",
-    means="Genuine acknowledgements arrive, but for another device store.",
-    sees="`acknowledgements refused, nothing changes: other log …` in the device's log, once a minute at most",
-)
+@fault()
 def ack_for_another_log(world: World, rng: Random) -> None:
     before = _refused(world)
     _forge(world, rng, lambda log, last: _ack(_collector_key(world), str(uuid.uuid4()), last))
     _counted(world, before)
 
 
-@fault(
-    "ack-beyond-the-log",
-    means=(
-        "The collector's own key acknowledges more than was ever written; messages that had not arrived may be "
-        "declared lost."
-    ),
-    sees="a critical `storage` alert and a new log: the device must assume that its store is an old copy",
-    damages=True,
-)
+@fault(damages=True)
 def ack_beyond_the_log(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.2, 0.8))
     log, last = _log(world)
@@ -155,11 +124,7 @@ def ack_beyond_the_log(world: World, rng: Random) -> None:
     wait_until("a new log", lambda: _log(world)[0] != log)
 
 
-@fault(
-    "ack-unsigned",
-    means="Acknowledgements arrive without a signature, or with the signature of another payload.",
-    sees=_ALERT,
-)
+@fault()
 def ack_unsigned(world: World, rng: Random) -> None:
     before = _refused(world)
 
@@ -173,11 +138,7 @@ def ack_unsigned(world: World, rng: Random) -> None:
     _alerted_once(world)
 
 
-@fault(
-    "ack-replayed",
-    means="An old acknowledgement of the collector is sent repeatedly.",
-    sees="nothing: it covers messages that are already safe",
-)
+@fault()
 def ack_replayed(world: World, rng: Random) -> None:
     link = Link(world.fleet.config.broker, f"listener-{uuid.uuid4()}", subscribe=[_ACK])
     old = None
@@ -193,12 +154,8 @@ def ack_replayed(world: World, rng: Random) -> None:
     _forge(world, rng, lambda log, last: again)
 
 
-@fault(
-    "ack-garbage-retained",
-    means=("A megabyte of garbage is retained on the device's acknowledgement topic and arrives at each connection."),
-    sees=_ALERT,
-)
-def ack_garbage(world: World, rng: Random) -> None:
+@fault()
+def ack_garbage_retained(world: World, rng: Random) -> None:
     before = _refused(world)
     _forge(
         world, rng, lambda log, last: OutgoingMessage(_ACK, rng.randbytes(1_000_000), (("jws", "a..b"),), retain=True)
@@ -207,15 +164,7 @@ def ack_garbage(world: World, rng: Random) -> None:
     _alerted_once(world)
 
 
-@fault(
-    "flood",
-    means=(
-        f"{_FLOOD:,} hostile messages arrive on the device's `ack` and `cmd` topics "
-        "and, in its name, on its upstream topics."
-    ),
-    sees=("one `security` alert each from the device and the collector; `refusals` in the database holds the counts"),
-    patience_s=90.0,
-)
+@fault(patience_s=90.0)
 def flood(world: World, rng: Random) -> None:
     before = _refused(world)
     topics = [_ACK, f"{_BASE}/cmd", f"{_BASE}/results/often", f"{_BASE}/health", f"{_BASE}/state"]

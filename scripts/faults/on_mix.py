@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
@@ -31,14 +30,7 @@ _KINDS = {
 }
 
 
-@fault(
-    "mix-everything",
-    means="Two or three random faults of daemon, broker, collector, network and clock happen at once.",
-    sees="the signs of each fault",
-    setting=Setting(proxied=True, prepare=on_clock()),
-    missing=no_clock,
-    patience_s=120.0,
-)
+@fault(Setting(proxied=True, prepare=(on_clock,), missing=no_clock), patience_s=120.0)
 def mix_everything(world: World, rng: Random) -> None:
     kinds = rng.sample(sorted(_KINDS), rng.choice((2, 3)))
     chosen = [FAULTS[rng.choice(_KINDS[kind])] for kind in kinds]
@@ -52,26 +44,7 @@ def mix_everything(world: World, rng: Random) -> None:
         chosen_fault.result()
 
 
-def _no_card_or_boot() -> str | None:
-    return no_card() or no_boot()
-
-
-def _on_card_and_clock(world: World) -> Callable[[], None]:
-    undo = on_card()(world)
-    on_clock()(world)
-    return undo
-
-
-@fault(
-    "mix-clock-and-power",
-    means=(
-        "The power fails twice and unsynced data are lost. The clock returns up to an hour slow; a time service "
-        "sets it only in the second boot."
-    ),
-    sees="`unsynced` or `restored` in every message until then, and `clock` and `started` events in the audit log",
-    setting=Setting(prepare=_on_card_and_clock),
-    missing=_no_card_or_boot,
-)
+@fault(Setting(prepare=(on_card(), on_clock), missing=lambda: no_card() or no_boot()))
 def mix_clock_and_power(world: World, rng: Random) -> None:
     clock = Clock.in_world(world)
     for _ in range(2):

@@ -5,28 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
 
 from scripts.faults import fault, proxy
-from scripts.faults.proxy import Packet
+from scripts.faults.proxy import Packet, Rule
 from scripts.faults.world import Setting, World
 
 _PROXIED = Setting(proxied=True)
 _NAME = "broker.test"
-_COMES_BACK = "`broker: …; trying again, readings and results are kept` in the device's log, `offline`, later `online`"
 # In its own mount namespace the daemon resolves names from our files; a missing resolver fails at once.
 _BIND = 'mount --bind "$0" /etc/hosts && mount --bind "$1" /etc/resolv.conf && shift && exec "$@"'
 
 
-def _lost_pubacks(packet: Packet) -> tuple[bytes, bytes]:
-    return (b"" if not packet.up and packet.kind == proxy.PUBACK else packet.raw), b""
-
-
-def _lost_messages(packet: Packet) -> tuple[bytes, bytes]:
-    return (b"" if packet.up and packet.kind == proxy.PUBLISH else packet.raw), b""
+def _without(kind: int, *, up: bool) -> Rule:
+    """Drop packets of this kind in one direction."""
+    return lambda packet: (b"" if packet.up == up and packet.kind == kind else packet.raw, b"")
 
 
 def _lost_acknowledgements(packet: Packet) -> tuple[bytes, bytes]:
@@ -36,37 +31,21 @@ def _lost_acknowledgements(packet: Packet) -> tuple[bytes, bytes]:
     return packet.raw, b""
 
 
-@fault(
-    "pubacks-dropped",
-    means="The broker's PUBACKs are lost for a while, but messages arrive; the connection stays.",
-    sees="nothing, or `the broker did not confirm a message for 30 s` in the device's log, and a new connection",
-    setting=_PROXIED,
-)
+@fault(_PROXIED)
 def pubacks_dropped(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.0, 0.5))
-    with world.device_line.ruled(_lost_pubacks):
+    with world.device_line.ruled(_without(proxy.PUBACK, up=False)):
         time.sleep(rng.uniform(0.5, 3.0))
 
 
-@fault(
-    "messages-dropped",
-    means="The broker silently drops messages for a while, as with throttling; the connection stays.",
-    sees="`the broker did not confirm a message for 30 s` in the device's log, and a new connection",
-    setting=_PROXIED,
-    patience_s=120.0,
-)
+@fault(_PROXIED, patience_s=120.0)
 def messages_dropped(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.0, 0.5))
-    with world.device_line.ruled(_lost_messages):
+    with world.device_line.ruled(_without(proxy.PUBLISH, up=True)):
         time.sleep(rng.uniform(0.2, 1.5))
 
 
-@fault(
-    "acknowledgements-dropped",
-    means="The collector's acknowledgements do not reach the device for a while.",
-    sees="nothing; the device's outbox grows and empties later",
-    setting=_PROXIED,
-)
+@fault(_PROXIED)
 def acknowledgements_dropped(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.0, 0.5))
     with world.device_line.ruled(_lost_acknowledgements):
@@ -77,37 +56,19 @@ def acknowledgements_dropped(world: World, rng: Random) -> None:
             time.sleep(1.0)
 
 
-@fault(
-    "half-open-device",
-    means="The device's TCP connection is dead without notice: its bytes vanish (lost NAT state).",
-    sees="`offline`; `the broker did not confirm a message for 30 s` in the device's log, then `online`",
-    setting=_PROXIED,
-    patience_s=120.0,
-)
+@fault(_PROXIED, patience_s=120.0)
 def half_open_device(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.2, 1.0))
     world.device_line.swallow()
 
 
-@fault(
-    "half-open-collector",
-    means="The collector's TCP connection is dead without notice.",
-    sees="nothing arrives for up to two minutes; then `trying again` and `connected` in the collector's log",
-    setting=_PROXIED,
-    patience_s=240.0,
-)
+@fault(_PROXIED, patience_s=240.0)
 def half_open_collector(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.2, 1.0))
     world.collector_line.swallow()
 
 
-@fault(
-    "network-flapping",
-    means="Every connection is reset about once a second.",
-    sees=_COMES_BACK,
-    setting=_PROXIED,
-    patience_s=90.0,
-)
+@fault(_PROXIED, patience_s=90.0)
 def network_flapping(world: World, rng: Random) -> None:
     for _ in range(4):
         time.sleep(rng.uniform(0.6, 1.2))
@@ -115,13 +76,7 @@ def network_flapping(world: World, rng: Random) -> None:
         world.collector_line.cut()
 
 
-@fault(
-    "network-down",
-    means="Connections are reset, and new ones refused, for some seconds.",
-    sees=_COMES_BACK,
-    setting=_PROXIED,
-    patience_s=90.0,
-)
+@fault(_PROXIED, patience_s=90.0)
 def network_down(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.1, 0.5))
     lines = rng.choice([[world.device_line], [world.collector_line], [world.device_line, world.collector_line]])
@@ -133,12 +88,7 @@ def network_down(world: World, rng: Random) -> None:
         line.refusing = False
 
 
-@fault(
-    "network-stalled",
-    means="The network stalls for some seconds; then all held packets arrive at once.",
-    sees="nothing; results arrive late",
-    setting=_PROXIED,
-)
+@fault(_PROXIED)
 def network_stalled(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.1, 0.5))
     line = rng.choice([world.device_line, world.collector_line])
@@ -147,12 +97,7 @@ def network_stalled(world: World, rng: Random) -> None:
     line.held = False
 
 
-@fault(
-    "slow-bytes",
-    means="Packets arrive a few bytes at a time, more slowly than results are produced.",
-    sees="nothing; results arrive late",
-    setting=_PROXIED,
-)
+@fault(_PROXIED)
 def slow_bytes(world: World, rng: Random) -> None:
     with ExitStack() as after:
         for line in (world.device_line, world.collector_line):
@@ -161,7 +106,7 @@ def slow_bytes(world: World, rng: Random) -> None:
         time.sleep(rng.uniform(1.0, 2.5))
 
 
-def _named(world: World) -> Callable[[], None]:
+def _named(world: World) -> None:
     """Connect the device to the broker by a name that the test controls."""
     config = world.device.config
     url = f"mqtt://{_NAME}:{world.broker.port}"
@@ -172,7 +117,6 @@ def _named(world: World) -> Callable[[], None]:
     _resolve(world, known=True)
     words = ("unshare", "-m", "sh", "-c", _BIND, str(_hosts(world)), str(resolver))
     world.device.set_launcher(world.setting.launcher, words)
-    return lambda: None
 
 
 def _hosts(world: World) -> Path:
@@ -186,19 +130,11 @@ def _resolve(world: World, *, known: bool) -> None:
 
 
 def _no_namespaces() -> str | None:
-    if os.geteuid() != 0 or shutil.which("unshare") is None:
-        return "a mount namespace of its own needs root and unshare"
-    return None
+    usable = os.geteuid() == 0 and shutil.which("unshare") is not None
+    return None if usable else "a mount namespace of its own needs root and unshare"
 
 
-@fault(
-    "broker-unresolvable",
-    means="The broker's host name does not resolve for some seconds after the connection is lost.",
-    sees="`broker: mqtt://…: Temporary failure in name resolution; trying again` in the device's log",
-    setting=Setting(prepare=_named),
-    missing=_no_namespaces,
-    patience_s=90.0,
-)
+@fault(Setting(prepare=(_named,), missing=_no_namespaces), patience_s=90.0)
 def broker_unresolvable(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.1, 0.5))
     _resolve(world, known=False)

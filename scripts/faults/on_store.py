@@ -21,10 +21,6 @@ _HEADER_BYTES = 100
 _NEW_RESULTS = 200
 # The least part of a row that SQLite keeps on its own page is 489 bytes, other columns included.
 _ON_ONE_PAGE = 320
-_SALVAGED = "a critical storage alert that lists the losses, and the damaged files in the data folder's `quarantine`"
-_PERHAPS = f"nothing if those bytes were unused; otherwise {_SALVAGED}"
-_WENT_BACK = "a critical storage alert (`The store went back in time …`), and `evicted` events that list what was lost"
-_NEW_LOG = "a critical storage alert, and a `new log` event in the audit log"
 
 
 @contextlib.contextmanager
@@ -64,86 +60,51 @@ def _flip_in_blob(database: Path, rng: Random, sql: str) -> bool:
     return True
 
 
-@fault(
-    "wal-truncated",
-    means="The daemon is killed and its write-ahead log truncated at a random place: commits are lost.",
-    sees=_WENT_BACK,
-    damages=True,
-)
+@fault(damages=True)
 def wal_truncated(world: World, rng: Random) -> None:
     with _off(world, rng) as data, (data / _WAL).open("r+b") as wal:
         wal.truncate(rng.randrange((data / _WAL).stat().st_size + 1))
 
 
-@fault(
-    "bit-flip-in-wal",
-    means=("The daemon is killed and one bit of its write-ahead log flipped: SQLite drops every commit from there on."),
-    sees=_WENT_BACK,
-    damages=True,
-)
+@fault(damages=True)
 def bit_flip_in_wal(world: World, rng: Random) -> None:
     with _off(world, rng) as data:
         flip_bit(data / _WAL, rng.randrange(8 * (data / _WAL).stat().st_size))
 
 
-@fault(
-    "wal-deleted",
-    means="The daemon is killed and its write-ahead log deleted, as when only the `.db` file is copied.",
-    sees=_WENT_BACK,
-    damages=True,
-)
+@fault(damages=True)
 def wal_deleted(world: World, rng: Random) -> None:
     with _off(world, rng) as data:
         (data / _WAL).unlink()
 
 
-@fault(
-    "bit-flip-in-chunk",
-    means="One bit of the newest rows is flipped.",
-    sees="a critical storage alert that lists the rows, which have no results",
-    damages=True,
-)
+@fault(damages=True)
 def bit_flip_in_chunk(world: World, rng: Random) -> None:
     with _off(world, rng, broker=True) as data:
         assert _flip_in_blob(data / _DATABASE, rng, "SELECT data FROM chunks ORDER BY id DESC LIMIT 1")
 
 
-@fault(
-    "bit-flip-in-outbox-row",
-    means="One bit of a message in the outbox is flipped.",
-    sees="a critical storage alert, and an `evicted` event with the message's number",
-    damages=True,
-)
+@fault(damages=True)
 def bit_flip_in_outbox_row(world: World, rng: Random) -> None:
     with _off(world, rng, broker=False) as data:
         assert _flip_in_blob(data / _DATABASE, rng, "SELECT payload FROM outbox ORDER BY seq DESC LIMIT 5")
 
 
-@fault(
-    "bit-flip-in-header",
-    means="One bit of the database's first 100 bytes is flipped.",
-    sees=_PERHAPS,
-    damages=True,
-)
+@fault(damages=True)
 def bit_flip_in_header(world: World, rng: Random) -> None:
     with _off(world, rng) as data:
         _settle(data / _DATABASE).close()
         flip_bit(data / _DATABASE, rng.randrange(8 * _HEADER_BYTES))
 
 
-@fault("page-zeroed", means="One page of the database is overwritten with zeros.", sees=_PERHAPS, damages=True)
+@fault(damages=True)
 def page_zeroed(world: World, rng: Random) -> None:
     with _off(world, rng) as data:
         _settle(data / _DATABASE).close()
         _zero_page(data / _DATABASE, rng)
 
 
-@fault(
-    "page-zeroed-at-work",
-    means="One page of the database is overwritten with zeros while the daemon runs; it is restarted later.",
-    sees=_PERHAPS,
-    damages=True,
-)
+@fault(damages=True)
 def page_zeroed_at_work(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.2, 0.8))
     _zero_page(world.device.data_dir / _DATABASE, rng)
@@ -156,32 +117,19 @@ def _zero_page(database: Path, rng: Random) -> None:
     overwrite(database, rng.randrange(pages) * _PAGE, bytes(_PAGE))
 
 
-@fault("deleted-database", means="The database and its write-ahead log are deleted.", sees=_NEW_LOG, damages=True)
+@fault(damages=True)
 def deleted_database(world: World, rng: Random) -> None:
     with _off(world, rng) as data:
         for path in data.glob(f"{_DATABASE}*"):
             path.unlink()
 
 
-@fault(
-    "old-database-restored",
-    means="The database of some seconds ago is restored; the other files of the data folder stay.",
-    sees=_WENT_BACK,
-    damages=True,
-)
+@fault(damages=True)
 def old_database_restored(world: World, rng: Random) -> None:
     _put_back(world, rng, f"{_DATABASE}*")
 
 
-@fault(
-    "old-copy-restored",
-    means=(
-        "The whole data folder of some seconds ago is restored, as from a card image. Rows without results in the "
-        "copy are processed again, with equal results, in a new log. Messages delivered in the lost time reveal it."
-    ),
-    sees=_NEW_LOG,
-    damages=True,
-)
+@fault(damages=True)
 def old_copy_restored(world: World, rng: Random) -> None:
     _put_back(world, rng, "*")
 

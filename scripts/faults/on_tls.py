@@ -45,24 +45,12 @@ def _counting(log: Path, words: str) -> Callable[[], bool]:
     return lambda: count() > before
 
 
-@fault(
-    "device-certificate-expired",
-    means="The device's TLS certificate expires and is replaced. The daemon is not restarted.",
-    sees="`the certificate … expired on …; replace it` in the device's log, `offline`, later `online`",
-    setting=Setting(tls=True),
-    patience_s=90.0,
-)
+@fault(Setting(tls=True), patience_s=90.0)
 def device_certificate_expired(world: World, rng: Random) -> None:
     _with_expired(world, rng, world.device.home / "device.crt", _counting(world.device.log, "device.crt expired on"))
 
 
-@fault(
-    "broker-certificate-expired",
-    means="The broker's TLS certificate expires; it is replaced and the broker restarted.",
-    sees="`certificate has expired` in the logs of devices and collector, which retry",
-    setting=Setting(tls=True),
-    patience_s=90.0,
-)
+@fault(Setting(tls=True), patience_s=90.0)
 def broker_certificate_expired(world: World, rng: Random) -> None:
     reported = _counting(world.device.log, "certificate has expired")
     _with_expired(world, rng, world.fleet.home / "broker" / "server.crt", reported)
@@ -70,29 +58,14 @@ def broker_certificate_expired(world: World, rng: Random) -> None:
     world.broker.start()
 
 
-def _with_another_device(world: World) -> Callable[[], None]:
-    world.fleet.add_device(_OTHER)
-    return lambda: None
-
-
-@fault(
-    "client-id-stolen",
-    means="Another enrolled device repeatedly connects with this one's client id.",
-    sees="nothing: the broker takes the client id from the certificate",
-    setting=Setting(tls=True, prepare=_with_another_device),
-)
+@fault(Setting(tls=True, prepare=(lambda world: world.fleet.add_device(_OTHER),)))
 def client_id_stolen(world: World, rng: Random) -> None:
     thrown_off = _counting(world.device.log, "trying again")
     _steal(world.fleet.devices[-1].config, rng)
     assert not thrown_off(), "the device was thrown off by another one's connection"
 
 
-@fault(
-    "session-taken-over",
-    means="On a broker without TLS, a stranger repeatedly connects with the device's client id.",
-    sees="`broker: connection lost: Session taken over; trying again` in the device's log, `offline` and `online`",
-    patience_s=90.0,
-)
+@fault(patience_s=90.0)
 def session_taken_over(world: World, rng: Random) -> None:
     _steal(world.device.config, rng)
 

@@ -17,11 +17,9 @@ import msgspec
 import numpy as np
 
 from agent.device.store.rows import Rows
-from agent.device.store.store import Store
 from agent.errors import OutstationError
 from agent.fleet import config as fleet_config
 from agent.fleet.audit.audit import AuditReport, audit
-from agent.fleet.database.store import FleetStore
 from agent.wire.messages import ResultColumns
 from scripts.faults.declarations import Declarations
 from scripts.faults.world import DEVICE, TASKS, World
@@ -70,7 +68,7 @@ def _waiting(world: World) -> str:
     if not world.running():
         return "a process is down"
     try:
-        outbox = _outbox(world)
+        outbox = world.outbox_size()
         seen = _seen(world)
         others = [text for companion in world.companions if (text := companion.waiting())]
     except OutstationError as error:
@@ -109,14 +107,6 @@ def judge(world: World, verdict: Verdict) -> None:
         verdict.doubled = max(verdict.doubled, report.duplicates)
     for companion in world.companions:
         companion.judge(verdict)
-
-
-def _outbox(world: World) -> int:
-    store = Store.open_read_only(world.device.data_dir)
-    try:
-        return store.outbox_size()[0]
-    finally:
-        store.close()
 
 
 def _seen(world: World) -> dict[str, Counter[int]]:
@@ -158,14 +148,10 @@ def _evidence(world: World) -> tuple[AuditReport, int]:
     store = world.fleet.open_store()
     try:
         report = audit(store, operators=fleet_config.load_trusted_keys(world.fleet.config))
-        return report, sum(_altered(world, json.loads(payload)) for payload in _runs(store))
     finally:
         store.close()
-
-
-def _runs(store: FleetStore) -> list[bytes]:
-    rows = store._fetch_all("SELECT payload FROM messages WHERE device = ? AND kind = 'results'", DEVICE)
-    return [bytes(payload) for (payload,) in rows]
+    runs = world.fleet.query("SELECT payload FROM messages WHERE device = ? AND kind = 'results'", DEVICE)
+    return report, sum(_altered(world, json.loads(payload)) for (payload,) in runs)
 
 
 def _altered(world: World, body: dict[str, Any]) -> bool:

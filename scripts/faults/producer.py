@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -26,25 +25,21 @@ class Ledger(msgspec.Struct):
     acknowledged: set[int] = msgspec.field(default_factory=set)
     refused: set[int] = msgspec.field(default_factory=set)
 
-    @property
-    def sent(self) -> int:
-        return len(self.values)
 
+class SensorThread:
+    """Thread that sends to the intake socket while it is resumed; `failure` holds the error that ended it."""
 
-class Producer:
-    """Thread that sends `rate` rows per second in lines of `lines_of` rows, each after the previous response."""
-
-    def __init__(self, socket: Path, rng: Random, *, rate: float = 250.0, lines_of: int = 25) -> None:
-        self.ledger = Ledger()
+    def __init__(self, socket: Path, stream: str) -> None:
         self.failure: Exception | None = None
-        self._socket, self._rng, self._rate, self._lines_of = socket, rng, rate, lines_of
+        self._socket, self._stream = socket, stream
         self._go, self._idle, self._ended = threading.Event(), threading.Event(), False
-        self._thread = threading.Thread(target=self._main, name="producer", daemon=True)
-        self._thread.start()
+        self._thread = threading.Thread(target=self._main, name=stream, daemon=True)
 
     def resume(self) -> None:
         self._idle.clear()
         self._go.set()
+        if self._thread.ident is None:
+            self._thread.start()
 
     def pause(self, patience_s: float) -> bool:
         """Stop sending, and return whether all sent rows were answered within `patience_s`."""
@@ -54,32 +49,43 @@ class Producer:
     def close(self) -> None:
         self._ended = True
         self._go.set()
-        self._thread.join(2.0)
+        if self._thread.ident is not None:
+            self._thread.join(2.0)
+
+    def send(self, client: Client) -> None:
+        """Send once, wait for the answer, and pause until the next rows are due."""
+        raise NotImplementedError
 
     def _main(self) -> None:
         try:
-            client = Client(self._socket, name="rig", patience_s=_PATIENCE_S)
+            client = Client(self._socket, name=self._stream, patience_s=_PATIENCE_S)
             while not self._ended:
-                if not self._go.is_set():
+                if self._go.is_set():
+                    self.send(client)
+                else:
                     self._idle.set()
                     self._go.wait(0.1)
-                    continue
-                began = time.monotonic()
-                self._line(client)
-                time.sleep(max(0.0, self._lines_of / self._rate - (time.monotonic() - began)))
             client.close()
         except Exception as error:
             self.failure = error
 
-    def _line(self, client: Client) -> None:
-        first = self.ledger.sent
-        times = [FIRST_T_US + (first + i) * STEP_US for i in range(self._lines_of)]
+
+class Producer(SensorThread):
+    """Sensor that sends `rate` rows per second in lines of `line_rows` rows, each after the previous response."""
+
+    def __init__(self, socket: Path, rng: Random, *, rate: float = 250.0, line_rows: int = 25) -> None:
+        super().__init__(socket, "rig")
+        self.ledger = Ledger()
+        self._rng, self._rate, self._line_rows = rng, rate, line_rows
+
+    def send(self, client: Client) -> None:
+        started_s = time.monotonic()
+        first = len(self.ledger.values)
+        times = [FIRST_T_US + (first + i) * STEP_US for i in range(self._line_rows)]
         rows = [tuple(round(self._rng.gauss(0, 1), 3) for _ in FIELDS) for _ in times]
         self.ledger.values.update(zip(times, rows, strict=True))
-        client.send_columns("rig", {"t": [t / 1e6 for t in times], **_columns(rows)})
+        columns = dict(zip(FIELDS, map(list, zip(*rows, strict=True)), strict=True))
+        client.send_columns(self._stream, {"t": [t / 1e6 for t in times], **columns})
         answer = client.flush()
         (self.ledger.refused if answer.rejected else self.ledger.acknowledged).update(times)
-
-
-def _columns(rows: Sequence[tuple[float, ...]]) -> dict[str, list[float]]:
-    return {name: [row[i] for row in rows] for i, name in enumerate(FIELDS)}
+        time.sleep(max(0.0, self._line_rows / self._rate - (time.monotonic() - started_s)))

@@ -6,7 +6,6 @@ Row numbers follow the order of sending, since one client sends the rows in sequ
 
 from __future__ import annotations
 
-import threading
 import time
 from random import Random
 from typing import TYPE_CHECKING
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from agent.client import Client
+from agent.testing.fleet import field_tables
 from scripts.faults.clock import Clock
-from scripts.faults.producer import FIELDS
+from scripts.faults.producer import FIELDS, SensorThread
 from scripts.faults.world import DEVICE, World
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 STREAM = TASK = "stamped"
 EVERY_S = 0.2
 _STEP_S = 0.04
-_PATIENCE_S = 600.0
 _DATED = """
     SELECT row, t_best, t_error_us, time_quality FROM results_dated
     WHERE device = ? AND task = ? AND row > ? ORDER BY row
@@ -64,39 +63,21 @@ class Truth(msgspec.Struct):
         return wrong
 
 
-class Stamped:
+class Stamped(SensorThread):
     """The sensor and the promises about its rows; a companion of the world."""
 
     def __init__(self, world: World, rng: Random) -> None:
+        super().__init__(world.device.data_dir / "intake.sock", STREAM)
         self.truth = Truth()
-        self.failure: Exception | None = None
         self._world, self._rng = world, rng
-        self._go, self._idle, self._ended = threading.Event(), threading.Event(), False
         self._judged = 0
         self._counted = (time.monotonic(), 0, 0)
-        self._thread = threading.Thread(target=self._main, name="stamped", daemon=True)
         bundle = world.folder / "bundle" / "bundle"
-        names = ", ".join(f'{{ name = "{name}" }}' for name in FIELDS)
+        names = ", ".join(field_tables(FIELDS))
         world.device.append_config(
             f"[streams.{STREAM}]\nfields = [{names}]\n"
             f'[tasks.{TASK}]\nstream = "{STREAM}"\nbundle = "{bundle}"\nschedule = "every {EVERY_S * 1000:.0f} ms"\n'
         )
-
-    def resume(self) -> None:
-        self._idle.clear()
-        self._go.set()
-        if self._thread.ident is None:
-            self._thread.start()
-
-    def pause(self, patience_s: float) -> bool:
-        self._go.clear()
-        return self._idle.wait(patience_s)
-
-    def close(self) -> None:
-        self._ended = True
-        self._go.set()
-        if self._thread.ident is not None:
-            self._thread.join(2.0)
 
     def waiting(self) -> str:
         """Describe what is still to come; empty if nothing is."""
@@ -137,20 +118,10 @@ class Stamped:
     def _dated_rows(self) -> list[Dated]:
         return [Dated(*row) for row in self._world.fleet.query(_DATED, DEVICE, TASK, self._judged)]
 
-    def _main(self) -> None:
-        try:
-            client = Client(self._world.device.data_dir / "intake.sock", name=STREAM, patience_s=_PATIENCE_S)
-            while not self._ended:
-                if not self._go.is_set():
-                    self._idle.set()
-                    self._go.wait(0.1)
-                    continue
-                sent = self.truth.now_us()
-                client.send(STREAM, **{name: round(self._rng.gauss(0, 1), 3) for name in FIELDS})
-                answer = client.flush()
-                if not answer.rejected:
-                    self.truth.rows.append((sent, self.truth.now_us()))
-                time.sleep(_STEP_S)
-            client.close()
-        except Exception as error:
-            self.failure = error
+    def send(self, client: Client) -> None:
+        sent = self.truth.now_us()
+        client.send(STREAM, **{name: round(self._rng.gauss(0, 1), 3) for name in FIELDS})
+        answer = client.flush()
+        if not answer.rejected:
+            self.truth.rows.append((sent, self.truth.now_us()))
+        time.sleep(_STEP_S)

@@ -11,7 +11,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from agent.authoring import pack
@@ -235,12 +235,6 @@ def _allowed_bundles_after(body: dict[str, Any], may: set[str]) -> set[str]:
     return may
 
 
-def updating() -> Callable[[World], Callable[[], None]]:
+def updating(world: World) -> None:
     """Create a repository, and a device configured for it; for `Setting.prepare`."""
-
-    def prepare(world: World) -> Callable[[], None]:
-        update = Updating(world)
-        world.companions.append(update)
-        return lambda: None
-
-    return prepare
+    world.companions.append(Updating(world))

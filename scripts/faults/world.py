@@ -6,15 +6,16 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from agent.device.store.store import Store
 from agent.testing.broker import MosquittoBroker, free_port
-from agent.testing.fleet import DeviceProcess, LocalFleet
+from agent.testing.fleet import DeviceProcess, LocalFleet, field_tables
 from agent.testing.process import OutstationProcess, wait_until
 from scripts.faults.producer import FIELDS, Producer
 from scripts.faults.proxy import Proxy
@@ -35,12 +36,13 @@ _GENERATED = Path("fleet/broker/mosquitto.conf")
 class Setting(msgspec.Struct, frozen=True):
     """Requirements of a fault on its world.
 
-    `launcher` holds the words between `python` and the arguments of `outstation`, `before` those before `python`.
-    `device_toml` and `buffer_toml` go into the device's config (`buffer_toml` into [buffer]), `collector_toml` into
-    [collector]. `tls` uses the config, certificates and access list of `fleet init`. `proxied`: device and collector
-    reach the broker through a `Proxy` each, `World.device_line` and `World.collector_line`. `forgetful`: the medium may
-    drop confirmed data, including all trace of the newest readings. `prepare` runs after configuration and before the
-    start, and may mount or replace things. The function it returns runs at the end.
+    - `launcher`: the words between `python` and the arguments of `outstation`; `before`: those before `python`
+    - `device_toml`, `buffer_toml`, `collector_toml`: additions to the device's config, its [buffer] and its [collector]
+    - `tls`: use the config, certificates and access list of `fleet init`
+    - `proxied`: device and collector reach the broker through `World.device_line` and `World.collector_line`
+    - `forgetful`: the medium may drop confirmed data, including all trace of the newest readings
+    - `prepare`: called after configuration and before the start; may mount or replace things, undone by `World.undo`
+    - `missing`: returns the reason why this machine cannot run the fault, or None
     """
 
     launcher: Sequence[str] = ("-m", "agent")
@@ -54,7 +56,8 @@ class Setting(msgspec.Struct, frozen=True):
     proxied: bool = False
     forgetful: bool = False
     rate: float = 250.0
-    prepare: Callable[[World], Callable[[], None]] | None = None
+    prepare: Sequence[Callable[[World], object]] = ()
+    missing: Callable[[], str | None] = lambda: None
 
 
 class Companion(Protocol):
@@ -90,7 +93,7 @@ class World:
         self._configure()
         self.device_line: Proxy
         self.collector_line: Proxy
-        self._leaving = contextlib.ExitStack()
+        self.undo = contextlib.ExitStack()
         self._supervised: set[OutstationProcess] = set()
         self._guard = threading.RLock()
         self._closing = False
@@ -100,28 +103,26 @@ class World:
         self.companions: list[Companion] = []
 
     def __enter__(self) -> World:
-        with contextlib.ExitStack() as leaving:
-            if self.setting.prepare is not None:
-                leaving.callback(self.setting.prepare(self))
+        with self.undo:
+            for prepare in self.setting.prepare:
+                prepare(self)
             if self.setting.proxied:
                 self.device_line = self._proxied(self.device.config)
-                leaving.callback(self.device_line.close)
                 self.collector_line = self._proxied(self.fleet.home / "fleet.toml")
-                leaving.callback(self.collector_line.close)
-            leaving.callback(self._end)
+            self.undo.callback(self._end)
             self.broker.start()
             self.keep(self.collector)
             self.keep(self.device)
             self._supervisor.start()
             self.producer = Producer(self.device.data_dir / "intake.sock", self.rng, rate=self.setting.rate)
-            leaving.callback(self.producer.close)
+            self.undo.callback(self.producer.close)
             self.producer.resume()
             wait_until("the first rows acknowledged", lambda: self.producer.ledger.acknowledged, _FIRST_S)
-            self._leaving = leaving.pop_all()
+            self.undo = self.undo.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._leaving.close()
+        self.undo.close()
 
     def _end(self) -> None:
         self._closing = True
@@ -137,6 +138,20 @@ class World:
         """Make the sensors send."""
         for sensor in self.sensors():
             sensor.resume()
+
+    @contextlib.contextmanager
+    def device_store(self) -> Iterator[Store]:
+        """Open the device's store read-only for the block."""
+        store = Store.open_read_only(self.device.data_dir)
+        try:
+            yield store
+        finally:
+            store.close()
+
+    def outbox_size(self) -> int:
+        """Return the number of messages in the device's outbox."""
+        with self.device_store() as store:
+            return store.outbox_size()[0]
 
     def sensors(self) -> list[Producer | Companion]:
         """Return the sensor and all companions."""
@@ -186,6 +201,7 @@ class World:
 
     def _proxied(self, config: Path) -> Proxy:
         proxy = Proxy(self.broker.port)
+        self.undo.callback(proxy.close)
         text = config.read_text(encoding="utf-8")
         config.write_text(text.replace(self.broker.url, f"mqtt://127.0.0.1:{proxy.port}"), encoding="utf-8")
         return proxy
@@ -197,7 +213,7 @@ class World:
             text = self.device.config.read_text(encoding="utf-8")
             text = text.replace("[collector]\n", f"[collector]\n{setting.collector_toml}\n")
             self.device.config.write_text(text, encoding="utf-8")
-        names = ", ".join(f'{{ name = "{name}" }}' for name in FIELDS)
+        names = ", ".join(field_tables(FIELDS))
         self.device.append_config(
             f'[publishers]\nkeys = ["{bundles.KEY.public.text}"]\n'
             f'[buffer]\ncommit_every = "30 ms"\n{setting.buffer_toml}\n'

@@ -7,10 +7,14 @@ the decoder, catches only the decoder's own error, and checks what was accepted.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pkgutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 Run = Callable[[bytes], None]
 Seeds = Callable[[], list[bytes]]
@@ -32,6 +36,21 @@ class Target:
 
 
 TARGETS: dict[str, Target] = {}
+
+
+@contextlib.contextmanager
+def as_file(content: bytes, suffix: str) -> Iterator[Path]:
+    """Write the input to a temporary file for the block."""
+    with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+        file.write(content)
+        file.flush()
+        yield Path(file.name)
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; for `object_pairs_hook`. Fails if a key is repeated."""
+    assert len(dict(pairs)) == len(pairs), f"a key is repeated: {pairs}"
+    return dict(pairs)
 
 
 def target(name: str, says: str, seeds: Seeds, longest: int = 4096, *, costly: bool = False) -> Callable[[Run], Run]:

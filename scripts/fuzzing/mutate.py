@@ -8,36 +8,11 @@ from random import Random
 
 # Values that have broken decoders before.
 _WORDS = (
-    *(
-        b"NaN",
-        b"-Infinity",
-        b"1e999",
-        b"-0",
-        b"0123",
-        b"9" * 400,
-        b"1" + b"0" * 5000,
-        b"9223372036854775808",
-        b"0.1e-9",
-    ),
-    *(
-        b"null",
-        b"true",
-        b"[]",
-        b"{}",
-        b'""',
-        b'"\\ud800"',
-        b'"\\u0000"',
-        b'":',
-        b":",
-        b"\\",
-        b'"',
-        b",",
-        b"\n",
-        b"\r\n",
-    ),
-    *(b"\xff", b"\xc0\xaf", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\x00", b"[" * 3000, b'{"":' * 1500, b"..", b"/", b"="),
-    *(b"\xff\xff\xff\xff", b"\x00\x00\x00\x80", b"PK\x05\x06", b"\xdf\xff\xff\xff\xff", b"2026-99-99T99:99:99Z"),
-)
+    b"NaN", b"-Infinity", b"1e999", b"-0", b"0123", b"9" * 400, b"1" + b"0" * 5000, b"9223372036854775808", b"0.1e-9",
+    b"null", b"true", b"[]", b"{}", b'""', b'"\\ud800"', b'"\\u0000"', b'":', b":", b"\\", b'"', b",", b"\n", b"\r\n",
+    b"\xff", b"\xc0\xaf", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\x00", b"[" * 3000, b'{"":' * 1500, b"..", b"/", b"=",
+    b"\xff\xff\xff\xff", b"\x00\x00\x00\x80", b"PK\x05\x06", b"\xdf\xff\xff\xff\xff", b"2026-99-99T99:99:99Z",
+)  # fmt: skip
 _VALUE = re.compile(rb'"(?:[^"\\]|\\.)*"|-?\d[\d.eE+-]*|null|true|false')
 _MEMBER = re.compile(rb'"[^"\\]*"\s*:')
 

@@ -25,7 +25,7 @@ from agent.fleet import config as fleet_config
 from agent.model.bundle import bundle, golden_vectors, manifest
 from agent.testing.messages import new_key
 from agent.wire.keys import SigningKey
-from scripts.fuzzing import target
+from scripts.fuzzing import as_file, target
 
 PUBLISHER: SigningKey = new_key(11)
 MODEL = b"no model, but nobody runs it"
@@ -68,13 +68,11 @@ def archives() -> list[bytes]:
 
 @target("bundle", "an accepted bundle has the files its publisher signed", archives, 8192)
 def archive(data: bytes) -> None:
-    with tempfile.NamedTemporaryFile(suffix=".zip") as file:
-        file.write(data)
-        file.flush()
+    with as_file(data, ".zip") as path:
         with contextlib.suppress(BadBundle):
-            bundle.read(Path(file.name), None)
+            bundle.read(path, None)
         try:
-            loaded = bundle.read(Path(file.name), [PUBLISHER.public])
+            loaded = bundle.read(path, [PUBLISHER.public])
         except BadBundle:
             return
     assert {**loaded.files, "manifest.jws": b""} == {**contents(), "manifest.jws": b""}
@@ -170,11 +168,8 @@ def replays() -> list[bytes]:
 
 @target("replay", "recordings to replay are read, or rejected by name", replays, 8192)
 def replay_npz(content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(suffix=".npz") as file:
-        file.write(content)
-        file.flush()
-        with contextlib.suppress(UsageError):
-            load(Path(file.name))
+    with as_file(content, ".npz") as path, contextlib.suppress(UsageError):
+        load(path)
 
 
 @target(
@@ -186,13 +181,11 @@ def data_csv(content: bytes) -> None:
 
 def _data(content: bytes, suffix: str) -> None:
     spec = manifest.decode(head()).input
-    with tempfile.NamedTemporaryFile(suffix=suffix) as file:
-        file.write(content)
-        file.flush()
+    with as_file(content, suffix) as path:
         try:
-            decoded = data.read(Path(file.name), spec)
+            decoded = data.read(path, spec)
             if suffix == ".npz":
-                load_windows(Path(file.name), spec)
+                load_windows(path, spec)
         except UsageError:
             return
     assert decoded.features.shape == (len(decoded.t), len(FIELDS))

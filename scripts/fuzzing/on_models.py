@@ -48,7 +48,10 @@ def valid_bundles() -> list[Bundle]:
     bundles = [bundle.read(builtin.bundles_dir() / "exercise", None)]
     for recipe in (CLASSIFY, FLOAT):
         bundles.append(around(model(recipe.model), recipe))
-    for name, recipe in (("ad01", Recipe("anomaly", "", _inputs(640))), ("kws", _words())):
+    for name, recipe in (
+        ("ad01", Recipe("anomaly", "", _inputs(640))),
+        ("kws", Recipe("classify", "", _inputs(490), tuple(f"word {i}" for i in range(12)))),
+    ):
         path = THIRD_PARTY / f"mlperf_{name}_int8.tflite"
         if path.exists():
             bundles.append(around(path.read_bytes(), recipe))
@@ -57,10 +60,6 @@ def valid_bundles() -> list[Bundle]:
 
 def _inputs(count: int) -> tuple[str, ...]:
     return tuple(f"x{i}" for i in range(count))
-
-
-def _words() -> Recipe:
-    return Recipe("classify", "", _inputs(490), tuple(f"word {i}" for i in range(12)))
 
 
 def _limit_resources(sound_bundle: Bundle) -> Bundle:
@@ -88,12 +87,12 @@ def judge(sound_bundle: Bundle, content: bytes) -> ProbeReport:
     return report
 
 
-def _numbered() -> list[bytes]:
+def numbered_models() -> list[bytes]:
     """Return each model, prefixed by the number of its bundle."""
     return [bytes([number]) + sound_bundle.model_bytes for number, sound_bundle in enumerate(valid_bundles())]
 
 
-@target("model", "a model with damaged bytes kills only the probe's child", _numbered, _LONGEST, costly=True)
+@target("model", "a model with damaged bytes kills only the probe's child", numbered_models, _LONGEST, costly=True)
 def damaged(data: bytes) -> None:
     bundles = valid_bundles()
     judge(bundles[data[0] % len(bundles) if data else 0], data[1:])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import struct
-import tempfile
 import zlib
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from agent.device.intake.file_reader import read_blocks
 from agent.device.intake.protocol import LineParser
 from agent.device.store.rows import PackedChunk, Rows, pack_chunk, unpack_chunk, validate_columns
 from agent.errors import RowRejected
-from scripts.fuzzing import target
+from scripts.fuzzing import as_file, target, unique_keys
 
 NOW_US = 1_764_022_680_000_000
 WATCH = StreamConfig(
@@ -55,7 +55,7 @@ def taken_or_named(data: bytes) -> None:
     numbers, bad, _ = together
     assert set(numbers) | set(bad) == set(range(1, len(given) + 1))
     for number in numbers:
-        json.loads(given[number - 1], object_pairs_hook=once)
+        json.loads(given[number - 1], object_pairs_hook=unique_keys)
 
 
 def outcome(calls: list[list[bytes]]) -> tuple[list[int], dict[int, str], dict[str, bytes]]:
@@ -77,11 +77,6 @@ def outcome(calls: list[list[bytes]]) -> tuple[list[int], dict[int, str], dict[s
                     rows[taken.stream] = rows.get(taken.stream, b"") + row
         first += len(call)
     return sorted(set(numbers)), bad, rows
-
-
-def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    assert len(dict(pairs)) == len(pairs), f"a key is there twice: {pairs}"
-    return dict(pairs)
 
 
 def read_text(name: str, data: bytes, stream: StreamConfig) -> None:
@@ -131,15 +126,9 @@ def parquet_files() -> list[bytes]:
 
 @target("parquet", "a Parquet file is read or rejected as a whole", parquet_files, 8192)
 def parquet(data: bytes) -> None:
-    with tempfile.NamedTemporaryFile(suffix=".parquet") as file:
-        file.write(data)
-        file.flush()
-        try:
-            with open_file(Path(file.name)) as opened:
-                for block in read_blocks(Path(file.name), opened, "watch", WATCH):
-                    validate_columns(block.raw, WATCH, NOW_US, None)
-        except RowRejected:
-            return
+    with as_file(data, ".parquet") as path, contextlib.suppress(RowRejected), open_file(path) as opened:
+        for block in read_blocks(path, opened, "watch", WATCH):
+            validate_columns(block.raw, WATCH, NOW_US, None)
 
 
 FIELDS = [FieldConfig(name="a"), FieldConfig(name="b", type="i64"), FieldConfig(name="c", type="category")]

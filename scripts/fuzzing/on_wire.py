@@ -7,7 +7,6 @@ import json
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from agent.clock import parse_rfc3339
 from agent.config import BrokerConfig
@@ -16,11 +15,12 @@ from agent.fleet.audit.audit import audit
 from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
 from agent.testing.messages import FLEET, TIME, MessageSender, SignedMessage, new_key
-from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
+from agent.transport.packets import IncomingMessage
 from agent.wire import jws, keys, topics
 from agent.wire.keys import b64url_decode, b64url_encode
 from agent.wire.messages import AckPayload, VerifiedMessage, verify_message
-from scripts.fuzzing import target
+from scripts.fuzzing import target, unique_keys
+from scripts.kit.memory_link import MemoryLink
 
 DEVICE, COLLECTOR = new_key(1), new_key(2)
 NOW = "2026-11-24T22:20:00.000000Z"
@@ -79,7 +79,7 @@ def token(data: bytes) -> None:
             jws.verify([text], sent.topic, sent.payload, {DEVICE.public.kid: jws.Signer("pi-07", DEVICE.public)}.get)
         except MessageRefused:
             continue
-        header = json.loads(b64url_decode(text.split(".")[0]), object_pairs_hook=once)
+        header = json.loads(b64url_decode(text.split(".")[0]), object_pairs_hook=unique_keys)
         assert (header["alg"], header["b64"], header["crit"], header["top"]) == ("EdDSA", False, ["b64"], sent.topic)
 
 
@@ -88,7 +88,7 @@ def message(data: bytes) -> None:
     name = TOPICS[data[0] % len(TOPICS)] if data else TOPICS[0]
     verified = opened(name, data[1:], DEVICE, "pi-07")
     if verified is not None:
-        read = json.loads(data[1:].decode("utf-8"), object_pairs_hook=once, parse_int=str)
+        read = json.loads(data[1:].decode("utf-8"), object_pairs_hook=unique_keys, parse_int=str)
         assert (read["kind"], read["device"]) == (verified.topic.kind, verified.body.device)
 
 
@@ -120,31 +120,6 @@ def key(data: bytes) -> None:
         assert parsed.text == text.strip()
 
 
-class Wire:
-    """Stub of the connection, with the members that a collector uses."""
-
-    window = 20
-
-    def __init__(self) -> None:
-        self.incoming: list[IncomingMessage | PublishReceipt] = []
-
-    def send(self, message: OutgoingMessage) -> int:
-        return 1
-
-    def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]:
-        events, self.incoming = self.incoming, []
-        return events
-
-    def acknowledge(self, delivery: IncomingMessage) -> None:
-        pass
-
-    def wake(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 class Desk:
     """A collector with its own database, shared by all inputs of this process."""
 
@@ -152,7 +127,7 @@ class Desk:
         self.folder = tempfile.TemporaryDirectory()
         self.store = FleetStore(Path(self.folder.name) / "fleet.db")
         self.store.enrol("pi-07", DEVICE.public, replace=False, now=NOW)
-        self.collector, self.wire = Collector(FLEET, BrokerConfig(), self.store, COLLECTOR), Wire()
+        self.collector, self.link = Collector(FLEET, BrokerConfig(), self.store, COLLECTOR), MemoryLink([], window=20)
         self.turns = 0
         atexit.register(self.close)
 
@@ -166,8 +141,8 @@ class Desk:
 
     def hand(self, delivery: IncomingMessage) -> None:
         before = self.known()
-        self.wire.incoming = [delivery]
-        self.collector.tick(self.wire, 0.0)
+        self.link.incoming = [delivery]
+        self.collector.tick(self.link, 0.0)
         assert not self.collector._held, "the message was neither stored nor refused"
         assert self.known() - before in (0, 1)
         self.turns += 1
@@ -186,8 +161,3 @@ def collector(data: bytes) -> None:
     name = TOPICS[data[0] % len(TOPICS)] if data else TOPICS[0]
     payload = data[1:]
     desk().hand(IncomingMessage(name, payload, (jws.sign(DEVICE, name, payload),), False, 1, 1))
-
-
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    assert len(dict(pairs)) == len(pairs), f"a key is there twice: {pairs}"
-    return dict(pairs)

@@ -15,15 +15,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
+
+from scripts.kit.tflite_schema import make_buffer, make_operator, make_tensor, serialize, set_options
 
 MODELS = Path(__file__).parents[2] / "tests" / "models"
 TRAPS = ("crash", "hang", "error", "slow", "sensitive")
 # Limit of the committed models: rows of the classifier rarely exceed 3.5, and int8 represents values up to 4.
 LIMIT, TIMES = 3.5, 400
 _FLOAT, _INT32, _BOOL = schema.TensorType.FLOAT32, schema.TensorType.INT32, schema.TensorType.BOOL
+_OPTIONS = {"REDUCE_MAX": "Reducer", "SUB": "Sub", "MUL": "Mul", "ADD": "Add", "GATHER": "Gather", "WHILE": "While"}
 _DTYPES = {_FLOAT: "<f4", _INT32: "<i4", _BOOL: "?"}
 
 
@@ -38,47 +40,23 @@ class Rig:
 
     def tensor(self, shape: list[int], kind: int, data: Any = None, graph: Any = None) -> int:
         """Add a tensor; `shape` begins with -1 for any batch size."""
-        made = schema.TensorT()
         graph = graph or self.main
-        made.name, made.type = f"rig_{len(graph.tensors)}".encode(), kind
-        made.shape, made.quantization = [abs(size) for size in shape], schema.QuantizationParametersT()
-        if shape[:1] == [-1]:
-            made.shapeSignature = shape
+        tensor = make_tensor(f"rig_{len(graph.tensors)}", kind, shape)
         if data is not None:
-            buffer = schema.BufferT()
-            buffer.data = np.frombuffer(np.asarray(data, _DTYPES[kind]).tobytes(), np.uint8)
-            self.model.buffers.append(buffer)
-            made.buffer = len(self.model.buffers) - 1
-        graph.tensors.append(made)
+            tensor.buffer = make_buffer(self.model.buffers, np.asarray(data, _DTYPES[kind]).tobytes())
+        graph.tensors.append(tensor)
         return len(graph.tensors) - 1
 
     def add(
-        self, name: str, inputs: list[int], shape: list[int], kind: int = _FLOAT, graph: Any = None, **more: Any
+        self, name: str, inputs: list[int], shape: list[int], kind: int = _FLOAT, graph: Any = None, **options: Any
     ) -> int:
         """Add an operator with options by name, and return the number of its output."""
-        code = schema.OperatorCodeT()
-        code.builtinCode, code.version = getattr(schema.BuiltinOperator, name), 1
-        code.deprecatedBuiltinCode = min(code.builtinCode, 127)
-        self.model.operatorCodes.append(code)
         graph = graph or self.main
-        made = schema.OperatorT()
-        made.opcodeIndex, made.inputs = len(self.model.operatorCodes) - 1, inputs
         out = self.tensor(shape, kind, graph=graph)
-        made.outputs = [out]
-        kinds = {
-            "REDUCE_MAX": "Reducer",
-            "SUB": "Sub",
-            "MUL": "Mul",
-            "ADD": "Add",
-            "GATHER": "Gather",
-            "WHILE": "While",
-        }
-        if (options := kinds.get(name)) is not None:
-            made.builtinOptionsType = getattr(schema.BuiltinOptions, f"{options}Options")
-            made.builtinOptions = getattr(schema, f"{options}OptionsT")()
-            for key, value in more.items():
-                setattr(made.builtinOptions, key, value)
-        graph.operators.append(made)
+        operator = make_operator(self.model.operatorCodes, name, 1, inputs, [out])
+        if name in _OPTIONS:
+            set_options(operator, _OPTIONS[name], **options)
+        graph.operators.append(operator)
         return out
 
     def constant(self, data: Any, kind: int = _FLOAT, graph: Any = None) -> int:
@@ -93,9 +71,7 @@ class Rig:
 
     def written(self, out: int) -> bytes:
         self.main.outputs = [out]
-        builder = flatbuffers.Builder(1 << 20)
-        builder.Finish(self.model.Pack(builder), b"TFL3")
-        return bytes(builder.Output())
+        return serialize(self.model)
 
 
 def rigged(content: bytes, trap: str, limit: float = LIMIT, times: int = TIMES) -> bytes:

@@ -1,14 +1,11 @@
 """Signed bundles with rigged models (`scripts/kit/rig.py`): the shipped `exercise` with a trap.
 
-    .venv/bin/python -m scripts.kit.rigged crash FOLDER [VERSION]      and hang, error, slow, sensitive, mixed_up, good
-
 They keep the fields, windows and labels of `exercise`. All except `wrong` pass its golden vectors on this runtime.
 """
 
 from __future__ import annotations
 
 import hashlib
-import sys
 from pathlib import Path
 
 import msgspec
@@ -33,7 +30,7 @@ def build_rigged_bundle(
 
     - good: answers as the shipped bundle does
     - crash, hang, error: fails in that way on windows with a value above `limit`
-    - slow: computes `times` additional functions of the window
+    - slow: computes `repeats` additional functions of the window
     - sensitive: names the first class above `limit`
     - mixed_up: rotates the class names, as if the labels had been shuffled
     - wrong: its golden vectors expect other answers
@@ -79,14 +76,3 @@ def _sign(
     sums = {name: f"sha256:{hashlib.sha256(data).hexdigest()}" for name, data in sorted(files.items())}
     head = manifest.encode(msgspec.structs.replace(shipped.manifest, version=version, output=output, files=sums))
     return {**files, "manifest.json": head, "manifest.jws": bundle.sign(head, key)}
-
-
-def main() -> None:
-    if len(sys.argv) not in (3, 4) or sys.argv[1] not in KINDS:
-        sys.exit(f"usage: python -m scripts.kit.rigged {{{'|'.join(KINDS)}}} FOLDER [VERSION]")
-    version = sys.argv[3] if len(sys.argv) == 4 else "2.0.0"
-    print(write_bundle(build_rigged_bundle(sys.argv[1], version), Path(sys.argv[2])))
-
-
-if __name__ == "__main__":
-    main()

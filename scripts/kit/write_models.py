@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
+
+from scripts.kit.tflite_schema import make_buffer, make_operator, make_tensor, serialize, set_options
 
 MODELS = Path(__file__).parents[2] / "tests" / "models"
 CENTRES = np.array([[2, 0, 0, -1], [0, 2, -1, 0], [-1, -1, 2, 2]], np.float32)
@@ -51,33 +52,19 @@ class Graph:
 
     def tensor(self, name: str, shape: list[int], kind: str, by: Quantized = None, data: Any = None) -> int:
         """Add a tensor; `shape` begins with -1 for any batch size."""
-        made = schema.TensorT()
-        made.name, made.type = name.encode(), TYPES[kind]
-        made.shape = [abs(size) for size in shape]
-        if shape[0] == -1:
-            made.shapeSignature = shape
-        made.quantization = schema.QuantizationParametersT()
+        tensor = make_tensor(name, TYPES[kind], shape)
         if by is not None:
-            made.quantization.scale, made.quantization.zeroPoint = [by[0]], [by[1]]
+            tensor.quantization.scale, tensor.quantization.zeroPoint = [by[0]], [by[1]]
         if data is not None:
-            buffer = schema.BufferT()
-            buffer.data = np.frombuffer(np.asarray(data, kind).tobytes(), np.uint8)
-            self.buffers.append(buffer)
-            made.buffer = len(self.buffers) - 1
-        self.tensors.append(made)
+            tensor.buffer = make_buffer(self.buffers, np.asarray(data, kind).tobytes())
+        self.tensors.append(tensor)
         return len(self.tensors) - 1
 
     def operator(self, name: str, version: int, inputs: list[int], outputs: list[int], options: str = "") -> None:
-        code = schema.OperatorCodeT()
-        code.builtinCode = getattr(schema.BuiltinOperator, name)
-        code.deprecatedBuiltinCode, code.version = min(code.builtinCode, 127), version
-        self.codes.append(code)
-        made = schema.OperatorT()
-        made.opcodeIndex, made.inputs, made.outputs = len(self.codes) - 1, inputs, outputs
+        operator = make_operator(self.codes, name, version, inputs, outputs)
         if options:
-            made.builtinOptionsType = getattr(schema.BuiltinOptions, options)
-            made.builtinOptions = getattr(schema, f"{options}T")()
-        self.operators.append(made)
+            set_options(operator, options)
+        self.operators.append(operator)
 
     def written(self, inputs: list[int], outputs: list[int]) -> bytes:
         graph, model = schema.SubGraphT(), schema.ModelT()
@@ -85,9 +72,7 @@ class Graph:
         graph.name = b"main"
         model.version, model.description = 3, b"outstation test model"
         model.operatorCodes, model.subgraphs, model.buffers = self.codes, [graph], self.buffers
-        builder = flatbuffers.Builder(1024)
-        builder.Finish(model.Pack(builder), b"TFL3")
-        return bytes(builder.Output())
+        return serialize(model, 1024)
 
 
 def dense(graph: Graph, x: int, kind: str, weights: NDArray[np.float32], bias: NDArray[np.float32]) -> int:
@@ -101,10 +86,10 @@ def dense(graph: Graph, x: int, kind: str, weights: NDArray[np.float32], bias: N
         w = graph.tensor("weights", [many, width], held, (scale, 0) if held == "int8" else None, stored)
         if held == "float16":
             expanded = graph.tensor("weights_wide", [many, width], "float32")
-            graph.operator("DEQUANTIZE", 3, [w], [expanded], "DequantizeOptions")
+            graph.operator("DEQUANTIZE", 3, [w], [expanded], "Dequantize")
             w = expanded
         b = graph.tensor("bias", [many], "float32", None, bias)
-        graph.operator("FULLY_CONNECTED", 3 if held == "int8" else 1, [x, w, b], [sums], "FullyConnectedOptions")
+        graph.operator("FULLY_CONNECTED", 3 if held == "int8" else 1, [x, w, b], [sums], "FullyConnected")
         return sums
     into, out = ACTIVATIONS[kind]
     # With uint8 activations the weights are uint8 too, as in models older than int8.
@@ -114,7 +99,7 @@ def dense(graph: Graph, x: int, kind: str, weights: NDArray[np.float32], bias: N
     b = graph.tensor("bias", [many], sum_kind, (into[0] * scale, 0), np.rint(bias / (into[0] * scale)))
     sums = graph.tensor("sums", [-1, many], kind, out)
     version = {"int8": 4, "uint8": 1, "int16": 7}[kind]
-    graph.operator("FULLY_CONNECTED", version, [x, w, b], [sums], "FullyConnectedOptions")
+    graph.operator("FULLY_CONNECTED", version, [x, w, b], [sums], "FullyConnected")
     return sums
 
 

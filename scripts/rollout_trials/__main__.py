@@ -14,9 +14,7 @@ from typing import Any
 import click
 
 from agent.wire import keys
-from scripts.rollout_trials import candidates
-from scripts.rollout_trials.trials import TRIALS, Trial
-from scripts.rollout_trials.verdict import problems
+from scripts.rollout_trials.trials import TRIALS, Trial, make_bundle, problems
 
 # Time limit of one trial, which ends with its decision; fifty devices take a minute to start on two cores.
 _LONGEST_S, _STARTS_S = 900.0, 300.0
@@ -58,7 +56,7 @@ def run(trial: Trial, devices: int, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="rollout-") as name:
         folder = Path(name)
         key = keys.generate(folder / "publisher.key")
-        candidates.make(trial.bundle, folder, key)
+        make_bundle(trial.bundle, folder, key)
         plan = folder / "rollout.toml"
         plan.write_text(trial.plan(trial.bundle, devices), encoding="utf-8")
         hard = max(1, devices // trial.hard)

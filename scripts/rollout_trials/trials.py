@@ -1,13 +1,27 @@
-"""The ten trials: bundle, rollout steps, impaired devices and expected end.
+"""The ten rollout trials: bundle, steps, impaired devices, expected end, and deviations from it.
 
 Times are minutes where a field rollout takes days; everything else is realistic.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+from agent.authoring import pack
+from agent.wire.keys import SigningKey
+from scripts.kit import rigged
+
+# Candidates to follow the shipped `exercise`. A rigged one is the shipped model with a trap that its golden vectors do
+# not trigger (`scripts/kit/rigged.py`).
+_TRAINED = Path(__file__).parents[2] / "models" / "sources" / "exercise" / "candidates"
+TRAINED = ("distilled", "shuffled", "touchy")
+RIGGED = {"slow": "1.4.0", "crash": "1.5.0", "hang": "1.6.0", "error": "1.7.0"}
+# Functions of the window that the slow model computes in vain.
+_TIMES = 1500
+_BACK = frozenset({"rolled_back", "rejected"})
 Where = Literal["finished", "shadow", "canary"]
 
 # Answers first, then time: a slow model is correct, and shows under load only. With fifty devices on two cores most
@@ -40,7 +54,8 @@ class Trial:
 
     def plan(self, path: str, devices: int) -> str:
         """Return the rollout plan. Few devices allow no step of a few per cent."""
-        shares = _shares(devices)
+        # Twenty per cent of fifty can be four devices, fewer than a step's minimum.
+        shares = dict.fromkeys(("shadow", "canary"), 60.0 if devices < 20 else 40.0)
         # Most of a step's devices: a few may never meet the data that a bad bundle fails on.
         needed = max(2, int(0.5 * devices * shares["shadow"] / 100))
         steps = "".join(f"\n[[steps]]\n{step.format(**shares)}" for step in self.steps)
@@ -54,12 +69,6 @@ class Trial:
             "max_latency_ratio = 10.0\nbatch_timeout_s = 10.0\n"
             f"max_accuracy_drop = 0.5\nhold_off_hours = 24.0\n{steps}"
         )
-
-
-def _shares(devices: int) -> dict[str, float]:
-    # Twenty per cent of fifty can be four devices, fewer than a step's minimum.
-    share = 60.0 if devices < 20 else 40.0
-    return {"shadow": share, "canary": share}
 
 
 TRIALS = (
@@ -86,3 +95,56 @@ TRIALS = (
         batches=60,
     ),
 )
+
+
+def problems(trial: Trial, report: dict[str, Any]) -> list[str]:
+    """Return a sentence for each deviation from the expected outcome."""
+    rollout, devices = report["rollout"], report["devices"]
+    lines = []
+    if not report["audit"]["passed"]:
+        wrong = [entry for key in ("gaps", "invalid", "invalid_decisions") for entry in report["audit"].get(key, [])]
+        lines.append(f"the audit fails: {wrong[:3]}")
+    if not rollout["ended"]:
+        lines.append("it did not end in time")
+    if not trial.serves and rollout["served"]:
+        lines.append(f"{rollout['served']} messages carry results of a bundle that should never serve")
+    silent = [device["device"] for device in devices if device["runs"] is None]
+    if silent:
+        lines.append(f"no results at all from {', '.join(silent)}")
+    lines += _finished(trial, rollout, devices) if trial.ends == "finished" else _stopped(trial, rollout, devices)
+    return lines
+
+
+def _finished(trial: Trial, rollout: dict[str, Any], devices: list[dict[str, Any]]) -> Iterator[str]:
+    if rollout["state"] != "finished":
+        yield f"it is {rollout['state']} at step {rollout['step']}, and should be finished"
+    worse = set(rollout["disturbances"]["worse"]) if trial.back else set()
+    for device in devices:
+        back = device["device"] in worse
+        if device["phase"] not in (_BACK if back else {"active"}):
+            where = f"is {device['phase'] or 'unknown'} ({device['why']})"
+            yield f"{device['device']} {where}, and should {'have taken it back' if back else 'have settled on it'}"
+        if _runs_it(device, rollout) == back:
+            yield f"{device['device']} runs {device['runs']}, and should {'not ' if back else ''}run it"
+
+
+def _stopped(trial: Trial, rollout: dict[str, Any], devices: list[dict[str, Any]]) -> Iterator[str]:
+    if rollout["state"] != "aborted":
+        yield f"it is {rollout['state']} at step {rollout['step']}, and should be aborted"
+    if rollout["strategy"] != trial.ends:
+        yield f"it was stopped in {rollout['strategy']}, and should be in {trial.ends}"
+    if still := [device["device"] for device in devices if _runs_it(device, rollout)]:
+        yield f"{', '.join(still)} still run it"
+
+
+def _runs_it(device: dict[str, Any], rollout: dict[str, Any]) -> bool:
+    return device["runs"] is not None and device["runs"]["digest"] == rollout["digest"]
+
+
+def make_bundle(name: str, folder: Path, key: SigningKey) -> Path:
+    """Create the signed bundle `name` and return its folder."""
+    out = folder / name
+    if name in RIGGED:
+        return rigged.write_bundle(rigged.build_rigged_bundle(name, RIGGED[name], key, repeats=_TIMES), out)
+    pack.write_bundle(pack.pack(_TRAINED / f"{name}.toml", key), out)
+    return out

@@ -1,14 +1,12 @@
 """Soak tests: long runs of the real device and collector in simulated time, in this process.
 
-A soak is a function decorated with `@soak(name, hours=…)` in a module of this package. It takes a folder, a seed, the
-number of simulated hours and a function that prints a line, and returns a `Result`.
+A soak is a function of a module of this package, listed in `__main__`. It takes a folder, a seed, the number of
+simulated hours and a function that prints a line, and returns a `Result`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 
@@ -22,26 +20,3 @@ class Result:
     @property
     def passed(self) -> bool:
         return not self.problems
-
-
-Run = Callable[[Path, int, float, Callable[[str], None]], Result]
-
-
-@dataclass(frozen=True)
-class Soak:
-    name: str
-    hours: float
-    run: Run
-
-
-SOAKS: dict[str, Soak] = {}
-
-
-def soak(name: str, *, hours: float) -> Callable[[Run], Run]:
-    """Register a soak under `name`; `hours` is its default duration."""
-
-    def register(run: Run) -> Run:
-        SOAKS[name] = Soak(name, hours, run)
-        return run
-
-    return register

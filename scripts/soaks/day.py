@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.testing.lossy_link import LinkConditions
-from scripts.soaks import Result, soak
+from scripts.soaks import Result
 from scripts.soaks.rig import DEVICE, TASK, Rig
 
 # Connections break every few minutes; occasionally a message is lost or duplicated.
@@ -42,7 +42,6 @@ class Sample:
         return Sample(hour, sizes["Anonymous"], sizes["Rss"], handles, threads)
 
 
-@soak("day", hours=24)
 def day(folder: Path, seed: int, hours: float, announce: Callable[[str], None]) -> Result:
     """Run ten rows per second with the exercise model and a broker that loses, repeats, disconnects and restarts."""
     rig = Rig(folder, seed, _WEATHER)

@@ -10,7 +10,7 @@ from typing import Any
 
 from agent.fleet.database.gap_ledger import EVICTED
 from agent.testing.lossy_link import LinkConditions
-from scripts.soaks import Result, soak
+from scripts.soaks import Result
 from scripts.soaks.rig import TASK, Rig
 
 _OFFLINE, _ONLINE = LinkConditions(disconnect=1.0), LinkConditions(delay_s=0.2)
@@ -21,7 +21,6 @@ _CATCH_UP_S = 1800.0
 _UNUSED = 4_000
 
 
-@soak("offline", hours=72)
 def offline(folder: Path, seed: int, hours: float, announce: Callable[[str], None]) -> Result:
     """Run fifty rows per second with the exercise model; evicted rows are declared exactly, all others arrive."""
     mib = max(_LEAST_MIB, round(hours * _MIB_AN_HOUR))
@@ -51,8 +50,8 @@ def offline(folder: Path, seed: int, hours: float, announce: Callable[[str], Non
         result.figures |= {"hours": hours, "max_size": mib << 20, "largest": most}
         if most > mib << 20:
             result.problems.append(f"the store took {most} bytes of the {mib << 20} it may")
-        for line in lines(result.figures):
-            announce(line)
+        for name, value in result.figures.items():
+            announce(f"{name:30} {value}")
     finally:
         rig.close()
     return result
@@ -87,7 +86,7 @@ def judge(rig: Rig) -> Result:
         "evicted": len(missing),
         "used readings that went early": readings,
         "declarations": sum(reasons.values()),
-        "kept": kinds(rig),
+        "stored messages": dict(Counter(str(kind) for _, _, _, kind, *_ in rig.fleet.evidence())),
     }
     return result
 
@@ -107,11 +106,3 @@ def declarations(rig: Rig) -> tuple[set[int], int, Counter[str]]:
 
 def payloads(rig: Rig, kind: str) -> list[dict[str, Any]]:
     return [json.loads(payload) for _, _, _, row_kind, _, payload, _ in rig.fleet.evidence() if row_kind == kind]
-
-
-def kinds(rig: Rig) -> dict[str, int]:
-    return dict(Counter(str(kind) for _, _, _, kind, *_ in rig.fleet.evidence()))
-
-
-def lines(figures: dict[str, Any]) -> list[str]:
-    return [f"{name:30} {value}" for name, value in figures.items()]

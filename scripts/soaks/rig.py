@@ -25,6 +25,7 @@ from agent.fleet.collector.collector import Collector, topic_filters
 from agent.fleet.database.sqlite import SqliteDatabase
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol, init_fleet
+from agent.testing.fleet import FIELDS, field_tables
 from agent.testing.lossy_link import LinkConditions, LossyBroker, LossyLink
 from agent.wire.keys import load_private
 
@@ -32,11 +33,6 @@ FLEET, DEVICE, STREAM, TASK = "acme", "pi-01", "watch", "exercise"
 RECORDING = Path(__file__).parents[2] / "models/recordings/exercise.npz"
 _SESSION_S = 86_400
 _DRAIN_S = 120.0
-
-
-def _sqlite(store: FleetStore) -> SqliteDatabase:
-    assert isinstance(store._database, SqliteDatabase)
-    return store._database
 
 
 class Rig:
@@ -62,7 +58,8 @@ class Rig:
         config = init_fleet(home, FLEET, BrokerConfig(url="mqtt://127.0.0.1:1"))
         self.fleet = FleetStore(Path(config.fleet.db))
         # The collector only has to respond; the page cache of its database would hide the memory use of the device.
-        _sqlite(self.fleet).connection.execute("PRAGMA cache_size=-500")
+        assert isinstance(self.fleet._database, SqliteDatabase)
+        self.fleet._database.connection.execute("PRAGMA cache_size=-500")
         self._folder = enrol(home, config, self.fleet, DEVICE, key=None, replace=False).folder
         self._configure(buffer_toml, schedule)
         file, conf = load_config(str(self._folder / "outstation.toml"))
@@ -135,7 +132,7 @@ class Rig:
 
     def _configure(self, buffer_toml: str, schedule: str) -> None:
         path = self._folder / "outstation.toml"
-        names = ", ".join(f'{{ name = "{name}" }}' for name in ("ax", "ay", "az", "wx", "wy", "wz"))
+        names = ", ".join(field_tables(FIELDS))
         path.write_text(
             f"{path.read_text(encoding='utf-8')}\n[buffer]\n{buffer_toml}\n[streams.{STREAM}]\nfields = [{names}]\n"
             f'[tasks.{TASK}]\nstream = "{STREAM}"\nbundle = "exercise"\nschedule = "{schedule}"\n',

@@ -37,12 +37,12 @@ def device(folder: Path, stream: str) -> Path:
 def finding(file: Path) -> tuple[int, dict[str, str]]:
     """The exit code of the check, and what it says of the stream."""
     done = run_outstation("check", "-c", str(file), "--json")
-    [found] = [one for one in json.loads(done.stdout) if one["name"] == "stream watch"]
-    return done.returncode, found
+    [result] = [check for check in json.loads(done.stdout) if check["name"] == "stream watch"]
+    return done.returncode, result
 
 
 @pytest.mark.parametrize(
-    ("stream", "said"),
+    ("stream", "message"),
     [
         (HOST.format(field="memroy"), "the host has no 'memroy'; did you mean 'memory'?"),
         (REPLAY.format(field="ax", file="nowhere.npz", more=""), "nowhere.npz: cannot be read"),
@@ -52,23 +52,23 @@ def finding(file: Path) -> tuple[int, dict[str, str]]:
     ],
     ids=["host without the field", "no file", "no such field", "no such subject", "nothing to skip"],
 )
-def test_a_source_that_the_daemon_would_refuse_fails_the_check(tmp_path: Path, stream: str, said: str) -> None:
+def test_a_source_that_the_daemon_would_refuse_fails_the_check(tmp_path: Path, stream: str, message: str) -> None:
     file = device(tmp_path, stream)
-    code, found = finding(file)
-    assert (code, found["state"]) == (1, "failed")
-    assert said in found["detail"]
+    code, check = finding(file)
+    assert (code, check["state"]) == (1, "failed")
+    assert message in check["detail"]
     refused = run_outstation("run", "-c", str(file))
     assert refused.returncode == 2
-    assert refused.stderr.splitlines()[-1] == f"outstation: {found['detail']}"
+    assert refused.stderr.splitlines()[-1] == f"outstation: {check['detail']}"
 
 
 def test_a_valid_source_is_reported_and_its_replay_does_not_start(tmp_path: Path) -> None:
-    _, found = finding(device(tmp_path / "a", HOST.format(field="memory")))
-    assert (found["state"], found["detail"]) == ("ok", "memory of this machine")
+    _, check = finding(device(tmp_path / "a", HOST.format(field="memory")))
+    assert (check["state"], check["detail"]) == ("ok", "memory of this machine")
     file = device(tmp_path / "b", REPLAY.format(field="ax", file=RECORDINGS, more=""))
-    _, found = finding(file)
-    assert found["state"] == "ok"
-    assert found["detail"].startswith("a replay of the ")
+    _, check = finding(file)
+    assert check["state"] == "ok"
+    assert check["detail"].startswith("a replay of the ")
     store = Store.open_read_only(config.load(file).data_dir)
     assert store.source_position("replay:watch", "begin") == 0
     store.close()

@@ -40,8 +40,8 @@ class Site:
         self.home = folder / "device"
         assert run_outstation("init", str(self.home), "--id", "pi-07").returncode == 0
         self.config = self.home / "outstation.toml"
-        kept = self.config.read_text(encoding="utf-8").split("[streams.")[0]
-        self.config.write_text(kept + CONFIG, encoding="utf-8")
+        head = self.config.read_text(encoding="utf-8").split("[streams.")[0]
+        self.config.write_text(head + CONFIG, encoding="utf-8")
         self.file, self.conf = load_config(str(self.config))
         self.data = Path(self.conf.data_dir)
 
@@ -80,28 +80,33 @@ def test_a_device_that_has_no_drift_window_yet_says_so(tmp_path: Path) -> None:
     new = Site(tmp_path)
     assert new.ask() == (2, f"outstation: {new.data}: no store here yet; start `outstation run`, or ingest something\n")
     open_store(new.conf).close()
-    code, found = new.ask("--plot", str(tmp_path / "drift.svg"))
-    assert (code, found["windows"], found["subjects"], found["estimate"]) == (0, 0, [], None)
+    code, document = new.ask("--plot", str(tmp_path / "drift.svg"))
+    assert (code, document["windows"], document["subjects"], document["estimate"]) == (0, 0, [], None)
     text = [element.text for element in ET.parse(tmp_path / "drift.svg").iter(f"{SVG}text")]
     assert any(str(line).startswith("No drift window yet") for line in text)
 
 
 def test_the_drifting_field_is_shown_with_its_onset_and_distance(site: Site) -> None:
-    code, found = site.ask()
-    assert code == 0, found
-    assert (found["device"], found["task"], found["windows"], found["unreadable"]) == ("pi-07", "exercise", 32, 0)
-    told = {one["subject"]: one for one in found["subjects"]}
-    assert {"ax", "ay", "az", "wx", "wy", "wz"} <= set(told)
-    ax = told["ax"]
+    code, document = site.ask()
+    assert code == 0, document
+    assert (document["device"], document["task"], document["windows"], document["unreadable"]) == (
+        "pi-07",
+        "exercise",
+        32,
+        0,
+    )
+    by_subject = {subject["subject"]: subject for subject in document["subjects"]}
+    assert {"ax", "ay", "az", "wx", "wy", "wz"} <= set(by_subject)
+    ax = by_subject["ax"]
     assert (ax["state"], ax["since"] is not None) == ("drift", True)
     assert ax["cusum"]["spread"] > ax["cusum"]["limit"] > 0
     assert ax["sizes"]["ks"] > 0.1
-    assert [alert["summary"].startswith("ax: spread fell") for alert in found["alerts"] if alert["alert"] == "drift"]
+    assert [alert["summary"].startswith("ax: spread fell") for alert in document["alerts"] if alert["alert"] == "drift"]
 
 
 def test_its_picture_shows_the_reference_the_alarm_line_and_the_alert(site: Site, tmp_path: Path) -> None:
-    code, found = site.ask("--plot", str(tmp_path / "drift.svg"), "--dark")
-    assert (code, found["plot"]) == (0, str(tmp_path / "drift.svg"))
+    code, document = site.ask("--plot", str(tmp_path / "drift.svg"), "--dark")
+    assert (code, document["plot"]) == (0, str(tmp_path / "drift.svg"))
     root = ET.parse(tmp_path / "drift.svg").getroot()
     classes = [element.get("class", "") for element in root.iter()]
     text = [element.text for element in root.iter(f"{SVG}text")]
@@ -116,9 +121,9 @@ def test_its_picture_shows_the_reference_the_alarm_line_and_the_alert(site: Site
 def test_messages_of_another_task_are_not_taken_for_its_own(site: Site) -> None:
     store = Store.open_read_only(site.data, max_size=int(site.conf.buffer.max_size))
     try:
-        kept = store.recent_messages("drift", "exercise", 5)
-        assert [message.topic.split("/")[3:] for message in kept] == [["drift", "exercise"]] * 5
-        assert [message.seq for message in kept] == sorted(message.seq for message in kept)
+        recent = store.recent_messages("drift", "exercise", 5)
+        assert [message.topic.split("/")[3:] for message in recent] == [["drift", "exercise"]] * 5
+        assert [message.seq for message in recent] == sorted(message.seq for message in recent)
         assert store.recent_messages("drift", "ercise", 5) == []
     finally:
         store.close()
@@ -138,16 +143,16 @@ def test_a_message_that_was_damaged_on_the_disk_is_left_out_and_counted(site: Si
         )
     done = run_outstation("drift", "exercise", "-c", str(copy), "--json")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert (found["windows"], found["unreadable"]) == (31, 1)
+    document = json.loads(done.stdout)
+    assert (document["windows"], document["unreadable"]) == (31, 1)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "reason"),
     [(["--plot", "drift.pdf"], "ends in .svg or .png"), (["--plot", "/nowhere/drift.svg"], "cannot be written")],
 )
-def test_a_file_that_cannot_be_drawn_is_refused_with_the_reason(site: Site, arguments: list[str], said: str) -> None:
-    code, told = site.ask(*arguments)
+def test_a_file_that_cannot_be_drawn_is_refused_with_the_reason(site: Site, arguments: list[str], reason: str) -> None:
+    code, answer = site.ask(*arguments)
     assert code == 2
-    assert said in told
-    assert told.count("\n") == 1
+    assert reason in answer
+    assert answer.count("\n") == 1

@@ -49,7 +49,7 @@ fields = [{wide}]
 """
 N = 10_000
 BAD = {2: "99,0", 17: "fast,0", 5_000: "1", 9_999: "", 10_001: "nan,0"}
-SAID = {
+REASONS = {
     2: "ax = 99 g is above max 16",
     17: "ax = 'fast' is no number",
     5_000: "1 values, the header names 3",
@@ -60,8 +60,8 @@ SAID = {
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    wide = ", ".join(f'{{ name = "f{i}", type = "f64" }}' for i in range(200))
-    (tmp_path / "outstation.toml").write_text(CONFIG.format(max_size="64 MiB", wide=wide))
+    columns = ", ".join(f'{{ name = "f{i}", type = "f64" }}' for i in range(200))
+    (tmp_path / "outstation.toml").write_text(CONFIG.format(max_size="64 MiB", wide=columns))
     (tmp_path / "data").mkdir()
     return tmp_path
 
@@ -89,13 +89,13 @@ def ingest(home: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tupl
     def run(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:
             main(["ingest", *map(str, arguments), "-c", str(home / "outstation.toml")])
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
+        output = capsys.readouterr()
+        return int(ended.value.code or 0), output.out, output.err
 
     return run
 
 
-def kept(home: Path, stream: str, agent: Station | None = None) -> Any:
+def stored_rows(home: Path, stream: str, agent: Station | None = None) -> Any:
     """All rows of a stream, read beside the daemon."""
     definition = config.load(home / "outstation.toml").streams[stream]
     store = agent.store if agent else Store.open_read_only(home / "data")
@@ -124,10 +124,10 @@ def test_of_ten_thousand_lines_the_five_bad_ones_are_named(
     assert err == ""
     document = json.loads(out)
     assert document["accepted"] == 9_995
-    assert [one["line"] for one in document["rejected"]] == list(SAID)
-    for one in document["rejected"]:
-        assert SAID[one["line"]].removeprefix("t = 1 ") in one["reason"]
-    rows = kept(home, "watch", agent)
+    assert [rejected["line"] for rejected in document["rejected"]] == list(REASONS)
+    for rejected in document["rejected"]:
+        assert REASONS[rejected["line"]].removeprefix("t = 1 ") in rejected["reason"]
+    rows = stored_rows(home, "watch", agent)
     good = [n for n in range(2, N + 2) if n not in BAD]
     assert rows.t.tolist() == [round((T0 + n / 100) * 100) * 10_000 for n in good]
     assert rows.columns[0].tolist() == [n % 16 for n in good]
@@ -160,7 +160,7 @@ def test_every_type_of_field_comes_through_whole(
     lines = [f"{0.1 * n!r},{2**53 + n},m{n % 3},{n if n % 2 else ''}" for n in range(3_000)]
     (home / "in.csv").write_text("power,count,mode,heat\n" + "\n".join(lines))
     assert ingest("machine", home / "in.csv")[0] == 0
-    rows = kept(home, "machine", agent)
+    rows = stored_rows(home, "machine", agent)
     assert rows.columns[0].tolist() == [0.1 * n for n in range(3_000)]
     assert rows.columns[1].tolist() == [2**53 + n for n in range(3_000)]
     assert rows.columns[2].tolist() == [1 + n % 3 for n in range(3_000)]
@@ -180,7 +180,7 @@ def test_json_lines_and_parquet_are_taken_too(
     assert first == {"accepted": 2, "rejected": [{"line": 3, "reason": "ay is missing"}]}
     second = json.loads(ingest("watch", home / "in.parquet", "--json")[1])
     assert second == {"accepted": 1, "rejected": [{"line": 2, "reason": "ax = 99 g is above max 16"}]}
-    assert kept(home, "watch", agent).columns[0].tolist() == [1, 4, 6]
+    assert stored_rows(home, "watch", agent).columns[0].tolist() == [1, 4, 6]
 
 
 def test_a_stream_of_very_many_fields_goes_through_the_daemon_too(
@@ -217,7 +217,7 @@ def test_json_lines_come_from_stdin_too(home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stream", "file", "content", "said"),
+    ("stream", "file", "content", "message"),
     [
         ("wacth", "in.csv", "ax,ay\n1,2\n", "streams: there is no stream 'wacth'; did you mean 'watch'?"),
         ("watch", "none.csv", None, "none.csv: No such file or directory"),
@@ -236,14 +236,14 @@ def test_what_cannot_be_taken_at_all_is_one_line_on_stderr_and_exit_code_2(
     stream: str,
     file: str,
     content: str | None,
-    said: str,
+    message: str,
 ) -> None:
     if content is not None:
         (home / file).write_text(content)
     code, out, err = ingest(stream, home / file, "--json")
     assert code == 2
     assert out == ""
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
 
 
@@ -295,7 +295,7 @@ def test_rows_that_a_full_store_refuses_are_named_line_by_line(
         assert document["accepted"] + len(document["rejected"]) == lines
         assert document["accepted"] > 0 or turn == "with"
         assert "not stored" in document["rejected"][-1]["reason"]
-        named = {one["line"] for one in document["rejected"]}
+        named = {rejected["line"] for rejected in document["rejected"]}
         assert len(named) == len(document["rejected"])
         assert named <= set(range(2, lines + 2))
         accepted += document["accepted"]

@@ -103,7 +103,7 @@ def test_an_enrolment_file_brings_its_config_keys_and_certificates(
 
 
 @pytest.mark.parametrize(
-    ("members", "said"),
+    ("members", "message"),
     [
         ({"outstation.toml": template(), "../evil": b"x"}, "'../evil' does not belong"),
         ({"outstation.toml": template(), "notes": b"x"}, "'notes' does not belong"),
@@ -112,11 +112,11 @@ def test_an_enrolment_file_brings_its_config_keys_and_certificates(
     ],
 )
 def test_an_enrolment_file_with_anything_else_in_it_leaves_nothing_behind(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], members: dict[str, bytes], said: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], members: dict[str, bytes], message: str
 ) -> None:
     file = enrolment(tmp_path / "pi.tar.gz", members)
     assert init(tmp_path / "home", "--from", file) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "home").exists()
     assert not (tmp_path / "evil").exists()
 

@@ -32,17 +32,17 @@ slices = ["side", {{ field = "ax", edges = [0.0, 0.5] }}]
 
 
 def run(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(cli, [str(one) for one in arguments])
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit | UsageError), result.exception
     return result.exit_code, result.output
 
 
 def played(rows: int) -> tuple[Any, list[str]]:
     """Recorded rows (rows, 6), one recording after the other, and the exercise of each."""
-    found = load(RECORDINGS)
-    parts = list(zip(found.starts[:-1], found.starts[1:], found.label, strict=True))
+    recordings = load(RECORDINGS)
+    parts = list(zip(recordings.starts[:-1], recordings.starts[1:], recordings.label, strict=True))
     truth = np.concatenate([np.full(end - start, label) for start, end, label in parts])
-    return found.rows[:rows], [found.labels[label] for label in truth[:rows]]
+    return recordings.rows[:rows], [recordings.labels[label] for label in truth[:rows]]
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +74,17 @@ def test_labels_in_a_file_become_the_accuracy_that_status_shows(home: Path) -> N
     rows = range(WINDOW, 8_001, WINDOW)
     (home / "truth.csv").write_text("row,label\n" + "".join(f"{row},{truth[row - 1]}\n" for row in rows))
     config = home / "outstation.toml"
-    code, said = run("label", "exercise", home / "truth.csv", "-c", config)
-    assert (code, said) == (0, "80 labels accepted, 0 rejected\n")
+    code, output = run("label", "exercise", home / "truth.csv", "-c", config)
+    assert (code, output) == (0, "80 labels accepted, 0 rejected\n")
     assert run("batch", "-c", config)[0] == 0
-    code, said = run("status", "--json", "-c", config)
-    quality = json.loads(said)["tasks"][0]["quality"]
-    found = {(one["metric"], one.get("slice", "")): one for one in quality["metrics"]}
-    assert found["accuracy", ""]["n"] == 80
-    assert found["accuracy", ""]["value"] > 0.5
-    assert {"side=left", "side=right", "ax=from 0.5"} <= {name for _, name in found}
+    code, output = run("status", "--json", "-c", config)
+    quality = json.loads(output)["tasks"][0]["quality"]
+    by_metric = {(metric["metric"], metric.get("slice", "")): metric for metric in quality["metrics"]}
+    assert by_metric["accuracy", ""]["n"] == 80
+    assert by_metric["accuracy", ""]["value"] > 0.5
+    assert {"side=left", "side=right", "ax=from 0.5"} <= {name for _, name in by_metric}
     assert quality["estimate"] is None or 0 < quality["estimate"]["accuracy"] <= 1
-    assert f"accuracy {found['accuracy', '']['value']:.3g} (" in run("status", "-c", config)[1]
+    assert f"accuracy {by_metric['accuracy', '']['value']:.3g} (" in run("status", "-c", config)[1]
 
 
 def test_each_label_that_cannot_be_joined_is_named_with_its_line(home: Path) -> None:
@@ -92,10 +92,10 @@ def test_each_label_that_cannot_be_joined_is_named_with_its_line(home: Path) -> 
         '{"row": 100, "label": "PEN"}\n{"row": 101, "label": "PEN"}\n\n{"row": 200, "label": "JUMP"}\nnonsense\n'
         '{"t": 1764022685.98, "label": "PEN", "source": "system"}\n{"row": 99999, "label": "PEN"}\n{"row": 1}\n'
     )
-    code, said = run("label", "exercise", home / "truth.jsonl", "--json", "-c", home / "outstation.toml")
-    document = json.loads(said)
+    code, output = run("label", "exercise", home / "truth.jsonl", "--json", "-c", home / "outstation.toml")
+    document = json.loads(output)
     assert (code, document["accepted"]) == (1, 2)
-    reasons = {one["line"]: one["reason"] for one in document["rejected"]}
+    reasons = {rejected["line"]: rejected["reason"] for rejected in document["rejected"]}
     assert reasons[2] == "row 101 has no result of its own; the result of a window is at its last row"
     assert reasons[4].startswith("'JUMP' is no label of this model; it knows ")
     assert reasons[5].startswith("not one JSON object")
@@ -105,9 +105,11 @@ def test_each_label_that_cannot_be_joined_is_named_with_its_line(home: Path) -> 
 
 
 def test_a_task_that_does_not_exist_is_named(home: Path) -> None:
-    found = run_outstation("label", "exercize", "-", "-c", str(home / "outstation.toml"), input="row,label\n1,PEN\n")
-    assert found.returncode == 2
-    assert "there is no task 'exercize'; did you mean 'exercise'?" in found.stderr
+    completed = run_outstation(
+        "label", "exercize", "-", "-c", str(home / "outstation.toml"), input="row,label\n1,PEN\n"
+    )
+    assert completed.returncode == 2
+    assert "there is no task 'exercize'; did you mean 'exercise'?" in completed.stderr
 
 
 @pytest.mark.parametrize("head", ["row", "label", "row,label,colour", "row,label,label", ""])
@@ -119,12 +121,12 @@ def test_a_file_without_the_right_columns_is_refused_as_a_whole(tmp_path: Path, 
 
 def test_times_may_be_seconds_or_rfc_3339(tmp_path: Path) -> None:
     (tmp_path / "truth.csv").write_text("t,label,source\n1764022680.5,a,\n2025-11-24T22:18:00.5Z,b,model\nnoon,c,\n")
-    found = list(read_labels(str(tmp_path / "truth.csv")))
-    assert found[:2] == [
+    labels = list(read_labels(str(tmp_path / "truth.csv")))
+    assert labels[:2] == [
         (2, Label(None, 1_764_022_680_500_000, "a", "human")),
         (3, Label(None, 1_764_022_680_500_000, "b", "model")),
     ]
-    assert isinstance(found[2][1], str)
+    assert isinstance(labels[2][1], str)
 
 
 def test_labels_go_through_the_daemon_to_the_collector_and_there_too(tmp_path: Path) -> None:
@@ -136,28 +138,28 @@ def test_labels_go_through_the_daemon_to_the_collector_and_there_too(tmp_path: P
         rows = fleet.query("SELECT row, label FROM results WHERE device = 'pi-01' ORDER BY row")
         (tmp_path / "truth.csv").write_text("row,label\n" + "".join(f"{row},{label}\n" for row, label in rows[:60]))
         config = str(device.config)
-        found = run_outstation("label", "exercise", str(tmp_path / "truth.csv"), "-c", config, "--json")
-        assert json.loads(found.stdout) == {"accepted": 60, "rejected": []}
+        completed = run_outstation("label", "exercise", str(tmp_path / "truth.csv"), "-c", config, "--json")
+        assert json.loads(completed.stdout) == {"accepted": 60, "rejected": []}
         metric = "SELECT value, n, source FROM metrics WHERE metric = 'accuracy' AND slice = ''"
         wait_until("the quality message", lambda: fleet.query(metric))
         assert fleet.query(metric) == [(1.0, 60, "device")]
         (tmp_path / "more.csv").write_text("row,label\n" + "".join(f"{row},PEN\n" for row, _ in rows[:60]))
         home = str(fleet.home)
-        found = run_outstation(
+        completed = run_outstation(
             "fleet", "label", "pi-01", "exercise", str(tmp_path / "more.csv"), "--dir", home, "--json"
         )
-        assert found.returncode == 0, found.stderr
-        document = json.loads(found.stdout)
-        accuracy = next(one for one in document["metrics"] if one["metric"] == "accuracy")
+        assert completed.returncode == 0, completed.stderr
+        document = json.loads(completed.stdout)
+        accuracy = next(entry for entry in document["metrics"] if entry["metric"] == "accuracy")
         assert accuracy["value"] == pytest.approx(sum(label == "PEN" for _, label in rows[:60]) / 60, abs=1e-5)
         assert fleet.query(f"{metric} AND source = 'collector'")[0][1:] == (60, "collector")
         sent = [f"{row},{label}" for row, label in rows[60:65]] + ["3,PEN", "1000000,PEN", "100,XYZ"]
         (tmp_path / "sent.csv").write_text("row,label\n" + "\n".join(sent) + "\n")
         for _ in range(2):
             file = str(tmp_path / "sent.csv")
-            found = run_outstation("fleet", "label", "pi-01", "exercise", file, "--send", "--dir", home, "--json")
-            assert found.returncode == 1, found.stderr
-            document = json.loads(found.stdout)
-            assert (document["accepted"], [one["line"] for one in document["rejected"]]) == (5, [7, 8, 9])
+            completed = run_outstation("fleet", "label", "pi-01", "exercise", file, "--send", "--dir", home, "--json")
+            assert completed.returncode == 1, completed.stderr
+            document = json.loads(completed.stdout)
+            assert (document["accepted"], [entry["line"] for entry in document["rejected"]]) == (5, [7, 8, 9])
         assert device.stop() == 0
         wait_until("all is collected", lambda: fleet.audit()[0] == 0)

@@ -51,8 +51,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
             alert(store, made, "storage", f"watch{i}", "raised", "rows cannot be read back.")
         with store.transaction() as tx:
             for row in range(100, 6100, 100):
-                asked = label_metrics.build_label_targets([task])["exercise"]
-                assert labels.store_label(tx, "exercise", asked, Label(row, None, "PEN"), NOW) is None
+                target = label_metrics.build_label_targets([task])["exercise"]
+                assert labels.store_label(tx, "exercise", target, Label(row, None, "PEN"), NOW) is None
         label_metrics.tick(task, store, open_message_log(made.file, made.conf, store), NOW, 86_400.0)
     finally:
         store.close()
@@ -63,31 +63,33 @@ def test_open_alerts_stay_in_sight_after_many_others(site: Site) -> None:
     done = run_outstation("status", "-c", str(site.config), "--json")
     document = json.loads(done.stdout)
     [task] = document["tasks"]
-    told = [(one["alert"], one["subject"], one["summary"]) for one in task["open"] if one["alert"] != "quality"]
-    assert told == [
+    alerts = [
+        (alert["alert"], alert["subject"], alert["summary"]) for alert in task["open"] if alert["alert"] != "quality"
+    ]
+    assert alerts == [
         ("drift", "ax", "ax: spread fell to 0.6 of the reference."),
         ("fault", "wz", "wz: repeats one value."),
     ]
-    assert {one["alert"] for one in document["alerts"]} <= {"storage", "quality"}
+    assert {alert["alert"] for alert in document["alerts"]} <= {"storage", "quality"}
     assert task["reference"] == {
         "site": None,
         "learning": {"windows": 3, "of": 20, "for_s": 0.0},
         "warning": None,
     }
-    assert {"accuracy", "ece"} <= {one["metric"] for one in task["quality"]["metrics"]}
+    assert {"accuracy", "ece"} <= {alert["metric"] for alert in task["quality"]["metrics"]}
 
 
 def test_people_read_the_same(site: Site) -> None:
-    said = run_outstation("status", "-c", str(site.config)).stdout
+    text = run_outstation("status", "-c", str(site.config)).stdout
     for line in (
         "open drift  ax: spread fell to 0.6 of the reference.",
         "open fault  wz: repeats one value.",
         "learning its reference: 3 of 20 drift windows",
         "by labels of 60 results (",
     ):
-        assert line in said, said
-    assert "open drift  ay" not in said
-    assert " to " in said.split("accuracy ")[1].split(",")[0]
+        assert line in text, text
+    assert "open drift  ay" not in text
+    assert " to " in text.split("accuracy ")[1].split(",")[0]
 
 
 def test_a_reference_learned_from_few_windows_is_warned_of(site: Site) -> None:
@@ -96,9 +98,9 @@ def test_a_reference_learned_from_few_windows_is_warned_of(site: Site) -> None:
         work(site, store, 19)
     finally:
         store.close()
-    said = run_outstation("status", "-c", str(site.config)).stdout
-    assert "reference: warning: only 20 drift windows" in said
-    assert "learning its reference" not in said
+    text = run_outstation("status", "-c", str(site.config)).stdout
+    assert "reference: warning: only 20 drift windows" in text
+    assert "learning its reference" not in text
 
 
 @pytest.fixture(scope="module")
@@ -111,20 +113,20 @@ def new(tmp_path_factory: pytest.TempPathFactory) -> Site:
 def test_a_store_that_is_damaged_or_cannot_be_opened_is_not_called_missing(new: Site, command: str) -> None:
     database = new.conf.data_dir / DATABASE
 
-    def told() -> BaseException | None:
+    def error() -> BaseException | None:
         return CliRunner().invoke(cli, [*command.split(), "-c", str(new.config)]).exception
 
     missing = f"{new.conf.data_dir}: no store here yet; start `outstation run`, or ingest something"
-    assert isinstance(told(), UsageError)
-    assert str(told()) == missing
+    assert isinstance(error(), UsageError)
+    assert str(error()) == missing
     new.conf.data_dir.mkdir(exist_ok=True)
     database.write_bytes(b"x" * 8192)
-    assert isinstance(told(), StorageDamaged)
-    assert str(told()).startswith(f"{database}: file is not a database; ")
+    assert isinstance(error(), StorageDamaged)
+    assert str(error()).startswith(f"{database}: file is not a database; ")
     database.unlink()
     database.mkdir()
-    assert isinstance(told(), StorageError)
-    assert str(told()).startswith(f"{database}: SQLITE_IOERR")
+    assert isinstance(error(), StorageError)
+    assert str(error()).startswith(f"{database}: SQLITE_IOERR")
     database.rmdir()
 
 

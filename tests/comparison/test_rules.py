@@ -178,7 +178,7 @@ def test_during_a_canary_the_old_bundle_is_the_other_one() -> None:
     assert "errors" not in {one.rule for one in found}, "what fails beside is not the new bundle"
 
 
-def test_the_error_rate_fails_with_one_error_and_passes_with_enough_batches() -> None:
+def test_the_error_rate_fails_on_one_error_and_passes_with_enough_batches() -> None:
     one = [ComparisonBlock(ComparisonStats(1, 10, 10))] * 9 + [
         ComparisonBlock(ComparisonStats(1, errors=1, error="the model crashed: SIGFPE"))
     ]

@@ -96,7 +96,7 @@ def test_statistics_survive_the_round_trip_through_a_message(one: ComparisonStat
     assert ComparisonStats.from_message(body) == one
 
 
-def test_labels_are_compared_by_name_whatever_their_order() -> None:
+def test_labels_are_compared_by_name_in_any_order() -> None:
     other = OutputKind("classify", ("c", "a", "d"))
     found = tally.compare_batch(
         AB, said([1, 2, 3, 4], label=[0, 1, 2, 2]), other, said([1, 2, 3, 4], label=[1, 2, 0, 1])

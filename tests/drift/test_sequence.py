@@ -11,13 +11,13 @@ from hypothesis.extra.numpy import arrays
 from msgspec.structs import astuple
 from numpy.typing import NDArray
 
-from agent.drift import DriftMonitor, DriftState, DriftWindowResult
+from agent.drift import DriftMonitor, DriftState
 from agent.drift.detectors.cusum import Cusum
 from agent.drift.detectors.mewma import Mewma
 from agent.drift.detectors.season import HALF_DAY_US, SlowTrend
 from agent.drift.testing import sequence as courses
 from agent.drift.testing.test_suite import Evidence
-from tests.kit.machine import LABELS, ROWS, WINDOW, Readings, feed, readings, reference
+from tests.kit.machine import LABELS, ROWS, WINDOW, Readings, comparable, feed, readings, reference
 
 LEARN = 40
 TESTS = 5
@@ -159,9 +159,5 @@ def test_any_batches_give_the_results_and_state_of_single_windows(
     each_state, each = feed(monitor, learned, r, batch=WINDOW)
     cut_state, cut = feed(monitor, learned, r, batch=batch)
     assert monitor.to_bytes(state) == monitor.to_bytes(each_state) == monitor.to_bytes(cut_state)
-    assert told(verdicts) == told(each) == told(cut)
-    assert len(verdicts) == 20
-
-
-def told(verdicts: list[DriftWindowResult]) -> list[object]:
-    return [(v.index, v.rows, v.t, v.row_count, v.site_digest, repr(v.members), v.alerts) for v in verdicts]
+    assert comparable(verdicts) == comparable(each) == comparable(cut)
+    assert sum(v.windows for v in verdicts) == 20

@@ -1,4 +1,4 @@
-"""What a bundle cannot be packed from is said in one sentence, with the file and the key of the SPEC."""
+"""Errors of `model pack`: one sentence with the file and the key of the SPEC."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ def test_data_that_are_none_are_named_with_the_key_of_the_spec(
         ("a,b,c,d,label\n1,2,3,4,up\n", "'up' is no label of this model; it knows left, right, rest"),
     ],
 )
-def test_labels_that_nothing_can_be_calibrated_from_are_said_in_a_sentence(
-    tmp_path: Path, content: str, why: str
-) -> None:
+def test_labels_without_calibration_data_are_one_sentence(tmp_path: Path, content: str, why: str) -> None:
     spec = change(write_spec(tmp_path), "[output]", '[output]\ncalibrate = "labels.csv"')
     (tmp_path / "labels.csv").write_text(content)
     with pytest.raises(ConfigError) as problem:
@@ -72,7 +70,7 @@ def test_labels_that_nothing_can_be_calibrated_from_are_said_in_a_sentence(
     assert why in str(problem.value)
 
 
-def test_another_number_of_labels_than_the_model_has_classes_is_said_with_both(tmp_path: Path) -> None:
+def test_a_wrong_number_of_labels_is_reported_with_both_numbers(tmp_path: Path) -> None:
     spec = change(write_spec(tmp_path), json.dumps(LABELS), '["a", "b"]')
     with pytest.raises(BadBundle, match="the model has 3 outputs, the manifest names 2 labels; name each class"):
         pack.pack(spec, KEY)

@@ -74,10 +74,10 @@ def test_readings_are_compared_within_the_modes_that_the_field_names(tmp_path: P
 
 
 def test_a_task_may_override_the_class_field_of_its_bundle(tmp_path: Path) -> None:
-    for asked, mode, expected in (("state", None, "state"), ("state", "", ""), ("other", "state", "state")):
-        folder = tmp_path / f"{asked} {mode}"
+    for override, mode, expected in (("state", None, "state"), ("state", "", ""), ("other", "state", "state")):
+        folder = tmp_path / f"{override} {mode}"
         folder.mkdir()
-        task = loaded(folder, asking(asked), mode)
+        task = loaded(folder, asking(override), mode)
         assert task.drift_monitor is not None
         assert task.drift_monitor.class_field == expected
 
@@ -89,6 +89,6 @@ def test_a_field_of_modes_that_a_stream_has_not_is_refused_with_what_to_do(tmp_p
         assert words in str(refused.value)
 
 
-def test_a_task_whose_model_names_classes_has_no_class_field(tmp_path: Path) -> None:
+def test_a_task_of_a_classifier_has_no_class_field(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="names classes itself, so `class_field` has no use: remove it"):
         loaded(tmp_path, CLASSIFY, "state")

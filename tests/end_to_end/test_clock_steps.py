@@ -117,14 +117,14 @@ def test_no_step_of_the_wall_clock_makes_runs_burst_or_a_turn_long(turned: Turne
 
 
 def preload() -> Path:
-    found = [path for pattern in LIBRARIES for path in sorted(Path("/").glob(pattern[1:]))]
-    if not found:
+    libraries = [path for pattern in LIBRARIES for path in sorted(Path("/").glob(pattern[1:]))]
+    if not libraries:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("faketime is not installed; see scripts/setup system")
-    return found[0]
+    return libraries[0]
 
 
 class FakeTime:
-    """What the wall clock of one process shows, beside a boot-time clock that is left alone."""
+    """Wall clock of one process; its boot-time clock stays unchanged."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -152,7 +152,7 @@ def send(client: Client, n: int = 100) -> None:
     assert not client.flush().rejected
 
 
-def test_a_daemon_whose_clock_is_set_back_an_hour_and_ahead_sixty_days_loses_and_doubles_no_run(
+def test_clock_steps_back_and_ahead_lose_and_repeat_no_run(
     fleet: LocalFleet,
 ) -> None:
     fleet.broker.start()

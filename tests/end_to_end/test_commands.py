@@ -90,7 +90,7 @@ def test_each_command_is_in_the_log_with_its_sender_and_outcome(fleet: LocalFlee
     wait_until(
         "the audit message at the collector",
         lambda: any(
-            one["id"] == answer["id"] and one["outcome"] == "refused" for one in audits(fleet, "pi-01", "command")
+            event["id"] == answer["id"] and event["outcome"] == "refused" for event in audits(fleet, "pi-01", "command")
         ),
     )
 
@@ -200,8 +200,8 @@ def test_a_wiped_device_reports_it_first_and_does_not_start_again(fleet: LocalFl
     assert command(fleet, "pi-02", "rotate-key")[0] == 0
     code, answer = command(fleet, "pi-02", "wipe", "not-the-word")
     assert (code, doomed.is_running) == (1, True)
-    asked = run_outstation("fleet", "command", "pi-02", "wipe", "--dir", str(fleet.home))
-    assert (asked.returncode, "--yes" in asked.stderr) == (2, True)
+    unconfirmed = run_outstation("fleet", "command", "pi-02", "wipe", "--dir", str(fleet.home))
+    assert (unconfirmed.returncode, "--yes" in unconfirmed.stderr) == (2, True)
     code, answer = command(fleet, "pi-02", "wipe", "--yes")
     assert code == 0, answer
     assert doomed.wait(60) == 0

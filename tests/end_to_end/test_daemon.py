@@ -45,7 +45,7 @@ def with_task(base: Config) -> Config:
 
 
 def trim(conf: Config, store: Store, now: clock.ClockReading) -> None:
-    """What the daemon does every ten seconds, with no task that needs help."""
+    """Free space as the daemon does every ten seconds."""
     author = MessageLog("acme", "pi-07", new_key(1), store.log_id, store.boot, 120_000)
     SpaceManager(conf, store, author, lambda _: None, set).tick(now)
 
@@ -254,10 +254,10 @@ def test_tasks_wait_while_the_machine_is_too_hot(turned: Turned, monkeypatch: py
     for _ in range(12):
         turned.turn(after_s=10.0)
     assert turned.store.cursor("exercise") is None
-    told = [
+    alerts = [
         json.loads(m.payload) for m in turned.store.unacknowledged_messages(0, 10_000) if m.topic.endswith("/health")
     ]
-    assert told[-1]["throttle"] == {
+    assert alerts[-1]["throttle"] == {
         "temperature": 91.0,
         "resting": "91 °C; more than 80 °C ([throttle] max_temperature), until 75 °C",
     }

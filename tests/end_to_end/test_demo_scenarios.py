@@ -36,7 +36,7 @@ def test_labels_tell_of_dust_on_the_panels_that_no_reading_shows(tmp_path: Path)
     assert stuck["faults"] == ["ghi"]
 
 
-def test_a_bearing_is_heard_as_anomalies_and_a_failing_microphone_as_drift_of_all_bands(tmp_path: Path) -> None:
+def test_a_bearing_raises_anomalies_and_a_bad_microphone_drift(tmp_path: Path) -> None:
     report, worn, deaf, well = played(tmp_path / "home", "machine")
     assert (report["accuracy"], report["mae"], report["unit"]) == (None, None, None)
     before, after = worn["anomalies"]

@@ -97,10 +97,10 @@ schedule = "every 200 ms"
     def results(self) -> list[dict[str, Any]]:
         store = Store.open_read_only(self.folder / "data")
         try:
-            found = [json.loads(message.payload) for message in store.unacknowledged_messages(0, 100_000)]
+            bodies = [json.loads(message.payload) for message in store.unacknowledged_messages(0, 100_000)]
         finally:
             store.close()
-        return [body for body in found if body["kind"] == "results"]
+        return [body for body in bodies if body["kind"] == "results"]
 
     def rows(self) -> NDArray[np.float32]:
         """All that are stored."""
@@ -122,9 +122,9 @@ schedule = "every 200 ms"
 def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
     if request.param[0] == "person":
         pytest.importorskip("PIL")
-    found = Site(tmp_path, *request.param)
-    yield found
-    found.program.kill()
+    made = Site(tmp_path, *request.param)
+    yield made
+    made.program.kill()
 
 
 def content(site: Site, index: int) -> bytes:
@@ -134,7 +134,7 @@ def content(site: Site, index: int) -> bytes:
     return write_wav(site.folder / "x.wav", samples).read_bytes()
 
 
-def test_results_of_files_are_those_of_model_run_and_none_is_lost_or_doubled_by_a_kill(site: Site) -> None:
+def test_results_of_files_equal_those_of_model_run_despite_a_kill(site: Site) -> None:
     count, rng = FILES[site.name], random.Random(1)
     for index in range(count):
         site.put(index, content(site, index))
@@ -179,25 +179,25 @@ def noted(site: Site) -> dict[str, tuple[int, int]]:
 
 def answers(results: list[dict[str, Any]]) -> list[tuple[int, str, float]]:
     """(row, label, score or value) of all messages, which together cover each row once."""
-    found: list[tuple[int, str, float]] = []
+    rows: list[tuple[int, str, float]] = []
     for before, after in zip([{"rows": [0, 0]}, *results], results, strict=False):
         assert after["rows"][0] == before["rows"][1] + 1
     for body in results:
         columns = expand_columns(body["columns"])
-        told = columns.get("score") or columns.get("value") or []
-        found += zip(columns["row"], columns.get("label") or [], told, strict=True)
-    return found
+        numbers = columns.get("score") or columns.get("value") or []
+        rows += zip(columns["row"], columns.get("label") or [], numbers, strict=True)
+    return rows
 
 
-def test_a_bundle_whose_rows_are_made_otherwise_than_the_streams_is_told_with_the_line_to_write(tmp_path: Path) -> None:
+def test_a_stream_that_does_not_fit_a_media_bundle_gets_the_line_to_write(tmp_path: Path) -> None:
     pytest.importorskip("PIL")
     site = Site(tmp_path, "person", "mlperf_vww96_int8", PERSON)
     text = site.config.read_text()
     site.config.write_text(text.replace("height = 96 }", "height = 96, scale = 0.5 }"))
     with pytest.raises(ConfigError) as problem:
         tasks.load_task(site.config, config.load(site.config), None, "person")
-    said = 'configure a stream with source = { kind = "files", folder = "…", image = { width = 96, height = 96 } }'
-    assert said in str(problem.value)
+    advice = 'configure a stream with source = { kind = "files", folder = "…", image = { width = 96, height = 96 } }'
+    assert advice in str(problem.value)
     assert "tasks.person.stream" in str(problem.value)
 
 
@@ -206,7 +206,7 @@ def test_check_tells_what_a_folder_gives_and_ingest_where_its_files_belong(tmp_p
     site = Site(tmp_path, "person", "mlperf_vww96_int8", PERSON)
     (tmp_path / "bundle" / "manifest.json").unlink()
     checked = CliRunner().invoke(check, ["-c", str(site.config), "--json"])
-    [stream] = [one for one in json.loads(checked.stdout) if one["name"] == "stream files"]
+    [stream] = [entry for entry in json.loads(checked.stdout) if entry["name"] == "stream files"]
     assert stream["state"] == "ok"
     assert stream["detail"] == f"image = {{ width = 96, height = 96 }}, of the files in {site.inbox}"
     with pytest.raises(UsageError, match=f"takes images or sounds from its folder: copy them to {site.inbox}"):

@@ -102,7 +102,7 @@ def drift(fleet: LocalFleet, device: str) -> list[tuple[Any, ...]]:
     return fleet.query(f'SELECT {columns} FROM drift_windows WHERE device = ? ORDER BY "window"', device)
 
 
-def test_kill_nine_of_everything_at_random_costs_no_row_and_changes_no_result(fleet: LocalFleet) -> None:
+def test_random_kills_of_all_processes_lose_no_row_and_change_no_result(fleet: LocalFleet) -> None:
     rows, seed = 60_000, 20261124
     rng = random.Random(seed)
     fleet.broker.start()
@@ -149,7 +149,7 @@ def test_without_a_broker_the_daemon_works_and_delivers_once_there_is_one(fleet:
     assert fleet.audit()[0] == 0
 
 
-def test_one_altered_byte_in_one_stored_message_is_found_and_named(running: Running, tmp_path: Path) -> None:
+def test_the_audit_names_a_stored_message_with_an_altered_byte(running: Running, tmp_path: Path) -> None:
     copy = tmp_path / "copy.db"
     fleet = running.fleet
     with (
@@ -166,22 +166,22 @@ def test_one_altered_byte_in_one_stored_message_is_found_and_named(running: Runn
     source.close()
     target.close()
     audit = ("fleet", "audit", "--dir", str(fleet.home), "--db", f"sqlite:///{copy}")
-    found = run_outstation(*audit, "--json")
-    assert found.returncode == 1
-    [invalid] = json.loads(found.stdout)["invalid"]
+    report = run_outstation(*audit, "--json")
+    assert report.returncode == 1
+    [invalid] = json.loads(report.stdout)["invalid"]
     assert (invalid["device"], invalid["log"], invalid["seq"]) == ("pi-01", log, seq)
     assert "bad signature" in invalid["reason"]
-    told = run_outstation(*audit)
-    assert told.returncode == 1
-    assert f"pi-01 {log} seq {seq} does not verify: bad signature" in told.stdout
-    assert told.stdout.rstrip().endswith("FAILED")
+    printed = run_outstation(*audit)
+    assert printed.returncode == 1
+    assert f"pi-01 {log} seq {seq} does not verify: bad signature" in printed.stdout
+    assert printed.stdout.rstrip().endswith("FAILED")
 
 
 def refusals(fleet: LocalFleet) -> dict[tuple[str, str], int]:
     return {(row[0], row[1]): row[2] for row in fleet.query("SELECT device, reason, count FROM refusals")}
 
 
-def test_unsigned_foreign_and_replayed_messages_are_refused_and_counted_and_stop_nothing(running: Running) -> None:
+def test_unsigned_foreign_and_replayed_messages_are_refused_and_counted(running: Running) -> None:
     fleet, base = running.fleet, f"outstation/{FLEET}"
     [(topic, payload, token)] = fleet.query("SELECT topic, payload, jws FROM messages WHERE kind = 'results' LIMIT 1")
     alert = f"{base}/pi-01/alerts/exercise"
@@ -268,9 +268,9 @@ def test_sigterm_stops_within_five_seconds_and_the_next_start_goes_on(running: R
     assert (log_after, through_after > through) == (log, True)
     assert json.loads(retained(fleet, "state"))["state"] == "online"
     events = "SELECT json_extract(CAST(payload AS TEXT), '$.event') FROM messages WHERE kind = 'audit' ORDER BY seq"
-    said = [row[0] for row in fleet.query(events)]
-    assert [event for event in said if event in ("started", "stopped")] == ["started", "stopped", "started"]
-    assert said.count("activated") == 1
+    names = [row[0] for row in fleet.query(events)]
+    assert [event for event in names if event in ("started", "stopped")] == ["started", "stopped", "started"]
+    assert names.count("activated") == 1
     assert fleet.audit()[0] == 0
 
 
@@ -313,7 +313,7 @@ def test_mosquitto_sub_shows_every_kind_as_readable_json(running: Running, progr
     assert not missing
 
 
-def test_compressed_messages_are_gzip_on_the_topics_and_json_at_the_collector(
+def test_compressed_messages_are_gzip_on_topics_and_json_at_the_collector(
     fleet: LocalFleet, program: Callable[[str], str]
 ) -> None:
     fleet.broker.start()
@@ -338,7 +338,7 @@ def test_systemd_hears_that_the_daemon_is_ready_and_alive(running: Running) -> N
     wait_until("two signs of life", lambda: running.systemd.messages.count("WATCHDOG=1") >= before + 2)
 
 
-def test_status_and_check_tell_about_a_running_daemon_without_disturbing_it(running: Running) -> None:
+def test_status_and_check_describe_a_running_daemon_undisturbed(running: Running) -> None:
     file = str(running.device.config)
     status = running.device.status()
     assert (status["device"], status["fleet"]) == ("pi-01", FLEET)
@@ -346,10 +346,10 @@ def test_status_and_check_tell_about_a_running_daemon_without_disturbing_it(runn
     assert (task["task"], task["stream"], task["schedule"]) == ("exercise", "watch", "every 500 ms")
     assert 0 < task["row"] <= stream["rows"]
     assert status["outbox"]["last"] > 0
-    told = run_outstation("status", "-c", file)
-    assert told.returncode == 0
-    assert "exercise" in told.stdout
-    assert "waiting of" in told.stdout
+    printed = run_outstation("status", "-c", file)
+    assert printed.returncode == 0
+    assert "exercise" in printed.stdout
+    assert "waiting of" in printed.stdout
     checked = run_outstation("check", "--json", "-c", file)
     findings = {finding["name"]: finding for finding in json.loads(checked.stdout)}
     assert checked.returncode == 0
@@ -367,14 +367,14 @@ def test_status_and_check_tell_about_a_running_daemon_without_disturbing_it(runn
         "broker",
     } == set(findings)
     assert "in use by the running daemon" in findings["storage"]["detail"]
-    told = run_outstation("check", "-c", file)
-    assert told.returncode == 0
-    assert len(told.stdout.splitlines()) == len(findings)
+    printed = run_outstation("check", "-c", file)
+    assert printed.returncode == 0
+    assert len(printed.stdout.splitlines()) == len(findings)
     running.progresses()
     assert running.device.log.read_text(encoding="utf-8").count("connected to") == running.device.start_count()
 
 
-def test_from_fleet_init_to_verified_messages_with_certificates_and_access_list(tmp_path: Path) -> None:
+def test_fleet_init_leads_to_verified_messages_over_tls_with_an_acl(tmp_path: Path) -> None:
     home, port = tmp_path / "fleet", free_port()
     done = run_outstation("fleet", "init", str(home), "--name", FLEET, "--broker", f"mqtts://localhost:{port}")
     assert done.returncode == 0, done.stderr
@@ -429,7 +429,7 @@ def as_the_device(device: DeviceProcess, topic: str) -> int:
         link.close()
 
 
-def test_a_full_store_turns_producers_away_and_recovers_when_readings_were_used(fleet: LocalFleet) -> None:
+def test_a_full_store_rejects_producers_until_readings_were_processed(fleet: LocalFleet) -> None:
     fleet.broker.start()
     fleet.collector.start()
     device = fleet.add_device("pi-01").append_config(socket_stream('max_size = "2 MiB"'))
@@ -516,7 +516,7 @@ def eventually_accepted(client: Client) -> int:
     return answers[-1].accepted
 
 
-def test_two_tasks_on_one_stream_by_cron_and_by_rows_cover_it_each_on_its_own(fleet: LocalFleet) -> None:
+def test_two_tasks_on_one_stream_process_it_independently(fleet: LocalFleet) -> None:
     """In virtual time: a real daemon, its loop turned by hand."""
     device = fleet.add_device("pi-01").append_config(socket_stream(""))
     device.add_task("nightly", schedule="30 3 * * *").add_task("often", schedule="when 500 rows")

@@ -62,7 +62,7 @@ def shipped_version() -> str:
 
 
 def versions(fleet: LocalFleet) -> list[str]:
-    """Which bundles' results arrived."""
+    """Return the versions of the bundles whose results arrived."""
     version = "json_extract(CAST(payload AS TEXT), '$.model.version')"
     return [str(row[0]) for row in fleet.query(f"SELECT DISTINCT {version} FROM messages WHERE kind = 'results'")]
 
@@ -115,7 +115,7 @@ def test_a_hanging_bundle_gives_way_after_two_watchdog_kills(
 
 
 def hangs(device: DeviceProcess) -> bool:
-    """The same mark stays."""
+    """Return True if the crash marker stays the same."""
     first = CrashMarker(device.data_dir).previous_run
     time.sleep(0.5)
     second = CrashMarker(device.data_dir).previous_run

@@ -1,4 +1,4 @@
-"""What a replay can do to its recordings: each kind changes what it says, from its row on, and always alike."""
+"""Faults of a replay: each kind changes the values that it names, from its row on, reproducibly."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_another_scale_multiplies_and_noise_adds_its_spread() -> None:
     "kind", ["spikes", "saturate", "scale", "swap", "noise", "quantize", "gain", "offset", "stuck"]
 )
 @given(cut=st.integers(1, N - 1))
-def test_a_row_is_the_same_however_rows_are_asked_for(kind: str, cut: int) -> None:
+def test_a_row_does_not_depend_on_how_rows_are_requested(kind: str, cut: int) -> None:
     given_fault = fault(kind, 0.5, ("x", "y"))
     whole = inject_faults(columns(), [given_fault], 1)
     head = inject_faults({name: c[:cut] for name, c in columns().items()}, [given_fault], 1)

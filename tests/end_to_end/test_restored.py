@@ -26,7 +26,7 @@ def logs(fleet: LocalFleet) -> list[str]:
     return [row[0] for row in fleet.query("SELECT log FROM logs ORDER BY rowid")]
 
 
-def test_a_data_folder_restored_from_an_image_goes_on_in_a_new_log_by_itself(fleet: LocalFleet, tmp_path: Path) -> None:
+def test_a_data_folder_restored_from_an_image_begins_a_new_log(fleet: LocalFleet, tmp_path: Path) -> None:
     device = fleet.add_device("pi-01").add_replay_stream(ENDLESS, 40).add_task("exercise").start_and_wait()
     wait_until("results at the collector", lambda: fleet.last_result_row("pi-01") > 100)
     assert device.stop() == 0

@@ -68,9 +68,9 @@ def test_a_rollback_ends_when_another_bundle_is_configured(device: Device) -> No
 
 def test_only_the_last_two_bundles_are_stored(device: Device) -> None:
     device.crash("2")
-    assert device.kept_versions() == {"1", "2"}
+    assert device.stored_versions() == {"1", "2"}
     device.crash("3")
-    assert device.kept_versions() == {"2", "3"}
+    assert device.stored_versions() == {"2", "3"}
 
 
 def test_an_altered_copy_is_refused_and_the_current_bundle_goes_on(device: Device) -> None:
@@ -165,7 +165,7 @@ def test_half_a_copy_is_no_copy_and_is_made_anew(device: Device, monkeypatch: py
     device.daemon._store.close()
     device.store.close()
     device.start()
-    assert device.kept_versions() == {"1", "2"}
+    assert device.stored_versions() == {"1", "2"}
     assert [path.name for path in (device.home / "data" / "bundles" / ".kept").iterdir() if "half" in path.name] == []
 
 
@@ -178,7 +178,7 @@ def test_a_disk_that_takes_no_copy_keeps_no_task_from_running(device: Device, mo
         device.crash("2")
     assert device.runs() == "2"
     device.crash()
-    assert device.kept_versions() == {"1", "2"}
+    assert device.stored_versions() == {"1", "2"}
 
 
 def test_a_full_store_at_the_start_records_the_activation_at_the_next_one(
@@ -212,7 +212,7 @@ def test_pause_schedule_and_rollback_are_shown_by_health(device: Device) -> None
 
 def test_an_activation_says_what_labels_of_its_results_may_be(device: Device) -> None:
     bodies = [json.loads(message.payload) for message in device.store.unacknowledged_messages(0, 1000)]
-    said = [one["evidence"] for one in bodies if one.get("event") == "activated"][-1]
+    evidence = [body["evidence"] for body in bodies if body.get("event") == "activated"][-1]
     manifest = device.daemon._scheduled_tasks[0].task.bundle.manifest
     wanted = (manifest.kind, list(manifest.output.labels), manifest.output.threshold)
-    assert (said["kind"], said["labels"], said["threshold"]) == wanted
+    assert (evidence["kind"], evidence["labels"], evidence["threshold"]) == wanted

@@ -61,8 +61,8 @@ def device(fleet: LocalFleet, offered: dict[str, Path]) -> DeviceProcess:
 
 
 def desire(fleet: LocalFleet, folder: Path, strategy: str, rollout: str, topic: str, batches: int = 5) -> None:
-    found = bundle.read(folder, None)
-    named = {"rollout": rollout, "bundle": "exercise", "version": found.manifest.version, "digest": found.digest}
+    content = bundle.read(folder, None)
+    named = {"rollout": rollout, "bundle": "exercise", "version": content.manifest.version, "digest": content.digest}
     rules = {"min_batches": batches, "min_hours": 0.0}
     leave(fleet, topic, {"exercise": {**named, "strategy": strategy, "rules": rules}})
 
@@ -83,8 +83,8 @@ def events(fleet: LocalFleet, rollout: str) -> list[tuple[str, str]]:
     """(phase, reason) of what the collector has of it."""
     rows = fleet.query("SELECT payload FROM messages WHERE device = 'pi-01' AND kind = 'audit' ORDER BY seq")
     bodies = [json.loads(row[0]) for row in rows]
-    found = [body["evidence"] for body in bodies if body["event"] == "rollout"]
-    return [(one["phase"], one["reason"]) for one in found if one["rollout"] == rollout]
+    evidence = [body["evidence"] for body in bodies if body["event"] == "rollout"]
+    return [(event["phase"], event["reason"]) for event in evidence if event["rollout"] == rollout]
 
 
 def versions(fleet: LocalFleet) -> list[str]:
@@ -109,8 +109,8 @@ def test_a_good_bundle_passes_every_phase_and_becomes_active(
     assert versions(fleet) == [shipped]
     device.kill()
     device.start_and_wait()
-    told = len(shadows(fleet))
-    wait_until("it answers beside after a kill", lambda: len(shadows(fleet)) > told)
+    count = len(shadows(fleet))
+    wait_until("it answers beside after a kill", lambda: len(shadows(fleet)) > count)
     desire(fleet, offered["good"], "all", "better", "pi-01/desired")
     wait_until("it settled", lambda: ("active", "") in events(fleet, "better"))
     assert events(fleet, "better") == [("downloading", ""), ("shadow", ""), ("canary", ""), ("active", "")]
@@ -119,13 +119,13 @@ def test_a_good_bundle_passes_every_phase_and_becomes_active(
     before = fleet.last_result_row("pi-01")
     wait_until("results after a kill", lambda: fleet.last_result_row("pi-01") > before)
     assert versions(fleet) == [shipped, "2.0.0"]
-    told_by_status = device.status()["tasks"][0]
-    assert (told_by_status["bundle"], told_by_status["rollout"]["phase"]) == ("exercise 2.0.0", "active")
+    task_status = device.status()["tasks"][0]
+    assert (task_status["bundle"], task_status["rollout"]["phase"]) == ("exercise 2.0.0", "active")
     shown = run_outstation("status", "-c", str(device.config)).stdout
     assert "rollout better (all) of exercise 2.0.0: active since" in shown
 
 
-def test_a_bundle_whose_golden_vectors_fail_is_rejected_by_the_group(
+def test_a_bundle_with_failing_golden_vectors_is_rejected_by_the_group(
     fleet: LocalFleet, device: DeviceProcess, offered: dict[str, Path]
 ) -> None:
     wait_until("the good one runs", lambda: "2.0.0" in versions(fleet))

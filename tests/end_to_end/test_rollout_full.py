@@ -68,12 +68,12 @@ def is_full(caplog: pytest.LogCaptureFixture) -> bool:
 
 
 def versions(site: Site) -> list[str]:
-    """That made results so far."""
+    """Return the versions of the bundles that made results so far."""
     return sorted({body["model"]["version"] for body in site.results()})
 
 
 def processes() -> int:
-    """Of models and downloads; other tests may have left servers running."""
+    """Count the processes of models and downloads; other tests may have left servers running."""
     return sum(child.name().startswith("python") for child in psutil.Process().children(recursive=True))
 
 
@@ -149,7 +149,7 @@ def test_a_disk_that_fills_up_at_promotion_keeps_the_canary(
 
 @crashing
 def test_a_full_disk_does_not_prevent_a_rollback(site: Site, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept back on the disk is for this."""
+    """The reserve file is for this case."""
     assert site.batch() == "1"
     site.desire("crash", "all")
     site.until_phase("canary")

@@ -81,10 +81,10 @@ WHERE = [(number, after) for number in range(3) for after in (False, True)]
 def test_a_kill_at_any_step_still_ends_active(tmp_path: Path, template: Site, at: int, after: bool) -> None:
     site = template.copy(tmp_path)
     with dying(at, after_commit=after) as steps_taken, contextlib.suppress(Killed):
-        go(site, "2", "all", wild_from=10**9, until=lambda one: one.phase == "active")
+        go(site, "2", "all", wild_from=10**9, until=lambda state: state.phase == "active")
     assert len(steps_taken) == at + 1
     site.crash()
-    go(site, "2", "all", wild_from=10**9, until=lambda one: one.phase == "active")
+    go(site, "2", "all", wild_from=10**9, until=lambda state: state.phase == "active")
     assert site.batch() == "2"
     site.crash()
     assert site.batch() == "2"
@@ -102,10 +102,10 @@ def test_a_kill_at_any_step_still_ends_active(tmp_path: Path, template: Site, at
 def test_a_kill_at_any_step_still_ends_rolled_back(tmp_path: Path, template: Site, at: int, after: bool) -> None:
     site = template.copy(tmp_path)
     with dying(at, after_commit=after) as steps_taken, contextlib.suppress(Killed):
-        go(site, "crash", "all", wild_from=40, until=lambda one: one.phase == "rolled_back")
+        go(site, "crash", "all", wild_from=40, until=lambda state: state.phase == "rolled_back")
     assert len(steps_taken) == at + 1
     site.crash()
-    go(site, "crash", "all", wild_from=40, until=lambda one: one.phase == "rolled_back")
+    go(site, "crash", "all", wild_from=40, until=lambda state: state.phase == "rolled_back")
     assert site.batch() == "1"
     site.crash()
     site.tick()

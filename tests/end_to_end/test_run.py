@@ -26,7 +26,7 @@ def test_a_daemon_ends_before_the_next_one_starts_in_a_new_log(tmp_path: Path, m
                 raise StorageForked("the store went back in time")
 
     def daemon(*_: Any) -> Forking:
-        assert [one() for one in made] == [None] * len(made)
+        assert [reference() for reference in made] == [None] * len(made)
         assert [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)] == before
         return Forking()
 

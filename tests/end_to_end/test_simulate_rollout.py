@@ -10,7 +10,7 @@ import pytest
 
 from agent.testing.process import find_program
 from agent.wire.keys import generate
-from scripts.rollout_trials import candidates
+from scripts.rollout_trials import trials
 from tests.end_to_end.test_demo import left_over
 from tests.end_to_end.test_simulate_fleet import simulate
 
@@ -47,7 +47,7 @@ def rolled(home: Path, bundle: str, strategy: str, *options: str) -> tuple[int, 
     """Return exit code and report of a rollout on three devices."""
     find_program("mosquitto")
     key = generate(home / "publisher.key")
-    candidates.make(bundle, home, key)
+    trials.make_bundle(bundle, home, key)
     last = "" if strategy == "all" else '[[steps]]\nstrategy = "all"'
     (home / "plan.toml").write_text(PLAN.format(bundle=bundle, strategy=strategy, last=last), encoding="utf-8")
     arguments = ("--devices", "3", "--speed", "20", "--rollout", str(home / "plan.toml"), "--duration", "150", "--json")

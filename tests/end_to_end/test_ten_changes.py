@@ -27,31 +27,31 @@ UNITS = ("g", "g", "g", "rad/s", "rad/s", "rad/s")
 class Watch:
     """A site that has learned its reference, and the readings that follow."""
 
-    found: bundle.Bundle
+    shipped: bundle.Bundle
     model: runtime.TfliteModel
     judge: DriftMonitor
     learned: DriftState
     rows: NDArray[np.float32]
 
     def step(self, state: DriftState, rows: NDArray[np.float32]) -> tuple[DriftState, list[Alert]]:
-        spec, starts = self.found.manifest, np.arange(0, len(rows), ROWS)
+        spec, starts = self.shipped.manifest, np.arange(0, len(rows), ROWS)
         windows = features.build_windows(rows, starts, spec.input)
-        said = scores.from_outputs(self.model.invoke(windows), spec, windows)
-        assert said.label is not None
-        assert said.score is not None
+        predictions = scores.from_outputs(self.model.invoke(windows), spec, windows)
+        assert predictions.label is not None
+        assert predictions.score is not None
         first = max(0, state.last_counted_row) + 1
         t = np.arange(first, first + len(rows), dtype=np.int64) * 20_000
         state, verdicts = self.judge.process_batch(
-            state, rows, starts, ROWS, said.label, said.score[:, None].astype(np.float32),
+            state, rows, starts, ROWS, predictions.label, predictions.score[:, None].astype(np.float32),
             rows=(first, first + len(rows) - 1), t=t,
         )  # fmt: skip
         return state, [alert for verdict in verdicts for alert in verdict.alerts]
 
     def after(self, *faults: ReplayFault) -> list[Alert]:
         """All alerts that are raised."""
-        return [alert for alert in self.told(*faults) if alert.state == "raised"]
+        return [alert for alert in self.alerts(*faults) if alert.state == "raised"]
 
-    def told(self, *faults: ReplayFault) -> list[Alert]:
+    def alerts(self, *faults: ReplayFault) -> list[Alert]:
         columns = {name: self.rows[:, i].astype(np.float64) for i, name in enumerate(self.judge.shipped.fields)}
         changed = replay.inject_faults(columns, faults, 1)
         return self.step(self.learned, np.stack(list(changed.values()), axis=1).astype(np.float32))[1]
@@ -68,29 +68,33 @@ def watch() -> Watch:
         if count >= (LEARN + AFTER + 1) * WINDOW * ROWS:
             break
     rows = np.concatenate(parts)
-    found = bundle.read(builtin.bundles_dir() / "exercise", builtin.publisher_keys())
+    shipped = bundle.read(builtin.bundles_dir() / "exercise", builtin.publisher_keys())
     judge = DriftMonitor(
-        Reference.from_json(found.files["reference.json"]),
-        labels=found.manifest.output.labels, window=WINDOW, learn_windows=LEARN, units=UNITS,
+        Reference.from_json(shipped.files["reference.json"]),
+        labels=shipped.manifest.output.labels, window=WINDOW, learn_windows=LEARN, units=UNITS,
     )  # fmt: skip
     begin = (LEARN + 1) * WINDOW * ROWS
     start = Watch(
-        found, runtime.TfliteModel(found.model_bytes), judge, judge.start(), rows[begin : begin + AFTER * WINDOW * ROWS]
+        shipped,
+        runtime.TfliteModel(shipped.model_bytes),
+        judge,
+        judge.start(),
+        rows[begin : begin + AFTER * WINDOW * ROWS],
     )
     learned, _ = start.step(judge.start(), rows[:begin])
     assert learned.site_reference is not None
-    return Watch(start.found, start.model, judge, learned, start.rows)
+    return Watch(start.shipped, start.model, judge, learned, start.rows)
 
 
 def sampled(rows: NDArray[np.float32], faster: float) -> NDArray[np.float32]:
-    """What another clock would have read: per row, signals move so many times faster. Whole drift windows of it."""
+    """Return whole drift windows as another sampling clock reads them: signals move `faster` times as fast per row."""
     at = np.arange(0, len(rows) - 1, faster)
     read = np.stack([np.interp(at, np.arange(len(rows)), column) for column in rows.T], axis=1)
     return read[: len(read) // (ROWS * WINDOW) * ROWS * WINDOW].astype(np.float32)
 
 
 @pytest.mark.parametrize(("faster", "words"), [(1.25, "signals move faster"), (0.8, "signals move slower")])
-def test_another_sampling_clock_is_told_though_times_do_not_show_it(watch: Watch, faster: float, words: str) -> None:
+def test_another_sampling_clock_is_detected_without_timestamps(watch: Watch, faster: float, words: str) -> None:
     alerts = watch.step(watch.learned, sampled(watch.rows, faster))[1]
     assert [(a.alert, a.subject) for a in alerts] == [("drift", "rate")]
     assert words in alerts[0].summary
@@ -107,7 +111,7 @@ def test_unchanged_readings_raise_nothing(watch: Watch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "name", "said"),
+    ("fault", "name", "summary"),
     [
         (change("spikes", 12.0, "ay"), "spikes", "lone jumps"),
         (change("saturate", 0.7, "ax"), "saturated", "are held at"),
@@ -117,11 +121,11 @@ def test_unchanged_readings_raise_nothing(watch: Watch) -> None:
     ],
     ids=lambda value: value.kind if isinstance(value, ReplayFault) else "",
 )
-def test_a_fault_is_named(watch: Watch, fault: ReplayFault, name: str, said: str) -> None:
+def test_a_fault_is_named(watch: Watch, fault: ReplayFault, name: str, summary: str) -> None:
     alerts = watch.after(fault)
-    told = {(a.subject, a.evidence["fault"]) for a in alerts if a.alert == "fault"}
-    assert told == {(field, name) for field in fault.fields}, [a.summary for a in alerts]
-    assert all(said in a.summary for a in alerts if a.alert == "fault")
+    named = {(a.subject, a.evidence["fault"]) for a in alerts if a.alert == "fault"}
+    assert named == {(field, name) for field in fault.fields}, [a.summary for a in alerts]
+    assert all(summary in a.summary for a in alerts if a.alert == "fault")
 
 
 @pytest.mark.parametrize(
@@ -129,17 +133,17 @@ def test_a_fault_is_named(watch: Watch, fault: ReplayFault, name: str, said: str
 )
 def test_where_a_field_is_read_wrongly_no_drift_stays_open(watch: Watch, fault: ReplayFault) -> None:
     is_open = {}
-    for alert in watch.told(fault):
+    for alert in watch.alerts(fault):
         is_open[alert.id] = alert.state == "raised"
     assert {name for name, still in is_open.items() if still and "/drift/" in name} == set()
     assert any(still and "/fault/" in name for name, still in is_open.items())
 
 
-def test_fields_that_are_put_back_where_they_were_are_told_to_be_sound(watch: Watch) -> None:
+def test_fields_swapped_back_are_reported_as_sound(watch: Watch) -> None:
     rows = watch.rows.copy()
     rows[: 5 * WINDOW * ROWS, [3, 4]] = rows[: 5 * WINDOW * ROWS, [4, 3]]
-    _, told = watch.step(watch.learned, rows)
-    assert [(a.state, a.id) for a in told if a.alert == "fault"] == [
+    _, results = watch.step(watch.learned, rows)
+    assert [(a.state, a.id) for a in results if a.alert == "fault"] == [
         (state, f"{name}/fault/1") for state in ("raised", "cleared") for name in ("wx", "wy")
     ]
 
@@ -155,9 +159,7 @@ def test_fields_that_are_put_back_where_they_were_are_told_to_be_sound(watch: Wa
     ],
     ids=lambda value: f"{value.kind} {value.fields[0]}" if isinstance(value, ReplayFault) else "",
 )
-def test_a_drift_is_told_as_a_drift_of_its_field_with_its_likely_cause(
-    watch: Watch, drift: ReplayFault, cause: str
-) -> None:
+def test_a_drift_alert_names_its_field_and_likely_cause(watch: Watch, drift: ReplayFault, cause: str) -> None:
     alerts = watch.after(drift)
     assert [a.summary for a in alerts if a.alert == "fault"] == []
     assert alerts

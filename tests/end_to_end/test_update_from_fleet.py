@@ -1,4 +1,4 @@
-"""What a fleet publishes, by its own commands, is what a device fetches: over the web, and from a stick."""
+"""Bundles that the fleet commands publish, fetched by a device over HTTP and from a USB stick."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def depot(tmp_path: Path) -> Depot:
 
 
 def desired(published: PublishResult) -> DesiredBundle:
-    said = published.target_metadata
-    return DesiredBundle("rollout-1", said.name, said.version, said.digest, "all")
+    metadata = published.target_metadata
+    return DesiredBundle("rollout-1", metadata.name, metadata.version, metadata.digest, "all")
 
 
-def read(found: FetchedBundle) -> bundle.Bundle:
-    return bundle.read(found.path, [KEY.public])
+def read(fetched: FetchedBundle) -> bundle.Bundle:
+    return bundle.read(fetched.path, [KEY.public])
 
 
 def test_what_a_fleet_publishes_a_device_fetches(tmp_path: Path, depot: Depot, made: Path) -> None:
     root = depot.layout.root_path(1).read_bytes()
     first = desired(depot.publish(made))
     with served(depot.layout.home) as url, Updating(tmp_path / "device", url, root, STREAMS) as device:
-        found = read(device.must_fetch(first))
-        assert found == bundle.read(made, [KEY.public])
-        assert found.digest == first.digest
+        content = read(device.must_fetch(first))
+        assert content == bundle.read(made, [KEY.public])
+        assert content.digest == first.digest
 
         # Everything is signed by other keys; the device follows.
         for role in ("timestamp", "snapshot", "targets", "tiny"):

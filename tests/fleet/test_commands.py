@@ -55,6 +55,9 @@ class Broker:
     def acknowledge(self, delivery: IncomingMessage) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
 
 def reply(command: OutgoingMessage, key: SigningKey = KEY, topic: str = REPLY, **changes: Any) -> IncomingMessage:
     identity = (command.correlation or b"").decode()
@@ -207,8 +210,8 @@ def test_a_wipe_wants_the_devices_name_typed_and_asks_on_stderr(monkeypatch: pyt
     answers = ["pi-08", DEVICE]
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(click, "prompt", prompt)
-    assert not fleet_command._confirm_wipe(DEVICE)
-    assert fleet_command._confirm_wipe(DEVICE)
+    assert not fleet_command.confirm_wipe(DEVICE)
+    assert fleet_command.confirm_wipe(DEVICE)
     assert all(DEVICE in text and err for text, err in arguments)
 
 

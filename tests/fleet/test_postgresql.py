@@ -22,8 +22,8 @@ from agent.config import BrokerConfig
 from agent.errors import MessageRefused, StorageError, UsageError
 from agent.fleet.audit.audit import audit
 from agent.fleet.collector import collector as collecting
+from agent.fleet.collector.acknowledger import WAIT_S, PendingGaps
 from agent.fleet.collector.collector import Collector
-from agent.fleet.collector.pending_gaps import WAIT_S, PendingGaps
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.interface import display_name
 from agent.fleet.database.postgresql_rows import to_psycopg

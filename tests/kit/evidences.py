@@ -64,7 +64,7 @@ class Story:
         return sender
 
     def collect(self, sender: MessageSender, *sent: SignedMessage, hours: float) -> None:
-        self.store.ingest([Arrival(sender.verify(one)) for one in sent], [], at(hours))
+        self.store.ingest([Arrival(sender.verify(message)) for message in sent], [], at(hours))
 
     @property
     def model(self) -> dict[str, str]:

@@ -121,6 +121,6 @@ schedule = "every 60 s"
             (entry["from"] and entry["from"]["version"], entry["to"]["version"], entry["why"]) for entry in evidence
         ]
 
-    def kept_versions(self) -> set[str]:
+    def stored_versions(self) -> set[str]:
         home = self.home / "data" / "bundles" / ".kept"
         return {json.loads((entry / "manifest.json").read_bytes())["version"] for entry in home.iterdir()}

@@ -11,6 +11,7 @@ from typing import Any
 from agent import clock
 from agent.errors import LinkDown, StorageError
 from agent.fleet.collector.collector import Collector
+from agent.fleet.database import rollouts
 from agent.fleet.database.store import FleetStore
 from agent.fleet.rollout import actions, journal
 from agent.fleet.rollout.actions import RolloutOperator
@@ -40,8 +41,10 @@ def plan(
     """Return a plan with steps shadow, canary 50 % and all, or with other `steps`."""
     taken = steps or (("shadow", 100.0), ("canary", 50.0), ("all", 100.0))
     made = [RolloutStep(strategy, percent, rules or promotion()) for strategy, percent in taken]  # type: ignore[arg-type]
-    what = (NEW_MODEL["name"], NEW_MODEL["version"], changes.pop("digest", NEW_MODEL["digest"]))
-    return RolloutPlan(name, changes.pop("task", "exercise"), *what, target, None, made, CanaryRules(), **changes)
+    bundle_fields = (NEW_MODEL["name"], NEW_MODEL["version"], changes.pop("digest", NEW_MODEL["digest"]))
+    return RolloutPlan(
+        name, changes.pop("task", "exercise"), *bundle_fields, target, None, made, CanaryRules(), **changes
+    )
 
 
 class Recorded:
@@ -71,6 +74,9 @@ class Recorded:
     def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]:
         receipts, self._receipts = self._receipts, []
         return receipts
+
+    def acknowledge(self, delivery: IncomingMessage) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -129,7 +135,7 @@ class Fleet:
 
     def decided(self, name: str = NAME) -> list[tuple[Any, ...]]:
         with self.store.snapshot() as db:
-            return journal.load_decision_rows(db, name)
+            return rollouts.load_decisions(db, name)
 
     def in_shadow(self, senders: Sequence[MessageSender] | None = None, blocks: int = 6, **changes: Any) -> None:
         """Let devices report that they are in shadow, with their counts."""

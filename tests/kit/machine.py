@@ -6,6 +6,8 @@ Fixed thresholds on the histogram of a window therefore raise false alarms.
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import msgspec
 import numpy as np
 from msgspec.structs import replace
@@ -31,9 +33,9 @@ class Readings(msgspec.Struct, frozen=True):
 
     def windows(self, begin: int, end: int) -> Readings:
         """Return the readings of drift windows `begin` … `end` - 1."""
-        some = slice(begin * WINDOW, end * WINDOW)
+        part = slice(begin * WINDOW, end * WINDOW)
         rows = slice(begin * WINDOW * ROWS, end * WINDOW * ROWS)
-        return Readings(self.features[rows], self.labels[some], self.truth[some], self.scores[some])
+        return Readings(self.features[rows], self.labels[part], self.truth[part], self.scores[part])
 
     def changed(self, field: int, values: NDArray[np.float32]) -> Readings:
         features = self.features.copy()
@@ -74,14 +76,46 @@ def feed(
     verdicts: list[DriftWindowResult] = []
     first = max(0, state.last_counted_row) + 1
     for at in range(0, len(r.labels), batch):
-        some = slice(at, at + batch)
+        part = slice(at, at + batch)
         features = r.features[at * ROWS : (at + batch) * ROWS]
         begin = first + at * ROWS
         rows = (begin, begin + len(features) - 1)
         t = np.arange(rows[0], rows[1] + 1, dtype=np.int64) * 10_000
         starts = np.arange(0, len(features), ROWS)
         state, more = monitor.process_batch(
-            state, features, starts, ROWS, r.labels[some], r.scores[some], rows=rows, t=t
+            state, features, starts, ROWS, r.labels[part], r.scores[part], rows=rows, t=t
         )
         verdicts += more
     return state, verdicts
+
+
+def comparable(verdicts: list[DriftWindowResult]) -> list[object]:
+    """All that results say, comparable whatever the batches: neighboring runs of quiet windows count as one.
+
+    Of the sums of a run only counts are in it, as sums of floats depend on their order in the last bit.
+    """
+    out: list[object] = []
+    for is_quiet, group in groupby(verdicts, key=lambda v: v.quiet is not None):
+        some = list(group)
+        if not is_quiet:
+            out += [
+                (
+                    *(v.index, v.rows, v.t, v.row_count, v.site_digest, v.learning_error, repr(v.members), v.alerts),
+                    v.learned_reference and v.learned_reference.to_json(),
+                )
+                for v in some
+            ]
+            continue
+        runs, last = [v.quiet for v in some if v.quiet is not None], some[-1].members
+        columns = [np.concatenate([getattr(run, name) for run in runs]).tolist() for name in runs[0].__struct_fields__]
+        spans = [(v.index, v.rows, v.t, v.row_count) for v in some]
+        assert all(a[0] + len(run) == b[0] for a, run, b in zip(spans, runs, spans[1:], strict=False))
+        ends = [(int(run.rows[0, 0]), int(run.rows[-1, 1]), int(run.row_counts.sum())) for run in runs]
+        assert ends == [(*rows, n) for _, rows, _, n in spans]
+        counts = [
+            np.sum([[*field["counts"], field["below"], field["above"], field["missing"]] for field in fields], axis=0)
+            for fields in zip(*(v.members["features"].values() for v in some), strict=True)
+        ]
+        states = [(name, field["state"], field["cusum"]) for name, field in last["features"].items()]
+        out.append((spans[0][0], columns, [n.tolist() for n in counts], states, last["joint"], last["rate"]["cusum"]))
+    return out

@@ -48,8 +48,8 @@ class Players:
         while not self._stop.is_set() and not self.done:
             for device, log in self._logs.items():
                 safe = self._safe[device]
-                for one in [sent for sent in log if sent.seq not in safe][:_AT_ONCE]:
-                    link.send(one.to_outgoing())
+                for message in [sent for sent in log if sent.seq not in safe][:_AT_ONCE]:
+                    link.send(message.to_outgoing())
             self._receive(link)
         link.close()
 

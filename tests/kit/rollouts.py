@@ -239,7 +239,7 @@ class Site(Device):
         return [(body["state"], body["severity"]) for body in alerts]
 
     def copies(self) -> set[str]:
-        return self.kept_versions()
+        return self.stored_versions()
 
 
 def tiles(rows: list[tuple[int, int]], through: int) -> bool:

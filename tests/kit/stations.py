@@ -55,7 +55,7 @@ class Station:
         conf: Config,
         *,
         sources: Callable[[Store], Sequence[Source]] | None = None,
-        asked: Callable[[], Mapping[str, LabelTarget]] = dict,
+        label_targets: Callable[[], Mapping[str, LabelTarget]] = dict,
         **store: Any,
     ) -> None:
         self.conf = conf
@@ -64,7 +64,7 @@ class Station:
         self.store = open_store(conf.data_dir, **store)
         self.store.declare_streams(conf.streams)
         made = sources(self.store) if sources else []
-        self.intake = Intake(conf, self.store, made, clock.read, self._committed, self.failures.append, asked)
+        self.intake = Intake(conf, self.store, made, clock.read, self._committed, self.failures.append, label_targets)
         self.socket = conf.data_dir / "intake.sock"
 
     def _committed(self) -> None:

@@ -86,23 +86,23 @@ def pulled(folder: Path, to: Path, store: Store | None = None, *, emptied: bool 
 
 def served(store: Store, stream: str = "numbers") -> dict[int, int]:
     """Return row number → value of all readable rows."""
-    found: dict[int, int] = {}
+    counts: dict[int, int] = {}
     after = store.first_row(stream) - 1
     while (batch := store.read_rows(stream, NUMBERS.fields, after, 1000)) is not None:
         if not batch.loss_reason:
             values = batch.rows.columns[0].tolist()
-            assert not found.keys() & range(batch.first, batch.first + len(values)), "a row is served twice"
-            found.update(zip(range(batch.first, batch.first + len(values)), values, strict=True))
+            assert not counts.keys() & range(batch.first, batch.first + len(values)), "a row is served twice"
+            counts.update(zip(range(batch.first, batch.first + len(values)), values, strict=True))
         after = batch.last
-    return found
+    return counts
 
 
 def outbox_payloads(store: Store) -> dict[int, dict[str, Any]]:
     """Return seq → payload of all outbox messages with a valid CRC."""
-    found = [
+    payloads = [
         OutboxMessage.from_row(row) for row in store._fetch_all(f"SELECT {MESSAGE_COLUMNS} FROM outbox ORDER BY seq")
     ]
-    return {message.seq: json.loads(message.payload) for message in found if message.intact}
+    return {message.seq: json.loads(message.payload) for message in payloads if message.intact}
 
 
 def put_aside(store: Store, author: MessageLog) -> list[int]:
@@ -115,13 +115,13 @@ def put_aside(store: Store, author: MessageLog) -> list[int]:
 
 def declared_numbers(messages: dict[int, dict[str, Any]], name: str, stream: str | None = None) -> set[int]:
     """Return the numbers that "evicted" messages list as `name` (seq or rows)."""
-    found: set[int] = set()
+    numbers: set[int] = set()
     for body in messages.values():
         evidence = body.get("evidence", {})
         if body.get("event") == "evicted" and evidence.get("stream") == stream:
             for first, last in evidence.get(name, []):
-                found |= set(range(first, last + 1))
-    return found
+                numbers |= set(range(first, last + 1))
+    return numbers
 
 
 def alarms(messages: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:

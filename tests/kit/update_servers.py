@@ -28,7 +28,7 @@ class Handler(BaseHTTPRequestHandler):
         self.data = path.read_bytes() if path.is_file() else None
         match = _RANGE.fullmatch(self.headers.get("Range", ""))
         self.start = int(match[1]) if match else 0
-        web.asked.append((self.path, self.start))
+        web.requests.append((self.path, self.start))
         trick = next((trick for pattern, trick in web.tricks if re.search(pattern, self.path)), Handler.serve)
         try:
             trick(self)
@@ -110,7 +110,7 @@ class Web:
     def __init__(self, folder: Path, tls: ssl.SSLContext | None = None) -> None:
         self.folder, self._tls = folder, tls
         self.tricks: list[tuple[str, Trick]] = []
-        self.asked: list[tuple[str, int]] = []
+        self.requests: list[tuple[str, int]] = []
         self._server = _Listener(("127.0.0.1", 0), Handler)
         self._server.web = self
         if tls is not None:

@@ -23,7 +23,7 @@ MORE = Result("rate", 30.0, 20.0, "rows/s", 1.0, "more is better")
 LESS = Result("cost", 3.0, 2.0, "µs", 1.0, "less is better", less=True)
 
 
-def test_more_is_better_unless_it_is_said_that_less_is() -> None:
+def test_more_is_better_unless_less_is_set() -> None:
     assert (MORE.ratio, MORE.met) == (1.5, True)
     assert (LESS.ratio, LESS.met) == (1.5, False)
 
@@ -32,9 +32,9 @@ def test_a_benchmark_of_several_results_is_one_text_and_an_item_each(monkeypatch
     monkeypatch.setattr("scripts.benchmarks.__main__.BENCHMARKS", {"some": lambda: Report((MORE, LESS), "a table")})
     shown = CliRunner().invoke(main, ["some"])
     assert (shown.output, shown.exit_code) == ("a table\n", 1)
-    told = json.loads(CliRunner().invoke(main, ["some", "--json"]).output)
-    assert told == [document(MORE), document(LESS)]
-    assert list(told[0]) == ["name", "ours", "reference", "unit", "ratio", "target", "met", "note"]
+    document_list = json.loads(CliRunner().invoke(main, ["some", "--json"]).output)
+    assert document_list == [document(MORE), document(LESS)]
+    assert list(document_list[0]) == ["name", "ours", "reference", "unit", "ratio", "target", "met", "note"]
 
 
 def test_a_ratio_that_is_worse_by_a_third_is_named_and_no_other(
@@ -65,7 +65,7 @@ def test_quick_ends_with_1_only_where_a_ratio_has_fallen(tmp_path: Path, monkeyp
         assert ("worse by more than a third" in shown.output) is bool(code)
 
 
-def test_of_several_runs_the_page_has_the_middle_and_later_runs_are_held_against_the_worst(
+def test_the_page_has_the_median_run_and_the_baseline_the_worst(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
@@ -84,9 +84,7 @@ def test_of_several_runs_the_page_has_the_middle_and_later_runs_are_held_against
     assert page.find_regressions([replace(limit, ours=1000.0)]) == []
 
 
-def test_a_ratio_that_fell_once_is_measured_again_and_has_fallen_only_if_it_does_so_each_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fallen_ratio_is_measured_again_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "RATIOS", tmp_path / "ratios.json")
     (tmp_path / "ratios.json").write_text(json.dumps({"rate": 1.5}))
     monkeypatch.setattr("scripts.benchmarks.__main__.QUICK", {"rate"})
@@ -98,13 +96,13 @@ def test_a_ratio_that_fell_once_is_measured_again_and_has_fallen_only_if_it_does
         assert next(turns, None) is None
 
 
-def test_what_was_never_found_counts_as_missed_and_late() -> None:
-    found, flags = DetectionDelays(), np.zeros((4, 3), np.bool_)
+def test_an_undetected_change_counts_as_missed_and_late() -> None:
+    delays, flags = DetectionDelays(), np.zeros((4, 3), np.bool_)
     flags[2, 1] = True
     for subjects in ([0, 1], [1], [0]):
-        found.add(flags, subjects)
-    assert found.delays == [3, 3, None]
-    assert (found.median, round(found.missed)) == (3, 33)
+        delays.add(flags, subjects)
+    assert delays.delays == [3, 3, None]
+    assert (delays.median, round(delays.missed)) == (3, 33)
     assert DetectionDelays([None, None, 2]).median == float("inf")
 
 
@@ -155,7 +153,7 @@ def test_a_peer_in_a_process_of_its_own_sees_it_too(tmp_path: Path, monkeypatch:
     assert row.delays[synthetic.HALF].delays == [1]
 
 
-def test_a_peer_that_fails_is_told_with_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_failure_of_a_peer_contains_its_last_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Kit, "python", Path(sys.executable))
     kit = Kit("none", "no such kit")
     with pytest.raises(click.ClickException, match="no such kit failed") as failed, peers.started(kit, tmp_path):
@@ -179,15 +177,15 @@ def test_a_slower_clock_reads_the_same_movement_in_fewer_rows() -> None:
     assert read[8, 0] == pytest.approx(rows[10, 0], abs=1e-6)
 
 
-def test_results_are_finite_where_something_was_never_found() -> None:
+def test_results_are_finite_for_undetected_changes() -> None:
     changes = {
         name: DetectionDelays([None, None])
         for name in (synthetic.QUARTER, synthetic.HALF, synthetic.WIDER, synthetic.ANSWERS)
     }
-    rows = [Row("ours, an answer per row", 10, 1, changes), Row("PSI", 10, 10, changes)]
+    rows = [Row("ours, one prediction per row", 10, 1, changes), Row("PSI", 10, 10, changes)]
     results = list(targets.synthetic_results("independent", rows))
-    assert "Infinity" not in json.dumps([document(one) for one in results])
-    assert [one.met for one in results] == [False] * 6
+    assert "Infinity" not in json.dumps([document(result) for result in results])
+    assert [result.met for result in results] == [False] * 6
     assert "PSI: 1000" in results[0].note
     assert "; PSI: > 20 / 100 %" in results[1].note
     assert "> 20 / 100 %" in tables.render_detections("title", rows, synthetic.WATCHED)

@@ -32,7 +32,7 @@ class Log:
     def opened(self, newest: int) -> Log:
         return self._add("alerts", alert="storage", evidence={"newest": {"rig": newest}})
 
-    def never_came(self, n: int = 1) -> Log:
+    def skip_seq(self, n: int = 1) -> Log:
         self.seq += n
         return self
 
@@ -48,8 +48,8 @@ def undeclared(last: int, *logs: Log, task: str = TASK, forgetful: bool = False)
     sent = [T0 + row for row in range(1, last + 1)]
     bodies = [json.loads(payload) for payload in payloads]
     results = [body for body in bodies if body["kind"] == "results" and body["task"] == task]
-    came = {t for body in results for t in expand_columns(body["columns"])["t"]}
-    return Declarations(payloads, (TASK, OTHER), forgetful=forgetful).undeclared(task, set(sent) - came, sent)
+    arrived = {t for body in results for t in expand_columns(body["columns"])["t"]}
+    return Declarations(payloads, (TASK, OTHER), forgetful=forgetful).undeclared(task, set(sent) - arrived, sent)
 
 
 def test_rows_without_a_result_are_undeclared() -> None:
@@ -58,7 +58,7 @@ def test_rows_without_a_result_are_undeclared() -> None:
     assert undeclared(30, Log()) == 30
 
 
-def test_what_a_medium_forgot_is_declared_by_the_newest_row_that_it_kept_and_only_there() -> None:
+def test_the_newest_stored_row_declares_what_the_medium_lost() -> None:
     log = Log().run(1, 10).opened(10).run(11, 20, shift=10)
     assert undeclared(30, log, forgetful=True) == 0
     assert undeclared(30, log) == 10
@@ -87,16 +87,16 @@ def test_evicted_readings_that_were_used_excuse_no_result() -> None:
 
 @pytest.mark.parametrize(("evicted", "left"), [([[2, 2]], 0), ([[1, 1]], 10), ([[4, 9]], 10), ([], 10)])
 def test_evicted_messages_declare_the_rows_between_the_runs_around_them(evicted: list[Any], left: int) -> None:
-    log = Log().run(1, 10).never_came().run(21, 30).event("evicted", seq=evicted)
+    log = Log().run(1, 10).skip_seq().run(21, 30).event("evicted", seq=evicted)
     assert undeclared(30, log) == left
 
 
 def test_evicted_messages_at_the_end_and_at_the_beginning_count_too() -> None:
-    assert undeclared(30, Log().run(1, 10).never_came(2).event("evicted", seq=[[2, 3]])) == 0
-    assert undeclared(30, Log().never_came().run(11, 30).event("evicted", seq=[[1, 1]])) == 0
+    assert undeclared(30, Log().run(1, 10).skip_seq(2).event("evicted", seq=[[2, 3]])) == 0
+    assert undeclared(30, Log().skip_seq().run(11, 30).event("evicted", seq=[[1, 1]])) == 0
 
 
-def test_a_new_log_that_says_so_declares_what_lies_between_the_old_one_and_itself() -> None:
+def test_a_new_log_declares_the_rows_between_the_old_one_and_itself() -> None:
     old = Log("a").run(1, 10)
     assert undeclared(30, old, Log("b").event("new log", old="a").run(16, 25, shift=5)) == 0
     assert undeclared(30, old, Log("b").event("started").run(16, 25, shift=5)) == 10
@@ -105,7 +105,7 @@ def test_a_new_log_that_says_so_declares_what_lies_between_the_old_one_and_itsel
     assert undeclared(30, old, Log("b").event("new log", old="a").run(11, 20).run(26, 30)) == 5
 
 
-def test_a_new_log_declares_what_lies_behind_the_old_one_whatever_its_own_runs_are() -> None:
+def test_a_new_log_declares_the_rows_after_the_old_one() -> None:
     old = Log("a").run(1, 10).run(11, 20)
     again = Log("b").event("new log", old="a").run(11, 20)
     assert undeclared(30, old, again) == undeclared(30, again, old) == 0
@@ -115,8 +115,8 @@ def test_a_new_log_declares_what_lies_behind_the_old_one_whatever_its_own_runs_a
 
 def doubled(*results: tuple[str, int, float], follows: str = "b") -> int:
     logs = [Log(name).event("new log" if name in follows else "started", old="a") for name in "abc"]
-    found = [(T0 + row, log, row, "ok", score, None) for log, row, score in results]
-    return Declarations([payload for log in logs for payload in log.sent], (TASK,)).doubled(found)
+    rows = [(T0 + row, log, row, "ok", score, None) for log, row, score in results]
+    return Declarations([payload for log in logs for payload in log.sent], (TASK,)).doubled(rows)
 
 
 def test_a_second_result_of_a_row_is_one_too_many() -> None:
@@ -126,18 +126,18 @@ def test_a_second_result_of_a_row_is_one_too_many() -> None:
     assert doubled(("b", 1, 0.5), ("b", 1, 0.5)) == 1
 
 
-def test_a_log_that_goes_on_from_an_old_copy_may_repeat_a_result_but_not_change_it() -> None:
+def test_a_log_of_an_old_copy_may_repeat_a_result_but_not_change_it() -> None:
     assert doubled(("a", 1, 0.5), ("b", 1, 0.5)) == 0
     assert doubled(("a", 1, 0.5), ("b", 1, 0.6)) == 1
     assert doubled(("a", 1, 0.5), ("b", 1, 0.5), ("c", 1, 0.5), follows="bc") == 0
 
 
-@given(kept=st.sets(st.integers(1, 40)), named=st.sets(st.integers(1, 40)))
-def test_no_more_rows_are_declared_than_the_messages_name(kept: set[int], named: set[int]) -> None:
+@given(retained=st.sets(st.integers(1, 40)), named=st.sets(st.integers(1, 40)))
+def test_no_more_rows_are_declared_than_the_messages_name(retained: set[int], named: set[int]) -> None:
     log = Log().event("evicted", rows=[[row, row] for row in sorted(named)])
-    for row in sorted(kept):
+    for row in sorted(retained):
         log.run(row, row)
-    absent = set(range(1, 41)) - kept
+    absent = set(range(1, 41)) - retained
     assert undeclared(40, log) == len(absent - named)
 
 

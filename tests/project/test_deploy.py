@@ -56,7 +56,7 @@ def test_systemd_finds_nothing_wrong_with_the_service(program: Program, tmp_path
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-def test_systemd_understands_the_drop_in_with_every_line_taken_out_of_comment(program: Program, tmp_path: Path) -> None:
+def test_systemd_accepts_the_drop_in_with_every_line_uncommented(program: Program, tmp_path: Path) -> None:
     unit = unit_with_a_program(tmp_path)
     settings = re.sub(r"^#(?=[A-Z]\w+=)", "", DROP_IN.read_text(), flags=re.MULTILINE)
     assert "\nPrivateDevices=no\n" in settings
@@ -74,7 +74,7 @@ def test_the_service_starts_without_network_or_time_and_is_tried_for_ever() -> N
     assert "StartLimitIntervalSec=0" in lines[: lines.index("[Service]")]
 
 
-def test_what_the_service_and_the_installer_say_fits_together() -> None:
+def test_the_service_and_the_installer_agree() -> None:
     unit, script = UNIT.read_text(), INSTALL.read_text()
     program = re.search(r"^program=(\S+)", script, re.MULTILINE)
     config = re.search(r"^config=(\S+)", script, re.MULTILINE)

@@ -55,15 +55,15 @@ def test_a_length_is_read_as_it_was_written(value: int, rest: bytes) -> None:
 
 
 @given(st.lists(st.binary(min_size=1, max_size=300), min_size=1, max_size=5), st.integers(1, 50))
-def test_packets_come_out_whole_whatever_pieces_they_came_in(bodies: list[bytes], piece: int) -> None:
+def test_packets_are_reassembled_from_any_pieces(bodies: list[bytes], piece: int) -> None:
     sent = [bytes([0x30]) + proxy._encoded(len(body)) + body for body in bodies]
-    stream, waiting, found = b"".join(sent), b"", []
+    stream, waiting, packets = b"".join(sent), b"", []
     for at in range(0, len(stream), piece):
         waiting += stream[at : at + piece]
         while size := proxy._whole(waiting):
-            found.append(waiting[:size])
+            packets.append(waiting[:size])
             waiting = waiting[size:]
-    assert found == sent
+    assert packets == sent
 
 
 def test_a_limit_replaces_the_brokers_own_and_leaves_its_other_properties(line: Proxy) -> None:
@@ -78,7 +78,7 @@ def test_a_limit_replaces_the_brokers_own_and_leaves_its_other_properties(line: 
     link.close()
 
 
-def test_what_passes_is_not_changed_and_what_is_answered_does_not_reach_the_broker(line: Proxy) -> None:
+def test_passed_packets_are_unchanged_and_answered_ones_stay_here(line: Proxy) -> None:
     def refusing(packet: Packet) -> tuple[bytes, bytes]:
         if packet.up and packet.kind == proxy.PUBLISH and packet.topic == TOPIC:
             return b"", proxy.puback(packet.mid, 0x87)

@@ -48,10 +48,10 @@ def test_taken_back_only_the_old_one_may_answer() -> None:
     assert after(*SERVES, rollout("rolled_back"), activated(OLD, NEW, "rolled_back")) == {OLD}
 
 
-def test_what_another_task_does_changes_nothing() -> None:
+def test_activations_of_another_task_change_nothing() -> None:
     assert after(*TRIED, activated(NEW, OLD, "configured", OTHER)) == {OLD}
 
 
 def test_every_step_at_which_a_daemon_is_to_die_is_there() -> None:
-    for step in _STEPS:
-        assert callable(launch.resolve_target(step.target)[2]), step
+    for _, target in _STEPS.values():
+        assert callable(launch.resolve_target(target)[2]), target

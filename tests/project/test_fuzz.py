@@ -58,7 +58,7 @@ def faulty() -> Iterator[Target]:
     del TARGETS[broken.name]
 
 
-def test_each_fault_is_found_once_and_the_same_seed_finds_it_with_the_same_input(faulty: Target) -> None:
+def test_each_crash_is_reported_once_with_the_same_input_for_a_seed(faulty: Target) -> None:
     first, again = (explore.explore(faulty, seed=3, runs=2000) for _ in range(2))
     assert sorted(place.split()[0] for place in first.crashes) == ["KeyError", "OSError"]
     assert {c.data for c in first.crashes.values()} == {c.data for c in again.crashes.values()}

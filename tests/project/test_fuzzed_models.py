@@ -59,7 +59,7 @@ def configure(device: Device, content: bytes) -> None:
     change_manifest(folder, change)
 
 
-def test_fuzzed_models_never_take_the_agent_down_nor_the_place_of_one_that_works(device: Device) -> None:
+def test_fuzzed_models_neither_stop_the_agent_nor_replace_a_good_model(device: Device) -> None:
     refused = 0
     for number, content in enumerate(FUZZED):
         device.store.close()

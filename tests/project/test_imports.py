@@ -132,7 +132,7 @@ def imports(module: str, path: Path, known: dict[str, Path]) -> Iterator[Import]
             yield Import(module, str(name.value) if isinstance(name, ast.Constant) else COMPUTED, node.lineno)
 
 
-ALL = [found for name, path in MODULES.items() for found in imports(name, path, MODULES)]
+ALL = [each for name, path in MODULES.items() for each in imports(name, path, MODULES)]
 
 
 def room(module: str) -> str:
@@ -241,7 +241,7 @@ def test_the_check_itself_sees_a_cycle(tmp_path: Path) -> None:
         (house / name).parent.mkdir(parents=True, exist_ok=True)
         (house / name).write_text(text)
     known = modules(house)
-    every = [found for name, path in known.items() for found in imports(name, path, known)]
+    every = [imported for name, path in known.items() for imported in imports(name, path, known)]
     assert cycles(module_arrows(every, known)) == [["agent.drift.monitor", "agent.drift.state"]]
     assert cycles(folder_arrows(every, known)) == [["agent.drift", "agent.fleet"]]
 
@@ -252,18 +252,18 @@ def test_every_room_stands_on_a_floor() -> None:
 
 
 def test_imports_go_down_only() -> None:
-    ours = [found for found in ALL if found.target.split(".")[0] == "agent"]
+    ours = [imported for imported in ALL if imported.target.split(".")[0] == "agent"]
     assert ours
-    assert {found.module for found in ours if climbs(found)} == CLIMBING
+    assert {imported.module for imported in ours if climbs(imported)} == CLIMBING
 
 
 def test_only_the_command_line_computes_what_it_imports() -> None:
-    assert [str(found) for found in ALL if found.target == COMPUTED and room(found.module) != "cli"] == []
+    assert [str(imported) for imported in ALL if imported.target == COMPUTED and room(imported.module) != "cli"] == []
 
 
 @pytest.mark.parametrize("library", ONLY)
 def test_a_library_is_known_to_one_module_only(library: str) -> None:
-    users = {found.module for found in ALL if found.target.split(".")[0] == library}
+    users = {imported.module for imported in ALL if imported.target.split(".")[0] == library}
     assert users <= ONLY[library]
 
 
@@ -274,7 +274,7 @@ def test_on_the_device_the_child_that_fetches_alone_knows_tuf() -> None:
 
 @pytest.mark.parametrize("pure", PURE)
 def test_a_pure_room_touches_neither_the_system_nor_foreign_libraries(pure: str) -> None:
-    inside = [found for found in ALL if room(found.module) == pure]
+    inside = [imported for imported in ALL if room(imported.module) == pure]
     allowed = PURE[pure] | {"agent", "__future__"} | (set(sys.stdlib_module_names) - SYSTEM)
     wrong = [str(f) for f in inside if f.target.split(".")[0] not in allowed and f.module != KEY_FILES]
     assert wrong == []
@@ -410,5 +410,5 @@ def test_the_check_itself_sees_an_import_that_climbs(tmp_path: Path, file: str, 
         (house / name).touch()
     (house / file).write_text(line)
     known = modules(house)
-    found = [imported for name, path in known.items() for imported in imports(name, path, known)]
-    assert [climbs(imported) for imported in found] == [wrong]
+    climbing = [imported for name, path in known.items() for imported in imports(name, path, known)]
+    assert [climbs(imported) for imported in climbing] == [wrong]

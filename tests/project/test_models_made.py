@@ -70,7 +70,7 @@ def stated(name: str, metric: str) -> float:
 
 @BOTH
 @pytest.mark.timeout(300)
-def test_converting_the_committed_weights_gives_the_committed_model_byte_for_byte(tmp_path: Path, name: str) -> None:
+def test_converting_the_committed_weights_gives_the_committed_model(tmp_path: Path, name: str) -> None:
     made = tmp_path / "model.tflite"
     command = [builder(), str(SOURCES / name / "convert.py"), "-o", str(made)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -79,15 +79,15 @@ def test_converting_the_committed_weights_gives_the_committed_model_byte_for_byt
 
 
 @BOTH
-def test_the_bundle_holds_the_model_the_scaling_and_the_cards_of_its_sources(name: str) -> None:
-    found = bundle.read(builtin.bundles_dir() / name, builtin.publisher_keys())
+def test_the_bundle_has_the_model_scaling_and_cards_of_its_sources(name: str) -> None:
+    content = bundle.read(builtin.bundles_dir() / name, builtin.publisher_keys())
     spec = tomllib.loads((SOURCES / name / "bundle.toml").read_text(encoding="utf-8"))
-    assert found.model_bytes == (SOURCES / name / "model.tflite").read_bytes()
-    assert found.files["MODEL_CARD.md"].decode() == card(name)
-    assert f"sha256:{hashlib.sha256(found.model_bytes).hexdigest()}" in card(name)
+    assert content.model_bytes == (SOURCES / name / "model.tflite").read_bytes()
+    assert content.files["MODEL_CARD.md"].decode() == card(name)
+    assert f"sha256:{hashlib.sha256(content.model_bytes).hexdigest()}" in card(name)
     with np.load(SOURCES / name / "weights.npz", allow_pickle=False) as z:
         for key in ("mean", "std"):
-            assert found.manifest.input.__getattribute__(key) == spec["input"][key]
+            assert content.manifest.input.__getattribute__(key) == spec["input"][key]
             np.testing.assert_allclose(spec["input"][key], z[key], atol=1e-4)
 
 
@@ -102,31 +102,31 @@ def test_the_error_of_solar_is_what_its_card_says_on_days_it_has_not_seen(solar:
     assert check_result(solar, leakage.TEMPORAL_LEAKAGE).state == "ok"
 
 
-def test_what_is_anomalous_to_machine_is_what_its_card_says_and_the_fault_it_misses_is_named(
+def test_the_card_of_machine_states_its_anomalies_and_its_missed_fault(
     machine: Evaluation,
 ) -> None:
     [auc] = [measured for measured in machine.metrics if measured.metric == "auc"]
     assert auc.value == pytest.approx(stated("machine", "ROC AUC"), abs=0.01)
-    assert [one.slice for one in machine.slices if one.state == "worse"] == ["fault=loose, slight"]
+    assert [metric.slice for metric in machine.slices if metric.state == "worse"] == ["fault=loose, slight"]
 
 
 def planted(path: Path, **changed: Any) -> Evaluation:
     """Return the held-out data of solar with other arrays."""
     with np.load(RECORDINGS / "solar.npz") as z:
-        kept = {key: z[key] for key in ("rows", "scale", "fields", "t", "power", "day")}
-    kept |= changed
-    np.savez(path, **kept)
+        arrays = {key: z[key] for key in ("rows", "scale", "fields", "t", "power", "day")}
+    arrays |= changed
+    np.savez(path, **arrays)
     return evaluated("solar", data=path, label="power", group="day")
 
 
-def test_rows_of_the_training_time_that_stand_in_the_test_are_found(tmp_path: Path) -> None:
+def test_rows_of_the_training_time_in_the_test_data_are_reported(tmp_path: Path) -> None:
     with np.load(RECORDINGS / "solar.npz") as late, np.load(SOURCES / "solar" / "reference.npz") as early:
         both = {key: np.concatenate([early[key][:4_000], late[key][4_000:]]) for key in ("rows", "power")}
-    found = planted(tmp_path / "both.npz", **both)
-    assert check_result(found, leakage.TRAIN_TEST_DUPLICATES).state == "warning"
+    report = planted(tmp_path / "both.npz", **both)
+    assert check_result(report, leakage.TRAIN_TEST_DUPLICATES).state == "warning"
 
 
-def test_a_day_that_stands_in_the_test_under_two_names_is_found(tmp_path: Path) -> None:
+def test_a_day_in_the_test_data_under_two_names_is_reported(tmp_path: Path) -> None:
     with np.load(RECORDINGS / "solar.npz") as z:
         rows, power, day = z["rows"].copy(), z["power"].copy(), z["day"]
     first, other = np.flatnonzero(day == day[9_600]), np.flatnonzero(day == day[19_200])
@@ -164,8 +164,8 @@ def test_no_machine_of_the_test_was_trained_or_set_a_threshold() -> None:
 
 def test_features_of_training_are_those_that_the_device_derives() -> None:
     recordings = module("solar", "recordings")
-    found = bundle.read(builtin.bundles_dir() / "solar", builtin.publisher_keys())
-    spec = found.manifest.input
+    content = bundle.read(builtin.bundles_dir() / "solar", builtin.publisher_keys())
+    spec = content.manifest.input
     known = recordings.load(RECORDINGS / "solar.npz")
     given = training_data.read(RECORDINGS / "solar.npz", spec)
     made = derived_features.compute(given.features, given.t, spec)
@@ -173,7 +173,7 @@ def test_features_of_training_are_those_that_the_device_derives() -> None:
     assert spec.columns == list(recordings.FEATURES)
 
 
-def test_the_same_ten_seconds_of_a_machine_sound_the_same_and_are_the_committed_rows() -> None:
+def test_ten_seconds_of_a_machine_reproduce_the_committed_rows() -> None:
     sounds = module("machine", "sounds")
     made = sounds.record(9, 0)
     assert np.array_equal(made, sounds.record(9, 0))
@@ -181,5 +181,5 @@ def test_the_same_ten_seconds_of_a_machine_sound_the_same_and_are_the_committed_
     spec = tomllib.loads((SOURCES / "machine" / "bundle.toml").read_text(encoding="utf-8"))["input"]["sound"]
     rows = sound.compute_mel_rows(made, SoundFormat(**spec))
     with np.load(RECORDINGS / "machine.npz") as z:
-        kept = z["rows"][: z["starts"][1]] * z["scale"]
-    assert np.abs(rows - kept).max() <= 0.26
+        committed = z["rows"][: z["starts"][1]] * z["scale"]
+    assert np.abs(rows - committed).max() <= 0.26

@@ -46,14 +46,14 @@ class Block:
 def blocks(text: str) -> list[Block]:
     """Return the console blocks of a Markdown text."""
     lines = text.splitlines()
-    found = []
+    console_blocks = []
     for at, line in enumerate(lines):
         if line.strip() == "```console":
             end = next(i for i in range(at + 1, len(lines)) if lines[i].strip() == "```")
-            above = next((one for one in reversed(lines[:at]) if one.strip()), "")
+            above = next((line_above for line_above in reversed(lines[:at]) if line_above.strip()), "")
             mark = MARK.fullmatch(above.strip())
-            found.append(Block(at + 1, mark[1] if mark else "", steps(lines[at + 1 : end], at + 2)))
-    return found
+            console_blocks.append(Block(at + 1, mark[1] if mark else "", steps(lines[at + 1 : end], at + 2)))
+    return console_blocks
 
 
 def steps(lines: list[str], first: int) -> tuple[Step, ...]:
@@ -123,11 +123,11 @@ class Shell:
 
 
 def test_every_console_block_of_the_readme_says_whether_it_is_run() -> None:
-    found = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert found, "README.md has no ```console block"
-    unmarked = [f"line {block.line}" for block in found if not block.mark]
+    console_blocks = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert console_blocks, "README.md has no ```console block"
+    unmarked = [f"line {block.line}" for block in console_blocks if not block.mark]
     assert unmarked == []
-    unsafe = [f"line {b.line}" for b in found for s in b.steps if runs(b) and NEVER_RUN.search(s.command)]
+    unsafe = [f"line {b.line}" for b in console_blocks for s in b.steps if runs(b) and NEVER_RUN.search(s.command)]
     assert unsafe == []
 
 
@@ -148,7 +148,7 @@ def test_the_commands_of_the_readme_work_in_order(tmp_path: Path) -> None:
         shell.close()
 
 
-def test_a_model_that_nobody_here_made_runs_on_a_device_by_the_ten_lines_of_the_readme(tmp_path: Path) -> None:
+def test_a_third_party_model_runs_by_the_ten_lines_of_the_readme(tmp_path: Path) -> None:
     if not THIRD_PARTY.exists():
         pytest.skip("models that others made are not there (OUTSTATION_THIRDPARTY_MODELS)")
     shutil.copy(THIRD_PARTY / "mlperf_kws_int8.tflite", tmp_path / "theirs.tflite")
@@ -156,8 +156,12 @@ def test_a_model_that_nobody_here_made_runs_on_a_device_by_the_ten_lines_of_the_
     cepstra = np.random.default_rng(0).normal(0, 20, (49 * 30, 10))
     lines = [",".join(f"{value:.3f}" for value in (1_764_022_680 + i / 50, *row)) for i, row in enumerate(cepstra)]
     (tmp_path / "readings.csv").write_text("\n".join(["t,c0,c1,c2,c3,c4,c5,c6,c7,c8,c9", *lines]) + "\n")
-    found = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
-    [block] = [one for one in found if any("--from theirs.tflite" in step.command for step in one.steps)]
+    console_blocks = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+    [block] = [
+        candidate
+        for candidate in console_blocks
+        if any("--from theirs.tflite" in step.command for step in candidate.steps)
+    ]
     # The first line creates the model file that the block assumes.
     [first, *rest] = block.steps
     assert first.command.startswith("cp ")
@@ -170,7 +174,7 @@ def test_a_model_that_nobody_here_made_runs_on_a_device_by_the_ten_lines_of_the_
         code, output = shell.run("outstation status -c site/outstation.toml --json 2>/dev/null")
     finally:
         shell.close()
-    [task] = [one for one in json.loads(output)["tasks"] if one["task"] == "theirs"]
+    [task] = [candidate for candidate in json.loads(output)["tasks"] if candidate["task"] == "theirs"]
     assert task["row"] == len(cepstra)
 
 

@@ -13,7 +13,7 @@ from scripts.soaks.day import Sample, flat
 ROOT = Path(__file__).parents[2]
 
 
-def test_an_hour_online_through_bad_weather_delivers_everything_and_grows_nothing() -> None:
+def test_an_hour_on_a_lossy_link_delivers_all_with_constant_memory() -> None:
     """Run in a separate process, so that the memory use of other tests is not measured."""
     command = [sys.executable, "-m", "scripts.soaks", "day", "--hours", "1", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)

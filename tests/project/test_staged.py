@@ -13,9 +13,8 @@ from agent.fleet.rollout import plan
 from agent.model.bundle import bundle
 from agent.model.sandbox import probe
 from agent.wire.keys import generate
-from scripts.rollout_trials import candidates
-from scripts.rollout_trials.trials import TRIALS, Trial
-from scripts.rollout_trials.verdict import problems
+from scripts.rollout_trials import trials
+from scripts.rollout_trials.trials import TRIALS, Trial, problems
 
 NEW, OLD = "sha256:new", "sha256:old"
 KNOWN = {trial.name: trial for trial in TRIALS}
@@ -83,7 +82,7 @@ WRONG: dict[str, tuple[str, Change, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_found(name: str) -> None:
+def test_each_wrong_outcome_is_reported(name: str) -> None:
     trial, change, expected = WRONG[name]
     wrong = copy.deepcopy(report(KNOWN[trial]))
     change(wrong)
@@ -93,9 +92,9 @@ def test_what_is_wrong_is_found(name: str) -> None:
 def test_every_candidate_is_signed_and_passes_its_golden_vectors(tmp_path: Path) -> None:
     key = generate(tmp_path / "key")
     versions = set()
-    for name in (*candidates.TRAINED, *candidates.RIGGED):
-        content = bundle.read(candidates.make(name, tmp_path, key), [key.public])
+    for name in (*trials.TRAINED, *trials.RIGGED):
+        content = bundle.read(trials.make_bundle(name, tmp_path, key), [key.public])
         probe.probe(content).raise_for_failure()
         versions.add(content.manifest.version)
-    assert len(versions) == len(candidates.TRAINED) + len(candidates.RIGGED)
-    assert {trial.bundle for trial in TRIALS} <= {*candidates.TRAINED, *candidates.RIGGED}
+    assert len(versions) == len(trials.TRAINED) + len(trials.RIGGED)
+    assert {trial.bundle for trial in TRIALS} <= {*trials.TRAINED, *trials.RIGGED}

@@ -166,7 +166,7 @@ def test_rebinning_keeps_every_row_within_the_bounds(source: list[int], widths: 
     assert low < high
 
 
-def test_a_wide_quantile_bin_is_drawn_low() -> None:
+def test_a_broad_quantile_bin_is_drawn_low() -> None:
     bounds = [0.0, *[i / 310 for i in range(1, 32)], 1.0]
     outline = drift_panels.rebin(bounds, [0, *[10] * 32, 0], 0.0, 1.0)
     assert outline[0] > 5 * outline[-1] > 0

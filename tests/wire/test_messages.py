@@ -349,7 +349,7 @@ JSON = st.recursive(
 
 
 @given(st.sampled_from([(HEALTH_TOPIC, HEALTH), (RESULTS_TOPIC, RESULTS), (ACK_TOPIC, ACK)]), st.data())
-def test_a_well_signed_payload_with_any_members_changed_opens_or_is_refused(
+def test_a_signed_payload_with_changed_members_is_decoded_or_refused(
     message: tuple[str, dict[str, Any]], data: st.DataObject
 ) -> None:
     topic, whole = message

@@ -1,4 +1,4 @@
-"""What a repository says of a bundle: read from strangers, so that anything may stand there."""
+"""Target metadata of bundles, which come from untrusted repositories."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ OFFERS = st.builds(
 
 
 @given(OFFERS, st.dictionaries(st.text(min_size=12), JSON, max_size=2))
-def test_metadata_round_trip_and_ignore_unknown_members(said: TargetMetadata, more: dict[str, object]) -> None:
-    custom = msgspec.json.decode(msgspec.json.encode(target_metadata.encode(said)))
+def test_metadata_round_trip_and_ignore_unknown_members(metadata: TargetMetadata, more: dict[str, object]) -> None:
+    custom = msgspec.json.decode(msgspec.json.encode(target_metadata.encode(metadata)))
     custom[target_metadata.MEMBER] |= more
-    assert target_metadata.decode(custom) == said
+    assert target_metadata.decode(custom) == metadata
 
 
 @given(JSON)
@@ -46,8 +46,8 @@ def test_invalid_metadata_are_refused_in_one_sentence(custom: object) -> None:
 
 
 @given(OFFERS, st.sampled_from(TargetMetadata.__struct_fields__), JSON)
-def test_a_missing_or_mistyped_member_is_refused(said: TargetMetadata, name: str, value: object) -> None:
-    members = msgspec.to_builtins(said)
+def test_a_missing_or_mistyped_member_is_refused(metadata: TargetMetadata, name: str, value: object) -> None:
+    members = msgspec.to_builtins(metadata)
     before = members.pop(name)
     with pytest.raises(BadBundle):
         target_metadata.decode({target_metadata.MEMBER: members})

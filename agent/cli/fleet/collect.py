@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -14,13 +12,9 @@ from agent.cli.fleet.common import db_option, fleet_option, open_store, print_li
 from agent.cli.output import emit, json_option
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
-from agent.fleet.config import FleetConfig
 from agent.fleet.database.interface import display_name
 from agent.fleet.repository.layout import Layout
 from agent.wire import keys
-
-if TYPE_CHECKING:
-    from agent.fleet.database.store import FleetStore
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +44,20 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
         return
     with open_store(config, db) as store:
         if not store.enrolled_devices():
-            logger.warning("%s", _no_devices_warning(store, config))
-        upkeep = partial(_maintain_repository, home, store)
-        collector = Collector(config.fleet.name, broker, store, key, upkeep=upkeep, share=share)
+            configured = display_name(config.fleet.db)
+            fix = "enrol devices: outstation fleet enrol DEVICE"
+            if store.name != configured:
+                fix = f"`enrol` uses {configured}: collect without --db, or set fleet.db in fleet.toml to this one"
+            problem = "no device is enrolled in this database, so every message is refused as `unknown key`"
+            logger.warning("%s: %s; %s", store.name, problem, fix)
+
+        def maintain_repository() -> None:
+            if Layout(home).newest_root_path() is not None and store.acquire_leadership("repository"):
+                from agent.fleet.repository.upkeep import maintain
+
+                maintain(home, store)
+
+        collector = Collector(config.fleet.name, broker, store, key, upkeep=maintain_repository, share=share)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: collector.stop())
         collector.run()
@@ -74,18 +79,3 @@ def collector(name: str, folder: str | None, as_json: bool) -> None:
     done = collectors.add(home, fleet_config.load(home), name)
     document = {"collector": name, "files": [str(file) for file in done.files], "steps": done.steps}
     emit(document, as_json, lambda: print_lines(*(f"Created: {file}" for file in done.files), *done.steps))
-
-
-def _maintain_repository(home: Path, store: FleetStore) -> None:
-    if Layout(home).newest_root_path() is not None and store.acquire_leadership("repository"):
-        from agent.fleet.repository.upkeep import maintain
-
-        maintain(home, store)
-
-
-def _no_devices_warning(store: FleetStore, config: FleetConfig) -> str:
-    problem = f"{store.name}: no device is enrolled in this database, so every message is refused as `unknown key`"
-    configured = display_name(config.fleet.db)
-    if store.name == configured:
-        return f"{problem}; enrol devices: outstation fleet enrol DEVICE"
-    return f"{problem}; `enrol` uses {configured}: collect without --db, or set fleet.db in fleet.toml to this one"

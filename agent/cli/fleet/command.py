@@ -11,37 +11,24 @@ from typing import TYPE_CHECKING
 import click
 
 from agent import clock
-from agent.cli.fleet.common import fleet_option, open_for_reading, open_store, print_lines
+from agent.cli.fleet.common import fleet_option, open_for_reading, open_store, print_lines, wait_option
 from agent.cli.output import emit, json_option
-from agent.config import BrokerConfig
 from agent.errors import LinkDown, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
 from agent.text import printable
 from agent.wire import keys, topics
 
-_WIPE_PROMPT = "This erases {device} permanently. Type its name to continue"
-
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from agent.fleet.commands import CommandResult
     from agent.fleet.database.store import FleetStore
-    from agent.fleet.enrolment.revocation import RevocationOutcome
 
 
 @click.command("command", epilog='Example: outstation fleet command pi-07 set-schedule exercise "every 5 s"')
 @click.argument("device")
 @click.argument("name")
 @click.argument("args", nargs=-1)
-@click.option(
-    "--wait",
-    "wait_s",
-    metavar="S",
-    default=30.0,
-    type=click.FloatRange(min=0),
-    help="Wait this long for the reply; default 30.",
-)
+@wait_option
 @click.option("--yes", is_flag=True, help="Wipe without asking.")
 @fleet_option
 @json_option
@@ -68,7 +55,7 @@ def command(
     values = parse_arguments(name, args)
     config, store = open_for_reading(folder, device=device)
     if name == "wipe" and not values:
-        if not yes and not _confirm_wipe(device):
+        if not yes and not confirm_wipe(device):
             raise UsageError("not wiped, as the name was not confirmed; --yes wipes without asking")
         first = send_command(home, config, store, device, name, {}, wait_s)
         if not first.ok or "confirm" not in (first.reply.data if first.reply else {}):
@@ -102,19 +89,20 @@ def revoke(device: str, kid: str | None, folder: str | None, as_json: bool) -> N
         "problem": done.problem,
         "steps": done.steps,
     }
-    emit(document, as_json, lambda: print_lines(*_revocation_lines(device, done)))
+    again = f"To let it in again: outstation fleet enrol {device} --replace"
+    lines = [f"{device}: revoked {', '.join(done.keys) or 'before'}. {again}"]
+    if done.certificates:
+        serials = ", ".join(done.certificates)
+        lines.append(f"Its certificate ({serials}) is on the revocation list. The broker still has to read the list:")
+    if done.problem:
+        lines.append(done.problem[0].upper() + done.problem[1:])
+    emit(document, as_json, lambda: print_lines(*lines, *done.steps))
     if done.failed:
         sys.exit(1)
 
 
 def send_command(
-    home: Path,
-    config: FleetConfig,
-    store: FleetStore,
-    device: str,
-    name: str,
-    args: dict[str, str],
-    wait_s: float,
+    home: Path, config: FleetConfig, store: FleetStore, device: str, name: str, args: dict[str, str], wait_s: float
 ) -> CommandResult:
     """Send a command on its own connection. Exits with code 1 if the broker cannot be reached."""
     from agent.fleet.commands import reserve_counter, send
@@ -127,7 +115,7 @@ def send_command(
         with reserve_counter(home, lambda: time.time_ns() // 1_000_000) as counter:
             client = f"outstation-{fleet}-command-{os.getpid()}"
             reply = str(topics.Topic(fleet, device, "reply"))
-            link = Link(_command_broker(config), client, subscribe=[reply])
+            link = Link(config.command_broker, client, subscribe=[reply])
             try:
                 return send(link, fleet, device, name, args, key, counter, keyring, wait_s)
             finally:
@@ -137,27 +125,10 @@ def send_command(
         sys.exit(1)
 
 
-def _revocation_lines(device: str, outcome: RevocationOutcome) -> Iterator[str]:
-    again = f"To let it in again: outstation fleet enrol {device} --replace"
-    yield f"{device}: revoked {', '.join(outcome.keys) or 'before'}. {again}"
-    if outcome.certificates:
-        serials = ", ".join(outcome.certificates)
-        yield f"Its certificate ({serials}) is on the revocation list. The broker still has to read the list:"
-    if outcome.problem:
-        yield outcome.problem[0].upper() + outcome.problem[1:]
-    yield from outcome.steps
-
-
-def _command_broker(config: FleetConfig) -> BrokerConfig:
-    """Use the certificate for commands, so that they do not end the connection of a `fleet watch`."""
-    return config.broker_for(config.commander or config.operator)
-
-
-def _confirm_wipe(device: str) -> bool:
-    if not sys.stdin.isatty():
-        return False
-    typed: str = click.prompt(_WIPE_PROMPT.format(device=device), default="", show_default=False, err=True)
-    return typed == device
+def confirm_wipe(device: str) -> bool:
+    """Return True if the operator types the device's name at a terminal."""
+    prompt = f"This erases {device} permanently. Type its name to continue"
+    return sys.stdin.isatty() and click.prompt(prompt, default="", show_default=False, err=True) == device
 
 
 def _report_and_exit(sent: CommandResult, as_json: bool) -> None:

@@ -29,6 +29,8 @@ fleet_option = click.option(
 db_option = click.option(
     "--db", metavar="URL", help="Use another database than fleet.toml names: a path, or postgresql://…"
 )
+wait_option = click.option("--wait", "wait_s", metavar="S", default=30.0, type=click.FloatRange(min=0),
+                           help="Wait this long for each reply; default 30.")  # fmt: skip
 device_option = click.option("--device", metavar="D", help="Only this device.")
 
 
@@ -46,8 +48,8 @@ def open_for_reading(
     config = fleet_config.load(fleet_config.find_folder(folder))
     store = FleetStore(database_url(config, db), read_only=True)
     click.get_current_context().call_on_close(store.close)
-    if device is not None:
-        require_enrolled(store, device)
+    if device is not None and device not in (known := store.enrolled_devices()):
+        raise UsageError(f"no device {device!r} is enrolled{did_you_mean(device, known)}")
     return config, store
 
 
@@ -61,13 +63,6 @@ def open_store(config: FleetConfig, db: str | None = None) -> Iterator[FleetStor
         yield store
     finally:
         store.close()
-
-
-def require_enrolled(store: FleetStore, device: str) -> None:
-    """Raise UsageError unless `device` was ever enrolled."""
-    known = store.enrolled_devices()
-    if device not in known:
-        raise UsageError(f"no device {device!r} is enrolled{did_you_mean(device, known)}")
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ def drift(
     now_us = time.time_ns() // 1000
     begin = None if since is None else _parse_since(since, now_us)
     _, store = open_for_reading(folder, db, device)
-    with progress_bar("reading", store.count_drift_windows()) as advance:
+    with progress_bar("reading", store.count_drift_messages()) as advance:
         survey = summarize_drift(store, task=task, since=begin, now_us=now_us, progress=advance)
     if task is not None and not survey.groups and (tasks := store.drift_tasks()) and task not in tasks:
         raise UsageError(f"no device reported drift of a task {task!r}{did_you_mean(task, tasks)}")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
 from msgspec.structs import replace
 
+from agent import clock
 from agent.arrays import Ints
 from agent.cli.device import drift_plot
 from agent.cli.device.drift_plot import FieldScale
@@ -48,7 +48,7 @@ def build_plot(
 
 
 def _plot_device(store: FleetStore, group: DriftGroup, device: str, since: str | None, scale: FieldScale) -> DriftPlot:
-    timeline = build_timeline(store, group, device, since=since, now_us=_now_us())
+    timeline = build_timeline(store, group, device, since=since, now_us=clock.read().wall_us)
     learned = {
         name: states["insufficient"].counts for name, states in timeline.histograms.items() if "insufficient" in states
     }
@@ -69,7 +69,8 @@ def _plot_device(store: FleetStore, group: DriftGroup, device: str, since: str |
 
 def _plot_fleet(store: FleetStore, group: DriftGroup, since: str | None, scale: FieldScale) -> DriftPlot:
     selected = _select_devices(group)
-    timelines = {name: build_timeline(store, group, name, since=since, now_us=_now_us()) for name in selected}
+    now_us = clock.read().wall_us
+    timelines = {name: build_timeline(store, group, name, since=since, now_us=now_us) for name in selected}
     fleet_counts = {name: part.counts for name, part in group.merge_fields().items()}
     outliers = {(outlier.device, outlier.field) for outlier in group.find_outliers()}
     histograms: dict[str, dict[str, Ints]] = {
@@ -123,7 +124,3 @@ def _select_devices(group: DriftGroup) -> list[str]:
 
 def _subtitle(windows: int, begin: int, end: int) -> str:
     return f"{windows} drift windows · {axes.format_time(begin)} to {axes.format_time(end)} UTC"
-
-
-def _now_us() -> int:
-    return time.time_ns() // 1000

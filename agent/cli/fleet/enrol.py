@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,9 +14,6 @@ from agent.errors import ConfigError, UsageError
 from agent.fleet import config as fleet_config
 from agent.names import is_name
 from agent.wire import keys
-
-if TYPE_CHECKING:
-    from agent.fleet.enrolment.enrol import Enrolment
 
 
 @click.command("init", epilog="Example: outstation fleet init acme --broker mqtts://broker.example.org")
@@ -114,16 +110,12 @@ def enrol(
         "problem": done.revoked.problem,
         "steps": done.revoked.steps,
     }
-    emit(document, as_json, lambda: print_lines(*_enrolment_lines(done, document)))
-
-
-def _enrolment_lines(done: Enrolment, document: dict[str, Any]) -> list[str]:
     state = "enrolled" if done.is_new else "was enrolled with this key already"
-    unpack = f"On the device: outstation init DIR --from {document['bundle']}"
-    where = unpack if document["bundle"] else f"Its files: {done.folder}; --bundle-out FILE packs them"
-    lines = [f"{done.device} {state}, key {done.key.text}", where]
+    unpack = f"On the device: outstation init DIR --from {bundle_out}"
+    where = unpack if bundle_out else f"Its files: {done.folder}; --bundle-out FILE packs them"
+    lines = [f"{device} {state}, key {done.key.text}", where]
     if done.revoked.certificates:
         lines += [f"Its former certificate ({', '.join(done.revoked.certificates)}) is revoked.", *done.revoked.steps]
     if done.revoked.problem:
         lines.append(f"Warning: {done.revoked.problem}.")
-    return lines
+    emit(document, as_json, lambda: print_lines(*lines))

@@ -99,7 +99,10 @@ def _make_folder(
         from agent.fleet.evidence.make import EvidenceSources, write_folder
     except ImportError as error:
         raise UsageError(f"{error}; the bill of materials needs: pip install 'outstation[fleet]'") from None
-    at = None if at is None else _parse_time(at)
+    try:
+        at = None if at is None else clock.to_rfc3339(clock.parse_rfc3339(at))
+    except ValueError:
+        raise UsageError(f"--at {at!r}: write a time with its time zone, 2026-11-24T22:18:00Z") from None
     known = [*builtin.publisher_keys(), *(keys.load_public(text) for text in publishers)]
     evaluated = [read_evaluation(path) for path in evaluations]
     config, store = open_for_reading(folder, db)
@@ -115,13 +118,6 @@ def _make_folder(
     )
     with progress_bar("gathering", store.count_messages()) as advance:
         return write_folder(store, sources, out, at, advance)
-
-
-def _parse_time(text: str) -> str:
-    try:
-        return clock.to_rfc3339(clock.parse_rfc3339(text))
-    except ValueError:
-        raise UsageError(f"--at {text!r}: write a time with its time zone, 2026-11-24T22:18:00Z") from None
 
 
 def _summary_lines(document: dict[str, Any]) -> Iterable[str]:
@@ -152,9 +148,9 @@ def verify(folder: Path, key_texts: tuple[str, ...], as_json: bool) -> None:
             "--key PUB is missing: the public key of the operator who signed the folder, obtained independently of the "
             "folder (operator.key.pub in the fleet's folder)"
         )
-    report = run(folder, [keys.load_public(text) for text in key_texts])
-    emit(report.to_dict(), as_json, lambda: print_lines(*_verification_lines(report.to_dict())))
-    if not report.ok:
+    report = run(folder, [keys.load_public(text) for text in key_texts]).to_dict()
+    emit(report, as_json, lambda: print_lines(*_verification_lines(report)))
+    if not report["ok"]:
         sys.exit(1)
 
 

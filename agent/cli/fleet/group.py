@@ -10,9 +10,8 @@ from agent.cli.fleet.drift import drift
 from agent.cli.fleet.enrol import enrol, init
 from agent.cli.fleet.evidence import evidence
 from agent.cli.fleet.label import label
-from agent.cli.fleet.publish import publish
 from agent.cli.fleet.reports import alerts, audit, devices, gaps
-from agent.cli.fleet.repository import repository
+from agent.cli.fleet.repository import publish, repository
 from agent.cli.fleet.rollout import rollout
 from agent.cli.fleet.simulate import simulate
 from agent.cli.fleet.watch import watch

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from agent import clock
 from agent.cli.device.label import read_labels, report
 from agent.cli.fleet.command import send_command
-from agent.cli.fleet.common import fleet_option, open_for_reading, open_store
+from agent.cli.fleet.common import fleet_option, open_for_reading, open_store, wait_option
 from agent.cli.output import emit, json_option, print_table
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
@@ -32,8 +32,7 @@ _MAX_LISTED = 20
 @click.argument("file", default="-")
 @fleet_option
 @click.option("--send", is_flag=True, help="Send them to the device as signed commands; it computes slices and alerts.")
-@click.option("--wait", "wait_s", metavar="S", default=30.0, type=click.FloatRange(min=0),
-              help="Wait this long for each reply; default 30.")  # fmt: skip
+@wait_option
 @json_option
 def label(device: str, task: str, file: str, folder: str | None, send: bool, wait_s: float, as_json: bool) -> None:
     """Join labels from FILE with collected results of TASK of DEVICE, and print the metrics.
@@ -50,9 +49,26 @@ def label(device: str, task: str, file: str, folder: str | None, send: bool, wai
         accepted, refused = _send_labels(home, config, store, device, task, labels, wait_s)
         report(accepted, rejected | refused, as_json)
         return
-    outcome = _join_labels(config, device, task, [entry for _, entry in labels])
+    from agent.fleet.labels import add
+
+    try:
+        with open_store(config) as writable, writable.transaction() as db:
+            outcome = add(db, device, task, [entry for _, entry in labels], clock.to_rfc3339(clock.read().wall_us))
+    except ValueError as problem:
+        raise UsageError(str(problem)) from None
     rejected |= {labels[index][0]: reason for index, reason in outcome.rejected.items()}
-    emit(_outcome_document(outcome, rejected), as_json, lambda: _print_outcome(outcome, rejected))
+    model = outcome.model
+    document = {
+        "accepted": outcome.accepted,
+        "replaced": outcome.replaced,
+        "rejected": [{"line": line, "reason": reason} for line, reason in sorted(rejected.items())],
+        "sources": outcome.sources,
+        "model": model.to_dict() if model else None,
+        "results": {"listed": model.listed, "total": model.results} if model else None,
+        "other_models": outcome.other_bundle_labels,
+        "metrics": [metric.to_dict() for metric in outcome.metrics],
+    }
+    emit(document, as_json, lambda: _print_outcome(outcome, rejected))
     if rejected:
         sys.exit(1)
 
@@ -81,30 +97,6 @@ def _send_labels(
         accepted += int(sent.reply.data["accepted"])
         rejected |= {lines[int(index)]: str(reason) for index, reason in sent.reply.data["rejected"].items()}
     return accepted, rejected
-
-
-def _join_labels(config: FleetConfig, device: str, task: str, labels: list[Label]) -> LabelOutcome:
-    from agent.fleet.labels import add
-
-    try:
-        with open_store(config) as store, store.transaction() as db:
-            return add(db, device, task, labels, clock.to_rfc3339(clock.read().wall_us))
-    except ValueError as problem:
-        raise UsageError(str(problem)) from None
-
-
-def _outcome_document(outcome: LabelOutcome, rejected: dict[int, str]) -> dict[str, Any]:
-    model = outcome.model
-    return {
-        "accepted": outcome.accepted,
-        "replaced": outcome.replaced,
-        "rejected": [{"line": line, "reason": reason} for line, reason in sorted(rejected.items())],
-        "sources": outcome.sources,
-        "model": model.to_dict() if model else None,
-        "results": {"listed": model.listed, "total": model.results} if model else None,
-        "other_models": outcome.other_bundle_labels,
-        "metrics": [metric.to_dict() for metric in outcome.metrics],
-    }
 
 
 def _print_outcome(outcome: LabelOutcome, rejected: dict[int, str]) -> None:

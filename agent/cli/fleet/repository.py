@@ -1,28 +1,72 @@
-"""`outstation fleet repository`: create and maintain the TUF repository of bundles, its keys and its expiry."""
+"""`outstation fleet publish` and `repository`: the TUF repository of bundles, its keys and its expiry."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from agent.cli.fleet.common import fleet_option
 from agent.cli.output import emit, json_option, print_table
 from agent.fleet import config as fleet_config
+from agent.wire import keys
 
 if TYPE_CHECKING:
-    from agent.fleet.repository.status import RepositoryStatus, RoleStatus
+    from agent.fleet.repository.status import RepositoryStatus
 
 _path = click.Path(path_type=Path)
-_sign_with = click.option(
-    "--sign-with",
-    multiple=True,
-    type=_path,
-    metavar="FILE",
-    help="A private key that is not in the fleet's folder, as on a USB stick.",
-)
+_sign_with = click.option("--sign-with", multiple=True, type=_path, metavar="FILE",
+                          help="A private key that is not in the fleet's folder, as on a USB stick.")  # fmt: skip
+
+
+@click.command("publish", epilog="Example: outstation fleet publish exercise --key publisher.key.pub")
+@click.argument("bundle", type=_path)
+@click.option("--key", "public", multiple=True, metavar="PUB", help="A publisher's public key, as text or in a file.")
+@click.option("--no-probe", is_flag=True,
+              help="Do not load the bundle first; publish its memory limit in place of the measured need.")  # fmt: skip
+@_sign_with
+@fleet_option
+@json_option
+def publish(
+    bundle: Path,
+    public: tuple[str, ...],
+    no_probe: bool,
+    sign_with: tuple[Path, ...],
+    folder: str | None,
+    as_json: bool,
+) -> None:
+    """Add BUNDLE, a path or the name of a built-in bundle, to the fleet's repository.
+
+    It must be signed by a --key, by the publisher of the built-in bundles, or by the fleet's operator. No device runs
+    it before a rollout. Publishing the same bundle again changes nothing; another one needs another version.
+    """
+    from agent.fleet.repository import publish as publishing
+    from agent.model.bundle import builtin
+
+    home = fleet_config.find_folder(folder)
+    # The operator's private key may be elsewhere.
+    operator = keys.load_public_for(Path(fleet_config.load(home).operator.key_file))
+    trusted = [operator, *builtin.publisher_keys(), *(keys.load_public(text) for text in public)]
+    done = publishing.publish(home, builtin.resolve_path(bundle), trusted, run_probe=not no_probe, sign_with=sign_with)
+    metadata = done.target_metadata
+    document = {
+        "name": metadata.name,
+        "version": metadata.version,
+        "digest": metadata.digest,
+        "target": done.target,
+        "bytes": done.bytes,
+        "memory": metadata.memory,
+        "signer": done.signer,
+        "created": done.is_new,
+    }
+    state = "published" if done.is_new else "was published already"
+    text = (
+        f"{metadata.name} {metadata.version} {state}: {done.target}, {done.bytes / 1e3:.0f} kB, "
+        f"{metadata.memory / 2**20:.0f} MiB of memory\n{metadata.digest}"
+    )
+    emit(document, as_json, lambda: click.echo(text))
 
 
 @click.group()
@@ -50,16 +94,13 @@ def init(roots: int, threshold: int, url: str | None, folder: str | None, as_jso
         address.write(home, url)
     done = create.create(home, roots=roots, threshold=threshold)
     document = {"root": str(done.root), "threshold": done.threshold, "keys": [str(path) for path in done.keys]}
-    emit(document, as_json, lambda: click.echo("\n".join(_creation_lines(home, document))))
-
-
-def _creation_lines(home: Path, document: dict[str, Any]) -> list[str]:
-    names = " ".join(Path(path).name for path in document["keys"])
-    return [
-        f"{home / 'repository'} created; serve it by HTTP(S), or copy it to a stick. Devices get {document['root']}",
-        f"Move {names} from {home / 'repository-keys'} to separate offline media now: {document['threshold']} of "
-        f"{len(document['keys'])} can change all keys. targets-1.key is needed for the first bundle of each name.",
-    ]
+    names = " ".join(path.name for path in done.keys)
+    text = (
+        f"{home / 'repository'} created; serve it by HTTP(S), or copy it to a stick. Devices get {done.root}\n"
+        f"Move {names} from {home / 'repository-keys'} to separate offline media now: {done.threshold} of "
+        f"{len(done.keys)} can change all keys. targets-1.key is needed for the first bundle of each name."
+    )
+    emit(document, as_json, lambda: click.echo(text))
 
 
 @repository.command("status", epilog="Example: outstation fleet repository status --json")
@@ -83,15 +124,14 @@ def _print_status(report: RepositoryStatus) -> None:
     for revoked in report.revoked:
         click.echo(f"{revoked['name']} {revoked['version']} was revoked on {revoked['day']}")
     click.echo()
-    rows = [[role.role, role.version, role.expires, role.days_left, _format_keys(role)] for role in report.roles]
+    rows = []
+    for role in report.roles:
+        names = ", ".join(key.name if key.has_private_key else f"{key.name} (elsewhere)" for key in role.keys)
+        names = names if len(role.keys) == 1 else f"{role.threshold} of {names}"
+        rows.append([role.role, role.version, role.expires, role.days_left, names])
     print_table(["role", "version", "expires", "days", "keys"], rows, "")
     for line in report.reminders:
         click.echo(click.style(line, fg="yellow"))
-
-
-def _format_keys(role_status: RoleStatus) -> str:
-    names = ", ".join(key.name if key.has_private_key else f"{key.name} (elsewhere)" for key in role_status.keys)
-    return names if len(role_status.keys) == 1 else f"{role_status.threshold} of {names}"
 
 
 @repository.command("refresh", epilog="Example: outstation fleet repository refresh")

@@ -77,14 +77,8 @@ def status(name: str | None, watch: bool, folder: str | None, as_json: bool) -> 
 
 @rollout.command("follow", epilog="Example: outstation fleet rollout follow exercise-1-1")
 @click.argument("names", metavar="[NAME]...", nargs=-1)
-@click.option(
-    "--every",
-    "every_s",
-    metavar="S",
-    default=5.0,
-    type=click.FloatRange(min=0.1),
-    help="Evaluate the rules this often; default 5.",
-)
+@click.option("--every", "every_s", metavar="S", default=5.0, type=click.FloatRange(min=0.1),
+              help="Evaluate the rules this often; default 5.")  # fmt: skip
 @fleet_option
 def follow(names: tuple[str, ...], every_s: float, folder: str | None) -> None:
     """Evaluate rules repeatedly, and promote, finish or abort by them, until no rollout is open.
@@ -122,9 +116,7 @@ def pause(name: str, folder: str | None, as_json: bool) -> None:
     """Stop promoting NAME until it is resumed. Devices stay as they are, and rules may still abort it."""
     from agent.fleet.rollout import actions
 
-    with _open_publisher(fleet_config.find_folder(folder)) as publisher:
-        current = _find_rollout(publisher, name)
-        _decide_and_publish(publisher, lambda db, operator, _: actions.pause(db, operator, current), as_json)
+    _decide(folder, name, as_json, lambda db, operator, _, current: actions.pause(db, operator, current))
 
 
 @rollout.command("resume", epilog="Example: outstation fleet rollout resume exercise-1-1")
@@ -135,9 +127,7 @@ def resume(name: str, folder: str | None, as_json: bool) -> None:
     """Resume NAME, which was paused."""
     from agent.fleet.rollout import actions
 
-    with _open_publisher(fleet_config.find_folder(folder)) as publisher:
-        current = _find_rollout(publisher, name)
-        _decide_and_publish(publisher, lambda db, operator, _: actions.resume(db, operator, current), as_json)
+    _decide(folder, name, as_json, lambda db, operator, _, current: actions.resume(db, operator, current))
 
 
 @rollout.command("promote", epilog='Example: outstation fleet rollout promote exercise-1-1 --force "seen on site"')
@@ -155,7 +145,15 @@ def promote(name: str, force_reason: str | None, folder: str | None, as_json: bo
         with publisher.store.snapshot() as db:
             verdict = load_snapshot(db, current, now_us).verdict
         if current.is_open and verdict.outcome not in ("promote", "finish") and force_reason is None:
-            _report_not_promoted(current, verdict.blockers or [verdict.summary], as_json)
+            blockers = verdict.blockers or [verdict.summary]
+            text = f"{name} is not promoted from {current.current_step.label}: {'; '.join(blockers)}"
+            head = {"rollout": name, "state": current.state, "step": current.step}
+            emit(
+                {**head, "promoted": False, "blockers": blockers},
+                as_json,
+                lambda: click.echo(printable(f"{text}. --force REASON promotes it anyway.")),
+            )
+            sys.exit(1)
         _decide_and_publish(
             publisher,
             lambda db, operator, counter: actions.promote(db, operator, counter, current, verdict, force_reason),
@@ -172,11 +170,12 @@ def abort(name: str, reason: str, folder: str | None, as_json: bool) -> None:
     """Abort NAME: every device returns to its previous bundle, and does not try the bundle again for a while."""
     from agent.fleet.rollout import actions
 
-    with _open_publisher(fleet_config.find_folder(folder)) as publisher:
-        current = _find_rollout(publisher, name)
-        _decide_and_publish(
-            publisher, lambda db, operator, counter: actions.abort(db, operator, counter, current, reason), as_json
-        )
+    _decide(
+        folder,
+        name,
+        as_json,
+        lambda db, operator, counter, current: actions.abort(db, operator, counter, current, reason),
+    )
 
 
 def build_documents(store: FleetStore, name: str | None) -> list[dict[str, Any]]:
@@ -209,11 +208,23 @@ def _open_publisher(home: Path, role: str = "operator") -> Iterator[RolloutPubli
 
     config = fleet_config.load(home)
     key = keys.load_private(Path(config.operator.key_file))
-    # The certificate for commands: `fleet watch` keeps its own connection.
-    broker = config.broker_for(config.commander or config.operator)
     client = f"outstation-{config.fleet.name}-rollout-{os.getpid()}"
     with open_store(config) as store:
-        yield RolloutPublisher(store, config.fleet.name, home, key, lambda: Link(broker, client), role=role)
+        yield RolloutPublisher(
+            store, config.fleet.name, home, key, lambda: Link(config.command_broker, client), role=role
+        )
+
+
+def _decide(
+    folder: str | None,
+    name: str,
+    as_json: bool,
+    action: Callable[[Connection, RolloutOperator, int, Rollout], Rollout],
+) -> None:
+    """Record and publish a decision about the rollout `name`, as it is now."""
+    with _open_publisher(fleet_config.find_folder(folder)) as publisher:
+        current = _find_rollout(publisher, name)
+        _decide_and_publish(publisher, lambda db, operator, counter: action(db, operator, counter, current), as_json)
 
 
 def _find_rollout(publisher: RolloutPublisher, name: str) -> Rollout:
@@ -227,11 +238,11 @@ def _decide_and_publish(
     publisher: RolloutPublisher, action: Callable[[Connection, RolloutOperator, int], Rollout], as_json: bool
 ) -> None:
     """Record a decision and publish it. Raises LinkDown if the broker cannot be reached."""
-    from agent.fleet.rollout import journal
+    from agent.fleet.database import rollouts
 
     done, publish_error = publisher.execute(action)
     with publisher.store.snapshot() as db:
-        summary = str(journal.load_decision_rows(db, done.name)[-1][4])
+        summary = str(rollouts.load_decisions(db, done.name)[-1][4])
     document = {
         "rollout": done.name,
         "state": done.state,
@@ -244,16 +255,3 @@ def _decide_and_publish(
     if publish_error:
         hint = "the decision is recorded; `outstation fleet rollout follow`, or the next command, publishes it"
         raise LinkDown(f"{publish_error}: {hint}")
-
-
-def _report_not_promoted(current: Rollout, blockers: list[str], as_json: bool) -> None:
-    text = f"{current.name} is not promoted from {current.current_step.label}: {'; '.join(blockers)}"
-    document = {
-        "rollout": current.name,
-        "state": current.state,
-        "step": current.step,
-        "promoted": False,
-        "blockers": blockers,
-    }
-    emit(document, as_json, lambda: click.echo(printable(f"{text}. --force REASON promotes it anyway.")))
-    sys.exit(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -40,7 +40,10 @@ def watch(load: Callable[[], Documents]) -> None:
 def _render(documents: Documents) -> Group:
     parts: list[RenderableType] = []
     for document in documents:
-        parts += [_render_heading(document), _render_steps(document), _render_phases(document)]
+        phases = [f"{count} {phase}" for phase, count in document["phases"].items()] or ["none"]
+        others = f"; {document['unselected']} not in this step" if document["unselected"] else ""
+        parts += [_render_heading(document), _render_steps(document)]
+        parts += [Text(f"  {document['selected']} devices: {', '.join(phases)}{others}")]
         parts += [*_render_rules(document), *_render_details(document), Text("")]
     return Group(*parts)
 
@@ -67,12 +70,6 @@ def _render_steps(document: dict[str, Any]) -> Text:
     return text
 
 
-def _render_phases(document: dict[str, Any]) -> Text:
-    phases = [f"{count} {phase}" for phase, count in document["phases"].items()] or ["none"]
-    others = f"; {document['unselected']} not in this step" if document["unselected"] else ""
-    return Text(f"  {document['selected']} devices: {', '.join(phases)}{others}")
-
-
 def _render_rules(document: dict[str, Any]) -> list[RenderableType]:
     if not document["rules"]:
         return []
@@ -85,12 +82,14 @@ def _render_rules(document: dict[str, Any]) -> list[RenderableType]:
     return [table]
 
 
-def _render_details(document: dict[str, Any]) -> list[RenderableType]:
+def _render_details(document: dict[str, Any]) -> list[Text]:
     lines = []
     if document["blockers"]:
         lines.append(Text(f"  blocked by: {'; '.join(document['blockers'])}", "yellow"))
     if document["not_reported"]:
-        lines.append(Text(printable(f"  not reported: {_join_names(document['not_reported'])}"), "dim"))
+        names = document["not_reported"]
+        more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+        lines.append(Text(printable(f"  not reported: {', '.join(names[:_MAX_NAMED])}{more}"), "dim"))
     devices = {device["device"]: device for device in document["devices"]}
     for name in document["rejected"][:_MAX_NAMED]:
         device, style = devices[name], "red" if name in document["failed"] else "dim"
@@ -101,10 +100,4 @@ def _render_details(document: dict[str, Any]) -> list[RenderableType]:
         count = f"implausible messages: {report['messages']}"
         lines.append(Text(printable(f"  {report['device']}: {count}, the last: {report['reason']}"), "red"))
     newest = document["decisions"][-_MAX_DECISIONS:]
-    lines += [Text(printable(f"  {decision['time']}  {decision['summary']}")) for decision in newest]
-    return list(lines)
-
-
-def _join_names(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-    return ", ".join(names[:_MAX_NAMED]) + more
+    return lines + [Text(printable(f"  {decision['time']}  {decision['summary']}")) for decision in newest]

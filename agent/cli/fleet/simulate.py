@@ -70,16 +70,17 @@ def simulate(
     counts = {name: default if n is None else n for name, n in (("away", away), ("cut", cut), ("slow", slow))}
     publishers = tuple(keys.load_public(text) for text in publisher_keys)
     request = SimulationRequest(devices, duration, speed, seed, plan, broker, publishers, worse=worse, **counts)
+
+    def announce(sentence: str) -> None:
+        if sys.stderr.isatty():
+            click.echo(f"{time.strftime('%H:%M:%S')}  {sentence}", err=True)
+
     with open_folder(folder) as home:
-        document = run(home, request, _report_progress if sys.stderr.isatty() else lambda _: None)
+        document = run(home, request, announce)
     document["seconds"] = round(time.monotonic() - started_s, 1)
     emit(document, as_json, lambda: _print(document))
     if not document["audit"]["passed"] or not document.get("rollout", {}).get("ended", True):
         sys.exit(1)
-
-
-def _report_progress(sentence: str) -> None:
-    click.echo(f"{time.strftime('%H:%M:%S')}  {sentence}", err=True)
 
 
 def _print(document: dict[str, Any]) -> None:

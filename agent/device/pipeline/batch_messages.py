@@ -16,7 +16,7 @@ from agent.device.store.clock_segments import ClockStamp, clip_stamps
 from agent.device.store.message_log import PendingMessage
 from agent.device.store.rows import Rows
 from agent.device.store.store import RowBatch
-from agent.drift.state import DriftWindowResult
+from agent.drift.state import DriftWindowResult, QuietRun
 from agent.model.inference.inference import InferenceResult
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.scores import Scores
@@ -73,7 +73,7 @@ def build_drift_messages(
 ) -> tuple[list[PendingMessage], LearningRefusals]:
     """Return the messages of closed drift windows, each with its alerts and what it ended to learn.
 
-    Also return the refusals to learn after them.
+    A run of quiet windows is one message. Also return the refusals to learn after them.
     """
     messages: list[PendingMessage] = []
     for window in windows:
@@ -93,7 +93,22 @@ def _drift_body(task: LoadedTask, window: DriftWindowResult) -> dict[str, Any]:
         "n": window.row_count,
     }
     reference = {"shipped": shipped, "site": window.site_digest}
-    return {"model": task.bundle_ref, "reference": reference, "window": span, **window.members}
+    body = {"model": task.bundle_ref, "reference": reference, "window": span}
+    if window.quiet is not None and len(window.quiet) > 1:
+        body["windows"] = _quiet_columns(window.quiet)
+    return body | window.members
+
+
+def _quiet_columns(quiet: QuietRun) -> dict[str, Any]:
+    (first, last), (begin, end) = quiet.rows.T, quiet.t.T
+    return {
+        "first": columns.encode_runs(first),
+        "last": columns.encode_runs(last),
+        "from": columns.encode_times(begin),
+        "to": columns.encode_times(end),
+        "n": columns.encode_runs(quiet.row_counts),
+        "nearest": quiet.nearest.tolist(),
+    }
 
 
 def _result_body(task: LoadedTask, rows: list[int], n: int, consumed: Rows, columns: dict[str, Any]) -> dict[str, Any]:

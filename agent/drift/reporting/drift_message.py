@@ -12,12 +12,15 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec.structs import astuple
 
 from agent.arrays import Float64s, Ints
 from agent.drift.baseline.reference import Reference
+from agent.drift.baseline.sampling import SamplingIntervals
 from agent.drift.baseline.summary import Summary
 from agent.drift.detectors.registry import CERTAINTY, CORRELATION, ScoreLayout
 from agent.drift.numeric import divergence
+from agent.drift.numeric.sums import GroupSums
 from agent.drift.testing.test_suite import DriftTester
 from agent.performance import cbpe
 
@@ -25,17 +28,64 @@ OTHER = "other"  # labels with too few predictions to be named
 STATES_BY_SEVERITY = ("fault", "drift", "insufficient", "ok")
 
 
-def build_features(window: Summary, shipped: Reference, min_bin_rows: int = 0) -> list[dict[str, Any]]:
-    """Return each field's numbers, per drift window of stacked summaries."""
-    moments = window.row_sums.moments(shipped.origin[: len(shipped.fields)])
-    q = divergence.shares(divergence.fold_outer_bins(window.counts))
+class MessageSums(msgspec.Struct, frozen=True, eq=False):
+    """What a message shows of the summaries of its drift windows; with M in front of all shapes for M messages."""
+
+    counts: Ints  # (F, 34)
+    missing: Ints  # (F,)
+    row_n: Ints  # (1, F)
+    row_total: Float64s
+    row_squares: Float64s
+    output: Ints  # (C,)
+    scores: Ints  # (32,)
+    interval_steps: Ints  # (48,)
+    interval_total_us: Ints
+    repeated: Ints  # (1,)
+
+    @classmethod
+    def from_summaries(cls, windows: Summary, index: slice) -> MessageSums:
+        """Add up these windows of a stack."""
+        rows, sampling = windows.row_sums, windows.sampling
+        parts: tuple[Any, ...] = (
+            *(windows.counts, windows.missing, rows.n, rows.total, rows.squares, windows.output, windows.scores),
+            *(sampling.steps, sampling.total_us, sampling.repeated),
+        )
+        return cls(*(part[index].sum(0) for part in parts))
+
+    @classmethod
+    def stack(cls, sums: Sequence[MessageSums]) -> MessageSums:
+        return cls(*(np.stack(parts) for parts in zip(*map(astuple, sums), strict=True)))
+
+    def __add__(self, other: MessageSums) -> MessageSums:
+        return MessageSums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def row_sums(self) -> GroupSums:
+        return GroupSums(self.row_n, self.row_total, self.row_squares)
+
+    @property
+    def mean_step_us(self) -> Float64s:
+        """(M,) mean interval of rows, NaN if unknown."""
+        return SamplingIntervals(self.interval_steps, self.interval_total_us, self.repeated).mean_step_us()
+
+    @property
+    def repeated_share(self) -> Float64s:
+        """(M,) share of rows that repeat the row before."""
+        rows = self.counts[:, 0].sum(-1) + self.missing[:, 0]
+        return np.asarray(self.repeated[:, 0] / np.maximum(1, rows))
+
+
+def build_features(sums: MessageSums, shipped: Reference, min_bin_rows: int = 0) -> list[dict[str, Any]]:
+    """Return each field's numbers, per message of a stack."""
+    moments = sums.row_sums.moments(shipped.origin[: len(shipped.fields)])
+    q = divergence.shares(divergence.fold_outer_bins(sums.counts))
     sized = round_effect_size(
         np.moveaxis(divergence.compute_all(shipped.bin_shares, q, shipped.bounds, shipped.sd), 0, -1)
     ).tolist()
-    counts = (_suppress_small_bins(window.counts, min_bin_rows) if min_bin_rows > 1 else window.counts).tolist()
+    counts = (_suppress_small_bins(sums.counts, min_bin_rows) if min_bin_rows > 1 else sums.counts).tolist()
     columns = (
         counts,
-        window.missing.tolist(),
+        sums.missing.tolist(),
         _to_compact_numbers(moments.mean[:, 0]),
         _to_compact_numbers(moments.m2[:, 0]),
         sized,
@@ -54,55 +104,53 @@ def build_features(window: Summary, shipped: Reference, min_bin_rows: int = 0) -
                 "ks": ks,
                 "w1": w1,
             }
-            for name, bins, missing, mean, m2, (psi, js, ks, w1) in zip(shipped.fields, *window_numbers, strict=True)
+            for name, bins, missing, mean, m2, (psi, js, ks, w1) in zip(shipped.fields, *numbers, strict=True)
         }
-        for window_numbers in zip(*columns, strict=True)
+        for numbers in zip(*columns, strict=True)
     ]
 
 
-def build_output(windows: Summary, shipped: Reference, min_bin_rows: int = 0) -> list[dict[str, Any]]:
-    """Return the predictions of each class, or by their certainty, per drift window of stacked summaries."""
+def build_output(sums: MessageSums, shipped: Reference, min_bin_rows: int = 0) -> list[dict[str, Any]]:
+    """Return the predictions of each class, or by their certainty, per message of a stack."""
     if not shipped.labels:
-        scores = _suppress_small_bins(windows.scores, min_bin_rows) if min_bin_rows > 1 else windows.scores
-        psi = round_effect_size(divergence.psi(shipped.score_n, windows.scores))
+        scores = _suppress_small_bins(sums.scores, min_bin_rows) if min_bin_rows > 1 else sums.scores
+        psi = round_effect_size(divergence.psi(shipped.score_n, sums.scores))
         return [{"counts": n, "psi": far} for n, far in zip(scores.tolist(), psi.tolist(), strict=True)]
-    psi = round_effect_size(divergence.psi(shipped.output, windows.output))
+    psi = round_effect_size(divergence.psi(shipped.output, sums.output))
     named = [
-        {label: n for label, n in zip(shipped.labels, counts, strict=True) if n} for counts in windows.output.tolist()
+        {label: n for label, n in zip(shipped.labels, counts, strict=True) if n} for counts in sums.output.tolist()
     ]
     return [
         {"counts": _merge_rare_labels(n, min_bin_rows), "psi": far} for n, far in zip(named, psi.tolist(), strict=True)
     ]
 
 
-def build_estimates(windows: Summary, shipped: Reference) -> list[dict[str, Any] | None]:
-    """Return the expected accuracy per stacked window; None if the reference has no labelled scores."""
+def build_estimates(sums: MessageSums, shipped: Reference) -> list[dict[str, Any] | None]:
+    """Return the expected accuracy per message of a stack; None if the reference has no labelled scores."""
     if shipped.score_correct is None:
-        return [None] * len(windows.scores)
+        return [None] * len(sums.scores)
     known = bool(shipped.score_n.any())
     right = cbpe.estimate_bin_accuracy(shipped.score_n, shipped.score_correct) if known else None
-    return [cbpe.estimate_accuracy(shipped.score_n, shipped.score_correct, scores, right) for scores in windows.scores]
+    return [cbpe.estimate_accuracy(shipped.score_n, shipped.score_correct, scores, right) for scores in sums.scores]
 
 
 class SuiteStatus(msgspec.Struct, frozen=True, eq=False):
-    """State of the tests over W drift windows: `cusum_sums` (W, 2, T) after each; all else is equal in all of them."""
+    """State of the tests after the last drift window of a message."""
 
-    cusum_sums: Float64s
+    cusum_sums: Float64s  # (2, T)
     layout: ScoreLayout
     drifting: list[bool]  # of each subject
     faults: tuple[str | None, ...]  # the fault of each field
     tested: bool
 
 
-def add_states(
-    members: Sequence[dict[str, Any]], status: SuiteStatus, tester: DriftTester | None
-) -> list[dict[str, Any]]:
-    """Add sums, limits and states, of each field and overall, to the members of W messages."""
+def add_states(numbers: dict[str, Any], status: SuiteStatus, tester: DriftTester | None) -> dict[str, Any]:
+    """Add sums, limits and states, of each field and overall, to the members of a message."""
     layout, faults, fields = status.layout, status.faults, len(status.faults)
     certainty, pairs = layout[CERTAINTY.name].start, layout[CORRELATION.name]
     named = [*range(2 * fields), certainty]
-    sums = _to_compact_numbers(np.round(status.cusum_sums[:, :, named].transpose(0, 2, 1), 2))
-    highest = status.cusum_sums[:, :, pairs].max((1, 2), initial=0.0).tolist()
+    sums = _to_compact_numbers(np.round(status.cusum_sums[:, named].T, 2))
+    highest = float(status.cusum_sums[:, pairs].max(initial=0.0))
     # All fields share numbers limit, and so do all pairs.
     limit, pairs_limit, certainty_limit = (
         round(float(tester.limits.limit[place]), 2) if tester else None for place in (0, certainty - 1, certainty)
@@ -113,24 +161,18 @@ def add_states(
         for fault, on in zip(faults, status.drifting[:fields], strict=True)
     ]
     output, score, together = (("drift" if on else quiet) for on in status.drifting[fields:])
-    state = worst_state({*states, output, score, together})
-    return [
-        numbers
-        | {
-            "features": {
-                name: feature
-                | {"cusum": {"mean": mean, "spread": spread, "limit": limit}, "state": now, "fault": fault}
-                for (name, feature), mean, spread, now, fault in zip(
-                    numbers["features"].items(), each[:fields], each[fields:-1], states, faults, strict=True
-                )
-            },
-            "output": numbers["output"]
-            | {"state": output, "score": {"cusum": each[-1], "limit": certainty_limit, "state": score}},
-            "joint": {"cusum": to_compact_number(round(most, 2)), "limit": pairs_limit, "state": together},
-            "state": state,
-        }
-        for numbers, each, most in zip(members, sums, highest, strict=True)
-    ]
+    return numbers | {
+        "features": {
+            name: feature | {"cusum": {"mean": mean, "spread": spread, "limit": limit}, "state": now, "fault": fault}
+            for (name, feature), mean, spread, now, fault in zip(
+                numbers["features"].items(), sums[:fields], sums[fields:-1], states, faults, strict=True
+            )
+        },
+        "output": numbers["output"]
+        | {"state": output, "score": {"cusum": sums[-1], "limit": certainty_limit, "state": score}},
+        "joint": {"cusum": to_compact_number(round(highest, 2)), "limit": pairs_limit, "state": together},
+        "state": worst_state({*states, output, score, together}),
+    }
 
 
 def worst_state(states: Set[str]) -> str:

@@ -5,7 +5,7 @@ A message comes from a device that may have another version, or be an impostor: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -15,9 +15,11 @@ from msgspec.structs import replace
 from agent.arrays import Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.numeric import divergence
+from agent.wire.quiet_windows import QuietWindows
 
 MAX_FIELDS = 256
 UNTESTED = "untested"
+MEMBERS = ("features", "output", "joint", "estimate", "windows")
 # No window holds so many rows; a sum over a few million windows is still exact.
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
 # Far beyond any sensor, and far from where their squares and sums overflow.
@@ -93,19 +95,30 @@ class SubjectReport(msgspec.Struct, frozen=True):
 
 
 class WindowReport(msgspec.Struct, frozen=True):
-    """One drift window; times are epoch µs. `accuracy` is the estimate with its interval."""
+    """One drift window, or a run of quiet ones; times are epoch µs. `accuracy` is the estimate with its interval.
+
+    Fields cover the whole run, subjects tell the state after it. `ends` and `nearest` have an entry for each window:
+    when it ended, and the largest sum of a test then as a share of its limit.
+    """
 
     t: tuple[int, int]
     state: str
     fields: dict[str, FieldReport]
     subjects: dict[str, SubjectReport]
     accuracy: tuple[float, float, float] | None
+    ends: Sequence[int]
+    nearest: Sequence[float]
+
+    @property
+    def windows(self) -> int:
+        return len(self.ends)
 
 
 _FIELDS = msgspec.json.Decoder(dict[str, FieldReport])
 _OUTPUT = msgspec.json.Decoder(_Output)
 _JOINT = msgspec.json.Decoder(_Joint | None)
 _ESTIMATE = msgspec.json.Decoder(_Estimate | None)
+_WINDOWS = msgspec.json.Decoder(QuietWindows | None)
 
 
 def parse_members(
@@ -115,11 +128,13 @@ def parse_members(
     output: str | bytes,
     joint: str | bytes,
     estimate: str | bytes,
+    windows: str | bytes,
 ) -> WindowReport:
     """Parse a message's members given as JSON, `null` for none. Raises ValueError."""
     try:
         fields = _FIELDS.decode(features)
         decoded = (_OUTPUT.decode(output), _JOINT.decode(joint), _ESTIMATE.decode(estimate))
+        run = _WINDOWS.decode(windows)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise ValueError(str(error)) from error
     if not 0 < len(fields) <= MAX_FIELDS:
@@ -131,12 +146,15 @@ def parse_members(
     subjects = dict(_subject_reports(fields, answers, together))
     if state == "fault":
         subjects = {name: _mark_untested(subject) for name, subject in subjects.items()}
-    return WindowReport(t, state, fields, subjects, accuracy)
+    if run is not None:
+        return WindowReport(t, state, fields, subjects, accuracy, [end for _, end in run.expand_times()], run.nearest)
+    shares = [max(s.mean, s.spread) / s.limit for s in subjects.values() if s.limit]
+    return WindowReport(t, state, fields, subjects, accuracy, [t[1]], [max(shares, default=0.0)])
 
 
 def from_message(body: dict[str, Any], t: tuple[int, int]) -> WindowReport:
     """Parse a whole message. Raises ValueError."""
-    members = [msgspec.json.encode(body.get(name)) for name in ("features", "output", "joint", "estimate")]
+    members = [msgspec.json.encode(body.get(name)) for name in MEMBERS]
     return parse_members(t, str(body.get("state")), *members)
 
 

@@ -15,9 +15,13 @@ _STATE_SEVERITY = {"untested": 0, "ok": 1, "insufficient": 2, "drift": 3, "fault
 
 
 class Point(msgspec.Struct, frozen=True):
-    """One drift window, or merged neighbors with the largest sums and the worst states. Times are epoch µs."""
+    """One drift window, a run of quiet ones, or merged neighbors with the largest sums and the worst states.
+
+    Times are epoch µs. `nearest`: largest sum of any test after a window, as a share of its limit.
+    """
 
     t: tuple[int, int]
+    nearest: float
     subjects: dict[str, SubjectReport]
     accuracy: tuple[float, float, float] | None
 
@@ -25,7 +29,8 @@ class Point(msgspec.Struct, frozen=True):
         names = [*self.subjects, *(name for name in later.subjects if name not in self.subjects)]
         both = {name: _worse_report(self.subjects.get(name), later.subjects.get(name)) for name in names}
         lower = [accuracy for accuracy in (self.accuracy, later.accuracy) if accuracy is not None]
-        return Point((self.t[0], max(self.t[1], later.t[1])), both, min(lower, default=None))
+        nearest = max(self.nearest, later.nearest)
+        return Point((self.t[0], max(self.t[1], later.t[1])), nearest, both, min(lower, default=None))
 
 
 class StateHistogram(msgspec.Struct):
@@ -36,29 +41,31 @@ class StateHistogram(msgspec.Struct):
 
 
 class Timeline(msgspec.Struct):
-    """Timeline; windows are added in the order of their time.
+    """Timeline; reports of windows are added in the order of their time.
 
     `histograms` per field and state; those of "drift" cover the last spell only. Windows with a fault are left out.
     """
 
     points: list[Point] = msgspec.field(default_factory=list)
     windows: int = 0
-    windows_per_point: int = 1  # windows that a point stands for
+    reports: int = 0
+    reports_per_point: int = 1
     histograms: dict[str, dict[str, StateHistogram]] = msgspec.field(default_factory=dict)
     _last_state: dict[str, str] = msgspec.field(default_factory=dict)
 
     def add(self, window: WindowReport) -> None:
-        point = Point(window.t, window.subjects, window.accuracy)
+        point = Point(window.t, max(window.nearest), window.subjects, window.accuracy)
         if window.state != "fault":
             self._add_histograms(window)
-        if self.points and self.windows % self.windows_per_point:
+        if self.points and self.reports % self.reports_per_point:
             self.points[-1] = self.points[-1].merge(point)
         else:
             self.points.append(point)
-        self.windows += 1
+        self.windows += window.windows
+        self.reports += 1
         if len(self.points) == MAX_POINTS:
             self.points = [a.merge(b) for a, b in zip(self.points[::2], self.points[1::2], strict=True)]
-            self.windows_per_point *= 2
+            self.reports_per_point *= 2
 
     def latest(self, field_name: str) -> tuple[str, StateHistogram] | None:
         """Return the field's last state, faults apart, and its rows in that state."""
@@ -75,9 +82,9 @@ class Timeline(msgspec.Struct):
                 continue
             begins = report.state == "drift" and self._last_state.get(name) != "drift"
             if before is None or begins:
-                states[report.state] = StateHistogram(1, counts)
+                states[report.state] = StateHistogram(window.windows, counts)
             else:
-                states[report.state] = StateHistogram(before.windows + 1, before.counts + counts)
+                states[report.state] = StateHistogram(before.windows + window.windows, before.counts + counts)
             self._last_state[name] = report.state
 
     def spells(self, subject: str, state: str) -> Iterator[tuple[int, int, bool]]:

@@ -43,10 +43,10 @@ class AuditReport(msgspec.Struct):
 
     devices: int = 0
     messages: int = 0
-    duplicates: int = 0
-    invalid_count: int = 0
     gaps: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    duplicates: int = 0
     invalid: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    invalid_count: int = 0
     coverage: list[dict[str, Any]] = msgspec.field(default_factory=list)
     evicted: list[dict[str, Any]] = msgspec.field(default_factory=list)
     decisions: int = 0
@@ -59,15 +59,13 @@ class AuditReport(msgspec.Struct):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the document of `fleet audit --json`."""
-        names = [*("devices", "messages", "gaps", "duplicates", "invalid", "invalid_count", "coverage", "evicted")]
-        names += ["decisions", "invalid_decisions"]
-        return {"passed": self.passed, **{name: getattr(self, name) for name in names}}
+        return {"passed": self.passed, **msgspec.structs.asdict(self)}
 
     def add_invalid(self, key: MessageKey, reason: str) -> None:
         self.invalid_count += 1
         if len(self.invalid) < MAX_INVALID:
-            message = {name: _to_json_value(part) for name, part in zip(("device", "log", "seq"), key, strict=True)}
-            self.invalid.append({**message, "reason": reason})
+            device, log, seq = map(rollouts.to_json_value, key)
+            self.invalid.append({"device": device, "log": log, "seq": seq, "reason": reason})
 
 
 def audit(
@@ -142,7 +140,9 @@ class _LogAuditor:
         self._check_sequence(key, seq)
         data = payload.encode(errors="surrogateescape") if isinstance(payload, str) else payload
         problem, body = self._verify_signature(topic, data, jws)
-        problem = problem or self._compare_columns(body, seq, kind) or self._check_chain(body)
+        problem = problem or self._compare_columns(body, seq, kind)
+        if not problem and isinstance(body, LoggedPayload) and self._last_digest not in (None, body.prev):
+            problem = "does not follow the message before it: prev is not that message's digest"
         if problem or not isinstance(body, LoggedPayload):
             self._report.add_invalid(key, problem or "has a kind that is never stored")
             self._coverage.mark_unreadable(seq)
@@ -200,11 +200,6 @@ class _LogAuditor:
                 return f"is stored with {name} {value!r}, but the signed payload says {signed!r}"
         signed_kind = type(body).__struct_config__.tag if body is not None else None
         return None if kind == signed_kind else f"is stored as kind {kind!r}, but the signed payload is {signed_kind!r}"
-
-    def _check_chain(self, body: Body | None) -> str | None:
-        if not isinstance(body, LoggedPayload) or self._last_digest is None or body.prev == self._last_digest:
-            return None
-        return "does not follow the message before it: prev is not that message's digest"
 
     def _check_contents(self, body: LoggedPayload, stored: list[tuple[Any, ...]]) -> Iterator[str]:
         expected = result_rows(body) if isinstance(body, ResultsPayload) else []
@@ -268,10 +263,3 @@ def split_by_declaration(
 def _sqlite_sort_key(key: MessageKey) -> list[tuple[int, Any]]:
     """Return a sort key with SQLite's order of values of any type: NULL, numbers, text, bytes."""
     return [(_SQLITE_TYPE_RANKS[type(part)], part) for part in key]
-
-
-def _to_json_value(part: Any) -> Any:
-    """Return a stored value of any type as a JSON value."""
-    if isinstance(part, str):
-        return part.encode(errors="backslashreplace").decode()
-    return part if isinstance(part, int) else repr(part)

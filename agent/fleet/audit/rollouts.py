@@ -31,7 +31,7 @@ class RolloutAuditReport(msgspec.Struct):
     invalid: list[dict[str, Any]] = msgspec.field(default_factory=list)
 
     def add_problem(self, rollout: Any, n: Any, reason: str) -> None:
-        self.invalid.append({"rollout": _printable(rollout), "n": _printable(n), "reason": reason})
+        self.invalid.append({"rollout": to_json_value(rollout), "n": to_json_value(n), "reason": reason})
 
 
 def audit_rollouts(db: Connection, operators: Sequence[PublicKey]) -> RolloutAuditReport:
@@ -41,7 +41,7 @@ def audit_rollouts(db: Connection, operators: Sequence[PublicKey]) -> RolloutAud
     # Topic → the newest counter, and the digest of the desired state published with it.
     published: dict[str, tuple[int, str]] = {}
     for name in rollouts.list_names(db):
-        rows = journal.load_decision_rows(db, name)
+        rows = rollouts.load_decisions(db, name)
         report.decision_count += len(rows)
         valid, invalid = (
             decisions.verify_chain(name, rows, find) if isinstance(name, str) else ([], [(None, "is not a name")])
@@ -102,7 +102,8 @@ def _check_desired(
         yield topic, "is missing, although a decision published it"
 
 
-def _printable(part: Any) -> Any:
+def to_json_value(part: Any) -> Any:
+    """Return a stored value of any type as a JSON value."""
     if isinstance(part, str):
         return part.encode(errors="backslashreplace").decode()
     return part if part is None or isinstance(part, int) else repr(part)

@@ -6,9 +6,12 @@ import logging
 import random
 from typing import Protocol
 
+import msgspec
+
 from agent import clock
+from agent.fleet.database.interface import LogId
 from agent.fleet.database.store import Acknowledgement
-from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
+from agent.transport.packets import BrokerLink, OutgoingMessage, PublishReceipt
 from agent.wire import jws, topics
 from agent.wire.keys import SigningKey
 from agent.wire.messages import cloudevent_properties, encode
@@ -16,19 +19,17 @@ from agent.wire.messages import cloudevent_properties, encode
 logger = logging.getLogger(__name__)
 
 MIN_BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
+# A collector stores the messages that it holds within a second, unless its database is slow or it was killed.
+WAIT_S = 2.0
 
 
-class BrokerLink(Protocol):
-    """The part of `transport.mqtt.Link` that the collector uses."""
+class CollectorLink(BrokerLink, Protocol):
+    """The part of `agent.transport.mqtt.Link` that the collector uses."""
 
     @property
     def window(self) -> int: ...
 
-    def send(self, message: OutgoingMessage) -> int: ...
-    def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]: ...
-    def acknowledge(self, delivery: IncomingMessage) -> None: ...
     def wake(self) -> None: ...
-    def close(self) -> None: ...
 
 
 class Acknowledger:
@@ -47,7 +48,7 @@ class Acknowledger:
         """Queue an acknowledgement; it replaces an older one of the same log."""
         self._pending[acknowledgement.device, acknowledgement.log] = acknowledgement
 
-    def send(self, link: BrokerLink) -> None:
+    def send(self, link: CollectorLink) -> None:
         while self._pending and len(self._in_flight) < link.window:
             key = next(iter(self._pending))
             acknowledgement = self._pending[key]
@@ -70,18 +71,49 @@ class Acknowledger:
     def _sign(self, acknowledgement: Acknowledgement) -> OutgoingMessage:
         now = clock.to_rfc3339(clock.read().wall_us)
         topic = topics.Topic(self._fleet, acknowledgement.device, "ack")
-        members = {
-            "v": 1,
-            "kind": "ack",
-            "device": acknowledgement.device,
-            "log": acknowledgement.log,
-            "through": acknowledgement.through,
-        }
-        proof = {"digest": acknowledgement.digest} if acknowledgement.digest else {}
-        payload = encode({**members, "missing": acknowledgement.missing, "time": now, **proof})
+        members = msgspec.structs.asdict(acknowledgement)
+        proof = {"digest": digest} if (digest := members.pop("digest")) else {}
+        payload = encode({"v": 1, "kind": "ack", **members, "time": now, **proof})
         token = jws.sign(self._key, str(topic), payload)
         event = cloudevent_properties(topic, f"{acknowledgement.device}/{acknowledgement.log}/ack/{now}", now)
         return OutgoingMessage(str(topic), payload, (("jws", token), *event), retain=True)
+
+
+class _LogProgress(msgspec.Struct):
+    """`last_seq` was reported at `since_s`; gaps up to `settled`, reported before that, may be requested."""
+
+    settled: int
+    last_seq: int
+    since_s: float
+
+
+class PendingGaps:
+    """Missing messages that another collector may still hold: they are requested after WAIT_S."""
+
+    def __init__(self) -> None:
+        self._progress: dict[LogId, _LogProgress] = {}
+        self._due_s: dict[LogId, float] = {}
+
+    def trim(
+        self, now_s: float, log: LogId, through: int, missing: list[tuple[int, int]]
+    ) -> tuple[int, list[tuple[int, int]]]:
+        """Return the acknowledgement as (through, missing) without recent gaps; `due_logs` lists the log later."""
+        self._due_s.pop(log, None)
+        if not missing:
+            self._progress.pop(log, None)
+            return through, missing
+        known = self._progress.setdefault(log, _LogProgress(0, through, now_s))
+        if now_s - known.since_s >= WAIT_S:
+            known.settled, known.last_seq, known.since_s = known.last_seq, through, now_s
+        recent = next((i for i, (first, _) in enumerate(missing) if first > known.settled), None)
+        if recent is None:
+            return through, missing
+        self._due_s[log] = known.since_s + WAIT_S
+        return missing[recent][0] - 1, missing[:recent]
+
+    def due_logs(self, now_s: float) -> list[LogId]:
+        """Return the logs whose acknowledgement is due again."""
+        return [log for log, due_s in self._due_s.items() if due_s <= now_s]
 
 
 class Backoff:

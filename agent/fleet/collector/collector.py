@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 from agent import clock
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, MessageRefused, OutstationError, StorageBusy, StorageError, UsageError
-from agent.fleet.collector.acknowledger import Acknowledger, Backoff, BrokerLink
+from agent.fleet.collector.acknowledger import Acknowledger, Backoff, CollectorLink, PendingGaps
 from agent.fleet.collector.leader import LeaderTasks
-from agent.fleet.collector.pending_gaps import PendingGaps
 from agent.fleet.database.ingest import Arrival, IngestOutcome, Refusal
 from agent.fleet.database.interface import LogId
 from agent.fleet.database.keyring import Keyring
@@ -74,7 +73,7 @@ class Collector:
         store: FleetStore,
         key: SigningKey,
         *,
-        open_link: Callable[[], BrokerLink] | None = None,
+        open_link: Callable[[], CollectorLink] | None = None,
         upkeep: Callable[[], None] | None = None,
         share: str | None = None,
     ) -> None:
@@ -104,7 +103,7 @@ class Collector:
         self._upkeep = upkeep
         self._next_upkeep = 0.0
         self._stopping = False
-        self._link: BrokerLink | None = None
+        self._link: CollectorLink | None = None
 
     def run(self) -> None:
         """Collect until `stop`: reconnect after every failure; never raise for a broker, a message or a full disk."""
@@ -119,7 +118,9 @@ class Collector:
                 delay = retry.next_delay()
                 if retry.failures == 1 or retry.failures % 10 == 0:
                     logger.warning("%s; trying again until it works", error)
-                self._pause(delay)
+                end = time.monotonic() + delay
+                while not self._stopping and time.monotonic() < end:
+                    time.sleep(0.1)
 
     def stop(self) -> None:
         """End `run` after the current batch; safe in a signal handler."""
@@ -127,34 +128,40 @@ class Collector:
         if self._link is not None:
             self._link.wake()
 
-    def tick(self, link: BrokerLink, timeout_s: float) -> None:
+    def tick(self, link: CollectorLink, timeout_s: float) -> None:
         """Receive for `timeout_s`, store the messages, then acknowledge them to the broker and to their devices."""
         self._receive(link, timeout_s)
         if self._held and time.monotonic() >= self._retry_at:
             self._store_held(link)
-        self._retry_pending_gaps()
+        # Gaps that were reported a while ago and are still open are requested.
+        if due := self._pending_gaps.due_logs(time.monotonic()):
+            try:
+                self._acknowledge(due)
+            except StorageError as error:
+                logger.error("%s; missing messages are requested later", error)
         self.acknowledger.send(link)
         self._leader_tasks.tick()
         self._run_upkeep()
 
-    def _collect(self, link: BrokerLink, retry: Backoff) -> None:
+    def _collect(self, link: CollectorLink, retry: Backoff) -> None:
         try:
             self._held.clear()
-            self._acknowledge_all()
+            # Acknowledge each device again: a crash or the broker may have lost the last acknowledgement.
+            logs = self.store.newest_logs()
+            for start in range(0, len(logs), BATCH_SIZE):
+                self._acknowledge(logs[start : start + BATCH_SIZE])
             while not self._stopping:
                 self.tick(link, 1.0)
                 retry.reset()
-            self._finish(link)
+            deadline = time.monotonic() + CLOSE_TIMEOUT_S
+            while self.acknowledger.has_pending and time.monotonic() < deadline:
+                self.tick(link, 0.1)
+            retries = f", {self.store.retry_count} transactions retried" if self.store.retry_count else ""
+            logger.info("stopped; %d messages stored since the start%s", self.stored_count, retries)
         finally:
             self.acknowledger.requeue_in_flight()
             self._link = None
             link.close()
-
-    def _acknowledge_all(self) -> None:
-        """Acknowledge each device again, in case a crash or the broker lost the last acknowledgement."""
-        logs = self.store.newest_logs()
-        for start in range(0, len(logs), BATCH_SIZE):
-            self._acknowledge(logs[start : start + BATCH_SIZE])
 
     def _acknowledge(self, logs: Sequence[LogId]) -> None:
         for acknowledgement in self._read_acknowledgements(logs):
@@ -166,22 +173,7 @@ class Collector:
         now_s = time.monotonic()
         return self.store.acknowledgements(logs, lambda *progress: self._pending_gaps.trim(now_s, *progress))
 
-    def _retry_pending_gaps(self) -> None:
-        """Request the gaps that were reported a while ago and are still open."""
-        if due := self._pending_gaps.due_logs(time.monotonic()):
-            try:
-                self._acknowledge(due)
-            except StorageError as error:
-                logger.error("%s; missing messages are requested later", error)
-
-    def _finish(self, link: BrokerLink) -> None:
-        deadline = time.monotonic() + CLOSE_TIMEOUT_S
-        while self.acknowledger.has_pending and time.monotonic() < deadline:
-            self.tick(link, 0.1)
-        retries = f", {self.store.retry_count} transactions retried" if self.store.retry_count else ""
-        logger.info("stopped; %d messages stored since the start%s", self.stored_count, retries)
-
-    def _receive(self, link: BrokerLink, timeout_s: float) -> None:
+    def _receive(self, link: CollectorLink, timeout_s: float) -> None:
         if self._held:
             timeout_s = min(timeout_s, max(0.0, self._retry_at - time.monotonic()))
         events = link.receive(timeout_s)
@@ -199,7 +191,7 @@ class Collector:
                 "the database keeps failing and too many messages are held; disconnecting, the broker keeps the rest"
             )
 
-    def _store_held(self, link: BrokerLink) -> None:
+    def _store_held(self, link: CollectorLink) -> None:
         batch = self._held[:BATCH_SIZE]
         try:
             arrivals = self._store(batch)
@@ -229,13 +221,9 @@ class Collector:
         self.stored_count += outcomes.count("new")
         self._report_refusals(refusals)
         self._leader_tasks.record_batch(arrivals, refusals)
-        conflicts = {
-            a.message.body.device for a, outcome in zip(arrivals, outcomes, strict=True) if outcome == "conflict"
-        }
-        for device in sorted(conflicts):
-            logger.critical(
-                "security: %s signed two different messages with one seq; see `outstation fleet alerts`", device
-            )
+        stored = zip(arrivals, outcomes, strict=True)
+        for device in sorted({a.message.body.device for a, outcome in stored if outcome == "conflict"}):
+            logger.critical("security: %s signed two messages with one seq; see `outstation fleet alerts`", device)
         return arrivals
 
     def _report_refusals(self, refusals: Sequence[Refusal]) -> None:
@@ -267,7 +255,7 @@ class Collector:
                 outcomes += self.store.ingest([arrival], [], now)
                 stored.append(arrival)
             except MessageRefused as refused:
-                refusals.append(_build_refusal(arrival.message.topic.device, refused, arrival.message))
+                refusals.append(_build_refusal(refused, arrival.message))
         self.store.ingest([], refusals, now)
         return stored, outcomes
 
@@ -283,7 +271,7 @@ class Collector:
                 self.keyring.require_in_bounds(opened)
                 arrivals.append(Arrival(opened, fresh=not delivery.retained))
             except MessageRefused as refused:
-                refusals.append(_build_refusal(_device_from_topic(delivery.topic), refused, delivery))
+                refusals.append(_build_refusal(refused, delivery))
         return arrivals, refusals
 
     def _open_batch(self, batch: Sequence[IncomingMessage]) -> list[VerifiedMessage | MessageRefused]:
@@ -332,17 +320,8 @@ class Collector:
             session_expiry_s=SESSION_EXPIRY_S,
         )
 
-    def _pause(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while not self._stopping and time.monotonic() < end:
-            time.sleep(0.1)
 
-
-def _device_from_topic(topic: str) -> str:
-    parts = topic.split("/", 3)
-    return parts[2] if len(parts) > 2 else ""
-
-
-def _build_refusal(device: str, refused: MessageRefused, source: IncomingMessage | VerifiedMessage) -> Refusal:
+def _build_refusal(refused: MessageRefused, source: IncomingMessage | VerifiedMessage) -> Refusal:
+    _, _, device, *_ = (*str(source.topic).split("/", 3), "", "", "")
     token = source.jws if isinstance(source, VerifiedMessage) else "\n".join(source.tokens)[:4096]
     return Refusal(device, refused.reason, refused.detail[:500], str(source.topic), source.payload, token)

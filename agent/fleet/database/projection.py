@@ -108,8 +108,9 @@ def result_rows(body: ResultsPayload, _payload: bytes = b"") -> list[Row]:
 
 def _drift_rows(body: DriftPayload, _payload: bytes) -> list[Row]:
     window, model = body.window, body.model
-    span = (window.index, window.rows[0], window.rows[1], window.from_, window.to, window.n)
-    members = (body.reference, body.features, body.output, body.joint, body.estimate)
+    count = 1 if body.windows is None else len(body.windows)
+    span = (window.index, count, window.rows[0], window.rows[1], window.from_, window.to, window.n)
+    members = (body.reference, body.features, body.output, body.joint, body.estimate, body.windows)
     texts = (None if member is None else _to_json(member) for member in members)
     return [(body.device, body.task, *span, body.state, model.name, model.version, *texts, body.log, body.seq)]
 

@@ -56,12 +56,14 @@ _PROJECTIONS = (
         device TEXT NOT NULL, task TEXT NOT NULL, row INTEGER NOT NULL, t INTEGER NOT NULL, label TEXT, score REAL,
         value REAL, log TEXT NOT NULL, seq INTEGER NOT NULL)""",
     "CREATE INDEX results_by_row ON results (device, task, row)",
-    # window: its index; first and last: rows of the stream; reference, features, output, joint, estimate: JSON.
+    # A drift window, or a run of quiet ones. window: index of the first; window_count: how many; first and last: rows
+    # of the stream; reference, features, output, joint, estimate, windows: JSON; windows: columns of a run, or NULL.
     """CREATE TABLE drift_windows (
-        device TEXT NOT NULL, task TEXT NOT NULL, "window" INTEGER NOT NULL, first INTEGER NOT NULL,
+        device TEXT NOT NULL, task TEXT NOT NULL, "window" INTEGER NOT NULL, window_count INTEGER NOT NULL,
+        first INTEGER NOT NULL,
         last INTEGER NOT NULL, "from" TEXT NOT NULL, "to" TEXT NOT NULL, n INTEGER NOT NULL, state TEXT NOT NULL,
         model TEXT NOT NULL, version TEXT NOT NULL, reference TEXT NOT NULL, features TEXT NOT NULL,
-        output TEXT NOT NULL, joint TEXT, estimate TEXT, log TEXT NOT NULL, seq INTEGER NOT NULL,
+        output TEXT NOT NULL, joint TEXT, estimate TEXT, windows TEXT, log TEXT NOT NULL, seq INTEGER NOT NULL,
         PRIMARY KEY (device, log, seq))""",
     # source: `device`, or `collector` for its own alerts; `seq` is then that of the message concerned, or a time.
     """CREATE TABLE alerts (

@@ -37,7 +37,7 @@ _NEWEST_LOG = "rowid = (SELECT max(rowid) FROM logs WHERE device = l.device)"
 
 # When, until when and in how many windows each device was tested for drift.
 _OBSERVED_PERIODS = """
-    SELECT task, device, min("from"), max("to"), count(*) FROM drift_windows
+    SELECT task, device, min("from"), max("to"), CAST(sum(window_count) AS BIGINT) FROM drift_windows
     WHERE state IN ('ok', 'drift') AND "to" BETWEEN ? AND ? GROUP BY task, device
 """
 
@@ -45,10 +45,10 @@ _OBSERVED_PERIODS = """
 # reference they were tested.
 _DRIFT_WINDOW_COLUMNS = (
     *("device", "task", "first", "last", "from", "to", "state", "reference", "features", "output", "joint"),
-    "estimate",
+    *("estimate", "windows"),
 )
 _DRIFT_WINDOWS = """
-    SELECT device, task, first, last, "from", "to", state, reference, features, output, joint, estimate
+    SELECT device, task, first, last, "from", "to", state, reference, features, output, joint, estimate, windows
     FROM drift_windows
     WHERE (CAST(:task AS TEXT) IS NULL OR task = :task) AND (CAST(:device AS TEXT) IS NULL OR device = :device)
       AND (CAST(:since AS TEXT) IS NULL OR "to" >= :since)
@@ -71,7 +71,8 @@ _DEVICES = f"""
 _PROGRESS = """
     SELECT d.device,
            coalesce((SELECT max(row) FROM results r WHERE r.device = d.device), 0) AS rows,
-           (SELECT count(*) FROM drift_windows w WHERE w.device = d.device) AS windows,
+           (SELECT CAST(coalesce(sum(window_count), 0) AS BIGINT) FROM drift_windows w WHERE w.device = d.device)
+               AS windows,
            (SELECT count(*) FROM results r WHERE r.device = d.device) AS results,
            (SELECT count(*) FROM messages m WHERE m.device = d.device) AS messages,
            (SELECT state FROM drift_windows w WHERE w.device = d.device ORDER BY log, seq DESC LIMIT 1) AS drift
@@ -286,11 +287,11 @@ class FleetStore:
     def drift_windows(
         self, *, task: str | None = None, device: str | None = None, since: str | None = None
     ) -> Iterator[dict[str, Any]]:
-        """Return drift windows that ended at `since` or later, by task, device and time; members are JSON text."""
+        """Return drift messages that ended at `since` or later, by task, device and time; members are JSON text."""
         rows = self._database.stream(_DRIFT_WINDOWS, {"task": task, "device": device, "since": since})
         return (dict(zip(_DRIFT_WINDOW_COLUMNS, row, strict=True)) for row in rows)
 
-    def count_drift_windows(self) -> int:
+    def count_drift_messages(self) -> int:
         return int(self._fetch_all("SELECT count(*) FROM drift_windows")[0][0])
 
     def drift_tasks(self) -> list[str]:

@@ -29,8 +29,9 @@ class ObservationPeriod(msgspec.Struct, frozen=True):
     last: int
     windows: int = 1
 
-    def with_window(self, t: tuple[int, int]) -> ObservationPeriod:
-        return ObservationPeriod(min(self.first, t[0]), max(self.last, t[1]), self.windows + 1)
+    def merge(self, other: ObservationPeriod) -> ObservationPeriod:
+        first, last = min(self.first, other.first), max(self.last, other.last)
+        return ObservationPeriod(first, last, self.windows + other.windows)
 
 
 class Onset(msgspec.Struct, frozen=True):

@@ -57,6 +57,11 @@ class AccuracyEstimates(msgspec.Struct):
     total: float = 0.0
     count: int = 0
 
+    @classmethod
+    def from_window(cls, window: WindowReport) -> AccuracyEstimates:
+        """Return the estimate of a window, or of each window of a run, where it is the same for all."""
+        return cls() if window.accuracy is None else cls(window.accuracy[0] * window.windows, window.windows)
+
     def merge(self, other: AccuracyEstimates) -> None:
         self.total += other.total
         self.count += other.count
@@ -89,14 +94,15 @@ class DriftHistory:
         self._spans: dict[int, HistorySpan] = {}
 
     def add(self, device: str, window: WindowReport) -> None:
-        span = HistorySpan(windows=1)
-        if window.state in ("drift", "fault"):
-            (span.drifting_devices if window.state == "drift" else span.faulty_devices).add(device)
-        if window.accuracy is not None:
-            span.accuracy = AccuracyEstimates(window.accuracy[0], 1)
-        self._spans.setdefault(window.t[1] // self._width, HistorySpan()).merge(span)
-        while max(self._spans) - min(self._spans) >= MAX_SPANS:
-            self._widen()
+        for end in window.ends:
+            span = HistorySpan(windows=1)
+            if window.state in ("drift", "fault"):
+                (span.drifting_devices if window.state == "drift" else span.faulty_devices).add(device)
+            if window.accuracy is not None:
+                span.accuracy = AccuracyEstimates(window.accuracy[0], 1)
+            self._spans.setdefault(end // self._width, HistorySpan()).merge(span)
+            while max(self._spans) - min(self._spans) >= MAX_SPANS:
+                self._widen()
 
     def __iter__(self) -> Iterator[tuple[int, int, HistorySpan]]:
         """Yield (from, to, span) of each span with a window; epoch µs."""

@@ -33,13 +33,15 @@ class EpisodeTracker:
         return sum(self.alarm_counts.values())
 
     def add(self, window: WindowReport) -> None:
+        # A run of quiet windows tells only its last sums: what rises then may have begun to in the last window.
+        begin = window.t[0] if window.windows == 1 else window.ends[-2]
         for name, subject in window.subjects.items():
             if subject.state == "fault":
                 # The device does not advance its CUSUM meanwhile.
                 continue
             rising = max(subject.mean, subject.spread) > 0
             if rising:
-                self._rising_since.setdefault(name, window.t[0])
+                self._rising_since.setdefault(name, begin)
             open_now = name in self.last and self.last[name].ended is None
             if subject.state == "drift" and not open_now:
                 test = "other" if not rising else "mean" if subject.mean >= subject.spread else "spread"

@@ -1,6 +1,7 @@
 """Drift survey of a fleet, from the stored drift windows; memory grows with devices, not with windows.
 
-- A window counts once, however often a device reports it, in whatever log, against whatever reference of its site.
+- A window counts once, however often a device reports it, in whatever log, against whatever reference of its site. A
+  run of quiet windows that overlaps an earlier report is left out whole, as its sums cannot be taken apart.
 - Only windows with the same task, shipped reference and layout (fields and their bins) can be merged. A device with
   another reference or layout than most forms a group of its own.
 - A window with a sensor fault is counted but not merged, as devices exclude it from their own tests.
@@ -30,7 +31,7 @@ from agent.fleet.drift.outliers import NO_REFERENCE_SD, DeviceOutlier, find_outl
 
 # A device may not fill the memory with a group for each of its windows: two bundles and a few mistakes suffice.
 MAX_DEVICE_GROUPS = 4
-RECENT_WINDOWS = 6  # Windows of each device that describe its current state.
+RECENT_WINDOWS = 6  # Windows of each device that describe its current state; more if the last report is a longer run.
 # A clock more than a day ahead of ours is wrong.
 _MAX_AHEAD_US = 86_400_000_000
 
@@ -48,11 +49,17 @@ class DeviceDrift(msgspec.Struct):
     accuracy: AccuracyEstimates = msgspec.field(default_factory=AccuracyEstimates)
     last_window: WindowReport | None = None
     observed: ObservationPeriod | None = None
-    recent: deque[dict[str, MergedField]] = msgspec.field(default_factory=lambda: deque(maxlen=RECENT_WINDOWS))
+    recent: deque[tuple[int, dict[str, MergedField]]] = msgspec.field(default_factory=deque)
+
+    def add_recent(self, windows: int, parts: dict[str, MergedField]) -> None:
+        """Add a report; earlier ones stay while all together are no more than the recent windows."""
+        self.recent.append((windows, parts))
+        while len(self.recent) > 1 and sum(count for count, _ in self.recent) > RECENT_WINDOWS:
+            self.recent.popleft()
 
     def merge_recent(self) -> dict[str, MergedField]:
         """Merge each field over the last few windows without a fault."""
-        return _merge_fields(self.recent)
+        return _merge_fields(parts for _, parts in self.recent)
 
     def list_onsets(self) -> list[Onset]:
         return [
@@ -172,21 +179,39 @@ def _deduplicate(
 
     Reports of the same window are adjacent, with reports against other references among them.
     """
-    place: tuple[Any, ...] = ()
-    seen: set[str] = set()
+    counted: dict[str, _Place] = {}  # the last report against each reference
+    device: tuple[str, str] = ("", "")
     for row in rows:
         progress(1)
-        row_place = tuple(row[name] for name in ("task", "device", "from", "to", "first", "last"))
-        if row_place != place:
-            place, seen = row_place, set()
+        if (row["task"], row["device"]) != device:
+            device, counted = (row["task"], row["device"]), {}
         shipped = _parse_shipped_reference(row["reference"])
         if shipped is None:
             summary.unreadable += 1
-        elif shipped in seen:
+            continue
+        place = _Place(row["from"], row["to"], row["first"], row["last"], row["windows"] is not None)
+        if shipped in counted and place.repeats(counted[shipped]):
             summary.duplicates += 1
-        else:
-            seen.add(shipped)
-            yield row, shipped
+            continue
+        if len(counted) < MAX_DEVICE_GROUPS or shipped in counted:
+            counted[shipped] = place
+        yield row, shipped
+
+
+class _Place(msgspec.Struct, frozen=True):
+    """Where a report stands: times as RFC 3339 and rows, and whether it covers a run of windows."""
+
+    begin: str
+    end: str
+    first: int
+    last: int
+    is_run: bool
+
+    def repeats(self, earlier: _Place) -> bool:
+        """Return True if a window is in both. `earlier` began no later."""
+        if not (self.is_run or earlier.is_run):
+            return self == earlier
+        return self.begin <= earlier.end and self.first <= earlier.last and earlier.first <= self.last
 
 
 def _field_layout(window: WindowReport) -> FieldLayout:
@@ -204,7 +229,7 @@ def _parse_shipped_reference(reference: str) -> str | None:
 def _parse_window(row: dict[str, Any]) -> WindowReport | None:
     try:
         t = (clock.parse_rfc3339(row["from"]), clock.parse_rfc3339(row["to"]))
-        members = (row[name] or "null" for name in ("features", "output", "joint", "estimate"))
+        members = (row[name] or "null" for name in parsed_message.MEMBERS)
         return parsed_message.parse_members(t, row["state"], *members)
     except ValueError:
         return None
@@ -212,23 +237,23 @@ def _parse_window(row: dict[str, Any]) -> WindowReport | None:
 
 def _add_window(group: DriftGroup, name: str, window: WindowReport, now_us: int) -> None:
     device = group.devices.setdefault(name, DeviceDrift(EpisodeTracker(name)))
-    device.windows += 1
+    device.windows += window.windows
     device.last_window = window
     device.episodes.add(window)
     if _has_plausible_time(window, now_us):
         group.history.add(name, window)
         if window.state in ("ok", "drift"):
-            device.observed = device.observed.with_window(window.t) if device.observed else ObservationPeriod(*window.t)
+            period = ObservationPeriod(*window.t, window.windows)
+            device.observed = device.observed.merge(period) if device.observed else period
     else:
-        group.undated += 1
+        group.undated += window.windows
     if window.state == "fault":
         device.faulty += 1
         return
     parts = {subject: MergedField.from_field(field) for subject, field in window.fields.items()}
-    device.recent.append(parts)
+    device.add_recent(window.windows, parts)
     device.fields = _merge_fields((device.fields, parts))
-    if window.accuracy is not None:
-        device.accuracy.merge(AccuracyEstimates(window.accuracy[0], 1))
+    device.accuracy.merge(AccuracyEstimates.from_window(window))
 
 
 def _merge_fields(summaries: Iterable[Mapping[str, MergedField]]) -> dict[str, MergedField]:

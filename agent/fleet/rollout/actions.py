@@ -14,8 +14,8 @@ from msgspec.structs import replace
 
 from agent import clock
 from agent.errors import UsageError
+from agent.fleet.database import rollouts
 from agent.fleet.database.interface import Connection
-from agent.fleet.database.rollouts import list_active_devices
 from agent.fleet.rollout import decisions, desired_state, journal
 from agent.fleet.rollout.decisions import Event
 from agent.fleet.rollout.journal import Rollout
@@ -137,10 +137,9 @@ def abort(
             f"roll-out {current.name} is {current.state}; to replace its bundle, roll out the previous version"
         )
     new = replace(current, state="aborted")
-    summary = (
-        f"Aborted at {current.current_step.label}, devices return to their previous bundle: {_normalize_reason(reason)}"
-    )
-    evidence: Mapping[str, Any] = {"reason": reason, **(verdict.to_evidence() if verdict else {})}
+    label, text = current.current_step.label, _normalize_reason(reason)
+    summary = f"Aborted at {label}, devices return to their previous bundle: {text}"
+    evidence = {"reason": reason, **(verdict.to_evidence() if verdict else {})}
     _record_decision(db, operator, new, "aborted", summary, evidence, counter, current.plan.desired_after_abort())
     return new
 
@@ -156,28 +155,16 @@ def _record_decision(
     desired: DesiredBundle | None = None,
 ) -> None:
     n, prev = journal.load_chain_head(db, rollout.name)
-    context: dict[str, Any] = {
-        "by": operator.role,
-        "state": rollout.state,
-        "step": rollout.step,
-        "topic": rollout.topic,
-    }
+    context: dict[str, Any] = {"by": operator.role}
+    context |= {"state": rollout.state, "step": rollout.step, "topic": rollout.topic}
     if desired is not None and counter is not None:
-        message = desired_state.merge(
-            journal.load_desired(db, rollout.topic),
-            topics.parse(rollout.topic),
-            rollout.plan.task,
-            desired,
-            counter,
-            operator.timestamp,
-            operator.key,
-        )
+        current, topic, task = journal.load_desired(db, rollout.topic), topics.parse(rollout.topic), rollout.plan.task
+        message = desired_state.merge(current, topic, task, desired, counter, operator.timestamp, operator.key)
         journal.save_desired(db, message)
         context |= {"counter": counter, "desired": digest(message.payload)}
-    body = decisions.DecisionBody(
-        1, rollout.name, n + 1, prev, operator.timestamp, event, summary, {**context, **evidence}
-    )
-    journal.append(db, decisions.sign(operator.key, body))
+    context |= evidence
+    body = decisions.DecisionBody(1, rollout.name, n + 1, prev, operator.timestamp, event, summary, context)
+    rollouts.append_decision(db, decisions.sign(operator.key, body).to_row())
     journal.save(db, rollout)
 
 
@@ -210,7 +197,7 @@ def _require_reachable(db: Connection, plan: RolloutPlan) -> None:
     kind, _, target = plan.target.partition(":")
     if kind == "group":
         return
-    known = [device for device in list_active_devices(db) if kind == "all" or device == target]
+    known = [device for device in rollouts.list_active_devices(db) if kind == "all" or device == target]
     if not known:
         raise UsageError(f"roll-out {plan.name}: target {plan.target} matches no enrolled device")
     for number, step in enumerate(plan.steps, 1):

@@ -12,25 +12,10 @@ import msgspec
 
 from agent.errors import BadBundle
 from agent.fleet.rollout.plan import PlanFile, RolloutPlan
+from agent.wire import target_metadata
 from agent.wire.target_metadata import TargetMetadata
 
 MAX_METADATA_BYTES = 16 << 20
-
-
-class _Custom(msgspec.Struct, frozen=True):
-    outstation: TargetMetadata | None = None
-
-
-class _Target(msgspec.Struct, frozen=True):
-    custom: _Custom = _Custom()
-
-
-class _Targets(msgspec.Struct, frozen=True):
-    targets: dict[str, _Target]
-
-
-class _Metadata(msgspec.Struct, frozen=True):
-    signed: _Targets
 
 
 def resolve(plan_file: PlanFile, folder: Path) -> RolloutPlan:
@@ -40,7 +25,15 @@ def resolve(plan_file: PlanFile, folder: Path) -> RolloutPlan:
     """
     bundle, version, digest = plan_file.bundle, plan_file.version, plan_file.digest
     if plan_file.path is not None:
-        bundle, version, digest = _read_bundle(plan_file, plan_file.path)
+        from agent.model.bundle import bundle as bundles
+
+        verified = bundles.read(plan_file.path, None)
+        bundle, version, digest = verified.manifest.name, verified.manifest.version, verified.digest
+        for key, value in (("bundle", bundle), ("version", version), ("digest", digest)):
+            configured = getattr(plan_file, key)
+            if configured not in (None, value):
+                problem = f"is {configured}, but {plan_file.path} is {value}; remove one of the two"
+                raise plan_file.config_error(f"rollout.{key}", problem)
     assert bundle is not None
     assert version is not None
     metadata = folder / "repository" / "metadata"
@@ -50,21 +43,6 @@ def resolve(plan_file: PlanFile, folder: Path) -> RolloutPlan:
         problem = f"{folder} has no repository to look up {bundle} {version} in; create one, or give the digest"
         raise plan_file.config_error("rollout.digest", problem)
     return plan_file.to_plan(bundle, version, digest)
-
-
-def _read_bundle(plan_file: PlanFile, path: Path) -> tuple[str, str, str]:
-    """Return (name, version, digest) of the bundle at `path`. Raises ConfigError if the plan names another one."""
-    from agent.model.bundle import bundle as bundles
-
-    verified = bundles.read(path, None)
-    actual = {"bundle": verified.manifest.name, "version": verified.manifest.version, "digest": verified.digest}
-    for key, value in actual.items():
-        configured = getattr(plan_file, key)
-        if configured not in (None, value):
-            raise plan_file.config_error(
-                f"rollout.{key}", f"is {configured}, but {path} is {value}; remove one of the two"
-            )
-    return actual["bundle"], actual["version"], actual["digest"]
 
 
 def _list_versions(metadata: Path, bundle: str) -> list[TargetMetadata]:
@@ -77,10 +55,10 @@ def _list_versions(metadata: Path, bundle: str) -> list[TargetMetadata]:
     try:
         if newest.stat().st_size > MAX_METADATA_BYTES:
             raise BadBundle(f"{newest}: larger than {MAX_METADATA_BYTES} bytes; is it the repository's?")
-        targets = msgspec.json.decode(newest.read_bytes(), type=_Metadata).signed.targets
-    except (OSError, msgspec.MsgspecError, ValueError) as error:
+        targets = msgspec.json.decode(newest.read_bytes())["signed"]["targets"].values()
+        return [target_metadata.decode(target["custom"]) for target in targets]
+    except (OSError, msgspec.MsgspecError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise BadBundle(f"{newest}: cannot be read ({error}); see `outstation fleet repository status`") from None
-    return [target.custom.outstation for target in targets.values() if target.custom.outstation is not None]
 
 
 def _resolve_digest(
@@ -89,16 +67,12 @@ def _resolve_digest(
     digests = [target.digest for target in available if (target.name, target.version) == (bundle, version)]
     if not digests:
         versions = ", ".join(sorted({target.version for target in available if target.name == bundle})) or "none"
-        problem = (
-            f"the repository has no {bundle} {version} (it has: {versions}); `outstation fleet publish` publishes it"
-        )
-        raise plan_file.config_error("rollout.version", problem)
+        problem = f"the repository has no {bundle} {version} (it has: {versions})"
+        raise plan_file.config_error("rollout.version", f"{problem}; `outstation fleet publish` publishes it")
     if digest is None and len(set(digests)) > 1:
-        raise plan_file.config_error(
-            "rollout.digest", f"the repository has several {bundle} {version}; give the digest of one"
-        )
+        problem = f"the repository has several {bundle} {version}; give the digest of one"
+        raise plan_file.config_error("rollout.digest", problem)
     if digest is not None and digest not in digests:
-        raise plan_file.config_error(
-            "rollout.digest", f"is {digest}, but the repository's {bundle} {version} is {digests[0]}"
-        )
+        problem = f"is {digest}, but the repository's {bundle} {version} is {digests[0]}"
+        raise plan_file.config_error("rollout.digest", problem)
     return digest or digests[0]

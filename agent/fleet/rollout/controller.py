@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from agent import clock
 from agent.errors import UsageError
+from agent.fleet.database import rollouts
 from agent.fleet.rollout import actions, journal
 from agent.fleet.rollout.publisher import RolloutAction, RolloutPublisher
 from agent.fleet.rollout.status import RolloutSnapshot, load_snapshot
@@ -40,18 +41,18 @@ class RolloutController:
     def _load_snapshots(self) -> list[RolloutSnapshot]:
         now_us = clock.read().wall_us
         with self._publisher.store.snapshot() as db:
-            rollouts = [
+            followed = [
                 rollout
                 for rollout in journal.load_rollouts(db, only_open=True)
                 if self._names is None or rollout.name in self._names
             ]
-            names = {rollout.name for rollout in rollouts}
+            names = {rollout.name for rollout in followed}
             self.followed_names |= names
             for name in set(self._tallies) - names:
                 del self._tallies[name]
             return [
                 load_snapshot(db, rollout, now_us, self._tallies.setdefault(rollout.name, RolloutTallies(rollout)))
-                for rollout in rollouts
+                for rollout in followed
             ]
 
     def _advance(self, snapshot: RolloutSnapshot) -> None:
@@ -70,7 +71,7 @@ class RolloutController:
             return
         self._last_problem = ""
         with self._publisher.store.snapshot() as db:
-            summary = journal.load_decision_rows(db, rollout.name)[-1][4]
+            summary = rollouts.load_decisions(db, rollout.name)[-1][4]
         self._report(f"{rollout.name}: {summary}")
         self._report_publish_error(publish_error)
 

@@ -109,15 +109,12 @@ def _verify_row(
     for name, stored, signed in zip(names, row, signed_row, strict=False):
         if stored != signed:
             return f"is stored with {name} {stored!r}, but the signed payload says {signed!r}", None
-    if not _is_same_json(row[5], body.evidence):
+    try:
+        is_same = msgspec.json.decode(row[5]) == body.evidence
+    except (msgspec.MsgspecError, TypeError, ValueError):
+        is_same = False
+    if not is_same:
         return "is stored with evidence that differs from the signed payload", None
     if prev is not None and body.prev != prev:
         return "does not follow the previous decision: prev is not that decision's digest", body
     return None, body
-
-
-def _is_same_json(text: Any, value: Any) -> bool:
-    try:
-        return bool(msgspec.json.decode(text) == value)
-    except (msgspec.MsgspecError, TypeError, ValueError):
-        return False

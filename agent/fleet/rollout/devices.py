@@ -80,19 +80,16 @@ def load_step_devices(db: Connection, rollout: Rollout) -> StepDevices:
         )
     ]
     kind, _, target = plan.target.partition(":")
-    targeted = [device for device in known if _is_targeted(device, kind, target)]
+    if kind == "group":
+        targeted = [device for device in known if device.phase != NOT_REPORTED]
+    else:
+        targeted = [device for device in known if kind == "all" or device.device == target]
     desired = plan.desired_for_step(rollout.step)
     selected = [device for device in targeted if desired.includes_device(device.device)]
     was_selected = _previous_selection(rollout)
     joining = frozenset(device.device for device in selected if not was_selected(device.device))
     unselected = [device for device in targeted if not desired.includes_device(device.device)]
     return StepDevices(selected, joining, unselected)
-
-
-def _is_targeted(device: RolloutDevice, kind: str, target: str) -> bool:
-    if kind == "group":
-        return device.phase != NOT_REPORTED
-    return kind == "all" or device.device == target
 
 
 def _previous_selection(rollout: Rollout) -> Callable[[str], bool]:

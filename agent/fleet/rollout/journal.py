@@ -9,8 +9,7 @@ import msgspec
 
 from agent.errors import StorageError, UsageError
 from agent.fleet.database import rollouts
-from agent.fleet.database.interface import Connection, Row
-from agent.fleet.rollout.decisions import SignedDecision
+from agent.fleet.database.interface import Connection
 from agent.fleet.rollout.desired_state import DesiredMessage
 from agent.fleet.rollout.plan import RolloutPlan, RolloutStep
 from agent.toml_files import did_you_mean
@@ -63,15 +62,6 @@ def save(db: Connection, rollout: Rollout) -> None:
     bundle = (plan.task, plan.bundle, plan.version, plan.digest, rollout.topic, rollout.started)
     row = (rollout.name, *bundle, rollout.state, rollout.step, msgspec.json.encode(plan).decode())
     rollouts.save_rollout(db, row)
-
-
-def append(db: Connection, decision: SignedDecision) -> None:
-    rollouts.append_decision(db, decision.to_row())
-
-
-def load_decision_rows(db: Connection, rollout: str) -> list[Row]:
-    """Load the rows of table decisions of one roll-out, in order."""
-    return rollouts.load_decisions(db, rollout)
 
 
 def load_chain_head(db: Connection, rollout: str) -> tuple[int, str]:

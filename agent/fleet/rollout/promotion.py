@@ -17,13 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
+from msgspec.structs import asdict
 
 from agent import clock
 from agent.comparison import rules
 from agent.comparison.paired_intervals import ComparisonBlock
 from agent.comparison.rules import AGREEMENT, ESTIMATED_ACCURACY, LABELS, LATENCY, RuleLimits, RuleResult, RuleState
 from agent.comparison.tally import ComparisonStats
-from agent.fleet.rollout.devices import NOT_REPORTED, RolloutDevice, StepDevices
+from agent.fleet.rollout.devices import NOT_REPORTED, StepDevices
 from agent.fleet.rollout.journal import Rollout
 from agent.fleet.rollout.plan import Promotion
 from agent.fleet.rollout.tallies import RolloutTallies
@@ -53,9 +54,6 @@ class PromotionRuleResult(msgspec.Struct, frozen=True):
     blocks: int = 0
     devices: int = 0
 
-    def to_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__struct_fields__}
-
 
 class StepVerdict(msgspec.Struct, frozen=True):
     """Outcome of a step. `blockers` say what is still missing; `summary` lists everything with its numbers."""
@@ -72,7 +70,7 @@ class StepVerdict(msgspec.Struct, frozen=True):
 
     def to_evidence(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in ("reporting", "needed", "failed", "responding")}
-        results = [result.to_dict() for result in self.rule_results]
+        results = [asdict(result) for result in self.rule_results]
         return {"outcome": self.outcome, **counts, "hours": round(self.hours, 3), "rules": results}
 
 
@@ -88,8 +86,14 @@ def evaluate_step(
     # A clock that was set back only makes the step wait longer.
     hours = max(0.0, (now_us - clock.parse_rfc3339(step_start)) / 3.6e9)
     blockers = _find_blockers(promote, devices, needed, reporting, hours)
-    if rollout.next_step is None and (pending := _count_in_progress(devices.selected, now_us)):
-        blockers.append(f"devices in progress: {pending}")
+    in_progress = sum(
+        not device.is_done
+        and device.last_seen is not None
+        and now_us - clock.parse_rfc3339(device.last_seen) < RECENTLY_SEEN_US
+        for device in devices.selected
+    )
+    if rollout.next_step is None and in_progress:
+        blockers.append(f"devices in progress: {in_progress}")
     blockers += _find_undecided_rules(rollout, devices, results)
     has_failed_rule = any(result.state == "failed" for result in results) and len(messages) >= needed
     outcome: StepOutcome = "wait"
@@ -146,13 +150,8 @@ def balance_devices(messages: MessagesByDevice) -> list[ComparisonBlock]:
 
 def _count_windows(message: ShadowPayload) -> int:
     """Count the windows of a message; labels may arrive in a message without any."""
-    return max(
-        message.n,
-        sum(message.labelled),
-        message.stats.windows,
-        message.other_stats.windows,
-        message.stats.abs_error.n,
-    )
+    stats, other = message.stats, message.other_stats
+    return max(message.n, sum(message.labelled), stats.windows, other.windows, stats.abs_error.n)
 
 
 def _promotion_rules(
@@ -186,14 +185,13 @@ def _build_rule_result(
     return PromotionRuleResult(name, result.state, text, limit, value, low, high, len(blocks), device_count)
 
 
-def _count_reporting(
-    rollout: Rollout, devices: StepDevices, messages: Mapping[str, Sequence[ShadowPayload]]
-) -> tuple[int, int]:
+def _count_reporting(rollout: Rollout, devices: StepDevices, messages: MessagesByDevice) -> tuple[int, int]:
     """Return how many devices must report, and how many do."""
     promote = rollout.current_step.promote
     joining = [device for device in devices.selected if device.device in devices.joining] or devices.selected
+    batches = {device: sum(message.batches for message in sent) for device, sent in messages.items()}
     reporting = sum(
-        _has_reported(device, messages.get(device.device, ()), promote.min_batches)
+        device.phase == "active" or batches.get(device.device, 0) >= promote.min_batches
         for device in joining
         if not device.has_failed
     )
@@ -201,10 +199,6 @@ def _count_reporting(
     is_group = rollout.plan.target.startswith("group:")
     needed = promote.min_devices if is_group else min(promote.min_devices, len(joining))
     return max(1, needed), reporting
-
-
-def _has_reported(device: RolloutDevice, messages: Sequence[ShadowPayload], min_batches: int) -> bool:
-    return device.phase == "active" or sum(message.batches for message in messages) >= min_batches
 
 
 def _has_too_many_failures(promote: Promotion, devices: StepDevices) -> bool:
@@ -242,12 +236,3 @@ def _find_undecided_rules(
     if blockers and all_done and rollout.current_step.strategy != "shadow":
         blockers.append("an operator's decision: all responding devices are done and send no more comparisons")
     return blockers
-
-
-def _count_in_progress(selected: Sequence[RolloutDevice], now_us: int) -> int:
-    return sum(
-        not device.is_done
-        and device.last_seen is not None
-        and now_us - clock.parse_rfc3339(device.last_seen) < RECENTLY_SEEN_US
-        for device in selected
-    )

@@ -10,7 +10,6 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from agent import clock
 from agent.errors import LinkDown, UsageError
@@ -21,21 +20,13 @@ from agent.fleet.rollout import journal
 from agent.fleet.rollout.actions import RolloutOperator
 from agent.fleet.rollout.desired_state import DesiredMessage
 from agent.fleet.rollout.journal import Rollout
-from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
+from agent.transport.packets import BrokerLink, OutgoingMessage, PublishReceipt
 from agent.wire import topics
 from agent.wire.keys import SigningKey
 from agent.wire.messages import cloudevent_properties
 
 RolloutAction = Callable[[Connection, RolloutOperator, int], Rollout]
 PUBLISH_TIMEOUT_S = 10.0
-
-
-class BrokerConnection(Protocol):
-    """The part of an MQTT link that publishing uses."""
-
-    def send(self, message: OutgoingMessage) -> int: ...
-    def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]: ...
-    def close(self) -> None: ...
 
 
 class RolloutPublisher:
@@ -47,7 +38,7 @@ class RolloutPublisher:
         fleet: str,
         folder: Path,
         key: SigningKey,
-        connect: Callable[[], BrokerConnection],
+        connect: Callable[[], BrokerLink],
         *,
         role: str = "operator",
     ) -> None:
@@ -86,29 +77,28 @@ class RolloutPublisher:
         return ""
 
 
-def _send_retained(link: BrokerConnection, rows: Sequence[DesiredMessage]) -> None:
+def _send_retained(link: BrokerLink, rows: Sequence[DesiredMessage]) -> None:
     """Send every message as retained and wait until the broker has them all. Raises LinkDown, also on a refusal."""
     now = clock.to_rfc3339(clock.read().wall_us)
-    waiting = {link.send(_to_outgoing(row, now)): row.topic for row in rows}
+    waiting: dict[int, str] = {}
+    for row in rows:
+        topic = topics.parse(row.topic)
+        target = f"{topic.device}/{topic.task}" if topic.task else topic.device
+        event = cloudevent_properties(topic, f"{target}/desired/{row.counter}", now)
+        message = OutgoingMessage(row.topic, row.payload, (("jws", row.jws), *event), retain=True)
+        waiting[link.send(message)] = row.topic
     end = time.monotonic() + PUBLISH_TIMEOUT_S
     while waiting:
         left = end - time.monotonic()
         if left <= 0:
             late = ", ".join(sorted(waiting.values()))
             raise LinkDown(f"the broker did not accept {late} within {PUBLISH_TIMEOUT_S:g} s")
-        for event in link.receive(left):
-            if not isinstance(event, PublishReceipt) or event.token not in waiting:
+        for receipt in link.receive(left):
+            if not isinstance(receipt, PublishReceipt) or receipt.token not in waiting:
                 continue
-            topic = waiting.pop(event.token)
-            if not event.is_accepted:
+            refused = waiting.pop(receipt.token)
+            if not receipt.is_accepted:
                 raise LinkDown(
-                    f"the broker refused {topic}: {event.reason}; its access list must let the operator write there "
+                    f"the broker refused {refused}: {receipt.reason}; its access list must let the operator write there "
                     "(`outstation fleet init` of this version writes one that does)"
                 )
-
-
-def _to_outgoing(row: DesiredMessage, now: str) -> OutgoingMessage:
-    topic = topics.parse(row.topic)
-    target = f"{topic.device}/{topic.task}" if topic.task else topic.device
-    event = cloudevent_properties(topic, f"{target}/desired/{row.counter}", now)
-    return OutgoingMessage(row.topic, row.payload, (("jws", row.jws), *event), retain=True)

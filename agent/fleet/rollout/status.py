@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+from msgspec.structs import asdict
 
 from agent import clock
+from agent.fleet.database import rollouts
 from agent.fleet.database.interface import Connection
 from agent.fleet.rollout import journal
-from agent.fleet.rollout.devices import NOT_REPORTED, RolloutDevice, StepDevices, load_step_devices
+from agent.fleet.rollout.devices import NOT_REPORTED, StepDevices, load_step_devices
 from agent.fleet.rollout.journal import Rollout
 from agent.fleet.rollout.promotion import StepVerdict, evaluate_step
 from agent.fleet.rollout.tallies import RolloutTallies
+
+_DEVICE_MEMBERS = ("device", "phase", "reason", "summary", "since", "last_seen")
 
 
 class RolloutSnapshot(msgspec.Struct, frozen=True):
@@ -54,13 +58,13 @@ def build_status(db: Connection, snapshot: RolloutSnapshot, now_us: int) -> dict
         "selected": len(selected),
         "unselected": len(snapshot.devices.unselected),
         "phases": snapshot.devices.count_phases(),
-        "devices": [_device_to_dict(device) for device in selected],
+        "devices": [{name: getattr(device, name) for name in _DEVICE_MEMBERS} for device in selected],
         "not_reported": [device.device for device in selected if device.phase == NOT_REPORTED],
         "failed": [device.device for device in snapshot.devices.failed],
         "rejected": [device.device for device in selected if device.phase in ("rejected", "rolled_back")],
         "reporting": verdict.reporting,
         "needed": verdict.needed,
-        "rules": [result.to_dict() for result in verdict.rule_results],
+        "rules": [asdict(result) for result in verdict.rule_results],
         "blockers": verdict.blockers if rollout.is_open else [],
         "outcome": verdict.outcome if rollout.is_open else None,
         "implausible": [
@@ -70,11 +74,6 @@ def build_status(db: Connection, snapshot: RolloutSnapshot, now_us: int) -> dict
         ],
         "decisions": [
             {"n": n, "time": time, "event": event, "summary": summary}
-            for _, n, time, event, summary, *_ in journal.load_decision_rows(db, rollout.name)
+            for _, n, time, event, summary, *_ in rollouts.load_decisions(db, rollout.name)
         ],
     }
-
-
-def _device_to_dict(device: RolloutDevice) -> dict[str, Any]:
-    names = ("device", "phase", "reason", "summary", "since", "last_seen")
-    return {name: getattr(device, name) for name in names}

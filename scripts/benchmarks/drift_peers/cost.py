@@ -35,11 +35,11 @@ class Case(msgspec.Struct, frozen=True):
 # Batches of a device that works off a backlog (at most 4096 single-row answers or 512 longer windows), and of live
 # readings.
 CASES = (
-    Case("an answer per row", 1, 4000),
-    Case("an answer per 100 rows", 100, 51_000),
-    Case("an answer per row, 500 rows at a time", 1, ROWS),
-    Case("an answer per 100 rows, 500 rows at a time", 100, ROWS),
-    Case("an answer per 100 rows, windows of 2,000 and one at a time", 100, 2000, window=2000),
+    Case("one prediction per row", 1, 4000),
+    Case("one prediction per 100 rows", 100, 51_000),
+    Case("one prediction per row, batches of 500 rows", 1, ROWS),
+    Case("one prediction per 100 rows, batches of 500 rows", 100, ROWS),
+    Case("one prediction per 100 rows, windows of 2,000 rows, one per batch", 100, 2000, window=2000),
 )
 
 

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -33,6 +33,17 @@ class Detector:
     """Detector that learns from `reference` (n, 18) and flags the drifted columns (18,) of each window (500, 18)."""
 
     remembers = False  # earlier windows that the detector has processed
+    imports: ClassVar[dict[str, str]] = {}  # attribute to MODULE or MODULE:NAME
+    environment: ClassVar[dict[str, str]] = {}  # variables that the imports read
+
+    @classmethod
+    def load(cls) -> None:
+        """Import the library into the attributes of the class."""
+        os.environ.update(cls.environment)
+        for attribute, path in cls.imports.items():
+            module, _, name = path.partition(":")
+            loaded: Any = import_module(module)
+            setattr(cls, attribute, staticmethod(getattr(loaded, name) if name else loaded))
 
     def __init__(self, reference: Any) -> None:
         self.reference = reference
@@ -54,10 +65,7 @@ class Ks(Detector):
     """Two-sample KS test per number and chi-square test of the answers, at 0.05 with Bonferroni correction."""
 
     stats: Any = None
-
-    @classmethod
-    def load(cls) -> None:
-        cls.stats = import_module("scipy.stats")
+    imports: ClassVar = {"stats": "scipy.stats"}
 
     def __init__(self, reference: Any) -> None:
         super().__init__(reference[:: max(1, len(reference) // KS_ROWS)])
@@ -73,10 +81,6 @@ class Ks(Detector):
 
 class Psi(Detector):
     """Population stability index of at least 0.1 in ten equal-frequency bins; empty bins count as 0.0001."""
-
-    @classmethod
-    def load(cls) -> None:
-        pass
 
     def __init__(self, reference: Any) -> None:
         super().__init__(reference)
@@ -101,10 +105,7 @@ class Adwin(Detector):
 
     remembers = True
     made: Any = None
-
-    @classmethod
-    def load(cls) -> None:
-        cls.made = import_module("river.drift").ADWIN
+    imports: ClassVar = {"made": "river.drift:ADWIN"}
 
     def __init__(self, reference: Any) -> None:
         super().__init__(reference)
@@ -134,12 +135,11 @@ class Evidently(Detector):
     frame: Any = None
     chosen: Any = None
     types: Any = None
-
-    @classmethod
-    def load(cls) -> None:
-        cls.frame = import_module("pandas").DataFrame
-        cls.chosen = staticmethod(import_module("evidently.legacy.calculations.stattests.registry").get_stattest)
-        cls.types = import_module("evidently.legacy.core").ColumnType
+    imports: ClassVar = {
+        "frame": "pandas:DataFrame",
+        "chosen": "evidently.legacy.calculations.stattests.registry:get_stattest",
+        "types": "evidently.legacy.core:ColumnType",
+    }
 
     def __init__(self, reference: Any) -> None:
         super().__init__(self.frame(reference, columns=COLUMNS))
@@ -158,12 +158,8 @@ class Nannyml(Detector):
 
     frame: Any = None
     made: Any = None
-
-    @classmethod
-    def load(cls) -> None:
-        os.environ["NML_DISABLE_USAGE_LOGGING"] = "1"  # before the import, which otherwise sends usage data
-        cls.frame = import_module("pandas").DataFrame
-        cls.made = import_module("nannyml").UnivariateDriftCalculator
+    imports: ClassVar = {"frame": "pandas:DataFrame", "made": "nannyml:UnivariateDriftCalculator"}
+    environment: ClassVar = {"NML_DISABLE_USAGE_LOGGING": "1"}  # otherwise the import sends usage data
 
     def __init__(self, reference: Any) -> None:
         super().__init__(reference)
@@ -187,26 +183,15 @@ class Whylogs(Detector):
 
     frame: Any = None
     log: Any = None
-
-    @classmethod
-    def load(cls) -> None:
-        os.environ["WHYLOGS_NO_ANALYTICS"] = "True"  # before the import, which otherwise sends usage data
-        cls.frame = import_module("pandas").DataFrame
-        cls.log = staticmethod(import_module("whylogs").log)
+    imports: ClassVar = {"frame": "pandas:DataFrame", "log": "whylogs:log"}
+    environment: ClassVar = {"WHYLOGS_NO_ANALYTICS": "True"}  # otherwise the import sends usage data
 
     def window(self, rows: Any) -> Any:
         self.log(self.frame(rows, columns=COLUMNS)).profile()
         return np.zeros(len(COLUMNS), bool)
 
 
-DETECTORS: dict[str, Any] = {
-    "ks": Ks,
-    "psi": Psi,
-    "adwin": Adwin,
-    "evidently": Evidently,
-    "nannyml": Nannyml,
-    "whylogs": Whylogs,
-}
+DETECTORS: dict[str, Any] = {made.__name__.lower(): made for made in (Ks, Psi, Adwin, Evidently, Nannyml, Whylogs)}
 
 
 def flags(made: Any, data: Any, ask: dict[str, Any]) -> dict[str, Any]:

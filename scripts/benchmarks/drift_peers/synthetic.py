@@ -49,7 +49,7 @@ class Change(msgspec.Struct, frozen=True):
 
 
 QUARTER, HALF, WIDER, RAMPED, TOGETHER, ANSWERS = (
-    "+0.25 sd", "+0.5 sd", "variance × 1.5", "ramp to 0.5 sd", "correlation 0.5", "answers",
+    "+0.25 sd", "+0.5 sd", "variance × 1.5", "ramp to 0.5 sd", "correlation 0.5", "label shares",
 )  # fmt: skip
 
 

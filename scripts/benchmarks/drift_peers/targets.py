@@ -40,9 +40,9 @@ def synthetic_results(kind: str, rows: Sequence[Row]) -> Iterator[Result]:
                 {result.name: result.delays[change].summarize(synthetic.WATCHED) for result in (*alone, *others)}
             )
             yield Result(f"{name}: {change}", _delay(row, change), limit, "windows", 1.0, note, less=True)
-        yield _worst(f"{name}: changes found", row, [change for change in row.delays if change != ANSWERS])
+        yield _worst(f"{name}: changes detected", row, [change for change in row.delays if change != ANSWERS])
         if ANSWERS in row.delays:
-            yield _worst(f"{name}: other answers found", row, [ANSWERS])
+            yield _worst(f"{name}: other label shares detected", row, [ANSWERS])
 
 
 def recordings_results(row: Row) -> Iterator[Result]:
@@ -54,13 +54,13 @@ def recordings_results(row: Row) -> Iterator[Result]:
     yield Result("drift, smartwatch: false alarms", row.per_1000, FALSE_REAL, "per 1000 windows", 1.0, note, less=True)
     for change, detection in row.delays.items():
         missed = sum(delay is None for delay in detection.delays)
-        note = f"{len(detection.delays)} trials, {missed} not found within 20 windows"
+        note = f"{len(detection.delays)} trials, {missed} missed within 20 windows"
         name = f"drift, smartwatch: {change}"
         yield Result(name, _delay(row, change), DELAY_REAL, "windows", 1.0, note, less=True)
-        yield Result(f"{name} found", 100 - detection.missed, 100.0, "per cent", 1.0, note)
+        yield Result(f"{name} detected", 100 - detection.missed, 100.0, "per cent", 1.0, note)
 
 
-def of_cost(costs: dict[str, Cost]) -> Iterator[Result]:
+def cost_results(costs: dict[str, Cost]) -> Iterator[Result]:
     ours = {case.called: costs[case.called] for case in CASES}
     others = {name: cost for name, cost in costs.items() if name not in ours}
     note_text = format_peers({name: f"{cost.us_per_row:.2f}" for name, cost in others.items()})
@@ -78,7 +78,7 @@ def _worst(name: str, row: Row, changes: Sequence[str]) -> Result:
     """Return the results of the change with the most misses."""
     note_text = format_peers({change: row.delays[change].summarize(synthetic.WATCHED) for change in changes})
     trials = len(row.delays[changes[0]].delays)
-    note = f"found within {synthetic.WATCHED} windows, {trials} trials each; median windows and misses{note_text}"
+    note = f"detected within {synthetic.WATCHED} windows, {trials} trials each; median windows and misses{note_text}"
     return Result(
         name,
         100 - max(row.delays[change].missed for change in changes),

@@ -28,7 +28,7 @@ TARGETS = {"judge": LabelTarget("watch", LabelSchema("classify", ("up", "down"))
 @pytest.fixture
 def station(tmp_path: Path) -> Iterator[Station]:
     """Results of rows 1 to 20, one each second, in a running intake."""
-    with Station(conf(tmp_path), asked=lambda: TARGETS) as running:
+    with Station(conf(tmp_path), label_targets=lambda: TARGETS) as running:
         row = np.arange(1, 21, dtype=np.int64)
         with running.store.transaction() as tx:
             tx.labels.store_predictions(

@@ -41,7 +41,7 @@ def archive() -> bytes:
 
 def starts(web: Web) -> list[int]:
     """From which byte on the archive was asked for, each time."""
-    return [start for path, start in web.asked if path.startswith("/targets/")]
+    return [start for path, start in web.requests if path.startswith("/targets/")]
 
 
 def cut_at(byte: int) -> Callable[[Handler], None]:
@@ -167,7 +167,7 @@ def test_the_configured_rate_is_kept(repository: Signed, web: Web, device: Updat
 def test_a_usb_stick_can_be_a_repository(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     device.configure(url=str(web.folder), window="00:00-00:01")
     assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
-    assert web.asked == []
+    assert web.requests == []
 
 
 def test_a_missing_usb_stick_is_named(device: Updating, wanted: DesiredBundle, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_server_needs_a_certificate_of_the_trusted_ca(
             assert "certificate verify failed" in device.must_fail(wanted, "DownloadError").detail
         device.configure(url=secure.url, ca_file=str(tmp_path / "nowhere.pem"))
         assert "[updates] ca_file" in device.must_fail(wanted, "DownloadError").detail
-        assert secure.asked == []
+        assert secure.requests == []
         device.configure(url=secure.url, ca_file=str(tmp_path / "ours.pem"))
         assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
 

@@ -29,8 +29,8 @@ HOUR_US = 3_600_000_000
 HANGING = (sys.executable, "-c", "import time; time.sleep(600)")
 
 
-def archives_asked(web: Web) -> list[str]:
-    return [path for path, _ in web.asked if path.startswith("/targets/")]
+def requested_archives(web: Web) -> list[str]:
+    return [path for path, _ in web.requests if path.startswith("/targets/")]
 
 
 def report(device: Updating) -> dict[str, object]:
@@ -55,15 +55,15 @@ def test_metadata_are_refreshed_at_the_start_and_periodically(
     web: Web, device: Updating, wanted: DesiredBundle
 ) -> None:
     settle(device)
-    assert archives_asked(web) == []
-    first = len(web.asked)
+    assert requested_archives(web) == []
+    first = len(web.requests)
     assert first > 0
     assert report(device)["error"] == ""
     every_s = device.conf.updates.poll_interval if device.conf.updates else 0.0
     assert every_s - 60 <= device.fetcher.wait_s(device.now()) <= 1.25 * every_s
     device.later_s += 1.25 * every_s
     settle(device)
-    assert len(web.asked) > first
+    assert len(web.requests) > first
 
 
 def test_without_updates_in_the_config_nothing_is_fetched(device: Updating, wanted: DesiredBundle) -> None:
@@ -80,8 +80,8 @@ def test_archives_are_fetched_in_the_window_only(web: Web, device: Updating, wan
     device.configure(window=f"{opens:%H:%M}-{closes:%H:%M}")
     device.fetcher.start("exercise", wanted, device.now())
     settle(device)
-    assert web.asked != []
-    assert archives_asked(web) == []
+    assert web.requests != []
+    assert requested_archives(web) == []
     assert "waits for the window" in str(report(device)["downloads"])
     device.wall_us += 3 * HOUR_US
     assert isinstance(device.result(), FetchedBundle)
@@ -159,7 +159,9 @@ def test_an_unpublished_bundle_is_retried_soon(repository: Signed, web: Web, dev
 def test_a_stopped_download_is_no_repository_error(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     web.tricks[:] = [("/targets/", Handler.drip)]
     device.fetcher.start("exercise", wanted, device.now())
-    wait_for(lambda: device.fetcher.poll(device.now()) is None and archives_asked(web) != [], "it comes", PATIENCE_S)
+    wait_for(
+        lambda: device.fetcher.poll(device.now()) is None and requested_archives(web) != [], "it comes", PATIENCE_S
+    )
     device.fetcher.stop("exercise")
     settle(device)
     assert report(device)["error"] == ""
@@ -188,7 +190,7 @@ def test_a_bundle_desired_twice_is_downloaded_once(web: Web, device: Updating, w
     device.fetcher.poll(device.now())
     device.fetcher.start("exercise", wanted, device.now())
     assert isinstance(device.result(), FetchedBundle)
-    assert len(archives_asked(web)) == 1
+    assert len(requested_archives(web)) == 1
     settle(device)
     assert report(device)["downloads"] == {}
 
@@ -201,7 +203,9 @@ def test_another_desired_bundle_ends_the_first_download(
     web.tricks[:] = [("/targets/exercise/1", Handler.drip)]
     device.fetcher.start("exercise", wanted, device.now())
     wait_for(
-        lambda: device.fetcher.poll(device.now()) is None and archives_asked(web) != [], "the first comes", PATIENCE_S
+        lambda: device.fetcher.poll(device.now()) is None and requested_archives(web) != [],
+        "the first comes",
+        PATIENCE_S,
     )
     device.fetcher.start("exercise", second, device.now())
     found = device.result()

@@ -1,24 +1,34 @@
-"""Autotuning of batch size and threads, compared with the best setting found by a longer search."""
+"""Inference in the sandbox: autotuning against the best setting of a longer search, and the cost of a subprocess."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 
 import msgspec
 import numpy as np
 
-from agent.model.bundle import builtin
+from agent.model.bundle import builtin, bundle
+from agent.model.inference import runtime
+from agent.model.inference.features import Floats
 from agent.model.inference.runtime import MAX_BATCH, TfliteModel
 from agent.model.inference.tuning import count_cores
 from agent.model.sandbox import autotune
+from agent.model.sandbox.subprocess_model import SubprocessModel
 from scripts.benchmarks import Result, benchmark
 from scripts.kit.bundles import THIRD_PARTY
+from scripts.kit.process_stats import pss_mb
 
 SECONDS = 6.0
+# Batch sizes of a device that keeps up with its readings, and of one that works off a backlog.
+_FEW, _MANY = 30, 512
+_ROUNDS = 60
+# Memory limit of a subprocess: Python, numpy, the runtime and the model, with a share of shared pages.
+_MAX_MIB = 60.0
 
 
-@benchmark("trial")
+@benchmark("autotune")
 def compare_tuned_batch_size() -> Result:
     """Report the model for which autotuning is furthest from the best setting, among all models in this checkout."""
     contents = {"exercise": (builtin.bundles_dir() / "exercise" / "model.tflite").read_bytes()}
@@ -32,7 +42,7 @@ def compare_tuned_batch_size() -> Result:
         f"{name} × {measurement.ours / measurement.best:.3f} in {measurement.took_s:.1f} s ({measurement.how})"
         for name, measurement in measurements.items()
     )
-    return Result("trial", worst.ours, worst.best, "rows/s", 0.95, f"one thread in CPU time; {note}")
+    return Result("autotune", worst.ours, worst.best, "rows/s", 0.95, f"one thread in CPU time; {note}")
 
 
 class TuningComparison(msgspec.Struct, frozen=True):
@@ -66,3 +76,36 @@ def compare_with_best(content: bytes) -> TuningComparison:
     clearly = [pace for pace in more.values() if pace > autotune.MIN_THREAD_SPEEDUP * max(single_thread.values())]
     ours = {**single_thread, **more}[choice.batch, choice.threads]
     return TuningComparison(str(choice), ours, max([*single_thread.values(), *clearly]), took_s)
+
+
+@benchmark("subprocess")
+def subprocess_overhead() -> list[Result]:
+    """Measure windows of `exercise` (medians of alternating runs), and the PSS of the subprocess."""
+    shipped = bundle.read(builtin.bundles_dir() / "exercise", None)
+    here = runtime.load_model(shipped.manifest, shipped.model_bytes)
+    windows = np.random.default_rng(0).normal(0, 1, (_MANY, *here.input_shape)).astype(np.float32)
+    with SubprocessModel(shipped) as there:
+        there.invoke(windows)
+        results = []
+        for count in (_FEW, _MANY):
+            ours, reference = _median(there.invoke, here.invoke, windows[:count])
+            note = f"{count} windows, {1e6 * (ours - reference):.0f} µs more"
+            results.append(
+                Result(f"subprocess, {count} windows", ours * 1e6, reference * 1e6, "µs", 2.0, note, less=True)
+            )
+        memory = Result.within(
+            "subprocess, memory", pss_mb(there.pid or 0), _MAX_MIB, "MiB", "PSS of the child process"
+        )
+    return [*results, memory]
+
+
+def _median(
+    ours: Callable[[Floats], object], reference: Callable[[Floats], object], windows: Floats
+) -> tuple[float, float]:
+    took: tuple[list[float], list[float]] = ([], [])
+    for _ in range(_ROUNDS):
+        for invoke, times in ((ours, took[0]), (reference, took[1])):
+            began = time.perf_counter()
+            invoke(windows)
+            times.append(time.perf_counter() - began)
+    return statistics.median(took[0]), statistics.median(took[1])

@@ -12,7 +12,7 @@ from agent.device.intake.sources.recordings import Playlist
 from agent.device.uplink.mqtt_sink import packet_size
 from agent.simulate.scenario import SCENARIOS
 from agent.wire.messages import ResultColumns
-from scripts.benchmarks import Report, Result, benchmark, device_task
+from scripts.benchmarks import Result, benchmark, device_task
 
 RESULTS = 1000
 _COLUMNS = ("row", "t", "label", "score")
@@ -20,8 +20,8 @@ _COLUMNS = ("row", "t", "label", "score")
 _HEADERS, _SEGMENT, _PUBACK = 52, 1448, 4
 
 
-@benchmark("air", quick=True)
-def traffic_of_results() -> Report:
+@benchmark("traffic", quick=True)
+def traffic_of_results() -> list[Result]:
     """Measure the exercise model on one person's recordings: whole packets both ways, acknowledgements included."""
     recorded = load(SCENARIOS["exercise"].file)
     names = [name for name, _ in SCENARIOS["exercise"].fields]
@@ -32,20 +32,21 @@ def traffic_of_results() -> Report:
         sent = [message for message in device.store.unacknowledged_messages(0, 10_000) if "/results/" in message.topic]
         ours = []
         for device.author.compress in (False, True):
-            ours.append(sum(_carried(packet_size(device.author.to_outgoing(message))) for message in sent))
-        plain = sum(_carried(size) for message in sent for size in _singly(message.payload, message.topic))
+            ours.append(sum(_bytes_on_wire(packet_size(device.author.to_outgoing(message))) for message in sent))
+        plain = sum(
+            _bytes_on_wire(size)
+            for message in sent
+            for size in _sizes_of_single_results(message.payload, message.topic)
+        )
     note = f"{len(sent)} signed messages; reference: unsigned JSON for each; both with TCP headers and PUBACK"
-    kinds = (("air", note), ("air, compressed", f"with `[broker] compress = true`; {note}"))
-    report = tuple(
-        Result(name, size, plain, "bytes", 1 / 15, kind, less=True)
-        for size, (name, kind) in zip(ours, kinds, strict=True)
-    )
-    return Report(
-        report, "\n".join(f"{result.name:15} {result.ours:,.0f} bytes, × {result.ratio:.3f}" for result in report)
-    )
+    notes = {"traffic": note, "traffic, compressed": f"with `[broker] compress = true`; {note}"}
+    return [
+        Result(name, size, plain, "bytes", 1 / 15, notes[name], less=True)
+        for name, size in zip(notes, ours, strict=True)
+    ]
 
 
-def _singly(payload: bytes, topic: str) -> list[int]:
+def _sizes_of_single_results(payload: bytes, topic: str) -> list[int]:
     """Return the bytes of one PUBLISH per result of a message, each with the shortest equivalent JSON."""
     body = json.loads(payload)
     head = {"device": body["device"], "task": body["task"], "model": body["model"]["version"]}
@@ -56,6 +57,6 @@ def _singly(payload: bytes, topic: str) -> list[int]:
     return [len(text) + len(topic) + 7 for text in plain]
 
 
-def _carried(size: int) -> int:
+def _bytes_on_wire(size: int) -> int:
     """Return the bytes on the wire of a PUBLISH of `size` bytes and its acknowledgement."""
     return size + (math.ceil(size / _SEGMENT) + 1) * _HEADERS + _PUBACK

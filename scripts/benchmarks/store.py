@@ -1,7 +1,4 @@
-"""Flash wear: bytes that readings write to the block device under an ext4, journal included.
-
-Readings pass through the intake's group commit, so that its own writes are counted too.
-"""
+"""The store on disk: durable commits, bytes per row, and bytes written to flash."""
 
 from __future__ import annotations
 
@@ -11,7 +8,8 @@ import shutil
 import sqlite3
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -22,24 +20,89 @@ from agent import clock
 from agent.config import FieldConfig, StreamConfig
 from agent.device.intake.group_commit import GroupCommit
 from agent.device.recovery.open import open_store
-from agent.device.store.rows import RawColumns, validate_columns
-from scripts.benchmarks import Result, benchmark
+from agent.device.store.rows import RawColumns, Rows, validate_columns
+from scripts.benchmarks import Result, benchmark, rates
 
 FIELDS = [f"f{i}" for i in range(8)]
 ROWS, TOGETHER = 6000, 10
 _SECTOR = 512
+_COMMITS, _CHUNK = 50, 1000
+_AXES = ["ax", "ay", "az", "wx", "wy", "wz"]
+# Size of eight float32 values and a time delta.
+_PAYLOAD = 36
+
+
+def _stream(fields: Sequence[str]) -> StreamConfig:
+    return StreamConfig(fields=[FieldConfig(name=name) for name in fields])
+
+
+@benchmark("buffer")
+def buffer() -> Result:
+    """Measure both sides with a commit every 1000 rows, to a WAL database with synchronous=FULL in one folder.
+
+    CPU time is measured, since the wait for the disk depends on the disk alone.
+    """
+    values = np.random.default_rng(1).normal(size=(len(_AXES), _CHUNK)).astype(np.float32)
+    times = np.arange(_CHUNK, dtype=np.int64) * 10_000
+    tuples = list(zip(times.tolist(), *values.tolist(), strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        store = open_store(Path(folder) / "ours")
+        store.declare_streams({"watch": _stream(_AXES)})
+        plain = sqlite3.connect(Path(folder) / "reference.db", isolation_level=None)
+        plain.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA secure_delete=OFF")
+        plain.execute(f"CREATE TABLE readings (t INTEGER, {', '.join(f'{name} REAL' for name in _AXES)})")
+
+        def ours() -> int:
+            for _ in range(_COMMITS):
+                with store.transaction() as tx:
+                    tx.append("watch", Rows(times, tuple(values)), "synced")
+            return _COMMITS * _CHUNK
+
+        def reference() -> int:
+            for _ in range(_COMMITS):
+                plain.execute("BEGIN")
+                plain.executemany("INSERT INTO readings VALUES (?, ?, ?, ?, ?, ?, ?)", tuples)
+                plain.execute("COMMIT")
+            return _COMMITS * _CHUNK
+
+        try:
+            note = f"{_CHUNK} rows of {len(_AXES)} floats per commit, synchronous=FULL; reference: sqlite3 executemany"
+            return Result("buffer", *rates(ours, reference, time.process_time), "rows/CPU s", 2.0, note)
+        finally:
+            store.close()
+            plain.close()
+
+
+@benchmark("storage", quick=True)
+def bytes_on_disk() -> Result:
+    """Measure a million rows in chunks of a thousand, after a checkpoint."""
+    values = tuple(np.random.default_rng(2).normal(size=(len(FIELDS), _CHUNK)).astype(np.float32))
+    with tempfile.TemporaryDirectory() as folder:
+        store = open_store(Path(folder))
+        store.declare_streams({"rows": _stream(FIELDS)})
+        before = store.used_bytes()
+        for chunk in range(1000):
+            times = (np.arange(_CHUNK, dtype=np.int64) + chunk * _CHUNK) * 10_000
+            with store.transaction() as tx:
+                tx.append("rows", Rows(times, values), "synced")
+        each = (store.used_bytes() - before) / 1_000_000
+        store.close()
+    return Result("storage", each, _PAYLOAD, "bytes/row", 1.2, "8 floats and their time, 1000 rows a chunk", less=True)
 
 
 @benchmark("flash")
 def written_bytes_per_row() -> Result:
-    """Measure one row per second, acknowledged within ten seconds (commits of ten rows), against a commit per row."""
+    """Measure the bytes written to a block device under ext4, journal included, against a commit per row.
+
+    One row per second passes through the intake's group commit, in commits of ten rows.
+    """
     if os.geteuid() != 0 or shutil.which("mkfs.ext4") is None:
         raise click.ClickException("flash needs root and mkfs.ext4 to mount a file system")
     values = np.random.default_rng(1).normal(size=(len(FIELDS), ROWS)).astype(np.float32)
 
     def ours(folder: Path) -> None:
         store, start = open_store(folder / "data"), clock.read()
-        stream = StreamConfig(fields=[FieldConfig(name=name) for name in FIELDS])
+        stream = _stream(FIELDS)
         store.declare_streams({"rows": stream})
         group = GroupCommit(store, {"rows": stream})
         for at in range(0, ROWS, TOGETHER):
@@ -61,7 +124,8 @@ def written_bytes_per_row() -> Result:
 
     each, alone = _written(ours) / ROWS, _written(plain) / ROWS
     note = (
-        f"{ROWS:,} rows, {each * 86_400 / 1e6:,.0f} MB a day at one a second; reference: a SQLite commit for each row"
+        f"{ROWS:,} rows, {each * 86_400 / 1e6:,.0f} MB a day at one row per second; "
+        "reference: a SQLite commit for each row"
     )
     return Result("flash", each, alone, "bytes/row", 1 / 20, note, less=True)
 

@@ -1,0 +1,96 @@
+"""Drift window results: the members of each message, and runs of quiet windows, which share one message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+import numpy as np
+from msgspec.structs import replace
+
+from agent.arrays import Float64s
+from agent.drift import sampling_rate_watch
+from agent.drift.baseline.reference import Reference
+from agent.drift.reporting import drift_message
+from agent.drift.reporting.drift_message import MessageSums, SuiteStatus
+from agent.drift.sampling_rate_watch import SamplingRateWatch
+from agent.drift.state import DriftWindowResult
+from agent.drift.testing.test_suite import DriftTester
+from agent.wire.quiet_windows import MAX_QUIET_WINDOWS
+
+
+class ClosedWindow(msgspec.Struct, frozen=True, eq=False):
+    """A closed window, or a run of quiet ones, with all that the members of its result are built from.
+
+    States are those after the last window; `tester` is that of the site's reference then.
+    """
+
+    result: DriftWindowResult
+    sums: MessageSums
+    status: SuiteStatus
+    rate_watch: SamplingRateWatch
+    speed_sums: Float64s  # (2,)
+    tester: DriftTester | None
+
+    def extend(self, later: ClosedWindow, most: int) -> ClosedWindow | None:
+        """Return the run of at most so many quiet windows that both make together; None if they make none."""
+        now, after = self.result, later.result
+        if now.quiet is None or after.quiet is None or now.windows + after.windows > most:
+            return None
+        result = replace(
+            now,
+            rows=(now.rows[0], after.rows[1]),
+            t=(now.t[0], after.t[1]),
+            row_count=now.row_count + after.row_count,
+            quiet=now.quiet.extend(after.quiet),
+        )
+        return replace(later, result=result, sums=self.sums + later.sums)
+
+
+def merge_quiet(windows: Iterable[ClosedWindow]) -> list[ClosedWindow]:
+    """Merge neighboring runs of quiet windows, as far as one message takes them."""
+    merged: list[ClosedWindow] = []
+    for window in windows:
+        longer = merged[-1].extend(window, MAX_QUIET_WINDOWS) if merged else None
+        if longer is None:
+            merged.append(window)
+        else:
+            merged[-1] = longer
+    return merged
+
+
+def build_results(windows: Sequence[ClosedWindow], shipped: Reference, min_bin_rows: int) -> list[DriftWindowResult]:
+    """Return the results with their members. Numbers of all windows are built together, once."""
+    if not windows:
+        return []
+    sums = MessageSums.stack([window.sums for window in windows])
+    columns = zip(
+        windows,
+        drift_message.build_features(sums, shipped, min_bin_rows),
+        drift_message.build_output(sums, shipped, min_bin_rows),
+        drift_message.build_estimates(sums, shipped),
+        sums.mean_step_us.tolist(),
+        sums.repeated_share.tolist(),
+        strict=True,
+    )
+    results = []
+    for window, features, output, estimate, step_us, repeated in columns:
+        numbers = {"features": features, "output": output, "estimate": estimate}
+        members = sampling_rate_watch.add_rate(
+            drift_message.add_states(numbers, window.status, window.tester),
+            window.rate_watch,
+            window.speed_sums,
+            step_us,
+            repeated,
+            window.tester,
+        )
+        results.append(replace(window.result, members=members))
+    return results
+
+
+def nearest_shares(cusum_sums: Float64s, speed_sums: Float64s, tester: DriftTester) -> Float64s:
+    """Return the largest of all sums, (W, 2, T) and of the speed (W, 2), as a share of its limit (W,), 3 decimals."""
+    shares = (cusum_sums / tester.limits.limit).max((1, 2))
+    if tester.calibration.rate is not None:
+        shares = np.maximum(shares, speed_sums.max(1) / tester.speed_cusum_limit)
+    return np.asarray(shares.round(3))
