@@ -35,7 +35,9 @@ def fleet(tmp_path: Path) -> Iterator[LocalFleet]:
 def running(fleet: LocalFleet) -> DeviceProcess:
     """A device whose first results, by the bundle that ships, have arrived."""
     device = fleet.add_device("pi-01").add_replay_stream(ROWS, 100).add_task("exercise")
-    device.append_config(f'[publishers]\nkeys = ["{KEY.public.text}"]\n').start_and_wait()
+    device.append_config(
+        f'[publishers]\nkeys = ["{KEY.public.text}"]\n[models]\nconfinement = "off"\n'
+    ).start_and_wait()
     wait_until("first results", lambda: fleet.last_result_row("pi-01"))
     assert device.stop() == 0
     return device

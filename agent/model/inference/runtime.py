@@ -197,6 +197,8 @@ def detect_processor(content: bytes) -> None:
 
     A confined process can read no files; the runtime would then choose its slowest kernels.
     """
+    # Errors name the runtime; its version is in a file, too.
+    runtime_name()
     if content:
         TfliteModel(content, 1)
 

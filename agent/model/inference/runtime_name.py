@@ -22,7 +22,10 @@ def runtime_name() -> str:
         metadata = list(Path(spec.origin).parents[1].glob(f"{module}-*.dist-info"))
         if len(metadata) == 1:
             return f"{name} {metadata[0].name.removesuffix('.dist-info').partition('-')[2]}"
-        return f"{name} {importlib.import_module(module).__version__}"
+        # A package of the distribution, whose metadata lies elsewhere.
+        from importlib.metadata import version
+
+        return f"{name} {version(name)}"
     raise OutstationError(
         "this machine has no TFLite runtime: install ai-edge-litert (64-bit), or tflite-runtime with Python 3.11"
     )

@@ -11,7 +11,6 @@ On request the same process then tunes batch size and threads (`autotune`).
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 import os
 import resource
@@ -47,11 +46,6 @@ if TYPE_CHECKING:
 GRACE_S = 10.0
 # Rows that are run alone and as a batch.
 _COMPARED_ROWS = 5
-# Modules that checks and tuning import later, when a confined process can read no more files.
-_LATE_IMPORTS = (
-    *("agent.model.bundle.golden_vectors", "agent.model.sandbox.autotune"),
-    *("encodings.cp437", "numpy.random", "numpy.lib.format", "numpy.lib._npyio_impl", "zipfile", "traceback"),
-)
 Check = tuple[str, bool, str]
 
 
@@ -306,12 +300,19 @@ def _give_up_rights(request: _ProbeRequest, limits: ResourceLimits) -> int:
 
     Return the bytes for a larger batch: half of the memory limit, at most an eighth of the machine's free memory.
     """
+    # Some are needed later, when a confined process can read no more files.
+    # ruff: noqa: F401
+    import encodings.cp437
+    import traceback
+    import zipfile
+
+    import numpy.lib._npyio_impl
+    import numpy.random
     import psutil
 
+    import agent.model.bundle.golden_vectors
+    import agent.model.sandbox.autotune
     from agent.model.inference import runtime, tuning
-
-    for name in _LATE_IMPORTS:
-        importlib.import_module(name)
 
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     memory = pages * resource.getpagesize() + (limits.memory_mib << 20)
