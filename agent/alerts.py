@@ -86,12 +86,7 @@ _FAULT_CLEARS = "After three drift windows in a row without a fault."
 _RELEARN = "If the change is meant to stay, learn the site's reference anew: `outstation reference relearn`."
 
 FIELD_DRIFT = AlertKind(
-    "Field drift",
-    "drift",
-    "{field}",
-    "{field}/drift/{count}",
-    "warning",
-    "task",
+    *("Field drift", "drift", "{field}", "{field}/drift/{count}", "warning", "task"),
     "Readings of one field no longer follow the distribution that the device learned at this site. The summary says "
     "how far the mean or the spread moved, or that the distribution has another shape, and since when.",
     "An offset or a new position of the sensor; gain loss; more or less movement; a slow change of temperature or "
@@ -106,12 +101,7 @@ FIELD_DRIFT = AlertKind(
     },
 )
 OUTPUT_DRIFT = AlertKind(
-    "Drift of the model's answers",
-    "drift",
-    "output",
-    "output/drift/{count}",
-    "warning",
-    "task",
+    *("Drift of the model's answers", "drift", "output", "output/drift/{count}", "warning", "task"),
     "The model names a class more or less often than it did at this site.",
     "Another use of the machine; a fault that the model reports correctly; a model that no longer fits its input.",
     "Check a few answers by hand, and label them: only labels tell a real change from a wrong model. " + _RELEARN,
@@ -119,12 +109,7 @@ OUTPUT_DRIFT = AlertKind(
     {"share": "the share of one class moved (CUSUM)", "shape": "the shares of all classes moved (PSI)"},
 )
 SCORE_DRIFT = AlertKind(
-    "Drift of the model's scores",
-    "drift",
-    "score",
-    "score/drift/{count}",
-    "warning",
-    "task",
+    *("Drift of the model's scores", "drift", "score", "score/drift/{count}", "warning", "task"),
     "The model's certainty, or the value that it predicts, no longer follows the distribution learned at this site.",
     "Readings unlike the training data: a new product, a new environment, a sensor that slowly fails.",
     "Look at open alerts of fields first: they usually explain it. Otherwise label results and compare the accuracy.",
@@ -132,12 +117,7 @@ SCORE_DRIFT = AlertKind(
     {"mean": "the mean moved (CUSUM)", "shape": "the distribution has another shape (PSI)"},
 )
 JOINT_DRIFT = AlertKind(
-    "Drift of correlations",
-    "drift",
-    "joint",
-    "joint/drift/{count}",
-    "warning",
-    "task",
+    *("Drift of correlations", "drift", "joint", "joint/drift/{count}", "warning", "task"),
     "Fields vary together otherwise than at this site before, although each field by itself looks as usual.",
     "A loose mounting; swapped wires; another way of moving.",
     "Check the mounting and the wiring of the fields that the summary names. " + _RELEARN,
@@ -145,36 +125,21 @@ JOINT_DRIFT = AlertKind(
     {"pairs": "correlations of pairs of fields moved (CUSUM)"},
 )
 RATE_DRIFT = AlertKind(
-    "Drift of the signals' speed",
-    "drift",
-    "rate",
-    "rate/drift/{count}",
-    "warning",
-    "task",
+    *("Drift of the signals' speed", "drift", "rate", "rate/drift/{count}", "warning", "task"),
     "All signals move faster or slower than at this site before, although the rows' times do not show it.",
     "Another sampling rate behind a source that stamps rows itself; a sensor clock that runs fast or slow.",
     "Compare the sampling rate that the sensor is set to with the one that the bundle was trained with. " + _RELEARN,
     _DRIFT_CLEARS,
 )
 FLEET_DRIFT = AlertKind(
-    "Fleet-wide drift",
-    "drift",
-    "{field}",
-    "collector/fleet-wide/{task}/{field}/{since}",
-    "warning",
-    "collector",
+    *("Fleet-wide drift", "drift", "{field}", "collector/fleet-wide/{task}/{field}/{since}", "warning", "collector"),
     "So many devices began to drift in one field at about the same time that no single site explains it.",
     "A season or the weather; a new batch of material; a firmware, gateway or bundle that was rolled out.",
     "Compare the time in the summary with what was changed for all devices. `outstation fleet drift` shows the order.",
     "Once less than half of the share that raised it still drifts.",
 )
 FIELD_FAULT = AlertKind(
-    "Sensor fault",
-    "fault",
-    "{field}",
-    "{field}/fault/{count}",
-    "critical",
-    "task",
+    *("Sensor fault", "fault", "{field}", "{field}/fault/{count}", "critical", "task"),
     "A field is read wrongly: this is no drift, and its windows are kept out of drift tests and learning.",
     "See the fault's name in the evidence.",
     "Repair or replace the sensor, its cable, its converter or its configuration.",
@@ -192,12 +157,7 @@ FIELD_FAULT = AlertKind(
     },
 )
 RATE_FAULT = AlertKind(
-    "Sampling fault",
-    "fault",
-    "rate",
-    "rate/fault/{count}",
-    "critical",
-    "task",
+    *("Sampling fault", "fault", "rate", "rate/fault/{count}", "critical", "task"),
     "Rows come at another rate than at this site before, or repeat. No field is tested or learned until it ends.",
     "See the fault's name in the evidence.",
     "Check the sampling rate and the clock of the sensor, and whatever forwards its readings.",
@@ -208,36 +168,21 @@ RATE_FAULT = AlertKind(
     },
 )
 DECAY = AlertKind(
-    "Accuracy fell",
-    "quality",
-    "decay",
-    "quality/decay/{count}",
-    "warning",
-    "task",
+    *("Accuracy fell", "quality", "decay", "quality/decay/{count}", "warning", "task"),
     "Labels show a higher error than the first 200 labels of this bundle on this device.",
     "Concept drift; a sensor that slowly fails; another use of the machine; another person or rule that labels.",
     "Look for drift alerts of the same time, check some labels, and retrain with the labelled results.",
     "After six groups of 25 labels in a row that agree with the first labels, or when labels were corrected.",
 )
 BELOW_EVALUATION = AlertKind(
-    "Accuracy below the evaluation",
-    "quality",
-    "evaluation",
-    "quality/evaluation/{count}",
-    "warning",
-    "task",
+    *("Accuracy below the evaluation", "quality", "evaluation", "quality/evaluation/{count}", "warning", "task"),
     "Labels show a lower accuracy than the bundle's own evaluation promises.",
     "Training data unlike this site; an evaluation with target leakage; labels that follow another rule.",
     "Evaluate the bundle on labelled results of this site, and retrain with them.",
     "After six groups of 25 labels in a row that agree with the evaluation, or when labels were corrected.",
 )
 OVERCONFIDENT = AlertKind(
-    "Certainty no longer holds",
-    "quality",
-    "certainty",
-    "quality/certainty/{count}",
-    "warning",
-    "task",
+    *("Certainty no longer holds", "quality", "certainty", "quality/certainty/{count}", "warning", "task"),
     "The model is wrong more often than its certainty says. This is a sign of concept drift: the same input now means "
     "something else.",
     "Concept drift; an input unlike the calibration data; labels that follow another rule.",
@@ -245,24 +190,14 @@ OVERCONFIDENT = AlertKind(
     "After six groups of 25 labels in a row that agree with the certainty, or when labels were corrected.",
 )
 OWN_LABELS = AlertKind(
-    "Labels are the model's own answers",
-    "quality",
-    "labels",
-    "quality/labels/{count}",
-    "warning",
-    "task",
+    *("Labels are the model's own answers", "quality", "labels", "quality/labels/{count}", "warning", "task"),
     "More than a fifth of the newest labels have the source `model`. Metrics leave them out, as they prove nothing.",
     "A pipeline that sends results back as labels; people who confirm a suggestion without looking.",
     "Let people label some results without seeing the answer. Do not train on the model's own answers.",
     "Once at most a tenth of the newest labels are the model's own.",
 )
 BUNDLE_FAILED = AlertKind(
-    "Bundle does not run",
-    "model",
-    "{bundle}",
-    "model",
-    "critical",
-    "task",
+    *("Bundle does not run", "model", "{bundle}", "model", "critical", "task"),
     "The configured bundle cannot run here. The previous one goes on, or the task stops and its readings wait.",
     "A file that was altered or is missing; a signature by an unknown key; golden vectors that this processor does "
     "not reproduce; fields that the stream does not have; too little memory.",
@@ -271,12 +206,7 @@ BUNDLE_FAILED = AlertKind(
     "Once the task runs with the configured bundle.",
 )
 QUARANTINED = AlertKind(
-    "Bundle quarantined",
-    "model",
-    "{task}",
-    "quarantine",
-    "critical",
-    "task",
+    *("Bundle quarantined", "model", "{task}", "quarantine", "critical", "task"),
     "The daemon ended twice in a row while this bundle ran. The previous bundle runs instead.",
     "A model that crashes or hangs the runtime; too little memory; failing hardware.",
     "Run `outstation model check` on the bundle on a spare device. Configure another bundle, or send `rollback` to run "
@@ -284,60 +214,35 @@ QUARANTINED = AlertKind(
     "When another bundle is configured or an operator sends `rollback`.",
 )
 BUNDLE_REJECTED = AlertKind(
-    "Rollout rejected",
-    "model",
-    "{task}",
-    "rollout",
-    "warning",
-    "task",
+    *("Rollout rejected", "model", "{task}", "rollout", "warning", "task"),
     "The device did not take the bundle that a rollout wants it to run. The previous one goes on.",
     "A failed verification, an incompatible device, or golden vectors that this processor does not reproduce.",
     "The summary gives the reason. Publish a bundle that fits, or leave this device out of the rollout.",
     "Once the desired bundle runs, or another one is desired.",
 )
 ROLLED_BACK = AlertKind(
-    "Rollout rolled back",
-    "model",
-    "{task}",
-    "rollout",
-    "critical",
-    "task",
+    *("Rollout rolled back", "model", "{task}", "rollout", "critical", "task"),
     "The device ran the new bundle as a canary, and went back to the previous one.",
     "A crash, missed deadlines, errors, drift of the answers, or worse results than the previous bundle.",
     "The summary and the evidence give the reason and the numbers. Compare both bundles before another rollout.",
     "Once the desired bundle runs, or another one is desired.",
 )
 DEADLINE_MISSED = AlertKind(
-    "Deadline missed",
-    "model",
-    "deadline",
-    "deadline",
-    "warning",
-    "task",
+    *("Deadline missed", "model", "deadline", "deadline", "warning", "task"),
     "Batches of a single model window took longer than the task's `deadline` three times in a row. Results come late.",
     "A model that is too large for the device; a busy, hot or throttled processor; a slow card.",
     "Give the task a longer deadline, a smaller or quantized model, or give the device less to do.",
     "With the first batch that is on time, or when the task has no deadline any more.",
 )
 LEARNING_REFUSED = AlertKind(
-    "Learning refused",
-    "model",
-    "reference",
-    "reference/model/{count}",
-    "info",
-    "task",
+    *("Learning refused", "model", "reference", "reference/model/{count}", "info", "task"),
     "The windows gathered here do not make a reference of this site, so drift is not tested yet. Gathering goes on.",
     "A site that changes while it is learned; faults; readings unlike the shipped reference.",
     "The summary gives the reason. Repair what is faulty, then run `outstation reference relearn` in normal operation.",
     "Once the site's reference is learned.",
 )
 STORE_FULL = AlertKind(
-    "Store full",
-    "storage",
-    "store",
-    "store/space",
-    "critical",
-    "device",
+    *("Store full", "storage", "store", "store/space", "critical", "device"),
     "The store has reached its quota or the disk is full, and nothing can be delivered or used. The daemon evicts the "
     "least important data and declares each eviction in the audit log.",
     "A long outage of the network or the collector; a task that does not run; a quota that is too small.",
@@ -345,36 +250,21 @@ STORE_FULL = AlertKind(
     "Ten minutes after the last eviction, once undelivered data takes less than 35 % of the room.",
 )
 STORE_DAMAGED = AlertKind(
-    "Store repaired",
-    "storage",
-    "store",
-    "storage/recovery/{boot}/{seq}",
-    "critical",
-    "device",
+    *("Store repaired", "storage", "store", "storage/recovery/{boot}/{seq}", "critical", "device"),
     "When the daemon opened the store, it was damaged or older than it should be. The evidence lists what is lost.",
     "A failing card; a power cut on a card that does not flush; a deleted or restored file.",
     "Replace the card if it happens again. The damaged files are in the data folder's `quarantine`.",
     _ONE_EVENT,
 )
 NEW_LOG_STARTED = AlertKind(
-    "New message log",
-    "storage",
-    "log",
-    "storage/log/{log}",
-    "critical",
-    "device",
+    *("New message log", "storage", "log", "storage/log/{log}", "critical", "device"),
     "The message log could not go on, so the device began a new one and wrote its undelivered messages again there.",
     "A store that was restored from an old copy, or that two devices use; a card that lost commits.",
     "Make sure that no second device runs with a copy of this store and key.",
     _ONE_EVENT,
 )
 DAMAGED_MESSAGES = AlertKind(
-    "Damaged messages",
-    "storage",
-    "outbox",
-    "storage/outbox/{log}/{seq}",
-    "critical",
-    "device",
+    *("Damaged messages", "storage", "outbox", "storage/outbox/{log}/{seq}", "critical", "device"),
     "Messages in the outbox failed their checksum. They are not sent, but moved to table `quarantined_messages` and "
     "declared as lost.",
     "A failing card.",
@@ -382,109 +272,64 @@ DAMAGED_MESSAGES = AlertKind(
     _ONE_EVENT,
 )
 DAMAGED_ROWS = AlertKind(
-    "Damaged readings",
-    "storage",
-    "{stream}",
-    "storage/{row}",
-    "critical",
-    "task",
+    *("Damaged readings", "storage", "{stream}", "storage/{row}", "critical", "task"),
     "Stored readings failed their checksum. They have no results and are kept in table `quarantined_rows`.",
     "A failing card.",
     "Replace the card.",
     _ONE_EVENT,
 )
 CURSOR_REPAIRED = AlertKind(
-    "Cursor repaired",
-    "storage",
-    "{stream}",
-    "cursor/{row}",
-    "critical",
-    "task",
+    *("Cursor repaired", "storage", "{stream}", "cursor/{row}", "critical", "task"),
     "The task's cursor was behind its drift state. The task goes on where its drift state ends, and runs no row twice.",
     "A card that lost a commit; a store that was repaired.",
     "Replace the card if it happens again.",
     _ONE_EVENT,
 )
 CLOCK = AlertKind(
-    "Clock not trustworthy",
-    "clock",
-    "clock",
-    "clock",
-    "warning",
-    "device",
-    "No time service has set the clock for a while, or the clock was set although a time service had vouched for it. "
+    *("Clock not trustworthy", "clock", "clock", "clock", "warning", "device"),
+    "No time service has set the clock for a while, or the clock was set although a time service had synchronized it. "
     "Rows are dated afterwards, once a time service sets the clock.",
     "No way to the time server; a device without a clock battery; somebody who sets the clock by hand.",
     "Check systemd-timesyncd or chrony, and the firewall towards its server.",
-    "Once a time service vouches for the clock.",
+    "Once a time service synchronizes the clock.",
 )
 REFUSED_ON_DEVICE = AlertKind(
-    "Messages refused by the device",
-    "security",
-    "refused",
-    "_device/security/refused",
-    "critical",
-    "device",
+    *("Messages refused by the device", "security", "refused", "_device/security/refused", "critical", "device"),
     "The device received commands, desired states or acknowledgements that do not verify. It obeyed none of them.",
     "An attack; a client with too many rights on the broker; an operator whose key the device does not trust.",
     "Check who may publish on the device's topics. `outstation status` counts the refusals by reason.",
     "After an hour without such a message.",
 )
 REFUSED_BY_COLLECTOR = AlertKind(
-    "Messages refused by the collector",
-    "security",
-    "refused",
-    "collector/refused/{hour}",
-    "critical",
-    "collector",
+    *("Messages refused by the collector", "security", "refused", "collector/refused/{hour}", "critical", "collector"),
     "More than 20 messages in one device's name were refused within ten minutes. Nothing of them was stored.",
     "An attack; a device whose key was changed without enrolling it again.",
     "Look at the samples in table `refusal_samples`. Enrol the device again, or take its rights on the broker.",
     _LOOK_YOURSELF,
 )
 SIGNED_TWICE = AlertKind(
-    "Two messages with one number",
-    "security",
-    "{log}/{seq}",
-    "collector/{log}/{seq}",
-    "critical",
-    "collector",
+    *("Two messages with one number", "security", "{log}/{seq}", "collector/{log}/{seq}", "critical", "collector"),
     "A device signed two different messages with the same number of one log. The collector keeps the first one.",
     "A copied key; two devices that run with copies of one store; a store that was restored from an old copy.",
     "Find the second device. If the key was stolen, revoke it: `outstation fleet revoke`.",
     _LOOK_YOURSELF,
 )
 ROTATION_REFUSED = AlertKind(
-    "Key rotation refused",
-    "security",
-    "{log}/{seq}",
-    "collector/{log}/{seq}",
-    "critical",
-    "collector",
+    *("Key rotation refused", "security", "{log}/{seq}", "collector/{log}/{seq}", "critical", "collector"),
     "A device announced a new signing key that does not prove itself or belongs to another device. Nothing changed.",
     "A stolen key that somebody rotates; two devices that run with copies of one store.",
     "Revoke the device's keys and enrol it again.",
     _LOOK_YOURSELF,
 )
 KEY_REVOKED = AlertKind(
-    "Key revoked",
-    "security",
-    "{kid}",
-    "collector/revoked/{kid}",
-    "warning",
-    "collector",
+    *("Key revoked", "security", "{kid}", "collector/revoked/{kid}", "warning", "collector"),
     "An operator revoked a key. Messages that it signs from now on are refused; stored messages stay valid.",
     "`outstation fleet revoke`.",
     "Enrol the device with a new key if it goes on.",
     _LOOK_YOURSELF,
 )
 REPOSITORY_EXPIRY = AlertKind(
-    "Repository needs an operator",
-    "repository",
-    "expiry",
-    "collector/repository",
-    "warning",
-    "collector",
+    *("Repository needs an operator", "repository", "expiry", "collector/repository", "warning", "collector"),
     "Metadata or keys of the update repository expire soon, or a draft waits to be published.",
     "Roles whose keys are offline have to be signed by a person now and then.",
     "`outstation fleet repository status` says which command to run.",

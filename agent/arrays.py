@@ -6,7 +6,8 @@ Both are deterministic: members in the order they are declared, numbers little-e
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, get_args, get_origin
 
 import msgspec
@@ -25,6 +26,14 @@ Float64s = NDArray[np.float64]
 Int32s = NDArray[np.int32]
 Bools = NDArray[np.bool_]
 AnyArray = NDArray[Any]  # stored with its dtype
+
+
+class TypedMap(dict[str, Any], ABC):
+    """Mapping in which each key has a type of its own; it is decoded with exactly these keys."""
+
+    @classmethod
+    @abstractmethod
+    def value_types(cls) -> Mapping[str, Any]: ...
 
 
 def to_json(value: Any, *, omit: tuple[str, ...] = ()) -> bytes:
@@ -87,7 +96,16 @@ def _to_list(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be stored")
 
 
+def _to_typed_map(kind: Any, value: Any, hook: Callable[[Any, Any], Any]) -> Any:
+    types: Mapping[str, Any] = kind.value_types()
+    if not isinstance(value, dict) or value.keys() != types.keys():
+        raise ValueError(f"expected the members {', '.join(types)}")
+    return kind({name: msgspec.convert(value[name], types[name], dec_hook=hook) for name in types})
+
+
 def _from_list(kind: Any, value: Any) -> Any:
+    if isinstance(kind, type) and issubclass(kind, TypedMap):
+        return _to_typed_map(kind, value, _from_list)
     dtype = _dtype(kind)
     array = np.array(value)
     if array.size and array.dtype.kind not in ("i" if dtype.kind == "i" else "if"):
@@ -103,6 +121,8 @@ def _to_raw(value: Any) -> Any:
 
 
 def _from_raw(kind: Any, value: Any) -> Any:
+    if isinstance(kind, type) and issubclass(kind, TypedMap):
+        return _to_typed_map(kind, value, _from_raw)
     shape, raw, name = value
     dtype, stored = _dtype(kind), np.dtype(name)
     # NDArray[Any] declares objects, which are never stored.

@@ -106,17 +106,13 @@ def sync_error_us() -> int | None:
     timex = _Timex()
     status = -1 if _ADJTIMEX is None else int(_ADJTIMEX(ctypes.byref(timex)))
     if status == -1:
-        return _marker_error_us()
+        try:
+            age_s = abs(time.time() - _TIMESYNCD_MARKER.stat().st_mtime)
+        except OSError:
+            return None
+        error = round(age_s * _ERROR_GROWTH_RATE * 1e6)
+        return error if error < MAX_ERROR_US else None
     return None if status == _TIME_ERROR else min(int(timex.maxerror), MAX_ERROR_US)
-
-
-def _marker_error_us() -> int | None:
-    try:
-        age_s = abs(time.time() - _TIMESYNCD_MARKER.stat().st_mtime)
-    except OSError:
-        return None
-    error = round(age_s * _ERROR_GROWTH_RATE * 1e6)
-    return error if error < MAX_ERROR_US else None
 
 
 def to_rfc3339(wall_us: int) -> str:

@@ -48,7 +48,7 @@ def check_strict_json(text: bytes) -> None:
         (_round_trips, _has_distinct_keys) if len(text) <= _SHORT_BYTES else (_has_distinct_keys, _round_trips)
     )
     if not (first(text) or second(text)):
-        _parse_strictly(text)
+        json.loads(text.decode("utf-8"), object_pairs_hook=_reject_duplicate_keys, parse_int=str, parse_float=str)
 
 
 def check_key_count(text: bytes, key_count: int, strings: Iterable[Any] = ()) -> None:
@@ -113,10 +113,6 @@ def _round_trips(text: bytes) -> bool:
     except msgspec.MsgspecError:
         # A number too large for this decoder, which another may skip.
         return False
-
-
-def _parse_strictly(text: bytes) -> None:
-    json.loads(text.decode("utf-8"), object_pairs_hook=_reject_duplicate_keys, parse_int=str, parse_float=str)
 
 
 def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> None:

@@ -18,14 +18,16 @@ DecodeHook = Callable[[type, Any], Any]
 S = TypeVar("S", bound=msgspec.Struct)
 
 
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Section of a config file, which rejects unknown keys."""
+
+
 def read(path: Path, struct_type: type[S], hook: DecodeHook) -> S:
     """Read a file as `struct_type`; `hook` decodes custom types. Raises ConfigError."""
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(
-            str(path), "", "no such file; `outstation init` writes one, `-c FILE` names another"
-        ) from None
+        raise ConfigError(str(path), "", "no such file; `outstation init` writes one, `-c` names another") from None
     except OSError as error:
         raise ConfigError(str(path), "", f"cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -60,7 +62,11 @@ def _to_config_error(
     )
     unknown = re.fullmatch(r"Object contains unknown field `(.+)`", problem)
     if unknown:
-        known = sorted(_list_known_keys(struct_type, where))
+        names: set[str] = set()
+        for kind in _resolve_types(struct_type, where):
+            if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+                names |= {*kind.__struct_fields__, *filter(None, [kind.__struct_config__.tag_field])}
+        known = sorted(names)
         return ConfigError(
             file, f"{key}.{unknown[1]}" if key else unknown[1], f"unknown key{did_you_mean(unknown[1], known)}"
         )
@@ -101,15 +107,6 @@ def _literal_choices(struct_type: StructType, key_path: str) -> list[str]:
         if get_origin(kind) is Literal
         for word in get_args(kind)
     ]
-
-
-def _list_known_keys(struct_type: StructType, key_path: str) -> set[str]:
-    """Return all keys of the sections at `key_path`."""
-    names: set[str] = set()
-    for kind in _resolve_types(struct_type, key_path):
-        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-            names |= {*kind.__struct_fields__, *filter(None, [kind.__struct_config__.tag_field])}
-    return names
 
 
 def _resolve_types(struct_type: StructType, key_path: str) -> list[Any]:

@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.arrays import Float32s, Float64s, Ints
-from agent.errors import UsageError
+from agent.arrays import Float32s, Float64s
+from agent.authoring.spec import Spec
+from agent.datasets import training_data
+from agent.datasets.blocks import LABEL_COLUMN
+from agent.datasets.training_data import LabelParser
+from agent.errors import BadBundle, ConfigError, UsageError
 from agent.model.bundle.manifest import IsotonicCalibration, Manifest, ModelOutput
 from agent.model.inference import scores
+from agent.model.inference.inference import Inference
+from agent.model.inference.runtime import TfliteModel
 from agent.model.inference.scores import Scores
 from agent.performance.metrics import LabelledPredictions, compute_value
 
@@ -34,34 +41,29 @@ _Point = tuple[float, float, int]
 
 
 class CalibrationResult(msgspec.Struct, frozen=True):
-    """Calibrated output, with notes and warnings for the author."""
-
     output: ModelOutput
     notes: list[str]
     warnings: list[str]
 
 
 def calibrate_scores(outputs: Float32s, truth: NDArray[Any], manifest: Manifest, method: str) -> CalibrationResult:
-    """Calibrate scores from `outputs` (w, K) and the true classes (w,), or 0 or 1 for each label (w, L).
-
-    Scores stay as they are if calibration does not make the labels of the other half more likely. Raises UsageError.
-    """
+    """Calibrate scores from `outputs` (w, K) and classes (w,), or (w, L), if that helps. Raises UsageError."""
     multi_label = manifest.output.multi_label
     if len(truth) < MIN_LABELLED_RESULTS:
         raise UsageError(f"{len(truth)} labelled results; at least {MIN_LABELLED_RESULTS} are needed to calibrate")
     if multi_label and method == "isotonic":
-        raise UsageError('calibration = "isotonic" is for one label a result; use "temperature"')
+        raise UsageError('calibration_method = "isotonic" is for one label a result; use "temperature"')
     if not multi_label and len(np.unique(truth)) < 2:
         name = manifest.output.labels[int(truth[0])]
         raise UsageError(f"the data have only one class, {name!r}; calibration needs all classes")
     plain = msgspec.structs.replace(manifest.output, isotonic=None)
     fit = _fit_isotonic if method == "isotonic" else _fit_temperature
     by_label = multi_label or method == "isotonic"
-    before = _CalibrationError.from_halves(outputs, truth, manifest, [plain] * 2, by_predicted_label=by_label)
+    ece_before, loss_before = _measure_halves(outputs, truth, manifest, [plain] * 2, by_label=by_label)
     halves = [fit(outputs[half], truth[half], _with_output(manifest, plain)) for half in _split_halves(len(truth))]
-    after = _CalibrationError.from_halves(outputs, truth, manifest, halves[::-1], by_predicted_label=by_label)
-    effect = f"ECE {before.ece:.3f} before, {after.ece:.3f} after (each half by the other, {len(truth)} results)"
-    if not after.loss < before.loss:
+    ece_after, loss_after = _measure_halves(outputs, truth, manifest, halves[::-1], by_label=by_label)
+    effect = f"ECE {ece_before:.3f} before, {ece_after:.3f} after (each half by the other, {len(truth)} results)"
+    if not loss_after < loss_before:
         warning = f"calibration by {method} does not help: {effect}; scores stay as they are"
         return CalibrationResult(plain, [], [warning])
     calibrated = fit(outputs, truth, _with_output(manifest, plain))
@@ -96,34 +98,23 @@ def fit_centroid(outputs: Float32s, manifest: Manifest) -> ModelOutput:
     return msgspec.structs.replace(manifest.output, centroid=vectors.mean(axis=0).tolist())
 
 
-class _CalibrationError(msgspec.Struct, frozen=True):
-    ece: float
-    loss: float
-
-    @classmethod
-    def from_halves(
-        cls,
-        outputs: Float32s,
-        truth: NDArray[Any],
-        manifest: Manifest,
-        half_outputs: list[ModelOutput],
-        *,
-        by_predicted_label: bool,
-    ) -> _CalibrationError:
-        """Measure two halves, each with an output of its own."""
-        loss, score, right = 0.0, [], []
-        for half, output in zip(_split_halves(len(truth)), half_outputs, strict=True):
-            changed = _with_output(manifest, output)
-            half_score, half_right = _flatten_confidences(scores.from_outputs(outputs[half], changed), truth[half])
-            if by_predicted_label:
-                loss += _binary_log_loss(half_score, half_right)
-            else:
-                loss += _class_log_loss(outputs[half], truth[half], changed)
-            score.append(half_score)
-            right.append(half_right)
-        all_right = np.concatenate(right).astype(np.int64)
-        predictions = LabelledPredictions(np.ones(len(all_right)), all_right, np.concatenate(score))
-        return cls(compute_value("ece", "classify", predictions), loss)
+def _measure_halves(
+    outputs: Float32s, truth: NDArray[Any], manifest: Manifest, half_outputs: list[ModelOutput], *, by_label: bool
+) -> tuple[float, float]:
+    """Return ECE and loss of two halves, each with an output of its own; `by_label` is the loss of the prediction."""
+    loss, score, right = 0.0, [], []
+    for half, output in zip(_split_halves(len(truth)), half_outputs, strict=True):
+        changed = _with_output(manifest, output)
+        half_score, half_right = _flatten_confidences(scores.from_outputs(outputs[half], changed), truth[half])
+        if by_label:
+            loss += _binary_log_loss(half_score, half_right)
+        else:
+            loss += _class_log_loss(outputs[half], truth[half], changed)
+        score.append(half_score)
+        right.append(half_right)
+    all_right = np.concatenate(right).astype(np.int64)
+    predictions = LabelledPredictions(np.ones(len(all_right)), all_right, np.concatenate(score))
+    return compute_value("ece", "classify", predictions), loss
 
 
 def _split_halves(count: int) -> list[NDArray[np.bool_]]:
@@ -150,7 +141,6 @@ def _binary_log_loss(score: Float64s, right: Float64s) -> float:
 
 
 def _class_log_loss(outputs: Float32s, truth: NDArray[Any], manifest: Manifest) -> float:
-    """Return -Σ log probability of the true class."""
     p = scores.compute_probabilities(outputs, manifest.output)[np.arange(len(truth)), truth]
     return -float(np.log(np.clip(p, 1e-12, None)).sum())
 
@@ -210,7 +200,89 @@ def _fit_isotonic(outputs: Float32s, truth: NDArray[Any], manifest: Manifest) ->
     return msgspec.structs.replace(manifest.output, isotonic=isotonic)
 
 
-def select_window_labels(column: NDArray[Any], starts: Ints, rows: int) -> NDArray[Any]:
-    """Return the label of each window, that of its last row."""
-    labels: NDArray[Any] = column[starts + rows - 1]
-    return labels
+class PackJob(msgspec.Struct, frozen=True):
+    """SPEC, its manifest without files, and its loaded model."""
+
+    file: Path
+    spec: Spec
+    draft: Manifest
+    model: TfliteModel
+
+    def path(self, name: str) -> Path:
+        return self.file.parent / name
+
+
+def calibrate_output(job: PackJob) -> CalibrationResult:
+    """Return the output, completed from data: calibrated scores, or a centroid and a threshold. Raises ConfigError."""
+    plain = CalibrationResult(job.draft.output, [], [])
+    if job.draft.kind in ("anomaly", "embedding"):
+        key = "output.calibration_data" if job.spec.output.calibration_data else "reference"
+        fit = _fit_anomaly_output
+    elif job.spec.output.calibration_data is None:
+        return plain
+    else:
+        key, fit = "output.calibration_data", _calibrate_scores
+    try:
+        return fit(job)
+    except (UsageError, BadBundle) as problem:
+        raise ConfigError(str(job.file), key, str(problem)) from None
+
+
+def _calibrate_scores(job: PackJob) -> CalibrationResult:
+    assert job.spec.output.calibration_data is not None
+    if job.draft.kind == "regress":
+        raise UsageError("kind regress has no probabilities to calibrate; remove calibration_data")
+    path = job.path(job.spec.output.calibration_data)
+    # On data that the model knows, scores look too good.
+    if job.spec.reference and path.resolve() == job.path(job.spec.reference).resolve():
+        raise UsageError(f"{path} is the reference's data, too; calibrate on data held out from training")
+    data = training_data.read(path, job.draft.input, LabelParser.from_manifest(job.draft))
+    if data.label is None:
+        raise UsageError(f"{path}: no column {LABEL_COLUMN} in it; calibration needs the true labels")
+    result = Inference(job.draft, job.model).run(data.features, data.t, with_outputs=True)
+    assert result.outputs is not None
+    truth = data.window_labels(result.cut.starts, job.draft.input.rows)
+    known = (truth if truth.ndim == 1 else truth[:, 0]) >= 0
+    method = job.spec.output.calibration_method
+    calibrated = calibrate_scores(result.outputs[known], truth[known], job.draft, method)
+    left_out = int((~known).sum())
+    if left_out:
+        calibrated.notes.append(f"left out {left_out} of {len(known)} windows of {path.name} without a label")
+    return calibrated
+
+
+def _fit_anomaly_output(job: PackJob) -> CalibrationResult:
+    """Fit the centroid of an embedding, and the threshold of anomalies, to windows that are normal."""
+    output, draft = job.draft.output, job.draft
+    is_embedding = draft.kind == "embedding"
+    if output.threshold is not None and (not is_embedding or output.centroid):
+        return CalibrationResult(output, [], [])
+    name = job.spec.output.calibration_data or job.spec.reference
+    if name is None:
+        if is_embedding:
+            raise UsageError("an embedding needs normal data, to measure distances from their centroid")
+        warning = "no threshold and no data to fit one: results have a value without a label"
+        return CalibrationResult(output, [], [warning])
+    path = job.path(name)
+    data = training_data.read(
+        path, draft.input, LabelParser.from_manifest(draft) if job.spec.output.calibration_data else None
+    )
+    starts = training_data.find_window_starts(path, data, draft.input)
+    if is_embedding and not output.centroid:
+        # A placeholder: only the vectors are used.
+        origin = msgspec.structs.replace(output, centroid=[0.0] * job.model.outputs)
+        draft = msgspec.structs.replace(draft, output=origin)
+    result = Inference(draft, job.model).run(data.features, data.t, with_outputs=is_embedding)
+    values, vectors = result.scores.value, result.outputs
+    assert values is not None
+    if data.label is not None:
+        normal = data.window_labels(starts, draft.input.rows) == 0
+        if not normal.any():
+            raise UsageError(f"{path}: no window in it is labelled normal")
+        values, vectors = values[normal], None if vectors is None else vectors[normal]
+    if vectors is not None and not output.centroid:
+        output = fit_centroid(vectors, draft)
+        values = scores.centroid_distance(vectors, output)
+    if output.threshold is not None:
+        return CalibrationResult(output, [], [])
+    return fit_threshold(values, job.spec.output.quantile, msgspec.structs.replace(draft, output=output))

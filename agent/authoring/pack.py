@@ -14,12 +14,12 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.arrays import Float32s
-from agent.authoring import calibration, pack_calibration
+from agent.authoring import calibration
 from agent.authoring import spec as specs
-from agent.authoring.pack_calibration import PackJob
+from agent.authoring.calibration import PackJob
 from agent.authoring.spec import Spec, SpecCard
 from agent.datasets import recordings, training_data
-from agent.datasets.training_data import LabelParser, TrainingData
+from agent.datasets.training_data import LabelParser
 from agent.drift.baseline import learning
 from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, ConfigError, UsageError
@@ -54,9 +54,13 @@ def pack(spec_file: Path, key: SigningKey | None) -> PackedBundle:
     spec = specs.read(spec_file)
     files = {"model.tflite": _read_file(spec_file, "model", spec.model)}
     draft = specs.to_manifest(spec_file, spec)
-    _probe_draft(spec_file.parent / spec.model, draft, files)
+    # In a child process first: a damaged model can crash the process that loads it.
+    try:
+        probe.probe(Bundle(draft, "", {"manifest.json": manifest.encode(draft), **files}, "")).raise_for_failure()
+    except BadBundle as problem:
+        raise BadBundle(f"{spec_file.parent / spec.model}: {problem}") from None
     job = PackJob(spec_file, spec, draft, runtime.load_model(draft, files["model.tflite"]))
-    calibrated = pack_calibration.calibrate_output(job)
+    calibrated = calibration.calibrate_output(job)
     job = replace(job, draft=replace(draft, output=calibrated.output))
     warnings = [
         *calibrated.warnings,
@@ -86,12 +90,19 @@ def reuse_signature(packed: PackedBundle, out: Path) -> None:
 
 
 def write_bundle(packed: PackedBundle, out: Path) -> None:
-    """Write a folder, or one `.zip`; replace an old bundle as a whole.
-
-    Raises UsageError if `out` is something else than a bundle, or cannot be written.
-    """
+    """Write a folder or a `.zip`; replace an old bundle as a whole, and nothing else. Raises UsageError."""
     out = out.resolve()
-    _require_replaceable(out)
+    if out.suffix == ".zip":
+        if out.exists() and not (out.is_file() and zipfile.is_zipfile(out)):
+            raise UsageError(f"{out}: exists and is no .zip; move it away, or name another place with -o")
+    elif out.is_dir():
+        others = sorted(entry.name for entry in out.iterdir() if entry.name not in _BUNDLE_FILES)
+        if others:
+            raise UsageError(
+                f"{out}: holds {others[0]}, which is no bundle file and would be deleted; name another folder with -o"
+            )
+    elif out.exists():
+        raise UsageError(f"{out}: exists and is no folder; name a new folder or a .zip with -o")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
@@ -115,29 +126,6 @@ def write_bundle(packed: PackedBundle, out: Path) -> None:
         shutil.rmtree(work)
 
 
-def _require_replaceable(out: Path) -> None:
-    """Raise UsageError unless `out` is missing, or a bundle that may be deleted."""
-    if out.suffix == ".zip":
-        if out.exists() and not (out.is_file() and zipfile.is_zipfile(out)):
-            raise UsageError(f"{out}: exists and is no .zip; move it away, or name another place with -o")
-    elif out.is_dir():
-        others = sorted(entry.name for entry in out.iterdir() if entry.name not in _BUNDLE_FILES)
-        if others:
-            raise UsageError(
-                f"{out}: holds {others[0]}, which is no bundle file and would be deleted; name another folder with -o"
-            )
-    elif out.exists():
-        raise UsageError(f"{out}: exists and is no folder; name a new folder or a .zip with -o")
-
-
-def _probe_draft(model: Path, draft: Manifest, files: dict[str, bytes]) -> None:
-    """Load the model in a child process first, because a damaged one can crash the process. Raises BadBundle."""
-    try:
-        probe.probe(Bundle(draft, "", {"manifest.json": manifest.encode(draft), **files}, "")).raise_for_failure()
-    except BadBundle as problem:
-        raise BadBundle(f"{model}: {problem}") from None
-
-
 def _add_golden_vectors(job: PackJob, files: dict[str, bytes]) -> list[str]:
     if job.spec.golden is None:
         return ["no golden data: a device cannot check that its CPU computes the same outputs as yours"]
@@ -156,20 +144,33 @@ def _select_golden_windows(path: Path, spec: manifest.ModelInput) -> Float32s:
     if ready is not None:
         return features.build_windows(ready, np.arange(0, len(ready), spec.rows), spec)
     data = training_data.read(path, spec)
-    starts = pack_calibration.find_window_starts(path, data, spec)
+    starts = training_data.find_window_starts(path, data, spec)
     picked = starts[np.linspace(0, len(starts) - 1, min(_GOLDEN_COUNT, len(starts)), dtype=np.int64)]
     return features.build_windows(derived_features.compute(data.features, data.t, spec), picked, spec)
 
 
 def build_reference(path: Path, model: TfliteModel, draft: Manifest, *, held_out: bool = False) -> Reference:
-    """Build the drift reference of this model from the data at `path`.
-
-    From the labels of `held_out` data it also has the accuracy of each score. Raises UsageError, BadBundle.
-    """
+    """Build the drift reference, with the accuracy of each score if `held_out`. Raises UsageError, BadBundle."""
     data = training_data.read(path, draft.input, LabelParser.from_manifest(draft) if held_out else None)
     if held_out and data.label is None:
         raise UsageError(f"{path}: holds no labels, so nobody can tell which answers are right; remove --held-out")
-    return _build_from_data(path, data, model, draft, held_out=held_out)
+    starts = training_data.find_window_starts(path, data, draft.input)
+    scores = Inference(draft, model).run(data.features, data.t).scores
+    score = scores.value if scores.score is None else scores.score
+    truth = None
+    if held_out:
+        truth = data.window_labels(starts, draft.input.rows).astype(np.int64)
+    return learning.build_reference(
+        data.features,
+        starts,
+        draft.input.rows,
+        scores.label if scores.label is not None else np.zeros(len(starts), np.int64),
+        None if score is None else score[:, None].astype(np.float32),
+        draft.drift.window,
+        fields=tuple(draft.input.fields),
+        labels=tuple(draft.output.labels),
+        truth=truth,
+    )
 
 
 def _add_reference(job: PackJob, files: dict[str, bytes]) -> list[str]:
@@ -183,30 +184,6 @@ def _add_reference(job: PackJob, files: dict[str, bytes]) -> list[str]:
         reference = _with_score_table(job, reference, job.path(job.spec.output.score_table))
     files["reference.json"] = reference.to_json()
     return [reference.warning] if reference.warning else []
-
-
-def _build_from_data(
-    path: Path, data: TrainingData, model: TfliteModel, draft: Manifest, *, held_out: bool
-) -> Reference:
-    starts = pack_calibration.find_window_starts(path, data, draft.input)
-    scores = Inference(draft, model).run(data.features, data.t).scores
-    score = scores.value if scores.score is None else scores.score
-    truth = None
-    if held_out:
-        assert data.label is not None
-        labels = calibration.select_window_labels(data.label, starts, draft.input.rows)
-        truth = np.asarray(labels, dtype=np.int64)
-    return learning.build_reference(
-        data.features,
-        starts,
-        draft.input.rows,
-        scores.label if scores.label is not None else np.zeros(len(starts), np.int64),
-        None if score is None else score[:, None].astype(np.float32),
-        draft.drift.window,
-        fields=tuple(draft.input.fields),
-        labels=tuple(draft.output.labels),
-        truth=truth,
-    )
 
 
 def _with_score_table(job: PackJob, reference: Reference, path: Path) -> Reference:

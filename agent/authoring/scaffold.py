@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from agent.datasets import training_data
+from agent.datasets.training_data import TableSummary
+from agent.drift.baseline.reference import MIN_WINDOWS
 from agent.errors import BadBundle, UsageError
-from agent.model.inference import inspect
+from agent.model.bundle.manifest import DriftSettings
+from agent.model.inference.tensors import ModelInspection, Tensor
 from agent.model.sandbox import probe
+
+_TOLERANCE = 0.02
+# A longer list of fields is written as a prefix and a count.
+_MAX_LISTED_FIELDS = 64
+_MIN_IMAGE_SIDE = 16
+# Model windows for a drift reference: the fewest drift windows, of the default length.
+_MIN_REFERENCE_WINDOWS = MIN_WINDOWS * DriftSettings().window
 
 
 class Scaffold(msgspec.Struct, frozen=True):
@@ -32,12 +47,12 @@ def scaffold_spec(tflite: Path, out: Path | None, table: Path | None) -> Scaffol
     except BadBundle as problem:
         raise BadBundle(f"{tflite}: {problem}") from None
     folder = out.resolve().parent if out else Path.cwd()
-    table_info = None
+    summary = None
     if table is not None:
         summary = training_data.summarize_table(table)
-        table_info = inspect.TableInfo(_relative_path(table, folder), summary.columns, summary.rows, summary.labels)
-    guess = inspect.guess_kind(model)
-    text = inspect.render_spec(model, _relative_path(tflite, folder), tflite.stem, table_info)
+        summary = replace(summary, path=os.path.relpath(table.resolve(), folder))
+    guess = guess_kind(model)
+    text = render_spec(model, os.path.relpath(tflite.resolve(), folder), tflite.stem, summary)
     return Scaffold(text, guess.kind, guess.rationale)
 
 
@@ -52,5 +67,135 @@ def write_spec(scaffold: Scaffold, out: Path) -> None:
         raise UsageError(f"{out}: cannot be written: {error.strerror}") from None
 
 
-def _relative_path(path: Path, folder: Path) -> str:
-    return os.path.relpath(path.resolve(), folder)
+class _KindGuess(msgspec.Struct, frozen=True):
+    kind: str
+    rationale: str
+    activation: str = "none"
+    label_count: int = 0
+    multi_label: bool = False
+
+
+def guess_kind(inspection: ModelInspection) -> _KindGuess:
+    """Guess from the first output, as long as the SPEC names none."""
+    model_input, output, stats = inspection.inputs[0], inspection.outputs[0], inspection.output_stats[0]
+    is_unit = stats.low >= -_TOLERANCE and stats.high <= 1 + _TOLERANCE
+    # Rounding error of a sum of quantized probabilities.
+    rounding = min(0.9, output.quantization_step * output.size / 2)
+    if output.size == model_input.size > 1:
+        return _KindGuess("anomaly", "it has as many outputs as inputs: an autoencoder, its error is the value")
+    if output.size == 1:
+        if is_unit and output.limits and output.limits[1] <= 1:
+            rationale = "it has one output from 0 to 1: the probability of the second label"
+            return _KindGuess("classify", rationale, label_count=2)
+        return _KindGuess("regress", "it has one output")
+    if is_unit and all(abs(total - 1) < max(2 * _TOLERANCE, rounding) for total in stats.sums):
+        rationale = f"its {output.size} outputs sum to 1: softmax is in the model"
+        return _KindGuess("classify", rationale, label_count=output.size)
+    if all(abs(norm - 1) < _TOLERANCE for norm in stats.norms):
+        return _KindGuess("embedding", "its outputs are vectors of length 1")
+    if is_unit:
+        rationale = f"its {output.size} outputs are from 0 to 1 and do not sum to 1: independent labels"
+        return _KindGuess("classify", rationale, label_count=output.size, multi_label=True)
+    rationale = f"it has {output.size} outputs of any size: probably logits of as many labels"
+    return _KindGuess("classify", rationale, "softmax", output.size)
+
+
+def render_spec(inspection: ModelInspection, model: str, name: str, table: TableSummary | None = None) -> str:
+    """Return the text of a SPEC for the model at path `model`, relative to the SPEC; `table` is data for it."""
+    guess, tensor = guess_kind(inspection), inspection.inputs[0]
+    slug = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.")[:64]
+    lines = [
+        "# Input of `outstation model pack`; paths are relative to this file. Check every line.",
+        *(f"# in:   {each}" for each in inspection.inputs),
+        *(f"# out:  {each}" for each in inspection.outputs),
+        f'name = "{slug or "model"}"',
+        'version = "0.1.0"',
+        f'kind = "{guess.kind}"  # {guess.rationale}; else classify, regress, anomaly or embedding',
+        f"model = {_to_toml(model)}",
+    ]
+    if guess.label_count:
+        known = table is not None and len(table.labels) == guess.label_count
+        labels = sorted(table.labels) if table and known else [f"class {i}" for i in range(guess.label_count)]
+        lines.append("# In the order of the outputs, as in training; the model file does not say.")
+        lines.append(f"labels = {_to_toml(labels)}")
+    data, prefix = (_to_toml(table.path), "") if table else ('"readings.csv"', "# ")
+    windows = table.rows // infer_window_shape(tensor.shape)[0] if table else 0
+    if table and windows < _MIN_REFERENCE_WINDOWS:
+        comment = f"{windows} windows of readings; drift detection needs {_MIN_REFERENCE_WINDOWS}"
+        lines.append(f"# reference = {data}  # {comment}")
+    else:
+        comment = "readings of normal operation, for the drift reference and a threshold"
+        lines.append(f"{prefix}reference = {data}  # {comment}")
+    lines += [
+        f"{prefix}golden = {data}  # a few inputs, with which a device verifies that its CPU computes the same",
+        '# card = { model = "MODEL_CARD.md", data = "DATA_CARD.md" }',
+        "",
+        *_input_lines(tensor, table),
+        "",
+        *_output_lines(inspection, guess),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _input_lines(tensor: Tensor, table: TableSummary | None) -> list[str]:
+    if (image := _image_line(tensor)) is not None:
+        return ["[input]", image, "# If the data are rows instead: fields, and window = { rows, step }."]
+    rows, width, rationale = infer_window_shape(tensor.shape)
+    columns = list(table.columns) if table and len(table.columns) == width else []
+    lines = ["[input]"]
+    if columns or width <= _MAX_LISTED_FIELDS:
+        comment = "the columns of the data, in the model's order" if columns else "use the names of your stream"
+        lines.append(f"fields = {_to_toml(columns or [f'x{i}' for i in range(width)])}  # {comment}")
+    else:
+        lines.append(f'fields = {{ prefix = "x", count = {width} }}  # x0, x1, …')
+    if table and not columns:
+        lines.append(f"# {table.path} has {len(table.columns)} numeric columns: {_to_toml(list(table.columns)[:20])}")
+    if rows > 1:
+        lines.append(f"window = {{ rows = {rows}, step = {rows}, max_gap_s = 1.0 }}  # {rationale}")
+    if tensor.limits:
+        low, high = tensor.limits
+        lines.append(f"# The input can hold {low:.4g} to {high:.4g}; other values are clipped.")
+    lines.append("# mean = […] and std = […], one for each field, if the model was trained on (x - mean) / std.")
+    return lines
+
+
+def _image_line(tensor: Tensor) -> str | None:
+    """Return the image line if the tensor has the shape of an image; pixels are scaled to the tensor's range."""
+    if len(tensor.shape) != 3 or tensor.shape[2] not in (1, 3) or min(tensor.shape[:2]) < _MIN_IMAGE_SIDE:
+        return None
+    height, width, channels = tensor.shape
+    low, high = tensor.limits or (0.0, 1.0)
+    scaled = f"scale = {(high - low) / 255:.10g}, offset = {low:.10g}"
+    size = f"width = {width}, height = {height}, channels = {channels}"
+    return f"image = {{ {size}, {scaled} }}  # pixel · scale + offset, as in training"
+
+
+def infer_window_shape(dims: Sequence[int]) -> tuple[int, int, str]:
+    """Return (rows, fields, rationale) for an input with these dimensions, without the batch."""
+    sizes = [size for size in dims if size != 1]
+    if len(sizes) <= 1:
+        return 1, math.prod(dims), ""
+    width = math.prod(sizes[1:])
+    return sizes[0], width, f"{' x '.join(map(str, dims))}: rows of {width} values"
+
+
+def _output_lines(inspection: ModelInspection, guess: _KindGuess) -> list[str]:
+    lines = ["[output]"]
+    if len(inspection.outputs) > 1:
+        names = ", ".join(json.dumps(tensor.name) for tensor in inspection.outputs)
+        lines.append(f"tensor = {_to_toml(inspection.outputs[0].name)}  # one of {names}")
+    if guess.kind == "classify":
+        lines.append(f'activation = "{guess.activation}"  # to apply to the outputs: none, softmax or sigmoid')
+    if guess.multi_label:
+        lines.append("multi_label = true  # every label above its threshold (0.5) is predicted")
+    if guess.kind == "classify":
+        lines.append('# calibration_data = "heldout.csv"  # with column label, data that the model was not trained on')
+    if guess.kind == "regress":
+        lines.append('# units = ["W"]')
+    if guess.kind in ("anomaly", "embedding"):
+        lines.append("quantile = 0.99  # of the reference's values; higher values are anomalies; or threshold = …")
+    return lines
+
+
+def _to_toml(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -25,10 +25,7 @@ class NumberedFields(config.Section, frozen=True, kw_only=True):
 
 
 class SpecInput(config.Section, frozen=True, kw_only=True):
-    """Section [input]; `scale` multiplies all features, where `std` divides each by its own.
-
-    An image sets fields and window. A sound sets the fields, and a longest gap of one second.
-    """
+    """Section [input]; `scale` multiplies all features. An image sets fields and window, a sound the fields."""
 
     fields: list[str] | NumberedFields = msgspec.field(default_factory=list)
     units: list[str] = msgspec.field(default_factory=list)
@@ -46,10 +43,7 @@ class SpecInput(config.Section, frozen=True, kw_only=True):
 
 
 class SpecOutput(config.Section, frozen=True, kw_only=True):
-    """Section [output]; `calibrate` names held-out data, from which scores are calibrated.
-
-    For an anomaly the threshold is set above a share `quantile` of normal values of these data, or of the reference's.
-    """
+    """Section [output]; a `quantile` of normal `calibration_data`, else of the reference, is the threshold."""
 
     activation: Literal["none", "softmax", "sigmoid"] = "none"
     temperature: Annotated[float, msgspec.Meta(gt=0)] = 1.0
@@ -63,8 +57,8 @@ class SpecOutput(config.Section, frozen=True, kw_only=True):
     quantile: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.99
     distance: Literal["euclidean", "cosine"] = "euclidean"
     centroid: list[float] = msgspec.field(default_factory=list)
-    calibrate: str | None = None
-    calibration: Literal["temperature", "isotonic"] = "temperature"
+    calibration_data: str | None = None
+    calibration_method: Literal["temperature", "isotonic"] = "temperature"
 
 
 class SpecCard(config.Section, frozen=True, kw_only=True):
@@ -125,6 +119,11 @@ def to_manifest(file: Path, spec: Spec) -> Manifest:
             raise ConfigError(str(file), "input.scale", "scale and std say the same; give one of them")
         derived = [name for feature in spec_input.derived for name in feature.columns]
         std = [1 / spec_input.scale] * len(spec_input.feature_order or [*fields, *derived])
+    window = spec_input.window
+    if window is None and spec_input.image is not None:
+        window = manifest.WindowSpec(rows=spec_input.image.height, step=spec_input.image.height)
+    elif window is not None and window.max_gap_s is None and spec_input.sound is not None:
+        window = msgspec.structs.replace(window, max_gap_s=1.0)
     members = {
         "format": manifest.FORMAT,
         "name": spec.name,
@@ -132,7 +131,7 @@ def to_manifest(file: Path, spec: Spec) -> Manifest:
         "created": spec.created or f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         "kind": spec.kind,
         "input": _select_members(spec_input, manifest.ModelInput)
-        | {"fields": fields, "std": std, "window": msgspec.to_builtins(_resolve_window(spec_input))},
+        | {"fields": fields, "std": std, "window": msgspec.to_builtins(window)},
         "output": _select_members(spec.output, manifest.ModelOutput) | {"labels": spec.labels},
         "drift": msgspec.to_builtins(spec.drift),
         "limits": msgspec.to_builtins(spec.limits),
@@ -141,20 +140,16 @@ def to_manifest(file: Path, spec: Spec) -> Manifest:
     try:
         return manifest.decode(msgspec.json.encode(members))
     except BadBundle as problem:
-        raise _to_config_error(file, str(problem)) from None
-
-
-def _resolve_window(spec_input: SpecInput) -> manifest.WindowSpec | None:
-    window = spec_input.window
-    if window is None and spec_input.image is not None:
-        return manifest.WindowSpec(rows=spec_input.image.height, step=spec_input.image.height)
-    if window is not None and window.max_gap_s is None and spec_input.sound is not None:
-        return msgspec.structs.replace(window, max_gap_s=1.0)
-    return window
+        text, _, path = str(problem).removeprefix("manifest.json: ").partition(" - at `$")
+        key = path.rstrip("`").lstrip(".").replace("[...]", "")
+        if key.startswith("output") or "labels" in text:
+            # Reading the SPEC has checked the rest of [output].
+            key = "labels"
+        raise ConfigError(str(file), key or text.partition(" ")[0], text) from None
 
 
 def finish_manifest(draft: Manifest, files: dict[str, bytes]) -> Manifest:
-    """Return the manifest with the digests of its files, in the oldest format that has all its members."""
+    """Return the manifest with the digests of its files."""
     listed = {name: f"sha256:{hashlib.sha256(content).hexdigest()}" for name, content in files.items()}
     return msgspec.structs.replace(draft, files=listed)
 
@@ -163,13 +158,3 @@ def _select_members(section: config.Section, struct_type: type[msgspec.Struct]) 
     """Return the values of a section that a struct of the manifest has by the same names."""
     values: dict[str, Any] = msgspec.to_builtins(section)
     return {name: values[name] for name in struct_type.__struct_fields__ if name in values}
-
-
-def _to_config_error(file: Path, problem: str) -> ConfigError:
-    """Return a problem of the manifest as an error at the SPEC's key."""
-    text, _, path = problem.removeprefix("manifest.json: ").partition(" - at `$")
-    key = path.rstrip("`").lstrip(".").replace("[...]", "")
-    if key.startswith("output") or "labels" in text:
-        # Reading the SPEC has checked the rest of [output].
-        key = "labels"
-    return ConfigError(str(file), key or text.partition(" ")[0], text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from agent.device.pipeline.tasks import Runtime, ScheduledTask
 from agent.device.rollout.desired_state import DesiredStateStore
 from agent.device.rollout.updater import BundleUpdater
 from agent.device.store import task_keys
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.uplink.sink import OpenSink
 from agent.device.uplink.uplink import Uplink
@@ -58,7 +59,7 @@ def load_scheduled_tasks(
         try:
             loaded = load_task(file, conf, store, name, marker=marker, on_wait=on_wait)
         except BadBundle as problem:
-            loaded = _load_previous_bundle(file, conf, store, name, marker, on_wait)
+            loaded = _load_previous(file, conf, store, name, marker, on_wait)
             fallback = "" if loaded is None else str(history.bundle_ref(loaded.bundle))
             failures.append(BundleFailure(name, task.bundle, str(problem), fallback))
         if loaded is not None:
@@ -66,7 +67,7 @@ def load_scheduled_tasks(
     return scheduled, failures
 
 
-def _load_previous_bundle(
+def _load_previous(
     file: Path, conf: Config, store: Store, name: str, marker: CrashMarker | None, on_wait: Callable[[], None]
 ) -> LoadedTask | None:
     """Load the task with the newest bundle that ran for it before and still loads."""
@@ -80,12 +81,22 @@ def _load_previous_bundle(
 
 
 def build_sources(file: Path, conf: Config, store: Store) -> list[Source]:
-    """Build the sources that the daemon itself reads."""
     sources: list[Source] = []
     for name, stream in conf.streams.items():
         if (module := source_module(stream.source)) is not None:
             sources.append(module.build(SourceContext(str(file), conf, name), stream.source, store))
     return sources
+
+
+def _record_bundles(
+    conf: Config, store: Store, message_log: MessageLog, scheduled: Sequence[ScheduledTask], now: ClockReading
+) -> None:
+    """Record the bundles that this start activated, release quarantined ones, and delete copies of no use."""
+    for loaded in (entry.task for entry in scheduled):
+        if not rollout_state.find_canary_digest(store, loaded.name):
+            history.record_configured(store, message_log, loaded.name, loaded.bundle, conf.data_dir, now)
+    quarantine.release_reconfigured(conf, store, message_log, now)
+    history.prune(store, conf.tasks, conf.data_dir)
 
 
 def build_daemon(
@@ -115,11 +126,7 @@ def build_daemon(
         signals.on_model_wait()
 
     scheduled, failures = load_scheduled_tasks(file, conf, store, marker, on_model_wait)
-    for loaded in (entry.task for entry in scheduled):
-        if not rollout_state.find_canary_digest(store, loaded.name):
-            history.record_configured(store, message_log, loaded.name, loaded.bundle, conf.data_dir, now())
-    quarantine.release_reconfigured(conf, store, message_log, now())
-    history.prune(store, conf.tasks, conf.data_dir)
+    _record_bundles(conf, store, message_log, scheduled, now())
     intake = Intake(
         *(conf, store, build_sources(file, conf, store), now, signals.wake, signals.fail),
         lambda: label_metrics.build_label_targets([entry.task for entry in scheduled]),
@@ -153,18 +160,6 @@ def build_daemon(
         return RemoteCommands(executor, receiver, rotation, wipe, partial(device.erase, file, conf, key_path))
 
     return Daemon(
-        *(
-            conf,
-            store,
-            message_log,
-            scheduled,
-            failures,
-            intake,
-            uplink,
-            make_updater,
-            make_commands,
-            load,
-            signals,
-            now,
-        )
+        *(conf, store, message_log, scheduled, failures, intake, uplink),
+        *(make_updater, make_commands, load, signals, now),
     )

@@ -16,15 +16,19 @@ from agent.device.recovery.report_findings import report_findings
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import DATABASE, Store
 from agent.errors import StorageError, UsageError
+from agent.toml_files import did_you_mean
 from agent.wire import keys
 
 KEY_FILE = "device.key"
 
 
-def load_config(config_file: str | None) -> tuple[Path, Config]:
-    """Return the config file in use and its contents. Raises ConfigError."""
+def load_config(config_file: str | None, task: str | None = None) -> tuple[Path, Config]:
+    """Return the config file in use and its contents. Raises ConfigError, UsageError if it has no `task`."""
     file = config.find(config_file)
-    return file, config.load(file, sinks.SINKS)
+    conf = config.load(file, sinks.SINKS)
+    if task is not None and task not in conf.tasks:
+        raise UsageError(f"{file}: there is no task {task!r}{did_you_mean(task, conf.tasks)}")
+    return file, conf
 
 
 def open_store(conf: Config) -> Store:
@@ -42,6 +46,7 @@ def open_store(conf: Config) -> Store:
 
 def open_store_read_only(conf: Config) -> Store:
     """Open the device's store beside a daemon that writes. Raises StorageError, and UsageError if there is none yet."""
+    wipe.require_unwiped(conf.data_dir)
     try:
         return Store.open_read_only(conf.data_dir, max_size=int(conf.buffer.max_size))
     except StorageError:

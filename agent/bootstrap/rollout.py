@@ -24,7 +24,6 @@ from agent.device.store.store import Store
 from agent.model import activation
 from agent.model.activation import LoadedBundle, ProvenBundle
 from agent.model.bundle.bundle import Bundle
-from agent.model.inference.tuning import Tuning
 from agent.model.sandbox.subprocess_model import SubprocessModel
 from agent.wire.desired_state import CanaryRules
 from agent.wire.keys import PublicKey
@@ -51,7 +50,7 @@ class TaskFactory:
         else:
             # A candidate is never loaded into the daemon.
             model = SubprocessModel(proven.bundle, proven.tuning, policy, self._on_wait, rules.batch_timeout_s)
-            active = LoadedBundle(proven.bundle, model, proven.reference, proven.tuning)
+            active = LoadedBundle(proven.bundle, proven.reference, proven.tuning, model)
         return tasks.build_task(self._file, self._conf, self._store, name, active, guard_run)
 
     def _save_tuning(self, name: str, proved: ProvenBundle) -> None:
@@ -69,34 +68,28 @@ def build_updater(
     file: Path,
     conf: Config,
     store: Store,
-    author: MessageLog,
-    desires: DesiredStateStore,
-    trusted: Sequence[PublicKey],
+    message_log: MessageLog,
+    desired_states: DesiredStateStore,
+    publishers: Sequence[PublicKey],
     marker: CrashMarker | None,
-    machine: Runtime,
+    runtime: Runtime,
     wake: Callable[[], None],
     on_wait: Callable[[], None],
 ) -> BundleUpdater:
     """Build the updater; `wake` ends a wait of the main loop, `on_wait` is called while a subprocess model runs."""
     fetcher = None if conf.updates is None else Fetcher(conf, store)
-    made = TaskFactory(file, conf, store, marker, on_wait)
-
-    def check_fits(task: str, loaded_bundle: Bundle) -> None:
-        tasks.check_fields(file, conf, task, loaded_bundle)
-
-    def known_tunings(task: str) -> Sequence[Tuning]:
-        return tuning_cache.load(store, task)
-
+    check_fit, known_tunings = partial(tasks.check_fields, file, conf), partial(tuning_cache.load, store)
     policy = tasks.model_policy(conf)
     supplies = {
-        name: BundleSupply(conf, trusted, fetcher, check_fits, known_tunings, policy, wake) for name in conf.tasks
+        name: BundleSupply(conf, publishers, fetcher, check_fit, known_tunings, policy, wake) for name in conf.tasks
     }
-    serving = ServingManager(store, author, machine, made, partial(make_scheduled_task, str(file), conf, store))
-    rollouts = RolloutExecutor(conf, store, author, desires, serving, supplies)
+    schedule = partial(make_scheduled_task, str(file), conf, store)
+    serving = ServingManager(store, message_log, runtime, TaskFactory(file, conf, store, marker, on_wait), schedule)
+    rollouts = RolloutExecutor(conf, store, message_log, desired_states, serving, supplies)
 
     def wake_rollouts() -> None:
         rollouts.wake_requested = True
         wake()
 
-    desires.on_change = wake_rollouts
+    desired_states.on_change = wake_rollouts
     return BundleUpdater(rollouts, supplies, fetcher)

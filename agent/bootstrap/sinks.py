@@ -24,5 +24,4 @@ SINKS: dict[str, Callable[[Config, Sequence[str], OutgoingMessage], Sink]] = {"m
 
 
 def sink_opener(conf: Config) -> OpenSink:
-    """Return the function that opens the configured sink."""
     return partial(SINKS[conf.broker.scheme], conf)

@@ -16,10 +16,9 @@ from agent.device.machine.timekeeping import make_clock
 from agent.device.pipeline import drift_state, tuning_cache
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout import saved_drift, transitions
-from agent.device.store.message_log import MessageLog, PendingMessage
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.drift.monitor import DriftMonitor
-from agent.drift.state import DriftState
 from agent.errors import ConfigError
 from agent.model import activation
 from agent.model.activation import LoadedBundle
@@ -108,7 +107,10 @@ def build_task(
     monitor = _build_drift_monitor(str(file), conf, name, active)
     state, closing_messages = (monitor.start() if monitor else None), None
     if monitor is not None and store is not None:
-        state, closing_messages = _restore_drift_state(store, name, active.bundle.digest, monitor)
+        # While another bundle runs as a canary, the drift state of this one is saved elsewhere.
+        has_other_canary = rollout_state.find_canary_digest(store, name) not in ("", active.bundle.digest)
+        restore = saved_drift.load if has_other_canary else drift_state.restore
+        state, closing_messages = restore(store, name, monitor)
     digest, keep_results = config.digest(conf), conf.buffer.keep_results > 0
     return LoadedTask(
         *(name, task, conf.streams[task.stream], active.bundle, active.model, monitor, state, digest, keep_results),
@@ -118,15 +120,6 @@ def build_task(
         crash_guard=nullcontext if isinstance(active.model, SubprocessModel) else partial(guard_run, active.bundle),
         is_crash_suspect=store is not None and quarantine.is_suspected(store, name, active.bundle.digest),
     )
-
-
-def _restore_drift_state(
-    store: Store, name: str, digest: str, monitor: DriftMonitor
-) -> tuple[DriftState, list[PendingMessage] | None]:
-    """Restore the drift state; that of an incumbent beside a canary was saved apart."""
-    if rollout_state.find_canary_digest(store, name) not in ("", digest):
-        return saved_drift.load(store, name, monitor)
-    return drift_state.restore(store, name, monitor)
 
 
 def check_fields(file: Path, conf: Config, name: str, loaded_bundle: Bundle) -> None:
@@ -162,6 +155,15 @@ def _build_drift_monitor(file: str, conf: Config, name: str, active: LoadedBundl
     if active.reference is None:
         return None
     task, manifest = conf.tasks[name], active.bundle.manifest
+    key, declared, stream = f"tasks.{name}.class_field", manifest.drift.class_field or "", conf.streams[task.stream]
+    if task.class_field and manifest.output.labels:
+        raise ConfigError(
+            file, key, f"bundle {manifest.name} names classes itself, so `class_field` has no use: remove it"
+        )
+    if task.class_field is None and declared:
+        # The config's own was checked when it was read.
+        key += f' (as bundle {manifest.name} says; class_field = "" for none)'
+        config.check_class_field(file, key, declared, stream)
     return DriftMonitor(
         active.reference,
         labels=manifest.output.labels,
@@ -171,22 +173,5 @@ def _build_drift_monitor(file: str, conf: Config, name: str, active: LoadedBundl
         seasonality=task.seasonality or manifest.drift.seasonality or "auto",
         min_bin_rows=manifest.drift.min_count or 0,
         units=manifest.input.units,
-        class_field=_resolve_class_field(file, name, task, conf.streams[task.stream], manifest),
+        class_field=declared if task.class_field is None else task.class_field,
     )
-
-
-def _resolve_class_field(
-    file: str, name: str, task: config.TaskConfig, stream: config.StreamConfig, manifest: Manifest
-) -> str:
-    """Return the field whose values are the classes, or an empty string. Raises ConfigError."""
-    key, declared = f"tasks.{name}.class_field", manifest.drift.class_field or ""
-    if task.class_field and manifest.output.labels:
-        raise ConfigError(
-            file, key, f"bundle {manifest.name} names classes itself, so `class_field` has no use: remove it"
-        )
-    if task.class_field is None and declared:
-        # The config's own was checked when it was read.
-        config.check_class_field(
-            file, f'{key} (as bundle {manifest.name} says; class_field = "" for none)', declared, stream
-        )
-    return declared if task.class_field is None else task.class_field

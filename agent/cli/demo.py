@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from agent.cli.output import emit, json_option, print_table
 from agent.cli.simulated import dir_option, exit_on_signals, open_folder, print_audit
 
+if TYPE_CHECKING:
+    from agent.simulate.plan import SimulationPlan
+
 # The demo ends once all rows are processed. A slow machine gets this much longer: a demo cut short finds nothing.
 _DRAIN_S = 60.0
 _MAX_SUBJECTS, _MAX_ALERTS = 4, 8
+# Text and style of each state in the live table.
+_LIVE_STATES = {
+    "ok": ("ok", "green"),
+    "drift": ("drift", "bold yellow"),
+    "fault": ("fault", "bold red"),
+    "insufficient": ("learning its site", "dim"),
+}
 
 
 @click.command(epilog="Example: outstation demo --scenario solar --duration 30")
@@ -72,12 +84,9 @@ def _run_simulation(
         fleet.start()
         views = fleet.watch_progress(started_s + duration + _DRAIN_S)
         if live:
-            from agent.cli.live import show
-
-            show(views, plan, fleet.broker_name)
+            _show_live(views, plan, fleet.broker_name)
         else:
-            for _ in views:
-                pass
+            deque(views, maxlen=0)
         fleet.stop()
     report = reporting.build_report(fleet.database, plan)
     measured = plan.scenario.delayed_labels
@@ -90,6 +99,37 @@ def _run_simulation(
         "seconds": round(time.monotonic() - started_s, 1),
         "audit": report.audit.to_dict(),
     }
+
+
+def _show_live(views: Iterable[list[dict[str, Any]]], plan: SimulationPlan, broker: str) -> None:
+    """Draw each view over the last one, in a terminal only."""
+    # Imported here: no other command needs it.
+    from rich import box
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        deque(views, maxlen=0)
+        return
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        for view in views:
+            table = Table(box=box.SIMPLE_HEAD, title=f"{len(plan.sites)} devices over {broker}", title_justify="left")
+            for name in ("device", "", "rows", "drift windows", "results", "verified"):
+                table.add_column(name, justify="right" if name not in ("device", "") else "left")
+            table.add_column("drift")
+            alerts = []
+            for row in view:
+                done = ProgressBar(total=plan.rows, completed=row["rows"], width=16)
+                numbers = [f"{row[name]:,}" for name in ("rows", "windows", "results", "messages")]
+                table.add_row(row["device"], done, *numbers, Text(*_LIVE_STATES[row["drift"] or "insufficient"]))
+                alerts += [Text(f"{row['device']}  {sentence}") for sentence in row["open"]]
+            if not view:
+                table.add_row(Text("starting …", "dim"))
+            live.update(Group(table, *alerts[-8:]), refresh=True)
 
 
 def _print(document: dict[str, Any]) -> None:
@@ -112,23 +152,18 @@ def _print(document: dict[str, Any]) -> None:
     print_table([*heads, "drift", "sensor fault"], listed, "No devices.")
     click.echo("")
     for device in document["devices"]:
-        _print_alerts(device["device"], device["alerts"])
+        # A failing microphone affects every band.
+        name, sentences = device["device"], device["alerts"]
+        for sentence in sentences[:_MAX_ALERTS]:
+            click.echo(f"{name}  {sentence}")
+        if len(sentences) > _MAX_ALERTS:
+            click.echo(f"{name}  … and {len(sentences) - _MAX_ALERTS} more; all with --json")
     click.echo("")
     if document["accuracy"] is not None:
         click.echo(f"accuracy before anything went wrong, against the recordings' labels: {document['accuracy']:.3f}")
     if document["mae"] is not None:
-        click.echo(
-            f"mean absolute error before anything went wrong, against labels: {document['mae']:.1f} {document['unit']}"
-        )
+        click.echo(f"mean absolute error before anything went wrong: {document['mae']:.1f} {document['unit']}")
     print_audit(document["audit"], document["seconds"])
-
-
-def _print_alerts(device: str, sentences: list[str]) -> None:
-    """Print the first alerts: a failing microphone affects every band."""
-    for sentence in sentences[:_MAX_ALERTS]:
-        click.echo(f"{device}  {sentence}")
-    if len(sentences) > _MAX_ALERTS:
-        click.echo(f"{device}  … and {len(sentences) - _MAX_ALERTS} more; all with --json")
 
 
 def _format_cell(value: Any) -> Any:

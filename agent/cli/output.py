@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import msgspec
 
 from agent.errors import UsageError
 
-json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else."
-)
+_MAX_SHOWN = 20
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 config_option = click.option(
     "-c",
     "--config",
@@ -23,7 +23,7 @@ config_option = click.option(
 )
 
 plot_option = click.option(
-    "--plot", metavar="FILE", type=click.Path(path_type=Path), help="Write a plot to FILE, .svg or .png."
+    "--plot", metavar="FILE", type=click.Path(path_type=Path), help="Write a plot, .svg or .png."
 )
 dark_option = click.option("--dark", is_flag=True, help="With --plot: dark theme.")
 
@@ -48,6 +48,15 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: st
         parts = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)]
         text = "  ".join(parts).rstrip()
         click.echo(click.style(text, bold=True) if number == 0 else text)
+
+
+def print_rejected(accepted: int, rejected: Mapping[int, str], noun: str) -> None:
+    """Print how many lines of a file were accepted, and why the first others were not."""
+    click.echo(f"{accepted} {noun} accepted, {len(rejected)} rejected")
+    for line, reason in sorted(rejected.items())[:_MAX_SHOWN]:
+        click.echo(f"  line {line}: {reason}")
+    if len(rejected) > _MAX_SHOWN:
+        click.echo(f"  … and {len(rejected) - _MAX_SHOWN} more; --json lists them all")
 
 
 def require_plot_format(file: Path | None) -> None:

@@ -17,13 +17,11 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
+from agent.arrays import Float64s
 from agent.comparison.tally import ComparisonStats
 from agent.performance.intervals import Z, wilson
 from agent.wire.messages import BundleStats, Moments
-
-Floats = NDArray[np.float64]
 
 # The fewest devices for intervals over devices; the fewest blocks for intervals over blocks.
 MIN_DEVICES, MIN_BLOCKS = 5, 10
@@ -53,7 +51,6 @@ class ComparisonEstimate(msgspec.Struct, frozen=True):
 
 
 def agreement(blocks: Sequence[ComparisonBlock]) -> ComparisonEstimate | None:
-    """Return the share of windows with equal predictions."""
     compared = [block for block in blocks if block.stats.n and block.stats.agreeing is not None]
     if not compared:
         return None
@@ -68,7 +65,7 @@ def agreement(blocks: Sequence[ComparisonBlock]) -> ComparisonEstimate | None:
     if width.half_width > 0:
         effective = min(total, share * (1 - share) * (Z / width.half_width) ** 2)
     low, high = wilson(share, effective)
-    return ComparisonEstimate(share, low, high, int(total), width.unit_count, width.unit_kind)
+    return width.estimate(share, low, high, total)
 
 
 def failure_rate(blocks: Sequence[ComparisonBlock]) -> tuple[float, float, float]:
@@ -119,8 +116,7 @@ def labelled_accuracy_gain(blocks: Sequence[ComparisonBlock], *, new_is_other: b
     changed = [(sum(block.stats.labelled[i] for block in labelled) + 1) / (total + 2) for i in (1, 2)]
     least_variance = (sum(changed) - (changed[0] - changed[1]) ** 2) / (total + 2)
     half = max(width.half_width, Z * math.sqrt(least_variance))
-    low, high = max(-1.0, value - half), min(1.0, value + half)
-    return ComparisonEstimate(value, low, high, int(total), width.unit_count, width.unit_kind)
+    return width.estimate(value, max(-1.0, value - half), min(1.0, value + half), total)
 
 
 def expected_accuracy_gain(blocks: Sequence[ComparisonBlock], *, new_is_other: bool) -> ComparisonEstimate | None:
@@ -139,8 +135,7 @@ def expected_accuracy_gain(blocks: Sequence[ComparisonBlock], *, new_is_other: b
     if width is None:
         return None
     value = float(new_mean - old_mean)
-    low, high = value - width.half_width, value + width.half_width
-    return ComparisonEstimate(value, low, high, int(new_n.sum()), width.unit_count, width.unit_kind)
+    return width.estimate(value, value - width.half_width, value + width.half_width, new_n.sum())
 
 
 class _HalfWidth(msgspec.Struct, frozen=True):
@@ -150,9 +145,12 @@ class _HalfWidth(msgspec.Struct, frozen=True):
     unit_count: int
     unit_kind: str
 
+    def estimate(self, value: float, low: float, high: float, n: float) -> ComparisonEstimate:
+        return ComparisonEstimate(value, low, high, int(n), self.unit_count, self.unit_kind)
+
     @classmethod
     def from_influences(
-        cls, influences: Floats, blocks: Sequence[ComparisonBlock], *, bursts: bool = True
+        cls, influences: Float64s, blocks: Sequence[ComparisonBlock], *, bursts: bool = True
     ) -> _HalfWidth | None:
         """Return the half width from the influence (b,) of each block, which sum to 0. None for too few blocks."""
         names = np.array([block.device for block in blocks])
@@ -171,7 +169,7 @@ class _HalfWidth(msgspec.Struct, frozen=True):
         return cls(max(halves), len(influences), "blocks")
 
 
-def _half_width(influences: Floats, design_effect: float = 1.0, *, bursts: bool = False) -> float:
+def _half_width(influences: Float64s, design_effect: float = 1.0, *, bursts: bool = False) -> float:
     """Return the half width from independent influences. `bursts` counts the largest one twice."""
     units, squares = len(influences), np.square(influences)
     total = float(squares.sum()) + (float(squares.max()) if bursts else 0.0)
@@ -179,7 +177,7 @@ def _half_width(influences: Floats, design_effect: float = 1.0, *, bursts: bool 
     return student_t_quantile(max(3.0, units / design_effect - 1)) * spread
 
 
-def ar1_design_effect(values: Floats) -> float:
+def ar1_design_effect(values: Float64s) -> float:
     """Return how many of the ordered blocks (b,) count as one, under an AR(1) model.
 
     Small samples underestimate the correlation, by about (1 + 3r) / b (Kendall 1954), and are noisy; the prior
@@ -220,8 +218,7 @@ def _mean_ratio(
     if width is None:
         return None
     factor = math.exp(min(50.0, width.half_width))
-    low, high = ratio / factor, ratio * factor
-    return ComparisonEstimate(ratio, low, high, int(new_n.sum()), width.unit_count, width.unit_kind)
+    return width.estimate(ratio, ratio / factor, ratio * factor, new_n.sum())
 
 
 def _new_and_old(stats: ComparisonStats, new_is_other: bool) -> tuple[BundleStats, BundleStats]:
@@ -232,9 +229,9 @@ def _total(moments: Moments) -> float:
     return moments.n * moments.mean
 
 
-def _column(blocks: Sequence[ComparisonBlock], getter: Callable[[ComparisonStats], float]) -> Floats:
+def _column(blocks: Sequence[ComparisonBlock], getter: Callable[[ComparisonStats], float]) -> Float64s:
     return _array([getter(block.stats) for block in blocks])
 
 
-def _array(values: Sequence[float]) -> Floats:
+def _array(values: Sequence[float]) -> Float64s:
     return np.array(values, np.float64)

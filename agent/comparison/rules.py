@@ -1,12 +1,12 @@
 """Rule evaluation: compare a new bundle with the old one, limit by limit.
 
 A rule has passed or failed if its whole 95 % interval is on one side of the limit; else it is undecided. Devices
-evaluate the limits of the desired state (`evaluate_rules`), the fleet those of a promotion (`evaluate_limits`).
+evaluate the limits of the desired state, the fleet those of a promotion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -42,59 +42,45 @@ class RuleResult(msgspec.Struct, frozen=True):
     numbers: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-def evaluate_rules(rules: CanaryRules, blocks: Sequence[ComparisonBlock], new_is_other: bool) -> list[RuleResult]:
-    """Evaluate a device's rules. `new_is_other` is True in shadow, and False while the new bundle is the canary."""
-    limits = RuleLimits(
-        rules.min_agreement,
-        rules.max_latency_ratio,
-        rules.max_error_rate,
-        rules.max_accuracy_drop,
-        rules.max_error_growth,
-    )
-    return evaluate_limits(limits, blocks, new_is_other)
-
-
-def evaluate_limits(limits: RuleLimits, blocks: Sequence[ComparisonBlock], new_is_other: bool) -> list[RuleResult]:
+def evaluate_rules(
+    limits: RuleLimits | CanaryRules, blocks: Sequence[ComparisonBlock], new_is_other: bool
+) -> list[RuleResult]:
     """Return a result for each limit that is set and that the blocks hold data for.
 
-    Rules about labels need a label; the error rate is known only if the new bundle is the other one.
+    `new_is_other` is True in shadow, and False while the new bundle is the canary. Rules about labels need a label; the
+    error rate is known only if the new bundle is the other one.
     """
-    return list(_evaluate_each(limits, blocks, new_is_other))
-
-
-def _evaluate_each(limits: RuleLimits, blocks: Sequence[ComparisonBlock], new_is_other: bool) -> Iterator[RuleResult]:
+    results: list[RuleResult] = []
     if limits.min_agreement is not None:
-        yield _evaluate_agreement(limits.min_agreement, blocks)
+        agreement, limit = paired_intervals.agreement(blocks), limits.min_agreement
+        mismatch = next((b.stats.error for b in reversed(blocks) if b.stats.n and b.stats.agreeing is None), "")
+        if agreement is None and mismatch:
+            text = f"Agreement is unknown: {mismatch}."
+            results.append(RuleResult(AGREEMENT, "undecided", text, {"limit": limit}))
+        else:
+            text = "Agreement with the previous bundle"
+            results.append(_evaluate_lower_bound(AGREEMENT, text, agreement, limit))
     if limits.max_latency_ratio is not None:
         estimate = paired_intervals.latency_ratio(blocks, new_is_other=new_is_other)
         text = "Inference time of a window, relative to the previous bundle"
-        yield _evaluate_upper_bound(LATENCY, text, estimate, limits.max_latency_ratio)
+        results.append(_evaluate_upper_bound(LATENCY, text, estimate, limits.max_latency_ratio))
     if limits.max_error_rate is not None and new_is_other:
-        yield _evaluate_error_rate(limits.max_error_rate, blocks)
-    if limits.max_accuracy_drop is not None:
-        yield from _evaluate_accuracy(-limits.max_accuracy_drop, blocks, new_is_other)
+        results.append(_evaluate_error_rate(limits.max_error_rate, blocks))
+    if limits.max_accuracy_drop is not None and any(sum(block.stats.labelled) for block in blocks):
+        estimate = paired_intervals.labelled_accuracy_gain(blocks, new_is_other=new_is_other)
+        text = "Labelled accuracy, less that of the previous bundle"
+        results.append(_evaluate_lower_bound(LABELS, text, estimate, -limits.max_accuracy_drop))
+    if limits.max_accuracy_drop is not None and any(
+        block.stats.model.expected_accuracy.n and block.stats.other.expected_accuracy.n for block in blocks
+    ):
+        estimate = paired_intervals.expected_accuracy_gain(blocks, new_is_other=new_is_other)
+        text = "Estimated accuracy, less that of the previous bundle"
+        results.append(_evaluate_lower_bound(ESTIMATED_ACCURACY, text, estimate, -limits.max_accuracy_drop))
     if limits.max_error_growth is not None and any(block.stats.model.abs_error.n for block in blocks):
         estimate = paired_intervals.error_ratio(blocks, new_is_other=new_is_other)
         text = "Mean absolute error by labels, relative to the previous bundle"
-        yield _evaluate_upper_bound(LABELS, text, estimate, 1 + limits.max_error_growth)
-
-
-def _evaluate_accuracy(limit: float, blocks: Sequence[ComparisonBlock], new_is_other: bool) -> Iterator[RuleResult]:
-    if any(sum(block.stats.labelled) for block in blocks):
-        estimate = paired_intervals.labelled_accuracy_gain(blocks, new_is_other=new_is_other)
-        yield _evaluate_lower_bound(LABELS, "Labelled accuracy, less that of the previous bundle", estimate, limit)
-    if any(block.stats.model.expected_accuracy.n and block.stats.other.expected_accuracy.n for block in blocks):
-        estimate = paired_intervals.expected_accuracy_gain(blocks, new_is_other=new_is_other)
-        text = "Estimated accuracy, less that of the previous bundle"
-        yield _evaluate_lower_bound(ESTIMATED_ACCURACY, text, estimate, limit)
-
-
-def _evaluate_agreement(limit: float, blocks: Sequence[ComparisonBlock]) -> RuleResult:
-    estimate = paired_intervals.agreement(blocks)
-    mismatch = next((b.stats.error for b in reversed(blocks) if b.stats.n and b.stats.agreeing is None), "")
-    if estimate is None and mismatch:
-        return RuleResult(AGREEMENT, "undecided", f"Agreement is unknown: {mismatch}.", {"limit": limit})
-    return _evaluate_lower_bound(AGREEMENT, "Agreement with the previous bundle", estimate, limit)
+        results.append(_evaluate_upper_bound(LABELS, text, estimate, 1 + limits.max_error_growth))
+    return results
 
 
 def _evaluate_error_rate(limit: float, blocks: Sequence[ComparisonBlock]) -> RuleResult:

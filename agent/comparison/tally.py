@@ -10,13 +10,9 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
+from agent.arrays import Bools, Float64s, Ints
 from agent.wire.messages import BundleStats, Moments, ShadowPayload
-
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 
 # The square of a larger value, or a sum of such squares, overflows.
 _MAX_MAGNITUDE = 1e100
@@ -53,12 +49,12 @@ class Predictions(msgspec.Struct, frozen=True):
     label: Ints | None = None
     label_mask: Bools | None = None
     is_anomaly: Bools | None = None
-    score: Floats | None = None
-    value: Floats | None = None
-    correct_probability: Floats | None = None
+    score: Float64s | None = None
+    value: Float64s | None = None
+    correct_probability: Float64s | None = None
 
     @property
-    def numeric_output(self) -> Floats | None:
+    def numeric_output(self) -> Float64s | None:
         """The score, or the value of a model without scores."""
         return self.value if self.score is None else self.score
 
@@ -70,39 +66,20 @@ class ComparisonStats(msgspec.Struct, frozen=True):
     n: int = 0
     agreeing: int | None = None
     difference: Moments = EMPTY_MOMENTS
-    model: BundleStats = EMPTY_STATS
-    other: BundleStats = EMPTY_STATS
+    model: BundleStats = msgspec.field(default=EMPTY_STATS, name="stats")
+    other: BundleStats = msgspec.field(default=EMPTY_STATS, name="other_stats")
     labelled: tuple[int, int, int, int] = (0, 0, 0, 0)
     errors: int = 0
     error: str = ""
 
     @classmethod
     def from_message(cls, message: ShadowPayload) -> ComparisonStats:
-        return cls(
-            message.batches,
-            message.n,
-            message.agreeing,
-            message.difference,
-            message.stats,
-            message.other_stats,
-            message.labelled,
-            message.errors,
-            message.error,
-        )
+        return cls(*(getattr(message, name) for name in cls.__struct_encode_fields__))
 
     def to_body(self) -> dict[str, Any]:
         """Return the members of a `shadow` message that hold sums."""
-        return {
-            "batches": self.batches,
-            "n": self.n,
-            "agreeing": self.agreeing,
-            "difference": msgspec.to_builtins(self.difference),
-            "stats": msgspec.to_builtins(self.model),
-            "other_stats": msgspec.to_builtins(self.other),
-            "labelled": list(self.labelled),
-            "errors": self.errors,
-            "error": self.error,
-        }
+        body: dict[str, Any] = msgspec.to_builtins(self)
+        return body
 
     def __add__(self, other: ComparisonStats) -> ComparisonStats:
         both, model_only, other_only, neither = (a + b for a, b in zip(self.labelled, other.labelled, strict=True))
@@ -160,7 +137,7 @@ def from_correctness(model_correct: Sequence[bool], other_correct: Sequence[bool
     )
 
 
-def from_abs_errors(model_errors: Floats, other_errors: Floats) -> ComparisonStats:
+def from_abs_errors(model_errors: Float64s, other_errors: Float64s) -> ComparisonStats:
     """Return the statistics of windows with numeric labels, from the absolute errors of both bundles."""
     known = _is_usable(model_errors) & _is_usable(other_errors)
     return ComparisonStats(
@@ -169,7 +146,7 @@ def from_abs_errors(model_errors: Floats, other_errors: Floats) -> ComparisonSta
     )
 
 
-def compute_moments(values: Floats) -> Moments:
+def compute_moments(values: Float64s) -> Moments:
     """Return the moments of the usable `values`: no NaN, and none so large that squares overflow."""
     known = np.asarray(values, np.float64)
     known = known[_is_usable(known)]
@@ -244,7 +221,7 @@ def _align_labels(label_mask: Bools, kind: OutputKind, union: Sequence[str]) -> 
     return aligned
 
 
-def _is_usable(values: Floats) -> Bools:
+def _is_usable(values: Float64s) -> Bools:
     return np.asarray(np.abs(values) <= _MAX_MAGNITUDE)
 
 

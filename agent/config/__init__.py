@@ -18,7 +18,6 @@ from agent.config.broker import MQTT_SCHEMES
 from agent.config.broker import BrokerConfig as BrokerConfig
 from agent.config.broker import check_broker as check_broker
 from agent.config.broker import parse_loopback as parse_loopback
-from agent.config.section import Section as Section
 from agent.config.sources import SocketSource, SourceConfig
 from agent.config.updates import UpdatesConfig as UpdatesConfig
 from agent.errors import ConfigError
@@ -29,6 +28,7 @@ from agent.quantities import Size as Size
 from agent.quantities import decode_quantity
 from agent.quantities import parse_duration as parse_duration
 from agent.quantities import parse_size as parse_size
+from agent.toml_files import Section as Section
 from agent.toml_files import did_you_mean
 
 _MIN_STORE_BYTES = 2**20
@@ -182,7 +182,16 @@ def load(path: Path, schemes: Collection[str] = MQTT_SCHEMES) -> Config:
     check_broker(file, config.broker, schemes=schemes)
     if config.updates is not None:
         config_updates.check(file, config.updates)
-    _check_device(file, config)
+    if config.intake.tcp is not None:
+        try:
+            parse_loopback(config.intake.tcp)
+        except ValueError as problem:
+            raise ConfigError(file, "intake.tcp", str(problem)) from None
+    if config.buffer.max_size < _MIN_STORE_BYTES:
+        raise ConfigError(file, "buffer.max_size", f"{config.buffer.max_size} bytes are too few; use at least 1 MiB")
+    for key in ("keep_readings", "keep_messages", "keep_results"):
+        if not 0.0 <= getattr(config.buffer, key) <= _MAX_RETENTION_S:
+            raise ConfigError(file, f"buffer.{key}", "must be between 0 s and 3650 d")
     config = msgspec.structs.replace(
         config, streams={name: _with_media_fields(file, name, stream) for name, stream in config.streams.items()}
     )
@@ -220,19 +229,6 @@ def check_name(file: str, key: str, name: str) -> None:
         raise ConfigError(file, key, f"{name!r} must be 1-64 of a-z 0-9 . _ - and start with a letter or digit")
 
 
-def _check_device(file: str, config: Config) -> None:
-    if config.intake.tcp is not None:
-        try:
-            parse_loopback(config.intake.tcp)
-        except ValueError as problem:
-            raise ConfigError(file, "intake.tcp", str(problem)) from None
-    if config.buffer.max_size < _MIN_STORE_BYTES:
-        raise ConfigError(file, "buffer.max_size", f"{config.buffer.max_size} bytes are too few; use at least 1 MiB")
-    for key in ("keep_readings", "keep_messages", "keep_results"):
-        if not 0.0 <= getattr(config.buffer, key) <= _MAX_RETENTION_S:
-            raise ConfigError(file, f"buffer.{key}", "must be between 0 s and 3650 d")
-
-
 def _with_media_fields(file: str, name: str, stream: StreamConfig) -> StreamConfig:
     """Return the stream with the fields of its image or sound source. Raises ConfigError."""
     key = f"streams.{name}"
@@ -260,9 +256,7 @@ def _check_stream(file: str, name: str, stream: StreamConfig) -> None:
         if column.min is not None and column.max is not None and column.min > column.max:
             raise ConfigError(file, key, f"field {column.name!r}: min {column.min:g} is above max {column.max:g}")
         if not all(math.isfinite(limit) for limit in (column.min, column.max) if limit is not None):
-            raise ConfigError(
-                file, key, f"field {column.name!r}: min and max must be finite; omit a limit that is not needed"
-            )
+            raise ConfigError(file, key, f"field {column.name!r}: min and max must be finite; omit an unused limit")
         if column.type == "category" and (column.min is not None or column.max is not None):
             raise ConfigError(file, key, f"field {column.name!r}: a category has no min and max; remove them")
         if column.optional and column.type == "i64":
@@ -290,9 +284,7 @@ def _check_slices(file: str, name: str, task: TaskConfig, stream: StreamConfig) 
             raise ConfigError(file, key, f"duplicate field {field!r}; remove one")
         seen.add(field)
         if isinstance(item, str) and kinds[field] != "category":
-            raise ConfigError(
-                file, key, f"{field!r} is a number; give its bins: {{ field = {field!r}, edges = [0.0] }}"
-            )
+            raise ConfigError(file, key, f"{field!r} is a number; give bins: {{ field = {field!r}, edges = [0.0] }}")
         if not isinstance(item, str):
             if kinds[field] == "category":
                 raise ConfigError(file, key, f"{field!r} is a category and takes no edges; write {field!r} alone")
@@ -301,7 +293,6 @@ def _check_slices(file: str, name: str, task: TaskConfig, stream: StreamConfig) 
 
 
 def _encode_quantity(value: Any) -> Any:
-    """Encode Size and Duration as numbers."""
     return int(value) if isinstance(value, Size) else float(value)
 
 

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from agent.config.section import Section
 from agent.errors import ConfigError
+from agent.toml_files import Section
 
 # Schemes of MQTT. A device may have other sinks, see `agent.bootstrap.sinks`.
 MQTT_SCHEMES = ("mqtt", "mqtts")

@@ -12,11 +12,10 @@ from typing import Annotated, Literal, Self
 import msgspec
 
 from agent.config.broker import BrokerConfig, check_broker
-from agent.config.section import Section
 from agent.errors import ConfigError
 from agent.media import ImageFormat, MediaFormat, SoundFormat
 from agent.quantities import Duration
-from agent.toml_files import did_you_mean
+from agent.toml_files import Section, did_you_mean
 
 _MIN_INTERVAL_S = 0.01
 

@@ -10,6 +10,7 @@ import msgspec
 
 from agent.errors import ConfigError
 from agent.quantities import Duration, Size
+from agent.toml_files import Section
 
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _TIME = r"([01]\d|2[0-3]):([0-5]\d)"
@@ -21,7 +22,7 @@ _MIN_RATE = 1024
 _MAX_BUNDLE_BYTES = 256 << 20
 
 
-class UpdatesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class UpdatesConfig(Section, frozen=True):
     """`url` is http(s):// or a folder. `root` is the first trusted TUF root, from enrolment. Rates are per second."""
 
     url: str
@@ -52,7 +53,20 @@ class UpdatesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 def check(file: str, updates: UpdatesConfig) -> None:
     """Check the section. Raises ConfigError, also for unencrypted remote downloads."""
     if not updates.is_folder:
-        _check_url(file, updates)
+        try:
+            parts = urlsplit(updates.url)
+            usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
+            usable = usable and not (parts.query or parts.fragment or parts.username or parts.password)
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ConfigError(
+                file, "updates.url", f"{updates.url!r} is neither https://HOST[:PORT]/PATH, http://…, nor a folder"
+            )
+        if parts.scheme == "http" and parts.hostname not in _LOOPBACK and not updates.allow_plaintext:
+            raise ConfigError(
+                file, "updates.url", f"{updates.url} is not encrypted; use https://, or set allow_plaintext = true"
+            )
     elif not updates.url:
         raise ConfigError(file, "updates.url", "is empty; set https://HOST/PATH or a folder")
     if updates.window is not None and (
@@ -77,20 +91,3 @@ def with_absolute_paths(updates: UpdatesConfig, base: Path) -> UpdatesConfig:
         root=str(base / updates.root),
         ca_file=None if updates.ca_file is None else str(base / updates.ca_file),
     )
-
-
-def _check_url(file: str, updates: UpdatesConfig) -> None:
-    try:
-        parts = urlsplit(updates.url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
-        usable = usable and not (parts.query or parts.fragment or parts.username or parts.password)
-    except ValueError:
-        usable = False
-    if not usable:
-        raise ConfigError(
-            file, "updates.url", f"{updates.url!r} is neither https://HOST[:PORT]/PATH, http://…, nor a folder"
-        )
-    if parts.scheme == "http" and parts.hostname not in _LOOPBACK and not updates.allow_plaintext:
-        raise ConfigError(
-            file, "updates.url", f"{updates.url} is not encrypted; use https://, or set allow_plaintext = true"
-        )

@@ -10,9 +10,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.arrays import Float32s, Ints
 from agent.datasets.tables import START, FilePosition, RowRejection
 from agent.errors import UsageError
-from agent.model.inference.features import Floats, Ints
 
 TextColumn = NDArray[np.str_]
 FILE_COLUMN, LABEL_COLUMN, TIME_COLUMN = "file", "label", "t"
@@ -28,7 +28,7 @@ class RowBlock(msgspec.Struct, frozen=True):
     window spans two of its files.
     """
 
-    rows: Floats
+    rows: Float32s
     t: Ints
     row_numbers: Ints
     next_position: FilePosition

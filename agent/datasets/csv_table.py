@@ -14,18 +14,8 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from agent.datasets.tables import (
-    MISSING_VALUES,
-    START,
-    ColumnType,
-    FilePosition,
-    RowRejection,
-    TableBlock,
-    TableOptions,
-    convert_block,
-    keep_invalid_values,
-    read_first_line,
-)
+from agent.datasets import tables
+from agent.datasets.tables import START, ColumnType, FilePosition, RowRejection, TableBlock, TableOptions
 from agent.errors import RowRejected
 
 _MAX_ROW_BYTES = 64 << 20
@@ -43,7 +33,7 @@ class CsvTable:
     def __init__(self, file: io.BufferedReader[Any], options: TableOptions) -> None:
         """Raise RowRejected if the first line does not name columns, OSError."""
         self._file, self._options = file, options
-        first, self._pending = read_first_line(file), b""
+        first, self._pending = tables.read_first_line(file), b""
         if not first.strip():
             raise RowRejected("the file is empty; its first line must name the columns")
         # Old Macs end lines with this: it is one byte, too, so that offsets stay right.
@@ -146,8 +136,10 @@ class CsvTable:
         end = FilePosition(position.offset + len(content), position.line + line_count, position.row + len(records))
         block = TableBlock(cells, rows, lines, rejected, end)
         if not keep_invalid:
-            return convert_block(block, types)
-        return replace(block, columns={name: keep_invalid_values(cells[name], kind) for name, kind in types.items()})
+            return tables.convert_block(block, types)
+        return replace(
+            block, columns={name: tables.keep_invalid_values(cells[name], kind) for name, kind in types.items()}
+        )
 
 
 def _parse_with_pyarrow(content: bytes, names: Sequence[str], types: Mapping[str, ColumnType]) -> _Columns | None:
@@ -160,7 +152,10 @@ def _parse_with_pyarrow(content: bytes, names: Sequence[str], types: Mapping[str
     read = arrow.ReadOptions(column_names=unique, use_threads=False, block_size=max(len(content) + 1, 1024))
     parse = arrow.ParseOptions(newlines_in_values=b'"' in content)
     convert = arrow.ConvertOptions(
-        include_columns=list(wanted), column_types=wanted, null_values=list(MISSING_VALUES), strings_can_be_null=False
+        include_columns=list(wanted),
+        column_types=wanted,
+        null_values=list(tables.MISSING_VALUES),
+        strings_can_be_null=False,
     )
     try:
         table = arrow.read_csv(pa.py_buffer(content), read, parse, convert)
@@ -192,10 +187,7 @@ def _parse_with_numpy(
 
 
 def _read_records(text: str, max_multiline: Sequence[int]) -> tuple[list[tuple[int, list[str] | str]], int]:
-    """Return (line, from 0, with its cells or the reason why it is none) of all records, and the number of lines.
-
-    Blank lines are no records. `max_multiline`: characters that a cell of a column may have if a line breaks in it.
-    """
+    """Return (line from 0, its cells or why it is no record) of all but blank lines, and the number of lines."""
     width = len(max_multiline)
     if '"' not in text:
         try:

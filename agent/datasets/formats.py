@@ -22,18 +22,13 @@ def open_file(file: Path | int) -> BufferedReader[Any]:
 
 
 def open_table(path: Path | None, file: BufferedReader[Any], options: TableOptions) -> Table:
-    """Return the table in `file`, by the suffix of `path`; without one the first character tells JSON Lines from CSV.
-
-    Raises RowRejected, OSError, UsageError for another suffix.
-    """
+    """Return the table by the suffix of `path`, or by its first character. Raises RowRejected, OSError, UsageError."""
     suffix = path.suffix.lower() if path else ""
     if path is not None and suffix in PARQUET_SUFFIXES:
         return ParquetTable(path, options)
     if suffix not in (*TABLE_SUFFIXES, ".txt", ""):
         raise UsageError(f"{path}: {suffix} is not read; use one of {', '.join(TABLE_SUFFIXES)}")
-    is_json = suffix in (".jsonl", ".ndjson") or (suffix != ".csv" and _begins_with_object(file))
+    is_json = suffix in (".jsonl", ".ndjson") or (
+        suffix != ".csv" and file.peek(1).removeprefix(BYTE_ORDER_MARK).partition(b"\n")[0].lstrip().startswith(b"{")
+    )
     return (JsonLinesTable if is_json else CsvTable)(file, options)
-
-
-def _begins_with_object(file: BufferedReader[Any]) -> bool:
-    return file.peek(1).removeprefix(BYTE_ORDER_MARK).partition(b"\n")[0].lstrip().startswith(b"{")

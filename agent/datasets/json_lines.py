@@ -9,18 +9,8 @@ from typing import Any
 
 import msgspec
 
-from agent.datasets.tables import (
-    BYTE_ORDER_MARK,
-    START,
-    ColumnType,
-    FilePosition,
-    RowRejection,
-    TableBlock,
-    TableOptions,
-    convert_block,
-    read_first_line,
-    time_or_value,
-)
+from agent.datasets import tables
+from agent.datasets.tables import START, ColumnType, FilePosition, RowRejection, TableBlock, TableOptions
 from agent.strict_json import DuplicateKey, check_key_count
 
 _BLOCK_ROWS = 4096
@@ -33,8 +23,8 @@ class JsonLinesTable:
         """Raise RowRejected if the first line never ends, OSError."""
         self._file, self._options = file, options
         self._decoder = msgspec.json.Decoder(dict[str, Any])
-        first = read_first_line(file)
-        self._first_line = first.removeprefix(BYTE_ORDER_MARK)
+        first = tables.read_first_line(file)
+        self._first_line = first.removeprefix(tables.BYTE_ORDER_MARK)
         self._mark_bytes = len(first) - len(self._first_line)
         first_row = self._decode(self._first_line)
         self.columns = [] if isinstance(first_row, str) else list(first_row)
@@ -71,10 +61,10 @@ class JsonLinesTable:
         columns: dict[str, list[Any]] = {name: [row_values.get(name) for row_values in objects] for name in types}
         end = FilePosition(position.offset + sum(map(len, chunk)), position.line + len(chunk), row)
         if not self._options.keep_invalid:
-            return convert_block(TableBlock(columns, rows, lines, rejected, end), types)
+            return tables.convert_block(TableBlock(columns, rows, lines, rejected, end), types)
         for name, column_type in types.items():
             if column_type is ColumnType.TIME:
-                columns[name] = [time_or_value(value) for value in columns[name]]
+                columns[name] = [tables.time_or_value(value) for value in columns[name]]
         return TableBlock(columns, rows, lines, rejected, end)
 
     def _decode(self, line: bytes) -> dict[str, Any] | str:

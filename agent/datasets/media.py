@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from agent.arrays import Float32s
 from agent.datasets.blocks import FILE_COLUMN, LABEL_COLUMN, RowBlock, require_columns
 from agent.datasets.tables import START, FilePosition, RowRejection
 from agent.errors import UsageError
 from agent.media import ImageFormat, MediaFormat
 from agent.model.bundle.manifest import ModelInput
 from agent.model.inference import images, sound
-from agent.model.inference.features import Floats, Ints
 
 # Longer than any window's max_gap_s is taken to be.
 _FILE_GAP_US = 10_000_000
@@ -39,10 +39,7 @@ def list_files(path: Path, spec: ModelInput) -> list[Path]:
 
 
 class MediaReader:
-    """Folder of JPEG, PNG or WAV with its subfolders, or one such file; another file is rejected by its name.
-
-    Its text columns are the name of the file and, of files in subfolders, the subfolder's name as label.
-    """
+    """Folder of JPEG, PNG or WAV, or one such file; its text columns are the file and the subfolder as label."""
 
     def __init__(self, path: Path, spec: ModelInput, text_columns: Sequence[str] = ()) -> None:
         """Raise UsageError."""
@@ -59,7 +56,10 @@ class MediaReader:
 
     def blocks(self, position: FilePosition = START) -> Iterator[RowBlock]:
         """Yield blocks of whole files; the next block is decoded meanwhile, on a second processor."""
-        batches = self._batch_files(self._files[position.line :])
+        files = self._files[position.line :]
+        values = self._spec.rows * len(self._spec.fields)
+        count = max(1, min(_IMAGES_PER_BLOCK, _MAX_BLOCK_VALUES // values)) if self._spec.image else 1
+        batches = (files[start : start + count] for start in range(0, len(files), count))
         with ThreadPoolExecutor(1, "reader") as reader:
             pending = reader.submit(self._decode, next(batches, []))
             for batch in [*batches, []]:
@@ -69,15 +69,9 @@ class MediaReader:
                     position = block.next_position
                     yield block
 
-    def _batch_files(self, files: Sequence[Path]) -> Iterator[Sequence[Path]]:
-        """Small images together, each sound by itself."""
-        values = self._spec.rows * len(self._spec.fields)
-        count = max(1, min(_IMAGES_PER_BLOCK, _MAX_BLOCK_VALUES // values)) if self._spec.image else 1
-        return (files[start : start + count] for start in range(0, len(files), count))
-
-    def _decode(self, files: Sequence[Path]) -> list[tuple[Path, Floats | UsageError]]:
+    def _decode(self, files: Sequence[Path]) -> list[tuple[Path, Float32s | UsageError]]:
         """Return the rows of each file, or why it has none."""
-        decoded: list[tuple[Path, Floats | UsageError]] = []
+        decoded: list[tuple[Path, Float32s | UsageError]] = []
         for file in files:
             try:
                 decoded.append((file, _read_rows(file, self._media)))
@@ -85,7 +79,7 @@ class MediaReader:
                 decoded.append((file, problem))
         return decoded
 
-    def _to_block(self, decoded: Sequence[tuple[Path, Floats | UsageError]], position: FilePosition) -> RowBlock:
+    def _to_block(self, decoded: Sequence[tuple[Path, Float32s | UsageError]], position: FilePosition) -> RowBlock:
         rejected: list[RowRejection] = []
         rows, times = [np.empty((0, len(self._spec.fields)), np.float32)], [np.empty(0, np.int64)]
         texts: dict[str, list[str]] = {FILE_COLUMN: [], LABEL_COLUMN: []}
@@ -97,8 +91,10 @@ class MediaReader:
             if isinstance(content, UsageError):
                 rejected.append(RowRejection(line, str(content), name))
             elif len(content):
+                # The rows of an image have one time.
+                period_us = 0.0 if isinstance(self._media, ImageFormat) else self._media.row_period_s * 1e6
                 rows.append(content)
-                times.append(t + _row_times_us(len(content), self._media))
+                times.append(t + np.rint(np.arange(len(content)) * period_us).astype(np.int64))
                 t = int(times[-1][-1])
             texts[FILE_COLUMN].append(name)
             texts[LABEL_COLUMN].append(file.parent.name if os.sep in name else "")
@@ -110,14 +106,7 @@ class MediaReader:
         return RowBlock(np.concatenate(rows), np.concatenate(times), row_numbers, end, columns, rejected)
 
 
-def _row_times_us(n: int, media: MediaFormat) -> Ints:
-    """Return the times of a file's rows from its start: an image has one time."""
-    if isinstance(media, ImageFormat):
-        return np.zeros(n, np.int64)
-    return np.asarray(np.rint(np.arange(n) * (media.row_period_s * 1e6)), np.int64)
-
-
-def _read_rows(path: Path, media: MediaFormat) -> Floats:
+def _read_rows(path: Path, media: MediaFormat) -> Float32s:
     """Return all rows of an image or sound. Raises UsageError."""
     if isinstance(media, ImageFormat):
         return images.read_rows(path, media)

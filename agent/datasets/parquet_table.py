@@ -48,7 +48,11 @@ class ParquetTable:
     def read(self, columns: Mapping[str, ColumnType], position: FilePosition = START) -> Iterator[TableBlock]:
         """Yield blocks. Raises RowRejected also for a column of another type, unless invalid values are kept."""
         if not self._options.keep_invalid:
-            self._check_types(columns)
+            for name, column_type in columns.items():
+                stored = self._schema.field(name).type
+                is_time = column_type is ColumnType.TIME and self._pa.types.is_timestamp(stored)
+                if column_type is not ColumnType.TEXT and not self._is_number(stored) and not is_time:
+                    raise RowRejected(f"column {name} holds {stored}, not numbers")
         convert = self._to_values if self._options.keep_invalid else self._to_array
         block_rows = max(1, min(_BLOCK_ROWS, _MAX_BLOCK_VALUES // max(1, len(columns))))
         row = 0
@@ -70,13 +74,6 @@ class ParquetTable:
                 if row > position.row:
                     yield TableBlock(values, rows, rows, [], FilePosition(0, row, row)).after_line(position.row)
 
-    def _check_types(self, columns: Mapping[str, ColumnType]) -> None:
-        for name, column_type in columns.items():
-            stored = self._schema.field(name).type
-            is_time = column_type is ColumnType.TIME and self._pa.types.is_timestamp(stored)
-            if column_type is not ColumnType.TEXT and not self._is_number(stored) and not is_time:
-                raise RowRejected(f"column {name} holds {stored}, not numbers")
-
     def _is_number(self, stored: Any) -> bool:
         types = self._pa.types
         return any(test(stored) for test in (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal))
@@ -86,7 +83,13 @@ class ParquetTable:
         if column_type is ColumnType.TEXT:
             return np.array(["" if value is None else str(value) for value in column.to_pylist()], np.str_)
         if self._pa.types.is_timestamp(column.type):
-            return self._to_array(self._to_epoch_us(column), ColumnType.FLOAT) / 1e6
+            return (
+                self._to_array(
+                    column.cast(self._pa.timestamp("us", column.type.tz), safe=False).cast(self._pa.int64()),
+                    ColumnType.FLOAT,
+                )
+                / 1e6
+            )
         if not self._pa.types.is_floating(column.type):
             column = column.cast(self._pa.float64())
         return np.asarray(column.to_numpy(zero_copy_only=False))
@@ -104,9 +107,6 @@ class ParquetTable:
         if fits and column_type is ColumnType.FLOAT and types.is_floating(column.type):
             return column.to_numpy()
         return column.to_pylist()
-
-    def _to_epoch_us(self, column: Any) -> Any:
-        return column.cast(self._pa.timestamp("us", column.type.tz), safe=False).cast(self._pa.int64())
 
     @contextmanager
     def _reject_damage(self, problem: str) -> Iterator[None]:

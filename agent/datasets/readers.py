@@ -30,10 +30,7 @@ def open_reader(
     *,
     require_times: bool = False,
 ) -> BlockReader:
-    """Return the reader for `path`; tables of text are read `block_bytes` at a time. Raises UsageError.
-
-    A row of a table without a time has that of the row before it; with `require_times` it is an error.
-    """
+    """Return the reader for `path`; without `require_times` a row may lack its time. Raises UsageError."""
     if path.suffix == ".npz":
         return RecordingsReader(path, spec, text_columns)
     if is_media(spec):

@@ -19,11 +19,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.arrays import Float32s, Float64s, Ints
 from agent.datasets.blocks import MAX_TIME_S, RowBlock, TextColumn, require_columns
 from agent.datasets.tables import START, FilePosition
 from agent.errors import UsageError
 from agent.model.bundle.manifest import ModelInput
-from agent.model.inference.features import Floats, Ints
 
 # numpy answers damaged archives with all of these.
 _UNREADABLE_ERRORS = (
@@ -35,20 +35,16 @@ _BLOCK_ROWS = 1 << 16
 
 
 class Recordings(msgspec.Struct, frozen=True, eq=False):
-    """Recording r is rows `starts[r]` to `starts[r + 1]` of `rows` (n, F) float32, of `label[r]` and `subject[r]`.
+    """Recording r is rows `starts[r]` to `starts[r + 1]`; `t` in epoch seconds; `rate` in rows a second."""
 
-    `t` (n,) epoch seconds, if the file has times; `rate` in rows a second, on average. `columns` are all arrays (n,) or
-    with an entry for each recording, those among them.
-    """
-
-    rows: Floats
+    rows: Float32s
     starts: Ints
     label: Ints
     labels: list[str]
     subject: Ints
     fields: list[str]
     rate: float
-    t: NDArray[np.float64] | None = None
+    t: Float64s | None = None
     columns: dict[str, NDArray[Any]] = msgspec.field(default_factory=dict)
 
     @property
@@ -56,16 +52,13 @@ class Recordings(msgspec.Struct, frozen=True, eq=False):
         """(n,) recording of each row."""
         return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
 
-    def select(self, path: Path, fields: Sequence[str]) -> Floats:
+    def select(self, path: Path, fields: Sequence[str]) -> Float32s:
         """Return the rows of these fields (n, F). Raises UsageError that names `path`."""
         require_columns(path, self.fields, fields)
         return self.rows[:, [self.fields.index(name) for name in fields]]
 
     def epoch_us(self, pause_s: float) -> Ints:
-        """Return the times (n,) of all rows; without times of their own, with a pause between recordings.
-
-        Raises ValueError.
-        """
+        """Return the times (n,) of all rows, by default with a pause between recordings. Raises ValueError."""
         if self.t is None:
             seconds = np.arange(len(self.rows)) / self.rate + self.recording_index * pause_s
         else:
@@ -104,15 +97,12 @@ def load(path: Path) -> Recordings:
     return Recordings(rows, starts, codes[0], labels, codes[1], fields, rate, t, columns)
 
 
-def load_windows(path: Path, spec: ModelInput) -> Floats | None:
-    """Return the rows (g · rows, F) of array `windows` (g, rows, F), ready-made model windows; None without it.
-
-    Raises UsageError.
-    """
+def load_windows(path: Path, spec: ModelInput) -> Float32s | None:
+    """Return the rows (g · rows, F) of ready-made `windows` (g, rows, F); None without them. Raises UsageError."""
     with _open_arrays(path, "windows") as arrays:
         if "windows" not in arrays:
             return None
-        windows: Floats = arrays["windows"].astype(np.float32)
+        windows: Float32s = arrays["windows"].astype(np.float32)
     wanted = (spec.window.rows, len(spec.fields)) if spec.window else (len(spec.fields),)
     if windows.shape[1:] != wanted:
         raise UsageError(f"{path}: windows has shape {windows.shape}, the input needs (any number, {str(wanted)[1:]}")

@@ -93,8 +93,6 @@ DEFAULT_OPTIONS = TableOptions()
 
 
 class Table(Protocol):
-    """Open data file."""
-
     columns: list[str]
 
     def read(self, columns: Mapping[str, ColumnType], position: FilePosition = START) -> Iterator[TableBlock]:

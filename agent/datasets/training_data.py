@@ -12,13 +12,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.arrays import Float32s, Ints
 from agent.datasets import readers, recordings
 from agent.datasets.blocks import LABEL_COLUMN, TIME_COLUMN
 from agent.datasets.parquet_table import ParquetTable
 from agent.datasets.tables import ColumnType, TableOptions
 from agent.errors import UsageError
 from agent.model.bundle.manifest import Manifest, ModelInput
-from agent.model.inference.features import Floats, Ints
+from agent.model.inference import features
 from agent.performance.labels import NO_LABEL, SEPARATOR, LabelSchema
 
 _MAX_LABELS = 4096
@@ -31,9 +32,15 @@ class TrainingData(msgspec.Struct, frozen=True):
     and 0 for none. An unknown label is -1, an unknown number NaN.
     """
 
-    features: Floats
+    features: Float32s
     t: Ints
     label: NDArray[Any] | None
+
+    def window_labels(self, starts: Ints, rows: int) -> NDArray[Any]:
+        """Return the label of each window, that of its last row."""
+        assert self.label is not None
+        labels: NDArray[Any] = self.label[starts + rows - 1]
+        return labels
 
 
 class LabelParser(msgspec.Struct, frozen=True):
@@ -68,7 +75,9 @@ class LabelParser(msgspec.Struct, frozen=True):
 def read(path: Path, spec: ModelInput, labels: LabelParser | None = None) -> TrainingData:
     """Read all rows, with column `label` if `labels` are wanted. Raises UsageError that names the file and the line."""
     if path.suffix == ".npz":
-        return _read_recordings(path, spec)
+        loaded = recordings.load(path)
+        codes = loaded.label[loaded.recording_index] if LABEL_COLUMN in loaded.columns else None
+        return TrainingData(loaded.select(path, spec.fields), loaded.epoch_us(recordings.pause_between(spec)), codes)
     reader = readers.open_reader(path, spec, require_times=True)
     labelled = labels is not None and LABEL_COLUMN in reader.columns
     if labelled:
@@ -92,15 +101,19 @@ def read(path: Path, spec: ModelInput, labels: LabelParser | None = None) -> Tra
     return TrainingData(np.concatenate(rows), np.concatenate(t), label)
 
 
-def _read_recordings(path: Path, spec: ModelInput) -> TrainingData:
-    loaded = recordings.load(path)
-    label = loaded.label[loaded.recording_index] if LABEL_COLUMN in loaded.columns else None
-    return TrainingData(loaded.select(path, spec.fields), loaded.epoch_us(recordings.pause_between(spec)), label)
+def find_window_starts(path: Path, data: TrainingData, spec: ModelInput) -> Ints:
+    """Return the starts of all windows, at least one. Raises UsageError."""
+    starts = features.cut_windows(data.t, spec.window).starts
+    if not len(starts):
+        missing = f"no {spec.window.rows} rows without a gap" if spec.window else "no rows"
+        raise UsageError(f"{path}: {missing} in it, so nothing to run the model on; give more data")
+    return starts
 
 
 class TableSummary(msgspec.Struct, frozen=True):
     """Number columns of a table, without `t`; its rows; and the distinct texts in column `label`."""
 
+    path: str
     columns: list[str]
     rows: int
     labels: list[str]
@@ -126,7 +139,7 @@ def summarize_table(path: Path) -> TableSummary:
             if column == LABEL_COLUMN:
                 labels.update(np.unique(np.char.strip(block.columns[column])).tolist())
     fields = [name for name in numbers if name not in (TIME_COLUMN, LABEL_COLUMN)]
-    return TableSummary(fields, rows, sorted(labels - {""})[:_MAX_LABELS])
+    return TableSummary(str(path), fields, rows, sorted(labels - {""})[:_MAX_LABELS])
 
 
 def _is_number(text: str) -> bool:

@@ -11,7 +11,6 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import msgspec
 
@@ -122,12 +121,20 @@ class Daemon:
         self._space = SpaceManager(conf, store, message_log, self._run_early, self._list_stalled_tasks)
         self._reload_task = reload_task
         signals.on_model_wait = self._on_model_wait
-        self._runtime = self._build_runtime(models)
-        self._rollout = make_updater(self._runtime, self._on_model_wait)
-        self._remote_commands = make_commands(self._runtime, self._rollout)
+        self._runtime = Runtime(
+            self._scheduled_tasks,
+            models,
+            run=self._run_batches,
+            report=self._health_reporter.write_health,
+            clear_not_running_alerts=lambda: self._health_reporter.report_bundles([]),
+            halt=self.signals.request_stop,
+            reconnect=self._uplink.reconnect,
+        )
+        self._updater = make_updater(self._runtime, self._on_model_wait)
+        self._remote_commands = make_commands(self._runtime, self._updater)
         self._health_reporter.extra_members = lambda now: {
             "throttle": self._throttle.status.to_dict(),
-            **self._rollout.report(now),
+            **self._updater.report(now),
         }
         self._next_health = self._next_space_check = self._next_label_check = 0.0
 
@@ -155,9 +162,9 @@ class Daemon:
         self._timekeeper.tick(now)
         if self._remote_commands.tick(now):
             self._uplink.wake()
-        if self._rollout.tick(now):
+        if self._updater.tick(now):
             self._uplink.wake()
-        wait = min(_MAX_WAIT_S, self._rollout.wait_s(now))
+        wait = min(_MAX_WAIT_S, self._updater.wait_s(now))
         is_throttled = bool(self._throttle.tick(now).pause_reason)
         for scheduled in self._scheduled_tasks:
             if self.signals.is_stopping:
@@ -169,7 +176,7 @@ class Daemon:
             if is_throttled:
                 # Due tasks run once the machine has recovered, or at once if the store gets short of space.
                 continue
-            if self._rollout.is_resuming(name):
+            if self._updater.rollouts.is_resuming(name):
                 continue
             if self._is_backing_off(name, now):
                 wait = min(wait, self._backoffs[name].until_s - now.boot_s)
@@ -212,7 +219,7 @@ class Daemon:
         """Run batches until the backlog is done or the time slice is over; the next ticks continue."""
         name = scheduled.task.name
         self._unfinished.discard(name)
-        if self._rollout.is_resuming(name):
+        if self._updater.rollouts.is_resuming(name):
             self._unfinished.add(name)
             return
         end_s = self._now().boot_s + _TIME_SLICE_S
@@ -228,11 +235,11 @@ class Daemon:
             except _StopRequested:
                 return
             except ModelProcessFailed as failure:
-                if not self._rollout.has_canary(name):
+                if not self._updater.rollouts.has_canary(name):
                     self._handle_model_failure(scheduled, failure)
                     return
                 # The canary failed: the incumbent processes the same rows at once.
-                substitute = self._rollout.on_canary_failure(name, failure, self._now())
+                substitute = self._updater.rollouts.on_canary_failure(name, failure, self._now())
                 self._feed_watchdog()
                 if substitute is None:
                     return
@@ -259,7 +266,7 @@ class Daemon:
             self._clear_backoff(task.name, "")
             if result is None:
                 return
-            self._rollout.on_batch_committed(name, self._now())
+            self._updater.rollouts.on_batch_committed(name, self._now())
             self._uplink.wake()
             self._feed_watchdog()
             if result.alerts:
@@ -277,9 +284,8 @@ class Daemon:
             return
         try:
             task.is_crash_suspect = True
-            if quarantine.record_crash(
-                self._conf, self._store, self._message_log, name, task.bundle.digest, self._now()
-            ):
+            digest = task.bundle.digest
+            if quarantine.record_crash(self._conf, self._store, self._message_log, name, digest, self._now()):
                 self._runtime.replace_task(self._reload_task(name), lambda _task: scheduled)
                 self._unfinished.add(name)
                 return
@@ -331,7 +337,8 @@ class Daemon:
             for scheduled in self._scheduled_tasks
             if not scheduled.paused and not self._is_backing_off(scheduled.task.name, now)
         ]
-        names = [scheduled.task.name for scheduled in ready if not self._rollout.is_resuming(scheduled.task.name)]
+        is_resuming = self._updater.rollouts.is_resuming
+        names = [scheduled.task.name for scheduled in ready if not is_resuming(scheduled.task.name)]
         for scheduled in ready:
             self._run_batches(scheduled, now)
         return any(name in self._unfinished and not self._is_backing_off(name, self._now()) for name in names)
@@ -352,24 +359,13 @@ class Daemon:
         with contextlib.suppress(StorageFull), self._store.transaction() as tx:
             tx.save_state(scheduled.task.name, task_keys.LAST_RUN, str(now.wall_us).encode())
 
-    def _build_runtime(self, models: dict[str, dict[str, Any]]) -> Runtime:
-        return Runtime(
-            self._scheduled_tasks,
-            models,
-            run=self._run_batches,
-            report=self._health_reporter.write_health,
-            clear_not_running_alerts=lambda: self._health_reporter.report_bundles([]),
-            halt=self.signals.request_stop,
-            reconnect=self._uplink.reconnect,
-        )
-
     def _shut_down(self) -> None:
         self._intake.stop()
         if isinstance(self.signals.failure, StorageError):
-            self._rollout.abort()
+            self._updater.abort()
             self._uplink.stop(0.0)
             return
-        self._rollout.stop(self._now())
+        self._updater.stop(self._now())
         self._health_reporter.write_health()
         self._health_reporter.write_event("stopped", "The daemon was stopped.")
         if self._remote_commands.is_wipe_requested:

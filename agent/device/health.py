@@ -67,7 +67,6 @@ class HealthReporter:
         self._run_in_transaction(write)
 
     def write_event(self, name: str, summary: str) -> None:
-        """Append an audit message."""
         body = {"event": name, "summary": summary, "evidence": {"tasks": self._models}}
         self._run_in_transaction(lambda tx: self._message_log.append(tx, "audit", None, body, self._now()))
 

@@ -30,6 +30,8 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
     """Return what `outstation status --json` prints."""
     waiting, last = store.outbox_size()
     now, counters = make_clock(store)(), store.counters()
+    hours, spent = space.hours_until_eviction(store, store.limit_bytes()), cost.read_process_cost(store.counters())
+    written = round(spent.written_bytes / spent.seconds * 86_400) if spent.seconds else None
     return {
         "device": conf.device.id,
         "fleet": conf.device.fleet,
@@ -40,7 +42,12 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
         ],
         "tasks": [build_task_document(conf, store, name) for name in conf.tasks],
         "outbox": {"waiting": waiting, "last": last},
-        "store": _build_storage_document(conf, store),
+        "store": {
+            "written_per_day": written,
+            "bytes": store.used_bytes(),
+            "max": int(conf.buffer.max_size),
+            "hours": hours,
+        },
         "condition": inspect_condition(store).document,
         "throttle": Throttle(conf.throttle).tick(now).to_dict(),
         "rejected": counters.get("lines rejected", 0),
@@ -98,16 +105,6 @@ def build_reference_document(conf: Config, store: Store, task: str) -> dict[str,
             "for_s": max(state.requested_learn_s, float(conf.tasks[task].learn_duration)),
         }
     return document
-
-
-def _build_storage_document(conf: Config, store: Store) -> dict[str, Any]:
-    """Return bytes used, and hours until undelivered data must be evicted (None if unknown or not in sight).
-
-    `written_per_day` counts what the kernel wrote to the medium for the daemon, without the file system's journal.
-    """
-    hours, spent = space.hours_until_eviction(store, store.limit_bytes()), cost.read_process_cost(store.counters())
-    written = round(spent.written_bytes / spent.seconds * 86_400) if spent.seconds else None
-    return {"written_per_day": written, "bytes": store.used_bytes(), "max": int(conf.buffer.max_size), "hours": hours}
 
 
 def _describe_configured(conf: Config, store: Store, name: str) -> str:

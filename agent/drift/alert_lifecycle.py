@@ -68,7 +68,7 @@ class AlertLifecycle:
         raised, raised_in = after.raised_counts.copy(), np.where(is_now & ~was, before.index, after.raised_window)
         raised[:, _DRIFT] += is_now & ~was
         earlier = [self.subjects[subject] for subject in np.flatnonzero(was[:fields])]
-        now = drifts.AlarmContext(after.suite, tester, before.open_summary, effects, before.t, after.slow_trend)
+        now = drifts.AlarmContext(after.suite, tester, before.open_summary, effects, before.t)
         out = []
         for subject in np.flatnonzero(was != is_now).tolist():
             if is_now[subject]:

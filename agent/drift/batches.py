@@ -1,27 +1,27 @@
-"""Batches of drift windows: windows that a batch holds whole are summarized, analyzed and, while quiet, tested
-together.
+"""Batches of drift windows: windows that a batch holds whole are summarized, analyzed and, up to the first that is
+not quiet, tested together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 
 import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.arrays import Bools, Float64s, Ints
+from agent.alerts import Alert
+from agent.arrays import Float64s, Ints
 from agent.drift import sampling_rate_watch
 from agent.drift.baseline import summary
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
 from agent.drift.baseline.window_statistics import WindowStatistics
-from agent.drift.detectors.season import SlowTrend
 from agent.drift.faults import faults
 from agent.drift.faults.faults import FaultIndicators
 from agent.drift.sampling_rate_watch import RateObservation, SamplingRateWatch
-from agent.drift.state import Batch, DriftState
+from agent.drift.state import Batch, DriftState, DriftWindowResult, QuietRun
 from agent.drift.testing import sequence
 from agent.drift.testing.test_suite import DriftTester, Evidence, SuiteState
 
@@ -122,17 +122,41 @@ class FullWindows(msgspec.Struct, frozen=True, eq=False, dict=True):
         """(W,) middle of each, epoch µs."""
         return np.array([sum(both) // 2 for both in self.t])
 
-    def open_window(self, state: DriftState, number: int) -> DriftState:
-        """Return `state`, which is that after the window before, with window `number` as the open one."""
-        rows, index = self.rows[number], state.index + 1 if number else state.index
-        seen = max(state.last_counted_row, rows[1])
+    def open_windows(self, state: DriftState, index: slice, *, summarized: bool) -> DriftState:
+        """Return `state`, that after the window before, with the last of these windows as the open one."""
+        rows = self.rows[index][-1]
         return replace(
             state,
-            index=index,
-            open_summary=summary.select_window(self.summaries, number),
+            index=state.index + index.stop - index.start - (0 if index.start else 1),
+            open_summary=summary.select_window(self.summaries, index.start) if summarized else state.open_summary,
             rows=rows,
-            t=self.t[number],
-            last_counted_row=seen,
+            t=self.t[index][-1],
+            last_counted_row=max(state.last_counted_row, rows[1]),
+        )
+
+    def build_result(
+        self,
+        index: slice,
+        last: DriftState,
+        *,
+        learned_reference: Reference | None,
+        learning_error: str | None,
+        alerts: tuple[Alert, ...],
+        nearest: Float64s | None,
+    ) -> DriftWindowResult:
+        """Return the result of these windows, still without members; `last` is the state that the last one closes."""
+        rows, t, row_counts = self.rows[index], self.t[index], self.summaries.row_counts[index]
+        return DriftWindowResult(
+            index=last.index - len(rows) + 1,
+            rows=(rows[0][0], rows[-1][1]),
+            t=(t[0][0], t[-1][1]),
+            row_count=int(row_counts.sum()),
+            site_digest=last.site_reference.digest if last.site_reference else None,
+            learned_reference=learned_reference,
+            learning_error=learning_error,
+            members={},
+            alerts=alerts,
+            quiet=None if nearest is None else QuietRun(np.array(rows), np.array(t), row_counts, nearest),
         )
 
 
@@ -187,51 +211,57 @@ class WindowAnalysis(msgspec.Struct, frozen=True):
         )
 
 
-class QuietWindows(msgspec.Struct, frozen=True, eq=False):
-    """W drift windows in which nothing happens: the state after the last, and sums after each."""
+class AdvancedTests(msgspec.Struct, frozen=True, eq=False):
+    """Tests of consecutive windows up to the last quiet one, or of a single window that is not quiet."""
 
+    windows: int
     suite: SuiteState
-    slow_trend: SlowTrend
     rate_watch: SamplingRateWatch
-    cusum_sums: Float64s  # (W, 2, T)
-    speed_sums: Float64s  # (W, 2)
-
-    @property
-    def windows(self) -> int:
-        return len(self.cusum_sums)
+    blocked: bool  # kept out of drift tests and of learning
+    nearest: Float64s | None  # (windows,) largest sum of each as a share of its limit; None if not quiet
 
 
-def find_quiet_windows(
+def advance_tests(
     state: DriftState,
-    tester: DriftTester,
-    signs: Bools,
-    observations: Sequence[RateObservation],
-    evidence: Evidence,
-    t: Ints,
-) -> QuietWindows | None:
-    """Return the windows before the first that may have a fault or raises an alert; None if that is the first one.
+    tester: DriftTester | None,
+    analysis: WindowAnalysis,
+    first: int,
+    start_times: Ints,
+    *,
+    has_fault: bool,
+) -> AdvancedTests:
+    """Advance the tests over windows from number `first` on, of which that one `has_fault` or not."""
+    suite, watch, evidence = state.suite, state.rate_watch, analysis.evidence
+    if tester is None or evidence is None:
+        return AdvancedTests(1, suite, watch, has_fault or sampling_rate_watch.blocks_testing(watch), None)
+    plain = _count_plain_windows(state, analysis, first)
+    ahead = slice(first, first + max(1, plain))
+    rate = sampling_rate_watch.run_windows(watch, analysis.rate_observations[ahead], tester, suite, start_times[ahead])
+    free = 0 if has_fault else rate.windows_before_block
+    if not free:
+        watch = watch if has_fault else rate.state_after(1)
+        # Sums of fields may come from wrong classes that the model has named since the speed drifts.
+        return AdvancedTests(1, suite.reset_except_open() if watch.drifting else suite, watch, True, None)
+    ahead = slice(first, first + free)
+    tests = sequence.run_tests(tester, suite, evidence[ahead], start_times[ahead])
+    before_alarm = tests.windows_before_alarm
+    windows, nearest = max(1, before_alarm), None
+    if plain and before_alarm and rate.cusum is not None:
+        nearest = _nearest_shares(tests.cusum.values[:windows], rate.cusum.values[:windows, :, 0], tester)
+    return AdvancedTests(windows, tests.state_after(windows), rate.state_after(windows), False, nearest)
 
-    `signs` (W,) say which may have a fault; they began at `t` (W,). None also while an alert is open.
-    """
+
+def _count_plain_windows(state: DriftState, analysis: WindowAnalysis, first: int) -> int:
+    """Return the number of windows from number `first` on without any sign of a fault; 0 while an alert is open."""
     is_open = state.faulty.any() or state.misread.any() or state.rate_watch.open_fault or state.rate_watch.drifting
     if is_open or state.suite.open_subjects.any():
-        return None
-    faulty = [bool(sign or tick.fault) for sign, tick in zip(signs.tolist(), observations, strict=True)]
-    windows = faulty.index(True) if True in faulty else len(faulty)
-    if not windows:
-        return None
-    tests = sequence.run_tests(tester, state.suite, evidence[:windows], t[:windows])
-    paces = sampling_rate_watch.run_speed_cusum(state.rate_watch, observations[:windows], tester, t[:windows])
-    windows = tests.windows_before_alarm
-    if paces is not None and paces.exceeds_limit[:windows].any():
-        windows = int(paces.exceeds_limit.argmax())
-    if not windows:
-        return None
-    now, before = state.slow_trend, state.rate_watch.cusum.value[:, 0]
-    return QuietWindows(
-        suite=tests.state_after(windows),
-        slow_trend=now.add(evidence.z[:windows, : len(state.fields)], t[:windows]),
-        rate_watch=sampling_rate_watch.apply_quiet_windows(state.rate_watch, paces, windows),
-        cusum_sums=tests.cusum.values[:windows],
-        speed_sums=np.tile(before, (windows, 1)) if paces is None else paces.values[:windows, :, 0],
-    )
+        return 0
+    signs = zip(analysis.indicators.has_indication[first:].tolist(), analysis.rate_observations[first:], strict=True)
+    faulty = [bool(sign or observation.fault) for sign, observation in signs]
+    return faulty.index(True) if True in faulty else len(faulty)
+
+
+def _nearest_shares(cusum_sums: Float64s, speed_sums: Float64s, tester: DriftTester) -> Float64s:
+    """Return the largest of all sums, (W, 2, T) and of the speed (W, 2), as a share of its limit (W,), 3 decimals."""
+    shares = (cusum_sums / tester.limits.limit).max((1, 2))
+    return np.maximum(shares, speed_sums.max(1) / tester.speed_cusum_limit).round(3)

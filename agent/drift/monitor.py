@@ -31,13 +31,11 @@ from agent.drift.baseline.reference import MIN_WINDOWS, Reference
 from agent.drift.baseline.summary import Summary
 from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.batches import FullWindows, WindowAnalysis
-from agent.drift.detectors.season import SlowTrend
 from agent.drift.faults import faults
 from agent.drift.reporting.drift_message import MessageSums, SuiteStatus
-from agent.drift.state import Batch, DriftState, DriftWindowResult, QuietRun, fill_window, start_next_window
-from agent.drift.testing import sequence
+from agent.drift.state import Batch, DriftState, DriftWindowResult, fill_window, start_next_window
 from agent.drift.testing.test_suite import DriftTester, SuiteState
-from agent.drift.window_results import ClosedWindow, build_results, merge_quiet, nearest_shares
+from agent.drift.window_results import ClosedWindow, build_results, merge_quiet
 from agent.errors import BadBundle
 
 
@@ -123,11 +121,10 @@ class DriftMonitor:
         Also returns the open drift alerts, cleared: the reference they were raised against is gone.
         """
         reason = "this site's reference is learned anew"
-        subjects = np.flatnonzero(state.suite.open_subjects).tolist()
+        lifecycle = self._alert_lifecycle
         cleared = [
-            self._alert_lifecycle.build_cleared_alert(state, "drift", subject, f"{name}: {reason}.")
-            for subject in subjects
-            for name in (self._alert_lifecycle.subjects[subject],)
+            lifecycle.build_cleared_alert(state, "drift", subject, f"{lifecycle.subjects[subject]}: {reason}.")
+            for subject in np.flatnonzero(state.suite.open_subjects).tolist()
         ]
         fresh = replace(
             state,
@@ -135,7 +132,6 @@ class DriftMonitor:
             learning=self._empty_learning,
             suite=SuiteState.start(self.shipped.task),
             rate_watch=sampling_rate_watch.reset_for_relearning(state.rate_watch),
-            slow_trend=SlowTrend(),
             requested_learn_s=duration_s,
         )
         evidence = {"window": state.index, "rows": list(state.rows)}
@@ -209,9 +205,7 @@ class DriftMonitor:
         closed: list[ClosedWindow] = []
         number = 0
         while number < full.windows:
-            after, window = self._process_quiet_windows(state, full, analysis, number)
-            if window is None:
-                after, window = self._close_window(full.open_window(state, number), analysis, number)
+            after, window = self._close_windows(state, full, analysis, number)
             closed.append(window)
             number += window.result.windows
             changed = after.site_reference is not state.site_reference or self._drifting_fields_key(
@@ -222,61 +216,6 @@ class DriftMonitor:
                 # Later windows were summarized for other classes, or have no evidence yet.
                 break
         return start_next_window(state, self._empty_summary), closed, full.ends[number - 1]
-
-    def _process_quiet_windows(
-        self, state: DriftState, full: FullWindows, analysis: WindowAnalysis, first: int
-    ) -> tuple[DriftState, ClosedWindow | None]:
-        """Process windows from number `first` on in which nothing happens, if any."""
-        if state.site_reference is None or analysis.evidence is None:
-            return state, None
-        tester, rest = self._get_tester(state.site_reference), slice(first, None)
-        quiet = batches.find_quiet_windows(
-            state,
-            tester,
-            analysis.indicators.has_indication[rest],
-            analysis.rate_observations[rest],
-            analysis.evidence[rest],
-            full.start_times[rest],
-        )
-        if quiet is None:
-            return state, None
-        window_range, fields = slice(first, first + quiet.windows), len(self.shipped.fields)
-        rows, t = full.rows[window_range], full.t[window_range]
-        row_counts = analysis.summaries.row_counts[window_range]
-        nearest = nearest_shares(quiet.cusum_sums, quiet.speed_sums, tester)
-        index = state.index + (1 if first else 0)
-        result = DriftWindowResult(
-            index=index,
-            rows=(rows[0][0], rows[-1][1]),
-            t=(t[0][0], t[-1][1]),
-            row_count=int(row_counts.sum()),
-            site_digest=state.site_reference.digest,
-            learned_reference=None,
-            learning_error=None,
-            members={},
-            alerts=(),
-            quiet=QuietRun(np.array(rows), np.array(t), row_counts, nearest),
-        )
-        none_drifts, none_faulty = [False] * (fields + 3), (None,) * fields
-        window = ClosedWindow(
-            result,
-            MessageSums.from_summaries(analysis.summaries, window_range),
-            SuiteStatus(quiet.cusum_sums[-1], tester.reference.layout, none_drifts, none_faulty, tested=True),
-            quiet.rate_watch,
-            quiet.speed_sums[-1],
-            tester,
-        )
-        after = replace(
-            state,
-            index=index + quiet.windows - 1,
-            rows=rows[-1],
-            t=t[-1],
-            last_counted_row=max(state.last_counted_row, rows[-1][1]),
-            suite=quiet.suite,
-            rate_watch=quiet.rate_watch,
-            slow_trend=quiet.slow_trend,
-        )
-        return after, window
 
     def _drifting_fields_key(self, state: DriftState) -> bytes:
         """Return a key of the fields that class assignment leaves out."""
@@ -289,67 +228,57 @@ class DriftMonitor:
             return predicted
         return self._get_tester(state.site_reference).assign_classes(state.suite, stats.values, predicted)
 
-    def _close_window(self, state: DriftState, analysis: WindowAnalysis, index: int) -> tuple[DriftState, ClosedWindow]:
-        """Close the open drift window, which is number `index` of those analyzed."""
-        window, observation = state.open_summary, analysis.rate_observations[index]
-        identified = faults.identify_faults(
-            analysis.indicators, index, window, self.shipped, self.units, state.site_reference, state.misread
-        )
+    def _close_windows(
+        self, state: DriftState, full: FullWindows, analysis: WindowAnalysis, first: int
+    ) -> tuple[DriftState, ClosedWindow]:
+        """Close windows from number `first` on: all before one in which something happens, or that one alone."""
         tester = self._get_tester(state.site_reference) if state.site_reference else None
+        identified = faults.identify_faults(
+            analysis.indicators,
+            first,
+            analysis.summaries,
+            self.shipped,
+            self.units,
+            state.site_reference,
+            state.misread,
+        )
         # A single window without the fault does not prove a misread field sound.
         has_fault = faults.excludes_window(identified) or bool(state.misread.any())
-        rate_watch = (
-            state.rate_watch
-            if has_fault
-            else sampling_rate_watch.update(state.rate_watch, observation, tester, state.suite, state.t)
-        )
-        clean = not has_fault and not sampling_rate_watch.blocks_testing(rate_watch)
-        learned, refused, slow_trend, suite = None, None, state.slow_trend, state.suite
-        tested = clean and state.site_reference is not None
+        tests = batches.advance_tests(state, tester, analysis, first, full.start_times, has_fault=has_fault)
+        closing = slice(first, first + tests.windows)
+        before = full.open_windows(state, closing, summarized=tests.nearest is None)
+        after = replace(before, suite=tests.suite, rate_watch=tests.rate_watch)
         drift_alerts: list[Alert] = []
-        if tester is not None and analysis.evidence is not None:
-            if clean:
-                evidence, t = analysis.evidence[index : index + 1], np.array([state.t[0]])
-                suite = sequence.run_tests(tester, suite, evidence, t).state_after(1)
-                slow_trend = slow_trend.add(evidence.z[:, : len(self.shipped.fields)], t)
-            elif rate_watch.drifting:
-                # Sums of fields may come from wrong classes that the model has named since then.
-                suite = suite.reset_except_open()
-        after = replace(state, rate_watch=rate_watch, suite=suite, slow_trend=slow_trend)
-        if tester is not None and analysis.evidence is not None and clean:
+        learned, refused = None, None
+        if tester is not None and analysis.evidence is not None and not tests.blocked:
             after, drift_alerts = self._alert_lifecycle.update_drifts(
-                state, after, analysis.evidence.effects[index], tester
+                before, after, analysis.evidence.effects[first], tester
             )
-        elif clean:
+        elif not tests.blocked:
             after, learned, refused = self._gather_window(after)
         after, fault_alerts = self._alert_lifecycle.update_faults(after, identified)
-        location = {"window": state.index, "rows": list(state.rows)}
-        result = DriftWindowResult(
-            index=state.index,
-            rows=state.rows,
-            t=state.t,
-            row_count=window.rows,
-            site_digest=state.site_reference.digest if state.site_reference else None,
+        location = {"window": before.index, "rows": list(before.rows)}
+        rate_alerts = sampling_rate_watch.build_alerts(
+            state.rate_watch, tests.rate_watch, analysis.rate_observations[first], tester, before.t, location
+        )
+        result = full.build_result(
+            closing,
+            before,
             learned_reference=learned,
             learning_error=refused,
-            members={},
-            alerts=(
-                *fault_alerts,
-                *sampling_rate_watch.build_alerts(state.rate_watch, rate_watch, observation, tester, state.t, location),
-                *drift_alerts,
-            ),
-        )
-        status = SuiteStatus(
-            cusum_sums=after.suite.cusum.value,
-            layout=after.suite.layout,
-            drifting=after.suite.open_subjects.tolist(),
-            faults=tuple(fault.name if fault else None for fault in identified),
-            tested=tested,
+            alerts=(*fault_alerts, *rate_alerts, *drift_alerts),
+            nearest=tests.nearest,
         )
         return after, ClosedWindow(
             result,
-            MessageSums.from_summaries(analysis.summaries, slice(index, index + 1)),
-            status,
+            MessageSums.from_summaries(analysis.summaries, closing),
+            SuiteStatus(
+                cusum_sums=after.suite.cusum.value,
+                layout=after.suite.layout,
+                drifting=after.suite.open_subjects.tolist(),
+                faults=tuple(fault.name if fault else None for fault in identified),
+                tested=tester is not None and not tests.blocked,
+            ),
             after.rate_watch,
             after.rate_watch.cusum.value[:, 0],
             self._get_tester(after.site_reference) if after.site_reference else None,
@@ -361,24 +290,15 @@ class DriftMonitor:
             self.min_learn_s, state.requested_learn_s
         ):
             return replace(state, learning=learning), None, None
-        empty = self._empty_learning
-        shipped = replace(self.shipped, window=self.window)
+        fresh, shipped = replace(state, learning=self._empty_learning), replace(self.shipped, window=self.window)
+        number = state.learned_count + 1
         try:
-            site = calibrate_reference(
-                shipped, learning, source="site", seasonality=self.seasonality, number=state.learned_count + 1
-            )
+            site = calibrate_reference(shipped, learning, source="site", seasonality=self.seasonality, number=number)
         except BadBundle as refused:
-            return replace(state, learning=empty), None, f"{refused}; gathering {self.learn_windows} new windows"
-        return (
-            replace(
-                state, learning=empty, site_reference=site, learned_count=state.learned_count + 1, requested_learn_s=0.0
-            ),
-            site,
-            None,
-        )
+            return fresh, None, f"{refused}; gathering {self.learn_windows} new windows"
+        return replace(fresh, site_reference=site, learned_count=number, requested_learn_s=0.0), site, None
 
     def _get_tester(self, reference: Reference) -> DriftTester:
         if self._tester is None or self._tester.reference is not reference:
-            assert reference.site is not None
-            self._tester = DriftTester(reference, reference.site)
+            self._tester = DriftTester(reference)
         return self._tester

@@ -20,7 +20,7 @@ from agent.drift.baseline.summary import Summary
 from agent.drift.detectors import sampling_rate as rate
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR, Cusum, CusumSequence
 from agent.drift.detectors.detector import round_significant
-from agent.drift.detectors.registry import SPEED
+from agent.drift.detectors.registry import SAMPLING_RATE
 from agent.drift.detectors.sampling_rate import RateBaseline
 from agent.drift.reporting.drift_message import worst_state
 from agent.drift.testing.test_suite import DriftTester, SuiteState
@@ -64,12 +64,12 @@ class RateObservation(msgspec.Struct, frozen=True):
 def observe_rate(windows: Summary, midpoints: Ints, tester: DriftTester | None) -> list[RateObservation]:
     """Observe stacked windows in the middle of times (W,), epoch µs."""
     steps, repeated = windows.sampling.mean_step_us().tolist(), windows.repeated_share.tolist()
-    usual = tester.calibration.rate if tester else None
+    usual = tester.reference.baselines[SAMPLING_RATE.name].own if tester else None
     if tester is None or usual is None:
         return [RateObservation("", math.nan, math.nan, *both) for both in zip(steps, repeated, strict=True)]
     scores = (
         part.tolist()
-        for part in usual.score_speeds(windows.detectors[SPEED.name], midpoints, tester.reference.drift_windows)
+        for part in usual.score_speeds(windows.detectors[SAMPLING_RATE.name], midpoints, tester.reference.drift_windows)
     )
     return [
         RateObservation(rate.detect_fault(step, share, usual), z, speed, step, share)
@@ -77,68 +77,49 @@ def observe_rate(windows: Summary, midpoints: Ints, tester: DriftTester | None) 
     ]
 
 
-def update(
-    previous: SamplingRateWatch,
-    observation: RateObservation,
-    tester: DriftTester | None,
-    suite: SuiteState,
-    t: tuple[int, int],
-) -> SamplingRateWatch:
-    """Add a window at `t`; `suite` is the state of the fields' tests before it.
+class RateRun(msgspec.Struct, frozen=True, eq=False):
+    """Run over W windows; of several only if `before` has no open alert and none has a fault."""
+
+    before: SamplingRateWatch
+    observations: Sequence[RateObservation]
+    cusum: CusumSequence | None  # None while the speed waits
+    open_fault: str  # after the first window
+    t: Ints  # (W,)
+
+    @property
+    def windows_before_block(self) -> int:
+        """Number of windows before the first that is kept out of all other tests."""
+        if len(self.t) == 1 or self.cusum is None:
+            return 0 if blocks_testing(self.state_after(1)) else 1
+        exceeds = self.cusum.exceeds_limit
+        return int(exceeds.argmax()) if exceeds.any() else len(exceeds)
+
+    def state_after(self, windows: int) -> SamplingRateWatch:
+        before, fault, on, t = self.before, self.observations[windows - 1].fault, self.open_fault, self.t[windows - 1]
+        cusum = self.cusum.state_after(windows) if self.cusum else before.cusum
+        drifts, faulty = bool(cusum.alarm.any()) and not before.drifting, bool(on) and on != before.open_fault
+        goes_on = (bool(fault) and before.last_fault == fault) or on == before.open_fault != ""
+        clear_count = before.clear_count + 1 if on and not fault else 0
+        raised = before.raised_counts + np.array([drifts, faulty], np.int64)
+        return SamplingRateWatch(cusum, fault, on, before.since if goes_on else int(t), clear_count, raised)
+
+
+def run_windows(
+    before: SamplingRateWatch, observations: Sequence[RateObservation], tester: DriftTester, suite: SuiteState, t: Ints
+) -> RateRun:
+    """Run over W windows that began at `t` (W,); `suite` is the state of the fields' tests before them.
 
     The speed counts while no fault is open and no field drifts.
     """
-    if tester is None or tester.calibration.rate is None:
-        return previous
-    drifting = bool(suite.open_fields.any())
-    return apply_observation(previous, observation, t[0], fields_drift=drifting, limit=tester.speed_cusum_limit)
-
-
-def apply_observation(
-    previous: SamplingRateWatch, observation: RateObservation, t: int, *, fields_drift: bool, limit: float
-) -> SamplingRateWatch:
-    """Add a window that began at `t`."""
-    calm = 0 if observation.fault else previous.clear_count + 1
-    twice = bool(observation.fault) and previous.last_fault == observation.fault
-    on = previous.open_fault if previous.open_fault and calm < WINDOWS_TO_CLEAR else ""
-    on = on or (observation.fault if twice else "")
-    held = bool(observation.fault or on) or (fields_drift and not previous.drifting)
-    cusum = previous.cusum
-    if not held:
-        cusum = _run_speed_cusum(previous, [observation], np.array([t]), limit).state_after(1)
-    more = [bool(cusum.alarm.any()) and not previous.drifting, bool(on) and on != previous.open_fault]
-    raised = previous.raised_counts + np.array(more, np.int64)
-    began = previous.since if twice or on == previous.open_fault != "" else t
-    return SamplingRateWatch(cusum, observation.fault, on, began, calm if on else 0, raised)
-
-
-def run_speed_cusum(
-    previous: SamplingRateWatch, observations: Sequence[RateObservation], tester: DriftTester, t: Ints
-) -> CusumSequence | None:
-    """Run the speed CUSUM over W windows that began at `t` (W,), while nothing is open; None without a baseline."""
-    return (
-        None
-        if tester.calibration.rate is None
-        else _run_speed_cusum(previous, observations, t, tester.speed_cusum_limit)
-    )
-
-
-def _run_speed_cusum(
-    previous: SamplingRateWatch, observations: Sequence[RateObservation], t: Ints, limit: float
-) -> CusumSequence:
-    z, speeds = np.array([tick.z for tick in observations]), np.array([tick.log_speed for tick in observations])
-    return previous.cusum.run_windows(z[:, None], speeds[:, None], limit=limit, t=t)
-
-
-def apply_quiet_windows(
-    previous: SamplingRateWatch, speed_cusum: CusumSequence | None, windows: int
-) -> SamplingRateWatch:
-    """Add so many windows without a fault, while nothing is open or raised."""
-    if speed_cusum is None:
-        return previous
-    return SamplingRateWatch(
-        speed_cusum.state_after(windows), since=int(speed_cusum.t[windows - 1]), raised_counts=previous.raised_counts
-    )
+    first = observations[0]
+    clears = not first.fault and before.clear_count + 1 >= WINDOWS_TO_CLEAR
+    on = "" if clears else before.open_fault
+    on = on or (first.fault if first.fault == before.last_fault else "")
+    cusum = None
+    if not (first.fault or on or (suite.open_fields.any() and not before.drifting)):
+        z, speeds = np.array([(each.z, each.log_speed) for each in observations]).T[..., None]
+        cusum = before.cusum.run_windows(z, speeds, limit=tester.speed_cusum_limit, t=t)
+    return RateRun(before, observations, cusum, on, t)
 
 
 def blocks_testing(watch: SamplingRateWatch) -> bool:
@@ -160,7 +141,7 @@ def build_alerts(
     window_evidence: dict[str, Any],
 ) -> list[Alert]:
     """Build the alerts that a window at `t` raises and clears; `window_evidence` locates it."""
-    usual = tester.calibration.rate if tester else None
+    usual = tester.reference.baselines[SAMPLING_RATE.name].own if tester else None
     if tester is None or usual is None:
         return []
     out, evidence = [], window_evidence | {"site": tester.reference.digest}
@@ -203,7 +184,7 @@ def add_rate(
     `current` is the state after its last window, `speed_sums` (2,) those of the speed; `step_us` is the mean interval
     over all its windows, NaN if unknown, `repeated` a share of their rows.
     """
-    usual = tester.calibration.rate if tester else None
+    usual = tester.reference.baselines[SAMPLING_RATE.name].own if tester else None
     state = (
         "fault"
         if current.last_fault or current.open_fault

@@ -20,7 +20,6 @@ from agent.drift.baseline.summary import Summary
 from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.detectors.detector import Task
 from agent.drift.detectors.registry import get_layout
-from agent.drift.detectors.season import SlowTrend
 from agent.drift.sampling_rate_watch import SamplingRateWatch
 from agent.drift.testing.test_suite import SuiteState
 from agent.errors import BadBundle
@@ -48,7 +47,6 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
     raised_counts: Ints  # (F + 3, 2) alerts raised so far: drift, fault
     raised_window: Ints  # (F + 3,) the drift window of the last drift alert
     rate_watch: SamplingRateWatch = msgspec.field(default_factory=SamplingRateWatch)
-    slow_trend: SlowTrend = msgspec.field(default_factory=SlowTrend)
     class_field: str = ""  # field that names modes, if any
     known_modes: tuple[str, ...] = ()  # names that have a class
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import msgspec
-import numpy as np
 from msgspec.structs import replace
 
 from agent.arrays import Float64s
@@ -86,11 +85,3 @@ def build_results(windows: Sequence[ClosedWindow], shipped: Reference, min_bin_r
         )
         results.append(replace(window.result, members=members))
     return results
-
-
-def nearest_shares(cusum_sums: Float64s, speed_sums: Float64s, tester: DriftTester) -> Float64s:
-    """Return the largest of all sums, (W, 2, T) and of the speed (W, 2), as a share of its limit (W,), 3 decimals."""
-    shares = (cusum_sums / tester.limits.limit).max((1, 2))
-    if tester.calibration.rate is not None:
-        shares = np.maximum(shares, speed_sums.max(1) / tester.speed_cusum_limit)
-    return np.asarray(shares.round(3))

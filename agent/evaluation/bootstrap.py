@@ -40,10 +40,7 @@ class BootstrapUnits(msgspec.Struct, frozen=True, eq=False):
         return self.sums()[:, 0]
 
     def sums(self, values: Any = None, group: Ints | None = None, group_count: int = 1) -> Float64s:
-        """Return the sums (1 + REPLICATES, group_count) of `values` (n,), by default of 1, in each group.
-
-        The first row is unweighted, the others are the replicates.
-        """
+        """Return sums (1 + REPLICATES, group_count) of `values` (n,), by default of 1; the first is unweighted."""
         unit_count = self.weights.shape[1]
         index = self.unit_index if group is None else self.unit_index * group_count + group
         each = np.bincount(index, values, unit_count * group_count).reshape(unit_count, group_count).astype(np.float64)
@@ -59,10 +56,7 @@ class BootstrapUnits(msgspec.Struct, frozen=True, eq=False):
 
 
 def build_units(losses: Float64s, group: TextColumn | None, column: str | None, seed: int) -> BootstrapUnits:
-    """Return groups of results if `column` names them, else blocks of neighbours as long as `losses` (n,) are alike.
-
-    Raises UsageError.
-    """
+    """Return the groups of `column`, else blocks as long as `losses` (n,) are alike. Raises UsageError."""
     n = len(losses)
     if group is not None:
         names, index = np.unique(group, return_inverse=True)
@@ -82,10 +76,7 @@ def build_units(losses: Float64s, group: TextColumn | None, column: str | None, 
 
 
 def cluster_design_effect(values: Float64s, group: Ints) -> float:
-    """Return how many results (n,) of a group count as one: 1 + (m - 1) ρ (Kish 1965).
-
-    ρ is the intraclass correlation, from the variances within and between groups (Donner 1986).
-    """
+    """Return how many results (n,) of a group count as one: 1 + (m - 1) ρ (Kish 1965, Donner 1986)."""
     sizes = np.bincount(group)
     sizes = sizes[sizes > 0]
     n, count = len(values), len(sizes)

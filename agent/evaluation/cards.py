@@ -6,20 +6,20 @@ A heading without content is left out.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from agent import config
 from agent.errors import ConfigError
-from agent.evaluation.document import CheckResult, Evaluation
-from agent.evaluation.report import format_estimate
+from agent.evaluation import tables
+from agent.evaluation.document import Evaluation
+from agent.evaluation.tables import Row, format_estimate, to_texts
 from agent.performance.metrics import display_name
-from agent.performance.slices import SMALL, WORSE
+from agent.performance.slices import SMALL
 from agent.render import html as page
 from agent.render.html import Markup, element
-from agent.text import format_interval, format_value
 
 _MAX_ROWS = 60
 _MAX_FIELDS = 16
@@ -78,7 +78,7 @@ class CardTable(msgspec.Struct, frozen=True):
     """Table; columns after the first are numbers."""
 
     head: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Row]
 
 
 CardPart = str | CardTable
@@ -88,7 +88,7 @@ class EvaluationCard(msgspec.Struct, frozen=True):
     title: str
     sections: list[tuple[str, list[CardPart]]] = msgspec.field(default_factory=list)
 
-    def add(self, heading: str, *parts: CardPart | None) -> None:
+    def add(self, heading: str, *parts: CardPart) -> None:
         """Add a section, if any part has content."""
         filled = [part for part in parts if part and (isinstance(part, str) or part.rows)]
         if filled:
@@ -99,7 +99,11 @@ class EvaluationCard(msgspec.Struct, frozen=True):
         for heading, parts in self.sections:
             lines += [f"## {heading}", ""]
             for part in parts:
-                lines += [*([_markdown_text(part)] if isinstance(part, str) else _markdown_table(part)), ""]
+                if isinstance(part, CardTable):
+                    lines += [_markdown_table(part), ""]
+                else:
+                    # As the author wrote it, but for HTML.
+                    lines += [part.strip().replace("<", "&lt;").replace(">", "&gt;"), ""]
         return "\n".join(lines).rstrip() + "\n"
 
     def to_html(self) -> str:
@@ -107,65 +111,93 @@ class EvaluationCard(msgspec.Struct, frozen=True):
         for heading, parts in self.sections:
             body.append(element("h2", heading))
             for part in parts:
-                body += _html_elements(part)
+                if isinstance(part, CardTable):
+                    body.append(page.table(part.head, to_texts(part.rows)))
+                else:
+                    body += [element("p", " ".join(text.split())) for text in re.split(r"\n\s*\n", part.strip())]
         return page.render_document(self.title, body)
 
 
 def build_cards(evaluation: Evaluation, texts: CardTexts) -> dict[str, EvaluationCard]:
     """Return the cards by file name, without suffix."""
-    return {"MODEL_CARD": model_card(evaluation, texts), "DATA_CARD": data_card(evaluation, texts)}
+    return {"MODEL_CARD": model_card(evaluation, texts.card), "DATA_CARD": data_card(evaluation, texts.data)}
 
 
-def model_card(evaluation: Evaluation, texts: CardTexts) -> EvaluationCard:
-    words, model = texts.card, evaluation.model
+def model_card(evaluation: Evaluation, texts: ModelCardText) -> EvaluationCard:
+    model, data, metric = evaluation.model, evaluation.data, display_name(evaluation.metric)
+    groups = f", of {data.groups} values of {data.group}" if data.group else ""
+    files = ", ".join(source.file for source in data.files[:5]) + (" and more" if len(data.files) > 5 else "")
+    slice_metric = display_name(evaluation.slices[0].metric) if evaluation.slices else ""
+    slice_rows, importance_rows = tables.slice_rows(evaluation), tables.importance_rows(evaluation)
+    faults = [[f"{curve.fault}: {curve.meaning}", tables.format_curve(curve)] for curve in evaluation.robustness]
+    comparison = ""
+    if (other := evaluation.float_comparison) is not None:
+        change = format_estimate(other.metric_difference)
+        comparison = f"Compared with the float model ({other.bytes:,} bytes), {metric} changes by {change}."
+    small = ", ".join(estimate.slice for estimate in evaluation.slices if estimate.state == SMALL)
     card = EvaluationCard(f"Model card: {model.name} {model.version}")
-    card.add("Model details", words.about, CardTable(("", ""), list(_detail_rows(evaluation, texts))), words.training)
-    card.add("Intended use", words.intended_use, _labelled_text("Intended users", words.intended_users))
-    card.add("Not meant for", words.out_of_scope)
-    card.add("Factors", words.factors, _slices_table(evaluation))
-    card.add("Metrics", _metrics_text(evaluation))
-    card.add("Evaluation data", _data_text(evaluation))
+    card.add("Model details", texts.about, CardTable(("", ""), _detail_rows(evaluation, texts)), texts.training)
+    card.add("Intended use", texts.intended_use, _labelled_text("Intended users", texts.intended_users))
+    card.add("Not meant for", texts.out_of_scope)
+    card.add(
+        "Factors", texts.factors, CardTable(("Slice", slice_metric, "95 % interval", "n", ""), slice_rows[:_MAX_ROWS])
+    )
+    card.add(
+        "Metrics", f"Slices, field importance and faults are measured by {metric}. Intervals: {evaluation.intervals}."
+    )
+    card.add("Evaluation data", f"{data.windows:,} labelled windows{groups}, from {files}. The data card says more.")
     card.add(
         "Quantitative analysis",
-        _metrics_table(evaluation),
-        _classes_table(evaluation),
-        _float_comparison_text(evaluation),
+        CardTable(("Metric", "Value", "95 % interval", "n"), tables.metric_rows(evaluation)),
+        CardTable(("Class", "Recall", "Precision", "F1", "n"), tables.class_rows(evaluation)[:_MAX_ROWS]),
+        comparison,
     )
-    card.add("Sensitivity", _importance_table(evaluation), _robustness_table(evaluation))
-    card.add("Ethical considerations", words.ethics)
-    card.add("Caveats and recommendations", words.caveats, *evaluation.warnings, _small_slices_text(evaluation))
+    card.add(
+        "Sensitivity",
+        CardTable(("Field of another window", f"{metric}, worse by", "95 % interval"), importance_rows[:_MAX_ROWS]),
+        CardTable(("Fault", f"{metric} at each strength"), faults),
+    )
+    card.add("Ethical considerations", texts.ethics)
+    too_small = f"Too small to tell: {small}." if small else ""
+    card.add("Caveats and recommendations", texts.caveats, *evaluation.warnings, too_small)
     card.add("How this card was made", _provenance_text(evaluation))
     return card
 
 
-def data_card(evaluation: Evaluation, texts: CardTexts) -> EvaluationCard:
-    words, data = texts.data, evaluation.data
-    card = EvaluationCard(f"Data card: evaluation data of {evaluation.model.name} {evaluation.model.version}")
-    card.add("Motivation", words.about, words.motivation, _labelled_text("Funded by", words.funded_by))
+def data_card(evaluation: Evaluation, texts: DataCardText) -> EvaluationCard:
+    model, data = evaluation.model, evaluation.data
+    groups = f"; {data.groups} different values of {data.group}" if data.group else ""
+    checks = [check for check in (*evaluation.leakage, *evaluation.label_checks) if check.state != "not checked"]
+    when = f"Recorded from {data.begin} to {data.end}." if data.begin and data.end else ""
+    card = EvaluationCard(f"Data card: evaluation data of {model.name} {model.version}")
+    card.add("Motivation", texts.about, texts.motivation, _labelled_text("Funded by", texts.funded_by))
     card.add(
         "Composition",
-        words.instances,
-        _composition_text(evaluation),
-        CardTable(("File", "Rows"), [[source.file, f"{source.rows:,}"] for source in data.files[:_MAX_ROWS]]),
-        _fields_table(evaluation),
-        _counts_table("Label", data.counts),
-        _counts_table("Split", data.splits),
-        words.sampling,
+        texts.instances,
+        f"{data.rows:,} rows, {data.windows:,} windows with a label (column {data.label}){groups}.",
+        CardTable(("File", "Rows"), [(source.file, source.rows) for source in data.files[:_MAX_ROWS]]),
+        CardTable(("Field", "Unit"), list(zip(model.fields, model.units, strict=False))),
+        CardTable(("Label", "Windows"), list(data.counts.items())[:_MAX_ROWS]),
+        CardTable(("Split", "Windows"), list(data.splits.items())[:_MAX_ROWS]),
+        texts.sampling,
     )
-    checks = [*evaluation.leakage, *evaluation.label_checks]
-    card.add("Quality", *evaluation.notes, _checks_table(checks), _suspects_table(evaluation))
-    when = f"Recorded from {data.begin} to {data.end}." if data.begin and data.end else ""
-    card.add("Collection", words.collection, when, _labelled_text("Consent", words.consent))
-    card.add("Preprocessing and labelling", words.preprocessing, words.labelling)
-    card.add("Uses", words.uses, _labelled_text("Not for", words.not_for))
-    card.add("Distribution", words.distribution, _labelled_text("Licence", words.licence))
-    card.add("Maintenance", words.maintenance)
+    card.add(
+        "Quality",
+        *evaluation.notes,
+        CardTable(("Check", "", "Result"), [(check.check, check.state, check.summary) for check in checks]),
+        CardTable(("Suspect labels", "Row", "Label", "Predicted", "Score"), tables.suspect_rows(evaluation)),
+    )
+    card.add("Collection", texts.collection, when, _labelled_text("Consent", texts.consent))
+    card.add("Preprocessing and labelling", texts.preprocessing, texts.labelling)
+    card.add("Uses", texts.uses, _labelled_text("Not for", texts.not_for))
+    card.add("Distribution", texts.distribution, _labelled_text("Licence", texts.licence))
+    card.add("Maintenance", texts.maintenance)
     card.add("How this card was made", _provenance_text(evaluation))
     return card
 
 
-def _detail_rows(evaluation: Evaluation, texts: CardTexts) -> Iterator[list[str]]:
-    model, words = evaluation.model, texts.card
+def _detail_rows(evaluation: Evaluation, texts: ModelCardText) -> list[Row]:
+    model = evaluation.model
     unit = dict(zip(model.fields, model.units, strict=False))
     fields = [f"{name} ({unit[name]})" if unit.get(name) else name for name in model.fields]
     if len(fields) > _MAX_FIELDS:
@@ -180,111 +212,16 @@ def _detail_rows(evaluation: Evaluation, texts: CardTexts) -> Iterator[list[str]
         "Labels": ", ".join(model.labels),
         "Threshold": "" if model.threshold is None else f"{model.threshold:g}",
         "Temperature of the scores": "" if model.temperature == 1 else f"{model.temperature:g}",
-        "Developed by": words.developed_by,
-        "Contact": words.contact,
-        "Licence": words.licence,
-        "Citation": words.citation,
+        "Developed by": texts.developed_by,
+        "Contact": texts.contact,
+        "Licence": texts.licence,
+        "Citation": texts.citation,
     }
-    return ([name, text] for name, text in details.items() if text)
+    return [(name, text) for name, text in details.items() if text]
 
 
 def _labelled_text(name: str, text: str) -> str:
     return f"{name}: {text}" if text else ""
-
-
-def _metrics_text(evaluation: Evaluation) -> str:
-    return (
-        f"Slices, field importance and faults are measured by {display_name(evaluation.metric)}. "
-        f"Intervals: {evaluation.intervals}."
-    )
-
-
-def _data_text(evaluation: Evaluation) -> str:
-    data = evaluation.data
-    groups = f", of {data.groups} values of {data.group}" if data.group else ""
-    files = ", ".join(source.file for source in data.files[:5]) + (" and more" if len(data.files) > 5 else "")
-    return f"{data.windows:,} labelled windows{groups}, from {files}. The data card says more."
-
-
-def _metrics_table(evaluation: Evaluation) -> CardTable:
-    rows = [
-        [display_name(m.metric), format_value(m.value), format_interval(m.low, m.high), f"{m.n:,}"]
-        for m in evaluation.metrics
-    ]
-    return CardTable(("Metric", "Value", "95 % interval", "n"), rows)
-
-
-def _classes_table(evaluation: Evaluation) -> CardTable:
-    rows = [
-        [c.label, *(format_estimate(estimate) for estimate in (c.recall, c.precision, c.f1)), f"{c.n:,}"]
-        for c in evaluation.classes[:_MAX_ROWS]
-    ]
-    return CardTable(("Class", "Recall", "Precision", "F1", "n"), rows)
-
-
-def _slices_table(evaluation: Evaluation) -> CardTable:
-    states = {WORSE: "worse than the rest", SMALL: "too small to tell"}
-    rows = [
-        [s.slice, format_value(s.value), format_interval(s.low, s.high), f"{s.n:,}", states.get(s.state or "", "")]
-        for s in evaluation.slices[:_MAX_ROWS]
-    ]
-    name = display_name(evaluation.slices[0].metric) if evaluation.slices else ""
-    return CardTable(("Slice", name, "95 % interval", "n", ""), rows)
-
-
-def _float_comparison_text(evaluation: Evaluation) -> str:
-    if (other := evaluation.float_comparison) is None:
-        return ""
-    name, change = display_name(evaluation.metric), format_estimate(other.metric_difference)
-    return f"Compared with the float model ({other.bytes:,} bytes), {name} changes by {change}."
-
-
-def _importance_table(evaluation: Evaluation) -> CardTable:
-    head = ("Field of another window", f"{display_name(evaluation.metric)}, worse by", "95 % interval")
-    drops = [(", ".join(d.fields), d.metric_drop) for d in evaluation.field_importance[:_MAX_ROWS]]
-    return CardTable(head, [[names, format_value(d.value), format_interval(d.low, d.high)] for names, d in drops])
-
-
-def _robustness_table(evaluation: Evaluation) -> CardTable:
-    rows = [
-        [
-            f"{curve.fault}: {curve.meaning}",
-            "; ".join(f"{point.strength}: {format_value(point.value.value)}" for point in curve.points),
-        ]
-        for curve in evaluation.robustness
-    ]
-    return CardTable(("Fault", f"{display_name(evaluation.metric)} at each strength"), rows)
-
-
-def _small_slices_text(evaluation: Evaluation) -> str:
-    small = [estimate.slice for estimate in evaluation.slices if estimate.state == SMALL]
-    return f"Too small to tell: {', '.join(small)}." if small else ""
-
-
-def _composition_text(evaluation: Evaluation) -> str:
-    data = evaluation.data
-    groups = f"; {data.groups} different values of {data.group}" if data.group else ""
-    return f"{data.rows:,} rows, {data.windows:,} windows with a label (column {data.label}){groups}."
-
-
-def _fields_table(evaluation: Evaluation) -> CardTable:
-    model = evaluation.model
-    rows = [[name, unit] for name, unit in zip(model.fields, model.units, strict=False)] if model.units else []
-    return CardTable(("Field", "Unit"), rows)
-
-
-def _counts_table(name: str, counts: dict[str, int]) -> CardTable:
-    return CardTable((name, "Windows"), [[label, f"{n:,}"] for label, n in list(counts.items())[:_MAX_ROWS]])
-
-
-def _checks_table(checks: Sequence[CheckResult]) -> CardTable:
-    rows = [[check.check, check.state, check.summary] for check in checks if check.state != "not checked"]
-    return CardTable(("Check", "", "Result"), rows)
-
-
-def _suspects_table(evaluation: Evaluation) -> CardTable:
-    rows = [[s.file, f"{s.row:,}", s.label, s.predicted, format_value(s.score)] for s in evaluation.suspects]
-    return CardTable(("Suspect labels", "Row", "Label", "Predicted", "Score"), rows)
 
 
 def _provenance_text(evaluation: Evaluation) -> str:
@@ -296,22 +233,6 @@ def _escape_markdown(text: str) -> str:
     return _MARKDOWN_SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
 
-def _markdown_text(text: str) -> str:
-    """Return the author's paragraphs as written, but for HTML."""
-    return re.sub(r"[<>]", lambda m: {"<": "&lt;", ">": "&gt;"}[m[0]], text.strip())
-
-
-def _markdown_table(table: CardTable) -> list[str]:
-    head = [_escape_markdown(name) for name in table.head]
-    lines = [
-        head,
-        ["---"] * len(head),
-        *([_escape_markdown(cell) for cell in row] for row in table.rows),
-    ]
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def _html_elements(part: CardPart) -> list[Markup]:
-    if isinstance(part, CardTable):
-        return [page.table(list(part.head), [list(row) for row in part.rows])]
-    return [element("p", " ".join(text.split())) for text in re.split(r"\n\s*\n", part.strip())]
+def _markdown_table(table: CardTable) -> str:
+    head, *rows = ([_escape_markdown(cell) for cell in row] for row in [table.head, *to_texts(table.rows)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])

@@ -91,8 +91,6 @@ class RobustnessPoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RobustnessCurve(msgspec.Struct, frozen=True, kw_only=True):
-    """Primary metric under a fault of growing strength."""
-
     fault: str
     meaning: str
     points: list[RobustnessPoint]
@@ -106,9 +104,19 @@ class CheckResult(msgspec.Struct, frozen=True, kw_only=True):
     summary: str
 
 
-class SuspectLabel(msgspec.Struct, frozen=True, kw_only=True):
-    """Label that the model contradicts with confidence."""
+def passed(check: str, summary: str) -> CheckResult:
+    return CheckResult(check=check, state="ok", summary=summary)
 
+
+def warning(check: str, summary: str) -> CheckResult:
+    return CheckResult(check=check, state="warning", summary=summary)
+
+
+def not_checked(check: str, reason: str) -> CheckResult:
+    return CheckResult(check=check, state="not checked", summary=reason)
+
+
+class SuspectLabel(msgspec.Struct, frozen=True, kw_only=True):
     row: int
     file: str
     label: str
@@ -144,10 +152,7 @@ class BatchLatency(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """`metric` is the primary metric, better if its `direction` is followed: higher or lower.
-
-    Field importance, robustness and comparisons look at it. `machine` is the one that `latency` was measured on.
-    """
+    """`metric` is the primary one, better in its `direction`; `machine` is where `latency` was measured."""
 
     v: int = 1
     evaluated_at: str

@@ -23,12 +23,10 @@ from agent.evaluation import (
     metrics,
     predictions,
     sensitivity,
-    slicing,
 )
 from agent.evaluation.bootstrap import BootstrapUnits
 from agent.evaluation.document import Evaluation
 from agent.evaluation.examples import Dataset, LabelledWindows
-from agent.evaluation.predictions import LabelledPredictor
 from agent.evaluation.sensitivity import WindowSample
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference import tuning
@@ -62,7 +60,6 @@ class EvaluationRequest(msgspec.Struct, frozen=True):
 
     @property
     def columns(self) -> list[str]:
-        """Columns to read beside the fields."""
         return list(dict.fromkeys(c for c in (self.label, self.group, self.split, *self.slices) if c))
 
 
@@ -90,10 +87,7 @@ def evaluate(
     on_step: Callable[[str], None],
     predict: Callable[[Inference, Dataset, Ints], InferenceResult] = examples.predict,
 ) -> Evaluation:
-    """Evaluate a loaded bundle; `on_step` receives what comes next, `predict` runs the model over the data.
-
-    Raises UsageError, BadBundle.
-    """
+    """Evaluate a loaded bundle; `on_step` receives what comes next. Raises UsageError, BadBundle."""
     started_s = time.monotonic()
     on_step("reading the data")
     dataset = examples.read(request.data, inference, request.columns)
@@ -101,34 +95,24 @@ def evaluate(
     on_step(f"predicting {len(windows):,} windows")
     result = predict(inference, dataset, windows.starts)
     paired = predictions.pair_with_truth(bundle.manifest, result, windows.truth, windows.label_sets)
-    _require_finite(paired, request)
-    units = _build_units(bundle, paired, windows, request)
-    context = _Context(bundle, inference, request, dataset, windows, result, paired, units, on_step)
-    return _build_document(context, signature, started_s)
-
-
-def _require_finite(paired: LabelledPredictions, request: EvaluationRequest) -> None:
     if paired.value is not None and not np.isfinite(paired.value).all():
         n = int((~np.isfinite(paired.value)).sum())
         raise UsageError(f"{request.data}: the model's output is not finite for {n} windows; look at its inputs")
-
-
-def _build_units(
-    bundle: Bundle, paired: LabelledPredictions, windows: LabelledWindows, request: EvaluationRequest
-) -> BootstrapUnits:
     losses = paired.losses(predictions.evaluation_kind(bundle.manifest))
     if losses is None:
         assert paired.value is not None
         losses = paired.value
     group = windows.columns[request.group] if request.group else None
-    return bootstrap.build_units(losses, group, request.group, request.seed)
+    units = bootstrap.build_units(losses, group, request.group, request.seed)
+    context = _Context(bundle, inference, request, dataset, windows, result, paired, units, on_step)
+    return _build_document(context, signature, started_s)
 
 
 def _build_document(context: _Context, signature: str, started_s: float) -> Evaluation:
     request, windows, kind = context.request, context.windows, context.kind
     labels = context.bundle.manifest.output.labels
     measured = metrics.compute(kind, labels, context.predictions, context.units)
-    sample = sensitivity.draw_sample(LabelledPredictor(context.inference), windows, context.units)
+    sample = sensitivity.draw_sample(context.inference, windows, context.units)
     context.on_step("looking for leakage")
     leakage_checks = _check_leakage(context, sample)
     noise_checks, suspects = label_quality.check_label_noise(labels, context.predictions, windows)
@@ -161,7 +145,7 @@ def _build_document(context: _Context, signature: str, started_s: float) -> Eval
         classes=measured.classes,
         confusion=measured.confusion if len(labels) <= _MAX_CONFUSION_CLASSES else [],
         reliability=measured.reliability,
-        slices=slicing.slice_metrics(kind, context.predictions, sliced, context.units),
+        slices=metrics.slice_metrics(kind, context.predictions, sliced, context.units),
         field_importance=importance,
         robustness=robustness,
         leakage=leakage_checks,
@@ -196,23 +180,18 @@ def _measure_latency(context: _Context, bundle: Bundle) -> list[document.BatchLa
 
 
 def _check_leakage(context: _Context, sample: WindowSample) -> list[document.CheckResult]:
-    request, windows = context.request, context.windows
-    train = None
+    request, windows, train = context.request, context.windows, None
     if request.train is not None:
-        train = _read_training_data(request.train, context.inference, request.group)
+        try:
+            train = examples.read(request.train, context.inference, [request.group] if request.group else [])
+        except UsageError:
+            if request.group is None:
+                raise
+            # Training data need not name the groups.
+            train = examples.read(request.train, context.inference, [])
     training = leakage.training_rows(context.dataset, request.split, train)
     checks = leakage.check_train_test(windows, context.inference.rows, request.group, training)
     return checks if windows.label_sets is not None else [*checks, leakage.check_target_leakage(sample)]
-
-
-def _read_training_data(path: Path, inference: Inference, group: str | None) -> Dataset:
-    """Read the training data, with the groups if they name them."""
-    try:
-        return examples.read(path, inference, [group] if group else [])
-    except UsageError:
-        if group is None:
-            raise
-        return examples.read(path, inference, [])
 
 
 def _warnings(evaluation: Evaluation) -> list[str]:
@@ -228,7 +207,6 @@ def _warnings(evaluation: Evaluation) -> list[str]:
 
 
 def _notes(context: _Context, sample: WindowSample, evaluation: Evaluation) -> list[str]:
-    """Return what was left out, and what small numbers do not show."""
     windows, request, notes = context.windows, context.request, []
     if context.dataset.rejected_count:
         notes.append(f"{context.dataset.rejected_count} rows could not be read and were left out.")
@@ -251,7 +229,6 @@ def _notes(context: _Context, sample: WindowSample, evaluation: Evaluation) -> l
 
 
 def _class_counts(labels: list[str], windows: LabelledWindows, kind: str) -> dict[str, int]:
-    """Return the windows of each class."""
     if kind == "regress":
         return {}
     if windows.label_sets is not None:

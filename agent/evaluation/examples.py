@@ -37,7 +37,6 @@ class Dataset(msgspec.Struct, frozen=True, eq=False):
     rejected_count: int
 
     def file_slices(self) -> list[slice]:
-        """Return the rows of each file."""
         ends = np.searchsorted(self.file_index, np.arange(len(self.files) + 1))
         return [slice(int(a), int(b)) for a, b in pairwise(ends)]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from agent.evaluation.document import CheckResult, SuspectLabel
+from agent.evaluation.document import CheckResult, SuspectLabel, passed, warning
 from agent.evaluation.examples import LabelledWindows
 from agent.performance.metrics import LabelledPredictions
 
@@ -31,15 +31,15 @@ def check_class_balance(counts: dict[str, int], accuracy: float | None) -> list[
     warnings = []
     if ratio >= _MAX_CLASS_RATIO:
         text = f"{most} has {ratio:.0f} times as many windows as {least} ({counts[most]} and {counts[least]})"
-        warnings.append(_warning(CLASS_IMBALANCE, f"{text}: read F1 and the classes, not accuracy alone."))
+        warnings.append(warning(CLASS_IMBALANCE, f"{text}: read F1 and the classes, not accuracy alone."))
     if counts[least] < _MIN_CLASS_WINDOWS:
         text = f"{least} has {counts[least]} windows: too few to say how well the model recognises it."
-        warnings.append(_warning(SMALL_CLASS, text))
+        warnings.append(warning(SMALL_CLASS, text))
     if accuracy is not None and accuracy <= share:
         text = f"Accuracy {accuracy:.3f} is no better than always predicting {most} ({share:.3f})."
-        warnings.append(_warning(MAJORITY_BASELINE, text))
+        warnings.append(warning(MAJORITY_BASELINE, text))
     summary = f"Classes have {counts[least]} to {counts[most]} windows."
-    return warnings or [CheckResult(check=CLASS_IMBALANCE, state="ok", summary=summary)]
+    return warnings or [passed(CLASS_IMBALANCE, summary)]
 
 
 def check_label_noise(
@@ -72,9 +72,5 @@ def check_label_noise(
     share = len(ordered) / len(truth)
     text = f"The model contradicts {len(ordered)} of {len(truth)} labels ({share:.1%}) with confidence"
     if share >= _MAX_NOISE_SHARE:
-        return [_warning(LABEL_NOISE, f"{text}: look at them before the model; some may be wrong labels.")], suspects
-    return [CheckResult(check=LABEL_NOISE, state="ok", summary=f"{text}.")], suspects
-
-
-def _warning(check: str, summary: str) -> CheckResult:
-    return CheckResult(check=check, state="warning", summary=summary)
+        return [warning(LABEL_NOISE, f"{text}: look at them before the model; some may be wrong labels.")], suspects
+    return [passed(LABEL_NOISE, f"{text}.")], suspects

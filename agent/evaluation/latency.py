@@ -5,8 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -16,8 +14,8 @@ from agent.errors import BadBundle
 from agent.evaluation.document import BatchLatency
 from agent.model.bundle import manifest as manifests
 from agent.model.bundle.bundle import Bundle
-from agent.model.inference import runtime
 from agent.model.inference.features import WindowCut
+from agent.model.sandbox import memory
 
 BATCH_SIZES = (1, 8, 32, 128)
 _WARMUP_RUNS, _MIN_RUNS, _MAX_RUNS, _BUDGET_S = 3, 10, 500, 0.4
@@ -42,20 +40,16 @@ def measure(bundle: Bundle, rows: Float32s, t: Ints) -> list[BatchLatency]:
 
 
 def main() -> None:
+    from agent.model.inference import inference, runtime
+
     head, model, rows, t = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=tuple[bytes, bytes, bytes, bytes])
     manifest = manifests.decode(head)
-    values = np.frombuffer(rows, np.float32).reshape(-1, len(manifest.input.fields))
-    measured = list(_measure_batches(manifest, model, values, np.frombuffer(t, np.int64)))
-    sys.stdout.buffer.write(msgspec.json.encode(measured))
-
-
-def _measure_batches(manifest: manifests.Manifest, model: bytes, rows: Float32s, t: Ints) -> Iterator[BatchLatency]:
-    from agent.model.inference import inference
-
+    values, times = np.frombuffer(rows, np.float32).reshape(-1, len(manifest.input.fields)), np.frombuffer(t, np.int64)
     run = inference.Inference(manifest, runtime.load_model(manifest, model))
+    measured = []
     for batch in BATCH_SIZES:
         row_count = run.history_rows + run.rows * batch
-        values, times = np.resize(rows, (row_count, rows.shape[1])), np.resize(t, row_count)
+        block, block_t = np.resize(values, (row_count, values.shape[1])), np.resize(times, row_count)
         cut = WindowCut(run.history_rows + run.rows * np.arange(batch), row_count)
         started_s = time.perf_counter()
         durations: list[float] = []
@@ -63,24 +57,19 @@ def _measure_batches(manifest: manifests.Manifest, model: bytes, rows: Float32s,
             time.perf_counter() - started_s < _BUDGET_S and len(durations) < _MAX_RUNS
         ):
             start = time.perf_counter()
-            run.run_windows(values, times, cut)
+            run.run_windows(block, block_t, cut)
             durations.append(time.perf_counter() - start)
         p50, p95 = (float(x) for x in np.quantile(durations[_WARMUP_RUNS:], [0.5, 0.95]))
-        yield BatchLatency(
-            batch=batch,
-            p50_ms=float(f"{p50 * 1e3:.4g}"),
-            p95_ms=float(f"{p95 * 1e3:.4g}"),
-            per_second=float(f"{batch / p50:.4g}"),
-            memory_mib=round(_peak_memory_mib(), 1),
+        measured.append(
+            BatchLatency(
+                batch=batch,
+                p50_ms=float(f"{p50 * 1e3:.4g}"),
+                p95_ms=float(f"{p95 * 1e3:.4g}"),
+                per_second=float(f"{batch / p50:.4g}"),
+                memory_mib=round(memory.peak_bytes() / 2**20, 1),
+            )
         )
-
-
-def _peak_memory_mib() -> float:
-    """Return the peak of this process; getrusage would return the parent's if that was larger."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
+    sys.stdout.buffer.write(msgspec.json.encode(measured))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from agent import clock
 from agent.arrays import Bools, Float32s, Float64s, Ints
-from agent.evaluation.document import CheckResult
+from agent.evaluation.document import CheckResult, not_checked, passed, warning
 from agent.evaluation.examples import Dataset, LabelledWindows, training_mask
 from agent.evaluation.sensitivity import WindowSample
 from agent.performance.metrics import LabelledPredictions, compute_value
@@ -61,7 +61,7 @@ def check_train_test(
 
 def _check_duplicates(windows: LabelledWindows, window_rows: int, train: TrainingRows | None) -> CheckResult:
     if train is None:
-        return _not_checked(TRAIN_TEST_DUPLICATES, "Name the training data (--train), or the split column (--split).")
+        return not_checked(TRAIN_TEST_DUPLICATES, "Name the training data (--train), or the split column (--split).")
     own, _ = fingerprint_rows(windows.dataset.values, window_rows)
     theirs, distinctive = fingerprint_rows(train.dataset.values, window_rows)
     distinctive &= train.mask[: len(theirs)] & train.mask[len(train.mask) - len(theirs) :]
@@ -69,30 +69,27 @@ def _check_duplicates(windows: LabelledWindows, window_rows: int, train: Trainin
     share = float(hit.mean())
     text = f"{int(hit.sum())} of {len(hit)} windows ({share:.1%}) hold rows of the training data"
     if share < _MAX_DUPLICATE_SHARE:
-        return _passed(TRAIN_TEST_DUPLICATES, f"{text}.")
-    if window_rows == 1 and share < _MAX_DUPLICATE_SHARE + 2 * _duplicate_share(theirs[distinctive]):
-        return _passed(TRAIN_TEST_DUPLICATES, f"{text}, about as many as repeat within the training data.")
-    return _warning(TRAIN_TEST_DUPLICATES, f"{text}: the metrics are of data that the model knows.")
-
-
-def _duplicate_share(fingerprints: Fingerprints) -> float:
-    """Return the share of rows that repeat within the same data, by chance."""
-    _, count = np.unique(fingerprints, return_counts=True)
-    return float(count[count > 1].sum()) / max(1, len(fingerprints))
+        return passed(TRAIN_TEST_DUPLICATES, f"{text}.")
+    # Single rows repeat by chance, within the training data as well.
+    counts = np.unique(theirs[distinctive], return_counts=True)[1]
+    repeated = float(counts[counts > 1].sum()) / max(1, int(distinctive.sum()))
+    if window_rows == 1 and share < _MAX_DUPLICATE_SHARE + 2 * repeated:
+        return passed(TRAIN_TEST_DUPLICATES, f"{text}, about as many as repeat within the training data.")
+    return warning(TRAIN_TEST_DUPLICATES, f"{text}: the metrics are of data that the model knows.")
 
 
 def _check_groups(windows: LabelledWindows, group: str | None, train: TrainingRows | None) -> CheckResult:
     if group is None:
-        return _not_checked(GROUP_LEAKAGE, "Name the column of people, machines or sites (--group).")
+        return not_checked(GROUP_LEAKAGE, "Name the column of people, machines or sites (--group).")
     if train is None:
-        return _not_checked(GROUP_LEAKAGE, "Name the training data (--train), or the split column (--split).")
+        return not_checked(GROUP_LEAKAGE, "Name the training data (--train), or the split column (--split).")
     if group not in train.dataset.columns:
-        return _not_checked(GROUP_LEAKAGE, f"The training data have no column {group}.")
+        return not_checked(GROUP_LEAKAGE, f"The training data have no column {group}.")
     shared = sorted(set(windows.columns[group].tolist()) & set(train.dataset.columns[group][train.mask].tolist()))
     if not shared:
-        return _passed(GROUP_LEAKAGE, f"No {group} of the test is in the training data.")
+        return passed(GROUP_LEAKAGE, f"No {group} of the test is in the training data.")
     text = f"{group} {_format_names(shared)} {'is' if len(shared) == 1 else 'are'} in the training data, too"
-    return _warning(GROUP_LEAKAGE, f"{text}: the metrics do not show how the model does on a new {group}.")
+    return warning(GROUP_LEAKAGE, f"{text}: the metrics do not show how the model does on a new {group}.")
 
 
 def _check_duplicate_groups(windows: LabelledWindows, window_rows: int, group: str) -> CheckResult:
@@ -116,20 +113,20 @@ def _check_duplicate_groups(windows: LabelledWindows, window_rows: int, group: s
         if hit[names == name].sum() >= limit * max(1, checked[names == name].sum())
     ]
     if not duplicates:
-        return _passed(DUPLICATE_GROUPS, f"No {group} shares rows with another ({hit.mean():.1%} of windows).")
+        return passed(DUPLICATE_GROUPS, f"No {group} shares rows with another ({hit.mean():.1%} of windows).")
     text = f"{group} {_format_names(duplicates)} share rows with another {group} ({hit.mean():.1%} of all windows)"
-    return _warning(DUPLICATE_GROUPS, f"{text}: one of them is counted twice, perhaps under a wrong name.")
+    return warning(DUPLICATE_GROUPS, f"{text}: one of them is counted twice, perhaps under a wrong name.")
 
 
 def _check_time_order(windows: LabelledWindows, train: TrainingRows | None) -> CheckResult:
     if train is None or not windows.dataset.has_time or not train.dataset.has_time:
-        return _not_checked(TEMPORAL_LEAKAGE, "It needs training data, and a column t in both.")
+        return not_checked(TEMPORAL_LEAKAGE, "It needs training data, and a column t in both.")
     latest = int(train.dataset.t[train.mask].max(initial=0))
     early = windows.dataset.t[windows.last] <= latest
     if not early.any():
-        return _passed(TEMPORAL_LEAKAGE, "All windows are later than the training data.")
+        return passed(TEMPORAL_LEAKAGE, "All windows are later than the training data.")
     text = f"{early.mean():.0%} of the windows are not later than the last training row ({clock.to_rfc3339(latest)})"
-    return _warning(TEMPORAL_LEAKAGE, f"{text}: a deployed model never learns from the future.")
+    return warning(TEMPORAL_LEAKAGE, f"{text}: a deployed model never learns from the future.")
 
 
 def check_target_leakage(sample: WindowSample) -> CheckResult:
@@ -138,11 +135,11 @@ def check_target_leakage(sample: WindowSample) -> CheckResult:
     Each field's mean, spread and last value in a window predicts by itself, from the nearest one in the other half of
     the windows: accuracy, or R². For anomalies, AUC of the value.
     """
-    names = sample.predictor.inference.fields
+    names = sample.inference.fields
     if len(names) < 2:
-        return _not_checked(TARGET_LEAKAGE, "There is one field only.")
+        return not_checked(TARGET_LEAKAGE, "There is one field only.")
     if len(sample.labelled) < _MIN_WINDOWS:
-        return _not_checked(TARGET_LEAKAGE, f"{len(sample.labelled)} windows are too few.")
+        return not_checked(TARGET_LEAKAGE, f"{len(sample.labelled)} windows are too few.")
     metric = {"classify": "accuracy", "regress": "R²", "anomaly": "AUC"}[sample.kind]
     scores = {name: max(_field_scores(sample, i)) for i, name in enumerate(names)}
     ranked = sorted(names, key=lambda name: -scores[name])
@@ -150,17 +147,17 @@ def check_target_leakage(sample: WindowSample) -> CheckResult:
     others = [name for name in ranked if name not in leaking]
     best = f"{ranked[0]} alone reaches {metric} {scores[ranked[0]]:.3f}"
     if not leaking:
-        return _passed(TARGET_LEAKAGE, f"No field alone predicts the label; {best}.")
+        return passed(TARGET_LEAKAGE, f"No field alone predicts the label; {best}.")
     if len(leaking) > 1 and (not others or scores[others[0]] >= _EASY_TASK_SCORE):
-        return _passed(TARGET_LEAKAGE, f"Many fields predict the label, an easy task; {best}.")
+        return passed(TARGET_LEAKAGE, f"Many fields predict the label, an easy task; {best}.")
     shown = ", ".join(f"{name} ({scores[name]:.3f})" for name in leaking[:_MAX_NAMES])
     other = f"; the best of the others, {others[0]}, {scores[others[0]]:.3f}" if others else ""
     text = f"{shown} alone predicts the label ({metric}{other}): was it known before the label was?"
-    return _warning(TARGET_LEAKAGE, text)
+    return warning(TARGET_LEAKAGE, text)
 
 
 def _field_scores(sample: WindowSample, field: int) -> Iterator[float]:
-    values = sample.windows[:, -sample.predictor.inference.rows :, field].astype(np.float64)
+    values = sample.windows[:, -sample.inference.rows :, field].astype(np.float64)
     known = np.isfinite(values)
     count = known.sum(axis=1)
     filled = np.where(known, values, 0.0)
@@ -196,15 +193,14 @@ def _predict_from_nearest(values: Float64s, truth: Float64s) -> Float64s:
 
 
 def fingerprint_rows(rows: Float32s, window_rows: int) -> tuple[Fingerprints, Bools]:
-    """Return fingerprints (n - k + 1,) of k rows each, and which of them are distinctive.
-
-    Rows of a sensor at rest are not, because they repeat. A single row is, if chance would hardly make another.
-    """
+    """Return fingerprints (n - k + 1,) of k rows, and which are distinctive: not constant, not by chance."""
     k = min(_ROWS_PER_FINGERPRINT, window_rows)
     bits = (rows + np.float32(0)).view(np.uint32).astype(np.uint64)
     hashes = np.zeros(len(rows), np.uint64)
     for column in bits.T:
-        hashes = _mix_bits(hashes * _HASH_MULTIPLIER + column)
+        words = hashes * _HASH_MULTIPLIER + column
+        words = (words ^ (words >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
+        hashes = np.asarray(words ^ (words >> np.uint64(29)))
     count = max(0, len(rows) - k + 1)
     fingerprints, constant = np.zeros(count, np.uint64), np.ones(count, bool)
     for i in range(k):
@@ -212,7 +208,12 @@ def fingerprint_rows(rows: Float32s, window_rows: int) -> tuple[Fingerprints, Bo
         constant &= hashes[i : i + count] == hashes[:count]
     if k > 1:
         return fingerprints, ~constant
-    return fingerprints, np.isfinite(rows).any(axis=1) & (_expected_matches(rows) < _MAX_EXPECTED_MATCHES)
+    # How many equal rows are expected if fields are independent.
+    expected = np.full(len(rows), float(len(rows)))
+    for values in rows.T:
+        _, at, repeats = np.unique(values, return_inverse=True, return_counts=True)
+        expected *= repeats[at] / len(rows)
+    return fingerprints, np.isfinite(rows).any(axis=1) & (expected < _MAX_EXPECTED_MATCHES)
 
 
 def any_in_windows(mask: Bools, starts: Ints, window_rows: int) -> Bools:
@@ -222,31 +223,5 @@ def any_in_windows(mask: Bools, starts: Ints, window_rows: int) -> Bools:
     return np.asarray(sums[starts + within] > sums[starts])
 
 
-def _expected_matches(rows: Float32s) -> Float64s:
-    """Return (n,) how many equal rows are expected if fields are independent."""
-    expected = np.full(len(rows), float(len(rows)))
-    for column in rows.T:
-        _, at, count = np.unique(column, return_inverse=True, return_counts=True)
-        expected *= count[at] / len(rows)
-    return expected
-
-
-def _mix_bits(words: Fingerprints) -> Fingerprints:
-    words = (words ^ (words >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
-    return np.asarray(words ^ (words >> np.uint64(29)))
-
-
 def _format_names(names: list[str]) -> str:
     return ", ".join(names[:_MAX_NAMES]) + (f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else "")
-
-
-def _passed(check: str, summary: str) -> CheckResult:
-    return CheckResult(check=check, state="ok", summary=summary)
-
-
-def _warning(check: str, summary: str) -> CheckResult:
-    return CheckResult(check=check, state="warning", summary=summary)
-
-
-def _not_checked(check: str, summary: str) -> CheckResult:
-    return CheckResult(check=check, state="not checked", summary=summary)

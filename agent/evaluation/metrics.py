@@ -1,18 +1,25 @@
-"""Metrics of an evaluation, class metrics and reliability, with intervals over bootstrap units."""
+"""Metrics of an evaluation, of its classes and slices, and reliability, with intervals over bootstrap units."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+import re
 
 import msgspec
 import numpy as np
 
 from agent.arrays import Float64s, Ints
+from agent.datasets.blocks import TextColumn
 from agent.evaluation.bootstrap import BootstrapUnits, percentile_interval, proportion_interval
 from agent.evaluation.document import ClassMetrics, IntervalEstimate, ReliabilityBin
 from agent.performance import metrics as performance_metrics
+from agent.performance import slices
 from agent.performance.estimates import MetricEstimate, round_or_none
 from agent.performance.metrics import LabelledPredictions, equal_mass_bins
+
+_SLICE_BINS = 4
+_MAX_CATEGORIES = 12  # distinct numbers that are still taken for names
 
 
 class MetricReport(msgspec.Struct, frozen=True, eq=False):
@@ -25,21 +32,43 @@ class MetricReport(msgspec.Struct, frozen=True, eq=False):
 
 
 def compute(kind: str, labels: list[str], predictions: LabelledPredictions, units: BootstrapUnits) -> MetricReport:
-    """Return everything there is to say of the predictions."""
-    kind = "several" if predictions.label_sets is not None else kind
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        metrics = _estimate_metrics(kind, labels, predictions, units)
-        if kind == "several":
-            return MetricReport(metrics, _label_metrics(labels, predictions, units))
+        several = predictions.label_sets is not None
+        metrics = _estimate_metrics("several" if several else kind, labels, predictions, units)
+        if several:
+            true, chosen = performance_metrics.label_sets(predictions, len(labels))
+            hits, actual, named = (
+                np.concatenate([units.sums(column) for column in sets.T], axis=1)
+                for sets in (true & chosen, true, chosen)
+            )
+            classes = [_class_estimates(*c, units) for c in zip(labels, hits.T, actual.T, named.T, strict=True)]
+            return MetricReport(metrics, classes)
         if predictions.predicted is None:
             return MetricReport(metrics)
         truth, predicted = predictions.classes
-        class_count = len(labels) if kind == "classify" else 2
-        confusion = np.bincount(truth * class_count + predicted, minlength=class_count**2).reshape(class_count, -1)
+        count = len(labels) if kind == "classify" else 2
+        confusion = np.bincount(truth * count + predicted, minlength=count**2).reshape(count, -1).tolist()
         if kind == "anomaly":
-            return MetricReport(metrics, confusion=confusion.tolist())
-        classes = _class_metrics(labels, predictions, units)
-        return MetricReport(metrics, classes, confusion.tolist(), _reliability_bins(predictions, units))
+            return MetricReport(metrics, confusion=confusion)
+        hits = units.sums(predictions.right, truth, count)
+        actual, named = units.sums(None, truth, count), units.sums(None, predicted, count)
+        shown = np.flatnonzero(actual[0] + named[0])
+        classes = [_class_estimates(labels[i], hits[:, i], actual[:, i], named[:, i], units) for i in shown]
+        return MetricReport(metrics, classes, confusion, _reliability_bins(predictions, units))
+
+
+def _estimate_metrics(
+    kind: str, labels: list[str], predictions: LabelledPredictions, units: BootstrapUnits
+) -> list[MetricEstimate]:
+    estimates: dict[str, IntervalEstimate] = {}
+    for metric, statistic in performance_metrics.prepare_metrics(kind, labels, predictions, "evaluation"):
+        values, rests_on = np.asarray(statistic.compute(units)[0]), statistic.parts[0].rests_on
+        estimates[metric.name] = (
+            proportion_interval(values, rests_on, units) if statistic.is_share else percentile_interval(values)
+        )
+    if "f1" in estimates:
+        estimates["f1"] = _f1_interval(estimates["f1"], estimates["precision"], estimates["recall"])
+    return [MetricEstimate(name, e.value, e.low, e.high, len(predictions)) for name, e in estimates.items()]
 
 
 def primary_metric(kind: str, predictions: LabelledPredictions, units: BootstrapUnits) -> Float64s:
@@ -52,37 +81,6 @@ def primary_metric(kind: str, predictions: LabelledPredictions, units: Bootstrap
 def primary_interval(kind: str, values: Float64s, n: int, units: BootstrapUnits) -> IntervalEstimate:
     """Return the interval of values (1 + replicates,) of the primary metric."""
     return proportion_interval(values, n, units) if kind == "classify" else percentile_interval(values)
-
-
-def _estimate_metrics(
-    kind: str, labels: Sequence[str], predictions: LabelledPredictions, units: BootstrapUnits
-) -> list[MetricEstimate]:
-    estimates: dict[str, IntervalEstimate] = {}
-    for metric, statistic in performance_metrics.prepare_metrics(kind, labels, predictions, "evaluation"):
-        values, rests_on = np.asarray(statistic.compute(units)[0]), statistic.parts[0].rests_on
-        estimates[metric.name] = (
-            proportion_interval(values, rests_on, units) if statistic.is_share else percentile_interval(values)
-        )
-    if "f1" in estimates:
-        estimates["f1"] = _f1_interval(estimates["f1"], estimates["precision"], estimates["recall"])
-    n = len(predictions)
-    return [MetricEstimate(name, e.value, e.low, e.high, n) for name, e in estimates.items()]
-
-
-def _class_metrics(labels: list[str], predictions: LabelledPredictions, units: BootstrapUnits) -> list[ClassMetrics]:
-    (truth, predicted), count = predictions.classes, len(labels)
-    hits = units.sums(predictions.right, truth, count)
-    actual, named = units.sums(None, truth, count), units.sums(None, predicted, count)
-    shown = np.flatnonzero(actual[0] + named[0])
-    return [_class_estimates(labels[i], hits[:, i], actual[:, i], named[:, i], units) for i in shown]
-
-
-def _label_metrics(labels: list[str], predictions: LabelledPredictions, units: BootstrapUnits) -> list[ClassMetrics]:
-    true, named = performance_metrics.label_sets(predictions, len(labels))
-    hits, actual, predicted = (
-        np.concatenate([units.sums(column) for column in sets.T], axis=1) for sets in (true & named, true, named)
-    )
-    return [_class_estimates(label, hits[:, i], actual[:, i], predicted[:, i], units) for i, label in enumerate(labels)]
 
 
 def _class_estimates(
@@ -124,3 +122,37 @@ def _reliability_bins(predictions: LabelledPredictions, units: BootstrapUnits) -
         )
         for i in np.flatnonzero(n[0])
     ]
+
+
+def slice_metrics(
+    kind: str, predictions: LabelledPredictions, columns: dict[str, TextColumn], units: BootstrapUnits
+) -> list[MetricEstimate]:
+    """Return the metric of each slice, by the rule that devices use, ordered by column and value."""
+    binned = {name: bin_column(column) for name, column in columns.items()}
+    estimates = slices.compute_slice_metrics(kind, predictions, binned, units.design_effect)
+    # Only what was tested has a state.
+    return sorted((estimate for estimate in estimates if estimate.state is not None), key=_sort_key)
+
+
+def _sort_key(metric: MetricEstimate) -> tuple[str, float, list[tuple[int, str]]]:
+    """Order by column, then bins from the lowest to the highest, then names, with numbers in them by size."""
+    column, _, value = metric.slice.partition("=")
+    words = value.split(" ")
+    try:
+        lower_edge = -math.inf if words[0] == "below" else float(words[1] if words[0] == "from" else words[0])
+    except (ValueError, IndexError):
+        lower_edge = math.inf
+    parts = [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", value)]
+    return column, lower_edge, parts
+
+
+def bin_column(column: TextColumn) -> list[str]:
+    """Return names as they are, and many distinct numbers in quarters."""
+    texts = np.char.strip(column)
+    known = np.unique(texts[texts != ""])
+    if len(known) > _MAX_CATEGORIES:
+        with contextlib.suppress(ValueError):
+            values = np.where(texts == "", "nan", texts).astype(np.float64)
+            edges = {float(f"{edge:.3g}") for edge in np.nanquantile(values, np.arange(1, _SLICE_BINS) / _SLICE_BINS)}
+            return slices.name_bins(values, sorted(edges))
+    return [text or slices.MISSING for text in texts.tolist()]

@@ -7,7 +7,6 @@ import numpy as np
 from agent.arrays import Bools, Float32s, Float64s, Ints
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import scores
-from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import Inference, InferenceResult
 from agent.performance.metrics import LabelledPredictions
 
@@ -34,19 +33,6 @@ class StreamingPredictor:
         self.history_rows = done - start
         self.rows, self.t, self.row_numbers = rows[start:].copy(), t[start:], row_numbers[start:]
         return last, result
-
-
-class LabelledPredictor:
-    """Predictions for windows anywhere in rows in memory, paired with their labels."""
-
-    def __init__(self, inference: Inference) -> None:
-        self.inference, self.manifest = inference, inference.manifest
-
-    def predict(
-        self, rows: Float32s, t: Ints, starts: Ints, truth: Float64s, label_sets: Bools | None
-    ) -> LabelledPredictions:
-        result = self.inference.run_windows(rows, t, WindowCut(starts, len(rows)))
-        return pair_with_truth(self.manifest, result, truth, label_sets)
 
 
 def evaluation_kind(manifest: Manifest) -> str:

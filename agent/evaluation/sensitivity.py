@@ -20,7 +20,9 @@ from agent.evaluation import metrics
 from agent.evaluation.bootstrap import BootstrapUnits, percentile_interval
 from agent.evaluation.document import FieldImportance, RobustnessCurve, RobustnessPoint
 from agent.evaluation.examples import LabelledWindows
-from agent.evaluation.predictions import LabelledPredictor, evaluation_kind
+from agent.evaluation.predictions import evaluation_kind, pair_with_truth
+from agent.model.inference.features import WindowCut
+from agent.model.inference.inference import Inference
 from agent.performance.metrics import primary
 
 REPEATS = 5
@@ -31,12 +33,9 @@ _MAX_FIELDS = 64
 
 
 class WindowSample(msgspec.Struct, frozen=True, eq=False):
-    """Sample of windows (m, history + rows, F) in physical units, with the history that their features look at.
+    """Sample of windows (m, history + rows, F); `baseline` (1 + replicates,) is their primary metric, unchanged."""
 
-    `baseline` (1 + replicates,) is the primary metric of the unchanged windows.
-    """
-
-    predictor: LabelledPredictor
+    inference: Inference
     labelled: LabelledWindows
     units: BootstrapUnits
     windows: Float32s
@@ -46,12 +45,13 @@ class WindowSample(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def kind(self) -> str:
-        return evaluation_kind(self.predictor.manifest)
+        return evaluation_kind(self.inference.manifest)
 
     def reevaluate(self, windows: Float32s) -> Float64s:
         """Return the primary metric (1 + replicates,) with other values in the windows."""
         rows, labelled = windows.reshape(-1, windows.shape[2]), self.labelled
-        predictions = self.predictor.predict(rows, self.t, self.starts, labelled.truth, labelled.label_sets)
+        result = self.inference.run_windows(rows, self.t, WindowCut(self.starts, len(rows)))
+        predictions = pair_with_truth(self.inference.manifest, result, labelled.truth, labelled.label_sets)
         return metrics.primary_metric(self.kind, predictions, self.units)
 
     def metric_drop(self, metric: Float64s) -> Float64s:
@@ -60,9 +60,8 @@ class WindowSample(msgspec.Struct, frozen=True, eq=False):
         return -drop if primary(self.kind).direction == "lower" else drop
 
 
-def draw_sample(predictor: LabelledPredictor, labelled: LabelledWindows, units: BootstrapUnits) -> WindowSample:
+def draw_sample(inference: Inference, labelled: LabelledWindows, units: BootstrapUnits) -> WindowSample:
     """Return a sample of at most 5000 windows, evenly from all."""
-    inference = predictor.inference
     history, rows = inference.history_rows, inference.rows
     file_starts = np.array([part.start for part in labelled.dataset.file_slices()])
     with_history = labelled.starts - file_starts[labelled.dataset.file_index[labelled.starts]] >= history
@@ -73,16 +72,19 @@ def draw_sample(predictor: LabelledPredictor, labelled: LabelledWindows, units: 
     extents = np.maximum(labelled.starts[:, None] + np.arange(-history, rows), 0)
     windows, t = labelled.dataset.values[extents], labelled.dataset.t[extents].reshape(-1)
     starts = np.arange(len(labelled)) * (history + rows) + history
-    sample = WindowSample(predictor, labelled, units, windows, t, starts, np.empty(0))
+    sample = WindowSample(inference, labelled, units, windows, t, starts, np.empty(0))
     return msgspec.structs.replace(sample, baseline=sample.reevaluate(windows))
 
 
 def permutation_importance(sample: WindowSample, seed: int) -> list[FieldImportance]:
     """Return the importance of single fields, the largest first, then of the fields of each unit together."""
-    field_count = min(len(sample.predictor.inference.fields), _MAX_FIELDS)
+    field_count = min(len(sample.inference.fields), _MAX_FIELDS)
     single = [_field_importance(sample, [i], seed) for i in range(field_count)]
     single.sort(key=lambda importance: -(importance.metric_drop.value or 0.0))
-    return single + [_field_importance(sample, together, seed) for together in _fields_by_unit(sample)]
+    units = sample.inference.manifest.input.units
+    by_unit = [[i for i, other in enumerate(units) if other == unit] for unit in dict.fromkeys(units) if unit]
+    together = [fields for fields in by_unit if len(fields) > 1] if len(by_unit) > 1 else []
+    return single + [_field_importance(sample, fields, seed) for fields in together]
 
 
 def _field_importance(sample: WindowSample, field_indices: Sequence[int], seed: int) -> FieldImportance:
@@ -92,22 +94,12 @@ def _field_importance(sample: WindowSample, field_indices: Sequence[int], seed: 
         changed = sample.windows.copy()
         changed[:, :, field_indices] = sample.windows[rng.permutation(len(changed))][:, :, field_indices]
         drops.append(sample.metric_drop(sample.reevaluate(changed)))
-    names = [sample.predictor.inference.fields[i] for i in field_indices]
+    names = [sample.inference.fields[i] for i in field_indices]
     return FieldImportance(fields=names, metric_drop=percentile_interval(np.mean(drops, axis=0)))
 
 
-def _fields_by_unit(sample: WindowSample) -> list[list[int]]:
-    """Return the fields that share a unit, if there are several units and several fields of one."""
-    units = sample.predictor.manifest.input.units
-    by_unit = [[i for i, other in enumerate(units) if other == unit] for unit in dict.fromkeys(units) if unit]
-    return [fields for fields in by_unit if len(fields) > 1] if len(by_unit) > 1 else []
-
-
 class _FaultKind(msgspec.Struct, frozen=True):
-    """Fault to inject into windows (m, L, F) at some strengths, given spread (F,) and centre (F,) of the fields.
-
-    At `neutral_strength` it changes nothing.
-    """
+    """Fault to inject into windows (m, L, F), given spread and centre (F,); at `neutral_strength` nothing changes."""
 
     name: str
     meaning: str
@@ -118,7 +110,6 @@ class _FaultKind(msgspec.Struct, frozen=True):
 
 
 def sweep_faults(sample: WindowSample, seed: int) -> list[RobustnessCurve]:
-    """Return the primary metric under each fault at each strength."""
     flat = sample.windows.reshape(-1, sample.windows.shape[2])
     centre = np.nan_to_num(np.nanmean(flat, axis=0)) if np.isfinite(flat).any() else np.zeros(flat.shape[1], np.float32)
     spread = np.nan_to_num(np.nanstd(flat, axis=0)) if np.isfinite(flat).any() else centre

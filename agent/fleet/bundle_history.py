@@ -62,8 +62,11 @@ def load_bundle_runs(db: Connection, key: TaskLog) -> dict[int, BundleRun]:
     runs: dict[int, BundleRun] = {}
     by_digest: dict[str, BundleRun] = {}
     for seq, payload in labels.stream_results_messages(db, device, log):
-        body = _parse_results(payload)
-        if body is not None and body.task == task:
+        try:
+            body = decode(payload)
+        except MessageRefused:
+            continue
+        if isinstance(body, ResultsPayload) and body.task == task:
             model = body.model
             run = by_digest.setdefault(model.digest, BundleRun(model.name, model.version, model.digest))
             run.results += body.n
@@ -79,32 +82,18 @@ def resolve_label_schema(db: Connection, key: TaskLog, digest: str, texts: Seque
     """
     device, task, _ = key
     for payload in labels.load_audit_payloads(db, device, digest):
-        activation = _parse_activation(payload)
-        if activation is not None and (activation.task, activation.to.digest) == (task, digest):
+        try:
+            body = decode(payload)
+            evidence = body.evidence if isinstance(body, AuditPayload) else None
+            activation = msgspec.convert(evidence, _ActivationEvidence)
+        except (MessageRefused, msgspec.ValidationError):
+            # Another event, or a version that did not declare labels.
+            continue
+        if (activation.task, activation.to.digest) == (task, digest):
             return BundleLabelSchema(LabelSchema(activation.kind, activation.labels), True, activation.threshold)
     predicted = tuple(labels.load_result_labels(db, key))
     if predicted:
         return BundleLabelSchema(LabelSchema("classify", predicted), False)
     # 1 and 0 may be numbers; words are not.
-    return BundleLabelSchema(LabelSchema("anomaly" if any(map(_is_anomaly_word, texts)) else "regress"), False)
-
-
-def _is_anomaly_word(text: str) -> bool:
-    return parse_anomaly(text) is not None and not text.isdigit()
-
-
-def _parse_results(payload: bytes) -> ResultsPayload | None:
-    try:
-        body = decode(payload)
-    except MessageRefused:
-        return None
-    return body if isinstance(body, ResultsPayload) else None
-
-
-def _parse_activation(payload: bytes) -> _ActivationEvidence | None:
-    try:
-        body = decode(payload)
-        return msgspec.convert(body.evidence, _ActivationEvidence) if isinstance(body, AuditPayload) else None
-    except (MessageRefused, msgspec.ValidationError):
-        # Another event, or a version that did not declare labels.
-        return None
+    is_anomaly = any(parse_anomaly(text) is not None and not text.isdigit() for text in texts)
+    return BundleLabelSchema(LabelSchema("anomaly" if is_anomaly else "regress"), False)

@@ -92,7 +92,18 @@ def reserve_counter(folder: Path, now_ms: Callable[[], int]) -> Iterator[int]:
     """
     path = folder / COUNTER_FILE
     with lock_operator(folder):
-        counter = max(_read_counter(path) + 1, now_ms())
+        try:
+            counter = max(int(path.read_text(encoding="ascii")) + 1, now_ms())
+        except FileNotFoundError:
+            counter = now_ms()
+        except OSError as error:
+            raise UsageError(f"{path}: the last counter cannot be read: {error.strerror}; check its owner") from None
+        except ValueError as error:
+            raise UsageError(
+                f"{path}: holds no counter ({error}), and devices refuse a counter that is not above the last; write "
+                "the highest used counter into it (docs/commands.md has the query), or delete it if no clock was ever "
+                "ahead"
+            ) from None
         try:
             durable_files.write(path, f"{counter}\n".encode(), 0o600)
         except StorageError as error:
@@ -126,7 +137,7 @@ def send(
     token = link.send(
         OutgoingMessage(str(topic), payload, (signed, *event), False, VALID_S, correlation, response_topic=reply_topic)
     )
-    reply, reason = _wait_for_reply(link, token, _ReplyMatcher(identity, reply_topic, keyring), wait_s)
+    reply, reason = _ReplyMatcher(identity, reply_topic, keyring).wait(link, token, wait_s)
     return CommandResult(device, name, identity, counter, reply, reason)
 
 
@@ -139,6 +150,25 @@ class _ReplyMatcher:
         self._trusted_signers: dict[str, Signer] = {}
         self._unverified: list[IncomingMessage] = []
         self.refusal = ""
+
+    def wait(self, link: BrokerLink, token: int, wait_s: float) -> tuple[ReplyPayload | None, str]:
+        """Return the reply to the command that was sent as `token`, or the reason why there is none."""
+        end = time.monotonic() + wait_s
+        while (left := end - time.monotonic()) > 0:
+            for event in link.receive(min(left, _REFRESH_S)):
+                if isinstance(event, IncomingMessage):
+                    link.acknowledge(event)
+                    if (reply := self.match_reply(event)) is not None:
+                        return reply, ""
+                elif event.token == token and event.code == NO_SUBSCRIBERS:
+                    return None, "The device is not connected; it never receives this command."
+                elif event.token == token and not event.is_accepted:
+                    return None, f"The broker refused the command: {event.reason}; check its access list."
+            if (reply := self.retry_unverified()) is not None:
+                return reply, ""
+        refused = f" A reply did not verify: {self.refusal}." if self.refusal else ""
+        late = f"No reply within {wait_s:g} s; the device may have executed it, see `outstation fleet watch`."
+        return None, late + refused
 
     def match_reply(self, delivery: IncomingMessage) -> ReplyPayload | None:
         if delivery.retained or delivery.topic != self._topic or delivery.correlation != self._identity.encode():
@@ -164,40 +194,3 @@ class _ReplyMatcher:
         if isinstance(signer, DeviceKey) and signer.last_seq is None and not signer.revoked:
             self._trusted_signers[kid] = signer
         return self._trusted_signers.get(kid, signer)
-
-
-def _wait_for_reply(
-    link: BrokerLink, token: int, matcher: _ReplyMatcher, wait_s: float
-) -> tuple[ReplyPayload | None, str]:
-    end = time.monotonic() + wait_s
-    while (left := end - time.monotonic()) > 0:
-        for event in link.receive(min(left, _REFRESH_S)):
-            if isinstance(event, IncomingMessage):
-                link.acknowledge(event)
-                if (reply := matcher.match_reply(event)) is not None:
-                    return reply, ""
-            elif event.token == token and event.code == NO_SUBSCRIBERS:
-                return None, "The device is not connected; it never receives this command."
-            elif event.token == token and not event.is_accepted:
-                return None, f"The broker refused the command: {event.reason}; check its access list."
-        if (reply := matcher.retry_unverified()) is not None:
-            return reply, ""
-    refused = f" A reply did not verify: {matcher.refusal}." if matcher.refusal else ""
-    return (
-        None,
-        f"No reply within {wait_s:g} s; the device may have executed it, see `outstation fleet watch`.{refused}",
-    )
-
-
-def _read_counter(path: Path) -> int:
-    try:
-        return int(path.read_text(encoding="ascii"))
-    except FileNotFoundError:
-        return 0
-    except OSError as error:
-        raise UsageError(f"{path}: the last counter cannot be read: {error.strerror}; check its owner") from None
-    except ValueError as error:
-        raise UsageError(
-            f"{path}: holds no counter ({error}), and devices refuse a counter that is not above the last; write the "
-            "highest used counter into it (docs/commands.md has the query), or delete it if no clock was ever ahead"
-        ) from None

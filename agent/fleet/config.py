@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import msgspec
+from msgspec.structs import replace
 
 from agent.config import BrokerConfig, Section, check_broker, check_name, read
 from agent.errors import ConfigError, UsageError
@@ -72,7 +72,7 @@ class FleetConfig(Section, frozen=True):
 
     def broker_for(self, identity: Identity) -> BrokerConfig:
         """Return the broker's settings with the certificate of `identity`."""
-        return msgspec.structs.replace(self.broker, cert_file=identity.cert_file, tls_key_file=identity.tls_key_file)
+        return replace(self.broker, cert_file=identity.cert_file, tls_key_file=identity.tls_key_file)
 
 
 def find_folder(explicit: str | None) -> Path:
@@ -86,21 +86,26 @@ def load(folder: Path) -> FleetConfig:
     """Read and check the config in `folder`. Raises ConfigError."""
     path = folder / FILE
     if not path.exists():
-        raise ConfigError(
-            str(path), "", "no such file; `outstation fleet init DIR` creates a fleet, `--dir DIR` names another folder"
-        )
+        problem = "no such file; `outstation fleet init DIR` creates a fleet, `--dir DIR` names another folder"
+        raise ConfigError(str(path), "", problem)
     config = read(path, FleetConfig)
     check_name(str(path), "fleet.name", config.fleet.name)
     check_broker(str(path), config.broker)
     if not 1 <= config.fleet.partitions <= MAX_PARTITIONS:
         raise ConfigError(str(path), "fleet.partitions", f"must be 1 to {MAX_PARTITIONS}")
     if config.fleet.partitions > 1 and not is_postgresql(config.fleet.db):
-        raise ConfigError(
-            str(path),
-            "fleet.partitions",
-            "needs a PostgreSQL database, but fleet.db names a file; remove it, or set fleet.db to postgresql://…",
-        )
-    return _with_absolute_paths(config, path.resolve().parent)
+        problem = "needs a PostgreSQL database, but fleet.db names a file; remove it, or set fleet.db to postgresql://…"
+        raise ConfigError(str(path), "fleet.partitions", problem)
+    base = path.resolve().parent
+
+    def with_absolute_paths(section: Section) -> Section:
+        files = {name: getattr(section, name) for name in section.__struct_fields__ if name.endswith("_file")}
+        return replace(section, **{name: str(base / file) for name, file in files.items() if file is not None})
+
+    sections = {name: getattr(config, name) for name in ("broker", "collector", "operator", "commander", "ca")}
+    changed = {name: with_absolute_paths(section) for name, section in sections.items() if section is not None}
+    fleet = replace(config.fleet, db=resolve_database(config.fleet.db, base))
+    return replace(config, fleet=fleet, **changed)
 
 
 def resolve_database(url: str, base: Path) -> str:
@@ -109,9 +114,7 @@ def resolve_database(url: str, base: Path) -> str:
     if is_postgresql(url):
         return url
     if scheme not in ("", "sqlite"):
-        raise UsageError(
-            f"{url.split('@')[-1]}: unknown kind of database; use a path, sqlite:///PATH or postgresql://…"
-        )
+        raise UsageError(f"{url.split('@')[-1]}: unknown database; use a path, sqlite:///PATH or postgresql://…")
     path = url.removeprefix("sqlite:///") if scheme else url
     if not path or path.startswith("sqlite://"):
         raise UsageError(f"{url}: names no file; write sqlite:///fleet.db, or sqlite:////var/lib/fleet.db")
@@ -130,14 +133,3 @@ def load_trusted_keys(config: FleetConfig) -> list[PublicKey]:
         except ValueError as error:
             raise ConfigError(FILE, f"operator.former_keys[{i}]", f"not a public key: {error}") from None
     return trusted
-
-
-def _with_absolute_paths(config: FleetConfig, base: Path) -> FleetConfig:
-    def absolute(section: Section) -> Section:
-        files = {name: getattr(section, name) for name in section.__struct_fields__ if name.endswith("_file")}
-        return msgspec.structs.replace(section, **{k: str(base / v) for k, v in files.items() if v is not None})
-
-    sections = {name: getattr(config, name) for name in ("broker", "collector", "operator", "commander", "ca")}
-    changed = {name: absolute(section) for name, section in sections.items() if section is not None}
-    fleet = msgspec.structs.replace(config.fleet, db=resolve_database(config.fleet.db, base))
-    return msgspec.structs.replace(config, fleet=fleet, **changed)

@@ -11,12 +11,10 @@ import bisect
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import msgspec
 import numpy as np
 
-from agent.arrays import Float64s
 from agent.fleet import bundle_history
 from agent.fleet.bundle_history import BundleLabelSchema, BundleRun
 from agent.fleet.database import labels as label_tables
@@ -72,14 +70,17 @@ def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: st
     rejected: dict[int, str] = {}
     accepted = replaced = 0
     for index, label in enumerate(labels):
-        row = results.find_row(label)
+        row, problem = results.find_row(label), None
         # PostgreSQL cannot store it in text.
         if "\0" in label.text:
-            rejected[index] = "holds the character NUL"
-            continue
-        problem = _missing_reason(label) if row is None else schemas.check_label(label, results.seq_by_row[row])
+            problem = "holds the character NUL"
+        elif row is not None:
+            problem = schemas.check_label(label, results.seq_by_row[row])
         if row is None or problem is not None:
-            rejected[index] = problem or ""
+            missing = (
+                "no result is that near to this time" if label.row is None else f"row {label.row} has no result here"
+            )
+            rejected[index] = problem or missing
             continue
         former = label_tables.save_label(db, key, row, label.text, label.source, now)
         replaced += former is not None and former != (label.text, label.source)
@@ -138,10 +139,6 @@ class _ResultIndex:
         return None if best is None or abs(self._times[best] - t) > self._max_distance_us else self._rows[best]
 
 
-def _missing_reason(label: Label) -> str:
-    return f"row {label.row} has no result here" if label.row is not None else "no result is that near to this time"
-
-
 class _BundleSchemas:
     """The bundle of each message with results, and the label schema of each bundle."""
 
@@ -174,20 +171,14 @@ def _compute_metrics(schema: BundleLabelSchema, rows: Sequence[Row]) -> list[Met
     for row in rows:
         with contextlib.suppress(ValueError):
             parsed.append((labels.parse(row[0]), row[2], row[3], row[4]))
-    if labels.kind == "classify":
-        classified = [row for row in parsed if row[1] in labels.labels]
-        predicted = np.array([labels.labels.index(row[1]) for row in classified], np.int64)
-        score = np.array([np.nan if row[2] is None else row[2] for row in classified], np.float64)
-        predictions = LabelledPredictions(_true_values(classified), predicted, score)
-        return compute_metrics("classify", labels.labels, predictions)
-    valued = [row for row in parsed if row[3] is not None]
-    value = np.array([row[3] for row in valued], np.float64)
-    above = None
+    is_classifier = labels.kind == "classify"
+    usable = [row for row in parsed if (row[1] in labels.labels if is_classifier else row[3] is not None)]
+    truth = np.array([row[0] for row in usable], np.float64)
+    if is_classifier:
+        predicted = np.array([labels.labels.index(row[1]) for row in usable], np.int64)
+        score = np.array([np.nan if row[2] is None else row[2] for row in usable], np.float64)
+        return compute_metrics("classify", labels.labels, LabelledPredictions(truth, predicted, score))
+    value, above = np.array([row[3] for row in usable], np.float64), None
     if labels.kind == "anomaly" and schema.threshold is not None:
         above = (value > schema.threshold).astype(np.int64)
-    predictions = LabelledPredictions(_true_values(valued), above, value=value)
-    return compute_metrics(labels.kind, labels.labels, predictions)
-
-
-def _true_values(rows: Sequence[tuple[Any, ...]]) -> Float64s:
-    return np.array([row[0] for row in rows], np.float64)
+    return compute_metrics(labels.kind, labels.labels, LabelledPredictions(truth, above, value=value))

@@ -101,10 +101,7 @@ class FleetWatcher:
 
 
 def receive_deliveries(
-    connect: Callable[[], Link],
-    refresh: Callable[[], None],
-    seconds: float | None,
-    report: Callable[[str], None],
+    connect: Callable[[], Link], refresh: Callable[[], None], seconds: float | None, report: Callable[[str], None]
 ) -> Iterator[list[IncomingMessage]]:
     """Yield groups of deliveries, at least an empty one each half second; reconnect; end after `seconds` if given."""
     end = None if seconds is None else time.monotonic() + seconds
@@ -126,9 +123,7 @@ def receive_deliveries(
                 link.close()
         except (LinkDown, StorageError) as down:
             if TAKEN_OVER in str(down).lower():
-                raise UsageError(
-                    "another `outstation fleet watch` connected with this certificate; run one at a time"
-                ) from None
+                raise UsageError("another `fleet watch` connected with this certificate; run one at a time") from None
             report(f"{down}; trying again")
             wake = time.monotonic() + retry.next_delay()
             while time.monotonic() < min(wake, end or wake):
@@ -149,7 +144,6 @@ def show_lines(watcher: FleetWatcher, source: DeliverySource) -> None:
 
 
 def show_table(watcher: FleetWatcher, source: DeliverySource) -> None:
-    """Show a live table of the devices until the source ends."""
     from rich.console import Console
     from rich.live import Live
 

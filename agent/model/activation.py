@@ -1,4 +1,4 @@
-"""Activation: verify a bundle, probe it in a child process, then start its model."""
+"""Activation: verify a bundle, probe it in a child process, then load it."""
 
 from __future__ import annotations
 
@@ -24,21 +24,16 @@ from agent.model.sandbox.subprocess_model import SubprocessModel
 from agent.wire.keys import PublicKey
 
 
-class LoadedBundle(msgspec.Struct, frozen=True):
-    """A proven bundle with its loaded model."""
-
-    bundle: Bundle
-    model: RunnableModel
-    reference: Reference | None
-    tuning: Tuning | None
-
-
 class ProvenBundle(msgspec.Struct, frozen=True):
     """A verified bundle that passed its probe on this machine, and the tuning of its model."""
 
     bundle: Bundle
     reference: Reference | None
     tuning: Tuning | None
+
+
+class LoadedBundle(ProvenBundle, frozen=True):
+    model: RunnableModel
 
 
 def activate(
@@ -49,10 +44,7 @@ def activate(
     policy: ModelPolicy | None = None,
     on_wait: Callable[[], None] = lambda: None,
 ) -> LoadedBundle:
-    """Verify and probe the bundle at `path`, and start its model. Raises BadBundle.
-
-    The tuning is taken from `known_tunings`, or measured. The rest as for `load_bundle`.
-    """
+    """Verify and probe the bundle at `path`, and start its model as `load_bundle` does. Raises BadBundle."""
     verified = bundles.read(path, [*publishers, *builtin.publisher_keys()])
     try:
         return load_bundle(probe_bundle(verified, known_tunings, policy), loading, policy, on_wait)
@@ -98,7 +90,7 @@ def load_bundle(
             model = runtime.load_model(bundle.manifest, bundle.model_bytes, tuning)
     else:
         model = SubprocessModel(bundle, tuning, policy, on_wait)
-    return LoadedBundle(bundle, model, proven.reference, tuning)
+    return LoadedBundle(bundle, proven.reference, tuning, model)
 
 
 def read_reference(verified: Bundle) -> Reference | None:

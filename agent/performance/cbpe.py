@@ -73,10 +73,7 @@ def correctness_probabilities(n: Ints, correct: Ints, edges: Float64s, scores: F
 
 
 def isotonic_regression(values: Float64s, weights: Float64s) -> Float64s:
-    """Return the ascending sequence that is nearest to `values` by weighted squares: pool adjacent violators.
-
-    Source: Ayer et al. (1955), An empirical distribution function for sampling with incomplete information.
-    """
+    """Return the ascending sequence nearest to `values` by weighted squares (Ayer et al. 1955)."""
     blocks: list[tuple[float, float, int]] = []  # value, weight, count
     for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
         count = 1

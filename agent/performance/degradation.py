@@ -113,10 +113,7 @@ def add_losses(
     *,
     binary_loss: bool,
 ) -> list[DegradationEvent]:
-    """Add labelled results to `state`, in the order their labels arrived; return what that raised or cleared.
-
-    `expected` is the loss that the model's scores lead to expect; `binary_loss`: every loss is 0 or 1.
-    """
+    """Add labelled results as their labels arrived; `expected` is the loss by the model's scores. Return events."""
     events: list[DegradationEvent] = []
     for loss, expected_loss in zip(losses, expected, strict=True):
         state.pending.append((float(loss), expected_loss))
@@ -135,10 +132,7 @@ def recompute(
     binary_loss: bool,
     complete: bool,
 ) -> list[DegradationEvent]:
-    """Run the tests again over all stored labels, in the order they first arrived; return what that raised or cleared.
-
-    If they are no longer `complete`, the baseline stays as it is.
-    """
+    """Run the tests again over all stored labels; unless they are `complete` the baseline stays."""
     fresh = DegradationState(state.bundle)
     if not complete and state.baseline_n >= BASELINE_SIZE:
         _copy_baseline(state, fresh)
@@ -191,7 +185,12 @@ def _reference_loss(
     if kind == DECAY:
         if state.baseline_n < BASELINE_SIZE:
             return None
-        mean, variance = _baseline_loss(state, binary_loss=binary_loss)
+        if binary_loss:
+            mean = (state.baseline_loss_sum + _PRIOR) / (state.baseline_n + 2 * _PRIOR)
+            variance = mean * (1 - mean)
+        else:
+            mean = state.baseline_loss_sum / state.baseline_n
+            variance = max(state.baseline_square_sum / state.baseline_n - mean**2, 1e-12)
         return mean, variance, variance / state.baseline_n
     if not binary_loss:
         return None
@@ -204,14 +203,6 @@ def _reference_loss(
     if len(expected) < len(losses):
         return None
     return float(expected.mean()), float((expected * (1 - expected)).mean()), 0.0
-
-
-def _baseline_loss(state: DegradationState, *, binary_loss: bool) -> tuple[float, float]:
-    if binary_loss:
-        mean = (state.baseline_loss_sum + _PRIOR) / (state.baseline_n + 2 * _PRIOR)
-        return mean, mean * (1 - mean)
-    mean = state.baseline_loss_sum / state.baseline_n
-    return mean, max(state.baseline_square_sum / state.baseline_n - mean**2, 1e-12)
 
 
 def _update_track(
@@ -237,7 +228,8 @@ def _update_track(
     track.n += len(losses)
     track.loss_sum += float(losses.sum())
     loss = track.loss_sum / track.n
-    low, high = _interval(loss, track.n, variance, design_effect, binary_loss=binary_loss)
+    half = intervals.Z * math.sqrt(variance * design_effect / track.n)
+    low, high = intervals.wilson(loss, track.n / design_effect) if binary_loss else (loss - half, loss + half)
     if not track.is_open and track.cusum > LIMIT and low > reference_loss:
         track.is_open, track.clear_count, track.raised_count = True, 0, track.raised_count + 1
         return [DegradationEvent(kind, "raised", track.raised_count, loss, low, high, reference_loss, track.n)]
@@ -252,16 +244,15 @@ def _update_track(
     return []
 
 
-def _interval(loss: float, n: int, variance: float, design_effect: float, *, binary_loss: bool) -> tuple[float, float]:
-    if binary_loss:
-        return intervals.wilson(loss, n / design_effect)
-    half = intervals.Z * math.sqrt(variance * design_effect / n)
-    return loss - half, loss + half
-
-
 def build_alert(event: DegradationEvent, *, binary_loss: bool) -> Alert:
     raised = event.state == "raised"
-    summary = _raised_sentence(event, binary_loss=binary_loss) if raised else _cleared_sentence(event)
+    references = {DECAY: "the first labels", EVALUATION: "the bundle's evaluation", CERTAINTY: "the model's scores"}
+    if raised:
+        summary = _raised_sentence(event, binary_loss=binary_loss)
+    elif event.state == "corrected":
+        summary = f"labels were corrected; all {event.n} now agree with {references[event.kind]}."
+    else:
+        summary = f"{GROUPS_TO_CLEAR * GROUP_SIZE} labels in a row agree with {references[event.kind]} again."
     evidence: dict[str, Any] = {"n": event.n}
     members = ("loss",) if event.state == "corrected" else ("loss", "low", "high", "before")
     evidence |= {name: round(getattr(event, name), 4) for name in members}
@@ -282,13 +273,6 @@ def _raised_sentence(event: DegradationEvent, *, binary_loss: bool) -> str:
     if event.kind == EVALUATION:
         return f"accuracy below the bundle's evaluation: {observed}, the evaluation measured {1 - event.before:.2f}."
     return f"accuracy fell: {observed}, that of the first {BASELINE_SIZE} was {1 - event.before:.2f}."
-
-
-def _cleared_sentence(event: DegradationEvent) -> str:
-    references = {DECAY: "the first labels", EVALUATION: "the bundle's evaluation", CERTAINTY: "the model's scores"}
-    if event.state == "corrected":
-        return f"labels were corrected; all {event.n} now agree with {references[event.kind]}."
-    return f"{GROUPS_TO_CLEAR * GROUP_SIZE} labels in a row agree with {references[event.kind]} again."
 
 
 def check_feedback(state: DegradationState, own: int, n: int) -> Alert | None:

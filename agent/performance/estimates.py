@@ -19,14 +19,11 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.performance import intervals, metrics
-from agent.performance.metrics import LabelledPredictions, Part, WeightVector
+from agent.performance.metrics import LabelledPredictions, WeightVector
 
 
 class MetricEstimate(msgspec.Struct, frozen=True):
-    """Metric with its 95 % interval; slice "" is all results.
-
-    `state` of a slice: ok, worse (significantly, than all other results), or small (too few results to tell).
-    """
+    """Metric with its 95 % interval; slice "" is all results. `state` of a slice: ok, worse, or small."""
 
     metric: str
     value: float | None
@@ -37,7 +34,6 @@ class MetricEstimate(msgspec.Struct, frozen=True):
     state: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the members of a message."""
         head = {"metric": self.metric, **({"slice": self.slice} if self.slice else {})}
         tail = {"state": self.state} if self.state else {}
         return {**head, "value": self.value, "low": self.low, "high": self.high, "n": self.n, **tail}
@@ -65,17 +61,13 @@ def compute_metrics(kind: str, labels: Sequence[str], predictions: LabelledPredi
         for part, value in zip(statistic.parts, map(float, statistic_values), strict=True):
             bounds = intervals.wilson(value, part.rests_on / design_effect)
             if not statistic.is_share:
-                bounds = _resampled_bounds(part, value, next(remaining), bounds)
+                resampled_bounds = next(remaining)
+                if not math.isfinite(value) or min(part.n, part.smallest_class) < intervals.MIN_RESULTS:
+                    bounds = intervals.NO_INTERVAL
+                elif not math.isnan(resampled_bounds[0]) or not part.rests_on:
+                    bounds = resampled_bounds
             estimates.append(_build_estimate(part.metric or metric.name, value, bounds, part.n, part.slice))
     return [added for estimate in estimates for added in _add_chance_ece(estimate, predictions, design_effect)]
-
-
-def _resampled_bounds(
-    part: Part, value: float, bounds: tuple[float, float], wilson: tuple[float, float]
-) -> tuple[float, float]:
-    if not math.isfinite(value) or min(part.n, part.smallest_class) < intervals.MIN_RESULTS:
-        return intervals.NO_INTERVAL
-    return wilson if math.isnan(bounds[0]) and part.rests_on else bounds
 
 
 def _add_chance_ece(

@@ -35,10 +35,7 @@ def wilson(share: float, n: float) -> tuple[float, float]:
 
 
 def estimate_design_effect(values: Float64s) -> float:
-    """Return how many results count as one, from (n,) values in order, as of an AR(1) process.
-
-    Its coefficient is the correlation of each value with the one before, less what chance explains.
-    """
+    """Return how many of (n,) values in order count as one, as of an AR(1) process, beyond chance."""
     n = len(values)
     if n < 10 or not np.isfinite(values).all():
         return 1.0
@@ -59,7 +56,10 @@ def bootstrap_weights(n: int, design_effect: float) -> Iterator[Float64s]:
     blocks = -(-n // block)
     for first in range(1, REPLICATES * blocks, blocks):
         counter = np.arange(first, first + blocks, dtype=np.uint64)
-        uniform = ((_splitmix64(counter) >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
+        z = counter * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        uniform = ((np.asarray(z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
         drawn = np.repeat(-np.log(uniform), block)[:n]
         yield np.asarray(drawn / drawn.mean())
 
@@ -82,10 +82,3 @@ def bootstrap(
         flat = high - low <= 1e-9 * max(abs(low), abs(high))
         bounds.append(NO_INTERVAL if flat else (float(low), float(high)))
     return bounds
-
-
-def _splitmix64(counter: Uint64s) -> Uint64s:
-    z = counter * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(z ^ (z >> np.uint64(31)))

@@ -35,10 +35,7 @@ class LabelSchema(msgspec.Struct, frozen=True):
     labels: tuple[str, ...] = ()
 
     def parse(self, text: str) -> float:
-        """Return the class index, the number, 1 for an anomaly, or of a multi-label model the sum of 2^index.
-
-        Raises ValueError.
-        """
+        """Return class index, number, 1 for an anomaly, or the sum of 2^index of several. Raises ValueError."""
         if self.kind == "several":
             return self._parse_multilabel(text)
         if self.kind == "classify":
@@ -124,5 +121,4 @@ def _label_text(value: Any) -> str:
 
 
 def count_sources(sources: Sequence[str]) -> dict[str, int]:
-    """Return the number of labels from each source."""
     return {source: n for source in SOURCES if (n := sum(known == source for known in sources))}

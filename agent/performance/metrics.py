@@ -87,8 +87,6 @@ class Weights(Protocol):
 
 
 class WeightVector:
-    """One weight for each result."""
-
     def __init__(self, weights: Float64s) -> None:
         self._weights, self.total = weights, weights.sum()
 
@@ -107,10 +105,7 @@ class WeightVector:
 
 
 class Part(msgspec.Struct, frozen=True):
-    """Value of a statistic, of `n` results; in `slice`, and with a name of its own, if it is of one class.
-
-    `smallest_class`: labels of the rarest class it depends on. `rests_on`: results that a share is of; 0 for no share.
-    """
+    """Value of a statistic of `n` results, `smallest_class` in the rarest class; a share `rests_on` so many."""
 
     n: int
     smallest_class: int = intervals.MIN_RESULTS
@@ -120,10 +115,7 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Statistic(msgspec.Struct, frozen=True):
-    """Metric of given results: `compute` returns the value of each part from any weights, NaN where it has none.
-
-    A share has Wilson's interval.
-    """
+    """Metric of given results; `compute` returns each part's value, or NaN. A share has Wilson's interval."""
 
     parts: list[Part]
     compute: Callable[[Weights], Sequence[Any]]
@@ -131,10 +123,7 @@ class Statistic(msgspec.Struct, frozen=True):
 
 
 class Metric(msgspec.Struct, frozen=True):
-    """Performance metric of models of some kinds, for results that have column `requires`.
-
-    `prepare` takes the results and the class names.
-    """
+    """Metric of models of some kinds, for results with column `requires`; `prepare` takes results and class names."""
 
     name: str
     display_name: str
@@ -148,7 +137,6 @@ class Metric(msgspec.Struct, frozen=True):
 def prepare_metrics(
     kind: str, labels: Sequence[str], predictions: LabelledPredictions, scope: Literal["device", "evaluation"]
 ) -> list[tuple[Metric, Statistic]]:
-    """Return the metrics that these results have."""
     prepared = [
         (metric, metric.prepare(predictions, labels))
         for metric in METRICS
@@ -348,19 +336,16 @@ def macro_mean(each: Float64s) -> Any:
     return np.where(known, each, 0.0).sum(axis=-1) / known.sum(axis=-1)
 
 
-def equal_mass_bins(score: Float64s, bins: int = ECE_BINS) -> Ints:
+def equal_mass_bins(score: Float64s) -> Ints:
     """Return the bin (n,) of each result: as many in each as ties allow, and fewer bins if there are few results."""
-    bins = max(1, min(bins, len(score) // _MIN_RESULTS_PER_BIN))
+    bins = max(1, min(ECE_BINS, len(score) // _MIN_RESULTS_PER_BIN))
     ordered = np.sort(score)
     cuts = ordered[[len(score) * i // bins for i in range(1, bins)]]
     return np.searchsorted(cuts, score, side="right")
 
 
 def chance_ece(score: Float64s, bins: Ints, design_effect: float) -> tuple[float, float]:
-    """Return mean and standard deviation of the ECE if each answer is right with the probability that its score says.
-
-    The gap of a bin is near normal with mean 0 then, and its size half-normal.
-    """
+    """Return mean and sd of the ECE of a calibrated model: the gap of each bin is near half-normal."""
     variance = np.bincount(bins, score * (1 - score)) * design_effect
     expected = float(np.sqrt(2 / math.pi * variance).sum()) / len(score)
     return expected, math.sqrt((1 - 2 / math.pi) * float(variance.sum())) / len(score)

@@ -7,13 +7,14 @@ fields: 5 % for the whole table. Source of the exact test: Fisher (1922).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
 from msgspec.structs import replace
 
-from agent.arrays import Float64s
+from agent.arrays import Bools, Float64s
 from agent.performance import intervals
 from agent.performance.estimates import MetricEstimate, compute_metrics, round_or_none
 from agent.performance.metrics import LabelledPredictions
@@ -34,10 +35,7 @@ OTHER, MISSING = "other", "missing"
 def compute_slice_metrics(
     kind: str, predictions: LabelledPredictions, slices: Mapping[str, Sequence[str]], design_effect: float | None = None
 ) -> list[MetricEstimate]:
-    """Return accuracy, or MAE of numbers, in each slice, then F1 and Brier; `slices`: field → texts (n,).
-
-    The design effect is estimated from neighbours unless given.
-    """
+    """Return accuracy or MAE in each slice, then F1 and Brier; `slices`: field → texts (n,)."""
     losses = predictions.losses(kind)
     if losses is None or not len(predictions):
         return []
@@ -50,7 +48,12 @@ def compute_slice_metrics(
             inside = values == value
             tested.append(_slice_metric(kind, f"{field}={value}", losses, inside, design_effect))
             if kind != "regress" and tested[-1][0].state != SMALL and inside.sum() >= MIN_RESULTS_FOR_EXTRA:
-                extra += _extra_metrics(kind, f"{field}={value}", predictions[inside])
+                estimates = compute_metrics(kind, (), predictions[inside])
+                extra += [
+                    replace(e, slice=(f"{field}={value}"))
+                    for e in estimates
+                    if e.metric in _EXTRA_METRICS and not e.slice
+                ]
     significant = holm_correction([p for _, p in tested])
     marked = [
         replace(metric, state=WORSE) if worse else metric
@@ -72,11 +75,7 @@ def holm_correction(p_values: Sequence[float]) -> list[bool]:
 
 
 def _slice_metric(
-    kind: str,
-    name: str,
-    losses: Float64s,
-    inside: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
-    design_effect: float,
+    kind: str, name: str, losses: Float64s, inside: Bools, design_effect: float
 ) -> tuple[MetricEstimate, float]:
     n, mean = int(inside.sum()), float(losses[inside].mean())
     if kind == "regress":
@@ -94,11 +93,6 @@ def _slice_metric(
             "accuracy", round_or_none(1 - mean), round_or_none(low), round_or_none(high), n, name, state
         )
     return metric, _p_value(kind, losses[inside], losses[~inside], design_effect)
-
-
-def _extra_metrics(kind: str, name: str, predictions: LabelledPredictions) -> list[MetricEstimate]:
-    estimates = compute_metrics(kind, (), predictions)
-    return [replace(e, slice=name) for e in estimates if e.metric in _EXTRA_METRICS and not e.slice]
 
 
 def _p_value(kind: str, inside: Float64s, outside: Float64s, design_effect: float) -> float:
@@ -130,9 +124,7 @@ def _fisher_exact(wrong: int, n: int, wrong_elsewhere: int, n_elsewhere: int) ->
 
 def _merge_rare_values(values: Sequence[str]) -> list[str]:
     """Return the most frequent values, and OTHER for the rest."""
-    counts: dict[str, int] = {}
-    for value in values:
-        counts[value] = counts.get(value, 0) + 1
+    counts = Counter(values)
     frequent = set(sorted(counts, key=lambda value: (-counts[value], value))[:_MAX_VALUES])
     return [value if value in frequent else OTHER for value in values]
 

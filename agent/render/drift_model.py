@@ -1,21 +1,10 @@
-"""Content and layout of a drift plot. Times are epoch µs, coordinates pixels."""
+"""Content of a drift plot. Times are epoch µs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import msgspec
-
-from agent.render.svg import Drawing
-from agent.render.theme import Theme
-
-WIDTH = 1120.0
-MARGIN = 28.0
-NAME_WIDTH, HISTOGRAM_WIDTH, GAP = 156.0, 300.0, 56.0
-HISTOGRAM_X = MARGIN + NAME_WIDTH
-TIME_X = HISTOGRAM_X + HISTOGRAM_WIDTH + GAP
-TIME_WIDTH = WIDTH - MARGIN - TIME_X
-AXIS_LABEL_HEIGHT = 17.0  # below a panel
 
 
 class EvidenceCurve(msgspec.Struct, frozen=True):
@@ -57,8 +46,6 @@ class PlotRow(msgspec.Struct, frozen=True):
 
 
 class AccuracyEstimate(msgspec.Struct, frozen=True):
-    """Expected accuracy of one series with its intervals."""
-
     series: int
     times: Sequence[int]
     values: Sequence[float | None]
@@ -78,30 +65,3 @@ class DriftPlot(msgspec.Struct, frozen=True):
     rows: Sequence[PlotRow]
     estimates: Sequence[AccuracyEstimate]
     empty_message: str = ""  # shown instead of rows
-
-
-class Panel(msgspec.Struct, frozen=True):
-    x: float
-    y: float
-    width: float
-    height: float
-
-    @property
-    def bottom(self) -> float:
-        return self.y + self.height
-
-
-class Canvas(msgspec.Struct, frozen=True):
-    """Drawing, theme, and the common time axis."""
-
-    drawing: Drawing
-    theme: Theme
-    begin: int
-    end: int
-
-    def time_to_x(self, us: int) -> float:
-        return TIME_X + TIME_WIDTH * (us - self.begin) / (self.end - self.begin)
-
-
-def series_color(theme: Theme, index: int) -> str:
-    return theme.series[index % len(theme.series)]

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
+
+import msgspec
+import numpy as np
 
 from agent.render import axes
-from agent.render.drift_model import (
-    AXIS_LABEL_HEIGHT,
-    HISTOGRAM_WIDTH,
-    HISTOGRAM_X,
-    MARGIN,
-    NAME_WIDTH,
-    TIME_WIDTH,
-    TIME_X,
-    AccuracyEstimate,
-    Canvas,
-    EvidenceCurve,
-    Panel,
-    PlotRow,
-    StateInterval,
-    series_color,
-)
-from agent.render.svg import truncate_text
+from agent.render.drift_model import AccuracyEstimate, EvidenceCurve, PlotRow, StateInterval
+from agent.render.svg import Drawing, truncate_text
+from agent.render.theme import Theme
 
+WIDTH = 1120.0
+MARGIN = 28.0
+NAME_WIDTH, HISTOGRAM_WIDTH, GAP = 156.0, 300.0, 56.0
+HISTOGRAM_X = MARGIN + NAME_WIDTH
+TIME_X = HISTOGRAM_X + HISTOGRAM_WIDTH + GAP
+TIME_WIDTH = WIDTH - MARGIN - TIME_X
+AXIS_LABEL_HEIGHT = 17.0  # below a panel
 ESTIMATE_HEIGHT = 96.0
 STATE_LABELS = {
     "ok": "as usual",
@@ -34,41 +30,54 @@ STATE_LABELS = {
 }
 MAX_LIMIT_MULTIPLE = 4.0  # evidence is cut off above this multiple of its limit
 DEFAULT_LIMIT = 5.0  # for the scale, if no limit is known
-SMOOTHING_WINDOW = 5  # windows in the mean of an estimate
+SMOOTHING_WINDOW = 5  # estimates in a mean, each of a window or a run of windows
 BIN_COUNT = 44
 _TAIL_SHARE = 1 / 32  # share of rows that may lie outside the visible range on either side
 _RANGE_PAD = 0.22
 
 
+class Panel(msgspec.Struct, frozen=True):
+    x: float
+    y: float
+    width: float
+    height: float
+
+    @property
+    def bottom(self) -> float:
+        return self.y + self.height
+
+
+class Canvas(msgspec.Struct, frozen=True):
+    """Drawing, theme, and the common time axis."""
+
+    drawing: Drawing
+    theme: Theme
+    begin: int
+    end: int
+
+    def time_to_x(self, us: int) -> float:
+        return TIME_X + TIME_WIDTH * (us - self.begin) / (self.end - self.begin)
+
+
+def series_color(theme: Theme, index: int) -> str:
+    return theme.series[index % len(theme.series)]
+
+
 def draw_row(canvas: Canvas, row: PlotRow, panel: Panel) -> None:
-    """Draw a field's name and state, distribution and evidence."""
-    _draw_name(canvas, row, panel)
-    if row.reference or row.histograms:
-        _draw_distribution(canvas, row, Panel(HISTOGRAM_X, panel.y, HISTOGRAM_WIDTH, panel.height))
-    _draw_evidence(canvas, row, Panel(TIME_X, panel.y, TIME_WIDTH, panel.height))
-
-
-def _draw_name(canvas: Canvas, row: PlotRow, panel: Panel) -> None:
     draw, theme = canvas.drawing, canvas.theme
     title = f"{row.name} ({row.unit})" if row.unit else row.name
     draw.rect(panel.x, panel.y, 3, panel.height, theme.state_color(row.state), r=1.5, css_class=f"state-{row.state}")
-    draw.text(
-        panel.x + 12,
-        panel.y + 13,
-        truncate_text(title, 14, NAME_WIDTH - 24),
-        theme.ink,
-        size=14,
-        weight=600,
-        css_class="field",
-    )
+    name, state, color = truncate_text(title, 14, NAME_WIDTH - 24), row.state, theme.state_color(row.state)
+    draw.text(panel.x + 12, panel.y + 13, name, theme.ink, size=14, weight=600, css_class="field")
     y = panel.y + 30
-    draw.text(
-        panel.x + 12, y, STATE_LABELS.get(row.state, row.state), theme.state_color(row.state), size=11.5, weight=600
-    )
+    draw.text(panel.x + 12, y, STATE_LABELS.get(state, state), color, size=11.5, weight=600)
     for note in row.notes:
         y += 15
         if y <= panel.bottom + AXIS_LABEL_HEIGHT:
             draw.text(panel.x + 12, y, truncate_text(note, 11, NAME_WIDTH - 20), theme.muted, size=11, css_class="note")
+    if row.reference or row.histograms:
+        _draw_distribution(canvas, row, Panel(HISTOGRAM_X, panel.y, HISTOGRAM_WIDTH, panel.height))
+    _draw_evidence(canvas, row, Panel(TIME_X, panel.y, TIME_WIDTH, panel.height))
 
 
 def _draw_distribution(canvas: Canvas, row: PlotRow, panel: Panel) -> None:
@@ -79,7 +88,8 @@ def _draw_distribution(canvas: Canvas, row: PlotRow, panel: Panel) -> None:
     low, high = visible_range(bounds, shapes)
     outlines = [rebin(bounds, counts, low, high) for counts in shapes]
     # A resting value may hold half of all rows, so the highest bins are cut off.
-    tall = max(_peak_height(outline) for outline in outlines) or 1.0
+    ordered = [sorted(outline) for outline in outlines]
+    tall = max(min(heights[-1], 2.2 * heights[-4] or heights[-1]) for heights in ordered) or 1.0
     if row.reference:
         usual = _step_points(outlines.pop(0), tall, panel)
         draw.path(usual, theme.reference_edge, fill=theme.reference, closed=True, css_class="usual", stroke_width="1")
@@ -91,11 +101,6 @@ def _draw_distribution(canvas: Canvas, row: PlotRow, panel: Panel) -> None:
         x = panel.x + panel.width * (value - low) / (high - low)
         draw.line(x, panel.bottom, x, panel.bottom + 3, theme.reference_edge)
         draw.text(x, panel.bottom + 14, axes.format_number(value), theme.muted, size=10.5, anchor="middle")
-
-
-def _peak_height(outline: Sequence[float]) -> float:
-    ordered = sorted(outline)
-    return min(ordered[-1], 2.2 * ordered[-4] if ordered[-4] > 0 else ordered[-1])
 
 
 def _step_points(heights: Sequence[float], peak: float, panel: Panel) -> list[tuple[float, float]]:
@@ -113,7 +118,10 @@ def _draw_evidence(canvas: Canvas, row: PlotRow, panel: Panel) -> None:
     several = len({curve.series for curve in row.curves}) > 1
     tested = [interval for interval in row.intervals if interval.state != "insufficient"]
     for interval in tested:
-        _draw_band(canvas, interval, panel, shaded=not several)
+        x, end = canvas.time_to_x(interval.begin), canvas.time_to_x(interval.end)
+        fill = theme.drift_band if interval.state == "drift" else theme.fault_band
+        opacity, width = "0.5" if several else "1", max(1.5, end - x)
+        draw.rect(x, panel.y, width, panel.height, fill, css_class=f"band-{interval.state}", fill_opacity=opacity)
     highest = max((v for curve in row.curves for v in curve.values if v is not None), default=0.0)
     limit = row.limit or DEFAULT_LIMIT
     top = min(max(1.25 * limit, 1.06 * highest), MAX_LIMIT_MULTIPLE * limit)
@@ -126,36 +134,14 @@ def _draw_evidence(canvas: Canvas, row: PlotRow, panel: Panel) -> None:
         draw.text(panel.x + panel.width, panel.y - 4, text, theme.muted, size=10.5, anchor="end", css_class="beyond")
     if row.limit is not None:
         y = panel.bottom - panel.height * row.limit / top
-        draw.line(
-            panel.x,
-            y,
-            panel.x + panel.width,
-            y,
-            theme.limit,
-            css_class="limit",
-            stroke_dasharray="2 3",
-            stroke_width="1.2",
-        )
+        ends = panel.x, y, panel.x + panel.width, y
+        draw.line(*ends, theme.limit, css_class="limit", stroke_dasharray="2 3", stroke_width="1.2")
     for curve in row.curves:
         color = series_color(theme, curve.series if several or not curve.dashed else curve.series + 1)
         _draw_curve(canvas, curve, panel, top, color)
     for interval in tested:
-        _draw_alert_markers(
-            canvas,
-            interval,
-            panel,
-            series_color(theme, interval.series) if several else theme.state_color(interval.state),
-        )
-
-
-def _draw_band(canvas: Canvas, interval: StateInterval, panel: Panel, *, shaded: bool) -> None:
-    theme = canvas.theme
-    x, end = canvas.time_to_x(interval.begin), canvas.time_to_x(interval.end)
-    fill = theme.drift_band if interval.state == "drift" else theme.fault_band
-    opacity = "1" if shaded else "0.5"
-    canvas.drawing.rect(
-        x, panel.y, max(1.5, end - x), panel.height, fill, css_class=f"band-{interval.state}", fill_opacity=opacity
-    )
+        color = series_color(theme, interval.series) if several else theme.state_color(interval.state)
+        _draw_alert_markers(canvas, interval, panel, color)
 
 
 def _draw_learning(canvas: Canvas, interval: StateInterval, panel: Panel) -> None:
@@ -173,14 +159,8 @@ def _draw_alert_markers(canvas: Canvas, interval: StateInterval, panel: Panel, c
         x, y = canvas.time_to_x(time), panel.y
         name = "raised" if raised else "cleared"
         triangle = [(x - 5, y - 5), (x + 5, y - 5), (x, y + 3)]
-        canvas.drawing.path(
-            triangle,
-            color,
-            fill=color if raised else canvas.theme.paper,
-            closed=True,
-            css_class=name,
-            stroke_width="1.2",
-        )
+        fill = color if raised else canvas.theme.paper
+        canvas.drawing.path(triangle, color, fill=fill, closed=True, css_class=name, stroke_width="1.2")
 
 
 def _draw_curve(canvas: Canvas, curve: EvidenceCurve, panel: Panel, top: float, color: str) -> None:
@@ -211,29 +191,15 @@ def _draw_grid(canvas: Canvas, panel: Panel, low: float, high: float, label: Cal
         canvas.drawing.text(panel.x - 7, y + 4, label(value), canvas.theme.muted, size=10.5, anchor="end")
 
 
-def _moving_average(values: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return trailing means over `SMOOTHING_WINDOW` estimates: a single estimate rests on few results."""
-    averages = []
-    for i in range(len(values)):
-        window = values[max(0, i - SMOOTHING_WINDOW + 1) : i + 1]
-        averages.append((values[i][0], sum(v for _, v in window) / len(window)))
-    return averages
-
-
 def draw_estimates(canvas: Canvas, estimates: Sequence[AccuracyEstimate], y: float) -> float:
     """Draw expected accuracy. Return the y coordinate below it."""
     draw, theme = canvas.drawing, canvas.theme
     panel = Panel(TIME_X, y + 6, TIME_WIDTH, ESTIMATE_HEIGHT)
     draw.text(MARGIN + 12, panel.y + 13, "expected accuracy", theme.ink, size=14, weight=600)
-    draw.text(
-        MARGIN + 12,
-        panel.y + 30,
-        "without labels, assuming scores as calibrated as on the reference data",
-        theme.muted,
-        size=11,
-    )
+    assumption = "without labels, assuming scores as calibrated as on the reference data"
+    draw.text(MARGIN + 12, panel.y + 30, assumption, theme.muted, size=11)
     alone = "; shaded: 95 % interval of each" if len(estimates) == 1 else ""
-    draw.text(MARGIN + 12, panel.y + 45, f"mean of {SMOOTHING_WINDOW} windows{alone}", theme.muted, size=11)
+    draw.text(MARGIN + 12, panel.y + 45, f"mean of {SMOOTHING_WINDOW} estimates{alone}", theme.muted, size=11)
     draw.rect(panel.x, panel.y, panel.width, panel.height, theme.panel)
     known = [v for e in estimates for v in (*(e.low if len(estimates) == 1 else ()), *e.values) if v is not None]
     low = max(0.0, min([0.9, *known]) - 0.03)
@@ -253,7 +219,12 @@ def draw_estimates(canvas: Canvas, estimates: Sequence[AccuracyEstimate], y: flo
             ring = [to_point(t, a) for t, a, _ in ends] + [to_point(t, b) for t, _, b in reversed(ends)]
             draw.path(ring, "none", fill=color, closed=True, css_class="interval", fill_opacity="0.16")
         values = [(t, v) for t, v in zip(estimate.times, estimate.values, strict=True) if v is not None]
-        draw.path([to_point(t, v) for t, v in _moving_average(values)], color, css_class="estimate", stroke_width="2")
+        points = []
+        for i, (t, _) in enumerate(values):
+            # A single estimate rests on few results.
+            window = values[max(0, i - SMOOTHING_WINDOW + 1) : i + 1]
+            points.append(to_point(t, sum(v for _, v in window) / len(window)))
+        draw.path(points, color, css_class="estimate", stroke_width="2")
     return panel.bottom
 
 
@@ -277,21 +248,10 @@ def rebin(bounds: Sequence[float], counts: Sequence[int], low: float, high: floa
     total = sum(counts)
     if not total:
         return [0.0] * BIN_COUNT
-    edges = [low + (high - low) * i / BIN_COUNT for i in range(BIN_COUNT + 1)]
-    cumulative = [_cumulative_count(bounds, counts, edge) for edge in edges]
-    return [(b - a) / total for a, b in pairwise(cumulative)]
-
-
-def _cumulative_count(bounds: Sequence[float], counts: Sequence[int], value: float) -> float:
-    done = 0.0
-    for left, right, count in zip(bounds[:-1], bounds[1:], counts[1:-1], strict=True):
-        if value >= right:
-            done += count
-        elif value > left:
-            return done + count * (value - left) / (right - left)
-        else:
-            break
-    return done
+    edges = np.linspace(low, high, BIN_COUNT + 1)
+    cumulative = np.interp(edges, bounds, [0, *accumulate(counts[1:-1])])
+    shares: list[float] = (np.diff(cumulative) / total).tolist()
+    return shares
 
 
 def _quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float:

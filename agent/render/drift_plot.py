@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import msgspec
 
 from agent.render import axes, drift_panels
-from agent.render.drift_model import (
-    AXIS_LABEL_HEIGHT,
-    HISTOGRAM_X,
-    MARGIN,
-    TIME_X,
-    WIDTH,
-    Canvas,
-    DriftPlot,
-    Panel,
-    series_color,
-)
+from agent.render.drift_model import DriftPlot
+from agent.render.drift_panels import AXIS_LABEL_HEIGHT, HISTOGRAM_X, MARGIN, TIME_X, WIDTH, Canvas, Panel, series_color
 from agent.render.svg import Drawing, text_width, truncate_text, wrap_text
 from agent.render.theme import DARK_THEME, LIGHT_THEME, Theme
 
 ROW_GAP = 14.0
+_ROW_HEIGHTS = ((2, 120.0), (8, 84.0), (math.inf, 58.0))  # up to so many rows
 MAX_ALERTS = 5
 COMPACT_ROW_HEIGHT = 48.0  # without a distribution
 _LEGEND_FONT_SIZE, _LEGEND_LINE_HEIGHT = 11.5, 17.0
@@ -29,15 +22,17 @@ _MAX_SERIES_NAME_WIDTH = 130.0
 
 
 def render_drift(picture: DriftPlot, *, dark: bool = False) -> str:
-    """Return the plot as an SVG document."""
     theme = DARK_THEME if dark else LIGHT_THEME
     draw = Drawing(WIDTH, picture.title)
     y = _draw_header(draw, theme, picture)
     if picture.empty_message:
-        return draw.to_svg_document(_draw_empty(draw, theme, picture.empty_message, y), theme.paper)
+        draw.rect(MARGIN, y - 8, WIDTH - 2 * MARGIN, 120, theme.panel, r=8, stroke=theme.grid)
+        for i, line in enumerate(wrap_text(picture.empty_message, 14, WIDTH - 4 * MARGIN)):
+            draw.text(WIDTH / 2, y + 56 + 20 * i, line, theme.muted, size=14, anchor="middle", css_class="empty")
+        return draw.to_svg_document(y + 112 + MARGIN, theme.paper)
     paper = Canvas(draw, theme, *_time_range(picture))
     y = _draw_legend(paper, picture, y)
-    height = _row_height(len(picture.rows))
+    height = next(h for most, h in _ROW_HEIGHTS if len(picture.rows) <= most)
     for row in picture.rows:
         has_values = bool(row.reference or row.histograms)
         tall = height if has_values else COMPACT_ROW_HEIGHT
@@ -45,55 +40,30 @@ def render_drift(picture: DriftPlot, *, dark: bool = False) -> str:
         y += tall + (AXIS_LABEL_HEIGHT if has_values else 0) + ROW_GAP
     if picture.estimates:
         y = drift_panels.draw_estimates(paper, picture.estimates, y) + ROW_GAP
-    return draw.to_svg_document(_draw_time_axis(paper, y - ROW_GAP), theme.paper)
+    y += 16 - ROW_GAP
+    for t, label in axes.time_ticks(paper.begin, paper.end, 8):
+        draw.text(paper.time_to_x(t), y, label, theme.muted, size=10.5, anchor="middle", css_class="time")
+    return draw.to_svg_document(y + MARGIN - 8, theme.paper)
 
 
 def _draw_header(drawing: Drawing, theme: Theme, picture: DriftPlot) -> float:
     y = MARGIN + 16
-    drawing.text(
-        MARGIN,
-        y,
-        truncate_text(picture.title, 20, WIDTH - 2 * MARGIN),
-        theme.ink,
-        size=20,
-        weight=600,
-        css_class="title",
-    )
+    title = truncate_text(picture.title, 20, WIDTH - 2 * MARGIN)
+    drawing.text(MARGIN, y, title, theme.ink, size=20, weight=600, css_class="title")
     y += 22
-    drawing.text(
-        MARGIN,
-        y,
-        truncate_text(picture.subtitle, 12.5, WIDTH - 2 * MARGIN),
-        theme.muted,
-        size=12.5,
-        css_class="subtitle",
-    )
+    subtitle = truncate_text(picture.subtitle, 12.5, WIDTH - 2 * MARGIN)
+    drawing.text(MARGIN, y, subtitle, theme.muted, size=12.5, css_class="subtitle")
     y += 12
     for state, sentence in picture.alerts[:MAX_ALERTS]:
         y += 20
         drawing.circle(MARGIN + 4, y - 4, 4, theme.state_color(state))
-        for i, line in enumerate(wrap_text(sentence, 12.5, WIDTH - 2 * MARGIN - 16, max_lines=2)):
+        for i, line in enumerate(wrap_text(sentence, 12.5, WIDTH - 2 * MARGIN - 16)):
             y += 16 if i else 0
             drawing.text(MARGIN + 16, y, line, theme.ink, size=12.5, css_class="alert")
     if len(picture.alerts) > MAX_ALERTS:
         y += 18
         drawing.text(MARGIN + 16, y, f"and {len(picture.alerts) - MAX_ALERTS} more", theme.muted, size=12)
     return y + 30
-
-
-def _draw_empty(drawing: Drawing, theme: Theme, message: str, y: float) -> float:
-    drawing.rect(MARGIN, y - 8, WIDTH - 2 * MARGIN, 120, theme.panel, r=8, stroke=theme.grid)
-    for i, line in enumerate(wrap_text(message, 14, WIDTH - 4 * MARGIN, max_lines=2)):
-        drawing.text(WIDTH / 2, y + 56 + 20 * i, line, theme.muted, size=14, anchor="middle", css_class="empty")
-    return y + 112 + MARGIN
-
-
-def _draw_time_axis(canvas: Canvas, y: float) -> float:
-    for t, label in axes.time_ticks(canvas.begin, canvas.end, 8):
-        canvas.drawing.text(
-            canvas.time_to_x(t), y + 16, label, canvas.theme.muted, size=10.5, anchor="middle", css_class="time"
-        )
-    return y + 16 + MARGIN - 8
 
 
 def _time_range(picture: DriftPlot) -> tuple[int, int]:
@@ -107,10 +77,6 @@ def _time_range(picture: DriftPlot) -> tuple[int, int]:
         return begin - 30_000_000, end + 30_000_000
     pad = (end - begin) // 80
     return begin - pad, end + pad
-
-
-def _row_height(row_count: int) -> float:
-    return 120.0 if row_count <= 2 else 84.0 if row_count <= 8 else 58.0
 
 
 class _LegendItem(msgspec.Struct, frozen=True):

@@ -90,7 +90,6 @@ def section(title: str, intro: str, *content: Markup) -> Markup:
 
 
 def card(title: str, intro: str, svg: str, *more: Markup) -> Markup:
-    """Return a card around an inline SVG."""
     head = [element("h3", title)] if title else []
     if intro:
         head.append(element("p", intro, css_class="muted"))

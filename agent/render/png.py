@@ -18,11 +18,7 @@ def from_svg(svg: str) -> bytes:
         raise UsageError(
             "PNG needs a library: pip install 'outstation[plot]'; or name a file that ends in .svg, which needs none"
         ) from None
-    if not _has_font():
+    if not any(True for folder in _FONT_FOLDERS for _ in Path(folder).expanduser().rglob("*.[ot]t[fc]")):
         # The library would silently omit all text.
         raise UsageError("PNG needs a font: apt-get install fonts-dejavu-core; or name a file that ends in .svg")
     return bytes(resvg_py.svg_to_bytes(svg_string=svg, zoom=SCALE))
-
-
-def _has_font() -> bool:
-    return any(True for folder in _FONT_FOLDERS for _ in Path(folder).expanduser().rglob("*.[ot]t[fc]"))

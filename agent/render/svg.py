@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 FONT = "'Inter', 'Segoe UI', 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
+Point = tuple[float, float]
 _GLYPH_WIDTH = 0.505  # average, relative to the font size
 
 
@@ -19,14 +20,14 @@ def truncate_text(text: str, size: float, width: float) -> str:
     return text if len(text) <= max_chars else text[: max_chars - 1].rstrip() + "…"
 
 
-def wrap_text(text: str, size: float, width: float, *, max_lines: int) -> list[str]:
-    """Return at most `max_lines` lines. The last one ends in an ellipsis if text is left."""
+def wrap_text(text: str, size: float, width: float) -> list[str]:
+    """Return at most two lines. The second one ends in an ellipsis if text is left."""
     max_chars, lines, words = max(1, int(width / (size * _GLYPH_WIDTH))), [""], text.split(" ")
     for i, word in enumerate(words):
         longer = f"{lines[-1]} {word}".lstrip()
         if len(longer) <= max_chars:
             lines[-1] = longer
-        elif len(lines) == max_lines:
+        elif len(lines) == 2:
             rest = " ".join([lines[-1], *words[i:]])
             return [*lines[:-1], truncate_text(rest.lstrip(), size, width)]
         else:
@@ -41,41 +42,24 @@ class Drawing:
         self._width, self._title = width, title
         self._elements: list[str] = []
 
-    def rect(
-        self, x: float, y: float, w: float, h: float, fill: str, *, r: float = 0, css_class: str = "", **attributes: str
-    ) -> None:
+    def rect(self, x: float, y: float, w: float, h: float, fill: str, *, r: float = 0, **attributes: str) -> None:
         corner = f' rx="{r:g}"' if r else ""
-        self._add(
-            "rect",
-            f'x="{x:.1f}" y="{y:.1f}" width="{max(w, 0):.1f}" height="{max(h, 0):.1f}"{corner}',
-            css_class,
-            fill=fill,
-            **attributes,
-        )
+        geometry = f'x="{x:.1f}" y="{y:.1f}" width="{max(w, 0):.1f}" height="{max(h, 0):.1f}"{corner}'
+        self._add("rect", geometry, fill=fill, **attributes)
 
-    def line(
-        self, x1: float, y1: float, x2: float, y2: float, stroke: str, *, css_class: str = "", **attributes: str
-    ) -> None:
-        self._add(
-            "line", f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"', css_class, stroke=stroke, **attributes
-        )
+    def line(self, x1: float, y1: float, x2: float, y2: float, stroke: str, **attributes: str) -> None:
+        geometry = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
+        self._add("line", geometry, stroke=stroke, **attributes)
 
     def path(
-        self,
-        points: Sequence[tuple[float, float]],
-        stroke: str,
-        *,
-        fill: str = "none",
-        closed: bool = False,
-        css_class: str = "",
-        **attributes: str,
+        self, points: Sequence[Point], stroke: str, *, fill: str = "none", closed: bool = False, **attributes: str
     ) -> None:
         if points:
             d = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) + ("Z" if closed else "")
-            self._add("path", f'd="{d}"', css_class, fill=fill, stroke=stroke, stroke_linejoin="round", **attributes)
+            self._add("path", f'd="{d}"', fill=fill, stroke=stroke, stroke_linejoin="round", **attributes)
 
-    def circle(self, x: float, y: float, r: float, fill: str, *, css_class: str = "", **attributes: str) -> None:
-        self._add("circle", f'cx="{x:.1f}" cy="{y:.1f}" r="{r:g}"', css_class, fill=fill, **attributes)
+    def circle(self, x: float, y: float, r: float, fill: str, **attributes: str) -> None:
+        self._add("circle", f'cx="{x:.1f}" cy="{y:.1f}" r="{r:g}"', fill=fill, **attributes)
 
     def text(
         self,
@@ -105,18 +89,17 @@ class Drawing:
         head = f'<svg viewBox="0 0 {self._width:g} {height:g}" role="img">'
         return "".join([head, f"<title>{escape(_sanitize(self._title))}</title>", *self._elements, "</svg>"])
 
-    def to_svg_document(self, height: float, background: str, style: str = "") -> str:
-        """Return an SVG file. `style` is CSS for a drawing whose colours are variables."""
+    def to_svg_document(self, height: float, background: str) -> str:
+        """Return an SVG file."""
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{self._width:g}" height="{height:g}" '
             f'viewBox="0 0 {self._width:g} {height:g}" role="img" font-family="{FONT}">'
         )
         title = f"<title>{escape(_sanitize(self._title))}</title>"
         paper = f'<rect width="100%" height="100%" fill="{background}"/>'
-        colors = [f"<style>{style}</style>"] if style else []
-        return "\n".join([head, title, *colors, paper, *self._elements, "</svg>"]) + "\n"
+        return "\n".join([head, title, paper, *self._elements, "</svg>"]) + "\n"
 
-    def _add(self, tag: str, geometry: str, css_class: str, **attributes: str) -> None:
+    def _add(self, tag: str, geometry: str, *, css_class: str = "", **attributes: str) -> None:
         kind = f' class="{css_class}"' if css_class else ""
         rest = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in attributes.items())
         self._elements.append(f"<{tag}{kind} {geometry}{rest}/>")

@@ -30,27 +30,24 @@ class Disturbances(msgspec.Struct, frozen=True):
     degraded: tuple[str, ...] = ()
 
 
-def draw(
-    devices: Sequence[str], seed: int, *, away: int, cut: int, slow: int, worse: int, span_s: float
-) -> Disturbances:
+def draw(names: Sequence[str], seed: int, *, away: int, cut: int, slow: int, worse: int, span_s: float) -> Disturbances:
     """Draw this many devices for each disturbance, as far as there are devices; the same for the same seed.
 
     Every other outage begins before the rollout. `span_s`: expected duration of the rollout.
     """
     rng = Random(f"hardship/{seed}")
-    remaining = rng.sample(list(devices), len(devices))
+    remaining = rng.sample(list(names), len(names))
     drawn: list[list[str]] = []
     for count in (worse, away, cut, slow):
         drawn.append(sorted(remaining[:count]))
         remaining = remaining[count:]
+    outages = {}
+    for i, name in enumerate(drawn[1]):
+        begin = 0.0 if i % 2 == 0 else span_s * rng.uniform(*_OUTAGE_START)
+        outages[name] = Outage(begin, begin + span_s * rng.uniform(*_OUTAGE_DURATION))
     return Disturbances(
-        outages={name: _draw_outage(rng, span_s, early=i % 2 == 0) for i, name in enumerate(drawn[1])},
+        outages=outages,
         download_cuts={name: rng.randint(1, _MAX_CUTS) for name in drawn[2]},
         slow_rates={name: rng.uniform(*_SLOW_RATE) for name in drawn[3]},
         degraded=tuple(drawn[0]),
     )
-
-
-def _draw_outage(rng: Random, span_s: float, *, early: bool) -> Outage:
-    begin = 0.0 if early else span_s * rng.uniform(*_OUTAGE_START)
-    return Outage(begin, begin + span_s * rng.uniform(*_OUTAGE_DURATION))

@@ -120,12 +120,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.NOT_FOUND)
             return
         content = file.read_bytes()
-        span = self._parse_range(len(content))
-        if span is None:
-            self.send_error(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
-            return
-        first, end = span
-        partial = self.headers.get("Range") is not None
+        first, end, partial = 0, len(content), self.headers.get("Range") is not None
+        if requested := _RANGE.fullmatch(self.headers.get("Range", "")):
+            first, end = int(requested[1]), min(int(requested[2]) + 1, end) if requested[2] else end
+            if first >= end:
+                self.send_error(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
+                return
         self.send_response(HTTPStatus.PARTIAL_CONTENT if partial else HTTPStatus.OK)
         self.send_header("Content-Type", "application/octet-stream")
         self.send_header("Accept-Ranges", "bytes")
@@ -134,14 +134,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {first}-{end - 1}/{len(content)}")
         self.end_headers()
         self._send_body(device, path, content[first:end])
-
-    def _parse_range(self, size: int) -> tuple[int, int] | None:
-        """Return first byte and end of the requested range; None if it is not satisfiable."""
-        requested = _RANGE.fullmatch(self.headers.get("Range", ""))
-        if requested is None:
-            return 0, size
-        first, end = int(requested[1]), min(int(requested[2]) + 1, size) if requested[2] else size
-        return (first, end) if first < end else None
 
     def _send_body(self, device: str, path: str, body: bytes) -> None:
         web, connection = self.server.web, self.server.web.connection(device)

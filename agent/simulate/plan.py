@@ -60,7 +60,6 @@ class SimulationPlan(msgspec.Struct, frozen=True):
         )
 
     def first_faulty_row(self, site: SimulatedSite) -> int:
-        """Return the first row with a fault at this site."""
         return site.faults.first_fault_row(default=self.rows + 1)
 
     def row_labels(self, recordings: Recordings, site: SimulatedSite) -> NDArray[np.str_]:

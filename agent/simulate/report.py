@@ -54,29 +54,20 @@ def build_report(database: Path, plan: SimulationPlan, operators: Sequence[Publi
             absolute = _error_score(store, plan, recordings, site)
             rates = _anomaly_rates(store, plan, site)
             scores = {"accuracy": correct.mean(4), "mae": absolute.mean(1), "anomalies": rates}
-            devices.append(_device_entry(store, site, progress.get(site.device, {})) | scores)
+            raised = [a for a in store.alerts(site.device, closed=True) if a["state"] == "raised"]
+            subjects = {
+                member: sorted({a["subject"] for a in raised if a["alert"] == kind})
+                for member, kind in (("drift", "drift"), ("faults", "fault"), ("quality", "quality"))
+            }
+            counts = progress.get(site.device, {})
+            entry = {name: counts.get(name, 0) for name in ("rows", "windows", "results")}
+            entry |= {"verified": counts.get("messages", 0), **subjects, "alerts": [a["summary"] for a in raised]}
+            entry |= {"labelled_mae": store.newest_metric(site.device, "mae")}
+            devices.append({"device": site.device, **entry, **scores})
             accuracy, error = accuracy + correct, error + absolute
         return SimulationReport(devices, accuracy.mean(4), error.mean(1), audit(store, operators=operators))
     finally:
         store.close()
-
-
-def _device_entry(store: FleetStore, site: SimulatedSite, progress: dict[str, Any]) -> dict[str, Any]:
-    raised = [a for a in store.alerts(site.device, closed=True) if a["state"] == "raised"]
-    counted = {name: progress.get(name, 0) for name in ("rows", "windows", "results")}
-    subjects = {
-        kind: sorted({a["subject"] for a in raised if a["alert"] == kind}) for kind in ("drift", "fault", "quality")
-    }
-    return {
-        "device": site.device,
-        **counted,
-        "verified": progress.get("messages", 0),
-        "drift": subjects["drift"],
-        "faults": subjects["fault"],
-        "quality": subjects["quality"],
-        "alerts": [a["summary"] for a in raised],
-        "labelled_mae": store.newest_metric(site.device, "mae"),
-    }
 
 
 def _accuracy_score(store: FleetStore, plan: SimulationPlan, recordings: Recordings, site: SimulatedSite) -> Score:

@@ -19,7 +19,19 @@ def read_outcome(database: Path, name: str) -> tuple[dict[str, Any], dict[str, d
     """Return member `rollout` of the report, and the members that it adds to each device's entry."""
     with _open_snapshot(database) as (store, db):
         rollout = journal.find(db, name)
-        devices = _device_entries(store, db, rollout)
+        devices: dict[str, dict[str, Any]] = {}
+        for device, log in store.newest_logs():
+            served: dict[str, int] = {}
+            entry = devices[device] = {"served": served, "runs": None}
+            # In order of seq: the bundle of the last message is the one that runs.
+            for _, run in sorted(bundle_history.load_bundle_runs(db, (device, rollout.plan.task, log)).items()):
+                served[run.version] = served.get(run.version, 0) + 1
+                entry["runs"] = {"version": run.version, "digest": run.digest}
+        for device, _, phase, reason, summary, _, strategy in _load_reports(db, rollout):
+            report = {"phase": phase, "reason": reason, "why": summary, "strategy": strategy}
+            devices.setdefault(device, {"served": {}, "runs": None}).update(report)
+        for device, phase in rollouts.load_phases(db, rollout.name):
+            devices[device].setdefault("phases", []).append(phase)
         plan = rollout.plan
         document = {
             "name": rollout.name,
@@ -47,23 +59,6 @@ def read_status(database: Path, name: str) -> tuple[str, dict[str, str]]:
             return "", {}
         rollout = journal.find(db, name)
         return rollout.state, {row[0]: row[2] for row in _load_reports(db, rollout)}
-
-
-def _device_entries(store: FleetStore, db: Connection, rollout: Rollout) -> dict[str, dict[str, Any]]:
-    entries: dict[str, dict[str, Any]] = {}
-    for device, log in store.newest_logs():
-        served: dict[str, int] = {}
-        entry = entries[device] = {"served": served, "runs": None}
-        # In order of seq: the bundle of the last message is the one that runs.
-        for _, run in sorted(bundle_history.load_bundle_runs(db, (device, rollout.plan.task, log)).items()):
-            served[run.version] = served.get(run.version, 0) + 1
-            entry["runs"] = {"version": run.version, "digest": run.digest}
-    for device, _, phase, reason, summary, _, strategy in _load_reports(db, rollout):
-        report = {"phase": phase, "reason": reason, "why": summary, "strategy": strategy}
-        entries.setdefault(device, {"served": {}, "runs": None}).update(report)
-    for device, phase in rollouts.load_phases(db, rollout.name):
-        entries[device].setdefault("phases", []).append(phase)
-    return entries
 
 
 def _load_reports(db: Connection, rollout: Rollout) -> list[tuple[Any, ...]]:

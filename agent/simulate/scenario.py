@@ -97,87 +97,84 @@ def from_name(name: str) -> Scenario:
     return SCENARIOS[name]
 
 
-def _exercise_scenario() -> Scenario:
-    # 40 drift windows of 20 model windows of 100 rows, plus rows at the end of each recording that fill no window; then
-    # 30,000 rows without a fault.
-    begin = 90_000 + 30_000
-    return Scenario(
-        name="exercise",
-        kind="classify",
-        description="four people's shoulder exercises, recorded with a smartwatch (50 Hz)",
-        stream="watch",
-        fields=(("ax", "g"), ("ay", "g"), ("az", "g"), ("wx", "rad/s"), ("wy", "rad/s"), ("wz", "rad/s")),
-        bundle="exercise",
-        baseline_rows=begin,
-        total_rows=begin + 50_000,
-        tail_rows=2_000,
-        faults_by_site=(
-            SiteFaults(faults=(ReplayFault(kind="gain", fields=["ax", "ay", "az"], from_row=begin, amount=0.6),)),
-            SiteFaults(faults=(ReplayFault(kind="stuck", fields=["wy"], from_row=begin, amount=0.25),)),
-        ),
-        # A gyroscope set to another range than its driver assumes.
-        initially_faulty=SiteFaults(
-            faults=(ReplayFault(kind="gain", fields=["wx", "wy", "wz"], from_row=1, amount=4.0),)
-        ),
-    )
+# 40 drift windows of 20 model windows of 100 rows, plus rows at the end of each recording that fill no window; then
+# 30,000 rows without a fault.
+_EXERCISE_BEGIN = 90_000 + 30_000
+_EXERCISE = Scenario(
+    name="exercise",
+    kind="classify",
+    description="four people's shoulder exercises, recorded with a smartwatch (50 Hz)",
+    stream="watch",
+    fields=(("ax", "g"), ("ay", "g"), ("az", "g"), ("wx", "rad/s"), ("wy", "rad/s"), ("wz", "rad/s")),
+    bundle="exercise",
+    baseline_rows=_EXERCISE_BEGIN,
+    total_rows=_EXERCISE_BEGIN + 50_000,
+    tail_rows=2_000,
+    faults_by_site=(
+        SiteFaults(faults=(ReplayFault(kind="gain", fields=["ax", "ay", "az"], from_row=_EXERCISE_BEGIN, amount=0.6),)),
+        SiteFaults(faults=(ReplayFault(kind="stuck", fields=["wy"], from_row=_EXERCISE_BEGIN, amount=0.25),)),
+    ),
+    # A gyroscope set to another range than its driver assumes.
+    initially_faulty=SiteFaults(faults=(ReplayFault(kind="gain", fields=["wx", "wy", "wz"], from_row=1, amount=4.0),)),
+)
 
-
-def _solar_scenario() -> Scenario:
-    # Days of 96 rows from 1 May 2013 on: 40 to learn from, 10 without a fault, and 70 in which dust settles.
-    day = 96
-    begin = (40 + 10) * day
-    return Scenario(
-        name="solar",
-        kind="regress",
-        description="the weather over a photovoltaic system, and its AC power as labels a day later (15 minutes)",
-        stream="weather",
-        fields=(("ghi", "W/m2"), ("ghi_clear", "W/m2"), ("temp_air", "degC")),
-        bundle="solar",
-        baseline_rows=begin,
-        total_rows=begin + 70 * day,
-        tail_rows=0,
-        faults_by_site=(
-            SiteFaults(loss=GradualLoss(from_row=begin, ramp_rows=40 * day, amount=0.35)),
-            SiteFaults(
-                faults=(ReplayFault(kind="stuck", fields=["ghi"], from_row=begin + 30 * day + 50, amount=412.5),)
-            ),
+# Days of 96 rows from 1 May 2013 on: 40 to learn from, 10 without a fault, and 70 in which dust settles.
+_DAY_ROWS = 96
+_SOLAR_BEGIN = (40 + 10) * _DAY_ROWS
+_SOLAR = Scenario(
+    name="solar",
+    kind="regress",
+    description="the weather over a photovoltaic system, and its AC power as labels a day later (15 minutes)",
+    stream="weather",
+    fields=(("ghi", "W/m2"), ("ghi_clear", "W/m2"), ("temp_air", "degC")),
+    bundle="solar",
+    baseline_rows=_SOLAR_BEGIN,
+    total_rows=_SOLAR_BEGIN + 70 * _DAY_ROWS,
+    tail_rows=0,
+    faults_by_site=(
+        SiteFaults(loss=GradualLoss(from_row=_SOLAR_BEGIN, ramp_rows=40 * _DAY_ROWS, amount=0.35)),
+        SiteFaults(
+            faults=(
+                ReplayFault(kind="stuck", fields=["ghi"], from_row=_SOLAR_BEGIN + 30 * _DAY_ROWS + 50, amount=412.5),
+            )
         ),
-        initially_faulty=SiteFaults(faults=(ReplayFault(kind="gain", fields=["ghi"], from_row=1, amount=0.7),)),
-        skip_rows=320 * day,
-        delayed_labels=DelayedLabels(
-            column="power", unit="W", every_rows=4, delay_rows=day, filter_field="ghi_clear", filter_min=20.0
+    ),
+    initially_faulty=SiteFaults(faults=(ReplayFault(kind="gain", fields=["ghi"], from_row=1, amount=0.7),)),
+    skip_rows=320 * _DAY_ROWS,
+    delayed_labels=DelayedLabels(
+        column="power", unit="W", every_rows=4, delay_rows=_DAY_ROWS, filter_field="ghi_clear", filter_min=20.0
+    ),
+)
+
+# 60 drift windows of 20 model windows of 5 rows, plus rows at the end of each recording that fill no window. The
+# load varies slowly, and 40 windows do not cover its range.
+_MACHINE_BEGIN = 7_000 + 3_000
+_BANDS = [f"mel{i}" for i in range(32)]
+_NO_FAULT = RecordingFilter(column="fault", value="none")
+_MACHINE = Scenario(
+    name="machine",
+    kind="anomaly",
+    description="the sound of four motors with fans, computed, as log-mel rows (31 a second)",
+    stream="microphone",
+    fields=tuple((name, "dB") for name in _BANDS),
+    bundle="machine",
+    baseline_rows=_MACHINE_BEGIN,
+    total_rows=_MACHINE_BEGIN + 3_000,
+    tail_rows=400,
+    faults_by_site=(
+        SiteFaults(
+            scenes=(_NO_FAULT, RecordingFilter(column="fault", value="bearing, slight", from_row=_MACHINE_BEGIN))
         ),
-    )
-
-
-def _machine_scenario() -> Scenario:
-    # 60 drift windows of 20 model windows of 5 rows, plus rows at the end of each recording that fill no window. The
-    # load varies slowly, and 40 windows do not cover its range.
-    begin = 7_000 + 3_000
-    bands = [f"mel{i}" for i in range(32)]
-    sound = RecordingFilter(column="fault", value="none")
-    return Scenario(
-        name="machine",
-        kind="anomaly",
-        description="the sound of four motors with fans, computed, as log-mel rows (31 a second)",
-        stream="microphone",
-        fields=tuple((name, "dB") for name in bands),
-        bundle="machine",
-        baseline_rows=begin,
-        total_rows=begin + 3_000,
-        tail_rows=400,
-        faults_by_site=(
-            SiteFaults(scenes=(sound, RecordingFilter(column="fault", value="bearing, slight", from_row=begin))),
-            SiteFaults(
-                scenes=(sound,), faults=(ReplayFault(kind="offset", fields=bands, from_row=begin, amount=-3.0),)
-            ),
+        SiteFaults(
+            scenes=(_NO_FAULT,),
+            faults=(ReplayFault(kind="offset", fields=_BANDS, from_row=_MACHINE_BEGIN, amount=-3.0),),
         ),
-        default_faults=SiteFaults(scenes=(sound,)),
-        initially_faulty=SiteFaults(
-            scenes=(sound,), faults=(ReplayFault(kind="offset", fields=bands, from_row=1, amount=-3.0),)
-        ),
-        learn_windows=60,
-    )
+    ),
+    default_faults=SiteFaults(scenes=(_NO_FAULT,)),
+    initially_faulty=SiteFaults(
+        scenes=(_NO_FAULT,), faults=(ReplayFault(kind="offset", fields=_BANDS, from_row=1, amount=-3.0),)
+    ),
+    learn_windows=60,
+)
 
-
-SCENARIOS = {scenario.name: scenario for scenario in (_exercise_scenario(), _solar_scenario(), _machine_scenario())}
+SCENARIOS = {scenario.name: scenario for scenario in (_EXERCISE, _SOLAR, _MACHINE)}

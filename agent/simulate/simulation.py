@@ -159,7 +159,6 @@ class Simulation(msgspec.Struct):
 
     @property
     def home(self) -> Path:
-        """The fleet's folder."""
         return self.folder / "fleet"
 
     @property
@@ -219,9 +218,13 @@ class Simulation(msgspec.Struct):
         if self.broker is not None:
             self.broker_name = self.broker
             return
-        command = _mosquitto_command(self.home)
-        if command is not None:
-            self._spawn_command("broker", command)
+        mosquitto = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+        if mosquitto is not None:
+            conf = self.home / "broker" / "mosquitto.conf"
+            if os.geteuid() == 0:
+                # As root, Mosquitto switches to a user who cannot read a private folder.
+                conf.write_text(conf.read_text(encoding="utf-8") + "user root\n", encoding="utf-8")
+            self._spawn_command("broker", [mosquitto, "-c", str(conf)])
             self.broker_name = "Mosquitto"
         else:
             self._embedded = _start_embedded_broker(self.folder, broker.port)
@@ -243,26 +246,12 @@ class Simulation(msgspec.Struct):
             )
 
 
-def _mosquitto_command(folder: Path) -> list[str] | None:
-    """Return the command that runs Mosquitto with the config in `folder`; None if it is not installed."""
-    binary = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    if binary is None:
-        return None
-    conf = folder / "broker" / "mosquitto.conf"
-    if os.geteuid() == 0:
-        # As root, Mosquitto switches to a user who cannot read a private folder.
-        conf.write_text(conf.read_text(encoding="utf-8") + "user root\n", encoding="utf-8")
-    return [binary, "-c", str(conf)]
-
-
 def _start_embedded_broker(folder: Path, port: int) -> Any:
     """Start the embedded broker on `port`. Raises UsageError if it is not installed."""
     try:
         from iotcore import Broker as Embedded
     except ImportError:
-        raise UsageError(
-            "no MQTT broker is installed: apt-get install mosquitto, or pip install 'outstation[demo]'"
-        ) from None
+        raise UsageError("no MQTT broker: apt-get install mosquitto, or pip install 'outstation[demo]'") from None
     file = folder / "broker.toml"
     file.write_text(_RUMQTTD_CONFIG.format(port=port), encoding="utf-8")
     broker = Embedded(config_path=str(file))

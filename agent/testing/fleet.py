@@ -32,11 +32,9 @@ class DeviceProcess(OutstationProcess):
         return self.home / "data"
 
     def start_count(self) -> int:
-        """Return how many starts reached the running state."""
         return self.log.read_text(encoding="utf-8").count("running:") if self.log.exists() else 0
 
     def start_and_wait(self, **environment: str) -> DeviceProcess:
-        """Start the daemon and wait until it runs."""
         before = self.start_count()
         self.start(**environment)
         wait_until(f"{self.name} runs; see {self.log}", lambda: self.start_count() > before or not self.is_running)
@@ -85,7 +83,6 @@ def query_database(db: Path, sql: str, *values: Any) -> list[tuple[Any, ...]]:
 
 
 def last_result_row(db: Path, device: str, task: str = "exercise") -> int:
-    """Return the last row whose results a collector has."""
     sql = "SELECT max(CAST(json_extract(CAST(payload AS TEXT), '$.rows[1]') AS INTEGER)) FROM messages"
     [(row,)] = query_database(db, f"{sql} WHERE device = ? AND topic LIKE ?", device, f"%/results/{task}")
     return int(row or 0)
@@ -124,7 +121,6 @@ class LocalFleet:
         return FleetStore(Path(self.config.fleet.db), read_only=not write)
 
     def query(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        """Run a query on the collector's database and return its rows."""
         return query_database(Path(self.config.fleet.db), sql, *values)
 
     def last_result_row(self, device: str, task: str = "exercise") -> int:

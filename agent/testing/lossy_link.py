@@ -188,7 +188,13 @@ class LossyLink:
 
     def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]:
         self._require_connected()
-        self._broker.advance(timeout_s, lambda: self._is_woken or self._lost_reason is not None or self._is_due())
+
+        def is_ready() -> bool:
+            now = self._broker.clock_s
+            has_due = any(due <= now for due, _ in [*self._receipts, *self._mailbox.pending])
+            return self._is_woken or self._lost_reason is not None or has_due
+
+        self._broker.advance(timeout_s, is_ready)
         self._is_woken = False
         self._require_connected()
         if self._broker.happens(self._broker.conditions.disconnect):
@@ -224,10 +230,6 @@ class LossyLink:
     def _require_connected(self) -> None:
         if self._lost_reason is not None:
             raise LinkDown(f"lossy link: {self._lost_reason}")
-
-    def _is_due(self) -> bool:
-        now = self._broker.clock_s
-        return any(due <= now for due, _ in self._receipts) or any(due <= now for due, _ in self._mailbox.pending)
 
     def _take_due(self, entries: list[tuple[float, T]]) -> tuple[list[tuple[float, T]], list[T]]:
         """Split (due time, event) entries into those that stay and the events to receive now, by time."""

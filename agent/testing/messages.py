@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from agent import clock
 from agent.device.pipeline.columns import encode_labels, encode_runs, encode_times
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire import jws
@@ -38,6 +39,10 @@ class SignedMessage(msgspec.Struct):
 
     def to_outgoing(self, *, retain: bool = False) -> OutgoingMessage:
         return OutgoingMessage(self.topic, self.payload, (("jws", self.jws),), retain)
+
+
+# A field of `MessageSender.quiet_run`.
+QUIET_FIELD = {"counts": [2000, 3000, 900], "below": 50, "above": 40, "missing": 10, "mean": 0.5, "m2": 7.0}
 
 
 class MessageSender(msgspec.Struct):
@@ -87,6 +92,23 @@ class MessageSender(msgspec.Struct):
         body = {"model": MODEL, "reference": reference, "window": window, "features": {"ax": {"state": state}}}
         return self.append("drift", task=self.task, **{**body, "output": {"state": state}, "state": state, **changes})
 
+    def quiet_run(
+        self, window: dict[str, Any] | None = None, field: dict[str, Any] = QUIET_FIELD, **columns: Any
+    ) -> SignedMessage:
+        """Return a run of three quiet drift windows of 2000 rows, with other members of `window` or other columns."""
+        begin, step = 1_795_000_000_000_000, 40_000_000
+        run = {
+            "first": [[1, 2000, 3]],
+            "last": [[2000, 2000, 3]],
+            "from": [[begin, step, 3]],
+            "to": {"first": begin + step - 1, "step": step, "offsets": [0, 0, 0]},
+            "n": [[2000, 0, 3]],
+            "nearest": [0.1, 0.25, 0],
+        }
+        times = {"from": clock.to_rfc3339(begin), "to": clock.to_rfc3339(begin + 3 * step - 1)}
+        span = {"index": 41, "rows": [1, 6000], "n": 6000, **times, **(window or {})}
+        return self.drift(window=span, windows=run | columns, features={"ax": field})
+
     def alert(
         self, identity: str = "exercise/ax/1", state: str = "raised", summary: str = "ax: gain loss.", **changes: Any
     ) -> SignedMessage:
@@ -100,7 +122,6 @@ class MessageSender(msgspec.Struct):
         return self.append("health", streams={"watch": {"rows": self.row, "rejected": 0}}, tasks=tasks, outbox=0)
 
     def health_with_cursor(self) -> SignedMessage:
-        """Return a health message with the cursor of the task."""
         return self.health(**{self.task: {"stream": "watch", "row": self.row, "first": 1}})
 
     def evicted(self, *ranges: tuple[int, int]) -> SignedMessage:

@@ -99,7 +99,6 @@ class OutstationProcess:
         return self._process.pid
 
     def log_contains(self, text: str) -> bool:
-        """Return True if the output contains `text`."""
         return self.log.exists() and text in self.log.read_text(encoding="utf-8", errors="replace")
 
 

@@ -185,11 +185,7 @@ class Link:
         properties.MaximumPacketSize = _MAX_PACKET_BYTES
         try:
             self._client.connect(
-                broker.host,
-                broker.port,
-                _KEEP_ALIVE_S,
-                clean_start=session_expiry_s == 0,
-                properties=properties,
+                broker.host, broker.port, _KEEP_ALIVE_S, clean_start=session_expiry_s == 0, properties=properties
             )
         except (OSError, ValueError) as error:
             raise LinkDown(f"{broker.url}: {error}") from error

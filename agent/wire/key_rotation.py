@@ -30,12 +30,10 @@ class KeyRotation(msgspec.Struct, frozen=True):
     new_key: PublicKey
 
 
-def build_evidence(
-    fleet: str, device: str, log: str, seq: int, old_key: PublicKey, new_key: SigningKey
-) -> dict[str, Any]:
+def build_evidence(fleet: str, device: str, log: str, seq: int, old: PublicKey, new: SigningKey) -> dict[str, Any]:
     """Build the `evidence` of the rotation message that will be `seq` of `log`."""
-    proof = new_key.sign(_statement(fleet, device, log, seq, old_key.kid, new_key.public))
-    return {"old": old_key.kid, "key": new_key.public.text, "proof": b64url_encode(proof)}
+    proof = new.sign(_statement(fleet, device, log, seq, old.kid, new.public))
+    return {"old": old.kid, "key": new.public.text, "proof": b64url_encode(proof)}
 
 
 def is_rotation_message(message: VerifiedMessage) -> bool:

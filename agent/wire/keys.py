@@ -178,9 +178,7 @@ def _check_point(raw: bytes) -> None:
     if y >= _P:
         raise ValueError("not a canonical Ed25519 public key: its coordinate exceeds the field; ask for the key again")
     if y in _SMALL_ORDER_Y:
-        raise ValueError(
-            "an Ed25519 public key of small order: anybody can forge its signatures; ask for the key again"
-        )
+        raise ValueError("an Ed25519 public key of small order: anybody can forge signatures; ask for the key again")
     # x² = (y² - 1) / (dy² + 1); a product is a square exactly where the quotient is.
     square = (y * y - 1) * (_D * y * y + 1) % _P
     if pow(square, (_P - 1) // 2, _P) != 1:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 
+from agent.arrays import Float32s
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import runtime
-from agent.model.inference.features import Floats
 from agent.model.inference.runtime import MAX_BATCH, TfliteModel
 from agent.model.inference.tuning import count_cores
 from agent.model.sandbox import autotune
@@ -100,7 +100,7 @@ def subprocess_overhead() -> list[Result]:
 
 
 def _median(
-    ours: Callable[[Floats], object], reference: Callable[[Floats], object], windows: Floats
+    ours: Callable[[Float32s], object], reference: Callable[[Float32s], object], windows: Float32s
 ) -> tuple[float, float]:
     took: tuple[list[float], list[float]] = ([], [])
     for _ in range(_ROUNDS):

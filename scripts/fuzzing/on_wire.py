@@ -32,6 +32,7 @@ def kinds() -> list[SignedMessage]:
     logged = [
         sender.results(),
         sender.drift(),
+        sender.quiet_run(),
         sender.alert(),
         sender.quality(),
         sender.health_with_cursor(),

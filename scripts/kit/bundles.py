@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.authoring import pack
+from agent.authoring.pack import PackedBundle
+from agent.model import activation
+from agent.model.activation import LoadedBundle, ProvenBundle
 from agent.model.bundle import bundle, manifest
 from agent.model.bundle.bundle import Bundle
 from agent.testing.messages import new_key
@@ -136,10 +141,28 @@ cpu_seconds = 20
 
 
 def packed(folder: Path, recipe: Recipe = CLASSIFY, key: SigningKey | None = KEY) -> Path:
-    """Pack a bundle in `folder` and return its folder."""
+    """Pack a bundle in `folder` and return its folder. A recipe is packed once a process: its probe takes a second."""
     folder.mkdir(parents=True, exist_ok=True)
-    pack.write_bundle(pack.pack(write_spec(folder, recipe), key), folder / "bundle")
+    spec = write_spec(folder, recipe)
+    same = (recipe, None if key is None else key.public.text)
+    if same not in _packed:
+        _packed[same] = pack.pack(spec, key)
+    pack.write_bundle(_packed[same], folder / "bundle")
     return folder / "bundle"
+
+
+_packed: dict[tuple[Recipe, str | None], PackedBundle] = {}
+
+
+def activated(recipe: Recipe = CLASSIFY) -> LoadedBundle:
+    """Return the recipe's bundle, packed and probed once a process, with a newly loaded model."""
+    return activation.load_bundle(_proven(recipe))
+
+
+@functools.cache
+def _proven(recipe: Recipe) -> ProvenBundle:
+    with tempfile.TemporaryDirectory() as folder:
+        return activation.probe_bundle(bundle.read(packed(Path(folder), recipe), [KEY.public]))
 
 
 def around(content: bytes, recipe: Recipe = CLASSIFY, *, seconds: int = 20, memory_mib: int = 512) -> Bundle:

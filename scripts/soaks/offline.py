@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from agent.device.store.space import hours_until_eviction
 from agent.fleet.database.gap_ledger import EVICTED
 from agent.testing.lossy_link import LinkConditions
 from scripts.soaks import Result
@@ -37,7 +38,7 @@ def offline(folder: Path, seed: int, hours: float, announce: Callable[[str], Non
     def tell() -> None:
         waiting = rig.store.backlog()
         hour = (rig.air.clock_s - ends_s) / 3600 + hours
-        left = rig.daemon._space.hours_until_eviction()
+        left = hours_until_eviction(rig.daemon._store, rig.daemon._store.limit_bytes())
         used = f"{rig.store.used_bytes() / 2**20:.1f} of {mib} MiB in use"
         used += f", room for {left:g} h more" if left is not None else ""
         announce(f"hour {hour:5.1f}: {rig.sensor.accepted:9} rows, {waiting.messages:6} messages wait, {used}")

@@ -51,8 +51,7 @@ class Site:
 
     def work(self, drift_windows: int, gain: float = 1.0) -> None:
         """Readings for so many drift windows, noise, of which `ax` is multiplied."""
-        store = open_store(self.conf)
-        try:
+        with open_store(self.conf) as store:
             first, n = store.last_row("watch"), drift_windows * 2000
             rng = np.random.default_rng(first)
             t = NOW.wall_us + 20_000 * np.arange(first, first + n, dtype=np.int64)
@@ -63,8 +62,6 @@ class Site:
             task = tasks.load_task(self.file, self.conf, store, "exercise")
             while batch.run(task, store, author, NOW) is not None:
                 pass
-        finally:
-            store.close()
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +116,11 @@ def test_its_picture_shows_the_reference_the_alarm_line_and_the_alert(site: Site
 
 
 def test_messages_of_another_task_are_not_taken_for_its_own(site: Site) -> None:
-    store = Store.open_read_only(site.data, max_size=int(site.conf.buffer.max_size))
-    try:
+    with Store.open_read_only(site.data, max_size=int(site.conf.buffer.max_size)) as store:
         recent = store.recent_messages("drift", "exercise", 5)
         assert [message.topic.split("/")[3:] for message in recent] == [["drift", "exercise"]] * 5
         assert [message.seq for message in recent] == sorted(message.seq for message in recent)
         assert store.recent_messages("drift", "ercise", 5) == []
-    finally:
-        store.close()
 
 
 def test_a_message_that_was_damaged_on_the_disk_is_left_out_and_counted(site: Site, tmp_path: Path) -> None:

@@ -20,15 +20,15 @@ REPEATS = 400
 
 def alike(random: np.random.Generator, correlation: float, count: int) -> np.ndarray:
     """(count,) standard normal, each as alike to the one before."""
-    found = random.normal(size=count)
+    result = random.normal(size=count)
     for i in range(1, count):
-        found[i] = correlation * found[i - 1] + np.sqrt(1 - correlation**2) * found[i]
-    return found
+        result[i] = correlation * result[i - 1] + np.sqrt(1 - correlation**2) * result[i]
+    return result
 
 
 def blocks_of(random: np.random.Generator, correlation: float, count: int, devices: int = 1) -> list[ComparisonBlock]:
     """Agreement wanders around 0.9, labelled gain around -0.05, time around twice, estimate around -0.1."""
-    found = []
+    collected = []
     for device in range(devices):
         wander = alike(random, correlation, count)
         share = 1 / (1 + np.exp(-(2.5 + 0.6 * wander)))
@@ -41,19 +41,21 @@ def blocks_of(random: np.random.Generator, correlation: float, count: int, devic
             outcomes = random.multinomial(m // 2, [0.8, 0.1, 0.05, 0.05])
             model = BundleStats(m, 0.001 * size, expected_accuracy=Moments(m, 0.9, 0.0), abs_error=Moments(m, 1.0, 0.0))
             worse = 1.2 * float(slow[i])
-            beside = BundleStats(
+            other_stats = BundleStats(
                 m, 0.002 * size * float(slow[i]), expected_accuracy=Moments(m, 0.8 + float(doubt[i]), 0.0)
             )
-            beside = BundleStats(*_members(beside)[:4], correct=0, abs_error=Moments(m, worse, 0.0))
-            a, b, c, d = (int(one) for one in outcomes)
-            found.append(
-                ComparisonBlock(ComparisonStats(1, m, same, Moments(), model, beside, (a, b, c, d)), f"pi-{device}")
+            other_stats = BundleStats(*_members(other_stats)[:4], correct=0, abs_error=Moments(m, worse, 0.0))
+            a, b, c, d = (int(entry) for entry in outcomes)
+            collected.append(
+                ComparisonBlock(
+                    ComparisonStats(1, m, same, Moments(), model, other_stats, (a, b, c, d)), f"pi-{device}"
+                )
             )
-    return found
+    return collected
 
 
-def _members(one: BundleStats) -> tuple[int, float, Moments, Moments]:
-    return one.windows, one.seconds, one.scores, one.expected_accuracy
+def _members(stats: BundleStats) -> tuple[int, float, Moments, Moments]:
+    return stats.windows, stats.seconds, stats.scores, stats.expected_accuracy
 
 
 def coverage(
@@ -65,9 +67,9 @@ def coverage(
 ) -> float:
     hits = 0
     for seed in range(REPEATS):
-        found = estimate(blocks_of(np.random.default_rng(seed), correlation, count, devices))
-        assert found is not None
-        hits += found.low <= truth <= found.high
+        result = estimate(blocks_of(np.random.default_rng(seed), correlation, count, devices))
+        assert result is not None
+        hits += result.low <= truth <= result.high
     return hits / REPEATS
 
 
@@ -83,31 +85,31 @@ def test_the_interval_of_agreement_holds_the_truth_as_often_as_it_says(correlati
 
 @pytest.mark.parametrize(("correlation", "count"), [(0.0, 12), (0.4, 20), (0.6, 60)])
 def test_the_interval_of_latency_holds_the_truth_as_often_as_it_says(correlation: float, count: int) -> None:
-    found = coverage(
-        lambda some: paired_intervals.latency_ratio(some, new_is_other=True), 2 * np.exp(0.02), correlation, count
+    share = coverage(
+        lambda part: paired_intervals.latency_ratio(part, new_is_other=True), 2 * np.exp(0.02), correlation, count
     )
-    assert 0.91 <= found <= 0.995
+    assert 0.91 <= share <= 0.995
 
 
 @pytest.mark.parametrize(("correlation", "count"), [(0.0, 12), (0.4, 20), (0.6, 60)])
 def test_the_interval_of_labels_holds_the_truth_as_often_as_it_says(correlation: float, count: int) -> None:
-    found = coverage(
-        lambda some: paired_intervals.labelled_accuracy_gain(some, new_is_other=True), -0.05, correlation, count
+    share = coverage(
+        lambda part: paired_intervals.labelled_accuracy_gain(part, new_is_other=True), -0.05, correlation, count
     )
-    assert 0.91 <= found <= 1
+    assert 0.91 <= share <= 1
 
 
 @pytest.mark.parametrize(("correlation", "count"), [(0.0, 12), (0.4, 20), (0.6, 60)])
 def test_the_interval_of_the_estimate_holds_the_truth_as_often_as_it_says(correlation: float, count: int) -> None:
-    found = coverage(
-        lambda some: paired_intervals.expected_accuracy_gain(some, new_is_other=True), -0.1, correlation, count
+    share = coverage(
+        lambda part: paired_intervals.expected_accuracy_gain(part, new_is_other=True), -0.1, correlation, count
     )
-    assert 0.91 <= found <= 0.995
+    assert 0.91 <= share <= 0.995
 
 
 def test_the_interval_of_errors_holds_the_truth_as_often_as_it_says() -> None:
-    found = coverage(lambda some: paired_intervals.error_ratio(some, new_is_other=True), 1.2 * np.exp(0.02), 0.4, 20)
-    assert 0.91 <= found <= 0.995
+    share = coverage(lambda part: paired_intervals.error_ratio(part, new_is_other=True), 1.2 * np.exp(0.02), 0.4, 20)
+    assert 0.91 <= share <= 0.995
 
 
 def test_with_enough_devices_intervals_count_devices() -> None:
@@ -122,46 +124,46 @@ def test_with_enough_devices_intervals_count_devices() -> None:
 
     hits = 0
     for seed in range(REPEATS):
-        found = paired_intervals.agreement(spread(seed))
-        assert found is not None
-        assert (found.unit_kind, found.unit_count) == ("devices", 8)
-        hits += found.low <= true_share() <= found.high
+        result = paired_intervals.agreement(spread(seed))
+        assert result is not None
+        assert (result.unit_kind, result.unit_count) == ("devices", 8)
+        hits += result.low <= true_share() <= result.high
     assert 0.91 <= hits / REPEATS <= 0.995
 
 
 def test_few_blocks_give_no_interval() -> None:
     few = [ComparisonBlock(ComparisonStats(1, 10_000, 10_000))] * 9
     assert paired_intervals.agreement(few) is None
-    found = verdict.evaluate_limits(RuleLimits(min_agreement=0.5), few, True)
-    assert [(one.rule, one.state) for one in found] == [("agreement", "undecided")]
-    assert "fewer than 10 blocks or 5 devices" in found[0].summary
+    verdicts = verdict.evaluate_rules(RuleLimits(min_agreement=0.5), few, True)
+    assert [(block.rule, block.state) for block in verdicts] == [("agreement", "undecided")]
+    assert "fewer than 10 blocks or 5 devices" in verdicts[0].summary
 
 
 def test_full_agreement_still_has_an_interval_that_shrinks() -> None:
-    some, many = (
+    part, many = (
         paired_intervals.agreement([ComparisonBlock(ComparisonStats(1, 20, 20))] * count) for count in (10, 200)
     )
-    assert some is not None
+    assert part is not None
     assert many is not None
-    assert some.low < 0.95 < many.low
-    assert some.high == many.high == 1.0
+    assert part.low < 0.95 < many.low
+    assert part.high == many.high == 1.0
 
 
 @pytest.mark.parametrize(("limit", "state"), [(0.7, "passed"), (0.99, "failed"), (0.905, "undecided")])
 def test_agreement_is_decided_by_the_whole_interval(limit: float, state: str) -> None:
     blocks = blocks_of(np.random.default_rng(3), 0.3, 60)
-    found = verdict.evaluate_limits(RuleLimits(min_agreement=limit), blocks, True)
-    assert [one.state for one in found] == [state]
-    assert found[0].numbers["low"] < found[0].numbers["value"] < found[0].numbers["high"]
-    assert found[0].numbers["blocks"] == 60
-    assert f"{found[0].numbers['value']:.3f}" in found[0].summary
+    verdicts = verdict.evaluate_rules(RuleLimits(min_agreement=limit), blocks, True)
+    assert [entry.state for entry in verdicts] == [state]
+    assert verdicts[0].numbers["low"] < verdicts[0].numbers["value"] < verdicts[0].numbers["high"]
+    assert verdicts[0].numbers["blocks"] == 60
+    assert f"{verdicts[0].numbers['value']:.3f}" in verdicts[0].summary
 
 
 def test_each_device_rule_detects_the_worse_bundle() -> None:
     blocks = blocks_of(np.random.default_rng(5), 0.3, 150)
     rules = CanaryRules(min_agreement=0.98, max_latency_ratio=1.5, max_accuracy_drop=0.02, max_error_growth=0.05)
-    found = {(one.rule, one.state) for one in verdict.evaluate_rules(rules, blocks, True)}
-    assert found == {
+    verdicts = {(entry.rule, entry.state) for entry in verdict.evaluate_rules(rules, blocks, True)}
+    assert verdicts == {
         ("agreement", "failed"),
         ("latency", "failed"),
         ("error_rate", "passed"),
@@ -173,38 +175,38 @@ def test_each_device_rule_detects_the_worse_bundle() -> None:
 def test_during_a_canary_the_old_bundle_is_the_other_one() -> None:
     blocks = blocks_of(np.random.default_rng(5), 0.3, 150)
     rules = CanaryRules(max_latency_ratio=1.5, max_accuracy_drop=0.02, max_error_growth=0.05)
-    found = verdict.evaluate_rules(rules, blocks, False)
-    assert {one.state for one in found} == {"passed"}
-    assert "errors" not in {one.rule for one in found}, "what fails beside is not the new bundle"
+    verdicts = verdict.evaluate_rules(rules, blocks, False)
+    assert {entry.state for entry in verdicts} == {"passed"}
+    assert "errors" not in {entry.rule for entry in verdicts}, "what fails beside is not the new bundle"
 
 
 def test_the_error_rate_fails_on_one_error_and_passes_with_enough_batches() -> None:
-    one = [ComparisonBlock(ComparisonStats(1, 10, 10))] * 9 + [
+    first = [ComparisonBlock(ComparisonStats(1, 10, 10))] * 9 + [
         ComparisonBlock(ComparisonStats(1, errors=1, error="the model crashed: SIGFPE"))
     ]
-    found = verdict.evaluate_rules(CanaryRules(max_accuracy_drop=None, max_error_growth=None), one, True)
-    assert [(f.rule, f.state) for f in found] == [("error_rate", "failed")]
-    assert "1 of 10 batches failed" in found[0].summary
-    assert "SIGFPE" in found[0].summary
+    verdicts = verdict.evaluate_rules(CanaryRules(max_accuracy_drop=None, max_error_growth=None), first, True)
+    assert [(f.rule, f.state) for f in verdicts] == [("error_rate", "failed")]
+    assert "1 of 10 batches failed" in verdicts[0].summary
+    assert "SIGFPE" in verdicts[0].summary
     none = [ComparisonBlock(ComparisonStats(1, 10, 10))] * 10
-    assert [f.state for f in verdict.evaluate_limits(RuleLimits(max_error_rate=0.0), none, True)] == ["passed"]
-    assert [f.state for f in verdict.evaluate_limits(RuleLimits(max_error_rate=0.0), none[:9], True)] == ["undecided"]
-    assert [f.state for f in verdict.evaluate_limits(RuleLimits(max_error_rate=0.5), one, True)] == ["passed"]
+    assert [f.state for f in verdict.evaluate_rules(RuleLimits(max_error_rate=0.0), none, True)] == ["passed"]
+    assert [f.state for f in verdict.evaluate_rules(RuleLimits(max_error_rate=0.0), none[:9], True)] == ["undecided"]
+    assert [f.state for f in verdict.evaluate_rules(RuleLimits(max_error_rate=0.5), first, True)] == ["passed"]
 
 
 def test_incomparable_bundles_leave_agreement_undecided() -> None:
     blocks = [
         ComparisonBlock(ComparisonStats(1, 10, None, error="one bundle answers as classify, the other as regress"))
     ] * 20
-    found = verdict.evaluate_limits(RuleLimits(min_agreement=0.9), blocks, True)
-    assert [one.state for one in found] == ["undecided"]
-    assert "one bundle answers as classify" in found[0].summary
+    verdicts = verdict.evaluate_rules(RuleLimits(min_agreement=0.9), blocks, True)
+    assert [entry.state for entry in verdicts] == ["undecided"]
+    assert "one bundle answers as classify" in verdicts[0].summary
 
 
 def test_without_data_rules_are_undecided() -> None:
     limits = RuleLimits(0.9, 2.0, 0.1, 0.05, 0.1)
-    found = verdict.evaluate_limits(limits, [], True)
-    assert [(one.rule, one.state) for one in found] == [
+    verdicts = verdict.evaluate_rules(limits, [], True)
+    assert [(entry.rule, entry.state) for entry in verdicts] == [
         ("agreement", "undecided"),
         ("latency", "undecided"),
         ("error_rate", "undecided"),

@@ -1,4 +1,4 @@
-"""What two bundles made of the same windows adds up in any order, and survives the way through a message."""
+"""Comparison statistics of two bundles over the same windows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NUMBERS = st.floats(-1e6, 1e6)
 COUNTS = st.integers(0, 1000)
 
 
-def said(row: Any, **more: Any) -> Predictions:
+def predictions(row: Any, **more: Any) -> Predictions:
     return Predictions(np.asarray(row, np.int64), 0.5, **{name: np.asarray(value) for name, value in more.items()})
 
 
@@ -35,17 +35,19 @@ def tallies(draw: st.DrawFn) -> ComparisonStats:
     labels = draw(st.lists(st.integers(0, 2), min_size=n, max_size=n))
     others = draw(st.lists(st.integers(0, 2), min_size=n, max_size=n))
     rows = np.arange(n)
-    one = said(
+    first = predictions(
         rows,
         label=np.array(labels, np.int64),
         score=np.array([a for a, _ in pairs]),
         correct_probability=np.array(chance),
     )
-    two = said(rows, label=np.array(others, np.int64), score=np.array([b for _, b in pairs]))
+    two = predictions(rows, label=np.array(others, np.int64), score=np.array([b for _, b in pairs]))
     right = draw(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=5))
     outcomes = tally.from_correctness([a for a, _ in right], [b for _, b in right])
     return (
-        tally.compare_batch(AB, one, AB, two) + outcomes + tally.from_abs_errors(np.array(chance), np.array(chance) * 2)
+        tally.compare_batch(AB, first, AB, two)
+        + outcomes
+        + tally.from_abs_errors(np.array(chance), np.array(chance) * 2)
     )
 
 
@@ -58,9 +60,9 @@ def close(a: Any, b: Any) -> bool:
 
 
 @given(st.lists(tallies(), max_size=6), st.randoms())
-def test_statistics_add_up_in_any_order_and_grouping(some: list[ComparisonStats], random: Any) -> None:
-    whole = reduce(add, some, ComparisonStats())
-    mixed = list(some)
+def test_statistics_add_up_in_any_order_and_grouping(parts: list[ComparisonStats], random: Any) -> None:
+    whole = reduce(add, parts, ComparisonStats())
+    mixed = list(parts)
     random.shuffle(mixed)
     while len(mixed) > 1:
         at = random.randrange(len(mixed) - 1)
@@ -70,72 +72,76 @@ def test_statistics_add_up_in_any_order_and_grouping(some: list[ComparisonStats]
 
 
 @given(tallies())
-def test_adding_empty_statistics_changes_nothing(one: ComparisonStats) -> None:
-    assert one + ComparisonStats() == one == ComparisonStats() + one
+def test_adding_empty_statistics_changes_nothing(stats: ComparisonStats) -> None:
+    assert stats + ComparisonStats() == stats == ComparisonStats() + stats
 
 
 @given(st.lists(st.lists(NUMBERS, max_size=5), max_size=5))
 def test_merged_moments_equal_those_of_all_values(parts: list[list[float]]) -> None:
-    found = reduce(tally.merge_moments, [tally.compute_moments(np.array(part)) for part in parts], Moments())
+    stats = reduce(tally.merge_moments, [tally.compute_moments(np.array(part)) for part in parts], Moments())
     every = np.array([value for part in parts for value in part])
-    assert found.n == len(every)
+    assert stats.n == len(every)
     if len(every):
-        assert np.isclose(found.mean, every.mean(), rtol=1e-9, atol=1e-6)
-        assert np.isclose(found.m2, np.square(every - every.mean()).sum(), rtol=1e-6, atol=1e-3)
+        assert np.isclose(stats.mean, every.mean(), rtol=1e-9, atol=1e-6)
+        assert np.isclose(stats.m2, np.square(every - every.mean()).sum(), rtol=1e-6, atol=1e-3)
 
 
 @given(tallies())
-def test_statistics_survive_the_round_trip_through_a_message(one: ComparisonStats) -> None:
-    one = replace(one, errors=one.errors + 1, error="did not answer")
+def test_statistics_survive_the_round_trip_through_a_message(stats: ComparisonStats) -> None:
+    stats = replace(stats, errors=stats.errors + 1, error="did not answer")
     head = {"v": 1, "kind": "shadow", "device": "pi-07", "log": "0" * 8 + "-0000" * 3 + "-" + "0" * 12, "seq": 1}
     head |= {"prev": "", "boot": 1, "time": "2026-11-24T00:00:00Z", "clock": "synced"}
     model = {"name": "m", "version": "1", "digest": "sha256:" + "0" * 64}
     where = {"task": "t", "rollout": "r", "model": model, "other": model, "rows": [1, 9]}
-    body = messages.decode(json.dumps({**head, **where, **one.to_body()}).encode())
+    body = messages.decode(json.dumps({**head, **where, **stats.to_body()}).encode())
     assert isinstance(body, ShadowPayload)
-    assert ComparisonStats.from_message(body) == one
+    assert ComparisonStats.from_message(body) == stats
 
 
 def test_labels_are_compared_by_name_in_any_order() -> None:
     other = OutputKind("classify", ("c", "a", "d"))
-    found = tally.compare_batch(
-        AB, said([1, 2, 3, 4], label=[0, 1, 2, 2]), other, said([1, 2, 3, 4], label=[1, 2, 0, 1])
+    stats = tally.compare_batch(
+        AB, predictions([1, 2, 3, 4], label=[0, 1, 2, 2]), other, predictions([1, 2, 3, 4], label=[1, 2, 0, 1])
     )
-    assert (found.n, found.agreeing) == (4, 2)
+    assert (stats.n, stats.agreeing) == (4, 2)
 
 
 def test_windows_are_matched_by_the_row_they_end_at() -> None:
-    found = tally.compare_batch(AB, said([10, 20, 30], label=[0, 1, 2]), AB, said([20, 25, 30, 40], label=[1, 1, 0, 0]))
-    assert (found.n, found.agreeing) == (2, 1)
-    assert (found.model.windows, found.other.windows) == (3, 4)
+    stats = tally.compare_batch(
+        AB, predictions([10, 20, 30], label=[0, 1, 2]), AB, predictions([20, 25, 30, 40], label=[1, 1, 0, 0])
+    )
+    assert (stats.n, stats.agreeing) == (2, 1)
+    assert (stats.model.windows, stats.other.windows) == (3, 4)
 
 
 def test_expected_accuracy_covers_matched_windows_only() -> None:
-    ours = said([10, 20, 30], label=[0, 1, 2], correct_probability=[0.1, 0.8, 0.9])
-    theirs = said([20, 30, 40], label=[1, 1, 0], correct_probability=[0.5, 0.7, 0.0])
-    found = tally.compare_batch(AB, ours, AB, theirs)
-    assert (found.model.expected_accuracy.n, found.other.expected_accuracy.n) == (2, 2)
-    assert found.model.expected_accuracy.mean == pytest.approx(0.85)
-    assert found.other.expected_accuracy.mean == pytest.approx(0.6)
+    ours = predictions([10, 20, 30], label=[0, 1, 2], correct_probability=[0.1, 0.8, 0.9])
+    theirs = predictions([20, 30, 40], label=[1, 1, 0], correct_probability=[0.5, 0.7, 0.0])
+    stats = tally.compare_batch(AB, ours, AB, theirs)
+    assert (stats.model.expected_accuracy.n, stats.other.expected_accuracy.n) == (2, 2)
+    assert stats.model.expected_accuracy.mean == pytest.approx(0.85)
+    assert stats.other.expected_accuracy.mean == pytest.approx(0.6)
 
 
 def test_multi_label_predictions_agree_if_all_labels_do() -> None:
     kind, other = OutputKind("several", ("x", "y")), OutputKind("several", ("y", "x", "z"))
-    ours = said([1, 2, 3], label_mask=np.array([[1, 0], [1, 1], [0, 0]], bool))
-    theirs = said([1, 2, 3], label_mask=np.array([[0, 1, 0], [1, 1, 1], [0, 0, 0]], bool))
+    ours = predictions([1, 2, 3], label_mask=np.array([[1, 0], [1, 1], [0, 0]], bool))
+    theirs = predictions([1, 2, 3], label_mask=np.array([[0, 1, 0], [1, 1, 1], [0, 0, 0]], bool))
     assert tally.compare_batch(kind, ours, other, theirs).agreeing == 2
 
 
 def test_numeric_predictions_have_a_difference_and_no_agreement() -> None:
     kind = OutputKind("regress")
-    found = tally.compare_batch(kind, said([1, 2], value=[1.0, 2.0]), kind, said([1, 2], value=[1.5, np.nan]))
-    assert (found.n, found.agreeing, found.difference) == (2, None, Moments(1, 0.5, 0.0))
+    stats = tally.compare_batch(
+        kind, predictions([1, 2], value=[1.0, 2.0]), kind, predictions([1, 2], value=[1.5, np.nan])
+    )
+    assert (stats.n, stats.agreeing, stats.difference) == (2, None, Moments(1, 0.5, 0.0))
 
 
 def test_anomaly_predictions_agree_by_their_flag() -> None:
     kind = OutputKind("anomaly")
-    ours = said([1, 2], is_anomaly=[True, False], value=[3.0, 1.0])
-    theirs = said([1, 2], is_anomaly=[True, True], value=[9.0, 8.0])
+    ours = predictions([1, 2], is_anomaly=[True, False], value=[3.0, 1.0])
+    theirs = predictions([1, 2], is_anomaly=[True, True], value=[9.0, 8.0])
     assert tally.compare_batch(kind, ours, kind, theirs).agreeing == 1
 
 
@@ -147,10 +153,12 @@ def test_anomaly_predictions_agree_by_their_flag() -> None:
     ],
 )
 def test_bundles_of_different_kinds_are_reported(other: OutputKind, reason: str) -> None:
-    theirs = said([1, 2], value=[1.0, 2.0]) if other.problem_type == "regress" else said([1, 2], label=[0, 1])
-    found = tally.compare_batch(AB, said([1, 2], label=[0, 1], score=[0.5, 0.6]), other, theirs)
-    assert (found.n, found.agreeing, found.difference.n) == (2, None, 0)
-    assert found.error.startswith(reason)
+    theirs = (
+        predictions([1, 2], value=[1.0, 2.0]) if other.problem_type == "regress" else predictions([1, 2], label=[0, 1])
+    )
+    stats = tally.compare_batch(AB, predictions([1, 2], label=[0, 1], score=[0.5, 0.6]), other, theirs)
+    assert (stats.n, stats.agreeing, stats.difference.n) == (2, None, 0)
+    assert stats.error.startswith(reason)
 
 
 def test_incomparable_windows_make_agreement_unknown() -> None:
@@ -164,13 +172,13 @@ def test_nan_and_too_large_values_are_left_out() -> None:
 
 
 def test_a_failed_batch_counts_with_a_short_error() -> None:
-    found = ComparisonStats(3, 9, 9) + tally.from_failure("the model\ncrashed: " + "x" * 900)
-    assert (found.batches, found.errors, found.n) == (4, 1, 9)
-    assert found.error.startswith("the model crashed: x")
-    assert len(found.error) == 500
+    stats = ComparisonStats(3, 9, 9) + tally.from_failure("the model\ncrashed: " + "x" * 900)
+    assert (stats.batches, stats.errors, stats.n) == (4, 1, 9)
+    assert stats.error.startswith("the model crashed: x")
+    assert len(stats.error) == 500
 
 
 def test_labelled_windows_are_counted_by_outcome() -> None:
-    found = tally.from_correctness([True, True, False, False], [True, False, True, False])
-    assert found.labelled == (1, 1, 1, 1)
-    assert (found.model.correct, found.other.correct) == (2, 2)
+    stats = tally.from_correctness([True, True, False, False], [True, False, True, False])
+    assert stats.labelled == (1, 1, 1, 1)
+    assert (stats.model.correct, stats.other.correct) == (2, 2)

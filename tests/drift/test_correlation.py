@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from agent.drift.detectors import class_means, correlation
 from agent.drift.detectors.class_means import WeightedMeans
 from agent.drift.detectors.detector import Task
-from agent.drift.detectors.registry import CORRELATION
 from agent.drift.numeric.sums import Groups
 
 
@@ -50,42 +49,42 @@ def test_z_is_that_of_the_correlation_coefficient() -> None:
     rows = correlated(np.random.default_rng(1), 2000, 0.6)
     one_class = Groups.from_ids(np.zeros(len(rows), np.int64), 1)
     sums = correlation.sum_products(correlation.quantize_residuals(rows), one_class)
-    found = CORRELATION.means(Task(3, 0, 1, window_rows=1, window=2000), sums)
+    result = correlation.CorrelationDetector().means(Task(3, 0, 1, window_rows=1, window=2000), sums)
     expected = np.arctanh(np.asarray(np.corrcoef(rows.T))[[0, 1, 0], [1, 2, 2]])
-    np.testing.assert_allclose(found.mean[0], expected, atol=2e-3)
-    assert found.weight[0].tolist() == [1997.0] * 3
+    np.testing.assert_allclose(result.mean[0], expected, atol=2e-3)
+    assert result.weight[0].tolist() == [1997.0] * 3
 
 
 def test_model_windows_tell_the_same_z_on_average() -> None:
     windows = correlated(np.random.default_rng(1), 50 * 100, 0.6).reshape(50, 100, 3)
     centred = windows - windows.mean(1, keepdims=True)
     each = correlation.correlate_windows(centred, (centred**2).mean(1), np.full(3, 1e-9))
-    found = class_means.means_from_sums(
+    result = class_means.means_from_sums(
         class_means.sum_by_group(each, Groups.from_ids(np.zeros(len(each), np.int64), 1))
     )
     expected = [np.arctanh(np.asarray(np.corrcoef(window.T))[0, 2]) for window in windows]
-    assert found.mean[0, 2] == pytest.approx(np.mean(expected), abs=1e-5)
+    assert result.mean[0, 2] == pytest.approx(np.mean(expected), abs=1e-5)
 
 
 def test_a_field_that_does_not_move_tells_no_correlation() -> None:
     still = np.random.default_rng(1).normal(size=(4, 100, 3))
     still[:, :, 1] = 0.0
     each = correlation.correlate_windows(still, (still**2).mean(1), np.full(3, 1e-9))
-    found = class_means.means_from_sums(
+    result = class_means.means_from_sums(
         class_means.sum_by_group(each, Groups.from_ids(np.zeros(len(each), np.int64), 1))
     )
-    assert found.weight[0].tolist() == [0.0, 0.0, 4.0]
-    told = class_means.compute_deviations(found, np.zeros((1, 3)))
-    assert np.isnan(told).tolist() == [True, True, False]
+    assert result.weight[0].tolist() == [0.0, 0.0, 4.0]
+    reported = class_means.compute_deviations(result, np.zeros((1, 3)))
+    assert np.isnan(reported).tolist() == [True, True, False]
 
 
 def test_usual_values_leave_out_the_window_they_are_compared_with() -> None:
     z = np.array([[[0.1]], [[0.2]], [[0.9]]])
-    found = WeightedMeans(np.full((3, 1, 1), 10.0), z)
-    assert class_means.pooled_mean(found, 8)[0, 0] == pytest.approx(0.4)
-    assert class_means.leave_one_out_mean(found, 8)[:, 0, 0].tolist() == pytest.approx([0.55, 0.5, 0.15])
+    result = WeightedMeans(np.full((3, 1, 1), 10.0), z)
+    assert class_means.pooled_mean(result, 8)[0, 0] == pytest.approx(0.4)
+    assert class_means.leave_one_out_mean(result, 8)[:, 0, 0].tolist() == pytest.approx([0.55, 0.5, 0.15])
 
 
 def test_a_class_too_rare_to_tell_has_the_correlation_of_all() -> None:
-    found = WeightedMeans(np.array([[[3.0], [97.0]]]), np.array([[[-1.0], [0.5]]]))
-    assert class_means.pooled_mean(found, 8)[:, 0].tolist() == pytest.approx([0.455, 0.5])
+    result = WeightedMeans(np.array([[[3.0], [97.0]]]), np.array([[[-1.0], [0.5]]]))
+    assert class_means.pooled_mean(result, 8)[:, 0].tolist() == pytest.approx([0.455, 0.5])

@@ -12,8 +12,8 @@ from agent.drift.detectors.cusum import Cusum
 def after(*z: float) -> Cusum:
     """One test, given these scores; each window's effect is its own score."""
     state = Cusum.zeros(1)
-    for one in z:
-        state = state.update(np.array([one]), np.array([one]))
+    for item in z:
+        state = state.update(np.array([item]), np.array([item]))
     return state
 
 

@@ -61,7 +61,7 @@ def test_no_night_alarms_once_three_days_were_learned(square: bool) -> None:
     assert site.site.to_dict()["daily"]
 
 
-def test_drift_is_found_beside_a_daily_cycle() -> None:
+def test_drift_is_detected_despite_a_daily_cycle() -> None:
     verdicts, _ = days(1, 8, learn=72, late=1.0)
     assert ("c", 98) in raised(verdicts)
     assert {subject for subject, _ in raised(verdicts)} == {"c"}
@@ -69,8 +69,8 @@ def test_drift_is_found_beside_a_daily_cycle() -> None:
 
 def test_a_reference_of_some_hours_says_so_where_it_alarms_at_another_hour() -> None:
     verdicts, _ = days(2, 2, learn=24, per_day=96)
-    told = [a.summary for v in verdicts for a in v.alerts if a.state == "raised"]
-    assert "; or the time of day: this site's reference knows the hours 00, 01, 02, 03, 04, 05 UTC only" in told[0]
+    alerts = [a.summary for v in verdicts for a in v.alerts if a.state == "raised"]
+    assert "; or the time of day: this site's reference knows the hours 00, 01, 02, 03, 04, 05 UTC only" in alerts[0]
 
 
 def test_where_the_hour_explains_nothing_there_are_no_waves() -> None:
@@ -96,9 +96,7 @@ def test_waves_are_those_of_the_day() -> None:
     ("hours", "strata", "expected"),
     [(80, "auto", True), (60, "auto", False), (30, "hour", True), (80, "none", False), (10, "hour", False)],
 )
-def test_a_cycle_is_looked_for_after_three_days_or_when_asked_after_one(
-    hours: int, strata: str, expected: bool
-) -> None:
+def test_a_cycle_is_tested_after_three_days_or_on_request_after_one(hours: int, strata: str, expected: bool) -> None:
     assert daily_cycle.can_fit_daily(np.arange(hours, dtype=np.int64) * daily_cycle.HOUR_US, strata) is expected
 
 
@@ -118,10 +116,10 @@ def office(
     none = np.zeros(len(t), np.int64)
     state, verdicts = monitor.start(), []
     for begin in range(0, len(t), 14 * 24 * WINDOW):
-        some = slice(begin, begin + 14 * 24 * WINDOW)
+        part = slice(begin, begin + 14 * 24 * WINDOW)
         state, more = monitor.process_batch(
-            state, rows[some].astype(np.float32), np.arange(len(t[some])), 1, none[some], None,
-            rows=(begin + 1, begin + len(t[some])), t=t[some],
+            state, rows[part].astype(np.float32), np.arange(len(t[part])), 1, none[part], None,
+            rows=(begin + 1, begin + len(t[part])), t=t[part],
         )  # fmt: skip
         verdicts += more
     return verdicts, monitor
@@ -153,11 +151,11 @@ def test_weekends_alarm_where_only_the_hour_is_followed() -> None:
 
 def test_two_weeks_of_chance_have_no_days_of_rest() -> None:
     t = np.arange(14 * 24, dtype=np.int64) * daily_cycle.HOUR_US
-    kept = [
+    retained = [
         daily_cycle.fit(np.random.default_rng(seed).normal(size=(len(t), 8)), t).cycle.is_nonzero()
         for seed in range(20)
     ]
-    assert not any(kept)
+    assert not any(retained)
 
 
 def test_two_weeks_that_disagree_have_no_days_of_rest() -> None:

@@ -11,23 +11,30 @@ from agent.drift.numeric import divergence
 
 histograms = st.lists(st.integers(0, 50), min_size=4, max_size=4).filter(any)
 BOUNDS = np.array([0.0, 1.0, 2.0, 4.0, 8.0])
-ONE = np.array(1.0)
+UNIT_SCALE = np.array(1.0)
 
 
 @given(histograms)
-def test_equal_shares_have_no_size_whatever_the_number_of_rows(counts: list[int]) -> None:
+def test_equal_shares_have_no_divergence_for_any_number_of_rows(counts: list[int]) -> None:
     p, q = np.array(counts), np.array(counts) * 7
-    for size in (divergence.psi(p, q), divergence.js(p, q), divergence.ks(p, q), divergence.w1(p, q, BOUNDS, ONE)):
+    for size in (
+        divergence.psi(p, q),
+        divergence.js(p, q),
+        divergence.ks(p, q),
+        divergence.w1(p, q, BOUNDS, UNIT_SCALE),
+    ):
         assert size == pytest.approx(0, abs=1e-7)
 
 
 @given(histograms, histograms)
-def test_sizes_are_symmetric_and_within_their_bounds(one: list[int], other: list[int]) -> None:
-    p, q = np.array(one), np.array(other)
+def test_sizes_are_symmetric_and_within_their_bounds(counts: list[int], other: list[int]) -> None:
+    p, q = np.array(counts), np.array(other)
     assert float(divergence.psi(p, q)) == pytest.approx(float(divergence.psi(q, p)), abs=1e-12)
     assert 0 <= float(divergence.js(p, q)) <= 1 + 1e-12
     assert 0 <= float(divergence.ks(p, q)) <= 1 + 1e-12
-    assert float(divergence.w1(p, q, BOUNDS, ONE)) == pytest.approx(float(divergence.w1(q, p, BOUNDS, ONE)), abs=1e-12)
+    assert float(divergence.w1(p, q, BOUNDS, UNIT_SCALE)) == pytest.approx(
+        float(divergence.w1(q, p, BOUNDS, UNIT_SCALE)), abs=1e-12
+    )
 
 
 def test_psi_is_the_sum_over_bins() -> None:
@@ -59,7 +66,7 @@ def test_w1_agrees_with_a_fine_integral_where_the_curves_cross() -> None:
     grid = np.linspace(0, 8, 400_001)
     curves = [np.interp(grid, BOUNDS, np.concatenate([[0], np.cumsum(c / c.sum())])) for c in (p, q)]
     expected = np.abs(curves[0] - curves[1]).mean() * 8
-    assert float(divergence.w1(p, q, BOUNDS, ONE)) == pytest.approx(expected, rel=1e-4)
+    assert float(divergence.w1(p, q, BOUNDS, UNIT_SCALE)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_w1_of_a_constant_reference_is_zero_not_infinite() -> None:

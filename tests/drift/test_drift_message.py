@@ -61,7 +61,7 @@ def test_numbers_take_the_fewest_characters_and_keep_their_value() -> None:
 
 
 def spoiled(r: Readings) -> Iterator[tuple[str, Readings]]:
-    """The same readings with faults whose sentences tell of values."""
+    """Yield the readings with faults whose sentences contain values."""
     y = r.features[:, 1]
     yield "nothing", r
     yield "saturated", r.changed(1, np.minimum(y, np.quantile(y, 0.8)))
@@ -87,20 +87,20 @@ def test_no_message_says_an_extreme_of_the_data(least: int) -> None:
         for i, verdict in enumerate(verdicts):
             rows = r.windows(i, i + 1).features
             for low, high in zip(rows.min(axis=0).tolist(), rows.max(axis=0).tolist(), strict=True):
-                assert not said(low, verdict, alike=low == high), (name, low)
-                assert not said(high, verdict, alike=low == high), (name, high)
+                assert not mentions(low, verdict, alike=low == high), (name, low)
+                assert not mentions(high, verdict, alike=low == high), (name, high)
     assert {"saturated", "unit", "stuck", "drift"} <= named
 
 
-def said(value: float, verdict: DriftWindowResult, *, alike: bool) -> bool:
-    """Whether a number in the messages of a window is this one; where all rows are `alike`, their mean has to be."""
+def mentions(value: float, verdict: DriftWindowResult, *, alike: bool) -> bool:
+    """Return True if a message of the window contains this number; with `alike` rows their mean has to be there."""
     texts = [encode(alert.to_body("task")).decode() for alert in verdict.alerts]
     texts += [] if alike else [encode(verdict.members).decode()]
     return any(near(value, number) for text in texts for number in numbers(text))
 
 
 def numbers(text: str) -> list[float]:
-    return [float(found) for found in re.findall(r"-?\d+\.\d{3,}(?:e-?\d+)?|-?\d+\.\d+e-?\d+", text)]
+    return [float(result) for result in re.findall(r"-?\d+\.\d{3,}(?:e-?\d+)?|-?\d+\.\d+e-?\d+", text)]
 
 
 def near(value: float, number: float) -> bool:

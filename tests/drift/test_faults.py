@@ -34,35 +34,36 @@ def rows() -> NDArray[np.float64]:
     return readings(9, 1).features.astype(np.float64)
 
 
-def found(shipped: Reference, rows: NDArray[np.float64], units: tuple[str, ...] = ()) -> tuple[str | None, ...]:
+def fault_names(shipped: Reference, rows: NDArray[np.float64], units: tuple[str, ...] = ()) -> tuple[str | None, ...]:
     summary, _ = Summary.empty(shipped).add_rows(shipped, rows, Tail.empty(rows.shape[1]))
     return tuple(fault.name if fault else None for fault in find(summary, shipped, units))
 
 
 def find(summary: Summary, shipped: Reference, units: tuple[str, ...] = ()) -> tuple[Fault | None, ...]:
-    return faults.identify_faults(faults.compute_indicators(stack_one(summary), shipped), 0, summary, shipped, units)
+    windows = stack_one(summary)
+    return faults.identify_faults(faults.compute_indicators(windows, shipped), 0, windows, shipped, units)
 
 
 def test_no_fault_in_clean_windows(shipped: Reference) -> None:
     r = readings(10, 100)
-    flagged = [found(shipped, r.windows(i, i + 1).features.astype(np.float64)) for i in range(100)]
+    flagged = [fault_names(shipped, r.windows(i, i + 1).features.astype(np.float64)) for i in range(100)]
     assert [f for f in flagged if any(f)] == []
 
 
 @pytest.mark.parametrize(("change", "gain"), [(0.5, 1.0), (0.0, 0.6), (0.0, 1.3)])
 def test_drift_is_no_fault(shipped: Reference, rows: NDArray[np.float64], change: float, gain: float) -> None:
     rows[:, 1] = rows[:, 1] * gain + change
-    assert found(shipped, rows) == (None, None, None)
+    assert fault_names(shipped, rows) == (None, None, None)
 
 
 def test_a_value_repeated_for_long_is_stuck(shipped: Reference, rows: NDArray[np.float64]) -> None:
     rows[50:62, 1] = rows[50, 1]
-    assert found(shipped, rows) == (None, "stuck", None)
+    assert fault_names(shipped, rows) == (None, "stuck", None)
 
 
 def test_a_short_repeat_is_not_stuck(shipped: Reference, rows: NDArray[np.float64]) -> None:
     rows[50:60, 1] = rows[50, 1]
-    assert found(shipped, rows) == (None, None, None)
+    assert fault_names(shipped, rows) == (None, None, None)
 
 
 def test_a_value_at_which_the_sensor_rests_may_repeat() -> None:
@@ -71,24 +72,24 @@ def test_a_value_at_which_the_sensor_rests_may_repeat() -> None:
     shipped = build_reference(light, np.arange(12_000), 1, np.zeros(12_000, np.int64), None, 300, fields=("light",))
     assert shipped.rest == ((0.0,),)
     night = np.concatenate([np.zeros(100), rng.normal(50, 5, 200)])[:, None]
-    assert found(shipped, night) == (None,)
+    assert fault_names(shipped, night) == (None,)
     night[150:170] = 47.0
-    assert found(shipped, night) == ("stuck",)
+    assert fault_names(shipped, night) == ("stuck",)
 
 
 def test_a_sensor_with_long_natural_runs_may_have_them(shipped: Reference, rows: NDArray[np.float64]) -> None:
     coarse = replace(shipped, longest=np.array([30, 30, 30]))
     rows[20:160, 0] = 1.0
-    assert found(coarse, rows) == (None, None, None)
+    assert fault_names(coarse, rows) == (None, None, None)
     rows[:, 0] = 1.0
-    assert found(coarse, rows)[0] == "stuck"
+    assert fault_names(coarse, rows)[0] == "stuck"
 
 
 def test_one_absent_value_in_twenty_is_missing(shipped: Reference, rows: NDArray[np.float64]) -> None:
     rows[:10, 2] = np.nan
-    assert found(shipped, rows) == (None, None, None)
+    assert fault_names(shipped, rows) == (None, None, None)
     rows[:11, 2] = np.nan
-    assert found(shipped, rows) == (None, None, "missing")
+    assert fault_names(shipped, rows) == (None, None, "missing")
 
 
 def test_a_sensor_that_often_missed_values_in_the_reference_may_go_on(
@@ -96,16 +97,16 @@ def test_a_sensor_that_often_missed_values_in_the_reference_may_go_on(
 ) -> None:
     patchy = replace(shipped, missing=shipped.n // 10)
     rows[:20, 2] = np.nan
-    assert found(patchy, rows) == (None, None, None)
+    assert fault_names(patchy, rows) == (None, None, None)
 
 
 def test_an_offset_that_is_no_units_is_out_of_range(shipped: Reference, rows: NDArray[np.float64]) -> None:
     rows[:, 0] += 100
-    assert found(shipped, rows)[0] == "out_of_range"
+    assert fault_names(shipped, rows)[0] == "out_of_range"
 
 
 def judged(shipped: Reference, rows: NDArray[np.float64], units: tuple[str, ...] = ()) -> tuple[Fault | None, ...]:
-    """With the statistics of model windows, too."""
+    """Return the faults, with the statistics of model windows."""
     labels = np.zeros(len(rows) // ROWS, np.int64)
     return find(summaries.summarize(shipped, rows, np.arange(len(labels)) * ROWS, labels, None), shipped, units)
 
@@ -199,7 +200,7 @@ def test_two_fields_that_changed_places_are_each_named_with_the_other(
     ]
 
 
-def test_fields_of_different_units_are_not_said_to_have_changed_places(shipped: Reference, learned: DriftState) -> None:
+def test_fields_of_different_units_are_not_reported_as_swapped(shipped: Reference, learned: DriftState) -> None:
     r = readings(20, 2)
     r.features[:, [1, 2]] = r.features[:, [2, 1]]
     assert "swapped" not in {fault for _, fault, _ in alerted(shipped, learned, r, ("g", "g", "rad/s"))}
@@ -216,9 +217,9 @@ def test_a_reversed_sign_is_named(shipped: Reference, learned: DriftState, seed:
 def test_a_converter_that_became_coarser_is_named(shipped: Reference, learned: DriftState, seed: int) -> None:
     r = readings(seed, 2)
     r.features[:, 2] = np.round(r.features[:, 2] * 5) / 5
-    (told,) = alerted(shipped, learned, r, ())
-    assert told[:2] == ("z", "quantized")
-    assert re.fullmatch(r"z: values come in steps about \d+ times as coarse as .*rounding\.", told[2])
+    (alerts,) = alerted(shipped, learned, r, ())
+    assert alerts[:2] == ("z", "quantized")
+    assert re.fullmatch(r"z: values come in steps about \d+ times as coarse as .*rounding\.", alerts[2])
 
 
 def test_rest_and_faster_moves_are_no_coarser_converter(shipped: Reference, learned: DriftState) -> None:
@@ -257,7 +258,7 @@ def test_readings_that_are_cut_off_at_a_limit_are_saturated(shipped: Reference, 
     for i in range(60):
         rows = r.windows(i, i + 1).features.astype(np.float64)
         rows[:, 1] = side * np.minimum(side * rows[:, 1], np.quantile(side * rows[:, 1], 0.85))
-        named.append(found(shipped, rows))
+        named.append(fault_names(shipped, rows))
     assert named.count((None, "saturated", None)) >= 59
 
 
@@ -266,15 +267,15 @@ def test_a_limit_at_which_a_sensor_often_is_by_nature_is_not_saturation() -> Non
     rain = np.maximum(0.0, rng.normal(1, 1, (12_000, 1))).astype(np.float32)
     shipped = build_reference(rain, np.arange(12_000), 1, np.zeros(12_000, np.int64), None, 300, fields=("rain",))
     assert shipped.rest == ((),)
-    assert found(shipped, rain[:300].astype(np.float64)) == (None,)
-    assert found(shipped, np.minimum(rain[:300].astype(np.float64), 1.8)) == ("saturated",)
+    assert fault_names(shipped, rain[:300].astype(np.float64)) == (None,)
+    assert fault_names(shipped, np.minimum(rain[:300].astype(np.float64), 1.8)) == ("saturated",)
 
 
 def test_a_coarse_sensor_at_its_highest_value_is_not_saturated(shipped: Reference) -> None:
     rng, rows = np.random.default_rng(6), readings(14, 1).features.astype(np.float64)
     rows[:, 0] = np.minimum(np.round(rng.normal(2, 1, len(rows))), 2) / 3
     assert (rows[:, 0] == 2 / 3).mean() > 0.5
-    assert found(replace(shipped, longest=shipped.longest + 30), rows)[0] is None
+    assert fault_names(replace(shipped, longest=shipped.longest + 30), rows)[0] is None
 
 
 @given(st.lists(st.lists(st.sampled_from([-2.0, 0.0, 1.0, 1.5, np.nan]), max_size=5), max_size=4), st.randoms())
@@ -294,9 +295,9 @@ def extremes(values: list[float]) -> Extremes:
 
 def test_lone_jumps_are_spikes(shipped: Reference, rows: NDArray[np.float64]) -> None:
     rows[[30, 31, 32], 1] = [0.5, 0.5 + 12 * shipped.jump[1], 0.5]
-    assert found(shipped, rows) == (None, None, None)
+    assert fault_names(shipped, rows) == (None, None, None)
     rows[[130, 131, 132], 1] = [0.5, 0.5 - 12 * shipped.jump[1], 0.5]
-    assert found(shipped, rows) == (None, "spikes", None)
+    assert fault_names(shipped, rows) == (None, "spikes", None)
 
 
 def test_a_step_to_a_new_level_is_no_spike(shipped: Reference, rows: NDArray[np.float64]) -> None:

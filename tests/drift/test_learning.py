@@ -19,7 +19,7 @@ def monitor() -> DriftMonitor:
     return DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=40)
 
 
-def test_a_task_learns_from_more_windows_than_are_kept(monitor: DriftMonitor) -> None:
+def test_a_task_learns_from_more_windows_than_are_stored(monitor: DriftMonitor) -> None:
     many = DriftMonitor(monitor.shipped, labels=LABELS, window=WINDOW, learn_windows=MAX_WINDOWS + 30)
     state, verdicts = feed(many, many.start(), readings(5, MAX_WINDOWS + 31), batch=500)
     learned = [v.index for v in verdicts if v.learned_reference is not None]
@@ -28,7 +28,7 @@ def test_a_task_learns_from_more_windows_than_are_kept(monitor: DriftMonitor) ->
     assert MAX_WINDOWS // 2 <= state.site_reference.drift_windows <= MAX_WINDOWS
 
 
-def wide(fields: int, classes: int) -> tuple[LearningState, Summary, Task]:
+def learning_of_size(fields: int, classes: int) -> tuple[LearningState, Summary, Task]:
     rng = np.random.default_rng(1)
     rows = rng.normal(size=(30 * 40 * 20, fields)).astype(np.float32)
     starts = np.arange(0, len(rows), 20)
@@ -41,21 +41,21 @@ def wide(fields: int, classes: int) -> tuple[LearningState, Summary, Task]:
 
 
 def test_the_learning_state_stays_small_with_many_fields_and_classes() -> None:
-    learning, window, task = wide(24, 20)
-    kept, most = [], 0
+    learning, window, task = learning_of_size(24, 20)
+    retained, most = [], 0
     for number in range(200):
         learning = learning.add(window, task, t=(number * 1000, number * 1000 + 999))
-        kept.append(learning.windows)
+        retained.append(learning.windows)
         most = max(most, len(learning.to_bytes()))
     assert learning.total_windows == 200
-    assert max(kept) <= MIN_RETAINED_WINDOWS
-    assert min(kept[MIN_RETAINED_WINDOWS:]) >= MIN_RETAINED_WINDOWS // 2
+    assert max(retained) <= MIN_RETAINED_WINDOWS
+    assert min(retained[MIN_RETAINED_WINDOWS:]) >= MIN_RETAINED_WINDOWS // 2
     assert most < 3 * MAX_BYTES
 
 
 def timed(*spans: tuple[int, int, int]) -> LearningState:
     """Windows one after the other of (how many, begin, length) µs."""
-    learning, window, task = wide(2, 1)
+    learning, window, task = learning_of_size(2, 1)
     for count, begin, length in spans:
         for number in range(count):
             t = begin + number * length
@@ -89,7 +89,7 @@ def test_a_device_that_is_off_at_night_counts_only_its_hours() -> None:
     assert days.has_steady_clock
 
 
-def test_the_learning_state_is_stored_apart_and_survives_a_restart(monitor: DriftMonitor) -> None:
+def test_the_learning_state_is_stored_separately_and_survives_a_restart(monitor: DriftMonitor) -> None:
     r = readings(6, 60)
     state, _ = feed(monitor, monitor.start(), r.windows(0, 30))
     data, learning = monitor.to_bytes(state), state.learning.to_bytes()

@@ -26,13 +26,13 @@ def alarms(seed: int, windows: int, shift: float = 0.0, together: float = 0.0) -
     most = fit_limit((learned - mean) / sd, 0.0, ALLOTTED)
     rows = rng.normal(size=(windows, SCORES)) @ mixed
     rows[:, :4] += shift
-    now, found = Mewma.zeros(SCORES), []
+    now, collected = Mewma.zeros(SCORES), []
     for window, z in enumerate((rows - mean) / (sd * np.sqrt(1 + 1 / LEARN))):
         now = now.update(z, z, window)
         if now.statistic > most:
-            found.append(window)
+            collected.append(window)
             now = Mewma.zeros(SCORES)
-    return found
+    return collected
 
 
 @pytest.mark.parametrize("together", [0.0, 0.5])
@@ -41,7 +41,7 @@ def test_chance_is_taken_for_a_shift_about_as_often_as_allotted(together: float)
     assert ALLOTTED / 4 < share < 2 * ALLOTTED
 
 
-def test_four_small_shifts_of_sixteen_are_found_in_few_windows() -> None:
+def test_four_small_shifts_of_sixteen_are_detected_in_few_windows() -> None:
     first = [next(iter(alarms(seed, 20, shift=1.28)), 20) + 1 for seed in range(60)]
     assert np.median(first) <= 6
     assert max(first) <= 20

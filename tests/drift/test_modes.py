@@ -32,17 +32,17 @@ REFERENCE = shipped()
 def judged(
     seed: int, *, mode: str, gain: float = 1.0, cuts: tuple[int, ...] = ()
 ) -> tuple[list[DriftWindowResult], bytes]:
-    """Of 40 windows learned and 20 more, in which x has a `gain`."""
+    """Judge 40 learned windows and 20 more, in which x has a `gain`."""
     monitor = DriftMonitor(REFERENCE, labels=(), window=WINDOW, class_field=mode)
     r = readings(seed, 60)
     r.features[40 * WINDOW * ROWS :, 0] *= gain
     state, verdicts = monitor.start(), []
     t = np.arange(len(r.features), dtype=np.int64) * 10_000
     for begin, end in pairwise([0, *cuts, len(r.labels)]):
-        some = slice(begin * ROWS, end * ROWS)
+        part = slice(begin * ROWS, end * ROWS)
         state, more = monitor.process_batch(
-            state, r.features[some], np.arange(end - begin) * ROWS, ROWS, np.zeros(end - begin, np.int64), None,
-            rows=(begin * ROWS + 1, end * ROWS), t=t[some],
+            state, r.features[part], np.arange(end - begin) * ROWS, ROWS, np.zeros(end - begin, np.int64), None,
+            rows=(begin * ROWS + 1, end * ROWS), t=t[part],
             modes=Modes(r.truth[begin:end] + 1, TEXTS) if mode else None,
         )  # fmt: skip
         verdicts += more
@@ -79,7 +79,7 @@ def test_quiet_readings_raise_nothing_within_modes() -> None:
     assert sum(len(v.alerts) for seed in range(6) for v in judged(seed, mode="state")[0]) <= 1
 
 
-def test_a_loss_of_gain_is_found_sooner_within_modes_than_without() -> None:
+def test_a_loss_of_gain_is_detected_sooner_within_modes() -> None:
     with_modes = [first(judged(seed, mode="state", gain=0.7)[0]) for seed in range(6)]
     without = [first(judged(seed, mode="", gain=0.7)[0]) for seed in range(6)]
     assert max(with_modes) <= 4

@@ -46,7 +46,7 @@ def alerts(verdicts: list[DriftWindowResult]) -> list[Alert]:
 def test_any_batches_give_the_same_verdicts_and_the_same_state(
     monitor: DriftMonitor, cuts: list[int], gap: int
 ) -> None:
-    """With gaps of `gap` rows between model windows; through learning and into drift and a stuck sensor."""
+    """Model windows have gaps of `gap` rows; batches reach from learning into drift and a stuck sensor."""
     lead = learning_from(monitor, 20)
     r = readings(8, 26)
     r.features[220 * ROWS :, 0] *= 2.5
@@ -195,7 +195,7 @@ def test_gain_loss_of_one_field_alarms_that_field_and_says_so(monitor: DriftMoni
     assert verdicts[-1].members["state"] == "drift"
 
 
-def test_an_offset_is_told_in_units_and_reference_sd(monitor: DriftMonitor, learned: DriftState) -> None:
+def test_an_offset_is_reported_in_units_and_reference_sd(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(31, 10)
     r.features[:, 2] += 0.5
     _, verdicts = feed(monitor, learned, r)
@@ -207,7 +207,7 @@ def test_an_offset_is_told_in_units_and_reference_sd(monitor: DriftMonitor, lear
     assert raised.evidence["shift"] == pytest.approx(0.5, abs=0.12)
 
 
-def test_a_spread_that_rises_is_told_as_rising(monitor: DriftMonitor, learned: DriftState) -> None:
+def test_a_rising_spread_is_reported_as_rising(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(31, 10)
     r.features[:, 0] += np.random.default_rng(1).normal(0, 1.0, len(r.features)).astype(np.float32)
     _, verdicts = feed(monitor, learned, r)
@@ -215,7 +215,7 @@ def test_a_spread_that_rises_is_told_as_rising(monitor: DriftMonitor, learned: D
     assert "spread rose to" in raised[0].summary
 
 
-def test_drift_is_found_while_a_quarter_of_the_answers_is_wrong(monitor: DriftMonitor, learned: DriftState) -> None:
+def test_drift_is_detected_while_a_quarter_of_predictions_is_wrong(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(31, 12, wrong=0.25)
     r.features[:, 1] *= 0.6
     _, verdicts = feed(monitor, learned, r)
@@ -344,7 +344,7 @@ def test_a_model_that_answers_each_row_is_judged_the_same_way() -> None:
     state, quiet = monitor.start(), 0
     live = tabular(1, 200)
     live[190 * 300 :, 2] *= 1.5
-    found = []
+    collected = []
     for at in range(0, len(live), 7_000):
         part = live[at : at + 7_000]
         count = np.zeros(len(part), np.int64)
@@ -352,12 +352,12 @@ def test_a_model_that_answers_each_row_is_judged_the_same_way() -> None:
         state, verdicts = monitor.process_batch(
             state, part, np.arange(len(part)), 1, count, None, rows=rows, t=np.arange(len(part))
         )
-        found += alerts(verdicts)
+        collected += alerts(verdicts)
         tested = [v for v in verdicts if v.site_digest is not None]
         quiet += sum(v.index + i <= 190 for v in tested for i in range(v.windows))
     assert quiet == 150
-    assert len([a for a in found if a.evidence["window"] <= 190 and a.state == "raised"]) <= 2
-    late = [a for a in found if a.evidence["window"] > 190 and a.subject == "c"]
+    assert len([a for a in collected if a.evidence["window"] <= 190 and a.state == "raised"]) <= 2
+    late = [a for a in collected if a.evidence["window"] > 190 and a.subject == "c"]
     assert late[0].evidence["test"] == "spread"
     assert late[0].evidence["ratio"] == pytest.approx(1.5, abs=0.25)
 
@@ -439,10 +439,10 @@ def test_a_damaged_state_is_read_or_refused_with_a_value_error(monitor: DriftMon
     for at in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=3)):
         content[at] = data.draw(st.integers(0, 255))
     try:
-        found = DriftState.from_bytes(bytes(content))
+        result = DriftState.from_bytes(bytes(content))
     except ValueError:
         return
-    assert DriftState.from_bytes(found.to_bytes()).to_bytes() == found.to_bytes()
+    assert DriftState.from_bytes(result.to_bytes()).to_bytes() == result.to_bytes()
 
 
 @given(st.binary(max_size=100))

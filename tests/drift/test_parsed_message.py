@@ -40,52 +40,54 @@ def body(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_whole_message_is_read() -> None:
-    found = parsed_message.from_message(body(), T)
-    assert found.fields["ax"].n == 39
-    assert found.fields["ax"].histogram().tolist() == [3, *[1] * 32, 4]
-    told = {name: (s.state, s.mean, s.spread, s.limit) for name, s in found.subjects.items()}
-    assert told == {
+    parsed = parsed_message.from_message(body(), T)
+    assert parsed.fields["ax"].n == 39
+    assert parsed.fields["ax"].histogram().tolist() == [3, *[1] * 32, 4]
+    reported = {name: (s.state, s.mean, s.spread, s.limit) for name, s in parsed.subjects.items()}
+    assert reported == {
         "ax": ("ok", 2.0, 3.0, 5.5),
         "output": ("ok", 0.0, 0.0, None),
         "score": ("drift", 0.5, 0.0, 5.0),
         "joint": ("ok", 1.5, 0.0, 3.5),
     }
-    assert found.accuracy == (0.9, 0.8, 1.0)
+    assert parsed.accuracy == (0.9, 0.8, 1.0)
 
 
 def test_a_message_of_another_version_is_read() -> None:
     field = {name: value for name, value in FIELD.items() if name != "cusum"} | {"new": [1]}
-    found = parsed_message.from_message(body(features={"ax": field}, joint=None, output={}, estimate={"error": 0.2}), T)
-    assert set(found.subjects) == {"ax", "output"}
-    assert found.accuracy is None
+    parsed = parsed_message.from_message(
+        body(features={"ax": field}, joint=None, output={}, estimate={"error": 0.2}), T
+    )
+    assert set(parsed.subjects) == {"ax", "output"}
+    assert parsed.accuracy is None
 
 
-def test_fields_beside_a_faulty_one_are_untested_and_not_still_learned() -> None:
+def test_fields_next_to_a_faulty_one_are_untested_and_not_learned() -> None:
     fields = {
         "ax": {**FIELD, "state": "fault"},
         "ay": {**FIELD, "state": "insufficient"},
         "az": {**FIELD, "state": "drift"},
     }
-    found = parsed_message.from_message(body(features=fields, state="fault"), T)
-    assert [found.subjects[name].state for name in fields] == ["fault", "untested", "drift"]
+    parsed = parsed_message.from_message(body(features=fields, state="fault"), T)
+    assert [parsed.subjects[name].state for name in fields] == ["fault", "untested", "drift"]
 
 
 @given(st.dictionaries(st.sampled_from(["features", "output", "joint", "estimate"]), anything))
-def test_whatever_else_it_holds_it_is_read_or_refused(changes: dict[str, Any]) -> None:
+def test_other_content_is_read_or_refused(changes: dict[str, Any]) -> None:
     try:
-        found = parsed_message.from_message(body(**changes), T)
+        parsed = parsed_message.from_message(body(**changes), T)
     except ValueError:
         return
-    assert all(field.n >= 0 for field in found.fields.values())
+    assert all(field.n >= 0 for field in parsed.fields.values())
 
 
 @given(st.sampled_from(sorted(FIELD)), anything)
 def test_a_field_with_a_strange_member_is_read_or_refused(name: str, value: Any) -> None:
     try:
-        found = parsed_message.from_message(body(features={"ax": {**FIELD, name: value}}), T)
+        parsed = parsed_message.from_message(body(features={"ax": {**FIELD, name: value}}), T)
     except ValueError:
         return
-    assert json.dumps(found.fields["ax"].histogram().tolist())
+    assert json.dumps(parsed.fields["ax"].histogram().tolist())
 
 
 @pytest.mark.parametrize(

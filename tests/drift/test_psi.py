@@ -8,7 +8,7 @@ import pytest
 from agent.drift.detectors import psi
 from agent.drift.detectors.cusum import Cusum
 from agent.drift.detectors.psi import PsiConfirmation
-from agent.drift.numeric import false_alarm_budget
+from agent.drift.numeric import divergence, false_alarm_budget
 
 
 def counts(seed: int, windows: int, fields: int = 6) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
@@ -38,7 +38,7 @@ def test_two_of_three_windows_rarely_exceed_a_limit_by_chance() -> None:
         level, allotted = false_alarm_budget.exceedance_level(6), false_alarm_budget.PSI_BUDGET / 6
         limit = psi.fit_limits(psi.leave_one_out_psi(learned), level, allotted)
         sums = PsiConfirmation.empty(6)
-        for beyond in psi.compute_psi(psi.smoothed_shares(learned.sum(0))[None], live) > limit:
+        for beyond in psi.compute_psi(divergence.smoothed_shares(learned.sum(0))[None], live) > limit:
             before = sums.alarm
             sums = sums.update(beyond, np.ones(6, np.bool_), 1)
             alarms += int((sums.alarm & ~before).sum())
@@ -54,7 +54,7 @@ def test_another_shape_is_beyond_its_limit() -> None:
     )
     hollow = np.full(16, 1 / 16) * np.repeat([1.6, 0.4, 0.4, 1.6], 4)
     changed = np.random.default_rng(3).multinomial(300, hollow, size=6)
-    assert (psi.compute_psi(psi.smoothed_shares(learned.sum(0)), changed) > limit).all()
+    assert (psi.compute_psi(divergence.smoothed_shares(learned.sum(0)), changed) > limit).all()
 
 
 def test_one_window_beyond_the_limit_is_no_alarm_and_two_of_three_are() -> None:
@@ -104,11 +104,11 @@ def test_more_tests_and_fewer_learned_windows_ask_for_higher_limits() -> None:
 
 def test_windows_that_are_like_the_one_before_stretch_the_limits() -> None:
     rng = np.random.default_rng(0)
-    apart = rng.normal(size=(80, 12))
-    alike = apart.copy()
+    separate = rng.normal(size=(80, 12))
+    alike = separate.copy()
     for at in range(1, 80):
         alike[at] = 0.4 * alike[at - 1] + 0.9 * alike[at]
-    assert 1.0 <= false_alarm_budget.stretch_factor(false_alarm_budget.autocorrelation(apart)) < 1.15
+    assert 1.0 <= false_alarm_budget.stretch_factor(false_alarm_budget.autocorrelation(separate)) < 1.15
     assert 1.7 < false_alarm_budget.stretch_factor(false_alarm_budget.autocorrelation(alike)) <= 3.0
     assert false_alarm_budget.stretch_factor(false_alarm_budget.autocorrelation(np.zeros((40, 3)))) == pytest.approx(
         1.0, abs=0.06

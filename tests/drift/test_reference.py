@@ -73,7 +73,7 @@ def test_a_reference_from_few_drift_windows_carries_a_warning(shipped: Reference
     assert shipped.warning is None
 
 
-def test_a_reference_whose_halves_differ_is_refused() -> None:
+def test_a_reference_with_different_halves_is_refused() -> None:
     r = readings(1, 60)
     r.features[6_000:, 1] += 5
     with pytest.raises(BadBundle, match=r"changed between the first and the second half \(y mean\)"):
@@ -160,10 +160,10 @@ def test_a_damaged_reference_is_read_as_a_sound_one_or_refused(shipped: Referenc
     for at in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=3)):
         content[at] = data.draw(st.sampled_from(b'0123456789.,-eE[]{}":n\\ \xff\x00'))
     try:
-        found = Reference.from_json(bytes(content))
+        result = Reference.from_json(bytes(content))
     except BadBundle:
         return
-    assert Reference.from_json(found.to_json()).digest == found.digest
+    assert Reference.from_json(result.to_json()).digest == result.digest
 
 
 @given(st.binary(max_size=200) | st.text(alphabet='[]{}":,0e-', max_size=80).map(str.encode))

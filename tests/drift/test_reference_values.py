@@ -26,7 +26,7 @@ from agent.performance.metrics import LabelledPredictions
 from scripts.kit import reference_data as data
 from scripts.kit.reference_data import Values
 
-TOLD: dict[str, Any] = json.loads((Path(__file__).parents[1] / "kit" / "reference_values.json").read_text())
+REPORTED: dict[str, Any] = json.loads((Path(__file__).parents[1] / "kit" / "reference_values.json").read_text())
 EXACT = 1e-9
 REFERENCE, OTHERS = data.samples()
 EDGES = data.edges(REFERENCE)
@@ -38,35 +38,35 @@ def counts(values: Values, edges: Values) -> np.ndarray[tuple[int, ...], np.dtyp
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_psi_and_js_on_given_bins_are_those_of_evidently_and_scipy(name: str) -> None:
-    p, q, told = counts(REFERENCE, EDGES), counts(OTHERS[name], EDGES), TOLD["sizes"][name]
-    assert float(divergence.psi(p, q)) == pytest.approx(told["psi_evidently"], rel=EXACT)
-    assert float(divergence.js(p, q)) == pytest.approx(told["js_scipy"], rel=EXACT)
+    p, q, reported = counts(REFERENCE, EDGES), counts(OTHERS[name], EDGES), REPORTED["sizes"][name]
+    assert float(divergence.psi(p, q)) == pytest.approx(reported["psi_evidently"], rel=EXACT)
+    assert float(divergence.js(p, q)) == pytest.approx(reported["js_scipy"], rel=EXACT)
     # Evidently's has base e: the divergence is ln 2 times ours, its root the distance.
-    assert float(divergence.js(p, q)) * np.sqrt(np.log(2)) == pytest.approx(told["js_evidently_base_e"], rel=EXACT)
+    assert float(divergence.js(p, q)) * np.sqrt(np.log(2)) == pytest.approx(reported["js_evidently_base_e"], rel=EXACT)
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_ks_with_a_bin_for_each_value_is_scipys_and_on_32_bins_a_bound_below_it(name: str) -> None:
-    told, other = TOLD["sizes"][name]["ks_scipy_exact"], OTHERS[name]
+def test_ks_equals_scipy_and_on_32_bins_is_a_lower_bound(name: str) -> None:
+    reported, other = REPORTED["sizes"][name]["ks_scipy_exact"], OTHERS[name]
     each = np.unique(np.concatenate([REFERENCE, other]))
-    assert float(divergence.ks(counts(REFERENCE, each), counts(other, each))) == pytest.approx(told, rel=EXACT)
+    assert float(divergence.ks(counts(REFERENCE, each), counts(other, each))) == pytest.approx(reported, rel=EXACT)
     on_bins = float(divergence.ks(counts(REFERENCE, EDGES), counts(other, EDGES)))
-    assert on_bins <= told + EXACT
-    assert told - on_bins <= largest_within_a_bin(REFERENCE, other, EDGES) + EXACT
+    assert on_bins <= reported + EXACT
+    assert reported - on_bins <= largest_within_a_bin(REFERENCE, other, EDGES) + EXACT
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_w1_is_scipys_within_the_bins_widths(name: str) -> None:
-    told, other, sd = TOLD["sizes"][name], OTHERS[name], np.asarray(REFERENCE.std())
+    reported, other, sd = REPORTED["sizes"][name], OTHERS[name], np.asarray(REFERENCE.std())
     low, high = np.minimum(REFERENCE.min(), other.min()), np.maximum(REFERENCE.max(), other.max())
     bounds = np.array([low, *EDGES, high])
     ours = float(divergence.w1(counts(REFERENCE, EDGES), counts(other, EDGES), bounds, sd))
-    assert abs(ours - told["w1_evidently_sd"]) <= w1_tolerance(REFERENCE, other, bounds) / float(sd)
-    assert told["w1_evidently_sd"] * float(sd) == pytest.approx(told["w1_scipy"], rel=EXACT)
+    assert abs(ours - reported["w1_evidently_sd"]) <= w1_tolerance(REFERENCE, other, bounds) / float(sd)
+    assert reported["w1_evidently_sd"] * float(sd) == pytest.approx(reported["w1_scipy"], rel=EXACT)
 
 
 def largest_within_a_bin(p: Values, q: Values, edges: Values) -> float:
-    """How far the gap of the two cumulative curves inside a bin goes beyond that at the bin's ends, at most."""
+    """Return by how much the gap of the cumulative curves inside a bin exceeds that at its ends, at most."""
     each = np.unique(np.concatenate([p, q]))
     gap = np.cumsum(counts(p, each)[1:] / len(p) - counts(q, each)[1:] / len(q))
     places, most = data.binned(each, edges), 0.0
@@ -115,15 +115,15 @@ def test_w1_is_within_the_bins_widths_of_the_area_between_the_curves(p: Values, 
 
 
 def test_ece_is_nannymls_and_brier_scikit_learns() -> None:
-    few, told = data.answers(7, 1000), TOLD["calibration"]
-    found = _metrics(("a", "b"), LabelledPredictions(few.truth.astype(float), few.named, few.top))
-    assert found["ece"] == pytest.approx(told["ece_nannyml"], abs=1e-6)
-    assert found["brier_top"] == pytest.approx(told["brier_top_sklearn"], abs=1e-6)
+    few, reported = data.answers(7, 1000), REPORTED["calibration"]
+    result = _metrics(("a", "b"), LabelledPredictions(few.truth.astype(float), few.named, few.top))
+    assert result["ece"] == pytest.approx(reported["ece_nannyml"], abs=1e-6)
+    assert result["brier_top"] == pytest.approx(reported["brier_top_sklearn"], abs=1e-6)
     exact = metrics.compute_value("ece", "classify", LabelledPredictions(few.truth.astype(float), few.named, few.top))
-    assert exact == pytest.approx(told["ece_nannyml"], rel=EXACT)
+    assert exact == pytest.approx(reported["ece_nannyml"], rel=EXACT)
     scores, truth = data.read_exercise("crossval")
     seven = LabelledPredictions(truth.astype(float), scores.argmax(1), scores.max(1), probabilities=scores)
-    assert _metrics(tuple("abcdefg"), seven)["brier"] == pytest.approx(told["brier_sklearn"], abs=1e-6)
+    assert _metrics(tuple("abcdefg"), seven)["brier"] == pytest.approx(reported["brier_sklearn"], abs=1e-6)
 
 
 def _metrics(labels: tuple[str, ...], pairs: LabelledPredictions) -> dict[str, float | None]:
@@ -137,45 +137,45 @@ def ours(known_top: Values, right: Any, top: Values) -> float:
     """From a score table of the reference answers, as a bundle's is made."""
     edges = data.edges(known_top)
     table, correct = counts(known_top, edges), counts(known_top[right], edges)
-    found = cbpe.estimate_accuracy(table, correct, counts(top, edges))
-    assert found is not None
-    return float(found["accuracy"])
+    result = cbpe.estimate_accuracy(table, correct, counts(top, edges))
+    assert result is not None
+    return float(result["accuracy"])
 
 
-def apart(name: str, n: int) -> Values:
+def cbpe_differences(name: str, n: int) -> Values:
     """Ours less NannyML's, of each seed."""
-    told = TOLD["cbpe"][name]
-    pairs = [(data.answers(seed, n), data.less_sure(seed)) for seed in range(len(told))]
-    return np.array([ours(a.top, a.right, b.top) - one for (a, b), one in zip(pairs, told, strict=True)])
+    reported = REPORTED["cbpe"][name]
+    pairs = [(data.answers(seed, n), data.less_sure(seed)) for seed in range(len(reported))]
+    return np.array([ours(a.top, a.right, b.top) - entry for (a, b), entry in zip(pairs, reported, strict=True)])
 
 
-def test_expected_accuracy_is_nannymls_within_two_thousandths_at_40_000_reference_answers() -> None:
-    assert np.abs(apart("40000_named", 40_000)).max() <= 0.002
+def test_expected_accuracy_equals_nannyml_at_40_000_reference_predictions() -> None:
+    assert np.abs(cbpe_differences("40000_named", 40_000)).max() <= 0.002
 
 
-def test_at_1620_reference_answers_it_is_so_on_average_and_never_off_by_more_than_four() -> None:
-    off = np.abs(apart("1620_named", 1620))
+def test_expected_accuracy_is_near_nannyml_at_1620_predictions() -> None:
+    off = np.abs(cbpe_differences("1620_named", 1620))
     assert off.mean() <= 0.002
     assert off.max() <= 0.004
 
 
 def test_nannyml_with_separate_calibration_differs_by_a_hundredth() -> None:
     """One table for both answers cannot tell that one of them is surer than it should be by more than the other."""
-    assert np.abs(apart("40000", 40_000)).max() <= 0.005
-    assert np.abs(apart("1620", 1620)).max() <= 0.01
+    assert np.abs(cbpe_differences("40000", 40_000)).max() <= 0.005
+    assert np.abs(cbpe_differences("1620", 1620)).max() <= 0.01
 
 
 def test_our_accuracy_estimate_is_as_near_to_the_truth_as_nannymls() -> None:
     """NannyML calibrates each of the seven scores of each answer; we have its top score only."""
     scores, truth = data.read_exercise("crossval")
     later, true = data.read_exercise("leave_one_out")
-    found, share = ours(scores.max(1), scores.argmax(1) == truth, later.max(1)), (later.argmax(1) == true).mean()
-    assert found == pytest.approx(share, abs=0.01)
-    assert TOLD["cbpe"]["exercise"] == pytest.approx(share, abs=0.01)
+    result, share = ours(scores.max(1), scores.argmax(1) == truth, later.max(1)), (later.argmax(1) == true).mean()
+    assert result == pytest.approx(share, abs=0.01)
+    assert REPORTED["cbpe"]["exercise"] == pytest.approx(share, abs=0.01)
 
 
-def test_beside_the_truth_neither_of_the_two_is_better_at_1620_reference_answers() -> None:
+def test_neither_estimate_is_nearer_the_truth_at_1620_predictions() -> None:
     many = [(data.answers(seed, 1620), data.less_sure(seed)) for seed in range(20)]
     share = np.array([later.right.mean() for _, later in many])
     mine = np.array([ours(known.top, known.right, later.top) for known, later in many])
-    assert np.abs(mine - share).mean() <= np.abs(TOLD["cbpe"]["1620"] - share).mean() + 0.001
+    assert np.abs(mine - share).mean() <= np.abs(REPORTED["cbpe"]["1620"] - share).mean() + 0.001

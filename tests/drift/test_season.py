@@ -19,10 +19,10 @@ def after(shape: Shape, seed: int = 0, days: float = 6.0) -> SlowTrend:
     """Windows of an hour with scores of sd 1 around `shape` of days (n,) → (n, 3)."""
     hours = np.arange(int(days * 24))
     z = np.random.default_rng(seed).normal(size=(len(hours), 3)) + shape(hours / 24)
-    found = SlowTrend()
+    result = SlowTrend()
     for hour, scores in zip(hours.tolist(), z, strict=True):
-        found = found.add(scores[None], np.array([hour * HALF_DAY_US // 12]))
-    return found
+        result = result.add(scores[None], np.array([hour * HALF_DAY_US // 12]))
+    return result
 
 
 def together(d: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -47,17 +47,17 @@ def each_day(d: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def test_fields_that_move_slowly_together_follow_the_surroundings() -> None:
     for seed in range(10):
-        found = after(together, seed)
-        assert season.guess_cause(0, found, FIELDS) == (
+        result = after(together, seed)
+        assert season.guess_cause(0, result, FIELDS) == (
             "the season or a slow change of the surroundings: b moved as slowly, for more than a day"
         )
-        assert season.guess_cause(2, found, FIELDS) == ""
+        assert season.guess_cause(2, result, FIELDS) == ""
 
 
 @pytest.mark.parametrize("shape", [alone, at_once, within_hours, each_day, lambda d: 0 * together(d)])
 def test_nothing_else_is_taken_for_the_surroundings(shape: Shape) -> None:
-    told = [season.guess_cause(i, after(shape, seed), FIELDS) for seed in range(10) for i in range(3)]
-    assert set(told) == {""}
+    reported = [season.guess_cause(i, after(shape, seed), FIELDS) for seed in range(10) for i in range(3)]
+    assert set(reported) == {""}
 
 
 def test_less_than_a_day_is_no_season() -> None:
@@ -65,12 +65,12 @@ def test_less_than_a_day_is_no_season() -> None:
 
 
 def test_only_the_last_week_is_remembered_and_a_clock_set_back_begins_anew() -> None:
-    found = after(together, days=30)
-    assert len(found.half_day) == season.MAX_HALF_DAYS
-    assert len(found.add(np.zeros((1, 3)), np.array([0])).half_day) == 1
+    result = after(together, days=30)
+    assert len(result.half_day) == season.MAX_HALF_DAYS
+    assert len(result.add(np.zeros((1, 3)), np.array([0])).half_day) == 1
 
 
 def test_scores_that_are_missing_leave_the_mean_as_it_was() -> None:
-    one = SlowTrend().add(np.array([[1.0, np.nan], [3.0, 2.0], [np.nan, 4.0]]), np.array([0, 1, 2]))
-    np.testing.assert_allclose(one.mean, [[2.0, 3.0]])
-    np.testing.assert_array_equal(one.n, [[2, 2]])
+    first = SlowTrend().add(np.array([[1.0, np.nan], [3.0, 2.0], [np.nan, 4.0]]), np.array([0, 1, 2]))
+    np.testing.assert_allclose(first.mean, [[2.0, 3.0]])
+    np.testing.assert_array_equal(first.n, [[2, 2]])

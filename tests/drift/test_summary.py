@@ -32,24 +32,24 @@ def shipped() -> Reference:
 
 @pytest.fixture(scope="module")
 def by_row() -> Reference:
-    """Of a model that answers each row."""
+    """Return the reference of a model that answers each row."""
     made = readings(1, 40)
     labels = np.repeat(made.labels, ROWS)
     scores = np.repeat(made.scores, ROWS, axis=0)
     return build_reference(made.features, np.arange(len(labels)), 1, labels, scores, 200, fields=FIELDS, labels=LABELS)
 
 
-def of(shipped: Reference, rows: NDArray[np.float64], labels: NDArray[np.int64]) -> Summary:
+def summarize(shipped: Reference, rows: NDArray[np.float64], labels: NDArray[np.int64]) -> Summary:
     return summaries.summarize(shipped, rows, np.arange(len(labels)) * ROWS, labels, np.linspace(0.4, 1.0, len(labels)))
 
 
 def shown(stack: Summary) -> MessageSums:
-    """What a message of each window shows."""
+    """Return the sums that a message of each window shows."""
     return MessageSums.stack([MessageSums.from_summaries(stack, slice(i, i + 1)) for i in range(len(stack.counts))])
 
 
-def described(one: Summary, shipped: Reference) -> dict[str, Any]:
-    return drift_message.build_features(shown(stack_one(one)), shipped)[0]
+def described(summary: Summary, shipped: Reference) -> dict[str, Any]:
+    return drift_message.build_features(shown(stack_one(summary)), shipped)[0]
 
 
 @st.composite
@@ -70,16 +70,16 @@ def parts(draw: st.DrawFn) -> list[tuple[NDArray[np.float64], NDArray[np.int64]]
 def test_parts_merged_in_any_order_and_grouping_equal_the_whole(
     shipped: Reference, made: list[tuple[NDArray[np.float64], NDArray[np.int64]]], rng: object
 ) -> None:
-    merged = [of(shipped, rows, labels) for rows, labels in made]
+    merged = [summarize(shipped, rows, labels) for rows, labels in made]
     while len(merged) > 1:
         rng.shuffle(merged)  # type: ignore[attr-defined]
         merged = [merged[0].merge(merged[1]), *merged[2:]]
     parts_together = merged[0]
     rows = np.concatenate([rows for rows, _ in made])
-    whole = of(shipped, rows, np.concatenate([labels for _, labels in made]))
+    whole = summarize(shipped, rows, np.concatenate([labels for _, labels in made]))
     for member in ("counts", "missing", "outside", "output"):
         np.testing.assert_array_equal(getattr(parts_together, member), getattr(whole, member))
-    for name in ("correlation", "speed"):
+    for name in ("correlation", "sampling_rate"):
         np.testing.assert_array_equal(parts_together.detectors[name], whole.detectors[name])
     origin = shipped.origin[:3]
     ours, theirs = parts_together.row_sums.moments(origin), whole.row_sums.moments(origin)
@@ -115,8 +115,8 @@ def test_rows_added_in_any_batches_give_the_same_bytes(shipped: Reference, seed:
 
 
 def test_the_empty_summary_changes_nothing(shipped: Reference) -> None:
-    one = of(shipped, readings(5, 1).features.astype(np.float64), readings(5, 1).labels)
-    assert one.merge(Summary.empty(shipped)).to_bytes() == one.to_bytes()
+    first = summarize(shipped, readings(5, 1).features.astype(np.float64), readings(5, 1).labels)
+    assert first.merge(Summary.empty(shipped)).to_bytes() == first.to_bytes()
 
 
 def test_summaries_under_different_references_are_not_merged(shipped: Reference) -> None:
@@ -125,10 +125,10 @@ def test_summaries_under_different_references_are_not_merged(shipped: Reference)
 
 
 def test_a_summary_survives_its_bytes(shipped: Reference) -> None:
-    one = of(shipped, readings(5, 1).features.astype(np.float64), readings(5, 1).labels)
-    again = Summary.from_bytes(one.to_bytes())
-    assert again.to_bytes() == one.to_bytes()
-    assert described(again, shipped) == described(one, shipped)
+    first = summarize(shipped, readings(5, 1).features.astype(np.float64), readings(5, 1).labels)
+    again = Summary.from_bytes(first.to_bytes())
+    assert again.to_bytes() == first.to_bytes()
+    assert described(again, shipped) == described(first, shipped)
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x00", b"\x80", b"\xc1" * 9])
@@ -164,8 +164,8 @@ def test_rows_of_overlapping_model_windows_are_counted_once(shipped: Reference) 
 
 def test_the_message_has_the_documented_members_and_stays_small(shipped: Reference) -> None:
     r = readings(5, 1)
-    one = of(shipped, r.features.astype(np.float64), r.labels)
-    got, output = described(one, shipped), drift_message.build_output(shown(stack_one(one)), shipped)[0]
+    first = summarize(shipped, r.features.astype(np.float64), r.labels)
+    got, output = described(first, shipped), drift_message.build_output(shown(stack_one(first)), shipped)[0]
     assert tuple(got) == FIELDS
     feature = got["x"]
     assert set(feature) == {"counts", "missing", "below", "above", "mean", "m2", "psi", "js", "ks", "w1"}
@@ -178,19 +178,19 @@ def test_the_message_has_the_documented_members_and_stays_small(shipped: Referen
 
 
 def test_no_bin_tells_of_fewer_rows_than_privacy_asks_for(shipped: Reference) -> None:
-    one = of(shipped, readings(5, 1).features.astype(np.float64), readings(5, 1).labels)
+    first = summarize(shipped, readings(5, 1).features.astype(np.float64), readings(5, 1).labels)
     for least in (2, 5, 60, 10_000):
-        for field in drift_message.build_features(shown(stack_one(one)), shipped, least)[0].values():
+        for field in drift_message.build_features(shown(stack_one(first)), shipped, least)[0].values():
             counts = [field["below"], *field["counts"], field["above"]]
             assert sum(counts) == 200
             assert all(n == 0 or n >= min(least, 200) for n in counts)
 
 
 def test_answers_named_too_seldom_are_counted_together(shipped: Reference) -> None:
-    one = of(shipped, readings(5, 1).features.astype(np.float64), np.array([0] * 7 + [1] * 2 + [2]))
-    assert drift_message.build_output(shown(stack_one(one)), shipped, 3)[0]["counts"] == {"idle": 7, "other": 3}
-    assert drift_message.build_output(shown(stack_one(one)), shipped, 5)[0]["counts"] == {"other": 10}
-    assert drift_message.build_output(shown(stack_one(one)), shipped)[0]["counts"] == {"idle": 7, "walk": 2, "run": 1}
+    first = summarize(shipped, readings(5, 1).features.astype(np.float64), np.array([0] * 7 + [1] * 2 + [2]))
+    assert drift_message.build_output(shown(stack_one(first)), shipped, 3)[0]["counts"] == {"idle": 7, "other": 3}
+    assert drift_message.build_output(shown(stack_one(first)), shipped, 5)[0]["counts"] == {"other": 10}
+    assert drift_message.build_output(shown(stack_one(first)), shipped)[0]["counts"] == {"idle": 7, "walk": 2, "run": 1}
 
 
 @given(
@@ -219,23 +219,23 @@ def test_windows_summarized_at_once_have_the_bytes_of_one_after_another(
     labels = rng.integers(0, 3, (windows, len(starts)))
     top = rng.random((windows, len(starts)))
     top[rng.random(top.shape) < 0.1] = np.nan
-    found = window_statistics.compute_statistics(
+    result = window_statistics.compute_statistics(
         rows.reshape(-1, 3),
         (np.arange(windows)[:, None] * 200 + starts).ravel(),
         window_rows,
         used.floor,
     )
     times = np.diff(t, axis=1) if window_rows == 1 else t[:, starts + window_rows - 1] - t[:, starts]
-    stack = summaries.summarize_windows(used, rows, times, found, labels.ravel(), top.ravel(), labels.ravel())
+    stack = summaries.summarize_windows(used, rows, times, result, labels.ravel(), top.ravel(), labels.ravel())
     for number in range(windows):
-        one, _ = Summary.empty(used).add_rows(used, rows[number], Tail.empty(3))
-        some = slice(number * len(starts), (number + 1) * len(starts))
-        one = one.add_times(t[number], starts, used, 0)
-        measures = {name: numbers[some] for name, numbers in found.measures.items()}
-        stats = WindowStatistics(found.values[some], measures)
-        one = one.add_windows(used, stats, labels[number], top[number])
-        assert summaries.select_window(stack, number).to_bytes() == one.to_bytes()
-        assert drift_message.build_features(shown(stack), used)[number] == described(one, used)
+        first, _ = Summary.empty(used).add_rows(used, rows[number], Tail.empty(3))
+        part = slice(number * len(starts), (number + 1) * len(starts))
+        first = first.add_times(t[number], starts, used, 0)
+        measures = {name: numbers[part] for name, numbers in result.measures.items()}
+        stats = WindowStatistics(result.values[part], measures)
+        first = first.add_windows(used, stats, labels[number], top[number])
+        assert summaries.select_window(stack, number).to_bytes() == first.to_bytes()
+        assert drift_message.build_features(shown(stack), used)[number] == described(first, used)
 
 
 @given(st.sampled_from(["C", "F"]), st.integers(1, 3), st.lists(st.integers(0, 300), max_size=5))
@@ -255,12 +255,12 @@ def test_sums_have_the_same_bits_however_rows_lie_in_memory_and_are_cut(
     assert parts.total.tobytes() == whole.total.tobytes()
     assert parts.squares.tobytes() == whole.squares.tobytes()
     assert parts.n.tolist() == whole.n.tolist()
-    one, at_once = (
+    first, at_once = (
         GroupSums.zeros(1, columns),
         GroupSums.from_rows(np.asarray(values.reshape(3, 100, columns), order=order)),
     )
     for number in range(3):
-        alone = one.add(Groups.from_ids(np.zeros(100, np.int64), 1), values[100 * number : 100 * (number + 1)])
+        alone = first.add(Groups.from_ids(np.zeros(100, np.int64), 1), values[100 * number : 100 * (number + 1)])
         assert at_once.total[number].tobytes() == alone.total.tobytes()
         assert at_once.squares[number].tobytes() == alone.squares.tobytes()
         assert at_once.n[number].tolist() == alone.n.tolist()
@@ -268,6 +268,6 @@ def test_sums_have_the_same_bits_however_rows_lie_in_memory_and_are_cut(
 
 def test_no_reading_is_in_the_message(shipped: Reference) -> None:
     r = readings(5, 1)
-    text = json.dumps(described(of(shipped, r.features.astype(np.float64), r.labels), shipped))
+    text = json.dumps(described(summarize(shipped, r.features.astype(np.float64), r.labels), shipped))
     for value in (*r.features.min(0), *r.features.max(0), *r.features[7]):
         assert f"{value:.4g}" not in text

@@ -70,13 +70,13 @@ def test_two_fields_that_begin_to_correlate_are_reported_as_joint() -> None:
     assert alert.evidence["window"] - LEARN <= 5
 
 
-def test_fields_that_drift_by_themselves_are_not_told_again_as_joint() -> None:
+def test_fields_with_their_own_drift_are_not_reported_as_joint() -> None:
     rows = table(1, LEARN + 12)
     rows[LEARN * 200 :, 4] += 2 * np.random.default_rng(7).normal(size=12 * 200)
     assert {a.subject for a in raised(watch(rows))} == {"f4"}
 
 
-def test_another_shape_of_the_same_mean_and_spread_is_found() -> None:
+def test_another_shape_of_the_same_mean_and_spread_is_detected() -> None:
     rows = table(1, LEARN + 12)
     late = rows[LEARN * 200 :, 5]
     rows[LEARN * 200 :, 5] = 0.9 * np.sign(late) + np.sqrt(0.19) * np.random.default_rng(7).normal(size=len(late))
@@ -85,20 +85,20 @@ def test_another_shape_of_the_same_mean_and_spread_is_found() -> None:
     assert "values are spread otherwise than in this site's reference" in alert.summary
 
 
-def test_a_ramp_is_told_from_a_step_where_the_windows_show_it() -> None:
-    told = {"step": 0, "ramp": 0}
+def test_a_ramp_is_distinguished_from_a_step() -> None:
+    reported = {"step": 0, "ramp": 0}
     for seed in range(6):
         for kind, change in (("step", 0.2), ("ramp", np.linspace(0, 0.5, 20 * 200))):
             rows = table(seed, LEARN + 20)
             rows[LEARN * 200 :, 3] += change
             alert = next(a for a in raised(watch(rows)) if a.subject == "f3")
             assert (", and goes on: a slow ramp; likely " in alert.summary) == alert.evidence["ramp"]
-            told[kind] += alert.evidence["ramp"]
-    assert told["step"] == 0
-    assert told["ramp"] >= 2
+            reported[kind] += alert.evidence["ramp"]
+    assert reported["step"] == 0
+    assert reported["ramp"] >= 2
 
 
-def test_a_model_that_becomes_less_sure_is_told_with_what_it_costs(monitor: DriftMonitor, learned: DriftState) -> None:
+def test_a_less_certain_model_is_reported_with_the_lost_accuracy(monitor: DriftMonitor, learned: DriftState) -> None:
     r = readings(31, 14)
     unsure = replace(r, scores=(0.55 * r.scores + 0.15).astype(np.float32))
     _, verdicts = feed(monitor, learned, unsure)
@@ -109,7 +109,7 @@ def test_a_model_that_becomes_less_sure_is_told_with_what_it_costs(monitor: Drif
     assert verdicts[-1].members["output"]["score"]["state"] == "drift"
 
 
-def test_answers_in_other_shares_are_told_by_their_label() -> None:
+def test_predictions_in_other_shares_are_reported_by_label() -> None:
     """Modes come one window at a time here, so that shares are steady enough to tell."""
     rng = np.random.default_rng(4)
 
@@ -126,10 +126,10 @@ def test_answers_in_other_shares_are_told_by_their_label() -> None:
     state, before = feed(monitor, monitor.start(), made(4 * (LEARN + 5), [0.4, 0.3, 0.3]))
     _, after = feed(monitor, state, made(4 * 10, [0.05, 0.3, 0.65]))
     assert raised(before) == []
-    told = [a for a in raised(after) if a.subject == "output"]
-    assert len(told) == 1
-    assert " of the answers, " in told[0].summary
-    assert told[0].evidence["label"] in ("idle", "run")
+    reported = [a for a in raised(after) if a.subject == "output"]
+    assert len(reported) == 1
+    assert " of the answers, " in reported[0].summary
+    assert reported[0].evidence["label"] in ("idle", "run")
 
 
 def misnamed(monitor: DriftMonitor, learned: DriftState, windows: int) -> list[DriftWindowResult]:
@@ -147,10 +147,10 @@ def test_sound_fields_stay_quiet_while_the_model_names_wrong_classes(
 ) -> None:
     for windows in (20, 30, 40):
         verdicts = misnamed(monitor, learned, windows)
-        told = [a.subject for a in raised(verdicts)]
+        reported = [a.subject for a in raised(verdicts)]
         # Until the first alarm all are compared with what the model named, and a sound field may be told first.
-        assert FIELDS[0] in told
-        assert len(told) <= 2
+        assert FIELDS[0] in reported
+        assert len(reported) <= 2
         assert {name for name, f in verdicts[-1].members["features"].items() if f["state"] == "drift"} == {"x"}
 
 
@@ -160,19 +160,19 @@ def test_alerts_do_not_depend_on_batches_while_classes_are_reassigned(
     r = readings(31, 12, wrong=0.3)
     r.features[:, 0] += 0.9
 
-    def told(bounds: list[int]) -> tuple[bytes, list[Alert]]:
-        state, found = learned, []
+    def final_state_and_alerts(bounds: list[int]) -> tuple[bytes, list[Alert]]:
+        state, collected = learned, []
         for begin, end in pairwise(bounds):
             part = Readings(
                 r.features[begin * ROWS : end * ROWS], r.labels[begin:end], r.truth[begin:end], r.scores[begin:end]
             )
             state, verdicts = feed(monitor, state, part, batch=1000)
-            found += raised(verdicts)
-        return state.to_bytes(), found
+            collected += raised(verdicts)
+        return state.to_bytes(), collected
 
-    whole = told([0, 120])
+    whole = final_state_and_alerts([0, 120])
     assert whole[1]
-    assert told([0, 7, 33, 34, 60, 111, 120]) == whole
+    assert final_state_and_alerts([0, 7, 33, 34, 60, 111, 120]) == whole
 
 
 def test_learning_anew_clears_what_is_open_and_counts_references(monitor: DriftMonitor, learned: DriftState) -> None:
@@ -219,10 +219,30 @@ def test_a_site_reference_survives_its_file(monitor: DriftMonitor, learned: Drif
     assert replace(learned, site_reference=again).to_bytes() == learned.to_bytes()
 
 
-@pytest.mark.parametrize("member", ["class_means", "psi_limits", "waves", "hours", "stretch"])
-def test_a_site_reference_that_does_not_hold_together_is_refused(learned: DriftState, member: str) -> None:
+@pytest.mark.parametrize(
+    ("member", "value"),
+    [
+        ("waves", [1]),
+        ("hours", [1]),
+        ("stretch", 99.0),
+        ("missing", [-1.0] * 3),
+        ("baselines", {}),
+        ("baselines.psi", {"limits": [1]}),
+        ("baselines.psi", {"mean": [1]}),
+        ("baselines.correlation", {"mean": [[1.0]]}),
+        ("baselines.field_mewma", {"limit": -1.0}),
+        ("baselines.class_share", {"autocorrelation": 1.0}),
+        ("baselines.sampling_rate", None),
+    ],
+)
+def test_a_site_reference_that_does_not_hold_together_is_refused(
+    learned: DriftState, member: str, value: object
+) -> None:
     assert learned.site_reference is not None
     document = json.loads(learned.site_reference.to_json())
-    document["site"][member] = {"stretch": 99.0, "class_means": {}}.get(member, [1])
+    *path, name = member.split(".")
+    part = document["site"][path[0]] if path else document["site"]
+    assert name in part
+    part[name] = value
     with pytest.raises(BadBundle, match=f"malformed|site.{member}"):
         Reference.from_json(json.dumps(document).encode())

@@ -62,11 +62,11 @@ def test_data_that_are_none_are_named_with_the_key_of_the_spec(
     ],
 )
 def test_labels_without_calibration_data_are_one_sentence(tmp_path: Path, content: str, why: str) -> None:
-    spec = change(write_spec(tmp_path), "[output]", '[output]\ncalibrate = "labels.csv"')
+    spec = change(write_spec(tmp_path), "[output]", '[output]\ncalibration_data = "labels.csv"')
     (tmp_path / "labels.csv").write_text(content)
     with pytest.raises(ConfigError) as problem:
         pack.pack(spec, KEY)
-    assert str(problem.value).startswith(f"{spec}: output.calibrate: ")
+    assert str(problem.value).startswith(f"{spec}: output.calibration_data: ")
     assert why in str(problem.value)
 
 

@@ -49,8 +49,7 @@ def asking(mode: str) -> Recipe:
 
 
 def test_readings_are_compared_within_the_modes_that_the_field_names(tmp_path: Path) -> None:
-    store = open_store(tmp_path / "data")
-    try:
+    with open_store(tmp_path / "data") as store:
         store.declare_streams(conf(tmp_path, REGRESS, "state").streams)
         task = loaded(tmp_path, REGRESS, "state", store)
         values = REGRESS.rows(600)
@@ -69,8 +68,6 @@ def test_readings_are_compared_within_the_modes_that_the_field_names(tmp_path: P
         again = loaded(tmp_path, REGRESS, "state", store)
         assert again.drift_state is not None
         assert again.drift_state.to_bytes() == task.drift_state.to_bytes()
-    finally:
-        store.close()
 
 
 def test_a_task_may_override_the_class_field_of_its_bundle(tmp_path: Path) -> None:

@@ -75,9 +75,11 @@ def test_a_schedule_is_changed_and_set_back_and_nonsense_is_refused(fleet: Local
     code, answer = command(fleet, "pi-01", "set-schedule", "exercise", "every 1 h")
     assert (code, answer["data"]) == (0, {"schedule": "every 1 h", "configured": "every 500 ms"})
     assert (task(device)["schedule"], task(device)["schedule_override"]) == ("every 1 h", "every 1 h")
+    before = task(device)["row"]
     code, answer = command(fleet, "pi-01", "run", "exercise")
     assert code == 0
-    assert answer["data"]["used"] >= 0
+    assert task(device)["row"] == before + answer["data"]["used"]
+    assert answer["data"]["used"] > 0
     code, answer = command(fleet, "pi-01", "set-schedule", "exercise", "each moon")
     assert (code, answer["ok"]) == (1, False)
     assert command(fleet, "pi-01", "set-schedule", "exercise", "default")[0] == 0
@@ -209,7 +211,7 @@ def test_a_wiped_device_reports_it_first_and_does_not_start_again(fleet: LocalFl
     left = {path.name for path in doomed.data_dir.iterdir()}
     assert left <= {"wiped", "lock", "bundles"}
     assert not (doomed.home / "device.key").exists()
-    assert not list((doomed.data_dir / "bundles").glob(".kept/*"))
+    assert not list((doomed.data_dir / "bundles").glob(".copies/*"))
     doomed.start()
     assert doomed.wait(60) == 0
     assert doomed.log_contains("was wiped by an operator")

@@ -11,10 +11,12 @@ import random
 import sqlite3
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -35,6 +37,8 @@ from agent.testing.process import NotifySocket, OutstationProcess, run_outstatio
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
+from agent.wire.quiet_windows import QuietWindows
+from agent.wire.runs import expand_integers
 
 ENDLESS = 10**9
 # More rows than the tail of a recording that fills no window.
@@ -86,20 +90,31 @@ def last_row(device: DeviceProcess, stream: str = "watch") -> int:
     if device.start_count() == 0:
         # On a busy machine every start so far was killed before it had made its store.
         return 0
-    store = Store.open_read_only(device.data_dir)
-    try:
+    with Store.open_read_only(device.data_dir) as store:
         return store.last_row(stream)
-    finally:
-        store.close()
 
 
 def results(fleet: LocalFleet, device: str) -> list[tuple[Any, ...]]:
     return fleet.query("SELECT row, label, score FROM results WHERE device = ? ORDER BY row", device)
 
 
-def drift(fleet: LocalFleet, device: str) -> list[tuple[Any, ...]]:
-    columns = '"window", first, last, n, state, features, output'
-    return fleet.query(f'SELECT {columns} FROM drift_windows WHERE device = ? ORDER BY "window"', device)
+def drift(fleet: LocalFleet, device: str) -> tuple[list[tuple[Any, ...]], Counter[Any]]:
+    """Return all drift windows, and the rows in each bin over all: how windows share messages depends on batches."""
+    columns = '"window", first, last, n, state, features, windows'
+    windows: list[tuple[Any, ...]] = []
+    counts = Counter[Any]()
+    for index, *window, state, features, columns_of_run in fleet.query(
+        f'SELECT {columns} FROM drift_windows WHERE device = ? ORDER BY "window"', device
+    ):
+        for name, field in json.loads(features).items():
+            counts.update({(name, place): n for place, n in enumerate(field["counts"])})
+        if columns_of_run is None:
+            windows.append((index, *window, state, features if state != "ok" else ""))
+        else:
+            run = msgspec.json.decode(columns_of_run, type=QuietWindows)
+            each = zip(run.expand_rows(), expand_integers(run.n), strict=True)
+            windows += [(index + i, first, last, n, state, "") for i, ((first, last), n) in enumerate(each)]
+    return windows, counts
 
 
 def test_random_kills_of_all_processes_lose_no_row_and_change_no_result(fleet: LocalFleet) -> None:
@@ -132,7 +147,7 @@ def test_random_kills_of_all_processes_lose_no_row_and_change_no_result(fleet: L
     code, report = fleet.audit()
     assert (code, report["passed"], report["gaps"], report["duplicates"]) == (0, True, [], 0)
     assert [(track["first"], track["last"] > rows - OPEN_TAIL) for track in report["coverage"]] == [(1, True)] * 2
-    assert drift(fleet, "calm") == drift(fleet, "killed") != []
+    assert drift(fleet, "calm") == drift(fleet, "killed") != ([], {})
     assert fleet.query("SELECT count(*) FROM refusals") == [(0,)]
 
 
@@ -244,11 +259,8 @@ def test_a_forged_acknowledgement_on_the_broker_deletes_nothing(fleet: LocalFlee
 
 
 def waiting(device: DeviceProcess) -> int:
-    store = Store.open_read_only(device.data_dir)
-    try:
+    with Store.open_read_only(device.data_dir) as store:
         return store.outbox_size()[0]
-    finally:
-        store.close()
 
 
 def test_sigterm_stops_within_five_seconds_and_the_next_start_goes_on(running: Running) -> None:
@@ -521,8 +533,7 @@ def test_two_tasks_on_one_stream_process_it_independently(fleet: LocalFleet) -> 
     device = fleet.add_device("pi-01").append_config(socket_stream(""))
     device.add_task("nightly", schedule="30 3 * * *").add_task("often", schedule="when 500 rows")
     file, conf = load_config(str(device.config))
-    store = open_store(conf)
-    try:
+    with open_store(conf) as store:
         daemon = build_daemon(file, conf, store)
         start = clock.parse_rfc3339("2026-11-24T23:00:00Z")
         cursors = []
@@ -546,8 +557,6 @@ def test_two_tasks_on_one_stream_process_it_independently(fleet: LocalFleet) -> 
         uplink.start()
         wait_until("an empty outbox", lambda: store.outbox_size()[0] == 0)
         uplink.stop()
-    finally:
-        store.close()
     code, report = fleet.audit()
     assert (code, report["passed"]) == (0, True)
     assert {track["task"]: (track["first"], track["last"]) for track in report["coverage"]} == {

@@ -166,7 +166,7 @@ def test_half_a_copy_is_no_copy_and_is_made_anew(device: Device, monkeypatch: py
     device.store.close()
     device.start()
     assert device.stored_versions() == {"1", "2"}
-    assert [path.name for path in (device.home / "data" / "bundles" / ".kept").iterdir() if "half" in path.name] == []
+    assert [path.name for path in (device.home / "data" / "bundles" / ".copies").iterdir() if "half" in path.name] == []
 
 
 def test_a_disk_that_takes_no_copy_keeps_no_task_from_running(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:

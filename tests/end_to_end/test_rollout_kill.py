@@ -66,11 +66,11 @@ def go(site: Site, text: str, strategy: str, *, wild_from: int, until: Callable[
         desires.accept(delivery)
         desires.apply_pending(site.now)
         site.tick()
-        if site.phase in ("shadow", "canary") and not site.daemon._rollout.is_resuming("sort"):
+        if site.phase in ("shadow", "canary") and not site.daemon._updater.rollouts.is_resuming("sort"):
             if site.store.last_row("cells") == (site.store.cursor("sort") or 0):
                 site.feed(wild=site._written >= wild_from)
             site.daemon._run_batches(site.daemon._scheduled_tasks[0], site.now)
-        site.until(lambda: not site.daemon._rollout.is_resuming("sort"), "it is there again")
+        site.until(lambda: not site.daemon._updater.rollouts.is_resuming("sort"), "it is there again")
 
 
 NUMBERS = itertools.count(1)

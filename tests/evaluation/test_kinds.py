@@ -11,7 +11,6 @@ import pytest
 from agent.datasets.tables import BLOCK_BYTES
 from agent.evaluation import bootstrap, examples, metrics, predictions, report, sensitivity
 from agent.evaluation.predict.run import BatchPredictor
-from agent.evaluation.predictions import LabelledPredictor
 from agent.model.inference import scores
 from agent.model.inference.inference import Inference
 from scripts.kit.bundles import SEVERAL, VECTORS, Recipe, packed
@@ -99,7 +98,7 @@ def test_sampled_windows_get_the_predictions_they_get_in_the_stream(tmp_path: Pa
     source = examples.read(data, inference, ["label"])
     windows = examples.label_windows(source, inference, "label", ["label"], None)
     units = bootstrap.build_units(np.zeros(len(windows)), None, None, 0)
-    table = sensitivity.draw_sample(LabelledPredictor(inference), windows, units)
+    table = sensitivity.draw_sample(inference, windows, units)
     late = np.flatnonzero(windows.starts >= inference.history_rows)
     whole = predictions.pair_with_truth(
         result.manifest, examples.predict(inference, source, windows.starts), windows.truth, None

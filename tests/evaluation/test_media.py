@@ -16,9 +16,9 @@ from agent.datasets import training_data
 from agent.datasets.media import MediaReader
 from agent.evaluation.document import Evaluation
 from agent.model.bundle.manifest import ModelInput, WindowSpec
-from scripts.kit.bundles import KEY
+from scripts.kit.bundles import KEY, MODELS
 from tests.kit.evaluations import evaluated
-from tests.model.test_media import SOUND_FORMAT, picture, third_party, tone, write_wav
+from tests.model.test_media import SOUND_FORMAT, picture, tone, write_wav
 
 SOUND = ModelInput(fields=SOUND_FORMAT.columns, window=WindowSpec(rows=5, step=5, max_gap_s=0.5), sound=SOUND_FORMAT)
 SPEC = """
@@ -28,7 +28,7 @@ kind = "classify"
 model = "model.tflite"
 labels = ["none", "person"]
 [input]
-image = { width = 96, height = 96 }
+image = { width = 32, height = 32 }
 [output]
 """
 
@@ -58,11 +58,11 @@ def test_sounds_are_read_a_file_at_a_time_with_their_folder_as_label(tmp_path: P
 @pytest.fixture
 def looking(tmp_path: Path) -> Path:
     """A bundle for images, and a folder of 40."""
-    (tmp_path / "model.tflite").write_bytes(third_party("mlperf_vww96_int8").read_bytes())
+    (tmp_path / "model.tflite").write_bytes((MODELS / "foreign_image.tflite").read_bytes())
     for i in range(40):
         path = tmp_path / "images" / ("person" if i % 2 else "none") / f"{i:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture((96, 96, 3), seed=i))
+        path.write_bytes(picture((32, 32, 3), seed=i))
     (tmp_path / "spec.toml").write_text(SPEC)
     pack.write_bundle(pack.pack(tmp_path / "spec.toml", KEY), tmp_path / "bundle")
     return tmp_path
@@ -78,6 +78,15 @@ def test_each_image_gets_a_named_result_and_a_broken_one_is_rejected(looking: Pa
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["row", "file", "label", "score"]
     assert sorted(row["file"] for row in rows)[:2] == ["none/00.png", "none/02.png"]
+
+
+def test_recordings_for_an_image_model_are_predicted_as_one_named_file(looking: Path) -> None:
+    pixels = np.zeros((64, 96), np.float32)
+    np.savez(looking / "rows.npz", rows=pixels, fields=[f"pixel{i}" for i in range(96)])
+    result = run("run", looking / "bundle", looking / "rows.npz", "-o", looking / "out.csv", "--json")
+    assert (result.exit_code, json.loads(result.stdout)["results"]) == (0, 2)
+    with (looking / "out.csv").open(newline="") as file:
+        assert [row["file"] for row in csv.DictReader(file)] == ["rows.npz", "rows.npz"]
 
 
 def test_a_folder_of_images_is_evaluated_by_the_folders_within(looking: Path) -> None:

@@ -259,7 +259,7 @@ def test_a_results_table_that_says_something_else_fails(store: FleetStore, sql: 
     assert any(at == seq and reason in output for at, output in reasons(audit(store)))
 
 
-def test_messages_of_a_revoked_key_verify_and_those_of_a_removed_key_do_not(store: FleetStore) -> None:
+def test_messages_of_a_revoked_key_verify_and_of_a_removed_key_do_not(store: FleetStore) -> None:
     sender = MessageSender()
     collected(store, sender, *whole_log(sender))
     store.enrol("pi-07", new_key().public, replace=True, now=NOW)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import clock
+from agent.cli.device.drift_plot import NEAREST, FieldScale, plot_device
 from agent.cli.fleet.group import fleet
 from agent.comparison.tally import merge_moments
+from agent.fleet.audit.audit import audit
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift.merge import MergedField
 from agent.fleet.drift.outliers import find_outliers
 from agent.fleet.drift.survey import FleetDriftSummary, build_timeline, summarize_drift
+from agent.fleet.evidence.gather.drift import build_drift
 from agent.testing.messages import MODEL, MessageSender, SignedMessage, new_key
-from agent.wire.messages import Moments
+from agent.wire.messages import DriftPayload, Moments, decode
 
 NOW_US = 1_795_000_000_000_000
 NOW = clock.to_rfc3339(NOW_US)
@@ -141,7 +144,7 @@ def test_fifty_devices_merged_in_any_order_equal_one_pass_over_all_rows(tmp_path
         assert merged.m2 == pytest.approx(expected["m2"], rel=1e-9)
 
 
-def test_a_window_counts_once_in_whatever_log_it_arrives(store: FleetStore) -> None:
+def test_a_window_counts_once_in_any_log(store: FleetStore) -> None:
     [first] = devices(1)
     again = MessageSender(first.device, first.key, "5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c22")
     rows = np.random.default_rng(1).normal(0, 1, (4, 500))
@@ -345,7 +348,7 @@ def test_the_course_of_a_device_stays_bounded_and_keeps_the_largest_sum(store: F
     assert [p.subjects["ax"].mean for p in line.points if p.subjects["ax"].mean] == [7.5]
 
 
-def test_a_timeline_omits_windows_of_an_unset_clock_unless_there_are_no_others(
+def test_a_timeline_omits_windows_of_an_unset_clock_if_others_exist(
     store: FleetStore,
 ) -> None:
     [sender] = devices(1)
@@ -462,9 +465,157 @@ def test_the_plot_shows_fault_drift_and_alert(folder: Path, tmp_path: Path, opti
     text = [element.text for element in root.iter(f"{SVG}text")]
     assert any("<of> this site's reference & more." in str(line) for line in text)
     classes = [element.get("class") for element in root.iter()]
-    assert classes.count("field") == 2
+    # The plot of one device has a row for all tests together, too.
+    assert classes.count("field") == 2 + bool(options)
     assert classes.count("band-drift") == 1
     assert classes.count("raised") == (1 if options else 2)
-    assert classes.count("limit") == 1
+    assert classes.count("limit") == 1 + bool(options)
     assert "estimate" in classes
     assert ("pi-01" in text) is not bool(options)
+
+
+# --- runs of quiet windows ---
+
+
+def run_of(sender: MessageSender, windows: Sequence[SignedMessage], **columns: Any) -> SignedMessage:
+    """Return the message of a run of these quiet windows, with one field ax; the next one of `sender`."""
+    bodies = [decode(sent.payload) for sent in windows]
+    spans = [body.window for body in bodies if isinstance(body, DriftPayload)]
+    fields = [body.features["ax"] for body in bodies if isinstance(body, DriftPayload)]
+    total = Moments()
+    for entry in fields:
+        total = merge_moments(
+            total, Moments(sum(entry["counts"]) + entry["below"] + entry["above"], entry["mean"], entry["m2"])
+        )
+    merged = {
+        **fields[-1],
+        **{name: sum(entry[name] for entry in fields) for name in ("missing", "below", "above")},
+        "counts": np.sum([entry["counts"] for entry in fields], axis=0).tolist(),
+        "mean": total.mean,
+        "m2": total.m2,
+    }
+    times = [(clock.parse_rfc3339(span.from_), clock.parse_rfc3339(span.to)) for span in spans]
+    run = {
+        "first": [span.rows[0] for span in spans],
+        "last": [span.rows[1] for span in spans],
+        "from": [begin for begin, _ in times],
+        "to": [end for _, end in times],
+        "n": [span.n for span in spans],
+        "nearest": [0.1 * (i % 9) for i in range(len(spans))],
+    }
+    whole = {
+        "index": spans[0].index,
+        "rows": [spans[0].rows[0], spans[-1].rows[1]],
+        "from": spans[0].from_,
+        "to": spans[-1].to,
+        "n": sum(span.n for span in spans),
+    }
+    body = json.loads(windows[-1].payload)
+    members = {name: body[name] for name in ("model", "reference", "output", "estimate", "state")}
+    features = {"ax": merged}
+    return sender.append("drift", task=sender.task, **members, window=whole, features=features, windows=run | columns)
+
+
+def two_thousand(seed: int, at: int, *, low: float = 0.0) -> Any:
+    return np.random.default_rng(seed * 1000 + at).normal(low, 1.0, 2000)
+
+
+def quiet_then_drift(sender: MessageSender, seed: int, *, runs: Sequence[tuple[int, int]]) -> list[SignedMessage]:
+    """Return 40 quiet windows, of which some `runs` [begin, end) share a message, then two windows of drift."""
+    alone = MessageSender(sender.device, sender.key, sender.log)
+    singles = [window(alone, at, {"ax": field(two_thousand(seed, at))}) for at in range(40)]
+    sent, at = [], 0
+    while at < 40:
+        end = next((end for begin, end in runs if begin == at), at + 1)
+        if end - at > 1:
+            sent.append(run_of(sender, singles[at:end]))
+        else:
+            sent.append(window(sender, at, {"ax": field(two_thousand(seed, at))}))
+        at = end
+    moved = {"cusum": {"mean": [9.0, 0.0], "spread": [0.0, 0.0], "limit": 5.0}}
+    for at in (40, 41):
+        sent.append(window(sender, at, {"ax": field(two_thousand(seed, at, low=1.0), "drift", **moved)}))
+    return sent
+
+
+def test_a_log_of_runs_and_single_windows_gives_the_survey_of_single_windows(
+    fresh: Callable[[], FleetStore],
+) -> None:
+    surveys, documents = [], []
+    for runs in ([], [(0, 40)], [(0, 3), (5, 6), (7, 30), (30, 39)]):
+        opened = fresh()
+        for seed, sender in enumerate(devices(5)):
+            add(opened, sender, *quiet_then_drift(sender, seed, runs=runs))
+        [group] = seen(opened).groups
+        surveys.append(group)
+        documents.append(build_drift(opened, NOW_US))
+        assert audit(opened).passed
+        assert {row["windows"] for row in opened.progress()} == {42}
+        assert {count for *_, count in opened.observed_periods("", "9")} == {42}
+        line = build_timeline(opened, group, "pi-00", now_us=NOW_US)
+        assert (line.windows, line.histograms["ax"]["ok"].windows, line.histograms["ax"]["drift"].windows) == (
+            42,
+            40,
+            2,
+        )
+        assert int(line.histograms["ax"]["ok"].counts.sum()) == 40 * 2000
+        assert [ongoing for _, _, ongoing in line.spells("ax", "drift")] == [True]
+        opened.close()
+    singles, *others = surveys
+    for group in others:
+        assert (group.windows, group.faulty, group.undated) == (singles.windows, 0, 0)
+        assert group.windows == 5 * 42
+        ours, theirs = group.merge_fields()["ax"], singles.merge_fields()["ax"]
+        assert ours.counts.tolist() == theirs.counts.tolist()
+        assert ours.moments.n == theirs.moments.n == 5 * 42 * 2000
+        assert ours.moments.mean == pytest.approx(theirs.moments.mean, rel=1e-9)
+        assert ours.moments.m2 == pytest.approx(theirs.moments.m2, rel=1e-9)
+        assert group.estimate_accuracy() == pytest.approx(0.9)
+        assert [(b, e, s.windows, s.drifting_devices) for b, e, s in group.history] == [
+            (b, e, s.windows, s.drifting_devices) for b, e, s in singles.history
+        ]
+        assert [d.observed for d in group.devices.values()] == [d.observed for d in singles.devices.values()]
+        for name in ("device", "subject", "test", "alarmed", "ended"):
+            assert [getattr(e, name) for e in group.ordered_episodes()] == [
+                getattr(e, name) for e in singles.ordered_episodes()
+            ]
+        assert [(o.device, o.field, o.statistic) for o in group.find_outliers()] == [
+            (o.device, o.field, o.statistic) for o in singles.find_outliers()
+        ]
+    assert documents[0] == documents[1] == documents[2]
+
+
+def test_the_current_state_is_that_of_the_last_windows_and_not_of_a_long_run(store: FleetStore) -> None:
+    sender = MessageSender()
+    add(store, sender, *quiet_then_drift(sender, 1, runs=[(0, 40)]))
+    [group] = seen(store).groups
+    assert group.merge_recent()["ax"].moments.n == 2 * 2000
+    assert group.merge_recent()["ax"].moments.mean == pytest.approx(1.0, abs=0.1)
+
+
+def test_windows_of_a_run_that_were_reported_before_count_once(store: FleetStore) -> None:
+    """A store that was restored from a copy judges windows again, in other batches and another log."""
+    sender = MessageSender()
+    again = MessageSender(key=sender.key, log="5f0c2f6e-1a54-4d0b-9a53-0c61d3d8a8aa")
+    alone = MessageSender()
+    singles = [window(alone, at, {"ax": field(two_thousand(1, at))}) for at in range(40)]
+    add(store, sender, run_of(sender, singles[:10]), run_of(sender, singles[10:20]))
+    one_more = window(again, 12, {"ax": field(two_thousand(1, 12))})
+    runs = [run_of(again, singles[begin:end]) for begin, end in ((0, 10), (15, 25), (25, 40))]
+    add(store, again, one_more, *runs)
+    survey = seen(store)
+    [group] = survey.groups
+    assert (group.windows, survey.duplicates) == (10 + 10 + 15, 10 + 1 + 10)
+    assert group.merge_fields()["ax"].moments.n == 35 * 2000
+
+
+def test_a_plot_of_runs_has_all_their_windows(store: FleetStore, tmp_path: Path) -> None:
+    sender = MessageSender()
+    add(store, sender, *quiet_then_drift(sender, 1, runs=[(0, 39)]))
+    [group] = seen(store).groups
+    line = build_timeline(store, group, sender.device, now_us=NOW_US)
+    assert len(line.nearest) == 42
+    rows, _ = plot_device(line, FieldScale(), {}, {})
+    [nearest] = [row for row in rows if row.name == NEAREST]
+    assert (nearest.limit, nearest.state, len(nearest.curves[0].values)) == (1.0, "drift", 42)
+    assert nearest.curves[0].values[-1] == pytest.approx(9.0 / 5.0)

@@ -305,7 +305,7 @@ def test_a_device_cannot_throw_another_off_by_taking_its_client_id(
         thief.close()
 
 
-def test_the_fleet_folder_is_found_and_invalid_settings_are_explained(
+def test_the_fleet_folder_is_located_and_invalid_settings_are_explained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path, config: FleetConfig
 ) -> None:
     monkeypatch.delenv("OUTSTATION_FLEET", raising=False)

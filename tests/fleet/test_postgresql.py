@@ -354,7 +354,7 @@ def test_logged_kinds_are_shared_and_retained_kinds_go_to_each_collector() -> No
     assert collecting.client_id("acme", "b") == "outstation-acme-collector-b"
 
 
-def test_messages_that_another_collector_may_hold_are_not_requested_at_once() -> None:
+def test_messages_at_another_collector_are_not_requested_at_once() -> None:
     patience, log = PendingGaps(), ("pi-07", "log")
     assert patience.trim(0.0, log, 10, [(4, 5), (8, 8)]) == (3, [])
     assert patience.due_logs(WAIT_S - 0.1) == []

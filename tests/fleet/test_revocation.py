@@ -159,7 +159,7 @@ def test_a_revoked_device_enrolled_with_a_new_key_gets_a_valid_certificate(desk:
         assert not connects(revoked)
 
 
-def test_a_certificate_is_kept_on_request_when_the_key_is_replaced(desk: Desk) -> None:
+def test_a_certificate_stays_on_request_when_the_key_is_replaced(desk: Desk) -> None:
     before = desk.credentials("pi-07")
     with desk.broker:
         desk.enrol("pi-07", replace=True, keep_certificate=True)
@@ -290,7 +290,7 @@ def test_a_fleet_with_a_remote_broker_gets_a_copy_step(desk: Desk) -> None:
     assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07")}
 
 
-def test_a_device_whose_files_are_missing_is_revoked(desk: Desk) -> None:
+def test_a_device_with_missing_files_is_revoked(desk: Desk) -> None:
     serial = desk.serial("pi-07")
     for file in (desk.folder / "devices" / "pi-07").iterdir():
         file.unlink()

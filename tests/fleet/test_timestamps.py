@@ -286,7 +286,7 @@ def test_a_producers_time_is_corrected_only_if_it_was_read_from_this_clock(
     assert (result.t_best == result.t) == (how == "producer")
 
 
-def test_rows_read_before_a_clock_step_and_sent_after_it_keep_the_old_clock(
+def test_rows_read_before_and_sent_after_a_clock_step_have_the_old_clock(
     station: Station, date: Callable[..., list[Dated]]
 ) -> None:
     station.machine.set(-HOUR)

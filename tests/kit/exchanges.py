@@ -124,5 +124,5 @@ schedule = "every 60 s"
         ]
 
     def stored_versions(self) -> set[str]:
-        home = self.home / "data" / "bundles" / ".kept"
+        home = self.home / "data" / "bundles" / ".copies"
         return {json.loads((entry / "manifest.json").read_bytes())["version"] for entry in home.iterdir()}

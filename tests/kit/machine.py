@@ -96,25 +96,25 @@ def comparable(verdicts: list[DriftWindowResult]) -> list[object]:
     """
     out: list[object] = []
     for is_quiet, group in groupby(verdicts, key=lambda v: v.quiet is not None):
-        some = list(group)
+        part = list(group)
         if not is_quiet:
             out += [
                 (
                     *(v.index, v.rows, v.t, v.row_count, v.site_digest, v.learning_error, repr(v.members), v.alerts),
                     v.learned_reference and v.learned_reference.to_json(),
                 )
-                for v in some
+                for v in part
             ]
             continue
-        runs, last = [v.quiet for v in some if v.quiet is not None], some[-1].members
+        runs, last = [v.quiet for v in part if v.quiet is not None], part[-1].members
         columns = [np.concatenate([getattr(run, name) for run in runs]).tolist() for name in runs[0].__struct_fields__]
-        spans = [(v.index, v.rows, v.t, v.row_count) for v in some]
+        spans = [(v.index, v.rows, v.t, v.row_count) for v in part]
         assert all(a[0] + len(run) == b[0] for a, run, b in zip(spans, runs, spans[1:], strict=False))
         ends = [(int(run.rows[0, 0]), int(run.rows[-1, 1]), int(run.row_counts.sum())) for run in runs]
         assert ends == [(*rows, n) for _, rows, _, n in spans]
         counts = [
             np.sum([[*field["counts"], field["below"], field["above"], field["missing"]] for field in fields], axis=0)
-            for fields in zip(*(v.members["features"].values() for v in some), strict=True)
+            for fields in zip(*(v.members["features"].values() for v in part), strict=True)
         ]
         states = [(name, field["state"], field["cusum"]) for name, field in last["features"].items()]
         out.append((spans[0][0], columns, [n.tolist() for n in counts], states, last["joint"], last["rate"]["cusum"]))

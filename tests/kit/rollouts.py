@@ -140,7 +140,7 @@ class Site(Device):
 
     def end_processes(self) -> None:
         """End the child processes, as the death of their parent does."""
-        self.daemon._rollout.abort()
+        self.daemon._updater.abort()
 
     def crash(self, configured: str | None = None) -> None:
         self.end_processes()
@@ -175,7 +175,7 @@ class Site(Device):
 
     def is_in_shadow(self) -> bool:
         """Return True if a candidate runs in shadow."""
-        trial = self.daemon._rollout.rollouts._rollouts["sort"].canary
+        trial = self.daemon._updater.rollouts._rollouts["sort"].canary
         model = None if trial is None else trial.candidate.model
         return isinstance(model, SubprocessModel) and model.poll_ready()
 
@@ -216,7 +216,8 @@ class Site(Device):
         return str(self.results()[-1]["model"]["version"])
 
     def work(self) -> None:
-        self.until(lambda: not self.daemon._rollout.is_resuming("sort"), "the bundle on probation is there again")
+        is_resuming = self.daemon._updater.rollouts.is_resuming
+        self.until(lambda: not is_resuming("sort"), "the bundle on probation is there again")
         self.daemon._run_batches(self.daemon._scheduled_tasks[0], self.now)
 
     def results(self) -> list[dict[str, Any]]:

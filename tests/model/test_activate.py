@@ -22,17 +22,6 @@ FOREIGN = new_key(12)
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return packed(tmp_path_factory.mktemp("original"))
-
-
-@pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    """A bundle folder to spoil."""
-    return Path(shutil.copytree(original, tmp_path / "bundle"))
-
-
-@pytest.fixture(scope="module")
 def anomaly(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return packed(tmp_path_factory.mktemp("anomaly"), ANOMALY)
 
@@ -100,15 +89,13 @@ def test_a_recipe_without_a_reference_is_activated_without_one(tmp_path: Path) -
     assert activation.activate(path, [KEY.public]).reference is None
 
 
-def test_a_bundle_that_proved_itself_is_probed_anew_only_where_something_is_another(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_proven_bundle_is_probed_again_only_after_a_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probed: list[str] = []
     real = probe.probe
 
-    def counted(found: Bundle, *options: Any) -> probe.ProbeReport:
-        probed.append(found.digest)
-        return real(found, *options)
+    def counted(content: Bundle, *options: Any) -> probe.ProbeReport:
+        probed.append(content.digest)
+        return real(content, *options)
 
     monkeypatch.setattr(probe, "probe", counted)
     first = activation.activate(folder, [KEY.public])

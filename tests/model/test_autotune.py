@@ -13,7 +13,7 @@ from agent.model.inference import tuning
 from agent.model.inference.runtime import TfliteModel
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.tuning import MAX_TUNING_S, Tuning
-from agent.model.sandbox import autotune, probe
+from agent.model.sandbox import autotune, memory, probe
 from scripts.kit.bundles import CLASSIFY, Recipe, around, model
 
 PLENTY = 1 << 30
@@ -77,22 +77,22 @@ def test_more_threads_are_taken_only_where_they_are_clearly_faster(slow: type[Sl
 
 def test_sizes_that_change_a_bit_of_an_answer_are_left_out_and_named(slow: type[Slow]) -> None:
     slow.run_s, slow.unequal = 0.001, (16, 64, 128)
-    found = tried("classify_float32", seconds=MINUTE_S)
-    assert found.batch == 32
-    assert found.inexact_batches == [16, 64, 128]
+    result = tried("classify_float32", seconds=MINUTE_S)
+    assert result.batch == 32
+    assert result.inexact_batches == [16, 64, 128]
 
 
 def test_a_shorter_last_batch_that_changes_an_answer_rules_its_size_out(slow: type[Slow]) -> None:
     slow.run_s, slow.unequal = 0.001, (autotune.SAMPLE_ROWS % 32,)
-    found = tried("classify_float32", seconds=MINUTE_S)
-    assert found.batch < 32
-    assert {32, 64, 128} <= set(found.inexact_batches)
+    result = tried("classify_float32", seconds=MINUTE_S)
+    assert result.batch < 32
+    assert {32, 64, 128} <= set(result.inexact_batches)
 
 
 def test_a_model_that_mixes_rows_is_run_one_row_at_a_time() -> None:
-    found = tried("mixes_rows", seconds=MINUTE_S)
-    assert found.batch == 1
-    assert set(found.inexact_batches) >= {4, 32}
+    result = tried("mixes_rows", seconds=MINUTE_S)
+    assert result.batch == 1
+    assert set(result.inexact_batches) >= {4, 32}
 
 
 def test_a_batch_that_would_take_more_memory_than_there_is_is_not_taken(
@@ -100,7 +100,7 @@ def test_a_batch_that_would_take_more_memory_than_there_is_is_not_taken(
 ) -> None:
     slow.run_s = 0.001
     sizes = iter(range(0, 1 << 40, 1 << 20))
-    monkeypatch.setattr(autotune, "_resident_bytes", lambda: next(sizes))
+    monkeypatch.setattr(memory, "resident_bytes", lambda: next(sizes))
     assert tried("classify_float32", most_bytes=1 << 20, seconds=MINUTE_S).batch == 4
 
 
@@ -135,7 +135,7 @@ def test_no_batch_is_larger_than_the_largest_that_is_tried() -> None:
 # --- in the probe, and remembered ---
 
 
-def test_the_probe_chooses_in_its_child_where_it_is_asked_to() -> None:
+def test_the_probe_tunes_in_its_child_process_on_request() -> None:
     report = probe.probe(around(model("classify_int8")), [])
     assert report.ok
     assert report.tuning is not None
@@ -161,9 +161,9 @@ def test_what_was_chosen_before_is_not_tried_again() -> None:
     "changes", [{"model": "sha256:0"}, {"runtime": "other 1.0"}, {"machine": "other"}, {"output": 1}]
 )
 def test_another_model_output_runtime_or_machine_is_tried_anew(changes: dict[str, str]) -> None:
-    found = probe.probe(around(model("classify_int8")), [made(**changes)]).tuning
-    assert found is not None
-    assert found.batch != 3
+    result = probe.probe(around(model("classify_int8")), [made(**changes)]).tuning
+    assert result is not None
+    assert result.batch != 3
 
 
 def test_a_choice_names_the_output_it_was_made_for() -> None:
@@ -171,10 +171,10 @@ def test_a_choice_names_the_output_it_was_made_for() -> None:
     given = np.random.default_rng(1).normal(
         0, 1, (autotune.SAMPLE_ROWS, *TfliteModel(content, output="sums").input_shape)
     )
-    found = autotune.tune(content, given.astype(np.float32), PLENTY, output="sums")
-    assert found.output == "sums"
-    assert tuning.find_known([found], content, runtime_name(), "sums") == found
-    assert tuning.find_known([found], content, runtime_name(), "each") is None
+    result = autotune.tune(content, given.astype(np.float32), PLENTY, output="sums")
+    assert result.output == "sums"
+    assert tuning.find_known([result], content, runtime_name(), "sums") == result
+    assert tuning.find_known([result], content, runtime_name(), "each") is None
 
 
 def test_a_model_that_is_refused_is_not_tried() -> None:
@@ -206,12 +206,12 @@ def test_a_model_that_crashes_in_the_trial_is_refused(child: Any) -> None:
     assert "SIGSEGV" in report.checks[1][2]
 
 
-def test_a_trial_that_runs_out_of_memory_refuses_no_model_that_passed_before(child: Any) -> None:
+def test_autotuning_out_of_memory_refuses_no_model_that_passed(child: Any) -> None:
     child(f"{_PASSED}; kill -KILL $$")
     report = probe.probe(around(model("classify_int8"), CLASSIFY), [])
     assert (report.ok, report.tuning) == (True, None)
 
 
-def test_a_choice_is_told_in_words() -> None:
+def test_a_tuning_is_described_in_words() -> None:
     assert str(made(batch=1, threads=2, rows_per_s=1234.4)) == "one row at a time on 2 threads, 1,234 rows/s"
     assert str(made(batch=32, threads=1)) == "batches of 32 on 1 thread, 2 rows/s"

@@ -20,21 +20,10 @@ from agent.model.bundle import builtin, bundle
 from agent.model.bundle.bundle import Bundle
 from agent.testing.messages import new_key
 from agent.wire import jws
-from scripts.kit.bundles import KEY, archive, change_manifest, packed, resign, write_spec
+from scripts.kit.bundles import KEY, archive, change_manifest, resign, write_spec
 from tests.kit.damage import flips
 
 FOREIGN = new_key(12)
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return packed(tmp_path_factory.mktemp("original"))
-
-
-@pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    """A bundle folder to spoil."""
-    return Path(shutil.copytree(original, tmp_path / "bundle"))
 
 
 def read(path: Path) -> Bundle:
@@ -53,11 +42,11 @@ def refused(path: Path) -> str:
 
 
 def test_a_folder_and_its_zip_are_the_same_bundle(folder: Path) -> None:
-    one, other = read(folder), read(archive(folder))
-    assert one == other
-    assert one.signer == KEY.public.kid
-    assert one.manifest.name == "tiny"
-    assert one.files == {file.name: file.read_bytes() for file in folder.iterdir()}
+    first, other = read(folder), read(archive(folder))
+    assert first == other
+    assert first.signer == KEY.public.kid
+    assert first.manifest.name == "tiny"
+    assert first.files == {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def test_one_of_several_publishers_is_enough_and_is_named(folder: Path) -> None:
@@ -65,20 +54,20 @@ def test_one_of_several_publishers_is_enough_and_is_named(folder: Path) -> None:
 
 
 def test_what_was_read_does_not_change_with_the_files(folder: Path) -> None:
-    found = read(folder)
-    before = dict(found.files)
+    result = read(folder)
+    before = dict(result.files)
     (folder / "model.tflite").write_bytes(b"other")
-    assert found.files == before
+    assert result.files == before
 
 
-def test_unicode_in_cards_and_labels_is_kept(tmp_path: Path) -> None:
+def test_unicode_in_cards_and_labels_is_preserved(tmp_path: Path) -> None:
     spec = write_spec(tmp_path)
     (tmp_path / "CARD.md").write_text("# Übung 運動 🏋\n", encoding="utf-8")
     spec.write_text(spec.read_text().replace('"left"', '"ruhig 静か"'), encoding="utf-8")
     pack.write_bundle(pack.pack(spec, KEY), tmp_path / "bündel")
-    found = read(tmp_path / "bündel")
-    assert found.manifest.output.labels[0] == "ruhig 静か"
-    assert found.files["MODEL_CARD.md"].decode() == "# Übung 運動 🏋\n"
+    result = read(tmp_path / "bündel")
+    assert result.manifest.output.labels[0] == "ruhig 静か"
+    assert result.files["MODEL_CARD.md"].decode() == "# Übung 運動 🏋\n"
 
 
 def test_an_empty_card_is_a_card(tmp_path: Path) -> None:
@@ -89,8 +78,8 @@ def test_an_empty_card_is_a_card(tmp_path: Path) -> None:
 
 
 def test_the_shipped_bundle_is_signed_by_the_shipped_key() -> None:
-    found = bundle.read(builtin.bundles_dir() / "exercise", builtin.publisher_keys())
-    assert found.manifest.name == "exercise"
+    content = bundle.read(builtin.bundles_dir() / "exercise", builtin.publisher_keys())
+    assert content.manifest.name == "exercise"
 
 
 # --- damage ---
@@ -164,7 +153,7 @@ def test_a_folder_inside_and_a_pipe_are_refused(folder: Path) -> None:
     assert "'more' is not a regular file" in refused(folder)
 
 
-def test_nothing_there_an_empty_folder_and_no_bundle_are_told_apart(tmp_path: Path) -> None:
+def test_a_missing_folder_an_empty_one_and_no_bundle_differ(tmp_path: Path) -> None:
     assert "no such bundle" in refused(tmp_path / "nothing")
     assert "has no manifest.json; is this a bundle" in refused(tmp_path)
     (tmp_path / "empty.zip").write_bytes(b"")
@@ -223,7 +212,7 @@ def test_the_signature_of_an_older_version_is_refused(folder: Path) -> None:
     assert "bad signature" in refused(folder)
 
 
-def test_without_publishers_hashes_are_checked_and_the_signer_is_only_claimed(folder: Path) -> None:
+def test_without_publishers_hashes_are_checked_and_the_signer_is_a_claim(folder: Path) -> None:
     resign(folder, FOREIGN)
     assert bundle.read(folder, None).signer == FOREIGN.public.kid
     (folder / "manifest.jws").write_bytes(b"\xff nothing of the kind")
@@ -325,7 +314,7 @@ def test_any_bytes_for_a_zip_are_refused(tmp_path_factory: pytest.TempPathFactor
 
 
 @given(data=st.data())
-def test_a_folder_with_bytes_of_any_file_changed_is_refused_or_the_same_bundle(
+def test_a_folder_with_changed_bytes_is_refused_or_the_same_bundle(
     original: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     whole = read(original)

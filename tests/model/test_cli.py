@@ -33,9 +33,9 @@ def checks(result: Result) -> dict[str, tuple[bool, str]]:
     """Name → (ok, detail) of `check --json`."""
     document = json.loads(result.output)
     assert set(document) == {"ok", "name", "version", "digest", "runtime", "checks"}
-    assert all(set(one) == {"name", "ok", "detail"} for one in document["checks"])
-    assert document["ok"] == all(one["ok"] for one in document["checks"]) == (result.exit_code == 0)
-    return {one["name"]: (one["ok"], one["detail"]) for one in document["checks"]}
+    assert all(set(entry) == {"name", "ok", "detail"} for entry in document["checks"])
+    assert document["ok"] == all(entry["ok"] for entry in document["checks"]) == (result.exit_code == 0)
+    return {entry["name"]: (entry["ok"], entry["detail"]) for entry in document["checks"]}
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def made(original: Path, tmp_path: Path) -> Path:
 
 def test_a_key_is_made_a_bundle_packed_and_checked_from_the_command_line(tmp_path: Path) -> None:
     key = tmp_path / "publisher.key"
-    said = json.loads(run("keygen", key, "--json").output)
-    assert said["key"] == keys.load_private(key).public.text
+    output = json.loads(run("keygen", key, "--json").output)
+    assert output["key"] == keys.load_private(key).public.text
     spec = write_spec(folder(tmp_path, "source"))
     done = json.loads(run("pack", spec, "-o", tmp_path / "tiny", "--key", key, "--json").output)
     assert done["warnings"] == []
@@ -62,7 +62,7 @@ def test_a_key_is_made_a_bundle_packed_and_checked_from_the_command_line(tmp_pat
     assert (document["name"], document["version"], document["runtime"]) == ("tiny", "1.0.0", runtime_name())
     assert document["digest"] == done["digest"]
     assert list(checks(result)) == ["signature", "hashes", "load", "shapes", "batch", "golden", "reference"]
-    assert checks(result)["signature"] == (True, f"by {said['thumbprint']}")
+    assert checks(result)["signature"] == (True, f"by {output['thumbprint']}")
 
 
 def test_a_person_reads_the_same_in_lines(made: Path) -> None:
@@ -97,7 +97,7 @@ def test_the_wrong_key_fails_the_check_and_what_it_says_is_not_believed(made: Pa
     assert (document["name"], document["digest"], document["runtime"]) == (None, None, None)
 
 
-def test_wrong_use_ends_with_2_a_bad_answer_with_1_and_both_in_one_line(
+def test_usage_errors_exit_with_2_and_failures_with_1_in_one_line(
     made: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (made / "model.tflite").write_bytes(b"")
@@ -110,9 +110,9 @@ def test_wrong_use_ends_with_2_a_bad_answer_with_1_and_both_in_one_line(
         with pytest.raises(SystemExit) as ended:
             main(["model", *arguments])
         assert ended.value.code == code
-        said = capsys.readouterr()
-        assert said.err.count("\n") == (arguments[0] != "check")
-        assert "Traceback" not in said.err + said.out
+        output = capsys.readouterr()
+        assert output.err.count("\n") == (arguments[0] != "check")
+        assert "Traceback" not in output.err + output.out
 
 
 def test_a_key_that_is_none_is_wrong_use(made: Path) -> None:
@@ -127,15 +127,15 @@ def test_a_key_that_is_none_is_wrong_use(made: Path) -> None:
         (b"nothing of the kind", "manifest.jws is none; sign it with `outstation model sign`"),
     ],
 )
-def test_a_bundle_without_a_signature_fails_the_check_and_the_rest_is_still_looked_at(
+def test_an_unsigned_bundle_fails_the_check_and_the_rest_is_checked(
     made: Path, content: bytes | None, why: str
 ) -> None:
     (made / "manifest.jws").unlink()
     if content is not None:
         (made / "manifest.jws").write_bytes(content)
-    found = checks(run("check", made, "--json"))
-    assert found["signature"] == (False, why)
-    assert found["golden"][0]
+    result = checks(run("check", made, "--json"))
+    assert result["signature"] == (False, why)
+    assert result["golden"][0]
 
 
 def test_a_bundle_that_claims_to_be_the_shipped_one_is_verified_against_it(made: Path) -> None:
@@ -148,9 +148,7 @@ def test_a_bundle_that_claims_to_be_the_shipped_one_is_verified_against_it(made:
     assert detail == f"by {builtin.publisher_keys()[0].kid}"
 
 
-def test_a_bundle_that_ships_is_found_by_its_name_where_nothing_else_has_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shipped_bundle_is_located_by_its_unused_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert checks(run("check", "exercise", "--json"))["signature"] == (True, f"by {builtin.publisher_keys()[0].kid}")
     assert "no such bundle" in checks(run("check", "recordings", "--json"))["signature and hashes"][1]
@@ -167,7 +165,7 @@ def test_a_bundle_that_ships_is_found_by_its_name_where_nothing_else_has_it(
         ("no reference", "reference", "devices will not monitor this model for drift"),
     ],
 )
-def test_what_is_wrong_with_a_bundle_is_said_exactly(made: Path, spoil: str, name: str, why: str) -> None:
+def test_errors_of_a_bundle_are_exact(made: Path, spoil: str, name: str, why: str) -> None:
     path = made
     if spoil == "altered":
         (made / "model.tflite").write_bytes(model("classify_uint8"))

@@ -33,21 +33,21 @@ class Echo:
         return windows.reshape(len(windows), int(np.prod(windows.shape[1:])))
 
 
-def one(function: Any, field: str = "a", rows: int = 0, **more: Any) -> DerivedFeature:
+def feature(function: Any, field: str = "a", rows: int = 0, **more: Any) -> DerivedFeature:
     return DerivedFeature(name=f"{function}_{field}_{rows}", function=function, field=field, rows=rows, **more)
 
 
 DERIVED = st.one_of(
-    st.builds(one, st.sampled_from(["mean", "std"]), st.sampled_from("ab"), st.integers(2, 40)),
-    st.builds(one, st.sampled_from(["lag", "difference", "last"]), st.sampled_from("ab"), st.integers(1, 40)),
+    st.builds(feature, st.sampled_from(["mean", "std"]), st.sampled_from("ab"), st.integers(2, 40)),
+    st.builds(feature, st.sampled_from(["lag", "difference", "last"]), st.sampled_from("ab"), st.integers(1, 40)),
     st.builds(
-        one,
+        feature,
         st.just("band"),
         st.sampled_from("ab"),
         st.integers(8, 40),
         band=st.sampled_from([(0.0, 0.5), (0.1, 0.3), (0.25, 0.5)]),
     ),
-    st.builds(one, st.sampled_from(["hour", "weekday"]), st.just(""), offset_h=st.sampled_from([0.0, -5.5])),
+    st.builds(feature, st.sampled_from(["hour", "weekday"]), st.just(""), offset_h=st.sampled_from([0.0, -5.5])),
 )
 WINDOWS = st.none() | st.integers(1, 9).flatmap(
     lambda rows: st.builds(
@@ -124,13 +124,13 @@ def test_any_pieces_of_a_stream_give_the_bits_of_the_whole(
 
 def past(rows: Floats, t: Ints, row: int, count: int, gap_s: float | None) -> list[float]:
     """The last `count` values up to `row`, oldest first, NaN where history ends: one by one, as the rules say."""
-    found: list[float] = []
+    collected: list[float] = []
     at = row
-    while len(found) < count:
-        found.append(float(rows[at]) if at >= 0 and np.isfinite(rows[at]) else nan)
+    while len(collected) < count:
+        collected.append(float(rows[at]) if at >= 0 and np.isfinite(rows[at]) else nan)
         broken = at <= 0 or t[at] < t[at - 1] or (gap_s is not None and t[at] - t[at - 1] > gap_s * 1e6)
         at = -1 if broken else at - 1
-    return found[::-1]
+    return collected[::-1]
 
 
 def by_hand(spec: DerivedFeature, values: list[float]) -> float:
@@ -180,38 +180,38 @@ def test_a_feature_is_what_its_rows_give_by_hand(
 def columns(spec: DerivedFeature, values: Any, t: Any = None) -> list[float]:
     rows = np.array(values, np.float32)[:, None]
     times = np.arange(len(rows)) * STEP_US if t is None else np.array(t)
-    found: list[float] = derived_features.compute(rows, times, ModelInput(fields=["a"], derived=[spec]))[:, 1].tolist()
-    return found
+    result: list[float] = derived_features.compute(rows, times, ModelInput(fields=["a"], derived=[spec]))[:, 1].tolist()
+    return result
 
 
-def test_the_band_with_a_wave_in_it_has_the_waves_power_and_the_others_none() -> None:
+def test_the_band_of_a_wave_has_its_power_and_the_others_none() -> None:
     wave = 3 * np.sin(2 * np.pi * 5 * np.arange(200) / 50)  # 5 Hz, 50 rows a second
-    inside = columns(one("band", rows=100, band=(4, 6), rate=50.0), wave)[-1]
-    outside = columns(one("band", rows=100, band=(8, 25), rate=50.0), wave)[-1]
+    inside = columns(feature("band", rows=100, band=(4, 6), rate=50.0), wave)[-1]
+    outside = columns(feature("band", rows=100, band=(8, 25), rate=50.0), wave)[-1]
     assert inside == pytest.approx(9 / 2, rel=1e-3)
     assert outside < 1e-6
 
 
-def test_a_mean_of_which_half_is_missing_is_told_and_of_which_more_is_not() -> None:
-    assert columns(one("mean", rows=4), [nan, nan, 2, 4])[-1] == 3
-    assert math.isnan(columns(one("mean", rows=4), [nan, nan, nan, 4])[-1])
+def test_a_mean_needs_half_of_its_values() -> None:
+    assert columns(feature("mean", rows=4), [nan, nan, 2, 4])[-1] == 3
+    assert math.isnan(columns(feature("mean", rows=4), [nan, nan, nan, 4])[-1])
 
 
-def test_history_ends_at_a_row_that_came_late() -> None:
-    made = columns(one("lag", rows=1), [1, 2, 3, 4], [0, 10_000, 5_000, 15_000])
+def test_history_ends_at_a_late_row() -> None:
+    made = columns(feature("lag", rows=1), [1, 2, 3, 4], [0, 10_000, 5_000, 15_000])
     assert [math.isnan(value) for value in made] == [True, False, True, False]
 
 
 def test_noon_and_monday_stand_where_they_should() -> None:
     noon_utc = np.array([1_764_590_400_000_000])  # Monday 1 December 2025, 12:00 UTC
-    spec = ModelInput(fields=["a"], derived=[one("hour", field=""), one("weekday", field="", offset_h=-12.0)])
+    spec = ModelInput(fields=["a"], derived=[feature("hour", field=""), feature("weekday", field="", offset_h=-12.0)])
     made = derived_features.compute(np.zeros((1, 1), np.float32), noon_utc, spec)[0]
     assert spec.columns == ["a", "hour__0_sin", "hour__0_cos", "weekday__0_sin", "weekday__0_cos"]
     assert made.tolist() == pytest.approx([0, 0, -1, 0, 1], abs=1e-6)
 
 
 def test_order_picks_and_arranges_what_the_model_is_given() -> None:
-    spec = ModelInput(fields=["a", "b"], derived=[one("lag", "b", 1)], feature_order=["lag_b_1", "a"])
+    spec = ModelInput(fields=["a", "b"], derived=[feature("lag", "b", 1)], feature_order=["lag_b_1", "a"])
     made = derived_features.compute(np.array([[1, 10], [2, 20]], np.float32), np.array([0, 10]), spec)
     np.testing.assert_array_equal(made, [[nan, 1], [10, 2]])
 
@@ -227,11 +227,11 @@ def test_a_window_scaled_by_itself_forgets_level_and_spread_but_not_shape() -> N
     assert made[3][1] == 0
 
 
-def test_the_share_of_missing_values_counts_fields_and_derived_features_alike() -> None:
-    spec = ModelInput(fields=["a"], derived=[one("lag", rows=2)], window=WindowSpec(rows=2, step=2))
+def test_the_share_of_missing_values_counts_derived_features_too() -> None:
+    spec = ModelInput(fields=["a"], derived=[feature("lag", rows=2)], window=WindowSpec(rows=2, step=2))
     rows = np.array([[1], [2], [nan], [4], [5], [6]], np.float32)
-    found = inference(spec).run(rows, np.arange(6, dtype=np.int64) * STEP_US).missing_share
-    assert found.tolist() == [0.5, 0.25, 0.25]
+    result = inference(spec).run(rows, np.arange(6, dtype=np.int64) * STEP_US).missing_share
+    assert result.tolist() == [0.5, 0.25, 0.25]
 
 
 @pytest.mark.parametrize(
@@ -258,14 +258,14 @@ def test_a_derived_feature_that_makes_no_sense_is_refused(spec: dict[str, Any], 
 @pytest.mark.parametrize(
     ("spec", "why"),
     [
-        ({"derived": [one("lag", "c", 1)]}, "names 'c', which is not a field"),
+        ({"derived": [feature("lag", "c", 1)]}, "names 'c', which is not a field"),
         (
             {"derived": [DerivedFeature(name="a", function="lag", field="a", rows=1)]},
             "a name is used twice, or is a field's",
         ),
         ({"feature_order": ["a", "z"]}, "feature_order names 'z'"),
         ({"feature_order": ["a", "a"]}, "feature_order names a feature twice"),
-        ({"mean": [1.0], "derived": [one("lag", "a", 1)]}, "mean has 1 entries for 2 features"),
+        ({"mean": [1.0], "derived": [feature("lag", "a", 1)]}, "mean has 1 entries for 2 features"),
         ({"std": [nan]}, "std has a value that is not a finite number"),
         ({"scaling": "window"}, "needs a window"),
         ({"window": WindowSpec(rows=2, step=1), "max_gap_s": 1.0}, "write window.max_gap_s"),

@@ -325,11 +325,11 @@ def test_cards_have_no_empty_headings_and_the_metrics_of_the_document(whole: Eva
         assert len(headings) >= 4
         assert all(b - a > 1 for a, b in itertools.pairwise(headings[1:]))
         assert headings[-1] < len(lines) - 1
-    text = cards.model_card(whole, cards.CardTexts()).to_markdown()
+    text = cards.model_card(whole, cards.ModelCardText()).to_markdown()
     accuracy = whole.metrics[0]
     assert f"| accuracy | {accuracy.value:.3f} | [{accuracy.low:.3f}, {accuracy.high:.3f}] | 600 |" in text
     assert "Ethical considerations" not in text
-    words = cards.CardTexts(card=cards.ModelCardText(ethics="None of a person."))
+    words = cards.ModelCardText(ethics="None of a person.")
     assert "## Ethical considerations\n\nNone of a person." in cards.model_card(whole, words).to_markdown()
 
 

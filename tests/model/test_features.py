@@ -34,7 +34,7 @@ WINDOWS = st.integers(1, 12).flatmap(
 
 
 def by_hand(t: Ints, window: WindowSpec) -> list[int]:
-    """Where windows start, row by row, as the docstring of `cut` says it."""
+    """Return the starts of windows row by row, by the definition of `cut_windows`."""
     starts, begin = [], 0
     for row in range(len(t)):
         step = int(t[row] - t[row - 1]) if row else 0
@@ -55,13 +55,13 @@ def test_windows_start_where_counting_row_by_row_says(t: Ints, window: WindowSpe
 def test_cutting_piece_by_piece_gives_the_windows_of_cutting_at_once(
     t: Ints, window: WindowSpec, data: st.DataObject
 ) -> None:
-    whole, found, at, end = features.cut_windows(t, window), [], 0, 0
+    whole, collected, at, end = features.cut_windows(t, window), [], 0, 0
     while end < len(t):
         end = min(len(t), end + data.draw(st.integers(1, 40)))
         piece = features.cut_windows(t[at:end], window)
-        found += [at + int(start) for start in piece.starts]
+        collected += [at + int(start) for start in piece.starts]
         at += piece.consumed
-    assert found == whole.starts.tolist()
+    assert collected == whole.starts.tolist()
     assert at == whole.consumed
 
 
@@ -74,7 +74,7 @@ def test_no_window_spans_a_gap_or_a_step_back(t: Ints, window: WindowSpec) -> No
 
 
 @given(streams(), WINDOWS)
-def test_what_is_consumed_is_never_needed_again_and_what_may_be_needed_is_kept(t: Ints, window: WindowSpec) -> None:
+def test_consumed_rows_are_not_needed_again_and_others_stay(t: Ints, window: WindowSpec) -> None:
     cut = features.cut_windows(t, window)
     assert 0 <= cut.consumed <= len(t)
     assert len(t) - cut.consumed < window.rows
@@ -98,7 +98,7 @@ def test_equal_times_are_no_step_back() -> None:
 
 
 @pytest.mark.parametrize("n", [0, 1, 5])
-def test_without_a_window_each_row_stands_alone_whatever_the_times(n: int) -> None:
+def test_without_a_window_each_row_stands_alone_at_any_time(n: int) -> None:
     cut = features.cut_windows(np.arange(n)[::-1], None)
     assert (cut.starts.tolist(), cut.consumed) == (list(range(n)), n)
 
@@ -134,7 +134,7 @@ def scaled(rows: list[list[float]], starts: list[int], spec: ModelInput) -> NDAr
     return features.build_windows(np.array(rows, np.float32), np.array(starts, np.int64), spec)
 
 
-def test_windows_overlap_as_their_starts_say() -> None:
+def test_windows_overlap_according_to_their_starts() -> None:
     spec = ModelInput(fields=["x"], window=WindowSpec(rows=3, step=1))
     made = scaled([[0], [1], [2], [3]], [0, 1], spec)
     assert made.tolist() == [[[0], [1], [2]], [[1], [2], [3]]]

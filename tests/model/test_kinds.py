@@ -33,6 +33,7 @@ from scripts.kit.bundles import (
     SEVERAL,
     VECTORS,
     Recipe,
+    activated,
     packed,
     readings,
     write_csv,
@@ -47,7 +48,7 @@ SOFTMAX = 'activation = "softmax"'
 ALLOWED = {"float32": 1e-5, "float16": 1e-5, "hybrid": 0.1, "int8": 0.5, "uint8": 0.5, "int16": 0.1}
 TYPES = tuple(ALLOWED)
 SUMS = {kind: Recipe("classify", f"sums_{kind}", labels=LABELS, output=SOFTMAX) for kind in TYPES}
-HELD = replace(SUMS["float32"], output=f'{SOFTMAX}\ncalibrate = "held.csv"')
+HELD = replace(SUMS["float32"], output=f'{SOFTMAX}\ncalibration_data = "held.csv"')
 BINARY = Recipe("classify", "one_sigmoid", labels=("off", "on"), output='activation = "sigmoid"\nthreshold = 0.9')
 CHOSEN = Recipe("classify", "each_label_and_sums", labels=LABELS, output=f'tensor = "sums"\n{SOFTMAX}')
 NAMED = Recipe("regress", "two_values", output='names = ["power", "total"]\nunits = ["W", "W"]')
@@ -76,23 +77,6 @@ KINDS = {
 }
 
 
-Load = Callable[[Recipe], LoadedBundle]
-
-
-@pytest.fixture(scope="module")
-def active(tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """`active(recipe)` packs, verifies, probes and loads its bundle, once."""
-    made: dict[Recipe, LoadedBundle] = {}
-
-    def load(recipe: Recipe) -> LoadedBundle:
-        if recipe not in made:
-            path = packed(tmp_path_factory.mktemp(recipe.model), recipe)
-            made[recipe] = activation.activate(path, [KEY.public])
-        return made[recipe]
-
-    return load
-
-
 def rows_of(recipe: Recipe, n: int, seed: int = 3) -> Floats:
     return readings(n, seed)[:, : len(recipe.fields)]
 
@@ -115,10 +99,8 @@ def sigmoid(x: NDArray[Any]) -> NDArray[Any]:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_a_model_of_every_type_of_tensor_is_packed_proved_and_right(
-    active: Callable[[Recipe], LoadedBundle], kind: str
-) -> None:
-    result, rows = active(SUMS[kind]), readings(200, seed=3)
+def test_a_model_of_every_type_of_tensor_is_packed_proved_and_right(kind: str) -> None:
+    result, rows = activated(SUMS[kind]), readings(200, seed=3)
     assert golden_vectors.decode(result.bundle.files["golden.npz"]).expected.shape == (32, 3)
     answers = answered(result, rows)
     exact = rows @ CENTRES.T + BIAS
@@ -131,8 +113,8 @@ def test_a_model_of_every_type_of_tensor_is_packed_proved_and_right(
     np.testing.assert_allclose(np.asarray(answers.scores.score), softmax(answers.outputs).max(axis=1), atol=1e-6)
 
 
-def test_one_sigmoid_names_the_second_label_above_the_threshold_only(active: Load) -> None:
-    result, rows = active(BINARY), readings(200)
+def test_one_sigmoid_names_the_second_label_above_the_threshold_only() -> None:
+    result, rows = activated(BINARY), readings(200)
     answers = answered(result, rows)
     p = sigmoid(rows @ np.array([1, -1, 0, 0.5]))
     message = p > 0.9
@@ -141,8 +123,8 @@ def test_one_sigmoid_names_the_second_label_above_the_threshold_only(active: Loa
     np.testing.assert_allclose(np.asarray(answers.scores.score), np.where(message, p, 1 - p), atol=1e-5)
 
 
-def test_each_label_of_a_multilabel_model_has_its_probability(active: Load) -> None:
-    result, rows = active(SEVERAL), readings(200)
+def test_each_label_of_a_multilabel_model_has_its_probability() -> None:
+    result, rows = activated(SEVERAL), readings(200)
     answers = answered(result, rows)
     p = sigmoid(rows @ CENTRES.T + BIAS)
     message = p > np.array([0.5, 0.2, 0.9])
@@ -158,24 +140,22 @@ def test_each_label_of_a_multilabel_model_has_its_probability(active: Load) -> N
     np.testing.assert_allclose(np.asarray(answers.scores.score), np.where(message, p, 1 - p).prod(axis=1), atol=1e-5)
 
 
-def test_the_output_that_is_named_is_the_one_that_counts(active: Load) -> None:
+def test_the_output_that_is_named_is_the_one_that_counts() -> None:
     rows = readings(50)
-    answers = answered(active(CHOSEN), rows)
+    answers = answered(activated(CHOSEN), rows)
     np.testing.assert_allclose(np.asarray(answers.outputs), rows @ CENTRES.T + BIAS, atol=1e-4)
 
 
-def test_the_first_of_several_outputs_is_the_value_and_others_have_names(active: Load) -> None:
+def test_the_first_of_several_outputs_is_the_value_and_others_have_names() -> None:
     rows = readings(50)
-    result = answered(active(NAMED), rows).scores
+    result = answered(activated(NAMED), rows).scores
     np.testing.assert_allclose(np.asarray(result.value), rows @ [0.5, -1, 0.25, 2], atol=1e-5)
     assert list(result.extra_columns) == ["value_total"]
     np.testing.assert_allclose(result.extra_columns["value_total"], rows.sum(axis=1), atol=1e-5)
 
 
-def test_an_embedding_far_from_the_centroid_is_an_anomaly(
-    active: Callable[[Recipe], LoadedBundle],
-) -> None:
-    result = active(VECTORS)
+def test_an_embedding_far_from_the_centroid_is_an_anomaly() -> None:
+    result = activated(VECTORS)
     output = result.bundle.manifest.output
     usual = readings(1600)
     vectors = np.stack([usual[:, 0] + usual[:, 2], usual[:, 1] + usual[:, 3]], axis=1)
@@ -187,9 +167,9 @@ def test_an_embedding_far_from_the_centroid_is_an_anomaly(
     assert answers.scores.extra_columns == {}
 
 
-def test_of_a_cosine_distance_only_the_direction_counts(active: Load) -> None:
+def test_of_a_cosine_distance_only_the_direction_counts() -> None:
     rows = np.array([[1, 1, 0, 0], [3, 3, 0, 0], [-1, -1, 0, 0]], np.float32)
-    value = answered(active(ANGLES), rows).scores.value
+    value = answered(activated(ANGLES), rows).scores.value
     assert value is not None
     assert value[0] == pytest.approx(value[1], abs=0.05)
     assert value[0] + value[2] == pytest.approx(2, abs=0.05)
@@ -199,11 +179,11 @@ def test_of_a_cosine_distance_only_the_direction_counts(active: Load) -> None:
 
 
 @pytest.fixture
-def device(tmp_path: Path, active: Load) -> Any:
+def device(tmp_path: Path) -> Any:
     made: list[Device] = []
 
     def new(recipe: Recipe, **options: Any) -> Device:
-        made.append(Device(tmp_path / str(len(made)), recipe, active(recipe), **options))
+        made.append(Device(tmp_path / str(len(made)), recipe, activated(recipe), **options))
         return made[-1]
 
     yield new
@@ -325,7 +305,7 @@ def test_history_reaches_over_a_restart_but_not_over_a_pause(device: Any) -> Non
 
 
 def test_a_threshold_is_learned_from_held_out_windows_that_are_normal(tmp_path: Path) -> None:
-    spec = write_spec(tmp_path, replace(VECTORS, output='calibrate = "quiet.csv"\nquantile = 0.95'))
+    spec = write_spec(tmp_path, replace(VECTORS, output='calibration_data = "quiet.csv"\nquantile = 0.95'))
     rows = readings(400, seed=4)
     rows[::10] += 100
     text = write_csv(tmp_path / "plain.csv", VECTORS.fields, rows).read_text().splitlines()
@@ -358,8 +338,8 @@ def of_softer_model(rows: Floats) -> list[str]:
 
 
 @pytest.mark.parametrize("how", ["temperature", "isotonic"])
-def test_scores_of_an_overconfident_model_are_calibrated_on_held_out_labels(tmp_path: Path, how: str) -> None:
-    output = f'{SOFTMAX}\ncalibrate = "held.csv"\ncalibration = "{how}"'
+def test_scores_of_an_overconfident_model_are_calibrated_on_other_labels(tmp_path: Path, how: str) -> None:
+    output = f'{SOFTMAX}\ncalibration_data = "held.csv"\ncalibration_method = "{how}"'
     spec = write_spec(tmp_path, replace(SUMS["float32"], output=output))
     labelled_rows(tmp_path / "held.csv", 3000, of_softer_model)
     made = pack.pack(spec, KEY)
@@ -384,7 +364,8 @@ def test_scores_that_are_right_already_stay_as_they_are(tmp_path: Path) -> None:
         return [LABELS[random.choice(3, p=item)] for item in softmax(rows @ CENTRES.T + BIAS)]
 
     spec = write_spec(
-        tmp_path, replace(SUMS["float32"], output=f'{SOFTMAX}\ncalibrate = "held.csv"\ncalibration = "isotonic"')
+        tmp_path,
+        replace(SUMS["float32"], output=f'{SOFTMAX}\ncalibration_data = "held.csv"\ncalibration_method = "isotonic"'),
     )
     labelled_rows(tmp_path / "held.csv", 300, drawn)
     made = pack.pack(spec, KEY)
@@ -397,7 +378,7 @@ def test_labels_of_a_model_that_says_several_calibrate_it_too(tmp_path: Path) ->
         message = np.random.default_rng(2).random((len(rows), 3)) < sigmoid((rows @ CENTRES.T + BIAS) / 3)
         return ["|".join(name for name, yes in zip(EACH, row, strict=True) if yes) or "-" for row in message]
 
-    spec = write_spec(tmp_path, replace(SEVERAL, output='multi_label = true\ncalibrate = "held.csv"'))
+    spec = write_spec(tmp_path, replace(SEVERAL, output='multi_label = true\ncalibration_data = "held.csv"'))
     labelled_rows(tmp_path / "held.csv", 2000, drawn)
     head = json.loads(pack.pack(spec, KEY).files["manifest.json"])
     assert 1.5 < head["output"]["temperature"] < 5
@@ -431,12 +412,12 @@ def test_data_that_cannot_calibrate_are_refused_in_one_sentence(
     with pytest.raises(ConfigError) as problem:
         pack.pack(spec, KEY)
     assert why in str(problem.value)
-    assert "output.calibrate" in str(problem.value)
+    assert "output.calibration_data" in str(problem.value)
     assert "\n" not in str(problem.value)
 
 
 def test_the_references_own_data_do_not_calibrate(tmp_path: Path) -> None:
-    spec = write_spec(tmp_path, replace(SUMS["float32"], output=f'{SOFTMAX}\ncalibrate = "reference.csv"'))
+    spec = write_spec(tmp_path, replace(SUMS["float32"], output=f'{SOFTMAX}\ncalibration_data = "reference.csv"'))
     with pytest.raises(ConfigError, match="calibrate on data held out from training"):
         pack.pack(spec, KEY)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.errors import BadBundle
-from agent.model.bundle import builtin, bundle, manifest
-from agent.model.bundle.bundle import Bundle
-from scripts.kit.bundles import KEY, change_manifest, packed, resign
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return packed(tmp_path_factory.mktemp("original"))
-
-
-@pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    """A bundle folder to spoil."""
-    return Path(shutil.copytree(original, tmp_path / "bundle"))
-
-
-def read(path: Path) -> Bundle:
-    return bundle.read(path, [KEY.public])
-
-
-def refused(path: Path) -> str:
-    """Why; and what the reason says begins with the path."""
-    with pytest.raises(BadBundle) as problem:
-        read(path)
-    assert str(problem.value).startswith(f"{path}: ")
-    return str(problem.value)
+from agent.model.bundle import builtin, manifest
+from scripts.kit.bundles import change_manifest, resign
+from tests.model.test_bundle import refused
 
 
 @pytest.mark.parametrize(
@@ -131,7 +107,7 @@ def test_a_manifest_has_one_spelling() -> None:
     assert list(json.loads(once)) == sorted(json.loads(once))
 
 
-def test_a_manifest_that_two_readers_read_differently_is_refused_even_when_signed(folder: Path) -> None:
+def test_a_signed_but_ambiguous_manifest_is_refused(folder: Path) -> None:
     path = folder / "manifest.json"
     text = path.read_text()
     for twice in ('"version": "9.9.9",\n', '"files": {},\n'):
@@ -146,8 +122,8 @@ def test_a_manifest_that_two_readers_read_differently_is_refused_even_when_signe
 def test_drift_options_are_left_out_of_a_manifest_that_does_not_use_them() -> None:
     plain = manifest.DriftSettings(window=20)
     assert msgspec.to_builtins(plain) == {"window": 20}
-    asked = msgspec.convert({"window": 20, "min_count": 10, "seasonality": "hour"}, manifest.DriftSettings)
-    assert (asked.min_count, asked.seasonality) == (10, "hour")
+    requested = msgspec.convert({"window": 20, "min_count": 10, "seasonality": "hour"}, manifest.DriftSettings)
+    assert (requested.min_count, requested.seasonality) == (10, "hour")
     for wrong in ({"min_count": 1}, {"seasonality": "month"}, {"class_field": ""}):
         with pytest.raises(msgspec.ValidationError):
             msgspec.convert(wrong, manifest.DriftSettings)

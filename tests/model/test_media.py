@@ -19,7 +19,7 @@ from agent.model import activation
 from agent.model.bundle.manifest import ModelInput, WindowSpec
 from agent.model.inference import scores, sound
 from agent.model.inference.inference import Inference
-from scripts.kit.bundles import KEY, THIRD_PARTY
+from scripts.kit.bundles import KEY, MODELS
 
 RATE = 16_000
 SOUND_FORMAT = SoundFormat(rate=RATE, window=1024, hop=512, mels=128)
@@ -131,12 +131,6 @@ def test_a_sound_that_is_none_is_refused_in_one_sentence(tmp_path: Path, make: A
     assert "\n" not in str(problem.value)
 
 
-def third_party(name: str) -> Path:
-    if not THIRD_PARTY.exists():
-        pytest.skip("models that others made are not there (OUTSTATION_THIRDPARTY_MODELS)")
-    return THIRD_PARTY / f"{name}.tflite"
-
-
 def test_a_folder_of_sounds_teaches_an_autoencoder_what_is_normal(tmp_path: Path) -> None:
     random = np.random.default_rng(1)
     for i in range(3):
@@ -145,11 +139,11 @@ def test_a_folder_of_sounds_teaches_an_autoencoder_what_is_normal(tmp_path: Path
 name = "machine"
 version = "1"
 kind = "anomaly"
-model = "{third_party("mlperf_ad01_int8")}"
+model = "{MODELS / "foreign_autoencoder.tflite"}"
 reference = "normal"
 golden = "normal"
 [input]
-sound = {{ rate = {RATE}, window = 1024, hop = 512, mels = 128 }}
+sound = {{ rate = {RATE}, window = 1024, hop = 512, mels = 32 }}
 window = {{ rows = 5, step = 1 }}
 [output]
 quantile = 0.95
@@ -160,7 +154,7 @@ window = 10
     assert any("normal windows are not above it" in note for note in made.notes)
     pack.write_bundle(made, tmp_path / "out")
     result = activation.activate(tmp_path / "out", [KEY.public])
-    assert result.bundle.manifest.input.sound == SOUND_FORMAT
+    assert result.bundle.manifest.input.sound == SoundFormat(rate=RATE, window=1024, hop=512, mels=32)
     sound_spec = data.read(tmp_path / "normal" / "1.wav", result.bundle.manifest.input)
     answers = Inference(result.bundle.manifest, result.model).run(sound_spec.features, sound_spec.t)
     message = scores.to_texts(answers.scores, result.bundle.manifest)
@@ -205,11 +199,11 @@ def test_images_are_resized_converted_to_grey_and_turned_upright(tmp_path: Path)
 
 
 def test_folders_name_the_labels_and_each_image_is_one_window(tmp_path: Path) -> None:
-    (tmp_path / "model.tflite").write_bytes(third_party("mlperf_vww96_int8").read_bytes())
+    (tmp_path / "model.tflite").write_bytes((MODELS / "foreign_image.tflite").read_bytes())
     for i in range(60):
         path = tmp_path / "images" / ("person" if i % 3 else "none") / f"{i:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture((96, 96, 3), seed=i))
+        path.write_bytes(picture((32, 32, 3), seed=i))
     (tmp_path / "spec.toml").write_text("""
 name = "vww"
 version = "1"
@@ -218,18 +212,18 @@ model = "model.tflite"
 labels = ["none", "person"]
 golden = "images"
 [input]
-image = { width = 96, height = 96 }
+image = { width = 32, height = 32 }
 [output]
-calibrate = "images"
+calibration_data = "images"
 """)
     made = pack.pack(tmp_path / "spec.toml", KEY)
     pack.write_bundle(made, tmp_path / "out")
     result = activation.activate(tmp_path / "out", [KEY.public])
     spec = result.bundle.manifest
-    assert len(spec.input.fields) == 288
+    assert len(spec.input.fields) == 96
     seen = data.read(tmp_path / "images", spec.input, data.LabelParser.from_manifest(spec))
     assert seen.label is not None
-    assert seen.label[::96].tolist() == [0] * 20 + [1] * 40
+    assert seen.label[::32].tolist() == [0] * 20 + [1] * 40
     answers = Inference(spec, result.model).run(seen.features, seen.t)
     assert len(answers.scores) == 60
 

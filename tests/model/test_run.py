@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent.arrays import Float32s, Ints
 from agent.cli import main
 from agent.cli.model.group import model as command
 from agent.datasets.readers import TableReader
@@ -28,7 +30,7 @@ from agent.evaluation.predict import run as running
 from agent.evaluation.predict.ledger import LEDGER_NAME, FileJob, RunLedger, RunTotals
 from agent.evaluation.predict.run import BatchPredictor
 from agent.model.bundle import bundle as bundles
-from agent.model.inference import features, runtime
+from agent.model.inference import runtime
 from agent.model.inference.inference import Inference
 from agent.testing.messages import new_key
 from scripts.kit.bundles import ANOMALY, CLASSIFY, KEY, LABELS, TABULAR, packed, readings, waves, write_csv
@@ -66,7 +68,7 @@ def table(path: Path) -> dict[str, list[str]]:
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def plain(bundle: Path, rows: features.Floats) -> tuple[features.Floats, features.Ints]:
+def plain(bundle: Path, rows: Float32s) -> tuple[Float32s, Ints]:
     """Return (outputs, last rows from 1) of a plain loop over single windows."""
     loaded = bundles.read(bundle, None)
     model, spec = runtime.load_model(loaded.manifest, loaded.model_bytes), loaded.manifest.input
@@ -175,14 +177,12 @@ from pathlib import Path
 from agent.evaluation.predict import run as running
 from tests.model.test_run import work
 running.CHECKPOINT_INTERVAL_S = 0.0
-process, done = running.BatchPredictor._process_block, []
-def until(self, *args):
-    process(self, *args)
+done = []
+def until(*_):
     done.append(1)
     if len(done) == {turns}:
         os.kill(os.getpid(), signal.SIGKILL)
-running.BatchPredictor._process_block = until
-work(Path({str(bundle)!r}), 4096).predict_file(Path({str(source)!r}), Path({str(out)!r}), lambda *_: None)
+work(Path({str(bundle)!r}), 4096).predict_file(Path({str(source)!r}), Path({str(out)!r}), until)
 """
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True).returncode
 
@@ -328,15 +328,15 @@ def test_two_runs_do_not_write_one_file_together(tabular: Path, tmp_path: Path) 
 def test_a_file_finished_between_opening_and_lock_is_not_written_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    part, lock = tmp_path / "out.csv.part", output._lock
+    part, lock = tmp_path / "out.csv.part", fcntl.flock
     part.write_bytes(b"row\n1\n")
 
-    def late(file: BinaryIO, path: Path) -> None:
+    def late(file: BinaryIO, operation: int) -> None:
         if part.exists() and part.stat().st_size:
             part.replace(tmp_path / "out.csv")
-        lock(file, path)
+        lock(file, operation)
 
-    monkeypatch.setattr(output, "_lock", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     with output.open_locked(part) as file:
         file.write(b"anew")
     assert (tmp_path / "out.csv").read_bytes() == b"row\n1\n"

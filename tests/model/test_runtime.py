@@ -36,12 +36,14 @@ Floats = NDArray[np.float32]
 Interpreter: Any = vars(runtime)["Interpreter"]
 COUNTS = [0, 1, 4, 5, 31, 32, 33, 100]
 OURS = ["classify_int8", "classify_uint8", "classify_float32", "regress_int8", "anomaly_int8", "fixed_batch"]
+# As other tools export them: convolutions, weights quantized per channel or per tensor, nothing that describes them.
+FOREIGN = ["foreign_keywords", "foreign_autoencoder", "foreign_image"]
 
 
 def content(name: str) -> bytes:
     if name == "exercise":
         return (builtin.bundles_dir() / "exercise" / "model.tflite").read_bytes()
-    if name in OURS:
+    if name in (*OURS, *FOREIGN):
         return model(name)
     if not THIRD_PARTY.exists():
         pytest.skip("models that others made are not beside this repository")
@@ -70,25 +72,29 @@ def plain(data: bytes, rows: Floats) -> Floats:
 def noise(loaded: TfliteModel, count: int) -> Floats:
     """Over a little more than the range of the input, so that some values saturate."""
     low, high = loaded.input_range
-    some = np.random.default_rng(count).uniform(low * 1.1, high * 1.1, (count, *loaded.input_shape))
-    return some.astype(np.float32)
+    part = np.random.default_rng(count).uniform(low * 1.1, high * 1.1, (count, *loaded.input_shape))
+    return part.astype(np.float32)
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("name", [*OURS, "exercise", "mlperf_ad01_int8", "mlperf_kws_int8"])
+@pytest.mark.parametrize("name", [*OURS, *FOREIGN, "exercise", "mlperf_ad01_int8", "mlperf_kws_int8"])
 def test_any_number_of_rows_gives_the_bits_of_a_plain_loop(name: str, count: int) -> None:
     loaded = TfliteModel(content(name))
     rows = noise(loaded, count)
-    found = loaded.invoke(rows)
-    assert found.dtype == np.float32
-    assert found.shape == (count, loaded.outputs)
+    outputs = loaded.invoke(rows)
+    assert outputs.dtype == np.float32
+    assert outputs.shape == (count, loaded.outputs)
     if count:
-        np.testing.assert_array_equal(found, plain(content(name), rows))
+        np.testing.assert_array_equal(outputs, plain(content(name), rows))
 
 
 @pytest.mark.parametrize("batch", [1, 4, 8, 16, 32, 64, 128])
 @pytest.mark.parametrize(
-    "name", ["exercise", "mlperf_ad01_int8", "mlperf_kws_int8", "mlperf_resnet8_cifar_int8", "mlperf_vww96_int8"]
+    "name",
+    [
+        *("exercise", "foreign_keywords", "foreign_autoencoder"),
+        *("mlperf_ad01_int8", "mlperf_kws_int8", "mlperf_resnet8_cifar_int8", "mlperf_vww96_int8"),
+    ],
 )
 def test_any_size_of_batch_gives_the_bits_of_a_plain_loop(name: str, batch: int) -> None:
     loaded = TfliteModel(content(name), batch)
@@ -105,13 +111,14 @@ def test_calls_of_different_sizes_do_not_disturb_each_other() -> None:
         np.testing.assert_array_equal(loaded.invoke(rows[first:last]), whole[first:last])
 
 
-def test_a_free_batch_is_used_and_a_fixed_one_is_kept() -> None:
+def test_a_free_batch_size_is_used_and_a_fixed_one_stays() -> None:
     assert TfliteModel(content("classify_int8")).batch == DEFAULT_BATCH
     assert TfliteModel(content("fixed_batch")).batch == 1
 
 
-def test_a_fixed_image_model_runs_row_by_row_and_as_the_plain_loop() -> None:
-    data = content("coral_mobilenet_v1_0.25_128_quant")
+@pytest.mark.parametrize("name", ["coral_mobilenet_v1_0.25_128_quant", "foreign_image"])
+def test_a_fixed_image_model_runs_row_by_row_and_as_the_plain_loop(name: str) -> None:
+    data = content(name)
     loaded = TfliteModel(data)
     rows = noise(loaded, 5)
     assert loaded.batch == 1
@@ -153,7 +160,7 @@ def test_values_beyond_the_input_saturate_and_missing_ones_count_as_zero(name: s
 
 
 def test_outputs_are_in_the_units_of_the_model() -> None:
-    """What the model's weights say, x·w, but for the rounding of its input, its weights and its output."""
+    """Compare with x·w, up to the rounding of input, weights and output."""
     rows = readings(50)
     loaded = TfliteModel(content("regress_int8"))
     expected = rows @ np.array([0.5, -1, 0.25, 2], np.float32)

@@ -12,11 +12,10 @@ import pytest
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 
-from agent.authoring import pack
+from agent.authoring import pack, scaffold
 from agent.cli.model.group import model as command
 from agent.errors import OutstationError
 from agent.model import activation
-from agent.model.inference import inspect
 from agent.model.inference.inference import Inference
 from agent.model.inference.runtime import Interpreter  # type: ignore[attr-defined]
 from agent.model.inference.tensors import ModelInspection, OutputStats, Tensor
@@ -29,10 +28,16 @@ OTHERS = {
     "mlperf_resnet8_cifar_int8": ("classify", 32, 96),
     "mlperf_vww96_int8": ("classify", 96, 288),
     "coral_mobilenet_v1_0.25_128_quant": ("classify", 128, 384),
+    # Of the same shapes, and in every clone.
+    "foreign_autoencoder": ("anomaly", 1, 160),
+    "foreign_keywords": ("classify", 49, 10),
+    "foreign_image": ("classify", 32, 96),
 }
 
 
 def others(name: str) -> Path:
+    if (own := MODELS / f"{name}.tflite").exists():
+        return own
     if not THIRD_PARTY.exists():
         pytest.skip("models that others made are not there (OUTSTATION_THIRDPARTY_MODELS)")
     return THIRD_PARTY / f"{name}.tflite"
@@ -98,10 +103,11 @@ def test_a_third_party_model_packs_from_its_scaffold_and_predicts_alike(tmp_path
         assert answers.scores.anomaly is not None
 
 
-def test_an_image_input_gets_the_scale_of_its_quantization() -> None:
-    text = run("pack", "--from", others("coral_mobilenet_v1_0.25_128_quant")).output
+@pytest.mark.parametrize(("name", "side"), [("coral_mobilenet_v1_0.25_128_quant", 128), ("foreign_image", 32)])
+def test_an_image_input_gets_the_scale_of_its_quantization(name: str, side: int) -> None:
+    text = run("pack", "--from", others(name)).output
     image = tomllib.loads(text)["input"]["image"]
-    assert (image["width"], image["height"], image["channels"]) == (128, 128, 3)
+    assert (image["width"], image["height"], image["channels"]) == (side, side, 3)
     assert (image["scale"], image["offset"]) == (pytest.approx(1 / 128), -1)
 
 
@@ -116,6 +122,8 @@ def input_range(model: Path) -> tuple[float, float]:
     ("name", "why", "fix"),
     [
         ("pymicro_okay_nabu_int8stream", "keeps state between inferences (ASSIGN_VARIABLE", "export it without state"),
+        ("stateful", "keeps state between inferences (ASSIGN_VARIABLE", "export it without state"),
+        ("flex", "TensorFlow operations, which it lacks", "convert it with TFLITE_BUILTINS only"),
         ("flex_model_selfmade", "TensorFlow operations, which it lacks", "convert it with TFLITE_BUILTINS only"),
         ("tflm_person_detect_int8", "its quantization does not follow the format", "convert the model again"),
     ],
@@ -177,7 +185,7 @@ def test_the_kind_is_guessed_and_the_spec_packs_as_it_is(
 
 def looks(outputs: int, answers: OutputStats, limits: tuple[float, float] | None = None) -> str:
     tensors = [Tensor("x", (4,), 0, "float32", None)], [Tensor("y", (outputs,), 0, "int8", limits)]
-    return inspect.guess_kind(ModelInspection(*tensors, [answers])).kind
+    return scaffold.guess_kind(ModelInspection(*tensors, [answers])).kind
 
 
 def test_kinds_are_guessed_from_the_range_and_norm_of_outputs() -> None:

@@ -35,7 +35,7 @@ def tiny(name: str = "classify_int8", memory_mib: int = 512) -> Bundle:
     return around(model(name), CLASSIFY, memory_mib=memory_mib)
 
 
-def gone(pid: int) -> bool:
+def has_ended(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
@@ -44,8 +44,8 @@ def gone(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def classifier() -> Iterator[SubprocessModel]:
-    with SubprocessModel(tiny()) as one:
-        yield one
+    with SubprocessModel(tiny()) as item:
+        yield item
 
 
 @settings(max_examples=60, deadline=None)
@@ -64,7 +64,7 @@ def test_so_are_those_of_other_types_and_of_fixed_batches(name: str) -> None:
         for count in (1, 0, 33, 5000, 2):
             rows = readings(count, seed=count)
             assert np.array_equal(there.invoke(rows), here.invoke(rows))
-        assert (there.outputs, there.batch, there.input_shape) == (here.outputs, here.batch, here.input_shape)
+        assert (there.outputs, there.input_range) == (here.outputs, here.input_range)
 
 
 def test_windows_of_another_size_are_refused_and_the_process_goes_on(classifier: SubprocessModel) -> None:
@@ -76,7 +76,7 @@ def test_windows_of_another_size_are_refused_and_the_process_goes_on(classifier:
 
 
 @crashing
-def test_a_crash_is_told_apart_and_the_next_batch_gets_a_new_process() -> None:
+def test_a_crash_is_recognized_and_the_next_batch_gets_a_new_process() -> None:
     with SubprocessModel(tiny("rigged_crash")) as there:
         before = there.invoke(CALM)
         with pytest.raises(
@@ -103,11 +103,11 @@ def test_a_hang_is_ended_in_time_while_the_caller_is_called_back() -> None:
         assert 2.4 < time.monotonic() - began < 30
         assert len([at for at in ticks if at > began]) >= 2
         assert pid is not None
-        assert gone(pid)
+        assert has_ended(pid)
         assert there.invoke(CALM).shape == (40, 3)
 
 
-def test_an_error_of_the_runtime_is_told_and_the_process_goes_on() -> None:
+def test_an_error_of_the_runtime_is_reported_and_the_process_stays() -> None:
     with SubprocessModel(tiny("rigged_error")) as there:
         there.invoke(CALM)
         pid = there.pid
@@ -132,7 +132,7 @@ def test_a_model_that_cannot_be_loaded_says_why_at_its_first_use() -> None:
     assert died.value.kind == "error"
 
 
-def test_a_process_killed_from_outside_is_a_crash_and_its_successor_answers() -> None:
+def test_a_killed_process_is_a_crash_and_its_successor_answers() -> None:
     with SubprocessModel(tiny()) as there:
         expected = there.invoke(CALM)
         assert there.pid is not None
@@ -142,7 +142,7 @@ def test_a_process_killed_from_outside_is_a_crash_and_its_successor_answers() ->
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_that_stops_the_agent_does_not_pass_for_a_crash_of_the_model(number: signal.Signals) -> None:
+def test_a_signal_that_stops_the_agent_is_no_crash_of_the_model(number: signal.Signals) -> None:
     with SubprocessModel(tiny()) as there:
         assert there.pid is not None
         os.kill(there.pid, number)
@@ -168,15 +168,15 @@ def test_a_process_that_hangs_dies_with_its_parent() -> None:
     with parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
-        assert not gone(pid)
+        assert not has_ended(pid)
         parent.kill()
-    wait_for(lambda: gone(pid), "the child went with its parent")
+    wait_for(lambda: has_ended(pid), "the child went with its parent")
 
 
 NOISY = "import os, sys; [os.write(2, b'x' * 65536) for _ in range(200)]; sys.exit(3)"
 
 
-def test_however_much_it_writes_to_stderr_only_the_end_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_the_end_of_a_long_stderr_is_stored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "noisy_child.py").write_text(NOISY)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(worker, "__name__", "noisy_child")
@@ -196,7 +196,7 @@ def test_what_answers_something_else_is_taken_for_a_crash(monkeypatch: pytest.Mo
         with pytest.raises(ModelProcessFailed, match="sent an invalid start message"):
             there.invoke(CALM)
     assert pid is not None
-    assert gone(pid)
+    assert has_ended(pid)
 
 
 def test_an_inference_takes_it_for_a_model_and_counts_the_time_in_it() -> None:
@@ -206,8 +206,8 @@ def test_an_inference_takes_it_for_a_model_and_counts_the_time_in_it() -> None:
     here = inference.Inference(shipped.manifest, runtime.load_model(shipped.manifest, shipped.model_bytes)).run(
         rows, t, with_outputs=True
     )
-    with SubprocessModel(shipped) as apart_model:
-        there = inference.Inference(shipped.manifest, apart_model).run(rows, t, with_outputs=True)
+    with SubprocessModel(shipped) as subprocess_model:
+        there = inference.Inference(shipped.manifest, subprocess_model).run(rows, t, with_outputs=True)
     assert there.outputs is not None
     assert here.outputs is not None
     assert np.array_equal(there.outputs, here.outputs)
@@ -224,24 +224,24 @@ def test_the_caller_does_not_wait_for_the_start(monkeypatch: pytest.MonkeyPatch,
         assert not there.poll_ready()
 
 
-def test_who_does_not_wait_asks_and_hears_later() -> None:
+def test_a_caller_that_does_not_wait_polls_later() -> None:
     with SubprocessModel(tiny()) as there:
         wait_for(there.poll_ready, "it has started")
         there.submit(CALM)
         assert not there.poll_ready()
-        heard: list[np.ndarray | None] = []
+        answers: list[np.ndarray | None] = []
 
         def answered() -> bool:
-            heard.append(there.poll())
-            return heard[-1] is not None
+            answers.append(there.poll())
+            return answers[-1] is not None
 
         wait_for(answered, "it has answered")
-        assert heard[-1] is not None
-        assert np.array_equal(heard[-1], runtime.TfliteModel(model("classify_int8")).invoke(CALM))
+        assert answers[-1] is not None
+        assert np.array_equal(answers[-1], runtime.TfliteModel(model("classify_int8")).invoke(CALM))
         assert there.poll_ready()
 
 
-def test_a_question_that_is_never_answered_is_heard_of_when_its_time_is_over() -> None:
+def test_an_unanswered_request_fails_at_its_timeout() -> None:
     with SubprocessModel(tiny("rigged_hang"), call_timeout_s=0.5) as there:
         wait_for(there.poll_ready, "it has started")
         there.submit(WILD)

@@ -186,15 +186,21 @@ def test_the_baseline_stays_without_the_first_labels() -> None:
     assert state.tracks[DECAY].is_open
 
 
-def test_too_many_labels_by_the_model_itself_raise_one_alert() -> None:
+def test_labels_by_the_model_itself_raise_one_alert_above_a_fifth_and_clear_it_at_a_tenth() -> None:
     state = DegradationState("sha256:a")
-    assert degradation.check_feedback(state, 5, 100) is None
-    raised = degradation.check_feedback(state, 30, 100)
+    assert degradation.check_feedback(state, 0, 0) is None
+    assert degradation.check_feedback(state, 20, 100) is None
+    raised = degradation.check_feedback(state, 21, 100)
     assert raised is not None
     assert (raised.subject, raised.state) == ("labels", "raised")
-    assert raised.summary.startswith("30% of the last 100 labels are the model's own answers")
-    assert degradation.check_feedback(state, 40, 100) is None
-    assert degradation.check_feedback(state, 15, 100) is None
-    cleared = degradation.check_feedback(state, 5, 100)
+    assert raised.summary.startswith("21% of the last 100 labels are the model's own answers")
+    assert raised.evidence == {"own": 21, "n": 100}
+    for own in (100, 20, 11):
+        assert degradation.check_feedback(state, own, 100) is None
+    cleared = degradation.check_feedback(state, 10, 100)
     assert cleared is not None
     assert (cleared.state, cleared.id) == ("cleared", raised.id)
+    assert degradation.check_feedback(state, 20, 100) is None
+    again = degradation.check_feedback(state, 21, 100)
+    assert again is not None
+    assert again.id != raised.id

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
+
+from agent.testing.process import wait_until
 from scripts.faults import launch
 from scripts.faults.on_update import _STEPS
 from scripts.faults.updating import OTHER, TASK, _allowed_bundles_after
 
+ROOT = Path(__file__).parents[2]
 OLD, NEW = "sha256:old", "sha256:new"
 
 
@@ -52,6 +60,34 @@ def test_activations_of_another_task_change_nothing() -> None:
     assert after(*TRIED, activated(NEW, OLD, "configured", OTHER)) == {OLD}
 
 
-def test_every_step_at_which_a_daemon_is_to_die_is_there() -> None:
+def test_the_daemon_calls_every_step_at_which_a_fault_kills_it_so_that_the_fault_sees_it() -> None:
+    """The launcher replaces an attribute of a module or class: a caller that imported the function keeps the old."""
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "agent").rglob("*.py")}
     for _, target in _STEPS.values():
-        assert callable(launch.resolve_target(target)[2]), target
+        owner, name, step = launch.resolve_target(target)
+        assert callable(step), target
+        calls = [path for path, text in sources.items() if re.search(rf"\.{name}\(", text)]
+        assert calls, f"nothing calls {target}"
+        if isinstance(owner, ModuleType):
+            imports = re.compile(rf"from {re.escape(owner.__name__)} import [^\n]*\b{name}\b")
+            assert [path for path, text in sources.items() if imports.search(text)] == [], target
+
+
+@pytest.mark.parametrize("when", ["before", "in", "after", "committed"])
+def test_a_process_dies_at_its_step_once(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deaths: list[str] = []
+    commits: list[Callable[[], None]] = []
+    monkeypatch.setattr(launch, "_INTO_S", 0.0)
+    monkeypatch.setattr(launch, "_die", lambda: deaths.append(when))
+    monkeypatch.setattr(launch, "_after_each_commit", commits.append)
+    # Restored afterwards, since the launcher replaces it for good.
+    monkeypatch.setattr(launch, "synchronous", lambda level: level)
+    mark = tmp_path / "died"
+    launch.at_step(f"{when},scripts.faults.launch:synchronous,{mark}")
+    assert deaths == []
+    for _ in range(2):
+        assert launch.synchronous("FULL") == "FULL"  # type: ignore[func-returns-value]
+        for do in commits:
+            do()
+    wait_until("it dies", lambda: deaths == [when], 10)
+    assert mark.exists()

@@ -56,7 +56,7 @@ def _room(path: Path) -> str:
     return path.parent.relative_to(ROOT).as_posix()
 
 
-ROOMS = sorted({_room(path) for path in (ROOT / "agent").rglob("*.py")})
+ROOMS = sorted({_room(path) for top in ("agent", "scripts", "tests") for path in (ROOT / top).rglob("*.py")})
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -65,17 +65,23 @@ def test_charts_without_values_are_empty() -> None:
     assert of_kind(parsed(render_reliability([])), "bin") == []
 
 
-def test_calibrated_scores_lie_on_the_diagonal() -> None:
+def test_calibrated_scores_lie_on_the_diagonal_and_too_low_ones_above() -> None:
     root = parsed(
-        render_reliability([ReliabilityPoint(0.6, 0.6, 0.5, 0.7, 9), ReliabilityPoint(0.9, 0.9, None, None, 9)])
+        render_reliability(
+            [
+                ReliabilityPoint(0.6, 0.6, 0.5, 0.7),
+                ReliabilityPoint(0.9, 0.9, None, None),
+                ReliabilityPoint(0.8, 0.95, None, None),
+            ]
+        )
     )
     [diagonal] = of_kind(root, "diagonal")
     x1, y1, x2, y2 = (float(diagonal.attrib[key]) for key in ("x1", "y1", "x2", "y2"))
     points = of_kind(root, "bin")
-    assert len(points) == 2
-    for point in points:
-        share = (float(point.attrib["cx"]) - x1) / (x2 - x1)
-        assert float(point.attrib["cy"]) == pytest.approx(y1 + share * (y2 - y1), abs=0.2)
+    shares = [(float(point.attrib["cx"]) - x1) / (x2 - x1) for point in points]
+    above = [y1 + share * (y2 - y1) - float(point.attrib["cy"]) for share, point in zip(shares, points, strict=True)]
+    assert above[:2] == pytest.approx([0, 0], abs=0.2)
+    assert above[2] > 50
 
 
 @settings(max_examples=30, deadline=None)

@@ -15,11 +15,19 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from agent.errors import MessageRefused
-from agent.testing.messages import MessageSender, SignedMessage, new_key
+from agent.testing.messages import QUIET_FIELD, MessageSender, SignedMessage, new_key
 from agent.wire import jws, messages
 from agent.wire.jws import Signer
 from agent.wire.keys import SigningKey, b64url_decode
-from agent.wire.messages import MAX_PAYLOAD, AckPayload, HealthPayload, ResultsPayload, VerifiedMessage, verify_message
+from agent.wire.messages import (
+    MAX_PAYLOAD,
+    AckPayload,
+    DriftPayload,
+    HealthPayload,
+    ResultsPayload,
+    VerifiedMessage,
+    verify_message,
+)
 from agent.wire.topics import KINDS, Topic
 from tests.kit.damage import flips
 
@@ -255,6 +263,59 @@ def test_a_duplicate_key_next_to_large_columns_is_refused() -> None:
     assert refusal(RESULTS_TOPIC, payload.replace(b'"label":', b'"row":[1],"label":')) == "malformed payload"
     assert refusal(RESULTS_TOPIC, payload.replace(b'"label":', b'"t":[1],"label":')) == "malformed payload"
     assert refusal(RESULTS_TOPIC, payload.replace(b'"t":', b'"t":[1],"t":')) == "duplicate key"
+
+
+QUIET_TIME = 1_795_000_000_000_000
+
+
+def quiet_run(window: dict[str, Any] | None = None, field: dict[str, Any] = QUIET_FIELD, **columns: Any) -> Any:
+    """A message of three quiet windows of 2000 rows."""
+    return members(sender().quiet_run(window, field, **columns))
+
+
+DRIFT_TOPIC = "outstation/acme/pi-07/drift/exercise"
+
+
+def test_a_run_of_quiet_windows_is_read() -> None:
+    body = signed(DRIFT_TOPIC, quiet_run()).body
+    assert isinstance(body, DriftPayload)
+    assert body.windows is not None
+    assert body.windows.expand_rows() == [(1, 2000), (2001, 4000), (4001, 6000)]
+    assert body.windows.expand_times()[2] == (QUIET_TIME + 80_000_000, QUIET_TIME + 119_999_999)
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        (quiet_run(first=[[1, 2000, 2]]), "column first has 2 entries, nearest has 3"),
+        (quiet_run(to=[1, 2]), "column to has 2 entries, nearest has 3"),
+        (quiet_run(n=[[2000, 0, 9]]), "column n has 9 entries, nearest has 3"),
+        (quiet_run(nearest=[0.5]), "length >= 2"),
+        (quiet_run(nearest=[0.1, 0.2, 1.5]), "<= 1"),
+        (quiet_run(nearest=[0.1] * 600, first=[[1, 1, 600]]), "length <= 512"),
+        (quiet_run(first=[1, 1999, 4001]), "rows [1999,4000] of a window do not come after row 2000"),
+        (quiet_run(first=[[4001, -2000, 3]], last=[[6000, -2000, 3]]), "rows [2001,4000] of a window do not come"),
+        (quiet_run(last=[2000, 1, 6000]), "rows [2001,1] of a window"),
+        (quiet_run(first=[[1, 2**53 - 2, 3]]), "beyond 1 to"),
+        (quiet_run(n=[2001, 1999, 2000]), "2001 rows in rows [1,2000]"),
+        (quiet_run(n=[1900, 2000, 2000]), "n is 6000, but its windows have 5900 rows"),
+        (quiet_run({"rows": [1, 9000]}), "rows [1, 9000], but its windows have rows [1,6000]"),
+        (quiet_run({"to": "2026-11-24T22:18:01Z"}), "time 2026-11-24T22:18:01Z, but its windows have"),
+        (quiet_run({"from": "2026-13-41T22:18:01Z"}), "month must be in 1..12"),
+        (quiet_run({"n": 5900}), "n is 5900, but its windows have 6000 rows"),
+        (quiet_run(field=QUIET_FIELD | {"missing": 11}), "counts of field ax add up to 6001 rows, n is 6000"),
+        (quiet_run(field=QUIET_FIELD | {"counts": "many"}), "field ax of a run has no counts"),
+        (quiet_run(field={"state": "ok"}), "field ax of a run has no counts"),
+        (quiet_run() | {"state": "drift"}, "3 windows in state 'drift'; only quiet ones share a message"),
+        (quiet_run() | {"windows": []}, "Expected `object"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_run_of_windows_that_contradicts_itself_is_refused(message: dict[str, Any], why: str) -> None:
+    with pytest.raises(MessageRefused) as refused:
+        signed(DRIFT_TOPIC, message)
+    assert refused.value.reason == "malformed payload"
+    assert why in str(refused.value)
 
 
 def test_the_collector_key_cannot_sign_for_a_device() -> None:

@@ -11,8 +11,6 @@ from agent.cli.output import config_option, emit, json_option, print_table
 from agent.device.machine.timekeeping import Timekeeper, make_clock
 from agent.device.pipeline import batch as batches
 from agent.device.pipeline import cursor_repair, label_metrics, relearn
-from agent.errors import ConfigError
-from agent.toml_files import did_you_mean
 
 
 @click.command(epilog="Example: outstation batch exercise")
@@ -21,9 +19,7 @@ from agent.toml_files import did_you_mean
 @json_option
 def batch(task: str | None, config_file: str | None, as_json: bool) -> None:
     """Process the backlog of TASK (or of all tasks) once, and stop. Messages stay in the outbox for `run` to send."""
-    file, conf = device.load_config(config_file)
-    if task is not None and task not in conf.tasks:
-        raise ConfigError(str(file), "tasks", f"there is no task {task!r}{did_you_mean(task, conf.tasks)}")
+    file, conf = device.load_config(config_file, task)
     store = device.open_store(conf)
     totals: list[dict[str, Any]] = []
     try:

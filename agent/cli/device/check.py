@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -114,14 +115,9 @@ def _check_bundle(file: Path, conf: Config, name: str) -> str:
 
 def _load_known_tunings(conf: Config, task: str) -> list[Tuning]:
     """Return the tunings of the daemon that runs here; without a store, the check tunes the model itself."""
-    try:
-        store = Store.open_read_only(conf.data_dir)
-    except OutstationError:
-        return []
-    try:
+    with suppress(OutstationError), Store.open_read_only(conf.data_dir) as store:
         return tuning_cache.load(store, task)
-    finally:
-        store.close()
+    return []
 
 
 def _is_running(conf: Config) -> bool:
@@ -130,20 +126,18 @@ def _is_running(conf: Config) -> bool:
     except StorageBusy:
         return True
     except (OutstationError, OSError):
-        return False
+        pass
     return False
 
 
 def _check_storage(conf: Config) -> CheckResult:
     try:
-        store = open_store(conf.data_dir, max_size=int(conf.buffer.max_size))
-        used = store.used_bytes()
-        store.close()
+        with open_store(conf.data_dir, max_size=int(conf.buffer.max_size)) as store:
+            used = store.used_bytes()
     except (OutstationError, OSError) as problem:
         return CheckResult("storage", "failed", f"{problem}; check [device] data_dir and its owner")
-    return CheckResult(
-        "storage", "ok", f"{conf.data_dir}, {used >> 10} KiB of {int(conf.buffer.max_size) >> 20} MiB used"
-    )
+    limit = int(conf.buffer.max_size) >> 20
+    return CheckResult("storage", "ok", f"{conf.data_dir}, {used >> 10} KiB of {limit} MiB used")
 
 
 def _check_store_condition(conf: Config) -> Iterator[CheckResult]:
@@ -164,15 +158,11 @@ def _check_store_condition(conf: Config) -> Iterator[CheckResult]:
 
 def _check_clock(conf: Config) -> CheckResult:
     try:
-        store = Store.open_read_only(conf.data_dir)
-    except OutstationError:
-        now, floor = clock.read(), clock.to_rfc3339(clock.BUILD_FLOOR_US)
-    else:
-        try:
+        with Store.open_read_only(conf.data_dir) as store:
             now = make_clock(store)()
             floor = build_report(store, now)["floor"]
-        finally:
-            store.close()
+    except OutstationError:
+        now, floor = clock.read(), clock.to_rfc3339(clock.BUILD_FLOOR_US)
     shown = clock.to_rfc3339(now.wall_us)
     if now.error_us is not None and now.quality == "synced":
         return CheckResult("clock", "ok", f"{shown}, synchronized to {now.error_us / 1e6:.3f} s")

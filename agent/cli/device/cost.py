@@ -9,13 +9,10 @@ import click
 from agent.bootstrap import device
 from agent.cli.output import config_option, emit, json_option, print_table
 from agent.config import Config
-from agent.device.commands import wipe
 from agent.device.store import cost as costs
 from agent.device.store.cost import ProcessCost, TaskCost
 from agent.device.store.rows import row_bytes
 from agent.device.store.store import Store
-from agent.errors import UsageError
-from agent.toml_files import did_you_mean
 
 _DAY_S = 86_400
 # A message that carried raw rows: signature, topic and properties beside as many rows as the broker takes.
@@ -32,23 +29,29 @@ def cost(task: str | None, config_file: str | None, as_json: bool) -> None:
     The daemon has counted them since the store was made. Flash counts what the kernel wrote for the daemon; a file
     system's journal comes on top. Energy is the machine's, in proportion to the daemon's share of its busy time.
     """
-    file, conf = device.load_config(config_file)
-    wipe.require_unwiped(conf.data_dir)
-    if task is not None and task not in conf.tasks:
-        raise UsageError(f"{file}: there is no task {task!r}{did_you_mean(task, conf.tasks)}")
-    store = device.open_store_read_only(conf)
-    try:
+    _, conf = device.load_config(config_file, task)
+    with device.open_store_read_only(conf) as store:
         document = build_document(conf, store, [task] if task else list(conf.tasks))
-    finally:
-        store.close()
     emit(document, as_json, lambda: _print(document))
 
 
 def build_document(conf: Config, store: Store, tasks: list[str]) -> dict[str, Any]:
     """Return what `cost --json` prints."""
     counters = store.counters()
-    process, shares = costs.read_process_cost(counters), _flash_shares(conf, store, counters)
-    sent_bytes = process.sent_bytes + sum(costs.read_task_cost(counters, name).sent_bytes for name in conf.tasks)
+    process, task_costs = costs.read_process_cost(counters), {n: costs.read_task_cost(counters, n) for n in conf.tasks}
+    task_bytes = sum(task.sent_bytes for task in task_costs.values())
+    sent_bytes = process.sent_bytes + task_bytes
+    # A task's share of the flash writes: the bytes of its messages among all messages and readings.
+    total = sum(store.last_row(name) * row_bytes(stream) for name, stream in conf.streams.items()) + task_bytes
+    shares = {name: task.sent_bytes / total if total else 0.0 for name, task in task_costs.items()}
+    per_day: dict[str, float | None] = {"cpu_s": None, "flash_bytes": None, "air_bytes": None}
+    if process.seconds > 0:
+        factor = _DAY_S / process.seconds
+        per_day = {
+            "cpu_s": round(process.cpu_s * factor, 1),
+            "flash_bytes": round(process.written_bytes * factor),
+            "air_bytes": round(sent_bytes * factor),
+        }
     return {
         "device": conf.device.id,
         "seconds": round(process.seconds, 1),
@@ -56,30 +59,9 @@ def build_document(conf: Config, store: Store, tasks: list[str]) -> dict[str, An
         "flash_bytes": process.written_bytes,
         "air_bytes": sent_bytes,
         "energy_j": None if process.own_energy_j is None else round(process.own_energy_j, 1),
-        "per_day": _per_day(process, sent_bytes),
-        "tasks": [
-            _task_cost(conf, name, costs.read_task_cost(counters, name), process, shares[name]) for name in tasks
-        ],
+        "per_day": per_day,
+        "tasks": [_task_cost(conf, name, task_costs[name], process, shares[name]) for name in tasks],
     }
-
-
-def _per_day(process: ProcessCost, sent_bytes: int) -> dict[str, float | None]:
-    if process.seconds <= 0:
-        return {"cpu_s": None, "flash_bytes": None, "air_bytes": None}
-    factor = _DAY_S / process.seconds
-    return {
-        "cpu_s": round(process.cpu_s * factor, 1),
-        "flash_bytes": round(process.written_bytes * factor),
-        "air_bytes": round(sent_bytes * factor),
-    }
-
-
-def _flash_shares(conf: Config, store: Store, counters: dict[str, int]) -> dict[str, float]:
-    """Return each task's share of the flash writes: the bytes of its messages among all messages and readings."""
-    readings = sum(store.last_row(name) * row_bytes(stream) for name, stream in conf.streams.items())
-    sizes = {name: costs.read_task_cost(counters, name).sent_bytes for name in conf.tasks}
-    total = readings + sum(sizes.values())
-    return {name: size / total if total else 0.0 for name, size in sizes.items()}
 
 
 def _task_cost(conf: Config, name: str, task: TaskCost, process: ProcessCost, flash_share: float) -> dict[str, Any]:
@@ -87,7 +69,10 @@ def _task_cost(conf: Config, name: str, task: TaskCost, process: ProcessCost, fl
     energy = process.own_energy_j
     cpu_share = task.cpu_us / 1e6 / process.cpu_s if process.cpu_s else 0.0
     joules = None if energy is None else energy * min(1.0, cpu_share)
-    raw = _raw_bytes(conf, conf.tasks[name].stream, task.rows)
+    # What sending the rows themselves would take, packed in messages of the largest size.
+    size = row_bytes(conf.streams[conf.tasks[name].stream])
+    rows_per_message = max(1, (conf.broker.max_message_bytes - _RAW_ENVELOPE_BYTES) // size)
+    raw = task.rows * size + -(-task.rows // rows_per_message) * _RAW_ENVELOPE_BYTES
     per_1000 = 1000 / task.windows if task.windows else None
     return {
         "task": name,
@@ -110,13 +95,6 @@ def _task_cost(conf: Config, name: str, task: TaskCost, process: ProcessCost, fl
     }
 
 
-def _raw_bytes(conf: Config, stream: str, rows: int) -> int:
-    """Return the bytes that sending the rows themselves would take, packed in messages of the largest size."""
-    size = row_bytes(conf.streams[stream])
-    rows_per_message = max(1, (conf.broker.max_message_bytes - _RAW_ENVELOPE_BYTES) // size)
-    return rows * size + -(-rows // rows_per_message) * _RAW_ENVELOPE_BYTES
-
-
 def _print(document: dict[str, Any]) -> None:
     day = document["per_day"]
     if day["cpu_s"] is None:
@@ -135,9 +113,7 @@ def _print(document: dict[str, Any]) -> None:
     for task in tasks:
         if task["raw"]["times"]:
             size, times = _format_bytes(task["raw"]["bytes"]), task["raw"]["times"]
-            click.echo(
-                f"\n{task['task']}: sending its rows themselves would take {size} on the air, {times:g} times as much"
-            )
+            click.echo(f"\n{task['task']}: sending the rows themselves would take {size}, {times:g} times as much")
 
 
 def _row(name: str, count: int, costs: dict[str, Any]) -> list[Any]:

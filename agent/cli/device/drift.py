@@ -24,19 +24,17 @@ from agent.cli.output import (
 )
 from agent.config import Config
 from agent.device.bundles import history
-from agent.device.commands import wipe
 from agent.device.store import task_keys
 from agent.device.store.store import Store
 from agent.drift.baseline.reference import Reference
+from agent.drift.detectors.detector import JOINT, SCORE
 from agent.drift.reporting import parsed_message
 from agent.drift.reporting.timeline import EARLIEST_US, Timeline
 from agent.drift.testing.test_suite import CusumLimits
-from agent.errors import BadBundle, UsageError
+from agent.errors import BadBundle
 from agent.model.bundle import bundle
-from agent.model.bundle.bundle import Bundle
 from agent.render import axes
 from agent.render.drift_model import DriftPlot
-from agent.toml_files import did_you_mean
 
 MAX_WINDOWS = 5000
 
@@ -50,15 +48,9 @@ MAX_WINDOWS = 5000
 def drift(task: str, plot: Path | None, dark: bool, config_file: str | None, as_json: bool) -> None:
     """Show how far TASK's readings moved from its site reference, by the drift messages stored here."""
     require_plot_format(plot)
-    _, conf = device.load_config(config_file)
-    wipe.require_unwiped(conf.data_dir)
-    if task not in conf.tasks:
-        raise UsageError(f"there is no task {task!r}{did_you_mean(task, conf.tasks)}")
-    store = device.open_store_read_only(conf)
-    try:
+    _, conf = device.load_config(config_file, task)
+    with device.open_store_read_only(conf) as store:
         task_drift = _TaskDrift(conf, store, task)
-    finally:
-        store.close()
     document = task_drift.to_dict()
     if plot is not None:
         drift_plot.save(task_drift.build_plot(), plot, dark=dark)
@@ -67,27 +59,44 @@ def drift(task: str, plot: Path | None, dark: bool, config_file: str | None, as_
 
 
 class _TaskDrift:
-    """Drift of one task, as the store has it."""
-
     def __init__(self, conf: Config, store: Store, task: str) -> None:
         self.task, self.device = task, conf.device.id
         self.bundle = bundle.read(history.locate_bundle(conf, store, task), None)
-        self.shipped_reference = _load_shipped_reference(self.bundle)
-        self.site_reference = _load_site_reference(store, task, self.shipped_reference)
-        self.timeline, self.unreadable_count = _load_timeline(store, task, self.shipped_reference)
+        data = self.bundle.files.get("reference.json")
+        self.shipped = None if data is None else Reference.from_json(data)
+        self.site = _load_site(store, task, self.shipped)
+        # Windows from before the clock was set would stretch the axis over decades: they count only if there are no
+        # others.
+        line, undated, unreadable = Timeline(), Timeline(), 0
+        for message in store.recent_messages("drift", task, MAX_WINDOWS):
+            if not message.intact:
+                unreadable += 1
+                continue
+            try:
+                body = json.loads(message.payload)
+                t = (clock.parse_rfc3339(body["window"]["from"]), clock.parse_rfc3339(body["window"]["to"]))
+                if self.shipped is not None and body["reference"]["shipped"] == self.shipped.digest:
+                    (line if t[0] >= EARLIEST_US else undated).add(parsed_message.from_message(body, t))
+            except (ValueError, KeyError, TypeError):
+                unreadable += 1
+        self.timeline, self.unreadable_count = (line if line.points else undated), unreadable
         self.open_alerts = [alert for alert in store.open_alerts(task) if alert["alert"] in ("drift", "fault")]
 
     def reference_counts(self) -> dict[str, Ints]:
-        reference = self.site_reference or self.shipped_reference
+        reference = self.site or self.shipped
         return {} if reference is None else dict(zip(reference.fields, reference.counts, strict=True))
 
     def limits(self) -> dict[str, float]:
         """Return the CUSUM limit of each field, of the score and of the joint statistics."""
-        if self.site_reference is None:
+        if self.site is None:
             return {}
-        limits, fields = CusumLimits.from_reference(self.site_reference).limit, self.site_reference.fields
-        known = {name: float(limits[i]) for i, name in enumerate(fields)} | {"score": float(limits[-1])}
-        return known | ({"joint": float(limits[2 * len(fields)])} if len(fields) > 1 else {})
+        limits = CusumLimits.from_reference(self.site).limit.tolist()
+        subjects, task = self.site.layout.subjects.tolist(), self.site.task
+        # Messages have no sums of the output.
+        numbers = {name: i for i, name in enumerate(self.site.fields)} | {
+            name: task.subject(name) for name in (SCORE, JOINT)
+        }
+        return {name: limits[subjects.index(number)] for name, number in numbers.items() if number in subjects}
 
     def to_dict(self) -> dict[str, Any]:
         last = self.timeline.points[-1] if self.timeline.points else None
@@ -95,8 +104,8 @@ class _TaskDrift:
             "device": self.device,
             "task": self.task,
             "reference": {
-                "shipped": self.shipped_reference.digest if self.shipped_reference else None,
-                "site": self.site_reference.digest if self.site_reference else None,
+                "shipped": self.shipped.digest if self.shipped else None,
+                "site": self.site.digest if self.site else None,
             },
             "windows": self.timeline.windows,
             "unreadable": self.unreadable_count,
@@ -128,11 +137,7 @@ class _TaskDrift:
         }
 
     def build_plot(self) -> DriftPlot:
-        scale = (
-            FieldScale()
-            if self.shipped_reference is None
-            else FieldScale.from_bundle(self.bundle, self.shipped_reference)
-        )
+        scale = FieldScale() if self.shipped is None else FieldScale.from_bundle(self.bundle, self.shipped)
         rows, estimates = drift_plot.plot_device(self.timeline, scale, self.reference_counts(), self.limits())
         manifest = self.bundle.manifest
         parts = [f"{manifest.name} {manifest.version}", f"{self.timeline.windows} drift windows"]
@@ -142,7 +147,7 @@ class _TaskDrift:
             parts.append(f"{axes.format_time(first)} to {axes.format_time(last)} UTC")
         else:
             empty = "No drift window yet: one closes after the number of model windows in the bundle, usually 20."
-            if self.shipped_reference is None:
+            if self.shipped is None:
                 empty = "This bundle has no drift reference: drift is not tested."
         return DriftPlot(
             title=f"Drift of {self.task} at {self.device}",
@@ -150,19 +155,14 @@ class _TaskDrift:
             alerts=[(alert["alert"], alert["summary"]) for alert in self.open_alerts],
             series_names=["mean"],
             dashed_label="spread",
-            reference_label="this site's reference" if self.site_reference else "the bundle's reference",
+            reference_label="this site's reference" if self.site else "the bundle's reference",
             rows=rows,
             estimates=estimates,
             empty_message=empty,
         )
 
 
-def _load_shipped_reference(loaded_bundle: Bundle) -> Reference | None:
-    data = loaded_bundle.files.get("reference.json")
-    return None if data is None else Reference.from_json(data)
-
-
-def _load_site_reference(store: Store, task: str, shipped: Reference | None) -> Reference | None:
+def _load_site(store: Store, task: str, shipped: Reference | None) -> Reference | None:
     """Return the site reference if it has this bundle's bins."""
     stored = store.load_state(task, task_keys.SITE_REFERENCE)
     if stored is None or shipped is None:
@@ -172,26 +172,6 @@ def _load_site_reference(store: Store, task: str, shipped: Reference | None) -> 
     except BadBundle:
         return None
     return site if (site.fields, site.edges.tobytes()) == (shipped.fields, shipped.edges.tobytes()) else None
-
-
-def _load_timeline(store: Store, task: str, shipped: Reference | None) -> tuple[Timeline, int]:
-    """Return the timeline of stored messages with this reference, and the number that could not be read.
-
-    Windows from before the clock was set would stretch the axis over decades: they count only if there are no others.
-    """
-    line, undated, unreadable = Timeline(), Timeline(), 0
-    for message in store.recent_messages("drift", task, MAX_WINDOWS):
-        if not message.intact:
-            unreadable += 1
-            continue
-        try:
-            body = json.loads(message.payload)
-            t = (clock.parse_rfc3339(body["window"]["from"]), clock.parse_rfc3339(body["window"]["to"]))
-            if shipped is not None and body["reference"]["shipped"] == shipped.digest:
-                (line if t[0] >= EARLIEST_US else undated).add(parsed_message.from_message(body, t))
-        except (ValueError, KeyError, TypeError):
-            unreadable += 1
-    return (line if line.points else undated), unreadable
 
 
 def _print(document: dict[str, Any]) -> None:

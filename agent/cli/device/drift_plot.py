@@ -11,6 +11,7 @@ import msgspec
 from agent import durable_files
 from agent.arrays import Ints
 from agent.drift.baseline.reference import Reference
+from agent.drift.reporting.drift_message import STATES_BY_SEVERITY
 from agent.drift.reporting.parsed_message import SubjectReport, effect_sizes
 from agent.drift.reporting.timeline import Timeline
 from agent.errors import StorageError, UsageError
@@ -20,6 +21,7 @@ from agent.render.drift_model import AccuracyEstimate, DriftPlot, EvidenceCurve,
 
 _STATISTICS = ("mean", "spread")
 _NON_FIELD_SUBJECTS = ("output", "score", "joint")
+NEAREST = "all tests"
 
 
 class FieldScale(msgspec.Struct, frozen=True):
@@ -52,7 +54,7 @@ def plot_device(
     """Return the rows and the accuracy estimate of one device, with a curve each for mean and spread."""
     rows = []
     for name in _list_subjects(timeline):
-        state = _latest_state(timeline, name)
+        state = next((p.subjects[name].state for p in reversed(timeline.points) if name in p.subjects), "insufficient")
         now = timeline.latest(name)
         usual = reference_counts.get(name)
         shown = [(0, now[1].counts.tolist())] if now is not None else []
@@ -90,8 +92,27 @@ def plot_device(
                 + _build_spells(timeline, name),
             )
         )
+    if any(share for _, share in timeline.nearest):
+        rows.append(_nearest_row(timeline, [row.state for row in rows]))
     estimate = _build_estimate(timeline, 0)
     return rows, [] if estimate is None else [estimate]
+
+
+def _nearest_row(timeline: Timeline, states: Sequence[str]) -> PlotRow:
+    """Return how near any test came to its limit in each window, where fields show the last window of a run."""
+    times, shares = zip(*timeline.nearest, strict=True)
+    return PlotRow(
+        name=NEAREST,
+        unit="",
+        state=next((state for state in STATES_BY_SEVERITY if state in states), "ok"),
+        notes=["nearest to its limit"],
+        bounds=None,
+        reference=None,
+        histograms=[],
+        curves=[EvidenceCurve(0, times, shares)],
+        limit=1.0,
+        intervals=[],
+    )
 
 
 def plot_devices(
@@ -137,10 +158,6 @@ def _list_subjects(timeline: Timeline) -> list[str]:
     # Answers have no curve to draw: they get a row only if they drifted.
     others = [n for n in _NON_FIELD_SUBJECTS if n in known and (n != "output" or any(timeline.spells(n, "drift")))]
     return fields + others
-
-
-def _latest_state(timeline: Timeline, name: str) -> str:
-    return next((p.subjects[name].state for p in reversed(timeline.points) if name in p.subjects), "insufficient")
 
 
 def _bin_bounds(scale: FieldScale, name: str, shown: Sequence[tuple[int, Sequence[int]]]) -> Sequence[float] | None:

@@ -6,7 +6,6 @@ import contextlib
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from io import BufferedReader
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -14,7 +13,7 @@ import click
 
 from agent import clock
 from agent.bootstrap import device
-from agent.cli.output import config_option, emit, json_option
+from agent.cli.output import config_option, emit, json_option, print_rejected
 from agent.client import Client, FlushResult
 from agent.config import Config, StreamConfig
 from agent.config.sources import FilesSource
@@ -28,7 +27,6 @@ from agent.toml_files import did_you_mean
 
 T = TypeVar("T")
 
-_MAX_SHOWN = 20
 _MAX_ROWS_PER_LINE = 1024
 _MAX_LINE_BYTES = 900_000
 
@@ -65,7 +63,7 @@ def ingest(stream: str, file: str, config_file: str | None, as_json: bool) -> No
         raise UsageError(f"stream {stream!r} takes images or sounds from its folder: copy them to {source.folder}")
     accepted, rejected = _ingest_file(conf, stream, file)
     document = {"accepted": accepted, "rejected": [{"line": n, "reason": r} for n, r in sorted(rejected.items())]}
-    emit(document, as_json, lambda: _print(accepted, rejected))
+    emit(document, as_json, lambda: print_rejected(accepted, rejected, "rows"))
     if rejected:
         sys.exit(1)
 
@@ -75,7 +73,10 @@ def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str
     rejected: dict[int, str] = {}
     stream = conf.streams[name]
     with contextlib.ExitStack() as open_files:
-        source = open_files.enter_context(_open_input(path))
+        try:
+            source = open_files.enter_context(open_file(path if path is not None else 0))
+        except OSError as error:
+            raise UsageError(f"{path or 'stdin'}: {error.strerror}") from None
         target = open_files.enter_context(contextlib.closing(_open_sink(conf, name)))
         bar = open_files.enter_context(_ProgressLine(path))
         problem = None
@@ -213,13 +214,6 @@ def _open_sink(conf: Config, stream: str) -> RowSink:
             raise OutstationError(f"{busy}; the daemon takes no rows now: {error}") from None
 
 
-def _open_input(path: Path | None) -> BufferedReader[Any]:
-    try:
-        return open_file(path if path is not None else 0)
-    except OSError as error:
-        raise UsageError(f"{path or 'stdin'}: {error.strerror}") from None
-
-
 class _ProgressLine:
     """Progress line on a terminal, after the first second."""
 
@@ -239,11 +233,3 @@ class _ProgressLine:
         if sys.stderr.isatty() and clock.boot_seconds() - self._started_s > 1:
             self._shown = True
             click.echo(f"\r{self._name}: {through} lines", nl=False, err=True)
-
-
-def _print(accepted: int, rejected: dict[int, str]) -> None:
-    click.echo(f"{accepted} rows accepted, {len(rejected)} rejected")
-    for line, reason in sorted(rejected.items())[:_MAX_SHOWN]:
-        click.echo(f"  line {line}: {reason}")
-    if len(rejected) > _MAX_SHOWN:
-        click.echo(f"  … and {len(rejected) - _MAX_SHOWN} more; --json lists them all")

@@ -97,7 +97,9 @@ def init(folder: Path, enrolment: Path | None, device: str | None, data_dir: str
         raise UsageError(f"{file}: exists already; edit it, or move it away first")
     members = _read_enrolment(enrolment) if enrolment is not None else {file.name: _fill_template(device).encode()}
     if data_dir is not None:
-        members[file.name] = _replace_data_dir(members[file.name].decode(), data_dir).encode()
+        # A JSON string is also a TOML string.
+        line = f"data_dir = {json.dumps(data_dir)}".encode()
+        members[file.name] = re.sub(rb"(?m)^data_dir *=.*$", lambda _: line, members[file.name], count=1)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in members.items():
@@ -120,12 +122,6 @@ def _fill_template(device: str | None) -> str:
     return TEMPLATE.format(device=name, fleet="home", data_dir="data", collector="")
 
 
-def _replace_data_dir(text: str, data_dir: str) -> str:
-    # A JSON string is also a TOML string.
-    line = f"data_dir = {json.dumps(data_dir)}"
-    return re.sub(r"^data_dir *=.*$", lambda _: line, text, count=1, flags=re.MULTILINE)
-
-
 def _print(document: dict[str, str], *, enrolled: bool) -> None:
     click.echo(f"{document['file']} written")
     click.echo(f"device      {document['device']}")
@@ -134,9 +130,7 @@ def _print(document: dict[str, str], *, enrolled: bool) -> None:
     if enrolled:
         click.echo(f"Next: outstation check -c {document['file']}")
     else:
-        click.echo(
-            f"Next: outstation fleet enrol {document['device']} --key {document['key']}   (on the fleet's machine)"
-        )
+        click.echo(f"Next: outstation fleet enrol {document['device']} --key {document['key']}  (on the collector)")
 
 
 def _read_enrolment(enrolment: Path) -> dict[str, bytes]:

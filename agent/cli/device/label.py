@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from agent.bootstrap import device
-from agent.cli.output import config_option, emit, json_option
+from agent.cli.output import config_option, emit, json_option, print_rejected
 from agent.client import Client
 from agent.config import Config
 from agent.datasets import formats
@@ -24,15 +24,8 @@ from agent.errors import OutstationError, RowRejected, StorageBusy, UsageError
 from agent.model.bundle import bundle
 from agent.performance import labels
 from agent.performance.labels import Label, LabelSchema, LabelTarget
-from agent.toml_files import did_you_mean
 
-_MAX_SHOWN = 20
-_COLUMNS = {
-    "row": ColumnType.INTEGER,
-    "t": ColumnType.TIME,
-    "label": ColumnType.TEXT,
-    "source": ColumnType.TEXT,
-}
+_COLUMNS = {"row": ColumnType.INTEGER, "t": ColumnType.TIME, "label": ColumnType.TEXT, "source": ColumnType.TEXT}
 ParsedLabel = tuple[int, Label | str]
 
 
@@ -48,9 +41,7 @@ def label(task: str, file: str, config_file: str | None, as_json: bool) -> None:
     result's row, for windows the last one; `t` selects the nearest result. Labels go through the running daemon, or
     into the store if none runs. Exit 1 if a label was rejected.
     """
-    _, conf = device.load_config(config_file)
-    if task not in conf.tasks:
-        raise UsageError(f"there is no task {task!r}{did_you_mean(task, conf.tasks)}")
+    _, conf = device.load_config(config_file, task)
     parsed = list(read_labels(file))
     invalid = {line: label for line, label in parsed if isinstance(label, str)}
     accepted, rejected = _submit(conf, task, [(line, label) for line, label in parsed if isinstance(label, Label)])
@@ -60,17 +51,10 @@ def label(task: str, file: str, config_file: str | None, as_json: bool) -> None:
 def report(accepted: int, rejected: Mapping[int, str], as_json: bool, **more: Any) -> None:
     """Print how many labels were accepted and why others were not, and exit with 1 if any was rejected."""
     lines = [{"line": n, "reason": reason} for n, reason in sorted(rejected.items())]
-    emit({"accepted": accepted, "rejected": lines, **more}, as_json, lambda: _print(accepted, rejected))
+    document = {"accepted": accepted, "rejected": lines, **more}
+    emit(document, as_json, lambda: print_rejected(accepted, rejected, "labels"))
     if rejected:
         sys.exit(1)
-
-
-def _print(accepted: int, rejected: Mapping[int, str]) -> None:
-    click.echo(f"{accepted} labels accepted, {len(rejected)} rejected")
-    for line, reason in sorted(rejected.items())[:_MAX_SHOWN]:
-        click.echo(f"  line {line}: {reason}")
-    if len(rejected) > _MAX_SHOWN:
-        click.echo(f"  … and {len(rejected) - _MAX_SHOWN} more; --json lists them all")
 
 
 def read_labels(file: str) -> Iterator[ParsedLabel]:
@@ -80,7 +64,13 @@ def read_labels(file: str) -> Iterator[ParsedLabel]:
             options = TableOptions(keep_invalid=True, check_row=_find_foreign_member)
             table = formats.open_table(None, source, options)
             if isinstance(table, CsvTable):
-                _check_columns(file, table.columns)
+                for name in table.columns:
+                    if name not in _COLUMNS or table.columns.count(name) > 1:
+                        raise UsageError(
+                            f"{file}: column {name[:40]!r}: the first line names row or t, label, and optionally source"
+                        )
+                if "label" not in table.columns or not {"row", "t"} & set(table.columns):
+                    raise UsageError(f"{file}: the first line must name the columns: row,label or t,label")
             names = table.columns if isinstance(table, CsvTable) else list(_COLUMNS)
             for block in table.read({name: _COLUMNS[name] for name in names}):
                 yield from ((rejection.line, rejection.reason) for rejection in block.rejected)
@@ -90,16 +80,6 @@ def read_labels(file: str) -> Iterator[ParsedLabel]:
         raise UsageError(f"{file}: {problem}") from None
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror}") from None
-
-
-def _check_columns(file: str, columns: Sequence[str]) -> None:
-    for name in columns:
-        if name not in _COLUMNS or columns.count(name) > 1:
-            raise UsageError(
-                f"{file}: column {name[:40]!r}: the first line names row or t, label, and optionally source"
-            )
-    if "label" not in columns or not {"row", "t"} & set(columns):
-        raise UsageError(f"{file}: the first line must name the columns: row,label or t,label")
 
 
 def _find_foreign_member(values: Mapping[str, Any]) -> str | None:
@@ -140,8 +120,7 @@ def _submit(conf: Config, task: str, labels: list[tuple[int, Label]]) -> tuple[i
 
 
 def _write_to_store(conf: Config, task: str, labels: list[tuple[int, Label]]) -> tuple[int, dict[int, str]]:
-    store = device.open_store(conf)
-    try:
+    with device.open_store(conf) as store:
         manifest = bundle.read(history.locate_bundle(conf, store, task), None).manifest
         schema = LabelSchema(manifest.label_kind, tuple(manifest.output.labels))
         targets = {task: LabelTarget(conf.tasks[task].stream, schema)}
@@ -154,5 +133,3 @@ def _write_to_store(conf: Config, task: str, labels: list[tuple[int, Label]]) ->
                     accepted += outcome.accepted
                     rejected |= dict(outcome.rejected)
         return accepted, rejected
-    finally:
-        store.close()

@@ -18,9 +18,10 @@ from agent.device.pipeline import relearn as requests
 from agent.device.store import task_keys
 from agent.drift.baseline.reference import MIN_WINDOWS, RECOMMENDED_WINDOWS
 from agent.errors import StorageBusy, UsageError
-from agent.toml_files import did_you_mean
 
-_TIMEOUT_S = 15.0
+_wait_option = click.option(
+    "--wait", "wait_s", default=15.0, type=click.FloatRange(min=0), metavar="S", help="Seconds to wait for the daemon."
+)
 
 
 @click.group()
@@ -31,14 +32,7 @@ def reference() -> None:
 @reference.command(epilog="Example: outstation reference relearn exercise --for 24h")
 @click.argument("task")
 @click.option("--for", "duration", default="0 s", metavar="TIME", help='Least span of readings: "24 h", "3 d".')
-@click.option(
-    "--wait",
-    "wait_s",
-    default=_TIMEOUT_S,
-    type=click.FloatRange(min=0),
-    metavar="S",
-    help="Seconds to wait for the daemon.",
-)
+@_wait_option
 @config_option
 @json_option
 def relearn(task: str, duration: str, wait_s: float, config_file: str | None, as_json: bool) -> None:
@@ -52,14 +46,7 @@ def relearn(task: str, duration: str, wait_s: float, config_file: str | None, as
 
 @reference.command(epilog="Example: outstation reference reset exercise")
 @click.argument("task")
-@click.option(
-    "--wait",
-    "wait_s",
-    default=_TIMEOUT_S,
-    type=click.FloatRange(min=0),
-    metavar="S",
-    help="Seconds to wait for the daemon.",
-)
+@_wait_option
 @config_option
 @json_option
 def reset(task: str, wait_s: float, config_file: str | None, as_json: bool) -> None:
@@ -73,22 +60,17 @@ def reset(task: str, wait_s: float, config_file: str | None, as_json: bool) -> N
 @json_option
 def show(task: str, config_file: str | None, as_json: bool) -> None:
     """Show TASK's reference: its number, when and from how many windows it was learned, or the progress of learning."""
-    _, conf = device.load_config(config_file)
-    _require_task(conf, task)
-    store = device.open_store_read_only(conf)
-    try:
+    _, conf = device.load_config(config_file, task)
+    with device.open_store_read_only(conf) as store:
         document = status.build_reference_document(conf, store, task)
-    finally:
-        store.close()
     emit(document, as_json, lambda: click.echo(_format_reference(document)))
 
 
 def _submit_request(
     config_file: str | None, task: str, request: requests.RelearnRequest, wait_s: float, as_json: bool
 ) -> None:
-    file, conf = device.load_config(config_file)
+    file, conf = device.load_config(config_file, task)
     wipe.require_unwiped(conf.data_dir)
-    _require_task(conf, task)
     try:
         conf.data_dir.mkdir(parents=True, exist_ok=True)
         requests.submit_request(conf.data_dir, task, request)
@@ -109,31 +91,19 @@ def _apply_or_wait(file: Path, conf: Config, task: str, request: requests.Relear
     try:
         store = device.open_store(conf)
     except StorageBusy:
-        return _wait_for_daemon(conf, task, request, wait_s)
+        with device.open_store_read_only(conf) as store:
+            deadline = time.monotonic() + wait_s
+            while store.load_state(task, task_keys.RELEARN_REQUEST_DONE) != request.id.encode():
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.1)
+            return True
     try:
         writer, now = device.open_message_log(file, conf, store), make_clock(store)
         Timekeeper(store, writer).tick(now())
         return requests.apply_pending(tasks.load_task(file, conf, store, task), store, writer, now())
     finally:
         store.close()
-
-
-def _wait_for_daemon(conf: Config, task: str, request: requests.RelearnRequest, wait_s: float) -> bool:
-    store = device.open_store_read_only(conf)
-    try:
-        deadline = time.monotonic() + wait_s
-        while store.load_state(task, task_keys.RELEARN_REQUEST_DONE) != request.id.encode():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.1)
-        return True
-    finally:
-        store.close()
-
-
-def _require_task(conf: Config, task: str) -> None:
-    if task not in conf.tasks:
-        raise UsageError(f"there is no task {task!r}{did_you_mean(task, conf.tasks)}")
 
 
 def _format_reference(document: dict[str, Any]) -> str:

@@ -34,9 +34,11 @@ def run(config_file: str | None, verbose: bool) -> None:
     file, conf = device.load_config(config_file)
     if (wiped := wipe.read_marker(conf.data_dir)) is not None:
         # Exit 0: a service manager need not try again.
-        logging.getLogger("outstation").warning(
-            "%s", wipe.describe_marker(conf.data_dir, _finish_wipe(file, conf, wiped))
-        )
+        if wiped.get("state") != "wiped":
+            # A crash interrupted the wipe.
+            acquire_lock(conf.data_dir)
+            wiped = device.erase(file, conf, file.resolve().parent / device.KEY_FILE)
+        logging.getLogger("outstation").warning("%s", wipe.describe_marker(conf.data_dir, wiped))
         return
     try:
         _run(file, conf)
@@ -63,11 +65,3 @@ def _run(file: Path, conf: Config) -> None:
         store.close()
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _finish_wipe(file: Path, conf: Config, marker: dict[str, Any]) -> dict[str, Any]:
-    """Finish a wipe that a crash interrupted, and return the marker. Raises StorageBusy."""
-    if marker.get("state") == "wiped":
-        return marker
-    acquire_lock(conf.data_dir)
-    return device.erase(file, conf, file.resolve().parent / device.KEY_FILE)

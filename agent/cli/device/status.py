@@ -12,7 +12,6 @@ import msgspec
 from agent.bootstrap import device
 from agent.cli.output import config_option, emit, json_option, print_table
 from agent.device import status as documents
-from agent.device.commands import wipe
 from agent.model.inference.tuning import Tuning
 from agent.performance.metrics import display_name
 
@@ -26,18 +25,20 @@ _MAX_WORSE_SLICES = 3
 def status(config_file: str | None, as_json: bool) -> None:
     """Show streams, tasks, open alerts, bundles, outbox, storage, clock and the last alerts."""
     _, conf = device.load_config(config_file)
-    wipe.require_unwiped(conf.data_dir)
-    store = device.open_store_read_only(conf)
-    try:
+    with device.open_store_read_only(conf) as store:
         document = documents.build_document(conf, store)
-    finally:
-        store.close()
     emit(document, as_json, lambda: _print(document))
 
 
 def _print(document: dict[str, Any]) -> None:
     click.echo(f"{document['device']} in fleet {document['fleet']}, boot {document['clock']['boot']}")
-    click.echo(_format_clock(document["clock"]))
+    clock = document["clock"]
+    error = f", to {clock['error_us'] / 1e6:.3f} s" if clock["error_us"] is not None else ""
+    synced = f"last synchronized {clock['synced']}" if clock["synced"] else "never synchronized by a time service"
+    floor = f"; the time floor is {clock['floor']}" if clock["quality"] == "unsynced" else ""
+    click.echo(
+        f"clock {clock['time']}, {clock['quality']}{error}; {synced}; set {clock['steps']} times this boot{floor}"
+    )
     storage, outbox = document["store"], document["outbox"]
     left = f", full in about {storage['hours']:g} h at this rate" if storage["hours"] is not None else ""
     written = storage["written_per_day"]
@@ -46,8 +47,13 @@ def _print(document: dict[str, Any]) -> None:
     files = f", {document['failed_files']} files failed" if document["failed_files"] else ""
     rejected = f"{document['rejected']} lines rejected{files}"
     click.echo(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {rejected}\n")
-    if condition := _format_condition(document["condition"]):
-        click.echo(f"{condition}\n")
+    condition = document["condition"]
+    last, quarantine = condition["last_finding"], condition["quarantine"]
+    parts = ["last stop unclean"] if condition["last_stop"] == "unclean" else []
+    parts += [f"{last['time']}: {last['summary']}"] if last else []
+    parts += [f"{quarantine['bytes'] / 2**20:.1f} MiB in {quarantine['folder']}"] if quarantine else []
+    if parts:
+        click.echo(f"{'; '.join(parts)}\n")
     if pause_reason := document["throttle"].get("resting"):
         click.echo(f"tasks are paused: {pause_reason}\n")
     _print_tasks(document["tasks"])
@@ -58,24 +64,7 @@ def _print(document: dict[str, Any]) -> None:
         click.echo("No alerts.")
 
 
-def _format_clock(clock: dict[str, Any]) -> str:
-    error = f", to {clock['error_us'] / 1e6:.3f} s" if clock["error_us"] is not None else ""
-    synced = f"last synchronized {clock['synced']}" if clock["synced"] else "never synchronized by a time service"
-    floor = f"; the time floor is {clock['floor']}" if clock["quality"] == "unsynced" else ""
-    return f"clock {clock['time']}, {clock['quality']}{error}; {synced}; set {clock['steps']} times this boot{floor}"
-
-
-def _format_condition(condition: dict[str, Any]) -> str:
-    """Return one line if the store was repaired or not closed cleanly."""
-    last, quarantine = condition["last_finding"], condition["quarantine"]
-    parts = ["last stop unclean"] if condition["last_stop"] == "unclean" else []
-    parts += [f"{last['time']}: {last['summary']}"] if last else []
-    parts += [f"{quarantine['bytes'] / 2**20:.1f} MiB in {quarantine['folder']}"] if quarantine else []
-    return "; ".join(parts)
-
-
 def _print_tasks(tasks: Sequence[dict[str, Any]]) -> None:
-    """Print a table of all tasks, then details of each."""
     print_table(
         ["task", "bundle", "schedule", "rows used", "waiting", "windows", "reference", "open"],
         [

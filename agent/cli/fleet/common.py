@@ -26,9 +26,7 @@ _MIN_PROGRESS_TOTAL = 5000
 fleet_option = click.option(
     "--dir", "folder", metavar="DIR", help="The fleet's folder; default $OUTSTATION_FLEET, ., /etc/outstation/fleet."
 )
-db_option = click.option(
-    "--db", metavar="URL", help="Use another database than fleet.toml names: a path, or postgresql://…"
-)
+db_option = click.option("--db", metavar="URL", help="Another database than in fleet.toml: a path, or postgresql://…")
 wait_option = click.option("--wait", "wait_s", metavar="S", default=30.0, type=click.FloatRange(min=0),
                            help="Wait this long for each reply; default 30.")  # fmt: skip
 device_option = click.option("--device", metavar="D", help="Only this device.")

@@ -69,7 +69,14 @@ def drift(
 
         save(build_plot(store, survey, device, begin, known), plot, dark=dark)
         document["plot"] = str(plot)
-    emit(document, as_json, lambda: _print_lines(report.format_lines(document)))
+
+    def print_report() -> None:
+        for line in report.format_lines(document):
+            # Bold comes from the report; all other control characters are escaped.
+            plain = click.unstyle(line)
+            click.echo(click.style(printable(plain), bold=True) if plain != line else printable(line))
+
+    emit(document, as_json, print_report)
 
 
 def _parse_since(text: str, now_us: int) -> str:
@@ -81,9 +88,7 @@ def _parse_since(text: str, now_us: int) -> str:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise UsageError(
-            f'--since {text!r}: write a duration ("24 h", "7 d") or a time (2026-11-24T22:18:00Z)'
-        ) from None
+        raise UsageError(f'--since {text!r}: use a duration ("24 h", "7 d") or time (2026-11-24T22:18:00Z)') from None
     moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
     return clock.to_rfc3339(int(moment.timestamp() * 1e6))
 
@@ -102,10 +107,3 @@ def _load_references(bundle_paths: Iterable[Path]) -> dict[str, tuple[Bundle, Re
         reference = Reference.from_json(content.files["reference.json"])
         known[reference.digest] = (content, reference)
     return known
-
-
-def _print_lines(lines: Iterable[str]) -> None:
-    for line in lines:
-        # Bold comes from the report; all other control characters are escaped.
-        plain = click.unstyle(line)
-        click.echo(click.style(printable(plain), bold=True) if plain != line else printable(line))

@@ -175,9 +175,12 @@ def _format_group(group: dict[str, Any]) -> Iterable[str]:
     yield f"  {pluralize(len(group['devices']), 'device')}, {pluralize(group['windows'], 'window')}{faulty}{accuracy}"
     for name, field in group["features"].items():
         states = [f"{state} on {abbreviate_names(field[state])}" for state in ("drift", "fault") if field[state]]
-        recent = _format_recent(group["recent"].get(name, {}))
+        recent, change = group["recent"].get(name, {}), ""
+        if "js" in recent:
+            w1 = f", W1 {recent['w1']:.2f} sd" if "w1" in recent else ""
+            change = f"   recent JS {recent['js']:.2f}{w1} from the {recent['against']}"
         state = "; ".join(states) or "ok"
-        yield f"  {name:12} mean {field['mean']:10.4g}   sd {field['sd']:10.4g}{recent}   {state}"
+        yield f"  {name:12} mean {field['mean']:10.4g}   sd {field['sd']:10.4g}{change}   {state}"
     for drift in group["fleet_wide"]:
         yield click.style(f"  {drift['summary']}", bold=True)
     if group["first_onset"] is not None:
@@ -191,13 +194,6 @@ def _format_group(group: dict[str, Any]) -> Iterable[str]:
             f"fleet median {outlier['fleet_median']:.3g} (z {outlier['z']:+.1f}, JS {outlier['js']:.2f})"
         )
     yield ""
-
-
-def _format_recent(recent: dict[str, Any]) -> str:
-    if "js" not in recent:
-        return ""
-    w1 = f", W1 {recent['w1']:.2f} sd" if "w1" in recent else ""
-    return f"   recent JS {recent['js']:.2f}{w1} from the {recent['against']}"
 
 
 def pluralize(n: int, noun: str) -> str:

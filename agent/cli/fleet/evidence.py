@@ -58,9 +58,7 @@ def evidence(
             raise UsageError("--out writes a folder, and verify checks one; use one of them")
         return
     if out is None:
-        raise UsageError(
-            "--out DIR is missing: the folder to create; or: outstation fleet evidence verify DIR --key PUB"
-        )
+        raise UsageError("--out DIR is missing: a new folder; or: outstation fleet evidence verify DIR --key PUB")
     made = _make_folder(out, at, bundles, evaluations, publishers, db, folder)
     facts = made.facts
     document = {

@@ -76,22 +76,20 @@ def repository() -> None:
 
 @repository.command("init", epilog="Example: outstation fleet repository init --roots 3 --threshold 2")
 @click.option("--roots", default=1, metavar="N", help="Number of root keys; default 1.")
+@click.option("--threshold", default=1, metavar="M", help="Root keys that must sign a change of keys; default 1.")
 @click.option(
-    "--threshold", default=1, metavar="M", help="Number of root keys that must sign a change of keys; default 1."
-)
-@click.option(
-    "--url", help="Its address for devices: https://HOST/PATH, or a folder; `fleet enrol` writes it to their config."
+    "--url", help="Its address for devices: https://HOST/PATH, or a folder; `enrol` writes it to their config."
 )
 @fleet_option
 @json_option
 def init(roots: int, threshold: int, url: str | None, folder: str | None, as_json: bool) -> None:
     """Create the fleet's repository, once: its keys, and metadata without bundles."""
-    from agent.fleet.repository import address, create
+    from agent.fleet.repository import create
 
     home = fleet_config.find_folder(folder)
     fleet_config.load(home)
     if url is not None:
-        address.write(home, url)
+        create.write_url(home, url)
     done = create.create(home, roots=roots, threshold=threshold)
     document = {"root": str(done.root), "threshold": done.threshold, "keys": [str(path) for path in done.keys]}
     names = " ".join(path.name for path in done.keys)
@@ -118,9 +116,8 @@ def status(folder: str | None, as_json: bool) -> None:
 
 def _print_status(report: RepositoryStatus) -> None:
     bundles = [[bundle.name, bundle.version, bundle.digest[7:23], bundle.bytes] for bundle in report.bundles]
-    print_table(
-        ["bundle", "version", "digest", "bytes"], bundles, "No bundle is published: outstation fleet publish BUNDLE"
-    )
+    empty = "No bundle is published: outstation fleet publish BUNDLE"
+    print_table(["bundle", "version", "digest", "bytes"], bundles, empty)
     for revoked in report.revoked:
         click.echo(f"{revoked['name']} {revoked['version']} was revoked on {revoked['day']}")
     click.echo()
@@ -234,7 +231,5 @@ def copy(destination: Path, folder: str | None, as_json: bool) -> None:
 
     done = mirror.copy(fleet_config.find_folder(folder), destination)
     document = {"repository": str(done.home), "files": done.files, "bytes": done.bytes}
-    result = (
-        f"{done.home}: {done.files} files, {done.bytes / 1e6:.1f} MB written; devices use it with url = that folder"
-    )
+    result = f"{done.home}: {done.files} files, {done.bytes / 1e6:.1f} MB written; devices use this folder as url"
     emit(document, as_json, lambda: click.echo(result))

@@ -8,6 +8,7 @@ import queue
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,11 +51,7 @@ def start(file: Path, force_reason: str | None, folder: str | None, as_json: boo
     home = fleet_config.find_folder(folder)
     with _open_publisher(home) as publisher:
         resolved = bundles.resolve(plan.read(file), home)
-        _decide_and_publish(
-            publisher,
-            lambda db, operator, counter: actions.start(db, operator, counter, resolved, force_reason),
-            as_json,
-        )
+        _decide_and_publish(publisher, partial(actions.start, plan=resolved, force_reason=force_reason), as_json)
 
 
 @rollout.command("status", epilog="Example: outstation fleet rollout status exercise-1-1 --watch")
@@ -98,10 +95,16 @@ def follow(names: tuple[str, ...], every_s: float, folder: str | None) -> None:
             if not (known or journal.load_rollouts(db, only_open=True)):
                 raise UsageError("no rollout is open; `outstation fleet rollout start FILE` starts one")
         controller = RolloutController(publisher, known or None, lambda line: click.echo(printable(line)))
-        while stopped.empty() and _tick(controller.tick):
-            with contextlib.suppress(queue.Empty):
-                stopped.get(timeout=every_s)
-                break
+        is_open = True
+        while is_open and stopped.empty():
+            try:
+                is_open = controller.tick(clock.boot_seconds())
+            except StorageError as error:
+                click.echo(f"outstation: {error}; trying again", err=True)
+            if is_open:
+                with contextlib.suppress(queue.Empty):
+                    stopped.get(timeout=every_s)
+                    break
         with publisher.store.snapshot() as db:
             states = [journal.find(db, name).state for name in {*known, *controller.followed_names}]
     if "aborted" in states:
@@ -154,11 +157,8 @@ def promote(name: str, force_reason: str | None, folder: str | None, as_json: bo
                 lambda: click.echo(printable(f"{text}. --force REASON promotes it anyway.")),
             )
             sys.exit(1)
-        _decide_and_publish(
-            publisher,
-            lambda db, operator, counter: actions.promote(db, operator, counter, current, verdict, force_reason),
-            as_json,
-        )
+        action = partial(actions.promote, expected=current, verdict=verdict, force_reason=force_reason)
+        _decide_and_publish(publisher, action, as_json)
 
 
 @rollout.command("abort", epilog='Example: outstation fleet rollout abort exercise-1-1 "wrong labels"')
@@ -170,12 +170,7 @@ def abort(name: str, reason: str, folder: str | None, as_json: bool) -> None:
     """Abort NAME: every device returns to its previous bundle, and does not try the bundle again for a while."""
     from agent.fleet.rollout import actions
 
-    _decide(
-        folder,
-        name,
-        as_json,
-        lambda db, operator, counter, current: actions.abort(db, operator, counter, current, reason),
-    )
+    _decide(folder, name, as_json, partial(actions.abort, reason=reason))
 
 
 def build_documents(store: FleetStore, name: str | None) -> list[dict[str, Any]]:
@@ -192,15 +187,6 @@ def build_documents(store: FleetStore, name: str | None) -> list[dict[str, Any]]
         return [build_status(db, load_snapshot(db, entry, now_us), now_us) for entry in rollouts]
 
 
-def _tick(tick: Callable[[float], bool]) -> bool:
-    """Return True while a rollout is open; a failing database is tried again."""
-    try:
-        return tick(clock.boot_seconds())
-    except StorageError as error:
-        click.echo(f"outstation: {error}; trying again", err=True)
-        return True
-
-
 @contextlib.contextmanager
 def _open_publisher(home: Path, role: str = "operator") -> Iterator[RolloutPublisher]:
     from agent.fleet.rollout.publisher import RolloutPublisher
@@ -208,11 +194,10 @@ def _open_publisher(home: Path, role: str = "operator") -> Iterator[RolloutPubli
 
     config = fleet_config.load(home)
     key = keys.load_private(Path(config.operator.key_file))
-    client = f"outstation-{config.fleet.name}-rollout-{os.getpid()}"
+    fleet = config.fleet.name
+    client = f"outstation-{fleet}-rollout-{os.getpid()}"
     with open_store(config) as store:
-        yield RolloutPublisher(
-            store, config.fleet.name, home, key, lambda: Link(config.command_broker, client), role=role
-        )
+        yield RolloutPublisher(store, fleet, home, key, lambda: Link(config.command_broker, client), role=role)
 
 
 def _decide(

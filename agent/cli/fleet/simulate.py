@@ -28,9 +28,7 @@ _MAX_SENTENCES = 8
     "--duration", default=60.0, show_default=True, type=click.FloatRange(10),
     help="Seconds to run; with --rollout the limit.",
 )  # fmt: skip
-@click.option(
-    "--speed", default=10.0, show_default=True, type=click.FloatRange(0.1, 100), help="Speed of the recordings."
-)
+@click.option("--speed", default=10.0, show_default=True, type=click.FloatRange(0.1, 100), help="Speed of the replay.")
 @click.option("--away", type=click.IntRange(0), metavar="N", help="Devices offline for a while; default a tenth.")
 @click.option("--cut", type=click.IntRange(0), metavar="N", help="Devices with cut downloads; default a tenth.")
 @click.option("--slow", type=click.IntRange(0), metavar="N", help="Devices on a slow link; default a tenth.")

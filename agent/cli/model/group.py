@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +17,11 @@ from agent.errors import BadBundle, UsageError
 from agent.wire import keys
 
 if TYPE_CHECKING:
-    from agent.drift.baseline.reference import Reference
     from agent.model.bundle.manifest import Manifest
     from agent.model.inference.runtime import TfliteModel
 
 _path = click.Path(path_type=Path)
+_NO_REFERENCE = "none: devices will not monitor this model for drift"
 
 
 @click.group()
@@ -61,11 +60,17 @@ def pack(
 ) -> None:
     """Make a bundle from SPEC, with warnings of what it lacks; with --from, make a SPEC from a model."""
     from agent.authoring import pack as packing
+    from agent.authoring import scaffold
 
     if tflite is not None:
         if spec is not None or key_file is not None:
             raise UsageError("--from writes a SPEC and packs nothing; complete the SPEC, then pack that")
-        _write_spec(tflite, out, data, as_json)
+        draft = scaffold.scaffold_spec(tflite, out, data)
+        if out is not None:
+            scaffold.write_spec(draft, out)
+        text = f"{out} written, kind {draft.kind}: {draft.rationale}. Check every line of it." if out else draft.text
+        members = {"spec": str(out) if out else None, "kind": draft.kind, "text": draft.text}
+        emit(members, as_json, lambda: click.echo(text, nl=out is not None))
         return
     if spec is None or out is None or data is not None:
         raise UsageError(
@@ -79,17 +84,6 @@ def pack(
     document = {"bundle": str(out), "digest": packed.digest, "warnings": packed.warnings, "notes": packed.notes}
     lines = [f"{out} {packed.digest}", *packed.notes, *(f"warning: {w}" for w in packed.warnings)]
     emit(document, as_json, lambda: click.echo("\n".join(lines)))
-
-
-def _write_spec(tflite: Path, out: Path | None, data: Path | None, as_json: bool) -> None:
-    from agent.authoring import scaffold
-
-    spec = scaffold.scaffold_spec(tflite, out, data)
-    if out is not None:
-        scaffold.write_spec(spec, out)
-    document = {"spec": str(out) if out else None, "kind": spec.kind, "text": spec.text}
-    text = spec.text if out is None else f"{out} written, kind {spec.kind}: {spec.rationale}. Check every line of it."
-    emit(document, as_json, lambda: click.echo(text, nl=out is not None))
 
 
 @model.command("reference", epilog="Example: outstation model reference quiet.npz --spec bundle.toml -o reference.json")
@@ -166,7 +160,10 @@ def sign(bundle: Path, key_file: Path, as_json: bool) -> None:
 def check(bundle: Path, public: str | None, as_json: bool) -> None:
     """Check BUNDLE, a path or the name of a built-in bundle: signature, hashes, golden vectors in a child process."""
     document = _check_bundle(bundle, public)
-    emit(document, as_json, lambda: _print(document))
+    title = f"{document['name'] or 'bundle'} {document['version'] or ''} {document['digest'] or ''}".strip()
+    marks = {True: click.style("ok    ", fg="green"), False: click.style("failed", fg="red")}
+    lines = [title, *(f"{marks[c['ok']]}  {c['name']}: {c['detail']}" for c in document["checks"])]
+    emit(document, as_json, lambda: click.echo("\n".join(lines)))
     if not document["ok"]:
         sys.exit(1)
 
@@ -195,24 +192,13 @@ def _check_bundle(path: Path, public: str | None) -> dict[str, Any]:
     report = probe.probe(bundle)
     for result in report.checks:
         add_check(*result)
-    add_check("reference", *_check_reference(lambda: activation.read_reference(bundle)))
+    try:
+        reference = activation.read_reference(bundle)
+        warning = f"; {reference.warning}" if reference and reference.warning else ""
+        summary = f"{reference.drift_windows} drift windows{warning}" if reference else _NO_REFERENCE
+        add_check("reference", True, summary)
+    except BadBundle as problem:
+        add_check("reference", False, str(problem))
     document |= {"name": bundle.manifest.name, "version": bundle.manifest.version, "digest": bundle.digest}
     document |= {"runtime": report.runtime or None, "ok": all(check["ok"] for check in document["checks"])}
     return document
-
-
-def _check_reference(load: Callable[[], Reference | None]) -> tuple[bool, str]:
-    try:
-        reference = load()
-    except BadBundle as problem:
-        return False, str(problem)
-    if reference is None:
-        return True, "none: devices will not monitor this model for drift"
-    return True, f"{reference.drift_windows} drift windows" + (f"; {reference.warning}" if reference.warning else "")
-
-
-def _print(document: dict[str, Any]) -> None:
-    click.echo(f"{document['name'] or 'bundle'} {document['version'] or ''} {document['digest'] or ''}".strip())
-    for result in document["checks"]:
-        mark = click.style("ok    ", fg="green") if result["ok"] else click.style("failed", fg="red")
-        click.echo(f"{mark}  {result['name']}: {result['detail']}")

@@ -48,7 +48,10 @@ class CrashMarker:
         self._path = folder / FILE
         self._boot, self._process = clock.boot_id(), f"{os.getpid()}/{time.monotonic_ns()}"
         self._run_counter, self._has_logged_error = itertools.count(1), False
-        record = _read(self._path)
+        try:
+            record = _decode(self._path.read_bytes())
+        except OSError:
+            record = None
         self.previous_run = record if record is not None and record.boot == self._boot else None
 
     @contextlib.contextmanager
@@ -80,13 +83,6 @@ class CrashMarker:
 def _encode(record: CrashRecord) -> bytes:
     body = msgspec.json.encode(record)
     return _HEAD.pack(_MAGIC, len(body), zlib.crc32(body)) + body
-
-
-def _read(path: Path) -> CrashRecord | None:
-    try:
-        return _decode(path.read_bytes())
-    except OSError:
-        return None
 
 
 def _decode(data: bytes) -> CrashRecord | None:

@@ -5,7 +5,6 @@ A copy is durable before its bundle counts as activated. Copies are outside the 
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Collection, Iterable
@@ -46,35 +45,30 @@ class BundleRef(msgspec.Struct, frozen=True):
 
 
 class BundleHistory(msgspec.Struct, frozen=True):
-    """Current bundle of a task, and the previous one."""
-
     current: BundleRef
     previous: BundleRef | None = None
 
 
 def load_history(store: Store, task: str) -> BundleHistory | None:
     stored = store.load_state(task, task_keys.BUNDLE_HISTORY)
-    return None if stored is None else from_json(stored)
+    return msgspec.json.decode(stored, type=BundleHistory) if stored else None
 
 
-def from_json(data: bytes) -> BundleHistory:
-    refs = json.loads(data)
-    return BundleHistory(BundleRef(**refs["now"]), BundleRef(**refs["before"]) if refs["before"] else None)
+def copies_folder(data_dir: Path) -> Path:
+    return data_dir / "bundles" / ".copies"
 
 
 def copy_folder(data_dir: Path, digest: str) -> Path:
-    return data_dir / "bundles" / ".kept" / digest.removeprefix("sha256:")
+    return copies_folder(data_dir) / digest.removeprefix("sha256:")
 
 
 def locate_bundle(conf: Config, store: Store | None, task: str) -> Path:
-    """Return the folder of the bundle that `task` runs. Raises BadBundle."""
+    """Return the folder of the configured bundle, or of the one that a rollback or rollout put in its place.
+
+    Raises BadBundle.
+    """
     configured = builtin.locate_bundle(conf.tasks[task].bundle, conf.data_dir / "bundles")
-    return configured if store is None else effective_path(store, task, configured, conf.data_dir)
-
-
-def effective_path(store: Store, task: str, configured: Path, data_dir: Path) -> Path:
-    """Return the folder of the configured bundle, or of the one that a rollback or rollout put in its place."""
-    override = overrides.load_bundle_override(store, task)
+    override = None if store is None else overrides.load_bundle_override(store, task)
     if override is None:
         return configured
     try:
@@ -82,7 +76,7 @@ def effective_path(store: Store, task: str, configured: Path, data_dir: Path) ->
     except BadBundle:
         # The configured bundle cannot be read: the current one goes on.
         has_changed = False
-    return configured if has_changed else copy_folder(data_dir, override.digest)
+    return configured if has_changed else copy_folder(conf.data_dir, override.digest)
 
 
 def available_bundles(store: Store, task: str, data_dir: Path, excluded: Collection[str]) -> list[BundleRef]:
@@ -111,9 +105,7 @@ def store_copy(loaded: Bundle, data_dir: Path) -> bool:
         durable_files.fsync(partial)
         durable_files.rename(partial, target)
     except OSError as error:
-        log.error(
-            "%s: bundle %s cannot be stored for a rollback: %s", target.parent, loaded.manifest.name, error.strerror
-        )
+        log.error("%s: bundle %s cannot be copied here: %s", target.parent, loaded.manifest.name, error.strerror)
         shutil.rmtree(partial, ignore_errors=True)
         return False
     return True
@@ -154,27 +146,22 @@ def record_activation(
     this, previous = bundle_ref(loaded), past.current if past else None
     if previous is not None and previous.digest == this.digest:
         previous = past.previous if past else None
-    stored = _save_history(tx, task, this, previous)
+    restore(tx, task, BundleHistory(this, previous))
     output = loaded.manifest.output
-    labels = output.labels if len(json.dumps(output.labels)) <= _MAX_LABEL_BYTES else ()
-    evidence: dict[str, Any] = {"task": task, "from": stored["before"], "to": stored["now"], "why": reason}
+    labels = output.labels if len(msgspec.json.encode(output.labels)) <= _MAX_LABEL_BYTES else ()
+    origin = asdict(previous) if previous else None
+    evidence: dict[str, Any] = {"task": task, "from": origin, "to": asdict(this), "why": reason}
     evidence |= {"kind": loaded.manifest.label_kind, "labels": list(labels), "threshold": output.threshold}
     summary = f"{task}: {this} was activated" + (f" after {previous}." if previous else ".")
     message_log.append(tx, "audit", None, {"event": "activated", "summary": summary, "evidence": evidence}, now)
 
 
-def _save_history(tx: Transaction, task: str, current: BundleRef, previous: BundleRef | None) -> dict[str, Any]:
-    refs = {"now": asdict(current), "before": asdict(previous) if previous else None}
-    tx.save_state(task, task_keys.BUNDLE_HISTORY, json.dumps(refs).encode())
-    return refs
-
-
 def restore(tx: Transaction, task: str, past: BundleHistory | None) -> None:
-    """Restore the history from before a canary: a bundle that was rolled back is no target for a rollback."""
+    """Save a history, such as that from before a canary: a bundle that was rolled back is no target for a rollback."""
     if past is None:
         tx.delete_state(task, task_keys.BUNDLE_HISTORY)
     else:
-        _save_history(tx, task, past.current, past.previous)
+        tx.save_state(task, task_keys.BUNDLE_HISTORY, msgspec.json.encode(past))
 
 
 def bundle_ref(loaded: Bundle) -> BundleRef:
@@ -191,7 +178,7 @@ def prune(store: Store, tasks: Iterable[str], data_dir: Path) -> None:
         digests += [override.digest] if override else []
         digests += sorted(rollout_state.find_needed_digests(store, task))
         needed |= {copy_folder(data_dir, digest).name for digest in digests}
-    home = data_dir / "bundles" / ".kept"
+    home = copies_folder(data_dir)
     for entry in home.iterdir() if home.is_dir() else ():
         # The suffix: a copy that is just being made is needed, too.
         if entry.name.removesuffix(_PARTIAL_SUFFIX) not in needed:

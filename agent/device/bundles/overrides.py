@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
 import msgspec
-from msgspec.structs import asdict
 
 from agent.config import Config
 from agent.device.machine import schedule
@@ -57,33 +54,25 @@ def effective_schedule(file: str, conf: Config, store: Store, task: str, last_us
 
 def load_bundle_override(store: Store, task: str) -> BundleOverride | None:
     stored = store.load_state(task, task_keys.BUNDLE_OVERRIDE)
-    return BundleOverride(**json.loads(stored)) if stored else None
+    return msgspec.json.decode(stored, type=BundleOverride) if stored else None
 
 
 def save_bundle_override(tx: Transaction, task: str, override: BundleOverride | None) -> None:
     if override is None:
         tx.delete_state(task, task_keys.BUNDLE_OVERRIDE)
     else:
-        tx.save_state(task, task_keys.BUNDLE_OVERRIDE, json.dumps(asdict(override)).encode())
+        tx.save_state(task, task_keys.BUNDLE_OVERRIDE, msgspec.json.encode(override))
 
 
-def load_quarantined(store: Store, task: str) -> dict[str, QuarantinedBundle]:
+def load_quarantined(store: Store | Transaction, task: str) -> dict[str, QuarantinedBundle]:
     """Return the quarantined bundles of a task, by digest."""
-    return _decode_quarantined(store.load_state(task, task_keys.QUARANTINED_BUNDLES))
-
-
-def load_quarantined_in_tx(tx: Transaction, task: str) -> dict[str, QuarantinedBundle]:
-    return _decode_quarantined(tx.load_state(task, task_keys.QUARANTINED_BUNDLES))
-
-
-def _decode_quarantined(data: bytes | None) -> dict[str, QuarantinedBundle]:
-    return {digest: QuarantinedBundle(**members) for digest, members in json.loads(data or b"{}").items()}
+    data = store.load_state(task, task_keys.QUARANTINED_BUNDLES) or b"{}"
+    return msgspec.json.decode(data, type=dict[str, QuarantinedBundle])
 
 
 def save_quarantined(tx: Transaction, task: str, quarantined: dict[str, QuarantinedBundle]) -> None:
     if quarantined:
-        members = {digest: asdict(bundle) for digest, bundle in quarantined.items()}
-        tx.save_state(task, task_keys.QUARANTINED_BUNDLES, json.dumps(members).encode())
+        tx.save_state(task, task_keys.QUARANTINED_BUNDLES, msgspec.json.encode(quarantined))
     else:
         tx.delete_state(task, task_keys.QUARANTINED_BUNDLES)
 

@@ -26,7 +26,6 @@ from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import history, overrides
 from agent.device.bundles.crash_marker import CrashMarker, CrashRecord
-from agent.device.bundles.history import BundleRef
 from agent.device.bundles.overrides import QuarantinedBundle
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
@@ -138,7 +137,18 @@ def _count_crash(conf: Config, store: Store, message_log: MessageLog, crash: Cra
         )
         quarantined = {**quarantined, crash.digest: QuarantinedBundle(reason, configured)}
         overrides.save_quarantined(tx, crash.task, quarantined)
-        _report_quarantine(tx, message_log, crash, reason, count, target, now)
+        outcome = f"{target} runs instead" if target else "no other has a copy here: the task stops, its readings wait"
+        summary = f"{crash.task}: {reason}; {outcome}."
+        evidence = {
+            "task": crash.task,
+            "digest": crash.digest,
+            "crashes": count,
+            "to": target.digest if target else None,
+        }
+        message_log.append(tx, "audit", None, {"event": "quarantined", "summary": summary, "evidence": evidence}, now)
+        if target is not None:
+            alert = QUARANTINED.raised(summary, evidence, task=crash.task)
+            message_log.append(tx, "alerts", crash.task, alert.to_body(crash.task), now)
         if resumed is not None and target is not None:
             overrides.save_bundle_override(tx, crash.task, history.make_override(target, configured))
             if past is not None and past.current != target:
@@ -152,22 +162,3 @@ def _find_previous(conf: Config, store: Store, task: str, excluded: Collection[s
         with suppress(BadBundle):
             return bundle.read(history.copy_folder(conf.data_dir, ref.digest), None)
     return None
-
-
-def _report_quarantine(
-    tx: Transaction,
-    message_log: MessageLog,
-    crash: CrashRecord,
-    reason: str,
-    count: int,
-    target: BundleRef | None,
-    now: ClockReading,
-) -> None:
-    """Append the audit message, and an alert if another bundle runs; if none does, the task's own alert reports it."""
-    outcome = f"{target} runs instead" if target else "no other is stored here, so the task stops and its readings wait"
-    summary = f"{crash.task}: {reason}; {outcome}."
-    evidence = {"task": crash.task, "digest": crash.digest, "crashes": count, "to": target.digest if target else None}
-    message_log.append(tx, "audit", None, {"event": "quarantined", "summary": summary, "evidence": evidence}, now)
-    if target is not None:
-        alert = QUARANTINED.raised(summary, evidence, task=crash.task)
-        message_log.append(tx, "alerts", crash.task, alert.to_body(crash.task), now)

@@ -83,7 +83,7 @@ def save_state(tx: Transaction, task: str, state: RolloutState | None) -> None:
         tx.save_state(task, task_keys.ROLLOUT_STATE, msgspec.json.encode(state))
 
 
-def load_hold_offs(store: Store, task: str) -> dict[str, HoldOff]:
+def load_hold_offs(store: Store | Transaction, task: str) -> dict[str, HoldOff]:
     """Return hold-offs by the bundle's digest, also those that have ended."""
     try:
         return msgspec.json.decode(store.load_state(task, task_keys.HOLD_OFFS) or b"{}", type=dict[str, HoldOff])
@@ -93,11 +93,8 @@ def load_hold_offs(store: Store, task: str) -> dict[str, HoldOff]:
 
 def add_hold_off(tx: Transaction, task: str, digest: str, hold_off: HoldOff, uptime_s: float) -> None:
     """Save a hold-off; drop those that have ended, and of too many those that end first."""
-    try:
-        known = msgspec.json.decode(tx.load_state(task, task_keys.HOLD_OFFS) or b"{}", type=dict[str, HoldOff])
-    except msgspec.MsgspecError:
-        known = {}
-    current = {name: other for name, other in known.items() if other.until_s > uptime_s and name != digest}
+    known = load_hold_offs(tx, task).items()
+    current = {name: other for name, other in known if other.until_s > uptime_s and name != digest}
     newest = sorted(current.items(), key=lambda item: item[1].until_s)[-(_MAX_HOLD_OFFS - 1) :]
     tx.save_state(task, task_keys.HOLD_OFFS, msgspec.json.encode({**dict(newest), digest: hold_off}))
 

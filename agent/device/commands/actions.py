@@ -141,7 +141,11 @@ class TaskActions:
             f"{name} went from {past.current} to {target}." if is_running else f"{name} runs again, with {target}."
         )
         data = {"from": past.current.digest, "to": target.digest}
-        return Effect(summary, data, write, lambda: self._replace_task(task))
+
+        def then() -> None:
+            self._runtime.replace_task(task, lambda new: make_scheduled_task(self._file, self._conf, self._store, new))
+
+        return Effect(summary, data, write, then)
 
     def relearn(self, args: Mapping[str, str], now: ClockReading) -> Effect:
         text = args.get("for", "0 s")
@@ -181,9 +185,6 @@ class TaskActions:
         accepted = len(batch.labels) + len(batch.rejected) - len(rejected)
         summary = f"{accepted} labels of {task.name} accepted, {len(rejected)} rejected."
         return Effect(summary, {"accepted": accepted, "rejected": {str(k): rejected[k] for k in sorted(rejected)}})
-
-    def _replace_task(self, task: LoadedTask) -> None:
-        self._runtime.replace_task(task, lambda new: make_scheduled_task(self._file, self._conf, self._store, new))
 
     def _set_paused(self, name: str, paused: bool) -> None:
         scheduled = self._runtime.find(name)

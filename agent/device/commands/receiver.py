@@ -87,9 +87,7 @@ class CommandReceiver:
         if delivery.topic != self.topic:
             raise MessageRefused("other topic", delivery.topic[:120])
         if len(delivery.payload) > MAX_COMMAND_BYTES:
-            raise MessageRefused(
-                "too large", f"{len(delivery.payload)} bytes, a command has at most {MAX_COMMAND_BYTES}"
-            )
+            raise MessageRefused("too large", f"{len(delivery.payload)} bytes; the limit is {MAX_COMMAND_BYTES}")
         if delivery.correlation is not None and len(delivery.correlation) > _MAX_CORRELATION:
             raise MessageRefused("too large", f"correlation data of {len(delivery.correlation)} bytes")
         message = verify_message(delivery.topic, delivery.payload, delivery.tokens, self._operators.get)
@@ -123,7 +121,15 @@ class CommandReceiver:
                 self._confirmed_through = self._sent_through
             if self._has_unsent.is_set():
                 self._has_unsent.clear()
-                self._send_answers(session, now)
+                answers = self._store.query(lambda db: CommandLog(db).unsent(self._sent_through))
+                for answer in answers:
+                    session.enqueue_live(
+                        self._message_log.build_live_message(
+                            "reply", answer.to_body(), now, correlation=answer.correlation
+                        )
+                    )
+                    self._sent_through = answer.number
+                    self._has_unsent.set()
         except StorageFull as full:
             log.warning("%s; answers to commands are sent once there is room", full)
             self._has_unsent.set()
@@ -132,15 +138,6 @@ class CommandReceiver:
     def is_idle(self) -> bool:
         """Return True if the broker has all answers."""
         return not self._has_unsent.is_set() and self._sent_through == self._confirmed_through and not self._posted
-
-    def _send_answers(self, session: LiveSession, now: ClockReading) -> None:
-        answers = self._store.query(lambda db: CommandLog(db).unsent(self._sent_through))
-        for answer in answers:
-            session.enqueue_live(
-                self._message_log.build_live_message("reply", answer.to_body(), now, correlation=answer.correlation)
-            )
-            self._sent_through = answer.number
-            self._has_unsent.set()
 
     # --- on the main loop ---
 

@@ -20,6 +20,7 @@ from typing import Any
 from agent import clock, durable_files
 from agent.clock import ClockReading
 from agent.config import Config
+from agent.device.bundles import history
 from agent.device.pipeline.tasks import Effect
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
@@ -55,20 +56,21 @@ class Wipe:
         if word is None or now.boot_s >= word[1] or not hmac.compare_digest(word[0].encode(), args["confirm"].encode()):
             raise RowRejected("this is not the word, or it has expired; nothing is erased, begin again")
         summary = "Readings, outbox, state, stored bundles and signing keys are erased now; the daemon stops for good."
-        return Effect(summary, {}, lambda tx: self._write_audit(tx, now), self._start)
+
+        def write(tx: Transaction) -> None:
+            body = {"event": "wiped", "summary": "An operator erased this device.", "evidence": {}}
+            tx.set_meta(_WIPE_SEQ, str(self._message_log.append(tx, "audit", None, body, now)))
+
+        def stop() -> None:
+            self.is_confirmed = True
+            self._halt()
+
+        return Effect(summary, {}, write, stop)
 
     def is_delivered(self) -> bool:
         """Return True if the collector has the audit message, as far as the device knows."""
         seq = self._store.get_meta(_WIPE_SEQ, "")
         return not seq or not self._store.pending_messages([int(seq)])
-
-    def _write_audit(self, tx: Transaction, now: ClockReading) -> None:
-        body = {"event": "wiped", "summary": "An operator erased this device.", "evidence": {}}
-        tx.set_meta(_WIPE_SEQ, str(self._message_log.append(tx, "audit", None, body, now)))
-
-    def _start(self) -> None:
-        self.is_confirmed = True
-        self._halt()
 
 
 def is_pending(store: Store) -> bool:
@@ -118,7 +120,7 @@ def erase(data_dir: Path, preserved: Collection[Path], keys: Iterable[Path]) -> 
     _write_marker(data_dir, {"state": "wiping", "time": time})
     excluded = {path.resolve() for path in preserved}
     doomed = [path for path in data_dir.iterdir() if path.name not in _PRESERVED and path.name != MARKER + ".new"]
-    doomed += [data_dir / "bundles" / ".kept", data_dir / "bundles" / ".fetched", *keys]
+    doomed += [history.copies_folder(data_dir), data_dir / "bundles" / ".fetched", *keys]
     left = [str(path) for path in doomed if path.resolve() not in excluded and not _delete(path)]
     durable_files.fsync(data_dir)
     marker = {"state": "wiped", "time": time, "left": left}

@@ -46,7 +46,18 @@ def read_blocks(
     types = {field.name: _COLUMN_TYPES.get(field.type, ColumnType.FLOAT) for field in stream.fields}
     types["t"] = ColumnType.TIME
     if not isinstance(table, JsonLinesTable):
-        _check_columns(table.columns, stream)
+        names = [field.name for field in stream.fields]
+        for column in table.columns:
+            if column not in names and column != "t":
+                raise RowRejected(
+                    f"column {column[:40]!r} is not a field of this stream{did_you_mean(column, [*names, 't'])}"
+                )
+        for column in table.columns:
+            if table.columns.count(column) > 1:
+                raise RowRejected(f"column {column!r} is there twice")
+        for field in stream.fields:
+            if field.name not in table.columns and not field.optional:
+                raise RowRejected(f"column {field.name!r} is missing; the first line must name the columns")
         types = {column: types[column] for column in table.columns}
     if isinstance(table, ParquetTable) and "t" in types and table.has_naive_times("t"):
         raise RowRejected("column 't' holds timestamps without a time zone; write them with one, as UTC, or as seconds")
@@ -73,18 +84,3 @@ def _make_row_check(name: str, stream: StreamConfig) -> Callable[[dict[str, Any]
         return None if extra is None else f"{extra!r} is not a field of this stream{did_you_mean(extra, known)}"
 
     return check
-
-
-def _check_columns(columns: Sequence[str], stream: StreamConfig) -> None:
-    names = [field.name for field in stream.fields]
-    for column in columns:
-        if column not in names and column != "t":
-            raise RowRejected(
-                f"column {column[:40]!r} is not a field of this stream{did_you_mean(column, [*names, 't'])}"
-            )
-    for column in columns:
-        if columns.count(column) > 1:
-            raise RowRejected(f"column {column!r} is there twice")
-    for field in stream.fields:
-        if field.name not in columns and not field.optional:
-            raise RowRejected(f"column {field.name!r} is missing; the first line must name the columns")

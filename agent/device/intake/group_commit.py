@@ -155,28 +155,26 @@ class GroupCommit:
         self._rows = self._bytes = 0
         return batches
 
-    def write(self, producer_batches: ProducerBatches, now: ClockReading) -> dict[Hashable, CommitOutcome]:
+    def write(self, batches: ProducerBatches, now: ClockReading) -> dict[Hashable, CommitOutcome]:
         """Write batches in one transaction and return each producer's outcome. May run in another thread.
 
         A full store rejects every row and writes nothing. Raises StorageError for a failing disk: it is then unknown
         what was written, and no producer may get an answer.
         """
         try:
-            needed = self._store.used_bytes() + sum(batch.size_bytes() for batch in producer_batches.values())
+            needed = self._store.used_bytes() + sum(batch.size_bytes() for batch in batches.values())
             if needed > self._store.limit_bytes() * INTAKE_SHARE:
                 raise StorageFull("the store has reached its size ([buffer] max_size) and no used readings can go")
             with self._store.transaction() as tx:
-                return self._write(tx, producer_batches, now)
+                return self._write(tx, batches, now)
         except StorageFull as full:
-            return {producer: _reject_all(batch, full) for producer, batch in producer_batches.items()}
+            return {producer: _reject_all(batch, full) for producer, batch in batches.items()}
 
-    def _write(
-        self, tx: Transaction, producer_batches: ProducerBatches, now: ClockReading
-    ) -> dict[Hashable, CommitOutcome]:
+    def _write(self, tx: Transaction, batches: ProducerBatches, now: ClockReading) -> dict[Hashable, CommitOutcome]:
         by_stream: dict[str, list[tuple[Rows, ClockStamp]]] = {}
         ends: dict[Hashable, tuple[str, int]] = {}
         counts: dict[Hashable, int] = {}
-        for producer, batch in producer_batches.items():
+        for producer, batch in batches.items():
             accepted = 0
             for block in batch.row_blocks:
                 rows, rejected = self._encode_categories(tx, block.stream, block.validated)
@@ -191,7 +189,7 @@ class GroupCommit:
             tx.increment_counter("lines rejected", len(batch.rejected))
         before = {stream: _append_rows(tx, stream, parts, now) for stream, parts in by_stream.items()}
         outcomes = {}
-        for producer, batch in producer_batches.items():
+        for producer, batch in batches.items():
             stream, end = ends.get(producer, ("", 0))
             row = before[stream] + end if end else 0
             if (source := batch.position) is not None and (source.position is not None or row):
@@ -202,7 +200,6 @@ class GroupCommit:
         return outcomes
 
     def _write_labels(self, tx: Transaction, producer_batch: _ProducerBatch) -> int:
-        """Write the labels and return how many were accepted."""
         accepted, targets = 0, self._label_targets() if producer_batch.label_batches else {}
         for batch, line, now in producer_batch.label_batches:
             rejected = labels.store_labels(tx, targets.get(batch.task), batch, now)
@@ -233,18 +230,6 @@ class GroupCommit:
 def _append_rows(tx: Transaction, stream: str, parts: Sequence[tuple[Rows, ClockStamp]], now: ClockReading) -> int:
     """Append rows to a stream and return the number of the last row before them."""
     last, count = 0, sum(len(rows) for rows, _ in parts)
-    for (segment, quality), run in _merge_runs(parts):
-        last = tx.append(stream, concatenate(run), quality, segment=segment, boot_us=now.boot_us)
-    return last - count
-
-
-def _stamp(tx: Transaction, rows: Rows, now: ClockReading) -> ClockStamp:
-    segment = tx.segments.find_covering(now, int(rows.t.min()), int(rows.t.max()))
-    return (PRODUCER_TIME, now.quality) if segment is None else (segment.number, QUALITIES[segment.quality])
-
-
-def _merge_runs(parts: Sequence[tuple[Rows, ClockStamp]]) -> list[tuple[ClockStamp, list[Rows]]]:
-    """Merge neighbours with the same stamp; a producer that mixes times arbitrarily gets a limited number of runs."""
     runs: list[tuple[ClockStamp, list[Rows]]] = []
     for rows, stamp in parts:
         if runs and (runs[-1][0] == stamp or len(runs) == _MAX_RUNS):
@@ -253,7 +238,14 @@ def _merge_runs(parts: Sequence[tuple[Rows, ClockStamp]]) -> list[tuple[ClockSta
             runs[-1][1].append(rows)
         else:
             runs.append((stamp, [rows]))
-    return runs
+    for (segment, quality), run in runs:
+        last = tx.append(stream, concatenate(run), quality, segment=segment, boot_us=now.boot_us)
+    return last - count
+
+
+def _stamp(tx: Transaction, rows: Rows, now: ClockReading) -> ClockStamp:
+    segment = tx.segments.find_covering(now, int(rows.t.min()), int(rows.t.max()))
+    return (PRODUCER_TIME, now.quality) if segment is None else (segment.number, QUALITIES[segment.quality])
 
 
 def _reject_all(producer_batch: _ProducerBatch, error: StorageFull) -> CommitOutcome:

@@ -79,15 +79,13 @@ def format_reasons(rejected: Mapping[int, str], n: int) -> str:
     return first + (f"; and {len(rejected) - 5} more labels" if len(rejected) > 5 else "")
 
 
-def store_labels(
-    tx: Transaction, target: LabelTarget | None, label_batch: LabelBatch, now: ClockReading
-) -> dict[int, str]:
+def store_labels(tx: Transaction, target: LabelTarget | None, batch: LabelBatch, now: ClockReading) -> dict[int, str]:
     """Store all labels that can be stored. Return position → reason for the others."""
-    rejected = dict(label_batch.rejected)
-    n = len(label_batch.labels) + len(rejected)
-    positions = (index for index in range(n) if index not in label_batch.rejected)
-    for index, label in zip(positions, label_batch.labels, strict=True):
-        reason = store_label(tx, label_batch.task, target, label, now)
+    rejected = dict(batch.rejected)
+    n = len(batch.labels) + len(rejected)
+    positions = (index for index in range(n) if index not in batch.rejected)
+    for index, label in zip(positions, batch.labels, strict=True):
+        reason = store_label(tx, batch.task, target, label, now)
         if reason is not None:
             rejected[index] = reason
     return rejected

@@ -15,14 +15,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from agent.arrays import Float32s, Ints
 from agent.config import FieldConfig, StreamConfig
 from agent.device.intake.file_reader import FileBlock, max_block_rows
 from agent.device.store.quota import Quota
 from agent.device.store.rows import RawColumns, row_bytes
 from agent.errors import ConfigError, UsageError
-from agent.media import ImageFormat, MediaFormat, SoundFormat
+from agent.media import ImageFormat, MediaFormat
 from agent.model.inference import images, sound
 from agent.model.inference.sound import WavReader
 
@@ -46,7 +46,7 @@ def check_config(file: str, name: str, stream: StreamConfig, max_size: int) -> N
     size, limit = row_bytes(stream) * stream.media_format.height, Quota.from_max_size(max_size).transaction_bytes // 2
     if size > limit:
         raise ConfigError(
-            file, key, f"an image takes {size:,} bytes, the store {limit:,} at once; make width and height smaller"
+            file, key, f"an image takes {size:,} bytes, the store {limit:,} at once; use a smaller width and height"
         )
 
 
@@ -60,7 +60,9 @@ def read_blocks(path: Path, name: str, stream: StreamConfig, skip: int, last_us:
     if isinstance(media, ImageFormat):
         if not skip:
             rows = images.read_rows(path, media)
-            at_us = _image_time_us(_parse_name_time_us(name) or os.stat(path).st_mtime_ns // 1000, last_us)
+            at_us = _parse_name_time_us(name) or os.stat(path).st_mtime_ns // 1000
+            near = last_us is not None and last_us - _BURST_US <= at_us <= last_us
+            at_us = at_us if last_us is None or not near else last_us + 1
             yield _build_block(rows, np.full(len(rows), at_us), 0, stream.fields)
         return
     assert media is not None
@@ -73,25 +75,14 @@ def read_blocks(path: Path, name: str, stream: StreamConfig, skip: int, last_us:
             own_us = _parse_name_time_us(name) or os.stat(path).st_mtime_ns // 1000 - round(
                 wav.sample_count / media.rate * 1e6
             )
-            begin_us = _sound_start_us(own_us, last_us, media)
+            # A sound that would seem to continue the last row begins just before it: a begin behind the last row
+            # would add up to a delay over many files.
+            goes_on = last_us is not None and last_us <= own_us <= last_us + round(2 * media.row_period_s * 1e6)
+            begin_us = own_us if last_us is None or not goes_on else last_us - 1
         for rows in _merge_parts(sound.iter_row_blocks(wav, media, skip), max_block_rows(stream)):
             t = begin_us + np.rint(np.arange(skip, skip + len(rows)) * (media.row_period_s * 1e6)).astype(np.int64)
             yield _build_block(rows, t, skip, stream.fields)
             skip += len(rows)
-
-
-def _image_time_us(at_us: int, last_us: int | None) -> int:
-    near = last_us is not None and last_us - _BURST_US <= at_us <= last_us
-    return at_us if last_us is None or not near else last_us + 1
-
-
-def _sound_start_us(begin_us: int, last_us: int | None, media: SoundFormat) -> int:
-    """Move the begin to just before the last row if the sound would seem to continue it.
-
-    Moving it behind the last row instead would add up to a delay over many files.
-    """
-    goes_on = last_us is not None and last_us <= begin_us <= last_us + round(2 * media.row_period_s * 1e6)
-    return begin_us if last_us is None or not goes_on else last_us - 1
 
 
 def _parse_name_time_us(name: str) -> int | None:
@@ -107,9 +98,9 @@ def _parse_name_time_us(name: str) -> int | None:
     return int(moment.timestamp()) * 1_000_000 + int((fraction or "").ljust(6, "0"))
 
 
-def _merge_parts(parts: Iterator[images.Floats], max_rows: int) -> Iterator[images.Floats]:
+def _merge_parts(parts: Iterator[Float32s], max_rows: int) -> Iterator[Float32s]:
     """Merge consecutive parts up to `max_rows` rows."""
-    waiting: list[images.Floats] = []
+    waiting: list[Float32s] = []
     for part in parts:
         if waiting and sum(map(len, waiting)) + len(part) > max_rows:
             yield np.concatenate(waiting)
@@ -119,6 +110,6 @@ def _merge_parts(parts: Iterator[images.Floats], max_rows: int) -> Iterator[imag
         yield np.concatenate(waiting)
 
 
-def _build_block(rows: images.Floats, t: NDArray[np.int64], skip: int, fields: list[FieldConfig]) -> FileBlock:
+def _build_block(rows: Float32s, t: Ints, skip: int, fields: list[FieldConfig]) -> FileBlock:
     values = {field.name: np.ascontiguousarray(column) for field, column in zip(fields, rows.T, strict=True)}
     return FileBlock(RawColumns(len(rows), t / 1e6, values), list(range(skip + 1, skip + len(rows) + 1)), {})

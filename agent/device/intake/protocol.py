@@ -156,8 +156,6 @@ class LineParser:
 
 
 class _StreamDecoder:
-    """Decoders of one stream."""
-
     def __init__(self, name: str, stream: StreamConfig) -> None:
         self.name, self.stream = name, stream
         self.category_fields = [f.name for f in stream.fields if f.type == "category"]

@@ -14,7 +14,6 @@ import socket
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from types import MappingProxyType
 
 from agent import config
@@ -109,13 +108,25 @@ class Intake:
         try:
             servers.append(await self._listen_unix())
             if self._conf.intake.tcp:
-                servers.append(await self._listen_tcp(self._conf.intake.tcp))
+                host, port = config.parse_loopback(self._conf.intake.tcp)
+                try:
+                    servers.append(await asyncio.start_server(self._accept, host, port, limit=_READ_BYTES))
+                except OSError as error:
+                    problem = f"intake.tcp {self._conf.intake.tcp}: {error.strerror}; choose another port"
+                    raise UsageError(problem) from error
             tasks = [asyncio.create_task(self._run_source(source)) for source in self._sources]
             tasks.append(asyncio.create_task(self._run_heartbeat()))
             self._ready.set()
             await self._stop_event.wait()
         finally:
-            await _close_servers(servers)
+            # A closed server would drop connections that were just accepted: they are set up first.
+            loop = asyncio.get_running_loop()
+            for listener in [listener for server in servers for listener in server.sockets]:
+                loop.remove_reader(listener.fileno())
+            for _ in range(3):
+                await asyncio.sleep(0)
+            for server in servers:
+                server.close()
         for task in tasks:
             task.cancel()
         self._commit()
@@ -126,15 +137,17 @@ class Intake:
         self._writer.shutdown()
 
     async def _listen_unix(self) -> asyncio.Server:
-        listener = _open_unix_socket(self._conf.data_dir)
-        return await asyncio.start_unix_server(self._accept, sock=listener, limit=_READ_BYTES, backlog=_BACKLOG)
-
-    async def _listen_tcp(self, address: str) -> asyncio.Server:
-        host, port = config.parse_loopback(address)
+        # The folder's lock excludes another daemon.
+        path = self._conf.data_dir / "intake.sock"
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            return await asyncio.start_server(self._accept, host, port, limit=_READ_BYTES)
+            listener.bind(str(path))
         except OSError as error:
-            raise UsageError(f"intake.tcp {address}: {error.strerror}; choose another port") from error
+            listener.close()
+            raise UsageError(f"{path}: {error}; a socket path has at most 107 bytes; shorten data_dir") from error
+        path.chmod(0o660)
+        return await asyncio.start_unix_server(self._accept, sock=listener, limit=_READ_BYTES, backlog=_BACKLOG)
 
     async def _run_heartbeat(self) -> None:
         while True:
@@ -197,9 +210,12 @@ class Intake:
                 self._schedule_commit()
                 # Only a producer that does not read its answers waits here.
                 await writer.drain()
-                # Waiting for more makes sense for short lines, not for part of a long line.
-                if size < _SMALL_READ_BYTES:
-                    await _pause_reading(writer.transport)
+                # Short lines gather in the kernel's buffer for a moment: one read costs less, and no single line wakes
+                # this thread. Part of a long line would gain nothing.
+                if size < _SMALL_READ_BYTES and isinstance(writer.transport, asyncio.ReadTransport):
+                    writer.transport.pause_reading()
+                    await asyncio.sleep(_GATHER_S)
+                    writer.transport.resume_reading()
             producer.end(self._now())
             self._commit()
         except ConnectionError:
@@ -287,36 +303,3 @@ class Intake:
             if not isinstance(producer, ProducerConnection):
                 self._answer_callbacks.pop(producer, None)
         self._on_committed()
-
-
-async def _pause_reading(transport: asyncio.BaseTransport) -> None:
-    """Leave data in the kernel's buffer for a moment: one read costs less, and no single line wakes this thread."""
-    if isinstance(transport, asyncio.ReadTransport):
-        transport.pause_reading()
-        await asyncio.sleep(_GATHER_S)
-        transport.resume_reading()
-
-
-async def _close_servers(servers: Sequence[asyncio.Server]) -> None:
-    """Close the servers, after connections that were just accepted are set up: a closed server would drop them."""
-    loop = asyncio.get_running_loop()
-    for listener in [listener for server in servers for listener in server.sockets]:
-        loop.remove_reader(listener.fileno())
-    for _ in range(3):
-        await asyncio.sleep(0)
-    for server in servers:
-        server.close()
-
-
-def _open_unix_socket(folder: Path) -> socket.socket:
-    """Open a listening socket at `<data_dir>/intake.sock`; the folder's lock excludes another daemon."""
-    path = folder / "intake.sock"
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.bind(str(path))
-    except OSError as error:
-        listener.close()
-        raise UsageError(f"{path}: {error}; a socket path has at most 107 bytes, choose a shorter data_dir") from error
-    path.chmod(0o660)
-    return listener

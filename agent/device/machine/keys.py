@@ -33,8 +33,6 @@ LOG_SIGNER_KID, PENDING_ROTATION = "signing key", "rotation"
 
 
 class KeyFiles:
-    """Private key files of one device."""
-
     def __init__(self, data_dir: Path, provisioned: SigningKey) -> None:
         self._folder, self._provisioned = data_dir / "keys", provisioned
         name = provisioned.public.kid
@@ -46,7 +44,12 @@ class KeyFiles:
         `committed` is the kid in the store, "" before the first rotation.
         """
         if self._next.exists():
-            if self._read_kid(self._next) == committed:
+            try:
+                kid = keys.load_private(self._next).public.kid
+            except UsageError:
+                # Half a file: the store never committed this key.
+                kid = ""
+            if kid == committed:
                 self.promote()
             else:
                 self._next.unlink()
@@ -79,13 +82,6 @@ class KeyFiles:
         """Delete the previous key, once the collector knows the one in force."""
         with contextlib.suppress(OSError):
             self._old.unlink(missing_ok=True)
-
-    def _read_kid(self, path: Path) -> str:
-        try:
-            return keys.load_private(path).public.kid
-        except UsageError:
-            # Half a file: the store never committed this key.
-            return ""
 
 
 def open_keys(store: Store, files: KeyFiles) -> tuple[SigningKey, SigningKey | None]:

@@ -8,7 +8,6 @@ off, the time of the last run must be saved and passed to `parse`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any, Protocol
 
@@ -141,7 +140,8 @@ class CronSchedule:
     def is_due(self, now: ClockReading, backlog: int) -> bool:
         if self._next is None:
             self._next = self._find_next(self._search_start(now, catch_up=True))
-        elif self._has_stepped_back(now):
+        # Set back by less than the time since the last look, the clock repeats no time: the next time stays valid.
+        elif self._last_now is not None and now.wall_us < self._last_now.wall_us - _STEP_US:
             self._next = self._find_next(self._search_start(now, catch_up=False))
         self._last_now = now
         return self._next is not None and _to_datetime(now.wall_us) >= self._next
@@ -169,10 +169,6 @@ class CronSchedule:
         times = [_next_fire_time(trigger, moment, self._has_fixed_hour) for trigger in self._triggers]
         return min((time for time in times if time is not None), default=None)
 
-    def _has_stepped_back(self, now: ClockReading) -> bool:
-        # Set back by less than the time since the last look, the clock repeats no time: the next time stays valid.
-        return self._last_now is not None and now.wall_us < self._last_now.wall_us - _STEP_US
-
 
 def _next_fire_time(trigger: Any, moment: datetime, fixed_hour: bool) -> datetime | None:
     while True:
@@ -198,15 +194,11 @@ def _parse_weekdays(text: str) -> str:
         if last < first:
             raise ValueError(f"{part!r} runs backwards")
         days += range(first, last + 1, int(match["step"] or 1))
-    return ",".join(_day_names(days))
+    return ",".join(_DAYS[day] for day in sorted({day % 7 for day in days}))
 
 
 def _parse_day(text: str) -> int:
     return _DAYS.index(text) if text in _DAYS else int(text)
-
-
-def _day_names(days: Iterable[int]) -> list[str]:
-    return [_DAYS[day] for day in sorted({day % 7 for day in days})]
 
 
 def _to_datetime(wall_us: int) -> datetime:

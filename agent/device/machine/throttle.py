@@ -67,9 +67,7 @@ class Throttle:
         self.status = ThermalPowerStatus(measured.temperature, measured.battery, reason)
         if bool(before.pause_reason) != bool(self.status.pause_reason):
             after = self.status.pause_reason
-            log.warning(
-                "tasks %s", f"pause: {after}" if after else f"resume; they paused because: {before.pause_reason}"
-            )
+            log.warning("tasks %s", f"pause: {after}" if after else f"resume; the cause was: {before.pause_reason}")
         return self.status
 
     def _find_pause_reason(self, measured: ThermalPowerStatus, *, is_paused: bool) -> str:

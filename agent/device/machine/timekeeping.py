@@ -66,8 +66,6 @@ def is_plausible_time(signed_us: int, now: ClockReading) -> bool:
 
 
 class _LastAnchor(msgspec.Struct):
-    """Last anchor of this process."""
-
     segment: ClockSegment
     quality: str
     boot_s: float
@@ -92,7 +90,14 @@ class Timekeeper:
             reason = self._find_anchor_reason(now)
             if reason is not None:
                 self._write_anchor(now, reason)
-            self._update_alert(now)
+            is_open = self._store.get_meta(ALERT, "") != ""
+            problem = self._find_problem(now)
+            if problem and not is_open and now.boot_s >= self._next_alert_s:
+                self._next_alert_s = now.boot_s + _ALERT_INTERVAL_S
+                self._write_alert(CLOCK.raised(problem, _alert_evidence(now)), now)
+            elif is_open and not problem and now.quality == "synced":
+                alert = CLOCK.cleared("A time service synchronizes the clock again.", _alert_evidence(now))
+                self._write_alert(alert, now)
         except StorageFull as full:
             self._retry_at = now.boot_s + _FULL_RETRY_S
             log.error("%s; the clock's anchor is written once there is room", full)
@@ -103,9 +108,9 @@ class Timekeeper:
             return "start"
         if not last.segment.fits(now):
             return "step"
-        if last.quality != now.quality and (
-            now.boot_s >= last.boot_s + _QUALITY_INTERVAL_S or self._is_first_sync(now)
-        ):
+        # The first synchronization dates all rows before it.
+        is_first_sync = now.quality == "synced" and not self._was_synced
+        if last.quality != now.quality and (now.boot_s >= last.boot_s + _QUALITY_INTERVAL_S or is_first_sync):
             return now.quality
         if now.boot_s >= last.boot_s + _ANCHOR_INTERVAL_S:
             return "daily"
@@ -113,10 +118,6 @@ class Timekeeper:
             return "log"
         # The intake saw a segment that was over before the main loop looked.
         return "segment" if self._store.get_meta(UNANNOUNCED, "") else None
-
-    def _is_first_sync(self, now: ClockReading) -> bool:
-        """Return True for the first synchronization, which dates all rows before it."""
-        return now.quality == "synced" and not self._was_synced
 
     def _write_anchor(self, now: ClockReading, reason: str) -> None:
         with self._store.transaction() as tx:
@@ -141,7 +142,9 @@ class Timekeeper:
                 tx.set_meta(FLOOR, str(now.wall_us))
             tx.segments.prune()
         if step:
-            self._record_step(step, now)
+            log.warning("the clock was set by %+.1f s, to %s", step / 1e6, clock.to_rfc3339(now.wall_us))
+            if self._last_anchor is not None and self._last_anchor.quality == "synced":
+                self._set_incident(f"The clock was set by {step / 1e6:+.1f} s although it was synchronized.", now)
         if disagrees:
             self._set_incident(
                 f"The collector's time was {clock.to_rfc3339(floor_us)}, the time service's is "
@@ -150,13 +153,6 @@ class Timekeeper:
             )
         self._last_anchor = _LastAnchor(segment, now.quality, now.boot_s)
         self._was_synced = self._was_synced or now.quality == "synced"
-
-    def _record_step(self, step: int, now: ClockReading) -> None:
-        log.warning("the clock was set by %+.1f s, to %s", step / 1e6, clock.to_rfc3339(now.wall_us))
-        if self._last_anchor is not None and self._last_anchor.quality == "synced":
-            self._set_incident(
-                f"The clock was set by {step / 1e6:+.1f} s although a time service had synchronized it.", now
-            )
 
     def _set_incident(self, incident: str, now: ClockReading) -> None:
         """Report an incident with the next alert, and for some time as the problem of a synchronized clock."""
@@ -190,16 +186,6 @@ class Timekeeper:
         within = f", to {reading.error_us / 1e6:.3f} s" if reading.error_us is not None else ""
         summary = f"The clock showed {clock.to_rfc3339(reading.wall_us)}, {reading.quality}{within}.{moved}"
         self._message_log.append(tx, "audit", None, {"event": "clock", "summary": summary, "evidence": evidence}, now)
-
-    def _update_alert(self, now: ClockReading) -> None:
-        is_open = self._store.get_meta(ALERT, "") != ""
-        problem = self._find_problem(now)
-        if problem and not is_open and now.boot_s >= self._next_alert_s:
-            self._next_alert_s = now.boot_s + _ALERT_INTERVAL_S
-            self._write_alert(CLOCK.raised(problem, _alert_evidence(now)), now)
-        elif is_open and not problem and now.quality == "synced":
-            alert = CLOCK.cleared("A time service synchronizes the clock again.", _alert_evidence(now))
-            self._write_alert(alert, now)
 
     def _find_problem(self, now: ClockReading) -> str:
         if now.quality == "synced":

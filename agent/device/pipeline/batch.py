@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from agent.alerts import DAMAGED_ROWS
+from agent.arrays import Float32s
 from agent.clock import ClockReading
 from agent.device.pipeline import batch_messages, drift_state
 from agent.device.pipeline.drift_state import LearningRefusals
@@ -28,7 +29,7 @@ from agent.drift.baseline.modes import Modes
 from agent.drift.state import DriftState, DriftWindowResult
 from agent.errors import StorageFull
 from agent.model.inference import features, scores
-from agent.model.inference.features import Floats, WindowCut
+from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import InferenceResult
 from agent.performance import slices
 
@@ -48,7 +49,7 @@ class _BatchInput:
 
     batch: RowBatch
     cut: WindowCut
-    features: Floats
+    features: Float32s
     history: Rows
     modes: Modes | None
     slices: Mapping[str, Sequence[str]]
@@ -58,8 +59,6 @@ class _BatchInput:
 
 @dataclass(frozen=True, slots=True)
 class _BatchOutput:
-    """Everything that a batch commits, besides its cursor and counters."""
-
     drift: DriftState | None
     refusals: LearningRefusals
     predictions: StoredPredictions | None
@@ -104,11 +103,18 @@ def _run_once(
         return _skip_lost(task, store, message_log, batch, now)
     cut = features.cut_windows(batch.rows.t, task.inference.manifest.input.window)
     if cut.consumed == 0:
-        if not _is_followed_by_lost_rows(task, store, batch):
+        following = store.read_rows(task.config.stream, task.stream.fields, batch.last, 1)
+        if following is None or following.loss_reason is None:
             return None
+        # The rows after these cannot be read, so these will never fill a window.
         cut = WindowCut(cut.starts, len(batch.rows))
-    source = _read_input(task, store, message_log, batch, cut)
-    results = _infer(task, source)
+    source = _read(task, store, message_log, batch, cut)
+    rows, t, history = source.features, source.batch.rows.t, source.history
+    if len(history):
+        earlier = features.stack_columns([history.columns[i] for i in task.input_columns])
+        rows, t = np.concatenate([earlier, rows]), np.concatenate([history.t, t])
+    with task.crash_guard():
+        results = task.inference.run_windows(rows, t, source.cut, history_rows=len(history))
     if task.batch_observer is not None:
         task.batch_observer.before_commit(task, results)
     output = _compute(task, source, results, message_log.max_bytes)
@@ -121,15 +127,7 @@ def _run_once(
 # --- read ---
 
 
-def _is_followed_by_lost_rows(task: LoadedTask, store: Store, batch: RowBatch) -> bool:
-    """Return True if the rows after `batch` cannot be read, so that its rows will never fill a window."""
-    following = store.read_rows(task.config.stream, task.stream.fields, batch.last, 1)
-    return following is not None and following.loss_reason is not None
-
-
-def _read_input(
-    task: LoadedTask, store: Store, message_log: MessageLog, batch: RowBatch, cut: WindowCut
-) -> _BatchInput:
+def _read(task: LoadedTask, store: Store, message_log: MessageLog, batch: RowBatch, cut: WindowCut) -> _BatchInput:
     announced = store.query(lambda db: ClockSegments(db, store.boot).last_announced_key())
     is_learning = task.drift_state is not None and task.drift_state.site_reference is None
     return _BatchInput(
@@ -183,15 +181,6 @@ def _read_slices(task: LoadedTask, store: Store, batch: RowBatch, cut: WindowCut
 # --- compute ---
 
 
-def _infer(task: LoadedTask, source: _BatchInput) -> InferenceResult:
-    rows, t, history = source.features, source.batch.rows.t, source.history
-    if len(history):
-        earlier = features.stack_columns([history.columns[i] for i in task.input_columns])
-        rows, t = np.concatenate([earlier, rows]), np.concatenate([history.t, t])
-    with task.crash_guard():
-        return task.inference.run_windows(rows, t, source.cut, history_rows=len(history))
-
-
 def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, max_bytes: int) -> _BatchOutput:
     drift, windows = _update_drift(task, source, results)
     labels = scores.to_texts(results.scores, task.bundle.manifest)
@@ -200,10 +189,17 @@ def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, ma
         task, source.batch, results, labels, max_bytes, source.current_segment
     )
     drift_messages, refusals = batch_messages.build_drift_messages(task, windows, source.refusals)
+    model_scores, batch, predictions = results.scores, source.batch, None
+    if len(model_scores) and task.keep_results:
+        ends, classes = source.cut.starts + task.window_rows - 1, scores.to_codes(model_scores)
+        rows, t = ends + batch.first, batch.rows.t[ends]
+        predictions = StoredPredictions(
+            task.bundle.digest, rows, t, classes, model_scores.score, model_scores.value, source.slices
+        )
     return _BatchOutput(
         drift,
         refusals,
-        _build_stored_predictions(task, source, results),
+        predictions,
         messages + drift_messages,
         labels[-1] if labels else task.last_label,
         sum(len(window.alerts) for window in windows),
@@ -228,20 +224,6 @@ def _update_drift(
         rows=(batch.first, batch.last),
         t=batch.rows.t,
         modes=source.modes,
-    )
-
-
-def _build_stored_predictions(
-    task: LoadedTask, source: _BatchInput, results: InferenceResult
-) -> StoredPredictions | None:
-    """Return the results as they are kept for labels; None if there are none, or none are kept."""
-    model_scores, batch = results.scores, source.batch
-    if not len(model_scores) or not task.keep_results:
-        return None
-    ends, classes = source.cut.starts + task.window_rows - 1, scores.to_codes(model_scores)
-    rows, t = ends + batch.first, batch.rows.t[ends]
-    return StoredPredictions(
-        task.bundle.digest, rows, t, classes, model_scores.score, model_scores.value, source.slices
     )
 
 

@@ -51,7 +51,13 @@ class Deadline:
         if not windows:
             return
         is_late = self.seconds is not None and seconds > self.seconds
-        self._adapt_max_windows(seconds, windows)
+        if self.seconds is not None:
+            # Shrinks at once, grows by doubling: a batch takes time of its own beside that of its windows.
+            fitting = max(1, int(windows * _SAFETY_FACTOR * self.seconds / max(seconds, 1e-9)))
+            if seconds > self.seconds:
+                self.max_windows = min(self.max_windows, fitting)
+            elif fitting > self.max_windows:
+                self.max_windows = min(fitting, 2 * self.max_windows)
         self._late_in_a_row = self._late_in_a_row + 1 if is_late and windows == 1 else 0
         if self._is_alert_open is None:
             identity = f"{self._task}/{DEADLINE_MISSED.id}"
@@ -72,16 +78,6 @@ class Deadline:
             return
         if alert is not None:
             self._is_alert_open = alert.state == "raised"
-
-    def _adapt_max_windows(self, seconds: float, windows: int) -> None:
-        """Shrink at once, grow by doubling: a batch takes time of its own beside that of its windows."""
-        if self.seconds is None:
-            return
-        fitting = max(1, int(windows * _SAFETY_FACTOR * self.seconds / max(seconds, 1e-9)))
-        if seconds > self.seconds:
-            self.max_windows = min(self.max_windows, fitting)
-        elif fitting > self.max_windows:
-            self.max_windows = min(fitting, 2 * self.max_windows)
 
     def _update_alert(self, seconds: float, *, is_late: bool) -> Alert | None:
         evidence = {"seconds": round(seconds, 3), "deadline_s": self.seconds}

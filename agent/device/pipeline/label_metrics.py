@@ -184,15 +184,14 @@ def _evaluate_labels(
 
 
 def _detect_degradation(
-    task: LoadedTask,
-    store: Store,
-    state: DegradationState,
-    window: LabelWindow,
-    last_label: int,
-    *,
-    binary_loss: bool,
+    task: LoadedTask, store: Store, state: DegradationState, window: LabelWindow, last_label: int, *, binary_loss: bool
 ) -> list[DegradationEvent]:
-    promise = _promised_accuracy(task)
+    shipped = task.drift_monitor.shipped if task.drift_monitor else None
+    if build_label_schema(task).kind != "classify" or shipped is None or shipped.score_correct is None:
+        promise = PromisedAccuracy()
+    else:
+        n = int(shipped.score_n.sum())
+        promise = PromisedAccuracy(float(shipped.score_correct.sum()) / n, n) if n else PromisedAccuracy()
     if not window.corrected_count:
         losses = _compute_losses(task, window.new_samples)
         return degradation.add_losses(state, *losses, promise, binary_loss=binary_loss)
@@ -214,14 +213,6 @@ def _compute_losses(task: LoadedTask, samples: Sequence[StoredLabel]) -> tuple[l
         return [], []
     losses = to_labelled_predictions(task, evaluable).losses(build_label_schema(task).kind)
     return ([], []) if losses is None else (losses.tolist(), _estimate_error_chances(task, evaluable))
-
-
-def _promised_accuracy(task: LoadedTask) -> PromisedAccuracy:
-    shipped = task.drift_monitor.shipped if task.drift_monitor else None
-    if build_label_schema(task).kind != "classify" or shipped is None or shipped.score_correct is None:
-        return PromisedAccuracy()
-    n = int(shipped.score_n.sum())
-    return PromisedAccuracy(float(shipped.score_correct.sum()) / n, n) if n else PromisedAccuracy()
 
 
 def _estimate_error_chances(task: LoadedTask, samples: Sequence[StoredLabel]) -> list[float | None]:
@@ -266,7 +257,6 @@ def filter_evaluable(task: LoadedTask, samples: Sequence[StoredLabel]) -> list[S
 
 
 def to_labelled_predictions(task: LoadedTask, samples: Sequence[StoredLabel]) -> LabelledPredictions:
-    """Return evaluable samples as arrays, in the order given."""
     results, schema = [sample.prediction for sample in samples], build_label_schema(task)
     has_classes = all(result.predicted_class is not None for result in results)
     classes = np.array([result.predicted_class for result in results], np.int64) if has_classes else None

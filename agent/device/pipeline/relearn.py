@@ -101,17 +101,6 @@ def apply_pending(task: LoadedTask, store: Store, message_log: MessageLog, now: 
         return False
     state, cleared = task.drift_monitor.relearn(task.drift_state, request.duration_s)
     messages = [PendingMessage.from_alert(alert, task.name) for alert in cleared]
-    messages.append(_audit_message(task, request))
-    with store.transaction() as tx:
-        drift_state.save(tx, task.name, task.drift_monitor, state, task.drift_state)
-        _mark_done(tx, task.name, request)
-        message_log.append_all(tx, messages, now)
-    task.drift_state = state
-    _delete_request(store, task.name)
-    return True
-
-
-def _audit_message(task: LoadedTask, request: RelearnRequest) -> PendingMessage:
     summary = (
         f"{task.name}: {request.action} of the site reference was requested {request.requested_by}; it is learned "
         "again, and drift is not tested until then."
@@ -125,7 +114,14 @@ def _audit_message(task: LoadedTask, request: RelearnRequest) -> PendingMessage:
         "number": old.site.number if old and old.site else None,
         "by": request.requested_by,
     }
-    return PendingMessage.audit("reference reset", summary, evidence)
+    messages.append(PendingMessage.audit("reference reset", summary, evidence))
+    with store.transaction() as tx:
+        drift_state.save(tx, task.name, task.drift_monitor, state, task.drift_state)
+        _mark_done(tx, task.name, request)
+        message_log.append_all(tx, messages, now)
+    task.drift_state = state
+    _delete_request(store, task.name)
+    return True
 
 
 def _mark_done(tx: Transaction, task: str, request: RelearnRequest) -> None:

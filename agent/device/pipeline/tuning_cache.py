@@ -28,6 +28,6 @@ def save(store: Store, task: str, tuning: Tuning) -> None:
     past = load(store, task)
     if past[:1] == [tuning]:
         return
-    tunings = [tuning, *(old for old in past if not old.is_same_target(tuning))][:_MAX_ENTRIES]
+    tunings = [tuning, *(old for old in past if old.target != tuning.target)][:_MAX_ENTRIES]
     with contextlib.suppress(StorageBusy, StorageFull), store.transaction() as tx:
         tx.save_state(task, task_keys.TUNINGS, msgspec.json.encode(tunings))

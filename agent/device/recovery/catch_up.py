@@ -209,7 +209,7 @@ def abandon_unknown_log(db: sqlite3.Connection) -> None:
 # --- damaged table meta ---
 
 
-def rebuild_meta(db: sqlite3.Connection, watermark_state: WatermarkState | None, damaged: Collection[str]) -> None:
+def rebuild_meta(db: sqlite3.Connection, saved: WatermarkState | None, damaged: Collection[str]) -> None:
     """Rebuild lost values of table meta from the watermark, the outbox, the readings and the clock segments.
 
     Runs inside the caller's transaction; `damaged`: names of values that were there, but not as written.
@@ -218,7 +218,7 @@ def rebuild_meta(db: sqlite3.Connection, watermark_state: WatermarkState | None,
         boots = [
             _max_value(db, "chunks", "boot"),
             _max_value(db, "clock_segments", "boot"),
-            watermark_state.boot if watermark_state else 0,
+            saved.boot if saved else 0,
         ]
         meta.put(db, "boot", str(max(boots)))
         meta.delete(db, "boot_id")
@@ -229,13 +229,13 @@ def rebuild_meta(db: sqlite3.Connection, watermark_state: WatermarkState | None,
     if db.execute("SELECT 1 FROM meta WHERE key = ?", (UNPROVEN_FROM,)).fetchone() is None:
         # Nobody is known to have confirmed any message.
         meta.put(db, UNPROVEN_FROM, "0")
-    _rebuild_log_head(db, watermark_state, is_plan_lost=NEW_LOG in damaged)
+    _rebuild_log_head(db, saved, is_plan_lost=NEW_LOG in damaged)
 
 
-def _rebuild_log_head(db: sqlite3.Connection, watermark_state: WatermarkState | None, *, is_plan_lost: bool) -> None:
+def _rebuild_log_head(db: sqlite3.Connection, saved: WatermarkState | None, *, is_plan_lost: bool) -> None:
     newest = _newest_message(db)
     stored_log = meta.get(db, "log", "")
-    log_id = stored_log or (watermark_state.log if watermark_state else "") or newest.get("log", "")
+    log_id = stored_log or (saved.log if saved else "") or newest.get("log", "")
     if not log_id:
         # As in a new store: nothing is left whose number could be assigned again.
         for key in ("seq", "digest"):
@@ -244,16 +244,14 @@ def _rebuild_log_head(db: sqlite3.Connection, watermark_state: WatermarkState | 
     meta.put(db, "log", log_id)
     seq, last_digest = meta.get(db, "seq", ""), meta.get(db, "digest", "")
     digests = {int(seq): last_digest} if seq.isdecimal() else {0: ""}
-    if watermark_state is not None and watermark_state.log == log_id:
-        digests[watermark_state.seq] = watermark_state.digest
+    if saved is not None and saved.log == log_id:
+        digests[saved.seq] = saved.digest
     if newest.get("log") == log_id:
         digests[newest["seq"]] = newest["digest"]
     last = max(digests)
     acknowledged = retention.AcknowledgedSeqs.from_json(meta.get(db, retention.ACKNOWLEDGED, "")).through
     # The newest stored message need not be the last one that was written.
-    is_recorded = bool(stored_log and seq.isdecimal()) or (
-        watermark_state is not None and watermark_state.log == log_id
-    )
+    is_recorded = bool(stored_log and seq.isdecimal()) or (saved is not None and saved.log == log_id)
     is_known = is_recorded and last >= acknowledged and bool(digests[last] or last == 0)
     meta.put(db, "seq", str(max(last, acknowledged)))
     meta.put(db, "digest", digests[last])

@@ -36,8 +36,8 @@ _SELECT_PACKED = """
 class StoreCopy:
     """Copy in pieces, so that memory stays small: `copy_tables`, then `complete`."""
 
-    def __init__(self, old: DamagedDatabase, new: sqlite3.Connection, watermark_state: WatermarkState | None) -> None:
-        self._old, self._new, self._watermark_state = old, new, watermark_state
+    def __init__(self, old: DamagedDatabase, new: sqlite3.Connection, saved: WatermarkState | None) -> None:
+        self._old, self._new, self._watermark_state = old, new, saved
         self._rows: dict[int, list[tuple[int, int]]] = {}
         self._first_rows: dict[int, int] = {}
         self._next_rows: dict[int, int] = {}
@@ -46,10 +46,15 @@ class StoreCopy:
         self._damaged_keys: set[str] = set()
 
     def copy_tables(self) -> None:
-        """Copy every table as far as it can be read."""
         names = self._new.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE '%sqlite_%'")
         others = sorted({str(row[0]) for row in names.fetchall()} - {*_FIRST_TABLES, *_LAST_TABLES})
-        self._copy_meta()
+        columns = ["key", "value", "crc"]
+        if not set(columns) <= set(self._old.columns("meta")):
+            self._old.incomplete_tables.add("meta")
+        else:
+            self._insert(
+                "meta", columns, self._intact_meta_rows(self._old.read_by_key("meta", columns[:1], columns[1:]))
+            )
         self._copy_streams()
         for table in others:
             self._copy_table(table)
@@ -66,7 +71,10 @@ class StoreCopy:
             _repair_categories(new)
         if "meta" in incomplete:
             catch_up.rebuild_meta(new, self._watermark_state, self._damaged_keys)
-        acknowledged = self._load_acknowledged()
+        try:
+            acknowledged = retention.AcknowledgedSeqs.from_json(self._get_meta(retention.ACKNOWLEDGED))
+        except (ValueError, TypeError):
+            acknowledged = retention.AcknowledgedSeqs()
         lost: dict[str, Any] = {
             "seqs": self._lost_seqs(acknowledged),
             "rows": {name: missing for name, missing in self._lost_rows() if missing},
@@ -78,9 +86,23 @@ class StoreCopy:
             lost["tasks"] = catch_up.adopt_watermark(new, self._watermark_state).cursors
         elif not self._get_meta("log"):
             catch_up.abandon_unknown_log(new)
-        _recount_backlog(new, acknowledged)
+        messages = size = 0
+        for seq, n in new.execute("SELECT seq, length(payload) + length(jws) + length(topic) FROM outbox"):
+            if seq not in acknowledged:
+                messages, size = messages + 1, size + int(n or 0)
+        meta.put(new, retention.BACKLOG, f"{messages} {size}")
+        summary = (
+            f"The store was damaged ({cause}). Everything readable was copied into a new one; the damaged files are in "
+            f"{quarantine} of the data folder."
+        )
+        if "meta" in incomplete:
+            summary += " Some values of its table meta are lost, or rebuilt from the rest."
+        if "source_positions" in incomplete:
+            summary += " Some source positions are lost: these sources may be read again."
+        if incomplete & {"task_state", "cursors"}:
+            summary += " Some state of tasks is lost."
         finding = RecoveryFinding(
-            summary=_summary(cause, quarantine, incomplete),
+            summary=summary,
             time=clock.to_rfc3339(clock.read().wall_us),
             log=self._get_meta("log"),
             quarantine=quarantine,
@@ -124,14 +146,6 @@ class StoreCopy:
                 self._new.execute("COMMIT")
                 self._new.execute("BEGIN")
         self._new.execute("COMMIT")
-
-    def _copy_meta(self) -> None:
-        """Copy the values of table meta whose CRC is right."""
-        columns = ["key", "value", "crc"]
-        if not set(columns) <= set(self._old.columns("meta")):
-            self._old.incomplete_tables.add("meta")
-            return
-        self._insert("meta", columns, self._intact_meta_rows(self._old.read_by_key("meta", columns[:1], columns[1:])))
 
     def _intact_meta_rows(self, rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
         for row in rows:
@@ -218,13 +232,11 @@ class StoreCopy:
                 if len(row) == len(names) and self._accept_chunk(row):
                     sql = f"INSERT OR IGNORE INTO chunks ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
                     self._new.execute(sql, row)
-            elif len(values) == 6 and all(isinstance(part, bytes) for part in values[1:5]):
-                self._copy_orphaned_message(rowid, values)
+            elif len(values) != 6 or not all(isinstance(part, bytes) for part in values[1:5]):
+                continue
+            elif not _overlaps(self._seqs, rowid, rowid) and (message := self._accept_message((rowid, *values[1:]))):
+                self._new.execute(_INSERT_MESSAGE, message)
         self._new.execute("COMMIT")
-
-    def _copy_orphaned_message(self, seq: int, values: list[Any]) -> None:
-        if not _overlaps(self._seqs, seq, seq) and (message := self._accept_message((seq, *values[1:]))):
-            self._new.execute(_INSERT_MESSAGE, message)
 
     # --- losses ---
 
@@ -250,40 +262,12 @@ class StoreCopy:
             present = [*copied, *quarantined.get(number, [])]
             yield str(name), missing_ranges(present, min(firsts, default=unknown), last)
 
-    def _load_acknowledged(self) -> retention.AcknowledgedSeqs:
-        try:
-            return retention.AcknowledgedSeqs.from_json(self._get_meta(retention.ACKNOWLEDGED))
-        except (ValueError, TypeError):
-            return retention.AcknowledgedSeqs()
-
     def _last_seq(self) -> int:
         text = self._get_meta("seq")
         return max(int(text) if text.isdecimal() else 0, self._watermark_state.seq if self._watermark_state else 0)
 
     def _get_meta(self, key: str) -> str:
         return meta.get(self._new, key, "")
-
-
-def _summary(cause: str, quarantine: str, incomplete: set[str]) -> str:
-    text = (
-        f"The store was damaged ({cause}). Everything readable was copied into a new one; the damaged files are in "
-        f"{quarantine} of the data folder."
-    )
-    if "meta" in incomplete:
-        text += " Some values of its table meta are lost, or rebuilt from the rest."
-    if "source_positions" in incomplete:
-        text += " Some source positions are lost: these sources may be read again."
-    if incomplete & {"task_state", "cursors"}:
-        text += " Some state of tasks is lost."
-    return text
-
-
-def _recount_backlog(db: sqlite3.Connection, acknowledged: retention.AcknowledgedSeqs) -> None:
-    messages = size = 0
-    for seq, n in db.execute("SELECT seq, length(payload) + length(jws) + length(topic) FROM outbox"):
-        if seq not in acknowledged:
-            messages, size = messages + 1, size + int(n or 0)
-    meta.put(db, retention.BACKLOG, f"{messages} {size}")
 
 
 def _repair_categories(db: sqlite3.Connection) -> None:

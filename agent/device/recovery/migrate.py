@@ -47,7 +47,13 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
         if lost:
             raise sqlite3.IntegrityError("; ".join(lost))
     except Exception as error:
-        _restore_backup(db, path, backup)
+        # The write-ahead log is emptied first, so that no page of the changed database can be applied to the backup.
+        with contextlib.suppress(sqlite3.Error):
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        db.close()
+        for name in (f"{path.name}-wal", f"{path.name}-shm"):
+            path.with_name(name).unlink(missing_ok=True)
+        durable_files.rename(backup, path)
         raise StorageError(
             f"{path}: migration to version {__version__} failed ({', '.join(pending)}): {error}. The store is as it "
             "was before, nothing is lost; go back to the version that made it, and report this"
@@ -66,7 +72,6 @@ def apply(db: sqlite3.Connection) -> None:
 
 
 def drop_backups(folder: Path) -> None:
-    """Delete the backups of earlier migrations."""
     for path in folder.glob("*.db.before-*"):
         with contextlib.suppress(OSError):
             path.unlink()
@@ -81,7 +86,6 @@ def _applied_steps(db: sqlite3.Connection) -> list[str]:
 
 
 def _counts(db: sqlite3.Connection) -> dict[str, int]:
-    """Return the number of rows of each of our tables."""
     names = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE '%sqlite_%'").fetchall()
     return {str(name): int(db.execute(f'SELECT count(*) FROM "{name}"').fetchone()[0]) for (name,) in names}
 
@@ -95,13 +99,3 @@ def _back_up(db: sqlite3.Connection, backup: Path) -> None:
     db.execute("VACUUM INTO ?", (str(copy),))
     durable_files.fsync(copy)
     durable_files.rename(copy, backup)
-
-
-def _restore_backup(db: sqlite3.Connection, path: Path, backup: Path) -> None:
-    # The write-ahead log is emptied first, so that no page of the changed database can be applied to the backup.
-    with contextlib.suppress(sqlite3.Error):
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    db.close()
-    for name in (f"{path.name}-wal", f"{path.name}-shm"):
-        path.with_name(name).unlink(missing_ok=True)
-    durable_files.rename(backup, path)

@@ -61,7 +61,11 @@ def open_store(folder: Path, *, max_size: int = 2**30, synchronous: str = "FULL"
         undo.callback(db.close)
         store = Store(path, db, enforcer, writer)
         store.begin_boot(lambda db: catch_up.catch_up(db, writer.watermark.state))
-        _save_first_page(path, db, writer.watermark)
+        # The first page says where the tables are: without it nothing else in the file could be read.
+        with contextlib.suppress(OSError, sqlite3.Error):
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with contextlib.suppress(OSError):
+            writer.watermark.save_first_page(path)
         undo.pop_all()
     return store
 
@@ -124,14 +128,6 @@ def _connect(path: Path, pragmas: schema.Pragmas) -> sqlite3.Connection:
         return connection
 
 
-def _save_first_page(path: Path, db: sqlite3.Connection, watermark: Watermark) -> None:
-    """Save the page that says where the tables are: without it nothing else in the file could be read."""
-    with contextlib.suppress(OSError, sqlite3.Error):
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    with contextlib.suppress(OSError):
-        watermark.save_first_page(path)
-
-
 def _salvage(folder: Path, cause: str, watermark: Watermark) -> None:
     log.critical("%s is damaged (%s); everything readable is copied into a new database", folder / DATABASE, cause)
     notify(f"EXTEND_TIMEOUT_USEC={round(_SALVAGE_TIMEOUT_S * 1e6)}")
@@ -151,7 +147,10 @@ def _find_damage(folder: Path, *, existed_before: bool) -> str | None:
         if not _is_writable_format(path):
             return "its header names a format that is for reading only"
         try:
-            _roll_back_journal(path)
+            # Undoes what a kill interrupted while the store was created: a read-only connection cannot.
+            if path.with_name(f"{path.name}-journal").exists():
+                with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=5.0)) as db:
+                    db.execute("SELECT 1 FROM sqlite_master").fetchone()
             with contextlib.closing(connect_read_only(path)) as db:
                 tables = {str(row[0]) for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
                 if not tables and not existed_before:
@@ -167,13 +166,6 @@ def _find_damage(folder: Path, *, existed_before: bool) -> str | None:
             if not is_corruption(error):
                 raise
             return str(error)
-
-
-def _roll_back_journal(path: Path) -> None:
-    """Undo what a kill interrupted while the store was created: a read-only connection cannot."""
-    if path.with_name(f"{path.name}-journal").exists():
-        with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=5.0)) as db:
-            db.execute("SELECT 1 FROM sqlite_master").fetchone()
 
 
 def _is_writable_format(path: Path) -> bool:

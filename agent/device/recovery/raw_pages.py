@@ -97,20 +97,19 @@ def _decode_record(payload: bytes) -> list[Any]:
         part = payload[at : at + size]
         if len(part) < size:
             raise ValueError("cut off")
-        values.append(_decode_value(kind, part))
+        value: Any
+        if kind in _INTEGER_SIZES:
+            value = int.from_bytes(part, "big", signed=True)
+        elif kind in (8, 9):
+            value = kind - 8
+        elif kind == 7:
+            value = struct.unpack(">d", part)[0]
+        else:
+            # Texts stay bytes: they may be damaged.
+            value = part if kind >= 12 else None
+        values.append(value)
         at += size
     return values
-
-
-def _decode_value(serial_type: int, part: bytes) -> Any:
-    if serial_type in _INTEGER_SIZES:
-        return int.from_bytes(part, "big", signed=True)
-    if serial_type in (8, 9):
-        return serial_type - 8
-    if serial_type == 7:
-        return struct.unpack(">d", part)[0]
-    # Texts stay bytes: they may be damaged.
-    return part if serial_type >= 12 else None
 
 
 def _read_varint(data: bytes, offset: int) -> tuple[int, int]:

@@ -18,7 +18,6 @@ from agent.device.store import ranges
 from agent.device.store.eviction import DAMAGED, declare_messages, declare_readings
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
-from agent.device.store.transaction import Transaction
 from agent.errors import StorageFull
 
 log = logging.getLogger("outstation")
@@ -41,31 +40,23 @@ def report_findings(
     try:
         with store.transaction(vital=True) as tx:
             for finding in pending:
-                _report_finding(tx, message_log, finding, tasks, now)
+                if finding.log == message_log.log_id:
+                    declare_messages(tx, message_log, now, finding.seqs, DAMAGED)
+                for stream, rows in finding.rows.items():
+                    # A task meets lost rows that it has not used as a gap, and reports a run without results.
+                    used = min((tx.cursor(task) for task in tasks.get(stream, ())), default=rows[-1][1])
+                    declare_readings(
+                        tx, message_log, now, stream, ranges.intersect(rows, [(1, used)]), DAMAGED, used=True
+                    )
+                newest = {stream: tx.next_row(stream) - 1 for stream in tasks}
+                summary = f"{finding.summary} {_lost_text(finding)} {_newest_text(newest)}"[:_MAX_SUMMARY]
+                evidence = _evidence(finding) | {"newest": newest}
+                alert = STORE_DAMAGED.raised(summary, evidence, boot=message_log.boot, seq=tx.log_head()[0] + 1)
+                log.critical("%s", summary)
+                message_log.append(tx, "alerts", None, alert.to_body(), now)
             tx.set_meta(findings.FINDINGS, "")
     except StorageFull as full:
         log.error("%s; findings of the opening are reported when there is room", full)
-
-
-def _report_finding(
-    tx: Transaction,
-    message_log: MessageLog,
-    finding: RecoveryFinding,
-    tasks: Mapping[str, Sequence[str]],
-    now: ClockReading,
-) -> None:
-    if finding.log == message_log.log_id:
-        declare_messages(tx, message_log, now, finding.seqs, DAMAGED)
-    for stream, rows in finding.rows.items():
-        # A task meets lost rows that it has not used as a gap, and reports a run without results.
-        used = min((tx.cursor(task) for task in tasks.get(stream, ())), default=rows[-1][1])
-        declare_readings(tx, message_log, now, stream, ranges.intersect(rows, [(1, used)]), DAMAGED, used=True)
-    newest = {stream: tx.next_row(stream) - 1 for stream in tasks}
-    summary = f"{finding.summary} {_lost_text(finding)} {_newest_text(newest)}"[:_MAX_SUMMARY]
-    evidence = _evidence(finding) | {"newest": newest}
-    alert = STORE_DAMAGED.raised(summary, evidence, boot=message_log.boot, seq=tx.log_head()[0] + 1)
-    log.critical("%s", summary)
-    message_log.append(tx, "alerts", None, alert.to_body(), now)
 
 
 def _lost_text(finding: RecoveryFinding) -> str:

@@ -39,7 +39,7 @@ def read_cause(folder: Path) -> str | None:
     return str(marker.get("cause", "unknown")) if marker is not None else None
 
 
-def salvage(folder: Path, cause: str, watermark_state: WatermarkState | None, first_page: bytes | None) -> None:
+def salvage(folder: Path, cause: str, saved: WatermarkState | None, first_page: bytes | None) -> None:
     """Replace the damaged database by an intact one. Raises StorageError if not even that is possible."""
     marker = _read_marker(folder) or {"cause": cause}
     if "quarantine" not in marker:
@@ -49,8 +49,23 @@ def salvage(folder: Path, cause: str, watermark_state: WatermarkState | None, fi
     place = folder / QUARANTINE / marker["quarantine"]
     try:
         if not ((place / DATABASE).exists() and (folder / DATABASE).exists()):
-            _move_to_quarantine(folder, place)
-            _build(folder, place, str(marker["cause"]), watermark_state, first_page)
+            place.mkdir(parents=True, exist_ok=True)
+            # The -shm is an index of the -wal and can be rebuilt. The database goes last: a kill here is then detected.
+            (folder / f"{DATABASE}-shm").unlink(missing_ok=True)
+            # A journal beside the new database would be rolled back into it.
+            for name, target in (
+                (f"{DATABASE}-journal", "journal"),
+                (f"{DATABASE}-wal", f"{DATABASE}-wal"),
+                (DATABASE, DATABASE),
+            ):
+                if (folder / name).exists():
+                    (folder / name).rename(place / target)
+            durable_files.fsync(place)
+            durable_files.fsync(folder)
+            older = sorted((p for p in place.parent.glob("*") if p.name.isdecimal()), key=lambda p: int(p.name))
+            for path in older[:-_MAX_QUARANTINED]:
+                shutil.rmtree(path, ignore_errors=True)
+            _build(folder, place, str(marker["cause"]), saved, first_page)
         (folder / MARKER).unlink()
         durable_files.fsync(folder)
     except (OSError, sqlite3.Error) as error:
@@ -60,28 +75,7 @@ def salvage(folder: Path, cause: str, watermark_state: WatermarkState | None, fi
         ) from error
 
 
-def _move_to_quarantine(folder: Path, place: Path) -> None:
-    place.mkdir(parents=True, exist_ok=True)
-    # The -shm is an index of the -wal and can be rebuilt. The database goes last, so that a kill here is detected.
-    (folder / f"{DATABASE}-shm").unlink(missing_ok=True)
-    # A journal beside the new database would be rolled back into it.
-    for name, target in (
-        (f"{DATABASE}-journal", "journal"),
-        (f"{DATABASE}-wal", f"{DATABASE}-wal"),
-        (DATABASE, DATABASE),
-    ):
-        if (folder / name).exists():
-            (folder / name).rename(place / target)
-    durable_files.fsync(place)
-    durable_files.fsync(folder)
-    older = sorted((p for p in place.parent.glob("*") if p.name.isdecimal()), key=lambda p: int(p.name))
-    for path in older[:-_MAX_QUARANTINED]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _build(
-    folder: Path, place: Path, cause: str, watermark_state: WatermarkState | None, first_page: bytes | None
-) -> None:
+def _build(folder: Path, place: Path, cause: str, saved: WatermarkState | None, first_page: bytes | None) -> None:
     # Imported here, 15 ms: few starts need it.
     from agent.device.recovery.copy import StoreCopy
     from agent.device.recovery.raw_pages import DamagedDatabase
@@ -94,7 +88,7 @@ def _build(
         new.execute("PRAGMA synchronous=OFF")
         migrate.apply(new)
         with _open_damaged(place, first_page) as old:
-            copy = StoreCopy(DamagedDatabase(old), new, watermark_state)
+            copy = StoreCopy(DamagedDatabase(old), new, saved)
             copy.copy_tables()
         copy.complete(cause, f"{QUARANTINE}/{place.name}")
     durable_files.fsync(building)
@@ -109,7 +103,15 @@ def _open_damaged(place: Path, first_page: bytes | None) -> Iterator[sqlite3.Con
         if first_page is not None and _first_page_differs(path, first_page):
             if path.exists():
                 shutil.copyfile(path, patched)
-            _restore_first_page(patched, first_page)
+            page = bytearray(first_page)
+            patched.touch()
+            pages = max(1, -(-patched.stat().st_size // len(page)))
+            # Size in pages, with the counter that marks it as valid; no list of free pages.
+            page[28:32] = pages.to_bytes(4, "big")
+            page[92:96] = page[24:28]
+            page[32:40] = bytes(8)
+            with patched.open("r+b") as file:
+                file.write(page)
             if (place / f"{DATABASE}-wal").exists():
                 shutil.copyfile(place / f"{DATABASE}-wal", place / f"{_PATCHED}-wal")
             path = patched
@@ -131,18 +133,6 @@ def _first_page_differs(path: Path, first_page: bytes) -> bool:
         page = file.read(len(first_page))
     fixed = [slice(0, 24), slice(44, 92), slice(_HEADER, None)]
     return any(page[part] != first_page[part] for part in fixed)
-
-
-def _restore_first_page(path: Path, first_page: bytes) -> None:
-    page = bytearray(first_page)
-    path.touch()
-    pages = max(1, -(-path.stat().st_size // len(page)))
-    # Size in pages, with the counter that marks it as valid; no list of free pages.
-    page[28:32] = pages.to_bytes(4, "big")
-    page[92:96] = page[24:28]
-    page[32:40] = bytes(8)
-    with path.open("r+b") as file:
-        file.write(page)
 
 
 def _read_marker(folder: Path) -> dict[str, str] | None:

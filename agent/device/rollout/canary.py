@@ -70,7 +70,11 @@ class CanaryRun:
             return
         self._next_progress = msgspec.structs.replace(self.progress, batches=self.progress.batches + 1)
         if self.is_serving:
-            self._check_batch_time(answers.seconds)
+            limit_s = self.rules.batch_timeout_s
+            if answers.seconds > limit_s:
+                detail = f"the inference of a batch took {answers.seconds:.1f} s, {limit_s:g} s are allowed"
+                numbers = {**self._collect_numbers(), "seconds": round(answers.seconds, 3), "allowed_s": limit_s}
+                self._failure = self._failure or BundleAssessment("batch_timeout", detail, numbers)
 
     def record_failure(self, failure: ModelProcessFailed) -> None:
         """Count a batch that the candidate failed to answer. A crash or a hang ends the run."""
@@ -85,7 +89,6 @@ class CanaryRun:
             self._failure = BundleAssessment("error_rate", detail, self._collect_numbers())
 
     def save_progress(self, tx: Transaction) -> None:
-        """Save the progress in the commit of the batch."""
         tx.save_state(self.candidate.name, task_keys.CANARY_PROGRESS, msgspec.json.encode(self._next_progress))
 
     def after_commit(self, task: LoadedTask, store: Store, batch: RowBatch, answers: InferenceResult) -> None:
@@ -179,13 +182,6 @@ class CanaryRun:
             if result.state == "failed" and (is_long_enough or result.rule == rules.ERROR_RATE):
                 return result
         return None
-
-    def _check_batch_time(self, seconds: float) -> None:
-        limit_s = self.rules.batch_timeout_s
-        if seconds > limit_s:
-            detail = f"the inference of a batch took {seconds:.1f} s, {limit_s:g} s are allowed"
-            numbers = {**self._collect_numbers(), "seconds": round(seconds, 3), "allowed_s": limit_s}
-            self._failure = self._failure or BundleAssessment("batch_timeout", detail, numbers)
 
     def _collect_numbers(self) -> dict[str, object]:
         values = {result.rule: result.numbers["value"] for result in self._rule_results if "value" in result.numbers}

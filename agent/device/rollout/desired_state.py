@@ -134,7 +134,7 @@ class DesiredStateStore:
             message = msgspec.msgpack.decode(saved, type=_AcceptedMessage)
         except msgspec.MsgspecError as damage:
             log.error(
-                "the stored desired state of %s cannot be read (%s); the next connection brings it again", topic, damage
+                "the stored desired state of %s cannot be read (%s); it comes again when connected", topic, damage
             )
             return
         self._accepted[topic] = message

@@ -41,8 +41,6 @@ _MAX_STEPS_PER_TICK = 6
 
 
 class RolloutExecutor:
-    """Executor of one device. Used by the main loop."""
-
     def __init__(
         self,
         conf: Config,
@@ -127,10 +125,10 @@ class RolloutExecutor:
         hold_offs: list[HoldOff | None] = []
 
         def write(tx: Transaction) -> None:
-            hold_offs.append(self._write_step(tx, name, rollout, old, new, None, now))
+            hold_offs.append(self._write_step(tx, rollout, new, None, now))
 
         def after_commit() -> None:
-            self._apply_in_memory(rollout, old, new, None, now)
+            self._apply_in_memory(rollout, new, None, now)
             _remember_hold_off(rollout, new, hold_offs[-1])
 
         return Effect(summary, {"from": old.desired.digest, "to": target.digest}, write, after_commit)
@@ -174,11 +172,12 @@ class RolloutExecutor:
             for _ in range(_MAX_STEPS_PER_TICK):
                 facts = self._fact_collector.collect(rollout, now)
                 # The last batches may be evidence against the bundle, and rules are not evaluated after promotion.
-                if facts.completion is not None and self._flush_comparison(rollout, now):
+                canary = rollout.canary if facts.completion is not None else None
+                if canary is not None and canary.flush(self._store, self._message_log, now):
                     wrote = True
                     continue
                 new = decide_next_state(rollout.state, facts)
-                if new is rollout.state or new is None or not self._commit_step(name, rollout, new, now):
+                if new is rollout.state or new is None or not self._commit_step(rollout, new, now):
                     break
                 wrote = True
             self._serving.reconcile(rollout, now)
@@ -193,102 +192,75 @@ class RolloutExecutor:
             log.error("task %s: its roll-out pauses for %g s: %s", name, _ERROR_BACKOFF_S, error, exc_info=error)
         return wrote
 
-    def _flush_comparison(self, rollout: TaskRollout, now: ClockReading) -> bool:
-        return rollout.canary is not None and rollout.canary.flush(self._store, self._message_log, now)
-
-    def _commit_step(self, name: str, rollout: TaskRollout, new: RolloutState, now: ClockReading) -> bool:
+    def _commit_step(self, rollout: TaskRollout, new: RolloutState, now: ClockReading) -> bool:
         """Commit one step and apply it in memory."""
-        old = rollout.state
         try:
-            loaded = self._load_next_task(name, rollout, old, new)
+            loaded = self._load_next_task(rollout, new)
         except (BadBundle, ConfigError) as problem:
             detail = f"it was verified, but cannot be loaded: {problem}"
             rollout.load_failure = BundleAssessment("incompatible", detail)
             return True
-        if new.phase == "canary" and (old is None or old.phase != "canary"):
-            past = self._store.load_state(name, task_keys.BUNDLE_HISTORY)
+        if new.phase == "canary" and _phase(rollout) != "canary":
+            past = self._store.load_state(rollout.name, task_keys.BUNDLE_HISTORY)
             new = replace(new, previous_history=past.decode() if past else "")
         is_vital = new.phase in ("rejected", "rolled_back", "cancelled")
         try:
             with self._store.exclusive():
                 with self._store.transaction(vital=is_vital) as tx:
-                    hold_off = self._write_step(tx, name, rollout, old, new, loaded, now)
-                self._apply_in_memory(rollout, old, new, loaded, now)
+                    hold_off = self._write_step(tx, rollout, new, loaded, now)
+                self._apply_in_memory(rollout, new, loaded, now)
         except BaseException:
             if loaded is not None and (rollout.canary is None or rollout.canary.candidate is not loaded):
                 self._serving.factory.stop(loaded)
             raise
         _remember_hold_off(rollout, new, hold_off)
-        log.info("%s", transitions.summarize(name, new))
+        log.info("%s", transitions.summarize(rollout.name, new))
         return True
 
-    def _load_next_task(
-        self, name: str, rollout: TaskRollout, old: RolloutState | None, new: RolloutState
-    ) -> LoadedTask | None:
+    def _load_next_task(self, rollout: TaskRollout, new: RolloutState) -> LoadedTask | None:
         """Return the task that answers after this step, if it must be loaded first."""
-        old_phase = old.phase if old else ""
+        old_phase, factory = _phase(rollout), self._serving.factory
         if new.phase == "canary" and old_phase != "canary":
             if rollout.canary is not None:
                 return rollout.canary.candidate
             assert rollout.proven is not None
-            return self._serving.factory.start(name, rollout.proven, new.desired.rules)
+            return factory.start(rollout.name, rollout.proven, new.desired.rules)
         is_promotion = new.phase == "active" and old_phase == "canary" and rollout.canary is not None
         # The previous bundle was verified again, to replace an active one that is rolled back.
-        is_revert = (new.phase, new.reason) == ("cancelled", "aborted") and old_phase not in (
-            "downloading",
-            "shadow",
-            "canary",
-        )
+        is_aborted = (new.phase, new.reason) == ("cancelled", "aborted")
+        is_revert = is_aborted and old_phase not in ("downloading", "shadow", "canary")
         if (is_promotion or is_revert) and rollout.proven is not None:
-            return self._serving.factory.start(name, rollout.proven)
+            return factory.start(rollout.name, rollout.proven)
         return None
 
     def _write_step(
-        self,
-        tx: Transaction,
-        name: str,
-        rollout: TaskRollout,
-        old: RolloutState | None,
-        new: RolloutState,
-        loaded: LoadedTask | None,
-        now: ClockReading,
+        self, tx: Transaction, rollout: TaskRollout, new: RolloutState, loaded: LoadedTask | None, now: ClockReading
     ) -> HoldOff | None:
-        message_log, configured = self._message_log, rollout.configured_digest
+        message_log, name, old, configured = self._message_log, rollout.name, rollout.state, rollout.configured_digest
         hold_off = transitions.record(tx, message_log, name, old, new, now)
-        old_phase, past = (old.phase if old else ""), history.load_history(self._store, name)
+        old_phase, past = _phase(rollout), history.load_history(self._store, name)
         if new.phase == "canary" and old_phase != "canary":
             assert loaded is not None
             transitions.begin_canary(tx, message_log, name, loaded.bundle, past, now)
         elif new.phase == "active" and old_phase == "canary":
             transitions.promote_canary(tx, message_log, name, new, configured, now)
         elif old_phase == "canary" and new.phase != "canary" and old is not None:
-            self._end_canary(tx, name, rollout, old, new, now)
+            # A canary that did not start again never replaced the loaded task.
+            canary = rollout.canary
+            incumbent = self._serving.find_task(name) if canary is None else canary.incumbent
+            bundle = incumbent.bundle if incumbent else None
+            transitions.end_canary(tx, message_log, name, old, bundle, new.phase, now)
+            if canary and incumbent and incumbent.drift_monitor and incumbent.drift_state:
+                state = saved_drift.continue_alert_numbers(incumbent.drift_state, canary.candidate.drift_state)
+                drift_state.save(tx, name, incumbent.drift_monitor, state, None)
         elif loaded is not None:
             transitions.revert_to_previous(tx, message_log, name, loaded.bundle, past, configured, now)
         return hold_off
 
-    def _end_canary(
-        self, tx: Transaction, name: str, rollout: TaskRollout, old: RolloutState, new: RolloutState, now: ClockReading
-    ) -> None:
-        canary = rollout.canary
-        # A canary that did not start again never replaced the loaded task.
-        incumbent = self._serving.find_task(name) if canary is None else canary.incumbent
-        bundle = incumbent.bundle if incumbent else None
-        transitions.end_canary(tx, self._message_log, name, old, bundle, new.phase, now)
-        if canary is None or incumbent is None or incumbent.drift_monitor is None or incumbent.drift_state is None:
-            return
-        state = saved_drift.continue_alert_numbers(incumbent.drift_state, canary.candidate.drift_state)
-        drift_state.save(tx, name, incumbent.drift_monitor, state, None)
-
     def _apply_in_memory(
-        self,
-        rollout: TaskRollout,
-        old: RolloutState | None,
-        new: RolloutState,
-        loaded: LoadedTask | None,
-        now: ClockReading,
+        self, rollout: TaskRollout, new: RolloutState, loaded: LoadedTask | None, now: ClockReading
     ) -> None:
-        old_phase = old.phase if old else ""
+        old_phase = _phase(rollout)
         rollout.state, rollout.load_failure = new, None
         if new.phase == "canary" and old_phase != "canary":
             assert loaded is not None

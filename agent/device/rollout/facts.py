@@ -21,8 +21,6 @@ from agent.wire.desired_state import DesiredBundle
 
 
 class FactCollector:
-    """Collector of the facts of one device."""
-
     def __init__(
         self, conf: Config, store: Store, device: str, desired_state: DesiredStateStore, serving: ServingManager
     ) -> None:

@@ -101,16 +101,11 @@ class ServingManager:
         if rollout.canary is not None:
             rollout.canary.rules = state.desired.rules
             if state.phase == "shadow":
-                self._attach_shadow(rollout, rollout.canary)
-
-    def _attach_shadow(self, rollout: TaskRollout, canary: CanaryRun) -> None:
-        """Attach the shadow to the task that answers, which an operator's command may have replaced."""
-        task = self.find_task(rollout.name)
-        if task is None or task.batch_observer is canary:
-            return
-        if task is not canary.incumbent:
-            canary.replace_incumbent(task, self._store)
-        task.batch_observer = canary
+                task = self.find_task(rollout.name)
+                if task is not None and task.batch_observer is not rollout.canary:
+                    if task is not rollout.canary.incumbent:
+                        rollout.canary.replace_incumbent(task, self._store)
+                    task.batch_observer = rollout.canary
 
     def start_canary(self, rollout: TaskRollout, candidate: LoadedTask, now: ClockReading) -> None:
         """Let the candidate answer from now on, with the previous bundle as its shadow."""

@@ -13,6 +13,7 @@ from contextlib import suppress
 
 import msgspec
 
+from agent.arrays import Float32s
 from agent.clock import ClockReading
 from agent.comparison import tally
 from agent.comparison.paired_intervals import ComparisonBlock
@@ -28,7 +29,6 @@ from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, StorageBusy, StorageError, StorageFull
 from agent.model import activation
 from agent.model.inference import scores
-from agent.model.inference.features import Floats
 from agent.model.inference.inference import InferenceResult
 from agent.model.sandbox.subprocess_model import SubprocessModel
 
@@ -169,7 +169,7 @@ class ShadowRunner:
             if pending is not None:
                 self._add_predictions(pending, outputs, model.seconds - start_s)
 
-    def _add_predictions(self, pending: _PendingBatch, outputs: Floats, seconds: float) -> None:
+    def _add_predictions(self, pending: _PendingBatch, outputs: Float32s, seconds: float) -> None:
         manifest = self.other.bundle.manifest
         other_scores = scores.from_outputs(outputs, manifest, pending.windows.values)
         predictions = shadow_windows.build_predictions(
@@ -220,9 +220,6 @@ class ShadowRunner:
         self._has_more_labels = len(numbers) > limit
         if not self.stats.batches and not numbers:
             return False
-        return self._write_message(store, message_log, now, final=final)
-
-    def _write_message(self, store: Store, message_log: MessageLog, now: ClockReading, *, final: bool) -> bool:
         name = self.task.name
         with store.transaction() as tx:
             if self._unsaved_predictions:
@@ -231,7 +228,12 @@ class ShadowRunner:
             outcomes, last_label = shadow_windows.count_outcomes(tx, self.task, self.other, self.state.last_label)
             block = self.stats + outcomes
             has_message = block != ComparisonStats()
-            state = self._next_state(block, last_label, has_message=has_message)
+            old = self.state
+            blocks = merge_neighbours([*old.blocks, block]) if has_message else old.blocks
+            row = max(old.last_row, self._row_range[1])
+            state = ShadowState(
+                old.rollout, old.task_digest, old.other_digest, row, last_label, old.message_count + has_message, blocks
+            )
             if has_message:
                 row = state.last_row or 1
                 body = {
@@ -247,14 +249,6 @@ class ShadowRunner:
         self.state, self.stats, self._row_range = state, ComparisonStats(), (0, 0)
         self._unsaved_predictions = []
         return has_message
-
-    def _next_state(self, block: ComparisonStats, last_label: int, *, has_message: bool) -> ShadowState:
-        old = self.state
-        blocks = merge_neighbours([*old.blocks, block]) if has_message else old.blocks
-        row = max(old.last_row, self._row_range[1])
-        return ShadowState(
-            old.rollout, old.task_digest, old.other_digest, row, last_label, old.message_count + has_message, blocks
-        )
 
 
 def batches_per_message(messages: int, min_batches: int) -> int:

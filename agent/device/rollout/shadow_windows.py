@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
+from agent.arrays import Float32s, Ints
 from agent.comparison import tally
 from agent.comparison.tally import ComparisonStats, OutputKind, Predictions
 from agent.device.pipeline import batch, label_metrics
@@ -21,7 +22,6 @@ from agent.device.store.transaction import Transaction
 from agent.drift.baseline.reference import Reference
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import derived_features, features, scores
-from agent.model.inference.features import Floats, Ints
 from agent.model.inference.inference import MAX_VALUES
 from agent.model.inference.scores import Scores
 from agent.performance import cbpe
@@ -36,7 +36,7 @@ class AlignedWindows(msgspec.Struct, frozen=True):
 
     row: Ints
     t: Ints
-    values: Floats
+    values: Float32s
 
 
 def align_windows(task: LoadedTask, store: Store, source_batch: RowBatch, ends: Ints) -> AlignedWindows:
@@ -53,17 +53,13 @@ def align_windows(task: LoadedTask, store: Store, source_batch: RowBatch, ends: 
     matrix = features.stack_columns([rows.columns[i] for i in task.input_columns])
     table = derived_features.compute(matrix, rows.t, spec, before)
     starts = ends + (len(past) - before) - length + 1
-    is_whole = np.isin(starts, _find_window_starts(rows.t[before:], task.inference.manifest))
+    window = task.inference.manifest.input.window
+    every_start = features.cut_windows(rows.t[before:], None if window is None else replace(window, step=1)).starts
+    is_whole = np.isin(starts, every_start)
     limit = max(1, MAX_VALUES // (length * table.shape[1]))
     starts, ends = starts[is_whole][:limit], ends[is_whole][:limit]
     values = features.build_windows(table, starts, spec)
     return AlignedWindows(source_batch.first + ends, source_batch.rows.t[ends], values)
-
-
-def _find_window_starts(t: Ints, manifest: Manifest) -> Ints:
-    """Return every row at which a window could begin."""
-    window = manifest.input.window
-    return features.cut_windows(t, None if window is None else replace(window, step=1)).starts
 
 
 def build_output_kind(manifest: Manifest) -> OutputKind:
@@ -108,8 +104,6 @@ def build_stored_predictions(digest: str, windows: AlignedWindows, model_scores:
 
 
 def concatenate_stored(parts: Sequence[StoredPredictions]) -> StoredPredictions:
-    """Concatenate predictions of one bundle, in order."""
-
     def join(columns: Sequence[Any]) -> Any:
         return None if columns[0] is None else np.concatenate(columns)
 
@@ -124,23 +118,21 @@ def concatenate_stored(parts: Sequence[StoredPredictions]) -> StoredPredictions:
     )
 
 
-def count_outcomes(
-    tx: Transaction, task: LoadedTask, other: LoadedTask, after_number: int
-) -> tuple[ComparisonStats, int]:
-    """Compare both bundles' predictions with the labels after `after_number`.
+def count_outcomes(tx: Transaction, task: LoadedTask, other: LoadedTask, after: int) -> tuple[ComparisonStats, int]:
+    """Compare both bundles' predictions with the labels after `after`.
 
     Each label counts once; one that is corrected later counts as it arrived first. Return the statistics and the number
     of the last label read.
     """
-    numbers = labels.next_numbers(tx.connection, task.name, after_number, MAX_LABELS)
+    numbers = labels.next_numbers(tx.connection, task.name, after, MAX_LABELS)
     if not numbers:
-        return ComparisonStats(), after_number
+        return ComparisonStats(), after
     labelled = labels.load_labelled(tx.connection, task.name, task.bundle.digest, numbers[-1], MAX_LABELS)
     pairs = [
         (sample, prediction)
         for sample in label_metrics.filter_evaluable(task, labelled)
-        if sample.number > after_number
-        and sample.first_number > after_number
+        if sample.number > after
+        and sample.first_number > after
         and (prediction := _find_other_prediction(tx, task, other, sample)) is not None
     ]
     stats = _build_outcome_stats(label_metrics.build_label_schema(task), label_metrics.build_label_schema(other), pairs)

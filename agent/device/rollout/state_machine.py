@@ -86,8 +86,19 @@ def select_target_digest(old: RolloutState | None, facts: RolloutFacts) -> str:
 
 def decide_next_state(old: RolloutState | None, facts: RolloutFacts) -> RolloutState | None:
     """Return the next state; `old` itself if nothing changes."""
-    new = _stamp_time(_transition(old, facts), facts)
-    if new is None or old is None:
+    new = _transition(old, facts)
+    if new is None:
+        return None
+    is_unfinished = new.phase in _IN_PROGRESS_PHASES and (new.phase, new.desired.strategy) != ("shadow", "shadow")
+    late = new.late if facts.is_deadline_passed is None else facts.is_deadline_passed
+    new = replace(
+        new,
+        late=late and is_unfinished and new.desired.strategy != "rollback",
+        since=facts.timestamp,
+        since_s=facts.uptime_s,
+        configured_digest=new.configured_digest or facts.configured_digest,
+    )
+    if old is None:
         return new
     if new.audit_key == old.audit_key:
         # Nothing to report; only the percentage, the deadline or the rules may have changed.
@@ -170,7 +181,8 @@ def _continue_running(old: RolloutState, facts: RolloutFacts) -> RolloutState:
             return _make_state(desired, "rolled_back", failure.reason, failure.detail, failure.numbers)
         if facts.running_digest == desired.digest:
             return _make_state(desired, "active", "", "the config names it")
-        if _is_reconfigured(old, facts):
+        before, now = old.configured_digest, facts.configured_digest
+        if "" not in (before, now) and before != now:
             return _cancel_for_local_config(desired)
         if facts.desired is not None and facts.desired.strategy == "shadow" and _is_same_rollout(old, facts.desired):
             return _make_state(desired, "shadow", "", "the roll-out returned to strategy shadow")
@@ -238,11 +250,6 @@ def _cancel_for_local_config(desired: DesiredBundle) -> RolloutState:
     return replace(_make_state(desired, "cancelled", "", detail), is_locally_changed=True)
 
 
-def _is_reconfigured(old: RolloutState, facts: RolloutFacts) -> bool:
-    before, now = old.configured_digest, facts.configured_digest
-    return "" not in (before, now) and before != now
-
-
 def _find_failure(facts: RolloutFacts) -> BundleAssessment | None:
     """Return the evidence against a running bundle, or why it does not start again."""
     if facts.failure is not None:
@@ -258,20 +265,6 @@ def _make_state(
     desired: DesiredBundle, phase: Phase, reason: Reason, detail: str, numbers: Mapping[str, Any] | None = None
 ) -> RolloutState:
     return RolloutState(desired, phase, reason, detail, dict(numbers or {}))
-
-
-def _stamp_time(new: RolloutState | None, facts: RolloutFacts) -> RolloutState | None:
-    if new is None:
-        return None
-    is_unfinished = new.phase in _IN_PROGRESS_PHASES and (new.phase, new.desired.strategy) != ("shadow", "shadow")
-    late = new.late if facts.is_deadline_passed is None else facts.is_deadline_passed
-    return replace(
-        new,
-        late=late and is_unfinished and new.desired.strategy != "rollback",
-        since=facts.timestamp,
-        since_s=facts.uptime_s,
-        configured_digest=new.configured_digest or facts.configured_digest,
-    )
 
 
 def compute_hold_off(new: RolloutState, uptime_s: float) -> HoldOff | None:

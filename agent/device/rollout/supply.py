@@ -100,11 +100,23 @@ class BundleSupply:
         if isinstance(self._result, BundleAssessment) and not self._fetching and now.boot_s >= self._retry_at_s:
             self._result = None
         if self._result is None and not self._fetching:
-            self._search(request, now)
+            if self._job is None:
+                self._job = _BackgroundJob(lambda: self._find_and_verify(request), self._on_progress)
+            result = self._job.result
+            if result is not None:
+                self._job, self._retry_at_s = None, now.boot_s + SEARCH_RETRY_S
+                if not isinstance(result, BundleMissing):
+                    self._result = result
+                elif self._fetcher is not None and request.desired is not None:
+                    self._fetching = True
+                    self._fetcher.start(request.task, request.desired, now)
+                else:
+                    cause = "its config has no [updates] to fetch it from" if request.desired else "its copy is gone"
+                    detail = f"{request.name} {request.version} is not on this device, and {cause}"
+                    self._result = BundleAssessment("download_failed", detail)
         return self._result
 
     def on_fetched(self, task: str, archive: Path) -> None:
-        """Verify a fetched archive."""
         request = self._request
         if request is not None and self._fetching and request.task == task:
             self._fetching, self._result = False, None
@@ -116,28 +128,10 @@ class BundleSupply:
             self._result = assessment
 
     def cancel(self) -> None:
-        """Drop the current request."""
         if self._fetching and self._fetcher is not None and self._request is not None:
             self._fetcher.stop(self._request.task)
         # A running thread ends by itself; its result is dropped.
         self._request, self._job, self._result, self._fetching = None, None, None, False
-
-    def _search(self, request: BundleRequest, now: ClockReading) -> None:
-        if self._job is None:
-            self._job = _BackgroundJob(lambda: self._find_and_verify(request), self._on_progress)
-        result = self._job.result
-        if result is None:
-            return
-        self._job, self._retry_at_s = None, now.boot_s + SEARCH_RETRY_S
-        if not isinstance(result, BundleMissing):
-            self._result = result
-        elif self._fetcher is not None and request.desired is not None:
-            self._fetching = True
-            self._fetcher.start(request.task, request.desired, now)
-        else:
-            cause = "its config has no [updates] to fetch it from" if request.desired else "its copy is gone"
-            detail = f"{request.name} {request.version} is not on this device, and {cause}"
-            self._result = BundleAssessment("download_failed", detail)
 
     # --- on the job's thread ---
 
@@ -192,7 +186,14 @@ class BundleSupply:
     def _probe_and_save(self, request: BundleRequest, verified: Bundle) -> ProvenBundle | BundleAssessment:
         try:
             self._check_fit(request.task, verified)
-            self._require_disk_space(verified)
+            if not history.copy_folder(self._conf.data_dir, verified.digest).is_dir():
+                size = sum(len(data) for data in verified.files.values())
+                free = shutil.disk_usage(self._conf.data_dir).free
+                if size + _DISK_RESERVE_BYTES > free:
+                    raise BadBundle(
+                        f"its {size / 2**20:.1f} MiB do not fit next to the active bundle: {free / 2**20:.1f} MiB are "
+                        f"free, and {_DISK_RESERVE_BYTES >> 20} MiB of them must stay free; make room"
+                    )
             report = probe.probe(verified, list(self._known_tunings(request.task)), self._policy)
             for name, ok, detail in report.checks:
                 if not ok:
@@ -208,18 +209,6 @@ class BundleSupply:
         if not is_stored:
             return BundleAssessment("incompatible", "the disk has no room for a copy next to the active bundle")
         return proven
-
-    def _require_disk_space(self, verified: Bundle) -> None:
-        """Raise BadBundle if there is no room for a second bundle."""
-        if history.copy_folder(self._conf.data_dir, verified.digest).is_dir():
-            return
-        size = sum(len(data) for data in verified.files.values())
-        free = shutil.disk_usage(self._conf.data_dir).free
-        if size + _DISK_RESERVE_BYTES > free:
-            raise BadBundle(
-                f"its {size / 2**20:.1f} MiB do not fit next to the active bundle: {free / 2**20:.1f} MiB are free, "
-                f"and {_DISK_RESERVE_BYTES >> 20} MiB of them must stay free; make room"
-            )
 
 
 class _BackgroundJob:

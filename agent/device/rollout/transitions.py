@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import msgspec
 from msgspec.structs import replace
 
 from agent import clock
@@ -45,12 +46,7 @@ _PHASE_VERBS: dict[Phase, str] = {
 
 
 def record(
-    tx: Transaction,
-    message_log: MessageLog,
-    task: str,
-    old: RolloutState | None,
-    new: RolloutState,
-    now: ClockReading,
+    tx: Transaction, message_log: MessageLog, task: str, old: RolloutState | None, new: RolloutState, now: ClockReading
 ) -> HoldOff | None:
     """Save the state of `task` and report a change. Return the hold-off that begins with this step, if any."""
     rollout_state.save_state(tx, task, new)
@@ -90,7 +86,6 @@ def summarize(task: str, state: RolloutState) -> str:
 
 
 def build_evidence(task: str, state: RolloutState) -> dict[str, Any]:
-    """Return the evidence of audit messages and alerts."""
     desired = state.desired
     return {
         "task": task,
@@ -145,7 +140,8 @@ def end_canary(
 ) -> None:
     """Return to the previous bundle. `incumbent` is None at a start, before the bundle is loaded."""
     saved_drift.restore(tx, message_log, task, now)
-    past = bundle_history.from_json(canary_state.previous_history.encode()) if canary_state.previous_history else None
+    stored = canary_state.previous_history
+    past = msgspec.json.decode(stored, type=BundleHistory) if stored else None
     if incumbent is not None:
         canary_history = BundleHistory(_to_bundle_ref(canary_state))
         bundle_history.record_activation(tx, message_log, task, incumbent, canary_history, reason, now)
@@ -216,7 +212,7 @@ def _write_override(
     now: ClockReading,
 ) -> None:
     overrides.save_bundle_override(tx, task, bundle_history.make_override(bundle_ref, configured, rollout))
-    if bundle_ref.digest in overrides.load_quarantined_in_tx(tx, task):
+    if bundle_ref.digest in overrides.load_quarantined(tx, task):
         quarantine.release(tx, message_log, task, now)
 
 

@@ -7,12 +7,10 @@ from typing import Any
 
 from agent.clock import ClockReading
 from agent.device.bundles.rollout_state import Reason
-from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout.executor import RolloutExecutor
 from agent.device.rollout.fetch.fetcher import FetchedBundle, Fetcher, FetchFailure
 from agent.device.rollout.state_machine import BundleAssessment
 from agent.device.rollout.supply import BundleSupply
-from agent.errors import ModelProcessFailed
 
 # Errors of a repository that serves older, altered or wrongly signed data.
 _UNTRUSTED_ERRORS = frozenset({
@@ -22,8 +20,6 @@ _UNTRUSTED_ERRORS = frozenset({
 
 
 class BundleUpdater:
-    """Updater of one device, for the main loop only."""
-
     def __init__(
         self, rollouts: RolloutExecutor, supplies: Mapping[str, BundleSupply], fetcher: Fetcher | None
     ) -> None:
@@ -40,23 +36,7 @@ class BundleUpdater:
         wait_s = self.rollouts.wait_s(now)
         return wait_s if self._fetcher is None else min(wait_s, self._fetcher.wait_s(now))
 
-    def is_resuming(self, task: str) -> bool:
-        """Return True if the task waits, after a start, for the bundle that answers for it."""
-        return self.rollouts.is_resuming(task)
-
-    def on_batch_committed(self, task: str, now: ClockReading) -> None:
-        self.rollouts.on_batch_committed(task, now)
-
-    def has_canary(self, task: str) -> bool:
-        """Return True if a canary answers for the task."""
-        return self.rollouts.has_canary(task)
-
-    def on_canary_failure(self, task: str, failure: ModelProcessFailed, now: ClockReading) -> LoadedTask | None:
-        """Return the task that answers a batch instead of the failed canary, if there is one."""
-        return self.rollouts.on_canary_failure(task, failure, now)
-
     def report(self, now: ClockReading) -> dict[str, Any]:
-        """Return the members of a health message."""
         updates = None if self._fetcher is None else self._fetcher.report(now)
         return {} if updates is None else {"updates": updates}
 

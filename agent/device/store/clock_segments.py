@@ -74,7 +74,10 @@ class ClockSegments:
     def observe(self, now: ClockReading) -> ClockSegment:
         """Return the segment at `now`; a new one after a step to an offset that is new in this boot."""
         segments = self._load_all()
-        current = segments.get(self._current_number())
+        if self._number is None:
+            boot, number = meta.get(self._db, _CURRENT_SEGMENT, "0 0").split()
+            self._number = int(number) if int(boot) == self._boot else PRODUCER_TIME
+        current = segments.get(self._number)
         if current is None or not current.fits(now):
             if current is not None:
                 # Its exact end is unknown: the step may have come at any time since the last look.
@@ -171,12 +174,6 @@ class ClockSegments:
             )
             self._cache = {row[1]: ClockSegment(*row) for row in rows}
         return self._cache
-
-    def _current_number(self) -> int:
-        if self._number is None:
-            boot, number = meta.get(self._db, _CURRENT_SEGMENT, "0 0").split()
-            self._number = int(number) if int(boot) == self._boot else PRODUCER_TIME
-        return self._number
 
 
 def merge_stamps(stamps: Iterable[ClockStamp]) -> tuple[ClockStamp, ...]:

@@ -28,8 +28,6 @@ class ClaimedCommand(msgspec.Struct, frozen=True):
 
 
 class CommandAnswer(msgspec.Struct, frozen=True):
-    """Outcome of a command, on its way to the operator."""
-
     number: int
     id: str
     name: str

@@ -25,13 +25,10 @@ _ENVELOPE_BYTES = 330
 
 
 class CostMeter:
-    """Cost counters of one task."""
-
     def __init__(self, task: str) -> None:
         self._task, self._uncounted_batches = task, list[tuple[int, int, int]]()
 
     def record_batch(self, windows: int, rows: int, cpu_us: int) -> None:
-        """Record a committed batch."""
         self._uncounted_batches.append((windows, rows, cpu_us))
 
     def write_counters(self, tx: Transaction) -> None:
@@ -73,7 +70,14 @@ class ProcessMeter:
 
     def tick(self, tx: Transaction, now: ClockReading) -> None:
         """Count what was spent since the last call."""
-        this, last = self._read_counters(now), self._last
+        # Imported here, 10 ms: `outstation batch` does not need it.
+        import psutil
+
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        machine = psutil.cpu_times()
+        busy_s = sum(machine) - machine.idle - getattr(machine, "iowait", 0.0)
+        cpu_s = time.process_time() + children.ru_utime + children.ru_stime
+        this, last = _Counters(now.boot_s, cpu_s, _read_written_bytes(), busy_s, self._read_energy_uj()), self._last
         self._last = this
         if last is None or this.boot_s <= last.boot_s:
             return
@@ -89,16 +93,6 @@ class ProcessMeter:
             spent["energy_ms"] = spent["ms"]
         for name, n in spent.items():
             tx.increment_counter(f"{_PROCESS_PREFIX}{name}", max(0, n))
-
-    def _read_counters(self, now: ClockReading) -> _Counters:
-        # Imported here, 10 ms: `outstation batch` does not need it.
-        import psutil
-
-        children = resource.getrusage(resource.RUSAGE_CHILDREN)
-        machine = psutil.cpu_times()
-        busy_s = sum(machine) - machine.idle - getattr(machine, "iowait", 0.0)
-        cpu_s = time.process_time() + children.ru_utime + children.ru_stime
-        return _Counters(now.boot_s, cpu_s, _read_written_bytes(), busy_s, self._read_energy_uj())
 
     def _read_energy_uj(self) -> int | None:
         """Return the energy of all processor packages; None if the kernel does not count it or denies access."""
@@ -154,7 +148,6 @@ class ProcessCost(msgspec.Struct, frozen=True):
 
 
 def read_task_cost(counters: dict[str, int], task: str) -> TaskCost:
-    """Select a task's cost from the store's counters."""
     head = f"{_TASK_PREFIX}{task}."
     own = {name.removeprefix(head): n for name, n in counters.items() if name.startswith(head)}
     return TaskCost(

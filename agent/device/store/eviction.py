@@ -113,7 +113,14 @@ def _declare(
         tx.outbox.delete([newest[kind]])
         parts = [merged]
     else:
-        parts = _split(name, evicted, members, max_bytes)
+        if not _fits({**members, name: [[2**53, 2**53]]}, max_bytes):
+            # Only an acknowledgement is that long, and the collector has its own copy.
+            members = {key: value for key, value in members.items() if key != "acknowledgement"}
+        count = max(1, (max_bytes - len(encode(members))) // _RANGE_BYTES)
+        parts = []
+        for start in range(0, len(evicted), count):
+            parts.append({**members, name: [list(pair) for pair in evicted[start : start + count]]})
+            members = {**members, "bytes": 0}
     for evidence in parts:
         body = {"event": EVENT, "summary": _summary(evidence, name), "evidence": evidence}
         newest[kind] = message_log.append(tx, "audit", None, body, now)
@@ -132,18 +139,6 @@ def _merge_with_earlier(
     listed["seq"].append((earlier, earlier))
     both = {key: ranges.union(pairs) for key, pairs in listed.items() if pairs}
     return {**old, **members, **both, "bytes": old["bytes"] + members["bytes"]}
-
-
-def _split(name: str, evicted: Ranges, members: dict[str, Any], max_bytes: int) -> list[dict[str, Any]]:
-    if not _fits({**members, name: [[2**53, 2**53]]}, max_bytes):
-        # Only an acknowledgement is that long, and the collector has its own copy.
-        members = {key: value for key, value in members.items() if key != "acknowledgement"}
-    count = max(1, (max_bytes - len(encode(members))) // _RANGE_BYTES)
-    parts = []
-    for start in range(0, len(evicted), count):
-        parts.append({**members, name: [list(pair) for pair in evicted[start : start + count]]})
-        members = {**members, "bytes": 0}
-    return parts
 
 
 def _fits(evidence: dict[str, Any], max_bytes: int) -> bool:

@@ -46,8 +46,6 @@ class StoredPredictions(msgspec.Struct, frozen=True):
 
 
 class PredictionRow(msgspec.Struct, frozen=True):
-    """One prediction."""
-
     bundle: str
     row: int
     t: int

@@ -104,11 +104,7 @@ class MessageLog(msgspec.Struct):
         return seq + 1
 
     def build_live_message(
-        self,
-        kind: str,
-        body: Mapping[str, Any],
-        now: ClockReading,
-        correlation: bytes | None = None,
+        self, kind: str, body: Mapping[str, Any], now: ClockReading, correlation: bytes | None = None
     ) -> OutgoingMessage:
         """Build a message outside the log: state, keys or reply."""
         topic = Topic(self.fleet, self.device, kind)
@@ -119,7 +115,6 @@ class MessageLog(msgspec.Struct):
         return replace(self._build_outgoing(topic, payload, token, message_id, time), correlation=correlation)
 
     def to_outgoing(self, message: OutboxMessage) -> OutgoingMessage:
-        """Convert a message of the outbox to what is sent."""
         parts = message.topic.split("/")
         topic = Topic(self.fleet, self.device, parts[3], parts[4] if len(parts) > 4 else None)
         outgoing = self._build_outgoing(topic, message.payload, message.jws, str(message.seq), message.time)

@@ -46,7 +46,6 @@ class OutboxMessage(msgspec.Struct, frozen=True):
 
     @classmethod
     def from_row(cls, row: tuple[Any, ...]) -> OutboxMessage:
-        """Decode a row of MESSAGE_COLUMNS."""
         seq, *parts, crc = row
         if not all(isinstance(part, bytes) for part in parts) or message_crc(seq, *parts) != crc:
             return cls(int(seq), "", b"", "", "", intact=False)
@@ -55,7 +54,6 @@ class OutboxMessage(msgspec.Struct, frozen=True):
 
     @property
     def size(self) -> int:
-        """Bytes of payload, signature and topic."""
         return len(self.payload) + len(self.jws) + len(self.topic)
 
 

@@ -186,7 +186,6 @@ class DiskReserve:
 
     @property
     def size(self) -> int:
-        """Bytes that it occupies on the disk."""
         try:
             return self._path.stat().st_blocks * 512
         except FileNotFoundError:

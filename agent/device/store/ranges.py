@@ -47,5 +47,4 @@ def from_numbers(numbers: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def count(ranges: Ranges) -> int:
-    """Return how many numbers the ranges hold."""
     return sum(last - first + 1 for first, last in ranges)

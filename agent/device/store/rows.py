@@ -57,7 +57,6 @@ EMPTY_ROWS = Rows(np.zeros(0, np.int64), ())
 
 
 def concatenate(parts: Sequence[Rows]) -> Rows:
-    """Concatenate rows in order."""
     if len(parts) == 1:
         return parts[0]
     return Rows(

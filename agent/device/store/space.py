@@ -83,10 +83,31 @@ class SpaceManager:
 
     def tick(self, now: ClockReading) -> bool:
         """Delete what has expired, and evict if space is short. Return True to be called again at once."""
-        self._watch_acknowledgements(now)
+        known = self._store.get_meta(retention.ACKNOWLEDGED, "")
+        if self._last_acknowledgement is None or self._last_acknowledgement[0] != known:
+            self._last_acknowledgement = known, now.boot_s
         try:
-            self._sample_growth(now)
-            self._expire(now)
+            at_s = uptime_s(self._store.get_meta(retention.UPTIME, ""), self._store.boot, now)
+            if self._growth.add_sample(at_s, self.undelivered_bytes()):
+                with self._store.transaction(vital=True) as tx:
+                    tx.set_meta(retention.GROWTH, self._growth.to_json())
+                    tx.set_meta(retention.UPTIME, retention.uptime_json(self._store.boot, now, at_s))
+            keep_us = round(self._conf.buffer.keep_readings * 1e6)
+            # By the boot-time clock as well: a step of the wall clock must not expire a reading.
+            before_us, received_by_us = now.wall_us - keep_us, now.boot_us - keep_us
+            history = self._store.get_meta(retention.ACKNOWLEDGED_HISTORY, "")
+            through = retention.expired_through(history, at_s, self._conf.buffer.keep_messages)
+            for name in self._conf.streams:
+                with self._store.transaction(vital=True) as tx:
+                    tx.trim_rows(name, self._used_through(name), before_us, _CHUNK_LIMIT, received_by_us)
+            if through:
+                with self._store.transaction(vital=True) as tx:
+                    tx.outbox.drop_acknowledged(through, _MESSAGE_LIMIT)
+            for task in self._conf.tasks:
+                with self._store.transaction(vital=True) as tx:
+                    for name in (task, shadow_key(task)):
+                        tx.labels.trim_predictions(name, at_s - self._conf.buffer.keep_results, _CHUNK_LIMIT)
+                    tx.labels.trim_labels(task, label_capacity(self._store.quota.database_bytes), _CHUNK_LIMIT)
             self._clear_alert(now)
             if not self.is_evicting and self.is_short():
                 self.is_evicting, self._scanned_through = True, dict.fromkeys(EVICTION_ORDER, 0)
@@ -95,30 +116,7 @@ class SpaceManager:
             log.error("%s; deleting needs a little room, too", full)
             return False
 
-    def hours_until_eviction(self) -> float | None:
-        """Return the hours until undelivered data must go, at the pace of the past hours."""
-        return hours_until_eviction(self._store, self._store.limit_bytes())
-
     # --- expiry ---
-
-    def _expire(self, now: ClockReading) -> None:
-        keep_us = round(self._conf.buffer.keep_readings * 1e6)
-        # By the boot-time clock as well: a step of the wall clock must not expire a reading.
-        before_us, received_by_us = now.wall_us - keep_us, now.boot_us - keep_us
-        at_s = uptime_s(self._store.get_meta(retention.UPTIME, ""), self._store.boot, now)
-        history = self._store.get_meta(retention.ACKNOWLEDGED_HISTORY, "")
-        through = retention.expired_through(history, at_s, self._conf.buffer.keep_messages)
-        for name in self._conf.streams:
-            with self._store.transaction(vital=True) as tx:
-                tx.trim_rows(name, self._used_through(name), before_us, _CHUNK_LIMIT, received_by_us)
-        if through:
-            with self._store.transaction(vital=True) as tx:
-                tx.outbox.drop_acknowledged(through, _MESSAGE_LIMIT)
-        for task in self._conf.tasks:
-            with self._store.transaction(vital=True) as tx:
-                for name in (task, shadow_key(task)):
-                    tx.labels.trim_predictions(name, at_s - self._conf.buffer.keep_results, _CHUNK_LIMIT)
-                tx.labels.trim_labels(task, label_capacity(self._store.quota.database_bytes), _CHUNK_LIMIT)
 
     def _used_through(self, stream: str) -> int:
         # Rows of a stream without a task count as used.
@@ -194,10 +192,8 @@ class SpaceManager:
         self._evicted_at = now.boot_s
         return True
 
-    def _declare_used(
-        self, tx: Transaction, stream: str, chunks: TrimmedChunks, through: int, now: ClockReading
-    ) -> None:
-        rows = [(chunks.first, through)]
+    def _declare_used(self, tx: Transaction, stream: str, chunks: TrimmedChunks, last: int, now: ClockReading) -> None:
+        rows = [(chunks.first, last)]
         declare_readings(tx, self._message_log, now, stream, rows, NO_ROOM, chunks.bytes, used=True)
 
     def _evict_messages(self, kinds: tuple[str, ...], now: ClockReading) -> bool:
@@ -220,20 +216,8 @@ class SpaceManager:
 
     # --- delivery and growth ---
 
-    def _watch_acknowledgements(self, now: ClockReading) -> None:
-        known = self._store.get_meta(retention.ACKNOWLEDGED, "")
-        if self._last_acknowledgement is None or self._last_acknowledgement[0] != known:
-            self._last_acknowledgement = known, now.boot_s
-
     def _is_stalled(self, now: ClockReading) -> bool:
         return self._last_acknowledgement is not None and now.boot_s >= self._last_acknowledgement[1] + STALLED_S
-
-    def _sample_growth(self, now: ClockReading) -> None:
-        at_s = uptime_s(self._store.get_meta(retention.UPTIME, ""), self._store.boot, now)
-        if self._growth.add_sample(at_s, self.undelivered_bytes()):
-            with self._store.transaction(vital=True) as tx:
-                tx.set_meta(retention.GROWTH, self._growth.to_json())
-                tx.set_meta(retention.UPTIME, retention.uptime_json(self._store.boot, now, at_s))
 
     def undelivered_bytes(self) -> int:
         """Return the bytes of waiting messages and of readings that wait for stuck tasks."""
@@ -269,7 +253,7 @@ class SpaceManager:
 
     def _alert_evidence(self) -> dict[str, Any]:
         used, limit = self._store.used_bytes(), self._store.limit_bytes()
-        return {"bytes": used, "max": limit, "hours": self.hours_until_eviction()}
+        return {"bytes": used, "max": limit, "hours": hours_until_eviction(self._store, limit)}
 
     def _write_alert(self, tx: Transaction, now: ClockReading, alert: Alert) -> None:
         self._message_log.append(tx, "alerts", None, alert.to_body(), now)

@@ -13,7 +13,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import msgspec
 
@@ -73,11 +73,9 @@ class WriteAccess(Protocol):
 class Store:
     """Open store of a device. Thread-safe: every call takes the one lock."""
 
-    def __init__(
-        self, path: Path, db: sqlite3.Connection, quota_enforcer: QuotaEnforcer, writer: WriteAccess | None
-    ) -> None:
-        self.path, self.quota = path, quota_enforcer.quota
-        self._db, self._quota_enforcer, self._writer = db, quota_enforcer, writer
+    def __init__(self, path: Path, db: sqlite3.Connection, quota: QuotaEnforcer, writer: WriteAccess | None) -> None:
+        self.path, self.quota = path, quota.quota
+        self._db, self._quota_enforcer, self._writer = db, quota, writer
         self._lock = threading.RLock()
         self._is_intact = True
         self.log_id, self.boot = self.get_meta("log", ""), int(self.get_meta("boot", "0"))
@@ -114,7 +112,8 @@ class Store:
                     self._quota_enforcer.require_reserved_pages(self._db, free_pages)
                 self._db.execute("COMMIT")
             except BaseException:
-                self._roll_back()
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
                 raise
             if self._writer is not None:
                 self._writer.watermark.update(self._db, tx.progress)
@@ -136,10 +135,6 @@ class Store:
             if isinstance(error, StorageDamaged) and self._writer is not None:
                 self._writer.record_damage(str(error))
             raise
-
-    def _roll_back(self) -> None:
-        if self._db.in_transaction:
-            self._db.execute("ROLLBACK")
 
     # --- reading ---
 
@@ -357,6 +352,12 @@ class Store:
                 tx.set_meta("boot_id", this_boot)
                 tx.set_meta("boot", str(int(self.get_meta("boot", "0")) + 1))
         self.log_id, self.boot = self.get_meta("log", ""), int(self.get_meta("boot", "0"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         with self._lock:

@@ -52,7 +52,6 @@ class Transaction:
 
     @property
     def remaining_bytes(self) -> int:
-        """Bytes that may still be written."""
         return self._budget.remaining
 
     # --- streams and rows ---

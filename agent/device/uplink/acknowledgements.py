@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 
 from agent.clock import ClockReading, parse_rfc3339
 from agent.device.machine.timekeeping import is_plausible_time
@@ -84,7 +83,27 @@ class Acknowledgements:
         ):
             return
         try:
-            self._save(now)
+            known = self._acknowledged.union(ranges.from_numbers(self._confirmed_seqs))
+            with self._store.transaction(vital=True) as tx:
+                missing = tx.outbox.set_acknowledged(known)
+                if missing:
+                    earlier = tx.get_meta(retention.ACKNOWLEDGEMENT, "")
+                    proof = json.loads(earlier) if earlier else None
+                    declare_messages(tx, self._message_log, now, missing, ACKNOWLEDGED_EARLIER, acknowledgement=proof)
+                deleted = set(tx.outbox.delete(self._confirmed_seqs))
+                record_proof(tx, self._proven_seq)
+                if known != self._saved:
+                    at_s = retention.uptime_s(self._store.get_meta(retention.UPTIME, ""), self._store.boot, now)
+                    if longer := retention.append_history(
+                        tx.get_meta(retention.ACKNOWLEDGED_HISTORY, ""), at_s, known.through, self._keep_s
+                    ):
+                        tx.set_meta(retention.ACKNOWLEDGED_HISTORY, longer)
+                    if self._evidence:
+                        tx.set_meta(retention.ACKNOWLEDGEMENT, self._evidence)
+                if self._time_floor_us:
+                    tx.raise_time_floor(self._time_floor_us)
+            self._acknowledged = self._saved = known
+            self._confirmed_seqs = [seq for seq in self._confirmed_seqs if seq not in deleted]
         except StorageFull as full:
             log.warning("%s; acknowledged messages stay in the outbox until there is room to record it", full)
             self._next_apply_s = now.boot_s + _FULL_RETRY_S
@@ -105,40 +124,10 @@ class Acknowledgements:
                 self._next_apply_s = float("-inf")
         elif requested or ack.through < self._acknowledged.through:
             if self._suspect_after_seq is None:
-                self._suspect_after_seq = self._last_seq()
+                self._suspect_after_seq = int(self._store.get_meta("seq", "0"))
         else:
             self._evidence = json.dumps({"payload": delivery.payload.decode(), "jws": delivery.tokens[0]})
         self._acknowledged = self._acknowledged.union(covered.ranges)
-
-    def _save(self, now: ClockReading) -> None:
-        known = self._acknowledged.union(ranges.from_numbers(self._confirmed_seqs))
-        with self._store.transaction(vital=True) as tx:
-            missing = tx.outbox.set_acknowledged(known)
-            if missing:
-                earlier = tx.get_meta(retention.ACKNOWLEDGEMENT, "")
-                proof = json.loads(earlier) if earlier else None
-                declare_messages(tx, self._message_log, now, missing, ACKNOWLEDGED_EARLIER, acknowledgement=proof)
-            deleted = set(tx.outbox.delete(self._confirmed_seqs))
-            record_proof(tx, self._proven_seq)
-            if known != self._saved:
-                self._save_evidence(tx.get_meta(retention.ACKNOWLEDGED_HISTORY, ""), known, now, tx.set_meta)
-            if self._time_floor_us:
-                tx.raise_time_floor(self._time_floor_us)
-        self._acknowledged = self._saved = known
-        self._confirmed_seqs = [seq for seq in self._confirmed_seqs if seq not in deleted]
-
-    def _save_evidence(
-        self, steps: str, acknowledged: AcknowledgedSeqs, now: ClockReading, set_meta: Callable[[str, str], None]
-    ) -> None:
-        """Save when this much was acknowledged, and the evidence for it."""
-        at_s = retention.uptime_s(self._store.get_meta(retention.UPTIME, ""), self._store.boot, now)
-        if longer := retention.append_history(steps, at_s, acknowledged.through, self._keep_s):
-            set_meta(retention.ACKNOWLEDGED_HISTORY, longer)
-        if self._evidence:
-            set_meta(retention.ACKNOWLEDGEMENT, self._evidence)
-
-    def _last_seq(self) -> int:
-        return int(self._store.get_meta("seq", "0"))
 
     def _verify(self, delivery: IncomingMessage) -> AckPayload | None:
         signer = self._signer

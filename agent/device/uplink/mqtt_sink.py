@@ -31,8 +31,6 @@ class Connection(Protocol):
 
 
 class MqttSink:
-    """One MQTT connection as a sink."""
-
     def __init__(self, link: Connection) -> None:
         self._link = link
         self.send, self.acknowledge, self.wake = link.send, link.acknowledge, link.wake
@@ -54,11 +52,9 @@ class MqttSink:
         return [_to_receipt(event) if isinstance(event, PublishReceipt) else event for event in events]
 
 
-def open_mqtt_sink(
-    broker: BrokerConfig, client_id: str, subscriptions: Sequence[str], will: OutgoingMessage
-) -> MqttSink:
+def open_mqtt_sink(broker: BrokerConfig, client_id: str, topics: Sequence[str], will: OutgoingMessage) -> MqttSink:
     """Connect to the broker. Raises LinkDown."""
-    return MqttSink(Link(broker, client_id, subscribe=subscriptions, will=will))
+    return MqttSink(Link(broker, client_id, subscribe=topics, will=will))
 
 
 def packet_size(message: OutgoingMessage) -> int:

@@ -65,7 +65,12 @@ class Refusals:
         if not (raises or clears or counts) or now.boot_s < self._retry_at_s:
             return
         try:
-            self._write(now, raises, clears)
+            with self._store.transaction(vital=True) as tx:
+                for name, n in self._counts.items():
+                    tx.increment_counter(name, n)
+                if raises or clears:
+                    tx.set_meta(_ALERT_META, "1" if raises else "")
+                    self._message_log.append(tx, "alerts", None, self._build_alert(raises).to_body(), now)
         except StorageFull as full:
             log.warning("%s; counts of refusals are written once there is room", full)
             self._retry_at_s = now.boot_s + _FULL_RETRY_S
@@ -74,14 +79,6 @@ class Refusals:
         self._reported_count = self._hostile_count
         self._next_flush_s = now.boot_s + _FLUSH_INTERVAL_S
         self._counts.clear()
-
-    def _write(self, now: ClockReading, raises: bool, clears: bool) -> None:
-        with self._store.transaction(vital=True) as tx:
-            for name, n in self._counts.items():
-                tx.increment_counter(name, n)
-            if raises or clears:
-                tx.set_meta(_ALERT_META, "1" if raises else "")
-                self._message_log.append(tx, "alerts", None, self._build_alert(raises).to_body(), now)
 
     def _build_alert(self, raised: bool) -> Alert:
         evidence = {"last": self._last_hostile}

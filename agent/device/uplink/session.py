@@ -111,12 +111,11 @@ class Session:
                 self.has_collector_answered |= ack is not None and not event.retained
         # A broker answers in order: retained messages come before its receipts for our first messages.
         self._is_greeted = self._is_greeted or self.is_live_confirmed()
-        self._declare_damaged(now)
+        if self._damaged:
+            quarantine_damaged(self._store, self._message_log, self._damaged, now)
+            self._damaged = []
         self._acks.apply(now, force=is_stopping)
-        self._check_stalled(now)
-
-    def _check_stalled(self, now: ClockReading) -> None:
-        """Raise LinkDown if the oldest receipt is overdue: receipts come in order (MQTT 5, 4.6), so it never comes."""
+        # Receipts come in order (MQTT 5, 4.6), so the oldest one never comes if it is overdue.
         oldest = next(iter(self._in_flight), None)
         if oldest is None or oldest != self._oldest_in_flight:
             self._oldest_in_flight, self._oldest_since_s = oldest, now.boot_s
@@ -128,20 +127,18 @@ class Session:
     def _fill_window(self) -> None:
         while (room := self._sink.window - len(self._in_flight)) > 0:
             if self._live_queue:
-                self._send_live(self._live_queue.popleft())
+                message = self._live_queue.popleft()
+                size, limit = self._sink.measure(message), self._sink.max_bytes
+                if size <= limit:
+                    self._in_flight[self._sink.send(message)] = message
+                else:
+                    log.error(
+                        "%s is not sent: its %d bytes are above the broker's limit of %d; raise the broker's limit",
+                        *(message.topic, size, limit),
+                    )
             # The retained acknowledgement comes first: most of the outbox may be acknowledged already.
             elif not self._is_greeted or not self._send(self._next_messages(room)):
                 return
-
-    def _send_live(self, message: OutgoingMessage) -> None:
-        size, limit = self._sink.measure(message), self._sink.max_bytes
-        if size <= limit:
-            self._in_flight[self._sink.send(message)] = message
-            return
-        log.error(
-            "%s is not sent: its %d bytes are above the broker's limit of %d; raise the broker's limit",
-            *(message.topic, size, limit),
-        )
 
     def _next_messages(self, limit: int) -> list[OutboxMessage]:
         """Return the messages to send now: resends first, then the log in order."""
@@ -167,11 +164,6 @@ class Session:
                 continue
             self._in_flight[self._sink.send(outgoing)] = message
         return bool(page)
-
-    def _declare_damaged(self, now: ClockReading) -> None:
-        if self._damaged:
-            quarantine_damaged(self._store, self._message_log, self._damaged, now)
-            self._damaged = []
 
     def _handle_receipt(self, receipt: Receipt, now: ClockReading) -> None:
         sent = self._in_flight.pop(receipt.token, None)
@@ -220,28 +212,22 @@ class Session:
             # Messages in flight must arrive and be answered before the next list of missing ones is true.
             self._next_round_s = now.boot_s + RESEND_ROUND_S
         elif self._missing_ranges and now.boot_s >= self._next_round_s:
-            self._resend_queue.extend(self._find_missing_seqs())
+            busy = self._held_back | {sent.seq for sent in self._in_flight.values() if isinstance(sent, OutboxMessage)}
+            missing: list[int] = []
+            for first, last in self._missing_ranges:
+                end = min(last, self._last_sent_seq, first + CREDIT - len(missing) - 1)
+                missing += [seq for seq in range(first, end + 1) if seq not in busy]
+            self._resend_queue.extend(missing)
             self._missing_ranges = ()
         if not self._resend_requested and self._unanswered <= 0:
             self._next_resend_s = now.boot_s + self._resend_backoff_s
         elif now.boot_s >= self._next_resend_s:
-            self._resend_unacknowledged()
+            if self._broker_delivery:
+                self._last_sent_seq = self._unanswered = 0
+            else:
+                oldest = [message.seq for message in self._store.unacknowledged_messages(0, _RESEND_OLDEST)]
+                seqs = dict.fromkeys([*oldest, self._last_sent_seq])
+                resendable = (seq for seq in seqs if seq <= self._last_sent_seq and seq not in self._held_back)
+                self._resend_queue = deque(resendable)
             self._resend_backoff_s = min(2 * self._resend_backoff_s, RESEND_BACKOFF_S[1])
             self._next_resend_s = now.boot_s + self._resend_backoff_s
-
-    def _find_missing_seqs(self) -> list[int]:
-        """Return the first `CREDIT` seqs that were sent and that the collector lacks."""
-        busy = self._held_back | {sent.seq for sent in self._in_flight.values() if isinstance(sent, OutboxMessage)}
-        missing: list[int] = []
-        for first, last in self._missing_ranges:
-            end = min(last, self._last_sent_seq, first + CREDIT - len(missing) - 1)
-            missing += [seq for seq in range(first, end + 1) if seq not in busy]
-        return missing
-
-    def _resend_unacknowledged(self) -> None:
-        if self._broker_delivery:
-            self._last_sent_seq = self._unanswered = 0
-            return
-        oldest = [message.seq for message in self._store.unacknowledged_messages(0, _RESEND_OLDEST)]
-        seqs = dict.fromkeys([*oldest, self._last_sent_seq])
-        self._resend_queue = deque(seq for seq in seqs if seq <= self._last_sent_seq and seq not in self._held_back)

@@ -164,14 +164,23 @@ class Uplink:
             log.info("broker: connected to %s", self._conf.broker.url)
             self.state = "connected"
             session = self._start_session(sink)
-            while not (self._stopping.is_set() and self._is_drained(session)):
+            while not (self._stopping.is_set() and (self._is_drain_over() or session.is_empty())):
                 self._extend_heartbeat(0.0)
-                self._tick(session)
+                is_stopping = self._stopping.is_set()
+                for receiver in self._receivers:
+                    receiver.tick(session, self._now())
+                session.tick(self._now(), is_stopping=is_stopping)
+                self._refusals.flush(self._now(), force=is_stopping)
                 self._has_collector_answered = session.has_collector_answered
                 if self._reconnecting.is_set() and not self._stopping.is_set():
                     sink.close()
                     return False
-            self._announce_stopped(session)
+            now = self._now()
+            session.enqueue_live(
+                self._message_log.build_live_message("state", {"state": "stopped", "boot": self._message_log.boot}, now)
+            )
+            while not session.is_live_confirmed() and self._now().boot_s < now.boot_s + _GOODBYE_TIMEOUT_S:
+                session.tick(self._now(), is_stopping=True)
             sink.close()
             return True
         except BaseException:
@@ -179,13 +188,6 @@ class Uplink:
             raise
         finally:
             self._sink = None
-
-    def _tick(self, session: Session) -> None:
-        is_stopping = self._stopping.is_set()
-        for receiver in self._receivers:
-            receiver.tick(session, self._now())
-        session.tick(self._now(), is_stopping=is_stopping)
-        self._refusals.flush(self._now(), force=is_stopping)
 
     def _handle_delivery(self, delivery: IncomingMessage, now: ClockReading) -> bool:
         """Hand a message to its receiver; return False if no receiver owns its topic."""
@@ -209,17 +211,6 @@ class Uplink:
         by_broker = self._conf.collector.delivery == "broker"
         arguments = (sink, self._store, self._message_log, self._acks, now)
         return Session(*arguments, broker_delivery=by_broker, live=live, handle_delivery=self._handle_delivery)
-
-    def _is_drained(self, session: Session) -> bool:
-        return self._is_drain_over() or session.is_empty()
-
-    def _announce_stopped(self, session: Session) -> None:
-        now = self._now()
-        session.enqueue_live(
-            self._message_log.build_live_message("state", {"state": "stopped", "boot": self._message_log.boot}, now)
-        )
-        while not session.is_live_confirmed() and self._now().boot_s < now.boot_s + _GOODBYE_TIMEOUT_S:
-            session.tick(self._now(), is_stopping=True)
 
     def _extend_heartbeat(self, pause_s: float) -> float:
         now = self._now().boot_s

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 from msgspec.structs import replace
@@ -11,12 +13,11 @@ from agent.arrays import AnyArray, Bools, Float32s, Float64s, Int32s, Ints
 from agent.drift.baseline.reference import BINS, MIN_WINDOWS, RECOMMENDED_WINDOWS, Reference, draft_reference
 from agent.drift.baseline.site import SiteCalibration
 from agent.drift.baseline.summary import Summary, summarize
-from agent.drift.detectors import correlation, daily_cycle, mewma, moments, outliers, psi
-from agent.drift.detectors import sampling_rate as rate
-from agent.drift.detectors.detector import LearnedWindows, Task
-from agent.drift.detectors.registry import CLASS_SHARE, COUNTERS, DETECTORS, MOMENTS, SPEED
-from agent.drift.detectors.sampling_rate import RateHistory
-from agent.drift.numeric import false_alarm_budget
+from agent.drift.detectors import daily_cycle, moments, outliers
+from agent.drift.detectors.detector import MIN_CLASS_ROWS, MIN_CLASS_WINDOWS, LearnedScores, LearnedWindows, Task
+from agent.drift.detectors.registry import COUNTERS, DETECTORS, MOMENTS, SCORED, LearnedBaselines, ScoreLayout
+from agent.drift.numeric import divergence, false_alarm_budget
+from agent.drift.numeric.divergence import Distributions
 from agent.drift.numeric.sums import GroupMoments, median, nanmedian
 from agent.errors import BadBundle
 from agent.performance import cbpe
@@ -25,6 +26,9 @@ UNTESTED_SD = 1e9  # of a test without learned values
 MAX_WINDOWS = 400  # drift windows kept while learning: more add hardly anything
 MAX_BYTES = 512 << 10  # of these windows, as long as enough are left to learn from
 MIN_RETAINED_WINDOWS = RECOMMENDED_WINDOWS + MIN_WINDOWS
+
+_PER_WINDOW = ("bins", "output", "scores", "t", "step_us", "repeated", "missing")
+_PER_ENTRY = ("window", "label", "n", "mean", "m2")
 
 
 class LearningState(msgspec.Struct, frozen=True, eq=False):
@@ -46,7 +50,9 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
     mean: Float32s
     m2: Float32s
     detectors: dict[str, AnyArray]  # (m, …) what detectors retain
-    rate: RateHistory
+    step_us: Float64s  # (K,) mean step from row to row, NaN if unknown
+    repeated: Float64s  # (K,) share of rows that repeat the row before
+    missing: Float64s  # (K, F) share of rows
     total_windows: int = 0  # drift windows, with those that were dropped
     thinning: int = 1  # one window in this many is kept
 
@@ -68,7 +74,9 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
             mean=entries,
             m2=entries,
             detectors=_retain(shipped.task, empty, none),
-            rate=RateHistory.empty(),
+            step_us=np.empty(0),
+            repeated=np.empty(0),
+            missing=np.empty((0, len(shipped.fields))),
         )
 
     def add(self, drift_window: Summary, task: Task, *, t: tuple[int, int] = (0, 0)) -> LearningState:
@@ -80,60 +88,54 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
             return replace(self, total=self.total.merge(drift_window), total_windows=total)
         measured = drift_window.class_sums.moments(np.zeros(1))
         classes = np.flatnonzero(measured.n.any(1))
-        return LearningState(
+        new: dict[str, Any] = {
+            "bins": divergence.coarsen_bins(drift_window.counts)[None],
+            "output": drift_window.output[None],
+            "scores": drift_window.scores[None],
+            "t": [t],
+            "step_us": [drift_window.sampling.mean_step_us()],
+            "repeated": [drift_window.repeated_share],
+            "missing": drift_window.missing_share[None],
+            "window": np.full(len(classes), self.windows),
+            "label": classes,
+            "n": measured.n[classes],
+            "mean": measured.mean[classes],
+            "m2": measured.m2[classes],
+        }
+        for name, part in new.items():
+            before = getattr(self, name)
+            new[name] = np.concatenate([before, np.asarray(part).astype(before.dtype)])
+        retained = _retain(task, drift_window, classes)
+        return replace(
+            self,
             windows=self.windows + 1,
             total=self.total.merge(drift_window),
-            bins=np.concatenate([self.bins, psi.coarsen_bins(drift_window.counts)[None].astype(np.int32)]),
-            output=np.concatenate([self.output, drift_window.output[None].astype(np.int32)]),
-            scores=np.concatenate([self.scores, drift_window.scores[None].astype(np.int32)]),
-            t=np.concatenate([self.t, [t]]),
-            window=np.concatenate([self.window, np.full(len(classes), self.windows)]),
-            label=np.concatenate([self.label, classes]),
-            n=np.concatenate([self.n, measured.n[classes].astype(np.int32)]),
-            mean=np.concatenate([self.mean, measured.mean[classes].astype(np.float32)]),
-            m2=np.concatenate([self.m2, measured.m2[classes].astype(np.float32)]),
-            detectors={
-                name: np.concatenate([self.detectors[name], entries])
-                for name, entries in _retain(task, drift_window, classes).items()
-            },
-            rate=self.rate.add(
-                float(drift_window.sampling.mean_step_us()),
-                float(drift_window.repeated_share),
-                drift_window.missing_share,
-                drift_window.detectors[SPEED.name],
-                t,
-            ),
+            detectors={name: np.concatenate([self.detectors[name], part]) for name, part in retained.items()},
             total_windows=total,
-            thinning=self.thinning,
+            **new,
         )
 
     def thin(self) -> LearningState:
         """Drop every other window, and from now on keep half as many."""
-        every_other = np.arange(0, self.windows, 2)
-        entries = self.window % 2 == 0
+        every_other, entries = np.arange(0, self.windows, 2), self.window % 2 == 0
+        fewer: dict[str, Any] = {name: getattr(self, name)[every_other] for name in _PER_WINDOW} | {
+            name: getattr(self, name)[entries] for name in _PER_ENTRY
+        }
+        fewer["window"] = fewer["window"] // 2
         return replace(
             self,
             windows=len(every_other),
-            bins=self.bins[every_other],
-            output=self.output[every_other],
-            scores=self.scores[every_other],
-            t=self.t[every_other],
-            window=self.window[entries] // 2,
-            label=self.label[entries],
-            n=self.n[entries],
-            mean=self.mean[entries],
-            m2=self.m2[entries],
             detectors={name: retained[entries] for name, retained in self.detectors.items()},
-            rate=self.rate.thin(),
             thinning=2 * self.thinning,
+            **fewer,
         )
 
     @property
     def capacity(self) -> int:
         """Return how many windows may be kept: fewer where fields and classes make each of them large."""
         size = sum(part.nbytes for part in (self.bins, self.output, self.scores, self.n, self.mean, self.m2))
-        # A weight is one number per entry.
-        size += sum(part.nbytes for name, part in self.detectors.items() if not name.endswith(".weight"))
+        # What a detector retains beside its main numbers is not counted.
+        size += sum(part.nbytes for name, part in self.detectors.items() if "." not in name)
         return int(np.clip(MAX_BYTES * self.windows // max(size, 1), MIN_RETAINED_WINDOWS, MAX_WINDOWS))
 
     @property
@@ -165,17 +167,23 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
         mean = self._expand(shipped, np.where(self.n > 0, self.mean + shipped.origin, 0.0))
         return GroupMoments(n.astype(np.int64), mean, self._expand(shipped, self.m2))
 
-    def learned_windows(self, shipped: Reference, class_moments: GroupMoments, class_sd: Float64s) -> LearnedWindows:
+    def learned_windows(
+        self, shipped: Reference, class_moments: GroupMoments, class_sd: Float64s, seasonality: str
+    ) -> LearnedWindows:
         """Return these windows as detectors learn from them, with their `class_moments` (K, C, D)."""
         return LearnedWindows(
             class_moments,
             class_moments.pooled(0),
-            self.output.astype(np.int64),
+            Distributions(*(part.astype(np.int64) for part in (self.bins, self.output, self.scores))),
             class_sd,
-            float(moments.MIN_CLASS_WINDOWS if shipped.windowed else correlation.MIN_ROWS),
+            float(MIN_CLASS_WINDOWS if shipped.windowed else MIN_CLASS_ROWS),
             self.detectors,
             self.window,
             self.label,
+            self.step_us,
+            self.repeated,
+            self.midpoints,
+            seasonality,
         )
 
     def to_bytes(self) -> bytes:
@@ -216,10 +224,10 @@ def calibrate_reference(
     usual = moments.fit_class_statistics(
         class_moments.pooled(0), moments.MIN_SD_SHARE if source == "shipped" else moments.MIN_SITE_SD_SHARE
     )
-    learned = learning.learned_windows(shipped, class_moments, usual.sd)
-    values = MOMENTS.learn(shipped.task, learned).values
     if not learning.has_steady_clock:
         seasonality = "none"
+    learned = learning.learned_windows(shipped, class_moments, usual.sd, seasonality)
+    values = MOMENTS.learn_values(shipped.task, learned)
     cycle = daily_cycle.can_fit_daily(learning.midpoints, seasonality)
     residuals = daily_cycle.fit(values, learning.midpoints, seasonality).residuals if cycle else values
     mean, sd = outliers.calibrate(residuals, shipped.fields)
@@ -255,78 +263,61 @@ def calibrate_reference(
     if source == "shipped":
         return reference
     accuracy = cbpe.expected_accuracy_spread(shipped.score_n, shipped.score_correct, learning.scores.astype(np.int64))
-    return _add_site_calibration(reference, learning, learned, seasonality, number, accuracy)
+    return _add_site_calibration(reference, learning, learned, number, accuracy)
 
 
 def _add_site_calibration(
     reference: Reference,
     learning: LearningState,
     learned: LearnedWindows,
-    seasonality: str,
     number: int,
     accuracy: tuple[float, float] | None,
 ) -> Reference:
-    tests, layout = _calibrate_tests(reference, learning, learned, seasonality), reference.layout
-    scores, cycle, class_shares = tests.residuals / tests.sd, tests.cycle, layout[CLASS_SHARE.name]
-    fields_alike = false_alarm_budget.autocorrelation(tests.residuals[:, layout[MOMENTS.name]])
-    shares_alike = false_alarm_budget.autocorrelation(scores[:, class_shares])
-    level = false_alarm_budget.exceedance_level(layout.fields + 2)
-    psi_budget = false_alarm_budget.PSI_BUDGET / (layout.fields + 2)
-    psi_limits = [
-        psi.fit_limits(psi.leave_one_out_psi(part.astype(np.int64)).reshape(learning.windows, -1), level, psi_budget)
-        for part in (learning.bins, learning.output, learning.scores)
-    ]
+    task, layout = reference.task, reference.layout
+    values = np.concatenate([detector.learn_values(task, learned) for detector in SCORED], axis=1)
+    tested = (~np.isnan(values)).sum(0) >= MIN_WINDOWS
+    mean, sd, residuals, cycle = _calibrate_scores(task, layout, values, tested, learned)
+    scores = LearnedScores(residuals, sd, layout.slices)
     site = SiteCalibration(
-        class_means=tests.class_means,
-        psi_limits=np.concatenate(psi_limits),
-        stretch=false_alarm_budget.stretch_factor(fields_alike),
+        baselines=LearnedBaselines(
+            {
+                detector.name: detector.learn(task, learned, scores)
+                for detector in DETECTORS
+                if detector.baseline_type is not None
+            }
+        ),
+        stretch=false_alarm_budget.stretch_factor(MOMENTS.autocorrelation(scores)),
         waves=cycle.waves,
-        hours=daily_cycle.count_hours(learning.midpoints),
+        hours=daily_cycle.count_hours(learned.t),
         learned=(int(learning.t[0, 0]), int(learning.t[-1, 1])),
         number=number,
         accuracy=accuracy,
         steps=learning.total.steps,
-        rate=rate.learn_baseline(learning.rate, reference.class_count, reference.window_rows, seasonality),
+        missing=learning.missing.max(0),
         rest=cycle.rest if cycle.has_rest_days else None,
         rest_begins=cycle.rest_begins,
         rest_lasts=cycle.rest_lasts,
-        together=(
-            mewma.fit_limit(scores[:, layout.means], fields_alike, false_alarm_budget.mewma_budget(layout.fields)),
-            mewma.fit_limit(scores[:, class_shares], shares_alike, false_alarm_budget.CLASS_SHARE_MEWMA_BUDGET),
-        ),
-        alike=shares_alike,
     )
-    return replace(reference, test_mean=tests.mean, test_sd=np.where(tests.tested, tests.sd, UNTESTED_SD), site=site)
+    return replace(reference, test_mean=mean, test_sd=np.where(tested, sd, UNTESTED_SD), site=site)
 
 
-class _TestCalibration(msgspec.Struct, frozen=True, eq=False):
-    """Calibration of all T tests over K drift windows."""
+def _calibrate_scores(
+    task: Task, layout: ScoreLayout, values: Float64s, tested: Bools, learned: LearnedWindows
+) -> tuple[Float64s, Float64s, Float64s, daily_cycle.Cycle]:
+    """Return mean and sd (T,) of all detectors' values (K, T), residuals (K, T) without mean and cycle, and the cycle.
 
-    mean: Float64s  # (T,)
-    sd: Float64s
-    tested: Bools  # in enough windows
-    residuals: Float64s  # (K, T) without mean and cycle
-    cycle: daily_cycle.Cycle
-    class_means: dict[str, Float64s]  # (C, X) by detector
-
-
-def _calibrate_tests(
-    reference: Reference, learning: LearningState, learned: LearnedWindows, seasonality: str
-) -> _TestCalibration:
-    task, layout = reference.task, reference.layout
-    parts = {detector.name: detector.learn(task, learned) for detector in DETECTORS}
-    values = np.concatenate([part.values for part in parts.values()], axis=1)
+    `tested` (T,) have values in enough windows.
+    """
     min_sd = np.empty(layout.test_count)
-    for detector in DETECTORS:
+    for detector in SCORED:
         min_sd[layout[detector.name]] = detector.min_sd(task)
     # Slices, as numpy adds up a copy of columns in another order.
-    unclipped = [layout[detector.name] for detector in DETECTORS if not detector.winsorized]
-    tested = (~np.isnan(values)).sum(0) >= MIN_WINDOWS
+    unclipped = [layout[detector.name] for detector in SCORED if not detector.winsorized]
     middle = nanmedian(np.where(tested, values, 0.0))
     known = np.where(tested & ~np.isnan(values), values, middle)
     (mean, residuals), cycle = outliers.winsorize(known, middle, min_sd), daily_cycle.Cycle.empty(values.shape[1])
-    if daily_cycle.can_fit_daily(learning.midpoints, seasonality):
-        fit = daily_cycle.fit(known, learning.midpoints, seasonality)
+    if daily_cycle.can_fit_daily(learned.t, learned.seasonality):
+        fit = daily_cycle.fit(known, learned.t, learned.seasonality)
         _, residuals = outliers.winsorize(fit.residuals, median(fit.residuals), min_sd)
         mean, cycle = fit.mean, fit.cycle
         for place in unclipped:
@@ -335,8 +326,7 @@ def _calibrate_tests(
         for place in unclipped:
             mean[place] = known[:, place].mean(0)
             residuals[:, place] = known[:, place] - mean[place]
-    class_means = {name: part.baseline for name, part in parts.items() if part.baseline is not None}
-    return _TestCalibration(mean, np.maximum(residuals.std(0, ddof=1), min_sd), tested, residuals, cycle, class_means)
+    return mean, np.maximum(residuals.std(0, ddof=1), min_sd), residuals, cycle
 
 
 def build_reference(

@@ -20,9 +20,10 @@ from agent.drift.baseline import runs, window_statistics
 from agent.drift.baseline.modes import CLASS_COUNT
 from agent.drift.baseline.runs import Tail, Trace
 from agent.drift.baseline.site import SiteCalibration
-from agent.drift.detectors.detector import Task
-from agent.drift.detectors.registry import ScoreLayout, get_layout
+from agent.drift.detectors.detector import Baseline, Task
+from agent.drift.detectors.registry import DETECTORS, ScoreLayout, get_layout
 from agent.drift.numeric import divergence
+from agent.drift.numeric.divergence import Distributions
 from agent.errors import BadBundle
 
 VERSION = 1
@@ -107,6 +108,25 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
     @cached_property
     def task(self) -> Task:
         return Task(len(self.fields), len(self.labels), self.class_count, self.window_rows, self.window)
+
+    @cached_property
+    def distributions(self) -> Distributions:
+        return Distributions(divergence.coarsen_bins(self.counts), self.output, self.score_n)
+
+    @cached_property
+    def baselines(self) -> dict[str, Baseline]:
+        """Baseline of each detector; empty unless this is a site's reference."""
+        site = self.site
+        if site is None:
+            return {}
+        every = self.class_n, self.class_mean, self.class_sd, self.distributions, self.drift_windows, site.stretch
+        none = slice(0, 0)
+        return {
+            detector.name: Baseline(
+                *every, self.test_mean[self.layout.slices.get(detector.name, none)], site.baselines.get(detector.name)
+            )
+            for detector in DETECTORS
+        }
 
     @cached_property
     def digest(self) -> str:

@@ -12,9 +12,8 @@ from agent.arrays import Float64s, Ints
 from agent.drift.baseline.resolution import SIZE_BINS, Resolution
 from agent.drift.detectors import daily_cycle
 from agent.drift.detectors.daily_cycle import Cycle
-from agent.drift.detectors.detector import Counter, Task
-from agent.drift.detectors.registry import DETECTORS
-from agent.drift.detectors.sampling_rate import RateBaseline
+from agent.drift.detectors.detector import Task
+from agent.drift.detectors.registry import DETECTORS, LearnedBaselines
 
 
 class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
@@ -23,21 +22,18 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
     A site's `test_mean` and `test_sd` cover the T scores of all detectors, in the order of the registry.
     """
 
-    class_means: dict[str, Float64s]  # (C, X) by detector; a rare class has those of all classes together
-    psi_limits: Float64s  # (F + 2,) of the fields, the predictions, the certainty
-    stretch: float  # factor on limits, because neighboring windows are alike
+    baselines: LearnedBaselines
+    stretch: float  # factor on limits, because neighboring windows correlate
     waves: Float64s  # (6, T) harmonics of a day, added to test_mean; zeros without a cycle
     hours: Ints  # (24,) learned windows in each hour of the day, UTC
     learned: tuple[int, int]  # begin of the first and end of the last window, epoch µs
     number: int  # 1 for the first reference that this device learned for the task
     accuracy: tuple[float, float] | None  # expected from the certainty: mean, and sd over three windows
     steps: Ints  # (F, 64) from row to row, by size
-    rate: RateBaseline | None  # None where too few windows were gathered
+    missing: Float64s  # (F,) largest share of rows without a value in a learned window
     rest: Float64s | None  # (7, T) added to test_mean on days of rest; None where these are as the others
     rest_begins: int  # µs into the epoch week
     rest_lasts: int
-    together: tuple[float, float]  # MEWMA limits of fields' means and of class shares
-    alike: float  # lag-1 autocorrelation of class shares
 
     @cached_property
     def resolution(self) -> Resolution:
@@ -56,26 +52,19 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     def find_invalid(self, task: Task, tests: int) -> list[str]:
         """Return the members that do not fit the task."""
-        classes, fields = task.classes, task.fields
-        widths = {
-            detector.name: (classes, detector.width(task)) for detector in DETECTORS if isinstance(detector, Counter)
-        }
-        shapes = {
-            "psi_limits": (fields + 2,),
-            "hours": (24,),
-            "waves": (2 * daily_cycle.HARMONICS, tests),
-        }
-        rules = {name: getattr(self, name).shape == shape for name, shape in shapes.items()} | {
-            "class_means": {name: means.shape for name, means in self.class_means.items()} == widths,
+        rules = {
+            "hours": self.hours.shape == (24,),
+            "waves": self.waves.shape == (2 * daily_cycle.HARMONICS, tests) and bool(np.isfinite(self.waves).all()),
             "stretch": 1 <= self.stretch <= 3,
-            "together": min(self.together) > 0,
-            "alike": 0 <= self.alike < 1,
-            "steps": self.steps.shape == (fields, SIZE_BINS),
+            "missing": self.missing.shape == (task.fields,) and bool((self.missing >= 0).all()),
+            "steps": self.steps.shape == (task.fields, SIZE_BINS),
             "rest": self.rest is None or self._is_valid_rest(self.rest, tests),
-            "rate": self.rate is None or self.rate.is_valid(classes, fields),
+        } | {
+            f"baselines.{detector.name}": detector.is_valid(task, self.baselines[detector.name])
+            for detector in DETECTORS
+            if detector.name in self.baselines
         }
-        wrong = [f"site.{name}" for name, holds in rules.items() if not holds]
-        return wrong + ([] if np.isfinite(self.waves).all() else ["site.waves"])
+        return [f"site.{name}" for name, holds in rules.items() if not holds]
 
     def _is_valid_rest(self, rest: Float64s, tests: int) -> bool:
         within = 0 <= self.rest_begins < daily_cycle.WEEK_US and 0 < self.rest_lasts < daily_cycle.WEEK_US

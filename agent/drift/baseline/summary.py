@@ -21,6 +21,7 @@ from agent.drift.baseline.sampling import SamplingIntervals
 from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.detectors.detector import DriftWindows
 from agent.drift.detectors.registry import COUNTERS
+from agent.drift.numeric.divergence import Distributions, coarsen_bins
 from agent.drift.numeric.sums import Groups, GroupSums
 
 
@@ -72,7 +73,11 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
 
     def drift_windows(self, origin: Float64s) -> DriftWindows:
         """Return what detectors score of a stack; `origin` is what the reference measures sums from."""
-        return DriftWindows(self.class_sums.moments(origin), self.output, self.detectors)
+        return DriftWindows(self.class_sums.moments(origin), self.distributions, self.detectors)
+
+    @property
+    def distributions(self) -> Distributions:
+        return Distributions(coarsen_bins(self.counts), self.output, self.scores)
 
     @property
     def rows(self) -> int:
@@ -154,21 +159,13 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
         """Merge both; associative and commutative, counts exact. Raises ValueError under different references."""
         if self.reference != other.reference:
             raise ValueError("summaries made under different references do not add up: their bins differ")
+        merged: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in _ADDED}
         return Summary(
             reference=self.reference,
-            counts=self.counts + other.counts,
-            missing=self.missing + other.missing,
-            outside=self.outside + other.outside,
-            spikes=self.spikes + other.spikes,
             longest=np.maximum(self.longest, other.longest),
             extremes=self.extremes.merge(other.extremes),
-            steps=self.steps + other.steps,
-            row_sums=self.row_sums + other.row_sums,
-            class_sums=self.class_sums + other.class_sums,
-            output=self.output + other.output,
-            scores=self.scores + other.scores,
             detectors={name: counts + other.detectors[name] for name, counts in self.detectors.items()},
-            sampling=self.sampling + other.sampling,
+            **merged,
         )
 
     def to_bytes(self) -> bytes:
@@ -243,7 +240,7 @@ def _combine(summaries: Sequence[Summary], combine: Callable[[Sequence[np.ndarra
     def combine_fields(*structs: Any) -> list[np.ndarray]:
         return [combine([getattr(part, name) for part in structs]) for name in structs[0].__struct_fields__]
 
-    plain = {name: combine([getattr(part, name) for part in summaries]) for name in _ARRAY_FIELDS}
+    plain = {name: combine([getattr(part, name) for part in summaries]) for name in (*_COUNTS, "longest")}
     return Summary(
         reference=summaries[0].reference,
         row_sums=GroupSums(*combine_fields(*(part.row_sums for part in summaries))),
@@ -255,16 +252,8 @@ def _combine(summaries: Sequence[Summary], combine: Callable[[Sequence[np.ndarra
     )
 
 
-_ARRAY_FIELDS = (
-    "counts",
-    "missing",
-    "outside",
-    "spikes",
-    "longest",
-    "steps",
-    "output",
-    "scores",
-)
+_COUNTS = ("counts", "missing", "outside", "spikes", "steps", "output", "scores")
+_ADDED = (*_COUNTS, "row_sums", "class_sums", "sampling")
 
 
 def summarize(

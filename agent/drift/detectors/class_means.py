@@ -13,14 +13,14 @@ import numpy as np
 
 from agent.arrays import AnyArray, Bools, Float64s, Ints
 from agent.drift.detectors.detector import (
-    Alarm,
-    AlertText,
     Baseline,
     ClassifiedWindows,
+    Counter,
     DriftWindows,
-    Learned,
+    LearnedScores,
     LearnedWindows,
     ModelWindows,
+    ScoreDetector,
     Scores,
     Task,
 )
@@ -81,27 +81,30 @@ def _mean_or_overall(weight: Float64s, total: Float64s, min_weight: float) -> Fl
     return np.asarray(np.where(weight >= min_weight, total / np.maximum(weight, 1e-9), overall))
 
 
-class ClassMeanDetector:
+def count_measured(counter: Counter, task: Task, windows: ClassifiedWindows) -> Ints:
+    """Return counts and sums (G, `count_width`) of what a counter measured; zeros for single rows."""
+    if counter.name not in windows.measures:
+        return np.zeros((len(windows.groups.n), counter.count_width(task)), np.int64)
+    return sum_by_group(windows.measures[counter.name], windows.groups)
+
+
+class ClassMeansBaseline(msgspec.Struct, frozen=True, eq=False):
+    mean: Float64s  # (C, X); a rare class has that of all classes together
+
+
+class ClassMeanDetector(ScoreDetector):
     """Detector of X numbers that `measure` takes of each model window; they belong to one subject.
 
     A subclass names itself, its subject and its false-alarm budget, and gives `width`, `measure` and `describe`.
     """
 
-    name = ""
-    subject = ""
-    slack = false_alarm_budget.FIELD_SLACK
+    subject: str
+    baseline_type = ClassMeansBaseline
     budget = 3e-4  # false alarms per window, of all S tests together
     min_limit = false_alarm_budget.MIN_CUSUM_LIMIT
-    winsorized = True
-
-    def width(self, task: Task) -> int:
-        raise NotImplementedError
 
     def measure(self, windows: ModelWindows) -> Float64s | None:
         return None
-
-    def describe(self, alarm: Alarm) -> AlertText:
-        raise NotImplementedError
 
     def min_sd(self, task: Task) -> float:
         return 0.05
@@ -109,17 +112,17 @@ class ClassMeanDetector:
     def subjects(self, task: Task) -> Sequence[int]:
         return [task.subject(self.subject)] * self.width(task)
 
-    def limit(self, task: Task, windows: int, autocorrelation: float, stretch: float) -> float:
-        limit = false_alarm_budget.cusum_limit(self.width(task), windows, self.slack, self.budget, self.min_limit)
-        return limit * stretch
+    def limit(self, task: Task, baseline: Baseline) -> float:
+        limit = false_alarm_budget.cusum_limit(
+            self.width(task), baseline.drift_windows, self.slack, self.budget, self.min_limit
+        )
+        return limit * baseline.stretch
 
     def count_width(self, task: Task) -> int:
         return 2 * self.width(task)
 
     def count(self, task: Task, windows: ClassifiedWindows) -> Ints:
-        if self.name not in windows.measures:
-            return np.zeros((len(windows.groups.n), self.count_width(task)), np.int64)
-        return sum_by_group(windows.measures[self.name], windows.groups)
+        return count_measured(self, task, windows)
 
     def means(self, task: Task, counts: Ints) -> WeightedMeans:
         """Return the means of counts (..., C, `count_width`)."""
@@ -132,19 +135,22 @@ class ClassMeanDetector:
         """Return the means (m, X) of retained entries."""
         return self.means(task, entries[self.name])
 
-    def learn(self, task: Task, learned: LearnedWindows) -> Learned:
-        entries = self.retained_means(task, learned.entries)
-        shape = (*learned.output.shape, self.width(task))
-        expanded = WeightedMeans(np.zeros(shape), np.zeros(shape))
-        expanded.weight[learned.window, learned.label] = entries.weight
-        expanded.mean[learned.window, learned.label] = entries.mean
-        min_weight = learned.min_class_weight
-        values = compute_deviations(expanded, leave_one_out_mean(expanded, min_weight))
-        return Learned(values, pooled_mean(expanded, min_weight))
+    def learn_values(self, task: Task, windows: LearnedWindows) -> Float64s:
+        learned = self._expand(task, windows)
+        return compute_deviations(learned, leave_one_out_mean(learned, windows.min_class_weight))
+
+    def learn(self, task: Task, windows: LearnedWindows, scores: LearnedScores) -> ClassMeansBaseline:
+        return ClassMeansBaseline(pooled_mean(self._expand(task, windows), windows.min_class_weight))
+
+    def is_valid(self, task: Task, own: ClassMeansBaseline) -> bool:
+        return own.mean.shape == (task.classes, self.width(task))
+
+    def _expand(self, task: Task, windows: LearnedWindows) -> WeightedMeans:
+        entries = self.retained_means(task, windows.entries)
+        return WeightedMeans(windows.expand(entries.weight), windows.expand(entries.mean))
 
     def score(self, task: Task, windows: DriftWindows, baseline: Baseline) -> Scores:
-        assert baseline.own is not None
-        return Scores(compute_deviations(self.means(task, windows.counts[self.name]), baseline.own))
+        return Scores(compute_deviations(self.means(task, windows.counts[self.name]), baseline.own.mean))
 
     def suspended(self, task: Task, moving: Bools, near_alarm: Bools) -> Bools | None:
         return np.repeat(near_alarm[:, None], self.width(task), axis=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
@@ -13,8 +14,9 @@ from agent.drift.detectors.detector import (
     AlertText,
     Baseline,
     DriftWindows,
-    Learned,
+    LearnedScores,
     LearnedWindows,
+    ScoreDetector,
     Scores,
     Task,
     round_significant,
@@ -22,11 +24,15 @@ from agent.drift.detectors.detector import (
 from agent.drift.numeric import false_alarm_budget
 
 
-class ClassShareDetector:
+class ClassShareBaseline(msgspec.Struct, frozen=True, eq=False):
+    autocorrelation: float  # lag 1, of shares from window to window
+
+
+class ClassShareDetector(ScoreDetector):
     """Detector of shares of predictions, which a summary counts anyway."""
 
     name = "class_share"
-    slack = false_alarm_budget.FIELD_SLACK
+    baseline_type = ClassShareBaseline
     # A mode that is seldom on is no odd window.
     winsorized = False
 
@@ -40,19 +46,29 @@ class ClassShareDetector:
     def subjects(self, task: Task) -> Sequence[int]:
         return [task.subject(OUTPUT)] * self.width(task)
 
-    def limit(self, task: Task, windows: int, autocorrelation: float, stretch: float) -> float:
+    def limit(self, task: Task, baseline: Baseline) -> float:
         """Return the limit for as many independent windows as these are worth: modes last for hours."""
-        independent = false_alarm_budget.effective_sample_size(windows, autocorrelation)
+        autocorrelation: float = baseline.own.autocorrelation
+        independent = false_alarm_budget.effective_sample_size(baseline.drift_windows, autocorrelation)
         limit = false_alarm_budget.cusum_limit(
             self.width(task), independent, self.slack, false_alarm_budget.CLASS_SHARE_BUDGET
         )
         return limit * false_alarm_budget.stretch_factor(autocorrelation)
 
-    def learn(self, task: Task, learned: LearnedWindows) -> Learned:
-        return Learned(self._shares(task, learned.output))
+    def learn_values(self, task: Task, windows: LearnedWindows) -> Float64s:
+        return self._shares(task, windows.distributions.output)
+
+    def learn(self, task: Task, windows: LearnedWindows, scores: LearnedScores) -> ClassShareBaseline:
+        return ClassShareBaseline(self.autocorrelation(scores))
+
+    def is_valid(self, task: Task, own: ClassShareBaseline) -> bool:
+        return 0 <= own.autocorrelation < 1
+
+    def autocorrelation(self, scores: LearnedScores) -> float:
+        return false_alarm_budget.autocorrelation(scores.z[:, scores.slices[self.name]])
 
     def score(self, task: Task, windows: DriftWindows, baseline: Baseline) -> Scores:
-        return Scores(self._shares(task, windows.output))
+        return Scores(self._shares(task, windows.distributions.output))
 
     def suspended(self, task: Task, moving: Bools, near_alarm: Bools) -> Bools | None:
         return np.repeat(near_alarm[:, None], self.width(task), axis=1)

@@ -19,6 +19,7 @@ from agent.arrays import AnyArray, Bools, Float64s, Ints
 from agent.drift.detectors.class_means import ClassMeanDetector, WeightedMeans
 from agent.drift.detectors.detector import (
     JOINT,
+    MIN_CLASS_ROWS,
     Alarm,
     AlertText,
     ClassifiedWindows,
@@ -32,7 +33,6 @@ from agent.drift.numeric.sums import Groups
 MAX_PAIRS = 276  # all pairs of 24 fields; of more fields, those closest in the bundle's order
 MAX_CORRELATION = 0.9999  # larger ones count as this
 RESIDUAL_SCALE, RESIDUAL_CLIP = 2.0**10, 16.0  # residuals in steps of 1/1024 class sd, and the largest one
-MIN_ROWS = 30  # a class with fewer rows has no correlation
 MAX_PAIRS_NAMED = 3
 _WEIGHT = "correlation.weight"
 
@@ -142,7 +142,7 @@ class CorrelationDetector(ClassMeanDetector):
         scale = np.sqrt(np.maximum(variance.take(left, -1) * variance.take(right, -1), 0.0))
         moving = scale > 1.0
         correlation = (product - mean.take(left, -1) * mean.take(right, -1)) / np.where(moving, scale, 1.0)
-        weight = np.where(moving & (n >= MIN_ROWS), n - 3, 0.0)
+        weight = np.where(moving & (n >= MIN_CLASS_ROWS), n - 3, 0.0)
         z = np.arctanh(np.minimum(np.maximum(correlation, -MAX_CORRELATION), MAX_CORRELATION))
         return WeightedMeans(weight, np.where(weight > 0, z, 0.0))
 

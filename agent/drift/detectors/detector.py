@@ -1,23 +1,31 @@
 """Detector interface: what a drift test counts of rows, learns at a site, scores of a window, and says in an alert.
 
-A detector gives S scores of each drift window. The test suite runs one CUSUM per score, so a detector holds no state of
-its own. It knows arrays only, neither summaries nor references. `registry.DETECTORS` lists all detectors.
+A score detector gives S scores of each drift window; the test suite runs one CUSUM per score. A chart keeps a state of
+its own. Detectors know arrays only, neither summaries nor references. `registry.DETECTORS` lists all of them.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import msgspec
+import numpy as np
+from msgspec.structs import replace
 
 from agent import text
-from agent.arrays import AnyArray, Bools, Float32s, Float64s, Ints
-from agent.drift.detectors.season import SlowTrend
+from agent.arrays import AnyArray, Bools, Float64s, Ints
+from agent.drift.detectors.cusum import Cusum
+from agent.drift.numeric import false_alarm_budget
+from agent.drift.numeric.divergence import Distributions
 from agent.drift.numeric.sums import GroupMoments, Groups
 
 EARLY_DRIFT_SHARE = 0.5  # of its limit: a field's sum beyond it counts as a drift that begins
 NEAR_LIMIT_SHARE = 0.8
+# A rarer class has no statistics of its own, by model windows, and no correlation, by rows.
+MIN_CLASS_WINDOWS, MIN_CLASS_ROWS = 8, 30
 OUTPUT, SCORE, JOINT = SUBJECTS = "output", "score", "joint"  # after the fields
 
 
@@ -33,6 +41,10 @@ class Task(msgspec.Struct, frozen=True):
     @property
     def windowed(self) -> bool:
         return self.window_rows > 1
+
+    @property
+    def subject_count(self) -> int:
+        return self.fields + len(SUBJECTS)
 
     def subject(self, name: str) -> int:
         """Return the number of the subject output, score or joint; fields come before these."""
@@ -61,10 +73,10 @@ class ClassifiedWindows(msgspec.Struct, frozen=True):
 
 
 class DriftWindows(msgspec.Struct, frozen=True):
-    """Drift windows to score, W in front: moments of their classes (W, C, D), predictions, and detectors' counts."""
+    """Drift windows to score, W in front: moments of their classes (W, C, D), distributions, and detectors' counts."""
 
     moments: GroupMoments
-    output: Ints  # (W, C) predictions of each class
+    distributions: Distributions
     counts: Mapping[str, Ints]  # (W, C, …) by detector
 
 
@@ -73,29 +85,47 @@ class LearnedWindows(msgspec.Struct, frozen=True):
 
     moments: GroupMoments
     pooled: GroupMoments  # (C, D)
-    output: Ints  # (K, C)
+    distributions: Distributions
     class_sd: Float64s  # (C, D) of the reference that is being made
     min_class_weight: float  # model windows, or rows, below which a class has no mean of its own
     entries: Mapping[str, AnyArray]  # (m, …) by detector: one entry per class that occurred in a window
     window: Ints  # (m,) of each entry
     label: Ints  # (m,)
+    step_us: Float64s  # (K,) mean step from row to row, NaN if unknown
+    repeated: Float64s  # (K,) share of rows that repeat the row before
+    t: Ints  # (K,) middle of each, epoch µs
+    seasonality: str  # auto | hour | week | none
+
+    def expand(self, entries: AnyArray) -> Float64s:
+        """Return entries (m, X) by window and class (K, C, X); zeros where a class did not occur."""
+        out = np.zeros((*self.distributions.output.shape, entries.shape[1]))
+        out[self.window, self.label] = entries
+        return out
 
 
-class Learned(msgspec.Struct, frozen=True):
-    """Values of learned windows (K, S), NaN where there was nothing to test, and what later ones are compared with."""
+class LearnedScores(msgspec.Struct, frozen=True, dict=True):
+    """Scores (K, T) of the learned windows, from which limits are fitted."""
 
-    values: Float64s
-    baseline: Float64s | None = None
+    residuals: Float64s  # of the values, without mean and cycle
+    sd: Float64s  # (T,)
+    slices: Mapping[str, slice]  # place of each detector's scores
+
+    @cached_property
+    def z(self) -> Float64s:
+        return self.residuals / self.sd
 
 
 class Baseline(msgspec.Struct, frozen=True):
-    """Baseline of one detector at a site: class statistics, its own learned numbers, and its tests' mean values."""
+    """Baseline of one detector at a site: statistics of the site's reference, and what the detector learned itself."""
 
     class_n: Ints  # (C, D)
     class_mean: Float64s
     class_sd: Float64s
-    own: Float64s | None
+    distributions: Distributions
+    drift_windows: int  # K, from which all this was learned
+    stretch: float  # factor on limits, because neighboring windows correlate
     mean: Float64s  # (S,) of the values
+    own: Any  # of the detector's `baseline_type`
 
 
 class Scores(msgspec.Struct, frozen=True):
@@ -121,25 +151,64 @@ class AlertText(msgspec.Struct, frozen=True):
 
 
 class Alarm(msgspec.Struct, frozen=True):
-    """An alarm of one subject: CUSUMs (2, S) of the detector (too high, too low), and the window that raised it."""
+    """Alarm of one subject, as the detector `name` sees it: its CUSUMs (2, S) (too high, too low), and the window."""
 
+    name: str
     fields: tuple[str, ...]
     labels: tuple[str, ...]
     subject: int
     unit: str
-    value: Float64s
-    windows: Ints
-    effect: Float64s
-    since: Ints  # epoch µs
-    alarm: Bools
-    limit: Float64s  # (S,)
-    effects: Float64s  # (S,) of the last window
     t: tuple[int, int]  # when the window began and ended, epoch µs
     moments: GroupMoments  # (C, D) of the window
-    baseline: Baseline
+    distributions: Distributions
     sd: Float64s  # (F,) of the site's rows
-    recent_z: Float32s  # (16, 2F) scores of means and spreads in the last windows
-    slow_trend: SlowTrend
+    cusum: Cusum  # of all detectors
+    limits: Float64s  # (T,)
+    all_effects: Float64s  # (T,) of the window
+    slices: Mapping[str, slice]
+    baselines: Mapping[str, Baseline]
+    states: Mapping[str, Any]
+
+    def for_detector(self, name: str) -> Alarm:
+        return replace(self, name=name)
+
+    @property
+    def place(self) -> slice:
+        return self.slices[self.name]
+
+    @property
+    def value(self) -> Float64s:
+        return self.cusum.value[:, self.place]
+
+    @property
+    def windows(self) -> Ints:
+        return self.cusum.windows[:, self.place]
+
+    @property
+    def effect(self) -> Float64s:
+        return self.cusum.effect[:, self.place]
+
+    @property
+    def since(self) -> Ints:
+        """(2, S) epoch µs."""
+        return self.cusum.since[:, self.place]
+
+    @property
+    def alarm(self) -> Bools:
+        return self.cusum.alarm[:, self.place]
+
+    @property
+    def limit(self) -> Float64s:
+        return self.limits[self.place]
+
+    @property
+    def baseline(self) -> Baseline:
+        return self.baselines[self.name]
+
+    @property
+    def state(self) -> Any:
+        """State of the detector, if it has one."""
+        return self.states[self.name]
 
     def format_windows(self, windows: int, since: int) -> str:
         return text.format_windows(windows, since, self.t[1])
@@ -147,36 +216,125 @@ class Alarm(msgspec.Struct, frozen=True):
     def mean_effect(self, side: int, test: int) -> float:
         """Return the effect per window since the change began, or that of the last window."""
         windows = self.windows[side, test]
-        return float(self.effect[side, test] / windows if windows else self.effects[test])
+        return float(self.effect[side, test] / windows if windows else self.all_effects[self.place][test])
 
 
-class Detector(Protocol):
-    """Drift test with S scores per drift window."""
+class Detector(ABC):
+    """Drift test: a `ScoreDetector`, a `ChartDetector` or both; a `Counter`, too, if it counts model windows."""
 
-    name: str  # key of its counts, entries and baseline
-    slack: float  # sd of a score that its CUSUM ignores
-    winsorized: bool  # whether odd windows are drawn in while learning
+    name: str  # key of its counts, entries, baseline and state
+    baseline_type: Any = None  # frozen struct of what it learns at a site, a part of the site's reference
 
+    def learn(self, task: Task, windows: LearnedWindows, scores: LearnedScores) -> Any:
+        return None
+
+    def is_valid(self, task: Task, own: Any) -> bool:
+        """Return True if shapes and numbers of its learned baseline fit the task."""
+        return True
+
+
+class AlarmDetector(Detector):
+    """Detector of the drift of subjects."""
+
+    @abstractmethod
+    def describe(self, alarm: Alarm) -> AlertText: ...
+
+
+class ScoreDetector(AlarmDetector):
+    """Detector with S scores per drift window; the test suite runs a CUSUM for each."""
+
+    slack = false_alarm_budget.FIELD_SLACK  # sd of a score that its CUSUM ignores
+    winsorized = True  # whether odd windows are drawn in while learning
+
+    @property
+    def field_sums(self) -> tuple[str, ...]:
+        """Names in messages of the scores of one field, if it scores fields."""
+        return (self.name,)
+
+    @abstractmethod
     def width(self, task: Task) -> int:
         """Return S."""
 
+    @abstractmethod
     def subjects(self, task: Task) -> Sequence[int]:
         """Return the subject that each score belongs to (S,)."""
 
+    @abstractmethod
     def min_sd(self, task: Task) -> float:
         """Return the least sd of a value: smaller shifts never matter, however steady a site is."""
 
-    def limit(self, task: Task, windows: int, autocorrelation: float, stretch: float) -> float:
-        """Return the CUSUM limit, given how alike neighboring class shares are and by how much limits stretch."""
+    @abstractmethod
+    def limit(self, task: Task, baseline: Baseline) -> float:
+        """Return the CUSUM limit."""
 
-    def learn(self, task: Task, learned: LearnedWindows) -> Learned: ...
+    @abstractmethod
+    def learn_values(self, task: Task, windows: LearnedWindows) -> Float64s:
+        """Return the values (K, S) of learned windows, each against the others; NaN where nothing is to test."""
 
+    @abstractmethod
     def score(self, task: Task, windows: DriftWindows, baseline: Baseline) -> Scores: ...
 
     def suspended(self, task: Task, moving: Bools, near_alarm: Bools) -> Bools | None:
         """Return which tests (W, S) wait while fields begin to drift (W, F) or one of them nearly alarms (W,)."""
+        return None
 
-    def describe(self, alarm: Alarm) -> AlertText: ...
+    def autocorrelation(self, scores: LearnedScores) -> float:
+        """Return the lag-1 autocorrelation of its values over learned windows."""
+        return false_alarm_budget.autocorrelation(scores.residuals[:, scores.slices[self.name]])
+
+
+class ChartWindows(msgspec.Struct, frozen=True):
+    """W consecutive drift windows for a chart; while an alarm is open before them, W is 1."""
+
+    task: Task
+    baseline: Baseline
+    slices: Mapping[str, slice]
+    z: Float64s  # (W, T) scores of all detectors, NaN where nothing was tested
+    effects: Float64s  # (W, T)
+    evidence: AnyArray | None  # (W, …) of the chart
+    open_fields: Bools  # (F,) fields with an open drift alert
+    t: Ints  # (W,) begin of each, epoch µs
+
+
+class ChartRun(Protocol):
+    """Run of a chart over W windows."""
+
+    @property
+    def windows_before_alarm(self) -> int: ...
+
+    def state_after(self, windows: int) -> Any:
+        """Return the chart's state after `windows` windows, of which only the last may have an open alarm."""
+
+    def open_alarm(self, cusum: Cusum, windows: int, z: Float64s) -> Cusum:
+        """Return the CUSUMs with the alarm that the last of `windows` windows, with scores `z` (T,), opens there."""
+
+
+class ChartDetector(AlarmDetector):
+    """Detector with a state of its own, a frozen struct of arrays, beside the CUSUMs."""
+
+    state_type: Any
+
+    @abstractmethod
+    def start(self, task: Task) -> Any: ...
+
+    def compute_evidence(self, task: Task, windows: DriftWindows, baseline: Baseline) -> AnyArray | None:
+        """Return numbers (W, …) of each window that do not depend on earlier ones."""
+        return None
+
+    @abstractmethod
+    def run(self, state: Any, windows: ChartWindows) -> ChartRun: ...
+
+    def open_subjects(self, state: Any) -> Bools | None:
+        """Return the subjects (F + 3,) with an open alarm of this chart; None for none."""
+        return None
+
+    @abstractmethod
+    def reset_subjects(self, state: Any, task: Task, subjects: Bools) -> Any:
+        """Forget all that was gathered on these subjects (F + 3,)."""
+
+    def restart(self, state: Any) -> Any:
+        """Forget what was gathered towards an alarm, because another one may have caused it."""
+        return state
 
 
 @runtime_checkable

@@ -10,12 +10,27 @@ variables, Australian Journal of Statistics 30.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import msgspec
 import numpy as np
+from msgspec.structs import astuple
 
 from agent.arrays import Bools, Float64s, Ints
+from agent.drift.detectors.cusum import Cusum
+from agent.drift.detectors.detector import (
+    NEAR_LIMIT_SHARE,
+    SUBJECTS,
+    Alarm,
+    AlertText,
+    ChartDetector,
+    ChartWindows,
+    LearnedScores,
+    LearnedWindows,
+    ScoreDetector,
+    Task,
+)
 from agent.drift.detectors.psi import gamma_quantile
 from agent.drift.numeric import false_alarm_budget
 
@@ -70,10 +85,7 @@ class Mewma(msgspec.Struct, frozen=True, eq=False):
 
     def reset_except(self, scores: Bools) -> Mewma:
         """Reset all scores but these (S,)."""
-        return Mewma(*(np.where(scores, part, part.dtype.type(0)) for part in self._arrays()))
-
-    def _arrays(self) -> tuple[Float64s, Ints, Float64s, Ints]:
-        return self.mean, self.windows, self.effect, self.since
+        return Mewma(*(np.where(scores, part, part.dtype.type(0)) for part in astuple(self)))
 
 
 class MewmaSequence(msgspec.Struct, frozen=True, eq=False, dict=True):
@@ -108,10 +120,96 @@ def _statistics(means: Float64s) -> list[float]:
     return [float(beyond @ beyond) for beyond in np.maximum(np.abs(means) - SLACK, 0.0)]
 
 
+class MewmaBaseline(msgspec.Struct, frozen=True, eq=False):
+    limit: float
+
+
+class MewmaRun(msgspec.Struct, frozen=True, eq=False):
+    charted: MewmaSequence
+    limit: float
+    place: slice  # of the charted scores among all
+
+    @property
+    def windows_before_alarm(self) -> int:
+        exceeds = [statistic > self.limit for statistic in self.charted.statistics]
+        return exceeds.index(True) if True in exceeds else len(exceeds)
+
+    def state_after(self, windows: int) -> Mewma:
+        """Return the state, restarted once it exceeds the limit."""
+        exceeds = self.charted.statistics[windows - 1] > self.limit
+        return Mewma.zeros(self.charted.means.shape[1]) if exceeds else self.charted.state_after(windows)
+
+    def open_alarm(self, cusum: Cusum, windows: int, z: Float64s) -> Cusum:
+        """Open the alarm of the charted score that moved most.
+
+        Among scores that moved much it is the one that deviates most now, as the means are clipped.
+        """
+        if self.charted.statistics[windows - 1] <= self.limit:
+            return cusum
+        chart = self.charted.state_after(windows)
+        far = np.abs(chart.mean)
+        now = np.nan_to_num(np.abs(z[self.place]))
+        lead = int(np.where(far >= NEAR_LIMIT_SHARE * far.max(), now, -1.0).argmax())
+        return cusum.open_alarm(
+            0 if chart.mean[lead] > 0 else 1,
+            self.place.start + lead,
+            int(chart.windows[lead]),
+            float(chart.effect[lead]),
+            int(chart.since[lead]),
+        )
+
+
+class MewmaDetector(ChartDetector):
+    """Chart of the first `width` scores of another detector, `source`, with `budget` false alarms per window."""
+
+    baseline_type = MewmaBaseline
+    state_type = Mewma
+
+    def __init__(
+        self, name: str, source: ScoreDetector, width: Callable[[Task], int], budget: Callable[[Task], float]
+    ) -> None:
+        self.name, self.source, self.width, self.budget = name, source, width, budget
+
+    def start(self, task: Task) -> Mewma:
+        return Mewma.zeros(self.width(task))
+
+    def learn(self, task: Task, windows: LearnedWindows, scores: LearnedScores) -> MewmaBaseline:
+        charted = scores.z[:, self._place(task, scores.slices)]
+        return MewmaBaseline(fit_limit(charted, self.source.autocorrelation(scores), self.budget(task)))
+
+    def is_valid(self, task: Task, own: MewmaBaseline) -> bool:
+        return own.limit > 0
+
+    def run(self, state: Mewma, windows: ChartWindows) -> MewmaRun:
+        """Run over windows; scores of fields with an open alert are left out."""
+        place = self._place(windows.task, windows.slices)
+        z = windows.z[:, place]
+        if windows.open_fields.any():
+            held = np.append(windows.open_fields, [False] * len(SUBJECTS))[self._subjects(windows.task)]
+            state, z = state.reset_except(~held), np.where(held, np.nan, z)
+        return MewmaRun(state.run_windows(z, windows.effects[:, place], windows.t), windows.baseline.own.limit, place)
+
+    def reset_subjects(self, state: Mewma, task: Task, subjects: Bools) -> Mewma:
+        return state.reset_except(~subjects[self._subjects(task)])
+
+    def restart(self, state: Mewma) -> Mewma:
+        return Mewma.zeros(len(state.mean))
+
+    def describe(self, alarm: Alarm) -> AlertText:
+        return self.source.describe(alarm.for_detector(self.source.name))
+
+    def _place(self, task: Task, slices: Mapping[str, slice]) -> slice:
+        begin = slices[self.source.name].start
+        return slice(begin, begin + self.width(task))
+
+    def _subjects(self, task: Task) -> Ints:
+        return np.array(self.source.subjects(task)[: self.width(task)], np.int64)
+
+
 def fit_limit(scores: Float64s, autocorrelation: float, budget: float) -> float:
     """Return the limit of the statistic, from scores (K, S) of learned windows in their order.
 
-    `autocorrelation` is how alike neighboring windows are; `budget` the false alarms per window.
+    `autocorrelation` is that of neighboring windows; `budget` the false alarms per window.
     """
     windows, count = scores.shape
     if not count or windows < 4:
@@ -133,10 +231,10 @@ def _eigenvalues(scores: Float64s) -> Float64s:
     """Return the eigenvalues of the scores' correlations, shrunk by what K windows show by chance."""
     windows, count = scores.shape
     unit = scores / np.maximum(np.sqrt((scores**2).sum(0)), 1e-12)
-    alike = unit.T @ unit
+    correlations = unit.T @ unit
     # A score that never moved correlates with none.
-    np.fill_diagonal(alike, 1.0)
-    observed = np.linalg.eigvalsh(alike)
+    np.fill_diagonal(correlations, 1.0)
+    observed = np.linalg.eigvalsh(correlations)
     spread = max(float(((observed - 1) ** 2).sum()), 1e-12)
     true = max(spread - count * (count - 1) / (windows - 1), 0.0)
     return np.asarray(1 + np.sqrt(true / spread) * (observed - 1))

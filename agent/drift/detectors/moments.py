@@ -15,26 +15,30 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
-from agent.arrays import Bools, Float64s, Ints
+from agent.arrays import Bools, Float32s, Float64s, Ints
 from agent.drift.detectors import season
+from agent.drift.detectors.cusum import Cusum
 from agent.drift.detectors.detector import (
     EARLY_DRIFT_SHARE,
+    MIN_CLASS_WINDOWS,
     Alarm,
     AlertText,
     Baseline,
+    ChartDetector,
+    ChartWindows,
     DriftWindows,
-    Learned,
     LearnedWindows,
+    ScoreDetector,
     Scores,
     Task,
     round_significant,
 )
-from agent.drift.detectors.season import MIN_RAMP_WINDOWS, is_ramp
+from agent.drift.detectors.season import MIN_RAMP_WINDOWS, RAMP_WINDOWS, SlowTrend, is_ramp
 from agent.drift.numeric import false_alarm_budget
 from agent.drift.numeric.sums import GroupMoments
 
-MIN_CLASS_WINDOWS = 8  # model windows: a rarer class has no statistics of its own
 # Least sd of a class, as a share of the overall sd. It is more at a site, where one misnamed window in a tight class
 # would outweigh all others.
 MIN_SD_SHARE, MIN_SITE_SD_SHARE = 0.1, 0.15
@@ -99,12 +103,49 @@ def leave_one_out_mean(moments: GroupMoments, pooled: GroupMoments) -> Float64s:
     return np.asarray(np.where(n < MIN_CLASS_WINDOWS, overall, mean))
 
 
-class MomentsDetector:
-    """Detector of means and spreads."""
+class FieldHistory(msgspec.Struct, frozen=True, eq=False):
+    """Scores of the last windows, which tell a ramp and a season from a step."""
+
+    recent_z: Float32s  # (RAMP_WINDOWS, 2F) scores of means and spreads; NaN for none
+    slow_trend: SlowTrend  # of means
+
+
+class HistoryRun(msgspec.Struct, frozen=True, eq=False):
+    before: FieldHistory
+    z: Float64s  # (W, 2F)
+    t: Ints  # (W,)
+
+    @property
+    def windows_before_alarm(self) -> int:
+        return len(self.z)
+
+    def state_after(self, windows: int) -> FieldHistory:
+        z, fields = self.z[:windows], self.z.shape[1] // 2
+        return FieldHistory(
+            np.concatenate([self.before.recent_z, z.astype(np.float32)])[windows:],
+            self.before.slow_trend.add(z[:, :fields], self.t[:windows]),
+        )
+
+    def open_alarm(self, cusum: Cusum, windows: int, z: Float64s) -> Cusum:
+        return cusum
+
+
+class MomentsDetector(ScoreDetector, ChartDetector):
+    """Detector of means and spreads. Its chart raises no alarm; it remembers scores for the alert text."""
 
     name = "moments"
-    slack = false_alarm_budget.FIELD_SLACK
-    winsorized = True
+    field_sums = ("mean", "spread")
+    state_type = FieldHistory
+
+    def start(self, task: Task) -> FieldHistory:
+        return FieldHistory(np.full((RAMP_WINDOWS, 2 * task.fields), np.nan, np.float32), SlowTrend())
+
+    def run(self, state: FieldHistory, windows: ChartWindows) -> HistoryRun:
+        return HistoryRun(state, windows.z[:, windows.slices[self.name]], windows.t)
+
+    def reset_subjects(self, state: FieldHistory, task: Task, subjects: Bools) -> FieldHistory:
+        reset = np.tile(subjects[: task.fields], 2)
+        return replace(state, recent_z=np.where(reset, np.float32(np.nan), state.recent_z))
 
     def width(self, task: Task) -> int:
         return 2 * task.fields
@@ -115,13 +156,15 @@ class MomentsDetector:
     def subjects(self, task: Task) -> Sequence[int]:
         return 2 * list(range(task.fields))
 
-    def limit(self, task: Task, windows: int, autocorrelation: float, stretch: float) -> float:
-        limit = false_alarm_budget.cusum_limit(self.width(task), windows, self.slack, false_alarm_budget.FIELD_BUDGET)
-        return limit * stretch
+    def limit(self, task: Task, baseline: Baseline) -> float:
+        limit = false_alarm_budget.cusum_limit(
+            self.width(task), baseline.drift_windows, self.slack, false_alarm_budget.FIELD_BUDGET
+        )
+        return limit * baseline.stretch
 
-    def learn(self, task: Task, learned: LearnedWindows) -> Learned:
-        mean = leave_one_out_mean(learned.moments, learned.pooled)
-        return Learned(compute_test_values(learned.moments, mean, learned.class_sd, windowed=task.windowed)[0])
+    def learn_values(self, task: Task, windows: LearnedWindows) -> Float64s:
+        mean = leave_one_out_mean(windows.moments, windows.pooled)
+        return compute_test_values(windows.moments, mean, windows.class_sd, windowed=task.windowed)[0]
 
     def score(self, task: Task, windows: DriftWindows, baseline: Baseline) -> Scores:
         values, effects = compute_test_values(
@@ -131,21 +174,15 @@ class MomentsDetector:
         if not task.windowed:
             effects[:, fields:] -= baseline.mean[fields:] / 2
         values[find_untested(windows.moments, windowed=task.windowed)] = np.nan
-        return Scores(values, effects, self._effect_scale(task, baseline))
-
-    def _effect_scale(self, task: Task, baseline: Baseline) -> Float64s:
-        fields = task.fields
         weight = baseline.class_n / np.maximum(baseline.class_n.sum(0), 1)
         sd = (weight * baseline.class_sd).sum(0)
-        return np.concatenate([sd[:fields], sd[fields:] / 2 if task.windowed else np.full(fields, 0.5)])
-
-    def suspended(self, task: Task, moving: Bools, near_alarm: Bools) -> Bools | None:
-        return None
+        scale = np.concatenate([sd[:fields], sd[fields:] / 2 if task.windowed else np.full(fields, 0.5)])
+        return Scores(values, effects, scale)
 
     def describe(self, alarm: Alarm) -> AlertText:
         change = measure_change(alarm)
         name = alarm.fields[alarm.subject]
-        slow = season.guess_cause(alarm.subject, alarm.slow_trend, alarm.fields) if change.test == "mean" else ""
+        slow = season.guess_cause(alarm.subject, alarm.state.slow_trend, alarm.fields) if change.test == "mean" else ""
         cause = slow or guess_cause(change, alarm)
         growing = ", and goes on: a slow ramp" if change.is_ramp else ""
         period = alarm.format_windows(change.windows, change.since)
@@ -198,7 +235,8 @@ def measure_change(alarm: Alarm) -> FieldChange:
         shift_sd=shift / sd if sd > 0 else 0.0,
         ratio=float(np.exp(log_ratio)),
         spread_changed=bool(alarm.value[spread] > EARLY_DRIFT_SHARE * alarm.limit[spread[1]]),
-        is_ramp=int(alarm.windows[lead]) >= MIN_RAMP_WINDOWS and is_ramp(alarm.recent_z[:, lead[1]].astype(np.float64)),
+        is_ramp=int(alarm.windows[lead]) >= MIN_RAMP_WINDOWS
+        and is_ramp(alarm.state.recent_z[:, lead[1]].astype(np.float64)),
     )
 
 

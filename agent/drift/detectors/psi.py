@@ -9,18 +9,37 @@ Subjects: the F fields, the predictions ("output"), the certainty ("score").
 
 from __future__ import annotations
 
+from functools import cached_property
 from statistics import NormalDist
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
-from agent.drift.numeric.divergence import fold_outer_bins
+from agent.drift.detectors.class_share import share_text
+from agent.drift.detectors.cusum import Cusum
+from agent.drift.detectors.detector import (
+    OUTPUT,
+    SCORE,
+    SUBJECTS,
+    Alarm,
+    AlertText,
+    Baseline,
+    ChartDetector,
+    ChartWindows,
+    DriftWindows,
+    LearnedScores,
+    LearnedWindows,
+    Task,
+    round_significant,
+)
+from agent.drift.numeric import false_alarm_budget
+from agent.drift.numeric.divergence import smoothed_shares
 from agent.drift.numeric.sums import median
 
 WINDOWS_TO_CLEAR = 3  # consecutive windows below the limit
 MIN_PSI = 0.02  # a smaller PSI never matters
-BIN_PRIOR = 0.5  # rows added to each bin, so that an empty one is no proof
 MIN_GAMMA_SHAPE = 0.3  # heaviest credible tail
 MAX_GAMMA_SHAPE = 200.0
 
@@ -70,10 +89,102 @@ class PsiConfirmation(msgspec.Struct, frozen=True, eq=False):
         return PsiConfirmation(before, self.alarm & subjects, calm, windows, since)
 
 
-def coarsen_bins(counts: Ints) -> Ints:
-    """Return 16 bins of counts (..., 34): values outside count to the outermost of 32 bins, and these two by two."""
-    inner = fold_outer_bins(counts)
-    return np.asarray(inner.reshape(*inner.shape[:-1], -1, 2).sum(-1))
+class PsiBaseline(msgspec.Struct, frozen=True, eq=False):
+    limits: Float64s  # (F + 2,)
+
+
+class PsiRun(msgspec.Struct, frozen=True, eq=False, dict=True):
+    before: PsiConfirmation
+    exceeded: Bools  # (W, S)
+    tested: Bools
+    t: Ints  # (W,)
+
+    @cached_property
+    def states(self) -> list[PsiConfirmation]:
+        """State after each window, up to the first with an open alarm."""
+        now, states = self.before, []
+        for exceeded, tested, t in zip(self.exceeded, self.tested, self.t.tolist(), strict=True):
+            now = now.update(exceeded, tested, t)
+            states.append(now)
+            if now.alarm.any():
+                break
+        return states
+
+    @property
+    def windows_before_alarm(self) -> int:
+        return len(self.states) - bool(self.states[-1].alarm.any())
+
+    def state_after(self, windows: int) -> PsiConfirmation:
+        return self.states[windows - 1]
+
+    def open_alarm(self, cusum: Cusum, windows: int, z: Float64s) -> Cusum:
+        return cusum
+
+
+class PsiDetector(ChartDetector):
+    """Chart of the PSI of each field, of the predictions and of the certainty."""
+
+    name = "psi"
+    baseline_type = PsiBaseline
+    state_type = PsiConfirmation
+
+    def start(self, task: Task) -> PsiConfirmation:
+        return PsiConfirmation.empty(task.fields + 2)
+
+    def learn(self, task: Task, windows: LearnedWindows, scores: LearnedScores) -> PsiBaseline:
+        subjects, counts = task.fields + 2, windows.distributions
+        level, budget = false_alarm_budget.exceedance_level(subjects), false_alarm_budget.PSI_BUDGET / subjects
+        parts = (leave_one_out_psi(part) for part in (counts.bins, counts.output, counts.scores))
+        return PsiBaseline(np.concatenate([fit_limits(part.reshape(len(part), -1), level, budget) for part in parts]))
+
+    def is_valid(self, task: Task, own: PsiBaseline) -> bool:
+        return own.limits.shape == (task.fields + 2,)
+
+    def compute_evidence(self, task: Task, windows: DriftWindows, baseline: Baseline) -> Float64s:
+        """Return the PSI (W, S), NaN where there is nothing to compare."""
+        usual, counts = baseline.distributions.smoothed, windows.distributions
+        labelled, scored = task.labels > 1, counts.scores.any(-1)
+        return np.concatenate(
+            [
+                compute_psi(usual[0], counts.bins),
+                np.where(labelled, compute_psi(usual[1], counts.output), np.nan)[:, None],
+                np.where(scored, compute_psi(usual[2], counts.scores), np.nan)[:, None],
+            ],
+            axis=1,
+        )
+
+    def run(self, state: PsiConfirmation, windows: ChartWindows) -> PsiRun:
+        evidence: Float64s = np.asarray(windows.evidence)
+        tested = ~np.isnan(evidence)
+        if windows.open_fields.any():
+            # The model may name wrong classes.
+            tested[:, -2:] = False
+        return PsiRun(state, evidence > windows.baseline.own.limits, tested, windows.t)
+
+    def open_subjects(self, state: PsiConfirmation) -> Bools | None:
+        return np.append(state.alarm, False) if state.alarm.any() else None
+
+    def reset_subjects(self, state: PsiConfirmation, task: Task, subjects: Bools) -> PsiConfirmation:
+        return state.reset_except(~subjects[:-1])
+
+    def describe(self, alarm: Alarm) -> AlertText:
+        windows, since = (int(part[alarm.subject]) for part in (alarm.state.windows, alarm.state.since))
+        period, fields = alarm.format_windows(windows, since), len(alarm.fields)
+        if alarm.subject == fields + SUBJECTS.index(OUTPUT):
+            counts = alarm.baseline.distributions.output, alarm.distributions.output
+            usual, share = (part / max(1, int(part.sum())) for part in counts)
+            label = int(np.argmax(np.abs(share - usual)))
+            return share_text(alarm, "shape", label, share[label], usual[label], windows, since)
+        evidence: dict[str, Any] = {"test": "shape", "windows": windows, "since": since}
+        if alarm.subject == fields + SUBJECTS.index(SCORE):
+            certainty = alarm.for_detector("certainty")
+            side = int(np.argmax(certainty.value[:, 0]))
+            evidence["shift"] = round_significant(certainty.mean_effect(side, 0), 4)
+            noun = "certainty is" if alarm.labels else "answers are"
+            sentence = f"score: the model's {noun} spread otherwise than in this site's reference {period}"
+            return AlertText(f"{sentence}; likely readings unlike those it was made from", evidence)
+        sentence = f"{alarm.fields[alarm.subject]}: values are spread otherwise than in this site's reference {period}"
+        return AlertText(f"{sentence}; likely another range, resolution or position", evidence)
 
 
 def compute_psi(reference_shares: Float64s, counts: Ints) -> Float64s:
@@ -123,9 +234,3 @@ def _outlier_cap(values: Float64s) -> Float64s:
     """Return the value beyond which a window is left out, as it was not like the others."""
     middle = median(values)
     return np.asarray(middle + 10 * median(np.abs(values - middle)) + 1e-9)
-
-
-def smoothed_shares(counts: Ints) -> Float64s:
-    """Return shares along the last axis, of counts with half a row added to each bin."""
-    filled = counts + BIN_PRIOR
-    return np.asarray(filled / filled.sum(-1, keepdims=True))

@@ -2,64 +2,90 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import msgspec
 import numpy as np
 
-from agent.arrays import Ints
+from agent.arrays import Ints, TypedMap
 from agent.drift.detectors.certainty import CertaintyDetector
 from agent.drift.detectors.class_share import ClassShareDetector
 from agent.drift.detectors.correlation import CorrelationDetector
-from agent.drift.detectors.detector import Counter, Detector, Task
+from agent.drift.detectors.detector import ChartDetector, Counter, Detector, ScoreDetector, Task
+from agent.drift.detectors.mewma import MewmaDetector
 from agent.drift.detectors.moments import MomentsDetector
-from agent.drift.detectors.variogram import SpeedCounter
+from agent.drift.detectors.psi import PsiDetector
+from agent.drift.detectors.sampling_rate import SamplingRateDetector
+from agent.drift.numeric import false_alarm_budget
 
-MOMENTS, CORRELATION, CERTAINTY, CLASS_SHARE = (
-    MomentsDetector(),
-    CorrelationDetector(),
-    CertaintyDetector(),
-    ClassShareDetector(),
-)
-# Their scores stand one after another in a site's `test_mean` and `test_sd`, and in the CUSUMs.
+MOMENTS, CLASS_SHARE = MomentsDetector(), ClassShareDetector()
+SAMPLING_RATE = SamplingRateDetector()
+# Scores stand one after another in this order: in a site's `test_mean` and `test_sd`, and in the CUSUMs.
 DETECTORS: tuple[Detector, ...] = (
     MOMENTS,
-    CORRELATION,
-    CERTAINTY,
+    CorrelationDetector(),
+    CertaintyDetector(),
     CLASS_SHARE,
+    PsiDetector(),
+    MewmaDetector(
+        "field_mewma",
+        MOMENTS,
+        lambda task: task.fields,
+        lambda task: false_alarm_budget.mewma_budget(task.fields),
+    ),
+    MewmaDetector(
+        "class_share_mewma", CLASS_SHARE, CLASS_SHARE.width, lambda _: false_alarm_budget.CLASS_SHARE_MEWMA_BUDGET
+    ),
+    SAMPLING_RATE,
 )
-SPEED = SpeedCounter()
-COUNTERS: tuple[Counter, ...] = (*(detector for detector in DETECTORS if isinstance(detector, Counter)), SPEED)
+SCORED = tuple(detector for detector in DETECTORS if isinstance(detector, ScoreDetector))
+CHARTS = tuple(detector for detector in DETECTORS if isinstance(detector, ChartDetector))
+COUNTERS: tuple[Counter, ...] = tuple(detector for detector in DETECTORS if isinstance(detector, Counter))
+
+
+class ChartStates(TypedMap):
+    """State of each chart, by detector."""
+
+    @classmethod
+    def value_types(cls) -> Mapping[str, Any]:
+        return {chart.name: chart.state_type for chart in CHARTS}
+
+
+class LearnedBaselines(TypedMap):
+    """Learned baseline of each detector at a site, by detector."""
+
+    @classmethod
+    def value_types(cls) -> Mapping[str, Any]:
+        return {detector.name: detector.baseline_type for detector in DETECTORS if detector.baseline_type is not None}
 
 
 class ScoreLayout(msgspec.Struct, frozen=True, eq=False):
     """Place of each detector's scores among all T of a task."""
 
-    fields: int
     test_count: int
     slices: dict[str, slice]
     subjects: Ints  # (T,)
+    tests: tuple[Ints, ...]  # scores of each subject
+    field_tests: Ints  # (F, n) scores of each field
+    field_sums: tuple[str, ...]  # (n,) their names in messages
 
     def __getitem__(self, detector: str) -> slice:
         return self.slices[detector]
-
-    @property
-    def means(self) -> slice:
-        return slice(0, self.fields)
-
-    @property
-    def spreads(self) -> slice:
-        return slice(self.fields, 2 * self.fields)
 
 
 @lru_cache(maxsize=16)
 def get_layout(task: Task) -> ScoreLayout:
     slices: dict[str, slice] = {}
     subjects: list[int] = []
-    begin = 0
-    for detector in DETECTORS:
-        width = detector.width(task)
-        slices[detector.name] = slice(begin, begin + width)
+    names: list[str] = []
+    for detector in SCORED:
+        begin = len(subjects)
         subjects += detector.subjects(task)
-        begin += width
-    return ScoreLayout(task.fields, begin, slices, np.array(subjects, np.int64))
+        names += detector.field_sums if min(subjects[begin:], default=task.fields) < task.fields else ()
+        slices[detector.name] = slice(begin, len(subjects))
+    every = np.array(subjects, np.int64)
+    tests = tuple(np.flatnonzero(every == subject) for subject in range(task.subject_count))
+    field_tests = np.stack(tests[: task.fields])
+    return ScoreLayout(len(subjects), slices, every, tests, field_tests, tuple(names))

@@ -15,10 +15,9 @@ import math
 import msgspec
 import numpy as np
 
-from agent.arrays import AnyArray, Float64s, Ints
+from agent.arrays import Float64s, Ints
 from agent.drift.detectors import class_means
 from agent.drift.detectors.class_means import WeightedMeans
-from agent.drift.detectors.detector import ClassifiedWindows, ModelWindows, Task
 
 MIN_WINDOW_ROWS = 4  # of a model window
 MIN_SLOPE = 0.1  # of the logarithms: a field with less, such as noise, does not show speed
@@ -115,23 +114,3 @@ def estimate_log_speed(deviations: Float64s, slope: Float64s, weight: Float64s) 
     drawn = np.clip(each, middle - SPEED_CLIP, middle + SPEED_CLIP)
     known = total > 0.5
     return np.asarray(np.where(known, (share * drawn).sum(-1) / np.where(known, total, 1.0), np.nan))
-
-
-class SpeedCounter:
-    """Counter of log variograms at two lags, within each class."""
-
-    name = "speed"
-
-    def count_width(self, task: Task) -> int:
-        return 2 * values_width(task.fields, task.window_rows)
-
-    def measure(self, windows: ModelWindows) -> Float64s | None:
-        return compute_log_variogram(windows.rows, windows.mean_square, windows.floor)
-
-    def count(self, task: Task, windows: ClassifiedWindows) -> Ints:
-        if self.name not in windows.measures:
-            return np.zeros((len(windows.groups.n), self.count_width(task)), np.int64)
-        return class_means.sum_by_group(windows.measures[self.name], windows.groups)
-
-    def retain(self, task: Task, counts: Ints) -> dict[str, AnyArray]:
-        return {}

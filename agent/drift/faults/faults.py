@@ -25,7 +25,7 @@ from agent.arrays import Bools, Float64s, Ints
 from agent.drift.baseline.extremes import Extremes
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.resolution import find_finest
-from agent.drift.baseline.summary import Summary
+from agent.drift.baseline.summary import Summary, select_window
 from agent.drift.faults import swapped_channels
 from agent.drift.faults import units as other_units
 
@@ -106,7 +106,7 @@ def compute_indicators(windows: Summary, reference: Reference, site: Reference |
 def identify_faults(
     indicators: FaultIndicators,
     index: int,
-    summary: Summary,
+    windows: Summary,
     reference: Reference,
     units: Sequence[str] = (),
     site: Reference | None = None,
@@ -114,12 +114,13 @@ def identify_faults(
 ) -> tuple[Fault | None, ...]:
     """Return the fault of each field (in these `units`) in window `index`, if any; the first in the list above wins.
 
-    `summary` is that window's. `misread` (F,) are fields that were read wrongly up to now.
+    `windows` are stacked summaries. `misread` (F,) are fields that were read wrongly up to now.
     """
     fields = len(reference.fields)
     known = np.zeros(fields, np.bool_) if misread is None else misread
     if not (indicators.has_indication[index] or known.any()):
         return (None,) * fields
+    summary = select_window(windows, index)
     unit = other_units.recognise_units(
         summary,
         reference,
@@ -161,11 +162,10 @@ def identify_faults(
 
 
 def _has_too_many_missing(windows: Summary, reference: Reference, site: Reference | None, rows: Ints) -> Bools:
-    here = site.site.rate if site is not None and site.site is not None else None
-    if here is None:
+    if site is None or site.site is None:
         usual = reference.missing / np.maximum(reference.n + reference.missing, 1)
         return np.asarray(windows.missing > np.maximum(MISSING_SHARE, MISSING_FACTOR * usual) * rows)
-    more = windows.missing > np.maximum(SITE_MISSING_SHARE, MISSING_FACTOR * here.missing) * rows
+    more = windows.missing > np.maximum(SITE_MISSING_SHARE, MISSING_FACTOR * site.site.missing) * rows
     return np.asarray(more & (windows.missing >= MIN_MISSING_ROWS))
 
 

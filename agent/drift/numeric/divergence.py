@@ -6,12 +6,41 @@ depends on the number of rows. Alarms come from control charts instead.
 
 from __future__ import annotations
 
+from functools import cached_property
+
+import msgspec
 import numpy as np
 
 from agent.arrays import Float64s, Ints
 
 MIN_SHARE = 1e-4  # share given to an empty bin, so that PSI stays finite
 TINY = 1e-300
+BIN_PRIOR = 0.5  # rows added to each bin, so that an empty one is no proof
+
+
+class Distributions(msgspec.Struct, frozen=True, eq=False, dict=True):
+    """Counts of rows by coarse bin (..., F, 16), and of predictions by class (..., C) and by top score (..., 32)."""
+
+    bins: Ints
+    output: Ints
+    scores: Ints
+
+    @cached_property
+    def smoothed(self) -> tuple[Float64s, Float64s, Float64s]:
+        """Shares of each, with half a row added to each bin."""
+        return smoothed_shares(self.bins), smoothed_shares(self.output), smoothed_shares(self.scores)
+
+
+def coarsen_bins(counts: Ints) -> Ints:
+    """Return 16 bins of counts (..., 34): values outside count to the outermost of 32 bins, and these two by two."""
+    inner = fold_outer_bins(counts)
+    return np.asarray(inner.reshape(*inner.shape[:-1], -1, 2).sum(-1))
+
+
+def smoothed_shares(counts: Ints) -> Float64s:
+    """Return shares along the last axis, of counts with half a row added to each bin."""
+    filled = counts + BIN_PRIOR
+    return np.asarray(filled / filled.sum(-1, keepdims=True))
 
 
 def psi(reference: Ints, current: Ints) -> Float64s:

@@ -8,15 +8,12 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from agent import text
 from agent.arrays import Float64s
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
 from agent.drift.detectors import daily_cycle
-from agent.drift.detectors.class_share import share_text
-from agent.drift.detectors.detector import OUTPUT, SCORE, Alarm, AlertText, Detector, round_significant
-from agent.drift.detectors.registry import CERTAINTY, CLASS_SHARE, DETECTORS
-from agent.drift.detectors.season import SlowTrend
+from agent.drift.detectors.detector import Alarm, AlarmDetector, AlertText, round_significant
+from agent.drift.detectors.registry import CHARTS, SCORED
 from agent.drift.testing.test_suite import DriftTester, SuiteState
 from agent.performance import cbpe
 
@@ -32,66 +29,48 @@ class AlarmContext(msgspec.Struct, frozen=True):
     window: Summary
     effects: Float64s  # (T,)
     t: tuple[int, int]  # when it began and ended, epoch µs
-    slow_trend: SlowTrend = msgspec.field(default_factory=SlowTrend)
 
-    def alarm(self, detector: Detector, subject: int, unit: str = "") -> Alarm:
-        """Return the CUSUMs of one detector, and what its sentence needs."""
-        site, cusum, place = self.tester.reference, self.suite.cusum, self.suite.layout[detector.name]
+    def alarm(self, detector: str, subject: int, unit: str) -> Alarm:
+        """Return the alarm of one detector, and what its sentence needs."""
+        site = self.tester.reference
         return Alarm(
+            name=detector,
             fields=site.fields,
             labels=site.labels,
             subject=subject,
             unit=unit,
-            value=cusum.value[:, place],
-            windows=cusum.windows[:, place],
-            effect=cusum.effect[:, place],
-            since=cusum.since[:, place],
-            alarm=cusum.alarm[:, place],
-            limit=self.tester.limits.limit[place],
-            effects=self.effects[place],
             t=self.t,
             moments=self.window.class_sums.moments(site.origin),
-            baseline=self.tester.baselines[detector.name],
+            distributions=self.window.distributions,
             sd=site.sd,
-            recent_z=self.suite.recent_z,
-            slow_trend=self.slow_trend,
+            cusum=self.suite.cusum,
+            limits=self.tester.limits.limit,
+            all_effects=self.effects,
+            slices=self.suite.layout.slices,
+            baselines=site.baselines,
+            states=self.suite.charts,
         )
 
 
 def build_text(subject: int, context: AlarmContext, units: Sequence[str], shipped: Reference) -> AlertText:
     """Return the text of an alert; the shipped reference may know how often a score is right."""
     unit = units[subject] if subject < len(units) else ""
-    on = context.suite.cusum.alarm.any(0) & (context.suite.layout.subjects == subject)
-    alarming = (detector for detector in DETECTORS if on[context.suite.layout[detector.name]].any())
-    detector = next(alarming, None)
-    alert_text = (
-        _psi_text(subject, context) if detector is None else detector.describe(context.alarm(detector, subject, unit))
-    )
+    detector = _find_alarming_detector(subject, context.suite)
+    alert_text = detector.describe(context.alarm(detector.name, subject, unit))
     cost, numbers = _describe_accuracy_change(context, shipped)
     # The hour of day moves means; it does not change a gain.
     hour = _describe_unseen_hour(context) if alert_text.evidence["test"] == "mean" else ""
     return AlertText(f"{alert_text.sentence}{hour}{cost}.", alert_text.evidence | numbers)
 
 
-def _psi_text(subject: int, context: AlarmContext) -> AlertText:
-    """Return the text of a distribution with another shape."""
-    site, psi, task = context.tester.reference, context.suite.psi, context.suite.task
-    windows, since = int(psi.windows[subject]), int(psi.since[subject])
-    period = text.format_windows(windows, since, context.t[1])
-    if subject == task.subject(OUTPUT):
-        usual, share = (counts / max(1, int(counts.sum())) for counts in (site.output, context.window.output))
-        label = int(np.argmax(np.abs(share - usual)))
-        alarm = context.alarm(CLASS_SHARE, subject)
-        return share_text(alarm, "shape", label, share[label], usual[label], windows, since)
-    evidence: dict[str, Any] = {"test": "shape", "windows": windows, "since": since}
-    if subject == task.subject(SCORE):
-        alarm = context.alarm(CERTAINTY, subject)
-        noun = "certainty is" if site.labels else "answers are"
-        evidence["shift"] = round_significant(alarm.mean_effect(int(np.argmax(alarm.value[:, 0])), 0), 4)
-        sentence = f"score: the model's {noun} spread otherwise than in this site's reference {period}"
-        return AlertText(f"{sentence}; likely readings unlike those it was made from", evidence)
-    sentence = f"{site.fields[subject]}: values are spread otherwise than in this site's reference {period}"
-    return AlertText(f"{sentence}; likely another range, resolution or position", evidence)
+def _find_alarming_detector(subject: int, suite: SuiteState) -> AlarmDetector:
+    """Return the first detector with an open alarm of the subject: a CUSUM, which has an effect, before a chart."""
+    on = suite.cusum.alarm.any(0) & (suite.layout.subjects == subject)
+    for detector in SCORED:
+        if on[suite.layout[detector.name]].any():
+            return detector
+    charted = ((chart, chart.open_subjects(suite.charts[chart.name])) for chart in CHARTS)
+    return next(chart for chart, subjects in charted if subjects is not None and subjects[subject])
 
 
 def _describe_accuracy_change(context: AlarmContext, shipped: Reference) -> tuple[str, dict[str, Any]]:

@@ -18,7 +18,8 @@ from agent.arrays import Float64s, Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.sampling import SamplingIntervals
 from agent.drift.baseline.summary import Summary
-from agent.drift.detectors.registry import CERTAINTY, CORRELATION, ScoreLayout
+from agent.drift.detectors.detector import JOINT, SCORE, SUBJECTS
+from agent.drift.detectors.registry import ScoreLayout
 from agent.drift.numeric import divergence
 from agent.drift.numeric.sums import GroupSums
 from agent.drift.testing.test_suite import DriftTester
@@ -29,7 +30,7 @@ STATES_BY_SEVERITY = ("fault", "drift", "insufficient", "ok")
 
 
 class MessageSums(msgspec.Struct, frozen=True, eq=False):
-    """What a message shows of the summaries of its drift windows; with M in front of all shapes for M messages."""
+    """Sums over the drift windows of a message; with M in front of all shapes for M messages."""
 
     counts: Ints  # (F, 34)
     missing: Ints  # (F,)
@@ -147,32 +148,49 @@ class SuiteStatus(msgspec.Struct, frozen=True, eq=False):
 def add_states(numbers: dict[str, Any], status: SuiteStatus, tester: DriftTester | None) -> dict[str, Any]:
     """Add sums, limits and states, of each field and overall, to the members of a message."""
     layout, faults, fields = status.layout, status.faults, len(status.faults)
-    certainty, pairs = layout[CERTAINTY.name].start, layout[CORRELATION.name]
-    named = [*range(2 * fields), certainty]
-    sums = _to_compact_numbers(np.round(status.cusum_sums[:, named].T, 2))
-    highest = float(status.cusum_sums[:, pairs].max(initial=0.0))
-    # All fields share numbers limit, and so do all pairs.
-    limit, pairs_limit, certainty_limit = (
-        round(float(tester.limits.limit[place]), 2) if tester else None for place in (0, certainty - 1, certainty)
-    )
+    certainty, pair = (_find_nearest_test(status, tester, fields + SUBJECTS.index(name)) for name in (SCORE, JOINT))
+    tests = [*layout.field_tests.ravel().tolist(), *(test for test in (certainty, pair) if test is not None)]
+    rounded = _to_compact_numbers(np.round(status.cusum_sums[:, tests].T, 2))
+    limits = tester.limits.limit[tests].round(2).tolist() if tester else [None] * len(tests)
+    sums = dict(zip(tests, zip(rounded, limits, strict=True), strict=True))
+    score_sums, score_limit = ([0, 0], None) if certainty is None else sums[certainty]
+    joint_sums, joint_limit = ([0], None) if pair is None else sums[pair]
     quiet = "ok" if status.tested else "insufficient"
     states = [
         "fault" if fault else "drift" if on else quiet
         for fault, on in zip(faults, status.drifting[:fields], strict=True)
     ]
-    output, score, together = (("drift" if on else quiet) for on in status.drifting[fields:])
+    output, score, joint_state = (("drift" if on else quiet) for on in status.drifting[fields:])
     return numbers | {
         "features": {
-            name: feature | {"cusum": {"mean": mean, "spread": spread, "limit": limit}, "state": now, "fault": fault}
-            for (name, feature), mean, spread, now, fault in zip(
-                numbers["features"].items(), sums[:fields], sums[fields:-1], states, faults, strict=True
+            name: feature | {"cusum": _field_sums(layout, tests, sums), "state": now, "fault": fault}
+            for (name, feature), tests, now, fault in zip(
+                numbers["features"].items(), layout.field_tests.tolist(), states, faults, strict=True
             )
         },
         "output": numbers["output"]
-        | {"state": output, "score": {"cusum": sums[-1], "limit": certainty_limit, "state": score}},
-        "joint": {"cusum": to_compact_number(round(highest, 2)), "limit": pairs_limit, "state": together},
-        "state": worst_state({*states, output, score, together}),
+        | {"state": output, "score": {"cusum": score_sums, "limit": score_limit, "state": score}},
+        "joint": {"cusum": max(joint_sums), "limit": joint_limit, "state": joint_state},
+        "state": worst_state({*states, output, score, joint_state}),
     }
+
+
+def _find_nearest_test(status: SuiteStatus, tester: DriftTester | None, subject: int) -> int | None:
+    """Return the test of a subject whose sum is nearest to its limit; None if the subject has no test."""
+    tests = status.layout.tests[subject]
+    if len(tests) < 2:
+        return int(tests[0]) if len(tests) else None
+    highest = status.cusum_sums[:, tests].max(0)
+    return int(tests[(highest / tester.limits.limit[tests] if tester else highest).argmax()])
+
+
+def _field_sums(layout: ScoreLayout, tests: list[int], sums: dict[int, tuple[Any, float | None]]) -> dict[str, Any]:
+    """Return the sums of a field's mean and spread with their limit, then those of other detectors of fields."""
+    (mean, (sums_of_mean, limit)), (spread, (sums_of_spread, _)), *others = (
+        (name, sums[test]) for name, test in zip(layout.field_sums, tests, strict=True)
+    )
+    own = {mean: sums_of_mean, spread: sums_of_spread, "limit": limit}
+    return own | {name: {"cusum": both, "limit": limit} for name, (both, limit) in others}
 
 
 def worst_state(states: Set[str]) -> str:

@@ -98,7 +98,7 @@ class WindowReport(msgspec.Struct, frozen=True):
     """One drift window, or a run of quiet ones; times are epoch µs. `accuracy` is the estimate with its interval.
 
     Fields cover the whole run, subjects tell the state after it. `ends` and `nearest` have an entry for each window:
-    when it ended, and the largest sum of a test then as a share of its limit.
+    when it ended, and the largest sum of a test then as a share of its limit, None while there are no limits.
     """
 
     t: tuple[int, int]
@@ -107,7 +107,7 @@ class WindowReport(msgspec.Struct, frozen=True):
     subjects: dict[str, SubjectReport]
     accuracy: tuple[float, float, float] | None
     ends: Sequence[int]
-    nearest: Sequence[float]
+    nearest: Sequence[float | None]
 
     @property
     def windows(self) -> int:
@@ -139,17 +139,17 @@ def parse_members(
         raise ValueError(str(error)) from error
     if not 0 < len(fields) <= MAX_FIELDS:
         raise ValueError(f"{len(fields)} fields")
-    answers, together, expected = decoded
+    predictions, all_fields, expected = decoded
     accuracy = None
     if expected is not None and expected.accuracy is not None:
         accuracy = (expected.accuracy, expected.low, expected.high)
-    subjects = dict(_subject_reports(fields, answers, together))
+    subjects = dict(_subject_reports(fields, predictions, all_fields))
     if state == "fault":
         subjects = {name: _mark_untested(subject) for name, subject in subjects.items()}
     if run is not None:
         return WindowReport(t, state, fields, subjects, accuracy, [end for _, end in run.expand_times()], run.nearest)
     shares = [max(s.mean, s.spread) / s.limit for s in subjects.values() if s.limit]
-    return WindowReport(t, state, fields, subjects, accuracy, [t[1]], [max(shares, default=0.0)])
+    return WindowReport(t, state, fields, subjects, accuracy, [t[1]], [max(shares, default=None)])
 
 
 def from_message(body: dict[str, Any], t: tuple[int, int]) -> WindowReport:

@@ -11,17 +11,17 @@ from agent.drift.reporting.parsed_message import SubjectReport, WindowReport
 
 EARLIEST_US = 946_684_800_000_000  # 2000-01-01; a clock that was never set says 1970
 MAX_POINTS = 480  # then neighbors are merged
+MAX_SHARES = 4 * MAX_POINTS  # as runs of windows have one point
 _STATE_SEVERITY = {"untested": 0, "ok": 1, "insufficient": 2, "drift": 3, "fault": 4}
 
 
 class Point(msgspec.Struct, frozen=True):
     """One drift window, a run of quiet ones, or merged neighbors with the largest sums and the worst states.
 
-    Times are epoch µs. `nearest`: largest sum of any test after a window, as a share of its limit.
+    Times are epoch µs.
     """
 
     t: tuple[int, int]
-    nearest: float
     subjects: dict[str, SubjectReport]
     accuracy: tuple[float, float, float] | None
 
@@ -29,8 +29,7 @@ class Point(msgspec.Struct, frozen=True):
         names = [*self.subjects, *(name for name in later.subjects if name not in self.subjects)]
         both = {name: _worse_report(self.subjects.get(name), later.subjects.get(name)) for name in names}
         lower = [accuracy for accuracy in (self.accuracy, later.accuracy) if accuracy is not None]
-        nearest = max(self.nearest, later.nearest)
-        return Point((self.t[0], max(self.t[1], later.t[1])), nearest, both, min(lower, default=None))
+        return Point((self.t[0], max(self.t[1], later.t[1])), both, min(lower, default=None))
 
 
 class StateHistogram(msgspec.Struct):
@@ -43,29 +42,45 @@ class StateHistogram(msgspec.Struct):
 class Timeline(msgspec.Struct):
     """Timeline; reports of windows are added in the order of their time.
 
-    `histograms` per field and state; those of "drift" cover the last spell only. Windows with a fault are left out.
+    `nearest`: end of each window, and the largest sum of any test then as a share of its limit; of neighbors the larger
+    one, where windows are many. `histograms` per field and state; those of "drift" cover the last spell only. Windows
+    with a fault are left out.
     """
 
     points: list[Point] = msgspec.field(default_factory=list)
     windows: int = 0
     reports: int = 0
     reports_per_point: int = 1
+    nearest: list[tuple[int, float | None]] = msgspec.field(default_factory=list)
+    windows_per_share: int = 1
     histograms: dict[str, dict[str, StateHistogram]] = msgspec.field(default_factory=dict)
     _last_state: dict[str, str] = msgspec.field(default_factory=dict)
 
     def add(self, window: WindowReport) -> None:
-        point = Point(window.t, max(window.nearest), window.subjects, window.accuracy)
+        point = Point(window.t, window.subjects, window.accuracy)
         if window.state != "fault":
             self._add_histograms(window)
         if self.points and self.reports % self.reports_per_point:
             self.points[-1] = self.points[-1].merge(point)
         else:
             self.points.append(point)
-        self.windows += window.windows
+        for end, share in zip(window.ends, window.nearest, strict=True):
+            self._add_share(end, share)
         self.reports += 1
         if len(self.points) == MAX_POINTS:
             self.points = [a.merge(b) for a, b in zip(self.points[::2], self.points[1::2], strict=True)]
             self.reports_per_point *= 2
+
+    def _add_share(self, end: int, share: float | None) -> None:
+        if self.nearest and self.windows % self.windows_per_share:
+            self.nearest[-1] = (end, _larger_share(self.nearest[-1][1], share))
+        else:
+            self.nearest.append((end, share))
+        self.windows += 1
+        if len(self.nearest) == MAX_SHARES:
+            pairs = zip(self.nearest[::2], self.nearest[1::2], strict=True)
+            self.nearest = [(later[0], _larger_share(earlier[1], later[1])) for earlier, later in pairs]
+            self.windows_per_share *= 2
 
     def latest(self, field_name: str) -> tuple[str, StateHistogram] | None:
         """Return the field's last state, faults apart, and its rows in that state."""
@@ -99,6 +114,10 @@ class Timeline(msgspec.Struct):
                 begin = end = None
         if begin is not None and end is not None:
             yield begin, end, True
+
+
+def _larger_share(a: float | None, b: float | None) -> float | None:
+    return max((share for share in (a, b) if share is not None), default=None)
 
 
 def _worse_report(a: SubjectReport | None, b: SubjectReport | None) -> SubjectReport:

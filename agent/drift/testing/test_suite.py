@@ -1,7 +1,7 @@
 """Test suite: tests a closed drift window against the site's reference.
 
-Each score of each detector has a CUSUM. Beside them, MEWMA charts watch the means of fields and the shares of classes,
-and PSI the distributions. Subjects are the F fields, then "output", "score" and "joint".
+Each score of each detector has a CUSUM; charts stand beside them. Subjects are the F fields, then "output", "score" and
+"joint".
 
 What follows from a field's drift is no drift of its own: where a field drifts, the model names other classes and pairs
 of that field move. While its alert is open, these tests wait.
@@ -15,46 +15,34 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.arrays import Bools, Float32s, Float64s, Ints
+from agent.arrays import AnyArray, Bools, Float64s, Ints
 from agent.drift.baseline.reference import BINS, Reference
 from agent.drift.baseline.site import SiteCalibration
 from agent.drift.baseline.summary import Summary
 from agent.drift.detectors import cusum, sampling_rate
-from agent.drift.detectors import psi as shape
 from agent.drift.detectors.cusum import Cusum
-from agent.drift.detectors.detector import Baseline, Task
-from agent.drift.detectors.mewma import Mewma
-from agent.drift.detectors.moments import MIN_CLASS_WINDOWS
-from agent.drift.detectors.psi import PsiConfirmation
-from agent.drift.detectors.registry import CLASS_SHARE, DETECTORS, ScoreLayout, get_layout
-from agent.drift.detectors.season import RAMP_WINDOWS
+from agent.drift.detectors.detector import MIN_CLASS_WINDOWS, Task
+from agent.drift.detectors.registry import CHARTS, SAMPLING_RATE, SCORED, ChartStates, ScoreLayout, get_layout
 from agent.performance import cbpe
 
 CLASS_DISTANCE_CLIP = 4.0  # class sd, the most that one statistic says against a class
 
 
 class SuiteState(msgspec.Struct, frozen=True, eq=False, dict=True):
-    """State of all tests of a task: CUSUMs of all detectors' scores, and of the charts beside them."""
+    """State of all tests of a task: CUSUMs of all detectors' scores, and the charts beside them."""
 
     task: Task
     cusum: Cusum
-    psi: PsiConfirmation
+    charts: ChartStates
     recent_scores: Ints  # (POOLED_WINDOWS, 32) predictions by certainty, of the last windows
-    recent_z: Float32s  # (RAMP_WINDOWS, 2F) scores of means and spreads, of the last windows; NaN for none
-    field_mewma: Mewma  # (F,)
-    class_share_mewma: Mewma  # (S,)
 
     @classmethod
     def start(cls, task: Task) -> SuiteState:
-        layout = get_layout(task)
         return cls(
             task,
-            Cusum.zeros(layout.test_count),
-            PsiConfirmation.empty(task.fields + 2),
+            Cusum.zeros(get_layout(task).test_count),
+            ChartStates({chart.name: chart.start(task) for chart in CHARTS}),
             np.zeros((cbpe.POOLED_WINDOWS, BINS), np.int64),
-            np.full((RAMP_WINDOWS, 2 * task.fields), np.nan, np.float32),
-            Mewma.zeros(task.fields),
-            Mewma.zeros(CLASS_SHARE.width(task)),
         )
 
     @property
@@ -64,39 +52,34 @@ class SuiteState(msgspec.Struct, frozen=True, eq=False, dict=True):
     @cached_property
     def open_subjects(self) -> Bools:
         """(F + 3,) subjects with an open drift alert."""
-        is_open = np.zeros(self.task.fields + 3, np.bool_)
-        if self.cusum.alarm.any() or self.psi.alarm.any():
-            is_open[:-1] = self.psi.alarm
+        is_open = np.zeros(self.task.subject_count, np.bool_)
+        for chart in CHARTS:
+            own = chart.open_subjects(self.charts[chart.name])
+            if own is not None:
+                is_open |= own
+        if self.cusum.alarm.any():
             is_open[self.layout.subjects[self.cusum.alarm.any(0)]] = True
         return is_open
 
     @property
     def open_fields(self) -> Bools:
         """(F,) fields with an open drift alert."""
-        return self.open_subjects[:-3]
+        return self.open_subjects[: self.task.fields]
 
     def reset_subjects(self, subjects: Bools) -> SuiteState:
         """Forget all that was gathered on these subjects (F + 3,)."""
-        layout = self.layout
-        reset = subjects[layout.subjects]
-        recent = np.where(reset[: 2 * layout.fields], np.float32(np.nan), self.recent_z)
-        return replace(
-            self,
-            cusum=self.cusum.reset_except(~reset),
-            psi=self.psi.reset_except(~subjects[:-1]),
-            recent_z=recent,
-            field_mewma=self.field_mewma.reset_except(~reset[layout.means]),
-            class_share_mewma=self.class_share_mewma.reset_except(~reset[layout[CLASS_SHARE.name]]),
-        )
+        charts = {chart.name: chart.reset_subjects(self.charts[chart.name], self.task, subjects) for chart in CHARTS}
+        retained = ~subjects[self.layout.subjects]
+        return replace(self, cusum=self.cusum.reset_except(retained), charts=ChartStates(charts))
 
     def reset_except_open(self) -> SuiteState:
         """Keep the open alarms, and forget all that was gathered towards others."""
         return self.reset_except(np.asarray(self.cusum.alarm.any(0)))
 
     def reset_except(self, tests: Bools) -> SuiteState:
-        """Reset all sums but those of these `tests` (T,)."""
-        none = Mewma.zeros(len(self.field_mewma.mean)), Mewma.zeros(len(self.class_share_mewma.mean))
-        return replace(self, cusum=self.cusum.reset_except(tests), field_mewma=none[0], class_share_mewma=none[1])
+        """Reset all sums but those of these `tests` (T,), and restart the charts."""
+        charts = {chart.name: chart.restart(self.charts[chart.name]) for chart in CHARTS}
+        return replace(self, cusum=self.cusum.reset_except(tests), charts=ChartStates(charts))
 
 
 class CusumLimits(msgspec.Struct, frozen=True, eq=False):
@@ -107,13 +90,12 @@ class CusumLimits(msgspec.Struct, frozen=True, eq=False):
 
     @classmethod
     def from_reference(cls, reference: Reference) -> CusumLimits:
-        assert reference.site is not None
-        task, layout, site = reference.task, reference.layout, reference.site
+        layout = reference.layout
         slack, limit = np.empty(layout.test_count), np.empty(layout.test_count)
-        for detector in DETECTORS:
+        for detector in SCORED:
             place = layout[detector.name]
             slack[place] = detector.slack
-            limit[place] = detector.limit(task, reference.drift_windows, site.alike, site.stretch)
+            limit[place] = detector.limit(reference.task, reference.baselines[detector.name])
         return cls(slack, limit)
 
 
@@ -122,21 +104,23 @@ class Evidence(msgspec.Struct, frozen=True, eq=False):
 
     z: Float64s  # (W, T), NaN for nothing
     effects: Float64s  # (W, T)
-    psi_exceeded: Bools  # (W, F + 2) shapes
-    psi_tested: Bools  # (W, F + 2) where there was something to compare
+    charts: dict[str, AnyArray | None]  # (W, …) by chart
     scores: Ints  # (W, 32)
 
     def __getitem__(self, index: slice) -> Evidence:
-        return Evidence(
-            self.z[index], self.effects[index], self.psi_exceeded[index], self.psi_tested[index], self.scores[index]
-        )
+        charts = {name: None if part is None else part[index] for name, part in self.charts.items()}
+        return Evidence(self.z[index], self.effects[index], charts, self.scores[index])
 
 
 class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
     """Tester of windows against one site's reference."""
 
     reference: Reference
-    calibration: SiteCalibration
+
+    @property
+    def calibration(self) -> SiteCalibration:
+        assert self.reference.site is not None
+        return self.reference.site
 
     @cached_property
     def limits(self) -> CusumLimits:
@@ -144,44 +128,25 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @cached_property
     def speed_cusum_limit(self) -> float:
-        return sampling_rate.speed_cusum_limit(self.reference.drift_windows, self.calibration.stretch)
+        return sampling_rate.speed_cusum_limit(self.reference.baselines[SAMPLING_RATE.name])
 
     @cached_property
     def has_cycle(self) -> bool:
         return self.calibration.cycle.is_nonzero()
 
-    @cached_property
-    def reference_bin_shares(self) -> Float64s:
-        return shape.smoothed_shares(shape.coarsen_bins(self.reference.counts))
-
-    @cached_property
-    def reference_class_shares(self) -> Float64s:
-        return shape.smoothed_shares(self.reference.output)
-
-    @cached_property
-    def reference_score_shares(self) -> Float64s:
-        return shape.smoothed_shares(self.reference.score_n)
-
-    @cached_property
-    def baselines(self) -> dict[str, Baseline]:
-        site, own = self.reference, self.calibration.class_means
-        return {
-            name: Baseline(site.class_n, site.class_mean, site.class_sd, own.get(name), site.test_mean[place])
-            for name, place in site.layout.slices.items()
-        }
-
     def compute_evidence(self, windows: Summary, t: Ints) -> Evidence:
         """Score stacked summaries of windows in the middle of `t` (W,) epoch µs."""
         site, task, layout = self.reference, self.reference.task, self.reference.layout
+        baselines = site.baselines
         drift_windows = windows.drift_windows(site.origin)
-        parts = [detector.score(task, drift_windows, self.baselines[detector.name]) for detector in DETECTORS]
+        parts = [detector.score(task, drift_windows, baselines[detector.name]) for detector in SCORED]
         values = np.concatenate([scores.values for scores in parts], axis=1)
         usual = site.test_mean
         if self.has_cycle:
             usual = usual + self.calibration.cycle.evaluate(t)
         shift = values - usual
         effects = np.where(np.isnan(shift), 0.0, shift)
-        for detector, scores in zip(DETECTORS, parts, strict=True):
+        for detector, scores in zip(SCORED, parts, strict=True):
             place = layout[detector.name]
             if scores.effects is not None:
                 effects[:, place] = scores.effects
@@ -190,24 +155,9 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
         return Evidence(
             cusum.standardize(values, usual, site.test_sd, site.drift_windows),
             effects,
-            *self._test_psi(windows),
+            {chart.name: chart.compute_evidence(task, drift_windows, baselines[chart.name]) for chart in CHARTS},
             windows.scores,
         )
-
-    def _test_psi(self, windows: Summary) -> tuple[Bools, Bools]:
-        site = self.reference
-        values = np.concatenate(
-            [
-                shape.compute_psi(self.reference_bin_shares, shape.coarsen_bins(windows.counts)),
-                shape.compute_psi(self.reference_class_shares, windows.output)[:, None],
-                shape.compute_psi(self.reference_score_shares, windows.scores)[:, None],
-            ],
-            axis=1,
-        )
-        tested = np.ones(values.shape, np.bool_)
-        tested[:, -2] = len(site.labels) > 1
-        tested[:, -1] = windows.scores.any(-1)
-        return values > self.calibration.psi_limits, tested
 
     def assign_classes(self, state: SuiteState, values: Float64s, predicted: Ints) -> Ints:
         """Return the class (w,) that each model window with statistics (w, D) is compared with.

@@ -16,10 +16,7 @@ LEDGER_NAME = ".outstation-run.part"
 
 
 class RunTotals(msgspec.Struct):
-    """Rows read, results written and rows rejected, of which the first are listed.
-
-    `incomplete` results are of windows with more missing values than the bundle accepts.
-    """
+    """Rows read, results written, rows rejected (the first are listed); `incomplete` results miss too many values."""
 
     rows: int = 0
     results: int = 0

@@ -5,6 +5,7 @@ Parquet is written as Arrow messages and converted at the end: a Parquet file is
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import fcntl
 import io
@@ -54,15 +55,14 @@ class OutputColumns:
         columns: dict[str, Any] = {"row": row_numbers, FILE_COLUMN: files, **scored.extra_columns}
         columns |= {"score": scored.score, "value": scored.value}
         if "label" in self.names:
-            columns["label"] = self._labels(scored)
+            columns["label"] = (
+                np.array(self._manifest.output.labels)[scored.label]
+                if scored.label is not None and scored.predicted is None
+                else np.array(scores.to_texts(scored, self._manifest) or [], np.str_)
+            )
         if self._raw_count and result.outputs is not None:
             columns |= {f"raw_{i}": result.outputs[:, i] for i in range(self._raw_count)}
         return [_narrow_floats(columns[name]) for name in self.names]
-
-    def _labels(self, result: scores.Scores) -> Column:
-        if result.label is not None and result.predicted is None:
-            return np.array(self._manifest.output.labels)[result.label]
-        return np.array(scores.to_texts(result, self._manifest) or [], np.str_)
 
 
 class PartialOutput:
@@ -72,7 +72,14 @@ class PartialOutput:
         """Raise UsageError, FileBusy."""
         self._out, self._columns, self.path = out, columns, partial_path(out)
         self._text = out.suffix == ".csv"
-        self._arrow = _import_pyarrow(out, needed=not self._text)
+        self._arrow: Any = None
+        try:
+            import pyarrow
+
+            self._arrow = pyarrow
+        except ImportError:
+            if not self._text:
+                raise UsageError(f"{out}: {PYARROW_MISSING}") from None
         self._file = open_locked(self.path)
 
     @property
@@ -84,14 +91,20 @@ class PartialOutput:
         self._file.truncate(written)
         self._file.seek(written)
         if not written:
-            self._file.write(self._header())
+            head = (",".join(self._columns.names) + "\n").encode() if self._text else self._schema().serialize()
+            self._file.write(head)
 
     def write(self, row_numbers: Ints, result: InferenceResult, files: TextColumn | None) -> None:
         """Write results; `files` are the files of a folder that they are of."""
         if not len(row_numbers):
             return
         columns = self._columns.build(row_numbers, result, files)
-        self._file.write(_csv_lines(columns, self._arrow) if self._text else self._record_batch(columns))
+        if self._text:
+            self._file.write(_csv_lines(columns, self._arrow))
+            return
+        schema = self._schema()
+        arrays = [self._arrow.array(c).cast(field.type) for c, field in zip(columns, schema, strict=True)]
+        self._file.write(self._arrow.record_batch(arrays, schema=schema).serialize())
 
     def sync(self) -> int:
         """Return the bytes that are safely on the disk."""
@@ -99,12 +112,18 @@ class PartialOutput:
         return self._file.tell()
 
     def finish(self) -> None:
-        """Put the complete output in place of OUT."""
         self.sync()
         if self._text:
             durable_files.rename(self.path, self._out)
         else:
-            self._to_parquet()
+            from pyarrow import parquet
+
+            made = self.path.with_name(f"{self.path.name}.parquet")
+            with self.path.open("rb") as file, parquet.ParquetWriter(made, self._schema()) as writer:
+                for table in _row_groups(self._arrow.ipc.open_stream(file), self._arrow):
+                    writer.write_table(table, row_group_size=_ROW_GROUP_SIZE)
+            durable_files.fsync(made)
+            durable_files.rename(made, self._out)
             # Last, because the lock is on it.
             self.path.unlink()
         self._file.close()
@@ -112,31 +131,11 @@ class PartialOutput:
     def close(self) -> None:
         self._file.close()
 
-    def _header(self) -> bytes:
-        if self._text:
-            return (",".join(self._columns.names) + "\n").encode()
-        return bytes(self._schema().serialize())
-
     def _schema(self) -> Any:
         pa = self._arrow
         kinds = {"row": pa.int64(), "label": pa.string(), FILE_COLUMN: pa.string()}
         other = {True: pa.float32(), False: pa.float64()}
         return pa.schema([(n, kinds.get(n, other[n.startswith("raw_")])) for n in self._columns.names])
-
-    def _record_batch(self, columns: Sequence[Column]) -> bytes:
-        schema = self._schema()
-        arrays = [self._arrow.array(c).cast(field.type) for c, field in zip(columns, schema, strict=True)]
-        return bytes(self._arrow.record_batch(arrays, schema=schema).serialize())
-
-    def _to_parquet(self) -> None:
-        from pyarrow import parquet
-
-        made = self.path.with_name(f"{self.path.name}.parquet")
-        with self.path.open("rb") as file, parquet.ParquetWriter(made, self._schema()) as writer:
-            for table in _row_groups(self._arrow.ipc.open_stream(file), self._arrow):
-                writer.write_table(table, row_group_size=_ROW_GROUP_SIZE)
-        durable_files.fsync(made)
-        durable_files.rename(made, self._out)
 
 
 def open_locked(path: Path) -> BinaryIO:
@@ -145,31 +144,21 @@ def open_locked(path: Path) -> BinaryIO:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
-            _lock(file, path)
-            if _is_same_file(file, path):
-                return file
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise FileBusy(f"{path}: another `model run` writes it; wait for that, or name another -o") from None
+            except OSError:
+                file.close()
+                raise
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
             # Another run finished and renamed it between the opening and the lock.
             file.close()
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}; name another place with -o") from None
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise FileBusy(f"{path}: another `model run` writes it; wait for that, or name another -o") from None
-    except OSError:
-        file.close()
-        raise
-
-
-def _is_same_file(file: BinaryIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def partial_path(out: Path) -> Path:
@@ -192,16 +181,6 @@ def _row_groups(batches: Any, pa: Any) -> Iterator[Any]:
         yield pa.Table.from_batches(waiting).combine_chunks()
 
 
-def _import_pyarrow(out: Path, *, needed: bool) -> Any:
-    try:
-        import pyarrow
-    except ImportError:
-        if needed:
-            raise UsageError(f"{out}: {PYARROW_MISSING}") from None
-        return None
-    return pyarrow
-
-
 def _csv_lines(columns: Sequence[Column], pa: Any) -> bytes:
     """Return CSV lines; a number that is not finite is an empty cell."""
     if not len(columns[0]):
@@ -212,8 +191,11 @@ def _csv_lines(columns: Sequence[Column], pa: Any) -> bytes:
     from pyarrow import compute
 
     cells = [pa.array(_quote_labels(c)) if c.dtype.kind == "U" else _format_numbers(c, pa, compute) for c in columns]
-    lines = compute.binary_join_element_wise(*cells, ",")
-    return _string_bytes(compute.binary_join_element_wise(lines, "\n", ""))
+    lines = compute.binary_join_element_wise(compute.binary_join_element_wise(*cells, ","), "\n", "")
+    # The characters of all lines, one after the other.
+    _, offsets, characters = lines.buffers()
+    ends = np.frombuffer(offsets, np.int32, len(lines) + 1, lines.offset * 4)
+    return bytes(memoryview(characters)[int(ends[0]) : int(ends[-1])])
 
 
 def _format_numbers(column: Column, pa: Any, compute: Any) -> Any:
@@ -221,13 +203,6 @@ def _format_numbers(column: Column, pa: Any, compute: Any) -> Any:
     if column.dtype.kind == "f" and not np.isfinite(column).all():
         return compute.if_else(pa.array(np.isfinite(column)), text, "")
     return text
-
-
-def _string_bytes(lines: Any) -> bytes:
-    """Return the characters of an Arrow array of text, one after the other."""
-    _, offsets, characters = lines.buffers()
-    ends = np.frombuffer(offsets, np.int32, len(lines) + 1, lines.offset * 4)
-    return bytes(memoryview(characters)[int(ends[0]) : int(ends[-1])])
 
 
 def _format_cells(column: Column) -> list[str]:

@@ -59,7 +59,10 @@ class RayCluster:
         except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0].rstrip(".")
             raise UsageError(_unreachable_message(self._address, reason)) from None
-        self._silence_ray()
+        context = self._ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         self._stdout_redirect.__enter__()
         return self
 
@@ -68,10 +71,7 @@ class RayCluster:
         self._stdout_redirect.__exit__(None, None, None)
 
     def map(self, config: WorkerConfig, items: Sequence[FileJob | WindowShard]) -> Iterator[WorkerResult]:
-        """Yield the workers' results, in the order they finish.
-
-        Raises OutstationError if the cluster goes away, or if worker after worker dies over a shard.
-        """
+        """Yield the workers' results as they finish. Raises OutstationError if cluster or workers die."""
         if not items:
             return
         ray = self._ray
@@ -96,13 +96,6 @@ class RayCluster:
             raise OutstationError(_WORKERS_DIED if are_shards else _failure_message(str(error))) from None
         except ray.exceptions.RayError as error:
             raise OutstationError(_failure_message(str(error))) from None
-
-    def _silence_ray(self) -> None:
-        """Turn off Ray Data's progress bars and reports, which would disturb ours."""
-        context = self._ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 class _RayActor:

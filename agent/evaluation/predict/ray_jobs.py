@@ -31,28 +31,27 @@ def predict_folder(
     jobs = [predictor.make_job(path, out / path.name) for path in run.list_inputs(source, out)]
     ledger = RunLedger(out)
     completed = {job.target: totals for job in jobs if (totals := ledger.get(job)) is not None}
-    with _shared_marker(out / LEDGER_NAME) as (marker, token), ProgressTracker(jobs, progress) as tracker:
-        config = _worker_config(bundle, predictor.raw, marker, token)
+    with _shared_marker(out / LEDGER_NAME) as marker, ProgressTracker(jobs, progress) as tracker:
+        config = _worker_config(bundle, predictor.raw, *marker)
         for job, totals in _run_jobs(cluster, config, jobs, completed, tracker):
             ledger.add(job, totals)
     ledger.remove()
-    return _sum_totals(jobs, completed)
+    total = RunTotals()
+    # In the order of the files, whichever ended first.
+    for job in jobs:
+        total.add(completed[job.target])
+    return total
 
 
 def predict_file(
     cluster: RayCluster, predictor: BatchPredictor, bundle: Bundle, source: Path, out: Path, progress: Progress
 ) -> RunTotals:
-    """Predict a file in one worker, as `BatchPredictor.predict_file` does.
-
-    Raises UsageError, BadBundle, OutstationError.
-    """
-    source, out = source.resolve(), out.resolve()
-    jobs, completed = [predictor.make_job(source, out)], dict[Path, RunTotals]()
-    with _shared_marker(output.partial_path(out)) as (marker, token), ProgressTracker(jobs, progress) as tracker:
-        config = _worker_config(bundle, predictor.raw, marker, token)
-        for _ in _run_jobs(cluster, config, jobs, completed, tracker):
-            pass
-    return _sum_totals(jobs, completed)
+    """Predict a file in one worker. Raises UsageError, BadBundle, OutstationError."""
+    jobs = [predictor.make_job(source.resolve(), out.resolve())]
+    with _shared_marker(output.partial_path(out.resolve())) as marker, ProgressTracker(jobs, progress) as tracker:
+        config = _worker_config(bundle, predictor.raw, *marker)
+        [(_, totals)] = _run_jobs(cluster, config, jobs, {}, tracker)
+    return totals
 
 
 def make_predictor(cluster: RayCluster, bundle: Bundle) -> Callable[[Inference, Dataset, Ints], InferenceResult]:
@@ -128,14 +127,6 @@ def _run_jobs(
 def _worker_config(bundle: Bundle, raw: bool, marker: Path, token: str) -> WorkerConfig:
     name = f"{bundle.manifest.name} {bundle.manifest.version}"
     return WorkerConfig(name, bundle.files, bundle.digest, raw, marker, token)
-
-
-def _sum_totals(jobs: Sequence[FileJob], completed: dict[Path, RunTotals]) -> RunTotals:
-    """Add up in the order of the files, whichever ended first."""
-    total = RunTotals()
-    for job in jobs:
-        total.add(completed[job.target])
-    return total
 
 
 @contextmanager

@@ -79,7 +79,11 @@ class Worker:
     def process(self, item: FileJob | WindowShard) -> WorkerResult:
         """Process a job or a shard; known errors are returned, not raised."""
         try:
-            return self._predict_file(item) if isinstance(item, FileJob) else self._predict_shard(item)
+            if isinstance(item, FileJob):
+                return self._predict_file(item)
+            cut = WindowCut(item.starts, len(item.starts))
+            result = self._ensure_loaded().inference.run_windows(item.rows, item.t, cut, with_outputs=True)
+            return WorkerResult(index=item.index, result=result)
         except OutstationError as problem:
             return WorkerResult(error=f"node {self._node}: {problem}", is_usage_error=isinstance(problem, UsageError))
         except OSError as error:
@@ -89,25 +93,34 @@ class Worker:
 
     def _predict_file(self, job: FileJob) -> WorkerResult:
         """Predict a file as `model run` does on one machine."""
-        self._require_shared_storage(job)
+        if not job.source.exists():
+            raise UsageError(f"{job.source} does not exist; {SHARED_STORAGE_HINT}, or run it without --engine ray")
+        marker = self._config.marker
+        try:
+            seen = marker.read_text(encoding="utf-8") == self._config.token
+        except FileNotFoundError:
+            seen = False
+        if not seen:
+            raise UsageError(f"{marker.parent} is another folder than where the command runs; {SHARED_STORAGE_HINT}")
         predictor = self._ensure_loaded()
         if predictor.identity(job.source, job.target) != job.identity:
             problem = f"{job.source} has another size or time than where the command runs"
             raise UsageError(f"{problem}; {SHARED_STORAGE_HINT}, and must not change")
+        deadline_s = time.monotonic() + LOCK_TIMEOUT_S
         with self._count_attempt(job):
-            return WorkerResult(target=job.target, totals=_predict_when_unlocked(predictor, job))
-
-    def _predict_shard(self, shard: WindowShard) -> WorkerResult:
-        cut = WindowCut(shard.starts, len(shard.starts))
-        result = self._ensure_loaded().inference.run_windows(shard.rows, shard.t, cut, with_outputs=True)
-        return WorkerResult(index=shard.index, result=result)
+            while True:
+                try:
+                    totals = predictor.predict_file(job.source, job.target, lambda *_: None)
+                    return WorkerResult(target=job.target, totals=totals)
+                except FileBusy:
+                    if time.monotonic() > deadline_s:
+                        raise
+                    time.sleep(_RETRY_INTERVAL_S)
 
     def _ensure_loaded(self) -> BatchPredictor:
-        self._predictor = self._predictor or self._load_bundle()
-        return self._predictor
-
-    def _load_bundle(self) -> BatchPredictor:
         """Load the bundle as it was sent, probed on this node, too, because processors differ. Raises UsageError."""
+        if self._predictor is not None:
+            return self._predictor
         config = self._config
         have, sent = f"{__version__} with {runtime_name()}", f"{config.agent} with {config.runtime}"
         if have != sent:
@@ -118,19 +131,8 @@ class Worker:
             loaded = inference.Inference(bundle.manifest, runtime.load_model(bundle.manifest, bundle.model_bytes))
         except BadBundle as problem:
             raise BadBundle(f"{config.bundle_name}: {problem}") from None
-        return BatchPredictor(bundle, loaded, raw=config.raw)
-
-    def _require_shared_storage(self, job: FileJob) -> None:
-        """Raise UsageError if this node does not see the driver's folders."""
-        if not job.source.exists():
-            raise UsageError(f"{job.source} does not exist; {SHARED_STORAGE_HINT}, or run it without --engine ray")
-        marker = self._config.marker
-        try:
-            seen = marker.read_text(encoding="utf-8") == self._config.token
-        except FileNotFoundError:
-            seen = False
-        if not seen:
-            raise UsageError(f"{marker.parent} is another folder than where the command runs; {SHARED_STORAGE_HINT}")
+        self._predictor = BatchPredictor(bundle, loaded, raw=config.raw)
+        return self._predictor
 
     @contextmanager
     def _count_attempt(self, job: FileJob) -> Iterator[None]:
@@ -150,14 +152,3 @@ class Worker:
             yield
         finally:
             path.unlink()
-
-
-def _predict_when_unlocked(predictor: BatchPredictor, job: FileJob) -> RunTotals:
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
-    while True:
-        try:
-            return predictor.predict_file(job.source, job.target, lambda *_: None)
-        except FileBusy:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(_RETRY_INTERVAL_S)

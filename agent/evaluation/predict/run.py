@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -12,8 +13,9 @@ import msgspec
 import numpy as np
 
 from agent import durable_files
+from agent.arrays import Ints
 from agent.datasets import media, readers
-from agent.datasets.blocks import FILE_COLUMN, BlockReader, RowBlock
+from agent.datasets.blocks import FILE_COLUMN, RowBlock, TextColumn
 from agent.datasets.tables import BLOCK_BYTES, FilePosition
 from agent.errors import UsageError
 from agent.evaluation.predict import output
@@ -39,6 +41,29 @@ class _Checkpoint(msgspec.Struct):
     totals: RunTotals = msgspec.field(default_factory=RunTotals)
     pending: tuple[bytes, bytes, bytes] = (b"", b"", b"")
     history_rows: int = 0
+
+    @classmethod
+    def load(cls, sidecar: Path, identity: str, size: int) -> _Checkpoint:
+        """Return the checkpoint of the same work, if the `size` bytes of its output are still there; else a new one."""
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            state = msgspec.msgpack.decode(sidecar.read_bytes(), type=cls)
+            if state.identity == identity and size >= state.written:
+                return state
+        return cls(identity)
+
+    def save(self, sidecar: Path, stream: StreamingPredictor) -> None:
+        self.history_rows = stream.history_rows
+        self.pending = (stream.rows.tobytes(), stream.t.tobytes(), stream.row_numbers.tobytes())
+        durable_files.write(sidecar, msgspec.msgpack.encode(self))
+
+    def restore_stream(self, inference: Inference) -> StreamingPredictor:
+        stream = StreamingPredictor(inference)
+        rows, t, row_numbers = self.pending
+        stream.history_rows = self.history_rows
+        if t:
+            stream.t, stream.row_numbers = np.frombuffer(t, np.int64), np.frombuffer(row_numbers, np.int64)
+            stream.rows = np.frombuffer(rows, np.float32).reshape(len(stream.t), -1)
+        return stream
 
 
 class BatchPredictor:
@@ -66,58 +91,39 @@ class BatchPredictor:
         if out.exists() and out.samefile(source):
             raise UsageError(f"{out}: is the data itself, which would be overwritten; name another file with -o")
         reader = readers.open_reader(source, self.inference.manifest.input, block_bytes=self._block_bytes)
-        sidecar = checkpoint_path(out)
+        sidecar, spec = checkpoint_path(out), self.inference.manifest.input
         part = PartialOutput(out, self._columns)
         try:
             # Only under the lock: until then another run may have written it.
-            state = _load_checkpoint(sidecar, self.identity(source, out), part.size)
+            state = _Checkpoint.load(sidecar, self.identity(source, out), part.size)
             part.resume(state.written)
-            stream = _restore_stream(self.inference, state)
-            self._process_blocks(reader, stream, state, part, sidecar, progress)
+            stream = state.restore_stream(self.inference)
+            saved_s = time.monotonic()
+            for block in reader.blocks(state.position):
+                rows, result = stream.feed(block.rows, block.t, block.row_numbers, raw=self.raw)
+                part.write(rows, result, self._file_names(block, rows, source))
+                state.totals.results += len(rows)
+                state.totals.incomplete += int((result.missing_share > spec.max_missing).sum())
+                state.totals.add_block(source.name, len(block.rows), block.rejected)
+                state.position = block.next_position
+                progress(reader.progress(state.position), reader.size, state.totals.rows)
+                if time.monotonic() - saved_s >= CHECKPOINT_INTERVAL_S:
+                    state.written = part.sync()
+                    state.save(sidecar, stream)
+                    saved_s = time.monotonic()
             part.finish()
         finally:
             part.close()
         sidecar.unlink(missing_ok=True)
         return state.totals
 
-    def _process_blocks(
-        self,
-        reader: BlockReader,
-        stream: StreamingPredictor,
-        checkpoint: _Checkpoint,
-        part: PartialOutput,
-        sidecar: Path,
-        progress: Progress,
-    ) -> None:
-        saved_s = time.monotonic()
-        for block in reader.blocks(checkpoint.position):
-            self._process_block(reader, block, stream, checkpoint, part)
-            progress(reader.progress(checkpoint.position), reader.size, checkpoint.totals.rows)
-            if time.monotonic() - saved_s >= CHECKPOINT_INTERVAL_S:
-                checkpoint.written = part.sync()
-                checkpoint.history_rows = stream.history_rows
-                checkpoint.pending = (stream.rows.tobytes(), stream.t.tobytes(), stream.row_numbers.tobytes())
-                durable_files.write(sidecar, msgspec.msgpack.encode(checkpoint))
-                saved_s = time.monotonic()
-
-    def _process_block(
-        self,
-        reader: BlockReader,
-        block: RowBlock,
-        stream: StreamingPredictor,
-        checkpoint: _Checkpoint,
-        part: PartialOutput,
-    ) -> None:
-        rows, result = stream.feed(block.rows, block.t, block.row_numbers, raw=self.raw)
-        files = None
-        if FILE_COLUMN in block.text_columns and len(rows):
-            files = block.text_columns[FILE_COLUMN][rows - block.row_numbers[0]]
-        part.write(rows, result, files)
-        totals, max_missing = checkpoint.totals, self.inference.manifest.input.max_missing
-        totals.results += len(rows)
-        totals.incomplete += int((result.missing_share > max_missing).sum())
-        totals.add_block(reader.path.name, len(block.rows), block.rejected)
-        checkpoint.position = block.next_position
+    def _file_names(self, block: RowBlock, rows: Ints, source: Path) -> TextColumn | None:
+        """Return the file of each of `rows`, if it is a column; recordings of images or sounds are one file."""
+        if FILE_COLUMN not in self._columns.names or not len(rows):
+            return None
+        files = block.text_columns.get(FILE_COLUMN, np.full(len(block.rows), source.name))
+        names: TextColumn = files[rows - block.row_numbers[0]]
+        return names
 
 
 def predict_folder(predictor: BatchPredictor, source: Path, out: Path, progress: Progress) -> RunTotals:
@@ -164,24 +170,3 @@ def checkpoint_rows(sidecar: Path) -> int:
         return msgspec.msgpack.decode(sidecar.read_bytes(), type=_Checkpoint).totals.rows
     except (OSError, msgspec.MsgspecError):
         return 0
-
-
-def _load_checkpoint(sidecar: Path, identity: str, size: int) -> _Checkpoint:
-    """Return the checkpoint of the same work, if the `size` bytes of its output are still there; else a new one."""
-    try:
-        state = msgspec.msgpack.decode(sidecar.read_bytes(), type=_Checkpoint)
-        if state.identity == identity and size >= state.written:
-            return state
-    except (OSError, msgspec.MsgspecError):
-        pass
-    return _Checkpoint(identity)
-
-
-def _restore_stream(inference: Inference, checkpoint: _Checkpoint) -> StreamingPredictor:
-    stream = StreamingPredictor(inference)
-    rows, t, row_numbers = checkpoint.pending
-    stream.history_rows = checkpoint.history_rows
-    if t:
-        stream.t, stream.row_numbers = np.frombuffer(t, np.int64), np.frombuffer(row_numbers, np.int64)
-        stream.rows = np.frombuffer(rows, np.float32).reshape(len(stream.t), -1)
-    return stream

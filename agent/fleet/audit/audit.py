@@ -39,8 +39,6 @@ MessageKey = tuple[Any, Any, Any]
 
 
 class AuditReport(msgspec.Struct):
-    """Result of an audit."""
-
     devices: int = 0
     messages: int = 0
     gaps: list[dict[str, Any]] = msgspec.field(default_factory=list)
@@ -81,9 +79,13 @@ def audit(
     report = AuditReport()
     with store.snapshot() as db:
         keyring = Keyring(store)
+        # (device, log) → last seq of each log that a signed message of a later log declares ended.
         ends: dict[tuple[Any, str], int] = {}
-        for ended_log, last in _read_log_ends(store, keyring, device):
-            ends[ended_log] = max(last, ends.get(ended_log, 0))
+        for name, topic, payload, jws in store.audit_messages(device, f'"{NEW_LOG}"'.encode()):
+            with contextlib.suppress(MessageRefused, TypeError, AttributeError):
+                body = verify_message(topic, payload, (jws,), keyring.find_stored).body
+                if body.device == name and (end := parse_log_end(body)):
+                    ends[name, end[0]] = max(end[1], ends.get((name, end[0]), 0))
         last_seqs = {(name, log): last for name, log, last in store.logs(device)}
         results = _StoredResults(store.result_rows(device), report)
         names = {name for name, _ in last_seqs}
@@ -108,23 +110,12 @@ def audit(
     return report
 
 
-def _read_log_ends(store: FleetStore, keyring: Keyring, device: str | None) -> Iterator[tuple[tuple[Any, str], int]]:
-    """Yield ((device, log), last seq) of each log that a signed message of a later log declares ended."""
-    for name, topic, payload, jws in store.audit_messages(device, f'"{NEW_LOG}"'.encode()):
-        with contextlib.suppress(MessageRefused, TypeError, AttributeError):
-            body = verify_message(topic, payload, (jws,), keyring.find_stored).body
-            if body.device == name and (end := parse_log_end(body)):
-                yield (name, end[0]), end[1]
-
-
 class _LogAuditor:
     """Audits one log, message by message in order of seq."""
 
-    def __init__(
-        self, device: Any, log: Any, keyring: Keyring, stored_results: _StoredResults, report: AuditReport
-    ) -> None:
+    def __init__(self, device: Any, log: Any, keyring: Keyring, results: _StoredResults, report: AuditReport) -> None:
         self._device, self._log = device, log
-        self._keyring, self._stored_results, self._report = keyring, stored_results, report
+        self._keyring, self._results, self._report = keyring, results, report
         self._coverage = RowCoverage()
         self._last_seq = 0
         self._last_digest: str | None = ""
@@ -133,11 +124,18 @@ class _LogAuditor:
 
     def check_message(self, seq: Any, kind: Any, topic: Any, payload: Any, jws: Any) -> None:
         key = (self._device, self._log, seq)
-        stored = self._stored_results.consume(key)
+        stored = self._results.consume(key)
         if type(seq) is not int or seq < 1:
             self._report.add_invalid(key, f"seq {seq!r} is not a sequence number")
             return
-        self._check_sequence(key, seq)
+        if seq == self._last_seq:
+            self._report.duplicates += 1
+            self._report.add_invalid(key, "is stored twice")
+        elif seq > self._last_seq + 1:
+            self._missing.append((self._last_seq + 1, seq - 1))
+            self._coverage.mark_unreadable(seq)
+            self._last_digest = None
+        self._last_seq = seq
         data = payload.encode(errors="surrogateescape") if isinstance(payload, str) else payload
         problem, body = self._verify_signature(topic, data, jws)
         problem = problem or self._compare_columns(body, seq, kind)
@@ -171,16 +169,6 @@ class _LogAuditor:
             rows = {"first": track.first, "last": track.last, "messages": track.messages, "results": track.results}
             place = {"device": self._device, "log": self._log, "task": task, "stream": stream}
             self._report.coverage.append({**place, **rows})
-
-    def _check_sequence(self, key: MessageKey, seq: int) -> None:
-        if seq == self._last_seq:
-            self._report.duplicates += 1
-            self._report.add_invalid(key, "is stored twice")
-        elif seq > self._last_seq + 1:
-            self._missing.append((self._last_seq + 1, seq - 1))
-            self._coverage.mark_unreadable(seq)
-            self._last_digest = None
-        self._last_seq = seq
 
     def _verify_signature(self, topic: Any, payload: Any, jws: Any) -> tuple[str | None, Body | None]:
         if not (isinstance(topic, str) and isinstance(payload, bytes) and isinstance(jws, str)):
@@ -226,7 +214,6 @@ class _StoredResults:
         self._report = report
 
     def consume(self, key: MessageKey) -> list[tuple[Any, ...]]:
-        """Return the rows of this message."""
         self.skip_to(key)
         if self._next is None or self._next[0] != key:
             return []

@@ -38,7 +38,6 @@ class RowCoverage:
         self._unreadable_seq = seq
 
     def check_results(self, body: ResultsPayload) -> str | None:
-        """Return the problem with a results message."""
         first, last = body.rows
         track = self.tracks.get((body.task, body.stream))
         if track is None:
@@ -60,9 +59,8 @@ class RowCoverage:
         if body.event != EVICTED or not isinstance(stream, str) or not rows:
             return
         waiting = [task for task in tasks if isinstance(task, str)] if isinstance(tasks, list) else []
-        self.evicted.append(
-            {"stream": stream, "rows": rows, "used": body.evidence.get("used") is True, "tasks": waiting}
-        )
+        used = body.evidence.get("used") is True
+        self.evicted.append({"stream": stream, "rows": rows, "used": used, "tasks": waiting})
         for task in waiting:
             self._declared[task, stream] = _merge_ranges([*self._declared.get((task, stream), []), *rows])
 
@@ -77,10 +75,8 @@ class RowCoverage:
         if first <= track.last:
             self.duplicates += 1
             return f"covers rows {first}-{last} of {body.stream}, but row {min(last, track.last)} was reported before"
-        if (
-            self._has_undeclared_gap(body.task, body.stream, track.last + 1, first - 1)
-            and self._unreadable_seq <= track.seq
-        ):
+        is_gap = self._has_undeclared_gap(body.task, body.stream, track.last + 1, first - 1)
+        if is_gap and self._unreadable_seq <= track.seq:
             return f"starts at row {first} of {body.stream}, but the results before it end at row {track.last}"
         return None
 
@@ -95,9 +91,8 @@ class RowCoverage:
         if not track or type(first) is not int or first < 1 or self._unreadable_seq:
             return None
         if self._has_undeclared_gap(task, stream, first, track.first - 1):
-            return (
-                f"states that {task} consumed {stream} from row {first}, but the first results start at {track.first}"
-            )
+            rows = f"from row {first}, but the first results start at {track.first}"
+            return f"states that {task} consumed {stream} {rows}"
         return None
 
     def _has_undeclared_gap(self, task: str, stream: str, first: int, last: int) -> bool:

@@ -54,7 +54,16 @@ def audit_rollouts(db: Connection, operators: Sequence[PublicKey]) -> RolloutAud
             topic, counter = str(body.evidence.get("topic")), body.evidence.get("counter")
             if type(counter) is int and counter > published.get(topic, (0, ""))[0]:
                 published[topic] = counter, str(body.evidence.get("desired"))
-    for topic, problem in _check_desired(db, published, find):
+    desired = {row.topic: row for row in journal.load_all_desired(db)}
+    problems = dict.fromkeys(published.keys() - desired.keys(), "is missing, although a decision published it")
+    for topic, row in desired.items():
+        try:
+            desired_state.verify(row, find)
+            if published.get(topic) != (row.counter, digest(row.payload)):
+                problems[topic] = "is not the one that the newest decision about it published"
+        except MessageRefused as refused:
+            problems[topic] = f"does not verify: {refused}"
+    for topic, problem in problems.items():
         report.add_problem(None, None, f"desired on {topic}: {problem}")
     return report
 
@@ -84,22 +93,6 @@ def _check_state(db: Connection, name: str, verified_decisions: Sequence[Decisio
         if last.get(member) != stored:
             return f"is stored with {member} {stored!r}, its last decision left it with {last.get(member)!r}"
     return ""
-
-
-def _check_desired(
-    db: Connection, published: dict[str, tuple[int, str]], find_signer: SignerLookup
-) -> Iterator[tuple[str, str]]:
-    rows = {row.topic: row for row in journal.load_all_desired(db)}
-    for topic, row in rows.items():
-        try:
-            desired_state.verify(row, find_signer)
-        except MessageRefused as refused:
-            yield topic, f"does not verify: {refused}"
-            continue
-        if published.get(topic) != (row.counter, digest(row.payload)):
-            yield topic, "is not the one that the newest decision about it published"
-    for topic in published.keys() - rows.keys():
-        yield topic, "is missing, although a decision published it"
 
 
 def to_json_value(part: Any) -> Any:

@@ -112,7 +112,6 @@ class PendingGaps:
         return missing[recent][0] - 1, missing[:recent]
 
     def due_logs(self, now_s: float) -> list[LogId]:
-        """Return the logs whose acknowledgement is due again."""
         return [log for log, due_s in self._due_s.items() if due_s <= now_s]
 
 

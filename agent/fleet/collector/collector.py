@@ -15,7 +15,7 @@ from agent.config import BrokerConfig
 from agent.errors import LinkDown, MessageRefused, OutstationError, StorageBusy, StorageError, UsageError
 from agent.fleet.collector.acknowledger import Acknowledger, Backoff, CollectorLink, PendingGaps
 from agent.fleet.collector.leader import LeaderTasks
-from agent.fleet.database.ingest import Arrival, IngestOutcome, Refusal
+from agent.fleet.database.ingest import Arrival, Refusal
 from agent.fleet.database.interface import LogId
 from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import Acknowledgement, FleetStore
@@ -187,9 +187,7 @@ class Collector:
                 break
             events = link.receive(0.0)
         if len(self._held) > MAX_HELD:
-            raise LinkDown(
-                "the database keeps failing and too many messages are held; disconnecting, the broker keeps the rest"
-            )
+            raise LinkDown("the database keeps failing: too many messages are held, and the broker keeps the rest")
 
     def _store_held(self, link: CollectorLink) -> None:
         batch = self._held[:BATCH_SIZE]
@@ -217,7 +215,15 @@ class Collector:
         try:
             outcomes = self.store.ingest(arrivals, refusals, now)
         except MessageRefused:
-            arrivals, outcomes = self._store_singly(arrivals, refusals, now)
+            # One by one: only the message with an unstorable value is refused.
+            candidates, arrivals, outcomes = arrivals, [], []
+            for arrival in candidates:
+                try:
+                    outcomes += self.store.ingest([arrival], [], now)
+                    arrivals.append(arrival)
+                except MessageRefused as refused:
+                    refusals.append(_build_refusal(refused, arrival.message))
+            self.store.ingest([], refusals, now)
         self.stored_count += outcomes.count("new")
         self._report_refusals(refusals)
         self._leader_tasks.record_batch(arrivals, refusals)
@@ -243,21 +249,6 @@ class Collector:
             self._upkeep()
         except OutstationError as error:
             logger.warning("%s", error)
-
-    def _store_singly(
-        self, arrivals: Sequence[Arrival], refusals: list[Refusal], now: str
-    ) -> tuple[list[Arrival], list[IngestOutcome]]:
-        """Ingest one by one: refuse the message with an unstorable value, and store the others."""
-        stored: list[Arrival] = []
-        outcomes: list[IngestOutcome] = []
-        for arrival in arrivals:
-            try:
-                outcomes += self.store.ingest([arrival], [], now)
-                stored.append(arrival)
-            except MessageRefused as refused:
-                refusals.append(_build_refusal(refused, arrival.message))
-        self.store.ingest([], refusals, now)
-        return stored, outcomes
 
     def verify(self, batch: Sequence[IncomingMessage]) -> tuple[list[Arrival], list[Refusal]]:
         """Return each delivery as a verified message or a refusal."""

@@ -36,7 +36,6 @@ class LeaderTasks:
         self.is_leader, self._next_check_s = not store.shared, 0.0
 
     def record_batch(self, arrivals: Sequence[Arrival], refusals: Sequence[Refusal]) -> None:
-        """Record a committed batch."""
         self._fleet_wide_alerts.record_batch(arrivals)
         if not self._store.shared:
             self._refusal_alarm.add_refusals(refusals, self._keyring.devices, clock.read().boot_s)
@@ -46,7 +45,14 @@ class LeaderTasks:
         try:
             if self._store.shared and time.monotonic() >= self._next_check_s:
                 self._next_check_s = time.monotonic() + LEADER_CHECK_S
-                self._elect_leader()
+                was_leader, self.is_leader = self.is_leader, self._store.acquire_leadership(LEADER_JOB)
+                if self.is_leader != was_leader:
+                    self._refusal_tally = RefusalTally()
+                    logger.info("this collector is the leader" if self.is_leader else "another collector is the leader")
+                if self.is_leader:
+                    for name, reason, n in self._refusal_tally.new_refusals(self._store.refusals()):
+                        self._refusal_alarm.add_count(name, reason, n, clock.read().boot_s)
+                    self._raise_alarms()
             if self.is_leader:
                 for summary in self._fleet_wide_alerts.poll(clock.read()):
                     logger.warning("drift: %s", summary)
@@ -54,18 +60,6 @@ class LeaderTasks:
             # A lost connection releases the lock, which another collector may hold by now.
             self.is_leader = not self._store.shared
             logger.error("%s; the next check for fleet-wide drift is later", error)
-
-    def _elect_leader(self) -> None:
-        is_leader = self._store.acquire_leadership(LEADER_JOB)
-        if is_leader != self.is_leader:
-            self._refusal_tally = RefusalTally()
-            logger.info("this collector is the leader" if is_leader else "another collector is the leader")
-        self.is_leader = is_leader
-        if is_leader:
-            boot_s = clock.read().boot_s
-            for name, reason, n in self._refusal_tally.new_refusals(self._store.refusals()):
-                self._refusal_alarm.add_count(name, reason, n, boot_s)
-            self._raise_alarms()
 
     def _raise_alarms(self) -> None:
         """Raise alerts of the collector's own, as a refused message proves nothing about its device."""

@@ -32,12 +32,10 @@ class RefusalAlarm(msgspec.Struct):
     _quiet_until_s: dict[str, float] = msgspec.field(default_factory=dict)
 
     def add_refusals(self, refusals: Iterable[Refusal], enrolled: frozenset[str], boot_s: float) -> None:
-        """Count messages refused at `boot_s`."""
         for refusal in refusals:
             self.add_count(refusal.device if refusal.device in enrolled else UNENROLLED, refusal.reason, 1, boot_s)
 
     def add_count(self, name: str, reason: str, n: int, boot_s: float) -> None:
-        """Count `n` more refusals in a device's name."""
         count = self._counts.get(name)
         if count is None or boot_s - count.since_s > WINDOW_S:
             count = self._counts[name] = RefusalCount(boot_s)

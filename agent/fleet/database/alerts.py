@@ -44,7 +44,6 @@ OPEN_FLEET_WIDE_ALERTS = f"""
 
 
 def message_alert_row(kind: AlertKind, about: LoggedPayload, summary: str, now: str) -> Row:
-    """Return a security alert about one message of a device."""
     alert = kind.raised(summary, log=about.log, seq=about.seq)
     return _collector_row(about.device, None, alert, about.log, about.seq, now)
 
@@ -71,7 +70,6 @@ def repository_alert_row(summary: str, now: str, second: int, *, raised: bool) -
 
 
 def revoked_alert_row(device: str, kid: str, now: str) -> Row:
-    """Return the alert that an operator revoked a key."""
     summary = f"Key {kid} of {device} was revoked: messages that it signs are refused, stored messages stay valid."
     return _collector_row(device, None, KEY_REVOKED.raised(summary, kid=kid), f"revoked/{kid}", 0, now)
 

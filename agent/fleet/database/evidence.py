@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from agent.fleet.database.interface import Connection, Row
+from agent.fleet.database.interface import Connection, Row, fetch_dicts
 from agent.fleet.database.store import FleetStore
 
 _EVIDENCE_KINDS = ("alerts", "audit", "quality", "shadow")
@@ -29,23 +29,15 @@ class EvidenceQueries:
         return self._store.stream(f"{sql} ORDER BY device, log, seq", _EVIDENCE_KINDS)
 
     def load_message(self, device: str, log: str, seq: int) -> tuple[str, bytes, str] | None:
-        """Return (topic, payload, jws) of a message."""
         sql = "SELECT topic, payload, jws FROM messages WHERE device = ? AND log = ? AND seq = ?"
-        rows = self._query(sql, device, log, seq)
-        return (rows[0]["topic"], rows[0]["payload"], rows[0]["jws"]) if rows else None
-
-    def load_newest_logs(self) -> dict[str, str]:
-        """Return the newest log of each device."""
-        return dict(self._store.newest_logs())
+        row: tuple[str, bytes, str] | None = self._db.execute(sql, (device, log, seq)).fetchone()
+        return row
 
     def load_newest_message(self, device: str, log: str, kind: str) -> Row | None:
         """Return (device, log, seq, topic, payload, jws) of the newest message of a kind in a log."""
-        sql = (
-            "SELECT device, log, seq, topic, payload, jws FROM messages WHERE device = ? AND log = ? AND kind = ? "
-            "ORDER BY seq DESC LIMIT 1"
-        )
-        rows = self._query(sql, device, log, kind)
-        return tuple(rows[0].values()) if rows else None
+        sql = "SELECT device, log, seq, topic, payload, jws FROM messages WHERE device = ? AND log = ? AND kind = ?"
+        row: Row | None = self._db.execute(f"{sql} ORDER BY seq DESC LIMIT 1", (device, log, kind)).fetchone()
+        return row
 
     def load_devices(self) -> list[dict[str, Any]]:
         return self._query("SELECT device, enrolled, state, last_seen FROM devices ORDER BY device")
@@ -58,9 +50,6 @@ class EvidenceQueries:
         """Return the alerts that the collector raised or cleared itself, oldest first."""
         columns = "device, task, alert, subject, state, severity, summary, time, id"
         return self._query(f"SELECT {columns} FROM alerts WHERE source = 'collector' ORDER BY time, log, seq")
-
-    def load_refusals(self) -> list[dict[str, Any]]:
-        return self._store.refusals()
 
     def count_labels(self) -> dict[tuple[str, str], dict[str, int]]:
         """Return (device, task) → source → number of labels stored in the fleet database."""
@@ -76,12 +65,10 @@ class EvidenceQueries:
         return self._query(f"SELECT {columns} FROM metrics {where} ORDER BY device, task, metric, slice")
 
     def load_rollouts(self) -> list[dict[str, Any]]:
-        """Return the rollouts, oldest first."""
         columns = "rollout, task, bundle, version, digest, topic, started, state"
         return self._query(f"SELECT {columns} FROM rollouts ORDER BY started, rollout")
 
     def load_decisions(self) -> Iterable[dict[str, Any]]:
-        """Return the signed decisions, by rollout and number."""
         columns = "rollout, n, time, event, summary, payload, jws"
         return self._query(f"SELECT {columns} FROM decisions ORDER BY rollout, n")
 
@@ -95,6 +82,4 @@ class EvidenceQueries:
         )
 
     def _query(self, sql: str, *values: Any) -> list[dict[str, Any]]:
-        cursor = self._db.execute(sql, values)
-        names = [column[0] for column in cursor.description]
-        return [dict(zip(names, row, strict=True)) for row in cursor]
+        return fetch_dicts(self._db, sql, *values)

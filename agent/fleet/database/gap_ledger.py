@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable, Mapping
-from typing import TypeGuard
 
 import msgspec
 
@@ -98,7 +97,11 @@ class GapLedger:
     def declare_evicted(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Mark the missing seqs in `ranges` as declared by the device."""
         for a, b in ranges:
-            for first, last in self._undeclared_overlaps(a, b):
+            begin, end = bisect.bisect_right(self._firsts, a), bisect.bisect_right(self._firsts, b)
+            nearby = [(first, *self._gaps[first]) for first in self._firsts[max(0, begin - 1) : end]]
+            for first, last, declared in nearby:
+                if declared or last < a:
+                    continue
                 self._remove(first)
                 self._insert(first, min(last, a - 1), declared=False)
                 self._insert(b + 1, last, declared=False)
@@ -124,11 +127,6 @@ class GapLedger:
         index = bisect.bisect_right(self._firsts, seq)
         return (first := self._firsts[index - 1], *self._gaps[first]) if index else None
 
-    def _undeclared_overlaps(self, a: int, b: int) -> list[tuple[int, int]]:
-        begin, end = bisect.bisect_right(self._firsts, a), bisect.bisect_right(self._firsts, b)
-        nearby = [(first, *self._gaps[first]) for first in self._firsts[max(0, begin - 1) : end]]
-        return [(first, last) for first, last, declared in nearby if last >= a and not declared]
-
     def _insert(self, first: int, last: int, *, declared: bool) -> None:
         if first <= last:
             bisect.insort(self._firsts, first)
@@ -144,9 +142,7 @@ def parse_evictions(body: object) -> list[tuple[int, int]]:
     # A reissued message has the numbers of the log that it was first written in.
     if not isinstance(body, AuditPayload) or body.event != EVICTED or body.reissued:
         return []
-    return [
-        (first, min(last, body.seq - 1)) for first, last in parse_ranges(body.evidence.get("seq")) if first < body.seq
-    ]
+    return [(a, min(b, body.seq - 1)) for a, b in parse_ranges(body.evidence.get("seq")) if a < body.seq]
 
 
 def parse_log_end(body: object) -> tuple[str, int] | None:
@@ -158,13 +154,5 @@ def parse_log_end(body: object) -> tuple[str, int] | None:
 
 
 def parse_ranges(value: object) -> list[tuple[int, int]]:
-    """Return the valid [first, last] pairs of a list."""
-    pairs = [tuple(pair) for pair in value if isinstance(pair, list)] if isinstance(value, list) else []
-    return [pair for pair in pairs if _is_range(pair)]
-
-
-def _is_range(pair: tuple[object, ...]) -> TypeGuard[tuple[int, int]]:
-    if len(pair) != 2:
-        return False
-    first, last = pair
-    return type(first) is int and type(last) is int and 1 <= first <= last
+    pairs = [pair for pair in value if isinstance(pair, list) and len(pair) == 2] if isinstance(value, list) else []
+    return [(a, b) for a, b in pairs if type(a) is int and type(b) is int and 1 <= a <= b]

@@ -54,10 +54,13 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 class IngestBatch:
-    """The messages of one transaction: `add` and `add_refusals`, then `finish`."""
+    """The messages of one transaction: `add`, then `finish`.
 
-    def __init__(self, db: Connection, now: str) -> None:
-        self._db, self._now = db, now
+    All refusals are counted; the first few of each device and reason are stored as samples.
+    """
+
+    def __init__(self, db: Connection, refusals: Sequence[Refusal], now: str) -> None:
+        self._db, self._refusals, self._now = db, [*refusals], now
         self._rows: TableRows = {}
         self._timestamps = TimestampReconstruction(db, now)
         self._log_changes: dict[LogId, LogChanges] = {}
@@ -65,18 +68,22 @@ class IngestBatch:
         self._states: dict[str, str] = {}
         self._rotations: list[VerifiedMessage] = []
         self._signers: set[str] = set()
-        self._refusals: list[Refusal] = []
         self._alerts: list[Row] = []
 
     def add(self, arrivals: Sequence[Arrival]) -> list[IngestOutcome]:
-        """Return the outcome of each arrival."""
         logged = [a.message for a in arrivals if isinstance(a.message.body, LoggedPayload)]
-        outcomes = self._store_messages(logged)
-        return [self._record_arrival(arrival, outcomes) for arrival in arrivals]
-
-    def add_refusals(self, refusals: Sequence[Refusal]) -> None:
-        """Count the refusals, and keep the first few of each device and reason as samples."""
-        self._refusals += refusals
+        stored = self._store_messages(logged)
+        outcomes: list[IngestOutcome] = []
+        for arrival in arrivals:
+            body = arrival.message.body
+            if arrival.fresh:
+                self._live_devices.add(body.device)
+            if isinstance(body, StatePayload):
+                self._states[body.device] = body.state
+            outcomes.append(next(stored) if isinstance(body, LoggedPayload) else "live")
+            if outcomes[-1] in ("new", "live"):
+                self._signers.add(arrival.message.signer.key.kid)
+        return outcomes
 
     def finish(self) -> None:
         """Write all rows. Raises MessageRefused if the key of a new message was revoked in the meantime."""
@@ -97,19 +104,12 @@ class IngestBatch:
         self._db.executemany(INSERT_ALERT, self._alerts)
         self._write_refusals()
 
-    def _record_arrival(self, arrival: Arrival, outcomes: Iterator[IngestOutcome]) -> IngestOutcome:
-        message, body = arrival.message, arrival.message.body
-        if arrival.fresh:
-            self._live_devices.add(body.device)
-        if isinstance(body, StatePayload):
-            self._states[body.device] = body.state
-        outcome: IngestOutcome = next(outcomes) if isinstance(body, LoggedPayload) else "live"
-        if outcome in ("new", "live"):
-            self._signers.add(message.signer.key.kid)
-        return outcome
-
     def _store_messages(self, messages: Sequence[VerifiedMessage]) -> Iterator[IngestOutcome]:
-        rows = [_message_row(message, self._now) for message in messages]
+        rows: list[Row] = []
+        for message in messages:
+            body: Any = message.body
+            key, topic = (body.device, body.log, body.seq), message.topic
+            rows.append((*key, topic.kind, str(topic), message.payload, message.jws, self._now))
         added = self._db.add_messages(rows)
         stored = iter(self._db.payloads([row[:3] for row, new in zip(rows, added, strict=True) if not new]))
         for message, new in zip(messages, added, strict=True):
@@ -119,7 +119,15 @@ class IngestBatch:
             elif next(stored) == message.payload:
                 yield "duplicate"
             else:
-                yield self._record_conflict(message, message.body)
+                body = message.body
+                summary = (
+                    f"{body.device} signed two different messages as seq {body.seq} of log {body.log}: its key or its "
+                    "store was copied. The first one is kept; table refusal_samples has the other."
+                )
+                self._alerts.append(message_alert_row(SIGNED_TWICE, body, summary, self._now))
+                head = (body.device, CONFLICTING_PAYLOAD, f"log {body.log} seq {body.seq}", str(message.topic))
+                self._refusals.append(Refusal(*head, message.payload, message.jws))
+                yield "conflict"
 
     def _project_new(self, message: VerifiedMessage, body: Any) -> None:
         changes = self._changes_for((body.device, body.log))
@@ -136,18 +144,6 @@ class IngestBatch:
     def _changes_for(self, log: LogId) -> LogChanges:
         return self._log_changes.setdefault(log, LogChanges())
 
-    def _record_conflict(self, message: VerifiedMessage, body: Any) -> IngestOutcome:
-        summary = (
-            f"{body.device} signed two different messages as seq {body.seq} of log {body.log}: its key or its store "
-            "was copied. The first one is kept; table refusal_samples has the other."
-        )
-        self._alerts.append(message_alert_row(SIGNED_TWICE, body, summary, self._now))
-        detail = f"log {body.log} seq {body.seq}"
-        self._refusals.append(
-            Refusal(body.device, CONFLICTING_PAYLOAD, detail, str(message.topic), message.payload, message.jws)
-        )
-        return "conflict"
-
     def _write_refusals(self) -> None:
         names = sorted({_to_storable_text(refusal.device) for refusal in self._refusals})
         enrolled = self._db.execute_each("SELECT device FROM devices WHERE device = ?", [(name,) for name in names])
@@ -161,12 +157,6 @@ class IngestBatch:
                 detail, topic, token = map(_to_storable_text, (refusal.detail, refusal.topic, refusal.jws))
                 sample = (device, refusal.reason, detail, topic, refusal.payload, token, self._now)
                 self._db.execute(_INSERT_SAMPLE, sample)
-
-
-def _message_row(message: VerifiedMessage, now: str) -> Row:
-    body: Any = message.body
-    place = (body.device, body.log, body.seq, message.topic.kind, str(message.topic))
-    return (*place, message.payload, message.jws, now)
 
 
 def _to_storable_text(text: str) -> str:

@@ -20,6 +20,8 @@ Values = Sequence[Any] | Mapping[str, Any]
 MAX_PARTITIONS = 1024
 # (device, log)
 LogId = tuple[str, str]
+# (device, log, seq)
+MessageKey = tuple[str, str, int]
 # (first, last, declared)
 Gap = tuple[int, int, bool]
 
@@ -62,7 +64,7 @@ class Connection(Protocol):
     def add_messages(self, rows: Sequence[Row]) -> list[bool]:
         """Insert rows of table messages; return True for each whose key was free, also among `rows`."""
 
-    def payloads(self, keys: Sequence[tuple[str, str, int]]) -> list[bytes | None]:
+    def payloads(self, keys: Sequence[MessageKey]) -> list[bytes | None]:
         """Return the payload of the message at each (device, log, seq), None where there is none."""
 
     def bulk_insert(self, table: str, rows: Sequence[Row]) -> None:
@@ -77,9 +79,7 @@ class Connection(Protocol):
     def gaps(self, spans: Mapping[LogId, tuple[int, int]]) -> dict[LogId, list[Gap]]:
         """Return the gaps of each log that overlap or touch its span."""
 
-    def store_gaps(
-        self, removed: Sequence[tuple[str, str, int]], added: Sequence[tuple[str, str, int, int, bool]]
-    ) -> None:
+    def store_gaps(self, removed: Sequence[MessageKey], added: Sequence[tuple[str, str, int, int, bool]]) -> None:
         """Delete the gaps with these (device, log, first), then insert the others."""
 
     def undeclared_gaps(self, logs: Sequence[LogId], limit: int) -> dict[LogId, list[tuple[int, int]]]:
@@ -111,6 +111,13 @@ class Database(Protocol):
         """Return True if this process holds `job` among all that have the database open, until it disconnects."""
 
     def close(self) -> None: ...
+
+
+def fetch_dicts(db: Connection | Database, sql: str, *values: Any) -> list[dict[str, Any]]:
+    """Return the rows of a query as column → value."""
+    cursor = db.execute(sql, values)
+    names = [column[0] for column in cursor.description]
+    return [dict(zip(names, row, strict=True)) for row in cursor]
 
 
 def is_postgresql(location: Path | str) -> bool:

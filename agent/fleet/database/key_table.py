@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from agent.errors import MessageRefused, UsageError
 from agent.fleet.database.interface import Connection
-from agent.wire.key_rotation import KeyRotation, parse_rotation
+from agent.wire.key_rotation import parse_rotation
 from agent.wire.keys import PublicKey
 from agent.wire.messages import VerifiedMessage
 
@@ -54,9 +54,7 @@ def revoke(db: Connection, device: str, kid: str | None, now: str) -> list[str]:
     kids = [str(row[0]) for row in db.execute(sql, (device, kid, kid))]
     if not kids:
         wanted = f"key {kid}" if kid else "key"
-        raise UsageError(
-            f"device {device!r} has no {wanted} that can be revoked; `outstation fleet devices` lists the keys"
-        )
+        raise UsageError(f"device {device!r} has no {wanted} to revoke; `outstation fleet devices` lists the keys")
     db.executemany("UPDATE keys SET revoked = ? WHERE kid = ?", [(now, kid) for kid in kids])
     _bump_keys_version(db)
     return kids
@@ -78,8 +76,21 @@ def rotate(db: Connection, messages: Iterable[VerifiedMessage], now: str) -> Ite
             if change is not None:
                 changes.append((change, message))
     for change, message in sorted(changes, key=lambda entry: (entry[0].log, entry[0].seq)):
-        if (problem := _apply_rotation(db, change, now)) is not None:
-            yield message, problem
+        device, new_key = change.device, change.new_key
+        valid = "FROM keys WHERE kid = ? AND revoked IS NULL"
+        old = db.execute(f"SELECT log, last_seq {valid}", (change.old_kid,)).fetchone()
+        owner = db.execute(f"SELECT device {valid}", (new_key.kid,)).fetchone()
+        if old and old[1] is not None and owner == (device,):
+            # A repeated rotation: see `Keyring.require_in_bounds`.
+            continue
+        if old != (None, None):
+            problem = "with one that was already replaced"
+            yield message, f"{device} announced a new signing key {problem}; nothing changed."
+        elif db.execute("SELECT 1 FROM keys WHERE kid = ?", (new_key.kid,)).fetchone():
+            yield message, f"{device} announced a signing key that is already known, {new_key.text}; nothing changed."
+        else:
+            _set_bound(db, change.old_kid, change.log, change.seq)
+            _insert_key(db, device, new_key, now)
 
 
 def require_active(db: Connection, kids: Iterable[str]) -> None:
@@ -93,21 +104,6 @@ def require_active(db: Connection, kids: Iterable[str]) -> None:
     for kid in wanted:
         if kid not in known or known[kid] is not None:
             raise MessageRefused("revoked key" if kid in known else "unknown key", f"kid {kid}")
-
-
-def _apply_rotation(db: Connection, change: KeyRotation, now: str) -> str | None:
-    old = db.execute("SELECT log, last_seq FROM keys WHERE kid = ? AND revoked IS NULL", (change.old_kid,)).fetchone()
-    owner = db.execute("SELECT device FROM keys WHERE kid = ? AND revoked IS NULL", (change.new_key.kid,)).fetchone()
-    if old and old[1] is not None and owner == (change.device,):
-        # A repeated rotation: see `Keyring.require_in_bounds`.
-        return None
-    if old != (None, None):
-        return f"{change.device} announced a new signing key with one that was already replaced; nothing changed."
-    if db.execute("SELECT 1 FROM keys WHERE kid = ?", (change.new_key.kid,)).fetchone():
-        return f"{change.device} announced a signing key that is already known, {change.new_key.text}; nothing changed."
-    _set_bound(db, change.old_kid, change.log, change.seq)
-    _insert_key(db, change.device, change.new_key, now)
-    return None
 
 
 def _set_bound(db: Connection, kid: str, log: str | None, last_seq: int) -> None:

@@ -46,9 +46,13 @@ class Keyring:
         known = {kid: signer.key for kid, signer in self._signers.items()}
         signers = {}
         for kid, device, text, revoked, log, last_seq in self._store.enrolled_keys():
-            key = known.get(kid) or _parse_key(device, text)
-            if key is not None:
-                signers[kid] = DeviceKey(device, key, revoked, log, last_seq)
+            try:
+                key = known.get(kid) or parse_public_key(text)
+            except ValueError as error:
+                # It must not stop the collector from using the others.
+                logger.error("device %s: its key is invalid (%s); enrol it again with --replace", device, error)
+                continue
+            signers[kid] = DeviceKey(device, key, revoked, log, last_seq)
         self._signers, self._version = signers, version
         self.devices = frozenset(signer.owner for signer in signers.values())
 
@@ -68,12 +72,9 @@ class Keyring:
         except MessageRefused:
             return False
         old = self.find(change.old_kid) if change else None
-        if (
-            change is None
-            or not isinstance(old, DeviceKey)
-            or old.last_seq is not None
-            or self.find(change.new_key.kid)
-        ):
+        if change is None or not isinstance(old, DeviceKey) or old.last_seq is not None:
+            return False
+        if self.find(change.new_key.kid):
             return False
         self._pending_rotations[change.old_kid] = DeviceKey(old.owner, old.key, False, change.log, change.seq)
         self._pending_rotations[change.new_key.kid] = DeviceKey(old.owner, change.new_key)
@@ -101,22 +102,9 @@ class Keyring:
             return
         body = message.body
         if isinstance(body, LoggedPayload):
-            if self._is_repeated_rotation(message, signer, stored):
-                return
             within = body.seq <= signer.last_seq if signer.log in (None, body.log) else stored
-            if within:
+            if within or self._is_repeated_rotation(message, signer, stored):
                 return
         raise MessageRefused(
             "retired key", f"kid {signer.key.kid} of {signer.owner} is valid up to seq {signer.last_seq} only"
         )
-
-
-def _parse_key(device: str, text: str) -> PublicKey | None:
-    """Return None for an invalid key, which must not stop the collector from using the others."""
-    try:
-        return parse_public_key(text)
-    except ValueError as error:
-        logger.error(
-            "device %s: its enrolled key is invalid (%s); enrol the device again with --replace", device, error
-        )
-        return None

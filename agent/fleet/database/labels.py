@@ -31,7 +31,6 @@ TaskLog = tuple[str, str, str]
 
 
 def find_newest_log(db: Connection, device: str, task: str) -> str | None:
-    """Return the device's newest log with results of the task."""
     row = db.execute(_NEWEST_LOG, {"device": device, "task": task}).fetchone()
     return None if row is None else str(row[0])
 
@@ -82,6 +81,5 @@ def load_labelled_results(db: Connection, key: TaskLog) -> list[Row]:
 
 
 def replace_metrics(db: Connection, device: str, task: str, source: str, rows: Sequence[Sequence[Any]]) -> None:
-    """Replace the metrics of a task that come from `source`."""
     db.execute("DELETE FROM metrics WHERE device = ? AND task = ? AND source = ?", (device, task, source))
     db.executemany("INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)

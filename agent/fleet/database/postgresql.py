@@ -47,8 +47,6 @@ _FETCH_ROWS = 2000
 
 
 class PostgresqlDatabase:
-    """An open database."""
-
     shared = True
     unstorable_errors: tuple[type[Exception], ...] = _UNSTORABLE_ERRORS
 
@@ -59,12 +57,21 @@ class PostgresqlDatabase:
         self._stream_count = 0
         with self._translate_errors():
             self._connect()
-        try:
-            with self._translate_errors():
-                self._prepare(partitions)
-        except BaseException:
-            self.close()
-            raise
+            try:
+                encoding = _read_setting(self._raw, "server_encoding")
+                if encoding != "UTF8":
+                    problem = f"its encoding is {encoding}; create the database with ENCODING 'UTF8'"
+                    raise UsageError(f"{self.name}: {problem}")
+                if read_only:
+                    postgresql_schema.require_current(self._raw, self.name)
+                else:
+                    if _read_setting(self._raw, "fsync") == "off":
+                        problem = "fsync is off; a power failure of the server can lose acknowledged messages"
+                        logger.warning("%s: %s", self.name, problem)
+                    postgresql_schema.migrate(self._raw, self.name, partitions)
+            except BaseException:
+                self.close()
+                raise
 
     def close(self) -> None:
         self._raw.close()
@@ -139,19 +146,6 @@ class PostgresqlDatabase:
             connection.close()
             raise
         self._raw, self._connection = connection, PostgresqlConnection(connection)
-
-    def _prepare(self, partitions: int) -> None:
-        encoding = self._raw.execute("SHOW server_encoding").fetchone()
-        if encoding != ("UTF8",):
-            raise UsageError(
-                f"{self.name}: its encoding is {encoding and encoding[0]}; create the database with ENCODING 'UTF8'"
-            )
-        if not self._read_only and _read_setting(self._raw, "fsync") == "off":
-            logger.warning("%s: fsync is off; a power failure of the server can lose acknowledged messages", self.name)
-        if self._read_only:
-            postgresql_schema.require_current(self._raw, self.name)
-        else:
-            postgresql_schema.migrate(self._raw, self.name, partitions)
 
     @contextlib.contextmanager
     def _translate_errors(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from agent.fleet.database.interface import Cursor, Gap, LogId, Row, Values
+from agent.fleet.database.interface import Cursor, Gap, LogId, MessageKey, Row, Values
 
 if TYPE_CHECKING:
     import psycopg
@@ -104,7 +104,7 @@ class PostgresqlConnection:
         new = {*self._raw.execute(_ADD_MESSAGES, _transpose(unique), binary=True)}
         return [row[:3] in new and first[row[:3]] == i for i, row in enumerate(rows)]
 
-    def payloads(self, keys: Sequence[tuple[str, str, int]]) -> list[bytes | None]:
+    def payloads(self, keys: Sequence[MessageKey]) -> list[bytes | None]:
         if not keys:
             return []
         rows = self._raw.execute(_PAYLOADS, _transpose(keys), binary=True)
@@ -145,9 +145,7 @@ class PostgresqlConnection:
             gaps.setdefault((device, log), []).append((first, last, declared))
         return gaps
 
-    def store_gaps(
-        self, removed: Sequence[tuple[str, str, int]], added: Sequence[tuple[str, str, int, int, bool]]
-    ) -> None:
+    def store_gaps(self, removed: Sequence[MessageKey], added: Sequence[tuple[str, str, int, int, bool]]) -> None:
         if removed:
             self._raw.execute(_DELETE_GAPS, _transpose(removed))
         if added:

@@ -48,7 +48,6 @@ def find_rollout(db: Connection, rollout: str) -> Row | None:
 
 
 def save_rollout(db: Connection, row: Sequence[Any]) -> None:
-    """Insert a rollout, or replace the one of that name."""
     db.execute(_UPSERT_ROLLOUT, row)
 
 
@@ -68,14 +67,12 @@ def load_decisions(db: Connection, rollout: str) -> list[Row]:
 
 
 def load_last_decision(db: Connection, rollout: str) -> tuple[int, bytes] | None:
-    """Return number and payload of the newest decision."""
     sql = "SELECT n, payload FROM decisions WHERE rollout = ? ORDER BY n DESC LIMIT 1"
     row: tuple[int, bytes] | None = db.execute(sql, (rollout,)).fetchone()
     return row
 
 
 def load_step_start(db: Connection, rollout: str) -> str | None:
-    """Return when the current step began."""
     sql = "SELECT time FROM decisions WHERE rollout = ? AND event IN ('started', 'promoted') ORDER BY n DESC LIMIT 1"
     row = db.execute(sql, (rollout,)).fetchone()
     return None if row is None else str(row[0])

@@ -15,7 +15,7 @@ from typing import Any
 import sqlite_utils
 
 from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
-from agent.fleet.database.interface import Cursor, Gap, LogId, Row, Values, display_name
+from agent.fleet.database.interface import Cursor, Gap, LogId, MessageKey, Row, Values, display_name
 from agent.fleet.database.schema import MIGRATIONS, Migration
 
 LOCK_WAIT_S = 5.0
@@ -31,11 +31,7 @@ _PRAGMAS: tuple[tuple[str, str | None], ...] = (
     ("trusted_schema=OFF", None),
 )
 _UNSTORABLE_ERRORS = (
-    OverflowError,
-    UnicodeEncodeError,
-    sqlite3.DataError,
-    sqlite3.IntegrityError,
-    sqlite3.InterfaceError,
+    *(OverflowError, UnicodeEncodeError, sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError),
 )
 _INSERT_MESSAGE = "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (device, log, seq) DO NOTHING"
 _PAYLOAD = "SELECT payload FROM messages WHERE device = ? AND log = ? AND seq = ?"
@@ -64,7 +60,7 @@ class SqliteConnection(sqlite3.Connection):
     def add_messages(self, rows: Sequence[Row]) -> list[bool]:
         return [self.execute(_INSERT_MESSAGE, row).rowcount > 0 for row in rows]
 
-    def payloads(self, keys: Sequence[tuple[str, str, int]]) -> list[bytes | None]:
+    def payloads(self, keys: Sequence[MessageKey]) -> list[bytes | None]:
         return [row and row[0] for row in self.execute_each(_PAYLOAD, keys)]
 
     def bulk_insert(self, table: str, rows: Sequence[Row]) -> None:
@@ -88,9 +84,7 @@ class SqliteConnection(sqlite3.Connection):
             for log, (a, b) in spans.items()
         }
 
-    def store_gaps(
-        self, removed: Sequence[tuple[str, str, int]], added: Sequence[tuple[str, str, int, int, bool]]
-    ) -> None:
+    def store_gaps(self, removed: Sequence[MessageKey], added: Sequence[tuple[str, str, int, int, bool]]) -> None:
         self.executemany("DELETE FROM gaps WHERE device = ? AND log = ? AND first = ?", removed)
         self.executemany("INSERT INTO gaps VALUES (?, ?, ?, ?, ?)", added)
 
@@ -106,8 +100,6 @@ class SqliteConnection(sqlite3.Connection):
 
 
 class SqliteDatabase:
-    """An open database file."""
-
     shared = False
     unstorable_errors: tuple[type[Exception], ...] = _UNSTORABLE_ERRORS
 
@@ -189,9 +181,8 @@ class SqliteDatabase:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise StorageBusy(
-                        f"{self.path}: another process holds its lock; try again when that one is done"
-                    ) from None
+                    problem = "another process holds its lock; try again when that one is done"
+                    raise StorageBusy(f"{self.path}: {problem}") from None
                 time.sleep(0.005)
         try:
             yield

@@ -23,8 +23,16 @@ from agent.fleet.database.alerts import (
     revoked_alert_row,
 )
 from agent.fleet.database.ingest import Arrival, IngestBatch, IngestOutcome, Refusal
-from agent.fleet.database.interface import Connection, LogId, Row, TransactionConflict
-from agent.fleet.database.open import open_database
+from agent.fleet.database.interface import (
+    Connection,
+    Database,
+    LogId,
+    Row,
+    TransactionConflict,
+    fetch_dicts,
+    is_postgresql,
+)
+from agent.fleet.database.sqlite import SqliteDatabase
 from agent.wire.keys import PublicKey, parse_public_key
 from agent.wire.messages import LoggedPayload, VerifiedMessage, digest
 
@@ -44,11 +52,12 @@ _OBSERVED_PERIODS = """
 # In order of time. Reports of the same window are adjacent, in whatever log they arrived and against whatever site
 # reference they were tested.
 _DRIFT_WINDOW_COLUMNS = (
-    *("device", "task", "first", "last", "from", "to", "state", "reference", "features", "output", "joint"),
-    *("estimate", "windows"),
+    *("device", "task", "window_count", "first", "last", "from", "to", "state", "reference", "features", "output"),
+    *("joint", "estimate", "windows"),
 )
 _DRIFT_WINDOWS = """
-    SELECT device, task, first, last, "from", "to", state, reference, features, output, joint, estimate, windows
+    SELECT device, task, window_count, first, last, "from", "to", state, reference, features, output, joint, estimate,
+           windows
     FROM drift_windows
     WHERE (CAST(:task AS TEXT) IS NULL OR task = :task) AND (CAST(:device AS TEXT) IS NULL OR device = :device)
       AND (CAST(:since AS TEXT) IS NULL OR "to" >= :since)
@@ -101,14 +110,20 @@ class FleetStore:
 
     def __init__(self, location: Path | str, *, read_only: bool = False, partitions: int = 1) -> None:
         """Open a file, or a `postgresql://` URL; `partitions` applies when a PostgreSQL database has no tables yet."""
-        self._database = open_database(location, read_only=read_only, partitions=partitions)
+        self._database: Database
+        if is_postgresql(location):
+            # psycopg is an extra, which a fleet with SQLite does without.
+            from agent.fleet.database.postgresql import PostgresqlDatabase
+
+            self._database = PostgresqlDatabase(str(location), read_only=read_only, partitions=partitions)
+        else:
+            self._database = SqliteDatabase(Path(location), read_only=read_only)
         self.location, self.name, self.shared = location, self._database.name, self._database.shared
         # Transactions retried because another collector changed the same rows.
         self.retry_count = 0
 
     @property
     def path(self) -> Path:
-        """The file of a SQLite database."""
         return Path(self.location)
 
     def close(self) -> None:
@@ -129,8 +144,6 @@ class FleetStore:
     def acquire_leadership(self, job: str) -> bool:
         """Return True if this process holds `job` among all collectors of this database."""
         return self._database.acquire_leadership(job)
-
-    # --- keys ---
 
     def keys_version(self) -> int:
         """Return a number that grows with every change of the keys."""
@@ -179,8 +192,6 @@ class FleetStore:
             before_commit()
         return kids
 
-    # --- messages in ---
-
     def ingest(self, arrivals: Sequence[Arrival], refusals: Sequence[Refusal], now: str) -> list[IngestOutcome]:
         """Store arrivals and refusals in one transaction, and return the outcome of each arrival.
 
@@ -191,9 +202,8 @@ class FleetStore:
         while True:
             try:
                 with self.transaction() as db:
-                    batch = IngestBatch(db, now)
+                    batch = IngestBatch(db, refusals, now)
                     outcomes = batch.add(arrivals)
-                    batch.add_refusals(refusals)
                     batch.finish()
                 return outcomes
             except self._database.unstorable_errors as error:
@@ -238,8 +248,6 @@ class FleetStore:
             for log, payload in zip(keys, newest, strict=True)
         ]
 
-    # --- reports ---
-
     def newest_logs(self) -> list[tuple[str, str]]:
         """Return (device, log) of the newest log of each device."""
         return self._fetch_all(f"SELECT device, log FROM logs l WHERE {_NEWEST_LOG} ORDER BY device")
@@ -266,15 +274,13 @@ class FleetStore:
 
     def labels(self, device: str) -> list[tuple[int, str]]:
         """Return (row, label) of every result of `device` with a label."""
-        return self._fetch_all(
-            "SELECT row, label FROM results WHERE device = ? AND label IS NOT NULL ORDER BY row", device
-        )
+        sql = "SELECT row, label FROM results WHERE device = ? AND label IS NOT NULL ORDER BY row"
+        return self._fetch_all(sql, device)
 
     def values(self, device: str) -> list[tuple[int, float]]:
         """Return (row, value) of every result of `device` with a value."""
-        return self._fetch_all(
-            "SELECT row, value FROM results WHERE device = ? AND value IS NOT NULL ORDER BY row", device
-        )
+        sql = "SELECT row, value FROM results WHERE device = ? AND value IS NOT NULL ORDER BY row"
+        return self._fetch_all(sql, device)
 
     def newest_metric(self, device: str, metric: str) -> float | None:
         """Return a metric over all results in the device's newest quality message that has it; None without one."""
@@ -319,8 +325,6 @@ class FleetStore:
         """Return device ('' for names that are not enrolled), reason, count, first and last of all refusals."""
         return self._fetch_dicts("SELECT * FROM refusals ORDER BY device, reason")
 
-    # --- evidence out ---
-
     def logs(self, device: str | None = None) -> list[tuple[str, str, int]]:
         """Return (device, log, last seq) of every log, in order."""
         sql = f"SELECT device, log, last_seq FROM logs WHERE {_DEVICE_FILTER} ORDER BY device, log"
@@ -347,8 +351,6 @@ class FleetStore:
         columns = "device, task, row, t, label, score, value, log, seq"
         return self.stream(f"SELECT {columns} FROM results {where} ORDER BY device, log, seq, row, t", values)
 
-    # --- private ---
-
     def _stored_payloads(self, message: VerifiedMessage) -> list[Row]:
         body = message.body
         if not isinstance(body, LoggedPayload):
@@ -360,6 +362,4 @@ class FleetStore:
         return self._database.execute(sql, values).fetchall()
 
     def _fetch_dicts(self, sql: str, *values: Any) -> list[dict[str, Any]]:
-        cursor = self._database.execute(sql, values)
-        names = [column[0] for column in cursor.description]
-        return [dict(zip(names, row, strict=True)) for row in cursor]
+        return fetch_dicts(self._database, sql, *values)

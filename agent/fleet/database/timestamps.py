@@ -152,7 +152,11 @@ class TimestampReconstruction:
     def add(self, body: object) -> None:
         """Record a message that is new to its log; malformed evidence is ignored."""
         if isinstance(body, ResultsPayload):
-            self._stamps.extend(_stamp_rows(body))
+            key = (body.device, body.log, body.seq)
+            if body.clocks is not None and len(body.columns):
+                self._stamps.extend((*key, *clock, False) for clock in body.clocks)
+            elif len(body.columns):
+                self._stamps.append((*key, body.rows[0], body.boot, None, 0, True))
         elif isinstance(body, HealthPayload) and _is_time(last_us := body.wall_clock.get("boot_us")):
             self._boot_extents.append((body.device, body.log, body.boot, last_us))
         elif isinstance(body, AuditPayload) and body.event == CLOCK_EVENT:
@@ -162,7 +166,12 @@ class TimestampReconstruction:
         for table, rows in (("stamps", self._stamps), ("anchors", self._anchors)):
             if rows:
                 self._db.bulk_insert(table, rows)
-        self._db.executemany(self._db.to_dialect(_ADD_SEGMENT), [_segment_row(anchor) for anchor in self._anchors])
+        segments = []
+        for device, log, seq, boot, segment, boot_us, wall_us, quality, *_, is_trusted in self._anchors:
+            key = {"device": device, "log": log, "boot": boot, "segment": segment, "seq": seq}
+            synced = int(is_trusted) if quality == "synced" else None
+            segments.append({**key, "offset": wall_us - boot_us, "synced": synced})
+        self._db.executemany(self._db.to_dialect(_ADD_SEGMENT), segments)
         self._db.executemany(_IMPLY_SEGMENTS, [*self._implied_stamp_updates()])
         extended = zip(self._boot_extents, self._db.execute_each(_EXTEND_BOOT, self._boot_extents), strict=True)
         grown = [extent for extent, row in extended if row is not None]
@@ -212,23 +221,6 @@ class TimestampReconstruction:
         self._boot_extents.append((*key, boot, boot_us))
         if isinstance(before, dict) and _is_time(before.get("boot")) and _is_time(before.get("boot_us")):
             self._boot_extents.append((*key, before["boot"], before["boot_us"]))
-
-
-def _stamp_rows(body: ResultsPayload) -> Iterator[tuple[Any, ...]]:
-    if not len(body.columns):
-        return
-    key = (body.device, body.log, body.seq)
-    if body.clocks is None:
-        yield (*key, body.rows[0], body.boot, None, 0, True)
-    else:
-        yield from ((*key, *clock, False) for clock in body.clocks)
-
-
-def _segment_row(anchor: tuple[Any, ...]) -> dict[str, Any]:
-    device, log, seq, boot, segment, boot_us, wall_us, quality, _, _, trusted = anchor
-    synced = int(trusted) if quality == "synced" else None
-    key = {"device": device, "log": log, "boot": boot, "segment": segment, "seq": seq}
-    return {**key, "offset": wall_us - boot_us, "synced": synced}
 
 
 def _is_time(value: object, minimum: int = 0) -> TypeGuard[int]:

@@ -142,12 +142,12 @@ def summarize_drift(
     for row, shipped in _deduplicate(store.drift_windows(task=task, since=since), summary, progress):
         window = _parse_window(row)
         if window is None:
-            summary.unreadable += 1
+            summary.unreadable += row["window_count"]
             continue
         key = (row["task"], shipped, _field_layout(window))
         known = groups_of_device.setdefault((row["task"], row["device"]), set())
         if key not in known and len(known) == MAX_DEVICE_GROUPS:
-            summary.unreadable += 1
+            summary.unreadable += row["window_count"]
             continue
         known.add(key)
         _add_window(groups.setdefault(key, DriftGroup(*key)), row["device"], window, now_us)
@@ -187,11 +187,11 @@ def _deduplicate(
             device, counted = (row["task"], row["device"]), {}
         shipped = _parse_shipped_reference(row["reference"])
         if shipped is None:
-            summary.unreadable += 1
+            summary.unreadable += row["window_count"]
             continue
-        place = _Place(row["from"], row["to"], row["first"], row["last"], row["windows"] is not None)
+        place = _Place(row["from"], row["to"], row["first"], row["last"], row["window_count"] > 1)
         if shipped in counted and place.repeats(counted[shipped]):
-            summary.duplicates += 1
+            summary.duplicates += row["window_count"]
             continue
         if len(counted) < MAX_DEVICE_GROUPS or shipped in counted:
             counted[shipped] = place
@@ -199,7 +199,7 @@ def _deduplicate(
 
 
 class _Place(msgspec.Struct, frozen=True):
-    """Where a report stands: times as RFC 3339 and rows, and whether it covers a run of windows."""
+    """Place of a report: times as RFC 3339 and rows, and whether it covers a run of windows."""
 
     begin: str
     end: str

@@ -75,18 +75,15 @@ def render_config(broker: BrokerConfig, fleet: str, folder: Path) -> str:
 
 
 def collector_acl(fleet: str, name: str) -> list[str]:
-    """Return the ACL lines of a collector."""
     base = f"{ROOT}/{fleet}"
     return [f"user {name}", f"topic read {base}/#", f"topic write {base}/+/ack"]
 
 
 def crl_setting(folder: Path) -> str:
-    """Return the config line that names the certificate revocation list."""
     return f"crlfile {folder}/crl.pem"
 
 
 def has_crl_setting(conf: str) -> bool:
-    """Return True if a config names a certificate revocation list."""
     return any(line.split()[:1] == ["crlfile"] for line in conf.splitlines())
 
 

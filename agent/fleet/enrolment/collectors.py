@@ -41,28 +41,21 @@ def resolve_identity(config: FleetConfig, name: str) -> Identity:
 def add(folder: Path, config: FleetConfig, name: str) -> AddedCollector:
     """Issue a collector's certificate and extend the access list, keeping what exists. Raises UsageError."""
     _check_name(name)
-    user = user_name(name)
+    user, start = user_name(name), f"Start it: outstation fleet collect --share {name}"
     if (folder / "devices" / user).exists():
-        raise UsageError(
-            f"a device is enrolled as {user!r}, the name of this collector at the broker; choose another name"
-        )
+        raise UsageError(f"a device is enrolled as {user!r}, the name of this collector at the broker; choose another")
     if config.ca is None:
-        return AddedCollector(
-            steps=[f"The broker is used without TLS, so no certificate is needed. Start it: {_start_command(name)}"]
-        )
+        return AddedCollector(steps=[f"The broker is used without TLS, so no certificate is needed. {start}"])
     certificate, key = _certificate_files(folder, name)
     if not certificate.exists():
         authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
         issued = authority.issue_client(user, config.fleet.name)
         durable_files.write(key, issued.key, 0o600)
         durable_files.write(certificate, issued.certificate, 0o600)
-    return AddedCollector(
-        [certificate, key], [*_grant_access(folder, config.fleet.name, user), f"Start it: {_start_command(name)}"]
-    )
+    return AddedCollector([certificate, key], [*_grant_access(folder, config.fleet.name, user), start])
 
 
 def is_collector(folder: Path, name: str) -> bool:
-    """Return True if a collector has this name at the broker."""
     return name.startswith("collector-") and (folder / f"{name}.crt").exists()
 
 
@@ -95,7 +88,3 @@ def _check_name(name: str) -> None:
 
 def _certificate_files(folder: Path, name: str) -> tuple[Path, Path]:
     return folder / f"{user_name(name)}.crt", folder / f"{user_name(name)}-tls.key"
-
-
-def _start_command(name: str) -> str:
-    return f"outstation fleet collect --share {name}"

@@ -41,6 +41,15 @@ REPLACEMENT = "replacement"
 # Marker file in it, written last: the key, once all of its files are there.
 COMPLETE_MARKER = "complete"
 
+_PLAINTEXT_OPTION = "allow_plaintext = true"
+_CA_OPTION = '# ca_file = "ca.pem"                 # if your own authority signed the web server\'s certificate'
+_UPDATES_TOML = """
+[updates]                             # bundles of the fleet; `outstation fleet rollout` selects which ones run
+url = {url}
+{option}
+root = {root}                    # root of trust; the device fetches later versions
+"""
+
 
 class Enrolment(msgspec.Struct, frozen=True):
     """Outcome of `enrol`: key and files of the device, whether the key is new, and revoked certificates."""
@@ -63,8 +72,12 @@ def init_fleet(folder: Path, name: str, broker: BrokerConfig) -> FleetConfig:
     folder.mkdir(parents=True, exist_ok=True)
     keys.generate(folder / "collector.key")
     keys.generate(folder / "operator.key")
-    _write_broker_files(folder.resolve(), name, broker)
+    home = folder.resolve() / "broker"
+    (home / "data").mkdir(parents=True, exist_ok=True)
+    durable_files.write_new(home / "mosquitto.conf", broker_config.render_config(broker, name, home).encode(), 0o644)
     if broker.tls:
+        # Mosquitto warns of an access list that others can read.
+        durable_files.write_new(home / "acl", broker_config.render_acl(name).encode(), 0o600)
         _write_certificates(folder, name, broker)
     # Last: a folder with this file is a complete fleet.
     durable_files.write_new(folder / fleet_config.FILE, _render_fleet_toml(name, broker).encode(), 0o644)
@@ -183,7 +196,12 @@ def _write_device_files(home: Path, folder: Path, config: FleetConfig, device: s
     operator = keys.load_public_for(Path(config.operator.key_file))
     text = _render_device_toml(device, config, collector, operator)
     if root is not None and config.repository is not None:
-        text += _render_updates_toml(config.repository.url)
+        url = config.repository.url
+        # Bundles are not secret, and their signatures need no TLS: an operator may serve them over http.
+        plain = url.startswith("http:")
+        text += _UPDATES_TOML.format(
+            url=_toml_string(url), option=_PLAINTEXT_OPTION if plain else _CA_OPTION, root=_toml_string(ROOT_METADATA)
+        )
     durable_files.write(home / "outstation.toml", text.encode(), 0o600)
     if config.ca is None:
         return
@@ -195,15 +213,6 @@ def _write_device_files(home: Path, folder: Path, config: FleetConfig, device: s
         revocation.archive_certificate(folder, device, issued.certificate)
         durable_files.write(home / "device-tls.key", issued.key, 0o600)
         durable_files.write(certificate, issued.certificate, 0o600)
-
-
-def _write_broker_files(folder: Path, name: str, broker: BrokerConfig) -> None:
-    home = folder / "broker"
-    (home / "data").mkdir(parents=True, exist_ok=True)
-    durable_files.write_new(home / "mosquitto.conf", broker_config.render_config(broker, name, home).encode(), 0o644)
-    if broker.tls:
-        # Mosquitto warns of an access list that others can read.
-        durable_files.write_new(home / "acl", broker_config.render_acl(name).encode(), 0o600)
 
 
 def _write_certificates(folder: Path, name: str, broker: BrokerConfig) -> None:
@@ -291,17 +300,6 @@ keys = [{_toml_string(operator.text)}]     # may sign commands and desired state
 # publish = "all"
 """
     )
-
-
-def _render_updates_toml(url: str) -> str:
-    # Bundles are not secret, and their signatures need no TLS: an operator may serve them over http.
-    plain = "allow_plaintext = true\n" if url.startswith("http:") else ""
-    own = '# ca_file = "ca.pem"                 # if your own authority signed the web server\'s certificate\n'
-    return f"""
-[updates]                             # bundles of the fleet; `outstation fleet rollout` selects which ones run
-url = {_toml_string(url)}
-{plain or own}root = {_toml_string(ROOT_METADATA)}                    # root of trust; the device fetches later versions
-"""
 
 
 def _toml_string(text: str) -> str:

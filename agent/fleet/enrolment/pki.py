@@ -93,7 +93,7 @@ class CertificateAuthority(msgspec.Struct, frozen=True):
         key = Ed25519PrivateKey.generate()
         end = min(_now() + timedelta(days=365 * LEAF_YEARS), self.certificate.not_valid_after_utc)
         builder = (
-            _certificate_builder(common_name[:64], self.certificate.subject, key, end)
+            _certificate_builder(_x509_name(common_name[:64]), self.certificate.subject, key, end)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(signs_certificates=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
@@ -108,7 +108,7 @@ def create_authority(fleet: str) -> CertificateAuthority:
     key = Ed25519PrivateKey.generate()
     name = _x509_name(f"outstation {fleet}"[:64])
     builder = (
-        _certificate_builder(f"outstation {fleet}"[:64], name, key, _now() + timedelta(days=365 * CA_YEARS))
+        _certificate_builder(name, name, key, _now() + timedelta(days=365 * CA_YEARS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(signs_certificates=True), critical=True)
     )
@@ -158,11 +158,11 @@ def _crl_number(edition: x509.CertificateRevocationList) -> int:
 
 
 def _certificate_builder(
-    common_name: str, issuer: x509.Name, key: Ed25519PrivateKey, end: datetime
+    subject: x509.Name, issuer: x509.Name, key: Ed25519PrivateKey, end: datetime
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
-        .subject_name(_x509_name(common_name))
+        .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())

@@ -22,6 +22,14 @@ from agent.fleet.enrolment import broker_config, pki
 
 CRL_FILE = "crl.pem"
 CERTIFICATE_FILE = "device.crt"
+_COPY_STEP = (
+    "If the broker runs on another machine, copy {} to its `crlfile` there. The broker's user must be able to read "
+    "it, or the broker accepts every certificate."
+)
+_RESTART_STEP = (
+    "Then restart the broker (systemctl restart mosquitto). A reload (kill -HUP) refuses new connections, too, but "
+    "ends no open connection, and does not read new lines of the config."
+)
 
 
 class RevocationOutcome(msgspec.Struct):
@@ -74,7 +82,7 @@ def is_revoked(folder: Path, authority: pki.CertificateAuthority, certificate: P
 
 
 def add(folder: Path, config: FleetConfig, serials: Iterable[int]) -> tuple[str, ...]:
-    """Add `serials` to the CRL, and return the steps left to the operator.
+    """Add `serials` to the CRL, copy it to the broker's folder, and return the steps left to the operator.
 
     Call it in a transaction of the fleet's store, so that one process at a time does it. Raises UsageError and
     StorageError; the CRL is unchanged then.
@@ -84,8 +92,18 @@ def add(folder: Path, config: FleetConfig, serials: Iterable[int]) -> tuple[str,
     # The broker's folder may be unreadable for this user; the record is enough.
     present = [path for path in (folder / CRL_FILE, folder / "broker" / CRL_FILE) if os.access(path, os.F_OK)]
     editions = [authority.load_crl(path) for path in present]
-    _write_crl(folder / CRL_FILE, authority.build_crl(editions, serials))
-    return _publish_crl(folder)
+    listed, copy, conf = folder / CRL_FILE, folder / "broker" / CRL_FILE, folder / "broker" / "mosquitto.conf"
+    _write_crl(listed, authority.build_crl(editions, serials))
+    steps = []
+    try:
+        text = conf.read_text(encoding="utf-8")
+        _write_crl(copy, listed.read_bytes())
+        if not broker_config.has_crl_setting(text):
+            line = broker_config.crl_setting(copy.parent.resolve())
+            steps.append(f"{conf}: names no CRL, so the broker reads none. Add this line after `keyfile`: {line}")
+    except (StorageError, OSError) as error:
+        steps.append(f"The CRL could not be copied to the broker's folder ({error}): copy {listed} to its `crlfile`.")
+    return (*steps, _COPY_STEP.format(listed), _RESTART_STEP)
 
 
 def revoke_device(
@@ -107,9 +125,8 @@ def revoke_device(
         try:
             serials = list_issued_serials(folder, device)
             if not serials:
-                raise UsageError(
-                    f"{folder / 'devices' / device / CERTIFICATE_FILE}: is missing, and no copy is archived"
-                )
+                missing = folder / "devices" / device / CERTIFICATE_FILE
+                raise UsageError(f"{missing}: is missing, and no copy is archived")
             done.steps = add(folder, config, serials)
             done.certificates = [f"{serial:x}" for serial in serials]
         except (UsageError, StorageError, OSError) as error:
@@ -131,9 +148,8 @@ def make_certificate_revoker(
     """Return a function that revokes the certificates that `device` has now, and reports in `outcome`."""
     serials = list_issued_serials(folder, device) if config.ca is not None else []
     if config.ca is not None and not serials and any(owner == device for _, owner, *_ in store.enrolled_keys()):
-        outcome.problem = (
-            f"no copy of the former certificate of {device} is archived: it is not revoked, and still connects"
-        )
+        problem = f"no copy of the former certificate of {device} is archived"
+        outcome.problem = f"{problem}: it is not revoked, and still connects"
 
     def revoke_certificates() -> None:
         if serials:
@@ -145,29 +161,6 @@ def make_certificate_revoker(
 
 def _has_valid_key(store: FleetStore, device: str) -> bool:
     return any(owner == device and not revoked for _, owner, _, revoked, *_ in store.enrolled_keys())
-
-
-def _publish_crl(folder: Path) -> tuple[str, ...]:
-    """Copy the CRL into the broker's folder, and return the steps that only its operator can do."""
-    listed, copy, conf = folder / CRL_FILE, folder / "broker" / CRL_FILE, folder / "broker" / "mosquitto.conf"
-    steps = []
-    try:
-        text = conf.read_text(encoding="utf-8")
-        _write_crl(copy, listed.read_bytes())
-        if not broker_config.has_crl_setting(text):
-            line = broker_config.crl_setting(copy.parent.resolve())
-            steps.append(f"{conf}: names no CRL, so the broker reads none. Add this line after `keyfile`: {line}")
-    except (StorageError, OSError) as error:
-        steps.append(f"The CRL could not be copied to the broker's folder ({error}): copy {listed} to its `crlfile`.")
-    steps.append(
-        f"If the broker runs on another machine, copy {listed} to its `crlfile` there. The broker's user must be able "
-        "to read it, or the broker accepts every certificate."
-    )
-    steps.append(
-        "Then restart the broker (systemctl restart mosquitto). A reload (kill -HUP) refuses new connections, too, but "
-        "ends no open connection, and does not read new lines of the config."
-    )
-    return tuple(steps)
 
 
 def _write_crl(path: Path, data: bytes) -> None:

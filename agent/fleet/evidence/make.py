@@ -20,7 +20,6 @@ from agent import __version__, durable_files
 from agent.errors import StorageError, StorageFull, UsageError
 from agent.evaluation.document import Evaluation
 from agent.fleet.database.evidence import EvidenceQueries
-from agent.fleet.database.interface import Connection
 from agent.fleet.database.store import FleetStore
 from agent.fleet.evidence.format import frameworks, manifest
 from agent.fleet.evidence.format.contents import WRITE_LIMITS, Incident, SignedMessage
@@ -32,17 +31,7 @@ from agent.fleet.evidence.page.page import render_html
 from agent.wire.keys import PublicKey, SigningKey
 
 _CSV_COLUMNS = [
-    "started",
-    "ended",
-    "seconds",
-    "state",
-    "severity",
-    "device",
-    "task",
-    "alert",
-    "subject",
-    "summary",
-    "clock",
+    *("started", "ended", "seconds", "state", "severity", "device", "task", "alert", "subject", "summary", "clock"),
 ]
 
 
@@ -79,7 +68,12 @@ def write_folder(
     writer = FolderWriter(out)
     try:
         with store.snapshot() as db:
-            facts = _gather_facts(store, db, sources, as_of, advance)
+            roles = trusted_keys.build_role_keys(sources.operators, sources.collector, sources.publishers)
+            facts = gather(store, db, sources.fleet, as_of, roles, advance)
+            # Devices accept bundles signed by operators, too.
+            signers, running = [*sources.publishers, *sources.operators], facts.tasks_by_digest
+            facts.bundles = bundles.gather(sources.fleet_dir, sources.bundles, signers, sources.evaluations, running)
+            facts.omitted["bundles"] += facts.bundles.omitted
             _write_messages(EvidenceQueries(store, db), MessageVerifier(store), writer, facts)
         bill_of_materials = _write_files(writer, sources, facts)
         writer.commit()
@@ -87,20 +81,6 @@ def write_folder(
         writer.discard()
         raise
     return EvidenceFolder(facts, bill_of_materials, writer.files)
-
-
-def _gather_facts(
-    store: FleetStore, db: Connection, sources: EvidenceSources, as_of: str | None, advance: Callable[[int], None]
-) -> EvidenceFacts:
-    roles = trusted_keys.build_role_keys(sources.operators, sources.collector, sources.publishers)
-    facts = gather(store, db, sources.fleet, as_of, roles, advance)
-    # Devices accept bundles signed by operators, too.
-    signers = [*sources.publishers, *sources.operators]
-    facts.bundles = bundles.gather(
-        sources.fleet_dir, sources.bundles, signers, sources.evaluations, facts.tasks_by_digest
-    )
-    facts.omitted["bundles"] += facts.bundles.omitted
-    return facts
 
 
 def _write_files(writer: FolderWriter, sources: EvidenceSources, facts: EvidenceFacts) -> Sbom:

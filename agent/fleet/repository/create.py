@@ -1,15 +1,19 @@
-"""Creation of a repository: keys and a first edition without bundles."""
+"""Creation of a repository: keys, a first edition without bundles, and its URL for devices in `fleet.toml`."""
 
 from __future__ import annotations
 
+import json
+import stat
 from datetime import datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import msgspec
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 
 from agent import durable_files
 from agent.errors import UsageError
+from agent.fleet import config as fleet_config
 from agent.fleet.repository import edition, expiry
 from agent.fleet.repository.edition import Edition
 from agent.fleet.repository.expiry import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, TOP_LEVEL_ROLES
@@ -27,28 +31,23 @@ class CreatedRepository(msgspec.Struct, frozen=True):
     threshold: int
 
 
-def create(
-    folder: Path, *, roots: int = 1, threshold: int = 1, current_time: datetime | None = None
-) -> CreatedRepository:
+def create(folder: Path, *, roots: int = 1, threshold: int = 1, now: datetime | None = None) -> CreatedRepository:
     """Create a repository in the fleet's folder, governed by `threshold` of `roots` root keys. Raises UsageError.
 
     An interrupted creation is completed with the keys that exist.
     """
     if not 1 <= threshold <= roots <= MAX_ROOTS:
-        raise UsageError(
-            f"--threshold {threshold} of --roots {roots}: use 1 to {MAX_ROOTS} root keys, and a threshold up to it"
-        )
-    layout, current_time = Layout(folder), current_time or expiry.now()
+        limits = f"use 1 to {MAX_ROOTS} root keys, and a threshold up to it"
+        raise UsageError(f"--threshold {threshold} of --roots {roots}: {limits}")
+    layout, now = Layout(folder), now or expiry.now()
     durable_files.make_folder(layout.home)
     with layout.locked():
         existing = layout.newest_root_path()
         if existing is not None:
-            raise UsageError(
-                f"{existing}: a repository exists already and devices trust its keys, so it is not replaced"
-            )
+            raise UsageError(f"{existing}: a repository exists already; devices trust its keys, so it is not replaced")
         keyring = RepositoryKeyring(layout.keys)
         files = [layout.keys / f"root-{number}.key" for number in range(1, roots + 1)]
-        root = Metadata(Root(version=1, expires=current_time + expiry.lifetime(ROOT), consistent_snapshot=True))
+        root = Metadata(Root(version=1, expires=now + expiry.lifetime(ROOT), consistent_snapshot=True))
         for file in files:
             root.signed.add_key(keyring.find_or_generate(file.stem), ROOT)
         for role in (TARGETS, SNAPSHOT, TIMESTAMP):
@@ -58,7 +57,31 @@ def create(
             root.sign(signer, append=True)
         durable_files.make_folder(layout.targets)
         first = Edition(root, Metadata(Timestamp()), Metadata(Snapshot()), Metadata(Targets()))
-        edition.write(layout, first, TOP_LEVEL_ROLES, keyring, current_time)
+        edition.write(layout, first, TOP_LEVEL_ROLES, keyring, now)
         # Written last: a repository without root does not exist yet.
         durable_files.write(layout.root_path(1), root.to_bytes())
     return CreatedRepository(layout.root_path(1), files, threshold)
+
+
+def write_url(folder: Path, url: str) -> None:
+    """Add section [repository]. Raises UsageError for an invalid URL or if a different one is set."""
+    known = fleet_config.load(folder).repository
+    path = folder / fleet_config.FILE
+    if known is not None and known.url != url:
+        raise UsageError(f"{path}: repository.url is {known.url!r} already; edit it in that file")
+    if known is not None:
+        return
+    if "://" in url:
+        try:
+            parts = urlsplit(url)
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable or parts.query or parts.fragment or parts.username or parts.password:
+            form = "https://HOST[:PORT]/PATH without user, query or fragment"
+            raise UsageError(f"--url {url}: not a URL of the form {form}")
+    elif not Path(url).is_absolute():
+        raise UsageError(f"--url {url}: neither https://HOST/PATH nor an absolute path of a folder on the devices")
+    added = f"\n[repository]\nurl = {json.dumps(url)}   # where devices find this folder's repository/\n"
+    mode = stat.S_IMODE(path.stat().st_mode)
+    durable_files.write(path, path.read_bytes().rstrip(b"\n") + b"\n" + added.encode(), mode)

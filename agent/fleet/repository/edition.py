@@ -62,39 +62,33 @@ def load(layout: Layout, next_root: Root | None = None) -> Edition:
     if newest is None:
         raise layout.missing_error()
     try:
-        return _load_edition(layout, newest, next_root)
+        root = Metadata[Root].from_bytes(newest.read_bytes())
+        roots = [root.signed, *([next_root] if next_root else [])]
+        timestamp = _read_role(Timestamp, layout, TIMESTAMP, MetaFile(1), roots)
+        snapshot = _read_role(Snapshot, layout, SNAPSHOT, timestamp.signed.snapshot_meta, roots)
+        listed = {name.removesuffix(".json"): file for name, file in snapshot.signed.meta.items()}
+        targets = _read_role(Targets, layout, TARGETS, listed.pop(TARGETS), roots)
+        bundles = {role: _read_role(Targets, layout, role, file, [targets.signed]) for role, file in listed.items()}
     except (OSError, DeserializationError, RepositoryError, LengthOrHashMismatchError, ValueError, KeyError) as error:
         raise StorageError(
             f"{layout.metadata}: devices would refuse this metadata ({error}); restore the folder from a backup or "
             "from the web server that serves it, then publish again"
         ) from error
-
-
-def _load_edition(layout: Layout, root_path: Path, next_root: Root | None) -> Edition:
-    root = Metadata[Root].from_bytes(root_path.read_bytes())
-    roots = [root.signed, *([next_root] if next_root else [])]
-    timestamp = _read_role(Timestamp, layout, TIMESTAMP, MetaFile(1), roots)
-    snapshot = _read_role(Snapshot, layout, SNAPSHOT, timestamp.signed.snapshot_meta, roots)
-    listed = {name.removesuffix(".json"): file for name, file in snapshot.signed.meta.items()}
-    targets = _read_role(Targets, layout, TARGETS, listed.pop(TARGETS), roots)
-    bundles = {role: _read_role(Targets, layout, role, file, [targets.signed]) for role, file in listed.items()}
-    parts: list[Metadata[Any]] = [targets, *bundles.values()]
-    published = dict(zip([TARGETS, *bundles], (part.signed.version for part in parts), strict=True))
-    published |= {TIMESTAMP: timestamp.signed.version, SNAPSHOT: snapshot.signed.version}
-    return Edition(root, timestamp, snapshot, targets, bundles, published)
+    edition = Edition(root, timestamp, snapshot, targets, bundles)
+    roles = (TARGETS, *bundles, TIMESTAMP, SNAPSHOT)
+    edition.published_versions = {role: edition.get_metadata(role).signed.version for role in roles}
+    return edition
 
 
 def _read_role(
-    kind: type[T], layout: Layout, role: str, meta_file: MetaFile, delegators: list[Root] | list[Targets]
+    kind: type[T], layout: Layout, role: str, meta_file: MetaFile, parents: list[Root] | list[Targets]
 ) -> Metadata[T]:
     data = layout.role_path(role, meta_file.version).read_bytes()
     meta_file.verify_length_and_hashes(data)
     metadata = Metadata[T].from_bytes(data)
     if not isinstance(metadata.signed, kind):
         raise ValueError(f"{role} holds metadata of type {metadata.signed.type}")
-    results = [
-        delegator.get_verification_result(role, metadata.signed_bytes, metadata.signatures) for delegator in delegators
-    ]
+    results = [parent.get_verification_result(role, metadata.signed_bytes, metadata.signatures) for parent in parents]
     if not any(results):
         raise ValueError(f"{role} is signed by {len(results[0].signed)} of {results[0].threshold} keys")
     return metadata
@@ -105,7 +99,7 @@ def write(
     edition: Edition,
     changed: Collection[str],
     keyring: RepositoryKeyring,
-    current_time: datetime,
+    now: datetime,
     next_root: Root | None = None,
     *,
     trust_clock: bool = False,
@@ -114,16 +108,30 @@ def write(
 
     With `next_root`, the keys of both roots sign, so that clients of either root accept the result.
     """
-    order = _signing_order(edition, changed)
-    if not trust_clock:
-        _check_clock(layout, edition, current_time)
+    # Each role before the roles that refer to it.
+    order = [*sorted(edition.bundles.keys() & changed), *([TARGETS] if TARGETS in changed else [])]
+    order += [*([SNAPSHOT] if order or SNAPSHOT in changed else []), TIMESTAMP]
+    if TIMESTAMP in edition.published_versions and not trust_clock:
+        # With a clock behind the last signature, the expiry would be too early.
+        last = expiry.signing_time(TIMESTAMP, edition.timestamp.signed.expires)
+        if now < last - REFRESH_INTERVAL:
+            raise UsageError(
+                f"{layout.home}: this machine's clock says {now:%Y-%m-%d %H:%M}, before the last signature on "
+                f"{last:%Y-%m-%d %H:%M}; set the clock, or if it was wrong then: `refresh --trust-clock`"
+            )
     signers = {role: _find_signers(edition, role, keyring, next_root) for role in order}
     written: dict[str, bytes] = {}
     for role in order:
         part = edition.get_metadata(role)
-        _update_reference(edition, role, written)
+        if role == TIMESTAMP and SNAPSHOT in written:
+            version = edition.snapshot.signed.version
+            edition.timestamp.signed.snapshot_meta = MetaFile.from_data(version, written[SNAPSHOT], ["sha256"])
+        if role == SNAPSHOT:
+            for name, data in written.items():
+                version = edition.get_metadata(name).signed.version
+                edition.snapshot.signed.meta[f"{name}.json"] = MetaFile.from_data(version, data, ["sha256"])
         part.signed.version = edition.published_versions.get(role, 0) + 1
-        part.signed.expires = current_time + expiry.lifetime(role)
+        part.signed.expires = now + expiry.lifetime(role)
         part.signatures.clear()
         for signer in signers[role]:
             part.sign(signer, append=True)
@@ -132,22 +140,6 @@ def write(
         durable_files.write(layout.role_path(role, edition.get_metadata(role).signed.version), written[role])
     edition.published_versions |= {role: edition.get_metadata(role).signed.version for role in order}
     prune(layout, edition)
-
-
-def _signing_order(edition: Edition, changed: Collection[str]) -> list[str]:
-    """Return the roles to sign, each before the roles that refer to it."""
-    order = [*sorted(role for role in changed if role in edition.bundles), *([TARGETS] if TARGETS in changed else [])]
-    return [*order, *([SNAPSHOT] if order or SNAPSHOT in changed else []), TIMESTAMP]
-
-
-def _update_reference(edition: Edition, role: str, written: dict[str, bytes]) -> None:
-    if role == TIMESTAMP and SNAPSHOT in written:
-        version = edition.snapshot.signed.version
-        edition.timestamp.signed.snapshot_meta = MetaFile.from_data(version, written[SNAPSHOT], ["sha256"])
-    if role == SNAPSHOT:
-        for name, data in written.items():
-            version = edition.get_metadata(name).signed.version
-            edition.snapshot.signed.meta[f"{name}.json"] = MetaFile.from_data(version, data, ["sha256"])
 
 
 def _find_signers(edition: Edition, role: str, keyring: RepositoryKeyring, next_root: Root | None) -> list[Signer]:
@@ -159,17 +151,6 @@ def _find_signers(edition: Edition, role: str, keyring: RepositoryKeyring, next_
             f"lost, replace it: outstation fleet repository rotate {role}"
         )
     return signers
-
-
-def _check_clock(layout: Layout, edition: Edition, current_time: datetime) -> None:
-    """Refuse to sign with a clock behind the last signature: the expiry would be too early."""
-    if TIMESTAMP in edition.published_versions:
-        last = expiry.signing_time(TIMESTAMP, edition.timestamp.signed.expires)
-        if current_time < last - REFRESH_INTERVAL:
-            raise UsageError(
-                f"{layout.home}: this machine's clock says {current_time:%Y-%m-%d %H:%M}, before the last signature on "
-                f"{last:%Y-%m-%d %H:%M}; set the clock, or if it was wrong then: `refresh --trust-clock`"
-            )
 
 
 def prune(layout: Layout, edition: Edition) -> None:

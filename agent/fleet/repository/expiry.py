@@ -36,12 +36,12 @@ def lifetime(role: str) -> timedelta:
     return _LIFETIMES.get(role, _LIFETIMES[TARGETS])
 
 
-def is_expiring_soon(role: str, expires: datetime, current_time: datetime) -> bool:
-    return expires - current_time < _REMINDER_PERIODS.get(role, _REMINDER_PERIODS[TARGETS])
+def is_expiring_soon(role: str, expires: datetime, now: datetime) -> bool:
+    return expires - now < _REMINDER_PERIODS.get(role, _REMINDER_PERIODS[TARGETS])
 
 
-def is_renewal_due(role: str, expires: datetime, current_time: datetime) -> bool:
-    return expires - current_time < _RENEWAL_PERIODS.get(role, _RENEWAL_PERIODS[TARGETS])
+def is_renewal_due(role: str, expires: datetime, now: datetime) -> bool:
+    return expires - now < _RENEWAL_PERIODS.get(role, _RENEWAL_PERIODS[TARGETS])
 
 
 def signing_time(role: str, expires: datetime) -> datetime:

@@ -12,7 +12,6 @@ from tuf.api.metadata import Root
 
 from agent.errors import UsageError
 from agent.fleet.repository import edition, expiry, root_rotation
-from agent.fleet.repository.edition import Edition
 from agent.fleet.repository.expiry import TARGETS, TOP_LEVEL_ROLES
 from agent.fleet.repository.keys import RepositoryKeyring, select_key, to_tuf_key
 from agent.fleet.repository.layout import Layout
@@ -41,24 +40,24 @@ def rotate(
     old: str | None = None,
     new: str | None = None,
     sign_with: Sequence[Path] = (),
-    current_time: datetime | None = None,
+    now: datetime | None = None,
 ) -> RotationResult:
     """Replace key `old` of `role`, a top-level role or a bundle's name, by the public key `new` or a generated key.
 
     Root lists the keys of top-level roles: if too few root keys are here, a draft waits for signatures. Raises
     UsageError.
     """
-    layout, current_time = Layout(folder), current_time or expiry.now()
+    layout, now = Layout(folder), now or expiry.now()
     new_key = to_tuf_key(keys.load_public(new)) if new is not None else None
     with layout.locked():
         keyring = RepositoryKeyring(layout.keys, sign_with)
         if role in TOP_LEVEL_ROLES:
-            return _rotate_top_level(layout, role, old, new_key, keyring, current_time)
-        return _rotate_bundle(layout, role, old, new_key, keyring, current_time)
+            return _rotate_top_level(layout, role, old, new_key, keyring, now)
+        return _rotate_bundle(layout, role, old, new_key, keyring, now)
 
 
 def _rotate_top_level(
-    layout: Layout, role: str, old: str | None, new: Key | None, keyring: RepositoryKeyring, current_time: datetime
+    layout: Layout, role: str, old: str | None, new: Key | None, keyring: RepositoryKeyring, now: datetime
 ) -> RotationResult:
     old_name, new_name = "", ""
 
@@ -71,20 +70,22 @@ def _rotate_top_level(
         root.revoke_key(old_keyid, role)
         old_name, new_name = candidates[old_keyid], keyring.name(new_key)
 
-    draft = root_rotation.propose(layout, change, keyring, current_time)
+    draft = root_rotation.propose(layout, change, keyring, now)
     return RotationResult(role, old_name, new_name, draft)
 
 
 def _rotate_bundle(
-    layout: Layout, role: str, old: str | None, new: Key | None, keyring: RepositoryKeyring, current_time: datetime
+    layout: Layout, role: str, old: str | None, new: Key | None, keyring: RepositoryKeyring, now: datetime
 ) -> RotationResult:
-    current = root_rotation.load_current(layout, keyring, current_time)
+    current = root_rotation.load_current(layout, keyring, now)
     if role not in current.bundles:
         known = [*TOP_LEVEL_ROLES, *current.bundles]
+        hint = f"{did_you_mean(role, known)}; the roles are {', '.join(known)}"
+        raise UsageError(f"no role {role!r} in the repository{hint}")
+    if not keyring.signers(current.keyids(TARGETS)):
         raise UsageError(
-            f"no role {role!r} in the repository{did_you_mean(role, known)}; the roles are {', '.join(known)}"
+            f"{keyring.folder}: targets lists the keys of {role}, and its key is not here; use --sign-with"
         )
-    _require_targets_key(current, role, keyring)
     targets = current.targets.signed
     keyids = targets.get_delegated_role(role).keyids
     candidates = {keyid: keyring.name(targets.get_key(keyid)) for keyid in keyids}
@@ -92,15 +93,8 @@ def _rotate_bundle(
     new_key = _resolve_new_key(new, set(keyids), f"bundle-{role}", keyring)
     targets.add_key(new_key, role)
     targets.revoke_key(old_keyid, role)
-    edition.write(layout, current, {role, TARGETS}, keyring, current_time)
+    edition.write(layout, current, {role, TARGETS}, keyring, now)
     return RotationResult(role, candidates[old_keyid], keyring.name(new_key), None)
-
-
-def _require_targets_key(current: Edition, role: str, keyring: RepositoryKeyring) -> None:
-    if not keyring.signers(current.keyids(TARGETS)):
-        raise UsageError(
-            f"{keyring.folder}: targets lists the keys of {role}, and its key is not here; name it with --sign-with"
-        )
 
 
 def _resolve_new_key(new: Key | None, current_keyids: set[str], name: str, keyring: RepositoryKeyring) -> Key:

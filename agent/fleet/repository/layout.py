@@ -50,9 +50,8 @@ class Layout(msgspec.Struct, frozen=True):
 
     def newest_root_path(self) -> Path | None:
         """Return the newest root, None if there is no complete repository."""
-        versions = [
-            int(match[1]) for path in self.metadata.glob("*.root.json") if (match := _ROOT_NAME.fullmatch(path.name))
-        ]
+        names = [path.name for path in self.metadata.glob("*.root.json")]
+        versions = [int(match[1]) for name in names if (match := _ROOT_NAME.fullmatch(name))]
         return self.root_path(max(versions)) if versions else None
 
     def role_path(self, role: str, version: int) -> Path:

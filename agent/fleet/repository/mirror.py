@@ -36,7 +36,8 @@ def copy(folder: Path, destination: Path) -> CopyResult:
             for file in _iter_files(source, current):
                 data = file.read_bytes()
                 copied = target.home / file.relative_to(source.home)
-                if not _has_content(copied, data):
+                is_same_size = copied.exists() and copied.stat().st_size == len(data)
+                if not is_same_size or copied.read_bytes() != data:
                     durable_files.write(copied, data)
                     written.append(len(data))
             if known:
@@ -75,7 +76,3 @@ def _check_destination(destination: Layout, current: Edition) -> bool:
             "fleet; empty the folder, or copy from the machine with the later edition"
         )
     return version > 0
-
-
-def _has_content(path: Path, data: bytes) -> bool:
-    return path.exists() and path.stat().st_size == len(data) and path.read_bytes() == data

@@ -50,35 +50,42 @@ def publish(
     *,
     run_probe: bool = True,
     sign_with: Sequence[Path] = (),
-    current_time: datetime | None = None,
+    now: datetime | None = None,
 ) -> PublishResult:
     """Publish the bundle at `path`, signed by one of `publishers`, for the devices of the fleet in `folder`.
 
     The probe loads the bundle and runs its golden vectors first, and measures its memory; without it, the memory limit
     of the manifest counts. Raises UsageError, and BadBundle, also for a version published with other bytes.
     """
-    layout, current_time = Layout(folder), current_time or expiry.now()
+    layout, now = Layout(folder), now or expiry.now()
     bundle = bundles.read(path, publishers)
     if bundle.manifest.name in TOP_LEVEL_ROLES:
         raise BadBundle(f"{path}: {bundle.manifest.name!r} is a top-level role of the repository; rename the bundle")
-    memory = _probe_memory(path, bundle) if run_probe else bundle.manifest.limits.memory_mib << 20
+    memory = bundle.manifest.limits.memory_mib << 20
+    if run_probe:
+        report = probe.probe(bundle)
+        try:
+            report.raise_for_failure()
+        except BadBundle as problem:
+            hint = "--no-probe publishes it without this check"
+            raise BadBundle(f"{path}: does not run here: {problem}; {hint}") from None
+        memory = report.peak_memory
     metadata = build_target_metadata(bundle, memory)
     target = target_metadata.target_path(metadata.name, metadata.version, metadata.digest)
     archive = build_archive(bundle)
     with layout.locked():
         keyring = RepositoryKeyring(layout.keys, sign_with)
-        current = root_rotation.load_current(layout, keyring, current_time)
+        current = root_rotation.load_current(layout, keyring, now)
         listed = _find_published(current, metadata)
         if listed is not None:
-            return PublishResult(
-                target_metadata.decode(listed.custom), target, listed.length, bundle.signer, is_new=False
-            )
+            published = target_metadata.decode(listed.custom)
+            return PublishResult(published, target, listed.length, bundle.signer, is_new=False)
         file = TargetFile.from_data(target, archive, ["sha256"])
         file.unrecognized_fields["custom"] = target_metadata.encode(metadata)
         changed = _ensure_delegation(current, metadata.name, keyring)
         current.bundles[metadata.name].signed.targets[target] = file
         durable_files.write(layout.target_path(target, file.hashes["sha256"]), archive)
-        edition.write(layout, current, changed, keyring, current_time)
+        edition.write(layout, current, changed, keyring, now)
     return PublishResult(metadata, target, len(archive), bundle.signer, is_new=True)
 
 
@@ -111,15 +118,6 @@ def build_target_metadata(bundle: Bundle, memory: int) -> TargetMetadata:
     )
 
 
-def _probe_memory(path: Path, bundle: Bundle) -> int:
-    report = probe.probe(bundle)
-    try:
-        report.raise_for_failure()
-    except BadBundle as problem:
-        raise BadBundle(f"{path}: does not run here: {problem}; --no-probe publishes it without this check") from None
-    return report.peak_memory
-
-
 def _find_published(current: Edition, metadata: TargetMetadata) -> TargetFile | None:
     """Return the target if it is published already. Raises BadBundle if the version has other bytes or is revoked."""
     role = current.bundles.get(metadata.name)
@@ -143,9 +141,7 @@ def _ensure_delegation(current: Edition, name: str, keyring: RepositoryKeyring) 
     if name in current.bundles:
         return {name}
     if not keyring.signers(current.keyids(TARGETS)):
-        raise UsageError(
-            f"{keyring.folder}: the first bundle named {name} needs the targets key; name its file with --sign-with"
-        )
+        raise UsageError(f"{keyring.folder}: the first bundle named {name} needs the targets key; use --sign-with FILE")
     key = keyring.find_or_generate(f"bundle-{name}-1")
     delegations = current.targets.signed.delegations or Delegations({}, {})
     current.targets.signed.delegations = delegations

@@ -32,16 +32,16 @@ def revoke(
     version: str | None = None,
     *,
     sign_with: Sequence[Path] = (),
-    current_time: datetime | None = None,
+    now: datetime | None = None,
 ) -> RevocationResult:
     """Remove one `version` of a bundle, or all. Raises UsageError if there is none.
 
     Devices that run it continue until a roll-out replaces it.
     """
-    layout, current_time = Layout(folder), current_time or expiry.now()
+    layout, now = Layout(folder), now or expiry.now()
     with layout.locked():
         keyring = RepositoryKeyring(layout.keys, sign_with)
-        current = root_rotation.load_current(layout, keyring, current_time)
+        current = root_rotation.load_current(layout, keyring, now)
         if bundle not in current.bundles:
             raise UsageError(f"no bundle {bundle!r} in the repository{did_you_mean(bundle, list(current.bundles))}")
         role = current.bundles[bundle].signed
@@ -54,9 +54,9 @@ def revoke(
             del role.targets[versions[revoked]]
         role.unrecognized_fields[_REVOKED_FIELD] = {
             **get_revoked_versions(role),
-            **dict.fromkeys(revoked_versions, f"{current_time:%Y-%m-%d}"),
+            **dict.fromkeys(revoked_versions, f"{now:%Y-%m-%d}"),
         }
-        edition.write(layout, current, {bundle}, keyring, current_time)
+        edition.write(layout, current, {bundle}, keyring, now)
     return RevocationResult(bundle, revoked_versions)
 
 

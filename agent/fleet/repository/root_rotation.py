@@ -43,23 +43,21 @@ class SignedDraft(msgspec.Struct, frozen=True):
     roles: dict[str, list[str]]
 
 
-def propose(
-    layout: Layout, change: Callable[[Root], None], keyring: RepositoryKeyring, current_time: datetime
-) -> RootDraft:
+def propose(layout: Layout, change: Callable[[Root], None], keyring: RepositoryKeyring, now: datetime) -> RootDraft:
     """Change the waiting draft or a copy of the current root, and sign it with the keys available here.
 
     With enough signatures it comes into force at once. Its earlier signatures are dropped: its content changed.
     """
-    activate_draft(layout, keyring, current_time)
+    activate_draft(layout, keyring, now)
     current = _load_current_root(layout)
     root = deepcopy(_read_draft(layout.draft).signed if layout.draft.exists() else current)
     change(root)
-    root.version, root.expires = current.version + 1, current_time + expiry.lifetime(ROOT)
+    root.version, root.expires = current.version + 1, now + expiry.lifetime(ROOT)
     draft = Metadata(root)
     for signer in keyring.signers(dict.fromkeys([*current.roles[ROOT].keyids, *root.roles[ROOT].keyids])):
         draft.sign(signer, append=True)
     durable_files.write(layout.draft, draft.to_bytes())
-    activate_draft(layout, keyring, current_time)
+    activate_draft(layout, keyring, now)
     return describe(current, draft, keyring)
 
 
@@ -69,19 +67,17 @@ def sign(file: Path, key: Path) -> SignedDraft:
     draft.sign(load_signer(key), append=True)
     durable_files.write(file, draft.to_bytes())
     root = draft.signed
-    roles = {
-        role: [format_public_key(root.keys[keyid]) for keyid in root.roles[role].keyids] for role in TOP_LEVEL_ROLES
-    }
+    roles = {role: [format_public_key(root.keys[kid]) for kid in root.roles[role].keyids] for role in TOP_LEVEL_ROLES}
     return SignedDraft(root.version, len(draft.signatures), roles)
 
 
-def load_current(layout: Layout, keyring: RepositoryKeyring, current_time: datetime) -> Edition:
+def load_current(layout: Layout, keyring: RepositoryKeyring, now: datetime) -> Edition:
     """Put a sufficiently signed draft in force, and return the edition that clients see."""
-    activate_draft(layout, keyring, current_time)
+    activate_draft(layout, keyring, now)
     return edition.load(layout)
 
 
-def activate_draft(layout: Layout, keyring: RepositoryKeyring, current_time: datetime) -> int:
+def activate_draft(layout: Layout, keyring: RepositoryKeyring, now: datetime) -> int:
     """Put the draft in force if it has enough signatures. Return its version, 0 if there is none or it still waits.
 
     Old and new keys of a changed role sign before the new root is written, so clients of either root find a valid
@@ -96,7 +92,7 @@ def activate_draft(layout: Layout, keyring: RepositoryKeyring, current_time: dat
         roles = (TARGETS, SNAPSHOT, TIMESTAMP)
         changed = {role for role in roles if set(current.roles[role].keyids) != set(draft.signed.roles[role].keyids)}
         if changed:
-            edition.write(layout, next_edition, changed, keyring, current_time, draft.signed)
+            edition.write(layout, next_edition, changed, keyring, now, draft.signed)
         durable_files.write(layout.root_path(draft.signed.version), draft.to_bytes())
     durable_files.remove(layout.draft)
     return draft.signed.version

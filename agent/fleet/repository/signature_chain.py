@@ -101,8 +101,12 @@ def verify(files: Mapping[str, bytes], add_problem: Callable[[str, str], None]) 
             meta = snapshot.meta[file]
             file = f"{meta.version}.{role}.json"
             files_of_role = _verify_role(files, file, targets, Targets, signatures, meta, role).targets
-            allowed = {path: target for path, target in files_of_role.items() if _delegated_role(targets, path) == role}
-            published += _list_targets(allowed, role)
+            assert targets.delegations is not None
+            for path, target in files_of_role.items():
+                # A target counts in the first role that it is delegated to.
+                first, _ = next(targets.delegations.get_roles_for_target(path), ("", False))
+                if first == role:
+                    published += _list_targets({path: target}, role)
         except _ChainError as broken:
             add_problem(broken.file, broken.reason)
         except (*_MALFORMED_ERRORS, BadBundle) as error:
@@ -156,28 +160,20 @@ def _verify_role(
             raise _ChainError(file, f"is metadata of type {metadata.signed.type}, expected {kind.type}")
         itself = metadata.signed if isinstance(metadata.signed, Root) else None
         delegators = [candidate for candidate in (delegator, itself) if candidate is not None]
-        results = [_verify_signatures(file, role, candidate, metadata) for candidate in delegators]
+        for signing in delegators:
+            result = signing.get_verification_result(role, metadata.signed_bytes, metadata.signatures)
+            if not result.verified:
+                count = f"{len(result.signed)} of {result.threshold} required signatures"
+                raise _ChainError(file, f"does not verify: {count} by keys that {signing.type} {signing.version} lists")
         if meta_file is not None:
             if metadata.signed.version != meta_file.version:
-                raise _ChainError(
-                    file, f"is version {metadata.signed.version}, but version {meta_file.version} is signed"
-                )
+                actual, expected = metadata.signed.version, meta_file.version
+                raise _ChainError(file, f"is version {actual}, but version {expected} is signed")
             meta_file.verify_length_and_hashes(data)
-        signatures.append(_build_signature(file, role, delegators[-1], metadata, results[-1]))
+        signatures.append(_build_signature(file, role, delegators[-1], metadata, result))
         return metadata.signed
     except _MALFORMED_ERRORS as error:
         raise _ChainError(file, _describe_error(error)) from None
-
-
-def _verify_signatures(file: str, role: str, delegator: Root | Targets, metadata: Metadata[Any]) -> VerificationResult:
-    result = delegator.get_verification_result(role, metadata.signed_bytes, metadata.signatures)
-    if not result.verified:
-        raise _ChainError(
-            file,
-            f"does not verify: {len(result.signed)} of {result.threshold} required signatures by keys that "
-            f"{delegator.type} {delegator.version} lists",
-        )
-    return result
 
 
 def _build_signature(
@@ -194,11 +190,6 @@ def _build_signature(
         keys=sorted(str(key.keyval.get("public", keyid)) for keyid, key in keys.items()),
         signed_keys=sorted(str(key.keyval.get("public", keyid)) for keyid, key in result.signed.items()),
     )
-
-
-def _delegated_role(targets: Targets, path: str) -> str:
-    delegations = targets.delegations
-    return next((role for role, _ in delegations.get_roles_for_target(path)), "") if delegations is not None else ""
 
 
 def _list_targets(target_files: Mapping[str, TargetFile], role: str) -> list[PublishedTarget]:

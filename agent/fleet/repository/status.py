@@ -39,8 +39,6 @@ class RoleStatus(msgspec.Struct, frozen=True):
 
 
 class AvailableBundle(msgspec.Struct, frozen=True):
-    """Bundle that devices may download."""
-
     name: str
     version: str
     digest: str
@@ -58,14 +56,12 @@ class RepositoryStatus(msgspec.Struct, frozen=True):
     reminders: list[str]
 
 
-def read(folder: Path, current_time: datetime | None = None) -> RepositoryStatus:
+def read(folder: Path, now: datetime | None = None) -> RepositoryStatus:
     """Return the status. Raises UsageError without a repository, StorageError if devices would refuse it."""
-    layout, current_time = Layout(folder), current_time or expiry.now()
+    layout, now = Layout(folder), now or expiry.now()
     keyring = RepositoryKeyring(layout.keys)
     current = edition.load(layout, root_rotation.load_next_root(layout))
-    roles = [
-        _role_status(current, role, keyring, current_time) for role in (*TOP_LEVEL_ROLES, *sorted(current.bundles))
-    ]
+    roles = [_role_status(current, role, keyring, now) for role in (*TOP_LEVEL_ROLES, *sorted(current.bundles))]
     draft = root_rotation.load_pending_draft(layout, keyring)
     reminders = [_format_reminder(role) for role in roles if role.expires_soon]
     if draft is not None:
@@ -80,19 +76,16 @@ def read(folder: Path, current_time: datetime | None = None) -> RepositoryStatus
         for name, part in sorted(current.bundles.items())
         for version, day in sorted(get_revoked_versions(part.signed).items())
     ]
-    return RepositoryStatus(str(layout.home), not reminders, _list_bundles(current), revoked, roles, draft, reminders)
-
-
-def _list_bundles(current: Edition) -> list[AvailableBundle]:
-    return [
+    bundles = [
         AvailableBundle(bundle.name, bundle.version, bundle.digest, path, file.length)
         for _, part in sorted(current.bundles.items())
         for path, file in sorted(part.signed.targets.items())
         for bundle in [target_metadata.decode(file.custom)]
     ]
+    return RepositoryStatus(str(layout.home), not reminders, bundles, revoked, roles, draft, reminders)
 
 
-def _role_status(current: Edition, role: str, keyring: RepositoryKeyring, current_time: datetime) -> RoleStatus:
+def _role_status(current: Edition, role: str, keyring: RepositoryKeyring, now: datetime) -> RoleStatus:
     part = current.root if role == ROOT else current.get_metadata(role)
     delegator = current.root.signed if role in TOP_LEVEL_ROLES else current.targets.signed
     delegated: Role = delegator.get_delegated_role(role)
@@ -102,8 +95,8 @@ def _role_status(current: Edition, role: str, keyring: RepositoryKeyring, curren
         role,
         part.signed.version,
         f"{expires:%Y-%m-%dT%H:%M:%SZ}",
-        (expires - current_time).days,
-        expiry.is_expiring_soon(role, expires, current_time),
+        (expires - now).days,
+        expiry.is_expiring_soon(role, expires, now),
         delegated.threshold,
         [SigningKeyStatus(keyring.name(key), format_public_key(key), key.keyid in keyring) for key in counting],
     )

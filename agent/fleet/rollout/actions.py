@@ -133,9 +133,7 @@ def abort(
     """Return every device to the bundle it ran before."""
     current = _require_unchanged(db, expected)
     if not current.is_open:
-        raise UsageError(
-            f"roll-out {current.name} is {current.state}; to replace its bundle, roll out the previous version"
-        )
+        raise UsageError(f"roll-out {current.name} is {current.state}; to undo it, roll out the previous version")
     new = replace(current, state="aborted")
     label, text = current.current_step.label, _normalize_reason(reason)
     summary = f"Aborted at {label}, devices return to their previous bundle: {text}"
@@ -182,9 +180,7 @@ def _require_unchanged(db: Connection, expected: Rollout) -> Rollout:
 def _require_new(db: Connection, plan: RolloutPlan, topic: str) -> None:
     for other in journal.load_rollouts(db):
         if other.name == plan.name:
-            raise UsageError(
-                f"a roll-out {plan.name!r} exists already, and devices remember its name; choose another name"
-            )
+            raise UsageError(f"a roll-out {plan.name!r} exists, and devices remember its name; choose another name")
         if other.is_open and (other.plan.task, other.topic) == (plan.task, topic):
             raise UsageError(
                 f"roll-out {other.name} of {plan.task} is {other.state} for the same devices; "

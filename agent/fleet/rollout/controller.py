@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from agent import clock
 from agent.errors import UsageError
@@ -56,8 +57,13 @@ class RolloutController:
             ]
 
     def _advance(self, snapshot: RolloutSnapshot) -> None:
-        action = _choose_action(snapshot)
-        if action is None:
+        rollout, verdict = snapshot.rollout, snapshot.verdict
+        action: RolloutAction
+        if verdict.outcome == "abort":
+            action = partial(actions.abort, expected=rollout, reason=verdict.summary, verdict=verdict)
+        elif verdict.outcome in ("promote", "finish") and rollout.state == "running":
+            action = partial(actions.promote, expected=rollout, verdict=verdict)
+        else:
             return
         # If anything fails between the commit and the broker, the next tick publishes.
         self._republish_at = 0.0
@@ -81,12 +87,3 @@ class RolloutController:
         elif self._publish_error and not error:
             self._report("published")
         self._publish_error = error
-
-
-def _choose_action(snapshot: RolloutSnapshot) -> RolloutAction | None:
-    rollout, verdict = snapshot.rollout, snapshot.verdict
-    if verdict.outcome == "abort":
-        return lambda db, operator, counter: actions.abort(db, operator, counter, rollout, verdict.summary, verdict)
-    if verdict.outcome in ("promote", "finish") and rollout.state == "running":
-        return lambda db, operator, counter: actions.promote(db, operator, counter, rollout, verdict)
-    return None

@@ -27,8 +27,6 @@ SignerLookup = Callable[[str], Signer | None]
 
 
 class DecisionBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="decision"):
-    """The signed payload of a decision."""
-
     v: Literal[1]
     rollout: Name
     n: int

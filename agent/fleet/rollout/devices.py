@@ -7,7 +7,6 @@ so of a group only the devices that report on the roll-out are known.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 
 import msgspec
 
@@ -66,12 +65,10 @@ class StepDevices(msgspec.Struct, frozen=True):
         return [device for device in self.selected if device.has_failed]
 
     def count_phases(self) -> dict[str, int]:
-        """Count the selected devices in each phase."""
         return dict(sorted(Counter(device.phase for device in self.selected).items()))
 
 
 def load_step_devices(db: Connection, rollout: Rollout) -> StepDevices:
-    """Load the devices of the current step."""
     plan = rollout.plan
     known = [
         RolloutDevice(device, last_seen, phase or NOT_REPORTED, reason or "", summary or "", since, strategy)
@@ -86,16 +83,12 @@ def load_step_devices(db: Connection, rollout: Rollout) -> StepDevices:
         targeted = [device for device in known if kind == "all" or device.device == target]
     desired = plan.desired_for_step(rollout.step)
     selected = [device for device in targeted if desired.includes_device(device.device)]
-    was_selected = _previous_selection(rollout)
-    joining = frozenset(device.device for device in selected if not was_selected(device.device))
+    # Devices of the previous step had the bundle already, unless in another role.
+    previous, is_shadow = rollout.step - 1, rollout.current_step.strategy == "shadow"
+    is_same_role = previous >= 1 and (plan.steps[previous - 1].strategy == "shadow") == is_shadow
+    before = plan.desired_for_step(previous) if is_same_role else None
+    joining = frozenset(
+        device.device for device in selected if before is None or not before.includes_device(device.device)
+    )
     unselected = [device for device in targeted if not desired.includes_device(device.device)]
     return StepDevices(selected, joining, unselected)
-
-
-def _previous_selection(rollout: Rollout) -> Callable[[str], bool]:
-    """Return a predicate that is True for devices of the previous step with the bundle in the same role."""
-    steps = rollout.plan.steps
-    current, previous = rollout.step, rollout.step - 1
-    if previous < 1 or (steps[previous - 1].strategy == "shadow") != (steps[current - 1].strategy == "shadow"):
-        return lambda _: False
-    return rollout.plan.desired_for_step(previous).includes_device

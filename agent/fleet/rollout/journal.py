@@ -48,7 +48,6 @@ def load_rollouts(db: Connection, *, only_open: bool = False) -> list[Rollout]:
 
 
 def find(db: Connection, name: str) -> Rollout:
-    """Load the roll-out `name`. Raises UsageError if there is none."""
     row = rollouts.find_rollout(db, name)
     if row is None:
         known = [str(row[0]) for row in rollouts.load_rollouts(db)]
@@ -57,7 +56,6 @@ def find(db: Connection, name: str) -> Rollout:
 
 
 def save(db: Connection, rollout: Rollout) -> None:
-    """Insert or replace a roll-out."""
     plan = rollout.plan
     bundle = (plan.task, plan.bundle, plan.version, plan.digest, rollout.topic, rollout.started)
     row = (rollout.name, *bundle, rollout.state, rollout.step, msgspec.json.encode(plan).decode())
@@ -101,9 +99,7 @@ def _rollout_from_row(row: Sequence[Any]) -> Rollout:
     try:
         plan = msgspec.json.decode(text, type=RolloutPlan)
     except (msgspec.MsgspecError, TypeError, ValueError) as error:
-        raise StorageError(
-            f"table rollouts: the plan of {name!r} was altered ({error}); restore the database"
-        ) from None
+        raise StorageError(f"table rollouts: plan of {name!r} was altered ({error}); restore the database") from None
     if type(step) is not int or not 1 <= step <= len(plan.steps):
         raise StorageError(f"table rollouts: {name!r} has no step {step!r}; restore the database")
     return Rollout(name, plan, topic, started, state, step)

@@ -85,7 +85,6 @@ class RolloutPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device_rules: CanaryRules
 
     def desired_topic(self, fleet: str) -> topics.Topic:
-        """Return the topic of the desired state."""
         kind, _, name = self.target.partition(":")
         if kind == "group":
             return topics.Topic(fleet, topics.DEVICE_GROUP, "desired", name)
@@ -152,7 +151,6 @@ class PlanFile:
         self.path = None if section.path is None else source.parent / section.path
 
     def to_plan(self, bundle: str, version: str, digest: str) -> RolloutPlan:
-        """Return the plan for a resolved bundle."""
         content, section = self._content, self._content.rollout
         steps = [
             RolloutStep(step.strategy, step.percent, _merge_promotion(content.promote, step)) for step in content.steps

@@ -22,7 +22,7 @@ from msgspec.structs import asdict
 from agent import clock
 from agent.comparison import rules
 from agent.comparison.paired_intervals import ComparisonBlock
-from agent.comparison.rules import AGREEMENT, ESTIMATED_ACCURACY, LABELS, LATENCY, RuleLimits, RuleResult, RuleState
+from agent.comparison.rules import AGREEMENT, ESTIMATED_ACCURACY, LABELS, LATENCY, RuleLimits, RuleState
 from agent.comparison.tally import ComparisonStats
 from agent.fleet.rollout.devices import NOT_REPORTED, StepDevices
 from agent.fleet.rollout.journal import Rollout
@@ -41,18 +41,18 @@ MAX_WINDOW_RATIO = 2
 MIN_LABELLED = 100
 
 
-class PromotionRuleResult(msgspec.Struct, frozen=True):
+class RuleOutcome(msgspec.Struct, frozen=True):
     """Outcome of one rule; the number and its interval are None without enough data. `text` is for people."""
 
     rule: str
     state: RuleState
     text: str
     limit: float
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-    blocks: int = 0
-    devices: int = 0
+    value: float | None
+    low: float | None
+    high: float | None
+    blocks: int
+    devices: int
 
 
 class StepVerdict(msgspec.Struct, frozen=True):
@@ -61,7 +61,7 @@ class StepVerdict(msgspec.Struct, frozen=True):
     outcome: StepOutcome
     summary: str
     blockers: list[str]
-    rule_results: list[PromotionRuleResult]
+    rule_results: list[RuleOutcome]
     reporting: int
     needed: int
     failed: int
@@ -81,7 +81,7 @@ def evaluate_step(
     promote, is_shadow = rollout.current_step.promote, rollout.current_step.strategy == "shadow"
     taking_part = [device.device for device in devices.selected if not device.has_failed and not device.is_incompatible]
     messages = tallies.select_messages(taking_part, new_is_shadow=is_shadow)
-    results = evaluate_promotion_rules(messages, promote, new_is_shadow=is_shadow)
+    results = evaluate_promotion(messages, promote, new_is_shadow=is_shadow)
     needed, reporting = _count_reporting(rollout, devices, messages)
     # A clock that was set back only makes the step wait longer.
     hours = max(0.0, (now_us - clock.parse_rfc3339(step_start)) / 3.6e9)
@@ -111,19 +111,28 @@ def evaluate_step(
     return StepVerdict(outcome, summary, blockers, results, reporting, needed, failed, responding, hours)
 
 
-def evaluate_promotion_rules(
-    messages: MessagesByDevice, promote: Promotion, *, new_is_shadow: bool
-) -> list[PromotionRuleResult]:
+def evaluate_promotion(messages: MessagesByDevice, promote: Promotion, *, new_is_shadow: bool) -> list[RuleOutcome]:
     """Evaluate every rule of `promote`. `new_is_shadow` is False where the new bundle's results are published."""
     blocks = balance_devices(messages)
     limits = RuleLimits(
         promote.min_agreement, promote.max_latency_ratio, None, promote.max_accuracy_drop, promote.max_error_growth
     )
-    by_rule = {result.rule: result for result in rules.evaluate_limits(limits, blocks, new_is_shadow)}
-    return [
-        _build_rule_result(name, by_rule.get(rule), limit, bound, blocks)
-        for name, rule, limit, bound in _promotion_rules(promote, blocks)
-    ]
+    by_rule = {result.rule: result for result in rules.evaluate_rules(limits, blocks, new_is_shadow)}
+    block_count, device_count = len(blocks), len({block.device for block in blocks})
+    sample = f"over {block_count} blocks of {device_count} devices"
+    results = []
+    for name, rule, limit, bound in _promotion_rules(promote, blocks):
+        title, result = name.replace("_", " "), by_rule.get(rule)
+        # A rule without data blocks the promotion.
+        state: RuleState = "undecided"
+        value = low = high = None
+        text = f"{title} unknown {sample} ({bound} {limit:g}: undecided)"
+        if result is not None and "value" in result.numbers:
+            state = result.state
+            value, low, high = (float(result.numbers[key]) for key in ("value", "low", "high"))
+            text = f"{title} {value:.3f} [{low:.3f}, {high:.3f}] {sample} ({bound} {limit:g}: {state})"
+        results.append(RuleOutcome(name, state, text, limit, value, low, high, block_count, device_count))
+    return results
 
 
 def balance_devices(messages: MessagesByDevice) -> list[ComparisonBlock]:
@@ -171,20 +180,6 @@ def _promotion_rules(
         yield "error_ratio", LABELS, 1 + promote.max_error_growth, "at most"
 
 
-def _build_rule_result(
-    name: str, result: RuleResult | None, limit: float, bound: str, blocks: Sequence[ComparisonBlock]
-) -> PromotionRuleResult:
-    """Add the configured limit to a result. A rule without data is undecided, which blocks the promotion."""
-    device_count = len({block.device for block in blocks})
-    title, sample = name.replace("_", " "), f"over {len(blocks)} blocks of {device_count} devices"
-    if result is None or "value" not in result.numbers:
-        text = f"{title} unknown {sample} ({bound} {limit:g}: undecided)"
-        return PromotionRuleResult(name, "undecided", text, limit, blocks=len(blocks), devices=device_count)
-    value, low, high = (float(result.numbers[key]) for key in ("value", "low", "high"))
-    text = f"{title} {value:.3f} [{low:.3f}, {high:.3f}] {sample} ({bound} {limit:g}: {result.state})"
-    return PromotionRuleResult(name, result.state, text, limit, value, low, high, len(blocks), device_count)
-
-
 def _count_reporting(rollout: Rollout, devices: StepDevices, messages: MessagesByDevice) -> tuple[int, int]:
     """Return how many devices must report, and how many do."""
     promote = rollout.current_step.promote
@@ -225,9 +220,7 @@ def _find_blockers(promote: Promotion, devices: StepDevices, needed: int, report
     return blockers
 
 
-def _find_undecided_rules(
-    rollout: Rollout, devices: StepDevices, rule_results: Sequence[PromotionRuleResult]
-) -> list[str]:
+def _find_undecided_rules(rollout: Rollout, devices: StepDevices, rule_results: Sequence[RuleOutcome]) -> list[str]:
     """Return the rules that block the step. After the last step's devices are done, only failed rules do."""
     all_done = bool(devices.responding) and all(device.is_done for device in devices.responding)
     if all_done and rollout.next_step is None:

@@ -96,9 +96,9 @@ def _send_retained(link: BrokerLink, rows: Sequence[DesiredMessage]) -> None:
         for receipt in link.receive(left):
             if not isinstance(receipt, PublishReceipt) or receipt.token not in waiting:
                 continue
-            refused = waiting.pop(receipt.token)
+            target = waiting.pop(receipt.token)
             if not receipt.is_accepted:
                 raise LinkDown(
-                    f"the broker refused {refused}: {receipt.reason}; its access list must let the operator write there "
+                    f"the broker refused {target}: {receipt.reason}; its access list must let the operator write there "
                     "(`outstation fleet init` of this version writes one that does)"
                 )

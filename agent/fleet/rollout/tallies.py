@@ -45,8 +45,18 @@ class RolloutTallies:
 
     def read_new(self, db: Connection) -> None:
         while rows := rollouts.load_shadows(db, *self._key, after=self._last_rowid, limit=_CHUNK_ROWS):
-            for _, device, new_is_active, body in rows:
-                self._add_message(device, new_is_active, body)
+            for _, device, new_is_active, text in rows:
+                tallies = self.devices.setdefault(device, DeviceTallies())
+                try:
+                    body = decode(text.encode(errors="surrogateescape"))
+                    problem = find_contradiction(body) if isinstance(body, ShadowPayload) else "not a shadow message"
+                except MessageRefused as refused:
+                    problem = str(refused)
+                if problem:
+                    tallies.implausible_count += 1
+                    tallies.implausible_reason = problem
+                elif isinstance(body, ShadowPayload):
+                    (tallies.as_active if new_is_active else tallies.as_shadow).append(body)
             self._last_rowid = rows[-1][0]
 
     def select_messages(self, devices: Iterable[str], *, new_is_shadow: bool) -> dict[str, list[ShadowPayload]]:
@@ -57,19 +67,6 @@ class RolloutTallies:
             if tallies is not None and (messages := tallies.as_shadow if new_is_shadow else tallies.as_active):
                 selected[device] = list(messages)
         return selected
-
-    def _add_message(self, device: str, new_is_active: bool, text: str) -> None:
-        tallies = self.devices.setdefault(device, DeviceTallies())
-        try:
-            body = decode(text.encode(errors="surrogateescape"))
-            problem = find_contradiction(body) if isinstance(body, ShadowPayload) else "not a shadow message"
-        except MessageRefused as refused:
-            problem = str(refused)
-        if problem:
-            tallies.implausible_count += 1
-            tallies.implausible_reason = problem
-        elif isinstance(body, ShadowPayload):
-            (tallies.as_active if new_is_active else tallies.as_shadow).append(body)
 
 
 def find_contradiction(body: ShadowPayload) -> str:

@@ -12,7 +12,6 @@ _CHECKOUT_DIR = Path(__file__).parents[3] / "models"
 
 
 def bundles_dir() -> Path:
-    """Return the folder of built-in bundles."""
     return _INSTALLED_DIR / "bundles" if _INSTALLED_DIR.exists() else _CHECKOUT_DIR
 
 
@@ -45,6 +44,5 @@ def recordings_dir() -> Path:
 
 
 def publisher_keys() -> list[PublicKey]:
-    """Return the key that signed the built-in bundles."""
     path = (_INSTALLED_DIR if _INSTALLED_DIR.exists() else _CHECKOUT_DIR) / "publisher.pub"
     return [parse_public_key(path.read_text(encoding="ascii"))] if path.exists() else []

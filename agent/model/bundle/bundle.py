@@ -33,10 +33,7 @@ _UNREADABLE_ERRORS = (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, Not
 
 
 class Bundle(msgspec.Struct, frozen=True):
-    """A bundle with its verified bytes in memory: later changes on the disk have no effect.
-
-    `signer` is the kid of the key that signed it; without publishers to check, the claimed kid or "".
-    """
+    """Bundle with its verified bytes in memory. `signer` is the kid that signed it, or claims to, or ""."""
 
     manifest: Manifest
     digest: str
@@ -71,7 +68,16 @@ def _verify(path: Path, files: dict[str, bytes], publishers: Sequence[PublicKey]
         content = manifest.decode(head)
     except BadBundle as problem:
         raise BadBundle(f"{path}: {problem}") from None
-    _check_files(path, files, content.files)
+    for name, data in sorted(files.items()):
+        if name in ("manifest.json", "manifest.jws"):
+            continue
+        if name not in content.files:
+            raise BadBundle(f"{path}: {name!r} is not listed in the manifest; remove it, or pack the bundle again")
+        if f"sha256:{hashlib.sha256(data).hexdigest()}" != content.files[name]:
+            raise BadBundle(f"{path}: {name} was altered: its SHA-256 is not the manifest's; get the bundle again")
+    for name in content.files:
+        if name not in files:
+            raise BadBundle(f"{path}: {name!r} is listed in the manifest but missing; get the bundle again")
     return Bundle(content, f"sha256:{hashlib.sha256(head).hexdigest()}", files, signer)
 
 
@@ -83,7 +89,10 @@ def sign(head: bytes, key: SigningKey) -> bytes:
 def _check_signature(path: Path, head: bytes, token: bytes | None, publishers: Sequence[PublicKey] | None) -> str:
     text = None if token is None else token.decode("ascii", "replace").strip()
     if publishers is None:
-        return _claimed_kid(text)
+        try:
+            return jws.claimed_kid(text or "")
+        except MessageRefused:
+            return ""
     if text is None:
         raise BadBundle(f"{path}: not signed (no manifest.jws); sign it with `outstation model sign`")
     known = {key.kid: jws.Signer("publisher", key) for key in publishers}
@@ -94,26 +103,6 @@ def _check_signature(path: Path, head: bytes, token: bytes | None, publishers: S
             f"{path}: {refusal}; the manifest is not signed by any of the {len(known)} trusted publisher keys "
             "([publishers] keys, [operators] keys, or --key)"
         ) from None
-
-
-def _claimed_kid(text: str | None) -> str:
-    try:
-        return jws.claimed_kid(text or "")
-    except MessageRefused:
-        return ""
-
-
-def _check_files(path: Path, files: dict[str, bytes], listed: dict[str, str]) -> None:
-    for name, data in sorted(files.items()):
-        if name in ("manifest.json", "manifest.jws"):
-            continue
-        if name not in listed:
-            raise BadBundle(f"{path}: {name!r} is not listed in the manifest; remove it, or pack the bundle again")
-        if f"sha256:{hashlib.sha256(data).hexdigest()}" != listed[name]:
-            raise BadBundle(f"{path}: {name} was altered: its SHA-256 is not the manifest's; get the bundle again")
-    for name in listed:
-        if name not in files:
-            raise BadBundle(f"{path}: {name!r} is listed in the manifest but missing; get the bundle again")
 
 
 def _iter_files(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -154,23 +143,20 @@ def _iter_archive(path: Path) -> Iterator[tuple[str, bytes]]:
             # Declared by the archive. A member that is larger than declared fails its checksum.
             raise BadBundle(f"{path}: {_TOO_LARGE}")
         for member in members:
-            _check_member(path, member)
+            name = member.filename
+            if "/" in name or "\\" in name or name.startswith("."):
+                raise BadBundle(
+                    f"{path}: {name!r} is not a plain file name; a bundle is flat: zip the files of the folder, not "
+                    "the folder"
+                )
+            if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG):
+                raise BadBundle(f"{path}: {name!r} is a link or device; a bundle has regular files only")
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise BadBundle(f"{path}: {name!r} has an unsupported compression; use zip's default (deflate)")
             with archive.open(member) as file:
                 data = file.read(room + 1)
             room = _remaining_bytes(path, room, data)
             yield member.filename, data
-
-
-def _check_member(path: Path, member: zipfile.ZipInfo) -> None:
-    name = member.filename
-    if "/" in name or "\\" in name or name.startswith("."):
-        raise BadBundle(
-            f"{path}: {name!r} is not a plain file name; a bundle is flat: zip the files of the folder, not the folder"
-        )
-    if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG):
-        raise BadBundle(f"{path}: {name!r} is a link or device; a bundle has regular files only")
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise BadBundle(f"{path}: {name!r} has an unsupported compression; use zip's default (deflate)")
 
 
 def _check_file_count(path: Path, count: int) -> None:

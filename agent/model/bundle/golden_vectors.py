@@ -22,9 +22,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.arrays import Float32s
 from agent.errors import BadBundle
-
-Floats = NDArray[np.float32]
 
 # In steps of a quantized output for a deterministic runtime; as a share of the outputs' range for others.
 _TOLERANCE_STEPS = 2
@@ -36,22 +35,25 @@ _FLOAT_SHARE = 1e-4
 _RMS_SHARE = 0.25
 _MAX_CLASS_CHANGES = 0.1
 _DETERMINISTIC_RUNTIMES = ("ai-edge-litert",)
+# numpy raises all of these for damaged files.
+_UNREADABLE_ERRORS = (
+    *(Warning, OverflowError, tokenize.TokenError),
+    *(OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, SyntaxError, MemoryError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, NotImplementedError),
+)
 
 
 class GoldenVectors(msgspec.Struct, frozen=True):
     """`inputs` (g, …) scaled model input; `expected` (g, K) outputs of `runtime`; tolerances are absolute."""
 
-    inputs: Floats
-    expected: Floats
+    inputs: Float32s
+    expected: Float32s
     runtime: str
     tolerance: float
     other_runtime_tolerance: float
 
-    def compare(self, outputs: Floats, runtime: str, *, classes: bool) -> str:
-        """Return a sentence about the largest difference. With `classes` the largest output is the class.
-
-        Raises BadBundle if outputs differ by more than is allowed, or too many vectors have another class.
-        """
+    def compare(self, outputs: Float32s, runtime: str, *, classes: bool) -> str:
+        """Return a sentence about the largest difference. Raises BadBundle if outputs or classes differ too much."""
         is_same_runtime = runtime.split()[0] == self.runtime.split()[0]
         allowed = self.tolerance if is_same_runtime else self.other_runtime_tolerance
         if outputs.shape != self.expected.shape:
@@ -75,7 +77,7 @@ class GoldenVectors(msgspec.Struct, frozen=True):
         return f"{summary}, {changed} with another class" if changed else summary
 
 
-def from_outputs(inputs: Floats, outputs: Floats, step: float, runtime: str) -> GoldenVectors:
+def from_outputs(inputs: Float32s, outputs: Float32s, step: float, runtime: str) -> GoldenVectors:
     """Make vectors from outputs that are quantized in steps of `step` (0: floats). Raises BadBundle."""
     if not np.isfinite(outputs).all():
         raise BadBundle("the model's outputs for the golden data are not finite; check the data")
@@ -84,7 +86,7 @@ def from_outputs(inputs: Floats, outputs: Floats, step: float, runtime: str) -> 
     return GoldenVectors(inputs, outputs, runtime, near if runtime.startswith(_DETERMINISTIC_RUNTIMES) else far, far)
 
 
-def _float_tolerance(outputs: Floats) -> float:
+def _float_tolerance(outputs: Float32s) -> float:
     return max(_FLOAT_SHARE * float(np.abs(outputs).max()), 1e-6)
 
 
@@ -111,40 +113,14 @@ def decode(data: bytes) -> GoldenVectors:
         with warnings.catch_warnings(action="error"), np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             tolerance, other_runtime_tolerance = (float(x) for x in arrays["tolerance"])
             inputs, expected = (_require_array(arrays[name]) for name in ("inputs", "expected"))
-            runtime = _to_text(arrays["runtime"])
-            vectors = GoldenVectors(inputs, expected, runtime, tolerance, other_runtime_tolerance)
+            runtime = _require_array(arrays["runtime"])
+            # numpy accepts numbers that are no characters as text.
+            codes = np.frombuffer(runtime.tobytes(), np.dtype("u4").newbyteorder(runtime.dtype.byteorder))
+            if runtime.dtype.kind != "U" or runtime.ndim or (codes > 127).any():
+                raise ValueError("runtime is not a text")
+            golden = GoldenVectors(inputs, expected, str(runtime), tolerance, other_runtime_tolerance)
     except _UNREADABLE_ERRORS as error:
         raise BadBundle(f"golden.npz is damaged ({str(error)[:200] or type(error).__name__}); pack it again") from None
-    _check(vectors)
-    return vectors
-
-
-def _require_array(member: Any) -> NDArray[Any]:
-    # numpy returns the bytes of a member that is not an array.
-    if not isinstance(member, np.ndarray):
-        raise ValueError("a member is not an array")
-    return member
-
-
-def _to_text(member: Any) -> str:
-    text = _require_array(member)
-    codes = np.frombuffer(text.tobytes(), np.dtype("u4").newbyteorder(text.dtype.byteorder))
-    # numpy accepts numbers that are no characters as text.
-    if text.dtype.kind != "U" or text.ndim or (codes > 127).any():
-        raise ValueError("runtime is not a text")
-    return str(text)
-
-
-# numpy raises all of these for damaged files.
-_UNREADABLE_ERRORS = (
-    *(Warning, OverflowError, tokenize.TokenError),
-    *(OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, SyntaxError, MemoryError, RuntimeError),
-    *(zipfile.BadZipFile, zlib.error, NotImplementedError),
-)
-
-
-def _check(golden: GoldenVectors) -> None:
-    """Check rules that a readable file may still break. Raises BadBundle."""
     rules = {
         "inputs": golden.inputs.dtype == np.float32 and golden.inputs.ndim >= 2,
         "expected": golden.expected.dtype == np.float32 and golden.expected.ndim == 2,
@@ -155,3 +131,11 @@ def _check(golden: GoldenVectors) -> None:
     broken = [name for name, holds in rules.items() if not holds]
     if broken:
         raise BadBundle(f"golden.npz is inconsistent ({', '.join(broken)}); pack it again")
+    return golden
+
+
+def _require_array(member: Any) -> NDArray[Any]:
+    # numpy returns the bytes of a member that is not an array.
+    if not isinstance(member, np.ndarray):
+        raise ValueError("a member is not an array")
+    return member

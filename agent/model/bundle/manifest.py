@@ -63,7 +63,6 @@ class DerivedFeature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
     @property
     def columns(self) -> list[str]:
-        """Names of its values."""
         return [f"{self.name}_sin", f"{self.name}_cos"] if self.is_time_based else [self.name]
 
     @property
@@ -149,7 +148,6 @@ class ModelInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
             raise ValueError("feature_order names a feature twice")
 
     def _check_media(self) -> None:
-        """Check that fields and window are those of the image or sound."""
         if self.image is not None and self.sound is not None:
             raise ValueError("image and sound: rows are made of one of them")
         if (media := self.image or self.sound) is not None and self.fields != media.columns:
@@ -193,7 +191,6 @@ class ModelInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
 
     @property
     def rows(self) -> int:
-        """Rows per inference."""
         return self.window.rows if self.window else 1
 
 

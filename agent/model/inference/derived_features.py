@@ -13,14 +13,12 @@ order: pieces of a stream, each with the history it needs, give the same bits as
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
-from numpy.typing import NDArray
 
+from agent.arrays import Float32s, Float64s, Ints
 from agent.model.bundle.manifest import DerivedFeature, ModelInput
-
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 _DAY_US, _HOUR_US = 86_400_000_000, 3_600_000_000
 # 1970-01-01 was a Thursday; weeks begin on Monday.
@@ -28,11 +26,8 @@ _MONDAY_OFFSET_US = 3 * _DAY_US
 _MAX_SPECTRUM_VALUES = 1_000_000
 
 
-def compute(features: Floats, t: Ints, spec: ModelInput, history_rows: int = 0) -> Floats:
-    """Compute all features of the model (n - history_rows, C) from rows `features` (n, F) at `t` (n,) epoch µs.
-
-    Rows are in physical units, the first `history_rows` are history. Missing values are NaN.
-    """
+def compute(features: Float32s, t: Ints, spec: ModelInput, history_rows: int = 0) -> Float32s:
+    """Compute features (n - history_rows, C) from rows (n, F) in physical units at `t` (n,) epoch µs."""
     current = features[history_rows:]
     if not spec.derived and not spec.feature_order:
         return current
@@ -64,19 +59,19 @@ def _rows_since_gap(t: Ints, gap_s: float | None) -> Ints:
 class _History:
     """Earlier values of a field for each row; NaN where unknown."""
 
-    def __init__(self, field: Floats, age: Ints, before: int, history: int) -> None:
+    def __init__(self, field: Float32s, age: Ints, before: int, history: int) -> None:
         values = field.astype(np.float64)
         values[~np.isfinite(values)] = np.nan
-        self.padded: Doubles = np.concatenate([np.full(history, np.nan), values])
+        self.padded: Float64s = np.concatenate([np.full(history, np.nan), values])
         self.offset = history + before
         self.age = age[before:]
 
-    def lagged(self, lag: int) -> Doubles:
+    def lagged(self, lag: int) -> Float64s:
         then = self.padded[self.offset - lag : self.offset - lag + len(self.age)]
         return np.where(self.age >= lag, then, np.nan)
 
 
-def _rolling_mean(history: _History, rows: int) -> tuple[Doubles, Ints]:
+def _rolling_mean(history: _History, rows: int) -> tuple[Float64s, Ints]:
     total, count = np.zeros(len(history.age)), np.zeros(len(history.age), np.int64)
     for lag in range(rows):
         value = history.lagged(lag)
@@ -87,11 +82,7 @@ def _rolling_mean(history: _History, rows: int) -> tuple[Doubles, Ints]:
     return np.where(enough, total / np.maximum(count, 1), np.nan), count
 
 
-def _mean(history: _History, feature: DerivedFeature) -> Doubles:
-    return _rolling_mean(history, feature.rows)[0]
-
-
-def _std(history: _History, feature: DerivedFeature) -> Doubles:
+def _std(history: _History, feature: DerivedFeature) -> Float64s:
     mean, count = _rolling_mean(history, feature.rows)
     total = np.zeros(len(mean))
     for lag in range(feature.rows):
@@ -100,22 +91,14 @@ def _std(history: _History, feature: DerivedFeature) -> Doubles:
     return np.where(np.isnan(mean) | (count < 2), np.nan, np.sqrt(total / np.maximum(count - 1, 1)))
 
 
-def _lag(history: _History, feature: DerivedFeature) -> Doubles:
-    return history.lagged(feature.rows)
-
-
-def _difference(history: _History, feature: DerivedFeature) -> Doubles:
-    return history.lagged(0) - history.lagged(feature.rows)
-
-
-def _last(history: _History, feature: DerivedFeature) -> Doubles:
+def _last(history: _History, feature: DerivedFeature) -> Float64s:
     newest = history.lagged(0)
     for lag in range(1, feature.rows):
         newest = np.where(np.isnan(newest), history.lagged(lag), newest)
     return newest
 
 
-def _band(history: _History, feature: DerivedFeature) -> Doubles:
+def _band(history: _History, feature: DerivedFeature) -> Float64s:
     rows, (low, high) = feature.rows, feature.band or (0.0, 0.0)
     mean, _ = _rolling_mean(history, rows)
     out = np.full(len(mean), np.nan)
@@ -138,18 +121,18 @@ def _band(history: _History, feature: DerivedFeature) -> Doubles:
     return np.where(np.isnan(mean), np.nan, out)
 
 
-def _encode_cyclic(t: Ints, feature: DerivedFeature) -> tuple[Floats, Floats]:
+def _encode_cyclic(t: Ints, feature: DerivedFeature) -> tuple[Float32s, Float32s]:
     period_us = _DAY_US if feature.function == "hour" else 7 * _DAY_US
     local = t + round(feature.offset_h * _HOUR_US) + (_MONDAY_OFFSET_US if feature.function == "weekday" else 0)
     angle = (local % period_us) * (2 * np.pi / period_us)
     return np.sin(angle).astype(np.float32), np.cos(angle).astype(np.float32)
 
 
-_FUNCTIONS = {
-    "mean": _mean,
+_FUNCTIONS: dict[str, Callable[[_History, DerivedFeature], Float64s]] = {
+    "mean": lambda history, feature: _rolling_mean(history, feature.rows)[0],
     "std": _std,
-    "lag": _lag,
-    "difference": _difference,
+    "lag": lambda history, feature: history.lagged(feature.rows),
+    "difference": lambda history, feature: history.lagged(0) - history.lagged(feature.rows),
     "last": _last,
     "band": _band,
 }

@@ -11,10 +11,8 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from agent.arrays import Float32s, Ints
 from agent.model.bundle.manifest import Manifest, ModelInput, WindowSpec
-
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
 
 
 class WindowCut(msgspec.Struct, frozen=True):
@@ -58,17 +56,14 @@ def limit_gap(manifest: Manifest, gap_s: float) -> Manifest:
     return replace(manifest, input=spec)
 
 
-def stack_columns(columns: Sequence[NDArray[Any]]) -> Floats:
+def stack_columns(columns: Sequence[NDArray[Any]]) -> Float32s:
     """Stack field columns, in the model's order, to (n, F) float32; missing is NaN, too large is inf."""
     with np.errstate(over="ignore"):
         return np.stack(columns, axis=1).astype(np.float32, copy=False)
 
 
-def build_windows(columns: Floats, starts: Ints, spec: ModelInput) -> Floats:
-    """Build scaled model input (w, rows, C), or (w, C) without a window, from features (n, C).
-
-    A value that is missing, or too large for float32, becomes the feature's mean.
-    """
+def build_windows(columns: Float32s, starts: Ints, spec: ModelInput) -> Float32s:
+    """Build scaled input (w, rows, C), or (w, C), from features (n, C). A missing or huge value becomes the mean."""
     windows = slice_windows(columns, starts, spec)
     if spec.scaling == "window":
         windows = _standardize_windows(windows)
@@ -80,16 +75,16 @@ def build_windows(columns: Floats, starts: Ints, spec: ModelInput) -> Floats:
     return windows if _is_finite(windows) else np.nan_to_num(windows, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def slice_windows(columns: Floats, starts: Ints, spec: ModelInput) -> Floats:
+def slice_windows(columns: Float32s, starts: Ints, spec: ModelInput) -> Float32s:
     """Return the windows in physical units; adjacent windows are a view, not a copy."""
     if len(starts) and (np.diff(starts) == spec.rows).all():
         part = columns[starts[0] : starts[-1] + spec.rows]
         return part if spec.window is None else part.reshape(len(starts), spec.rows, -1)
-    copies: Floats = columns[starts if spec.window is None else starts[:, None] + np.arange(spec.window.rows)]
+    copies: Float32s = columns[starts if spec.window is None else starts[:, None] + np.arange(spec.window.rows)]
     return copies
 
 
-def compute_missing_share(columns: Floats, starts: Ints, spec: ModelInput) -> Floats:
+def compute_missing_share(columns: Float32s, starts: Ints, spec: ModelInput) -> Float32s:
     """Return the share (w,) of missing values of each window."""
     if _is_finite(columns):
         return np.zeros(len(starts), np.float32)
@@ -99,13 +94,13 @@ def compute_missing_share(columns: Floats, starts: Ints, spec: ModelInput) -> Fl
     return np.asarray(share, np.float32)
 
 
-def _is_finite(values: Floats) -> bool:
+def _is_finite(values: Float32s) -> bool:
     """Return True only if all are finite. A sum is the cheapest test; large finite values may overflow it."""
     with np.errstate(over="ignore", invalid="ignore"):
         return math.isfinite(values.sum())
 
 
-def _standardize_windows(windows: Floats) -> Floats:
+def _standardize_windows(windows: Float32s) -> Float32s:
     """Subtract the mean of each column of each window (w, rows, C), and divide by its standard deviation if not 0."""
     present = np.isfinite(windows)
     count = np.maximum(present.sum(axis=1, keepdims=True), 1)

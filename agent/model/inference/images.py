@@ -6,12 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from agent.arrays import Float32s
 from agent.errors import UsageError
 from agent.media import ImageFormat
 
-Floats = NDArray[np.float32]
 PILLOW_MISSING = "images need Pillow: pip install 'outstation[images]'"
 SUFFIXES = (".jpg", ".jpeg", ".png")
 # A small file may decode to any size; a larger file is not a plausible image.
@@ -19,11 +18,8 @@ _MAX_PIXELS = 50_000_000
 _MAX_BYTES = 64 << 20
 
 
-def read_rows(path: Path, spec: ImageFormat) -> Floats:
-    """Read an image as (height, width · channels): rotated by its EXIF tag, resized (bilinear) and scaled.
-
-    Raises UsageError for a file that is not a JPEG or PNG, or is too large.
-    """
+def read_rows(path: Path, spec: ImageFormat) -> Float32s:
+    """Read a JPEG or PNG as (height, width · channels): rotated by EXIF, resized, scaled. Raises UsageError."""
     try:
         from PIL import Image as pillow
         from PIL import ImageOps

@@ -7,9 +7,10 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
+from agent.arrays import Float32s, Ints
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import derived_features, features, scores
-from agent.model.inference.features import Floats, Ints, WindowCut
+from agent.model.inference.features import WindowCut
 from agent.model.inference.scores import Scores
 
 # Values of all windows that are computed together, 16 MB of float32: windows that overlap repeat their rows.
@@ -17,15 +18,12 @@ MAX_VALUES = 4_000_000
 
 
 class InferenceResult(msgspec.Struct, frozen=True):
-    """Results of w windows, which start at `cut.starts` and have `Inference.rows` rows.
-
-    `missing_share` (w,) of each window's values; `outputs` (w, K), dequantized, if requested; `seconds` in the model.
-    """
+    """Results of w windows; `missing_share` (w,), dequantized `outputs` (w, K) if requested."""
 
     cut: WindowCut
     scores: Scores
-    missing_share: Floats
-    outputs: Floats | None
+    missing_share: Float32s
+    outputs: Float32s | None
     seconds: float = 0.0
 
 
@@ -40,7 +38,7 @@ class RunnableModel(Protocol):
     @property
     def input_range(self) -> tuple[float, float]: ...
 
-    def invoke(self, windows: Floats) -> Floats:
+    def invoke(self, windows: Float32s) -> Float32s:
         """Return the outputs (w, K) of `windows`. Raises BadBundle."""
         ...
 
@@ -71,7 +69,7 @@ class Inference:
         """Rows before a window that its features read. Pass this many as `history_rows`, as far as they exist."""
         return self.manifest.input.history_rows
 
-    def run(self, rows: Floats, t: Ints, *, history_rows: int = 0, with_outputs: bool = False) -> InferenceResult:
+    def run(self, rows: Float32s, t: Ints, *, history_rows: int = 0, with_outputs: bool = False) -> InferenceResult:
         """Run all whole windows of `rows` (n, F), in physical units with NaN for missing, at `t` (n,) epoch µs.
 
         The first `history_rows` rows are history: no window starts there, and `cut` counts from the row after them. A
@@ -82,7 +80,7 @@ class Inference:
         return self.run_windows(rows, t, cut, history_rows=history_rows, with_outputs=with_outputs)
 
     def run_windows(
-        self, rows: Floats, t: Ints, cut: WindowCut, *, history_rows: int = 0, with_outputs: bool = False
+        self, rows: Float32s, t: Ints, cut: WindowCut, *, history_rows: int = 0, with_outputs: bool = False
     ) -> InferenceResult:
         """Run windows that are cut already. Raises BadBundle."""
         spec = self.manifest.input
@@ -90,7 +88,7 @@ class Inference:
         start_s = self.model.seconds
         block = max(1, MAX_VALUES // (self.rows * columns.shape[1]))
         parts: list[Scores] = []
-        outputs: list[Floats] = []
+        outputs: list[Float32s] = []
         for start in range(0, max(1, len(cut.starts)), block):
             windows = features.build_windows(columns, cut.starts[start : start + block], spec)
             out = self.model.invoke(windows)

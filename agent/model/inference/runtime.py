@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.arrays import Float32s
 from agent.errors import BadBundle
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.tensors import Tensor
@@ -37,22 +38,14 @@ _STATE_OPS = frozenset({"VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE"})
 if TYPE_CHECKING:
     from agent.model.bundle.manifest import Manifest
 
-Floats = NDArray[np.float32]
-
 
 class TfliteModel:
-    """A loaded model with one input and one output. Not thread-safe. `seconds` is the time of all runs.
-
-    It runs `batch` rows at a time on `threads` threads.
-    """
+    """Loaded model with one input and one output. Not thread-safe. `seconds` is the time of all runs."""
 
     def __init__(
         self, content: bytes, batch: int = DEFAULT_BATCH, threads: int = 1, output: str | int | None = None
     ) -> None:
-        """Load a model. `output` is the name or index of the output, if there are several.
-
-        Raises BadBundle if the model cannot run here. A damaged model may crash the process: probe it first.
-        """
+        """Load a model; a damaged one may crash: probe it first. `output` is a name or index. Raises BadBundle."""
         self._output_selector, self.seconds = output, 0.0
         if not content:
             raise BadBundle("the model is empty: 0 bytes")
@@ -85,11 +78,8 @@ class TfliteModel:
             return 0.0
         return float(self._output_details["quantization"][0] or 1.0)
 
-    def invoke(self, windows: Floats) -> Floats:
-        """Return the outputs (w, K) of `windows` (w, …), which have as many values each as the model's input.
-
-        NaN counts as 0 in a quantized input. Raises BadBundle.
-        """
+    def invoke(self, windows: Float32s) -> Float32s:
+        """Return the outputs (w, K) of `windows` (w, …); NaN counts as 0 in a quantized input. Raises BadBundle."""
         count = len(windows)
         if windows.size != count * math.prod(self.input_shape):
             raise BadBundle(f"the model takes {list(self.input_shape)} values, got {list(windows.shape[1:])}")
@@ -111,8 +101,24 @@ class TfliteModel:
             self._interpreter.allocate_tensors()
             inputs, outputs = self._interpreter.get_input_details(), self._interpreter.get_output_details()
         self._output_details = _select_output(outputs, self._output_selector)
-        _check_tensors(inputs, self._output_details)
-        _check_stateless(self._interpreter)
+        if len(inputs) != 1:
+            raise BadBundle(f"the model has {len(inputs)} inputs, but only one is supported; join them in the model")
+        for tensor in (*inputs, self._output_details):
+            kind = np.dtype(tensor["dtype"])
+            if kind.kind not in "fiu":
+                raise BadBundle(f"tensor {tensor['name']!r} has type {kind.name}; only numbers are supported")
+            if len(tensor["shape"]) == 0:
+                raise BadBundle(f"tensor {tensor['name']!r} has no dimensions; the first must count rows")
+        if inputs[0]["shape"][0] < 1:
+            raise BadBundle("the model has batches of 0 rows; give its input a batch of 1, or a dynamic one")
+        # Both runtimes have this method, unofficially. Without it the probe detects state by running the model.
+        ops: list[dict[str, Any]] = getattr(self._interpreter, "_get_ops_details", list)()
+        used = sorted({op["op_name"] for op in ops} & _STATE_OPS)
+        if used:
+            raise BadBundle(
+                f"the model keeps state between inferences ({', '.join(used)}), so a result depends on earlier rows; "
+                "export it without state, with the history it needs as its input window"
+            )
         self._input_details = inputs[0]
         self._input_dtype: np.dtype[Any] = np.dtype(self._input_details["dtype"])
         self.input_shape = tuple(int(d) for d in self._input_details["shape"][1:])
@@ -162,7 +168,7 @@ class TfliteModel:
             self._interpreter.allocate_tensors()
             self._allocated_batch = size
 
-    def _quantize(self, values: Floats) -> NDArray[Any]:
+    def _quantize(self, values: Float32s) -> NDArray[Any]:
         kind = self._input_dtype
         if kind.kind == "f":
             floats: NDArray[Any] = values.astype(kind, copy=False)
@@ -182,11 +188,11 @@ class TfliteModel:
             quantized: NDArray[Any] = scaled.astype(kind)
         return quantized
 
-    def _dequantize(self, raw: NDArray[Any]) -> Floats:
+    def _dequantize(self, raw: NDArray[Any]) -> Float32s:
         if raw.dtype.kind == "f":
             return raw.astype(np.float32, copy=False)
         scale, zero = self._output_details["quantization"]
-        values: Floats = raw.astype(np.float32)
+        values: Float32s = raw.astype(np.float32)
         values -= zero
         values *= np.float32(scale or 1.0)
         return values
@@ -244,31 +250,6 @@ def _select_output(outputs: list[Any], selector: str | int | None) -> Any:
     raise BadBundle(f"the model has {problem}; select one with [output] tensor, of {available}")
 
 
-def _check_tensors(inputs: list[Any], output: Any) -> None:
-    if len(inputs) != 1:
-        raise BadBundle(f"the model has {len(inputs)} inputs, but only one is supported; join them in the model")
-    for tensor in (*inputs, output):
-        kind = np.dtype(tensor["dtype"])
-        if kind.kind not in "fiu":
-            raise BadBundle(f"tensor {tensor['name']!r} has type {kind.name}; only numbers are supported")
-        if len(tensor["shape"]) == 0:
-            raise BadBundle(f"tensor {tensor['name']!r} has no dimensions; the first must count rows")
-    if inputs[0]["shape"][0] < 1:
-        raise BadBundle("the model has batches of 0 rows; give its input a batch of 1, or a dynamic one")
-
-
-def _check_stateless(interpreter: Any) -> None:
-    """Raise BadBundle for a stateful model."""
-    # Both runtimes have this method, unofficially. Without it the probe detects state by running the model.
-    ops: list[dict[str, Any]] = getattr(interpreter, "_get_ops_details", list)()
-    used = sorted({op["op_name"] for op in ops} & _STATE_OPS)
-    if used:
-        raise BadBundle(
-            f"the model keeps state between inferences ({', '.join(used)}), so a result depends on earlier rows; "
-            "export it without state, with the history it needs as its input window"
-        )
-
-
 @contextlib.contextmanager
 def _runtime_errors() -> Iterator[None]:
     """Raise BadBundle for every exception with which a runtime reports a bad model."""
@@ -281,7 +262,6 @@ def _runtime_errors() -> Iterator[None]:
 
 
 def _explain_error(message: str) -> str:
-    """Return the runtime's message, with the fix for known causes."""
     if "Select TensorFlow op" in message:
         return "the model uses TensorFlow operations, which it lacks; convert it with TFLITE_BUILTINS only"
     if custom := re.search(r"unresolved custom op: ([\w-]+)", message):

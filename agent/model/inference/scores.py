@@ -8,13 +8,12 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
+from agent.arrays import Bools, Float32s, Float64s, Ints
 from agent.model.bundle.manifest import Manifest, ModelOutput
 from agent.performance.labels import MAX_MULTILABEL_CLASSES, NO_LABEL, SEPARATOR
 
 NORMAL, ANOMALY = "normal", "anomaly"
-Doubles = NDArray[np.float64]
 
 
 class Scores(msgspec.Struct, frozen=True):
@@ -25,19 +24,19 @@ class Scores(msgspec.Struct, frozen=True):
     threshold. `extra_columns` are a probability per label (`score_LABEL`) or further values (`value_NAME`).
     """
 
-    label: NDArray[np.int64] | None
-    score: Doubles | None
-    value: Doubles | None
-    predicted: NDArray[np.bool_] | None = None
-    anomaly: NDArray[np.bool_] | None = None
-    extra_columns: Mapping[str, Doubles] = msgspec.field(default_factory=dict)
+    label: Ints | None
+    score: Float64s | None
+    value: Float64s | None
+    predicted: Bools | None = None
+    anomaly: Bools | None = None
+    extra_columns: Mapping[str, Float64s] = msgspec.field(default_factory=dict)
 
     def __len__(self) -> int:
         present = self.value if self.label is None else self.label
         return 0 if present is None else len(present)
 
 
-def from_outputs(outputs: NDArray[np.float32], manifest: Manifest, inputs: NDArray[np.float32] | None = None) -> Scores:
+def from_outputs(outputs: Float32s, manifest: Manifest, inputs: Float32s | None = None) -> Scores:
     """Compute scores from `outputs` (w, K).
 
     The value of an autoencoder is its mean squared error against `inputs` (w, …); that of any other anomaly model is
@@ -46,7 +45,12 @@ def from_outputs(outputs: NDArray[np.float32], manifest: Manifest, inputs: NDArr
     output = manifest.output
     if manifest.kind == "classify":
         p = compute_probabilities(outputs, output)
-        return _score_multi_label(p, output) if output.multi_label else _score_single_label(p, manifest)
+        if not output.multi_label:
+            return _score_single_label(p, output)
+        predicted = p > np.asarray(output.thresholds or (0.5 if output.threshold is None else output.threshold))
+        score = np.where(predicted, p, 1 - p).prod(axis=1)
+        extra_columns = {f"score_{label}": p[:, i] for i, label in enumerate(output.labels)}
+        return Scores(p.argmax(axis=1), score, None, predicted=predicted, extra_columns=extra_columns)
     if manifest.kind == "regress":
         extra_columns = {f"value_{name}": outputs[:, i].astype(np.float64) for i, name in enumerate(output.names) if i}
         return Scores(None, None, outputs[:, 0].astype(np.float64), extra_columns=extra_columns)
@@ -55,7 +59,7 @@ def from_outputs(outputs: NDArray[np.float32], manifest: Manifest, inputs: NDArr
     return Scores(None, None, value, anomaly=anomaly)
 
 
-def compute_values(outputs: NDArray[np.float32], manifest: Manifest, inputs: NDArray[np.float32] | None) -> Doubles:
+def compute_values(outputs: Float32s, manifest: Manifest, inputs: Float32s | None) -> Float64s:
     """Return the anomaly value (w,) of each inference of kind anomaly or embedding."""
     if manifest.kind == "embedding":
         return centroid_distance(outputs, manifest.output)
@@ -65,7 +69,7 @@ def compute_values(outputs: NDArray[np.float32], manifest: Manifest, inputs: NDA
     return outputs[:, 0].astype(np.float64)
 
 
-def centroid_distance(outputs: NDArray[np.float32], output: ModelOutput) -> Doubles:
+def centroid_distance(outputs: Float32s, output: ModelOutput) -> Float64s:
     """Return the distance (w,) of vectors (w, K) from the centroid: Euclidean, or 1 - the cosine of the angle."""
     vectors, centroid = outputs.astype(np.float64), np.asarray(output.centroid, np.float64)
     if output.distance == "euclidean":
@@ -76,10 +80,7 @@ def centroid_distance(outputs: NDArray[np.float32], output: ModelOutput) -> Doub
 
 
 def to_texts(scores: Scores, manifest: Manifest) -> list[str] | None:
-    """Return the label of each inference as text; None for a model without labels.
-
-    Labels of a multi-label model are joined with `|`; "-" stands for none.
-    """
+    """Return each label as text, those of a multi-label model joined with `|`, "-" for none; None without labels."""
     labels = manifest.output.labels
     if scores.predicted is not None:
         rows = scores.predicted.tolist()
@@ -91,7 +92,7 @@ def to_texts(scores: Scores, manifest: Manifest) -> list[str] | None:
     return None
 
 
-def to_codes(scores: Scores) -> NDArray[np.int64] | None:
+def to_codes(scores: Scores) -> Ints | None:
     """Return each prediction as one number (w,), as `LabelSchema.parse` does; None for values without a threshold."""
     if scores.anomaly is not None:
         return scores.anomaly.astype(np.int64)
@@ -103,7 +104,6 @@ def to_codes(scores: Scores) -> NDArray[np.int64] | None:
 
 
 def concatenate(parts: Sequence[Scores]) -> Scores:
-    """Concatenate the scores of one or more parts."""
     if len(parts) == 1:
         return parts[0]
 
@@ -123,8 +123,7 @@ def concatenate(parts: Sequence[Scores]) -> Scores:
     )
 
 
-def _score_single_label(p: Doubles, manifest: Manifest) -> Scores:
-    output = manifest.output
+def _score_single_label(p: Float64s, output: ModelOutput) -> Scores:
     if p.shape[1] == 2 and output.threshold is not None:
         label = (p[:, 1] > output.threshold).astype(np.int64)
     else:
@@ -135,15 +134,7 @@ def _score_single_label(p: Doubles, manifest: Manifest) -> Scores:
     return Scores(label, score, None)
 
 
-def _score_multi_label(p: Doubles, output: ModelOutput) -> Scores:
-    limits = np.asarray(output.thresholds or (0.5 if output.threshold is None else output.threshold))
-    predicted = p > limits
-    score = np.where(predicted, p, 1 - p).prod(axis=1)
-    extra_columns = {f"score_{label}": p[:, i] for i, label in enumerate(output.labels)}
-    return Scores(p.argmax(axis=1), score, None, predicted=predicted, extra_columns=extra_columns)
-
-
-def compute_probabilities(outputs: NDArray[np.float32], output: ModelOutput) -> Doubles:
+def compute_probabilities(outputs: Float32s, output: ModelOutput) -> Float64s:
     """Return calibrated class probabilities (w, K). A single sigmoid output becomes two classes."""
     x = outputs.astype(np.float64)
     if output.multi_label:
@@ -160,13 +151,13 @@ def compute_probabilities(outputs: NDArray[np.float32], output: ModelOutput) -> 
     return np.asarray(p / p.sum(axis=1, keepdims=True))
 
 
-def _to_logits(x: Doubles, output: ModelOutput) -> Doubles:
+def _to_logits(x: Float64s, output: ModelOutput) -> Float64s:
     """Return logits: the inverse of sigmoids in the graph (activation "none"), or the outputs themselves."""
     if output.activation != "none":
         return x
     return np.asarray(np.log(np.clip(x, 1e-6, 1)) - np.log(np.clip(1 - x, 1e-6, 1)))
 
 
-def _sigmoid(x: Doubles) -> Doubles:
+def _sigmoid(x: Float64s) -> Float64s:
     """Return 1 / (1 + e^-x) without overflow."""
     return np.asarray(np.exp(-np.logaddexp(0.0, -x)))

@@ -15,13 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from agent.arrays import Float32s, Float64s
 from agent.errors import UsageError
 from agent.media import SoundFormat
 
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
 SUFFIXES = (".wav",)
 # Fits the cache and memory of a small processor. Another block size may change the last bit of sums.
 _BLOCK_FRAMES = 256
@@ -56,7 +54,7 @@ class WavReader:
                 raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
             raise
 
-    def read(self, start: int, stop: int) -> Doubles:
+    def read(self, start: int, stop: int) -> Float64s:
         """Return the samples `start` to `stop`, from -1 to 1. Raises UsageError."""
         try:
             self._file.setpos(start)
@@ -69,13 +67,13 @@ class WavReader:
         self._exit_stack.close()
 
 
-def read_samples(path: Path, rate: int) -> Doubles:
+def read_samples(path: Path, rate: int) -> Float64s:
     """Return all samples (n,), from -1 to 1. Raises UsageError."""
     with contextlib.closing(WavReader(path, rate)) as wav:
         return wav.read(0, wav.sample_count)
 
 
-def iter_row_blocks(wav: WavReader, spec: SoundFormat, skip: int = 0) -> Iterator[Floats]:
+def iter_row_blocks(wav: WavReader, spec: SoundFormat, skip: int = 0) -> Iterator[Float32s]:
     """Yield the rows of a file after the first `skip`, in blocks, with the same bits as `compute_mel_rows`."""
     frames = max(0, (wav.sample_count - spec.window) // spec.hop + 1)
     if skip >= frames:
@@ -86,7 +84,7 @@ def iter_row_blocks(wav: WavReader, spec: SoundFormat, skip: int = 0) -> Iterato
         yield rows[max(0, skip - first) :]
 
 
-def _decode_pcm(data: bytes, width: int) -> Doubles:
+def _decode_pcm(data: bytes, width: int) -> Float64s:
     if width == 1:  # the only width without a sign
         return (np.frombuffer(data, np.uint8).astype(np.float64) - 128) / 128
     if width == 3:
@@ -96,14 +94,16 @@ def _decode_pcm(data: bytes, width: int) -> Doubles:
     return np.frombuffer(data, f"<i{width}") / 2.0 ** (8 * width - 1)
 
 
-def compute_mel_rows(sound: Doubles, spec: SoundFormat) -> Floats:
+def compute_mel_rows(sound: Float64s, spec: SoundFormat) -> Float32s:
     """Compute (frames, bands) from samples (n,); no frame if there are fewer samples than a window."""
     if len(sound) < spec.window:
         return np.zeros((0, len(spec.columns)), np.float32)
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(spec.window) / spec.window)
     frames = np.lib.stride_tricks.sliding_window_view(sound, spec.window)[:: spec.hop]
     bands = make_mel_filterbank(spec)
-    cosines = _dct_matrix(spec.mels, spec.cepstra)
+    # TensorFlow's mfccs_from_log_mel_spectrograms: DCT-II times sqrt(2 / mels).
+    angle = np.pi * np.outer(np.arange(spec.mels) + 0.5, np.arange(spec.cepstra)) / spec.mels
+    cosines = np.cos(angle) * np.sqrt(2.0 / spec.mels)
     out = np.empty((len(frames), len(spec.columns)), np.float32)
     for start in range(0, len(frames), _BLOCK_FRAMES):
         spectrum = np.abs(np.fft.rfft(frames[start : start + _BLOCK_FRAMES] * hann, spec.fft_size, axis=1))
@@ -114,7 +114,7 @@ def compute_mel_rows(sound: Doubles, spec: SoundFormat) -> Floats:
     return out
 
 
-def make_mel_filterbank(spec: SoundFormat) -> Doubles:
+def make_mel_filterbank(spec: SoundFormat) -> Float64s:
     """Return the triangular mel filters (frequencies, mels)."""
     scale, back, area = (
         (hz_to_mel_slaney, mel_to_hz_slaney, True) if spec.scale == "slaney" else (hz_to_mel_htk, mel_to_hz_htk, False)
@@ -137,26 +137,20 @@ def make_mel_filterbank(spec: SoundFormat) -> Doubles:
     return np.asarray(filters)
 
 
-def hz_to_mel_slaney(hertz: Doubles) -> Doubles:
+def hz_to_mel_slaney(hertz: Float64s) -> Float64s:
     linear = hertz * 3 / 200
     above = _LINEAR_MEL + np.log(np.maximum(hertz, _LINEAR_HZ) / _LINEAR_HZ) / _LOG_STEP
     return np.where(hertz < _LINEAR_HZ, linear, above)
 
 
-def mel_to_hz_slaney(mel: Doubles) -> Doubles:
+def mel_to_hz_slaney(mel: Float64s) -> Float64s:
     above = _LINEAR_HZ * np.exp(_LOG_STEP * (np.maximum(mel, _LINEAR_MEL) - _LINEAR_MEL))
     return np.where(mel < _LINEAR_MEL, mel * 200 / 3, above)
 
 
-def hz_to_mel_htk(hertz: Doubles) -> Doubles:
+def hz_to_mel_htk(hertz: Float64s) -> Float64s:
     return np.asarray(1127.0 * np.log1p(hertz / 700.0))
 
 
-def mel_to_hz_htk(mel: Doubles) -> Doubles:
+def mel_to_hz_htk(mel: Float64s) -> Float64s:
     return np.asarray(700.0 * np.expm1(mel / 1127.0))
-
-
-def _dct_matrix(mels: int, count: int) -> Doubles:
-    """Return the matrix (mels, count) of TensorFlow's mfccs_from_log_mel_spectrograms: DCT-II times sqrt(2 / mels)."""
-    angle = np.pi * np.outer(np.arange(mels) + 0.5, np.arange(count)) / mels
-    return np.asarray(np.cos(angle) * np.sqrt(2.0 / mels))

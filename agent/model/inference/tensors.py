@@ -9,10 +9,7 @@ import msgspec
 
 
 class Tensor(msgspec.Struct, frozen=True):
-    """An input or output. `shape` is that of one inference; `batch` 0 means any.
-
-    `limits` are the lowest and highest value that a quantized tensor can hold.
-    """
+    """Input or output. `shape` is of one inference; `batch` 0 is any; `limits` are a quantized tensor's range."""
 
     name: str
     shape: tuple[int, ...]
@@ -45,8 +42,6 @@ class OutputStats(msgspec.Struct, frozen=True):
 
 
 class ModelInspection(msgspec.Struct, frozen=True):
-    """Tensors of a model, and statistics of each output."""
-
     inputs: list[Tensor]
     outputs: list[Tensor]
     output_stats: Annotated[list[OutputStats], msgspec.Meta(min_length=1)]

@@ -36,11 +36,8 @@ class Tuning(msgspec.Struct, frozen=True):
 
     @property
     def target(self) -> tuple[str, str | int | None, str, str]:
+        """Model, output, runtime and machine that it is for."""
         return self.model, self.output, self.runtime, self.machine
-
-    def is_same_target(self, other: Tuning) -> bool:
-        """Return True if both are for the same model and output on the same runtime and machine."""
-        return self.target == other.target
 
     def __str__(self) -> str:
         rows = "one row at a time" if self.batch == 1 else f"batches of {self.batch}"

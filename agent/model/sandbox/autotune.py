@@ -9,19 +9,18 @@ Rules of `tune`:
 
 from __future__ import annotations
 
-import os
-import resource
 import statistics
 import time
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
+from agent.arrays import Float32s
 from agent.errors import BadBundle
 from agent.model.inference.runtime import MAX_BATCH, TfliteModel
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.tuning import MAX_TUNING_S, Tuning, count_cores, describe_machine, model_digest
+from agent.model.sandbox import memory
 
 BATCH_SIZES = (1, 4, 8, 16, 32, 64, MAX_BATCH)
 MAX_THREADS = 4
@@ -32,20 +31,13 @@ _EQUAL_SPEED = 0.98
 # A candidate below this share of the best first measurement is not measured again.
 _DROP_BELOW = 0.8
 _STABLE_ROUNDS, _STABLE_TOLERANCE = 5, 0.005
-# Open before a confined process loses the right to open files.
-_STATM = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
 _MEASURE_S, _MAX_REPEATS = 0.002, 50
-
-Floats = NDArray[np.float32]
 
 
 def tune(
-    content: bytes, rows: Floats, max_bytes: int, seconds: float = MAX_TUNING_S, output: str | int | None = None
+    content: bytes, rows: Float32s, max_bytes: int, seconds: float = MAX_TUNING_S, output: str | int | None = None
 ) -> Tuning:
-    """Measure the model on sample `rows`, with at most `max_bytes` for a batch; `output` as for `TfliteModel`.
-
-    Raises BadBundle if the model does not run.
-    """
+    """Measure the model on `rows`, with at most `max_bytes` for a batch. Raises BadBundle if it does not run."""
     tuner = _Tuner(content, np.resize(rows, (SAMPLE_ROWS, *rows.shape[1:])), max_bytes, seconds, output)
     for batch in BATCH_SIZES if tuner.has_dynamic_batch else BATCH_SIZES[:1]:
         if not tuner.try_candidate(batch, 1):
@@ -84,7 +76,9 @@ class _Candidate(msgspec.Struct):
 
 
 class _Tuner:
-    def __init__(self, content: bytes, rows: Floats, max_bytes: int, seconds: float, output: str | int | None) -> None:
+    def __init__(
+        self, content: bytes, rows: Float32s, max_bytes: int, seconds: float, output: str | int | None
+    ) -> None:
         self._content, self._rows, self._max_bytes, self._output = content, rows, max_bytes, output
         self._start_s, self._seconds = time.perf_counter(), seconds
         self._models = {1: TfliteModel(content, 1, output=output)}
@@ -107,7 +101,7 @@ class _Tuner:
         # The compared rows must contain a full batch and a shorter one.
         if batch > 1 and self.has_dynamic_batch and batch >= len(self._compared_rows):
             return False
-        before = _resident_bytes()
+        before = memory.resident_bytes()
         try:
             if threads not in self._models:
                 self._models[threads] = TfliteModel(self._content, batch, threads, self._output)
@@ -122,7 +116,7 @@ class _Tuner:
             self._candidates.append(candidate)
         else:
             self.inexact_batches.append(batch)
-        return batch == 1 or 2 * (_resident_bytes() - before) < self._max_bytes
+        return batch == 1 or 2 * (memory.resident_bytes() - before) < self._max_bytes
 
     def measure_rounds(self, time_share: float) -> None:
         """Measure promising candidates in turns, until this share of the time is used or results are stable."""
@@ -169,12 +163,8 @@ class _Tuner:
         candidate.wall_s.append(wall_s / candidate.batch)
         self._row_s = candidate.wall_s[-1]
 
-    def _time_run(self, model: TfliteModel, rows: Floats) -> tuple[float, float]:
+    def _time_run(self, model: TfliteModel, rows: Float32s) -> tuple[float, float]:
         """Return the seconds of this thread's CPU, and of the wall clock."""
         cpu_s, wall_s = time.thread_time(), time.perf_counter()
         model.invoke(rows)
         return max(time.thread_time() - cpu_s, 1e-9), max(time.perf_counter() - wall_s, 1e-9)
-
-
-def _resident_bytes() -> int:
-    return int(os.pread(_STATM, 200, 0).split()[1]) * resource.getpagesize()

@@ -10,7 +10,6 @@ On request the same process then tunes batch size and threads (`autotune`).
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import resource
@@ -18,7 +17,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -28,32 +26,28 @@ from agent.model.bundle import builtin, manifest
 from agent.model.bundle.bundle import Bundle
 from agent.model.bundle.manifest import Manifest, ResourceLimits
 from agent.model.inference.runtime_name import runtime_name
-from agent.model.inference.tensors import ModelInspection
+from agent.model.inference.tensors import ModelInspection, OutputStats
 from agent.model.inference.tuning import MAX_TUNING_S, Tuning
-from agent.model.sandbox import confinement
+from agent.model.sandbox import confinement, memory
 from agent.model.sandbox.confinement import ModelPolicy
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
+    from agent.arrays import Float32s
     from agent.model.bundle.golden_vectors import GoldenVectors
     from agent.model.inference.runtime import TfliteModel
 
-    Floats = NDArray[np.float32]
 
 # Added to the bundle's CPU seconds: starting Python takes time on a small board, and waiting takes no CPU.
 GRACE_S = 10.0
 # Rows that are run alone and as a batch.
 _COMPARED_ROWS = 5
+# Rows of noise that show how the outputs behave.
+_INSPECTED_ROWS = 64
 Check = tuple[str, bool, str]
 
 
 class ProbeReport(msgspec.Struct, frozen=True):
-    """Result of a probe; `checks` are (name, ok, detail). `tuning` is set if requested and successful.
-
-    `peak_memory` is the child's peak in bytes, with Python and the runtime; 0 if it died.
-    """
+    """Result of a probe; `checks` are (name, ok, detail); `peak_memory` is the child's in bytes, 0 if it died."""
 
     runtime: str
     checks: list[Check]
@@ -83,9 +77,9 @@ class _ProbeRequest(msgspec.Struct):
 def probe(
     bundle: Bundle, known_tunings: Sequence[Tuning] | None = None, policy: ModelPolicy | None = None
 ) -> ProbeReport:
-    """Probe the verified bytes of `bundle` within its limits of memory and CPU time, and those of `policy`.
+    """Probe `bundle` within its limits and those of `policy`.
 
-    With `known_tunings` the report has a tuning, known or measured within MAX_TUNING_S.
+    With `known_tunings` the report has a tuning, known or measured.
     """
     needed = ("manifest.json", "model.tflite", "golden.npz")
     files, policy = {name: bundle.files[name] for name in needed if name in bundle.files}, policy or ModelPolicy()
@@ -98,10 +92,13 @@ def probe(
         report, _, tuned = output.partition(b"\n")
         if death and (known_tunings is None or not report):
             raise BadBundle(death)
-        runtime, checks, memory = msgspec.json.decode(report, type=tuple[str, list[Check], int])
+        runtime, checks, peak = msgspec.json.decode(report, type=tuple[str, list[Check], int])
         if death:
-            return ProbeReport(runtime, [*checks, *_tuning_failure(death, limits)], peak_memory=memory)
-        return ProbeReport(runtime, checks, msgspec.json.decode(tuned, type=Tuning) if tuned else None, memory)
+            # A batch that was too large is no failure: the model itself passed.
+            if death != _out_of_memory_detail(limits):
+                checks.append(("autotune", False, death))
+            return ProbeReport(runtime, checks, peak_memory=peak)
+        return ProbeReport(runtime, checks, msgspec.json.decode(tuned, type=Tuning) if tuned else None, peak)
     except BadBundle as problem:
         return ProbeReport("", [("load", False, str(problem))])
     except msgspec.MsgspecError as error:
@@ -142,7 +139,7 @@ def _run_child(request: _ProbeRequest, limits: ResourceLimits) -> tuple[bytes, s
 def run_checks(files: dict[str, bytes]) -> tuple[str, list[Check]]:
     """Run all checks, in the child. Return the runtime and the checks."""
     from agent.model.bundle import golden_vectors
-    from agent.model.inference import runtime
+    from agent.model.inference import inference, runtime
 
     content = manifest.decode(files["manifest.json"])
     checks: list[Check] = []
@@ -156,7 +153,8 @@ def run_checks(files: dict[str, bytes]) -> tuple[str, list[Check]]:
 
     try:
         model = runtime.load_model(content, files["model.tflite"])
-        checks.append(("load", True, f"{len(files['model.tflite'])} bytes, {_describe_batch(model)}"))
+        rows = f"batches of {model.batch}" if model.batch > 1 else "one row at a time"
+        checks.append(("load", True, f"{len(files['model.tflite'])} bytes, {rows}"))
         vectors = golden_vectors.decode(files["golden.npz"]) if "golden.npz" in files else None
     except BadBundle as problem:
         checks.append(("golden" if checks else "load", False, str(problem)))
@@ -168,10 +166,6 @@ def run_checks(files: dict[str, bytes]) -> tuple[str, list[Check]]:
         classes = content.kind == "classify" and not content.output.multi_label
         run_step("golden", lambda: vectors.compare(model.invoke(vectors.inputs), runtime_name(), classes=classes))
     return runtime_name(), checks
-
-
-def _describe_batch(model: TfliteModel) -> str:
-    return f"batches of {model.batch}" if model.batch > 1 else "one row at a time"
 
 
 def _check_shapes(model: TfliteModel, content: Manifest) -> str:
@@ -197,14 +191,18 @@ def _check_shapes(model: TfliteModel, content: Manifest) -> str:
     return f"{wanted} values in, {model.outputs} out"
 
 
-def _sample_rows(model: TfliteModel, vectors: GoldenVectors | None, count: int) -> Floats:
-    """Return up to `count` golden inputs, or noise over the input range if there are none of that shape."""
-    import numpy as np
-
+def _sample_rows(model: TfliteModel, vectors: GoldenVectors | None, count: int) -> Float32s:
+    """Return up to `count` golden inputs, or noise if there are none of that shape."""
     if vectors is not None:
         rows = vectors.inputs[:count]
         if len(rows) >= _COMPARED_ROWS and rows.size == len(rows) * math.prod(model.input_shape):
             return rows
+    return _noise(model, count)
+
+
+def _noise(model: TfliteModel, count: int) -> Float32s:
+    import numpy as np
+
     low, high = model.input_range
     return np.random.default_rng(0).uniform(low, high, (count, *model.input_shape)).astype(np.float32)
 
@@ -226,17 +224,11 @@ def _check_batching(model: TfliteModel, vectors: GoldenVectors | None) -> str:
     return f"{len(rows)} rows, alone and together: off by {difference:.2g}"
 
 
-def _tuning_failure(death_detail: str, limits: ResourceLimits) -> list[Check]:
-    """Ignore a large batch that ran out of memory: the model itself passed. A crash counts."""
-    return [] if death_detail == _out_of_memory_detail(limits) else [("autotune", False, death_detail)]
-
-
 def _out_of_memory_detail(limits: ResourceLimits) -> str:
     return f"ran out of memory, the limit is {limits.memory_mib} MiB ([limits] memory_mib)"
 
 
 def describe_death(code: int, stderr: bytes, limits: ResourceLimits) -> str:
-    """Return the cause of death of a child process with a model."""
     text = stderr.decode(errors="replace").strip()
     if code == -signal.SIGXCPU:
         return f"used more than its {limits.cpu_seconds} s of CPU and was killed ([limits] cpu_seconds)"
@@ -250,39 +242,53 @@ def describe_death(code: int, stderr: bytes, limits: ResourceLimits) -> str:
 
 def main() -> None:
     request = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=_ProbeRequest)
-    if "manifest.json" in request.files:
-        _probe_in_child(request)
-    else:
-        _inspect_in_child(request)
-
-
-def _probe_in_child(request: _ProbeRequest) -> None:
+    if "manifest.json" not in request.files:
+        _give_up_rights(request, ResourceLimits())
+        sys.stdout.buffer.write(msgspec.json.encode(_inspect_in_child(request.files["model.tflite"])))
+        return
     limits = request.policy.cap(manifest.decode(request.files["manifest.json"]).limits)
-    memory = _give_up_rights(request, limits)
+    batch_bytes = _give_up_rights(request, limits)
     runtime_name, checks = run_checks(request.files)
     # Flushed now: a crash while tuning must not lose the checks.
-    sys.stdout.buffer.write(msgspec.json.encode((runtime_name, checks, _peak_memory())) + b"\n")
+    sys.stdout.buffer.write(msgspec.json.encode((runtime_name, checks, memory.peak_bytes())) + b"\n")
     sys.stdout.buffer.flush()
     if request.known_tunings is not None and all(ok for _, ok, _ in checks):
-        _extend_cpu_limit(limits.cpu_seconds)
-        sys.stdout.buffer.write(msgspec.json.encode(_tune(request.files, request.known_tunings, memory)))
+        # Tuning may use every core, within the hard limit.
+        used = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+        allowed = used + limits.cpu_seconds + math.ceil(MAX_TUNING_S) * (os.cpu_count() or 1)
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (min(allowed, hard), hard))
+        sys.stdout.buffer.write(msgspec.json.encode(_tune(request.files, request.known_tunings, batch_bytes)))
 
 
-def _inspect_in_child(request: _ProbeRequest) -> None:
-    from agent.model.inference import inspect
-
-    _give_up_rights(request, ResourceLimits())
-    inspection: ModelInspection | str
-    try:
-        inspection = inspect.inspect_model(request.files["model.tflite"])
-    except BadBundle as problem:
-        inspection = str(problem)
-    sys.stdout.buffer.write(msgspec.json.encode(inspection))
-
-
-def _tune(files: dict[str, bytes], known_tunings: list[Tuning], memory: int) -> Tuning:
-    from agent.model.bundle import golden_vectors
+def _inspect_in_child(content: bytes) -> ModelInspection | str:
+    """Return the tensors and how each output behaves for noise; the reason if the model does not run."""
     from agent.model.inference import runtime
+
+    try:
+        models = [runtime.TfliteModel(content, output=0)]
+        inputs, outputs = runtime.list_tensors(content)
+        models += [runtime.TfliteModel(content, output=i) for i in range(1, len(outputs))]
+        return ModelInspection(inputs, outputs, [_measure_output(model) for model in models])
+    except BadBundle as problem:
+        return str(problem)
+
+
+def _measure_output(model: TfliteModel) -> OutputStats:
+    import numpy as np
+
+    outputs = model.invoke(_noise(model, _INSPECTED_ROWS)).astype(np.float64)
+    outputs = np.nan_to_num(outputs, nan=np.inf, posinf=1e300, neginf=-1e300)
+    with np.errstate(over="ignore"):
+        sums, norms = outputs.sum(axis=1), np.sqrt(np.square(outputs).sum(axis=1))
+    bounds = [float(f(x)) for x in (outputs, sums, norms) for f in (np.min, np.max)]
+    finite = [value if math.isfinite(value) else 1e300 for value in bounds]
+    return OutputStats(finite[0], finite[1], (finite[2], finite[3]), (finite[4], finite[5]))
+
+
+def _tune(files: dict[str, bytes], known_tunings: list[Tuning], batch_bytes: int) -> Tuning:
+    from agent.model.bundle import golden_vectors
+    from agent.model.inference import inference, runtime
     from agent.model.inference.tuning import find_known
     from agent.model.sandbox import autotune
 
@@ -292,13 +298,13 @@ def _tune(files: dict[str, bytes], known_tunings: list[Tuning], memory: int) -> 
         return known
     vectors = golden_vectors.decode(files["golden.npz"]) if "golden.npz" in files else None
     rows = _sample_rows(runtime.load_model(spec, content), vectors, autotune.SAMPLE_ROWS)
-    return autotune.tune(content, rows, memory, output=spec.output.tensor)
+    return autotune.tune(content, rows, batch_bytes, output=spec.output.tensor)
 
 
 def _give_up_rights(request: _ProbeRequest, limits: ResourceLimits) -> int:
-    """Limit memory and CPU time, on top of what Python, numpy and the runtime took to start; then confine the process.
+    """Limit memory and CPU time beyond those of the start, then confine the process.
 
-    Return the bytes for a larger batch: half of the memory limit, at most an eighth of the machine's free memory.
+    Return the bytes that a batch may take.
     """
     # Some are needed later, when a confined process can read no more files.
     # ruff: noqa: F401
@@ -314,39 +320,16 @@ def _give_up_rights(request: _ProbeRequest, limits: ResourceLimits) -> int:
     import agent.model.sandbox.autotune
     from agent.model.inference import runtime, tuning
 
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    memory = pages * resource.getpagesize() + (limits.memory_mib << 20)
+    memory.limit_growth(limits.memory_mib << 20)
     cpu = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + limits.cpu_seconds
     tuning_cpu = limits.cpu_seconds + math.ceil(MAX_TUNING_S) * (os.cpu_count() or 1)
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    # The hard limit bounds checks and tuning together: tuning may use every core.
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + tuning_cpu))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     available = int(psutil.virtual_memory().available)
     tuning.describe_machine()
+    memory.peak_bytes()
     runtime.detect_processor(request.trusted_content)
-    _peak_memory()
     confinement.confine_by(request.policy)
     return min(limits.memory_mib << 19, available // 8)
-
-
-@functools.cache
-def _status_file() -> int:
-    return os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
-
-
-def _peak_memory() -> int:
-    """Return the peak of resident bytes. Not from getrusage, which includes the parent's before exec."""
-    lines = os.pread(_status_file(), 1 << 16, 0).splitlines()
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(b"VmHWM:")), 0)
-
-
-def _extend_cpu_limit(seconds: int) -> None:
-    """Raise the CPU limit for tuning, within the hard limit."""
-    used = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
-    allowed = used + seconds + math.ceil(MAX_TUNING_S) * (os.cpu_count() or 1)
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    resource.setrlimit(resource.RLIMIT_CPU, (min(allowed, hard), hard))
 
 
 if __name__ == "__main__":

@@ -21,12 +21,10 @@ from typing import IO
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
+from agent.arrays import Float32s
 from agent.model.sandbox import confinement, worker
 from agent.model.sandbox.worker import REQUEST_HEADER, WorkerJob
-
-Floats = NDArray[np.float32]
 
 # The last bytes of stderr are kept.
 _MAX_STDERR_BYTES = 4096
@@ -39,12 +37,10 @@ class WorkerExited(Exception):
 
 
 class ModelProcess:
-    """A child process with its pipes and shared memory."""
-
     def __init__(self, job: WorkerJob) -> None:
         self._shared = SharedBuffer()
         try:
-            with _memory_file("job", msgspec.msgpack.encode(job)) as job_fd, _blocked_signals():
+            with _memory_file(msgspec.msgpack.encode(job)) as job_fd, _blocked_signals():
                 self._child = subprocess.Popen(
                     # -P: never import an `agent` package from the current folder.
                     [sys.executable, "-P", "-m", worker.__name__, str(job_fd), str(self._shared.fd)],
@@ -70,12 +66,12 @@ class ModelProcess:
     def is_alive(self) -> bool:
         return self._child.poll() is None
 
-    def write_windows(self, windows: Floats, output_values: int) -> None:
+    def write_windows(self, windows: Float32s, output_values: int) -> None:
         self._shared.grow(windows.size * 4 + output_values * 4)
         target = np.frombuffer(self._shared.map, np.float32, windows.size)
         np.copyto(target.reshape(windows.shape), windows)
 
-    def read_outputs(self, offset_values: int, shape: tuple[int, int]) -> Floats:
+    def read_outputs(self, offset_values: int, shape: tuple[int, int]) -> Float32s:
         outputs = np.frombuffer(self._shared.map, np.float32, math.prod(shape), offset=offset_values * 4)
         return outputs.reshape(shape).copy()
 
@@ -94,7 +90,10 @@ class ModelProcess:
                 if key.fileobj is self._child.stderr:
                     self._read_stderr()
                 else:
-                    self._read_stdout()
+                    data = _read_available(self._child.stdout)
+                    if not data:
+                        raise WorkerExited
+                    self._stdout += data
         if len(self._stdout) < size:
             return None
         data, self._stdout = self._stdout[:size], self._stdout[size:]
@@ -115,12 +114,6 @@ class ModelProcess:
         self._shared.close()
         self._end = code, self._stderr
         return self._end
-
-    def _read_stdout(self) -> None:
-        data = _read_available(self._child.stdout)
-        if not data:
-            raise WorkerExited
-        self._stdout += data
 
     def _read_stderr(self) -> None:
         data, pipe = _read_available(self._child.stderr), self._child.stderr
@@ -153,9 +146,9 @@ class SharedBuffer:
 
 
 @contextlib.contextmanager
-def _memory_file(name: str, content: bytes) -> Iterator[int]:
+def _memory_file(content: bytes) -> Iterator[int]:
     """Create a memory file with `content`, positioned at its start."""
-    fd = os.memfd_create(f"outstation-{name}", os.MFD_CLOEXEC)
+    fd = os.memfd_create("outstation-job", os.MFD_CLOEXEC)
     try:
         with open(fd, "wb", closefd=False) as file:
             file.write(content)

@@ -9,9 +9,8 @@ import weakref
 from collections.abc import Callable
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
+from agent.arrays import Float32s
 from agent.errors import BadBundle, ModelProcessFailed
 from agent.model.bundle import builtin
 from agent.model.bundle.bundle import Bundle
@@ -20,8 +19,6 @@ from agent.model.sandbox import probe
 from agent.model.sandbox.confinement import ModelPolicy
 from agent.model.sandbox.process import ModelProcess, WorkerExited
 from agent.model.sandbox.worker import MAX_TEXT_BYTES, RESPONSE_HEADER, STARTED_HEADER, STATUS_OK, ModelInfo, WorkerJob
-
-Floats = NDArray[np.float32]
 
 # A desktop starts Python, numpy and the runtime in a tenth of this; a busy small board needs longer.
 _START_TIMEOUT_S = 30.0
@@ -89,16 +86,8 @@ class SubprocessModel:
         return self._wait_loaded().is_confined
 
     @property
-    def input_shape(self) -> tuple[int, ...]:
-        return self._wait_loaded().input_shape
-
-    @property
     def outputs(self) -> int:
         return self._wait_loaded().outputs
-
-    @property
-    def batch(self) -> int:
-        return self._wait_loaded().batch
 
     @property
     def input_range(self) -> tuple[float, float]:
@@ -117,16 +106,12 @@ class SubprocessModel:
             raise ModelProcessFailed("error", f"no process can be started for the model: {error.strerror}") from error
 
     def close(self) -> None:
-        """Kill the process."""
         if self._process is not None:
             self._process.kill()
         self._process, self._loaded, self._pending = None, None, None
 
-    def invoke(self, windows: Floats) -> Floats:
-        """Return the outputs (w, K) of `windows` (w, …), with the bits of `TfliteModel.invoke`.
-
-        Raises ModelProcessFailed.
-        """
+    def invoke(self, windows: Float32s) -> Float32s:
+        """Return the outputs (w, K) of `windows` (w, …), as `TfliteModel` does. Raises ModelProcessFailed."""
         while self._pending is not None:
             self._poll_once()
         self.submit(windows)
@@ -142,7 +127,7 @@ class SubprocessModel:
             self._poll_started(timeout_s)
         return self._loaded is not None and self._pending is None
 
-    def submit(self, windows: Floats) -> None:
+    def submit(self, windows: Float32s) -> None:
         """Send `windows`; `poll` then returns the outputs. One request at a time. Raises ModelProcessFailed."""
         loaded = self._wait_loaded()
         assert self._pending is None, "a request is pending"
@@ -158,7 +143,7 @@ class SubprocessModel:
             raise self._make_crash_error(f"within {len(windows)} windows") from None
         self._pending = _PendingRequest(len(windows), time.monotonic() + self.call_timeout_s)
 
-    def poll(self, timeout_s: float = 0.0) -> Floats | None:
+    def poll(self, timeout_s: float = 0.0) -> Float32s | None:
         """Return the outputs of the request; None if they are not ready. Raises ModelProcessFailed, also if overdue."""
         process, pending, loaded = self._process, self._pending, self._loaded
         assert process is not None
@@ -180,10 +165,9 @@ class SubprocessModel:
         self.seconds += seconds
         return process.read_outputs(pending.count * math.prod(loaded.input_shape), (pending.count, loaded.outputs))
 
-    def _poll_once(self) -> Floats | None:
-        pending = self._pending
-        assert pending is not None
-        outputs = self.poll(min(_POLL_INTERVAL_S, pending.deadline_s - time.monotonic()))
+    def _poll_once(self) -> Float32s | None:
+        assert self._pending is not None
+        outputs = self.poll(min(_POLL_INTERVAL_S, self._pending.deadline_s - time.monotonic()))
         if outputs is None:
             self._on_wait()
         return outputs
@@ -196,7 +180,6 @@ class SubprocessModel:
         return self._loaded
 
     def _poll_started(self, timeout_s: float) -> None:
-        """Read the start message, if it has arrived."""
         process = self._process
         assert process is not None
         try:
@@ -231,9 +214,8 @@ class SubprocessModel:
             raise ModelProcessFailed("hang", f"did not answer within {timeout_s:g} s and was killed")
 
     def _make_crash_error(self, when: str) -> ModelProcessFailed:
-        process = self._process
-        assert process is not None
-        code, stderr = process.kill()
+        assert self._process is not None
+        code, stderr = self._process.kill()
         self._process, self._loaded, self._pending = None, None, None
         return ModelProcessFailed("crash", f"{probe.describe_death(code, stderr, self._limits)}, {when}")
 

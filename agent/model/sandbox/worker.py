@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import resource
 import signal
 import struct
 import sys
@@ -23,7 +22,7 @@ import numpy as np
 
 from agent.errors import BadBundle
 from agent.model.inference import runtime
-from agent.model.sandbox import confinement
+from agent.model.sandbox import confinement, memory
 from agent.model.sandbox.confinement import ConfinementError, ModelPolicy
 
 STARTED_HEADER, REQUEST_HEADER, RESPONSE_HEADER = struct.Struct("<BI"), struct.Struct("<QQ"), struct.Struct("<BdI")
@@ -51,11 +50,8 @@ class WorkerJob(msgspec.Struct):
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
-    """Properties of the loaded model."""
-
     input_shape: Annotated[tuple[int, ...], msgspec.Meta(max_length=8)]
     outputs: Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
-    batch: int
     input_range: tuple[float, float]
     is_confined: bool
 
@@ -67,8 +63,13 @@ def main() -> None:
     os.dup2(2, 1)
     with open(job_fd, "rb") as file:
         job = msgspec.msgpack.decode(file.read(), type=WorkerJob)
-    _die_with_parent(job.parent_pid)
-    _apply_limits(job)
+    # The kernel kills this process when the parent ends, even while the runtime hangs.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != job.parent_pid:
+        sys.exit(0)
+    memory.limit_growth((job.memory_mib << 20) + _SHARED_BYTES)
+    # When the machine runs out of memory, the kernel kills this process before the daemon.
+    Path("/proc/self/oom_score_adj").write_text("800", encoding="ascii")
     try:
         runtime.detect_processor(job.trusted_content)
         is_confined = confinement.confine_by(job.policy)
@@ -77,9 +78,7 @@ def main() -> None:
         text = str(problem).encode()[:MAX_TEXT_BYTES]
         _write_all(response_fd, STARTED_HEADER.pack(STATUS_FAILED, len(text)) + text)
         return
-    info = msgspec.msgpack.encode(
-        ModelInfo(model.input_shape, model.outputs, model.batch, model.input_range, is_confined)
-    )
+    info = msgspec.msgpack.encode(ModelInfo(model.input_shape, model.outputs, model.input_range, is_confined))
     _write_all(response_fd, STARTED_HEADER.pack(STATUS_OK, len(info)) + info)
     _serve(model, shared_fd, response_fd)
 
@@ -102,22 +101,6 @@ def _serve(model: runtime.TfliteModel, shared_fd: int, response_fd: int) -> None
         seconds = time.perf_counter() - start_s
         values[count * width :].reshape(outputs.shape)[:] = outputs
         _write_all(response_fd, RESPONSE_HEADER.pack(STATUS_OK, seconds, 0))
-
-
-def _die_with_parent(parent: int) -> None:
-    """Let the kernel kill this process when the parent ends, even while the runtime hangs."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(0)
-
-
-def _apply_limits(job: WorkerJob) -> None:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    memory = pages * resource.getpagesize() + (job.memory_mib << 20) + _SHARED_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # When the machine runs out of memory, the kernel kills this process before the daemon.
-    Path("/proc/self/oom_score_adj").write_text("800", encoding="ascii")
 
 
 def _read_exactly(size: int) -> bytes:

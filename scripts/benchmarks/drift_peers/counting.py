@@ -62,9 +62,12 @@ class Row(msgspec.Struct):
 
 def raised(verdicts: Sequence[DriftWindowResult], subjects: Mapping[str, int], kinds: str = "drift fault") -> Flags:
     """Return where alerts of these kinds were raised, (windows, subjects + 1); the last column is any other subject."""
-    out = np.zeros((len(verdicts), len(subjects) + 1), np.bool_)
-    for window, verdict in enumerate(verdicts):
+    out = np.zeros((sum(verdict.windows for verdict in verdicts), len(subjects) + 1), np.bool_)
+    window = 0
+    for verdict in verdicts:
+        # A run of quiet windows has no alerts.
         for alert in verdict.alerts:
             if alert.state == "raised" and alert.alert in kinds:
                 out[window, subjects.get(alert.subject, len(subjects))] = True
+        window += verdict.windows
     return out

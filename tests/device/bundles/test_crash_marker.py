@@ -39,13 +39,13 @@ def test_a_process_that_dies_within_the_model_leaves_its_mark(tmp_path: Path, si
 
 
 def test_two_crashes_leave_different_markers(tmp_path: Path) -> None:
-    found = []
+    collected = []
     for _ in range(2):
         died(tmp_path, signal.SIGKILL)
-        found.append(CrashMarker(tmp_path).previous_run)
-    assert found[0] is not None
-    assert found[1] is not None
-    assert found[0].id != found[1].id
+        collected.append(CrashMarker(tmp_path).previous_run)
+    assert collected[0] is not None
+    assert collected[1] is not None
+    assert collected[0].id != collected[1].id
 
 
 def test_a_run_that_ends_or_raises_leaves_none(tmp_path: Path) -> None:

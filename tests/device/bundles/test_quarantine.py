@@ -59,8 +59,8 @@ def audits(device: Device, event: str) -> list[dict[str, Any]]:
 
 def alerts(device: Device) -> list[tuple[str, str, str]]:
     """Return (id, state, severity) of all model alerts."""
-    found = [body for body in device.messages() if body.get("alert") == "model"]
-    return [(body["id"], body["state"], body["severity"]) for body in found]
+    result = [body for body in device.messages() if body.get("alert") == "model"]
+    return [(body["id"], body["state"], body["severity"]) for body in result]
 
 
 def set_aside(device: Device) -> set[str]:

@@ -126,11 +126,11 @@ def test_a_restored_database_lets_only_unexpired_commands_be_replayed(desk: Desk
 
 
 def test_each_key_counts_for_itself(tmp_path: Path) -> None:
-    one, two = Operator(), Operator(key=new_key(78))
+    first, two = Operator(), Operator(key=new_key(78))
     store = open_store(tmp_path)
     author = MessageLog(FLEET, DEVICE, new_key(1), store.log_id, 1, 120_000)
-    commands = CommandReceiver(store, author, [one.key.public, two.key.public])
-    commands.accept(one.command(counter=500))
+    commands = CommandReceiver(store, author, [first.key.public, two.key.public])
+    commands.accept(first.command(counter=500))
     commands.accept(two.command(counter=3))
     with pytest.raises(MessageRefused, match="replayed"):
         commands.accept(two.command(counter=3))
@@ -251,14 +251,14 @@ def test_with_a_full_disk_the_operator_hears_that_nothing_was_done(desk: Desk, m
     with monkeypatch.context() as patched:
         patched.setattr(desk.store, "transaction", full)
         desk.control.tick(NOW)
-    said = Said()
-    desk.commands.tick(said, NOW)
-    [reply] = [msgspec.json.decode(message.payload) for message in said.messages]
+    output = ConfirmingSession()
+    desk.commands.tick(output, NOW)
+    [reply] = [msgspec.json.decode(message.payload) for message in output.messages]
     assert (reply["kind"], reply["ok"], desk.done) == ("reply", False, [])
     assert "disk is full" in reply["summary"]
 
 
-class Said:
+class ConfirmingSession:
     """Session of a broker that confirms everything, or nothing."""
 
     def __init__(self, *, confirms: bool = True) -> None:
@@ -274,21 +274,21 @@ class Said:
 
 def test_an_unconfirmed_answer_is_sent_again_once(desk: Desk) -> None:
     desk.obey(desk.operator.command())
-    lost = Said(confirms=False)
+    lost = ConfirmingSession(confirms=False)
     desk.commands.on_connected()
     desk.commands.tick(lost, NOW)
     desk.commands.tick(lost, NOW)
     assert len(lost.messages) == 1
     assert lost.messages[0].correlation == b"corr"
     assert lost.messages[0].retain is False
-    taken = Said()
+    taken = ConfirmingSession()
     desk.commands.on_connected()
     for _ in range(3):
         desk.commands.tick(taken, NOW)
     assert [message.payload for message in taken.messages] == [lost.messages[0].payload]
     assert desk.commands.is_idle()
     desk.crash()
-    nothing = Said()
+    nothing = ConfirmingSession()
     desk.commands.on_connected()
     desk.commands.tick(nothing, NOW)
     assert nothing.messages == []

@@ -63,7 +63,7 @@ class Device:
         self.open()
 
     def rotate(self) -> bool:
-        """Whether it says that it did."""
+        """Rotate the key; return True if the reply says so."""
         self.commands.accept(self.operator.command("rotate-key"))
         self.control.tick(NOW)
         with self.store.transaction() as tx:
@@ -126,7 +126,7 @@ def test_after_a_rotation_everything_verifies_in_one_batch(device: Device, colle
     assert device.rotate()
     device.write(3)
     sent = device.messages()
-    assert len({kid_of(one) for one in sent}) == 2
+    assert len({kid_of(message) for message in sent}) == 2
     collector._store(sent)
     assert (stored(collector), refusals(collector)) == (len(sent), {})
     report = audit(collector.store)
@@ -140,7 +140,7 @@ def test_a_backlog_that_comes_after_the_rotation_is_still_taken(device: Device, 
     device.rotate()
     device.write(2)
     sent = device.messages()
-    rotated = next(i for i, one in enumerate(sent) if b'"key rotated"' in one.payload)
+    rotated = next(i for i, entry in enumerate(sent) if b'"key rotated"' in entry.payload)
     collector._store(sent[rotated:])
     collector._store(sent[:rotated])
     assert (stored(collector), refusals(collector)) == (len(sent), {})
@@ -151,7 +151,7 @@ def test_messages_of_the_new_key_are_refused_until_the_rotation_arrives(device: 
     device.rotate()
     device.write(2)
     sent = device.messages()
-    rotated = next(i for i, one in enumerate(sent) if b'"key rotated"' in one.payload)
+    rotated = next(i for i, entry in enumerate(sent) if b'"key rotated"' in entry.payload)
     collector._store(sent[rotated + 1 :])
     assert stored(collector) == 0
     collector._store([*sent[rotated + 1 :], *sent[: rotated + 1]])
@@ -189,7 +189,7 @@ def test_two_rotations_in_one_batch_verify(collector: Collector) -> None:
     sent = [sender.health()]
     for seed in (11, 12):
         sent += [rotate(sender, new_key(seed)), sender.health()]
-    collector._store([one.to_incoming() for one in reversed(sent)])
+    collector._store([entry.to_incoming() for entry in reversed(sent)])
     assert (stored(collector), refusals(collector)) == (5, {})
     assert audit(collector.store).passed
 
@@ -323,7 +323,7 @@ def test_a_rotation_learned_from_a_batch_that_was_not_stored_is_forgotten(
     arrivals, refused = collector.verify(sent)
     assert (len(arrivals), refused) == (2, [])
     arrivals, refused = collector.verify(sent[1:])
-    assert (arrivals, [one.reason for one in refused]) == ([], ["unknown key"])
+    assert (arrivals, [refusal.reason for refusal in refused]) == ([], ["unknown key"])
 
 
 # --- crashes ---
@@ -484,8 +484,8 @@ def test_a_rotation_damaged_before_delivery_is_reissued_by_the_old_key(
     collector._store(device.messages())
     assert refusals(collector) == {}
     assert security_alerts(collector) == []
-    told = collector.store.acknowledgement(DEVICE, device.store.log_id)
-    assert (told.through, told.missing) == (int(device.store.get_meta("seq", "")), [])
+    acknowledgement = collector.store.acknowledgement(DEVICE, device.store.log_id)
+    assert (acknowledgement.through, acknowledgement.missing) == (int(device.store.get_meta("seq", "")), [])
     assert audit(collector.store).passed
     device.acknowledged()
     assert device.store.get_meta(keyfiles.PENDING_ROTATION, "") == ""
@@ -526,8 +526,8 @@ def test_a_rotation_that_the_collector_has_is_taken_again_from_a_new_log(device:
     collector._store(device.messages())
     assert refusals(collector) == {}
     assert security_alerts(collector) == []
-    told = collector.store.acknowledgement(DEVICE, device.author.log_id)
-    assert (told.through, told.missing) == (len(device.messages()), [])
+    acknowledgement = collector.store.acknowledgement(DEVICE, device.author.log_id)
+    assert (acknowledgement.through, acknowledgement.missing) == (len(device.messages()), [])
     assert collector.store.enrolled_keys() == keys_before
     report = audit(collector.store)
     assert report.passed, report.to_dict()
@@ -576,9 +576,9 @@ def test_a_key_revoked_between_verification_and_commit_lets_nothing_in(collector
     verify = collector.verify
 
     def slowly(batch: Sequence[IncomingMessage]) -> Any:
-        found = verify(batch)
+        result = verify(batch)
         collector.store.revoke(DEVICE, None, TIME)
-        return found
+        return result
 
     collector.verify = slowly  # type: ignore[method-assign]
     collector._store([sender.health().to_incoming(), live_state(new_key(1))])
@@ -591,7 +591,7 @@ def test_the_rotation_is_the_last_audit_message_to_be_evicted(device: Device) ->
     space = SpaceManager(conf, device.store, device.author, lambda now: None, tuple)
     before = len(device.messages())
     assert space._evict_messages(("audit",), NOW)
-    left = [json.loads(one.payload)["event"] for one in device.messages() if one.topic.endswith("/audit")]
+    left = [json.loads(message.payload)["event"] for message in device.messages() if message.topic.endswith("/audit")]
     assert left == [wire.ROTATION_EVENT, "evicted"]
     assert before == 2
 

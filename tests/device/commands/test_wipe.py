@@ -88,12 +88,12 @@ def test_a_word_is_forgotten_by_a_restart(desk: Desk, halted: Halted) -> None:
 def data_dir(folder: Path) -> tuple[Path, list[Path], list[Path]]:
     """Return a data folder with the device's files and keys, and files that a wipe preserves."""
     data = folder / "data"
-    for name in ("keys", "quarantine/1", "bundles/.kept/ab", "bundles/.fetched", "updates/ab", "bundles/mine"):
+    for name in ("keys", "quarantine/1", "bundles/.copies/ab", "bundles/.fetched", "updates/ab", "bundles/mine"):
         (data / name).mkdir(parents=True)
     for name in (
         *("outstation.db", "outstation.db-wal", "intake.sock", "keys/k.key", "quarantine/1/outstation.db"),
         *("bundles/.fetched/ab.zip", "bundles/.fetched/ab.part", "updates/ab/timestamp.json"),
-        *("bundles/.kept/ab/model.tflite", "bundles/mine/model.tflite", "outstation.toml", "device.crt"),
+        *("bundles/.copies/ab/model.tflite", "bundles/mine/model.tflite", "outstation.toml", "device.crt"),
     ):
         (data / name).write_text("secret")
     keys.generate(folder / "device.key")
@@ -132,9 +132,9 @@ def test_killed_anywhere_it_does_not_start_and_the_next_start_finishes(
         patched.setattr(wipe, "_delete", die)
         with pytest.raises(KeyboardInterrupt):
             wipe.erase(data, spared, own)
-    found = wipe.read_marker(data)
-    assert found is not None
-    assert found["state"] == "wiping"
+    result = wipe.read_marker(data)
+    assert result is not None
+    assert result["state"] == "wiping"
     with pytest.raises(UsageError, match="wiped"):
         wipe.require_unwiped(data)
     wipe.erase(data, spared, own)
@@ -198,6 +198,6 @@ def test_the_config_and_its_certificates_are_spared() -> None:
 def test_the_marker_says_when(tmp_path: Path) -> None:
     data, spared, own = data_dir(tmp_path)
     wipe.erase(data, spared, own)
-    found = json.loads((data / wipe.MARKER).read_text(encoding="utf-8"))
-    assert found["time"].endswith("Z")
-    assert found["time"] in wipe.describe_marker(data, found)
+    document = json.loads((data / wipe.MARKER).read_text(encoding="utf-8"))
+    assert document["time"].endswith("Z")
+    assert document["time"] in wipe.describe_marker(data, document)

@@ -59,12 +59,9 @@ class Site:
 
     def stored(self) -> list[float]:
         """The first field's values, of a device that does not run."""
-        store = Store.open_read_only(self.folder)
-        try:
+        with Store.open_read_only(self.folder) as store:
             result: list[float] = rows_of(store, "room", self.stream).columns[0].tolist()
             return result
-        finally:
-            store.close()
 
     def publish(self, topic: str, *payloads: Any) -> None:
         link = Link(BrokerConfig(url=self.broker.url), "sensor")
@@ -87,7 +84,7 @@ def site(tmp_path: Path, broker: MosquittoBroker) -> Callable[..., Site]:
     return make
 
 
-def said(temperature: Any, **more: Any) -> dict[str, Any]:
+def message_body(temperature: Any, **more: Any) -> dict[str, Any]:
     return {"data": {"temp": temperature, "rel. humidity": 40.5}, **more}
 
 
@@ -107,9 +104,9 @@ def test_values_are_taken_from_where_the_paths_lead_with_their_own_times(site: C
     here = site(t="$.at")
     with here.start() as station:
         subscribed(station)
-        here.publish("site/cellar/climate", said(12.5, at=T0))
-        here.publish("site/attic/climate", said(31, at=T0 + 1), {"data": {"temp": 32}, "at": T0 + 2})
-        here.publish("site/attic/other", said(99, at=T0))
+        here.publish("site/cellar/climate", message_body(12.5, at=T0))
+        here.publish("site/attic/climate", message_body(31, at=T0 + 1), {"data": {"temp": 32}, "at": T0 + 2})
+        here.publish("site/attic/other", message_body(99, at=T0))
         wait_for(lambda: station.store.last_row("room") == 3, "three rows")
         result = station.rows("room")
         assert result.t.tolist() == [round((T0 + i) * 1e6) for i in range(3)]
@@ -140,11 +137,11 @@ BAD: dict[str, Any] = {
     "no JSON": b"{",
     "no text": b"\xff\xfe",
     "nothing": b"",
-    "a value that is no number": said("warm"),
+    "a value that is no number": message_body("warm"),
     "a value that is missing": {"data": {}},
-    "too large a number": said(1e300),
+    "too large a number": message_body(1e300),
     "nested without an end": b"[" * 100_000,
-    "no time": said(20.0),
+    "no time": message_body(20.0),
 }
 
 
@@ -156,13 +153,13 @@ def test_a_message_without_a_row_is_refused_counted_and_holds_up_nothing(
     bad = BAD[name] if name == "no time" or isinstance(BAD[name], bytes) else {**BAD[name], "at": T0}
     with here.start() as station:
         subscribed(station)
-        here.publish("site/cellar/climate", bad, said(20.5, at=T0))
+        here.publish("site/cellar/climate", bad, message_body(20.5, at=T0))
         wait_for(lambda: station.store.last_row("room") == 1, "the row after it")
         assert station.store.counters()["lines rejected"] == 1
         wait_for(lambda: "site/cellar/climate: not stored: " in caplog.text, "the complaint")
     with here.start() as station:
         subscribed(station)
-        here.publish("site/cellar/climate", said(21.5, at=T0))
+        here.publish("site/cellar/climate", message_body(21.5, at=T0))
         wait_for(lambda: station.store.last_row("room") == 2, "the next row")
         assert station.store.counters()["lines rejected"] == 1
     assert station.failures == []
@@ -172,7 +169,7 @@ def test_messages_published_while_the_device_was_away_are_stored(site: Callable[
     here = site()
     with here.start() as station:
         subscribed(station)
-    here.publish("site/cellar/climate", *[said(value) for value in range(50)])
+    here.publish("site/cellar/climate", *[message_body(value) for value in range(50)])
     with here.start() as station:
         wait_for(lambda: station.store.last_row("room") == 50, "what the broker kept")
         assert rows(station) == [float(value) for value in range(50)]
@@ -199,7 +196,7 @@ def test_a_message_is_confirmed_only_after_its_commit(
         subscribed(station)
         monkeypatch.setattr(GroupCommit, "write", waits)
         monkeypatch.setattr(Link, "acknowledge", note)
-        here.publish("site/cellar/climate", said(1))
+        here.publish("site/cellar/climate", message_body(1))
         time.sleep(0.5)
         assert confirmed == []
         may.set()
@@ -214,7 +211,7 @@ def test_a_repeatedly_killed_broker_loses_and_doubles_no_row(
         subscribed(station)
         for round_ in range(4):
             values = range(round_ * 30, round_ * 30 + 30)
-            here.publish("site/cellar/climate", *[said(value) for value in values])
+            here.publish("site/cellar/climate", *[message_body(value) for value in values])
             wait_for(lambda last=values[-1]: last in rows(station), "this round")  # type: ignore[misc]
             broker.stop()
             broker.start()
@@ -237,9 +234,9 @@ def test_what_was_committed_when_the_connection_broke_is_not_taken_twice(
     with here.start() as station:
         subscribed(station)
         monkeypatch.setattr(Link, "acknowledge", loses)
-        here.publish("site/cellar/climate", said(1))
+        here.publish("site/cellar/climate", message_body(1))
         wait_for(lambda: not lost, "the lost confirmation")
-        here.publish("site/cellar/climate", said(2))
+        here.publish("site/cellar/climate", message_body(2))
         wait_for(lambda: 2.0 in rows(station), "the row after it")
         assert rows(station) == [1.0, 2.0]
 
@@ -258,7 +255,7 @@ def test_a_full_store_leaves_messages_at_the_broker_until_there_is_room(
     with here.start() as station:
         subscribed(station)
         monkeypatch.setattr(Store, "transaction", fails)
-        here.publish("site/cellar/climate", said(1))
+        here.publish("site/cellar/climate", message_body(1))
         time.sleep(0.5)
         assert rows(station) == []
         full[0] = False
@@ -270,11 +267,11 @@ def test_what_a_stop_commits_is_confirmed_and_does_not_come_again(site: Callable
     for value in (1, 2):
         with here.start() as station:
             subscribed(station)
-            here.publish("site/cellar/climate", said(value))
+            here.publish("site/cellar/climate", message_body(value))
             wait_for(lambda: bool(station.intake._group_commit), "the row waits")
     with here.start() as station:
         subscribed(station)
-        here.publish("site/cellar/climate", said(3))
+        here.publish("site/cellar/climate", message_body(3))
         wait_for(lambda: bool(station.intake._group_commit), "the row waits")
         assert rows(station) == [1.0, 2.0]
     assert here.stored() == [1.0, 2.0, 3.0]

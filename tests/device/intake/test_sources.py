@@ -203,7 +203,7 @@ def test_a_missing_folder_is_logged_once_and_watched_when_it_returns(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with watching(tmp_path) as station:
-        wait_for(lambda: gone(tmp_path), "a moment in which the watcher does not make the folder again")
+        wait_for(lambda: replace_with_file(tmp_path), "a moment in which the watcher does not make the folder again")
         wait_for(lambda: "looking again" in caplog.text, "a complaint")
         time.sleep(0.2)
         assert caplog.text.count("looking again") == 1
@@ -304,7 +304,7 @@ def test_a_file_is_read_later_where_the_machine_has_no_descriptor_left(
     assert caplog.text.count("looking again") == 1
 
 
-def gone(folder: Path) -> bool:
+def replace_with_file(folder: Path) -> bool:
     """Put a file in the watched folder's place."""
     try:
         shutil.rmtree(folder / "in", ignore_errors=True)

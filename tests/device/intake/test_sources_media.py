@@ -215,7 +215,7 @@ def test_a_partly_ingested_sound_continues_with_the_same_bits(tmp_path: Path, sk
 
 @pytest.mark.parametrize("kind", ["image", "sound"])
 @pytest.mark.usefixtures("quick")
-def test_a_file_whose_move_fails_is_moved_later_and_not_repeated(
+def test_a_file_that_cannot_be_moved_is_moved_later_and_not_repeated(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: MediaFormat = SMALL if kind == "image" else SOUND

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import re
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -281,7 +281,41 @@ def test_a_bad_schedule_is_named_with_its_task_and_what_to_write(text: str, reas
     assert caught.value.problem.endswith('write "every 60 s", "when 500 rows" or a cron expression')
 
 
-@given(st.text(max_size=20))
-def test_no_text_breaks_the_parser(text: str) -> None:
-    with contextlib.suppress(ConfigError):
-        assert parse("outstation.toml", "exercise", text).wait_s(Machine().now) >= 0
+NUMBERS = st.integers(0, 70).map(str)
+NEARLY_CRON = st.lists(NUMBERS | st.sampled_from(["*", "*/2", "1-5", "mon", "7"]), min_size=4, max_size=6).map(" ".join)
+NEARLY_RIGHT = st.one_of(
+    st.builds("every {} {}".format, NUMBERS, st.sampled_from(["s", "min", "h", "d", "ms", "parsecs"])),
+    st.builds("when {} {}".format, NUMBERS, st.sampled_from(["row", "rows", "lines"])),
+    NEARLY_CRON,
+)
+# What a text that is accepted must look like, whichever parser reads it.
+RIGHT = {
+    IntervalSchedule: re.compile(r"every .*[1-9].* ?(ms|s|min|h|d)"),
+    RowCountSchedule: re.compile(r"when \d+ rows?"),
+    CronSchedule: re.compile(r"\S+(\s+\S+){4}", re.ASCII),
+}
+
+
+def parse_or_refuse(text: str) -> Schedule | ConfigError:
+    try:
+        return parse("outstation.toml", "exercise", text)
+    except ConfigError as error:
+        return error
+
+
+@given(st.text(max_size=20) | NEARLY_RIGHT)
+def test_any_text_is_a_schedule_of_its_kind_or_refused_by_its_key(text: str) -> None:
+    schedule = parse_or_refuse(text)
+    if isinstance(schedule, ConfigError):
+        assert (schedule.file, schedule.key) == ("outstation.toml", "tasks.exercise.schedule")
+        assert repr(text) in schedule.problem
+        return
+    assert RIGHT[type(schedule)].fullmatch(text.strip())
+    machine = Machine()
+    if isinstance(schedule, RowCountSchedule):
+        limit = max(1, int(text.split()[1]))
+        assert [schedule.is_due(machine.now, backlog) for backlog in (limit - 1, limit)] == [False, True]
+        return
+    schedule.record_run(machine.now)
+    assert not schedule.is_due(machine.now, 10**9)
+    assert schedule.wait_s(machine.now) > 0

@@ -23,43 +23,27 @@ from agent import clock, config
 from agent.device.pipeline.batch import BatchResult
 from agent.device.store import task_keys, transaction
 from agent.errors import StorageError, StorageFull
-from agent.model import activation
-from agent.model.activation import LoadedBundle
 from agent.model.bundle.manifest import WindowSpec
 from agent.model.inference import features, scores
 from agent.model.inference.tuning import Tuning
-from agent.wire.messages import AlertPayload, AuditPayload, DriftPayload, ResultsPayload, VerifiedMessage
+from agent.wire.messages import AlertPayload, AuditPayload, Body, DriftPayload, ResultsPayload, VerifiedMessage
 from agent.wire.runs import expand_integers
-from scripts.kit.bundles import ANOMALY, CLASSIFY, KEY, REGRESS, WINDOW, Recipe, packed
+from scripts.kit.bundles import ANOMALY, CLASSIFY, REGRESS, WINDOW, Recipe, activated
 from tests.kit.devices import STEP_US, T0, Device, columns, tiles
 
 Floats = NDArray[np.float32]
-
-
-@pytest.fixture(scope="module")
-def active(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], LoadedBundle]:
-    """Return a function that packs, verifies, probes and loads a recipe's bundle once."""
-    made: dict[Recipe, LoadedBundle] = {}
-
-    def load(recipe: Recipe) -> LoadedBundle:
-        if recipe not in made:
-            path = packed(tmp_path_factory.mktemp(recipe.model), recipe)
-            made[recipe] = activation.activate(path, [KEY.public])
-        return made[recipe]
-
-    return load
 
 
 Make = Callable[..., Device]
 
 
 @pytest.fixture
-def make(tmp_path: Path, active: Callable[[Recipe], LoadedBundle]) -> Iterator[Make]:
+def make(tmp_path: Path) -> Iterator[Make]:
     """Return a function that makes a device."""
     made: list[Device] = []
 
     def new(recipe: Recipe = CLASSIFY, **options: Any) -> Device:
-        device = Device(tmp_path / str(len(made)), recipe, active(recipe), **options)
+        device = Device(tmp_path / str(len(made)), recipe, activated(recipe), **options)
         made.append(device)
         return device
 
@@ -287,20 +271,28 @@ def story(recipe: Recipe) -> list[tuple[Floats, float]]:
     return [(quiet, 0.0), (loud[:500], 3.0), (loud[500:], 0.0)]
 
 
-def told(device: Device) -> list[Any]:
-    """Return drift windows, alerts and audit messages without their place in the log and their time."""
-    kept: list[Any] = []
+def read_bodies(device: Device) -> list[tuple[Body, dict[str, Any]]]:
+    """Return drift, alert and audit messages, also as JSON without their place in the log and their time."""
+    bodies: list[tuple[Body, dict[str, Any]]] = []
     for message in device.messages():
         if isinstance(message.body, DriftPayload | AlertPayload | AuditPayload):
-            said = json.loads(message.payload)
+            document = json.loads(message.payload)
             for name in ("log", "seq", "prev", "boot", "time"):
-                del said[name]
-            said.get("evidence", {}).pop("seq", None)
-            if isinstance(message.body, DriftPayload) and message.body.state == "ok":
-                kept += split_windows(message.body)
-            else:
-                kept.append(said)
-    return kept
+                del document[name]
+            document.get("evidence", {}).pop("seq", None)
+            bodies.append((message.body, document))
+    return bodies
+
+
+def sent_payloads(device: Device) -> list[Any]:
+    """Return drift windows, alerts and audit messages, however many windows share a message."""
+    retained: list[Any] = []
+    for body, document in read_bodies(device):
+        if isinstance(body, DriftPayload) and body.state == "ok":
+            retained += split_windows(body)
+        else:
+            retained.append(document)
+    return retained
 
 
 def split_windows(body: DriftPayload) -> list[Any]:
@@ -342,12 +334,27 @@ def test_batches_of_any_size_give_equal_results_and_drift_windows(make: Make, re
                 pieces.restart()
     pieces.run_all()
     assert columns(pieces.results()) == columns(whole.results())
-    assert told(pieces) == told(whole)
+    assert sent_payloads(pieces) == sent_payloads(whole)
     assert count_rows(pieces) == count_rows(whole)
-    kinds = {said["kind"] for said in told(whole) if isinstance(said, dict)}
+    kinds = {output["kind"] for output in sent_payloads(whole) if isinstance(output, dict)}
     assert kinds == {"drift", "alerts", "audit"}
     assert any(isinstance(m.body, DriftPayload) and m.body.windows is not None for m in whole.messages())
     assert tiles(pieces.results()) == tiles(whole.results())
+
+
+def test_a_daemon_that_ends_after_each_batch_writes_the_same_messages(make: Make) -> None:
+    whole, ended = make(), make()
+    for device in (whole, ended):
+        for values, pause_s in story(CLASSIFY):
+            device.feed(values, pause_s=pause_s)
+    batches = len(whole.run_all())
+    while ended.run() is not None:
+        ended.restart()
+        batches -= 1
+    assert batches == 0
+    runs = [body for body, _ in read_bodies(whole) if isinstance(body, DriftPayload) and body.windows is not None]
+    assert len(runs) > 1
+    assert [document for _, document in read_bodies(ended)] == [document for _, document in read_bodies(whole)]
 
 
 def test_an_alert_names_the_message_of_the_window_that_raised_it(make: Make) -> None:
@@ -371,9 +378,9 @@ def test_a_learned_reference_is_stored_and_announced(make: Make) -> None:
     device.run_all()
     (audit,) = [m.body for m in device.messages() if isinstance(m.body, AuditPayload)]
     assert audit.event == "learned"
-    kept = device.store.load_state("tiny", task_keys.SITE_REFERENCE)
-    assert kept is not None
-    assert json.loads(kept)["made"] == "site"
+    retained = device.store.load_state("tiny", task_keys.SITE_REFERENCE)
+    assert retained is not None
+    assert json.loads(retained)["made"] == "site"
 
 
 # --- together, or nothing ---
@@ -465,10 +472,10 @@ def test_a_damaged_chunk_is_covered_declared_set_aside_and_passed(make: Make, re
         r for r in results if which in range(r.rows[0], r.rows[1] + 1) and r.n == 0 and not r.columns.expand_rows()
     ]
     assert lost.rows[1] == which + 29
-    gone = set(range(which, which + 30))
-    assert gone.isdisjoint(columns(results)["row"])
+    missing = set(range(which, which + 30))
+    assert missing.isdisjoint(columns(results)["row"])
     if recipe is CLASSIFY:
-        assert gone | set(columns(results)["row"]) == set(range(1, 151))
+        assert missing | set(columns(results)["row"]) == set(range(1, 151))
     (alert,) = [m.body for m in device.messages() if isinstance(m.body, AlertPayload)]
     assert (alert.alert, alert.severity, alert.evidence["rows"]) == ("storage", "critical", list(lost.rows))
     assert "Check the card" in alert.summary
@@ -511,9 +518,9 @@ def test_deleted_rows_are_skipped_and_not_reported_as_damaged(
     done = device.run_all()
     assert done == [BatchResult(50, 0, 0), BatchResult(30, 0, 1), BatchResult(30, 0, 0), BatchResult(30, 30, 0)]
     results = device.results()
-    assert [one.rows for one in results] == [(11, 60), (61, 90), (91, 120), (121, 150)]
-    told = [json.loads(m.payload).get("lost", "") for m in device.messages() if isinstance(m.body, ResultsPayload)]
-    assert ["deleted" in lost for lost in told] == [True, False, True, False]
+    assert [message.rows for message in results] == [(11, 60), (61, 90), (91, 120), (121, 150)]
+    reported = [json.loads(m.payload).get("lost", "") for m in device.messages() if isinstance(m.body, ResultsPayload)]
+    assert ["deleted" in lost for lost in reported] == [True, False, True, False]
     (alert,) = [m.body for m in device.messages() if isinstance(m.body, AlertPayload)]
     assert alert.evidence["rows"] == [61, 90]
     assert len(snapshot(device)["quarantined_rows"]) == 1
@@ -562,7 +569,7 @@ def test_a_backlog_of_many_batches_is_worked_off(make: Make) -> None:
     device = make()
     device.feed(CLASSIFY.rows(2000))
     done = device.run_all()
-    assert [one.rows for one in done] == [500, 500, 500, 500]
+    assert [message.rows for message in done] == [500, 500, 500, 500]
     assert tiles(device.results()) == (1, 2000)
 
 
@@ -571,7 +578,7 @@ def test_a_batch_of_a_backlog_ends_where_a_drift_window_does(make: Make) -> None
     device.feed(CLASSIFY.rows(7))
     device.run_all()
     device.feed(CLASSIFY.rows(1000))
-    assert [one.rows for one in device.run_all()] == [493, 500, 7]
+    assert [entry.rows for entry in device.run_all()] == [493, 500, 7]
     assert device.task.drift_state is not None
     assert device.task.drift_state.open_summary.model_windows == 1007 % 20
 
@@ -589,7 +596,7 @@ def test_thousands_of_single_row_results_fit_a_transaction(make: Make, drift_win
     done = device.run_all()
     assert done[0].rows == at_once
     assert tiles(device.results()) == (1, 6000)
-    assert sum(isinstance(one.body, DriftPayload) for one in device.messages()) == 6000 // drift_window
+    assert sum(isinstance(message.body, DriftPayload) for message in device.messages()) == 6000 // drift_window
 
 
 def test_a_full_store_is_processed_in_smaller_batches(make: Make) -> None:

@@ -29,8 +29,8 @@ def site(tmp_path: Path) -> Site:
 
 
 def bodies(store: Store, kind: str) -> list[dict[str, Any]]:
-    found = [json.loads(message.payload) for message in store.unacknowledged_messages(0, 10_000)]
-    return [body for body in found if body["kind"] == kind]
+    document = [json.loads(message.payload) for message in store.unacknowledged_messages(0, 10_000)]
+    return [body for body in document if body["kind"] == kind]
 
 
 def rows_run(store: Store) -> list[int]:

@@ -19,11 +19,10 @@ from agent.device.pipeline import batch, deadline
 from agent.device.pipeline.deadline import Deadline
 from agent.device.store.rows import Rows
 from agent.errors import StorageFull
-from agent.model import activation
 from agent.testing.fleet import FIELDS
 from agent.wire import keys
 from agent.wire.messages import AlertPayload
-from scripts.kit.bundles import CLASSIFY, KEY, packed
+from scripts.kit.bundles import CLASSIFY, activated
 from tests.kit.devices import NOW, Device, tiles
 
 ALWAYS_LATE, NEVER_LATE = 1e-9, 1e6
@@ -31,12 +30,12 @@ ALWAYS_LATE, NEVER_LATE = 1e-9, 1e6
 
 @pytest.fixture
 def device(tmp_path: Path) -> Iterator[Device]:
-    made = Device(tmp_path / "data", CLASSIFY, activation.activate(packed(tmp_path, CLASSIFY), [KEY.public]))
+    made = Device(tmp_path / "data", CLASSIFY, activated(CLASSIFY))
     yield made
     made.store.close()
 
 
-def told(device: Device) -> list[tuple[str, str, str]]:
+def deadline_alerts(device: Device) -> list[tuple[str, str, str]]:
     bodies = [m.body for m in device.messages()]
     return [(b.id, b.state, b.severity) for b in bodies if isinstance(b, AlertPayload) and b.subject == "deadline"]
 
@@ -55,18 +54,18 @@ def test_late_batches_are_committed_and_counted_and_no_row_is_run_twice(device: 
     device.task.deadline = Deadline("tiny", ALWAYS_LATE)
     device.feed(CLASSIFY.rows(520))
     done = device.run_all()
-    assert [one.windows for one in done][:2] == [500, 1]
-    assert sum(one.windows for one in done) == 520
+    assert [entry.windows for entry in done][:2] == [500, 1]
+    assert sum(entry.windows for entry in done) == 520
     assert tiles(device.results()) == (1, 520)
     shown = deadline.to_status(device.store, device.store.counters(), "tiny", ALWAYS_LATE)["deadline"]
     assert (shown["late"], shown["last"]["windows"]) == (len(done), 1)
-    assert shown["last"]["seconds"] >= 0.0
+    assert ALWAYS_LATE < shown["last"]["seconds"] < NEVER_LATE
 
 
 def test_a_batch_that_is_on_time_is_neither_counted_nor_made_smaller(device: Device) -> None:
     device.task.deadline = Deadline("tiny", NEVER_LATE)
     device.feed(CLASSIFY.rows(1100))
-    assert [one.windows for one in device.run_all()] == [500, 500, 100]
+    assert [entry.windows for entry in device.run_all()] == [500, 500, 100]
     shown = deadline.to_status(device.store, device.store.counters(), "tiny", NEVER_LATE)["deadline"]
     assert (shown["late"], shown["last"]) == (0, None)
 
@@ -99,11 +98,11 @@ def test_a_model_too_slow_for_one_window_raises_one_alert(device: Device, took: 
     limit = Deadline("tiny", 1.0)
     for windows in (50, 1, 1, 1, 1):
         took(limit, 3.0, windows)
-    assert told(device) == [("tiny/deadline", "raised", "warning")]
-    assert [one["id"] for one in device.store.open_alerts("tiny")] == ["tiny/deadline"]
+    assert deadline_alerts(device) == [("tiny/deadline", "raised", "warning")]
+    assert [entry["id"] for entry in device.store.open_alerts("tiny")] == ["tiny/deadline"]
     took(limit, 0.5, 1)
     took(limit, 0.5, 1)
-    assert told(device)[1:] == [("tiny/deadline", "cleared", "info")]
+    assert deadline_alerts(device)[1:] == [("tiny/deadline", "cleared", "info")]
     assert device.store.open_alerts("tiny") == []
 
 
@@ -111,7 +110,7 @@ def test_now_and_then_a_late_window_is_no_alert(device: Device, took: Callable[.
     limit = Deadline("tiny", 1.0)
     for seconds in (3.0, 3.0, 0.5) * 4:
         took(limit, seconds, 1)
-    assert told(device) == []
+    assert deadline_alerts(device) == []
     assert deadline.to_status(device.store, device.store.counters(), "tiny", 1.0)["deadline"]["late"] == 8
 
 
@@ -124,7 +123,7 @@ def test_an_alert_of_before_a_restart_is_cleared(
         took(limit, 3.0, 1)
     device.restart()
     took(Deadline("tiny", seconds), 0.5, 1)
-    assert [state for _, state, _ in told(device)] == ["raised", "cleared"]
+    assert [state for _, state, _ in deadline_alerts(device)] == ["raised", "cleared"]
 
 
 def test_on_a_full_store_the_batch_after_a_late_one_is_smaller_too(
@@ -139,9 +138,9 @@ def test_on_a_full_store_the_batch_after_a_late_one_is_smaller_too(
         for _ in range(3):
             took(limit, 2.0, 1)
     assert limit.max_windows == 1
-    assert told(device) == []
+    assert deadline_alerts(device) == []
     took(limit, 2.0, 1)
-    assert told(device) == [("tiny/deadline", "raised", "warning")]
+    assert deadline_alerts(device) == [("tiny/deadline", "raised", "warning")]
 
 
 def test_a_batch_without_a_window_says_nothing_of_time(device: Device, took: Callable[..., None]) -> None:
@@ -162,20 +161,17 @@ def test_health_and_status_tell_of_a_deadline_that_was_missed(tmp_path: Path) ->
     )
     keys.generate(tmp_path / KEY_FILE)
     path, conf = load_config(str(file))
-    store = open_store(conf)
-    try:
+    with open_store(conf) as store:
         t = NOW.wall_us + 20_000 * np.arange(300, dtype=np.int64)
         with store.transaction() as tx:
             tx.append("watch", Rows(t, tuple(np.zeros(300, "<f4") for _ in range(6))), "synced")
         task = load_task(path, conf, store, "exercise")
         assert batch.run(task, store, open_message_log(path, conf, store), NOW) is not None
-        said: dict[str, Any] = build_body(conf, store, {})["tasks"]["exercise"]["deadline"]
-    finally:
-        store.close()
-    assert (said["seconds"], said["late"], said["last"]["windows"]) == (1e-6, 1, 1)
-    asked = ["status", "-c", str(file)]
-    done = CliRunner().invoke(cli, [*asked, "--json"])
+        output: dict[str, Any] = build_body(conf, store, {})["tasks"]["exercise"]["deadline"]
+    assert (output["seconds"], output["late"], output["last"]["windows"]) == (1e-6, 1, 1)
+    requested = ["status", "-c", str(file)]
+    done = CliRunner().invoke(cli, [*requested, "--json"])
     assert done.exception is None, done.exception
     shown = json.loads(done.stdout)
-    assert shown["tasks"][0]["deadline"] == said
-    assert "1 batch was late, the last at" in CliRunner().invoke(cli, asked).stdout
+    assert shown["tasks"][0]["deadline"] == output
+    assert "1 batch was late, the last at" in CliRunner().invoke(cli, requested).stdout

@@ -68,9 +68,9 @@ def test_the_site_reference_is_written_only_when_it_is_learned(
         tx.delete_state("exercise", task_keys.SITE_REFERENCE)
         drift_state.save(tx, "exercise", judge, later, drifted)
     assert store.load_state("exercise", task_keys.SITE_REFERENCE) is None
-    kept = store.load_state("exercise", task_keys.DRIFT_STATE)
-    assert kept is not None
-    assert len(kept) < len(later.to_bytes()) / 2
+    retained = store.load_state("exercise", task_keys.DRIFT_STATE)
+    assert retained is not None
+    assert len(retained) < len(later.to_bytes()) / 2
     store.close()
 
 
@@ -106,10 +106,10 @@ def test_another_bundle_clears_open_alerts_and_uses_no_id_twice(
     keep(store, judge, drifted)
     other = DriftMonitor(reference(2), labels=LABELS, window=WINDOW, learn_windows=40)
     state = ended(store, author, other)
-    told = list(outbox_payloads(store).values())
-    cleared = {body["id"] for body in told if body["kind"] == "alerts" and body["state"] == "cleared"}
+    reported = list(outbox_payloads(store).values())
+    cleared = {body["id"] for body in reported if body["kind"] == "alerts" and body["state"] == "cleared"}
     assert cleared == {"exercise/y/drift/1", "exercise/z/fault/1"}
-    resets = [body for body in told if body.get("event") == "reference reset"]
+    resets = [body for body in reported if body.get("event") == "reference reset"]
     assert drifted.site_reference is not None
     assert [body["evidence"]["site"] for body in resets] == [drifted.site_reference.digest]
     assert (state.site_reference, state.learning.total_windows, int(state.raised_counts.min())) == (None, 0, 1)

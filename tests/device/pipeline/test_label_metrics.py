@@ -28,7 +28,6 @@ from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.drift.monitor import DriftMonitor
 from agent.errors import StorageFull
-from agent.model import activation
 from agent.model.activation import LoadedBundle
 from agent.performance import degradation
 from agent.performance import labels as truth
@@ -36,24 +35,11 @@ from agent.performance.labels import LabelSchema
 from agent.testing.messages import new_key
 from agent.wire import jws
 from agent.wire.messages import AlertPayload, QualityPayload, ResultsPayload, verify_message
-from scripts.kit.bundles import CLASSIFY, EACH, KEY, LABELS, REGRESS, SEVERAL, VECTORS, Recipe, packed
+from scripts.kit.bundles import CLASSIFY, EACH, LABELS, REGRESS, SEVERAL, VECTORS, Recipe, activated
 
 DEVICE = new_key(1)
 T0 = 1_764_000_000_000_000
 KEEP_S = 7 * 86_400.0
-
-
-@pytest.fixture(scope="module")
-def active(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], LoadedBundle]:
-    made: dict[str, LoadedBundle] = {}
-
-    def load(recipe: Recipe) -> LoadedBundle:
-        if recipe.model not in made:
-            path = packed(tmp_path_factory.mktemp(recipe.model), recipe)
-            made[recipe.model] = activation.activate(path, [KEY.public])
-        return made[recipe.model]
-
-    return load
 
 
 @dataclass
@@ -104,11 +90,11 @@ class Device:
             pass
 
     def label(self, rows: Any, text: Callable[[int], str | float], source: str = "human") -> list[str | None]:
-        """What became of a label of each row."""
-        asked = label_metrics.build_label_targets([self.task])["tiny"]
+        """Return the outcome of the label of each row."""
+        requested = label_metrics.build_label_targets([self.task])["tiny"]
         with self.store.transaction() as tx:
             return [
-                labels.store_label(tx, "tiny", asked, truth.parse_label(row, None, text(row), source), self.now)
+                labels.store_label(tx, "tiny", requested, truth.parse_label(row, None, text(row), source), self.now)
                 for row in rows
             ]
 
@@ -117,27 +103,27 @@ class Device:
 
     def sent(self, kind: type) -> list[Any]:
         """Messages of a kind, each verified and within the broker's limit."""
-        signer, found = jws.Signer("pi-07", DEVICE.public), []
+        signer, collected = jws.Signer("pi-07", DEVICE.public), []
         for pending in self.store.unacknowledged_messages(0, 100_000):
             assert len(pending.payload) <= self.max_bytes
             message = verify_message(pending.topic, pending.payload, [pending.jws], lambda kid: signer)
             if isinstance(message.body, kind):
-                found.append(message.body)
-        return found
+                collected.append(message.body)
+        return collected
 
     def alerts(self) -> list[AlertPayload]:
-        return [one for one in self.sent(AlertPayload) if one.alert == "quality"]
+        return [entry for entry in self.sent(AlertPayload) if entry.alert == "quality"]
 
 
 Make = Callable[..., Device]
 
 
 @pytest.fixture
-def make(tmp_path: Path, active: Callable[[Recipe], LoadedBundle]) -> Iterator[Make]:
+def make(tmp_path: Path) -> Iterator[Make]:
     made: list[Device] = []
 
     def new(recipe: Recipe = CLASSIFY, **options: Any) -> Device:
-        made.append(Device(tmp_path / str(len(made)), recipe, active(recipe), **options))
+        made.append(Device(tmp_path / str(len(made)), recipe, activated(recipe), **options))
         return made[-1]
 
     yield new
@@ -155,7 +141,7 @@ def other(row: int) -> str:
 
 
 def metrics(body: QualityPayload) -> dict[tuple[str, str], Any]:
-    return {(one.metric, one.slice): one for one in body.metrics}
+    return {(entry.metric, entry.slice): entry for entry in body.metrics}
 
 
 def test_fifty_labels_make_a_message_that_says_how_good_results_were(make: Make) -> None:
@@ -164,11 +150,11 @@ def test_fifty_labels_make_a_message_that_says_how_good_results_were(make: Make)
     assert device.label(range(1, 51), right) == [None] * 50
     device.turn()
     [body] = device.sent(QualityPayload)
-    found = metrics(body)
-    assert found["accuracy", ""].value > 0.9
-    assert found["accuracy", ""].n == 50
-    assert {"f1_macro", "f1_micro", "brier_top", "ece"} <= {name for name, _ in found}
-    assert {"site=s0", "site=s1", "a=below 0", "a=from 0"} <= {name for _, name in found}
+    result = metrics(body)
+    assert result["accuracy", ""].value > 0.9
+    assert result["accuracy", ""].n == 50
+    assert {"f1_macro", "f1_micro", "brier_top", "ece"} <= {name for name, _ in result}
+    assert {"site=s0", "site=s1", "a=below 0", "a=from 0"} <= {name for _, name in result}
     assert (body.window["rows"], body.window["n"], body.window["new"]) == ([1, 50], 50, 50)
     assert body.labels["classes"] == {"left": 21, "right": 15, "rest": 14}
     assert body.labels["imbalance"] == 1.5
@@ -258,10 +244,10 @@ def test_labels_that_contradict_the_certainty_are_likely_concept_drift(make: Mak
     device.feed(400)
     device.label(range(1, 201), other)
     assert device.turn() == len(device.alerts())
-    said = {one.subject: one for one in device.alerts()}
-    assert set(said) == {"certainty", "evaluation"}
-    assert said["certainty"].summary.startswith("likely concept drift: the accuracy of the last ")
-    assert "the model's scores promise 0.95" in said["certainty"].summary
+    output = {entry.subject: entry for entry in device.alerts()}
+    assert set(output) == {"certainty", "evaluation"}
+    assert output["certainty"].summary.startswith("likely concept drift: the accuracy of the last ")
+    assert "the model's scores promise 0.95" in output["certainty"].summary
     body = device.sent(QualityPayload)[-1]
     assert body.estimate["outside"] is True
     assert 0.9 < body.estimate["accuracy"] < 1
@@ -275,8 +261,8 @@ def test_accuracy_that_falls_later_is_silent_decay(make: Make) -> None:
     assert device.alerts() == []
     device.label(range(251, 401), lambda row: other(row) if row % 3 == 0 else right(row))
     device.turn()
-    said = {one.subject: one for one in device.alerts()}
-    assert said["decay"].summary.startswith("accuracy fell: the accuracy of the last ")
+    output = {entry.subject: entry for entry in device.alerts()}
+    assert output["decay"].summary.startswith("accuracy fell: the accuracy of the last ")
 
 
 def test_labels_that_are_the_models_own_answers_are_left_out_and_warned_of(make: Make) -> None:
@@ -313,16 +299,16 @@ def test_labels_of_a_model_that_says_several_are_each_judged(make: Make) -> None
     assert "'cold' is no label of this model; it knows any of warm|damp|loud" in refused
     device.turn()
     bodies = device.sent(QualityPayload)
-    found = metrics(bodies[0])
-    assert {("accuracy", ""), ("f1_macro", ""), *(("f1", f"class={name}") for name in EACH)} <= set(found)
-    said = device.sent(ResultsPayload)[0].columns.expand_labels()
-    assert said is not None
+    result = metrics(bodies[0])
+    assert {("accuracy", ""), ("f1_macro", ""), *(("f1", f"class={name}") for name in EACH)} <= set(result)
+    output = device.sent(ResultsPayload)[0].columns.expand_labels()
+    assert output is not None
     meant = [
         {*("warm", "damp", "loud", "-", "damp|warm")[row % 5].split("|")}
-        for row in range(1, found["accuracy", ""].n + 1)
+        for row in range(1, result["accuracy", ""].n + 1)
     ]
-    right = [set(text.split("|")) == true for text, true in zip(said, meant, strict=False)]
-    assert found["accuracy", ""].value == pytest.approx(np.mean(right))
+    right = [set(text.split("|")) == true for text, true in zip(output, meant, strict=False)]
+    assert result["accuracy", ""].value == pytest.approx(np.mean(right))
 
 
 def test_an_embedding_is_judged_as_the_anomalies_it_tells(make: Make) -> None:
@@ -348,7 +334,7 @@ def test_another_bundle_starts_anew(make: Make) -> None:
     device.feed(400)
     device.label(range(1, 201), other)
     device.turn()
-    assert {one.state for one in device.alerts()} == {"raised"}
+    assert {entry.state for entry in device.alerts()} == {"raised"}
     bundle = replace(device.task.bundle, digest="sha256:" + "0" * 64)
     device.task = dataclasses.replace(device.task, bundle=bundle)
     device.feed(100)
@@ -356,10 +342,10 @@ def test_another_bundle_starts_anew(make: Make) -> None:
     device.turn()
     body = device.sent(QualityPayload)[-1]
     assert body.window["rows"] == [401, 450]
-    cleared = [one for one in device.alerts() if one.state == "cleared"]
-    assert {one.subject for one in cleared} == {"certainty", "evaluation"}
-    raised = {one.id for one in device.alerts() if one.state == "raised"}
-    assert {one.id for one in cleared} == raised
+    cleared = [entry for entry in device.alerts() if entry.state == "cleared"]
+    assert {entry.subject for entry in cleared} == {"certainty", "evaluation"}
+    raised = {entry.id for entry in device.alerts() if entry.state == "raised"}
+    assert {entry.id for entry in cleared} == raised
 
 
 def test_a_message_that_finds_no_room_is_written_later_and_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,9 +377,9 @@ def test_state_that_cannot_be_read_starts_anew(make: Make) -> None:
     device.label(range(1, 51), right)
     device.turn()
     assert len(device.sent(QualityPayload)) == 1
-    kept = device.store.load_state("tiny", task_keys.LABEL_METRICS)
-    assert kept is not None
-    assert degradation.DegradationState.from_bytes(kept).last_number == 50
+    retained = device.store.load_state("tiny", task_keys.LABEL_METRICS)
+    assert retained is not None
+    assert degradation.DegradationState.from_bytes(retained).last_number == 50
 
 
 def test_many_labels_at_once_make_several_messages_that_cover_each_once(make: Make) -> None:
@@ -424,22 +410,22 @@ def test_an_absurd_label_is_refused_and_a_stored_one_stops_nothing(make: Make) -
     body = device.sent(QualityPayload)[-1]
     assert body.window["n"] == 249
     assert metrics(body)["mae", ""].value == pytest.approx(1e100 / 249, rel=1e-4)
-    kept = device.store.load_state("tiny", task_keys.LABEL_METRICS)
-    assert kept is not None
-    assert np.isfinite(degradation.DegradationState.from_bytes(kept).baseline_square_sum)
+    retained = device.store.load_state("tiny", task_keys.LABEL_METRICS)
+    assert retained is not None
+    assert np.isfinite(degradation.DegradationState.from_bytes(retained).baseline_square_sum)
 
 
 @pytest.mark.parametrize("recipe", [REGRESS, CLASSIFY])
 def test_a_result_that_is_no_number_costs_itself_only(
     make: Make, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
 ) -> None:
-    kept = LabelStore.store_predictions
+    retained = LabelStore.store_predictions
 
     def damaged(self: LabelStore, task: str, given: StoredPredictions, at_s: float) -> None:
         for column in (given.score, given.value):
             if column is not None:
                 column[3] = np.nan
-        kept(self, task, given, at_s)
+        retained(self, task, given, at_s)
 
     monkeypatch.setattr(LabelStore, "store_predictions", damaged)
     device = make(recipe)
@@ -466,14 +452,14 @@ def test_classes_without_a_label_are_counted_too(make: Make) -> None:
 
 
 def test_classes_are_counted_by_what_labels_mean() -> None:
-    found = label_metrics._count_classes(LabelSchema("anomaly"), ["1", "yes", "anomaly", "True", "0", "normal"])
-    assert found == {"classes": {"anomaly": 4, "normal": 2}, "imbalance": 2.0}
+    result = label_metrics._count_classes(LabelSchema("anomaly"), ["1", "yes", "anomaly", "True", "0", "normal"])
+    assert result == {"classes": {"anomaly": 4, "normal": 2}, "imbalance": 2.0}
 
 
 def state_of(device: Device) -> degradation.DegradationState:
-    kept = device.store.load_state("tiny", task_keys.LABEL_METRICS)
-    assert kept is not None
-    return degradation.DegradationState.from_bytes(kept)
+    retained = device.store.load_state("tiny", task_keys.LABEL_METRICS)
+    assert retained is not None
+    return degradation.DegradationState.from_bytes(retained)
 
 
 def test_corrected_labels_are_reported_again_and_clear_their_alerts(make: Make) -> None:
@@ -481,13 +467,16 @@ def test_corrected_labels_are_reported_again_and_clear_their_alerts(make: Make) 
     device.feed(400)
     device.label(range(1, 101), other)
     device.turn()
-    assert {(one.subject, one.state) for one in device.alerts()} == {("evaluation", "raised"), ("certainty", "raised")}
+    assert {(entry.subject, entry.state) for entry in device.alerts()} == {
+        ("evaluation", "raised"),
+        ("certainty", "raised"),
+    }
     device.label(range(1, 101), right)
     device.turn()
     body = device.sent(QualityPayload)[-1]
     assert (body.window["new"], body.window["corrected"]) == (100, 100)
     assert metrics(body)["accuracy", ""].value > 0.9
-    last = {one.id: one.state for one in device.alerts()}
+    last = {entry.id: entry.state for entry in device.alerts()}
     assert set(last.values()) == {"cleared"}
     assert len(last) == 2
     assert not any(track.is_open for track in state_of(device).tracks.values())
@@ -514,15 +503,21 @@ def test_decay_is_what_it_would_be_had_all_labels_been_right_at_first(make: Make
     never_wrong.label(range(1, 401), right)
     never_wrong.boot_s += 90_000
     never_wrong.turn()
-    one, two = state_of(mended), state_of(never_wrong)
-    assert (one.baseline_n, one.baseline_loss_sum, one.baseline_square_sum, one.recent_losses, one.pending) == (
+    first, two = state_of(mended), state_of(never_wrong)
+    assert (
+        first.baseline_n,
+        first.baseline_loss_sum,
+        first.baseline_square_sum,
+        first.recent_losses,
+        first.pending,
+    ) == (
         two.baseline_n,
         two.baseline_loss_sum,
         two.baseline_square_sum,
         two.recent_losses,
         two.pending,
     )
-    assert {kind: replace_raised(track) for kind, track in one.tracks.items()} == two.tracks
+    assert {kind: replace_raised(track) for kind, track in first.tracks.items()} == two.tracks
 
 
 def replace_raised(track: degradation.CusumTrack) -> degradation.CusumTrack:
@@ -554,8 +549,10 @@ def test_a_stop_between_a_correction_and_its_message_loses_nothing(make: Make, m
         device.turn()
         device.turn()
     assert state_of(cut) == state_of(whole)
-    assert [one.window for one in cut.sent(QualityPayload)] == [one.window for one in whole.sent(QualityPayload)]
-    assert [one.id for one in cut.alerts()] == [one.id for one in whole.alerts()]
+    assert [entry.window for entry in cut.sent(QualityPayload)] == [
+        entry.window for entry in whole.sent(QualityPayload)
+    ]
+    assert [entry.id for entry in cut.alerts()] == [entry.id for entry in whole.alerts()]
 
 
 def test_a_label_put_right_twice_counts_once(make: Make) -> None:

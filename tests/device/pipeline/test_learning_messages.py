@@ -53,12 +53,12 @@ def test_a_window_that_ends_no_gathering_says_nothing(store: Store) -> None:
 def test_a_refusal_stays_open_under_one_id_until_a_reference_is_learned(store: Store) -> None:
     sent = tell(store, REFUSED, REFUSED)
     alerts = [body for body in sent if body["kind"] == "alerts"]
-    assert [(one["alert"], one["subject"], one["state"], one["severity"]) for one in alerts] == [
+    assert [(entry["alert"], entry["subject"], entry["state"], entry["severity"]) for entry in alerts] == [
         ("model", "reference", "raised", "info")
     ] * 2
-    assert len({one["id"] for one in alerts}) == 1
+    assert len({entry["id"] for entry in alerts}) == 1
     assert "the windows do not agree among themselves" in alerts[0]["summary"]
-    assert [one["id"] for one in store.open_alerts("exercise")] == [alerts[0]["id"]]
+    assert [entry["id"] for entry in store.open_alerts("exercise")] == [alerts[0]["id"]]
     [cleared] = [body for body in tell(store, LEARNED) if body["kind"] == "alerts"]
     assert (cleared["state"], cleared["id"]) == ("cleared", alerts[0]["id"])
     assert store.open_alerts("exercise") == []

@@ -40,8 +40,8 @@ class Site:
         self.home = folder / "device"
         assert run_outstation("init", str(self.home)).returncode == 0
         self.config = self.home / "outstation.toml"
-        kept = self.config.read_text(encoding="utf-8").split("[streams.")[0]
-        self.config.write_text(kept + CONFIG, encoding="utf-8")
+        retained = self.config.read_text(encoding="utf-8").split("[streams.")[0]
+        self.config.write_text(retained + CONFIG, encoding="utf-8")
         self.file, self.conf = load_config(str(self.config))
 
     def ask(self, *arguments: str) -> tuple[int, Any]:
@@ -87,14 +87,14 @@ def audits(store: Store, event: str) -> list[dict[str, Any]]:
 
 
 def test_show_says_which_reference_is_in_force(site: Site) -> None:
-    code, found = site.ask("show", "exercise")
-    assert code == 0, found
-    assert found["site"]["number"] >= 1
-    assert found["site"]["windows"] == 20
-    assert found["site"]["warning"].startswith("only 20 drift windows")
-    assert found["asked"] is None
-    told = run_outstation("reference", "show", "exercise", "-c", str(site.config))
-    assert "of this site, sha256:" in told.stdout
+    code, result = site.ask("show", "exercise")
+    assert code == 0, result
+    assert result["site"]["number"] >= 1
+    assert result["site"]["windows"] == 20
+    assert result["site"]["warning"].startswith("only 20 drift windows")
+    assert result["asked"] is None
+    reported = run_outstation("reference", "show", "exercise", "-c", str(site.config))
+    assert "of this site, sha256:" in reported.stdout
 
 
 def test_learning_anew_is_audited_and_gives_the_next_number(site: Site) -> None:
@@ -118,7 +118,7 @@ def test_learning_anew_is_audited_and_gives_the_next_number(site: Site) -> None:
     assert "Warning: only 20 drift windows" in before[-1]["summary"]
 
 
-def test_an_applied_request_whose_file_remains_does_nothing(site: Site) -> None:
+def test_an_applied_request_with_a_remaining_file_does_nothing(site: Site) -> None:
     """Simulate a crash between the commit and the deletion of the file."""
     request = relearn.make_request("reset")
     relearn.submit_request(site.conf.data_dir, "exercise", request)
@@ -187,15 +187,15 @@ def test_an_unreadable_request_is_logged_once(tmp_path: Path, caplog: pytest.Log
             assert relearn.pending_request(store, "exercise") is None
     finally:
         store.close()
-    [said] = [record.getMessage() for record in caplog.records]
-    assert "exercise.reference.json: the request cannot be read: Is a directory" in said
+    [output] = [record.getMessage() for record in caplog.records]
+    assert "exercise.reference.json: the request cannot be read: Is a directory" in output
 
 
 def test_wrong_use_is_an_error(site: Site) -> None:
     assert site.ask("relearn", "exercize")[0] == 2
-    code, told = site.ask("relearn", "exercise", "--for", "a while")
+    code, reported = site.ask("relearn", "exercise", "--for", "a while")
     assert code == 2
-    assert "--for" in told
+    assert "--for" in reported
 
 
 @pytest.fixture
@@ -213,9 +213,9 @@ def test_the_running_daemon_applies_local_and_remote_requests(fleet: LocalFleet)
     sent = run_outstation("fleet", "command", "pi-01", "relearn", "exercise", "2 h", "--dir", str(fleet.home), "--json")
     assert json.loads(sent.stdout)["ok"], sent.stdout
 
-    def asked() -> list[Any]:
+    def requests() -> list[Any]:
         sql = "SELECT payload FROM messages WHERE device = 'pi-01' AND kind = 'audit' ORDER BY seq"
         bodies = [json.loads(row[0]) for row in fleet.query(sql)]
         return [(b["evidence"]["by"], b["evidence"]["for_s"]) for b in bodies if b["event"] == "reference reset"]
 
-    wait_until("both are in the log", lambda: asked() == [("on the device", 3600.0), ("from the fleet", 7200.0)])
+    wait_until("both are in the log", lambda: requests() == [("on the device", 3600.0), ("from the fleet", 7200.0)])

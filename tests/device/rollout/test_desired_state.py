@@ -1,4 +1,4 @@
-"""What is desired of a device: taken when an operator signed it for a topic of the device, once, and never again."""
+"""Desired state of a device: verification, groups and order of messages."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ class Desk:
         return ""
 
     def version(self, task: str = "sort") -> str | None:
-        found = self.desires.find_desired(task)
-        return None if found is None else found.version
+        result = self.desires.find_desired(task)
+        return None if result is None else result.version
 
 
 @pytest.fixture
@@ -127,13 +127,13 @@ def test_the_most_specific_topic_of_a_task_applies(desk: Desk) -> None:
 def test_a_repeated_message_changes_nothing(desk: Desk) -> None:
     first = signed(OWN, {"sort": wanted("2")})
     desk.take(first)
-    told: list[int] = []
-    desk.desires.on_change = lambda: told.append(1)
+    reported: list[int] = []
+    desk.desires.on_change = lambda: reported.append(1)
     assert desk.refused(first) == ""
     desk.crash()
-    desk.desires.on_change = lambda: told.append(1)
+    desk.desires.on_change = lambda: reported.append(1)
     assert desk.refused(first) == ""
-    assert (desk.version(), told) == ("2", [])
+    assert (desk.version(), reported) == ("2", [])
 
 
 def test_an_older_message_is_refused_even_after_a_restart(desk: Desk) -> None:
@@ -163,11 +163,11 @@ def test_topics_have_independent_counters(desk: Desk) -> None:
 
 def test_another_devices_message_is_refused(desk: Desk) -> None:
     theirs = f"outstation/{FLEET}/pi-08/desired"
-    found = signed(theirs, {"sort": wanted("2")})
-    assert desk.refused(found) == "other topic"
-    moved = IncomingMessage(OWN, found.payload, found.tokens, True, 1, 1)
+    result = signed(theirs, {"sort": wanted("2")})
+    assert desk.refused(result) == "other topic"
+    moved = IncomingMessage(OWN, result.payload, result.tokens, True, 1, 1)
     assert desk.refused(moved) == "other topic"
-    payload = found.payload
+    payload = result.payload
     resigned = IncomingMessage(OWN, payload, (jws.sign(OPERATOR, OWN, payload),), True, 1, 1)
     assert desk.refused(resigned) == "other device"
     assert desk.version() is None
@@ -255,7 +255,7 @@ def test_refused_messages_are_counted_and_raise_one_alert(desk: Desk, tmp_path: 
     )
     old, new = signed(OWN, {"sort": wanted("1")}), signed(OWN, {"sort": wanted("2")})
     theirs = signed(f"outstation/{FLEET}/pi-08/desired", {"sort": wanted("3")})
-    assert all(uplink._handle_delivery(one, NOW) for one in (old, new, old, theirs, signed(OWN, {}, key=FOREIGN)))
+    assert all(uplink._handle_delivery(entry, NOW) for entry in (old, new, old, theirs, signed(OWN, {}, key=FOREIGN)))
     assert not uplink._handle_delivery(IncomingMessage(f"outstation/{FLEET}/{DEVICE}/ack", b"", (), True, 1, 1), NOW)
     uplink._refusals.flush(NOW, force=True)
     counted = {name: n for name, n in desk.store.counters().items() if name.startswith("desired")}

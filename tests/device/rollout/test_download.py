@@ -1,4 +1,4 @@
-"""How archives come over bad links, onto full and failing disks, and through power cuts: whole, or not at all."""
+"""Downloads of archives over bad links and full disks."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def cut_at(byte: int) -> Callable[[Handler], None]:
 
 
 def part(device: Updating) -> Path:
-    [found] = (device.data / DOWNLOAD_DIR).glob("*.part")
-    return found
+    [path] = (device.data / DOWNLOAD_DIR).glob("*.part")
+    return path
 
 
 # --- connections ---
@@ -127,7 +127,7 @@ def test_an_existing_archive_is_not_downloaded_again(web: Web, device: Updating,
 
 
 def test_a_damaged_part_is_detected_and_downloaded_anew(web: Web, device: Updating, wanted: DesiredBundle) -> None:
-    """As a power cut leaves it on some file systems: of the right length, and zeros."""
+    """Simulate a power cut on a file system that loses the end of a file."""
     web.tricks[:] = [("/targets/", cut_at(1_200_000))]
     device.must_fail(wanted, "DownloadError")
     with part(device).open("r+b") as file:
@@ -139,29 +139,29 @@ def test_a_damaged_part_is_detected_and_downloaded_anew(web: Web, device: Updati
 
 
 def test_a_damaged_archive_is_detected_and_downloaded_anew(web: Web, device: Updating, wanted: DesiredBundle) -> None:
-    found = device.must_fetch(wanted)
-    found.path.write_bytes(bytes(len(ARCHIVE)))
+    outcome = device.must_fetch(wanted)
+    outcome.path.write_bytes(bytes(len(ARCHIVE)))
     assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
 
 
-def test_two_other_archives_and_no_other_part_are_kept(repository: Signed, web: Web, device: Updating) -> None:
+def test_two_other_archives_and_no_other_part_are_retained(repository: Signed, web: Web, device: Updating) -> None:
     several = [repository.add("exercise", f"{n}.0.0", bytes([n]) * 1000) for n in range(5)]
     repository.write(web.folder)
-    for one in several[:4]:
-        device.must_fetch(one)
+    for item in several[:4]:
+        device.must_fetch(item)
     device.data.joinpath(DOWNLOAD_DIR, f"{'0' * 64}.part").write_bytes(b"of another")
     device.must_fetch(several[4])
     assert len(device.fetched) == 3
     assert all(name.endswith(".zip") for name in device.fetched)
 
 
-def test_the_configured_rate_is_kept(repository: Signed, web: Web, device: Updating) -> None:
+def test_the_configured_rate_is_observed(repository: Signed, web: Web, device: Updating) -> None:
     wanted = repository.add("exercise", "1.0.0", SMALL)
     repository.write(web.folder)
     device.configure(max_rate=len(SMALL) // 2)
-    begun = time.monotonic()
+    started_s = time.monotonic()
     device.must_fetch(wanted)
-    assert time.monotonic() - begun > 1.0
+    assert time.monotonic() - started_s > 1.0
 
 
 def test_a_usb_stick_can_be_a_repository(web: Web, device: Updating, wanted: DesiredBundle) -> None:
@@ -246,9 +246,9 @@ def test_a_disk_that_fills_up_during_a_download_loses_nothing(
 
 def ballast(card: Card, leave: int) -> None:
     """Take all room but so much."""
-    found = os.statvfs(card.mount_point)
+    usage = os.statvfs(card.mount_point)
     with (card.mount_point / "ballast").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, found.f_bavail * found.f_frsize - leave)
+        os.posix_fallocate(file.fileno(), 0, usage.f_bavail * usage.f_frsize - leave)
 
 
 # --- power cuts and kills ---
@@ -291,9 +291,9 @@ def test_a_power_cut_at_every_step_of_a_download(card: Card, repository: Signed,
             device.command = dying_at(step)
             device.restart()
             os.sync()
-            before, found = device.floors, device.fetch(wanted)
-        done = isinstance(found, FetchedBundle)
-        assert isinstance(found, FetchedBundle) or found.error == "WorkerCrashed"
+            before, outcome = device.floors, device.fetch(wanted)
+        done = isinstance(outcome, FetchedBundle)
+        assert isinstance(outcome, FetchedBundle) or outcome.error == "WorkerCrashed"
         card.cut(journal=step % 2 == 0)
         with started() as device:
             for role, floor in before.roles.items():

@@ -104,13 +104,13 @@ def test_a_shadow_ends_when_the_device_is_no_longer_selected(site: Site) -> None
     site.desire("2", "shadow", percent=0.0)
     assert site.phase == "not_selected"
     assert task.batch_observer is None
-    assert site.daemon._rollout.rollouts._rollouts["sort"].canary is None
+    assert site.daemon._updater.rollouts._rollouts["sort"].canary is None
 
 
 def compared(site: Site) -> ShadowState | None:
-    """What the device keeps of a comparison that is under way."""
-    found = site.store.load_state("sort", task_keys.SHADOW_STATE)
-    return None if found is None else msgspec.msgpack.decode(found, type=ShadowState)
+    """Return the stored state of a comparison."""
+    result = site.store.load_state("sort", task_keys.SHADOW_STATE)
+    return None if result is None else msgspec.msgpack.decode(result, type=ShadowState)
 
 
 def test_comparison_state_survives_restarts_until_the_bundle_is_active(site: Site) -> None:
@@ -118,9 +118,9 @@ def test_comparison_state_survives_restarts_until_the_bundle_is_active(site: Sit
     site.batch()
     site.until(lambda: compared(site) is not None, "it was told of the first batch")
     site.crash()
-    kept_of = compared(site)
-    assert kept_of is not None
-    assert (kept_of.rollout, kept_of.message_count) == ("r-2", 1)
+    state_of = compared(site)
+    assert state_of is not None
+    assert (state_of.rollout, state_of.message_count) == ("r-2", 1)
     for _ in range(2):
         site.batch()
     site.until_phase("active")
@@ -161,9 +161,9 @@ def test_a_shadow_that_becomes_the_canary_is_compared_anew(site: Site) -> None:
     assert compared(site) is None
     site.batch()
     site.until(lambda: compared(site) is not None, "it was told of the first batch")
-    kept_of = compared(site)
-    assert kept_of is not None
-    assert kept_of.task_digest == site.digest("2")
+    state_of = compared(site)
+    assert state_of is not None
+    assert state_of.task_digest == site.digest("2")
 
 
 def test_an_active_bundle_stays_when_it_is_no_longer_desired(site: Site) -> None:
@@ -186,7 +186,11 @@ def test_a_shadow_publishes_no_result_and_reports_its_agreement(site: Site) -> N
         site.until(lambda: len(shadows(site)) >= len(site.results()), "it was told")
     [first, *_] = shadows(site)
     assert (first["rollout"], first["model"]["version"], first["other"]["version"]) == ("r-2", "1", "2")
-    assert sum(one["n"] for one in shadows(site)) == sum(one["agreeing"] for one in shadows(site)) == 3 * 40
+    assert (
+        sum(message["n"] for message in shadows(site))
+        == sum(message["agreeing"] for message in shadows(site))
+        == 3 * 40
+    )
     assert tiles(site.answered(), 3 * 40)
 
 
@@ -206,9 +210,9 @@ def test_a_crashing_shadow_is_rejected_and_delays_no_batch(site: Site) -> None:
 
 def test_the_previous_bundle_is_the_shadow_of_a_canary(site: Site) -> None:
     settled(site)
-    told = shadows(site)
-    assert {(one["model"]["version"], one["other"]["version"]) for one in told} == {("2", "1")}
-    assert sum(one["n"] for one in told) == 3 * 40
+    messages = shadows(site)
+    assert {(entry["model"]["version"], entry["other"]["version"]) for entry in messages} == {("2", "1")}
+    assert sum(entry["n"] for entry in messages) == 3 * 40
     assert site.standing is not None
     assert site.standing.numbers["batches"] == 3
 
@@ -216,7 +220,7 @@ def test_the_previous_bundle_is_the_shadow_of_a_canary(site: Site) -> None:
 # --- what speaks against a bundle ---
 
 
-def test_a_bundle_whose_golden_vectors_fail_is_rejected(site: Site) -> None:
+def test_a_bundle_with_failing_golden_vectors_is_rejected(site: Site) -> None:
     site.desire("wrong", "all")
     site.until_phase("rejected")
     assert site.events() == [("wrong", "downloading", ""), ("wrong", "rejected", "golden_vectors")]
@@ -278,7 +282,7 @@ def test_a_disagreeing_canary_is_rolled_back_after_min_batches(site: Site, batch
     assert site.phase == "canary"
     site.batch()
     assert (site.phase, site.reason) == ("rolled_back", "agreement")
-    assert sum(one["batches"] for one in shadows(site)) == batches
+    assert sum(message["batches"] for message in shadows(site)) == batches
     assert site.batch() == "1"
 
 
@@ -424,7 +428,7 @@ def test_a_rollback_right_after_a_start_ends_the_canary(site: Site) -> None:
     on_probation(site)
     site.batch()
     site.crash()
-    assert site.daemon._rollout.is_resuming("sort")
+    assert site.daemon._updater.rollouts.is_resuming("sort")
     ok, summary, _ = site.obey("rollback", task="sort")
     assert ok, summary
     assert (site.phase, site.reason, site.batch()) == ("rolled_back", "operator", "1")
@@ -476,7 +480,7 @@ def test_stopping_does_not_wait_for_a_hanging_model(site: Site) -> None:
 
 def test_a_roll_out_repairs_a_task_with_a_broken_bundle(site: Site) -> None:
     site.stop()
-    for path in (site.home / "data" / "bundles" / "tiny", *(site.home / "data" / "bundles" / ".kept").iterdir()):
+    for path in (site.home / "data" / "bundles" / "tiny", *(site.home / "data" / "bundles" / ".copies").iterdir()):
         (path / "model.tflite").write_bytes(b"no model")
     site.start()
     assert site.runs() is None
@@ -491,7 +495,7 @@ def test_a_roll_out_repairs_a_task_with_a_broken_bundle(site: Site) -> None:
 @crashing
 def test_rows_wait_if_the_only_bundle_crashes(site: Site) -> None:
     site.stop()
-    for path in (site.home / "data" / "bundles" / "tiny", *(site.home / "data" / "bundles" / ".kept").iterdir()):
+    for path in (site.home / "data" / "bundles" / "tiny", *(site.home / "data" / "bundles" / ".copies").iterdir()):
         (path / "model.tflite").write_bytes(b"no model")
     site.start()
     site.desire("crash", "all")
@@ -511,9 +515,9 @@ def resets(site: Site) -> int:
 
 def learned(site: Site) -> str:
     """The digest of the site's reference, once there is one."""
-    while (found := site.store.load_state("sort", task_keys.SITE_REFERENCE)) is None:
+    while (result := site.store.load_state("sort", task_keys.SITE_REFERENCE)) is None:
         site.batch(800)
-    return Reference.from_json(found).digest
+    return Reference.from_json(result).digest
 
 
 @crashing
@@ -571,8 +575,8 @@ def test_a_passed_deadline_is_reported_once(site: Site) -> None:
     site.batch()
     site.tick(1.5 * HOUR_S)
     site.tick()
-    told = [body["evidence"] for body in site.messages() if body.get("event") == "rollout"]
-    assert [(one["phase"], one["late"]) for one in told] == [
+    reported = [body["evidence"] for body in site.messages() if body.get("event") == "rollout"]
+    assert [(entry["phase"], entry["late"]) for entry in reported] == [
         ("downloading", False),
         ("canary", False),
         ("canary", True),
@@ -586,17 +590,17 @@ def test_a_passed_deadline_is_reported_once(site: Site) -> None:
 
 
 def test_batches_continue_while_a_bundle_is_probed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    may_go_on, asked = threading.Event(), threading.Event()
+    may_go_on, requested = threading.Event(), threading.Event()
     prove = probe.probe
 
     def slow(*arguments: Any) -> probe.ProbeReport:
-        asked.set()
+        requested.set()
         assert may_go_on.wait(200)
         return prove(*arguments)
 
     monkeypatch.setattr(probe, "probe", slow)
     site.desire("2", "all")
-    site.until(asked.is_set, "it is being proved")
+    site.until(requested.is_set, "it is being proved")
     for _ in range(3):
         began = time.monotonic()
         site.tick()
@@ -627,12 +631,17 @@ def test_health_and_status_explain_the_roll_out_state(site: Site) -> None:
     site.until_phase("rejected")
     status = site.obey("report")[2]["tasks"][0]
     health = [body for body in site.messages() if body["kind"] == "health"][-1]["tasks"]["sort"]
-    for told in (status, health):
-        one = told["rollout"]
-        assert (one["id"], one["strategy"], one["phase"], one["reason"]) == ("r7", "all", "rejected", "golden_vectors")
-        assert one["desired"] == {"name": "tiny", "version": "wrong", "digest": site.digest("wrong")}
-        assert (one["selected"], one["percent"], one["late"]) == (True, 100.0, False)
-        assert "golden" in one["detail"]
+    for reported in (status, health):
+        first = reported["rollout"]
+        assert (first["id"], first["strategy"], first["phase"], first["reason"]) == (
+            "r7",
+            "all",
+            "rejected",
+            "golden_vectors",
+        )
+        assert first["desired"] == {"name": "tiny", "version": "wrong", "digest": site.digest("wrong")}
+        assert (first["selected"], first["percent"], first["late"]) == (True, 100.0, False)
+        assert "golden" in first["detail"]
     assert status["bundle"] == "tiny 1"
 
 

@@ -34,9 +34,9 @@ def requested_archives(web: Web) -> list[str]:
 
 
 def report(device: Updating) -> dict[str, object]:
-    found = device.fetcher.report(device.now())
-    assert found is not None
-    return found
+    result = device.fetcher.report(device.now())
+    assert result is not None
+    return result
 
 
 def settle(device: Updating) -> None:
@@ -118,9 +118,9 @@ def test_retries_back_off_with_jitter(device: Updating, wanted: DesiredBundle) -
     device.restart()
     waits = []
     for _ in range(13):
-        found = device.fetch(wanted)
-        assert isinstance(found, FetchFailure)
-        waits.append(found.retry_in_s)
+        outcome = device.fetch(wanted)
+        assert isinstance(outcome, FetchFailure)
+        waits.append(outcome.retry_in_s)
     for n, wait_s in enumerate(waits):
         longest_s = min(30 * 2**n, 6 * 3600)
         assert longest_s / 2 <= wait_s <= longest_s
@@ -132,25 +132,25 @@ def test_an_unstable_link_is_retried_soon(
 ) -> None:
     for byte in (2_000, 4_000, 6_000, 8_000):
         web.tricks[:] = [("/targets/", lambda it, upto=byte: it.serve(upto))]  # type: ignore[misc]
-        found = device.fetch(wanted)
-        assert isinstance(found, FetchFailure)
-        assert found.retry_in_s <= 30
+        outcome = device.fetch(wanted)
+        assert isinstance(outcome, FetchFailure)
+        assert outcome.retry_in_s <= 30
 
 
 def test_an_incompatible_bundle_is_retried_late(device: Updating, wanted: DesiredBundle) -> None:
     device.configure(max_size=len(ARCHIVE) - 1)
-    found = device.must_fail(wanted, "TooLarge")
-    assert found.is_permanent
-    assert found.retry_in_s >= 3 * 3600
+    outcome = device.must_fail(wanted, "TooLarge")
+    assert outcome.is_permanent
+    assert outcome.retry_in_s >= 3 * 3600
 
 
 def test_an_unpublished_bundle_is_retried_soon(repository: Signed, web: Web, device: Updating) -> None:
     ahead = repository.copy()
     repository.write(web.folder)
     wanted = ahead.add("exercise", "1.0.0", ARCHIVE)
-    found = device.must_fail(wanted, "NoSuchTarget")
-    assert found.is_permanent
-    assert found.retry_in_s <= 30
+    outcome = device.must_fail(wanted, "NoSuchTarget")
+    assert outcome.is_permanent
+    assert outcome.retry_in_s <= 30
     assert report(device)["error"] == "", "the repository was looked at all the same"
     ahead.write(web.folder)
     device.must_fetch(wanted)
@@ -208,23 +208,23 @@ def test_another_desired_bundle_ends_the_first_download(
         PATIENCE_S,
     )
     device.fetcher.start("exercise", second, device.now())
-    found = device.result()
-    assert isinstance(found, FetchedBundle)
-    assert found.desired == second
+    outcome = device.result()
+    assert isinstance(outcome, FetchedBundle)
+    assert outcome.desired == second
 
 
 def test_a_hanging_worker_is_killed_in_time(device: Updating, wanted: DesiredBundle) -> None:
     device.command = HANGING
     device.restart()
     device.fetcher.start("exercise", wanted, device.now())
-    begun = time.monotonic()
+    started_s = time.monotonic()
     assert device.fetcher.poll(device.now()) is None
     assert device.fetcher.poll(device.now()) is None
-    assert time.monotonic() - begun < PATIENCE_S, "the main loop never waits for it"
+    assert time.monotonic() - started_s < PATIENCE_S, "the main loop never waits for it"
     device.later_s += 3_700
-    found = device.result()
-    assert isinstance(found, FetchFailure)
-    assert found.error == "Timeout"
+    outcome = device.result()
+    assert isinstance(outcome, FetchFailure)
+    assert outcome.error == "Timeout"
 
 
 def test_a_worker_that_cannot_start_is_a_failed_fetch(device: Updating, wanted: DesiredBundle) -> None:
@@ -241,9 +241,9 @@ def test_a_response_is_used_only_after_its_floors_are_stored(
 
     with monkeypatch.context() as lost:
         lost.setattr(version_floors, "save", full)
-        found = device.fetch(wanted)
-        assert isinstance(found, FetchFailure)
-        assert found.error == "StorageFull"
+        outcome = device.fetch(wanted)
+        assert isinstance(outcome, FetchFailure)
+        assert outcome.error == "StorageFull"
     assert device.floors == VersionFloors()
     device.must_fetch(wanted)
     assert device.versions["exercise"] == 1
@@ -261,7 +261,7 @@ def test_a_synchronised_time_is_remembered(device: Updating, wanted: DesiredBund
 def test_another_first_root_is_another_repository(
     repository: Signed, web: Web, device: Updating, wanted: DesiredBundle
 ) -> None:
-    """Who may write the device's config may enrol it anew: the floors of the old repository are none of the new one."""
+    """A new first root re-enrols the device: floors of the old repository do not apply."""
     repository.rotate("timestamp")
     repository.sign()
     repository.write(web.folder)
@@ -279,10 +279,10 @@ def test_another_first_root_is_another_repository(
 
 def test_a_root_that_is_missing_is_named(device: Updating, wanted: DesiredBundle) -> None:
     (device.folder / "root.json").unlink()
-    found = device.fetch(wanted)
-    assert isinstance(found, FetchFailure)
-    assert found.error == "MissingRoot"
-    assert str(device.folder / "root.json") in found.detail
+    outcome = device.fetch(wanted)
+    assert isinstance(outcome, FetchFailure)
+    assert outcome.error == "MissingRoot"
+    assert str(device.folder / "root.json") in outcome.detail
 
 
 def test_expired_metadata_are_reported_and_refreshed(

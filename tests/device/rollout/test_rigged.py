@@ -66,10 +66,10 @@ def test_the_failing_model_is_refused_wild_data_by_the_runtime(tmp_path: Path) -
 
 def test_the_sensitive_model_names_the_first_class_where_values_are_large() -> None:
     sound = runtime.TfliteModel(model("classify_int8")).invoke(WILD).argmax(axis=1)
-    said = runtime.TfliteModel(model("rigged_sensitive")).invoke(WILD).argmax(axis=1)
+    predictions = runtime.TfliteModel(model("rigged_sensitive")).invoke(WILD).argmax(axis=1)
     assert sound[19] != 0
-    assert said[19] == 0
-    assert (np.delete(said, 19) == np.delete(sound, 19)).all()
+    assert predictions[19] == 0
+    assert (np.delete(predictions, 19) == np.delete(sound, 19)).all()
 
 
 @pytest.mark.parametrize("trap", ["crash", "hang", "error", "slow", "sensitive"])
@@ -79,11 +79,11 @@ def test_a_rigged_model_passes_the_probe(trap: str) -> None:
 
 @needs_schema
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_rigged_exercise_is_a_signed_bundle_that_only_wrong_vectors_give_away(tmp_path: Path, kind: str) -> None:
-    found = bundle.read(write_bundle(build_rigged_bundle(kind), tmp_path / kind), [KEY.public])
-    report = probe.probe(found)
+def test_only_wrong_golden_vectors_reveal_a_rigged_bundle(tmp_path: Path, kind: str) -> None:
+    content = bundle.read(write_bundle(build_rigged_bundle(kind), tmp_path / kind), [KEY.public])
+    report = probe.probe(content)
     assert report.ok == (kind != "wrong"), report.checks
-    assert found.manifest.version == "2.0.0"
+    assert content.manifest.version == "2.0.0"
 
 
 @needs_schema
@@ -97,5 +97,5 @@ def test_some_of_the_recorded_windows_spring_the_trap_and_most_do_not() -> None:
     assert 0.02 < share < 0.3
     sound = runtime.load_model(shipped.manifest, shipped.model_bytes).invoke(scaled)
     files = build_rigged_bundle("sensitive")
-    said = runtime.TfliteModel(files["model.tflite"]).invoke(scaled)
-    assert float((said.argmax(axis=1) == sound.argmax(axis=1)).mean()) < 1 - share / 2
+    predictions = runtime.TfliteModel(files["model.tflite"]).invoke(scaled)
+    assert float((predictions.argmax(axis=1) == sound.argmax(axis=1)).mean()) < 1 - share / 2

@@ -21,7 +21,7 @@ from tests.kit.exchanges import version
 from tests.kit.rollouts import HOUR_S, Site, bundles_in, tiles, with_model
 
 BATCHES = 12
-NOTHING_ASKED = {"max_accuracy_drop": None, "max_error_growth": None, "output_drift": False}
+NO_RULES = {"max_accuracy_drop": None, "max_error_growth": None, "output_drift": False}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def site(tmp_path: Path, template: Site) -> Iterator[Site]:
 
 def on_probation(site: Site, text: str, **rules: Any) -> None:
     assert site.batch() == "1"
-    site.desire(text, "all", rules={**NOTHING_ASKED, "min_batches": BATCHES, **rules})
+    site.desire(text, "all", rules={**NO_RULES, "min_batches": BATCHES, **rules})
     site.until_phase("canary")
 
 
@@ -163,14 +163,14 @@ def test_an_equally_good_bundle_passes_all_rules(site: Site) -> None:
 
 
 def one_class(rows: int) -> Floats:
-    """What a site looks like from the day on that only the second class happens there."""
+    """Return readings of a site where only the second class occurs from now on."""
     random = np.random.default_rng(7)
     values: Floats = np.clip(CENTRES[1] + random.normal(0, 0.6, (rows, 4)), -3, 3).astype(np.float32)
     return values
 
 
 def loud(rows: int) -> Floats:
-    """The same, so loud that `sensitive` names the first class."""
+    """Return such readings, so large that `sensitive` names the first class."""
     values = one_class(rows)
     values[:, 1] = np.random.default_rng(8).uniform(3.7, 4, rows)
     return values
@@ -182,7 +182,7 @@ def batch_of(site: Site, values: Floats) -> None:
 
 
 def know_the_site(site: Site, small: int = 0) -> None:
-    """So many readings that the bundle on probation has learned what is usual here, and `small` batches more."""
+    """Run batches until the canary has learned the site reference, and `small` batches more."""
     for _ in range(2):
         site.batch(800)
     calm = np.clip(readings(40 * small), -3, 3)
@@ -193,7 +193,7 @@ def know_the_site(site: Site, small: int = 0) -> None:
 
 
 def is_alarmed(site: Site) -> bool:
-    """Whether an alert of the drift of answers or scores is open, of the bundle that answers."""
+    """Return True if the active bundle has an open alert on the drift of predictions or scores."""
     state = site.daemon._scheduled_tasks[0].task.drift_state
     return state is not None and bool(state.suite.open_subjects[-3:-1].any())
 

@@ -20,15 +20,13 @@ from agent.device.rollout.shadow import REPORT_INTERVAL_S, ShadowRunner
 from agent.device.store import labels
 from agent.device.store.message_log import MessageLog
 from agent.errors import ModelProcessFailed, StorageFull
-from agent.model import activation
-from agent.model.activation import LoadedBundle
 from agent.model.bundle import manifest
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference import runtime
 from agent.model.inference.tuning import Tuning
 from agent.performance.labels import Label
 from agent.wire.desired_state import CanaryRules
-from scripts.kit.bundles import ANOMALY, CLASSIFY, KEY, REGRESS, Recipe, around, model, packed
+from scripts.kit.bundles import ANOMALY, CLASSIFY, REGRESS, Recipe, activated, around, model
 from tests.kit.devices import NOW
 from tests.kit.marks import crashing
 from tests.kit.pairs import Pair
@@ -37,27 +35,15 @@ from tests.kit.stations import wait_for
 CALM = np.clip(CLASSIFY.rows(400), -3, 3)
 
 
-@pytest.fixture(scope="module")
-def active(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], LoadedBundle]:
-    made: dict[Recipe, LoadedBundle] = {}
-
-    def load(recipe: Recipe) -> LoadedBundle:
-        if recipe not in made:
-            made[recipe] = activation.activate(packed(tmp_path_factory.mktemp(recipe.model), recipe), [KEY.public])
-        return made[recipe]
-
-    return load
-
-
 Make = Callable[..., Pair]
 
 
 @pytest.fixture
-def make(tmp_path: Path, active: Callable[[Recipe], LoadedBundle]) -> Iterator[Make]:
+def make(tmp_path: Path) -> Iterator[Make]:
     made: list[Pair] = []
 
     def new(other: Bundle, recipe: Recipe = CLASSIFY, **options: Any) -> Pair:
-        made.append(Pair(tmp_path / str(len(made)), recipe, active(recipe), other, **options))
+        made.append(Pair(tmp_path / str(len(made)), recipe, activated(recipe), other, **options))
         return made[-1]
 
     yield new
@@ -65,8 +51,8 @@ def make(tmp_path: Path, active: Callable[[Recipe], LoadedBundle]) -> Iterator[M
         pair.close()
 
 
-def named(found: Bundle, digest: str) -> Bundle:
-    return replace(found, digest=f"sha256:{digest * 64}"[:71])
+def named(content: Bundle, digest: str) -> Bundle:
+    return replace(content, digest=f"sha256:{digest * 64}"[:71])
 
 
 def good(name: str = "classify_float32", recipe: Recipe = CLASSIFY) -> Bundle:
@@ -79,25 +65,25 @@ def good(name: str = "classify_float32", recipe: Recipe = CLASSIFY) -> Bundle:
 def test_a_message_has_agreement_time_and_scores_of_both_bundles(make: Make) -> None:
     pair = make(good())
     answers = pair.batch(CALM[:200])
-    (told,) = pair.shadows()
+    (message,) = pair.shadows()
     assert answers is not None
     float_model = runtime.load_model(pair.other.manifest, pair.other.model_bytes).invoke(CALM[:200])
     assert answers.scores.label is not None
     alike = int(np.equal(answers.scores.label, float_model.argmax(axis=1)).sum())
-    assert (told.n, told.agreeing, told.batches, told.errors) == (200, alike, 1, 0)
-    assert told.rows == (1, 200)
-    assert (told.rollout, told.model.digest, told.other.digest) == (
+    assert (message.n, message.agreeing, message.batches, message.errors) == (200, alike, 1, 0)
+    assert message.rows == (1, 200)
+    assert (message.rollout, message.model.digest, message.other.digest) == (
         "better",
         pair.device.task.bundle.digest,
         pair.other.digest,
     )
-    assert told.stats.windows == told.other_stats.windows == 200
-    assert told.stats.seconds > 0
-    assert told.other_stats.seconds > 0
-    assert 0.5 < told.stats.scores.mean <= 1
+    assert message.stats.windows == message.other_stats.windows == 200
+    assert message.stats.seconds > 0
+    assert message.other_stats.seconds > 0
+    assert 0.5 < message.stats.scores.mean <= 1
     # Neither has a table of how often its scores are right: they are taken at their word.
-    assert told.other_stats.expected_accuracy == told.other_stats.scores
-    assert told.difference.n == 200
+    assert message.other_stats.expected_accuracy == message.other_stats.scores
+    assert message.difference.n == 200
 
 
 def test_results_are_committed_before_the_shadow_gets_the_batch(make: Make) -> None:
@@ -112,9 +98,9 @@ def test_messages_add_up_to_everything_compared(make: Make) -> None:
     pair = make(good())
     for start in range(0, 400, 50):
         pair.batch(CALM[start : start + 50])
-    told = pair.shadows()
-    assert [one.rows for one in told] == [(start + 1, start + 50) for start in range(0, 400, 50)]
-    assert sum(one.n for one in told) == 400
+    messages = pair.shadows()
+    assert [entry.rows for entry in messages] == [(start + 1, start + 50) for start in range(0, 400, 50)]
+    assert sum(entry.n for entry in messages) == 400
     assert [block.stats.n for block in pair.runner.blocks] == [50] * 8
 
 
@@ -124,7 +110,7 @@ def test_few_batches_are_reported_after_some_minutes(make: Make) -> None:
     assert pair.shadows() == []
     assert not pair.turn(100.0 + REPORT_INTERVAL_S - 1)
     assert pair.turn(100.0 + REPORT_INTERVAL_S)
-    assert [one.n for one in pair.shadows()] == [50]
+    assert [message.n for message in pair.shadows()] == [50]
     assert not pair.turn(100.0 + 3 * REPORT_INTERVAL_S), "nothing was compared since"
 
 
@@ -145,10 +131,10 @@ def test_windows_of_different_lengths_match_by_their_last_row(make: Make) -> Non
     head = changed(other.manifest, kind="classify", input=spec)
     pair = make(replace(other, manifest=head), ANOMALY)
     pair.batch(ANOMALY.rows(50))
-    (told,) = pair.shadows()
-    assert (told.n, told.agreeing) == (11, None)
-    assert told.error.startswith("one bundle answers as anomaly, the other as classify")
-    assert told.other_stats.windows == 11
+    (message,) = pair.shadows()
+    assert (message.n, message.agreeing) == (11, None)
+    assert message.error.startswith("one bundle answers as anomaly, the other as classify")
+    assert message.other_stats.windows == 11
 
 
 def test_longer_windows_reach_back_before_the_batch_but_not_over_a_gap(make: Make) -> None:
@@ -157,7 +143,7 @@ def test_longer_windows_reach_back_before_the_batch_but_not_over_a_gap(make: Mak
     pair = make(replace(other, manifest=changed(other.manifest, input=spec)), CLASSIFY)
     pair.batch(CALM[:10])
     pair.batch(CALM[10:20])
-    assert [one.n for one in pair.shadows()] == [7, 10]
+    assert [message.n for message in pair.shadows()] == [7, 10]
     pair.device.fed += 5_000_000
     pair.batch(CALM[20:30])
     assert pair.shadows()[-1].n == 7
@@ -166,16 +152,14 @@ def test_longer_windows_reach_back_before_the_batch_but_not_over_a_gap(make: Mak
 def test_numeric_predictions_have_a_difference(make: Make) -> None:
     pair = make(good("regress_int8", REGRESS), REGRESS)
     pair.batch(REGRESS.rows(60))
-    (told,) = pair.shadows()
-    assert (told.n, told.agreeing, told.difference.n, told.difference.mean) == (60, None, 60, 0.0)
+    (message,) = pair.shadows()
+    assert (message.n, message.agreeing, message.difference.n, message.difference.mean) == (60, None, 60, 0.0)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=6))
-def test_equal_bundles_agree_in_every_window(
-    make: Make, active: Callable[[Recipe], LoadedBundle], pieces: list[tuple[int, bool]]
-) -> None:
-    pair = make(named(active(ANOMALY).bundle, "d"), ANOMALY)
+def test_equal_bundles_agree_in_every_window(make: Make, pieces: list[tuple[int, bool]]) -> None:
+    pair = make(named(activated(ANOMALY).bundle, "d"), ANOMALY)
     values = ANOMALY.rows(sum(rows for rows, _ in pieces))
     at = windows = 0
     for rows, pause in pieces:
@@ -183,9 +167,9 @@ def test_equal_bundles_agree_in_every_window(
         answers = pair.batch(values[at : at + rows])
         windows += 0 if answers is None else len(answers.cut.starts)
         at += rows
-    found = sum((tally.ComparisonStats.from_message(one) for one in pair.shadows()), tally.ComparisonStats())
-    assert (found.n, found.agreeing or 0, found.model.windows, found.other.windows) == (windows,) * 4
-    assert (found.difference.mean, found.difference.m2) == (0.0, 0.0)
+    stats = sum((tally.ComparisonStats.from_message(message) for message in pair.shadows()), tally.ComparisonStats())
+    assert (stats.n, stats.agreeing or 0, stats.model.windows, stats.other.windows) == (windows,) * 4
+    assert (stats.difference.mean, stats.difference.m2) == (0.0, 0.0)
 
 
 # --- what the other one does ---
@@ -204,13 +188,13 @@ def test_a_shadow_crash_is_counted_and_later_batches_are_compared(make: Make) ->
     pair.batch(wild())
     wait_for(lambda: pair.model.poll_ready(), "it started anew")
     pair.batch(CALM[20:40])
-    told = pair.shadows()
-    assert [(one.errors, one.n) for one in told] == [(0, 20), (1, 0), (0, 20)]
-    assert "SIGFPE" in told[1].error
-    assert told[1].rows == (21, 40)
-    assert sum(one.n for one in pair.device.results()) == 60, "no result is missing"
-    found = rules.evaluate_rules(CanaryRules(), pair.runner.blocks, True)
-    assert [(one.rule, one.state) for one in found if one.rule == "error_rate"] == [("error_rate", "failed")]
+    messages = pair.shadows()
+    assert [(entry.errors, entry.n) for entry in messages] == [(0, 20), (1, 0), (0, 20)]
+    assert "SIGFPE" in messages[1].error
+    assert messages[1].rows == (21, 40)
+    assert sum(entry.n for entry in pair.device.results()) == 60, "no result is missing"
+    verdicts = rules.evaluate_rules(CanaryRules(), pair.runner.blocks, True)
+    assert [(entry.rule, entry.state) for entry in verdicts if entry.rule == "error_rate"] == [("error_rate", "failed")]
 
 
 def test_a_shadow_hang_delays_no_batch_and_is_counted(make: Make) -> None:
@@ -223,7 +207,7 @@ def test_a_shadow_hang_delays_no_batch_and_is_counted(make: Make) -> None:
     assert time.monotonic() - began < 20
     wait_for(lambda: pair.runner.poll(0.1), "it is ended")
     pair.turn()
-    assert [(one.errors, one.n) for one in pair.shadows()] == [(1, 0)]
+    assert [(message.errors, message.n) for message in pair.shadows()] == [(1, 0)]
     assert "did not answer within 1.5 s" in pair.shadows()[0].error
 
 
@@ -231,7 +215,7 @@ def test_any_other_shadow_error_is_counted(make: Make, caplog: pytest.LogCapture
     pair = make(good())
     pair.runner.other.input_columns = [99]
     pair.batch(CALM[:20], wait=False)
-    assert [(one.errors, one.n) for one in pair.shadows()] == [(1, 0)]
+    assert [(message.errors, message.n) for message in pair.shadows()] == [(1, 0)]
     assert "shadow tiny" in caplog.text
 
 
@@ -241,11 +225,11 @@ def test_the_old_bundle_in_this_process_can_be_the_shadow(make: Make) -> None:
     pair.device.task = new
     pair.runner = ShadowRunner(new, old, "better", pair.device.store, 1)
     pair.batch(CALM[:100])
-    (told,) = pair.shadows()
-    assert (told.model.digest, told.other.digest) == (new.bundle.digest, old.bundle.digest)
-    assert told.n == 100
-    assert told.stats.seconds > 0
-    assert {one.model.digest for one in pair.device.results()} == {new.bundle.digest}
+    (reported,) = pair.shadows()
+    assert (reported.model.digest, reported.other.digest) == (new.bundle.digest, old.bundle.digest)
+    assert reported.n == 100
+    assert reported.stats.seconds > 0
+    assert {message.model.digest for message in pair.device.results()} == {new.bundle.digest}
 
 
 def test_a_shadow_in_this_process_gets_one_second_of_windows(make: Make) -> None:
@@ -255,8 +239,8 @@ def test_a_shadow_in_this_process_gets_one_second_of_windows(make: Make) -> None
     pair.device.task = new
     pair.runner = ShadowRunner(new, old, "better", pair.device.store, 1)
     pair.batch(CALM[:100])
-    (told,) = pair.shadows()
-    assert (told.n, told.stats.windows, told.other_stats.windows) == (30, 100, 30)
+    (message,) = pair.shadows()
+    assert (message.n, message.stats.windows, message.other_stats.windows) == (30, 100, 30)
 
 
 # --- kill, and once more ---
@@ -266,13 +250,13 @@ def test_a_kill_loses_only_unreported_statistics(make: Make) -> None:
     pair = make(good(), min_batches=24)
     for start in range(0, 60, 20):
         pair.batch(CALM[start : start + 20])
-    assert [one.batches for one in pair.shadows()] == [2]
+    assert [message.batches for message in pair.shadows()] == [2]
     pair.device.restart()
     pair.runner = pair.begin()
     assert [block.stats.n for block in pair.runner.blocks] == [40]
     for start in range(60, 100, 20):
         pair.batch(CALM[start : start + 20])
-    assert [one.rows for one in pair.shadows()] == [(1, 40), (61, 100)]
+    assert [message.rows for message in pair.shadows()] == [(1, 40), (61, 100)]
     assert sum(block.stats.n for block in pair.runner.blocks) == 80
 
 
@@ -285,14 +269,14 @@ def test_repeated_rows_are_not_counted_again(make: Make) -> None:
     assert pair.runner.poll()
     assert pair.runner.stats == tally.ComparisonStats()
     assert not pair.turn(100.0 + REPORT_INTERVAL_S)
-    assert [one.rows for one in pair.shadows()] == [(1, 40)]
+    assert [message.rows for message in pair.shadows()] == [(1, 40)]
 
 
 def test_an_answer_to_an_earlier_request_is_dropped(make: Make) -> None:
     pair = make(good())
     pair.model.submit(CALM[:5])
     pair.batch(CALM[:40])
-    assert [(one.n, one.other_stats.windows) for one in pair.shadows()] == [(40, 40)]
+    assert [(message.n, message.other_stats.windows) for message in pair.shadows()] == [(40, 40)]
 
 
 def test_another_roll_out_starts_a_new_comparison(make: Make) -> None:
@@ -306,7 +290,7 @@ def test_the_rest_is_reported_at_the_end(make: Make) -> None:
     pair = make(good(), min_batches=240)
     pair.batch(CALM[:40])
     assert pair.runner.finish(pair.device.store, pair.device.author, NOW)
-    assert [one.n for one in pair.shadows()] == [40]
+    assert [message.n for message in pair.shadows()] == [40]
     assert not pair.runner.finish(pair.device.store, pair.device.author, NOW)
 
 
@@ -323,7 +307,7 @@ def test_a_message_waits_for_room_and_loses_nothing(make: Make, monkeypatch: pyt
     pair.batch(CALM[:20], at_s=110.0)
     assert pair.shadows() == [], "it rests for a minute"
     assert pair.turn(161.0)
-    assert [(one.errors, one.n) for one in pair.shadows()] == [(1, 20)]
+    assert [(message.errors, message.n) for message in pair.shadows()] == [(1, 20)]
 
 
 # --- labels ---
@@ -347,17 +331,17 @@ def test_each_label_counts_once(make: Make) -> None:
     mine = [CLASSIFY.labels[i] for i in answers.scores.label]
     label(pair, range(1, 43), mine)
     assert pair.turn(100.0 + REPORT_INTERVAL_S)
-    found = pair.shadows()[-1]
+    result = pair.shadows()[-1]
     assert not pair.turn(101.0 + REPORT_INTERVAL_S), "all labels are told of"
     theirs = runtime.load_model(pair.other.manifest, pair.other.model_bytes).invoke(values).argmax(axis=1)
     same = int((theirs == answers.scores.label).sum())
     assert same < 42
-    assert found.labelled == (same, 42 - same, 0, 0)
-    assert (found.stats.correct, found.other_stats.correct) == (42, same)
-    assert (found.batches, found.n) == (0, 0)
+    assert result.labelled == (same, 42 - same, 0, 0)
+    assert (result.stats.correct, result.other_stats.correct) == (42, same)
+    assert (result.batches, result.n) == (0, 0)
     label(pair, range(1, 2), ["rest" if mine[0] != "rest" else "left"])
     pair.turn(100.0 + 2 * REPORT_INTERVAL_S)
-    assert sum(sum(one.labelled) for one in pair.shadows()) == 42, "a corrected label counts as it came first"
+    assert sum(sum(message.labelled) for message in pair.shadows()) == 42, "a corrected label counts as it came first"
 
 
 def test_many_labels_at_once_make_several_blocks(make: Make) -> None:
@@ -374,10 +358,11 @@ def test_many_labels_at_once_make_several_blocks(make: Make) -> None:
         at_s += 1
     blocks = [block for block in pair.runner.blocks if sum(block.stats.labelled)]
     assert [sum(block.stats.labelled) for block in blocks] == [50] * 12
-    found = {
-        one.rule: one for one in rules.evaluate_rules(CanaryRules(max_accuracy_drop=0.0), pair.runner.blocks, True)
+    result = {
+        verdict.rule: verdict
+        for verdict in rules.evaluate_rules(CanaryRules(max_accuracy_drop=0.0), pair.runner.blocks, True)
     }
-    assert found["labels"].numbers["n"] == 600
+    assert result["labels"].numbers["n"] == 600
 
 
 def test_labels_from_the_model_itself_do_not_count(make: Make) -> None:
@@ -385,7 +370,7 @@ def test_labels_from_the_model_itself_do_not_count(make: Make) -> None:
     pair.batch(CALM[:20])
     label(pair, range(1, 21), ["left"] * 20, source="model")
     pair.turn(100.0 + REPORT_INTERVAL_S)
-    assert sum(sum(one.labelled) for one in pair.shadows()) == 0
+    assert sum(sum(message.labelled) for message in pair.shadows()) == 0
 
 
 def test_numeric_labels_give_absolute_errors(make: Make) -> None:
@@ -395,9 +380,9 @@ def test_numeric_labels_give_absolute_errors(make: Make) -> None:
     assert answers.scores.value is not None
     label(pair, range(1, 31), [str(value + 0.5) for value in answers.scores.value])
     assert pair.turn(100.0 + REPORT_INTERVAL_S)
-    found = pair.shadows()[-1]
-    assert (found.stats.abs_error.n, found.other_stats.abs_error.n) == (30, 30)
-    assert found.stats.abs_error.mean == pytest.approx(0.5)
+    message = pair.shadows()[-1]
+    assert (message.stats.abs_error.n, message.other_stats.abs_error.n) == (30, 30)
+    assert message.stats.abs_error.mean == pytest.approx(0.5)
 
 
 def test_stored_shadow_predictions_expire_like_the_tasks(make: Make) -> None:
@@ -432,17 +417,17 @@ def test_after_a_model_crash_another_model_runs_the_same_rows(make: Make) -> Non
     done = device.run()
     assert done is not None
     assert (done.rows, device.store.cursor("tiny")) == (20, 40)
-    assert [(one.rows, one.model.digest) for one in device.results()] == [
+    assert [(message.rows, message.model.digest) for message in device.results()] == [
         ((1, 20), pair.other.digest),
         ((21, 40), old.bundle.digest),
     ]
 
 
-def test_a_subprocess_model_gives_the_same_answers(make: Make, active: Callable[[Recipe], LoadedBundle]) -> None:
-    pair = make(named(active(CLASSIFY).bundle, "c"))
+def test_a_subprocess_model_gives_the_same_answers(make: Make) -> None:
+    pair = make(named(activated(CLASSIFY).bundle, "c"))
     pair.device.task = dataclasses.replace(pair.task, batch_observer=None)
     pair.device.feed(CALM)
     pair.device.run_all()
-    here = active(CLASSIFY).model.invoke(CALM).argmax(axis=1)
-    said = [text for one in pair.device.results() for text in one.columns.expand_labels() or []]
-    assert said == [CLASSIFY.labels[i] for i in here]
+    here = activated(CLASSIFY).model.invoke(CALM).argmax(axis=1)
+    output = [text for message in pair.device.results() for text in message.columns.expand_labels() or []]
+    assert output == [CLASSIFY.labels[i] for i in here]

@@ -22,33 +22,33 @@ pytestmark = pytest.mark.skipif(
 )
 RULES = CanaryRules(min_agreement=0.9, max_latency_ratio=3.0, max_accuracy_drop=0.05, max_error_growth=None)
 WINDOW, BATCHES, ROUNDS = 100, 24, 4
-Told = Callable[[str], dict[str, str]]
+RuleStates = Callable[[str], dict[str, str]]
 
 
 def recorded(windows: int) -> np.ndarray:
-    with np.load(SHIPPED.parent / "recordings" / "exercise.npz") as found:
-        rows: np.ndarray = found["rows"][: windows * WINDOW]
+    with np.load(SHIPPED.parent / "recordings" / "exercise.npz") as result:
+        rows: np.ndarray = result["rows"][: windows * WINDOW]
         return rows
 
 
 @pytest.fixture
-def told(tmp_path: Path) -> Iterator[Told]:
+def rule_states(tmp_path: Path) -> Iterator[RuleStates]:
     made: list[Pair] = []
 
     def compare(kind: str) -> dict[str, str]:
-        """What each rule says of this kind of bundle in shadow, over the recordings."""
+        """Return the state of each rule for this kind of bundle in shadow, over the recordings."""
         # So slow that a busy machine does not hide it.
-        found = bundle.read(write_bundle(build_rigged_bundle(kind, repeats=1200), tmp_path / kind), [KEY.public])
+        content = bundle.read(write_bundle(build_rigged_bundle(kind, repeats=1200), tmp_path / kind), [KEY.public])
         active = activation.activate(SHIPPED, [])
-        recipe = Recipe("classify", "", fields=tuple(found.manifest.input.fields))
-        pair = Pair(tmp_path / f"device {kind}", recipe, active, found, call_timeout_s=0.6)
+        recipe = Recipe("classify", "", fields=tuple(content.manifest.input.fields))
+        pair = Pair(tmp_path / f"device {kind}", recipe, active, content, call_timeout_s=0.6)
         made.append(pair)
         # Until all rules know: a machine that is busy meanwhile leaves the times open for longer.
         for _ in range(ROUNDS):
             # A row each 10 ms, batch by batch.
             for part in np.array_split(recorded(BATCHES * 24), BATCHES):
                 pair.batch(part)
-            states = {one.rule: one.state for one in rules.evaluate_rules(RULES, pair.runner.blocks, True)}
+            states = {verdict.rule: verdict.state for verdict in rules.evaluate_rules(RULES, pair.runner.blocks, True)}
             if "undecided" not in states.values():
                 break
         return dict(states)
@@ -58,8 +58,8 @@ def told(tmp_path: Path) -> Iterator[Told]:
         pair.close()
 
 
-def test_the_same_model_as_a_new_version_passes_every_rule(told: Told) -> None:
-    assert told("good") == {
+def test_the_same_model_as_a_new_version_passes_every_rule(rule_states: RuleStates) -> None:
+    assert rule_states("good") == {
         "agreement": "passed",
         "latency": "passed",
         "error_rate": "passed",
@@ -67,12 +67,12 @@ def test_the_same_model_as_a_new_version_passes_every_rule(told: Told) -> None:
     }
 
 
-def test_swapped_classes_fail_agreement(told: Told) -> None:
-    assert told("mixed_up")["agreement"] == "failed"
+def test_swapped_classes_fail_agreement(rule_states: RuleStates) -> None:
+    assert rule_states("mixed_up")["agreement"] == "failed"
 
 
-def test_a_slow_model_fails_latency_only(told: Told) -> None:
-    assert told("slow") == {
+def test_a_slow_model_fails_latency_only(rule_states: RuleStates) -> None:
+    assert rule_states("slow") == {
         "agreement": "passed",
         "latency": "failed",
         "error_rate": "passed",
@@ -81,5 +81,5 @@ def test_a_slow_model_fails_latency_only(told: Told) -> None:
 
 
 @pytest.mark.parametrize("kind", ["error", "hang"])
-def test_a_model_that_fails_on_some_windows_fails_the_error_rate(told: Told, kind: str) -> None:
-    assert told(kind)["error_rate"] == "failed"
+def test_a_model_that_fails_on_some_windows_fails_the_error_rate(rule_states: RuleStates, kind: str) -> None:
+    assert rule_states(kind)["error_rate"] == "failed"

@@ -45,7 +45,7 @@ class InMemory:
 
 
 def looked(files: dict[str, bytes]) -> dict[str, VersionFloor]:
-    """What is trusted of these metadata. Raises FetchFailed."""
+    """Return the floors of the trusted metadata. Raises FetchFailed."""
     with tempfile.TemporaryDirectory() as work:
         look = tuf_client.TufClient(ROOT, Path(work), InMemory(files), REPOSITORY.now.timestamp())
         look.refresh()
@@ -74,10 +74,10 @@ def test_metadata_with_a_changed_byte_are_refused_or_equal(name: str, data: st.D
     content = bytearray(REPOSITORY.files[name])
     content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
     try:
-        found = looked(changed(**{name: bytes(content)}))
+        result = looked(changed(**{name: bytes(content)}))
     except FetchFailed:
         return
-    assert found == looked(REPOSITORY.files)
+    assert result == looked(REPOSITORY.files)
 
 
 @given(st.sampled_from(NAMES), st.data())
@@ -89,11 +89,11 @@ def test_metadata_signed_with_a_stolen_key_are_refused_or_trusted(name: str, dat
     if data.draw(st.booleans()):
         document[data.draw(st.text(max_size=8))] = data.draw(JSON)
     try:
-        found = looked(changed(**{name: forged(document, REPOSITORY.keys[KEYS[name]])}))
+        result = looked(changed(**{name: forged(document, REPOSITORY.keys[KEYS[name]])}))
     except FetchFailed as failure:
         assert failure.error.isidentifier(), failure  # noqa: PT017
         return
-    assert all(floor.version > 0 for floor in found.values())
+    assert all(floor.version > 0 for floor in result.values())
 
 
 # --- the copy that is worked in ---

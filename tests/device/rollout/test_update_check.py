@@ -16,7 +16,7 @@ from tests.kit.updating import Updating
 
 
 def finding(folder: Path, url: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
-    """What the check says of updates."""
+    """Return the finding of the check on updates."""
     file = folder / "outstation.toml"
     with pytest.raises(SystemExit) as made:
         main(["init", str(folder), "--id", "pi-07"])
@@ -27,7 +27,7 @@ def finding(folder: Path, url: str, capsys: pytest.CaptureFixture[str]) -> dict[
     with pytest.raises(SystemExit):
         main(["check", "-c", str(file), "--json"])
     findings = msgspec.json.decode(capsys.readouterr().out, type=list[dict[str, str]])
-    return next(one for one in findings if one["name"] == "updates")
+    return next(entry for entry in findings if entry["name"] == "updates")
 
 
 @pytest.fixture
@@ -42,17 +42,17 @@ def test_the_check_names_the_repository_and_its_expiry(
     with Web(repository.write(tmp_path / "web")) as web:
         folder.mkdir()
         (folder / "root.json").write_bytes(repository.files["1.root.json"])
-        found = finding(folder, web.url, capsys)
-        assert found["state"] == "ok", found
-        assert f"{web.url}, root 1, timestamp 1, valid until " in found["detail"]
+        result = finding(folder, web.url, capsys)
+        assert result["state"] == "ok", result
+        assert f"{web.url}, root 1, timestamp 1, valid until " in result["detail"]
         assert list(folder.rglob("timestamp.json")) == []
 
 
 def test_the_check_says_what_is_missing(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Web(tmp_path / "web") as web:
-        found = finding(folder, web.url, capsys)
-        assert found["state"] == "failed"
-        assert found["detail"].startswith("MissingRoot: [updates] root ")
+        result = finding(folder, web.url, capsys)
+        assert result["state"] == "failed"
+        assert result["detail"].startswith("MissingRoot: [updates] root ")
 
 
 def test_the_check_uses_the_stored_floors(tmp_path: Path) -> None:

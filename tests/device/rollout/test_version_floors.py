@@ -67,9 +67,9 @@ def test_arbitrary_bytes_are_a_valid_response_or_none(data: bytes) -> None:
     assert isinstance(answer.floors, VersionFloors)
 
 
-def said(**other: Any) -> dict[str, Any]:
-    found: dict[str, Any] = custom("exercise", "1.0.0", "sha256:00", **{"agent": "1.0.0"} | other)["outstation"]
-    return found
+def custom_metadata(**other: Any) -> dict[str, Any]:
+    result: dict[str, Any] = custom("exercise", "1.0.0", "sha256:00", **{"agent": "1.0.0"} | other)["outstation"]
+    return result
 
 
 @pytest.mark.parametrize(
@@ -94,9 +94,9 @@ def said(**other: Any) -> dict[str, Any]:
     ],
 )
 def test_an_incompatibility_is_a_sentence(other: dict[str, Any], why: str) -> None:
-    found = compatibility.find_incompatibility(said(**other), 2000, 1000, HERE)
-    assert why in found
-    assert bool(why) == bool(found)
+    result = compatibility.find_incompatibility(custom_metadata(**other), 2000, 1000, HERE)
+    assert why in result
+    assert bool(why) == bool(result)
 
 
 def test_a_target_without_metadata_is_incompatible() -> None:

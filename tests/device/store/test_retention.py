@@ -43,7 +43,7 @@ def delivered(world: World, n: int = 60) -> None:
     world.write(n)
     world.run(lambda: not world.waiting(), 60)
     assert world.collector.seqs() == set(range(1, n + 1))
-    assert world.kept() == set(range(1, n + 1))
+    assert world.outbox_seqs() == set(range(1, n + 1))
     world.uplink = world.new_uplink()
 
 
@@ -160,8 +160,8 @@ def test_delivery_broker_deletes_and_remembers_what_the_broker_has(make: Callabl
     world = make(delivery="broker")
     world.air.connect(None, "somebody", subscribe=["outstation/#"], session_expiry_s=9)
     world.write(30)
-    world.run(lambda: not world.kept(), 60)
-    assert world.kept() == set()
+    world.run(lambda: not world.outbox_seqs(), 60)
+    assert world.outbox_seqs() == set()
     assert world.store.acknowledged().ranges == [(1, 30)]
     assert world.store.outbox_size() == (0, 30)
 
@@ -180,7 +180,7 @@ def test_one_acknowledgement_costs_one_small_write_and_deletes_nothing(world: Wo
     delivered(world, 300)
     steps = json.loads(world.store.get_meta(retention.ACKNOWLEDGED_HISTORY, ""))
     assert len(steps) == 1
-    assert len(world.kept()) == 300
+    assert len(world.outbox_seqs()) == 300
 
 
 def at(boot_s: float) -> ClockReading:

@@ -99,7 +99,7 @@ class CollectorModel:
         return {seq for _, seq in self.stored}
 
     def answer(self, log: str) -> None:
-        seqs = sorted(seq for one, seq in self.stored if one == log)
+        seqs = sorted(seq for entry, seq in self.stored if entry == log)
         gaps = [(a + 1, b - 1) for a, b in zip([0, *seqs], seqs, strict=False) if b > a + 1]
         through = seqs[-1] if seqs else 0
         if len(gaps) > 100:
@@ -175,11 +175,11 @@ class World:
                     self.author.append(tx, "health", None, {"pad": "x" * size}, self.air.now())
 
     def waiting(self) -> set[int]:
-        """What is in the outbox and not acknowledged."""
+        """Return the seqs in the outbox that are not acknowledged."""
         acknowledged = self.store.acknowledged()
-        return self.kept() - {seq for first, last in acknowledged.ranges for seq in range(first, last + 1)}
+        return self.outbox_seqs() - {seq for first, last in acknowledged.ranges for seq in range(first, last + 1)}
 
-    def kept(self) -> set[int]:
+    def outbox_seqs(self) -> set[int]:
         return {int(row[0]) for row in self.store._fetch_all("SELECT seq FROM outbox")}
 
     def run(self, done: Callable[[], bool], seconds: float, *, drain_s: float = 2.0) -> None:
@@ -237,8 +237,8 @@ def test_messages_leave_the_outbox_only_when_the_collector_has_them(make: Callab
         if written < 240 and world.air.rng.random() < 0.2:
             world.write(20)
             written += 20
-        gone = set(range(1, written + 1)) - world.waiting()
-        assert gone <= world.collector.seqs(), "left the outbox before the collector had it"
+        missing = set(range(1, written + 1)) - world.waiting()
+        assert missing <= world.collector.seqs(), "left the outbox before the collector had it"
 
     world.air.tick_callbacks.append(write_and_look)
     world.run(lambda: written == 240 and not world.waiting(), 3000)
@@ -569,17 +569,17 @@ def test_delivery_broker_deletes_messages_that_a_subscriber_got(
     world = make(delivery="broker")
     world.collector.leave()
     world.write(30)
-    came = False
+    subscribed = False
 
     def come() -> None:
-        nonlocal came
-        if world.air.clock_s > 1100 and not came:
+        nonlocal subscribed
+        if world.air.clock_s > 1100 and not subscribed:
             assert world.waiting() == set(range(1, 31))
-            came = True
+            subscribed = True
             world.air.connect(None, "somebody", subscribe=["outstation/#"], session_expiry_s=9)
 
     world.air.tick_callbacks.append(come)
-    world.run(lambda: came and not world.waiting(), 600)
+    world.run(lambda: subscribed and not world.waiting(), 600)
     assert world.waiting() == set()
     assert world.collector.stored == {}
 
@@ -665,7 +665,7 @@ def test_a_broker_that_confirms_nothing_any_more_is_left(world: World) -> None:
 def test_a_message_without_a_receipt_is_sent_again(world: World) -> None:
     def go_on() -> None:
         world.air.conditions = LinkConditions(silent_refusal=1.0) if 1005 < world.air.clock_s < 1007 else CALM
-        if world.air.clock_s - 1000 > len(world.kept()):
+        if world.air.clock_s - 1000 > len(world.outbox_seqs()):
             world.write(1)
 
     world.air.tick_callbacks.append(go_on)
@@ -686,7 +686,7 @@ def test_greetings_too_large_for_the_broker_are_left_out(
 
 def test_after_an_answered_connection_the_next_one_comes_soon(world: World) -> None:
     def go_on() -> None:
-        if world.air.clock_s - 1000 > len(world.kept()):
+        if world.air.clock_s - 1000 > len(world.outbox_seqs()):
             world.write(1)
         link = world.air._mailboxes[DEVICE].link if DEVICE in world.air._mailboxes else None
         if link is not None and world.air.clock_s > cuts[-1] + 5:
@@ -750,7 +750,7 @@ def once(world: World, clock_s: float, action: Callable[[], object]) -> bool:
 
 def states(world: World) -> list[str]:
     """Return the messages published on `state`, verified."""
-    found: list[str] = []
+    collected: list[str] = []
     for message in world.air.published:
         if message.topic.endswith("/state"):
             signer = jws.Signer(DEVICE, world.key.public)
@@ -758,8 +758,8 @@ def states(world: World) -> list[str]:
             body = verify_message(message.topic, message.payload, tokens, {signer.key.kid: signer}.get).body
             assert isinstance(body, StatePayload)
             assert message.retain
-            found.append(body.state)
-    return found
+            collected.append(body.state)
+    return collected
 
 
 def test_online_offline_and_stopped_are_signed_and_retained(world: World) -> None:

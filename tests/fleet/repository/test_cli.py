@@ -187,7 +187,7 @@ def test_wrong_use_gives_one_line_and_changes_nothing(desk: Operator, words: lis
     assert {path: path.read_bytes() for path in desk.folder.rglob("*") if path.is_file()} == before
 
 
-def test_without_a_repository_commands_say_how_to_create_one(desk: Operator, made: Path) -> None:
+def test_without_a_repository_errors_name_the_command_that_creates_one(desk: Operator, made: Path) -> None:
     words: list[list[object]] = [["publish", made, "--key", KEY.public.text, "--no-probe"]]
     words += [["repository", *rest] for rest in (["status"], ["refresh"], ["rotate", "root"], ["revoke", "tiny"])]
     for command in words:
@@ -336,7 +336,7 @@ def test_expiry_raises_one_alert_until_renewal(desk: Operator, tmp_path: Path) -
     [alert] = store.alerts()
     assert (alert["alert"], alert["severity"], alert["device"]) == ("repository", "warning", "")
     assert "targets expires in 55 days" in alert["summary"]
-    assert upkeep.refresh(desk.folder, sign_with=[away], current_time=later + timedelta(hours=4)).roles[0] == "targets"
+    assert upkeep.refresh(desk.folder, sign_with=[away], now=later + timedelta(hours=4)).roles[0] == "targets"
     upkeep.maintain(desk.folder, store, later + timedelta(hours=5))
     assert store.alerts() == []
     assert len(store.alerts(closed=True)) == 2

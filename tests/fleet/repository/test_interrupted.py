@@ -34,7 +34,7 @@ ACTIONS: dict[str, tuple[Callable[[Depot, Path], object], int]] = {
     "rotate timestamp": (lambda depot, new: key_rotation.rotate(depot.folder, "timestamp"), 5),
     "rotate tiny": (lambda depot, new: key_rotation.rotate(depot.folder, "tiny"), 6),
     "revoke": (lambda depot, new: revoke.revoke(depot.folder, "tiny", "1.0.0"), 3),
-    "refresh": (lambda depot, new: upkeep.refresh(depot.folder, current_time=expiry.now() + timedelta(days=40)), 2),
+    "refresh": (lambda depot, new: upkeep.refresh(depot.folder, now=expiry.now() + timedelta(days=40)), 2),
 }
 
 

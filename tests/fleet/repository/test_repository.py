@@ -365,18 +365,18 @@ def test_targets_without_their_key_give_a_reminder(depot: Depot, made: Path) -> 
     depot.publish(made)
     (depot.layout.keys / "targets-1.key").unlink()
     later = expiry.now() + timedelta(days=309, hours=12)
-    assert upkeep.refresh(depot.folder, current_time=later).roles == ["tiny", "snapshot", "timestamp"]
+    assert upkeep.refresh(depot.folder, now=later).roles == ["tiny", "snapshot", "timestamp"]
     [reminder] = status.read(depot.folder, later).reminders
     assert "targets expires in 55 days" in reminder
 
 
 def test_a_clock_set_back_signs_nothing(depot: Depot) -> None:
     with pytest.raises(UsageError, match=r"before the last signature .*set the clock"):
-        upkeep.refresh(depot.folder, current_time=datetime(1970, 1, 2, tzinfo=UTC))
+        upkeep.refresh(depot.folder, now=datetime(1970, 1, 2, tzinfo=UTC))
 
 
 def test_trust_clock_recovers_from_a_clock_years_ahead(depot: Depot, client: Client, made: Path) -> None:
-    upkeep.refresh(depot.folder, current_time=datetime(2044, 1, 1, tzinfo=UTC))
+    upkeep.refresh(depot.folder, now=datetime(2044, 1, 1, tzinfo=UTC))
     with pytest.raises(UsageError, match=r"refresh --trust-clock"):
         depot.publish(made)
     done = upkeep.refresh(depot.folder, trust_clock=True)

@@ -1,4 +1,4 @@
-"""What is decided about a roll-out: by whom, in which order, what devices are told of it, and what an audit finds."""
+"""Decisions about a roll-out: author, order, desired state, audit."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def six(tmp_path: Path) -> Iterator[Fleet]:
         yield made
 
 
-def short(**what: Any) -> RolloutPlan:
+def short(**options: Any) -> RolloutPlan:
     """A plan whose every step chooses every device, whatever its name."""
-    return plan(("shadow", 100.0), ("all", 100.0), **what)
+    return plan(("shadow", 100.0), ("all", 100.0), **options)
 
 
 def desired(fleet: Fleet, topic: str = ALL) -> DesiredPayload:
-    """As a device reads it."""
+    """Return the desired state as a device reads it."""
     with fleet.store.snapshot() as db:
         row = journal.load_desired(db, topic)
     assert row is not None
@@ -71,8 +71,8 @@ def test_a_start_signs_a_decision_and_the_desired_state(six: Fleet) -> None:
         *(NAME, 1, NOW, "started"),
         "exercise: exercise 1.1.0 for all devices starts with shadow 100 %, then canary 50 %, all.",
     )
-    told = desired(six)
-    assert (told.device, told.counter, told.tasks) == ("_all", 1, {"exercise": plan().desired_for_step(1)})
+    state = desired(six)
+    assert (state.device, state.counter, state.tasks) == ("_all", 1, {"exercise": plan().desired_for_step(1)})
 
 
 def test_decisions_from_shadow_to_all_have_their_numbers(six: Fleet) -> None:
@@ -102,8 +102,8 @@ def test_each_decision_has_the_digest_of_the_previous_one(six: Fleet) -> None:
 def test_an_abort_rolls_back_every_device(six: Fleet) -> None:
     six.start(plan())
     six.abort()
-    told = desired(six).tasks["exercise"]
-    assert (told.strategy, told.percent, told.digest) == ("rollback", 100.0, plan().digest)
+    state = desired(six).tasks["exercise"]
+    assert (state.strategy, state.percent, state.digest) == ("rollback", 100.0, plan().digest)
     assert six.decided()[-1][4] == (
         "Aborted at shadow 100 %, devices return to their previous bundle: the labels were wrong."
     )
@@ -113,8 +113,8 @@ def test_other_tasks_of_a_topic_are_unchanged(six: Fleet) -> None:
     six.start(plan())
     six.start(short(name="solar-2", task="solar", digest="sha256:" + "22" * 32))
     six.abort()
-    told = desired(six)
-    assert (told.tasks["exercise"].strategy, told.tasks["solar"].rollout, told.counter) == ("rollback", "solar-2", 3)
+    state = desired(six)
+    assert (state.tasks["exercise"].strategy, state.tasks["solar"].rollout, state.counter) == ("rollback", "solar-2", 3)
 
 
 def test_only_one_open_roll_out_per_task_and_devices(six: Fleet) -> None:
@@ -211,9 +211,9 @@ def test_a_topic_always_has_the_last_decision_of_each_task(
     with fleet(tmp_path_factory.mktemp("fleet"), 3) as three:
         last: dict[str, tuple[str, str]] = {}
         for i, (task, stays) in enumerate(history):
-            before = [one for one, (_, strategy) in last.items() if one == task and strategy == "shadow"]
-            for one in before:
-                three.abort(name=last[one][0])
+            before = [entry for entry, (_, strategy) in last.items() if entry == task and strategy == "shadow"]
+            for entry in before:
+                three.abort(name=last[entry][0])
             name = f"roll-out-{i}"
             three.start(short(name=name, task=task, digest=f"sha256:{i:064x}"))
             if not stays:
@@ -223,8 +223,8 @@ def test_a_topic_always_has_the_last_decision_of_each_task(
             there = journal.load_desired(db, ALL) is not None
         assert there == bool(history)
         if there:
-            told = desired(three)
-            assert {task: (one.rollout, one.strategy) for task, one in told.tasks.items()} == last
+            state = desired(three)
+            assert {task: (entry.rollout, entry.strategy) for task, entry in state.tasks.items()} == last
         assert audited(three).passed
 
 
@@ -232,8 +232,8 @@ def test_a_topic_always_has_the_last_decision_of_each_task(
 
 
 def test_follow_promotes_step_by_step_and_finishes(six: Fleet) -> None:
-    said: list[str] = []
-    follower = RolloutController(six.desk, None, said.append)
+    lines: list[str] = []
+    follower = RolloutController(six.desk, None, lines.append)
     six.start(plan(rules=promotion(min_hours=0.0)))
     follower.tick(0.0)
     assert (six.find().step, retained(six).tasks["exercise"].strategy) == (1, "shadow")
@@ -246,7 +246,7 @@ def test_follow_promotes_step_by_step_and_finishes(six: Fleet) -> None:
     assert (six.find().state, follower.tick(4.0)) == ("finished", False)
     assert audited(six).passed
     assert events(six) == ["started", "promoted", "promoted", "finished"]
-    assert said[0].startswith(f"{NAME}: shadow 100 % → canary 50 %: agreement")
+    assert lines[0].startswith(f"{NAME}: shadow 100 % → canary 50 %: agreement")
     assert retained(six).tasks["exercise"].strategy == "all"
 
 
@@ -282,8 +282,8 @@ def test_the_next_command_publishes_decisions_from_before_a_kill(six: Fleet) -> 
 
 
 def test_a_decision_is_published_once_the_broker_is_back(six: Fleet) -> None:
-    said: list[str] = []
-    follower = RolloutController(six.desk, None, said.append)
+    lines: list[str] = []
+    follower = RolloutController(six.desk, None, lines.append)
     six.start(plan())
     follower.tick(0.0)
     six.broker.down = True
@@ -294,19 +294,19 @@ def test_a_decision_is_published_once_the_broker_is_back(six: Fleet) -> None:
     six.broker.down = False
     assert not follower.tick(3.0)
     assert retained(six).tasks["exercise"].strategy == "rollback"
-    assert said[1:] == ["not published yet, will retry: nobody listens", "published"]
+    assert lines[1:] == ["not published yet, will retry: nobody listens", "published"]
 
 
 def test_without_a_stored_counter_no_decision_is_made(six: Fleet) -> None:
-    said: list[str] = []
-    follower = RolloutController(six.desk, None, said.append)
+    lines: list[str] = []
+    follower = RolloutController(six.desk, None, lines.append)
     six.start(plan())
     six.in_shadow(agreeing=10)
     (six.folder / COUNTER_FILE).mkdir()
     for now_s in (1.0, 2.0):
         assert follower.tick(now_s)
-    assert (six.find().state, events(six), len(said)) == ("running", ["started"], 1)
-    assert "the last counter cannot be read" in said[0]
+    assert (six.find().state, events(six), len(lines)) == ("running", ["started"], 1)
+    assert "the last counter cannot be read" in lines[0]
     (six.folder / COUNTER_FILE).rmdir()
     follower.tick(3.0)
     assert six.find().state == "aborted"
@@ -390,8 +390,8 @@ def test_the_audit_detects_and_names_every_alteration(six: Fleet, name: str) -> 
     tamper(six.store.path, sql)
     report = audited(six)
     assert not report.passed
-    found = [entry for entry in report.invalid_decisions if reason in entry["reason"]]
-    assert [entry["n"] for entry in found] == [n], report.invalid_decisions
+    result = [entry for entry in report.invalid_decisions if reason in entry["reason"]]
+    assert [entry["n"] for entry in result] == [n], report.invalid_decisions
 
 
 def test_the_audit_rejects_a_decision_of_another_key(six: Fleet) -> None:

@@ -75,10 +75,10 @@ def test_a_plan_has_the_rules_of_each_step(tmp_path: Path) -> None:
 
 def test_the_desired_state_has_step_deadline_and_device_rules(tmp_path: Path) -> None:
     plan = resolved(tmp_path)
-    what = ("exercise-1-1", "exercise", "1.1.0", NEW_MODEL["digest"])
+    identity = ("exercise-1-1", "exercise", "1.1.0", NEW_MODEL["digest"])
     tail = ("2026-12-31T00:00:00Z", CanaryRules(min_batches=30, max_accuracy_drop=0.1))
-    assert plan.desired_for_step(2) == DesiredBundle(*what, "canary", 10.0, *tail)
-    assert plan.desired_after_abort() == DesiredBundle(*what, "rollback", 100.0, *tail)
+    assert plan.desired_for_step(2) == DesiredBundle(*identity, "canary", 10.0, *tail)
+    assert plan.desired_after_abort() == DesiredBundle(*identity, "rollback", 100.0, *tail)
 
 
 @pytest.mark.parametrize(
@@ -210,11 +210,11 @@ def repository(folder: Path, *offered: dict[str, str], bundle: str = "exercise",
     metadata = folder / "repository" / "metadata"
     metadata.mkdir(parents=True, exist_ok=True)
     targets = {
-        f"{bundle}/{one['version']}/{one['digest'][7:23]}.zip": {
+        f"{bundle}/{entry['version']}/{entry['digest'][7:23]}.zip": {
             "length": 1,
-            "custom": {"outstation": {**REQUIREMENTS, **one}},
+            "custom": {"outstation": {**REQUIREMENTS, **entry}},
         }
-        for one in offered
+        for entry in offered
     }
     signed = {"_type": "targets", "version": edition, "targets": targets}
     text = json.dumps({"signatures": [], "signed": signed})

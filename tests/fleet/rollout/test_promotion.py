@@ -84,7 +84,7 @@ def test_a_rule_that_fails_on_too_few_devices_does_not_abort(six: Fleet) -> None
 
 
 @pytest.mark.parametrize(
-    ("asked", "beside", "answer"),
+    ("limits", "numbers", "answer"),
     [
         ({"max_latency_ratio": 1.5}, {"other_stats": answered(seconds=0.12)}, "promote"),
         ({"max_latency_ratio": 1.5}, {"other_stats": answered(seconds=0.3)}, "abort"),
@@ -99,10 +99,10 @@ def test_a_rule_that_fails_on_too_few_devices_does_not_abort(six: Fleet) -> None
     ids=["fast", "slow", "as sure", "less sure", "as near", "less near", "as right", "less right", "no labels"],
 )
 def test_each_rule_uses_its_own_numbers(
-    six: Fleet, asked: dict[str, float], beside: dict[str, Any], answer: str
+    six: Fleet, limits: dict[str, float], numbers: dict[str, Any], answer: str
 ) -> None:
-    six.start(plan(rules=promotion(min_agreement=None, **asked)))
-    six.in_shadow(**beside)
+    six.start(plan(rules=promotion(min_agreement=None, **limits)))
+    six.in_shadow(**numbers)
     assert six.look().verdict.outcome == answer
 
 
@@ -242,7 +242,7 @@ def test_a_device_target_counts_one_device(six: Fleet) -> None:
     six.in_shadow(six.senders[2:], agreeing=0)
     six.in_shadow([six.senders[1]], 12)
     seen = six.look()
-    assert ([one.device for one in seen.devices.selected], seen.verdict.outcome) == (["pi-01"], "promote")
+    assert ([entry.device for entry in seen.devices.selected], seen.verdict.outcome) == (["pi-01"], "promote")
 
 
 def test_the_newest_log_of_a_device_has_its_last_report(six: Fleet) -> None:

@@ -46,7 +46,7 @@ class Site:
 
     def __init__(self, folder: Path, fleet: LocalFleet) -> None:
         self.folder, self.fleet = folder, fleet
-        self.senders = [MessageSender(one.device, one.key) for one in SENDERS]
+        self.senders = [MessageSender(entry.device, entry.key) for entry in SENDERS]
         store = fleet.open_store(write=True)
         for sender in self.senders:
             store.enrol(sender.device, sender.key.public, replace=False, now="2026-11-24T22:20:00.000000Z")
@@ -66,7 +66,7 @@ class Site:
         assert document["published"]
 
     def status(self) -> Any:
-        """As `status --json` prints it."""
+        """Return the output of `status --json`."""
         store = self.fleet.open_store()
         try:
             [document] = build_documents(store, "exercise-1-1")
@@ -76,21 +76,21 @@ class Site:
 
     def send(self, *sent: SignedMessage) -> None:
         link = Link(self.fleet.config.broker, "devices")
-        waiting = {link.send(one.to_outgoing()) for one in sent}
+        waiting = {link.send(message.to_outgoing()) for message in sent}
         while waiting:
             waiting -= {event.token for event in link.receive(60.0) if isinstance(event, PublishReceipt)}
         link.close()
 
     def retained(self, topic: str = ALL, within_s: float = 60.0) -> IncomingMessage | None:
-        """What a device that comes now is given."""
+        """Return the desired state that a new device receives."""
         link = Link(self.fleet.config.broker, "device", subscribe=[topic])
-        found = [event for event in link.receive(within_s) if isinstance(event, IncomingMessage)]
+        result = [event for event in link.receive(within_s) if isinstance(event, IncomingMessage)]
         link.close()
-        assert all(one.retained for one in found)
-        return found[-1] if found else None
+        assert all(entry.retained for entry in result)
+        return result[-1] if result else None
 
     def desired(self) -> DesiredPayload:
-        """The same, verified by the device's rules."""
+        """Return the desired state, verified by the rules of the device."""
         delivery = self.retained()
         assert delivery is not None
         body = verify_message(delivery.topic, delivery.payload, delivery.tokens, self.find).body
@@ -101,7 +101,7 @@ class Site:
         for sender in self.senders:
             self.send(sender.rollout("shadow"), *(sender.shadow(agreeing=agreeing) for _ in range(6)))
 
-    def heard(self, phase: str) -> None:
+    def wait_for_phase(self, phase: str) -> None:
         wait_until(f"all are {phase}", lambda: self.status()["phases"] == {phase: len(self.senders)})
 
 
@@ -117,8 +117,8 @@ def site(tmp_path: Path) -> Iterator[Site]:
 def test_follow_takes_a_good_bundle_to_all_devices(site: Site) -> None:
     site.start()
     assert site.retained() is not None
-    told = site.desired()
-    assert (told.device, told.tasks["exercise"].strategy, told.tasks["exercise"].digest) == (
+    state = site.desired()
+    assert (state.device, state.tasks["exercise"].strategy, state.tasks["exercise"].digest) == (
         *("_all", "shadow", NEW_MODEL["digest"]),
     )
     arguments = ("fleet", "rollout", "follow", "--every", "0.2", "--dir", str(site.fleet.home))
@@ -128,7 +128,7 @@ def test_follow_takes_a_good_bundle_to_all_devices(site: Site) -> None:
         wait_until("it is promoted", lambda: site.status()["step"] == 2)
         # It is decided first, and then told.
         wait_until("the devices are told", lambda: site.desired().tasks["exercise"].strategy == "all")
-        assert site.desired().counter > told.counter
+        assert site.desired().counter > state.counter
         for sender in site.senders:
             swapped = [sender.shadow(model=NEW_MODEL, other=MODEL) for _ in range(8)]
             site.send(sender.rollout("canary", strategy="all"), *swapped, sender.rollout("active", strategy="all"))
@@ -160,8 +160,8 @@ def test_follow_aborts_a_bad_bundle_with_exit_code_1(site: Site) -> None:
         "exercise-1-1: Aborted at shadow 100 %, devices return to their previous bundle: agreement 0.2"
     )
     assert site.desired().tasks["exercise"].strategy == "rollback"
-    code, said = site.rollout("start", str(site.folder / "rollout.toml"))
-    assert (code, "choose another name" in said) == (2, True)
+    code, output = site.rollout("start", str(site.folder / "rollout.toml"))
+    assert (code, "choose another name" in output) == (2, True)
 
 
 def test_a_manual_promotion_needs_passed_rules_or_a_reason(site: Site) -> None:
@@ -175,7 +175,7 @@ def test_a_manual_promotion_needs_passed_rules_or_a_reason(site: Site) -> None:
     assert site.rollout("pause", "exercise-1-1")[1]["state"] == "paused"
     assert site.rollout("resume", "exercise-1-1")[1]["state"] == "running"
     site.in_shadow()
-    site.heard("shadow")
+    site.wait_for_phase("shadow")
     wait_until("nothing is open", lambda: site.status()["outcome"] == "promote")
     assert site.rollout("promote", "exercise-1-1")[1]["step"] == 2
     code, document = site.rollout("promote", "exercise-1-1", "--force", "the others are on holiday")
@@ -195,8 +195,8 @@ def test_the_next_command_publishes_a_decision_made_offline(site: Site) -> None:
     code, _ = site.rollout("abort", "exercise-1-1", "again")
     assert code == 2
     assert site.retained() is not None
-    told = site.desired()
-    assert (told.tasks["exercise"].strategy, told.counter > before.counter) == ("rollback", True)
+    state = site.desired()
+    assert (state.tasks["exercise"].strategy, state.counter > before.counter) == ("rollback", True)
 
 
 def test_follow_replaces_an_older_desired_state_on_the_broker(site: Site) -> None:
@@ -218,7 +218,7 @@ def test_follow_replaces_an_older_desired_state_on_the_broker(site: Site) -> Non
         program.kill()
 
 
-def test_desired_state_of_one_device_does_not_verify_on_the_topic_of_another(site: Site) -> None:
+def test_desired_state_of_a_device_does_not_verify_on_another_topic(site: Site) -> None:
     site.start()
     delivery = site.retained()
     assert delivery is not None
@@ -243,16 +243,16 @@ def test_status_text_names_devices_that_rejected(site: Site) -> None:
     site.send(first.rollout("rejected", reason="signature"), second.rollout("rejected", reason="download_failed"))
     wait_until("both were heard of", lambda: site.status()["rejected"] == ["pi-0", "pi-1"])
     assert site.status()["failed"] == ["pi-0"]
-    said = run_outstation("fleet", "rollout", "status", "--dir", home).stdout
-    assert "exercise-1-1  exercise: exercise 1.1.0 to all  running" in said
-    assert "pi-0: rejected (signature): exercise 1.1.0: rejected." in said
-    assert "pi-1: rejected (download_failed): exercise 1.1.0: rejected." in said
-    assert "not reported: pi-2, pi-3" in said
-    assert "\x1b" not in said
+    text = run_outstation("fleet", "rollout", "status", "--dir", home).stdout
+    assert "exercise-1-1  exercise: exercise 1.1.0 to all  running" in text
+    assert "pi-0: rejected (signature): exercise 1.1.0: rejected." in text
+    assert "pi-1: rejected (download_failed): exercise 1.1.0: rejected." in text
+    assert "not reported: pi-2, pi-3" in text
+    assert "\x1b" not in text
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (("status", "exercise-1-2"), 2, "there is no roll-out 'exercise-1-2'"),
         (("start", "none.toml"), 2, "none.toml: no such file"),
@@ -260,8 +260,8 @@ def test_status_text_names_devices_that_rejected(site: Site) -> None:
         (("abort", "exercise-1-1"), 2, "Missing argument 'REASON'"),
     ],
 )
-def test_wrong_use_is_named(tmp_path: Path, arguments: tuple[str, ...], code: int, said: str) -> None:
+def test_wrong_use_is_named(tmp_path: Path, arguments: tuple[str, ...], code: int, message: str) -> None:
     fleet = LocalFleet(tmp_path, mosquitto=MosquittoBroker(tmp_path))
     fleet.open_store(write=True).close()
     done = run_outstation("fleet", "rollout", *arguments, "--dir", str(fleet.home))
-    assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+    assert (done.returncode, message in done.stderr) == (code, True), done.stderr

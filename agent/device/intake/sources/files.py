@@ -23,7 +23,7 @@ from agent.config.sources import FilesSource
 from agent.datasets.formats import TABLE_SUFFIXES, open_file
 from agent.device.intake import media_reader
 from agent.device.intake.file_reader import FileBlock, read_blocks
-from agent.device.intake.group_commit import CommitOutcome, SourcePosition
+from agent.device.intake.group_commit import SourcePosition
 from agent.device.intake.source import SourceContext, SubmitRows
 from agent.device.store.store import Store
 from agent.errors import RowRejected, StorageFull, UsageError
@@ -82,7 +82,15 @@ class FolderWatcher:
     async def run(self, submit_rows: SubmitRows) -> None:
         while True:
             try:
-                await self._tick(submit_rows)
+                for folder in (self._folder, self._claimed_folder, self._folder / "done", self._folder / "failed"):
+                    folder.mkdir(parents=True, exist_ok=True)
+                for paths in self._group_paths(sorted(self._claimed_folder.iterdir())):
+                    await self._ingest_files(paths, submit_rows, is_retry=True)
+                for paths in self._group_paths(self._list_settled_files()):
+                    claimed = [self._claimed_folder / f"{time.time_ns()}.{path.name}" for path in paths]
+                    for path, target in zip(paths, claimed, strict=True):
+                        os.rename(path, target)
+                    await self._ingest_files(claimed, submit_rows, is_retry=False)
                 self._last_error = ""
             except OSError as error:
                 # The folder may be on a removable medium; logged once, not at every interval.
@@ -91,25 +99,18 @@ class FolderWatcher:
                     log.error("%s: %s; looking again every %g s", self._folder, error, self._source.poll_interval)
             await asyncio.sleep(self._source.poll_interval)
 
-    async def _tick(self, submit_rows: SubmitRows) -> None:
-        """Ingest files that a crash interrupted, then waiting ones."""
-        for folder in (self._folder, self._claimed_folder, self._folder / "done", self._folder / "failed"):
-            folder.mkdir(parents=True, exist_ok=True)
-        for paths in self._group_paths(sorted(self._claimed_folder.iterdir())):
-            await self._ingest_files(paths, submit_rows, is_retry=True)
-        for paths in self._group_paths(self._list_settled_files()):
-            claimed = [self._claimed_folder / f"{time.time_ns()}.{path.name}" for path in paths]
-            for path, target in zip(paths, claimed, strict=True):
-                os.rename(path, target)
-            await self._ingest_files(claimed, submit_rows, is_retry=False)
-
     def _group_paths(self, paths: Sequence[Path]) -> Iterator[Sequence[Path]]:
         """Group images into shared commits; other files go one by one, because positions depend on earlier rows."""
         size = _MAX_IMAGES_PER_COMMIT if isinstance(self._stream.media_format, ImageFormat) else 1
         return (paths[start : start + size] for start in range(0, len(paths), size))
 
     async def _ingest_files(self, paths: Sequence[Path], submit_rows: SubmitRows, *, is_retry: bool) -> None:
-        self._last_us = self._find_last_row_us()
+        last = self._store.last_row(self._name)
+        if self._stream.media_format is None or not last:
+            self._last_us = None
+        else:
+            batch = self._store.read_rows(self._name, self._stream.fields, last - 1, 1)
+            self._last_us = None if batch is None or batch.loss_reason else int(batch.rows.t[-1])
         done = await asyncio.gather(
             *(self._ingest_file(path, submit_rows, is_retry=is_retry) for path in paths), return_exceptions=True
         )
@@ -148,7 +149,15 @@ class FolderWatcher:
             return
         name = _original_name(path)
         log.info("%s: ingested%s", name, f", {progress.rejected_rows} rows rejected" if progress.rejected_rows else "")
-        _move_to_done(path, self._folder, name, self._find_row_range(progress), is_retry=is_retry)
+        media_format, target = self._stream.media_format, _unused_path(self._folder / "done" / name)
+        if media_format is not None:
+            if isinstance(media_format, ImageFormat):
+                last, count = progress.last_row or progress.last_line, media_format.height
+            else:
+                last, count = progress.last_row or self._store.last_row(self._name), progress.last_line
+            index = self._folder / "done" / _INDEX_NAME
+            _append_to_index(index, target.name, (last - count + 1, last), is_retry=is_retry)
+        os.rename(path, target)
         # A position that stays does no harm: its name is unique.
         with contextlib.suppress(StorageFull), self._store.transaction() as tx:
             tx.delete_source_position(f"files:{self._name}", path.name)
@@ -169,7 +178,10 @@ class FolderWatcher:
             async for block in blocks:
                 rejected = dict(block.rejected)
                 if block.lines:
-                    outcome = await self._submit_block(path, submit_rows, block)
+                    line = None if isinstance(self._stream.media_format, ImageFormat) else block.lines[-1]
+                    position = SourcePosition(f"files:{self._name}", path.name, line)
+                    while (outcome := await submit_rows(self._name, block.raw, position, block.lines)).is_store_full:
+                        await asyncio.sleep(self._source.poll_interval)
                     progress.last_line, progress.last_row = block.lines[-1], outcome.last_row or progress.last_row
                     rejected |= dict(outcome.rejected)
                 if rejected and self._stream.media_format:
@@ -177,13 +189,6 @@ class FolderWatcher:
                 for line, reason in sorted(rejected.items())[: max(0, _MAX_LOGGED_ROWS - progress.rejected_rows)]:
                     log.warning("%s: line %d: %s", _original_name(path), line, reason)
                 progress.rejected_rows += len(rejected)
-
-    async def _submit_block(self, path: Path, submit_rows: SubmitRows, block: FileBlock) -> CommitOutcome:
-        line = None if isinstance(self._stream.media_format, ImageFormat) else block.lines[-1]
-        position = SourcePosition(f"files:{self._name}", path.name, line)
-        while (outcome := await submit_rows(self._name, block.raw, position, block.lines)).is_store_full:
-            await asyncio.sleep(self._source.poll_interval)
-        return outcome
 
     async def _read_blocks(self, path: Path, progress: _FileProgress) -> AsyncGenerator[FileBlock]:
         """Yield the blocks after `progress`. Raises UsageError if this file cannot be read, OSError if none can."""
@@ -214,25 +219,6 @@ class FolderWatcher:
             yield first
             first = await asyncio.to_thread(next, blocks, None)
 
-    def _find_last_row_us(self) -> int | None:
-        """Return the time of the stream's last row, epoch µs; None if unknown."""
-        last = self._store.last_row(self._name)
-        if self._stream.media_format is None or not last:
-            return None
-        batch = self._store.read_rows(self._name, self._stream.fields, last - 1, 1)
-        return None if batch is None or batch.loss_reason else int(batch.rows.t[-1])
-
-    def _find_row_range(self, progress: _FileProgress) -> tuple[int, int] | None:
-        """Return the first and last row in the stream of an image or sound."""
-        media_format = self._stream.media_format
-        if media_format is None:
-            return None
-        if isinstance(media_format, ImageFormat):
-            last = progress.last_row or progress.last_line
-            return last - media_format.height + 1, last
-        last = progress.last_row or self._store.last_row(self._name)
-        return last - progress.last_line + 1, last
-
 
 def _read_file_state(path: Path) -> tuple[int, int]:
     status = path.stat()
@@ -242,14 +228,6 @@ def _read_file_state(path: Path) -> tuple[int, int]:
 def _original_name(claimed: Path) -> str:
     """Return the name before a file was claimed; its own name if somebody else put it into `taking/`."""
     return claimed.name.partition(".")[2] or claimed.name
-
-
-def _move_to_done(path: Path, folder: Path, name: str, rows: tuple[int, int] | None, *, is_retry: bool) -> None:
-    """Move a file to `done/NAME`, and add its first and last row to the index."""
-    target = _unused_path(folder / "done" / name)
-    if rows is not None:
-        _append_to_index(folder / "done" / _INDEX_NAME, target.name, rows, is_retry=is_retry)
-    os.rename(path, target)
 
 
 def _unused_path(target: Path) -> Path:

@@ -70,8 +70,6 @@ def build(context: SourceContext, source: MqttSource, store: Store) -> MqttSubsc
 
 
 class MqttSubscriber:
-    """Subscriber with its own thread and client id."""
-
     def __init__(self, name: str, stream: StreamConfig, source: MqttSource, client_id: str) -> None:
         self._name, self._stream, self._source, self._client_id = name, stream, source, client_id
         self._paths, self._time_path = _parse_paths(stream, source)

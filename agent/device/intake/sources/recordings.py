@@ -101,7 +101,9 @@ class Playlist:
         first, offset, pass_number = 1, 0.0, 0
         while True:
             rng = np.random.default_rng([self.seed, pass_number])
-            selected, until = self._find_scene(first)
+            scenes = self._recordings_by_scene
+            at = max(i for i, (begin, _) in enumerate(scenes) if begin <= max(first, scenes[0][0]))
+            selected, until = scenes[at][1], scenes[at + 1][0] if at + 1 < len(scenes) else 2**62
             for r in rng.permutation(selected):
                 begin, end = int(self.recordings.starts[r]), int(self.recordings.starts[r + 1])
                 start = begin + int(rng.integers(0, min(_MAX_SKIP_ROWS, end - begin)))
@@ -112,12 +114,6 @@ class Playlist:
                 if first == until:
                     break
             pass_number += 1
-
-    def _find_scene(self, row: int) -> tuple[NDArray[np.int64], int]:
-        """Return the recordings of the scene at `row`, and the first row of the next scene."""
-        scenes = self._recordings_by_scene
-        at = max(i for i, (begin, _) in enumerate(scenes) if begin <= max(row, scenes[0][0]))
-        return scenes[at][1], scenes[at + 1][0] if at + 1 < len(scenes) else 2**62
 
     def _iter_timed(self) -> Iterator[PlaylistItem]:
         t, starts = self.recordings.t, self.recordings.starts

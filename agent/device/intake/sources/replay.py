@@ -104,7 +104,13 @@ class ReplayPlayer:
             last = first + min(allowed, self._max_rows) - 1
             if self._source.rows is not None:
                 last = min(last, self._source.rows)
-            raw = _concatenate(list(self._iter_pieces(first, last)))
+            pieces = list(self._iter_pieces(first, last))
+            values = {}
+            for name in pieces[0].values:
+                column = np.concatenate([piece.values[name] for piece in pieces])
+                has_missing = np.isnan(column).any()
+                values[name] = [None if v != v else v for v in column.tolist()] if has_missing else column
+            raw = RawColumns(sum(piece.n for piece in pieces), np.concatenate([piece.t for piece in pieces]), values)
             position, numbers = SourcePosition(source, item, last), range(first, last + 1)
             # The same rows again while the store is full, so that none is skipped.
             while (await submit_rows(self._name, raw, position, numbers)).is_store_full:
@@ -131,16 +137,6 @@ class ReplayPlayer:
             name: rows[:, i].astype(np.float64) for name, i in zip(self._field_names, self._field_indices, strict=True)
         }
         return RawColumns(n, t, inject_faults(columns, self._source.faults, first))
-
-
-def _concatenate(pieces: list[RawColumns]) -> RawColumns:
-    """Concatenate pieces; NaN becomes a missing value."""
-    values = {}
-    for name in pieces[0].values:
-        column = np.concatenate([piece.values[name] for piece in pieces])
-        has_missing = np.isnan(column).any()
-        values[name] = [None if v != v else v for v in column.tolist()] if has_missing else column
-    return RawColumns(sum(piece.n for piece in pieces), np.concatenate([piece.t for piece in pieces]), values)
 
 
 def inject_faults(
@@ -174,16 +170,12 @@ def _apply_fault(values: NDArray[np.float64], fault: ReplayFault, first: int, na
         case "saturate":
             return np.clip(values, -amount, amount)
         case "noise":
-            return values + amount * _draw_noise(first, len(values), name)
+            # Drawn in blocks, so that a row's noise is the same in any request.
+            block, stop = first // _NOISE_ROWS, (first + len(values) - 1) // _NOISE_ROWS + 1
+            drawn = [np.random.default_rng([i, *name.encode()]).normal(size=_NOISE_ROWS) for i in range(block, stop)]
+            at = first - block * _NOISE_ROWS
+            return values + amount * np.concatenate(drawn)[at : at + len(values)]
         case "quantize":
             return np.round(values / amount) * amount
         case "swap":
             return values
-
-
-def _draw_noise(first: int, n: int, name: str) -> NDArray[np.float64]:
-    """Return normally distributed values of rows `first`…, the same for a row in any request."""
-    block, stop = first // _NOISE_ROWS, (first + n - 1) // _NOISE_ROWS + 1
-    drawn = [np.random.default_rng([i, *name.encode()]).normal(size=_NOISE_ROWS) for i in range(block, stop)]
-    at = first - block * _NOISE_ROWS
-    return np.concatenate(drawn)[at : at + n]

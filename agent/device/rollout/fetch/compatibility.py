@@ -33,52 +33,25 @@ def find_incompatibility(custom: dict[str, Any], length: int, missing_bytes: int
         metadata = msgspec.convert(custom, TargetMetadata)
     except msgspec.ValidationError as error:
         return f"its target metadata are incomplete ({error}); publish it again with `outstation fleet publish`"
-    required_disk = missing_bytes + max(metadata.unpacked, length) + DISK_RESERVE_BYTES
-    return (
-        _check_fields(metadata, profile)
-        or _check_agent_version(metadata, profile)
-        or _check_runtime(metadata, profile)
-        or _check_memory(metadata, profile)
-        or _check_disk(required_disk, profile)
-    )
-
-
-def _check_fields(metadata: TargetMetadata, profile: DeviceProfile) -> str:
     for field in metadata.fields:
         kind = profile.fields.get(field)
         if kind is None:
             return f"it needs field {field!r}, which stream {profile.stream!r} of this device does not have"
         if kind == "category":
             return f"it needs numbers in field {field!r}, but stream {profile.stream!r} of this device has a category"
+    if _parse_version(metadata.agent) > _parse_version(profile.agent):
+        return f"it needs agent {metadata.agent} or newer, this is {profile.agent}; update the agent first"
+    # Golden vectors of any version of the runtime will do: they have a tolerance.
+    if profile.runtime.partition(" ")[0] not in {name.partition(" ")[0] for name in metadata.runtimes}:
+        known, runtime = ", ".join(metadata.runtimes) or "none", profile.runtime
+        return f"it has no golden vectors for this runtime ({runtime}), so it cannot be verified; it has: {known}"
+    if metadata.memory > profile.free_memory:
+        return f"it needs {_format_mib(metadata.memory)} of memory, {_format_mib(profile.free_memory)} are free here"
+    required_disk = missing_bytes + max(metadata.unpacked, length) + DISK_RESERVE_BYTES
+    if required_disk > profile.free_disk:
+        required, free = _format_mib(required_disk), _format_mib(profile.free_disk)
+        return f"it needs {required} of disk for the archive, the unpacked bundle and a reserve; {free} are free here"
     return ""
-
-
-def _check_agent_version(metadata: TargetMetadata, profile: DeviceProfile) -> str:
-    if _parse_version(metadata.agent) <= _parse_version(profile.agent):
-        return ""
-    return f"it needs agent {metadata.agent} or newer, this is {profile.agent}; update the agent first"
-
-
-def _check_runtime(metadata: TargetMetadata, profile: DeviceProfile) -> str:
-    """Accept golden vectors of any version of the runtime: they have a tolerance."""
-    package = profile.runtime.partition(" ")[0]
-    if package in {name.partition(" ")[0] for name in metadata.runtimes}:
-        return ""
-    known = ", ".join(metadata.runtimes) or "none"
-    return f"it has no golden vectors for this runtime ({profile.runtime}), so it cannot be verified; it has: {known}"
-
-
-def _check_memory(metadata: TargetMetadata, profile: DeviceProfile) -> str:
-    if metadata.memory <= profile.free_memory:
-        return ""
-    return f"it needs {_format_mib(metadata.memory)} of memory, {_format_mib(profile.free_memory)} are free here"
-
-
-def _check_disk(required_bytes: int, profile: DeviceProfile) -> str:
-    if required_bytes <= profile.free_disk:
-        return ""
-    required, free = _format_mib(required_bytes), _format_mib(profile.free_disk)
-    return f"it needs {required} of disk for the archive, the unpacked bundle and a reserve; {free} are free here"
 
 
 def _parse_version(version: str) -> tuple[int, ...]:

@@ -15,7 +15,6 @@ import errno
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from agent import durable_files
 from agent.device.rollout.fetch.protocol import SignedTarget
@@ -36,7 +35,6 @@ class Download:
 
     @property
     def missing_bytes(self) -> int:
-        """Bytes still to be downloaded."""
         if self._archive.exists():
             return 0
         return max(0, self._target.length - (self._part.stat().st_size if self._part.exists() else 0))
@@ -45,7 +43,12 @@ class Download:
         """Return the verified archive, durable on the disk. Raises FetchFailed."""
         with _map_disk_errors():
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._prune()
+            for part in self._folder.glob("*.part"):
+                if part != self._part:
+                    part.unlink()
+            others = [path for path in self._folder.glob("*.zip") if path != self._archive]
+            for path in sorted(others, key=lambda path: path.stat().st_mtime_ns)[:-MAX_OTHER_ARCHIVES]:
+                path.unlink()
             if self._archive.exists():
                 if self._is_valid(self._archive):
                     return self._archive
@@ -77,45 +80,35 @@ class Download:
             stream = self._transport.read(self._name, have)
             if stream.start < have:
                 file.truncate(have := 0)
-            self._copy(file, stream.chunks, have)
-
-    def _copy(self, file: IO[bytes], chunks: Iterator[bytes], offset: int) -> None:
-        synced = offset
-        try:
-            for chunk in chunks:
-                offset += len(chunk)
-                self.received += len(chunk)
-                if offset > self._target.length:
-                    self._part.unlink()
-                    raise FetchFailed(
-                        "DownloadLengthMismatchError",
-                        f"{self._target.path}: the server sent more than the {self._target.length} signed bytes",
-                    )
-                file.write(chunk)
-                if offset >= synced + SYNC_INTERVAL_BYTES:
-                    durable_files.flush(file)
-                    synced = offset
-        finally:
-            durable_files.flush(file)
-        if offset < self._target.length:
-            raise FetchFailed(
-                "DownloadError",
-                f"{self._target.path}: it ended after {offset} of {self._target.length} bytes, which are kept",
-            )
+            offset = have
+            synced = offset
+            try:
+                for chunk in stream.chunks:
+                    offset += len(chunk)
+                    self.received += len(chunk)
+                    if offset > self._target.length:
+                        self._part.unlink()
+                        raise FetchFailed(
+                            "DownloadLengthMismatchError",
+                            f"{self._target.path}: the server sent more than the {self._target.length} signed bytes",
+                        )
+                    file.write(chunk)
+                    if offset >= synced + SYNC_INTERVAL_BYTES:
+                        durable_files.flush(file)
+                        synced = offset
+            finally:
+                durable_files.flush(file)
+            if offset < self._target.length:
+                raise FetchFailed(
+                    "DownloadError",
+                    f"{self._target.path}: it ended after {offset} of {self._target.length} bytes, which are kept",
+                )
 
     def _is_valid(self, path: Path) -> bool:
         if path.stat().st_size != self._target.length:
             return False
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == self._target.sha256
-
-    def _prune(self) -> None:
-        for part in self._folder.glob("*.part"):
-            if part != self._part:
-                part.unlink()
-        others = [path for path in self._folder.glob("*.zip") if path != self._archive]
-        for path in sorted(others, key=lambda path: path.stat().st_mtime_ns)[:-MAX_OTHER_ARCHIVES]:
-            path.unlink()
 
 
 @contextlib.contextmanager

@@ -94,22 +94,20 @@ class FetchProcess:
             response = msgspec.json.decode(self._stdout.read(MAX_RESPONSE_BYTES), type=FetchResponse)
         except msgspec.MsgspecError:
             error = "Timeout" if self._killed else "WorkerCrashed"
-            response = FetchResponse(error=error, detail=self._describe_death(), floors=VersionFloors())
+            if self._killed:
+                detail = "the fetch worker did not end in time and was killed; the bytes so far are kept"
+            else:
+                self._stderr.seek(0)
+                text = self._stderr.read(MAX_RESPONSE_BYTES).decode(errors="replace").strip()
+                detail = f"the fetch worker ended with {self._process.returncode}: {text[-300:]}"
+            response = FetchResponse(error=error, detail=detail, floors=VersionFloors())
         self._close()
         return response
 
     def kill_and_wait(self) -> None:
-        """Kill it and wait for its end."""
         self.kill()
         self._process.wait()
         self._close()
-
-    def _describe_death(self) -> str:
-        if self._killed:
-            return "the fetch worker did not end in time and was killed; the bytes so far are kept"
-        self._stderr.seek(0)
-        text = self._stderr.read(MAX_RESPONSE_BYTES).decode(errors="replace").strip()
-        return f"the fetch worker ended with {self._process.returncode}: {text[-300:]}"
 
     def _close(self) -> None:
         self._stdout.close()
@@ -184,7 +182,11 @@ class Fetcher:
         if before is not None and _bundle_key(before.desired) == _bundle_key(desired):
             return
         self.stop(task)
-        self._pending[task] = _PendingFetch(task, desired, _target_path(desired), now.boot_s + self._jitter_s())
+        try:
+            target_path = target_metadata.target_path(desired.bundle, desired.version, desired.digest)
+        except BadBundle:
+            target_path = f"{desired.bundle}/{desired.digest.removeprefix('sha256:')}"
+        self._pending[task] = _PendingFetch(task, desired, target_path, now.boot_s + self._jitter_s())
 
     def stop(self, task: str) -> None:
         """Drop the fetch of `task`."""
@@ -220,8 +222,14 @@ class Fetcher:
             return None
         floors = version_floors.load(self._store)
         expires = None if floors.expires_s is None else clock.to_rfc3339(round(floors.expires_s * 1e6))
+        if floors.expires_s is None:
+            freshness = "unknown"
+        elif requests.trusted_time_us(self._store, now) / 1e6 >= floors.expires_s:
+            freshness = "expired"
+        else:
+            freshness = "fresh" if now.quality == "synced" else "unknown"
         return {
-            "freshness": self._freshness(floors, now),
+            "freshness": freshness,
             "last_checked": self._metadata_check.checked_at,
             "error": self._metadata_check.error,
             "detail": self._metadata_check.detail,
@@ -231,7 +239,6 @@ class Fetcher:
         }
 
     def close(self) -> None:
-        """End a running worker."""
         if self._process is not None:
             self._process.kill_and_wait()
             self._process = self._active = None
@@ -301,7 +308,15 @@ class Fetcher:
         if pending is None:
             return None
         if response.error or response.file is None or response.target is None:
-            return self._record_failure(pending, response, now)
+            # An unstable link still makes progress: bytes received reset the backoff.
+            pending.failures = 1 if response.received else pending.failures + 1
+            is_permanent = response.error in _PERMANENT_ERRORS
+            is_hopeless = is_permanent and response.error != _UNPUBLISHED_ERROR
+            retry_s = self._backoff_s(64 if is_hopeless else pending.failures)
+            pending.due_s = now.boot_s + retry_s
+            error, detail = response.error or "WorkerCrashed", response.detail or "the fetch worker returned no archive"
+            log.warning("task %s: %s: %s; retry in %.0f s", pending.task, error, detail, retry_s)
+            return FetchFailure(pending.task, pending.desired, error, detail, retry_s, is_permanent)
         del self._pending[pending.task]
         return FetchedBundle(pending.task, pending.desired, Path(response.file), response.target)
 
@@ -322,17 +337,6 @@ class Fetcher:
                 "the repository cannot be used: %s: %s; retry in %.0f s", response.error, response.detail, retry_s
             )
 
-    def _record_failure(self, pending: _PendingFetch, response: FetchResponse, now: ClockReading) -> FetchFailure:
-        # An unstable link still makes progress: bytes received reset the backoff.
-        pending.failures = 1 if response.received else pending.failures + 1
-        is_permanent = response.error in _PERMANENT_ERRORS
-        is_hopeless = is_permanent and response.error != _UNPUBLISHED_ERROR
-        retry_s = self._backoff_s(64 if is_hopeless else pending.failures)
-        pending.due_s = now.boot_s + retry_s
-        error, detail = response.error or "WorkerCrashed", response.detail or "the fetch worker returned no archive"
-        log.warning("task %s: %s: %s; retry in %.0f s", pending.task, error, detail, retry_s)
-        return FetchFailure(pending.task, pending.desired, error, detail, retry_s, is_permanent)
-
     def _jitter_s(self) -> float:
         is_local = self._conf.updates is None or self._conf.updates.is_local
         return 0.0 if is_local else self._rng.uniform(0.0, _MAX_JITTER_S)
@@ -350,14 +354,6 @@ class Fetcher:
             unknown = ", and the clock is not set" if now.quality == "unsynced" else ""
             return f"waits for the window {updates.window}{unknown}"
         return f"retry in {max(0.0, pending.due_s - now.boot_s):.0f} s" if pending.failures else "next"
-
-    def _freshness(self, floors: VersionFloors, now: ClockReading) -> str:
-        """Return `fresh`, `expired`, or `unknown` before the first refresh and while the clock is unsynced."""
-        if floors.expires_s is None:
-            return "unknown"
-        if requests.trusted_time_us(self._store, now) / 1e6 >= floors.expires_s:
-            return "expired"
-        return "fresh" if now.quality == "synced" else "unknown"
 
 
 def seconds_until_close(updates: UpdatesConfig, now: ClockReading) -> float:
@@ -377,11 +373,3 @@ def seconds_until_close(updates: UpdatesConfig, now: ClockReading) -> float:
 
 def _bundle_key(desired: DesiredBundle) -> tuple[str, str, str]:
     return desired.bundle, desired.version, desired.digest
-
-
-def _target_path(desired: DesiredBundle) -> str:
-    """Return the target's path; for a version that no repository can hold, a path that none has."""
-    try:
-        return target_metadata.target_path(desired.bundle, desired.version, desired.digest)
-    except BadBundle:
-        return f"{desired.bundle}/{desired.digest.removeprefix('sha256:')}"

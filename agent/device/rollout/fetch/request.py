@@ -26,7 +26,6 @@ _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def build_metadata_request(conf: Config, updates: UpdatesConfig, floors: VersionFloors, time_us: int) -> FetchRequest:
-    """Build a request that refreshes the metadata only."""
     return FetchRequest(
         url=updates.url,
         ca_file=updates.ca_file,
@@ -51,18 +50,7 @@ def trusted_time_us(store: Store, now: ClockReading) -> int:
 def measure_profile(conf: Config, task: str) -> DeviceProfile:
     """Return the resources that this device has now for a bundle of `task`."""
     stream = conf.tasks[task].stream
-    return DeviceProfile(
-        stream=stream,
-        fields={field.name: field.type for field in conf.streams[stream].fields},
-        agent=__version__,
-        runtime=runtime_name(),
-        free_memory=_available_memory(),
-        free_disk=shutil.disk_usage(conf.data_dir).free,
-    )
-
-
-def _available_memory() -> int:
-    """Return the free bytes of the machine, or of the service's own limit (cgroup v2) if that is lower."""
+    # The machine's free memory, or the service's own limit (cgroup v2) if that is lower.
     available = [int(psutil.virtual_memory().available)]
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -71,4 +59,11 @@ def _available_memory() -> int:
             with contextlib.suppress(OSError, ValueError):
                 limit = int((group / "memory.max").read_text(encoding="ascii"))
                 available.append(limit - int((group / "memory.current").read_text(encoding="ascii")))
-    return max(0, min(available))
+    return DeviceProfile(
+        stream=stream,
+        fields={field.name: field.type for field in conf.streams[stream].fields},
+        agent=__version__,
+        runtime=runtime_name(),
+        free_memory=max(0, min(available)),
+        free_disk=shutil.disk_usage(conf.data_dir).free,
+    )

@@ -92,7 +92,6 @@ class TransferLimiter:
             time.sleep(max(0.0, self._next_read_s - time.monotonic()))
 
     def reset(self) -> None:
-        """Restart the stall timeout."""
         self._stall_left_s, self._bytes_since_reset = self._stall_timeout_s, 0
 
     def _on_alarm(self, _signal: int, _frame: FrameType | None) -> None:
@@ -127,13 +126,24 @@ class HttpTransport:
         path = "/".join([self._path, *(quote(part, safe="") for part in _split_name(name))])
         response = self._send_request(path, offset)
         if response.status not in (200, 206):
-            self._drain_error_body(response)
+            # A short body is read to its end, so that the connection can be used again.
+            with _map_errors(self._url), self._limiter.enforce_timeout():
+                response.read(_ERROR_BODY_BYTES)
+            if not response.isclosed():
+                self.close()
             if response.status == 416 and offset:
                 return self.read(name)
             if response.status in _MISSING_STATUSES:
                 raise RemoteFileMissing(name, response.status)
             raise FetchFailed("DownloadHTTPError", self._describe_refusal(name, response))
-        return FileStream(self._start_offset(name, response, offset), self._iter_chunks(name, response))
+        if response.status == 200:
+            offset = 0
+        else:
+            match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+            if match is None or int(match[1]) != offset or not offset:
+                self.close()
+                raise FetchFailed("DownloadError", f"{name}: the server sent another range than the requested one")
+        return FileStream(offset, self._iter_chunks(name, response))
 
     def close(self) -> None:
         self._connection.close()
@@ -154,22 +164,6 @@ class HttpTransport:
             if reused and isinstance(failure.__cause__, ConnectionError | http.client.HTTPException):
                 return self._send_request(path, offset)
             raise
-
-    def _drain_error_body(self, response: http.client.HTTPResponse) -> None:
-        """Read the body of an error response, and keep the connection if the body is short."""
-        with _map_errors(self._url), self._limiter.enforce_timeout():
-            response.read(_ERROR_BODY_BYTES)
-        if not response.isclosed():
-            self.close()
-
-    def _start_offset(self, name: str, response: http.client.HTTPResponse, offset: int) -> int:
-        if response.status == 200:
-            return 0
-        match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        if match is None or int(match[1]) != offset or not offset:
-            self.close()
-            raise FetchFailed("DownloadError", f"{name}: the server sent another range than the requested one")
-        return offset
 
     def _iter_chunks(self, name: str, response: http.client.HTTPResponse) -> Iterator[bytes]:
         try:

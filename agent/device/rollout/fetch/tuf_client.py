@@ -14,11 +14,11 @@ import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 from tuf.api.exceptions import DownloadError, DownloadHTTPError, RepositoryError
-from tuf.api.metadata import Root, Snapshot, TargetFile, Targets, Timestamp
+from tuf.api.metadata import Root, Snapshot, Targets, Timestamp
 from tuf.api.serialization import DeserializationError
 from tuf.ngclient import Updater, UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
@@ -75,7 +75,10 @@ class TufClient:
         folder, _, name = path.rpartition("/")
         consistent = self._trusted.root.consistent_snapshot
         file = f"{folder}/{next(iter(target.hashes.values()))}.{name}" if consistent else path
-        return SignedTarget(path, target.length, sha256, _read_custom(target)), f"targets/{file}"
+        custom = (target.custom or {}).get(MEMBER, {})
+        if not isinstance(custom, dict) or len(msgspec.json.encode(custom)) > _MAX_CUSTOM_BYTES:
+            raise FetchFailed("RepositoryError", f"{target.path}: its custom metadata are not an object, or too long")
+        return SignedTarget(path, target.length, sha256, custom), f"targets/{file}"
 
     def root_floor(self) -> dict[str, VersionFloor]:
         """Return the floor of root alone, which is valid even if the other roles were rejected."""
@@ -150,14 +153,6 @@ class _TufFetcher(FetcherInterface):
             return self._transport.read(url.removeprefix(_BASE_URL)).chunks
         except RemoteFileMissing as missing:
             raise DownloadHTTPError(missing.detail, 404) from missing
-
-
-def _read_custom(target: TargetFile) -> dict[str, Any]:
-    """Return the member `outstation` of the target's custom metadata. Raises FetchFailed."""
-    custom = (target.custom or {}).get(MEMBER, {})
-    if not isinstance(custom, dict) or len(msgspec.json.encode(custom)) > _MAX_CUSTOM_BYTES:
-        raise FetchFailed("RepositoryError", f"{target.path}: its custom metadata are not an object, or too long")
-    return custom
 
 
 def _sibling_folders(folder: Path) -> tuple[Path, Path]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from agent.device.store.store import Store
     from agent.device.store.transaction import Transaction
 
-_META_KEY = "update floors"
+_META_KEY = "version floors"
 ROOT_ROLE = "root"
 ROLLBACK_ERROR = "BadVersionNumberError"
 
@@ -49,7 +49,9 @@ def raise_floors(floors: VersionFloors, observed: Mapping[str, VersionFloor], ex
     """Return the floors raised to the observed versions. Raises FetchFailed for a version below its floor."""
     for role, new in observed.items():
         before = floors.roles.get(role)
-        if before is not None and new.version < before.version and _is_enforced(role, before, new):
+        if before is None or new.version >= before.version:
+            continue
+        if role == ROOT_ROLE or set(before.keys) <= set(new.keys):
             raise FetchFailed(
                 ROLLBACK_ERROR,
                 f"{role} has version {new.version}, this device has seen {before.version}: the repository, or "
@@ -68,7 +70,3 @@ def load(store: Store) -> VersionFloors:
 
 def save(tx: Transaction, floors: VersionFloors) -> None:
     tx.set_meta(_META_KEY, msgspec.json.encode(floors).decode())
-
-
-def _is_enforced(role: str, before: VersionFloor, observed: VersionFloor) -> bool:
-    return role == ROOT_ROLE or set(before.keys) <= set(observed.keys)

@@ -40,7 +40,14 @@ def handle_request(request: FetchRequest) -> FetchResponse:
     """Refresh the metadata and download the target, without setting resource limits."""
     floors, target, download = request.floors, None, None
     try:
-        anchor = _read_root(Path(request.root_file))
+        path = Path(request.root_file)
+        try:
+            with path.open("rb") as file:
+                anchor = file.read(_MAX_ROOT_BYTES)
+        except OSError as error:
+            raise FetchFailed(
+                "MissingRoot", f"[updates] root {path}: {error.strerror}; copy the repository's first root.json there"
+            ) from error
         floors = floors.for_anchor(hashlib.sha256(anchor).hexdigest())
         limiter = transport.TransferLimiter(request.timeout_s, request.max_rate, request.stall_timeout_s)
         with contextlib.closing(transport.open_transport(request.url, request.ca_file, limiter)) as repository:
@@ -102,7 +109,7 @@ def _check_target(request: FetchRequest, target: SignedTarget, missing_bytes: in
     """Raise FetchFailed for an archive that must not be downloaded."""
     if target.length > request.max_size:
         raise FetchFailed(
-            "TooLarge", f"{target.path} has {target.length} bytes, [updates] max_size allows {request.max_size}"
+            "TooLarge", f"{target.path} has {target.length} bytes; [updates] max_size is {request.max_size}"
         )
     if request.digest and target.custom.get("digest") != request.digest:
         raise FetchFailed("Incompatible", f"{target.path} holds another bundle than the desired one ({request.digest})")
@@ -110,16 +117,6 @@ def _check_target(request: FetchRequest, target: SignedTarget, missing_bytes: in
         problem := compatibility.find_incompatibility(target.custom, target.length, missing_bytes, request.profile)
     ):
         raise FetchFailed("Incompatible", f"{target.path}: {problem}")
-
-
-def _read_root(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(_MAX_ROOT_BYTES)
-    except OSError as error:
-        raise FetchFailed(
-            "MissingRoot", f"[updates] root {path}: {error.strerror}; copy the repository's first root.json there"
-        ) from error
 
 
 def _apply_limits(request: FetchRequest) -> None:

@@ -230,18 +230,9 @@ def evaluate_support(paths: Collection[str], empty_paths: Collection[str] = ()) 
     support = []
     for point in POINTS:
         present = [name for name in point.files if name not in empty_paths and _is_present(name, paths)]
-        support.append(
-            PointSupport(
-                framework=point.framework,
-                part=point.part,
-                id=point.id,
-                requirement=point.requirement,
-                files_present=present,
-                files_missing=[name for name in point.files if name not in present],
-                demonstrates=point.demonstrates,
-                limitations=point.limitations,
-            )
-        )
+        missing = [name for name in point.files if name not in present]
+        head = (point.framework, point.part, point.id, point.requirement)
+        support.append(PointSupport(*head, present, missing, point.demonstrates, point.limitations))
     return support
 
 

@@ -123,9 +123,8 @@ def _check_paths(paths: list[str]) -> None:
 def _check_sizes(files: list[FileEntry]) -> None:
     for file in files:
         if file.size > READ_LIMITS.file_bytes:
-            raise MessageRefused(
-                "too large", f"{file.path} has {file.size} bytes, the limit is {READ_LIMITS.file_bytes}"
-            )
+            problem = f"{file.path} has {file.size} bytes, the limit is {READ_LIMITS.file_bytes}"
+            raise MessageRefused("too large", problem)
     if sum(file.size for file in files) > READ_LIMITS.total_bytes:
         raise MessageRefused("too large", f"all files together exceed the limit of {READ_LIMITS.total_bytes} bytes")
 

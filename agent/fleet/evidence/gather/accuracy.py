@@ -26,7 +26,20 @@ class AccuracyCollector(msgspec.Struct):
         if known is None and len(self._latest) >= WRITE_LIMITS.tasks:
             self.untracked += 1
         elif known is None or self.newest_logs.get(body.device) == body.log or known.time <= body.time:
-            self._latest[body.device, body.task] = _entry_from_message(body)
+            model, sources = body.model, body.labels.get("sources")
+            counts = sources if isinstance(sources, dict) else {}
+            self._latest[body.device, body.task] = AccuracyEntry(
+                device=body.device,
+                task=body.task,
+                time=body.time,
+                source="device",
+                model=ModelRef(model.name, model.version, model.digest) if model else None,
+                labels={str(name)[:64]: n for name, n in counts.items() if type(n) is int},
+                metrics=list(body.metrics),
+                label_coverage={name: value for name, value in body.labels.items() if name != "sources"},
+                estimate=body.estimate,
+                message=MessageRef(body.device, body.log, body.seq),
+            )
 
     def build_entries(
         self, rows: list[dict[str, Any]], labels: dict[tuple[str, str], dict[str, int]]
@@ -35,9 +48,22 @@ class AccuracyCollector(msgspec.Struct):
         rows_by_task: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for row in rows:
             rows_by_task.setdefault((row["device"], row["task"]), []).append(row)
-        keys = sorted({*rows_by_task, *labels})
+        names = ("metric", "value", "low", "high", "n", "slice", "state")
         entries = [*self._latest.values()]
-        entries += [_entry_from_rows(key, rows_by_task.get(key, []), labels.get(key, {})) for key in keys]
+        for device, task in sorted({*rows_by_task, *labels}):
+            own = rows_by_task.get((device, task), [])
+            newest = max((row["time"] for row in own), default="")
+            metrics = [Metric(**{name: row[name] for name in names}) for row in own]
+            entry = AccuracyEntry(
+                device=device,
+                task=task,
+                time=newest,
+                source="collector",
+                model=None,
+                labels=labels.get((device, task), {}),
+                metrics=metrics,
+            )
+            entries.append(entry)
         entries.sort(key=_worst_first_key)
         self.omitted = self.untracked + max(0, len(entries) - WRITE_LIMITS.accuracy_entries)
         return entries[: WRITE_LIMITS.accuracy_entries]
@@ -55,34 +81,3 @@ def _worst_first_key(entry: AccuracyEntry) -> tuple[Any, ...]:
         return entry.task, 1, 0.0, entry.device, entry.source
     value = metric.value if HEADLINE_METRICS[metric.metric] else -metric.value
     return entry.task, 0, value, entry.device, entry.source
-
-
-def _entry_from_message(body: QualityPayload) -> AccuracyEntry:
-    model = body.model
-    sources = body.labels.get("sources")
-    counts = sources if isinstance(sources, dict) else {}
-    return AccuracyEntry(
-        device=body.device,
-        task=body.task,
-        time=body.time,
-        source="device",
-        model=ModelRef(model.name, model.version, model.digest) if model else None,
-        labels={str(name)[:64]: n for name, n in counts.items() if type(n) is int},
-        metrics=list(body.metrics),
-        label_coverage={name: value for name, value in body.labels.items() if name != "sources"},
-        estimate=body.estimate,
-        message=MessageRef(body.device, body.log, body.seq),
-    )
-
-
-def _entry_from_rows(key: tuple[str, str], rows: list[dict[str, Any]], labels: dict[str, int]) -> AccuracyEntry:
-    names = ("metric", "value", "low", "high", "n", "slice", "state")
-    return AccuracyEntry(
-        device=key[0],
-        task=key[1],
-        time=max((row["time"] for row in rows), default=""),
-        source="collector",
-        model=None,
-        labels=labels,
-        metrics=[Metric(**{name: row[name] for name in names}) for row in rows],
-    )

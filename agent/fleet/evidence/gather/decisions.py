@@ -58,19 +58,25 @@ class DecisionCollector(msgspec.Struct):
             return
         evidence, args = body.evidence, body.evidence.get("args")
         task = _as_text(evidence.get("task")) or _as_text(args.get("task") if isinstance(args, dict) else "")
-        self._store(
-            DecisionRecord(
-                time=body.time,
-                event=body.event,
-                decided_by=_name_actor(body),
-                summary=body.summary,
-                device=body.device,
-                task=task,
-                rollout=_as_text(evidence.get("rollout")),
-                phase=_as_text(evidence.get("phase")) if body.event == "rollout" else "",
-                message=None if has_label_data(body) else MessageRef(body.device, body.log, body.seq),
-            )
+        record = DecisionRecord(
+            time=body.time,
+            event=body.event,
+            decided_by=_name_actor(body),
+            summary=body.summary,
+            device=body.device,
+            task=task,
+            rollout=_as_text(evidence.get("rollout")),
+            phase=_as_text(evidence.get("phase")) if body.event == "rollout" else "",
+            message=None if has_label_data(body) else MessageRef(body.device, body.log, body.seq),
         )
+        self._count_event(record.event)
+        self._sequence += 1
+        entry = (record.time, self._sequence, record)
+        if len(self._newest) < WRITE_LIMITS.decisions:
+            heapq.heappush(self._newest, entry)
+        else:
+            heapq.heappushpop(self._newest, entry)
+            self.omitted += 1
 
     def add_operator_decisions(
         self, rows: Iterable[dict[str, Any]], find_signer: Callable[[str], Signer | None]
@@ -99,16 +105,6 @@ class DecisionCollector(msgspec.Struct):
         # Devices choose event names, so their number has a limit.
         known = event in self.event_counts or len(self.event_counts) < WRITE_LIMITS.event_names
         self.event_counts[event if known else "others"] += 1
-
-    def _store(self, record: DecisionRecord) -> None:
-        self._count_event(record.event)
-        self._sequence += 1
-        entry = (record.time, self._sequence, record)
-        if len(self._newest) < WRITE_LIMITS.decisions:
-            heapq.heappush(self._newest, entry)
-            return
-        heapq.heappushpop(self._newest, entry)
-        self.omitted += 1
 
 
 def _name_actor(body: AuditPayload) -> str:

@@ -10,8 +10,6 @@ from agent.fleet.evidence.format.contents import WRITE_LIMITS, BundleUsage, Mess
 from agent.fleet.evidence.gather.decisions import name_activator
 from agent.wire.messages import AuditPayload, HealthPayload
 
-_UNKNOWN_ACTOR = "unknown"
-
 
 class _Activation(msgspec.Struct, frozen=True):
     digest: str
@@ -86,27 +84,26 @@ class ActivationCollector(msgspec.Struct):
 
     def build_running_tasks(self, health: HealthPayload, agent: str) -> list[RunningTask]:
         """Return an entry for each task of a device."""
-        return [self._build_running_task(health, agent, task, state) for task, state in sorted(health.tasks.items())]
-
-    def _build_running_task(
-        self, health: HealthPayload, agent: str, task: str, task_health: dict[str, Any]
-    ) -> RunningTask:
-        model, activation = parse_model_ref(task_health.get("model")), self._latest.get((health.device, task))
-        if activation is not None and (model is None or activation.digest != model.digest):
-            activation = None
-        rollout = task_health.get("rollout")
-        return RunningTask(
-            device=health.device,
-            task=task,
-            model=model,
-            agent=agent,
-            reported_at=health.time,
-            since=activation.time if activation else None,
-            decided_by=activation.decided_by if activation else _UNKNOWN_ACTOR,
-            health=MessageRef(health.device, health.log, health.seq),
-            activated=activation.message if activation else None,
-            rollout=rollout if isinstance(rollout, dict) else None,
-        )
+        running = []
+        for task, state in sorted(health.tasks.items()):
+            model, activation = parse_model_ref(state.get("model")), self._latest.get((health.device, task))
+            if activation is not None and (model is None or activation.digest != model.digest):
+                activation = None
+            rollout = state.get("rollout")
+            entry = RunningTask(
+                device=health.device,
+                task=task,
+                model=model,
+                agent=agent,
+                reported_at=health.time,
+                since=activation.time if activation else None,
+                decided_by=activation.decided_by if activation else "unknown",
+                health=MessageRef(health.device, health.log, health.seq),
+                activated=activation.message if activation else None,
+                rollout=rollout if isinstance(rollout, dict) else None,
+            )
+            running.append(entry)
+        return running
 
 
 class _AgentVersion(msgspec.Struct):

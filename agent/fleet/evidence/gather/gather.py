@@ -45,6 +45,7 @@ from agent.wire.keys import PublicKey, parse_public_key
 from agent.wire.messages import (
     AlertPayload,
     AuditPayload,
+    Body,
     HealthPayload,
     LoggedPayload,
     QualityPayload,
@@ -130,6 +131,47 @@ class MessageVerifier:
         return message
 
 
+class _Collectors:
+    """Collectors of facts, which one pass over the verified messages feeds."""
+
+    def __init__(self, as_of_us: int, newest_logs: dict[str, str]) -> None:
+        self.incidents = IncidentCollector(as_of_us, newest_logs)
+        self.decisions, self.comparisons = DecisionCollector(), ComparisonCollector()
+        self.activations, self.accuracy = ActivationCollector(newest_logs), AccuracyCollector(newest_logs)
+
+    def add(self, body: Body) -> None:
+        if isinstance(body, AlertPayload):
+            self.incidents.add(body)
+        elif isinstance(body, QualityPayload):
+            self.accuracy.add(body)
+        elif isinstance(body, ShadowPayload):
+            self.comparisons.add(body)
+        elif isinstance(body, AuditPayload):
+            self.decisions.add(body)
+            self.activations.add(body)
+
+    def read(
+        self, queries: EvidenceQueries, verifier: MessageVerifier, find_operator: Callable[[str], Signer | None]
+    ) -> int:
+        """Read messages, alerts of the collector and decisions; return how many decisions did not verify."""
+        for row in queries.stream_messages():
+            if (message := verifier.verify(row)) is not None:
+                self.add(message.body)
+        self.incidents.add_collector_alerts(queries.load_collector_alerts())
+        return self.decisions.add_operator_decisions(queries.load_decisions(), find_operator)
+
+    def count_omitted(self, comparisons: Sequence[BundleComparison], running: Sequence[RunningTask]) -> Counter[str]:
+        counts = {
+            "incidents": self.incidents.omitted,
+            "decisions": self.decisions.omitted,
+            "metrics": self.accuracy.omitted,
+            "comparison messages": self.comparisons.omitted + sum(pair.omitted for pair in comparisons),
+            "bundle activations": self.activations.omitted,
+            "running tasks": max(0, len(running) - WRITE_LIMITS.running_tasks),
+        }
+        return Counter(counts)
+
+
 def gather(
     store: FleetStore,
     db: Connection,
@@ -146,34 +188,18 @@ def gather(
     first, last, count = queries.load_received_span()
     as_of = _resolve_as_of(as_of, last, store.name)
     as_of_us = clock.parse_rfc3339(as_of)
-    newest_logs = queries.load_newest_logs()
+    newest_logs = dict(store.newest_logs())
     verifier = MessageVerifier(store)
-    incidents, decisions, comparisons = (
-        IncidentCollector(as_of_us, newest_logs),
-        DecisionCollector(),
-        ComparisonCollector(),
-    )
-    activations, accuracy = ActivationCollector(newest_logs), AccuracyCollector(newest_logs)
+    collectors = _Collectors(as_of_us, newest_logs)
+    incidents, decisions = collectors.incidents, collectors.decisions
     signers = {key.kid: Signer(key.role, parse_public_key(key.key)) for key in roles if key.role == "operator"}
     audit_report = _run_audit(store, [signer.key for signer in signers.values()], advance)
-    for row in queries.stream_messages():
-        message = verifier.verify(row)
-        body = message.body if message is not None else None
-        if isinstance(body, AlertPayload):
-            incidents.add(body)
-        elif isinstance(body, QualityPayload):
-            accuracy.add(body)
-        elif isinstance(body, ShadowPayload):
-            comparisons.add(body)
-        elif isinstance(body, AuditPayload):
-            decisions.add(body)
-            activations.add(body)
-    incidents.add_collector_alerts(queries.load_collector_alerts())
-    unverified_decisions = decisions.add_operator_decisions(queries.load_decisions(), signers.get)
-    running, silent = _gather_running_tasks(queries, verifier, activations, newest_logs)
-    accuracy_entries = accuracy.build_entries(queries.load_collector_metrics(), queries.count_labels())
+    unverified_decisions = collectors.read(queries, verifier, signers.get)
+    running, silent = _gather_running_tasks(queries, verifier, collectors.activations, newest_logs)
+    metrics = collectors.accuracy.build_entries(queries.load_collector_metrics(), queries.count_labels())
     rollouts = queries.load_rollouts()
     keys, broken = trusted_keys.build_device_keys(queries.load_keys())
+    comparisons = collectors.comparisons.build_comparisons({row["rollout"]: row["digest"] for row in rollouts})
     facts = EvidenceFacts(
         fleet=fleet,
         as_of=as_of,
@@ -187,12 +213,12 @@ def gather(
         event_counts=decisions.event_counts,
         operational_events=decisions.operational_events,
         running_tasks=running[: WRITE_LIMITS.running_tasks],
-        bundle_history=activations.build_history(count_tasks_by_digest(running)),
-        accuracy=accuracy_entries,
-        comparisons=comparisons.build_comparisons({row["rollout"]: row["digest"] for row in rollouts}),
+        bundle_history=collectors.activations.build_history(count_tasks_by_digest(running)),
+        accuracy=metrics,
+        comparisons=comparisons,
         drift=fleet_drift.build_drift(store, as_of_us),
         audit=audit_report,
-        refusals=queries.load_refusals(),
+        refusals=store.refusals(),
         rollouts=rollouts,
         phase_counts=queries.count_phases(),
         keys=[*roles, *keys],
@@ -201,12 +227,8 @@ def gather(
         withheld=decisions.withheld,
         silent_devices=silent,
         broken_keys=broken,
-        omitted=Counter(),
+        omitted=collectors.count_omitted(comparisons, running),
     )
-    counts = {"incidents": incidents.omitted, "decisions": decisions.omitted, "metrics": accuracy.omitted}
-    counts["comparison messages"] = comparisons.omitted + sum(pair.omitted for pair in facts.comparisons)
-    counts["bundle activations"] = activations.omitted
-    facts.omitted.update({**counts, "running tasks": max(0, len(running) - WRITE_LIMITS.running_tasks)})
     message_refs = sorted(_collect_message_refs(facts))
     facts.omitted["messages"] += max(0, len(message_refs) - WRITE_LIMITS.messages)
     facts.message_refs = message_refs[: WRITE_LIMITS.messages]

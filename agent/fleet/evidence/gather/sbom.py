@@ -117,7 +117,8 @@ def _build_component(name: str, distribution: Distribution, sbom: Sbom) -> Compo
     else:
         sbom.licence_counts[text] = sbom.licence_counts.get(text, 0) + 1
     record = distribution.read_text("RECORD")
-    properties = [Property(name="outstation:record:sha-256", value=_sha256(record.encode()))] if record else []
+    checksum = hashlib.sha256((record or "").encode()).hexdigest()
+    properties = [Property(name="outstation:record:sha-256", value=checksum)] if record else []
     return Component(
         name=name,
         version=distribution.version,
@@ -174,7 +175,3 @@ def _model_component(card: BundleCard) -> Component:
         hashes=[HashType(alg=HashAlgorithm.SHA_256, content=card.model_sha256)],
         properties=[Property(name="outstation:bundle:digest", value=card.digest)],
     )
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -55,24 +55,13 @@ def render_checks(facts: EvidenceFacts) -> Markup:
         ["Refused on arrival", f"{refused:,}", "did not verify and were never stored as messages"],
     ]  # fmt: skip
     text = element("p", "The audit ", verdict, Markup(f" ({link('audit.json').html})."))
-    return chapter("checks", "Checks", lead, text, table(["", "", ""], rows, (1,)), *_refusal_table(facts))
-
-
-def _refusal_table(facts: EvidenceFacts) -> list[Markup]:
-    if not facts.refusals:
-        return []
-    most_frequent = sorted(facts.refusals, key=lambda row: -row["count"])[:_MAX_ROWS]
-    rows: list[Sequence[Content]] = [
-        [
-            row["device"] or "unknown",
-            row["reason"],
-            f"{row['count']:,}",
-            format_time(row["first"]),
-            format_time(row["last"]),
-        ]
-        for row in most_frequent
-    ]
-    return [details("Refused messages", table(["Claimed device", "Reason", "Count", "First", "Last"], rows, (2,)))]
+    refusals: list[Sequence[Content]] = []
+    for row in sorted(facts.refusals, key=lambda row: -row["count"])[:_MAX_ROWS]:
+        times = (format_time(row["first"]), format_time(row["last"]))
+        refusals.append([row["device"] or "unknown", row["reason"], f"{row['count']:,}", *times])
+    head = ["Claimed device", "Reason", "Count", "First", "Last"]
+    listed = [details("Refused messages", table(head, refusals, (2,)))] if refusals else []
+    return chapter("checks", "Checks", lead, text, table(["", "", ""], rows, (1,)), *listed)
 
 
 def render_keys(facts: EvidenceFacts) -> Markup:
@@ -221,19 +210,19 @@ def render_frameworks(points: Sequence[PointSupport]) -> Markup:
     head = ["Point", "Requirement", "Supported by", "Demonstrates", "Limitations"]
     parts = []
     for name in (frameworks.NIST, frameworks.ISO):
-        rows: list[Sequence[Content]] = [_point_row(point) for point in points if point.framework == name]
+        rows: list[Sequence[Content]] = []
+        for point in points:
+            if point.framework != name:
+                continue
+            support: list[Content] = [badge("not supported", "none"), "–"]
+            if point.files_present:
+                missing = format_names(point.files_missing, 9)
+                note = f'<span class="when">missing: {missing}</span>' if missing else ""
+                support = [Markup(format_names(point.files_present, 9) + note), point.demonstrates]
+            identity = Markup(f'<b class="fixed">{point.id}</b>')
+            rows.append([identity, point.requirement, *support, point.limitations])
         parts += [element("h3", name), stacked_table(table(head, rows), "points")]
     return chapter("frameworks", "NIST AI RMF and ISO/IEC 42001", lead, *parts, element("p", link("mapping.json")))
-
-
-def _point_row(support: PointSupport) -> list[Content]:
-    identity = Markup(f'<b class="fixed">{support.id}</b>')
-    if not support.files_present:
-        return [identity, support.requirement, badge("not supported", "none"), "–", support.limitations]
-    missing = format_names(support.files_missing, 9)
-    note = f'<span class="when">missing: {missing}</span>' if missing else ""
-    files = Markup(format_names(support.files_present, 9) + note)
-    return [identity, support.requirement, files, support.demonstrates, support.limitations]
 
 
 def render_verification_steps(facts: EvidenceFacts) -> Markup:

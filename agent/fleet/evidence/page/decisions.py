@@ -45,7 +45,9 @@ def render_rollouts(facts: EvidenceFacts) -> Markup:
         if decision.rollout:
             records.setdefault(decision.rollout, []).append(decision)
     rows = {row["rollout"]: row for row in facts.rollouts}
-    newest_first = sorted({*records, *rows}, key=lambda name: _start_time(name, rows, records), reverse=True)
+    started = {name: decisions[0].time for name, decisions in records.items()}
+    started |= {name: str(row["started"]) for name, row in rows.items()}
+    newest_first = sorted(started, key=lambda name: started[name], reverse=True)
     if not newest_first:
         text = "No model was rolled out."
         text += " Each device runs the models in its configuration." if facts.running_tasks else ""
@@ -53,12 +55,6 @@ def render_rollouts(facts: EvidenceFacts) -> Markup:
     cards = [_rollout_card(name, rows.get(name), records.get(name, []), facts) for name in newest_first[:_MAX_ROWS]]
     rest = overflow_link(len(newest_first) - _MAX_ROWS, "decisions.jsonl", "more roll-outs")
     return chapter("rollouts", "Roll-outs", lead, *cards, *rest)
-
-
-def _start_time(
-    name: str, rows_by_name: dict[str, dict[str, Any]], decisions_by_name: dict[str, list[DecisionRecord]]
-) -> str:
-    return str(rows_by_name[name]["started"]) if name in rows_by_name else decisions_by_name[name][0].time
 
 
 def _rollout_card(name: str, row: dict[str, Any] | None, records: list[DecisionRecord], facts: EvidenceFacts) -> Markup:
@@ -71,7 +67,12 @@ def _rollout_card(name: str, row: dict[str, Any] | None, records: list[DecisionR
     phases = [count for count in facts.phase_counts if count["rollout"] == name]
     phases = sorted(phases, key=lambda count: -count["devices"])[:_MAX_DEPARTURES]
     if phases:
-        lead.append(element("p", f"Latest reports: {'; '.join(_phase_text(count) for count in phases)}."))
+        texts = [
+            f"{format_count(count['devices'], 'device')} {_PHASE_TEXTS.get(count['phase'], count['phase'])}"
+            + (f" ({count['reason']})" if count["reason"] else "")
+            for count in phases
+        ]
+        lead.append(element("p", f"Latest reports: {'; '.join(texts)}."))
     steps = [record for record in records if record.payload is not None][-_MAX_STEPS:]
     # Of the devices' own actions, only departures from the plan are listed.
     steps += [record for record in records if record.phase in _DEPARTURE_PHASES][:_MAX_DEPARTURES]
@@ -80,11 +81,6 @@ def _rollout_card(name: str, row: dict[str, Any] | None, records: list[DecisionR
     comparisons = _comparison_table([pair for pair in facts.comparisons if pair.rollout == name])
     rest = overflow_link(len(records) - shown, "decisions.jsonl")
     return element("div", title, *lead, entries, *comparisons, *rest, css_class="card")
-
-
-def _phase_text(count: dict[str, Any]) -> str:
-    reason = f" ({count['reason']})" if count["reason"] else ""
-    return f"{format_count(count['devices'], 'device')} {_PHASE_TEXTS.get(count['phase'], count['phase'])}{reason}"
 
 
 def _comparison_table(comparisons: list[BundleComparison]) -> list[Markup]:

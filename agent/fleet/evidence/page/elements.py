@@ -54,18 +54,16 @@ def timeline(decisions: Sequence[DecisionRecord], limit: int) -> tuple[Markup, i
         list(group)
         for _, group in groupby(decisions, key=lambda record: (record.event, record.decided_by, record.summary))
     ]
-    items = [_timeline_item(group) for group in groups[:limit]]
+    items = []
+    for group in groups[:limit]:
+        record, times = group[0], [decision.time for decision in group]
+        devices = list(dict.fromkeys(decision.device for decision in group if decision.device))
+        where = f" · {format_names(devices)}" if devices else ""
+        head = element("span", f"{format_time_range(min(times), max(times))}{where} · {record.event}", css_class="when")
+        summary = element("span", record.summary or record.event)
+        items.append(element("li", head, summary, element("span", f"by {record.decided_by}", css_class="who")))
     shown = sum(len(group) for group in groups[:limit])
     return Markup(f'<ol class="timeline">{"".join(item.html for item in items)}</ol>'), shown
-
-
-def _timeline_item(decisions: Sequence[DecisionRecord]) -> Markup:
-    record, times = decisions[0], [decision.time for decision in decisions]
-    devices = list(dict.fromkeys(decision.device for decision in decisions if decision.device))
-    where = f" · {format_names(devices)}" if devices else ""
-    head = element("span", f"{format_time_range(min(times), max(times))}{where} · {record.event}", css_class="when")
-    summary = element("span", record.summary or record.event)
-    return element("li", head, summary, element("span", f"by {record.decided_by}", css_class="who"))
 
 
 def format_time(text: str | None) -> str:

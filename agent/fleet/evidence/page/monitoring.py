@@ -221,7 +221,9 @@ def draw_incident_lanes(incidents: Sequence[Incident], begin_us: int, end_us: in
     for number, (start, incident) in enumerate(known):
         y = _TOP_MARGIN + _LANE_HEIGHT * number
         color = {"critical": theme.fault, "warning": theme.drift}.get(incident.severity, theme.unknown)
-        draw.text(0, y + 14, truncate_text(_lane_name(incident), 12, _NAME_WIDTH - 10), theme.ink, size=12)
+        what = incident.subject if incident.alert in ("drift", "fault") else incident.alert
+        name = truncate_text(f"{incident.device or 'fleet'} {what}", 12, _NAME_WIDTH - 10)
+        draw.text(0, y + 14, name, theme.ink, size=12)
         x = to_x(start)
         width = min(max(4.0, to_x(parse_epoch_us(incident.ended) or end_us) - x), right - x)
         draw.rect(x, y + 4, width, _LANE_HEIGHT - 9, color, r=3, css_class=f"bar-{incident.state}")
@@ -230,11 +232,6 @@ def draw_incident_lanes(incidents: Sequence[Incident], begin_us: int, end_us: in
             duration = "end unknown"
         draw.text(_LANES_WIDTH, y + 14, duration, theme.muted, size=11, anchor="end")
     return draw.to_inline_svg(bottom + 24)
-
-
-def _lane_name(incident: Incident) -> str:
-    where = incident.device or "fleet"
-    return f"{where} {incident.subject}" if incident.alert in ("drift", "fault") else f"{where} {incident.alert}"
 
 
 def draw_drift_strip(history: Sequence[dict[str, Any]], device_count: int, theme: Theme = PAGE_THEME) -> str:

@@ -119,12 +119,13 @@ def _render_header(facts: EvidenceFacts) -> list[Markup]:
     models = {task.model.digest for task in facts.running_tasks if task.model}
     silent = len(facts.silent_devices)
     decision_count = sum(facts.event_counts.values())
+    verification = "all verified" if facts.audit["passed"] else "audit failed: see checks"
     tiles = [
         ("Devices", len(facts.devices), f"{silent:,} without a report" if silent else "all report their models"),
         ("Models in use", len(models), f"in {format_count(len(facts.running_tasks), 'task')}"),
         ("Incidents", total, f"{open_now:,} open"),
         ("Roll-outs", len(rollouts), f"{format_count(decision_count, 'decision')} in total"),
-        ("Signed messages", facts.message_count, _verification_text(facts)),
+        ("Signed messages", facts.message_count, verification if facts.message_count else "none received"),
     ]
     shown = [
         element("div", element("span", name), element("b", f"{value:,}"), element("span", note), css_class="tile")
@@ -135,12 +136,6 @@ def _render_header(facts: EvidenceFacts) -> list[Markup]:
         element("p", lead, css_class="muted"),
         element("div", *shown, css_class="tiles"),
     ]
-
-
-def _verification_text(facts: EvidenceFacts) -> str:
-    if not facts.message_count:
-        return "none received"
-    return "all verified" if facts.audit["passed"] else "audit failed: see checks"
 
 
 def _render_notice(facts: EvidenceFacts) -> Markup:

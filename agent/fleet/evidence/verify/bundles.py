@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 
 import msgspec
 
 from agent.errors import MessageRefused
 from agent.fleet.evidence.format.contents import BundleCard
+from agent.fleet.evidence.verify.reader import FolderReader
 from agent.model.bundle.bundle import SIGNATURE_DOMAIN
 from agent.strict_json import check_strict_json
 from agent.wire import jws
@@ -23,19 +23,10 @@ class _ManifestHead(msgspec.Struct):
     files: dict[str, str]
 
 
-def check_bundle(
-    where: str,
-    card: BundleCard,
-    read_document: Callable[[str], bytes | None],
-    publishers: dict[str, Signer],
-    add_problem: Callable[[str, str], None],
-) -> None:
-    """Check the documents of the bundle whose card is the file `where`.
-
-    `read_document` returns a document by name; `add_problem` receives (file, problem).
-    """
-    folder = where.rpartition("/")[0]
-    data = read_document("manifest.json")
+def check_bundle(where: str, card: BundleCard, reader: FolderReader, publishers: dict[str, Signer]) -> None:
+    """Check the documents of the bundle whose card is the file `where`."""
+    folder, add_problem = where.rpartition("/")[0], reader.report.add_problem
+    data = reader.read_bytes(f"{folder}/manifest.json")
     if data is None:
         add_problem(where, "its bundle's manifest.json is missing")
         return
@@ -44,7 +35,7 @@ def check_bundle(
     if card.folder != folder:
         add_problem(where, f"folder is {card.folder}, but the file lies in {folder}")
     if card.signature_verified:
-        token = (read_document("manifest.jws") or b"").decode("ascii", "replace").strip()
+        token = (reader.read_bytes(f"{folder}/manifest.jws") or b"").decode("ascii", "replace").strip()
         try:
             kid = jws.verify((token,), SIGNATURE_DOMAIN, data, publishers.get).key.kid
         except MessageRefused as refused:
@@ -59,10 +50,9 @@ def check_bundle(
         add_problem(f"{folder}/manifest.json", f"is not a bundle manifest: {str(error)[:200]}")
         return
     if (head.name, head.version) != (card.name, card.version):
-        add_problem(
-            where, f"names {card.name} {card.version}, but the bundle's manifest is of {head.name} {head.version}"
-        )
+        problem = f"names {card.name} {card.version}, but the bundle's manifest is of {head.name} {head.version}"
+        add_problem(where, problem)
     for name in ("MODEL_CARD.md", "DATA_CARD.md"):
-        document = read_document(name)
+        document = reader.read_bytes(f"{folder}/{name}")
         if document is not None and f"sha256:{hashlib.sha256(document).hexdigest()}" != head.files.get(name):
             add_problem(f"{folder}/{name}", "belongs to another bundle: its SHA-256 is not in the bundle's manifest")

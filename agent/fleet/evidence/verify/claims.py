@@ -71,7 +71,16 @@ class ClaimChecker:
     def check_decision(self, where: str, record: DecisionRecord) -> None:
         self.decisions += 1
         if record.payload is not None:
-            self._check_operator_decision(where, record)
+            payload = record.payload.encode(errors="surrogatepass")
+            try:
+                body = decisions.verify_decision(record.rollout, payload, record.jws, self._operators.get)
+            except MessageRefused as refused:
+                self._add_problem(where, f"does not verify: {refused}")
+                return
+            self._signed_decisions.append((body, payload))
+            for name in ("time", "event", "summary"):
+                if getattr(record, name) != getattr(body, name):
+                    self._add_problem(where, f"{name} differs from what the operator signed")
         elif record.message is not None:
             claims = {"device": record.device, "event": record.event, "time": record.time, "summary": record.summary}
             self._compare_with_message(where, record.message, "audit", claims)
@@ -131,18 +140,6 @@ class ClaimChecker:
             if previous is not None and previous[0] != prev:
                 problem = f"{_format_ref(ref)} does not follow the message before it: prev is not its digest"
                 self._add_problem("messages/", problem)
-
-    def _check_operator_decision(self, where: str, record: DecisionRecord) -> None:
-        payload = (record.payload or "").encode(errors="surrogatepass")
-        try:
-            body = decisions.verify_decision(record.rollout, payload, record.jws, self._operators.get)
-        except MessageRefused as refused:
-            self._add_problem(where, f"does not verify: {refused}")
-            return
-        self._signed_decisions.append((body, payload))
-        for name in ("time", "event", "summary"):
-            if getattr(record, name) != getattr(body, name):
-                self._add_problem(where, f"{name} differs from what the operator signed")
 
     def _compare_with_message(self, where: str, ref: MessageRef, kind: str, claims: dict[str, Any]) -> None:
         body = self._bodies.get(ref)

@@ -64,12 +64,17 @@ class FolderReader(msgspec.Struct):
         if path not in self.verified_files:
             return None
         if self.verified_files[path].size > READ_LIMITS.document_bytes:
-            self.report.add_problem(
-                path, f"is larger than {READ_LIMITS.document_bytes} bytes, the limit for such a file"
-            )
+            limit = f"{READ_LIMITS.document_bytes} bytes, the limit for such a file"
+            self.report.add_problem(path, f"is larger than {limit}")
             return None
         data = read_file(self.folder, path, READ_LIMITS.document_bytes, self.report)
         return None if data is None else self._decode(path, data, type_)
+
+    def read_bytes(self, path: str) -> bytes | None:
+        """Return the content of a document; None if it is not verified."""
+        if path not in self.verified_files:
+            return None
+        return read_file(self.folder, path, READ_LIMITS.document_bytes, self.report)
 
     def read_lines(self, path: str, type_: type[T]) -> Iterator[tuple[int, T]]:
         """Yield (number, record) of each valid line of a JSON Lines file."""
@@ -80,9 +85,8 @@ class FolderReader(msgspec.Struct):
             while line := file.readline(READ_LIMITS.line_bytes + 1):
                 number += 1
                 if len(line) > READ_LIMITS.line_bytes:
-                    self.report.add_problem(
-                        path, f"line {number} is longer than {READ_LIMITS.line_bytes} bytes; the rest is not read"
-                    )
+                    problem = f"line {number} is longer than {READ_LIMITS.line_bytes} bytes; the rest is not read"
+                    self.report.add_problem(path, problem)
                     return
                 record = self._decode(f"{path}:{number}", line, type_)
                 if record is not None:
@@ -144,9 +148,8 @@ def _walk_entries(folder: Path, report: VerificationReport) -> Iterator[tuple[st
         for entry in entries:
             seen += 1
             if seen > 2 * READ_LIMITS.files:
-                report.add_problem(
-                    inside or ".", f"has more than {2 * READ_LIMITS.files} entries; the rest is not checked"
-                )
+                problem = f"has more than {2 * READ_LIMITS.files} entries; the rest is not checked"
+                report.add_problem(inside or ".", problem)
                 return
             path = f"{inside}/{entry.name}" if inside else entry.name
             if entry.is_dir(follow_symlinks=False):
@@ -155,13 +158,8 @@ def _walk_entries(folder: Path, report: VerificationReport) -> Iterator[tuple[st
                 else:
                     yield _printable(path), "folder nested deeper than any listed file"
             else:
-                yield _printable(path), _kind(entry)
-
-
-def _kind(entry: os.DirEntry[str]) -> str:
-    if entry.is_symlink():
-        return "symbolic link"
-    return "file" if entry.is_file(follow_symlinks=False) else "device, pipe or socket"
+                kind = "file" if entry.is_file(follow_symlinks=False) else "device, pipe or socket"
+                yield _printable(path), "symbolic link" if entry.is_symlink() else kind
 
 
 def is_unaltered(folder: Path, entry: FileEntry, report: VerificationReport) -> bool:

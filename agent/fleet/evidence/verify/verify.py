@@ -15,7 +15,6 @@ Nothing is unpacked, no link is followed, no file is read beyond its signed size
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from agent.errors import MessageRefused, UsageError
@@ -26,12 +25,14 @@ from agent.fleet.evidence.verify import reader
 from agent.fleet.evidence.verify.bundles import check_bundle
 from agent.fleet.evidence.verify.claims import ClaimChecker
 from agent.fleet.evidence.verify.reader import FolderReader, VerificationReport, read_file
-from agent.fleet.evidence.verify.repository import verify_repository
+from agent.fleet.repository import signature_chain
 from agent.fleet.repository.signature_chain import SignatureChain
 from agent.wire import jws
 from agent.wire.jws import Signer
 from agent.wire.keys import PublicKey, parse_public_key
 from agent.wire.messages import LoggedPayload, verify_message
+
+_METADATA_FOLDER, _PUBLISHED_FILE = "repository/", "published.json"
 
 
 def verify(folder: Path, keys: list[PublicKey]) -> VerificationReport:
@@ -88,7 +89,7 @@ def _verify_contents(reader: FolderReader, head: EvidenceManifest, report: Verif
         report.comparisons += 1
     claims.check_chains()
     report.decisions, report.unsupported = claims.decisions, claims.unsupported
-    published = verify_repository(reader, head, report)
+    published = _verify_repository(reader, head, report)
     _verify_bundles(reader, head, published, report)
 
 
@@ -104,22 +105,31 @@ def _verify_bundles(
         if card is None:
             continue
         report.bundles += 1
-        read_document = _document_reader(reader, path.removesuffix("/about.json"), report)
-        check_bundle(path, card, read_document, publishers, report.add_problem)
+        check_bundle(path, card, reader, publishers)
         for target in published.targets:
             if target.digest == card.digest and (target.name, target.version) != (card.name, card.version):
                 problem = f"names {card.name} {card.version}, but {target.role} signed {target.name} {target.version}"
                 report.add_problem(path, problem)
 
 
-def _document_reader(reader: FolderReader, folder: str, report: VerificationReport) -> Callable[[str], bytes | None]:
-    def read_document(name: str) -> bytes | None:
-        path = f"{folder}/{name}"
-        if path not in reader.verified_files:
-            return None
-        return read_file(reader.folder, path, READ_LIMITS.document_bytes, report)
-
-    return read_document
+def _verify_repository(reader: FolderReader, head: EvidenceManifest, report: VerificationReport) -> SignatureChain:
+    """Return the verified signatures; empty if a metadata file is altered or missing, which is reported already."""
+    paths = [file.path for file in head.files if file.path.startswith(_METADATA_FOLDER)]
+    if any(path not in reader.verified_files for path in paths):
+        return SignatureChain()
+    contents = {path: read_file(reader.folder, path, READ_LIMITS.metadata_bytes, report) for path in paths}
+    files = {path.removeprefix(_METADATA_FOLDER): data for path, data in contents.items() if data is not None}
+    problems = report.problem_count
+    chain = signature_chain.verify(files, lambda file, problem: report.add_problem(_METADATA_FOLDER + file, problem))
+    report.signatures = sum(len(signature.signed_keys) for signature in chain.signatures)
+    if report.problem_count > problems:
+        return chain
+    for file in sorted(files.keys() - {signature.file for signature in chain.signatures}):
+        report.add_problem(_METADATA_FOLDER + file, "no signed metadata refers to it")
+    published = reader.read_document(_PUBLISHED_FILE, SignatureChain)
+    if published is not None and published != chain:
+        report.add_problem(_PUBLISHED_FILE, f"differs from the signed metadata in {_METADATA_FOLDER}")
+    return chain
 
 
 def _verify_messages(
