@@ -139,7 +139,7 @@ def _run_child(request: _ProbeRequest, limits: ResourceLimits) -> tuple[bytes, s
 def run_checks(files: dict[str, bytes]) -> tuple[str, list[Check]]:
     """Run all checks, in the child. Return the runtime and the checks."""
     from agent.model.bundle import golden_vectors
-    from agent.model.inference import inference, runtime
+    from agent.model.inference import runtime
 
     content = manifest.decode(files["manifest.json"])
     checks: list[Check] = []
@@ -288,7 +288,7 @@ def _measure_output(model: TfliteModel) -> OutputStats:
 
 def _tune(files: dict[str, bytes], known_tunings: list[Tuning], batch_bytes: int) -> Tuning:
     from agent.model.bundle import golden_vectors
-    from agent.model.inference import inference, runtime
+    from agent.model.inference import runtime
     from agent.model.inference.tuning import find_known
     from agent.model.sandbox import autotune
 
