@@ -121,7 +121,7 @@ def altered(recorded: list[Message]) -> list[Message]:
 
 
 class Validation(msgspec.Struct):
-    """What the official parser says of the document, and the errors that ajv finds in each message."""
+    """Diagnostics of the document by the official parser, and errors of each message by ajv."""
 
     diagnostics: list[dict[str, Any]]
     errors: list[list[dict[str, Any]]]
