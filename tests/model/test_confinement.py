@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -94,15 +95,23 @@ def _attempt(attacks: dict[str, str], mode: str) -> dict[str, str | int]:
     return outcomes
 
 
-def test_a_confined_process_can_do_nothing_but_compute() -> None:
-    assert set(_attempt(ATTACKS, "confined").values()) == {1}  # EPERM
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, str | int]:
+    return _attempt(ATTACKS, "confined")
 
 
-def test_the_same_attempts_succeed_without_confinement() -> None:
-    harmless = ("read a file", "read its environment", "list a folder", "open a network connection", "use io_uring")
-    outcomes = _attempt({name: ATTACKS[name] for name in harmless}, "free")
-    assert [outcomes[name] for name in harmless[:4]] == ["done"] * 4
-    assert outcomes["use io_uring"] != 1  # EFAULT: the call itself is let through
+@pytest.mark.attack("confinement")
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_hostile_model_cannot(attack: str, outcomes: dict[str, str | int]) -> None:
+    assert outcomes[attack] == errno.EPERM
+
+
+@pytest.mark.attack("confinement", control=True)
+@pytest.mark.parametrize(
+    "attack", ["read a file", "read its environment", "list a folder", "open a network connection"]
+)
+def test_without_confinement_it_can(attack: str) -> None:
+    assert _attempt({attack: ATTACKS[attack]}, "free") == {attack: "done"}
 
 
 def test_a_model_process_is_confined_and_computes_the_bits_of_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
