@@ -441,10 +441,10 @@ def test_desired_state_that_was_edited_is_never_signed_again(six: Fleet) -> None
     [
         (
             "UPDATE shadows SET errors = 0, body = replace(body, '\"agreeing\":10', '\"agreeing\":99')",
-            "differs from its row in table shadows",
+            "differs from its rows in table shadows",
         ),
         ("DELETE FROM shadows", "is missing in table shadows"),
-        ("UPDATE rollout_devices SET phase = 'settled'", "differs from its row in table rollout_devices"),
+        ("UPDATE rollout_devices SET phase = 'settled'", "differs from its rows in table rollout_devices"),
         ("DELETE FROM rollout_devices", "is missing in table rollout_devices"),
     ],
 )
