@@ -78,6 +78,8 @@ class ThrottleConfig(Section, frozen=True):
 
 class IntakeConfig(Section, frozen=True):
     tcp: str | None = None
+    # What producers on TCP must know; made on the first start.
+    token_file: str | None = None
 
 
 class FieldConfig(Section, frozen=True):
@@ -146,6 +148,10 @@ class Config(Section, frozen=True):
     @property
     def data_dir(self) -> Path:
         return Path(self.device.data_dir)
+
+    @property
+    def intake_token_file(self) -> Path:
+        return self.data_dir / (self.intake.token_file or "intake.token")
 
 
 C = TypeVar("C", bound=Section)
@@ -294,6 +300,11 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
         name: msgspec.structs.replace(task, bundle=str(base / task.bundle)) if "/" in task.bundle else task
         for name, task in config.tasks.items()
     }
+    intake = config.intake
+    if intake.token_file is not None:
+        intake = msgspec.structs.replace(intake, token_file=str(base / intake.token_file))
     device = msgspec.structs.replace(config.device, data_dir=str(base / config.device.data_dir))
     updates = config.updates and config_updates.with_absolute_paths(config.updates, base)
-    return msgspec.structs.replace(config, device=device, broker=broker, updates=updates, streams=streams, tasks=tasks)
+    return msgspec.structs.replace(
+        config, device=device, broker=broker, intake=intake, updates=updates, streams=streams, tasks=tasks
+    )

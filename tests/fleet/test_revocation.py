@@ -29,9 +29,9 @@ from agent.fleet.enrolment.enrol import CERTIFICATE, TLS_KEY, init_fleet
 from agent.fleet.enrolment.revocation import revoke_device
 from agent.testing.broker import MosquittoBroker, free_port
 from agent.testing.messages import new_key
-from agent.testing.process import run_outstation
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage
+from tests.kit.commands import call_outstation
 from tests.kit.enrolments import let_in, site
 from tests.kit.stations import wait_for
 
@@ -80,7 +80,7 @@ class Desk:
             time.sleep(0.01)
 
     def cli(self, *words: str) -> tuple[int, dict[str, Any]]:
-        done = run_outstation("fleet", *words, "--dir", str(self.folder), "--json")
+        done = call_outstation("fleet", *words, "--dir", str(self.folder), "--json")
         return done.returncode, json.loads(done.stdout)
 
 
@@ -169,7 +169,7 @@ def test_a_certificate_stays_on_request_when_the_key_is_replaced(desk: Desk) -> 
 
 
 def test_keeping_a_certificate_that_nothing_replaces_is_wrong_use(desk: Desk) -> None:
-    done = run_outstation("fleet", "enrol", "pi-07", "--keep-certificate", "--dir", str(desk.folder))
+    done = call_outstation("fleet", "enrol", "pi-07", "--keep-certificate", "--dir", str(desk.folder))
     assert (done.returncode, "--replace" in done.stderr) == (2, True)
 
 

@@ -5,6 +5,7 @@ A commit costs about 28 KB of flash writes however small it is, so a few rows wa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import msgspec
@@ -105,6 +106,8 @@ class GroupCommit:
         self._producer_batches: ProducerBatches = {}
         self._max_bytes = store.quota.transaction_bytes // 4
         self._rows = self._bytes = 0
+        self._counts: Counter[str] = Counter()
+        self._drained_counts: Counter[str] = Counter()
 
     def __bool__(self) -> bool:
         return bool(self._producer_batches)
@@ -145,6 +148,15 @@ class GroupCommit:
     def _batch_of(self, producer: Hashable) -> _ProducerBatch:
         return self._producer_batches.setdefault(producer, _ProducerBatch())
 
+    def holds_position(self, source: str, item: str) -> bool:
+        """Return True if the next commit moves this position."""
+        positions = (batch.position for batch in self._producer_batches.values())
+        return any(at is not None and (at.source, at.item) == (source, item) for at in positions)
+
+    def count(self, counter: str) -> None:
+        """Count an event that costs no commit of its own."""
+        self._counts[counter] += 1
+
     def commit(self, now: ClockReading) -> dict[Hashable, CommitOutcome]:
         """Write everything that waits."""
         return self.write(self.drain(), now)
@@ -152,6 +164,8 @@ class GroupCommit:
     def drain(self) -> ProducerBatches:
         """Return everything that waits, for `write`; more may be added meanwhile."""
         batches, self._producer_batches = self._producer_batches, {}
+        self._drained_counts += self._counts
+        self._counts.clear()
         self._rows = self._bytes = 0
         return batches
 
@@ -166,7 +180,9 @@ class GroupCommit:
             if needed > self._store.limit_bytes() * INTAKE_SHARE:
                 raise StorageFull("the store has reached its size ([buffer] max_size) and no used readings can go")
             with self._store.transaction() as tx:
-                return self._write(tx, batches, now)
+                outcomes = self._write(tx, batches, now)
+            self._drained_counts.clear()
+            return outcomes
         except StorageFull as full:
             return {producer: _reject_all(batch, full) for producer, batch in batches.items()}
 
@@ -187,6 +203,8 @@ class GroupCommit:
                     accepted += len(rows)
             counts[producer] = accepted + self._write_labels(tx, batch)
             tx.increment_counter("lines rejected", len(batch.rejected))
+        for counter, n in self._drained_counts.items():
+            tx.increment_counter(counter, n)
         before = {stream: _append_rows(tx, stream, parts, now) for stream, parts in by_stream.items()}
         outcomes = {}
         for producer, batch in batches.items():
