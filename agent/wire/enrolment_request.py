@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -24,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
-from agent.errors import MessageRefused, UsageError
+from agent.errors import MessageRefused
 from agent.names import is_name
 from agent.strict_json import check_strict_json
 from agent.wire import jws, keys
@@ -33,7 +32,7 @@ from agent.wire.keys import PublicKey, SigningKey, b64url_decode, b64url_encode
 
 # Takes the place of a message's topic, so that no signature of a message is valid for a request.
 _SIGNATURE_DOMAIN = "enrolment request"
-_MAX_BYTES = 16 << 10
+MAX_BYTES = 16 << 10
 
 
 class RequestBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -76,23 +75,10 @@ def build(fleet: str, device: str, key: SigningKey, tls_key: SigningKey, token: 
     return b"%b\n%b\n" % (payload, jws.sign(key, _SIGNATURE_DOMAIN, payload).encode())
 
 
-def read(path: Path) -> EnrolmentRequest:
-    """Read and verify a request file. Raises UsageError."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-        return parse(data)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    except MessageRefused as refused:
-        hint = "make it again with `outstation join` on the device"
-        raise UsageError(f"{path}: not a valid enrolment request ({refused}); {hint}") from None
-
-
 def parse(data: bytes) -> EnrolmentRequest:
     """Verify the content of a request file. Raises MessageRefused and no other exception."""
-    if len(data) > _MAX_BYTES:
-        raise MessageRefused("too large", f"the limit is {_MAX_BYTES} bytes")
+    if len(data) > MAX_BYTES:
+        raise MessageRefused("too large", f"the limit is {MAX_BYTES} bytes")
     payload, separator, token = data.removesuffix(b"\n").partition(b"\n")
     try:
         body = msgspec.json.decode(payload, type=RequestBody)

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.errors import MessageRefused, UsageError
+from agent.fleet.enrolment.enrol import read_request
 from agent.testing.messages import new_key
 from agent.wire import jws
-from agent.wire.enrolment_request import RequestBody, build, parse, read
+from agent.wire.enrolment_request import RequestBody, build, parse
 from agent.wire.keys import SigningKey
 
 KEY, TLS_KEY, THIEF = new_key(1), new_key(2), new_key(3)
@@ -91,4 +92,4 @@ def test_no_bytes_break_the_parser(junk: bytes, place: int) -> None:
 def test_a_file_that_is_no_request_is_named(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"x")
     with pytest.raises(UsageError, match=rf"{tmp_path / 'x'}: not a valid enrolment request .*outstation join"):
-        read(tmp_path / "x")
+        read_request(tmp_path / "x")

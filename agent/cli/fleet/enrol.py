@@ -134,7 +134,6 @@ def enrol(
     """Let DEVICE in: register its signing key, issue its TLS certificate, write its config."""
     from agent.fleet.enrolment import enrol as enrolment
     from agent.fleet.enrolment import join_tokens
-    from agent.wire import enrolment_request
 
     home = fleet_config.find_folder(folder)
     config = fleet_config.load(home)
@@ -148,7 +147,7 @@ def enrol(
         raise UsageError("--thumbprint is that of the key in a request; add --request")
     if bundle_out is not None and bundle_out.exists():
         raise UsageError(f"{bundle_out}: exists already; name a new file")
-    request = enrolment_request.read(request_file) if request_file is not None else None
+    request = enrolment.read_request(request_file) if request_file is not None else None
     if request is not None:
         device_home = enrolment.device_folder(home, device)
         enrolment.check_request(config, device, request)

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from agent import clock, durable_files
 from agent.config import BrokerConfig, check_broker, check_name
-from agent.errors import UsageError
+from agent.errors import MessageRefused, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.key_table import KeyMaker
@@ -212,6 +212,18 @@ def pack_device_files(files: dict[str, bytes], out: Path) -> None:
         durable_files.fsync(out.resolve().parent)
     except OSError as error:
         raise UsageError(f"{out}: cannot be written: {error.strerror}; name a new file") from None
+
+
+def read_request(path: Path) -> EnrolmentRequest:
+    """Read and verify a request file. Raises UsageError."""
+    try:
+        with path.open("rb") as file:
+            return enrolment_request.parse(file.read(enrolment_request.MAX_BYTES + 1))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    except MessageRefused as refused:
+        hint = "make it again with `outstation join` on the device"
+        raise UsageError(f"{path}: not a valid enrolment request ({refused}); {hint}") from None
 
 
 def check_request(config: FleetConfig, device: str, request: EnrolmentRequest) -> None:
