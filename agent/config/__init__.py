@@ -100,6 +100,8 @@ class FieldConfig(Section, frozen=True):
     max: float | None = None
     type: Literal["f32", "f64", "i64", "category"] = "f32"
     optional: bool = False
+    # Categories of a field of that type; further ones count as `(other)`.
+    max_categories: Annotated[int, msgspec.Meta(ge=2, le=65_535)] = 1000
 
 
 class StreamConfig(Section, frozen=True):
