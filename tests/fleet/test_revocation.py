@@ -29,6 +29,7 @@ from agent.fleet.enrolment.enrol import CERTIFICATE, TLS_KEY, init_fleet
 from agent.fleet.enrolment.revocation import revoke_device
 from agent.testing.broker import MosquittoBroker, free_port
 from agent.testing.messages import new_key
+from agent.testing.process import run_outstation
 from agent.transport.mqtt import Link
 from tests.kit.commands import call_outstation
 from tests.kit.enrolments import let_in, site
@@ -222,8 +223,11 @@ def test_revoke_can_be_repeated_after_a_crash_before_the_commit(desk: Desk, monk
 
 def test_two_devices_revoked_at_once_are_both_on_the_list(desk: Desk) -> None:
     with ThreadPoolExecutor() as both:
-        assert [code for code, _ in both.map(lambda device: desk.cli("revoke", device), ("pi-07", "pi-08"))] == [0, 0]
+        commands = [("fleet", "revoke", device, "--dir", str(desk.folder)) for device in ("pi-07", "pi-08")]
+        assert [done.returncode for done in both.map(lambda words: run_outstation(*words), commands)] == [0, 0]
     assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07"), desk.serial("pi-08")}
+    rules = json.loads((desk.folder / "broker" / "dynamic-security.json").read_bytes())
+    assert {client["username"] for client in rules["clients"] if client.get("disabled")} == {"pi-07", "pi-08"}
 
 
 def test_a_revoked_device_is_added_to_a_crl_that_lacks_it(desk: Desk) -> None:

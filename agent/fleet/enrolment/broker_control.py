@@ -8,11 +8,12 @@ that reaches it brings them along.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import msgspec
 from agent import durable_files
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, StorageError
-from agent.fleet.config import FleetConfig
+from agent.fleet.config import ClientCertificate, FleetConfig
 from agent.fleet.enrolment import broker_access
 from agent.fleet.enrolment.broker_access import CONTROL_TOPIC, AccessChange, Document
 from agent.fleet.enrolment.pki import CertificateAuthority
@@ -51,12 +52,33 @@ def apply(folder: Path, config: FleetConfig, change: AccessChange) -> tuple[str,
     """
     if config.broker_admin is None:
         return ()
+    with _lock(folder):
+        return _apply_pending(folder, config, config.broker_admin, change)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Allow one process per folder to change the rules: they share the file and the administrator's connection."""
+    try:
+        lock = os.open(folder / f"{PENDING_FILE}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {error.strerror}; see who owns the folder") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _apply_pending(
+    folder: Path, config: FleetConfig, admin: ClientCertificate, change: AccessChange
+) -> tuple[str, ...]:
     pending = [*(other for other in _load_pending(folder) if other.client != change.client), change]
     durable_files.write(folder / PENDING_FILE, msgspec.json.encode(pending), 0o600)
     path = folder / "broker" / ACCESS_FILE
     fleet = config.fleet.name
     try:
-        _control(config.broker_for(config.broker_admin), fleet, pending)
+        _control(config.broker_for(admin), fleet, pending)
     except LinkDown as error:
         return _write_pending(path, fleet, pending, str(error))
     durable_files.remove(folder / PENDING_FILE)
