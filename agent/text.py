@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from agent import clock
 
 
 def printable(text: str) -> str:
@@ -28,7 +28,7 @@ def format_interval(low: float | None, high: float | None) -> str:
 
 def format_since(t: int, last: int) -> str:
     """Format `t` (epoch µs) in UTC: the time of day if `last` is on the same day, else with the date."""
-    start, end = (datetime.fromtimestamp(us / 1e6, UTC) for us in (t, last))
+    start, end = (clock.to_datetime(us) for us in (t, last))
     return f"{start:%H:%M}" if start.date() == end.date() else f"{start:%Y-%m-%d %H:%M}"
 
 
