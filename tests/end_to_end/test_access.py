@@ -13,13 +13,13 @@ import pytest
 from agent.config import BrokerConfig
 from agent.errors import LinkDown
 from agent.fleet.config import FleetConfig
-from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment.enrol import enrol, init_fleet
+from agent.fleet.enrolment.enrol import init_fleet
 from agent.testing.broker import MosquittoBroker, free_port
 from agent.testing.fleet import FLEET
 from agent.testing.process import run_outstation
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
+from tests.kit.enrolments import let_in, site
 
 BASE = f"outstation/{FLEET}"
 NOT_AUTHORIZED = 0x87
@@ -33,7 +33,7 @@ class Access:
     config: FleetConfig
 
     def as_device(self, name: str) -> BrokerConfig:
-        folder = self.home / "devices" / name
+        folder = site(self.home, name)
         files = {"cert_file": str(folder / "device.crt"), "tls_key_file": str(folder / "device-tls.key")}
         return msgspec.structs.replace(self.config.broker, **files)
 
@@ -56,10 +56,8 @@ def access(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Access]:
     folder = tmp_path_factory.mktemp("access")
     port = free_port()
     config = init_fleet(folder / "fleet", FLEET, BrokerConfig(url=f"mqtts://localhost:{port}"))
-    store = FleetStore(Path(config.fleet.db))
     for name in ("pi-a", "pi-b"):
-        enrol(folder / "fleet", config, store, name, key=None, replace=False)
-    store.close()
+        let_in(config, folder / "fleet", name)
     conf = folder / "fleet" / "broker" / "mosquitto.conf"
     if os.geteuid() == 0:
         conf.write_text(conf.read_text(encoding="utf-8") + "user root\n", encoding="utf-8")

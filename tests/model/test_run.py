@@ -31,7 +31,7 @@ from agent.evaluation.predict import run as running
 from agent.evaluation.predict.ledger import LEDGER_NAME, FileJob, RunLedger, RunTotals
 from agent.evaluation.predict.run import BatchPredictor
 from agent.model.bundle import bundle as bundles
-from agent.model.inference import inference
+from agent.model.inference import runtime
 from agent.model.inference.inference import Inference
 from agent.testing.messages import new_key
 from scripts.kit.bundles import ANOMALY, CLASSIFY, KEY, LABELS, TABULAR, packed, readings, waves, write_csv
@@ -55,7 +55,7 @@ def run(*args: object) -> Result:
 
 def work(bundle: Path, block: int = BLOCK_BYTES, *, raw: bool = True) -> BatchPredictor:
     loaded = bundles.read(bundle, None)
-    model = inference.load_model(loaded.manifest, loaded.model_bytes)
+    model = runtime.load_model(loaded.manifest, loaded.model_bytes)
     return BatchPredictor(loaded, Inference(loaded.manifest, model), raw=raw, block_bytes=block)
 
 
@@ -72,7 +72,7 @@ def table(path: Path) -> dict[str, list[str]]:
 def plain(bundle: Path, rows: Float32s) -> tuple[Float32s, Ints]:
     """Return (outputs, last rows from 1) of a plain loop over single windows."""
     loaded = bundles.read(bundle, None)
-    model, spec = inference.load_model(loaded.manifest, loaded.model_bytes), loaded.manifest.input
+    model, spec = runtime.load_model(loaded.manifest, loaded.model_bytes), loaded.manifest.input
     size, step = (spec.window.rows, spec.window.step) if spec.window else (1, 1)
     starts = range(0, len(rows) - size + 1, step)
     windows = [rows[start : start + size].reshape(1, size, -1) for start in starts]

@@ -40,7 +40,8 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TrustedKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Public key whose signatures count. `owner` is a device name, or the role itself.
 
-    A key that was replaced counts up to `last_valid_seq` of `log`.
+    A key that was replaced counts up to `last_valid_seq` of `log`. `made_by`: who made a device's key; an operator who
+    did can have kept its private half.
     """
 
     kid: ShortText
@@ -51,6 +52,7 @@ class TrustedKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     revoked: ShortText = ""
     log: ShortText | None = None
     last_valid_seq: Natural | None = None
+    made_by: Literal["device", "operator", ""] = ""
 
 
 class ReceivedSpan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
