@@ -17,8 +17,8 @@ from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.rows import Rows
 from agent.device.store.store import RowBatch
 from agent.drift.state import DriftWindowResult, QuietRun
-from agent.model.inference import runtime
 from agent.model.inference.inference import InferenceResult
+from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.scores import Scores
 from agent.wire import commitment
 
@@ -131,7 +131,7 @@ def _result_body(task: LoadedTask, rows: list[int], n: int, proof: str, columns:
         "n": n,
         "input": proof,
         "columns": columns,
-        "made": {"agent": __version__, "runtime": runtime.RUNTIME_NAME, "config": task.config_digest},
+        "made": {"agent": __version__, "runtime": runtime_name(), "config": task.config_digest},
     }
 
 

@@ -32,6 +32,7 @@ from agent.fleet.database.interface import (
     fetch_dicts,
     is_postgresql,
 )
+from agent.fleet.database.key_table import KeyMaker
 from agent.fleet.database.projection import RESULTS_TABLE, SHARED_TABLES
 from agent.fleet.database.sqlite import SqliteDatabase
 from agent.wire.keys import PublicKey, parse_public_key
@@ -169,6 +170,7 @@ class FleetStore:
         replace: bool,
         now: str,
         keep_through: int | None = None,
+        made_by: KeyMaker = "device",
         before_commit: Callable[[], None] = lambda: None,
     ) -> bool:
         """Let `key` sign for `device`; see `key_table.enrol`. Raises UsageError if the device has another key.
@@ -176,7 +178,7 @@ class FleetStore:
         `before_commit` is called once the change is certain; if it raises, nothing changes.
         """
         with self.transaction() as db:
-            new = key_table.enrol(db, device, key, replace=replace, keep_through=keep_through, now=now)
+            new = key_table.enrol(db, device, key, replace=replace, keep_through=keep_through, now=now, made_by=made_by)
             before_commit()
         return new
 
