@@ -81,7 +81,7 @@ def init_fleet(folder: Path, name: str, broker: BrokerConfig) -> FleetConfig:
         durable_files.write_new(home / "acl", broker_config.render_acl(name).encode(), 0o600)
         _write_certificates(folder, name, broker)
     # Last: a folder with this file is a complete fleet.
-    durable_files.write_new(folder / fleet_config.FILE, _render_fleet_toml(name, broker).encode(), 0o644)
+    durable_files.write_new(folder / fleet_config.FILE, _render_fleet_toml(name, broker).encode(), 0o600)
     return fleet_config.load(folder)
 
 
