@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import html
-import logging
 import re
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
 
 # A spreadsheet runs a cell that begins with one of these.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -36,11 +34,6 @@ def _json_escape(char: str) -> str:
     return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4))
 
 
-def html_text(text: str) -> str:
-    """Return text for an HTML or SVG element or attribute, with its lines."""
-    return html.escape(printable_lines(text))
-
-
 def csv_text(text: str) -> str:
     """Return a text cell that no spreadsheet runs as a formula, on one line."""
     runs = text.startswith(_FORMULA_STARTS) and not _NUMBER.fullmatch(text)
@@ -50,16 +43,6 @@ def csv_text(text: str) -> str:
 def mask_password(url: str) -> str:
     """Return the URL without user name and password, also where a stray `/` or `@` in them makes it invalid."""
     return re.sub(r"^([^/]*//)?.*@", r"\1***@", url, count=1, flags=re.DOTALL)
-
-
-class PrintableFormatter(logging.Formatter):
-    """Log formatter that keeps each message on one line and everything printable."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record))
-
-    def formatException(self, ei: object) -> str:
-        return printable_lines(super().formatException(ei))  # type: ignore[arg-type]
 
 
 def format_value(value: float | None) -> str:
@@ -80,8 +63,14 @@ def format_interval(low: float | None, high: float | None) -> str:
 
 def format_since(t: int, last: int) -> str:
     """Format `t` (epoch µs) in UTC: the time of day if `last` is on the same day, else with the date."""
-    start, end = (datetime.fromtimestamp(us / 1e6, UTC) for us in (t, last))
+    start, end = (_to_datetime(us) for us in (t, last))
     return f"{start:%H:%M}" if start.date() == end.date() else f"{start:%Y-%m-%d %H:%M}"
+
+
+def _to_datetime(us: int) -> datetime:
+    # A producer may give its rows any time, also one beyond the calendar.
+    seconds = us // 1_000_000
+    return datetime(1970, 1, 1) + timedelta(seconds=min(max(seconds, -62_135_596_800), 253_402_300_799))
 
 
 def format_windows(windows: int, t: int, last: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import click
 import msgspec
 
 from agent.errors import UsageError
-from agent.text import PrintableFormatter, printable, printable_json, printable_lines
+from agent.text import printable, printable_json, printable_lines
 
 _MAX_SHOWN = 20
 
@@ -38,13 +37,6 @@ def echo(text: str = "", *, nl: bool = True, err: bool = False) -> None:
 def echo_styled(text: str) -> None:
     """Print text with colours, of which the caller has made the foreign parts `printable`."""
     click.echo(text)
-
-
-def configure_logging(level: int, layout: str) -> None:
-    """Log to standard error, each message on one printable line."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(PrintableFormatter(layout))
-    logging.basicConfig(level=level, handlers=[handler])
 
 
 def emit(document: object, as_json: bool, print_human: Callable[[], None]) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import msgspec
 
+from agent.render.escaping import html_text
 from agent.render.svg import FONT
 from agent.render.theme import adaptive_css
-from agent.text import html_text
 
 # The page loads nothing, so the browser need not allow anything.
 _CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agent.text import html_text, printable
+from agent.render.escaping import html_text
+from agent.text import printable
 
 FONT = "'Inter', 'Segoe UI', 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
 Point = tuple[float, float]

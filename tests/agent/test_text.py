@@ -13,6 +13,8 @@ import pytest
 
 from agent import text
 from agent.cli import output
+from agent.cli.log_format import PrintableFormatter
+from agent.render.escaping import html_text
 
 ROOT = Path(__file__).parents[2]
 # Colours and titles of a terminal, C1 controls, deletions, bidi overrides, line separators, half a surrogate pair.
@@ -46,7 +48,7 @@ def test_a_log_message_cannot_forge_another_line() -> None:
         raise ValueError(HOSTILE)
     except ValueError as error:
         failed = logging.LogRecord("x", logging.INFO, "", 0, "failed", (), (ValueError, error, None))
-    formatter = text.PrintableFormatter("%(levelname)s %(message)s")
+    formatter = PrintableFormatter("%(levelname)s %(message)s")
     shown = formatter.format(record)
     assert shown.isprintable()
     assert shown.startswith("INFO name a\\nERROR forged")
@@ -68,7 +70,7 @@ def test_numbers_and_plain_words_stay_as_they_are_in_a_table(cell: str) -> None:
 
 
 def test_hostile_text_is_escaped_in_pages() -> None:
-    shown = text.html_text(f"<script>{HOSTILE}\n")
+    shown = html_text(f"<script>{HOSTILE}\n")
     assert is_plain(shown)
     assert shown.startswith("&lt;script&gt;a\\x1b[2J")
 

@@ -11,7 +11,8 @@ import click
 
 from agent.bootstrap import device
 from agent.bootstrap.daemon import build_daemon
-from agent.cli.output import config_option, configure_logging
+from agent.cli.log_format import configure_logging
+from agent.cli.output import config_option
 from agent.config import Config
 from agent.device.commands import wipe
 from agent.device.recovery.open import acquire_lock

@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from agent.cli.fleet.common import db_option, fleet_option, open_store, print_lines
-from agent.cli.output import configure_logging, emit, json_option
+from agent.cli.log_format import configure_logging
+from agent.cli.output import emit, json_option
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.database.interface import display_name
@@ -57,7 +58,9 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
 
                 maintain(home, store)
 
-        collector = Collector(config.fleet.name, broker, store, key, upkeep=maintain_repository, share=share)
+        collector = Collector(
+            *(config.fleet.name, broker, store, key), upkeep=maintain_repository, share=share, quota=config.quota
+        )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: collector.stop())
         collector.run()
@@ -68,7 +71,7 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
 @fleet_option
 @json_option
 def collector(name: str, folder: str | None, as_json: bool) -> None:
-    """Let another collector connect to the broker as NAME: issue its TLS certificate, extend the access list.
+    """Let another collector connect to the broker as NAME: issue its TLS certificate, give it access.
 
     Run it with --share NAME, on this machine or with a copy of fleet.toml, ca.pem, collector.key and the two new
     files.
