@@ -8,19 +8,18 @@ cannot be guessed from the commitments of others, and the device's secret cannot
 from __future__ import annotations
 
 import hmac
-from collections.abc import Mapping, Sequence
-from typing import Any
+import struct
+from collections.abc import Buffer, Mapping, Sequence
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from agent.wire.keys import b64url_decode, b64url_encode
 
 SECRET_BYTES = 32
-DTYPES = {"f32": "<f4", "f64": "<f8", "i64": "<i8", "category": "<u2"}
+_FORMATS = {"f32": "f", "f64": "d", "i64": "q", "category": "H"}
 _PREFIX = "hmac-sha256:"
 _PURPOSE = "outstation rows v1"
+_NAN = float("nan")
 
 
 class Disclosure(msgspec.Struct, frozen=True):
@@ -45,21 +44,19 @@ class Disclosure(msgspec.Struct, frozen=True):
         count = self.rows[1] - self.rows[0] + 1
         if len(self.columns) != len(self.fields) or {len(self.t), *map(len, self.columns)} != {count}:
             raise ValueError(f"rows {self.rows[0]} to {self.rows[1]} need {count} values of t and of each field")
-        arrays: list[NDArray[Any]] = []
-        texts: dict[str, Mapping[int, str]] = {}
         try:
-            for (name, kind), values in zip(self.fields, self.columns, strict=True):
-                if kind == "category":
-                    codes = self.categories[name]
-                    texts[name] = {code: text for text, code in codes.items()}
-                    arrays.append(np.array([codes[str(value)] for value in values], DTYPES[kind]))
-                elif kind == "i64":
-                    arrays.append(np.array(values, DTYPES[kind]))
-                else:
-                    arrays.append(np.array([np.nan if v is None else v for v in values], DTYPES[kind]))
-            return commit(b64url_decode(self.key), self.fields, np.array(self.t, "<i8"), arrays, texts)
-        except (KeyError, TypeError, OverflowError) as error:
+            columns = [self._pack(*column) for column in zip(self.fields, self.columns, strict=True)]
+            codes = {
+                name: sorted((code, text) for text, code in used.items()) for name, used in self.categories.items()
+            }
+            return commit(b64url_decode(self.key), self.fields, struct.pack(f"<{count}q", *self.t), columns, codes)
+        except (KeyError, TypeError, OverflowError, struct.error) as error:
             raise ValueError(f"a value is not of its field's type: {error}") from None
+
+    def _pack(self, field: tuple[str, str], values: Sequence[float | int | str | None]) -> bytes:
+        name, kind = field
+        numbers = [self.categories[name][str(v)] if kind == "category" else _NAN if v is None else v for v in values]
+        return struct.pack(f"<{len(numbers)}{_FORMATS[kind]}", *numbers)
 
 
 def derive_key(secret: bytes, log: str, task: str, rows: tuple[int, int]) -> bytes:
@@ -70,22 +67,20 @@ def derive_key(secret: bytes, log: str, task: str, rows: tuple[int, int]) -> byt
 def commit(
     key: bytes,
     fields: Sequence[tuple[str, str]],
-    t: NDArray[np.int64],
-    columns: Sequence[NDArray[Any]],
-    texts: Mapping[str, Mapping[int, str] | Sequence[str]],
+    t: Buffer,
+    columns: Sequence[Buffer],
+    codes: Mapping[str, Sequence[tuple[int, str]]],
 ) -> str:
-    """Return the commitment to rows with times `t` (n,) and one column (n,) per field.
+    """Return the commitment to rows, given as the little-endian bytes of their times and of one column per field.
 
-    Covers the fields as JSON, the little-endian bytes of `t` and of each column, and the texts of the category codes
-    in use.
+    `codes` holds the category codes in use with their texts, ascending, by field.
     """
     code = hmac.new(key, msgspec.json.encode(fields) + b"\n", "sha256")
-    code.update(np.ascontiguousarray(t, "<i8"))
+    code.update(t)
     for (name, kind), column in zip(fields, columns, strict=True):
-        code.update(np.ascontiguousarray(column, DTYPES[kind]))
+        code.update(column)
         if kind == "category":
-            used = np.unique(column).tolist()
-            code.update(msgspec.json.encode([[number, texts[name][number]] for number in used]) + b"\n")
+            code.update(msgspec.json.encode(codes[name]) + b"\n")
     return _PREFIX + code.hexdigest()
 
 

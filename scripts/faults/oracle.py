@@ -17,7 +17,9 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Float32s, Ints
+from agent.config import FieldConfig
 from agent.device.machine import commitment_secret
+from agent.device.store.rows import Rows
 from agent.errors import OutstationError
 from agent.fleet import config as fleet_config
 from agent.fleet.audit.audit import AuditReport, audit
@@ -171,4 +173,5 @@ def commit_rows(world: World, body: dict[str, Any], t: Ints, values: Float32s) -
     first, last = body["rows"]
     secret = commitment_secret.load(world.device.data_dir)
     key = commitment.derive_key(secret, body["log"], body["task"], (first, last))
-    return commitment.commit(key, [(name, "f32") for name in FIELDS], t, list(values.T), {})
+    rows = Rows(t, tuple(np.ascontiguousarray(column) for column in values.T))
+    return rows.commit(key, [FieldConfig(name=name) for name in FIELDS], {})

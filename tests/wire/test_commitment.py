@@ -17,9 +17,14 @@ from agent.wire.commitment import Disclosure
 SECRET = bytes(range(32))
 LOG = "7e57ab1e-0000-4000-8000-000000000000"
 FIELDS = [("x", "f32"), ("n", "i64"), ("who", "category")]
-T = np.array([1_000, 2_000], np.int64)
-COLUMNS = (np.array([1.5, np.nan], "<f4"), np.array([7, -8], "<i8"), np.array([2, 1], "<u2"))
-TEXTS = {"who": ["", "patient 17", "patient 4"]}
+TIMES = [1_000, 2_000]
+T = np.array(TIMES, "<i8").tobytes()
+COLUMNS = [
+    np.array([1.5, np.nan], "<f4").tobytes(),
+    np.array([7, -8], "<i8").tobytes(),
+    np.array([2, 1], "<u2").tobytes(),
+]
+TEXTS = {"who": [(1, "patient 17"), (2, "patient 4")]}
 
 
 def key_of(task: str = "tiny", rows: tuple[int, int] = (1, 2), log: str = LOG) -> bytes:
@@ -29,13 +34,13 @@ def key_of(task: str = "tiny", rows: tuple[int, int] = (1, 2), log: str = LOG) -
 def disclosure() -> Disclosure:
     codes = {"who": {"patient 17": 1, "patient 4": 2}}
     columns: list[list[float | int | str | None]] = [[1.5, None], [7, -8], ["patient 4", "patient 17"]]
-    return Disclosure("pi-07", LOG, "tiny", (1, 2), commitment.encode_key(key_of()), FIELDS, T.tolist(), columns, codes)
+    return Disclosure("pi-07", LOG, "tiny", (1, 2), commitment.encode_key(key_of()), FIELDS, TIMES, columns, codes)
 
 
 def test_a_reading_of_few_possible_values_cannot_be_computed_back_from_its_message() -> None:
     """The unkeyed digest of one row gave way to a search over a sensor's values."""
     values = np.arange(-400, 1250, dtype=np.float32) / 10
-    t, fields = np.array([1_764_022_680_000_000], np.int64), [("temperature", "f32")]
+    t, fields = np.array([1_764_022_680_000_000], "<i8"), [("temperature", "f32")]
     signed = commitment.commit(key_of(rows=(1, 1)), fields, t, [values[631:632]], {})
     guesses = {commitment.commit(b"", fields, t, [values[i : i + 1]], {}) for i in range(len(values))}
     guesses |= {f"sha256:{hashlib.sha256(t.tobytes() + values[i].tobytes()).hexdigest()}" for i in range(len(values))}

@@ -119,8 +119,7 @@ def _commit(
     task: LoadedTask, message_log: MessageLog, rows: tuple[int, int], consumed: Rows, texts: Mapping[str, Sequence[str]]
 ) -> str:
     key = commitment.derive_key(message_log.secret, message_log.log_id, task.name, rows)
-    fields = [(field.name, field.type) for field in task.stream.fields]
-    return commitment.commit(key, fields, consumed.t, consumed.columns, texts)
+    return consumed.commit(key, task.stream.fields, texts)
 
 
 def _result_body(task: LoadedTask, rows: list[int], n: int, proof: str, columns: dict[str, Any]) -> dict[str, Any]:

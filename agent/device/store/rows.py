@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from agent.config import FieldConfig, StreamConfig
 from agent.errors import RowRejected
 from agent.toml_files import did_you_mean
-from agent.wire.commitment import DTYPES
+from agent.wire import commitment
 
+_DTYPES = {"f32": "<f4", "f64": "<f8", "i64": "<i8", "category": "<u2"}
 T_MAX_S = 4_102_444_800.0  # 2100-01-01
 _MAX_SHORT_OFFSET = 2**32 - 1
 _HEADER = struct.Struct("<qqq")
@@ -29,7 +30,7 @@ _TIME_FIELD = FieldConfig(name="t", type="f64", optional=True)
 
 def row_bytes(stream: StreamConfig) -> int:
     """Return the bytes of a stored row: its time and its fields."""
-    return 8 + sum(np.dtype(DTYPES[field.type]).itemsize for field in stream.fields)
+    return 8 + sum(np.dtype(_DTYPES[field.type]).itemsize for field in stream.fields)
 
 
 class Rows(msgspec.Struct, frozen=True):
@@ -43,6 +44,16 @@ class Rows(msgspec.Struct, frozen=True):
 
     def slice(self, start: int, stop: int) -> Rows:
         return Rows(self.t[start:stop], tuple(c[start:stop] for c in self.columns))
+
+    def commit(self, key: bytes, fields: Sequence[FieldConfig], texts: Mapping[str, Sequence[str]]) -> str:
+        """Return the commitment to these rows under `key`; `texts` holds the category texts by code, by field."""
+        codes = {
+            field.name: [(code, texts[field.name][code]) for code in np.unique(column).tolist()]
+            for field, column in zip(fields, self.columns, strict=True)
+            if field.type == "category"
+        }
+        columns = [_little_endian(column) for column in self.columns]
+        return commitment.commit(key, [(f.name, f.type) for f in fields], _little_endian(self.t), columns, codes)
 
 
 EMPTY_ROWS = Rows(np.zeros(0, np.int64), ())
@@ -94,7 +105,7 @@ def unpack_chunk(chunk: PackedChunk, fields: Sequence[FieldConfig]) -> Rows:
     """Invert `pack_chunk`. Raises ValueError if the bytes are not what was packed."""
     if not is_intact(chunk):
         raise ValueError("CRC does not match")
-    dtypes = [np.dtype(DTYPES[f.type]) for f in fields]
+    dtypes = [np.dtype(_DTYPES[f.type]) for f in fields]
     if len(chunk.data) != chunk.n * (chunk.time_bytes + sum(d.itemsize for d in dtypes)):
         raise ValueError("length does not match the stream's fields")
     offsets = np.frombuffer(chunk.data, "<u4" if chunk.time_bytes == 4 else "<i8", chunk.n)
@@ -192,7 +203,7 @@ def _validate_numbers(values: Any, field: FieldConfig, rejected: _Rejections) ->
         missing = np.array([value is None for value in values], bool) & field.optional
         numbers = np.array(parsed, np.int64 if whole else np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
-        typed = numbers.astype(DTYPES[field.type])
+        typed = numbers.astype(_DTYPES[field.type])
         if typed.dtype.kind == "f":
             _reject_where(rejected, ~np.isfinite(numbers) & ~missing, field, numbers, "is no finite number")
             _reject_where(rejected, np.isinf(typed), field, numbers, f"is too large for {field.type}")
@@ -210,9 +221,9 @@ def _validate_fast(numbers: NDArray[Any], field: FieldConfig) -> NDArray[Any] | 
     if not len(numbers):
         return None
     typed = numbers
-    if numbers.dtype != DTYPES[field.type]:
+    if numbers.dtype != _DTYPES[field.type]:
         with np.errstate(invalid="ignore", over="ignore"):
-            typed = numbers.astype(DTYPES[field.type])
+            typed = numbers.astype(_DTYPES[field.type])
     low, high = np.minimum.reduce(typed), np.maximum.reduce(typed)
     kind = typed.dtype.type if typed.dtype.kind == "f" else float
     if typed.dtype.kind == "f" and not (-np.inf < low and high < np.inf):

@@ -115,8 +115,7 @@ def test_the_commitment_of_a_message_is_to_its_rows_under_its_own_key(make: Make
         taken = device.store.read_rows("watch", device.stream.fields, first - 1, last - first + 1)
         assert taken is not None
         key = commitment.derive_key(device.author.secret, result.log, "tiny", result.rows)
-        fields = [(field.name, field.type) for field in device.stream.fields]
-        assert result.input == commitment.commit(key, fields, taken.rows.t, taken.rows.columns, {})
+        assert result.input == taken.rows.commit(key, device.stream.fields, {})
 
 
 def test_without_rows_there_is_no_batch(make: Make) -> None:
