@@ -28,6 +28,9 @@ from agent.wire.messages import AcknowledgementRef, AckPayload
 
 log = logging.getLogger("outstation")
 
+# A quotation has 222 bytes: 5 kB a day.
+_QUOTE_INTERVAL_S = 3600.0
+
 ModelsByTask = Mapping[str, Mapping[str, Any]]
 
 
@@ -53,6 +56,7 @@ class HealthReporter:
     ) -> None:
         self._conf, self._store, self._message_log, self._models, self._now = conf, store, message_log, models, now
         self._process_meter = ProcessMeter()
+        self._next_quote_s = float("-inf")
         # Further members of a health message.
         self.extra_members: Callable[[ClockReading], Mapping[str, Any]] = lambda now: {}
 
@@ -64,8 +68,9 @@ class HealthReporter:
                 tx.set_meta(SYNCED, str(now.wall_us))
             self._process_meter.tick(tx, now)
             body = build_body(self._conf, self._store, self._models)
-            quoted = quote_acknowledgement(self._store)
-            body |= {"acknowledged": quoted} if quoted is not None else {}
+            if now.boot_s >= self._next_quote_s and (quoted := quote_acknowledgement(self._store)) is not None:
+                self._next_quote_s = now.boot_s + _QUOTE_INTERVAL_S
+                body["acknowledged"] = quoted
             members = {**body, **self.extra_members(now), "wall_clock": timekeeping.build_report(self._store, now)}
             self._message_log.append(tx, "health", None, members, now)
 

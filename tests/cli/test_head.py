@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from agent.bootstrap import device
-from agent.device.health import quote_acknowledgement
+from agent.device.health import HealthReporter, quote_acknowledgement
 from agent.device.machine.timekeeping import make_clock
 from agent.device.store import retention
 from agent.device.store.message_log import MessageLog
@@ -91,4 +92,20 @@ def test_nothing_is_quoted_before_the_first_acknowledgement(pi: Device) -> None:
 def test_a_quoted_acknowledgement_costs_few_bytes(pi: Device) -> None:
     pi.write()
     quoted = pi.acknowledge()
-    assert len(encode({"acknowledged": quoted})) < 260
+    assert len(encode({"acknowledged": quoted})) < 230
+
+
+def test_one_health_message_an_hour_quotes_the_acknowledgement(pi: Device) -> None:
+    _, conf = device.load_config(str(pi.file))
+    seconds = [0.0]
+    reading = make_clock(pi.store)()
+    reporter = HealthReporter(
+        conf, pi.store, pi.log, {}, lambda: msgspec.structs.replace(reading, boot_s=reading.boot_s + seconds[0])
+    )
+    reporter.write_health()
+    pi.acknowledge()
+    for seconds[0] in (60, 120, 3000, 3700):
+        reporter.write_health()
+    written = [json.loads(message.payload) for message in pi.store.unacknowledged_messages(0, 10)]
+    assert ["acknowledged" in body for body in written] == [False, True, False, False, True]
+    assert written[1]["acknowledged"]["through"] == 1

@@ -43,6 +43,11 @@ class EvidenceQueries:
         row: Row | None = self._db.execute(f"{sql} ORDER BY seq DESC LIMIT 1", (device, log, kind)).fetchone()
         return row
 
+    def load_newest_health(self, device: str, log: str, limit: int) -> list[Row]:
+        """Return (seq, payload) of the newest health messages of a log, newest first."""
+        sql = "SELECT seq, payload FROM messages WHERE device = ? AND log = ? AND kind = ? ORDER BY seq DESC LIMIT ?"
+        return list(self._db.execute(sql, (device, log, "health", limit)))
+
     def load_devices(self) -> list[dict[str, Any]]:
         return self._query("SELECT device, enrolled, state, last_seen FROM devices ORDER BY device")
 

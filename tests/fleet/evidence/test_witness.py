@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from agent.errors import MessageRefused
 from agent.fleet.evidence.verify.reader import VerificationReport
 from agent.fleet.evidence.verify.verify import verify
-from agent.testing.messages import FLEET, MODEL, MessageSender, SignedMessage, new_key
+from agent.testing.messages import FLEET, MessageSender, SignedMessage, new_key
 from agent.wire import log_chain, log_head
 from agent.wire.keys import SigningKey
 from tests.kit.evidences import Story, alert, at
@@ -23,7 +23,6 @@ from tests.kit.received_evidence import OPERATOR, resign
 
 LOG = "5f0c2f6e-1a54-4d0b-9a53-000000000007"
 MONTH_H = 30 * 24
-TASKS = {"exercise": {"stream": "watch", "row": 0, "model": MODEL}}
 
 
 def sender(device: str = "pi-07", key: int = 7, log: str = LOG) -> MessageSender:
@@ -173,7 +172,7 @@ def quoting(device: MessageSender, through: MessageSender, hours: float, ack_hou
     """Return a health message that quotes the acknowledgement of everything in `through`."""
     quoted = {"kid": "collector", "log": through.log, "through": through.seq, "time": at(ack_hours)}
     quoted["digest"] = through.prev
-    return device.append("health", streams={}, tasks=TASKS, agent="0.1.0", acknowledged=quoted, time=at(hours))
+    return device.append("health", streams={}, tasks={}, agent="0.1.0", acknowledged=quoted, time=at(hours))
 
 
 def test_a_backdated_message_is_found_by_the_acknowledgement_in_it(desk: Desk) -> None:
