@@ -106,7 +106,7 @@ install_program() { # SOURCE
 need_packages() {
     local missing=() package
     command -v apt-get >/dev/null || die "apt-get is not here: this script knows Raspberry Pi OS and Debian only" 2
-    local packages=(python3 python3-venv ca-certificates)
+    local packages=(python3 python3-venv ca-certificates libseccomp2)
     # No wheels of these for 32-bit ARM on PyPI: Debian's are used.
     if bits32; then packages+=(python3-numpy python3-cffi python3-cryptography python3-psutil); fi
     for package in "${packages[@]}"; do

@@ -38,6 +38,7 @@ _MARKS = {
         "agent.authoring.pack",
         "agent.bootstrap.daemon",
         "agent.bootstrap.tasks",
+        "agent.model.activation",
         "agent.model.activation.activate",
         "agent.model.sandbox.probe",
         "agent.model.sandbox.subprocess_model",

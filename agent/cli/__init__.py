@@ -12,6 +12,7 @@ import click
 
 from agent import __version__
 from agent.errors import OutstationError, UsageError
+from agent.text import printable_lines
 
 # Where each command is, and what the list says of it without loading them all.
 _COMMANDS = {
@@ -68,10 +69,10 @@ def main(args: list[str] | None = None) -> Any:
     try:
         return cli.main(args, prog_name="outstation", standalone_mode=True)
     except UsageError as error:
-        click.echo(f"outstation: {error}", err=True)
+        click.echo(f"outstation: {printable_lines(str(error))}", err=True)
         sys.exit(2)
     except OutstationError as error:
-        click.echo(f"outstation: {error}", err=True)
+        click.echo(f"outstation: {printable_lines(str(error))}", err=True)
         sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

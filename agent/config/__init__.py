@@ -76,6 +76,17 @@ class ThrottleConfig(Section, frozen=True):
     nice: Annotated[int, msgspec.Meta(ge=0, le=19)] = 5
 
 
+class ModelsConfig(Section, frozen=True):
+    """Limits of model processes. `memory` is added to what Python and the runtime take; None means half the machine's.
+
+    `confinement`: "auto" confines where the machine can; "required" runs no model elsewhere; "off" runs models in the
+    daemon's own process.
+    """
+
+    confinement: Literal["auto", "required", "off"] = "auto"
+    memory: Size | None = None
+
+
 class IntakeConfig(Section, frozen=True):
     tcp: str | None = None
     # What producers on TCP must know; made on the first start.
@@ -89,6 +100,8 @@ class FieldConfig(Section, frozen=True):
     max: float | None = None
     type: Literal["f32", "f64", "i64", "category"] = "f32"
     optional: bool = False
+    # Categories of a field of that type; further ones count as `(other)`.
+    max_categories: Annotated[int, msgspec.Meta(ge=2, le=65_535)] = 1000
 
 
 class StreamConfig(Section, frozen=True):
@@ -141,6 +154,7 @@ class Config(Section, frozen=True):
     buffer: BufferConfig = msgspec.field(default_factory=BufferConfig)
     intake: IntakeConfig = msgspec.field(default_factory=IntakeConfig)
     throttle: ThrottleConfig = msgspec.field(default_factory=ThrottleConfig)
+    models: ModelsConfig = msgspec.field(default_factory=ModelsConfig)
     updates: UpdatesConfig | None = None
     streams: dict[str, StreamConfig] = msgspec.field(default_factory=dict)
     tasks: dict[str, TaskConfig] = msgspec.field(default_factory=dict)

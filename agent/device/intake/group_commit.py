@@ -190,12 +190,13 @@ class GroupCommit:
         by_stream: dict[str, list[tuple[Rows, ClockStamp]]] = {}
         ends: dict[Hashable, tuple[str, int]] = {}
         counts: dict[Hashable, int] = {}
+        row_counts: Counter[str] = Counter()
+        for block in (block for batch in batches.values() for block in batch.row_blocks):
+            row_counts[block.stream] += len(block.validated.rows)
         for producer, batch in batches.items():
             accepted = 0
             for block in batch.row_blocks:
-                rows, rejected = self._encode_categories(tx, block.stream, block.validated)
-                for index, reason in rejected.items():
-                    batch.reject(block.lines[index if len(block.lines) > 1 else 0], reason)
+                rows = self._encode_categories(tx, block.stream, block.validated, row_counts[block.stream])
                 if len(rows):
                     parts = by_stream.setdefault(block.stream, [])
                     parts.append((rows, _stamp(tx, rows, block.now)))
@@ -227,22 +228,18 @@ class GroupCommit:
                 producer_batch.reject(line, labels.format_reasons(rejected, n))
         return accepted
 
-    def _encode_categories(self, tx: Transaction, stream: str, validated: ValidatedRows) -> tuple[Rows, dict[int, str]]:
-        """Replace category texts by codes. Return index → reason for rows whose text gets no code, too."""
-        columns, rejected = list(validated.rows.columns), {}
+    def _encode_categories(self, tx: Transaction, stream: str, validated: ValidatedRows, row_count: int) -> Rows:
+        """Replace category texts by codes; `row_count`: rows of the stream in this transaction."""
+        columns = list(validated.rows.columns)
         for index, texts in validated.categories.items():
-            name = self._streams[stream].fields[index].name
-            codes = np.array(tx.assign_category_codes(stream, name, texts), np.int64)
-            columns[index] = codes.astype("<u2")
-            for row in np.flatnonzero(codes < 0):
-                rejected[int(row)] = (
-                    f"{name} = {texts[row]!r} would be the 65,536th category; a field has 65,535 at most"
-                )
-        rows = Rows(validated.rows.t, tuple(columns))
-        if rejected:
-            accepted = np.setdiff1d(np.arange(len(rows)), np.fromiter(rejected, np.int64, len(rejected)))
-            rows = Rows(rows.t[accepted], tuple(column[accepted] for column in rows.columns))
-        return rows, rejected
+            field = self._streams[stream].fields[index]
+            last_row = tx.next_row(stream) + row_count - 1
+            codes, others = tx.assign_category_codes(
+                stream, field.name, texts, limit=field.max_categories, last_row=last_row
+            )
+            columns[index] = np.array(codes, "<u2")
+            tx.increment_counter("categories over limit", others)
+        return Rows(validated.rows.t, tuple(columns))
 
 
 def _append_rows(tx: Transaction, stream: str, parts: Sequence[tuple[Rows, ClockStamp]], now: ClockReading) -> int:

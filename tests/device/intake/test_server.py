@@ -30,7 +30,7 @@ from agent.device.store.rows import RawColumns
 from agent.device.store.store import Store
 from agent.errors import StorageError, UsageError
 from agent.testing.broker import free_port
-from tests.kit.stations import T0, Killable, Line, Station, conf, rows_of, wait_for
+from tests.kit.stations import T0, Killable, Line, Station, conf, wait_for
 
 ROW = {"stream": "watch", "ax": 0.1, "ay": 0.2}
 NUMBERS = StreamConfig(fields=[FieldConfig(name="n", type="i64")])
@@ -628,23 +628,16 @@ def test_a_source_that_breaks_is_a_failure_of_the_intake(tmp_path: Path) -> None
     assert isinstance(station.failures[0], ZeroDivisionError)
 
 
-def test_rows_with_a_category_beyond_the_limit_are_rejected(tmp_path: Path) -> None:
-    with Station(conf(tmp_path)) as station:
-        with station.store.transaction() as tx:
-            tx.assign_category_codes("machine", "mode", [f"c{i}" for i in range(65_535)])
-        with station.line() as line:
-            rows = [
-                {"stream": "machine", "power": 1, "count": n, "mode": mode} for n, mode in enumerate(["c5", "x", "c6"])
-            ]
-            line.send(*rows)
-            total = line.through(3)
-            line.send({"stream": "machine", "columns": {"power": [1, 1], "count": [8, 9], "mode": ["y", "c7"]}})
-            columnar = line.answer()
-        assert total["accepted"] == 2
-        assert total["rejected"] == [
-            {"line": 2, "reason": "mode = 'x' would be the 65,536th category; a field has 65,535 at most"}
-        ]
-        assert (columnar["accepted"], columnar["rejected"][0]["line"]) == (1, 4)
-        stored = rows_of(station.store, "machine", station.conf.streams["machine"])
-        assert stored.columns[1].tolist() == [0, 2, 9]
-        assert stored.columns[2].tolist() == [6, 7, 8]
+def test_made_up_categories_are_stored_as_other_and_counted(tmp_path: Path) -> None:
+    fields = [FieldConfig(name="n", type="i64"), FieldConfig(name="mode", type="category", max_categories=100)]
+    with Station(conf(tmp_path, machine=StreamConfig(fields=fields))) as station, station.line() as line:
+        line.send({"stream": "machine", "n": 0, "mode": "on"})
+        for first in range(0, 66_000, 6000):
+            values = [f"made-up-{n}" for n in range(first, first + 6000)]
+            line.send({"stream": "machine", "columns": {"n": [1] * 6000, "mode": values}})
+        line.send({"stream": "machine", "n": 2, "mode": "on"}, {"stream": "machine", "n": 3, "mode": "new"})
+        assert line.through(14) == {"through": 14, "accepted": 66_003, "rejected": []}
+        texts = station.store.categories("machine", "mode")
+        assert (len(texts), texts[1], texts[100]) == (101, "on", "(other)")
+        assert station.rows("machine").columns[1][[0, -2, -1]].tolist() == [1, 1, 100]
+        assert station.store.counters()["categories over limit"] == 66_001 - 98

@@ -210,7 +210,9 @@ def test_no_bit_flip_of_a_timestamp_goes_unnoticed(depot: Depot, made: Path) -> 
     data = files["timestamp.json"]
     chain = signature_chain.verify(files, refuse)
     changes = list(flips(data))[::13]
-    silent = [one for one in changes if "timestamp.json" not in chain_problems({**files, "timestamp.json": one})]
+    silent = [
+        changed for changed in changes if "timestamp.json" not in chain_problems({**files, "timestamp.json": changed})
+    ]
     # White space, or another encoding of equal content.
     assert len(silent) < len(changes) / 4
-    assert all(signature_chain.verify({**files, "timestamp.json": one}, refuse) == chain for one in silent)
+    assert all(signature_chain.verify({**files, "timestamp.json": changed}, refuse) == chain for changed in silent)

@@ -19,7 +19,8 @@ from agent.fleet.evidence.format.contents import READ_LIMITS
 from agent.strict_json import check_strict_json
 from agent.wire import jws
 from agent.wire.keys import SigningKey, parse_public_key
-from agent.wire.messages import Natural, Positive, Rfc3339, ShortText
+from agent.wire.messages import Natural, Positive, ShortText
+from agent.wire.times import Rfc3339
 
 MANIFEST_FILE, SIGNATURE_FILE = "manifest.json", "manifest.jws"
 # Takes the place of a message's topic, so that no signature of a message or a bundle is valid for a folder.
