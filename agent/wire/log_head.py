@@ -16,7 +16,8 @@ from agent.strict_json import check_strict_json
 from agent.wire import jws
 from agent.wire.jws import Signer
 from agent.wire.keys import PublicKey, SigningKey, parse_public_key
-from agent.wire.messages import AcknowledgementRef, Natural, Rfc3339, ShortText, Uuid
+from agent.wire.messages import AcknowledgementRef, Natural, ShortText, Uuid
+from agent.wire.times import Rfc3339
 
 _SIGNATURE_DOMAIN = "log head"
 MAX_BYTES = 16 << 10
