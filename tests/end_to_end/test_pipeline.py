@@ -117,9 +117,7 @@ def drift(fleet: LocalFleet, device: str) -> tuple[list[tuple[Any, ...]], Counte
     return windows, counts
 
 
-def test_the_head_of_a_running_device_agrees_with_the_evidence_of_its_operator(
-    running: Running, tmp_path: Path
-) -> None:
+def test_the_head_of_a_running_device_agrees_with_its_operators_evidence(running: Running, tmp_path: Path) -> None:
     head = run_outstation("head", "--json", "-c", str(running.device.config))
     assert head.returncode == 0, head.stderr
     signed = json.loads(head.stdout)["head"]
