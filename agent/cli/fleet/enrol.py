@@ -43,7 +43,7 @@ def init(folder: Path, name: str | None, url: str | None, as_json: bool) -> None
     document = {
         "fleet": config.fleet.name,
         "dir": str(folder),
-        "broker": broker.url,
+        "broker": broker.shown_url,
         **public,
         "broker_conf": str(conf),
         "broker_plugin": str(plugin) if plugin else None,
