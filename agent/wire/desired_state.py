@@ -18,6 +18,8 @@ Version = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 Rfc3339Seconds = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z\Z")]
 # Devices reject a larger message unread.
 MAX_DESIRED_BYTES = 65_536
+# Roles of keys that may sign it, as in `agent.wire.trust`.
+DESIRED_STATE_ROLES = frozenset({"operator", "deployer"})
 
 # Strategies of a plan's steps, in the only order in which they may follow each other.
 StepStrategy = Literal["shadow", "canary", "all"]

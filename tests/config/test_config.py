@@ -444,7 +444,7 @@ def test_small_order_keys_in_a_config_are_refused(tmp_path: Path, key: str) -> N
     file = tmp_path / "outstation.toml"
     file.write_text(DEVICE + f'[publishers]\nkeys = ["{KEY}", "{key}"]\n')
     with pytest.raises(ConfigError, match=r"outstation\.toml: publishers\.keys: .* of small order"):
-        trusted_publishers(file, config.load(file))
+        trusted_publishers(file, config.load(file), None)
 
 
 UPDATES = '[updates]\nurl = "https://updates.example.org/acme"\n'

@@ -34,10 +34,18 @@ def halted() -> Halted:
     return Halted()
 
 
+def arm(desk: Desk, halted: Halted, delay_s: float = 0.0) -> Wipe:
+    """Give the desk its wipe commands, as after a start."""
+    made = Wipe(desk.store, desk.author, desk.trusted, halted, delay_s)
+    desk.control._actions = {"cancel-wipe": made.cancel}
+    desk.control._signer_actions = {"wipe": made.request}
+    return made
+
+
 @pytest.fixture
 def desk(tmp_path: Path, halted: Halted) -> Iterator[Desk]:
     made = Desk(tmp_path / "data")
-    made.control._actions = {"wipe": Wipe(made.store, made.author, halted).request}
+    arm(made, halted)
     yield made
     made.store.close()
 
@@ -61,7 +69,7 @@ def test_the_first_wipe_erases_nothing_and_the_second_with_its_word_does(desk: D
     assert (halted.times, wipe.is_pending(desk.store)) == (0, False)
     assert confirm(desk, text)
     assert (halted.times, wipe.is_pending(desk.store)) == (1, True)
-    assert desk.audit("wiped") == [{}]
+    assert desk.audit("wiped") == [{"kids": [desk.operator.key.public.kid]}]
 
 
 def test_a_wrong_word_an_old_one_and_a_used_one_erase_nothing(desk: Desk, halted: Halted) -> None:
@@ -81,7 +89,7 @@ def test_a_confirmation_expires_by_the_boot_clock(desk: Desk) -> None:
 
 def test_a_word_is_forgotten_by_a_restart(desk: Desk, halted: Halted) -> None:
     text = word(desk)
-    desk.control._actions = {"wipe": Wipe(desk.store, desk.author, halted).request}
+    arm(desk, halted)
     assert not confirm(desk, text)
 
 
