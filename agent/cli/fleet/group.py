@@ -9,6 +9,7 @@ from agent.cli.fleet.command import command, revoke
 from agent.cli.fleet.drift import drift
 from agent.cli.fleet.enrol import enrol, init
 from agent.cli.fleet.evidence import evidence
+from agent.cli.fleet.keys import keys
 from agent.cli.fleet.label import label
 from agent.cli.fleet.reports import alerts, audit, devices, gaps
 from agent.cli.fleet.repository import publish, repository
@@ -24,6 +25,6 @@ def fleet() -> None:
 
 for _subcommand in (
     *(init, enrol, devices, collect, collector, watch, alerts, gaps, audit, drift, label, command, revoke),
-    *(publish, repository, rollout, evidence, simulate),
+    *(publish, repository, keys, rollout, evidence, simulate),
 ):
     fleet.add_command(_subcommand)

@@ -93,10 +93,11 @@ def render_acl(fleet: str) -> str:
     subtree = {kind: f"{base}/%u/{kind.name}" + ("/+" if kind.per_task else "") for kind in KINDS.values()}
     lines = [f"pattern write {topic}" for kind, topic in subtree.items() if not kind.to_device]
     lines += [f"pattern read {topic}" for kind, topic in subtree.items() if kind.to_device]
-    lines += ["# Desired state of the fleet and of groups. Mosquitto warns that there is no %u; none is needed.",
-              f"pattern read {base}/_all/desired", f"pattern read {base}/_group/desired/+"]  # fmt: skip
+    lines += ["# Trust document, and desired state of the fleet and of groups. Mosquitto warns that no %u is in them."]
+    lines += [f"pattern read {base}/{topic}" for topic in ("_all/trust", "_all/desired", "_group/desired/+")]
     lines += ["", *collector_acl(fleet, "collector")]
     for role in ("operator", "commander"):
         lines += ["", f"user {role}", f"topic read {base}/#"]
-        lines += [f"topic write {base}/+/cmd", f"topic write {base}/+/desired", f"topic write {base}/_group/desired/+"]
+        written = ("_all/trust", "+/cmd", "+/desired", "_group/desired/+")
+        lines += [f"topic write {base}/{topic}" for topic in written]
     return _ACL_HEAD + "\n".join(lines) + "\n"
