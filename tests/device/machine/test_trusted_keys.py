@@ -52,16 +52,16 @@ def make_root(
     listed: list[TrustedKey] | None,
     *signers: SigningKey,
     threshold: int = 2,
-    of: list[SigningKey] = ROOT_KEYS,
+    root_keys: list[SigningKey] = ROOT_KEYS,
 ) -> str:
     """Return a root of python-tuf, signed by `signers`."""
     root = Metadata(Root(version=version, consistent_snapshot=True))
-    for key in of:
+    for key in root_keys:
         root.signed.add_key(tuf_signer(key).public_key, "root")
     root.signed.roles["root"].threshold = threshold
     if listed is not None:
         root.signed.unrecognized_fields["outstation"] = {"keys": msgspec.to_builtins(listed)}
-    for signer in signers or of[:threshold]:
+    for signer in signers or root_keys[:threshold]:
         root.sign(tuf_signer(signer), append=True)
     return root.to_bytes().decode()
 
@@ -293,8 +293,8 @@ def test_one_root_key_listed_under_two_ids_counts_once(device: Device) -> None:
 
 def test_a_root_with_new_root_keys_needs_the_signatures_of_the_old_ones(device: Device) -> None:
     theirs = [THIEF, new_key(205)]
-    assert device.refusal(trust_message(make_root(2, listed(THIEF), *theirs, of=theirs))) == "too few signatures"
-    device.take_trust(make_root(2, listed(SECOND), *theirs, *ROOT_KEYS[:2], of=theirs))
+    assert device.refusal(trust_message(make_root(2, listed(THIEF), *theirs, root_keys=theirs))) == "too few signatures"
+    device.take_trust(make_root(2, listed(SECOND), *theirs, *ROOT_KEYS[:2], root_keys=theirs))
     assert device.refusal(trust_message(make_root(3, listed(STOLEN)))) == "too few signatures"
 
 
