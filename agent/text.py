@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
 
 
 def printable(text: str) -> str:
@@ -28,8 +28,14 @@ def format_interval(low: float | None, high: float | None) -> str:
 
 def format_since(t: int, last: int) -> str:
     """Format `t` (epoch µs) in UTC: the time of day if `last` is on the same day, else with the date."""
-    start, end = (datetime.fromtimestamp(us / 1e6, UTC) for us in (t, last))
+    start, end = (_to_datetime(us) for us in (t, last))
     return f"{start:%H:%M}" if start.date() == end.date() else f"{start:%Y-%m-%d %H:%M}"
+
+
+def _to_datetime(us: int) -> datetime:
+    # A producer may give its rows any time, also one beyond the calendar.
+    seconds = us // 1_000_000
+    return datetime(1970, 1, 1) + timedelta(seconds=min(max(seconds, -62_135_596_800), 253_402_300_799))
 
 
 def format_windows(windows: int, t: int, last: int) -> str:

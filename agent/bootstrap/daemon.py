@@ -44,7 +44,11 @@ from agent.wire.trust import COLLECTOR, DEPLOYER, OPERATOR, REPORTER
 
 
 def load_scheduled_tasks(
-    file: Path, conf: Config, store: Store, marker: CrashMarker | None = None
+    file: Path,
+    conf: Config,
+    store: Store,
+    marker: CrashMarker | None = None,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> tuple[list[ScheduledTask], list[BundleFailure]]:
     """Load all tasks; return those that run, and the failures of bundles that do not. Raises ConfigError.
 
@@ -58,9 +62,9 @@ def load_scheduled_tasks(
     for name, task in conf.tasks.items():
         loaded: LoadedTask | None
         try:
-            loaded = load_task(file, conf, store, name, marker=marker)
+            loaded = load_task(file, conf, store, name, marker=marker, on_wait=on_wait)
         except BadBundle as problem:
-            loaded = _load_previous(file, conf, store, name, marker)
+            loaded = _load_previous(file, conf, store, name, marker, on_wait)
             fallback = "" if loaded is None else str(history.bundle_ref(loaded.bundle))
             failures.append(BundleFailure(name, task.bundle, str(problem), fallback))
         if loaded is not None:
@@ -68,13 +72,16 @@ def load_scheduled_tasks(
     return scheduled, failures
 
 
-def _load_previous(file: Path, conf: Config, store: Store, name: str, marker: CrashMarker | None) -> LoadedTask | None:
+def _load_previous(
+    file: Path, conf: Config, store: Store, name: str, marker: CrashMarker | None, on_wait: Callable[[], None]
+) -> LoadedTask | None:
     """Load the task with the newest bundle that ran for it before and still loads."""
     excluded = {history.configured_digest(conf.tasks[name].bundle, conf.data_dir)}
     excluded |= set(overrides.load_quarantined(store, name))
     for ref in history.available_bundles(store, name, conf.data_dir, excluded):
         with suppress(BadBundle, ConfigError):
-            return load_task(file, conf, store, name, history.copy_folder(conf.data_dir, ref.digest), marker=marker)
+            folder = history.copy_folder(conf.data_dir, ref.digest)
+            return load_task(file, conf, store, name, folder, marker=marker, on_wait=on_wait)
     return None
 
 
@@ -136,9 +143,13 @@ def build_daemon(
     desired_states = DesiredStateStore(store, message_log, trusted, conf.device.groups)
     trusted.on_change = desired_states.verify_again
     marker = open_crash_marker(conf, store, message_log)
-    scheduled, failures = load_scheduled_tasks(file, conf, store, marker)
-    _record_bundles(conf, store, message_log, scheduled, now())
     signals = Signals()
+
+    def on_model_wait() -> None:
+        signals.on_model_wait()
+
+    scheduled, failures = load_scheduled_tasks(file, conf, store, marker, on_model_wait)
+    _record_bundles(conf, store, message_log, scheduled, now())
     intake = Intake(
         *(conf, store, build_sources(file, conf, store), now, signals.wake, signals.fail),
         lambda: label_metrics.build_label_targets([entry.task for entry in scheduled]),
@@ -148,6 +159,8 @@ def build_daemon(
         receivers=[trusted, receiver, desired_states],
         pause=pause,
     )
+
+    load = partial(load_task, file, conf, store, marker=marker, on_wait=on_model_wait)
 
     def make_updater(runtime: Runtime, on_wait: Callable[[], None]) -> BundleUpdater:
         listed = parse_public_keys(file, "publishers.keys", conf.publishers.keys)
@@ -165,7 +178,7 @@ def build_daemon(
         wipe = Wipe(store, message_log, trusted, runtime.halt, conf.operators.wipe_delay)
         tasks = TaskActions(
             *(str(file), conf, store, message_log, runtime),
-            partial(load_task, file, conf, store, marker=marker),
+            load,
             lambda: status.build_document(conf, store),
             updater.rollouts,
         )
@@ -174,5 +187,6 @@ def build_daemon(
         return RemoteCommands(executor, receiver, rotation, wipe, partial(device.erase, file, conf, key_path))
 
     return Daemon(
-        *(conf, store, message_log, scheduled, failures, intake, uplink, make_updater, make_commands, signals, now)
+        *(conf, store, message_log, scheduled, failures, intake, uplink),
+        *(make_updater, make_commands, load, signals, now),
     )

@@ -17,6 +17,7 @@ from agent.errors import OutstationError, UsageError
 _COMMANDS = {
     "demo": ("agent.cli.demo:demo", "The whole system on this machine, and something goes wrong."),
     "init": ("agent.cli.device.init:init", "Write an outstation.toml and make the device key."),
+    "join": ("agent.cli.device.join:join", "Make the device's keys, and a request that lets it into a fleet."),
     "check": ("agent.cli.device.check:check", "Config, keys, bundles on this CPU, storage, clock and broker."),
     "run": ("agent.cli.device.run:run", "The daemon, in the foreground."),
     "batch": ("agent.cli.device.batch:batch", "Run what waits once, and stop."),
@@ -57,7 +58,7 @@ def cli() -> None:
     \b
     Try it:    outstation demo
     A device:  outstation init DIR; outstation check; outstation run
-    A fleet:   outstation fleet init DIR; outstation fleet enrol DEVICE; outstation fleet collect
+    A fleet:   outstation fleet init DIR; outstation fleet token DEVICE; outstation fleet collect
     """
 
 

@@ -32,6 +32,7 @@ from agent.device.rollout.fetch.fetcher import FetchProcess
 from agent.device.store.store import Store
 from agent.errors import FetchFailed, LinkDown, OutstationError, StorageBusy
 from agent.model.inference.tuning import Tuning
+from agent.model.sandbox import confinement
 
 _FETCH_TIMEOUT_S = 20.0
 _STATE_COLORS = {"ok": "green", "warning": "yellow", "failed": "red"}
@@ -68,6 +69,8 @@ def _run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
         if (module := source_module(stream.source)) is not None:
             context = SourceContext(str(file), conf, name)
             yield _run_check(f"stream {name}", partial(module.check, context, stream.source))
+    if conf.tasks:
+        yield _check_confinement(conf)
     for name, task in conf.tasks.items():
         yield _run_check(f"schedule {name}", lambda n=name, t=task: _check_schedule(file, n, t.schedule))  # type: ignore[misc]
         yield _run_check(f"bundle {name}", lambda n=name: _check_bundle(file, conf, n))  # type: ignore[misc]
@@ -98,6 +101,16 @@ def _check_collector(file: Path, conf: Config) -> CheckResult:
     if not conf.collector.key:
         return CheckResult("collector", "failed", f"{file}: collector.key is empty; `outstation fleet init` prints it")
     return _run_check("collector", lambda: tasks.parse_public_keys(file, "collector.key", [conf.collector.key])[0].kid)
+
+
+def _check_confinement(conf: Config) -> CheckResult:
+    if conf.models.confinement == "off":
+        return CheckResult("confinement", "warning", "off: models run in the daemon, which holds the device's keys")
+    limit = f"at most {tasks.model_policy(conf).memory_mib} MiB"
+    if not (obstacle := confinement.find_obstacle()):
+        return CheckResult("confinement", "ok", f"models run in processes without files, network and keys, {limit}")
+    level = "failed" if conf.models.confinement == "required" else "warning"
+    return CheckResult("confinement", level, f"{obstacle}; models run in unconfined processes of their own, {limit}")
 
 
 def _check_schedule(file: Path, name: str, text: str) -> str:

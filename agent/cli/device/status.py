@@ -45,7 +45,9 @@ def _print(document: dict[str, Any]) -> None:
     wear = f"; {written / 1e6:,.1f} MB written a day" if written is not None else ""
     click.echo(f"store {storage['bytes'] / 2**20:.1f} of {storage['max'] / 2**20:.0f} MiB{left}{wear}")
     files = f", {document['failed_files']} files failed" if document["failed_files"] else ""
-    rejected = f"{document['rejected']} lines rejected{files}"
+    others = f", {n} category values as (other)" if (n := document["other_categories"]) else ""
+    refused = f", {n} connections refused" if (n := document["refused_connections"]) else ""
+    rejected = f"{document['rejected']} lines rejected{files}{others}{refused}"
     click.echo(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {rejected}\n")
     condition = document["condition"]
     last, quarantine = condition["last_finding"], condition["quarantine"]

@@ -118,19 +118,19 @@ def _load_model(bundle: Path | None, spec: Path | None) -> tuple[TfliteModel, Ma
     from agent.authoring import spec as specs
     from agent.model.bundle import builtin
     from agent.model.bundle import bundle as bundles
-    from agent.model.inference import inference
+    from agent.model.inference import runtime
     from agent.model.sandbox import probe
 
     if bundle is not None:
         loaded = bundles.read(builtin.resolve_path(bundle), None)
         probe.probe(loaded).raise_for_failure()
-        return inference.load_model(loaded.manifest, loaded.model_bytes), loaded.manifest
+        return runtime.load_model(loaded.manifest, loaded.model_bytes), loaded.manifest
     assert spec is not None
     settings = specs.read(spec)
     file = spec.parent / settings.model
     draft = specs.to_manifest(spec, settings)
     try:
-        return inference.load_model(draft, file.read_bytes()), draft
+        return runtime.load_model(draft, file.read_bytes()), draft
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror}") from None
 

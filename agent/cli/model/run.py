@@ -107,7 +107,8 @@ def load_bundle(path: Path, public: str | None) -> tuple[Bundle, Inference, str]
     """Return the bundle, probed in a child process and loaded, and a description of its signature. Raises BadBundle."""
     from agent.model.bundle import builtin
     from agent.model.bundle import bundle as bundles
-    from agent.model.inference.inference import Inference, load_model
+    from agent.model.inference import runtime
+    from agent.model.inference.inference import Inference
     from agent.model.sandbox import probe
 
     path = builtin.resolve_path(path)
@@ -116,7 +117,7 @@ def load_bundle(path: Path, public: str | None) -> tuple[Bundle, Inference, str]
     _, signature = trust.check_signature(path, bundle, trusted)
     try:
         probe.probe(bundle).raise_for_failure()
-        return bundle, Inference(bundle.manifest, load_model(bundle.manifest, bundle.model_bytes)), signature
+        return bundle, Inference(bundle.manifest, runtime.load_model(bundle.manifest, bundle.model_bytes)), signature
     except BadBundle as problem:
         raise BadBundle(f"{path}: {problem}") from None
 

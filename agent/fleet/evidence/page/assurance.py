@@ -78,11 +78,14 @@ def render_keys(facts: EvidenceFacts) -> Markup:
     text = "No device is enrolled."
     if device_keys:
         text = f"{format_count(len(valid), 'device key')} valid, {len(retired):,} revoked or replaced."
+        by_operator = sum(key.made_by == "operator" for key in device_keys)
+        if by_operator:
+            text += f" The operator made {by_operator:,} of them, and can sign what those devices could."
     rows: list[Sequence[Content]] = [
-        [key.owner, element("code", key.kid), format_time(key.since), _key_state(key)]
+        [key.owner, element("code", key.kid), key.made_by, format_time(key.since), _key_state(key)]
         for key in [*retired, *valid][:_MAX_ROWS]
     ]
-    head = ["Device", "Key", "Since", "State"]
+    head = ["Device", "Key", "Made by", "Since", "State"]
     return chapter(
         *("keys", "Keys", lead),
         stacked_table(table(["Role", "Key", "Signs"], roles), "roles"),

@@ -221,8 +221,8 @@ def draw_incident_lanes(incidents: Sequence[Incident], begin_us: int, end_us: in
     for number, (start, incident) in enumerate(known):
         y = _TOP_MARGIN + _LANE_HEIGHT * number
         color = {"critical": theme.fault, "warning": theme.drift}.get(incident.severity, theme.unknown)
-        what = incident.subject if incident.alert in ("drift", "fault") else incident.alert
-        name = truncate_text(f"{incident.device or 'fleet'} {what}", 12, _NAME_WIDTH - 10)
+        topic = incident.subject if incident.alert in ("drift", "fault") else incident.alert
+        name = truncate_text(f"{incident.device or 'fleet'} {topic}", 12, _NAME_WIDTH - 10)
         draw.text(0, y + 14, name, theme.ink, size=12)
         x = to_x(start)
         width = min(max(4.0, to_x(parse_epoch_us(incident.ended) or end_us) - x), right - x)
