@@ -12,6 +12,7 @@ import click
 
 from agent import __version__
 from agent.errors import OutstationError, UsageError
+from agent.text import printable_lines
 
 # Where each command is, and what the list says of it without loading them all.
 _COMMANDS = {
@@ -24,6 +25,7 @@ _COMMANDS = {
     "ingest": ("agent.cli.device.ingest:ingest", "Take rows from CSV, JSON Lines or Parquet."),
     "label": ("agent.cli.device.label:label", "Tell what was true of results."),
     "status": ("agent.cli.device.status:status", "Backlog, tasks, bundles, outbox, clock and last alerts."),
+    "head": ("agent.cli.device.head:head", "Sign where the message log ends, for an auditor."),
     "cost": ("agent.cli.device.cost:cost", "Processor time, bytes on flash and on the air, energy."),
     "drift": ("agent.cli.device.drift:drift", "How a task's readings moved from its site's reference."),
     "model": ("agent.cli.model.group:model", "Bundles: make, sign, check, evaluate and run them."),
@@ -67,10 +69,10 @@ def main(args: list[str] | None = None) -> Any:
     try:
         return cli.main(args, prog_name="outstation", standalone_mode=True)
     except UsageError as error:
-        click.echo(f"outstation: {error}", err=True)
+        click.echo(f"outstation: {printable_lines(str(error))}", err=True)
         sys.exit(2)
     except OutstationError as error:
-        click.echo(f"outstation: {error}", err=True)
+        click.echo(f"outstation: {printable_lines(str(error))}", err=True)
         sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

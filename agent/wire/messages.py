@@ -293,10 +293,24 @@ class ShadowPayload(LoggedPayload, frozen=True, kw_only=True, tag="shadow"):
             raise ValueError(f"{self.agreeing} windows agree, n says {self.n}")
 
 
+class AcknowledgementRef(msgspec.Struct, frozen=True):
+    """The newest acknowledgement that the device verified: the collector's key, and what it signed.
+
+    Quoted in the device's own signed messages, it bounds their time from below, and the collector cannot deny it.
+    """
+
+    kid: ShortText
+    log: Uuid
+    through: Natural
+    time: Rfc3339
+    digest: Annotated[str, msgspec.Meta(max_length=64)] | None = None
+
+
 class HealthPayload(LoggedPayload, frozen=True, kw_only=True, tag="health"):
     streams: dict[ShortText, dict[str, Any]] = {}
     tasks: dict[ShortText, dict[str, Any]] = {}
     wall_clock: dict[ShortText, Any] = {}
+    acknowledged: AcknowledgementRef | None = None
 
 
 class AuditPayload(LoggedPayload, frozen=True, kw_only=True, tag="audit"):
@@ -449,7 +463,7 @@ def encode(members: Mapping[str, Any]) -> bytes:
 
 
 def digest(payload: bytes) -> str:
-    """Return the hash that the next message of the log carries in `prev`."""
+    """Return the SHA-256 of a payload, base64url; a log is chained by `log_chain.digest`."""
     return b64url_encode(hashlib.sha256(payload).digest())
 
 

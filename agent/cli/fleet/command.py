@@ -12,7 +12,7 @@ import click
 
 from agent import clock
 from agent.cli.fleet.common import fleet_option, open_for_reading, open_store, print_lines, wait_option
-from agent.cli.output import emit, json_option
+from agent.cli.output import echo, emit, json_option
 from agent.errors import LinkDown, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
@@ -127,7 +127,7 @@ def send_command(
             finally:
                 link.close()
     except LinkDown as down:
-        click.echo(f"outstation: {down}", err=True)
+        echo(f"outstation: {down}", err=True)
         sys.exit(1)
 
 
@@ -142,11 +142,11 @@ def _report_and_exit(sent: CommandResult, as_json: bool) -> None:
     document = sent.to_dict()
 
     def print_human() -> None:
-        click.echo(printable(document["summary"]))
+        echo(printable(document["summary"]))
         if document["data"]:
             import msgspec
 
-            click.echo(printable(msgspec.json.format(msgspec.json.encode(document["data"]), indent=2).decode()))
+            echo(printable(msgspec.json.format(msgspec.json.encode(document["data"]), indent=2).decode()))
 
     emit(document, as_json, print_human)
     sys.exit(0 if sent.ok else 1)

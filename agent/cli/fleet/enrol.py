@@ -41,7 +41,7 @@ def init(folder: Path, name: str | None, url: str | None, as_json: bool) -> None
     document = {
         "fleet": config.fleet.name,
         "dir": str(folder),
-        "broker": broker.url,
+        "broker": broker.shown_url,
         **public,
         "broker_conf": str(conf),
     }

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from agent.cli.fleet.common import fleet_option, print_table
-from agent.cli.output import emit, json_option
+from agent.cli.fleet.common import fleet_option
+from agent.cli.output import echo, echo_styled, emit, json_option, print_table
 from agent.errors import LinkDown
 from agent.fleet import config as fleet_config
 
@@ -114,7 +114,7 @@ def publish(folder: str | None, as_json: bool) -> None:
         click.echo(f"outstation: {down}", err=True)
         sys.exit(1)
     document = {"topic": topic, "bytes": len(payload)}
-    emit(document, as_json, lambda: click.echo(f"{topic}: {len(payload)} bytes; devices obey the newest root"))
+    emit(document, as_json, lambda: echo(f"{topic}: {len(payload)} bytes; devices obey the newest root"))
 
 
 def _change(folder: str | None, edit: TrustEdit, sign_with: tuple[Path, ...], as_json: bool) -> None:
@@ -129,7 +129,7 @@ def _change(folder: str | None, edit: TrustEdit, sign_with: tuple[Path, ...], as
             f"{', '.join(draft.may_sign)}; carry root.json.draft to them: outstation fleet repository sign-root"
         )
     document = {"in_force": is_complete, "draft": msgspec.to_builtins(draft)}
-    emit(document, as_json, lambda: click.echo(text))
+    emit(document, as_json, lambda: echo(text))
     if not is_complete:
         sys.exit(1)
 
@@ -138,7 +138,7 @@ def _print_report(report: TrustReport) -> None:
     rows = [[entry.role, entry.key, entry.parse().kid] for entry in report.keys]
     print_table(["role", "key", "thumbprint"], rows, "")
     if report.is_config:
-        click.echo("The root has no trust document yet: devices use the keys of their config.")
+        echo("The root has no trust document yet: devices use the keys of their config.")
     if report.draft is not None:
         missing = report.draft.signatures_missing
-        click.echo(click.style(f"root {report.draft.version} needs {missing} more signatures", fg="yellow"))
+        echo_styled(f"root {report.draft.version} needs {missing} more signatures", fg="yellow")

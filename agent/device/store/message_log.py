@@ -16,7 +16,7 @@ from agent.device.store import cost
 from agent.device.store.outbox import OutboxMessage
 from agent.device.store.transaction import Transaction
 from agent.transport.packets import OutgoingMessage, compress
-from agent.wire import jws, key_rotation, messages
+from agent.wire import jws, key_rotation, log_chain, messages
 from agent.wire.keys import SigningKey
 from agent.wire.topics import DEVICE_ALERTS, KINDS, Topic
 
@@ -71,7 +71,7 @@ class MessageLog(msgspec.Struct):
         stamp = {"boot": self.boot, "time": time, "clock": now.quality}
         payload = messages.encode({**head, **stamp, **({"task": task} if task else {}), **body})
         message = OutboxMessage(seq + 1, topic, payload, jws.sign(key or self.key, topic, payload), time)
-        tx.enqueue(message, messages.digest(payload))
+        tx.enqueue(message, log_chain.digest(payload))
         tx.increment_counter(f"messages.{kind}", 1)
         cost.count_message(tx, task, kind, message.size)
         if kind == "alerts":
@@ -100,7 +100,7 @@ class MessageLog(msgspec.Struct):
         body |= {"log": self.log_id, "seq": seq + 1, "prev": prev, "reissued": {"log": old_log, "seq": message.seq}}
         payload = messages.encode(body)
         token = jws.sign(key, message.topic, payload)
-        tx.enqueue(OutboxMessage(seq + 1, message.topic, payload, token, message.time), messages.digest(payload))
+        tx.enqueue(OutboxMessage(seq + 1, message.topic, payload, token, message.time), log_chain.digest(payload))
         return seq + 1
 
     def build_live_message(

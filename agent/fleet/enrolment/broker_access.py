@@ -34,17 +34,10 @@ def build_document(fleet: str, group: str) -> Document:
     """Build the plugin's file for a fleet without devices."""
     base = f"{ROOT}/{fleet}"
     tree = f"{base}/#"
-    everyone = [
-        f"{base}/{ALL_DEVICES}/{trust.KIND}",
-        f"{base}/{ALL_DEVICES}/desired",
-        f"{base}/{DEVICE_GROUP}/desired/+",
+    everyone = [f"{base}/{ALL_DEVICES}/{kind}" for kind in (trust.KIND, "desired")] + [
+        f"{base}/{DEVICE_GROUP}/desired/+"
     ]
-    orders = [
-        f"{base}/{ALL_DEVICES}/{trust.KIND}",
-        f"{base}/+/cmd",
-        f"{base}/+/desired",
-        f"{base}/{DEVICE_GROUP}/desired/+",
-    ]
+    orders = [*everyone, f"{base}/+/cmd", f"{base}/+/desired"]
     # A device's log is not retained; the collector deletes what a device retains there, by an empty message.
     logged = logged_filters(fleet)
     control = f"{CONTROL_TOPIC}/#"

@@ -55,6 +55,8 @@ from agent.wire.messages import (
 )
 
 _MAX_AUDIT_ENTRIES = 100
+# A device quotes an acknowledgement in one of 60 health messages.
+_QUOTATION_SEARCH = 120
 
 
 class EvidenceFacts(msgspec.Struct):
@@ -229,7 +231,7 @@ def gather(
         broken_keys=broken,
         omitted=collectors.count_omitted(comparisons, running),
     )
-    message_refs = sorted(_collect_message_refs(facts))
+    message_refs = sorted(_collect_message_refs(facts) | _collect_quotations(queries, newest_logs))
     facts.omitted["messages"] += max(0, len(message_refs) - WRITE_LIMITS.messages)
     facts.message_refs = message_refs[: WRITE_LIMITS.messages]
     return facts
@@ -280,6 +282,17 @@ def _run_audit(store: FleetStore, operators: Sequence[PublicKey], advance: Calla
     shown = {**lists, "gaps": [*undeclared, *(gap for gap in report["gaps"] if gap["declared"])]}
     cut = {name: listed[:_MAX_AUDIT_ENTRIES] for name, listed in shown.items()}
     return {**report, **cut, **counts, "undeclared_gaps": len(undeclared)}
+
+
+def _collect_quotations(queries: EvidenceQueries, newest_logs: dict[str, str]) -> set[MessageRef]:
+    """Return the newest health message of each device that quotes an acknowledgement."""
+    refs = set()
+    for device, log in newest_logs.items():
+        for seq, payload in queries.load_newest_health(device, log, _QUOTATION_SEARCH):
+            if isinstance(payload, bytes) and b'"acknowledged":{' in payload:
+                refs.add(MessageRef(device, log, seq))
+                break
+    return refs
 
 
 def _collect_message_refs(facts: EvidenceFacts) -> set[MessageRef]:
