@@ -111,7 +111,7 @@ def publish(folder: str | None, as_json: bool) -> None:
         finally:
             link.close()
     except LinkDown as down:
-        click.echo(f"outstation: {down}", err=True)
+        echo(f"outstation: {down}", err=True)
         sys.exit(1)
     document = {"topic": topic, "bytes": len(payload)}
     emit(document, as_json, lambda: echo(f"{topic}: {len(payload)} bytes; devices obey the newest root"))
@@ -141,4 +141,4 @@ def _print_report(report: TrustReport) -> None:
         echo("The root has no trust document yet: devices use the keys of their config.")
     if report.draft is not None:
         missing = report.draft.signatures_missing
-        echo_styled(f"root {report.draft.version} needs {missing} more signatures", fg="yellow")
+        echo_styled(click.style(f"root {report.draft.version} needs {missing} more signatures", fg="yellow"))

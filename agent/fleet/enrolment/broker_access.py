@@ -20,6 +20,9 @@ ADMIN = "broker-admin"
 CONTROL_TOPIC = "$CONTROL/dynamic-security/v1"
 _ACCESS_TYPES = ("publishClientSend", "publishClientReceive", "subscribe", "unsubscribe")
 
+# Trust document and desired state of the fleet, desired state of its groups.
+_READ_BY_ALL = (f"{ALL_DEVICES}/{trust.KIND}", f"{ALL_DEVICES}/desired", f"{DEVICE_GROUP}/desired/+")
+
 Document = dict[str, Any]
 
 
@@ -34,9 +37,7 @@ def build_document(fleet: str, group: str) -> Document:
     """Build the plugin's file for a fleet without devices."""
     base = f"{ROOT}/{fleet}"
     tree = f"{base}/#"
-    everyone = [f"{base}/{ALL_DEVICES}/{kind}" for kind in (trust.KIND, "desired")] + [
-        f"{base}/{DEVICE_GROUP}/desired/+"
-    ]
+    everyone = [f"{base}/{topic}" for topic in _READ_BY_ALL]
     orders = [*everyone, f"{base}/+/cmd", f"{base}/+/desired"]
     # A device's log is not retained; the collector deletes what a device retains there, by an empty message.
     logged = logged_filters(fleet)
