@@ -33,6 +33,8 @@ _COMMANDS = {
     "fleet": ("agent.cli.fleet.group:fleet", "The fleet's side: enrol devices, collect, watch, command, audit."),
 }
 
+_RUN_MODELS = {"run", "batch"}
+
 
 class _LazyGroup(click.Group):
     """Imports a command's module only to run it, or to show its own help."""
@@ -43,6 +45,11 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
+        if cmd_name in _RUN_MODELS and not {"-h", "--help"} & set(sys.argv):
+            # It imports the runtime while this process imports the rest.
+            from agent.model.sandbox import launch
+
+            launch.prepare_spare()
         module, _, name = _COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module), name)
         return command
