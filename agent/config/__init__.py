@@ -51,7 +51,13 @@ class CollectorConfig(Section, frozen=True):
 
 
 class OperatorsConfig(Section, frozen=True):
+    """Keys by role, until a trust document replaces them (see `agent.wire.trust`)."""
+
     keys: list[str] = msgspec.field(default_factory=list)
+    deployers: list[str] = msgspec.field(default_factory=list)
+    reporters: list[str] = msgspec.field(default_factory=list)
+    # A wipe that one operator's key confirms happens this much later, so that others can cancel it.
+    wipe_delay: Duration = Duration(3600.0)
 
 
 class PublishersConfig(Section, frozen=True):

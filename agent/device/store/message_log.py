@@ -128,7 +128,7 @@ class MessageLog(msgspec.Struct):
         body = least_count.apply(kind, body, self.min_count)
         payload = messages.encode({"v": 1, "kind": kind, "device": self.device, **body, "time": time})
         token = jws.sign(self.live_key or self.key, str(topic), payload)
-        message_id = f"{kind}/{messages.digest(payload)[:16]}"
+        message_id = f"{kind}/{log_chain.digest(payload)[:16]}"
         return replace(self._build_outgoing(topic, payload, token, message_id, time), correlation=correlation)
 
     def to_outgoing(self, message: OutboxMessage) -> OutgoingMessage:
