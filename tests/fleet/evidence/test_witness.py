@@ -215,6 +215,29 @@ def test_a_head_at_a_gap_is_compared_with_the_message_behind_it(desk: Desk) -> N
     assert "the log was rewritten" in texts[0]
 
 
+def test_an_operator_who_takes_an_incident_out_of_a_log_is_found_without_a_head(desk: Desk) -> None:
+    device = sender()
+    messages = write_log(device)
+    folder = desk.show((device, [*messages[:4], *messages[5:]]))
+    # Its own audit says so; a dishonest operator changes that.
+    audit = folder / "audit.json"
+    edited = msgspec.json.decode(audit.read_bytes())
+    audit.write_bytes(msgspec.json.encode(edited | {"undeclared_gaps": 0, "passed": True}))
+    resign(folder)
+    assert problems(folder) == [
+        f"chains/ messages 5 to 5 of log {LOG} of pi-07 are missing, and no device declared that"
+    ]
+
+
+def test_messages_that_a_device_declares_as_given_up_are_no_problem(desk: Desk) -> None:
+    device = sender()
+    messages = write_log(device)
+    evidence = {"seq": [[2, 3]], "reason": "space"}
+    messages.append(device.append("audit", event="evicted", summary="Given up.", evidence=evidence, time=at(11)))
+    report = check(desk.show((device, [messages[0], *messages[3:]])), head_of(device))
+    assert (report.problems, report.gaps) == ([], 1)
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [

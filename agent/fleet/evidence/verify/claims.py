@@ -78,6 +78,7 @@ class ClaimChecker:
             self._shadow_messages[ref] = body
         device = body.device
         self._chains.add(Commitment(ref, digest(message.payload), where, MESSAGE))
+        self._chains.add_declarations(body)
         if isinstance(body, HealthPayload) and (quoted := body.acknowledged) is not None:
             self._check_time(where, body, quoted)
             if quoted.through and quoted.digest is not None:
