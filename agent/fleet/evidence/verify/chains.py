@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
+from agent.clock import parse_rfc3339
 from agent.errors import MessageRefused
 from agent.fleet.database.gap_ledger import parse_evictions, parse_log_end
 from agent.fleet.database.interface import LogId
@@ -45,6 +46,7 @@ class ChainChecker:
         self._ends: dict[LogId, tuple[int, str]] = {}
         self._gaps: list[tuple[LogId, int, int]] = []
         self._declared: dict[LogId, list[tuple[int, int]]] = {}
+        self._as_of_us = parse_rfc3339(manifest.as_of)
         self._device_keys = {(key.owner, key.kid) for key in manifest.keys if key.role == "device"}
         self.links = self.later = self.witnesses = self.unsupported = 0
 
@@ -67,7 +69,7 @@ class ChainChecker:
         head, kid = verified.head, verified.key.kid
         if head.fleet != self._manifest.fleet:
             self._add_problem(where, f"is a head of fleet {head.fleet!r}, this folder is of {self._manifest.fleet!r}")
-        elif head.clock == "synced" and head.time > self._manifest.as_of:
+        elif head.clock == "synced" and parse_rfc3339(head.time) > self._as_of_us:
             # The folder cannot know it.
             self.later += 1
         elif (head.device, kid) not in self._device_keys:
