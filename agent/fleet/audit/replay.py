@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.fleet.audit.stored_rows import sort_key
-from agent.fleet.database import gap_ledger
+from agent.fleet.database import gap_ledger, log_succession
 from agent.fleet.database.gap_ledger import LogChanges, add_changes
 from agent.fleet.database.interface import LogId, Row
 from agent.fleet.database.sqlite import SqliteDatabase
@@ -25,7 +25,8 @@ _MESSAGES_PER_COMMIT = 500
 # Table → number of key columns, and its columns; all begin with device and log. `logs.since` and what follows from the
 # order of arrival only is not derived.
 _TABLES: dict[str, tuple[int, tuple[str, ...]]] = {
-    "logs": (2, ("device", "log", "last_seq")),
+    "logs": (2, ("device", "log", "last_seq", "live")),
+    "log_successors": (4, ("device", "log", "successor", "source", "last_seq", "until")),
     "log_ends": (2, ("device", "log", "last_seq")),
     "gaps": (3, ("device", "log", "first", "last", "declared")),
     "anchors": (
@@ -66,6 +67,7 @@ class Replay:
     def compare(self, store: FleetStore, device: str | None, broken: Container[Any]) -> Iterator[tuple[Row, str]]:
         """Yield (device, log, seq or None) and the problem of each row that differs; skip `broken` devices."""
         self._flush()
+        self._apply_operators_words(store, device)
         for table, (key_width, columns) in _TABLES.items():
             names = ", ".join(columns)
             order = ", ".join(columns[:key_width])
@@ -76,17 +78,30 @@ class Replay:
                     seq = row[2] if columns[2] in ("seq", "first") else None
                     yield (row[0], row[1], seq), problem
 
+    def _apply_operators_words(self, store: FleetStore, device: str | None) -> None:
+        """Let the logs end that an operator ended, who signs nothing."""
+        columns = "device, log, successor, last_seq, until, source"
+        stored = store.derived_rows("log_successors", columns, "device, log, successor, source", device)
+        words = [row for row in stored if row[-1] == log_succession.OPERATOR]
+        with self._database.transaction() as db:
+            if words:
+                db.bulk_insert("log_successors", words)
+                log_succession.update_live_logs(db, {row[0] for row in words}, words[0][4])
+
     def close(self) -> None:
         self._database.close()
 
     def _flush(self) -> None:
+        if not self._bodies:
+            return
         with self._database.transaction() as db:
             timestamps, changes = TimestampReconstruction(db), dict[LogId, LogChanges]()
             for body, received in self._bodies:
-                add_changes(changes, body)
+                add_changes(changes, body, received)
                 timestamps.add(body, received)
             timestamps.finish()
-            gap_ledger.apply(db, changes, "")
+            gap_ledger.apply(db, changes)
+            log_succession.apply(db, changes, received)
         self._bodies = []
 
 
