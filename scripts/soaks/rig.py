@@ -21,7 +21,8 @@ from agent.device.intake.protocol import LineParser
 from agent.device.uplink.mqtt_sink import MqttSink
 from agent.errors import LinkDown
 from agent.fleet.audit.audit import AuditReport, audit
-from agent.fleet.collector.collector import Collector, topic_filters
+from agent.fleet.collector.collector import Collector
+from agent.fleet.collector.subscriptions import topic_filters
 from agent.fleet.database.sqlite import SqliteDatabase
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import stat
@@ -19,7 +20,7 @@ from agent import config as device_config
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, StorageBusy, UsageError
 from agent.fleet import config as fleet_config
-from agent.fleet.collector.collector import topic_filters
+from agent.fleet.collector.subscriptions import share_group, topic_filters
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.evidence import EvidenceQueries
 from agent.fleet.database.store import FleetStore
@@ -48,7 +49,7 @@ def test_a_fleet_is_made_once_and_its_private_keys_are_its_owners_alone(folder: 
     private = [path for path in folder.rglob("*.key") if path.is_file()]
     assert {path.name for path in private} == {
         *("ca.key", "collector.key", "operator.key", "collector-tls.key", "operator-tls.key", "commander-tls.key"),
-        "server.key",
+        *("broker-admin-tls.key", "server.key"),
     }
     assert {stat.S_IMODE(path.stat().st_mode) for path in private} == {0o600}
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -173,7 +174,11 @@ def test_the_broker_config_lets_a_device_write_only_its_own_topics(
         let_in(config, folder, device)
     with MosquittoBroker(tmp_path, conf=as_this_user(folder), port=config.broker.port):
         collector = Link(config.broker_for(config.collector), "any", subscribe=topic_filters("acme"))
-        sender = Link(settings_of(folder, "pi-07"), "pi-07", subscribe=["outstation/acme/#"])
+        sender = Link(
+            settings_of(folder, "pi-07"),
+            "pi-07",
+            subscribe=[f"outstation/acme/pi-07/{kind}" for kind in ("ack", "cmd")],
+        )
         base = "outstation/acme/pi-07"
         for kind in ("results/x", "drift/x", "quality/x", "alerts/x", "health", "audit", "state", "keys", "reply"):
             assert answer(sender, f"{base}/{kind}") in ("Success", "No matching subscribers"), kind
@@ -205,16 +210,14 @@ def test_collectors_have_their_own_sessions_and_share_messages(
     for name in ("a", "b", "b"):
         added = collectors.add(folder, config, name)
     assert "fleet collect --share b" in added.steps[-1]
-    assert (folder / "broker" / "acl").read_text().count("user collector-b") == 1
+    rules = json.loads((folder / "broker" / "dynamic-security.json").read_text())
+    assert [client["username"] for client in rules["clients"]].count("collector-b") == 1
     with pytest.raises(UsageError, match="name of a collector"):
         let_in(config, folder, "collector-b")
     with MosquittoBroker(tmp_path, conf=as_this_user(folder), port=config.broker.port):
+        filters = topic_filters("acme", group=share_group(keys.load_private(folder / "collector.key"), "acme"))
         links = [
-            Link(
-                config.broker_for(collectors.resolve_identity(config, name)),
-                name,
-                subscribe=topic_filters("acme", shared=True),
-            )
+            Link(config.broker_for(collectors.resolve_identity(config, name)), name, subscribe=filters)
             for name in ("a", "b")
         ]
         sender = Link(settings_of(folder, "pi-07"), "pi-07")

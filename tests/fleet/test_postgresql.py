@@ -24,6 +24,7 @@ from agent.fleet.audit.audit import audit
 from agent.fleet.collector import collector as collecting
 from agent.fleet.collector.acknowledger import WAIT_S, PendingGaps
 from agent.fleet.collector.collector import Collector
+from agent.fleet.collector.subscriptions import topic_filters
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.interface import display_name
 from agent.fleet.database.postgresql_rows import to_psycopg
@@ -345,8 +346,8 @@ def test_sqlite_cannot_be_shared(tmp_path: Path) -> None:
 
 
 def test_logged_kinds_are_shared_and_retained_kinds_go_to_each_collector() -> None:
-    plain, shared = collecting.topic_filters("acme"), collecting.topic_filters("acme", shared=True)
-    assert [item.removeprefix("$share/collect/") for item in shared] == plain
+    plain, shared = topic_filters("acme"), topic_filters("acme", group="g1")
+    assert [item.removeprefix("$share/g1/") for item in shared] == plain
     assert {item for item in shared if not item.startswith("$share/")} == {
         f"{topics.ROOT}/acme/+/keys",
         f"{topics.ROOT}/acme/+/state",

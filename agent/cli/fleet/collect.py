@@ -57,7 +57,9 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
 
                 maintain(home, store)
 
-        collector = Collector(config.fleet.name, broker, store, key, upkeep=maintain_repository, share=share)
+        collector = Collector(
+            *(config.fleet.name, broker, store, key), upkeep=maintain_repository, share=share, quota=config.quota
+        )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: collector.stop())
         collector.run()
@@ -68,7 +70,7 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
 @fleet_option
 @json_option
 def collector(name: str, folder: str | None, as_json: bool) -> None:
-    """Let another collector connect to the broker as NAME: issue its TLS certificate, extend the access list.
+    """Let another collector connect to the broker as NAME: issue its TLS certificate, give it access.
 
     Run it with --share NAME, on this machine or with a copy of fleet.toml, ca.pem, collector.key and the two new
     files.

@@ -71,10 +71,11 @@ def command(
 @fleet_option
 @json_option
 def revoke(device: str, kid: str | None, folder: str | None, as_json: bool) -> None:
-    """Shut a stolen DEVICE out: revoke its signing keys at the collector and its TLS certificate at the broker.
+    """Shut a stolen DEVICE out: revoke its signing keys at the collector, its access and certificate at the broker.
 
-    Stored messages stay valid. The certificate is added to the revocation list crl.pem of the fleet's folder; the
-    output lists the steps at the broker. Exit 1 if the certificate could not be revoked.
+    The broker ends its session at once, without a restart. Stored messages stay valid. The certificate is added to the
+    revocation list crl.pem of the fleet's folder; the output lists the steps at the broker. Exit 1 if the certificate
+    could not be revoked.
     """
     from agent.fleet.enrolment.revocation import revoke_device
 
@@ -86,11 +87,14 @@ def revoke(device: str, kid: str | None, folder: str | None, as_json: bool) -> N
         "device": device,
         "revoked": done.keys,
         "certificates": done.certificates,
+        "session_ended": done.ended,
         "problem": done.problem,
         "steps": done.steps,
     }
     again = f"To let it in again: outstation fleet enrol {device} --replace"
     lines = [f"{device}: revoked {', '.join(done.keys) or 'before'}. {again}"]
+    if done.ended:
+        lines.append("The broker ended its session, and takes nothing from it any more.")
     if done.certificates:
         serials = ", ".join(done.certificates)
         lines.append(f"Its certificate ({serials}) is on the revocation list. The broker still has to read the list:")

@@ -24,7 +24,7 @@ from agent.wire import keys
 @click.option("--broker", "url", metavar="URL", help="URL of the broker for devices; default mqtts://THIS-HOST:8883.")
 @json_option
 def init(folder: Path, name: str | None, url: str | None, as_json: bool) -> None:
-    """Create a fleet in DIR: keys, certificate authority, broker config with an access list."""
+    """Create a fleet in DIR: keys, certificate authority, broker config with access rules."""
     from agent.fleet.enrolment.enrol import init_fleet
 
     name = name or folder.resolve().name
@@ -185,7 +185,8 @@ def enrol(
             "can sign as the device; `outstation join` on the device avoids that."
         )
     if done.revoked.certificates:
-        lines += [f"Its former certificate ({', '.join(done.revoked.certificates)}) is revoked.", *done.revoked.steps]
+        lines.append(f"Its former certificate ({', '.join(done.revoked.certificates)}) is revoked.")
+    lines += done.revoked.steps
     if done.revoked.problem:
         lines.append(f"Warning: {done.revoked.problem}.")
     emit(document, as_json, lambda: print_lines(*lines))

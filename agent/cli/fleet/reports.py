@@ -58,7 +58,7 @@ def devices(db: str | None, folder: str | None, as_json: bool) -> None:
     emit(rows, as_json, lambda: print_table(columns, cells, empty))
 
 
-@click.command("accept-log", epilog="Example: outstation fleet accept-log pi-07 5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c11")
+@click.command("accept-log", epilog="Example: outstation fleet accept-log pi-07")
 @click.argument("device")
 @click.argument("log", required=False)
 @db_option
@@ -75,7 +75,11 @@ def accept_log(device: str, log: str | None, db: str | None, folder: str | None,
         columns = ["log", "last_seq", "since", "latest", "live"]
         cells = [[row[name] for name in columns[:4]] + ["yes" if row["live"] else "no"] for row in logs]
         empty = f"No message of {device} has arrived."
-        emit(logs, as_json, lambda: print_table(["log", "through", "first message", "last message", "lives"], cells, empty))
+        emit(
+            logs,
+            as_json,
+            lambda: print_table(["log", "through", "first message", "last message", "lives"], cells, empty),
+        )
         return
     config = fleet_config.load(fleet_config.find_folder(folder))
     with open_store(config, db) as store:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from agent.alerts import (
-    FLEET_DRIFT,
-    KEY_REVOKED,
-    REFUSED_BY_COLLECTOR,
-    REPOSITORY_EXPIRY,
-    TWO_LOGS,
-    Alert,
-    AlertKind,
-)
+from agent.alerts import FLEET_DRIFT, KEY_REVOKED, REPOSITORY_EXPIRY, TWO_LOGS, Alert, AlertKind
 from agent.fleet.database.interface import Row
 from agent.wire.messages import LoggedPayload
 
 INSERT_ALERT = "INSERT INTO alerts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
 
 # An alert is open while the last message of its log with its id has state `raised`. Only logs that live count: a store
-# that was lost cannot clear what it raised, and a copied card cannot silence the device. The collector clears its own alerts of fleet-wide drift,
-# of the repository and of two logs; its security alerts stay open, because a person has to look at them.
+# that was lost cannot clear what it raised, and a copied card cannot silence the device. The collector clears its own
+# alerts of fleet-wide drift, of the repository and of two logs; its other security alerts stay open, because a person
+# has to look at them.
 ALERTS = """
     WITH last AS (SELECT a.device, a.log, a.id, max(a.seq) AS seq FROM alerts a
                   JOIN logs l ON l.device = a.device AND l.log = a.log
@@ -55,9 +48,9 @@ def message_alert_row(kind: AlertKind, about: LoggedPayload, summary: str, now: 
     return _collector_row(about.device, None, alert, about.log, about.seq, now)
 
 
-def refusals_alert_row(device: str, summary: str, now: str, hour: int) -> Row:
+def refusals_alert_row(kind: AlertKind, device: str, summary: str, now: str, hour: int) -> Row:
     """Return an alert about messages refused in a device's name, unique per `hour` since 1970."""
-    return _collector_row(device, None, REFUSED_BY_COLLECTOR.raised(summary, hour=hour), "", hour, now)
+    return _collector_row(device, None, kind.raised(summary, hour=hour), kind.subject, hour, now)
 
 
 def fleet_wide_alert_row(

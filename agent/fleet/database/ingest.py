@@ -21,9 +21,9 @@ from agent.fleet.database.timestamps import TimestampReconstruction
 from agent.wire import key_rotation
 from agent.wire.messages import AuditPayload, LoggedPayload, StatePayload, VerifiedMessage
 
-CONFLICTING_PAYLOAD = "conflicting payload"
+CONFLICTING_PAYLOAD, OVER_QUOTA = "conflicting payload", "over quota"
 # How many refused messages of one device and reason are stored as samples; all are counted.
-MAX_SAMPLES = {CONFLICTING_PAYLOAD: 1000}
+MAX_SAMPLES = {CONFLICTING_PAYLOAD: 1000, OVER_QUOTA: 0}
 DEFAULT_MAX_SAMPLES = 20
 _UPDATE_STATE = "UPDATE devices SET state = ? WHERE device = ?"
 _COUNT_REFUSAL = """

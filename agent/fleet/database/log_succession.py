@@ -79,14 +79,14 @@ def end_logs(db: Connection, device: str, successor: str, now: str) -> list[str]
     `successor` is a log, or ANY_LOG for the next one to come.
     """
     rows = db.execute("SELECT log, last_seq FROM logs WHERE device = ? AND live", (device,)).fetchall()
-    others = [(device, log, successor, last_seq, _add_grace(now), OPERATOR) for log, last_seq in rows if log != successor]
+    others = [
+        (device, log, successor, last_seq, _add_grace(now), OPERATOR) for log, last_seq in rows if log != successor
+    ]
     keys = [(device, log, successor, OPERATOR) for _, log, *_ in others]
     delete = "DELETE FROM log_successors WHERE device = ? AND log = ? AND successor = ? AND source = ?"
     db.executemany(delete, keys)
     # An earlier word for one of these logs would end the accepted one.
-    db.execute(
-        "DELETE FROM log_successors WHERE device = ? AND log = ? AND source = ?", (device, successor, OPERATOR)
-    )
+    db.execute("DELETE FROM log_successors WHERE device = ? AND log = ? AND source = ?", (device, successor, OPERATOR))
     _upsert(db, others)
     return sorted(row[1] for row in others)
 

@@ -32,7 +32,8 @@ _COLLECTION = (
         device TEXT NOT NULL, log TEXT NOT NULL, seq INTEGER NOT NULL, kind TEXT NOT NULL, topic TEXT NOT NULL,
         payload BLOB NOT NULL, jws TEXT NOT NULL, received TEXT NOT NULL, PRIMARY KEY (device, log, seq))""",
     # last_seq: the highest that arrived; `gaps` has the ranges that are missing below it. since, latest: when the first
-    # and the last new message arrived. live: no other log took its place. The device's newest log is the first live one.
+    # and the last new message arrived. live: no other log took its place. The newest log of a device is its first live
+    # one.
     f"""CREATE TABLE logs (
         device TEXT NOT NULL, log TEXT NOT NULL, last_seq INTEGER NOT NULL, since TEXT NOT NULL, latest TEXT NOT NULL,
         live BOOLEAN NOT NULL{ROWID}, PRIMARY KEY (device, log))""",

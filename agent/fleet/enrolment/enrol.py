@@ -20,10 +20,12 @@ from agent import clock, durable_files
 from agent.config import BrokerConfig, check_broker, check_name
 from agent.errors import MessageRefused, UsageError
 from agent.fleet import config as fleet_config
+from agent.fleet.collector.subscriptions import share_group
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.key_table import KeyMaker
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import broker_config, collectors, pki, revocation
+from agent.fleet.enrolment import broker_access, broker_config, broker_control, collectors, pki, revocation
+from agent.fleet.enrolment.broker_access import AccessChange
 from agent.fleet.enrolment.pki import CertificateAuthority
 from agent.fleet.enrolment.revocation import RevocationOutcome
 from agent.fleet.repository.layout import Layout
@@ -33,7 +35,7 @@ from agent.wire.enrolment_request import EnrolmentRequest
 from agent.wire.keys import PublicKey
 
 # User names of roles at the broker; `_all` cannot be a device id anyway.
-RESERVED_NAMES = frozenset({"collector", "operator", "commander"})
+RESERVED_NAMES = frozenset({"collector", "operator", "commander", broker_access.ADMIN})
 SIGNING_KEY, TLS_KEY, CERTIFICATE = "device.key", "device-tls.key", "device.crt"
 # Initial root of trust for the fleet's repository.
 ROOT_METADATA = "root.json"
@@ -77,8 +79,8 @@ def init_fleet(folder: Path, name: str, broker: BrokerConfig) -> FleetConfig:
     (home / "data").mkdir(parents=True, exist_ok=True)
     durable_files.write_new(home / "mosquitto.conf", broker_config.render_config(broker, name, home).encode(), 0o644)
     if broker.tls:
-        # Mosquitto warns of an access list that others can read.
-        durable_files.write_new(home / "acl", broker_config.render_acl(name).encode(), 0o600)
+        group = share_group(keys.load_private(folder / "collector.key"), name)
+        broker_control.write_access_file(home / broker_control.ACCESS_FILE, broker_access.build_document(name, group))
         _write_certificates(folder, name, broker)
     # Last: a folder with this file is a complete fleet.
     durable_files.write_new(folder / fleet_config.FILE, _render_fleet_toml(name, broker).encode(), 0o644)
@@ -171,6 +173,7 @@ def enrol(
         raise
     for name, data in public.items():
         durable_files.write(home / name, data, 0o600)
+    revocation.change_access(folder, config, AccessChange(device, "device"), former)
     return Enrolment(device, key, made_by if new else None, new, home, former)
 
 
@@ -304,6 +307,8 @@ url = {_toml_string(broker.url)}
     if broker.tls:
         text += "\n[commander]                           # the operator's second certificate, for commands\n"
         text += 'key_file = "operator.key"\ncert_file = "commander.crt"\ntls_key_file = "commander-tls.key"\n'
+        text += "\n[broker_admin]                        # changes the broker's access rules\n"
+        text += f'cert_file = "{broker_access.ADMIN}.crt"\ntls_key_file = "{broker_access.ADMIN}-tls.key"\n'
         text += "\n[ca]                                  # issues the devices' TLS certificates\n"
         text += 'cert_file = "ca.pem"\nkey_file = "ca.key"\n'
     return text

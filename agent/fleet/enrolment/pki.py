@@ -22,7 +22,7 @@ from agent.errors import UsageError
 
 CA_YEARS = 10
 # Devices stay in the field for years: early expiry would disconnect them, and stop no attacker.
-LEAF_YEARS = 10
+LEAF_LIFETIME = timedelta(days=3650)
 # Machines without a battery clock start in the past; a day covers the lag of a saved clock.
 BACKDATE = timedelta(days=1)
 _RESTORE_HINT = "a new list would accept revoked certificates again; restore it from a backup or from its copy"
@@ -54,15 +54,17 @@ class CertificateAuthority(msgspec.Struct, frozen=True):
         certificate = self._issue(host, names, ExtendedKeyUsageOID.SERVER_AUTH, key.public_key())
         return IssuedCertificate(certificate, _private_pem(key))
 
-    def issue_client(self, name: str, fleet: str) -> IssuedCertificate:
+    def issue_client(self, name: str, fleet: str, lifetime: timedelta = LEAF_LIFETIME) -> IssuedCertificate:
         """Issue a client's certificate with a new key; the broker uses `name` from its CN as the user name."""
         key = Ed25519PrivateKey.generate()
-        return IssuedCertificate(self.certify_client(name, fleet, key.public_key()), _private_pem(key))
+        return IssuedCertificate(self.certify_client(name, fleet, key.public_key(), lifetime), _private_pem(key))
 
-    def certify_client(self, name: str, fleet: str, key: Ed25519PublicKey) -> bytes:
+    def certify_client(
+        self, name: str, fleet: str, key: Ed25519PublicKey, lifetime: timedelta = LEAF_LIFETIME
+    ) -> bytes:
         """Issue a client's certificate (PEM) for a `key` whose private half stays where it was made."""
         uri = x509.UniformResourceIdentifier(f"urn:outstation:{fleet}:{name}")
-        return self._issue(name, [uri], ExtendedKeyUsageOID.CLIENT_AUTH, key)
+        return self._issue(name, [uri], ExtendedKeyUsageOID.CLIENT_AUTH, key, lifetime)
 
     def build_crl(self, editions: Sequence[x509.CertificateRevocationList], serials: Iterable[int]) -> bytes:
         """Build the next CRL (PEM): all entries of these editions, and `serials`."""
@@ -95,9 +97,14 @@ class CertificateAuthority(msgspec.Struct, frozen=True):
         return crl
 
     def _issue(
-        self, common_name: str, names: list[x509.GeneralName], usage: x509.ObjectIdentifier, key: Ed25519PublicKey
+        self,
+        common_name: str,
+        names: list[x509.GeneralName],
+        usage: x509.ObjectIdentifier,
+        key: Ed25519PublicKey,
+        lifetime: timedelta = LEAF_LIFETIME,
     ) -> bytes:
-        end = min(_now() + timedelta(days=365 * LEAF_YEARS), self.certificate.not_valid_after_utc)
+        end = min(_now() + lifetime, self.certificate.not_valid_after_utc)
         builder = (
             _certificate_builder(_x509_name(common_name[:64]), self.certificate.subject, key, end)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)

@@ -15,15 +15,17 @@ import struct
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import numpy as np
 
 from agent.errors import BadBundle
-from agent.model.inference import runtime
 from agent.model.sandbox import confinement, memory
 from agent.model.sandbox.confinement import ConfinementError, ModelPolicy
+
+if TYPE_CHECKING:
+    from agent.model.inference.runtime import TfliteModel
 
 STARTED_HEADER, REQUEST_HEADER, RESPONSE_HEADER = struct.Struct("<BI"), struct.Struct("<QQ"), struct.Struct("<BdI")
 STATUS_OK, STATUS_FAILED = 0, 1
@@ -57,6 +59,9 @@ class ModelInfo(msgspec.Struct, frozen=True):
 
 
 def main() -> None:
+    # Imported here: the daemon imports this module, and loads no runtime.
+    from agent.model.inference import runtime
+
     job_fd, shared_fd = int(sys.argv[1]), int(sys.argv[2])
     # Output that the runtime prints goes to stderr.
     response_fd = os.dup(1)
@@ -83,7 +88,7 @@ def main() -> None:
     _serve(model, shared_fd, response_fd)
 
 
-def _serve(model: runtime.TfliteModel, shared_fd: int, response_fd: int) -> None:
+def _serve(model: TfliteModel, shared_fd: int, response_fd: int) -> None:
     width = int(np.prod(model.input_shape))
     size, mapped = 0, None
     while header := _read_exactly(REQUEST_HEADER.size):
