@@ -223,6 +223,16 @@ class SqliteDatabase:
             raise kind(f"{self.path}: {error}") from error
 
 
+def open_temporary() -> SqliteConnection:
+    """Open an empty database, which grows from memory into a temporary file and ends with the connection."""
+    connection = sqlite3.connect("", isolation_level=None, factory=SqliteConnection)
+    for pragma in ("journal_mode=OFF", "cache_size=-16000"):
+        connection.execute(f"PRAGMA {pragma}")
+    for statement in (statement for migration in MIGRATIONS for statement in migration.statements):
+        connection.execute(_to_sqlite(statement))
+    return connection
+
+
 def _migrations() -> sqlite_utils.Migrations:
     migrations = sqlite_utils.Migrations("outstation-fleet")
     for migration in MIGRATIONS:
