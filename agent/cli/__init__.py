@@ -12,6 +12,7 @@ import click
 
 from agent import __version__
 from agent.errors import OutstationError, UsageError
+from agent.text import printable_lines
 
 # Where each command is, and what the list says of it without loading them all.
 _COMMANDS = {
@@ -24,12 +25,16 @@ _COMMANDS = {
     "ingest": ("agent.cli.device.ingest:ingest", "Take rows from CSV, JSON Lines or Parquet."),
     "label": ("agent.cli.device.label:label", "Tell what was true of results."),
     "status": ("agent.cli.device.status:status", "Backlog, tasks, bundles, outbox, clock and last alerts."),
+    "disclose": ("agent.cli.device.disclose:disclose", "Rows behind a signed message, with their proof."),
+    "head": ("agent.cli.device.head:head", "Sign where the message log ends, for an auditor."),
     "cost": ("agent.cli.device.cost:cost", "Processor time, bytes on flash and on the air, energy."),
     "drift": ("agent.cli.device.drift:drift", "How a task's readings moved from its site's reference."),
     "model": ("agent.cli.model.group:model", "Bundles: make, sign, check, evaluate and run them."),
     "reference": ("agent.cli.device.reference:reference", "What is normal at this site."),
     "fleet": ("agent.cli.fleet.group:fleet", "The fleet's side: enrol devices, collect, watch, command, audit."),
 }
+
+_RUN_MODELS = {"run", "batch"}
 
 
 class _LazyGroup(click.Group):
@@ -41,6 +46,11 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
+        if cmd_name in _RUN_MODELS and not {"-h", "--help"} & set(sys.argv):
+            # It imports the runtime while this process imports the rest.
+            from agent.model.sandbox import launch
+
+            launch.prepare_spare()
         module, _, name = _COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module), name)
         return command
@@ -67,10 +77,10 @@ def main(args: list[str] | None = None) -> Any:
     try:
         return cli.main(args, prog_name="outstation", standalone_mode=True)
     except UsageError as error:
-        click.echo(f"outstation: {error}", err=True)
+        click.echo(f"outstation: {printable_lines(str(error))}", err=True)
         sys.exit(2)
     except OutstationError as error:
-        click.echo(f"outstation: {error}", err=True)
+        click.echo(f"outstation: {printable_lines(str(error))}", err=True)
         sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,6 +12,7 @@ from agent.config import BrokerConfig, Section, check_broker, check_name, read
 from agent.errors import ConfigError, UsageError
 from agent.fleet.collector.quota import Quota
 from agent.fleet.database.interface import MAX_PARTITIONS, is_postgresql
+from agent.text import mask_password
 from agent.wire import keys
 from agent.wire.keys import PublicKey
 
@@ -127,10 +128,12 @@ def resolve_database(url: str, base: Path) -> str:
     if is_postgresql(url):
         return url
     if scheme not in ("", "sqlite"):
-        raise UsageError(f"{url.split('@')[-1]}: unknown database; use a path, sqlite:///PATH or postgresql://…")
+        raise UsageError(f"{mask_password(url)}: unknown database; use a path, sqlite:///PATH or postgresql://…")
     path = url.removeprefix("sqlite:///") if scheme else url
     if not path or path.startswith("sqlite://"):
-        raise UsageError(f"{url}: names no file; write sqlite:///fleet.db, or sqlite:////var/lib/fleet.db")
+        raise UsageError(
+            f"{mask_password(url)}: names no file; write sqlite:///fleet.db, or sqlite:////var/lib/fleet.db"
+        )
     return str(base / path)
 
 

@@ -192,13 +192,15 @@ class Link:
                 broker.host, broker.port, _KEEP_ALIVE_S, clean_start=session_expiry_s == 0, properties=properties
             )
         except (OSError, ValueError) as error:
-            raise LinkDown(f"{broker.url}: {error}") from error
+            raise LinkDown(f"{broker.shown_url}: {error}") from error
         try:
-            self._wait_until(lambda: self._handshake.connected is not None, timeout_s, f"{broker.url}: no CONNACK")
+            self._wait_until(
+                lambda: self._handshake.connected is not None, timeout_s, f"{broker.shown_url}: no CONNACK"
+            )
         except LinkDown as down:
             raise LinkDown(f"{down}{tls.describe_expiry(broker)}") from None
         if self._handshake.connected:
-            raise LinkDown(f"{broker.url}: refused: {self._handshake.connected}")
+            raise LinkDown(f"{broker.shown_url}: refused: {self._handshake.connected}")
 
     def _subscribe(self, filters: Sequence[str], retain_as_published: Collection[str], timeout_s: float) -> None:
         options = []

@@ -156,7 +156,7 @@ def test_a_bundle_with_a_slash_is_a_path(tmp_path: Path) -> None:
         ('[broker]\nulr = "x"', "broker.ulr", "unknown key; did you mean 'url'?"),
         ('[buffer]\nmaxsize = "1 GiB"', "buffer.maxsize", "unknown key; did you mean 'max_size'?"),
         ('[collector]\nkeys = ["x"]', "collector.keys", "unknown key; did you mean 'key'?"),
-        ("[operators]\nzzz = 1", "operators.zzz", "unknown key; there is keys"),
+        ("[operators]\nzzz = 1", "operators.zzz", "unknown key; there is deployers, keys, reporters, wipe_delay"),
         ('[publishers]\nkey = "x"', "publishers.key", "unknown key; did you mean 'keys'?"),
         ('[intake]\ntpc = "x"', "intake.tpc", "unknown key; did you mean 'tcp'?"),
         (STREAM + "sources = 1", "streams.watch.sources", "unknown key; did you mean 'source'?"),
@@ -444,7 +444,7 @@ def test_small_order_keys_in_a_config_are_refused(tmp_path: Path, key: str) -> N
     file = tmp_path / "outstation.toml"
     file.write_text(DEVICE + f'[publishers]\nkeys = ["{KEY}", "{key}"]\n')
     with pytest.raises(ConfigError, match=r"outstation\.toml: publishers\.keys: .* of small order"):
-        trusted_publishers(file, config.load(file))
+        trusted_publishers(file, config.load(file), None)
 
 
 UPDATES = '[updates]\nurl = "https://updates.example.org/acme"\n'
@@ -519,3 +519,11 @@ def test_an_invalid_group_name_is_refused(tmp_path: Path, group: str) -> None:
     file.write_text(f'[device]\nid = "pi-07"\nfleet = "acme"\ngroups = ["roof", "{group}"]\n', encoding="utf-8")
     with pytest.raises(ConfigError, match=r"device\.groups"):
         config.load(file)
+
+
+@pytest.mark.parametrize("url", ["mqtts://user:s3cret@broker:8883", "mqtt://u:s3c/ret@broker", "http://u:s3cret@x"])
+def test_a_password_in_the_brokers_url_is_refused_and_never_shown(tmp_path: Path, url: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(tmp_path, f'[device]\nid = "pi-07"\nfleet = "acme"\n[broker]\nurl = "{url}"')
+    assert "holds credentials" in str(refused.value)
+    assert "ret" not in str(refused.value)

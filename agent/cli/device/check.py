@@ -17,12 +17,12 @@ from msgspec.structs import asdict
 
 from agent import clock
 from agent.bootstrap import device, tasks
-from agent.cli.output import config_option, emit, json_option
+from agent.cli.output import config_option, echo_styled, emit, json_option
 from agent.config import Config, UpdatesConfig
 from agent.device.intake.source import SourceContext
 from agent.device.intake.sources.registry import source_module
 from agent.device.machine import schedule
-from agent.device.machine.timekeeping import build_report, make_clock
+from agent.device.machine.timekeeping import build_report, make_clock, trusted_time_us
 from agent.device.pipeline import tuning_cache
 from agent.device.recovery.open import open_store
 from agent.device.recovery.report_findings import inspect_condition
@@ -33,6 +33,7 @@ from agent.device.store.store import Store
 from agent.errors import FetchFailed, LinkDown, OutstationError, StorageBusy
 from agent.model.inference.tuning import Tuning
 from agent.model.sandbox import confinement
+from agent.text import printable
 
 _FETCH_TIMEOUT_S = 20.0
 _STATE_COLORS = {"ok": "green", "warning": "yellow", "failed": "red"}
@@ -189,8 +190,8 @@ def _check_broker_reachable(conf: Config) -> str:
     try:
         socket.create_connection((conf.broker.host, conf.broker.port), 5).close()
     except OSError as error:
-        raise LinkDown(f"{conf.broker.url}: {error}; is the broker running and reachable?") from None
-    return f"{conf.broker.url} answers; see the log of the running daemon for its login"
+        raise LinkDown(f"{conf.broker.shown_url}: {error}; is the broker running and reachable?") from None
+    return f"{conf.broker.shown_url} answers; see the log of the running daemon for its login"
 
 
 def _check_broker_login(conf: Config) -> str:
@@ -201,7 +202,7 @@ def _check_broker_login(conf: Config) -> str:
     except LinkDown as down:
         raise LinkDown(f"{down}; is the broker running and reachable?") from None
     link.close()
-    return f"{conf.broker.url}, messages up to {min(link.max_packet, conf.broker.max_message_bytes)} bytes"
+    return f"{conf.broker.shown_url}, messages up to {min(link.max_packet, conf.broker.max_message_bytes)} bytes"
 
 
 def inspect_repository(conf: Config, updates: UpdatesConfig) -> str:
@@ -212,7 +213,7 @@ def inspect_repository(conf: Config, updates: UpdatesConfig) -> str:
     except OutstationError:
         floors, time_us = version_floors.VersionFloors(), max(now.wall_us, clock.BUILD_FLOOR_US)
     else:
-        floors, time_us = version_floors.load(store), fetch_request.trusted_time_us(store, now)
+        floors, time_us = version_floors.load(store), trusted_time_us(store, now)
         store.close()
     with tempfile.TemporaryDirectory(prefix="outstation-") as folder:
         request = fetch_request.build_metadata_request(conf, updates, floors, time_us)
@@ -236,4 +237,4 @@ def _print(results: list[CheckResult]) -> None:
     width = max(len(result.name) for result in results)
     for result in results:
         state = click.style(result.state.ljust(7), fg=_STATE_COLORS[result.state])
-        click.echo(f"{state}  {result.name.ljust(width)}  {result.detail}")
+        echo_styled(f"{state}  {printable(result.name).ljust(width)}  {printable(result.detail)}")

@@ -15,7 +15,7 @@ import click
 
 from agent import config, durable_files
 from agent.bootstrap.device import KEY_FILE, TLS_KEY_FILE
-from agent.cli.output import emit, json_option
+from agent.cli.output import echo, emit, json_option
 from agent.errors import UsageError
 from agent.names import is_name
 from agent.wire import keys
@@ -127,14 +127,14 @@ def _fill_template(device: str | None) -> str:
 
 
 def _print(document: dict[str, str], *, enrolled: bool) -> None:
-    click.echo(f"{document['file']} written")
-    click.echo(f"device      {document['device']}")
-    click.echo(f"key         {document['key']}")
-    click.echo(f"thumbprint  {document['thumbprint']}")
+    echo(f"{document['file']} written")
+    echo(f"device      {document['device']}")
+    echo(f"key         {document['key']}")
+    echo(f"thumbprint  {document['thumbprint']}")
     if enrolled:
-        click.echo(f"Next: outstation check -c {document['file']}")
+        echo(f"Next: outstation check -c {document['file']}")
     else:
-        click.echo(f"Next: outstation fleet enrol {document['device']} --key {document['key']}  (on the collector)")
+        echo(f"Next: outstation fleet enrol {document['device']} --key {document['key']}  (on the collector)")
 
 
 def _check_keys(enrolment: Path, folder: Path, members: dict[str, bytes]) -> None:

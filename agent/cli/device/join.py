@@ -8,7 +8,7 @@ import click
 
 from agent import durable_files
 from agent.bootstrap.device import KEY_FILE, TLS_KEY_FILE
-from agent.cli.output import emit, json_option
+from agent.cli.output import echo, emit, json_option
 from agent.errors import UsageError
 from agent.names import is_name
 
@@ -51,4 +51,4 @@ def join(folder: Path, fleet: str, device: str, token: str | None, out: Path | N
     check = "" if token else f" --thumbprint {key.public.kid}"
     lines.append(f"Next: outstation fleet enrol {device} --request {out.name}{check} --bundle-out {device}.tar.gz")
     lines[-1] += "  (at the operator)"
-    emit(document, as_json, lambda: click.echo("\n".join(lines)))
+    emit(document, as_json, lambda: echo("\n".join(lines)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,13 @@ import click
 
 from agent.bootstrap import device
 from agent.bootstrap.daemon import build_daemon
+from agent.cli.log_format import configure_logging
 from agent.cli.output import config_option
 from agent.config import Config
 from agent.device.commands import wipe
 from agent.device.recovery.open import acquire_lock
 from agent.errors import StorageForked
+from agent.model.sandbox import launch
 
 
 @click.command(epilog="Example: outstation run -c /etc/outstation/outstation.toml")
@@ -24,11 +25,7 @@ from agent.errors import StorageForked
 @click.option("-v", "--verbose", is_flag=True, help="Log debug messages.")
 def run(config_file: str | None, verbose: bool) -> None:
     """Run the daemon in the foreground; SIGTERM or Ctrl-C stops it gracefully."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    configure_logging(logging.DEBUG if verbose else logging.INFO, "%(levelname)s %(name)s: %(message)s")
     # Its debug messages would be about our own timers.
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     file, conf = device.load_config(config_file)
@@ -58,6 +55,7 @@ def _run(file: Path, conf: Config) -> None:
     before: dict[int, Any] = {}
     try:
         daemon = build_daemon(file, conf, store)
+        launch.discard_spare()
         for signum in (signal.SIGTERM, signal.SIGINT):
             before[signum] = signal.signal(signum, lambda *_: daemon.signals.request_stop())
         daemon.run()

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from agent.cli.fleet.common import db_option, fleet_option, open_store, print_lines
+from agent.cli.log_format import configure_logging
 from agent.cli.output import emit, json_option
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
@@ -32,7 +33,7 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
     from agent.fleet.collector.collector import Collector, end_session
     from agent.fleet.enrolment import collectors
 
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    configure_logging(logging.INFO, "%(asctime)s %(levelname)s %(message)s")
     home = fleet_config.find_folder(folder)
     config = fleet_config.load(home)
     key = keys.load_private(Path(config.collector.key_file))

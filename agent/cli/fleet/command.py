@@ -12,7 +12,7 @@ import click
 
 from agent import clock
 from agent.cli.fleet.common import fleet_option, open_for_reading, open_store, print_lines, wait_option
-from agent.cli.output import emit, json_option
+from agent.cli.output import echo, emit, json_option
 from agent.errors import LinkDown, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
@@ -47,7 +47,9 @@ def command(
     label TASK COLUMNS           add labels in JSON columns; `fleet label --send` reads them from a file
     report                       return its status, and send a health message now
     rotate-key                   let the device create a new signing key
-    wipe                         erase readings, outbox, state and keys
+    wipe                         erase readings, outbox, state and keys: at once if a second operator's key sends it,
+                                 too, else after [operators] wipe_delay
+    cancel-wipe                  cancel the pending wipe
     """
     from agent.fleet.commands import parse_arguments
 
@@ -125,7 +127,7 @@ def send_command(
             finally:
                 link.close()
     except LinkDown as down:
-        click.echo(f"outstation: {down}", err=True)
+        echo(f"outstation: {down}", err=True)
         sys.exit(1)
 
 
@@ -140,11 +142,11 @@ def _report_and_exit(sent: CommandResult, as_json: bool) -> None:
     document = sent.to_dict()
 
     def print_human() -> None:
-        click.echo(printable(document["summary"]))
+        echo(printable(document["summary"]))
         if document["data"]:
             import msgspec
 
-            click.echo(printable(msgspec.json.format(msgspec.json.encode(document["data"]), indent=2).decode()))
+            echo(printable(msgspec.json.format(msgspec.json.encode(document["data"]), indent=2).decode()))
 
     emit(document, as_json, print_human)
     sys.exit(0 if sent.ok else 1)

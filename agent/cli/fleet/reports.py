@@ -16,10 +16,9 @@ from agent.cli.fleet.common import (
     open_for_reading,
     open_store,
     print_lines,
-    print_table,
     progress_bar,
 )
-from agent.cli.output import emit, json_option
+from agent.cli.output import emit, json_option, print_table
 from agent.fleet import config as fleet_config
 
 _MAX_LISTED = 50

@@ -83,7 +83,7 @@ def init_fleet(folder: Path, name: str, broker: BrokerConfig) -> FleetConfig:
         broker_control.write_access_file(home / broker_control.ACCESS_FILE, broker_access.build_document(name, group))
         _write_certificates(folder, name, broker)
     # Last: a folder with this file is a complete fleet.
-    durable_files.write_new(folder / fleet_config.FILE, _render_fleet_toml(name, broker).encode(), 0o644)
+    durable_files.write_new(folder / fleet_config.FILE, _render_fleet_toml(name, broker).encode(), 0o600)
     return fleet_config.load(folder)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 from agent.fleet.evidence.format import frameworks
 from agent.fleet.evidence.format.frameworks import PointSupport
@@ -23,6 +22,7 @@ from agent.fleet.evidence.page.elements import (
     stacked_table,
 )
 from agent.render import html
+from agent.render.escaping import html_text
 from agent.render.html import Content, Markup, element, table
 
 _MAX_ROWS = 40
@@ -161,9 +161,9 @@ def render_software(sbom: Sbom, facts: EvidenceFacts) -> Markup:
 def render_limitations(facts: EvidenceFacts) -> Markup:
     lead = "What this folder does not show."
     items: list[Content] = [Markup(f"<b>Privacy.</b> {_PRIVACY_NOTE}")]
-    items += [Markup(f"<b>Omitted.</b> {escape(text)}") for text in list_omissions(facts)]
-    items += [Markup(f"<b>Unknown.</b> {escape(text)}") for text in list_unknowns(facts)]
-    items += [Markup(f"<b>Not covered.</b> {escape(text)}") for text in frameworks.NOT_COVERED]
+    items += [Markup(f"<b>Omitted.</b> {html_text(text)}") for text in list_omissions(facts)]
+    items += [Markup(f"<b>Unknown.</b> {html_text(text)}") for text in list_unknowns(facts)]
+    items += [Markup(f"<b>Not covered.</b> {html_text(text)}") for text in frameworks.NOT_COVERED]
     return chapter("not-here", "Limitations", lead, html.bullet_list(items))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 from agent.fleet.evidence.format.contents import AccuracyEntry, Incident
@@ -26,6 +25,7 @@ from agent.fleet.evidence.page.elements import (
 from agent.performance.metrics import display_name
 from agent.render import axes, html
 from agent.render.charts import ForestRow, render_forest
+from agent.render.escaping import html_text
 from agent.render.html import Content, Markup, element, table
 from agent.render.svg import Drawing, truncate_text
 from agent.render.theme import PAGE_THEME, Theme
@@ -84,7 +84,7 @@ def _incident_row(incident: Incident) -> list[Content]:
         nowrap(format_time(incident.started)),
         nowrap(duration if incident.seconds is not None else "–"),
         where,
-        Markup(f"<b>{escape(incident.severity)}, {escape(incident.alert)}.</b> {escape(incident.summary + source)}"),
+        Markup(f"<b>{html_text(f'{incident.severity}, {incident.alert}')}.</b> {html_text(incident.summary + source)}"),
     ]
 
 
