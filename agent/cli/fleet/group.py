@@ -25,12 +25,7 @@ def fleet() -> None:
 
 
 for _subcommand in (
-<<<<<<< HEAD
-    *(init, token, enrol, devices, collect, collector, watch, alerts, gaps, audit, drift, label, command),
-    *(revoke, accept_log, publish, repository, rollout, evidence, simulate),
-=======
     *(init, token, enrol, devices, collect, collector, watch, alerts, gaps, audit, disclosed, drift, label, command),
-    *(revoke, publish, repository, keys, rollout, evidence, simulate),
->>>>>>> main
+    *(revoke, accept_log, publish, repository, keys, rollout, evidence, simulate),
 ):
     fleet.add_command(_subcommand)
