@@ -123,7 +123,7 @@ def receive_messages(link: Link, n: int, timeout_s: float = 10.0) -> list[Incomi
 
 
 def test_a_device_that_joins_the_collectors_group_gets_nothing(site: Site) -> None:
-    """With `delivery = "broker"` each message that the thief took was lost for good: PUBACK was its proof."""
+    """Messages count as delivered with PUBACK: with `delivery = "broker"` what the thief takes is lost for good."""
     filters = [
         f"$share/{group}/{topic}"
         for group in ("collect", site.group)
@@ -287,7 +287,7 @@ def publish(link: Link, messages: Sequence[OutgoingMessage]) -> None:
 
 
 def test_a_flood_of_one_device_costs_no_other_its_messages(site: Site) -> None:
-    """What is over quota is not stored and not acknowledged: it stays on the device."""
+    """Messages over quota are not stored and not acknowledged: they stay on the device."""
     quota = Quota(messages_per_s=1.0, bytes_per_s=1_000_000, burst_s=100.0)
     flood = [site.senders["pi-07"].results().to_outgoing() for _ in range(1500)]
     honest = [site.senders["pi-08"].results().to_outgoing() for _ in range(60)]
@@ -374,3 +374,20 @@ def refused(site: Site) -> dict[tuple[str, str], int]:
 def read_json(message: IncomingMessage) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(message.payload)
     return document
+
+
+def test_a_damaged_list_of_pending_changes_loses_no_revocation(site: Site) -> None:
+    (site.folder / broker_control.PENDING_FILE).write_bytes(b"[{")
+    done = site.revoke("pi-07")
+    assert (len(done.keys), done.ended) == (1, False)
+    assert "broker-pending.json: changes for the broker cannot be read" in done.steps[0]
+    assert (site.folder / broker_control.PENDING_FILE).read_bytes() == b"[{"
+
+
+def test_rules_that_a_broker_owns_stay_with_its_user(site: Site) -> None:
+    path = site.folder / "broker" / broker_control.ACCESS_FILE
+    if os.geteuid() == 0:
+        os.chown(path, 12345, 12345)
+    site.revoke("pi-07")
+    status = path.stat()
+    assert (status.st_uid, status.st_mode & 0o777) == (12345 if os.geteuid() == 0 else os.geteuid(), 0o600)

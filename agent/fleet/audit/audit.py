@@ -32,6 +32,7 @@ from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.projection import TableRows, project_message
 from agent.fleet.database.store import FleetStore
 from agent.wire.keys import PublicKey
+from agent.wire.log_chain import digest
 from agent.wire.messages import (
     AuditPayload,
     HealthPayload,
@@ -39,7 +40,6 @@ from agent.wire.messages import (
     Payload,
     ResultsPayload,
     VerifiedMessage,
-    digest,
     verify_message,
 )
 

@@ -36,7 +36,8 @@ from agent.fleet.database.key_table import KeyMaker
 from agent.fleet.database.projection import RESULTS_TABLE, SHARED_TABLES
 from agent.fleet.database.sqlite import SqliteDatabase
 from agent.wire.keys import PublicKey, parse_public_key
-from agent.wire.messages import LoggedPayload, VerifiedMessage, digest
+from agent.wire.log_chain import digest
+from agent.wire.messages import LoggedPayload, VerifiedMessage
 
 MAX_MISSING_RANGES = 100
 # Conflicting transactions are rare, and one of them always succeeds.

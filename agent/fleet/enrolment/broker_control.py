@@ -164,7 +164,11 @@ def _edit_file(path: Path, fleet: str, changes: Iterable[AccessChange]) -> None:
 
 
 def _load_pending(folder: Path) -> list[AccessChange]:
+    path = folder / PENDING_FILE
     try:
-        return msgspec.json.decode((folder / PENDING_FILE).read_bytes(), type=list[AccessChange])
-    except (OSError, msgspec.DecodeError):
+        return msgspec.json.decode(path.read_bytes(), type=list[AccessChange])
+    except FileNotFoundError:
         return []
+    except (OSError, msgspec.DecodeError) as error:
+        hint = "remove it, and repeat the last `fleet enrol` and `fleet revoke`"
+        raise StorageError(f"{path}: changes for the broker cannot be read: {error}; {hint}") from error
