@@ -300,6 +300,15 @@ REFUSED_ON_DEVICE = AlertKind(
     "Check who may publish on the device's topics. `outstation status` counts the refusals by reason.",
     "After an hour without such a message.",
 )
+WIPE_PENDING = AlertKind(
+    *("Device will be erased", "security", "wipe", "_device/security/wipe", "critical", "device"),
+    "One operator confirmed a wipe. The device erases itself at the time in the summary, or when a second operator's "
+    "key confirms a wipe.",
+    "`outstation fleet command DEVICE wipe`; a stolen operator key.",
+    "Ask who sent it. If nobody did, send `outstation fleet command DEVICE cancel-wipe`, and revoke the key: "
+    "`outstation fleet keys revoke`.",
+    "Once the wipe is cancelled, or its key is revoked.",
+)
 REFUSED_BY_COLLECTOR = AlertKind(
     *("Messages refused by the collector", "security", "refused", "collector/refused/{hour}", "critical", "collector"),
     "More than 20 messages in one device's name were refused within ten minutes. Nothing of them was stored.",

@@ -9,6 +9,7 @@ from agent import config
 from agent.bootstrap import sinks
 from agent.config import Config
 from agent.device.commands import wipe
+from agent.device.machine import commitment_secret
 from agent.device.machine.keys import KeyFiles, open_keys
 from agent.device.machine.timekeeping import make_clock
 from agent.device.recovery import open
@@ -85,6 +86,8 @@ def open_message_log(file: Path, conf: Config, store: Store) -> MessageLog:
     message_log = MessageLog(
         *(conf.device.fleet, conf.device.id, key, store.log_id, store.boot),
         *(broker.max_message_bytes, live_key, broker.compress),
+        commitment_secret.load_or_create(conf.data_dir, is_new=store.acknowledged().through == 0),
+        conf.privacy.min_count,
     )
     tasks: dict[str, list[str]] = {}
     for name, task in conf.tasks.items():

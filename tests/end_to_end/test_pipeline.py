@@ -37,6 +37,7 @@ from agent.testing.process import NotifySocket, OutstationProcess, run_outstatio
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
+from agent.wire.jws import Signer
 from agent.wire.quiet_windows import QuietWindows
 from agent.wire.runs import expand_integers
 
@@ -572,7 +573,15 @@ def test_two_tasks_on_one_stream_process_it_independently(fleet: LocalFleet) -> 
         wait_until("the collector", lambda: fleet.collector.log_contains("connected"))
         public = keys.parse_public_key(conf.collector.key)
         message_log = open_message_log(file, conf, store)
-        uplink = Uplink(conf, store, message_log, public, clock.read, unexpected, sinks.sink_opener(conf))
+        uplink = Uplink(
+            conf,
+            store,
+            message_log,
+            {public.kid: Signer("collector", public)}.get,
+            clock.read,
+            unexpected,
+            sinks.sink_opener(conf),
+        )
         uplink.start()
         wait_until("an empty outbox", lambda: store.outbox_size()[0] == 0)
         uplink.stop()
