@@ -176,7 +176,6 @@ def _build_drift_monitor(file: str, conf: Config, name: str, active: LoadedBundl
         learn_windows=task.learn_windows,
         min_learn_s=float(task.learn_duration),
         seasonality=task.seasonality or manifest.drift.seasonality or "auto",
-        min_bin_rows=manifest.drift.min_count or 0,
         units=manifest.input.units,
         class_field=declared if task.class_field is None else task.class_field,
     )

@@ -25,6 +25,7 @@ _COMMANDS = {
     "ingest": ("agent.cli.device.ingest:ingest", "Take rows from CSV, JSON Lines or Parquet."),
     "label": ("agent.cli.device.label:label", "Tell what was true of results."),
     "status": ("agent.cli.device.status:status", "Backlog, tasks, bundles, outbox, clock and last alerts."),
+    "disclose": ("agent.cli.device.disclose:disclose", "Rows behind a signed message, with their proof."),
     "head": ("agent.cli.device.head:head", "Sign where the message log ends, for an auditor."),
     "cost": ("agent.cli.device.cost:cost", "Processor time, bytes on flash and on the air, energy."),
     "drift": ("agent.cli.device.drift:drift", "How a task's readings moved from its site's reference."),

@@ -73,6 +73,13 @@ class BufferConfig(Section, frozen=True):
     when_full: Literal["evict", "refuse"] = "evict"
 
 
+class PrivacyConfig(Section, frozen=True):
+    """What may leave the device. A bundle may demand a larger `min_count`, never a smaller one."""
+
+    min_count: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 10
+    values_in_logs: bool = False
+
+
 class ThrottleConfig(Section, frozen=True):
     """When tasks pause to protect the machine: degrees Celsius, battery percentage while discharging."""
 
@@ -158,6 +165,7 @@ class Config(Section, frozen=True):
     operators: OperatorsConfig = msgspec.field(default_factory=OperatorsConfig)
     publishers: PublishersConfig = msgspec.field(default_factory=PublishersConfig)
     buffer: BufferConfig = msgspec.field(default_factory=BufferConfig)
+    privacy: PrivacyConfig = msgspec.field(default_factory=PrivacyConfig)
     intake: IntakeConfig = msgspec.field(default_factory=IntakeConfig)
     throttle: ThrottleConfig = msgspec.field(default_factory=ThrottleConfig)
     models: ModelsConfig = msgspec.field(default_factory=ModelsConfig)

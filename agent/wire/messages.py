@@ -202,6 +202,7 @@ class DriftPayload(LoggedPayload, frozen=True, kw_only=True, tag="drift"):
         for name, field in self.features.items():
             try:
                 counted = sum(field["counts"]) + field["below"] + field["above"] + field["missing"]
+                counted += field.get("withheld", 0)
             except (KeyError, TypeError):
                 raise ValueError(f"field {name} of a run has no counts") from None
             if counted != span.n:
@@ -238,6 +239,8 @@ class QualityPayload(LoggedPayload, frozen=True, kw_only=True, tag="quality"):
     labels: dict[str, Any] = {}
     estimate: dict[str, Any] | None = None
     metrics: list[Metric] = []
+    # Metrics of too few labels, or too few new ones.
+    withheld: Natural = 0
 
 
 class Moments(msgspec.Struct, frozen=True):

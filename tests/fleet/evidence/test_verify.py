@@ -109,7 +109,7 @@ def test_deep_folders_are_not_entered(folder: Path) -> None:
 def test_a_file_name_that_is_not_utf8_is_escaped(folder: Path) -> None:
     (folder / os.fsdecode(b"bad-\xff\x1b[2J")).write_text("x")
     [(where, _)] = problems(folder)
-    assert where == "bad-\\udcff\x1b[2J"
+    assert where == "bad-\\udcff\\x1b[2J"
 
 
 def test_nothing_is_read_without_a_valid_signature(folder: Path) -> None:

@@ -99,7 +99,7 @@ def test_an_honest_operators_folder_agrees_with_every_head(desk: Desk) -> None:
     assert (report.problems, report.witnesses, report.chained_messages, report.gaps) == ([], 12, 11, 0)
 
 
-def test_an_operator_who_rewrites_a_devices_log_is_found_by_its_head(desk: Desk) -> None:
+def test_an_operator_who_rewrites_a_devices_log_is_detected_by_its_head(desk: Desk) -> None:
     device, forger = sender(), sender()
     write_log(device)
     # With a copy of the device's key: a month back, and without its incident.
@@ -108,7 +108,7 @@ def test_an_operator_who_rewrites_a_devices_log_is_found_by_its_head(desk: Desk)
     assert_only_the_head_tells(desk.show((forger, forged)), head_of(device), "the log was rewritten")
 
 
-def test_an_operator_who_rewrites_a_log_under_a_new_log_id_is_found_by_its_head(desk: Desk) -> None:
+def test_an_operator_who_rewrites_a_log_under_a_new_log_id_is_detected_by_its_head(desk: Desk) -> None:
     device, forger = sender(), sender(log="5f0c2f6e-1a54-4d0b-9a53-000000000008")
     write_log(device)
     assert_only_the_head_tells(
@@ -116,7 +116,7 @@ def test_an_operator_who_rewrites_a_log_under_a_new_log_id_is_found_by_its_head(
     )
 
 
-def test_an_operator_who_cuts_off_the_newest_messages_is_found_by_the_head(desk: Desk) -> None:
+def test_an_operator_who_cuts_off_the_newest_messages_is_detected_by_the_head(desk: Desk) -> None:
     device = sender()
     messages = write_log(device)
     folder = desk.show((device, messages[:-7]))
@@ -125,13 +125,13 @@ def test_an_operator_who_cuts_off_the_newest_messages_is_found_by_the_head(desk:
     )
 
 
-def test_an_operator_who_deletes_a_device_is_found_by_its_head(desk: Desk) -> None:
+def test_an_operator_who_deletes_a_device_is_detected_by_its_head(desk: Desk) -> None:
     device, other = sender(), sender("pi-08", 8, "5f0c2f6e-1a54-4d0b-9a53-000000000009")
     write_log(device)
     assert_only_the_head_tells(desk.show((other, write_log(other))), head_of(device), "the operator deleted the device")
 
 
-def test_an_operator_who_enrols_another_key_in_a_devices_name_is_found_by_its_head(desk: Desk) -> None:
+def test_an_operator_who_enrols_another_key_in_a_devices_name_is_detected_by_its_head(desk: Desk) -> None:
     device, forger = sender(), sender(key=9)
     write_log(device)
     assert_only_the_head_tells(
@@ -139,7 +139,7 @@ def test_an_operator_who_enrols_another_key_in_a_devices_name_is_found_by_its_he
     )
 
 
-def test_an_operator_who_swaps_a_message_between_genuine_ones_is_found_by_the_head(desk: Desk) -> None:
+def test_an_operator_who_swaps_a_message_between_genuine_ones_is_detected_by_the_head(desk: Desk) -> None:
     """Its database fails the audit, and its folder lies about that; the later messages are the genuine ones."""
     device, forger = sender(), sender()
     messages = write_log(device)
@@ -150,7 +150,7 @@ def test_an_operator_who_swaps_a_message_between_genuine_ones_is_found_by_the_he
     assert "the log was rewritten" in problem
 
 
-def test_an_operator_who_hides_the_chain_is_found_without_a_head(desk: Desk) -> None:
+def test_an_operator_who_hides_the_chain_is_detected_without_a_head(desk: Desk) -> None:
     device = sender()
     folder = desk.show((device, write_log(device)))
     resign(folder, lambda head: head.update(files=[f for f in head["files"] if "chains" not in f["path"]]))
@@ -175,7 +175,7 @@ def quoting(device: MessageSender, through: MessageSender, hours: float, ack_hou
     return device.append("health", streams={}, tasks={}, agent="0.1.0", acknowledged=quoted, time=at(hours))
 
 
-def test_a_backdated_message_is_found_by_the_acknowledgement_in_it(desk: Desk) -> None:
+def test_a_backdated_message_is_detected_by_the_acknowledgement_in_it(desk: Desk) -> None:
     device = sender()
     messages = write_log(device)
     honest = quoting(msgspec.structs.replace(device), device, 11, 10.9)
@@ -186,7 +186,7 @@ def test_a_backdated_message_is_found_by_the_acknowledgement_in_it(desk: Desk) -
     assert "before the acknowledgement" in problem
 
 
-def test_a_log_that_differs_from_the_acknowledged_one_is_found_without_a_head(desk: Desk) -> None:
+def test_a_log_that_differs_from_the_acknowledged_one_is_detected_without_a_head(desk: Desk) -> None:
     genuine, forger = sender(), sender()
     write_log(genuine)
     messages = write_log(forger, incident=False)
@@ -213,6 +213,29 @@ def test_a_head_at_a_gap_is_compared_with_the_message_behind_it(desk: Desk) -> N
     texts = [entry["problem"] for entry in report.problems if entry["file"].startswith("head")]
     assert len(texts) == 1
     assert "the log was rewritten" in texts[0]
+
+
+def test_an_operator_who_takes_an_incident_out_of_a_log_is_detected_without_a_head(desk: Desk) -> None:
+    device = sender()
+    messages = write_log(device)
+    folder = desk.show((device, [*messages[:4], *messages[5:]]))
+    # Its own audit says so; a dishonest operator changes that.
+    audit = folder / "audit.json"
+    edited = msgspec.json.decode(audit.read_bytes())
+    audit.write_bytes(msgspec.json.encode(edited | {"undeclared_gaps": 0, "passed": True}))
+    resign(folder)
+    assert problems(folder) == [
+        f"chains/ messages 5 to 5 of log {LOG} of pi-07 are missing, and no device declared that"
+    ]
+
+
+def test_messages_that_a_device_declares_as_given_up_are_no_problem(desk: Desk) -> None:
+    device = sender()
+    messages = write_log(device)
+    evidence = {"seq": [[2, 3]], "reason": "space"}
+    messages.append(device.append("audit", event="evicted", summary="Given up.", evidence=evidence, time=at(11)))
+    report = check(desk.show((device, [messages[0], *messages[3:]])), head_of(device))
+    assert (report.problems, report.gaps) == ([], 1)
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,8 @@ class AuditVerdict(msgspec.Struct, frozen=True):
     invalid_decisions_count: Natural
 
 
-# Name in the manifest's `omitted`.
-OMITTED_LINKS = "links of hash chains"
+# Names in the manifest's `omitted`.
+OMITTED_LINKS, OMITTED_DECLARATIONS = "links of hash chains", "declarations of missing messages"
 
 
 class ChainRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -228,6 +228,7 @@ class WriteLimits(msgspec.Struct, frozen=True):
     incidents: int = 2000
     decisions: int = 5000
     messages: int = 60_000
+    declarations: int = 10_000
     # Links of the hash chains in chains/, about 60 bytes each.
     chained_messages: int = 2_000_000
     # In one line of a file, and lines in one file.

@@ -46,8 +46,8 @@ class ChainBuilder:
         if not isinstance(payload, bytes):
             return None
         header, _ = log_chain.split(payload)
-        found = _PREV.search(header)
-        prev = found[1].decode() if found else ""
+        match = _PREV.search(header)
+        prev = match[1].decode() if match else ""
         if header != log_chain.encode_header(kind, device, log, seq, prev):
             return None
         return prev, log_chain.hash_body(payload)

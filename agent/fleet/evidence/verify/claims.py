@@ -78,6 +78,7 @@ class ClaimChecker:
             self._shadow_messages[ref] = body
         device = body.device
         self._chains.add(Commitment(ref, digest(message.payload), where, MESSAGE))
+        self._chains.add_declarations(body)
         if isinstance(body, HealthPayload) and (quoted := body.acknowledged) is not None:
             self._check_time(where, body, quoted)
             if quoted.through and quoted.digest is not None:
@@ -87,10 +88,7 @@ class ClaimChecker:
 
     def _check_time(self, where: str, body: HealthPayload, quoted: AcknowledgementRef) -> None:
         """Check that a message is not older than the acknowledgement in it."""
-        try:
-            written_us, quoted_us = parse_rfc3339(body.time), parse_rfc3339(quoted.time)
-        except ValueError:
-            return
+        written_us, quoted_us = parse_rfc3339(body.time), parse_rfc3339(quoted.time)
         if body.clock == "synced" and written_us < quoted_us - _CLOCK_TOLERANCE_US:
             self._add_problem(
                 where, f"is dated {body.time}, before the acknowledgement of {quoted.time} that it quotes"
