@@ -157,7 +157,14 @@ def test_metrics_of_a_patient_with_one_label_do_not_leave() -> None:
 
 def test_a_comparison_of_two_bundles_shows_no_single_score_or_label() -> None:
     single, many = {"n": 1, "mean": 0.625, "m2": 0.0}, {"n": 50, "mean": 0.5, "m2": 2.0}
-    side = {"windows": 50, "seconds": 0.1, "scores": many, "expected_accuracy": single, "correct": 1, "abs_error": single}
+    side = {
+        "windows": 50,
+        "seconds": 0.1,
+        "scores": many,
+        "expected_accuracy": single,
+        "correct": 1,
+        "abs_error": single,
+    }
     body = {"n": 50, "agreeing": 49, "difference": single, "stats": side, "other_stats": side, "labelled": [1, 0, 0, 0]}
     limited = least_count.apply("shadow", body, K)
     assert "0.625" not in str(limited)
