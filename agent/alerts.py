@@ -307,6 +307,14 @@ REFUSED_BY_COLLECTOR = AlertKind(
     "Look at the samples in table `refusal_samples`. Enrol the device again, or take its rights on the broker.",
     _LOOK_YOURSELF,
 )
+OVER_QUOTA_AT_COLLECTOR = AlertKind(
+    *("Messages over quota", "security", "quota", "collector/quota/{hour}", "critical", "collector"),
+    "More than 20 messages of a device within ten minutes were over its quota at the collector. They were neither "
+    "stored nor acknowledged, and stay on the device, which sends them again. Messages of other devices go on.",
+    "A device that floods the fleet; a schedule that publishes too much; a backlog larger than the quota's burst.",
+    "Look at what the device sends. Raise `[quota]` in fleet.toml, or revoke the device: `outstation fleet revoke`.",
+    _LOOK_YOURSELF,
+)
 SIGNED_TWICE = AlertKind(
     *("Two messages with one number", "security", "{log}/{seq}", "collector/{log}/{seq}", "critical", "collector"),
     "A device signed two different messages with the same number of one log. The collector keeps the first one.",

@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import msgspec
 
@@ -64,25 +64,35 @@ class _Rejection(msgspec.Struct):
 
 
 class _Reply(msgspec.Struct):
-    through: int
-    accepted: int
-    rejected: list[_Rejection]
+    through: int = 0
+    accepted: int = 0
+    rejected: list[_Rejection] = []
+    # Reason for which the daemon closes the connection.
+    error: str = ""
+    retry: bool = False
+
+
+class _Refused(PermissionError):
+    """The daemon refuses this producer; a retry would not help."""
 
 
 class Client:
     """A producer. Not thread-safe.
 
-    `address` is the daemon's socket file, or `127.0.0.1:PORT`. `name`, 1 to 64 characters, belongs to one producer at a
-    time. `patience_s` must exceed the daemon's `commit_every`.
+    `address` is the daemon's socket file, or `127.0.0.1:PORT` with the `token` of the daemon's `intake.token_file`.
+    `name`, 1 to 64 characters, belongs to one producer at a time. `patience_s` must exceed the daemon's `commit_every`.
 
     Raises ConnectionError if the daemon is away: with a name after `patience_s`; without one at once, because the fate
-    of the last lines is then unknown. Raises RuntimeError if another producer uses the name.
+    of the last lines is then unknown. Raises PermissionError if the daemon refuses the producer, and RuntimeError if
+    another producer uses the name.
     """
 
-    def __init__(self, address: str | Path, *, name: str | None = None, patience_s: float = 30.0) -> None:
+    def __init__(
+        self, address: str | Path, *, name: str | None = None, token: str | None = None, patience_s: float = 30.0
+    ) -> None:
         if name is not None and not 1 <= len(name) <= 64:
             raise ValueError(f"name {name[:80]!r} must have 1-64 characters")
-        self._address, self._name, self._patience_s = str(address), name, patience_s
+        self._address, self._name, self._token, self._patience_s = str(address), name, token, patience_s
         self._pending: deque[bytes] = deque()
         self._pending_bytes = 0
         self._sent = 0
@@ -216,10 +226,18 @@ class Client:
             raise ConnectionResetError("the daemon closed the connection")
         *lines, self._receive_buffer = (self._receive_buffer + data).split(b"\n")
         for line in lines:
-            reply = msgspec.json.decode(line, type=_Reply)
+            reply = self._decode_reply(line)
             self._acknowledge_through(reply.through + self._line_offset)
             self._result.accepted += reply.accepted
             self._result.rejected += [(row.line + self._line_offset, row.reason) for row in reply.rejected]
+
+    def _decode_reply(self, line: bytes) -> _Reply:
+        """Decode a line of the daemon. Raises OSError if it closes the connection."""
+        reply = msgspec.json.decode(line, type=_Reply)
+        if reply.error:
+            kind = ConnectionRefusedError if reply.retry else _Refused
+            raise kind(reply.error)
+        return reply
 
     def _acknowledge_through(self, through: int) -> None:
         for _ in range(min(len(self._pending), through - self._acknowledged)):
@@ -234,14 +252,14 @@ class Client:
             try:
                 self._open_socket()
                 return
+            except _Refused as error:
+                self._fail(error)
             except OSError as error:
-                self._socket.close()
                 # The listen queue is full: the one reason to retry without a name, too.
                 crowded = isinstance(error, BlockingIOError)
                 if time.monotonic() >= deadline or (self._name is None and not crowded):
-                    raise ConnectionError(
-                        f"{self._address}: {error.strerror or error}{self._pending_note()}"
-                    ) from error
+                    self._fail(error)
+                self._socket.close()
                 time.sleep(_RETRY_S)
 
     def _open_socket(self) -> None:
@@ -255,36 +273,42 @@ class Client:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
             self._socket.settimeout(self._patience_s)
             self._socket.connect(self._address)
-        if self._name is not None:
-            self._handshake(self._name)
+        if self._name is not None or self._token is not None:
+            self._handshake()
         self._socket.settimeout(0.0)
         if self._pending:
             self._send_all(memoryview(b"".join(self._pending)))
 
-    def _handshake(self, name: str) -> None:
-        """Send the client's name, and receive how many of its lines are committed."""
-        self._socket.sendall(msgspec.json.encode({"client": name}) + b"\n")
+    def _handshake(self) -> None:
+        """Send the client's name and token, and receive how many of its lines are committed."""
+        hello = {"client": self._name, "token": self._token}
+        self._socket.sendall(_encode({key: text for key, text in hello.items() if text is not None}) + b"\n")
         received = b""
         while not received.endswith(b"\n"):
             data = self._socket.recv(4096)
             if not data:
                 raise ConnectionResetError("the daemon closed the connection")
             received += data
-        through = msgspec.json.decode(received, type=_Reply).through
+        through = self._decode_reply(received).through
         if not self._greeted:
             self._greeted = True
             self._sent = self._acknowledged = through
         if through + self._line_offset > self._sent:
             # A retry would not help: another process counts lines under this name.
-            raise RuntimeError(f"{self._address}: another producer uses the name {name!r}; give each its own")
+            raise RuntimeError(f"{self._address}: another producer uses the name {self._name!r}; give each its own")
         self._line_offset = max(self._line_offset, self._acknowledged - through)
         self._acknowledge_through(through + self._line_offset)
 
     def _reconnect(self, cause: OSError) -> None:
-        if self._name is None:
-            self._socket.close()
-            raise ConnectionError(f"{self._address}: {cause}{self._pending_note()}") from cause
+        if self._name is None or isinstance(cause, _Refused):
+            self._fail(cause)
         self._connect()
+
+    def _fail(self, cause: OSError) -> NoReturn:
+        """Close the connection for good. Raises PermissionError or ConnectionError."""
+        self._socket.close()
+        kind = PermissionError if isinstance(cause, _Refused) else ConnectionError
+        raise kind(f"{self._address}: {cause.strerror or cause}{self._pending_note()}") from cause
 
     def _pending_note(self) -> str:
         return f"; {len(self._pending)} lines are not acknowledged; send them again" if self._pending else ""

@@ -123,6 +123,11 @@ def to_rfc3339(wall_us: int) -> str:
     return f"{(_EPOCH + timedelta(seconds=seconds)).isoformat()}.{micro:06d}Z"
 
 
+def to_datetime(wall_us: int) -> datetime:
+    """Return the time in UTC, clamped as in `to_rfc3339`."""
+    return datetime.fromisoformat(to_rfc3339(wall_us))
+
+
 def parse_rfc3339(text: str) -> int:
     """Parse an RFC 3339 time to epoch µs. Raises ValueError."""
     moment = datetime.fromisoformat(text)

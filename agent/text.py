@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import re
+from datetime import datetime, timedelta
+
+# A spreadsheet runs a cell that begins with one of these.
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 
 def printable(text: str) -> str:
-    """Return `text` on one line, with everything that could steer a terminal escaped."""
+    """Return `text` on one line, with everything that could steer a terminal or reorder a line escaped."""
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def printable_lines(text: str) -> str:
+    """Return text of several lines, each made `printable`."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def printable_json(text: str) -> str:
+    """Return the same JSON document with such characters as JSON escapes."""
+    if text.isprintable():
+        return text
+    return "".join(char if char == "\n" or char.isprintable() else _json_escape(char) for char in text)
+
+
+def _json_escape(char: str) -> str:
+    units = char.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4))
+
+
+def csv_text(text: str) -> str:
+    """Return a text cell that no spreadsheet runs as a formula, on one line."""
+    runs = text.startswith(_FORMULA_STARTS) and not _NUMBER.fullmatch(text)
+    return printable(f"'{text}" if runs else text)
+
+
+def mask_password(url: str) -> str:
+    """Return the URL without user name and password, also where a stray `/` or `@` in them makes it invalid."""
+    return re.sub(r"^([^/]*//)?.*@", r"\1***@", url, count=1, flags=re.DOTALL)
 
 
 def format_value(value: float | None) -> str:
@@ -28,8 +63,14 @@ def format_interval(low: float | None, high: float | None) -> str:
 
 def format_since(t: int, last: int) -> str:
     """Format `t` (epoch µs) in UTC: the time of day if `last` is on the same day, else with the date."""
-    start, end = (datetime.fromtimestamp(us / 1e6, UTC) for us in (t, last))
+    start, end = (_to_datetime(us) for us in (t, last))
     return f"{start:%H:%M}" if start.date() == end.date() else f"{start:%Y-%m-%d %H:%M}"
+
+
+def _to_datetime(us: int) -> datetime:
+    # A producer may give its rows any time, also one beyond the calendar.
+    seconds = us // 1_000_000
+    return datetime(1970, 1, 1) + timedelta(seconds=min(max(seconds, -62_135_596_800), 253_402_300_799))
 
 
 def format_windows(windows: int, t: int, last: int) -> str:

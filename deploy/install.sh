@@ -3,6 +3,7 @@
 #
 #   sudo deploy/install.sh                      from the checkout it lies in
 #   sudo deploy/install.sh outstation-….whl     from a wheel
+#   sudo deploy/install.sh --join FLEET/DEVICE --token TOKEN   makes the keys, and the request for the operator
 #   sudo deploy/install.sh --enrolment FILE     with the file that `outstation fleet enrol --bundle-out` wrote
 #   sudo deploy/install.sh --extras images,parquet   for streams of images, for Parquet files; upgrades keep them
 #   sudo deploy/install.sh --rollback           back to the version before the last upgrade
@@ -24,11 +25,13 @@ systemd_runs() { [[ -d /run/systemd/system ]]; }
 version() { "$program/bin/python" -c 'import agent; print("version", agent.__version__)'; }
 
 main() {
-    local source="" enrolment="" action=install
+    local source="" enrolment="" join="" token="" action=install
     extras=$(cat "$program/.extras" 2>/dev/null || true)
     while [[ $# != 0 ]]; do
         case $1 in
             --enrolment) enrolment=${2:-}; [[ -r $enrolment ]] || die "--enrolment needs a file that can be read" 2; shift ;;
+            --join) join=${2:-}; [[ $join == ?*/?* ]] || die "--join needs FLEET/DEVICE, as acme/pi-07" 2; shift ;;
+            --token) token=${2:-}; [[ -n $token ]] || die "--token needs what fleet token printed" 2; shift ;;
             --extras) [[ ${2-} =~ ^[a-z,]*$ ]] || die "--extras needs names with commas, as images,parquet" 2; extras=${2-}; shift ;;
             --rollback | --uninstall) action=${1#--} ;;
             -h | --help) usage; exit 0 ;;
@@ -44,8 +47,15 @@ main() {
         install)
             source=$(find_source "$source")
             install_program "$source"
-            make_config "$enrolment"
-            install_service
+            make_user
+            if [[ -n $join ]]; then
+                "$program/bin/outstation" join "$config" --fleet "${join%%/*}" --id "${join#*/}" ${token:+--token "$token"}
+                say "the keys stay in $config; take the request to the operator, and run this again with --enrolment"
+            else
+                make_config "$enrolment"
+            fi
+            give_files
+            [[ -n $join ]] || install_service
             ;;
     esac
 }
@@ -96,7 +106,7 @@ install_program() { # SOURCE
 need_packages() {
     local missing=() package
     command -v apt-get >/dev/null || die "apt-get is not here: this script knows Raspberry Pi OS and Debian only" 2
-    local packages=(python3 python3-venv ca-certificates)
+    local packages=(python3 python3-venv ca-certificates libseccomp2)
     # No wheels of these for 32-bit ARM on PyPI: Debian's are used.
     if bits32; then packages+=(python3-numpy python3-cffi python3-cryptography python3-psutil); fi
     for package in "${packages[@]}"; do
@@ -161,12 +171,15 @@ roll_back() {
 
 # --- config and service
 
-make_config() { # ENROLMENT
+make_user() {
     if ! getent passwd outstation >/dev/null; then
         useradd --system --user-group --home-dir "$data" --shell /usr/sbin/nologin outstation
         say "made the user outstation; members of its group may talk to the intake socket"
     fi
     install -d -o outstation -g outstation -m 0750 "$data" "$config"
+}
+
+make_config() { # ENROLMENT
     if [[ -n $1 || ! -e $config/outstation.toml ]]; then
         "$program/bin/outstation" init "$config" ${1:+--from "$1"}
         # The service may write there only.
@@ -174,6 +187,9 @@ make_config() { # ENROLMENT
     else
         say "kept $config/outstation.toml"
     fi
+}
+
+give_files() {
     # The keys of a fleet that is kept on this machine, too, are none of the device's.
     find "$config" -path "$config/fleet" -prune -o -exec chown -h outstation:outstation {} +
     chown -R outstation:outstation "$data"

@@ -138,7 +138,7 @@ _LIMITS = {
 }
 _PATTERNS = {
     "^[0-9a-f]{8}": "UUID",
-    "^[0-9]{4}": "time",
+    "^(?!0000)": "time",
     "^[a-z0-9]": "name",
     "^sha256:": "digest",
     "^[A-Za-z0-9": "id",
@@ -204,6 +204,8 @@ def _describe_number(schema: dict[str, Any]) -> str:
     low, high = schema.get("minimum"), schema.get("maximum")
     if schema["type"] == "integer" and (known := _LIMITS.get((low or 0, high or 0))):
         return known
+    # A limit of every number: see "JSON" in the document.
+    low, high = (None if limit is not None and abs(limit) >= 1e100 else limit for limit in (low, high))
     bounds = [f"≥ {low}"] if low is not None else []
     bounds += [f"> {schema['exclusiveMinimum']}"] if "exclusiveMinimum" in schema else []
     bounds += [f"≤ {high}"] if high is not None else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -15,11 +16,11 @@ from tests.kit.fleet_databases import DATABASES, fresh_in
 
 pytest_plugins = ["agent.testing.fixtures"]
 
-# No deadline, since the time of an example depends on the machine. Examples are reproducible; `pytest
-# --hypothesis-profile chance` draws new ones.
+# No deadline, since the time of an example depends on the machine. Examples are reproducible and few; `pytest
+# --hypothesis-profile chance` draws many new ones.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("chance", patient, derandomize=False)
-settings.register_profile("busy", patient, derandomize=True)
+settings.register_profile("chance", patient, derandomize=False, max_examples=300)
+settings.register_profile("busy", patient, derandomize=True, max_examples=50)
 settings.load_profile("busy")
 
 # A shell without job control starts background commands with SIGINT ignored, which children inherit; tests send it.
@@ -27,11 +28,36 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Modules whose use marks a test: it starts a broker, a PostgreSQL server, or another process.
+# Modules, and functions of them, whose use marks a test: it starts a broker, a PostgreSQL server, or another process.
 _MARKS = {
     "broker": {"agent.testing.broker", "agent.testing.fleet"},
     "postgres": {"scripts.kit.postgres"},
-    "process": {"agent.testing.broker", "agent.testing.fleet", "agent.testing.process", "scripts.kit.postgres"},
+    "process": {
+        "subprocess",
+        "multiprocessing",
+        "agent.authoring.pack",
+        "agent.bootstrap.daemon",
+        "agent.bootstrap.tasks",
+        "agent.model.activation",
+        "agent.model.activation.activate",
+        "agent.model.sandbox.probe",
+        "agent.model.sandbox.subprocess_model",
+        "agent.testing.broker",
+        "agent.testing.fleet",
+        "agent.testing.process",
+        "scripts.kit.bundles.activated",
+        "scripts.kit.bundles.packed",
+        "scripts.benchmarks.drift_peers.peers",
+        "scripts.faults.disk",
+        "scripts.fuzzing.explore",
+        "scripts.kit.postgres",
+        "tests.end_to_end.test_daemon",
+        "tests.kit.exchanges",
+        "tests.kit.repositories",
+        "tests.kit.rollouts",
+        "tests.kit.stations.Killable",
+        "tests.kit.updating",
+    },
 }
 _FIXTURES = {
     "broker": {"outstation_broker", "outstation_fleet"},
@@ -44,15 +70,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by the programs they start, so that `-m "not process"` selects tests without any."""
     for item in items:
         values = vars(item.module).values() if isinstance(item, pytest.Function) else ()
-        modules = {getattr(value, "__module__", None) or getattr(value, "__name__", None) for value in values}
+        used = {name for value in values for name in _qualified_names(value)}
         fixtures = set(getattr(item, "fixturenames", ()))
         if "fresh" in fixtures and "postgresql" in item.name:
             fixtures.add("postgres_url")
         for mark, starters in _MARKS.items():
-            if modules & starters or fixtures & _FIXTURES[mark]:
+            if used & starters or fixtures & _FIXTURES[mark]:
                 item.add_marker(mark)
-        if "subprocess" in modules or "end_to_end" in item.path.parts:
+        if "end_to_end" in item.path.parts:
             item.add_marker("process")
+
+
+def _qualified_names(value: object) -> tuple[str, ...]:
+    """Return the module of an imported object, and its own name there; of an imported module its name."""
+    module, name = getattr(value, "__module__", None), getattr(value, "__name__", "")
+    return (name,) if module is None else (module, f"{module}.{name}")
+
+
+@pytest.fixture(autouse=True)
+def only_marked_tests_start_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a test without the mark `process` that starts one: a table in this file lacks what it uses."""
+    if request.node.get_closest_marker("process") is None:
+
+        def refuse(*arguments: object, **options: object) -> None:
+            pytest.fail(f"a test without the mark `process` starts {arguments[1]}; add what it uses to _MARKS")
+
+        monkeypatch.setattr(subprocess.Popen, "_execute_child", refuse)
 
 
 @pytest.fixture(scope="session")

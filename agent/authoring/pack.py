@@ -26,9 +26,10 @@ from agent.errors import BadBundle, ConfigError, UsageError
 from agent.model.bundle import bundle, golden_vectors, manifest
 from agent.model.bundle.bundle import Bundle
 from agent.model.bundle.manifest import Manifest
-from agent.model.inference import derived_features, features, inference
+from agent.model.inference import derived_features, features, runtime
 from agent.model.inference.inference import Inference
-from agent.model.inference.runtime import RUNTIME_NAME, TfliteModel
+from agent.model.inference.runtime import TfliteModel
+from agent.model.inference.runtime_name import runtime_name
 from agent.model.sandbox import probe
 from agent.wire.keys import SigningKey
 
@@ -58,7 +59,7 @@ def pack(spec_file: Path, key: SigningKey | None) -> PackedBundle:
         probe.probe(Bundle(draft, "", {"manifest.json": manifest.encode(draft), **files}, "")).raise_for_failure()
     except BadBundle as problem:
         raise BadBundle(f"{spec_file.parent / spec.model}: {problem}") from None
-    job = PackJob(spec_file, spec, draft, inference.load_model(draft, files["model.tflite"]))
+    job = PackJob(spec_file, spec, draft, runtime.load_model(draft, files["model.tflite"]))
     calibrated = calibration.calibrate_output(job)
     job = replace(job, draft=replace(draft, output=calibrated.output))
     warnings = [
@@ -130,7 +131,7 @@ def _add_golden_vectors(job: PackJob, files: dict[str, bytes]) -> list[str]:
         return ["no golden data: a device cannot check that its CPU computes the same outputs as yours"]
     try:
         windows = _select_golden_windows(job.path(job.spec.golden), job.draft.input)
-        vectors = golden_vectors.from_outputs(windows, job.model.invoke(windows), job.model.output_step, RUNTIME_NAME)
+        vectors = golden_vectors.from_outputs(windows, job.model.invoke(windows), job.model.output_step, runtime_name())
     except (UsageError, BadBundle) as problem:
         raise ConfigError(str(job.file), "golden", str(problem)) from None
     files["golden.npz"] = golden_vectors.encode(vectors)

@@ -39,7 +39,11 @@ from agent.errors import BadBundle, ConfigError
 
 
 def load_scheduled_tasks(
-    file: Path, conf: Config, store: Store, marker: CrashMarker | None = None
+    file: Path,
+    conf: Config,
+    store: Store,
+    marker: CrashMarker | None = None,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> tuple[list[ScheduledTask], list[BundleFailure]]:
     """Load all tasks; return those that run, and the failures of bundles that do not. Raises ConfigError.
 
@@ -53,9 +57,9 @@ def load_scheduled_tasks(
     for name, task in conf.tasks.items():
         loaded: LoadedTask | None
         try:
-            loaded = load_task(file, conf, store, name, marker=marker)
+            loaded = load_task(file, conf, store, name, marker=marker, on_wait=on_wait)
         except BadBundle as problem:
-            loaded = _load_previous(file, conf, store, name, marker)
+            loaded = _load_previous(file, conf, store, name, marker, on_wait)
             fallback = "" if loaded is None else str(history.bundle_ref(loaded.bundle))
             failures.append(BundleFailure(name, task.bundle, str(problem), fallback))
         if loaded is not None:
@@ -63,13 +67,16 @@ def load_scheduled_tasks(
     return scheduled, failures
 
 
-def _load_previous(file: Path, conf: Config, store: Store, name: str, marker: CrashMarker | None) -> LoadedTask | None:
+def _load_previous(
+    file: Path, conf: Config, store: Store, name: str, marker: CrashMarker | None, on_wait: Callable[[], None]
+) -> LoadedTask | None:
     """Load the task with the newest bundle that ran for it before and still loads."""
     excluded = {history.configured_digest(conf.tasks[name].bundle, conf.data_dir)}
     excluded |= set(overrides.load_quarantined(store, name))
     for ref in history.available_bundles(store, name, conf.data_dir, excluded):
         with suppress(BadBundle, ConfigError):
-            return load_task(file, conf, store, name, history.copy_folder(conf.data_dir, ref.digest), marker=marker)
+            folder = history.copy_folder(conf.data_dir, ref.digest)
+            return load_task(file, conf, store, name, folder, marker=marker, on_wait=on_wait)
     return None
 
 
@@ -113,9 +120,13 @@ def build_daemon(
     receiver = CommandReceiver(store, message_log, operators)
     desired_states = DesiredStateStore(store, message_log, operators, conf.device.groups)
     marker = open_crash_marker(conf, store, message_log)
-    scheduled, failures = load_scheduled_tasks(file, conf, store, marker)
-    _record_bundles(conf, store, message_log, scheduled, now())
     signals = Signals()
+
+    def on_model_wait() -> None:
+        signals.on_model_wait()
+
+    scheduled, failures = load_scheduled_tasks(file, conf, store, marker, on_model_wait)
+    _record_bundles(conf, store, message_log, scheduled, now())
     intake = Intake(
         *(conf, store, build_sources(file, conf, store), now, signals.wake, signals.fail),
         lambda: label_metrics.build_label_targets([entry.task for entry in scheduled]),
@@ -125,6 +136,8 @@ def build_daemon(
         receivers=[receiver, desired_states],
         pause=pause,
     )
+
+    load = partial(load_task, file, conf, store, marker=marker, on_wait=on_model_wait)
 
     def make_updater(runtime: Runtime, on_wait: Callable[[], None]) -> BundleUpdater:
         publishers = trusted_publishers(file, conf)
@@ -138,7 +151,7 @@ def build_daemon(
         wipe = Wipe(store, message_log, runtime.halt)
         tasks = TaskActions(
             *(str(file), conf, store, message_log, runtime),
-            partial(load_task, file, conf, store, marker=marker),
+            load,
             lambda: status.build_document(conf, store),
             updater.rollouts,
         )
@@ -147,5 +160,6 @@ def build_daemon(
         return RemoteCommands(executor, receiver, rotation, wipe, partial(device.erase, file, conf, key_path))
 
     return Daemon(
-        *(conf, store, message_log, scheduled, failures, intake, uplink, make_updater, make_commands, signals, now)
+        *(conf, store, message_log, scheduled, failures, intake, uplink),
+        *(make_updater, make_commands, load, signals, now),
     )

@@ -20,6 +20,7 @@ from agent.toml_files import did_you_mean
 from agent.wire import keys
 
 KEY_FILE = "device.key"
+TLS_KEY_FILE = "device-tls.key"
 
 
 def load_config(config_file: str | None, task: str | None = None) -> tuple[Path, Config]:

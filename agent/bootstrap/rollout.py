@@ -24,7 +24,7 @@ from agent.device.store.store import Store
 from agent.model import activation
 from agent.model.activation import LoadedBundle, ProvenBundle
 from agent.model.bundle.bundle import Bundle
-from agent.model.sandbox.subprocess_model import SandboxLimits, SubprocessModel
+from agent.model.sandbox.subprocess_model import SubprocessModel
 from agent.wire.desired_state import CanaryRules
 from agent.wire.keys import PublicKey
 
@@ -37,27 +37,21 @@ class TaskFactory:
     ) -> None:
         self._file, self._conf, self._store, self._marker, self._on_wait = file, conf, store, marker, on_wait
 
-    def load_in_process(self, name: str, proven: ProvenBundle) -> LoadedTask:
-        """Load the model into this process. Raises BadBundle, ConfigError."""
+    def start(self, name: str, proven: ProvenBundle, rules: CanaryRules | None = None) -> LoadedTask:
+        """Start the model, as a candidate within the timeout of `rules`. Raises BadBundle, ConfigError."""
 
         def guard_run(loaded_bundle: Bundle) -> AbstractContextManager[object]:
             return nullcontext() if self._marker is None else self._marker.guard_run(name, loaded_bundle.digest)
 
-        active = activation.load_bundle(proven, guard_run)
         self._save_tuning(name, proven)
-        return tasks.build_task(self._file, self._conf, self._store, name, active, guard_run)
-
-    def start_subprocess(self, name: str, proven: ProvenBundle, rules: CanaryRules) -> LoadedTask:
-        """Start the model in a subprocess. Raises BadBundle, ConfigError."""
-        self._save_tuning(name, proven)
-        limits = SandboxLimits(call_timeout_s=rules.batch_timeout_s)
-        model = SubprocessModel(proven.bundle, proven.tuning, limits, self._on_wait)
-        try:
+        policy = tasks.model_policy(self._conf)
+        if rules is None:
+            active = activation.load_bundle(proven, guard_run, policy, self._on_wait)
+        else:
+            # A candidate is never loaded into the daemon.
+            model = SubprocessModel(proven.bundle, proven.tuning, policy, self._on_wait, rules.batch_timeout_s)
             active = LoadedBundle(proven.bundle, proven.reference, proven.tuning, model)
-            return tasks.build_task(self._file, self._conf, self._store, name, active, lambda _bundle: nullcontext())
-        except BaseException:
-            model.close()
-            raise
+        return tasks.build_task(self._file, self._conf, self._store, name, active, guard_run)
 
     def _save_tuning(self, name: str, proved: ProvenBundle) -> None:
         """Save the tuning, so that the next start need not tune again."""
@@ -85,7 +79,10 @@ def build_updater(
     """Build the updater; `wake` ends a wait of the main loop, `on_wait` is called while a subprocess model runs."""
     fetcher = None if conf.updates is None else Fetcher(conf, store)
     check_fit, known_tunings = partial(tasks.check_fields, file, conf), partial(tuning_cache.load, store)
-    supplies = {name: BundleSupply(conf, publishers, fetcher, check_fit, known_tunings, wake) for name in conf.tasks}
+    policy = tasks.model_policy(conf)
+    supplies = {
+        name: BundleSupply(conf, publishers, fetcher, check_fit, known_tunings, policy, wake) for name in conf.tasks
+    }
     schedule = partial(make_scheduled_task, str(file), conf, store)
     serving = ServingManager(store, message_log, runtime, TaskFactory(file, conf, store, marker, on_wait), schedule)
     rollouts = RolloutExecutor(conf, store, message_log, desired_states, serving, supplies)

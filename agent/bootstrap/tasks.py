@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -24,6 +25,8 @@ from agent.model.activation import LoadedBundle
 from agent.model.bundle.bundle import Bundle
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference.tuning import Tuning
+from agent.model.sandbox.confinement import ModelPolicy
+from agent.model.sandbox.subprocess_model import SubprocessModel
 from agent.toml_files import did_you_mean
 from agent.wire import keys
 from agent.wire.keys import PublicKey
@@ -43,6 +46,12 @@ def trusted_publishers(file: Path, conf: Config) -> list[PublicKey]:
     return [*listed, *parse_public_keys(file, "operators.keys", conf.operators.keys)]
 
 
+def model_policy(conf: Config) -> ModelPolicy:
+    """Return the site's rules for models."""
+    memory = conf.models.memory or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return ModelPolicy(conf.models.confinement, max(64, int(memory) >> 20))
+
+
 def open_crash_marker(conf: Config, store: Store, writer: MessageLog) -> CrashMarker:
     """Open the crash marker and handle the crash that it shows; once a start, before tasks are loaded."""
     marker, now = CrashMarker(conf.data_dir), make_clock(store)()
@@ -60,10 +69,12 @@ def load_task(
     *,
     marker: CrashMarker | None = None,
     known_tunings: Sequence[Tuning] = (),
+    on_wait: Callable[[], None] = lambda: None,
 ) -> LoadedTask:
     """Verify, probe and load a task's bundle, or the one at `path`. Raises ConfigError, BadBundle.
 
-    With a `store`, the tuning comes from there and is saved there; otherwise it comes from `known_tunings`.
+    With a `store`, the tuning comes from there and is saved there; otherwise it comes from `known_tunings`. `on_wait`
+    is called about once a second while its model process works.
     """
     if path is None:
         path = history.locate_bundle(conf, store, name)
@@ -74,7 +85,9 @@ def load_task(
         return nullcontext() if marker is None else marker.guard_run(name, loaded_bundle.digest)
 
     known_tunings = tuning_cache.load(store, name) if store else known_tunings
-    active = activation.activate(path, trusted_publishers(file, conf), known_tunings, guard_run)
+    active = activation.activate(
+        path, trusted_publishers(file, conf), known_tunings, guard_run, model_policy(conf), on_wait
+    )
     if store and active.tuning:
         tuning_cache.save(store, name, active.tuning)
     return build_task(file, conf, store, name, active, guard_run)
@@ -103,7 +116,8 @@ def build_task(
         *(name, task, conf.streams[task.stream], active.bundle, active.model, monitor, state, digest, keep_results),
         closing_messages=closing_messages,
         tuning=active.tuning,
-        crash_guard=partial(guard_run, active.bundle),
+        # A model in a process of its own cannot end this one.
+        crash_guard=nullcontext if isinstance(active.model, SubprocessModel) else partial(guard_run, active.bundle),
         is_crash_suspect=store is not None and quarantine.is_suspected(store, name, active.bundle.digest),
     )
 

@@ -12,11 +12,13 @@ import click
 
 from agent import __version__
 from agent.errors import OutstationError, UsageError
+from agent.text import printable_lines
 
 # Where each command is, and what the list says of it without loading them all.
 _COMMANDS = {
     "demo": ("agent.cli.demo:demo", "The whole system on this machine, and something goes wrong."),
     "init": ("agent.cli.device.init:init", "Write an outstation.toml and make the device key."),
+    "join": ("agent.cli.device.join:join", "Make the device's keys, and a request that lets it into a fleet."),
     "check": ("agent.cli.device.check:check", "Config, keys, bundles on this CPU, storage, clock and broker."),
     "run": ("agent.cli.device.run:run", "The daemon, in the foreground."),
     "batch": ("agent.cli.device.batch:batch", "Run what waits once, and stop."),
@@ -57,7 +59,7 @@ def cli() -> None:
     \b
     Try it:    outstation demo
     A device:  outstation init DIR; outstation check; outstation run
-    A fleet:   outstation fleet init DIR; outstation fleet enrol DEVICE; outstation fleet collect
+    A fleet:   outstation fleet init DIR; outstation fleet token DEVICE; outstation fleet collect
     """
 
 
@@ -66,10 +68,10 @@ def main(args: list[str] | None = None) -> Any:
     try:
         return cli.main(args, prog_name="outstation", standalone_mode=True)
     except UsageError as error:
-        click.echo(f"outstation: {error}", err=True)
+        click.echo(f"outstation: {printable_lines(str(error))}", err=True)
         sys.exit(2)
     except OutstationError as error:
-        click.echo(f"outstation: {error}", err=True)
+        click.echo(f"outstation: {printable_lines(str(error))}", err=True)
         sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent.cli.output import emit, json_option, print_table
+from agent.cli.output import echo, emit, json_option, print_table
 from agent.cli.simulated import dir_option, exit_on_signals, open_folder, print_audit
 
 if TYPE_CHECKING:
@@ -150,19 +150,19 @@ def _print(document: dict[str, Any]) -> None:
         for d in document["devices"]
     ]
     print_table([*heads, "drift", "sensor fault"], listed, "No devices.")
-    click.echo("")
+    echo("")
     for device in document["devices"]:
         # A failing microphone affects every band.
         name, sentences = device["device"], device["alerts"]
         for sentence in sentences[:_MAX_ALERTS]:
-            click.echo(f"{name}  {sentence}")
+            echo(f"{name}  {sentence}")
         if len(sentences) > _MAX_ALERTS:
-            click.echo(f"{name}  … and {len(sentences) - _MAX_ALERTS} more; all with --json")
-    click.echo("")
+            echo(f"{name}  … and {len(sentences) - _MAX_ALERTS} more; all with --json")
+    echo("")
     if document["accuracy"] is not None:
-        click.echo(f"accuracy before anything went wrong, against the recordings' labels: {document['accuracy']:.3f}")
+        echo(f"accuracy before anything went wrong, against the recordings' labels: {document['accuracy']:.3f}")
     if document["mae"] is not None:
-        click.echo(f"mean absolute error before anything went wrong: {document['mae']:.1f} {document['unit']}")
+        echo(f"mean absolute error before anything went wrong: {document['mae']:.1f} {document['unit']}")
     print_audit(document["audit"], document["seconds"])
 
 

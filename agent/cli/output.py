@@ -10,6 +10,7 @@ import click
 import msgspec
 
 from agent.errors import UsageError
+from agent.text import printable, printable_json, printable_lines
 
 _MAX_SHOWN = 20
 
@@ -28,10 +29,20 @@ plot_option = click.option(
 dark_option = click.option("--dark", is_flag=True, help="With --plot: dark theme.")
 
 
+def echo(text: str = "", *, nl: bool = True, err: bool = False) -> None:
+    """Print text, whoever wrote it: control and bidi characters are escaped."""
+    click.echo(printable_lines(text), nl=nl, err=err)
+
+
+def echo_styled(text: str) -> None:
+    """Print text with colours, of which the caller has made the foreign parts `printable`."""
+    click.echo(text)
+
+
 def emit(document: object, as_json: bool, print_human: Callable[[], None]) -> None:
     """Print the document as JSON, or call `print_human`."""
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(document), indent=2))
+        click.echo(printable_json(msgspec.json.format(msgspec.json.encode(document), indent=2).decode()))
     else:
         print_human()
 
@@ -39,24 +50,24 @@ def emit(document: object, as_json: bool, print_human: Callable[[], None]) -> No
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> None:
     """Print aligned columns with numbers to the right, or `empty` without rows."""
     if not rows:
-        click.echo(empty)
+        echo(empty)
         return
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
+    head, cells = list(map(printable, columns)), [[printable(str(cell)) for cell in row] for row in rows]
+    widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(columns))]
     right = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
-    for number, line in enumerate([list(columns), *cells]):
+    for number, line in enumerate([head, *cells]):
         parts = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)]
         text = "  ".join(parts).rstrip()
-        click.echo(click.style(text, bold=True) if number == 0 else text)
+        echo_styled(click.style(text, bold=True) if number == 0 else text)
 
 
 def print_rejected(accepted: int, rejected: Mapping[int, str], noun: str) -> None:
     """Print how many lines of a file were accepted, and why the first others were not."""
-    click.echo(f"{accepted} {noun} accepted, {len(rejected)} rejected")
+    echo(f"{accepted} {noun} accepted, {len(rejected)} rejected")
     for line, reason in sorted(rejected.items())[:_MAX_SHOWN]:
-        click.echo(f"  line {line}: {reason}")
+        echo(f"  line {line}: {reason}")
     if len(rejected) > _MAX_SHOWN:
-        click.echo(f"  … and {len(rejected) - _MAX_SHOWN} more; --json lists them all")
+        echo(f"  … and {len(rejected) - _MAX_SHOWN} more; --json lists them all")
 
 
 def require_plot_format(file: Path | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from agent.cli.output import echo, echo_styled
 from agent.errors import UsageError
 
 dir_option = click.option(
@@ -40,8 +41,8 @@ def open_folder(requested: Path | None) -> Iterator[Path]:
 
 def print_audit(audit: dict[str, Any], seconds: float) -> None:
     verdict = click.style("passed", fg="green") if audit["passed"] else click.style("FAILED", fg="red")
-    click.echo(f"audit {verdict}: {audit['messages']} signed messages of {audit['devices']} devices; {seconds:g} s")
+    echo_styled(f"audit {verdict}: {audit['messages']} signed messages of {audit['devices']} devices; {seconds:g} s")
     for problem in audit["invalid"][:10]:
-        click.echo(f"  {problem['device']} seq {problem['seq']}: {problem['reason']}")
+        echo(f"  {problem['device']} seq {problem['seq']}: {problem['reason']}")
     for problem in audit.get("invalid_decisions", [])[:10]:
-        click.echo(f"  roll-out {problem['rollout']}, decision {problem['n']}: {problem['reason']}")
+        echo(f"  roll-out {problem['rollout']}, decision {problem['n']}: {problem['reason']}")

@@ -76,8 +76,21 @@ class ThrottleConfig(Section, frozen=True):
     nice: Annotated[int, msgspec.Meta(ge=0, le=19)] = 5
 
 
+class ModelsConfig(Section, frozen=True):
+    """Limits of model processes. `memory` is added to what Python and the runtime take; None means half the machine's.
+
+    `confinement`: "auto" confines where the machine can; "required" runs no model elsewhere; "off" runs models in the
+    daemon's own process.
+    """
+
+    confinement: Literal["auto", "required", "off"] = "auto"
+    memory: Size | None = None
+
+
 class IntakeConfig(Section, frozen=True):
     tcp: str | None = None
+    # What producers on TCP must know; made on the first start.
+    token_file: str | None = None
 
 
 class FieldConfig(Section, frozen=True):
@@ -87,6 +100,8 @@ class FieldConfig(Section, frozen=True):
     max: float | None = None
     type: Literal["f32", "f64", "i64", "category"] = "f32"
     optional: bool = False
+    # Categories of a field of that type; further ones count as `(other)`.
+    max_categories: Annotated[int, msgspec.Meta(ge=2, le=65_535)] = 1000
 
 
 class StreamConfig(Section, frozen=True):
@@ -139,6 +154,7 @@ class Config(Section, frozen=True):
     buffer: BufferConfig = msgspec.field(default_factory=BufferConfig)
     intake: IntakeConfig = msgspec.field(default_factory=IntakeConfig)
     throttle: ThrottleConfig = msgspec.field(default_factory=ThrottleConfig)
+    models: ModelsConfig = msgspec.field(default_factory=ModelsConfig)
     updates: UpdatesConfig | None = None
     streams: dict[str, StreamConfig] = msgspec.field(default_factory=dict)
     tasks: dict[str, TaskConfig] = msgspec.field(default_factory=dict)
@@ -146,6 +162,10 @@ class Config(Section, frozen=True):
     @property
     def data_dir(self) -> Path:
         return Path(self.device.data_dir)
+
+    @property
+    def intake_token_file(self) -> Path:
+        return self.data_dir / (self.intake.token_file or "intake.token")
 
 
 C = TypeVar("C", bound=Section)
@@ -294,6 +314,11 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
         name: msgspec.structs.replace(task, bundle=str(base / task.bundle)) if "/" in task.bundle else task
         for name, task in config.tasks.items()
     }
+    intake = config.intake
+    if intake.token_file is not None:
+        intake = msgspec.structs.replace(intake, token_file=str(base / intake.token_file))
     device = msgspec.structs.replace(config.device, data_dir=str(base / config.device.data_dir))
     updates = config.updates and config_updates.with_absolute_paths(config.updates, base)
-    return msgspec.structs.replace(config, device=device, broker=broker, updates=updates, streams=streams, tasks=tasks)
+    return msgspec.structs.replace(
+        config, device=device, broker=broker, intake=intake, updates=updates, streams=streams, tasks=tasks
+    )

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from agent.errors import ConfigError
+from agent.text import mask_password
 from agent.toml_files import Section
 
 # Schemes of MQTT. A device may have other sinks, see `agent.bootstrap.sinks`.
@@ -28,6 +29,11 @@ class BrokerConfig(Section, frozen=True):
     allow_plaintext: bool = False
     max_message_bytes: Annotated[int, msgspec.Meta(ge=2_000, le=1_000_000)] = 120_000
     compress: bool = False
+
+    @property
+    def shown_url(self) -> str:
+        """URL for messages and logs."""
+        return mask_password(self.url)
 
     @property
     def scheme(self) -> str:
@@ -66,14 +72,21 @@ def check_broker(
         usable = parts.scheme in MQTT_SCHEMES and parts.hostname and (parts.port or 1) > 0
     except ValueError:
         usable = False
+    check_no_password(file, f"{key}.url", broker.url, "set username and password in this section instead")
     if not usable:
-        raise ConfigError(file, f"{key}.url", f"{broker.url!r} is not mqtt://HOST[:PORT] or mqtts://HOST[:PORT]")
+        raise ConfigError(file, f"{key}.url", f"{broker.shown_url!r} is not mqtt://HOST[:PORT] or mqtts://HOST[:PORT]")
     if not broker.tls and broker.host not in _LOOPBACK and not broker.allow_plaintext:
         raise ConfigError(
-            file, f"{key}.url", f"{broker.url} is not encrypted; use mqtts://, or set allow_plaintext = true"
+            file, f"{key}.url", f"{broker.shown_url} is not encrypted; use mqtts://, or set allow_plaintext = true"
         )
     if (broker.cert_file is None) != (broker.tls_key_file is None):
         raise ConfigError(file, f"{key}.cert_file", "cert_file and tls_key_file belong together; set both or neither")
+
+
+def check_no_password(file: str, key: str, url: str, fix: str) -> None:
+    """Check that a URL, which commands and logs show, holds no credentials. Raises ConfigError."""
+    if (shown := mask_password(url)) != url:
+        raise ConfigError(file, key, f"{shown} holds credentials, which would not be used; remove them: {fix}")
 
 
 def parse_loopback(address: str) -> tuple[str, int]:

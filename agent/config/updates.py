@@ -10,6 +10,7 @@ import msgspec
 
 from agent.errors import ConfigError
 from agent.quantities import Duration, Size
+from agent.text import mask_password
 from agent.toml_files import Section
 
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -61,7 +62,9 @@ def check(file: str, updates: UpdatesConfig) -> None:
             usable = False
         if not usable:
             raise ConfigError(
-                file, "updates.url", f"{updates.url!r} is neither https://HOST[:PORT]/PATH, http://…, nor a folder"
+                file,
+                "updates.url",
+                f"{mask_password(updates.url)!r} is neither https://HOST[:PORT]/PATH, http://…, nor a folder",
             )
         if parts.scheme == "http" and parts.hostname not in _LOOPBACK and not updates.allow_plaintext:
             raise ConfigError(

@@ -16,6 +16,7 @@ import msgspec
 
 from agent.clock import ClockReading
 from agent.config import Config
+from agent.device.bundles import quarantine
 from agent.device.commands.executor import RemoteCommands
 from agent.device.health import BundleFailure, HealthReporter
 from agent.device.intake.server import Intake
@@ -50,6 +51,7 @@ class Signals(msgspec.Struct):
 
     is_stopping: bool = False
     failure: Exception | None = None
+    on_model_wait: Callable[[], None] = lambda: None
     # Not a threading.Event: a signal handler that runs inside Event.wait can deadlock on the Event's lock.
     _wake_queue: queue.SimpleQueue[None] = msgspec.field(default_factory=queue.SimpleQueue)
 
@@ -85,7 +87,8 @@ class _Backoff(msgspec.Struct, frozen=True):
 class Daemon:
     """Main loop of a device. Its parts are built by `agent.bootstrap.daemon`.
 
-    `make_updater` and `make_commands` build what acts on the daemon itself. The list of scheduled tasks is shared:
+    `make_updater` and `make_commands` build what acts on the daemon itself. `reload_task` loads the bundle that should
+    run for a task now, or raises BadBundle. The list of scheduled tasks is shared:
     tasks that rollouts or operators add appear in it.
     """
 
@@ -100,6 +103,7 @@ class Daemon:
         uplink: Uplink,
         make_updater: Callable[[Runtime, Callable[[], None]], BundleUpdater],
         make_commands: Callable[[Runtime, BundleUpdater], RemoteCommands],
+        reload_task: Callable[[str], LoadedTask],
         signals: Signals,
         now: Callable[[], ClockReading],
     ) -> None:
@@ -115,7 +119,9 @@ class Daemon:
         self._unfinished: set[str] = set()
         self._backoffs: dict[str, _Backoff] = {}
         self._space = SpaceManager(conf, store, message_log, self._run_early, self._list_stalled_tasks)
-        runtime = Runtime(
+        self._reload_task = reload_task
+        signals.on_model_wait = self._on_model_wait
+        self._runtime = Runtime(
             self._scheduled_tasks,
             models,
             run=self._run_batches,
@@ -124,8 +130,8 @@ class Daemon:
             halt=self.signals.request_stop,
             reconnect=self._uplink.reconnect,
         )
-        self._updater = make_updater(runtime, self._on_model_wait)
-        self._remote_commands = make_commands(runtime, self._updater)
+        self._updater = make_updater(self._runtime, self._on_model_wait)
+        self._remote_commands = make_commands(self._runtime, self._updater)
         self._health_reporter.extra_members = lambda now: {
             "throttle": self._throttle.status.to_dict(),
             **self._updater.report(now),
@@ -229,7 +235,10 @@ class Daemon:
             except _StopRequested:
                 return
             except ModelProcessFailed as failure:
-                # The subprocess of a canary failed: the incumbent processes the same rows at once.
+                if not self._updater.rollouts.has_canary(name):
+                    self._handle_model_failure(scheduled, failure)
+                    return
+                # The canary failed: the incumbent processes the same rows at once.
                 substitute = self._updater.rollouts.on_canary_failure(name, failure, self._now())
                 self._feed_watchdog()
                 if substitute is None:
@@ -265,6 +274,29 @@ class Daemon:
             if self._now().boot_s >= end_s:
                 self._unfinished.add(task.name)
                 return
+
+    def _handle_model_failure(self, scheduled: ScheduledTask, failure: ModelProcessFailed) -> None:
+        """Retry later; the second crash or hang in a row quarantines the bundle, and another one runs."""
+        task, name = scheduled.task, scheduled.task.name
+        self._stuck.add(name)
+        if failure.kind == "error":
+            log.error("task %s: %s; its rows are kept, and it is retried when next due", name, failure)
+            return
+        try:
+            task.is_crash_suspect = True
+            digest = task.bundle.digest
+            if quarantine.record_crash(self._conf, self._store, self._message_log, name, digest, self._now()):
+                self._runtime.replace_task(self._reload_task(name), lambda _task: scheduled)
+                self._unfinished.add(name)
+                return
+        except StorageFull as full:
+            log.error("task %s: %s; the crash of its model is not counted", name, full)
+        except BadBundle as problem:
+            self._runtime.remove(name)
+            self._health_reporter.raise_bundle_alert(BundleFailure(name, task.config.bundle, str(problem)))
+            return
+        self._unfinished.add(name)
+        self._back_off(task, "", failure)
 
     def _is_backing_off(self, name: str, now: ClockReading) -> bool:
         return name in self._backoffs and now.boot_s < self._backoffs[name].until_s

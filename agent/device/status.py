@@ -51,6 +51,9 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
         "condition": inspect_condition(store).document,
         "throttle": Throttle(conf.throttle).tick(now).to_dict(),
         "rejected": counters.get("lines rejected", 0),
+        "other_categories": counters.get("categories over limit", 0),
+        "refused_connections": counters.get("connections refused", 0),
+        "delayed_connections": counters.get("connections delayed", 0),
         "failed_files": counters.get("files failed", 0),
         "alerts": store.recent_alerts(_MAX_ALERTS),
     }

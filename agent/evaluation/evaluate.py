@@ -29,8 +29,9 @@ from agent.evaluation.document import Evaluation
 from agent.evaluation.examples import Dataset, LabelledWindows
 from agent.evaluation.sensitivity import WindowSample
 from agent.model.bundle.bundle import Bundle
-from agent.model.inference import runtime, tuning
+from agent.model.inference import tuning
 from agent.model.inference.inference import Inference, InferenceResult
+from agent.model.inference.runtime_name import runtime_name
 from agent.performance import slices
 from agent.performance.metrics import LabelledPredictions, display_name, primary
 from agent.text import format_value
@@ -246,7 +247,7 @@ def _describe_model(bundle: Bundle, signature: str) -> document.EvaluatedModel:
         version=manifest.version,
         digest=bundle.digest,
         kind=manifest.kind,
-        runtime=runtime.RUNTIME_NAME,
+        runtime=runtime_name(),
         signature=signature,
         fields=manifest.input.fields,
         units=manifest.input.units,

@@ -15,7 +15,7 @@ from agent.evaluation.examples import LabelledWindows, predict
 from agent.model.bundle import manifest
 from agent.model.bundle.bundle import Bundle
 from agent.model.bundle.manifest import Manifest
-from agent.model.inference import inference, runtime
+from agent.model.inference import runtime
 from agent.model.inference.inference import Inference, InferenceResult
 from agent.model.sandbox import probe
 from agent.performance.estimates import round_or_none
@@ -49,7 +49,7 @@ def compare(
     """Compare results with those of the float model in `file`. Raises BadBundle."""
     float_manifest = float_bundle.manifest
     try:
-        float_model = Inference(float_manifest, inference.load_model(float_manifest, float_bundle.model_bytes))
+        float_model = Inference(float_manifest, runtime.load_model(float_manifest, float_bundle.model_bytes))
     except BadBundle as problem:
         raise BadBundle(f"--float {file}: {problem}") from None
     other = predict(float_model, windows.dataset, windows.starts)

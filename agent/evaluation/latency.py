@@ -40,12 +40,12 @@ def measure(bundle: Bundle, rows: Float32s, t: Ints) -> list[BatchLatency]:
 
 
 def main() -> None:
-    from agent.model.inference import inference
+    from agent.model.inference import inference, runtime
 
     head, model, rows, t = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=tuple[bytes, bytes, bytes, bytes])
     manifest = manifests.decode(head)
     values, times = np.frombuffer(rows, np.float32).reshape(-1, len(manifest.input.fields)), np.frombuffer(t, np.int64)
-    run = inference.Inference(manifest, inference.load_model(manifest, model))
+    run = inference.Inference(manifest, runtime.load_model(manifest, model))
     measured = []
     for batch in BATCH_SIZES:
         row_count = run.history_rows + run.rows * batch

@@ -10,7 +10,9 @@ from msgspec.structs import replace
 
 from agent.config import BrokerConfig, Section, check_broker, check_name, read
 from agent.errors import ConfigError, UsageError
+from agent.fleet.collector.quota import Quota
 from agent.fleet.database.interface import MAX_PARTITIONS, is_postgresql
+from agent.text import mask_password
 from agent.wire import keys
 from agent.wire.keys import PublicKey
 
@@ -32,6 +34,13 @@ class Identity(Section, frozen=True):
     key_file: str
     cert_file: str | None = None
     tls_key_file: str | None = None
+
+
+class ClientCertificate(Section, frozen=True):
+    """TLS certificate of a client that signs nothing."""
+
+    cert_file: str
+    tls_key_file: str
 
 
 class Operator(Identity, frozen=True):
@@ -62,15 +71,18 @@ class FleetConfig(Section, frozen=True):
     operator: Operator
     commander: Identity | None = None
     """The operator's second certificate, for commands: with TLS the broker accepts one connection per certificate."""
+    broker_admin: ClientCertificate | None = None
+    """Changes the broker's access rules; absent if the broker is used without TLS."""
     ca: Authority | None = None
     repository: Repository | None = None
+    quota: Quota = Quota()
 
     @property
     def command_broker(self) -> BrokerConfig:
         """Return the broker's settings for commands and rollouts: `fleet watch` uses the operator's connection."""
         return self.broker_for(self.commander or self.operator)
 
-    def broker_for(self, identity: Identity) -> BrokerConfig:
+    def broker_for(self, identity: Identity | ClientCertificate) -> BrokerConfig:
         """Return the broker's settings with the certificate of `identity`."""
         return replace(self.broker, cert_file=identity.cert_file, tls_key_file=identity.tls_key_file)
 
@@ -102,7 +114,9 @@ def load(folder: Path) -> FleetConfig:
         files = {name: getattr(section, name) for name in section.__struct_fields__ if name.endswith("_file")}
         return replace(section, **{name: str(base / file) for name, file in files.items() if file is not None})
 
-    sections = {name: getattr(config, name) for name in ("broker", "collector", "operator", "commander", "ca")}
+    sections = {
+        name: getattr(config, name) for name in ("broker", "collector", "operator", "commander", "broker_admin", "ca")
+    }
     changed = {name: with_absolute_paths(section) for name, section in sections.items() if section is not None}
     fleet = replace(config.fleet, db=resolve_database(config.fleet.db, base))
     return replace(config, fleet=fleet, **changed)
@@ -114,10 +128,12 @@ def resolve_database(url: str, base: Path) -> str:
     if is_postgresql(url):
         return url
     if scheme not in ("", "sqlite"):
-        raise UsageError(f"{url.split('@')[-1]}: unknown database; use a path, sqlite:///PATH or postgresql://…")
+        raise UsageError(f"{mask_password(url)}: unknown database; use a path, sqlite:///PATH or postgresql://…")
     path = url.removeprefix("sqlite:///") if scheme else url
     if not path or path.startswith("sqlite://"):
-        raise UsageError(f"{url}: names no file; write sqlite:///fleet.db, or sqlite:////var/lib/fleet.db")
+        raise UsageError(
+            f"{mask_password(url)}: names no file; write sqlite:///fleet.db, or sqlite:////var/lib/fleet.db"
+        )
     return str(base / path)
 
 

@@ -12,7 +12,7 @@ import msgspec
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, MessageRefused, StorageError, UsageError
 from agent.fleet.collector.acknowledger import Backoff
-from agent.fleet.collector.collector import topic_filters
+from agent.fleet.collector.subscriptions import topic_filters
 from agent.fleet.database.keyring import Keyring
 from agent.text import printable
 from agent.transport.mqtt import Link

@@ -12,12 +12,15 @@ from msgspec.structs import replace
 from agent import __version__
 from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle
-from agent.model.bundle import builtin, bundle
+from agent.model.bundle import builtin
+from agent.model.bundle import bundle as bundles
 from agent.model.bundle.bundle import Bundle
-from agent.model.inference import inference, runtime
 from agent.model.inference.inference import RunnableModel
+from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.tuning import Tuning, find_known
 from agent.model.sandbox import probe
+from agent.model.sandbox.confinement import ModelPolicy
+from agent.model.sandbox.subprocess_model import SubprocessModel
 from agent.wire.keys import PublicKey
 
 
@@ -38,37 +41,56 @@ def activate(
     publishers: Sequence[PublicKey],
     known_tunings: Sequence[Tuning] = (),
     loading: Callable[[Bundle], AbstractContextManager[object]] = nullcontext,
+    policy: ModelPolicy | None = None,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> LoadedBundle:
-    """Verify, probe and load the bundle at `path`, inside the context `loading`. Raises BadBundle."""
-    verified = bundle.read(path, [*publishers, *builtin.publisher_keys()])
+    """Verify and probe the bundle at `path`, and start its model as `load_bundle` does. Raises BadBundle."""
+    verified = bundles.read(path, [*publishers, *builtin.publisher_keys()])
     try:
-        return load_bundle(probe_bundle(verified, known_tunings), loading)
+        return load_bundle(probe_bundle(verified, known_tunings, policy), loading, policy, on_wait)
     except BadBundle as problem:
         raise BadBundle(f"{path}: {problem}") from None
 
 
-def probe_bundle(verified: Bundle, known_tunings: Sequence[Tuning] = ()) -> ProvenBundle:
+def probe_bundle(
+    verified: Bundle, known_tunings: Sequence[Tuning] = (), policy: ModelPolicy | None = None
+) -> ProvenBundle:
     """Probe a verified bundle in a child process. Raises BadBundle with the check that failed.
 
     The probe is skipped if a known tuning says that the bundle passed before with the same bytes, runtime, machine and
     agent.
     """
     passed = f"{verified.digest} {__version__}"
-    tuning = find_known(known_tunings, verified.model_bytes, runtime.RUNTIME_NAME, verified.manifest.output.tensor)
+    tuning = find_known(known_tunings, verified.model_bytes, runtime_name(), verified.manifest.output.tensor)
     if tuning is None or tuning.verified_for != passed:
-        report = probe.probe(verified, known_tunings)
+        report = probe.probe(verified, known_tunings, policy)
         report.raise_for_failure()
         tuning = None if report.tuning is None else replace(report.tuning, verified_for=passed)
     return ProvenBundle(verified, read_reference(verified), tuning)
 
 
 def load_bundle(
-    proven: ProvenBundle, loading: Callable[[Bundle], AbstractContextManager[object]] = nullcontext
+    proven: ProvenBundle,
+    loading: Callable[[Bundle], AbstractContextManager[object]] = nullcontext,
+    policy: ModelPolicy | None = None,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> LoadedBundle:
-    """Load the model into this process. Raises BadBundle."""
-    with loading(proven.bundle):
-        model = inference.load_model(proven.bundle.manifest, proven.bundle.model_bytes, proven.tuning)
-    return LoadedBundle(proven.bundle, proven.reference, proven.tuning, model)
+    """Start the model in a confined process, or load it into this one if `policy` turns confinement off.
+
+    This process loads inside the context `loading`. `on_wait` is called about once a second while a model process
+    works. Raises BadBundle.
+    """
+    bundle, tuning, policy = proven.bundle, proven.tuning, policy or ModelPolicy()
+    policy.check()
+    model: RunnableModel
+    if policy.confinement == "off":
+        from agent.model.inference import runtime
+
+        with loading(bundle):
+            model = runtime.load_model(bundle.manifest, bundle.model_bytes, tuning)
+    else:
+        model = SubprocessModel(bundle, tuning, policy, on_wait)
+    return LoadedBundle(bundle, proven.reference, tuning, model)
 
 
 def read_reference(verified: Bundle) -> Reference | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from datetime import UTC, datetime
+
+from agent import clock
 
 _TIME_STEPS_S = (
     *(1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10_800, 21_600, 43_200),
@@ -31,7 +32,8 @@ def format_number(value: float) -> str:
 def time_ticks(begin: int, end: int, count: int) -> list[tuple[int, str]]:
     """Return (epoch µs, label) of at most `count` + 1 round times in UTC."""
     span_s = max(1e-6, (end - begin) / 1e6)
-    step = next((s for s in _TIME_STEPS_S if span_s / s <= count), _TIME_STEPS_S[-1])
+    longest = _TIME_STEPS_S[-1] * math.ceil(span_s / _TIME_STEPS_S[-1] / count)
+    step = next((s for s in _TIME_STEPS_S if span_s / s <= count), longest)
     first = math.ceil(begin / 1e6 / step)
     return [
         (i * step * 1_000_000, _time_label(i * step, step)) for i in range(first, int(end // 1_000_000) // step + 1)
@@ -39,11 +41,11 @@ def time_ticks(begin: int, end: int, count: int) -> list[tuple[int, str]]:
 
 
 def format_time(us: int) -> str:
-    return f"{datetime.fromtimestamp(us / 1e6, UTC):%Y-%m-%d %H:%M}"
+    return f"{clock.to_datetime(us):%Y-%m-%d %H:%M}"
 
 
 def _time_label(second: int, step: int) -> str:
-    when = datetime.fromtimestamp(second, UTC)
+    when = clock.to_datetime(second * 1_000_000)
     if step >= 86_400:
         return f"{when:%Y-%m-%d}" if step >= 31_536_000 else f"{when:%b} {when.day}"
     if when.hour == when.minute == when.second == 0:

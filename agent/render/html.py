@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 import msgspec
 
+from agent.render.escaping import html_text
 from agent.render.svg import FONT
 from agent.render.theme import adaptive_css
 
@@ -64,7 +64,7 @@ Content = str | Markup
 
 
 def to_html(content: Content) -> str:
-    return content.html if isinstance(content, Markup) else escape(content)
+    return content.html if isinstance(content, Markup) else html_text(content)
 
 
 def render_document(title: str, body: Sequence[Markup], more_css: str = "") -> str:
@@ -73,7 +73,7 @@ def render_document(title: str, body: Sequence[Markup], more_css: str = "") -> s
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_CONTENT_SECURITY_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{adaptive_css()}{css}</style></head>\n<body><main>\n"
+        f"<title>{html_text(title)}</title><style>{adaptive_css()}{css}</style></head>\n<body><main>\n"
         + "\n".join(part.html for part in body)
         + "\n</main></body></html>\n"
     )

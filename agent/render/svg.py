@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
+
+from agent.render.escaping import html_text
+from agent.text import printable
 
 FONT = "'Inter', 'Segoe UI', 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
 Point = tuple[float, float]
@@ -77,17 +79,17 @@ class Drawing:
         end = f' text-anchor="{anchor}"' if anchor != "start" else ""
         kind = f' class="{css_class}"' if css_class else ""
         place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size:g}" fill="{fill}"'
-        self._elements.append(f"<text{kind} {place}{end}{bold}>{escape(_sanitize(text))}</text>")
+        self._elements.append(f"<text{kind} {place}{end}{bold}>{html_text(printable(text))}</text>")
 
     def rotated_text(self, x: float, y: float, text: str, fill: str, *, size: float) -> None:
         """Draw text rising to the right from (x, y), for heads of narrow columns."""
         place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size:g}" fill="{fill}" transform="rotate(-45 {x:.1f} {y:.1f})"'
-        self._elements.append(f"<text {place}>{escape(_sanitize(text))}</text>")
+        self._elements.append(f"<text {place}>{html_text(printable(text))}</text>")
 
     def to_inline_svg(self, height: float) -> str:
         """Return an SVG element for an HTML page, as wide as its container, with the page's colours."""
         head = f'<svg viewBox="0 0 {self._width:g} {height:g}" role="img">'
-        return "".join([head, f"<title>{escape(_sanitize(self._title))}</title>", *self._elements, "</svg>"])
+        return "".join([head, f"<title>{html_text(printable(self._title))}</title>", *self._elements, "</svg>"])
 
     def to_svg_document(self, height: float, background: str) -> str:
         """Return an SVG file."""
@@ -95,7 +97,7 @@ class Drawing:
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{self._width:g}" height="{height:g}" '
             f'viewBox="0 0 {self._width:g} {height:g}" role="img" font-family="{FONT}">'
         )
-        title = f"<title>{escape(_sanitize(self._title))}</title>"
+        title = f"<title>{html_text(printable(self._title))}</title>"
         paper = f'<rect width="100%" height="100%" fill="{background}"/>'
         return "\n".join([head, title, paper, *self._elements, "</svg>"]) + "\n"
 
@@ -103,8 +105,3 @@ class Drawing:
         kind = f' class="{css_class}"' if css_class else ""
         rest = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in attributes.items())
         self._elements.append(f"<{tag}{kind} {geometry}{rest}/>")
-
-
-def _sanitize(text: str) -> str:
-    """Return text valid in XML 1.0, on one line."""
-    return "".join(char if char.isprintable() else "�" for char in text)

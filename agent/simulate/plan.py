@@ -51,6 +51,7 @@ class SimulationPlan(msgspec.Struct, frozen=True):
             skip=scenario.skip_rows,
         )
         return (
+            '\n[models]\nconfinement = "off"\n'
             '\n[buffer]\ncommit_every = "500 ms"\n'
             f"\n[streams.{scenario.stream}]\nfields = [{fields}]\n"
             f"source = {toml_value(msgspec.to_builtins(source))}\n"

@@ -24,7 +24,7 @@ from agent.datasets.recordings import load
 from agent.errors import OutstationError, UsageError
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment.enrol import enrol, init_fleet
+from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
 from agent.simulate.label_meter import LabelMeter
 from agent.simulate.plan import SimulatedSite, SimulationPlan
 
@@ -103,7 +103,8 @@ class Simulation(msgspec.Struct):
         store = FleetStore(self.database)
         try:
             for site in self.plan.sites:
-                home = enrol(self.home, config, store, site.device, key=None, replace=False).folder
+                home = self.config_path(site.device).parent
+                enrol_on_this_machine(self.home, config, store, site.device, home)
                 file = home / "outstation.toml"
                 with file.open("a", encoding="utf-8") as config_file:
                     config_file.write(self.plan.device_toml(site) + self.extra_config(site))
@@ -166,7 +167,7 @@ class Simulation(msgspec.Struct):
         return self.home / "fleet.db"
 
     def config_path(self, device: str) -> Path:
-        return self.home / "devices" / device / "outstation.toml"
+        return self.home / "sites" / device / "outstation.toml"
 
     def log_path(self, name: str) -> Path:
         """Return the file with stdout and stderr of a process."""

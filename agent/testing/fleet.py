@@ -10,7 +10,7 @@ from typing import Any
 from agent.config import BrokerConfig
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment.enrol import enrol, init_fleet
+from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
 from agent.model.bundle import builtin
 from agent.testing.broker import MosquittoBroker
 from agent.testing.process import OutstationProcess, run_outstation, wait_until
@@ -111,7 +111,7 @@ class LocalFleet:
         """Enrol a device and create its folder."""
         store = self.open_store(write=True)
         try:
-            home = enrol(self.home, self.config, store, name, key=None, replace=False).folder
+            home = enrol_on_this_machine(self.home, self.config, store, name, self.folder / name)
         finally:
             store.close()
         self.devices.append(DeviceProcess(home, name))

@@ -14,7 +14,7 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -67,10 +67,12 @@ class Link:
         client_id: str,
         *,
         subscribe: Sequence[str] = (),
+        retain_as_published: Collection[str] = (),
         will: OutgoingMessage | None = None,
         session_expiry_s: int = 0,
         timeout_s: float = 10.0,
     ) -> None:
+        """Connect and subscribe. `retain_as_published`: filters whose messages show whether the broker retains them."""
         self.window = _MAX_WINDOW
         self.max_packet = 268_435_455
         self._events: list[IncomingMessage | PublishReceipt] = []
@@ -81,7 +83,7 @@ class Link:
         self._wake_sender.setblocking(False)
         self._wake_receiver.setblocking(False)
         try:
-            self._client = self._make_client(broker, client_id, will)
+            self._client = self._make_client(broker, client_id, will, timeout_s)
         except BaseException:
             self._wake_sender.close()
             self._wake_receiver.close()
@@ -89,7 +91,7 @@ class Link:
         try:
             self._connect(broker, session_expiry_s, timeout_s)
             if subscribe:
-                self._subscribe(subscribe, timeout_s)
+                self._subscribe(subscribe, retain_as_published, timeout_s)
         except BaseException:
             self._release()
             raise
@@ -151,7 +153,9 @@ class Link:
         """Cut the connection without DISCONNECT, so that the broker publishes the Will."""
         self._release()
 
-    def _make_client(self, broker: BrokerConfig, client_id: str, will: OutgoingMessage | None) -> mqtt.Client:
+    def _make_client(
+        self, broker: BrokerConfig, client_id: str, will: OutgoingMessage | None, timeout_s: float
+    ) -> mqtt.Client:
         client = mqtt.Client(
             CallbackAPIVersion.VERSION2,
             client_id=client_id,
@@ -161,7 +165,7 @@ class Link:
         )
         # 0 is unlimited: the caller keeps to the window, and paho would scan its queue on each PUBACK.
         client.max_inflight_messages_set(0)
-        client.connect_timeout = 10.0
+        client.connect_timeout = timeout_s
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
         client.on_disconnect = self._on_disconnect
@@ -188,17 +192,23 @@ class Link:
                 broker.host, broker.port, _KEEP_ALIVE_S, clean_start=session_expiry_s == 0, properties=properties
             )
         except (OSError, ValueError) as error:
-            raise LinkDown(f"{broker.url}: {error}") from error
+            raise LinkDown(f"{broker.shown_url}: {error}") from error
         try:
-            self._wait_until(lambda: self._handshake.connected is not None, timeout_s, f"{broker.url}: no CONNACK")
+            self._wait_until(
+                lambda: self._handshake.connected is not None, timeout_s, f"{broker.shown_url}: no CONNACK"
+            )
         except LinkDown as down:
             raise LinkDown(f"{down}{tls.describe_expiry(broker)}") from None
         if self._handshake.connected:
-            raise LinkDown(f"{broker.url}: refused: {self._handshake.connected}")
+            raise LinkDown(f"{broker.shown_url}: refused: {self._handshake.connected}")
 
-    def _subscribe(self, filters: Sequence[str], timeout_s: float) -> None:
-        # MQTT 5 forbids No Local on a shared subscription (3.8.3.1).
-        options = [(topic, SubscribeOptions(qos=1, noLocal=not topic.startswith("$share/"))) for topic in filters]
+    def _subscribe(self, filters: Sequence[str], retain_as_published: Collection[str], timeout_s: float) -> None:
+        options = []
+        for topic in filters:
+            # MQTT 5 forbids No Local on a shared subscription (3.8.3.1).
+            option = SubscribeOptions(qos=1, noLocal=not topic.startswith("$share/"))
+            option.retainAsPublished = topic in retain_as_published
+            options.append((topic, option))
         self._client.subscribe(options)
         self._wait_until(lambda: bool(self._handshake.subscribed), timeout_s, "no SUBACK")
         for topic, answer in zip(filters, self._handshake.subscribed, strict=False):

@@ -11,11 +11,12 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from agent.wire.times import Rfc3339Seconds
+
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}\Z")]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
 Version = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
-Rfc3339Seconds = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z\Z")]
 # Devices reject a larger message unread.
 MAX_DESIRED_BYTES = 65_536
 

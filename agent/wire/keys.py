@@ -83,6 +83,11 @@ class SigningKey:
         raw = self.private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
         object.__setattr__(self, "public", PublicKey(raw))
 
+    @property
+    def pem(self) -> bytes:
+        """The private key as unencrypted PKCS 8 PEM."""
+        return self.private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
     def sign(self, data: bytes) -> bytes:
         return self.private.sign(data)
 
@@ -96,15 +101,19 @@ def parse_public_key(text: str) -> PublicKey:
     return PublicKey(raw)
 
 
+def create() -> SigningKey:
+    """Create a key in memory."""
+    return SigningKey(Ed25519PrivateKey.generate())
+
+
 def generate(path: Path, *, write_public: bool = True) -> SigningKey:
     """Generate a key and write it to `path` as PKCS 8 PEM, mode 0600, with the public half in `<path>.pub`.
 
     Raises UsageError if the file exists: a key is never overwritten.
     """
-    key = SigningKey(Ed25519PrivateKey.generate())
-    pem = key.private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    key = create()
     try:
-        durable_files.write_new(path, pem, 0o600)
+        durable_files.write_new(path, key.pem, 0o600)
     except FileExistsError:
         raise UsageError(f"{path}: a key exists already; move it away first to replace it") from None
     except OSError as error:

@@ -5,6 +5,7 @@
 - the signature verifies (see `jws`)
 - the payload is a JSON object of version 1 in which no object has a key twice
 - its `kind`, `device` and `task` are those of the topic, and the key belongs to that device
+- every time is one of the calendar, and every number is finite and fits into 64 bits
 - a logged kind carries `log`, `seq` ≥ 1 and `prev`; rows, counts and columns agree with each other
 """
 
@@ -35,23 +36,35 @@ from agent.wire.runs import (
     RowRun,
     TimeRun,
 )
+from agent.wire.times import Rfc3339
 
 MAX_PAYLOAD = 1 << 20
 FIRST_PREV = ""
+# Fewer digits fit into 64 bits. Two passes in C cost less than a look at each number.
+_LONG_NUMBER = b"0" * 19
+_DIGITS_TO_ZERO = bytes.maketrans(b"123456789", b"000000000")
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)]
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
 ShortText = Annotated[str, msgspec.Meta(max_length=256)]
 Uuid = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
-Rfc3339 = Annotated[
-    str, msgspec.Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?Z\Z")
-]
+# Far beyond float32, in which models compute, and small enough that sums of squares stay finite.
+Magnitude = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]
+SquareSum = Annotated[float, msgspec.Meta(ge=0, le=1e200)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e100)]
 Severity = Literal["info", "warning", "critical"]
 
 
 class Payload(msgspec.Struct, frozen=True, tag_field="kind", kw_only=True):
     v: Literal[1]
     device: ShortText
+
+
+class Origin(msgspec.Struct, frozen=True):
+    """The place of the original in an old log."""
+
+    log: Uuid
+    seq: Positive
 
 
 class LoggedPayload(Payload, frozen=True, kw_only=True):
@@ -61,8 +74,8 @@ class LoggedPayload(Payload, frozen=True, kw_only=True):
     boot: Natural
     time: Rfc3339
     clock: Literal["synced", "restored", "unsynced"]
-    # {"log", "seq"} of the original, where a new log repeats a message of an old one.
-    reissued: dict[str, Any] | None = None
+    # Where a new log repeats a message of an old one.
+    reissued: Origin | None = None
 
 
 class ModelRef(msgspec.Struct, frozen=True):
@@ -78,10 +91,10 @@ class ResultColumns(msgspec.Struct, frozen=True):
     t: list[EpochMicroseconds | TimeRun] | JitteredTimes
     # A multi-label model joins its labels with "|".
     label: list[Label | LabelRun] | None = None
-    score: list[float | None] | None = None
-    value: list[float | None] | None = None
+    score: list[Magnitude | None] | None = None
+    value: list[Magnitude | None] | None = None
     # Share of a result's input that was missing, where it exceeds the bundle's limit; 0 elsewhere.
-    missing: list[float] | None = None
+    missing: list[Magnitude] | None = None
 
     def __post_init__(self) -> None:
         count = len(self)
@@ -210,9 +223,9 @@ class Metric(msgspec.Struct, frozen=True):
     """Metric with its confidence interval. `slice` is empty for all results; `state` of a slice: ok, worse, small."""
 
     metric: ShortText
-    value: float | None
-    low: float | None
-    high: float | None
+    value: Magnitude | None
+    low: Magnitude | None
+    high: Magnitude | None
     n: Natural
     slice: Annotated[str, msgspec.Meta(max_length=600)] = ""
     state: ShortText | None = None
@@ -231,8 +244,8 @@ class Moments(msgspec.Struct, frozen=True):
     """Count, mean and sum of squared deviations of a sample. They merge by Chan et al. (1979)."""
 
     n: Natural = 0
-    mean: float = 0.0
-    m2: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    mean: Magnitude = 0.0
+    m2: SquareSum = 0.0
 
 
 class BundleStats(msgspec.Struct, frozen=True):
@@ -243,7 +256,7 @@ class BundleStats(msgspec.Struct, frozen=True):
     """
 
     windows: Natural
-    seconds: Annotated[float, msgspec.Meta(ge=0)]
+    seconds: Seconds
     scores: Moments = Moments()
     expected_accuracy: Moments = Moments()
     correct: Natural = 0
@@ -406,11 +419,28 @@ def decode(payload: bytes) -> Body:
     try:
         body: Body = _DECODER.decode(payload)
         check_strict_json(payload)
+        if _LONG_NUMBER in payload.translate(_DIGITS_TO_ZERO):
+            _require_64_bit_numbers(msgspec.json.decode(payload))
         return body
     except DuplicateKey as error:
         raise MessageRefused("duplicate key", str(error)) from None
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise MessageRefused("malformed payload", str(error)[:200]) from None
+        text = str(error)
+        # The place is at the end, behind a pattern that may be long.
+        raise MessageRefused(
+            "malformed payload", text if len(text) <= 200 else f"{text[:100]} … {text[-97:]}"
+        ) from None
+
+
+def _require_64_bit_numbers(value: Any) -> None:
+    """Check the numbers of members without a declared type. Raises ValueError."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("a number does not fit into 64 bits")
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if isinstance(value, list):
+        for item in value:
+            _require_64_bit_numbers(item)
 
 
 def encode(members: Mapping[str, Any]) -> bytes:

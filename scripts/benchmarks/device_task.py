@@ -21,7 +21,7 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment.enrol import enrol, init_fleet
+from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
 from agent.testing.broker import free_port
 from agent.testing.fleet import FLEET, DeviceProcess, field_tables
 from agent.wire import keys
@@ -84,7 +84,7 @@ def device_process(fields: Sequence[str] = (), stream: str = "watch") -> Iterato
         home = Path(folder) / "fleet"
         config = init_fleet(home, FLEET, BrokerConfig(url=f"mqtt://127.0.0.1:{free_port()}"))
         store = FleetStore(Path(config.fleet.db))
-        made = enrol(home, config, store, "pi-01", key=None, replace=False).folder
+        made = enrol_on_this_machine(home, config, store, "pi-01", Path(folder) / "pi-01")
         store.close()
         device = DeviceProcess(made, "pi-01")
         if fields:

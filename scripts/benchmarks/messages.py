@@ -199,7 +199,7 @@ def broker_to_database() -> Result:
         home = Path(made) / "fleet"
         conf = init_fleet(home, FLEET, BrokerConfig(url="mqtt://127.0.0.1:1"))
         store, sender, key = FleetStore(Path(conf.fleet.db)), MessageSender(), new_key(2)
-        enrol(home, conf, store, "pi-07", key=sender.key.public, replace=False)
+        enrol(home, conf, store, "pi-07", key=sender.key.public)
         collector = Collector(FLEET, BrokerConfig(), store, key)
         plain = sqlite3.connect(Path(made) / "plain.db", isolation_level=None)
         plain.executescript(

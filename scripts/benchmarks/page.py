@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from agent.model.inference import runtime, tuning
+from agent.model.inference import tuning
+from agent.model.inference.runtime_name import runtime_name
 from scripts.benchmarks import Result
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +99,7 @@ def _machine() -> str:
     load = os.getloadavg()[0]
     return (
         f"{tuning.describe_machine()}; {platform.system()}; Python {platform.python_version()}; "
-        f"{runtime.RUNTIME_NAME}; SQLite {sqlite3.sqlite_version}; load {load:.1f} at the end."
+        f"{runtime_name()}; SQLite {sqlite3.sqlite_version}; load {load:.1f} at the end."
     )
 
 

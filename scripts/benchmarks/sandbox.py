@@ -11,7 +11,7 @@ import numpy as np
 
 from agent.arrays import Float32s
 from agent.model.bundle import builtin, bundle
-from agent.model.inference import inference
+from agent.model.inference import runtime
 from agent.model.inference.runtime import MAX_BATCH, TfliteModel
 from agent.model.inference.tuning import count_cores
 from agent.model.sandbox import autotune
@@ -82,7 +82,7 @@ def compare_with_best(content: bytes) -> TuningComparison:
 def subprocess_overhead() -> list[Result]:
     """Measure windows of `exercise` (medians of alternating runs), and the PSS of the subprocess."""
     shipped = bundle.read(builtin.bundles_dir() / "exercise", None)
-    here = inference.load_model(shipped.manifest, shipped.model_bytes)
+    here = runtime.load_model(shipped.manifest, shipped.model_bytes)
     windows = np.random.default_rng(0).normal(0, 1, (_MANY, *here.input_shape)).astype(np.float32)
     with SubprocessModel(shipped) as there:
         there.invoke(windows)

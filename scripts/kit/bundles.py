@@ -22,6 +22,7 @@ from agent.model import activation
 from agent.model.activation import LoadedBundle, ProvenBundle
 from agent.model.bundle import bundle, manifest
 from agent.model.bundle.bundle import Bundle
+from agent.model.sandbox.confinement import ModelPolicy
 from agent.testing.messages import new_key
 from agent.wire.keys import SigningKey
 
@@ -155,8 +156,8 @@ _packed: dict[tuple[Recipe, str | None], PackedBundle] = {}
 
 
 def activated(recipe: Recipe = CLASSIFY) -> LoadedBundle:
-    """Return the recipe's bundle, packed and probed once a process, with a newly loaded model."""
-    return activation.load_bundle(_proven(recipe))
+    """Return the recipe's bundle, packed and probed once a process, with a model that is newly loaded here."""
+    return activation.load_bundle(_proven(recipe), policy=ModelPolicy("off"))
 
 
 @functools.cache

@@ -21,5 +21,9 @@ def memory_kb(pid: int, field: str, file: str = "status") -> int:
 
 
 def pss_mb(pid: int) -> float:
-    """Return the proportional set size in MiB: private memory and the share of common pages."""
-    return memory_kb(pid, "Pss", "smaps_rollup") / 1024
+    """Return the proportional set size of a process and its children in MiB.
+
+    It counts private memory and the share of common pages.
+    """
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    return memory_kb(pid, "Pss", "smaps_rollup") / 1024 + sum(pss_mb(int(child)) for child in children)

@@ -13,7 +13,7 @@ import msgspec
 from agent.model.bundle import bundle, golden_vectors, manifest
 from agent.model.bundle.bundle import Bundle
 from agent.model.bundle.golden_vectors import GoldenVectors
-from agent.model.inference import inference
+from agent.model.inference import runtime
 from agent.wire.keys import SigningKey
 from scripts.kit.bundles import KEY
 
@@ -57,7 +57,7 @@ def _golden_vectors(shipped: Bundle, limit: float, *, wrong: bool) -> GoldenVect
     vectors = golden_vectors.decode(shipped.files["golden.npz"])
     # A quantized value may come out one step larger.
     calm = vectors.inputs[vectors.inputs.reshape(len(vectors.inputs), -1).max(axis=1) < limit - 0.1]
-    model = inference.load_model(shipped.manifest, shipped.model_bytes)
+    model = runtime.load_model(shipped.manifest, shipped.model_bytes)
     expected = model.invoke(calm)
     return golden_vectors.from_outputs(
         calm, expected[:, ::-1] if wrong else expected, model.output_step, vectors.runtime

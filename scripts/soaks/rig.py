@@ -21,10 +21,11 @@ from agent.device.intake.protocol import LineParser
 from agent.device.uplink.mqtt_sink import MqttSink
 from agent.errors import LinkDown
 from agent.fleet.audit.audit import AuditReport, audit
-from agent.fleet.collector.collector import Collector, topic_filters
+from agent.fleet.collector.collector import Collector
+from agent.fleet.collector.subscriptions import topic_filters
 from agent.fleet.database.sqlite import SqliteDatabase
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment.enrol import enrol, init_fleet
+from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
 from agent.testing.fleet import FIELDS, field_tables
 from agent.testing.lossy_link import LinkConditions, LossyBroker, LossyLink
 from agent.wire.keys import load_private
@@ -60,7 +61,7 @@ class Rig:
         # The collector only has to respond; the page cache of its database would hide the memory use of the device.
         assert isinstance(self.fleet._database, SqliteDatabase)
         self.fleet._database.connection.execute("PRAGMA cache_size=-500")
-        self._folder = enrol(home, config, self.fleet, DEVICE, key=None, replace=False).folder
+        self._folder = enrol_on_this_machine(home, config, self.fleet, DEVICE, folder / DEVICE)
         self._configure(buffer_toml, schedule)
         file, conf = load_config(str(self._folder / "outstation.toml"))
         self.store = open_store(conf)

@@ -19,7 +19,7 @@ from agent.clock import ClockReading
 from agent.device.pipeline import batch
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
-from agent.testing.process import run_outstation
+from tests.kit.commands import call_outstation
 
 NOW = ClockReading(1_795_000_000_000_000, 1000.0, "synced")
 CONFIG = """
@@ -38,7 +38,7 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.home = folder / "device"
-        assert run_outstation("init", str(self.home), "--id", "pi-07").returncode == 0
+        assert call_outstation("init", str(self.home), "--id", "pi-07").returncode == 0
         self.config = self.home / "outstation.toml"
         head = self.config.read_text(encoding="utf-8").split("[streams.")[0]
         self.config.write_text(head + CONFIG, encoding="utf-8")
@@ -46,7 +46,7 @@ class Site:
         self.data = Path(self.conf.data_dir)
 
     def ask(self, *arguments: str) -> tuple[int, Any]:
-        done = run_outstation("drift", "exercise", *arguments, "-c", str(self.config), "--json")
+        done = call_outstation("drift", "exercise", *arguments, "-c", str(self.config), "--json")
         return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
 
     def work(self, drift_windows: int, gain: float = 1.0) -> None:
@@ -135,7 +135,7 @@ def test_a_message_that_was_damaged_on_the_disk_is_left_out_and_counted(site: Si
             "UPDATE outbox SET payload = replace(payload, '\"n\":2000', '\"n\":2001')"
             " WHERE seq = (SELECT max(seq) FROM outbox WHERE topic LIKE '%/drift/exercise')"
         )
-    done = run_outstation("drift", "exercise", "-c", str(copy), "--json")
+    done = call_outstation("drift", "exercise", "-c", str(copy), "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert (document["windows"], document["unreadable"]) == (31, 1)

@@ -30,7 +30,7 @@ from agent.transport.packets import PublishReceipt
 from tests.kit.stations import wait_for
 
 NOW = "2026-11-24T22:20:00.000000Z"
-COMMANDS = ["init", "enrol", "collect", "devices", "alerts", "gaps", "audit", "drift", "evidence", "watch"]
+COMMANDS = ["init", "token", "enrol", "collect", "devices", "alerts", "gaps", "audit", "drift", "evidence", "watch"]
 
 
 def run(*args: str | Path) -> Result:
@@ -71,7 +71,7 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 
 
 def test_from_init_to_an_empty_audit_every_report_is_one_json_document(folder: Path) -> None:
-    enrolled = document("enrol", "pi-07", "--dir", folder)
+    enrolled = document("enrol", "pi-07", "--dir", folder, "--bundle-out", folder / "pi-07.tar.gz")
     assert (enrolled["device"], enrolled["fleet"], enrolled["new"]) == ("pi-07", "acme", True)
     assert document("devices", "--dir", folder) == [
         {
@@ -131,6 +131,12 @@ def test_the_audit_exits_1_and_names_the_message_when_a_byte_was_altered(folder:
         (["init", "{folder}/x", "--broker", "mqtt://broker"], "is not encrypted"),
         (["enrol", "pi-07", "--key", "nonsense", "--dir", "{folder}"], "nonsense"),
         (["enrol", "collector", "--dir", "{folder}"], "role"),
+        (["enrol", "pi-07", "--dir", "{folder}"], "no private key stays in the fleet's folder"),
+        (["enrol", "pi-07", "--thumbprint", "x", "--dir", "{folder}"], "add --request"),
+        (["enrol", "pi-07", "--request", "{folder}/none", "--dir", "{folder}"], "cannot be read"),
+        (["enrol", "pi-07", "--request", "{folder}/fleet.toml", "--dir", "{folder}"], "not a valid enrolment request"),
+        (["token", "collector", "--dir", "{folder}"], "role"),
+        (["token", "pi-07", "--valid", "soon", "--dir", "{folder}"], "--valid"),
         (["enrol", "pi-07", "--bundle-out", "{folder}/fleet.toml", "--dir", "{folder}"], "name a new file"),
         (["audit", "--dir", "{folder}"], "no database here yet"),
         (["collect", "--share", "a", "--dir", "{folder}"], "SQLite has one writer"),
@@ -145,7 +151,7 @@ def test_wrong_use_is_one_line_that_says_what_to_do(folder: Path, args: list[str
 
 
 def test_an_unknown_device_is_wrong_use_with_a_suggestion(folder: Path) -> None:
-    run("enrol", "pi-07", "--dir", folder)
+    run("enrol", "pi-07", "--dir", folder, "--bundle-out", folder / "pi-07.tar.gz")
     result = run("audit", "--device", "pi-70", "--dir", folder)
     assert isinstance(result.exception, UsageError)
     assert "did you mean 'pi-07'" in str(result.exception)

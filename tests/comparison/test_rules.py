@@ -15,7 +15,7 @@ from agent.comparison.tally import ComparisonStats
 from agent.wire.desired_state import CanaryRules
 from agent.wire.messages import BundleStats, Moments
 
-REPEATS = 400
+REPEATS = 200
 
 
 def alike(random: np.random.Generator, correlation: float, count: int) -> np.ndarray:

@@ -519,3 +519,11 @@ def test_an_invalid_group_name_is_refused(tmp_path: Path, group: str) -> None:
     file.write_text(f'[device]\nid = "pi-07"\nfleet = "acme"\ngroups = ["roof", "{group}"]\n', encoding="utf-8")
     with pytest.raises(ConfigError, match=r"device\.groups"):
         config.load(file)
+
+
+@pytest.mark.parametrize("url", ["mqtts://user:s3cret@broker:8883", "mqtt://u:s3c/ret@broker", "http://u:s3cret@x"])
+def test_a_password_in_the_brokers_url_is_refused_and_never_shown(tmp_path: Path, url: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(tmp_path, f'[device]\nid = "pi-07"\nfleet = "acme"\n[broker]\nurl = "{url}"')
+    assert "holds credentials" in str(refused.value)
+    assert "ret" not in str(refused.value)

@@ -151,7 +151,7 @@ def changed(seed: int, how: str, begin: int, lasts: int) -> Readings:
     st.integers(1, 8),
     st.integers(1, 60),
 )
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 def test_any_batches_give_the_results_and_state_of_single_windows(
     monitor: DriftMonitor, learned: DriftState, seed: int, how: str, begin: int, lasts: int, batch: int
 ) -> None:

@@ -180,7 +180,9 @@ def test_the_message_has_the_documented_members_and_stays_small(shipped: Referen
 def test_no_bin_tells_of_fewer_rows_than_privacy_asks_for(shipped: Reference) -> None:
     first = summarize(shipped, readings(5, 1).features.astype(np.float64), readings(5, 1).labels)
     for least in (2, 5, 60, 10_000):
-        for field in drift_message.build_features(shown(stack_one(first)), shipped, least)[0].values():
+        fields = drift_message.build_features(shown(stack_one(first)), shipped, least)[0]
+        assert fields.keys() == set(shipped.fields)
+        for field in fields.values():
             counts = [field["below"], *field["counts"], field["above"]]
             assert sum(counts) == 200
             assert all(n == 0 or n >= min(least, 200) for n in counts)

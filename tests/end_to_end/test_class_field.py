@@ -54,7 +54,7 @@ def test_readings_are_compared_within_the_modes_that_the_field_names(tmp_path: P
         task = loaded(tmp_path, REGRESS, "state", store)
         values = REGRESS.rows(600)
         with store.transaction() as tx:
-            codes = tx.assign_category_codes("machine", "state", ["idle", "run"])
+            codes = tx.assign_category_codes("machine", "state", ["idle", "run"], limit=1000, last_row=0)[0]
             named = np.array([0, *codes], "<u2")[np.arange(600) // 10 % 3]
             t = NOW.wall_us + np.arange(600, dtype=np.int64) * 10_000
             tx.append("machine", Rows(t, (*(np.ascontiguousarray(c) for c in values.T), named)), "synced")

@@ -118,7 +118,7 @@ def drift(fleet: LocalFleet, device: str) -> tuple[list[tuple[Any, ...]], Counte
 
 
 def test_random_kills_of_all_processes_lose_no_row_and_change_no_result(fleet: LocalFleet) -> None:
-    rows, seed = 60_000, 20261124
+    rows, seed = 30_000, 20261124
     rng = random.Random(seed)
     fleet.broker.start()
     fleet.collector.start()
@@ -129,7 +129,7 @@ def test_random_kills_of_all_processes_lose_no_row_and_change_no_result(fleet: L
         .start()
         for name in ("calm", "killed")
     )
-    for turn in range(20):
+    for turn in range(10):
         # Some deaths are in the middle of starting up.
         time.sleep(rng.uniform(0.1, 1.9))
         killed.kill()

@@ -78,7 +78,7 @@ def test_average_precision_of_chance_is_the_share_of_anomalies(chances: float) -
 def test_an_interval_by_group_covers_what_one_of_single_windows_does_not() -> None:
     """Twenty people with a hundred windows each and different accuracies: the interval must cover the mean person."""
     inside = {"groups": 0, "windows": 0}
-    for seed in range(60):
+    for seed in range(30):
         rng = np.random.default_rng(seed)
         person = np.clip(rng.normal(0.8, 0.1, 20), 0, 1)
         right = rng.random((20, 100)) < person[:, None]
@@ -90,7 +90,7 @@ def test_an_interval_by_group_covers_what_one_of_single_windows_does_not() -> No
             assert report.low is not None
             assert report.high is not None
             inside[kind] += report.low <= 0.8 <= report.high
-    assert inside["groups"] >= 51
+    assert inside["groups"] >= 25
     assert inside["windows"] < inside["groups"]
 
 

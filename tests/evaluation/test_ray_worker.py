@@ -20,7 +20,7 @@ from agent.evaluation.predict.ray_worker import Worker, WorkerConfig, WorkerResu
 from agent.evaluation.predict.run import BatchPredictor
 from agent.model.bundle import bundle as bundles
 from agent.model.bundle.bundle import Bundle
-from agent.model.inference import inference
+from agent.model.inference import runtime
 from agent.model.inference.inference import Inference
 from scripts.kit.bundles import CLASSIFY, TABULAR, packed, readings, write_csv
 from tests.kit.stations import ROOT
@@ -46,7 +46,7 @@ def job(bundle: Bundle, tmp_path: Path) -> FileJob:
 
 
 def work(loaded: Bundle) -> BatchPredictor:
-    return BatchPredictor(loaded, Inference(loaded.manifest, inference.load_model(loaded.manifest, loaded.model_bytes)))
+    return BatchPredictor(loaded, Inference(loaded.manifest, runtime.load_model(loaded.manifest, loaded.model_bytes)))
 
 
 def order(loaded: Bundle, folder: Path, **changed: object) -> WorkerConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import stat
@@ -19,28 +20,19 @@ from agent import config as device_config
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, StorageBusy, UsageError
 from agent.fleet import config as fleet_config
-from agent.fleet.collector.collector import topic_filters
+from agent.fleet.collector.subscriptions import share_group, topic_filters
 from agent.fleet.config import FleetConfig
+from agent.fleet.database.evidence import EvidenceQueries
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import collectors, pki
-from agent.fleet.enrolment.enrol import Enrolment, enrol, init_fleet, pack_device_files
+from agent.fleet.enrolment import collectors, join_tokens, pki
+from agent.fleet.enrolment.enrol import enrol, init_fleet, pack_device_files
 from agent.testing.broker import MosquittoBroker, free_port
 from agent.testing.messages import new_key
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import keys
-from agent.wire.keys import PublicKey
 from scripts.kit.certificates import make_expired
-
-
-def let_in(
-    config: FleetConfig, folder: Path, device: str, *, key: PublicKey | None = None, replace: bool = False
-) -> Enrolment:
-    store = FleetStore(Path(config.fleet.db))
-    try:
-        return enrol(folder, config, store, device, key=key, replace=replace)
-    finally:
-        store.close()
+from tests.kit.enrolments import join, let_in, site
 
 
 @pytest.fixture
@@ -57,7 +49,7 @@ def test_a_fleet_is_made_once_and_its_private_keys_are_its_owners_alone(folder: 
     private = [path for path in folder.rglob("*.key") if path.is_file()]
     assert {path.name for path in private} == {
         *("ca.key", "collector.key", "operator.key", "collector-tls.key", "operator-tls.key", "commander-tls.key"),
-        "server.key",
+        *("broker-admin-tls.key", "server.key"),
     }
     assert {stat.S_IMODE(path.stat().st_mode) for path in private} == {0o600}
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -82,11 +74,12 @@ def test_names_of_roles_and_invalid_topic_levels_are_not_enrolled(folder: Path, 
 
 def test_enrolling_twice_changes_nothing_and_replacing_needs_an_option(folder: Path, config: FleetConfig) -> None:
     first = let_in(config, folder, "pi-07")
-    files = {path.name: path.read_bytes() for path in first.folder.iterdir()}
+    files = held(first.folder)
     again = let_in(config, folder, "pi-07")
     assert (first.is_new, again.is_new) == (True, False)
     assert first.key.text == again.key.text
-    assert {path.name: path.read_bytes() for path in again.folder.iterdir()} == files
+    assert (first.made_by, again.made_by) == ("operator", None)
+    assert held(again.folder) == files
     with pytest.raises(UsageError, match="--replace"):
         let_in(config, folder, "pi-07", key=new_key().public)
     replaced = let_in(config, folder, "pi-07", replace=True)
@@ -98,13 +91,13 @@ def test_the_device_bundle_is_private_reproducible_and_its_config_loads(
     tmp_path: Path, folder: Path, config: FleetConfig
 ) -> None:
     done = let_in(config, folder, "pi-07")
-    item, two = tmp_path / "one.tar.gz", tmp_path / "two.tar.gz"
-    pack_device_files(done.folder, item)
-    pack_device_files(done.folder, two)
+    [item] = tmp_path.glob("*.tar.gz")
+    two = tmp_path / "two.tar.gz"
+    pack_device_files(held(site(folder, "pi-07")), two)
     assert item.read_bytes() == two.read_bytes()
     assert stat.S_IMODE(item.stat().st_mode) == 0o600
     with pytest.raises(UsageError, match="name a new file"):
-        pack_device_files(done.folder, item)
+        pack_device_files({}, item)
     with tarfile.open(item) as tar:
         assert tar.getnames() == ["ca.pem", "device-tls.key", "device.crt", "device.key", "outstation.toml"]
         tar.extractall(tmp_path / "device", filter="data")
@@ -116,23 +109,17 @@ def test_the_device_bundle_is_private_reproducible_and_its_config_loads(
     assert keys.load_private(tmp_path / "device" / "device.key").public.text == done.key.text
 
 
-def test_a_device_that_keeps_its_own_key_gets_no_private_signing_key(
-    tmp_path: Path, folder: Path, config: FleetConfig
-) -> None:
+def test_a_device_that_keeps_its_own_key_gets_no_private_signing_key(folder: Path, config: FleetConfig) -> None:
     own = new_key()
     done = let_in(config, folder, "pi-07", key=own.public)
     again = let_in(config, folder, "pi-07")
     assert again.key.text == own.public.text
-    pack_device_files(done.folder, tmp_path / "pi-07.tar.gz")
-    with tarfile.open(tmp_path / "pi-07.tar.gz") as tar:
-        assert "device.key" not in tar.getnames()
-        text = tar.extractfile("outstation.toml")
-        assert text is not None
-        assert "pi-07" in text.read().decode()
+    assert done.made_by == "device"
+    assert set(held(site(folder, "pi-07"))) == {"ca.pem", "device-tls.key", "device.crt", "outstation.toml"}
 
 
 def test_the_certificates_name_the_host_the_device_and_what_they_are_for(folder: Path, config: FleetConfig) -> None:
-    let_in(config, folder, "pi-07")
+    let_in(config, folder, "pi-07", request=join(site(folder, "pi-07"), "pi-07"))
     device = x509.load_pem_x509_certificate((folder / "devices/pi-07/device.crt").read_bytes())
     server = x509.load_pem_x509_certificate((folder / "broker/server.crt").read_bytes())
     authority = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
@@ -151,9 +138,8 @@ def test_a_fleet_without_tls_has_no_certificates_and_its_broker_starts(tmp_path:
     port = free_port()
     config = init_fleet(tmp_path / "home", "home", BrokerConfig(url=f"mqtt://127.0.0.1:{port}"))
     let_in(config, tmp_path / "home", "pi-07")
-    assert sorted(path.name for path in (tmp_path / "home/devices/pi-07").iterdir()) == [
-        "device.key", "device.key.pub", "outstation.toml",
-    ]  # fmt: skip
+    assert set(held(tmp_path / "home/devices/pi-07")) == {"outstation.toml"}
+    assert set(held(site(tmp_path / "home", "pi-07"))) == {"device.key", "outstation.toml"}
     with MosquittoBroker(tmp_path, conf=as_this_user(tmp_path / "home"), port=port):
         Link(config.broker, "pi-07").close()
 
@@ -168,7 +154,7 @@ def as_this_user(folder: Path) -> Path:
 
 
 def settings_of(folder: Path, device: str) -> BrokerConfig:
-    return device_config.load(folder / "devices" / device / "outstation.toml").broker
+    return device_config.load(site(folder, device) / "outstation.toml").broker
 
 
 def answer(link: Link, topic: str) -> str:
@@ -188,7 +174,11 @@ def test_the_broker_config_lets_a_device_write_only_its_own_topics(
         let_in(config, folder, device)
     with MosquittoBroker(tmp_path, conf=as_this_user(folder), port=config.broker.port):
         collector = Link(config.broker_for(config.collector), "any", subscribe=topic_filters("acme"))
-        sender = Link(settings_of(folder, "pi-07"), "pi-07", subscribe=["outstation/acme/#"])
+        sender = Link(
+            settings_of(folder, "pi-07"),
+            "pi-07",
+            subscribe=[f"outstation/acme/pi-07/{kind}" for kind in ("ack", "cmd")],
+        )
         base = "outstation/acme/pi-07"
         for kind in ("results/x", "drift/x", "quality/x", "alerts/x", "health", "audit", "state", "keys", "reply"):
             assert answer(sender, f"{base}/{kind}") in ("Success", "No matching subscribers"), kind
@@ -220,16 +210,14 @@ def test_collectors_have_their_own_sessions_and_share_messages(
     for name in ("a", "b", "b"):
         added = collectors.add(folder, config, name)
     assert "fleet collect --share b" in added.steps[-1]
-    assert (folder / "broker" / "acl").read_text().count("user collector-b") == 1
+    rules = json.loads((folder / "broker" / "dynamic-security.json").read_text())
+    assert [client["username"] for client in rules["clients"]].count("collector-b") == 1
     with pytest.raises(UsageError, match="name of a collector"):
         let_in(config, folder, "collector-b")
     with MosquittoBroker(tmp_path, conf=as_this_user(folder), port=config.broker.port):
+        filters = topic_filters("acme", group=share_group(keys.load_private(folder / "collector.key"), "acme"))
         links = [
-            Link(
-                config.broker_for(collectors.resolve_identity(config, name)),
-                name,
-                subscribe=topic_filters("acme", shared=True),
-            )
+            Link(config.broker_for(collectors.resolve_identity(config, name)), name, subscribe=filters)
             for name in ("a", "b")
         ]
         sender = Link(settings_of(folder, "pi-07"), "pi-07")
@@ -280,7 +268,7 @@ def test_no_certificate_a_foreign_one_and_a_foreign_ca_do_not_connect(
 
 def test_a_certificate_that_has_ended_is_named(tmp_path: Path, folder: Path, config: FleetConfig) -> None:
     let_in(config, folder, "pi-07")
-    certificate = folder / "devices" / "pi-07" / "device.crt"
+    certificate = site(folder, "pi-07") / "device.crt"
     certificate.write_bytes(
         make_expired(certificate.read_bytes(), pki.load_authority(folder / "ca.pem", folder / "ca.key"))
     )
@@ -389,7 +377,8 @@ def test_a_replacement_that_is_refused_leaves_the_devices_files_whole(folder: Pa
     with pytest.raises(UsageError, match="belongs to device 'pi-08'"):
         let_in(config, folder, "pi-07", key=other.key, replace=True)
     assert held(home) == before
-    assert active(config, "pi-07") == key_of(home)
+    assert active(config, "pi-07") == key_of(site(folder, "pi-07"))
+    assert len([*folder.parent.glob("pi-07-*.tar.gz")]) == 1
 
 
 def test_a_replacement_with_a_locked_database_leaves_the_files_complete(
@@ -402,18 +391,11 @@ def test_a_replacement_with_a_locked_database_leaves_the_files_complete(
     with open(config.fleet.db + ".lock", "rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(StorageBusy):
-            enrol(folder, config, store, "pi-07", key=None, replace=True)
+            enrol(folder, config, store, "pi-07", replace=True, bundle=folder / "new.tar.gz")
     store.close()
     assert held(home) == before
-    replaced = let_in(config, folder, "pi-07", replace=True)
-    assert (
-        replaced.key.text == active(config, "pi-07") == key_of(home) != keys.parse_public_key(before_key(before)).text
-    )
-    assert not (home / "replacement").exists()
-
-
-def before_key(files: dict[str, bytes]) -> str:
-    return files["device.key.pub"].decode()
+    assert not (folder / "new.tar.gz").exists()
+    assert active(config, "pi-07") == key_of(site(folder, "pi-07"))
 
 
 class Killed(BaseException):
@@ -437,75 +419,129 @@ def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, name, counted(getattr(os, name)))
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["key made here", "key of the device's own"])
+@pytest.mark.parametrize("own", [False, True], ids=["keys made here", "keys made on the device"])
 def test_a_replacement_killed_at_any_step_completes_when_repeated(
-    tmp_path: Path, folder: Path, config: FleetConfig, monkeypatch: pytest.MonkeyPatch, own: bool
+    folder: Path, config: FleetConfig, monkeypatch: pytest.MonkeyPatch, own: bool
 ) -> None:
     home = let_in(config, folder, "pi-07").folder
     finished = committed = 0
-    for step in range(200):
-        before, was, key = held(home), active(config, "pi-07"), new_key().public if own else None
+    for step in range(100):
+        was, fresh = active(config, "pi-07"), folder.parent / "fresh" / str(step)
+        request = join(fresh, "pi-07") if own else None
         with monkeypatch.context() as patched:
             killed_at(step, patched)
             try:
-                let_in(config, folder, "pi-07", key=key, replace=True)
+                let_in(config, folder, "pi-07", request=request, replace=True)
                 finished = step
             except Killed:
                 pass
-        now = active(config, "pi-07")
         if finished:
             break
-        committed += now != was
-        # Before the database has the new key, no file changes.
-        assert now != was or held(home) == before
-        with pytest.raises(UsageError, match="another key"):
-            let_in(config, folder, "pi-07", key=new_key().public)
-        # At any step, the files match the enrolled key.
-        assert own or key_of(home) == now
-        pair(home)
-        again = let_in(config, folder, "pi-07", key=key, replace=True)
-        assert again.key.text == active(config, "pi-07")
-        assert not (home / "replacement").exists()
-        assert (home / "device.key").exists() != own
-        assert own or key_of(home) == again.key.text
-        assert (home / "device.crt").read_bytes() != before["device.crt"]
-        pair(home)
-    assert finished > 5
+        committed += active(config, "pi-07") != was
+        again = let_in(config, folder, "pi-07", request=request, replace=True)
+        device = fresh if own else site(folder, "pi-07")
+        assert again.key.text == active(config, "pi-07") == key_of(device)
+        pair(home / "device.crt", device / "device-tls.key")
+        assert not [*folder.rglob("device*.key")]
     assert 0 < committed < finished
 
 
-def pair(home: Path) -> None:
-    """Return True if TLS key and certificate match."""
-    certificate = x509.load_pem_x509_certificate((home / "device.crt").read_bytes())
-    private = load_pem_private_key((home / "device-tls.key").read_bytes(), None)
-    assert certificate.public_key() == private.public_key()
+def pair(certificate: Path, key: Path) -> None:
+    """Assert that TLS key and certificate match."""
+    certified = x509.load_pem_x509_certificate(certificate.read_bytes()).public_key()
+    private = load_pem_private_key(key.read_bytes(), None)
+    assert certified == private.public_key()
 
 
-def test_plain_enrolment_finishes_a_replacement_with_an_enrolled_key(folder: Path, config: FleetConfig) -> None:
+def test_a_command_killed_after_its_commit_leaves_a_complete_file(folder: Path, config: FleetConfig) -> None:
     class CutOff(FleetStore):
         def enrol(self, *args: Any, **more: Any) -> bool:
             super().enrol(*args, **more)
-            raise KeyboardInterrupt
+            os._exit(9)
 
-    home = let_in(config, folder, "pi-07").folder
-    before = held(home)
-    store = CutOff(Path(config.fleet.db))
-    with pytest.raises(KeyboardInterrupt):
-        enrol(folder, config, store, "pi-07", key=None, replace=True)
-    store.close()
-    assert held(home) == before
-    done = let_in(config, folder, "pi-07")
-    assert done.key.text == active(config, "pi-07") == key_of(home)
-    assert done.key.text != keys.parse_public_key(before_key(before)).text
-    pair(home)
+    child = os.fork()
+    if child == 0:
+        enrol(folder, config, CutOff(Path(config.fleet.db)), "pi-07", bundle=folder.parent / "pi-07.tar.gz")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    home = site(folder, "pi-07")
+    with tarfile.open(folder.parent / "pi-07.tar.gz") as tar:
+        tar.extractall(home, filter="data")
+    assert active(config, "pi-07") == key_of(home)
+    pair(home / "device.crt", home / "device-tls.key")
 
 
-def test_a_replacement_leaves_what_else_is_in_the_devices_folder(folder: Path, config: FleetConfig) -> None:
-    home = let_in(config, folder, "pi-07").folder
-    (home / "data").mkdir()
-    (home / "data" / "outstation.db").write_bytes(b"readings")
+# --- attacks on keys and requests ---
+
+
+def test_an_operators_folder_holds_no_private_key_of_a_device(folder: Path, config: FleetConfig) -> None:
+    before = {path for path in folder.rglob("*.key") if path.is_file()}
+    let_in(config, folder, "pi-07")
+    let_in(config, folder, "pi-08", request=join(site(folder, "pi-08"), "pi-08"))
     let_in(config, folder, "pi-07", replace=True)
-    assert (home / "data" / "outstation.db").read_bytes() == b"readings"
+    private = [keys.load_private(site(folder, device) / "device.key").pem for device in ("pi-07", "pi-08")]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path for path in files if b"PRIVATE KEY" in path.read_bytes()} == before
+    assert not any(pem in path.read_bytes() for path in files for pem in private)
+
+
+def test_keys_made_here_without_a_file_for_them_are_refused(folder: Path, config: FleetConfig) -> None:
+    store = FleetStore(Path(config.fleet.db))
+    with pytest.raises(UsageError, match=r"no private key stays.*--bundle-out.*outstation join"):
+        enrol(folder, config, store, "pi-07")
+    assert store.active_key("pi-07") is None
+    store.close()
+    assert not (folder / "devices").exists()
+
+
+def test_a_device_that_joins_gets_a_certificate_for_its_own_key(
+    folder: Path, config: FleetConfig, tmp_path: Path
+) -> None:
+    home = site(folder, "pi-07")
+    request = join(home, "pi-07")
+    done = let_in(config, folder, "pi-07", request=request)
+    assert (done.made_by, done.key.text) == ("device", key_of(home))
+    pair(home / "device.crt", home / "device-tls.key")
+    files = held(done.folder)
+    again = let_in(config, folder, "pi-07", request=request)
+    assert (again.is_new, held(again.folder)) == (False, files)
+    let_in(config, folder, "pi-08")
+    store = FleetStore(Path(config.fleet.db))
+    with store.snapshot() as db:
+        assert [row["made_by"] for row in EvidenceQueries(store, db).load_keys()] == ["device", "operator"]
+    store.close()
+    with MosquittoBroker(tmp_path, conf=as_this_user(folder), port=config.broker.port):
+        Link(settings_of(folder, "pi-07"), "pi-07").close()
+
+
+def test_a_request_for_another_device_or_fleet_lets_nobody_in(folder: Path, config: FleetConfig) -> None:
+    with pytest.raises(UsageError, match="is for device 'pi-08' of fleet 'acme', not 'pi-07'"):
+        let_in(config, folder, "pi-07", request=join(site(folder, "a"), "pi-08"))
+    with pytest.raises(UsageError, match="of fleet 'other'"):
+        let_in(config, folder, "pi-07", request=join(site(folder, "b"), "pi-07", "other"))
+    assert not (folder / "devices").exists()
+
+
+def test_a_strangers_request_needs_the_token_or_the_thumbprint(folder: Path, config: FleetConfig) -> None:
+    home, now = folder / "devices" / "pi-07", 1_000_000
+    stranger = join(site(folder, "stranger"), "pi-07")
+    with pytest.raises(UsageError, match=r"without a token.*--thumbprint"):
+        join_tokens.authenticate(home, stranger, None, now)
+    with pytest.raises(UsageError, match="another device's request"):
+        join_tokens.authenticate(home, stranger, new_key().public.kid, now)
+    join_tokens.authenticate(home, stranger, stranger.key.kid, now)
+    guess = join(site(folder, "guess"), "pi-07", token="AAAAAAAAAAAAAAAAAAAAAA")
+    with pytest.raises(UsageError, match="no join token"):
+        join_tokens.authenticate(home, guess, None, now)
+    token = join_tokens.create(home, now + 10)
+    with pytest.raises(UsageError, match="another join token: it may be a forgery"):
+        join_tokens.authenticate(home, guess, None, now)
+    genuine = join(site(folder, "pi-07"), "pi-07", token=token)
+    with pytest.raises(UsageError, match="expired"):
+        join_tokens.authenticate(home, genuine, None, now + 11)
+    join_tokens.authenticate(home, genuine, None, now)
+    join_tokens.authenticate(home, genuine, None, now + 11)
+    with pytest.raises(UsageError, match="already let key"):
+        join_tokens.authenticate(home, join(site(folder, "thief"), "pi-07", token=token), None, now)
 
 
 def test_a_device_is_enrolled_where_only_public_keys_of_the_roles_are(folder: Path, config: FleetConfig) -> None:

@@ -24,6 +24,7 @@ from agent.fleet.audit.audit import audit
 from agent.fleet.collector import collector as collecting
 from agent.fleet.collector.acknowledger import WAIT_S, PendingGaps
 from agent.fleet.collector.collector import Collector
+from agent.fleet.collector.subscriptions import topic_filters
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.interface import display_name
 from agent.fleet.database.postgresql_rows import to_psycopg
@@ -34,6 +35,7 @@ from agent.wire import topics
 from tests.fleet.test_collector import Wire
 from tests.kit import fleet_rollouts
 from tests.kit.evidences import build_story
+from tests.kit.fleet_databases import copy_database
 
 NOW = "2026-11-24T22:20:00.000000Z"
 
@@ -344,8 +346,8 @@ def test_sqlite_cannot_be_shared(tmp_path: Path) -> None:
 
 
 def test_logged_kinds_are_shared_and_retained_kinds_go_to_each_collector() -> None:
-    plain, shared = collecting.topic_filters("acme"), collecting.topic_filters("acme", shared=True)
-    assert [item.removeprefix("$share/collect/") for item in shared] == plain
+    plain, shared = topic_filters("acme"), topic_filters("acme", group="g1")
+    assert [item.removeprefix("$share/g1/") for item in shared] == plain
     assert {item for item in shared if not item.startswith("$share/")} == {
         f"{topics.ROOT}/acme/+/keys",
         f"{topics.ROOT}/acme/+/state",
@@ -409,7 +411,7 @@ def test_a_roll_out_is_decided_followed_and_audited(tmp_path: Path, postgres_url
 def test_evidence_of_the_same_fleet_is_the_same_byte_by_byte(tmp_path: Path, postgres_url: str) -> None:
     story = build_story(tmp_path / "acme")
     copied = FleetStore(postgres_url)
-    copy(story.store, copied)
+    copy_database(story.store, copied)
     of_file = story.make(tmp_path / "file")
     story.store.close()
     story.store = copied
@@ -421,22 +423,6 @@ def test_evidence_of_the_same_fleet_is_the_same_byte_by_byte(tmp_path: Path, pos
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def copy(source: FleetStore, target: FleetStore) -> None:
-    flags = {"declared", "trusted", "implied"}
-    with target.transaction() as into:
-        sql = "SELECT tablename FROM pg_tables WHERE schemaname = current_schema() AND tablename <> 'migrations'"
-        for (table,) in into.execute(sql).fetchall():
-            into.execute(f"DELETE FROM {table}")
-            with source.snapshot() as db:
-                cursor = db.execute(f"SELECT * FROM {table} ORDER BY 1")
-                names = [column[0] for column in cursor.description]
-                ordered = "rowid" if table in ("logs", "shadows", "results") else "1"
-                rows = db.execute(f"SELECT * FROM {table} ORDER BY {ordered}").fetchall()
-            taken = [tuple(bool(v) if n in flags else v for n, v in zip(names, row, strict=True)) for row in rows]
-            if taken:
-                into.bulk_insert(table, taken)
 
 
 def test_the_commands_of_a_fleet_work_with_a_url_in_its_config(tmp_path: Path, postgres_url: str) -> None:

@@ -14,7 +14,7 @@ from agent.evaluation import evaluate
 from agent.evaluation.document import CheckResult, Evaluation
 from agent.model.bundle import builtin
 from agent.model.bundle import bundle as bundles
-from agent.model.inference import inference
+from agent.model.inference import runtime
 from agent.model.inference.inference import Inference
 from scripts.kit.bundles import npz
 
@@ -72,7 +72,7 @@ def recorded(file: Path | None = None) -> Recorded:
 
 def loaded(bundle: Path) -> tuple[bundles.Bundle, Inference]:
     content = bundles.read(bundle, None)
-    return content, Inference(content.manifest, inference.load_model(content.manifest, content.model_bytes))
+    return content, Inference(content.manifest, runtime.load_model(content.manifest, content.model_bytes))
 
 
 def evaluated(bundle: Path, data: Path, **options: Any) -> Evaluation:

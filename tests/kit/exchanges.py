@@ -39,7 +39,7 @@ def versions(folder: Path, *texts: str) -> dict[str, Path]:
 class Device:
     """A device with task `sort`, whose bundle is in its bundle store and replaceable."""
 
-    def __init__(self, folder: Path, bundles: dict[str, Path]) -> None:
+    def __init__(self, folder: Path, bundles: dict[str, Path], confinement: str = "off") -> None:
         self.home, self.bundles, self.operator = folder, bundles, Operator()
         keys.generate(folder / "device.key")
         (folder / "outstation.toml").write_text(
@@ -54,6 +54,8 @@ key = "{KEY.public.text}"
 keys = ["{self.operator.key.public.text}"]
 [publishers]
 keys = ["{KEY.public.text}"]
+[models]
+confinement = "{confinement}"
 [streams.cells]
 fields = [{{ name = "a" }}, {{ name = "b" }}, {{ name = "c" }}, {{ name = "d" }}]
 [tasks.sort]
@@ -103,14 +105,14 @@ schedule = "every 60 s"
         """Return all written but undelivered messages."""
         return [json.loads(message.payload) for message in self.store.unacknowledged_messages(0, 1000)]
 
-    def add_rows(self, rows: int) -> None:
+    def add_rows(self, rows: int, value: float = 0.0) -> None:
         t = T0 + np.arange(rows, dtype=np.int64) * 10_000
         with self.store.transaction() as tx:
-            tx.append("cells", Rows(t, tuple(np.zeros(rows, "<f4") for _ in range(4))), "synced")
+            tx.append("cells", Rows(t, tuple(np.full(rows, value, "<f4") for _ in range(4))), "synced")
 
-    def results_by(self) -> str:
+    def results_by(self, value: float = 0.0) -> str:
         """Return the version that the newest result names."""
-        self.add_rows(40)
+        self.add_rows(40, value)
         self.daemon._run_batches(self.daemon._scheduled_tasks[0], NOW)
         return str([body for body in self.messages() if body["kind"] == "results"][-1]["model"]["version"])
 

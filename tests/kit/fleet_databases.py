@@ -36,3 +36,20 @@ def emptied(url: str) -> FleetStore:
         deletes = [f"DELETE FROM {name}" for (name,) in names if name not in ("migrations", "meta")]
         db.execute("; ".join([*deletes, "UPDATE meta SET value = 0"]))
     return FleetStore(url)
+
+
+def copy_database(source: FleetStore, target: FleetStore) -> None:
+    """Copy all rows of a SQLite database into an empty PostgreSQL one."""
+    flags = {"declared", "trusted", "implied"}
+    with target.transaction() as into:
+        sql = "SELECT tablename FROM pg_tables WHERE schemaname = current_schema() AND tablename <> 'migrations'"
+        for (table,) in into.execute(sql).fetchall():
+            into.execute(f"DELETE FROM {table}")
+            with source.snapshot() as db:
+                cursor = db.execute(f"SELECT * FROM {table} ORDER BY 1")
+                names = [column[0] for column in cursor.description]
+                ordered = "rowid" if table in ("logs", "shadows", "results") else "1"
+                rows = db.execute(f"SELECT * FROM {table} ORDER BY {ordered}").fetchall()
+            taken = [tuple(bool(v) if n in flags else v for n, v in zip(names, row, strict=True)) for row in rows]
+            if taken:
+                into.bulk_insert(table, taken)

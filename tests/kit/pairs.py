@@ -13,7 +13,7 @@ from agent.device.rollout.shadow import ShadowRunner
 from agent.model.activation import LoadedBundle
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference.inference import InferenceResult
-from agent.model.sandbox.subprocess_model import SandboxLimits, SubprocessModel
+from agent.model.sandbox.subprocess_model import SubprocessModel
 from agent.wire.messages import ShadowPayload
 from scripts.kit.bundles import Recipe
 from tests.kit.devices import NOW, Device
@@ -25,7 +25,7 @@ class Pair:
 
     def __init__(self, folder: Path, recipe: Recipe, active: LoadedBundle, other: Bundle, **options: Any) -> None:
         self.device = Device(folder, recipe, active)
-        self.model = SubprocessModel(other, None, options.pop("bounds", SandboxLimits(call_timeout_s=5.0)))
+        self.model = SubprocessModel(other, call_timeout_s=options.pop("call_timeout_s", 5.0))
         self.other, self.options = other, {"min_batches": 1, **options}
         self.observed: list[tuple[Any, InferenceResult]] = []
         self.runner = self.begin()

@@ -23,6 +23,7 @@ from agent.device.rollout.desired_state import DesiredStateStore
 from agent.device.store.rows import Rows
 from agent.model.bundle import bundle, golden_vectors
 from agent.model.inference import runtime
+from agent.model.inference.runtime_name import runtime_name
 from agent.model.sandbox import probe
 from agent.model.sandbox.subprocess_model import SubprocessModel
 from agent.transport.packets import IncomingMessage
@@ -76,7 +77,7 @@ def with_model(folder: Path, content: bytes, *, wrong: bool = False) -> Path:
     loaded = runtime.TfliteModel(content)
     expected = loaded.invoke(calm)
     vectors = golden_vectors.from_outputs(
-        calm, expected[:, ::-1] if wrong else expected, loaded.output_step, runtime.RUNTIME_NAME
+        calm, expected[:, ::-1] if wrong else expected, loaded.output_step, runtime_name()
     )
     files = {"model.tflite": content, "golden.npz": golden_vectors.encode(vectors)}
     for name, data in files.items():

@@ -170,6 +170,11 @@ class Killable:
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == b"ready\n"
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def kill(self) -> None:
         """Send SIGKILL."""
         if self._process is not None:

@@ -43,7 +43,7 @@ def append(store: Store, stream: str, n: int) -> None:
     first = store.last_row(stream) + 1
     values = np.arange(first, first + n, dtype=np.int64)
     with store.transaction() as tx:
-        codes = tx.assign_category_codes(stream, "mode", [MODES[int(v) % 2] for v in values])
+        codes = tx.assign_category_codes(stream, "mode", [MODES[int(v) % 2] for v in values], limit=1000, last_row=0)[0]
         tx.append(stream, Rows(values * 1000, (values, np.array(codes, np.uint16))), "synced")
 
 

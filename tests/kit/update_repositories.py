@@ -24,7 +24,7 @@ from tuf.api.metadata import (
 )
 
 from agent import __version__
-from agent.model.inference import runtime
+from agent.model.inference.runtime_name import runtime_name
 from agent.wire.desired_state import DesiredBundle
 
 DAYS = {"root": 3650, "targets": 365, "snapshot": 30, "timestamp": 14}
@@ -42,7 +42,7 @@ def custom(bundle: str, version: str, digest: str, **other: Any) -> dict[str, An
         "fields": FIELDS,
         "window": 1,
         "agent": __version__,
-        "runtimes": [runtime.RUNTIME_NAME.split()[0]],
+        "runtimes": [runtime_name().split()[0]],
         "memory": 1 << 20,
         "unpacked": 1 << 20,
     }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -14,7 +14,6 @@ from agent.errors import BadBundle
 from agent.model import activation
 from agent.model.bundle import builtin, bundle
 from agent.model.bundle.bundle import Bundle
-from agent.model.inference.tuning import Tuning
 from agent.model.sandbox import probe
 from agent.testing.messages import new_key
 from scripts.kit.bundles import ANOMALY, KEY, Recipe, archive, change_manifest, packed
@@ -94,9 +93,9 @@ def test_a_proven_bundle_is_probed_again_only_after_a_change(folder: Path, monke
     probed: list[str] = []
     real = probe.probe
 
-    def counted(content: Bundle, known: Sequence[Tuning] | None = None) -> probe.ProbeReport:
+    def counted(content: Bundle, *options: Any) -> probe.ProbeReport:
         probed.append(content.digest)
-        return real(content, known)
+        return real(content, *options)
 
     monkeypatch.setattr(probe, "probe", counted)
     first = activation.activate(folder, [KEY.public])

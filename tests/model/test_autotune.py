@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from agent.errors import BadBundle
-from agent.model.inference import runtime, tuning
+from agent.model.inference import tuning
 from agent.model.inference.runtime import TfliteModel
+from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.tuning import MAX_TUNING_S, Tuning
 from agent.model.sandbox import autotune, memory, probe
 from scripts.kit.bundles import CLASSIFY, Recipe, around, model
@@ -139,14 +140,14 @@ def test_the_probe_tunes_in_its_child_process_on_request() -> None:
     assert report.ok
     assert report.tuning is not None
     assert report.tuning.model == tuning.model_digest(model("classify_int8"))
-    assert (report.tuning.runtime, report.tuning.machine) == (runtime.RUNTIME_NAME, tuning.describe_machine())
+    assert (report.tuning.runtime, report.tuning.machine) == (runtime_name(), tuning.describe_machine())
     assert probe.probe(around(model("classify_int8"))).tuning is None
 
 
 def made(**changes: Any) -> Tuning:
     same: dict[str, Any] = {
         "model": tuning.model_digest(model("classify_int8")),
-        "runtime": runtime.RUNTIME_NAME,
+        "runtime": runtime_name(),
         "machine": tuning.describe_machine(),
     }
     return Tuning(**{**same, "batch": 3, "threads": 1, "rows_per_s": 1.5, **changes})
@@ -172,8 +173,8 @@ def test_a_choice_names_the_output_it_was_made_for() -> None:
     )
     result = autotune.tune(content, given.astype(np.float32), PLENTY, output="sums")
     assert result.output == "sums"
-    assert tuning.find_known([result], content, runtime.RUNTIME_NAME, "sums") == result
-    assert tuning.find_known([result], content, runtime.RUNTIME_NAME, "each") is None
+    assert tuning.find_known([result], content, runtime_name(), "sums") == result
+    assert tuning.find_known([result], content, runtime_name(), "each") is None
 
 
 def test_a_model_that_is_refused_is_not_tried() -> None:

@@ -15,7 +15,7 @@ from agent.cli import main
 from agent.cli.model.group import model as command
 from agent.errors import BadBundle, UsageError
 from agent.model.bundle import builtin, bundle
-from agent.model.inference.runtime import RUNTIME_NAME
+from agent.model.inference.runtime_name import runtime_name
 from agent.wire import keys
 from scripts.kit.bundles import KEY, change, model, packed, write_spec
 
@@ -59,7 +59,7 @@ def test_a_key_is_made_a_bundle_packed_and_checked_from_the_command_line(tmp_pat
     result = run("check", tmp_path / "tiny", "--key", f"{key}.pub", "--json")
     document = json.loads(result.output)
     assert result.exit_code == 0
-    assert (document["name"], document["version"], document["runtime"]) == ("tiny", "1.0.0", RUNTIME_NAME)
+    assert (document["name"], document["version"], document["runtime"]) == ("tiny", "1.0.0", runtime_name())
     assert document["digest"] == done["digest"]
     assert list(checks(result)) == ["signature", "hashes", "load", "shapes", "batch", "golden", "reference"]
     assert checks(result)["signature"] == (True, f"by {output['thumbprint']}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -67,7 +67,9 @@ def test_cutting_piece_by_piece_gives_the_windows_of_cutting_at_once(
 
 @given(streams(), WINDOWS)
 def test_no_window_spans_a_gap_or_a_step_back(t: Ints, window: WindowSpec) -> None:
-    for start in features.cut_windows(t, window).starts:
+    starts = features.cut_windows(t, window).starts
+    assume(len(starts))
+    for start in starts:
         steps = np.diff(t[start : start + window.rows])
         assert (steps >= 0).all()
         assert window.max_gap_s is None or (steps <= window.max_gap_s * 1e6).all()

@@ -15,7 +15,8 @@ from msgspec.structs import replace
 from agent.errors import BadBundle
 from agent.model.bundle import builtin, bundle, golden_vectors
 from agent.model.bundle.golden_vectors import GoldenVectors
-from agent.model.inference.runtime import RUNTIME_NAME, TfliteModel
+from agent.model.inference.runtime import TfliteModel
+from agent.model.inference.runtime_name import runtime_name
 from agent.model.sandbox import probe
 from scripts.kit.bundles import ANOMALY, CLASSIFY, KEY, RECIPES, Recipe, model, npz, packed, readings
 
@@ -199,7 +200,7 @@ def test_a_packed_bundle_proves_itself_in_the_probe(tmp_path: Path, recipe: Reci
         ("batch", True),
         ("golden", True),
     ]
-    assert report.runtime == RUNTIME_NAME
+    assert report.runtime == runtime_name()
 
 
 @pytest.mark.parametrize("damage", ["altered", "emptied", "of another model"])
@@ -232,6 +233,6 @@ def test_golden_vectors_of_the_other_runtime_pass_here() -> None:
         outputs = loaded.invoke(inputs)
         off = outputs + np.float32(loaded.output_step) * (np.arange(outputs.size).reshape(outputs.shape) % 5 == 0)
         vectors = golden_vectors.from_outputs(
-            inputs, off, loaded.output_step, OTHER if RUNTIME_NAME.startswith("ai-edge") else LITERT
+            inputs, off, loaded.output_step, OTHER if runtime_name().startswith("ai-edge") else LITERT
         )
-        vectors.compare(outputs, RUNTIME_NAME, classes=recipe.kind == "classify")
+        vectors.compare(outputs, runtime_name(), classes=recipe.kind == "classify")

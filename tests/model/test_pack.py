@@ -12,7 +12,7 @@ from agent.authoring import pack
 from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, ConfigError, OutstationError, UsageError
 from agent.model.bundle import bundle, golden_vectors
-from agent.model.inference.runtime import RUNTIME_NAME
+from agent.model.inference.runtime_name import runtime_name
 from scripts.kit.bundles import ANOMALY, KEY, RECIPES, Recipe, change, model, npz, packed, readings, waves, write_spec
 
 # --- packing ---
@@ -30,7 +30,7 @@ def test_a_bundle_is_packed_from_csv_for_every_kind(tmp_path: Path, recipe: Reci
     }
     vectors = golden_vectors.decode(loaded.files["golden.npz"])
     assert vectors.inputs.shape == ((32, 8, 2) if recipe is ANOMALY else (32, 4))
-    assert vectors.runtime == RUNTIME_NAME
+    assert vectors.runtime == runtime_name()
     reference = Reference.from_json(loaded.files["reference.json"])
     assert reference.labels == recipe.labels
     assert reference.drift_windows >= 39

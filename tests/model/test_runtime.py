@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from agent.errors import BadBundle
 from agent.model.bundle import builtin
 from agent.model.inference import runtime
-from agent.model.inference.runtime import DEFAULT_BATCH, TfliteModel
+from agent.model.inference.runtime import TfliteModel
+from agent.model.inference.runtime_name import runtime_name
+from agent.model.inference.tuning import DEFAULT_BATCH
 from agent.model.sandbox import probe
 from scripts.kit.bundles import (
     ANOMALY,
@@ -239,7 +241,7 @@ def test_a_model_that_does_not_fit_its_manifest_is_refused(name: str, recipe: Re
 def test_a_model_without_golden_vectors_is_tried_on_noise(name: str, recipe: Recipe) -> None:
     report = probe.probe(around(model(name), recipe))
     assert report.ok
-    assert report.runtime == runtime.RUNTIME_NAME
+    assert report.runtime == runtime_name()
     assert [check for check, _, _ in report.checks] == ["load", "shapes", "batch"]
 
 

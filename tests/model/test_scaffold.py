@@ -16,9 +16,11 @@ from agent.authoring import pack, scaffold
 from agent.cli.model.group import model as command
 from agent.errors import OutstationError
 from agent.model import activation
+from agent.model.bundle.manifest import ResourceLimits
 from agent.model.inference.inference import Inference
 from agent.model.inference.runtime import Interpreter  # type: ignore[attr-defined]
 from agent.model.inference.tensors import ModelInspection, OutputStats, Tensor
+from agent.model.sandbox import probe
 from scripts.kit.bundles import KEY, MODELS, THIRD_PARTY, readings, write_csv
 
 Floats = NDArray[np.float32]
@@ -145,7 +147,10 @@ def test_a_model_that_cannot_run_is_refused_with_reason_and_fix(
 
 
 @pytest.mark.parametrize("name", ["flex", "stateful", "two_inputs", "endless", "not a model", "empty"])
-def test_a_model_that_would_crash_hang_or_lie_writes_no_spec(tmp_path: Path, name: str) -> None:
+def test_a_model_that_would_crash_hang_or_lie_writes_no_spec(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(probe, "ResourceLimits", lambda: ResourceLimits(cpu_seconds=2))
     path = MODELS / f"{name}.tflite"
     if name in ("not a model", "empty"):
         path = tmp_path / f"{name}.tflite"

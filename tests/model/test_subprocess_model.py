@@ -21,7 +21,7 @@ from agent.model.bundle import bundle
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference import inference, runtime
 from agent.model.sandbox import worker
-from agent.model.sandbox.subprocess_model import SandboxLimits, SubprocessModel
+from agent.model.sandbox.subprocess_model import SubprocessModel
 from scripts.kit.bundles import CLASSIFY, around, model, readings
 from tests.kit.marks import crashing
 from tests.kit.stations import wait_for
@@ -90,8 +90,9 @@ def test_a_crash_is_recognized_and_the_next_batch_gets_a_new_process() -> None:
 
 def test_a_hang_is_ended_in_time_while_the_caller_is_called_back() -> None:
     ticks: list[float] = []
-    bounds = SandboxLimits(call_timeout_s=2.5)
-    with SubprocessModel(tiny("rigged_hang"), None, bounds, lambda: ticks.append(time.monotonic())) as there:
+    with SubprocessModel(
+        tiny("rigged_hang"), on_wait=lambda: ticks.append(time.monotonic()), call_timeout_s=2.5
+    ) as there:
         there.invoke(CALM)
         pid, began = there.pid, time.monotonic()
         with pytest.raises(
@@ -202,7 +203,7 @@ def test_an_inference_takes_it_for_a_model_and_counts_the_time_in_it() -> None:
     shipped = bundle.read(SHIPPED, None)
     rows = np.load(SHIPPED.parent / "recordings" / "exercise.npz")["rows"][:2000]
     t = np.arange(len(rows)) * 20_000
-    here = inference.Inference(shipped.manifest, inference.load_model(shipped.manifest, shipped.model_bytes)).run(
+    here = inference.Inference(shipped.manifest, runtime.load_model(shipped.manifest, shipped.model_bytes)).run(
         rows, t, with_outputs=True
     )
     with SubprocessModel(shipped) as subprocess_model:
@@ -241,7 +242,7 @@ def test_a_caller_that_does_not_wait_polls_later() -> None:
 
 
 def test_an_unanswered_request_fails_at_its_timeout() -> None:
-    with SubprocessModel(tiny("rigged_hang"), None, SandboxLimits(call_timeout_s=0.5)) as there:
+    with SubprocessModel(tiny("rigged_hang"), call_timeout_s=0.5) as there:
         wait_for(there.poll_ready, "it has started")
         there.submit(WILD)
         assert there.poll() is None

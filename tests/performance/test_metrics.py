@@ -199,7 +199,9 @@ FEW = [
 
 @pytest.mark.parametrize(("kind", "pairs"), FEW)
 def test_no_interval_has_the_width_zero(kind: str, pairs: LabelledPredictions) -> None:
-    for value, low, high in spans(compute_metrics(kind, LABELS, pairs)):
+    intervals = spans(compute_metrics(kind, LABELS, pairs))
+    assert bool(intervals) is (kind != "regress"), "errors that are all equal have no interval"
+    for value, low, high in intervals:
         assert low < high
         assert low <= value <= high
 

@@ -31,14 +31,14 @@ def test_a_slice_that_is_worse_is_named() -> None:
 def test_slices_that_differ_by_chance_are_seldom_called_worse() -> None:
     random = np.random.default_rng(1)
     loud = 0
-    for _ in range(60):
+    for _ in range(24):
         right = random.random(400) < 0.85
         fields = {name: [str(i) for i in random.integers(0, 5, 400)] for name in ("site", "user", "mode")}
         loud += any(
             estimate.state == "worse"
             for estimate in slices.compute_slice_metrics("classify", classified(right), fields)
         )
-    assert loud <= 7
+    assert loud <= 3
 
 
 def test_a_slice_with_few_results_is_too_small_to_tell() -> None:
@@ -65,7 +65,7 @@ def test_many_values_are_merged_but_the_most_frequent() -> None:
     assert {"user=often", "user=other"} <= {estimate.slice for estimate in estimates}
 
 
-@given(st.lists(st.floats(0, 1), max_size=20))
+@given(st.lists(st.floats(0, 0.2), min_size=1, max_size=20))
 def test_holm_calls_no_more_than_uncorrected_and_no_less_than_bonferroni(ps: list[float]) -> None:
     estimates = slices.holm_correction(ps)
     for p, worse in zip(ps, estimates, strict=True):

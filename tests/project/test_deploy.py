@@ -133,7 +133,7 @@ def test_setup_refuses_a_folder_that_holds_something_else(tmp_path: Path) -> Non
     (tmp_path / "letter.txt").write_text("dear")
     done = run(SETUP, "demo", OUTSTATION_VENV=str(tmp_path))
     assert done.returncode == 2
-    assert "is no Python environment" in done.stderr
+    assert "is not a Python environment" in done.stderr
     assert [entry.name for entry in tmp_path.iterdir()] == ["letter.txt"]
 
 

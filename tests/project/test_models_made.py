@@ -20,7 +20,7 @@ from agent.evaluation import evaluate, leakage
 from agent.evaluation.document import Evaluation
 from agent.media import SoundFormat
 from agent.model.bundle import builtin, bundle
-from agent.model.inference import derived_features, inference, sound
+from agent.model.inference import derived_features, inference, runtime, sound
 from tests.kit.evaluations import check_result
 from tests.project.test_build_models import builder
 
@@ -44,7 +44,7 @@ def evaluated(name: str, **options: Any) -> Evaluation:
     content = bundle.read(builtin.bundles_dir() / name, builtin.publisher_keys())
     options = {"data": RECORDINGS / f"{name}.npz"} | options
     request = evaluate.EvaluationRequest(train=SOURCES / name / "reference.npz", latency=False, **options)
-    model = inference.load_model(content.manifest, content.model_bytes)
+    model = runtime.load_model(content.manifest, content.model_bytes)
     return evaluate.evaluate(content, inference.Inference(content.manifest, model), "", request, lambda _: None)
 
 

@@ -13,19 +13,19 @@ from scripts.soaks.day import Sample, flat
 ROOT = Path(__file__).parents[2]
 
 
-def test_an_hour_on_a_lossy_link_delivers_all_with_constant_memory() -> None:
+def test_half_an_hour_on_a_lossy_link_delivers_all_with_constant_memory() -> None:
     """Run in a separate process, so that the memory use of other tests is not measured."""
-    command = [sys.executable, "-m", "scripts.soaks", "day", "--hours", "1", "--json"]
+    command = [sys.executable, "-m", "scripts.soaks", "day", "--hours", "0.5", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     [report] = json.loads(done.stdout)
     assert report["passed"]
-    assert report["rows"] == 36_000
-    assert report["connections"] > 5
+    assert report["rows"] == 18_000
+    assert report["connections"] > 2
 
 
-def test_three_hours_offline_on_a_small_store_lose_only_what_is_declared() -> None:
-    command = [sys.executable, "-m", "scripts.soaks", "offline", "--hours", "3", "--seed", "7", "--json"]
+def test_two_hours_offline_on_a_small_store_lose_only_what_is_declared() -> None:
+    command = [sys.executable, "-m", "scripts.soaks", "offline", "--hours", "2", "--seed", "7", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     [report] = json.loads(done.stdout)

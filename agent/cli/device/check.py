@@ -17,7 +17,7 @@ from msgspec.structs import asdict
 
 from agent import clock
 from agent.bootstrap import device, tasks
-from agent.cli.output import config_option, emit, json_option
+from agent.cli.output import config_option, echo_styled, emit, json_option
 from agent.config import Config, UpdatesConfig
 from agent.device.intake.source import SourceContext
 from agent.device.intake.sources.registry import source_module
@@ -32,6 +32,8 @@ from agent.device.rollout.fetch.fetcher import FetchProcess
 from agent.device.store.store import Store
 from agent.errors import FetchFailed, LinkDown, OutstationError, StorageBusy
 from agent.model.inference.tuning import Tuning
+from agent.model.sandbox import confinement
+from agent.text import printable
 
 _FETCH_TIMEOUT_S = 20.0
 _STATE_COLORS = {"ok": "green", "warning": "yellow", "failed": "red"}
@@ -68,6 +70,8 @@ def _run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
         if (module := source_module(stream.source)) is not None:
             context = SourceContext(str(file), conf, name)
             yield _run_check(f"stream {name}", partial(module.check, context, stream.source))
+    if conf.tasks:
+        yield _check_confinement(conf)
     for name, task in conf.tasks.items():
         yield _run_check(f"schedule {name}", lambda n=name, t=task: _check_schedule(file, n, t.schedule))  # type: ignore[misc]
         yield _run_check(f"bundle {name}", lambda n=name: _check_bundle(file, conf, n))  # type: ignore[misc]
@@ -98,6 +102,16 @@ def _check_collector(file: Path, conf: Config) -> CheckResult:
     if not conf.collector.key:
         return CheckResult("collector", "failed", f"{file}: collector.key is empty; `outstation fleet init` prints it")
     return _run_check("collector", lambda: tasks.parse_public_keys(file, "collector.key", [conf.collector.key])[0].kid)
+
+
+def _check_confinement(conf: Config) -> CheckResult:
+    if conf.models.confinement == "off":
+        return CheckResult("confinement", "warning", "off: models run in the daemon, which holds the device's keys")
+    limit = f"at most {tasks.model_policy(conf).memory_mib} MiB"
+    if not (obstacle := confinement.find_obstacle()):
+        return CheckResult("confinement", "ok", f"models run in processes without files, network and keys, {limit}")
+    level = "failed" if conf.models.confinement == "required" else "warning"
+    return CheckResult("confinement", level, f"{obstacle}; models run in unconfined processes of their own, {limit}")
 
 
 def _check_schedule(file: Path, name: str, text: str) -> str:
@@ -176,8 +190,8 @@ def _check_broker_reachable(conf: Config) -> str:
     try:
         socket.create_connection((conf.broker.host, conf.broker.port), 5).close()
     except OSError as error:
-        raise LinkDown(f"{conf.broker.url}: {error}; is the broker running and reachable?") from None
-    return f"{conf.broker.url} answers; see the log of the running daemon for its login"
+        raise LinkDown(f"{conf.broker.shown_url}: {error}; is the broker running and reachable?") from None
+    return f"{conf.broker.shown_url} answers; see the log of the running daemon for its login"
 
 
 def _check_broker_login(conf: Config) -> str:
@@ -188,7 +202,7 @@ def _check_broker_login(conf: Config) -> str:
     except LinkDown as down:
         raise LinkDown(f"{down}; is the broker running and reachable?") from None
     link.close()
-    return f"{conf.broker.url}, messages up to {min(link.max_packet, conf.broker.max_message_bytes)} bytes"
+    return f"{conf.broker.shown_url}, messages up to {min(link.max_packet, conf.broker.max_message_bytes)} bytes"
 
 
 def inspect_repository(conf: Config, updates: UpdatesConfig) -> str:
@@ -223,4 +237,4 @@ def _print(results: list[CheckResult]) -> None:
     width = max(len(result.name) for result in results)
     for result in results:
         state = click.style(result.state.ljust(7), fg=_STATE_COLORS[result.state])
-        click.echo(f"{state}  {result.name.ljust(width)}  {result.detail}")
+        echo_styled(f"{state}  {printable(result.name).ljust(width)}  {printable(result.detail)}")

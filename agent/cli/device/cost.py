@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from agent.bootstrap import device
-from agent.cli.output import config_option, emit, json_option, print_table
+from agent.cli.output import config_option, echo, emit, json_option, print_table
 from agent.config import Config
 from agent.device.store import cost as costs
 from agent.device.store.cost import ProcessCost, TaskCost
@@ -98,9 +98,9 @@ def _task_cost(conf: Config, name: str, task: TaskCost, process: ProcessCost, fl
 def _print(document: dict[str, Any]) -> None:
     day = document["per_day"]
     if day["cpu_s"] is None:
-        click.echo("Nothing is counted yet: the daemon counts once a minute.")
+        echo("Nothing is counted yet: the daemon counts once a minute.")
         return
-    click.echo(
+    echo(
         f"{document['device']}, counted for {document['seconds'] / 3600:.1f} h; a day is {day['cpu_s']:,.0f} s of "
         f"processor, {_format_bytes(day['flash_bytes'])} on flash, {_format_bytes(day['air_bytes'])} on the air\n"
     )
@@ -108,12 +108,12 @@ def _print(document: dict[str, Any]) -> None:
     print_table(columns, [_row(task["task"], task["inferences"], task) for task in tasks], "No tasks.")
     rows = [_row(task["task"], 1000, task["per_1000"]) for task in tasks if task["per_1000"]]
     if rows:
-        click.echo("")
+        echo("")
         print_table(columns, rows, "")
     for task in tasks:
         if task["raw"]["times"]:
             size, times = _format_bytes(task["raw"]["bytes"]), task["raw"]["times"]
-            click.echo(f"\n{task['task']}: sending the rows themselves would take {size}, {times:g} times as much")
+            echo(f"\n{task['task']}: sending the rows themselves would take {size}, {times:g} times as much")
 
 
 def _row(name: str, count: int, costs: dict[str, Any]) -> list[Any]:

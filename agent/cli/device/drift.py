@@ -16,6 +16,7 @@ from agent.cli.device.drift_plot import FieldScale
 from agent.cli.output import (
     config_option,
     dark_option,
+    echo,
     emit,
     json_option,
     plot_option,
@@ -176,7 +177,7 @@ def _load_site(store: Store, task: str, shipped: Reference | None) -> Reference 
 
 def _print(document: dict[str, Any]) -> None:
     unreadable = f", {document['unreadable']} more that cannot be read" if document["unreadable"] else ""
-    click.echo(f"{document['task']}: {document['windows']} drift windows stored here{unreadable}")
+    echo(f"{document['task']}: {document['windows']} drift windows stored here{unreadable}")
     cells = []
     for subject in document["subjects"]:
         cusum, sizes = subject["cusum"], subject["sizes"] or {}
@@ -187,8 +188,8 @@ def _print(document: dict[str, Any]) -> None:
     print_table(["", "state", "mean CUSUM", "spread CUSUM", "JS", "KS"], cells, "No drift window yet.")
     if document["estimate"]:
         accuracy, low, high = (document["estimate"][name] for name in ("accuracy", "low", "high"))
-        click.echo(f"expected accuracy without labels: {accuracy:.2f} ({low:.2f} to {high:.2f})")
+        echo(f"expected accuracy without labels: {accuracy:.2f} ({low:.2f} to {high:.2f})")
     for alert in document["alerts"]:
-        click.echo(alert["summary"])
+        echo(alert["summary"])
     if "plot" in document:
-        click.echo(f"drawn: {document['plot']}")
+        echo(f"drawn: {document['plot']}")

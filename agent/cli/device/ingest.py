@@ -23,6 +23,7 @@ from agent.device.intake.group_commit import NOT_STORED, GroupCommit
 from agent.device.machine.timekeeping import make_clock
 from agent.device.store.rows import ValidatedRows, validate_columns
 from agent.errors import ConfigError, OutstationError, RowRejected, StorageBusy, UsageError
+from agent.text import printable
 from agent.toml_files import did_you_mean
 
 T = TypeVar("T")
@@ -232,4 +233,4 @@ class _ProgressLine:
     def _show(self, through: int) -> None:
         if sys.stderr.isatty() and clock.boot_seconds() - self._started_s > 1:
             self._shown = True
-            click.echo(f"\r{self._name}: {through} lines", nl=False, err=True)
+            click.echo(f"\r{printable(self._name)}: {through} lines", nl=False, err=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 import click
 
 from agent import config, durable_files
-from agent.bootstrap.device import KEY_FILE
-from agent.cli.output import emit, json_option
+from agent.bootstrap.device import KEY_FILE, TLS_KEY_FILE
+from agent.cli.output import echo, emit, json_option
 from agent.errors import UsageError
 from agent.names import is_name
 from agent.wire import keys
@@ -24,7 +24,7 @@ _MEMBERS = {
     "outstation.toml": 0o640,
     "ca.pem": 0o644,
     "device.crt": 0o644,
-    "device-tls.key": 0o600,
+    TLS_KEY_FILE: 0o600,
     KEY_FILE: 0o600,
     "root.json": 0o644,
 }
@@ -95,7 +95,11 @@ def init(folder: Path, enrolment: Path | None, device: str | None, data_dir: str
     file = folder / "outstation.toml"
     if file.exists():
         raise UsageError(f"{file}: exists already; edit it, or move it away first")
-    members = _read_enrolment(enrolment) if enrolment is not None else {file.name: _fill_template(device).encode()}
+    if enrolment is not None:
+        members = _read_enrolment(enrolment)
+        _check_keys(enrolment, folder, members)
+    else:
+        members = {file.name: _fill_template(device).encode()}
     if data_dir is not None:
         # A JSON string is also a TOML string.
         line = f"data_dir = {json.dumps(data_dir)}".encode()
@@ -123,14 +127,34 @@ def _fill_template(device: str | None) -> str:
 
 
 def _print(document: dict[str, str], *, enrolled: bool) -> None:
-    click.echo(f"{document['file']} written")
-    click.echo(f"device      {document['device']}")
-    click.echo(f"key         {document['key']}")
-    click.echo(f"thumbprint  {document['thumbprint']}")
+    echo(f"{document['file']} written")
+    echo(f"device      {document['device']}")
+    echo(f"key         {document['key']}")
+    echo(f"thumbprint  {document['thumbprint']}")
     if enrolled:
-        click.echo(f"Next: outstation check -c {document['file']}")
+        echo(f"Next: outstation check -c {document['file']}")
     else:
-        click.echo(f"Next: outstation fleet enrol {document['device']} --key {document['key']}  (on the collector)")
+        echo(f"Next: outstation fleet enrol {document['device']} --key {document['key']}  (on the collector)")
+
+
+def _check_keys(enrolment: Path, folder: Path, members: dict[str, bytes]) -> None:
+    """Check that the keys that `outstation join` made in `folder` are those that `members` were issued for."""
+    if KEY_FILE not in members and not (folder / KEY_FILE).exists():
+        hint = "name the folder in which `outstation join` or `outstation init` made it"
+        raise UsageError(f"{enrolment}: has no {KEY_FILE}, and {folder} has none either; {hint}")
+    tls_key = folder / TLS_KEY_FILE
+    if "device.crt" not in members or TLS_KEY_FILE in members:
+        return
+    from cryptography import x509
+
+    try:
+        certified = x509.load_pem_x509_certificate(members["device.crt"]).public_key()
+    except ValueError as error:
+        raise UsageError(
+            f"{enrolment}: device.crt cannot be read as a certificate: {error}; ask for it again"
+        ) from None
+    if certified != keys.load_private(tls_key).private.public_key():
+        raise UsageError(f"{enrolment}: answers another request than that of the keys in {folder}; ask for it again")
 
 
 def _read_enrolment(enrolment: Path) -> dict[str, bytes]:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from agent.bootstrap import device, tasks
-from agent.cli.output import config_option, emit, json_option
+from agent.cli.output import config_option, echo, emit, json_option
 from agent.config import Config, parse_duration
 from agent.device import status
 from agent.device.commands import wipe
@@ -63,7 +63,7 @@ def show(task: str, config_file: str | None, as_json: bool) -> None:
     _, conf = device.load_config(config_file, task)
     with device.open_store_read_only(conf) as store:
         document = status.build_reference_document(conf, store, task)
-    emit(document, as_json, lambda: click.echo(_format_reference(document)))
+    emit(document, as_json, lambda: echo(_format_reference(document)))
 
 
 def _submit_request(
@@ -83,7 +83,7 @@ def _submit_request(
     is_applied = _apply_or_wait(file, conf, task, request, wait_s)
     document = {"task": task, "asked": request.action, "for_s": request.duration_s, "taken_up": is_applied}
     when = "is learned again" if is_applied else "will be learned again when the task next runs"
-    emit(document, as_json, lambda: click.echo(f"{task}: the site reference {when}"))
+    emit(document, as_json, lambda: echo(f"{task}: the site reference {when}"))
 
 
 def _apply_or_wait(file: Path, conf: Config, task: str, request: requests.RelearnRequest, wait_s: float) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import click
 
 from agent.bootstrap import device
 from agent.bootstrap.daemon import build_daemon
+from agent.cli.log_format import configure_logging
 from agent.cli.output import config_option
 from agent.config import Config
 from agent.device.commands import wipe
@@ -24,11 +24,7 @@ from agent.errors import StorageForked
 @click.option("-v", "--verbose", is_flag=True, help="Log debug messages.")
 def run(config_file: str | None, verbose: bool) -> None:
     """Run the daemon in the foreground; SIGTERM or Ctrl-C stops it gracefully."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    configure_logging(logging.DEBUG if verbose else logging.INFO, "%(levelname)s %(name)s: %(message)s")
     # Its debug messages would be about our own timers.
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     file, conf = device.load_config(config_file)

@@ -10,10 +10,11 @@ import click
 import msgspec
 
 from agent.bootstrap import device
-from agent.cli.output import config_option, emit, json_option, print_table
+from agent.cli.output import config_option, echo, echo_styled, emit, json_option, print_table
 from agent.device import status as documents
 from agent.model.inference.tuning import Tuning
 from agent.performance.metrics import display_name
+from agent.text import printable
 
 _HEADLINE_METRICS = frozenset({"accuracy", "f1_macro", "f1", "brier", "brier_top", "ece", "mae", "rmse", "r2", "auc"})
 _MAX_WORSE_SLICES = 3
@@ -31,37 +32,37 @@ def status(config_file: str | None, as_json: bool) -> None:
 
 
 def _print(document: dict[str, Any]) -> None:
-    click.echo(f"{document['device']} in fleet {document['fleet']}, boot {document['clock']['boot']}")
+    echo(f"{document['device']} in fleet {document['fleet']}, boot {document['clock']['boot']}")
     clock = document["clock"]
     error = f", to {clock['error_us'] / 1e6:.3f} s" if clock["error_us"] is not None else ""
     synced = f"last synchronized {clock['synced']}" if clock["synced"] else "never synchronized by a time service"
     floor = f"; the time floor is {clock['floor']}" if clock["quality"] == "unsynced" else ""
-    click.echo(
-        f"clock {clock['time']}, {clock['quality']}{error}; {synced}; set {clock['steps']} times this boot{floor}"
-    )
+    echo(f"clock {clock['time']}, {clock['quality']}{error}; {synced}; set {clock['steps']} times this boot{floor}")
     storage, outbox = document["store"], document["outbox"]
     left = f", full in about {storage['hours']:g} h at this rate" if storage["hours"] is not None else ""
     written = storage["written_per_day"]
     wear = f"; {written / 1e6:,.1f} MB written a day" if written is not None else ""
-    click.echo(f"store {storage['bytes'] / 2**20:.1f} of {storage['max'] / 2**20:.0f} MiB{left}{wear}")
+    echo(f"store {storage['bytes'] / 2**20:.1f} of {storage['max'] / 2**20:.0f} MiB{left}{wear}")
     files = f", {document['failed_files']} files failed" if document["failed_files"] else ""
-    rejected = f"{document['rejected']} lines rejected{files}"
-    click.echo(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {rejected}\n")
+    others = f", {n} category values as (other)" if (n := document["other_categories"]) else ""
+    refused = f", {n} connections refused" if (n := document["refused_connections"]) else ""
+    rejected = f"{document['rejected']} lines rejected{files}{others}{refused}"
+    echo(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {rejected}\n")
     condition = document["condition"]
     last, quarantine = condition["last_finding"], condition["quarantine"]
     parts = ["last stop unclean"] if condition["last_stop"] == "unclean" else []
     parts += [f"{last['time']}: {last['summary']}"] if last else []
     parts += [f"{quarantine['bytes'] / 2**20:.1f} MiB in {quarantine['folder']}"] if quarantine else []
     if parts:
-        click.echo(f"{'; '.join(parts)}\n")
+        echo(f"{'; '.join(parts)}\n")
     if pause_reason := document["throttle"].get("resting"):
-        click.echo(f"tasks are paused: {pause_reason}\n")
+        echo(f"tasks are paused: {pause_reason}\n")
     _print_tasks(document["tasks"])
-    click.echo("")
+    echo("")
     for alert in document["alerts"]:
-        click.echo(_format_alert(alert, alert["state"]))
+        echo_styled(_format_alert(alert, alert["state"]))
     if not document["alerts"]:
-        click.echo("No alerts.")
+        echo("No alerts.")
 
 
 def _print_tasks(tasks: Sequence[dict[str, Any]]) -> None:
@@ -84,18 +85,18 @@ def _print_tasks(tasks: Sequence[dict[str, Any]]) -> None:
             *_format_deadline(task.get("deadline")),
             *_format_rollout(task.get("rollout")),
             *_format_reference(task["reference"]),
-            *_format_label_metrics(task["quality"]),
+            *map(printable, _format_label_metrics(task["quality"])),
         ]
         lines += [_format_alert(alert, f"open {alert['alert']}") for alert in task["open"]]
-        click.echo(f"\n{task['task']}")
+        echo(f"\n{task['task']}")
         for line in lines:
-            click.echo(f"  {line}")
+            echo_styled(f"  {line}")
 
 
 def _format_alert(alert: dict[str, Any], heading: str) -> str:
     moment = datetime.datetime.fromisoformat(alert["time"])
     color = {"critical": "red", "warning": "yellow"}.get(alert["severity"])
-    return f"{moment:%Y-%m-%d %H:%M}  {click.style(heading, fg=color)}  {alert['summary']}"
+    return f"{moment:%Y-%m-%d %H:%M}  {click.style(printable(heading), fg=color)}  {printable(alert['summary'])}"
 
 
 def _format_bundle(task: dict[str, Any]) -> str:
@@ -122,13 +123,12 @@ def _format_rollout(rollout: dict[str, Any] | None) -> list[str]:
         return []
     wanted, phase = rollout["desired"], rollout["phase"]
     color = {"rejected": "yellow", "rolled_back": "red"}.get(phase)
-    state = click.style(phase, fg=color) + (f" ({rollout['reason']})" if rollout["reason"] else "")
+    state = click.style(phase, fg=color) + (f" ({printable(rollout['reason'])})" if rollout["reason"] else "")
     late = click.style(" LATE", fg="yellow") if rollout["late"] else ""
-    detail = f": {rollout['detail']}" if rollout["detail"] else ""
-    target = f"{wanted['name']} {wanted['version']}"
-    return [
-        f"rollout {rollout['id']} ({rollout['strategy']}) of {target}: {state} since {rollout['since']}{late}{detail}"
-    ]
+    detail = f": {printable(rollout['detail'])}" if rollout["detail"] else ""
+    target = printable(f"{wanted['name']} {wanted['version']}")
+    name = f"rollout {printable(rollout['id'])} ({rollout['strategy']})"
+    return [f"{name} of {target}: {state} since {rollout['since']}{late}{detail}"]
 
 
 def _format_reference_state(reference: dict[str, Any]) -> str:
@@ -141,7 +141,7 @@ def _format_reference(reference: dict[str, Any]) -> list[str]:
         span = f" over at least {learning['for_s']:.0f} s" if learning["for_s"] else ""
         lines.append(f"learning its reference: {learning['windows']} of {learning['of']} drift windows{span}")
     if reference["warning"] is not None:
-        lines.append(f"reference: {click.style('warning', fg='yellow')}: {reference['warning']}")
+        lines.append(f"reference: {click.style('warning', fg='yellow')}: {printable(reference['warning'])}")
     return lines
 
 

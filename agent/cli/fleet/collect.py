@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from agent.cli.fleet.common import db_option, fleet_option, open_store, print_lines
+from agent.cli.log_format import configure_logging
 from agent.cli.output import emit, json_option
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
@@ -32,7 +33,7 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
     from agent.fleet.collector.collector import Collector, end_session
     from agent.fleet.enrolment import collectors
 
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    configure_logging(logging.INFO, "%(asctime)s %(levelname)s %(message)s")
     home = fleet_config.find_folder(folder)
     config = fleet_config.load(home)
     key = keys.load_private(Path(config.collector.key_file))
@@ -57,7 +58,9 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
 
                 maintain(home, store)
 
-        collector = Collector(config.fleet.name, broker, store, key, upkeep=maintain_repository, share=share)
+        collector = Collector(
+            *(config.fleet.name, broker, store, key), upkeep=maintain_repository, share=share, quota=config.quota
+        )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: collector.stop())
         collector.run()
@@ -68,7 +71,7 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
 @fleet_option
 @json_option
 def collector(name: str, folder: str | None, as_json: bool) -> None:
-    """Let another collector connect to the broker as NAME: issue its TLS certificate, extend the access list.
+    """Let another collector connect to the broker as NAME: issue its TLS certificate, give it access.
 
     Run it with --share NAME, on this machine or with a copy of fleet.toml, ca.pem, collector.key and the two new
     files.

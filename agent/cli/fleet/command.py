@@ -12,7 +12,7 @@ import click
 
 from agent import clock
 from agent.cli.fleet.common import fleet_option, open_for_reading, open_store, print_lines, wait_option
-from agent.cli.output import emit, json_option
+from agent.cli.output import echo, emit, json_option
 from agent.errors import LinkDown, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
@@ -71,10 +71,11 @@ def command(
 @fleet_option
 @json_option
 def revoke(device: str, kid: str | None, folder: str | None, as_json: bool) -> None:
-    """Shut a stolen DEVICE out: revoke its signing keys at the collector and its TLS certificate at the broker.
+    """Shut a stolen DEVICE out: revoke its signing keys at the collector, its access and certificate at the broker.
 
-    Stored messages stay valid. The certificate is added to the revocation list crl.pem of the fleet's folder; the
-    output lists the steps at the broker. Exit 1 if the certificate could not be revoked.
+    The broker ends its session at once, without a restart. Stored messages stay valid. The certificate is added to the
+    revocation list crl.pem of the fleet's folder; the output lists the steps at the broker. Exit 1 if the certificate
+    could not be revoked.
     """
     from agent.fleet.enrolment.revocation import revoke_device
 
@@ -86,11 +87,14 @@ def revoke(device: str, kid: str | None, folder: str | None, as_json: bool) -> N
         "device": device,
         "revoked": done.keys,
         "certificates": done.certificates,
+        "session_ended": done.ended,
         "problem": done.problem,
         "steps": done.steps,
     }
     again = f"To let it in again: outstation fleet enrol {device} --replace"
     lines = [f"{device}: revoked {', '.join(done.keys) or 'before'}. {again}"]
+    if done.ended:
+        lines.append("The broker ended its session, and takes nothing from it any more.")
     if done.certificates:
         serials = ", ".join(done.certificates)
         lines.append(f"Its certificate ({serials}) is on the revocation list. The broker still has to read the list:")
@@ -121,7 +125,7 @@ def send_command(
             finally:
                 link.close()
     except LinkDown as down:
-        click.echo(f"outstation: {down}", err=True)
+        echo(f"outstation: {down}", err=True)
         sys.exit(1)
 
 
@@ -136,11 +140,11 @@ def _report_and_exit(sent: CommandResult, as_json: bool) -> None:
     document = sent.to_dict()
 
     def print_human() -> None:
-        click.echo(printable(document["summary"]))
+        echo(printable(document["summary"]))
         if document["data"]:
             import msgspec
 
-            click.echo(printable(msgspec.json.format(msgspec.json.encode(document["data"]), indent=2).decode()))
+            echo(printable(msgspec.json.format(msgspec.json.encode(document["data"]), indent=2).decode()))
 
     emit(document, as_json, print_human)
     sys.exit(0 if sent.ok else 1)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from agent.cli import output
+from agent.cli.output import echo
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
@@ -80,10 +80,4 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]
 def print_lines(*lines: str) -> None:
     """Print lines that may contain text of devices: control characters are escaped."""
     for line in lines:
-        click.echo(printable(line))
-
-
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str) -> None:
-    """Print a table that may contain text of devices: control characters are escaped."""
-    cells = [[cell if isinstance(cell, int) else printable(str(cell)) for cell in row] for row in rows]
-    output.print_table(columns, cells, empty)
+        echo(printable(line))

@@ -13,7 +13,7 @@ import click
 from agent import clock
 from agent.cli.fleet import drift_report as report
 from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, progress_bar
-from agent.cli.output import dark_option, emit, json_option, plot_option, require_plot_format
+from agent.cli.output import dark_option, echo_styled, emit, json_option, plot_option, require_plot_format
 from agent.config import parse_duration
 from agent.errors import BadBundle, UsageError
 from agent.text import printable
@@ -74,7 +74,7 @@ def drift(
         for line in report.format_lines(document):
             # Bold comes from the report; all other control characters are escaped.
             plain = click.unstyle(line)
-            click.echo(click.style(printable(plain), bold=True) if plain != line else printable(line))
+            echo_styled(click.style(printable(plain), bold=True) if plain != line else printable(line))
 
     emit(document, as_json, print_report)
 

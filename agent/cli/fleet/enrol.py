@@ -7,12 +7,14 @@ from pathlib import Path
 
 import click
 
+from agent import clock
 from agent.cli.fleet.common import fleet_option, open_store, print_lines
 from agent.cli.output import emit, json_option
 from agent.config import BrokerConfig, check_broker
 from agent.errors import ConfigError, UsageError
 from agent.fleet import config as fleet_config
 from agent.names import is_name
+from agent.quantities import parse_duration
 from agent.wire import keys
 
 
@@ -22,7 +24,7 @@ from agent.wire import keys
 @click.option("--broker", "url", metavar="URL", help="URL of the broker for devices; default mqtts://THIS-HOST:8883.")
 @json_option
 def init(folder: Path, name: str | None, url: str | None, as_json: bool) -> None:
-    """Create a fleet in DIR: keys, certificate authority, broker config with an access list."""
+    """Create a fleet in DIR: keys, certificate authority, broker config with access rules."""
     from agent.fleet.enrolment.enrol import init_fleet
 
     name = name or folder.resolve().name
@@ -39,17 +41,63 @@ def init(folder: Path, name: str | None, url: str | None, as_json: bool) -> None
     document = {
         "fleet": config.fleet.name,
         "dir": str(folder),
-        "broker": broker.url,
+        "broker": broker.shown_url,
         **public,
         "broker_conf": str(conf),
     }
     done = f"Fleet {name} in {folder}. Start the broker with: mosquitto -c {conf}"
-    following = f"Next: outstation fleet enrol DEVICE --dir {folder} --bundle-out DEVICE.tar.gz"
+    following = f"Next: outstation fleet token DEVICE --dir {folder}"
     emit(document, as_json, lambda: print_lines(done, following))
 
 
-@click.command("enrol", epilog="Example: outstation fleet enrol pi-07 --bundle-out pi-07.tar.gz")
+@click.command("token", epilog="Example: outstation fleet token pi-07")
 @click.argument("device")
+@click.option(
+    "--valid", metavar="TIME", default="24 h", show_default=True, help="How long the token lets the device in."
+)
+@fleet_option
+@json_option
+def token(device: str, valid: str, folder: str | None, as_json: bool) -> None:
+    """Make a token with which DEVICE joins once: `outstation join --token`."""
+    from agent.fleet.enrolment import join_tokens
+    from agent.fleet.enrolment.enrol import device_folder
+
+    home = fleet_config.find_folder(folder)
+    config = fleet_config.load(home)
+    try:
+        valid_us = round(parse_duration(valid) * 1e6)
+    except ValueError as error:
+        raise UsageError(f"--valid: {error}") from None
+    expires_us = clock.read().wall_us + valid_us
+    made = join_tokens.create(device_folder(home, device), expires_us)
+    document = {
+        "device": device,
+        "fleet": config.fleet.name,
+        "token": made,
+        "expires": clock.to_rfc3339(expires_us),
+    }
+    emit(
+        document,
+        as_json,
+        lambda: print_lines(
+            f"On the device: outstation join --fleet {config.fleet.name} --id {device} --token {made}",
+            f"Keep the token secret until then. It lets one key in, before {document['expires']}.",
+        ),
+    )
+
+
+@click.command(
+    "enrol", epilog="Example: outstation fleet enrol pi-07 --request pi-07.request --bundle-out pi-07.tar.gz"
+)
+@click.argument("device")
+@click.option(
+    "--request",
+    "request_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="What `outstation join` wrote on the device: its public keys. No private key leaves the device.",
+)
+@click.option("--thumbprint", metavar="KID", help="With --request: its key's thumbprint, as the device printed it.")
 @click.option("--key", metavar="PUB", help="The device's public key, or a file with it; default a new key.")
 @click.option("--replace", is_flag=True, help="Revoke the device's key and TLS certificate, and enrol the new key.")
 @click.option(
@@ -63,11 +111,18 @@ def init(folder: Path, name: str | None, url: str | None, as_json: bool) -> None
     is_flag=True,
     help="With --replace: keep its TLS certificate valid; for a device that was not stolen and is far away.",
 )
-@click.option("--bundle-out", metavar="FILE", type=click.Path(path_type=Path), help="Pack its files as one .tar.gz.")
+@click.option(
+    "--bundle-out",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Pack its files as one .tar.gz, with the private keys that are made here and kept nowhere else.",
+)
 @fleet_option
 @json_option
 def enrol(
     device: str,
+    request_file: Path | None,
+    thumbprint: str | None,
     key: str | None,
     replace: bool,
     keep_backlog: int | None,
@@ -78,6 +133,7 @@ def enrol(
 ) -> None:
     """Let DEVICE in: register its signing key, issue its TLS certificate, write its config."""
     from agent.fleet.enrolment import enrol as enrolment
+    from agent.fleet.enrolment import join_tokens
 
     home = fleet_config.find_folder(folder)
     config = fleet_config.load(home)
@@ -85,24 +141,33 @@ def enrol(
         raise UsageError("--keep-backlog applies to the key that --replace replaces; add --replace")
     if keep_certificate and not replace:
         raise UsageError("--keep-certificate applies to the certificate that --replace replaces; add --replace")
+    if request_file is not None and key is not None:
+        raise UsageError("--request has the device's key already; leave --key out")
+    if thumbprint is not None and request_file is None:
+        raise UsageError("--thumbprint is that of the key in a request; add --request")
     if bundle_out is not None and bundle_out.exists():
         raise UsageError(f"{bundle_out}: exists already; name a new file")
-    public = keys.load_public(key) if key else None
+    request = enrolment.read_request(request_file) if request_file is not None else None
+    if request is not None:
+        device_home = enrolment.device_folder(home, device)
+        enrolment.check_request(config, device, request)
+        join_tokens.authenticate(device_home, request, thumbprint, clock.read().wall_us)
     with open_store(config) as store:
         done = enrolment.enrol(
             *(home, config, store, device),
-            key=public,
+            key=keys.load_public(key) if key else None,
+            request=request,
             replace=replace,
             keep_through=keep_backlog,
             keep_certificate=keep_certificate,
+            bundle=bundle_out,
         )
-    if bundle_out is not None:
-        enrolment.pack_device_files(done.folder, bundle_out)
     document = {
         "device": device,
         "fleet": config.fleet.name,
         "key": done.key.text,
         "thumbprint": done.key.kid,
+        "made_by": done.made_by,
         "new": done.is_new,
         "files": str(done.folder),
         "bundle": str(bundle_out) if bundle_out else None,
@@ -114,8 +179,14 @@ def enrol(
     unpack = f"On the device: outstation init DIR --from {bundle_out}"
     where = unpack if bundle_out else f"Its files: {done.folder}; --bundle-out FILE packs them"
     lines = [f"{device} {state}, key {done.key.text}", where]
+    if done.made_by == "operator":
+        lines.append(
+            f"{bundle_out} is the only copy of its private keys: delete it once the device has them. Whoever has it "
+            "can sign as the device; `outstation join` on the device avoids that."
+        )
     if done.revoked.certificates:
-        lines += [f"Its former certificate ({', '.join(done.revoked.certificates)}) is revoked.", *done.revoked.steps]
+        lines.append(f"Its former certificate ({', '.join(done.revoked.certificates)}) is revoked.")
+    lines += done.revoked.steps
     if done.revoked.problem:
         lines.append(f"Warning: {done.revoked.problem}.")
     emit(document, as_json, lambda: print_lines(*lines))

@@ -7,7 +7,7 @@ import click
 from agent.cli.fleet.collect import collect, collector
 from agent.cli.fleet.command import command, revoke
 from agent.cli.fleet.drift import drift
-from agent.cli.fleet.enrol import enrol, init
+from agent.cli.fleet.enrol import enrol, init, token
 from agent.cli.fleet.evidence import evidence
 from agent.cli.fleet.label import label
 from agent.cli.fleet.reports import alerts, audit, devices, gaps
@@ -23,7 +23,7 @@ def fleet() -> None:
 
 
 for _subcommand in (
-    *(init, enrol, devices, collect, collector, watch, alerts, gaps, audit, drift, label, command, revoke),
+    *(init, token, enrol, devices, collect, collector, watch, alerts, gaps, audit, drift, label, command, revoke),
     *(publish, repository, rollout, evidence, simulate),
 ):
     fleet.add_command(_subcommand)

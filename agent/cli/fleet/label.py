@@ -12,7 +12,7 @@ from agent import clock
 from agent.cli.device.label import read_labels, report
 from agent.cli.fleet.command import send_command
 from agent.cli.fleet.common import fleet_option, open_for_reading, open_store, wait_option
-from agent.cli.output import emit, json_option, print_table
+from agent.cli.output import echo, emit, json_option, print_table
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
@@ -100,16 +100,16 @@ def _send_labels(
 
 
 def _print_outcome(outcome: LabelOutcome, rejected: dict[int, str]) -> None:
-    click.echo(f"{outcome.accepted} labels accepted, {outcome.replaced} of them replaced, {len(rejected)} rejected")
+    echo(f"{outcome.accepted} labels accepted, {outcome.replaced} of them replaced, {len(rejected)} rejected")
     for line, reason in sorted(rejected.items())[:_MAX_LISTED]:
-        click.echo(printable(f"  line {line}: {reason}"))
+        echo(printable(f"  line {line}: {reason}"))
     if outcome.model is not None:
         others = outcome.other_bundle_labels
         also = f"; {others} labels are of results of other bundles" if others else ""
         model = f"{outcome.model.name} {outcome.model.version}, {outcome.model.digest}"
-        click.echo(printable(f"results of {model}{also}"))
+        echo(printable(f"results of {model}{also}"))
     if outcome.sparse_warning is not None:
-        click.echo(f"warning: {outcome.sparse_warning}")
+        echo(f"warning: {outcome.sparse_warning}")
     rows = [
         [m.metric, printable(m.slice), *("" if v is None else f"{v:.4g}" for v in (m.value, m.low, m.high))]
         for m in outcome.metrics

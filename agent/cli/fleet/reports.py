@@ -14,10 +14,9 @@ from agent.cli.fleet.common import (
     fleet_option,
     open_for_reading,
     print_lines,
-    print_table,
     progress_bar,
 )
-from agent.cli.output import emit, json_option
+from agent.cli.output import emit, json_option, print_table
 from agent.fleet import config as fleet_config
 
 _MAX_LISTED = 50

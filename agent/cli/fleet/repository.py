@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from agent.cli.fleet.common import fleet_option
-from agent.cli.output import emit, json_option, print_table
+from agent.cli.output import echo, echo_styled, emit, json_option, print_table
 from agent.fleet import config as fleet_config
+from agent.text import printable
 from agent.wire import keys
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def publish(
         f"{metadata.name} {metadata.version} {state}: {done.target}, {done.bytes / 1e3:.0f} kB, "
         f"{metadata.memory / 2**20:.0f} MiB of memory\n{metadata.digest}"
     )
-    emit(document, as_json, lambda: click.echo(text))
+    emit(document, as_json, lambda: echo(text))
 
 
 @click.group()
@@ -98,7 +99,7 @@ def init(roots: int, threshold: int, url: str | None, folder: str | None, as_jso
         f"Move {names} from {home / 'repository-keys'} to separate offline media now: {done.threshold} of "
         f"{len(done.keys)} can change all keys. targets-1.key is needed for the first bundle of each name."
     )
-    emit(document, as_json, lambda: click.echo(text))
+    emit(document, as_json, lambda: echo(text))
 
 
 @repository.command("status", epilog="Example: outstation fleet repository status --json")
@@ -119,8 +120,8 @@ def _print_status(report: RepositoryStatus) -> None:
     empty = "No bundle is published: outstation fleet publish BUNDLE"
     print_table(["bundle", "version", "digest", "bytes"], bundles, empty)
     for revoked in report.revoked:
-        click.echo(f"{revoked['name']} {revoked['version']} was revoked on {revoked['day']}")
-    click.echo()
+        echo(f"{revoked['name']} {revoked['version']} was revoked on {revoked['day']}")
+    echo()
     rows = []
     for role in report.roles:
         names = ", ".join(key.name if key.has_private_key else f"{key.name} (elsewhere)" for key in role.keys)
@@ -128,7 +129,7 @@ def _print_status(report: RepositoryStatus) -> None:
         rows.append([role.role, role.version, role.expires, role.days_left, names])
     print_table(["role", "version", "expires", "days", "keys"], rows, "")
     for line in report.reminders:
-        click.echo(click.style(line, fg="yellow"))
+        echo_styled(click.style(printable(line), fg="yellow"))
 
 
 @repository.command("refresh", epilog="Example: outstation fleet repository refresh")
@@ -147,7 +148,7 @@ def refresh(trust_clock: bool, sign_with: tuple[Path, ...], folder: str | None, 
     until = f"{done.expires:%Y-%m-%dT%H:%M:%SZ}"
     document = {"roles": done.roles, "expires": until, "root": done.root_version or None}
     root = f"root {done.root_version} is in force\n" if done.root_version else ""
-    emit(document, as_json, lambda: click.echo(f"{root}signed: {', '.join(done.roles)}; valid until {until}"))
+    emit(document, as_json, lambda: echo(f"{root}signed: {', '.join(done.roles)}; valid until {until}"))
 
 
 @repository.command(
@@ -178,7 +179,7 @@ def rotate(
             f"{role}: {done.new} for {done.old} needs {draft.signatures_missing} more signatures of the root keys "
             f"{', '.join(draft.may_sign)}; carry root.json.draft to them: outstation fleet repository sign-root"
         )
-    emit(document, as_json, lambda: click.echo(result))
+    emit(document, as_json, lambda: echo(result))
     if not done.is_complete:
         sys.exit(1)
 
@@ -198,7 +199,7 @@ def revoke(bundle: str, version: str | None, sign_with: tuple[Path, ...], folder
 
     done = revoking.revoke(fleet_config.find_folder(folder), bundle, version, sign_with=sign_with)
     document = {"bundle": done.bundle, "versions": done.versions}
-    emit(document, as_json, lambda: click.echo(f"{done.bundle}: revoked {', '.join(done.versions)}"))
+    emit(document, as_json, lambda: echo(f"{done.bundle}: revoked {', '.join(done.versions)}"))
 
 
 @repository.command(
@@ -218,7 +219,7 @@ def sign_root(file: Path, key: Path, as_json: bool) -> None:
     document = {"file": str(file), "version": done.version, "signatures": done.signatures, "roles": done.roles}
     lines = [f"root {done.version}, signed by {done.signatures}; its keys:"]
     lines += [f"  {role}: {', '.join(names)}" for role, names in done.roles.items()]
-    emit(document, as_json, lambda: click.echo("\n".join(lines)))
+    emit(document, as_json, lambda: echo("\n".join(lines)))
 
 
 @repository.command("copy", epilog="Example: outstation fleet repository copy /media/stick")
@@ -232,4 +233,4 @@ def copy(destination: Path, folder: str | None, as_json: bool) -> None:
     done = mirror.copy(fleet_config.find_folder(folder), destination)
     document = {"repository": str(done.home), "files": done.files, "bytes": done.bytes}
     result = f"{done.home}: {done.files} files, {done.bytes / 1e6:.1f} MB written; devices use this folder as url"
-    emit(document, as_json, lambda: click.echo(result))
+    emit(document, as_json, lambda: echo(result))

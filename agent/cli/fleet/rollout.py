@@ -16,7 +16,7 @@ import click
 
 from agent import clock
 from agent.cli.fleet.common import fleet_option, open_for_reading, open_store
-from agent.cli.output import emit, json_option
+from agent.cli.output import echo, emit, json_option
 from agent.errors import LinkDown, StorageError, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.database.interface import Connection
@@ -94,13 +94,13 @@ def follow(names: tuple[str, ...], every_s: float, folder: str | None) -> None:
             known = [journal.find(db, name).name for name in names]
             if not (known or journal.load_rollouts(db, only_open=True)):
                 raise UsageError("no rollout is open; `outstation fleet rollout start FILE` starts one")
-        controller = RolloutController(publisher, known or None, lambda line: click.echo(printable(line)))
+        controller = RolloutController(publisher, known or None, lambda line: echo(printable(line)))
         is_open = True
         while is_open and stopped.empty():
             try:
                 is_open = controller.tick(clock.boot_seconds())
             except StorageError as error:
-                click.echo(f"outstation: {error}; trying again", err=True)
+                echo(f"outstation: {error}; trying again", err=True)
             if is_open:
                 with contextlib.suppress(queue.Empty):
                     stopped.get(timeout=every_s)
@@ -154,7 +154,7 @@ def promote(name: str, force_reason: str | None, folder: str | None, as_json: bo
             emit(
                 {**head, "promoted": False, "blockers": blockers},
                 as_json,
-                lambda: click.echo(printable(f"{text}. --force REASON promotes it anyway.")),
+                lambda: echo(printable(f"{text}. --force REASON promotes it anyway.")),
             )
             sys.exit(1)
         action = partial(actions.promote, expected=current, verdict=verdict, force_reason=force_reason)
@@ -236,7 +236,7 @@ def _decide_and_publish(
         "published": not publish_error,
         "publish_error": publish_error,
     }
-    emit(document, as_json, lambda: click.echo(printable(f"{done.name}: {summary}")))
+    emit(document, as_json, lambda: echo(printable(f"{done.name}: {summary}")))
     if publish_error:
         hint = "the decision is recorded; `outstation fleet rollout follow`, or the next command, publishes it"
         raise LinkDown(f"{publish_error}: {hint}")

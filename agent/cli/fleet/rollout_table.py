@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import click
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from agent.cli.output import echo
 from agent.text import printable
 
 REFRESH_S = 2.0
@@ -24,7 +24,7 @@ Documents = list[dict[str, Any]]
 
 def show(documents: Documents) -> None:
     if not documents:
-        click.echo("No rollout was ever started: outstation fleet rollout start FILE")
+        echo("No rollout was ever started: outstation fleet rollout start FILE")
         return
     Console(highlight=False, soft_wrap=True).print(_render(documents))
 

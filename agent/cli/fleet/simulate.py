@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from agent.cli.output import emit, json_option, print_table
+from agent.cli.output import echo, emit, json_option, print_table
 from agent.cli.simulated import dir_option, exit_on_signals, open_folder, print_audit
 from agent.wire import keys
 
@@ -71,7 +71,7 @@ def simulate(
 
     def announce(sentence: str) -> None:
         if sys.stderr.isatty():
-            click.echo(f"{time.strftime('%H:%M:%S')}  {sentence}", err=True)
+            echo(f"{time.strftime('%H:%M:%S')}  {sentence}", err=True)
 
     with open_folder(folder) as home:
         document = run(home, request, announce)
@@ -95,22 +95,22 @@ def _print(document: dict[str, Any]) -> None:
         _print_rollout(rollout, document["devices"])
     for device in document["devices"]:
         for problem in device["restarts"]:
-            click.echo(f"{problem}; it was restarted")
-    click.echo("")
+            echo(f"{problem}; it was restarted")
+    echo("")
     print_audit(document["audit"], document["seconds"])
 
 
 def _print_rollout(rollout: dict[str, Any], devices: list[dict[str, Any]]) -> None:
-    click.echo("")
+    echo("")
     for decision in rollout["decisions"]:
-        click.echo(f"{decision['time'][11:19]}  {decision['summary']}")
+        echo(f"{decision['time'][11:19]}  {decision['summary']}")
     problems = [device for device in devices if device["reason"]]
     if problems:
-        click.echo("")
+        echo("")
     for device in problems[:_MAX_SENTENCES]:
-        click.echo(f"{device['device']}  {device['why']}")
+        echo(f"{device['device']}  {device['why']}")
     if len(problems) > _MAX_SENTENCES:
-        click.echo(f"… and {len(problems) - _MAX_SENTENCES} more; all with --json")
+        echo(f"… and {len(problems) - _MAX_SENTENCES} more; all with --json")
     disturbances = rollout["disturbances"]
     names = {
         "offline for a while": disturbances["away"],
@@ -118,9 +118,9 @@ def _print_rollout(rollout: dict[str, Any], devices: list[dict[str, Any]]) -> No
         "on a slow link": disturbances["slow"],
         "with a faulty sensor": disturbances["worse"],
     }
-    click.echo("")
+    echo("")
     for kind, affected in names.items():
         if affected:
-            click.echo(f"{kind}: {', '.join(affected)}")
+            echo(f"{kind}: {', '.join(affected)}")
     if not rollout["ended"]:
-        click.echo("The rollout did not end within --duration; allow more seconds.")
+        echo("The rollout did not end within --duration; allow more seconds.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from agent import config, media
-from agent.cli.output import emit, json_option
+from agent.cli.output import echo, emit, json_option
 from agent.errors import UsageError
 from agent.names import is_name
 from agent.wire import keys
@@ -44,7 +44,7 @@ def config_command(bundle: Path, name: str | None, public: str | None, as_json: 
         f"bundle = {_toml_string(str(bundle.resolve()))}",
     ]
     text = "\n".join(lines) + "\n"
-    emit({"text": text}, as_json, lambda: click.echo(text, nl=False))
+    emit({"text": text}, as_json, lambda: echo(text, nl=False))
 
 
 def _format_stream(bundle: Path, name: str, spec: ModelInput) -> str:

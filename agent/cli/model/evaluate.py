@@ -9,8 +9,9 @@ from typing import Any
 import click
 
 from agent.cli.model.run import address_option, engine_option, load_bundle, open_cluster
-from agent.cli.output import emit, json_option
+from agent.cli.output import echo, emit, json_option
 from agent.errors import UsageError
+from agent.text import printable
 
 _path = click.Path(path_type=Path)
 
@@ -86,12 +87,12 @@ def evaluate(
     emit(result, as_json, lambda: evaluation_tables.print_evaluation(result))
     if not as_json:
         for path in written:
-            click.echo(f"written: {path}")
+            echo(f"written: {path}")
 
 
 def _show_step(text: str) -> None:
     if sys.stderr.isatty():
-        click.echo(f"\r\x1b[K{text}{' …' if text else ''}", nl=False, err=True)
+        click.echo(f"\r\x1b[K{printable(text)}{' …' if text else ''}", nl=False, err=True)
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import click
 
-from agent.cli.output import print_table
+from agent.cli.output import echo, echo_styled, print_table
 from agent.evaluation import tables
 from agent.evaluation.document import Evaluation
 from agent.performance.metrics import display_name
+from agent.text import printable
 
 _MAX_CLASSES = 40
 _MAX_CONFUSION_CLASSES = 12
@@ -18,9 +19,9 @@ _STATE_COLORS = {"ok": "green", "warning": "yellow"}
 def print_evaluation(evaluation: Evaluation) -> None:
     """Print tables, the most important first."""
     model, data, metric = evaluation.model, evaluation.data, display_name(evaluation.metric)
-    click.echo(f"{model.name} {model.version} ({model.kind}), signature: {model.signature}")
+    echo(f"{model.name} {model.version} ({model.kind}), signature: {model.signature}")
     groups = f", {data.groups} of {data.group}" if data.group else ""
-    click.echo(f"{data.windows:,} windows of {data.rows:,} rows{groups}")
+    echo(f"{data.windows:,} windows of {data.rows:,} rows{groups}")
     _print_heading("Performance", evaluation.intervals)
     print_table(["", "value", "95 %", "n"], tables.metric_rows(evaluation), "nothing to measure")
     if evaluation.classes:
@@ -48,24 +49,22 @@ def print_evaluation(evaluation: Evaluation) -> None:
     _print_data_checks(evaluation)
     _print_latency(evaluation)
     for note in evaluation.notes:
-        click.echo(note)
+        echo(note)
     for warning in evaluation.warnings:
-        click.echo(click.style("warning  ", fg="yellow") + warning)
+        echo_styled(click.style("warning  ", fg="yellow") + printable(warning))
 
 
 def _print_heading(title: str, more: str = "") -> None:
-    click.echo("\n" + click.style(title, bold=True) + (f"  {more}" if more else ""))
+    echo_styled("\n" + click.style(printable(title), bold=True) + (f"  {printable(more)}" if more else ""))
 
 
 def _print_data_checks(evaluation: Evaluation) -> None:
     _print_heading("Can the metrics be trusted?")
     for check in (*evaluation.leakage, *evaluation.label_checks):
         state = click.style(check.state.ljust(11), fg=_STATE_COLORS.get(check.state))
-        click.echo(f"{state}  {check.check}: {check.summary}")
+        echo_styled(f"{state}  {check.check}: {printable(check.summary)}")
     for suspect in evaluation.suspects[:_MAX_SUSPECTS]:
-        click.echo(
-            f"  {suspect.file} row {suspect.row}: {suspect.label}, or {suspect.predicted} ({suspect.score:.2f})?"
-        )
+        echo(f"  {suspect.file} row {suspect.row}: {suspect.label}, or {suspect.predicted} ({suspect.score:.2f})?")
 
 
 def _print_latency(evaluation: Evaluation) -> None:
@@ -79,4 +78,4 @@ def _print_latency(evaluation: Evaluation) -> None:
         ]
         more = ["float, ms (p50)"] if other else []
         print_table(["batch", "ms (p50)", "ms (p95)", "per second", "MiB", *more], rows, "")
-        click.echo("")
+        echo("")

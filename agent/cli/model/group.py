@@ -12,8 +12,9 @@ from agent.cli import trust
 from agent.cli.model.config import config_command
 from agent.cli.model.evaluate import evaluate
 from agent.cli.model.run import run
-from agent.cli.output import emit, json_option
+from agent.cli.output import echo, echo_styled, emit, json_option
 from agent.errors import BadBundle, UsageError
+from agent.text import printable
 from agent.wire import keys
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def keygen(file: Path, as_json: bool) -> None:
     emit(
         document,
         as_json,
-        lambda: click.echo(f"{file} written, mode 0600\nkey         {key.text}\nthumbprint  {key.kid}"),
+        lambda: echo(f"{file} written, mode 0600\nkey         {key.text}\nthumbprint  {key.kid}"),
     )
 
 
@@ -70,7 +71,7 @@ def pack(
             scaffold.write_spec(draft, out)
         text = f"{out} written, kind {draft.kind}: {draft.rationale}. Check every line of it." if out else draft.text
         members = {"spec": str(out) if out else None, "kind": draft.kind, "text": draft.text}
-        emit(members, as_json, lambda: click.echo(text, nl=out is not None))
+        emit(members, as_json, lambda: echo(text, nl=out is not None))
         return
     if spec is None or out is None or data is not None:
         raise UsageError(
@@ -83,7 +84,7 @@ def pack(
     packing.write_bundle(packed, out)
     document = {"bundle": str(out), "digest": packed.digest, "warnings": packed.warnings, "notes": packed.notes}
     lines = [f"{out} {packed.digest}", *packed.notes, *(f"warning: {w}" for w in packed.warnings)]
-    emit(document, as_json, lambda: click.echo("\n".join(lines)))
+    emit(document, as_json, lambda: echo("\n".join(lines)))
 
 
 @model.command("reference", epilog="Example: outstation model reference quiet.npz --spec bundle.toml -o reference.json")
@@ -111,26 +112,26 @@ def make_reference(
     windows, warning = reference.drift_windows, reference.warning
     document = {"file": str(out), "digest": reference.digest, "windows": windows, "warning": warning}
     text = f"{out} {reference.digest}, {windows} drift windows" + (f"\nwarning: {warning}" if warning else "")
-    emit(document, as_json, lambda: click.echo(text))
+    emit(document, as_json, lambda: echo(text))
 
 
 def _load_model(bundle: Path | None, spec: Path | None) -> tuple[TfliteModel, Manifest]:
     from agent.authoring import spec as specs
     from agent.model.bundle import builtin
     from agent.model.bundle import bundle as bundles
-    from agent.model.inference import inference
+    from agent.model.inference import runtime
     from agent.model.sandbox import probe
 
     if bundle is not None:
         loaded = bundles.read(builtin.resolve_path(bundle), None)
         probe.probe(loaded).raise_for_failure()
-        return inference.load_model(loaded.manifest, loaded.model_bytes), loaded.manifest
+        return runtime.load_model(loaded.manifest, loaded.model_bytes), loaded.manifest
     assert spec is not None
     settings = specs.read(spec)
     file = spec.parent / settings.model
     draft = specs.to_manifest(spec, settings)
     try:
-        return inference.load_model(draft, file.read_bytes()), draft
+        return runtime.load_model(draft, file.read_bytes()), draft
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror}") from None
 
@@ -150,7 +151,7 @@ def sign(bundle: Path, key_file: Path, as_json: bool) -> None:
     digest = loaded.digest
     (bundle / "manifest.jws").write_bytes(bundles.sign(loaded.files["manifest.json"], key))
     document = {"bundle": str(bundle), "digest": digest, "thumbprint": key.public.kid}
-    emit(document, as_json, lambda: click.echo(f"{bundle} {digest}\nsigned by {key.public.kid}"))
+    emit(document, as_json, lambda: echo(f"{bundle} {digest}\nsigned by {key.public.kid}"))
 
 
 @model.command(epilog="Example: outstation model check exercise --key publisher.key.pub")
@@ -162,8 +163,9 @@ def check(bundle: Path, public: str | None, as_json: bool) -> None:
     document = _check_bundle(bundle, public)
     title = f"{document['name'] or 'bundle'} {document['version'] or ''} {document['digest'] or ''}".strip()
     marks = {True: click.style("ok    ", fg="green"), False: click.style("failed", fg="red")}
-    lines = [title, *(f"{marks[c['ok']]}  {c['name']}: {c['detail']}" for c in document["checks"])]
-    emit(document, as_json, lambda: click.echo("\n".join(lines)))
+    lines = [printable(title)]
+    lines += [f"{marks[c['ok']]}  {c['name']}: {printable(c['detail'])}" for c in document["checks"]]
+    emit(document, as_json, lambda: echo_styled("\n".join(lines)))
     if not document["ok"]:
         sys.exit(1)
 

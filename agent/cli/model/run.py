@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent.cli import trust
-from agent.cli.output import emit, json_option
+from agent.cli.output import echo, emit, json_option
 from agent.cli.progress import ProgressBar
 from agent.errors import BadBundle, UsageError
 from agent.wire import keys
@@ -107,7 +107,8 @@ def load_bundle(path: Path, public: str | None) -> tuple[Bundle, Inference, str]
     """Return the bundle, probed in a child process and loaded, and a description of its signature. Raises BadBundle."""
     from agent.model.bundle import builtin
     from agent.model.bundle import bundle as bundles
-    from agent.model.inference.inference import Inference, load_model
+    from agent.model.inference import runtime
+    from agent.model.inference.inference import Inference
     from agent.model.sandbox import probe
 
     path = builtin.resolve_path(path)
@@ -116,23 +117,23 @@ def load_bundle(path: Path, public: str | None) -> tuple[Bundle, Inference, str]
     _, signature = trust.check_signature(path, bundle, trusted)
     try:
         probe.probe(bundle).raise_for_failure()
-        return bundle, Inference(bundle.manifest, load_model(bundle.manifest, bundle.model_bytes)), signature
+        return bundle, Inference(bundle.manifest, runtime.load_model(bundle.manifest, bundle.model_bytes)), signature
     except BadBundle as problem:
         raise BadBundle(f"{path}: {problem}") from None
 
 
 def _print(document: dict[str, Any]) -> None:
     bundle = document["bundle"]
-    click.echo(f"{bundle['name']} {bundle['version']}, signature: {document['signature']}")
+    echo(f"{bundle['name']} {bundle['version']}, signature: {document['signature']}")
     rate = document["rows"] / max(document["seconds"], 1e-3)
-    click.echo(f"{document['out']}: {document['results']:,} results of {document['rows']:,} rows, {rate:,.0f} rows/s")
+    echo(f"{document['out']}: {document['results']:,} results of {document['rows']:,} rows, {rate:,.0f} rows/s")
     if document["partly_missing"]:
-        click.echo(f"{document['partly_missing']:,} results have partly missing input")
+        echo(f"{document['partly_missing']:,} results have partly missing input")
     if not document["results"]:
-        click.echo("no result: the data hold no row, or no whole window without a gap")
+        echo("no result: the data hold no row, or no whole window without a gap")
     if document["rejected"]:
-        click.echo(f"{document['rejected']:,} rows rejected:", err=True)
+        echo(f"{document['rejected']:,} rows rejected:", err=True)
         for row in document["rejected_rows"][:_MAX_SHOWN]:
-            click.echo(f"  {row['file']} line {row['line']}: {row['reason']}", err=True)
+            echo(f"  {row['file']} line {row['line']}: {row['reason']}", err=True)
         if document["rejected"] > _MAX_SHOWN:
-            click.echo(f"  and {document['rejected'] - _MAX_SHOWN:,} more", err=True)
+            echo(f"  and {document['rejected'] - _MAX_SHOWN:,} more", err=True)

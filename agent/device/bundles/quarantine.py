@@ -1,7 +1,8 @@
-"""Quarantine: a bundle that ended the daemon twice in a row while it ran is not run again; the previous one resumes.
+"""Quarantine: a bundle that crashed or hung twice in a row is not run again; the previous one resumes.
 
 Rules:
-- A start that finds the crash marker set counts one crash of that bundle for that task. A hang that the watchdog ended
+- A model process that dies or hangs counts one crash of its bundle for its task.
+- Where models run in the daemon, a start that finds the crash marker set counts one. A hang that the watchdog ended
   leaves the same marker.
 - A committed batch of that bundle resets the count: a healthy model that happens to be killed while it runs, as by
   `kill -9`, commits batches long before that happens again.
@@ -58,6 +59,14 @@ def handle_crash(conf: Config, store: Store, message_log: MessageLog, marker: Cr
     marker.clear()
 
 
+def record_crash(
+    conf: Config, store: Store, message_log: MessageLog, task: str, digest: str, now: ClockReading
+) -> bool:
+    """Count a crash of the model process of bundle `digest`; return True if that quarantined the bundle."""
+    record = CrashRecord(task, digest, clock.boot_id(), f"{clock.boot_id()}/{now.boot_s}")
+    return _count_crash(conf, store, message_log, record, now) >= MAX_CRASHES
+
+
 def require_not_quarantined(store: Store, task: str, path: Path) -> None:
     """Raise BadBundle if the bundle at `path` is quarantined for `task`."""
     quarantined = overrides.load_quarantined(store, task)
@@ -101,13 +110,14 @@ def _load_crash_count(store: Store, task: str) -> _CrashCount | None:
     return msgspec.json.decode(stored, type=_CrashCount) if stored else None
 
 
-def _count_crash(conf: Config, store: Store, message_log: MessageLog, crash: CrashRecord, now: ClockReading) -> None:
+def _count_crash(conf: Config, store: Store, message_log: MessageLog, crash: CrashRecord, now: ClockReading) -> int:
+    """Count a crash; return how many the bundle has in a row."""
     counted = _load_crash_count(store, crash.task)
     if counted is not None and counted.last_marker_id == crash.id:
         # Counted by a start that ended before it could clear the marker.
-        return
+        return counted.count
     count = counted.count + 1 if counted is not None and counted.digest == crash.digest else 1
-    log.error("task %s: the daemon ended while bundle %s ran, %d times in a row", crash.task, crash.digest, count)
+    log.error("task %s: bundle %s crashed or hung, %d times in a row", crash.task, crash.digest, count)
     past = history.load_history(store, crash.task)
     quarantined = overrides.load_quarantined(store, crash.task)
     resumed = _find_previous(conf, store, crash.task, {crash.digest, *quarantined})
@@ -118,11 +128,11 @@ def _count_crash(conf: Config, store: Store, message_log: MessageLog, crash: Cra
             crash.task, task_keys.CRASH_COUNT, msgspec.json.encode(_CrashCount(crash.digest, count, crash.id))
         )
         if count < MAX_CRASHES:
-            return
+            return count
         refs = [] if past is None else [past.current, past.previous]
         name = next((str(ref) for ref in refs if ref is not None and ref.digest == crash.digest), "its bundle")
         reason = (
-            f"{name} ({crash.digest[:19]}…) ended the daemon {count} times in a row while it ran, "
+            f"{name} ({crash.digest[:19]}…) crashed or hung {count} times in a row, "
             f"the last time before {clock.to_rfc3339(now.wall_us)}, and is quarantined"
         )
         quarantined = {**quarantined, crash.digest: QuarantinedBundle(reason, configured)}
@@ -143,6 +153,7 @@ def _count_crash(conf: Config, store: Store, message_log: MessageLog, crash: Cra
             overrides.save_bundle_override(tx, crash.task, history.make_override(target, configured))
             if past is not None and past.current != target:
                 history.record_activation(tx, message_log, crash.task, resumed, past, "quarantine", now)
+    return count
 
 
 def _find_previous(conf: Config, store: Store, task: str, excluded: Collection[str]) -> Bundle | None:

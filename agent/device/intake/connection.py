@@ -1,16 +1,21 @@
-"""Producer connection: bytes to lines, lines to rows of the group commit, outcomes to answer lines."""
+"""Producer connection: bytes to lines, lines to rows of the group commit, outcomes to answer lines.
+
+The first line must be a JSON object: no HTTP request begins with one, so a web page cannot send rows.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import hmac
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 import msgspec
 
 from agent.clock import ClockReading
 from agent.device.intake.group_commit import CommitOutcome, GroupCommit, SourcePosition
-from agent.device.intake.protocol import MAX_LINE_BYTES, LineParser
+from agent.device.intake.listener import Refusal, User
+from agent.device.intake.protocol import BOM, MAX_LINE_BYTES, LineParser
 from agent.strict_json import check_key_count
 
 CLIENT_SOURCE = "client"
@@ -18,35 +23,57 @@ CLIENT_SOURCE = "client"
 MAX_CLIENTS = 1000
 
 
+_OTHER_PROTOCOL = Refusal("this is not the intake protocol: the first line must be a JSON object; see docs/intake.md")
+_NO_TOKEN = Refusal('the first line on TCP must be {"token":"…"}, with the content of the file intake.token_file names')
+
+
 class _Hello(msgspec.Struct, forbid_unknown_fields=True):
-    client: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+    client: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] | None = None
+    token: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
 
 
 class ProducerConnection:
     """Producer on a socket.
 
-    `greet` is called with its name and returns how many of its lines are stored.
+    `greet` is called with its name and returns how many of its lines are stored, or raises Refusal. With `token`, the
+    first line must have the same.
     """
 
     def __init__(
         self,
         group: GroupCommit,
         reader: LineParser,
-        greet: Callable[[ProducerConnection, str], int],
+        greet: Callable[[ProducerConnection, str], Awaitable[int]],
         writer: asyncio.StreamWriter,
+        user: User = None,
+        token: str | None = None,
     ) -> None:
         self._group, self._reader, self._greet, self._writer = group, reader, greet, writer
+        self.user, self._token = user, token
+        self.last_read_s = asyncio.get_running_loop().time()
         self._partial_line = b""
         self._skipped_bytes = 0
-        self._line_count = 0
+        self._line_count = self._answered = 0
         self._started = False
         self._retired = False
         self.name: str | None = None
 
-    def feed(self, data: bytes, now: ClockReading) -> int:
-        """Parse received bytes. Return their number, including the incomplete line of the last call."""
+    @property
+    def awaits_answer(self) -> bool:
+        """True while lines of an open connection wait for a commit."""
+        return self._answered < self._line_count and not self._retired
+
+    def held_bytes(self) -> int:
+        """Return the bytes of its unfinished line and of the answers that it has not read."""
+        return len(self._partial_line) + self._writer.transport.get_write_buffer_size()
+
+    async def feed(self, data: bytes, now: ClockReading) -> int:
+        """Parse received bytes. Return their number, including the incomplete line of the last call. Raises Refusal."""
+        self.last_read_s = asyncio.get_running_loop().time()
         if self._retired:
             return 0
+        if not self._started:
+            _check_first_bytes(self._partial_line, data)
         size = len(self._partial_line) + len(data)
         lines, start = [], 0
         # `find` is much faster than `split` on a long line, and as fast on short ones.
@@ -65,24 +92,35 @@ class ProducerConnection:
             # Dropped: a line without an end must not fill the memory.
             self._skipped_bytes += len(self._partial_line)
             self._partial_line = b""
-        self._parse_lines(lines, now)
+        await self._parse_lines(lines, now)
         return size
 
-    def end(self, now: ClockReading) -> None:
-        """Parse the last line, which may have no newline: the producer has closed its side."""
+    async def end(self, now: ClockReading) -> None:
+        """Parse the last line, which may have no newline: the producer has closed its side. Raises Refusal."""
         if self._retired:
             return
         if self._skipped_bytes:
             self._reject_long_line(self._skipped_bytes + len(self._partial_line))
         elif self._partial_line.strip():
-            self._parse_lines([self._partial_line], now)
+            await self._parse_lines([self._partial_line], now)
 
     def retire(self) -> None:
         """Close the connection after the answers are sent: the client continues in another one."""
         self._retired = True
         self._writer.close()
 
+    def refuse(self, refusal: Refusal) -> None:
+        """Send the reason and close the connection. A producer that reads nothing loses what was to be sent."""
+        self._retired = True
+        self._group.count("connections refused")
+        if self._writer.transport.get_write_buffer_size():
+            self._writer.transport.abort()
+            return
+        self._writer.write(refusal.to_line())
+        self._writer.close()
+
     def answer(self, outcome: CommitOutcome) -> None:
+        self._answered = outcome.through
         line = {"through": outcome.through, "accepted": outcome.accepted}
         rejected = [{"line": number, "reason": reason} for number, reason in outcome.rejected]
         self._writer.write(msgspec.json.encode({**line, "rejected": rejected}) + b"\n")
@@ -90,12 +128,12 @@ class ProducerConnection:
             # If this answer is lost, a later accepted line would count the rejected ones as stored.
             self.retire()
 
-    def _parse_lines(self, lines: list[bytes], now: ClockReading) -> None:
+    async def _parse_lines(self, lines: list[bytes], now: ClockReading) -> None:
         if lines and not self._started:
             self._started = True
-            if self._read_hello(lines[0]):
+            if await self._read_hello(lines[0]):
                 lines = lines[1:]
-        if not lines:
+        if not lines or self._retired:
             return
         first = self._line_count + 1
         # Parsed to the end before anything joins the group: rows without their position would be stored twice.
@@ -116,21 +154,38 @@ class ProducerConnection:
             self, line, SourcePosition(CLIENT_SOURCE, self.name, line, MAX_CLIENTS) if self.name else None
         )
 
-    def _read_hello(self, line: bytes) -> bool:
+    async def _read_hello(self, line: bytes) -> bool:
+        """Read the name and the token, if the line is a greeting. Raises Refusal."""
         try:
-            name = msgspec.json.decode(line, type=_Hello).client
-            check_key_count(line, 1, [name])
+            hello = msgspec.json.decode(line, type=_Hello)
+            members = [text for text in (hello.client, hello.token) if text is not None]
+            check_key_count(line, len(members), members)
         except (msgspec.MsgspecError, ValueError, RecursionError):
-            return False
-        self.name = name
-        self._line_count = self._greet(self, name)
-        self.answer(CommitOutcome(self._line_count, 0, []))
-        return True
+            hello, members = _Hello(), []
+        if self._token is not None and not hmac.compare_digest((hello.token or "").encode(), self._token.encode()):
+            raise _NO_TOKEN
+        if hello.client is not None:
+            self.name = hello.client
+            self._line_count = await self._greet(self, hello.client)
+            if self._retired:
+                return True
+        if members:
+            self.answer(CommitOutcome(self._line_count, 0, []))
+        return bool(members)
 
     def _reject_long_line(self, size: int) -> None:
+        if not self._started and self._token is not None:
+            raise _NO_TOKEN
         self._started = True
         self._group.reject(self, self._line_count + 1, f"line of {size} bytes, the limit is {MAX_LINE_BYTES}; split it")
         self._advance(self._line_count + 1)
+
+
+def _check_first_bytes(before: bytes, data: bytes) -> None:
+    """Check that a connection begins with a JSON object, after white space or a byte order mark. Raises Refusal."""
+    first = data.lstrip()
+    if first and not before.strip() and not first.startswith((b"{", BOM[:1])):
+        raise _OTHER_PROTOCOL
 
 
 def _find_runs(lines: list[bytes], first: int) -> list[tuple[int, list[bytes]]]:

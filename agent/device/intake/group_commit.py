@@ -5,6 +5,7 @@ A commit costs about 28 KB of flash writes however small it is, so a few rows wa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import msgspec
@@ -105,6 +106,8 @@ class GroupCommit:
         self._producer_batches: ProducerBatches = {}
         self._max_bytes = store.quota.transaction_bytes // 4
         self._rows = self._bytes = 0
+        self._counts: Counter[str] = Counter()
+        self._drained_counts: Counter[str] = Counter()
 
     def __bool__(self) -> bool:
         return bool(self._producer_batches)
@@ -145,6 +148,15 @@ class GroupCommit:
     def _batch_of(self, producer: Hashable) -> _ProducerBatch:
         return self._producer_batches.setdefault(producer, _ProducerBatch())
 
+    def holds_position(self, source: str, item: str) -> bool:
+        """Return True if the next commit moves this position."""
+        positions = (batch.position for batch in self._producer_batches.values())
+        return any(at is not None and (at.source, at.item) == (source, item) for at in positions)
+
+    def count(self, counter: str) -> None:
+        """Count an event that costs no commit of its own."""
+        self._counts[counter] += 1
+
     def commit(self, now: ClockReading) -> dict[Hashable, CommitOutcome]:
         """Write everything that waits."""
         return self.write(self.drain(), now)
@@ -152,6 +164,8 @@ class GroupCommit:
     def drain(self) -> ProducerBatches:
         """Return everything that waits, for `write`; more may be added meanwhile."""
         batches, self._producer_batches = self._producer_batches, {}
+        self._drained_counts += self._counts
+        self._counts.clear()
         self._rows = self._bytes = 0
         return batches
 
@@ -166,7 +180,9 @@ class GroupCommit:
             if needed > self._store.limit_bytes() * INTAKE_SHARE:
                 raise StorageFull("the store has reached its size ([buffer] max_size) and no used readings can go")
             with self._store.transaction() as tx:
-                return self._write(tx, batches, now)
+                outcomes = self._write(tx, batches, now)
+            self._drained_counts.clear()
+            return outcomes
         except StorageFull as full:
             return {producer: _reject_all(batch, full) for producer, batch in batches.items()}
 
@@ -174,12 +190,13 @@ class GroupCommit:
         by_stream: dict[str, list[tuple[Rows, ClockStamp]]] = {}
         ends: dict[Hashable, tuple[str, int]] = {}
         counts: dict[Hashable, int] = {}
+        row_counts: Counter[str] = Counter()
+        for block in (block for batch in batches.values() for block in batch.row_blocks):
+            row_counts[block.stream] += len(block.validated.rows)
         for producer, batch in batches.items():
             accepted = 0
             for block in batch.row_blocks:
-                rows, rejected = self._encode_categories(tx, block.stream, block.validated)
-                for index, reason in rejected.items():
-                    batch.reject(block.lines[index if len(block.lines) > 1 else 0], reason)
+                rows = self._encode_categories(tx, block.stream, block.validated, row_counts[block.stream])
                 if len(rows):
                     parts = by_stream.setdefault(block.stream, [])
                     parts.append((rows, _stamp(tx, rows, block.now)))
@@ -187,6 +204,8 @@ class GroupCommit:
                     accepted += len(rows)
             counts[producer] = accepted + self._write_labels(tx, batch)
             tx.increment_counter("lines rejected", len(batch.rejected))
+        for counter, n in self._drained_counts.items():
+            tx.increment_counter(counter, n)
         before = {stream: _append_rows(tx, stream, parts, now) for stream, parts in by_stream.items()}
         outcomes = {}
         for producer, batch in batches.items():
@@ -209,22 +228,18 @@ class GroupCommit:
                 producer_batch.reject(line, labels.format_reasons(rejected, n))
         return accepted
 
-    def _encode_categories(self, tx: Transaction, stream: str, validated: ValidatedRows) -> tuple[Rows, dict[int, str]]:
-        """Replace category texts by codes. Return index → reason for rows whose text gets no code, too."""
-        columns, rejected = list(validated.rows.columns), {}
+    def _encode_categories(self, tx: Transaction, stream: str, validated: ValidatedRows, row_count: int) -> Rows:
+        """Replace category texts by codes; `row_count`: rows of the stream in this transaction."""
+        columns = list(validated.rows.columns)
         for index, texts in validated.categories.items():
-            name = self._streams[stream].fields[index].name
-            codes = np.array(tx.assign_category_codes(stream, name, texts), np.int64)
-            columns[index] = codes.astype("<u2")
-            for row in np.flatnonzero(codes < 0):
-                rejected[int(row)] = (
-                    f"{name} = {texts[row]!r} would be the 65,536th category; a field has 65,535 at most"
-                )
-        rows = Rows(validated.rows.t, tuple(columns))
-        if rejected:
-            accepted = np.setdiff1d(np.arange(len(rows)), np.fromiter(rejected, np.int64, len(rejected)))
-            rows = Rows(rows.t[accepted], tuple(column[accepted] for column in rows.columns))
-        return rows, rejected
+            field = self._streams[stream].fields[index]
+            last_row = tx.next_row(stream) + row_count - 1
+            codes, others = tx.assign_category_codes(
+                stream, field.name, texts, limit=field.max_categories, last_row=last_row
+            )
+            columns[index] = np.array(codes, "<u2")
+            tx.increment_counter("categories over limit", others)
+        return Rows(validated.rows.t, tuple(columns))
 
 
 def _append_rows(tx: Transaction, stream: str, parts: Sequence[tuple[Rows, ClockStamp]], now: ClockReading) -> int:

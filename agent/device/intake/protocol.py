@@ -22,7 +22,7 @@ from agent.strict_json import DuplicateKey, check_key_count
 from agent.toml_files import did_you_mean
 
 MAX_LINE_BYTES = 1 << 20
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 # Deep nesting exhausts the decoder's stack.
 _DECODE_ERRORS = (msgspec.MsgspecError, ValueError, RecursionError)
 
@@ -247,7 +247,7 @@ def _fill_absent(column: tuple[Any, ...]) -> tuple[Sequence[Any], int]:
 
 
 def _explain_json_error(line: bytes, error: Exception) -> str:
-    if line.startswith(_BOM):
+    if line.startswith(BOM):
         return "a byte order mark before the line; send UTF-8 without it"
     if b"\x00" in line or (not line.isascii() and not _is_text(line)):
         return "not text: binary data on a line protocol"

@@ -1,8 +1,8 @@
 """Intake server: JSON lines on sockets, answered once per commit, and the daemon's own sources.
 
 A producer that begins with `{"client":"NAME"}` is told how many of its lines are stored, and its line count continues
-from there: lines that it repeats after a broken connection are stored once. A name has one connection, the newest one;
-lines that an older connection has in flight are ignored.
+from there: lines that it repeats after a broken connection are stored once. A name has one connection, the newest one
+of the user that holds it; lines that an older connection has in flight are ignored.
 """
 
 from __future__ import annotations
@@ -20,11 +20,21 @@ from agent import config
 from agent.clock import ClockReading
 from agent.device.intake.connection import CLIENT_SOURCE, ProducerConnection
 from agent.device.intake.group_commit import CommitOutcome, GroupCommit, SourcePosition
+from agent.device.intake.listener import (
+    ConnectionTable,
+    Listener,
+    Refusal,
+    User,
+    bind_tcp,
+    bind_unix,
+    load_token,
+    raise_descriptor_limit,
+)
 from agent.device.intake.protocol import LineParser
 from agent.device.intake.source import Source
 from agent.device.store.rows import RawColumns, validate_columns
 from agent.device.store.store import Store
-from agent.errors import StorageError, UsageError
+from agent.errors import StorageError
 from agent.performance.labels import LabelTarget
 
 log = logging.getLogger("outstation.intake")
@@ -39,8 +49,9 @@ _HEARTBEAT_S = 10.0
 _HEARTBEAT_TIMEOUT_S = 120.0
 # Time that sources have to handle the last commit.
 _SHUTDOWN_S = 3.0
-# If it is full, a producer that connects with a timeout fails at once.
-_BACKLOG = 1024
+# Greetings and ends are answered by a commit of their own this many times, and once more for each usual commit: a
+# program that only connects and leaves costs no more flash than one that sends a row now and then.
+_MAX_EARLY_COMMITS = 8
 
 
 class Intake:
@@ -64,7 +75,10 @@ class Intake:
         self._group_commit = GroupCommit(store, conf.streams, label_targets)
         self._answer_callbacks: dict[object, Callable[[CommitOutcome], None]] = {}
         self._connections_by_client: dict[str, ProducerConnection] = {}
-        self._open_writers: set[asyncio.StreamWriter] = set()
+        self._table = ConnectionTable(raise_descriptor_limit())
+        self._open_connections: set[socket.socket | asyncio.StreamWriter] = set()
+        self._early_commits, self._early_counted_s = float(_MAX_EARLY_COMMITS), 0.0
+        self._commit_waiters: list[asyncio.Future[None]] = []
         self._serve_tasks: set[asyncio.Task[None]] = set()
         self._has_failed = False
         self._alive_until_s = now().boot_s + _HEARTBEAT_TIMEOUT_S
@@ -104,54 +118,41 @@ class Intake:
 
     async def _run(self) -> None:
         self._loop, self._stop_event = asyncio.get_running_loop(), asyncio.Event()
-        servers: list[asyncio.Server] = []
+        listeners: list[Listener] = []
         try:
-            servers.append(await self._listen_unix())
-            if self._conf.intake.tcp:
-                host, port = config.parse_loopback(self._conf.intake.tcp)
-                try:
-                    servers.append(await asyncio.start_server(self._accept, host, port, limit=_READ_BYTES))
-                except OSError as error:
-                    problem = f"intake.tcp {self._conf.intake.tcp}: {error.strerror}; choose another port"
-                    raise UsageError(problem) from error
+            path = self._conf.data_dir / "intake.sock"
+            listeners.append(self._listen(bind_unix(path), None))
+            if (tcp := self._conf.intake.tcp) is not None:
+                host, port = config.parse_loopback(tcp)
+                token = load_token(self._conf.intake_token_file)
+                listeners += [self._listen(bound, token) for bound in bind_tcp(tcp, host, port)]
             tasks = [asyncio.create_task(self._run_source(source)) for source in self._sources]
             tasks.append(asyncio.create_task(self._run_heartbeat()))
             self._ready.set()
             await self._stop_event.wait()
         finally:
-            # A closed server would drop connections that were just accepted: they are set up first.
-            loop = asyncio.get_running_loop()
-            for listener in [listener for server in servers for listener in server.sockets]:
-                loop.remove_reader(listener.fileno())
-            for _ in range(3):
-                await asyncio.sleep(0)
-            for server in servers:
-                server.close()
+            for listener in listeners:
+                listener.close()
         for task in tasks:
             task.cancel()
         self._commit()
-        # Also writers whose task has not begun: a cancelled task would never close them.
-        for writer in self._open_writers:
-            writer.close()
+        # Also connections whose task has not begun: a cancelled task would never close them.
+        for connection in self._open_connections:
+            connection.close()
         await asyncio.wait(tasks, timeout=_SHUTDOWN_S)
         self._writer.shutdown()
 
-    async def _listen_unix(self) -> asyncio.Server:
-        # The folder's lock excludes another daemon.
-        path = self._conf.data_dir / "intake.sock"
-        path.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            listener.bind(str(path))
-        except OSError as error:
-            listener.close()
-            raise UsageError(f"{path}: {error}; a socket path has at most 107 bytes; shorten data_dir") from error
-        path.chmod(0o660)
-        return await asyncio.start_unix_server(self._accept, sock=listener, limit=_READ_BYTES, backlog=_BACKLOG)
+    def _listen(self, bound: socket.socket, token: str | None) -> Listener:
+        return Listener(
+            bound,
+            lambda connected, user: self._accept(connected, user, token),
+            lambda: self._group_commit.count("connections delayed"),
+        )
 
     async def _run_heartbeat(self) -> None:
         while True:
             self._alive_until_s = self._now().boot_s + _HEARTBEAT_TIMEOUT_S
+            self._table.close_idle(asyncio.get_running_loop().time())
             await asyncio.sleep(_HEARTBEAT_S)
 
     async def _run_source(self, source: Source) -> None:
@@ -165,7 +166,14 @@ class Intake:
     def _fail(self, error: Exception) -> None:
         """Stop committing and answering: it is unknown what reached the disk, and a later answer would count it."""
         self._has_failed = True
+        self._wake_waiters()
         self._on_failed(error)
+
+    def _wake_waiters(self) -> None:
+        waiters, self._commit_waiters = self._commit_waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
     async def _submit_rows(
         self,
@@ -193,52 +201,89 @@ class Intake:
         self._schedule_commit()
         return await future
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._open_writers.add(writer)
-        if self._stop_event is None or self._stop_event.is_set():
-            return
-        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
+    def _accept(self, connected: socket.socket, user: User, token: str | None) -> None:
+        self._open_connections.add(connected)
+        task = asyncio.get_running_loop().create_task(self._serve(connected, user, token))
         self._serve_tasks.add(task)
         task.add_done_callback(self._serve_tasks.discard)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        producer = ProducerConnection(self._group_commit, LineParser(self._conf.streams), self._greet, writer)
+    async def _serve(self, connected: socket.socket, user: User, token: str | None) -> None:
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=_READ_BYTES)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport, _ = await loop.connect_accepted_socket(lambda: protocol, connected)
+        writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+        self._open_connections.discard(connected)
+        self._open_connections.add(writer)
+        producer = ProducerConnection(
+            self._group_commit, LineParser(self._conf.streams), self._greet, writer, user, token
+        )
         self._answer_callbacks[producer] = producer.answer
         try:
-            while data := await reader.read(_READ_BYTES):
-                size = producer.feed(data, self._now())
-                self._schedule_commit()
-                # Only a producer that does not read its answers waits here.
-                await writer.drain()
-                # Short lines gather in the kernel's buffer for a moment: one read costs less, and no single line wakes
-                # this thread. Part of a long line would gain nothing.
-                if size < _SMALL_READ_BYTES and isinstance(writer.transport, asyncio.ReadTransport):
-                    writer.transport.pause_reading()
-                    await asyncio.sleep(_GATHER_S)
-                    writer.transport.resume_reading()
-            producer.end(self._now())
-            self._commit()
+            self._table.add(producer, loop.time())
+            await self._read_lines(producer, reader, writer)
+            await producer.end(self._now())
+            await self._commit_early(lambda: producer.awaits_answer)
+        except Refusal as refusal:
+            producer.refuse(refusal)
         except ConnectionError:
-            self._commit()
+            self._schedule_commit()
         except StorageError as error:
             self._fail(error)
         finally:
+            self._table.remove(producer)
             self._answer_callbacks.pop(producer, None)
             if producer.name is not None and self._connections_by_client.get(producer.name) is producer:
                 del self._connections_by_client[producer.name]
-            self._open_writers.discard(writer)
+            self._open_connections.discard(writer)
             writer.close()
 
-    def _greet(self, producer: ProducerConnection, name: str) -> int:
-        """Retire an older connection of `name`, and return how many of its lines are stored."""
+    async def _read_lines(
+        self, producer: ProducerConnection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        while data := await reader.read(_READ_BYTES):
+            size = await producer.feed(data, self._now())
+            self._schedule_commit()
+            self._table.limit_memory(producer)
+            # Only a producer that does not read its answers waits here.
+            await writer.drain()
+            # Short lines gather in the kernel's buffer for a moment: one read costs less, and no single line wakes
+            # this thread. Part of a long line would gain nothing.
+            if size < _SMALL_READ_BYTES and isinstance(writer.transport, asyncio.ReadTransport):
+                writer.transport.pause_reading()
+                await asyncio.sleep(_GATHER_S)
+                writer.transport.resume_reading()
+
+    async def _greet(self, producer: ProducerConnection, name: str) -> int:
+        """Retire an older connection of `name`, and return how many of its lines are stored. Raises Refusal."""
         older = self._connections_by_client.get(name)
+        if older is not None and older.user != producer.user:
+            raise Refusal(f"client name {name!r} is in use by another user; choose another name")
         self._connections_by_client[name] = producer
         if older is not None:
             older.retire()
-        self._commit()
+        await self._commit_early(
+            lambda: self._background_write is not None or self._group_commit.holds_position(CLIENT_SOURCE, name)
+        )
         if self._has_failed:
             raise StorageError("the store failed; the position of this client is unknown")
         return self._store.source_position(CLIENT_SOURCE, name)
+
+    async def _commit_early(self, is_pending: Callable[[], bool]) -> None:
+        """Commit what is pending at once if that was not done often of late, else wait for the next commit."""
+        loop = asyncio.get_running_loop()
+        while is_pending() and not self._has_failed:
+            interval_s = max(self._conf.buffer.commit_every, _QUIET_S)
+            earned = (loop.time() - self._early_counted_s) / interval_s
+            self._early_commits = min(_MAX_EARLY_COMMITS, self._early_commits + earned)
+            self._early_counted_s = loop.time()
+            if self._early_commits >= 1:
+                self._early_commits -= 1
+                self._commit()
+            else:
+                self._schedule_commit()
+                self._commit_waiters.append(waiter := loop.create_future())
+                await waiter
 
     def _schedule_commit(self) -> None:
         if self._group_commit.is_full:
@@ -302,4 +347,5 @@ class Intake:
                 answer(outcome)
             if not isinstance(producer, ProducerConnection):
                 self._answer_callbacks.pop(producer, None)
+        self._wake_waiters()
         self._on_committed()

@@ -17,8 +17,8 @@ from agent.device.store.message_log import PendingMessage
 from agent.device.store.rows import Rows
 from agent.device.store.store import RowBatch
 from agent.drift.state import DriftWindowResult, QuietRun
-from agent.model.inference import runtime
 from agent.model.inference.inference import InferenceResult
+from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.scores import Scores
 
 # The message's header, then its other members beside the columns.
@@ -119,7 +119,7 @@ def _result_body(task: LoadedTask, rows: list[int], n: int, consumed: Rows, colu
         "n": n,
         "input": consumed.digest(),
         "columns": columns,
-        "made": {"agent": __version__, "runtime": runtime.RUNTIME_NAME, "config": task.config_digest},
+        "made": {"agent": __version__, "runtime": runtime_name(), "config": task.config_digest},
     }
 
 

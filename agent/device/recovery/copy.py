@@ -291,7 +291,8 @@ def _repair_category_field(db: sqlite3.Connection, stream: str, fields: list[Fie
             largest = max(largest, int(unpack_chunk(PackedChunk(*row), fields).columns[index].max()))
     lost = sorted(set(range(1, largest + 1)) - codes)
     db.executemany(
-        "INSERT INTO categories VALUES (?, ?, ?, ?)", [(*key, code, f"lost category {code}") for code in lost]
+        "INSERT INTO categories VALUES (?, ?, ?, ?, (SELECT next_row FROM streams WHERE name = ?))",
+        [(*key, code, f"lost category {code}", stream) for code in lost],
     )
 
 

@@ -98,14 +98,31 @@ class _WriteAccess:
 def _open_database(folder: Path, pragmas: schema.Pragmas, watermark: Watermark) -> sqlite3.Connection:
     """Return the one writing connection. Raises StorageError, UsageError."""
     path = folder / DATABASE
+    if path.exists():
+        _make_private(path)
     cause = salvage.read_cause(folder) or _find_damage(folder, existed_before=watermark.state is not None)
     if cause is not None:
         _salvage(folder, cause, watermark)
     try:
+        _make_private(path)
         return _connect(path, pragmas)
     except StorageDamaged as damage:
         _salvage(folder, str(damage), watermark)
+        _make_private(path)
         return _connect(path, pragmas)
+
+
+def _make_private(path: Path) -> None:
+    """Create the database for its user alone; for the group too if the folder lets the group in and nobody else."""
+    try:
+        mode = 0o600 if path.parent.stat().st_mode & 0o007 else 0o640
+        if not path.exists():
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
+        elif path.stat().st_mode & 0o007:
+            # By its path: to close a descriptor of it would end SQLite's locks.
+            path.chmod(mode)
+    except OSError as error:
+        raise _folder_error(path.parent, error) from error
 
 
 def _connect(path: Path, pragmas: schema.Pragmas) -> sqlite3.Connection:
@@ -212,7 +229,7 @@ def acquire_lock(folder: Path) -> int:
     """Lock the folder for the life of this process and return the lock file's descriptor."""
     require_local(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise _folder_error(folder, error) from error

@@ -92,12 +92,16 @@ class RolloutExecutor:
         if self._rollouts[name].canary is not None:
             self._advance(name, now)
 
+    def has_canary(self, name: str) -> bool:
+        """Return True if a canary answers for the task."""
+        canary = self._rollouts[name].canary
+        return canary is not None and canary.is_serving
+
     def on_canary_failure(self, name: str, failure: ModelProcessFailed, now: ClockReading) -> LoadedTask | None:
         """Return the task that answers a batch instead of the failed canary; None if there is none."""
         rollout = self._rollouts[name]
         canary = rollout.canary
-        if canary is None or not canary.is_serving:
-            return None
+        assert canary is not None
         canary.record_failure(failure)
         log.error("task %s: the canary failed: %s", name, failure)
         self._advance(name, now)
@@ -220,13 +224,13 @@ class RolloutExecutor:
             if rollout.canary is not None:
                 return rollout.canary.candidate
             assert rollout.proven is not None
-            return factory.start_subprocess(rollout.name, rollout.proven, new.desired.rules)
+            return factory.start(rollout.name, rollout.proven, new.desired.rules)
         is_promotion = new.phase == "active" and old_phase == "canary" and rollout.canary is not None
         # The previous bundle was verified again, to replace an active one that is rolled back.
         is_aborted = (new.phase, new.reason) == ("cancelled", "aborted")
         is_revert = is_aborted and old_phase not in ("downloading", "shadow", "canary")
         if (is_promotion or is_revert) and rollout.proven is not None:
-            return factory.load_in_process(rollout.name, rollout.proven)
+            return factory.start(rollout.name, rollout.proven)
         return None
 
     def _write_step(

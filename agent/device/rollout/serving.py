@@ -25,12 +25,8 @@ from agent.wire.desired_state import CanaryRules
 class TaskFactory(Protocol):
     """Factory of tasks from proven bundles."""
 
-    def load_in_process(self, name: str, proven: ProvenBundle) -> LoadedTask:
-        """Load the model into this process. Raises BadBundle, ConfigError."""
-        ...
-
-    def start_subprocess(self, name: str, proven: ProvenBundle, rules: CanaryRules) -> LoadedTask:
-        """Run the model in a process of its own, within the rules' timeout. Raises BadBundle, ConfigError."""
+    def start(self, name: str, proven: ProvenBundle, rules: CanaryRules | None = None) -> LoadedTask:
+        """Start the model, as a candidate within the timeout of `rules`. Raises BadBundle, ConfigError."""
         ...
 
     def stop(self, task: LoadedTask) -> None:
@@ -93,7 +89,7 @@ class ServingManager:
             return
         try:
             if rollout.canary is None and proven is not None:
-                candidate = self.factory.start_subprocess(rollout.name, proven, state.desired.rules)
+                candidate = self.factory.start(rollout.name, proven, state.desired.rules)
                 if state.phase == "canary":
                     self._serve_candidate(rollout, candidate, state)
                 else:
@@ -132,7 +128,7 @@ class ServingManager:
         self.replace_task(rollout.name, candidate)
 
     def finish_canary(self, rollout: TaskRollout, replacement: LoadedTask | None, now: ClockReading) -> None:
-        """End a canary. `replacement` is the same bundle in this process; without it the previous bundle answers."""
+        """End a canary. `replacement` is the same bundle as the active one; without it the previous one answers."""
         canary, rollout.canary = rollout.canary, None
         if canary is None:
             return

@@ -28,6 +28,7 @@ from agent.model.bundle import builtin, bundle
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference.tuning import Tuning
 from agent.model.sandbox import probe
+from agent.model.sandbox.confinement import ModelPolicy
 from agent.wire.desired_state import DesiredBundle
 from agent.wire.keys import PublicKey
 
@@ -78,8 +79,10 @@ class BundleSupply:
         fetcher: BundleFetcher | None,
         check_fit: Callable[[str, Bundle], None],
         known_tunings: Callable[[str], Sequence[Tuning]],
+        policy: ModelPolicy,
         on_progress: Callable[[], object] = lambda: None,
     ) -> None:
+        self._policy = policy
         self._conf, self._publishers = conf, [*publishers, *builtin.publisher_keys()]
         self._fetcher, self._check_fit = fetcher, check_fit
         self._known_tunings, self._on_progress = known_tunings, on_progress
@@ -191,7 +194,7 @@ class BundleSupply:
                         f"its {size / 2**20:.1f} MiB do not fit next to the active bundle: {free / 2**20:.1f} MiB are "
                         f"free, and {_DISK_RESERVE_BYTES >> 20} MiB of them must stay free; make room"
                     )
-            report = probe.probe(verified, list(self._known_tunings(request.task)))
+            report = probe.probe(verified, list(self._known_tunings(request.task)), self._policy)
             for name, ok, detail in report.checks:
                 if not ok:
                     return BundleAssessment(_reason_for_check(name, detail), f"{name}: {detail}", {"check": name})

@@ -21,7 +21,8 @@ _TABLES = (
     "CREATE UNIQUE INDEX chunk_rows ON chunks (stream, first_row)",
     # Chunks that cannot be read back, moved out of every task's way for inspection.
     "CREATE TABLE quarantined_rows (stream INT, first_row INT, n INT, data BLOB)",
-    """CREATE TABLE categories (stream TEXT, field TEXT, code INT, value TEXT NOT NULL,
+    # last_row: no later row has the code.
+    """CREATE TABLE categories (stream TEXT, field TEXT, code INT, value TEXT NOT NULL, last_row INT NOT NULL,
         PRIMARY KEY (stream, field, code)) WITHOUT ROWID""",
     # row: the last one the task consumed; first_row: the first one.
     "CREATE TABLE cursors (task TEXT PRIMARY KEY, row INT NOT NULL, first_row INT NOT NULL) WITHOUT ROWID",
@@ -111,6 +112,13 @@ INSERT_CHUNK = """
 """
 
 # Oldest used chunks by the index, then by time: reads `limit` of them, however many there are.
+# Whether a stored row, or one of this transaction, may have the code.
+SELECT_CATEGORIES = """
+    SELECT value, code, coalesce(last_row >= coalesce(
+        (SELECT min(first_row) FROM chunks WHERE stream = (SELECT id FROM streams WHERE name = :stream)),
+        (SELECT next_row FROM streams WHERE name = :stream)), 1), last_row
+    FROM categories WHERE stream = :stream AND field = :field ORDER BY code
+"""
 SELECT_OLDEST_CHUNKS = """
     SELECT id, first_row, last_row, size FROM (
         SELECT id, first_row, first_row + n - 1 AS last_row, length(data) AS size, first_t, boot, boot_us

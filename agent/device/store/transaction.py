@@ -19,7 +19,10 @@ from agent.device.store.quota import PAGE_SIZE, Budget
 from agent.device.store.rows import Rows, pack_chunk
 from agent.device.store.watermark import TransactionProgress
 
-_MAX_CATEGORIES = 0xFFFF
+# Category of all texts that get no code of their own.
+OTHER_CATEGORY = "(other)"
+# A used code's `last_row` is written this far ahead, so that few commits write it.
+_CATEGORY_LEASE_ROWS = 4096
 _MAX_TIME_US = 2**63 - 1
 _MAX_ALERTS = 1000
 
@@ -95,21 +98,39 @@ class Transaction:
         row = self._db.execute("SELECT next_row FROM streams WHERE name = ?", (stream,)).fetchone()
         return int(row[0]) if row else 1
 
-    def assign_category_codes(self, stream: str, field: str, texts: Sequence[str]) -> list[int]:
-        """Return the code of each text, assigning new ones; -1 for a text beyond the 65,535th."""
-        codes = {
-            str(value): int(code)
-            for code, value in self._db.execute(
-                "SELECT code, value FROM categories WHERE stream = ? AND field = ?", (stream, field)
+    def assign_category_codes(
+        self, stream: str, field: str, texts: Sequence[str], *, limit: int, last_row: int
+    ) -> tuple[list[int], int]:
+        """Return the code of each text, and how many are `(other)` because the field has `limit` categories.
+
+        A new text takes a new code, or one that no stored row uses. `last_row`: highest number of a row with the texts.
+        """
+        fetched = self._db.execute(schema.SELECT_CATEGORIES, {"stream": stream, "field": field}).fetchall()
+        codes: dict[str, int] = {"": 0} | {value: code for value, code, _, _ in fetched}
+        distinct = dict.fromkeys(texts)
+        new = [text for text in distinct if text not in codes]
+        # The last place is for all others.
+        places = max(0, limit - len(codes) + (OTHER_CATEGORY in codes))
+        written = {text: code for code, text in enumerate(new[:places], len(codes))}
+        if len(new) > places:
+            end, keep = len(codes) + len(written), distinct | {OTHER_CATEGORY: None}
+            unused = {c: text for text, c, is_used, _ in fetched if not is_used and text not in keep}
+            for text, code in zip(new[places:], unused, strict=False):
+                del codes[unused[code]]
+                written[text] = code
+            if len(written) < len(new) and OTHER_CATEGORY not in codes:
+                written[OTHER_CATEGORY] = end
+        codes |= written
+        other = codes.get(OTHER_CATEGORY, 0)
+        used = {text if text in codes else OTHER_CATEGORY for text in distinct}
+        written |= {text: code for text, code, _, last in fetched if text in used and last < last_row}
+        for text, code in written.items():
+            self._budget.spend(len(stream) + len(field) + len(text.encode()) + 16)
+            through = last_row + _CATEGORY_LEASE_ROWS
+            self._db.execute(
+                "INSERT OR REPLACE INTO categories VALUES (?, ?, ?, ?, ?)", (stream, field, code, text, through)
             )
-        }
-        codes[""] = 0
-        for text in dict.fromkeys(texts):
-            if text not in codes and (code := len(codes)) <= _MAX_CATEGORIES:
-                codes[text] = code
-                self._budget.spend(len(stream) + len(field) + len(text.encode()) + 8)
-                self._db.execute("INSERT INTO categories VALUES (?, ?, ?, ?)", (stream, field, code, text))
-        return [codes.get(text, -1) for text in texts]
+        return [codes.get(text, other) for text in texts], sum(text not in codes for text in texts)
 
     def quarantine_rows(self, stream: str, first: int, last: int) -> None:
         """Move damaged chunks to table `quarantined_rows`, for inspection."""

@@ -161,7 +161,7 @@ class Uplink:
         topics = [self._acks.topic, *(topic for receiver in self._receivers for topic in receiver.subscriptions)]
         sink = self._sink = self._open_sink(topics, will)
         try:
-            log.info("broker: connected to %s", self._conf.broker.url)
+            log.info("broker: connected to %s", self._conf.broker.shown_url)
             self.state = "connected"
             session = self._start_session(sink)
             while not (self._stopping.is_set() and (self._is_drain_over() or session.is_empty())):

@@ -26,6 +26,7 @@ from agent.errors import FileBusy, UsageError
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import scores
 from agent.model.inference.inference import InferenceResult
+from agent.text import csv_text
 
 OUTPUT_SUFFIXES = (".csv", ".parquet")
 _ROW_GROUP_SIZE = 1 << 17  # rows of a Parquet row group
@@ -91,7 +92,11 @@ class PartialOutput:
         self._file.truncate(written)
         self._file.seek(written)
         if not written:
-            head = (",".join(self._columns.names) + "\n").encode() if self._text else self._schema().serialize()
+            head = (
+                (",".join(map(_quote_cell, self._columns.names)) + "\n").encode()
+                if self._text
+                else self._schema().serialize()
+            )
             self._file.write(head)
 
     def write(self, row_numbers: Ints, result: InferenceResult, files: TextColumn | None) -> None:
@@ -220,7 +225,7 @@ def _quote_labels(labels: Column) -> Column:
 
 def _quote_cell(text: str) -> str:
     out = io.StringIO()
-    csv.writer(out, lineterminator="").writerow([text])
+    csv.writer(out, lineterminator="").writerow([csv_text(text)])
     return out.getvalue()
 
 

@@ -22,6 +22,7 @@ from agent.model.bundle import bundle as bundles
 from agent.model.inference import inference, runtime
 from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import InferenceResult
+from agent.model.inference.runtime_name import runtime_name
 from agent.model.sandbox import probe
 
 # A worker that the cluster has given up may still write; wait for its end.
@@ -45,7 +46,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     marker: Path
     token: str
     agent: str = __version__
-    runtime: str = runtime.RUNTIME_NAME
+    runtime: str = runtime_name()
 
 
 class WindowShard(msgspec.Struct, frozen=True, eq=False):
@@ -121,13 +122,13 @@ class Worker:
         if self._predictor is not None:
             return self._predictor
         config = self._config
-        have, sent = f"{__version__} with {runtime.RUNTIME_NAME}", f"{config.agent} with {config.runtime}"
+        have, sent = f"{__version__} with {runtime_name()}", f"{config.agent} with {config.runtime}"
         if have != sent:
             raise UsageError(f"outstation is {have} here and {sent} where the command runs; install the same on all")
         bundle = bundles.from_files(config.bundle_name, config.files, config.digest)
         try:
             probe.probe(bundle).raise_for_failure()
-            loaded = inference.Inference(bundle.manifest, inference.load_model(bundle.manifest, bundle.model_bytes))
+            loaded = inference.Inference(bundle.manifest, runtime.load_model(bundle.manifest, bundle.model_bytes))
         except BadBundle as problem:
             raise BadBundle(f"{config.bundle_name}: {problem}") from None
         self._predictor = BatchPredictor(bundle, loaded, raw=config.raw)

@@ -23,8 +23,8 @@ from agent.evaluation.predict.ledger import FileJob, RunLedger, RunTotals
 from agent.evaluation.predict.output import OutputColumns, PartialOutput
 from agent.evaluation.predictions import StreamingPredictor
 from agent.model.bundle.bundle import Bundle
-from agent.model.inference import runtime
 from agent.model.inference.inference import Inference
+from agent.model.inference.runtime_name import runtime_name
 
 CHECKPOINT_INTERVAL_S = 2.0
 CHECKPOINT_SUFFIX = ".part.state"
@@ -80,7 +80,7 @@ class BatchPredictor:
         spec = self.inference.manifest.input
         files = media.list_files(source, spec) if readers.is_media(spec) and source.is_dir() else [source]
         stats = [(str(path), stat.st_size, stat.st_mtime_ns) for path in files for stat in [path.stat()]]
-        parts = [str(source.resolve()), stats, self._digest, runtime.RUNTIME_NAME, self.raw]
+        parts = [str(source.resolve()), stats, self._digest, runtime_name(), self.raw]
         return hashlib.sha256(json.dumps([*parts, out.suffix, self._block_bytes]).encode()).hexdigest()
 
     def make_job(self, source: Path, out: Path) -> FileJob:
@@ -91,7 +91,7 @@ class BatchPredictor:
         if out.exists() and out.samefile(source):
             raise UsageError(f"{out}: is the data itself, which would be overwritten; name another file with -o")
         reader = readers.open_reader(source, self.inference.manifest.input, block_bytes=self._block_bytes)
-        sidecar, spec = checkpoint_path(out), self.inference.manifest.input
+        sidecar = checkpoint_path(out)
         part = PartialOutput(out, self._columns)
         try:
             # Only under the lock: until then another run may have written it.
@@ -100,12 +100,9 @@ class BatchPredictor:
             stream = state.restore_stream(self.inference)
             saved_s = time.monotonic()
             for block in reader.blocks(state.position):
-                rows, result = stream.feed(block.rows, block.t, block.row_numbers, raw=self.raw)
-                part.write(rows, result, self._file_names(block, rows, source))
-                state.totals.results += len(rows)
-                state.totals.incomplete += int((result.missing_share > spec.max_missing).sum())
-                state.totals.add_block(source.name, len(block.rows), block.rejected)
-                state.position = block.next_position
+                self._process_block(block, stream, state, part, source)
+                # Its arrays are freed before the next block is read.
+                del block
                 progress(reader.progress(state.position), reader.size, state.totals.rows)
                 if time.monotonic() - saved_s >= CHECKPOINT_INTERVAL_S:
                     state.written = part.sync()
@@ -116,6 +113,16 @@ class BatchPredictor:
             part.close()
         sidecar.unlink(missing_ok=True)
         return state.totals
+
+    def _process_block(
+        self, block: RowBlock, stream: StreamingPredictor, state: _Checkpoint, part: PartialOutput, source: Path
+    ) -> None:
+        rows, result = stream.feed(block.rows, block.t, block.row_numbers, raw=self.raw)
+        part.write(rows, result, self._file_names(block, rows, source))
+        state.totals.results += len(rows)
+        state.totals.incomplete += int((result.missing_share > self.inference.manifest.input.max_missing).sum())
+        state.totals.add_block(source.name, len(block.rows), block.rejected)
+        state.position = block.next_position
 
     def _file_names(self, block: RowBlock, rows: Ints, source: Path) -> TextColumn | None:
         """Return the file of each of `rows`, if it is a column; recordings of images or sounds are one file."""

@@ -8,7 +8,7 @@ For each device and log, in one pass and in constant memory:
 - each `prev` is the digest of the message before it, unless that one is missing
 - results cover each row once, for each task and stream up to the cursors in `health`, except rows that a signed audit
   message declares as evicted
-- tables results, shadows and rollout_devices match the messages
+- every table that follows from the messages is as they give it (see `audit.stored_rows` and `audit.replay`)
 - each decision about a rollout is signed by an operator and follows the one before (see `audit.rollouts`)
 """
 
@@ -21,21 +21,30 @@ from typing import Any
 
 import msgspec
 
+from agent import clock
 from agent.errors import MessageRefused
 from agent.fleet.audit import rollouts
 from agent.fleet.audit.coverage import RowCoverage
+from agent.fleet.audit.replay import Replay, open_replay
+from agent.fleet.audit.stored_rows import MessageKey, StoredTables
 from agent.fleet.database.gap_ledger import NEW_LOG, parse_evictions, parse_log_end
 from agent.fleet.database.keyring import Keyring
-from agent.fleet.database.projection import result_rows
+from agent.fleet.database.projection import TableRows, project_message
 from agent.fleet.database.store import FleetStore
 from agent.wire.keys import PublicKey
-from agent.wire.messages import AuditPayload, Body, HealthPayload, LoggedPayload, ResultsPayload, digest, verify_message
+from agent.wire.messages import (
+    AuditPayload,
+    HealthPayload,
+    LoggedPayload,
+    Payload,
+    ResultsPayload,
+    VerifiedMessage,
+    digest,
+    verify_message,
+)
 
 # Listed problems; all are counted. A database that was rewritten entirely must not fill the memory.
 MAX_INVALID = 10_000
-_SQLITE_TYPE_RANKS: dict[type, int] = {type(None): 0, int: 1, float: 1, str: 2, bytes: 3}
-
-MessageKey = tuple[Any, Any, Any]
 
 
 class AuditReport(msgspec.Struct):
@@ -77,7 +86,7 @@ def audit(
     `operators`: keys with which decisions about rollouts are valid; decisions are not checked for one device.
     """
     report = AuditReport()
-    with store.snapshot() as db:
+    with store.snapshot() as db, open_replay() as replay:
         keyring = Keyring(store)
         # (device, log) → last seq of each log that a signed message of a later log declares ended.
         ends: dict[tuple[Any, str], int] = {}
@@ -87,10 +96,11 @@ def audit(
                 if body.device == name and (end := parse_log_end(body)):
                     ends[name, end[0]] = max(end[1], ends.get((name, end[0]), 0))
         last_seqs = {(name, log): last for name, log, last in store.logs(device)}
-        results = _StoredResults(store.result_rows(device), report)
+        tables = StoredTables(store, device, report.add_invalid)
+        parts = _AuditParts(keyring, tables, replay, report)
         names = {name for name, _ in last_seqs}
         for (name, log), rows in groupby(store.evidence(device), key=lambda row: row[:2]):
-            auditor = _LogAuditor(name, log, keyring, results, report)
+            auditor = _LogAuditor(name, log, parts)
             for row in rows:
                 auditor.check_message(*row[2:])
                 report.messages += 1
@@ -99,9 +109,10 @@ def audit(
             auditor.finish(last_seqs.pop((name, log), 0), ends.get((name, log), 0))
             names.add(name)
         for (name, log), last in last_seqs.items():
-            _LogAuditor(name, log, keyring, results, report).finish(last, ends.get((name, log), 0))
-        results.skip_to(None)
-        for key, reason in rollouts.check_projection(db, device):
+            _LogAuditor(name, log, parts).finish(last, ends.get((name, log), 0))
+        tables.finish()
+        broken = {gap["device"] for gap in report.gaps if not gap["declared"]} | parts.broken
+        for key, reason in replay.compare(store, device, broken):
             report.add_invalid(key, reason)
         if device is None:
             decisions = rollouts.audit_rollouts(db, operators)
@@ -110,24 +121,52 @@ def audit(
     return report
 
 
+class _AuditParts(msgspec.Struct):
+    """What the audits of all logs share. `broken`: devices with a message that does not verify."""
+
+    keyring: Keyring
+    tables: StoredTables
+    replay: Replay
+    report: AuditReport
+    broken: set[Any] = msgspec.field(default_factory=set)
+
+
 class _LogAuditor:
     """Audits one log, message by message in order of seq."""
 
-    def __init__(self, device: Any, log: Any, keyring: Keyring, results: _StoredResults, report: AuditReport) -> None:
-        self._device, self._log = device, log
-        self._keyring, self._results, self._report = keyring, results, report
+    def __init__(self, device: Any, log: Any, parts: _AuditParts) -> None:
+        self._device, self._log, self._parts = device, log, parts
+        self._report = parts.report
         self._coverage = RowCoverage()
         self._last_seq = 0
         self._last_digest: str | None = ""
         self._missing: list[tuple[int, int]] = []
         self._declared: list[tuple[int, int]] = []
 
-    def check_message(self, seq: Any, kind: Any, topic: Any, payload: Any, jws: Any) -> None:
+    def check_message(self, seq: Any, kind: Any, topic: Any, payload: Any, jws: Any, received: Any) -> None:
         key = (self._device, self._log, seq)
-        stored = self._results.consume(key)
+        message = self._check_evidence(key, kind, topic, payload, jws)
+        if message is not None and not _is_time(received):
+            self._report.add_invalid(key, f"received {received!r} is not a time")
+            message = None
+        body = None if message is None else message.body
+        if message is None or not isinstance(body, LoggedPayload):
+            self._parts.broken.add(self._device)
+            self._parts.tables.check(key, None)
+            return
+        expected: TableRows = {}
+        project_message(message, expected)
+        self._parts.tables.check(key, expected)
+        self._parts.replay.add(body, received)
+        for problem in self._check_coverage(body):
+            self._report.add_invalid(key, problem)
+
+    def _check_evidence(self, key: MessageKey, kind: Any, topic: Any, payload: Any, jws: Any) -> VerifiedMessage | None:
+        """Return the message if it verifies, is stored as signed and follows the one before it."""
+        seq = key[2]
         if type(seq) is not int or seq < 1:
             self._report.add_invalid(key, f"seq {seq!r} is not a sequence number")
-            return
+            return None
         if seq == self._last_seq:
             self._report.duplicates += 1
             self._report.add_invalid(key, "is stored twice")
@@ -137,22 +176,22 @@ class _LogAuditor:
             self._last_digest = None
         self._last_seq = seq
         data = payload.encode(errors="surrogateescape") if isinstance(payload, str) else payload
-        problem, body = self._verify_signature(topic, data, jws)
+        problem, message = self._verify_signature(topic, data, jws)
+        body = None if message is None else message.body
         problem = problem or self._compare_columns(body, seq, kind)
         if not problem and isinstance(body, LoggedPayload) and self._last_digest not in (None, body.prev):
             problem = "does not follow the message before it: prev is not that message's digest"
-        if problem or not isinstance(body, LoggedPayload):
+        if problem or message is None or not isinstance(body, LoggedPayload):
             self._report.add_invalid(key, problem or "has a kind that is never stored")
             self._coverage.mark_unreadable(seq)
             self._last_digest = None
-            return
+            return None
         self._last_digest = digest(data)
         self._declared += parse_evictions(body)
         if parse_log_end(body):
             # Results of earlier rows may be in the old log.
             self._coverage.mark_unreadable(seq)
-        for problem in self._check_contents(body, stored):
-            self._report.add_invalid(key, problem)
+        return message
 
     def finish(self, last_seq: int, end: int) -> None:
         """Finish the log: `last_seq` is the highest that ever arrived; gaps up to `end` are declared by a later log."""
@@ -170,33 +209,26 @@ class _LogAuditor:
             place = {"device": self._device, "log": self._log, "task": task, "stream": stream}
             self._report.coverage.append({**place, **rows})
 
-    def _verify_signature(self, topic: Any, payload: Any, jws: Any) -> tuple[str | None, Body | None]:
+    def _verify_signature(self, topic: Any, payload: Any, jws: Any) -> tuple[str | None, VerifiedMessage | None]:
         if not (isinstance(topic, str) and isinstance(payload, bytes) and isinstance(jws, str)):
             return "topic, payload or jws is not stored as text and bytes", None
         try:
-            message = verify_message(topic, payload, (jws,), self._keyring.find_stored)
-            self._keyring.require_in_bounds(message, stored=True)
-            return None, message.body
+            message = verify_message(topic, payload, (jws,), self._parts.keyring.find_stored)
+            self._parts.keyring.require_in_bounds(message, stored=True)
+            return None, message
         except MessageRefused as refused:
             return f"does not verify: {refused}", None
 
-    def _compare_columns(self, body: Body | None, seq: int, kind: Any) -> str | None:
+    def _compare_columns(self, body: object, seq: int, kind: Any) -> str | None:
         stored = {"device": self._device, "log": self._log, "seq": seq}
         for name, value in stored.items():
             signed = getattr(body, name, None)
             if signed != value:
                 return f"is stored with {name} {value!r}, but the signed payload says {signed!r}"
-        signed_kind = type(body).__struct_config__.tag if body is not None else None
+        signed_kind = body.__struct_config__.tag if isinstance(body, Payload) else None
         return None if kind == signed_kind else f"is stored as kind {kind!r}, but the signed payload is {signed_kind!r}"
 
-    def _check_contents(self, body: LoggedPayload, stored: list[tuple[Any, ...]]) -> Iterator[str]:
-        expected = result_rows(body) if isinstance(body, ResultsPayload) else []
-        if len(stored) != len(expected):
-            yield f"reports {len(expected)} results, but table results has {len(stored)} of them"
-        elif stored != expected and sorted(stored, key=repr) != sorted(expected, key=repr):
-            different = [result for result in expected if result not in stored]
-            row = different[0][2] if different else expected[0][2]
-            yield f"differs from table results in row {row}"
+    def _check_coverage(self, body: LoggedPayload) -> Iterator[str]:
         if isinstance(body, ResultsPayload) and (problem := self._coverage.check_results(body)):
             yield problem
         if isinstance(body, AuditPayload):
@@ -205,28 +237,12 @@ class _LogAuditor:
             yield from self._coverage.check_health(body)
 
 
-class _StoredResults:
-    """Rows of table results, read once in the same order as the messages."""
-
-    def __init__(self, rows: Iterator[tuple[Any, ...]], report: AuditReport) -> None:
-        self._groups = ((key, list(group)) for key, group in groupby(rows, key=lambda r: (r[0], r[7], r[8])))
-        self._next = next(self._groups, None)
-        self._report = report
-
-    def consume(self, key: MessageKey) -> list[tuple[Any, ...]]:
-        self.skip_to(key)
-        if self._next is None or self._next[0] != key:
-            return []
-        rows = self._next[1]
-        self._next = next(self._groups, None)
-        return rows
-
-    def skip_to(self, key: MessageKey | None) -> None:
-        """Report rows before `key`, which belong to no message; None is the end."""
-        while self._next is not None and (key is None or _sqlite_sort_key(self._next[0]) < _sqlite_sort_key(key)):
-            reason = f"is not stored, but table results has {len(self._next[1])} results of it"
-            self._report.add_invalid(self._next[0], reason)
-            self._next = next(self._groups, None)
+def _is_time(text: Any) -> bool:
+    try:
+        clock.parse_rfc3339(text)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def split_by_declaration(
@@ -245,8 +261,3 @@ def split_by_declaration(
             parts.append((first, min(end, last), inside))
             first = min(end, last) + 1
     return parts
-
-
-def _sqlite_sort_key(key: MessageKey) -> list[tuple[int, Any]]:
-    """Return a sort key with SQLite's order of values of any type: NULL, numbers, text, bytes."""
-    return [(_SQLITE_TYPE_RANKS[type(part)], part) for part in key]

@@ -3,20 +3,18 @@
 - each decision verifies with an operator's key and follows the one before (see `rollout.decisions`)
 - plan, topic, state and step of each rollout are as its decisions left them
 - the desired state of each topic is signed, and is the one that the newest decision about the topic published
-- tables shadows and rollout_devices, the input of promotion rules, match the signed messages
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from agent.errors import MessageRefused, StorageError
 from agent.fleet.database import rollouts
-from agent.fleet.database.interface import Connection, Row
-from agent.fleet.database.projection import check_table
+from agent.fleet.database.interface import Connection
 from agent.fleet.rollout import decisions, desired_state, journal
 from agent.fleet.rollout.decisions import DecisionBody, SignerLookup
 from agent.wire.jws import Signer
@@ -66,12 +64,6 @@ def audit_rollouts(db: Connection, operators: Sequence[PublicKey]) -> RolloutAud
     for topic, problem in problems.items():
         report.add_problem(None, None, f"desired on {topic}: {problem}")
     return report
-
-
-def check_projection(db: Connection, device: str | None) -> Iterator[tuple[Row, str]]:
-    """Yield (device, log, seq) of each message that the tables of rollouts do not match, and the problem."""
-    for table in ("shadows", "rollout_devices"):
-        yield from check_table(db, table, device)
 
 
 def _check_state(db: Connection, name: str, verified_decisions: Sequence[DecisionBody]) -> str:

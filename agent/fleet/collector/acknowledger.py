@@ -1,4 +1,7 @@
-"""Acknowledger: signed acknowledgements on their way to devices, at the pace of the broker."""
+"""Acknowledger: signed acknowledgements on their way to devices, at the pace of the broker.
+
+It also deletes retained messages where devices retain none: otherwise a device could fill the broker's memory.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ logger = logging.getLogger(__name__)
 MIN_BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
 # A collector stores the messages that it holds within a second, unless its database is slow or it was killed.
 WAIT_S = 2.0
+_MAX_RETAINED = 10_000
 
 
 class CollectorLink(BrokerLink, Protocol):
@@ -38,15 +42,24 @@ class Acknowledger:
     def __init__(self, fleet: str, key: SigningKey) -> None:
         self._fleet, self._key = fleet, key
         self._pending: dict[tuple[str, str], Acknowledgement] = {}
-        self._in_flight: dict[int, Acknowledgement] = {}
+        # Retained messages that the broker is to delete, by topic, in the order in which they arrived.
+        self._retained: dict[str, None] = {}
+        # None: the deletion of a retained message, which is not repeated; the next connection shows what is left.
+        self._in_flight: dict[int, Acknowledgement | None] = {}
 
     @property
     def has_pending(self) -> bool:
-        return bool(self._pending or self._in_flight)
+        return bool(self._pending or self._in_flight or self._retained)
 
     def add(self, acknowledgement: Acknowledgement) -> None:
         """Queue an acknowledgement; it replaces an older one of the same log."""
         self._pending[acknowledgement.device, acknowledgement.log] = acknowledgement
+
+    def clear_retained(self, topic: str) -> None:
+        """Queue the deletion of a retained message; beyond the limit the oldest waits for the next connection."""
+        self._retained[topic] = None
+        if len(self._retained) > _MAX_RETAINED:
+            del self._retained[next(iter(self._retained))]
 
     def send(self, link: CollectorLink) -> None:
         while self._pending and len(self._in_flight) < link.window:
@@ -55,6 +68,10 @@ class Acknowledger:
             token = link.send(self._sign(acknowledgement))
             del self._pending[key]
             self._in_flight[token] = acknowledgement
+        while self._retained and len(self._in_flight) < link.window:
+            topic = next(iter(self._retained))
+            self._in_flight[link.send(OutgoingMessage(topic, b"", retain=True))] = None
+            del self._retained[topic]
 
     def handle_receipt(self, receipt: PublishReceipt) -> None:
         acknowledgement = self._in_flight.pop(receipt.token, None)
@@ -64,7 +81,7 @@ class Acknowledger:
 
     def requeue_in_flight(self) -> None:
         """Queue unconfirmed acknowledgements again, unless a newer one of the log is pending."""
-        for acknowledgement in self._in_flight.values():
+        for acknowledgement in filter(None, self._in_flight.values()):
             self._pending.setdefault((acknowledgement.device, acknowledgement.log), acknowledgement)
         self._in_flight.clear()
 

@@ -15,7 +15,9 @@ from agent.config import BrokerConfig
 from agent.errors import LinkDown, MessageRefused, OutstationError, StorageBusy, StorageError, UsageError
 from agent.fleet.collector.acknowledger import Acknowledger, Backoff, CollectorLink, PendingGaps
 from agent.fleet.collector.leader import LeaderTasks
-from agent.fleet.database.ingest import Arrival, Refusal
+from agent.fleet.collector.quota import DeviceQuotas, Quota
+from agent.fleet.collector.subscriptions import logged_filters, share_group, topic_filters
+from agent.fleet.database.ingest import OVER_QUOTA, Arrival, Refusal
 from agent.fleet.database.interface import LogId
 from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import Acknowledgement, FleetStore
@@ -35,20 +37,6 @@ SESSION_EXPIRY_S = 7 * 86_400
 CLOSE_TIMEOUT_S = 2.0
 REFUSAL_LOG_INTERVAL_S = 10.0
 UPKEEP_S = 3600.0
-# Group name of the shared subscriptions (MQTT 5) of all collectors.
-SHARE_GROUP = "collect"
-
-
-def topic_filters(fleet: str, *, shared: bool = False) -> list[str]:
-    """Return the topic filters of everything that devices publish.
-
-    Retained topics are never shared: the broker sends nothing retained to a shared subscription, and two collectors
-    could store the states of a device in the wrong order.
-    """
-    base, kinds = f"{topics.ROOT}/{fleet}/+", [kind for kind in topics.KINDS.values() if not kind.to_device]
-    logged = [f"{base}/{kind.name}" + ("/+" if kind.per_task else "") for kind in kinds if kind.logged]
-    spread = [f"$share/{SHARE_GROUP}/{topic}" for topic in logged] if shared else logged
-    return spread + [f"{base}/{kind.name}" for kind in kinds if kind.retained]
 
 
 def client_id(fleet: str, share: str | None) -> str:
@@ -76,11 +64,13 @@ class Collector:
         open_link: Callable[[], CollectorLink] | None = None,
         upkeep: Callable[[], None] | None = None,
         share: str | None = None,
+        quota: Quota | None = None,
     ) -> None:
         """Call `upkeep` each hour, and log the errors that it raises.
 
         `share`: name among the collectors that share the fleet's messages, each with its own session at the broker;
-        None for a single collector. Raises UsageError if the database cannot be shared.
+        None for a single collector. `quota`: limit for each device; None for no limit. Raises UsageError if the
+        database cannot be shared.
         """
         if share is not None and not store.shared:
             raise UsageError(
@@ -91,6 +81,7 @@ class Collector:
         self._broker = broker
         self.keyring = Keyring(store)
         self.acknowledger = Acknowledger(fleet, key)
+        self._quotas = DeviceQuotas(quota) if quota is not None else None
         self.stored_count = 0
         self._open_link = open_link or self._connect
         self._held: list[IncomingMessage] = []
@@ -210,7 +201,9 @@ class Collector:
 
     def _store(self, batch: Sequence[IncomingMessage]) -> list[Arrival]:
         """Verify and commit a batch, and return the stored messages."""
-        arrivals, refusals = self.verify(batch)
+        batch, refusals = self._admit(batch)
+        arrivals, unverified = self.verify(batch)
+        refusals += unverified
         now = clock.to_rfc3339(clock.read().wall_us)
         try:
             outcomes = self.store.ingest(arrivals, refusals, now)
@@ -231,6 +224,27 @@ class Collector:
         for device in sorted({a.message.body.device for a, outcome in stored if outcome == "conflict"}):
             logger.critical("security: %s signed two messages with one seq; see `outstation fleet alerts`", device)
         return arrivals
+
+    def _admit(self, batch: Sequence[IncomingMessage]) -> tuple[list[IncomingMessage], list[Refusal]]:
+        """Return the deliveries to verify, and refusals of retained ones and of those over quota."""
+        admitted, refusals = [], []
+        now_s = time.monotonic()
+        for delivery in batch:
+            topic = delivery.topic.split("/", 4)
+            kind = topics.KINDS.get(topic[3]) if len(topic) > 3 else None
+            if delivery.retained and kind is not None and kind.logged:
+                # An empty one deletes a retained message; it is the collector's own.
+                if delivery.payload:
+                    self.acknowledger.clear_retained(delivery.topic)
+                    detail = "a device retains no message of its log; the collector deletes it at the broker"
+                    refusals.append(_build_refusal(MessageRefused("retained", detail), delivery))
+            elif self._quotas is None or self._quotas.admit(
+                _device_of(delivery), len(delivery.payload), self.keyring.devices, now_s
+            ):
+                admitted.append(delivery)
+            else:
+                refusals.append(_build_refusal(MessageRefused(OVER_QUOTA), delivery))
+        return admitted, refusals
 
     def _report_refusals(self, refusals: Sequence[Refusal]) -> None:
         """Log at most one line per interval; the database counts refusals and keeps samples."""
@@ -263,6 +277,9 @@ class Collector:
                 arrivals.append(Arrival(opened, fresh=not delivery.retained))
             except MessageRefused as refused:
                 refusals.append(_build_refusal(refused, delivery))
+                # With TLS the broker's access rules prove who sent it; otherwise it may be somebody else.
+                if self._quotas is not None and not self._broker.tls:
+                    self._quotas.refund(_device_of(delivery), len(delivery.payload))
         return arrivals, refusals
 
     def _open_batch(self, batch: Sequence[IncomingMessage]) -> list[VerifiedMessage | MessageRefused]:
@@ -304,15 +321,21 @@ class Collector:
                 f"{self.store.name}: a collector {which} is already running, and the broker would hand its session to "
                 "this one; stop it, or choose another --share NAME"
             )
+        group = share_group(self.key, self.fleet) if self.share is not None else None
         return Link(
             self._broker,
             client_id(self.fleet, self.share),
-            subscribe=topic_filters(self.fleet, shared=self.share is not None),
+            subscribe=topic_filters(self.fleet, group=group),
+            retain_as_published=logged_filters(self.fleet, group=group),
             session_expiry_s=SESSION_EXPIRY_S,
         )
 
 
+def _device_of(source: IncomingMessage | VerifiedMessage) -> str:
+    """Return the device in the topic, or what is in its place."""
+    return (*str(source.topic).split("/", 3), "", "", "")[2]
+
+
 def _build_refusal(refused: MessageRefused, source: IncomingMessage | VerifiedMessage) -> Refusal:
-    _, _, device, *_ = (*str(source.topic).split("/", 3), "", "", "")
     token = source.jws if isinstance(source, VerifiedMessage) else "\n".join(source.tokens)[:4096]
-    return Refusal(device, refused.reason, refused.detail[:500], str(source.topic), source.payload, token)
+    return Refusal(_device_of(source), refused.reason, refused.detail[:500], str(source.topic), source.payload, token)

@@ -11,10 +11,11 @@ import time
 from collections.abc import Sequence
 
 from agent import clock
+from agent.alerts import OVER_QUOTA_AT_COLLECTOR, REFUSED_BY_COLLECTOR, AlertKind
 from agent.errors import StorageError
 from agent.fleet.collector.refusal_alarm import RefusalAlarm, RefusalTally
 from agent.fleet.database.alerts import refusals_alert_row
-from agent.fleet.database.ingest import Arrival, Refusal
+from agent.fleet.database.ingest import OVER_QUOTA, Arrival, Refusal
 from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift.fleet_wide_alerts import FleetWideAlerts
@@ -32,13 +33,18 @@ class LeaderTasks:
     def __init__(self, store: FleetStore, keyring: Keyring) -> None:
         self._store, self._keyring = store, keyring
         self._refusal_alarm, self._refusal_tally = RefusalAlarm(), RefusalTally()
+        self._quota_alarm = RefusalAlarm()
         self._fleet_wide_alerts = FleetWideAlerts(store)
         self.is_leader, self._next_check_s = not store.shared, 0.0
 
     def record_batch(self, arrivals: Sequence[Arrival], refusals: Sequence[Refusal]) -> None:
         self._fleet_wide_alerts.record_batch(arrivals)
         if not self._store.shared:
-            self._refusal_alarm.add_refusals(refusals, self._keyring.devices, clock.read().boot_s)
+            boot_s, devices = clock.read().boot_s, self._keyring.devices
+            over_quota = [refusal for refusal in refusals if refusal.reason == OVER_QUOTA]
+            self._quota_alarm.add_refusals(over_quota, devices, boot_s)
+            others = (refusal for refusal in refusals if refusal.reason != OVER_QUOTA)
+            self._refusal_alarm.add_refusals(others, devices, boot_s)
             self._raise_alarms()
 
     def tick(self) -> None:
@@ -51,7 +57,8 @@ class LeaderTasks:
                     logger.info("this collector is the leader" if self.is_leader else "another collector is the leader")
                 if self.is_leader:
                     for name, reason, n in self._refusal_tally.new_refusals(self._store.refusals()):
-                        self._refusal_alarm.add_count(name, reason, n, clock.read().boot_s)
+                        alarm = self._quota_alarm if reason == OVER_QUOTA else self._refusal_alarm
+                        alarm.add_count(name, reason, n, clock.read().boot_s)
                     self._raise_alarms()
             if self.is_leader:
                 for summary in self._fleet_wide_alerts.poll(clock.read()):
@@ -71,11 +78,23 @@ class LeaderTasks:
                 f"{count.last_reason!r}: somebody sends messages that do not verify, or a key was changed without "
                 "enrolling it. None of them was stored; table refusal_samples has samples."
             )
-            row = refusals_alert_row(name, summary, clock.to_rfc3339(now.wall_us), now.wall_us // 3_600_000_000)
-            try:
-                self._store.raise_alert(row)
-            except StorageError as error:
-                logger.error("%s; the alert about refused messages is delayed", error)
-                return
-            self._refusal_alarm.mark_raised(name, now.boot_s)
-            logger.critical("security: %s", summary)
+            self._raise_alarm(REFUSED_BY_COLLECTOR, self._refusal_alarm, name, summary, now)
+        for name, count in self._quota_alarm.due_alerts(now.boot_s):
+            summary = (
+                f"{name} sends more than its quota: {count.n} messages within {now.boot_s - count.since_s:.0f} s "
+                "were neither stored nor acknowledged, and stay on the device. Raise [quota] in fleet.toml if it has so "
+                f"much to say; otherwise revoke it: outstation fleet revoke {name}."
+            )
+            self._raise_alarm(OVER_QUOTA_AT_COLLECTOR, self._quota_alarm, name, summary, now)
+
+    def _raise_alarm(
+        self, kind: AlertKind, alarm: RefusalAlarm, name: str, summary: str, now: clock.ClockReading
+    ) -> None:
+        time_text, hour = clock.to_rfc3339(now.wall_us), now.wall_us // 3_600_000_000
+        try:
+            self._store.raise_alert(refusals_alert_row(kind, name, summary, time_text, hour))
+        except StorageError as error:
+            logger.error("%s; the alert about refused messages is delayed", error)
+            return
+        alarm.mark_raised(name, now.boot_s)
+        logger.critical("security: %s", summary)

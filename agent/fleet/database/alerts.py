@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.alerts import FLEET_DRIFT, KEY_REVOKED, REFUSED_BY_COLLECTOR, REPOSITORY_EXPIRY, Alert, AlertKind
+from agent.alerts import FLEET_DRIFT, KEY_REVOKED, REPOSITORY_EXPIRY, Alert, AlertKind
 from agent.fleet.database.interface import Row
 from agent.wire.messages import LoggedPayload
 
@@ -48,9 +48,9 @@ def message_alert_row(kind: AlertKind, about: LoggedPayload, summary: str, now: 
     return _collector_row(about.device, None, alert, about.log, about.seq, now)
 
 
-def refusals_alert_row(device: str, summary: str, now: str, hour: int) -> Row:
+def refusals_alert_row(kind: AlertKind, device: str, summary: str, now: str, hour: int) -> Row:
     """Return an alert about messages refused in a device's name, unique per `hour` since 1970."""
-    return _collector_row(device, None, REFUSED_BY_COLLECTOR.raised(summary, hour=hour), "", hour, now)
+    return _collector_row(device, None, kind.raised(summary, hour=hour), kind.subject, hour, now)
 
 
 def fleet_wide_alert_row(

@@ -43,7 +43,7 @@ class EvidenceQueries:
         return self._query("SELECT device, enrolled, state, last_seen FROM devices ORDER BY device")
 
     def load_keys(self) -> list[dict[str, Any]]:
-        columns = "kid, device, key, added, revoked, log, last_seq"
+        columns = "kid, device, key, added, revoked, log, last_seq, made_by"
         return self._query(f"SELECT {columns} FROM keys ORDER BY device, kid")
 
     def load_collector_alerts(self) -> list[dict[str, Any]]:

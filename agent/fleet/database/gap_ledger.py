@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from agent.fleet.database.interface import Connection, Gap, LogId
-from agent.wire.messages import AuditPayload
+from agent.wire.messages import AuditPayload, LoggedPayload
 
 EVICTED, NEW_LOG = "evicted", "new log"
 # The largest integer that JSON carries safely.
@@ -28,6 +28,16 @@ class LogChanges(msgspec.Struct):
     arrived: list[int] = msgspec.field(default_factory=list)
     evicted: list[tuple[int, int]] = msgspec.field(default_factory=list)
     end_seq: int = 0
+
+
+def add_changes(changes: dict[LogId, LogChanges], body: LoggedPayload) -> None:
+    """Add what a new message changes in the ledger of its log, and of a log that it ends."""
+    change = changes.setdefault((body.device, body.log), LogChanges())
+    change.arrived.append(body.seq)
+    change.evicted += parse_evictions(body)
+    if end := parse_log_end(body):
+        ended = changes.setdefault((body.device, end[0]), LogChanges())
+        ended.end_seq = max(ended.end_seq, end[1])
 
 
 def apply(db: Connection, changes: Mapping[LogId, LogChanges], now: str) -> None:

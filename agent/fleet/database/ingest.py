@@ -14,16 +14,16 @@ import msgspec
 from agent.alerts import ROTATION_REFUSED, SIGNED_TWICE
 from agent.fleet.database import gap_ledger, key_table
 from agent.fleet.database.alerts import INSERT_ALERT, message_alert_row
-from agent.fleet.database.gap_ledger import LogChanges, parse_evictions, parse_log_end
+from agent.fleet.database.gap_ledger import LogChanges
 from agent.fleet.database.interface import Connection, LogId, Row
 from agent.fleet.database.projection import TableRows, project_message
 from agent.fleet.database.timestamps import TimestampReconstruction
 from agent.wire import key_rotation
 from agent.wire.messages import AuditPayload, LoggedPayload, StatePayload, VerifiedMessage
 
-CONFLICTING_PAYLOAD = "conflicting payload"
+CONFLICTING_PAYLOAD, OVER_QUOTA = "conflicting payload", "over quota"
 # How many refused messages of one device and reason are stored as samples; all are counted.
-MAX_SAMPLES = {CONFLICTING_PAYLOAD: 1000}
+MAX_SAMPLES = {CONFLICTING_PAYLOAD: 1000, OVER_QUOTA: 0}
 DEFAULT_MAX_SAMPLES = 20
 _UPDATE_STATE = "UPDATE devices SET state = ? WHERE device = ?"
 _COUNT_REFUSAL = """
@@ -62,7 +62,7 @@ class IngestBatch:
     def __init__(self, db: Connection, refusals: Sequence[Refusal], now: str) -> None:
         self._db, self._refusals, self._now = db, [*refusals], now
         self._rows: TableRows = {}
-        self._timestamps = TimestampReconstruction(db, now)
+        self._timestamps = TimestampReconstruction(db)
         self._log_changes: dict[LogId, LogChanges] = {}
         self._live_devices: set[str] = set()
         self._states: dict[str, str] = {}
@@ -130,19 +130,11 @@ class IngestBatch:
                 yield "conflict"
 
     def _project_new(self, message: VerifiedMessage, body: Any) -> None:
-        changes = self._changes_for((body.device, body.log))
-        changes.arrived.append(body.seq)
-        changes.evicted += parse_evictions(body)
-        if end := parse_log_end(body):
-            ended = self._changes_for((body.device, end[0]))
-            ended.end_seq = max(ended.end_seq, end[1])
+        gap_ledger.add_changes(self._log_changes, body)
         project_message(message, self._rows)
-        self._timestamps.add(body)
+        self._timestamps.add(body, self._now)
         if isinstance(body, AuditPayload) and body.event == key_rotation.ROTATION_EVENT:
             self._rotations.append(message)
-
-    def _changes_for(self, log: LogId) -> LogChanges:
-        return self._log_changes.setdefault(log, LogChanges())
 
     def _write_refusals(self) -> None:
         names = sorted({_to_storable_text(refusal.device) for refusal in self._refusals})

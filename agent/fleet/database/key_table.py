@@ -7,6 +7,7 @@ seq, because messages signed before may still be in transit. A revoked key is re
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Literal
 
 from agent.errors import MessageRefused, UsageError
 from agent.fleet.database.interface import Connection
@@ -14,11 +15,22 @@ from agent.wire.key_rotation import parse_rotation
 from agent.wire.keys import PublicKey
 from agent.wire.messages import VerifiedMessage
 
+# Where the private half was made: whoever made it could have copied it.
+KeyMaker = Literal["device", "operator"]
 _ACTIVE_KEY = "SELECT kid, key FROM keys WHERE device = ? AND revoked IS NULL AND last_seq IS NULL"
 
 
-def enrol(db: Connection, device: str, key: PublicKey, *, replace: bool, keep_through: int | None, now: str) -> bool:
-    """Let `key` sign for `device`; return False if it already could.
+def enrol(
+    db: Connection,
+    device: str,
+    key: PublicKey,
+    *,
+    replace: bool,
+    keep_through: int | None,
+    now: str,
+    made_by: KeyMaker = "device",
+) -> bool:
+    """Let `key`, made by `made_by`, sign for `device`; return False if it already could.
 
     With `replace` the former key is revoked, or stays valid up to seq `keep_through` of the device's newest log. Raises
     UsageError if the key belongs to another device, or the device has another key and `replace` is not set.
@@ -41,7 +53,7 @@ def enrol(db: Connection, device: str, key: PublicKey, *, replace: bool, keep_th
         newest = "SELECT log FROM logs WHERE device = ? ORDER BY rowid DESC LIMIT 1"
         log = db.execute(newest, (device,)).fetchone()
         _set_bound(db, active[0], log[0] if log else None, keep_through)
-    _insert_key(db, device, key, now)
+    _insert_key(db, device, key, now, made_by)
     return True
 
 
@@ -90,7 +102,7 @@ def rotate(db: Connection, messages: Iterable[VerifiedMessage], now: str) -> Ite
             yield message, f"{device} announced a signing key that is already known, {new_key.text}; nothing changed."
         else:
             _set_bound(db, change.old_kid, change.log, change.seq)
-            _insert_key(db, device, new_key, now)
+            _insert_key(db, device, new_key, now, "device")
 
 
 def require_active(db: Connection, kids: Iterable[str]) -> None:
@@ -110,8 +122,9 @@ def _set_bound(db: Connection, kid: str, log: str | None, last_seq: int) -> None
     db.execute("UPDATE keys SET log = ?, last_seq = ? WHERE kid = ?", (log, last_seq, kid))
 
 
-def _insert_key(db: Connection, device: str, key: PublicKey, now: str) -> None:
-    db.execute("INSERT INTO keys (kid, device, key, added) VALUES (?, ?, ?, ?)", (key.kid, device, key.text, now))
+def _insert_key(db: Connection, device: str, key: PublicKey, now: str, made_by: KeyMaker) -> None:
+    sql = "INSERT INTO keys (kid, device, key, added, made_by) VALUES (?, ?, ?, ?, ?)"
+    db.execute(sql, (key.kid, device, key.text, now, made_by))
     _bump_keys_version(db)
 
 

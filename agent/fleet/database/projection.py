@@ -6,14 +6,13 @@ content for a table adds no row there, and stays evidence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import repeat
 from typing import Any
 
 import msgspec
 
-from agent.errors import MessageRefused
-from agent.fleet.database.interface import Connection, Row
+from agent.fleet.database.interface import Row
 from agent.wire.desired_state import Digest, Name, Phase, Strategy, Version
 from agent.wire.messages import (
     AlertPayload,
@@ -24,11 +23,11 @@ from agent.wire.messages import (
     ResultsPayload,
     ShadowPayload,
     VerifiedMessage,
-    decode,
 )
 
 # Event of the audit message in which a device reports a phase change of a rollout.
 ROLLOUT_EVENT = "rollout"
+RESULTS_TABLE = "results"
 _MAX_REASON = 64
 
 # Table → rows, with columns in the order of `schema`.
@@ -62,39 +61,7 @@ def project_message(message: VerifiedMessage, rows: TableRows) -> None:
         rows.setdefault(projection.table, []).extend(projection.build(message.body, message.payload))
 
 
-def check_table(db: Connection, table: str, device: str | None) -> Iterator[tuple[Row, str]]:
-    """Yield (device, log, seq) of each message whose rows in `table` differ from its projection, and the problem."""
-    kind, build = next(
-        (kind, projection.build)
-        for kind, projections in PROJECTIONS.items()
-        for projection in projections
-        if projection.table == table
-    )
-
-    def expected_rows(payload: Any) -> list[Row]:
-        try:
-            body = decode(payload) if isinstance(payload, bytes) else None
-        except MessageRefused:
-            return []
-        return [*build(body, payload)] if isinstance(body, kind) else []
-
-    where, values = ("WHERE t.device = ?", (device,)) if device else ("", ())
-    sql = f"""
-        SELECT t.device, t.log, t.seq, m.payload, t.*
-        FROM {table} t LEFT JOIN messages m USING (device, log, seq) {where}"""
-    for owner, log, seq, payload, *row in db.execute(sql, values):
-        # PostgreSQL appends the column `rowid`.
-        if not any(tuple(row[: len(expected)]) == expected for expected in expected_rows(payload)):
-            yield (owner, log, seq), f"differs from its row in table {table}"
-    sql = f"""
-        SELECT m.device, m.log, m.seq, m.payload FROM messages m LEFT JOIN {table} t USING (device, log, seq)
-        WHERE m.kind = ? AND t.device IS NULL AND (CAST(? AS TEXT) IS NULL OR m.device = ?)"""
-    for *key, payload in db.execute(sql, (kind.__struct_config__.tag, device, device)):
-        if expected_rows(payload):
-            yield tuple(key), f"is missing in table {table}"
-
-
-def result_rows(body: ResultsPayload, _payload: bytes = b"") -> list[Row]:
+def _result_rows(body: ResultsPayload, _payload: bytes) -> list[Row]:
     """Return (device, task, row, t, label, score, value, log, seq) of each result of a message."""
     columns, none = body.columns, repeat(None)
     rows, times, labels = columns.expand_rows(), columns.expand_times(), columns.expand_labels()
@@ -152,10 +119,14 @@ def _to_json(value: Any) -> str:
 
 
 PROJECTIONS: dict[type[Payload], tuple[Projection, ...]] = {
-    ResultsPayload: (Projection("results", result_rows),),
+    ResultsPayload: (Projection(RESULTS_TABLE, _result_rows),),
     DriftPayload: (Projection("drift_windows", _drift_rows),),
     AlertPayload: (Projection("alerts", _alert_rows),),
     QualityPayload: (Projection("quality_messages", _quality_rows), Projection("metrics", _metric_rows)),
     ShadowPayload: (Projection("shadows", _shadow_rows),),
     AuditPayload: (Projection("rollout_devices", _phase_rows),),
 }
+
+TABLES = tuple(projection.table for projections in PROJECTIONS.values() for projection in projections)
+# These tables also have rows of the collector itself.
+SHARED_TABLES = frozenset({"alerts", "metrics"})

@@ -22,9 +22,10 @@ _COLLECTION = (
     "CREATE TABLE devices (device TEXT PRIMARY KEY, enrolled TEXT NOT NULL, state TEXT, last_seen TEXT) WITHOUT ROWID",
     # revoked: when; NULL while the key may sign. A revoked key stays: stored messages verify with it.
     # last_seq: another key replaced this one, which is valid up to this seq of `log` (of any log, where that is NULL).
+    # made_by: `device` or `operator`, who can have kept a copy of the private half.
     """CREATE TABLE keys (
         kid TEXT PRIMARY KEY, device TEXT NOT NULL, key TEXT NOT NULL, added TEXT NOT NULL, revoked TEXT, log TEXT,
-        last_seq INTEGER) WITHOUT ROWID""",
+        last_seq INTEGER, made_by TEXT NOT NULL DEFAULT 'device') WITHOUT ROWID""",
     "CREATE INDEX keys_by_device ON keys (device)",
     # With a rowid: rows of a kilobyte in an index b-tree would make every look-up read them.
     """CREATE TABLE messages (

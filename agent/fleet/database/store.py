@@ -32,6 +32,8 @@ from agent.fleet.database.interface import (
     fetch_dicts,
     is_postgresql,
 )
+from agent.fleet.database.key_table import KeyMaker
+from agent.fleet.database.projection import RESULTS_TABLE, SHARED_TABLES
 from agent.fleet.database.sqlite import SqliteDatabase
 from agent.wire.keys import PublicKey, parse_public_key
 from agent.wire.messages import LoggedPayload, VerifiedMessage, digest
@@ -168,6 +170,7 @@ class FleetStore:
         replace: bool,
         now: str,
         keep_through: int | None = None,
+        made_by: KeyMaker = "device",
         before_commit: Callable[[], None] = lambda: None,
     ) -> bool:
         """Let `key` sign for `device`; see `key_table.enrol`. Raises UsageError if the device has another key.
@@ -175,7 +178,7 @@ class FleetStore:
         `before_commit` is called once the change is certain; if it raises, nothing changes.
         """
         with self.transaction() as db:
-            new = key_table.enrol(db, device, key, replace=replace, keep_through=keep_through, now=now)
+            new = key_table.enrol(db, device, key, replace=replace, keep_through=keep_through, now=now, made_by=made_by)
             before_commit()
         return new
 
@@ -334,9 +337,9 @@ class FleetStore:
         return int(self._fetch_all(f"SELECT count(*) FROM messages WHERE {_DEVICE_FILTER}", device, device)[0][0])
 
     def evidence(self, device: str | None = None) -> Iterator[Row]:
-        """Return (device, log, seq, kind, topic, payload, jws) of every message, in order of the first three."""
+        """Return (device, log, seq, kind, topic, payload, jws, received) of each message, by the first three."""
         where, values = ("WHERE device = ?", (device,)) if device else ("", ())
-        columns = "device, log, seq, kind, topic, payload, jws"
+        columns = "device, log, seq, kind, topic, payload, jws, received"
         return self.stream(f"SELECT {columns} FROM messages {where} ORDER BY device, log, seq", values)
 
     def audit_messages(self, device: str | None, substring: bytes) -> Iterator[Row]:
@@ -345,11 +348,17 @@ class FleetStore:
         sql = f"SELECT device, topic, payload, jws FROM messages WHERE {where}"
         return self.stream(sql, (substring, device, device))
 
-    def result_rows(self, device: str | None = None) -> Iterator[Row]:
-        """Return (device, task, row, t, label, score, value, log, seq) of every result, in the order of `evidence`."""
+    def projected_rows(self, table: str, device: str | None = None) -> Iterator[Row]:
+        """Return device, log, seq and all columns of each row that a message gave, in the order of `evidence`."""
+        source = "source = 'device'" if table in SHARED_TABLES else "TRUE"
+        where, values = (f"{source} AND device = ?", (device,)) if device else (source, ())
+        order = "device, log, seq, row, t" if table == RESULTS_TABLE else "device, log, seq"
+        return self.stream(f"SELECT device, log, seq, t.* FROM {table} t WHERE {where} ORDER BY {order}", values)
+
+    def derived_rows(self, table: str, columns: str, order: str, device: str | None) -> Iterator[Row]:
+        """Return columns of a table that many messages gave, in an order."""
         where, values = ("WHERE device = ?", (device,)) if device else ("", ())
-        columns = "device, task, row, t, label, score, value, log, seq"
-        return self.stream(f"SELECT {columns} FROM results {where} ORDER BY device, log, seq, row, t", values)
+        return self.stream(f"SELECT {columns} FROM {table} {where} ORDER BY {order}", values)
 
     def _stored_payloads(self, message: VerifiedMessage) -> list[Row]:
         body = message.body

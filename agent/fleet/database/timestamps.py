@@ -143,14 +143,14 @@ _INTERPOLATE_BOOTS = f"""
 class TimestampReconstruction:
     """Clock anchors and clocks of results in one transaction: `add` each new message, then `finish`."""
 
-    def __init__(self, db: Connection, received: str) -> None:
-        self._db, self._latest_us = db, parse_rfc3339(received) + _MAX_AHEAD_US
+    def __init__(self, db: Connection) -> None:
+        self._db = db
         self._anchors: list[tuple[Any, ...]] = []
         self._stamps: list[tuple[Any, ...]] = []
         self._boot_extents: list[tuple[str, str, int, int]] = []
 
-    def add(self, body: object) -> None:
-        """Record a message that is new to its log; malformed evidence is ignored."""
+    def add(self, body: object, received: str) -> None:
+        """Record a message that is new to its log, by when it arrived; malformed evidence is ignored."""
         if isinstance(body, ResultsPayload):
             key = (body.device, body.log, body.seq)
             if body.clocks is not None and len(body.columns):
@@ -160,7 +160,7 @@ class TimestampReconstruction:
         elif isinstance(body, HealthPayload) and _is_time(last_us := body.wall_clock.get("boot_us")):
             self._boot_extents.append((body.device, body.log, body.boot, last_us))
         elif isinstance(body, AuditPayload) and body.event == CLOCK_EVENT:
-            self._add_anchor(body)
+            self._add_anchor(body, received)
 
     def finish(self) -> None:
         for table, rows in (("stamps", self._stamps), ("anchors", self._anchors)):
@@ -203,7 +203,7 @@ class TimestampReconstruction:
             spans |= {(device, log, a, b) for a, b in pairwise(ends) if a is not None and b is not None and b > a + 1}
         return spans
 
-    def _add_anchor(self, body: AuditPayload) -> None:
+    def _add_anchor(self, body: AuditPayload, received: str) -> None:
         evidence = body.evidence
         boot, segment, boot_us, wall_us = (evidence.get(name) for name in ("boot", "segment", "boot_us", "wall_us"))
         quality, error_us, step_us = (evidence.get(name) for name in ("quality", "error_us", "step_us"))
@@ -212,7 +212,7 @@ class TimestampReconstruction:
             return
         if quality not in _QUALITIES or not (error_us is None or _is_time(error_us)):
             return
-        trusted = quality == "synced" and wall_us <= self._latest_us
+        trusted = quality == "synced" and wall_us <= parse_rfc3339(received) + _MAX_AHEAD_US
         if trusted and error_us is None:
             error_us = MAX_ERROR_US
         step = step_us if _is_time(step_us, -_MAX_JSON_INT) else 0

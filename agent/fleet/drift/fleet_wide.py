@@ -9,10 +9,11 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from statistics import median
 
 import msgspec
+
+from agent import clock
 
 MIN_DEVICES = 4  # Fewer devices are no fleet.
 # Below these, a significant coincidence can still be two people who changed something at once.
@@ -62,7 +63,7 @@ class FleetWideDrift(msgspec.Struct, frozen=True):
 
     @property
     def summary(self) -> str:
-        since = f"{datetime.fromtimestamp(self.since / 1e6, UTC):%Y-%m-%d %H:%M} UTC"
+        since = f"{clock.to_datetime(self.since):%Y-%m-%d %H:%M} UTC"
         usual = "the usual number is not known yet"
         if self.usual_count is not None:
             usual = f"usually {self.usual_count:.0f} of {self.device_count}"

@@ -1,11 +1,13 @@
-"""Mosquitto 2 config and access list, as `fleet init` writes them, with a reason for each line."""
+"""Mosquitto 2 config, as `fleet init` writes it, with a reason for each line."""
 
 from __future__ import annotations
 
+import sysconfig
 from pathlib import Path
 
 from agent.config import BrokerConfig
-from agent.wire.topics import KINDS, ROOT
+
+_PLUGIN = "mosquitto_dynamic_security.so"
 
 _COMMON = """\
 # Mosquitto 2 for the fleet {fleet}. Start with: mosquitto -c {folder}/mosquitto.conf
@@ -35,6 +37,12 @@ log_type notice
 """
 
 _TLS = """
+# Who may subscribe, publish and receive: a list of clients and roles, which `fleet enrol`, `revoke` and `collector`
+# change while the broker runs. An `acl_file` would not check subscriptions: any device could join the collectors'
+# shared subscription, and take messages from them.
+plugin {plugin}
+plugin_opt_config_file {folder}/dynamic-security.json
+
 listener {port}
 cafile {folder}/ca.pem
 certfile {folder}/server.crt
@@ -46,13 +54,12 @@ tls_version tlsv1.2
 # Only clients with a certificate of this fleet connect ...
 require_certificate true
 allow_anonymous false
-# ... under the name in its CN, which the access list uses as %u ...
+# ... under the name in its CN, which the access rules use ...
 use_identity_as_username true
 # ... and as their client id: otherwise a device could disconnect another one by taking its id.
 # Cost: one connection per certificate. A second `fleet watch` with the operator's certificate ends the first;
 # commands use their own certificate, `commander`, and wait for each other.
 use_username_as_clientid true
-acl_file {folder}/acl
 """
 
 _PLAIN = """
@@ -61,22 +68,20 @@ listener {port} {host}
 allow_anonymous true
 """
 
-_ACL_HEAD = """\
-# %u is the name in the client's certificate: a device id, or a role. A client may subscribe to `#` and to topics
-# of others, but the broker delivers nothing from them.
-"""
-
 
 def render_config(broker: BrokerConfig, fleet: str, folder: Path) -> str:
     """Return the text of mosquitto.conf; `folder` is its folder on the broker's machine."""
     listener = _TLS if broker.tls else _PLAIN
     values = {"fleet": fleet, "folder": folder, "port": broker.port, "host": broker.host}
+    values["plugin"] = find_plugin()
     return (_COMMON + listener).format(**values, crl=crl_setting(folder))
 
 
-def collector_acl(fleet: str, name: str) -> list[str]:
-    base = f"{ROOT}/{fleet}"
-    return [f"user {name}", f"topic read {base}/#", f"topic write {base}/+/ack"]
+def find_plugin() -> Path:
+    """Return the path of Mosquitto's dynamic-security plugin; where this machine's system has it if it is missing."""
+    multiarch = Path("/usr/lib", sysconfig.get_config_var("MULTIARCH") or "")
+    folders = [multiarch, *map(Path, ("/usr/lib64", "/usr/lib", "/usr/local/lib", "/opt/homebrew/lib"))]
+    return next((path for folder in folders if (path := folder / _PLUGIN).exists()), multiarch / _PLUGIN)
 
 
 def crl_setting(folder: Path) -> str:
@@ -85,18 +90,3 @@ def crl_setting(folder: Path) -> str:
 
 def has_crl_setting(conf: str) -> bool:
     return any(line.split()[:1] == ["crlfile"] for line in conf.splitlines())
-
-
-def render_acl(fleet: str) -> str:
-    """Return the text of the ACL file: devices by pattern, then the roles."""
-    base = f"{ROOT}/{fleet}"
-    subtree = {kind: f"{base}/%u/{kind.name}" + ("/+" if kind.per_task else "") for kind in KINDS.values()}
-    lines = [f"pattern write {topic}" for kind, topic in subtree.items() if not kind.to_device]
-    lines += [f"pattern read {topic}" for kind, topic in subtree.items() if kind.to_device]
-    lines += ["# Desired state of the fleet and of groups. Mosquitto warns that there is no %u; none is needed.",
-              f"pattern read {base}/_all/desired", f"pattern read {base}/_group/desired/+"]  # fmt: skip
-    lines += ["", *collector_acl(fleet, "collector")]
-    for role in ("operator", "commander"):
-        lines += ["", f"user {role}", f"topic read {base}/#"]
-        lines += [f"topic write {base}/+/cmd", f"topic write {base}/+/desired", f"topic write {base}/_group/desired/+"]
-    return _ACL_HEAD + "\n".join(lines) + "\n"

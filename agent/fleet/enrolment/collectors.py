@@ -9,7 +9,8 @@ import msgspec
 from agent import durable_files
 from agent.errors import UsageError
 from agent.fleet.config import FleetConfig, Identity
-from agent.fleet.enrolment import broker_config, pki
+from agent.fleet.enrolment import broker_control, pki
+from agent.fleet.enrolment.broker_access import AccessChange
 from agent.names import is_name
 
 # Name of the certificate that `fleet init` issues; the broker of such a fleet uses the name in it as the client id.
@@ -39,7 +40,7 @@ def resolve_identity(config: FleetConfig, name: str) -> Identity:
 
 
 def add(folder: Path, config: FleetConfig, name: str) -> AddedCollector:
-    """Issue a collector's certificate and extend the access list, keeping what exists. Raises UsageError."""
+    """Issue a collector's certificate, once, and let it in at the broker. Raises UsageError."""
     _check_name(name)
     user, start = user_name(name), f"Start it: outstation fleet collect --share {name}"
     if (folder / "devices" / user).exists():
@@ -52,7 +53,8 @@ def add(folder: Path, config: FleetConfig, name: str) -> AddedCollector:
         issued = authority.issue_client(user, config.fleet.name)
         durable_files.write(key, issued.key, 0o600)
         durable_files.write(certificate, issued.certificate, 0o600)
-    return AddedCollector([certificate, key], [*_grant_access(folder, config.fleet.name, user), start])
+    steps = broker_control.apply(folder, config, AccessChange(user, "collector"))
+    return AddedCollector([certificate, key], [*steps, start])
 
 
 def is_collector(folder: Path, name: str) -> bool:
@@ -61,24 +63,6 @@ def is_collector(folder: Path, name: str) -> bool:
 
 def user_name(name: str) -> str:
     return f"collector-{name}"
-
-
-def _grant_access(folder: Path, fleet: str, user: str) -> list[str]:
-    path = folder / "broker" / "acl"
-    lines = broker_config.collector_acl(fleet, user)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        problem = f"{path}: the broker's access list cannot be read ({error.strerror})"
-        return [f"{problem}; add these lines to it: {', '.join(lines)}"]
-    if lines[0] not in text.splitlines():
-        # Append: replacing the file would change its owner, the user that runs the broker.
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n".join(["", *lines, ""]))
-    return [
-        f"If the broker runs on another machine, copy {path} to its `acl_file` there. "
-        "Then reload the broker: systemctl reload mosquitto (kill -HUP)."
-    ]
 
 
 def _check_name(name: str) -> None:

@@ -1,6 +1,7 @@
 """Enrolment: create a fleet, and let devices in, with keys, certificates and config files.
 
-Files are in the fleet's folder; the database holds the devices' signing keys.
+Public files are in the fleet's folder; the database holds the devices' public signing keys. No private key of a device
+stays with the operator: who has it can write the device's history anew.
 """
 
 from __future__ import annotations
@@ -8,38 +9,36 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import shutil
 import tarfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from agent import clock, durable_files
 from agent.config import BrokerConfig, check_broker, check_name
-from agent.errors import UsageError
+from agent.errors import MessageRefused, UsageError
 from agent.fleet import config as fleet_config
+from agent.fleet.collector.subscriptions import share_group
 from agent.fleet.config import FleetConfig
+from agent.fleet.database.key_table import KeyMaker
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import broker_config, collectors, pki, revocation
+from agent.fleet.enrolment import broker_access, broker_config, broker_control, collectors, pki, revocation
+from agent.fleet.enrolment.broker_access import AccessChange
+from agent.fleet.enrolment.pki import CertificateAuthority
 from agent.fleet.enrolment.revocation import RevocationOutcome
 from agent.fleet.repository.layout import Layout
 from agent.names import is_name
-from agent.wire import keys
+from agent.wire import enrolment_request, keys
+from agent.wire.enrolment_request import EnrolmentRequest
 from agent.wire.keys import PublicKey
 
 # User names of roles at the broker; `_all` cannot be a device id anyway.
-RESERVED_NAMES = frozenset({"collector", "operator", "commander"})
-SIGNING_KEY = "device.key"
+RESERVED_NAMES = frozenset({"collector", "operator", "commander", broker_access.ADMIN})
+SIGNING_KEY, TLS_KEY, CERTIFICATE = "device.key", "device-tls.key", "device.crt"
 # Initial root of trust for the fleet's repository.
 ROOT_METADATA = "root.json"
-# TLS client key and certificate of a device.
-CONNECTION_FILES = ("device-tls.key", "device.crt")
-PACKED_FILES = ("ca.pem", *CONNECTION_FILES, SIGNING_KEY, "outstation.toml", ROOT_METADATA)
-# Folder of files for a new key; they replace the former ones once the database has that key.
-REPLACEMENT = "replacement"
-# Marker file in it, written last: the key, once all of its files are there.
-COMPLETE_MARKER = "complete"
 
 _PLAINTEXT_OPTION = "allow_plaintext = true"
 _CA_OPTION = '# ca_file = "ca.pem"                 # if your own authority signed the web server\'s certificate'
@@ -52,12 +51,16 @@ root = {root}                    # root of trust; the device fetches later versi
 
 
 class Enrolment(msgspec.Struct, frozen=True):
-    """Outcome of `enrol`: key and files of the device, whether the key is new, and revoked certificates."""
+    """Outcome of `enrol`: key of the device, its public files, and revoked certificates.
+
+    `made_by`: who made the key; None if it was enrolled before.
+    """
 
     device: str
     key: PublicKey
-    folder: Path
+    made_by: KeyMaker | None
     is_new: bool
+    folder: Path
     revoked: RevocationOutcome
 
 
@@ -76,11 +79,11 @@ def init_fleet(folder: Path, name: str, broker: BrokerConfig) -> FleetConfig:
     (home / "data").mkdir(parents=True, exist_ok=True)
     durable_files.write_new(home / "mosquitto.conf", broker_config.render_config(broker, name, home).encode(), 0o644)
     if broker.tls:
-        # Mosquitto warns of an access list that others can read.
-        durable_files.write_new(home / "acl", broker_config.render_acl(name).encode(), 0o600)
+        group = share_group(keys.load_private(folder / "collector.key"), name)
+        broker_control.write_access_file(home / broker_control.ACCESS_FILE, broker_access.build_document(name, group))
         _write_certificates(folder, name, broker)
     # Last: a folder with this file is a complete fleet.
-    durable_files.write_new(folder / fleet_config.FILE, _render_fleet_toml(name, broker).encode(), 0o644)
+    durable_files.write_new(folder / fleet_config.FILE, _render_fleet_toml(name, broker).encode(), 0o600)
     return fleet_config.load(folder)
 
 
@@ -90,111 +93,172 @@ def enrol(
     store: FleetStore,
     device: str,
     *,
-    key: PublicKey | None,
-    replace: bool,
+    key: PublicKey | None = None,
+    request: EnrolmentRequest | None = None,
+    replace: bool = False,
     keep_through: int | None = None,
     keep_certificate: bool = False,
+    bundle: Path | None = None,
 ) -> Enrolment:
-    """Register `device`, and write its files to `devices/<device>/` of the fleet's folder.
+    """Register `device`, and write its public files to `devices/<device>/` of the fleet's folder.
 
-    Without `key`, the device's signing key is created here, once. With `replace`, the former key is revoked, or stays
-    valid up to seq `keep_through` of the device's log; the device's certificates are revoked unless `keep_certificate`.
-    The former files stay until the database has the new key. After a crash in between, the next call first makes the
-    files match the enrolled key. Raises UsageError for a name or key that is taken.
+    The keys are those of `request`. Otherwise the TLS key, and without `key` also the signing key, are made here; they
+    are written to `bundle` and nowhere else. With `replace`, the former key is revoked, or stays valid up to seq
+    `keep_through` of the device's log; the device's certificates are revoked unless `keep_certificate`.
+
+    `bundle` is written before the database commits, and the public files after it: a killed call can be repeated.
+    Raises UsageError for a name or key that is taken, and if keys are made here without a `bundle`.
     """
+    home = device_folder(folder, device)
+    enrolled = store.active_key(device)
+    if request is not None:
+        check_request(config, device, request)
+        key = request.key
+    private: dict[str, bytes] = {}
+    if key is None and (replace or enrolled is None):
+        made = keys.create()
+        key, private[SIGNING_KEY] = made.public, made.pem
+    key = key or enrolled
+    assert key is not None
+    # A repeated command: its first run revoked the former key and its certificates.
+    replace = replace and (enrolled is None or key.kid != enrolled.kid)
+    public = _render_public_files(folder, config, device)
+    authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file)) if config.ca else None
+    certificate, tls_key = None, request.tls_key if request is not None else None
+    if authority is not None and (keep_certificate or not replace):
+        certificate = _load_valid_certificate(folder, authority, home, tls_key)
+    if authority is not None and certificate is None and tls_key is None:
+        made = keys.create()
+        tls_key, private[TLS_KEY] = made.private.public_key(), made.pem
+    if private and bundle is None:
+        made_here = " and ".join(sorted(private))
+        raise UsageError(
+            f"device {device!r}: {made_here} would be made here, and no private key stays in the fleet's folder; name "
+            "a file for them with --bundle-out, or better let the device make them: `outstation join`, then --request"
+        )
+    former = RevocationOutcome([], [])
+    made_by: KeyMaker = "operator" if SIGNING_KEY in private else "device"
+    # Before the new certificate is issued: it must not be revoked.
+    revokes = replace and not keep_certificate
+    revoke = revocation.make_certificate_revoker(folder, config, store, device, former) if revokes else lambda: None
+    is_packed = False
+
+    def issue_files() -> None:
+        nonlocal is_packed
+        if authority is not None:
+            issued = certificate
+            if issued is None:
+                assert tls_key is not None
+                issued = authority.certify_client(device, config.fleet.name, tls_key)
+                revocation.archive_certificate(folder, device, issued)
+            public[CERTIFICATE] = issued
+        if bundle is not None:
+            pack_device_files(public | private, bundle)
+            is_packed = True
+        revoke()
+
+    try:
+        new = store.enrol(
+            *(device, key),
+            replace=replace,
+            now=clock.to_rfc3339(clock.read().wall_us),
+            keep_through=keep_through,
+            made_by=made_by,
+            before_commit=issue_files,
+        )
+    except BaseException:
+        if is_packed and bundle is not None:
+            # Its keys are not enrolled.
+            durable_files.remove(bundle)
+        raise
+    for name, data in public.items():
+        durable_files.write(home / name, data, 0o600)
+    revocation.change_access(folder, config, AccessChange(device, "device"), former)
+    return Enrolment(device, key, made_by if new else None, new, home, former)
+
+
+def device_folder(folder: Path, device: str) -> Path:
+    """Return the folder of a device's public files. Raises UsageError if no device can have this name."""
     if not is_name(device) or device in RESERVED_NAMES:
         syntax = "must be 1-64 of a-z 0-9 . _ - , first a letter or digit"
         problem = "is the name of a role" if device in RESERVED_NAMES else syntax
         raise UsageError(f"device {device!r} {problem}; choose another id")
     if collectors.is_collector(folder, device):
         raise UsageError(f"device {device!r}: is the name of a collector at the broker; choose another id")
-    home = folder / "devices" / device
+    return folder / "devices" / device
+
+
+def enrol_on_this_machine(folder: Path, config: FleetConfig, store: FleetStore, device: str, home: Path) -> Path:
+    """Let a new device in whose folder `home` is on this machine: make its keys there, as `outstation join` does.
+
+    Simulated fleets and tests are their own operators. Returns `home`.
+    """
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    enrolled = store.active_key(device)
-    _finish_replacement(home, enrolled)
-    former = RevocationOutcome([], [])
-    now = clock.to_rfc3339(clock.read().wall_us)
-    if replace:
-        # Before the new certificate is issued: it must not be revoked.
-        revoke_former = (
-            (lambda: None)
-            if keep_certificate
-            else revocation.make_certificate_revoker(folder, config, store, device, former)
-        )
-        key = _write_replacement(home, folder, config, device, key, CONNECTION_FILES if keep_certificate else ())
-        new = store.enrol(device, key, replace=True, now=now, keep_through=keep_through, before_commit=revoke_former)
-        _finish_replacement(home, key)
-    else:
-        key = key or _load_or_create_key(home, enrolled)
-        new = store.enrol(device, key, replace=False, now=now)
-        _write_device_files(home, folder, config, device)
-    return Enrolment(device, key, home, new, former)
+    signing_key, tls_key = (keys.generate(home / name, write_public=False) for name in (SIGNING_KEY, TLS_KEY))
+    request = enrolment_request.parse(enrolment_request.build(config.fleet.name, device, signing_key, tls_key, None))
+    done = enrol(folder, config, store, device, request=request)
+    for path in done.folder.iterdir():
+        durable_files.write(home / path.name, path.read_bytes(), 0o600)
+    return home
 
 
-def pack_device_files(home: Path, out: Path) -> None:
+def pack_device_files(files: dict[str, bytes], out: Path) -> None:
     """Pack the files of a device into one .tar.gz with mode 0600; the same files give the same bytes."""
     packed = io.BytesIO()
     with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as tar:
-        for file in (home / name for name in PACKED_FILES if (home / name).exists()):
-            data = file.read_bytes()
-            entry = tarfile.TarInfo(file.name)
+        for name, data in sorted(files.items()):
+            entry = tarfile.TarInfo(name)
             entry.size, entry.mode = len(data), 0o600
             tar.addfile(entry, io.BytesIO(data))
     try:
         durable_files.write_new(out, packed.getvalue(), 0o600)
+        durable_files.fsync(out.resolve().parent)
     except OSError as error:
         raise UsageError(f"{out}: cannot be written: {error.strerror}; name a new file") from None
 
 
-def _write_replacement(
-    home: Path, folder: Path, config: FleetConfig, device: str, key: PublicKey | None, preserved: Sequence[str]
-) -> PublicKey:
-    replacement = home / REPLACEMENT
-    replacement.mkdir(mode=0o700)
-    for name in preserved:
-        if (home / name).exists():
-            durable_files.write(replacement / name, (home / name).read_bytes(), 0o600)
-    key = key or _load_or_create_key(replacement, enrolled=None)
-    _write_device_files(replacement, folder, config, device)
-    durable_files.write(replacement / COMPLETE_MARKER, key.text.encode(), 0o600)
-    return key
+def read_request(path: Path) -> EnrolmentRequest:
+    """Read and verify a request file. Raises UsageError."""
+    try:
+        with path.open("rb") as file:
+            return enrolment_request.parse(file.read(enrolment_request.MAX_BYTES + 1))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    except MessageRefused as refused:
+        hint = "make it again with `outstation join` on the device"
+        raise UsageError(f"{path}: not a valid enrolment request ({refused}); {hint}") from None
 
 
-def _finish_replacement(home: Path, enrolled: PublicKey | None) -> None:
-    """Move the replacement's files into `home` if its key is `enrolled`, else delete them.
-
-    The files are copied, and the marker is removed before the folder: after a crash the next call starts again.
-    """
-    replacement = home / REPLACEMENT
-    marker = replacement / COMPLETE_MARKER
-    if enrolled is not None and marker.exists() and marker.read_text(encoding="ascii") == enrolled.text:
-        files = {path.name: path for path in replacement.iterdir() if path != marker}
-        for name, path in files.items():
-            durable_files.write(home / name, path.read_bytes(), 0o600)
-        for name in {*PACKED_FILES, keys.public_key_path(home / SIGNING_KEY).name} - files.keys():
-            durable_files.remove(home / name)
-    if replacement.exists():
-        durable_files.remove(marker)
-        shutil.rmtree(replacement)
+def check_request(config: FleetConfig, device: str, request: EnrolmentRequest) -> None:
+    """Check that `request` is for this device of this fleet. Raises UsageError."""
+    body = request.body
+    if (body.fleet, body.device) != (config.fleet.name, device):
+        raise UsageError(
+            f"the request is for device {body.device!r} of fleet {body.fleet!r}, not {device!r} of "
+            f"{config.fleet.name!r}; name that device, or join again with --id and --fleet"
+        )
 
 
-def _load_or_create_key(home: Path, enrolled: PublicKey | None) -> PublicKey:
-    path = home / SIGNING_KEY
-    if path.exists() and (enrolled is None or keys.load_private(path).public.kid == enrolled.kid):
-        return keys.load_private(path).public
-    if enrolled is not None:
-        # The device created its own key, or rotated it since; only its certificate and config are written again.
-        return enrolled
-    return keys.generate(path).public
+def _load_valid_certificate(
+    folder: Path, authority: CertificateAuthority, home: Path, tls_key: Ed25519PublicKey | None
+) -> bytes | None:
+    """Return the device's certificate, unless it is revoked or of another key than `tls_key`."""
+    path = home / CERTIFICATE
+    if not path.exists() or revocation.is_revoked(folder, authority, path):
+        return None
+    data = path.read_bytes()
+    is_other = tls_key is not None and x509.load_pem_x509_certificate(data).public_key() != tls_key
+    return None if is_other else data
 
 
-def _write_device_files(home: Path, folder: Path, config: FleetConfig, device: str) -> None:
+def _render_public_files(folder: Path, config: FleetConfig, device: str) -> dict[str, bytes]:
     root = Layout(folder).newest_root_path()
-    if root is not None:
-        durable_files.write(home / ROOT_METADATA, root.read_bytes(), 0o600)
     collector = keys.load_public_for(Path(config.collector.key_file))
     operator = keys.load_public_for(Path(config.operator.key_file))
+    files: dict[str, bytes] = {}
     text = _render_device_toml(device, config, collector, operator)
+    if root is not None:
+        files[ROOT_METADATA] = root.read_bytes()
     if root is not None and config.repository is not None:
         url = config.repository.url
         # Bundles are not secret, and their signatures need no TLS: an operator may serve them over http.
@@ -202,17 +266,9 @@ def _write_device_files(home: Path, folder: Path, config: FleetConfig, device: s
         text += _UPDATES_TOML.format(
             url=_toml_string(url), option=_PLAINTEXT_OPTION if plain else _CA_OPTION, root=_toml_string(ROOT_METADATA)
         )
-    durable_files.write(home / "outstation.toml", text.encode(), 0o600)
-    if config.ca is None:
-        return
-    authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
-    durable_files.write(home / "ca.pem", authority.pem, 0o600)
-    certificate = home / "device.crt"
-    if not certificate.exists() or revocation.is_revoked(folder, authority, certificate):
-        issued = authority.issue_client(device, config.fleet.name)
-        revocation.archive_certificate(folder, device, issued.certificate)
-        durable_files.write(home / "device-tls.key", issued.key, 0o600)
-        durable_files.write(certificate, issued.certificate, 0o600)
+    if config.ca is not None:
+        files["ca.pem"] = Path(config.ca.cert_file).read_bytes()
+    return files | {"outstation.toml": text.encode()}
 
 
 def _write_certificates(folder: Path, name: str, broker: BrokerConfig) -> None:
@@ -251,6 +307,8 @@ url = {_toml_string(broker.url)}
     if broker.tls:
         text += "\n[commander]                           # the operator's second certificate, for commands\n"
         text += 'key_file = "operator.key"\ncert_file = "commander.crt"\ntls_key_file = "commander-tls.key"\n'
+        text += "\n[broker_admin]                        # changes the broker's access rules\n"
+        text += f'cert_file = "{broker_access.ADMIN}.crt"\ntls_key_file = "{broker_access.ADMIN}-tls.key"\n'
         text += "\n[ca]                                  # issues the devices' TLS certificates\n"
         text += 'cert_file = "ca.pem"\nkey_file = "ca.key"\n'
     return text

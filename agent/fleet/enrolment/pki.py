@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -22,7 +22,7 @@ from agent.errors import UsageError
 
 CA_YEARS = 10
 # Devices stay in the field for years: early expiry would disconnect them, and stop no attacker.
-LEAF_YEARS = 10
+LEAF_LIFETIME = timedelta(days=3650)
 # Machines without a battery clock start in the past; a day covers the lag of a saved clock.
 BACKDATE = timedelta(days=1)
 _RESTORE_HINT = "a new list would accept revoked certificates again; restore it from a backup or from its copy"
@@ -50,12 +50,21 @@ class CertificateAuthority(msgspec.Struct, frozen=True):
     def issue_server(self, host: str) -> IssuedCertificate:
         """Issue a broker's certificate for `host`, also valid for localhost."""
         names = [_general_name(name) for name in dict.fromkeys((host, "localhost", "127.0.0.1", "::1"))]
-        return self._issue(host, names, ExtendedKeyUsageOID.SERVER_AUTH)
+        key = Ed25519PrivateKey.generate()
+        certificate = self._issue(host, names, ExtendedKeyUsageOID.SERVER_AUTH, key.public_key())
+        return IssuedCertificate(certificate, _private_pem(key))
 
-    def issue_client(self, name: str, fleet: str) -> IssuedCertificate:
-        """Issue a client's certificate; the broker uses `name` from its CN as the user name."""
+    def issue_client(self, name: str, fleet: str, lifetime: timedelta = LEAF_LIFETIME) -> IssuedCertificate:
+        """Issue a client's certificate with a new key; the broker uses `name` from its CN as the user name."""
+        key = Ed25519PrivateKey.generate()
+        return IssuedCertificate(self.certify_client(name, fleet, key.public_key(), lifetime), _private_pem(key))
+
+    def certify_client(
+        self, name: str, fleet: str, key: Ed25519PublicKey, lifetime: timedelta = LEAF_LIFETIME
+    ) -> bytes:
+        """Issue a client's certificate (PEM) for a `key` whose private half stays where it was made."""
         uri = x509.UniformResourceIdentifier(f"urn:outstation:{fleet}:{name}")
-        return self._issue(name, [uri], ExtendedKeyUsageOID.CLIENT_AUTH)
+        return self._issue(name, [uri], ExtendedKeyUsageOID.CLIENT_AUTH, key, lifetime)
 
     def build_crl(self, editions: Sequence[x509.CertificateRevocationList], serials: Iterable[int]) -> bytes:
         """Build the next CRL (PEM): all entries of these editions, and `serials`."""
@@ -88,10 +97,14 @@ class CertificateAuthority(msgspec.Struct, frozen=True):
         return crl
 
     def _issue(
-        self, common_name: str, names: list[x509.GeneralName], usage: x509.ObjectIdentifier
-    ) -> IssuedCertificate:
-        key = Ed25519PrivateKey.generate()
-        end = min(_now() + timedelta(days=365 * LEAF_YEARS), self.certificate.not_valid_after_utc)
+        self,
+        common_name: str,
+        names: list[x509.GeneralName],
+        usage: x509.ObjectIdentifier,
+        key: Ed25519PublicKey,
+        lifetime: timedelta = LEAF_LIFETIME,
+    ) -> bytes:
+        end = min(_now() + lifetime, self.certificate.not_valid_after_utc)
         builder = (
             _certificate_builder(_x509_name(common_name[:64]), self.certificate.subject, key, end)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -100,7 +113,7 @@ class CertificateAuthority(msgspec.Struct, frozen=True):
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
         )
-        return IssuedCertificate(builder.sign(self.key, None).public_bytes(Encoding.PEM), _private_pem(key))
+        return builder.sign(self.key, None).public_bytes(Encoding.PEM)
 
 
 def create_authority(fleet: str) -> CertificateAuthority:
@@ -108,7 +121,7 @@ def create_authority(fleet: str) -> CertificateAuthority:
     key = Ed25519PrivateKey.generate()
     name = _x509_name(f"outstation {fleet}"[:64])
     builder = (
-        _certificate_builder(name, name, key, _now() + timedelta(days=365 * CA_YEARS))
+        _certificate_builder(name, name, key.public_key(), _now() + timedelta(days=365 * CA_YEARS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(signs_certificates=True), critical=True)
     )
@@ -158,17 +171,17 @@ def _crl_number(edition: x509.CertificateRevocationList) -> int:
 
 
 def _certificate_builder(
-    subject: x509.Name, issuer: x509.Name, key: Ed25519PrivateKey, end: datetime
+    subject: x509.Name, issuer: x509.Name, key: Ed25519PublicKey, end: datetime
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
-        .public_key(key.public_key())
+        .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(_now() - BACKDATE)
         .not_valid_after(end)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
 
 

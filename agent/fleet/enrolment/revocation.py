@@ -1,4 +1,6 @@
-"""Revocation of devices: their signing keys in the database, and their TLS certificates in the CRL `crl.pem`.
+"""Revocation of devices: their signing keys in the database, their TLS certificates in the CRL `crl.pem`, their access.
+
+The broker withdraws a device's access and ends its session at once; it refuses the certificate once it reads the CRL.
 
 - `issued/<device>/<serial>.crt` is written before a device's certificate, and never removed: a certificate can be
   revoked after its other files are gone, and so can one that an operator put there
@@ -15,10 +17,11 @@ from pathlib import Path
 import msgspec
 
 from agent import durable_files
-from agent.errors import StorageError, UsageError
+from agent.errors import LinkDown, StorageError, UsageError
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import broker_config, pki
+from agent.fleet.enrolment import broker_config, broker_control, pki
+from agent.fleet.enrolment.broker_access import AccessChange
 
 CRL_FILE = "crl.pem"
 CERTIFICATE_FILE = "device.crt"
@@ -26,16 +29,15 @@ _COPY_STEP = (
     "If the broker runs on another machine, copy {} to its `crlfile` there. The broker's user must be able to read "
     "it, or the broker accepts every certificate."
 )
-_RESTART_STEP = (
-    "Then restart the broker (systemctl restart mosquitto). A reload (kill -HUP) refuses new connections, too, but "
-    "ends no open connection, and does not read new lines of the config."
+_RELOAD_STEP = (
+    "Then reload the broker (systemctl reload mosquitto, kill -HUP): it reads the list, and refuses the certificate."
 )
 
 
 class RevocationOutcome(msgspec.Struct):
     """Revoked key thumbprints and certificate serial numbers (hex), and the steps left to the broker's operator.
 
-    `problem`: why certificates still connect; `failed` if they should not.
+    `problem`: why certificates still connect; `failed` if they should not. `ended`: the broker ended the session.
     """
 
     keys: list[str]
@@ -43,6 +45,7 @@ class RevocationOutcome(msgspec.Struct):
     problem: str | None = None
     failed: bool = False
     steps: tuple[str, ...] = ()
+    ended: bool = False
 
 
 def create_crl(folder: Path, authority: pki.CertificateAuthority) -> None:
@@ -103,7 +106,7 @@ def add(folder: Path, config: FleetConfig, serials: Iterable[int]) -> tuple[str,
             steps.append(f"{conf}: names no CRL, so the broker reads none. Add this line after `keyfile`: {line}")
     except (StorageError, OSError) as error:
         steps.append(f"The CRL could not be copied to the broker's folder ({error}): copy {listed} to its `crlfile`.")
-    return (*steps, _COPY_STEP.format(listed), _RESTART_STEP)
+    return (*steps, _COPY_STEP.format(listed), _RELOAD_STEP)
 
 
 def revoke_device(
@@ -139,7 +142,22 @@ def revoke_device(
             revoke_certificates()
     else:
         done.keys = store.revoke(device, kid, now, before_commit=revoke_certificates)
+    if not _has_valid_key(store, device):
+        change_access(folder, config, AccessChange(device, "none"), done)
     return done
+
+
+def change_access(folder: Path, config: FleetConfig, change: AccessChange, outcome: RevocationOutcome) -> None:
+    """Put a change of a device's access in force, and end the session that a revoked certificate opened."""
+    steps = broker_control.apply(folder, config, change)
+    try:
+        if not steps and config.ca is not None and (outcome.certificates or change.access == "none"):
+            authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
+            broker_control.end_session(config, change.client, authority)
+            outcome.ended = True
+    except (LinkDown, StorageError, UsageError) as error:
+        steps = (f"Its session could not be ended: {error}. Restart the broker, which closes all connections.",)
+    outcome.steps = (*steps, *outcome.steps)
 
 
 def make_certificate_revoker(

@@ -28,6 +28,7 @@ from agent.fleet.evidence.gather import bundles, sbom, trusted_keys
 from agent.fleet.evidence.gather.gather import EvidenceFacts, MessageVerifier, gather
 from agent.fleet.evidence.gather.sbom import Sbom
 from agent.fleet.evidence.page.page import render_html
+from agent.text import csv_text
 from agent.wire.keys import PublicKey, SigningKey
 
 _CSV_COLUMNS = [
@@ -186,15 +187,12 @@ def _encode_csv(incidents: Iterable[Incident]) -> bytes:
     writer = csv.writer(text)
     writer.writerow(_CSV_COLUMNS)
     for incident in incidents:
-        writer.writerow(_escape_cell(getattr(incident, name)) for name in _CSV_COLUMNS)
+        writer.writerow(_to_cell(getattr(incident, name)) for name in _CSV_COLUMNS)
     return text.getvalue().encode()
 
 
-def _escape_cell(value: object) -> object:
-    """Escape text from devices that a spreadsheet would run as a formula."""
-    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
-        return "'" + value
-    return "" if value is None else value
+def _to_cell(value: object) -> object:
+    return csv_text(value) if isinstance(value, str) else "" if value is None else value
 
 
 class FolderWriter:

@@ -19,6 +19,7 @@ from agent.fleet.repository.edition import Edition
 from agent.fleet.repository.expiry import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, TOP_LEVEL_ROLES
 from agent.fleet.repository.keys import RepositoryKeyring
 from agent.fleet.repository.layout import Layout
+from agent.text import mask_password
 
 MAX_ROOTS = 16
 
@@ -79,7 +80,7 @@ def write_url(folder: Path, url: str) -> None:
             usable = False
         if not usable or parts.query or parts.fragment or parts.username or parts.password:
             form = "https://HOST[:PORT]/PATH without user, query or fragment"
-            raise UsageError(f"--url {url}: not a URL of the form {form}")
+            raise UsageError(f"--url {mask_password(url)}: not a URL of the form {form}")
     elif not Path(url).is_absolute():
         raise UsageError(f"--url {url}: neither https://HOST/PATH nor an absolute path of a folder on the devices")
     added = f"\n[repository]\nurl = {json.dumps(url)}   # where devices find this folder's repository/\n"

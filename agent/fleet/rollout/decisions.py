@@ -20,7 +20,8 @@ from agent.wire import jws
 from agent.wire.desired_state import Name
 from agent.wire.jws import Signer
 from agent.wire.keys import SigningKey
-from agent.wire.messages import Rfc3339, digest
+from agent.wire.messages import digest
+from agent.wire.times import Rfc3339
 
 Event = Literal["started", "promoted", "paused", "resumed", "aborted", "finished"]
 SignerLookup = Callable[[str], Signer | None]

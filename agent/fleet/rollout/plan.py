@@ -20,12 +20,12 @@ from agent.wire.desired_state import (
     DesiredBundle,
     Digest,
     Name,
-    Rfc3339Seconds,
     Share,
     StepStrategy,
     Strategy,
     Version,
 )
+from agent.wire.times import Rfc3339Seconds
 
 MAX_STEPS = 32
 _STRATEGY_ORDER: tuple[StepStrategy, ...] = get_args(StepStrategy)

@@ -25,6 +25,12 @@ def locate_bundle(name: str, local_dir: Path) -> Path:
     raise BadBundle(f"no bundle {name!r} in {local_dir} or among the built-in ones; put it there, or give its path")
 
 
+def read_smallest_model() -> bytes:
+    """Return the smallest built-in model, or b"" if there is none."""
+    models = sorted(bundles_dir().glob("*/model.tflite"), key=lambda path: path.stat().st_size)
+    return models[0].read_bytes() if models else b""
+
+
 def resolve_path(path: Path) -> Path:
     """Return `path`, or the built-in bundle of that name if nothing is there."""
     shipped = bundles_dir() / path.name

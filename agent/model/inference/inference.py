@@ -9,11 +9,9 @@ import numpy as np
 
 from agent.arrays import Float32s, Ints
 from agent.model.bundle.manifest import Manifest
-from agent.model.inference import derived_features, features, runtime, scores
+from agent.model.inference import derived_features, features, scores
 from agent.model.inference.features import WindowCut
-from agent.model.inference.runtime import TfliteModel
 from agent.model.inference.scores import Scores
-from agent.model.inference.tuning import Tuning
 
 # Values of all windows that are computed together, 16 MB of float32: windows that overlap repeat their rows.
 MAX_VALUES = 4_000_000
@@ -43,12 +41,6 @@ class RunnableModel(Protocol):
     def invoke(self, windows: Float32s) -> Float32s:
         """Return the outputs (w, K) of `windows`. Raises BadBundle."""
         ...
-
-
-def load_model(manifest: Manifest, content: bytes, tuning: Tuning | None = None) -> TfliteModel:
-    """Load the model with the manifest's output, and batch size and threads of `tuning`. Raises BadBundle."""
-    batch, threads = (tuning.batch, tuning.threads) if tuning else (runtime.DEFAULT_BATCH, 1)
-    return runtime.TfliteModel(content, batch, threads, manifest.output.tensor)
 
 
 class Inference:

@@ -11,40 +11,32 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agent.arrays import Float32s
-from agent.errors import BadBundle, OutstationError
+from agent.errors import BadBundle
+from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.tensors import Tensor
+from agent.model.inference.tuning import DEFAULT_BATCH, Tuning
 
+# The package that `runtime_name` names, imported once.
 try:
-    import ai_edge_litert as package
     from ai_edge_litert.interpreter import Interpreter
-
-    PACKAGE = "ai-edge-litert"
 except ImportError:
-    try:
-        import tflite_runtime as package
-        from tflite_runtime.interpreter import Interpreter
+    from tflite_runtime.interpreter import Interpreter
 
-        PACKAGE = "tflite-runtime"
-    except ImportError:
-        raise OutstationError(
-            "this machine has no TFLite runtime: install ai-edge-litert (64-bit), or tflite-runtime with Python 3.11"
-        ) from None
-
-RUNTIME_NAME = f"{PACKAGE} {package.__version__}"
-# Without a tuning: dense models have most of their gain at this size, and convolutions gain nothing beyond it.
-DEFAULT_BATCH = 32
 # The runtime never frees the memory of a large batch.
 MAX_BATCH = 128
 # Values quantized at once: they fit the cache of a small processor, and keep the calls of numpy few.
 _QUANTIZE_BLOCK = 1 << 15
 # Operations of a stateful model, whose outputs depend on earlier inputs and on restarts.
 _STATE_OPS = frozenset({"VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE"})
+
+if TYPE_CHECKING:
+    from agent.model.bundle.manifest import Manifest
 
 
 class TfliteModel:
@@ -206,6 +198,23 @@ class TfliteModel:
         return values
 
 
+def detect_processor(content: bytes) -> None:
+    """Let the runtime read the processor's features from files, by preparing the trusted model `content`.
+
+    A confined process can read no files; the runtime would then choose its slowest kernels.
+    """
+    # Errors name the runtime; its version is in a file, too.
+    runtime_name()
+    if content:
+        TfliteModel(content, 1)
+
+
+def load_model(manifest: Manifest, content: bytes, tuning: Tuning | None = None) -> TfliteModel:
+    """Load the model with the manifest's output, and batch size and threads of `tuning`. Raises BadBundle."""
+    batch, threads = (tuning.batch, tuning.threads) if tuning else (DEFAULT_BATCH, 1)
+    return TfliteModel(content, batch, threads, manifest.output.tensor)
+
+
 def list_tensors(content: bytes) -> tuple[list[Tensor], list[Tensor]]:
     """Return the declared inputs and outputs of a model. Raises BadBundle."""
     with _runtime_errors():
@@ -247,9 +256,9 @@ def _runtime_errors() -> Iterator[None]:
     try:
         yield
     except MemoryError as error:
-        raise BadBundle(f"{RUNTIME_NAME}: not enough memory for the model ([limits] memory_mib)") from error
+        raise BadBundle(f"{runtime_name()}: not enough memory for the model ([limits] memory_mib)") from error
     except (RuntimeError, ValueError, TypeError, SystemError, OverflowError) as error:
-        raise BadBundle(f"{RUNTIME_NAME}: {_explain_error(str(error).strip())}") from error
+        raise BadBundle(f"{runtime_name()}: {_explain_error(str(error).strip())}") from error
 
 
 def _explain_error(message: str) -> str:

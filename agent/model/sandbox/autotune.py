@@ -17,7 +17,8 @@ import numpy as np
 
 from agent.arrays import Float32s
 from agent.errors import BadBundle
-from agent.model.inference.runtime import MAX_BATCH, RUNTIME_NAME, TfliteModel
+from agent.model.inference.runtime import MAX_BATCH, TfliteModel
+from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.tuning import MAX_TUNING_S, Tuning, count_cores, describe_machine, model_digest
 from agent.model.sandbox import memory
 
@@ -50,7 +51,7 @@ def tune(
     best = tuner.find_best()
     return Tuning(
         model_digest(content),
-        RUNTIME_NAME,
+        runtime_name(),
         describe_machine(),
         best.batch,
         best.threads,

@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from agent.errors import BadBundle
-from agent.model.bundle import manifest
+from agent.model.bundle import builtin, manifest
 from agent.model.bundle.bundle import Bundle
 from agent.model.bundle.manifest import Manifest, ResourceLimits
+from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.tensors import ModelInspection, OutputStats
 from agent.model.inference.tuning import MAX_TUNING_S, Tuning
-from agent.model.sandbox import memory
+from agent.model.sandbox import confinement, memory
+from agent.model.sandbox.confinement import ModelPolicy
 
 if TYPE_CHECKING:
     from agent.arrays import Float32s
@@ -67,16 +69,25 @@ class _ProbeRequest(msgspec.Struct):
     """Input of the child. Without a manifest it inspects the model; it tunes only if `known_tunings` is set."""
 
     files: dict[str, bytes]
+    policy: ModelPolicy
+    trusted_content: bytes
     known_tunings: list[Tuning] | None = None
 
 
-def probe(bundle: Bundle, known_tunings: Sequence[Tuning] | None = None) -> ProbeReport:
-    """Probe `bundle` within its limits; with `known_tunings` the report has a tuning, known or measured."""
+def probe(
+    bundle: Bundle, known_tunings: Sequence[Tuning] | None = None, policy: ModelPolicy | None = None
+) -> ProbeReport:
+    """Probe `bundle` within its limits and those of `policy`.
+
+    With `known_tunings` the report has a tuning, known or measured.
+    """
     needed = ("manifest.json", "model.tflite", "golden.npz")
-    request = _ProbeRequest({name: bundle.files[name] for name in needed if name in bundle.files})
+    files, policy = {name: bundle.files[name] for name in needed if name in bundle.files}, policy or ModelPolicy()
+    request = _ProbeRequest(files, policy, builtin.read_smallest_model())
     request.known_tunings = None if known_tunings is None else list(known_tunings)
-    limits = bundle.manifest.limits
+    limits = policy.cap(bundle.manifest.limits)
     try:
+        policy.check()
         output, death = _run_child(request, limits)
         report, _, tuned = output.partition(b"\n")
         if death and (known_tunings is None or not report):
@@ -96,7 +107,9 @@ def probe(bundle: Bundle, known_tunings: Sequence[Tuning] | None = None) -> Prob
 
 def inspect_model(content: bytes) -> ModelInspection:
     """Inspect a model in a child process. Raises BadBundle if the model cannot run here."""
-    output, death = _run_child(_ProbeRequest({"model.tflite": content}), ResourceLimits())
+    output, death = _run_child(
+        _ProbeRequest({"model.tflite": content}, ModelPolicy(), builtin.read_smallest_model()), ResourceLimits()
+    )
     if death:
         raise BadBundle(death)
     inspection = msgspec.json.decode(output, type=ModelInspection | str)
@@ -115,6 +128,7 @@ def _run_child(request: _ProbeRequest, limits: ResourceLimits) -> tuple[bytes, s
             input=msgspec.msgpack.encode(request),
             capture_output=True,
             timeout=timeout_s,
+            env=confinement.child_environment(),
             check=False,
         )
     except subprocess.TimeoutExpired:
@@ -125,7 +139,7 @@ def _run_child(request: _ProbeRequest, limits: ResourceLimits) -> tuple[bytes, s
 def run_checks(files: dict[str, bytes]) -> tuple[str, list[Check]]:
     """Run all checks, in the child. Return the runtime and the checks."""
     from agent.model.bundle import golden_vectors
-    from agent.model.inference import inference, runtime
+    from agent.model.inference import runtime
 
     content = manifest.decode(files["manifest.json"])
     checks: list[Check] = []
@@ -138,20 +152,20 @@ def run_checks(files: dict[str, bytes]) -> tuple[str, list[Check]]:
         return checks[-1][1]
 
     try:
-        model = inference.load_model(content, files["model.tflite"])
+        model = runtime.load_model(content, files["model.tflite"])
         rows = f"batches of {model.batch}" if model.batch > 1 else "one row at a time"
         checks.append(("load", True, f"{len(files['model.tflite'])} bytes, {rows}"))
         vectors = golden_vectors.decode(files["golden.npz"]) if "golden.npz" in files else None
     except BadBundle as problem:
         checks.append(("golden" if checks else "load", False, str(problem)))
-        return runtime.RUNTIME_NAME, checks
+        return runtime_name(), checks
     sound = run_step("shapes", lambda: _check_shapes(model, content)) and run_step(
         "batch", lambda: _check_batching(model, vectors)
     )
     if sound and vectors is not None:
         classes = content.kind == "classify" and not content.output.multi_label
-        run_step("golden", lambda: vectors.compare(model.invoke(vectors.inputs), runtime.RUNTIME_NAME, classes=classes))
-    return runtime.RUNTIME_NAME, checks
+        run_step("golden", lambda: vectors.compare(model.invoke(vectors.inputs), runtime_name(), classes=classes))
+    return runtime_name(), checks
 
 
 def _check_shapes(model: TfliteModel, content: Manifest) -> str:
@@ -229,20 +243,21 @@ def describe_death(code: int, stderr: bytes, limits: ResourceLimits) -> str:
 def main() -> None:
     request = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=_ProbeRequest)
     if "manifest.json" not in request.files:
-        _apply_limits(ResourceLimits())
+        _give_up_rights(request, ResourceLimits())
         sys.stdout.buffer.write(msgspec.json.encode(_inspect_in_child(request.files["model.tflite"])))
         return
-    limits = manifest.decode(request.files["manifest.json"]).limits
-    batch_bytes = _apply_limits(limits)
+    limits = request.policy.cap(manifest.decode(request.files["manifest.json"]).limits)
+    batch_bytes = _give_up_rights(request, limits)
     runtime_name, checks = run_checks(request.files)
     # Flushed now: a crash while tuning must not lose the checks.
     sys.stdout.buffer.write(msgspec.json.encode((runtime_name, checks, memory.peak_bytes())) + b"\n")
     sys.stdout.buffer.flush()
     if request.known_tunings is not None and all(ok for _, ok, _ in checks):
-        # Tuning may use every core.
+        # Tuning may use every core, within the hard limit.
         used = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
         allowed = used + limits.cpu_seconds + math.ceil(MAX_TUNING_S) * (os.cpu_count() or 1)
-        resource.setrlimit(resource.RLIMIT_CPU, (allowed, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (min(allowed, hard), hard))
         sys.stdout.buffer.write(msgspec.json.encode(_tune(request.files, request.known_tunings, batch_bytes)))
 
 
@@ -273,30 +288,48 @@ def _measure_output(model: TfliteModel) -> OutputStats:
 
 def _tune(files: dict[str, bytes], known_tunings: list[Tuning], batch_bytes: int) -> Tuning:
     from agent.model.bundle import golden_vectors
-    from agent.model.inference import inference, runtime
+    from agent.model.inference import runtime
     from agent.model.inference.tuning import find_known
     from agent.model.sandbox import autotune
 
     spec, content = manifest.decode(files["manifest.json"]), files["model.tflite"]
-    known = find_known(known_tunings, content, runtime.RUNTIME_NAME, spec.output.tensor)
+    known = find_known(known_tunings, content, runtime_name(), spec.output.tensor)
     if known is not None:
         return known
     vectors = golden_vectors.decode(files["golden.npz"]) if "golden.npz" in files else None
-    rows = _sample_rows(inference.load_model(spec, content), vectors, autotune.SAMPLE_ROWS)
+    rows = _sample_rows(runtime.load_model(spec, content), vectors, autotune.SAMPLE_ROWS)
     return autotune.tune(content, rows, batch_bytes, output=spec.output.tensor)
 
 
-def _apply_limits(limits: ResourceLimits) -> int:
-    """Limit memory and CPU time, beyond those of the start; return the bytes that a batch may take."""
+def _give_up_rights(request: _ProbeRequest, limits: ResourceLimits) -> int:
+    """Limit memory and CPU time beyond those of the start, then confine the process.
+
+    Return the bytes that a batch may take.
+    """
+    # Some are needed later, when a confined process can read no more files.
+    # ruff: noqa: F401
+    import encodings.cp437
+    import traceback
+    import zipfile
+
+    import numpy.lib._npyio_impl
+    import numpy.random
     import psutil
 
     import agent.model.bundle.golden_vectors
-    import agent.model.sandbox.autotune  # noqa: F401
+    import agent.model.sandbox.autotune
+    from agent.model.inference import runtime, tuning
 
     memory.limit_growth(limits.memory_mib << 20)
     cpu = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + limits.cpu_seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-    return min(limits.memory_mib << 19, int(psutil.virtual_memory().available) // 8)
+    tuning_cpu = limits.cpu_seconds + math.ceil(MAX_TUNING_S) * (os.cpu_count() or 1)
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + tuning_cpu))
+    available = int(psutil.virtual_memory().available)
+    tuning.describe_machine()
+    memory.peak_bytes()
+    runtime.detect_processor(request.trusted_content)
+    confinement.confine_by(request.policy)
+    return min(limits.memory_mib << 19, available // 8)
 
 
 if __name__ == "__main__":

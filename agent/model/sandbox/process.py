@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Float32s
-from agent.model.sandbox import worker
+from agent.model.sandbox import confinement, worker
 from agent.model.sandbox.worker import REQUEST_HEADER, WorkerJob
 
 # The last bytes of stderr are kept.
@@ -47,6 +47,7 @@ class ModelProcess:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
+                    env=confinement.child_environment(),
                     pass_fds=(job_fd, self._shared.fd),
                 )
         except OSError:
@@ -54,6 +55,7 @@ class ModelProcess:
             raise
         self.pid, self.started_s = self._child.pid, time.monotonic()
         self._stdout, self._stderr = b"", b""
+        self._end: tuple[int, bytes] | None = None
         self._selector = selectors.DefaultSelector()
         for pipe in (self._child.stdout, self._child.stderr):
             assert pipe is not None
@@ -99,6 +101,8 @@ class ModelProcess:
 
     def kill(self) -> tuple[int, bytes]:
         """Kill it if it is alive. Return its exit code and the last bytes of its stderr."""
+        if self._end is not None:
+            return self._end
         self._child.kill()
         code = self._child.wait()
         self._read_stderr()
@@ -108,7 +112,8 @@ class ModelProcess:
                 with contextlib.suppress(OSError):
                     pipe.close()
         self._shared.close()
-        return code, self._stderr
+        self._end = code, self._stderr
+        return self._end
 
     def _read_stderr(self) -> None:
         data, pipe = _read_available(self._child.stderr), self._child.stderr

@@ -5,30 +5,24 @@ from __future__ import annotations
 import math
 import os
 import time
+import weakref
 from collections.abc import Callable
 
 import msgspec
 
 from agent.arrays import Float32s
 from agent.errors import BadBundle, ModelProcessFailed
+from agent.model.bundle import builtin
 from agent.model.bundle.bundle import Bundle
-from agent.model.bundle.manifest import ResourceLimits
-from agent.model.inference import runtime
-from agent.model.inference.tuning import Tuning
+from agent.model.inference.tuning import DEFAULT_BATCH, Tuning
 from agent.model.sandbox import probe
+from agent.model.sandbox.confinement import ModelPolicy
 from agent.model.sandbox.process import ModelProcess, WorkerExited
 from agent.model.sandbox.worker import MAX_TEXT_BYTES, RESPONSE_HEADER, STARTED_HEADER, STATUS_OK, ModelInfo, WorkerJob
 
 # A desktop starts Python, numpy and the runtime in a tenth of this; a busy small board needs longer.
 _START_TIMEOUT_S = 30.0
 _POLL_INTERVAL_S = 1.0
-
-
-class SandboxLimits(msgspec.Struct, frozen=True):
-    """Limits of the process; `memory_mib` comes on top of what it takes at start, None is the manifest's."""
-
-    call_timeout_s: float = 30.0
-    memory_mib: int | None = None
 
 
 class SubprocessModel:
@@ -43,16 +37,25 @@ class SubprocessModel:
         self,
         bundle: Bundle,
         tuning: Tuning | None = None,
-        sandbox_limits: SandboxLimits | None = None,
+        policy: ModelPolicy | None = None,
         on_wait: Callable[[], None] = lambda: None,
+        call_timeout_s: float = 30.0,
     ) -> None:
-        """Start the process. Raises ModelProcessFailed."""
-        self.sandbox_limits, self.seconds = sandbox_limits or SandboxLimits(), 0.0
-        memory = self.sandbox_limits.memory_mib or bundle.manifest.limits.memory_mib
-        self._limits = ResourceLimits(memory_mib=max(64, memory))
-        batch, threads = (tuning.batch, tuning.threads) if tuning else (runtime.DEFAULT_BATCH, 1)
-        output = bundle.manifest.output.tensor
-        self._job = WorkerJob(bundle.model_bytes, batch, threads, output, memory, os.getpid())
+        """Start the process; `call_timeout_s` bounds one `invoke`. Raises ModelProcessFailed."""
+        self.call_timeout_s, self.seconds = call_timeout_s, 0.0
+        policy = policy or ModelPolicy()
+        self._limits = policy.cap(bundle.manifest.limits)
+        batch, threads = (tuning.batch, tuning.threads) if tuning else (DEFAULT_BATCH, 1)
+        self._job = WorkerJob(
+            content=bundle.model_bytes,
+            batch=batch,
+            threads=threads,
+            output=bundle.manifest.output.tensor,
+            memory_mib=self._limits.memory_mib,
+            parent_pid=os.getpid(),
+            policy=policy,
+            trusted_content=builtin.read_smallest_model(),
+        )
         self._on_wait = on_wait
         self._process: ModelProcess | None = None
         self._loaded: ModelInfo | None = None
@@ -79,6 +82,10 @@ class SubprocessModel:
         return self._process.pid if self._process else None
 
     @property
+    def is_confined(self) -> bool:
+        return self._wait_loaded().is_confined
+
+    @property
     def outputs(self) -> int:
         return self._wait_loaded().outputs
 
@@ -93,6 +100,8 @@ class SubprocessModel:
         self.close()
         try:
             self._process = ModelProcess(self._job)
+            # A task that is replaced drops its model: the process then ends, too.
+            weakref.finalize(self, self._process.kill)
         except OSError as error:
             raise ModelProcessFailed("error", f"no process can be started for the model: {error.strerror}") from error
 
@@ -132,7 +141,7 @@ class SubprocessModel:
             process.submit(len(windows))
         except WorkerExited:
             raise self._make_crash_error(f"within {len(windows)} windows") from None
-        self._pending = _PendingRequest(len(windows), time.monotonic() + self.sandbox_limits.call_timeout_s)
+        self._pending = _PendingRequest(len(windows), time.monotonic() + self.call_timeout_s)
 
     def poll(self, timeout_s: float = 0.0) -> Float32s | None:
         """Return the outputs of the request; None if they are not ready. Raises ModelProcessFailed, also if overdue."""
@@ -140,7 +149,7 @@ class SubprocessModel:
         assert process is not None
         assert pending is not None
         assert loaded is not None
-        limit_s = self.sandbox_limits.call_timeout_s
+        limit_s = self.call_timeout_s
         try:
             header = process.read(RESPONSE_HEADER.size, timeout_s)
             if header is None:

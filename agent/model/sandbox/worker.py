@@ -1,7 +1,8 @@
 """Worker of a subprocess model: the child's side of the protocol over its stdin and stdout.
 
-At the start it sends STARTED_HEADER and the model's properties, or an error. For each REQUEST_HEADER it reads windows
-from the shared memory, writes the outputs behind them, and sends RESPONSE_HEADER: status, seconds, and an error text.
+It gives up the rights that computation does not need (`confinement`), loads the model, and sends STARTED_HEADER with
+the model's properties, or an error. For each REQUEST_HEADER it reads windows from the shared memory, writes the outputs
+behind them, and sends RESPONSE_HEADER: status, seconds, and an error text.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ import struct
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import numpy as np
 
 from agent.errors import BadBundle
-from agent.model.inference import runtime
-from agent.model.sandbox import memory
+from agent.model.sandbox import confinement, memory
+from agent.model.sandbox.confinement import ConfinementError, ModelPolicy
+
+if TYPE_CHECKING:
+    from agent.model.inference.runtime import TfliteModel
 
 STARTED_HEADER, REQUEST_HEADER, RESPONSE_HEADER = struct.Struct("<BI"), struct.Struct("<QQ"), struct.Struct("<BdI")
 STATUS_OK, STATUS_FAILED = 0, 1
@@ -32,7 +36,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 class WorkerJob(msgspec.Struct):
-    """The model to run for `parent_pid`. `memory_mib` is added to what Python, numpy and the runtime take."""
+    """The model to run for `parent_pid`, and a trusted one for `runtime.detect_processor`.
+
+    `memory_mib` is added to what Python, NumPy and the runtime take.
+    """
 
     content: bytes
     batch: int
@@ -40,15 +47,21 @@ class WorkerJob(msgspec.Struct):
     output: str | int | None
     memory_mib: int
     parent_pid: int
+    policy: ModelPolicy
+    trusted_content: bytes
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
     input_shape: Annotated[tuple[int, ...], msgspec.Meta(max_length=8)]
     outputs: Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
     input_range: tuple[float, float]
+    is_confined: bool
 
 
 def main() -> None:
+    # Imported here: the daemon imports this module, and loads no runtime.
+    from agent.model.inference import runtime
+
     job_fd, shared_fd = int(sys.argv[1]), int(sys.argv[2])
     # Output that the runtime prints goes to stderr.
     response_fd = os.dup(1)
@@ -63,17 +76,19 @@ def main() -> None:
     # When the machine runs out of memory, the kernel kills this process before the daemon.
     Path("/proc/self/oom_score_adj").write_text("800", encoding="ascii")
     try:
+        runtime.detect_processor(job.trusted_content)
+        is_confined = confinement.confine_by(job.policy)
         model = runtime.TfliteModel(job.content, job.batch, job.threads, job.output)
-    except BadBundle as problem:
+    except (BadBundle, ConfinementError) as problem:
         text = str(problem).encode()[:MAX_TEXT_BYTES]
         _write_all(response_fd, STARTED_HEADER.pack(STATUS_FAILED, len(text)) + text)
         return
-    info = msgspec.msgpack.encode(ModelInfo(model.input_shape, model.outputs, model.input_range))
+    info = msgspec.msgpack.encode(ModelInfo(model.input_shape, model.outputs, model.input_range, is_confined))
     _write_all(response_fd, STARTED_HEADER.pack(STATUS_OK, len(info)) + info)
     _serve(model, shared_fd, response_fd)
 
 
-def _serve(model: runtime.TfliteModel, shared_fd: int, response_fd: int) -> None:
+def _serve(model: TfliteModel, shared_fd: int, response_fd: int) -> None:
     width = int(np.prod(model.input_shape))
     size, mapped = 0, None
     while header := _read_exactly(REQUEST_HEADER.size):

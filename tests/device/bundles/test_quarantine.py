@@ -1,9 +1,12 @@
-"""Quarantine: a bundle that ended the daemon twice in a row; a healthy one that was killed is not quarantined."""
+"""Quarantine: a bundle that crashed twice in a row; a healthy one that was killed is not quarantined."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
+import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,11 @@ from agent.device.bundles import crash_marker, history, overrides
 from agent.device.bundles.crash_marker import CrashMarker, CrashRecord
 from agent.device.store import task_keys
 from agent.model.inference import runtime
-from tests.kit.exchanges import Device, versions
+from agent.model.sandbox.subprocess_model import SubprocessModel
+from agent.testing.process import wait_until
+from tests.kit.exchanges import Device, version, versions
 from tests.kit.operators import NOW
+from tests.kit.rollouts import with_trap
 
 NUMBERS = itertools.count()
 
@@ -82,7 +88,7 @@ def test_after_two_crashes_in_a_row_the_previous_bundle_resumes(device: Device) 
     assert (alert["state"], alert["severity"], alert["id"]) == ("raised", "critical", "sort/quarantine")
     assert alert["summary"] == audit["summary"]
     assert "sort: tiny 2 (sha256:" in alert["summary"]
-    assert "ended the daemon 2 times in a row while it ran" in alert["summary"]
+    assert "crashed or hung 2 times in a row" in alert["summary"]
     assert alert["summary"].endswith("tiny 1 runs instead.")
 
 
@@ -158,7 +164,7 @@ def test_without_a_previous_bundle_the_task_stops_and_its_readings_wait(device: 
     [alert] = [body for body in device.messages() if body.get("alert") == "model"]
     assert (alert["state"], alert["severity"]) == ("raised", "critical")
     assert "tiny 1 (sha256:" in alert["summary"]
-    assert "ended the daemon 2 times in a row while it ran" in alert["summary"]
+    assert "crashed or hung 2 times in a row" in alert["summary"]
     assert "readings are kept" in alert["summary"]
     assert audits(device, "quarantined")[0]["evidence"]["to"] is None
     device.add_rows(40)
@@ -286,3 +292,79 @@ def test_a_batch_by_hand_counts_the_death_of_the_one_before(device: Device) -> N
     crashes = device.store.load_state("sort", task_keys.CRASH_COUNT)
     assert crashes is not None
     assert json.loads(crashes)["count"] == 1
+
+
+# --- models in processes of their own ---
+
+
+@pytest.fixture
+def confined(tmp_path: Path, bundles: dict[str, Path]) -> Iterator[Device]:
+    """Return a device whose bundle "bad" crashes on readings of 3.9, in a process of its own."""
+    bad = version(with_trap(Path(shutil.copytree(bundles["1"], tmp_path / "bad")), "crash"), "bad")
+    made = Device(tmp_path, {**bundles, "bad": bad}, confinement="auto")
+    yield made
+    made.store.close()
+
+
+def test_a_model_that_crashes_twice_gives_way_while_the_daemon_goes_on(confined: Device) -> None:
+    assert confined.results_by() == "1"
+    confined.crash("bad")
+    assert confined.results_by() == "bad"
+    confined.add_rows(40, 3.9)
+    before = len(confined.messages())
+    confined.daemon._run_batches(confined.daemon._scheduled_tasks[0], NOW)
+    assert (confined.runs(), set_aside(confined)) == ("bad", set())
+    [alert] = [body for body in confined.messages()[before:] if body.get("alert") == "model"]
+    assert "SIGFPE" in alert["summary"]
+    confined.daemon._run_batches(confined.daemon._scheduled_tasks[0], NOW)
+    assert (confined.runs(), set_aside(confined)) == ("1", {confined.digest("bad")})
+    assert confined.activations()[-1] == ("bad", "1", "quarantine")
+    confined.daemon._run_batches(confined.daemon._scheduled_tasks[0], NOW)
+    newest = [body for body in confined.messages() if body["kind"] == "results"][-1]
+    assert (newest["model"]["version"], newest["rows"]) == ("1", [81, 120])
+
+
+def test_a_model_process_that_is_killed_while_idle_is_started_again(confined: Device) -> None:
+    assert confined.results_by() == "1"
+    model = confined.daemon._scheduled_tasks[0].task.model
+    assert isinstance(model, SubprocessModel)
+    assert model.pid is not None
+    os.kill(model.pid, signal.SIGKILL)
+    wait_until("it ended", lambda: not model.is_running)
+    assert confined.results_by() == "1"
+    assert (set_aside(confined), alerts(confined)) == (set(), [])
+
+
+def test_the_daemon_that_is_killed_while_a_confined_model_runs_blames_no_bundle(confined: Device) -> None:
+    confined.add_rows(40)
+    seen: list[object] = []
+    task = confined.daemon._scheduled_tasks[0].task
+
+    class Looking:
+        def before_commit(self, *_: object) -> None:
+            seen.append(CrashMarker(confined.conf.data_dir).previous_run)
+
+        def save_progress(self, *_: object) -> None:
+            pass
+
+        def after_commit(self, *_: object) -> None:
+            pass
+
+    task.batch_observer = Looking()
+    confined.daemon._run_batches(confined.daemon._scheduled_tasks[0], NOW)
+    assert seen == [None]
+
+
+def test_a_quarantined_model_without_another_stops_its_task_alone(tmp_path: Path, bundles: dict[str, Path]) -> None:
+    bad = with_trap(Path(shutil.copytree(bundles["1"], tmp_path / "bad")), "crash")
+    device = Device(tmp_path, {"1": bad}, confinement="auto")
+    try:
+        device.add_rows(40, 3.9)
+        for _ in range(2):
+            device.daemon._run_batches(device.daemon._scheduled_tasks[0], NOW)
+        assert device.runs() is None
+        assert set_aside(device) == {device.digest("1")}
+        assert ("sort/model", "raised", "critical") in alerts(device)
+        assert device.store.last_row("cells") == 40
+    finally:
+        device.store.close()

@@ -646,7 +646,7 @@ def test_messages_of_a_revoked_device_are_refused_and_an_alert_is_raised(collect
     assert (stored(collector), refusals(collector)) == (1, {"revoked key": 1})
     assert audit(collector.store).passed
     assert any("was revoked" in summary for summary in security_alerts(collector))
-    with pytest.raises(UsageError, match="no key that can be revoked"):
+    with pytest.raises(UsageError, match="no key to revoke"):
         collector.store.revoke(DEVICE, None, TIME)
 
 

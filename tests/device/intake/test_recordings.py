@@ -120,6 +120,7 @@ def test_parts_follow_each_other_without_a_gap_and_go_on_after_any_row(
         if part.first > 300:
             break
         shown = places[part.first - 1 : part.last]
+        assert len(shown)
         assert shown.tolist() == list(range(part.start, part.start + part.n))[: len(shown)]
 
 

@@ -83,7 +83,9 @@ class Device:
         values = self.recipe.rows(first + n, seed)[first:]
         t = T0 + (first + np.arange(n, dtype=np.int64)) * 10_000
         with self.store.transaction() as tx:
-            codes = tx.assign_category_codes("watch", "site", [f"s{(first + i) % 2}" for i in range(n)])
+            codes = tx.assign_category_codes(
+                "watch", "site", [f"s{(first + i) % 2}" for i in range(n)], limit=1000, last_row=0
+            )[0]
             columns = [np.ascontiguousarray(column) for column in values.T]
             tx.append("watch", Rows(t, (*columns, np.array(codes, "<u2"))), "synced")
         while run and batch.run(self.task, self.store, self.author, self.now) is not None:

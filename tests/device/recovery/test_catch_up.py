@@ -59,7 +59,9 @@ def flip(folder: Path, key: str, bit: int) -> None:
 def test_any_value_may_be_damaged_and_nothing_is_lost_or_numbered_twice(whole: Path, tmp_path: Path, mark: str) -> None:
     with contextlib.closing(sqlite3.connect(whole / "outstation.db")) as db:
         old = db.execute("SELECT value FROM meta WHERE key = 'log'").fetchone()[0]
-    for number, key in enumerate(keys(whole)):
+    stored = keys(whole)
+    assert {"log", "seq", "boot"} <= set(stored)
+    for number, key in enumerate(stored):
         folder = shutil.copytree(whole, tmp_path / str(number))
         if mark == "gone":
             (folder / "watermark").unlink()

@@ -305,3 +305,30 @@ def test_check_and_status_show_it(tmp_path: Path) -> None:
     assert reported["quarantine"]["folder"] == str(data / "quarantine")
     text = CliRunner().invoke(cli, ["status", "-c", str(config)]).stdout
     assert "The store was damaged" in text
+
+
+@pytest.mark.parametrize(
+    ("folder_mode", "before", "expected"),
+    [(0o755, None, 0o600), (0o755, 0o644, 0o600), (0o750, None, 0o640), (0o750, 0o644, 0o640), (0o700, 0o600, 0o600)],
+)
+def test_readings_made_by_hand_are_for_their_owner_and_those_of_a_service_for_its_group(
+    tmp_path: Path, folder_mode: int, before: int | None, expected: int
+) -> None:
+    umask = os.umask(0o022)
+    try:
+        tmp_path.chmod(folder_mode)
+        if before is not None:
+            open_store(tmp_path).close()
+            (tmp_path / "outstation.db").chmod(before)
+        store = open_store(tmp_path)
+        modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+        store.close()
+    finally:
+        os.umask(umask)
+    assert {mode for name, mode in modes.items() if name.startswith("outstation.db")} == {expected}
+    assert [name for name, mode in modes.items() if mode & 0o007] == []
+
+
+def test_a_data_folder_made_by_hand_is_for_its_owner(tmp_path: Path) -> None:
+    open_store(tmp_path / "data").close()
+    assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700

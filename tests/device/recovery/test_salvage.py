@@ -405,7 +405,7 @@ def test_no_category_code_comes_to_mean_another_text(whole: Path, tmp_path: Path
     store, _ = opened(case)
     assert store.categories("numbers", "mode") == ["", "lost category 1", "lost category 2"]
     with store.transaction() as tx:
-        assert tx.assign_category_codes("numbers", "mode", ["low"]) == [3]
+        assert tx.assign_category_codes("numbers", "mode", ["low"], limit=1000, last_row=0)[0] == [3]
     store.close()
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from agent.model.bundle import bundle
-from agent.model.inference import features, inference, runtime
+from agent.model.inference import features, runtime
 from agent.model.sandbox import probe
 from scripts.kit.bundles import CLASSIFY, KEY, around, model, readings
 from scripts.kit.rigged import KINDS, SHIPPED, TRAP_LIMIT, build_rigged_bundle, write_bundle
@@ -95,7 +95,7 @@ def test_some_of_the_recorded_windows_spring_the_trap_and_most_do_not() -> None:
     scaled = features.build_windows(rows, starts, shipped.manifest.input)
     share = float((scaled.reshape(len(starts), -1).max(axis=1) > TRAP_LIMIT).mean())
     assert 0.02 < share < 0.3
-    sound = inference.load_model(shipped.manifest, shipped.model_bytes).invoke(scaled)
+    sound = runtime.load_model(shipped.manifest, shipped.model_bytes).invoke(scaled)
     files = build_rigged_bundle("sensitive")
     predictions = runtime.TfliteModel(files["model.tflite"]).invoke(scaled)
     assert float((predictions.argmax(axis=1) == sound.argmax(axis=1)).mean()) < 1 - share / 2

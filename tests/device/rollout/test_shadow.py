@@ -22,9 +22,8 @@ from agent.device.store.message_log import MessageLog
 from agent.errors import ModelProcessFailed, StorageFull
 from agent.model.bundle import manifest
 from agent.model.bundle.bundle import Bundle
-from agent.model.inference import inference
+from agent.model.inference import runtime
 from agent.model.inference.tuning import Tuning
-from agent.model.sandbox.subprocess_model import SandboxLimits
 from agent.performance.labels import Label
 from agent.wire.desired_state import CanaryRules
 from scripts.kit.bundles import ANOMALY, CLASSIFY, REGRESS, Recipe, activated, around, model
@@ -68,7 +67,7 @@ def test_a_message_has_agreement_time_and_scores_of_both_bundles(make: Make) -> 
     answers = pair.batch(CALM[:200])
     (message,) = pair.shadows()
     assert answers is not None
-    float_model = inference.load_model(pair.other.manifest, pair.other.model_bytes).invoke(CALM[:200])
+    float_model = runtime.load_model(pair.other.manifest, pair.other.model_bytes).invoke(CALM[:200])
     assert answers.scores.label is not None
     alike = int(np.equal(answers.scores.label, float_model.argmax(axis=1)).sum())
     assert (message.n, message.agreeing, message.batches, message.errors) == (200, alike, 1, 0)
@@ -199,7 +198,7 @@ def test_a_shadow_crash_is_counted_and_later_batches_are_compared(make: Make) ->
 
 
 def test_a_shadow_hang_delays_no_batch_and_is_counted(make: Make) -> None:
-    pair = make(good("rigged_hang"), bounds=SandboxLimits(call_timeout_s=1.5))
+    pair = make(good("rigged_hang"), call_timeout_s=1.5)
     began = time.monotonic()
     pair.batch(wild(), wait=False)
     for start in range(40, 100, 20):
@@ -334,7 +333,7 @@ def test_each_label_counts_once(make: Make) -> None:
     assert pair.turn(100.0 + REPORT_INTERVAL_S)
     result = pair.shadows()[-1]
     assert not pair.turn(101.0 + REPORT_INTERVAL_S), "all labels are told of"
-    theirs = inference.load_model(pair.other.manifest, pair.other.model_bytes).invoke(values).argmax(axis=1)
+    theirs = runtime.load_model(pair.other.manifest, pair.other.model_bytes).invoke(values).argmax(axis=1)
     same = int((theirs == answers.scores.label).sum())
     assert same < 42
     assert result.labelled == (same, 42 - same, 0, 0)

@@ -12,7 +12,7 @@ import pytest
 from agent.comparison import rules
 from agent.model import activation
 from agent.model.bundle import bundle
-from agent.model.sandbox.subprocess_model import SandboxLimits
+from agent.model.sandbox.confinement import ModelPolicy
 from agent.wire.desired_state import CanaryRules
 from scripts.kit.bundles import KEY, Recipe
 from scripts.kit.rigged import SHIPPED, build_rigged_bundle, write_bundle
@@ -40,9 +40,9 @@ def rule_states(tmp_path: Path) -> Iterator[RuleStates]:
         """Return the state of each rule for this kind of bundle in shadow, over the recordings."""
         # So slow that a busy machine does not hide it.
         content = bundle.read(write_bundle(build_rigged_bundle(kind, repeats=1200), tmp_path / kind), [KEY.public])
-        active = activation.activate(SHIPPED, [])
+        active = activation.activate(SHIPPED, [], policy=ModelPolicy("off"))
         recipe = Recipe("classify", "", fields=tuple(content.manifest.input.fields))
-        pair = Pair(tmp_path / f"device {kind}", recipe, active, content, bounds=SandboxLimits(call_timeout_s=0.6))
+        pair = Pair(tmp_path / f"device {kind}", recipe, active, content, call_timeout_s=0.6)
         made.append(pair)
         # Until all rules know: a machine that is busy meanwhile leaves the times open for longer.
         for _ in range(ROUNDS):

@@ -613,20 +613,59 @@ def test_fields_of_a_stream_may_change_only_while_it_is_empty(tmp_path: Path) ->
     store.close()
 
 
-def test_category_codes_stay_what_they_were_and_end_at_65535(tmp_path: Path) -> None:
+def test_category_codes_stay_what_they_were(tmp_path: Path) -> None:
     store = opened(tmp_path)
     with store.transaction() as tx:
-        assert tx.assign_category_codes("s", "mode", ["on", "", "off", "on"]) == [1, 0, 2, 1]
+        assert tx.assign_category_codes("s", "mode", ["on", "", "off", "on"], limit=1000, last_row=0)[0] == [1, 0, 2, 1]
     store.close()
     store = opened(tmp_path)
     with store.transaction() as tx:
-        assert tx.assign_category_codes("s", "mode", ["new", "off"]) == [3, 2]
-        assert tx.assign_category_codes("s", "other", ["off"]) == [1]
+        assert tx.assign_category_codes("s", "mode", ["new", "off"], limit=1000, last_row=0)[0] == [3, 2]
+        assert tx.assign_category_codes("s", "other", ["off"], limit=1000, last_row=0)[0] == [1]
     assert store.categories("s", "mode") == ["", "on", "off", "new"]
+    store.close()
+
+
+def test_made_up_categories_share_one_code_until_codes_are_free_again(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+
+    def assign(texts: list[str], last_row: int) -> tuple[list[int], int]:
+        with store.transaction() as tx:
+            return tx.assign_category_codes("numbers", "mode", texts, limit=4, last_row=last_row)
+
+    append(store, numbers(1, 10))
+    assert assign(["on", "off"], 10) == ([1, 2], 0)
+    assert assign(["made-up-1", "made-up-2", "on", "made-up-3"], 10) == ([3, 4, 1, 4], 2)
+    assert store.categories("numbers", "mode") == ["", "on", "off", "made-up-1", "(other)"]
+    append(store, numbers(11, 5990))
+    assert assign(["on", "new"], 6000) == ([1, 4], 1)
     with store.transaction() as tx:
-        many = [f"c{i}" for i in range(65_535)]
-        codes = tx.assign_category_codes("s", "many", [*many, "one too many", "c0"])
-    assert codes[-3:] == [65_535, -1, 1]
+        tx.trim_rows("numbers", 10, 2**62, 100)
+    assert assign(["on", "new"], 6001) == ([1, 4], 1), "a code is given back only a few thousand rows later"
+    with store.transaction() as tx:
+        tx.trim_rows("numbers", 6000, 2**62, 100)
+    assert assign(["on", "new", "newer", "newest"], 6001) == ([1, 2, 3, 4], 1)
+    assert assign(["", "off"], 6001) == ([0, 4], 1), "codes of rows to come are not given back"
+    assert store.categories("numbers", "mode") == ["", "on", "new", "newer", "(other)"]
+    store.close()
+
+
+def test_every_category_code_has_one_text_when_codes_are_given_back_and_the_others_begin(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    with store.transaction() as tx:
+        for texts, expected in ((["a", "b"], [1, 2]), (["x", "y", "b"], [1, 3, 2]), (["z"], [1]), (["p", "q"], [1, 2])):
+            codes, _ = tx.assign_category_codes("numbers", "mode", texts, limit=3, last_row=-5000)
+            assert codes == expected
+    assert store.categories("numbers", "mode") == ["", "p", "q", "(other)"]
+    store.close()
+
+
+def test_categories_end_at_65535(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    many = [f"c{i}" for i in range(66_000)]
+    with store.transaction() as tx:
+        codes, others = tx.assign_category_codes("s", "many", [*many, "c0"], limit=65_535, last_row=1)
+    assert (codes[0], codes[65_533], codes[65_534], codes[-2], codes[-1], others) == (1, 65_534, 65_535, 65_535, 1, 466)
     store.close()
 
 

@@ -322,7 +322,7 @@ def test_without_a_collector_nothing_leaves_and_nobody_is_flooded(world: World) 
 
 def test_a_collector_that_comes_back_is_noticed_and_served(world: World) -> None:
     world.collector.leave()
-    world.write(3000)
+    world.write(1000)
     world.air.tick_callbacks.append(partial(once, world, 1500, world.collector.come))
     world.run(lambda: world.air.clock_s > 1500 and not world.waiting(), 3600)
     assert world.waiting() == set()

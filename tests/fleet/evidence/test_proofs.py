@@ -198,6 +198,7 @@ def test_a_replaced_key_signs_nothing(depot: Depot, made: Path) -> None:
 def test_malformed_metadata_are_named(depot: Depot, made: Path) -> None:
     depot.publish(made)
     files = metadata(depot)
+    assert len(files) >= 5
     for name, data in files.items():
         for hostile in (b"", b"null", b"[" * 20_000, b'{"signed":{}}', data[:-1]):
             assert name in chain_problems({**files, name: hostile}), (name, hostile[:20])
@@ -208,7 +209,10 @@ def test_no_bit_flip_of_a_timestamp_goes_unnoticed(depot: Depot, made: Path) -> 
     files = metadata(depot)
     data = files["timestamp.json"]
     chain = signature_chain.verify(files, refuse)
-    for changed in list(flips(data))[::13]:
-        if "timestamp.json" not in chain_problems({**files, "timestamp.json": changed}):
-            # White space, or another encoding of equal content.
-            assert signature_chain.verify({**files, "timestamp.json": changed}, refuse) == chain
+    changes = list(flips(data))[::13]
+    silent = [
+        changed for changed in changes if "timestamp.json" not in chain_problems({**files, "timestamp.json": changed})
+    ]
+    # White space, or another encoding of equal content.
+    assert len(silent) < len(changes) / 4
+    assert all(signature_chain.verify({**files, "timestamp.json": changed}, refuse) == chain for changed in silent)

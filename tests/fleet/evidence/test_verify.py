@@ -20,6 +20,7 @@ from agent.fleet.evidence.format.contents import READ_LIMITS, ReadLimits
 from agent.fleet.evidence.format.manifest import EvidenceManifest, FileEntry, ReceivedSpan, TrustedKey
 from agent.testing.messages import MessageSender, new_key
 from agent.wire import jws
+from tests.kit.evidences import build_story
 from tests.kit.received_evidence import OPERATOR, only, problems, resign, verified, write_manifest
 
 pytest_plugins = ["tests.kit.evidence_fixtures"]
@@ -477,7 +478,7 @@ PARSED = ["decisions.jsonl", "incidents.json", "running.json", "accuracy.json", 
 BITS = [b'"', b"{", b"[[", b"null", b"-1", b"9" * 30, b"\xff", b"\\ud800", b'"device":"pi-02",', b"\n", b"\x00"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(file=st.sampled_from(PARSED), at=st.floats(0, 1), cut=st.integers(0, 40), put=st.sampled_from(BITS))
 def test_arbitrary_signed_changes_never_break_verification(
     original: Path, tmp_path_factory: pytest.TempPathFactory, file: str, at: float, cut: int, put: bytes
@@ -491,3 +492,47 @@ def test_arbitrary_signed_changes_never_break_verification(
     assert report.problem_count >= len(report.problems)
     assert report.files == len(json.loads((folder / "manifest.json").read_bytes())["files"])
     shutil.rmtree(folder.parent)
+
+
+# --- the audit's verdict ---
+
+
+def test_a_folder_made_of_an_altered_table_does_not_verify(tmp_path: Path) -> None:
+    story = build_story(tmp_path / "acme")
+    with story.store.transaction() as db:
+        assert db.execute("UPDATE metrics SET value = 0.999 WHERE source = 'device'").rowcount > 0
+    evidence = story.make(tmp_path / "out")
+    story.store.close()
+    assert not evidence.facts.audit["passed"]
+    report = verified(tmp_path / "out", story.operator.public)
+    [problem] = report.problems
+    assert (report.ok, problem["file"]) == (False, "audit.json")
+    assert "the audit of the database failed when this folder was made" in problem["problem"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"passed": False},
+        {"invalid_count": 1},
+        {"undeclared_gaps": 1},
+        {"duplicates": 2},
+        {"invalid_decisions_count": 1},
+    ],
+)
+def test_an_audit_that_failed_or_contradicts_itself_does_not_verify(folder: Path, change: dict[str, Any]) -> None:
+    edit(folder, "audit.json", lambda content: content.update(change))
+    only(folder, "audit.json", "the audit of the database failed")
+
+
+def test_a_folder_without_its_audit_does_not_verify(folder: Path) -> None:
+    (folder / "audit.json").unlink()
+    resign_without(folder, "audit.json")
+    only(folder, "audit.json", "is missing")
+
+
+def resign_without(folder: Path, name: str) -> None:
+    """Sign the folder again as a dishonest operator who leaves a file out."""
+    head = json.loads((folder / "manifest.json").read_bytes())
+    head["files"] = [file for file in head["files"] if file["path"] != name]
+    write_manifest(folder, json.dumps(head).encode())

@@ -226,7 +226,7 @@ def test_enrolment_gives_a_device_the_newest_root_and_the_url(desk: Operator, tm
 
 def test_without_a_url_a_device_gets_only_the_root(desk: Operator) -> None:
     desk.run("repository", "init")
-    desk.run("enrol", "pi-07")
+    desk.run("enrol", "pi-07", "--bundle-out", desk.folder / "pi-07.tar.gz")
     home = desk.folder / "devices" / "pi-07"
     assert (home / "root.json").exists()
     assert "updates" not in tomllib.loads((home / "outstation.toml").read_text())

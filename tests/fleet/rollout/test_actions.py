@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.errors import StorageError, UsageError
@@ -204,6 +204,7 @@ def test_the_second_of_two_concurrent_promotions_is_refused(six: Fleet) -> None:
     assert events(six) == ["started", "promoted"]
 
 
+@settings(max_examples=20)
 @given(st.lists(st.tuples(st.sampled_from(["exercise", "solar", "machine"]), st.booleans()), max_size=8))
 def test_a_topic_always_has_the_last_decision_of_each_task(
     tmp_path_factory: pytest.TempPathFactory, history: list[tuple[str, bool]]
@@ -440,10 +441,10 @@ def test_desired_state_that_was_edited_is_never_signed_again(six: Fleet) -> None
     [
         (
             "UPDATE shadows SET errors = 0, body = replace(body, '\"agreeing\":10', '\"agreeing\":99')",
-            "differs from its row in table shadows",
+            "differs from its rows in table shadows",
         ),
         ("DELETE FROM shadows", "is missing in table shadows"),
-        ("UPDATE rollout_devices SET phase = 'settled'", "differs from its row in table rollout_devices"),
+        ("UPDATE rollout_devices SET phase = 'settled'", "differs from its rows in table rollout_devices"),
         ("DELETE FROM rollout_devices", "is missing in table rollout_devices"),
     ],
 )

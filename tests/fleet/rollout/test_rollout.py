@@ -16,11 +16,12 @@ from agent.fleet.database.keyring import Keyring
 from agent.testing.broker import MosquittoBroker
 from agent.testing.fleet import LocalFleet
 from agent.testing.messages import MODEL, NEW_MODEL, MessageSender, SignedMessage, new_key
-from agent.testing.process import OutstationProcess, run_outstation, wait_until
+from agent.testing.process import OutstationProcess, wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
 from agent.wire.messages import DesiredPayload, verify_message
+from tests.kit.commands import call_outstation
 
 ALL = "outstation/acme/_all/desired"
 SENDERS = [MessageSender(f"pi-{i}", new_key(100 + i)) for i in range(4)]
@@ -57,7 +58,7 @@ class Site:
 
     def rollout(self, *arguments: str) -> tuple[int, Any]:
         """Exit code, and the document or what it said on stderr."""
-        done = run_outstation("fleet", "rollout", *arguments, "--dir", str(self.fleet.home), "--json")
+        done = call_outstation("fleet", "rollout", *arguments, "--dir", str(self.fleet.home), "--json")
         return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
 
     def start(self) -> None:
@@ -188,7 +189,7 @@ def test_the_next_command_publishes_a_decision_made_offline(site: Site) -> None:
     site.start()
     before = site.desired()
     site.fleet.broker.kill()
-    done = run_outstation("fleet", "rollout", "abort", "exercise-1-1", "wrong file", "--dir", str(site.fleet.home))
+    done = call_outstation("fleet", "rollout", "abort", "exercise-1-1", "wrong file", "--dir", str(site.fleet.home))
     assert (done.returncode, "the decision is recorded" in done.stderr) == (1, True)
     site.fleet.broker.start()
     assert site.retained(within_s=0.5) is None
@@ -237,13 +238,13 @@ def test_commands_and_desired_states_share_one_counter(site: Site) -> None:
 
 def test_status_text_names_devices_that_rejected(site: Site) -> None:
     home = str(site.fleet.home)
-    assert "No rollout was ever started" in run_outstation("fleet", "rollout", "status", "--dir", home).stdout
+    assert "No rollout was ever started" in call_outstation("fleet", "rollout", "status", "--dir", home).stdout
     site.start()
     first, second = site.senders[:2]
     site.send(first.rollout("rejected", reason="signature"), second.rollout("rejected", reason="download_failed"))
     wait_until("both were heard of", lambda: site.status()["rejected"] == ["pi-0", "pi-1"])
     assert site.status()["failed"] == ["pi-0"]
-    text = run_outstation("fleet", "rollout", "status", "--dir", home).stdout
+    text = call_outstation("fleet", "rollout", "status", "--dir", home).stdout
     assert "exercise-1-1  exercise: exercise 1.1.0 to all  running" in text
     assert "pi-0: rejected (signature): exercise 1.1.0: rejected." in text
     assert "pi-1: rejected (download_failed): exercise 1.1.0: rejected." in text
@@ -263,5 +264,5 @@ def test_status_text_names_devices_that_rejected(site: Site) -> None:
 def test_wrong_use_is_named(tmp_path: Path, arguments: tuple[str, ...], code: int, message: str) -> None:
     fleet = LocalFleet(tmp_path, mosquitto=MosquittoBroker(tmp_path))
     fleet.open_store(write=True).close()
-    done = run_outstation("fleet", "rollout", *arguments, "--dir", str(fleet.home))
+    done = call_outstation("fleet", "rollout", *arguments, "--dir", str(fleet.home))
     assert (done.returncode, message in done.stderr) == (code, True), done.stderr

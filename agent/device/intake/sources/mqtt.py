@@ -60,7 +60,7 @@ def check(context: SourceContext, source: MqttSource) -> str:
     if not source.topic or wild or "\0" in source.topic or source.topic.startswith("$share/"):
         no_filter = f"{source.topic!r} is no topic filter; + stands for one level, # for all that follow"
         raise ConfigError(file, f"{key}.topic", no_filter)
-    return f"{source.topic} at {source.broker.url}"
+    return f"{source.topic} at {source.broker.shown_url}"
 
 
 def build(context: SourceContext, source: MqttSource, store: Store) -> MqttSubscriber:
@@ -118,7 +118,7 @@ class MqttSubscriber:
                     session_expiry_s=int(self._source.session_expiry),
                 )
                 self._link, delay = link, _RECONNECT_S[0]
-                log.info("%s: subscribed to %s at %s", self._name, self._source.topic, self._source.broker.url)
+                log.info("%s: subscribed to %s at %s", self._name, self._source.topic, self._source.broker.shown_url)
                 try:
                     self._receive_messages(link, submit)
                 finally:

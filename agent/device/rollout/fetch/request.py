@@ -17,7 +17,7 @@ from agent.device.rollout.fetch.compatibility import DeviceProfile
 from agent.device.rollout.fetch.protocol import FetchRequest
 from agent.device.rollout.fetch.version_floors import VersionFloors
 from agent.device.store.store import Store
-from agent.model.inference import runtime
+from agent.model.inference.runtime_name import runtime_name
 
 # In the data folder.
 DOWNLOAD_DIR, METADATA_DIR = "bundles/.fetched", "updates"
@@ -63,7 +63,7 @@ def measure_profile(conf: Config, task: str) -> DeviceProfile:
         stream=stream,
         fields={field.name: field.type for field in conf.streams[stream].fields},
         agent=__version__,
-        runtime=runtime.RUNTIME_NAME,
+        runtime=runtime_name(),
         free_memory=max(0, min(available)),
         free_disk=shutil.disk_usage(conf.data_dir).free,
     )

@@ -29,6 +29,16 @@ class SignedMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     jws: JwsToken
 
 
+class AuditVerdict(msgspec.Struct, frozen=True):
+    """The verdict of audit.json, and the counts that it follows from."""
+
+    passed: bool
+    invalid_count: Natural
+    undeclared_gaps: Natural
+    duplicates: Natural
+    invalid_decisions_count: Natural
+
+
 class Incident(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Alert from the message that raised it to the message that cleared it. `device` is "" for a fleet-wide alert.
 

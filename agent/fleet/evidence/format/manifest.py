@@ -19,7 +19,8 @@ from agent.fleet.evidence.format.contents import READ_LIMITS
 from agent.strict_json import check_strict_json
 from agent.wire import jws
 from agent.wire.keys import SigningKey, parse_public_key
-from agent.wire.messages import Natural, Positive, Rfc3339, ShortText
+from agent.wire.messages import Natural, Positive, ShortText
+from agent.wire.times import Rfc3339
 
 MANIFEST_FILE, SIGNATURE_FILE = "manifest.json", "manifest.jws"
 # Takes the place of a message's topic, so that no signature of a message or a bundle is valid for a folder.
@@ -39,7 +40,8 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TrustedKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Public key whose signatures count. `owner` is a device name, or the role itself.
 
-    A key that was replaced counts up to `last_valid_seq` of `log`.
+    A key that was replaced counts up to `last_valid_seq` of `log`. `made_by`: who made a device's key; an operator who
+    did can have kept its private half.
     """
 
     kid: ShortText
@@ -50,6 +52,7 @@ class TrustedKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     revoked: ShortText = ""
     log: ShortText | None = None
     last_valid_seq: Natural | None = None
+    made_by: Literal["device", "operator", ""] = ""
 
 
 class ReceivedSpan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -30,7 +30,9 @@ def build_device_keys(rows: Iterable[dict[str, Any]]) -> tuple[list[TrustedKey],
             broken.append(row["device"])
             continue
         bounds = {"revoked": row["revoked"] or "", "log": row["log"], "last_valid_seq": row["last_seq"]}
-        keys.append(TrustedKey(key.kid, key.text, "device", row["device"], row["added"], **bounds))
+        keys.append(
+            TrustedKey(key.kid, key.text, "device", row["device"], row["added"], made_by=row["made_by"], **bounds)
+        )
     return keys, broken
 
 

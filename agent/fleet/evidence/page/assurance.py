@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 from agent.fleet.evidence.format import frameworks
 from agent.fleet.evidence.format.frameworks import PointSupport
@@ -23,6 +22,7 @@ from agent.fleet.evidence.page.elements import (
     stacked_table,
 )
 from agent.render import html
+from agent.render.escaping import html_text
 from agent.render.html import Content, Markup, element, table
 
 _MAX_ROWS = 40
@@ -78,11 +78,14 @@ def render_keys(facts: EvidenceFacts) -> Markup:
     text = "No device is enrolled."
     if device_keys:
         text = f"{format_count(len(valid), 'device key')} valid, {len(retired):,} revoked or replaced."
+        by_operator = sum(key.made_by == "operator" for key in device_keys)
+        if by_operator:
+            text += f" The operator made {by_operator:,} of them, and can sign what those devices could."
     rows: list[Sequence[Content]] = [
-        [key.owner, element("code", key.kid), format_time(key.since), _key_state(key)]
+        [key.owner, element("code", key.kid), key.made_by, format_time(key.since), _key_state(key)]
         for key in [*retired, *valid][:_MAX_ROWS]
     ]
-    head = ["Device", "Key", "Since", "State"]
+    head = ["Device", "Key", "Made by", "Since", "State"]
     return chapter(
         *("keys", "Keys", lead),
         stacked_table(table(["Role", "Key", "Signs"], roles), "roles"),
@@ -158,9 +161,9 @@ def render_software(sbom: Sbom, facts: EvidenceFacts) -> Markup:
 def render_limitations(facts: EvidenceFacts) -> Markup:
     lead = "What this folder does not show."
     items: list[Content] = [Markup(f"<b>Privacy.</b> {_PRIVACY_NOTE}")]
-    items += [Markup(f"<b>Omitted.</b> {escape(text)}") for text in list_omissions(facts)]
-    items += [Markup(f"<b>Unknown.</b> {escape(text)}") for text in list_unknowns(facts)]
-    items += [Markup(f"<b>Not covered.</b> {escape(text)}") for text in frameworks.NOT_COVERED]
+    items += [Markup(f"<b>Omitted.</b> {html_text(text)}") for text in list_omissions(facts)]
+    items += [Markup(f"<b>Unknown.</b> {html_text(text)}") for text in list_unknowns(facts)]
+    items += [Markup(f"<b>Not covered.</b> {html_text(text)}") for text in frameworks.NOT_COVERED]
     return chapter("not-here", "Limitations", lead, html.bullet_list(items))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 from agent.fleet.evidence.format.contents import BundleComparison, DecisionRecord
@@ -19,6 +18,7 @@ from agent.fleet.evidence.page.elements import (
     stacked_table,
     timeline,
 )
+from agent.render.escaping import html_text
 from agent.render.html import Content, Markup, element, table
 
 _MAX_ROWS = 25
@@ -59,7 +59,7 @@ def render_rollouts(facts: EvidenceFacts) -> Markup:
 
 def _rollout_card(name: str, row: dict[str, Any] | None, records: list[DecisionRecord], facts: EvidenceFacts) -> Markup:
     state = str(row["state"]) if row else "reported by devices only"
-    title = Markup(f"<h3>{escape(name)} {badge(state, _STATE_BADGES.get(state, 'none')).html}</h3>")
+    title = Markup(f"<h3>{html_text(name)} {badge(state, _STATE_BADGES.get(state, 'none')).html}</h3>")
     lead = []
     if row:
         text = f"{row['bundle']} {row['version']} for task {row['task']}, started {format_time(row['started'])}."

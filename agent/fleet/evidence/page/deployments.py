@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from html import escape
 
 from agent.fleet.evidence.format.contents import BundleCard, RunningTask
 from agent.fleet.evidence.gather.gather import EvidenceFacts
@@ -22,6 +21,7 @@ from agent.fleet.evidence.page.elements import (
 )
 from agent.performance.metrics import display_name
 from agent.render import html
+from agent.render.escaping import html_text
 from agent.render.html import Content, Markup, element, table
 from agent.text import format_interval, format_value
 
@@ -83,7 +83,7 @@ def _group_row(task: str, model: str, running_tasks: Sequence[RunningTask]) -> l
     actors = [f"{name} ({n:,})" if n < len(running_tasks) else name for name, n in ranked]
     name = model or "none: the task is stopped"
     when = format_time_range(min(since), max(since)) if since else "unknown"
-    return [task, Markup(f"<b>{escape(name)}</b>"), f"{len(running_tasks):,}", when, format_names(actors, 3)]
+    return [task, Markup(f"<b>{html_text(name)}</b>"), f"{len(running_tasks):,}", when, format_names(actors, 3)]
 
 
 def render_models(facts: EvidenceFacts) -> Markup:
@@ -114,7 +114,7 @@ def render_models(facts: EvidenceFacts) -> Markup:
 def _render_history(facts: EvidenceFacts, listed_digests: set[str]) -> Markup:
     rows: list[Sequence[Content]] = [
         [
-            Markup(f"<b>{escape(str(usage.model))}</b>"),
+            Markup(f"<b>{html_text(str(usage.model))}</b>"),
             format_time(usage.first),
             format_time(usage.last),
             f"{usage.activations:,}",
@@ -145,7 +145,7 @@ def _render_card(card: BundleCard) -> Markup:
     state = badge("in use", "ok") if card.running_tasks else badge("not in use", "none")
     return element(
         "div",
-        Markup(f"<h3>{escape(card.name)} {escape(card.version)} {state.html}</h3>"),
+        Markup(f"<h3>{html_text(card.name)} {html_text(card.version)} {state.html}</h3>"),
         *([element("p", summary)] if summary else []),
         html.bullet_list(notes, "notes"),
         element("p", Markup(" · ".join(part.html for part in links))),

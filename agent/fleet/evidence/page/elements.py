@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from itertools import groupby
 
 from agent import clock
 from agent.fleet.evidence.format.contents import DecisionRecord
 from agent.render import html
+from agent.render.escaping import html_text
 from agent.render.html import Markup, element
 
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -18,7 +18,7 @@ _UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 def chapter(identity: str, title: str, lead: str, *content: Markup) -> Markup:
     """Return a section that the table of contents links to."""
     inner = html.section(title, lead, *content).html
-    return Markup(inner.replace("<section>", f'<section id="{escape(identity)}">', 1))
+    return Markup(inner.replace("<section>", f'<section id="{html_text(identity)}">', 1))
 
 
 def badge(word: str, kind: str) -> Markup:
@@ -26,7 +26,7 @@ def badge(word: str, kind: str) -> Markup:
 
 
 def link(path: str, name: str = "") -> Markup:
-    return Markup(f'<a href="{escape(path)}">{escape(name or path)}</a>')
+    return Markup(f'<a href="{html_text(path)}">{html_text(name or path)}</a>')
 
 
 def overflow_link(remaining: int, path: str, noun: str = "more") -> list[Markup]:
@@ -36,7 +36,7 @@ def overflow_link(remaining: int, path: str, noun: str = "more") -> list[Markup]
 
 def details(summary: str, *content: Markup) -> Markup:
     inside = "".join(part.html for part in content)
-    return Markup(f"<details><summary>{escape(summary)}</summary>{inside}</details>")
+    return Markup(f"<details><summary>{html_text(summary)}</summary>{inside}</details>")
 
 
 def stacked_table(table: Markup, labels: str) -> Markup:
@@ -45,7 +45,7 @@ def stacked_table(table: Markup, labels: str) -> Markup:
 
 
 def nowrap(text: str) -> Markup:
-    return Markup(f'<span class="fixed">{escape(text)}</span>')
+    return Markup(f'<span class="fixed">{html_text(text)}</span>')
 
 
 def timeline(decisions: Sequence[DecisionRecord], limit: int) -> tuple[Markup, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 from agent.fleet.evidence.format.contents import AccuracyEntry, Incident
@@ -26,6 +25,7 @@ from agent.fleet.evidence.page.elements import (
 from agent.performance.metrics import display_name
 from agent.render import axes, html
 from agent.render.charts import ForestRow, render_forest
+from agent.render.escaping import html_text
 from agent.render.html import Content, Markup, element, table
 from agent.render.svg import Drawing, truncate_text
 from agent.render.theme import PAGE_THEME, Theme
@@ -84,7 +84,7 @@ def _incident_row(incident: Incident) -> list[Content]:
         nowrap(format_time(incident.started)),
         nowrap(duration if incident.seconds is not None else "–"),
         where,
-        Markup(f"<b>{escape(incident.severity)}, {escape(incident.alert)}.</b> {escape(incident.summary + source)}"),
+        Markup(f"<b>{html_text(f'{incident.severity}, {incident.alert}')}.</b> {html_text(incident.summary + source)}"),
     ]
 
 
@@ -221,8 +221,8 @@ def draw_incident_lanes(incidents: Sequence[Incident], begin_us: int, end_us: in
     for number, (start, incident) in enumerate(known):
         y = _TOP_MARGIN + _LANE_HEIGHT * number
         color = {"critical": theme.fault, "warning": theme.drift}.get(incident.severity, theme.unknown)
-        what = incident.subject if incident.alert in ("drift", "fault") else incident.alert
-        name = truncate_text(f"{incident.device or 'fleet'} {what}", 12, _NAME_WIDTH - 10)
+        topic = incident.subject if incident.alert in ("drift", "fault") else incident.alert
+        name = truncate_text(f"{incident.device or 'fleet'} {topic}", 12, _NAME_WIDTH - 10)
         draw.text(0, y + 14, name, theme.ink, size=12)
         x = to_x(start)
         width = min(max(4.0, to_x(parse_epoch_us(incident.ended) or end_us) - x), right - x)

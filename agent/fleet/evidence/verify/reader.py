@@ -15,6 +15,7 @@ import msgspec
 from agent.fleet.evidence.format.contents import READ_LIMITS
 from agent.fleet.evidence.format.manifest import MANIFEST_FILE, SIGNATURE_FILE, EvidenceManifest, FileEntry
 from agent.strict_json import check_strict_json
+from agent.text import printable
 
 T = TypeVar("T")
 
@@ -156,10 +157,10 @@ def _walk_entries(folder: Path, report: VerificationReport) -> Iterator[tuple[st
                 if path.count("/") < 3:
                     waiting.append(path)
                 else:
-                    yield _printable(path), "folder nested deeper than any listed file"
+                    yield printable(path), "folder nested deeper than any listed file"
             else:
                 kind = "file" if entry.is_file(follow_symlinks=False) else "device, pipe or socket"
-                yield _printable(path), "symbolic link" if entry.is_symlink() else kind
+                yield printable(path), "symbolic link" if entry.is_symlink() else kind
 
 
 def is_unaltered(folder: Path, entry: FileEntry, report: VerificationReport) -> bool:
@@ -210,7 +211,3 @@ def _describe_error(error: OSError) -> str:
     if error.errno == errno.ELOOP:
         return "is a symbolic link; an evidence folder has regular files only"
     return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
-
-
-def _printable(path: str) -> str:
-    return path.encode(errors="backslashreplace").decode()

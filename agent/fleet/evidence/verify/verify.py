@@ -6,6 +6,7 @@ Rules, in order:
 - a listed device key signed every message in messages/, and no message occurs twice
 - claims of decisions, incidents, accuracy and running tasks about a message match that message
 - a listed operator key signed every roll-out decision, and the decisions of a roll-out form a chain
+- the audit of the database passed, and its verdict agrees with its own counts
 - comparisons equal the statistics computed again from their messages
 - each role of the TUF metadata is signed as its delegator requires, starting at the first root
 - a bundle's manifest has the digest in its card; if the card says so, a listed publisher signed it
@@ -88,9 +89,31 @@ def _verify_contents(reader: FolderReader, head: EvidenceManifest, report: Verif
         claims.check_comparison(f"comparisons.json[{i}]", pair)
         report.comparisons += 1
     claims.check_chains()
+    _verify_audit(reader, report)
     report.decisions, report.unsupported = claims.decisions, claims.unsupported
     published = _verify_repository(reader, head, report)
     _verify_bundles(reader, head, published, report)
+
+
+def _verify_audit(reader: FolderReader, report: VerificationReport) -> None:
+    """Require that the audit of the database passed when the folder was made."""
+    if "audit.json" not in reader.verified_files:
+        if not report.problem_count:
+            report.add_problem("audit.json", "is missing: nothing says that the database passed its audit")
+        return
+    audit = reader.read_document("audit.json", contents.AuditVerdict)
+    if audit is None:
+        return
+    counts = {
+        "messages or rows of tables that are not as signed": audit.invalid_count,
+        "missing ranges of messages": audit.undeclared_gaps,
+        "messages or readings stored twice": audit.duplicates,
+        "invalid decisions": audit.invalid_decisions_count,
+    }
+    wrong = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+    if wrong or not audit.passed:
+        problem = f"the audit of the database failed when this folder was made: {wrong or 'it gives no reason'}"
+        report.add_problem("audit.json", problem)
 
 
 def _verify_bundles(

@@ -1,0 +1,138 @@
+"""Replay: derive the tables that gather many messages again, and compare them.
+
+The gap ledger and the timestamp reconstruction do not depend on the order of arrival. So the verified messages go
+through the same code into an empty temporary database, a few hundred at a time, and both are read in one order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Container, Iterator
+from pathlib import Path
+from typing import Any
+
+from agent.fleet.audit.stored_rows import sort_key
+from agent.fleet.database import gap_ledger
+from agent.fleet.database.gap_ledger import LogChanges, add_changes
+from agent.fleet.database.interface import LogId, Row
+from agent.fleet.database.sqlite import SqliteDatabase
+from agent.fleet.database.store import FleetStore
+from agent.fleet.database.timestamps import TimestampReconstruction
+from agent.wire.messages import LoggedPayload
+
+_MESSAGES_PER_COMMIT = 500
+# Table → number of key columns, and its columns; all begin with device and log. `logs.since` and what follows from the
+# order of arrival only is not derived.
+_TABLES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "logs": (2, ("device", "log", "last_seq")),
+    "log_ends": (2, ("device", "log", "last_seq")),
+    "gaps": (3, ("device", "log", "first", "last", "declared")),
+    "anchors": (
+        3,
+        (
+            *("device", "log", "seq", "boot", "segment", "boot_us", "wall_us", "quality", "error_us", "step_us"),
+            "trusted",
+        ),
+    ),
+    "segments": (4, ("device", "log", "boot", "segment", "seq", "offset_us", "synced")),
+    "boots": (
+        3,
+        (
+            *("device", "log", "boot", "last_us", "trusted", "start_us"),
+            # Last, as the databases round them differently.
+            *("disagreement_us", "start_error_us"),
+        ),
+    ),
+    "stamps": (4, ("device", "log", "seq", "first", "boot", "segment", "quality", "implied")),
+}
+_ROUNDED = {"boots": 2}
+
+
+class Replay:
+    """Derived tables of the messages so far: `add` each verified message, then `compare`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._database = SqliteDatabase(folder / "replay.db")
+        # It is thrown away after a crash.
+        self._database.execute("PRAGMA synchronous=OFF")
+        self._bodies: list[tuple[LoggedPayload, str]] = []
+
+    def add(self, body: LoggedPayload, received: str) -> None:
+        self._bodies.append((body, received))
+        if len(self._bodies) >= _MESSAGES_PER_COMMIT:
+            self._flush()
+
+    def compare(self, store: FleetStore, device: str | None, broken: Container[Any]) -> Iterator[tuple[Row, str]]:
+        """Yield (device, log, seq or None) and the problem of each row that differs; skip `broken` devices."""
+        self._flush()
+        for table, (key_width, columns) in _TABLES.items():
+            names = ", ".join(columns)
+            order = ", ".join(columns[:key_width])
+            sql = f"SELECT {names} FROM {table} ORDER BY {order}"
+            derived, stored = self._database.stream(sql), store.derived_rows(table, names, order, device)
+            for row, problem in _compare_tables(table, key_width, stored, derived):
+                if row[0] not in broken:
+                    seq = row[2] if columns[2] in ("seq", "first") else None
+                    yield (row[0], row[1], seq), problem
+
+    def close(self) -> None:
+        self._database.close()
+
+    def _flush(self) -> None:
+        with self._database.transaction() as db:
+            timestamps, changes = TimestampReconstruction(db), dict[LogId, LogChanges]()
+            for body, received in self._bodies:
+                add_changes(changes, body)
+                timestamps.add(body, received)
+            timestamps.finish()
+            gap_ledger.apply(db, changes, "")
+        self._bodies = []
+
+
+@contextlib.contextmanager
+def open_replay() -> Iterator[Replay]:
+    """Open a replay in a temporary folder."""
+    with (
+        tempfile.TemporaryDirectory(prefix="outstation-audit-") as folder,
+        contextlib.closing(Replay(Path(folder))) as replay,
+    ):
+        yield replay
+
+
+def _compare_tables(
+    table: str, key_width: int, stored: Iterator[Row], derived: Iterator[Row]
+) -> Iterator[tuple[Row, str]]:
+    """Compare two tables in the order of their keys."""
+    rounded = _ROUNDED.get(table, 0)
+    ours, theirs = next(derived, None), next(stored, None)
+    while ours is not None or theirs is not None:
+        our_key = None if ours is None else sort_key(ours[:key_width])
+        their_key = None if theirs is None else sort_key(theirs[:key_width])
+        if ours is not None and (their_key is None or (our_key is not None and our_key < their_key)):
+            yield ours, f"is missing in table {table}: its messages give {_name_row(table, ours)}"
+            ours = next(derived, None)
+        elif theirs is not None and (our_key is None or (their_key is not None and their_key < our_key)):
+            yield theirs, f"table {table} has {_name_row(table, theirs)}, which no message gives"
+            theirs = next(stored, None)
+        elif ours is not None and theirs is not None:
+            if not _is_equal(ours, theirs, rounded):
+                problem = f"table {table} has {_name_row(table, theirs)}, its messages give {_name_row(table, ours)}"
+                yield ours, problem
+            ours, theirs = next(derived, None), next(stored, None)
+
+
+def _is_equal(derived: Row, stored: Row, rounded: int) -> bool:
+    exact = len(derived) - rounded
+    if derived[:exact] != stored[:exact]:
+        return False
+    for a, b in zip(derived[exact:], stored[exact:], strict=True):
+        # PostgreSQL rounds a float to the nearest integer, SQLite towards zero.
+        if a != b and not (type(a) is int and type(b) is int and abs(a - b) <= 1):
+            return False
+    return True
+
+
+def _name_row(table: str, row: Row) -> str:
+    named = zip(_TABLES[table][1][2:], row[2:], strict=True)
+    return ", ".join(f"{name} {value!r}" for name, value in named)

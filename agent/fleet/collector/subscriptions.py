@@ -1,0 +1,34 @@
+"""Subscriptions of the collectors: topic filters, and the group that shares messages among several collectors."""
+
+from __future__ import annotations
+
+import hashlib
+
+from agent.wire import topics
+from agent.wire.keys import SigningKey
+
+
+def share_group(key: SigningKey, fleet: str) -> str:
+    """Return the group name of the shared subscriptions, which only holders of the collector's key know."""
+    # Ed25519 signatures are deterministic (RFC 8032), and nothing publishes this one.
+    return hashlib.sha256(key.sign(f"outstation shared subscriptions of {fleet}".encode())).hexdigest()[:32]
+
+
+def logged_filters(fleet: str, *, group: str | None = None) -> list[str]:
+    """Return the topic filters of the kinds that a device numbers in its log; they are never retained.
+
+    `group`: name of the shared subscriptions (MQTT 5), None for a single collector.
+    """
+    kinds = [kind for kind in topics.KINDS.values() if kind.logged]
+    share = f"$share/{group}/" if group else ""
+    return [f"{share}{topics.ROOT}/{fleet}/+/{kind.name}" + ("/+" if kind.per_task else "") for kind in kinds]
+
+
+def topic_filters(fleet: str, *, group: str | None = None) -> list[str]:
+    """Return the topic filters of everything that collectors receive.
+
+    Retained topics are never shared: the broker sends nothing retained to a shared subscription, and two collectors
+    could store the states of a device in the wrong order.
+    """
+    kinds = [kind for kind in topics.KINDS.values() if kind.retained and not kind.to_device]
+    return logged_filters(fleet, group=group) + [f"{topics.ROOT}/{fleet}/+/{kind.name}" for kind in kinds]

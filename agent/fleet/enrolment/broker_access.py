@@ -1,0 +1,138 @@
+"""Access rules of the broker: clients and roles of Mosquitto's dynamic-security plugin, and changes of them.
+
+Everything is denied that no role allows. The plugin has no pattern for user names, so each device has a role of its
+own, which names its topics. A withdrawn client stays in the document, disabled and without a role.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import msgspec
+
+from agent.fleet.collector.subscriptions import logged_filters
+from agent.wire.topics import ALL_DEVICES, DEVICE_GROUP, KINDS, ROOT
+
+# Client that may change the rules while the broker runs.
+ADMIN = "broker-admin"
+CONTROL_TOPIC = "$CONTROL/dynamic-security/v1"
+_ACCESS_TYPES = ("publishClientSend", "publishClientReceive", "subscribe", "unsubscribe")
+
+Document = dict[str, Any]
+
+
+class AccessChange(msgspec.Struct, frozen=True):
+    """Wanted access of a client; `none` withdraws all."""
+
+    client: str
+    access: Literal["device", "collector", "none"]
+
+
+def build_document(fleet: str, group: str) -> Document:
+    """Build the plugin's file for a fleet without devices."""
+    base = f"{ROOT}/{fleet}"
+    tree = f"{base}/#"
+    everyone = [f"{base}/{ALL_DEVICES}/desired", f"{base}/{DEVICE_GROUP}/desired/+"]
+    orders = [f"{base}/+/cmd", f"{base}/+/desired", f"{base}/{DEVICE_GROUP}/desired/+"]
+    # A device's log is not retained; the collector deletes what a device retains there, by an empty message.
+    logged = logged_filters(fleet)
+    control = f"{CONTROL_TOPIC}/#"
+    return {
+        "defaultACLAccess": dict.fromkeys(_ACCESS_TYPES, False),
+        "clients": [
+            _client("collector", ["collector"]),
+            _client("operator", ["operator"]),
+            _client("commander", ["operator"]),
+            _client(ADMIN, [ADMIN]),
+        ],
+        "groups": [],
+        "roles": [
+            _role("device", receive=everyone),
+            _role("collector", send=[f"{base}/+/ack", *logged], receive=[tree], share=[f"$share/{group}/{tree}"]),
+            _role("operator", send=orders, receive=[tree]),
+            _role(ADMIN, send=[control], receive=[control]),
+        ],
+    }
+
+
+def is_in_force(change: AccessChange, client: dict[str, Any] | None) -> bool:
+    """Return True if a client, as the document or the plugin lists it, has the wanted access."""
+    if client is None:
+        return False
+    names = {role["rolename"] for role in client.get("roles", ())}
+    return names == set(_role_names(change)) and bool(client.get("disabled")) == (change.access == "none")
+
+
+def find_client(document: Document, name: str) -> dict[str, Any] | None:
+    return next((client for client in document["clients"] if client["username"] == name), None)
+
+
+def edit_document(document: Document, fleet: str, changes: Iterable[AccessChange]) -> bool:
+    """Make the changes in the document. Return False if all were in it."""
+    missing = [change for change in changes if not is_in_force(change, find_client(document, change.client))]
+    for change in missing:
+        own = _own_role_name(change.client)
+        document["roles"] = [role for role in document["roles"] if role["rolename"] != own]
+        document["clients"] = [client for client in document["clients"] if client["username"] != change.client]
+        if change.access == "device":
+            document["roles"].append(_device_role(fleet, change.client))
+        client = _client(change.client, _role_names(change))
+        document["clients"].append(client | ({"disabled": True} if change.access == "none" else {}))
+    return bool(missing)
+
+
+def build_commands(change: AccessChange, fleet: str) -> list[dict[str, Any]]:
+    """Return the plugin's commands for a change, whatever the client had before; some fail if nothing is to be done."""
+    client, own = change.client, _own_role_name(change.client)
+    roles = [{"rolename": name} for name in _role_names(change)]
+    if change.access == "device":
+        role = _device_role(fleet, client)
+        commands = [{"command": "createRole", **role}, {"command": "modifyRole", **role}]
+    else:
+        commands = [{"command": "deleteRole", "rolename": own}]
+    return [
+        *commands,
+        {"command": "createClient", "username": client, "roles": roles},
+        {"command": "modifyClient", "username": client, "roles": roles},
+        {"command": "disableClient" if change.access == "none" else "enableClient", "username": client},
+    ]
+
+
+def _device_role(fleet: str, device: str) -> dict[str, Any]:
+    base = f"{ROOT}/{fleet}/{device}"
+    topics = {kind: f"{base}/{kind.name}" + ("/+" if kind.per_task else "") for kind in KINDS.values()}
+    return _role(
+        _own_role_name(device),
+        send=[topic for kind, topic in topics.items() if not kind.to_device],
+        receive=[topic for kind, topic in topics.items() if kind.to_device],
+    )
+
+
+def _role_names(change: AccessChange) -> list[str]:
+    if change.access == "device":
+        return ["device", _own_role_name(change.client)]
+    return [change.access] if change.access == "collector" else []
+
+
+def _own_role_name(device: str) -> str:
+    return f"device-{device}"
+
+
+def _client(name: str, roles: list[str]) -> dict[str, Any]:
+    return {"username": name, "roles": [{"rolename": role} for role in roles]}
+
+
+def _role(
+    name: str, *, send: Iterable[str] = (), receive: Iterable[str] = (), share: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Return a role that may subscribe to what it may receive, and to the shared subscriptions `share`."""
+    subscriptions = [*receive, *share]
+    topics = {
+        "publishClientSend": send,
+        "publishClientReceive": receive,
+        "subscribePattern": subscriptions,
+        "unsubscribePattern": subscriptions,
+    }
+    acls = [{"acltype": kind, "topic": topic, "allow": True} for kind, filters in topics.items() for topic in filters]
+    return {"rolename": name, "acls": acls}

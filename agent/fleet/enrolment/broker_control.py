@@ -1,0 +1,170 @@
+"""Control of a running broker: access changes through Mosquitto's dynamic-security plugin, at once and for good.
+
+The broker owns its file `dynamic-security.json` while it runs, and writes it after each change. A broker that cannot be
+reached gets its changes in the file. `broker-pending.json` lists changes that no broker has confirmed: the next change
+that reaches it brings them along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from agent import durable_files
+from agent.config import BrokerConfig
+from agent.errors import LinkDown, StorageError
+from agent.fleet.config import ClientCertificate, FleetConfig
+from agent.fleet.enrolment import broker_access
+from agent.fleet.enrolment.broker_access import CONTROL_TOPIC, AccessChange, Document
+from agent.fleet.enrolment.pki import CertificateAuthority
+from agent.transport.mqtt import Link
+from agent.transport.packets import IncomingMessage, OutgoingMessage
+
+ACCESS_FILE = "dynamic-security.json"
+PENDING_FILE = "broker-pending.json"
+_TIMEOUT_S = 5.0
+# For a broker whose clock differs; the key is erased at once.
+_TAKEOVER_LIFETIME = timedelta(hours=1)
+
+
+def write_access_file(path: Path, document: Document) -> None:
+    """Write the plugin's file; it stays with the user that runs the broker. Raises StorageError."""
+    owner = path.stat() if path.exists() else None
+    durable_files.write(path, json.dumps(document, indent=1).encode(), 0o600)
+    if owner is not None and owner.st_uid != os.geteuid():
+        os.chown(path, owner.st_uid, owner.st_gid)
+
+
+def apply(folder: Path, config: FleetConfig, change: AccessChange) -> tuple[str, ...]:
+    """Put a change in force at the broker, and return the steps left to the operator.
+
+    A broker without TLS has no access rules. Raises StorageError if the change cannot be recorded.
+    """
+    if config.broker_admin is None:
+        return ()
+    with _lock(folder):
+        return _apply_pending(folder, config, config.broker_admin, change)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Allow one process per folder to change the rules: they share the file and the administrator's connection."""
+    try:
+        lock = os.open(folder / f"{PENDING_FILE}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {error.strerror}; see who owns the folder") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _apply_pending(
+    folder: Path, config: FleetConfig, admin: ClientCertificate, change: AccessChange
+) -> tuple[str, ...]:
+    pending = [*(other for other in _load_pending(folder) if other.client != change.client), change]
+    durable_files.write(folder / PENDING_FILE, msgspec.json.encode(pending), 0o600)
+    path = folder / "broker" / ACCESS_FILE
+    fleet = config.fleet.name
+    try:
+        _control(config.broker_for(admin), fleet, pending)
+    except LinkDown as error:
+        return _write_pending(path, fleet, pending, str(error))
+    durable_files.remove(folder / PENDING_FILE)
+    # The file of a broker on this machine has the change by now, and may be readable to the broker's user alone. Of a
+    # broker elsewhere it is the copy from which that one can be set up again.
+    with contextlib.suppress(OSError, StorageError, ValueError):
+        _edit_file(path, fleet, pending)
+    return ()
+
+
+def end_session(config: FleetConfig, client: str, authority: CertificateAuthority) -> None:
+    """End the session of a client, open or not, by taking it over with a certificate in its name.
+
+    Raises LinkDown and StorageError.
+    """
+    certificate = authority.issue_client(client, config.fleet.name, _TAKEOVER_LIFETIME)
+    with tempfile.TemporaryDirectory() as made:
+        files = {"cert_file": certificate.certificate, "tls_key_file": certificate.key}
+        for name, data in files.items():
+            durable_files.write(Path(made) / name, data, 0o600)
+        paths = {name: str(Path(made) / name) for name in files}
+        # A clean start discards the former session, and this one ends with its connection.
+        Link(msgspec.structs.replace(config.broker, **paths), client, timeout_s=_TIMEOUT_S).close()
+
+
+def _control(broker: BrokerConfig, fleet: str, changes: Iterable[AccessChange]) -> None:
+    """Put changes in force. Raises LinkDown if the broker does not confirm each of them."""
+    response_topic = f"{CONTROL_TOPIC}/response"
+    link = Link(broker, broker_access.ADMIN, subscribe=[response_topic], timeout_s=_TIMEOUT_S)
+    try:
+        for change in changes:
+            query = {"command": "getClient", "username": change.client}
+            if broker_access.is_in_force(change, _find_reply(_request(link, [query]))):
+                continue
+            responses = _request(link, [*broker_access.build_commands(change, fleet), query])
+            if not broker_access.is_in_force(change, _find_reply(responses)):
+                errors = "; ".join(response["error"] for response in responses if "error" in response)
+                raise LinkDown(f"{broker.url}: the access of {change.client} was not changed: {errors}")
+    finally:
+        link.close()
+
+
+def _request(link: Link, commands: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Send commands to the plugin, and return its responses in their order. Raises LinkDown."""
+    link.send(OutgoingMessage(CONTROL_TOPIC, json.dumps({"commands": commands}).encode()))
+    deadline = time.monotonic() + _TIMEOUT_S
+    while time.monotonic() < deadline:
+        for event in link.receive(0.2):
+            if isinstance(event, IncomingMessage):
+                link.acknowledge(event)
+                responses: list[dict[str, Any]] = json.loads(event.payload)["responses"]
+                return responses
+            if not event.is_accepted:
+                raise LinkDown(f"the broker refused a change of its access rules: {event.reason}")
+    raise LinkDown("the broker did not answer on the control topic; does it load the dynamic-security plugin?")
+
+
+def _find_reply(responses: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    client: dict[str, Any] | None = responses[-1].get("data", {}).get("client")
+    return client
+
+
+def _write_pending(path: Path, fleet: str, pending: Sequence[AccessChange], reason: str) -> tuple[str, ...]:
+    """Write the changes to the file of a broker that was not reached, and return the steps."""
+    problem = f"The broker was not reached ({reason}), so its access rules are not changed yet."
+    try:
+        _edit_file(path, fleet, pending)
+    except (OSError, StorageError, ValueError) as error:
+        return (
+            f"{problem} Its file {path} could not be written either ({error}): repeat the command as its owner, or "
+            "while the broker can be reached.",
+        )
+    return (
+        f"{problem} {path} has the change: if the broker runs elsewhere, copy it to its `plugin_opt_config_file`; then "
+        "restart the broker. Or repeat this command while the broker can be reached.",
+    )
+
+
+def _edit_file(path: Path, fleet: str, changes: Iterable[AccessChange]) -> None:
+    document = json.loads(path.read_bytes())
+    if broker_access.edit_document(document, fleet, changes):
+        write_access_file(path, document)
+
+
+def _load_pending(folder: Path) -> list[AccessChange]:
+    try:
+        return msgspec.json.decode((folder / PENDING_FILE).read_bytes(), type=list[AccessChange])
+    except (OSError, msgspec.DecodeError):
+        return []

@@ -1,0 +1,376 @@
+"""Attacks by a device with a valid certificate, at a real Mosquitto with the config that `fleet init` writes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from agent.config import BrokerConfig
+from agent.errors import LinkDown
+from agent.fleet.collector.collector import Collector
+from agent.fleet.collector.quota import Quota
+from agent.fleet.collector.subscriptions import logged_filters, share_group, topic_filters
+from agent.fleet.config import FleetConfig
+from agent.fleet.database.store import FleetStore
+from agent.fleet.enrolment import broker_access, broker_control, pki, revocation
+from agent.fleet.enrolment.broker_access import AccessChange
+from agent.fleet.enrolment.enrol import init_fleet
+from agent.testing.broker import MosquittoBroker, free_port
+from agent.testing.messages import MessageSender
+from agent.transport.mqtt import Link
+from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
+from agent.wire.keys import load_private
+
+NOW = "2026-01-01T00:00:00Z"
+BASE = "outstation/acme"
+NOT_AUTHORIZED = 0x87
+
+
+class Site:
+    """A fleet of a thief, `pi-07`, and an honest device, `pi-08`, with a broker that is not started."""
+
+    def __init__(self, folder: Path) -> None:
+        port = free_port()
+        self.folder = folder / "acme"
+        self.config: FleetConfig = init_fleet(self.folder, "acme", BrokerConfig(url=f"mqtts://localhost:{port}"))
+        self.key = load_private(self.folder / "collector.key")
+        self.group = share_group(self.key, "acme")
+        conf = self.folder / "broker" / "mosquitto.conf"
+        if os.geteuid() == 0:
+            conf.write_text(conf.read_text(encoding="utf-8") + "user root\n", encoding="utf-8")
+        self.broker = MosquittoBroker(folder, conf=conf, port=port)
+        self.store = FleetStore(Path(self.config.fleet.db))
+        self.senders = {name: MessageSender(name) for name in ("pi-07", "pi-08")}
+        for name, sender in self.senders.items():
+            self.store.enrol(name, sender.key.public, replace=False, now=NOW)
+            broker_control.apply(self.folder, self.config, AccessChange(name, "device"))
+            self.issue(name)
+        assert self.config.ca is not None
+
+    def issue(self, device: str) -> None:
+        assert self.config.ca is not None
+        authority = pki.load_authority(Path(self.config.ca.cert_file), Path(self.config.ca.key_file))
+        issued = authority.issue_client(device, "acme")
+        revocation.archive_certificate(self.folder, device, issued.certificate)
+        (self.folder.parent / f"{device}.crt").write_bytes(issued.certificate)
+        (self.folder.parent / f"{device}.key").write_bytes(issued.key)
+
+    def as_device(self, name: str) -> BrokerConfig:
+        home = self.folder.parent
+        files = {"cert_file": str(home / f"{name}.crt"), "tls_key_file": str(home / f"{name}.key")}
+        return msgspec.structs.replace(self.config.broker, **files)
+
+    @property
+    def as_collector(self) -> BrokerConfig:
+        return self.config.broker_for(self.config.collector)
+
+    @property
+    def as_operator(self) -> BrokerConfig:
+        return self.config.broker_for(self.config.operator)
+
+    def revoke(self, device: str) -> revocation.RevocationOutcome:
+        return revocation.revoke_device(self.folder, self.config, self.store, device, None, NOW)
+
+    def rules(self) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads((self.folder / "broker" / "dynamic-security.json").read_text())
+        return document
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    made = Site(tmp_path)
+    yield made
+    made.store.close()
+
+
+def insist(link: Link, filters: Sequence[str]) -> list[str]:
+    """Subscribe whatever the broker answers, and keep the connection; return the refusals."""
+    link._handshake.subscribed.clear()
+    link._client.subscribe([(topic, SubscribeOptions(qos=1)) for topic in filters])
+    link._wait_until(lambda: bool(link._handshake.subscribed), 10.0, "no SUBACK")
+    return link._handshake.subscribed
+
+
+def code(link: Link, topic: str, payload: bytes = b"{}", *, retain: bool = False) -> int:
+    """Return the broker's reason code for a message on `topic`."""
+    token = link.send(OutgoingMessage(topic, payload, retain=retain))
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        for event in link.receive(1.0):
+            if isinstance(event, PublishReceipt) and event.token == token:
+                return event.code
+    raise AssertionError("no PUBACK")
+
+
+def receive_messages(link: Link, n: int, timeout_s: float = 10.0) -> list[IncomingMessage]:
+    messages: list[IncomingMessage] = []
+    deadline = time.monotonic() + timeout_s
+    while len(messages) < n and time.monotonic() < deadline:
+        for event in link.receive(0.2):
+            if isinstance(event, IncomingMessage):
+                link.acknowledge(event)
+                messages.append(event)
+    return messages
+
+
+def test_a_device_that_joins_the_collectors_group_gets_nothing(site: Site) -> None:
+    """With `delivery = "broker"` each message that the thief took was lost for good: PUBACK was its proof."""
+    filters = [
+        f"$share/{group}/{topic}"
+        for group in ("collect", site.group)
+        for topic in ("#", f"{BASE}/#", f"{BASE}/+/health", f"{BASE}/pi-07/health")
+    ]
+    with site.broker:
+        collector = Link(site.as_collector, "c", subscribe=topic_filters("acme", group=site.group))
+        thief = Link(site.as_device("pi-07"), "x", session_expiry_s=3600)
+        refusals = insist(thief, [*filters, "#", f"{BASE}/#", f"{BASE}/pi-08/health", f"{BASE}/+/ack"])
+        assert all(refusals), "each subscription is refused"
+        honest = Link(site.as_device("pi-08"), "y")
+        for _ in range(40):
+            assert code(honest, f"{BASE}/pi-08/health") == 0
+        thief.drop()
+        for _ in range(40):
+            assert code(honest, f"{BASE}/pi-08/health") == 0
+        assert len(receive_messages(collector, 80)) == 80
+        collector.close()
+        honest.close()
+
+
+def test_the_collectors_group_is_not_in_a_file_that_others_read(site: Site) -> None:
+    readable = [path for path in site.folder.rglob("*") if path.is_file() and path.stat().st_mode & 0o077]
+    assert site.folder / "fleet.toml" in readable
+    assert not any(site.group.encode() in path.read_bytes() for path in readable)
+    assert site.group != share_group(load_private(site.folder / "operator.key"), "acme")
+
+
+def test_a_revoked_device_with_an_open_session_is_disconnected_at_once(site: Site) -> None:
+    with site.broker:
+        thief = Link(site.as_device("pi-07"), "x", subscribe=[f"{BASE}/pi-07/cmd"], session_expiry_s=3600)
+        honest = Link(site.as_device("pi-08"), "y")
+        done = site.revoke("pi-07")
+        assert (done.ended, done.failed, done.problem) == (True, False, None)
+        with pytest.raises(LinkDown):
+            code(thief, f"{BASE}/pi-07/health")
+        thief.close()
+        again = Link(site.as_device("pi-07"), "x", session_expiry_s=3600)
+        assert code(again, f"{BASE}/pi-07/health") == NOT_AUTHORIZED
+        assert all(insist(again, [f"{BASE}/pi-07/cmd", f"{BASE}/_all/desired", f"$share/{site.group}/{BASE}/#"]))
+        operator = Link(site.as_operator, "o")
+        assert code(operator, f"{BASE}/pi-07/cmd") < 0x80
+        assert receive_messages(again, 1, 0.5) == []
+        assert code(honest, f"{BASE}/pi-08/health") < 0x80, "others stay connected"
+        for link in (again, operator, honest):
+            link.close()
+
+
+def test_a_revoked_device_cannot_resume_its_offline_session(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    present: list[bool] = []
+    original = Link._on_connect
+
+    def record(link: Link, client: Any, data: Any, flags: Any, *more: Any) -> None:
+        present.append(flags.session_present)
+        original(link, client, data, flags, *more)
+
+    monkeypatch.setattr(Link, "_on_connect", record)
+    with site.broker:
+        thief = Link(site.as_device("pi-07"), "x", subscribe=[f"{BASE}/pi-07/cmd"], session_expiry_s=3600)
+        thief.drop()
+        operator = Link(site.as_operator, "o")
+        assert code(operator, f"{BASE}/pi-07/cmd") == 0, "the session takes messages"
+        site.revoke("pi-07")
+        assert code(operator, f"{BASE}/pi-07/cmd") == 0x10, "nobody subscribes to it any more"
+        again = Link(site.as_device("pi-07"), "x", session_expiry_s=3600)
+        assert not present[-1]
+        assert receive_messages(again, 1, 1.0) == []
+        again.close()
+        operator.close()
+
+
+def test_a_revoked_device_is_shut_out_after_a_restart_too(site: Site) -> None:
+    with site.broker:
+        site.revoke("pi-07")
+        site.broker.kill()
+        site.broker.start()
+        for _ in range(2):
+            with pytest.raises(LinkDown):
+                Link(site.as_device("pi-07"), "x")
+        client = broker_access.find_client(site.rules(), "pi-07")
+        assert client is not None
+        assert (client["disabled"], client["roles"]) == (True, [])
+
+
+def test_a_revocation_that_reaches_no_broker_is_written_and_reaches_it_with_the_next_change(site: Site) -> None:
+    before = site.rules()
+    done = site.revoke("pi-07")
+    assert not done.ended
+    assert "dynamic-security.json has the change" in done.steps[0]
+    assert "restart the broker" in done.steps[0]
+    assert broker_access.is_in_force(AccessChange("pi-07", "none"), broker_access.find_client(site.rules(), "pi-07"))
+    # A broker that runs elsewhere still has the rules of before.
+    broker_control.write_access_file(site.folder / "broker" / "dynamic-security.json", before)
+    with site.broker:
+        assert broker_control.apply(site.folder, site.config, AccessChange("pi-09", "device")) == ()
+        clients = site.rules()
+        for change in (AccessChange("pi-07", "none"), AccessChange("pi-09", "device")):
+            assert broker_access.is_in_force(change, broker_access.find_client(clients, change.client))
+    assert not (site.folder / broker_control.PENDING_FILE).exists()
+
+
+def test_a_device_that_is_let_in_again_has_its_access_back(site: Site) -> None:
+    with site.broker:
+        site.revoke("pi-07")
+        assert broker_control.apply(site.folder, site.config, AccessChange("pi-07", "device")) == ()
+        site.issue("pi-07")
+        link = Link(site.as_device("pi-07"), "x", subscribe=[f"{BASE}/pi-07/cmd"])
+        assert code(link, f"{BASE}/pi-07/health") < 0x80
+        link.close()
+
+
+def test_a_change_that_is_in_force_disconnects_nobody(site: Site) -> None:
+    with site.broker:
+        link = Link(site.as_device("pi-07"), "x")
+        assert broker_control.apply(site.folder, site.config, AccessChange("pi-07", "device")) == ()
+        assert code(link, f"{BASE}/pi-07/health") < 0x80
+        link.close()
+
+
+def test_a_device_cannot_change_the_access_rules(site: Site) -> None:
+    command = json.dumps({"commands": [{"command": "enableClient", "username": "pi-07"}]}).encode()
+    with site.broker:
+        for who in (site.as_device("pi-07"), site.as_collector, site.as_operator):
+            link = Link(who, "x")
+            assert code(link, broker_access.CONTROL_TOPIC, command) == NOT_AUTHORIZED
+            assert all(insist(link, ["$CONTROL/#", f"{broker_access.CONTROL_TOPIC}/response"]))
+            link.close()
+
+
+def test_a_certificate_of_the_fleet_without_an_entry_can_do_nothing(site: Site) -> None:
+    site.issue("pi-10")
+    with site.broker:
+        link = Link(site.as_device("pi-10"), "x")
+        assert code(link, f"{BASE}/pi-10/health") == NOT_AUTHORIZED
+        assert all(insist(link, [f"{BASE}/pi-10/cmd"]))
+        link.close()
+
+
+def collect(site: Site, done: Callable[[Collector], bool], quota: Quota | None = None) -> Collector:
+    """Run a collector on the broker until `done`; fail after a minute."""
+    collector = Collector("acme", site.as_collector, site.store, site.key, quota=quota)
+    link = collector._connect()
+    deadline = time.monotonic() + 60
+    while not done(collector):
+        assert time.monotonic() < deadline
+        collector.tick(link, 0.1)
+    link.close()
+    return collector
+
+
+def publish(link: Link, messages: Sequence[OutgoingMessage]) -> None:
+    """Publish within the broker's window, and wait for each PUBACK."""
+    waiting: set[int] = set()
+    remaining = iter(messages)
+    while True:
+        for message in itertools.islice(remaining, link.window - len(waiting)):
+            waiting.add(link.send(message))
+        if not waiting:
+            return
+        waiting -= {event.token for event in link.receive(5.0) if isinstance(event, PublishReceipt)}
+
+
+def test_a_flood_of_one_device_costs_no_other_its_messages(site: Site) -> None:
+    """What is over quota is not stored and not acknowledged: it stays on the device."""
+    quota = Quota(messages_per_s=1.0, bytes_per_s=1_000_000, burst_s=100.0)
+    flood = [site.senders["pi-07"].results().to_outgoing() for _ in range(1500)]
+    honest = [site.senders["pi-08"].results().to_outgoing() for _ in range(60)]
+    with site.broker:
+        collect(site, lambda _: True)
+        thief, link = Link(site.as_device("pi-07"), "x"), Link(site.as_device("pi-08"), "y")
+        for i in range(60):
+            publish(thief, flood[25 * i : 25 * i + 25])
+            publish(link, honest[i : i + 1])
+        ack = Link(site.as_operator, "o", subscribe=[f"{BASE}/+/ack"])
+
+        def has_all(_: Collector) -> bool:
+            return counts(site).get("pi-08") == 60 and refused(site).get(("pi-07", "over quota"), 0) > 1000
+
+        collect(site, has_all, quota)
+        assert 100 <= counts(site)["pi-07"] < 300
+        through = {body["device"]: body["through"] for body in map(read_json, receive_messages(ack, 99, 2.0))}
+        assert through["pi-08"] == 60
+        assert through["pi-07"] <= counts(site)["pi-07"], "nothing is acknowledged that is not stored"
+        for other in (thief, link, ack):
+            other.close()
+    [alert] = [row for row in site.store.alerts() if row["subject"] == "quota"]
+    assert (alert["device"], alert["alert"], alert["severity"]) == ("pi-07", "security", "critical")
+    assert not [row for row in site.store.alerts() if row["subject"] == "refused"]
+
+
+def test_junk_in_a_devices_own_name_uses_up_its_quota(site: Site) -> None:
+    quota = Quota(messages_per_s=1.0, bytes_per_s=1_000, burst_s=50.0)
+    with site.broker:
+        collect(site, lambda _: True)
+        thief = Link(site.as_device("pi-07"), "x")
+        publish(thief, [OutgoingMessage(f"{BASE}/pi-07/health", b"x" * 1000)] * 200)
+        thief.close()
+        collect(site, lambda _: sum(refused(site).values()) == 200, quota)
+        assert refused(site)["pi-07", "over quota"] >= 140
+
+
+def test_a_device_cannot_fill_the_broker_with_retained_topics(site: Site) -> None:
+    topics = [f"{BASE}/pi-07/{kind}/{'t' * 200}{i}" for kind in ("results", "alerts") for i in range(400)]
+    with site.broker:
+        collector = Collector("acme", site.as_collector, site.store, site.key)
+        link = collector._connect()
+        thief = Link(site.as_device("pi-07"), "x")
+        publish(thief, [OutgoingMessage(topic, b"x" * 100, retain=True) for topic in topics])
+        publish(thief, [OutgoingMessage(f"{BASE}/pi-07/state", b"{}", retain=True)])
+        deadline = time.monotonic() + 60
+        while collector.acknowledger.has_pending or refused(site).get(("pi-07", "retained"), 0) < len(topics):
+            assert time.monotonic() < deadline
+            collector.tick(link, 0.1)
+        # What it retained while no collector ran is deleted when one connects.
+        link.close()
+        publish(thief, [OutgoingMessage(topic, b"x" * 100, retain=True) for topic in topics[:50]])
+
+        def has_deleted(other: Collector) -> bool:
+            return refused(site)["pi-07", "retained"] >= len(topics) + 50 and not other.acknowledger.has_pending
+
+        collect(site, has_deleted)
+        watcher = Link(site.as_operator, "o", subscribe=[f"{BASE}/pi-07/#"])
+        assert [message.topic for message in receive_messages(watcher, 9, 1.0)] == [f"{BASE}/pi-07/state"]
+        for other in (thief, watcher):
+            other.close()
+
+
+def test_retained_topics_are_deleted_through_a_shared_subscription_too(site: Site) -> None:
+    with site.broker:
+        shared = logged_filters("acme", group=site.group)
+        link = Link(site.as_collector, "c", subscribe=shared, retain_as_published=shared)
+        thief = Link(site.as_device("pi-07"), "x")
+        publish(thief, [OutgoingMessage(f"{BASE}/pi-07/results/x", b"x", retain=True)])
+        publish(thief, [OutgoingMessage(f"{BASE}/pi-07/results/x", b"x")])
+        assert [message.retained for message in receive_messages(link, 2)] == [True, False]
+        thief.close()
+        link.close()
+
+
+def counts(site: Site) -> dict[str, int]:
+    return {device: site.store.count_messages(device) for device in site.senders}
+
+
+def refused(site: Site) -> dict[tuple[str, str], int]:
+    return {(row["device"], row["reason"]): row["count"] for row in site.store.refusals()}
+
+
+def read_json(message: IncomingMessage) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(message.payload)
+    return document

@@ -1,0 +1,22 @@
+"""`outstation` commands run in the process of the test: a process of its own takes half a second to start."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import subprocess
+
+from agent.cli import main
+
+
+def call_outstation(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run one `outstation` command to its end; return its exit code and output. Not for threads: stdout is replaced."""
+    out, err = io.BytesIO(), io.BytesIO()
+    stdout, stderr = (io.TextIOWrapper(file, encoding="utf-8", write_through=True) for file in (out, err))
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            main(list(arguments))
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue().decode(), err.getvalue().decode())

@@ -1,0 +1,163 @@
+"""Confinement: native code of a hostile model reaches no file, network, process or secret."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agent.errors import BadBundle
+from agent.model import activation
+from agent.model.bundle import builtin, bundle
+from agent.model.bundle.manifest import ResourceLimits
+from agent.model.inference import runtime
+from agent.model.inference.runtime_name import runtime_name
+from agent.model.sandbox import confinement, probe
+from agent.model.sandbox.confinement import ModelPolicy
+from agent.model.sandbox.subprocess_model import SubprocessModel
+
+# What native code of a model would try; each line is run in a confined process, where it must raise OSError.
+ATTACKS = {
+    "read a file": "os.open('/etc/passwd', os.O_RDONLY)",
+    "read its environment": "os.open('/proc/self/environ', os.O_RDONLY)",
+    "read the memory of its parent": "os.open(f'/proc/{os.getppid()}/mem', os.O_RDONLY)",
+    "write a file": "os.open('/tmp/dropped', os.O_WRONLY | os.O_CREAT)",
+    "list a folder": "os.listdir('/')",
+    "remove a file": "os.unlink('/tmp/dropped')",
+    "make a link": "os.symlink('/etc/passwd', '/tmp/dropped')",
+    "open a network connection": "socket.socket(socket.AF_INET)",
+    "open a local socket": "socket.socket(socket.AF_UNIX)",
+    "start a process": "os.fork()",
+    "start a program": "os.execv('/bin/true', ['true'])",
+    "stop its parent": "os.kill(parent, signal.SIGKILL)",
+    "signal its group": "os.killpg(group, signal.SIGTERM)",
+    "trace its parent": "call('ptrace', 16, parent, 0, 0)",
+    "read its parent's memory by a call": "call('process_vm_readv', parent, 0, 0, 0, 0, 0)",
+    "take a descriptor of its parent": "call('pidfd_open', parent, 0)",
+    "make executable memory": "mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)",
+    "make memory executable": "call('mprotect', page, 4096, 5)",
+    "start a program from memory": "call('memfd_create', b'x', 0)",
+    "use io_uring": "call('io_uring_setup', 1, 0)",
+    "load a kernel program": "call('bpf', 0, 0, 0)",
+    "leave its namespaces": "call('unshare', 0x10000000)",
+    "change its user": "os.setuid(0)",
+    "change the mode of a file": "os.chmod('/tmp', 0o777)",
+    "open by handle": "call('open_by_handle_at', 0, 0, 0)",
+    "raise its own limits": "resource.setrlimit(resource.RLIMIT_CORE, (1 << 20, 1 << 20))",
+}
+_CHILD = """
+import ctypes, json, mmap, os, resource, signal, socket, sys
+from agent.model.sandbox import confinement
+attacks, parent, group = json.loads(sys.argv[1]), os.getppid(), os.getpgid(0)
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+libc, seccomp = ctypes.CDLL(None, use_errno=True), ctypes.CDLL("libseccomp.so.2")
+memory = mmap.mmap(-1, 4096)
+page = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+numbers = {name: seccomp.seccomp_syscall_resolve_name(name.encode()) for name in json.loads(sys.argv[2])}
+libc.syscall.restype = ctypes.c_long
+
+def call(name, *arguments):
+    if libc.syscall(numbers[name], *(ctypes.c_void_p(a) if isinstance(a, int) else a for a in arguments)) < 0:
+        raise OSError(ctypes.get_errno(), name)
+
+if sys.argv[3] == "confined":
+    confinement.confine()
+outcomes = {}
+for name, attack in attacks.items():
+    try:
+        eval(attack)
+        outcomes[name] = "done"
+    except (OSError, ValueError) as error:
+        outcomes[name] = getattr(error, "errno", 1)
+os.write(1, json.dumps(outcomes).encode())
+os._exit(0)
+"""
+
+
+def _attempt(attacks: dict[str, str], mode: str) -> dict[str, str | int]:
+    calls = [part.split("'")[1] for part in attacks.values() if part.startswith("call(")]
+    child = subprocess.run(
+        [sys.executable, "-c", _CHILD, json.dumps(attacks), json.dumps(calls), mode],
+        capture_output=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, "SECRET": "token"},
+    )
+    assert child.returncode == 0, child.stderr.decode()
+    outcomes: dict[str, str | int] = json.loads(child.stdout)
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, str | int]:
+    return _attempt(ATTACKS, "confined")
+
+
+@pytest.mark.attack("confinement")
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_hostile_model_cannot(attack: str, outcomes: dict[str, str | int]) -> None:
+    assert outcomes[attack] == errno.EPERM
+
+
+@pytest.mark.attack("confinement", control=True)
+@pytest.mark.parametrize(
+    "attack", ["read a file", "read its environment", "list a folder", "open a network connection"]
+)
+def test_without_confinement_it_can(attack: str) -> None:
+    assert _attempt({attack: ATTACKS[attack]}, "free") == {attack: "done"}
+
+
+def test_a_model_process_is_confined_and_computes_the_bits_of_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BROKER_PASSWORD", "token")
+    shipped = bundle.read(builtin.bundles_dir() / "exercise", builtin.publisher_keys())
+    here = runtime.load_model(shipped.manifest, shipped.model_bytes)
+    windows = np.random.default_rng(3).normal(size=(100, *here.input_shape)).astype(np.float32)
+    with SubprocessModel(shipped) as there:
+        assert np.array_equal(there.invoke(windows), here.invoke(windows))
+        assert there.is_confined
+        status = Path(f"/proc/{there.pid}/status").read_text(encoding="ascii")
+        assert "Seccomp:\t2\n" in status
+        assert b"token" not in Path(f"/proc/{there.pid}/environ").read_bytes()
+
+
+def test_a_bundle_that_names_sixty_four_gib_gets_what_the_site_allows() -> None:
+    assert ModelPolicy(memory_mib=256).cap(ResourceLimits(memory_mib=65_536)).memory_mib == 256
+    assert ModelPolicy(memory_mib=256).cap(ResourceLimits(memory_mib=128)).memory_mib == 128
+
+
+def test_where_nothing_can_confine_a_required_confinement_runs_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(confinement, "find_obstacle", lambda: "libseccomp.so.2 is missing")
+    shipped = bundle.read(builtin.bundles_dir() / "exercise", builtin.publisher_keys())
+    report = probe.probe(shipped, policy=ModelPolicy("required"))
+    assert not report.ok
+    assert "libseccomp.so.2 is missing" in report.checks[0][2]
+    with pytest.raises(BadBundle, match="cannot confine a model"):
+        activation.load_bundle(activation.ProvenBundle(shipped, None, None), policy=ModelPolicy("required"))
+    assert probe.probe(shipped, policy=ModelPolicy("auto")).ok
+
+
+def test_a_model_process_ends_with_the_last_use_of_its_model() -> None:
+    shipped = bundle.read(builtin.bundles_dir() / "exercise", builtin.publisher_keys())
+    model = SubprocessModel(shipped)
+    pid = model.pid
+    assert pid is not None
+    os.kill(pid, 0)
+    del model
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_the_name_of_the_runtime_is_known_without_loading_it() -> None:
+    code = "import sys; from agent.model.inference.runtime_name import runtime_name as n; print(n()); "
+    code += "print({'ai_edge_litert', 'tflite_runtime'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    [package] = {"ai_edge_litert", "tflite_runtime"} & set(sys.modules)
+    assert done.stdout.splitlines() == [f"{package.replace('_', '-')} {sys.modules[package].__version__}", "set()"]
+    assert runtime_name() == done.stdout.splitlines()[0]
