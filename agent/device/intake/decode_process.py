@@ -39,6 +39,7 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
+_ANSWERS: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
 _INHERITED = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "PATH", "LC_ALL", "LANG")
 
 
@@ -159,7 +160,7 @@ class DecodeProcess:
         if data is None:
             raise self._make_death_error()
         try:
-            return msgspec.msgpack.decode(data, type=Answer)  # type: ignore[arg-type]
+            return _ANSWERS.decode(data)
         except msgspec.MsgspecError as error:
             raise DecoderDied(f"the process that decodes it sent an invalid answer ({error})") from None
 

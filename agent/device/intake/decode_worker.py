@@ -109,9 +109,9 @@ def _import_decoders(setup: DecoderSetup) -> None:
         samples = {"a.wav": _make_wav(stream.media_format)}
     setup = replace(setup, fields=stream.fields)
     for name, content in samples.items():
-        with open(os.memfd_create("sample", os.MFD_CLOEXEC), "w+b") as file:
-            file.write(content)
-            file.seek(0)
+        sample = os.memfd_create("sample", os.MFD_CLOEXEC)
+        os.pwrite(sample, content, 0)
+        with open(sample, "rb") as file:
             for _ in _read_blocks(Path(name), file, DecodeRequest(name, 0, None), setup):
                 pass
 

@@ -190,8 +190,9 @@ def _pack(values: np.ndarray[Any, Any]) -> PackedColumn:
 
 
 def _pack_lines(lines: Sequence[int]) -> PackedColumn:
-    is_range = isinstance(lines, range)
-    return _pack(np.arange(lines.start, lines.stop) if is_range else np.array(lines, np.int64))  # type: ignore[union-attr]
+    if isinstance(lines, range):
+        return _pack(np.arange(lines.start, lines.stop))
+    return _pack(np.array(lines, np.int64))
 
 
 def _pack_times(t: Any) -> PackedColumn | list[Any] | None:
