@@ -300,6 +300,15 @@ REFUSED_ON_DEVICE = AlertKind(
     "Check who may publish on the device's topics. `outstation status` counts the refusals by reason.",
     "After an hour without such a message.",
 )
+WIPE_PENDING = AlertKind(
+    *("Device will be erased", "security", "wipe", "_device/security/wipe", "critical", "device"),
+    "One operator confirmed a wipe. The device erases itself at the time in the summary, or when a second operator's "
+    "key confirms a wipe.",
+    "`outstation fleet command DEVICE wipe`; a stolen operator key.",
+    "Ask who sent it. If nobody did, send `outstation fleet command DEVICE cancel-wipe`, and revoke the key: "
+    "`outstation fleet keys revoke`.",
+    "Once the wipe is cancelled, or its key is revoked.",
+)
 REFUSED_BY_COLLECTOR = AlertKind(
     *("Messages refused by the collector", "security", "refused", "collector/refused/{hour}", "critical", "collector"),
     "More than 20 messages in one device's name were refused within ten minutes. Nothing of them was stored.",
@@ -321,6 +330,14 @@ SIGNED_TWICE = AlertKind(
     "A copied key; two devices that run with copies of one store; a store that was restored from an old copy.",
     "Find the second device. If the key was stolen, revoke it: `outstation fleet revoke`.",
     _LOOK_YOURSELF,
+)
+TWO_LOGS = AlertKind(
+    *("Two logs of one device", "security", "{log}", "collector/two-logs/{log}", "critical", "collector"),
+    "Two message logs of one device live at once: one began without naming the other, or the other went on after its "
+    "declared end. Alerts of both logs stay open.",
+    "A copied card or key; a device whose whole data folder was deleted.",
+    "Find the second device. If there is none, say which log is the device's: `outstation fleet accept-log`.",
+    "Once only one of the logs lives: the later one named the other, or an operator accepted one.",
 )
 ROTATION_REFUSED = AlertKind(
     *("Key rotation refused", "security", "{log}/{seq}", "collector/{log}/{seq}", "critical", "collector"),

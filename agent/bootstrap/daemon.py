@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from agent.bootstrap import device, rollout, sinks
-from agent.bootstrap.tasks import load_task, open_crash_marker, parse_public_keys, trusted_publishers
+from agent.bootstrap.tasks import load_task, open_crash_marker, parse_public_keys
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device import status
@@ -25,10 +25,12 @@ from agent.device.intake.server import Intake
 from agent.device.intake.source import Source, SourceContext
 from agent.device.intake.sources.registry import source_module
 from agent.device.machine.timekeeping import make_clock
+from agent.device.machine.trusted_keys import TrustedKeys
 from agent.device.pipeline import label_metrics
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.tasks import Runtime, ScheduledTask
 from agent.device.rollout.desired_state import DesiredStateStore
+from agent.device.rollout.fetch.request import METADATA_DIR
 from agent.device.rollout.updater import BundleUpdater
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
@@ -36,6 +38,9 @@ from agent.device.store.store import Store
 from agent.device.uplink.sink import OpenSink
 from agent.device.uplink.uplink import Uplink
 from agent.errors import BadBundle, ConfigError
+from agent.wire.jws import Signer
+from agent.wire.keys import PublicKey
+from agent.wire.trust import COLLECTOR, DEPLOYER, OPERATOR, REPORTER
 
 
 def load_scheduled_tasks(
@@ -99,6 +104,23 @@ def _record_bundles(
     history.prune(store, conf.tasks, conf.data_dir)
 
 
+def _open_trusted_keys(
+    file: Path,
+    conf: Config,
+    store: Store,
+    message_log: MessageLog,
+    now: Callable[[], ClockReading],
+    collector: PublicKey | None,
+) -> TrustedKeys:
+    """Open the keys that the config names, or the trust document in force. Raises ConfigError."""
+    configured = [] if collector is None else [Signer(COLLECTOR, collector)]
+    for role, name in ((REPORTER, "reporters"), (DEPLOYER, "deployers"), (OPERATOR, "keys")):
+        texts = getattr(conf.operators, name)
+        configured += [Signer(role, key) for key in parse_public_keys(file, f"operators.{name}", texts)]
+    anchor_file = None if conf.updates is None else Path(conf.updates.root)
+    return TrustedKeys(store, message_log, now, configured, anchor_file, conf.data_dir / METADATA_DIR)
+
+
 def build_daemon(
     file: Path,
     conf: Config,
@@ -116,9 +138,10 @@ def build_daemon(
         raise ConfigError(
             str(file), "collector.key", 'empty: without it no acknowledgement counts; set it, or delivery = "broker"'
         )
-    operators = parse_public_keys(file, "operators.keys", conf.operators.keys)
-    receiver = CommandReceiver(store, message_log, operators)
-    desired_states = DesiredStateStore(store, message_log, operators, conf.device.groups)
+    trusted = _open_trusted_keys(file, conf, store, message_log, now, collector)
+    receiver = CommandReceiver(store, message_log, trusted)
+    desired_states = DesiredStateStore(store, message_log, trusted, conf.device.groups)
+    trusted.on_change = desired_states.verify_again
     marker = open_crash_marker(conf, store, message_log)
     signals = Signals()
 
@@ -132,15 +155,19 @@ def build_daemon(
         lambda: label_metrics.build_label_targets([entry.task for entry in scheduled]),
     )
     uplink = Uplink(
-        *(conf, store, message_log, collector, now, signals.fail, open_sink or sinks.sink_opener(conf)),
-        receivers=[receiver, desired_states],
+        *(conf, store, message_log, trusted.find_collector, now, signals.fail, open_sink or sinks.sink_opener(conf)),
+        receivers=[trusted, receiver, desired_states],
         pause=pause,
     )
 
     load = partial(load_task, file, conf, store, marker=marker, on_wait=on_model_wait)
 
     def make_updater(runtime: Runtime, on_wait: Callable[[], None]) -> BundleUpdater:
-        publishers = trusted_publishers(file, conf)
+        listed = parse_public_keys(file, "publishers.keys", conf.publishers.keys)
+
+        def publishers() -> list[PublicKey]:
+            return [*listed, *(signer.key for signer in trusted.commanders if signer.owner == OPERATOR)]
+
         return rollout.build_updater(
             *(file, conf, store, message_log, desired_states, publishers, marker, runtime, signals.wake, on_wait)
         )
@@ -148,15 +175,15 @@ def build_daemon(
     def make_commands(runtime: Runtime, updater: BundleUpdater) -> RemoteCommands:
         key_files, key_path = device.load_key_files(file, conf), device.device_key_path(file, conf)
         rotation = KeyRotation(store, message_log, key_files, receiver.post, runtime.reconnect)
-        wipe = Wipe(store, message_log, runtime.halt)
+        wipe = Wipe(store, message_log, trusted, runtime.halt, conf.operators.wipe_delay)
         tasks = TaskActions(
             *(str(file), conf, store, message_log, runtime),
             load,
             lambda: status.build_document(conf, store),
             updater.rollouts,
         )
-        actions = {**tasks.by_name(), "rotate-key": rotation.rotate, "wipe": wipe.request}
-        executor = CommandExecutor(store, message_log, receiver, actions)
+        actions = {**tasks.by_name(), "rotate-key": rotation.rotate, "cancel-wipe": wipe.cancel}
+        executor = CommandExecutor(store, message_log, receiver, actions, {"wipe": wipe.request})
         return RemoteCommands(executor, receiver, rotation, wipe, partial(device.erase, file, conf, key_path))
 
     return Daemon(

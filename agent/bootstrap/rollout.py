@@ -70,7 +70,7 @@ def build_updater(
     store: Store,
     message_log: MessageLog,
     desired_states: DesiredStateStore,
-    publishers: Sequence[PublicKey],
+    publishers: Callable[[], Sequence[PublicKey]],
     marker: CrashMarker | None,
     runtime: Runtime,
     wake: Callable[[], None],

@@ -13,6 +13,7 @@ from agent.config import Config
 from agent.device.bundles import history, quarantine, rollout_state
 from agent.device.bundles.crash_marker import CrashMarker
 from agent.device.machine.timekeeping import make_clock
+from agent.device.machine.trusted_keys import stored_operators
 from agent.device.pipeline import drift_state, tuning_cache
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout import saved_drift, transitions
@@ -40,10 +41,14 @@ def parse_public_keys(file: Path, key: str, texts: list[str]) -> list[PublicKey]
         raise ConfigError(str(file), key, f"not a base64url Ed25519 public key: {error}") from None
 
 
-def trusted_publishers(file: Path, conf: Config) -> list[PublicKey]:
-    """Return the keys whose bundles this device runs, besides those of built-in bundles."""
+def trusted_publishers(file: Path, conf: Config, store: Store | None) -> list[PublicKey]:
+    """Return the keys whose installed bundles this device runs, besides those of built-in bundles.
+
+    A bundle that an operator's key signed before it was revoked keeps running.
+    """
     listed = parse_public_keys(file, "publishers.keys", conf.publishers.keys)
-    return [*listed, *parse_public_keys(file, "operators.keys", conf.operators.keys)]
+    operators = parse_public_keys(file, "operators.keys", conf.operators.keys)
+    return [*listed, *operators, *(stored_operators(store) if store else [])]
 
 
 def model_policy(conf: Config) -> ModelPolicy:
@@ -86,7 +91,7 @@ def load_task(
 
     known_tunings = tuning_cache.load(store, name) if store else known_tunings
     active = activation.activate(
-        path, trusted_publishers(file, conf), known_tunings, guard_run, model_policy(conf), on_wait
+        path, trusted_publishers(file, conf, store), known_tunings, guard_run, model_policy(conf), on_wait
     )
     if store and active.tuning:
         tuning_cache.save(store, name, active.tuning)
@@ -171,7 +176,6 @@ def _build_drift_monitor(file: str, conf: Config, name: str, active: LoadedBundl
         learn_windows=task.learn_windows,
         min_learn_s=float(task.learn_duration),
         seasonality=task.seasonality or manifest.drift.seasonality or "auto",
-        min_bin_rows=manifest.drift.min_count or 0,
         units=manifest.input.units,
         class_field=declared if task.class_field is None else task.class_field,
     )

@@ -25,12 +25,16 @@ _COMMANDS = {
     "ingest": ("agent.cli.device.ingest:ingest", "Take rows from CSV, JSON Lines or Parquet."),
     "label": ("agent.cli.device.label:label", "Tell what was true of results."),
     "status": ("agent.cli.device.status:status", "Backlog, tasks, bundles, outbox, clock and last alerts."),
+    "disclose": ("agent.cli.device.disclose:disclose", "Rows behind a signed message, with their proof."),
+    "head": ("agent.cli.device.head:head", "Sign where the message log ends, for an auditor."),
     "cost": ("agent.cli.device.cost:cost", "Processor time, bytes on flash and on the air, energy."),
     "drift": ("agent.cli.device.drift:drift", "How a task's readings moved from its site's reference."),
     "model": ("agent.cli.model.group:model", "Bundles: make, sign, check, evaluate and run them."),
     "reference": ("agent.cli.device.reference:reference", "What is normal at this site."),
     "fleet": ("agent.cli.fleet.group:fleet", "The fleet's side: enrol devices, collect, watch, command, audit."),
 }
+
+_RUN_MODELS = {"run", "batch"}
 
 
 class _LazyGroup(click.Group):
@@ -42,6 +46,11 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
+        if cmd_name in _RUN_MODELS and not {"-h", "--help"} & set(sys.argv):
+            # It imports the runtime while this process imports the rest.
+            from agent.model.sandbox import launch
+
+            launch.prepare_spare()
         module, _, name = _COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module), name)
         return command

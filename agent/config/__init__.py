@@ -51,7 +51,13 @@ class CollectorConfig(Section, frozen=True):
 
 
 class OperatorsConfig(Section, frozen=True):
+    """Keys by role, until a trust document replaces them (see `agent.wire.trust`)."""
+
     keys: list[str] = msgspec.field(default_factory=list)
+    deployers: list[str] = msgspec.field(default_factory=list)
+    reporters: list[str] = msgspec.field(default_factory=list)
+    # A wipe that one operator's key confirms happens this much later, so that others can cancel it.
+    wipe_delay: Duration = Duration(3600.0)
 
 
 class PublishersConfig(Section, frozen=True):
@@ -65,6 +71,13 @@ class BufferConfig(Section, frozen=True):
     keep_messages: Duration = Duration(48 * 3600.0)
     keep_results: Duration = Duration(7 * 86_400.0)
     when_full: Literal["evict", "refuse"] = "evict"
+
+
+class PrivacyConfig(Section, frozen=True):
+    """What may leave the device. A bundle may demand a larger `min_count`, never a smaller one."""
+
+    min_count: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 10
+    values_in_logs: bool = False
 
 
 class ThrottleConfig(Section, frozen=True):
@@ -152,6 +165,7 @@ class Config(Section, frozen=True):
     operators: OperatorsConfig = msgspec.field(default_factory=OperatorsConfig)
     publishers: PublishersConfig = msgspec.field(default_factory=PublishersConfig)
     buffer: BufferConfig = msgspec.field(default_factory=BufferConfig)
+    privacy: PrivacyConfig = msgspec.field(default_factory=PrivacyConfig)
     intake: IntakeConfig = msgspec.field(default_factory=IntakeConfig)
     throttle: ThrottleConfig = msgspec.field(default_factory=ThrottleConfig)
     models: ModelsConfig = msgspec.field(default_factory=ModelsConfig)

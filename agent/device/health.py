@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,14 +17,19 @@ from agent.device.bundles import overrides, rollout_state
 from agent.device.machine import timekeeping
 from agent.device.machine.timekeeping import SYNCED
 from agent.device.pipeline import deadline
-from agent.device.store import space, task_keys
+from agent.device.store import retention, space, task_keys
 from agent.device.store.cost import ProcessMeter
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.errors import StorageFull
+from agent.wire import jws
+from agent.wire.messages import AcknowledgementRef, AckPayload
 
 log = logging.getLogger("outstation")
+
+# A quotation has 222 bytes: 5 kB a day.
+_QUOTE_INTERVAL_S = 3600.0
 
 ModelsByTask = Mapping[str, Mapping[str, Any]]
 
@@ -50,6 +56,7 @@ class HealthReporter:
     ) -> None:
         self._conf, self._store, self._message_log, self._models, self._now = conf, store, message_log, models, now
         self._process_meter = ProcessMeter()
+        self._next_quote_s = float("-inf")
         # Further members of a health message.
         self.extra_members: Callable[[ClockReading], Mapping[str, Any]] = lambda now: {}
 
@@ -61,6 +68,9 @@ class HealthReporter:
                 tx.set_meta(SYNCED, str(now.wall_us))
             self._process_meter.tick(tx, now)
             body = build_body(self._conf, self._store, self._models)
+            if now.boot_s >= self._next_quote_s and (quoted := quote_acknowledgement(self._store)) is not None:
+                self._next_quote_s = now.boot_s + _QUOTE_INTERVAL_S
+                body["acknowledged"] = quoted
             members = {**body, **self.extra_members(now), "wall_clock": timekeeping.build_report(self._store, now)}
             self._message_log.append(tx, "health", None, members, now)
 
@@ -115,6 +125,16 @@ def _describe_failure(failure: BundleFailure) -> str:
     if failure.fallback:
         return f"goes on with {failure.fallback}: {failure.reason}"
     return f"does not run: {failure.reason}"
+
+
+def quote_acknowledgement(store: Store) -> AcknowledgementRef | None:
+    """Return the newest acknowledgement that this device verified and stored; None before the first."""
+    text = store.get_meta(retention.ACKNOWLEDGEMENT, "")
+    if not text:
+        return None
+    stored = json.loads(text)
+    ack = msgspec.json.decode(stored["payload"], type=AckPayload)
+    return AcknowledgementRef(jws.claimed_kid(stored["jws"]), ack.log, ack.through, ack.time, ack.digest)
 
 
 def build_body(conf: Config, store: Store, models: ModelsByTask) -> dict[str, Any]:

@@ -43,9 +43,8 @@ class DriftMonitor:
     """Monitor of a task's batches against its shipped reference and, once learned, its site's reference.
 
     The site's reference is learned from `learn_windows` drift windows and at least `min_learn_s` seconds of readings.
-    `seasonality` says whether it follows the hour of day and days of rest (auto, hour, week, none). No bin in a message
-    shows fewer than `min_bin_rows` rows. `class_field` names the field whose values are the classes of a model that
-    names none.
+    `seasonality` says whether it follows the hour of day and days of rest (auto, hour, week, none). `class_field` names
+    the field whose values are the classes of a model that names none.
     """
 
     def __init__(
@@ -56,7 +55,6 @@ class DriftMonitor:
         window: int,
         learn_windows: int = 40,
         units: Sequence[str] = (),
-        min_bin_rows: int = 0,
         min_learn_s: float = 0.0,
         seasonality: str = "auto",
         class_field: str = "",
@@ -77,7 +75,6 @@ class DriftMonitor:
         self._alert_lifecycle = AlertLifecycle(shipped, self.units)
         self.min_learn_s = min_learn_s
         self.seasonality = seasonality
-        self.min_bin_rows = min_bin_rows
         self._empty_summary = Summary.empty(self.shipped)
         self._empty_learning = LearningState.empty(self.shipped)
         self._tester: DriftTester | None = None
@@ -174,7 +171,7 @@ class DriftMonitor:
         while at < len(starts):
             state, more, at = self._fill_windows(state, batch, at)
             closed += more
-        return state, build_results(merge_quiet(closed), self.shipped, self.min_bin_rows)
+        return state, build_results(merge_quiet(closed), self.shipped)
 
     def _fill_windows(self, state: DriftState, batch: Batch, first: int) -> tuple[DriftState, list[ClosedWindow], int]:
         """Fill drift windows with model windows from `first` on, process the full ones, and return how far it got."""

@@ -58,15 +58,15 @@ def merge_quiet(windows: Iterable[ClosedWindow]) -> list[ClosedWindow]:
     return merged
 
 
-def build_results(windows: Sequence[ClosedWindow], shipped: Reference, min_bin_rows: int) -> list[DriftWindowResult]:
+def build_results(windows: Sequence[ClosedWindow], shipped: Reference) -> list[DriftWindowResult]:
     """Return the results with their members. Numbers of all windows are built together, once."""
     if not windows:
         return []
     sums = MessageSums.stack([window.sums for window in windows])
     columns = zip(
         windows,
-        drift_message.build_features(sums, shipped, min_bin_rows),
-        drift_message.build_output(sums, shipped, min_bin_rows),
+        drift_message.build_features(sums, shipped),
+        drift_message.build_output(sums, shipped),
         drift_message.build_estimates(sums, shipped),
         sums.mean_step_us.tolist(),
         sums.repeated_share.tolist(),

@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 
 from agent import clock, durable_files
-from agent.errors import MessageRefused, StorageError, UsageError
+from agent.errors import LinkDown, MessageRefused, StorageError, UsageError
 from agent.fleet.database.keyring import DeviceKey, Keyring
-from agent.transport.packets import NO_SUBSCRIBERS, BrokerLink, IncomingMessage, OutgoingMessage
+from agent.transport.packets import NO_SUBSCRIBERS, BrokerLink, IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws, topics
 from agent.wire.commands import COMMANDS, check_args
 from agent.wire.jws import Signer
@@ -24,6 +24,7 @@ from agent.wire.keys import SigningKey
 from agent.wire.messages import ReplyPayload, cloudevent_properties, encode, verify_message
 
 VALID_S = 600
+PUBLISH_TIMEOUT_S = 10.0
 COUNTER_FILE = "operator.counter"
 # How often keys are read again while a reply is waiting whose key the collector has not stored yet.
 _REFRESH_S = 0.5
@@ -139,6 +140,26 @@ def send(
     )
     reply, reason = _ReplyMatcher(identity, reply_topic, keyring).wait(link, token, wait_s)
     return CommandResult(device, name, identity, counter, reply, reason)
+
+
+def send_retained(link: BrokerLink, messages: Sequence[OutgoingMessage]) -> None:
+    """Send retained messages and wait until the broker has them all. Raises LinkDown, also on a refusal."""
+    waiting = {link.send(message): message.topic for message in messages}
+    end = time.monotonic() + PUBLISH_TIMEOUT_S
+    while waiting:
+        left = end - time.monotonic()
+        if left <= 0:
+            late = ", ".join(sorted(waiting.values()))
+            raise LinkDown(f"the broker did not accept {late} within {PUBLISH_TIMEOUT_S:g} s")
+        for receipt in link.receive(left):
+            if not isinstance(receipt, PublishReceipt) or receipt.token not in waiting:
+                continue
+            target = waiting.pop(receipt.token)
+            if not receipt.is_accepted:
+                raise LinkDown(
+                    f"the broker refused {target}: {receipt.reason}; its access list must let the operator write there "
+                    "(`outstation fleet init` of this version writes one that does)"
+                )
 
 
 class _ReplyMatcher:

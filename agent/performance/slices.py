@@ -43,7 +43,7 @@ def compute_slice_metrics(
     tested: list[tuple[MetricEstimate, float]] = []
     extra: list[MetricEstimate] = []
     for field in sorted(slices):
-        values = np.array(_merge_rare_values(slices[field]))
+        values = np.array(merge_rare_values(slices[field]))
         for value in sorted(set(values.tolist())):
             inside = values == value
             tested.append(_slice_metric(kind, f"{field}={value}", losses, inside, design_effect))
@@ -122,7 +122,7 @@ def _fisher_exact(wrong: int, n: int, wrong_elsewhere: int, n_elsewhere: int) ->
     return ways / math.comb(total, mistakes)
 
 
-def _merge_rare_values(values: Sequence[str]) -> list[str]:
+def merge_rare_values(values: Sequence[str]) -> list[str]:
     """Return the most frequent values, and OTHER for the rest."""
     counts = Counter(values)
     frequent = set(sorted(counts, key=lambda value: (-counts[value], value))[:_MAX_VALUES])

@@ -60,7 +60,7 @@ class RolloutDriver(msgspec.Struct):
     def prepare(self) -> None:
         """Create a repository with the bundle, and start its web server. Raises OutstationError."""
         self.fleet.prepare()
-        self.run_command("fleet", "repository", "init")
+        self.run_command("fleet", "repository", "init", "--demo")
         if self.target.bundle_path is not None:
             trust = [word for key in self.trusted_keys for word in ("--key", key.text)]
             self.run_command("fleet", "publish", str(self.target.bundle_path), *trust)

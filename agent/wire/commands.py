@@ -32,9 +32,22 @@ COMMANDS: dict[str, CommandArguments] = {
     "label": CommandArguments(("task", "labels")),
     "rotate-key": CommandArguments(),
     "wipe": CommandArguments((), ("confirm",)),
+    "cancel-wipe": CommandArguments(),
+}
+# Commands of the roles in `agent.wire.trust`; None: all of them.
+ROLE_COMMANDS: dict[str, frozenset[str] | None] = {
+    "operator": None,
+    "deployer": frozenset({"report", "rollback"}),
+    "reporter": frozenset({"report"}),
 }
 # Refused while the clock is unsynced, because the device cannot tell whether they have expired.
 CLOCK_DEPENDENT = frozenset({"rollback", "rotate-key", "wipe"})
+
+
+def may_command(role: str, name: str) -> bool:
+    """Return True if a key of `role` may send the command."""
+    allowed = ROLE_COMMANDS.get(role, frozenset())
+    return allowed is None or name in allowed
 
 
 def check_args(name: str, args: dict[str, str]) -> None:

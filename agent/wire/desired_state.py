@@ -19,6 +19,8 @@ Digest = Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
 Version = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 # Devices reject a larger message unread.
 MAX_DESIRED_BYTES = 65_536
+# Roles of keys that may sign it, as in `agent.wire.trust`.
+DESIRED_STATE_ROLES = frozenset({"operator", "deployer"})
 
 # Strategies of a plan's steps, in the only order in which they may follow each other.
 StepStrategy = Literal["shadow", "canary", "all"]

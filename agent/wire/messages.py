@@ -202,6 +202,7 @@ class DriftPayload(LoggedPayload, frozen=True, kw_only=True, tag="drift"):
         for name, field in self.features.items():
             try:
                 counted = sum(field["counts"]) + field["below"] + field["above"] + field["missing"]
+                counted += field.get("withheld", 0)
             except (KeyError, TypeError):
                 raise ValueError(f"field {name} of a run has no counts") from None
             if counted != span.n:
@@ -238,6 +239,8 @@ class QualityPayload(LoggedPayload, frozen=True, kw_only=True, tag="quality"):
     labels: dict[str, Any] = {}
     estimate: dict[str, Any] | None = None
     metrics: list[Metric] = []
+    # Metrics of too few labels, or too few new ones.
+    withheld: Natural = 0
 
 
 class Moments(msgspec.Struct, frozen=True):
@@ -293,10 +296,24 @@ class ShadowPayload(LoggedPayload, frozen=True, kw_only=True, tag="shadow"):
             raise ValueError(f"{self.agreeing} windows agree, n says {self.n}")
 
 
+class AcknowledgementRef(msgspec.Struct, frozen=True):
+    """The newest acknowledgement that the device verified: the collector's key, and what it signed.
+
+    Quoted in the device's own signed messages, it bounds their time from below, and the collector cannot deny it.
+    """
+
+    kid: ShortText
+    log: Uuid
+    through: Natural
+    time: Rfc3339
+    digest: Annotated[str, msgspec.Meta(max_length=64)] | None = None
+
+
 class HealthPayload(LoggedPayload, frozen=True, kw_only=True, tag="health"):
     streams: dict[ShortText, dict[str, Any]] = {}
     tasks: dict[ShortText, dict[str, Any]] = {}
     wall_clock: dict[ShortText, Any] = {}
+    acknowledged: AcknowledgementRef | None = None
 
 
 class AuditPayload(LoggedPayload, frozen=True, kw_only=True, tag="audit"):
@@ -449,7 +466,7 @@ def encode(members: Mapping[str, Any]) -> bytes:
 
 
 def digest(payload: bytes) -> str:
-    """Return the hash that the next message of the log carries in `prev`."""
+    """Return the SHA-256 of a payload, base64url; a log is chained by `log_chain.digest`."""
     return b64url_encode(hashlib.sha256(payload).digest())
 
 

@@ -17,7 +17,7 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 class QuietWindows(msgspec.Struct, frozen=True, rename={"from_": "from"}):
     """Columns of one length: rows and times of each drift window of a run, which are numbered without a gap.
 
-    `nearest`: largest sum of a drift test after the window, as a share of its limit.
+    `nearest`: largest sum of a drift test after the window, as a share of its limit; None if it has too few rows.
     """
 
     first: list[Row | RowRun]
@@ -25,7 +25,7 @@ class QuietWindows(msgspec.Struct, frozen=True, rename={"from_": "from"}):
     from_: list[EpochMicroseconds | TimeRun] | JitteredTimes
     to: list[EpochMicroseconds | TimeRun] | JitteredTimes
     n: list[Row | RowRun]
-    nearest: Annotated[list[Share], msgspec.Meta(min_length=2, max_length=MAX_QUIET_WINDOWS)]
+    nearest: Annotated[list[Share | None], msgspec.Meta(min_length=2, max_length=MAX_QUIET_WINDOWS)]
 
     def __post_init__(self) -> None:
         columns = {"first": self.first, "last": self.last, "from": self.from_, "to": self.to, "n": self.n}

@@ -109,7 +109,7 @@ def outbox_to_broker() -> Result:
         def ours() -> int:
             confirmed = threading.Event()
             uplink = Uplink(
-                *(conf, store, author, None, clock.read, failures.append),
+                *(conf, store, author, lambda _kid: None, clock.read, failures.append),
                 lambda topics, will: MqttSink(
                     _Counted(conf.broker, "pi-07", subscribe=topics, will=will, sent=SENT, confirmed=confirmed)
                 ),

@@ -2,7 +2,7 @@
 
 - each acknowledged row has one result per task at the collector, or a signed message declares it lost
 - no row has two results of a task; no result belongs to a row that was never sent or was rejected
-- the signed digest of each run matches the sent rows
+- the signed commitment of each run matches the sent rows
 - `fleet audit` passes, the outbox is empty, and nobody had to intervene
 """
 
@@ -16,12 +16,17 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from agent.arrays import Float32s, Ints
+from agent.config import FieldConfig
+from agent.device.machine import commitment_secret
 from agent.device.store.rows import Rows
 from agent.errors import OutstationError
 from agent.fleet import config as fleet_config
 from agent.fleet.audit.audit import AuditReport, audit
+from agent.wire import commitment
 from agent.wire.messages import ResultColumns
 from scripts.faults.declarations import Declarations
+from scripts.faults.producer import FIELDS
 from scripts.faults.world import DEVICE, TASKS, World
 
 _POLL_S = 0.1
@@ -144,7 +149,7 @@ def _declarations(world: World) -> Declarations:
 
 
 def _evidence(world: World) -> tuple[AuditReport, int]:
-    """Return the audit result, and the number of runs whose digest does not match the sent rows."""
+    """Return the audit result, and the number of runs whose commitment does not match the sent rows."""
     store = world.fleet.open_store()
     try:
         report = audit(store, operators=fleet_config.load_trusted_keys(world.fleet.config))
@@ -160,5 +165,13 @@ def _altered(world: World, body: dict[str, Any]) -> bool:
     if len(times) != last - first + 1 or not all(t in world.producer.ledger.values for t in times):
         return False
     values = np.array([world.producer.ledger.values[t] for t in times], np.float32)
-    sent = Rows(np.array(times, np.int64), tuple(np.ascontiguousarray(values[:, i]) for i in range(values.shape[1])))
-    return sent.digest() != str(body["input"])
+    return commit_rows(world, body, np.array(times, np.int64), values) != str(body["input"])
+
+
+def commit_rows(world: World, body: dict[str, Any], t: Ints, values: Float32s) -> str:
+    """Compute the commitment of the device to rows of these values (n, fields)."""
+    first, last = body["rows"]
+    secret = commitment_secret.load(world.device.data_dir)
+    key = commitment.derive_key(secret, body["log"], body["task"], (first, last))
+    rows = Rows(t, tuple(np.ascontiguousarray(column) for column in values.T))
+    return rows.commit(key, [FieldConfig(name=name) for name in FIELDS], {})

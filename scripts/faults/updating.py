@@ -68,7 +68,7 @@ class Updating:
         self._world, self._count, self._ends = world, 0, _FINISHED
         self._follower: subprocess.Popen[bytes] | None = None
         self._digests: dict[str, str] = {}
-        self._operate("repository", "init")
+        self._operate("repository", "init", "--demo")
         self.web = FlakyWebServer(world.fleet.home / "repository")
         root = world.fleet.home / "repository" / "metadata" / "1.root.json"
         world.device.append_config(f'[updates]\nurl = "{self.web.url(DEVICE)}"\nroot = "{root}"\n')

@@ -16,7 +16,7 @@ from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
 from agent.testing.messages import FLEET, TIME, MessageSender, SignedMessage, new_key
 from agent.transport.packets import IncomingMessage
-from agent.wire import jws, keys, topics
+from agent.wire import enrolment_request, jws, keys, log_head, topics
 from agent.wire.keys import b64url_decode, b64url_encode
 from agent.wire.messages import AckPayload, VerifiedMessage, verify_message
 from scripts.fuzzing import target, unique_keys
@@ -119,6 +119,37 @@ def key(data: bytes) -> None:
         except ValueError:
             continue
         assert parsed.text == text.strip()
+
+
+def requests() -> list[bytes]:
+    return [enrolment_request.build("acme", "pi-07", DEVICE, COLLECTOR, None).split(b"\n")[0]]
+
+
+@target("request", "an accepted enrolment request is of the key that signed it", requests)
+def request(data: bytes) -> None:
+    try:
+        accepted = enrolment_request.parse(data + b"\n" + jws.sign(DEVICE, "enrolment request", data).encode())
+    except MessageRefused:
+        return
+    assert accepted.key.kid == DEVICE.public.kid
+    assert accepted.tls_key != DEVICE.private.public_key()
+
+
+def heads() -> list[bytes]:
+    body = {"v": 1, "kind": "head", "fleet": "acme", "device": "pi-07", "log": "0" * 8 + "-0000-4000-8000-" + "0" * 12}
+    state = {"seq": 9, "digest": "x" * 43, "time": TIME, "clock": "synced", "key": DEVICE.public.text}
+    return [json.dumps({**body, **state}).encode()]
+
+
+@target("head", "an accepted log head is of the key that signed it", heads)
+def head(data: bytes) -> None:
+    signed = {"payload": data.decode("utf-8", "replace"), "jws": jws.sign(DEVICE, "log head", data)}
+    try:
+        accepted = log_head.verify(json.dumps(signed).encode())
+    except MessageRefused:
+        return
+    assert accepted.key.kid == DEVICE.public.kid
+    parse_rfc3339(accepted.head.time)
 
 
 class Desk:

@@ -52,11 +52,11 @@ fields = [{wide}]
 N = 10_000
 BAD = {2: "99,0", 17: "fast,0", 5_000: "1", 9_999: "", 10_001: "nan,0"}
 REASONS = {
-    2: "ax = 99 g is above max 16",
-    17: "ax = 'fast' is no number",
+    2: "ax is above max 16",
+    17: "ax is no number",
     5_000: "1 values, the header names 3",
     9_999: "t = 1 runs backwards",
-    10_001: "ax = nan g is no finite number",
+    10_001: "ax is no finite number",
 }
 
 
@@ -143,7 +143,7 @@ def test_for_a_person_there_is_a_sum_and_the_reason_for_each_bad_line(
     assert code == 1
     first, *others = out.splitlines()
     assert first == "9995 rows accepted, 5 rejected"
-    assert others[0] == "  line 2: ax = 99 g is above max 16"
+    assert others[0] == "  line 2: ax is above max 16"
     assert len(others) == 5
 
 
@@ -181,7 +181,7 @@ def test_json_lines_and_parquet_are_taken_too(
     first = json.loads(ingest("watch", home / "in.jsonl", "--json")[1])
     assert first == {"accepted": 2, "rejected": [{"line": 3, "reason": "ay is missing"}]}
     second = json.loads(ingest("watch", home / "in.parquet", "--json")[1])
-    assert second == {"accepted": 1, "rejected": [{"line": 2, "reason": "ax = 99 g is above max 16"}]}
+    assert second == {"accepted": 1, "rejected": [{"line": 2, "reason": "ax is above max 16"}]}
     assert stored_rows(home, "watch", agent).columns[0].tolist() == [1, 4, 6]
 
 

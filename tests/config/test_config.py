@@ -156,7 +156,7 @@ def test_a_bundle_with_a_slash_is_a_path(tmp_path: Path) -> None:
         ('[broker]\nulr = "x"', "broker.ulr", "unknown key; did you mean 'url'?"),
         ('[buffer]\nmaxsize = "1 GiB"', "buffer.maxsize", "unknown key; did you mean 'max_size'?"),
         ('[collector]\nkeys = ["x"]', "collector.keys", "unknown key; did you mean 'key'?"),
-        ("[operators]\nzzz = 1", "operators.zzz", "unknown key; there is keys"),
+        ("[operators]\nzzz = 1", "operators.zzz", "unknown key; there is deployers, keys, reporters, wipe_delay"),
         ('[publishers]\nkey = "x"', "publishers.key", "unknown key; did you mean 'keys'?"),
         ('[intake]\ntpc = "x"', "intake.tpc", "unknown key; did you mean 'tcp'?"),
         (STREAM + "sources = 1", "streams.watch.sources", "unknown key; did you mean 'source'?"),
@@ -444,7 +444,7 @@ def test_small_order_keys_in_a_config_are_refused(tmp_path: Path, key: str) -> N
     file = tmp_path / "outstation.toml"
     file.write_text(DEVICE + f'[publishers]\nkeys = ["{KEY}", "{key}"]\n')
     with pytest.raises(ConfigError, match=r"outstation\.toml: publishers\.keys: .* of small order"):
-        trusted_publishers(file, config.load(file))
+        trusted_publishers(file, config.load(file), None)
 
 
 UPDATES = '[updates]\nurl = "https://updates.example.org/acme"\n'

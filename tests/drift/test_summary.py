@@ -177,24 +177,6 @@ def test_the_message_has_the_documented_members_and_stays_small(shipped: Referen
     assert len(json.dumps([got, output])) < 1500
 
 
-def test_no_bin_tells_of_fewer_rows_than_privacy_asks_for(shipped: Reference) -> None:
-    first = summarize(shipped, readings(5, 1).features.astype(np.float64), readings(5, 1).labels)
-    for least in (2, 5, 60, 10_000):
-        fields = drift_message.build_features(shown(stack_one(first)), shipped, least)[0]
-        assert fields.keys() == set(shipped.fields)
-        for field in fields.values():
-            counts = [field["below"], *field["counts"], field["above"]]
-            assert sum(counts) == 200
-            assert all(n == 0 or n >= min(least, 200) for n in counts)
-
-
-def test_answers_named_too_seldom_are_counted_together(shipped: Reference) -> None:
-    first = summarize(shipped, readings(5, 1).features.astype(np.float64), np.array([0] * 7 + [1] * 2 + [2]))
-    assert drift_message.build_output(shown(stack_one(first)), shipped, 3)[0]["counts"] == {"idle": 7, "other": 3}
-    assert drift_message.build_output(shown(stack_one(first)), shipped, 5)[0]["counts"] == {"other": 10}
-    assert drift_message.build_output(shown(stack_one(first)), shipped)[0]["counts"] == {"idle": 7, "walk": 2, "run": 1}
-
-
 @given(
     st.integers(0, 1000),
     st.integers(1, 4),

@@ -13,6 +13,7 @@ from agent.comparison.tally import merge_moments
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult
 from agent.drift.reporting import parsed_message
 from agent.fleet.drift.merge import MergedField
+from agent.wire import least_count
 from agent.wire.messages import Moments
 from tests.kit.machine import LABELS, ROWS, WINDOW, Readings, comparable, feed, readings, reference
 
@@ -107,16 +108,17 @@ def test_the_share_of_the_limit_is_that_of_the_largest_reported_sum(monitor: Dri
 
 def test_no_bin_of_a_run_shows_fewer_rows_than_allowed(learned: DriftState) -> None:
     least = 60
-    private = DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN, min_bin_rows=least)
+    private = DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN)
     _, results = feed(private, learned, readings(200, 20), batch=200)
     runs = [entry for entry in results if entry.windows > 1]
     assert runs
     for run in runs:
-        for field in run.members["features"].values():
+        body = least_count.apply("drift", {"window": {"n": run.row_count}, **run.members}, least)
+        for field in body["features"].values():
             shown = [*field["counts"], field["below"], field["above"]]
             assert all(n == 0 or n >= least for n in shown)
             assert sum(shown) + field["missing"] == run.row_count
-        assert all(n >= least for n in run.members["output"]["counts"].values())
+        assert all(n >= least for n in body["output"]["counts"].values())
 
 
 def test_a_run_ends_where_a_message_takes_no_more_windows(

@@ -15,7 +15,7 @@ from agent.testing.messages import new_key
 from agent.testing.process import run_outstation, wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage
-from agent.wire import jws
+from agent.wire import jws, keys
 from agent.wire.messages import encode
 
 KNOWN = "the collector knows the new signing key"
@@ -197,7 +197,10 @@ def listed(fleet: LocalFleet, name: str) -> dict[str, Any]:
 
 
 def test_a_wiped_device_reports_it_first_and_does_not_start_again(fleet: LocalFleet) -> None:
-    doomed = fleet.add_device("pi-02").add_replay_stream(10**9, 40, seed=3).add_task("exercise").start_and_wait()
+    doomed = fleet.add_device("pi-02").add_replay_stream(10**9, 40, seed=3).add_task("exercise")
+    at_once = doomed.config.read_text(encoding="utf-8").replace("[operators]", '[operators]\nwipe_delay = "0 s"')
+    doomed.config.write_text(at_once, encoding="utf-8")
+    doomed.start_and_wait()
     wait_until("something was collected", lambda: fleet.last_result_row("pi-02") > 0)
     assert command(fleet, "pi-02", "rotate-key")[0] == 0
     code, answer = command(fleet, "pi-02", "wipe", "not-the-word")
@@ -207,7 +210,8 @@ def test_a_wiped_device_reports_it_first_and_does_not_start_again(fleet: LocalFl
     code, answer = command(fleet, "pi-02", "wipe", "--yes")
     assert code == 0, answer
     assert doomed.wait(60) == 0
-    assert audits(fleet, "pi-02", "wiped") == [{}]
+    operator = keys.load_public_for(fleet.home / "operator.key").kid
+    assert audits(fleet, "pi-02", "wiped") == [{"kids": [operator]}]
     left = {path.name for path in doomed.data_dir.iterdir()}
     assert left <= {"wiped", "lock", "bundles"}
     assert not (doomed.home / "device.key").exists()

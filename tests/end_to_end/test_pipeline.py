@@ -37,6 +37,7 @@ from agent.testing.process import NotifySocket, OutstationProcess, run_outstatio
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
+from agent.wire.jws import Signer
 from agent.wire.quiet_windows import QuietWindows
 from agent.wire.runs import expand_integers
 
@@ -115,6 +116,25 @@ def drift(fleet: LocalFleet, device: str) -> tuple[list[tuple[Any, ...]], Counte
             each = zip(run.expand_rows(), expand_integers(run.n), strict=True)
             windows += [(index + i, first, last, n, state, "") for i, ((first, last), n) in enumerate(each)]
     return windows, counts
+
+
+def test_the_head_of_a_running_device_agrees_with_its_operators_evidence(running: Running, tmp_path: Path) -> None:
+    head = run_outstation("head", "--json", "-c", str(running.device.config))
+    assert head.returncode == 0, head.stderr
+    signed = json.loads(head.stdout)["head"]
+    (tmp_path / "head.json").write_text(head.stdout, encoding="utf-8")
+    newest = "SELECT max(last_seq) FROM logs WHERE device = ? AND log = ?"
+    wait_until(
+        "the message of the head is collected",
+        lambda: running.fleet.query(newest, "pi-01", signed["log"])[0][0] >= signed["seq"],
+    )
+    home, out, key = running.fleet.home, tmp_path / "out", running.fleet.home / "operator.key.pub"
+    made = run_outstation("fleet", "evidence", "--out", str(out), "--dir", str(home))
+    assert made.returncode == 0, made.stdout + made.stderr
+    verify = ("fleet", "evidence", "verify", str(out), "--key", str(key), "--witness", str(tmp_path / "head.json"))
+    report = json.loads(run_outstation(*verify, "--json").stdout)
+    assert (report["problems"], report["witnesses"], report["later_witnesses"]) == ([], 1, 0)
+    assert report["chained_messages"] >= signed["seq"] > 0
 
 
 def test_random_kills_of_all_processes_lose_no_row_and_change_no_result(fleet: LocalFleet) -> None:
@@ -553,7 +573,15 @@ def test_two_tasks_on_one_stream_process_it_independently(fleet: LocalFleet) -> 
         wait_until("the collector", lambda: fleet.collector.log_contains("connected"))
         public = keys.parse_public_key(conf.collector.key)
         message_log = open_message_log(file, conf, store)
-        uplink = Uplink(conf, store, message_log, public, clock.read, unexpected, sinks.sink_opener(conf))
+        uplink = Uplink(
+            conf,
+            store,
+            message_log,
+            {public.kid: Signer("collector", public)}.get,
+            clock.read,
+            unexpected,
+            sinks.sink_opener(conf),
+        )
         uplink.start()
         wait_until("an empty outbox", lambda: store.outbox_size()[0] == 0)
         uplink.stop()

@@ -31,7 +31,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
         made.broker.start()
         made.collector.start()
         where = str(made.home / "repository")
-        done = run_outstation("fleet", "repository", "init", "--url", where, "--dir", str(made.home))
+        done = run_outstation("fleet", "repository", "init", "--demo", "--url", where, "--dir", str(made.home))
         assert done.returncode == 0, done.stderr
         made.config = fleet_config.load(made.home)
         yield made

@@ -25,7 +25,8 @@ from agent.drift.monitor import DriftMonitor
 from agent.model.activation import LoadedBundle
 from agent.testing.messages import new_key
 from agent.wire import jws
-from agent.wire.messages import ResultColumns, ResultsPayload, VerifiedMessage, digest, verify_message
+from agent.wire.log_chain import digest
+from agent.wire.messages import ResultColumns, ResultsPayload, VerifiedMessage, verify_message
 from scripts.kit.bundles import Recipe
 
 DEVICE = new_key(1)

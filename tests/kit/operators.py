@@ -12,16 +12,19 @@ import msgspec
 
 from agent import clock
 from agent.clock import ClockReading
-from agent.device.commands.executor import Action, CommandExecutor
+from agent.device.commands.executor import Action, CommandExecutor, SignerAction
 from agent.device.commands.receiver import CommandReceiver
+from agent.device.machine.trusted_keys import TrustedKeys
 from agent.device.pipeline.tasks import Effect
 from agent.device.recovery.open import open_store
 from agent.device.store.command_log import CommandAnswer
 from agent.device.store.message_log import MessageLog
+from agent.device.store.store import Store
 from agent.errors import MessageRefused
 from agent.testing.messages import new_key
 from agent.transport.packets import IncomingMessage
 from agent.wire import jws
+from agent.wire.jws import Signer
 from agent.wire.keys import SigningKey
 from agent.wire.messages import encode
 
@@ -29,6 +32,13 @@ FLEET, DEVICE = "acme", "pi-07"
 TOPIC = f"outstation/{FLEET}/{DEVICE}/cmd"
 NOW = ClockReading(1_795_000_000_000_000, 1000.0, "synced")
 MINUTE_US = 60_000_000
+
+
+def trusted_keys(
+    store: Store, author: MessageLog, *operators: SigningKey, now: Callable[[], ClockReading] = lambda: NOW
+) -> TrustedKeys:
+    """Return the keys of a device that has no repository, and these operators in its config."""
+    return TrustedKeys(store, author, now, [Signer("operator", key.public) for key in operators])
 
 
 @dataclass
@@ -61,15 +71,17 @@ class Desk:
         self.folder, self.operator = folder, operator or Operator()
         self.done: list[tuple[str, dict[str, str]]] = []
         self._actions = actions
+        self.signer_actions: dict[str, SignerAction] = {}
         self.open()
 
     def open(self) -> None:
         self.store = open_store(self.folder)
         self.author = MessageLog(FLEET, DEVICE, new_key(1), self.store.log_id, self.store.boot, 120_000)
-        self.commands = CommandReceiver(self.store, self.author, [self.operator.key.public])
+        self.trusted = trusted_keys(self.store, self.author, self.operator.key)
+        self.commands = CommandReceiver(self.store, self.author, self.trusted)
         plain = {name: self._plain(name) for name in ("run", "pause", "resume", "report", "set-schedule", "rollback")}
         actions = {**plain, "wipe": self._plain("wipe"), "rotate-key": self._plain("rotate-key"), **self._actions}
-        self.control = CommandExecutor(self.store, self.author, self.commands, actions)
+        self.control = CommandExecutor(self.store, self.author, self.commands, actions, self.signer_actions)
 
     def crash(self) -> None:
         """Close without a final message, and reopen."""

@@ -20,7 +20,7 @@ from agent.errors import BadBundle, ModelProcessFailed
 from agent.model.bundle import bundle
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference import inference, runtime
-from agent.model.sandbox import worker
+from agent.model.sandbox import launch
 from agent.model.sandbox.subprocess_model import SubprocessModel
 from scripts.kit.bundles import CLASSIFY, around, model, readings
 from tests.kit.marks import crashing
@@ -179,7 +179,7 @@ NOISY = "import os, sys; [os.write(2, b'x' * 65536) for _ in range(200)]; sys.ex
 def test_only_the_end_of_a_long_stderr_is_stored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "noisy_child.py").write_text(NOISY)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(worker, "__name__", "noisy_child")
+    monkeypatch.setattr(launch, "WORKER_MODULE", "noisy_child")
     with (
         SubprocessModel(tiny()) as there,
         pytest.raises(ModelProcessFailed, match=r"the child process failed \(3\): x{300}"),
@@ -190,7 +190,7 @@ def test_only_the_end_of_a_long_stderr_is_stored(monkeypatch: pytest.MonkeyPatch
 def test_what_answers_something_else_is_taken_for_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "strange_child.py").write_text("import os, time; os.write(1, b'\\0\\3\\0\\0\\0abc'); time.sleep(60)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(worker, "__name__", "strange_child")
+    monkeypatch.setattr(launch, "WORKER_MODULE", "strange_child")
     with SubprocessModel(tiny()) as there:
         pid = there.pid
         with pytest.raises(ModelProcessFailed, match="sent an invalid start message"):
@@ -218,7 +218,7 @@ def test_an_inference_takes_it_for_a_model_and_counts_the_time_in_it() -> None:
 def test_the_caller_does_not_wait_for_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "silent_child.py").write_text("import time; time.sleep(600)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(worker, "__name__", "silent_child")
+    monkeypatch.setattr(launch, "WORKER_MODULE", "silent_child")
     with SubprocessModel(tiny()) as there:
         assert there.is_running
         assert not there.poll_ready()

@@ -70,7 +70,7 @@ ONLY = {
     "psycopg": {f"agent.fleet.database.{name}" for name in ("postgresql", "postgresql_rows", "postgresql_schema")},
     "tuf": {
         *(f"agent.fleet.repository.{name}" for name in ("signature_chain", "mirror", "create", "edition", "publish")),
-        *(f"agent.fleet.repository.{name}" for name in ("key_rotation", "revoke", "root_rotation", "status")),
+        *(f"agent.fleet.repository.{name}" for name in ("key_rotation", "revoke", "root_rotation", "status", "trust")),
         "agent.device.rollout.fetch.tuf_client",
     },
     "securesystemslib": {f"agent.fleet.repository.{name}" for name in ("edition", "key_rotation", "keys")},

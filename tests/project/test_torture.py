@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from agent.device.store.rows import Rows
+from agent.device.machine import commitment_secret
 from agent.fleet.database.ingest import Arrival
 from agent.testing.messages import TIME, MessageSender, SignedMessage
 from agent.testing.process import wait_until
@@ -24,7 +24,7 @@ from agent.wire.keys import load_private
 from scripts import faults
 from scripts.faults import Fault
 from scripts.faults import __main__ as torture
-from scripts.faults.oracle import Verdict, judge
+from scripts.faults.oracle import Verdict, commit_rows, judge
 from scripts.faults.producer import FIELDS, FIRST_T_US, STEP_US, Ledger, Producer
 from scripts.faults.stamped import Dated, Stamped, Truth
 from scripts.faults.world import DEVICE, TASKS, Setting, World
@@ -69,6 +69,7 @@ class MadeUp:
         self.ledger = Ledger()
         # The oracle reads only the ledger of a sensor.
         self.world.producer = cast(Producer, SimpleNamespace(ledger=self.ledger))
+        commitment_secret.load_or_create(self.world.device.data_dir, is_new=True)
         self.sender = MessageSender(DEVICE, load_private(self.world.device.home / "device.key"))
         chance = random.Random(1)
         for i in range(rows):
@@ -81,12 +82,12 @@ class MadeUp:
         """Return the message of a run over these rows, as an honest device writes it."""
         times = list(self.ledger.values)[first - 1 : last]
         values = np.array([self.ledger.values[t] for t in times], np.float32).reshape(-1, len(FIELDS))
-        columns = tuple(np.ascontiguousarray(values[:, i]) for i in range(len(FIELDS)))
         listed = {"row": list(range(first, last + 1)), "t": times, "label": ["left"] * len(times)}
         body = {"columns": {**listed, "score": [0.5] * len(times)}, "n": len(times), **changes}
         self.sender.task = task
-        digest = Rows(np.array(times, np.int64), columns).digest()
-        return self.sender.results(rows_at=(first, last), stream="rig", **{"input": digest, **body})
+        place = {"log": self.sender.log, "task": task, "rows": [first, last]}
+        proof = commit_rows(self.world, place, np.array(times, np.int64), values)
+        return self.sender.results(rows_at=(first, last), stream="rig", **{"input": proof, **body})
 
     def arrive(self, *sent: SignedMessage) -> None:
         self.arrived += sent

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from agent import clock
 from agent.errors import MessageRefused
 from agent.testing.messages import QUIET_FIELD, MessageSender, SignedMessage, new_key
-from agent.wire import jws, messages
+from agent.wire import jws, log_chain, messages
 from agent.wire.jws import Signer
 from agent.wire.keys import SigningKey, b64url_decode
 from agent.wire.messages import (
@@ -108,7 +108,7 @@ def test_the_vectors_verify_and_are_chained(vectors: dict[str, Any]) -> None:
     opened = [open_vector(vectors, vector) for vector in vectors["accept"]]
     assert [m.topic.kind for m in opened] == ["results", "drift", "alerts", "state", "ack"]
     log = [m for m in opened if isinstance(m.body, messages.LoggedPayload)]
-    assert [m.body.prev for m in log[1:]] == [messages.digest(m.payload) for m in log[:-1]]  # type: ignore[union-attr]
+    assert [m.body.prev for m in log[1:]] == [log_chain.digest(m.payload) for m in log[:-1]]  # type: ignore[union-attr]
 
 
 def test_our_signatures_equal_those_of_the_vectors(vectors: dict[str, Any]) -> None:

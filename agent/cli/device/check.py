@@ -22,7 +22,7 @@ from agent.config import Config, UpdatesConfig
 from agent.device.intake.source import SourceContext
 from agent.device.intake.sources.registry import source_module
 from agent.device.machine import schedule
-from agent.device.machine.timekeeping import build_report, make_clock
+from agent.device.machine.timekeeping import build_report, make_clock, trusted_time_us
 from agent.device.pipeline import tuning_cache
 from agent.device.recovery.open import open_store
 from agent.device.recovery.report_findings import inspect_condition
@@ -213,7 +213,7 @@ def inspect_repository(conf: Config, updates: UpdatesConfig) -> str:
     except OutstationError:
         floors, time_us = version_floors.VersionFloors(), max(now.wall_us, clock.BUILD_FLOOR_US)
     else:
-        floors, time_us = version_floors.load(store), fetch_request.trusted_time_us(store, now)
+        floors, time_us = version_floors.load(store), trusted_time_us(store, now)
         store.close()
     with tempfile.TemporaryDirectory(prefix="outstation-") as folder:
         request = fetch_request.build_metadata_request(conf, updates, floors, time_us)

@@ -82,7 +82,7 @@ def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str
         bar = open_files.enter_context(_ProgressLine(path))
         problem = None
         try:
-            for checked, lines, bad, through in _check_blocks(read_blocks(path, source, name, stream), stream):
+            for checked, lines, bad, through in _check_blocks(conf, read_blocks(path, source, name, stream), stream):
                 rejected |= bad
                 if len(checked.rows):
                     target.put(checked, lines)
@@ -98,12 +98,13 @@ def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str
 
 
 def _check_blocks(
-    blocks: Iterator[FileBlock], stream: StreamConfig
+    conf: Config, blocks: Iterator[FileBlock], stream: StreamConfig
 ) -> Iterator[tuple[ValidatedRows, list[int], dict[int, str], int]]:
     """Yield valid rows, their line numbers, the reason for each invalid line, and the last line read."""
     latest: int | None = None
     for block in blocks:
-        checked = validate_columns(block.raw, stream, clock.read().wall_us, latest)
+        show_values = conf.privacy.values_in_logs
+        checked = validate_columns(block.raw, stream, clock.read().wall_us, latest, show_values=show_values)
         latest = checked.latest_us
         bad = block.rejected | {block.lines[i]: reason for i, reason in checked.rejected.items()}
         lines = [n for i, n in enumerate(block.lines) if i not in checked.rejected]

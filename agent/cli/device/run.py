@@ -17,6 +17,7 @@ from agent.config import Config
 from agent.device.commands import wipe
 from agent.device.recovery.open import acquire_lock
 from agent.errors import StorageForked
+from agent.model.sandbox import launch
 
 
 @click.command(epilog="Example: outstation run -c /etc/outstation/outstation.toml")
@@ -54,6 +55,7 @@ def _run(file: Path, conf: Config) -> None:
     before: dict[int, Any] = {}
     try:
         daemon = build_daemon(file, conf, store)
+        launch.discard_spare()
         for signum in (signal.SIGTERM, signal.SIGINT):
             before[signum] = signal.signal(signum, lambda *_: daemon.signals.request_stop())
         daemon.run()

@@ -47,7 +47,9 @@ def command(
     label TASK COLUMNS           add labels in JSON columns; `fleet label --send` reads them from a file
     report                       return its status, and send a health message now
     rotate-key                   let the device create a new signing key
-    wipe                         erase readings, outbox, state and keys
+    wipe                         erase readings, outbox, state and keys: at once if a second operator's key sends it,
+                                 too, else after [operators] wipe_delay
+    cancel-wipe                  cancel the pending wipe
     """
     from agent.fleet.commands import parse_arguments
 

@@ -25,6 +25,7 @@ from agent.wire import keys
 @json_option
 def init(folder: Path, name: str | None, url: str | None, as_json: bool) -> None:
     """Create a fleet in DIR: keys, certificate authority, broker config with access rules."""
+    from agent.fleet.enrolment import broker_config
     from agent.fleet.enrolment.enrol import init_fleet
 
     name = name or folder.resolve().name
@@ -38,14 +39,20 @@ def init(folder: Path, name: str | None, url: str | None, as_json: bool) -> None
     config = init_fleet(folder, name, broker)
     public = {role: keys.load_public_for(folder / f"{role}.key").text for role in ("collector", "operator")}
     conf = folder / "broker" / "mosquitto.conf"
+    plugin = broker_config.find_plugin() if broker.tls else None
     document = {
         "fleet": config.fleet.name,
         "dir": str(folder),
         "broker": broker.shown_url,
         **public,
         "broker_conf": str(conf),
+        "broker_plugin": str(plugin) if plugin else None,
     }
     done = f"Fleet {name} in {folder}. Start the broker with: mosquitto -c {conf}"
+    if plugin is not None and not plugin.exists():
+        done += (
+            f"\nMosquitto's plugin {plugin} is not on this machine: correct the line `plugin` for the broker's machine."
+        )
     following = f"Next: outstation fleet token DEVICE --dir {folder}"
     emit(document, as_json, lambda: print_lines(done, following))
 

@@ -34,6 +34,8 @@ _PATH = click.Path(path_type=Path)
               help="Output of `outstation model evaluate --json` for one of the bundles.")  # fmt: skip
 @click.option("--publisher", "publishers", multiple=True, metavar="PUB",
               help="A key that signs bundles, or a file with it; that of built-in bundles is known.")  # fmt: skip
+@click.option("--witness", "witnesses", multiple=True, metavar="FILE", type=_PATH,
+              help="A head that a device signed (`outstation head --json`): include it.")  # fmt: skip
 @db_option
 @fleet_option
 @json_option
@@ -45,6 +47,7 @@ def evidence(
     bundles: tuple[Path, ...],
     evaluations: tuple[Path, ...],
     publishers: tuple[str, ...],
+    witnesses: tuple[Path, ...],
     db: str | None,
     folder: str | None,
     as_json: bool,
@@ -59,7 +62,7 @@ def evidence(
         return
     if out is None:
         raise UsageError("--out DIR is missing: a new folder; or: outstation fleet evidence verify DIR --key PUB")
-    made = _make_folder(out, at, bundles, evaluations, publishers, db, folder)
+    made = _make_folder(out, at, bundles, evaluations, publishers, witnesses, db, folder)
     facts = made.facts
     document = {
         "out": str(out),
@@ -86,6 +89,7 @@ def _make_folder(
     bundles: tuple[Path, ...],
     evaluations: tuple[Path, ...],
     publishers: tuple[str, ...],
+    witnesses: tuple[Path, ...],
     db: str | None,
     folder: str | None,
 ) -> EvidenceFolder:
@@ -113,9 +117,23 @@ def _make_folder(
         publishers=known,
         bundles=bundles,
         evaluations=evaluated,
+        witnesses=[data for _, data in _read_witnesses(witnesses)],
     )
     with progress_bar("gathering", store.count_messages()) as advance:
         return write_folder(store, sources, out, at, advance)
+
+
+def _read_witnesses(paths: tuple[Path, ...]) -> list[tuple[str, bytes]]:
+    from agent.wire import log_head
+
+    files = []
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                files.append((str(path), file.read(log_head.MAX_BYTES + 1)))
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    return files
 
 
 def _summary_lines(document: dict[str, Any]) -> Iterable[str]:
@@ -136,8 +154,10 @@ def _summary_lines(document: dict[str, Any]) -> Iterable[str]:
 @evidence.command("verify", epilog="Example: outstation fleet evidence verify acme-2026-11 --key operator.key.pub")
 @click.argument("folder", metavar="DIR", type=_PATH)
 @click.option("--key", "key_texts", multiple=True, metavar="PUB", help="The operator's public key, or a file with it.")
+@click.option("--witness", "witnesses", multiple=True, metavar="FILE", type=_PATH,
+              help="A head that you got from a device (`outstation head --json`), not from the operator.")  # fmt: skip
 @json_option
-def verify(folder: Path, key_texts: tuple[str, ...], as_json: bool) -> None:
+def verify(folder: Path, key_texts: tuple[str, ...], witnesses: tuple[Path, ...], as_json: bool) -> None:
     """Verify a folder with public keys alone: no database, no config, no network. Exit 1 if it does not verify."""
     from agent.fleet.evidence.verify.verify import verify as run
 
@@ -146,7 +166,7 @@ def verify(folder: Path, key_texts: tuple[str, ...], as_json: bool) -> None:
             "--key PUB is missing: the public key of the operator who signed the folder, obtained independently of the "
             "folder (operator.key.pub in the fleet's folder)"
         )
-    report = run(folder, [keys.load_public(text) for text in key_texts]).to_dict()
+    report = run(folder, [keys.load_public(text) for text in key_texts], _read_witnesses(witnesses)).to_dict()
     emit(report, as_json, lambda: print_lines(*_verification_lines(report)))
     if not report["ok"]:
         sys.exit(1)
@@ -160,6 +180,11 @@ def _verification_lines(report: dict[str, Any]) -> Iterable[str]:
             f"fleet {report['fleet']} as of {report['as_of']}: {report['files']} files, {report['messages']} messages, "
             f"{report['decisions']} decisions, {report['comparisons']} comparisons, {report['bundles']} bundles, "
             f"{report['signatures']} signatures in the repository's metadata"
+        )
+        later = f", {report['later_witnesses']} of them from later" if report["later_witnesses"] else ""
+        yield (
+            f"hash chains of {report['chained_messages']} messages with {report['gaps']} gaps, "
+            f"{report['witnesses']} heads that devices signed{later}"
         )
     for entry in report["problems"][:50]:
         yield f"  {entry['file']}: {entry['problem']}"

@@ -10,6 +10,7 @@ import click
 
 from agent.cli.fleet.common import fleet_option
 from agent.cli.output import echo, echo_styled, emit, json_option, print_table
+from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.text import printable
 from agent.wire import keys
@@ -75,7 +76,10 @@ def repository() -> None:
     """Maintain the TUF repository of bundles: keys, expiry, revoked bundles."""
 
 
-@repository.command("init", epilog="Example: outstation fleet repository init --roots 3 --threshold 2")
+@repository.command("init", epilog="Example: outstation fleet repository init --root-keys /media/stick --threshold 1")
+@click.option("--root-keys", type=_path, metavar="FOLDER",
+              help="Folder for the root keys, outside the fleet's folder: a removable medium.")  # fmt: skip
+@click.option("--demo", is_flag=True, help="Keep the root keys in the fleet's folder, for demonstrations only.")
 @click.option("--roots", default=1, metavar="N", help="Number of root keys; default 1.")
 @click.option("--threshold", default=1, metavar="M", help="Root keys that must sign a change of keys; default 1.")
 @click.option(
@@ -83,20 +87,31 @@ def repository() -> None:
 )
 @fleet_option
 @json_option
-def init(roots: int, threshold: int, url: str | None, folder: str | None, as_json: bool) -> None:
-    """Create the fleet's repository, once: its keys, and metadata without bundles."""
+def init(
+    root_keys: Path | None, demo: bool, roots: int, threshold: int, url: str | None, folder: str | None, as_json: bool
+) -> None:
+    """Create the fleet's repository, once: its keys, and metadata without bundles.
+
+    The root keys can change every other key, those of operators and collector too. They are written to --root-keys:
+    mount a removable medium there, move each key to a medium of its own afterwards, and store these apart.
+    """
     from agent.fleet.repository import create
 
+    if demo == (root_keys is not None):
+        raise UsageError(
+            "the root keys must not lie with the online keys; give --root-keys FOLDER, a mounted removable medium such "
+            "as /media/stick, or --demo, which keeps them in the fleet's folder"
+        )
     home = fleet_config.find_folder(folder)
     fleet_config.load(home)
     if url is not None:
         create.write_url(home, url)
-    done = create.create(home, roots=roots, threshold=threshold)
+    done = create.create(home, root_keys, roots=roots, threshold=threshold)
     document = {"root": str(done.root), "threshold": done.threshold, "keys": [str(path) for path in done.keys]}
     names = " ".join(path.name for path in done.keys)
     text = (
         f"{home / 'repository'} created; serve it by HTTP(S), or copy it to a stick. Devices get {done.root}\n"
-        f"Move {names} from {home / 'repository-keys'} to separate offline media now: {done.threshold} of "
+        f"Move {names} from {done.keys[0].parent} to separate offline media now: {done.threshold} of "
         f"{len(done.keys)} can change all keys. targets-1.key is needed for the first bundle of each name."
     )
     emit(document, as_json, lambda: echo(text))

@@ -4,7 +4,7 @@ Rules, after those of the receiver:
 - A command is claimed first, in a commit of its own: its counter and id are then used, whatever follows.
 - It has not expired by the wall clock. While that is unsynced, the time floor counts instead, and commands in
   `CLOCK_DEPENDENT` are refused.
-- Its name and arguments are known.
+- Its name and arguments are known, its key is still trusted, and the role of the key may send it.
 
 Its changes in the store, the audit message "command" and the answer are one commit. A command that a crash interrupted
 is never executed again: the next start answers that it was interrupted.
@@ -29,7 +29,7 @@ from agent.device.store.command_log import ClaimedCommand, CommandAnswer
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.errors import OutstationError, RowRejected, StorageError, StorageFull
-from agent.wire.commands import CLOCK_DEPENDENT, MAX_LIFETIME_S, check_args
+from agent.wire.commands import CLOCK_DEPENDENT, MAX_LIFETIME_S, check_args, may_command
 from agent.wire.messages import CommandPayload, encode
 
 log = logging.getLogger("outstation.commands")
@@ -39,15 +39,23 @@ _MAX_ARG_CHARS = 256
 
 
 Action = Callable[[Mapping[str, str], ClockReading], Effect]
+# An action whose effect depends on which key signed the command; it gets the kid, too.
+SignerAction = Callable[[Mapping[str, str], ClockReading, str], Effect]
 
 
 class CommandExecutor:
     """Executes the commands of the receiver. `actions` maps names to functions, which raise RowRejected to refuse."""
 
     def __init__(
-        self, store: Store, message_log: MessageLog, commands: CommandReceiver, actions: Mapping[str, Action]
+        self,
+        store: Store,
+        message_log: MessageLog,
+        commands: CommandReceiver,
+        actions: Mapping[str, Action],
+        signer_actions: Mapping[str, SignerAction],
     ) -> None:
-        self._store, self._message_log, self._commands, self._actions = store, message_log, commands, actions
+        self._store, self._message_log, self._commands = store, message_log, commands
+        self._actions, self._signer_actions = actions, signer_actions
 
     def recover(self, now: ClockReading) -> None:
         """Answer the commands that a crash interrupted."""
@@ -80,7 +88,7 @@ class CommandExecutor:
             if claimed is None:
                 log.warning("command %s %s: its id or counter was used before; not executed again", cmd.name, cmd.id)
                 return
-            outcome, effect = self._run_action(cmd, now)
+            outcome, effect = self._run_action(received, now)
             self._commit_outcome(claimed, outcome, effect, now)
         except StorageFull as full:
             log.error("command %s %s: %s", cmd.name, cmd.id, full)
@@ -89,14 +97,25 @@ class CommandExecutor:
                 CommandAnswer(0, cmd.id, cmd.name, False, summary, {}, received.correlation), now
             )
 
-    def _run_action(self, cmd: CommandPayload, now: ClockReading) -> tuple[str, Effect]:
+    def _run_action(self, received: ReceivedCommand, now: ClockReading) -> tuple[str, Effect]:
+        cmd = received.cmd
         try:
+            self._check_role(received)
             self._validate(cmd, now)
+            if (signer_action := self._signer_actions.get(cmd.name)) is not None:
+                return "done", signer_action(cmd.args, now, received.kid)
             return "done", self._actions[cmd.name](cmd.args, now)
         except StorageError:
             raise
         except OutstationError as refusal:
             return "refused", Effect(f"Refused: {refusal}")
+
+    def _check_role(self, received: ReceivedCommand) -> None:
+        signer, name = self._commands.trusted.find_commander(received.kid), received.cmd.name
+        if signer is None:
+            raise RowRejected("the key that signed this was revoked meanwhile")
+        if not may_command(signer.owner, name):
+            raise RowRejected(f"the key that signed this is a {signer.owner}; it may not send {name[:60]}")
 
     def _validate(self, cmd: CommandPayload, now: ClockReading) -> None:
         try:
@@ -167,6 +186,7 @@ class RemoteCommands:
     def tick(self, now: ClockReading) -> bool:
         """Execute the commands that arrived; return True if there were any."""
         self._rotation.tick(now)
+        self._wipe.tick(now)
         return self._executor.tick(now) > 0
 
     @property

@@ -2,8 +2,8 @@
 
 Rules of `accept`. A message that fails one was not sent by an operator for execution now, and is only counted:
 - It is not retained: a retained command would come again with each connection.
-- It came on this device's `cmd` topic, and an [operators] key signed it for that topic and this device.
-- Its counter is above every counter that this key has used.
+- It came on this device's `cmd` topic, and a trusted key signed it for that topic and this device.
+- Its counter is above every counter that this key has used, and not in the future (see `TrustedKeys`).
 The executor decides the rest: it claims each command, executes or refuses it, and answers once.
 """
 
@@ -13,20 +13,20 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
 
 from agent.clock import ClockReading
+from agent.device.machine.trusted_keys import TrustedKeys
 from agent.device.store.command_log import CommandAnswer, CommandLog
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.errors import MessageRefused, StorageFull
 from agent.transport.packets import IncomingMessage, OutgoingMessage
-from agent.wire import jws, topics
+from agent.wire import topics
 from agent.wire.commands import MAX_COMMAND_BYTES
-from agent.wire.keys import PublicKey
 from agent.wire.messages import CommandPayload, verify_message
 
 log = logging.getLogger("outstation.commands")
@@ -57,12 +57,12 @@ class CommandReceiver:
 
     refusal_name = "commands"
 
-    def __init__(self, store: Store, message_log: MessageLog, operators: Sequence[PublicKey]) -> None:
+    def __init__(self, store: Store, message_log: MessageLog, trusted: TrustedKeys) -> None:
         self.topic = str(topics.Topic(message_log.fleet, message_log.device, "cmd"))
         self.received: queue.Queue[ReceivedCommand] = queue.Queue(_MAX_QUEUED)
         self.on_received: Callable[[], object] = lambda: None
         self._store, self._message_log = store, message_log
-        self._operators = {key.kid: jws.Signer("operator", key) for key in operators}
+        self.trusted = trusted
         # By a query: on a full disk, a transaction that is not vital would not begin.
         self._last_counters = store.query(lambda db: CommandLog(db).counters())
         self._posted: deque[OutgoingMessage] = deque(maxlen=_MAX_POSTED)
@@ -72,8 +72,8 @@ class CommandReceiver:
 
     @property
     def subscriptions(self) -> list[str]:
-        """The command topic; nothing without [operators] keys, as nobody can then command the device."""
-        return [self.topic] if self._operators else []
+        """The command topic; nothing if nobody can command the device."""
+        return [self.topic] if self.trusted.may_be_commanded else []
 
     # --- on the uplink's thread ---
 
@@ -90,18 +90,30 @@ class CommandReceiver:
             raise MessageRefused("too large", f"{len(delivery.payload)} bytes; the limit is {MAX_COMMAND_BYTES}")
         if delivery.correlation is not None and len(delivery.correlation) > _MAX_CORRELATION:
             raise MessageRefused("too large", f"correlation data of {len(delivery.correlation)} bytes")
-        message = verify_message(delivery.topic, delivery.payload, delivery.tokens, self._operators.get)
+        message = verify_message(delivery.topic, delivery.payload, delivery.tokens, self.trusted.find_commander)
         cmd, kid = message.body, message.signer.key.kid
         if not isinstance(cmd, CommandPayload):
             raise MessageRefused("other kind", delivery.topic)
-        if cmd.counter <= self._last_counters.get(kid, 0):
-            raise MessageRefused("replayed", f"counter {cmd.counter}, this key has used {self._last_counters[kid]}")
+        self.trusted.check_counter(cmd.counter, self._valid_counter(kid))
         try:
             self.received.put_nowait(ReceivedCommand(cmd, kid, delivery.correlation))
         except queue.Full:
             raise MessageRefused("busy", f"{_MAX_QUEUED} commands wait already; send it again") from None
         self._last_counters[kid] = cmd.counter
         self.on_received()
+
+    def _valid_counter(self, kid: str) -> int:
+        """Return this key's last counter, which is stored anew if the root's word replaces it."""
+        last = self._last_counters.get(kid, 0)
+        valid = self.trusted.valid_counter(kid, last)
+        if valid != last:
+            try:
+                with self._store.transaction(vital=True) as tx:
+                    tx.commands.replace_counter(kid, valid)
+            except StorageFull as full:
+                raise MessageRefused("busy", str(full)) from None
+            self._last_counters[kid] = valid
+        return valid
 
     def on_connected(self) -> None:
         """Send answers again that the last session did not get confirmed."""

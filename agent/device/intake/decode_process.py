@@ -50,8 +50,8 @@ class DecoderDied(UsageError):
 class DecodeProcess:
     """Child process for the files of stream `name`. Used by one thread at a time; close it."""
 
-    def __init__(self, name: str, stream: StreamConfig, answer_timeout_s: float | None = _ANSWER_TIMEOUT_S) -> None:
-        self._name, self._stream, self._answer_timeout_s = name, stream, answer_timeout_s
+    def __init__(self, name: str, stream: StreamConfig, *, show_values: bool = False) -> None:
+        self._name, self._stream, self._show_values = name, stream, show_values
         self._child: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self._used_s, self._with_parquet = 0.0, False
@@ -130,7 +130,7 @@ class DecodeProcess:
                 ours.close()
                 raise
         self._channel = ours
-        ours.settimeout(self._answer_timeout_s)
+        ours.settimeout(_ANSWER_TIMEOUT_S)
         media = self._stream.media_format
         setup = DecoderSetup(
             self._name,
@@ -138,6 +138,7 @@ class DecodeProcess:
             media if isinstance(media, ImageFormat) else None,
             media if isinstance(media, SoundFormat) else None,
             with_parquet,
+            self._show_values,
             max(_MIN_MEMORY_BYTES, min(_MAX_MEMORY_BYTES, available_memory.available_bytes() // 2)),
             os.getpid(),
         )
@@ -154,7 +155,7 @@ class DecodeProcess:
         try:
             data = decoded_blocks.receive(channel)
         except TimeoutError:
-            raise DecoderDied(f"could not be decoded within {self._answer_timeout_s:g} s") from None
+            raise DecoderDied(f"could not be decoded within {_ANSWER_TIMEOUT_S:g} s") from None
         except (OSError, ValueError):
             data = None
         if data is None:

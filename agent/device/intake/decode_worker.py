@@ -84,7 +84,7 @@ def _read_blocks(
     stream, limit = setup.stream, setup.memory_bytes
     if stream.media_format is None:
         for block in file_reader.read_blocks(path, file, setup.name, stream, request.skip, limit):
-            yield decoded_blocks.pack_table_block(block, stream)
+            yield decoded_blocks.pack_table_block(block, stream, show_values=setup.show_values)
         return
     assert path is not None
     for block in media_reader.read_blocks(path, file, stream, request.skip, request.last_us, limit):

@@ -37,6 +37,7 @@ class DecoderSetup(msgspec.Struct, frozen=True):
     image: ImageFormat | None
     sound: SoundFormat | None
     with_parquet: bool
+    show_values: bool
     memory_bytes: int
     parent_pid: int
 
@@ -90,10 +91,10 @@ class DecodeEnd(msgspec.Struct, frozen=True, tag="end"):
 Answer = DecodedBlock | DecodeEnd
 
 
-def pack_table_block(block: FileBlock, stream: StreamConfig) -> DecodedBlock:
+def pack_table_block(block: FileBlock, stream: StreamConfig, *, show_values: bool) -> DecodedBlock:
     """Validate the values of a block, apart from their times, and pack them. Raises RowRejected."""
     raw = block.raw
-    validated = validate_columns(RawColumns(raw.n, None, raw.values), stream, 0, None)
+    validated = validate_columns(RawColumns(raw.n, None, raw.values), stream, 0, None, show_values=show_values)
     t, lines, rejected = raw.t, block.lines, block.rejected
     if validated.rejected:
         valid = [i for i in range(raw.n) if i not in validated.rejected]

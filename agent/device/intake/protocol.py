@@ -50,10 +50,12 @@ class _LineHead(msgspec.Struct):
 class LineParser:
     """Parser of one connection's lines, with the latest time of each stream.
 
-    The result of a line depends on the lines before it, never on how they are split between calls of `parse`.
+    The result of a line depends on the lines before it, never on how they are split between calls of `parse`. Reasons
+    of rejected lines name values only with `show_values`.
     """
 
-    def __init__(self, streams: Mapping[str, StreamConfig]) -> None:
+    def __init__(self, streams: Mapping[str, StreamConfig], *, show_values: bool = False) -> None:
+        self._show_values = show_values
         self._decoders = {name: _StreamDecoder(name, stream) for name, stream in streams.items()}
         self._latest: dict[str, int] = {}
         self._likely_decoder: _StreamDecoder | None = None
@@ -146,7 +148,8 @@ class LineParser:
         return ParsedLines(parsed.stream, parsed.validated, [number], {number: shown + more})
 
     def _validate(self, decoder: _StreamDecoder, raw: RawColumns, numbers: list[int], now_us: int) -> ParsedLines:
-        validated = validate_columns(raw, decoder.stream, now_us, self._latest.get(decoder.name))
+        latest = self._latest.get(decoder.name)
+        validated = validate_columns(raw, decoder.stream, now_us, latest, show_values=self._show_values)
         if validated.latest_us is not None:
             self._latest[decoder.name] = validated.latest_us
         if len(numbers) < raw.n:

@@ -185,7 +185,8 @@ class Intake:
     ) -> CommitOutcome:
         # Recorded times may be before those of an earlier file or session: the source has its own order.
         now = self._now()
-        validated = validate_columns(raw, self._conf.streams[stream], now.wall_us, None)
+        show_values = self._conf.privacy.values_in_logs
+        validated = validate_columns(raw, self._conf.streams[stream], now.wall_us, None, show_values=show_values)
         producer = object()
         future: asyncio.Future[CommitOutcome] = asyncio.get_running_loop().create_future()
         self._answer_callbacks[producer] = lambda outcome: None if future.done() else future.set_result(outcome)
@@ -216,7 +217,12 @@ class Intake:
         self._open_connections.discard(connected)
         self._open_connections.add(writer)
         producer = ProducerConnection(
-            self._group_commit, LineParser(self._conf.streams), self._greet, writer, user, token
+            self._group_commit,
+            LineParser(self._conf.streams, show_values=self._conf.privacy.values_in_logs),
+            self._greet,
+            writer,
+            user,
+            token,
         )
         self._answer_callbacks[producer] = producer.answer
         try:

@@ -65,6 +65,12 @@ def is_plausible_time(signed_us: int, now: ClockReading) -> bool:
     return now.quality != "synced" or signed_us <= now.wall_us + _FLOOR_LEAD_US
 
 
+def trusted_time_us(store: Store, now: ClockReading) -> int:
+    """Return the latest time known to have passed. An unsynced clock that shows an earlier time is wrong."""
+    known = (int(store.get_meta(name, "0")) for name in (FLOOR, SYNCED))
+    return now.wall_us if now.quality == "synced" else max(now.wall_us, clock.BUILD_FLOOR_US, *known)
+
+
 class _LastAnchor(msgspec.Struct):
     segment: ClockSegment
     quality: str

@@ -53,6 +53,7 @@ class _BatchInput:
     history: Rows
     modes: Modes | None
     slices: Mapping[str, Sequence[str]]
+    texts: Mapping[str, Sequence[str]]
     current_segment: tuple[int, int] | None
     refusals: LearningRefusals
 
@@ -72,6 +73,7 @@ def run(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockReadi
 
     Raises StorageError. The batch was then rolled back, unless only its lateness could not be recorded.
     """
+    task.raise_least_count(message_log)
     while True:
         max_rows = task.max_batch_rows(store.quota.transaction_bytes)
         # The monotonic clock: while the machine sleeps, no batch is late.
@@ -117,7 +119,7 @@ def _run_once(
         results = task.inference.run_windows(rows, t, source.cut, history_rows=len(history))
     if task.batch_observer is not None:
         task.batch_observer.before_commit(task, results)
-    output = _compute(task, source, results, message_log.max_bytes)
+    output = _compute(task, source, results, message_log)
     _commit(task, store, message_log, source, output, now)
     if task.batch_observer is not None:
         task.batch_observer.after_commit(task, store, batch, results)
@@ -137,6 +139,7 @@ def _read(task: LoadedTask, store: Store, message_log: MessageLog, batch: RowBat
         load_history(task, store, batch.first - 1, task.inference.history_rows),
         _read_modes(task, store, batch, cut),
         _read_slices(task, store, batch, cut) if task.keep_results else {},
+        {f.name: store.categories(task.config.stream, f.name) for f in task.stream.fields if f.type == "category"},
         announced if announced[0] == message_log.boot else None,
         drift_state.load_refusals(store, task.name) if is_learning else LearningRefusals(),
     )
@@ -181,12 +184,12 @@ def _read_slices(task: LoadedTask, store: Store, batch: RowBatch, cut: WindowCut
 # --- compute ---
 
 
-def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, max_bytes: int) -> _BatchOutput:
+def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, message_log: MessageLog) -> _BatchOutput:
     drift, windows = _update_drift(task, source, results)
     labels = scores.to_texts(results.scores, task.bundle.manifest)
     messages = list(task.closing_messages or ())
     messages += batch_messages.build_result_messages(
-        task, source.batch, results, labels, max_bytes, source.current_segment
+        task, source.batch, results, labels, source.texts, message_log, source.current_segment
     )
     drift_messages, refusals = batch_messages.build_drift_messages(task, windows, source.refusals)
     model_scores, batch, predictions = results.scores, source.batch, None

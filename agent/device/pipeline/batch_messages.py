@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,14 @@ from agent.device.pipeline import columns, drift_state
 from agent.device.pipeline.drift_state import LearningRefusals
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.store.clock_segments import ClockStamp, clip_stamps
-from agent.device.store.message_log import PendingMessage
+from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.rows import Rows
 from agent.device.store.store import RowBatch
 from agent.drift.state import DriftWindowResult, QuietRun
 from agent.model.inference.inference import InferenceResult
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.scores import Scores
+from agent.wire import commitment
 
 # The message's header, then its other members beside the columns.
 _HEAD_BYTES, _MEMBER_BYTES = 2_000, 1_200
@@ -30,18 +31,20 @@ def build_result_messages(
     batch: RowBatch,
     results: InferenceResult,
     labels: list[str] | None,
-    max_bytes: int,
+    texts: Mapping[str, Sequence[str]],
+    message_log: MessageLog,
     current_segment: tuple[int, int] | None,
 ) -> Iterator[PendingMessage]:
-    """Return the messages that together cover the consumed rows, each within `max_bytes`.
+    """Return the messages that together cover the consumed rows, each as long as the log takes.
 
-    `current_segment` is (boot, segment) of the log's last clock anchor, or None if that is of another boot.
+    `texts` holds the texts of category codes by field. `current_segment` is (boot, segment) of the log's last clock
+    anchor, or None if that is of another boot.
     """
     cut, model_scores = results.cut, results.scores
     ends = cut.starts + task.window_rows - 1
     is_published = _select_published(task, model_scores, labels)
     missing = np.where(results.missing_share > task.bundle.manifest.input.max_missing, results.missing_share, 0)
-    max_results = columns.max_results(max_bytes - _HEAD_BYTES - _MEMBER_BYTES, model_scores, labels)
+    max_results = columns.max_results(message_log.max_bytes - _HEAD_BYTES - _MEMBER_BYTES, model_scores, labels)
     first_row, count, done = 0, len(cut.starts), 0
     while True:
         stop = min(count, done + max_results)
@@ -50,7 +53,8 @@ def build_result_messages(
         published_rows = ends[published] + batch.first
         listing = columns.build(model_scores, labels, missing, published, published_rows, batch.rows.t[ends[published]])
         rows = [batch.first + first_row, batch.first + through - 1]
-        body = _result_body(task, rows, stop - done, batch.rows.slice(first_row, through), listing)
+        proof = _commit(task, message_log, (rows[0], rows[1]), batch.rows.slice(first_row, through), texts)
+        body = _result_body(task, rows, stop - done, proof, listing)
         if incomplete := int(np.count_nonzero(missing[done:stop])):
             body["incomplete"] = incomplete
         # Where model windows overlap, the last result's row comes after the last consumed row.
@@ -63,8 +67,8 @@ def build_result_messages(
 
 
 def build_lost_message(task: LoadedTask, batch: RowBatch) -> PendingMessage:
-    """Return the message that covers rows without results, because they cannot be read."""
-    body = _result_body(task, [batch.first, batch.last], 0, batch.rows, {"row": [], "t": []})
+    """Return the message that covers rows without results, because they cannot be read: it commits to none."""
+    body = _result_body(task, [batch.first, batch.last], 0, "", {"row": [], "t": []})
     return PendingMessage("results", task.name, {**body, "lost": batch.loss_reason})
 
 
@@ -111,13 +115,20 @@ def _quiet_columns(quiet: QuietRun) -> dict[str, Any]:
     }
 
 
-def _result_body(task: LoadedTask, rows: list[int], n: int, consumed: Rows, columns: dict[str, Any]) -> dict[str, Any]:
+def _commit(
+    task: LoadedTask, message_log: MessageLog, rows: tuple[int, int], consumed: Rows, texts: Mapping[str, Sequence[str]]
+) -> str:
+    key = commitment.derive_key(message_log.secret, message_log.log_id, task.name, rows)
+    return consumed.commit(key, task.stream.fields, texts)
+
+
+def _result_body(task: LoadedTask, rows: list[int], n: int, proof: str, columns: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": task.bundle_ref,
         "stream": task.config.stream,
         "rows": rows,
         "n": n,
-        "input": consumed.digest(),
+        "input": proof,
         "columns": columns,
         "made": {"agent": __version__, "runtime": runtime_name(), "config": task.config_digest},
     }

@@ -6,7 +6,7 @@ answers, and results that are not numbers, are counted and left out of every met
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -26,6 +26,7 @@ from agent.performance.degradation import CusumTrack, DegradationEvent, Degradat
 from agent.performance.estimates import MetricEstimate, compute_metrics
 from agent.performance.labels import MODEL, LabelSchema, LabelTarget, count_sources
 from agent.performance.metrics import LabelledPredictions
+from agent.wire import least_count
 from agent.wire.messages import encode
 
 LABELS_PER_MESSAGE, MAX_LABELS_PER_MESSAGE, MAX_REPORT_INTERVAL_S = 50, 500, 86_400.0
@@ -33,6 +34,10 @@ _EARLY_BATCH = 200
 _MAX_CLASSES = 40
 # The message's header, `labels` and `estimate`, beside the metrics.
 _HEAD_BYTES = 1_500
+# Partitions of the labelled results beside the slices: into one cell, and by class.
+_ALL, _CLASS = "", "class"
+# Numbers of the labels in each cell of each partition.
+Partitions = dict[str, dict[str, list[int]]]
 
 
 class LabelWindow(msgspec.Struct, frozen=True):
@@ -67,6 +72,7 @@ def tick(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockRead
 
     Raises StorageError.
     """
+    task.raise_least_count(message_log)
     _join_early_labels(task, store, now, keep_s)
     alerts = 0
     while (state := _load_due_state(task, store, now)) is not None:
@@ -132,9 +138,14 @@ def _write_report(
     alerts = [*_clear_old_alerts(task, store, state), *_evaluate_labels(task, store, state, window, numbers[-1])]
     state.last_number = numbers[-1]
     messages, body = [], None
-    if window.samples:
-        body = _build_body(task, store, message_log.max_bytes, window)
+    published = _load_published(task, store)
+    cells = _select_cells(task, window, published, message_log.least_count(task.name))
+    # Where too few labels are new, a later message covers them.
+    if window.samples and _ALL in cells[_ALL]:
+        body = _build_body(task, store, message_log.max_bytes, window, cells)
         messages.append(PendingMessage("quality", task.name, body))
+        for partition, selected in cells.items():
+            published[partition] = published.get(partition, {}) | selected
     messages += [PendingMessage.from_alert(alert, task.name) for alert in alerts]
     with store.transaction() as tx:
         state.last_message_s = max(tx.uptime_s(now), 1.0)
@@ -142,6 +153,7 @@ def _write_report(
         if body is not None:
             last = encode({**body, "time": clock.to_rfc3339(now.wall_us)})
             tx.save_state(task.name, task_keys.LAST_LABEL_METRICS, last)
+            tx.save_state(task.name, task_keys.PUBLISHED_CELLS, msgspec.msgpack.encode(published))
         tx.save_state(task.name, task_keys.LABEL_METRICS, state.to_bytes())
     return len(alerts)
 
@@ -268,12 +280,45 @@ def to_labelled_predictions(task: LoadedTask, samples: Sequence[StoredLabel]) ->
 # --- the message ---
 
 
-def _build_body(task: LoadedTask, store: Store, max_bytes: int, window: LabelWindow) -> dict[str, Any]:
+def _load_published(task: LoadedTask, store: Store) -> Partitions:
+    stored = store.load_state(task.name, task_keys.PUBLISHED_CELLS)
+    try:
+        return msgspec.msgpack.decode(stored, type=Partitions) if stored else {}
+    except msgspec.MsgspecError:
+        return {}
+
+
+def _select_cells(task: LoadedTask, window: LabelWindow, published: Partitions, k: int) -> Partitions:
+    """Return the cells that the message may show by the least count `k`, with the numbers of their labels."""
+    samples = filter_evaluable(task, window.samples)
+    numbers = [sample.number for sample in samples]
+    cells: Partitions = {_ALL: {_ALL: numbers}}
+    schema = build_label_schema(task)
+    if schema.class_names:
+        cells[_CLASS] = {name: [] for name in schema.class_names}
+        for sample in samples:
+            for name in schema.true_names(sample.label):
+                cells[_CLASS][name].append(sample.number)
+    for field, texts in _group_slices(samples).items():
+        for number, text in zip(numbers, slices.merge_rare_values(texts), strict=True):
+            cells.setdefault(field, {}).setdefault(text, []).append(number)
+    return {name: least_count.select_cells(parts, published.get(name, {}), k) for name, parts in cells.items()}
+
+
+def _group_slices(samples: Sequence[StoredLabel]) -> dict[str, list[str]]:
+    """Return the texts (n,) of the slices that all samples have, by field."""
+    names = sorted(set.intersection(*(set(sample.prediction.slices) for sample in samples))) if samples else []
+    return {name: [sample.prediction.slices[name] for sample in samples] for name in names}
+
+
+def _build_body(
+    task: LoadedTask, store: Store, max_bytes: int, window: LabelWindow, cells: Partitions
+) -> dict[str, Any]:
     """Return the message's members, at most `max_bytes` long with the header."""
     ordered = sorted(window.samples, key=lambda sample: sample.prediction.row)
     evaluable = filter_evaluable(task, ordered)
     rows, times = [sample.prediction.row for sample in ordered], [sample.prediction.t for sample in ordered]
-    members = {
+    members: dict[str, Any] = {
         "model": task.bundle_ref,
         "window": {
             "rows": [rows[0], rows[-1]],
@@ -284,10 +329,13 @@ def _build_body(task: LoadedTask, store: Store, max_bytes: int, window: LabelWin
             "corrected": window.corrected_count,
             "no_result": sum(sample.source != MODEL for sample in ordered) - len(evaluable),
         },
-        "labels": _describe_labels(task, store, ordered),
+        "labels": _describe_labels(task, store, ordered, cells),
         "estimate": _estimate_accuracy(task, evaluable),
     }
-    estimates = [metric.to_dict() for metric in _compute_metrics(task, evaluable)]
+    computed = _compute_metrics(task, evaluable)
+    shown = {f"{partition}={name}" for partition, selected in cells.items() for name in selected}
+    estimates = [metric.to_dict() for metric in computed if not metric.slice or metric.slice in shown]
+    members[least_count.WITHHELD] = len(computed) - len(estimates)
     while estimates and len(encode({**members, "metrics": estimates})) > max_bytes - _HEAD_BYTES:
         # Slices and rare classes come last.
         estimates = estimates[: len(estimates) * 3 // 4]
@@ -298,15 +346,15 @@ def _compute_metrics(task: LoadedTask, samples: Sequence[StoredLabel]) -> list[M
     if not samples:
         return []
     schema, predictions = build_label_schema(task), to_labelled_predictions(task, samples)
-    names = sorted(set.intersection(*(set(sample.prediction.slices) for sample in samples)))
-    sliced = {name: [sample.prediction.slices[name] for sample in samples] for name in names}
     return [
         *compute_metrics(schema.kind, schema.labels, predictions),
-        *slices.compute_slice_metrics(schema.kind, predictions, sliced),
+        *slices.compute_slice_metrics(schema.kind, predictions, _group_slices(samples)),
     ]
 
 
-def _describe_labels(task: LoadedTask, store: Store, ordered: Sequence[StoredLabel]) -> dict[str, Any]:
+def _describe_labels(
+    task: LoadedTask, store: Store, ordered: Sequence[StoredLabel], cells: Partitions
+) -> dict[str, Any]:
     """Return the labels' sources, delay and counts by class, and the share of results that have one."""
     delay = np.array([max(0, sample.received - sample.prediction.t) / 1e6 for sample in ordered])
     rows = (ordered[0].prediction.row, ordered[-1].prediction.row)
@@ -318,11 +366,15 @@ def _describe_labels(task: LoadedTask, store: Store, ordered: Sequence[StoredLab
         "sources": count_sources([sample.source for sample in ordered]),
         **{name: counters.get(f"labels {name}.{task.name}", 0) for name in ("replaced", "late", "unmatched")},
     }
-    return members | _count_classes(build_label_schema(task), [sample.label for sample in ordered])
+    shown = cells.get(_CLASS, {})
+    return members | _count_classes(build_label_schema(task), [sample.label for sample in ordered], shown)
 
 
-def _count_classes(schema: LabelSchema, texts: Sequence[str]) -> dict[str, Any]:
-    """Return the number of labels of each class, and their imbalance; a class without labels counts as one there."""
+def _count_classes(schema: LabelSchema, texts: Sequence[str], shown: Collection[str]) -> dict[str, Any]:
+    """Return the number of labels of each class, and their imbalance; a class without labels counts as one there.
+
+    Classes that are not `shown` are counted together, and then there is no imbalance.
+    """
     if not schema.class_names:
         return {}
     counts = dict.fromkeys(schema.class_names, 0)
@@ -331,7 +383,11 @@ def _count_classes(schema: LabelSchema, texts: Sequence[str]) -> dict[str, Any]:
             counts[name] += 1
     largest = sorted(counts, key=lambda name: -counts[name])[:_MAX_CLASSES]
     imbalance = max(counts.values()) / max(1, min(counts.values()))
-    return {"classes": {name: counts[name] for name in largest}, "imbalance": round(imbalance, 2)}
+    named = {name: counts[name] for name in largest if name in shown}
+    if len(shown) == len(counts):
+        return {"classes": named, "imbalance": round(imbalance, 2)}
+    hidden = sum(counts[name] for name in counts if name not in shown)
+    return {"classes": named | {least_count.OTHER: hidden}, "imbalance": None}
 
 
 def _estimate_accuracy(task: LoadedTask, samples: Sequence[StoredLabel]) -> Mapping[str, Any] | None:

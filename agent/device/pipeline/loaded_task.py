@@ -11,7 +11,7 @@ from agent import config
 from agent.config import StreamConfig
 from agent.device.pipeline.deadline import Deadline
 from agent.device.store.cost import CostMeter
-from agent.device.store.message_log import PendingMessage
+from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.store import RowBatch, Store
 from agent.device.store.transaction import Transaction
 from agent.drift.monitor import DriftMonitor
@@ -95,6 +95,10 @@ class LoadedTask:
     def bundle_ref(self) -> dict[str, Any]:
         manifest = self.bundle.manifest
         return {"name": manifest.name, "version": manifest.version, "digest": self.bundle.digest}
+
+    def raise_least_count(self, message_log: MessageLog) -> None:
+        """Have messages about this task obey its bundle's least count, where that is larger than the device's."""
+        message_log.bundle_min_counts[self.name] = self.bundle.manifest.drift.min_count or 1
 
     def max_batch_rows(self, transaction_bytes: int) -> int:
         """Return the rows of the largest batch: one model window, and what memory, time and the transaction allow."""

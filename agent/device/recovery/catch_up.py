@@ -20,7 +20,7 @@ from agent.device.recovery import findings
 from agent.device.recovery.findings import NEW_LOG, NewLogPlan, RecoveryFinding
 from agent.device.store import meta, ranges, retention, watermark
 from agent.device.store.watermark import WatermarkState
-from agent.wire.messages import digest
+from agent.wire.log_chain import digest
 
 log = logging.getLogger("outstation")
 

@@ -2,9 +2,10 @@
 
 Rules of `accept`; a message that breaks one changes nothing and is only counted:
 - it arrived on a topic of this device: its own, that of one of its groups, or that of all devices
-- one of the [operators] keys signed it for that topic; no JSON object has a key twice, and no member is unknown
-- its counter is above every counter that this key has used for this topic. The message in force may arrive again, as a
-  retained one does with each connection, and changes nothing
+- a trusted key of an operator or deployer signed it for that topic; no JSON object has a key twice, and no member is
+  unknown
+- its counter is above every counter that this key has used for this topic, and not in the future. The message in force
+  may arrive again, as a retained one does with each connection, and changes nothing
 The message in force is stored with its signature and verified again at each start. If several topics name a task, the
 most specific one applies: the device's own, then its groups' in the order of the config, then that of all devices.
 """
@@ -17,14 +18,15 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from agent.clock import ClockReading
+from agent.device.machine.trusted_keys import TrustedKeys
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.errors import MessageRefused, StorageFull
 from agent.transport.packets import IncomingMessage
 from agent.wire import jws, topics
-from agent.wire.desired_state import MAX_DESIRED_BYTES, DesiredBundle
-from agent.wire.keys import PublicKey
+from agent.wire.desired_state import DESIRED_STATE_ROLES, MAX_DESIRED_BYTES, DesiredBundle
+from agent.wire.jws import Signer
 from agent.wire.messages import DesiredPayload, verify_message
 
 log = logging.getLogger("outstation.updates")
@@ -46,14 +48,12 @@ class DesiredStateStore:
 
     refusal_name = "desired states"
 
-    def __init__(
-        self, store: Store, message_log: MessageLog, operators: Sequence[PublicKey], groups: Sequence[str]
-    ) -> None:
+    def __init__(self, store: Store, message_log: MessageLog, trusted: TrustedKeys, groups: Sequence[str]) -> None:
         own = [(message_log.device, None)]
         addresses = [*own, *((topics.DEVICE_GROUP, group) for group in groups), (topics.ALL_DEVICES, None)]
         self._topics = [str(topics.Topic(message_log.fleet, device, KIND, group)) for device, group in addresses]
         self._store = store
-        self._operators = {key.kid: jws.Signer("operator", key) for key in operators}
+        self._trusted = trusted
         self.on_change: Callable[[], object] = lambda: None
         self._accepted: dict[str, _AcceptedMessage] = {}
         self._bodies: dict[str, DesiredPayload] = {}
@@ -64,8 +64,8 @@ class DesiredStateStore:
 
     @property
     def subscriptions(self) -> list[str]:
-        """Topics to subscribe to; none without [operators] keys, as no message could be accepted."""
-        return list(self._topics) if self._operators else []
+        """Topics to subscribe to; none if no message could be accepted."""
+        return list(self._topics) if self._trusted.may_be_commanded else []
 
     def owns(self, topic: str) -> bool:
         """Return True for topics of desired states, also those of other devices."""
@@ -97,8 +97,7 @@ class DesiredStateStore:
         if known is not None and known.payload == delivery.payload and kid == jws.claimed_kid(known.jws):
             return
         counters = known.counters if known is not None else {}
-        if body.counter <= counters.get(kid, 0):
-            raise MessageRefused("replayed", f"counter {body.counter}, this key has used {counters[kid]} for {topic}")
+        self._trusted.check_counter(body.counter, self._trusted.valid_counter(kid, counters.get(kid, 0)))
         self._pending[topic] = (_AcceptedMessage(delivery.payload, token, {**counters, kid: body.counter}), body)
 
     def apply_pending(self, now: ClockReading) -> None:
@@ -120,8 +119,23 @@ class DesiredStateStore:
         self._bodies = {**self._bodies, **{topic: body for topic, (_, body) in pending.items()}}
         self.on_change()
 
+    def verify_again(self) -> None:
+        """Drop the messages in force whose key is no longer trusted, and take back those whose key is."""
+        bodies = {}
+        for topic, message in self._accepted.items():
+            if (body := self._verify_accepted(topic, message)) is not None:
+                bodies[topic] = body
+        self._bodies = bodies
+        self.on_change()
+
+    def _find_signer(self, kid: str) -> Signer | None:
+        signer = self._trusted.find_commander(kid)
+        if signer is not None and signer.owner not in DESIRED_STATE_ROLES:
+            raise MessageRefused("other role", f"kid {kid} is a {signer.owner}; operators and deployers sign this")
+        return signer
+
     def _verify(self, topic: str, payload: bytes, tokens: Sequence[str]) -> tuple[DesiredPayload, str, str]:
-        message = verify_message(topic, payload, tokens, self._operators.get)
+        message = verify_message(topic, payload, tokens, self._find_signer)
         if not isinstance(message.body, DesiredPayload):
             raise MessageRefused("other kind", topic)
         return message.body, message.jws, message.signer.key.kid
@@ -138,8 +152,13 @@ class DesiredStateStore:
             )
             return
         self._accepted[topic] = message
+        if (body := self._verify_accepted(topic, message)) is not None:
+            self._bodies[topic] = body
+
+    def _verify_accepted(self, topic: str, message: _AcceptedMessage) -> DesiredPayload | None:
         try:
-            self._bodies[topic] = self._verify(topic, message.payload, [message.jws])[0]
+            return self._verify(topic, message.payload, [message.jws])[0]
         except MessageRefused as refusal:
-            # As after its key was removed from the config.
+            # As after its key was revoked.
             log.warning("the desired state of %s is no longer in force: %s", topic, refusal)
+            return None

@@ -69,13 +69,15 @@ SearchResult = ProvenBundle | BundleAssessment | BundleMissing
 class BundleSupply:
     """Supply of one task. `check_fit` raises ConfigError for a bundle that the task cannot run.
 
+    `publishers` returns the keys that may sign bundles at this moment.
+
     `on_progress` is called on another thread when `poll` may have a new result.
     """
 
     def __init__(
         self,
         conf: Config,
-        publishers: Sequence[PublicKey],
+        publishers: Callable[[], Sequence[PublicKey]],
         fetcher: BundleFetcher | None,
         check_fit: Callable[[str, Bundle], None],
         known_tunings: Callable[[str], Sequence[Tuning]],
@@ -83,7 +85,7 @@ class BundleSupply:
         on_progress: Callable[[], object] = lambda: None,
     ) -> None:
         self._policy = policy
-        self._conf, self._publishers = conf, [*publishers, *builtin.publisher_keys()]
+        self._conf, self._publishers = conf, publishers
         self._fetcher, self._check_fit = fetcher, check_fit
         self._known_tunings, self._on_progress = known_tunings, on_progress
         self._request: BundleRequest | None = None
@@ -178,7 +180,7 @@ class BundleSupply:
         if not path.exists():
             return BundleMissing()
         try:
-            candidate = bundle.read(path, self._publishers)
+            candidate = bundle.read(path, [*self._publishers(), *builtin.publisher_keys()])
         except BadBundle as problem:
             return BundleAssessment("signature", str(problem))
         return candidate if candidate.digest == request.digest else BundleMissing()

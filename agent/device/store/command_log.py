@@ -52,6 +52,11 @@ class CommandLog:
         """Return the last counter of each operator key, by kid, whether its command was executed or refused."""
         return {str(kid): int(n) for kid, n in self._db.execute("SELECT kid, counter FROM command_counters")}
 
+    def replace_counter(self, kid: str, counter: int) -> None:
+        """Store the last counter of a key, also a lower one."""
+        self._db.execute("INSERT OR REPLACE INTO command_counters VALUES (?, ?)", (kid, counter))
+        self.has_new_counter = True
+
     def claim(
         self, kid: str, id: str, name: str, args: dict[str, str], counter: int, correlation: bytes | None
     ) -> ClaimedCommand | None:
@@ -59,8 +64,7 @@ class CommandLog:
         used = self._db.execute("SELECT 1 FROM command_answers WHERE kid = ? AND id = ?", (kid, id)).fetchone()
         if used or counter <= self.counters().get(kid, 0):
             return None
-        self._db.execute("INSERT OR REPLACE INTO command_counters VALUES (?, ?)", (kid, counter))
-        self.has_new_counter = True
+        self.replace_counter(kid, counter)
         number = self._db.execute(
             "INSERT INTO command_answers (kid, id, name, args, counter, correlation) VALUES (?, ?, ?, ?, ?, ?)",
             (kid, id, name, json.dumps(args), counter, correlation),

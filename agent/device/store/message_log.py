@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -16,7 +18,7 @@ from agent.device.store import cost
 from agent.device.store.outbox import OutboxMessage
 from agent.device.store.transaction import Transaction
 from agent.transport.packets import OutgoingMessage, compress
-from agent.wire import jws, key_rotation, messages
+from agent.wire import commitment, jws, key_rotation, least_count, log_chain, messages
 from agent.wire.keys import SigningKey
 from agent.wire.topics import DEVICE_ALERTS, KINDS, Topic
 
@@ -41,8 +43,11 @@ class PendingMessage(msgspec.Struct, frozen=True):
 class MessageLog(msgspec.Struct):
     """Message log of this device during this boot.
 
-    `key` signs the log and is changed only by a key rotation. `live_key`, if set, signs messages outside the log: it is
-    the key before, until the collector knows the new one. `compress`: logged messages are sent as gzip.
+    - `key` signs the log and is changed only by a key rotation
+    - `live_key`, if set, signs messages outside the log: it is the key before, until the collector knows the new one
+    - `compress`: logged messages are sent as gzip
+    - `secret`: keys of messages' commitments are derived from it
+    - `min_count`: nothing is said of fewer readings, or than the running bundle of the task demands
     """
 
     fleet: str
@@ -53,6 +58,13 @@ class MessageLog(msgspec.Struct):
     max_bytes: int
     live_key: SigningKey | None = None
     compress: bool = False
+    secret: bytes = msgspec.field(default_factory=partial(secrets.token_bytes, commitment.SECRET_BYTES))
+    min_count: int = 1
+    bundle_min_counts: dict[str, int] = {}
+
+    def least_count(self, task: str | None) -> int:
+        """Return the least number of readings that a message about `task` may say anything of."""
+        return max(self.min_count, self.bundle_min_counts.get(task or "", 1))
 
     def append(
         self,
@@ -64,18 +76,19 @@ class MessageLog(msgspec.Struct):
         key: SigningKey | None = None,
     ) -> int:
         """Append one message, signed by `key` or else by the log's key, and return its seq."""
+        allowed = least_count.apply(kind, body, self.least_count(task))
         seq, prev = tx.log_head()
         topic = str(Topic(self.fleet, self.device, kind, (task or DEVICE_ALERTS) if KINDS[kind].per_task else None))
         time = clock.to_rfc3339(now.wall_us)
         head = {"v": 1, "kind": kind, "device": self.device, "log": self.log_id, "seq": seq + 1, "prev": prev}
         stamp = {"boot": self.boot, "time": time, "clock": now.quality}
-        payload = messages.encode({**head, **stamp, **({"task": task} if task else {}), **body})
+        payload = messages.encode({**head, **stamp, **({"task": task} if task else {}), **allowed})
         message = OutboxMessage(seq + 1, topic, payload, jws.sign(key or self.key, topic, payload), time)
-        tx.enqueue(message, messages.digest(payload))
+        tx.enqueue(message, log_chain.digest(payload))
         tx.increment_counter(f"messages.{kind}", 1)
         cost.count_message(tx, task, kind, message.size)
         if kind == "alerts":
-            tx.record_alert({"task": task, "time": time, **body})
+            tx.record_alert({"task": task, "time": time, **allowed})
         return seq + 1
 
     def append_all(self, tx: Transaction, messages: Iterable[PendingMessage], now: ClockReading) -> None:
@@ -83,7 +96,10 @@ class MessageLog(msgspec.Struct):
         for message in messages:
             seq = self.append(tx, message.kind, message.task, message.body, now)
             for alert in message.alerts:
-                self.append(tx, "alerts", message.task, alert.to_body(message.task, seq=seq), now)
+                body: Mapping[str, Any] = alert.to_body(message.task, seq=seq)
+                if message.kind == "drift":
+                    body = least_count.apply_to_alert(body, message.body, self.least_count(message.task))
+                self.append(tx, "alerts", message.task, body, now)
 
     def reissue(self, tx: Transaction, message: OutboxMessage, old_log: str) -> int:
         """Append a message of another log, unchanged but for its place in the log, and return its seq."""
@@ -100,7 +116,7 @@ class MessageLog(msgspec.Struct):
         body |= {"log": self.log_id, "seq": seq + 1, "prev": prev, "reissued": {"log": old_log, "seq": message.seq}}
         payload = messages.encode(body)
         token = jws.sign(key, message.topic, payload)
-        tx.enqueue(OutboxMessage(seq + 1, message.topic, payload, token, message.time), messages.digest(payload))
+        tx.enqueue(OutboxMessage(seq + 1, message.topic, payload, token, message.time), log_chain.digest(payload))
         return seq + 1
 
     def build_live_message(
@@ -109,9 +125,10 @@ class MessageLog(msgspec.Struct):
         """Build a message outside the log: state, keys or reply."""
         topic = Topic(self.fleet, self.device, kind)
         time = clock.to_rfc3339(now.wall_us)
+        body = least_count.apply(kind, body, self.min_count)
         payload = messages.encode({"v": 1, "kind": kind, "device": self.device, **body, "time": time})
         token = jws.sign(self.live_key or self.key, str(topic), payload)
-        message_id = f"{kind}/{messages.digest(payload)[:16]}"
+        message_id = f"{kind}/{log_chain.digest(payload)[:16]}"
         return replace(self._build_outgoing(topic, payload, token, message_id, time), correlation=correlation)
 
     def to_outgoing(self, message: OutboxMessage) -> OutgoingMessage:

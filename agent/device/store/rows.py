@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import struct
 import sys
@@ -17,9 +16,10 @@ from numpy.typing import NDArray
 from agent.config import FieldConfig, StreamConfig
 from agent.errors import RowRejected
 from agent.toml_files import did_you_mean
+from agent.wire import commitment
 
-T_MAX_S = 4_102_444_800.0  # 2100-01-01
 _DTYPES = {"f32": "<f4", "f64": "<f8", "i64": "<i8", "category": "<u2"}
+T_MAX_S = 4_102_444_800.0  # 2100-01-01
 _MAX_SHORT_OFFSET = 2**32 - 1
 _HEADER = struct.Struct("<qqq")
 _MAX_EXACT_INT = 2**53
@@ -45,12 +45,15 @@ class Rows(msgspec.Struct, frozen=True):
     def slice(self, start: int, stop: int) -> Rows:
         return Rows(self.t[start:stop], tuple(c[start:stop] for c in self.columns))
 
-    def digest(self) -> str:
-        """Return `sha256:…` over the little-endian bytes of t, then of each column: the same for any chunking."""
-        sha = hashlib.sha256(_little_endian(self.t))
-        for column in self.columns:
-            sha.update(_little_endian(column))
-        return f"sha256:{sha.hexdigest()}"
+    def commit(self, key: bytes, fields: Sequence[FieldConfig], texts: Mapping[str, Sequence[str]]) -> str:
+        """Return the commitment to these rows under `key`; `texts` holds the category texts by code, by field."""
+        codes = {
+            field.name: [(code, texts[field.name][code]) for code in np.unique(column).tolist()]
+            for field, column in zip(fields, self.columns, strict=True)
+            if field.type == "category"
+        }
+        columns = [_little_endian(column) for column in self.columns]
+        return commitment.commit(key, [(f.name, f.type) for f in fields], _little_endian(self.t), columns, codes)
 
 
 EMPTY_ROWS = Rows(np.zeros(0, np.int64), ())
@@ -137,16 +140,19 @@ class ValidatedRows(msgspec.Struct, frozen=True):
     latest_us: int | None = None
 
 
-def validate_columns(raw: RawColumns, stream: StreamConfig, now_us: int, after_us: int | None) -> ValidatedRows:
+def validate_columns(
+    raw: RawColumns, stream: StreamConfig, now_us: int, after_us: int | None, *, show_values: bool = False
+) -> ValidatedRows:
     """Validate columns against the stream's fields.
 
     `now_us` stamps rows without a time. `after_us` is the producer's latest time so far: its time may not run backwards
-    within one connection or file. Raises RowRejected if the columns as a whole are invalid.
+    within one connection or file. Reasons go to journals and files: they name values only with `show_values`. Raises
+    RowRejected if the columns as a whole are invalid.
     """
     names = [f.name for f in stream.fields]
     for extra in raw.values.keys() - set(names):
         raise RowRejected(f"{extra!r} is not a field of this stream{did_you_mean(extra, names)}")
-    rejected: dict[int, str] = {}
+    rejected = _Rejections(show_values=show_values)
     arrays: list[NDArray[Any]] = []
     categories: dict[int, list[str]] = {}
     for index, field in enumerate(stream.fields):
@@ -164,14 +170,31 @@ def validate_columns(raw: RawColumns, stream: StreamConfig, now_us: int, after_u
             arrays.append(_validate_numbers(values, field, rejected, nan_is_missing=raw.nan_is_missing))
     t, latest = _validate_times(raw, now_us, after_us, rejected)
     if not rejected:
-        return ValidatedRows(Rows(t, tuple(arrays)), categories, rejected, latest)
-    valid = np.setdiff1d(np.arange(raw.n), np.fromiter(rejected, np.int64, len(rejected)))
+        return ValidatedRows(Rows(t, tuple(arrays)), categories, {}, latest)
+    reasons = rejected.reasons
+    valid = np.setdiff1d(np.arange(raw.n), np.fromiter(reasons, np.int64, len(reasons)))
     categories = {index: [texts[i] for i in valid] for index, texts in categories.items()}
-    return ValidatedRows(Rows(t[valid], tuple(a[valid] for a in arrays)), categories, rejected, latest)
+    return ValidatedRows(Rows(t[valid], tuple(a[valid] for a in arrays)), categories, reasons, latest)
+
+
+class _Rejections:
+    """Reason of each rejected row by its index, the first one found."""
+
+    def __init__(self, *, show_values: bool) -> None:
+        self.reasons: dict[int, str] = {}
+        self._show_values = show_values
+
+    def __bool__(self) -> bool:
+        return bool(self.reasons)
+
+    def add(self, index: int, field: str, problem: str, value: str | None = None) -> None:
+        # Times are no readings: results carry them.
+        shown = f" = {value}" if value is not None and (self._show_values or field == _TIME_FIELD.name) else ""
+        self.reasons.setdefault(index, f"{field}{shown} {problem}")
 
 
 def _validate_numbers(
-    values: Any, field: FieldConfig, rejected: dict[int, str], *, nan_is_missing: bool = False
+    values: Any, field: FieldConfig, rejected: _Rejections, *, nan_is_missing: bool = False
 ) -> NDArray[Any]:
     numbers = _convert_exactly(values, field.type)
     if numbers is not None and (valid := _validate_fast(numbers, field)) is not None:
@@ -228,13 +251,13 @@ def _convert_exactly(values: Any, kind: str) -> NDArray[Any] | None:
         return None
 
 
-def _parse_number(value: Any, field: FieldConfig, is_integer: bool, index: int, rejected: dict[int, str]) -> float:
+def _parse_number(value: Any, field: FieldConfig, is_integer: bool, index: int, rejected: _Rejections) -> float:
     """Parse one value of a mixed column; an invalid one gives NaN (0 for integers) and a reason in `rejected`."""
     if value is None:
         if not field.optional:
-            rejected.setdefault(index, f"{field.name} is missing")
+            rejected.add(index, field.name, "is missing")
     elif not isinstance(value, int | float) or isinstance(value, bool):
-        rejected.setdefault(index, f"{field.name} = {str(value)[:40]!r} is no number")
+        rejected.add(index, field.name, "is no number", repr(str(value)[:40]))
     elif not is_integer:
         fits = isinstance(value, float) or abs(value) <= _MAX_FLOAT
         return float(value) if fits else math.inf if value > 0 else -math.inf
@@ -243,11 +266,11 @@ def _parse_number(value: Any, field: FieldConfig, is_integer: bool, index: int, 
     ):
         return int(value)
     else:
-        rejected.setdefault(index, f"{field.name} = {str(value)[:40]} is no whole number of 64 bits")
+        rejected.add(index, field.name, "is no whole number of 64 bits", str(value)[:40])
     return 0 if is_integer else float("nan")
 
 
-def _validate_categories(values: Any, field: FieldConfig, rejected: dict[int, str]) -> list[str]:
+def _validate_categories(values: Any, field: FieldConfig, rejected: _Rejections) -> list[str]:
     texts = []
     for index, value in enumerate(values):
         if value is None and field.optional:
@@ -255,8 +278,10 @@ def _validate_categories(values: Any, field: FieldConfig, rejected: dict[int, st
         elif isinstance(value, str) and 0 < len(value) <= 64 and (value.isascii() or _is_unicode(value)):
             texts.append(value)
         else:
-            shown = "is missing" if value is None else f"= {str(value)[:40]!r} is no category: text of 1-64 characters"
-            rejected.setdefault(index, f"{field.name} {shown}")
+            if value is None:
+                rejected.add(index, field.name, "is missing")
+            else:
+                rejected.add(index, field.name, "is no category: text of 1-64 characters", repr(str(value)[:40]))
             texts.append("")
     return texts
 
@@ -267,7 +292,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _validate_times(
-    raw: RawColumns, now_us: int, after_us: int | None, rejected: dict[int, str]
+    raw: RawColumns, now_us: int, after_us: int | None, rejected: _Rejections
 ) -> tuple[NDArray[np.int64], int | None]:
     if raw.t is None:
         return np.full(raw.n, now_us, np.int64), after_us
@@ -287,11 +312,12 @@ def _validate_times(
         )
     given = np.isfinite(seconds) & (seconds >= 0) & (seconds <= T_MAX_S)
     t = np.where(given, np.rint(np.where(given, seconds, 0) * 1e6).astype(np.int64), np.int64(now_us))
-    given[list(rejected)] = False
+    given[list(rejected.reasons)] = False
     start = _MIN_TIME_US if after_us is None else np.int64(after_us)
     before = np.maximum.accumulate(np.concatenate([[start], np.where(given, t, _MIN_TIME_US)]))
     for index in np.flatnonzero(given & (t < before[:-1])):
-        rejected[int(index)] = f"t = {t[index] / 1e6:.6f} runs backwards, {before[index] / 1e6:.6f} came before"
+        problem = f"runs backwards, {before[index] / 1e6:.6f} came before"
+        rejected.add(int(index), _TIME_FIELD.name, problem, f"{t[index] / 1e6:.6f}")
     return t, (int(before[-1]) if before[-1] != _MIN_TIME_US else None)
 
 
@@ -305,13 +331,13 @@ def _convert_times(seconds: NDArray[Any], after_us: int | None) -> NDArray[np.in
 
 
 def _reject_where(
-    rejected: dict[int, str], mask: NDArray[Any], field: FieldConfig, numbers: NDArray[Any], problem: str
+    rejected: _Rejections, mask: NDArray[Any], field: FieldConfig, numbers: NDArray[Any], problem: str
 ) -> None:
     if not mask.any():
         return
     unit = f" {field.unit}" if field.unit else ""
     for index in np.flatnonzero(mask):
-        rejected.setdefault(int(index), f"{field.name} = {numbers[index].item():.9g}{unit} {problem}")
+        rejected.add(int(index), field.name, problem, f"{numbers[index].item():.9g}{unit}")
 
 
 def _little_endian(array: NDArray[Any]) -> memoryview:

@@ -28,7 +28,7 @@ from agent.device.store.rows import EMPTY_ROWS, PackedChunk, Rows, concatenate, 
 from agent.device.store.transaction import Transaction
 from agent.device.store.watermark import Watermark
 from agent.errors import StorageBusy, StorageDamaged, StorageError, StorageFull, UsageError
-from agent.wire.messages import digest
+from agent.wire.log_chain import digest
 
 T = TypeVar("T")
 
@@ -256,6 +256,14 @@ class Store:
         seqs = [seq for seq in seqs if seq not in acknowledged]
         sql = f"SELECT {MESSAGE_COLUMNS} FROM outbox WHERE seq IN ({','.join('?' * len(seqs))}) ORDER BY seq"
         return [OutboxMessage.from_row(row) for row in self._fetch_all(sql, *seqs)]
+
+    def log_head(self) -> tuple[int, str]:
+        """Return the last seq and its digest, of one moment; (0, "") in a new log."""
+        while True:
+            seq, digest = self.get_meta("seq", "0"), self.get_meta("digest", "")
+            # Another process may have written a message in between.
+            if seq == self.get_meta("seq", "0"):
+                return int(seq), digest
 
     def message_digest(self, seq: int) -> str | None:
         """Return the digest of message `seq`; None if it is not known here."""

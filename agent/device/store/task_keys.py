@@ -25,9 +25,10 @@ RELEARN_REQUEST = "relearn request"
 RELEARN_REQUEST_DONE = "relearn request done"
 SAVED_SUFFIX = " before canary"
 
-# Labels: windows that gather, and the last `metrics` message.
+# Labels: windows that gather, the last `quality` message, and the labels behind each of its numbers.
 LABEL_METRICS = "label metrics"
 LAST_LABEL_METRICS = "last label metrics"
+PUBLISHED_CELLS = "published cells"
 
 # Rollouts: state, bundles on hold, progress of the canary, and the shadow evaluation.
 ROLLOUT_STATE = "rollout state"

@@ -1,7 +1,8 @@
 """Acknowledgements: signed by the collector, verified, gathered, and applied in one transaction for many.
 
 Rules of `receive`. An acknowledgement that fails one is counted and changes nothing:
-- It came on this device's `ack` topic, and the collector's key signed it for that topic (see `agent.wire.messages`).
+- It came on this device's `ack` topic, and a trusted key of the collector signed it for that topic (see
+  `agent.wire.messages`).
 - It names this log.
 One that passes but covers messages that this store never wrote shows that the store went back in time (see
 `agent.device.recovery.new_log`).
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 
 from agent.clock import ClockReading, parse_rfc3339
 from agent.device.machine.timekeeping import is_plausible_time
@@ -31,8 +33,8 @@ from agent.device.store.store import Store
 from agent.device.uplink.refusals import ACKNOWLEDGEMENTS, Refusals
 from agent.errors import MessageRefused, StorageFull
 from agent.transport.packets import IncomingMessage
-from agent.wire import jws, topics
-from agent.wire.keys import PublicKey
+from agent.wire import topics
+from agent.wire.jws import Signer
 from agent.wire.messages import AckPayload, verify_message
 
 log = logging.getLogger("outstation.uplink")
@@ -46,11 +48,16 @@ class Acknowledgements:
     """Acknowledgements of one device's log, for the life of the uplink; used by its thread only."""
 
     def __init__(
-        self, store: Store, message_log: MessageLog, collector: PublicKey | None, keep_s: float, refusals: Refusals
+        self,
+        store: Store,
+        message_log: MessageLog,
+        find_collector: Callable[[str], Signer | None],
+        keep_s: float,
+        refusals: Refusals,
     ) -> None:
         self.topic = str(topics.Topic(message_log.fleet, message_log.device, "ack"))
         self._store, self._message_log, self._keep_s, self._refusals = store, message_log, keep_s, refusals
-        self._signer = jws.Signer("collector", collector) if collector else None
+        self._find_collector = find_collector
         self._acknowledged = self._saved = store.acknowledged()
         self._evidence = store.get_meta(retention.ACKNOWLEDGEMENT, "")
         self._suspect_after_seq: int | None = None
@@ -130,12 +137,9 @@ class Acknowledgements:
         self._acknowledged = self._acknowledged.union(covered.ranges)
 
     def _verify(self, delivery: IncomingMessage) -> AckPayload | None:
-        signer = self._signer
-        if signer is None:
-            raise MessageRefused("no key", "no [collector] key is configured")
         if delivery.topic != self.topic:
             raise MessageRefused("other topic", delivery.topic[:120])
-        body = verify_message(delivery.topic, delivery.payload, delivery.tokens, {signer.key.kid: signer}.get).body
+        body = verify_message(delivery.topic, delivery.payload, delivery.tokens, self._find_collector).body
         if not isinstance(body, AckPayload):
             raise MessageRefused("other kind", delivery.topic)
         if body.log == self._store.get_meta(PREVIOUS_LOG, ""):

@@ -23,7 +23,7 @@ from agent.device.uplink.session import Session
 from agent.device.uplink.sink import OpenSink, Sink
 from agent.errors import LinkDown, MessageRefused
 from agent.transport.packets import IncomingMessage
-from agent.wire.keys import PublicKey
+from agent.wire.jws import Signer
 
 log = logging.getLogger("outstation.uplink")
 
@@ -70,7 +70,7 @@ class Uplink:
         conf: config.Config,
         store: Store,
         message_log: MessageLog,
-        collector: PublicKey | None,
+        find_collector: Callable[[str], Signer | None],
         now: Callable[[], ClockReading],
         on_failed: Callable[[Exception], None],
         open_sink: OpenSink,
@@ -81,7 +81,7 @@ class Uplink:
         self._conf, self._store, self._message_log = conf, store, message_log
         self._now, self._on_failed, self._open_sink = now, on_failed, open_sink
         self._refusals = Refusals(store, message_log)
-        self._acks = Acknowledgements(store, message_log, collector, conf.buffer.keep_messages, self._refusals)
+        self._acks = Acknowledgements(store, message_log, find_collector, conf.buffer.keep_messages, self._refusals)
         self._receivers = receivers
         self._stopping = threading.Event()
         self._reconnecting = threading.Event()

@@ -1,8 +1,7 @@
 """Drift message: counts, moments and divergences of a drift window against the shipped reference.
 
 It holds no value of a row and no extreme of the data. Moments are exact, as rounding would be lost to every merge;
-divergences are for people and have 3 digits. For privacy, no bin shows fewer than `min_bin_rows` rows: such rows count
-to a neighboring bin.
+divergences are for people and have 3 digits. `agent.wire.least_count` limits what of it leaves the device.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from agent.drift.numeric.sums import GroupSums
 from agent.drift.testing.test_suite import DriftTester
 from agent.performance import cbpe
 
-OTHER = "other"  # labels with too few predictions to be named
 STATES_BY_SEVERITY = ("fault", "drift", "insufficient", "ok")
 
 
@@ -76,16 +74,15 @@ class MessageSums(msgspec.Struct, frozen=True, eq=False):
         return np.asarray(self.repeated[:, 0] / np.maximum(1, rows))
 
 
-def build_features(sums: MessageSums, shipped: Reference, min_bin_rows: int = 0) -> list[dict[str, Any]]:
+def build_features(sums: MessageSums, shipped: Reference) -> list[dict[str, Any]]:
     """Return each field's numbers, per message of a stack."""
     moments = sums.row_sums.moments(shipped.origin[: len(shipped.fields)])
     q = divergence.shares(divergence.fold_outer_bins(sums.counts))
     sized = round_effect_size(
         np.moveaxis(divergence.compute_all(shipped.bin_shares, q, shipped.bounds, shipped.sd), 0, -1)
     ).tolist()
-    counts = (_suppress_small_bins(sums.counts, min_bin_rows) if min_bin_rows > 1 else sums.counts).tolist()
     columns = (
-        counts,
+        sums.counts.tolist(),
         sums.missing.tolist(),
         _to_compact_numbers(moments.mean[:, 0]),
         _to_compact_numbers(moments.m2[:, 0]),
@@ -111,19 +108,16 @@ def build_features(sums: MessageSums, shipped: Reference, min_bin_rows: int = 0)
     ]
 
 
-def build_output(sums: MessageSums, shipped: Reference, min_bin_rows: int = 0) -> list[dict[str, Any]]:
+def build_output(sums: MessageSums, shipped: Reference) -> list[dict[str, Any]]:
     """Return the predictions of each class, or by their certainty, per message of a stack."""
     if not shipped.labels:
-        scores = _suppress_small_bins(sums.scores, min_bin_rows) if min_bin_rows > 1 else sums.scores
         psi = round_effect_size(divergence.psi(shipped.score_n, sums.scores))
-        return [{"counts": n, "psi": far} for n, far in zip(scores.tolist(), psi.tolist(), strict=True)]
+        return [{"counts": n, "psi": far} for n, far in zip(sums.scores.tolist(), psi.tolist(), strict=True)]
     psi = round_effect_size(divergence.psi(shipped.output, sums.output))
     named = [
         {label: n for label, n in zip(shipped.labels, counts, strict=True) if n} for counts in sums.output.tolist()
     ]
-    return [
-        {"counts": _merge_rare_labels(n, min_bin_rows), "psi": far} for n, far in zip(named, psi.tolist(), strict=True)
-    ]
+    return [{"counts": n, "psi": far} for n, far in zip(named, psi.tolist(), strict=True)]
 
 
 def build_estimates(sums: MessageSums, shipped: Reference) -> list[dict[str, Any] | None]:
@@ -221,28 +215,3 @@ def _to_compact_numbers(values: Float64s) -> list[Any]:
     mixed = values.astype(object)
     mixed[near] = values[near].astype(np.int64).tolist()
     return list(mixed.tolist())
-
-
-def _suppress_small_bins(counts: Ints, min_bin_rows: int) -> Ints:
-    """Move rows so that no bin (..., bins) is above zero and below `min_bin_rows`, unless all rows together are."""
-    out = np.zeros_like(counts)
-    held = np.zeros(counts.shape[:-1], np.int64)
-    last = np.zeros(counts.shape[:-1], np.int64)
-    for at in range(counts.shape[-1]):
-        held = held + counts[..., at]
-        full = held >= min_bin_rows
-        out[..., at] = np.where(full, held, 0)
-        last, held = np.where(full, at, last), np.where(full, 0, held)
-    left = np.take_along_axis(out, last[..., None], -1) + held[..., None]
-    np.put_along_axis(out, last[..., None], left, -1)
-    return out
-
-
-def _merge_rare_labels(counts: dict[str, int], min_bin_rows: int) -> dict[str, int]:
-    """Count labels below `min_bin_rows` together, with a further label if these are few, too."""
-    few = {label: n for label, n in counts.items() if n < min_bin_rows}
-    rest = {label: n for label, n in counts.items() if label not in few}
-    while few and sum(few.values()) < min_bin_rows and rest:
-        label = min(rest, key=lambda name: rest[name])
-        few[label] = rest.pop(label)
-    return rest | ({OTHER: sum(few.values())} if few else {})

@@ -37,16 +37,17 @@ class FieldCusum(msgspec.Struct, frozen=True):
 
 
 class FieldReport(msgspec.Struct, frozen=True):
-    """One field in one drift window."""
+    """One field in one drift window. Too few readings are `withheld`, with their moments."""
 
     counts: Annotated[list[Count], msgspec.Meta(min_length=1, max_length=256)]
     missing: Count
     below: Count
     above: Count
-    mean: Value
-    m2: Squares
+    mean: Value | None
+    m2: Squares | None
     state: str
     cusum: FieldCusum = FieldCusum()
+    withheld: Count = 0
 
     @property
     def n(self) -> int:
@@ -70,7 +71,7 @@ class _Output(msgspec.Struct, frozen=True):
 
 class _Joint(msgspec.Struct, frozen=True):
     state: str = "insufficient"
-    cusum: CusumValue = 0.0
+    cusum: CusumValue | None = None
     limit: CusumValue | None = None
 
 
@@ -167,7 +168,7 @@ def _subject_reports(
     if output.score is not None:
         yield "score", SubjectReport(output.score.state, max(output.score.cusum, default=0.0), 0.0, output.score.limit)
     if joint is not None:
-        yield "joint", SubjectReport(joint.state, joint.cusum, 0.0, joint.limit)
+        yield "joint", SubjectReport(joint.state, joint.cusum or 0.0, 0.0, joint.limit)
 
 
 def _mark_untested(subject: SubjectReport) -> SubjectReport:

@@ -82,8 +82,8 @@ class LeaderTasks:
         for name, count in self._quota_alarm.due_alerts(now.boot_s):
             summary = (
                 f"{name} sends more than its quota: {count.n} messages within {now.boot_s - count.since_s:.0f} s "
-                "were neither stored nor acknowledged, and stay on the device. Raise [quota] in fleet.toml if it has so "
-                f"much to say; otherwise revoke it: outstation fleet revoke {name}."
+                "were neither stored nor acknowledged, and stay on the device. Raise [quota] in fleet.toml if they are "
+                f"needed; otherwise revoke the device: outstation fleet revoke {name}."
             )
             self._raise_alarm(OVER_QUOTA_AT_COLLECTOR, self._quota_alarm, name, summary, now)
 

@@ -28,6 +28,10 @@ class EvidenceQueries:
         sql = "SELECT device, log, seq, topic, payload, jws FROM messages WHERE kind IN (?, ?, ?, ?)"
         return self._store.stream(f"{sql} ORDER BY device, log, seq", _EVIDENCE_KINDS)
 
+    def stream_log(self) -> Iterator[Row]:
+        """Return (device, log, seq, kind, payload) of every message, in the order of each log."""
+        return self._store.stream("SELECT device, log, seq, kind, payload FROM messages ORDER BY device, log, seq")
+
     def load_message(self, device: str, log: str, seq: int) -> tuple[str, bytes, str] | None:
         sql = "SELECT topic, payload, jws FROM messages WHERE device = ? AND log = ? AND seq = ?"
         row: tuple[str, bytes, str] | None = self._db.execute(sql, (device, log, seq)).fetchone()
@@ -38,6 +42,11 @@ class EvidenceQueries:
         sql = "SELECT device, log, seq, topic, payload, jws FROM messages WHERE device = ? AND log = ? AND kind = ?"
         row: Row | None = self._db.execute(f"{sql} ORDER BY seq DESC LIMIT 1", (device, log, kind)).fetchone()
         return row
+
+    def load_newest_health(self, device: str, log: str, limit: int) -> list[Row]:
+        """Return (seq, payload) of the newest health messages of a log, newest first."""
+        sql = "SELECT seq, payload FROM messages WHERE device = ? AND log = ? AND kind = ? ORDER BY seq DESC LIMIT ?"
+        return list(self._db.execute(sql, (device, log, "health", limit)))
 
     def load_devices(self) -> list[dict[str, Any]]:
         return self._query("SELECT device, enrolled, state, last_seen FROM devices ORDER BY device")

@@ -29,7 +29,8 @@ class MergedField(msgspec.Struct, frozen=True, eq=False):
 
     @classmethod
     def from_field(cls, field: FieldReport) -> MergedField:
-        return cls(field.histogram(), field.missing, Moments(field.n, field.mean, field.m2))
+        moments = Moments() if field.mean is None or field.m2 is None else Moments(field.n, field.mean, field.m2)
+        return cls(field.histogram(), field.missing, moments)
 
     @classmethod
     def empty_like(cls, template: MergedField) -> MergedField:

@@ -12,12 +12,16 @@ from typing import Any, Literal
 import msgspec
 
 from agent.fleet.collector.subscriptions import logged_filters
+from agent.wire import trust
 from agent.wire.topics import ALL_DEVICES, DEVICE_GROUP, KINDS, ROOT
 
 # Client that may change the rules while the broker runs.
 ADMIN = "broker-admin"
 CONTROL_TOPIC = "$CONTROL/dynamic-security/v1"
 _ACCESS_TYPES = ("publishClientSend", "publishClientReceive", "subscribe", "unsubscribe")
+
+# Trust document and desired state of the fleet, desired state of its groups.
+_READ_BY_ALL = (f"{ALL_DEVICES}/{trust.KIND}", f"{ALL_DEVICES}/desired", f"{DEVICE_GROUP}/desired/+")
 
 Document = dict[str, Any]
 
@@ -33,8 +37,8 @@ def build_document(fleet: str, group: str) -> Document:
     """Build the plugin's file for a fleet without devices."""
     base = f"{ROOT}/{fleet}"
     tree = f"{base}/#"
-    everyone = [f"{base}/{ALL_DEVICES}/desired", f"{base}/{DEVICE_GROUP}/desired/+"]
-    orders = [f"{base}/+/cmd", f"{base}/+/desired", f"{base}/{DEVICE_GROUP}/desired/+"]
+    everyone = [f"{base}/{topic}" for topic in _READ_BY_ALL]
+    orders = [*everyone, f"{base}/+/cmd", f"{base}/+/desired"]
     # A device's log is not retained; the collector deletes what a device retains there, by an empty message.
     logged = logged_filters(fleet)
     control = f"{CONTROL_TOPIC}/#"
@@ -80,6 +84,18 @@ def edit_document(document: Document, fleet: str, changes: Iterable[AccessChange
         client = _client(change.client, _role_names(change))
         document["clients"].append(client | ({"disabled": True} if change.access == "none" else {}))
     return bool(missing)
+
+
+def build_creation(change: AccessChange, fleet: str) -> list[dict[str, Any]]:
+    """Return the plugin's commands for a client that it does not have; they fail for any other.
+
+    The plugin writes its whole file after each command, which takes most of a second for 5,000 devices.
+    """
+    roles = [{"rolename": name} for name in _role_names(change)]
+    client = {"command": "createClient", "username": change.client, "roles": roles}
+    if change.access == "device":
+        return [{"command": "createRole", **_device_role(fleet, change.client)}, client]
+    return [client]
 
 
 def build_commands(change: AccessChange, fleet: str) -> list[dict[str, Any]]:

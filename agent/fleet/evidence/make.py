@@ -22,9 +22,10 @@ from agent.evaluation.document import Evaluation
 from agent.fleet.database.evidence import EvidenceQueries
 from agent.fleet.database.store import FleetStore
 from agent.fleet.evidence.format import frameworks, manifest
-from agent.fleet.evidence.format.contents import WRITE_LIMITS, Incident, SignedMessage
+from agent.fleet.evidence.format.contents import OMITTED_LINKS, WRITE_LIMITS, Incident, SignedMessage
 from agent.fleet.evidence.format.manifest import MANIFEST_FILE, SIGNATURE_FILE, EvidenceManifest, FileEntry
 from agent.fleet.evidence.gather import bundles, sbom, trusted_keys
+from agent.fleet.evidence.gather.chains import ChainBuilder
 from agent.fleet.evidence.gather.gather import EvidenceFacts, MessageVerifier, gather
 from agent.fleet.evidence.gather.sbom import Sbom
 from agent.fleet.evidence.page.page import render_html
@@ -50,6 +51,8 @@ class EvidenceSources(msgspec.Struct, frozen=True):
     publishers: Sequence[PublicKey] = ()
     bundles: Sequence[Path] = ()
     evaluations: Sequence[tuple[bytes, Evaluation]] = ()
+    # Files of `outstation head`.
+    witnesses: Sequence[bytes] = ()
 
 
 class EvidenceFolder(msgspec.Struct, frozen=True):
@@ -75,7 +78,9 @@ def write_folder(
             signers, running = [*sources.publishers, *sources.operators], facts.tasks_by_digest
             facts.bundles = bundles.gather(sources.fleet_dir, sources.bundles, signers, sources.evaluations, running)
             facts.omitted["bundles"] += facts.bundles.omitted
-            _write_messages(EvidenceQueries(store, db), MessageVerifier(store), writer, facts)
+            queries = EvidenceQueries(store, db)
+            _write_messages(queries, MessageVerifier(store), writer, facts)
+            _write_chains(queries, writer, facts)
         bill_of_materials = _write_files(writer, sources, facts)
         writer.commit()
     except BaseException:
@@ -92,6 +97,8 @@ def _write_files(writer: FolderWriter, sources: EvidenceSources, facts: Evidence
     writer.write("sbom.cdx.json", bill_of_materials.document)
     writer.write("decisions.jsonl", (_encode_line(decision) for decision in facts.decisions))
     writer.write("incidents.csv", _encode_csv(facts.incidents))
+    for number, witness in enumerate(sources.witnesses, 1):
+        writer.write(f"witnesses/head-{number:04}.json", witness)
     documents: dict[str, Any] = {
         "incidents.json": facts.incidents,
         "running.json": facts.running_tasks,
@@ -148,16 +155,28 @@ def _write_messages(
 ) -> None:
     """Write the signed messages that the folder refers to, read and verified again, in files of bounded size."""
     lines = _iter_message_lines(queries, verifier, facts)
+    _write_parts(writer, "messages", lines, WRITE_LIMITS.part_messages)
+
+
+def _write_chains(queries: EvidenceQueries, writer: FolderWriter, facts: EvidenceFacts) -> None:
+    builder = ChainBuilder()
+    runs = builder.build_runs(queries.stream_log())
+    _write_parts(writer, "chains", (_encode_line(run) for run in runs), WRITE_LIMITS.part_runs)
+    facts.omitted[OMITTED_LINKS] += builder.omitted
+
+
+def _write_parts(writer: FolderWriter, folder: str, lines: Iterator[bytes], max_lines: int) -> None:
+    """Write lines in files of bounded size."""
     line, number = next(lines, None), 0
     while line is not None:
         part: list[bytes] = []
         size = 0
-        while line is not None and len(part) < WRITE_LIMITS.part_messages and size < WRITE_LIMITS.part_bytes:
+        while line is not None and len(part) < max_lines and size < WRITE_LIMITS.part_bytes:
             part.append(line)
             size += len(line)
             line = next(lines, None)
         number += 1
-        writer.write(f"messages/part-{number:04}.jsonl", part)
+        writer.write(f"{folder}/part-{number:04}.jsonl", part)
 
 
 def _iter_message_lines(queries: EvidenceQueries, verifier: MessageVerifier, facts: EvidenceFacts) -> Iterator[bytes]:

@@ -32,8 +32,13 @@ class CreatedRepository(msgspec.Struct, frozen=True):
     threshold: int
 
 
-def create(folder: Path, *, roots: int = 1, threshold: int = 1, now: datetime | None = None) -> CreatedRepository:
+def create(
+    folder: Path, root_keys: Path | None = None, *, roots: int = 1, threshold: int = 1, now: datetime | None = None
+) -> CreatedRepository:
     """Create a repository in the fleet's folder, governed by `threshold` of `roots` root keys. Raises UsageError.
+
+    `root_keys` is the folder of the root keys, outside the fleet's folder: a thief of that one gets the online keys
+    only. None puts them in the fleet's folder, for demonstrations.
 
     An interrupted creation is completed with the keys that exist.
     """
@@ -47,10 +52,11 @@ def create(folder: Path, *, roots: int = 1, threshold: int = 1, now: datetime | 
         if existing is not None:
             raise UsageError(f"{existing}: a repository exists already; devices trust its keys, so it is not replaced")
         keyring = RepositoryKeyring(layout.keys)
-        files = [layout.keys / f"root-{number}.key" for number in range(1, roots + 1)]
+        root_folder = layout.keys if root_keys is None else _require_outside(root_keys, folder)
+        files = [root_folder / f"root-{number}.key" for number in range(1, roots + 1)]
         root = Metadata(Root(version=1, expires=now + expiry.lifetime(ROOT), consistent_snapshot=True))
         for file in files:
-            root.signed.add_key(keyring.find_or_generate(file.stem), ROOT)
+            root.signed.add_key(keyring.find_or_generate(file.stem, root_folder), ROOT)
         for role in (TARGETS, SNAPSHOT, TIMESTAMP):
             root.signed.add_key(keyring.find_or_generate(f"{role}-1"), role)
         root.signed.roles[ROOT].threshold = threshold
@@ -62,6 +68,18 @@ def create(folder: Path, *, roots: int = 1, threshold: int = 1, now: datetime | 
         # Written last: a repository without root does not exist yet.
         durable_files.write(layout.root_path(1), root.to_bytes())
     return CreatedRepository(layout.root_path(1), files, threshold)
+
+
+def _require_outside(root_keys: Path, folder: Path) -> Path:
+    """Return the folder of the root keys. Raises UsageError for one inside the fleet's folder, or none."""
+    if root_keys.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(
+            f"--root-keys {root_keys}: lies in the fleet's folder {folder}, so whoever copies that can change every "
+            "key; name a folder on a removable medium, such as /media/stick"
+        )
+    if not root_keys.is_dir():
+        raise UsageError(f"--root-keys {root_keys}: no such folder; is the medium mounted?")
+    return root_keys
 
 
 def write_url(folder: Path, url: str) -> None:

@@ -12,7 +12,7 @@ from tuf.api.metadata import Root
 
 from agent.errors import UsageError
 from agent.fleet.repository import edition, expiry, root_rotation
-from agent.fleet.repository.expiry import TARGETS, TOP_LEVEL_ROLES
+from agent.fleet.repository.expiry import ROOT, TARGETS, TOP_LEVEL_ROLES
 from agent.fleet.repository.keys import RepositoryKeyring, select_key, to_tuf_key
 from agent.fleet.repository.layout import Layout
 from agent.fleet.repository.root_rotation import RootDraft
@@ -65,6 +65,12 @@ def _rotate_top_level(
         nonlocal old_name, new_name
         candidates = {keyid: keyring.name(root.keys[keyid]) for keyid in root.roles[role].keyids}
         old_keyid = select_key(candidates, old, f"{role} has {len(candidates)} keys")
+        is_here = any((keyring.folder / f"{name}.key").exists() for name in candidates.values())
+        if role == ROOT and new is None and not is_here:
+            raise UsageError(
+                "no root key is in the fleet's folder, and a new one does not belong there either: make it on its "
+                "medium with `outstation model keygen`, and give its public half with --new"
+            )
         new_key = _resolve_new_key(new, set(candidates), role, keyring)
         root.add_key(new_key, role)
         root.revoke_key(old_keyid, role)

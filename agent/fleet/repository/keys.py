@@ -48,25 +48,37 @@ class RepositoryKeyring:
         """Generate a key for `role` in the next numbered file."""
         taken = [path.name for path in self.folder.glob(f"{role}-*")]
         numbers = [int(match[1]) for name in taken if (match := re.fullmatch(rf"{re.escape(role)}-(\d+)\.key.*", name))]
-        return self._generate(f"{role}-{max(numbers, default=0) + 1}")
+        return self._generate(f"{role}-{max(numbers, default=0) + 1}", self.folder)
 
-    def find_or_generate(self, name: str) -> Key:
-        """Return the key `<name>.key`. A key left by an interrupted run is reused: nobody trusts it yet."""
-        path = self.folder / f"{name}.key"
-        return to_tuf_key(keys.load_private(path).public) if path.exists() else self._generate(name)
+    def find_or_generate(self, name: str, folder: Path | None = None) -> Key:
+        """Return the key `<name>.key` in `folder`, default the keyring's; its public half is in the keyring's.
 
-    def _generate(self, name: str) -> Key:
+        A key left by an interrupted run is reused: nobody trusts it yet.
+        """
+        path = (folder or self.folder) / f"{name}.key"
+        if not path.exists():
+            return self._generate(name, folder or self.folder)
+        key = keys.load_private(path)
+        self._add_signer(path, key)
+        self._write_public(name, key)
+        return to_tuf_key(key.public)
+
+    def _generate(self, name: str, folder: Path) -> Key:
         durable_files.make_folder(self.folder)
         self.folder.chmod(0o700)
-        path = self.folder / f"{name}.key"
+        path = folder / f"{name}.key"
         # Renamed once complete: a partial key would stop every command that reads the folder.
         new = path.with_name(path.name + ".new")
         new.unlink(missing_ok=True)
         key = keys.generate(new, write_public=False)
-        durable_files.write(keys.public_key_path(path), f"{key.public.text}\n".encode())
+        self._write_public(name, key)
         durable_files.rename(new, path)
         self._add_signer(path, key)
         return to_tuf_key(key.public)
+
+    def _write_public(self, name: str, key: SigningKey) -> None:
+        durable_files.make_folder(self.folder)
+        durable_files.write(self.folder / f"{name}.key.pub", f"{key.public.text}\n".encode())
 
     def _add_signer(self, path: Path, key: SigningKey) -> None:
         signer = CryptoSigner(key.private)

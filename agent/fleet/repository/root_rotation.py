@@ -17,7 +17,7 @@ from tuf.api.serialization import DeserializationError
 
 from agent import durable_files
 from agent.errors import StorageError, UsageError
-from agent.fleet.repository import edition, expiry
+from agent.fleet.repository import edition, expiry, trust
 from agent.fleet.repository.edition import Edition
 from agent.fleet.repository.expiry import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, TOP_LEVEL_ROLES
 from agent.fleet.repository.keys import RepositoryKeyring, format_public_key, load_signer
@@ -36,7 +36,7 @@ class RootDraft(msgspec.Struct, frozen=True):
 
 
 class SignedDraft(msgspec.Struct, frozen=True):
-    """Content of a draft for review by its signer. `roles`: role → public keys as text."""
+    """Content of a draft for review by its signer. `roles`: role → public keys as text, of the trust document too."""
 
     version: int
     signatures: int
@@ -49,7 +49,7 @@ def propose(layout: Layout, change: Callable[[Root], None], keyring: RepositoryK
     With enough signatures it comes into force at once. Its earlier signatures are dropped: its content changed.
     """
     activate_draft(layout, keyring, now)
-    current = _load_current_root(layout)
+    current = load_current_root(layout)
     root = deepcopy(_read_draft(layout.draft).signed if layout.draft.exists() else current)
     change(root)
     root.version, root.expires = current.version + 1, now + expiry.lifetime(ROOT)
@@ -68,7 +68,7 @@ def sign(file: Path, key: Path) -> SignedDraft:
     durable_files.write(file, draft.to_bytes())
     root = draft.signed
     roles = {role: [format_public_key(root.keys[kid]) for kid in root.roles[role].keyids] for role in TOP_LEVEL_ROLES}
-    return SignedDraft(root.version, len(draft.signatures), roles)
+    return SignedDraft(root.version, len(draft.signatures), {**roles, **trust.list_by_role(root)})
 
 
 def load_current(layout: Layout, keyring: RepositoryKeyring, now: datetime) -> Edition:
@@ -86,7 +86,7 @@ def activate_draft(layout: Layout, keyring: RepositoryKeyring, now: datetime) ->
     draft = _load_signed_draft(layout)
     if draft is None:
         return 0
-    current = _load_current_root(layout)
+    current = load_current_root(layout)
     if draft.signed.version > current.version:
         next_edition = edition.load(layout, draft.signed)
         roles = (TARGETS, SNAPSHOT, TIMESTAMP)
@@ -108,8 +108,19 @@ def load_pending_draft(layout: Layout, keyring: RepositoryKeyring) -> RootDraft 
     """Return the waiting draft, if any. A draft already in force does not count."""
     if not layout.draft.exists():
         return None
-    current, draft = _load_current_root(layout), _read_draft(layout.draft)
+    current, draft = load_current_root(layout), _read_draft(layout.draft)
     return describe(current, draft, keyring) if draft.signed.version > current.version else None
+
+
+def load_current_root(layout: Layout) -> Root:
+    """Return the root in force. Raises UsageError without a repository, StorageError if it cannot be read."""
+    newest = layout.newest_root_path()
+    if newest is None:
+        raise layout.missing_error()
+    try:
+        return Metadata[Root].from_bytes(newest.read_bytes()).signed
+    except (OSError, DeserializationError) as error:
+        raise StorageError(f"{newest}: cannot be read: {error}; restore it from a backup") from None
 
 
 def describe(current_root: Root, draft: Metadata[Root], keyring: RepositoryKeyring) -> RootDraft:
@@ -121,7 +132,7 @@ def describe(current_root: Root, draft: Metadata[Root], keyring: RepositoryKeyri
 def _load_signed_draft(layout: Layout) -> Metadata[Root] | None:
     if not layout.draft.exists():
         return None
-    draft, current = _read_draft(layout.draft), _load_current_root(layout)
+    draft, current = _read_draft(layout.draft), load_current_root(layout)
     if draft.signed.version == current.version:
         # In force already; only the draft file was not removed.
         return draft
@@ -132,16 +143,6 @@ def _load_signed_draft(layout: Layout) -> Metadata[Root] | None:
         )
     result = draft.signed.get_root_verification_result(current, draft.signed_bytes, draft.signatures)
     return draft if result else None
-
-
-def _load_current_root(layout: Layout) -> Root:
-    newest = layout.newest_root_path()
-    if newest is None:
-        raise layout.missing_error()
-    try:
-        return Metadata[Root].from_bytes(newest.read_bytes()).signed
-    except (OSError, DeserializationError) as error:
-        raise StorageError(f"{newest}: cannot be read: {error}; restore it from a backup") from None
 
 
 def _read_draft(file: Path) -> Metadata[Root]:

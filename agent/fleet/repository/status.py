@@ -108,5 +108,5 @@ def _format_reminder(status: RoleStatus) -> str:
     if role in (SNAPSHOT, TIMESTAMP):
         return f"{role} {when}; run daily: outstation fleet repository refresh"
     if role == ROOT:
-        return f"root {when}; renew it: outstation fleet repository rotate root"
+        return f"root {when}; renew it: outstation fleet repository rotate root --new PUB --sign-with FILE"
     return f"{role} {when}; renew it: outstation fleet repository refresh --sign-with FILE, with the key of {role}"

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from agent import clock
 from agent.errors import LinkDown, UsageError
-from agent.fleet.commands import lock_operator, reserve_counter
+from agent.fleet.commands import lock_operator, reserve_counter, send_retained
 from agent.fleet.database.interface import Connection
 from agent.fleet.database.store import FleetStore
 from agent.fleet.rollout import journal
 from agent.fleet.rollout.actions import RolloutOperator
 from agent.fleet.rollout.desired_state import DesiredMessage
 from agent.fleet.rollout.journal import Rollout
-from agent.transport.packets import BrokerLink, OutgoingMessage, PublishReceipt
+from agent.transport.packets import BrokerLink, OutgoingMessage
 from agent.wire import topics
 from agent.wire.keys import SigningKey
 from agent.wire.messages import cloudevent_properties
 
 RolloutAction = Callable[[Connection, RolloutOperator, int], Rollout]
-PUBLISH_TIMEOUT_S = 10.0
 
 
 class RolloutPublisher:
@@ -71,34 +70,15 @@ class RolloutPublisher:
             return ""
         try:
             with contextlib.closing(self._connect()) as link:
-                _send_retained(link, rows)
+                send_retained(link, [_build_message(row) for row in rows])
         except LinkDown as down:
             return str(down)
         return ""
 
 
-def _send_retained(link: BrokerLink, rows: Sequence[DesiredMessage]) -> None:
-    """Send every message as retained and wait until the broker has them all. Raises LinkDown, also on a refusal."""
+def _build_message(row: DesiredMessage) -> OutgoingMessage:
+    topic = topics.parse(row.topic)
+    target = f"{topic.device}/{topic.task}" if topic.task else topic.device
     now = clock.to_rfc3339(clock.read().wall_us)
-    waiting: dict[int, str] = {}
-    for row in rows:
-        topic = topics.parse(row.topic)
-        target = f"{topic.device}/{topic.task}" if topic.task else topic.device
-        event = cloudevent_properties(topic, f"{target}/desired/{row.counter}", now)
-        message = OutgoingMessage(row.topic, row.payload, (("jws", row.jws), *event), retain=True)
-        waiting[link.send(message)] = row.topic
-    end = time.monotonic() + PUBLISH_TIMEOUT_S
-    while waiting:
-        left = end - time.monotonic()
-        if left <= 0:
-            late = ", ".join(sorted(waiting.values()))
-            raise LinkDown(f"the broker did not accept {late} within {PUBLISH_TIMEOUT_S:g} s")
-        for receipt in link.receive(left):
-            if not isinstance(receipt, PublishReceipt) or receipt.token not in waiting:
-                continue
-            target = waiting.pop(receipt.token)
-            if not receipt.is_accepted:
-                raise LinkDown(
-                    f"the broker refused {target}: {receipt.reason}; its access list must let the operator write there "
-                    "(`outstation fleet init` of this version writes one that does)"
-                )
+    event = cloudevent_properties(topic, f"{target}/desired/{row.counter}", now)
+    return OutgoingMessage(row.topic, row.payload, (("jws", row.jws), *event), retain=True)

@@ -1,35 +1,27 @@
 """Process of a sandboxed model: the child, its pipes, and the memory that both sides share.
 
-Windows and outputs are exchanged in shared memory; a pipe in each direction signals them. The job is passed in another
-memory file, so that starting never blocks. The kernel kills the child when its parent ends.
+Windows and outputs are exchanged in shared memory; a pipe in each direction signals them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
-import mmap
 import os
 import selectors
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from typing import IO
 
 import msgspec
 import numpy as np
 
 from agent.arrays import Float32s
-from agent.model.sandbox import confinement, worker
+from agent.model.sandbox import launch
 from agent.model.sandbox.worker import REQUEST_HEADER, WorkerJob
 
 # The last bytes of stderr are kept.
 _MAX_STDERR_BYTES = 4096
 _PIPE_BYTES = 1 << 16
-_PAGE = mmap.PAGESIZE
 
 
 class WorkerExited(Exception):
@@ -38,21 +30,11 @@ class WorkerExited(Exception):
 
 class ModelProcess:
     def __init__(self, job: WorkerJob) -> None:
-        self._shared = SharedBuffer()
-        try:
-            with _memory_file(msgspec.msgpack.encode(job)) as job_fd, _blocked_signals():
-                self._child = subprocess.Popen(
-                    # -P: never import an `agent` package from the current folder.
-                    [sys.executable, "-P", "-m", worker.__name__, str(job_fd), str(self._shared.fd)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    env=confinement.child_environment(),
-                    pass_fds=(job_fd, self._shared.fd),
-                )
-        except OSError:
-            self._shared.close()
-            raise
+        """Start the child with its job. Raises OSError."""
+        started = launch.take_worker()
+        started.send_job(msgspec.msgpack.encode(job))
+        self._child, self._shared = started.child, started.shared
+        # The time of a spare child does not count: it waited for the job.
         self.pid, self.started_s = self._child.pid, time.monotonic()
         self._stdout, self._stderr = b"", b""
         self._end: tuple[int, bytes] | None = None
@@ -123,54 +105,9 @@ class ModelProcess:
         self._stderr = (self._stderr + data)[-_MAX_STDERR_BYTES:]
 
 
-class SharedBuffer:
-    """Shared memory that can only grow: a seal keeps the child from truncating it."""
-
-    def __init__(self) -> None:
-        self.fd = os.memfd_create("outstation-windows", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        self.size = _PAGE
-        os.ftruncate(self.fd, self.size)
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-        self.map = mmap.mmap(self.fd, self.size)
-
-    def grow(self, size: int) -> None:
-        if size > self.size:
-            self.size = -(-size // _PAGE) * _PAGE
-            os.ftruncate(self.fd, self.size)
-            self.map.close()
-            self.map = mmap.mmap(self.fd, self.size)
-
-    def close(self) -> None:
-        self.map.close()
-        os.close(self.fd)
-
-
-@contextlib.contextmanager
-def _memory_file(content: bytes) -> Iterator[int]:
-    """Create a memory file with `content`, positioned at its start."""
-    fd = os.memfd_create("outstation-job", os.MFD_CLOEXEC)
-    try:
-        with open(fd, "wb", closefd=False) as file:
-            file.write(content)
-        os.lseek(fd, 0, os.SEEK_SET)
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def _read_available(pipe: IO[bytes] | None) -> bytes:
     """Read what a non-blocking pipe holds; b"" if nothing, and at its end."""
     assert pipe is not None
     with contextlib.suppress(BlockingIOError):
         return os.read(pipe.fileno(), _PIPE_BYTES)
     return b""
-
-
-@contextlib.contextmanager
-def _blocked_signals() -> Iterator[None]:
-    """Start a child that ignores stop signals: stopping the daemon must not look like a crash of the model."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 import weakref
 from collections.abc import Callable
@@ -52,7 +51,6 @@ class SubprocessModel:
             threads=threads,
             output=bundle.manifest.output.tensor,
             memory_mib=self._limits.memory_mib,
-            parent_pid=os.getpid(),
             policy=policy,
             trusted_content=builtin.read_smallest_model(),
         )

@@ -36,7 +36,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class WorkerJob(msgspec.Struct):
-    """The model to run for `parent_pid`, and a trusted one for `runtime.detect_processor`.
+    """The model to run, and a trusted one for `runtime.detect_processor`.
 
     `memory_mib` is added to what Python, NumPy and the runtime take.
     """
@@ -46,7 +46,6 @@ class WorkerJob(msgspec.Struct):
     threads: int
     output: str | int | None
     memory_mib: int
-    parent_pid: int
     policy: ModelPolicy
     trusted_content: bytes
 
@@ -59,19 +58,23 @@ class ModelInfo(msgspec.Struct, frozen=True):
 
 
 def main() -> None:
-    # Imported here: the daemon imports this module, and loads no runtime.
-    from agent.model.inference import runtime
-
-    job_fd, shared_fd = int(sys.argv[1]), int(sys.argv[2])
+    job_fd, shared_fd, parent_pid = (int(argument) for argument in sys.argv[1:4])
+    # The kernel kills this process when the parent ends, even while the runtime hangs.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        sys.exit(0)
     # Output that the runtime prints goes to stderr.
     response_fd = os.dup(1)
     os.dup2(2, 1)
+    # Imported here: the daemon imports this module, and loads no runtime.
+    from agent.model.inference import runtime
+
+    # A spare process may wait long for its job, or be of no use.
+    if not _read_exactly(1):
+        return
     with open(job_fd, "rb") as file:
+        file.seek(0)
         job = msgspec.msgpack.decode(file.read(), type=WorkerJob)
-    # The kernel kills this process when the parent ends, even while the runtime hangs.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != job.parent_pid:
-        sys.exit(0)
     memory.limit_growth((job.memory_mib << 20) + _SHARED_BYTES)
     # When the machine runs out of memory, the kernel kills this process before the daemon.
     Path("/proc/self/oom_score_adj").write_text("800", encoding="ascii")

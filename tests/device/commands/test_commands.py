@@ -24,7 +24,7 @@ from agent.testing.messages import new_key
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire import jws
 from agent.wire.commands import CLOCK_DEPENDENT, MAX_COMMAND_BYTES
-from tests.kit.operators import DEVICE, FLEET, MINUTE_US, NOW, TOPIC, Desk, Operator
+from tests.kit.operators import DEVICE, FLEET, MINUTE_US, NOW, TOPIC, Desk, Operator, trusted_keys
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_each_key_counts_for_itself(tmp_path: Path) -> None:
     first, two = Operator(), Operator(key=new_key(78))
     store = open_store(tmp_path)
     author = MessageLog(FLEET, DEVICE, new_key(1), store.log_id, 1, 120_000)
-    commands = CommandReceiver(store, author, [first.key.public, two.key.public])
+    commands = CommandReceiver(store, author, trusted_keys(store, author, first.key, two.key))
     commands.accept(first.command(counter=500))
     commands.accept(two.command(counter=3))
     with pytest.raises(MessageRefused, match="replayed"):
@@ -158,9 +158,8 @@ def test_a_command_that_would_be_valid_for_a_week_is_refused(desk: Desk) -> None
 
 
 def test_a_month_that_is_none_is_refused_like_any_wrong_time(desk: Desk) -> None:
-    [answer] = desk.obey(desk.operator.command(expires="2026-13-01T00:00:00Z"))
-    assert answer.ok is False
-    assert desk.done == []
+    assert desk.refused(desk.operator.command(expires="2026-13-01T00:00:00Z")) == "malformed payload"
+    assert (desk.obey(), desk.done) == ([], [])
 
 
 def test_under_an_unsynced_clock_expiry_is_judged_by_the_time_floor(desk: Desk) -> None:
@@ -306,7 +305,7 @@ def test_commands_beyond_the_queue_are_refused_as_busy(desk: Desk) -> None:
 def test_a_device_without_operators_does_not_listen(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     author = MessageLog(FLEET, DEVICE, new_key(1), store.log_id, 1, 120_000)
-    assert CommandReceiver(store, author, []).subscriptions == []
+    assert CommandReceiver(store, author, trusted_keys(store, author)).subscriptions == []
     store.close()
 
 

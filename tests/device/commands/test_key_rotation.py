@@ -35,7 +35,7 @@ from agent.wire import jws, keys
 from agent.wire import key_rotation as wire
 from agent.wire.keys import SigningKey, b64url_encode
 from agent.wire.messages import verify_message
-from tests.kit.operators import DEVICE, FLEET, NOW, Operator
+from tests.kit.operators import DEVICE, FLEET, NOW, Operator, trusted_keys
 
 TIME = "2026-11-24T22:18:01.000000Z"
 
@@ -53,9 +53,11 @@ class Device:
         self.files = KeyFiles(self.folder, self.given)
         key, live = open_keys(self.store, self.files)
         self.author = MessageLog(FLEET, DEVICE, key, self.store.log_id, self.store.boot, 120_000, live)
-        self.commands = CommandReceiver(self.store, self.author, [self.operator.key.public])
+        self.commands = CommandReceiver(
+            self.store, self.author, trusted_keys(self.store, self.author, self.operator.key)
+        )
         self.rotation = KeyRotation(self.store, self.author, self.files, self.commands.post, self._renew)
-        self.control = CommandExecutor(self.store, self.author, self.commands, {"rotate-key": self.rotation.rotate})
+        self.control = CommandExecutor(self.store, self.author, self.commands, {"rotate-key": self.rotation.rotate}, {})
         self.control.recover(NOW)
 
     def crash(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from agent.clock import ClockReading
 from agent.config import BrokerConfig, Config, UpdatesConfig
@@ -15,10 +16,12 @@ from agent.config import DeviceConfig as DeviceSection
 from agent.device.commands import wipe
 from agent.device.commands.wipe import Wipe
 from agent.device.recovery.open import acquire_lock
+from agent.device.store.command_log import CommandAnswer
 from agent.errors import UsageError
+from agent.testing.messages import new_key
 from agent.testing.process import run_outstation
 from agent.wire import keys
-from tests.kit.operators import NOW, Desk
+from tests.kit.operators import NOW, Desk, Operator, trusted_keys
 
 
 class Halted:
@@ -34,10 +37,18 @@ def halted() -> Halted:
     return Halted()
 
 
+def arm(desk: Desk, halted: Halted, delay_s: float = 0.0) -> Wipe:
+    """Give the desk its wipe commands, as after a start."""
+    made = Wipe(desk.store, desk.author, desk.trusted, halted, delay_s)
+    desk.control._actions = {"cancel-wipe": made.cancel}
+    desk.control._signer_actions = {"wipe": made.request}
+    return made
+
+
 @pytest.fixture
 def desk(tmp_path: Path, halted: Halted) -> Iterator[Desk]:
     made = Desk(tmp_path / "data")
-    made.control._actions = {"wipe": Wipe(made.store, made.author, halted).request}
+    arm(made, halted)
     yield made
     made.store.close()
 
@@ -61,7 +72,7 @@ def test_the_first_wipe_erases_nothing_and_the_second_with_its_word_does(desk: D
     assert (halted.times, wipe.is_pending(desk.store)) == (0, False)
     assert confirm(desk, text)
     assert (halted.times, wipe.is_pending(desk.store)) == (1, True)
-    assert desk.audit("wiped") == [{}]
+    assert desk.audit("wiped") == [{"kids": [desk.operator.key.public.kid]}]
 
 
 def test_a_wrong_word_an_old_one_and_a_used_one_erase_nothing(desk: Desk, halted: Halted) -> None:
@@ -81,8 +92,126 @@ def test_a_confirmation_expires_by_the_boot_clock(desk: Desk) -> None:
 
 def test_a_word_is_forgotten_by_a_restart(desk: Desk, halted: Halted) -> None:
     text = word(desk)
-    desk.control._actions = {"wipe": Wipe(desk.store, desk.author, halted).request}
+    arm(desk, halted)
     assert not confirm(desk, text)
+
+
+DELAY_S = 3600.0
+SECOND = Operator(key=new_key(78))
+
+
+class Guarded:
+    """A device with the default delay that two operators' keys may command."""
+
+    def __init__(self, folder: Path, halted: Halted) -> None:
+        self.desk, self.halted = Desk(folder), halted
+        self.start()
+
+    def start(self) -> None:
+        desk = self.desk
+        desk.trusted = desk.commands.trusted = trusted_keys(
+            desk.store, desk.author, desk.operator.key, SECOND.key, THIRD.key
+        )
+        self.wipe = arm(desk, self.halted, DELAY_S)
+
+    def restart(self) -> None:
+        self.desk.crash()
+        self.start()
+
+    def send(self, operator: Operator, name: str, now: ClockReading = NOW, **args: str) -> CommandAnswer:
+        operator.now_us = now.wall_us
+        return self.desk.obey(operator.command(name, args=args), now=now)[-1]
+
+    def confirm(self, operator: Operator, now: ClockReading = NOW) -> CommandAnswer:
+        return self.send(operator, "wipe", now, confirm=str(self.send(operator, "wipe", now).data["confirm"]))
+
+    def alerts(self) -> list[str]:
+        return [str(alert["state"]) for alert in self.desk.store.recent_alerts(10) if alert["subject"] == "wipe"]
+
+    def revoke(self, operator: Operator) -> None:
+        del self.desk.trusted._signers[False, operator.key.public.kid]
+
+
+THIRD = Operator(key=new_key(80))
+
+
+@pytest.fixture
+def guarded(tmp_path: Path, halted: Halted) -> Iterator[Guarded]:
+    made = Guarded(tmp_path / "data", halted)
+    yield made
+    made.desk.store.close()
+
+
+def test_one_stolen_key_does_not_wipe_a_device_alone_before_the_delay(guarded: Guarded, halted: Halted) -> None:
+    thief = guarded.desk.operator
+    assert guarded.confirm(thief).data["due"]
+    assert guarded.alerts() == ["raised"]
+    for _ in range(3):
+        guarded.confirm(thief)
+    guarded.wipe.tick(later(DELAY_S - 1))
+    assert (halted.times, wipe.is_pending(guarded.desk.store)) == (0, False)
+    guarded.wipe.tick(later(DELAY_S))
+    assert (halted.times, wipe.is_pending(guarded.desk.store)) == (1, True)
+
+
+def test_a_second_operators_key_wipes_at_once(guarded: Guarded, halted: Halted) -> None:
+    guarded.confirm(guarded.desk.operator)
+    assert guarded.confirm(SECOND).ok
+    assert halted.times == 1
+    assert guarded.desk.audit("wiped") == [{"kids": [guarded.desk.operator.key.public.kid, SECOND.key.public.kid]}]
+
+
+def test_any_operator_cancels_a_wipe_also_after_a_restart(guarded: Guarded, halted: Halted) -> None:
+    guarded.confirm(guarded.desk.operator)
+    guarded.restart()
+    assert guarded.send(SECOND, "cancel-wipe").ok
+    assert guarded.alerts() == ["cleared", "raised"]
+    assert not guarded.send(SECOND, "cancel-wipe").ok
+    guarded.restart()
+    guarded.wipe.tick(later(DELAY_S + 1))
+    assert halted.times == 0
+
+
+def test_a_restart_neither_forgets_a_wipe_nor_hastens_it(guarded: Guarded, halted: Halted) -> None:
+    guarded.confirm(guarded.desk.operator)
+    guarded.restart()
+    guarded.wipe.tick(later(DELAY_S - 1))
+    assert halted.times == 0
+    guarded.wipe.tick(later(DELAY_S))
+    assert halted.times == 1
+
+
+def test_a_clock_without_time_service_that_jumps_ahead_hastens_no_wipe(guarded: Guarded, halted: Halted) -> None:
+    guarded.confirm(guarded.desk.operator)
+    guarded.restart()
+    jumped = ClockReading(NOW.wall_us + 10 * 86_400_000_000, 5.0, "restored")
+    guarded.wipe.tick(jumped)
+    guarded.wipe.tick(structs.replace(jumped, boot_s=4 + DELAY_S))
+    assert halted.times == 0
+    guarded.wipe.tick(structs.replace(jumped, boot_s=5 + DELAY_S))
+    assert halted.times == 1
+
+
+def test_a_wipe_of_a_key_that_is_revoked_meanwhile_does_not_happen(guarded: Guarded, halted: Halted) -> None:
+    guarded.confirm(guarded.desk.operator)
+    guarded.revoke(guarded.desk.operator)
+    guarded.wipe.tick(later(1))
+    assert guarded.alerts() == ["cleared", "raised"]
+    guarded.wipe.tick(later(DELAY_S + 1))
+    assert halted.times == 0
+
+
+def test_a_revoked_key_is_no_first_signature(guarded: Guarded, halted: Halted) -> None:
+    guarded.confirm(guarded.desk.operator)
+    guarded.revoke(guarded.desk.operator)
+    assert guarded.confirm(SECOND).data["due"]
+    assert halted.times == 0
+
+
+def test_a_word_given_to_one_key_still_needs_a_second_key(guarded: Guarded, halted: Halted) -> None:
+    text = str(guarded.send(SECOND, "wipe").data["confirm"])
+    assert guarded.send(guarded.desk.operator, "wipe", confirm=text).data["due"]
+    assert halted.times == 0
 
 
 def data_dir(folder: Path) -> tuple[Path, list[Path], list[Path]]:

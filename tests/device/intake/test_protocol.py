@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from agent.config import FieldConfig, StreamConfig
 from agent.device.intake.protocol import MAX_LINE_BYTES, LineParser
-from agent.device.store.rows import Rows, concatenate
+from agent.device.store.rows import PackedChunk, Rows, concatenate, pack_chunk
 from tests.kit.stations import MACHINE, STREAMS, T0, WATCH
 
 NOW_US = 1_764_022_680_000_000
@@ -30,8 +30,8 @@ class Got:
     bad: dict[int, str] = field(default_factory=dict)
     lines: list[int] = field(default_factory=list)
 
-    def digests(self) -> dict[str, str]:
-        return {stream: concatenate(parts).digest() for stream, parts in self.rows.items()}
+    def chunks(self) -> dict[str, PackedChunk]:
+        return {stream: pack_chunk(concatenate(parts)) for stream, parts in self.rows.items()}
 
 
 def read(*calls: list[bytes], reader: LineParser | None = None) -> Got:
@@ -96,7 +96,7 @@ def test_every_line_is_taken_once_or_named_just_as_if_it_had_come_alone(lines: l
     alone = read(*[[line] for line in lines])
     assert together.bad == alone.bad
     assert together.lines == alone.lines
-    assert together.digests() == alone.digests()
+    assert together.chunks() == alone.chunks()
     assert together.texts == alone.texts
     assert set(together.lines) | set(together.bad) == set(range(1, len(lines) + 1))
 
@@ -128,8 +128,8 @@ def test_half_a_line_is_named(cut: int) -> None:
         (b'{"stream":"watch","ax":{"x":1},"ay":2}', "ax: expected `float`, got `object`"),
         (b'{"stream":"watch","ax":1e400,"ay":2}', "ax: number out of range"),
         (b'{"stream":"watch","ax":NaN,"ay":2}', "NaN and Infinity are no JSON numbers; leave out an optional field"),
-        (b'{"stream":"watch","ax":17,"ay":2}', "ax = 17 g is above max 16"),
-        (b'{"stream":"watch","ax":1180591620717411303424,"ay":2}', "ax = 1.18059162e+21 g is above max 16"),
+        (b'{"stream":"watch","ax":17,"ay":2}', "ax is above max 16"),
+        (b'{"stream":"watch","ax":1180591620717411303424,"ay":2}', "ax is above max 16"),
         (b'{"stream":"watch","t":"now","ax":1,"ay":2}', "t: expected `float | null`, got `str`"),
         (b'{"stream":"watch","t":1764022680123,"ax":1,"ay":2}', "give seconds since 1970, not milliseconds"),
         (b"\xef\xbb\xbf" + GOOD, "a byte order mark before the line"),
@@ -157,8 +157,8 @@ def test_a_line_that_is_no_row_is_named_with_its_reason(line: bytes, expected_re
         ({"ax": [1]}, "field 'ay' is missing"),
         ({"ax": [1], "ay": [1], "az": [1]}, "'az' is not a field of this stream; did you mean 'ay'?"),
         ({"ax": 1, "ay": [1]}, "columns[...]: expected `array`, got `int`"),
-        ({"ax": [[1]], "ay": [1]}, "row 1 of the columns: ax = '[1]' is no number"),
-        ({"ax": [True], "ay": [1]}, "row 1 of the columns: ax = 'True' is no number"),
+        ({"ax": [[1]], "ay": [1]}, "row 1 of the columns: ax is no number"),
+        ({"ax": [True], "ay": [1]}, "row 1 of the columns: ax is no number"),
         ([1], "columns: expected `object`, got `array`"),
     ],
 )
@@ -172,7 +172,7 @@ def test_valid_rows_of_columns_are_accepted_and_others_named() -> None:
     assert [column.tolist() for column in got.rows["watch"][0].columns] == [[1], [1]]
     assert got.bad == {
         1: f"row 2 of the columns: t = {T0 - 1:.6f} runs backwards, {T0:.6f} came before; "
-        "row 3 of the columns: ax = 99 g is above max 16; row 4 of the columns: ax is missing"
+        "row 3 of the columns: ax is above max 16; row 4 of the columns: ax is missing"
     }
 
 
@@ -197,7 +197,7 @@ def test_packed_columns_are_taken_and_refused_as_the_same_columns_in_full(
     line = json.dumps({"stream": "watch", "columns": full}).replace("Infinity", "1e999").encode()
     in_full, as_bytes = read([line]), read([row("watch", packed=packed(t=t, ax=ax, ay=ay))])
     finite = bool(np.isfinite(ay[~np.isnan(ay)]).all())
-    assert as_bytes.digests() == in_full.digests() if finite else len(as_bytes.bad) == 1
+    assert as_bytes.chunks() == in_full.chunks() if finite else len(as_bytes.bad) == 1
     assert as_bytes.bad.keys() == in_full.bad.keys()
 
 

@@ -35,7 +35,7 @@ from agent.device.intake.sources.replay import ReplayPlayer
 from agent.device.intake.sources.watched_folder import WatchedFolder
 from agent.device.recovery.open import open_store
 from agent.device.store.quota import PAGE_SIZE
-from agent.device.store.rows import Rows
+from agent.device.store.rows import Rows, pack_chunk
 from agent.errors import ConfigError, UsageError
 from tests.kit.stations import ROOT, T0, Station, conf, rows_of, wait_for
 
@@ -99,9 +99,9 @@ def test_invalid_lines_are_logged_and_others_ingested(tmp_path: Path, caplog: py
         assert taken(station) == [1, 2, 5]
     text = [record.getMessage() for record in caplog.records if record.name == "outstation.files"]
     assert text == [
-        "a.csv: line 3: n = 'x' is no number",
+        "a.csv: line 3: n is no number",
         "a.csv: line 5: 2 values, the header names 1",
-        "a.csv: line 6: n = 10000000 is above max 1000000",
+        "a.csv: line 6: n is above max 1000000",
         "a.csv: ingested, 3 rows rejected",
     ]
 
@@ -444,7 +444,7 @@ def played(folder: Path, source: ReplaySource, stops: tuple[int, ...] = ()) -> R
 def test_row_n_of_a_replay_is_the_same_whenever_it_was_stopped(tmp_path: Path, recordings: Path) -> None:
     whole = played(tmp_path / "a", replay_of(recordings))
     parts = played(tmp_path / "b", replay_of(recordings, speed=30.0), (400, 900, 901, 2500))
-    assert parts.digest() == whole.digest()
+    assert pack_chunk(parts) == pack_chunk(whole)
     other = played(tmp_path / "c", replay_of(recordings, seed=6))
     assert other.columns[0].tolist() != whole.columns[0].tolist()
 
@@ -560,7 +560,7 @@ def test_a_replay_that_is_killed_again_and_again_repeats_and_skips_no_row(tmp_pa
             time.sleep(0.25 + rng.random() * 0.2)
             process.kill()
     parts = played(tmp_path / "b", replay_of(recordings))
-    assert parts.digest() == played(tmp_path / "a", replay_of(recordings)).digest()
+    assert pack_chunk(parts) == pack_chunk(played(tmp_path / "a", replay_of(recordings)))
 
 
 @pytest.mark.parametrize(

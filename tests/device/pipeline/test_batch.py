@@ -26,6 +26,7 @@ from agent.errors import StorageError, StorageFull
 from agent.model.bundle.manifest import WindowSpec
 from agent.model.inference import features, scores
 from agent.model.inference.tuning import Tuning
+from agent.wire import commitment
 from agent.wire.messages import AlertPayload, AuditPayload, Body, DriftPayload, ResultsPayload, VerifiedMessage
 from agent.wire.runs import expand_integers
 from scripts.kit.bundles import ANOMALY, CLASSIFY, REGRESS, WINDOW, Recipe, activated
@@ -103,7 +104,7 @@ def test_a_regression_gives_values(make: Make) -> None:
     assert device.results()[0].columns.value == pytest.approx(by_hand(device, values).value, rel=1e-5)
 
 
-def test_the_digest_of_the_input_is_of_the_rows_of_the_message(make: Make) -> None:
+def test_the_commitment_of_a_message_is_to_its_rows_under_its_own_key(make: Make) -> None:
     device = make(max_bytes=5_000)
     device.feed(CLASSIFY.rows(200))
     device.run_all()
@@ -113,7 +114,8 @@ def test_the_digest_of_the_input_is_of_the_rows_of_the_message(make: Make) -> No
         first, last = result.rows
         taken = device.store.read_rows("watch", device.stream.fields, first - 1, last - first + 1)
         assert taken is not None
-        assert result.input == taken.rows.digest()
+        key = commitment.derive_key(device.author.secret, result.log, "tiny", result.rows)
+        assert result.input == taken.rows.commit(key, device.stream.fields, {})
 
 
 def test_without_rows_there_is_no_batch(make: Make) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from msgspec import structs
+from msgspec import UNSET, structs
 from msgspec.structs import replace
 
 from agent import config
@@ -454,7 +454,9 @@ def test_classes_without_a_label_are_counted_too(make: Make) -> None:
 
 
 def test_classes_are_counted_by_what_labels_mean() -> None:
-    result = label_metrics._count_classes(LabelSchema("anomaly"), ["1", "yes", "anomaly", "True", "0", "normal"])
+    schema = LabelSchema("anomaly")
+    texts = ["1", "yes", "anomaly", "True", "0", "normal"]
+    result = label_metrics._count_classes(schema, texts, schema.class_names)
     assert result == {"classes": {"anomaly": 4, "normal": 2}, "imbalance": 2.0}
 
 
@@ -574,3 +576,51 @@ def test_a_label_put_right_twice_counts_once(make: Make) -> None:
         before.baseline_loss_sum,
     )
     assert [body.window["corrected"] for body in device.sent(QualityPayload)] == [0, 50, 50]
+
+
+def test_successive_messages_do_not_show_the_labels_of_a_few_rows(make: Make) -> None:
+    device = make()
+    device.author.min_count = 10
+    device.feed(400)
+    # Odd rows are of site s0, even ones of s1.
+    device.label(range(1, 51), right)
+    device.turn()
+    device.label([*range(51, 145, 2), 52, 54, 56], other)
+    device.turn()
+    device.label([*range(145, 185, 2), *range(58, 118, 2)], right)
+    device.turn()
+    first, second, third = device.sent(QualityPayload)
+    sizes = [{m.slice: m.n for m in body.metrics if m.metric == "accuracy"} for body in (first, second, third)]
+    assert (sizes[0]["site=s0"], sizes[0]["site=s1"]) == (25, 25)
+    # Three labels of s1 are new: neither that slice nor the other, which the total would subtract, is shown.
+    assert not {"site=s0", "site=s1"} & sizes[1].keys()
+    assert second.withheld >= 2
+    assert (sizes[2]["site=s0"], sizes[2]["site=s1"]) == (92, 58)
+
+
+def test_few_new_labels_of_a_day_wait_for_more(make: Make) -> None:
+    device = make()
+    device.author.min_count = 10
+    device.feed(200)
+    device.label(range(1, 51), right)
+    device.turn()
+    for rows, expected in ((range(51, 54), 1), (range(54, 57), 1), (range(57, 62), 2)):
+        device.label(rows, right)
+        # The interval begins with the first label.
+        device.turn()
+        device.boot_s += 86_401
+        device.turn()
+        assert len(device.sent(QualityPayload)) == expected
+    assert device.sent(QualityPayload)[-1].window["n"] == 61
+
+
+def test_a_bundle_makes_the_least_count_stricter_and_never_laxer(make: Make) -> None:
+    device = make()
+    for own, bundle, expected in ((10, UNSET, 10), (10, 4, 10), (10, 30, 30), (1, 5, 5)):
+        manifest = device.task.bundle.manifest
+        drift = replace(manifest.drift, min_count=bundle)
+        device.task.bundle = replace(device.task.bundle, manifest=replace(manifest, drift=drift))
+        device.author.min_count = own
+        device.turn()
+        assert device.author.least_count("tiny") == expected
+    assert device.author.least_count(None) == 1

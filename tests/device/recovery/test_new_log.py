@@ -33,6 +33,7 @@ from tests.kit.stores import KEY, TASKS, alarms, append, append_message, opened,
 
 NOW = "2026-11-24T22:20:00.000000Z"
 COLLECTOR = new_key(9)
+FIND_COLLECTOR = {COLLECTOR.public.kid: Signer("collector", COLLECTOR.public)}.get
 
 
 class Collector:
@@ -63,7 +64,7 @@ def collector(tmp_path: Path) -> Iterator[Collector]:
 
 
 def obey(store: Store, author: MessageLog, delivery: IncomingMessage) -> None:
-    acks = Acknowledgements(store, author, COLLECTOR.public, 1e6, Refusals(store, author))
+    acks = Acknowledgements(store, author, FIND_COLLECTOR, 1e6, Refusals(store, author))
     acks.receive(delivery, clock.read())
     acks.apply(clock.read(), force=True)
 
@@ -201,7 +202,7 @@ def test_a_forged_acknowledgement_begins_no_new_log_and_is_counted(tmp_path: Pat
     )
     assert forged.payload != real.payload
     refusals = Refusals(store, author)
-    acks = Acknowledgements(store, author, COLLECTOR.public, 1e6, refusals)
+    acks = Acknowledgements(store, author, FIND_COLLECTOR, 1e6, refusals)
     assert acks.receive(forged, clock.read()) is None
     assert store.get_meta(NEW_LOG, "") == ""
     assert refusals._counts["acknowledgements refused"] == 1

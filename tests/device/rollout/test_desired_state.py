@@ -25,7 +25,7 @@ from agent.wire import jws
 from agent.wire.desired_state import MAX_DESIRED_BYTES
 from agent.wire.keys import SigningKey
 from agent.wire.messages import encode
-from tests.kit.operators import DEVICE, FLEET, NOW
+from tests.kit.operators import DEVICE, FLEET, NOW, trusted_keys
 from tests.kit.stations import conf
 
 OPERATOR, SECOND, FOREIGN = new_key(77), new_key(78), new_key(79)
@@ -65,7 +65,9 @@ class Desk:
     def open(self) -> None:
         self.store = open_store(self.folder)
         self.author = MessageLog(FLEET, DEVICE, new_key(1), self.store.log_id, self.store.boot, 120_000)
-        self.desires = DesiredStateStore(self.store, self.author, [key.public for key in self.keys], self.groups)
+        self.desires = DesiredStateStore(
+            self.store, self.author, trusted_keys(self.store, self.author, *self.keys), self.groups
+        )
 
     def crash(self) -> None:
         self.store.close()
@@ -250,7 +252,7 @@ def no_sink(subscriptions: Sequence[str], will: OutgoingMessage) -> Sink:
 
 def test_refused_messages_are_counted_and_raise_one_alert(desk: Desk, tmp_path: Path) -> None:
     uplink = Uplink(
-        *(conf(tmp_path), desk.store, desk.author, None, lambda: NOW, lambda error: None, no_sink),
+        *(conf(tmp_path), desk.store, desk.author, lambda _kid: None, lambda: NOW, lambda error: None, no_sink),
         receivers=[desk.desires],
     )
     old, new = signed(OWN, {"sort": wanted("1")}), signed(OWN, {"sort": wanted("2")})

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from agent.device.store import watermark
 from agent.device.store.store import Store
 from agent.device.store.watermark import Watermark, WatermarkState
-from agent.wire.messages import digest
+from agent.wire.log_chain import digest
 from tests.kit.stores import (
     alarms,
     append,

@@ -33,6 +33,7 @@ from agent.testing.lossy_link import LinkConditions, LossyBroker, LossyLink, top
 from agent.testing.messages import new_key
 from agent.transport.packets import GZIP, IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
+from agent.wire.jws import Signer
 from agent.wire.keys import SigningKey, b64url_encode
 from agent.wire.messages import AckPayload, LoggedPayload, StatePayload, encode, verify_message
 
@@ -161,7 +162,7 @@ class World:
             self.conf,
             self.store,
             self.author,
-            self.collector_key.public,
+            {self.collector_key.public.kid: Signer("collector", self.collector_key.public)}.get,
             self.air.now,
             unexpected,
             lambda topics, will: MqttSink(self.air.connect(None, DEVICE, subscribe=topics, will=will)),

@@ -250,8 +250,10 @@ def test_an_altered_stored_message_is_ignored_and_reported(small: Story, tmp_pat
     assert (document["passed"], document["unverified"], document["incidents"]) == (False, 1, 0)
     assert "standz" not in text_of(tmp_path / "out")
     assert "Problems 1 stored message cannot be verified." in text_of(tmp_path / "out")
-    # The folder itself verifies: it holds only valid messages.
-    assert verify(tmp_path / "out", [small.operator.public]).ok
+    # The folder holds only valid messages, but the audit of its database failed.
+    [problem] = verify(tmp_path / "out", [small.operator.public]).problems
+    assert problem["file"] == "audit.json"
+    assert "1 messages or rows of tables that are not as signed" in problem["problem"]
 
 
 def test_a_decision_not_signed_by_the_operator_is_counted_only(story: Story, tmp_path: Path) -> None:

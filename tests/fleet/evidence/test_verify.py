@@ -19,7 +19,7 @@ from agent.fleet.evidence.format import manifest
 from agent.fleet.evidence.format.contents import READ_LIMITS, ReadLimits
 from agent.fleet.evidence.format.manifest import EvidenceManifest, FileEntry, ReceivedSpan, TrustedKey
 from agent.testing.messages import MessageSender, new_key
-from agent.wire import jws
+from agent.wire import jws, log_chain
 from tests.kit.evidences import build_story
 from tests.kit.received_evidence import OPERATOR, only, problems, resign, verified, write_manifest
 
@@ -109,7 +109,7 @@ def test_deep_folders_are_not_entered(folder: Path) -> None:
 def test_a_file_name_that_is_not_utf8_is_escaped(folder: Path) -> None:
     (folder / os.fsdecode(b"bad-\xff\x1b[2J")).write_text("x")
     [(where, _)] = problems(folder)
-    assert where == "bad-\\udcff\x1b[2J"
+    assert where == "bad-\\udcff\\x1b[2J"
 
 
 def test_nothing_is_read_without_a_valid_signature(folder: Path) -> None:
@@ -223,10 +223,22 @@ def test_consecutive_messages_must_be_chained(folder: Path) -> None:
     messages = (sender.health_with_cursor(), forked.health_with_cursor())
     added = [{"topic": sent.topic, "payload": sent.payload.decode(), "jws": sent.jws} for sent in messages]
     edit(folder, MESSAGES, lambda content: content.extend(added))
+    runs = [
+        {
+            "device": "pi-77",
+            "log": sender.log,
+            "first": sent.seq,
+            "prev": prev,
+            "kinds": ["health"],
+            "body_hashes": [log_chain.hash_body(sent.payload)],
+        }
+        for sent, prev in zip(messages, ("", "x"), strict=True)
+    ]
+    edit(folder, "chains/part-0001.jsonl", lambda content: content.extend(runs))
     public = sender.key.public
     key = {"kid": public.kid, "key": public.text, "role": "device", "owner": "pi-77"}
     resign(folder, lambda head: head["keys"].append(key))
-    only(folder, "messages/", "seq 2 does not follow the message before it")
+    only(folder, "chains/part-0001.jsonl:6", "seq 2 does not follow the message before it")
 
 
 CLAIMS: dict[str, tuple[str, Callable[[Any], None], str]] = {

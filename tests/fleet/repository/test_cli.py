@@ -91,7 +91,7 @@ def test_every_command_has_help_with_an_example(command: list[str], capsys: pyte
 
 
 def test_a_built_in_bundle_is_published_listed_and_revoked(desk: Operator) -> None:
-    code, out, _ = desk.run("repository", "init", "--roots", 3, "--threshold", 2)
+    code, out, _ = desk.run("repository", "init", "--demo", "--roots", 3, "--threshold", 2)
     assert code == 0
     assert "Move root-1.key root-2.key root-3.key from" in out
     done = desk.document("publish", "exercise")
@@ -108,7 +108,7 @@ def test_a_built_in_bundle_is_published_listed_and_revoked(desk: Operator) -> No
 
 
 def test_a_bundle_of_another_publisher_needs_its_key(desk: Operator, made: Path) -> None:
-    desk.run("repository", "init")
+    desk.run("repository", "init", "--demo")
     code, _, err = desk.run("publish", made)
     assert (code, "not signed by any of the 2 trusted publisher keys" in err) == (1, True)
     assert desk.document("publish", made, "--key", KEY.public.text, "--no-probe")["signer"] == KEY.public.kid
@@ -118,13 +118,13 @@ def test_the_operators_public_key_is_enough_to_publish(desk: Operator, tmp_path:
     shutil.copytree(made, tmp_path / "ours")
     operator = keys.load_private(desk.folder / "operator.key")
     resign(tmp_path / "ours", operator)
-    desk.run("repository", "init")
+    desk.run("repository", "init", "--demo")
     (desk.folder / "operator.key").unlink()
     assert desk.document("publish", tmp_path / "ours", "--no-probe")["signer"] == operator.public.kid
 
 
 def test_root_keys_on_two_machines_sign_one_draft(desk: Operator, tmp_path: Path, made: Path) -> None:
-    desk.run("repository", "init", "--roots", 2, "--threshold", 2)
+    desk.run("repository", "init", "--demo", "--roots", 2, "--threshold", 2)
     for name in ("root-1.key", "root-2.key"):
         shutil.move(desk.folder / "repository-keys" / name, tmp_path / name)
     draft = desk.folder / "repository" / "root.json.draft"
@@ -144,7 +144,7 @@ def test_root_keys_on_two_machines_sign_one_draft(desk: Operator, tmp_path: Path
 
 
 def test_a_root_key_on_a_mounted_stick_signs_at_once(desk: Operator, tmp_path: Path) -> None:
-    desk.run("repository", "init")
+    desk.run("repository", "init", "--demo")
     stick = shutil.move(desk.folder / "repository-keys" / "root-1.key", tmp_path / "root-1.key")
     code, out, _ = desk.run("repository", "rotate", "targets")
     assert (code, "needs 1 more signatures of the root keys root-1" in out) == (1, True)
@@ -156,7 +156,7 @@ def test_a_root_key_on_a_mounted_stick_signs_at_once(desk: Operator, tmp_path: P
 
 
 def test_a_root_key_generated_elsewhere_is_added_by_public_key(desk: Operator, tmp_path: Path) -> None:
-    desk.run("repository", "init")
+    desk.run("repository", "init", "--demo")
     elsewhere = keys.generate(tmp_path / "vault.key")
     code, _, err = desk.run("repository", "rotate", "root", "--new", elsewhere.public.text)
     # The new key must sign, too.
@@ -175,12 +175,12 @@ def test_a_root_key_generated_elsewhere_is_added_by_public_key(desk: Operator, t
         (["rotate", "root"], "root has 2 keys; name one with --key: root-1, root-2"),
         (["rotate", "root", "--key", "root-9"], "none is 'root-9'"),
         (["revoke", "exercise"], "no bundle 'exercise'"),
-        (["init"], "so it is not replaced"),
+        (["init", "--demo"], "so it is not replaced"),
         (["sign-root", "--key", "nothing.key", "fleet.toml"], "cannot be read"),
     ],
 )
 def test_wrong_use_gives_one_line_and_changes_nothing(desk: Operator, words: list[str], error: str) -> None:
-    desk.run("repository", "init", "--roots", 2)
+    desk.run("repository", "init", "--demo", "--roots", 2)
     before = {path: path.read_bytes() for path in desk.folder.rglob("*") if path.is_file()}
     code, _, err = desk.run("repository", *words)
     assert (code, error in err, err.count("\n")) == (2, True, 1), err
@@ -196,7 +196,7 @@ def test_without_a_repository_errors_name_the_command_that_creates_one(desk: Ope
 
 
 def test_sign_root_signs_only_a_root(desk: Operator, tmp_path: Path) -> None:
-    desk.run("repository", "init")
+    desk.run("repository", "init", "--demo")
     key = desk.folder / "repository-keys" / "root-1.key"
     for file in (desk.folder / "repository" / "metadata" / "timestamp.json", desk.folder / "fleet.toml"):
         before = file.read_bytes()
@@ -211,7 +211,7 @@ def test_enrolment_gives_a_device_the_newest_root_and_the_url(desk: Operator, tm
     with tarfile.open(tmp_path / "before.tar.gz") as tar:
         assert "root.json" not in tar.getnames()
     with served(desk.folder / "repository") as url:
-        desk.run("repository", "init", "--url", url)
+        desk.run("repository", "init", "--demo", "--url", url)
         desk.run("repository", "rotate", "root")
         desk.run("enrol", "pi-07", "--bundle-out", tmp_path / "pi-07.tar.gz")
         with tarfile.open(tmp_path / "pi-07.tar.gz") as tar:
@@ -225,7 +225,7 @@ def test_enrolment_gives_a_device_the_newest_root_and_the_url(desk: Operator, tm
 
 
 def test_without_a_url_a_device_gets_only_the_root(desk: Operator) -> None:
-    desk.run("repository", "init")
+    desk.run("repository", "init", "--demo")
     desk.run("enrol", "pi-07", "--bundle-out", desk.folder / "pi-07.tar.gz")
     home = desk.folder / "devices" / "pi-07"
     assert (home / "root.json").exists()
@@ -236,14 +236,14 @@ def test_without_a_url_a_device_gets_only_the_root(desk: Operator) -> None:
     "url", ["ftp://x", "https://", "https://u:p@x/", "https://x/?a=b", "relative/folder", "https://x:0/"]
 )
 def test_an_invalid_url_is_refused_before_anything_is_created(desk: Operator, url: str) -> None:
-    code, _, err = desk.run("repository", "init", "--url", url)
+    code, _, err = desk.run("repository", "init", "--demo", "--url", url)
     assert (code, "--url" in err) == (2, True)
     assert not (desk.folder / "repository").exists()
 
 
 def test_a_second_url_does_not_overwrite_the_first(desk: Operator) -> None:
-    assert desk.run("repository", "init", "--url", "https://one.example/repository")[0] == 0
-    code, _, err = desk.run("repository", "init", "--url", "https://two.example/repository")
+    assert desk.run("repository", "init", "--demo", "--url", "https://one.example/repository")[0] == 0
+    code, _, err = desk.run("repository", "init", "--demo", "--url", "https://two.example/repository")
     assert (code, "is 'https://one.example/repository' already; edit it in that file" in err) == (2, True)
     known = fleet_config.load(desk.folder).repository
     assert known is not None
@@ -251,7 +251,7 @@ def test_a_second_url_does_not_overwrite_the_first(desk: Operator) -> None:
 
 
 def test_a_copy_is_complete_and_never_replaced_by_an_older_one(desk: Operator, tmp_path: Path, made: Path) -> None:
-    desk.run("repository", "init")
+    desk.run("repository", "init", "--demo")
     trusted = ["--key", KEY.public.text, "--no-probe"]
     first = desk.document("publish", made, *trusted)
     shutil.copytree(desk.folder, tmp_path / "old")
@@ -274,7 +274,7 @@ def test_a_copy_is_complete_and_never_replaced_by_an_older_one(desk: Operator, t
 
 @pytest.mark.parametrize("part", ["", "targets", "metadata"])
 def test_nothing_is_written_or_removed_through_a_link(desk: Operator, tmp_path: Path, part: str) -> None:
-    desk.run("repository", "init")
+    desk.run("repository", "init", "--demo")
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "photo.jpg").write_bytes(b"x")
@@ -287,7 +287,7 @@ def test_nothing_is_written_or_removed_through_a_link(desk: Operator, tmp_path: 
 
 
 def test_other_files_in_the_destination_stay(desk: Operator, tmp_path: Path) -> None:
-    desk.run("repository", "init")
+    desk.run("repository", "init", "--demo")
     other = tmp_path / "stick" / "repository" / "targets" / "photo.jpg"
     other.parent.mkdir(parents=True)
     other.write_bytes(b"x")
@@ -298,7 +298,7 @@ def test_other_files_in_the_destination_stay(desk: Operator, tmp_path: Path) -> 
 def test_fleet_toml_keeps_its_mode(desk: Operator) -> None:
     file = desk.folder / "fleet.toml"
     file.chmod(0o600)
-    assert desk.run("repository", "init", "--url", "/media/stick/repository")[0] == 0
+    assert desk.run("repository", "init", "--demo", "--url", "/media/stick/repository")[0] == 0
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
@@ -312,7 +312,7 @@ def test_the_collector_signs_the_timestamp_and_survives_errors(
     collector = Collector("acme", config.broker, store, key, upkeep=lambda: upkeep.maintain(desk.folder, store, later))
     collector.tick(SilentLink(), 0.0)
     assert "no repository here" in caplog.text
-    desk.run("repository", "init")
+    desk.run("repository", "init", "--demo")
     collector.tick(SilentLink(), 0.0)
     assert desk.document("repository", "status")["roles"][3]["version"] == 1
     monkeypatch.setattr("agent.fleet.collector.collector.UPKEEP_S", 0.0)
@@ -327,7 +327,7 @@ def test_the_collector_signs_the_timestamp_and_survives_errors(
 
 
 def test_expiry_raises_one_alert_until_renewal(desk: Operator, tmp_path: Path) -> None:
-    desk.run("repository", "init")
+    desk.run("repository", "init", "--demo")
     away = (desk.folder / "repository-keys" / "targets-1.key").rename(tmp_path / "targets.key")
     store = FleetStore(desk.folder / "fleet.db")
     later = expiry.now() + timedelta(days=309, hours=12)
@@ -347,7 +347,7 @@ def test_expiry_raises_one_alert_until_renewal(desk: Operator, tmp_path: Path) -
 def test_the_collector_survives_a_file_it_cannot_replace(
     desk: Operator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    desk.run("repository", "init")
+    desk.run("repository", "init", "--demo")
     config = fleet_config.load(desk.folder)
     store = FleetStore(desk.folder / "fleet.db")
     days = [3]
@@ -381,7 +381,7 @@ def test_the_collector_survives_a_disk_error_in_the_repository(
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), "repository/.lock")
 
-    desk.run("repository", "init")
+    desk.run("repository", "init", "--demo")
     monkeypatch.setattr(upkeep, "refresh_daily", fail)
     store = FleetStore(desk.folder / "fleet.db")
     config, key = fleet_config.load(desk.folder), keys.load_private(desk.folder / "collector.key")

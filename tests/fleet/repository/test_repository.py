@@ -183,8 +183,12 @@ def test_a_root_draft_needs_both_of_two_signatures(tmp_path: Path, made: Path) -
     with served(depot.layout.home) as url:
         client = Client(tmp_path / "device", url, depot.layout.root_path(1).read_bytes())
         client.fetch_target()
-        changed = key_rotation.rotate(depot.folder, "root", old="root-2")
-        assert (changed.is_complete, changed.new) == (False, "root-3")
+        with pytest.raises(UsageError, match="does not belong there either"):
+            key_rotation.rotate(depot.folder, "root", old="root-2")
+        new = keys.generate(away / "root-3.key").public.text
+        changed = key_rotation.rotate(depot.folder, "root", old="root-2", new=new)
+        assert (changed.is_complete, changed.new) == (False, new)
+        root_rotation.sign(depot.layout.draft, away / "root-3.key")
         root_rotation.sign(depot.layout.draft, away / "root-1.key")
         # A careless operator publishes the draft with one of two required signatures.
         shutil.copy(depot.layout.draft, depot.layout.root_path(2))

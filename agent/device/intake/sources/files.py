@@ -75,13 +75,16 @@ def check(context: SourceContext, source: FilesSource) -> str:
 
 def build(context: SourceContext, source: FilesSource, store: Store) -> FolderWatcher:
     check(context, source)
-    return FolderWatcher(context.name, context.stream, source, store, context.conf.data_dir)
+    show_values = context.conf.privacy.values_in_logs
+    return FolderWatcher(
+        context.name, context.stream, source, store, context.conf.data_dir, show_values=show_values
+    )
 
 
 class FolderWatcher:
     """Watcher of a folder. A file that gets its final name by a rename is never read incompletely."""
 
-    def __init__(self, name: str, stream: StreamConfig, source: FilesSource, store: Store, data_dir: Path) -> None:
+    def __init__(self, name: str, stream: StreamConfig, source: FilesSource, store: Store, data_dir: Path, *, show_values: bool = False) -> None:
         self._name, self._stream, self._source, self._store = name, stream, source, store
         self._path = Path(source.folder)
         self._file_states: dict[str, tuple[FileState, float]] = {}
@@ -89,7 +92,7 @@ class FolderWatcher:
         # Files that the agent may not move, each logged once.
         self._stuck: set[str] = set()
         self._suffixes = media_reader.suffixes(stream.media_format) if stream.media_format else TABLE_SUFFIXES
-        self._decoder = DecodeProcess(name, stream)
+        self._decoder = DecodeProcess(name, stream, show_values=show_values)
         self._marker = FileMarker(data_dir / f"reading.{name}")
         self._decode_lock = asyncio.Lock()
         self._last_us: int | None = None

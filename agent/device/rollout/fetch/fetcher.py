@@ -25,6 +25,7 @@ import msgspec
 from agent import clock
 from agent.clock import ClockReading
 from agent.config import Config, UpdatesConfig
+from agent.device.machine.timekeeping import trusted_time_us
 from agent.device.rollout.fetch import request as requests
 from agent.device.rollout.fetch import version_floors
 from agent.device.rollout.fetch.protocol import (
@@ -224,7 +225,7 @@ class Fetcher:
         expires = None if floors.expires_s is None else clock.to_rfc3339(round(floors.expires_s * 1e6))
         if floors.expires_s is None:
             freshness = "unknown"
-        elif requests.trusted_time_us(self._store, now) / 1e6 >= floors.expires_s:
+        elif trusted_time_us(self._store, now) / 1e6 >= floors.expires_s:
             freshness = "expired"
         else:
             freshness = "fresh" if now.quality == "synced" else "unknown"
@@ -266,7 +267,7 @@ class Fetcher:
     def _build_request(
         self, updates: UpdatesConfig, pending: _PendingFetch | None, open_s: float, now: ClockReading
     ) -> FetchRequest:
-        time_us = requests.trusted_time_us(self._store, now)
+        time_us = trusted_time_us(self._store, now)
         metadata_request = msgspec.structs.replace(
             requests.build_metadata_request(self._conf, updates, version_floors.load(self._store), time_us),
             stall_timeout_s=self._stall_timeout_s,

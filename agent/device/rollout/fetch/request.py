@@ -9,14 +9,11 @@ from pathlib import Path
 
 import psutil
 
-from agent import __version__, clock
-from agent.clock import ClockReading
+from agent import __version__
 from agent.config import Config, UpdatesConfig
-from agent.device.machine.timekeeping import FLOOR, SYNCED
 from agent.device.rollout.fetch.compatibility import DeviceProfile
 from agent.device.rollout.fetch.protocol import FetchRequest
 from agent.device.rollout.fetch.version_floors import VersionFloors
-from agent.device.store.store import Store
 from agent.model.inference.runtime_name import runtime_name
 
 # In the data folder.
@@ -39,12 +36,6 @@ def build_metadata_request(conf: Config, updates: UpdatesConfig, floors: Version
         max_size=int(updates.max_size),
         max_rate=None if updates.max_rate is None else int(updates.max_rate),
     )
-
-
-def trusted_time_us(store: Store, now: ClockReading) -> int:
-    """Return the latest time known to have passed. An unsynced clock that shows an earlier time is wrong."""
-    known = (int(store.get_meta(name, "0")) for name in (FLOOR, SYNCED))
-    return now.wall_us if now.quality == "synced" else max(now.wall_us, clock.BUILD_FLOOR_US, *known)
 
 
 def measure_profile(conf: Config, task: str) -> DeviceProfile:

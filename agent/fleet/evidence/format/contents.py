@@ -39,6 +39,29 @@ class AuditVerdict(msgspec.Struct, frozen=True):
     invalid_decisions_count: Natural
 
 
+# Names in the manifest's `omitted`.
+OMITTED_LINKS, OMITTED_DECLARATIONS = "links of hash chains", "declarations of missing messages"
+
+
+class ChainRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Line of chains/*.jsonl: consecutive messages of a log, without their content; by device, log and seq.
+
+    `prev` is the digest before message `first`. With kind and body hash of each message follow its digest and the next
+    `prev` (see `agent.wire.log_chain`).
+    """
+
+    device: ShortText
+    log: ShortText
+    first: Positive
+    prev: ShortText
+    kinds: Annotated[list[ShortText], msgspec.Meta(min_length=1, max_length=1000)]
+    body_hashes: Annotated[list[ShortText], msgspec.Meta(min_length=1, max_length=1000)]
+
+    def __post_init__(self) -> None:
+        if len(self.kinds) != len(self.body_hashes):
+            raise ValueError(f"{len(self.kinds)} kinds, but {len(self.body_hashes)} body_hashes")
+
+
 class Incident(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Alert from the message that raised it to the message that cleared it. `device` is "" for a fleet-wide alert.
 
@@ -205,6 +228,12 @@ class WriteLimits(msgspec.Struct, frozen=True):
     incidents: int = 2000
     decisions: int = 5000
     messages: int = 60_000
+    declarations: int = 10_000
+    # Links of the hash chains in chains/, about 60 bytes each.
+    chained_messages: int = 2_000_000
+    # In one line of a file, and lines in one file.
+    run_messages: int = 1000
+    part_runs: int = 500
     message_bytes: int = 256 << 20
     running_tasks: int = 20_000
     accuracy_entries: int = 5000

@@ -17,10 +17,12 @@ from agent import clock
 from agent.errors import MessageRefused, StorageError, UsageError
 from agent.fleet.audit import audit
 from agent.fleet.database.evidence import EvidenceQueries
+from agent.fleet.database.gap_ledger import parse_evictions, parse_log_end
 from agent.fleet.database.interface import Connection
 from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import FleetStore
 from agent.fleet.evidence.format.contents import (
+    OMITTED_DECLARATIONS,
     WRITE_LIMITS,
     AccuracyEntry,
     BundleComparison,
@@ -55,6 +57,8 @@ from agent.wire.messages import (
 )
 
 _MAX_AUDIT_ENTRIES = 100
+# A device quotes an acknowledgement in one of 60 health messages.
+_QUOTATION_SEARCH = 120
 
 
 class EvidenceFacts(msgspec.Struct):
@@ -136,6 +140,7 @@ class _Collectors:
 
     def __init__(self, as_of_us: int, newest_logs: dict[str, str]) -> None:
         self.incidents = IncidentCollector(as_of_us, newest_logs)
+        self.declarations: list[MessageRef] = []
         self.decisions, self.comparisons = DecisionCollector(), ComparisonCollector()
         self.activations, self.accuracy = ActivationCollector(newest_logs), AccuracyCollector(newest_logs)
 
@@ -147,6 +152,8 @@ class _Collectors:
         elif isinstance(body, ShadowPayload):
             self.comparisons.add(body)
         elif isinstance(body, AuditPayload):
+            if parse_evictions(body) or parse_log_end(body):
+                self.declarations.append(MessageRef(body.device, body.log, body.seq))
             self.decisions.add(body)
             self.activations.add(body)
 
@@ -165,6 +172,7 @@ class _Collectors:
             "incidents": self.incidents.omitted,
             "decisions": self.decisions.omitted,
             "metrics": self.accuracy.omitted,
+            OMITTED_DECLARATIONS: max(0, len(self.declarations) - WRITE_LIMITS.declarations),
             "comparison messages": self.comparisons.omitted + sum(pair.omitted for pair in comparisons),
             "bundle activations": self.activations.omitted,
             "running tasks": max(0, len(running) - WRITE_LIMITS.running_tasks),
@@ -229,7 +237,8 @@ def gather(
         broken_keys=broken,
         omitted=collectors.count_omitted(comparisons, running),
     )
-    message_refs = sorted(_collect_message_refs(facts))
+    refs = _collect_message_refs(facts) | _collect_quotations(queries, newest_logs)
+    message_refs = sorted(refs | {*collectors.declarations[-WRITE_LIMITS.declarations :]})
     facts.omitted["messages"] += max(0, len(message_refs) - WRITE_LIMITS.messages)
     facts.message_refs = message_refs[: WRITE_LIMITS.messages]
     return facts
@@ -280,6 +289,17 @@ def _run_audit(store: FleetStore, operators: Sequence[PublicKey], advance: Calla
     shown = {**lists, "gaps": [*undeclared, *(gap for gap in report["gaps"] if gap["declared"])]}
     cut = {name: listed[:_MAX_AUDIT_ENTRIES] for name, listed in shown.items()}
     return {**report, **cut, **counts, "undeclared_gaps": len(undeclared)}
+
+
+def _collect_quotations(queries: EvidenceQueries, newest_logs: dict[str, str]) -> set[MessageRef]:
+    """Return the newest health message of each device that quotes an acknowledgement."""
+    refs = set()
+    for device, log in newest_logs.items():
+        for seq, payload in queries.load_newest_health(device, log, _QUOTATION_SEARCH):
+            if isinstance(payload, bytes) and b'"acknowledged":{' in payload:
+                refs.add(MessageRef(device, log, seq))
+                break
+    return refs
 
 
 def _collect_message_refs(facts: EvidenceFacts) -> set[MessageRef]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from agent.clock import parse_rfc3339
 from agent.errors import MessageRefused
 from agent.fleet.evidence.format.contents import (
     AccuracyEntry,
@@ -18,10 +19,13 @@ from agent.fleet.evidence.format.contents import (
 )
 from agent.fleet.evidence.format.manifest import EvidenceManifest
 from agent.fleet.evidence.gather import comparisons, decisions
+from agent.fleet.evidence.verify.chains import MESSAGE, ChainChecker, Commitment
 from agent.fleet.rollout.decisions import DecisionBody
 from agent.wire.jws import Signer
 from agent.wire.keys import parse_public_key
+from agent.wire.log_chain import digest
 from agent.wire.messages import (
+    AcknowledgementRef,
     AlertPayload,
     AuditPayload,
     HealthPayload,
@@ -29,8 +33,10 @@ from agent.wire.messages import (
     QualityPayload,
     ShadowPayload,
     VerifiedMessage,
-    digest,
 )
+
+# Clocks of a device and its collector that time services set.
+_CLOCK_TOLERANCE_US = 60_000_000
 
 
 class ClaimChecker:
@@ -41,12 +47,16 @@ class ClaimChecker:
     """
 
     def __init__(
-        self, manifest: EvidenceManifest, add_problem: Callable[[str, str], None], *, messages_complete: bool
+        self,
+        manifest: EvidenceManifest,
+        chains: ChainChecker,
+        add_problem: Callable[[str, str], None],
+        *,
+        messages_complete: bool,
     ) -> None:
-        self._add_problem = add_problem
+        self._add_problem, self._chains = add_problem, chains
         self._bodies: dict[MessageRef, Any] = {}
         self._shadow_messages: dict[MessageRef, ShadowPayload] = {}
-        self._digests: dict[MessageRef, tuple[str, str]] = {}
         self._signed_decisions: list[tuple[DecisionBody, bytes]] = []
         self._messages_incomplete = "messages" in manifest.omitted or not messages_complete
         self._decisions_complete = "decisions" not in manifest.omitted
@@ -66,7 +76,23 @@ class ClaimChecker:
         self._bodies[ref] = _claimable_fields(body)
         if isinstance(body, ShadowPayload):
             self._shadow_messages[ref] = body
-        self._digests[ref] = (digest(message.payload), body.prev)
+        device = body.device
+        self._chains.add(Commitment(ref, digest(message.payload), where, MESSAGE))
+        self._chains.add_declarations(body)
+        if isinstance(body, HealthPayload) and (quoted := body.acknowledged) is not None:
+            self._check_time(where, body, quoted)
+            if quoted.through and quoted.digest is not None:
+                source = f"the acknowledgement of {quoted.time} that {device} quotes"
+                ref = MessageRef(device, quoted.log, quoted.through)
+                self._chains.add(Commitment(ref, quoted.digest, where, source))
+
+    def _check_time(self, where: str, body: HealthPayload, quoted: AcknowledgementRef) -> None:
+        """Check that a message is not older than the acknowledgement in it."""
+        written_us, quoted_us = parse_rfc3339(body.time), parse_rfc3339(quoted.time)
+        if body.clock == "synced" and written_us < quoted_us - _CLOCK_TOLERANCE_US:
+            self._add_problem(
+                where, f"is dated {body.time}, before the acknowledgement of {quoted.time} that it quotes"
+            )
 
     def check_decision(self, where: str, record: DecisionRecord) -> None:
         self.decisions += 1
@@ -132,14 +158,9 @@ class ClaimChecker:
                 self._add_problem(where, f"{name} differs from the value computed from its {len(bodies)} messages")
 
     def check_chains(self) -> None:
-        """Check chains of decisions and of messages. Call it last."""
+        """Check the chains of decisions. Call it last."""
         for problem in decisions.find_chain_breaks(self._signed_decisions, is_complete=self._decisions_complete):
             self._add_problem("decisions.jsonl", problem)
-        for ref, (_, prev) in self._digests.items():
-            previous = self._digests.get(MessageRef(ref.device, ref.log, ref.seq - 1)) if ref.seq > 1 else None
-            if previous is not None and previous[0] != prev:
-                problem = f"{_format_ref(ref)} does not follow the message before it: prev is not its digest"
-                self._add_problem("messages/", problem)
 
     def _compare_with_message(self, where: str, ref: MessageRef, kind: str, claims: dict[str, Any]) -> None:
         body = self._bodies.get(ref)

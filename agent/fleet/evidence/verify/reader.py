@@ -23,7 +23,8 @@ T = TypeVar("T")
 class VerificationReport(msgspec.Struct):
     """Result of a verification: what verified, and the problems. All problems are counted, the first are listed.
 
-    `signatures` counts valid signatures of the TUF metadata.
+    `signatures` counts valid signatures of the TUF metadata, `chained_messages` links of hash chains, `gaps` ranges
+    without one, `witnesses` valid log heads, and `later_witnesses` those from after the moment of the folder.
     """
 
     fleet: str = ""
@@ -36,6 +37,10 @@ class VerificationReport(msgspec.Struct):
     comparisons: int = 0
     signatures: int = 0
     unsupported: int = 0
+    chained_messages: int = 0
+    gaps: int = 0
+    witnesses: int = 0
+    later_witnesses: int = 0
     problem_count: int = 0
     problems: list[dict[str, str]] = msgspec.field(default_factory=list)
 

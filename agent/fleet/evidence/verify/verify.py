@@ -4,6 +4,7 @@ Rules, in order:
 - one of the given keys signed the manifest; only then is the manifest parsed
 - the folder holds exactly the listed files, as regular files with the listed size and SHA-256
 - a listed device key signed every message in messages/, and no message occurs twice
+- every message lies in the hash chain of its log, and so does each head that a device signed for a witness
 - claims of decisions, incidents, accuracy and running tasks about a message match that message
 - a listed operator key signed every roll-out decision, and the decisions of a roll-out form a chain
 - the audit of the database passed, and its verdict agrees with its own counts
@@ -16,6 +17,7 @@ Nothing is unpacked, no link is followed, no file is read beyond its signed size
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from agent.errors import MessageRefused, UsageError
@@ -24,6 +26,7 @@ from agent.fleet.evidence.format.contents import READ_LIMITS
 from agent.fleet.evidence.format.manifest import MANIFEST_FILE, SIGNATURE_FILE, EvidenceManifest, TrustedKey
 from agent.fleet.evidence.verify import reader
 from agent.fleet.evidence.verify.bundles import check_bundle
+from agent.fleet.evidence.verify.chains import ChainChecker
 from agent.fleet.evidence.verify.claims import ClaimChecker
 from agent.fleet.evidence.verify.reader import FolderReader, VerificationReport, read_file
 from agent.fleet.repository import signature_chain
@@ -34,10 +37,14 @@ from agent.wire.keys import PublicKey, parse_public_key
 from agent.wire.messages import LoggedPayload, verify_message
 
 _METADATA_FOLDER, _PUBLISHED_FILE = "repository/", "published.json"
+_CHAIN_FOLDER, _WITNESS_FOLDER = "chains/", "witnesses/"
 
 
-def verify(folder: Path, keys: list[PublicKey]) -> VerificationReport:
-    """Verify a folder against the operators' `keys`. Raises UsageError if there is no such folder."""
+def verify(folder: Path, keys: list[PublicKey], witnesses: Sequence[tuple[str, bytes]] = ()) -> VerificationReport:
+    """Verify a folder against the operators' `keys`, and `witnesses`: (name, content) of heads that devices signed.
+
+    Raises UsageError if there is no such folder.
+    """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; name the folder that `outstation fleet evidence --out` wrote")
     report = VerificationReport()
@@ -50,7 +57,7 @@ def verify(folder: Path, keys: list[PublicKey]) -> VerificationReport:
         file.path: file for file in head.files if file.path in present and reader.is_unaltered(folder, file, report)
     }
     report.files = len(unaltered)
-    _verify_contents(FolderReader(folder, unaltered, report), head, report)
+    _verify_contents(FolderReader(folder, unaltered, report), head, report, witnesses)
     return report
 
 
@@ -73,10 +80,17 @@ def _read_manifest(folder: Path, keys: list[PublicKey], report: VerificationRepo
         return None
 
 
-def _verify_contents(reader: FolderReader, head: EvidenceManifest, report: VerificationReport) -> None:
+def _verify_contents(
+    reader: FolderReader,
+    head: EvidenceManifest,
+    report: VerificationReport,
+    witnesses: Sequence[tuple[str, bytes]],
+) -> None:
     messages = {file.path for file in head.files if file.path.startswith("messages/")}
-    claims = ClaimChecker(head, report.add_problem, messages_complete=messages <= set(reader.verified_files))
+    chains = ChainChecker(head, report.add_problem)
+    claims = ClaimChecker(head, chains, report.add_problem, messages_complete=messages <= set(reader.verified_files))
     _verify_messages(reader, head, claims, report)
+    _verify_chains(reader, head, chains, report, witnesses)
     for number, decision in reader.read_lines("decisions.jsonl", contents.DecisionRecord):
         claims.check_decision(f"decisions.jsonl:{number}", decision)
     for i, incident in enumerate(reader.read_document("incidents.json", list[contents.Incident]) or []):
@@ -90,7 +104,7 @@ def _verify_contents(reader: FolderReader, head: EvidenceManifest, report: Verif
         report.comparisons += 1
     claims.check_chains()
     _verify_audit(reader, report)
-    report.decisions, report.unsupported = claims.decisions, claims.unsupported
+    report.decisions, report.unsupported = claims.decisions, claims.unsupported + chains.unsupported
     published = _verify_repository(reader, head, report)
     _verify_bundles(reader, head, published, report)
 
@@ -175,6 +189,29 @@ def _verify_messages(
                 report.add_problem(where, f"does not verify: {refused}")
                 continue
             claims.add_message(where, message)
+
+
+def _verify_chains(
+    reader: FolderReader,
+    head: EvidenceManifest,
+    chains: ChainChecker,
+    report: VerificationReport,
+    witnesses: Sequence[tuple[str, bytes]],
+) -> None:
+    for name, data in witnesses:
+        chains.add_witness(name, data)
+    for path in sorted(path for path in reader.verified_files if path.startswith(_WITNESS_FOLDER)):
+        chains.add_witness(path, reader.read_bytes(path) or b"")
+    parts = [file.path for file in head.files if file.path.startswith(_CHAIN_FOLDER)]
+    if not set(parts) <= reader.verified_files.keys():
+        # An altered file is a problem of its own.
+        return
+    for path in sorted(parts):
+        for number, run in reader.read_lines(path, contents.ChainRun):
+            chains.add_run(f"{path}:{number}", run)
+    chains.finish()
+    report.chained_messages, report.gaps = chains.links, chains.gaps
+    report.witnesses, report.later_witnesses = chains.witnesses, chains.later
 
 
 class _DeviceKeys:

@@ -1,0 +1,72 @@
+"""Command `outstation fleet disclosed`: compares rows that a device disclosed with its signed message."""
+
+from __future__ import annotations
+
+import hmac
+import sys
+from pathlib import Path
+
+import click
+import msgspec
+
+from agent.cli.fleet.common import fleet_option, open_for_reading
+from agent.cli.output import emit, json_option
+from agent.errors import UsageError
+from agent.wire import messages
+from agent.wire.commitment import Disclosure
+from agent.wire.messages import ResultsPayload
+
+_MAX_BYTES = 256 << 20
+
+
+@click.command("disclosed", epilog="Example: outstation fleet disclosed rows.json")
+@click.argument("file", type=click.Path(path_type=Path))
+@fleet_option
+@json_option
+def disclosed(file: Path, folder: str | None, as_json: bool) -> None:
+    """Compare the rows in FILE, made by `outstation disclose`, with the message that the device signed.
+
+    `outstation fleet audit` verifies the signatures of stored messages. Exit 1 if the rows are others.
+    """
+    disclosure = _read(file)
+    _, store = open_for_reading(folder, device=disclosure.device)
+    seqs = []
+    for _, log, seq, kind, _, payload, *_ in store.evidence(disclosure.device):
+        if (log, kind) == (disclosure.log, "results"):
+            body = messages.decode(payload)
+            if isinstance(body, ResultsPayload) and (body.task, body.rows) == (disclosure.task, disclosure.rows):
+                seqs.append((seq, body))
+    first, last = disclosure.rows
+    if not seqs:
+        raise UsageError(
+            f"{file}: no message of task {disclosure.task!r} in log {disclosure.log} covers exactly rows {first} to "
+            f"{last}; take them from `rows` of a message"
+        )
+    try:
+        computed = disclosure.commit()
+    except ValueError as problem:
+        raise UsageError(f"{file}: {problem}; make it again with `outstation disclose`") from None
+    matches = all(hmac.compare_digest(computed, body.input) for _, body in seqs)
+    document = {
+        "device": disclosure.device,
+        "log": disclosure.log,
+        "seq": seqs[0][0],
+        "task": disclosure.task,
+        "rows": disclosure.rows,
+        "matches": matches,
+    }
+    verdict = "are those" if matches else "are NOT those"
+    text = f"{disclosure.device}, {disclosure.task}: rows {first} to {last} {verdict} of its message {seqs[0][0]}"
+    emit(document, as_json, lambda: click.echo(text))
+    sys.exit(0 if matches else 1)
+
+
+def _read(file: Path) -> Disclosure:
+    try:
+        if file.stat().st_size > _MAX_BYTES:
+            raise UsageError(f"{file}: larger than {_MAX_BYTES >> 20} MiB, which no message covers")
+        return msgspec.json.decode(file.read_bytes(), type=Disclosure)
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror}") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file}: no disclosure of rows ({error}); make it with `outstation disclose`") from None

@@ -1,0 +1,144 @@
+"""`outstation fleet keys`: the keys that may command devices and acknowledge messages, signed by the root keys."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+
+from agent.cli.fleet.common import fleet_option
+from agent.cli.output import echo, echo_styled, emit, json_option, print_table
+from agent.errors import LinkDown
+from agent.fleet import config as fleet_config
+
+if TYPE_CHECKING:
+    from agent.fleet.repository.trust import TrustEdit
+    from agent.fleet.repository.trust_change import TrustReport
+
+_sign_with = click.option("--sign-with", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+                          help="A root key, as on a USB stick.")  # fmt: skip
+
+
+@click.group()
+def keys() -> None:
+    """Add and revoke the keys of operators and collector on all devices.
+
+    \b
+    operator    may send all commands, and sign desired states
+    deployer    may sign desired states, and send rollback and report
+    reporter    may send report
+    collector   signs acknowledgements
+
+    A threshold of the repository's root keys signs each change. If too few are here, root.json.draft waits for
+    `outstation fleet repository sign-root` on the machines that have them; then run `fleet repository refresh`.
+    """
+
+
+@keys.command("show", epilog="Example: outstation fleet keys show")
+@fleet_option
+@json_option
+def show(folder: str | None, as_json: bool) -> None:
+    """List the trusted keys with their roles, and the draft that waits for signatures."""
+    from agent.fleet.repository import trust_change
+
+    report = trust_change.read(fleet_config.find_folder(folder))
+    emit(report, as_json, lambda: _print_report(report))
+
+
+@keys.command("add", epilog="Example: outstation fleet keys add deployer ci.key.pub --sign-with root-1.key")
+@click.argument("role")
+@click.argument("public", metavar="PUB")
+@_sign_with
+@fleet_option
+@json_option
+def add(role: str, public: str, sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
+    """Trust the public key PUB, as text or in a file, in ROLE. Exit 1 if more root keys must sign."""
+    from agent.fleet.repository.trust import add_key
+
+    _change(folder, add_key(role, public), sign_with, as_json)
+
+
+@keys.command("revoke", epilog="Example: outstation fleet keys revoke KEY --sign-with root-1.key")
+@click.argument("key")
+@_sign_with
+@fleet_option
+@json_option
+def revoke(key: str, sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
+    """Revoke KEY, a public key or its thumbprint, in all its roles. Exit 1 if more root keys must sign."""
+    from agent.fleet.repository.trust import revoke_key
+
+    _change(folder, revoke_key(key), sign_with, as_json)
+
+
+@keys.command("reset-counter", epilog="Example: outstation fleet keys reset-counter KEY")
+@click.argument("key")
+@_sign_with
+@fleet_option
+@json_option
+def reset_counter(key: str, sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
+    """Let devices that stored a counter of KEY far in the future accept its commands again.
+
+    Exit 1 if more root keys must sign.
+    """
+    from agent.fleet.repository.trust import reset_counter as edit
+
+    _change(folder, edit(key, time.time_ns() // 1_000_000), sign_with, as_json)
+
+
+@keys.command("publish", epilog="Example: outstation fleet keys publish")
+@fleet_option
+@json_option
+def publish(folder: str | None, as_json: bool) -> None:
+    """Send the roots to all devices, as a retained message. Devices also find them in the repository."""
+    from agent.fleet.commands import send_retained
+    from agent.fleet.repository import trust_change
+    from agent.transport.mqtt import Link
+    from agent.transport.packets import OutgoingMessage
+    from agent.wire.trust import topic_for
+
+    home = fleet_config.find_folder(folder)
+    config = fleet_config.load(home)
+    payload, topic = trust_change.build_message(home), topic_for(config.fleet.name)
+    try:
+        link = Link(config.command_broker, f"outstation-{config.fleet.name}-keys-{os.getpid()}", subscribe=[])
+        try:
+            send_retained(link, [OutgoingMessage(topic, payload, (), retain=True)])
+        finally:
+            link.close()
+    except LinkDown as down:
+        echo(f"outstation: {down}", err=True)
+        sys.exit(1)
+    document = {"topic": topic, "bytes": len(payload)}
+    emit(document, as_json, lambda: echo(f"{topic}: {len(payload)} bytes; devices obey the newest root"))
+
+
+def _change(folder: str | None, edit: TrustEdit, sign_with: tuple[Path, ...], as_json: bool) -> None:
+    from agent.fleet.repository import trust_change
+
+    draft = trust_change.change(fleet_config.find_folder(folder), edit, sign_with=sign_with)
+    is_complete = draft.signatures_missing == 0
+    text = f"root {draft.version} is in force; send it to devices: outstation fleet keys publish"
+    if not is_complete:
+        text = (
+            f"root {draft.version} needs {draft.signatures_missing} more signatures of the root keys "
+            f"{', '.join(draft.may_sign)}; carry root.json.draft to them: outstation fleet repository sign-root"
+        )
+    document = {"in_force": is_complete, "draft": msgspec.to_builtins(draft)}
+    emit(document, as_json, lambda: echo(text))
+    if not is_complete:
+        sys.exit(1)
+
+
+def _print_report(report: TrustReport) -> None:
+    rows = [[entry.role, entry.key, entry.parse().kid] for entry in report.keys]
+    print_table(["role", "key", "thumbprint"], rows, "")
+    if report.is_config:
+        echo("The root has no trust document yet: devices use the keys of their config.")
+    if report.draft is not None:
+        missing = report.draft.signatures_missing
+        echo_styled(click.style(f"root {report.draft.version} needs {missing} more signatures", fg="yellow"))

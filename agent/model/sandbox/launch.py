@@ -1,0 +1,122 @@
+"""Launch of model processes: the child with its pipes and shared memory, and a spare one that is started early.
+
+The child imports NumPy and the runtime first, and then waits for its job. The commands `run` and `batch` prepare a
+spare child before their own imports, so that both processes import at the same time. This module imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+from agent.model.sandbox.confinement import child_environment
+
+WORKER_MODULE = "agent.model.sandbox.worker"
+_PAGE = mmap.PAGESIZE
+
+
+class SharedBuffer:
+    """Shared memory that can only grow: a seal keeps the child from truncating it."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("outstation-windows", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.size = _PAGE
+        os.ftruncate(self.fd, self.size)
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        self.map = mmap.mmap(self.fd, self.size)
+
+    def grow(self, size: int) -> None:
+        if size > self.size:
+            self.size = -(-size // _PAGE) * _PAGE
+            os.ftruncate(self.fd, self.size)
+            self.map.close()
+            self.map = mmap.mmap(self.fd, self.size)
+
+    def close(self) -> None:
+        self.map.close()
+        os.close(self.fd)
+
+
+class Worker:
+    """A child that waits for its job in a memory file; a line on its stdin says that the job is complete."""
+
+    def __init__(self) -> None:
+        """Start the child. Raises OSError."""
+        self.shared, self._job_fd = SharedBuffer(), os.memfd_create("outstation-job", os.MFD_CLOEXEC)
+        try:
+            with _blocked_signals():
+                self.child = subprocess.Popen(
+                    # -P: never import an `agent` package from the current folder.
+                    [sys.executable, "-P", "-m", WORKER_MODULE]
+                    + [str(number) for number in (self._job_fd, self.shared.fd, os.getpid())],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    env=child_environment(),
+                    pass_fds=(self._job_fd, self.shared.fd),
+                )
+        except OSError:
+            self._close_memory()
+            raise
+        self.started_s = time.monotonic()
+
+    def send_job(self, job: bytes) -> None:
+        """Hand over the job; a child that ended meanwhile is noticed at the first answer."""
+        with open(self._job_fd, "wb", closefd=False) as file:
+            file.write(job)
+        os.close(self._job_fd)
+        assert self.child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self.child.stdin.fileno(), b"\n")
+
+    def discard(self) -> None:
+        """End a child that got no job."""
+        self.child.kill()
+        self.child.communicate()
+        self._close_memory()
+
+    def _close_memory(self) -> None:
+        self.shared.close()
+        os.close(self._job_fd)
+
+
+_spare: Worker | None = None
+
+
+def prepare_spare() -> None:
+    """Start a child for the first model; without one, models start a little later."""
+    global _spare
+    with contextlib.suppress(OSError):
+        _spare = Worker()
+
+
+def take_worker() -> Worker:
+    """Return the spare child, or a new one. Raises OSError."""
+    global _spare
+    worker, _spare = _spare, None
+    return worker if worker is not None and worker.child.poll() is None else Worker()
+
+
+def discard_spare() -> None:
+    """End the spare child, if no model needed it."""
+    global _spare
+    if _spare is not None:
+        _spare.discard()
+    _spare = None
+
+
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Start a child that ignores stop signals: stopping the daemon must not look like a crash of the model."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,44 @@
+"""Token buckets of a device at the collector."""
+
+from __future__ import annotations
+
+from agent.fleet.collector.quota import REFILL_S, DeviceQuotas, Quota
+
+ENROLLED = frozenset({"pi-07", "pi-08"})
+QUOTA = Quota(messages_per_s=2.0, bytes_per_s=1000, burst_s=50.0)
+
+
+def admitted(quotas: DeviceQuotas, n: int, now_s: float, device: str = "pi-07", size: int = 1) -> int:
+    return sum(quotas.admit(device, size, ENROLLED, now_s) for _ in range(n))
+
+
+def test_a_burst_is_taken_then_the_bucket_refills_before_it_gives_again() -> None:
+    quotas = DeviceQuotas(QUOTA)
+    assert admitted(quotas, 1000, 0.0) == 100
+    assert admitted(quotas, 1000, REFILL_S - 0.5) == 0
+    assert admitted(quotas, 1000, REFILL_S) == 20
+    assert admitted(quotas, 1000, 1e6) == 100, "never more than the burst"
+
+
+def test_bytes_count_as_well() -> None:
+    quotas = DeviceQuotas(QUOTA)
+    assert admitted(quotas, 90, 0.0, size=10_000) == 5
+
+
+def test_a_flood_uses_up_no_other_devices_quota() -> None:
+    quotas = DeviceQuotas(QUOTA)
+    admitted(quotas, 1000, 0.0)
+    assert admitted(quotas, 50, 0.0, device="pi-08") == 50
+
+
+def test_a_refunded_message_costs_nothing() -> None:
+    quotas = DeviceQuotas(QUOTA)
+    for _ in range(1000):
+        assert quotas.admit("pi-07", 10, ENROLLED, 0.0)
+        quotas.refund("pi-07", 10)
+
+
+def test_invented_names_take_no_memory() -> None:
+    quotas = DeviceQuotas(QUOTA)
+    assert all(quotas.admit(f"made-up-{i}", 1, ENROLLED, 0.0) for i in range(1000))
+    assert quotas._buckets == {}
