@@ -129,25 +129,49 @@ bits32() { # also where the kernel is a 64-bit one, as on Raspberry Pi OS (32-bi
     [[ $(dpkg --print-architecture) == armhf ]]
 }
 
-fill() { # FOLDER SOURCE
-    local pip=("$1/bin/python" -m pip install --disable-pip-version-check --no-cache-dir -q)
-    if ! bits32; then
-        python3 -m venv "$1" && "${pip[@]}" "$2${extras:+[$extras]}"
-        return
+fill() { # FOLDER SOURCE: every library in the version and with the hash that the lock names, then the program alone
+    local python=$1/bin/python lock=requirements.txt site=()
+    local pip=("$python" -m pip install --disable-pip-version-check --no-cache-dir -q)
+    if bits32; then
+        say "32-bit ARM: numpy, cffi, cryptography and psutil come from Debian, tflite-runtime from PyPI"
+        lock=requirements-armv7.txt site=(--system-site-packages)
     fi
-    say "32-bit ARM: numpy, cffi, cryptography and psutil come from Debian, tflite-runtime from PyPI"
-    python3 -m venv --system-site-packages "$1" && "${pip[@]}" --no-deps "$2" &&
-        "$1/bin/python" - "$extras" >"$1/requirements.txt" <<'PY' && "${pip[@]}" -r "$1/requirements.txt"
-import sys
-from importlib.metadata import requires
+    python3 -m venv "${site[@]}" "$1" || return
+    mkdir "$1/lock" || return
+    if [[ -d $2 ]]; then
+        cp "$2/deploy/$lock" "$1/lock/all.txt" || return
+    else
+        "$python" -c 'import sys, zipfile; print(zipfile.ZipFile(sys.argv[1]).read(sys.argv[2]).decode(), end="")' \
+            "$2" "agent/shipped/deploy/$lock" >"$1/lock/all.txt" || return
+    fi
+    local names=()
+    IFS=, read -ra names <<<"$extras"
+    select_sections "$1/lock/all.txt" device "${names[@]}" >"$1/lock/wanted.txt" || return
+    "${pip[@]}" --no-deps --require-hashes -r "$1/lock/wanted.txt" || return
+    if [[ -d $2 ]]; then
+        # What builds the package is not installed with it.
+        select_sections "$1/lock/all.txt" build >"$1/lock/build.txt" && python3 -m venv "$1/build" &&
+            "$1/build/bin/python" -m pip install --disable-pip-version-check --no-cache-dir -q \
+                --no-deps --require-hashes -r "$1/lock/build.txt" &&
+            "$1/build/bin/python" -m pip wheel --disable-pip-version-check -q --no-deps --no-build-isolation \
+                -w "$1/lock" "$2" && rm -r "$1/build" || return
+        set -- "$1" "$1"/lock/*.whl
+    fi
+    "${pip[@]}" --no-deps --no-index "$2"
+}
 
-# Environment markers see the kernel's architecture, which may be 64-bit; so these are named here.
-own = ("ai-edge-litert", "tflite-runtime", "numpy", "cryptography")
-asked = tuple(f"extra == '{name}'" for name in sys.argv[1].split(","))
-print("\n".join(r for r in requires("outstation") or () if "extra ==" not in r and not r.startswith(own)))
-print("\n".join(r.partition(";")[0] for r in requires("outstation") or () if r.endswith(asked)))
-print("cryptography\ntflite-runtime==2.14.0\nnumpy>=1.23.2,<2")
-PY
+select_sections() { # LOCK NAME…: those sections, without the libraries that Debian has for 32-bit ARM
+    local lock=$1 name debian=""
+    shift
+    for name; do
+        grep -qx "# section $name" "$lock" || { say "there is no extra $name for this machine in $lock" >&2; return 1; }
+    done
+    if bits32; then debian="numpy cffi cryptography psutil pycparser"; fi
+    awk -v wanted=" $* " -v debian=" $debian " '
+        /^# section / { on = index(wanted, " " $3 " "); next }
+        /^#/ { next }
+        /^[^ ]/ { split($1, name, "=="); skip = index(debian, " " name[1] " ") }
+        on && !skip' "$lock"
 }
 
 activate() { # FOLDER: in one step, the link is never missing
@@ -176,7 +200,9 @@ make_user() {
         useradd --system --user-group --home-dir "$data" --shell /usr/sbin/nologin outstation
         say "made the user outstation; members of its group may talk to the intake socket"
     fi
-    install -d -o outstation -g outstation -m 0750 "$data" "$config"
+    # The config is root's, and the service reads it. What root changes here, nobody else can swap meanwhile.
+    install -d -o root -g outstation -m 0750 "$config"
+    install -d -o outstation -g outstation -m 0750 "$data"
 }
 
 make_config() { # ENROLMENT
@@ -190,9 +216,11 @@ make_config() { # ENROLMENT
 }
 
 give_files() {
-    # The keys of a fleet that is kept on this machine, too, are none of the device's.
-    find "$config" -path "$config/fleet" -prune -o -exec chown -h outstation:outstation {} +
-    chown -R outstation:outstation "$data"
+    # Only files of this folder with one name: the keys of a fleet that is kept beneath it are none of the device's.
+    local files=(find "$config" -maxdepth 1 -type f -links 1)
+    "${files[@]}" -not -name '*.key' -exec chown root:outstation {} + -exec chmod 0640 {} +
+    # Members of the group may use the intake socket, and have no business with the keys.
+    "${files[@]}" -name '*.key' -exec chown outstation:outstation {} + -exec chmod 0600 {} +
 }
 
 install_service() {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,33 @@ def load_config(config_file: str | None, task: str | None = None) -> tuple[Path,
     """Return the config file in use and its contents. Raises ConfigError, UsageError if it has no `task`."""
     file = config.find(config_file)
     conf = config.load(file, sinks.SINKS)
+    _become_owner(conf.data_dir)
     if task is not None and task not in conf.tasks:
         raise UsageError(f"{file}: there is no task {task!r}{did_you_mean(task, conf.tasks)}")
     return file, conf
+
+
+def _become_owner(data_dir: Path) -> None:
+    """Go on as the owner of `data_dir` if this is root, so that no bundle or file of it is handled with root's rights.
+
+    Raises UsageError. A folder that is missing or root's own changes nothing.
+    """
+    if os.geteuid() != 0 or not data_dir.is_dir() or (owner := data_dir.stat()).st_uid == 0:
+        return
+    try:
+        try:
+            os.initgroups(pwd.getpwuid(owner.st_uid).pw_name, owner.st_gid)
+        except KeyError:
+            os.setgroups([])
+        os.setgid(owner.st_gid)
+        os.setuid(owner.st_uid)
+    except OSError as error:
+        raise UsageError(
+            f"{data_dir}: belongs to user {owner.st_uid}, whom this process cannot become: {error.strerror}; "
+            "run it as that user"
+        ) from error
+    if os.geteuid() == 0 or os.getuid() == 0:
+        raise UsageError(f"{data_dir}: root's rights could not be given up; run this as user {owner.st_uid}")
 
 
 def open_store(conf: Config) -> Store:

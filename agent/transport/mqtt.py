@@ -134,6 +134,14 @@ class Link:
                 self._lost_reason = "interrupted"
                 raise
 
+    def request_retained(self, filters: Sequence[str]) -> None:
+        """Let the broker send what it retains under `filters`; the messages arrive like any others, marked as retained.
+
+        A shared subscription brings none. Until the broker reads the end of this one, new messages arrive as well.
+        """
+        self._client.subscribe([(topic, SubscribeOptions(qos=1, retainAsPublished=True)) for topic in filters])
+        self._client.unsubscribe(list(filters))
+
     def wake(self) -> None:
         """End a waiting `receive`. Safe from any thread."""
         with contextlib.suppress(OSError):

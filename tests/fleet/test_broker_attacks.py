@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from agent import config as device_config
 from agent.config import BrokerConfig
 from agent.errors import LinkDown
 from agent.fleet.collector.collector import Collector
@@ -21,9 +22,9 @@ from agent.fleet.collector.quota import Quota
 from agent.fleet.collector.subscriptions import logged_filters, share_group, topic_filters
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import broker_access, broker_control, pki, revocation
+from agent.fleet.enrolment import broker_access, broker_control, collectors, pki, revocation
 from agent.fleet.enrolment.broker_access import AccessChange
-from agent.fleet.enrolment.enrol import init_fleet
+from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
 from agent.testing.broker import MosquittoBroker, free_port
 from agent.testing.messages import MessageSender
 from agent.transport.mqtt import Link
@@ -147,7 +148,7 @@ def test_a_device_that_joins_the_collectors_group_gets_nothing(site: Site) -> No
 
 def test_the_collectors_group_is_not_in_a_file_that_others_read(site: Site) -> None:
     readable = [path for path in site.folder.rglob("*") if path.is_file() and path.stat().st_mode & 0o077]
-    assert site.folder / "fleet.toml" in readable
+    assert site.folder / "ca.pem" in readable
     assert not any(site.group.encode() in path.read_bytes() for path in readable)
     assert site.group != share_group(load_private(site.folder / "operator.key"), "acme")
 
@@ -233,6 +234,18 @@ def test_a_device_that_is_let_in_again_has_its_access_back(site: Site) -> None:
         link = Link(site.as_device("pi-07"), "x", subscribe=[f"{BASE}/pi-07/cmd"])
         assert code(link, f"{BASE}/pi-07/health") < 0x80
         link.close()
+
+
+def test_what_is_let_in_while_the_broker_runs_needs_no_restart(site: Site, tmp_path: Path) -> None:
+    with site.broker:
+        home = enrol_on_this_machine(site.folder, site.config, site.store, "pi-11", tmp_path / "pi-11")
+        link = Link(device_config.load(home / "outstation.toml").broker, "pi-11", subscribe=[f"{BASE}/pi-11/ack"])
+        assert code(link, f"{BASE}/pi-11/health") < 0x80
+        link.close()
+        added = collectors.add(site.folder, site.config, "b")
+        assert [step[:9] for step in added.steps] == ["Start it:"]
+        identity = collectors.resolve_identity(site.config, "b")
+        Link(site.config.broker_for(identity), "b", subscribe=topic_filters("acme", group=site.group)).close()
 
 
 def test_a_change_that_is_in_force_disconnects_nobody(site: Site) -> None:
@@ -351,14 +364,17 @@ def test_a_device_cannot_fill_the_broker_with_retained_topics(site: Site) -> Non
             other.close()
 
 
-def test_retained_topics_are_deleted_through_a_shared_subscription_too(site: Site) -> None:
+def test_collectors_that_share_messages_see_what_is_retained_too(site: Site) -> None:
     with site.broker:
+        thief = Link(site.as_device("pi-07"), "x")
+        publish(thief, [OutgoingMessage(f"{BASE}/pi-07/results/before", b"x", retain=True)])
         shared = logged_filters("acme", group=site.group)
         link = Link(site.as_collector, "c", subscribe=shared, retain_as_published=shared)
-        thief = Link(site.as_device("pi-07"), "x")
-        publish(thief, [OutgoingMessage(f"{BASE}/pi-07/results/x", b"x", retain=True)])
-        publish(thief, [OutgoingMessage(f"{BASE}/pi-07/results/x", b"x")])
-        assert [message.retained for message in receive_messages(link, 2)] == [True, False]
+        link.request_retained(logged_filters("acme"))
+        assert [(message.topic[-6:], message.retained) for message in receive_messages(link, 1)] == [("before", True)]
+        publish(thief, [OutgoingMessage(f"{BASE}/pi-07/results/later", b"x", retain=True)])
+        publish(thief, [OutgoingMessage(f"{BASE}/pi-07/results/later", b"x")])
+        assert [message.retained for message in receive_messages(link, 3, 1.0)] == [True, False]
         thief.close()
         link.close()
 

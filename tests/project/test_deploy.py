@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts import lock
+
 ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "deploy" / "outstation.service"
 DROP_IN = ROOT / "deploy" / "devices.conf"
@@ -142,3 +144,28 @@ def test_setup_names_the_pythons_that_will_do(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "Python 3.11 to 3.14" in done.stderr
     assert not (tmp_path / "venv").exists()
+
+
+def test_what_is_installed_is_pinned_with_hashes_and_in_step_with_the_project() -> None:
+    assert lock.check() == []
+
+
+def test_a_changed_dependency_makes_the_locks_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (tmp_path / "pyproject.toml").write_text(project.replace("paho-mqtt>=2.1", "paho-mqtt>=2.2"), encoding="utf-8")
+    monkeypatch.setattr(lock, "ROOT", tmp_path)
+    assert [problem.partition(" is")[0] for problem in lock.check()] == [f"deploy/{name}" for name in lock.TARGETS]
+    text = (tmp_path / "deploy" / "requirements.txt").read_text(encoding="utf-8")
+    (tmp_path / "deploy" / "requirements.txt").write_text(text + "evil>=1\n", encoding="utf-8")
+    assert lock.check()[1] == "deploy/requirements.txt: no version or hash: evil>=1"
+
+
+def test_root_takes_no_file_by_its_path_where_another_user_may_swap_it() -> None:
+    text = INSTALL.read_text(encoding="utf-8") + UNIT.read_text(encoding="utf-8")
+    lines = [line.strip() for line in text.splitlines() if "chown" in line and not line.strip().startswith("#")]
+    assert lines == [
+        """"${files[@]}" -not -name '*.key' -exec chown root:outstation {} + -exec chmod 0640 {} +""",
+        """"${files[@]}" -name '*.key' -exec chown outstation:outstation {} + -exec chmod 0600 {} +""",
+    ]
+    assert 'install -d -o root -g outstation -m 0750 "$config"' in text

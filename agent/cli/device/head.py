@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from agent.bootstrap import device
-from agent.cli.output import config_option, emit, json_option
+from agent.cli.output import config_option, echo, emit, json_option
 
 
 @click.command(epilog="Example: outstation head --json >pi-07.head.json")
@@ -51,4 +51,4 @@ def head(config_file: str | None, as_json: bool) -> None:
         f"signature   {signed.jws}",
         "For an auditor: outstation head --json >FILE; fleet evidence verify --witness FILE",
     ]
-    emit(document, as_json, lambda: click.echo("\n".join(lines)))
+    emit(document, as_json, lambda: echo("\n".join(lines)))

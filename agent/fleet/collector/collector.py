@@ -322,13 +322,17 @@ class Collector:
                 "this one; stop it, or choose another --share NAME"
             )
         group = share_group(self.key, self.fleet) if self.share is not None else None
-        return Link(
+        link = Link(
             self._broker,
             client_id(self.fleet, self.share),
             subscribe=topic_filters(self.fleet, group=group),
             retain_as_published=logged_filters(self.fleet, group=group),
             session_expiry_s=SESSION_EXPIRY_S,
         )
+        if group is not None:
+            # A device retains nothing there. What it retains all the same is deleted, see `_admit`.
+            link.request_retained(logged_filters(self.fleet))
+        return link
 
 
 def _device_of(source: IncomingMessage | VerifiedMessage) -> str:

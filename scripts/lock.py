@@ -1,0 +1,140 @@
+"""Locks of what deploy/install.sh installs: every version pinned, every file's hash named.
+
+    python -m scripts.lock           resolve anew with uv, from the package index
+    python -m scripts.lock --check   compare the locks with pyproject.toml, without network
+
+A lock has one section for the device and one for each extra, each with what its extra adds. 64-bit Linux and 32-bit ARM
+have a lock each: their runtimes and numpy differ. The last section builds the package from a checkout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+EXTRAS = ("fleet", "images", "parquet", "plot", "postgres")
+BUILD = "build"
+# Lock → processor, Python versions.
+TARGETS = {
+    "requirements.txt": ("x86_64", ("3.11", "3.12", "3.13", "3.14")),
+    "requirements-armv7.txt": ("armv7l", ("3.11",)),
+}
+# Extras whose libraries have no wheels for 32-bit ARM; pip would build them for hours.
+NOT_FOR_ARM = ("parquet", "plot", "postgres")
+_UV = "uv>=0.9"
+
+# Package and version → its lines; by Python version.
+Resolved = dict[str, str]
+
+
+def digest_of_dependencies() -> str:
+    """Return the SHA-256 of everything in pyproject.toml that a lock depends on."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = {name: project["project"]["optional-dependencies"][name] for name in EXTRAS}
+    depends = [project["project"]["dependencies"], extras, project["build-system"]["requires"]]
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+
+
+def check() -> list[str]:
+    """Return what is wrong with the locks."""
+    problems = []
+    for name in TARGETS:
+        text = (ROOT / "deploy" / name).read_text(encoding="utf-8")
+        if f"# sha256 of the dependencies: {digest_of_dependencies()}\n" not in text:
+            problems.append(
+                f"deploy/{name} is older than the dependencies in pyproject.toml; run: python -m scripts.lock"
+            )
+        blocks = text.replace(" \\\n", " ").splitlines()
+        pins = [line for line in blocks if line and not line.startswith("#")]
+        problems += [
+            f"deploy/{name}: no version or hash: {p}" for p in pins if "==" not in p or "--hash=sha256:" not in p
+        ]
+    return problems
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--check"]:
+        problems = check()
+        print("\n".join(problems), end="\n" if problems else "")
+        sys.exit(bool(problems))
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        subprocess.run([f"{folder}/bin/python", "-m", "pip", "install", "-q", _UV], check=True)
+        for name, (platform, pythons) in TARGETS.items():
+            (ROOT / "deploy" / name).write_text(_render(Path(folder), platform, pythons), encoding="utf-8")
+
+
+def _render(folder: Path, platform: str, pythons: Sequence[str]) -> str:
+    extras = [extra for extra in EXTRAS if not (platform == "armv7l" and extra in NOT_FOR_ARM)]
+    sections: dict[str, dict[str, list[str]]] = {name: {} for name in ("device", *extras, BUILD)}
+    for python in pythons:
+        everything = folder / "everything.txt"
+        everything.write_text("".join(_resolve(folder, platform, python, extras).values()), encoding="utf-8")
+        device = _resolve(folder, platform, python, (), everything)
+        found = {"device": device, BUILD: _resolve(folder, platform, python, None)}
+        for extra in extras:
+            more = _resolve(folder, platform, python, (extra,), everything)
+            found[extra] = {name: lines for name, lines in more.items() if name not in device}
+        for section, packages in found.items():
+            for lines in packages.values():
+                sections[section].setdefault(lines, []).append(python)
+    text = "# Made by `python -m scripts.lock`: do not edit.\n"
+    text += f"# sha256 of the dependencies: {digest_of_dependencies()}\n"
+    for section, blocks in sections.items():
+        text += f"# section {section}\n" + "".join(_with_marker(*block, pythons) for block in sorted(blocks.items()))
+    return text
+
+
+def _with_marker(lines: str, found_for: Sequence[str], pythons: Sequence[str]) -> str:
+    if len(found_for) == len(pythons):
+        return lines
+    condition = " or ".join(f"python_version == '{python}'" for python in found_for)
+    return lines.replace(" \\\n", f" ; {condition} \\\n", 1)
+
+
+def _resolve(
+    folder: Path, platform: str, python: str, extras: Sequence[str] | None, constraints: Path | None = None
+) -> Resolved:
+    """Return package → its lines of a lock; `extras` None: what builds the package."""
+    command = [str(folder / "bin" / "uv"), "pip", "compile", "-q", "--generate-hashes", "--no-header", "--no-annotate"]
+    command += ["--python-version", python]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    # uv knows no platform for 32-bit ARM: it resolves for an environment, which is named in a copy of the project.
+    environment = f"sys_platform == 'linux' and platform_machine == '{platform}' and python_version == '{python}'"
+    requires = project["build-system"]["requires"]
+    if extras is None:
+        project["project"]["dependencies"] = requires
+    else:
+        command += [part for extra in extras for part in ("--extra", extra)]
+    copy = {"name": "outstation", "version": "0", "dependencies": project["project"]["dependencies"]}
+    tables = {"project": copy, "project.optional-dependencies": project["project"]["optional-dependencies"]}
+    tables["tool.uv"] = {"environments": [environment]}
+    # A JSON list or string is also a TOML one.
+    text = "".join(
+        f"[{t}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in table.items()) for t, table in tables.items()
+    )
+    (folder / "pyproject.toml").write_text(text, encoding="utf-8")
+    command += ["--universal", "pyproject.toml"]
+    if constraints is not None:
+        command += ["--constraint", str(constraints)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder).stdout
+    packages: Resolved = {}
+    for line in text.splitlines(keepends=True):
+        if not line.startswith(" "):
+            name = line.partition("==")[0]
+            packages[name] = ""
+            line = re.sub(r" ; .*(?= \\\n)", "", line)
+        packages[name] += line
+    return packages
+
+
+if __name__ == "__main__":
+    main()
