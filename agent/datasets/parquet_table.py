@@ -72,7 +72,9 @@ class ParquetTable:
             # Rows of long cells make smaller blocks.
             row_bytes = max(1, metadata.total_byte_size // max(1, metadata.num_rows))
             most = min(self._options.max_rows or block_rows, max(1, _MAX_BLOCK_BYTES // row_bytes))
-            batches = self._file.iter_batches(most, row_groups=[group], columns=list(columns), use_threads=limit is None)
+            batches = self._file.iter_batches(
+                most, row_groups=[group], columns=list(columns), use_threads=limit is None
+            )
             while True:
                 with self._reject_damage(f"damaged after row {row}"):
                     batch = next(batches, None)

@@ -59,9 +59,7 @@ def main() -> None:
             decoded_blocks.send(channel, _decode(channel, file, request, setup))
 
 
-def _decode(
-    channel: socket.socket, file: BinaryIO, request: DecodeRequest, setup: DecoderSetup
-) -> DecodeEnd:
+def _decode(channel: socket.socket, file: BinaryIO, request: DecodeRequest, setup: DecoderSetup) -> DecodeEnd:
     path = Path(request.name) if request.name else None
     try:
         for block in _read_blocks(path, file, request, setup):
@@ -78,9 +76,7 @@ def _decode(
     return DecodeEnd()
 
 
-def _read_blocks(
-    path: Path | None, file: Any, request: DecodeRequest, setup: DecoderSetup
-) -> Iterator[DecodedBlock]:
+def _read_blocks(path: Path | None, file: Any, request: DecodeRequest, setup: DecoderSetup) -> Iterator[DecodedBlock]:
     stream, limit = setup.stream, setup.memory_bytes
     if stream.media_format is None:
         for block in file_reader.read_blocks(path, file, setup.name, stream, request.skip, limit):

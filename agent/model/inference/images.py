@@ -28,9 +28,7 @@ _PIXEL_BYTES, _COEFFICIENT_BYTES = 4, 6
 _EXIF_ORIENTATION = 0x0112
 
 
-def read_rows(
-    path: Path, spec: ImageFormat, file: BinaryIO | None = None, memory_bytes: int | None = None
-) -> Float32s:
+def read_rows(path: Path, spec: ImageFormat, file: BinaryIO | None = None, memory_bytes: int | None = None) -> Float32s:
     """Read a JPEG or PNG as (height, width · channels): rotated by EXIF, resized, scaled. Raises UsageError.
 
     `file` is the open file, if it must not be opened again. An image whose pixels need more than `memory_bytes` is

@@ -55,7 +55,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def watching(folder: Path, **store: Any) -> Iterator[Station]:
     source = FilesSource(folder=str(folder / "in"), poll_interval=config.Duration(0.02))
     made = conf(folder / "data", numbers=NUMBERS)
-    with Station(made, sources=lambda s: [FolderWatcher("numbers", NUMBERS, source, s, folder / "data")], **store) as station:
+    with Station(
+        made, sources=lambda s: [FolderWatcher("numbers", NUMBERS, source, s, folder / "data")], **store
+    ) as station:
         wait_for(lambda: (folder / "in" / "failed").exists(), "the folders")
         yield station
         assert station.failures == []

@@ -54,7 +54,9 @@ def watching(folder: Path, made: MediaFormat = SMALL, **store: Any) -> Iterator[
     assert isinstance(source, FilesSource)
     (folder / "in").mkdir(exist_ok=True)
     made_of = conf(folder / "d", camera=stream)
-    with Station(made_of, sources=lambda s: [FolderWatcher("camera", stream, source, s, folder / "d")], **store) as station:
+    with Station(
+        made_of, sources=lambda s: [FolderWatcher("camera", stream, source, s, folder / "d")], **store
+    ) as station:
         yield station
         assert station.failures == []
 

@@ -165,7 +165,13 @@ def test_a_link_in_the_place_of_the_index_is_moved_aside(tmp_path: Path, secret:
 
 def test_names_that_are_long_or_unprintable_stop_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "in").mkdir()
-    names = [b"a" * 251 + b".csv", b"\xff\x1b[2J.csv", "\u202egpj.csv".encode(), b"x\ny.csv", "é".encode() * 125 + b".csv"]
+    names = [
+        b"a" * 251 + b".csv",
+        b"\xff\x1b[2J.csv",
+        "\u202egpj.csv".encode(),
+        b"x\ny.csv",
+        "é".encode() * 125 + b".csv",
+    ]
     for name in names:
         Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/" + name)).write_text("m\n1\n")
     put(tmp_path, "z.csv", [7])

@@ -76,15 +76,22 @@ def check(context: SourceContext, source: FilesSource) -> str:
 def build(context: SourceContext, source: FilesSource, store: Store) -> FolderWatcher:
     check(context, source)
     show_values = context.conf.privacy.values_in_logs
-    return FolderWatcher(
-        context.name, context.stream, source, store, context.conf.data_dir, show_values=show_values
-    )
+    return FolderWatcher(context.name, context.stream, source, store, context.conf.data_dir, show_values=show_values)
 
 
 class FolderWatcher:
     """Watcher of a folder. A file that gets its final name by a rename is never read incompletely."""
 
-    def __init__(self, name: str, stream: StreamConfig, source: FilesSource, store: Store, data_dir: Path, *, show_values: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        stream: StreamConfig,
+        source: FilesSource,
+        store: Store,
+        data_dir: Path,
+        *,
+        show_values: bool = False,
+    ) -> None:
         self._name, self._stream, self._source, self._store = name, stream, source, store
         self._path = Path(source.folder)
         self._file_states: dict[str, tuple[FileState, float]] = {}
@@ -173,9 +180,7 @@ class FolderWatcher:
         settled = (name for name, (_, since) in self._file_states.items() if now - since >= _SETTLED_S)
         return sorted(name for name in settled if name not in self._stuck)
 
-    async def _ingest_file(
-        self, folder: WatchedFolder, name: str, submit_rows: SubmitRows, *, is_retry: bool
-    ) -> None:
+    async def _ingest_file(self, folder: WatchedFolder, name: str, submit_rows: SubmitRows, *, is_retry: bool) -> None:
         progress = _FileProgress(self._store.source_position(f"files:{self._name}", name))
         progress.deaths = self._marker.count_deaths(name, progress.last_line)
         try:

@@ -130,7 +130,9 @@ class WatchedFolder:
         """Move a file to `failed/`, with the reason in `NAME.txt` beside it. Raises OSError."""
         name = _unused_name(self._failed, original_name(claimed), ".txt")
         try:
-            file = os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FILE_FLAGS, 0o644, dir_fd=self._failed)
+            file = os.open(
+                f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FILE_FLAGS, 0o644, dir_fd=self._failed
+            )
             with open(file, "w", encoding="utf-8") as written:
                 written.write(reason + "\n")
         except OSError as error:
