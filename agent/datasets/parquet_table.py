@@ -101,8 +101,8 @@ class ParquetTable:
         limit = self._options.memory_bytes
         if limit is not None and metadata.total_byte_size > limit // 2:
             raise RowRejected(
-                f"row group {group + 1} holds {metadata.total_byte_size >> 20:,} MiB, {limit >> 21:,} MiB at most with the "
-                "memory that is left; write row groups of fewer rows"
+                f"row group {group + 1} holds {metadata.total_byte_size >> 20:,} MiB, {limit >> 21:,} MiB at most with "
+                "the memory that is left; write row groups of fewer rows"
             )
 
     def _is_number(self, stored: Any) -> bool:

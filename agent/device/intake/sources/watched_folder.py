@@ -123,7 +123,7 @@ class WatchedFolder:
         return _unused_name(self._done, original_name(claimed))
 
     def move_to_done(self, claimed: str, name: str) -> None:
-        """Raises OSError."""
+        """Move a file to `done/` under `name`. Raises OSError."""
         os.rename(claimed, name, src_dir_fd=self._taking, dst_dir_fd=self._done)
 
     def move_to_failed(self, claimed: str, reason: str) -> None:
