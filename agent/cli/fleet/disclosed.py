@@ -10,7 +10,7 @@ import click
 import msgspec
 
 from agent.cli.fleet.common import fleet_option, open_for_reading
-from agent.cli.output import emit, json_option
+from agent.cli.output import echo, emit, json_option
 from agent.errors import UsageError
 from agent.wire import messages
 from agent.wire.commitment import Disclosure
@@ -57,7 +57,7 @@ def disclosed(file: Path, folder: str | None, as_json: bool) -> None:
     }
     verdict = "are those" if matches else "are NOT those"
     text = f"{disclosure.device}, {disclosure.task}: rows {first} to {last} {verdict} of its message {seqs[0][0]}"
-    emit(document, as_json, lambda: click.echo(text))
+    emit(document, as_json, lambda: echo(text))
     sys.exit(0 if matches else 1)
 
 
