@@ -331,6 +331,14 @@ SIGNED_TWICE = AlertKind(
     "Find the second device. If the key was stolen, revoke it: `outstation fleet revoke`.",
     _LOOK_YOURSELF,
 )
+TWO_LOGS = AlertKind(
+    *("Two logs of one device", "security", "{log}", "collector/two-logs/{log}", "critical", "collector"),
+    "Two message logs of one device live at once: one began without naming the other, or the other went on after its "
+    "declared end. Alerts of both logs stay open.",
+    "A copied card or key; a device whose whole data folder was deleted.",
+    "Find the second device. If there is none, say which log is the device's: `outstation fleet accept-log`.",
+    "Once only one of the logs lives: the later one named the other, or an operator accepted one.",
+)
 ROTATION_REFUSED = AlertKind(
     *("Key rotation refused", "security", "{log}/{seq}", "collector/{log}/{seq}", "critical", "collector"),
     "A device announced a new signing key that does not prove itself or belongs to another device. Nothing changed.",

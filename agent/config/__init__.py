@@ -74,7 +74,7 @@ class BufferConfig(Section, frozen=True):
 
 
 class PrivacyConfig(Section, frozen=True):
-    """What may leave the device. A bundle may demand a larger `min_count`, never a smaller one."""
+    """Limits of what leaves the device. A bundle may demand a larger `min_count`, never a smaller one."""
 
     min_count: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 10
     values_in_logs: bool = False

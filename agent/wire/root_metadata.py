@@ -1,6 +1,6 @@
 """Root metadata of TUF: signatures of a root by a threshold of its own keys and of the root before. No I/O.
 
-The daemon verifies roots with it, where python-tuf would cost 12 MB of memory. Rules (TUF specification 5.3):
+The daemon verifies roots with it: importing python-tuf would cost 7 MB of memory. Rules (TUF specification 5.3):
 - a root follows the trusted one without a gap in versions
 - a threshold of the trusted root's keys and a threshold of its own keys sign it
 - a public key counts once, under whatever key ids it is listed

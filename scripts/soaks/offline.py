@@ -106,4 +106,4 @@ def declarations(rig: Rig) -> tuple[set[int], int, Counter[str]]:
 
 
 def payloads(rig: Rig, kind: str) -> list[dict[str, Any]]:
-    return [json.loads(payload) for _, _, _, row_kind, _, payload, _ in rig.fleet.evidence() if row_kind == kind]
+    return [json.loads(payload) for _, _, _, row_kind, _, payload, *_ in rig.fleet.evidence() if row_kind == kind]

@@ -82,6 +82,7 @@ def test_from_init_to_an_empty_audit_every_report_is_one_json_document(folder: P
             "last_seen": None,
             "through": 0,
             "alerts": 0,
+            "logs": 0,
             "clock": None,
         }
     ]
@@ -307,3 +308,22 @@ def test_collect_in_a_new_fleet_explains_enrolment(folder: Path) -> None:
     output = first_words("--dir", folder)
     assert "no device is enrolled" in output
     assert "enrol devices: outstation fleet enrol DEVICE" in output
+
+
+def test_an_operator_lists_the_logs_of_a_device_and_accepts_one(tmp_path: Path) -> None:
+    folder = tmp_path / "acme"
+    document("init", folder, "--broker", "mqtt://127.0.0.1:1")
+    device = MessageSender()
+    document("enrol", device.device, "--dir", folder, "--key", device.key.public.text)
+    clone = MessageSender(key=device.key)
+    store = FleetStore(folder / "fleet.db")
+    for sender in (device, clone):
+        store.ingest([Arrival(sender.verify(sender.results()))], [], "2026-11-24T22:20:00.000000Z")
+    store.close()
+    logs = document("accept-log", device.device, "--dir", folder)
+    assert [(entry["log"], entry["live"]) for entry in logs] == [(device.log, True), (clone.log, True)]
+    [listed] = document("devices", "--dir", folder)
+    assert (listed["logs"], listed["alerts"]) == (2, 1)
+    accepted = document("accept-log", device.device, device.log, "--dir", folder)
+    assert accepted == {"device": device.device, "accepted": device.log, "ended": [clone.log]}
+    assert document("alerts", "--dir", folder) == []

@@ -19,6 +19,8 @@ from agent.testing.fleet import LocalFleet
 from agent.testing.process import run_outstation, wait_until
 from scripts.kit.bundles import CLASSIFY, KEY, packed
 
+pytestmark = pytest.mark.attack("privacy")
+
 ROWS, LABELS, WINDOW = 240, 160, 20
 # f32 values whose digits nothing else has: the only readings of an optional field in their drift windows.
 PLANTED = {25: 0.7351129, 65: -0.6482917, 130: 1.3579246}
@@ -100,7 +102,7 @@ class Hospital:
 
 
 def planted(published: bytes) -> set[str]:
-    """Return the planted values that were found."""
+    """Return the planted values among the bytes."""
     numbers = {f"{abs(value):.7f}"[:7] for value in (*PLANTED.values(), REJECTED)}
     return {text for text in (*numbers, *PATIENTS) if text.encode() in published}
 
@@ -115,12 +117,12 @@ def test_planted_readings_and_texts_are_in_no_byte_that_leaves(tmp_path: Path, p
         assert len(drift) > 2
         assert quality
         disclosed = disclose(hospital)
-        found = planted(hospital.everything())
+        leaked = planted(hospital.everything())
         if not protected:
             # The control: each of them leaves where the owner asked for it.
-            assert found >= {"0.73511", "0.64829", "1.35792", "98765.4", *PATIENTS}
+            assert leaked >= {"0.73511", "0.64829", "1.35792", "98765.4", *PATIENTS}
             return
-        assert found == set()
+        assert leaked == set()
         for body in drift:
             for field in body["features"].values():
                 check_cells([field["below"], *field["counts"], field["above"]])

@@ -14,11 +14,13 @@ from agent.fleet.database.projection import TABLES
 from agent.fleet.database.store import FleetStore
 from agent.testing.messages import NEW_MODEL, MessageSender, SignedMessage
 
+pytestmark = pytest.mark.attack("audit")
+
 NOW = "2026-11-24T22:20:00.000000Z"
 BOOT_US, WALL_US = 1_000_000, 1_764_022_680_000_000
-DERIVED = ("logs", "log_ends", "gaps", "anchors", "segments", "boots", "stamps")
+DERIVED = ("logs", "log_ends", "log_successors", "gaps", "anchors", "segments", "boots", "stamps")
 # What one moment or the order of arrival decides, and no message states.
-UNSIGNED = {("logs", "since"), ("logs", "rowid"), ("shadows", "rowid")}
+UNSIGNED = {("logs", "since"), ("logs", "latest"), ("logs", "rowid"), ("shadows", "rowid")}
 
 
 def anchor(sender: MessageSender, boot: int, at: int) -> SignedMessage:
@@ -77,7 +79,7 @@ def read_rows(store: FleetStore, table: str) -> tuple[list[str], list[tuple[Any,
 
 
 def alter(value: Any, name: str) -> Any:
-    if isinstance(value, bool) or name in ("declared", "trusted", "implied"):
+    if isinstance(value, bool) or name in ("declared", "trusted", "implied", "live"):
         return not value
     if isinstance(value, str):
         return value + "x"

@@ -248,7 +248,8 @@ def test_alerts_are_open_until_cleared_and_those_of_a_lost_log_are_closed(store:
     add(store, sender, sender.alert("a"))
     assert [alert["id"] for alert in store.alerts()] == ["b", "a"]
     reborn = MessageSender(key=sender.key)
-    add(store, reborn, reborn.quality())
+    evidence = {"old": sender.log, "through": sender.seq}
+    add(store, reborn, reborn.append("audit", event="new log", summary="", evidence=evidence))
     assert store.alerts() == []
     assert len(store.alerts(closed=True)) == 4
 

@@ -40,7 +40,7 @@ def emptied(url: str) -> FleetStore:
 
 def copy_database(source: FleetStore, target: FleetStore) -> None:
     """Copy all rows of a SQLite database into an empty PostgreSQL one."""
-    flags = {"declared", "trusted", "implied"}
+    flags = {"declared", "trusted", "implied", "live"}
     with target.transaction() as into:
         sql = "SELECT tablename FROM pg_tables WHERE schemaname = current_schema() AND tablename <> 'migrations'"
         for (table,) in into.execute(sql).fetchall():

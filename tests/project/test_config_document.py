@@ -25,6 +25,8 @@ SECTIONS: dict[str, Any] = {
     "[publishers]": config.PublishersConfig,
     "[buffer]": config.BufferConfig,
     "[intake]": config.IntakeConfig,
+    "[privacy]": config.PrivacyConfig,
+    "[models]": config.ModelsConfig,
     "[throttle]": config.ThrottleConfig,
     "[updates]": UpdatesConfig,
     "[streams.NAME]": config.StreamConfig,

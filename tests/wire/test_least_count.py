@@ -13,6 +13,8 @@ from agent.fleet.drift.merge import MergedField
 from agent.wire import least_count
 from agent.wire.runs import TimeRun
 
+pytestmark = pytest.mark.attack("privacy")
+
 K = 10
 
 
@@ -89,7 +91,7 @@ def test_predictions_of_few_windows_do_not_leave() -> None:
     assert least_count.apply("drift", body, K)["output"]["counts"] == {"other": 60}
 
 
-def test_a_run_of_windows_hides_how_near_each_small_window_came_to_its_limit() -> None:
+def test_a_run_hides_how_near_a_small_window_is_to_its_limit() -> None:
     body = drift(63, t=field([0, 31, 32, 0]))
     body["windows"] = {"n": [TimeRun(30, 0, 2), 3], "nearest": [0.5, 0.25, 0.75]}
     assert least_count.apply("drift", body, K)["windows"]["nearest"] == [0.5, 0.25, None]
@@ -156,9 +158,16 @@ def test_metrics_of_a_patient_with_one_label_do_not_leave() -> None:
 
 
 def test_a_comparison_of_two_bundles_shows_no_single_score_or_label() -> None:
-    one, many = {"n": 1, "mean": 0.625, "m2": 0.0}, {"n": 50, "mean": 0.5, "m2": 2.0}
-    side = {"windows": 50, "seconds": 0.1, "scores": many, "expected_accuracy": one, "correct": 1, "abs_error": one}
-    body = {"n": 50, "agreeing": 49, "difference": one, "stats": side, "other_stats": side, "labelled": [1, 0, 0, 0]}
+    single, many = {"n": 1, "mean": 0.625, "m2": 0.0}, {"n": 50, "mean": 0.5, "m2": 2.0}
+    side = {
+        "windows": 50,
+        "seconds": 0.1,
+        "scores": many,
+        "expected_accuracy": single,
+        "correct": 1,
+        "abs_error": single,
+    }
+    body = {"n": 50, "agreeing": 49, "difference": single, "stats": side, "other_stats": side, "labelled": [1, 0, 0, 0]}
     limited = least_count.apply("shadow", body, K)
     assert "0.625" not in str(limited)
     assert limited["labelled"] == [0, 0, 0, 0]

@@ -12,7 +12,7 @@ from agent.cli.fleet.enrol import enrol, init, token
 from agent.cli.fleet.evidence import evidence
 from agent.cli.fleet.keys import keys
 from agent.cli.fleet.label import label
-from agent.cli.fleet.reports import alerts, audit, devices, gaps
+from agent.cli.fleet.reports import accept_log, alerts, audit, devices, gaps
 from agent.cli.fleet.repository import publish, repository
 from agent.cli.fleet.rollout import rollout
 from agent.cli.fleet.simulate import simulate
@@ -26,6 +26,6 @@ def fleet() -> None:
 
 for _subcommand in (
     *(init, token, enrol, devices, collect, collector, watch, alerts, gaps, audit, disclosed, drift, label, command),
-    *(revoke, publish, repository, keys, rollout, evidence, simulate),
+    *(revoke, accept_log, publish, repository, keys, rollout, evidence, simulate),
 ):
     fleet.add_command(_subcommand)

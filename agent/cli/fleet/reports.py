@@ -8,11 +8,13 @@ from typing import Any
 
 import click
 
+from agent import clock
 from agent.cli.fleet.common import (
     db_option,
     device_option,
     fleet_option,
     open_for_reading,
+    open_store,
     print_lines,
     progress_bar,
 )
@@ -38,17 +40,51 @@ def devices(db: str | None, folder: str | None, as_json: bool) -> None:
             "last_seen": known["last_seen"],
             "through": known["through"] or 0,
             "alerts": known["alerts"],
+            "logs": known["logs"],
             "clock": known["clock"],
         }
         for known in store.devices()
     ]
     cells = [
-        [r["device"], r["state"], r["clock"] or "unknown", r["last_seen"] or "never", r["through"], r["alerts"]]
+        [
+            *(r["device"], r["state"], r["clock"] or "unknown", r["last_seen"] or "never", r["through"], r["alerts"]),
+            f"{r['logs']} at once!" if r["logs"] > 1 else r["logs"],
+        ]
         for r in rows
     ]
     empty = "No device is enrolled yet: outstation fleet enrol DEVICE"
-    columns = ["device", "state", "clock", "last seen", "through", "open alerts"]
+    columns = ["device", "state", "clock", "last seen", "through", "open alerts", "logs"]
     emit(rows, as_json, lambda: print_table(columns, cells, empty))
+
+
+@click.command("accept-log", epilog="Example: outstation fleet accept-log pi-07")
+@click.argument("device")
+@click.argument("log", required=False)
+@db_option
+@fleet_option
+@json_option
+def accept_log(device: str, log: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
+    """Say which message log of DEVICE is genuine, if two live at once; list its logs without LOG.
+
+    Alerts of the other logs are then no longer open. If one of them goes on, the alert of two logs comes again.
+    """
+    if log is None:
+        _, reader = open_for_reading(folder, db, device)
+        logs = reader.device_logs(device)
+        columns = ["log", "last_seq", "since", "latest", "live"]
+        cells = [[row[name] for name in columns[:4]] + ["yes" if row["live"] else "no"] for row in logs]
+        empty = f"No message of {device} has arrived."
+        emit(
+            logs,
+            as_json,
+            lambda: print_table(["log", "through", "first message", "last message", "lives"], cells, empty),
+        )
+        return
+    config = fleet_config.load(fleet_config.find_folder(folder))
+    with open_store(config, db) as store:
+        ended = store.accept_log(device, log, clock.to_rfc3339(clock.read().wall_us))
+    document = {"device": device, "accepted": log, "ended": ended}
+    emit(document, as_json, lambda: print_lines(f"{device}: log {log} is accepted; {len(ended)} other logs ended"))
 
 
 @click.command("alerts", epilog="Example: outstation fleet alerts --device pi-07")

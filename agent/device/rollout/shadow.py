@@ -104,7 +104,9 @@ class ShadowRunner:
         self.poll()
         if self._last_report_s is None:
             self._last_report_s = now.boot_s
-        is_due = self.stats.batches >= batches_per_message(self.state.message_count, self._min_batches)
+        # Of fewer windows than the least count, a message would say nothing.
+        has_enough = not 0 < self.stats.n < message_log.least_count(self.task.name)
+        is_due = has_enough and self.stats.batches >= batches_per_message(self.state.message_count, self._min_batches)
         is_late = self._has_more_labels or now.boot_s >= self._last_report_s + REPORT_INTERVAL_S
         if now.boot_s < self._retry_at_s or not (is_due or is_late):
             return False
@@ -218,6 +220,9 @@ class ShadowRunner:
         limit = shadow_windows.MAX_LABELS
         numbers = store.query(labels.next_numbers, self.task.name, self.state.last_label, limit + 1)
         self._has_more_labels = len(numbers) > limit
+        if len(numbers) < message_log.least_count(self.task.name) and not final:
+            # So few labels wait for more.
+            numbers = []
         if not self.stats.batches and not numbers:
             return False
         name = self.task.name
@@ -225,7 +230,9 @@ class ShadowRunner:
             if self._unsaved_predictions:
                 predictions = shadow_windows.concatenate_stored(self._unsaved_predictions)
                 tx.labels.store_predictions(labels.shadow_key(name), predictions, tx.uptime_s(now))
-            outcomes, last_label = shadow_windows.count_outcomes(tx, self.task, self.other, self.state.last_label)
+            outcomes, last_label = ComparisonStats(), self.state.last_label
+            if numbers:
+                outcomes, last_label = shadow_windows.count_outcomes(tx, self.task, self.other, last_label)
             block = self.stats + outcomes
             has_message = block != ComparisonStats()
             old = self.state

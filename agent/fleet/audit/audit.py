@@ -25,7 +25,7 @@ from agent import clock
 from agent.errors import MessageRefused
 from agent.fleet.audit import rollouts
 from agent.fleet.audit.coverage import RowCoverage
-from agent.fleet.audit.replay import Replay, open_replay
+from agent.fleet.audit.replay import Replay
 from agent.fleet.audit.stored_rows import MessageKey, StoredTables
 from agent.fleet.database.gap_ledger import NEW_LOG, parse_evictions, parse_log_end
 from agent.fleet.database.keyring import Keyring
@@ -86,7 +86,7 @@ def audit(
     `operators`: keys with which decisions about rollouts are valid; decisions are not checked for one device.
     """
     report = AuditReport()
-    with store.snapshot() as db, open_replay() as replay:
+    with store.snapshot() as db, contextlib.closing(Replay()) as replay:
         keyring = Keyring(store)
         # (device, log) → last seq of each log that a signed message of a later log declares ended.
         ends: dict[tuple[Any, str], int] = {}

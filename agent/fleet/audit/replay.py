@@ -6,17 +6,16 @@ through the same code into an empty temporary database, a few hundred at a time,
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
+import sqlite3
 from collections.abc import Container, Iterator
-from pathlib import Path
 from typing import Any
 
+from agent.errors import StorageError
 from agent.fleet.audit.stored_rows import sort_key
-from agent.fleet.database import gap_ledger
+from agent.fleet.database import gap_ledger, log_succession
 from agent.fleet.database.gap_ledger import LogChanges, add_changes
 from agent.fleet.database.interface import LogId, Row
-from agent.fleet.database.sqlite import SqliteDatabase
+from agent.fleet.database.sqlite import open_temporary
 from agent.fleet.database.store import FleetStore
 from agent.fleet.database.timestamps import TimestampReconstruction
 from agent.wire.messages import LoggedPayload
@@ -25,7 +24,8 @@ _MESSAGES_PER_COMMIT = 500
 # Table → number of key columns, and its columns; all begin with device and log. `logs.since` and what follows from the
 # order of arrival only is not derived.
 _TABLES: dict[str, tuple[int, tuple[str, ...]]] = {
-    "logs": (2, ("device", "log", "last_seq")),
+    "logs": (2, ("device", "log", "last_seq", "live")),
+    "log_successors": (4, ("device", "log", "successor", "source", "last_seq", "until")),
     "log_ends": (2, ("device", "log", "last_seq")),
     "gaps": (3, ("device", "log", "first", "last", "declared")),
     "anchors": (
@@ -52,10 +52,8 @@ _ROUNDED = {"boots": 2}
 class Replay:
     """Derived tables of the messages so far: `add` each verified message, then `compare`."""
 
-    def __init__(self, folder: Path) -> None:
-        self._database = SqliteDatabase(folder / "replay.db")
-        # It is thrown away after a crash.
-        self._database.execute("PRAGMA synchronous=OFF")
+    def __init__(self) -> None:
+        self._db = open_temporary()
         self._bodies: list[tuple[LoggedPayload, str]] = []
 
     def add(self, body: LoggedPayload, received: str) -> None:
@@ -66,38 +64,46 @@ class Replay:
     def compare(self, store: FleetStore, device: str | None, broken: Container[Any]) -> Iterator[tuple[Row, str]]:
         """Yield (device, log, seq or None) and the problem of each row that differs; skip `broken` devices."""
         self._flush()
+        self._apply_operators_words(store, device)
         for table, (key_width, columns) in _TABLES.items():
             names = ", ".join(columns)
             order = ", ".join(columns[:key_width])
             sql = f"SELECT {names} FROM {table} ORDER BY {order}"
-            derived, stored = self._database.stream(sql), store.derived_rows(table, names, order, device)
+            derived, stored = self._db.execute(sql), store.derived_rows(table, names, order, device)
             for row, problem in _compare_tables(table, key_width, stored, derived):
                 if row[0] not in broken:
                     seq = row[2] if columns[2] in ("seq", "first") else None
                     yield (row[0], row[1], seq), problem
 
+    def _apply_operators_words(self, store: FleetStore, device: str | None) -> None:
+        """Let the logs end that an operator ended, who signs nothing."""
+        columns = "device, log, successor, last_seq, until, source"
+        stored = store.derived_rows("log_successors", columns, "device, log, successor, source", device)
+        words = [row for row in stored if row[-1] == log_succession.OPERATOR]
+        if words:
+            self._db.bulk_insert("log_successors", words)
+            log_succession.update_live_logs(self._db, {row[0] for row in words}, words[0][4])
+
     def close(self) -> None:
-        self._database.close()
+        self._db.close()
 
     def _flush(self) -> None:
-        with self._database.transaction() as db:
-            timestamps, changes = TimestampReconstruction(db), dict[LogId, LogChanges]()
-            for body, received in self._bodies:
-                add_changes(changes, body)
-                timestamps.add(body, received)
+        if not self._bodies:
+            return
+        timestamps, changes = TimestampReconstruction(self._db), dict[LogId, LogChanges]()
+        for body, received in self._bodies:
+            add_changes(changes, body, received)
+            timestamps.add(body, received)
+        try:
             timestamps.finish()
-            gap_ledger.apply(db, changes, "")
+            gap_ledger.apply(self._db, changes)
+            log_succession.apply(self._db, changes, received)
+        except sqlite3.Error as error:
+            problem = (
+                f"the audit's temporary database: {error}; it needs room in the folder for temporary files ($TMPDIR)"
+            )
+            raise StorageError(problem) from error
         self._bodies = []
-
-
-@contextlib.contextmanager
-def open_replay() -> Iterator[Replay]:
-    """Open a replay in a temporary folder."""
-    with (
-        tempfile.TemporaryDirectory(prefix="outstation-audit-") as folder,
-        contextlib.closing(Replay(Path(folder))) as replay,
-    ):
-        yield replay
 
 
 def _compare_tables(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from agent.alerts import FLEET_DRIFT, KEY_REVOKED, REPOSITORY_EXPIRY, Alert, AlertKind
+from agent.alerts import FLEET_DRIFT, KEY_REVOKED, REPOSITORY_EXPIRY, TWO_LOGS, Alert, AlertKind
 from agent.fleet.database.interface import Row
 from agent.wire.messages import LoggedPayload
 
 INSERT_ALERT = "INSERT INTO alerts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
 
-# An alert is open while the last message with its id has state `raised`. Only the device's newest log counts: a store
-# that was lost cannot clear what it raised. The collector clears its own alerts of fleet-wide drift and of the
-# repository; its security alerts stay open, because a person has to look at them.
+# An alert is open while the last message of its log with its id has state `raised`. Only logs that live count: a store
+# that was lost cannot clear what it raised, and a copied card cannot silence the device. The collector clears its own
+# alerts of fleet-wide drift, of the repository and of two logs; its other security alerts stay open, because a person
+# has to look at them.
 ALERTS = """
-    WITH newest AS (SELECT device, log FROM logs l WHERE rowid = (SELECT max(rowid) FROM logs WHERE device = l.device)),
-    last AS (SELECT device, id, max(seq) AS seq FROM alerts JOIN newest USING (device, log)
-             WHERE source = 'device' GROUP BY device, id)
+    WITH last AS (SELECT a.device, a.log, a.id, max(a.seq) AS seq FROM alerts a
+                  JOIN logs l ON l.device = a.device AND l.log = a.log
+                  WHERE a.source = 'device' AND l.live GROUP BY a.device, a.log, a.id)
     SELECT a.device, a.task, a.alert, a.subject, a.state, a.severity, a.summary, a.time, a.id, a.log, a.seq,
            a.state = 'raised' AND CASE a.source
                WHEN 'collector' THEN NOT EXISTS (
@@ -22,8 +23,7 @@ ALERTS = """
                    AND c.source = 'collector' AND c.id = a.id AND c.state = 'cleared')
                ELSE l.seq IS NOT NULL END AS open
     FROM alerts a
-    LEFT JOIN newest n ON n.device = a.device AND n.log = a.log
-    LEFT JOIN last l ON l.device = n.device AND l.id = a.id AND l.seq = a.seq AND a.source = 'device'
+    LEFT JOIN last l ON l.device = a.device AND l.log = a.log AND l.id = a.id AND l.seq = a.seq AND a.source = 'device'
 """
 
 # The last drift alert of each device and field before a time, whether it is open, and how many were raised since
@@ -72,6 +72,12 @@ def repository_alert_row(summary: str, now: str, second: int, *, raised: bool) -
 def revoked_alert_row(device: str, kid: str, now: str) -> Row:
     summary = f"Key {kid} of {device} was revoked: messages that it signs are refused, stored messages stay valid."
     return _collector_row(device, None, KEY_REVOKED.raised(summary, kid=kid), f"revoked/{kid}", 0, now)
+
+
+def two_logs_alert_row(device: str, log: str, summary: str, now: str, second: int, *, raised: bool) -> Row:
+    """Return the alert that a log lives beside another one, or its end; `second` since 1970."""
+    alert = (TWO_LOGS.raised if raised else TWO_LOGS.cleared)(summary, log=log)
+    return _collector_row(device, None, alert, f"two-logs/{log}", second, now)
 
 
 def _collector_row(device: str, task: str | None, alert: Alert, log: str, seq: int, now: str) -> Row:

@@ -23,24 +23,34 @@ _UPSERT_END = """
 
 
 class LogChanges(msgspec.Struct):
-    """Changes to one log by the messages of a transaction: new seqs, evicted ranges, and the end (0: not declared)."""
+    """Changes to one log by the messages of a transaction: new seqs, evicted ranges, and the end (0: not declared).
+
+    `latest`: when its last message arrived. `predecessors`: log → (last seq, when it arrived) of each log that its
+    messages continue.
+    """
 
     arrived: list[int] = msgspec.field(default_factory=list)
     evicted: list[tuple[int, int]] = msgspec.field(default_factory=list)
     end_seq: int = 0
+    latest: str = ""
+    predecessors: dict[str, tuple[int, str]] = msgspec.field(default_factory=dict)
 
 
-def add_changes(changes: dict[LogId, LogChanges], body: LoggedPayload) -> None:
+def add_changes(changes: dict[LogId, LogChanges], body: LoggedPayload, received: str) -> None:
     """Add what a new message changes in the ledger of its log, and of a log that it ends."""
     change = changes.setdefault((body.device, body.log), LogChanges())
     change.arrived.append(body.seq)
+    change.latest = max(change.latest, received)
+    for old, last in _parse_predecessors(body):
+        known, since = change.predecessors.get(old, (last, received))
+        change.predecessors[old] = min(known, last), min(since, received)
     change.evicted += parse_evictions(body)
     if end := parse_log_end(body):
         ended = changes.setdefault((body.device, end[0]), LogChanges())
         ended.end_seq = max(ended.end_seq, end[1])
 
 
-def apply(db: Connection, changes: Mapping[LogId, LogChanges], now: str) -> None:
+def apply(db: Connection, changes: Mapping[LogId, LogChanges]) -> None:
     """Update tables logs, gaps and log_ends, in a transaction that holds the locks of the devices."""
     stored = db.logs([*changes])
     spans = {log: span for log, change in changes.items() if (span := _affected_span(change, stored[log][0] or 0))}
@@ -55,7 +65,8 @@ def apply(db: Connection, changes: Mapping[LogId, LogChanges], now: str) -> None
         if change.end_seq:
             ledger.declare_end(change.end_seq)
     known = {log for log, (last_seq, _) in stored.items() if last_seq is not None}
-    db.store_logs({log: ledger.last_seq for log, ledger in ledgers.items() if changes[log].arrived}, known, now)
+    arrived = [(*log, ledgers[log].last_seq, change.latest) for log, change in changes.items() if change.arrived]
+    db.store_logs(arrived, known)
     db.store_gaps(
         [(*log, first) for log, ledger in ledgers.items() for first in ledger.removed()],
         [(*log, *gap) for log, ledger in ledgers.items() for gap in ledger.added()],
@@ -157,7 +168,19 @@ def parse_evictions(body: object) -> list[tuple[int, int]]:
 
 def parse_log_end(body: object) -> tuple[str, int] | None:
     """Return (log, last seq) of the log that the message's own log continues: missing seqs there never arrive."""
-    if not isinstance(body, AuditPayload) or body.event != NEW_LOG or body.reissued:
+    return None if not isinstance(body, AuditPayload) or body.reissued else _parse_new_log(body)
+
+
+def _parse_predecessors(body: LoggedPayload) -> list[tuple[str, int]]:
+    """Return (log, last seq) of each log that a message names as the one before its own."""
+    # A repeated message does not say where the old log ended.
+    named = [(body.reissued.log, _MAX_SEQ)] if body.reissued and body.reissued.log != body.log else []
+    end = _parse_new_log(body)
+    return [*named, end] if end else named
+
+
+def _parse_new_log(body: LoggedPayload) -> tuple[str, int] | None:
+    if not isinstance(body, AuditPayload) or body.event != NEW_LOG:
         return None
     old, last = body.evidence.get("old"), body.evidence.get("through")
     return (old, min(last, _MAX_SEQ)) if isinstance(old, str) and old != body.log and type(last) is int else None

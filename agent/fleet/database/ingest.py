@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from agent.alerts import ROTATION_REFUSED, SIGNED_TWICE
-from agent.fleet.database import gap_ledger, key_table
+from agent.fleet.database import gap_ledger, key_table, log_succession
 from agent.fleet.database.alerts import INSERT_ALERT, message_alert_row
 from agent.fleet.database.gap_ledger import LogChanges
 from agent.fleet.database.interface import Connection, LogId, Row
@@ -97,7 +97,8 @@ class IngestBatch:
             if isinstance(message.body, LoggedPayload):
                 self._alerts.append(message_alert_row(ROTATION_REFUSED, message.body, problem, self._now))
         key_table.require_active(self._db, self._signers)
-        gap_ledger.apply(self._db, self._log_changes, self._now)
+        gap_ledger.apply(self._db, self._log_changes)
+        log_succession.apply(self._db, self._log_changes, self._now)
         # The last state to arrive counts: the broker keeps the order of one topic, a device's clock may not.
         self._db.executemany(_UPDATE_STATE, [(state, device) for device, state in sorted(self._states.items())])
         self._db.update_last_seen(sorted(self._live_devices), self._now)
@@ -130,7 +131,7 @@ class IngestBatch:
                 yield "conflict"
 
     def _project_new(self, message: VerifiedMessage, body: Any) -> None:
-        gap_ledger.add_changes(self._log_changes, body)
+        gap_ledger.add_changes(self._log_changes, body, self._now)
         project_message(message, self._rows)
         self._timestamps.add(body, self._now)
         if isinstance(body, AuditPayload) and body.event == key_rotation.ROTATION_EVENT:

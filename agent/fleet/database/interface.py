@@ -73,8 +73,8 @@ class Connection(Protocol):
     def logs(self, logs: Sequence[LogId]) -> dict[LogId, tuple[int | None, int]]:
         """Return (`last_seq` of table logs, None if absent; `last_seq` of table log_ends, 0 if absent) of each log."""
 
-    def store_logs(self, logs: Mapping[LogId, int], known: set[LogId], since: str) -> None:
-        """Set `last_seq` of each log; insert the logs that are not `known` in their order."""
+    def store_logs(self, logs: Sequence[tuple[str, str, int, str]], known: set[LogId]) -> None:
+        """Set `last_seq` and `latest` of each (device, log, …); insert the logs that are not `known` in their order."""
 
     def gaps(self, spans: Mapping[LogId, tuple[int, int]]) -> dict[LogId, list[Gap]]:
         """Return the gaps of each log that overlap or touch its span."""

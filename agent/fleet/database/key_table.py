@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from agent.errors import MessageRefused, UsageError
+from agent.fleet.database import log_succession
 from agent.fleet.database.interface import Connection
 from agent.wire.key_rotation import parse_rotation
 from agent.wire.keys import PublicKey
@@ -49,8 +50,10 @@ def enrol(
         raise UsageError(f"device {device!r} is enrolled with another key ({active[1]}); --replace revokes that one")
     if keep_through is None:
         db.execute("UPDATE keys SET revoked = ? WHERE device = ? AND revoked IS NULL", (now, device))
+        # A device with another key begins another log.
+        log_succession.end_logs(db, device, log_succession.ANY_LOG, now)
     elif active:
-        newest = "SELECT log FROM logs WHERE device = ? ORDER BY rowid DESC LIMIT 1"
+        newest = "SELECT log FROM logs WHERE device = ? AND live ORDER BY rowid LIMIT 1"
         log = db.execute(newest, (device,)).fetchone()
         _set_bound(db, active[0], log[0] if log else None, keep_through)
     _insert_key(db, device, key, now, made_by)

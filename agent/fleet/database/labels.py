@@ -11,7 +11,7 @@ _CHUNK_ROWS = 500
 _NEWEST_LOG = """
     SELECT l.log FROM logs l WHERE l.device = :device AND EXISTS (
         SELECT 1 FROM results r WHERE r.device = l.device AND r.task = :task AND r.log = l.log)
-    ORDER BY l.rowid DESC LIMIT 1"""
+    ORDER BY l.live DESC, CASE WHEN l.live THEN l.rowid ELSE -l.rowid END LIMIT 1"""
 _UPSERT_LABEL = """
     INSERT INTO labels VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (device, task, log, row) DO UPDATE SET
         label = excluded.label, source = excluded.source, received = excluded.received"""

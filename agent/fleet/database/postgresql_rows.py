@@ -37,10 +37,11 @@ _LOGS = """
     LEFT JOIN logs l ON l.device = k.device AND l.log = k.log
     LEFT JOIN log_ends e ON e.device = k.device AND e.log = k.log"""
 _STORE_LOGS = """
-    INSERT INTO logs (device, log, last_seq, since)
-    SELECT device, log, last_seq, %s FROM unnest(%b::text[], %b::text[], %b::bigint[])
-           WITH ORDINALITY AS k (device, log, last_seq, nth) ORDER BY nth
-    ON CONFLICT (device, log) DO UPDATE SET last_seq = excluded.last_seq"""
+    INSERT INTO logs (device, log, last_seq, since, latest, live)
+    SELECT device, log, last_seq, latest, latest, TRUE FROM unnest(%b::text[], %b::text[], %b::bigint[], %b::text[])
+           WITH ORDINALITY AS k (device, log, last_seq, latest, nth) ORDER BY nth
+    ON CONFLICT (device, log) DO UPDATE SET
+        last_seq = excluded.last_seq, latest = greatest(logs.latest, excluded.latest)"""
 _GAPS = """
     SELECT g.device, g.log, g.first, g.last, g.declared
     FROM unnest(%b::text[], %b::text[], %b::bigint[], %b::bigint[]) AS k (device, log, a, b)
@@ -131,10 +132,9 @@ class PostgresqlConnection:
         rows = self._raw.execute(_LOGS, _transpose(logs), binary=True)
         return {(device, log): (last_seq, end) for device, log, last_seq, end in rows}
 
-    def store_logs(self, logs: Mapping[LogId, int], known: set[LogId], since: str) -> None:
+    def store_logs(self, logs: Sequence[tuple[str, str, int, str]], known: set[LogId]) -> None:
         if logs:
-            columns = _transpose([(*log, last_seq) for log, last_seq in logs.items()])
-            self._raw.execute(_STORE_LOGS, (since, *columns))
+            self._raw.execute(_STORE_LOGS, _transpose(logs))
 
     def gaps(self, spans: Mapping[LogId, tuple[int, int]]) -> dict[LogId, list[Gap]]:
         if not spans:

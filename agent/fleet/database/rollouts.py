@@ -21,7 +21,9 @@ _UPSERT_DESIRED = """
 _SELECT_DEVICES = """
     WITH reports AS (
         SELECT c.device, c.phase, c.reason, c.summary, c.time, c.strategy,
-               row_number() OVER (PARTITION BY c.device ORDER BY l.rowid DESC, c.seq DESC) AS nth
+               row_number() OVER (
+                   PARTITION BY c.device
+                   ORDER BY l.live DESC, CASE WHEN l.live THEN l.rowid ELSE -l.rowid END, c.seq DESC) AS nth
         FROM rollout_devices c JOIN logs l ON l.device = c.device AND l.log = c.log
         WHERE c.rollout = :rollout AND c.task = :task AND c.digest = :digest)
     SELECT d.device, d.last_seen, r.phase, r.reason, r.summary, r.time, r.strategy

@@ -31,10 +31,17 @@ _COLLECTION = (
     """CREATE TABLE messages (
         device TEXT NOT NULL, log TEXT NOT NULL, seq INTEGER NOT NULL, kind TEXT NOT NULL, topic TEXT NOT NULL,
         payload BLOB NOT NULL, jws TEXT NOT NULL, received TEXT NOT NULL, PRIMARY KEY (device, log, seq))""",
-    # last_seq: the highest that arrived; `gaps` has the ranges that are missing below it.
+    # last_seq: the highest that arrived; `gaps` has the ranges that are missing below it. since, latest: when the first
+    # and the last new message arrived. live: no other log took its place. The newest log of a device is its first live
+    # one.
     f"""CREATE TABLE logs (
-        device TEXT NOT NULL, log TEXT NOT NULL, last_seq INTEGER NOT NULL, since TEXT NOT NULL{ROWID},
-        PRIMARY KEY (device, log))""",
+        device TEXT NOT NULL, log TEXT NOT NULL, last_seq INTEGER NOT NULL, since TEXT NOT NULL, latest TEXT NOT NULL,
+        live BOOLEAN NOT NULL{ROWID}, PRIMARY KEY (device, log))""",
+    # `successor` (or with '' the next log) takes the place of `log`, which ended at last_seq, unless a new message
+    # arrives in it after `until`. source: `device` if it says so, `operator` for `fleet accept-log` and a new key.
+    """CREATE TABLE log_successors (
+        device TEXT NOT NULL, log TEXT NOT NULL, successor TEXT NOT NULL, last_seq INTEGER NOT NULL,
+        until TEXT NOT NULL, source TEXT NOT NULL, PRIMARY KEY (device, log, successor, source)) WITHOUT ROWID""",
     # last_seq: a later log of the device states that this log ended there; gaps up to it are declared.
     """CREATE TABLE log_ends (
         device TEXT NOT NULL, log TEXT NOT NULL, last_seq INTEGER NOT NULL, PRIMARY KEY (device, log)) WITHOUT ROWID""",

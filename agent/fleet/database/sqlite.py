@@ -71,12 +71,13 @@ class SqliteConnection(sqlite3.Connection):
         ended = self.execute_each("SELECT last_seq FROM log_ends WHERE device = ? AND log = ?", logs)
         return {log: (a and a[0], b[0] if b else 0) for log, a, b in zip(logs, arrived, ended, strict=True)}
 
-    def store_logs(self, logs: Mapping[LogId, int], known: set[LogId], since: str) -> None:
-        for log, last_seq in logs.items():
-            if log in known:
-                self.execute("UPDATE logs SET last_seq = ? WHERE device = ? AND log = ?", (last_seq, *log))
+    def store_logs(self, logs: Sequence[tuple[str, str, int, str]], known: set[LogId]) -> None:
+        update = "UPDATE logs SET last_seq = ?, latest = max(latest, ?) WHERE device = ? AND log = ?"
+        for device, log, last_seq, latest in logs:
+            if (device, log) in known:
+                self.execute(update, (last_seq, latest, device, log))
             else:
-                self.execute("INSERT INTO logs VALUES (?, ?, ?, ?)", (*log, last_seq, since))
+                self.execute("INSERT INTO logs VALUES (?, ?, ?, ?, ?, TRUE)", (device, log, last_seq, latest, latest))
 
     def gaps(self, spans: Mapping[LogId, tuple[int, int]]) -> dict[LogId, list[Gap]]:
         return {
@@ -220,6 +221,16 @@ class SqliteDatabase:
             if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
                 kind = StorageBusy
             raise kind(f"{self.path}: {error}") from error
+
+
+def open_temporary() -> SqliteConnection:
+    """Open an empty database, which grows from memory into a temporary file and ends with the connection."""
+    connection = sqlite3.connect("", isolation_level=None, factory=SqliteConnection)
+    for pragma in ("journal_mode=OFF", "cache_size=-16000"):
+        connection.execute(f"PRAGMA {pragma}")
+    for statement in (statement for migration in MIGRATIONS for statement in migration.statements):
+        connection.execute(_to_sqlite(statement))
+    return connection
 
 
 def _migrations() -> sqlite_utils.Migrations:

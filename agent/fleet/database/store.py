@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 
-from agent.errors import MessageRefused
-from agent.fleet.database import key_table
+from agent.errors import MessageRefused, UsageError
+from agent.fleet.database import key_table, log_succession
 from agent.fleet.database.alerts import (
     ALERTS,
     DRIFT_ALERTS,
@@ -44,7 +44,7 @@ MAX_MISSING_RANGES = 100
 _MAX_ATTEMPTS = 5
 # One device, or all if it is None; bind the device twice.
 _DEVICE_FILTER = "(CAST(? AS TEXT) IS NULL OR device = ?)"
-_NEWEST_LOG = "rowid = (SELECT max(rowid) FROM logs WHERE device = l.device)"
+_NEWEST_LOG = "rowid = (SELECT min(rowid) FROM logs WHERE device = l.device AND live)"
 
 # When, until when and in how many windows each device was tested for drift.
 _OBSERVED_PERIODS = """
@@ -69,10 +69,11 @@ _DRIFT_WINDOWS = """
 
 _DEVICES = f"""
     SELECT d.device, k.key, d.state, d.last_seen,
-           (SELECT last_seq FROM logs l WHERE l.device = d.device ORDER BY rowid DESC LIMIT 1) AS through,
+           (SELECT last_seq FROM logs l WHERE l.device = d.device AND live ORDER BY rowid LIMIT 1) AS through,
+           (SELECT count(*) FROM logs l WHERE l.device = d.device AND live) AS logs,
            coalesce(o.n, 0) AS alerts,
            (SELECT quality FROM anchors a WHERE a.device = d.device AND a.log = (
-               SELECT log FROM logs l WHERE l.device = d.device ORDER BY rowid DESC LIMIT 1)
+               SELECT log FROM logs l WHERE l.device = d.device AND live ORDER BY rowid LIMIT 1)
             ORDER BY a.seq DESC LIMIT 1) AS clock
     FROM devices d
     LEFT JOIN keys k ON k.device = d.device AND k.revoked IS NULL AND k.last_seq IS NULL
@@ -196,6 +197,23 @@ class FleetStore:
             before_commit()
         return kids
 
+    def accept_log(self, device: str, log: str, now: str) -> list[str]:
+        """Make `log` the only live one of `device`, on an operator's word; return the others. Raises UsageError."""
+        with self.transaction() as db:
+            db.lock_devices([device])
+            if db.execute("SELECT 1 FROM logs WHERE device = ? AND log = ?", (device, log)).fetchone() is None:
+                raise UsageError(
+                    f"device {device!r} has no log {log!r}; `outstation fleet accept-log {device}` lists them"
+                )
+            ended = log_succession.end_logs(db, device, log, now)
+            log_succession.update_live_logs(db, [device], now)
+        return ended
+
+    def device_logs(self, device: str) -> list[dict[str, Any]]:
+        """Return log, last_seq, since, latest and live of each log of a device, in order of arrival."""
+        sql = "SELECT log, last_seq, since, latest, live FROM logs WHERE device = ? ORDER BY rowid"
+        return [{**row, "live": bool(row["live"])} for row in self._fetch_dicts(sql, device)]
+
     def ingest(self, arrivals: Sequence[Arrival], refusals: Sequence[Refusal], now: str) -> list[IngestOutcome]:
         """Store arrivals and refusals in one transaction, and return the outcome of each arrival.
 
@@ -261,7 +279,7 @@ class FleetStore:
         return [row[0] for row in self._fetch_all("SELECT device FROM devices ORDER BY device")]
 
     def devices(self) -> list[dict[str, Any]]:
-        """Return device, key, state, last_seen, through (of its newest log), alerts (open), clock (its quality)."""
+        """Return device, key, state, last_seen, through (of its newest log), logs (that live), alerts (open), clock."""
         return self._fetch_dicts(_DEVICES)
 
     def alerts(self, device: str | None = None, *, closed: bool = False) -> list[dict[str, Any]]:

